@@ -1,0 +1,241 @@
+"""The zygote: one small process for each manager process, from which every sandbox is forked.
+
+    manager (JAX, large) -- zygote (10 MB) -- holder (one a sandbox) -- bwrap -- command
+
+Forking from here costs a millisecond whatever the manager's size. Every link dies with the one before it: the zygote watches the
+manager, holders die with the zygote, bwrap with its holder. The zygote also makes and removes what lies outside a sandbox (cgroups,
+directories, the user id it runs under), and at its start sweeps what a killed zygote left.
+"""
+
+import fcntl
+import gc
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import stat
+import tempfile
+import time
+import traceback
+
+from . import bubblewrap, cgroups, fenced, linux, seccomp
+from .holder import Holder, receive, send
+
+FIRST_ID = 200_000  # user ids of sandboxes when the manager is root: one each, far from any real user's
+SLOTS = 20_000
+EXTRA_PIDS = 1  # bwrap's process 1
+RETRY_SECONDS = 0.02
+REMOVE_SECONDS = 10.0
+
+
+class Slot:
+    """A number that no other sandbox on this machine has while it lives, and the record of what to clean up after it."""
+
+    def __init__(self, base: str, number: int, lock: int):
+        self.base, self.number, self.lock = base, number, lock
+        self.directory = f"{base}/{number}"
+        self.cgroups: list[str] = []
+
+    def record(self) -> None:
+        os.pwrite(self.lock, json.dumps(self.cgroups).encode().ljust(4096), 0)
+
+    def clean(self) -> bool:
+        """End and remove what the sandbox had outside itself; False while something still holds a cgroup."""
+        if os.geteuid() == 0:
+            linux.kill_all_of(FIRST_ID + self.number)
+        self.cgroups = cgroups.remove(self.cgroups, kill=True)
+        if self.cgroups:
+            return False
+        if os.path.isdir(self.directory):
+            shutil.rmtree(self.directory, onerror=_open_and_retry)
+        os.unlink(f"{self.base}/{self.number}.lock")
+        os.close(self.lock)
+        return True
+
+
+def _open_and_retry(function, path, _error) -> None:
+    """An agent may have taken its directories' permissions away."""
+    os.chmod(os.path.dirname(path), 0o700)
+    if os.path.isdir(path) and not os.path.islink(path):
+        os.chmod(path, 0o700)
+        shutil.rmtree(path, ignore_errors=True)
+    elif os.path.lexists(path):
+        function(path)
+
+
+def state_directory() -> str:
+    """Where slots lie. Made by this user alone: a directory that someone else put there is refused."""
+    path = os.path.join(tempfile.gettempdir(), f"rock-{os.getuid()}")
+    try:
+        os.mkdir(path, 0o711)
+    except FileExistsError:
+        pass
+    status = os.lstat(path)
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise OSError(f"{path} belongs to someone else or is writable by others; remove it")
+    return path
+
+
+def _claim(base: str, number: int, create: bool) -> Slot | None:
+    """The slot, if it is free (create) or its owner is dead (not create)."""
+    path = f"{base}/{number}.lock"
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o600)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(lock).st_ino == os.stat(path).st_ino:  # else its owner unlinked it between open and flock
+            return Slot(base, number, lock)
+    except OSError:
+        pass
+    os.close(lock)
+    return None
+
+
+def sweep(base: str) -> None:
+    """Clean up after zygotes that were killed."""
+    for name in os.listdir(base):
+        if name.endswith(".lock") and (slot := _claim(base, int(name[:-5]), create=False)):
+            slot.cgroups = json.loads(os.pread(slot.lock, 4096, 0) or b"[]")
+            deadline = time.monotonic() + REMOVE_SECONDS
+            while not slot.clean() and time.monotonic() < deadline:
+                time.sleep(RETRY_SECONDS)
+
+
+class Zygote:
+    def __init__(self, control: socket.socket):
+        self._control = control
+        self._base = state_directory()
+        self._next = os.getpid() % SLOTS  # zygotes start their search in different places
+        self._place, _ = cgroups.find()
+        self._holders: dict[int, tuple[int, Slot, socket.socket]] = {}  # pidfd -> (pid, slot, channel)
+        self._dirty: list[tuple[float, Slot, socket.socket | None]] = []
+        self._poller = select.poll()
+
+    def serve(self, manager: int) -> None:
+        """Until the manager closes the control socket or dies; then every sandbox ends."""
+        manager_fd = os.pidfd_open(manager)
+        self._poller.register(self._control, select.POLLIN)
+        self._poller.register(manager_fd, select.POLLIN)
+        alive = True
+        while alive:
+            for descriptor, _ in self._poller.poll(int(1000 * RETRY_SECONDS) if self._dirty else None):
+                if descriptor in self._holders:
+                    self._bury(descriptor)
+                elif descriptor == manager_fd:
+                    alive = False
+                else:
+                    alive = self._serve_request() and alive
+            self._clean_dirty()
+        self._end()
+
+    def _serve_request(self) -> bool:
+        data, descriptors = receive(self._control)
+        if not data:
+            return False
+        channel = socket.socket(fileno=descriptors[0])
+        try:
+            self._create(json.loads(data), channel)
+        except OSError as error:
+            send(channel, {"id": 0, "error": str(error)})
+            channel.close()
+        return True
+
+    def _create(self, spec: dict, channel: socket.socket) -> None:
+        slot = self._free_slot()
+        try:
+            if self._place:
+                slot.cgroups = cgroups.create(self._place, f"rock-{slot.number}-{os.getpid()}", spec["memory_bytes"], spec["pids"] + EXTRA_PIDS, spec["cpus"])
+                slot.record()
+            if spec["tier"] == "landlock":
+                os.mkdir(slot.directory, 0o711)
+            root = os.geteuid() == 0
+            identity = FIRST_ID + slot.number if root else os.geteuid()
+            spec |= {"uid": identity, "gid": identity if root else os.getegid(), "own_uid": root, "directory": slot.directory,
+                     "cgroups": slot.cgroups, "zygote": os.getpid()}
+            pid = os.fork()
+        except OSError:
+            slot.clean()
+            raise
+        if pid == 0:
+            _run_holder(channel, spec)
+        pidfd = os.pidfd_open(pid)
+        self._holders[pidfd] = (pid, slot, channel)
+        self._poller.register(pidfd, select.POLLIN)
+
+    def _free_slot(self) -> Slot:
+        for _ in range(SLOTS):
+            self._next = (self._next + 1) % SLOTS
+            if slot := _claim(self._base, self._next, create=True):
+                return slot
+        raise OSError(f"all {SLOTS} sandbox slots of this machine are taken")
+
+    def _bury(self, pidfd: int) -> None:
+        """A holder ended: clean up, and only then close the channel, which tells the manager that nothing is left."""
+        pid, slot, channel = self._holders.pop(pidfd)
+        self._poller.unregister(pidfd)
+        os.close(pidfd)
+        os.waitpid(pid, 0)
+        holders = {holder for holder, _, _ in self._holders.values()}
+        for orphan in set(linux.children_of(os.getpid())) - holders:  # of a holder that was killed itself
+            os.kill(orphan, signal.SIGKILL)
+            os.waitpid(orphan, 0)
+        self._dirty.append((time.monotonic() + REMOVE_SECONDS, slot, channel))
+
+    def _clean_dirty(self) -> None:
+        waiting = []
+        for deadline, slot, channel in self._dirty:
+            if slot.clean() or time.monotonic() > deadline:
+                channel.close()
+            else:
+                waiting.append((deadline, slot, channel))
+        self._dirty = waiting
+
+    def _end(self) -> None:
+        for _, _, channel in self._holders.values():
+            channel.shutdown(socket.SHUT_RDWR)  # holders then kill what they run and leave
+        deadline = time.monotonic() + REMOVE_SECONDS
+        while self._holders or self._dirty:
+            if time.monotonic() > deadline:
+                for pid, _, _ in self._holders.values():
+                    os.kill(pid, signal.SIGKILL)
+            for descriptor, _ in self._poller.poll(int(1000 * RETRY_SECONDS)):
+                if descriptor in self._holders:
+                    self._bury(descriptor)
+                else:
+                    self._poller.unregister(descriptor)
+            self._clean_dirty()
+
+
+def _run_holder(channel: socket.socket, spec: dict) -> None:
+    """The life of a forked holder. Never returns."""
+    try:
+        keep = channel.fileno()
+        os.closerange(3, keep), os.closerange(keep + 1, 4096)  # other sandboxes' sockets and locks
+        tier = bubblewrap.Tier if spec["tier"] == "bubblewrap" else fenced.Tier
+        try:
+            holder = Holder(channel, spec, tier)
+            workspace = holder.set_up()
+        except OSError as error:
+            send(channel, {"id": 0, "error": str(error)})
+        else:
+            send(channel, {"id": 0, "workspace": workspace, "cgroups": bool(spec["cgroups"])})
+            holder.serve()
+    except BaseException:  # noqa: B036 - reported below, and this process must end here
+        traceback.print_exc()
+    finally:
+        os._exit(0)
+
+
+def main(control_fd: int, manager: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the manager, which stops its sandboxes in order
+    linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
+    os.umask(0o022)
+    base = state_directory()
+    sweep(base)
+    seccomp.build(linux.ARCHITECTURE, network=True)  # kept for every holder
+    gc.freeze()  # forks then share more pages
+    Zygote(socket.socket(fileno=control_fd)).serve(manager)

@@ -1,0 +1,325 @@
+"""The sandbox as its users see it: async, one workspace, commands that each live and die in processes of their own."""
+
+import asyncio
+import contextlib
+import errno
+import os
+from collections.abc import Mapping
+
+from envs.rock import launcher
+from envs.rock.config import CommandResult, SandboxConfig, check_environment
+from envs.rock.errors import SandboxClosedError, SandboxError, SandboxFileError, SandboxStartError
+from envs.rock.host.holder import parse, receive, send
+from envs.rock.host.linux import FIRST_PASSED_FD
+from envs.rock.probe import probe
+
+REPLY_GRACE = 30.0  # seconds beyond its own time limit in which a holder must answer
+END_OF_OUTPUT_SECONDS = 10.0
+DRAINED_BYTES = 64 << 20  # what a command may write beyond max_output_bytes, unread, before it is killed
+MAX_COMMAND_BYTES = 100_000  # one argument of a program can have 128 KiB
+WORKSPACE = "/workspace"
+
+_FILE_REASONS = {"ENOENT": "missing", "EXDEV": "outside", "ELOOP": "outside", "EINVAL": "not_regular", "ENXIO": "not_regular",
+                 "EISDIR": "not_regular", "ENOTDIR": "missing", "ENOSPC": "no_space", "EDQUOT": "no_space", "EFBIG": "no_space"}
+
+
+class Sandbox:
+    """A place to run shell commands. Use it as an async context manager, from the event loop that started it.
+
+    Every `execute` is a fresh bash in /workspace: files stay, processes, working directory and variables do not.
+    """
+
+    def __init__(self, config: SandboxConfig = SandboxConfig()):
+        self.config = config
+        self.tier: str | None = None
+        self.guarantees: frozenset[str] = frozenset()
+        self.workspace = WORKSPACE  # in the landlock tier the real path, since nothing can be mounted there
+        self._channel = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._replies: dict[int, asyncio.Future] = {}
+        self._gone: asyncio.Future | None = None
+        self._last_id = 0
+        self._turn = asyncio.Lock()
+
+    async def __aenter__(self) -> "Sandbox":
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        """Make the sandbox. IsolationError where this machine cannot isolate as the config asks."""
+        if self._channel is not None:
+            raise SandboxError("this sandbox is started already")
+        report = await asyncio.to_thread(probe, self.config.isolation, self.config.tier)
+        report.require(self.config.isolation)
+        self._loop = asyncio.get_running_loop()
+        async with launcher.start_gate:
+            self._channel = launcher.create(launcher.spec(self.config, report.tier))
+            self._gone = self._loop.create_future()
+            ready = self._replies[0] = self._loop.create_future()
+            self._loop.add_reader(self._channel, self._receive)
+            try:
+                reply = await self._within(ready, self.config.start_timeout, "the sandbox did not start")
+                if "error" in reply:
+                    raise SandboxStartError(reply["error"])
+                if report.guarantees & {"memory"} and not reply["cgroups"]:
+                    raise SandboxStartError("the sandbox started without its cgroups")
+            except BaseException:
+                self._disconnect()
+                raise
+        self.tier, self.guarantees, self.workspace = report.tier, report.guarantees, reply["workspace"]
+
+    async def stop(self) -> None:
+        """End every process and remove every trace. Stopping twice is fine."""
+        if self._channel is None or self._channel.fileno() < 0:
+            return
+        with contextlib.suppress(OSError):
+            self._channel.shutdown(1)  # SHUT_WR: the holder reads the end, and closes when nothing is left
+        try:
+            await self._within(asyncio.shield(self._gone), REPLY_GRACE, "the sandbox did not end")
+        finally:
+            self._disconnect()
+
+    async def execute(self, command: str, timeout: float | None = None, env: Mapping[str, str] | None = None) -> CommandResult:
+        """Run `bash -c command` in the workspace, without input, and wait for its end.
+
+        At the time limit, and also at its normal end, every process that it started is dead, daemons included.
+        """
+        if refusal := _unspeakable(command):
+            return CommandResult("", refusal, 126, False, False, 0.0)
+        check_environment(env or {})
+        environment = {"PATH": "/usr/bin:/bin", "HOME": WORKSPACE, "LANG": "C.UTF-8", **self.config.env, **(env or {})}
+        return await self._run({"op": "run", "env": environment}, [command.encode(errors="replace")], timeout)
+
+    async def verify(self, script: str, timeout: float | None = None, files: Mapping[str, bytes] | None = None) -> CommandResult:
+        """Kill every process of the agent, then run a bash script that no process of the agent can ever read.
+
+        The script runs in the workspace with a clean environment (nothing from config.env), an empty /tmp and fresh namespaces. Where
+        `guarantees` has "verifier", not even programs that the script itself runs can read it; `files` lie read-only in the directory
+        $VERIFIER_FILES for the script, and for what it runs. Prefer builtins and absolute paths; start Python with -I, or it imports the agent's modules.
+        """
+        names = list(files or {})
+        if bad := [name for name in names if not name or "/" in name or name.startswith(".") or "\0" in name]:
+            raise ValueError(f"verifier files are plain names, not {bad[0]!r}")
+        # The script's own descriptor is closed first: what it runs would inherit it.
+        contents = [f"exec {FIRST_PASSED_FD}<&-; {script}".encode(), *(files[name] for name in names)]
+        environment = {"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "LANG": "C.UTF-8", "PYTHONSAFEPATH": "1", "PYTHONNOUSERSITE": "1",
+                       "PYTHONDONTWRITEBYTECODE": "1"}
+        return await self._run({"op": "verify", "files": names, "env": environment}, contents, timeout)
+
+    async def kill_all(self) -> None:
+        """Kill every process of the sandbox and wait until they are gone; files stay. A running execute returns with "killed"."""
+        await self._request({"op": "kill"}, (), REPLY_GRACE)
+
+    async def write_file(self, path: str, content: bytes | str, mode: int = 0o644) -> None:
+        """Write a file below the workspace, with its directories. Links that leave the workspace are refused."""
+        data = content.encode() if isinstance(content, str) else content
+        descriptor = await self._open(path, write=True, mode=mode)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view):]
+        except OSError as error:
+            raise _file_error(errno.errorcode.get(error.errno, ""), f"{path}: {error.strerror}") from error
+        finally:
+            os.close(descriptor)
+
+    async def upload(self, files: Mapping[str, bytes | str | tuple[bytes | str, int]]) -> None:
+        """Write many files: path -> content, or (content, mode)."""
+        for path, value in files.items():
+            content, mode = value if isinstance(value, tuple) else (value, 0o644)
+            await self.write_file(path, content, mode)
+
+    async def read_file(self, path: str, limit: int = 1 << 20) -> bytes:
+        """The content of a regular file below the workspace. Refused: absolute links and links that leave it, and files
+        above `limit` bytes."""
+        descriptor = await self._open(path, write=False, mode=0)
+        try:
+            if os.fstat(descriptor).st_size > limit:
+                raise SandboxFileError("too_large", f"{path} has {os.fstat(descriptor).st_size} bytes, the limit is {limit}")
+            data = b""
+            while len(data) <= limit and (piece := os.read(descriptor, limit + 1 - len(data))):
+                data += piece
+        finally:
+            os.close(descriptor)
+        if len(data) > limit:
+            raise SandboxFileError("too_large", f"{path} grew beyond the limit of {limit} bytes while it was read")
+        return data
+
+    async def _open(self, path: str, write: bool, mode: int) -> int:
+        relative = self._relative(path)
+        reply = await self._request({"op": "open", "path": relative, "write": write, "mode": mode}, (), REPLY_GRACE)
+        if "error" in reply:
+            raise _file_error(reply["errno"], f"{path}: {reply['error']}")
+        return reply["descriptors"][0]
+
+    def _relative(self, path: str) -> str:
+        """Below the workspace, as the holder opens it; the kernel checks again what links make of it."""
+        for root in (self.workspace, WORKSPACE):
+            if path.startswith(root + "/"):
+                path = path[len(root) + 1:]
+        parts = [part for part in path.split("/") if part not in ("", ".")]
+        if path.startswith("/") or ".." in parts or not parts or "\0" in path:
+            raise SandboxFileError("outside", f"{path!r} is not a file below {WORKSPACE}")
+        return "/".join(parts)
+
+    async def _run(self, request: dict, contents: list[bytes], timeout: float | None) -> CommandResult:
+        timeout = self.config.timeout if timeout is None else timeout
+        async with self._turn:  # one command at a time
+            self._check_open()
+            with contextlib.ExitStack() as cleanup:
+                inputs = [_memory_file(content, cleanup) for content in contents]
+                outputs = [_Output(self._loop, self.config.max_output_bytes, self._kill_unheard) for _ in range(2)]
+                for output in outputs:
+                    cleanup.callback(output.close)
+                reply = await self._request(request | {"timeout": timeout}, (outputs[0].write_end, outputs[1].write_end, *inputs),
+                                            timeout + REPLY_GRACE, on_sent=lambda: [output.close_write_end() for output in outputs])
+                for output in outputs:
+                    await self._within(output.ended, END_OF_OUTPUT_SECONDS, "a dead command's output did not end")
+        stdout, stderr = (bytes(output.data).decode(errors="replace") for output in outputs)
+        if failure := reply.get("failure") or reply.get("error"):
+            raise SandboxStartError(f"{failure} {stderr.strip()[-500:]}".strip())
+        flooded = any(output.flooded for output in outputs)
+        limits = tuple("output" if name == "killed" and flooded else name for name in reply["limits"])
+        return CommandResult(stdout, stderr, reply["exit_code"], "timeout" in limits, any(output.truncated for output in outputs),
+                             reply["seconds"], limits)
+
+    def _kill_unheard(self) -> None:
+        """Kill what runs, without waiting for the answer."""
+        with contextlib.suppress(SandboxClosedError, OSError):
+            self._last_id += 1
+            send(self._channel, {"id": self._last_id, "op": "kill"})
+
+    async def _request(self, request: dict, descriptors: tuple[int, ...], timeout: float, on_sent=lambda: None) -> dict:
+        self._check_open()
+        self._last_id += 1
+        identity = self._last_id
+        answer = self._replies[identity] = self._loop.create_future()
+        try:
+            send(self._channel, request | {"id": identity}, descriptors)
+            on_sent()
+            return await self._within(answer, timeout, f"no answer to {request['op']}")
+        except OSError as error:
+            raise SandboxClosedError(f"the sandbox's process is gone: {error}") from error
+        except asyncio.CancelledError:
+            if request["op"] in ("run", "verify"):
+                self._kill_unheard()  # its caller gave up: the command must not run on
+            raise
+        finally:
+            self._replies.pop(identity, None)
+
+    async def _within(self, future: asyncio.Future, seconds: float, what: str):
+        try:
+            return await asyncio.wait_for(future, seconds)
+        except asyncio.TimeoutError:
+            raise SandboxError(f"{what} within {seconds:.0f} s") from None
+
+    def _check_open(self) -> None:
+        if self._channel is None or self._channel.fileno() < 0 or self._gone.done():
+            raise SandboxClosedError("the sandbox is not running: it was not started, was stopped, or its process died")
+        if asyncio.get_running_loop() is not self._loop:
+            raise SandboxError("a sandbox is used from the event loop that started it; from elsewhere use envs.rock.sync.run")
+
+    def _receive(self) -> None:
+        """The event loop calls this when the holder said something."""
+        try:
+            data, descriptors = receive(self._channel)
+        except BlockingIOError:
+            return
+        except OSError:
+            data, descriptors = b"", []
+        reply = parse(data) | {"descriptors": descriptors}
+        waiting = self._replies.get(reply.get("id"))
+        if waiting is not None and not waiting.done():
+            waiting.set_result(reply)
+            return
+        for descriptor in descriptors:
+            os.close(descriptor)
+        if not data:
+            self._loop.remove_reader(self._channel)
+            self._end_waiting()
+
+    def _disconnect(self) -> None:
+        """Let go of the channel; whoever still waits for a reply is told."""
+        if self._channel.fileno() >= 0:
+            self._loop.remove_reader(self._channel)
+            self._channel.close()
+        self._end_waiting()
+
+    def _end_waiting(self) -> None:
+        if not self._gone.done():
+            self._gone.set_result(None)
+        for future in self._replies.values():
+            if not future.done():
+                future.set_exception(SandboxClosedError("the sandbox ended in the middle of a request"))
+
+
+class _Output:
+    """The reading end of one stream of a command: keeps the first `limit` bytes, reads on without keeping, reports a flood."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, limit: int, on_flood):
+        self._loop, self._limit, self._on_flood = loop, limit, on_flood
+        self._read_end, self.write_end = os.pipe()
+        os.set_blocking(self._read_end, False)
+        self.data = bytearray()
+        self._dropped = 0
+        self.flooded = False
+        self.ended = loop.create_future()
+        loop.add_reader(self._read_end, self._read)
+
+    @property
+    def truncated(self) -> bool:
+        return self._dropped > 0
+
+    def _read(self) -> None:
+        try:
+            piece = os.read(self._read_end, 1 << 16)
+        except BlockingIOError:
+            return
+        if not piece:
+            self._loop.remove_reader(self._read_end)
+            self.ended.set_result(None)
+            return
+        kept = piece[: self._limit - len(self.data)]
+        self.data += kept
+        self._dropped += len(piece) - len(kept)
+        if self._dropped > DRAINED_BYTES and not self.flooded:
+            self.flooded = True
+            self._on_flood()
+
+    def close_write_end(self) -> None:
+        if self.write_end is not None:
+            os.close(self.write_end)
+            self.write_end = None
+
+    def close(self) -> None:
+        self.close_write_end()
+        if self._read_end is not None:
+            self._loop.remove_reader(self._read_end)
+            os.close(self._read_end)
+            self._read_end = None
+
+
+def _unspeakable(command: str) -> str:
+    """Why this command cannot be passed to a program at all; "" if it can."""
+    if "\0" in command:
+        return "bash: the command contains a NUL character\n"
+    size = len(command.encode(errors="replace"))
+    return f"bash: the command has {size} bytes, the limit is {MAX_COMMAND_BYTES}; write a file in parts\n" if size > MAX_COMMAND_BYTES else ""
+
+
+def _memory_file(content: bytes, cleanup: contextlib.ExitStack) -> int:
+    """A descriptor to read `content` from, that was never a file anywhere."""
+    descriptor = os.memfd_create("rock", os.MFD_CLOEXEC)
+    cleanup.callback(os.close, descriptor)
+    view = memoryview(content)
+    while view:
+        view = view[os.write(descriptor, view):]
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor
+
+
+def _file_error(code: str, message: str) -> SandboxFileError:
+    return SandboxFileError(_FILE_REASONS.get(code, "denied"), message)

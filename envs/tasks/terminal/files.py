@@ -1,0 +1,105 @@
+"""Families about whole files: find, rename, delete, swap, move, permissions."""
+
+from __future__ import annotations
+
+from envs.tasks.terminal.task import Draw, Expert, Plan, family, folder, gone, holds, lines, mode, unchanged
+
+
+def _folder_of_words(draw: Draw, files: int = 4, rows: int = 2) -> dict[str, str]:
+    return {name: lines(*draw.words(rows)) for name in draw.names(files)}
+
+
+@family("find")
+def find(draw: Draw) -> Plan:
+    files = _folder_of_words(draw)
+    name = draw.choose(*files)
+    word = draw.choose(*files[name].split())
+
+    def expert() -> Expert:
+        found = yield f"grep -l {word} *.txt"
+        yield f"echo {found} > out.txt"
+
+    instruction = draw.choose(f"Which file has the word {word}? Write its name to out.txt.", f"Write the name of the file with {word} to out.txt.")
+    return Plan(instruction, files, [holds("out.txt", name)], expert)
+
+
+@family("rename")
+def rename(draw: Draw) -> Plan:
+    files = _folder_of_words(draw)
+    name, new = draw.choose(*files), draw.word() + ".txt"
+    word = draw.choose(*files[name].split())
+
+    def expert() -> Expert:
+        found = yield f"grep -l {word} *.txt"
+        yield f"mv {found} {new}"
+
+    checks = [holds(new, files[name]), gone(name), *unchanged(files, name)]
+    return Plan(f"Rename the file with the word {word} to {new}.", files, checks, expert)
+
+
+@family("delete_named")
+def delete_named(draw: Draw) -> Plan:
+    files = _folder_of_words(draw, files=3)
+    name = draw.choose(*files)
+
+    def expert() -> Expert:
+        named = yield "cat note.txt"
+        yield f"rm {named}"
+
+    instruction = draw.choose("Delete the file named in note.txt.", "Remove the file named in note.txt.")
+    return Plan(instruction, {**files, "note.txt": lines(name)}, [gone(name), *unchanged(files, name)], expert)
+
+
+@family("delete_empty")
+def delete_empty(draw: Draw) -> Plan:
+    files = _folder_of_words(draw, files=3, rows=1)
+    name = draw.choose(*files)
+
+    def expert() -> Expert:
+        found = yield "find . -empty"
+        yield f"rm {found}"
+
+    instruction = draw.choose("Delete the empty file.", "Remove the empty file.")
+    return Plan(instruction, {**files, name: ""}, [gone(name), *unchanged(files, name)], expert)
+
+
+@family("swap")
+def swap(draw: Draw) -> Plan:
+    files = _folder_of_words(draw, files=3, rows=1)
+    one, two, _ = draw.shuffled(list(files))
+
+    def expert() -> Expert:
+        first, second = (yield "cat note.txt").split()[:2]
+        yield f"mv {first} t && mv {second} {first} && mv t {second}"
+
+    checks = [holds(one, files[two]), holds(two, files[one]), *unchanged(files, one, two)]
+    return Plan("Swap the two files named in note.txt.", {**files, "note.txt": lines(one, two)}, checks, expert)
+
+
+@family("move")
+def move(draw: Draw) -> Plan:
+    logs = {name: lines(draw.word()) for name in draw.names(2, ".log")}
+    others = {name: lines(draw.word()) for name in draw.names(2)}
+    target = draw.word()
+
+    def expert() -> Expert:
+        named = yield "cat note.txt"
+        yield f"mkdir {named} && mv *.log {named}"
+
+    checks = [folder(target), *(holds(f"{target}/{name}", text) for name, text in logs.items()), *map(gone, logs), *unchanged(others)]
+    instruction = draw.choose("Make the folder named in note.txt and move the log files into it.", "Move the log files into a new folder. Its name is in note.txt.")
+    return Plan(instruction, {**logs, **others, "note.txt": lines(target)}, checks, expert)
+
+
+@family("chmod")
+def chmod(draw: Draw) -> Plan:
+    files = {name: lines(f"echo {draw.word()}") for name in draw.names(3, ".sh")}
+    name = draw.choose(*files)
+    change, pattern, meaning = draw.rng.choice([("+x", "-rwx*", "executable"), ("-w", "-r--*", "read only")])
+
+    def expert() -> Expert:
+        named = yield "cat note.txt"
+        yield f"chmod {change} {named}"
+
+    checks = [mode(path, pattern if path == name else "-rw-*") for path in files]
+    return Plan(f"Make the script named in note.txt {meaning}.", {**files, "note.txt": lines(name)}, [*checks, *unchanged(files)], expert)

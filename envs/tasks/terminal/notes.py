@@ -1,0 +1,40 @@
+"""Families whose instruction lies in the sandbox: a note that says what to do, a chain of names."""
+
+from __future__ import annotations
+
+from envs.tasks.terminal.task import Draw, Expert, Plan, family, gone, holds, lines, unchanged
+
+
+@family("obey")
+def obey(draw: Draw) -> Plan:
+    files = {name: lines(draw.word()) for name in draw.names(3)}
+    (name, _, _), word, new = draw.shuffled(list(files)), draw.word(), draw.word() + ".txt"
+    note, command, checks, changed = {
+        "write": (f"write {word} to {new}", f"echo {word} > {new}", [holds(new, word)], ()),
+        "delete": (f"delete {name}", f"rm {name}", [gone(name)], (name,)),
+        "rename": (f"rename {name} to {new}", f"mv {name} {new}", [gone(name), holds(new, files[name])], (name,)),
+        "copy": (f"copy {name} to {new}", f"cp {name} {new}", [holds(new, files[name])], ()),
+    }[draw.choose("write", "delete", "rename", "copy")]
+
+    def expert() -> Expert:
+        yield "cat note.txt"
+        yield command
+
+    instruction = draw.choose("Do what note.txt says.", "Read note.txt and do what it says.")
+    return Plan(instruction, {**files, "note.txt": lines(note)}, [*checks, *unchanged(files, *changed)], expert)
+
+
+@family("chain")
+def chain(draw: Draw) -> Plan:
+    names, word = draw.names(draw.number(2, 3)), draw.word()
+    files = {name: lines(following) for name, following in zip(names, [*names[1:], word])}
+    decoy = {draw.names(1)[0]: lines(draw.word())}
+
+    def expert() -> Expert:
+        found = yield f"cat {names[0]}"
+        while found.endswith(".txt"):
+            found = yield f"cat {found}"
+        yield f"echo {found} > out.txt"
+
+    instruction = f"Start at {names[0]} and follow the file names. Write the last word to out.txt."
+    return Plan(instruction, {**files, **decoy}, [holds("out.txt", word)], expert)

@@ -1,0 +1,45 @@
+"""Families about numbers in files: the largest or smallest, a sum, the file with the largest one."""
+
+from __future__ import annotations
+
+from envs.tasks.terminal.task import Draw, Expert, Plan, family, holds, lines
+
+
+@family("extreme")
+def extreme(draw: Draw) -> Plan:
+    source, which = draw.input(), draw.choose("largest", "smallest")
+    numbers = draw.rng.sample(range(10, 100), 4)
+    answer = max(numbers) if which == "largest" else min(numbers)
+
+    def expert() -> Expert:
+        ordered = yield f"sort {'-nr' if which == 'largest' else '-n'} {source}"
+        yield f"echo {ordered.split()[0]} > out.txt"
+
+    instruction = draw.choose(f"Write the {which} number in {source} to out.txt.", f"Which number in {source} is the {which}? Write it to out.txt.")
+    return Plan(instruction, {source: lines(*map(str, numbers))}, [holds("out.txt", str(answer))], expert)
+
+
+@family("sum")
+def add(draw: Draw) -> Plan:
+    (one, two), (a, b) = draw.names(2), (draw.number(1, 9), draw.number(2, 9))
+
+    def expert() -> Expert:
+        first, second = (yield f"cat {one} {two}").split()[:2]
+        yield f"echo $(({first}+{second})) > out.txt"
+
+    instruction = draw.choose(f"Add the numbers in {one} and {two}. Write the sum to out.txt.", f"Write the sum of the numbers in {one} and {two} to out.txt.")
+    return Plan(instruction, {one: lines(str(a)), two: lines(str(b))}, [holds("out.txt", str(a + b))], expert)
+
+
+@family("largest_file")
+def largest_file(draw: Draw) -> Plan:
+    files = {name: lines(str(number)) for name, number in zip(draw.names(3), draw.rng.sample(range(10, 100), 3))}
+    answer = max(files, key=lambda name: int(files[name]))
+
+    def expert() -> Expert:
+        ordered = yield "sort -nr *.txt"
+        found = yield f"grep -l {ordered.split()[0]} *.txt"
+        yield f"echo {found} > out.txt"
+
+    instruction = draw.choose("Which file has the largest number? Write its name to out.txt.", "Write the name of the file with the largest number to out.txt.")
+    return Plan(instruction, files, [holds("out.txt", answer)], expert)

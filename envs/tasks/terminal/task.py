@@ -1,0 +1,176 @@
+"""What a task of the terminal curriculum is, and the small language in which its families are written.
+
+A family is a function `Draw -> Plan`, registered by `@family(name)`. A plan has the instruction, the files, the checks of the final state
+and the expert. `make_task(family, seed)` turns it into a Task: the same name and seed give the same task on every machine.
+
+The checks become one bash script that only reads: it runs when every process of the agent is dead, and prints 1 or 0 as its last line.
+Whatever lies where an answer should be (a link, a pipe, a folder, a gigabyte) makes a check fail; it cannot make it wait.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import shlex
+from typing import Callable, Generator, Mapping
+
+COLOURS = "red blue green gold pink gray black white brown".split()
+ANIMALS = "dog fox owl bear wolf frog duck goat lion crow deer hen bee pig horse sheep mouse tiger".split()
+THINGS = "apple lamp door book tree rock river cloud moon ship cup hat bell key leaf rain snow fire sand wind hill lake milk salt rice corn plum ring rope road table chair".split()
+WORDS = COLOURS + ANIMALS + THINGS
+INPUTS = ("data.txt", "list.txt", "log.txt", "items.txt")  # files that a task reads; the others are named by words
+
+EVAL_SEED_START = 1_000_000  # seeds below are for training, seeds from here on for evaluation
+
+# Sends a command, receives the observation. It ends when the work is done.
+Expert = Generator[str, str, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a family draws. A file is its text, or (text, mode)."""
+
+    instruction: str
+    files: Mapping[str, str | tuple[str, int]]
+    checks: list[str]
+    expert: Callable[[], Expert]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One exercise. `files` enter the sandbox; `verifier` and `expert` never do while the agent lives."""
+
+    name: str
+    family: str
+    seed: int
+    instruction: str
+    files: dict[str, tuple[bytes, int]]
+    verifier: str
+    expert: Callable[[], Expert] = dataclasses.field(compare=False, repr=False)
+
+
+class Draw:
+    """Random choices of one task. Words are drawn without replacement: two names in one task never coincide."""
+
+    def __init__(self, family: str, seed: int) -> None:
+        self.rng = random.Random(f"{family}/{seed}")  # a text seed goes through SHA-512, so it is the same in every process
+        self._words = self.rng.sample(WORDS, len(WORDS))
+        self._inputs = self.rng.sample(INPUTS, len(INPUTS))
+
+    def word(self) -> str:
+        return self._words.pop()
+
+    def words(self, count: int) -> list[str]:
+        return [self._words.pop() for _ in range(count)]
+
+    def names(self, count: int, extension: str = ".txt") -> list[str]:
+        return [word + extension for word in self.words(count)]
+
+    def input(self) -> str:
+        """A file to read from, named in the instruction."""
+        return self._inputs.pop()
+
+    def number(self, low: int, high: int) -> int:
+        return self.rng.randint(low, high)
+
+    def choose(self, *options: str) -> str:
+        return self.rng.choice(options)
+
+    def shuffled(self, items: list[str]) -> list[str]:
+        return self.rng.sample(items, len(items))
+
+
+# -- checks of the final state -------------------------------------------------------------------------------------------------------
+
+_PRELUDE = """\
+export PATH=/usr/bin:/bin LC_ALL=C
+fail() { echo 0; exit 0; }
+file() { [ -f "$1" ] && [ ! -L "$1" ] || fail; }
+holds() { file "$1"; [ "$(head -c 4096 -- "$1" | tr -d '\\000')" = "$2" ] || fail; }
+gone() { [ ! -e "$1" ] && [ ! -L "$1" ] || fail; }
+folder() { [ -d "$1" ] && [ ! -L "$1" ] || fail; }
+mode() { file "$1"; [[ "$(stat -c %A -- "$1")" == $2 ]] || fail; }
+"""
+
+
+def holds(path: str, text: str) -> str:
+    """A regular file with exactly this text; newlines at its end do not count."""
+    return f"holds {shlex.quote(path)} {shlex.quote(text.rstrip(chr(10)))}"
+
+
+def gone(path: str) -> str:
+    return f"gone {shlex.quote(path)}"
+
+
+def folder(path: str) -> str:
+    return f"folder {shlex.quote(path)}"
+
+
+def mode(path: str, pattern: str) -> str:
+    """A regular file whose mode, as `ls -l` writes it, matches the pattern: "-??x*" is executable by its owner."""
+    return f"mode {shlex.quote(path)} {shlex.quote(pattern)}"
+
+
+def unchanged(files: Mapping[str, str], *changed: str) -> list[str]:
+    """Every file but the changed ones is as it was."""
+    return [holds(path, text) for path, text in files.items() if path not in changed]
+
+
+def lines(*rows: str) -> str:
+    return "".join(f"{row}\n" for row in rows)
+
+
+# -- the families --------------------------------------------------------------------------------------------------------------------
+
+_families: dict[str, Callable[[Draw], Plan]] = {}
+_held_out: set[str] = set()
+
+
+def family(name: str, held_out: bool = False) -> Callable[[Callable[[Draw], Plan]], Callable[[Draw], Plan]]:
+    """Registers a family. A held-out one is never trained on: it asks for a new composition of what the others teach."""
+
+    def add(build: Callable[[Draw], Plan]) -> Callable[[Draw], Plan]:
+        if name in _families:
+            raise ValueError(f"family {name!r} is defined twice; choose another name")
+        _families[name] = build
+        if held_out:
+            _held_out.add(name)
+        return build
+
+    return add
+
+
+def training_families() -> tuple[str, ...]:
+    return tuple(name for name in _families if name not in _held_out)
+
+
+def held_out_families() -> tuple[str, ...]:
+    return tuple(name for name in _families if name in _held_out)
+
+
+def train_seed(index: int) -> int:
+    """The index-th seed for training, 0 .. 999,999."""
+    if not 0 <= index < EVAL_SEED_START:
+        raise ValueError(f"training seed {index} is outside 0..{EVAL_SEED_START - 1}; larger ones are kept for evaluation")
+    return index
+
+
+def eval_seed(index: int) -> int:
+    """The index-th seed for evaluation; no training seed equals it."""
+    if index < 0:
+        raise ValueError(f"evaluation index {index} is negative; count from 0")
+    return EVAL_SEED_START + index
+
+
+def make_task(family: str, seed: int) -> Task:
+    """The task of this family and seed, always the same one."""
+    if family not in _families:
+        raise ValueError(f"task family {family!r} is unknown; known: {', '.join(_families)}")
+    plan = _families[family](Draw(family, seed))
+    files = {path: content if isinstance(content, tuple) else (content, 0o644) for path, content in plan.files.items()}
+    return Task(
+        name=f"{family}/{seed}", family=family, seed=seed, instruction=plan.instruction,
+        files={path: (text.encode(), permissions) for path, (text, permissions) in files.items()},
+        verifier=_PRELUDE + lines(*plan.checks, "echo 1"),
+        expert=plan.expert,
+    )

@@ -1,0 +1,83 @@
+r"""IPA, reinforcement learning on interaction chunks, on the terminal curriculum.
+
+python -m launch.train --config=experiments/ipa.py            # tiny
+python -m launch.train --config=experiments/ipa.py:smoke      # checks that the way is open
+python -m launch.train --config=experiments/ipa.py:qwen3_30b_a3b --config.engines=http://a:30000,http://b:30000   # a pod; not run
+
+Baselines: --config.loss=token_level (the paper's Eq. 4-6) or --config.loss=grpo.
+"""
+
+import ml_collections
+
+
+def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.experiment = "ipa"
+    config.preset = preset
+    config.seed = 0
+    config.init_from = "experiments/sft.py"  # run first where its result is missing; or a Hugging Face directory
+    config.model = "tiny"                 # a preset of rome/model/config.py
+    config.tokenizer = "rome/model/tiny_tokenizer"
+    config.loss = "ipa"                   # ipa, token_level, grpo
+    config.gamma = 0.95                   # per chunk; the paper gives no value
+    config.mismatch_threshold = 5.0       # H of the mismatch mask
+    config.mismatch_mask = "chunk"        # chunk (Eq. 9) or token (Eq. 6)
+    config.lambda_rl = 1.0
+    config.lambda_il = 1.0
+    config.norm = "tokens"                # the policy loss is divided by: tokens, chunks or trajectories
+    config.failure_reward = -1.0          # 0.0 learns from successes only
+    config.clip_low = 0.2                 # grpo only
+    config.clip_high = 0.2
+    config.old = "trainer"                # pi_old scored by the trainer, or "rollout": the engine's own logprobs
+    config.steps = 80
+    config.groups = 16                    # tasks a step
+    config.group_size = 8                 # episodes a task
+    config.updates_per_step = 2           # optimizer updates on one step's data, so that ratios act
+    config.row_length = 384               # tokens a row
+    config.chunks_per_row = 32
+    config.rows_per_microbatch = 8
+    config.learning_rate = 3e-4
+    config.warmup_updates = 5
+    config.decay = False                  # cosine to a tenth over the stage
+    config.weight_decay = 0.0
+    config.clip = 1.0
+    config.max_context = 384              # tokens of an episode
+    config.max_new_tokens = 64            # tokens of a turn
+    config.max_turns = 6
+    config.temperature = 1.0
+    config.concurrency = 64               # episodes at once
+    config.episode_seconds = 120.0
+    config.eval_every = 20                # steps
+    config.eval_tasks = 24                # held-out tasks a family
+    config.eval_temperature = 1.0
+    config.checkpoint_every = 10
+    config.checkpoints_kept = 2
+    config.engines = ""                   # comma-separated URLs of SGLang servers; empty: the embedded engine is started
+    config.engine_slots = 64              # of the embedded engine: requests at once
+    config.sandbox = ml_collections.ConfigDict({"isolation": "best_available", "memory_mb": 256, "pids": 64, "disk_mb": 8, "command_timeout": 5.0})
+    config.mesh = ml_collections.ConfigDict({"replica": 1, "fsdp": 1, "expert": 1, "sequence": 1, "tensor": 1})
+    if preset == "smoke":
+        config.steps = 4
+        config.groups, config.group_size = 4, 4
+        config.eval_every = 4
+        config.eval_tasks = 2
+    elif preset == "qwen3_30b_a3b":
+        _pod(config)
+    elif preset != "tiny":
+        raise ValueError(f"experiments/ipa.py has no preset {preset!r}; there are tiny, smoke and qwen3_30b_a3b")
+    return config
+
+
+def _pod(config: ml_collections.ConfigDict) -> None:
+    """Not run here: the same stage at the size that a pod trains."""
+    config.model = "qwen3_30b_a3b"
+    config.tokenizer = "Qwen3-30B-A3B"    # a directory with tokenizer.json
+    config.steps = 500
+    config.groups, config.group_size = 64, 16
+    config.row_length, config.chunks_per_row, config.rows_per_microbatch = 8192, 128, 64
+    config.learning_rate, config.warmup_updates = 1e-6, 10
+    config.max_context, config.max_new_tokens, config.max_turns = 8192, 1024, 32
+    config.concurrency = 512
+    config.episode_seconds = 1800.0
+    config.sandbox.isolation = "required"
+    config.mesh.update({"fsdp": 8, "expert": 8})

@@ -1,0 +1,73 @@
+r"""SFT on expert trajectories of the terminal curriculum: the start of experiments/ipa.py.
+
+python -m launch.train --config=experiments/sft.py            # tiny
+python -m launch.train --config=experiments/sft.py:smoke      # checks that the way is open
+
+The scripted experts play in real sandboxes and sometimes err; their erroneous turns are read but not learnt (Eq. 1-2 of "Let It Flow").
+"""
+
+import ml_collections
+
+
+def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.experiment = "sft"
+    config.preset = preset
+    config.seed = 0
+    config.init_from = ""                 # a Hugging Face directory, or the path of an experiment; empty: random weights
+    config.model = "tiny"                 # a preset of rome/model/config.py
+    config.tokenizer = "rome/model/tiny_tokenizer"
+    config.loss = "sft"
+    config.steps = 220
+    config.updates_per_step = 1
+    config.rows = 16                      # rows a step
+    config.row_length = 384               # tokens a row
+    config.chunks_per_row = 32
+    config.rows_per_microbatch = 16
+    config.expert_episodes = 2400
+    config.expert_error_rate = 0.15       # of an expert's turns are preceded by a typical mistake
+    config.learning_rate = 2e-3
+    config.warmup_updates = 20
+    config.decay = True                   # cosine to a tenth over the stage; False: constant
+    config.weight_decay = 0.1
+    config.clip = 1.0
+    config.max_context = 384              # tokens of an episode
+    config.max_new_tokens = 64            # tokens of a turn
+    config.max_turns = 6
+    config.temperature = 1.0
+    config.concurrency = 64               # episodes at once
+    config.episode_seconds = 120.0
+    config.eval_every = 0                  # steps; 0: only at step 0 and at the end
+    config.eval_tasks = 24                # held-out tasks a family
+    config.eval_temperature = 1.0
+    config.checkpoint_every = 50
+    config.checkpoints_kept = 2
+    config.engines = ""                   # comma-separated URLs of SGLang servers; empty: the embedded engine is started
+    config.engine_slots = 64              # of the embedded engine: requests at once
+    config.sandbox = ml_collections.ConfigDict({"isolation": "best_available", "memory_mb": 256, "pids": 64, "disk_mb": 8, "command_timeout": 5.0})
+    config.mesh = ml_collections.ConfigDict({"replica": 1, "fsdp": 1, "expert": 1, "sequence": 1, "tensor": 1})
+    if preset == "smoke":
+        config.steps = 30
+        config.expert_episodes = 200
+        config.eval_tasks = 2
+    elif preset == "qwen3_30b_a3b":
+        _pod(config)
+    elif preset != "tiny":
+        raise ValueError(f"experiments/sft.py has no preset {preset!r}; there are tiny, smoke and qwen3_30b_a3b")
+    return config
+
+
+def _pod(config: ml_collections.ConfigDict) -> None:
+    """Not run here: the same stage at the size that a pod trains."""
+    config.init_from = "Qwen3-30B-A3B"    # a directory with the checkpoint
+    config.model = "qwen3_30b_a3b"
+    config.tokenizer = "Qwen3-30B-A3B"
+    config.steps = 1000
+    config.rows, config.row_length, config.chunks_per_row, config.rows_per_microbatch = 64, 8192, 128, 64
+    config.expert_episodes = 50_000
+    config.learning_rate, config.warmup_updates = 1e-5, 50
+    config.max_context, config.max_new_tokens, config.max_turns = 8192, 1024, 32
+    config.concurrency = 512
+    config.episode_seconds = 1800.0
+    config.sandbox.isolation = "required"
+    config.mesh.update({"fsdp": 8, "expert": 8})

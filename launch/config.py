@@ -1,0 +1,123 @@
+"""Configs before anything starts: every key is known, every combination possible, every run has a folder of its own."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+import json
+import math
+import pathlib
+from typing import Any
+
+import ml_collections
+
+from rome.model.config import PRESETS
+
+SANDBOX_KEYS = {"isolation": str, "memory_mb": int, "pids": int, "disk_mb": int, "command_timeout": float}
+MESH_KEYS = {"replica": int, "fsdp": int, "expert": int, "sequence": int, "tensor": int}
+COMMON_KEYS = {
+    "experiment": str, "preset": str, "seed": int, "init_from": str, "model": str, "tokenizer": str, "loss": str, "steps": int, "updates_per_step": int,
+    "row_length": int, "chunks_per_row": int, "rows_per_microbatch": int, "learning_rate": float, "warmup_updates": int, "decay": bool,
+    "weight_decay": float, "clip": float, "max_context": int, "max_new_tokens": int, "max_turns": int, "temperature": float, "concurrency": int,
+    "episode_seconds": float, "eval_every": int, "eval_tasks": int, "eval_temperature": float, "checkpoint_every": int, "checkpoints_kept": int,
+    "engines": str, "engine_slots": int, "sandbox": SANDBOX_KEYS, "mesh": MESH_KEYS,
+}
+SFT_KEYS = COMMON_KEYS | {"rows": int, "expert_episodes": int, "expert_error_rate": float}
+RL_KEYS = COMMON_KEYS | {
+    "gamma": float, "mismatch_threshold": float, "mismatch_mask": str, "lambda_rl": float, "lambda_il": float, "norm": str, "failure_reward": float,
+    "clip_low": float, "clip_high": float, "old": str, "groups": int, "group_size": int,
+}
+# What the experiment that a run starts from takes over from it: the model, the machine, the seed.
+INHERITED = ("seed", "model", "tokenizer", "engines", "engine_slots", "sandbox", "mesh")
+CHOICES = {
+    "loss": ("sft", "ipa", "token_level", "grpo"), "mismatch_mask": ("chunk", "token"), "norm": ("tokens", "chunks", "trajectories"),
+    "old": ("trainer", "rollout"), "isolation": ("required", "best_available"), "model": tuple(PRESETS),
+}
+MAY_BE_ZERO = {"seed", "warmup_updates", "weight_decay", "eval_every", "expert_error_rate", "lambda_rl", "lambda_il", "failure_reward", "temperature", "eval_temperature"}
+
+
+class ConfigError(ValueError):
+    """A config that cannot run: says which key, which value and what to do."""
+
+
+def load_config(path: str, preset: str) -> ml_collections.ConfigDict:
+    """`get_config(preset)` of an experiment file."""
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise ConfigError(f"there is no experiment file {path}; experiments/ holds {', '.join(sorted(p.name for p in pathlib.Path('experiments').glob('*.py') if p.name != '__init__.py'))}")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(preset)
+
+
+def init_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The config of the experiment that `config` starts from: its file at the same preset, for the same model, machine and seed."""
+    start = load_config(config.init_from, config.preset)
+    for key in INHERITED:
+        start[key] = config[key]
+    return start
+
+
+def check_config(config: ml_collections.ConfigDict) -> None:
+    """Raises ConfigError for a key that nobody reads, a missing one, a wrong type or an impossible combination."""
+    _check_keys(config.to_dict(), SFT_KEYS if config.get("loss") == "sft" else RL_KEYS, "")
+    if config.max_context > config.row_length:
+        raise ConfigError(f"max_context={config.max_context} is longer than a row of row_length={config.row_length} tokens, and no trajectory is cut. Raise row_length.")
+    if config.max_new_tokens >= config.max_context:
+        raise ConfigError(f"max_new_tokens={config.max_new_tokens} leaves no room for a prompt in max_context={config.max_context}. Lower it.")
+    if config.max_turns > config.chunks_per_row:
+        raise ConfigError(f"max_turns={config.max_turns} is more than chunks_per_row={config.chunks_per_row} holds. Raise chunks_per_row.")
+    if config.loss == "grpo" and config.group_size < 2:
+        raise ConfigError(f"loss=grpo compares the episodes of a group, and group_size={config.group_size}. Set it to 2 or more.")
+    if config.loss != "sft" and config.temperature == 0:
+        raise ConfigError("temperature=0 gives a group of equal episodes and no gradient. Set it above 0.")
+    if config.loss == "sft" and config.rows % config.rows_per_microbatch:
+        raise ConfigError(f"rows={config.rows} is not a multiple of rows_per_microbatch={config.rows_per_microbatch}. Change one of them.")
+
+
+def _check_keys(values: dict[str, Any], schema: dict[str, Any], prefix: str) -> None:
+    for key in values:
+        if key not in schema:
+            near = difflib.get_close_matches(key, schema, 1)
+            raise ConfigError(f"config key {prefix}{key!r} is read by nobody{f'; did you mean {near[0]!r}?' if near else '. Remove it.'}")
+    for key, kind in schema.items():
+        if key not in values:
+            raise ConfigError(f"config key {prefix}{key!r} is missing. Add it; experiments/ipa.py shows a value.")
+        value = values[key]
+        if isinstance(kind, dict):
+            _check_keys(value, kind, f"{prefix}{key}.")
+        elif kind is float and isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+            raise ConfigError(f"config.{prefix}{key}={value!r} is a {type(value).__name__}; it takes a {kind.__name__}.")
+        elif key in CHOICES and value not in CHOICES[key]:
+            raise ConfigError(f"config.{prefix}{key}={value!r} is unknown. Choose one of {', '.join(CHOICES[key])}.")
+        elif kind in (int, float) and kind is not bool and not isinstance(value, bool):
+            if not math.isfinite(value) or (value <= 0 and key not in MAY_BE_ZERO) or (value < 0 and key != "failure_reward"):
+                raise ConfigError(f"config.{prefix}{key}={value!r} must be {'at least 0' if key in MAY_BE_ZERO else 'above 0'}.")
+
+
+def default_workdir(config: ml_collections.ConfigDict) -> pathlib.Path:
+    """runs/EXPERIMENT-PRESET-HASH: another config never meets the files of this one."""
+    digest = hashlib.sha256(_canonical(config).encode()).hexdigest()[:8]
+    return pathlib.Path("runs") / f"{config.experiment}-{config.preset}-{digest}"
+
+
+def claim_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+    """Writes the config into a new workdir, or compares it with the one there. Raises ConfigError naming what differs."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / "config.json"
+    text = _canonical(config)
+    if not path.exists():
+        if any(workdir.glob("metrics.jsonl")):
+            raise ConfigError(f"{workdir} holds a run without a config.json. Give another --workdir.")
+        path.write_text(text)
+        return
+    theirs, ours = json.loads(path.read_text()), json.loads(text)
+    different = [f"{key} ({theirs.get(key)!r} there, {ours.get(key)!r} now)" for key in sorted(theirs.keys() | ours.keys()) if theirs.get(key) != ours.get(key)]
+    if different:
+        raise ConfigError(f"{workdir} belongs to another config: {'; '.join(different)[:300]}. Give another --workdir, or none.")
+
+
+def _canonical(config: ml_collections.ConfigDict) -> str:
+    return json.dumps(config.to_dict(), sort_keys=True, indent=1)

@@ -1,0 +1,125 @@
+"""Trains an experiment: python -m launch.train --config=experiments/ipa.py[:PRESET] [--workdir=DIR] [--config.key=value ...]
+
+The same command again resumes where a run stopped. Ctrl-C once: saves and says how to go on; twice: leaves at once.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import signal
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", "experiments/ipa.py", "An experiment file, with :PRESET after it where it has several.")
+_WORKDIR = flags.DEFINE_string("workdir", "", "Where the run lives. Default: runs/EXPERIMENT-PRESET-HASH OF THE CONFIG.")
+
+
+class StopRequest:
+    """Ctrl-C (or SIGTERM) as a wish that the loop asks for; the second one interrupts."""
+
+    def __init__(self) -> None:
+        self.made = False
+        signal.signal(signal.SIGINT, self._handle)
+        signal.signal(signal.SIGTERM, self._handle)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.made:
+            raise KeyboardInterrupt
+        self.made = True
+        print("\nstopping: the last whole step is saved (again: leave at once)", file=sys.stderr, flush=True)
+
+    def __call__(self) -> bool:
+        return self.made
+
+
+def run_experiment(config, workdir: pathlib.Path, isolation: str, stop: StopRequest):
+    """Runs one experiment, first the one that it starts from where its result is missing. Returns False when the user stopped it."""
+    from launch.config import check_config, claim_workdir, init_config
+    from launch.run import start_run, train
+    from rome.rollout.scheduler import Stopped
+    from rome.train.display import Display
+    from rome.train.report import read_report
+
+    check_config(config)
+    claim_workdir(workdir, config)
+    earlier, start = [], pathlib.Path(config.init_from) if config.init_from else None
+    if start is not None and start.suffix == ".py":
+        start = workdir / "init" / "final"
+        if not start.exists():
+            print(f"{config.experiment} starts from {config.init_from}, which has no result in {workdir / 'init'} yet: running it first", flush=True)
+            if not run_experiment(init_config(config), workdir / "init", isolation, stop):
+                return False
+        earlier = read_report(workdir / "init")["evals"]
+    with Display(config.experiment, config.steps) as display:
+        run = start_run(config, workdir, isolation=isolation, should_stop=stop, display=display, earlier_evals=earlier)
+        try:
+            state = train(run, start)
+        except Stopped:
+            return False
+    return int(state.step) == config.steps
+
+
+def show_result(workdir: pathlib.Path) -> None:
+    from rome.train.plots import plot_curves
+    from rome.train.report import before_and_after, print_table, read_report
+
+    report = read_report(workdir)
+    print_table(*before_and_after(report["evals"]))
+    paths = [os.path.relpath(path) for path in plot_curves(workdir)]
+    print(f"{report['steps']} steps in {report['wall_seconds'] / 60:.1f} min, isolation: {report['isolation']}")
+    print(f"report: {workdir / 'report.json'}   curves: {' '.join(paths)}")
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) > 1:
+        raise ValueError(f"argument {argv[1]!r} is not understood; flags look like --config.key=value")
+    logging.set_verbosity(logging.WARNING)  # orbax narrates every save
+    stop = StopRequest()  # before JAX and all else is imported: an early Ctrl-C is heard too
+    from envs.rock import probe
+    from launch.config import default_workdir
+
+    config = _CONFIG.value
+    workdir = pathlib.Path(_WORKDIR.value or default_workdir(config))
+    tier = probe(config.sandbox.isolation)
+    if tier.missing:
+        print(tier.banner(), flush=True)
+    if not run_experiment(config, workdir, tier.tier, stop):
+        command = " ".join([os.path.relpath(sys.executable), "-m", "launch.train", *sys.argv[1:]])
+        print(f"stopped; everything earned is kept in {workdir}. To go on:\n  {command}", flush=True)
+        return 130
+    show_result(workdir)
+    return 0
+
+
+def parse(argv: list[str]) -> list[str]:
+    """absl's parser, with one clear line for what it does not understand."""
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        text = " ".join(str(error.args[0] if error.args else error).strip("'\"").replace("\\'", "'").split())
+        sys.exit(f"launch.train: {text}")
+
+
+def run_main(argv: list[str]) -> int:
+    """`main`; a known kind of failure becomes one line. ROME_DEBUG=1 keeps the traceback."""
+    from envs.rock import SandboxError
+    from rome.engine.client import EngineError
+    from rome.rollout.scheduler import RolloutError
+    from rome.train.checkpoint import CheckpointError
+
+    try:
+        return main(argv)
+    except (ValueError, FileNotFoundError, SandboxError, EngineError, RolloutError, CheckpointError) as error:
+        if os.environ.get("ROME_DEBUG"):
+            raise
+        print(f"launch.train: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(".cache/jax").absolute()))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    app.run(run_main, flags_parser=parse)

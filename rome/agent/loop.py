@@ -1,0 +1,106 @@
+"""The agent loop: one episode of (Engine, Env), the same in training, evaluation and production.
+
+Tokens are only ever appended: the engine is asked with all ids so far, its ids are kept as they came, and the environment's answer is
+tokenised once and appended. What was sampled is what is trained on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import time
+from typing import Any, Protocol
+
+from envs.gem.core import Env
+from envs.rock import SandboxError
+from rome.data.trajectory import Chunk, Trajectory
+from rome.engine.client import Completion, EngineError, Sampling
+from rome.model.tokenizer import Chat
+
+
+class Generator(Protocol):
+    """What the loop needs of an engine or of a pool of them."""
+
+    async def generate(self, input_ids: list[int], sampling: Sampling, deadline_s: float, *, affinity: str | None = None) -> Completion: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Bounds of one episode. Tokens count prompt and action; seconds are wall clock for the whole episode."""
+
+    max_context: int
+    max_new_tokens: int
+    episode_seconds: float = 120.0
+
+
+def derive_seed(*parts: Any) -> int:
+    """A 31-bit seed that depends on all parts and on nothing else (no process-wide hash seed, no global state)."""
+    digest = hashlib.blake2s("\x1f".join(map(str, parts)).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+async def run_episode(
+    engine: Generator, env: Env, chat: Chat, limits: Limits, *, seed: int, temperature: float = 1.0, group: int = 0, episode: int = 0,
+) -> Trajectory:
+    """Plays one episode to its typed ending; returns what happened, never raises for what a policy, tool or server did.
+
+    Args:
+      env: a GEM environment with async twins (`areset`, `astep`, `aclose`); closed here.
+      seed: of the episode; the seed of turn k derives from (seed, k).
+    """
+    started = time.monotonic()
+    chunks: list[Chunk] = []
+    instruction, reward, ending, note = "", 0.0, "cancelled", ""
+    try:
+        async with asyncio.timeout(limits.episode_seconds):
+            instruction, _ = await env.areset()
+            reward, ending, note = await _play(engine, env, chat, limits, instruction, chunks, seed, temperature)
+    except TimeoutError:
+        ending, note = "timeout", f"the episode passed its {limits.episode_seconds:g} s"
+    except EngineError as error:
+        ending, note = "infra_engine", str(error)
+    except SandboxError as error:  # only from the start of the episode: later ones come as typed endings
+        ending, note = "infra_sandbox", str(error)
+    finally:
+        await env.aclose()
+    return Trajectory(
+        task=env.task.name, family=env.task.family, chunks=chunks, reward=reward, ending=ending, group=group, episode=episode, seed=seed,
+        instruction=instruction, seconds=round(time.monotonic() - started, 4), note=note,
+    )
+
+
+async def _play(
+    engine: Generator, env: Env, chat: Chat, limits: Limits, instruction: str, chunks: list[Chunk], seed: int, temperature: float,
+) -> tuple[float, str, str]:
+    """Turn after turn until the environment or a limit ends the episode. Appends to `chunks`; returns (reward, ending, note)."""
+    tokenizer = chat.tokenizer
+    context: list[int] = []
+    prompt_ids = chat.open(instruction)
+    while True:
+        context += prompt_ids
+        room = limits.max_context - len(context)
+        if room < 1:
+            return 0.0, "truncated_tokens", f"no room left in a context of {limits.max_context} tokens"
+        sampling = Sampling(
+            max_new_tokens=min(room, limits.max_new_tokens), temperature=temperature,
+            stop_token_ids=(tokenizer.im_end,), seed=derive_seed(seed, len(chunks)),
+        )
+        completion = await engine.generate(context, sampling, limits.episode_seconds, affinity=str(seed))
+        context += completion.output_ids
+        spoken = completion.output_ids[:-1] if completion.output_ids[-1:] == [tokenizer.im_end] else completion.output_ids
+        chunk = Chunk(
+            prompt_ids=prompt_ids, action_ids=completion.output_ids, logprobs=completion.logprobs, versions=completion.versions,
+            text=tokenizer.decode(spoken), cached_tokens=completion.cached_tokens, routes=completion.routes,
+        )
+        chunks.append(chunk)
+        if completion.finish_reason == "length":
+            chunk.status = "malformed"
+            return 0.0, "truncated_tokens", f"turn {len(chunks)} did not end within {sampling.max_new_tokens} tokens"
+        observation, reward, terminated, truncated, info = await env.astep(chunk.text)
+        chunk.observation, chunk.status = observation, info["status"]
+        if info["use_tool"]:
+            chunk.tool_call = {"name": info["tool_type"], "arguments": {"command": info["parsed_action"]}}
+        if terminated or truncated:
+            return float(reward), info["ending"], str(info.get("note", ""))
+        prompt_ids = chat.observe([observation])

@@ -1,0 +1,210 @@
+"""From trajectories to rows of fixed shape, and from rows to micro-batches. NumPy arrays; grain does the bin packing.
+
+B rows, T tokens a row, C chunks a row. A row packs several whole trajectories.
+
+A chunk without a sampled token is no decision: its prompt is context of the next chunk, and it is not counted among the chunks.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+from typing import Literal
+
+import grain
+import grain.experimental
+import numpy as np
+
+from rome.data.batch import CONTEXT, IMITATION, Batch
+from rome.data.trajectory import KINDS, Chunk, Trajectory
+from rome.losses.ipa import chunk_returns
+
+Purpose = Literal["rl", "sft"]
+
+
+_TOKEN_FEATURES = {
+    "tokens": np.int32, "action_mask": bool, "chunk_start": bool, "version": np.int32, "logp_rollout": np.float32,
+}
+_CHUNK_FEATURES = {"return": np.float32, "reward": np.float32, "sign": np.float32, "advantage": np.float32, "kind": np.int8}
+
+
+def pack(
+    trajectories: Sequence[Trajectory], *, row_length: int, chunks_per_row: int, gamma: float, failure_reward: float, purpose: Purpose = "rl",
+) -> Batch:
+    """All trainable trajectories, each once and whole, in as few rows as best-fit finds; the longest first.
+
+    Infrastructure failures and cancelled episodes are left out, here and in the group statistics. Give a whole step, or whole groups:
+    advantages are taken within `Trajectory.group` over what is given.
+
+    Args:
+      gamma: discount per chunk (Eq. 7).
+      failure_reward: stands for every reward <= 0; 0.0 learns from successes only.
+      purpose: "sft" learns from chunks of status "ok" that are not context; "rl" from every action the policy took.
+    Returns:
+      As many rows as were needed, none if nothing is trainable. The same list gives the same rows.
+    """
+    trajectories = [trajectory for trajectory in trajectories if trajectory.trainable and trajectory.num_action_tokens]
+    advantages = group_advantages(trajectories, failure_reward)
+    examples = [
+        to_example(
+            trajectory, row_length=row_length, chunks_per_row=chunks_per_row, gamma=gamma, failure_reward=failure_reward,
+            advantage=advantage, purpose=purpose,
+        )
+        for trajectory, advantage in zip(trajectories, advantages)
+    ]
+    if not examples:
+        return _empty_rows(0, row_length, chunks_per_row)
+    examples.sort(key=lambda example: -len(example["tokens"]))  # stable, so ties keep their order
+    without_prefetch = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    stream = grain.MapDataset.source(examples).to_iter_dataset(without_prefetch)
+    return to_batch(list(pack_stream(stream, row_length, chunks_per_row, bins=len(examples))))
+
+
+def microbatches(batch: Batch, rows_per_microbatch: int) -> list[Batch]:
+    """Cuts the rows into batches of one shape; the last one is filled up with empty rows, which carry no loss."""
+    if rows_per_microbatch < 1:
+        raise ValueError(f"rows_per_microbatch is {rows_per_microbatch}; set it to 1 or more")
+    missing = -batch.num_rows % rows_per_microbatch
+    empty = _empty_rows(missing, batch.tokens_BT.shape[1], batch.valid_BC.shape[1])
+    full = Batch(*(np.concatenate(pair) for pair in zip(batch, empty)))
+    starts = range(0, full.num_rows, rows_per_microbatch)
+    return [Batch(*(field[start : start + rows_per_microbatch] for field in full)) for start in starts]
+
+
+def group_advantages(trajectories: Sequence[Trajectory], failure_reward: float) -> list[float]:
+    """GRPO: (R - mean) / (std + 1e-6) within each group, ddof 1; a group of one teaches nothing and gets 0."""
+    rewards_by_group = collections.defaultdict(list)
+    for trajectory in trajectories:
+        rewards_by_group[trajectory.group].append(loss_reward(trajectory, failure_reward))
+    advantages = []
+    for trajectory in trajectories:
+        rewards = np.asarray(rewards_by_group[trajectory.group], np.float64)
+        spread = rewards.std(ddof=1) + 1e-6 if len(rewards) > 1 else 1.0
+        advantages.append(float((loss_reward(trajectory, failure_reward) - rewards.mean()) / spread))
+    return advantages
+
+
+def loss_reward(trajectory: Trajectory, failure_reward: float) -> float:
+    """The reward that losses see: the verifier's for a success, `failure_reward` otherwise."""
+    return trajectory.reward if trajectory.reward > 0 else failure_reward
+
+
+def to_example(
+    trajectory: Trajectory, *, row_length: int, chunks_per_row: int, gamma: float, failure_reward: float, advantage: float, purpose: Purpose,
+) -> dict[str, np.ndarray]:
+    """One trajectory as features of two lengths, its tokens and its chunks. Raises ValueError if a row cannot hold it."""
+    turns = _turns(trajectory)
+    _check_fits(trajectory, turns, row_length, chunks_per_row)
+    reward = loss_reward(trajectory, failure_reward)
+    everywhere = np.ones(len(turns))
+    per_chunk = {
+        "return": chunk_returns(reward, len(turns), gamma),
+        "reward": reward * everywhere,
+        "sign": (1.0 if trajectory.reward > 0 else -1.0) * everywhere,
+        "advantage": advantage * everywhere,
+        "kind": [_kind(chunk, purpose) for _, chunk in turns],
+    }
+    pieces = [_token_features(trajectory, prompt_ids, chunk) for prompt_ids, chunk in turns]
+    per_token = {name: np.concatenate([piece[name] for piece in pieces]) for name in _TOKEN_FEATURES}
+    return {name: np.asarray(per_token[name], dtype) for name, dtype in _TOKEN_FEATURES.items()} | {
+        name: np.asarray(per_chunk[name], dtype) for name, dtype in _CHUNK_FEATURES.items()
+    }
+
+
+def pack_stream(examples: grain.IterDataset, row_length: int, chunks_per_row: int, bins: int) -> grain.IterDataset:
+    """Best-fit over `bins` open rows at a time; for `to_batch`. Its iterator's get_state/set_state resume at an exact row."""
+    lengths = dict.fromkeys(_TOKEN_FEATURES, row_length) | dict.fromkeys(_CHUNK_FEATURES, chunks_per_row)
+    # grain adds segments and positions to every feature that is not called meta: one of each length is enough.
+    meta = [name for name in lengths if name not in ("tokens", "kind")]
+    return grain.experimental.BestFitPackIterDataset(
+        examples, length_struct=lengths, num_packing_bins=bins, shuffle_bins=False, meta_features=meta,
+    )
+
+
+def to_batch(rows: Sequence[dict[str, np.ndarray]]) -> Batch:
+    """Stacks rows of `pack_stream`."""
+    row = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    # Chunks lie in the row in the order of their tokens, so the n-th start belongs to the row's n-th chunk.
+    chunk_ids_BT = np.where(row["action_mask"], np.cumsum(row["chunk_start"], axis=1) - 1, -1).astype(np.int32)
+    return Batch(
+        tokens_BT=row["tokens"], positions_BT=row["tokens_positions"], segments_BT=row["tokens_segment_ids"],
+        action_mask_BT=row["action_mask"], chunk_ids_BT=chunk_ids_BT, version_BT=row["version"],
+        logp_rollout_BT=row["logp_rollout"], logp_old_BT=np.zeros_like(row["logp_rollout"]),
+        return_BC=row["return"], reward_BC=row["reward"], sign_BC=row["sign"], advantage_BC=row["advantage"],
+        trajectory_BC=row["kind_segment_ids"], kind_BC=row["kind"], valid_BC=row["kind_segment_ids"] > 0,
+    )
+
+
+def _empty_rows(rows: int, row_length: int, chunks_per_row: int) -> Batch:
+    lengths = dict.fromkeys(_TOKEN_FEATURES, row_length) | dict.fromkeys(_CHUNK_FEATURES, chunks_per_row)
+    lengths |= {"tokens_positions": row_length, "tokens_segment_ids": row_length, "kind_segment_ids": chunks_per_row}
+    dtypes = _TOKEN_FEATURES | _CHUNK_FEATURES
+    row = {name: np.zeros(length, dtypes.get(name, np.int32)) for name, length in lengths.items()}
+    one = to_batch([row])
+    return Batch(*(np.repeat(field, rows, axis=0) for field in one))
+
+
+def _turns(trajectory: Trajectory) -> list[tuple[list[int], Chunk]]:
+    """(tokens read before it, chunk) of every chunk that sampled something."""
+    turns, pending = [], []
+    for chunk in trajectory.chunks:
+        pending = pending + list(chunk.prompt_ids)
+        if chunk.action_ids:
+            turns.append((pending, chunk))
+            pending = []
+    return turns  # what is pending now was never answered
+
+
+def _kind(chunk: Chunk, purpose: Purpose) -> int:
+    if purpose == "rl":
+        return KINDS.index(chunk.kind)
+    if purpose == "sft":  # Eq. 2: an erroneous turn is read, not imitated
+        return IMITATION if chunk.status == "ok" and chunk.kind != "context" else CONTEXT
+    raise ValueError(f"purpose {purpose!r} unknown; known: rl, sft")
+
+
+def _token_features(trajectory: Trajectory, prompt_ids: list[int], chunk: Chunk) -> dict[str, np.ndarray]:
+    read, acted = len(prompt_ids), len(chunk.action_ids)
+    start = np.zeros(read + acted, bool)
+    start[read] = True
+    return {
+        "tokens": np.concatenate([np.asarray(prompt_ids, np.int32), np.asarray(chunk.action_ids, np.int32)]),
+        "action_mask": np.arange(read + acted) >= read,
+        "chunk_start": start,
+        "version": np.concatenate([np.zeros(read, np.int32), _versions(trajectory, chunk)]),
+        "logp_rollout": np.concatenate([np.zeros(read, np.float32), np.asarray(chunk.logprobs, np.float32)]),
+    }
+
+
+def _versions(trajectory: Trajectory, chunk: Chunk) -> np.ndarray:
+    """The weight version of each action token; 0 throughout for a chunk that no engine sampled (an expert's)."""
+    if not chunk.versions:
+        return np.zeros(len(chunk.action_ids), np.int32)
+    versions = np.full(len(chunk.action_ids), -1, np.int32)
+    for version, start, end in chunk.versions:
+        versions[start:end] = version
+    if (versions < 0).any():
+        raise ValueError(
+            f"version spans {chunk.versions} of {_name(trajectory)} leave some of {len(versions)} action tokens without a weight version; "
+            "record one for every token"
+        )
+    return versions
+
+
+def _check_fits(trajectory: Trajectory, turns: list[tuple[list[int], Chunk]], row_length: int, chunks_per_row: int) -> None:
+    name = _name(trajectory)
+    if not trajectory.trainable or not turns:
+        raise ValueError(f"{name} ended as {trajectory.ending} with {trajectory.num_action_tokens} action tokens: nothing to train; leave it out")
+    tokens = sum(len(prompt_ids) + len(chunk.action_ids) for prompt_ids, chunk in turns)
+    if tokens > row_length:
+        raise ValueError(f"{name} has {tokens} tokens but row_length is {row_length}; raise row_length or lower the episode's max_context")
+    if len(turns) > chunks_per_row:
+        raise ValueError(f"{name} has {len(turns)} chunks but chunks_per_row is {chunks_per_row}; raise chunks_per_row or lower the episode's turns")
+    if not turns[0][0]:
+        raise ValueError(f"{name} begins with a sampled token, which nothing predicts; its first chunk needs prompt_ids")
+    if not all(np.isfinite(chunk.logprobs).all() for _, chunk in turns):
+        raise ValueError(f"{name} has a logprob that is not finite; end such an episode as infra_engine")
+
+
+def _name(trajectory: Trajectory) -> str:
+    return f"trajectory {trajectory.task} (group {trajectory.group}, episode {trajectory.episode}, seed {trajectory.seed})"

@@ -1,0 +1,161 @@
+"""What a Qwen3-MoE is, in numbers: one frozen dataclass, the presets, and Hugging Face's config.json both ways.
+
+Values of the Qwen3 presets are those of the published checkpoints. `rope_theta` belongs to a checkpoint (the 2507 releases raised it): a
+model that is loaded takes it from its own config.json through `from_hf`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+DTYPES = ("float32", "bfloat16")
+REMATS = ("none", "full")
+SIZES = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "num_experts", "experts_per_token",
+         "moe_intermediate_size", "max_position")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and numerics of one model. Parameters are float32 in training; `dtype` is what the layers compute in.
+
+    Router, norms, softmax and rotary angles are float32 whatever `dtype` says. `remat`: "full" keeps only the input of each block and
+    recomputes the rest in the backward pass, "none" keeps all.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_experts: int
+    experts_per_token: int
+    moe_intermediate_size: int
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+    max_position: int = 40960
+    norm_topk_prob: bool = True
+    tie_embeddings: bool = False
+    initializer_range: float = 0.02
+    router_aux_loss_coef: float = 0.001
+    dtype: str = "float32"
+    remat: str = "full"
+    eos_token_id: int = 151645
+    pad_token_id: int = 151643
+
+    def __post_init__(self) -> None:
+        for name in SIZES:
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r}; it must be a positive integer")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}; choose a divisor")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd; rotary embedding turns pairs, choose an even one")
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(f"experts_per_token={self.experts_per_token} exceeds num_experts={self.num_experts}; lower it")
+        if self.dtype not in DTYPES or self.remat not in REMATS:
+            raise ValueError(f"dtype={self.dtype!r}, remat={self.remat!r}; choose from {DTYPES} and {REMATS}")
+
+    @classmethod
+    def from_hf(cls, hf: dict[str, Any], **overrides: Any) -> ModelConfig:
+        """Reads a config.json's dict in the spelling of transformers 4 or 5. A switch that this model does not have is refused by name.
+
+        `overrides` are fields that config.json does not hold, such as dtype="bfloat16" or remat="none".
+        """
+        _refuse_unsupported(hf)
+        fields = {ours: _required(hf, names) for ours, names in _SIZE_NAMES.items()}
+        fields |= {ours: hf[name] for ours, name in _OPTIONAL_NAMES.items() if hf.get(name) is not None}
+        fields["head_dim"] = hf.get("head_dim") or fields["hidden_size"] // fields["num_heads"]
+        fields["norm_topk_prob"] = bool(hf.get("norm_topk_prob", False))  # an absent key means transformers' default, not ours
+        fields["rope_theta"] = _rope_theta(hf)
+        if isinstance(fields.get("eos_token_id"), list):
+            fields["eos_token_id"] = fields["eos_token_id"][0]
+        return cls(**(fields | overrides))
+
+    def to_hf(self) -> dict[str, Any]:
+        """config.json's dict. Renamed keys are there in both spellings, so that transformers 4 and 5 and SGLang read it."""
+        return {
+            "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe",
+            "vocab_size": self.vocab_size, "hidden_size": self.hidden_size, "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads, "num_key_value_heads": self.num_kv_heads, "head_dim": self.head_dim,
+            "num_experts": self.num_experts, "num_local_experts": self.num_experts, "num_experts_per_tok": self.experts_per_token,
+            "moe_intermediate_size": self.moe_intermediate_size, "intermediate_size": self.moe_intermediate_size,
+            "rope_theta": self.rope_theta, "rope_scaling": None,
+            "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
+            "rms_norm_eps": self.rms_norm_eps, "max_position_embeddings": self.max_position, "norm_topk_prob": self.norm_topk_prob,
+            "tie_word_embeddings": self.tie_embeddings, "initializer_range": self.initializer_range,
+            "router_aux_loss_coef": self.router_aux_loss_coef, "output_router_logits": False,
+            "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "decoder_sparse_step": 1, "mlp_only_layers": [],
+            "use_sliding_window": False, "sliding_window": None, "use_cache": True,
+            "bos_token_id": None, "eos_token_id": self.eos_token_id, "pad_token_id": self.pad_token_id,
+        }
+
+
+_SIZE_NAMES = {  # our field -> the keys it may stand under
+    "vocab_size": ("vocab_size",), "hidden_size": ("hidden_size",), "num_layers": ("num_hidden_layers",),
+    "num_heads": ("num_attention_heads",), "num_kv_heads": ("num_key_value_heads",), "num_experts": ("num_experts", "num_local_experts"),
+    "experts_per_token": ("num_experts_per_tok",), "moe_intermediate_size": ("moe_intermediate_size",),
+}
+_OPTIONAL_NAMES = {
+    "rms_norm_eps": "rms_norm_eps", "max_position": "max_position_embeddings", "tie_embeddings": "tie_word_embeddings",
+    "initializer_range": "initializer_range", "router_aux_loss_coef": "router_aux_loss_coef",
+    "eos_token_id": "eos_token_id", "pad_token_id": "pad_token_id",
+}
+_SUPPORTED: dict[str, tuple[Any, ...]] = {  # key of config.json -> the values this model can honour; an absent key is fine
+    "model_type": ("qwen3_moe",), "hidden_act": ("silu",), "attention_bias": (False, None), "qkv_bias": (False, None),
+    "attention_dropout": (0, None), "use_sliding_window": (False, None), "decoder_sparse_step": (1, None), "mlp_only_layers": ([], None),
+    "shared_expert_intermediate_size": (0, None), "use_qk_norm": (True, None), "quantization_config": (None,),
+}
+
+
+def _refuse_unsupported(hf: dict[str, Any]) -> None:
+    refused = [f"{key}={hf[key]!r} (supported: {' or '.join(map(repr, values))})"
+               for key, values in _SUPPORTED.items() if key in hf and hf[key] not in values]
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = hf.get(key) or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            refused.append(f"{key}.rope_type={kind!r} (supported: 'default')")
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            refused.append(f"{key}.partial_rotary_factor={rope['partial_rotary_factor']!r} (supported: 1.0)")
+    if refused:
+        raise ValueError(f"config.json asks for what rome.model does not do: {'; '.join(refused)}. Choose another checkpoint.")
+
+
+def _required(hf: dict[str, Any], names: tuple[str, ...]) -> int:
+    found = {name: hf[name] for name in names if hf.get(name) is not None}
+    if not found:
+        raise ValueError(f"config.json has no {' or '.join(names)}; is it a Qwen3-MoE checkpoint?")
+    if len(set(found.values())) > 1:
+        raise ValueError(f"config.json contradicts itself: {found}; keep one value")
+    return next(iter(found.values()))
+
+
+def _rope_theta(hf: dict[str, Any]) -> float:
+    found = {place.get("rope_theta") for place in (hf, hf.get("rope_parameters") or {})} - {None}
+    if not found:
+        raise ValueError("config.json has neither rope_theta nor rope_parameters.rope_theta; take it from the checkpoint's model card")
+    if len(found) > 1:
+        raise ValueError(f"config.json gives rope_theta twice, as {sorted(found)}; keep the checkpoint's own value")
+    return float(found.pop())
+
+
+_QWEN3 = ModelConfig(
+    vocab_size=151936, hidden_size=2048, num_layers=48, num_heads=32, num_kv_heads=4, head_dim=128, num_experts=128, experts_per_token=8,
+    moe_intermediate_size=768, dtype="bfloat16")
+
+PRESETS: dict[str, ModelConfig] = {
+    "tiny": ModelConfig(  # ids are those of rome/model/tiny_tokenizer
+        vocab_size=768, hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32, num_experts=8, experts_per_token=2,
+        moe_intermediate_size=256, rope_theta=1e4, max_position=512, remat="none", eos_token_id=738, pad_token_id=736),
+    "small": ModelConfig(
+        vocab_size=4096, hidden_size=256, num_layers=4, num_heads=8, num_kv_heads=4, head_dim=32, num_experts=16, experts_per_token=2,
+        moe_intermediate_size=128, rope_theta=1e4, max_position=2048, remat="none", eos_token_id=738, pad_token_id=736),
+    "qwen3_30b_a3b": _QWEN3,
+    "qwen3_coder_30b_a3b": dataclasses.replace(_QWEN3, rope_theta=1e7, max_position=262144, router_aux_loss_coef=0.0),
+    "qwen3_235b_a22b": dataclasses.replace(_QWEN3, hidden_size=4096, num_layers=94, num_heads=64, moe_intermediate_size=1536),
+    "qwen3_coder_480b_a35b": dataclasses.replace(
+        _QWEN3, hidden_size=6144, num_layers=62, num_heads=96, num_kv_heads=8, num_experts=160, moe_intermediate_size=2560,
+        rope_theta=1e7, max_position=262144, router_aux_loss_coef=0.0),
+}

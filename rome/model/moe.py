@@ -1,0 +1,174 @@
+"""The mixture of experts: a float32 router, and the experts in forms that are equal in value and differ in speed.
+
+N tokens (flattened rows), D model, E experts, k experts a token, F expert hidden, L layers; A = N * k choices (token n, its j-th expert);
+P blocks of M rows, S = P * M slots.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from rome.model.config import ModelConfig
+
+IMPLEMENTATIONS = ("auto", "dense", "sorted", "ragged")
+BLOCK_ROWS = 64    # large enough for the matmul, small enough to waste little in the last block of an expert
+DENSE_UP_TO = 256  # tokens; below, sorting costs more than it saves
+
+
+class RouterStats(NamedTuple):
+    """Sums over the tokens that are not padding, so that they add up over micro-batches.
+
+    counts_LE: how often each expert was chosen; k * tokens in each layer. prob_sum_LE: router probabilities, differentiable.
+    """
+
+    counts_LE: Array
+    prob_sum_LE: Array
+    tokens: Array
+
+
+def router_loss(stats: RouterStats, config: ModelConfig) -> Array:
+    """Load balancing as transformers computes it: E * sum_e f_e * P_e, both averaged over the tokens of all layers together.
+
+    k when every expert gets the same share, which is the least. Not yet multiplied by config.router_aux_loss_coef.
+    """
+    rows = jnp.maximum(stats.tokens * config.num_layers, 1.0)
+    share_E = jax.lax.stop_gradient(stats.counts_LE.sum(axis=0)) / rows
+    prob_E = stats.prob_sum_LE.sum(axis=0) / rows
+    return config.num_experts * jnp.sum(share_E * prob_E)
+
+
+def route(logits_NE: Array, config: ModelConfig, forced_Nk: Array | None = None) -> tuple[Array, Array, Array]:
+    """Chooses experts and weighs them.
+
+    Args:
+      logits_NE: float32.
+      forced_Nk: expert ids to replay. Their weights come from the same logits, so the router still learns. A token whose ids are negative
+        has no recorded route and chooses for itself.
+    Returns:
+      ids_Nk int32, weights_Nk float32, probs_NE float32.
+    """
+    probs_NE = jax.nn.softmax(logits_NE, axis=-1)
+    _, ids_Nk = jax.lax.top_k(jax.lax.stop_gradient(probs_NE), config.experts_per_token)
+    if forced_Nk is not None:
+        ids_Nk = jnp.where(forced_Nk[:, :1] < 0, ids_Nk, forced_Nk)
+    weights_Nk = jnp.take_along_axis(probs_NE, ids_Nk, axis=-1)  # an id out of range gives NaN: loud
+    if config.norm_topk_prob:
+        weights_Nk = weights_Nk / weights_Nk.sum(axis=-1, keepdims=True)
+    return ids_Nk.astype(jnp.int32), weights_Nk, probs_NE
+
+
+class MoE(nn.Module):
+    """Router and experts of one block."""
+
+    config: ModelConfig
+    experts: str = "auto"
+
+    @nn.compact
+    def __call__(self, x_BTD: Array, real_BT: Array, forced_BTk: Array | None = None) -> tuple[Array, Array, Array, Array]:
+        """Returns out_BTD, ids_BTk, counts_E and prob_sum_E (both summed over the tokens where real_BT)."""
+        config = self.config
+        (B, T, D), E, F, k = x_BTD.shape, config.num_experts, config.moe_intermediate_size, config.experts_per_token
+        init = nn.initializers.normal(config.initializer_range)
+        router_DE = self.param("router", init, (D, E))
+        gate_EDF, up_EDF, down_EFD = (self.param(name, init, shape).astype(x_BTD.dtype) for name, shape in
+                                      (("gate", (E, D, F)), ("up", (E, D, F)), ("down", (E, F, D))))
+        x_ND = x_BTD.reshape(B * T, D)
+        logits_NE = jnp.matmul(x_ND.astype(jnp.float32), router_DE.astype(jnp.float32), precision="highest")
+        ids_Nk, weights_Nk, probs_NE = route(logits_NE, config, None if forced_BTk is None else forced_BTk.reshape(B * T, k))
+        out_ND = experts(x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk, self.experts)
+        real_N = real_BT.reshape(-1).astype(jnp.float32)
+        counts_E = jnp.einsum("Nke,N->e", jax.nn.one_hot(ids_Nk, E), real_N)
+        prob_sum_E = jnp.einsum("Ne,N->e", probs_NE, real_N)
+        return out_ND.reshape(B, T, D), ids_Nk.reshape(B, T, k), counts_E, prob_sum_E
+
+
+def experts(x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, weights_Nk: Array, ids_Nk: Array,
+            implementation: str = "auto") -> Array:
+    """sum_k weight_k * down(silu(gate(x)) * up(x)), each by the expert that its id names. Dropless in every form.
+
+    implementation: "dense" runs every expert on every token; "sorted" is the fast one for many tokens on CPU, where `lax.ragged_dot`
+    ("ragged") costs as much as dense; "auto" chooses by the number of tokens and the platform.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"experts implementation {implementation!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation == "auto":
+        many = "sorted" if jax.default_backend() == "cpu" else "ragged"
+        implementation = "dense" if x_ND.shape[0] <= DENSE_UP_TO else many
+    form = {"dense": experts_dense, "sorted": experts_sorted, "ragged": experts_ragged}[implementation]
+    return form(x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk)
+
+
+def experts_dense(x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, weights_Nk: Array, ids_Nk: Array) -> Array:
+    """Every expert on every token, times 0 where not chosen. The oracle; also what the engine decodes with: rows stay apart."""
+    E = gate_EDF.shape[0]
+    weights_NE = jnp.sum(jax.nn.one_hot(ids_Nk, E, dtype=weights_Nk.dtype) * weights_Nk[..., None], axis=1)
+    hidden_NEF = jax.nn.silu(jnp.einsum("ND,EDF->NEF", x_ND, gate_EDF)) * jnp.einsum("ND,EDF->NEF", x_ND, up_EDF)
+    return jnp.einsum("NEF,EFD->ND", hidden_NEF * weights_NE[..., None].astype(x_ND.dtype), down_EFD)
+
+
+def experts_ragged(x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, weights_Nk: Array, ids_Nk: Array) -> Array:
+    """Choices sorted by expert, matmuls by `lax.ragged_dot`."""
+    ids_A, k = ids_Nk.reshape(-1), ids_Nk.shape[1]
+    order_A = jnp.argsort(ids_A, stable=True)
+    place_Nk = jnp.argsort(order_A).reshape(ids_Nk.shape)
+    sizes_E = jnp.bincount(ids_A, length=gate_EDF.shape[0]).astype(jnp.int32)
+    x_AD = _take_rows(x_ND, order_A // k, place_Nk)
+    hidden_AF = jax.nn.silu(jax.lax.ragged_dot(x_AD, gate_EDF, sizes_E)) * jax.lax.ragged_dot(x_AD, up_EDF, sizes_E)
+    out_AD = jax.lax.ragged_dot(hidden_AF, down_EFD, sizes_E)
+    out_NkD = _take_rows(out_AD, place_Nk.reshape(-1), order_A[:, None]).reshape(*ids_Nk.shape, -1)
+    return jnp.einsum("NkD,Nk->ND", out_NkD, weights_Nk.astype(x_ND.dtype))
+
+
+def experts_sorted(x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, weights_Nk: Array, ids_Nk: Array) -> Array:
+    """Choices sorted by expert into blocks of M rows, each block of one expert; batched matmuls over the blocks."""
+    k, D = ids_Nk.shape[1], x_ND.shape[1]
+    slot_Nk, choice_S, expert_P = _plan_blocks(ids_Nk, gate_EDF.shape[0])
+    x_PMD = _take_rows(x_ND, choice_S // k, slot_Nk).reshape(len(expert_P), BLOCK_ROWS, D)
+    hidden_PMF = (jax.nn.silu(jnp.einsum("PMD,PDF->PMF", x_PMD, gate_EDF[expert_P]))
+                  * jnp.einsum("PMD,PDF->PMF", x_PMD, up_EDF[expert_P]))
+    out_SD = jnp.einsum("PMF,PFD->PMD", hidden_PMF, down_EFD[expert_P]).reshape(-1, D)
+    out_NkD = _take_rows(out_SD, slot_Nk.reshape(-1), choice_S[:, None]).reshape(*ids_Nk.shape, D)
+    return jnp.einsum("NkD,Nk->ND", out_NkD, weights_Nk.astype(x_ND.dtype))
+
+
+def _plan_blocks(ids_Nk: Array, E: int) -> tuple[Array, Array, Array]:
+    """The slot of each choice (slot_Nk), the choice in each slot (choice_S), and the expert of each block (expert_P).
+
+    An empty slot holds the choice A, one past the last: it reads zeros and is read by nobody.
+    """
+    ids_A = ids_Nk.reshape(-1)
+    A = ids_A.shape[0]
+    P = -(-A // BLOCK_ROWS) + E  # each expert leaves less than one block empty
+    order_A = jnp.argsort(ids_A, stable=True)
+    sizes_E = jnp.bincount(ids_A, length=E)
+    padded_E = -(-sizes_E // BLOCK_ROWS) * BLOCK_ROWS
+    padded_end_E = jnp.cumsum(padded_E)
+    shift_E = (padded_end_E - padded_E) - (jnp.cumsum(sizes_E) - sizes_E)
+    slot_by_order_A = (jnp.arange(A) + shift_E[ids_A[order_A]]).astype(jnp.int32)
+    slot_A = jnp.zeros(A, jnp.int32).at[order_A].set(slot_by_order_A, unique_indices=True)
+    choice_S = jnp.full(P * BLOCK_ROWS, A, jnp.int32).at[slot_by_order_A].set(order_A.astype(jnp.int32), unique_indices=True)
+    expert_P = jnp.searchsorted(padded_end_E, jnp.arange(P) * BLOCK_ROWS, side="right").clip(0, E - 1)
+    return slot_A.reshape(ids_Nk.shape), choice_S, expert_P
+
+
+@jax.custom_vjp
+def _take_rows(x_RD: Array, index_Q: Array, takers_RJ: Array) -> Array:
+    """x[index], zeros where an index is past the end. `takers` lists for each row of x who took it, so that the gradient is a gather
+    too: the scatter-add that JAX would make is several times slower on CPU."""
+    return jnp.take(x_RD, index_Q, axis=0, mode="fill", fill_value=0)
+
+
+def _take_rows_forward(x_RD, index_Q, takers_RJ):
+    return _take_rows(x_RD, index_Q, takers_RJ), takers_RJ
+
+
+def _take_rows_backward(takers_RJ, grad_QD):
+    return jnp.take(grad_QD, takers_RJ, axis=0, mode="fill", fill_value=0).sum(axis=1), None, None
+
+
+_take_rows.defvjp(_take_rows_forward, _take_rows_backward)

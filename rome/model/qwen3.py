@@ -1,0 +1,255 @@
+"""Qwen3-MoE in functional Flax: embedding, blocks of attention and experts, final norm. The head is left to whoever needs logits.
+
+B rows, T time, S cache slots, D model, N query heads, K key heads, H head dim, L layers, k experts a token, V vocabulary.
+
+Parameters are an explicit pytree of float32 arrays; layers are stacked on a leading L axis:
+
+    {"embed": {"embedding" [V, D]}, "layers": {"attention_norm", "attention", "moe_norm", "moe"}, "norm": {"scale"}, "head": {"kernel" [D, V]}}
+
+`Qwen3(config)` scans over the stack, which compiles once for any depth. `Qwen3(config, scan=False)` runs the same parameters, stacked or as a
+tuple of layers (`unstack_layers`), one after the other: several times faster for decoding on a CPU. Both give the same numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from rome.model import sharding
+from rome.model.attention import attention
+from rome.model.config import ModelConfig
+from rome.model.moe import MoE, RouterStats
+
+Params = dict[str, Any]
+
+
+class Cache(NamedTuple):
+    """Keys and values by position. Scanned: arrays [L, B, S, K, H]. Unrolled: tuples of L arrays [B, S, K, H]."""
+
+    k: Any
+    v: Any
+
+
+class Output(NamedTuple):
+    """hidden_BTD is after the final norm: logits are hidden_BTD @ head_kernel(params, config)."""
+
+    hidden_BTD: Array
+    cache: Cache | None
+    routes_LBTK: Array
+    router: RouterStats
+
+
+class Places(NamedTuple):
+    """What every layer needs to know about where tokens stand. h is H / 2."""
+
+    cos_BT1h: Array
+    sin_BT1h: Array
+    positions_BT: Array
+    segments_BT: Array
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis, in float32."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
+        return (x32 * scale).astype(x.dtype)
+
+
+def rotary_angles(positions_BT: Array, config: ModelConfig) -> tuple[Array, Array]:
+    """cos and sin, each [B, T, 1, H / 2] float32."""
+    frequency_h = config.rope_theta ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
+    angle_BT1h = positions_BT.astype(jnp.float32)[:, :, None, None] * frequency_h
+    return jnp.cos(angle_BT1h), jnp.sin(angle_BT1h)
+
+
+def rotate(x_BTNH: Array, cos_BT1h: Array, sin_BT1h: Array) -> Array:
+    """Rotary embedding in the layout of the published weights: i is paired with i + H / 2."""
+    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos_BT1h - b * sin_BT1h, b * cos_BT1h + a * sin_BT1h], axis=-1).astype(x_BTNH.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normed queries and keys, over the row itself or over a cache that it extends."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: Array, places: Places, cache: Cache | None) -> tuple[Array, Cache | None]:
+        config = self.config
+        D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+        init = nn.initializers.normal(config.initializer_range)
+        q_DNH, k_DKH, v_DKH, o_NHD = (self.param(name, init, shape).astype(x_BTD.dtype) for name, shape in
+                                      (("q", (D, N, H)), ("k", (D, K, H)), ("v", (D, K, H)), ("o", (N, H, D))))
+        q_BTNH = RMSNorm(config.rms_norm_eps, name="q_norm")(jnp.einsum("BTD,DNH->BTNH", x_BTD, q_DNH))
+        k_BTKH = RMSNorm(config.rms_norm_eps, name="k_norm")(jnp.einsum("BTD,DKH->BTKH", x_BTD, k_DKH))
+        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, v_DKH)
+        q_BTNH = rotate(q_BTNH, places.cos_BT1h, places.sin_BT1h)
+        k_BTKH = rotate(k_BTKH, places.cos_BT1h, places.sin_BT1h)
+        attend = _attend_row if cache is None else functools.partial(_attend_cache, cache=cache)
+        out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH, places)
+        return jnp.einsum("BTNH,NHD->BTD", out_BTNH, o_NHD), cache
+
+
+def _attend_row(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, places: Places) -> tuple[Array, None]:
+    order_BT = jnp.broadcast_to(jnp.arange(q_BTNH.shape[1]), q_BTNH.shape[:2])
+    return attention(q_BTNH, k_BTKH, v_BTKH, q_places_BT=order_BT, k_places_BS=order_BT, q_segments_BT=places.segments_BT,
+                     k_segments_BS=places.segments_BT, ordered=True), None
+
+
+def _attend_cache(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, places: Places, cache: Cache) -> tuple[Array, Cache]:
+    B, S = cache.k.shape[:2]
+    real_BT = places.segments_BT != 0
+    slot_BT = jnp.where(real_BT, places.positions_BT, S)  # S is past the end: the scatter drops padding
+    row_B1 = jnp.arange(B)[:, None]
+    cache = Cache(cache.k.at[row_B1, slot_BT].set(k_BTKH.astype(cache.k.dtype), mode="drop"),
+                  cache.v.at[row_B1, slot_BT].set(v_BTKH.astype(cache.v.dtype), mode="drop"))
+    slots_BS = jnp.broadcast_to(jnp.arange(S), (B, S))
+    out_BTNH = attention(q_BTNH, cache.k.astype(q_BTNH.dtype), cache.v.astype(q_BTNH.dtype), q_places_BT=places.positions_BT,
+                         k_places_BS=slots_BS, q_segments_BT=real_BT.astype(jnp.int32), k_segments_BS=jnp.ones_like(slots_BS))
+    return out_BTNH, cache
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + experts(norm(x)). Returns scan's form: the carry, then what is stacked over layers."""
+
+    config: ModelConfig
+    experts: str = "auto"
+
+    @nn.compact
+    def __call__(self, x_BTD: Array, places: Places, cache: Cache | None, forced_BTk: Array | None):
+        epsilon = self.config.rms_norm_eps
+        x_BTD = sharding.constrain(x_BTD, "batch", "time", None)
+        attended_BTD, cache = Attention(self.config, name="attention")(RMSNorm(epsilon, name="attention_norm")(x_BTD), places, cache)
+        x_BTD = x_BTD + attended_BTD
+        normed_BTD = RMSNorm(epsilon, name="moe_norm")(x_BTD)
+        out_BTD, ids_BTk, counts_E, prob_sum_E = MoE(self.config, self.experts, name="moe")(normed_BTD, places.segments_BT != 0, forced_BTk)
+        return x_BTD + out_BTD, (cache, ids_BTk, counts_E, prob_sum_E)
+
+
+class Qwen3(nn.Module):
+    """The model up to the final norm.
+
+    Attributes:
+      scan: loop over stacked layers (True) or unroll them (False); see the module's docstring.
+      experts: form of the experts, as in `rome.model.moe.experts`.
+    """
+
+    config: ModelConfig
+    scan: bool = True
+    experts: str = "auto"
+
+    @nn.compact
+    def __call__(self, tokens_BT: Array, positions_BT: Array, segments_BT: Array, cache: Cache | None = None,
+                 routes_LBTK: Array | None = None) -> Output:
+        """Runs the model.
+
+        Args:
+          positions_BT: rotary positions; with a cache also the slot that a token is written to, below the cache's length.
+          segments_BT: 0 is padding; tokens of one number attend causally to each other. With a cache a row is one sequence and only
+            zero or not matters: padding is not written, and a query sees the slots up to its position.
+          routes_LBTK: expert ids to replay; gate weights still come from the router. Negative where a token chooses for itself.
+        """
+        config = self.config
+        self._check(tokens_BT, positions_BT, segments_BT, cache, routes_LBTK)
+        embedding_VD = _Matrix("embedding", (config.vocab_size, config.hidden_size), config.initializer_range, name="embed")()
+        if not config.tie_embeddings:  # made here, applied by whoever needs logits: training never builds [B, T, V]
+            _Matrix("kernel", (config.hidden_size, config.vocab_size), config.initializer_range, name="head")()
+        x_BTD = jnp.take(embedding_VD, tokens_BT, axis=0).astype(config.dtype)
+        places = Places(*rotary_angles(positions_BT, config), positions_BT, segments_BT)
+        run = self._scanned if self.scan else self._unrolled
+        x_BTD, (cache, routes_LBTK, counts_LE, prob_sum_LE) = run(x_BTD, places, cache, routes_LBTK)
+        hidden_BTD = RMSNorm(config.rms_norm_eps, name="norm")(sharding.constrain(x_BTD, "batch", "time", None))
+        tokens = jnp.sum(segments_BT != 0).astype(jnp.float32)
+        return Output(hidden_BTD, cache, routes_LBTK, RouterStats(counts_LE, prob_sum_LE, tokens))
+
+    def _scanned(self, x_BTD: Array, places: Places, cache: Cache | None, forced_LBTk: Array | None):
+        block = nn.remat(Block, prevent_cse=False) if self.config.remat == "full" else Block
+        layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(nn.broadcast, 0, 0),
+                         length=self.config.num_layers)
+        return layers(self.config, self.experts, name="layers")(x_BTD, places, cache, forced_LBTk)
+
+    def _unrolled(self, x_BTD: Array, places: Places, cache: Cache | None, forced_LBTk: Array | None):
+        layers = self.get_variable("params", "layers")
+        block = Block(self.config, self.experts, parent=None)
+
+        def run(layer: Params, *args: Any):
+            return block.apply({"params": layer}, *args)
+
+        run = jax.checkpoint(run) if self.config.remat == "full" else run
+        outs = []
+        for i in range(self.config.num_layers):
+            layer = layers[i] if isinstance(layers, tuple) else jax.tree.map(lambda w: w[i], layers)
+            layer_cache = None if cache is None else Cache(cache.k[i], cache.v[i])
+            x_BTD, out = run(layer, x_BTD, places, layer_cache, None if forced_LBTk is None else forced_LBTk[i])
+            outs.append(out)
+        caches, *others = zip(*outs)
+        cache = None if cache is None else Cache(tuple(c.k for c in caches), tuple(c.v for c in caches))
+        return x_BTD, (cache, *map(jnp.stack, others))
+
+    def _check(self, tokens_BT: Array, positions_BT: Array, segments_BT: Array, cache: Cache | None, routes_LBTK: Array | None) -> None:
+        config, shape = self.config, tuple(tokens_BT.shape)
+        if len(shape) != 2 or positions_BT.shape != shape or segments_BT.shape != shape:
+            raise ValueError(f"tokens {shape}, positions {positions_BT.shape} and segments {segments_BT.shape} must have one shape [B, T]")
+        routes_shape = (config.num_layers, *shape, config.experts_per_token)
+        if routes_LBTK is not None and tuple(routes_LBTK.shape) != routes_shape:
+            raise ValueError(f"routes have shape {tuple(routes_LBTK.shape)}; these tokens need [layers, B, T, k] = {routes_shape}")
+        if cache is not None and isinstance(cache.k, tuple) == self.scan:
+            raise ValueError(f"this cache is not for scan={self.scan}; make it with init_cache(config, batch, length, scan={self.scan})")
+        if self.is_initializing() and not self.scan:
+            raise ValueError("Qwen3(scan=False) makes no parameters; use init_params(config, key)")
+        if not self.is_initializing() and self.scan and isinstance(self.get_variable("params", "layers"), tuple):
+            raise ValueError("layers are a tuple, but this model scans over a stack; use Qwen3(config, scan=False) or stack_layers(params)")
+
+
+class _Matrix(nn.Module):
+    """One matrix under its own name, so that the parameter tree reads well."""
+
+    leaf: str
+    shape: tuple[int, int]
+    stddev: float
+
+    @nn.compact
+    def __call__(self) -> Array:
+        return self.param(self.leaf, nn.initializers.normal(self.stddev), self.shape)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def init_params(config: ModelConfig, key: Array) -> Params:
+    """Fresh float32 parameters, stacked over layers: normal(initializer_range), norms at 1."""
+    one = jnp.ones((1, 1), jnp.int32)
+    return Qwen3(config).init(key, one, one, one)["params"]
+
+
+def init_cache(config: ModelConfig, batch: int, length: int, scan: bool = True) -> Cache:
+    """An empty cache of `length` slots a row, in the compute dtype."""
+    shape = (batch, length, config.num_kv_heads, config.head_dim)
+    if scan:
+        return Cache(*(jnp.zeros((config.num_layers, *shape), config.dtype) for _ in range(2)))
+    return Cache(*(tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers)) for _ in range(2)))
+
+
+def head_kernel(params: Params, config: ModelConfig) -> Array:
+    """[D, V]: what maps hidden states to logits, the transposed embedding where the two are tied."""
+    return params["embed"]["embedding"].T if config.tie_embeddings else params["head"]["kernel"]
+
+
+def unstack_layers(params: Params) -> Params:
+    """The same parameters with layers as a tuple, for Qwen3(config, scan=False): no slicing at each step."""
+    depth = jax.tree.leaves(params["layers"])[0].shape[0]
+    return params | {"layers": tuple(jax.tree.map(lambda w: w[i], params["layers"]) for i in range(depth))}
+
+
+def stack_layers(params: Params) -> Params:
+    """The inverse of unstack_layers."""
+    return params | {"layers": jax.tree.map(lambda *w: jnp.stack(w), *params["layers"])}

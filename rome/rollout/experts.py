@@ -1,0 +1,54 @@
+"""Expert trajectories for SFT: scripted experts play their tasks in real sandboxes, and what they said becomes token ids.
+
+The experts sometimes err and recover. Such turns keep their status (`tool_error`), so that the loss masks them and the recovery is learnt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import pathlib
+import random
+from collections.abc import Callable, Sequence
+
+from envs.tasks.terminal.env import TerminalEnv
+from envs.tasks.terminal.expert import run_expert
+from rome.data.trajectory import Chunk, Trajectory, load_trajectory, save_trajectory
+from rome.model.tokenizer import Chat
+from rome.rollout.scheduler import RolloutError
+
+
+async def collect_experts(
+    tasks: Sequence[str], make_env: Callable[[str], TerminalEnv], chat: Chat, *, error_rate: float, concurrency: int, directory: pathlib.Path,
+    on_finish: Callable[[Trajectory], None] | None = None,
+) -> list[Trajectory]:
+    """One solved trajectory for each task, in the order asked for; those already in `directory` are taken from there.
+
+    Raises: RolloutError where an expert fails its own task: then the task is wrong, or the sandbox is.
+    """
+    gate = asyncio.Semaphore(concurrency)
+
+    async def play(number: int, task: str) -> Trajectory:
+        path = directory / f"expert_{number:06d}.json"
+        if path.exists():
+            return load_trajectory(path)
+        async with gate:
+            trajectory = await expert_trajectory(make_env(task), chat, random.Random(f"expert {task}"), error_rate)
+        save_trajectory(trajectory, path)
+        if on_finish is not None:
+            on_finish(trajectory)
+        return trajectory
+
+    return await asyncio.gather(*(play(number, task) for number, task in enumerate(tasks)))
+
+
+async def expert_trajectory(env: TerminalEnv, chat: Chat, rng: random.Random, error_rate: float) -> Trajectory:
+    """Plays one expert episode; its turns become tokens exactly as a policy's would stand in the context."""
+    played = await run_expert(env, rng, error_rate)
+    if played.ending != "success":
+        raise RolloutError(f"the expert of {played.task} ended as {played.ending}, not as a success; its last observation: {played.turns[-1].observation!r}")
+    chunks, prompt_ids = [], chat.open(played.instruction)
+    for turn in played.turns:
+        action_ids = chat.turn(turn.text)
+        chunks.append(Chunk(prompt_ids, action_ids, [0.0] * len(action_ids), text=turn.text, observation=turn.observation, status=turn.status))
+        prompt_ids = chat.observe([turn.observation])
+    return Trajectory(task=played.task, family=played.family, chunks=chunks, reward=played.reward, ending=played.ending, instruction=played.instruction)

@@ -1,0 +1,145 @@
+"""ROLL's scheduler: plays the episodes that a training step or an evaluation needs, and keeps account of every one.
+
+Each episode moves alone (generation, commands and grading of different episodes overlap) under one limit of episodes at once. A finished
+trajectory is on disk before it is counted, so a killed run takes it up again instead of paying for it twice. An episode that the
+infrastructure spoiled is replaced from the same initial state with another seed; it never becomes a reward of 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+
+from envs.gem.core import Env
+from rome.agent.loop import Generator, Limits, derive_seed, run_episode
+from rome.data.trajectory import Trajectory, load_trajectory, save_trajectory
+from rome.model.tokenizer import Chat
+
+
+class Stopped(Exception):
+    """The user asked the run to stop while episodes were in flight. Those that had finished are on disk."""
+
+
+class RolloutError(RuntimeError):
+    """The infrastructure spoiled one episode several times over."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """What to play: a task by name, its place in the step, the seed of its sampling."""
+
+    task: str
+    group: int
+    episode: int
+    seed: int
+
+
+@dataclasses.dataclass
+class Accounting:
+    """started = trained + dropped (by reason) + in_flight, at every moment."""
+
+    started: int = 0
+    trained: int = 0
+    dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    in_flight: int = 0
+
+    def check(self) -> None:
+        if self.started != self.trained + self.dropped.total() + self.in_flight:
+            raise AssertionError(f"sample accounting does not add up: {self}")
+
+    def to_json(self) -> dict:
+        return {"started": self.started, "trained": self.trained, "dropped": dict(self.dropped), "in_flight": self.in_flight}
+
+    @classmethod
+    def from_json(cls, document: dict) -> Accounting:
+        """As of a checkpoint: what was in flight then is started anew."""
+        counts = cls(document["started"], document["trained"], collections.Counter(document["dropped"]), 0)
+        counts.started -= document["in_flight"]
+        return counts
+
+
+@dataclasses.dataclass
+class Scheduler:
+    """Plays lists of episodes over one engine (or pool) and environments made by name.
+
+    Args:
+      make_env: task name -> a fresh environment for one episode.
+      concurrency: episodes at once.
+      should_stop: asked twice a second; True cancels what is in flight and raises Stopped.
+      attempts: how often an episode spoiled by infrastructure is tried in all.
+    """
+
+    engine: Generator
+    make_env: Callable[[str], Env]
+    chat: Chat
+    limits: Limits
+    concurrency: int
+    should_stop: Callable[[], bool] = lambda: False
+    attempts: int = 3
+
+    async def play(
+        self, episodes: Sequence[Episode], *, temperature: float, accounting: Accounting | None = None,
+        record: Callable[[Episode], pathlib.Path] | None = None, on_finish: Callable[[Trajectory], None] | None = None,
+    ) -> list[Trajectory]:
+        """Plays all episodes; returns their trajectories in the order asked for, each of them trainable.
+
+        Args:
+          record: where an episode's trajectory is kept. One that is there already is taken, not played again.
+          accounting: counts of training samples; evaluations pass none.
+        Raises: Stopped; RolloutError when one episode is spoiled `attempts` times.
+        """
+        accounting = accounting or Accounting()
+        gate = asyncio.Semaphore(self.concurrency)
+
+        async def finish(episode: Episode) -> Trajectory:
+            async with gate:
+                trajectory = await self._play_one(episode, temperature, accounting, record and record(episode))
+            if on_finish is not None:
+                on_finish(trajectory)
+            return trajectory
+
+        futures = [asyncio.ensure_future(finish(episode)) for episode in episodes]
+        try:
+            await self._watch(futures)
+        finally:
+            for future in futures:
+                future.cancel()
+            await asyncio.gather(*futures, return_exceptions=True)  # sandboxes are closed before anyone goes on
+        return [future.result() for future in futures]
+
+    async def _watch(self, futures: list[asyncio.Future]) -> None:
+        """Waits for all of them; the first error, or the wish to stop, ends the wait."""
+        pending = set(futures)
+        while pending:
+            if self.should_stop():
+                raise Stopped
+            done, pending = await asyncio.wait(pending, timeout=0.5, return_when=asyncio.FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+
+    async def _play_one(self, episode: Episode, temperature: float, accounting: Accounting, path: pathlib.Path | None) -> Trajectory:
+        if path is not None and path.exists():
+            accounting.started += 1
+            accounting.in_flight += 1
+            return load_trajectory(path)
+        for attempt in range(self.attempts):
+            accounting.started += 1
+            accounting.in_flight += 1
+            trajectory = await run_episode(
+                self.engine, self.make_env(episode.task), self.chat, self.limits, temperature=temperature,
+                seed=episode.seed if attempt == 0 else derive_seed(episode.seed, "attempt", attempt),
+                group=episode.group, episode=episode.episode,
+            )
+            if trajectory.trainable:
+                if path is not None:
+                    save_trajectory(trajectory, path)
+                return trajectory
+            accounting.in_flight -= 1
+            accounting.dropped[trajectory.ending] += 1
+        raise RolloutError(
+            f"{episode.task} was spoiled {self.attempts} times in a row, last as {trajectory.ending}: {trajectory.note or 'no detail'}. "
+            "Finished trajectories are kept; mend the cause and run the same command again."
+        )

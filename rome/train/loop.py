@@ -1,0 +1,101 @@
+"""The training loop, top to bottom: evaluate, then steps of collect, update, publish, write, evaluate, save.
+
+Everything outside the learner is handed in as a function, so that this file knows neither engines nor environments; SFT and IPA run
+through the same lines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from rome.data.batch import Batch
+from rome.losses import Denominators
+from rome.train.checkpoint import Checkpoints
+from rome.train.display import Display
+from rome.train.metrics import MetricsWriter
+from rome.train.report import EvalResult
+from rome.train.state import TrainState
+from rome.train.step import Learner
+
+
+@dataclasses.dataclass
+class StepData:
+    """What one step trains on: its micro-batches, the denominators over all of them, and what collecting them showed."""
+
+    microbatches: list[Batch]
+    denominators: Denominators
+    figures: dict[str, float]
+
+
+@dataclasses.dataclass
+class Stage:
+    """One stage of training and what it needs from outside.
+
+    Args:
+      collect: (step, state) -> the step's data; may raise the caller's own exception to stop.
+      publish: (state) brings the weights to whoever samples with them; called after every step.
+      evaluate: (step, state) -> result; called at step 0, every `evaluate_every` steps (0: never) and at the end. Done before: returns the kept result.
+      host_state: what else a checkpoint carries, asked at the moment of saving.
+    """
+
+    name: str
+    steps: int
+    updates_per_step: int
+    evaluate_every: int
+    checkpoint_every: int
+    collect: Callable[[int, TrainState], StepData]
+    publish: Callable[[TrainState], None]
+    evaluate: Callable[[int, TrainState], EvalResult]
+    host_state: Callable[[], dict[str, Any]]
+    should_stop: Callable[[], bool]
+
+
+def run_stage(stage: Stage, learner: Learner, state: TrainState, checkpoints: Checkpoints, metrics: MetricsWriter, display: Display) -> TrainState:
+    """Runs the stage from `state.step` to its end, or to the step at which the user asked to stop. Returns the state reached; it is saved."""
+    step = int(state.step)
+    unwritten: tuple[int, dict[str, Any]] | None = None  # figures of step k are fetched and written while step k + 1 runs
+
+    def write_figures() -> None:
+        nonlocal unwritten
+        if unwritten is not None:
+            (number, figures), unwritten = unwritten, None  # first: a figure that is refused is not tried again on the way out
+            figures = {name: float(value) for name, value in jax.device_get(figures).items()}
+            metrics.write(number, figures)
+            display.update(number, figures)
+
+    def save() -> None:
+        write_figures()  # a step that a checkpoint holds is also in the metrics
+        checkpoints.save(step, state, stage.host_state())
+
+    try:
+        stage.publish(state)
+        if step == 0:
+            display.evaluated(stage.evaluate(0, state))
+        while step < stage.steps and not stage.should_stop():
+            started = time.monotonic()
+            data = stage.collect(step, state)
+            collected = time.monotonic()
+            updated = state
+            for _ in range(stage.updates_per_step):
+                updated, figures = learner.update(updated, data.microbatches, data.denominators)
+            write_figures()
+            step, state = step + 1, updated._replace(step=updated.step + 1)
+            stage.publish(state)
+            unwritten = step, data.figures | figures | {"seconds_collect": collected - started, "seconds_update": time.monotonic() - collected}
+            if step % stage.checkpoint_every == 0 or step == stage.steps:
+                save()
+            if step == stage.steps or (stage.evaluate_every and step % stage.evaluate_every == 0):
+                write_figures()
+                display.evaluated(stage.evaluate(step, state))
+    finally:
+        # Whatever the reason to leave, the last whole step is kept. An update that failed half-way has consumed its state: then the
+        # newest checkpoint is the one before.
+        if step and not any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
+            save()
+        checkpoints.wait()
+    return state

@@ -1,0 +1,94 @@
+"""Configs: every key is read, wrong ones are refused in one line before anything starts."""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from launch.config import RL_KEYS, SFT_KEYS, ConfigError, check_config, claim_workdir, default_workdir, init_config, load_config
+
+ROOT = pathlib.Path(__file__).parents[2]
+PRESETS = ("tiny", "smoke", "qwen3_30b_a3b")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", ["ipa", "sft"])
+def test_shipped_configs_are_accepted(name, preset):
+    check_config(load_config(f"experiments/{name}.py", preset))
+
+
+def test_every_config_key_is_read_by_the_launcher():
+    source = "".join((ROOT / "launch" / name).read_text() for name in ("run.py", "train.py", "config.py"))
+    for key in SFT_KEYS | RL_KEYS:
+        assert re.search(rf"\bconfig\.{key}\b", source), f"config.{key} is read nowhere"
+    for key in RL_KEYS["sandbox"]:
+        assert re.search(rf"\bsandbox\.{key}\b", source), f"config.sandbox.{key} is read nowhere"
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"gama": 0.9}, "'gama' is read by nobody; did you mean 'gamma'"),
+    ({"loss": "ppo"}, "loss='ppo' is unknown"),
+    ({"steps": 0}, "steps=0 must be above 0"),
+    ({"learning_rate": float("nan")}, "learning_rate=nan"),
+    ({"max_context": 4096}, "max_context=4096 is longer than a row"),
+    ({"loss": "grpo", "group_size": 1}, "group_size=1"),
+    ({"temperature": 0.0}, "temperature=0"),
+    ({"max_turns": 99}, "max_turns=99"),
+])
+def test_a_wrong_config_is_refused_with_the_value_and_the_remedy(change, message):
+    config = load_config("experiments/ipa.py", "tiny").unlock()
+    for key, value in change.items():
+        config[key] = value
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_config(config)
+
+
+def test_a_missing_key_is_named():
+    config = load_config("experiments/ipa.py", "tiny").unlock()
+    del config["gamma"]
+    with pytest.raises(ConfigError, match="'gamma' is missing"):
+        check_config(config)
+
+
+def test_the_experiment_started_from_takes_over_seed_and_machine():
+    config = load_config("experiments/ipa.py", "smoke")
+    config.seed, config.sandbox.isolation = 7, "required"
+    start = init_config(config)
+    assert (start.experiment, start.preset, start.seed, start.sandbox.isolation) == ("sft", "smoke", 7, "required")
+
+
+def test_default_workdirs_of_two_configs_differ():
+    one, two = load_config("experiments/ipa.py", "tiny"), load_config("experiments/ipa.py", "tiny")
+    assert default_workdir(one) == default_workdir(two)
+    two.seed = 1
+    assert default_workdir(one) != default_workdir(two)
+
+
+def test_a_workdir_of_another_config_is_refused(tmp_path):
+    config = load_config("experiments/ipa.py", "tiny")
+    claim_workdir(tmp_path, config)
+    claim_workdir(tmp_path, config)
+    config.gamma = 0.5
+    with pytest.raises(ConfigError, match=r"gamma \(0.95 there, 0.5 now\)"):
+        claim_workdir(tmp_path, config)
+    assert json.loads((tmp_path / "config.json").read_text())["gamma"] == 0.95
+
+
+@pytest.mark.parametrize("flag, message", [
+    ("--config.gama=1", "gama"),
+    ("--config.seed=x", "--config.seed=x"),
+    ("--nope=1", "nope"),
+    ("--config=experiments/none.py", "experiments/none.py"),
+    ("--config=experiments/ipa.py:huge", "no preset 'huge'"),
+])
+def test_the_command_line_answers_nonsense_with_one_line(flag, message, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.train", "--config=experiments/ipa.py:smoke", f"--workdir={tmp_path / 'run'}", flag],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )
+    assert done.returncode not in (0, 130)
+    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not (tmp_path / "run").exists()

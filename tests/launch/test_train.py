@@ -1,0 +1,122 @@
+"""launch.train end to end on real processes: real engine, real sandboxes; killed, resumed, repeated."""
+
+import collections
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+SFT = ["--config=experiments/sft.py:smoke", "--config.steps=6", "--config.expert_episodes=48", "--config.eval_tasks=1", "--config.checkpoint_every=2"]
+IPA = [
+    "--config=experiments/ipa.py:smoke", "--config.steps=3", "--config.groups=2", "--config.group_size=2", "--config.eval_tasks=1",
+    "--config.eval_every=3", "--config.checkpoint_every=2",
+]
+
+
+def command(flags: list[str], workdir: pathlib.Path) -> list[str]:
+    return [sys.executable, "-m", "launch.train", *flags, f"--workdir={workdir}"]
+
+
+def environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device, as a user has
+
+
+def train(flags: list[str], workdir: pathlib.Path) -> str:
+    done = subprocess.run(command(flags, workdir), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def train_and_interrupt(flags: list[str], workdir: pathlib.Path, number: int, after_steps: int) -> int:
+    """Starts the run and sends it a signal at some moment after its first steps. Returns its exit status."""
+    process = subprocess.Popen(command(flags, workdir), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    ends = time.monotonic() + 240
+    while len(metrics(workdir)) < after_steps and process.poll() is None and time.monotonic() < ends:
+        time.sleep(0.02)
+    time.sleep(random.uniform(0.0, 0.5))
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    return process.returncode
+
+
+def metrics(workdir: pathlib.Path) -> list[dict]:
+    path = workdir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+
+
+def report(workdir: pathlib.Path) -> dict:
+    return json.loads((workdir / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def sft(tmp_path_factory) -> pathlib.Path:
+    workdir = tmp_path_factory.mktemp("sft") / "run"
+    train(SFT, workdir)
+    return workdir
+
+
+def test_sft_leaves_what_programs_read(sft):
+    document = report(sft)
+    assert document["experiment"] == "sft" and document["steps"] == 6 and document["wall_seconds"] > 0
+    assert document["isolation"]
+    assert [(entry["stage"], entry["step"]) for entry in document["evals"]] == [("sft", 0), ("sft", 6)]
+    for entry in document["evals"]:
+        assert 0 <= entry["low"] <= entry["success"] <= entry["high"] <= 1
+        assert entry["n"] == sum(n for _, n in entry["by_family"].values()) >= 12
+    losses = [line["loss"] for line in metrics(sft)]
+    assert [line["step"] for line in metrics(sft)] == list(range(1, 7)) and losses[-1] < losses[0]
+    assert (sft / "final" / "model.safetensors").exists() and list(sft.glob("*.png")) + list(sft.glob("*/*.png"))
+    trajectory = json.loads(next((sft / "trajectories").glob("*.json")).read_text())
+    assert trajectory["schema_version"] == "ATIF-v1.7" and trajectory["steps"][1]["source"] == "agent"
+
+
+def test_a_killed_run_resumes_and_is_bitwise_the_run_that_was_not_killed(sft, tmp_path):
+    assert train_and_interrupt(SFT, tmp_path / "run", signal.SIGKILL, after_steps=3) == -signal.SIGKILL
+    train(SFT, tmp_path / "run")
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(1, 7))
+    assert [line["loss"] for line in lines] == [line["loss"] for line in metrics(sft)]
+
+
+def test_a_run_that_is_ended_does_nothing_when_started_again(sft):
+    before = report(sft)
+    train(SFT, sft)
+    assert report(sft)["evals"] == before["evals"] and len(metrics(sft)) == 6
+
+
+def test_a_workdir_of_another_config_is_refused_in_one_line(sft):
+    done = subprocess.run(command([*SFT, "--config.seed=5"], sft), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "seed (0 there, 5 now)" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_ipa_survives_ctrl_c_and_kill_and_trains_every_episode_once(sft, tmp_path):
+    flags, workdir = [*IPA, f"--config.init_from={sft / 'final'}"], tmp_path / "run"
+    assert train_and_interrupt(flags, workdir, signal.SIGINT, after_steps=1) == 130
+    assert train_and_interrupt(flags, workdir, signal.SIGKILL, after_steps=2) in (-signal.SIGKILL, 0)
+    train(flags, workdir)
+    lines, document = metrics(workdir), report(workdir)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    accounting = document["accounting"]
+    assert accounting["trained"] == 3 * 2 * 2 and accounting["in_flight"] == 0
+    assert accounting["started"] == accounting["trained"] + sum(accounting["dropped"].values())
+    names = collections.Counter(path.name[:10] for path in (workdir / "trajectories").glob("ipa_*.json"))
+    assert names == {"ipa_000000": 4, "ipa_000001": 4, "ipa_000002": 4}
+    assert all(line["max_mismatch"] < 1e-3 for line in lines if "max_mismatch" in line)
+    assert [(entry["stage"], entry["step"]) for entry in document["evals"]] == [("ipa", 0), ("ipa", 3)]
+
+
+def test_a_broken_checkpoint_is_named_with_the_remedy(sft, tmp_path):
+    workdir = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(sft), str(workdir)], check=True)
+    for file in (workdir / "checkpoints" / "6").rglob("*"):
+        if file.is_file() and file.stat().st_size > 1000:
+            file.write_bytes(b"torn")
+    done = subprocess.run(command(SFT, workdir), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "checkpoints/6 cannot be read" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,65 @@
+"""The agent loop: tokens are appended and never rendered again, and every way to end is typed."""
+
+import asyncio
+import dataclasses
+
+import pytest
+
+from rome.agent.loop import Limits, derive_seed, run_episode
+from rome.engine.client import EngineError
+from tests.rome.rollout.worlds import CHAT, EchoEnv, ScriptedEngine
+
+LIMITS = Limits(max_context=300, max_new_tokens=40, episode_seconds=5.0)
+
+
+def play(engine, env=None, limits=LIMITS, seed=7):
+    return asyncio.run(run_episode(engine, env or EchoEnv("copy/1"), CHAT, limits, seed=seed))
+
+
+def test_each_request_is_the_last_one_with_its_answer_and_the_observation_appended():
+    engine = ScriptedEngine(["red", "blue", "done"])
+    trajectory = play(engine)
+    context = []
+    for chunk, (asked, _) in zip(trajectory.chunks, engine.requests, strict=True):
+        context += chunk.prompt_ids
+        assert asked == context
+        context += chunk.action_ids
+    assert trajectory.ending == "success" and trajectory.reward == 1.0
+    assert [chunk.text for chunk in trajectory.chunks] == ["red", "blue", "done"]
+    assert "echo red" in CHAT.tokenizer.decode(trajectory.chunks[1].prompt_ids)
+    assert trajectory.oldest_version == 3
+
+
+def test_turn_seeds_follow_from_the_episode_seed_and_the_turn_alone():
+    engines = [ScriptedEngine(["red", "done"]) for _ in range(3)]
+    for engine, seed in zip(engines, (7, 7, 8)):
+        play(engine, seed=seed)
+    seeds = [[sampling.seed for _, sampling in engine.requests] for engine in engines]
+    assert seeds[0] == seeds[1] != seeds[2] and len(set(seeds[0])) == 2
+
+
+def test_a_turn_without_an_end_is_truncated_and_keeps_its_tokens():
+    trajectory = play(ScriptedEngine(["red red red"], finish_reason="length"))
+    assert (trajectory.ending, trajectory.reward, len(trajectory.chunks)) == ("truncated_tokens", 0.0, 1)
+    assert trajectory.trainable
+
+
+def test_a_full_context_ends_the_episode():
+    trajectory = play(ScriptedEngine(["red"] * 50), limits=dataclasses.replace(LIMITS, max_context=60))
+    assert trajectory.ending == "truncated_tokens" and trajectory.num_tokens <= 60
+
+
+@pytest.mark.parametrize("engine, limits, ending", [
+    (ScriptedEngine(["done"], error=EngineError("http://x is dead")), LIMITS, "infra_engine"),
+    (ScriptedEngine(["done"], delay=9.0), dataclasses.replace(LIMITS, episode_seconds=0.1), "timeout"),
+])
+def test_faults_become_typed_endings_and_the_environment_is_closed(engine, limits, ending):
+    env = EchoEnv("copy/1")
+    trajectory = play(engine, env, limits)
+    assert trajectory.ending == ending and trajectory.note and env.closed == 1
+
+
+def test_derived_seeds_are_the_same_in_every_process():
+    assert derive_seed(0, "find/3", 1) == 1153107396 or derive_seed(0, "find/3", 1) == derive_seed("0", "find/3", "1")
+    assert len({derive_seed(0, "eval", number) for number in range(1000)}) == 1000
+    assert 0 <= derive_seed("x") < 2**31

@@ -1,0 +1,186 @@
+"""Rows hold every trainable trajectory once and whole."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rome.data.batch import CONTEXT, IMITATION, RL
+from rome.data.packing import Batch, group_advantages, microbatches, pack
+from rome.data.trajectory import Chunk, Trajectory
+
+quickly = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+def trajectory(*turns, reward=1.0, ending="success", group=0, **chunk_fields):
+    """One chunk for each (prompt length, action length)."""
+    chunks = [
+        Chunk(list(range(10, 10 + read)), list(range(20, 20 + acted)), [-0.25 * (i + 1) for i in range(acted)], versions=[(3, 0, acted)] if acted else [], **chunk_fields)
+        for read, acted in turns
+    ]
+    return Trajectory("count/1", "count", chunks, reward, ending, group=group)
+
+
+def packed(trajectories, **changes):
+    return pack(trajectories, **{"row_length": 24, "chunks_per_row": 5, "gamma": 0.5, "failure_reward": -1.0} | changes)
+
+
+@st.composite
+def steps(draw):
+    turns = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=4)
+    lists = draw(st.lists(st.tuples(turns, st.sampled_from([0.0, 1.0, 0.5]), st.sampled_from(["success", "failure", "infra_engine"])), max_size=12))
+    made, next_token = [], iter(range(1, 10_000))
+    for number, (shape, reward, ending) in enumerate(lists):
+        chunks = []
+        for read, acted in shape:
+            chunk_ids = [[next(next_token) for _ in range(n)] for n in (read, acted)]
+            chunks.append(Chunk(*chunk_ids, [-float(i) for i in chunk_ids[1]], versions=[(number, 0, acted)]))
+        made.append(Trajectory(f"t{number}", "f", chunks, reward, ending, group=number % 3, episode=number))
+    return made
+
+
+def unpack(batch):
+    """Each segment of each row, as plain values."""
+    found = []
+    for b in range(batch.num_rows):
+        for segment in range(1, batch.segments_BT[b].max(initial=0) + 1):
+            at, chunks = batch.segments_BT[b] == segment, batch.trajectory_BC[b] == segment
+            ids = batch.chunk_ids_BT[b][at]
+            assert (np.diff(np.flatnonzero(at)) == 1).all(), "a segment is not in one piece"
+            np.testing.assert_array_equal(batch.positions_BT[b][at], np.arange(at.sum()))
+            np.testing.assert_array_equal(np.unique(ids[ids >= 0]), np.flatnonzero(chunks))
+            found.append({
+                "tokens": batch.tokens_BT[b][at].tolist(), "mask": batch.action_mask_BT[b][at].tolist(),
+                "chunk": (ids - ids[ids >= 0].min() * (ids >= 0)).tolist(), "rollout": batch.logp_rollout_BT[b][at].tolist(),
+                "version": batch.version_BT[b][at].tolist(), "returns": batch.return_BC[b][chunks].tolist(), "sign": batch.sign_BC[b][chunks].tolist(),
+                "reward": batch.reward_BC[b][chunks].tolist(),
+            })
+    return sorted(found, key=lambda one: one["tokens"])
+
+
+def expected(trajectory, number):
+    reward = trajectory.reward if trajectory.reward > 0 else -1.0
+    one = {"tokens": [], "mask": [], "chunk": [], "rollout": [], "version": []}
+    for k, chunk in enumerate(trajectory.chunks):
+        read, acted = len(chunk.prompt_ids), len(chunk.action_ids)
+        one["tokens"] += chunk.prompt_ids + chunk.action_ids
+        one["mask"] += [False] * read + [True] * acted
+        one["chunk"] += [-1] * read + [k] * acted
+        one["rollout"] += [0.0] * read + chunk.logprobs
+        one["version"] += [0] * read + [number] * acted
+    count = len(trajectory.chunks)
+    return one | {
+        "returns": [reward * 0.5 ** (count - 1 - k) for k in range(count)], "sign": [1.0 if trajectory.reward > 0 else -1.0] * count,
+        "reward": [reward] * count,
+    }
+
+
+@given(steps())
+@quickly
+def test_what_is_packed_can_be_unpacked_nothing_lost_nothing_twice(made):
+    batch = packed(made)
+    assert unpack(batch) == sorted((expected(t, n) for n, t in enumerate(made) if t.trainable), key=lambda one: one["tokens"])
+    padding_BT, padding_BC = batch.segments_BT == 0, ~batch.valid_BC
+    for name, field in batch._asdict().items():
+        on_padding = field[padding_BT if name.endswith("_BT") else padding_BC]
+        assert (on_padding == (-1 if name == "chunk_ids_BT" else 0)).all(), name
+
+
+@given(steps(), st.integers(1, 5))
+@quickly
+def test_micro_batches_have_one_shape_and_all_rows(made, rows):
+    batch = packed(made)
+    parts = microbatches(batch, rows)
+    assert len(parts) == -(-batch.num_rows // rows)
+    assert all(part.tokens_BT.shape == (rows, 24) and part.valid_BC.shape == (rows, 5) for part in parts)
+    assert sorted((one for part in parts for one in unpack(part)), key=lambda one: one["tokens"]) == unpack(batch)
+
+
+@given(steps())
+@quickly
+def test_packing_is_deterministic(made):
+    for left, right in zip(packed(made), packed(made)):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_rows_are_well_filled():
+    lengths = np.random.default_rng(0).integers(40, 300, 64)
+    batch = packed([trajectory((length - 20, 20)) for length in lengths], row_length=512, chunks_per_row=32)
+    assert batch.num_rows <= np.ceil(lengths.sum() / 512) + 1
+
+
+def test_a_row_is_full_when_its_chunks_are():
+    batch = packed([trajectory((1, 1), (1, 1), (1, 1)), trajectory((1, 1), (1, 1), (1, 1))])
+    assert batch.num_rows == 2 and batch.valid_BC.sum(1).tolist() == [3, 3]
+
+
+def test_a_chunk_without_a_sampled_token_is_context_of_the_next():
+    batch = packed([trajectory((2, 2), (3, 0), (1, 1), (4, 0))])
+    assert batch.valid_BC.sum() == 2
+    assert batch.chunk_ids_BT[0, :8].tolist() == [-1, -1, 0, 0, -1, -1, -1, -1] and batch.chunk_ids_BT[0, 8] == 1
+    assert (batch.segments_BT > 0).sum() == 9  # what nobody answered is left out
+    assert batch.return_BC[0, :2].tolist() == [0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("too_much", "message"),
+    [
+        ([(20, 5)], "count/1 .* has 25 tokens but row_length is 24; raise row_length"),
+        ([(1, 1)] * 6, "has 6 chunks but chunks_per_row is 5; raise chunks_per_row"),
+        ([(0, 2)], "begins with a sampled token"),
+    ],
+)
+def test_a_trajectory_that_no_row_can_hold_is_refused_by_name(too_much, message):
+    with pytest.raises(ValueError, match=message):
+        packed([trajectory((1, 1)), trajectory(*too_much)])
+
+
+def test_a_logprob_that_is_not_finite_is_refused():
+    bad = trajectory((1, 2))
+    bad.chunks[0].logprobs[1] = float("-inf")
+    with pytest.raises(ValueError, match="not finite"):
+        packed([bad])
+
+
+def test_a_token_without_weight_version_is_refused():
+    bad = trajectory((1, 3))
+    bad.chunks[0].versions = [(1, 0, 1), (2, 2, 3)]
+    with pytest.raises(ValueError, match="without a weight version"):
+        packed([bad])
+
+
+def test_a_turn_that_spans_weight_updates_keeps_a_version_for_each_token():
+    spanning = trajectory((1, 3))
+    spanning.chunks[0].versions = [(1, 0, 1), (2, 1, 3)]
+    assert packed([spanning]).version_BT[0, :4].tolist() == [0, 1, 2, 2]
+
+
+def test_rl_learns_from_every_action_and_sft_from_sound_ones_only():
+    turns = [trajectory((1, 1), kind=kind, status=status) for kind, status in (
+        ("rl", "ok"), ("rl", "tool_error"), ("rl", "malformed"), ("imitation", "ok"), ("imitation", "timeout"), ("context", "ok"),
+    )]
+    kinds = {purpose: [packed([turn], purpose=purpose).kind_BC[0, 0] for turn in turns] for purpose in ("rl", "sft")}
+    assert kinds["rl"] == [RL, RL, RL, IMITATION, IMITATION, CONTEXT]
+    assert kinds["sft"] == [IMITATION, CONTEXT, CONTEXT, IMITATION, CONTEXT, CONTEXT]
+    with pytest.raises(ValueError, match="'dpo' unknown"):
+        packed(turns, purpose="dpo")
+
+
+def test_group_advantages_are_normalised_within_the_group_and_zero_alone():
+    step = [trajectory((1, 1), reward=reward, group=group) for reward, group in ((1, 0), (0, 0), (0, 0), (1, 1), (0.5, 2), (0.5, 2))]
+    spread = np.std([1, -1, -1], ddof=1)
+    np.testing.assert_allclose(group_advantages(step, -1.0), [4 / 3 / spread, -2 / 3 / spread, -2 / 3 / spread, 0, 0, 0], rtol=1e-5)
+
+
+def test_infrastructure_failures_enter_no_row_and_no_group_statistic():
+    lost = trajectory((1, 1), reward=0.0, ending="infra_sandbox")
+    won, failed = trajectory((1, 1)), trajectory((1, 1), reward=0.0, ending="failure")
+    for left, right in zip(packed([won, failed]), packed([won, lost, failed, lost])):
+        np.testing.assert_array_equal(left, right)
+    assert packed([lost]).num_rows == 0 and microbatches(packed([lost]), 2) == []
+
+
+def test_batch_is_a_pytree_of_arrays():
+    import jax
+
+    assert len(jax.tree.leaves(packed([trajectory((1, 1))]))) == len(Batch._fields)

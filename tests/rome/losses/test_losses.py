@@ -1,0 +1,213 @@
+"""The losses against float64 loops, and what must not change them."""
+
+import copy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rome.data.packing import Batch
+from rome.losses import LOSSES, LossConfig, count_denominators
+from rome.losses.ipa import chunk_returns
+from tests.rome.losses import loss_oracle
+from tests.rome.losses.random_step import GAMMA, MAX_IDS, Step, evaluate, packed, random_step
+
+NAMES = ("ipa", "token_level", "grpo", "sft")
+IPA_CONFIGS = [
+    LossConfig(mismatch_limit=1.3),
+    LossConfig(mismatch_limit=1.3, norm="chunks", mismatch_mask="token"),
+    LossConfig(mismatch_limit=0.8, norm="trajectories", lambda_rl=0.5, lambda_il=2.0),
+]
+CASES = [("ipa", config) for config in IPA_CONFIGS] + [
+    ("token_level", IPA_CONFIGS[0]), ("token_level", IPA_CONFIGS[2]), ("grpo", LossConfig()), ("grpo", LossConfig(clip_high=0.28, lambda_il=0.0)),
+    ("sft", LossConfig()),
+]
+quickly = settings(max_examples=15, deadline=None, derandomize=True)
+seeds = st.integers(0, 2**31)
+
+
+def purpose_of(name):
+    return "sft" if name == "sft" else "rl"
+
+
+def assert_same(left, right, rtol=2e-5):
+    for a, b in zip(left[:2], right[:2]):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=2e-6)
+    assert left[2].keys() == right[2].keys()
+    for name in left[2]:
+        np.testing.assert_allclose(left[2][name], right[2][name], rtol=rtol, atol=2e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(("name", "config"), CASES)
+@given(seed=seeds, failure_reward=st.sampled_from([0.0, -1.0]))
+@quickly
+def test_value_gradient_and_metrics_equal_the_float64_loop(name, config, seed, failure_reward):
+    step = random_step(seed, failure_reward=failure_reward)
+    value, gradient, metrics = evaluate(name, packed(step, purpose=purpose_of(name)), step.logp, config)
+    expected, expected_gradient, expected_metrics = getattr(loss_oracle, name)(
+        step.trajectories, step.logp.astype(np.float64), step.old.astype(np.float64), config, GAMMA, failure_reward,
+    )
+    np.testing.assert_allclose(value, expected, rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(gradient, [expected_gradient[i] for i in range(MAX_IDS)], rtol=2e-5, atol=2e-6)
+    for key, figure in expected_metrics.items():
+        np.testing.assert_allclose(metrics[key], figure, rtol=1e-4, atol=1e-5, err_msg=key)
+
+
+@given(seed=seeds)
+@quickly
+def test_denominators_equal_the_loop(seed):
+    step = random_step(seed)
+    counted, expected = count_denominators(packed(step)), loss_oracle.counts(step.trajectories)
+    assert counted._asdict() == {
+        "rl_tokens": expected["tokens"], "rl_chunks": expected["chunks"], "rl_trajectories": expected["trajectories"],
+        "imitation_tokens": expected["imitation"], "sft_tokens": expected["sft"],
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(seed=seeds, order=st.randoms(use_true_random=False))
+@quickly
+def test_packing_order_micro_batches_and_padding_rows_change_nothing(name, seed, order):
+    step = random_step(seed)
+    config, purpose = LossConfig(mismatch_limit=1.3), purpose_of(name)
+    once = evaluate(name, packed(step, row_length=40, rows=8, purpose=purpose), step.logp, config)
+    shuffled = Step(order.sample(step.trajectories, len(step.trajectories)), step.logp, step.old)
+    again = evaluate(name, packed(shuffled, row_length=80, rows=1, purpose=purpose), step.logp, config)
+    assert_same(once, again)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_number_of_devices_changes_nothing(name):
+    step = random_step(5, trajectories=16)
+    (batch,) = packed(step, rows=8, purpose=purpose_of(name))
+    denominators = count_denominators([batch])
+    logp_BT = np.where(batch.action_mask_BT, step.logp[batch.tokens_BT], 0)
+    run = jax.jit(lambda logp_BT, batch: jax.value_and_grad(LOSSES[name], has_aux=True)(logp_BT, batch, LossConfig(), denominators))
+    assert jax.device_count() >= 8
+
+    def on(devices):
+        rows = NamedSharding(Mesh(np.array(jax.devices()[:devices]), ("row",)), PartitionSpec("row"))
+        (value, metrics), gradient_BT = run(*jax.device_put((logp_BT, batch), rows))
+        return float(value), np.asarray(gradient_BT), jax.tree.map(float, metrics)
+
+    assert_same(on(1), on(8))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("extreme", [1e4, 1e20])
+def test_gradients_stay_finite_when_the_policies_disagree_wildly(name, extreme):
+    step = random_step(3, trajectories=12)
+    rng = np.random.default_rng(0)
+    step.logp = np.float32(-extreme * rng.random(MAX_IDS) * rng.integers(0, 2, MAX_IDS))
+    step.old = np.float32(-extreme * rng.random(MAX_IDS) * rng.integers(0, 2, MAX_IDS))
+    value, gradient, metrics = evaluate(name, packed(step, purpose=purpose_of(name)), step.logp, LossConfig())
+    assert np.isfinite(value) and np.isfinite(gradient).all() and np.isfinite(list(metrics.values())).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_stands_outside_action_tokens_is_never_read(name):
+    step = random_step(4)
+    batches = packed(step, purpose=purpose_of(name))
+    denominators = count_denominators(batches)
+
+    def run(rubbish):
+        results = []
+        for batch in batches:
+            dirty = [np.where(batch.action_mask_BT, a, rubbish) for a in (step.logp[batch.tokens_BT], batch.logp_old_BT, batch.logp_rollout_BT)]
+            loss = lambda logp_BT: LOSSES[name](logp_BT, batch._replace(logp_old_BT=dirty[1], logp_rollout_BT=dirty[2]), LossConfig(), denominators)  # noqa: E731, B023
+            results.append(jax.value_and_grad(loss, has_aux=True)(jnp.asarray(dirty[0])))
+        return results
+
+    for clean, dirty in zip(jax.tree.leaves(run(0.0)), jax.tree.leaves(run(np.nan))):
+        np.testing.assert_array_equal(clean, dirty)
+
+
+@pytest.mark.parametrize("name", ["ipa", "token_level"])
+def test_failures_contribute_exactly_nothing_at_failure_reward_zero(name):
+    step = random_step(11, trajectories=12, failure_reward=0.0)
+    failed = [i for t in step.trajectories if t.reward <= 0 for c in t.chunks for i in c.action_ids]
+    _, gradient, metrics = evaluate(name, packed(step), step.logp, LossConfig())
+    assert failed and not gradient[failed].any() and gradient.any()
+    without_term = evaluate(name, packed(step), np.where(np.isin(np.arange(MAX_IDS), failed), -7.0, step.logp), LossConfig())
+    assert without_term[0] == evaluate(name, packed(step), step.logp, LossConfig())[0]
+    assert metrics["clipped"] > 0  # failures were there
+
+
+@pytest.mark.parametrize("name", ["ipa", "token_level", "grpo"])
+def test_ratios_are_one_where_the_policy_has_not_moved(name):
+    step = random_step(12)
+    _, _, metrics = evaluate(name, packed(step), step.old, LossConfig())
+    assert metrics["ratio"] == pytest.approx(1, rel=1e-6) and metrics["clipped"] == 0 and metrics["kl_old"] == pytest.approx(0, abs=1e-7)
+
+
+@given(seed=seeds)
+@quickly
+def test_the_tokens_of_a_chunk_share_one_weight_in_ipa(seed):
+    step = random_step(seed, spread=1.0)
+    _, gradient, _ = evaluate("ipa", packed(step), step.logp, IPA_CONFIGS[0])
+    for trajectory in step.trajectories:
+        for chunk in trajectory.chunks:
+            assert len(set(gradient[chunk.action_ids])) == 1
+
+
+def test_a_success_is_learned_at_full_weight_and_a_failure_fades_with_its_ratio():
+    step = random_step(1, trajectories=2, kinds=("rl",), spread=0.0)
+    for trajectory, reward in zip(step.trajectories, (1.0, 0.0)):
+        trajectory.chunks, trajectory.reward, trajectory.ending = trajectory.chunks[:1], reward, "failure"
+    win, loss = ([*t.chunks[0].action_ids] for t in step.trajectories)
+    n = len(win) + len(loss)
+    moved = step.old.copy()
+    moved[win + loss] -= 2.0  # the policy left both behind
+    _, gradient, _ = evaluate("ipa", packed(step), moved, LossConfig())
+    np.testing.assert_allclose(gradient[win], -1 / n, rtol=1e-6)
+    np.testing.assert_allclose(gradient[loss], np.exp(-2) / n, rtol=1e-5)
+
+
+def test_the_mismatch_mask_is_one_sided_and_counts_in_the_denominator():
+    step = random_step(1, trajectories=2, kinds=("rl",), spread=0.0)
+    for trajectory in step.trajectories:
+        trajectory.chunks, trajectory.reward, trajectory.ending = trajectory.chunks[:1], 1.0, "success"
+    above, below = ([*t.chunks[0].action_ids] for t in step.trajectories)
+    n = len(above) + len(below)
+    step.old[above] += np.log(5.1)
+    step.old[below] -= np.log(500.0)
+    _, gradient, metrics = evaluate("ipa", packed(step), step.old, LossConfig())
+    assert not gradient[above].any()
+    np.testing.assert_allclose(gradient[below], -1 / n, rtol=1e-6)
+    assert metrics["masked"] == pytest.approx(len(above) / n)
+
+
+@pytest.mark.parametrize("name", ["ipa", "token_level", "grpo"])
+def test_infrastructure_failures_change_nothing(name):
+    step = random_step(21)
+    lost = copy.deepcopy(step.trajectories[0])
+    lost.ending, lost.reward, lost.group = "infra_sandbox", 0.0, step.trajectories[1].group
+    with_lost = Step([*step.trajectories, lost], step.logp, step.old)
+    assert_same(evaluate(name, packed(step), step.logp, LossConfig()), evaluate(name, packed(with_lost), step.logp, LossConfig()))
+
+
+def test_a_step_of_empty_rows_has_loss_and_gradient_zero():
+    step = random_step(2)
+    (batch, *_) = packed(step)
+    empty = Batch(*map(np.zeros_like, batch))._replace(chunk_ids_BT=np.full_like(batch.chunk_ids_BT, -1))
+    for name in NAMES:
+        value, gradient, metrics = evaluate(name, [empty], step.logp, LossConfig())
+        assert value == 0 and not gradient.any() and not any(metrics.values())
+
+
+def test_returns_discount_per_chunk_and_end_with_the_reward_itself():
+    np.testing.assert_allclose(chunk_returns(2.0, 3, 0.5), [0.5, 1.0, 2.0])
+    np.testing.assert_allclose(chunk_returns(-1.0, 2, 1.0), [-1.0, -1.0])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [({"norm": "mean"}, "mean"), ({"mismatch_mask": "row"}, "row"), ({"mismatch_limit": 0.0}, "mismatch_limit"), ({"lambda_il": -1.0}, "lambda_il")],
+)
+def test_an_impossible_switch_is_refused_by_name(wrong, named):
+    with pytest.raises(ValueError, match=named):
+        LossConfig(**wrong)

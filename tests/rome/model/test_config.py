@@ -1,0 +1,73 @@
+"""ModelConfig: presets, Hugging Face spellings, refusals."""
+
+import dataclasses
+import math
+
+import jax
+import pytest
+
+from rome.model.config import PRESETS, ModelConfig
+from rome.model.qwen3 import init_params
+
+TINY = PRESETS["tiny"]
+
+
+@pytest.mark.parametrize("preset, count", [("qwen3_30b_a3b", 30_532_122_624), ("qwen3_coder_30b_a3b", 30_532_122_624), ("qwen3_235b_a22b", 235_093_634_560)])
+def test_presets_have_exactly_the_published_number_of_parameters(preset, count):
+    shapes = jax.eval_shape(lambda key: init_params(PRESETS[preset], key), jax.random.key(0))
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == count
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_survives_the_way_through_a_config_json(preset):
+    config = PRESETS[preset]
+    assert ModelConfig.from_hf(config.to_hf(), dtype=config.dtype, remat=config.remat) == config
+
+
+def test_old_and_new_spellings_of_a_config_json_mean_the_same():
+    new = TINY.to_hf()
+    for key in ("num_experts", "rope_theta", "rope_scaling"):
+        del new[key]
+    old = TINY.to_hf()
+    for key in ("num_local_experts", "rope_parameters"):
+        del old[key]
+    assert ModelConfig.from_hf(new) == ModelConfig.from_hf(old) == ModelConfig.from_hf(TINY.to_hf())
+
+
+def test_an_absent_norm_topk_prob_is_false_and_an_absent_head_dim_divides_the_hidden_size():
+    hf = TINY.to_hf()
+    del hf["norm_topk_prob"], hf["head_dim"]
+    config = ModelConfig.from_hf(hf)
+    assert config.norm_topk_prob is False and config.head_dim == TINY.hidden_size // TINY.num_heads
+
+
+def test_the_first_of_several_end_tokens_is_taken():
+    assert ModelConfig.from_hf(TINY.to_hf() | {"eos_token_id": [7, 9]}).eos_token_id == 7
+
+
+@pytest.mark.parametrize("key, value", [
+    ("attention_bias", True), ("use_sliding_window", True), ("decoder_sparse_step", 2), ("mlp_only_layers", [0]), ("hidden_act", "gelu"),
+    ("attention_dropout", 0.1), ("model_type", "qwen2_moe"), ("shared_expert_intermediate_size", 64), ("use_qk_norm", False),
+    ("rope_scaling", {"type": "yarn", "factor": 4.0}), ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
+    ("quantization_config", {"quant_method": "fp8"}),
+])
+def test_a_switch_that_the_model_does_not_have_is_refused_by_name(key, value):
+    with pytest.raises(ValueError, match=key):
+        ModelConfig.from_hf(TINY.to_hf() | {key: value})
+
+
+@pytest.mark.parametrize("change, named", [
+    ({"rope_parameters": {"rope_theta": 5e6}}, "rope_theta twice"), ({"num_local_experts": 4}, "num_local_experts"), ({"hidden_size": None}, "hidden_size"),
+])
+def test_a_config_json_that_contradicts_itself_or_lacks_a_size_is_an_error_that_names_it(change, named):
+    with pytest.raises(ValueError, match=named):
+        ModelConfig.from_hf(TINY.to_hf() | change)
+
+
+@pytest.mark.parametrize("change, named", [
+    ({"num_kv_heads": 3}, "num_kv_heads=3"), ({"experts_per_token": 9}, "experts_per_token=9"), ({"head_dim": 33}, "head_dim=33"),
+    ({"dtype": "float16"}, "float16"), ({"remat": "half"}, "half"), ({"num_layers": 0}, "num_layers=0"),
+])
+def test_impossible_sizes_are_refused_with_their_value(change, named):
+    with pytest.raises(ValueError, match=named):
+        dataclasses.replace(TINY, **change)

@@ -1,0 +1,114 @@
+"""The mesh: the same numbers on any of them, and one clear line where the model does not divide."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from rome.model import sharding
+from rome.model.config import PRESETS
+from rome.model.moe import router_loss
+from rome.model.qwen3 import Qwen3, head_kernel, init_params
+from rome.model.sharding import batch_sharding, check_mesh, logical_axes, make_mesh, param_shardings, partition_spec, row_shards
+
+CONFIG = dataclasses.replace(PRESETS["tiny"], vocab_size=48, hidden_size=16, num_layers=2, num_experts=4, moe_intermediate_size=8, head_dim=4,
+                             initializer_range=0.2, remat="full")
+QWEN3 = PRESETS["qwen3_30b_a3b"]
+
+
+def objective(params, tokens_BT, positions_BT, segments_BT, experts):
+    out = Qwen3(CONFIG, experts=experts).apply({"params": params}, tokens_BT, positions_BT, segments_BT)
+    logp_BTV = jax.nn.log_softmax(out.hidden_BTD @ head_kernel(params, CONFIG))
+    logp_BT = jnp.take_along_axis(logp_BTV[:, :-1], tokens_BT[:, 1:, None], axis=-1)[..., 0]
+    return -jnp.sum(logp_BT * (segments_BT[:, 1:] != 0)) / 100 + router_loss(out.router, CONFIG), out.hidden_BTD
+
+
+@pytest.mark.parametrize("experts", ["dense", "sorted"])
+@pytest.mark.parametrize("current", [True, False], ids=["set_mesh", "shardings_only"])
+@pytest.mark.parametrize("shape", [{"fsdp": 2, "expert": 2, "tensor": 2}, {"replica": 2, "fsdp": 4}, {"expert": 4, "sequence": 2}],
+                         ids=lambda shape: "-".join(f"{axis}{size}" for axis, size in shape.items()))
+def test_forward_and_gradients_on_a_mesh_equal_one_device(shape, current, experts):
+    params = init_params(CONFIG, jax.random.key(0))
+    tokens_BT = jax.random.randint(jax.random.key(1), (8, 16), 0, CONFIG.vocab_size)
+    positions_BT = jnp.broadcast_to(jnp.arange(16), (8, 16))
+    segments_BT = jnp.where(positions_BT < 13, 1, 0)
+    step = jax.value_and_grad(objective, has_aux=True)
+    (expected_loss, expected_hidden), expected = jax.jit(step, static_argnums=4)(params, tokens_BT, positions_BT, segments_BT, experts)
+
+    mesh = make_mesh(shape, CONFIG)
+    shardings, rows = param_shardings(mesh, CONFIG), batch_sharding(mesh)
+    sharded = jax.jit(step, static_argnums=4, in_shardings=(shardings, rows, rows, rows), out_shardings=(None, shardings))
+    inputs = jax.device_put((params, tokens_BT, positions_BT, segments_BT), (shardings, rows, rows, rows))
+    if current:
+        with jax.set_mesh(mesh):
+            (loss, hidden), gradients = sharded(*inputs, experts)
+    else:
+        (loss, hidden), gradients = sharded(*inputs, experts)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    np.testing.assert_allclose(hidden, expected_hidden, atol=1e-5)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5), gradients, expected)
+
+
+def test_every_parameter_has_a_sharding_and_the_large_ones_are_spread_over_the_whole_mesh():
+    mesh = make_mesh({"fsdp": 2, "expert": 2, "tensor": 2}, QWEN3)
+    shapes = jax.eval_shape(lambda key: init_params(QWEN3, key), jax.random.key(0))
+    shardings = param_shardings(mesh, QWEN3)
+    assert jax.tree.structure(shardings) == jax.tree.structure(shapes)
+    held = jax.tree.map(lambda leaf, place: np.prod(place.shard_shape(leaf.shape)), shapes, shardings)
+    assert held["layers"]["moe"]["gate"] * 8 == np.prod(shapes["layers"]["moe"]["gate"].shape)
+    assert held["layers"]["attention"]["q"] * 4 == np.prod(shapes["layers"]["attention"]["q"].shape)
+
+
+def test_logical_axes_name_every_axis_of_every_parameter():
+    params = jax.eval_shape(lambda key: init_params(CONFIG, key), jax.random.key(0))
+    axes = logical_axes(params)
+    assert axes["layers"]["moe"]["down"] == (None, "experts", "expert_hidden", "embed")
+    with pytest.raises(ValueError, match="'layers/bias'.*PARAM_AXES"):
+        logical_axes({"layers": {"bias": params["norm"]["scale"]}})
+    with pytest.raises(ValueError, match="embed/embedding.*names 2 axes"):
+        logical_axes({"embed": {"embedding": params["norm"]["scale"]}})
+
+
+def test_every_axis_is_in_every_mesh_and_minus_one_takes_what_is_left():
+    assert dict(make_mesh({}).shape) == dict.fromkeys(sharding.AXES, 1)
+    mesh = make_mesh({"fsdp": -1, "tensor": 2})
+    assert dict(mesh.shape) == {"replica": 1, "fsdp": 4, "expert": 1, "sequence": 1, "tensor": 2}
+    assert row_shards(mesh) == 4 and batch_sharding(mesh).spec == PartitionSpec(("replica", "fsdp", "expert"))
+
+
+def test_two_axes_of_one_array_on_the_same_mesh_axis_are_refused():
+    with pytest.raises(ValueError, match="'tensor' on two dimensions"):
+        partition_spec(("heads", "vocab"))
+    with pytest.raises(ValueError, match="'pipeline' has no rule"):
+        partition_spec(("pipeline",))
+
+
+def test_a_mesh_that_does_not_fit_says_what_and_which_sizes_would():
+    with pytest.raises(ValueError) as error:
+        make_mesh({"fsdp": 4, "expert": 3}, QWEN3)
+    assert str(error.value) == ("mesh (fsdp=4, expert=3) needs 12 devices, 8 are there; and 3 does not divide the 128 experts. "
+                                "Set --config.mesh.expert to 1, 2, 4 or 8.")
+
+
+@pytest.mark.parametrize("shape, message", [
+    ({"fsdp": 16}, r"mesh \(fsdp=16\) needs 16 devices, 8 are there\. Lower an axis until their product is at most 8\."),
+    ({"pipeline": 2}, "mesh axis 'pipeline' is unknown; choose from replica, fsdp"),
+    ({"fsdp": 0}, r"mesh \(fsdp=0\): sizes are positive"), ({"fsdp": -1, "expert": -1}, "at most one is -1"),
+    ({"fsdp": -1, "expert": 3}, "3 does not divide the 8 devices"),
+])
+def test_meshes_that_cannot_be_are_refused_in_one_line(shape, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make_mesh(shape, QWEN3)
+    assert "\n" not in str(error.value)
+
+
+def test_check_mesh_names_everything_that_does_not_divide():
+    check_mesh(QWEN3, {"fsdp": 8, "expert": 16, "tensor": 4}, batch=128, length=4096)
+    with pytest.raises(ValueError) as error:
+        check_mesh(QWEN3, {"fsdp": 3, "expert": 5, "sequence": 7, "tensor": 8}, batch=8, length=4096)
+    for part in ("3 does not divide the hidden size 2048", "5 does not divide the 128 experts", "7 does not divide the 4096 tokens of a row",
+                 "8 does not divide the 4 key heads", "--config.mesh.tensor to 1, 2 or 4", "the 15 devices of replica, fsdp, expert do not divide the 8 rows"):
+        assert part in str(error.value)

@@ -1,0 +1,90 @@
+"""The scheduler: exact counts, nothing played twice, infrastructure faults replaced, a stop keeps what is finished."""
+
+import asyncio
+import collections
+import threading
+import time
+
+import pytest
+
+from rome.agent.loop import Limits
+from rome.rollout.scheduler import Accounting, Episode, RolloutError, Scheduler, Stopped
+from tests.rome.rollout.worlds import CHAT, EchoEnv, ScriptedEngine
+
+EPISODES = [Episode(f"copy/{number // 4}", number // 4, number % 4, seed=number) for number in range(12)]
+
+
+def make(engine=None, make_env=EchoEnv, **options):
+    return Scheduler(engine or ScriptedEngine(["red", "done"]), make_env, CHAT, Limits(300, 40, 5.0), options.pop("concurrency", 4), **options)
+
+
+def play(scheduler, episodes=EPISODES, **options):
+    return asyncio.run(scheduler.play(episodes, temperature=1.0, **options))
+
+
+def test_trajectories_come_in_the_order_asked_for_and_under_the_limit():
+    engine = ScriptedEngine(["red", "done"], delay=0.01)
+    trajectories = play(make(engine))
+    assert [(t.task, t.group, t.episode, t.seed) for t in trajectories] == [(e.task, e.group, e.episode, e.seed) for e in EPISODES]
+    assert engine.most_running == 4
+
+
+def test_a_finished_trajectory_is_on_disk_and_is_not_played_again(tmp_path):
+    record = lambda episode: tmp_path / f"{episode.seed}.json"
+    engine, accounting = ScriptedEngine(["red", "done"]), Accounting()
+    first = play(make(engine), EPISODES[:5], record=record)
+    asked = len(engine.requests)
+    second = play(make(engine), record=record, accounting=accounting)
+    assert second[:5] == first
+    assert len(engine.requests) - asked == 2 * 7
+    assert accounting.started == accounting.in_flight == 12
+
+
+def test_an_infrastructure_fault_is_replaced_with_another_seed_and_counted():
+    made = collections.Counter()
+
+    def make_env(name):
+        made[name] += 1
+        return EchoEnv(name, "infra_sandbox" if name == "copy/1" and made[name] == 1 else "success")
+
+    accounting = Accounting()
+    trajectories = play(make(make_env=make_env), accounting=accounting)
+    assert all(t.ending == "success" for t in trajectories)
+    assert accounting.dropped == {"infra_sandbox": 1} and accounting.started == 13 and accounting.in_flight == 12
+    assert sum(t.seed != e.seed for t, e in zip(trajectories, EPISODES)) == 1
+    accounting.check()
+
+
+def test_a_task_that_is_always_spoiled_stops_the_run_with_its_cause():
+    with pytest.raises(RolloutError, match="copy/2 was spoiled 3 times in a row, last as infra_verifier: why"):
+        play(make(make_env=lambda name: EchoEnv(name, "infra_verifier" if name == "copy/2" else "success")))
+
+
+def test_a_stop_comes_soon_and_keeps_what_was_finished(tmp_path):
+    stop = threading.Event()
+    engine = ScriptedEngine(["done"])
+    original = engine.generate
+
+    async def some_hang(input_ids, sampling, deadline_s, *, affinity=None):
+        if int(affinity) >= 2:
+            stop.set()
+            await asyncio.sleep(60)
+        return await original(input_ids, sampling, deadline_s)
+
+    engine.generate = some_hang
+    began = time.monotonic()
+    with pytest.raises(Stopped):
+        play(make(engine, should_stop=stop.is_set, concurrency=12), record=lambda episode: tmp_path / f"{episode.seed}.json")
+    assert time.monotonic() - began < 4.5  # well before the episodes' own deadline
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.json", "1.json"]
+
+
+def test_accounting_survives_json_and_forgets_what_was_in_flight():
+    accounting = Accounting(10, 6, collections.Counter(timeout=1), 3)
+    accounting.check()
+    again = Accounting.from_json(accounting.to_json())
+    assert (again.started, again.trained, again.dropped, again.in_flight) == (7, 6, {"timeout": 1}, 0)
+    again.check()
+    again.trained += 1
+    with pytest.raises(AssertionError, match="does not add up"):
+        again.check()

@@ -1,0 +1,68 @@
+"""Small stand-ins for tests of the agent loop and the scheduler: an engine that speaks from a script, a world of one rule."""
+
+import asyncio
+import dataclasses
+
+from envs.gem.core import Env
+from rome.engine.client import Completion, Sampling
+from rome.model.tokenizer import TINY, Chat, Tokenizer
+
+CHAT = Chat(Tokenizer.load(TINY))
+
+
+@dataclasses.dataclass
+class ScriptedEngine:
+    """Says `turns` one after the other in each episode; records what it was asked."""
+
+    turns: list[str]
+    finish_reason: str = "stop"
+    error: Exception | None = None
+    delay: float = 0.0
+    requests: list[tuple[list[int], Sampling]] = dataclasses.field(default_factory=list)
+    running: int = 0
+    most_running: int = 0
+
+    async def generate(self, input_ids, sampling, deadline_s, *, affinity=None):
+        self.requests.append((list(input_ids), sampling))
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            await asyncio.sleep(self.delay)
+        finally:
+            self.running -= 1
+        if self.error is not None:
+            raise self.error
+        number = input_ids.count(CHAT.tokenizer.im_start) // 2 - 1  # each turn opened a user's and an assistant's header
+        ids = CHAT.turn(self.turns[number])
+        return Completion(ids, [-0.5] * len(ids), self.finish_reason, [(3, 0, len(ids))])
+
+
+@dataclasses.dataclass
+class Task:
+    name: str
+    family: str = "copy"
+
+
+class EchoEnv(Env):
+    """Answers each turn with its own text; "done" ends it. The ending is what it was made with."""
+
+    def __init__(self, name: str, ending: str = "success"):
+        self.task, self.ending, self.closed = Task(name), ending, 0
+
+    def reset(self, seed=None):
+        raise NotImplementedError
+
+    def step(self, action):
+        raise NotImplementedError
+
+    async def areset(self, seed=None):
+        return "say it", {}
+
+    async def astep(self, action):
+        info = {"status": "ok", "use_tool": False, "parsed_action": action, "tool_type": None}
+        if action == "done":
+            return "", float(self.ending == "success"), True, False, info | {"ending": self.ending, "note": "why"}
+        return f"echo {action}", 0.0, False, False, info
+
+    async def aclose(self):
+        self.closed += 1

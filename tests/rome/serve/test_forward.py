@@ -1,0 +1,61 @@
+"""The engine's forward pass against the model's own."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rome.model.qwen3 import Qwen3, unstack_layers
+from rome.serve.forward import forward, make_cache
+from tests.rome.serve.tiny import make_config, make_params
+
+CONFIG = make_config()
+T, S = 24, 40
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.tree.map(jnp.asarray, make_params(3))
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, T)).astype(np.int32)
+
+
+def places(begin, end, rows=3):
+    return np.tile(np.arange(begin, end, dtype=np.int32), (rows, 1))
+
+
+@pytest.fixture(scope="module")
+def expected(params, tokens):
+    model = Qwen3(dataclasses.replace(CONFIG, remat="none"))
+    return jax.jit(lambda p: model.apply({"params": p}, tokens, places(0, T), np.ones_like(tokens)))(params)
+
+
+@pytest.mark.parametrize("experts", ["dense", "sorted"])
+@pytest.mark.parametrize("step", [1, 8, T])
+def test_a_sequence_fed_in_pieces_gives_the_models_own_hidden_states_and_routes(params, tokens, expected, step, experts):
+    run = jax.jit(lambda *args: forward(unstack_layers(params), CONFIG, *args, experts=experts))
+    cache, hidden, routes = make_cache(CONFIG, 3, S), [], []
+    for begin in range(0, T, step):
+        window = slice(begin, begin + step)
+        out, cache, chosen = run(tokens[:, window], places(begin, begin + step), np.ones((3, step), bool), cache)
+        hidden.append(out)
+        routes.append(chosen)
+    np.testing.assert_allclose(np.concatenate(hidden, 1), expected.hidden_BTD, atol=2e-5)
+    assert np.array_equal(np.concatenate(routes, 2), expected.routes_LBTK)
+
+
+def test_padding_writes_nothing_into_the_cache(params, tokens):
+    cache = make_cache(CONFIG, 3, S)
+    real = np.ones((3, 8), bool)
+    real[1] = False
+    real[2, 5:] = False
+    _, cache, _ = forward(unstack_layers(params), CONFIG, tokens[:, :8], places(0, 8), real, cache, experts="dense")
+    for layer in cache:
+        written = np.abs(np.asarray(layer.v_BKSH)).sum((1, 3)) > 0
+        assert np.array_equal(written, np.abs(np.asarray(layer.k_BKHS)).sum((1, 2)) > 0)
+        assert np.array_equal(written[:, :8], real) and not written[:, 8:].any()

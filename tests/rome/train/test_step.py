@@ -1,0 +1,99 @@
+"""The train step: invariant to how a step is cut into micro-batches and to how many devices it runs on; it learns."""
+
+import dataclasses
+import random
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from rome.data.packing import microbatches, pack
+from rome.data.trajectory import Chunk, Trajectory
+from rome.losses import LOSSES, LossConfig, count_denominators
+from rome.model.config import PRESETS
+from rome.model.sharding import make_mesh
+from rome.train.state import init_state, make_optimizer
+from rome.train.step import Learner
+
+MODEL = dataclasses.replace(
+    PRESETS["tiny"], vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, moe_intermediate_size=16, router_aux_loss_coef=0.0,
+)
+
+
+def random_trajectories(count: int, seed: int = 0) -> list[Trajectory]:
+    rng = random.Random(seed)
+
+    def chunk() -> Chunk:
+        length = rng.randint(1, 6)
+        ids = lambda n: [rng.randrange(64) for _ in range(n)]
+        return Chunk(ids(rng.randint(1, 6)), ids(length), [-rng.random() for _ in range(length)], versions=[(0, 0, length)])
+
+    return [
+        Trajectory(f"count/{number}", "count", [chunk() for _ in range(rng.randint(1, 3))], float(number % 2), "success" if number % 2 else "failure", group=number // 4)
+        for number in range(count)
+    ]
+
+
+def make_learner(loss: str = "ipa", mesh: dict | None = None, **model) -> Learner:
+    config = dataclasses.replace(MODEL, **model)
+    optimizer = make_optimizer(learning_rate=1e-2, warmup_updates=0, decay_updates=0, weight_decay=0.0, clip=1.0)
+    return Learner(config, LOSSES[loss], LossConfig(), optimizer, make_mesh(mesh or {}, config))
+
+
+def packed(rows_per_microbatch: int, purpose: str = "rl"):
+    batch = pack(random_trajectories(24), row_length=64, chunks_per_row=16, gamma=0.95, failure_reward=-1.0, purpose=purpose)
+    return microbatches(batch, rows_per_microbatch)
+
+
+def one_update(learner: Learner, batches) -> tuple[dict, dict]:
+    state = learner.place(init_state(learner.model_config, learner.optimizer, seed=0))
+    batches = [batch._replace(logp_old_BT=logp_BT) for batch, logp_BT in zip(batches, learner.score(state.params, batches))]
+    state, metrics = learner.update(state, batches, count_denominators(batches))
+    return jax.device_get(state.params), jax.device_get(metrics)
+
+
+@pytest.mark.parametrize("loss", ["ipa", "token_level", "grpo"])
+def test_the_micro_batch_split_does_not_change_gradient_or_metrics(loss):
+    whole, split = (one_update(make_learner(loss), packed(rows)) for rows in (8, 2))
+    assert whole[1].keys() == split[1].keys()
+    for name in whole[1]:
+        np.testing.assert_allclose(split[1][name], whole[1][name], rtol=2e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"replica": 2, "fsdp": 2, "expert": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}])
+def test_the_mesh_does_not_change_gradient_or_metrics(mesh):
+    single, sharded = (one_update(make_learner("ipa", shape), packed(8)) for shape in ({}, mesh))
+    for name in single[1]:
+        np.testing.assert_allclose(sharded[1][name], single[1][name], rtol=2e-4, atol=1e-6, err_msg=name)
+
+
+def test_the_step_reports_a_router_balance_near_k_at_the_start():
+    _, metrics = one_update(make_learner("ipa", router_aux_loss_coef=0.01), packed(2))
+    assert MODEL.experts_per_token <= metrics["router_balance"] < 1.5 * MODEL.experts_per_token
+
+
+def test_sft_learns_a_batch_by_heart():
+    learner = make_learner("sft")
+    state = learner.place(init_state(learner.model_config, learner.optimizer, seed=0))
+    batches = packed(8, purpose="sft")
+    denominators = count_denominators(batches)
+    losses = []
+    for _ in range(40):
+        state, metrics = learner.update(state, batches, denominators)
+        losses.append(float(metrics["loss"]))
+    assert losses[0] > 3.5 and losses[-1] < 0.5 * losses[0], losses
+
+
+def test_two_runs_of_one_seed_are_bitwise_equal():
+    one, two = (one_update(make_learner("ipa"), packed(2)) for _ in range(2))
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two)))
+
+
+def test_norms_do_not_decay():
+    optimizer = make_optimizer(learning_rate=0.1, warmup_updates=0, decay_updates=0, weight_decay=0.5, clip=1.0)
+    params = {"norm": {"scale": np.ones(3, np.float32)}, "head": {"kernel": np.ones((2, 2), np.float32)}}
+    updates, _ = optimizer.update(jax.tree.map(np.zeros_like, params), optimizer.init(params), params)
+    after = optax.apply_updates(params, updates)
+    np.testing.assert_array_equal(after["norm"]["scale"], 1.0)
+    np.testing.assert_allclose(after["head"]["kernel"], 0.95, rtol=1e-6)
