@@ -28,7 +28,7 @@ from rome.agent.loop import Limits, derive_seed
 from rome.data.packing import microbatches, pack
 from rome.data.sources import sft_batches
 from rome.data.trajectory import Trajectory
-from rome.engine.client import Engine, EngineError
+from rome.engine.client import Engine
 from rome.engine.pool import EnginePool
 from rome.engine.process import start_server
 from rome.engine.publish import publish_weights
@@ -88,6 +88,7 @@ class Run:
             self.display.note("starting the embedded engine")
             self.server = start_server(start, self.workdir / "engine.log", flags=[
                 "--skip_tokenizer_init", f"--slots={self.config.engine_slots}", f"--max_context={self.config.max_context}",
+                f"--dtype={self.model_config.dtype}",
             ])
             urls = [self.server.url]
         self.pool = EnginePool([Engine(url) for url in urls])

@@ -112,10 +112,10 @@ def run_main(argv: list[str]) -> int:
 
     try:
         return main(argv)
-    except (ValueError, FileNotFoundError, SandboxError, EngineError, RolloutError, CheckpointError) as error:
+    except (ValueError, OSError, SandboxError, EngineError, RolloutError, CheckpointError) as error:
         if os.environ.get("ROME_DEBUG"):
             raise
-        print(f"launch.train: {error}", file=sys.stderr)
+        print(f"launch.train: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
 
 

@@ -2,7 +2,7 @@
 
 from envs.rock.config import CommandResult, SandboxConfig
 from envs.rock.errors import IsolationError, SandboxClosedError, SandboxError, SandboxFileError, SandboxStartError
-from envs.rock.probe import TierReport, probe
+from envs.rock.tiers import TierReport, probe
 from envs.rock.sandbox import Sandbox
 
 __all__ = ["CommandResult", "IsolationError", "Sandbox", "SandboxClosedError", "SandboxConfig", "SandboxError", "SandboxFileError",

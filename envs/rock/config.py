@@ -34,6 +34,8 @@ class SandboxConfig:
         for name in ("memory_mb", "pids", "cpus", "disk_mb", "inodes", "open_files", "timeout", "start_timeout", "max_output_bytes"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if self.open_files < 64:
+            raise ValueError(f"open_files is {self.open_files}; bwrap itself needs 64")
         check_environment(self.env)
         if self.disk_mb >= self.memory_mb:
             raise ValueError(f"disk_mb={self.disk_mb} leaves no memory for programs in memory_mb={self.memory_mb}: files are kept in memory")

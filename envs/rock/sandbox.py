@@ -11,7 +11,7 @@ from envs.rock.config import CommandResult, SandboxConfig, check_environment
 from envs.rock.errors import SandboxClosedError, SandboxError, SandboxFileError, SandboxStartError
 from envs.rock.host.holder import parse, receive, send
 from envs.rock.host.linux import FIRST_PASSED_FD
-from envs.rock.probe import probe
+from envs.rock.tiers import probe
 
 REPLY_GRACE = 30.0  # seconds beyond its own time limit in which a holder must answer
 END_OF_OUTPUT_SECONDS = 10.0
@@ -100,14 +100,15 @@ class Sandbox:
         `guarantees` has "verifier", not even programs that the script itself runs can read it; `files` lie read-only in the directory
         $VERIFIER_FILES for the script, and for what it runs. Prefer builtins and absolute paths; start Python with -I, or it imports the agent's modules.
         """
-        names = list(files or {})
-        if bad := [name for name in names if not name or "/" in name or name.startswith(".") or "\0" in name]:
+        files = files or {}
+        if bad := [name for name in files if not name or "/" in name or name.startswith(".") or "\0" in name]:
             raise ValueError(f"verifier files are plain names, not {bad[0]!r}")
         # The script's own descriptor is closed first: what it runs would inherit it.
-        contents = [f"exec {FIRST_PASSED_FD}<&-; {script}".encode(), *(files[name] for name in names)]
+        contents = [f"exec {FIRST_PASSED_FD}<&-; {script}".encode(), b"".join(files.values())]
         environment = {"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "LANG": "C.UTF-8", "PYTHONSAFEPATH": "1", "PYTHONNOUSERSITE": "1",
                        "PYTHONDONTWRITEBYTECODE": "1"}
-        return await self._run({"op": "verify", "files": names, "env": environment}, contents, timeout)
+        sizes = [(name, len(content)) for name, content in files.items()]
+        return await self._run({"op": "verify", "files": sizes, "env": environment}, contents, timeout)
 
     async def kill_all(self) -> None:
         """Kill every process of the sandbox and wait until they are gone; files stay. A running execute returns with "killed"."""

@@ -1,9 +1,9 @@
-"""Attention over packed rows or a cache: one function, kernels behind it, the einsum reference beside them.
+"""Attention over packed rows or a cache: one function, implementations behind it.
 
-B batch, T query time, S key time, N query heads, K key heads, G query heads per key head (N = K * G), H head dim.
+B rows, T query time, S key time, N query heads, K key heads, G query heads per key head (N = K * G), H head dim.
 
-Who sees whom is said by places and segments, never by a [T, S] mask handed in, so that kernels that take segment ids fit behind the same
-function: a query sees the keys of its own segment (0 is padding) whose place is not after its own.
+Who sees whom is said by places and segments, never by a [T, S] mask that is handed in, so that kernels which take segment ids fit behind
+the same function: a query sees the keys of its own segment (0 is padding) whose place is not after its own.
 """
 
 from __future__ import annotations
@@ -13,53 +13,57 @@ import jax.numpy as jnp
 from jax import Array
 
 IMPLEMENTATIONS = ("auto", "reference", "blocked")
-QUERY_BLOCK = 128
+SMALLEST_BLOCK, MOST_BLOCKS = 64, 8  # of queries; each block is compiled on its own
+HIDDEN_SCORE = -1e30  # finite: (-inf) - (-inf) would be NaN, also in the gradient
 
 
 def attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, *, q_places_BT: Array, k_places_BS: Array, q_segments_BT: Array,
-              k_segments_BS: Array, implementation: str = "auto", ordered: bool = False) -> Array:
+              k_segments_BS: Array, ordered: bool = False, implementation: str = "auto") -> Array:
     """Causal grouped-query attention within segments; softmax in float32.
 
     Args:
       q_places_BT, k_places_BS: where each query and key stands in its row; a query sees places up to its own.
       q_segments_BT, k_segments_BS: 0 is padding. A padding query sees nothing and gets zeros, with zero gradients.
-      ordered: places are 0, 1, 2, ... on both sides (a packed row). Lets an implementation skip blocks of keys that lie in the future.
+      ordered: places are 0, 1, 2, ... on both sides, as in a packed row.
+      implementation: "reference" scores every query against every key; "blocked" (ordered places only) takes queries in blocks and
+        leaves out the keys that lie in a block's future, nearly half of the work.
     Returns:
       [B, T, N, H] in q's dtype.
     """
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"attention implementation {implementation!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
-    T = q_BTNH.shape[1]
-    if implementation == "auto":
-        implementation = "blocked" if ordered and T > QUERY_BLOCK else "reference"
-    if implementation == "reference":
-        return _attend(q_BTNH, k_BSKH, v_BSKH, q_places_BT, k_places_BS, q_segments_BT, k_segments_BS)
-    if not ordered or k_BSKH.shape[1] != T:
-        raise ValueError("attention implementation 'blocked' needs ordered places and as many keys as queries; use 'reference'")
-    blocks = []
-    for start in range(0, T, QUERY_BLOCK):
-        q, k = slice(start, start + QUERY_BLOCK), slice(0, start + QUERY_BLOCK)
-        blocks.append(_attend(q_BTNH[:, q], k_BSKH[:, k], v_BSKH[:, k], q_places_BT[:, q], k_places_BS[:, k], q_segments_BT[:, q],
-                              k_segments_BS[:, k]))
-    return jnp.concatenate(blocks, axis=1)
-
-
-def _attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, q_places_BT: Array, k_places_BS: Array, q_segments_BT: Array,
-            k_segments_BS: Array) -> Array:
+        raise ValueError(f"attention implementation {implementation!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation == "blocked" and not ordered:
+        raise ValueError("attention implementation 'blocked' needs ordered places; choose 'reference'")
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    sees_BTS = ((q_segments_BT[:, :, None] == k_segments_BS[:, None, :]) & (q_segments_BT[:, :, None] != 0)
-                & (k_places_BS[:, None, :] <= q_places_BT[:, :, None]))
-    scores_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH * H**-0.5, k_BSKH, preferred_element_type=jnp.float32)
-    weights_BKGTS = _masked_softmax(scores_BKGTS, sees_BTS[:, None, None])
-    out_BTKGH = jnp.einsum("bkgts,bskh->btkgh", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH)
-    return out_BTKGH.reshape(B, T, N, H)
+    block = T
+    if ordered and implementation != "reference":
+        block = max(SMALLEST_BLOCK, -(-T // MOST_BLOCKS))
+    q_BKTGH = jnp.transpose((q_BTNH * H**-0.5).reshape(B, T, K, N // K, H), (0, 2, 1, 3, 4))  # heads first: matmuls without copies
+    k_BKSH, v_BKSH = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
+    outs = []
+    for start in range(0, T, block):
+        end = min(start + block, T)
+        seen = end if ordered and block < T else k_BSKH.shape[1]
+        sees_BTS = _sees(q_places_BT[:, start:end], k_places_BS[:, :seen], q_segments_BT[:, start:end], k_segments_BS[:, :seen])
+        outs.append(_attend(q_BKTGH[:, :, start:end], k_BKSH[:, :, :seen], v_BKSH[:, :, :seen], sees_BTS))
+    out_BKTGH = outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=2)
+    return jnp.swapaxes(out_BKTGH, 1, 2).reshape(B, T, N, H)
 
 
-def _masked_softmax(scores: Array, sees: Array) -> Array:
-    """Softmax over the last axis where `sees`; zeros, not NaN, for a row that sees nothing."""
-    scores = jnp.where(sees, scores, -1e30)  # finite: exp(-inf - -inf) would be NaN, also in the gradient
-    top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
-    weights = jnp.where(sees, jnp.exp(scores - top), 0.0)
-    return weights / jnp.maximum(weights.sum(axis=-1, keepdims=True), 1e-30)
+def _sees(q_places_BT: Array, k_places_BS: Array, q_segments_BT: Array, k_segments_BS: Array) -> Array:
+    same_BTS = (q_segments_BT[:, :, None] == k_segments_BS[:, None, :]) & (q_segments_BT[:, :, None] != 0)
+    return same_BTS & (k_places_BS[:, None, :] <= q_places_BT[:, :, None])
+
+
+def _attend(q_BKTGH: Array, k_BKSH: Array, v_BKSH: Array, sees_BTS: Array) -> Array:
+    """Softmax is normalised after the values are summed: one pass less over the scores."""
+    scores_BKTGS = jnp.einsum("BKTGH,BKSH->BKTGS", q_BKTGH, k_BKSH, preferred_element_type=jnp.float32)
+    scores_BKTGS = jnp.where(sees_BTS[:, None, :, None, :], scores_BKTGS, HIDDEN_SCORE)
+    top_BKTG1 = jax.lax.stop_gradient(scores_BKTGS.max(axis=-1, keepdims=True))
+    weights_BKTGS = jnp.exp(scores_BKTGS - top_BKTG1)
+    total_BKTG1 = weights_BKTGS.sum(axis=-1, keepdims=True)
+    out_BKTGH = jnp.einsum("BKTGS,BKSH->BKTGH", weights_BKTGS.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)
+    blind_BT = ~sees_BTS.any(axis=-1)  # all its scores are equal, so its weights are not zero
+    out_BKTGH = jnp.where(blind_BT[:, None, :, None, None], 0.0, out_BKTGH / total_BKTG1)
+    return out_BKTGH.astype(q_BKTGH.dtype)

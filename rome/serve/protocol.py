@@ -167,7 +167,9 @@ def _check_fits(request: Request, bounds: Bounds) -> None:
         if not 0 <= one < bounds.vocab_size:
             raise BadRequest(f"token id {one} is outside the vocabulary of {bounds.vocab_size}")
     if length >= bounds.max_context and new or length > bounds.max_context:
-        raise BadRequest(f"the input of {length} tokens is longer than the context of {bounds.max_context}; shorten it or start the server with a larger --max_context")
+        raise BadRequest(
+            f"the input of {length} tokens is longer than the context of {bounds.max_context}; shorten it or start the server with a larger --max_context"
+        )
     if length + new > bounds.max_context:
         raise BadRequest(
             f"the input of {length} tokens and max_new_tokens={new} exceed the context of {bounds.max_context}; "

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import jax
 import numpy as np
 
 from rome.model.config import ModelConfig
@@ -73,6 +72,10 @@ class Scheduler:
     def abort(self, prefix: str, everything: bool = False) -> None:
         """Ends the requests whose id begins with prefix, with what they have so far."""
         self._post(lambda: self._abort(lambda request: everything or request.rid.startswith(prefix), "aborted on request"))
+
+    def cancel(self, request: Request) -> None:
+        """Ends one request that nobody waits for any more."""
+        self._post(lambda: self._abort(lambda other: other is request, "the client went away"))
 
     def call(self, function: Callable[[], Answer]) -> concurrent.futures.Future[Answer]:
         future: concurrent.futures.Future[Answer] = concurrent.futures.Future()
@@ -144,7 +147,8 @@ class Scheduler:
                         break  # a call costs the same however many rows it has: let prompts gather while others decode
                 self._decode_once()
         except Exception as error:
-            logging.exception("the scheduler ended")
+            if self.ready.is_set():  # weights that cannot be loaded need no stack to be understood
+                logging.exception("the scheduler ended")
             cause = f"the engine's scheduler ended: {type(error).__name__} {error}"
         else:
             cause = "the engine is shutting down"
@@ -201,35 +205,35 @@ class Scheduler:
         for request in self._prefilling:
             if len(batch) == self.shapes.prefill_rows:
                 break
-            source = self._reuse(request)
-            chunk = request.prefilled // self.shapes.prefill_chunk
+            chunk, source = self._find_prefix(request)
             if chunk < self._usable(request) and request.keys[chunk] in computing:
                 continue  # another row computes this very chunk now; the next call copies it
+            self._skip_to(request, chunk, source)
             computing.update(request.keys[chunk:chunk + 1])
             batch.append(request)
             sources.append(source)
         if not batch:
             return 0
         result = self._run_prefill(batch, sources)
+        # Only now do the slots hold what they were given: until here, rows of this call copied from what slots held before it.
         for row, request in enumerate(batch):
             self._finish_chunk(request, row, *result)
         return len(batch)
 
-    def _reuse(self, request: Request) -> int:
-        """Moves the request past the chunks that some slot holds; returns the slot to start from."""
-        size, source = self.shapes.prefill_chunk, request.slot
-        begin = chunk = request.prefilled // size
+    def _find_prefix(self, request: Request) -> tuple[int, int]:
+        """The first chunk of the request that no slot holds, and the slot to start from."""
+        chunk, source = request.prefilled // self.shapes.prefill_chunk, request.slot
         while chunk < self._usable(request) and (holder := self._slots.find(request.keys[chunk])) is not None:
             chunk, source = chunk + 1, holder
-        if chunk > begin:
-            notes = self._slots.notes(source, chunk)
-            self._slots.hold(request.slot, request.keys[:chunk], notes)
-            request.cached_tokens += 0 if request.output_ids else (chunk - begin) * size
-            request.prefilled = chunk * size
-            request.routes = list(notes)
-        elif not begin:
-            self._slots.hold(request.slot, [], [])  # what the slot held is overwritten now
-        return source
+        return chunk, source
+
+    def _skip_to(self, request: Request, chunk: int, source: int) -> None:
+        """Counts the chunks before this one as done; the coming call copies them from the source."""
+        skipped = chunk * self.shapes.prefill_chunk - request.prefilled
+        if skipped:
+            request.prefilled += skipped
+            request.routes = self._slots.notes(source, chunk)
+            request.cached_tokens += 0 if request.output_ids else skipped
 
     def _usable(self, request: Request) -> int:
         """How many chunks it may take from others. Not the last one: the first token is drawn from its logits."""
@@ -259,9 +263,8 @@ class Scheduler:
         chunk = request.prefilled // size
         length = min(size, len(request.ids) - request.prefilled)
         routes = routes_LRPk[:, row, :length].transpose(1, 0, 2)
-        if chunk < len(request.keys):
-            self._slots.add(request.slot, request.keys[chunk], routes)
         request.routes.append(routes)
+        self._slots.hold(request.slot, request.keys[:chunk + 1], request.routes[:len(request.keys)])
         if request.score_from is not None and len(request.prompt_logprobs) < len(request.prompt_ids) - 1:
             request.prompt_logprobs += target_RP[row, :length].tolist()
             del request.prompt_logprobs[len(request.prompt_ids) - 1:]

@@ -76,7 +76,7 @@ class Server:
         finally:  # also when the client went away
             for request in requests:
                 if request.finish is None and self.scheduler.failure is None:
-                    self.scheduler.abort(request.rid)
+                    self.scheduler.cancel(request)
         for request in requests:
             if status := request.finish.get("status_code"):
                 return _error(status, request.finish["message"])

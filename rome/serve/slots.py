@@ -70,12 +70,6 @@ class SlotTable:
         for key in keys:
             self._holders[key].add(slot)
 
-    def add(self, slot: int, key: bytes, note: Any) -> None:
-        """One more chunk behind those that the slot holds."""
-        self._keys[slot].append(key)
-        self._notes[slot].append(note)
-        self._holders[key].add(slot)
-
     def forget_all(self) -> None:
         for slot in range(len(self._keys)):
             self.hold(slot, [], [])

@@ -3,6 +3,7 @@
 The holder lives in a user and mount namespace of its own, under an id that owns nothing on the host. There it builds
 
     /tmp/root       what commands see as /, read-only: /usr and its links, a few files of /etc
+    /tmp/verifier   hidden files of the verifier while it runs
     /tmp/disk       one tmpfs, limited in bytes and inodes, that holds both `workspace` and `tmp` of the sandbox
 
 and every command gets new pid, network, IPC, UTS, cgroup, mount and user namespaces over them.
@@ -19,66 +20,77 @@ import signal
 
 from . import linux, seccomp
 
-ROOT, DISK = "/tmp/root", "/tmp/disk"
+ROOT, DISK, HIDDEN = "/tmp/root", "/tmp/disk", "/tmp/verifier"
 INNER_ID = 1000
 SHM_BYTES = 16 << 20
+HIDDEN_BYTES = 64 << 20  # room for a verifier's files; no command can write there
 START_SECONDS = 10.0
 REPOSITORY = str(pathlib.Path(__file__).resolve().parents[3])
 
-_PASSWD = "root:x:0:0:root:/nonexistent:/usr/sbin/nologin\nagent:x:1000:1000::/workspace:/bin/bash\nnobody:x:65534:65534::/nonexistent:/usr/sbin/nologin\n"
+_PASSWD = """root:x:0:0:root:/nonexistent:/usr/sbin/nologin
+agent:x:1000:1000::/workspace:/bin/bash
+nobody:x:65534:65534::/nonexistent:/usr/sbin/nologin
+"""
 _GROUP = "root:x:0:\nagent:x:1000:\nnogroup:x:65534:\n"
 _HOSTS = "127.0.0.1 localhost\n::1 localhost\n"
 _COPIED_SETTINGS = ("ld.so.cache", "nsswitch.conf", "magic")
 
 
-def enter_namespaces(uid: int, gid: int) -> None:
-    """New user and mount namespaces in which this process is `root`, while the kernel knows it as (uid, gid) only.
+def enter_namespaces(mapping: "Mapping") -> None:
+    """New user and mount namespaces in which this process is `root`, while the kernel knows it by an id that owns nothing.
 
     As real root the namespace is made first and the id dropped after it: systems that restrict user namespaces of ordinary ids
     allow that, and no process of a sandbox ever runs with the kernel's id 0 (which could write /proc/sys).
     """
-    real_root = os.geteuid() == 0
-    if real_root:
+    if os.geteuid() == 0:
         os.setgroups([])
-    go_read, go_write = os.pipe()
-    done_read, done_write = os.pipe()
-    parent = os.getpid()
-    writer = os.fork()
-    if writer == 0:  # only a process outside the new namespace may map an id that is not its own
-        status = 1
-        try:
-            os.close(go_write)
-            if os.read(go_read, 1):
-                _write_maps(parent, uid, gid, deny_setgroups=not real_root)
-                status = 0
-        finally:
-            os._exit(status)
-    os.close(go_read), os.close(done_read), os.close(done_write)
-    try:
-        linux.unshare(linux.CLONE_NEWUSER | linux.CLONE_NEWNS)
-        os.write(go_write, b"g")
-    finally:
-        os.close(go_write)
-        _, status = os.waitpid(writer, 0)
-    if status:
-        raise OSError("the user namespace's id map could not be written")
+    linux.unshare(linux.CLONE_NEWUSER | linux.CLONE_NEWNS)
+    mapping.wait()
     os.setresgid(0, 0, 0)
     os.setresuid(0, 0, 0)
 
 
-def _write_maps(pid: int, uid: int, gid: int, deny_setgroups: bool) -> None:
-    if deny_setgroups:
-        pathlib.Path(f"/proc/{pid}/setgroups").write_text("deny")
-    pathlib.Path(f"/proc/{pid}/gid_map").write_text(f"0 {gid} 1\n")
-    pathlib.Path(f"/proc/{pid}/uid_map").write_text(f"0 {uid} 1\n")
+class Mapping:
+    """Only a process outside a new user namespace may map an id that is not its own: the zygote does it for its holder."""
+
+    def __init__(self):
+        self._unshared, self._mapped = os.pipe(), os.pipe()
+
+    def descriptors(self) -> tuple[int, ...]:
+        return (*self._unshared, *self._mapped)
+
+    def wait(self) -> None:
+        """In the holder, after unshare."""
+        os.write(self._unshared[1], b"u")
+        os.close(self._mapped[1])  # else a dead zygote would leave us waiting
+        if not os.read(self._mapped[0], 1):
+            raise OSError("the user namespace's id map could not be written")
+        for descriptor in (*self._unshared, self._mapped[0]):
+            os.close(descriptor)
+
+    def serve(self, pid: int, uid: int, gid: int) -> None:
+        """In the zygote, after fork: map 0 inside to (uid, gid) outside. A holder that failed before is noticed by its silence."""
+        os.close(self._unshared[1])
+        try:
+            if select.select([self._unshared[0]], [], [], START_SECONDS)[0] and os.read(self._unshared[0], 1):
+                if os.geteuid() != 0:
+                    pathlib.Path(f"/proc/{pid}/setgroups").write_text("deny")
+                pathlib.Path(f"/proc/{pid}/gid_map").write_text(f"0 {gid} 1\n")
+                pathlib.Path(f"/proc/{pid}/uid_map").write_text(f"0 {uid} 1\n")
+                os.write(self._mapped[1], b"m")
+        except OSError:
+            pass  # the holder finds the pipe closed and reports it
+        finally:
+            for descriptor in (self._unshared[0], *self._mapped):
+                os.close(descriptor)
 
 
 def build_tree(disk_bytes: int, inodes: int) -> str:
     """Mount the sandbox's file tree; returns the directory that is the workspace."""
     linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
     safe = linux.MS_NOSUID | linux.MS_NODEV
-    linux.mount("tmpfs", "/tmp", "tmpfs", safe, "size=1m,nr_inodes=1k,mode=0755")
-    for directory in (DISK, ROOT, *(f"{ROOT}/{name}" for name in ("usr", "etc", "proc", "dev", "tmp", "workspace", "run"))):
+    linux.mount("tmpfs", "/tmp", "tmpfs", safe, f"size={HIDDEN_BYTES},nr_inodes=1k,mode=0755")
+    for directory in (DISK, HIDDEN, ROOT, *(f"{ROOT}/{name}" for name in ("usr", "etc", "proc", "dev", "tmp", "workspace", "run"))):
         os.mkdir(directory)
     linux.mount("tmpfs", DISK, "tmpfs", safe, f"size={disk_bytes},nr_inodes={inodes + 3},mode=0755")
     os.mkdir(f"{DISK}/workspace", 0o755)
@@ -123,7 +135,7 @@ class Tier:
     """How a holder works with bubblewrap; fenced.Tier is its twin."""
 
     watches_disk = False  # the tmpfs itself enforces the limits
-    workspace = "/workspace"
+    workspace, hidden = "/workspace", HIDDEN
 
     def __init__(self, spec: dict, cgroup_entries: list[int]):
         self._spec = spec
@@ -132,7 +144,7 @@ class Tier:
 
     def set_up(self) -> int:
         """Enter the namespaces and build the tree; returns a descriptor of the workspace."""
-        enter_namespaces(self._spec["uid"], self._spec["gid"])
+        enter_namespaces(self._spec["mapping"])
         workspace = build_tree(self._spec["disk_bytes"], self._spec["inodes"])
         # Counted inside this sandbox's own user namespace, so siblings do not eat each other's share.
         linux.lower_limit(resource.RLIMIT_NPROC, self._spec["pids"] + 4)  # the holder, bwrap's two, and the one being forked
@@ -141,21 +153,18 @@ class Tier:
     def start_agent(self, command: str, environment: dict, out: int, err: int) -> "Started":
         return self._start(["--bind", f"{DISK}/tmp", "/tmp", "--", "/bin/bash", "-c", command], environment, out, err, [])
 
-    def start_verifier(self, script: int, files: list[tuple[str, int]], environment: dict, out: int, err: int) -> "Started":
+    def start_verifier(self, script: int, environment: dict, out: int, err: int) -> "Started":
         """The grader: its own empty /tmp, hidden files in /run/verifier, and a bash that its children cannot look into.
 
         That bash is an execute-only copy, so the kernel marks the process undumpable: what the verifier runs (the agent's program,
         say) cannot read its memory, environment or descriptors through /proc. The script is a descriptor, never a file.
         """
+        script_fd, bash_fd = linux.FIRST_PASSED_FD, linux.FIRST_PASSED_FD + 1
+        tail = ["--size", str(self._spec["disk_bytes"]), "--tmpfs", "/tmp", "--tmpfs", "/run", "--ro-bind", HIDDEN, "/run/verifier",
+                "--perms", "0111", "--ro-bind-data", str(bash_fd), "/run/bash", "--remount-ro", "/run",
+                "--", "/run/bash", f"/proc/self/fd/{script_fd}"]
         with open("/bin/bash", "rb") as bash:
-            passed = [script, bash.fileno(), *(descriptor for _, descriptor in files)]
-            numbers = range(linux.FIRST_PASSED_FD, linux.FIRST_PASSED_FD + len(passed))
-            tail = ["--size", str(self._spec["disk_bytes"]), "--tmpfs", "/tmp", "--tmpfs", "/run",
-                    "--perms", "0111", "--ro-bind-data", str(numbers[1]), "/run/bash"]
-            for (name, _), number in zip(files, numbers[2:], strict=True):
-                tail += ["--perms", "0444", "--ro-bind-data", str(number), f"/run/verifier/{name}"]
-            tail += ["--remount-ro", "/run", "--", "/run/bash", f"/proc/self/fd/{numbers[0]}"]
-            return self._start(tail, environment | {"VERIFIER_FILES": "/run/verifier"}, out, err, passed)
+            return self._start(tail, environment | {"VERIFIER_FILES": "/run/verifier"}, out, err, [script, bash.fileno()])
 
     def _start(self, tail: list[str], environment: dict, out: int, err: int, passed: list[int]) -> "Started":
         """Start bwrap, put the process that will become the command into its cgroups, and only then let it go on.
@@ -163,6 +172,8 @@ class Tier:
         posix_spawn, and the cgroups joined from outside, because a fork of this Python process would cost as much as all of bwrap.
         bwrap's outer process stays out of the cgroups, where the OOM killer would otherwise find it.
         """
+        for directory in ("workspace", "tmp"):
+            linux.restore_access(f"{DISK}/{directory}")
         status_read, status_write = os.pipe()
         filter_read, filter_write = os.pipe()
         go_read, go_write = os.pipe()
@@ -193,9 +204,6 @@ class Tier:
         finally:
             os.close(go_write)  # the end of the pipe is the signal to go on
         return started
-
-    def after_command(self) -> None:
-        """Nothing to put away: a command's mounts went with it."""
 
     def kill_leftovers(self) -> None:
         """Nothing can be left that is not a child of the holder: every command is in a pid namespace of its own."""

@@ -2,12 +2,11 @@
 
 Landlock fences files, seccomp refuses sockets, rlimits bound each process, and as root every sandbox has a user id of its own, by
 which all it left behind can be killed. There is no private /proc, no total memory limit without cgroups, and the disk limit is a
-watchdog's: envs.rock.probe names what is missing.
+watchdog's: envs.rock.tiers names what is missing.
 """
 
 import contextlib
 import os
-import pathlib
 import resource
 import shutil
 import signal
@@ -27,7 +26,7 @@ class Tier:
         self._cgroup_entries = cgroup_entries
         self._own_uid = os.geteuid() == 0
         self._home = spec["directory"]
-        self.workspace, self._temporary, self._verifier = (f"{self._home}/{name}" for name in ("workspace", "tmp", "verifier"))
+        self.workspace, self._temporary, self.hidden = (f"{self._home}/{name}" for name in ("workspace", "tmp", "verifier"))
 
     def set_up(self) -> int:
         """Make the directories and the rules; returns a descriptor of the workspace."""
@@ -35,31 +34,31 @@ class Tier:
             os.mkdir(directory, 0o700)
             if self._own_uid:
                 os.chown(directory, self._spec["uid"], self._spec["gid"])
-        os.mkdir(self._verifier, 0o755)
-        self._ruleset = landlock.ruleset((self.workspace, self._temporary), (self._verifier,))
+        os.mkdir(self.hidden, 0o755)
+        self._ruleset = landlock.ruleset((self.workspace, self._temporary), (self.hidden,))
         self._filter = seccomp.build(linux.ARCHITECTURE, network=False, own_processes=self._own_uid or landlock.abi() >= 6)
         return os.open(self.workspace, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def start_agent(self, command: str, environment: dict, out: int, err: int) -> "Started":
         return self._start(lambda: self._become(["/bin/bash", "-c", command], environment), out, err)
 
-    def start_verifier(self, script: int, files: list[tuple[str, int]], environment: dict, out: int, err: int) -> "Started":
+    def start_verifier(self, script: int, environment: dict, out: int, err: int) -> "Started":
         """The grader. As root its bash is an execute-only copy, into which its children cannot look (see bubblewrap.py)."""
-        for name, descriptor in files:
-            pathlib.Path(self._verifier, name).write_bytes(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
         bash = "/bin/bash"
         if self._own_uid:
-            bash = f"{self._verifier}/.bash"
+            bash = f"{self.hidden}/.bash"
             shutil.copyfile("/bin/bash", bash)
             os.chmod(bash, 0o111)
 
         def become() -> None:
             os.dup2(script, linux.FIRST_PASSED_FD)
-            self._become([bash, f"/proc/self/fd/{linux.FIRST_PASSED_FD}"], environment | {"VERIFIER_FILES": self._verifier})
+            self._become([bash, f"/proc/self/fd/{linux.FIRST_PASSED_FD}"], environment | {"VERIFIER_FILES": self.hidden})
 
         return self._start(become, out, err)
 
     def _start(self, become: Callable[[], None], out: int, err: int) -> "Started":
+        for directory in (self.workspace, self._temporary):
+            linux.restore_access(directory)
         failure_read, failure_write = os.pipe()
         pid = os.fork()
         if pid == 0:
@@ -109,11 +108,6 @@ class Tier:
         finally:
             if self._own_uid:
                 linux.set_filesystem_ids(0, 0)
-
-    def after_command(self) -> None:
-        """Hidden files go before the next command of the agent can come."""
-        for entry in os.scandir(self._verifier):
-            os.unlink(entry.path)
 
     def kill_leftovers(self) -> None:
         """Send SIGKILL to every process of this sandbox. The holder, their reaper, waits for them."""

@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 import signal
+import stat
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -15,7 +16,7 @@ PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 
 SYS_OPENAT2, SYS_LANDLOCK_CREATE, SYS_LANDLOCK_ADD, SYS_LANDLOCK_RESTRICT = 437, 444, 445, 446  # one number on every architecture
 RESOLVE_NO_MAGICLINKS, RESOLVE_BENEATH = 0x02, 0x08
 
-FIRST_PASSED_FD = 100  # descriptors handed to a new program lie from here on; a holder's own ones below
+FIRST_PASSED_FD = 32  # descriptors handed to a new program lie from here on; a holder's own ones, some twenty, below
 ARCHITECTURE = platform.machine()
 
 
@@ -125,3 +126,10 @@ def spawn(arguments: list[str], environment: dict, out: int, err: int, passed: l
     moves = [(os.POSIX_SPAWN_DUP2, source, FIRST_PASSED_FD + place) for place, source in enumerate(passed)]
     moves += [(os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0), (os.POSIX_SPAWN_DUP2, out, 1), (os.POSIX_SPAWN_DUP2, err, 2)]
     return os.posix_spawn(arguments[0], arguments, environment, file_actions=moves, setsigdef=RESTORED_SIGNALS)
+
+
+def restore_access(directory: str) -> None:
+    """Give a directory back to its owner: after `chmod 0 .` no command could start, and a failure would look like ours."""
+    mode = stat.S_IMODE(os.stat(directory).st_mode)
+    if mode & 0o700 != 0o700:
+        os.chmod(directory, mode | 0o700)

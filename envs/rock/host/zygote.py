@@ -7,6 +7,7 @@ manager, holders die with the zygote, bwrap with its holder. The zygote also mak
 directories, the user id it runs under), and at its start sweeps what a killed zygote left.
 """
 
+import contextlib
 import fcntl
 import gc
 import json
@@ -26,6 +27,7 @@ from .holder import Holder, receive, send
 FIRST_ID = 200_000  # user ids of sandboxes when the manager is root: one each, far from any real user's
 SLOTS = 20_000
 EXTRA_PIDS = 1  # bwrap's process 1
+RECORD_BYTES = 4096
 RETRY_SECONDS = 0.02
 REMOVE_SECONDS = 10.0
 
@@ -37,32 +39,34 @@ class Slot:
         self.base, self.number, self.lock = base, number, lock
         self.directory = f"{base}/{number}"
         self.cgroups: list[str] = []
+        self.fenced = False
 
     def record(self) -> None:
-        os.pwrite(self.lock, json.dumps(self.cgroups).encode().ljust(4096), 0)
+        os.pwrite(self.lock, json.dumps({"zygote": os.getpid(), "fenced": self.fenced, "cgroups": self.cgroups}).encode().ljust(RECORD_BYTES), 0)
 
     def clean(self) -> bool:
-        """End and remove what the sandbox had outside itself; False while something still holds a cgroup."""
-        if os.geteuid() == 0:
+        """End and remove what the sandbox had outside itself; False while something still holds a part of it."""
+        if self.fenced and os.geteuid() == 0:  # bubblewrap's processes die with their holder
             linux.kill_all_of(FIRST_ID + self.number)
         self.cgroups = cgroups.remove(self.cgroups, kill=True)
-        if self.cgroups:
+        if self.cgroups or (self.fenced and not _remove_tree(self.directory)):
             return False
-        if os.path.isdir(self.directory):
-            shutil.rmtree(self.directory, onerror=_open_and_retry)
-        os.unlink(f"{self.base}/{self.number}.lock")
+        with contextlib.suppress(FileNotFoundError):  # a cleaner of old temporary files came first
+            os.unlink(f"{self.base}/{self.number}.lock")
         os.close(self.lock)
         return True
 
 
-def _open_and_retry(function, path, _error) -> None:
-    """An agent may have taken its directories' permissions away."""
-    os.chmod(os.path.dirname(path), 0o700)
-    if os.path.isdir(path) and not os.path.islink(path):
-        os.chmod(path, 0o700)
-        shutil.rmtree(path, ignore_errors=True)
-    elif os.path.lexists(path):
-        function(path)
+def _remove_tree(directory: str) -> bool:
+    """Remove it whatever permissions the agent took from its directories. Links are removed, not followed."""
+    shutil.rmtree(directory, ignore_errors=True)
+    if os.path.isdir(directory):
+        for path, names, _ in os.walk(directory):
+            for name in names:
+                if not os.path.islink(f"{path}/{name}"):
+                    os.chmod(f"{path}/{name}", 0o700)
+        shutil.rmtree(directory, ignore_errors=True)
+    return not os.path.isdir(directory)
 
 
 def state_directory() -> str:
@@ -99,7 +103,8 @@ def sweep(base: str) -> None:
     """Clean up after zygotes that were killed."""
     for name in os.listdir(base):
         if name.endswith(".lock") and (slot := _claim(base, int(name[:-5]), create=False)):
-            slot.cgroups = json.loads(os.pread(slot.lock, 4096, 0) or b"[]")
+            record = json.loads(os.pread(slot.lock, RECORD_BYTES, 0) or "{}")
+            slot.cgroups, slot.fenced = record.get("cgroups", []), record.get("fenced", False)
             deadline = time.monotonic() + REMOVE_SECONDS
             while not slot.clean() and time.monotonic() < deadline:
                 time.sleep(RETRY_SECONDS)
@@ -148,25 +153,32 @@ class Zygote:
         slot = self._free_slot()
         try:
             if self._place:
-                slot.cgroups = cgroups.create(self._place, f"rock-{slot.number}-{os.getpid()}", spec["memory_bytes"], spec["pids"] + EXTRA_PIDS, spec["cpus"])
-                slot.record()
-            if spec["tier"] == "landlock":
+                name, pids = f"rock-{slot.number}-{os.getpid()}", spec["pids"] + EXTRA_PIDS
+                slot.cgroups = cgroups.create(self._place, name, spec["memory_bytes"], pids, spec["cpus"])
+            slot.fenced = spec["tier"] == "landlock"
+            if slot.fenced:
+                _remove_tree(slot.directory)  # of a dead owner whose lock file was cleaned away
                 os.mkdir(slot.directory, 0o711)
             root = os.geteuid() == 0
             identity = FIRST_ID + slot.number if root else os.geteuid()
             spec |= {"uid": identity, "gid": identity if root else os.getegid(), "own_uid": root, "directory": slot.directory,
                      "cgroups": slot.cgroups, "zygote": os.getpid()}
+            slot.record()
+            mapping = bubblewrap.Mapping() if spec["tier"] == "bubblewrap" else None
             pid = os.fork()
         except OSError:
             slot.clean()
             raise
         if pid == 0:
-            _run_holder(channel, spec)
+            _run_holder(channel, spec | {"mapping": mapping})
+        if mapping:
+            mapping.serve(pid, spec["uid"], spec["gid"])
         pidfd = os.pidfd_open(pid)
         self._holders[pidfd] = (pid, slot, channel)
         self._poller.register(pidfd, select.POLLIN)
 
     def _free_slot(self) -> Slot:
+        state_directory()  # there again, if a cleaner of old temporary files took it
         for _ in range(SLOTS):
             self._next = (self._next + 1) % SLOTS
             if slot := _claim(self._base, self._next, create=True):
@@ -214,7 +226,11 @@ def _run_holder(channel: socket.socket, spec: dict) -> None:
     """The life of a forked holder. Never returns."""
     try:
         keep = channel.fileno()
-        os.closerange(3, keep), os.closerange(keep + 1, 4096)  # other sandboxes' sockets and locks
+        low = 3
+        for kept in sorted((keep, *(spec["mapping"].descriptors() if spec["mapping"] else ()))):
+            os.closerange(low, kept)  # other sandboxes' sockets and locks
+            low = kept + 1
+        os.closerange(low, 4096)
         tier = bubblewrap.Tier if spec["tier"] == "bubblewrap" else fenced.Tier
         try:
             holder = Holder(channel, spec, tier)

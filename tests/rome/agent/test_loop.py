@@ -60,6 +60,6 @@ def test_faults_become_typed_endings_and_the_environment_is_closed(engine, limit
 
 
 def test_derived_seeds_are_the_same_in_every_process():
-    assert derive_seed(0, "find/3", 1) == 1153107396 or derive_seed(0, "find/3", 1) == derive_seed("0", "find/3", "1")
+    assert derive_seed(0, "find/3", 1) == 23410633
     assert len({derive_seed(0, "eval", number) for number in range(1000)}) == 1000
     assert 0 <= derive_seed("x") < 2**31

@@ -13,16 +13,16 @@ import safetensors.numpy
 from rome.model.config import PRESETS, ModelConfig
 from rome.model.hf import expected_tensors, load_hf, save_hf
 from rome.model.moe import router_loss
-from rome.model.qwen3 import Qwen3, head_kernel, init_params
-from tests.rome.model import record_golden
+from rome.model.qwen3 import Qwen3, head_kernel
+from tests.rome.model import record_golden, small
 
-SMALL = dataclasses.replace(PRESETS["tiny"], vocab_size=40, hidden_size=16, num_layers=2, num_experts=4, moe_intermediate_size=8, head_dim=4)
+SMALL = small.CONFIG
 GOLDEN = np.load(record_golden.GOLDEN)
 
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.device_get(init_params(SMALL, jax.random.key(0)))
+    return small.random_params(SMALL)
 
 
 def assert_trees_equal(one, other):
@@ -112,7 +112,7 @@ def test_transformers_loads_what_we_write_and_we_load_what_transformers_writes(p
 @pytest.mark.parametrize("config", [SMALL, dataclasses.replace(SMALL, tie_embeddings=True)], ids=["untied", "tied"])
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 8_000], ids=["one_file", "shards"])
 def test_a_checkpoint_comes_back_bitwise(config, max_shard_bytes, tmp_path):
-    params = jax.device_get(init_params(config, jax.random.key(1)))
+    params = small.random_params(config)
     save_hf(params, config, tmp_path, max_shard_bytes=max_shard_bytes)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (max_shard_bytes == 8_000)
     loaded, loaded_config = load_hf(tmp_path, remat=config.remat)

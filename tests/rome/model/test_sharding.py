@@ -1,5 +1,6 @@
 """The mesh: the same numbers on any of them, and one clear line where the model does not divide."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -13,9 +14,10 @@ from rome.model.config import PRESETS
 from rome.model.moe import router_loss
 from rome.model.qwen3 import Qwen3, head_kernel, init_params
 from rome.model.sharding import batch_sharding, check_mesh, logical_axes, make_mesh, param_shardings, partition_spec, row_shards
+from tests.rome.model import small
+from tests.rome.model.small import random_params
 
-CONFIG = dataclasses.replace(PRESETS["tiny"], vocab_size=48, hidden_size=16, num_layers=2, num_experts=4, moe_intermediate_size=8, head_dim=4,
-                             initializer_range=0.2, remat="full")
+CONFIG = dataclasses.replace(small.CONFIG, vocab_size=48, remat="full")
 QWEN3 = PRESETS["qwen3_30b_a3b"]
 
 
@@ -26,30 +28,35 @@ def objective(params, tokens_BT, positions_BT, segments_BT, experts):
     return -jnp.sum(logp_BT * (segments_BT[:, 1:] != 0)) / 100 + router_loss(out.router, CONFIG), out.hidden_BTD
 
 
-@pytest.mark.parametrize("experts", ["dense", "sorted"])
-@pytest.mark.parametrize("current", [True, False], ids=["set_mesh", "shardings_only"])
-@pytest.mark.parametrize("shape", [{"fsdp": 2, "expert": 2, "tensor": 2}, {"replica": 2, "fsdp": 4}, {"expert": 4, "sequence": 2}],
-                         ids=lambda shape: "-".join(f"{axis}{size}" for axis, size in shape.items()))
-def test_forward_and_gradients_on_a_mesh_equal_one_device(shape, current, experts):
-    params = init_params(CONFIG, jax.random.key(0))
+step = jax.value_and_grad(objective, has_aux=True)
+
+
+def inputs():
     tokens_BT = jax.random.randint(jax.random.key(1), (8, 16), 0, CONFIG.vocab_size)
     positions_BT = jnp.broadcast_to(jnp.arange(16), (8, 16))
-    segments_BT = jnp.where(positions_BT < 13, 1, 0)
-    step = jax.value_and_grad(objective, has_aux=True)
-    (expected_loss, expected_hidden), expected = jax.jit(step, static_argnums=4)(params, tokens_BT, positions_BT, segments_BT, experts)
+    return random_params(CONFIG, scale=0.2), tokens_BT, positions_BT, jnp.where(positions_BT < 13, 1, 0)
 
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return jax.device_get(jax.jit(step, static_argnums=4)(*inputs(), "dense"))
+
+
+@pytest.mark.parametrize("shape, experts, current", [  # current: whether the model knows the mesh, or only its inputs are sharded
+    ({"fsdp": 2, "expert": 2, "tensor": 2}, "sorted", True), ({"fsdp": 2, "expert": 2, "tensor": 2}, "dense", False),
+    ({"replica": 2, "fsdp": 4}, "sorted", False), ({"expert": 4, "sequence": 2}, "dense", True),
+])
+def test_forward_and_gradients_on_a_mesh_equal_one_device(on_one_device, shape, experts, current):
     mesh = make_mesh(shape, CONFIG)
     shardings, rows = param_shardings(mesh, CONFIG), batch_sharding(mesh)
     sharded = jax.jit(step, static_argnums=4, in_shardings=(shardings, rows, rows, rows), out_shardings=(None, shardings))
-    inputs = jax.device_put((params, tokens_BT, positions_BT, segments_BT), (shardings, rows, rows, rows))
-    if current:
-        with jax.set_mesh(mesh):
-            (loss, hidden), gradients = sharded(*inputs, experts)
-    else:
-        (loss, hidden), gradients = sharded(*inputs, experts)
+    placed = jax.device_put(inputs(), (shardings, rows, rows, rows))
+    with jax.set_mesh(mesh) if current else contextlib.nullcontext():
+        (loss, hidden), gradients = sharded(*placed, experts)
+    (expected_loss, expected_hidden), expected = on_one_device
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     np.testing.assert_allclose(hidden, expected_hidden, atol=1e-5)
-    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5), gradients, expected)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5), jax.device_get(gradients), expected)
 
 
 def test_every_parameter_has_a_sharding_and_the_large_ones_are_spread_over_the_whole_mesh():

@@ -84,9 +84,8 @@ def test_instructions_are_short(tiny, family):
     assert max(len(tiny.encode(make_task(family, seed).instruction)) for seed in range(20)) <= 35
 
 
-def test_an_id_outside_the_vocabulary_is_refused(tiny):
-    with pytest.raises(ValueError, match=f"id {tiny.vocab_size} "):
-        tiny.decode([tiny.vocab_size])
+def test_an_id_of_the_models_padding_reads_as_a_replacement_character(tiny):
+    assert tiny.decode([*tiny.encode("red fox"), tiny.vocab_size, *tiny.encode("bee")]) == "red fox\N{REPLACEMENT CHARACTER}bee"
 
 
 def test_a_folder_without_tokenizer_is_named(tmp_path):

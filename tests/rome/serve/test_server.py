@@ -4,7 +4,6 @@ import asyncio
 import base64
 import json
 import random
-import time
 
 import aiohttp
 import numpy as np
@@ -185,16 +184,20 @@ def test_a_later_turn_reuses_the_prefix_that_was_prefilled_and_nothing_that_was_
     np.testing.assert_allclose(logprobs_of(answer), oracle.logprobs(turn + answer["output_ids"])[len(turn) - 1:], atol=1e-4)
 
 
-def test_requests_that_arrive_together_share_the_work_of_their_common_prompt(server):
+def test_requests_that_arrive_together_share_the_work_of_their_common_prompt(server, oracle):
     async def conversation(http):
-        prompt = [random.randrange(V) for _ in range(3 * CHUNK + 2)]
-        before = (await http.figures())["prefill_tokens"]
-        answers = await asyncio.gather(*(http.generate(prompt, sampling_seed=number) for number in range(6)))
-        return answers, (await http.figures())["prefill_tokens"] - before
+        before, groups = (await http.figures())["prefill_tokens"], []
+        for offset in (0, 10):  # the second group finds the prompt in a slot that one of it may overwrite
+            groups.append(await asyncio.gather(*(http.generate(prompt, sampling_seed=number + offset) for number in range(SLOTS))))
+        return groups, (await http.figures())["prefill_tokens"] - before
 
-    answers, computed = talk(server, conversation)
-    assert computed == 3 * CHUNK + 6 * 2
-    assert sorted(answer["meta_info"]["cached_tokens"] for answer in answers) == [0] + 5 * [3 * CHUNK]
+    prompt = [random.randrange(V) for _ in range(3 * CHUNK + 2)]
+    groups, computed = talk(server, conversation)
+    assert computed == 3 * CHUNK + 2 * SLOTS * 2
+    cached = [sorted(answer["meta_info"]["cached_tokens"] for answer in group) for group in groups]
+    assert cached == [[0] + (SLOTS - 1) * [3 * CHUNK], SLOTS * [3 * CHUNK]]
+    for answer in sum(groups, []):
+        np.testing.assert_allclose(logprobs_of(answer), oracle.logprobs(prompt + answer["output_ids"])[len(prompt) - 1:], atol=1e-4)
 
 
 # -- ends ----------------------------------------------------------------------------------------------------------------------------
@@ -213,9 +216,11 @@ def test_a_stop_token_ends_the_output_and_belongs_to_it(server):
 
 def test_the_models_end_token_stops_unless_it_is_ignored(server):
     async def conversation(http):
-        prompts = [PROMPT + [number] for number in range(3, 60)]  # among many prompts some run into the end token
-        bodies = [{"input_ids": prompts, "sampling_params": {"max_new_tokens": 60, "sampling_seed": 0, "ignore_eos": ignore}} for ignore in (False, True)]
-        return [(await http.post("/generate", body))[1] for body in bodies]
+        seeds = range(60)  # hot enough that some of these many run into the end token
+        return [(await http.post("/generate", {
+            "input_ids": [PROMPT for _ in seeds],
+            "sampling_params": [{"max_new_tokens": 60, "temperature": 5, "sampling_seed": seed, "ignore_eos": ignore} for seed in seeds],
+        }))[1] for ignore in (False, True)]
 
     stopping, ignoring = talk(server, conversation)
     ended = [(a, b) for a, b in zip(stopping, ignoring) if a["meta_info"]["finish_reason"]["type"] == "stop"]

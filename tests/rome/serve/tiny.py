@@ -1,6 +1,7 @@
 """A small random model and a real `launch.serve` process for the tests of the engine's two sides."""
 
 import dataclasses
+import functools
 import pathlib
 
 import jax
@@ -32,8 +33,10 @@ def make_params(seed: int) -> dict:
     return jax.device_get(init_params(make_config(), jax.random.key(seed)))
 
 
-def make_checkpoint(directory: pathlib.Path, seed: int = 0) -> pathlib.Path:
-    save_hf(make_params(seed), make_config(), directory)
+def make_checkpoint(directory: pathlib.Path, seed: int = 0, endless: bool = False) -> pathlib.Path:
+    """A directory for the server. `endless`: its end token lies outside the vocabulary, so that sampling goes on to its full length."""
+    config = make_config()
+    save_hf(make_params(seed), dataclasses.replace(config, eos_token_id=config.vocab_size) if endless else config, directory)
     Tokenizer.load(TOKENIZER).save(directory)
     return directory
 
@@ -68,12 +71,8 @@ class Oracle:
         return logp_TV[np.arange(len(ids) - 1), ids[1:]]
 
 
-def _forward(config: ModelConfig, params: dict, tokens_BT: np.ndarray, segments_BT: np.ndarray):
-    positions_BT = np.arange(tokens_BT.shape[1])[None]
-
-    @jax.jit
-    def run(params):
-        out = Qwen3(config).apply({"params": params}, tokens_BT, positions_BT, segments_BT)
-        return jnp.matmul(out.hidden_BTD[0], head_kernel(params, config)), out.routes_LBTK[:, 0]
-
-    return run(params)
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(config: ModelConfig, params: dict, tokens_BT: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+    out = Qwen3(config).apply({"params": params}, tokens_BT, positions_BT, segments_BT)
+    return jnp.matmul(out.hidden_BTD[0], head_kernel(params, config)), out.routes_LBTK[:, 0]

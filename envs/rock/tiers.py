@@ -116,7 +116,7 @@ def _try(tier: str) -> tuple[str, str]:
     try:
         _try_to_run(tier)
     except (SandboxError, OSError) as error:
-        return (_userns_obstacle(str(error)) if tier == "bubblewrap" else (str(error), "run `python -m envs.rock.probe` and report this"))
+        return (_userns_obstacle(str(error)) if tier == "bubblewrap" else (str(error), f"report this with the kernel's version, {platform.release()}"))
     return "", ""
 
 
@@ -157,7 +157,8 @@ def _userns_obstacle(error: str) -> tuple[str, str]:
     if _in_chroot():
         return f"inside a chroot the kernel refuses user namespaces ({error})", "enter the tree with pivot_root (a container) instead of chroot"
     return (f"this machine refuses user namespaces ({error})",
-            "leave the container, or start it with --security-opt seccomp=unconfined --security-opt apparmor=unconfined --security-opt systempaths=unconfined")
+            "leave the container, or start it with --security-opt seccomp=unconfined --security-opt apparmor=unconfined "
+            "--security-opt systempaths=unconfined")
 
 
 def _setting(path: str) -> str:
@@ -172,9 +173,3 @@ def _in_chroot() -> bool:
     """Whether this process's / is not the / of its mount namespace."""
     with open("/proc/self/mountinfo") as file:
         return not any(line.split()[4] == "/" for line in file)
-
-
-if __name__ == "__main__":
-    report = probe()
-    print(f"tier: {report.tier}; enforced: {', '.join(name for name in GUARANTEES if name in report.guarantees)}")
-    print(report.banner())

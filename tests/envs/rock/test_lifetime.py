@@ -1,0 +1,309 @@
+"""Nothing leaks and nothing outlives its owner: descriptors, processes, cgroups, directories."""
+
+import asyncio
+import glob
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+
+import pytest
+
+from envs.rock import Sandbox, SandboxClosedError, SandboxConfig, SandboxError, SandboxStartError, launcher, probe, sync
+from envs.rock.host import cgroups
+
+REPOSITORY = str(pathlib.Path(__file__).resolve().parents[3])
+STATE = pathlib.Path(tempfile.gettempdir(), f"rock-{os.getuid()}")
+
+
+def _config(tier: str = "bubblewrap", **fields) -> SandboxConfig:
+    if (report := probe(tier=tier)).tier is None:
+        pytest.skip(f"no {tier} tier here: {report.missing[0].reason}")
+    return SandboxConfig(isolation="best_available", tier=tier, **fields)
+
+
+def _zygote_pid() -> int:
+    return launcher._zygote._process.pid
+
+
+def _descendants(pid: int) -> list[int]:
+    children = [int(word) for path in glob.glob(f"/proc/{pid}/task/*/children") for word in pathlib.Path(path).read_text().split()]
+    return children + [grandchild for child in children for grandchild in _descendants(child)]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def _eventually(condition, seconds: float = 15.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+
+def _groups() -> set[str]:
+    place, _ = cgroups.find()
+    return {path for parent in set(place.parents.values()) for path in glob.glob(f"{parent}/rock-*-{_zygote_pid()}")} if place else set()
+
+
+@pytest.mark.parametrize("tier", ["bubblewrap", "landlock"])
+def test_many_sandboxes_leave_nothing_behind(tier):
+    config = _config(tier)
+
+    async def one(number):
+        async with Sandbox(config) as sandbox:
+            return (await sandbox.execute(f"echo {number} > f; sleep 100 & cat f")).stdout
+
+    async def all_of_them():
+        return [result for _ in range(4) for result in await asyncio.gather(*map(one, range(15)))]
+
+    asyncio.run(one(0))
+    before = (len(os.listdir("/proc/self/fd")), len(os.listdir(f"/proc/{_zygote_pid()}/fd")), _descendants(_zygote_pid()), _groups(),
+              threading.active_count(), pathlib.Path("/proc/self/mountinfo").read_text().count("\n"))
+    assert asyncio.run(asyncio.wait_for(all_of_them(), 120)) == [f"{number}\n" for number in range(15)] * 4
+    after = (len(os.listdir("/proc/self/fd")), len(os.listdir(f"/proc/{_zygote_pid()}/fd")), _descendants(_zygote_pid()), _groups(),
+             threading.active_count(), pathlib.Path("/proc/self/mountinfo").read_text().count("\n"))
+    assert after == before and before[2] == []
+
+
+@pytest.mark.slow
+def test_a_thousand_sandboxes_leave_nothing_behind():
+    config = _config()
+
+    async def churn():
+        for _ in range(1000):
+            async with Sandbox(config) as sandbox:
+                await sandbox.execute("true")
+
+    asyncio.run(churn())
+    before = len(os.listdir("/proc/self/fd")), len(os.listdir(f"/proc/{_zygote_pid()}/fd"))
+    asyncio.run(churn())
+    assert (len(os.listdir("/proc/self/fd")), len(os.listdir(f"/proc/{_zygote_pid()}/fd"))) == before and not _descendants(_zygote_pid())
+
+
+_MANAGER = """
+import asyncio, os, sys
+sys.path.insert(0, {repository!r})
+from envs.rock import Sandbox, SandboxConfig, launcher
+async def main():
+    sandboxes = [Sandbox(SandboxConfig(isolation="best_available", tier={tier!r})) for _ in range(3)]
+    await asyncio.gather(*(sandbox.start() for sandbox in sandboxes))
+    running = [asyncio.create_task(sandbox.execute("setsid sleep {mark} & sleep {mark}", timeout=600)) for sandbox in sandboxes]
+    await asyncio.sleep(0.3)
+    print(launcher._zygote._process.pid, flush=True)
+    await asyncio.gather(*running)
+asyncio.run(main())
+"""
+
+
+def _start_manager(tier: str, mark: int) -> tuple[subprocess.Popen, int]:
+    _config(tier)
+    program = _MANAGER.format(repository=REPOSITORY, tier=tier, mark=mark)
+    manager = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    return manager, int(manager.stdout.readline())
+
+
+@pytest.mark.parametrize("tier", ["bubblewrap", "landlock"])
+def test_when_the_manager_is_killed_everything_ends_and_is_removed(tier):
+    before = set(os.listdir(STATE)) if STATE.exists() else set()
+    manager, zygote = _start_manager(tier, mark=31337)
+    processes = [zygote, *_descendants(zygote)]
+    assert len(processes) >= 1 + 3 * 3
+    place, _ = cgroups.find()
+    manager.kill()
+    manager.wait()
+    assert _eventually(lambda: not any(map(_alive, processes)))
+    assert not [path for parent in (place.parents.values() if place else ()) for path in glob.glob(f"{parent}/rock-*-{zygote}")]
+    assert not {name for name in set(os.listdir(STATE)) - before if _owner(name) == zygote}
+
+
+def _owner(name: str) -> int | None:
+    try:
+        return int(json.loads((STATE / name).read_bytes().strip(b"\0 ") or b"{}").get("zygote", 0))
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def test_when_the_zygote_is_killed_nothing_runs_on_and_the_next_start_sweeps():
+    manager, zygote = _start_manager("bubblewrap", mark=31338)
+    processes = _descendants(zygote)
+    os.kill(zygote, signal.SIGKILL)
+    assert manager.wait(30) != 0  # its commands fail: SandboxClosedError, not a wait without end
+    assert _eventually(lambda: not any(map(_alive, processes)))
+    place, _ = cgroups.find()
+    left = {name for name in os.listdir(STATE)}
+    launcher.shut_down()  # so that the next sandbox brings a new zygote
+    assert asyncio.run(_echo(_config())) == "hi\n"
+    assert not [path for parent in (place.parents.values() if place else ()) for path in glob.glob(f"{parent}/rock-*-{zygote}")]
+    assert not left & {name for name in os.listdir(STATE) if _owner(name) == zygote}
+
+
+async def _echo(config: SandboxConfig) -> str:
+    async with Sandbox(config) as sandbox:
+        return (await sandbox.execute("echo hi")).stdout
+
+
+@pytest.mark.parametrize("tier", ["bubblewrap", "landlock"])
+def test_directories_without_permissions_are_removed_too(tier):
+    async def work():
+        async with Sandbox(_config(tier)) as sandbox:
+            await sandbox.execute("mkdir -p a/b; ln -s / a/b/root; touch a/b/f; chmod 0 a/b a; ln -s / l; cd $TMPDIR && mkdir -m 0 t")
+        return os.listdir(STATE)
+
+    assert [name for name in asyncio.run(work()) if _owner(name) == _zygote_pid() or not name.endswith(".lock")] == []
+
+
+def test_a_sandbox_whose_holder_is_killed_says_so():
+    async def work():
+        async with Sandbox(_config()) as sandbox:
+            running = asyncio.create_task(sandbox.execute("sleep 1000"))
+            await asyncio.sleep(0.1)
+            (holder,) = [int(word) for word in pathlib.Path(f"/proc/{_zygote_pid()}/task/{_zygote_pid()}/children").read_text().split()]
+            children = _descendants(holder)
+            os.kill(holder, signal.SIGKILL)
+            with pytest.raises(SandboxClosedError):
+                await running
+            with pytest.raises(SandboxClosedError):
+                await sandbox.execute("true")
+            return children
+
+    assert _eventually(lambda children=asyncio.run(work()): not any(map(_alive, children)))
+
+
+def test_loops_in_many_threads_share_one_zygote():
+    config = _config()
+    results = []
+
+    def thread():
+        results.append(asyncio.run(_echo(config)))
+
+    asyncio.run(_echo(config))
+    zygote = _zygote_pid()
+    threads = [threading.Thread(target=thread) for _ in range(6)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join(60)
+    assert results == ["hi\n"] * 6 and _zygote_pid() == zygote
+
+
+def test_a_hundred_sandboxes_live_at_once():
+    config = _config()
+
+    async def work():
+        sandboxes = [Sandbox(config) for _ in range(100)]
+        await asyncio.gather(*(sandbox.start() for sandbox in sandboxes))
+        results = await asyncio.gather(*(sandbox.execute(f"echo {number} > f; cat f") for number, sandbox in enumerate(sandboxes)))
+        await asyncio.gather(*(sandbox.stop() for sandbox in sandboxes))
+        return [result.stdout for result in results]
+
+    assert asyncio.run(asyncio.wait_for(work(), 120)) == [f"{number}\n" for number in range(100)]
+
+
+def test_synchronous_callers_share_a_background_loop():
+    sandbox = Sandbox(_config())
+    sync.run(sandbox.start(), 60)
+    try:
+        assert sync.run(sandbox.execute("echo hi"), 60).stdout == "hi\n"
+        with pytest.raises(TimeoutError):
+            sync.run(sandbox.execute("sleep 1000"), 0.2)
+        assert sync.run(sandbox.execute("echo again"), 60).stdout == "again\n"
+        with pytest.raises(SandboxError, match="sync.run"):
+            asyncio.run(sandbox.execute("true"))
+    finally:
+        sync.run(sandbox.stop(), 60)
+
+
+def test_a_forked_process_starts_a_zygote_of_its_own():
+    program = textwrap.dedent(f"""
+        import asyncio, os, sys
+        sys.path.insert(0, {REPOSITORY!r})
+        from envs.rock import Sandbox, SandboxConfig, launcher
+        async def echo():
+            async with Sandbox(SandboxConfig(isolation="best_available", tier="bubblewrap")) as sandbox:
+                return (await sandbox.execute("echo hi")).stdout, launcher._zygote._process.pid
+        first = asyncio.run(echo())
+        child = os.fork()
+        if child == 0:
+            second = asyncio.run(echo())
+            launcher.shut_down()
+            os._exit(0 if second[0] == "hi\\n" and second[1] != first[1] else 1)
+        _, status = os.waitpid(child, 0)
+        assert status == 0 and asyncio.run(echo()) == first
+        """)
+    _config()
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_a_bwrap_that_fails_is_an_error_with_its_words_and_never_a_weaker_sandbox(monkeypatch):
+    config = _config()
+    broken = launcher.spec
+
+    def with_false(config, tier):
+        return broken(config, tier) | {"bwrap": shutil.which("false")}
+
+    monkeypatch.setattr(launcher, "spec", with_false)
+    with pytest.raises(SandboxStartError, match="bwrap ended with 1 before the command did"):
+        asyncio.run(_echo(config))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
+@pytest.mark.parametrize("tier", ["bubblewrap", "landlock"])
+def test_an_ordinary_user_has_sandboxes_too_and_is_told_what_is_missing(tier, tmp_path_factory):
+    _config(tier)
+    code = tempfile.mkdtemp(prefix="rock-test-", dir="/tmp")  # a place that another user can read
+    try:
+        os.chmod(code, 0o755)
+        shutil.copytree(f"{REPOSITORY}/envs", f"{code}/envs", ignore=shutil.ignore_patterns("__pycache__", "tasks", "gem"))
+        program = textwrap.dedent(f"""
+            import asyncio, json, os
+            from envs.rock import IsolationError, Sandbox, SandboxConfig, probe
+            async def main():
+                async with Sandbox(SandboxConfig(isolation="best_available", tier={tier!r})) as sandbox:
+                    first = await sandbox.execute("id -u; echo x > f; setsid sleep 4242 & cat f; cat {code}/secret; kill -9 {os.getpid()}; kill -9 -1", timeout=20)
+                    await sandbox.execute("mkdir -p locked/in; chmod 0 locked")
+                    await sandbox.write_file("a/b", "c")
+                    verified = await sandbox.verify("cat f a/b $VERIFIER_FILES/k", files={{"k": b"!"}})
+                    slow = await sandbox.execute("setsid sleep 4242 & sleep 4242", timeout=0.3)
+                    return first.stdout, verified.stdout, slow.timed_out
+            report = probe(tier={tier!r})
+            try:
+                asyncio.run(Sandbox(SandboxConfig(isolation="required")).start()); refusal = ""
+            except IsolationError as error:
+                refusal = str(error)
+            print(json.dumps([asyncio.run(main()), sorted(report.guarantees), report.banner(), refusal]))
+            """)
+        pathlib.Path(code, "secret").write_text("SECRET")
+        os.chown(f"{code}/secret", 64321, 64321)
+        python = os.path.realpath("/usr/bin/python3")
+        done = subprocess.run(["setpriv", "--reuid", "64321", "--regid", "64321", "--clear-groups", python, "-c", program], cwd=code, timeout=90,
+                              env={"PATH": "/usr/bin:/bin", "TMPDIR": "/tmp"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        (first, verified, timed_out), guarantees, banner, refusal = json.loads(done.stdout)
+        assert first.split() == (["1000", "x"] if tier == "bubblewrap" else ["64321", "x"])
+        assert verified == "x\nc!" and timed_out
+        assert not os.listdir("/tmp/rock-64321")
+        if cgroups.find()[0].version == 1:  # root's own groups: another user cannot write them
+            assert "memory" not in guarantees and "memory" in banner and "remedy" in banner and "memory" in refusal
+        assert _eventually(lambda: not [path for path in glob.glob("/proc/[0-9]*/cmdline") if _reads(path, b"sleep\x004242")])
+    finally:
+        shutil.rmtree(code)
+        shutil.rmtree("/tmp/rock-64321", ignore_errors=True)
+
+
+def _reads(path: str, word: bytes) -> bool:
+    try:
+        return word in pathlib.Path(path).read_bytes()
+    except OSError:
+        return False

@@ -1,0 +1,108 @@
+"""What the probe says where something is missing, and the cgroup files of both versions."""
+
+import os
+import pathlib
+
+import pytest
+
+from envs.rock import IsolationError, probe, tiers
+from envs.rock.host import cgroups
+from envs.rock.tiers import GUARANTEES, Missing, TierReport
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    tiers._try.cache_clear()
+    yield
+    tiers._try.cache_clear()
+
+
+def test_a_missing_bubblewrap_is_named_with_its_remedy_and_refused_when_required(monkeypatch):
+    monkeypatch.setattr(tiers.shutil, "which", lambda *_, **__: None)
+    report = probe("required")
+    assert report.tier is None
+    with pytest.raises(IsolationError, match="bubblewrap is missing; remedy: apt-get install bubblewrap"):
+        report.require("required")
+
+
+def test_best_available_falls_back_and_says_loudly_what_is_not_enforced(monkeypatch):
+    monkeypatch.setattr(tiers.shutil, "which", lambda *_, **__: None)
+    report = probe("best_available")
+    if report.tier is None:
+        pytest.skip("no landlock tier here")
+    assert report.tier == "landlock" and {"disk", "processes"} <= {item.guarantee for item in report.missing}
+    report.require("best_available")
+    banner = report.banner()
+    assert "NOT enforced" in banner and "apt-get install bubblewrap" in banner and all(item.guarantee in banner for item in report.missing)
+    with pytest.raises(IsolationError):
+        report.require("required")
+
+
+def test_nothing_missing_needs_no_banner():
+    TierReport("bubblewrap", frozenset(GUARANTEES), ()).require("required")
+    assert TierReport("bubblewrap", frozenset(GUARANTEES), ()).banner() == ""
+
+
+def test_without_memory_limits_required_is_refused():
+    report = TierReport("bubblewrap", frozenset(GUARANTEES) - {"memory"}, (Missing("memory", "no cgroups", "run as root"),))
+    with pytest.raises(IsolationError, match="memory.*no cgroups; remedy: run as root"):
+        report.require("required")
+    report.require("best_available")
+
+
+@pytest.mark.parametrize("setting, value, words", [("/proc/sys/user/max_user_namespaces", "0", "sysctl user.max_user_namespaces"),
+                                                   ("/proc/sys/kernel/apparmor_restrict_unprivileged_userns", "1", "AppArmor")])
+def test_what_refuses_user_namespaces_is_named(monkeypatch, setting, value, words):
+    monkeypatch.setattr(tiers, "_setting", lambda path: value if path == setting else "")
+    assert words in " ".join(tiers._userns_obstacle("unshare: Operation not permitted"))
+
+
+def test_a_chroot_is_named(monkeypatch):
+    monkeypatch.setattr(tiers, "_setting", lambda path: "")
+    monkeypatch.setattr(tiers, "_in_chroot", lambda: True)
+    assert "chroot" in tiers._userns_obstacle("unshare: Operation not permitted")[0]
+
+
+def test_an_unknown_isolation_is_an_error():
+    with pytest.raises(ValueError, match="required, best_available"):
+        probe("strict")
+
+
+def test_version_2_limits_are_written_to_its_own_files(tmp_path):
+    """A directory stands in for cgroup2, which this kernel may not offer: what is checked is which files get which values."""
+    parent = tmp_path / "app.slice"
+    parent.mkdir()
+    place = cgroups.Place(2, {"memory": str(parent), "pids": str(parent), "cpu": str(parent)})
+    made = parent / "rock-1"
+
+    real_mkdir = os.mkdir
+
+    def mkdir(path, *rest):
+        real_mkdir(path, *rest)
+        if pathlib.Path(path) == made:
+            for name in ("memory.max", "memory.swap.max", "pids.max", "cpu.max", "cgroup.procs"):
+                (made / name).touch()
+            (made / "memory.events").write_text("low 0\nhigh 0\nmax 12\noom 3\noom_kill 2\n")
+            (made / "pids.events").write_text("max 5\n")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "mkdir", mkdir)
+        assert cgroups.create(place, "rock-1", 64 << 20, 32, 0.5) == [str(made)]
+    assert {name: (made / name).read_text() for name in ("memory.max", "memory.swap.max", "pids.max", "cpu.max")} == {
+        "memory.max": str(64 << 20), "memory.swap.max": "0", "pids.max": "32", "cpu.max": "50000 100000"}
+    assert cgroups.Events([str(made)]).read() == {"memory": 2, "pids": 5}
+
+
+def test_version_2_controllers_are_enabled_where_that_is_allowed(tmp_path):
+    (tmp_path / "cgroup.controllers").write_text("cpuset cpu io memory pids\n")
+    (tmp_path / "cgroup.subtree_control").write_text("memory\n")
+    (tmp_path / "cgroup.procs").touch()
+    assert cgroups._enable(str(tmp_path)) == ["memory", "pids", "cpu"]
+    assert cgroups._enable(str(tmp_path / "nothing")) == []
+
+
+def test_a_group_that_cannot_be_limited_is_not_left_behind(tmp_path):
+    place = cgroups.Place(1, {"memory": str(tmp_path), "pids": str(tmp_path / "missing")})
+    with pytest.raises(OSError):
+        cgroups.create(place, "rock-1", 1 << 20, 8, 1.0)
+    assert not (tmp_path / "rock-1").exists()

@@ -1,0 +1,389 @@
+"""Hostile commands: the host and sibling sandboxes stay untouched, and a struck limit is told by its name."""
+
+import asyncio
+import os
+import pathlib
+import shlex
+import socket
+import subprocess
+import threading
+
+import pytest
+
+from envs.rock import Sandbox, SandboxConfig, SandboxFileError, probe
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+
+
+def _config(tier: str, **fields) -> SandboxConfig:
+    if (report := probe(tier=tier)).tier is None:
+        pytest.skip(f"no {tier} tier here: {report.missing[0].reason}")
+    return SandboxConfig(isolation="best_available", tier=tier, **fields)
+
+
+def _needs(tier: str, guarantee: str) -> None:
+    if guarantee not in probe(tier=tier).guarantees:
+        pytest.skip(f"{guarantee} is not enforced in the {tier} tier here")
+
+
+@pytest.fixture(params=["bubblewrap", "landlock"])
+def tier(request):
+    return request.param
+
+
+def inside(config: SandboxConfig, work):
+    async def run():
+        async with Sandbox(config) as sandbox:
+            return await work(sandbox)
+
+    return asyncio.run(asyncio.wait_for(run(), 90))
+
+
+def execute(config: SandboxConfig, command: str, **options):
+    return inside(config, lambda sandbox: sandbox.execute(command, **options))
+
+
+def python(program: str) -> str:
+    return f"python3 -c {shlex.quote(program)}"
+
+
+def host_processes(word: str) -> list[int]:
+    """Host processes whose command line holds `word`."""
+    found = []
+    for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if word.encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+# Files
+
+@pytest.mark.parametrize("path", [
+    "/root", "/home", str(REPOSITORY), f"{REPOSITORY}/envs/rock/sandbox.py", "/etc/shadow", "/etc/hostname", "/sys/kernel", "/var/log",
+    "/proc/1/root/etc/shadow", "/proc/1/cwd/etc/shadow", "/tmp/..//root", "/boot", "/var/run/docker.sock",
+])
+def test_nothing_of_the_host_can_be_read(tier, path):
+    result = execute(_config(tier), f"if [ -d '{path}' ]; then ls -A '{path}'; else cat '{path}'; fi")
+    assert result.stdout == "" and result.exit_code != 0
+
+
+@pytest.mark.parametrize("path", [
+    "/usr/x", "/etc/x", "/x", "/bin/x", "/run/x", "/var/tmp/x", "/proc/sys/kernel/core_pattern", "/proc/sysrq-trigger", "/proc/self/oom_score_adj/x",
+    "/dev/sda", "/dev/kmsg", "/dev/mem", "/dev/x",
+])
+def test_nothing_outside_the_workspace_can_be_written(tier, path):
+    assert "WRITTEN" not in execute(_config(tier), f"echo '|/bin/false' > {path} && echo WRITTEN").stdout
+
+
+def test_the_kernels_id_of_a_command_owns_nothing_on_the_host(tier):
+    """Trap 1: bwrap started by real root would keep the kernel's id 0."""
+    async def work(sandbox):
+        running = asyncio.create_task(sandbox.execute("sleep 54321"))
+        while not (found := host_processes("sleep\x0054321")):
+            await asyncio.sleep(0.01)
+        status = pathlib.Path(f"/proc/{found[0]}/status").read_text()
+        await sandbox.kill_all()
+        await running
+        return status
+
+    fields = dict(line.split(":\t", 1) for line in inside(_config(tier), work).splitlines() if ":\t" in line)
+    expected_uids = {"0"} if os.geteuid() == 0 else set()
+    assert not set(fields["Uid"].split()) & expected_uids and not set(fields["Gid"].split()) & expected_uids
+    assert fields["Groups"].strip() in ("", fields["Gid"].split()[0]) or os.geteuid() != 0
+    assert [fields[name].strip("0") for name in ("CapEff", "CapPrm", "CapInh", "CapAmb")] == [""] * 4
+    assert (fields["NoNewPrivs"], fields["Seccomp"]) == ("1", "2")
+
+
+def test_setuid_and_device_files_give_nothing(tier):
+    command = "cp /usr/bin/id i && chmod 6755 i && ./i -u; mknod d c 1 1 && echo DEVICE; mknod b b 8 0 && echo DEVICE; su -c 'echo ROOT' root"
+    assert execute(_config(tier), command).stdout.strip() not in ("", "0") and "\n" not in execute(_config(tier), command).stdout.strip()
+
+
+# Processes
+
+def test_no_process_of_the_host_can_be_seen_or_hurt(tier):
+    victim = subprocess.Popen(["/bin/sleep", "60"])
+    try:
+        result = execute(_config(tier), f"kill -9 {victim.pid}; kill -9 {os.getpid()}; ls /proc/{os.getpid()}/fd; kill -9 -1; exit 1")
+        assert result.exit_code in (1, 137) and "failure" not in result.stderr
+        assert victim.poll() is None
+    finally:
+        victim.kill()
+        victim.wait()
+
+
+def test_the_process_table_shows_only_the_sandbox():
+    result = execute(_config("bubblewrap"), "ls -d /proc/[0-9]* | wc -l; hostname")
+    assert int(result.stdout.split()[0]) < 8 and result.stdout.split()[1] == "sandbox"
+
+
+DOUBLE_FORK = "import os\nif os.fork(): os._exit(0)\nos.setsid()\nif os.fork(): os._exit(0)\nos.execvp('sleep', ['sleep', '98765'])"
+
+
+@pytest.mark.parametrize("command", [
+    "(setsid sleep 98765 &); sleep 98765", "setsid -f bash -c 'trap \"\" TERM INT HUP; exec -a x sleep 98765'; sleep 98765",
+    "sleep 98765 & kill -STOP $!; kill -STOP $$; sleep 98765", "nohup sleep 98765 & disown; sleep 98765", python(DOUBLE_FORK) + "; sleep 98765",
+])
+def test_nothing_outlives_the_time_limit(tier, command):
+    async def work(sandbox):
+        result = await sandbox.execute(command, timeout=0.4)
+        return result, host_processes("98765")
+
+    result, left = inside(_config(tier), work)
+    assert result.timed_out and result.exit_code == 137 and left == [] and result.seconds < 5
+
+
+def test_kill_all_reaches_daemons_and_the_verifier_comes_after_them(tier):
+    async def work(sandbox):
+        tamper = "setsid bash -c 'while :; do echo tampered > answer; done' & while ! [ -s answer ]; do :; done; touch ready; sleep 1000"
+        running = asyncio.create_task(sandbox.execute(tamper))
+        while not await _there(sandbox, "ready"):
+            await asyncio.sleep(0.01)
+        await sandbox.kill_all()
+        await running
+        await sandbox.write_file("answer", "right")
+        return (await sandbox.verify("sleep 0.2; cat answer")).stdout
+
+    assert inside(_config(tier), work) == "right"
+
+
+async def _there(sandbox: Sandbox, path: str) -> bool:
+    try:
+        await sandbox.read_file(path)
+    except SandboxFileError:
+        return False
+    return True
+
+
+# Resources
+
+def test_a_memory_hog_dies_and_the_reason_is_told(tier):
+    _needs(tier, "memory")
+    hog = python("data = bytearray(1)\nwhile True: data += bytes(1 << 24)")
+    if tier == "landlock":  # there each process also has a limit of its own, so it takes several
+        hog = "for i in 1 2 3 4; do " + python("import time; data = b'x' * (40 << 20); time.sleep(1)") + " & done; wait"
+    async def work(sandbox):
+        return await sandbox.execute(hog + "; echo $?"), await sandbox.execute("echo alive")
+
+    result, after = inside(_config(tier, memory_mb=64, disk_mb=8), work)
+    assert "memory" in result.limits_hit and after.stdout == "alive\n"
+
+
+@pytest.mark.parametrize("place", ["/dev/shm", "/tmp", "/workspace"])
+def test_files_kept_in_memory_are_bounded_too(place):
+    result = execute(_config("bubblewrap", disk_mb=4), f"head -c 100M /dev/zero | split -b 2M - {place}/f; du -sm {place} | cut -f1")
+    assert int(result.stdout) <= 16 and "space" in result.stderr
+
+
+def test_a_fork_bomb_is_contained(tier):
+    _needs(tier, "pids")
+
+    async def work(sandbox):
+        bomb = await sandbox.execute("bomb() { bomb | bomb & }; bomb; sleep 0.5; echo end", timeout=3)
+        return bomb, await sandbox.execute("echo alive")
+
+    before = len(host_processes(""))
+    bomb, after = inside(_config(tier, pids=32), work)
+    assert after.stdout == "alive\n" and ("pids" in bomb.limits_hit or "Resource temporarily unavailable" in bomb.stderr or bomb.timed_out)
+    assert len(host_processes("")) < before + 30
+
+
+def test_a_spinning_command_gets_its_share_of_processor_time_and_no_more(tier):
+    _needs(tier, "cpu")
+    spin = "import time\nend = time.monotonic() + 1\nwhile time.monotonic() < end: pass\nprint(time.process_time())"
+    assert float(execute(_config(tier, cpus=0.25), python(spin)).stdout) < 0.6
+
+
+def test_one_sandboxs_processes_are_not_counted_against_another():
+    """Trap 2: RLIMIT_NPROC set outside the user namespace counts over all sandboxes of an id."""
+    async def work():
+        async with Sandbox(_config("bubblewrap", pids=40)) as one, Sandbox(_config("bubblewrap", pids=40)) as two:
+            command = "for i in $(seq 25); do sleep 1 & done; wait; echo all"
+            return await asyncio.gather(one.execute(command), two.execute(command))
+
+    assert [(result.stdout, result.stderr) for result in asyncio.run(work())] == [("all\n", "")] * 2
+
+
+def test_a_disk_full_by_bytes_is_an_error_of_the_command_and_can_be_cleaned(tier):
+    async def work(sandbox):
+        full = await sandbox.execute("for i in 1 2 3 4 5 6 7 8; do head -c 1M /dev/urandom > f$i || break; done; sleep 0.5; exit 3")
+        return full, await sandbox.execute("rm f*; echo x > small; cat small")
+
+    full, after = inside(_config(tier, disk_mb=4), work)
+    assert ("No space left" in full.stderr) if tier == "bubblewrap" else (full.limits_hit == ("disk",))
+    assert after.stdout == "x\n"
+
+
+def test_a_disk_full_by_inodes_is_an_error_of_the_command(tier):
+    result = execute(_config(tier, inodes=100), "for i in $(seq 500); do : > f$i || exit 4; done; sleep 0.5")
+    assert result.exit_code == 4 if tier == "bubblewrap" else result.limits_hit == ("disk",)
+
+
+def test_a_flood_of_output_is_cut_and_ended(tier):
+    result = execute(_config(tier, max_output_bytes=4096), "yes 'no end to this' | head -c 1000000000; echo after >&2", timeout=60)
+    assert len(result.stdout) == 4096 and result.truncated and result.limits_hit == ("output",) and result.exit_code == 137
+
+
+def test_descriptors_and_core_files_are_limited(tier):
+    exhaust = "import os\ntry:\n  while True: n = os.dup(0)\nexcept OSError: print(n)"
+    result = execute(_config(tier, open_files=64), f"{python(exhaust)}; {python('import os; os.abort()')}; ls")
+    assert result.stdout == "63\n"
+
+
+def test_a_busy_sibling_is_not_disturbed(tier):
+    async def work():
+        async with Sandbox(_config(tier)) as calm, Sandbox(_config(tier)) as wild:
+            await calm.write_file("f", "mine")
+            steady = asyncio.create_task(calm.execute("for i in $(seq 20); do sleep 0.05; cat f; done"))
+            await wild.execute("kill -9 -1; echo theirs > /workspace/f; echo theirs > /tmp/f; bomb() { bomb | bomb & }; bomb; sleep 1", timeout=2)
+            return await steady, await calm.read_file("f")
+
+    result, content = asyncio.run(asyncio.wait_for(work(), 60))
+    assert (result.stdout, result.exit_code, content) == ("mine" * 20, 0, b"mine")
+
+
+@pytest.mark.parametrize("deed", [
+    "chmod 0 . /tmp",
+    "rm -rf /workspace /tmp . ..; rmdir . /workspace /tmp",
+    "mv /workspace /elsewhere; mv . ../x",
+    "ln -sfn /nowhere /workspace; ln -s . self",
+    "head -c 1G /dev/zero > full; head -c 1G /dev/zero > /tmp/full",
+    "for i in $(seq 5000); do : > i$i || break; done",
+    "setfattr -n user.x -v y .; chattr +i .",
+    "mkfifo bash env sh; chmod 0 *",
+    "ulimit -n 4; ulimit -u 1; ulimit -f 1; ulimit -v 1",
+    "kill -9 $PPID; kill -9 1; kill -STOP 1; kill -9 -1",
+    "exec >&- 2>&-; exit 3",
+    "mkdir -m 0 -p a/b; mkdir $(printf 'x%.0s' $(seq 250))",
+    "mkdir -p run/verifier proc dev tmp; mount -t tmpfs x /tmp",
+    "chmod -R 7777 .; umask 777; : > f",
+])
+def test_no_deed_of_the_agent_makes_the_next_command_or_the_verifier_fail(tier, deed):
+    """Else a failing agent could turn its failure into a fault of ours, which is masked."""
+    async def work(sandbox):
+        await sandbox.execute(deed, timeout=3)
+        following = await sandbox.execute("cd . && echo next")
+        verified = await sandbox.verify("cd . && cat $VERIFIER_FILES/f", files={"f": b"graded"})
+        return following.stdout, verified.stdout
+
+    assert inside(_config(tier), work) == ("next\n", "graded")
+
+
+# Network and system calls
+
+def test_no_network_is_reached(tier):
+    server = socket.create_server(("127.0.0.1", 0))
+    abstract = socket.socket(socket.AF_UNIX)
+    abstract.bind(f"\0rock-test-{os.getpid()}-{tier}")
+    abstract.listen()
+    reached = []
+
+    def listen(listener):
+        try:
+            reached.append(listener.accept())
+        except OSError:
+            pass
+
+    for listener in (server, abstract):
+        threading.Thread(target=listen, args=(listener,), daemon=True).start()
+    ways = [(socket.AF_INET, socket.SOCK_STREAM, server.getsockname()), (socket.AF_UNIX, socket.SOCK_STREAM, abstract.getsockname()),
+            (socket.AF_INET, socket.SOCK_STREAM, ("169.254.169.254", 80)), (socket.AF_INET, socket.SOCK_DGRAM, ("1.1.1.1", 53)),
+            (socket.AF_INET6, socket.SOCK_STREAM, ("2606:4700:4700::1111", 53)), (socket.AF_INET, socket.SOCK_RAW, ("1.1.1.1", 0)),
+            (40, socket.SOCK_STREAM, (2, 1)), (16, socket.SOCK_RAW, (0, 0)), (17, socket.SOCK_RAW, ("lo", 0))]  # vsock, netlink, packet
+    program = f"""
+import socket
+for family, kind, address in {[(int(family), int(kind), address) for family, kind, address in ways]}:
+    try:
+        s = socket.socket(family, kind, 1 if (family, kind) == (2, 3) else 0)
+        s.settimeout(1); s.connect(address); s.send(b"x"); print("REACHED", family, kind, address)
+    except OSError as error:
+        print("no way:", error)
+"""
+    result = execute(_config(tier), python(program))
+    server.close(), abstract.close()
+    assert "REACHED" not in result.stdout and result.stdout.count("no way:") == len(ways) and reached == []
+
+
+def test_dangerous_system_calls_are_refused(tier):
+    program = """
+import ctypes, errno, platform
+libc = ctypes.CDLL(None, use_errno=True)
+column = ["x86_64", "aarch64"].index(platform.machine())
+calls = {"unshare user": ((272, 97), 0x10000000), "setns": ((308, 268), 0, 0), "clone newuser": ((56, 220), 0x10000011, 0, 0, 0, 0),
+         "clone3": ((435, 435), 0, 0), "mount": ((165, 40), 0, 0, 0, 0, 0), "bpf": ((321, 280), 0, 0, 0), "io_uring": ((425, 425), 1, 0),
+         "keyctl": ((250, 219), 0, -3, 0), "add_key": ((248, 217), 0, 0, 0, 0, 0), "userfaultfd": ((323, 282), 0),
+         "perf": ((298, 241), 0, 0, -1, -1, 0), "ptrace": ((101, 117), 0, 0, 0, 0), "kexec": ((246, 104), 0, 0, 0, 0),
+         "pidfd_getfd": ((438, 438), 0, 0, 0), "chroot": ((161, 51), 0), "open_by_handle": ((304, 265), 0, 0, 0),
+         "ioctl TIOCSTI": ((16, 29), 0, 0x5412, 0), "ioctl TIOCSTI in wide": ((16, 29), 0, 0x100005412, 0), "vsock": ((41, 198), 40, 1, 0), "netlink": ((41, 198), 16, 3, 0), "unknown": ((600, 600),)}
+for name, (numbers, *arguments) in calls.items():
+    ctypes.set_errno(0)
+    result = libc.syscall(ctypes.c_long(numbers[column]), *map(ctypes.c_long, arguments))
+    code = errno.errorcode.get(ctypes.get_errno(), "OK")
+    if result >= 0 or code not in ("EPERM", "ENOSYS", "EAFNOSUPPORT"): print(name, result, code)
+print("tried", len(calls))
+"""
+    assert execute(_config(tier), python(program)).stdout == "tried 21\n"
+
+
+def test_new_namespaces_cannot_be_had(tier):
+    tries = ("unshare -U true", "unshare -m true", "bwrap --ro-bind / / true", "nsenter -t 1 -a true")
+    assert execute(_config(tier), "; ".join(f"{one} && echo GOT" for one in tries)).stdout == ""
+
+
+# Grading
+
+SECRET = "the-expected-answer-4711"
+
+
+def test_the_verifiers_script_is_never_within_reach(tier):
+    """Not from an agent's process that tried to stay, and not from the agent's program when the verifier itself runs it."""
+    _needs(tier, "verifier")
+    spy = """
+import glob, os
+patterns = "/proc/[0-9]*/cmdline", "/proc/[0-9]*/environ", "/proc/[0-9]*/fd/*", "/workspace/*", "/tmp/*", "/run/*"
+paths = [path for pattern in patterns for path in glob.glob(pattern)]
+paths += ["/proc/%s/fd/%d" % (who, number) for who in ("self", os.getppid()) for number in range(300)]  # also where /proc cannot be listed
+seen = b""
+for path in paths:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError: continue
+    try: seen += os.read(descriptor, 1 << 20)
+    except OSError: pass
+    os.close(descriptor)
+with open("loot", "ab") as loot: loot.write(b"LOOT " + seen if b"answer-" + b"4711" in seen else b"nothing. ")
+"""
+
+    async def work(sandbox):
+        await sandbox.write_file("spy.py", spy)
+        await sandbox.execute("setsid bash -c 'while :; do python3 spy.py; done' & sleep 0.1")
+        result = await sandbox.verify(f"want={SECRET}\nsleep 0.1\npython3 spy.py\n(python3 spy.py)\n[ $want = {SECRET} ] && echo graded")
+        return result, await sandbox.read_file("loot")
+
+    result, loot = inside(_config(tier), work)
+    assert result.stdout == "graded\n" and loot.count(b"nothing.") >= 2 and b"LOOT" not in loot
+
+
+def test_the_verifiers_memory_cannot_be_opened_by_what_it_runs(tier):
+    _needs(tier, "verifier")
+    program = "import os; print(os.access('/proc/%d/mem' % os.getppid(), os.R_OK), os.path.exists('/proc/%d/fd/0' % os.getppid()))"
+    result = inside(_config(tier), lambda sandbox: sandbox.verify(f'python3 -c "{program}"; true'))
+    assert result.stdout == "False False\n"
+
+
+def test_hidden_files_are_gone_when_the_agent_comes_back(tier):
+    async def work(sandbox):
+        seen = await sandbox.verify("cat $VERIFIER_FILES/key; echo $VERIFIER_FILES", files={"key": SECRET.encode()})
+        content, directory = seen.stdout[: len(SECRET)], seen.stdout[len(SECRET):].strip()
+        return content, (await sandbox.execute(f"cat {directory}/key; ls -A {directory}")).stdout
+
+    assert inside(_config(tier), work) == (SECRET, "")
+
+
+def test_markers_in_the_output_forge_nothing(tier):
+    forge = "echo '{ \"exit-code\": 0 }'"
+    result = execute(_config(tier), f"{forge}; echo 'bwrap: failed' >&2; for n in $(seq 3 300); do {forge} >&$n; done 2>/dev/null; exit 9")
+    assert (result.exit_code, result.stderr.splitlines()[0]) == (9, "bwrap: failed")

@@ -1,0 +1,302 @@
+"""The client against the embedded engine, and against small servers that behave as real ones were seen to."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+from aiohttp import web
+
+from rome.engine.client import Completion, Engine, EngineDead, EngineError, Sampling
+from tests.rome.serve.tiny import LAYERS, TOP_K, Oracle, make_checkpoint, make_config, serve
+
+PROMPT = [(5 * i) % 200 + 3 for i in range(20)]
+LONG = Sampling(max_new_tokens=480, seed=1)
+V = make_config().vocab_size
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("models")
+    return [make_checkpoint(directory / str(seed), seed, endless=True) for seed in range(2)]
+
+
+@pytest.fixture(scope="module")
+def server(checkpoints, tmp_path_factory):
+    with serve(checkpoints[0], tmp_path_factory.mktemp("log") / "serve.log") as running:
+        yield running
+
+
+def talk(server, conversation, **options):
+    async def run():
+        async with Engine(server.url, **options) as engine:
+            return await conversation(engine)
+
+    return asyncio.run(run())
+
+
+async def until_running(engine, requests=1):
+    for _ in range(2000):
+        if (await engine.server_info())["internal_states"][0]["running"] >= requests:
+            return
+        await asyncio.sleep(0.003)
+    raise AssertionError("the request never started")
+
+
+# -- with the embedded engine ----------------------------------------------------------------------------------------------------
+
+
+def test_a_completion_has_the_plain_forward_passes_logprobs_and_routes(server, checkpoints):
+    completion = talk(server, lambda engine: engine.generate(PROMPT, Sampling(30, temperature=0.9, seed=3), 60), route_shape=(LAYERS, TOP_K))
+    oracle, ids = Oracle.load(checkpoints[0]), PROMPT + completion.output_ids
+    np.testing.assert_allclose(completion.logprobs, oracle.logprobs(ids, 0.9)[len(PROMPT) - 1:], atol=1e-4)
+    assert np.array_equal(completion.routes, oracle.logits_and_routes(ids)[1][:-1])
+    assert completion.versions == [(0, 0, len(completion.output_ids))]
+
+
+def test_a_score_is_the_plain_forward_passes(server, checkpoints):
+    scores = talk(server, lambda engine: engine.score(PROMPT))
+    assert scores[0] == 0
+    np.testing.assert_allclose(scores[1:], Oracle.load(checkpoints[0]).logprobs(PROMPT), atol=1e-4)
+
+
+def test_finish_reasons_are_stop_and_length(server):
+    async def conversation(engine):
+        free = await engine.generate(PROMPT, Sampling(10, seed=1), 60)
+        return free, await engine.generate(PROMPT, Sampling(10, seed=1, stop_token_ids=(free.output_ids[4],)), 60)
+
+    free, stopped = talk(server, conversation)
+    assert free.finish_reason == "length" and stopped.finish_reason == "stop"
+    assert stopped.output_ids == free.output_ids[:free.output_ids.index(free.output_ids[4]) + 1]
+
+
+@pytest.mark.parametrize("mode", ["abort", "retract", "in_place"])
+def test_an_update_amid_a_completion_is_told_by_its_spans(server, checkpoints, mode):
+    async def conversation(engine):
+        task = asyncio.ensure_future(engine.generate(PROMPT, LONG, 120))
+        await until_running(engine)
+        await engine.pause(mode)
+        await engine.update_weights(str(checkpoints[1]), 5)
+        assert (await engine.model_info())["weight_version"] == "5"
+        await engine.resume()
+        completion = await task
+        await engine.update_weights(str(checkpoints[0]), 0)
+        return completion
+
+    completion = talk(server, conversation)
+    (old, begin, border), (new, border_again, end) = completion.versions
+    assert (old, new, begin, border, end) == (0, 5, 0, border_again, 480) and border > 0
+    assert len(completion.output_ids) == len(completion.logprobs) == 480 and completion.finish_reason == "length"
+    ids = (PROMPT + completion.output_ids)[:128]
+    expected = [Oracle.load(checkpoint).logprobs(ids)[len(PROMPT) - 1:] for checkpoint in checkpoints]
+    border = min(border, len(expected[0]))
+    np.testing.assert_allclose(completion.logprobs[:border], expected[0][:border], atol=1e-4)
+    np.testing.assert_allclose(completion.logprobs[border:len(expected[1])], expected[1][border:], atol=1e-4)
+
+
+def test_an_aborted_completion_is_taken_up_again_to_the_same_tokens(server):
+    async def conversation(engine):
+        undisturbed = await engine.generate(PROMPT, LONG, 120)
+        task = asyncio.ensure_future(engine.generate(PROMPT, LONG, 120))
+        await until_running(engine)
+        await engine.abort(everything=True)
+        return undisturbed, await task
+
+    undisturbed, aborted = talk(server, conversation)
+    assert aborted.output_ids == undisturbed.output_ids and aborted.versions == [(0, 0, 480)]
+
+
+def test_a_held_engine_sends_nothing_until_it_is_released(server):
+    async def conversation(engine):
+        engine.hold()
+        task = asyncio.ensure_future(engine.generate(PROMPT, Sampling(5), 60))
+        done, _ = await asyncio.wait([task], timeout=0.2)
+        assert not done and len(await engine.score(PROMPT)) == len(PROMPT)
+        engine.release()
+        return await task
+
+    assert len(talk(server, conversation).output_ids) == 5
+
+
+def test_a_refused_request_says_why_with_the_url(server):
+    with pytest.raises(EngineError, match=f"{server.url}/generate answered 400: .*outside the vocabulary"):
+        talk(server, lambda engine: engine.generate([V], Sampling(5), 60))
+
+
+def test_a_deadline_ends_the_wait_and_the_request_on_the_server(server):
+    async def conversation(engine):
+        await engine.pause("in_place")
+        started = time.monotonic()
+        with pytest.raises(EngineError, match="did not give a completion within 0.3 s"):
+            await engine.generate(PROMPT, LONG, 0.3)
+        assert time.monotonic() - started < 30
+        for _ in range(500):
+            figures = (await engine.server_info())["internal_states"][0]
+            if not figures["waiting"]:
+                break
+            await asyncio.sleep(0.01)
+        await engine.resume()
+        return figures
+
+    figures = talk(server, conversation)
+    assert figures["waiting"] == figures["running"] == 0
+
+
+def test_one_client_serves_several_event_loops_in_turn(server):
+    engine = Engine(server.url)
+    first, second = (asyncio.run(engine.generate(PROMPT, Sampling(5, seed=2), 60)) for _ in range(2))
+    assert first.output_ids == second.output_ids
+
+
+def test_a_server_killed_amid_a_completion_is_an_error_that_names_it_in_bounded_time(checkpoints, tmp_path):
+    with serve(checkpoints[0], tmp_path / "serve.log") as doomed:
+        async def conversation(engine):
+            task = asyncio.ensure_future(engine.generate(PROMPT, LONG, 600))
+            await until_running(engine)
+            os.kill(doomed.process.pid, signal.SIGKILL)
+            with pytest.raises(EngineDead, match=f"engine {doomed.url} is dead.*start it again"):
+                async with asyncio.timeout(60):
+                    await task
+            return await engine.health()
+
+        assert talk(doomed, conversation, dead_after_s=1.0) is False
+
+
+# -- with servers that behave as real ones were seen to ----------------------------------------------------------------------------
+
+
+def answer(ids, finish="length", version="default", **meta):
+    return {"output_ids": ids, "meta_info": {
+        "finish_reason": {"type": finish}, "output_token_logprobs": [[-0.5, one, None] for one in ids], "weight_version": version, **meta}}
+
+
+@contextlib.asynccontextmanager
+async def small_server(**routes):
+    """Routes by name; GET and POST alike."""
+    app = web.Application()
+    for name, handler in routes.items():
+        app.router.add_route("*", "/" + name, handler)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        async with Engine(f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}") as engine:
+            yield engine
+    finally:
+        await runner.cleanup()
+
+
+def test_back_pressure_is_waited_out():
+    calls = []
+
+    async def generate(request):
+        calls.append(await request.json())
+        return web.json_response({"error": "queue full"}, status=[503, 429, 200][len(calls) - 1]) if len(calls) < 3 else web.json_response(answer([4, 5]))
+
+    async def run():
+        async with small_server(generate=generate) as engine:
+            return await engine.generate([1], Sampling(2), 30)
+
+    assert asyncio.run(run()) == Completion([4, 5], [-0.5, -0.5], "length", [(0, 0, 2)])
+    assert calls[0] == calls[1] | {"rid": calls[0]["rid"]} and len(calls) == 3
+
+
+def test_all_sampling_fields_are_sent_so_that_no_default_of_the_server_slips_in():
+    bodies = []
+
+    async def generate(request):
+        bodies.append(await request.json())
+        return web.json_response(answer([4]))
+
+    async def run():
+        async with small_server(generate=generate) as engine:
+            await engine.generate([1], Sampling(1), 30)
+
+    asyncio.run(run())
+    params = bodies[0]["sampling_params"]
+    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
+    assert params | neutral == params and "sampling_seed" not in params and bodies[0]["logprob_start_len"] == -1
+
+
+def test_partial_answers_are_joined_and_the_rest_is_asked_for():
+    bodies = []
+    parts = [answer([], "abort", "1"), answer([4, 5], "abort", "1", cached_tokens=3), answer([6], "stop", "2")]
+
+    async def generate(request):
+        bodies.append(await request.json())
+        return web.json_response(parts[len(bodies) - 1])
+
+    async def run():
+        async with small_server(generate=generate) as engine:
+            return await engine.generate([1, 2], Sampling(9, seed=7), 30)
+
+    completion = asyncio.run(run())
+    assert completion == Completion([4, 5, 6], [-0.5] * 3, "stop", [(1, 0, 2), (2, 2, 3)], cached_tokens=3)
+    assert [body["input_ids"] for body in bodies] == [[1, 2], [1, 2], [1, 2, 4, 5]]
+    assert [body["sampling_params"]["max_new_tokens"] for body in bodies] == [9, 9, 7]
+    assert {body["sampling_params"]["sampling_seed"] for body in bodies} == {7}
+
+
+def test_old_servers_are_asked_by_their_old_routes():
+    async def info(request):
+        return web.json_response({"weight_version": "3"})
+
+    async def run():
+        async with small_server(get_model_info=info) as engine:
+            return [await engine.model_info() for _ in range(2)]
+
+    assert asyncio.run(run()) == [{"weight_version": "3"}] * 2
+
+
+@pytest.mark.parametrize("body", [{"error": "no such path"}, {"error": {"message": "no such path"}}, {"success": False, "message": "no such path"}])
+def test_every_shape_of_error_is_understood(body):
+    async def update(request):
+        return web.json_response(body, status=400)
+
+    async def run():
+        async with small_server(update_weights_from_disk=update) as engine:
+            await engine.update_weights("/nowhere", 1)
+
+    with pytest.raises(EngineError, match="answered 400: no such path$"):
+        asyncio.run(run())
+
+
+def test_an_update_that_says_200_without_success_is_an_error():
+    async def update(request):
+        return web.json_response({"success": False, "message": "bad shape"})
+
+    async def run():
+        async with small_server(update_weights_from_disk=update) as engine:
+            await engine.update_weights("/nowhere", 1)
+
+    with pytest.raises(EngineError, match="did not take weights 1 from /nowhere: bad shape"):
+        asyncio.run(run())
+
+
+@pytest.mark.parametrize("reply, words", [
+    (answer([4], version="step-3"), "weight_version 'step-3', not a number"),
+    (answer([4]) | {"output_ids": [5]}, "cannot be trained on"),
+])
+def test_an_answer_that_cannot_be_trained_on_is_an_error(reply, words):
+    async def generate(request):
+        return web.json_response(reply)
+
+    async def run():
+        async with small_server(generate=generate) as engine:
+            await engine.generate([1], Sampling(1), 30)
+
+    with pytest.raises(EngineError, match=words):
+        asyncio.run(run())
+
+
+def test_nobody_at_the_url_is_an_error_in_bounded_time():
+    async def run():
+        async with Engine("http://127.0.0.1:9", dead_after_s=0.3) as engine:
+            await engine.generate([1], Sampling(1), 600)
+
+    with pytest.raises(EngineDead, match="engine http://127.0.0.1:9 is dead"):
+        asyncio.run(asyncio.wait_for(run(), 60))
