@@ -20,6 +20,7 @@ import safetensors
 import safetensors.numpy
 
 from rome.model.config import ModelConfig
+from rome.model.qwen3 import init_params
 
 MAX_SHARD_BYTES = 5 * 1000**3
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -29,47 +30,47 @@ _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloa
 class _Row:
     """One parameter of ours and the tensors that hold it: `name` has {i} for the layer and {e} for the expert where it is split.
 
-    `kept` says how many of the slice's first axes are the input of the linear map; 0 where the layout is the same on both sides.
+    `inputs` is how many of a slice's first axes are the linear map's input; 0 where the layout is the same on both sides.
     """
 
     path: tuple[str, ...]
     name: str
-    kept: int = 0
+    inputs: int = 0
 
     @property
     def stacked(self) -> int:
         return ("{i}" in self.name) + ("{e}" in self.name)
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
-        if not self.kept:
+        if not self.inputs:
             return array
-        return array.reshape(int(np.prod(array.shape[:self.kept])), -1).T
+        return array.reshape(int(np.prod(array.shape[:self.inputs])), -1).T
 
     def from_hf(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        return tensor.T.reshape(shape) if self.kept else tensor
+        return tensor.T.reshape(shape) if self.inputs else tensor
 
     def hf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        rows = int(np.prod(shape[:self.kept]))
-        return (int(np.prod(shape)) // rows, rows) if self.kept else shape
+        rows = int(np.prod(shape[:self.inputs]))
+        return (int(np.prod(shape)) // rows, rows) if self.inputs else shape
 
 
 _LAYER = "model.layers.{i}."
 TABLE = (
     _Row(("embed", "embedding"), "model.embed_tokens.weight"),
     _Row(("layers", "attention_norm", "scale"), _LAYER + "input_layernorm.weight"),
-    _Row(("layers", "attention", "q"), _LAYER + "self_attn.q_proj.weight", kept=1),
-    _Row(("layers", "attention", "k"), _LAYER + "self_attn.k_proj.weight", kept=1),
-    _Row(("layers", "attention", "v"), _LAYER + "self_attn.v_proj.weight", kept=1),
-    _Row(("layers", "attention", "o"), _LAYER + "self_attn.o_proj.weight", kept=2),
+    _Row(("layers", "attention", "q"), _LAYER + "self_attn.q_proj.weight", inputs=1),
+    _Row(("layers", "attention", "k"), _LAYER + "self_attn.k_proj.weight", inputs=1),
+    _Row(("layers", "attention", "v"), _LAYER + "self_attn.v_proj.weight", inputs=1),
+    _Row(("layers", "attention", "o"), _LAYER + "self_attn.o_proj.weight", inputs=2),
     _Row(("layers", "attention", "q_norm", "scale"), _LAYER + "self_attn.q_norm.weight"),
     _Row(("layers", "attention", "k_norm", "scale"), _LAYER + "self_attn.k_norm.weight"),
     _Row(("layers", "moe_norm", "scale"), _LAYER + "post_attention_layernorm.weight"),
-    _Row(("layers", "moe", "router"), _LAYER + "mlp.gate.weight", kept=1),
-    _Row(("layers", "moe", "gate"), _LAYER + "mlp.experts.{e}.gate_proj.weight", kept=1),
-    _Row(("layers", "moe", "up"), _LAYER + "mlp.experts.{e}.up_proj.weight", kept=1),
-    _Row(("layers", "moe", "down"), _LAYER + "mlp.experts.{e}.down_proj.weight", kept=1),
+    _Row(("layers", "moe", "router"), _LAYER + "mlp.gate.weight", inputs=1),
+    _Row(("layers", "moe", "gate"), _LAYER + "mlp.experts.{e}.gate_proj.weight", inputs=1),
+    _Row(("layers", "moe", "up"), _LAYER + "mlp.experts.{e}.up_proj.weight", inputs=1),
+    _Row(("layers", "moe", "down"), _LAYER + "mlp.experts.{e}.down_proj.weight", inputs=1),
     _Row(("norm", "scale"), "model.norm.weight"),
-    _Row(("head", "kernel"), "lm_head.weight", kept=1),
+    _Row(("head", "kernel"), "lm_head.weight", inputs=1),
 )
 
 
@@ -147,8 +148,6 @@ def _tensors(params: Any, config: ModelConfig) -> Iterator[tuple[str, np.ndarray
 
 def _rows(config: ModelConfig) -> Iterator[tuple[_Row, tuple[int, ...]]]:
     """The table's rows that this config has, with the shape of our parameter."""
-    from rome.model.qwen3 import init_params
-
     shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
     for row in TABLE:
         leaf = shapes

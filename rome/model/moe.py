@@ -17,7 +17,7 @@ from jax import Array
 from rome.model.config import ModelConfig
 
 IMPLEMENTATIONS = ("auto", "dense", "sorted", "ragged")
-DENSE_UP_TO = 256  # tokens; below, sorting costs more than it saves
+DENSE_UP_TO = 128  # tokens; below, sorting costs more than it saves
 
 
 class RouterStats(NamedTuple):
@@ -106,9 +106,11 @@ def experts(x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, weight
 def experts_dense(x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, weights_Nk: Array, ids_Nk: Array) -> Array:
     """Every expert on every token, times 0 where not chosen. The oracle; also what the engine decodes with: rows stay apart."""
     E = gate_EDF.shape[0]
-    weights_NE = jnp.sum(jax.nn.one_hot(ids_Nk, E, dtype=weights_Nk.dtype) * weights_Nk[..., None], axis=1)
-    hidden_NEF = jax.nn.silu(jnp.einsum("ND,EDF->NEF", x_ND, gate_EDF)) * jnp.einsum("ND,EDF->NEF", x_ND, up_EDF)
-    return jnp.einsum("NEF,EFD->ND", hidden_NEF * weights_NE[..., None].astype(x_ND.dtype), down_EFD)
+    weights_EN = jnp.sum(jax.nn.one_hot(ids_Nk, E, dtype=weights_Nk.dtype) * weights_Nk[..., None], axis=1).T
+    x_END = jnp.broadcast_to(x_ND, (E, *x_ND.shape))  # one matmul per expert: the weights need no transposed copy
+    hidden_ENF = jax.nn.silu(jnp.einsum("END,EDF->ENF", x_END, gate_EDF)) * jnp.einsum("END,EDF->ENF", x_END, up_EDF)
+    hidden_ENF = hidden_ENF * weights_EN[..., None].astype(x_ND.dtype)
+    return jnp.einsum("ENF,EFD->END", hidden_ENF, down_EFD).sum(axis=0)
 
 
 def experts_ragged(x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, weights_Nk: Array, ids_Nk: Array) -> Array:

@@ -17,15 +17,15 @@ import numpy as np
 
 GOLDEN = pathlib.Path(__file__).with_name("golden_qwen3_moe.npz")
 AUX_COEFFICIENT = 0.1  # large, so that the gradient of the router loss shows
-_COMMON = dict(model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"], vocab_size=40, hidden_size=16, num_hidden_layers=2,
+COMMON = dict(model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"], vocab_size=40, hidden_size=16, num_hidden_layers=2,
                intermediate_size=8, max_position_embeddings=64, rms_norm_eps=1e-6, hidden_act="silu", attention_bias=False,
                router_aux_loss_coef=AUX_COEFFICIENT, decoder_sparse_step=1, mlp_only_layers=[], eos_token_id=1, pad_token_id=0)
 CASES: dict[str, dict[str, Any]] = {
-    "grouped": _COMMON | dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=6, num_experts_per_tok=2,
+    "grouped": COMMON | dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=6, num_experts_per_tok=2,
                               moe_intermediate_size=8, norm_topk_prob=True, tie_word_embeddings=False, rope_theta=1e4),
-    "one_key_head": _COMMON | dict(num_attention_heads=4, num_key_value_heads=1, head_dim=4, num_experts=8, num_experts_per_tok=3,
+    "one_key_head": COMMON | dict(num_attention_heads=4, num_key_value_heads=1, head_dim=4, num_experts=8, num_experts_per_tok=3,
                                    moe_intermediate_size=4, norm_topk_prob=False, tie_word_embeddings=True, rope_theta=1e6),
-    "all_heads": _COMMON | dict(num_attention_heads=2, num_key_value_heads=2, head_dim=6, num_experts=4, num_experts_per_tok=1,
+    "all_heads": COMMON | dict(num_attention_heads=2, num_key_value_heads=2, head_dim=6, num_experts=4, num_experts_per_tok=1,
                                 moe_intermediate_size=12, norm_topk_prob=False, tie_word_embeddings=False, rope_theta=1e7),
 }
 

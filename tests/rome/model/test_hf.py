@@ -81,7 +81,7 @@ def test_logits_and_gradients_equal_transformers_live_on_random_configs(seed, tm
     needs_transformers()
     random = np.random.RandomState(seed)
     key_heads, groups, experts = random.choice([1, 2, 3]), random.choice([1, 2, 4]), random.choice([4, 8, 16])
-    hf = record_golden._COMMON | dict(
+    hf = record_golden.COMMON | dict(
         num_attention_heads=int(key_heads * groups), num_key_value_heads=int(key_heads), head_dim=int(random.choice([4, 8])), num_experts=int(experts),
         num_experts_per_tok=int(random.choice([1, 2, 4])), moe_intermediate_size=int(random.choice([4, 8])), norm_topk_prob=bool(random.choice([0, 1])),
         tie_word_embeddings=bool(random.choice([0, 1])), rope_theta=float(random.choice([1e4, 1e6, 1e7])), hidden_size=int(random.choice([16, 24])))
