@@ -178,14 +178,14 @@ class Run:
 
     def host_state(self) -> dict[str, Any]:
         stream = None if self.sft_stream is None else self.sft_stream.get_state()
-        return {
-            "accounting": self.accounting.to_json(), "seconds": self.seconds(), "evals": [result.to_json() for result in self.evals], "sft_stream": stream,
-        }
+        return {"accounting": self.accounting.to_json(), "seconds": self.seconds(), "sft_stream": stream}
 
-    def load_host_state(self, host: dict[str, Any]) -> None:
+    def load_host_state(self, step: int, host: dict[str, Any]) -> None:
         self.accounting = Accounting.from_json(host["accounting"])
         self.seconds_before = host["seconds"]
-        self.evals = [EvalResult.from_json(entry) for entry in host["evals"]]
+        stage = self.config.experiment
+        done = sorted(int(path.stem.rpartition("_")[2]) for path in outcomes_path(self.workdir, stage, 0).parent.glob(f"{stage}_*.json"))
+        self.evals = [EvalResult.from_tasks(stage, number, read_outcomes(self.workdir, stage, number)) for number in done if number <= step]
         if host["sft_stream"] is not None:
             self.sft_stream = self._open_sft_stream()
             self.sft_stream.set_state(host["sft_stream"])
@@ -274,7 +274,7 @@ def train(run: Run, init_directory: pathlib.Path | None) -> TrainState:
     step = checkpoints.latest()
     if step is not None:
         state, host = checkpoints.restore(state)
-        run.load_host_state(host)
+        run.load_host_state(step, host)
         run.display.note(f"resumed at step {step}")
     stage = Stage(
         name=config.experiment, steps=config.steps, updates_per_step=config.updates_per_step, evaluate_every=config.eval_every,
@@ -285,9 +285,9 @@ def train(run: Run, init_directory: pathlib.Path | None) -> TrainState:
         run.start_engines(state)
         with MetricsWriter(run.workdir, stage.name, resume_step=-1 if step is None else step) as metrics:
             state = run_stage(stage, learner, state, checkpoints, metrics, run.display)
-        if int(state.step) == config.steps:
-            run.export(state)
         run.write_report(int(state.step))
+        if int(state.step) == config.steps:
+            run.export(state)  # last: a workdir with final/ is complete
     finally:
         checkpoints.close()
         run.close()

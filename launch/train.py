@@ -45,6 +45,9 @@ def run_experiment(config, workdir: pathlib.Path, isolation: str, stop: StopRequ
 
     check_config(config)
     claim_workdir(workdir, config)
+    if (workdir / "final").exists():
+        print(f"{config.experiment} in {workdir} is complete", flush=True)
+        return True
     earlier, start = [], pathlib.Path(config.init_from) if config.init_from else None
     if start is not None and start.suffix == ".py":
         start = workdir / "init" / "final"

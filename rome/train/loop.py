@@ -89,9 +89,12 @@ def run_stage(stage: Stage, learner: Learner, state: TrainState, checkpoints: Ch
             unwritten = step, data.figures | figures | {"seconds_collect": collected - started, "seconds_update": time.monotonic() - collected}
             if step % stage.checkpoint_every == 0 or step == stage.steps:
                 save()
-            if step == stage.steps or (stage.evaluate_every and step % stage.evaluate_every == 0):
+            if stage.evaluate_every and step % stage.evaluate_every == 0 and step < stage.steps:
                 write_figures()
                 display.evaluated(stage.evaluate(step, state))
+        write_figures()
+        if step == stage.steps:  # also when a run that was killed here is taken up again
+            display.evaluated(stage.evaluate(step, state))
     finally:
         # Whatever the reason to leave, the last whole step is kept. An update that failed half-way has consumed its state: then the
         # newest checkpoint is the one before.

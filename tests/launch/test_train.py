@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,6 +116,7 @@ def test_ipa_survives_ctrl_c_and_kill_and_trains_every_episode_once(sft, tmp_pat
 def test_a_broken_checkpoint_is_named_with_the_remedy(sft, tmp_path):
     workdir = tmp_path / "run"
     subprocess.run(["cp", "-r", str(sft), str(workdir)], check=True)
+    shutil.rmtree(workdir / "final")  # as if the run had been killed just before its end
     for file in (workdir / "checkpoints" / "6").rglob("*"):
         if file.is_file() and file.stat().st_size > 1000:
             file.write_bytes(b"torn")
