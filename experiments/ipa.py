@@ -1,6 +1,6 @@
 r"""IPA, reinforcement learning on interaction chunks, on the terminal curriculum.
 
-python -m launch.train --config=experiments/ipa.py            # tiny
+python -m launch.train --config=experiments/ipa.py            # tiny: 2 CPU cores
 python -m launch.train --config=experiments/ipa.py:smoke      # checks that the way is open
 python -m launch.train --config=experiments/ipa.py:qwen3_30b_a3b --config.engines=http://a:30000,http://b:30000   # a pod; not run
 
@@ -25,7 +25,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.lambda_rl = 1.0
     config.lambda_il = 1.0
     config.norm = "tokens"                # the policy loss is divided by: tokens, chunks or trajectories
-    config.failure_reward = 0.0           # learns from successes only; -1.0 makes the T- term act
+    config.failure_reward = -0.3          # 0.0 learns from successes only; -1.0 collapsed here at three times this learning rate
     config.clip_low = 0.2                 # grpo only
     config.clip_high = 0.2
     config.old = "trainer"                # pi_old scored by the trainer, or "rollout": the engine's own logprobs
@@ -36,7 +36,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.row_length = 160               # tokens a row
     config.chunks_per_row = 16
     config.rows_per_microbatch = 16
-    config.learning_rate = 5e-4
+    config.learning_rate = 3e-4
     config.warmup_updates = 5
     config.decay = False                  # cosine to a tenth over the stage
     config.weight_decay = 0.0

@@ -87,6 +87,7 @@ def main(argv: list[str]) -> int:
     config = _CONFIG.value
     workdir = pathlib.Path(_WORKDIR.value or default_workdir(config))
     tier = probe(config.sandbox.isolation)
+    tier.require(config.sandbox.isolation)
     if tier.missing:
         print(tier.banner(), flush=True)
     if not run_experiment(config, workdir, tier.tier, stop):
