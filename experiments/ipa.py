@@ -32,6 +32,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.steps = 80
     config.groups = 32                    # tasks a step
     config.group_size = 4                 # episodes a task
+    config.filter_groups = False          # True: groups that all won or all failed compare nothing and are left out
     config.updates_per_step = 2           # optimizer updates on one step's data, so that ratios act
     config.row_length = 160               # tokens a row
     config.chunks_per_row = 16

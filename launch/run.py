@@ -38,6 +38,7 @@ from rome.model.hf import load_hf, save_hf
 from rome.model.sharding import make_mesh
 from rome.model.tokenizer import Chat, Tokenizer
 from rome.rollout.experts import collect_experts
+from rome.rollout.outcomes import mixed_groups, rollout_figures
 from rome.rollout.scheduler import Accounting, Episode, Scheduler
 from rome.train.checkpoint import Checkpoints
 from rome.train.display import Display
@@ -144,8 +145,9 @@ class Run:
         record = lambda episode: self.workdir / "trajectories" / f"{config.experiment}_{step:06d}_g{episode.group:03d}_e{episode.episode:02d}.json"
         trajectories = self.play(episodes, config.temperature, accounting=self.accounting, record=record)
         seconds = time.monotonic() - began
+        kept = mixed_groups(trajectories) if config.filter_groups else trajectories
         batch = pack(
-            trajectories, row_length=config.row_length, chunks_per_row=config.chunks_per_row, gamma=config.gamma, failure_reward=config.failure_reward,
+            kept, row_length=config.row_length, chunks_per_row=config.chunks_per_row, gamma=config.gamma, failure_reward=config.failure_reward,
         )
         batches = microbatches(batch, config.rows_per_microbatch)
         if config.old == "trainer":
@@ -154,7 +156,8 @@ class Run:
         else:
             batches = [batch._replace(logp_old_BT=batch.logp_rollout_BT) for batch in batches]
         self.accounting.in_flight -= len(trajectories)
-        self.accounting.trained += len(trajectories)
+        self.accounting.trained += len(kept)
+        self.accounting.dropped["equal_group"] += len(trajectories) - len(kept)
         self.accounting.check()
         return StepData(batches, count_denominators(batches), rollout_figures(trajectories, step, seconds))
 
@@ -267,7 +270,8 @@ def train(run: Run, init_directory: pathlib.Path | None) -> TrainState:
         state = init_state(run.model_config, learner.optimizer, config.seed)
     else:
         params, loaded = load_hf(init_directory)
-        if dataclasses.replace(loaded, dtype=run.model_config.dtype, remat=run.model_config.remat) != run.model_config:
+        ours = {name: getattr(run.model_config, name) for name in ("dtype", "remat", "scan_layers")}  # not the checkpoint's affair
+        if dataclasses.replace(loaded, **ours) != run.model_config:
             raise ValueError(f"{init_directory} holds another model than --config.model={config.model}: {loaded}")
         state = start_state(params, learner.optimizer)
     state = learner.place(state)
@@ -292,25 +296,6 @@ def train(run: Run, init_directory: pathlib.Path | None) -> TrainState:
         checkpoints.close()
         run.close()
     return state
-
-
-def rollout_figures(trajectories: list[Trajectory], version: int, seconds: float) -> dict[str, float]:
-    """What one step's episodes show; success is the share whose verifier gave 1."""
-    tokens = np.array([trajectory.num_action_tokens for trajectory in trajectories])
-    won = np.array([trajectory.reward > 0 for trajectory in trajectories])
-    statuses = [chunk.status for trajectory in trajectories for chunk in trajectory.chunks]
-    figures = {
-        "reward": float(np.mean([trajectory.reward for trajectory in trajectories])), "success": float(won.mean()),
-        "turns": float(np.mean([len(trajectory.chunks) for trajectory in trajectories])), "tokens": float(tokens.mean()),
-        "staleness": float(np.mean([version - trajectory.oldest_version for trajectory in trajectories])),
-        "tokens_per_s": float(tokens.sum() / seconds), "tool_error_share": statuses.count("tool_error") / len(statuses),
-        "malformed_share": statuses.count("malformed") / len(statuses),
-        "cached_token_share": sum(chunk.cached_tokens for t in trajectories for chunk in t.chunks) / max(1, sum(t.num_tokens for t in trajectories)),
-    }
-    for name, chosen in (("tokens_success", won), ("tokens_failure", ~won)):  # negatives that grow longer announce a collapse
-        if chosen.any():
-            figures[name] = float(tokens[chosen].mean())
-    return figures
 
 
 def _shifted(task: str, offset: int) -> str:

@@ -34,6 +34,21 @@ class Limits:
     episode_seconds: float = 120.0
 
 
+@dataclasses.dataclass
+class _Timed:
+    """An engine that adds up how long it kept its caller waiting, a wait that was cut off included."""
+
+    engine: Generator
+    seconds: float = 0.0
+
+    async def generate(self, *args: Any, **options: Any) -> Completion:
+        began = time.monotonic()
+        try:
+            return await self.engine.generate(*args, **options)
+        finally:
+            self.seconds += time.monotonic() - began
+
+
 def derive_seed(*parts: Any) -> int:
     """A 31-bit seed that depends on all parts and on nothing else (no process-wide hash seed, no global state)."""
     digest = hashlib.blake2s("\x1f".join(map(str, parts)).encode(), digest_size=4).digest()
@@ -49,7 +64,7 @@ async def run_episode(
       env: a GEM environment with async twins (`areset`, `astep`, `aclose`); closed here.
       seed: of the episode; the seed of turn k derives from (seed, k).
     """
-    started = time.monotonic()
+    started, engine = time.monotonic(), _Timed(engine)
     chunks: list[Chunk] = []
     instruction, reward, ending, note = "", 0.0, "cancelled", ""
     try:
@@ -57,7 +72,9 @@ async def run_episode(
             instruction, _ = await env.areset()
             reward, ending, note = await _play(engine, env, chat, limits, instruction, chunks, seed, temperature)
     except TimeoutError:
-        ending, note = "timeout", f"the episode passed its {limits.episode_seconds:g} s"
+        # Slow commands are the policy's doing; a slow engine is not, and must not become a reward of 0.
+        ending = "infra_engine" if engine.seconds > limits.episode_seconds / 2 else "timeout"
+        note = f"the episode passed its {limits.episode_seconds:g} s, {engine.seconds:.1f} s of them waiting for the engine"
     except EngineError as error:
         ending, note = "infra_engine", str(error)
     except SandboxError as error:  # only from the start of the episode: later ones come as typed endings

@@ -16,7 +16,7 @@ from rome.model.config import ModelConfig
 from rome.model.qwen3 import Params, unstack_layers
 
 # What a forward pass does not read may differ between two checkpoints of one model.
-_UNREAD = {"router_aux_loss_coef", "initializer_range", "remat", "max_position", "eos_token_id", "pad_token_id"}
+_UNREAD = {"router_aux_loss_coef", "initializer_range", "remat", "scan_layers", "max_position", "eos_token_id", "pad_token_id"}
 
 
 def load_weights(directory: str | os.PathLike[str], dtype: str, like: ModelConfig | None = None) -> tuple[Params, ModelConfig]:

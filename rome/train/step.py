@@ -87,7 +87,7 @@ class Learner:
     def _logprobs(
         self, params: dict, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, temperature: float | None = None,
     ) -> tuple[jax.Array, RouterStats]:
-        output = Qwen3(self.model_config).apply({"params": params}, tokens_BT, positions_BT, segments_BT)
+        output = Qwen3(self.model_config, scan=self.model_config.scan_layers).apply({"params": params}, tokens_BT, positions_BT, segments_BT)
         kernel_DV = head_kernel(params, self.model_config)
         logp_BT = chunked_logprobs(output.hidden_BTD, kernel_DV, tokens_BT, segments_BT, temperature=temperature or self.temperature)
         return logp_BT, output.router

@@ -1,4 +1,4 @@
-"""Families about whole files: find, rename, delete, swap, move, permissions."""
+"""Families about whole files: find, rename, delete, move, permissions."""
 
 from __future__ import annotations
 
@@ -61,19 +61,6 @@ def delete_empty(draw: Draw) -> Plan:
 
     instruction = draw.choose("Delete the empty file.", "Remove the empty file.")
     return Plan(instruction, {**files, name: ""}, [gone(name), *unchanged(files, name)], expert)
-
-
-@family("swap")
-def swap(draw: Draw) -> Plan:
-    files = _folder_of_words(draw, files=3, rows=1)
-    one, two, _ = draw.shuffled(list(files))
-
-    def expert() -> Expert:
-        first, second = (yield "cat note.txt").split()[:2]
-        yield f"mv {first} t && mv {second} {first} && mv t {second}"
-
-    checks = [holds(one, files[two]), holds(two, files[one]), *unchanged(files, one, two)]
-    return Plan("Swap the two files named in note.txt.", {**files, "note.txt": lines(one, two)}, checks, expert)
 
 
 @family("move")

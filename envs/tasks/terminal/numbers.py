@@ -5,10 +5,15 @@ from __future__ import annotations
 from envs.tasks.terminal.task import Draw, Expert, Plan, family, holds, lines
 
 
+def _distinct(draw: Draw, count: int) -> list[int]:
+    """Numbers of one digit or, which is harder to copy for a model that reads digit by digit, all of two."""
+    return draw.rng.sample(draw.rng.choice([range(1, 10), range(10, 100)]), count)
+
+
 @family("extreme")
 def extreme(draw: Draw) -> Plan:
     source, which = draw.input(), draw.choose("largest", "smallest")
-    numbers = draw.rng.sample(range(10, 100), 4)
+    numbers = _distinct(draw, 4)
     answer = max(numbers) if which == "largest" else min(numbers)
 
     def expert() -> Expert:
@@ -33,7 +38,7 @@ def add(draw: Draw) -> Plan:
 
 @family("largest_file")
 def largest_file(draw: Draw) -> Plan:
-    files = {name: lines(str(number)) for name, number in zip(draw.names(3), draw.rng.sample(range(10, 100), 3))}
+    files = {name: lines(str(number)) for name, number in zip(draw.names(3), _distinct(draw, 3))}
     answer = max(files, key=lambda name: int(files[name]))
 
     def expert() -> Expert:

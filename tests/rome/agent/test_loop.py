@@ -49,13 +49,13 @@ def test_a_full_context_ends_the_episode():
     assert trajectory.ending == "truncated_tokens" and trajectory.num_tokens <= 60
 
 
-@pytest.mark.parametrize("engine, limits, ending", [
-    (ScriptedEngine(["done"], error=EngineError("http://x is dead")), LIMITS, "infra_engine"),
-    (ScriptedEngine(["done"], delay=9.0), dataclasses.replace(LIMITS, episode_seconds=0.1), "timeout"),
+@pytest.mark.parametrize("engine, env, ending", [
+    (ScriptedEngine(["done"], error=EngineError("http://x is dead")), EchoEnv("copy/1"), "infra_engine"),
+    (ScriptedEngine(["done"], delay=9.0), EchoEnv("copy/1"), "infra_engine"),  # a slow engine is not the policy's failure
+    (ScriptedEngine(["red", "done"]), EchoEnv("copy/1", delay=9.0), "timeout"),  # slow commands are
 ])
-def test_faults_become_typed_endings_and_the_environment_is_closed(engine, limits, ending):
-    env = EchoEnv("copy/1")
-    trajectory = play(engine, env, limits)
+def test_faults_become_typed_endings_and_the_environment_is_closed(engine, env, ending):
+    trajectory = play(engine, env, dataclasses.replace(LIMITS, episode_seconds=0.2))
     assert trajectory.ending == ending and trajectory.note and env.closed == 1
 
 

@@ -9,7 +9,7 @@ from rome.model.config import PRESETS
 from rome.model.qwen3 import init_params
 
 CONFIG = dataclasses.replace(PRESETS["tiny"], vocab_size=40, hidden_size=16, num_layers=2, num_experts=4, moe_intermediate_size=8, head_dim=4,
-                             eos_token_id=1, pad_token_id=0)
+                             scan_layers=True, eos_token_id=1, pad_token_id=0)
 
 
 def random_params(config, seed=0, scale=0.3):

@@ -21,7 +21,7 @@ def test_presets_have_exactly_the_published_number_of_parameters(preset, count):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_survives_the_way_through_a_config_json(preset):
     config = PRESETS[preset]
-    assert ModelConfig.from_hf(config.to_hf(), dtype=config.dtype, remat=config.remat) == config
+    assert ModelConfig.from_hf(config.to_hf(), dtype=config.dtype, remat=config.remat, scan_layers=config.scan_layers) == config
 
 
 def test_old_and_new_spellings_of_a_config_json_mean_the_same():

@@ -44,10 +44,10 @@ class Task:
 
 
 class EchoEnv(Env):
-    """Answers each turn with its own text; "done" ends it. The ending is what it was made with."""
+    """Answers each turn with its own text, after `delay` seconds; "done" ends it. The ending is what it was made with."""
 
-    def __init__(self, name: str, ending: str = "success"):
-        self.task, self.ending, self.closed = Task(name), ending, 0
+    def __init__(self, name: str, ending: str = "success", delay: float = 0.0):
+        self.task, self.ending, self.delay, self.closed = Task(name), ending, delay, 0
 
     def reset(self, seed=None):
         raise NotImplementedError
@@ -59,6 +59,7 @@ class EchoEnv(Env):
         return "say it", {}
 
     async def astep(self, action):
+        await asyncio.sleep(self.delay)
         info = {"status": "ok", "use_tool": False, "parsed_action": action, "tool_type": None}
         if action == "done":
             return "", float(self.ending == "success"), True, False, info | {"ending": self.ending, "note": "why"}
