@@ -88,7 +88,7 @@ def save_hf(params: Any, config: ModelConfig, directory: str | pathlib.Path, dty
         stale.unlink(missing_ok=True)  # an index or shards of an earlier checkpoint would win over this one
     shards: list[dict[str, np.ndarray]] = [{}]
     filled = 0
-    for name, tensor in _tensors(params, config):
+    for name, tensor in named_tensors(params, config):
         tensor = np.ascontiguousarray(tensor.astype(dtype, copy=False))
         if filled + tensor.nbytes > max_shard_bytes and shards[-1]:
             shards.append({})
@@ -132,7 +132,7 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: row.hf_shape(shape[row.stacked:]) for row, shape in _rows(config) for _, name in _slices(row, shape)}
 
 
-def _tensors(params: Any, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+def named_tensors(params: Any, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
     for row, shape in _rows(config):
         leaf = params
         for key in row.path:

@@ -43,11 +43,11 @@ def load_weights(directory: str | os.PathLike[str], dtype: str, like: ModelConfi
 
 def checksums(params: Params, config: ModelConfig) -> dict[str, str]:
     """SHA-256 of the bytes of every tensor as it would stand in a checkpoint of the server's dtype, by its Hugging Face name."""
-    return {name: hashlib.sha256(np.ascontiguousarray(tensor).tobytes()).hexdigest() for name, tensor in hf._tensors(_stacked(params), config)}
+    return {name: hashlib.sha256(np.ascontiguousarray(tensor).tobytes()).hexdigest() for name, tensor in hf.named_tensors(_stacked(params), config)}
 
 
 def find_tensor(params: Params, config: ModelConfig, name: str) -> np.ndarray | None:
-    return next((tensor for known, tensor in hf._tensors(_stacked(params), config) if known == name), None)
+    return next((tensor for known, tensor in hf.named_tensors(_stacked(params), config) if known == name), None)
 
 
 def _stacked(params: Params) -> dict[str, Any]:

@@ -56,6 +56,10 @@ def report(workdir: pathlib.Path) -> dict:
     return json.loads((workdir / "report.json").read_text())
 
 
+def losses(workdir: pathlib.Path) -> list[float]:
+    return [line["loss"] for line in metrics(workdir)]
+
+
 @pytest.fixture(scope="module")
 def sft(tmp_path_factory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("sft") / "run"
@@ -71,8 +75,7 @@ def test_sft_leaves_what_programs_read(sft):
     for entry in document["evals"]:
         assert 0 <= entry["low"] <= entry["success"] <= entry["high"] <= 1
         assert entry["n"] == sum(n for _, n in entry["by_family"].values()) >= 12
-    losses = [line["loss"] for line in metrics(sft)]
-    assert [line["step"] for line in metrics(sft)] == list(range(1, 7)) and losses[-1] < losses[0]
+    assert [line["step"] for line in metrics(sft)] == list(range(1, 7)) and losses(sft)[-1] < losses(sft)[0]
     assert (sft / "final" / "model.safetensors").exists() and list(sft.glob("*.png")) + list(sft.glob("*/*.png"))
     trajectory = json.loads(next((sft / "trajectories").glob("*.json")).read_text())
     assert trajectory["schema_version"] == "ATIF-v1.7" and trajectory["steps"][1]["source"] == "agent"
@@ -81,9 +84,8 @@ def test_sft_leaves_what_programs_read(sft):
 def test_a_killed_run_resumes_and_is_bitwise_the_run_that_was_not_killed(sft, tmp_path):
     assert train_and_interrupt(SFT, tmp_path / "run", signal.SIGKILL, after_steps=3) == -signal.SIGKILL
     train(SFT, tmp_path / "run")
-    lines = metrics(tmp_path / "run")
-    assert [line["step"] for line in lines] == list(range(1, 7))
-    assert [line["loss"] for line in lines] == [line["loss"] for line in metrics(sft)]
+    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 7))
+    assert losses(tmp_path / "run") == losses(sft)
 
 
 def test_a_run_that_is_ended_does_nothing_when_started_again(sft):
@@ -97,7 +99,7 @@ def test_a_workdir_of_another_config_is_refused_in_one_line(sft):
     assert done.returncode == 1 and "seed (0 there, 5 now)" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_ipa_survives_ctrl_c_and_kill_and_trains_every_episode_once(sft, tmp_path):
+def test_ipa_survives_ctrl_c_and_kill_and_ends_bitwise_as_the_run_that_was_left_alone(sft, tmp_path):
     flags, workdir = [*IPA, f"--config.init_from={sft / 'final'}"], tmp_path / "run"
     assert train_and_interrupt(flags, workdir, signal.SIGINT, after_steps=1) == 130
     assert train_and_interrupt(flags, workdir, signal.SIGKILL, after_steps=2) in (-signal.SIGKILL, 0)
@@ -105,12 +107,14 @@ def test_ipa_survives_ctrl_c_and_kill_and_trains_every_episode_once(sft, tmp_pat
     lines, document = metrics(workdir), report(workdir)
     assert [line["step"] for line in lines] == [1, 2, 3]
     accounting = document["accounting"]
-    assert accounting["trained"] == 3 * 2 * 2 and accounting["in_flight"] == 0
+    assert accounting["trained"] + accounting["dropped"].get("equal_group", 0) == 3 * 2 * 2 and accounting["in_flight"] == 0
     assert accounting["started"] == accounting["trained"] + sum(accounting["dropped"].values())
     names = collections.Counter(path.name[:10] for path in (workdir / "trajectories").glob("ipa_*.json"))
     assert names == {"ipa_000000": 4, "ipa_000001": 4, "ipa_000002": 4}
     assert all(line["max_mismatch"] < 1e-3 for line in lines if "max_mismatch" in line)
     assert [(entry["stage"], entry["step"]) for entry in document["evals"]] == [("ipa", 0), ("ipa", 3)]
+    train(flags, tmp_path / "alone")
+    assert losses(workdir) == losses(tmp_path / "alone")
 
 
 def test_a_broken_checkpoint_is_named_with_the_remedy(sft, tmp_path):

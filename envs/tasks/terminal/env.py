@@ -23,7 +23,7 @@ BASH_TOOL = {
     "type": "function",
     "function": {
         "name": "bash",
-        "description": "Run a command in a shell and get its output. Each call starts a new shell in /workspace.",
+        "description": "Run a command in a shell and get its output. Each call starts a new shell in the workspace.",
         "parameters": {"type": "object", "properties": {"command": {"type": "string", "description": "The command to run."}}, "required": ["command"]},
     },
 }

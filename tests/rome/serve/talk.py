@@ -1,0 +1,65 @@
+"""Conversations with an engine over plain HTTP: what the tests of its protocol say and how long they wait."""
+
+import asyncio
+import json
+
+import aiohttp
+
+PROMPT = [(7 * i) % 200 + 3 for i in range(40)]  # two whole chunks and a half
+
+
+def compilations(server) -> int:
+    return server.log_path.read_text().count("Finished XLA compilation")
+
+
+class Http:
+    """One client session; every call has a deadline."""
+
+    def __init__(self, server):
+        self.url = server.url
+
+    async def __aenter__(self):
+        self.session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60))
+        return self
+
+    async def __aexit__(self, *_):
+        await self.session.close()
+
+    async def ask(self, method, route, body=None):
+        async with self.session.request(method, self.url + route, json=body) as response:
+            text = await response.text()
+            return response.status, json.loads(text) if response.content_type == "application/json" else text
+
+    async def post(self, route, body=None):
+        return await self.ask("POST", route, body or {})
+
+    async def generate(self, ids=PROMPT, **sampling):
+        fields = {name: sampling.pop(name) for name in ("rid", "logprob_start_len", "return_routed_experts") if name in sampling}
+        status, answer = await self.post("/generate", {
+            "input_ids": ids, "return_logprob": True, "sampling_params": {"max_new_tokens": 12, "ignore_eos": True} | sampling, **fields,
+        })
+        assert status == 200, answer
+        return answer
+
+    async def figures(self):
+        return (await self.ask("GET", "/server_info"))[1]["internal_states"][0]
+
+    async def until(self, condition):
+        for _ in range(2000):
+            figures = await self.figures()
+            if condition(figures):
+                return figures
+            await asyncio.sleep(0.003)
+        raise AssertionError(f"never came true: {figures}")
+
+
+def talk(server, conversation):
+    async def run():
+        async with Http(server) as http:
+            return await conversation(http)
+
+    return asyncio.run(run())
+
+
+def logprobs_of(answer):
+    return [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
