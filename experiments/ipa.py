@@ -1,6 +1,6 @@
 r"""IPA, reinforcement learning on interaction chunks, on the terminal curriculum.
 
-python -m launch.train --config=experiments/ipa.py            # tiny: 2 CPU cores; the whole run is not timed yet
+python -m launch.train --config=experiments/ipa.py            # tiny: about 18 min on 2 CPU cores, SFT included
 python -m launch.train --config=experiments/ipa.py:smoke      # under a minute, checks that the way is open
 python -m launch.train --config=experiments/ipa.py:qwen3_30b_a3b --config.engines=http://a:30000,http://b:30000   # a pod; not run
 
@@ -30,8 +30,8 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.clip_high = 0.2
     config.old = "trainer"                # pi_old scored by the trainer, or "rollout": the engine's own logprobs
     config.steps = 120
-    config.groups = 32                    # tasks a step
-    config.group_size = 4                 # episodes a task
+    config.groups = 16                    # tasks a step, more of them from families whose outcome is open
+    config.group_size = 8                 # episodes a task
     config.filter_groups = True           # groups that all won or all failed compare nothing and are left out
     config.updates_per_step = 2           # optimizer updates on one step's data, so that ratios act
     config.row_length = 160               # tokens a row

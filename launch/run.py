@@ -37,6 +37,7 @@ from rome.model.config import PRESETS, ModelConfig
 from rome.model.hf import load_hf, save_hf
 from rome.model.sharding import make_mesh
 from rome.model.tokenizer import Chat, Tokenizer
+from rome.rollout.curriculum import Curriculum
 from rome.rollout.experts import collect_experts
 from rome.rollout.outcomes import mixed_groups, rollout_figures
 from rome.rollout.scheduler import Accounting, Episode, Scheduler
@@ -70,6 +71,7 @@ class Run:
     started: float = dataclasses.field(default_factory=time.monotonic)
     seconds_before: float = 0.0
     accounting: Accounting = dataclasses.field(default_factory=Accounting)
+    curriculum: Curriculum = dataclasses.field(default_factory=lambda: Curriculum(FAMILIES))
     evals: list[EvalResult] = dataclasses.field(default_factory=list)
     published: int | None = None
     pool: EnginePool | None = None
@@ -137,7 +139,7 @@ class Run:
         """groups x group_size fresh episodes at the weights of `state`, packed, with logp_old scored at those weights."""
         config, began = self.config, time.monotonic()
         rng = random.Random(f"tasks/{config.seed}/{step}")
-        tasks = [f"{rng.choice(FAMILIES)}/{train_seed(rng.randrange(1_000_000))}" for _ in range(config.groups)]
+        tasks = [f"{family}/{train_seed(rng.randrange(1_000_000))}" for family in self.curriculum.draw(config.groups, rng)]
         episodes = [
             Episode(task, group, number, derive_seed(config.seed, task, step, group, number))
             for group, task in enumerate(tasks) for number in range(config.group_size)
@@ -145,6 +147,7 @@ class Run:
         record = lambda episode: self.workdir / "trajectories" / f"{config.experiment}_{step:06d}_g{episode.group:03d}_e{episode.episode:02d}.json"
         trajectories = self.play(episodes, config.temperature, accounting=self.accounting, record=record)
         seconds = time.monotonic() - began
+        self.curriculum.observe(trajectories)
         kept = mixed_groups(trajectories) if config.filter_groups else trajectories
         batch = pack(
             kept, row_length=config.row_length, chunks_per_row=config.chunks_per_row, gamma=config.gamma, failure_reward=config.failure_reward,
@@ -181,11 +184,12 @@ class Run:
 
     def host_state(self) -> dict[str, Any]:
         stream = None if self.sft_stream is None else self.sft_stream.get_state()
-        return {"accounting": self.accounting.to_json(), "seconds": self.seconds(), "sft_stream": stream}
+        return {"accounting": self.accounting.to_json(), "seconds": self.seconds(), "sft_stream": stream, "success_rates": self.curriculum.rates}
 
     def load_host_state(self, step: int, host: dict[str, Any]) -> None:
         self.accounting = Accounting.from_json(host["accounting"])
         self.seconds_before = host["seconds"]
+        self.curriculum = Curriculum(FAMILIES, host["success_rates"])
         stage = self.config.experiment
         done = sorted(int(path.stem.rpartition("_")[2]) for path in outcomes_path(self.workdir, stage, 0).parent.glob(f"{stage}_*.json"))
         self.evals = [EvalResult.from_tasks(stage, number, read_outcomes(self.workdir, stage, number)) for number in done if number <= step]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rome.model.hf import save_hf
-from tests.rome.serve.talk import PROMPT, compilations, logprobs_of, talk
+from tests.rome.serve.talk import PROMPT, Missed, compilations, logprobs_of, talk
 from tests.rome.serve.tiny import CONTEXT, SLOTS, Oracle, make_checkpoint, make_config, make_params
 
 V = make_config().vocab_size
@@ -49,14 +49,23 @@ def test_a_client_that_goes_away_frees_its_slot(server):
     assert before == after
 
 
+async def pause_amid_a_request(http, mode, **sampling):
+    task = asyncio.ensure_future(http.generate(**sampling))
+    await http.until(lambda figures: figures["running"] == 1)
+    status, answer = await http.post("/pause_generation", {"mode": mode})
+    assert status == 200 and answer["status"] == "ok"
+    await asyncio.sleep(0.05)
+    if task.done():  # it ended before the pause took hold
+        await http.post("/continue_generation")
+        raise Missed
+    return task
+
+
 @pytest.mark.parametrize("mode", ["retract", "in_place"])
 def test_a_paused_request_goes_on_to_the_same_tokens(server, mode):
     async def conversation(http):
         undisturbed = await http.generate(sampling_seed=6, max_new_tokens=300, temperature=0.8)
-        task = asyncio.ensure_future(http.generate(sampling_seed=6, max_new_tokens=300, temperature=0.8))
-        await http.until(lambda figures: figures["running"] == 1)
-        status, answer = await http.post("/pause_generation", {"mode": mode})
-        assert status == 200 and answer["status"] == "ok"
+        task = await pause_amid_a_request(http, mode, sampling_seed=6, max_new_tokens=300, temperature=0.8)
         stopped = (await http.figures())["generated_tokens"]
         late = asyncio.ensure_future(http.generate([1, 2, 3]))
         await asyncio.sleep(0.1)
