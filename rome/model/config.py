@@ -7,6 +7,7 @@ model that is loaded takes it from its own config.json through `from_hf`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 DTYPES = ("float32", "bfloat16")
@@ -16,12 +17,53 @@ SIZES = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads",
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the length that a model was trained on: "linear", or "yarn" (arXiv 2309.00071).
+
+    `attention_factor` multiplies cos and sin. The betas are rotations over `original_max_position`: faster frequencies stay, slower ones are
+    divided by `factor`, those between are mixed. `truncate` rounds the borders of that range outwards.
+    """
+
+    kind: str
+    factor: float
+    original_max_position: int = 0
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+    @classmethod
+    def from_hf(cls, rope: dict[str, Any], max_position: int) -> RopeScaling | None:
+        """`rope_scaling` or `rope_parameters` of a config.json, with transformers' defaults for what is absent. None: not stretched."""
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind == "default":
+            return None
+        factor = float(rope["factor"])
+        if kind == "linear":
+            return cls(kind, factor)
+        magnitude = lambda scale: 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+        attention_factor = rope.get("attention_factor")
+        if attention_factor is None and rope.get("mscale") and rope.get("mscale_all_dim"):
+            attention_factor = magnitude(rope["mscale"]) / magnitude(rope["mscale_all_dim"])
+        return cls(kind, factor, rope.get("original_max_position_embeddings") or max_position,
+                   magnitude(1.0) if attention_factor is None else float(attention_factor), float(rope.get("beta_fast") or 32),
+                   float(rope.get("beta_slow") or 1), bool(rope.get("truncate", True)))
+
+    def to_hf(self) -> dict[str, Any]:
+        if self.kind == "linear":
+            return {"rope_type": "linear", "factor": self.factor}
+        return {"rope_type": "yarn", "factor": self.factor, "original_max_position_embeddings": self.original_max_position,
+                "attention_factor": self.attention_factor, "beta_fast": self.beta_fast, "beta_slow": self.beta_slow, "truncate": self.truncate}
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Sizes and numerics of one model. Parameters are float32 in training; `dtype` is what the layers compute in.
 
     Router, norms, softmax and rotary angles are float32 whatever `dtype` says. `remat`: "full" keeps only the input of each block and
     recomputes the rest in the backward pass, "none" keeps all. `scan_layers`: training loops over the stacked layers, which compiles once for
-    any depth; False unrolls them, which is a fifth faster for a shallow model on a CPU.
+    any depth; False unrolls them, which is a fifth faster for a shallow model on a CPU. `dense_layers` have one gated MLP of
+    `intermediate_size` instead of experts; a model that has some is never scanned.
     """
 
     vocab_size: int
@@ -40,6 +82,10 @@ class ModelConfig:
     tie_embeddings: bool = False
     initializer_range: float = 0.02
     router_aux_loss_coef: float = 0.001
+    attention_bias: bool = False
+    rope_scaling: RopeScaling | None = None
+    dense_layers: tuple[int, ...] = ()
+    intermediate_size: int = 0
     dtype: str = "float32"
     remat: str = "full"
     scan_layers: bool = True
@@ -56,8 +102,17 @@ class ModelConfig:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary embedding turns pairs, choose an even one")
         if self.experts_per_token > self.num_experts:
             raise ValueError(f"experts_per_token={self.experts_per_token} exceeds num_experts={self.num_experts}; lower it")
+        if any(not 0 <= i < self.num_layers for i in self.dense_layers) or len(self.dense_layers) >= self.num_layers:
+            raise ValueError(f"dense_layers={self.dense_layers} of {self.num_layers} layers; at least one layer needs experts")
+        if self.dense_layers and (self.scan_layers or self.intermediate_size < 1):
+            raise ValueError(f"dense_layers={self.dense_layers} need intermediate_size={self.intermediate_size} above 0 and scan_layers=False")
         if self.dtype not in DTYPES or self.remat not in REMATS:
             raise ValueError(f"dtype={self.dtype!r}, remat={self.remat!r}; choose from {DTYPES} and {REMATS}")
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """The layers that have experts."""
+        return tuple(i for i in range(self.num_layers) if i not in self.dense_layers)
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], **overrides: Any) -> ModelConfig:
@@ -71,24 +126,32 @@ class ModelConfig:
         fields["head_dim"] = hf.get("head_dim") or fields["hidden_size"] // fields["num_heads"]
         fields["norm_topk_prob"] = bool(hf.get("norm_topk_prob", False))  # an absent key means transformers' default, not ours
         fields["rope_theta"] = _rope_theta(hf)
+        rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+        fields["rope_scaling"] = RopeScaling.from_hf(rope, fields.get("max_position", cls.max_position))
+        fields["attention_bias"] = bool(hf.get("attention_bias"))
+        fields["dense_layers"] = _dense_layers(hf, fields["num_layers"])
+        if fields["dense_layers"]:
+            fields |= {"intermediate_size": _required(hf, ("intermediate_size",)), "scan_layers": False}
         if isinstance(fields.get("eos_token_id"), list):
             fields["eos_token_id"] = fields["eos_token_id"][0]
         return cls(**(fields | overrides))
 
     def to_hf(self) -> dict[str, Any]:
         """config.json's dict. Renamed keys are there in both spellings, so that transformers 4 and 5 and SGLang read it."""
+        scaling = self.rope_scaling and self.rope_scaling.to_hf()
         return {
             "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe",
             "vocab_size": self.vocab_size, "hidden_size": self.hidden_size, "num_hidden_layers": self.num_layers,
             "num_attention_heads": self.num_heads, "num_key_value_heads": self.num_kv_heads, "head_dim": self.head_dim,
             "num_experts": self.num_experts, "num_local_experts": self.num_experts, "num_experts_per_tok": self.experts_per_token,
-            "moe_intermediate_size": self.moe_intermediate_size, "intermediate_size": self.moe_intermediate_size,
-            "rope_theta": self.rope_theta, "rope_scaling": None,
-            "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
+            "moe_intermediate_size": self.moe_intermediate_size, "intermediate_size": self.intermediate_size or self.moe_intermediate_size,
+            "rope_theta": self.rope_theta, "rope_scaling": scaling,
+            "rope_parameters": {"rope_theta": self.rope_theta} | (scaling or {"rope_type": "default"}),
             "rms_norm_eps": self.rms_norm_eps, "max_position_embeddings": self.max_position, "norm_topk_prob": self.norm_topk_prob,
             "tie_word_embeddings": self.tie_embeddings, "initializer_range": self.initializer_range,
             "router_aux_loss_coef": self.router_aux_loss_coef, "output_router_logits": False,
-            "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "decoder_sparse_step": 1, "mlp_only_layers": [],
+            "hidden_act": "silu", "attention_bias": self.attention_bias, "attention_dropout": 0.0, "decoder_sparse_step": 1,
+            "mlp_only_layers": list(self.dense_layers),
             "use_sliding_window": False, "sliding_window": None, "use_cache": True,
             "bos_token_id": None, "eos_token_id": self.eos_token_id, "pad_token_id": self.pad_token_id,
         }
@@ -105,10 +168,10 @@ _OPTIONAL_NAMES = {
     "eos_token_id": "eos_token_id", "pad_token_id": "pad_token_id",
 }
 _SUPPORTED: dict[str, tuple[Any, ...]] = {  # key of config.json -> the values this model can honour; an absent key is fine
-    "model_type": ("qwen3_moe",), "hidden_act": ("silu",), "attention_bias": (False, None), "qkv_bias": (False, None),
-    "attention_dropout": (0, None), "use_sliding_window": (False, None), "decoder_sparse_step": (1, None), "mlp_only_layers": ([], None),
+    "model_type": ("qwen3_moe",), "hidden_act": ("silu",), "attention_dropout": (0, None), "use_sliding_window": (False, None), "qkv_bias": (False, None),
     "shared_expert_intermediate_size": (0, None), "use_qk_norm": (True, None), "quantization_config": (None,),
 }
+_ROPE_KINDS = ("default", "linear", "yarn")
 
 
 def _refuse_unsupported(hf: dict[str, Any]) -> None:
@@ -117,8 +180,8 @@ def _refuse_unsupported(hf: dict[str, Any]) -> None:
     for key in ("rope_scaling", "rope_parameters"):
         rope = hf.get(key) or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            refused.append(f"{key}.rope_type={kind!r} (supported: 'default')")
+        if kind not in _ROPE_KINDS:
+            refused.append(f"{key}.rope_type={kind!r} (supported: {', '.join(_ROPE_KINDS)})")
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
             refused.append(f"{key}.partial_rotary_factor={rope['partial_rotary_factor']!r} (supported: 1.0)")
     if refused:
@@ -132,6 +195,12 @@ def _required(hf: dict[str, Any], names: tuple[str, ...]) -> int:
     if len(set(found.values())) > 1:
         raise ValueError(f"config.json contradicts itself: {found}; keep one value")
     return next(iter(found.values()))
+
+
+def _dense_layers(hf: dict[str, Any], num_layers: int) -> tuple[int, ...]:
+    """transformers' rule: layer i has experts if it is not in mlp_only_layers and decoder_sparse_step divides i + 1."""
+    only, step = hf.get("mlp_only_layers") or [], hf.get("decoder_sparse_step") or 1
+    return tuple(i for i in range(num_layers) if i in only or (i + 1) % step)
 
 
 def _rope_theta(hf: dict[str, Any]) -> float:

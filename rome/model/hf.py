@@ -30,12 +30,13 @@ _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloa
 class _Row:
     """One parameter of ours and the tensors that hold it: `name` has {i} for the layer and {e} for the expert where it is split.
 
-    `inputs` is how many of a slice's first axes are the linear map's input; 0 where the layout is the same on both sides.
+    `inputs` is how many of a slice's first axes are the linear map's input; 0 where the layout is the same on both sides. `flat`: one axis there.
     """
 
     path: tuple[str, ...]
     name: str
     inputs: int = 0
+    flat: bool = False
 
     @property
     def stacked(self) -> int:
@@ -43,13 +44,15 @@ class _Row:
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
         if not self.inputs:
-            return array
+            return array.reshape(-1) if self.flat else array
         return array.reshape(int(np.prod(array.shape[:self.inputs])), -1).T
 
     def from_hf(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        return tensor.T.reshape(shape) if self.inputs else tensor
+        return (tensor.T if self.inputs else tensor).reshape(shape)
 
     def hf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if self.flat:
+            return (int(np.prod(shape)),)
         rows = int(np.prod(shape[:self.inputs]))
         return (int(np.prod(shape)) // rows, rows) if self.inputs else shape
 
@@ -62,6 +65,10 @@ TABLE = (
     _Row(("layers", "attention", "k"), _LAYER + "self_attn.k_proj.weight", inputs=1),
     _Row(("layers", "attention", "v"), _LAYER + "self_attn.v_proj.weight", inputs=1),
     _Row(("layers", "attention", "o"), _LAYER + "self_attn.o_proj.weight", inputs=2),
+    _Row(("layers", "attention", "q_bias"), _LAYER + "self_attn.q_proj.bias", flat=True),
+    _Row(("layers", "attention", "k_bias"), _LAYER + "self_attn.k_proj.bias", flat=True),
+    _Row(("layers", "attention", "v_bias"), _LAYER + "self_attn.v_proj.bias", flat=True),
+    _Row(("layers", "attention", "o_bias"), _LAYER + "self_attn.o_proj.bias"),
     _Row(("layers", "attention", "q_norm", "scale"), _LAYER + "self_attn.q_norm.weight"),
     _Row(("layers", "attention", "k_norm", "scale"), _LAYER + "self_attn.k_norm.weight"),
     _Row(("layers", "moe_norm", "scale"), _LAYER + "post_attention_layernorm.weight"),
@@ -69,6 +76,9 @@ TABLE = (
     _Row(("layers", "moe", "gate"), _LAYER + "mlp.experts.{e}.gate_proj.weight", inputs=1),
     _Row(("layers", "moe", "up"), _LAYER + "mlp.experts.{e}.up_proj.weight", inputs=1),
     _Row(("layers", "moe", "down"), _LAYER + "mlp.experts.{e}.down_proj.weight", inputs=1),
+    _Row(("layers", "mlp", "gate"), _LAYER + "mlp.gate_proj.weight", inputs=1),
+    _Row(("layers", "mlp", "up"), _LAYER + "mlp.up_proj.weight", inputs=1),
+    _Row(("layers", "mlp", "down"), _LAYER + "mlp.down_proj.weight", inputs=1),
     _Row(("norm", "scale"), "model.norm.weight"),
     _Row(("head", "kernel"), "lm_head.weight", inputs=1),
 )
@@ -121,7 +131,7 @@ def load_hf(directory: str | pathlib.Path, dtype: Any = jnp.float32, **overrides
     params: dict[str, Any] = {}
     for row, shape in _rows(config):
         array = np.empty(shape, dtype)
-        for index, name in _slices(row, shape):
+        for index, name in _slices(row, shape, config):
             array[index] = row.from_hf(opened[files[name]].get_tensor(name), array[index].shape)
         _insert(params, row.path, array)
     return params, config
@@ -129,7 +139,7 @@ def load_hf(directory: str | pathlib.Path, dtype: Any = jnp.float32, **overrides
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a checkpoint with this config."""
-    return {name: row.hf_shape(shape[row.stacked:]) for row, shape in _rows(config) for _, name in _slices(row, shape)}
+    return {name: row.hf_shape(shape[row.stacked:]) for row, shape in _rows(config) for _, name in _slices(row, shape, config)}
 
 
 def named_tensors(params: Any, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
@@ -142,7 +152,7 @@ def named_tensors(params: Any, config: ModelConfig) -> Iterator[tuple[str, np.nd
         if tuple(leaf.shape) != shape:
             raise ValueError(f"parameter {'/'.join(row.path)} has shape {tuple(leaf.shape)}, the config says {shape}")
         array = np.asarray(jax.device_get(leaf))
-        for index, name in _slices(row, shape):
+        for index, name in _slices(row, shape, config):
             yield name, row.to_hf(array[index])
 
 
@@ -157,9 +167,10 @@ def _rows(config: ModelConfig) -> Iterator[tuple[_Row, tuple[int, ...]]]:
             yield row, tuple(leaf.shape)
 
 
-def _slices(row: _Row, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], str]]:
+def _slices(row: _Row, shape: tuple[int, ...], config: ModelConfig) -> Iterator[tuple[tuple[int, ...], str]]:
+    layers = {"moe": config.sparse_layers, "mlp": config.dense_layers}.get(row.path[min(1, len(row.path) - 1)], range(config.num_layers))
     for index in np.ndindex(shape[:row.stacked]):
-        yield index, row.name.format(**dict(zip("ie", index)))
+        yield index, row.name.format(**dict(zip("ie", (layers[index[0]], *index[1:]) if index else ())))
 
 
 def _insert(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:

@@ -36,7 +36,7 @@ def router_loss(stats: RouterStats, config: ModelConfig) -> Array:
 
     k when every expert gets the same share, which is the least. Not yet multiplied by config.router_aux_loss_coef.
     """
-    rows = jnp.maximum(stats.tokens * config.num_layers, 1.0)
+    rows = jnp.maximum(stats.tokens * len(config.sparse_layers), 1.0)
     share_E = jax.lax.stop_gradient(stats.counts_LE.sum(axis=0)) / rows
     prob_E = stats.prob_sum_LE.sum(axis=0) / rows
     return config.num_experts * jnp.sum(share_E * prob_E)

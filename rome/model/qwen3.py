@@ -12,12 +12,15 @@ tuple of layers (`unstack_layers`), one after the other: several times faster fo
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from rome.model import sharding
@@ -67,10 +70,25 @@ class RMSNorm(nn.Module):
 
 
 def rotary_angles(positions_BT: Array, config: ModelConfig) -> tuple[Array, Array]:
-    """cos and sin, each [B, T, 1, H / 2] float32."""
-    frequency_h = config.rope_theta ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
-    angle_BT1h = positions_BT.astype(jnp.float32)[:, :, None, None] * frequency_h
-    return jnp.cos(angle_BT1h), jnp.sin(angle_BT1h)
+    """cos and sin, each [B, T, 1, H / 2] float32, stretched as the config's rope_scaling says."""
+    angle_BT1h = positions_BT.astype(jnp.float32)[:, :, None, None] * rotary_frequencies(config).astype(np.float32)
+    size = config.rope_scaling.attention_factor if config.rope_scaling else 1.0
+    return jnp.cos(angle_BT1h) * size, jnp.sin(angle_BT1h) * size
+
+
+def rotary_frequencies(config: ModelConfig) -> np.ndarray:
+    """Radians a position, [H / 2] float64. YaRN as in arXiv 2309.00071, section 3.2, and transformers' reading of it."""
+    H, scaling = config.head_dim, config.rope_scaling
+    frequency_h = config.rope_theta ** (-np.arange(0, H, 2) / H)
+    if scaling is None or scaling.kind == "linear":
+        return frequency_h / (scaling.factor if scaling else 1.0)
+    border = lambda turns: H * math.log(scaling.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+    low, high = border(scaling.beta_fast), border(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, H - 1)
+    stretched_h = np.clip((np.arange(H // 2) - low) / ((high - low) or 0.001), 0, 1)
+    return frequency_h * (1 - stretched_h) + frequency_h / scaling.factor * stretched_h
 
 
 def rotate(x_BTNH: Array, cos_BT1h: Array, sin_BT1h: Array) -> Array:
@@ -91,14 +109,16 @@ class Attention(nn.Module):
         init = nn.initializers.normal(config.initializer_range)
         q_DNH, k_DKH, v_DKH, o_NHD = (self.param(name, init, shape).astype(x_BTD.dtype) for name, shape in
                                       (("q", (D, N, H)), ("k", (D, K, H)), ("v", (D, K, H)), ("o", (N, H, D))))
-        q_BTNH = RMSNorm(config.rms_norm_eps, name="q_norm")(jnp.einsum("BTD,DNH->BTNH", x_BTD, q_DNH))
-        k_BTKH = RMSNorm(config.rms_norm_eps, name="k_norm")(jnp.einsum("BTD,DKH->BTKH", x_BTD, k_DKH))
-        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, v_DKH)
+        q_NH, k_KH, v_KH, o_D = (self.param(name, nn.initializers.zeros, shape).astype(x_BTD.dtype) if config.attention_bias else 0 for name, shape in
+                                 (("q_bias", (N, H)), ("k_bias", (K, H)), ("v_bias", (K, H)), ("o_bias", (D,))))
+        q_BTNH = RMSNorm(config.rms_norm_eps, name="q_norm")(jnp.einsum("BTD,DNH->BTNH", x_BTD, q_DNH) + q_NH)
+        k_BTKH = RMSNorm(config.rms_norm_eps, name="k_norm")(jnp.einsum("BTD,DKH->BTKH", x_BTD, k_DKH) + k_KH)
+        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, v_DKH) + v_KH
         q_BTNH = rotate(q_BTNH, places.cos_BT1h, places.sin_BT1h)
         k_BTKH = rotate(k_BTKH, places.cos_BT1h, places.sin_BT1h)
         attend = _attend_row if cache is None else functools.partial(_attend_cache, cache=cache)
         out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH, places)
-        return jnp.einsum("BTNH,NHD->BTD", out_BTNH, o_NHD), cache
+        return jnp.einsum("BTNH,NHD->BTD", out_BTNH, o_NHD) + o_D, cache
 
 
 def _attend_row(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, places: Places) -> tuple[Array, None]:
@@ -120,11 +140,26 @@ def _attend_cache(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, places: Places, c
     return out_BTNH, cache
 
 
+class DenseMLP(nn.Module):
+    """The gated MLP of a layer without experts."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: Array) -> Array:
+        D, F = self.config.hidden_size, self.config.intermediate_size
+        init = nn.initializers.normal(self.config.initializer_range)
+        gate_DF, up_DF, down_FD = (self.param(name, init, shape).astype(x_BTD.dtype) for name, shape in (("gate", (D, F)), ("up", (D, F)), ("down", (F, D))))
+        return (jax.nn.silu(x_BTD @ gate_DF) * (x_BTD @ up_DF)) @ down_FD
+
+
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + experts(norm(x)). Returns scan's form: the carry, then what is stacked over layers."""
+    """x + attention(norm(x)), then x + experts(norm(x)), or the one MLP of a dense layer. Returns scan's form: the carry, then what is stacked
+    over layers. A dense layer's expert ids are -1 and its counts 0."""
 
     config: ModelConfig
     experts: str = "auto"
+    dense: bool = False
 
     @nn.compact
     def __call__(self, x_BTD: Array, places: Places, cache: Cache | None, forced_BTk: Array | None):
@@ -133,6 +168,10 @@ class Block(nn.Module):
         attended_BTD, cache = Attention(self.config, name="attention")(RMSNorm(epsilon, name="attention_norm")(x_BTD), places, cache)
         x_BTD = x_BTD + attended_BTD
         normed_BTD = RMSNorm(epsilon, name="moe_norm")(x_BTD)
+        if self.dense:
+            nothing_E = jnp.zeros(self.config.num_experts, jnp.float32)
+            ids_BTk = jnp.full((*x_BTD.shape[:2], self.config.experts_per_token), -1, jnp.int32)
+            return x_BTD + DenseMLP(self.config, name="mlp")(normed_BTD), (cache, ids_BTk, nothing_E, nothing_E)
         out_BTD, ids_BTk, counts_E, prob_sum_E = MoE(self.config, self.experts, name="moe")(normed_BTD, places.segments_BT != 0, forced_BTk)
         return x_BTD + out_BTD, (cache, ids_BTk, counts_E, prob_sum_E)
 
@@ -181,15 +220,12 @@ class Qwen3(nn.Module):
 
     def _unrolled(self, x_BTD: Array, places: Places, cache: Cache | None, forced_LBTk: Array | None):
         layers = self.get_variable("params", "layers")
-        block = Block(self.config, self.experts, parent=None)
-
-        def run(layer: Params, *args: Any):
-            return block.apply({"params": layer}, *args)
-
-        run = jax.checkpoint(run) if self.config.remat == "full" else run
         outs = []
         for i in range(self.config.num_layers):
-            layer = layers[i] if isinstance(layers, tuple) else jax.tree.map(lambda w: w[i], layers)
+            block = Block(self.config, self.experts, i in self.config.dense_layers, parent=None)
+            run = lambda layer, *args, block=block: block.apply({"params": layer}, *args)
+            run = jax.checkpoint(run) if self.config.remat == "full" else run
+            layer = layers[i] if isinstance(layers, tuple) else layer_of(layers, i, self.config)
             layer_cache = None if cache is None else Cache(cache.k[i], cache.v[i])
             x_BTD, out = run(layer, x_BTD, places, layer_cache, None if forced_LBTk is None else forced_LBTk[i])
             outs.append(out)
@@ -206,6 +242,8 @@ class Qwen3(nn.Module):
             raise ValueError(f"routes have shape {tuple(routes_LBTK.shape)}; these tokens need [layers, B, T, k] = {routes_shape}")
         if cache is not None and isinstance(cache.k, tuple) == self.scan:
             raise ValueError(f"this cache is not for scan={self.scan}; make it with init_cache(config, batch, length, scan={self.scan})")
+        if self.scan and config.dense_layers:
+            raise ValueError(f"dense_layers={config.dense_layers}: layers of two kinds are not scanned; use Qwen3(config, scan=False)")
         if self.is_initializing() and not self.scan:
             raise ValueError("Qwen3(scan=False) makes no parameters; use init_params(config, key)")
         if not self.is_initializing() and self.scan and isinstance(self.get_variable("params", "layers"), tuple):
@@ -226,9 +264,20 @@ class _Matrix(nn.Module):
 
 @functools.partial(jax.jit, static_argnums=0)
 def init_params(config: ModelConfig, key: Array) -> Params:
-    """Fresh float32 parameters, stacked over layers: normal(initializer_range), norms at 1."""
+    """Fresh float32 parameters, stacked over layers: normal(initializer_range), norms at 1, biases at 0.
+
+    Layers of two kinds are two stacks: "moe" over the sparse layers, "mlp" over the dense ones; what both have is stacked over all.
+    """
     one = jnp.ones((1, 1), jnp.int32)
-    return Qwen3(config).init(key, one, one, one)["params"]
+    if not config.dense_layers:
+        return Qwen3(config).init(key, one, one, one)["params"]
+    uniform = dataclasses.replace(config, dense_layers=(), scan_layers=True)
+    params = Qwen3(uniform).init(key, one, one, one)["params"]
+    params["layers"]["moe"] = jax.tree.map(lambda w: w[np.array(config.sparse_layers)], params["layers"]["moe"])
+    x_BTD = jnp.zeros((1, 1, config.hidden_size), config.dtype)
+    keys = jax.random.split(jax.random.fold_in(key, 1), len(config.dense_layers))
+    params["layers"]["mlp"] = jax.vmap(lambda key: DenseMLP(config).init(key, x_BTD)["params"])(keys)
+    return params
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, scan: bool = True) -> Cache:
@@ -244,12 +293,23 @@ def head_kernel(params: Params, config: ModelConfig) -> Array:
     return params["embed"]["embedding"].T if config.tie_embeddings else params["head"]["kernel"]
 
 
-def unstack_layers(params: Params) -> Params:
+def layer_of(layers: Params, i: int, config: ModelConfig) -> Params:
+    """The parameters of layer i out of the stacks."""
+    own, other = ("mlp", "moe") if i in config.dense_layers else ("moe", "mlp")
+    members = config.dense_layers if own == "mlp" else config.sparse_layers
+    place = {own: members.index(i)}
+    return {name: jax.tree.map(lambda w: w[place.get(name, i)], stack) for name, stack in layers.items() if name != other}
+
+
+def unstack_layers(params: Params, config: ModelConfig) -> Params:
     """The same parameters with layers as a tuple, for Qwen3(config, scan=False): no slicing at each step."""
-    depth = jax.tree.leaves(params["layers"])[0].shape[0]
-    return params | {"layers": tuple(jax.tree.map(lambda w: w[i], params["layers"]) for i in range(depth))}
+    return params | {"layers": tuple(layer_of(params["layers"], i, config) for i in range(config.num_layers))}
 
 
 def stack_layers(params: Params) -> Params:
     """The inverse of unstack_layers."""
-    return params | {"layers": jax.tree.map(lambda *w: jnp.stack(w), *params["layers"])}
+    names = dict.fromkeys(name for layer in params["layers"] for name in layer)
+    return params | {"layers": {
+        name: jax.tree.map(lambda *w: (np if isinstance(w[0], np.ndarray) else jnp).stack(w), *(layer[name] for layer in params["layers"] if name in layer))
+        for name in names
+    }}

@@ -38,12 +38,19 @@ PARAM_AXES: dict[str, tuple[str | None, ...]] = {  # path of a parameter -> logi
     "layers/attention/k": (None, "embed", "kv_heads", None),
     "layers/attention/v": (None, "embed", "kv_heads", None),
     "layers/attention/o": (None, "heads", None, "embed"),
+    "layers/attention/q_bias": (None, "heads", None),
+    "layers/attention/k_bias": (None, "kv_heads", None),
+    "layers/attention/v_bias": (None, "kv_heads", None),
+    "layers/attention/o_bias": (None, None),
     "layers/attention/q_norm/scale": (None, None),
     "layers/attention/k_norm/scale": (None, None),
     "layers/moe/router": (None, "embed", None),
     "layers/moe/gate": (None, "experts", "embed", "expert_hidden"),
     "layers/moe/up": (None, "experts", "embed", "expert_hidden"),
     "layers/moe/down": (None, "experts", "expert_hidden", "embed"),
+    "layers/mlp/gate": (None, "embed", "expert_hidden"),
+    "layers/mlp/up": (None, "embed", "expert_hidden"),
+    "layers/mlp/down": (None, "expert_hidden", "embed"),
 }
 
 

@@ -16,7 +16,7 @@ from jax import Array
 
 from rome.model.config import ModelConfig
 from rome.model.moe import MoE
-from rome.model.qwen3 import Params, RMSNorm, rotary_angles, rotate
+from rome.model.qwen3 import DenseMLP, Params, RMSNorm, rotary_angles, rotate
 
 
 class LayerCache(NamedTuple):
@@ -54,7 +54,12 @@ def forward(
     for layer, layer_cache in zip(params["layers"], cache):
         attended_BTD, layer_cache = _attend(layer["attention"], config, _norm(config, layer["attention_norm"], x_BTD), position_BT, real_BT, angles, layer_cache)
         x_BTD = x_BTD + attended_BTD
-        out_BTD, ids_BTk, _, _ = MoE(config, experts).apply({"params": layer["moe"]}, _norm(config, layer["moe_norm"], x_BTD), real_BT)
+        normed_BTD = _norm(config, layer["moe_norm"], x_BTD)
+        if "mlp" in layer:
+            out_BTD = DenseMLP(config).apply({"params": layer["mlp"]}, normed_BTD)
+            ids_BTk = jnp.full((*real_BT.shape, config.experts_per_token), -1, jnp.int32)
+        else:
+            out_BTD, ids_BTk, _, _ = MoE(config, experts).apply({"params": layer["moe"]}, normed_BTD, real_BT)
         x_BTD = x_BTD + out_BTD
         caches.append(layer_cache)
         routes.append(ids_BTk)
@@ -70,7 +75,8 @@ def _attend(
     S, G = cache.k_BKHS.shape[-1], N // K
 
     def project(name: str, heads: int) -> Array:
-        return (x_BTD @ params[name].astype(x_BTD.dtype).reshape(D, heads * H)).reshape(B, T, heads, H)
+        out_BTnH = (x_BTD @ params[name].astype(x_BTD.dtype).reshape(D, heads * H)).reshape(B, T, heads, H)
+        return out_BTnH + params[f"{name}_bias"].astype(x_BTD.dtype) if config.attention_bias else out_BTnH
 
     q_BTNH = rotate(_norm(config, params["q_norm"], project("q", N)), *angles)
     k_BTKH = rotate(_norm(config, params["k_norm"], project("k", K)), *angles)
@@ -87,7 +93,8 @@ def _attend(
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(x_BTD.dtype)
     out_BKQH = jnp.matmul(weights_BKGTS.reshape(B, K, G * T, S), cache.v_BKSH)
     out_BTX = out_BKQH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N * H)
-    return out_BTX @ params["o"].astype(x_BTD.dtype).reshape(N * H, D), cache
+    out_BTD = out_BTX @ params["o"].astype(x_BTD.dtype).reshape(N * H, D)
+    return out_BTD + params["o_bias"].astype(x_BTD.dtype) if config.attention_bias else out_BTD, cache
 
 
 def _norm(config: ModelConfig, params: Params, x: Array) -> Array:

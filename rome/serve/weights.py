@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ import numpy as np
 
 from rome.model import hf
 from rome.model.config import ModelConfig
-from rome.model.qwen3 import Params, unstack_layers
+from rome.model.qwen3 import Params, stack_layers, unstack_layers
 
 # What a forward pass does not read may differ between two checkpoints of one model.
 _UNREAD = {"router_aux_loss_coef", "initializer_range", "remat", "scan_layers", "max_position", "eos_token_id", "pad_token_id"}
@@ -38,18 +37,13 @@ def load_weights(directory: str | os.PathLike[str], dtype: str, like: ModelConfi
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not np.isfinite(leaf.astype(np.float32, copy=False)).all():
             raise ValueError(f"{directory}: {jax.tree_util.keystr(path)} is not finite; publish the weights again")
-    return jax.block_until_ready(jax.device_put(unstack_layers(params))), config
+    return jax.block_until_ready(jax.device_put(unstack_layers(params, config))), config
 
 
 def checksums(params: Params, config: ModelConfig) -> dict[str, str]:
     """SHA-256 of the bytes of every tensor as it would stand in a checkpoint of the server's dtype, by its Hugging Face name."""
-    return {name: hashlib.sha256(np.ascontiguousarray(tensor).tobytes()).hexdigest() for name, tensor in hf.named_tensors(_stacked(params), config)}
+    return {name: hashlib.sha256(np.ascontiguousarray(tensor).tobytes()).hexdigest() for name, tensor in hf.named_tensors(stack_layers(jax.device_get(params)), config)}
 
 
 def find_tensor(params: Params, config: ModelConfig, name: str) -> np.ndarray | None:
-    return next((tensor for known, tensor in hf.named_tensors(_stacked(params), config) if known == name), None)
-
-
-def _stacked(params: Params) -> dict[str, Any]:
-    host = jax.device_get(params)
-    return host | {"layers": jax.tree.map(lambda *leaves: np.stack(leaves), *host["layers"])}
+    return next((tensor for known, tensor in hf.named_tensors(stack_layers(jax.device_get(params)), config) if known == name), None)

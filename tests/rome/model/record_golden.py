@@ -27,6 +27,10 @@ CASES: dict[str, dict[str, Any]] = {
                                    moe_intermediate_size=4, norm_topk_prob=False, tie_word_embeddings=True, rope_theta=1e6),
     "all_heads": COMMON | dict(num_attention_heads=2, num_key_value_heads=2, head_dim=6, num_experts=4, num_experts_per_tok=1,
                                 moe_intermediate_size=12, norm_topk_prob=False, tie_word_embeddings=False, rope_theta=1e7),
+    "switches": COMMON | dict(num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2,
+                               moe_intermediate_size=8, intermediate_size=12, norm_topk_prob=True, tie_word_embeddings=False, rope_theta=1e4,
+                               attention_bias=True, decoder_sparse_step=2, mlp_only_layers=[3], max_position_embeddings=8,
+                               rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=8, beta_fast=2.0, beta_slow=0.5)),
 }
 
 
@@ -43,20 +47,27 @@ def hf_weights(hf: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
     random = np.random.RandomState(seed)
     D, H, F = hf["hidden_size"], hf["head_dim"], hf["moe_intermediate_size"]
     q, kv = hf["num_attention_heads"] * H, hf["num_key_value_heads"] * H
-    matrices, norms = {"model.embed_tokens.weight": (hf["vocab_size"], D)}, {"model.norm.weight": D}
+    matrices, norms, biases = {"model.embed_tokens.weight": (hf["vocab_size"], D)}, {"model.norm.weight": D}, {}
     if not hf["tie_word_embeddings"]:
         matrices["lm_head.weight"] = (hf["vocab_size"], D)
     for i in range(hf["num_hidden_layers"]):
         layer = f"model.layers.{i}."
         matrices |= {layer + f"self_attn.{name}_proj.weight": shape for name, shape in
                      (("q", (q, D)), ("k", (kv, D)), ("v", (kv, D)), ("o", (D, q)))}
-        matrices[layer + "mlp.gate.weight"] = (hf["num_experts"], D)
-        for e in range(hf["num_experts"]):
-            matrices |= {layer + f"mlp.experts.{e}.{name}_proj.weight": shape for name, shape in (("gate", (F, D)), ("up", (F, D)), ("down", (D, F)))}
+        if i in hf["mlp_only_layers"] or (i + 1) % hf["decoder_sparse_step"]:
+            dense = hf["intermediate_size"]
+            matrices |= {layer + f"mlp.{name}_proj.weight": shape for name, shape in (("gate", (dense, D)), ("up", (dense, D)), ("down", (D, dense)))}
+        else:
+            matrices[layer + "mlp.gate.weight"] = (hf["num_experts"], D)
+            for e in range(hf["num_experts"]):
+                matrices |= {layer + f"mlp.experts.{e}.{name}_proj.weight": shape for name, shape in (("gate", (F, D)), ("up", (F, D)), ("down", (D, F)))}
+        if hf["attention_bias"]:
+            biases |= {layer + f"self_attn.{name}_proj.bias": size for name, size in (("q", q), ("k", kv), ("v", kv), ("o", D))}
         norms |= {layer + "input_layernorm.weight": D, layer + "post_attention_layernorm.weight": D,
                   layer + "self_attn.q_norm.weight": H, layer + "self_attn.k_norm.weight": H}
     tensors = {name: random.standard_normal(shape) * 1.5 / np.sqrt(shape[1]) for name, shape in matrices.items()}
     tensors |= {name: 1 + 0.3 * random.standard_normal(size) for name, size in norms.items()}
+    tensors |= {name: 0.3 * random.standard_normal(size) for name, size in biases.items()}
     return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
 
 

@@ -46,14 +46,39 @@ def test_the_first_of_several_end_tokens_is_taken():
 
 
 @pytest.mark.parametrize("key, value", [
-    ("attention_bias", True), ("use_sliding_window", True), ("decoder_sparse_step", 2), ("mlp_only_layers", [0]), ("hidden_act", "gelu"),
+    ("use_sliding_window", True), ("hidden_act", "gelu"),
     ("attention_dropout", 0.1), ("model_type", "qwen2_moe"), ("shared_expert_intermediate_size", 64), ("use_qk_norm", False),
-    ("rope_scaling", {"type": "yarn", "factor": 4.0}), ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
+    ("rope_scaling", {"type": "dynamic", "factor": 4.0}), ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4}),
     ("quantization_config", {"quant_method": "fp8"}),
 ])
 def test_a_switch_that_the_model_does_not_have_is_refused_by_name(key, value):
     with pytest.raises(ValueError, match=key):
         ModelConfig.from_hf(TINY.to_hf() | {key: value})
+
+
+@pytest.mark.parametrize("switches, dense", [
+    ({"decoder_sparse_step": 2}, (0, 2)), ({"mlp_only_layers": [1]}, (1,)), ({"mlp_only_layers": [1], "decoder_sparse_step": 2}, (0, 1, 2)),
+])
+def test_dense_layers_follow_transformers_rule_and_survive_a_config_json(switches, dense):
+    config = ModelConfig.from_hf(TINY.to_hf() | switches | {"intermediate_size": 24})
+    assert config.dense_layers == dense and not config.scan_layers
+    assert ModelConfig.from_hf(config.to_hf()) == config
+
+
+def test_a_model_without_any_experts_is_refused():
+    with pytest.raises(ValueError, match="at least one layer needs experts"):
+        ModelConfig.from_hf(TINY.to_hf() | {"mlp_only_layers": [0, 1, 2, 3]})
+
+
+@pytest.mark.parametrize("rope", [
+    {"rope_type": "linear", "factor": 3.0}, {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+    {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 0.9, "beta_fast": 16, "truncate": False},
+])
+def test_stretched_rotary_angles_survive_a_config_json_in_either_spelling(rope):
+    old = ModelConfig.from_hf(TINY.to_hf() | {"rope_scaling": rope, "rope_parameters": None})
+    new = ModelConfig.from_hf(TINY.to_hf() | {"rope_scaling": None, "rope_parameters": rope | {"rope_theta": TINY.rope_theta}})
+    assert old == new == ModelConfig.from_hf(old.to_hf() | {"rope_scaling": None}) == ModelConfig.from_hf(old.to_hf() | {"rope_parameters": None})
+    assert old.rope_scaling.kind == rope.get("rope_type", rope.get("type")) and old.rope_scaling.factor == rope["factor"]
 
 
 @pytest.mark.parametrize("change, named", [

@@ -36,7 +36,7 @@ def run_ours(directory, tokens_BT):
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
 
     def objective(params):
-        out = Qwen3(config).apply({"params": params}, jnp.asarray(tokens_BT), positions_BT, jnp.ones_like(positions_BT))
+        out = Qwen3(config, scan=config.scan_layers).apply({"params": params}, jnp.asarray(tokens_BT), positions_BT, jnp.ones_like(positions_BT))
         logits_BTV = out.hidden_BTD @ head_kernel(params, config)
         logp_BTV = jax.nn.log_softmax(logits_BTV[:, :-1])
         loss = -jnp.mean(jnp.take_along_axis(logp_BTV, tokens_BT[:, 1:, None], axis=-1))
@@ -109,13 +109,16 @@ def test_transformers_loads_what_we_write_and_we_load_what_transformers_writes(p
     assert_trees_equal(load_hf(tmp_path / "half")[0], jax.tree.map(lambda w: w.astype(jnp.bfloat16).astype(np.float32), params))
 
 
-@pytest.mark.parametrize("config", [SMALL, dataclasses.replace(SMALL, tie_embeddings=True)], ids=["untied", "tied"])
+MIXED = dataclasses.replace(SMALL, num_layers=4, dense_layers=(0, 2), intermediate_size=12, attention_bias=True, scan_layers=False)
+
+
+@pytest.mark.parametrize("config", [SMALL, dataclasses.replace(SMALL, tie_embeddings=True), MIXED], ids=["untied", "tied", "mixed"])
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 8_000], ids=["one_file", "shards"])
 def test_a_checkpoint_comes_back_bitwise(config, max_shard_bytes, tmp_path):
     params = small.random_params(config)
     save_hf(params, config, tmp_path, max_shard_bytes=max_shard_bytes)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (max_shard_bytes == 8_000)
-    loaded, loaded_config = load_hf(tmp_path, remat=config.remat)
+    loaded, loaded_config = load_hf(tmp_path, remat=config.remat, scan_layers=config.scan_layers)
     assert loaded_config == config
     assert_trees_equal(loaded, params)
 

@@ -118,7 +118,7 @@ def test_what_an_earlier_sequence_left_in_a_cache_is_not_seen(params):
 
 @pytest.mark.parametrize("layers", ["stacked", "tuple"])
 def test_the_unrolled_model_equals_the_scanned_one(params, layers):
-    own = unstack_layers(params) if layers == "tuple" else params
+    own = unstack_layers(params, CONFIG) if layers == "tuple" else params
     tokens_BT = random_tokens(2, 9)
     scanned, unrolled = apply(params, tokens_BT), apply(own, tokens_BT, scan=False)
     assert_close(scanned._replace(routes_LBTK=0), unrolled._replace(routes_LBTK=0))
@@ -126,7 +126,7 @@ def test_the_unrolled_model_equals_the_scanned_one(params, layers):
 
 
 def test_stacking_undoes_unstacking(params):
-    jax.tree.map(np.testing.assert_array_equal, stack_layers(unstack_layers(params)), params)
+    jax.tree.map(np.testing.assert_array_equal, stack_layers(unstack_layers(params, CONFIG)), params)
 
 
 def gradients(params, config, scan):
@@ -218,7 +218,7 @@ def test_inputs_of_a_wrong_shape_are_refused_with_the_shape_that_fits(params):
     with pytest.raises(ValueError, match="init_cache"):
         apply(params, tokens_BT, cache=init_cache(CONFIG, 2, 16, False), scan=True)
     with pytest.raises(ValueError, match="scan=False"):
-        apply(unstack_layers(params), tokens_BT, scan=True)
+        apply(unstack_layers(params, CONFIG), tokens_BT, scan=True)
     with pytest.raises(ValueError, match="init_params"):
         Qwen3(CONFIG, scan=False).init(jax.random.key(0), tokens_BT, tokens_BT, tokens_BT)
 
