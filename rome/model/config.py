@@ -38,6 +38,8 @@ class RopeScaling:
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind == "default":
             return None
+        if not isinstance(rope.get("factor"), (int, float)) or rope["factor"] < 1:
+            raise ValueError(f"config.json has a {kind} rope without a factor of at least 1 ({rope.get('factor')!r}); take it from the model card")
         factor = float(rope["factor"])
         if kind == "linear":
             return cls(kind, factor)
@@ -126,8 +128,7 @@ class ModelConfig:
         fields["head_dim"] = hf.get("head_dim") or fields["hidden_size"] // fields["num_heads"]
         fields["norm_topk_prob"] = bool(hf.get("norm_topk_prob", False))  # an absent key means transformers' default, not ours
         fields["rope_theta"] = _rope_theta(hf)
-        rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-        fields["rope_scaling"] = RopeScaling.from_hf(rope, fields.get("max_position", cls.max_position))
+        fields["rope_scaling"] = _rope_scaling(hf, fields.get("max_position", cls.max_position))
         fields["attention_bias"] = bool(hf.get("attention_bias"))
         fields["dense_layers"] = _dense_layers(hf, fields["num_layers"])
         if fields["dense_layers"]:
@@ -201,6 +202,14 @@ def _dense_layers(hf: dict[str, Any], num_layers: int) -> tuple[int, ...]:
     """transformers' rule: layer i has experts if it is not in mlp_only_layers and decoder_sparse_step divides i + 1."""
     only, step = hf.get("mlp_only_layers") or [], hf.get("decoder_sparse_step") or 1
     return tuple(i for i in range(num_layers) if i in only or (i + 1) % step)
+
+
+def _rope_scaling(hf: dict[str, Any], max_position: int) -> RopeScaling | None:
+    places = [hf[key] for key in ("rope_scaling", "rope_parameters") if hf.get(key)]
+    found = {RopeScaling.from_hf(place, max_position) for place in places if "rope_type" in place or "type" in place}
+    if len(found) > 1:
+        raise ValueError(f"config.json stretches its rope in two ways, {places}; keep the checkpoint's own")
+    return found.pop() if found else None
 
 
 def _rope_theta(hf: dict[str, Any]) -> float:

@@ -168,7 +168,7 @@ def _rows(config: ModelConfig) -> Iterator[tuple[_Row, tuple[int, ...]]]:
 
 
 def _slices(row: _Row, shape: tuple[int, ...], config: ModelConfig) -> Iterator[tuple[tuple[int, ...], str]]:
-    layers = {"moe": config.sparse_layers, "mlp": config.dense_layers}.get(row.path[min(1, len(row.path) - 1)], range(config.num_layers))
+    layers = {"moe": config.sparse_layers, "mlp": config.dense_layers}.get(row.path[1], range(config.num_layers))
     for index in np.ndindex(shape[:row.stacked]):
         yield index, row.name.format(**dict(zip("ie", (layers[index[0]], *index[1:]) if index else ())))
 

@@ -154,7 +154,7 @@ def _indivisible(config: ModelConfig, sizes: Mapping[str, int], batch: int | Non
             f"the {config.num_heads} query heads": config.num_heads, f"the {config.num_kv_heads} key heads": config.num_kv_heads,
             f"the expert hidden size {config.moe_intermediate_size}": config.moe_intermediate_size,
             f"the vocabulary of {config.vocab_size}": config.vocab_size,
-        },
+        } | ({f"the dense layers' hidden size {config.intermediate_size}": config.intermediate_size} if config.dense_layers else {}),
     }
     problems, remedies = [], []
     for axis, targets in wanted.items():

@@ -82,7 +82,8 @@ def test_stretched_rotary_angles_survive_a_config_json_in_either_spelling(rope):
 
 
 @pytest.mark.parametrize("change, named", [
-    ({"rope_parameters": {"rope_theta": 5e6}}, "rope_theta twice"), ({"num_local_experts": 4}, "num_local_experts"), ({"hidden_size": None}, "hidden_size"),
+    ({"rope_parameters": {"rope_theta": 5e6}}, "rope_theta twice"), ({"rope_scaling": {"type": "yarn"}}, "without a factor"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "two ways"), ({"num_local_experts": 4}, "num_local_experts"), ({"hidden_size": None}, "hidden_size"),
 ])
 def test_a_config_json_that_contradicts_itself_or_lacks_a_size_is_an_error_that_names_it(change, named):
     with pytest.raises(ValueError, match=named):
