@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,42 +19,44 @@ from tests.rome.model import small
 from tests.rome.model.small import random_params
 
 CONFIG = dataclasses.replace(small.CONFIG, vocab_size=48, remat="full")
+SWITCHES = dataclasses.replace(CONFIG, num_layers=3, dense_layers=(1,), intermediate_size=12, attention_bias=True, scan_layers=False)
 QWEN3 = PRESETS["qwen3_30b_a3b"]
 
 
-def objective(params, tokens_BT, positions_BT, segments_BT, experts):
-    out = Qwen3(CONFIG, experts=experts).apply({"params": params}, tokens_BT, positions_BT, segments_BT)
-    logp_BTV = jax.nn.log_softmax(out.hidden_BTD @ head_kernel(params, CONFIG))
+def objective(params, tokens_BT, positions_BT, segments_BT, config, experts):
+    out = Qwen3(config, scan=config.scan_layers, experts=experts).apply({"params": params}, tokens_BT, positions_BT, segments_BT)
+    logp_BTV = jax.nn.log_softmax(out.hidden_BTD @ head_kernel(params, config))
     logp_BT = jnp.take_along_axis(logp_BTV[:, :-1], tokens_BT[:, 1:, None], axis=-1)[..., 0]
-    return -jnp.sum(logp_BT * (segments_BT[:, 1:] != 0)) / 100 + router_loss(out.router, CONFIG), out.hidden_BTD
+    return -jnp.sum(logp_BT * (segments_BT[:, 1:] != 0)) / 100 + router_loss(out.router, config), out.hidden_BTD
 
 
 step = jax.value_and_grad(objective, has_aux=True)
 
 
-def inputs():
+def inputs(config):
     tokens_BT = jax.random.randint(jax.random.key(1), (8, 16), 0, CONFIG.vocab_size)
     positions_BT = jnp.broadcast_to(jnp.arange(16), (8, 16))
-    return random_params(CONFIG, scale=0.2), tokens_BT, positions_BT, jnp.where(positions_BT < 13, 1, 0)
+    return random_params(config, scale=0.2), tokens_BT, positions_BT, jnp.where(positions_BT < 13, 1, 0)
 
 
-@pytest.fixture(scope="module")
-def on_one_device():
-    return jax.device_get(jax.jit(step, static_argnums=4)(*inputs(), "dense"))
+@functools.cache
+def on_one_device(config):
+    return jax.device_get(jax.jit(step, static_argnums=(4, 5))(*inputs(config), config, "dense"))
 
 
-@pytest.mark.parametrize("shape, experts, current", [  # current: whether the model knows the mesh, or only its inputs are sharded
-    ({"fsdp": 2, "expert": 2, "tensor": 2}, "sorted", True), ({"fsdp": 2, "expert": 2, "tensor": 2}, "dense", False),
-    ({"replica": 2, "fsdp": 4}, "sorted", False), ({"expert": 4, "sequence": 2}, "dense", True),
+@pytest.mark.parametrize("config, shape, experts, current", [  # current: whether the model knows the mesh, or only its inputs are sharded
+    (CONFIG, {"fsdp": 2, "expert": 2, "tensor": 2}, "sorted", True), (CONFIG, {"fsdp": 2, "expert": 2, "tensor": 2}, "dense", False),
+    (CONFIG, {"replica": 2, "fsdp": 4}, "sorted", False), (CONFIG, {"expert": 4, "sequence": 2}, "dense", True),
+    (SWITCHES, {"fsdp": 2, "expert": 2, "tensor": 2}, "sorted", True),
 ])
-def test_forward_and_gradients_on_a_mesh_equal_one_device(on_one_device, shape, experts, current):
-    mesh = make_mesh(shape, CONFIG)
-    shardings, rows = param_shardings(mesh, CONFIG), batch_sharding(mesh)
-    sharded = jax.jit(step, static_argnums=4, in_shardings=(shardings, rows, rows, rows), out_shardings=(None, shardings))
-    placed = jax.device_put(inputs(), (shardings, rows, rows, rows))
+def test_forward_and_gradients_on_a_mesh_equal_one_device(config, shape, experts, current):
+    mesh = make_mesh(shape, config)
+    shardings, rows = param_shardings(mesh, config), batch_sharding(mesh)
+    sharded = jax.jit(step, static_argnums=(4, 5), in_shardings=(shardings, rows, rows, rows), out_shardings=(None, shardings))
+    placed = jax.device_put(inputs(config), (shardings, rows, rows, rows))
     with jax.set_mesh(mesh) if current else contextlib.nullcontext():
-        (loss, hidden), gradients = sharded(*placed, experts)
-    (expected_loss, expected_hidden), expected = on_one_device
+        (loss, hidden), gradients = sharded(*placed, config, experts)
+    (expected_loss, expected_hidden), expected = on_one_device(config)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     np.testing.assert_allclose(hidden, expected_hidden, atol=1e-5)
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5), jax.device_get(gradients), expected)
@@ -110,6 +113,12 @@ def test_meshes_that_cannot_be_are_refused_in_one_line(shape, message):
     with pytest.raises(ValueError, match=message) as error:
         make_mesh(shape, QWEN3)
     assert "\n" not in str(error.value)
+
+
+def test_a_dense_layers_hidden_size_must_divide_too():
+    check_mesh(SWITCHES, {"tensor": 2})
+    with pytest.raises(ValueError, match="does not divide the dense layers' hidden size 13"):
+        check_mesh(dataclasses.replace(SWITCHES, intermediate_size=13), {"tensor": 2})
 
 
 def test_check_mesh_names_everything_that_does_not_divide():
