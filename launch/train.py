@@ -103,7 +103,7 @@ def parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        text = " ".join(str(error.args[0] if error.args else error).strip("'\"").replace("\\'", "'").split())
+        text = " ".join(str(error.args[0] if error.args else error).strip("'\"").replace("\\'", "'").replace("\\n", " ").split())
         sys.exit(f"launch.train: {text}")
 
 

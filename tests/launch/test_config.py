@@ -92,3 +92,9 @@ def test_the_command_line_answers_nonsense_with_one_line(flag, message, tmp_path
     assert done.returncode not in (0, 130)
     assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_misspelt_flag_gets_one_clean_line():
+    done = subprocess.run([sys.executable, "-m", "launch.train", "--config=experiments/ipa.py", "--config.group_sise=3"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "'group_sise'" in done.stderr and '"group_size"' in done.stderr and "\\" not in done.stderr
