@@ -181,7 +181,7 @@ class Qwen3(nn.Module):
 
     Attributes:
       scan: loop over stacked layers (True) or unroll them (False); see the module's docstring.
-      experts: form of the experts, as in `rome.model.moe.experts`.
+      experts: form of the experts, as in `rome.model.experts.experts`.
     """
 
     config: ModelConfig

@@ -48,8 +48,8 @@ class Learner:
         self._rows = row_shards(self.mesh)
         self._score = jax.jit(lambda *arrays: self._logprobs(*arrays)[0], in_shardings=(params, rows, rows, rows))
         self._probe = jax.jit(lambda *arrays: self._logprobs(*arrays, temperature=1.0)[0], in_shardings=(params, rows, rows, rows))
-        self._gradients = jax.jit(jax.grad(self._objective, has_aux=True), in_shardings=(params, rows, None, None), out_shardings=(params, None))
-        self._add = jax.jit(lambda total, more: jax.tree.map(jnp.add, total, more), donate_argnums=0)
+        self._zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), in_shardings=(params,), out_shardings=params)
+        self._accumulate = jax.jit(self._accumulated, in_shardings=(params, params, rows, None, None), out_shardings=(params, None), donate_argnums=1)
         self._apply = jax.jit(self._updated, donate_argnums=0)
 
     def place(self, state: TrainState) -> TrainState:
@@ -74,12 +74,12 @@ class Learner:
 
     def update(self, state: TrainState, microbatches: Sequence[Batch], denominators: Denominators) -> tuple[TrainState, dict[str, jax.Array]]:
         """One optimizer update over all micro-batches. `state.step` stays: a step may take several updates. The old state is consumed."""
-        gradients, metrics = None, {}
+        metrics: dict[str, jax.Array] = {}
         tokens = float(sum((batch.segments_BT > 0).sum() for batch in microbatches))
         with jax.set_mesh(self.mesh):
+            gradients = self._zeros(state.params)
             for batch in microbatches:
-                more, figures = self._gradients(state.params, batch, denominators, tokens)
-                gradients = more if gradients is None else self._add(gradients, more)
+                gradients, figures = self._accumulate(state.params, gradients, batch, denominators, tokens)
                 metrics = combine_metrics(metrics, figures)
             state, norm = self._apply(state, gradients)
         return state, metrics | {"gradient_norm": norm}
@@ -102,6 +102,13 @@ class Learner:
             value = value + self.model_config.router_aux_loss_coef * balance
             metrics = metrics | {"router_balance": balance}
         return value, metrics
+
+    def _accumulated(
+        self, params: dict, gradients: dict, batch: Batch, denominators: Denominators, tokens: jax.Array,
+    ) -> tuple[dict, dict[str, jax.Array]]:
+        """Adds one micro-batch's gradients to those before it, in place: at no time are there two whole sets of them."""
+        more, figures = jax.grad(self._objective, has_aux=True)(params, batch, denominators, tokens)
+        return jax.tree.map(jnp.add, gradients, more), figures
 
     def _updated(self, state: TrainState, gradients: dict) -> tuple[TrainState, jax.Array]:
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)

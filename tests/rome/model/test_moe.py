@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from rome.model.config import PRESETS
-from rome.model.moe import IMPLEMENTATIONS, MoE, RouterStats, block_rows, experts, route, router_loss
+from rome.model.experts import IMPLEMENTATIONS, block_rows, experts
+from rome.model.moe import MoE, RouterStats, route, router_loss
 
 N, D, E, F, K = 150, 12, 5, 20, 2
 CONFIG = dataclasses.replace(PRESETS["tiny"], hidden_size=D, num_experts=E, moe_intermediate_size=F, experts_per_token=K)
