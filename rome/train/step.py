@@ -50,8 +50,8 @@ class Learner:
         self._probe = jax.jit(lambda *arrays: self._logprobs(*arrays, temperature=1.0)[0], in_shardings=(params, rows, rows, rows))
         self._zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), in_shardings=(params,), out_shardings=params)
         self._accumulate = jax.jit(self._accumulated, in_shardings=(params, params, rows, None, None), out_shardings=(params, None), donate_argnums=1)
-        self._state = self._abstract_state(params)
-        places = jax.tree.map(lambda leaf: leaf.sharding, self._state)
+        self.state = self._abstract_state(params)  # shapes, dtypes and places; no arrays
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         self._apply = jax.jit(self._updated, in_shardings=(places, params), out_shardings=(places, None), donate_argnums=0)
 
     def _abstract_state(self, params: dict) -> TrainState:
@@ -64,14 +64,14 @@ class Learner:
 
     def place(self, state: TrainState) -> TrainState:
         """The state on the mesh."""
-        return jax.tree.map(lambda value, leaf: jax.device_put(value, leaf.sharding), state, self._state)
+        return jax.tree.map(lambda value, leaf: jax.device_put(value, leaf.sharding), state, self.state)
 
     def lower(self, batch: Batch) -> dict[str, jax.stages.Lowered]:
         """The programs of a step, from shapes alone, for the platform of the mesh's devices, which need not be there: what launch.compile looks at.
 
         batch: one micro-batch; only shapes and dtypes are read.
         """
-        state, rows = self._state, batch_sharding(self.mesh)
+        state, rows = self.state, batch_sharding(self.mesh)
         batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows), batch)
         number = jax.ShapeDtypeStruct((), jnp.float32)
         denominators = Denominators(*(number for _ in Denominators._fields))
