@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from rome.model.config import ModelConfig
+from rome.model.expert_parallel import experts_on_mesh
 from rome.model.experts import experts
+from rome.model.sharding import is_split
 
 
 class RouterStats(NamedTuple):
@@ -76,8 +78,11 @@ class MoE(nn.Module):
         x_ND = x_BTD.reshape(B * T, D)
         logits_NE = jnp.matmul(x_ND.astype(jnp.float32), router_DE.astype(jnp.float32), precision="highest")
         ids_Nk, weights_Nk, probs_NE = route(logits_NE, config, None if forced_BTk is None else forced_BTk.reshape(B * T, k))
-        out_ND = experts(x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk, self.experts)
+        if is_split() and not self.is_initializing():
+            out_BTD = experts_on_mesh(x_BTD, gate_EDF, up_EDF, down_EFD, weights_Nk.reshape(B, T, k), ids_Nk.reshape(B, T, k), self.experts)
+        else:
+            out_BTD = experts(x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk, self.experts).reshape(B, T, D)
         real_N = real_BT.reshape(-1).astype(jnp.float32)
         counts_E = jnp.einsum("Nke,N->e", jax.nn.one_hot(ids_Nk, E), real_N)
         prob_sum_E = jnp.einsum("Ne,N->e", probs_NE, real_N)
-        return out_ND.reshape(B, T, D), ids_Nk.reshape(B, T, k), counts_E, prob_sum_E
+        return out_BTD, ids_Nk.reshape(B, T, k), counts_E, prob_sum_E

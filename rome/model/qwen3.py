@@ -26,6 +26,7 @@ from jax import Array
 from rome.model import sharding
 from rome.model.attention import attention
 from rome.model.config import ModelConfig
+from rome.model.embed import embed
 from rome.model.moe import MoE, RouterStats
 
 Params = dict[str, Any]
@@ -101,6 +102,7 @@ class Attention(nn.Module):
     """Grouped-query attention with normed queries and keys, over the row itself or over a cache that it extends."""
 
     config: ModelConfig
+    form: str = "auto"
 
     @nn.compact
     def __call__(self, x_BTD: Array, places: Places, cache: Cache | None) -> tuple[Array, Cache | None]:
@@ -116,15 +118,15 @@ class Attention(nn.Module):
         v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, v_DKH) + v_KH
         q_BTNH = rotate(q_BTNH, places.cos_BT1h, places.sin_BT1h)
         k_BTKH = rotate(k_BTKH, places.cos_BT1h, places.sin_BT1h)
-        attend = _attend_row if cache is None else functools.partial(_attend_cache, cache=cache)
+        attend = functools.partial(_attend_row, form=self.form) if cache is None else functools.partial(_attend_cache, cache=cache)
         out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH, places)
         return jnp.einsum("BTNH,NHD->BTD", out_BTNH, o_NHD) + o_D, cache
 
 
-def _attend_row(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, places: Places) -> tuple[Array, None]:
+def _attend_row(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, places: Places, form: str) -> tuple[Array, None]:
     order_BT = jnp.broadcast_to(jnp.arange(q_BTNH.shape[1]), q_BTNH.shape[:2])
     return attention(q_BTNH, k_BTKH, v_BTKH, q_places_BT=order_BT, k_places_BS=order_BT, q_segments_BT=places.segments_BT,
-                     k_segments_BS=places.segments_BT, ordered=True), None
+                     k_segments_BS=places.segments_BT, ordered=True, implementation=form), None
 
 
 def _attend_cache(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, places: Places, cache: Cache) -> tuple[Array, Cache]:
@@ -159,13 +161,14 @@ class Block(nn.Module):
 
     config: ModelConfig
     experts: str = "auto"
+    attention_form: str = "auto"
     dense: bool = False
 
     @nn.compact
     def __call__(self, x_BTD: Array, places: Places, cache: Cache | None, forced_BTk: Array | None):
         epsilon = self.config.rms_norm_eps
         x_BTD = sharding.constrain(x_BTD, "batch", "time", None)
-        attended_BTD, cache = Attention(self.config, name="attention")(RMSNorm(epsilon, name="attention_norm")(x_BTD), places, cache)
+        attended_BTD, cache = Attention(self.config, self.attention_form, name="attention")(RMSNorm(epsilon, name="attention_norm")(x_BTD), places, cache)
         x_BTD = x_BTD + attended_BTD
         normed_BTD = RMSNorm(epsilon, name="moe_norm")(x_BTD)
         if self.dense:
@@ -182,11 +185,13 @@ class Qwen3(nn.Module):
     Attributes:
       scan: loop over stacked layers (True) or unroll them (False); see the module's docstring.
       experts: form of the experts, as in `rome.model.experts.experts`.
+      attention_form: form of attention over whole rows, as in `rome.model.attention.attention`.
     """
 
     config: ModelConfig
     scan: bool = True
     experts: str = "auto"
+    attention_form: str = "auto"
 
     @nn.compact
     def __call__(self, tokens_BT: Array, positions_BT: Array, segments_BT: Array, cache: Cache | None = None,
@@ -204,7 +209,7 @@ class Qwen3(nn.Module):
         embedding_VD = _Matrix("embedding", (config.vocab_size, config.hidden_size), config.initializer_range, name="embed")()
         if not config.tie_embeddings:  # made here, applied by whoever needs logits: training never builds [B, T, V]
             _Matrix("kernel", (config.hidden_size, config.vocab_size), config.initializer_range, name="head")()
-        x_BTD = jnp.take(embedding_VD, tokens_BT, axis=0).astype(config.dtype)
+        x_BTD = embed(embedding_VD, tokens_BT, config.dtype)
         places = Places(*rotary_angles(positions_BT, config), positions_BT, segments_BT)
         run = self._scanned if self.scan else self._unrolled
         x_BTD, (cache, routes_LBTK, counts_LE, prob_sum_LE) = run(x_BTD, places, cache, routes_LBTK)
@@ -216,13 +221,13 @@ class Qwen3(nn.Module):
         block = nn.remat(Block, prevent_cse=False) if self.config.remat == "full" else Block
         layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(nn.broadcast, 0, 0),
                          length=self.config.num_layers)
-        return layers(self.config, self.experts, name="layers")(x_BTD, places, cache, forced_LBTk)
+        return layers(self.config, self.experts, self.attention_form, name="layers")(x_BTD, places, cache, forced_LBTk)
 
     def _unrolled(self, x_BTD: Array, places: Places, cache: Cache | None, forced_LBTk: Array | None):
         layers = self.get_variable("params", "layers")
         outs = []
         for i in range(self.config.num_layers):
-            block = Block(self.config, self.experts, i in self.config.dense_layers, parent=None)
+            block = Block(self.config, self.experts, self.attention_form, i in self.config.dense_layers, parent=None)
             run = lambda layer, *args, block=block: block.apply({"params": layer}, *args)
             run = jax.checkpoint(run) if self.config.remat == "full" else run
             layer = layers[i] if isinstance(layers, tuple) else layer_of(layers, i, self.config)

@@ -75,6 +75,12 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(logical))
 
 
+def is_split() -> bool:
+    """Whether a mesh of more than one device is current, so that parts of the model say themselves what each device does."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1
+
+
 def make_mesh(shape: Mapping[str, int], config: ModelConfig | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of all five axes; those that `shape` leaves out have size 1, and one may be -1: all devices that are left.
 

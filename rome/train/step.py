@@ -21,10 +21,13 @@ from rome.data.batch import Batch
 from rome.losses import Denominators, Loss, LossConfig
 from rome.losses.logprobs import chunked_logprobs
 from rome.model.config import ModelConfig
+from rome.model.kernels import Kernels, choose_kernels
 from rome.model.moe import RouterStats, router_loss
 from rome.model.qwen3 import Qwen3, head_kernel
 from rome.model.sharding import batch_sharding, param_shardings, row_shards
 from rome.train.state import TrainState, init_state
+
+PROBE_MULTIPLE = 128  # tokens; the length of a single scored sequence is filled up to it, as kernels and a split time axis want
 
 
 @dataclasses.dataclass
@@ -34,6 +37,7 @@ class Learner:
     Args:
       loss: (logp_BT, batch, loss_config, denominators) -> (value, metrics), as in rome.losses.
       temperature: of the sampling; the trainer divides its logits by it.
+      kernels: by name, "auto" for the mesh's own.
     """
 
     model_config: ModelConfig
@@ -42,8 +46,10 @@ class Learner:
     optimizer: optax.GradientTransformation
     mesh: Mesh
     temperature: float = 1.0
+    kernels: Kernels = Kernels()
 
     def __post_init__(self) -> None:
+        self._kernels = choose_kernels(self.mesh.devices.flat[0].platform, self.model_config, self.kernels)
         params, rows = param_shardings(self.mesh, self.model_config), batch_sharding(self.mesh)
         self._rows = row_shards(self.mesh)
         self._score = jax.jit(lambda *arrays: self._logprobs(*arrays)[0], in_shardings=(params, rows, rows, rows))
@@ -90,10 +96,12 @@ class Learner:
 
     def score_one(self, params: dict, ids: Sequence[int]) -> np.ndarray:
         """log p(token | those before it) at temperature 1 of one sequence, [tokens]; 0 for the first. What an engine is compared with."""
-        tokens_BT = np.tile(np.asarray(ids, np.int32), (self._rows, 1))
-        positions_BT = np.tile(np.arange(len(ids), dtype=np.int32), (self._rows, 1))
+        length = len(ids) + -len(ids) % (PROBE_MULTIPLE * self.mesh.shape["sequence"])
+        tokens_BT, segments_BT = np.zeros((2, self._rows, length), np.int32)
+        tokens_BT[:, :len(ids)], segments_BT[:, :len(ids)] = ids, 1
+        positions_BT = np.tile(np.arange(length, dtype=np.int32), (self._rows, 1))
         with jax.set_mesh(self.mesh):
-            return np.asarray(self._probe(params, tokens_BT, positions_BT, np.ones_like(tokens_BT)))[0]
+            return np.asarray(self._probe(params, tokens_BT, positions_BT, segments_BT))[0, :len(ids)]
 
     def update(self, state: TrainState, microbatches: Sequence[Batch], denominators: Denominators) -> tuple[TrainState, dict[str, jax.Array]]:
         """One optimizer update over all micro-batches. `state.step` stays: a step may take several updates. The old state is consumed."""
@@ -110,7 +118,8 @@ class Learner:
     def _logprobs(
         self, params: dict, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, temperature: float | None = None,
     ) -> tuple[jax.Array, RouterStats]:
-        output = Qwen3(self.model_config, scan=self.model_config.scan_layers).apply({"params": params}, tokens_BT, positions_BT, segments_BT)
+        model = Qwen3(self.model_config, self.model_config.scan_layers, self._kernels.experts, self._kernels.attention)
+        output = model.apply({"params": params}, tokens_BT, positions_BT, segments_BT)
         kernel_DV = head_kernel(params, self.model_config)
         logp_BT = chunked_logprobs(output.hidden_BTD, kernel_DV, tokens_BT, segments_BT, temperature=temperature or self.temperature)
         return logp_BT, output.router

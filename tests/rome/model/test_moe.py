@@ -1,6 +1,7 @@
 """Router and experts: every form against a plain NumPy loop, at any imbalance."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from rome.model.config import PRESETS
-from rome.model.experts import IMPLEMENTATIONS, block_rows, experts
+from rome.model.experts import block_rows, experts, experts_megablox
 from rome.model.moe import MoE, RouterStats, route, router_loss
 
 N, D, E, F, K = 150, 12, 5, 20, 2
@@ -27,6 +28,10 @@ def arrays(load, seed=0):
     return [random.standard_normal(shape).astype(np.float32) for shape in shapes] + [jnp.asarray(LOADS[load](random), jnp.int32)]
 
 
+FORMS = {name: functools.partial(experts, implementation=name) for name in ("dense", "sorted", "ragged", "auto")}
+FORMS["megablox"] = functools.partial(experts_megablox, interpret=True)  # the kernel's program, run by the CPU
+
+
 def experts_by_loop(x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk):
     """Float64, one token and one expert at a time."""
     out_ND = np.zeros((N, D))
@@ -38,23 +43,37 @@ def experts_by_loop(x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk):
 
 
 @pytest.mark.parametrize("load", LOADS)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_every_form_equals_a_loop_over_tokens_whatever_the_load(implementation, load):
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_equals_a_loop_over_tokens_whatever_the_load(form, load):
     inputs = arrays(load)
-    np.testing.assert_allclose(jax.jit(experts, static_argnums=6)(*inputs, implementation), experts_by_loop(*inputs), rtol=1e-4, atol=2e-4)
+    np.testing.assert_allclose(jax.jit(FORMS[form])(*inputs), experts_by_loop(*inputs), rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_expert_that_is_not_here_adds_nothing(form):
+    """What a device of an expert-parallel mesh computes: its own experts, on tokens that chose others too."""
+    *floats, ids_Nk = arrays("random")
+    x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk = floats
+    here_Nk = (ids_Nk >= 1) & (ids_Nk < 4)
+    some = lambda *floats: FORMS[form](floats[0], *(w[1:4] for w in floats[1:4]), floats[4], ids_Nk - 1)
+    oracle = lambda *floats: experts(*floats[:4], jnp.where(here_Nk, floats[4], 0.0), ids_Nk, "dense")
+    np.testing.assert_allclose(jax.jit(some)(*floats), oracle(*floats), rtol=1e-4, atol=2e-4)
+    summed = lambda function: jax.jit(jax.grad(lambda *floats: jnp.sum(function(*floats) * jnp.cos(x_ND)), argnums=(0, 1, 2, 3, 4)))(*floats)
+    for one, other in zip(summed(some), summed(oracle)):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("load", LOADS)
-@pytest.mark.parametrize("implementation", ["sorted", "ragged"])
-def test_gradients_of_every_form_equal_those_of_the_dense_oracle(implementation, load):
+@pytest.mark.parametrize("form", ["sorted", "ragged", "megablox"])
+def test_gradients_of_every_form_equal_those_of_the_dense_oracle(form, load):
     inputs = arrays(load)
     weights_ND = np.random.RandomState(9).standard_normal((N, D)).astype(np.float32)
 
-    def gradients(implementation):
-        objective = lambda *floats: jnp.sum(weights_ND * experts(*floats, inputs[5], implementation))
+    def gradients(form):
+        objective = lambda *floats: jnp.sum(weights_ND * FORMS[form](*floats, inputs[5]))
         return jax.jit(jax.grad(objective, argnums=(0, 1, 2, 3, 4)))(*inputs[:5])
 
-    for one, other in zip(gradients(implementation), gradients("dense")):
+    for one, other in zip(gradients(form), gradients("dense")):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
 
 
