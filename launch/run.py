@@ -39,7 +39,7 @@ from rome.model.sharding import make_mesh
 from rome.model.tokenizer import Chat, Tokenizer
 from rome.rollout.curriculum import Curriculum
 from rome.rollout.experts import collect_experts
-from rome.rollout.outcomes import mixed_groups, rollout_figures
+from rome.rollout.outcomes import mixed_groups, rollout_figures, unsolved_tasks
 from rome.rollout.scheduler import Accounting, Episode, Scheduler
 from rome.train.checkpoint import Checkpoints
 from rome.train.display import Display
@@ -149,8 +149,9 @@ class Run:
         seconds = time.monotonic() - began
         self.curriculum.observe(trajectories)
         kept = mixed_groups(trajectories) if config.filter_groups else trajectories
+        shown = self.show_experts(step, unsolved_tasks(trajectories)) if config.lambda_il else []
         batch = pack(
-            kept, row_length=config.row_length, chunks_per_row=config.chunks_per_row, gamma=config.gamma, failure_reward=config.failure_reward,
+            kept + shown, row_length=config.row_length, chunks_per_row=config.chunks_per_row, gamma=config.gamma, failure_reward=config.failure_reward,
         )
         batches = microbatches(batch, config.rows_per_microbatch)
         if config.old == "trainer":
@@ -162,7 +163,15 @@ class Run:
         self.accounting.trained += len(kept)
         self.accounting.dropped["equal_group"] += len(trajectories) - len(kept)
         self.accounting.check()
-        return StepData(batches, count_denominators(batches), rollout_figures(trajectories, step, seconds))
+        return StepData(batches, count_denominators(batches), rollout_figures(trajectories, step, seconds) | {"demonstrations": len(shown)})
+
+    def show_experts(self, step: int, tasks: list[str]) -> list[Trajectory]:
+        """Eq. 10's imitation: what an expert does in the tasks that no episode of the step solved. Each is a group of its own, outside all statistics."""
+        record = lambda number: self.workdir / "trajectories" / f"{self.config.experiment}_{step:06d}_expert_{number:03d}.json"
+        shown = run_async(collect_experts(
+            tasks, self.make_env, self.chat, error_rate=0.0, concurrency=EXPERT_CONCURRENCY, record=record,
+        ), 60.0 + len(tasks) * self.config.episode_seconds / EXPERT_CONCURRENCY)
+        return [dataclasses.replace(trajectory, group=self.config.groups + number) for number, trajectory in enumerate(shown)]
 
     def evaluate(self, step: int, state: TrainState) -> EvalResult:
         """Held-out tasks, the same ones at every evaluation and with the same sampling seeds. Kept: a resumed run reads it again."""
@@ -234,7 +243,8 @@ class Run:
         self.display.note(f"experts play {len(tasks)} tasks of {len(FAMILIES)} families in the sandbox")
         directory = self.workdir / "trajectories"
         trajectories = run_async(collect_experts(
-            tasks, self.make_env, self.chat, error_rate=config.expert_error_rate, concurrency=EXPERT_CONCURRENCY, directory=directory,
+            tasks, self.make_env, self.chat, error_rate=config.expert_error_rate, concurrency=EXPERT_CONCURRENCY,
+            record=lambda number: directory / f"expert_{number:06d}.json",
         ), 60.0 + len(tasks) * config.episode_seconds / EXPERT_CONCURRENCY)
         return iter(sft_batches(trajectories, rows=config.rows, row_length=config.row_length, chunks_per_row=config.chunks_per_row, seed=config.seed))
 
