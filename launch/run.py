@@ -13,7 +13,7 @@ import pathlib
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -259,6 +259,15 @@ def start_run(
     if tokenizer.vocab_size > model_config.vocab_size:
         raise ValueError(f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} tokens, model {config.model} a vocabulary of {model_config.vocab_size}. Choose ones that fit.")
     model_config = dataclasses.replace(model_config, eos_token_id=tokenizer.im_end, pad_token_id=tokenizer.pad)
+    learner = make_learner(config, model_config)
+    # The tiny model learns the form of a tool call from the experts; a real one is told the tools as in its own chat template.
+    chat = Chat(tokenizer, tools=None if config.model == "tiny" else [BASH_TOOL])
+    (workdir / "trajectories").mkdir(parents=True, exist_ok=True)
+    return Run(config, workdir, model_config, chat, learner, should_stop, isolation, display, earlier_evals)
+
+
+def make_learner(config: ml_collections.ConfigDict, model_config: ModelConfig, devices: Sequence[Any] | None = None) -> Learner:
+    """The learner of a config, on all devices of this machine or on the given ones."""
     optimizer = make_optimizer(
         learning_rate=config.learning_rate, warmup_updates=config.warmup_updates, decay_updates=config.decay and config.steps * config.updates_per_step,
         weight_decay=config.weight_decay, clip=config.clip,
@@ -269,11 +278,8 @@ def start_run(
     )
     # SFT maximises the likelihood itself; a policy's logprobs are those of its sampling temperature.
     temperature = 1.0 if config.loss == "sft" else config.temperature
-    learner = Learner(model_config, LOSSES[config.loss], loss_config, optimizer, make_mesh(config.mesh.to_dict(), model_config), temperature)
-    # The tiny model learns the form of a tool call from the experts; a real one is told the tools as in its own chat template.
-    chat = Chat(tokenizer, tools=None if config.model == "tiny" else [BASH_TOOL])
-    (workdir / "trajectories").mkdir(parents=True, exist_ok=True)
-    return Run(config, workdir, model_config, chat, learner, should_stop, isolation, display, earlier_evals)
+    mesh = make_mesh(config.mesh.to_dict(), model_config, devices)
+    return Learner(model_config, LOSSES[config.loss], loss_config, optimizer, mesh, temperature)
 
 
 def train(run: Run, init_directory: pathlib.Path | None) -> TrainState:

@@ -25,7 +25,7 @@ from rome.model.kernels import Kernels, choose_kernels
 from rome.model.moe import RouterStats, router_loss
 from rome.model.qwen3 import Qwen3, head_kernel
 from rome.model.sharding import batch_sharding, param_shardings, row_shards
-from rome.train.state import TrainState
+from rome.train.state import TrainState, init_state
 
 PROBE_MULTIPLE = 128  # tokens; the length of a single scored sequence is filled up to it, as kernels and a split time axis want
 
@@ -56,15 +56,38 @@ class Learner:
         self._probe = jax.jit(lambda *arrays: self._logprobs(*arrays, temperature=1.0)[0], in_shardings=(params, rows, rows, rows))
         self._zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), in_shardings=(params,), out_shardings=params)
         self._accumulate = jax.jit(self._accumulated, in_shardings=(params, params, rows, None, None), out_shardings=(params, None), donate_argnums=1)
-        self._apply = jax.jit(self._updated, donate_argnums=0)
+        self.state = self._abstract_state(params)  # shapes, dtypes and places; no arrays
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+        self._apply = jax.jit(self._updated, in_shardings=(places, params), out_shardings=(places, None), donate_argnums=0)
+
+    def _abstract_state(self, params: dict) -> TrainState:
+        """Shape, dtype and place of each array of a state. Moments lie as the parameters that they belong to, all else is everywhere."""
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        state = jax.eval_shape(lambda: init_state(self.model_config, self.optimizer, seed=0))
+        moments = optax.tree.map_params(self.optimizer, lambda _, place: place, state.opt_state, params, transform_non_params=lambda _: everywhere)
+        on_mesh = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+        return jax.tree.map(on_mesh, state, TrainState(everywhere, params, moments))
 
     def place(self, state: TrainState) -> TrainState:
-        """The state on the mesh. Optimizer moments lie as the parameters that they belong to."""
-        params = jax.device_put(state.params, param_shardings(self.mesh, self.model_config))
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-        like = jax.jit(self.optimizer.init)(params)
-        on_mesh = lambda leaf, value: jax.device_put(value, leaf.sharding if isinstance(leaf.sharding, NamedSharding) else everywhere)
-        return TrainState(jax.device_put(state.step, everywhere), params, jax.tree.map(on_mesh, like, state.opt_state))
+        """The state on the mesh."""
+        return jax.tree.map(lambda value, leaf: jax.device_put(value, leaf.sharding), state, self.state)
+
+    def lower(self, batch: Batch) -> dict[str, jax.stages.Lowered]:
+        """The programs of a step, from shapes alone, for the platform of the mesh's devices, which need not be there: what launch.compile looks at.
+
+        batch: one micro-batch; only shapes and dtypes are read.
+        """
+        state, rows = self.state, batch_sharding(self.mesh)
+        batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows), batch)
+        number = jax.ShapeDtypeStruct((), jnp.float32)
+        denominators = Denominators(*(number for _ in Denominators._fields))
+        on_platform = lambda traced: traced.lower(lowering_platforms=(self.mesh.devices.flat[0].platform,))
+        with jax.set_mesh(self.mesh):
+            return {
+                "score": on_platform(self._score.trace(state.params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)),
+                "accumulate": on_platform(self._accumulate.trace(state.params, state.params, batch, denominators, number)),
+                "apply": on_platform(self._apply.trace(state, state.params)),
+            }
 
     def score(self, params: dict, microbatches: Sequence[Batch]) -> list[np.ndarray]:
         """logp_BT of every micro-batch at `params`, on the host."""

@@ -70,6 +70,15 @@ def test_the_mesh_does_not_change_gradient_or_metrics(mesh):
         np.testing.assert_allclose(sharded[1][name], single[1][name], rtol=2e-4, atol=1e-6, err_msg=name)
 
 
+def test_moments_lie_as_their_parameters_before_and_after_an_update():
+    learner, batches = make_learner("ipa", {"fsdp": 4, "expert": 2}), packed(8)
+    state = learner.place(init_state(learner.model_config, learner.optimizer, seed=0))
+    for state in (state, learner.update(state, batches, count_denominators(batches))[0]):
+        places = [[leaf.sharding.spec for leaf in jax.tree.leaves(tree)] for tree in (state.params, *(getattr(state.opt_state[1][0], name) for name in ("mu", "nu")))]
+        assert places[0] == places[1] == places[2]
+        assert sum(spec != jax.sharding.PartitionSpec() for spec in places[0]) > len(places[0]) / 2
+
+
 def test_the_step_reports_a_router_balance_near_k_at_the_start():
     _, metrics = one_update(make_learner("ipa", router_aux_loss_coef=0.01), packed(2))
     assert MODEL.experts_per_token <= metrics["router_balance"] < 1.5 * MODEL.experts_per_token
