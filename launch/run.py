@@ -25,6 +25,7 @@ from envs.rock.sync import run as run_async
 from envs.tasks.terminal import FAMILIES, HELD_OUT_FAMILIES, eval_seed, train_seed
 from envs.tasks.terminal.env import BASH_TOOL, TerminalEnv
 from rome.agent.loop import Limits, derive_seed
+from rome.data.batch import Batch
 from rome.data.packing import microbatches, pack
 from rome.data.sources import sft_batches
 from rome.data.trajectory import Trajectory
@@ -94,7 +95,7 @@ class Run:
                 f"--dtype={self.model_config.dtype}",
             ])
             urls = [self.server.url]
-        self.pool = EnginePool([Engine(url) for url in urls])
+        self.pool = EnginePool([Engine(url, model=self.model_config) for url in urls])
 
     def publish(self, state: TrainState) -> None:
         """Brings the weights of `state` to every engine and proves that they are there. Nothing to do if they are."""
@@ -145,20 +146,17 @@ class Run:
             for group, task in enumerate(tasks) for number in range(config.group_size)
         ]
         record = lambda episode: self.workdir / "trajectories" / f"{config.experiment}_{step:06d}_g{episode.group:03d}_e{episode.episode:02d}.json"
-        trajectories = self.play(episodes, config.temperature, accounting=self.accounting, record=record)
+        replays = config.routing_replay == "rollout"
+        trajectories = self.play(episodes, config.temperature, accounting=self.accounting, record=record, routes=replays)
         seconds = time.monotonic() - began
         self.curriculum.observe(trajectories)
         kept = mixed_groups(trajectories) if config.filter_groups else trajectories
         shown = self.show_experts(step, unsolved_tasks(trajectories)) if config.lambda_il else []
         batch = pack(
             kept + shown, row_length=config.row_length, chunks_per_row=config.chunks_per_row, gamma=config.gamma, failure_reward=config.failure_reward,
+            routes_for=self.model_config if replays else None,
         )
-        batches = microbatches(batch, config.rows_per_microbatch)
-        if config.old == "trainer":
-            scored = self.learner.score(state.params, batches)
-            batches = [batch._replace(logp_old_BT=np.where(batch.action_mask_BT, logp_BT, 0.0)) for batch, logp_BT in zip(batches, scored)]
-        else:
-            batches = [batch._replace(logp_old_BT=batch.logp_rollout_BT) for batch in batches]
+        batches = self._with_old(microbatches(batch, config.rows_per_microbatch), state)
         self.accounting.in_flight -= len(trajectories)
         self.accounting.trained += len(kept)
         self.accounting.dropped["equal_group"] += len(trajectories) - len(kept)
@@ -172,6 +170,19 @@ class Run:
             tasks, self.make_env, self.chat, error_rate=0.0, concurrency=EXPERT_CONCURRENCY, record=record,
         ), 60.0 + len(tasks) * self.config.episode_seconds / EXPERT_CONCURRENCY)
         return [dataclasses.replace(trajectory, group=self.config.groups + number) for number, trajectory in enumerate(shown)]
+
+    def _with_old(self, batches: list[Batch], state: TrainState) -> list[Batch]:
+        """logp_old of every micro-batch and, where the trainer is to replay its own routes, the routes of the pass that scored them."""
+        if self.config.old == "rollout":
+            return [batch._replace(logp_old_BT=batch.logp_rollout_BT) for batch in batches]
+        if self.config.routing_replay == "recompute":
+            scored = self.learner.score_and_record(state.params, batches)
+        else:
+            scored = [(logp_BT, batch.routes_BTLk) for batch, logp_BT in zip(batches, self.learner.score(state.params, batches))]
+        return [
+            batch._replace(logp_old_BT=np.where(batch.action_mask_BT, logp_BT, 0.0), routes_BTLk=routes_BTLk)
+            for batch, (logp_BT, routes_BTLk) in zip(batches, scored)
+        ]
 
     def evaluate(self, step: int, state: TrainState) -> EvalResult:
         """Held-out tasks, the same ones at every evaluation and with the same sampling seeds. Kept: a resumed run reads it again."""
