@@ -119,10 +119,15 @@ def write_checkpoint(writer: CheckpointWriter, blocks: Iterator[Block], config: 
         writer.close()
 
 
-def named_tensors(params: Any, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """Each tensor of a checkpoint with these parameters, by name, in their own type; one at a time is on the host. Parameters as in `save_hf`."""
+def named_tensors(params: Any, config: ModelConfig, only: str | None = None) -> Iterator[tuple[str, np.ndarray]]:
+    """Each tensor of a checkpoint with these parameters, or only the one of that name: its name and values, in the parameters' own type.
+
+    One at a time is on the host. Parameters are as in `save_hf`.
+    """
     _check_parameters(params, config)
     for tensor in checkpoint_tensors(config):
+        if only not in (None, tensor.name):
+            continue
         yield tensor.name, _cut(params, tensor, 0, tensor.sizes[tensor.rows[0]])()
 
 
@@ -301,6 +306,8 @@ def _cut(params: Any, tensor: Tensor, start: int, stop: int) -> Callable[[], np.
         raise ValueError(f"parameter {'/'.join(tensor.path)} of {tensor.name} is {getattr(leaf, 'shape', None)}, the config says {tensor.sizes}")
     starts[tensor.rows[0]], sizes[tensor.rows[0]] = start, stop - start
     at, extent = (*index, *starts), (1,) * len(index) + tuple(sizes)
+    if isinstance(leaf, jax.Array) and [device.platform for device in leaf.devices()] == ["cpu"]:
+        leaf = np.asarray(leaf)  # the same memory: nothing to compile, nothing to copy
     if isinstance(leaf, jax.Array):
         sharding = leaf.sharding
         split = isinstance(sharding, NamedSharding) and not sharding.is_fully_replicated

@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import errno
+import functools
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import pathlib
 import shutil
 import struct
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import ml_dtypes
@@ -92,6 +93,14 @@ class CheckpointReader:
             done += count
         return into.view(stored.dtype).reshape(stop - start, *stored.shape[1:])
 
+    def blocks(self, names: Iterable[str], limit: int = BLOCK_BYTES) -> Iterator[tuple[str, int, Callable[[], np.ndarray]]]:
+        """Those tensors in pieces of at most `limit` bytes (or one row): name, first row, what reads it."""
+        for name in names:
+            stored = self.tensors[name]
+            step = max(1, limit // stored.row_bytes)
+            for start in range(0, stored.shape[0], step):
+                yield name, start, functools.partial(self.read, name, start, min(start + step, stored.shape[0]))
+
 
 def read_header(path: pathlib.Path) -> dict[str, Stored]:
     """What a safetensors file holds. Raises a ValueError where the file is not whole."""
@@ -158,10 +167,7 @@ class CheckpointWriter:
         self.directory.mkdir(parents=True, exist_ok=True)
         stale = [self.directory / INDEX, *sorted(self.directory.glob("model*.safetensors")), *self.directory.glob(f"model*{PARTIAL}")]
         stale = [path for path in stale if path.exists()]
-        free = shutil.disk_usage(self.directory).free + sum(path.stat().st_size for path in stale)
-        if free < self.total_bytes:
-            raise OSError(errno.ENOSPC, f"{self.directory} has {free / 1e9:.1f} GB free, the checkpoint takes {self.total_bytes / 1e9:.1f} GB; "
-                                        "make room, or write it elsewhere")
+        check_space(self.directory, self.total_bytes - sum(path.stat().st_size for path in stale))
         for path in stale:
             path.unlink()
 
@@ -234,6 +240,13 @@ class CheckpointWriter:
 
     def _bytes_of(self, tensor: str) -> int:
         return math.prod(self._shapes[tensor]) * self.dtype.itemsize
+
+
+def check_space(directory: pathlib.Path, needed: int) -> None:
+    """Raises an OSError where `needed` bytes do not fit on the disk of a directory."""
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{directory} has {free / 1e9:.1f} GB free, and the checkpoint takes {needed / 1e9:.1f} GB; make room, or write elsewhere")
 
 
 def file_dtype(dtype: Any) -> np.dtype:

@@ -7,6 +7,7 @@ experts). Reading, writing and naming all go through `checkpoint_tensors`, so th
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -137,6 +138,7 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {tensor.name: tensor.shape for tensor in checkpoint_tensors(config)}
 
 
+@functools.lru_cache(maxsize=8)
 def parameter_shapes(config: ModelConfig) -> Any:
     """jax.ShapeDtypeStruct of each parameter, in the structure of init_params."""
     return jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
