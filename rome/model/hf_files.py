@@ -103,7 +103,7 @@ class CheckpointReader:
 
 
 def read_header(path: pathlib.Path) -> dict[str, Stored]:
-    """What a safetensors file holds. Raises a ValueError where the file is not whole."""
+    """What a safetensors file holds. Raises a ValueError where the file is not whole, or holds types that are not read."""
     broken = lambda reason: ValueError(f"{path} is not a whole safetensors file ({reason}); fetch or write the checkpoint again")
     try:
         size = path.stat().st_size
@@ -111,22 +111,21 @@ def read_header(path: pathlib.Path) -> dict[str, Stored]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER):
                 raise broken(f"{size} bytes cannot hold its header")
-            header = json.loads(file.read(length))
+            entries = json.loads(file.read(length))
+        entries.pop("__metadata__", None)
+        found = {name: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"]) for name, entry in entries.items()}
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is named by the index but missing; fetch or write the checkpoint again") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise broken(f"header: {error}") from None
-    header.pop("__metadata__", None)
-    unknown = [f"{name} is {entry['dtype']}" for name, entry in header.items() if entry["dtype"] not in _DTYPES]
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise broken(f"its header: {error!r}") from None
+    unknown = [f"{name} is {dtype}" for name, (dtype, *_) in found.items() if dtype not in _DTYPES]
     if unknown:
         raise ValueError(f"{path}: {', '.join(unknown[:3])}; read are {', '.join(_DTYPES)}. Take the checkpoint's bfloat16 release.")
-    stored = {}
-    for name, entry in header.items():
-        dtype, shape, (start, stop) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-        if stop - start != math.prod(shape) * dtype.itemsize or 8 + length + stop > size:
-            raise broken(f"{size} bytes, {name} ends at {8 + length + stop}")
-        stored[name] = Stored(path, 8 + length + start, dtype, shape)
-    return stored
+    data = 8 + length
+    for name, (dtype, shape, start, stop) in found.items():
+        if stop - start != math.prod(shape) * _DTYPES[dtype].itemsize or data + stop > size:
+            raise broken(f"{size} bytes, {name} is said to end at {data + stop}")
+    return {name: Stored(path, data + start, _DTYPES[dtype], shape) for name, (dtype, shape, start, stop) in found.items()}
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
