@@ -16,9 +16,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.sharding import Mesh
 
 from envs.rock import SandboxConfig
 from envs.rock.sync import run as run_async
@@ -35,8 +36,8 @@ from rome.engine.process import start_server
 from rome.engine.publish import publish_weights
 from rome.losses import LOSSES, LossConfig, count_denominators
 from rome.model.config import PRESETS, ModelConfig
-from rome.model.hf import load_hf, save_hf
-from rome.model.sharding import make_mesh
+from rome.model.hf import load_hf, read_config, save_hf
+from rome.model.sharding import make_mesh, param_shardings
 from rome.model.tokenizer import Chat, Tokenizer
 from rome.rollout.curriculum import Curriculum
 from rome.rollout.experts import collect_experts
@@ -46,6 +47,7 @@ from rome.train.checkpoint import Checkpoints
 from rome.train.display import Display
 from rome.train.loop import Stage, StepData, run_stage
 from rome.train.metrics import MetricsWriter
+from rome.train.parameters import StoredParameters, saved_steps
 from rome.train.report import EvalResult, outcomes_path, read_outcomes, write_outcomes, write_report
 from rome.train.state import TrainState, init_state, make_optimizer, start_state
 from rome.train.step import Learner
@@ -88,7 +90,7 @@ class Run:
             start = self.workdir / "weights" / "start"
             shutil.rmtree(start, ignore_errors=True)
             start.mkdir(parents=True)
-            save_hf(jax.device_get(state.params), self.model_config, start)
+            save_hf(state.params, self.model_config, start)
             self.display.note("starting the embedded engine")
             self.server = start_server(start, self.workdir / "engine.log", flags=[
                 "--skip_tokenizer_init", f"--slots={self.config.engine_slots}", f"--max_context={self.config.max_context}",
@@ -105,7 +107,7 @@ class Run:
         ids = self.chat.open(PROBE)
         expected = self.learner.score_one(state.params, ids)
         run_async(publish_weights(
-            jax.device_get(state.params), self.model_config, self.workdir / "weights", version, self.pool, probe_ids=ids,
+            state.params, self.model_config, self.workdir / "weights", version, self.pool, probe_ids=ids,
             expected_logprobs=expected, tolerance=PROBE_TOLERANCE[self.model_config.dtype],
         ), PUBLISH_SECONDS)
         self.published = version
@@ -235,7 +237,7 @@ class Run:
         partial, final = self.workdir / "final.tmp", self.workdir / "final"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        save_hf(jax.device_get(state.params), self.model_config, partial)
+        save_hf(state.params, self.model_config, partial)
         self.chat.tokenizer.save(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -300,11 +302,7 @@ def train(run: Run, init_directory: pathlib.Path | None) -> TrainState:
     if init_directory is None:
         state = init_state(run.model_config, learner.optimizer, config.seed)
     else:
-        params, loaded = load_hf(init_directory)
-        ours = {name: getattr(run.model_config, name) for name in ("dtype", "remat", "scan_layers")}  # not the checkpoint's affair
-        if dataclasses.replace(loaded, **ours) != run.model_config:
-            raise ValueError(f"{init_directory} holds another model than --config.model={config.model}: {loaded}")
-        state = start_state(params, learner.optimizer)
+        state = start_state(load_start(init_directory, run.model_config, learner.mesh), learner.optimizer)
     state = learner.place(state)
     step = checkpoints.latest()
     if step is not None:
@@ -327,6 +325,17 @@ def train(run: Run, init_directory: pathlib.Path | None) -> TrainState:
         checkpoints.close()
         run.close()
     return state
+
+
+def load_start(directory: pathlib.Path, model_config: ModelConfig, mesh: Mesh) -> dict:
+    """float32 parameters of a Hugging Face directory, or of what launch.convert made of one, straight to their places on the mesh."""
+    ours = {name: getattr(model_config, name) for name in ("dtype", "remat", "scan_layers")}  # not the checkpoint's affair
+    loaded, shardings = read_config(directory, **ours), param_shardings(mesh, model_config)
+    if loaded != model_config:
+        raise ValueError(f"{directory} holds another model than --config.model asks for: {loaded}, not {model_config}")
+    if (directory / "checkpoints").is_dir():
+        return StoredParameters(directory / "checkpoints", saved_steps(directory / "checkpoints")[-1], model_config).restore(shardings, jnp.float32)
+    return load_hf(directory, shardings=shardings, **ours)[0]
 
 
 def _shifted(task: str, offset: int) -> str:
