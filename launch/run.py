@@ -16,15 +16,17 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.sharding import Mesh
 
 from envs.rock import SandboxConfig
 from envs.rock.sync import run as run_async
 from envs.tasks.terminal import FAMILIES, HELD_OUT_FAMILIES, eval_seed, train_seed
 from envs.tasks.terminal.env import BASH_TOOL, TerminalEnv
 from rome.agent.loop import Limits, derive_seed
+from rome.data.batch import Batch
 from rome.data.packing import microbatches, pack
 from rome.data.sources import sft_batches
 from rome.data.trajectory import Trajectory
@@ -34,17 +36,18 @@ from rome.engine.process import start_server
 from rome.engine.publish import publish_weights
 from rome.losses import LOSSES, LossConfig, count_denominators
 from rome.model.config import PRESETS, ModelConfig
-from rome.model.hf import load_hf, save_hf
-from rome.model.sharding import make_mesh
+from rome.model.hf import load_hf, read_config, save_hf
+from rome.model.sharding import make_mesh, param_shardings
 from rome.model.tokenizer import Chat, Tokenizer
 from rome.rollout.curriculum import Curriculum
 from rome.rollout.experts import collect_experts
-from rome.rollout.outcomes import mixed_groups, rollout_figures
+from rome.rollout.outcomes import mixed_groups, rollout_figures, unsolved_tasks
 from rome.rollout.scheduler import Accounting, Episode, Scheduler
 from rome.train.checkpoint import Checkpoints
 from rome.train.display import Display
 from rome.train.loop import Stage, StepData, run_stage
 from rome.train.metrics import MetricsWriter
+from rome.train.parameters import StoredParameters, saved_steps
 from rome.train.report import EvalResult, outcomes_path, read_outcomes, write_outcomes, write_report
 from rome.train.state import TrainState, init_state, make_optimizer, start_state
 from rome.train.step import Learner
@@ -87,14 +90,14 @@ class Run:
             start = self.workdir / "weights" / "start"
             shutil.rmtree(start, ignore_errors=True)
             start.mkdir(parents=True)
-            save_hf(jax.device_get(state.params), self.model_config, start)
+            save_hf(state.params, self.model_config, start)
             self.display.note("starting the embedded engine")
             self.server = start_server(start, self.workdir / "engine.log", flags=[
                 "--skip_tokenizer_init", f"--slots={self.config.engine_slots}", f"--max_context={self.config.max_context}",
                 f"--dtype={self.model_config.dtype}",
             ])
             urls = [self.server.url]
-        self.pool = EnginePool([Engine(url) for url in urls])
+        self.pool = EnginePool([Engine(url, model=self.model_config) for url in urls])
 
     def publish(self, state: TrainState) -> None:
         """Brings the weights of `state` to every engine and proves that they are there. Nothing to do if they are."""
@@ -104,7 +107,7 @@ class Run:
         ids = self.chat.open(PROBE)
         expected = self.learner.score_one(state.params, ids)
         run_async(publish_weights(
-            jax.device_get(state.params), self.model_config, self.workdir / "weights", version, self.pool, probe_ids=ids,
+            state.params, self.model_config, self.workdir / "weights", version, self.pool, probe_ids=ids,
             expected_logprobs=expected, tolerance=PROBE_TOLERANCE[self.model_config.dtype],
         ), PUBLISH_SECONDS)
         self.published = version
@@ -145,24 +148,43 @@ class Run:
             for group, task in enumerate(tasks) for number in range(config.group_size)
         ]
         record = lambda episode: self.workdir / "trajectories" / f"{config.experiment}_{step:06d}_g{episode.group:03d}_e{episode.episode:02d}.json"
-        trajectories = self.play(episodes, config.temperature, accounting=self.accounting, record=record)
+        replays = config.routing_replay == "rollout"
+        trajectories = self.play(episodes, config.temperature, accounting=self.accounting, record=record, routes=replays)
         seconds = time.monotonic() - began
         self.curriculum.observe(trajectories)
         kept = mixed_groups(trajectories) if config.filter_groups else trajectories
+        shown = self.show_experts(step, unsolved_tasks(trajectories)) if config.lambda_il else []
         batch = pack(
-            kept, row_length=config.row_length, chunks_per_row=config.chunks_per_row, gamma=config.gamma, failure_reward=config.failure_reward,
+            kept + shown, row_length=config.row_length, chunks_per_row=config.chunks_per_row, gamma=config.gamma, failure_reward=config.failure_reward,
+            routes_for=self.model_config if replays else None,
         )
-        batches = microbatches(batch, config.rows_per_microbatch)
-        if config.old == "trainer":
-            scored = self.learner.score(state.params, batches)
-            batches = [batch._replace(logp_old_BT=np.where(batch.action_mask_BT, logp_BT, 0.0)) for batch, logp_BT in zip(batches, scored)]
-        else:
-            batches = [batch._replace(logp_old_BT=batch.logp_rollout_BT) for batch in batches]
+        batches = self._with_old(microbatches(batch, config.rows_per_microbatch), state)
         self.accounting.in_flight -= len(trajectories)
         self.accounting.trained += len(kept)
         self.accounting.dropped["equal_group"] += len(trajectories) - len(kept)
         self.accounting.check()
-        return StepData(batches, count_denominators(batches), rollout_figures(trajectories, step, seconds))
+        return StepData(batches, count_denominators(batches), rollout_figures(trajectories, step, seconds) | {"demonstrations": len(shown)})
+
+    def show_experts(self, step: int, tasks: list[str]) -> list[Trajectory]:
+        """Eq. 10's imitation: what an expert does in the tasks that no episode of the step solved. Each is a group of its own, outside all statistics."""
+        record = lambda number: self.workdir / "trajectories" / f"{self.config.experiment}_{step:06d}_expert_{number:03d}.json"
+        shown = run_async(collect_experts(
+            tasks, self.make_env, self.chat, error_rate=0.0, concurrency=EXPERT_CONCURRENCY, record=record,
+        ), 60.0 + len(tasks) * self.config.episode_seconds / EXPERT_CONCURRENCY)
+        return [dataclasses.replace(trajectory, group=self.config.groups + number) for number, trajectory in enumerate(shown)]
+
+    def _with_old(self, batches: list[Batch], state: TrainState) -> list[Batch]:
+        """logp_old of every micro-batch and, where the trainer is to replay its own routes, the routes of the pass that scored them."""
+        if self.config.old == "rollout":
+            return [batch._replace(logp_old_BT=batch.logp_rollout_BT) for batch in batches]
+        if self.config.routing_replay == "recompute":
+            scored = self.learner.score_and_record(state.params, batches)
+        else:
+            scored = [(logp_BT, batch.routes_BTLk) for batch, logp_BT in zip(batches, self.learner.score(state.params, batches))]
+        return [
+            batch._replace(logp_old_BT=np.where(batch.action_mask_BT, logp_BT, 0.0), routes_BTLk=routes_BTLk)
+            for batch, (logp_BT, routes_BTLk) in zip(batches, scored)
+        ]
 
     def evaluate(self, step: int, state: TrainState) -> EvalResult:
         """Held-out tasks, the same ones at every evaluation and with the same sampling seeds. Kept: a resumed run reads it again."""
@@ -215,7 +237,7 @@ class Run:
         partial, final = self.workdir / "final.tmp", self.workdir / "final"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        save_hf(jax.device_get(state.params), self.model_config, partial)
+        save_hf(state.params, self.model_config, partial)
         self.chat.tokenizer.save(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -234,7 +256,8 @@ class Run:
         self.display.note(f"experts play {len(tasks)} tasks of {len(FAMILIES)} families in the sandbox")
         directory = self.workdir / "trajectories"
         trajectories = run_async(collect_experts(
-            tasks, self.make_env, self.chat, error_rate=config.expert_error_rate, concurrency=EXPERT_CONCURRENCY, directory=directory,
+            tasks, self.make_env, self.chat, error_rate=config.expert_error_rate, concurrency=EXPERT_CONCURRENCY,
+            record=lambda number: directory / f"expert_{number:06d}.json",
         ), 60.0 + len(tasks) * config.episode_seconds / EXPERT_CONCURRENCY)
         return iter(sft_batches(trajectories, rows=config.rows, row_length=config.row_length, chunks_per_row=config.chunks_per_row, seed=config.seed))
 
@@ -279,11 +302,7 @@ def train(run: Run, init_directory: pathlib.Path | None) -> TrainState:
     if init_directory is None:
         state = init_state(run.model_config, learner.optimizer, config.seed)
     else:
-        params, loaded = load_hf(init_directory)
-        ours = {name: getattr(run.model_config, name) for name in ("dtype", "remat", "scan_layers")}  # not the checkpoint's affair
-        if dataclasses.replace(loaded, **ours) != run.model_config:
-            raise ValueError(f"{init_directory} holds another model than --config.model={config.model}: {loaded}")
-        state = start_state(params, learner.optimizer)
+        state = start_state(load_start(init_directory, run.model_config, learner.mesh), learner.optimizer)
     state = learner.place(state)
     step = checkpoints.latest()
     if step is not None:
@@ -306,6 +325,17 @@ def train(run: Run, init_directory: pathlib.Path | None) -> TrainState:
         checkpoints.close()
         run.close()
     return state
+
+
+def load_start(directory: pathlib.Path, model_config: ModelConfig, mesh: Mesh) -> dict:
+    """float32 parameters of a Hugging Face directory, or of what launch.convert made of one, straight to their places on the mesh."""
+    ours = {name: getattr(model_config, name) for name in ("dtype", "remat", "scan_layers")}  # not the checkpoint's affair
+    loaded, shardings = read_config(directory, **ours), param_shardings(mesh, model_config)
+    if loaded != model_config:
+        raise ValueError(f"{directory} holds another model than --config.model asks for: {loaded}, not {model_config}")
+    if (directory / "checkpoints").is_dir():
+        return StoredParameters(directory / "checkpoints", saved_steps(directory / "checkpoints")[-1], model_config).restore(shardings, jnp.float32)
+    return load_hf(directory, shardings=shardings, **ours)[0]
 
 
 def _shifted(task: str, offset: int) -> str:

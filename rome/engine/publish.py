@@ -25,6 +25,7 @@ from rome.engine.client import Engine, EngineError
 from rome.engine.pool import EnginePool
 from rome.model.config import ModelConfig
 from rome.model.hf import save_hf
+from rome.model.hf_files import sync
 
 KEPT_DIRECTORIES = 2  # the newest, and the one that a server may still be reading
 
@@ -70,11 +71,9 @@ def write_checkpoint(params: Any, config: ModelConfig, directory: str | os.PathL
     partial = path.with_name(path.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     save_hf(params, config, partial, dtype=jnp.dtype(config.dtype))
-    for file in [*partial.iterdir(), partial]:
-        _sync(file)
     shutil.rmtree(path, ignore_errors=True)  # of an earlier run that published this version and died
     os.replace(partial, path)
-    _sync(path.parent)
+    sync(path.parent)
     steps = sorted(entry for entry in path.parent.iterdir() if re.fullmatch(r"step_\d+", entry.name))
     newest = steps.index(path) + 1  # later ones belong to a future that this run was rolled back from
     for old in [*steps[:max(newest - KEPT_DIRECTORIES, 0)], *steps[newest:]]:
@@ -124,11 +123,3 @@ def _checksums(path: pathlib.Path, dtype: str) -> dict[str, str]:
                 tensor = np.ascontiguousarray(opened.get_tensor(name).astype(jnp.dtype(dtype), copy=False))
                 sums[name] = hashlib.sha256(tensor.tobytes()).hexdigest()
     return sums
-
-
-def _sync(path: pathlib.Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

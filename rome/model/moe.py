@@ -40,7 +40,7 @@ def router_loss(stats: RouterStats, config: ModelConfig) -> Array:
     return config.num_experts * jnp.sum(share_E * prob_E)
 
 
-def route(logits_NE: Array, config: ModelConfig, forced_Nk: Array | None = None) -> tuple[Array, Array, Array]:
+def route(logits_NE: Array, config: ModelConfig, forced_Nk: Array | None = None) -> tuple[Array, Array, Array, Array]:
     """Chooses experts and weighs them.
 
     Args:
@@ -48,16 +48,15 @@ def route(logits_NE: Array, config: ModelConfig, forced_Nk: Array | None = None)
       forced_Nk: expert ids to replay. Their weights come from the same logits, so the router still learns. A token whose ids are negative
         has no recorded route and chooses for itself.
     Returns:
-      ids_Nk int32, weights_Nk float32, probs_NE float32.
+      ids_Nk int32, weights_Nk float32, probs_NE float32, and own_Nk int32: what the router would choose. It is ids_Nk where nothing is replayed.
     """
     probs_NE = jax.nn.softmax(logits_NE, axis=-1)
-    _, ids_Nk = jax.lax.top_k(jax.lax.stop_gradient(probs_NE), config.experts_per_token)
-    if forced_Nk is not None:
-        ids_Nk = jnp.where(forced_Nk[:, :1] < 0, ids_Nk, forced_Nk)
+    _, own_Nk = jax.lax.top_k(jax.lax.stop_gradient(probs_NE), config.experts_per_token)
+    ids_Nk = own_Nk if forced_Nk is None else jnp.where(forced_Nk[:, :1] < 0, own_Nk, forced_Nk)
     weights_Nk = jnp.take_along_axis(probs_NE, ids_Nk, axis=-1)  # an id out of range gives NaN: loud
     if config.norm_topk_prob:
         weights_Nk = weights_Nk / weights_Nk.sum(axis=-1, keepdims=True)
-    return ids_Nk.astype(jnp.int32), weights_Nk, probs_NE
+    return ids_Nk.astype(jnp.int32), weights_Nk, probs_NE, own_Nk.astype(jnp.int32)
 
 
 class MoE(nn.Module):
@@ -68,7 +67,10 @@ class MoE(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: Array, real_BT: Array, forced_BTk: Array | None = None) -> tuple[Array, Array, Array, Array]:
-        """Returns out_BTD, ids_BTk, counts_E and prob_sum_E (both summed over the tokens where real_BT)."""
+        """Returns out_BTD, own_BTk, counts_E and prob_sum_E (both summed over the tokens where real_BT).
+
+        own_BTk is the router's own choice, also where others are replayed; counts_E counts the experts that ran.
+        """
         config = self.config
         (B, T, D), E, F, k = x_BTD.shape, config.num_experts, config.moe_intermediate_size, config.experts_per_token
         init = nn.initializers.normal(config.initializer_range)
@@ -77,7 +79,7 @@ class MoE(nn.Module):
                                       (("gate", (E, D, F)), ("up", (E, D, F)), ("down", (E, F, D))))
         x_ND = x_BTD.reshape(B * T, D)
         logits_NE = jnp.matmul(x_ND.astype(jnp.float32), router_DE.astype(jnp.float32), precision="highest")
-        ids_Nk, weights_Nk, probs_NE = route(logits_NE, config, None if forced_BTk is None else forced_BTk.reshape(B * T, k))
+        ids_Nk, weights_Nk, probs_NE, own_Nk = route(logits_NE, config, None if forced_BTk is None else forced_BTk.reshape(B * T, k))
         if is_split() and not self.is_initializing():
             out_BTD = experts_on_mesh(x_BTD, gate_EDF, up_EDF, down_EFD, weights_Nk.reshape(B, T, k), ids_Nk.reshape(B, T, k), self.experts)
         else:
@@ -85,4 +87,4 @@ class MoE(nn.Module):
         real_N = real_BT.reshape(-1).astype(jnp.float32)
         counts_E = jnp.einsum("Nke,N->e", jax.nn.one_hot(ids_Nk, E), real_N)
         prob_sum_E = jnp.einsum("Ne,N->e", probs_NE, real_N)
-        return out_BTD, ids_Nk.reshape(B, T, k), counts_E, prob_sum_E
+        return out_BTD, own_Nk.reshape(B, T, k), counts_E, prob_sum_E

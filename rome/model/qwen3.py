@@ -40,7 +40,10 @@ class Cache(NamedTuple):
 
 
 class Output(NamedTuple):
-    """hidden_BTD is after the final norm: logits are hidden_BTD @ head_kernel(params, config)."""
+    """hidden_BTD is after the final norm: logits are hidden_BTD @ head_kernel(params, config).
+
+    routes_LBTK: the expert ids that each router chooses by itself. Where others were replayed, comparing the two shows how far it is from them.
+    """
 
     hidden_BTD: Array
     cache: Cache | None

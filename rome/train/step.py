@@ -1,6 +1,6 @@
 """The jitted train step: score, gradients, update. The model, the loss and the optimizer are arguments; no host, file or engine is known here.
 
-B rows, T tokens, D model, V vocabulary, L layers, E experts.
+B rows, T tokens, D model, V vocabulary, L layers, E experts, k experts a token.
 
 A step takes as many fixed-shape micro-batches as its trajectories need, under one compilation. Each micro-batch's loss is already divided by
 the denominators of the whole step, so sums over micro-batches are the step's own loss, gradient and metrics, however it was split.
@@ -18,12 +18,14 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rome.data.batch import Batch
+from rome.data.routes import route_dtype
 from rome.losses import Denominators, Loss, LossConfig
 from rome.losses.logprobs import chunked_logprobs
+from rome.losses.routes import count_replayed, recorded_routes, replayed_ids, route_agreement
 from rome.model.config import ModelConfig
 from rome.model.kernels import Kernels, choose_kernels
-from rome.model.moe import RouterStats, router_loss
-from rome.model.qwen3 import Qwen3, head_kernel
+from rome.model.moe import router_loss
+from rome.model.qwen3 import Output, Qwen3, head_kernel
 from rome.model.sharding import batch_sharding, param_shardings, row_shards
 from rome.train.state import TrainState, init_state
 
@@ -52,10 +54,11 @@ class Learner:
         self._kernels = choose_kernels(self.mesh.devices.flat[0].platform, self.model_config, self.kernels)
         params, rows = param_shardings(self.mesh, self.model_config), batch_sharding(self.mesh)
         self._rows = row_shards(self.mesh)
-        self._score = jax.jit(lambda *arrays: self._logprobs(*arrays)[0], in_shardings=(params, rows, rows, rows))
+        self._score = jax.jit(lambda *arrays: self._logprobs(*arrays)[0], in_shardings=(params, rows, rows, rows, rows))
+        self._record = jax.jit(self._recorded, in_shardings=(params, rows, rows, rows), out_shardings=rows)
         self._probe = jax.jit(lambda *arrays: self._logprobs(*arrays, temperature=1.0)[0], in_shardings=(params, rows, rows, rows))
         self._zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), in_shardings=(params,), out_shardings=params)
-        self._accumulate = jax.jit(self._accumulated, in_shardings=(params, params, rows, None, None), out_shardings=(params, None), donate_argnums=1)
+        self._accumulate = jax.jit(self._accumulated, in_shardings=(params, params, rows, None, None, None), out_shardings=(params, None), donate_argnums=1)
         self.state = self._abstract_state(params)  # shapes, dtypes and places; no arrays
         places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         self._apply = jax.jit(self._updated, in_shardings=(places, params), out_shardings=(places, None), donate_argnums=0)
@@ -84,15 +87,20 @@ class Learner:
         on_platform = lambda traced: traced.lower(lowering_platforms=(self.mesh.devices.flat[0].platform,))
         with jax.set_mesh(self.mesh):
             return {
-                "score": on_platform(self._score.trace(state.params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)),
-                "accumulate": on_platform(self._accumulate.trace(state.params, state.params, batch, denominators, number)),
+                "score": on_platform(self._score.trace(state.params, *_inputs(batch), batch.routes_BTLk)),
+                "accumulate": on_platform(self._accumulate.trace(state.params, state.params, batch, denominators, number, number)),
                 "apply": on_platform(self._apply.trace(state, state.params)),
             }
 
     def score(self, params: dict, microbatches: Sequence[Batch]) -> list[np.ndarray]:
-        """logp_BT of every micro-batch at `params`, on the host."""
+        """logp_BT of every micro-batch at `params`, with the routes that it carries, on the host."""
         with jax.set_mesh(self.mesh):
-            return [np.asarray(self._score(params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)) for batch in microbatches]
+            return [np.asarray(self._score(params, *_inputs(batch), batch.routes_BTLk)) for batch in microbatches]
+
+    def score_and_record(self, params: dict, microbatches: Sequence[Batch]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(logp_BT, routes_BTLk) of every micro-batch: each token chooses its experts itself, and the choices are there to be replayed."""
+        with jax.set_mesh(self.mesh):
+            return [jax.device_get(self._record(params, *_inputs(batch))) for batch in microbatches]
 
     def score_one(self, params: dict, ids: Sequence[int]) -> np.ndarray:
         """log p(token | those before it) at temperature 1 of one sequence, [tokens]; 0 for the first. What an engine is compared with."""
@@ -107,44 +115,59 @@ class Learner:
         """One optimizer update over all micro-batches. `state.step` stays: a step may take several updates. The old state is consumed."""
         metrics: dict[str, jax.Array] = {}
         tokens = float(sum((batch.segments_BT > 0).sum() for batch in microbatches))
+        replayed = float(sum(count_replayed(batch, self.model_config) for batch in microbatches))
         with jax.set_mesh(self.mesh):
             gradients = self._zeros(state.params)
             for batch in microbatches:
-                gradients, figures = self._accumulate(state.params, gradients, batch, denominators, tokens)
+                gradients, figures = self._accumulate(state.params, gradients, batch, denominators, tokens, replayed)
                 metrics = combine_metrics(metrics, figures)
             state, norm = self._apply(state, gradients)
         return state, metrics | {"gradient_norm": norm}
 
     def _logprobs(
-        self, params: dict, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, temperature: float | None = None,
-    ) -> tuple[jax.Array, RouterStats]:
+        self, params: dict, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, routes_BTLk: jax.Array | None = None,
+        temperature: float | None = None,
+    ) -> tuple[jax.Array, Output]:
+        routes_LBTk = None if routes_BTLk is None else replayed_ids(routes_BTLk)
         model = Qwen3(self.model_config, self.model_config.scan_layers, self._kernels.experts, self._kernels.attention)
-        output = model.apply({"params": params}, tokens_BT, positions_BT, segments_BT)
+        output = model.apply({"params": params}, tokens_BT, positions_BT, segments_BT, routes_LBTK=routes_LBTk)
         kernel_DV = head_kernel(params, self.model_config)
         logp_BT = chunked_logprobs(output.hidden_BTD, kernel_DV, tokens_BT, segments_BT, temperature=temperature or self.temperature)
-        return logp_BT, output.router
+        return logp_BT, output
 
-    def _objective(self, params: dict, batch: Batch, denominators: Denominators, tokens: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logp_BT, router = self._logprobs(params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
+    def _recorded(self, params: dict, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logp_BT, output = self._logprobs(params, tokens_BT, positions_BT, segments_BT)
+        return logp_BT, recorded_routes(output.routes_LBTK, segments_BT > 0, route_dtype(self.model_config))
+
+    def _objective(
+        self, params: dict, batch: Batch, denominators: Denominators, tokens: jax.Array, replayed: jax.Array,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        logp_BT, output = self._logprobs(params, *_inputs(batch), batch.routes_BTLk)
         value, metrics = self.loss(logp_BT, batch, self.loss_config, denominators)
         metrics = metrics | {"loss": value}
+        if batch.routes_BTLk is not None:
+            metrics = metrics | route_agreement(batch.routes_BTLk, output.routes_LBTK, replayed)
         if self.model_config.router_aux_loss_coef:
             # Each micro-batch is balanced alone and weighs by its tokens: the one term that is not a plain sum over the step.
-            balance = router_loss(router, self.model_config) * router.tokens / tokens
+            balance = router_loss(output.router, self.model_config) * output.router.tokens / tokens
             value = value + self.model_config.router_aux_loss_coef * balance
             metrics = metrics | {"router_balance": balance}
         return value, metrics
 
     def _accumulated(
-        self, params: dict, gradients: dict, batch: Batch, denominators: Denominators, tokens: jax.Array,
+        self, params: dict, gradients: dict, batch: Batch, denominators: Denominators, tokens: jax.Array, replayed: jax.Array,
     ) -> tuple[dict, dict[str, jax.Array]]:
         """Adds one micro-batch's gradients to those before it, in place: at no time are there two whole sets of them."""
-        more, figures = jax.grad(self._objective, has_aux=True)(params, batch, denominators, tokens)
+        more, figures = jax.grad(self._objective, has_aux=True)(params, batch, denominators, tokens, replayed)
         return jax.tree.map(jnp.add, gradients, more), figures
 
     def _updated(self, state: TrainState, gradients: dict) -> tuple[TrainState, jax.Array]:
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         return TrainState(state.step, optax.apply_updates(state.params, updates), opt_state), optax.tree.norm(gradients)
+
+
+def _inputs(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return batch.tokens_BT, batch.positions_BT, batch.segments_BT
 
 
 def combine_metrics(total: dict[str, jax.Array], more: dict[str, jax.Array]) -> dict[str, jax.Array]:

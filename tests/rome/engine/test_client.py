@@ -50,7 +50,7 @@ async def until_running(engine, requests=1):
 
 
 def test_a_completion_has_the_plain_forward_passes_logprobs_and_routes(server, checkpoints):
-    completion = talk(server, lambda engine: engine.generate(PROMPT, Sampling(30, temperature=0.9, seed=3), 60), route_shape=(LAYERS, TOP_K))
+    completion = talk(server, lambda engine: engine.generate(PROMPT, Sampling(30, temperature=0.9, seed=3), 60), model=make_config())
     oracle, ids = Oracle.load(checkpoints[0]), PROMPT + completion.output_ids
     np.testing.assert_allclose(completion.logprobs, oracle.logprobs(ids, 0.9)[len(PROMPT) - 1:], atol=1e-4)
     assert np.array_equal(completion.routes, oracle.logits_and_routes(ids)[1][:-1])

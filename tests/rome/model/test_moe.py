@@ -106,7 +106,8 @@ def test_an_unknown_form_is_refused_by_name():
 def test_the_router_takes_the_most_probable_experts_and_weighs_them_by_softmax(renormalise):
     config = dataclasses.replace(CONFIG, norm_topk_prob=renormalise)
     logits_NE = np.random.RandomState(0).standard_normal((N, E)).astype(np.float32)
-    ids_Nk, weights_Nk, probs_NE = route(jnp.asarray(logits_NE), config)
+    ids_Nk, weights_Nk, probs_NE, own_Nk = route(jnp.asarray(logits_NE), config)
+    np.testing.assert_array_equal(own_Nk, ids_Nk)
     probs = np.exp(logits_NE) / np.exp(logits_NE).sum(axis=1, keepdims=True)
     np.testing.assert_array_equal(ids_Nk, np.argsort(-logits_NE, axis=1)[:, :K])
     expected = -np.sort(-probs, axis=1)[:, :K]
@@ -117,8 +118,9 @@ def test_the_router_takes_the_most_probable_experts_and_weighs_them_by_softmax(r
 def test_replayed_experts_get_their_weights_from_the_dense_logits():
     logits_NE = jnp.asarray(np.random.RandomState(0).standard_normal((N, E)), jnp.float32)
     least_Nk = jnp.argsort(logits_NE, axis=1)[:, :K]
-    ids_Nk, weights_Nk, probs_NE = route(logits_NE, CONFIG, least_Nk)
+    ids_Nk, weights_Nk, probs_NE, own_Nk = route(logits_NE, CONFIG, least_Nk)
     np.testing.assert_array_equal(ids_Nk, least_Nk)
+    np.testing.assert_array_equal(own_Nk, route(logits_NE, CONFIG)[0])
     chosen = np.take_along_axis(np.asarray(probs_NE), np.asarray(least_Nk), axis=1)
     np.testing.assert_allclose(weights_Nk, chosen / chosen.sum(axis=1, keepdims=True), rtol=1e-5)
 
