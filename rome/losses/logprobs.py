@@ -3,8 +3,9 @@
 B rows, T tokens, D model, V vocabulary; n positions of one device (rows and time flattened), m positions of a block; d and v are one device's
 part of D and V.
 
-The head is applied to a block of positions at a time, forward and, once more, backward; kept between the two is one number a position. On a
-mesh every device scores its own positions: the head is gathered once, and its gradient summed over blocks in float32 and brought home once.
+The head is applied to a block of positions at a time, forward and, once more, backward; kept between the two is one number a position. Where all
+logits together are few they are one block and are kept: one product of four less. On a mesh every device scores its own positions: the head is
+gathered once, and its gradient summed over blocks in float32 and brought home once.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from jax.sharding import PartitionSpec
 from rome.model.sharding import RULES, is_split
 
 BLOCK = 512  # positions whose logits exist at one time
+KEPT_LOGITS = 2**26  # 256 MiB of float32; beyond, they are computed again
 
 
 def chunked_logprobs(
     hidden_BTD: Array, kernel_DV: Array, tokens_BT: Array, segments_BT: Array, temperature: float = 1.0, *,
-    block: int = BLOCK, with_entropy: bool = False,
+    block: int | None = None, with_entropy: bool = False,
 ) -> Array | tuple[Array, Array]:
     """log p(tokens[t] | tokens before t of the same segment), as the sampler saw it.
 
@@ -32,7 +34,7 @@ def chunked_logprobs(
       kernel_DV: on a mesh laid out as PARAM_AXES says.
       segments_BT: 0 is padding.
       temperature: divides the logits, as it did while sampling.
-      block: positions whose logits exist at one time.
+      block: positions whose logits exist at one time; by default all of them where they are at most KEPT_LOGITS, else BLOCK.
       with_entropy: also return the entropy of the distribution that token t was drawn from, a constant to the gradient.
     Returns:
       [B, T] float32 (and the same again for the entropy); 0 at the first token of a segment and on padding.
@@ -53,7 +55,7 @@ def chunked_logprobs(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _taken_logprobs(hidden_nD: Array, kernel_dv: Array, target_n: Array, temperature: float, block: int, on_mesh: bool) -> tuple[Array, Array]:
+def _taken_logprobs(hidden_nD: Array, kernel_dv: Array, target_n: Array, temperature: float, block: int | None, on_mesh: bool) -> tuple[Array, Array]:
     """(log p(target), entropy) of each position."""
     return _forward(hidden_nD, kernel_dv, target_n, temperature, block, on_mesh)[0]
 
@@ -61,41 +63,54 @@ def _taken_logprobs(hidden_nD: Array, kernel_dv: Array, target_n: Array, tempera
 def _forward(hidden_nD, kernel_dv, target_n, temperature, block, on_mesh):
     kernel_Dv = _gathered(kernel_dv, hidden_nD.dtype, on_mesh)
     total = lambda x: jax.lax.psum(x, "tensor") if on_mesh else x  # over the parts of the vocabulary
+    keep = _keeps_logits(hidden_nD, kernel_dv, block)
 
-    def score(hidden_and_target: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+    def score(hidden_and_target: tuple[Array, Array]) -> tuple[Array, ...]:
         hidden_mD, target_m = hidden_and_target
-        logits_mv, is_target_mv = _logits(hidden_mD, kernel_Dv, target_m, temperature, on_mesh)
+        logits_mv = _logits(hidden_mD, kernel_Dv, temperature)
         top_m1 = logits_mv.max(axis=-1, keepdims=True)
         top_m1 = jax.lax.pmax(top_m1, "tensor") if on_mesh else top_m1
         weight_mv = jnp.exp(logits_mv - top_m1)
         sum_m = total(weight_mv.sum(axis=-1))
         log_sum_m = top_m1[:, 0] + jnp.log(sum_m)
-        taken_m = total(jnp.sum(jnp.where(is_target_mv, logits_mv, 0.0), axis=-1)) - log_sum_m
-        return taken_m, log_sum_m - total(jnp.sum(weight_mv * logits_mv, axis=-1)) / sum_m, log_sum_m
+        taken_m = total(jnp.sum(jnp.where(_is_target(target_m, kernel_Dv, on_mesh), logits_mv, 0.0), axis=-1)) - log_sum_m
+        entropy_m = log_sum_m - total(jnp.sum(weight_mv * logits_mv, axis=-1)) / sum_m
+        return taken_m, entropy_m, log_sum_m, *([logits_mv] if keep else [])
 
-    scores = jax.lax.map(score, (_in_blocks(hidden_nD, block), _in_blocks(target_n, block)))
-    logp_n, entropy_n, log_sum_n = (score_km.reshape(-1)[:target_n.shape[0]] for score_km in scores)
-    return (logp_n, entropy_n), (hidden_nD, kernel_dv, target_n, log_sum_n)
+    if keep:
+        logp_n, entropy_n, log_sum_n, *logits = score((hidden_nD, target_n))
+    else:
+        scores = jax.lax.map(score, (_in_blocks(hidden_nD, block), _in_blocks(target_n, block)))
+        (logp_n, entropy_n, log_sum_n), logits = (score_km.reshape(-1)[:target_n.shape[0]] for score_km in scores), []
+    return (logp_n, entropy_n), (hidden_nD, kernel_dv, target_n, log_sum_n, logits)
 
 
-def _backward(temperature, block, on_mesh, kept, gradients):
+def _backward(temperature, block, on_mesh, residuals, gradients):
     """d logits = (one_hot(target) - p) * d logp / temperature; the entropy is a constant."""
-    hidden_nD, kernel_dv, target_n, log_sum_n = kept
+    hidden_nD, kernel_dv, target_n, log_sum_n, logits = residuals
     gradient_n = gradients[0]
     if on_mesh:  # shard_map hands each part of the vocabulary its share of a gradient that all of them need
         gradient_n = jax.lax.psum(gradient_n, "tensor")
     kernel_Dv = _gathered(kernel_dv, hidden_nD.dtype, on_mesh)
 
-    def add(sum_Dv: Array, blocks: tuple[Array, ...]) -> tuple[Array, Array]:
-        hidden_mD, target_m, log_sum_m, gradient_m = blocks
-        logits_mv, is_target_mv = _logits(hidden_mD, kernel_Dv, target_m, temperature, on_mesh)
+    def gradients_of(hidden_mD: Array, target_m: Array, log_sum_m: Array, gradient_m: Array, logits_mv: Array) -> tuple[Array, Array]:
+        is_target_mv = _is_target(target_m, kernel_Dv, on_mesh)
         d_mv = ((is_target_mv - jnp.exp(logits_mv - log_sum_m[:, None])) * (gradient_m / temperature)[:, None]).astype(hidden_mD.dtype)
         d_hidden_mD = jnp.einsum("mv,Dv->mD", d_mv, kernel_Dv, preferred_element_type=jnp.float32).astype(hidden_mD.dtype)
-        return sum_Dv + jnp.einsum("mD,mv->Dv", hidden_mD, d_mv, preferred_element_type=jnp.float32), d_hidden_mD
+        # Turned behind a barrier: on a CPU a product whose left side is transposed leaves the fast matmuls.
+        hidden_Dm = jax.lax.optimization_barrier(hidden_mD.T)
+        return jnp.einsum("Dm,mv->Dv", hidden_Dm, d_mv, preferred_element_type=jnp.float32), d_hidden_mD
 
-    blocks = tuple(_in_blocks(x, block) for x in (hidden_nD, target_n, log_sum_n, gradient_n))
-    sum_Dv, d_hidden_kmD = jax.lax.scan(add, jnp.zeros(kernel_Dv.shape, jnp.float32), blocks)
-    d_hidden_nD = d_hidden_kmD.reshape(-1, hidden_nD.shape[-1])[:target_n.shape[0]]
+    if logits:
+        sum_Dv, d_hidden_nD = gradients_of(hidden_nD, target_n, log_sum_n, gradient_n, logits[0])
+    else:
+        def add(sum_Dv: Array, blocks: tuple[Array, ...]) -> tuple[Array, Array]:
+            more_Dv, d_hidden_mD = gradients_of(*blocks, _logits(blocks[0], kernel_Dv, temperature))
+            return sum_Dv + more_Dv, d_hidden_mD
+
+        blocks = tuple(_in_blocks(x, block) for x in (hidden_nD, target_n, log_sum_n, gradient_n))
+        sum_Dv, d_hidden_kmD = jax.lax.scan(add, jnp.zeros(kernel_Dv.shape, jnp.float32), blocks)
+        d_hidden_nD = d_hidden_kmD.reshape(-1, hidden_nD.shape[-1])[:target_n.shape[0]]
     if on_mesh:
         sum_Dv = jax.lax.psum_scatter(sum_Dv, "fsdp", scatter_dimension=0, tiled=True)
     return d_hidden_nD, sum_Dv.astype(kernel_dv.dtype), None
@@ -110,15 +125,22 @@ def _gathered(kernel_dv: Array, dtype, on_mesh: bool) -> Array:
     return jax.lax.all_gather(kernel_dv, "fsdp", axis=0, tiled=True) if on_mesh else kernel_dv
 
 
-def _logits(hidden_mD: Array, kernel_Dv: Array, target_m: Array, temperature: float, on_mesh: bool) -> tuple[Array, Array]:
-    """logits_mv in float32, and where each row's target lies: a mask, not an index, so that it stays local and its gradient is no scatter."""
-    logits_mv = jnp.einsum("mD,Dv->mv", hidden_mD, kernel_Dv, preferred_element_type=jnp.float32) / temperature
+def _keeps_logits(hidden_nD: Array, kernel_dv: Array, block: int | None) -> bool:
+    return block is None and hidden_nD.shape[0] * kernel_dv.shape[1] <= KEPT_LOGITS
+
+
+def _logits(hidden_mD: Array, kernel_Dv: Array, temperature: float) -> Array:
+    return jnp.einsum("mD,Dv->mv", hidden_mD, kernel_Dv, preferred_element_type=jnp.float32) / temperature
+
+
+def _is_target(target_m: Array, kernel_Dv: Array, on_mesh: bool) -> Array:
+    """Where each row's target lies, [m, v]: a mask, not an index, so that it stays local and its gradient is no scatter."""
     first = jax.lax.axis_index("tensor") * kernel_Dv.shape[1] if on_mesh else 0
-    return logits_mv, target_m[:, None] == first + jnp.arange(kernel_Dv.shape[1])
+    return target_m[:, None] == first + jnp.arange(kernel_Dv.shape[1])
 
 
-def _in_blocks(values_n: Array, block: int) -> Array:
+def _in_blocks(values_n: Array, block: int | None) -> Array:
     """[n, ...] -> [blocks, m, ...], filled up with zeros."""
-    m = min(block, values_n.shape[0])
+    m = min(block or BLOCK, values_n.shape[0])
     filled = jnp.pad(values_n, ((0, -values_n.shape[0] % m),) + ((0, 0),) * (values_n.ndim - 1))
     return filled.reshape(-1, m, *values_n.shape[1:])

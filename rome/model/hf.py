@@ -12,7 +12,7 @@ import functools
 import math
 import pathlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -42,7 +42,7 @@ def load_hf(directory: str | pathlib.Path, dtype: Any = jnp.float32, shardings: 
 
     Args:
       shardings: a sharding for each parameter, as param_shardings gives. Parameters then go straight to their devices, and each process
-        reads only what its own devices hold, once, however many hold it. None: NumPy arrays.
+        reads only its own part, once, however many devices hold it. With several processes all of them call this. None: NumPy arrays.
       progress: told the bytes of the files that are read so far, and how many this process will read; called from several threads.
       overrides: as in `read_config`.
     """
@@ -203,10 +203,11 @@ def _update(buffer: jax.Array, piece: jax.Array, at: tuple[jax.Array, ...]) -> j
 
 @dataclasses.dataclass
 class _Array:
-    """A parameter that is being read: its distinct parts of this process, and how they make an array."""
+    """A parameter that is being read: its distinct parts of this process in the sharding `read_as`, and the sharding that it gets."""
 
     shape: tuple[int, ...]
     sharding: Sharding | None
+    read_as: Sharding | None
     parts: list[_Part]
 
     def result(self) -> np.ndarray | jax.Array:
@@ -216,7 +217,8 @@ class _Array:
         for part in self.parts:
             on_devices += [jax.device_put(part.buffers[0], device) for device in part.devices] if part.on_host else part.buffers
             part.buffers = []
-        return jax.make_array_from_single_device_arrays(self.shape, self.sharding, on_devices)
+        array = jax.make_array_from_single_device_arrays(self.shape, self.read_as, on_devices)
+        return array if self.read_as is self.sharding else jax.jit(lambda array: array, out_shardings=self.sharding, donate_argnums=0)(array)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,37 +237,64 @@ def _arrays(config: ModelConfig, dtype: np.dtype, shardings: Any) -> dict[tuple[
     if shardings is not None and jax.tree.structure(shardings) != jax.tree.structure(shapes):
         raise ValueError("shardings are not those of this checkpoint's parameters; make them with param_shardings(mesh, read_config(directory))")
     arrays = {}
-    for path, columns in {tensor.path: (len(tensor.index), tensor) for tensor in checkpoint_tensors(config)}.items():
-        stack, tensor = columns
-        shape = tuple(leaf_at(shapes, path).shape)
+    for path, tensor in {tensor.path: tensor for tensor in checkpoint_tensors(config)}.items():
+        shape, stack = tuple(leaf_at(shapes, path).shape), len(tensor.index)
         if shardings is None:
-            arrays[path] = _Array(shape, None, [_Part([0] * len(shape), shape, dtype, [])])
+            arrays[path] = _Array(shape, None, None, [_Part([0] * len(shape), shape, dtype, [])])
             continue
         sharding, holders = leaf_at(shardings, path), {}
-        for device, index in sharding.addressable_devices_indices_map(shape).items():
+        read_as = _by_rows(sharding, tensor, shape)
+        for device, index in read_as.addressable_devices_indices_map(shape).items():
             bounds = tuple(piece.indices(size)[:2] for piece, size in zip(index, shape))
             holders.setdefault(bounds, []).append(device)
         inner = [stack + axis for group in (tensor.rows, tensor.columns) for axis in group[1:]]
         if any(bounds[axis] != (0, shape[axis]) for bounds in holders for axis in inner):
             raise ValueError(f"{'/'.join(path)} {shape} is sharded as {sharding}; of the axes that a checkpoint joins only the first may be split")
-        arrays[path] = _Array(shape, sharding, [_Part(*zip(*bounds), dtype, devices) for bounds, devices in holders.items()])
+        arrays[path] = _Array(shape, sharding, read_as, [_Part(*zip(*bounds), dtype, devices) for bounds, devices in holders.items()])
     return arrays
 
 
+def _by_rows(sharding: Sharding, tensor: Tensor, shape: tuple[int, ...]) -> Sharding:
+    """The sharding to read a parameter in. Only rows of a tensor lie together in its file: where several processes split its columns, each
+    would read all of them. Then the rows are split further instead, if they divide, and the devices exchange what they read."""
+    if not isinstance(sharding, NamedSharding) or sharding.is_fully_addressable or not tensor.columns:
+        return sharding
+    row, column = (len(tensor.index) + group[0] for group in (tensor.rows, tensor.columns))
+    axes = _axes(sharding, len(shape))
+    axes[row], axes[column] = axes[column] + axes[row], ()  # in this order a process's rows lie together
+    if shape[row] % math.prod(sharding.mesh.shape[name] for name in axes[row]):
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(*axes))
+
+
+def _axes(sharding: NamedSharding, ndim: int) -> list[tuple[str, ...]]:
+    """The mesh axes of each axis of an array."""
+    axes = [() if names is None else names if isinstance(names, tuple) else (names,) for names in sharding.spec]
+    return axes + [()] * (ndim - len(axes))
+
+
 def _reads(config: ModelConfig, arrays: dict[tuple[str, ...], _Array], reader: CheckpointReader) -> Iterator[_Read]:
-    """What this process has to read: of each tensor the rows between the first and the last that some part needs."""
+    """What this process has to read: every row that some part needs, once, in blocks."""
     for tensor in checkpoint_tensors(config):
         needs = [(part, rows) for part in arrays[tensor.path].parts if (rows := part.needs(tensor)) is not None]
-        if not needs:
-            continue
-        begin, end = min(rows.start for _, rows in needs), max(rows.stop for _, rows in needs)
         row_bytes = reader.tensors[tensor.name].row_bytes * tensor.rows_each
         step = max(1, hf_files.BLOCK_BYTES // row_bytes)
-        for start in range(begin, end, step):
-            stop = min(start + step, end)
-            parts = [part for part, rows in needs if rows.start < stop and start < rows.stop]
-            if parts:
+        for begin, end in _merged((rows.start, rows.stop) for _, rows in needs):
+            for start in range(begin, end, step):
+                stop = min(start + step, end)
+                parts = [part for part, rows in needs if rows.start < stop and start < rows.stop]
                 yield _Read(tensor, start, stop, (stop - start) * row_bytes, parts)
+
+
+def _merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The union of ranges, as few as can be, in order."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start, stop))
+    return merged
 
 
 # -- out ---------------------------------------------------------------------------------------------------------------------------------
@@ -328,8 +357,7 @@ def _cut_sharded(leaf: jax.Array, at: jax.Array, extent: tuple[int, ...], shardi
 
     Every device cuts what it has of the piece, and zeros elsewhere, and all add up; as integers, since -0.0 + 0.0 is not -0.0.
     """
-    axes = [() if names is None else names if isinstance(names, tuple) else (names,) for names in sharding.spec]
-    axes += [()] * (leaf.ndim - len(axes))
+    axes = _axes(sharding, leaf.ndim)
 
     def local(shard: jax.Array, at: jax.Array) -> jax.Array:
         here = jnp.ones((1,) * shard.ndim, bool)

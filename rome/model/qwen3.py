@@ -27,7 +27,7 @@ from rome.model import sharding
 from rome.model.attention import attention
 from rome.model.config import ModelConfig
 from rome.model.embed import embed
-from rome.model.moe import MoE, RouterStats
+from rome.model.moe import LayerRouter, MoE, RouterStats
 
 Params = dict[str, Any]
 
@@ -175,11 +175,10 @@ class Block(nn.Module):
         x_BTD = x_BTD + attended_BTD
         normed_BTD = RMSNorm(epsilon, name="moe_norm")(x_BTD)
         if self.dense:
-            nothing_E = jnp.zeros(self.config.num_experts, jnp.float32)
             ids_BTk = jnp.full((*x_BTD.shape[:2], self.config.experts_per_token), -1, jnp.int32)
-            return x_BTD + DenseMLP(self.config, name="mlp")(normed_BTD), (cache, ids_BTk, nothing_E, nothing_E)
-        out_BTD, ids_BTk, counts_E, prob_sum_E = MoE(self.config, self.experts, name="moe")(normed_BTD, places.segments_BT != 0, forced_BTk)
-        return x_BTD + out_BTD, (cache, ids_BTk, counts_E, prob_sum_E)
+            return x_BTD + DenseMLP(self.config, name="mlp")(normed_BTD), (cache, ids_BTk, LayerRouter.nothing(self.config.num_experts))
+        out_BTD, ids_BTk, router = MoE(self.config, self.experts, name="moe")(normed_BTD, places.segments_BT != 0, forced_BTk)
+        return x_BTD + out_BTD, (cache, ids_BTk, router)
 
 
 class Qwen3(nn.Module):
@@ -215,10 +214,10 @@ class Qwen3(nn.Module):
         x_BTD = embed(embedding_VD, tokens_BT, config.dtype)
         places = Places(*rotary_angles(positions_BT, config), positions_BT, segments_BT)
         run = self._scanned if self.scan else self._unrolled
-        x_BTD, (cache, routes_LBTK, counts_LE, prob_sum_LE) = run(x_BTD, places, cache, routes_LBTK)
+        x_BTD, (cache, routes_LBTK, router_L) = run(x_BTD, places, cache, routes_LBTK)
         hidden_BTD = RMSNorm(config.rms_norm_eps, name="norm")(sharding.constrain(x_BTD, "batch", "time", None))
         tokens = jnp.sum(segments_BT != 0).astype(jnp.float32)
-        return Output(hidden_BTD, cache, routes_LBTK, RouterStats(counts_LE, prob_sum_LE, tokens))
+        return Output(hidden_BTD, cache, routes_LBTK, RouterStats(*router_L, tokens))
 
     def _scanned(self, x_BTD: Array, places: Places, cache: Cache | None, forced_LBTk: Array | None):
         block = nn.remat(Block, prevent_cse=False) if self.config.remat == "full" else Block
@@ -237,9 +236,9 @@ class Qwen3(nn.Module):
             layer_cache = None if cache is None else Cache(cache.k[i], cache.v[i])
             x_BTD, out = run(layer, x_BTD, places, layer_cache, None if forced_LBTk is None else forced_LBTk[i])
             outs.append(out)
-        caches, *others = zip(*outs)
+        caches, routes, routers = zip(*outs)
         cache = None if cache is None else Cache(tuple(c.k for c in caches), tuple(c.v for c in caches))
-        return x_BTD, (cache, *map(jnp.stack, others))
+        return x_BTD, (cache, jnp.stack(routes), jax.tree.map(lambda *layers: jnp.stack(layers), *routers))
 
     def _check(self, tokens_BT: Array, positions_BT: Array, segments_BT: Array, cache: Cache | None, routes_LBTK: Array | None) -> None:
         config, shape = self.config, tuple(tokens_BT.shape)

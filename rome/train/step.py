@@ -24,7 +24,7 @@ from rome.losses.logprobs import chunked_logprobs
 from rome.losses.routes import count_replayed, recorded_routes, replayed_ids, route_agreement
 from rome.model.config import ModelConfig
 from rome.model.kernels import Kernels, choose_kernels
-from rome.model.moe import router_loss
+from rome.model.moe import router_figures, router_loss, router_z_loss
 from rome.model.qwen3 import Output, Qwen3, head_kernel
 from rome.model.sharding import batch_sharding, param_shardings, row_shards
 from rome.train.state import TrainState, init_state
@@ -52,13 +52,14 @@ class Learner:
 
     def __post_init__(self) -> None:
         self._kernels = choose_kernels(self.mesh.devices.flat[0].platform, self.model_config, self.kernels)
-        params, rows = param_shardings(self.mesh, self.model_config), batch_sharding(self.mesh)
+        params, rows, everywhere = param_shardings(self.mesh, self.model_config), batch_sharding(self.mesh), NamedSharding(self.mesh, PartitionSpec())
         self._rows = row_shards(self.mesh)
         self._score = jax.jit(lambda *arrays: self._logprobs(*arrays)[0], in_shardings=(params, rows, rows, rows, rows))
         self._record = jax.jit(self._recorded, in_shardings=(params, rows, rows, rows), out_shardings=rows)
         self._probe = jax.jit(lambda *arrays: self._logprobs(*arrays, temperature=1.0)[0], in_shardings=(params, rows, rows, rows))
+        self._count = jax.jit(lambda *arrays: self._logprobs(*arrays)[1].router.counts_LE, in_shardings=(params, rows, rows, rows, rows), out_shardings=everywhere)
         self._zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), in_shardings=(params,), out_shardings=params)
-        self._accumulate = jax.jit(self._accumulated, in_shardings=(params, params, rows, None, None, None), out_shardings=(params, None), donate_argnums=1)
+        self._accumulate = jax.jit(self._accumulated, in_shardings=(params, params, rows, None, None, None, None), out_shardings=(params, None), donate_argnums=1)
         self.state = self._abstract_state(params)  # shapes, dtypes and places; no arrays
         places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         self._apply = jax.jit(self._updated, in_shardings=(places, params), out_shardings=(places, None), donate_argnums=0)
@@ -88,7 +89,7 @@ class Learner:
         with jax.set_mesh(self.mesh):
             return {
                 "score": on_platform(self._score.trace(state.params, *_inputs(batch), batch.routes_BTLk)),
-                "accumulate": on_platform(self._accumulate.trace(state.params, state.params, batch, denominators, number, number)),
+                "accumulate": on_platform(self._accumulate.trace(state.params, state.params, batch, denominators, number, number, None)),
                 "apply": on_platform(self._apply.trace(state, state.params)),
             }
 
@@ -117,12 +118,20 @@ class Learner:
         tokens = float(sum((batch.segments_BT > 0).sum() for batch in microbatches))
         replayed = float(sum(count_replayed(batch, self.model_config) for batch in microbatches))
         with jax.set_mesh(self.mesh):
+            counts_LE = self._count_choices(state.params, microbatches)
             gradients = self._zeros(state.params)
             for batch in microbatches:
-                gradients, figures = self._accumulate(state.params, gradients, batch, denominators, tokens, replayed)
+                gradients, figures = self._accumulate(state.params, gradients, batch, denominators, tokens, replayed, counts_LE)
                 metrics = combine_metrics(metrics, figures)
             state, norm = self._apply(state, gradients)
         return state, metrics | {"gradient_norm": norm}
+
+    def _count_choices(self, params: dict, microbatches: Sequence[Batch]) -> jax.Array | None:
+        """How often the step's tokens choose each expert, [L, E]: balance is a property of the whole step, so a forward pass over all of it
+        comes first. None where one micro-batch is the whole step and counts itself, or where nothing is balanced."""
+        if len(microbatches) == 1 or not self.model_config.router_aux_loss_coef:
+            return None
+        return sum(self._count(params, *_inputs(batch), batch.routes_BTLk) for batch in microbatches)
 
     def _logprobs(
         self, params: dict, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, routes_BTLk: jax.Array | None = None,
@@ -140,25 +149,32 @@ class Learner:
         return logp_BT, recorded_routes(output.routes_LBTK, segments_BT > 0, route_dtype(self.model_config))
 
     def _objective(
-        self, params: dict, batch: Batch, denominators: Denominators, tokens: jax.Array, replayed: jax.Array,
+        self, params: dict, batch: Batch, denominators: Denominators, tokens: jax.Array, replayed: jax.Array, counts_LE: jax.Array | None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         logp_BT, output = self._logprobs(params, *_inputs(batch), batch.routes_BTLk)
         value, metrics = self.loss(logp_BT, batch, self.loss_config, denominators)
         metrics = metrics | {"loss": value}
         if batch.routes_BTLk is not None:
             metrics = metrics | route_agreement(batch.routes_BTLk, output.routes_LBTK, replayed)
-        if self.model_config.router_aux_loss_coef:
-            # Each micro-batch is balanced alone and weighs by its tokens: the one term that is not a plain sum over the step.
-            balance = router_loss(output.router, self.model_config) * output.router.tokens / tokens
-            value = value + self.model_config.router_aux_loss_coef * balance
+        router, config = output.router, self.model_config
+        counts_LE = router.counts_LE if counts_LE is None else counts_LE
+        metrics = metrics | router_figures(router, config, counts_LE, tokens)
+        if config.router_aux_loss_coef:
+            balance = router_loss(router, config, counts_LE, tokens)
+            value = value + config.router_aux_loss_coef * balance
             metrics = metrics | {"router_balance": balance}
+        if config.router_z_loss_coef:
+            z_loss = router_z_loss(router, config, tokens)
+            value = value + config.router_z_loss_coef * z_loss
+            metrics = metrics | {"router_z": z_loss}
         return value, metrics
 
     def _accumulated(
         self, params: dict, gradients: dict, batch: Batch, denominators: Denominators, tokens: jax.Array, replayed: jax.Array,
+        counts_LE: jax.Array | None,
     ) -> tuple[dict, dict[str, jax.Array]]:
         """Adds one micro-batch's gradients to those before it, in place: at no time are there two whole sets of them."""
-        more, figures = jax.grad(self._objective, has_aux=True)(params, batch, denominators, tokens, replayed)
+        more, figures = jax.grad(self._objective, has_aux=True)(params, batch, denominators, tokens, replayed, counts_LE)
         return jax.tree.map(jnp.add, gradients, more), figures
 
     def _updated(self, state: TrainState, gradients: dict) -> tuple[TrainState, jax.Array]:

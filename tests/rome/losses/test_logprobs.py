@@ -33,7 +33,7 @@ def loop(hidden_BTD, kernel_DV, tokens_BT, segments_BT, temperature):
     return result
 
 
-@pytest.mark.parametrize("block", [1, 4, 13, 128])
+@pytest.mark.parametrize("block", [1, 4, 13, 128, None])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_and_entropy_equal_the_float64_loop(inputs, block, temperature):
     logp_BT, entropy_BT = chunked_logprobs(*inputs, temperature, block=block, with_entropy=True)
@@ -52,7 +52,7 @@ def test_gradients_do_not_depend_on_the_block(inputs):
         return jnp.sum(jnp.where(same, taken * weight_BT[:, 1:], 0))
 
     expected = jax.grad(plain, argnums=(0, 1))(hidden_BTD, kernel_DV)
-    for block in (3, 128):
+    for block in (3, 128, None):
         chunked = lambda h, k: jnp.sum(weight_BT * chunked_logprobs(h, k, tokens_BT, segments_BT, block=block))  # noqa: E731, B023
         for got, want in zip(jax.grad(chunked, argnums=(0, 1))(hidden_BTD, kernel_DV), expected):
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)

@@ -4,6 +4,11 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 import tracemalloc
 import types
 
@@ -399,6 +404,48 @@ def test_a_process_reads_only_the_experts_and_rows_that_its_devices_hold(reads, 
     assert read["model.layers.1.mlp.experts.2.up_proj.weight"] == (4, 8) and read["model.layers.1.mlp.experts.2.down_proj.weight"] == (0, 16)
     assert read["model.layers.0.self_attn.q_proj.weight"] == (8, 16) and read["lm_head.weight"] == (24, 48) and read["model.norm.weight"] == (0, 16)
 
+
+@pytest.mark.slow
+def test_two_processes_read_their_halves_and_write_their_shards(tmp_path):
+    params = small.random_params(MESHED)
+    save_hf(params, MESHED, tmp_path / "source", max_shard_bytes=8_000)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(pathlib.Path(__file__).parents[3])}
+    started = [subprocess.Popen([sys.executable, "-c", TWO_PROCESSES, str(port), str(number), str(tmp_path)], env=environment, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, text=True) for number in range(2)]
+    said = [process.communicate(timeout=250)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said[0][-3000:] + said[1][-3000:]
+    figures = [json.loads(text.splitlines()[-1]) for text in said]
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert all(total / 2 <= figure["read"] < 0.6 * total for figure in figures), figures  # norms, and two key heads that four do not divide, are read twice
+    assert all(0 < figure["written"] < total for figure in figures) and sum(figure["written"] for figure in figures) == total
+    for file in (tmp_path / "source").iterdir():
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
+
+
+TWO_PROCESSES = """
+import json, pathlib, sys
+import jax, numpy as np
+port, number, directory = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, number)
+from rome.model import hf_files
+from rome.model.hf import load_hf, read_config, save_hf
+from rome.model.sharding import make_mesh, param_shardings
+hf_files.BLOCK_BYTES = 300
+config = read_config(directory / "source")
+whole, _ = load_hf(directory / "source")
+totals = {}
+watch = lambda name: lambda done, total: totals.update({name: done})
+params, _ = load_hf(directory / "source", shardings=param_shardings(make_mesh({"expert": 2, "fsdp": 2, "tensor": 2}, config), config), progress=watch("read"))
+for array, expected in zip(jax.tree.leaves(params), jax.tree.leaves(whole)):
+    for shard in array.addressable_shards:
+        np.testing.assert_array_equal(np.asarray(shard.data), expected[shard.index])
+save_hf(params, config, directory / "out", max_shard_bytes=8_000, progress=watch("written"))
+print(json.dumps(totals))
+"""
 
 LARGER = dataclasses.replace(SMALL, hidden_size=128, num_layers=2, num_experts=16, moe_intermediate_size=512, vocab_size=4096)  # 18 million parameters
 

@@ -4,7 +4,6 @@ import asyncio
 import dataclasses
 import pathlib
 
-import jax
 import numpy as np
 
 from rome.agent.loop import Limits, run_episode
@@ -26,7 +25,7 @@ PACKING = {"row_length": CONTEXT, "chunks_per_row": 16, "gamma": 0.95, "failure_
 def make_config(**changes) -> ModelConfig:
     """Experts that differ, and many of them near a tie."""
     return dataclasses.replace(ModelConfig(
-        vocab_size=CHAT.tokenizer.vocab_size, hidden_size=64, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=16, num_experts=16,
+        vocab_size=CHAT.tokenizer.vocab_size, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, num_experts=16,
         experts_per_token=4, moe_intermediate_size=32, rope_theta=1e4, max_position=512, router_aux_loss_coef=0.0, remat="none", scan_layers=False,
         eos_token_id=CHAT.tokenizer.im_end, pad_token_id=CHAT.tokenizer.pad,
     ), **changes)
@@ -36,7 +35,7 @@ def serve(params: dict, config: ModelConfig, directory: pathlib.Path) -> ServerP
     save_hf(params, config, directory)
     return start_server(directory, directory / "engine.log", flags=[
         "--skip_tokenizer_init", "--slots=8", f"--max_context={CONTEXT}", "--prefill_rows=4", "--prefill_chunk=16", f"--dtype={config.dtype}",
-    ], deadline_s=120)
+    ], deadline_s=300)
 
 
 @dataclasses.dataclass
@@ -69,7 +68,3 @@ def mismatch(batch, logp_BT: np.ndarray) -> dict[str, float]:
     """Trainer against engine over the sampled tokens: k3 of KL(engine || trainer), and the largest difference of one logprob."""
     difference = (logp_BT - batch.logp_rollout_BT)[batch.action_mask_BT]
     return {"kl": float(np.mean(np.exp(difference) - difference - 1)), "mean": float(np.abs(difference).mean()), "max": float(np.abs(difference).max())}
-
-
-def host(tree):
-    return jax.device_get(tree)
