@@ -28,7 +28,7 @@ async def collect_experts(
     gate = asyncio.Semaphore(concurrency)
 
     async def play(number: int, task: str) -> Trajectory:
-        path = directory / f"expert_{number:06d}.json"
+        path = expert_path(directory, number)
         if path.exists():
             return load_trajectory(path)
         async with gate:
@@ -39,6 +39,10 @@ async def collect_experts(
         return trajectory
 
     return await asyncio.gather(*(play(number, task) for number, task in enumerate(tasks)))
+
+
+def expert_path(directory: pathlib.Path, number: int) -> pathlib.Path:
+    return directory / f"expert_{number:06d}.json"
 
 
 async def expert_trajectory(env: TerminalEnv, chat: Chat, rng: random.Random, error_rate: float) -> Trajectory:

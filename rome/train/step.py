@@ -24,6 +24,7 @@ from rome.model.config import ModelConfig
 from rome.model.moe import RouterStats, router_loss
 from rome.model.qwen3 import Qwen3, head_kernel
 from rome.model.sharding import batch_sharding, param_shardings, row_shards
+from rome.train.feed import feed, put
 from rome.train.state import TrainState
 
 
@@ -44,33 +45,33 @@ class Learner:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        params, rows = param_shardings(self.mesh, self.model_config), batch_sharding(self.mesh)
-        self._rows = row_shards(self.mesh)
-        self._score = jax.jit(lambda *arrays: self._logprobs(*arrays)[0], in_shardings=(params, rows, rows, rows))
-        self._probe = jax.jit(lambda *arrays: self._logprobs(*arrays, temperature=1.0)[0], in_shardings=(params, rows, rows, rows))
+        params, rows, everywhere = param_shardings(self.mesh, self.model_config), batch_sharding(self.mesh), NamedSharding(self.mesh, PartitionSpec())
+        self._rows, self._row_sharding = row_shards(self.mesh), rows
+        self._score = jax.jit(lambda *arrays: self._logprobs(*arrays)[0], in_shardings=(params, rows, rows, rows), out_shardings=everywhere)
+        self._probe = jax.jit(lambda *arrays: self._logprobs(*arrays, temperature=1.0)[0], in_shardings=(params, rows, rows, rows), out_shardings=everywhere)
         self._zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), in_shardings=(params,), out_shardings=params)
         self._accumulate = jax.jit(self._accumulated, in_shardings=(params, params, rows, None, None), out_shardings=(params, None), donate_argnums=1)
         self._apply = jax.jit(self._updated, donate_argnums=0)
 
     def place(self, state: TrainState) -> TrainState:
         """The state on the mesh. Optimizer moments lie as the parameters that they belong to."""
-        params = jax.device_put(state.params, param_shardings(self.mesh, self.model_config))
+        params = jax.tree.map(put, state.params, param_shardings(self.mesh, self.model_config))
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         like = jax.jit(self.optimizer.init)(params)
-        on_mesh = lambda leaf, value: jax.device_put(value, leaf.sharding if isinstance(leaf.sharding, NamedSharding) else everywhere)
-        return TrainState(jax.device_put(state.step, everywhere), params, jax.tree.map(on_mesh, like, state.opt_state))
+        on_mesh = lambda leaf, value: put(value, leaf.sharding if isinstance(leaf.sharding, NamedSharding) else everywhere)
+        return TrainState(put(state.step, everywhere), params, jax.tree.map(on_mesh, like, state.opt_state))
 
     def score(self, params: dict, microbatches: Sequence[Batch]) -> list[np.ndarray]:
         """logp_BT of every micro-batch at `params`, on the host."""
         with jax.set_mesh(self.mesh):
-            return [np.asarray(self._score(params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)) for batch in microbatches]
+            return [np.asarray(self._score(params, *feed((batch.tokens_BT, batch.positions_BT, batch.segments_BT), self._row_sharding))) for batch in microbatches]
 
     def score_one(self, params: dict, ids: Sequence[int]) -> np.ndarray:
         """log p(token | those before it) at temperature 1 of one sequence, [tokens]; 0 for the first. What an engine is compared with."""
         tokens_BT = np.tile(np.asarray(ids, np.int32), (self._rows, 1))
         positions_BT = np.tile(np.arange(len(ids), dtype=np.int32), (self._rows, 1))
         with jax.set_mesh(self.mesh):
-            return np.asarray(self._probe(params, tokens_BT, positions_BT, np.ones_like(tokens_BT)))[0]
+            return np.asarray(self._probe(params, *feed((tokens_BT, positions_BT, np.ones_like(tokens_BT)), self._row_sharding)))[0]
 
     def update(self, state: TrainState, microbatches: Sequence[Batch], denominators: Denominators) -> tuple[TrainState, dict[str, jax.Array]]:
         """One optimizer update over all micro-batches. `state.step` stays: a step may take several updates. The old state is consumed."""
