@@ -80,7 +80,7 @@ class Learner:
         with jax.set_mesh(self.mesh):
             gradients = self._zeros(state.params)
             for batch in microbatches:
-                gradients, figures = self._accumulate(state.params, gradients, batch, denominators, tokens)
+                gradients, figures = self._accumulate(state.params, gradients, feed(batch, self._row_sharding), denominators, tokens)
                 metrics = combine_metrics(metrics, figures)
             state, norm = self._apply(state, gradients)
         return state, metrics | {"gradient_norm": norm}
