@@ -28,7 +28,7 @@ from rome.train.team import Team
 START_SECONDS = 300  # for all processes to come up and find each other
 HEARTBEAT_SECONDS = 30  # a process that is not heard for so long is dead, and the others end
 SHUTDOWN_SECONDS = 120  # at the end process 0 still draws curves; the others wait for it
-METADATA = "http://{host}/computeMetadata/v1/instance/attributes/worker-network-endpoints"
+METADATA = "http://{host}/computeMetadata/v1/instance/attributes/{name}"
 
 
 class DistributedError(RuntimeError):
@@ -65,13 +65,12 @@ def choose(
     if environ.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
         return Plan("alone", "one process")
     hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES") or ""
-    slices = int(environ.get("MEGASCALE_NUM_SLICES") or 1)
     if hosts:
-        workers, said = len(hosts.split(",")), "TPU_WORKER_HOSTNAMES"
+        workers, said = len(hosts.split(",")) * int(environ.get("MEGASCALE_NUM_SLICES") or 1), "its environment"
     else:
-        workers, said = (tpu_workers or _metadata_workers)(), "the VM's metadata"
-    if workers * slices > 1:
-        return Plan("tpu", f"TPU, {slices} slice{'s' * (slices > 1)} of {workers} hosts by {said}")
+        workers, said = (tpu_workers or _metadata_workers)(), "its metadata"
+    if workers > 1:
+        return Plan("tpu", f"a TPU pod of {workers} hosts by {said}")
     return Plan("alone", "one process")
 
 
@@ -146,15 +145,21 @@ def _slurm_devices(environ: Mapping[str, str]) -> tuple[int, ...] | None:
 
 
 def _metadata_workers() -> int:
-    """How many hosts this TPU VM's slice has; 1 where there is no TPU, or no metadata server."""
+    """How many hosts this TPU VM's slices have together; 1 where there is no TPU, or no metadata server."""
     if not glob.glob("/dev/accel*") and not glob.glob("/dev/vfio/[0-9]*") or os.environ.get("TPU_SKIP_MDS_QUERY"):
         return 1
-    url = METADATA.format(host=os.environ.get("GCE_METADATA_IP", "metadata.google.internal"))
+    hosts = len(_metadata("worker-network-endpoints").split(","))
+    slices = re.search(r"MEGASCALE_NUM_SLICES:\s*'?(\d+)", _metadata("tpu-env"))
+    return hosts * int(slices[1] if slices else 1)
+
+
+def _metadata(name: str) -> str:
+    url = METADATA.format(host=os.environ.get("GCE_METADATA_IP", "metadata.google.internal"), name=name)
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers={"Metadata-Flavor": "Google"}), timeout=5) as answer:
-            return len(answer.read().decode().split(","))
+            return answer.read().decode()
     except (urllib.error.URLError, OSError):
-        return 1
+        return ""
 
 
 def _give_up(plan: Plan, seconds: int) -> None:

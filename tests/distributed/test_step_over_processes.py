@@ -28,15 +28,16 @@ def require_equal(count: int, meshes: list[dict], tmp_path, seconds: float) -> N
     assert sorted(names) == sorted(together.files)
 
 
+@pytest.mark.timeout(900)  # it takes seconds, but on a busy machine compilation crawls
 def test_scores_metrics_and_gradients_over_two_processes_equal_those_of_one(tmp_path):
-    require_equal(2, [MIXED], tmp_path, 240)
+    require_equal(2, [MIXED], tmp_path, 840)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("count", [2, 4])
 def test_every_mix_of_axes_over_processes_equals_one(count, tmp_path):
-    require_equal(count, MESHES, tmp_path, 1100)
+    require_equal(count, MESHES, tmp_path, 1700)
 
 
 def test_the_compared_step_moves_every_parameter():
