@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv ready for the requirement files named as arguments, and installs the sandbox's one system package, bubblewrap.
 # Does nothing, in milliseconds, when all is there. PYTHON names the interpreter to use; without it the first fitting one is taken.
+# ACCELERATOR=tpu, cuda or cpu chooses requirements-tpu.txt, requirements-cuda.txt or neither; without it the machine's devices decide.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 exec 9<launch/setup.sh && flock 9  # several `make train` started at once: one installs, the others wait
@@ -48,6 +49,18 @@ if in_reach and chips and allowed and "jax" in names and number(allowed[1]) <= n
 PYTHON
 }
 
+# The chip that this machine's device files show: tpu, cuda or cpu. ROME_DEVICES stands for the root they are looked for under.
+find_accelerator() {
+  local root=${ROME_DEVICES:-} vendor
+  if compgen -G "$root/dev/nvidia[0-9]*" >/dev/null; then echo cuda; return; fi
+  if compgen -G "$root/dev/accel*" >/dev/null || compgen -G "$root/dev/vfio/[0-9]*" >/dev/null; then
+    for vendor in "$root"/sys/bus/pci/devices/*/vendor; do
+      if [ "$(cat "$vendor" 2>/dev/null)" = 0x1ae0 ]; then echo tpu; return; fi  # Google
+    done
+  fi
+  echo cpu
+}
+
 # Three ways, from the usual to the rare: Debian without python3-venv and Colab lack ensurepip, but one of the other two is there.
 make_environment() {
   local python=$1 options=() jax
@@ -78,7 +91,17 @@ if ! .venv/bin/python -c "import pip" 2>/dev/null; then
   make_environment "$python"
 fi
 
-for file in "$@"; do
+accelerator=${ACCELERATOR:-$(find_accelerator)}
+files=("$@")
+case $accelerator in
+  cpu) ;;
+  tpu | cuda)
+    # An image's own jax knows its chips already (see image_jax).
+    grep -qs 'include-system-site-packages = true' .venv/pyvenv.cfg || files+=("requirements-$accelerator.txt") ;;
+  *) fail "ACCELERATOR=$accelerator is none of tpu, cuda and cpu. Name one, or leave it out: the machine's devices decide." ;;
+esac
+
+for file in "${files[@]}"; do
   installed=.venv/$(basename "$file")  # a copy of what was installed: stale as soon as the file differs
   if cmp -s "$file" "$installed"; then continue; fi
   say "installing the packages of $file into .venv (one to three minutes where nothing is cached)"

@@ -10,7 +10,7 @@ import pytest
 
 from rome.model.config import PRESETS
 from rome.model.experts import NO_EXPERT, block_rows, capacity, drop_beyond, experts, experts_megablox
-from rome.model.moe import MoE, RouterStats, route, router_figures, router_loss
+from rome.model.moe import MoE, RouterStats, load_figures, route, router_loss
 
 N, D, E, F, K = 150, 12, 5, 20, 2
 CONFIG = dataclasses.replace(PRESETS["tiny"], hidden_size=D, num_experts=E, moe_intermediate_size=F, experts_per_token=K)
@@ -153,10 +153,10 @@ def stats(counts_LE, prob_sum_LE, tokens):
 
 def test_loads_of_a_layer_are_summed_up_by_maximum_and_gini():
     config = dataclasses.replace(CONFIG, num_layers=2)
-    even = router_figures(stats(np.full((2, E), 4.0), np.zeros((2, E)), 10), config, jnp.full((2, E), 4.0), jnp.float32(10))
+    even = load_figures(jnp.full((2, E), 4.0), config)
     np.testing.assert_allclose([even["router_load_max"], even["router_gini"]], [1.0, 0.0], atol=1e-6)
     counts = np.array([[1.0, 2, 3, 4, 10], [20.0, 0, 0, 0, 0]])
-    skewed = router_figures(stats(counts, np.zeros((2, E)), 10), config, jnp.asarray(counts), jnp.float32(10))
+    skewed = load_figures(jnp.asarray(counts), config)
     pairs = [np.abs(row[:, None] - row[None]).sum() / (2 * E * row.sum()) for row in counts]  # Gini's own definition
     np.testing.assert_allclose(skewed["router_gini"], np.mean(pairs), rtol=1e-6)
     np.testing.assert_allclose(skewed["router_load_max"], (2.5 + 5) / 2, rtol=1e-6)
