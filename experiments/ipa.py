@@ -29,6 +29,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.clip_low = 0.2                 # grpo only
     config.clip_high = 0.2
     config.old = "trainer"                # pi_old scored by the trainer, or "rollout": the engine's own logprobs
+    config.routing_replay = "off"         # "rollout": train through the experts that the engine chose; "recompute": that pi_old chose
     config.steps = 150
     config.groups = 16                    # tasks a step, more of them from families whose outcome is open
     config.group_size = 8                 # episodes a task
@@ -81,4 +82,5 @@ def _pod(config: ml_collections.ConfigDict) -> None:
     config.concurrency = 512
     config.episode_seconds = 1800.0
     config.sandbox.isolation = "required"
+    config.routing_replay = "rollout"     # in bfloat16 two programs choose different experts; SGLang: --enable-return-routed-experts
     config.mesh.update({"fsdp": 8, "expert": 8})

@@ -26,13 +26,13 @@ COMMON_KEYS = {
 SFT_KEYS = COMMON_KEYS | {"rows": int, "expert_episodes": int, "expert_error_rate": float}
 RL_KEYS = COMMON_KEYS | {
     "gamma": float, "mismatch_threshold": float, "mismatch_mask": str, "lambda_rl": float, "lambda_il": float, "norm": str, "failure_reward": float,
-    "clip_low": float, "clip_high": float, "old": str, "groups": int, "group_size": int, "filter_groups": bool,
+    "clip_low": float, "clip_high": float, "old": str, "routing_replay": str, "groups": int, "group_size": int, "filter_groups": bool,
 }
 # What the experiment that a run starts from takes over from it: the model, the machine, the seed.
 INHERITED = ("seed", "model", "tokenizer", "engines", "engine_slots", "sandbox", "mesh")
 CHOICES = {
     "loss": ("sft", "ipa", "token_level", "grpo"), "mismatch_mask": ("chunk", "token"), "norm": ("tokens", "chunks", "trajectories"),
-    "old": ("trainer", "rollout"), "isolation": ("required", "best_available"), "model": tuple(PRESETS),
+    "old": ("trainer", "rollout"), "routing_replay": ("off", "rollout", "recompute"), "isolation": ("required", "best_available"), "model": tuple(PRESETS),
 }
 MAY_BE_ZERO = {"seed", "warmup_updates", "weight_decay", "eval_every", "expert_error_rate", "lambda_rl", "lambda_il", "failure_reward", "temperature", "eval_temperature"}
 
@@ -73,6 +73,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(f"loss=grpo compares the episodes of a group, and group_size={config.group_size}. Set it to 2 or more.")
     if config.loss != "sft" and config.temperature == 0:
         raise ConfigError("temperature=0 gives a group of equal episodes and no gradient. Set it above 0.")
+    if config.loss != "sft" and config.routing_replay == "recompute" and config.old == "rollout":
+        raise ConfigError("routing_replay=recompute records routes while logp_old is scored, and old=rollout scores nothing. Set old=trainer, or routing_replay=rollout.")
     if config.loss == "sft" and config.rows % config.rows_per_microbatch:
         raise ConfigError(f"rows={config.rows} is not a multiple of rows_per_microbatch={config.rows_per_microbatch}. Change one of them.")
 

@@ -17,11 +17,13 @@ import pathlib
 import random
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.sharding import Mesh
 
 from envs.rock import SandboxConfig
 from envs.rock.sync import run as run_async
@@ -36,21 +38,21 @@ from rome.data.trajectory import Trajectory, load_trajectory
 from rome.engine.client import Engine
 from rome.engine.pool import EnginePool
 from rome.engine.process import start_server
-from rome.engine.publish import publish_weights
+from rome.engine.publish import publish_weights, write_checkpoint
 from rome.losses import LOSSES, LossConfig, count_denominators
 from rome.model.config import PRESETS, ModelConfig
-from rome.model.hf import load_hf, save_hf
-from rome.model.sharding import make_mesh
+from rome.model.hf import load_hf, read_config, save_hf
+from rome.model.sharding import make_mesh, param_shardings
 from rome.model.tokenizer import Chat, Tokenizer
 from rome.rollout.curriculum import Curriculum
-from rome.rollout.experts import collect_experts, expert_path
-from rome.rollout.outcomes import mixed_groups, rollout_figures
+from rome.rollout.experts import collect_experts
+from rome.rollout.outcomes import mixed_groups, rollout_figures, unsolved_tasks
 from rome.rollout.scheduler import Accounting, Episode, Scheduler
 from rome.train.checkpoint import Checkpoints
 from rome.train.display import Display
-from rome.train.feed import fetch
 from rome.train.loop import Stage, StepData, run_stage
 from rome.train.metrics import MetricsWriter
+from rome.train.parameters import StoredParameters, saved_steps
 from rome.train.report import EvalResult, outcomes_path, read_outcomes, write_outcomes, write_report
 from rome.train.state import TrainState, init_state, make_optimizer, start_state
 from rome.train.step import Learner
@@ -92,13 +94,10 @@ class Run:
         """The servers of the config, or an embedded one of our own that starts with these weights."""
         urls = [url.strip() for url in self.config.engines.split(",") if url.strip()]
         if not urls:
-            params = fetch(state.params, keep=self.team.leads)
+            start = self.workdir / "weights" / "start"
+            save_hf(state.params, self.model_config, start)  # every process writes its part
             if not self.team.leads:
                 return
-            start = self.workdir / "weights" / "start"
-            shutil.rmtree(start, ignore_errors=True)
-            start.mkdir(parents=True)
-            save_hf(params, self.model_config, start)
             self.display.note("starting the embedded engine")
             self.server = start_server(start, self.workdir / "engine.log", flags=[
                 "--skip_tokenizer_init", f"--slots={self.config.engine_slots}", f"--max_context={self.config.max_context}",
@@ -106,7 +105,7 @@ class Run:
             ])
             urls = [self.server.url]
         if self.team.leads:
-            self.pool = EnginePool([Engine(url) for url in urls])
+            self.pool = EnginePool([Engine(url, model=self.model_config) for url in urls])
 
     def publish(self, state: TrainState) -> None:
         """Brings the weights of `state` to every engine and proves that they are there. Nothing to do if they are."""
@@ -115,13 +114,11 @@ class Run:
             return
         ids = self.chat.open(PROBE)
         expected = self.learner.score_one(state.params, ids)
-        params = fetch(state.params, keep=self.team.leads)
+        path = write_checkpoint(state.params, self.model_config, self.workdir / "weights", version)
 
         def publish() -> None:
-            run_async(publish_weights(
-                params, self.model_config, self.workdir / "weights", version, self.pool, probe_ids=ids,
-                expected_logprobs=expected, tolerance=PROBE_TOLERANCE[self.model_config.dtype],
-            ), PUBLISH_SECONDS)
+            tolerance = PROBE_TOLERANCE[self.model_config.dtype]
+            run_async(publish_weights(path, version, self.pool, probe_ids=ids, expected_logprobs=expected, tolerance=tolerance), PUBLISH_SECONDS)
 
         self.team.share(f"weights {version}", publish)
         self.published = version
@@ -159,17 +156,15 @@ class Run:
         config = self.config
         trajectories: list[Trajectory] = []  # the leader's own; the others read theirs
         shared = self.team.share(f"episodes of step {step}", lambda: self._play_step(step, trajectories))
-        kept = trajectories or [_load_when_visible(self.workdir / "trajectories" / name) for name in shared["kept"]]
+        trajectories = trajectories or [_load_when_visible(self.workdir / "trajectories" / name) for name in shared["names"]]
+        kept, shown = trajectories[:shared["kept"]], trajectories[shared["kept"]:]
+        shown = [dataclasses.replace(trajectory, group=config.groups + number) for number, trajectory in enumerate(shown)]  # outside all statistics
         batch = pack(
-            kept, row_length=config.row_length, chunks_per_row=config.chunks_per_row, gamma=config.gamma, failure_reward=config.failure_reward,
+            kept + shown, row_length=config.row_length, chunks_per_row=config.chunks_per_row, gamma=config.gamma, failure_reward=config.failure_reward,
+            routes_for=self.model_config if config.routing_replay == "rollout" else None,
         )
         self._require_same_rows(step, batch)
-        batches = microbatches(batch, config.rows_per_microbatch)
-        if config.old == "trainer":
-            scored = self.learner.score(state.params, batches)
-            batches = [batch._replace(logp_old_BT=np.where(batch.action_mask_BT, logp_BT, 0.0)) for batch, logp_BT in zip(batches, scored)]
-        else:
-            batches = [batch._replace(logp_old_BT=batch.logp_rollout_BT) for batch in batches]
+        batches = self._with_old(microbatches(batch, config.rows_per_microbatch), state)
         if self.team.leads:
             self.accounting.in_flight -= shared["played"]
             self.accounting.trained += len(kept)
@@ -177,8 +172,8 @@ class Run:
             self.accounting.check()
         return StepData(batches, count_denominators(batches), shared["figures"])
 
-    def _play_step(self, step: int, kept: list[Trajectory]) -> dict[str, Any]:
-        """The leader's part of a step: plays its episodes and puts into `kept` those that are trained on. Returns what the others need."""
+    def _play_step(self, step: int, trajectories: list[Trajectory]) -> dict[str, Any]:
+        """The leader's part of a step: plays its episodes and puts what is trained on into `trajectories`. Returns what the others need."""
         config, began = self.config, time.monotonic()
         rng = random.Random(f"tasks/{config.seed}/{step}")
         tasks = [f"{family}/{train_seed(rng.randrange(1_000_000))}" for family in self.curriculum.draw(config.groups, rng)]
@@ -188,25 +183,48 @@ class Run:
         ]
         name = lambda episode: f"{config.experiment}_{step:06d}_g{episode.group:03d}_e{episode.episode:02d}.json"  # of an episode or its trajectory
         record = lambda episode: self.workdir / "trajectories" / name(episode)
-        trajectories = self.play(episodes, config.temperature, accounting=self.accounting, record=record)
+        played = self.play(episodes, config.temperature, accounting=self.accounting, record=record, routes=config.routing_replay == "rollout")
         seconds = time.monotonic() - began
-        self.curriculum.observe(trajectories)
-        kept.extend(mixed_groups(trajectories) if config.filter_groups else trajectories)
-        return {"played": len(trajectories), "kept": [name(one) for one in kept], "figures": rollout_figures(trajectories, step, seconds)}
+        self.curriculum.observe(played)
+        kept = mixed_groups(played) if config.filter_groups else played
+        shown_name = lambda number: f"{config.experiment}_{step:06d}_expert_{number:03d}.json"
+        shown = self.show_experts(unsolved_tasks(played), shown_name) if config.lambda_il else []
+        trajectories.extend([*kept, *shown])
+        return {
+            "played": len(played), "kept": len(kept), "names": [*map(name, kept), *map(shown_name, range(len(shown)))],
+            "figures": rollout_figures(played, step, seconds) | {"demonstrations": len(shown)},
+        }
+
+    def show_experts(self, tasks: list[str], name: Callable[[int], str]) -> list[Trajectory]:
+        """Eq. 10's imitation: what an expert does in the tasks that no episode of the step solved."""
+        return run_async(collect_experts(
+            tasks, self.make_env, self.chat, error_rate=0.0, concurrency=EXPERT_CONCURRENCY, record=lambda number: self.workdir / "trajectories" / name(number),
+        ), 60.0 + len(tasks) * self.config.episode_seconds / EXPERT_CONCURRENCY)
 
     def _require_same_rows(self, step: int, batch: Batch) -> None:
         """Each process packs for itself and feeds only its own rows: that they are parts of one batch is checked, not assumed."""
         if self.team.count > 1:
             digest = hashlib.sha256()
-            for field in batch:
-                digest.update(np.ascontiguousarray(field).tobytes())
+            batch.map(lambda field: digest.update(np.ascontiguousarray(field).tobytes()))
             self.team.require_same(f"rows of step {step}", digest.hexdigest())
+
+    def _with_old(self, batches: list[Batch], state: TrainState) -> list[Batch]:
+        """logp_old of every micro-batch and, where the trainer is to replay its own routes, the routes of the pass that scored them."""
+        if self.config.old == "rollout":
+            return [batch._replace(logp_old_BT=batch.logp_rollout_BT) for batch in batches]
+        if self.config.routing_replay == "recompute":
+            scored = self.learner.score_and_record(state.params, batches)
+        else:
+            scored = [(logp_BT, batch.routes_BTLk) for batch, logp_BT in zip(batches, self.learner.score(state.params, batches))]
+        return [
+            batch._replace(logp_old_BT=np.where(batch.action_mask_BT, logp_BT, 0.0), routes_BTLk=routes_BTLk)
+            for batch, (logp_BT, routes_BTLk) in zip(batches, scored)
+        ]
 
     def evaluate(self, step: int, state: TrainState) -> EvalResult:
         """Held-out tasks, the same ones at every evaluation and with the same sampling seeds. Kept: a resumed run reads it again."""
         stage = self.config.experiment
-        path = outcomes_path(self.workdir, stage, step)
-        if not self.team.share(f"evaluated at {step}", path.exists):
+        if not self.team.share(f"evaluated at {step}", outcomes_path(self.workdir, stage, step).exists):
             self.publish(state)
             self.team.share(f"evaluation at {step}", lambda: self._play_evaluation(step))
         result = EvalResult.from_tasks(stage, step, self.team.share(f"outcomes at {step}", lambda: read_outcomes(self.workdir, stage, step)))
@@ -257,17 +275,15 @@ class Run:
 
     def export(self, state: TrainState) -> None:
         """WORKDIR/final: the trained weights for launch.serve and for the experiment that starts here. There, or not at all."""
-        params = fetch(state.params, keep=self.team.leads)
-        self.team.share("final", lambda: self._write_final(params))
-
-    def _write_final(self, params: Any) -> None:
         partial, final = self.workdir / "final.tmp", self.workdir / "final"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        save_hf(params, self.model_config, partial)
-        self.chat.tokenizer.save(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        save_hf(state.params, self.model_config, partial)  # every process writes its part
+
+        def finish() -> None:
+            self.chat.tokenizer.save(partial)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+
+        self.team.share("final", finish)
 
     def close(self) -> None:
         if self.pool is not None:
@@ -280,17 +296,17 @@ class Run:
         config = self.config
         rng = random.Random(f"experts/{config.seed}")
         tasks = [f"{FAMILIES[number % len(FAMILIES)]}/{train_seed(rng.randrange(1_000_000))}" for number in range(config.expert_episodes)]
-        directory = self.workdir / "trajectories"
+        record = lambda number: self.workdir / "trajectories" / f"expert_{number:06d}.json"
+        trajectories: list[Trajectory] = []
 
         def play() -> None:
             self.display.note(f"experts play {len(tasks)} tasks of {len(FAMILIES)} families in the sandbox")
             trajectories.extend(run_async(collect_experts(
-                tasks, self.make_env, self.chat, error_rate=config.expert_error_rate, concurrency=EXPERT_CONCURRENCY, directory=directory,
+                tasks, self.make_env, self.chat, error_rate=config.expert_error_rate, concurrency=EXPERT_CONCURRENCY, record=record,
             ), 60.0 + len(tasks) * config.episode_seconds / EXPERT_CONCURRENCY))
 
-        trajectories: list[Trajectory] = []
         self.team.share("experts", play)
-        trajectories = trajectories or [_load_when_visible(expert_path(directory, number)) for number in range(len(tasks))]
+        trajectories = trajectories or [_load_when_visible(record(number)) for number in range(len(tasks))]
         return iter(sft_batches(trajectories, rows=config.rows, row_length=config.row_length, chunks_per_row=config.chunks_per_row, seed=config.seed))
 
 
@@ -304,6 +320,16 @@ def start_run(
     if tokenizer.vocab_size > model_config.vocab_size:
         raise ValueError(f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} tokens, model {config.model} a vocabulary of {model_config.vocab_size}. Choose ones that fit.")
     model_config = dataclasses.replace(model_config, eos_token_id=tokenizer.im_end, pad_token_id=tokenizer.pad)
+    learner = make_learner(config, model_config)
+    check_mesh_spans(learner.mesh)
+    # The tiny model learns the form of a tool call from the experts; a real one is told the tools as in its own chat template.
+    chat = Chat(tokenizer, tools=None if config.model == "tiny" else [BASH_TOOL])
+    (workdir / "trajectories").mkdir(parents=True, exist_ok=True)
+    return Run(config, workdir, model_config, chat, learner, team, isolation, display, earlier_evals)
+
+
+def make_learner(config: ml_collections.ConfigDict, model_config: ModelConfig, devices: Sequence[Any] | None = None) -> Learner:
+    """The learner of a config, on all devices of this machine or on the given ones."""
     optimizer = make_optimizer(
         learning_rate=config.learning_rate, warmup_updates=config.warmup_updates, decay_updates=config.decay and config.steps * config.updates_per_step,
         weight_decay=config.weight_decay, clip=config.clip,
@@ -314,13 +340,8 @@ def start_run(
     )
     # SFT maximises the likelihood itself; a policy's logprobs are those of its sampling temperature.
     temperature = 1.0 if config.loss == "sft" else config.temperature
-    mesh = make_mesh(config.mesh.to_dict(), model_config)
-    check_mesh_spans(mesh)
-    learner = Learner(model_config, LOSSES[config.loss], loss_config, optimizer, mesh, temperature)
-    # The tiny model learns the form of a tool call from the experts; a real one is told the tools as in its own chat template.
-    chat = Chat(tokenizer, tools=None if config.model == "tiny" else [BASH_TOOL])
-    (workdir / "trajectories").mkdir(parents=True, exist_ok=True)
-    return Run(config, workdir, model_config, chat, learner, team, isolation, display, earlier_evals)
+    mesh = make_mesh(config.mesh.to_dict(), model_config, devices)
+    return Learner(model_config, LOSSES[config.loss], loss_config, optimizer, mesh, temperature)
 
 
 def train(run: Run, init_directory: pathlib.Path | None) -> TrainState:
@@ -330,11 +351,7 @@ def train(run: Run, init_directory: pathlib.Path | None) -> TrainState:
     if init_directory is None:
         state = init_state(run.model_config, learner.optimizer, config.seed)
     else:
-        params, loaded = load_hf(init_directory)
-        ours = {name: getattr(run.model_config, name) for name in ("dtype", "remat", "scan_layers")}  # not the checkpoint's affair
-        if dataclasses.replace(loaded, **ours) != run.model_config:
-            raise ValueError(f"{init_directory} holds another model than --config.model={config.model}: {loaded}")
-        state = start_state(params, learner.optimizer)
+        state = start_state(load_start(init_directory, run.model_config, learner.mesh), learner.optimizer)
     state = learner.place(state)
     step = run.team.share("checkpoint", checkpoints.latest)
     if step is not None:
@@ -361,6 +378,17 @@ def train(run: Run, init_directory: pathlib.Path | None) -> TrainState:
         checkpoints.close()
         run.close()
     return state
+
+
+def load_start(directory: pathlib.Path, model_config: ModelConfig, mesh: Mesh) -> dict:
+    """float32 parameters of a Hugging Face directory, or of what launch.convert made of one, straight to their places on the mesh."""
+    ours = {name: getattr(model_config, name) for name in ("dtype", "remat", "scan_layers")}  # not the checkpoint's affair
+    loaded, shardings = read_config(directory, **ours), param_shardings(mesh, model_config)
+    if loaded != model_config:
+        raise ValueError(f"{directory} holds another model than --config.model asks for: {loaded}, not {model_config}")
+    if (directory / "checkpoints").is_dir():
+        return StoredParameters(directory / "checkpoints", saved_steps(directory / "checkpoints")[-1], model_config).restore(shardings, jnp.float32)
+    return load_hf(directory, shardings=shardings, **ours)[0]
 
 
 def _shifted(task: str, offset: int) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from envs.gem.core import Env
 from envs.rock import SandboxError
+from rome.data.routes import extend_routes
 from rome.data.trajectory import Chunk, Trajectory
 from rome.engine.client import Completion, EngineError, Sampling
 from rome.model.tokenizer import Chat
@@ -57,12 +58,14 @@ def derive_seed(*parts: Any) -> int:
 
 async def run_episode(
     engine: Generator, env: Env, chat: Chat, limits: Limits, *, seed: int, temperature: float = 1.0, group: int = 0, episode: int = 0,
+    routes: bool = False,
 ) -> Trajectory:
     """Plays one episode to its typed ending; returns what happened, never raises for what a policy, tool or server did.
 
     Args:
       env: a GEM environment with async twins (`areset`, `astep`, `aclose`); closed here.
       seed: of the episode; the seed of turn k derives from (seed, k).
+      routes: the engine is asked for the experts of each token, and the chunks keep them.
     """
     started, engine = time.monotonic(), _Timed(engine)
     chunks: list[Chunk] = []
@@ -70,7 +73,7 @@ async def run_episode(
     try:
         async with asyncio.timeout(limits.episode_seconds):
             instruction, _ = await env.areset()
-            reward, ending, note = await _play(engine, env, chat, limits, instruction, chunks, seed, temperature)
+            reward, ending, note = await _play(engine, env, chat, limits, instruction, chunks, seed, temperature, routes)
     except TimeoutError:
         # Slow commands are the policy's doing; a slow engine is not, and must not become a reward of 0.
         ending = "infra_engine" if engine.seconds > limits.episode_seconds / 2 else "timeout"
@@ -89,10 +92,12 @@ async def run_episode(
 
 async def _play(
     engine: Generator, env: Env, chat: Chat, limits: Limits, instruction: str, chunks: list[Chunk], seed: int, temperature: float,
+    routes: bool,
 ) -> tuple[float, str, str]:
     """Turn after turn until the environment or a limit ends the episode. Appends to `chunks`; returns (reward, ending, note)."""
     tokenizer = chat.tokenizer
     context: list[int] = []
+    ran = 0  # tokens that the engine has run: all but the last one it drew
     prompt_ids = chat.open(instruction)
     while True:
         context += prompt_ids
@@ -102,14 +107,18 @@ async def _play(
         sampling = Sampling(
             max_new_tokens=min(room, limits.max_new_tokens), temperature=temperature,
             stop_token_ids=(tokenizer.im_end,), seed=derive_seed(seed, len(chunks)),
+            routes_from=ran if routes else None,
         )
         completion = await engine.generate(context, sampling, limits.episode_seconds, affinity=str(seed))
         context += completion.output_ids
+        ran = len(context) - 1
         spoken = completion.output_ids[:-1] if completion.output_ids[-1:] == [tokenizer.im_end] else completion.output_ids
         chunk = Chunk(
             prompt_ids=prompt_ids, action_ids=completion.output_ids, logprobs=completion.logprobs, versions=completion.versions,
-            text=tokenizer.decode(spoken), cached_tokens=completion.cached_tokens, routes=completion.routes,
+            text=tokenizer.decode(spoken), cached_tokens=completion.cached_tokens,
         )
+        if completion.routes is not None:
+            chunk.routes = extend_routes(chunks[-1].routes if chunks else None, completion.routes, len(prompt_ids) + len(completion.output_ids))
         chunks.append(chunk)
         if completion.finish_reason == "length":
             chunk.status = "malformed"

@@ -1,11 +1,12 @@
 """Batch: the arrays that a training step reads.
 
-B rows, T tokens a row, C chunks a row. A row packs several whole trajectories: segments 1, 2, ..., positions from 0 in each. Index t
+B rows, T tokens a row, C chunks a row, L layers, k experts a token. A row packs several whole trajectories: segments 1, 2, ..., positions from 0 in each. Index t
 is about tokens_BT[:, t], which the model predicts at t - 1.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +34,11 @@ class Batch(NamedTuple):
     trajectory_BC: np.ndarray  # int32; the chunk's segment; 0 is padding
     kind_BC: np.ndarray  # int8; RL, IMITATION or CONTEXT
     valid_BC: np.ndarray  # bool
+    routes_BTLk: np.ndarray | None = None  # uint8 or uint16, as in rome.data.routes; None: every token chooses its experts itself
+
+    def map(self, function: Callable[..., np.ndarray], *others: Batch) -> Batch:
+        """function(field, the others' fields...) of every field that is there."""
+        return Batch(*(None if field is None else function(field, *rest) for field, *rest in zip(self, *others)))
 
     @property
     def num_rows(self) -> int:

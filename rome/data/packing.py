@@ -1,6 +1,6 @@
 """From trajectories to rows of fixed shape, and from rows to micro-batches. NumPy arrays; grain does the bin packing.
 
-B rows, T tokens a row, C chunks a row. A row packs several whole trajectories.
+B rows, T tokens a row, C chunks a row, L layers, k experts a token. A row packs several whole trajectories.
 
 A chunk without a sampled token is no decision: its prompt is context of the next chunk, and it is not counted among the chunks.
 """
@@ -16,8 +16,10 @@ import grain.experimental
 import numpy as np
 
 from rome.data.batch import CONTEXT, IMITATION, Batch
+from rome.data.routes import join_routes
 from rome.data.trajectory import KINDS, Chunk, Trajectory
 from rome.losses.ipa import chunk_returns
+from rome.model.config import ModelConfig
 
 Purpose = Literal["rl", "sft"]
 
@@ -30,6 +32,7 @@ _CHUNK_FEATURES = {"return": np.float32, "reward": np.float32, "sign": np.float3
 
 def pack(
     trajectories: Sequence[Trajectory], *, row_length: int, chunks_per_row: int, gamma: float, failure_reward: float, purpose: Purpose = "rl",
+    routes_for: ModelConfig | None = None,
 ) -> Batch:
     """All trainable trajectories, each once and whole, in as few rows as best-fit finds; the longest first.
 
@@ -40,6 +43,7 @@ def pack(
       gamma: discount per chunk (Eq. 7).
       failure_reward: stands for every reward <= 0; 0.0 learns from successes only.
       purpose: "sft" learns from chunks of status "ok" that are not context; "rl" from every action the policy took.
+      routes_for: the model that is to replay the chunks' routes; they are checked against it. None: the batch has no routes.
     Returns:
       As many rows as were needed, none if nothing is trainable. The same list gives the same rows.
     """
@@ -48,7 +52,7 @@ def pack(
     examples = [
         to_example(
             trajectory, row_length=row_length, chunks_per_row=chunks_per_row, gamma=gamma, failure_reward=failure_reward,
-            advantage=advantage, purpose=purpose,
+            advantage=advantage, purpose=purpose, routes_for=routes_for,
         )
         for trajectory, advantage in zip(trajectories, advantages)
     ]
@@ -57,7 +61,7 @@ def pack(
     examples.sort(key=lambda example: -len(example["tokens"]))  # stable, so ties keep their order
     without_prefetch = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     stream = grain.MapDataset.source(examples).to_iter_dataset(without_prefetch)
-    return to_batch(list(pack_stream(stream, row_length, chunks_per_row, bins=len(examples))))
+    return to_batch(list(pack_stream(stream, row_length, chunks_per_row, bins=len(examples), routes=routes_for is not None)))
 
 
 def microbatches(batch: Batch, rows_per_microbatch: int) -> list[Batch]:
@@ -66,9 +70,11 @@ def microbatches(batch: Batch, rows_per_microbatch: int) -> list[Batch]:
         raise ValueError(f"rows_per_microbatch is {rows_per_microbatch}; set it to 1 or more")
     missing = -batch.num_rows % rows_per_microbatch
     empty = _empty_rows(missing, batch.tokens_BT.shape[1], batch.valid_BC.shape[1])
-    full = Batch(*(np.concatenate(pair) for pair in zip(batch, empty)))
+    if batch.routes_BTLk is not None:
+        empty = empty._replace(routes_BTLk=np.zeros_like(batch.routes_BTLk, shape=(missing, *batch.routes_BTLk.shape[1:])))
+    full = batch.map(lambda *pair: np.concatenate(pair), empty)
     starts = range(0, full.num_rows, rows_per_microbatch)
-    return [Batch(*(field[start : start + rows_per_microbatch] for field in full)) for start in starts]
+    return [full.map(lambda field: field[start : start + rows_per_microbatch]) for start in starts]
 
 
 def group_advantages(trajectories: Sequence[Trajectory], failure_reward: float) -> list[float]:
@@ -91,6 +97,7 @@ def loss_reward(trajectory: Trajectory, failure_reward: float) -> float:
 
 def to_example(
     trajectory: Trajectory, *, row_length: int, chunks_per_row: int, gamma: float, failure_reward: float, advantage: float, purpose: Purpose,
+    routes_for: ModelConfig | None = None,
 ) -> dict[str, np.ndarray]:
     """One trajectory as features of two lengths, its tokens and its chunks. Raises ValueError if a row cannot hold it."""
     turns = _turns(trajectory)
@@ -106,14 +113,15 @@ def to_example(
     }
     pieces = [_token_features(trajectory, prompt_ids, chunk) for prompt_ids, chunk in turns]
     per_token = {name: np.concatenate([piece[name] for piece in pieces]) for name in _TOKEN_FEATURES}
-    return {name: np.asarray(per_token[name], dtype) for name, dtype in _TOKEN_FEATURES.items()} | {
+    example = {name: np.asarray(per_token[name], dtype) for name, dtype in _TOKEN_FEATURES.items()} | {
         name: np.asarray(per_chunk[name], dtype) for name, dtype in _CHUNK_FEATURES.items()
     }
+    return example if routes_for is None else example | {"routes": _routes(trajectory, routes_for)[:len(example["tokens"])]}
 
 
-def pack_stream(examples: grain.IterDataset, row_length: int, chunks_per_row: int, bins: int) -> grain.IterDataset:
+def pack_stream(examples: grain.IterDataset, row_length: int, chunks_per_row: int, bins: int, routes: bool = False) -> grain.IterDataset:
     """Best-fit over `bins` open rows at a time; for `to_batch`. Its iterator's get_state/set_state resume at an exact row."""
-    lengths = dict.fromkeys(_TOKEN_FEATURES, row_length) | dict.fromkeys(_CHUNK_FEATURES, chunks_per_row)
+    lengths = dict.fromkeys(_TOKEN_FEATURES, row_length) | dict.fromkeys(_CHUNK_FEATURES, chunks_per_row) | ({"routes": row_length} if routes else {})
     # grain adds segments and positions to every feature that is not called meta: one of each length is enough.
     meta = [name for name in lengths if name not in ("tokens", "kind")]
     return grain.experimental.BestFitPackIterDataset(
@@ -132,6 +140,7 @@ def to_batch(rows: Sequence[dict[str, np.ndarray]]) -> Batch:
         logp_rollout_BT=row["logp_rollout"], logp_old_BT=np.zeros_like(row["logp_rollout"]),
         return_BC=row["return"], reward_BC=row["reward"], sign_BC=row["sign"], advantage_BC=row["advantage"],
         trajectory_BC=row["kind_segment_ids"], kind_BC=row["kind"], valid_BC=row["kind_segment_ids"] > 0,
+        routes_BTLk=row.get("routes"),
     )
 
 
@@ -140,8 +149,7 @@ def _empty_rows(rows: int, row_length: int, chunks_per_row: int) -> Batch:
     lengths |= {"tokens_positions": row_length, "tokens_segment_ids": row_length, "kind_segment_ids": chunks_per_row}
     dtypes = _TOKEN_FEATURES | _CHUNK_FEATURES
     row = {name: np.zeros(length, dtypes.get(name, np.int32)) for name, length in lengths.items()}
-    one = to_batch([row])
-    return Batch(*(np.repeat(field, rows, axis=0) for field in one))
+    return to_batch([row]).map(lambda field: np.repeat(field, rows, axis=0))
 
 
 def _turns(trajectory: Trajectory) -> list[tuple[list[int], Chunk]]:
@@ -174,6 +182,19 @@ def _token_features(trajectory: Trajectory, prompt_ids: list[int], chunk: Chunk)
         "version": np.concatenate([np.zeros(read, np.int32), _versions(trajectory, chunk)]),
         "logp_rollout": np.concatenate([np.zeros(read, np.float32), np.asarray(chunk.logprobs, np.float32)]),
     }
+
+
+def _routes(trajectory: Trajectory, config: ModelConfig) -> np.ndarray:
+    """[tokens, L, k]; 0 for the chunks that no engine sampled."""
+    if any(chunk.versions and chunk.routes is None for chunk in trajectory.chunks):
+        raise ValueError(
+            f"{_name(trajectory)} was sampled without routes, so there is nothing to replay; play it again with an engine that returns them "
+            "(SGLang: --enable-return-routed-experts), or set routing_replay to off or recompute"
+        )
+    try:
+        return join_routes([(chunk.routes, len(chunk.prompt_ids) + len(chunk.action_ids)) for chunk in trajectory.chunks], config)
+    except ValueError as error:
+        raise ValueError(f"{_name(trajectory)}: {error}; it was sampled by another model, or its file is damaged") from error
 
 
 def _versions(trajectory: Trajectory, chunk: Chunk) -> np.ndarray:

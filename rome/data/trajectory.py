@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from rome.data.routes import routes_from_json, routes_to_json
+
 ATIF_VERSION = "ATIF-v1.7"
 ENDINGS = (
     "success", "failure", "truncated_turns", "truncated_tokens", "timeout", "malformed",
@@ -32,7 +34,7 @@ class Chunk:
     """One interaction: what the environment appended, then one assistant turn up to its stop token.
 
     `versions` are the weight versions that sampled the turn, as (version, start, end) over action_ids.
-    `routes` are expert ids [tokens, layers, k] of prompt and action tokens, where the engine returned them.
+    `routes` [tokens, layers, k] are those of prompt and action tokens (`rome.data.routes`), where the engine was asked for them.
     """
 
     prompt_ids: list[int]
@@ -52,6 +54,9 @@ class Chunk:
             raise ValueError(f"chunk has {len(self.action_ids)} action tokens but {len(self.logprobs)} logprobs; keep one logprob for each sampled token")
         if self.status not in STATUSES or self.kind not in KINDS:
             raise ValueError(f"chunk status {self.status!r} / kind {self.kind!r} unknown; known: {STATUSES} / {KINDS}")
+        tokens = len(self.prompt_ids) + len(self.action_ids)
+        if self.routes is not None and (self.routes.ndim != 3 or len(self.routes) != tokens or self.routes.dtype not in (np.uint8, np.uint16)):
+            raise ValueError(f"chunk has {tokens} tokens but routes {self.routes.dtype} {self.routes.shape}; they are uint8 or uint16 [tokens, layers, k]")
 
 
 @dataclasses.dataclass
@@ -116,7 +121,7 @@ def to_atif(trajectory: Trajectory) -> dict[str, Any]:
         }
         step["extra"] = {"status": chunk.status, "kind": chunk.kind, "versions": [list(span) for span in chunk.versions], "tool_call": chunk.tool_call}
         if chunk.routes is not None:
-            step["extra"]["routes"] = chunk.routes.tolist()
+            step["extra"]["routes"] = routes_to_json(chunk.routes)
         steps.append(step)
     extra = {name: getattr(trajectory, name) for name in ("task", "family", "reward", "ending", "group", "episode", "seed", "seconds", "note")}
     return {
@@ -141,7 +146,7 @@ def from_atif(document: dict[str, Any]) -> Trajectory:
                 prompt_ids=metrics["prompt_token_ids"], action_ids=metrics["completion_token_ids"], logprobs=metrics["logprobs"],
                 versions=[tuple(span) for span in extra["versions"]], text=step["message"], tool_call=extra["tool_call"],
                 observation=results[0]["content"] if results else "", status=extra["status"], kind=extra["kind"],
-                cached_tokens=metrics["cached_tokens"], routes=np.asarray(extra["routes"], np.int32) if "routes" in extra else None,
+                cached_tokens=metrics["cached_tokens"], routes=routes_from_json(extra["routes"]) if "routes" in extra else None,
             ))
         return Trajectory(chunks=chunks, instruction=document["steps"][0]["message"], **document["extra"])
     except (KeyError, TypeError, IndexError) as error:

@@ -17,6 +17,9 @@ from typing import Any
 import aiohttp
 import numpy as np
 
+from rome.data.routes import encode_routes
+from rome.model.config import ModelConfig
+
 RETRY_STATUS = (429, 502, 503, 504)  # back-pressure of a server or of a router before it
 HEALTH_SECONDS = 30.0  # SGLang's /health generates a token and may take 20 s on a busy server
 CONTROL_SECONDS = 60.0
@@ -39,6 +42,7 @@ class Sampling:
       temperature: 0 is greedy.
       top_k: -1 keeps all tokens.
       seed: same seed and same prompt, same tokens; None samples anew each time.
+      routes_from: the routes of the tokens from this position on are wanted too; None: no routes.
     """
 
     max_new_tokens: int
@@ -49,6 +53,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     seed: int | None = None
+    routes_from: int | None = None
 
     def to_json(self, already: int = 0) -> dict[str, Any]:
         """SGLang's sampling_params, all of them: a server's own defaults would slip into every field that is left out."""
@@ -70,7 +75,8 @@ class Completion:
       finish_reason: "stop" or "length".
       versions: (weight version, start, end) over output_ids, in order and without gaps.
       cached_tokens: prompt tokens whose keys and values were in the engine's cache.
-      routes: expert ids [prompt + output - 1, layers, k], when the engine was made with `route_shape`.
+      routes: [prompt + output - 1 - routes_from, layers, k] as in `rome.data.routes`, where they were asked for. The last token has none: it was
+        drawn, but not run.
     """
 
     output_ids: list[int]
@@ -87,13 +93,13 @@ class Engine:
     Args:
       url: such as http://127.0.0.1:30000.
       api_key: sent as a bearer token.
-      route_shape: (layers, experts a token) of the model; given, completions carry the routes of their tokens.
+      model: what the server runs; needed to understand its routes.
       dead_after_s: how long refused or broken connections are tried again before the server counts as dead.
     """
 
-    def __init__(self, url: str, *, api_key: str | None = None, route_shape: tuple[int, int] | None = None, dead_after_s: float = 5.0):
+    def __init__(self, url: str, *, api_key: str | None = None, model: ModelConfig | None = None, dead_after_s: float = 5.0):
         self.url = url.rstrip("/")
-        self.route_shape = route_shape
+        self.model = model
         self.dead_after_s = dead_after_s
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._session: aiohttp.ClientSession | None = None
@@ -136,9 +142,11 @@ class Engine:
                 answer = await self._post("/generate", {
                     "rid": uuid.uuid4().hex, "input_ids": list(map(int, input_ids)) + completion.output_ids,
                     "sampling_params": sampling.to_json(already=done), "return_logprob": True, "logprob_start_len": -1, "stream": False,
-                    "return_routed_experts": self.route_shape is not None,
+                    **self._route_fields(completion, sampling),
                 })
-                self._append(completion, answer, len(input_ids))
+                self._append(completion, answer)
+                if sampling.routes_from is not None and len(completion.output_ids) > done:
+                    self._append_routes(completion, answer["meta_info"], sampling.routes_from, len(input_ids))
                 if completion.finish_reason == "abort":
                     if len(completion.output_ids) >= sampling.max_new_tokens:
                         completion.finish_reason = "length"
@@ -275,7 +283,7 @@ class Engine:
     def _deadline(self, seconds: float, what: str) -> _Deadline:
         return _Deadline(seconds, f"{self.url} did not give {what} within {seconds:g} s; is it paused, overloaded or stuck? See its log")
 
-    def _append(self, completion: Completion, answer: dict[str, Any], prompt_length: int) -> None:
+    def _append(self, completion: Completion, answer: dict[str, Any]) -> None:
         """Adds one answer's tokens to what earlier, aborted answers brought."""
         meta, start = answer["meta_info"], len(completion.output_ids)
         ids = list(answer["output_ids"])
@@ -289,12 +297,34 @@ class Engine:
         spans = meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0, "end": len(ids)}]
         for span in spans:
             _append_span(completion.versions, self._version(span["version"]), start + span["start"], start + span["end"])
-        if self.route_shape is not None and meta.get("routed_experts"):
-            total = prompt_length + len(completion.output_ids) - 1
-            routes = np.frombuffer(base64.b64decode(meta["routed_experts"]), np.int32)
-            if routes.size != total * self.route_shape[0] * self.route_shape[1]:
-                raise EngineError(f"{self.url} returned {routes.size} expert ids for {total} tokens of (layers, k) = {self.route_shape}; another model?")
-            completion.routes = routes.reshape(total, *self.route_shape)  # of the whole sequence: the latest answer has all
+
+    def _route_fields(self, completion: Completion, sampling: Sampling) -> dict[str, Any]:
+        """Asks for the routes that are not known yet. Servers that do not know the second field send those of the whole sequence."""
+        if sampling.routes_from is None:
+            return {}
+        known = 0 if completion.routes is None else len(completion.routes)
+        return {"return_routed_experts": True, "routed_experts_start_len": sampling.routes_from + known}
+
+    def _append_routes(self, completion: Completion, meta: dict[str, Any], start: int, prompt_length: int) -> None:
+        """Adds the routes of the tokens that have none yet: a token keeps those of the pass that its successor was sampled from, also when an
+        abort made the server run it again."""
+        config, known = self.model, 0 if completion.routes is None else len(completion.routes)
+        if config is None:
+            raise ValueError("routes were asked for, but the model is unknown; make Engine(url, model=config)")
+        if not meta.get("routed_experts"):
+            raise EngineError(f"{self.url} returned no routes; start the SGLang server with --enable-return-routed-experts (and no gateway before it that "
+                              "drops the field), or set routing_replay to off or recompute")
+        ids = np.frombuffer(base64.b64decode(meta["routed_experts"]), np.dtype(meta.get("routed_experts_dtype") or "int32"))
+        total, each = prompt_length + len(completion.output_ids) - 1, config.num_layers * config.experts_per_token
+        wanted = total - start - known
+        if ids.size not in (wanted * each, total * each):
+            raise EngineError(f"{self.url} returned {ids.size} expert ids; {wanted} tokens in {config.num_layers} layers with {config.experts_per_token} "
+                              "experts each have another number. Does it serve another model?")
+        try:
+            routes = encode_routes(ids.reshape(-1, config.num_layers, config.experts_per_token)[-wanted:], config)
+        except ValueError as error:
+            raise EngineError(f"routes from {self.url}: {error}. Does it serve another model?") from error
+        completion.routes = routes if completion.routes is None else np.concatenate([completion.routes, routes])
 
     def _version(self, text: str) -> int:
         """SGLang's versions are strings; ours are numbers, and a server that was never updated says "default": version 0."""

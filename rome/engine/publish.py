@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
@@ -25,29 +26,27 @@ from rome.engine.client import Engine, EngineError
 from rome.engine.pool import EnginePool
 from rome.model.config import ModelConfig
 from rome.model.hf import save_hf
+from rome.model.hf_files import sync
 
 KEPT_DIRECTORIES = 2  # the newest, and the one that a server may still be reading
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """What a publication took: seconds to write the directory, seconds that engines stood still, largest error of the probe's logprobs."""
+    """What a publication took: seconds that engines stood still, largest error of the probe's logprobs."""
 
-    path: pathlib.Path
-    seconds_write: float
     seconds_pause: float
     probe_error: float
 
 
 async def publish_weights(
-    params: Any, config: ModelConfig, directory: str | os.PathLike[str], version: int, pool: EnginePool, probe_ids: Sequence[int],
-    expected_logprobs: Sequence[float], tolerance: float = 1e-4, *, mode: str = "abort",
+    path: pathlib.Path, version: int, pool: EnginePool, probe_ids: Sequence[int], expected_logprobs: Sequence[float], tolerance: float = 1e-4, *,
+    mode: str = "abort",
 ) -> Published:
-    """Publishes `params` as weight version `version` to every engine of the pool.
+    """Brings the weights of a directory that `write_checkpoint` wrote to every engine of the pool, as weight version `version`.
 
     Args:
-      params: stacked over layers, on the host or on devices.
-      directory: where the engines can read it; holds one directory for each of the last two versions.
+      path: where the engines can read it.
       expected_logprobs: the trainer's log p(probe_ids[t] | before t) at temperature 1 with these weights; the entry of the first id is ignored.
       tolerance: largest error of the probe. About 1e-4 in float32; bfloat16 engines need about 5e-2.
       mode: how running requests are paused; "abort" works with every SGLang version, and `Engine` takes the requests up again.
@@ -56,25 +55,28 @@ async def publish_weights(
     if len(probe_ids) != len(expected_logprobs) or len(probe_ids) < 2:
         raise ValueError(f"{len(probe_ids)} probe ids and {len(expected_logprobs)} logprobs; give one logprob for each of at least two ids")
     started = time.monotonic()
-    path = await asyncio.to_thread(write_checkpoint, params, config, directory, version)
-    written = time.monotonic()
     await pool.pause_all(mode)
     errors = await pool.on_all(lambda engine: _update_and_prove(engine, path, version, probe_ids, expected_logprobs, tolerance))
     await pool.resume_all()
-    return Published(path, written - started, time.monotonic() - written, max(errors))
+    return Published(time.monotonic() - started, max(errors))
 
 
 def write_checkpoint(params: Any, config: ModelConfig, directory: str | os.PathLike[str], version: int) -> pathlib.Path:
-    """Writes directory/step_N: a reader sees all of it or nothing, also after a power cut. Older ones are deleted."""
+    """Writes directory/step_N: a reader sees all of it or nothing, also after a power cut. Older ones than the last two are deleted.
+
+    params: stacked over layers, on the host or on devices. Where those are of several processes, all of them call this; each writes its share,
+    and when process 0 returns the directory is there.
+    """
     path = pathlib.Path(directory) / f"step_{version:06d}"
-    partial = path.with_name(path.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, leads = path.with_name(path.name + ".tmp"), jax.process_index() == 0
+    if leads:
+        shutil.rmtree(partial, ignore_errors=True)
     save_hf(params, config, partial, dtype=jnp.dtype(config.dtype))
-    for file in [*partial.iterdir(), partial]:
-        _sync(file)
+    if not leads:
+        return path
     shutil.rmtree(path, ignore_errors=True)  # of an earlier run that published this version and died
     os.replace(partial, path)
-    _sync(path.parent)
+    sync(path.parent)
     steps = sorted(entry for entry in path.parent.iterdir() if re.fullmatch(r"step_\d+", entry.name))
     newest = steps.index(path) + 1  # later ones belong to a future that this run was rolled back from
     for old in [*steps[:max(newest - KEPT_DIRECTORIES, 0)], *steps[newest:]]:
@@ -124,11 +126,3 @@ def _checksums(path: pathlib.Path, dtype: str) -> dict[str, str]:
                 tensor = np.ascontiguousarray(opened.get_tensor(name).astype(jnp.dtype(dtype), copy=False))
                 sums[name] = hashlib.sha256(tensor.tobytes()).hexdigest()
     return sums
-
-
-def _sync(path: pathlib.Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

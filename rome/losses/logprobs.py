@@ -1,60 +1,146 @@
 """Log-probabilities of the tokens that were taken, without ever holding [B, T, V].
 
-B rows, T tokens, D model, V vocabulary. The head is applied to a block of positions at a time; the backward pass recomputes each block.
+B rows, T tokens, D model, V vocabulary; n positions of one device (rows and time flattened), m positions of a block; d and v are one device's
+part of D and V.
+
+The head is applied to a block of positions at a time, forward and, once more, backward; kept between the two is one number a position. Where all
+logits together are few they are one block and are kept: one product of four less. On a mesh every device scores its own positions: the head is
+gathered once, and its gradient summed over blocks in float32 and brought home once.
 """
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
+
+from rome.model.sharding import RULES, is_split
+
+BLOCK = 512  # positions whose logits exist at one time
+KEPT_LOGITS = 2**26  # 256 MiB of float32; beyond, they are computed again
 
 
 def chunked_logprobs(
     hidden_BTD: Array, kernel_DV: Array, tokens_BT: Array, segments_BT: Array, temperature: float = 1.0, *,
-    block: int = 128, with_entropy: bool = False,
+    block: int | None = None, with_entropy: bool = False,
 ) -> Array | tuple[Array, Array]:
     """log p(tokens[t] | tokens before t of the same segment), as the sampler saw it.
 
     Args:
-      hidden_BTD: after the final norm; the vector at t - 1 predicts token t.
+      hidden_BTD: after the final norm; the vector at t - 1 predicts token t. Its type is the one that the head computes in.
+      kernel_DV: on a mesh laid out as PARAM_AXES says.
       segments_BT: 0 is padding.
       temperature: divides the logits, as it did while sampling.
-      block: positions whose logits exist at one time.
+      block: positions whose logits exist at one time; by default all of them where they are at most KEPT_LOGITS, else BLOCK.
       with_entropy: also return the entropy of the distribution that token t was drawn from, a constant to the gradient.
     Returns:
       [B, T] float32 (and the same again for the entropy); 0 at the first token of a segment and on padding.
     """
-    length = tokens_BT.shape[1]
     target_BT = jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))
-    block = min(block, length)
-    hidden_NBtD, target_NBt = _in_blocks(hidden_BTD, block), _in_blocks(target_BT, block)
 
-    @jax.checkpoint
-    def score(kernel_DV: Array, hidden_and_target: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
-        hidden_BtD, target_Bt = hidden_and_target
-        logits_BtV = jnp.einsum("btd,dv->btv", hidden_BtD, kernel_DV.astype(hidden_BtD.dtype), preferred_element_type=jnp.float32)
-        logp_BtV = jax.nn.log_softmax(logits_BtV / temperature)
-        # A masked sum, not a gather: it stays local when V is sharded, and its gradient is no scatter.
-        is_target_BtV = target_Bt[..., None] == jnp.arange(logp_BtV.shape[-1])
-        taken_Bt = jnp.sum(jnp.where(is_target_BtV, logp_BtV, 0.0), axis=-1)
-        if not with_entropy:
-            return kernel_DV, (taken_Bt, jnp.zeros_like(taken_Bt))
-        return kernel_DV, (taken_Bt, jax.lax.stop_gradient(-jnp.sum(jnp.exp(logp_BtV) * logp_BtV, axis=-1)))
+    def score(hidden_BTD: Array, kernel_dv: Array, target_BT: Array) -> tuple[Array, Array]:
+        scores_n = _taken_logprobs(hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), kernel_dv, target_BT.reshape(-1), temperature, block, is_split())
+        return tuple(score_n.reshape(target_BT.shape) for score_n in scores_n)
 
-    _, scores_NBt = jax.lax.scan(score, kernel_DV, (hidden_NBtD, target_NBt))
+    if is_split():
+        by_token = PartitionSpec(RULES["batch"], RULES["time"])
+        score = jax.shard_map(score, in_specs=(by_token, PartitionSpec("fsdp", "tensor"), by_token), out_specs=(by_token, by_token), check_vma=False)
+    predicted = score(hidden_BTD, kernel_DV, target_BT)
     has_predecessor_BT = jnp.pad(segments_BT[:, 1:] == segments_BT[:, :-1], ((0, 0), (1, 0))) & (segments_BT > 0)
-
-    def at_token(score_NBt: Array) -> Array:
-        predicted_BT = jnp.moveaxis(score_NBt, 0, 1).reshape(tokens_BT.shape[0], -1)[:, : length - 1]
-        return jnp.where(has_predecessor_BT, jnp.pad(predicted_BT, ((0, 0), (1, 0))), 0.0)
-
-    logp_BT, entropy_BT = map(at_token, scores_NBt)
-    return (logp_BT, entropy_BT) if with_entropy else logp_BT
+    logp_BT, entropy_BT = (jnp.where(has_predecessor_BT, jnp.pad(score_BT[:, :-1], ((0, 0), (1, 0))), 0.0) for score_BT in predicted)
+    return (logp_BT, jax.lax.stop_gradient(entropy_BT)) if with_entropy else logp_BT
 
 
-def _in_blocks(values_BT: Array, block: int) -> Array:
-    """[B, T, ...] -> [N, B, block, ...], T filled up with zeros."""
-    rows, length = values_BT.shape[:2]
-    filled = jnp.pad(values_BT, ((0, 0), (0, -length % block)) + ((0, 0),) * (values_BT.ndim - 2))
-    return jnp.moveaxis(filled.reshape(rows, -1, block, *values_BT.shape[2:]), 1, 0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _taken_logprobs(hidden_nD: Array, kernel_dv: Array, target_n: Array, temperature: float, block: int | None, on_mesh: bool) -> tuple[Array, Array]:
+    """(log p(target), entropy) of each position."""
+    return _forward(hidden_nD, kernel_dv, target_n, temperature, block, on_mesh)[0]
+
+
+def _forward(hidden_nD, kernel_dv, target_n, temperature, block, on_mesh):
+    kernel_Dv = _gathered(kernel_dv, hidden_nD.dtype, on_mesh)
+    total = lambda x: jax.lax.psum(x, "tensor") if on_mesh else x  # over the parts of the vocabulary
+    keep = _keeps_logits(hidden_nD, kernel_dv, block)
+
+    def score(hidden_and_target: tuple[Array, Array]) -> tuple[Array, ...]:
+        hidden_mD, target_m = hidden_and_target
+        logits_mv = _logits(hidden_mD, kernel_Dv, temperature)
+        top_m1 = logits_mv.max(axis=-1, keepdims=True)
+        top_m1 = jax.lax.pmax(top_m1, "tensor") if on_mesh else top_m1
+        weight_mv = jnp.exp(logits_mv - top_m1)
+        sum_m = total(weight_mv.sum(axis=-1))
+        log_sum_m = top_m1[:, 0] + jnp.log(sum_m)
+        taken_m = total(jnp.sum(jnp.where(_is_target(target_m, kernel_Dv, on_mesh), logits_mv, 0.0), axis=-1)) - log_sum_m
+        entropy_m = log_sum_m - total(jnp.sum(weight_mv * logits_mv, axis=-1)) / sum_m
+        return taken_m, entropy_m, log_sum_m, *([logits_mv] if keep else [])
+
+    if keep:
+        logp_n, entropy_n, log_sum_n, *logits = score((hidden_nD, target_n))
+    else:
+        scores = jax.lax.map(score, (_in_blocks(hidden_nD, block), _in_blocks(target_n, block)))
+        (logp_n, entropy_n, log_sum_n), logits = (score_km.reshape(-1)[:target_n.shape[0]] for score_km in scores), []
+    return (logp_n, entropy_n), (hidden_nD, kernel_dv, target_n, log_sum_n, logits)
+
+
+def _backward(temperature, block, on_mesh, residuals, gradients):
+    """d logits = (one_hot(target) - p) * d logp / temperature; the entropy is a constant."""
+    hidden_nD, kernel_dv, target_n, log_sum_n, logits = residuals
+    gradient_n = gradients[0]
+    if on_mesh:  # shard_map hands each part of the vocabulary its share of a gradient that all of them need
+        gradient_n = jax.lax.psum(gradient_n, "tensor")
+    kernel_Dv = _gathered(kernel_dv, hidden_nD.dtype, on_mesh)
+
+    def gradients_of(hidden_mD: Array, target_m: Array, log_sum_m: Array, gradient_m: Array, logits_mv: Array) -> tuple[Array, Array]:
+        is_target_mv = _is_target(target_m, kernel_Dv, on_mesh)
+        d_mv = ((is_target_mv - jnp.exp(logits_mv - log_sum_m[:, None])) * (gradient_m / temperature)[:, None]).astype(hidden_mD.dtype)
+        d_hidden_mD = jnp.einsum("mv,Dv->mD", d_mv, kernel_Dv, preferred_element_type=jnp.float32).astype(hidden_mD.dtype)
+        # Turned behind a barrier: on a CPU a product whose left side is transposed leaves the fast matmuls.
+        hidden_Dm = jax.lax.optimization_barrier(hidden_mD.T)
+        return jnp.einsum("Dm,mv->Dv", hidden_Dm, d_mv, preferred_element_type=jnp.float32), d_hidden_mD
+
+    if logits:
+        sum_Dv, d_hidden_nD = gradients_of(hidden_nD, target_n, log_sum_n, gradient_n, logits[0])
+    else:
+        def add(sum_Dv: Array, blocks: tuple[Array, ...]) -> tuple[Array, Array]:
+            more_Dv, d_hidden_mD = gradients_of(*blocks, _logits(blocks[0], kernel_Dv, temperature))
+            return sum_Dv + more_Dv, d_hidden_mD
+
+        blocks = tuple(_in_blocks(x, block) for x in (hidden_nD, target_n, log_sum_n, gradient_n))
+        sum_Dv, d_hidden_kmD = jax.lax.scan(add, jnp.zeros(kernel_Dv.shape, jnp.float32), blocks)
+        d_hidden_nD = d_hidden_kmD.reshape(-1, hidden_nD.shape[-1])[:target_n.shape[0]]
+    if on_mesh:
+        sum_Dv = jax.lax.psum_scatter(sum_Dv, "fsdp", scatter_dimension=0, tiled=True)
+    return d_hidden_nD, sum_Dv.astype(kernel_dv.dtype), None
+
+
+_taken_logprobs.defvjp(_forward, _backward)
+
+
+def _gathered(kernel_dv: Array, dtype, on_mesh: bool) -> Array:
+    """The kernel in the type that it computes in, whole over D. Cast first: half the bytes travel."""
+    kernel_dv = kernel_dv.astype(dtype)
+    return jax.lax.all_gather(kernel_dv, "fsdp", axis=0, tiled=True) if on_mesh else kernel_dv
+
+
+def _keeps_logits(hidden_nD: Array, kernel_dv: Array, block: int | None) -> bool:
+    return block is None and hidden_nD.shape[0] * kernel_dv.shape[1] <= KEPT_LOGITS
+
+
+def _logits(hidden_mD: Array, kernel_Dv: Array, temperature: float) -> Array:
+    return jnp.einsum("mD,Dv->mv", hidden_mD, kernel_Dv, preferred_element_type=jnp.float32) / temperature
+
+
+def _is_target(target_m: Array, kernel_Dv: Array, on_mesh: bool) -> Array:
+    """Where each row's target lies, [m, v]: a mask, not an index, so that it stays local and its gradient is no scatter."""
+    first = jax.lax.axis_index("tensor") * kernel_Dv.shape[1] if on_mesh else 0
+    return target_m[:, None] == first + jnp.arange(kernel_Dv.shape[1])
+
+
+def _in_blocks(values_n: Array, block: int | None) -> Array:
+    """[n, ...] -> [blocks, m, ...], filled up with zeros."""
+    m = min(block or BLOCK, values_n.shape[0])
+    filled = jnp.pad(values_n, ((0, -values_n.shape[0] % m),) + ((0, 0),) * (values_n.ndim - 1))
+    return filled.reshape(-1, m, *values_n.shape[1:])

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-IMPLEMENTATIONS = ("auto", "reference", "blocked")
+from rome.model.attention_kernels import cudnn, splash
+
+IMPLEMENTATIONS = ("auto", "reference", "blocked", "splash", "cudnn")
 SMALLEST_BLOCK, MOST_BLOCKS = 64, 8  # of queries; each block is compiled on its own
 HIDDEN_SCORE = -1e30  # finite: (-inf) - (-inf) would be NaN, also in the gradient
 
@@ -25,15 +27,19 @@ def attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, *, q_places_BT: Array
       q_places_BT, k_places_BS: where each query and key stands in its row; a query sees places up to its own.
       q_segments_BT, k_segments_BS: 0 is padding. A padding query sees nothing and gets zeros, with zero gradients.
       ordered: places are 0, 1, 2, ... on both sides, as in a packed row.
-      implementation: "reference" scores every query against every key; "blocked" (ordered places only) takes queries in blocks and
-        leaves out the keys that lie in a block's future, nearly half of the work.
+      implementation: "reference" scores every query against every key. The others take ordered places only: "blocked" takes queries in
+        blocks and leaves out the keys that lie in a block's future, nearly half of the work; "splash" is a kernel of TPUs, "cudnn" of NVIDIA GPUs.
+        "auto" is "blocked" where places are ordered.
     Returns:
       [B, T, N, H] in q's dtype.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention implementation {implementation!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
-    if implementation == "blocked" and not ordered:
-        raise ValueError("attention implementation 'blocked' needs ordered places; choose 'reference'")
+    if implementation in ("blocked", "splash", "cudnn") and not ordered:
+        raise ValueError(f"attention implementation {implementation!r} needs ordered places; choose 'reference'")
+    if implementation in ("splash", "cudnn"):
+        kernel = {"splash": splash, "cudnn": cudnn}[implementation]
+        return kernel(q_BTNH * q_BTNH.shape[-1]**-0.5, k_BSKH, v_BSKH, q_segments_BT).astype(q_BTNH.dtype)
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     block = T

@@ -65,7 +65,8 @@ class ModelConfig:
     Router, norms, softmax and rotary angles are float32 whatever `dtype` says. `remat`: "full" keeps only the input of each block and
     recomputes the rest in the backward pass, "none" keeps all. `scan_layers`: training loops over the stacked layers, which compiles once for
     any depth; False unrolls them, which is a fifth faster for a shallow model on a CPU. `dense_layers` have one gated MLP of
-    `intermediate_size` instead of experts; a model that has some is never scanned.
+    `intermediate_size` instead of experts; a model that has some is never scanned. `capacity_factor`: an expert takes at most this many times its
+    even share of a device's choices, and the rest are dropped and reported; 0 drops nothing.
     """
 
     vocab_size: int
@@ -84,6 +85,8 @@ class ModelConfig:
     tie_embeddings: bool = False
     initializer_range: float = 0.02
     router_aux_loss_coef: float = 0.001
+    router_z_loss_coef: float = 0.0
+    capacity_factor: float = 0.0
     attention_bias: bool = False
     rope_scaling: RopeScaling | None = None
     dense_layers: tuple[int, ...] = ()
@@ -108,6 +111,8 @@ class ModelConfig:
             raise ValueError(f"dense_layers={self.dense_layers} of {self.num_layers} layers; at least one layer needs experts")
         if self.dense_layers and (self.scan_layers or self.intermediate_size < 1):
             raise ValueError(f"dense_layers={self.dense_layers} need intermediate_size={self.intermediate_size} above 0 and scan_layers=False")
+        if self.capacity_factor < 0 or self.router_z_loss_coef < 0:
+            raise ValueError(f"capacity_factor={self.capacity_factor}, router_z_loss_coef={self.router_z_loss_coef}; both are 0 or more")
         if self.dtype not in DTYPES or self.remat not in REMATS:
             raise ValueError(f"dtype={self.dtype!r}, remat={self.remat!r}; choose from {DTYPES} and {REMATS}")
 

@@ -1,38 +1,68 @@
 """The experts themselves: one function, forms behind it that are equal in value and differ in speed. Dropless in every form.
 
-N tokens, D model, E experts, k experts a token, F expert hidden; A = N * k choices (token n, its j-th expert); P blocks of M rows,
-S = P * M slots.
+N tokens, D model, E experts, k experts a token, F expert hidden; A = N * k choices (token n, its j-th expert), R rows of a grouped matmul;
+P blocks of M rows, S = P * M slots.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-IMPLEMENTATIONS = ("auto", "dense", "sorted", "ragged")
+IMPLEMENTATIONS = ("auto", "dense", "sorted", "ragged", "megablox", "tokamax")
 DENSE_UP_TO = 128  # tokens; below, sorting costs more than it saves
+MEGABLOX_ROWS, MEGABLOX_COLUMNS = 512, 1024  # a tile of the kernel; both operands and the float32 sum stay in a core's memory
+
+
+NO_EXPERT = -1  # the id of a choice that no expert computes: padding, or beyond an expert's capacity
+
+
+def experts_within(x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, weights_Nk: Array, ids_Nk: Array, implementation: str,
+                   capacity_factor: float) -> tuple[Array, Array]:
+    """`experts` with a capacity of capacity_factor * N * k / E choices for each of them, 0 for none; and the ids that ran."""
+    if capacity_factor:
+        ids_Nk = drop_beyond(ids_Nk, capacity(ids_Nk.size, gate_EDF.shape[0], capacity_factor), gate_EDF.shape[0])
+    return experts(x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk, implementation), ids_Nk
+
+
+def capacity(choices: int, E: int, factor: float) -> int:
+    """How many of `choices` one of E experts takes: `factor` times its even share."""
+    return min(choices, math.ceil(factor * choices / E))
+
+
+def drop_beyond(ids_Nk: Array, most: int, E: int) -> Array:
+    """ids with NO_EXPERT where an expert has `most` choices already; earlier tokens go first. What is dropped adds nothing to its token."""
+    ids_A = _absent_last(ids_Nk, E)
+    order_A = jnp.argsort(ids_A, stable=True)
+    start_E = jnp.cumsum(jnp.bincount(ids_A, length=E + 1)) - jnp.bincount(ids_A, length=E + 1)
+    rank_A = jnp.arange(ids_A.size) - start_E[ids_A[order_A]]
+    fits_A = jnp.zeros(ids_A.size, bool).at[order_A].set(rank_A < most, unique_indices=True)
+    return jnp.where(fits_A.reshape(ids_Nk.shape), ids_Nk, NO_EXPERT)
 
 
 def experts(x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, weights_Nk: Array, ids_Nk: Array,
-            implementation: str = "auto") -> Array:
-    """sum_k weight_k * down(silu(gate(x)) * up(x)), each by the expert that its id names. Dropless in every form.
+            implementation: str = "auto", most: int | None = None) -> Array:
+    """sum_k weight_k * down(silu(gate(x)) * up(x)), each by the expert that its id names; an id outside 0..E-1 names one that is not here and adds
+    nothing. Dropless in every form.
 
     implementation: "dense" runs every expert on every token; "sorted" is the fast one for many tokens on CPU, where `lax.ragged_dot`
-    ("ragged") costs as much as dense; "auto" chooses by the number of tokens and the platform.
+    ("ragged") costs as much as dense; "megablox" is the kernel of TPUs, "tokamax" of GPUs; "auto" chooses by the number of tokens and the platform.
+    most: a bound of the choices that are here, where the caller knows one below N * k; forms with a grouped matmul then hold that many rows.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"experts implementation {implementation!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
     if implementation == "auto":
         many = "sorted" if jax.default_backend() == "cpu" else "ragged"
         implementation = "dense" if x_ND.shape[0] <= DENSE_UP_TO else many
-    form = {"dense": experts_dense, "sorted": experts_sorted, "ragged": experts_ragged}[implementation]
-    return form(x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk)
+    form = {"dense": experts_dense, "sorted": experts_sorted, "ragged": experts_ragged, "megablox": experts_megablox, "tokamax": experts_tokamax}[implementation]
+    return form(x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk, most)
 
 
-def experts_dense(x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, weights_Nk: Array, ids_Nk: Array) -> Array:
+def experts_dense(x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, weights_Nk: Array, ids_Nk: Array, most: int | None = None) -> Array:
     """Every expert on every token, times 0 where not chosen. The oracle; also what the engine decodes with: rows stay apart."""
     E = gate_EDF.shape[0]
     weights_EN = jnp.sum(jax.nn.one_hot(ids_Nk, E, dtype=weights_Nk.dtype) * weights_Nk[..., None], axis=1).T
@@ -42,20 +72,49 @@ def experts_dense(x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, 
     return jnp.einsum("ENF,EFD->END", hidden_ENF, down_EFD).sum(axis=0)
 
 
-def experts_ragged(x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, weights_Nk: Array, ids_Nk: Array) -> Array:
-    """Choices sorted by expert, matmuls by `lax.ragged_dot`."""
-    ids_A, k = ids_Nk.reshape(-1), ids_Nk.shape[1]
+def experts_ragged(x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, weights_Nk: Array, ids_Nk: Array,
+                   most: int | None = None, matmul: Callable[[Array, Array, Array], Array] = jax.lax.ragged_dot) -> Array:
+    """Choices sorted by expert, multiplied by a grouped matmul (rows [A, D], matrices [E, D, F], rows of each matrix [E]) -> [A, F]."""
+    k, E = ids_Nk.shape[1], gate_EDF.shape[0]
+    ids_A = _absent_last(ids_Nk, E)
+    A = ids_A.shape[0]
+    R = A if most is None else min(A, -(-most // 8) * 8)  # rows; the absent come last in order and are cut off
     order_A = jnp.argsort(ids_A, stable=True)
-    place_Nk = jnp.argsort(order_A).reshape(ids_Nk.shape)
-    sizes_E = jnp.bincount(ids_A, length=gate_EDF.shape[0]).astype(jnp.int32)
-    x_AD = _take_rows(x_ND, order_A // k, place_Nk)
-    hidden_AF = jax.nn.silu(jax.lax.ragged_dot(x_AD, gate_EDF, sizes_E)) * jax.lax.ragged_dot(x_AD, up_EDF, sizes_E)
-    out_AD = jax.lax.ragged_dot(hidden_AF, down_EFD, sizes_E)
-    out_NkD = _take_rows(out_AD, place_Nk.reshape(-1), order_A[:, None]).reshape(*ids_Nk.shape, -1)
+    sizes_E = jnp.bincount(ids_A, length=E + 1)[:E].astype(jnp.int32)
+    place_Nk = jnp.where(ids_A < E, jnp.argsort(order_A), A).reshape(ids_Nk.shape)
+    choice_R = jnp.where(jnp.arange(R) < sizes_E.sum(), order_A[:R], A)  # rows behind the last expert's are no one's and are never read
+    x_RD = _take_rows(x_ND, choice_R // k, place_Nk)
+    hidden_RF = jax.nn.silu(matmul(x_RD, gate_EDF, sizes_E)) * matmul(x_RD, up_EDF, sizes_E)
+    out_RD = matmul(hidden_RF, down_EFD, sizes_E)
+    out_NkD = _take_rows(out_RD, place_Nk.reshape(-1), choice_R[:, None]).reshape(*ids_Nk.shape, -1)
     return jnp.einsum("NkD,Nk->ND", out_NkD, weights_Nk.astype(x_ND.dtype))
 
 
-def experts_sorted(x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, weights_Nk: Array, ids_Nk: Array) -> Array:
+def experts_megablox(x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, weights_Nk: Array, ids_Nk: Array,
+                     most: int | None = None, interpret: bool = False) -> Array:
+    """Choices sorted by expert, multiplied by the Pallas kernel of TPUs: it visits only the tiles that belong to an expert.
+
+    interpret: run the kernel's program on any device, slowly, for tests.
+    """
+    from jax.experimental.pallas.ops.tpu.megablox import gmm
+
+    def matmul(x_RD: Array, w_EDF: Array, sizes_E: Array) -> Array:
+        tile = max(8, math.gcd(MEGABLOX_ROWS, x_RD.shape[0]))
+        tiling = (tile, min(MEGABLOX_COLUMNS, w_EDF.shape[1]), min(MEGABLOX_COLUMNS, w_EDF.shape[2]))
+        filled_RD = jnp.pad(x_RD, ((0, -x_RD.shape[0] % tile), (0, 0)))
+        return gmm(filled_RD, w_EDF, sizes_E, x_RD.dtype, tiling, interpret=interpret)[:x_RD.shape[0]]
+
+    return experts_ragged(x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk, most, matmul)
+
+
+def experts_tokamax(x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, weights_Nk: Array, ids_Nk: Array, most: int | None = None) -> Array:
+    """Choices sorted by expert, multiplied by tokamax's kernels (Triton, Mosaic)."""
+    import tokamax  # in requirements-cuda.txt only
+
+    return experts_ragged(x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk, most, tokamax.ragged_dot)
+
+
+def experts_sorted(x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, weights_Nk: Array, ids_Nk: Array, most: int | None = None) -> Array:
     """Choices sorted by expert into blocks of M rows, each block of one expert; batched matmuls over the blocks."""
     k, D, E = ids_Nk.shape[1], x_ND.shape[1], gate_EDF.shape[0]
     M = block_rows(ids_Nk.size, E)
@@ -68,6 +127,12 @@ def experts_sorted(x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array,
     return jnp.einsum("NkD,Nk->ND", out_NkD, weights_Nk.astype(x_ND.dtype))
 
 
+def _absent_last(ids_Nk: Array, E: int) -> Array:
+    """ids_A with E for every expert that is not here."""
+    ids_A = ids_Nk.reshape(-1)
+    return jnp.where((ids_A >= 0) & (ids_A < E), ids_A, E)
+
+
 def block_rows(choices: int, E: int) -> int:
     """M: about an eighth of an expert's even share. Larger blocks copy weights less often, smaller ones leave fewer rows empty."""
     return min(256, max(32, 2 ** round(math.log2(max(choices / (8 * E), 1)))))
@@ -78,17 +143,18 @@ def _plan_blocks(ids_Nk: Array, E: int, M: int) -> tuple[Array, Array, Array]:
 
     An empty slot holds the choice A, one past the last: it reads zeros and is read by nobody.
     """
-    ids_A = ids_Nk.reshape(-1)
+    ids_A = _absent_last(ids_Nk, E)
     A = ids_A.shape[0]
     P = -(-A // M) + E  # each expert leaves less than one block empty
     order_A = jnp.argsort(ids_A, stable=True)
-    sizes_E = jnp.bincount(ids_A, length=E)
+    sizes_E = jnp.bincount(ids_A, length=E + 1)[:E]
     padded_E = -(-sizes_E // M) * M
     padded_end_E = jnp.cumsum(padded_E)
     shift_E = (padded_end_E - padded_E) - (jnp.cumsum(sizes_E) - sizes_E)
-    slot_by_order_A = (jnp.arange(A) + shift_E[ids_A[order_A]]).astype(jnp.int32)
+    shift_A = jnp.take(shift_E, ids_A[order_A], mode="fill", fill_value=P * M)  # an absent expert's slot lies past the end
+    slot_by_order_A = (jnp.arange(A) + shift_A).astype(jnp.int32)
     slot_A = jnp.zeros(A, jnp.int32).at[order_A].set(slot_by_order_A, unique_indices=True)
-    choice_S = jnp.full(P * M, A, jnp.int32).at[slot_by_order_A].set(order_A.astype(jnp.int32), unique_indices=True)
+    choice_S = jnp.full(P * M, A, jnp.int32).at[slot_by_order_A].set(order_A.astype(jnp.int32), unique_indices=True, mode="drop")
     expert_P = jnp.searchsorted(padded_end_E, jnp.arange(P) * M, side="right").clip(0, E - 1)
     return slot_A.reshape(ids_Nk.shape), choice_S, expert_P
 

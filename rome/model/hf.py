@@ -1,233 +1,395 @@
-"""Hugging Face checkpoints: safetensors and config.json in both directions, through one table of names.
+"""Hugging Face checkpoints, in and out: safetensors and config.json, streamed between files and arrays that may lie on any number of devices.
 
-A checkpoint directory is exactly what `transformers` writes for Qwen3MoeForCausalLM: one tensor per expert and projection, linear weights
-as [out, in]. Ours are [in, ...], stacked over layers (and experts), so each row of the table also says how one slice is laid out.
+A checkpoint directory is exactly what `transformers` writes for Qwen3MoeForCausalLM. Both directions move one block of one tensor at a time, on
+several threads: a range of its rows, at most BLOCK_BYTES. So host memory holds some hundred megabytes whatever the model's size, and the
+stacked parameters exist on their devices only. `hf_names` says which tensor is which slice of ours, `hf_files` how bytes lie in the files.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
+import math
 import pathlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-import safetensors
-import safetensors.numpy
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from rome.model import hf_files
 from rome.model.config import ModelConfig
-from rome.model.qwen3 import init_params
+from rome.model.hf_files import MAX_SHARD_BYTES, CheckpointReader, CheckpointWriter, file_dtype, in_threads
+from rome.model.hf_names import Tensor, checkpoint_tensors, expected_tensors, leaf_at, parameter_shapes
 
-MAX_SHARD_BYTES = 5 * 1000**3
-_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
-@dataclasses.dataclass(frozen=True)
-class _Row:
-    """One parameter of ours and the tensors that hold it: `name` has {i} for the layer and {e} for the expert where it is split.
+def read_config(directory: str | pathlib.Path, **overrides: Any) -> ModelConfig:
+    """The model of a checkpoint directory. `overrides` are ModelConfig fields that config.json does not hold, such as remat="none"."""
+    return ModelConfig.from_hf(hf_files.read_json(pathlib.Path(directory) / "config.json"), **overrides)
 
-    `inputs` is how many of a slice's first axes are the linear map's input; 0 where the layout is the same on both sides. `flat`: one axis there.
+
+def load_hf(directory: str | pathlib.Path, dtype: Any = jnp.float32, shardings: Any = None, *, progress: Progress | None = None,
+            **overrides: Any) -> tuple[Any, ModelConfig]:
+    """Reads a checkpoint directory into parameters of `dtype`, stacked over layers.
+
+    Missing, unknown and mis-shaped tensors are one error that lists them, before any is read.
+
+    Args:
+      shardings: a sharding for each parameter, as param_shardings gives. Parameters then go straight to their devices, and each process
+        reads only its own part, once, however many devices hold it. With several processes all of them call this. None: NumPy arrays.
+      progress: told the bytes of the files that are read so far, and how many this process will read; called from several threads.
+      overrides: as in `read_config`.
     """
+    directory, dtype = pathlib.Path(directory), np.dtype(dtype)
+    config = read_config(directory, **overrides)
+    with open_checkpoint(directory, config) as reader:
+        arrays = _arrays(config, dtype, shardings)
+        jobs = sorted(_reads(config, arrays, reader), key=lambda job: (reader.tensors[job.tensor.name].path, reader.tensors[job.tensor.name].offset, job.start))
+        count = _Counter(progress, sum(job.bytes for job in jobs))
 
-    path: tuple[str, ...]
-    name: str
-    inputs: int = 0
-    flat: bool = False
+        def run(job: _Read) -> None:
+            each = job.tensor.rows_each
+            block = reader.read(job.tensor.name, job.start * each, job.stop * each)
+            for part in job.parts:
+                part.write(job.tensor, job.start, job.stop, block)
+            count.add(job.bytes)
 
-    @property
-    def stacked(self) -> int:
-        return ("{i}" in self.name) + ("{e}" in self.name)
-
-    def to_hf(self, array: np.ndarray) -> np.ndarray:
-        if not self.inputs:
-            return array.reshape(-1) if self.flat else array
-        return array.reshape(int(np.prod(array.shape[:self.inputs])), -1).T
-
-    def from_hf(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        return (tensor.T if self.inputs else tensor).reshape(shape)
-
-    def hf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        if self.flat:
-            return (int(np.prod(shape)),)
-        rows = int(np.prod(shape[:self.inputs]))
-        return (int(np.prod(shape)) // rows, rows) if self.inputs else shape
-
-
-_LAYER = "model.layers.{i}."
-TABLE = (
-    _Row(("embed", "embedding"), "model.embed_tokens.weight"),
-    _Row(("layers", "attention_norm", "scale"), _LAYER + "input_layernorm.weight"),
-    _Row(("layers", "attention", "q"), _LAYER + "self_attn.q_proj.weight", inputs=1),
-    _Row(("layers", "attention", "k"), _LAYER + "self_attn.k_proj.weight", inputs=1),
-    _Row(("layers", "attention", "v"), _LAYER + "self_attn.v_proj.weight", inputs=1),
-    _Row(("layers", "attention", "o"), _LAYER + "self_attn.o_proj.weight", inputs=2),
-    _Row(("layers", "attention", "q_bias"), _LAYER + "self_attn.q_proj.bias", flat=True),
-    _Row(("layers", "attention", "k_bias"), _LAYER + "self_attn.k_proj.bias", flat=True),
-    _Row(("layers", "attention", "v_bias"), _LAYER + "self_attn.v_proj.bias", flat=True),
-    _Row(("layers", "attention", "o_bias"), _LAYER + "self_attn.o_proj.bias"),
-    _Row(("layers", "attention", "q_norm", "scale"), _LAYER + "self_attn.q_norm.weight"),
-    _Row(("layers", "attention", "k_norm", "scale"), _LAYER + "self_attn.k_norm.weight"),
-    _Row(("layers", "moe_norm", "scale"), _LAYER + "post_attention_layernorm.weight"),
-    _Row(("layers", "moe", "router"), _LAYER + "mlp.gate.weight", inputs=1),
-    _Row(("layers", "moe", "gate"), _LAYER + "mlp.experts.{e}.gate_proj.weight", inputs=1),
-    _Row(("layers", "moe", "up"), _LAYER + "mlp.experts.{e}.up_proj.weight", inputs=1),
-    _Row(("layers", "moe", "down"), _LAYER + "mlp.experts.{e}.down_proj.weight", inputs=1),
-    _Row(("layers", "mlp", "gate"), _LAYER + "mlp.gate_proj.weight", inputs=1),
-    _Row(("layers", "mlp", "up"), _LAYER + "mlp.up_proj.weight", inputs=1),
-    _Row(("layers", "mlp", "down"), _LAYER + "mlp.down_proj.weight", inputs=1),
-    _Row(("norm", "scale"), "model.norm.weight"),
-    _Row(("head", "kernel"), "lm_head.weight", inputs=1),
-)
-
-
-def save_hf(params: Any, config: ModelConfig, directory: str | pathlib.Path, dtype: Any = None,
-            max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Writes config.json and model.safetensors, or several shards and their index where one would exceed max_shard_bytes.
-
-    Files of an earlier checkpoint in `directory` are replaced, one after the other: to publish while someone watches, write beside the
-    place and rename. `dtype` is float32 unless bfloat16 is asked for. Parameters are stacked over layers, on the host or on devices.
-    """
-    directory = pathlib.Path(directory)
-    dtype = _file_dtype(dtype or jnp.float32)
-    directory.mkdir(parents=True, exist_ok=True)
-    for stale in [*directory.glob("model*.safetensors"), directory / "model.safetensors.index.json"]:
-        stale.unlink(missing_ok=True)  # an index or shards of an earlier checkpoint would win over this one
-    shards: list[dict[str, np.ndarray]] = [{}]
-    filled = 0
-    for name, tensor in named_tensors(params, config):
-        tensor = np.ascontiguousarray(tensor.astype(dtype, copy=False))
-        if filled + tensor.nbytes > max_shard_bytes and shards[-1]:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = tensor
-        filled += tensor.nbytes
-    _write_shards(directory, shards)
-    spelled = config.to_hf() | {"dtype": str(dtype), "torch_dtype": str(dtype)}
-    (directory / "config.json").write_text(json.dumps(spelled, indent=2) + "\n")
-
-
-def load_hf(directory: str | pathlib.Path, dtype: Any = jnp.float32, **overrides: Any) -> tuple[Any, ModelConfig]:
-    """Reads a checkpoint directory into NumPy arrays of `dtype`, stacked over layers.
-
-    `overrides` are ModelConfig fields that config.json does not hold, such as remat="none". Missing, unknown and mis-shaped tensors are
-    one error that lists them.
-    """
-    directory = pathlib.Path(directory)
-    config = ModelConfig.from_hf(_read_json(directory / "config.json"), **overrides)
-    files = _tensor_files(directory)
-    wanted = expected_tensors(config)
-    extra = set(files) - set(wanted)
-    if config.tie_embeddings:
-        extra.discard("lm_head.weight")  # some writers store the tied head a second time
-    opened = {path: _open(path) for path in sorted(set(files.values()))}
-    shapes = {name: tuple(opened[files[name]].get_slice(name).get_shape()) for name in wanted if name in files}
-    _complain(directory, missing=[name for name in wanted if name not in files], extra=sorted(extra),
-              misshaped=[f"{name} is {shapes[name]}, not {wanted[name]}" for name in shapes if shapes[name] != wanted[name]])
-    dtype = np.dtype(dtype)
+        in_threads(run, jobs)
     params: dict[str, Any] = {}
-    for row, shape in _rows(config):
-        array = np.empty(shape, dtype)
-        for index, name in _slices(row, shape, config):
-            array[index] = row.from_hf(opened[files[name]].get_tensor(name), array[index].shape)
-        _insert(params, row.path, array)
+    for path, array in arrays.items():
+        _insert(params, path, array.result())
     return params, config
 
 
-def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a checkpoint with this config."""
-    return {name: row.hf_shape(shape[row.stacked:]) for row, shape in _rows(config) for _, name in _slices(row, shape, config)}
+def save_hf(params: Any, config: ModelConfig, directory: str | pathlib.Path, dtype: Any = None, max_shard_bytes: int = MAX_SHARD_BYTES, *,
+            progress: Progress | None = None) -> None:
+    """Writes config.json and model.safetensors, or several shards and their index where one would exceed max_shard_bytes.
+
+    A checkpoint that is already in `directory` is removed first, and the new one is there only when all of it is: to publish while someone
+    watches, write beside the place and rename. Where parameters lie on the devices of several processes, all of them call this with one shared
+    directory; each writes its share of the shards.
+
+    Args:
+      params: stacked over layers, or unstacked (`unstack_layers`); NumPy arrays or on devices, in any sharding.
+      dtype: float32 unless bfloat16 is asked for.
+      progress: told the bytes written so far by this process, and how many it will write; called from several threads.
+    """
+    dtype = file_dtype(dtype or jnp.float32)
+    tensors = checkpoint_tensors(config)
+    _check_parameters(params, config)
+    writer = CheckpointWriter(pathlib.Path(directory), {tensor.name: tensor.shape for tensor in tensors}, dtype, max_shard_bytes,
+                              jax.process_index(), jax.process_count())
+    spelled = config.to_hf() | {"dtype": dtype.name, "torch_dtype": dtype.name}
+    write_checkpoint(writer, _cut_all(params, tensors, writer), spelled, progress)
 
 
-def named_tensors(params: Any, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
-    for row, shape in _rows(config):
-        leaf = params
-        for key in row.path:
-            if not isinstance(leaf, dict) or key not in leaf:
-                raise ValueError(f"parameters have no {'/'.join(row.path)}; expected the stacked pytree of init_params")
-            leaf = leaf[key]
+Block = tuple[str, int, Callable[[], np.ndarray]]  # tensor, first row, what brings the rows to the host
+
+
+def write_checkpoint(writer: CheckpointWriter, blocks: Iterator[Block], config: dict[str, Any], progress: Progress | None = None) -> None:
+    """Takes a writer from an empty directory to a whole checkpoint. `blocks` is drawn in this thread, what it brings is called in others."""
+    several = jax.process_count() > 1
+    wait_for_all = multihost_utils.sync_global_devices if several else lambda name: None
+    count = _Counter(progress, writer.own_bytes)
+
+    def write(block: Block) -> None:
+        tensor, start, fetch = block
+        rows = fetch()
+        writer.write(tensor, start, rows)
+        count.add(rows.size * writer.dtype.itemsize)
+
+    try:
+        if jax.process_index() == 0:
+            writer.clear()
+        wait_for_all("checkpoint cleared")
+        writer.open()
+        in_threads(write, blocks)
+        writer.finish()
+        wait_for_all("checkpoint written")
+        if jax.process_index() == 0:
+            writer.commit(config)
+        wait_for_all("checkpoint committed")
+    finally:
+        writer.close()
+
+
+def named_tensors(params: Any, config: ModelConfig, only: str | None = None) -> Iterator[tuple[str, np.ndarray]]:
+    """Each tensor of a checkpoint with these parameters, or only the one of that name: its name and values, in the parameters' own type.
+
+    One at a time is on the host. Parameters are as in `save_hf`.
+    """
+    _check_parameters(params, config)
+    for tensor in checkpoint_tensors(config):
+        if only not in (None, tensor.name):
+            continue
+        yield tensor.name, _cut(params, tensor, 0, tensor.sizes[tensor.rows[0]])()
+
+
+def open_checkpoint(directory: pathlib.Path, config: ModelConfig) -> CheckpointReader:
+    """The reader of a checkpoint that holds the tensors of `config` and no others."""
+    reader = CheckpointReader(directory)
+    wanted, found = expected_tensors(config), reader.tensors
+    extra = set(found) - set(wanted)
+    if config.tie_embeddings:
+        extra.discard("lm_head.weight")  # some writers store the tied head a second time
+    lists = {
+        "missing": [name for name in wanted if name not in found], "extra": sorted(extra),
+        "misshaped": [f"{name} is {found[name].shape}, not {shape}" for name, shape in wanted.items() if name in found and found[name].shape != shape],
+    }
+    parts = [f"{len(names)} {kind}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" for kind, names in lists.items() if names]
+    if parts:
+        raise ValueError(f"{directory} does not hold the tensors its config.json asks for. {'; '.join(parts)}")
+    return reader
+
+
+# -- in ----------------------------------------------------------------------------------------------------------------------------------
+
+
+class _Part:
+    """One distinct piece of a parameter: index `starts` to `stops` of each axis, on the devices that hold it (none: in host memory).
+
+    A small one is put together on the host. A large one is a buffer on each device, into which blocks are written in place.
+    """
+
+    def __init__(self, starts: Sequence[int], stops: Sequence[int], dtype: np.dtype, devices: Sequence[jax.Device]) -> None:
+        self.starts, self.stops, self.dtype, self.devices = tuple(starts), tuple(stops), dtype, list(devices)
+        shape = tuple(stop - start for start, stop in zip(starts, stops))
+        self.on_host = not devices or math.prod(shape) * dtype.itemsize <= hf_files.BLOCK_BYTES
+        self.buffers = [np.empty(shape, dtype)] if self.on_host else [jnp.zeros(shape, dtype, device=device) for device in self.devices]
+        self._lock = threading.Lock()
+
+    def needs(self, tensor: Tensor) -> range | None:
+        """Which indices of the tensor's row axis are here; None if nothing of it is."""
+        stack = len(tensor.index)
+        if not all(start <= i < stop for i, start, stop in zip(tensor.index, self.starts, self.stops)):
+            return None
+        return range(self.starts[stack + tensor.rows[0]], self.stops[stack + tensor.rows[0]])
+
+    def write(self, tensor: Tensor, start: int, stop: int, block: np.ndarray) -> None:
+        """Takes what is here of `block`: indices start to stop of the tensor's row axis, all columns."""
+        rows = self.needs(tensor)
+        first, last = max(start, rows.start), min(stop, rows.stop)
+        if first >= last:
+            return
+        stack, each = len(tensor.index), tensor.rows_each
+        starts, stops = list(self.starts[stack:]), list(self.stops[stack:])
+        block = block[(first - start) * each:(last - start) * each]
+        if tensor.columns:
+            axis = tensor.columns[0]
+            width = block.shape[1] // tensor.sizes[axis]
+            block = block[:, starts[axis] * width:stops[axis] * width]
+        starts[tensor.rows[0]], stops[tensor.rows[0]] = first, last
+        piece = tensor.to_ours(block.astype(self.dtype, copy=False), tuple(stop - start for start, stop in zip(starts, stops)))
+        at = tuple(np.int32(start - origin) for start, origin in zip((*tensor.index, *starts), self.starts))
+        piece = piece.reshape((1,) * stack + piece.shape)
+        if self.on_host:
+            self.buffers[0][tuple(slice(i, i + size) for i, size in zip(at, piece.shape))] = piece
+            return
+        with self._lock:
+            self.buffers = [_update(buffer, jax.device_put(piece, device), at) for buffer, device in zip(self.buffers, self.devices)]
+            jax.block_until_ready(self.buffers)  # the piece is free again: no more of them than threads
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _update(buffer: jax.Array, piece: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:
+    return jax.lax.dynamic_update_slice(buffer, piece, at)
+
+
+@dataclasses.dataclass
+class _Array:
+    """A parameter that is being read: its distinct parts of this process in the sharding `read_as`, and the sharding that it gets."""
+
+    shape: tuple[int, ...]
+    sharding: Sharding | None
+    read_as: Sharding | None
+    parts: list[_Part]
+
+    def result(self) -> np.ndarray | jax.Array:
+        if self.sharding is None:
+            return self.parts[0].buffers[0]
+        on_devices = []
+        for part in self.parts:
+            on_devices += [jax.device_put(part.buffers[0], device) for device in part.devices] if part.on_host else part.buffers
+            part.buffers = []
+        array = jax.make_array_from_single_device_arrays(self.shape, self.read_as, on_devices)
+        return array if self.read_as is self.sharding else jax.jit(lambda array: array, out_shardings=self.sharding, donate_argnums=0)(array)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """Indices start to stop of a tensor's row axis, and the parts that take something of them."""
+
+    tensor: Tensor
+    start: int
+    stop: int
+    bytes: int
+    parts: list[_Part]
+
+
+def _arrays(config: ModelConfig, dtype: np.dtype, shardings: Any) -> dict[tuple[str, ...], _Array]:
+    shapes = parameter_shapes(config)
+    if shardings is not None and jax.tree.structure(shardings) != jax.tree.structure(shapes):
+        raise ValueError("shardings are not those of this checkpoint's parameters; make them with param_shardings(mesh, read_config(directory))")
+    arrays = {}
+    for path, tensor in {tensor.path: tensor for tensor in checkpoint_tensors(config)}.items():
+        shape, stack = tuple(leaf_at(shapes, path).shape), len(tensor.index)
+        if shardings is None:
+            arrays[path] = _Array(shape, None, None, [_Part([0] * len(shape), shape, dtype, [])])
+            continue
+        sharding, holders = leaf_at(shardings, path), {}
+        read_as = _by_rows(sharding, tensor, shape)
+        for device, index in read_as.addressable_devices_indices_map(shape).items():
+            bounds = tuple(piece.indices(size)[:2] for piece, size in zip(index, shape))
+            holders.setdefault(bounds, []).append(device)
+        inner = [stack + axis for group in (tensor.rows, tensor.columns) for axis in group[1:]]
+        if any(bounds[axis] != (0, shape[axis]) for bounds in holders for axis in inner):
+            raise ValueError(f"{'/'.join(path)} {shape} is sharded as {sharding}; of the axes that a checkpoint joins only the first may be split")
+        arrays[path] = _Array(shape, sharding, read_as, [_Part(*zip(*bounds), dtype, devices) for bounds, devices in holders.items()])
+    return arrays
+
+
+def _by_rows(sharding: Sharding, tensor: Tensor, shape: tuple[int, ...]) -> Sharding:
+    """The sharding to read a parameter in. Only rows of a tensor lie together in its file: where several processes split its columns, each
+    would read all of them. Then the rows are split further instead, if they divide, and the devices exchange what they read."""
+    if not isinstance(sharding, NamedSharding) or sharding.is_fully_addressable or not tensor.columns:
+        return sharding
+    row, column = (len(tensor.index) + group[0] for group in (tensor.rows, tensor.columns))
+    axes = _axes(sharding, len(shape))
+    axes[row], axes[column] = axes[column] + axes[row], ()  # in this order a process's rows lie together
+    if shape[row] % math.prod(sharding.mesh.shape[name] for name in axes[row]):
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(*axes))
+
+
+def _axes(sharding: NamedSharding, ndim: int) -> list[tuple[str, ...]]:
+    """The mesh axes of each axis of an array."""
+    axes = [() if names is None else names if isinstance(names, tuple) else (names,) for names in sharding.spec]
+    return axes + [()] * (ndim - len(axes))
+
+
+def _reads(config: ModelConfig, arrays: dict[tuple[str, ...], _Array], reader: CheckpointReader) -> Iterator[_Read]:
+    """What this process has to read: every row that some part needs, once, in blocks."""
+    for tensor in checkpoint_tensors(config):
+        needs = [(part, rows) for part in arrays[tensor.path].parts if (rows := part.needs(tensor)) is not None]
+        row_bytes = reader.tensors[tensor.name].row_bytes * tensor.rows_each
+        step = max(1, hf_files.BLOCK_BYTES // row_bytes)
+        for begin, end in _merged((rows.start, rows.stop) for _, rows in needs):
+            for start in range(begin, end, step):
+                stop = min(start + step, end)
+                parts = [part for part, rows in needs if rows.start < stop and start < rows.stop]
+                yield _Read(tensor, start, stop, (stop - start) * row_bytes, parts)
+
+
+def _merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The union of ranges, as few as can be, in order."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+# -- out ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def _check_parameters(params: Any, config: ModelConfig) -> None:
+    """Raises a ValueError that names the first parameter which is not as the config says."""
+    shapes = parameter_shapes(config)
+    if isinstance(params.get("layers"), (tuple, list)):
+        if len(params["layers"]) != config.num_layers:
+            raise ValueError(f"parameters have {len(params['layers'])} layers, the config says {config.num_layers}")
+        return  # each slice is checked when it is cut
+    for path in dict.fromkeys(tensor.path for tensor in checkpoint_tensors(config)):
+        leaf, shape = leaf_at(params, path), tuple(leaf_at(shapes, path).shape)
+        if leaf is None:
+            raise ValueError(f"parameters have no {'/'.join(path)}; expected the stacked pytree of init_params")
         if tuple(leaf.shape) != shape:
-            raise ValueError(f"parameter {'/'.join(row.path)} has shape {tuple(leaf.shape)}, the config says {shape}")
-        array = np.asarray(jax.device_get(leaf))
-        for index, name in _slices(row, shape, config):
-            yield name, row.to_hf(array[index])
+            raise ValueError(f"parameter {'/'.join(path)} has shape {tuple(leaf.shape)}, the config says {shape}")
 
 
-def _rows(config: ModelConfig) -> Iterator[tuple[_Row, tuple[int, ...]]]:
-    """The table's rows that this config has, with the shape of our parameter."""
-    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
-    for row in TABLE:
-        leaf = shapes
-        for key in row.path:
-            leaf = leaf.get(key, {})
-        if leaf != {}:  # a tied model has no head
-            yield row, tuple(leaf.shape)
+def _cut_all(params: Any, tensors: list[Tensor], writer: CheckpointWriter) -> Iterator[Block]:
+    for tensor in tensors:
+        for start, stop in tensor.blocks(4, hf_files.BLOCK_BYTES):
+            fetch = _cut(params, tensor, start, stop)  # by every process, in one order: it may be a collective
+            if writer.owns(tensor.name):
+                yield tensor.name, start * tensor.rows_each, fetch
 
 
-def _slices(row: _Row, shape: tuple[int, ...], config: ModelConfig) -> Iterator[tuple[tuple[int, ...], str]]:
-    layers = {"moe": config.sparse_layers, "mlp": config.dense_layers}.get(row.path[1], range(config.num_layers))
-    for index in np.ndindex(shape[:row.stacked]):
-        yield index, row.name.format(**dict(zip("ie", (layers[index[0]], *index[1:]) if index else ())))
+def _cut(params: Any, tensor: Tensor, start: int, stop: int) -> Callable[[], np.ndarray]:
+    """Starts to cut indices start to stop of the tensor's row axis out of its parameter; what is returned brings them, in checkpoint layout."""
+    index = tensor.index
+    if isinstance(params["layers"], (tuple, list)) and tensor.layer is not None:
+        leaf, index = leaf_at(params["layers"][tensor.layer], tensor.path[1:]), index[1:]
+    else:
+        leaf = leaf_at(params, tensor.path)
+    starts, sizes = [0] * len(tensor.sizes), list(tensor.sizes)
+    if leaf is None or tuple(leaf.shape[len(index):]) != tensor.sizes:
+        raise ValueError(f"parameter {'/'.join(tensor.path)} of {tensor.name} is {getattr(leaf, 'shape', None)}, the config says {tensor.sizes}")
+    starts[tensor.rows[0]], sizes[tensor.rows[0]] = start, stop - start
+    at, extent = (*index, *starts), (1,) * len(index) + tuple(sizes)
+    if isinstance(leaf, jax.Array) and [device.platform for device in leaf.devices()] == ["cpu"]:
+        leaf = np.asarray(leaf)  # the same memory: nothing to compile, nothing to copy
+    if isinstance(leaf, jax.Array):
+        sharding = leaf.sharding
+        split = isinstance(sharding, NamedSharding) and not sharding.is_fully_replicated
+        cut = _cut_sharded(leaf, np.array(at, np.int32), extent, sharding) if split else _cut_whole(leaf, np.array(at, np.int32), extent)
+        return lambda: tensor.to_hf(np.asarray(cut.addressable_data(0)).reshape(sizes))
+    piece = leaf[tuple(slice(i, i + size) for i, size in zip(at, extent))]
+    return lambda: tensor.to_hf(piece.reshape(sizes))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _cut_whole(leaf: jax.Array, at: jax.Array, extent: tuple[int, ...]) -> jax.Array:
+    return jax.lax.dynamic_slice(leaf, tuple(at), extent)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _cut_sharded(leaf: jax.Array, at: jax.Array, extent: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
+    """leaf[at:at + extent], whole on every device. Left to itself the compiler would gather a split axis before it cuts it.
+
+    Every device cuts what it has of the piece, and zeros elsewhere, and all add up; as integers, since -0.0 + 0.0 is not -0.0.
+    """
+    axes = _axes(sharding, leaf.ndim)
+
+    def local(shard: jax.Array, at: jax.Array) -> jax.Array:
+        here = jnp.ones((1,) * shard.ndim, bool)
+        for axis in sorted(range(shard.ndim), key=lambda axis: bool(axes[axis])):  # whole axes first: less is left to gather from
+            if not axes[axis]:
+                shard = jax.lax.dynamic_slice_in_dim(shard, at[axis], extent[axis], axis)
+                continue
+            length = shard.shape[axis]
+            wanted = at[axis] - jax.lax.axis_index(axes[axis]) * length + jnp.arange(extent[axis])
+            shard = jnp.take(shard, jnp.clip(wanted, 0, length - 1), axis=axis)
+            here &= jnp.expand_dims((wanted >= 0) & (wanted < length), [other for other in range(shard.ndim) if other != axis])
+        bits = jax.lax.bitcast_convert_type(shard, f"uint{8 * shard.dtype.itemsize}")
+        total = jax.lax.psum(jnp.where(here, bits, 0).astype(jnp.uint32), tuple(name for names in axes for name in names))
+        return jax.lax.bitcast_convert_type(total.astype(bits.dtype), shard.dtype)
+
+    return jax.shard_map(local, mesh=sharding.mesh, in_specs=(sharding.spec, PartitionSpec()), out_specs=PartitionSpec(), check_vma=False)(leaf, at)
+
+
+class _Counter:
+    """Adds up bytes from several threads and tells `progress`."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._total, self._done, self._lock = progress, total, 0, threading.Lock()
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            self._done += count
+            if self._progress is not None:
+                self._progress(self._done, self._total)
 
 
 def _insert(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = value
-
-
-def _write_shards(directory: pathlib.Path, shards: list[dict[str, np.ndarray]]) -> None:
-    metadata = {"format": "pt"}  # transformers asks for it
-    if len(shards) == 1:
-        safetensors.numpy.save_file(shards[0], directory / "model.safetensors", metadata)
-        return
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for name, shard in zip(names, shards):
-        safetensors.numpy.save_file(shard, directory / name, metadata)
-    index = {"metadata": {"total_size": sum(tensor.nbytes for shard in shards for tensor in shard.values())},
-             "weight_map": {tensor: name for name, shard in zip(names, shards) for tensor in shard}}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _tensor_files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Which file holds each tensor."""
-    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-    if index.exists():
-        return {name: directory / file for name, file in _read_json(index)["weight_map"].items()}
-    if not single.exists():
-        raise FileNotFoundError(f"{directory} has neither model.safetensors nor model.safetensors.index.json; is it a checkpoint?")
-    return dict.fromkeys(_open(single).keys(), single)
-
-
-def _open(path: pathlib.Path) -> Any:
-    try:
-        return safetensors.safe_open(path, framework="numpy")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is named by the index but missing; fetch or write the checkpoint again") from None
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch or write the checkpoint again") from None
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing; is {path.parent} a Hugging Face checkpoint?") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}); fetch or write the checkpoint again") from None
-
-
-def _complain(directory: pathlib.Path, **lists: list[str]) -> None:
-    parts = [f"{len(names)} {kind}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" for kind, names in lists.items() if names]
-    if parts:
-        raise ValueError(f"{directory} does not hold the tensors its config.json asks for. {'; '.join(parts)}")
-
-
-def _file_dtype(dtype: Any) -> np.dtype:
-    name = np.dtype(dtype).name
-    if name not in _DTYPES:
-        raise ValueError(f"dtype={name!r}; checkpoints are written as {' or '.join(_DTYPES)}")
-    return _DTYPES[name]

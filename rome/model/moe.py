@@ -10,35 +10,68 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from rome.model.config import ModelConfig
-from rome.model.experts import experts
+from rome.model.expert_parallel import experts_on_mesh
+from rome.model.experts import NO_EXPERT, experts_within
+from rome.model.sharding import is_split
 
 
 class RouterStats(NamedTuple):
-    """Sums over the tokens that are not padding, so that they add up over micro-batches.
+    """Sums over the tokens that are not padding, so that they add up over micro-batches; a layer without experts has zeros.
 
-    counts_LE: how often each expert was chosen; k * tokens in each layer. prob_sum_LE: router probabilities, differentiable.
+    counts_LE: how often each expert was chosen, k * tokens in a layer. prob_sum_LE, z_L: router probabilities and squared log-partition
+    functions, differentiable. entropy_L: of the router's distribution, nats. dropped_L: choices beyond an expert's capacity.
     """
 
     counts_LE: Array
     prob_sum_LE: Array
+    z_L: Array
+    entropy_L: Array
+    dropped_L: Array
     tokens: Array
 
 
-def router_loss(stats: RouterStats, config: ModelConfig) -> Array:
+def router_loss(stats: RouterStats, config: ModelConfig, counts_LE: Array | None = None, tokens: Array | None = None) -> Array:
     """Load balancing as transformers computes it: E * sum_e f_e * P_e, both averaged over the tokens of all layers together.
 
     k when every expert gets the same share, which is the least. Not yet multiplied by config.router_aux_loss_coef.
+
+    Args:
+      counts_LE, tokens: of the whole step where `stats` are those of one micro-batch; the micro-batches' losses then add up to the step's.
     """
-    rows = jnp.maximum(stats.tokens * len(config.sparse_layers), 1.0)
-    share_E = jax.lax.stop_gradient(stats.counts_LE.sum(axis=0)) / rows
-    prob_E = stats.prob_sum_LE.sum(axis=0) / rows
-    return config.num_experts * jnp.sum(share_E * prob_E)
+    counts_LE, tokens = (stats.counts_LE, stats.tokens) if counts_LE is None else (counts_LE, tokens)
+    rows = jnp.maximum(tokens * len(config.sparse_layers), 1.0)
+    share_E = jax.lax.stop_gradient(counts_LE.sum(axis=0)) / rows
+    return config.num_experts * jnp.sum(share_E * stats.prob_sum_LE.sum(axis=0)) / rows
 
 
-def route(logits_NE: Array, config: ModelConfig, forced_Nk: Array | None = None) -> tuple[Array, Array, Array]:
+def router_z_loss(stats: RouterStats, config: ModelConfig, tokens: Array) -> Array:
+    """Mean over the step's `tokens` and all layers of log(sum_e exp(logit_e)) ** 2 (arXiv 2202.08906): logits stay where float32 is exact."""
+    return stats.z_L.sum() / jnp.maximum(tokens * len(config.sparse_layers), 1.0)
+
+
+def router_figures(stats: RouterStats, config: ModelConfig, counts_LE: Array, tokens: Array) -> dict[str, Array]:
+    """Means over layers; this micro-batch's share of them, so that those of a step add up.
+
+    `router_entropy` in nats. `router_load_max`: the busiest expert's load over the mean, 1 at best. `router_gini` of the loads: 0 even, near 1
+    all on one. `router_dropped`: share of the choices beyond the capacity. counts_LE are those that the loads are taken from.
+    """
+    layers = np.array(config.sparse_layers)
+    loads_LE = counts_LE[layers] / jnp.maximum(counts_LE[layers].mean(axis=1, keepdims=True), 1e-9)
+    E = config.num_experts
+    rank_E = jnp.arange(1, E + 1)
+    gini_L = 2 * jnp.sum(rank_E * jnp.sort(loads_LE, axis=1), axis=1) / E**2 - (E + 1) / E
+    share, rows = stats.tokens / jnp.maximum(tokens, 1.0), jnp.maximum(tokens * len(layers), 1.0)
+    return {
+        "router_entropy": stats.entropy_L.sum() / rows, "router_load_max": loads_LE.max(axis=1).mean() * share, "router_gini": gini_L.mean() * share,
+        "router_dropped": stats.dropped_L.sum() / (rows * config.experts_per_token),
+    }
+
+
+def route(logits_NE: Array, config: ModelConfig, forced_Nk: Array | None = None) -> tuple[Array, Array, Array, Array]:
     """Chooses experts and weighs them.
 
     Args:
@@ -46,16 +79,29 @@ def route(logits_NE: Array, config: ModelConfig, forced_Nk: Array | None = None)
       forced_Nk: expert ids to replay. Their weights come from the same logits, so the router still learns. A token whose ids are negative
         has no recorded route and chooses for itself.
     Returns:
-      ids_Nk int32, weights_Nk float32, probs_NE float32.
+      ids_Nk int32, weights_Nk float32, probs_NE float32, and own_Nk int32: what the router would choose. It is ids_Nk where nothing is replayed.
     """
     probs_NE = jax.nn.softmax(logits_NE, axis=-1)
-    _, ids_Nk = jax.lax.top_k(jax.lax.stop_gradient(probs_NE), config.experts_per_token)
-    if forced_Nk is not None:
-        ids_Nk = jnp.where(forced_Nk[:, :1] < 0, ids_Nk, forced_Nk)
+    _, own_Nk = jax.lax.top_k(jax.lax.stop_gradient(probs_NE), config.experts_per_token)
+    ids_Nk = own_Nk if forced_Nk is None else jnp.where(forced_Nk[:, :1] < 0, own_Nk, forced_Nk)
     weights_Nk = jnp.take_along_axis(probs_NE, ids_Nk, axis=-1)  # an id out of range gives NaN: loud
     if config.norm_topk_prob:
         weights_Nk = weights_Nk / weights_Nk.sum(axis=-1, keepdims=True)
-    return ids_Nk.astype(jnp.int32), weights_Nk, probs_NE
+    return ids_Nk.astype(jnp.int32), weights_Nk, probs_NE, own_Nk.astype(jnp.int32)
+
+
+class LayerRouter(NamedTuple):
+    """RouterStats of one layer, without the tokens."""
+
+    counts_E: Array
+    prob_sum_E: Array
+    z: Array
+    entropy: Array
+    dropped: Array
+
+    @classmethod
+    def nothing(cls, E: int) -> LayerRouter:
+        return cls(jnp.zeros(E), jnp.zeros(E), jnp.zeros(()), jnp.zeros(()), jnp.zeros(()))
 
 
 class MoE(nn.Module):
@@ -65,19 +111,32 @@ class MoE(nn.Module):
     experts: str = "auto"
 
     @nn.compact
-    def __call__(self, x_BTD: Array, real_BT: Array, forced_BTk: Array | None = None) -> tuple[Array, Array, Array, Array]:
-        """Returns out_BTD, ids_BTk, counts_E and prob_sum_E (both summed over the tokens where real_BT)."""
+    def __call__(self, x_BTD: Array, real_BT: Array, forced_BTk: Array | None = None) -> tuple[Array, Array, LayerRouter]:
+        """Returns out_BTD, own_BTk and the router's sums over the tokens where real_BT. Padding is given to no expert.
+
+        own_BTk is the router's own choice, also where others are replayed; the sums count the experts that were asked for, dropped choices included.
+        """
         config = self.config
         (B, T, D), E, F, k = x_BTD.shape, config.num_experts, config.moe_intermediate_size, config.experts_per_token
         init = nn.initializers.normal(config.initializer_range)
         router_DE = self.param("router", init, (D, E))
-        gate_EDF, up_EDF, down_EFD = (self.param(name, init, shape).astype(x_BTD.dtype) for name, shape in
-                                      (("gate", (E, D, F)), ("up", (E, D, F)), ("down", (E, F, D))))
+        weights = tuple(self.param(name, init, shape).astype(x_BTD.dtype) for name, shape in (("gate", (E, D, F)), ("up", (E, D, F)), ("down", (E, F, D))))
         x_ND = x_BTD.reshape(B * T, D)
         logits_NE = jnp.matmul(x_ND.astype(jnp.float32), router_DE.astype(jnp.float32), precision="highest")
-        ids_Nk, weights_Nk, probs_NE = route(logits_NE, config, None if forced_BTk is None else forced_BTk.reshape(B * T, k))
-        out_ND = experts(x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk, self.experts)
-        real_N = real_BT.reshape(-1).astype(jnp.float32)
-        counts_E = jnp.einsum("Nke,N->e", jax.nn.one_hot(ids_Nk, E), real_N)
-        prob_sum_E = jnp.einsum("Ne,N->e", probs_NE, real_N)
-        return out_ND.reshape(B, T, D), ids_Nk.reshape(B, T, k), counts_E, prob_sum_E
+        ids_Nk, weights_Nk, probs_NE, own_Nk = route(logits_NE, config, None if forced_BTk is None else forced_BTk.reshape(B * T, k))
+        real_N = real_BT.reshape(-1)
+        chosen_Nk = jnp.where(real_N[:, None], ids_Nk, NO_EXPERT)
+        if is_split() and not self.is_initializing():
+            in_rows = lambda a_Nk: a_Nk.reshape(B, T, k)
+            out_BTD, ran_BTk = experts_on_mesh(x_BTD, *weights, in_rows(weights_Nk), in_rows(chosen_Nk), self.experts, config.capacity_factor)
+            ran_Nk = ran_BTk.reshape(B * T, k)
+        else:
+            out_ND, ran_Nk = experts_within(x_ND, *weights, weights_Nk, chosen_Nk, self.experts, config.capacity_factor)
+            out_BTD = out_ND.reshape(B, T, D)
+        over_real = lambda values_N: jnp.sum(jnp.where(real_N, values_N, 0.0))
+        router = LayerRouter(
+            jnp.sum(jax.nn.one_hot(chosen_Nk, E), axis=(0, 1)), jnp.einsum("NE,N->E", probs_NE, real_N.astype(jnp.float32)),
+            over_real(jax.nn.logsumexp(logits_NE, axis=-1) ** 2), jax.lax.stop_gradient(over_real(-jnp.sum(probs_NE * jnp.log(probs_NE + 1e-30), axis=-1))),
+            over_real(jnp.sum(ran_Nk == NO_EXPERT, axis=-1)),
+        )
+        return out_BTD, own_Nk.reshape(B, T, k), router

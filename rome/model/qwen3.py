@@ -26,7 +26,8 @@ from jax import Array
 from rome.model import sharding
 from rome.model.attention import attention
 from rome.model.config import ModelConfig
-from rome.model.moe import MoE, RouterStats
+from rome.model.embed import embed
+from rome.model.moe import LayerRouter, MoE, RouterStats
 
 Params = dict[str, Any]
 
@@ -39,7 +40,10 @@ class Cache(NamedTuple):
 
 
 class Output(NamedTuple):
-    """hidden_BTD is after the final norm: logits are hidden_BTD @ head_kernel(params, config)."""
+    """hidden_BTD is after the final norm: logits are hidden_BTD @ head_kernel(params, config).
+
+    routes_LBTK: the expert ids that each router chooses by itself. Where others were replayed, comparing the two shows how far it is from them.
+    """
 
     hidden_BTD: Array
     cache: Cache | None
@@ -101,6 +105,7 @@ class Attention(nn.Module):
     """Grouped-query attention with normed queries and keys, over the row itself or over a cache that it extends."""
 
     config: ModelConfig
+    form: str = "auto"
 
     @nn.compact
     def __call__(self, x_BTD: Array, places: Places, cache: Cache | None) -> tuple[Array, Cache | None]:
@@ -116,15 +121,15 @@ class Attention(nn.Module):
         v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, v_DKH) + v_KH
         q_BTNH = rotate(q_BTNH, places.cos_BT1h, places.sin_BT1h)
         k_BTKH = rotate(k_BTKH, places.cos_BT1h, places.sin_BT1h)
-        attend = _attend_row if cache is None else functools.partial(_attend_cache, cache=cache)
+        attend = functools.partial(_attend_row, form=self.form) if cache is None else functools.partial(_attend_cache, cache=cache)
         out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH, places)
         return jnp.einsum("BTNH,NHD->BTD", out_BTNH, o_NHD) + o_D, cache
 
 
-def _attend_row(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, places: Places) -> tuple[Array, None]:
+def _attend_row(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, places: Places, form: str) -> tuple[Array, None]:
     order_BT = jnp.broadcast_to(jnp.arange(q_BTNH.shape[1]), q_BTNH.shape[:2])
     return attention(q_BTNH, k_BTKH, v_BTKH, q_places_BT=order_BT, k_places_BS=order_BT, q_segments_BT=places.segments_BT,
-                     k_segments_BS=places.segments_BT, ordered=True), None
+                     k_segments_BS=places.segments_BT, ordered=True, implementation=form), None
 
 
 def _attend_cache(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, places: Places, cache: Cache) -> tuple[Array, Cache]:
@@ -159,21 +164,21 @@ class Block(nn.Module):
 
     config: ModelConfig
     experts: str = "auto"
+    attention_form: str = "auto"
     dense: bool = False
 
     @nn.compact
     def __call__(self, x_BTD: Array, places: Places, cache: Cache | None, forced_BTk: Array | None):
         epsilon = self.config.rms_norm_eps
         x_BTD = sharding.constrain(x_BTD, "batch", "time", None)
-        attended_BTD, cache = Attention(self.config, name="attention")(RMSNorm(epsilon, name="attention_norm")(x_BTD), places, cache)
+        attended_BTD, cache = Attention(self.config, self.attention_form, name="attention")(RMSNorm(epsilon, name="attention_norm")(x_BTD), places, cache)
         x_BTD = x_BTD + attended_BTD
         normed_BTD = RMSNorm(epsilon, name="moe_norm")(x_BTD)
         if self.dense:
-            nothing_E = jnp.zeros(self.config.num_experts, jnp.float32)
             ids_BTk = jnp.full((*x_BTD.shape[:2], self.config.experts_per_token), -1, jnp.int32)
-            return x_BTD + DenseMLP(self.config, name="mlp")(normed_BTD), (cache, ids_BTk, nothing_E, nothing_E)
-        out_BTD, ids_BTk, counts_E, prob_sum_E = MoE(self.config, self.experts, name="moe")(normed_BTD, places.segments_BT != 0, forced_BTk)
-        return x_BTD + out_BTD, (cache, ids_BTk, counts_E, prob_sum_E)
+            return x_BTD + DenseMLP(self.config, name="mlp")(normed_BTD), (cache, ids_BTk, LayerRouter.nothing(self.config.num_experts))
+        out_BTD, ids_BTk, router = MoE(self.config, self.experts, name="moe")(normed_BTD, places.segments_BT != 0, forced_BTk)
+        return x_BTD + out_BTD, (cache, ids_BTk, router)
 
 
 class Qwen3(nn.Module):
@@ -182,11 +187,13 @@ class Qwen3(nn.Module):
     Attributes:
       scan: loop over stacked layers (True) or unroll them (False); see the module's docstring.
       experts: form of the experts, as in `rome.model.experts.experts`.
+      attention_form: form of attention over whole rows, as in `rome.model.attention.attention`.
     """
 
     config: ModelConfig
     scan: bool = True
     experts: str = "auto"
+    attention_form: str = "auto"
 
     @nn.compact
     def __call__(self, tokens_BT: Array, positions_BT: Array, segments_BT: Array, cache: Cache | None = None,
@@ -204,34 +211,34 @@ class Qwen3(nn.Module):
         embedding_VD = _Matrix("embedding", (config.vocab_size, config.hidden_size), config.initializer_range, name="embed")()
         if not config.tie_embeddings:  # made here, applied by whoever needs logits: training never builds [B, T, V]
             _Matrix("kernel", (config.hidden_size, config.vocab_size), config.initializer_range, name="head")()
-        x_BTD = jnp.take(embedding_VD, tokens_BT, axis=0).astype(config.dtype)
+        x_BTD = embed(embedding_VD, tokens_BT, config.dtype)
         places = Places(*rotary_angles(positions_BT, config), positions_BT, segments_BT)
         run = self._scanned if self.scan else self._unrolled
-        x_BTD, (cache, routes_LBTK, counts_LE, prob_sum_LE) = run(x_BTD, places, cache, routes_LBTK)
+        x_BTD, (cache, routes_LBTK, router_L) = run(x_BTD, places, cache, routes_LBTK)
         hidden_BTD = RMSNorm(config.rms_norm_eps, name="norm")(sharding.constrain(x_BTD, "batch", "time", None))
         tokens = jnp.sum(segments_BT != 0).astype(jnp.float32)
-        return Output(hidden_BTD, cache, routes_LBTK, RouterStats(counts_LE, prob_sum_LE, tokens))
+        return Output(hidden_BTD, cache, routes_LBTK, RouterStats(*router_L, tokens))
 
     def _scanned(self, x_BTD: Array, places: Places, cache: Cache | None, forced_LBTk: Array | None):
         block = nn.remat(Block, prevent_cse=False) if self.config.remat == "full" else Block
         layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(nn.broadcast, 0, 0),
                          length=self.config.num_layers)
-        return layers(self.config, self.experts, name="layers")(x_BTD, places, cache, forced_LBTk)
+        return layers(self.config, self.experts, self.attention_form, name="layers")(x_BTD, places, cache, forced_LBTk)
 
     def _unrolled(self, x_BTD: Array, places: Places, cache: Cache | None, forced_LBTk: Array | None):
         layers = self.get_variable("params", "layers")
         outs = []
         for i in range(self.config.num_layers):
-            block = Block(self.config, self.experts, i in self.config.dense_layers, parent=None)
+            block = Block(self.config, self.experts, self.attention_form, i in self.config.dense_layers, parent=None)
             run = lambda layer, *args, block=block: block.apply({"params": layer}, *args)
             run = jax.checkpoint(run) if self.config.remat == "full" else run
             layer = layers[i] if isinstance(layers, tuple) else layer_of(layers, i, self.config)
             layer_cache = None if cache is None else Cache(cache.k[i], cache.v[i])
             x_BTD, out = run(layer, x_BTD, places, layer_cache, None if forced_LBTk is None else forced_LBTk[i])
             outs.append(out)
-        caches, *others = zip(*outs)
+        caches, routes, routers = zip(*outs)
         cache = None if cache is None else Cache(tuple(c.k for c in caches), tuple(c.v for c in caches))
-        return x_BTD, (cache, *map(jnp.stack, others))
+        return x_BTD, (cache, jnp.stack(routes), jax.tree.map(lambda *layers: jnp.stack(layers), *routers))
 
     def _check(self, tokens_BT: Array, positions_BT: Array, segments_BT: Array, cache: Cache | None, routes_LBTK: Array | None) -> None:
         config, shape = self.config, tuple(tokens_BT.shape)

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rome.model.config import ModelConfig
@@ -73,6 +75,12 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(logical))
 
 
+def is_split() -> bool:
+    """Whether a mesh of more than one device is current, so that parts of the model say themselves what each device does."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1
+
+
 def make_mesh(shape: Mapping[str, int], config: ModelConfig | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of all five axes; those that `shape` leaves out have size 1, and one may be -1: all devices that are left.
 
@@ -87,7 +95,19 @@ def make_mesh(shape: Mapping[str, int], config: ModelConfig | None = None, devic
         remedies = remedies or [f"Lower an axis until their product is at most {len(devices)}."]
     if problems:
         raise ValueError(f"mesh ({_spell(shape)}) {'; and '.join(problems)}. {' '.join(remedies)}")
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:needed])
+    return Mesh(_arrange(sizes, devices[:needed]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arrange(sizes: Mapping[str, int], devices: list[Any]) -> np.ndarray:
+    """Devices so that the last axes, which talk most, lie on whole rings of the interconnect; an axis may be a part of a ring, unlike in
+    jax.make_mesh. Of several slices each is one part of the replica axis: only gradients cross between them."""
+    shape, slices = tuple(sizes.values()), len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if sizes["replica"] % slices:
+        raise ValueError(f"the devices are {slices} slices, which do not divide replica={sizes['replica']}. Set --config.mesh.replica to a multiple of {slices}.")
+    inside = (sizes["replica"] // slices, *shape[1:])
+    return mesh_utils.create_hybrid_device_mesh(inside, (slices, *(1,) * (len(shape) - 1)), devices, allow_split_physical_axes=True)
 
 
 def check_mesh(config: ModelConfig, mesh_shape: Mapping[str, int], batch: int | None = None, length: int | None = None) -> None:

@@ -1,6 +1,7 @@
-"""Expert trajectories for SFT: scripted experts play their tasks in real sandboxes, and what they said becomes token ids.
+"""Expert trajectories: scripted experts play their tasks in real sandboxes, and what they said becomes token ids.
 
-The experts sometimes err and recover. Such turns keep their status (`tool_error`), so that the loss masks them and the recovery is learnt.
+For SFT the experts sometimes err and recover. Such turns keep their status (`tool_error`) and are context only: the recovery is learnt, the
+mistake is not. For IPA they show the tasks that no sampled episode of a step solved: the imitation term of Eq. 10.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from rome.rollout.scheduler import RolloutError
 
 
 async def collect_experts(
-    tasks: Sequence[str], make_env: Callable[[str], TerminalEnv], chat: Chat, *, error_rate: float, concurrency: int, directory: pathlib.Path,
-    on_finish: Callable[[Trajectory], None] | None = None,
+    tasks: Sequence[str], make_env: Callable[[str], TerminalEnv], chat: Chat, *, error_rate: float, concurrency: int,
+    record: Callable[[int], pathlib.Path], on_finish: Callable[[Trajectory], None] | None = None,
 ) -> list[Trajectory]:
-    """One solved trajectory for each task, in the order asked for; those already in `directory` are taken from there.
+    """One solved trajectory for each task, in the order asked for. `record` says where the n-th is kept: one that is there already is taken.
 
     Raises: RolloutError where an expert fails its own task: then the task is wrong, or the sandbox is.
     """
     gate = asyncio.Semaphore(concurrency)
 
     async def play(number: int, task: str) -> Trajectory:
-        path = expert_path(directory, number)
+        path = record(number)
         if path.exists():
             return load_trajectory(path)
         async with gate:
@@ -41,10 +42,6 @@ async def collect_experts(
     return await asyncio.gather(*(play(number, task) for number, task in enumerate(tasks)))
 
 
-def expert_path(directory: pathlib.Path, number: int) -> pathlib.Path:
-    return directory / f"expert_{number:06d}.json"
-
-
 async def expert_trajectory(env: TerminalEnv, chat: Chat, rng: random.Random, error_rate: float) -> Trajectory:
     """Plays one expert episode; its turns become tokens exactly as a policy's would stand in the context."""
     played = await run_expert(env, rng, error_rate)
@@ -53,6 +50,7 @@ async def expert_trajectory(env: TerminalEnv, chat: Chat, rng: random.Random, er
     chunks, prompt_ids = [], chat.open(played.instruction)
     for turn in played.turns:
         action_ids = chat.turn(turn.text)
-        chunks.append(Chunk(prompt_ids, action_ids, [0.0] * len(action_ids), text=turn.text, observation=turn.observation, status=turn.status))
+        kind = "imitation" if turn.status == "ok" else "context"
+        chunks.append(Chunk(prompt_ids, action_ids, [0.0] * len(action_ids), text=turn.text, observation=turn.observation, status=turn.status, kind=kind))
         prompt_ids = chat.observe([turn.observation])
     return Trajectory(task=played.task, family=played.family, chunks=chunks, reward=played.reward, ending=played.ending, instruction=played.instruction)

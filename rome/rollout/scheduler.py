@@ -83,12 +83,14 @@ class Scheduler:
     async def play(
         self, episodes: Sequence[Episode], *, temperature: float, accounting: Accounting | None = None,
         record: Callable[[Episode], pathlib.Path] | None = None, on_finish: Callable[[Trajectory], None] | None = None,
+        routes: bool = False,
     ) -> list[Trajectory]:
         """Plays all episodes; returns their trajectories in the order asked for, each of them trainable.
 
         Args:
           record: where an episode's trajectory is kept. One that is there already is taken, not played again.
           accounting: counts of training samples; evaluations pass none.
+          routes: trajectories keep the experts of their tokens, as the engine returns them.
         Raises: Stopped; RolloutError when one episode is spoiled `attempts` times.
         """
         accounting = accounting or Accounting()
@@ -96,7 +98,7 @@ class Scheduler:
 
         async def finish(episode: Episode) -> Trajectory:
             async with gate:
-                trajectory = await self._play_one(episode, temperature, accounting, record and record(episode))
+                trajectory = await self._play_one(episode, temperature, accounting, record and record(episode), routes)
             if on_finish is not None:
                 on_finish(trajectory)
             return trajectory
@@ -120,7 +122,9 @@ class Scheduler:
             for future in done:
                 future.result()
 
-    async def _play_one(self, episode: Episode, temperature: float, accounting: Accounting, path: pathlib.Path | None) -> Trajectory:
+    async def _play_one(
+        self, episode: Episode, temperature: float, accounting: Accounting, path: pathlib.Path | None, routes: bool,
+    ) -> Trajectory:
         if path is not None and path.exists():
             accounting.started += 1
             accounting.in_flight += 1
@@ -131,7 +135,7 @@ class Scheduler:
             trajectory = await run_episode(
                 self.engine, self.make_env(episode.task), self.chat, self.limits, temperature=temperature,
                 seed=episode.seed if attempt == 0 else derive_seed(episode.seed, "attempt", attempt),
-                group=episode.group, episode=episode.episode,
+                group=episode.group, episode=episode.episode, routes=routes,
             )
             if trajectory.trainable:
                 if path is not None:

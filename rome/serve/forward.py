@@ -59,7 +59,7 @@ def forward(
             out_BTD = DenseMLP(config).apply({"params": layer["mlp"]}, normed_BTD)
             ids_BTk = jnp.full((*real_BT.shape, config.experts_per_token), -1, jnp.int32)
         else:
-            out_BTD, ids_BTk, _, _ = MoE(config, experts).apply({"params": layer["moe"]}, normed_BTD, real_BT)
+            out_BTD, ids_BTk, _ = MoE(config, experts).apply({"params": layer["moe"]}, normed_BTD, real_BT)
         x_BTD = x_BTD + out_BTD
         caches.append(layer_cache)
         routes.append(ids_BTk)

@@ -68,6 +68,7 @@ class Request:
     return_logprob: bool = False
     score_from: int | None = None
     return_routes: bool = False
+    routes_from: int = 0  # the routes of earlier positions are not sent
     stream: bool = False
     salt: str = ""
     notify: Callable[[Request], None] = lambda request: None
@@ -96,7 +97,7 @@ _SAMPLING_FIELDS = {
 _NEUTRAL = {"n": 1, "repetition_penalty": 1.0, "spaces_between_special_tokens": True}  # accepted with these values only
 _BODY_FIELDS = {
     "text", "input_ids", "rid", "sampling_params", "return_logprob", "logprob_start_len", "return_text_in_logprobs", "stream", "return_routed_experts",
-    "cache_salt", "extra_key", "priority", "log_metrics", "routing_key", "data_parallel_rank",
+    "routed_experts_start_len", "cache_salt", "extra_key", "priority", "log_metrics", "routing_key", "data_parallel_rank",
 }
 
 
@@ -128,6 +129,7 @@ def parse_generate(body: Any, bounds: Bounds, tokenizer: TextCodec | None) -> tu
             rid=rid if not is_batch or isinstance(body.get("rid"), list) else f"{rid}_{number}", prompt_ids=prompt_ids,
             sampling=_sampling(pick("sampling_params", {}, number), bounds, tokenizer), return_logprob=bool(pick("return_logprob", False, number)),
             return_routes=bool(pick("return_routed_experts", False, number)), stream=stream,
+            routes_from=_integer("routed_experts_start_len", pick("routed_experts_start_len", 0, number)),
             salt=f"{pick('cache_salt', '', number)}{pick('extra_key', '', number)}",
         )
         start = _integer("logprob_start_len", pick("logprob_start_len", -1, number))
@@ -163,6 +165,8 @@ def _check_fits(request: Request, bounds: Bounds) -> None:
     length, new = len(request.prompt_ids), request.sampling.max_new_tokens
     if not length:
         raise BadRequest("the prompt is empty; this engine needs at least one token")
+    if not 0 <= request.routes_from <= length:
+        raise BadRequest(f"routed_experts_start_len must be from 0 to the {length} tokens of the prompt, got {request.routes_from}")
     for one in request.prompt_ids:
         if not 0 <= one < bounds.vocab_size:
             raise BadRequest(f"token id {one} is outside the vocabulary of {bounds.vocab_size}")

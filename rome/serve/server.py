@@ -109,7 +109,7 @@ class Server:
                 scores = [None, *request.prompt_logprobs]
                 meta["input_token_logprobs"] = [[score, token, None] for score, token in zip(scores, request.prompt_ids)][request.score_from:]
         if request.return_routes and finish is not None and request.routes:
-            routes = np.concatenate(request.routes)[:len(request.prompt_ids) + count - 1]  # none for the last token: nothing was drawn after it
+            routes = np.concatenate(request.routes)[request.routes_from:len(request.prompt_ids) + count - 1]  # none for the last token: nothing was drawn after it
             meta["routed_experts"] = base64.b64encode(np.ascontiguousarray(routes, np.int32).tobytes()).decode()
         answer = {"output_ids": ids, "meta_info": meta}
         return answer if self.tokenizer is None else {"text": self._text(request, ids), **answer}

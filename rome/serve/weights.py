@@ -12,7 +12,7 @@ import numpy as np
 
 from rome.model import hf
 from rome.model.config import ModelConfig
-from rome.model.qwen3 import Params, stack_layers, unstack_layers
+from rome.model.qwen3 import Params, unstack_layers
 
 # What a forward pass does not read may differ between two checkpoints of one model.
 _UNREAD = {"router_aux_loss_coef", "initializer_range", "remat", "scan_layers", "max_position", "eos_token_id", "pad_token_id"}
@@ -42,8 +42,8 @@ def load_weights(directory: str | os.PathLike[str], dtype: str, like: ModelConfi
 
 def checksums(params: Params, config: ModelConfig) -> dict[str, str]:
     """SHA-256 of the bytes of every tensor as it would stand in a checkpoint of the server's dtype, by its Hugging Face name."""
-    return {name: hashlib.sha256(np.ascontiguousarray(tensor).tobytes()).hexdigest() for name, tensor in hf.named_tensors(stack_layers(jax.device_get(params)), config)}
+    return {name: hashlib.sha256(tensor.tobytes()).hexdigest() for name, tensor in hf.named_tensors(params, config)}
 
 
 def find_tensor(params: Params, config: ModelConfig, name: str) -> np.ndarray | None:
-    return next((tensor for known, tensor in hf.named_tensors(stack_layers(jax.device_get(params)), config) if known == name), None)
+    return next((tensor for _, tensor in hf.named_tensors(params, config, only=name)), None)

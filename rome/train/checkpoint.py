@@ -13,6 +13,8 @@ import orbax.checkpoint as ocp
 
 from rome.train.state import TrainState
 
+LARGE_BYTES = 64 * 1024**2
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be read, with its path and what to do."""
@@ -31,7 +33,7 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, host: dict[str, Any]) -> None:
         """Starts to write; returns once the device arrays may be reused. Saving a step twice does nothing."""
         if step != self._manager.latest_step():
-            self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host)))
+            self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state, save_args=save_options(state)), host=ocp.args.JsonSave(host)))
 
     def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
         """The state of `step` (the newest by default) with the shapes and shardings of `like`, and its host document."""
@@ -51,3 +53,13 @@ class Checkpoints:
     def close(self) -> None:
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def save_options(state: Any) -> Any:
+    """How each array lies on disk: a large stack of layers in one chunk a layer and device, so that a layer can be read without the others."""
+
+    def options(path: tuple[Any, ...], leaf: Any) -> ocp.SaveArgs:
+        in_layers = any(getattr(key, "key", None) == "layers" for key in path)
+        return ocp.SaveArgs(shard_axes=(0,)) if in_layers and leaf.nbytes > LARGE_BYTES else ocp.SaveArgs()
+
+    return jax.tree_util.tree_map_with_path(options, state)

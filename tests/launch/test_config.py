@@ -37,6 +37,8 @@ def test_every_config_key_is_read_by_the_launcher():
     ({"loss": "grpo", "group_size": 1}, "group_size=1"),
     ({"temperature": 0.0}, "temperature=0"),
     ({"max_turns": 99}, "max_turns=99"),
+    ({"routing_replay": "on"}, "routing_replay='on' is unknown. Choose one of off, rollout, recompute"),
+    ({"routing_replay": "recompute", "old": "rollout"}, "Set old=trainer, or routing_replay=rollout"),
 ])
 def test_a_wrong_config_is_refused_with_the_value_and_the_remedy(change, message):
     config = load_config("experiments/ipa.py", "tiny").unlock()

@@ -117,6 +117,20 @@ def test_ipa_survives_ctrl_c_and_kill_and_ends_bitwise_as_the_run_that_was_left_
     assert losses(workdir) == losses(tmp_path / "alone")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("replay", ["off", "rollout", "recompute"])
+def test_routes_are_recorded_and_replayed_as_the_config_says(sft, tmp_path, replay):
+    train([*IPA, f"--config.init_from={sft / 'final'}", "--config.steps=2", f"--config.routing_replay={replay}"], tmp_path / "run")
+    for line in metrics(tmp_path / "run"):
+        assert line["max_mismatch"] < 1e-3
+        if replay == "off":
+            assert "route_agreement" not in line
+        else:  # in float32 only the first of the step's two updates comes between the routes and the router
+            assert 0.8 < line["route_agreement"] <= line["route_overlap"] <= 1
+    steps = [step for file in (tmp_path / "run" / "trajectories").glob("ipa_*.json") for step in json.loads(file.read_text())["steps"][1:]]
+    assert steps and all(("routes" in step["extra"]) == (replay == "rollout") for step in steps)
+
+
 def test_a_broken_checkpoint_is_named_with_the_remedy(sft, tmp_path):
     workdir = tmp_path / "run"
     subprocess.run(["cp", "-r", str(sft), str(workdir)], check=True)

@@ -3,17 +3,18 @@
 import asyncio
 import dataclasses
 
+import numpy as np
 import pytest
 
 from rome.agent.loop import Limits, derive_seed, run_episode
 from rome.engine.client import EngineError
-from tests.rome.rollout.worlds import CHAT, EchoEnv, ScriptedEngine
+from tests.rome.rollout.worlds import CHAT, EchoEnv, ScriptedEngine, routes_of
 
 LIMITS = Limits(max_context=300, max_new_tokens=40, episode_seconds=5.0)
 
 
-def play(engine, env=None, limits=LIMITS, seed=7):
-    return asyncio.run(run_episode(engine, env or EchoEnv("copy/1"), CHAT, limits, seed=seed))
+def play(engine, env=None, limits=LIMITS, seed=7, **options):
+    return asyncio.run(run_episode(engine, env or EchoEnv("copy/1"), CHAT, limits, seed=seed, **options))
 
 
 def test_each_request_is_the_last_one_with_its_answer_and_the_observation_appended():
@@ -28,6 +29,23 @@ def test_each_request_is_the_last_one_with_its_answer_and_the_observation_append
     assert [chunk.text for chunk in trajectory.chunks] == ["red", "blue", "done"]
     assert "echo red" in CHAT.tokenizer.decode(trajectory.chunks[1].prompt_ids)
     assert trajectory.oldest_version == 3
+
+
+def test_routes_are_asked_for_once_a_token_and_kept_with_it():
+    engine = ScriptedEngine(["red", "blue", "done"])
+    trajectory = play(engine, routes=True)
+    routes = np.concatenate([chunk.routes for chunk in trajectory.chunks])
+    ids = [token for chunk in trajectory.chunks for token in chunk.prompt_ids + chunk.action_ids]
+    np.testing.assert_array_equal(routes[:-1], routes_of(ids)[:-1])
+    assert len(routes) == len(ids) and not routes[-1].any()  # nothing was drawn from the last token
+    starts = [sampling.routes_from for _, sampling in engine.requests]
+    assert starts == [0] + [len(asked) - len(chunk.prompt_ids) - 1 for (asked, _), chunk in list(zip(engine.requests, trajectory.chunks))[1:]]
+
+
+def test_without_a_wish_for_routes_none_are_asked_for():
+    engine = ScriptedEngine(["red", "done"])
+    assert all(chunk.routes is None for chunk in play(engine).chunks)
+    assert all(sampling.routes_from is None for _, sampling in engine.requests)
 
 
 def test_turn_seeds_follow_from_the_episode_seed_and_the_turn_alone():

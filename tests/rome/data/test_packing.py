@@ -1,5 +1,7 @@
 """Rows hold every trainable trajectory once and whole."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,8 +10,10 @@ from hypothesis import strategies as st
 from rome.data.batch import CONTEXT, IMITATION, RL
 from rome.data.packing import Batch, group_advantages, microbatches, pack
 from rome.data.trajectory import Chunk, Trajectory
+from rome.model.config import PRESETS
 
 quickly = settings(max_examples=40, deadline=None, derandomize=True)
+MODEL = dataclasses.replace(PRESETS["tiny"], num_layers=3, num_experts=7, experts_per_token=2)
 
 
 def trajectory(*turns, reward=1.0, ending="success", group=0, **chunk_fields):
@@ -81,9 +85,56 @@ def test_what_is_packed_can_be_unpacked_nothing_lost_nothing_twice(made):
     batch = packed(made)
     assert unpack(batch) == sorted((expected(t, n) for n, t in enumerate(made) if t.trainable), key=lambda one: one["tokens"])
     padding_BT, padding_BC = batch.segments_BT == 0, ~batch.valid_BC
-    for name, field in batch._asdict().items():
+    assert batch.routes_BTLk is None
+    for name, field in list(batch._asdict().items())[:-1]:
         on_padding = field[padding_BT if name.endswith("_BT") else padding_BC]
         assert (on_padding == (-1 if name == "chunk_ids_BT" else 0)).all(), name
+
+
+def routes_of(tokens):
+    """[..., L, k], other ones for every token."""
+    tokens = np.asarray(tokens, int)[..., None, None]
+    return ((tokens + np.arange(3)[:, None] + np.array([0, 3])) % 7 + 1).astype(np.uint8)
+
+
+def routed(made):
+    for trajectory in made:
+        for chunk in trajectory.chunks:
+            chunk.routes = routes_of(chunk.prompt_ids + chunk.action_ids)
+    return made
+
+
+@given(steps(), st.integers(1, 5))
+@quickly
+def test_routes_lie_where_their_tokens_lie_and_padding_has_none(made, rows):
+    batch = packed(routed(made), routes_for=MODEL)
+    for part in microbatches(batch, rows):
+        assert part.routes_BTLk.shape == (rows, 24, 3, 2) and part.routes_BTLk.dtype == np.uint8
+        real_BT = part.segments_BT > 0
+        np.testing.assert_array_equal(part.routes_BTLk, routes_of(part.tokens_BT) * real_BT[:, :, None, None])
+    for field, plain in zip(batch._replace(routes_BTLk=None), packed(made)):
+        np.testing.assert_array_equal(field, plain)
+
+
+def test_tokens_that_no_engine_was_asked_about_have_no_routes():
+    sampled, expert = routed([trajectory((1, 2), (3, 0), (1, 1), (2, 0))])[0], trajectory((1, 1))
+    expert.chunks[0].versions = []
+    sampled.chunks[-2].routes[-1] = 0  # the last token that was drawn
+    batch = packed([sampled, expert], routes_for=MODEL)
+    has_BT = (batch.routes_BTLk > 0).all(axis=(2, 3))
+    assert has_BT[0, :10].tolist() == [True] * 7 + [False] * 3 and not has_BT[0, 10:].any()
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda chunk: setattr(chunk, "routes", None), r"trajectory count/1 .* was sampled without routes.*--enable-return-routed-experts"),
+    (lambda chunk: chunk.routes.__setitem__((0, 0, 0), 8), "trajectory count/1 .*: routes name expert 7; this model has experts 0 to 6; it was sampled by another model"),
+    (lambda chunk: setattr(chunk, "routes", chunk.routes.astype(np.uint16)), "trajectory count/1 .*: routes are uint16"),
+])
+def test_routes_that_this_model_cannot_replay_are_refused_by_name(spoil, message):
+    bad = routed([trajectory((1, 2))])[0]
+    spoil(bad.chunks[0])
+    with pytest.raises(ValueError, match=message):
+        packed([bad], routes_for=MODEL)
 
 
 @given(steps(), st.integers(1, 5))
@@ -181,4 +232,5 @@ def test_infrastructure_failures_enter_no_row_and_no_group_statistic():
 def test_batch_is_a_pytree_of_arrays():
     import jax
 
-    assert len(jax.tree.leaves(packed([trajectory((1, 1))]))) == len(Batch._fields)
+    assert len(jax.tree.leaves(packed([trajectory((1, 1))]))) == len(Batch._fields) - 1  # without routes
+    assert len(jax.tree.leaves(packed(routed([trajectory((1, 1))]), routes_for=MODEL))) == len(Batch._fields)

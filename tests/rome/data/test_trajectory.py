@@ -25,7 +25,7 @@ def chunks(draw):
         prompt_ids=prompt_ids, action_ids=action_ids, logprobs=draw(st.lists(finite, min_size=len(action_ids), max_size=len(action_ids))),
         versions=[(draw(st.integers(0, 9)), 0, len(action_ids))] if draw(st.booleans()) else [], text=draw(text), tool_call=draw(calls),
         observation=draw(text), status=draw(st.sampled_from(STATUSES)), kind=draw(st.sampled_from(KINDS)), cached_tokens=draw(st.integers(0, 99)),
-        routes=np.arange(tokens * 6, dtype=np.int32).reshape(tokens, 3, 2) if with_routes else None,
+        routes=np.arange(tokens * 6).astype(draw(st.sampled_from([np.uint8, np.uint16]))).reshape(tokens, 3, 2) if with_routes else None,
     )
 
 
@@ -93,6 +93,20 @@ def test_a_reward_that_is_no_number_is_refused(reward):
 def test_a_chunk_that_contradicts_itself_is_refused(field, value):
     with pytest.raises(ValueError, match=r"logprob|unknown"):
         Chunk(**{"prompt_ids": [1], "action_ids": [2, 3], "logprobs": [-1.0, -2.0], field: value})
+
+
+@pytest.mark.parametrize("routes", [np.zeros((2, 3, 2), np.uint8), np.zeros((3, 6), np.uint8), np.zeros((3, 3, 2), np.int32)])
+def test_routes_that_do_not_belong_to_the_chunks_tokens_are_refused(routes):
+    with pytest.raises(ValueError, match=r"chunk has 3 tokens but routes"):
+        Chunk([1], [2, 3], [-1.0, -2.0], routes=routes)
+
+
+def test_damaged_routes_in_a_file_are_named():
+    chunk = Chunk([1], [2, 3], [-1.0, -2.0], routes=np.ones((3, 1, 1), np.uint8))
+    document = to_atif(example(chunks=[chunk]))
+    document["steps"][1]["extra"]["routes"]["shape"] = [9, 1, 1]
+    with pytest.raises(ValueError, match="routes unpack to 3 bytes"):
+        from_atif(document)
 
 
 def test_an_unknown_ending_is_refused():

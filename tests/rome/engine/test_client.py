@@ -1,7 +1,9 @@
 """The client against the embedded engine, and against small servers that behave as real ones were seen to."""
 
 import asyncio
+import base64
 import contextlib
+import dataclasses
 import os
 import signal
 import time
@@ -50,10 +52,13 @@ async def until_running(engine, requests=1):
 
 
 def test_a_completion_has_the_plain_forward_passes_logprobs_and_routes(server, checkpoints):
-    completion = talk(server, lambda engine: engine.generate(PROMPT, Sampling(30, temperature=0.9, seed=3), 60), route_shape=(LAYERS, TOP_K))
+    sampling = Sampling(30, temperature=0.9, seed=3, routes_from=0)
+    completion = talk(server, lambda engine: engine.generate(PROMPT, sampling, 60), model=make_config())
     oracle, ids = Oracle.load(checkpoints[0]), PROMPT + completion.output_ids
     np.testing.assert_allclose(completion.logprobs, oracle.logprobs(ids, 0.9)[len(PROMPT) - 1:], atol=1e-4)
-    assert np.array_equal(completion.routes, oracle.logits_and_routes(ids)[1][:-1])
+    assert np.array_equal(completion.routes, oracle.logits_and_routes(ids)[1][:-1] + 1)
+    rest = talk(server, lambda engine: engine.generate(PROMPT, dataclasses.replace(sampling, routes_from=17), 60), model=make_config())
+    assert np.array_equal(rest.routes, completion.routes[17:])
     assert completion.versions == [(0, 0, len(completion.output_ids))]
 
 
@@ -174,8 +179,8 @@ def answer(ids, finish="length", version="default", **meta):
 
 
 @contextlib.asynccontextmanager
-async def small_server(**routes):
-    """Routes by name; GET and POST alike."""
+async def small_server(model=None, **routes):
+    """Routes by name; GET and POST alike. `model` is what the client believes the server to have."""
     app = web.Application()
     for name, handler in routes.items():
         app.router.add_route("*", "/" + name, handler)
@@ -184,7 +189,7 @@ async def small_server(**routes):
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     try:
-        async with Engine(f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}") as engine:
+        async with Engine(f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}", model=model) as engine:
             yield engine
     finally:
         await runner.cleanup()
@@ -239,6 +244,65 @@ def test_partial_answers_are_joined_and_the_rest_is_asked_for():
     assert [body["input_ids"] for body in bodies] == [[1, 2], [1, 2], [1, 2, 4, 5]]
     assert [body["sampling_params"]["max_new_tokens"] for body in bodies] == [9, 9, 7]
     assert {body["sampling_params"]["sampling_seed"] for body in bodies} == {7}
+
+
+IDS = np.array([[[token % 4, (token + 1) % 4]] * LAYERS for token in range(9)], np.int32)  # of the tokens at places 0 to 8
+
+
+def routed(first, end, ids=IDS, **meta):
+    return {"routed_experts": base64.b64encode(ids[first:end].tobytes()).decode(), **meta}
+
+
+def generate_with_routes(parts, prompt=(1, 2, 3), routes_from=0):
+    """The completion of a server that answers so, and what it was asked."""
+    bodies = []
+
+    async def generate(request):
+        bodies.append(await request.json())
+        return web.json_response(parts[len(bodies) - 1])
+
+    async def run():
+        async with small_server(make_config(), generate=generate) as engine:
+            return await engine.generate(list(prompt), Sampling(9, routes_from=routes_from), 30)
+
+    return asyncio.run(run()), bodies
+
+
+@pytest.mark.parametrize("meta", [
+    routed(2, 4), routed(0, 4),  # newer servers send what was asked for, older ones the whole sequence
+    routed(2, 4, IDS.astype(np.uint8), routed_experts_dtype="uint8"),
+], ids=["from", "whole", "bytes"])
+def test_routes_of_every_kind_of_server_are_understood(meta):
+    completion, bodies = generate_with_routes([answer([4, 5], "stop", **meta)], routes_from=2)
+    assert np.array_equal(completion.routes, IDS[2:4] + 1) and completion.routes.dtype == np.uint8
+    assert bodies[0]["return_routed_experts"] is True and bodies[0]["routed_experts_start_len"] == 2
+
+
+def test_a_token_that_is_run_again_after_an_abort_keeps_the_route_that_it_was_sampled_by():
+    again = IDS[:, :, ::-1] ^ 1  # other experts for the same tokens
+    parts = [answer([], "abort"), answer([4, 5], "abort", **routed(0, 4)), answer([6, 7], "stop", **routed(4, 6)), ]
+    late = [parts[0], parts[1], answer([6, 7], "stop", **routed(0, 6, again))]
+    completion, bodies = generate_with_routes(parts)
+    assert np.array_equal(completion.routes, IDS[:6] + 1)
+    assert [body["routed_experts_start_len"] for body in bodies] == [0, 0, 4]
+    completion, _ = generate_with_routes(late)
+    assert np.array_equal(completion.routes, np.concatenate([IDS[:4], again[4:6]]) + 1)
+
+
+def test_routes_are_asked_for_only_where_they_are_wanted():
+    completion, bodies = generate_with_routes([answer([4], "stop")], routes_from=None)
+    assert completion.routes is None and "return_routed_experts" not in bodies[0] and "routed_experts_start_len" not in bodies[0]
+
+
+@pytest.mark.parametrize("meta, message", [
+    ({}, "returned no routes; start the SGLang server with --enable-return-routed-experts"),
+    (routed(0, 3), "12 expert ids; 4 tokens in 2 layers with 2 experts each have another number. Does it serve another model"),
+    (routed(0, 4, IDS + 1), "expert ids go from 1 to 4; this model has experts 0 to 3. Does it serve another model"),
+    (routed(0, 4, IDS * 0), "one expert twice in a layer: the engine did not record"),
+])
+def test_routes_that_cannot_be_replayed_are_an_error_with_the_remedy(meta, message):
+    with pytest.raises(EngineError, match=message):
+        generate_with_routes([answer([4, 5], "stop", **meta)])
 
 
 def test_old_servers_are_asked_by_their_old_routes():

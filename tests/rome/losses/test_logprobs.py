@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rome.losses.logprobs import chunked_logprobs
+from rome.model.sharding import make_mesh
 
 B, T, D, V = 2, 13, 8, 31
 
@@ -32,7 +33,7 @@ def loop(hidden_BTD, kernel_DV, tokens_BT, segments_BT, temperature):
     return result
 
 
-@pytest.mark.parametrize("block", [1, 4, 13, 128])
+@pytest.mark.parametrize("block", [1, 4, 13, 128, None])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_and_entropy_equal_the_float64_loop(inputs, block, temperature):
     logp_BT, entropy_BT = chunked_logprobs(*inputs, temperature, block=block, with_entropy=True)
@@ -51,7 +52,7 @@ def test_gradients_do_not_depend_on_the_block(inputs):
         return jnp.sum(jnp.where(same, taken * weight_BT[:, 1:], 0))
 
     expected = jax.grad(plain, argnums=(0, 1))(hidden_BTD, kernel_DV)
-    for block in (3, 128):
+    for block in (3, 128, None):
         chunked = lambda h, k: jnp.sum(weight_BT * chunked_logprobs(h, k, tokens_BT, segments_BT, block=block))  # noqa: E731, B023
         for got, want in zip(jax.grad(chunked, argnums=(0, 1))(hidden_BTD, kernel_DV), expected):
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
@@ -69,7 +70,7 @@ def test_no_array_of_all_positions_times_vocabulary_exists_forward_or_backward()
         return max(sizes + [largest(getattr(p, "jaxpr", p)) for p in inner if hasattr(getattr(p, "jaxpr", p), "eqns")], default=0)
 
     found = largest(jax.make_jaxpr(jax.grad(value, argnums=(0, 1)))(*shapes).jaxpr)
-    assert rows * 8 * vocabulary <= found < rows * length * vocabulary
+    assert 8 * vocabulary <= found < rows * length * vocabulary
 
 
 def test_the_entropy_is_a_constant_to_the_gradient(inputs):
@@ -83,3 +84,22 @@ def test_bfloat16_hidden_states_still_give_float32_logprobs(inputs):
     logp_BT = chunked_logprobs(hidden_BTD.astype(jnp.bfloat16), kernel_DV, tokens_BT, segments_BT)
     assert logp_BT.dtype == jnp.float32
     np.testing.assert_allclose(logp_BT, loop(*inputs, 1.0)[0], atol=0.15)
+
+
+@pytest.mark.parametrize("shape", [{"fsdp": 4, "tensor": 2}, {"fsdp": 2, "sequence": 2, "tensor": 2}, {"expert": 4, "sequence": 2}])
+def test_scores_and_gradients_on_a_mesh_equal_one_device(shape):
+    rng = np.random.default_rng(2)
+    rows, length, width, vocabulary = 8, 12, 8, 30
+    hidden_BTD, kernel_DV = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((rows, length, width), (width, vocabulary)))
+    tokens_BT, weight_BT = jnp.asarray(rng.integers(0, vocabulary, (rows, length))), jnp.asarray(rng.normal(size=(rows, length)), jnp.float32)
+    segments_BT = jnp.where(jnp.arange(length) < 7, 1, 2) * jnp.ones((rows, 1), jnp.int32)
+
+    def value(hidden_BTD, kernel_DV):
+        logp_BT, entropy_BT = chunked_logprobs(hidden_BTD, kernel_DV, tokens_BT, segments_BT, 0.7, block=5, with_entropy=True)
+        return jnp.sum(weight_BT * logp_BT), (logp_BT, entropy_BT)
+
+    step = lambda: jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True))(hidden_BTD, kernel_DV)  # noqa: E731
+    expected = step()
+    with jax.set_mesh(make_mesh(shape)):
+        got = step()
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5), got, expected)

@@ -1,6 +1,7 @@
 """Router and experts: every form against a plain NumPy loop, at any imbalance."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,8 @@ import numpy as np
 import pytest
 
 from rome.model.config import PRESETS
-from rome.model.experts import IMPLEMENTATIONS, block_rows, experts
-from rome.model.moe import MoE, RouterStats, route, router_loss
+from rome.model.experts import NO_EXPERT, block_rows, capacity, drop_beyond, experts, experts_megablox
+from rome.model.moe import MoE, RouterStats, route, router_figures, router_loss
 
 N, D, E, F, K = 150, 12, 5, 20, 2
 CONFIG = dataclasses.replace(PRESETS["tiny"], hidden_size=D, num_experts=E, moe_intermediate_size=F, experts_per_token=K)
@@ -27,6 +28,10 @@ def arrays(load, seed=0):
     return [random.standard_normal(shape).astype(np.float32) for shape in shapes] + [jnp.asarray(LOADS[load](random), jnp.int32)]
 
 
+FORMS = {name: functools.partial(experts, implementation=name) for name in ("dense", "sorted", "ragged", "auto")}
+FORMS["megablox"] = functools.partial(experts_megablox, interpret=True)  # the kernel's program, run by the CPU
+
+
 def experts_by_loop(x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk):
     """Float64, one token and one expert at a time."""
     out_ND = np.zeros((N, D))
@@ -38,23 +43,37 @@ def experts_by_loop(x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk):
 
 
 @pytest.mark.parametrize("load", LOADS)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_every_form_equals_a_loop_over_tokens_whatever_the_load(implementation, load):
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_equals_a_loop_over_tokens_whatever_the_load(form, load):
     inputs = arrays(load)
-    np.testing.assert_allclose(jax.jit(experts, static_argnums=6)(*inputs, implementation), experts_by_loop(*inputs), rtol=1e-4, atol=2e-4)
+    np.testing.assert_allclose(jax.jit(FORMS[form])(*inputs), experts_by_loop(*inputs), rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_expert_that_is_not_here_adds_nothing(form):
+    """What a device of an expert-parallel mesh computes: its own experts, on tokens that chose others too."""
+    *floats, ids_Nk = arrays("random")
+    x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk = floats
+    here_Nk = (ids_Nk >= 1) & (ids_Nk < 4)
+    some = lambda *floats: FORMS[form](floats[0], *(w[1:4] for w in floats[1:4]), floats[4], ids_Nk - 1)
+    oracle = lambda *floats: experts(*floats[:4], jnp.where(here_Nk, floats[4], 0.0), ids_Nk, "dense")
+    np.testing.assert_allclose(jax.jit(some)(*floats), oracle(*floats), rtol=1e-4, atol=2e-4)
+    summed = lambda function: jax.jit(jax.grad(lambda *floats: jnp.sum(function(*floats) * jnp.cos(x_ND)), argnums=(0, 1, 2, 3, 4)))(*floats)
+    for one, other in zip(summed(some), summed(oracle)):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("load", LOADS)
-@pytest.mark.parametrize("implementation", ["sorted", "ragged"])
-def test_gradients_of_every_form_equal_those_of_the_dense_oracle(implementation, load):
+@pytest.mark.parametrize("form", ["sorted", "ragged", "megablox"])
+def test_gradients_of_every_form_equal_those_of_the_dense_oracle(form, load):
     inputs = arrays(load)
     weights_ND = np.random.RandomState(9).standard_normal((N, D)).astype(np.float32)
 
-    def gradients(implementation):
-        objective = lambda *floats: jnp.sum(weights_ND * experts(*floats, inputs[5], implementation))
+    def gradients(form):
+        objective = lambda *floats: jnp.sum(weights_ND * FORMS[form](*floats, inputs[5]))
         return jax.jit(jax.grad(objective, argnums=(0, 1, 2, 3, 4)))(*inputs[:5])
 
-    for one, other in zip(gradients(implementation), gradients("dense")):
+    for one, other in zip(gradients(form), gradients("dense")):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
 
 
@@ -87,7 +106,8 @@ def test_an_unknown_form_is_refused_by_name():
 def test_the_router_takes_the_most_probable_experts_and_weighs_them_by_softmax(renormalise):
     config = dataclasses.replace(CONFIG, norm_topk_prob=renormalise)
     logits_NE = np.random.RandomState(0).standard_normal((N, E)).astype(np.float32)
-    ids_Nk, weights_Nk, probs_NE = route(jnp.asarray(logits_NE), config)
+    ids_Nk, weights_Nk, probs_NE, own_Nk = route(jnp.asarray(logits_NE), config)
+    np.testing.assert_array_equal(own_Nk, ids_Nk)
     probs = np.exp(logits_NE) / np.exp(logits_NE).sum(axis=1, keepdims=True)
     np.testing.assert_array_equal(ids_Nk, np.argsort(-logits_NE, axis=1)[:, :K])
     expected = -np.sort(-probs, axis=1)[:, :K]
@@ -98,8 +118,9 @@ def test_the_router_takes_the_most_probable_experts_and_weighs_them_by_softmax(r
 def test_replayed_experts_get_their_weights_from_the_dense_logits():
     logits_NE = jnp.asarray(np.random.RandomState(0).standard_normal((N, E)), jnp.float32)
     least_Nk = jnp.argsort(logits_NE, axis=1)[:, :K]
-    ids_Nk, weights_Nk, probs_NE = route(logits_NE, CONFIG, least_Nk)
+    ids_Nk, weights_Nk, probs_NE, own_Nk = route(logits_NE, CONFIG, least_Nk)
     np.testing.assert_array_equal(ids_Nk, least_Nk)
+    np.testing.assert_array_equal(own_Nk, route(logits_NE, CONFIG)[0])
     chosen = np.take_along_axis(np.asarray(probs_NE), np.asarray(least_Nk), axis=1)
     np.testing.assert_allclose(weights_Nk, chosen / chosen.sum(axis=1, keepdims=True), rtol=1e-5)
 
@@ -113,23 +134,56 @@ def test_router_statistics_count_real_tokens_only():
     x_BTD = jax.random.normal(jax.random.key(0), (2, 7, D))
     real_BT = jnp.arange(7)[None] < jnp.array([[4], [6]])
     params = MoE(CONFIG).init(jax.random.key(1), x_BTD, real_BT)
-    _, ids_BTk, counts_E, prob_sum_E = MoE(CONFIG).apply(params, x_BTD, real_BT)
-    np.testing.assert_array_equal(counts_E, np.bincount(np.asarray(ids_BTk)[np.asarray(real_BT)].ravel(), minlength=E))
-    assert counts_E.sum() == K * 10
-    np.testing.assert_allclose(prob_sum_E.sum(), 10, rtol=1e-6)
+    out_BTD, ids_BTk, router = MoE(CONFIG).apply(params, x_BTD, real_BT)
+    np.testing.assert_array_equal(router.counts_E, np.bincount(np.asarray(ids_BTk)[np.asarray(real_BT)].ravel(), minlength=E))
+    assert router.counts_E.sum() == K * 10 and router.dropped == 0
+    np.testing.assert_allclose(router.prob_sum_E.sum(), 10, rtol=1e-6)
+    assert not np.any(np.asarray(out_BTD)[~np.asarray(real_BT)])  # padding is given to no expert
+    logits = np.asarray(x_BTD, np.float64)[np.asarray(real_BT)] @ np.asarray(params["params"]["router"], np.float64)
+    log_sum = np.log(np.exp(logits).sum(axis=1))
+    probs = np.exp(logits - log_sum[:, None])
+    np.testing.assert_allclose(router.z, (log_sum**2).sum(), rtol=1e-5)
+    np.testing.assert_allclose(router.entropy, -(probs * np.log(probs)).sum(), rtol=1e-5)
+
+
+def stats(counts_LE, prob_sum_LE, tokens):
+    zeros_L = jnp.zeros(len(counts_LE))
+    return RouterStats(jnp.asarray(counts_LE), jnp.asarray(prob_sum_LE), zeros_L, zeros_L, zeros_L, jnp.float32(tokens))
+
+
+def test_loads_of_a_layer_are_summed_up_by_maximum_and_gini():
+    config = dataclasses.replace(CONFIG, num_layers=2)
+    even = router_figures(stats(np.full((2, E), 4.0), np.zeros((2, E)), 10), config, jnp.full((2, E), 4.0), jnp.float32(10))
+    np.testing.assert_allclose([even["router_load_max"], even["router_gini"]], [1.0, 0.0], atol=1e-6)
+    counts = np.array([[1.0, 2, 3, 4, 10], [20.0, 0, 0, 0, 0]])
+    skewed = router_figures(stats(counts, np.zeros((2, E)), 10), config, jnp.asarray(counts), jnp.float32(10))
+    pairs = [np.abs(row[:, None] - row[None]).sum() / (2 * E * row.sum()) for row in counts]  # Gini's own definition
+    np.testing.assert_allclose(skewed["router_gini"], np.mean(pairs), rtol=1e-6)
+    np.testing.assert_allclose(skewed["router_load_max"], (2.5 + 5) / 2, rtol=1e-6)
+
+
+def test_an_expert_takes_its_capacity_and_the_rest_is_dropped_and_reported():
+    ids_Nk = jnp.array([[0, 1], [0, 2], [0, 1], [3, 0], [NO_EXPERT, 1]])
+    np.testing.assert_array_equal(drop_beyond(ids_Nk, 2, E), [[0, 1], [0, 2], [-1, 1], [3, -1], [-1, -1]])
+    config = dataclasses.replace(CONFIG, capacity_factor=0.5)
+    x_BTD, real_BT = jax.random.normal(jax.random.key(0), (1, 40, D)), jnp.arange(40)[None] < 30
+    params = MoE(config).init(jax.random.key(1), x_BTD, real_BT)
+    _, own_BTk, router = MoE(config).apply(params, x_BTD, real_BT)
+    taken = np.minimum(np.bincount(np.asarray(own_BTk)[0, :30].ravel(), minlength=E), capacity(40 * K, E, 0.5)).sum()
+    assert 0 < router.dropped == 30 * K - taken
 
 
 def test_the_router_loss_is_k_when_balanced_and_more_otherwise():
     config = dataclasses.replace(CONFIG, num_layers=2)
-    even = RouterStats(jnp.full((2, E), 10.0 * K / E), jnp.full((2, E), 10.0 / E), jnp.float32(10))
+    even = stats(np.full((2, E), 10.0 * K / E), np.full((2, E), 10.0 / E), 10)
     np.testing.assert_allclose(router_loss(even, config), K, rtol=1e-6)
-    skewed = RouterStats(jnp.tile(jnp.array([10.0, 10, 0, 0, 0]), (2, 1)), jnp.tile(jnp.array([5.0, 5, 0, 0, 0]), (2, 1)), jnp.float32(10))
+    skewed = stats(np.tile([10.0, 10, 0, 0, 0], (2, 1)), np.tile([5.0, 5, 0, 0, 0], (2, 1)), 10)
     np.testing.assert_allclose(router_loss(skewed, config), E * 2 * 1.0 * 0.5, rtol=1e-6)
 
 
 def test_the_router_loss_pushes_probability_away_from_the_busy_expert_and_is_finite_without_tokens():
     config = dataclasses.replace(CONFIG, num_layers=1)
-    gradient_LE = jax.grad(lambda prob_LE: router_loss(RouterStats(jnp.array([[9.0, 1, 0, 0, 0]]), prob_LE, jnp.float32(5)), config))(jnp.ones((1, E)))
+    gradient_LE = jax.grad(lambda prob_LE: router_loss(stats(np.array([[9.0, 1, 0, 0, 0]]), prob_LE, 5), config))(jnp.ones((1, E)))
     assert gradient_LE[0, 0] > gradient_LE[0, 1] > gradient_LE[0, 2] == 0
-    nothing = RouterStats(jnp.zeros((1, E)), jnp.zeros((1, E)), jnp.float32(0))
+    nothing = stats(np.zeros((1, E)), np.zeros((1, E)), 0)
     assert router_loss(nothing, config) == 0

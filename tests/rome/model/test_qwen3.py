@@ -188,7 +188,8 @@ def test_replayed_routes_give_the_same_output_and_other_routes_another(params):
     assert_close(replayed.hidden_BTD, free.hidden_BTD, 1e-6)
     other_LBTK = (free.routes_LBTK + 1) % CONFIG.num_experts
     forced = apply(params, tokens_BT, routes_LBTK=other_LBTK)
-    np.testing.assert_array_equal(forced.routes_LBTK, other_LBTK)
+    np.testing.assert_array_equal(forced.routes_LBTK[0], free.routes_LBTK[0])  # what the first router would choose does not depend on it
+    np.testing.assert_array_equal(forced.router.counts_LE, [np.bincount(np.ravel(ids), minlength=CONFIG.num_experts) for ids in other_LBTK])
     assert np.abs(forced.hidden_BTD - free.hidden_BTD).max() > 1e-2
 
 

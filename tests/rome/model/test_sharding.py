@@ -89,6 +89,37 @@ def test_every_axis_is_in_every_mesh_and_minus_one_takes_what_is_left():
     assert row_shards(mesh) == 4 and batch_sharding(mesh).spec == PartitionSpec(("replica", "fsdp", "expert"))
 
 
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh is laid out by: enough of a TPU's device for `make_mesh`."""
+
+    id: int
+    coords: tuple[int, int, int]
+    slice_index: int = 0
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+    process_index: int = 0
+
+
+def torus(x: int, y: int, z: int, slices: int = 1) -> list[Chip]:
+    places = [(i, j, k, s) for s in range(slices) for k in range(z) for j in range(y) for i in range(x)]
+    return [Chip(number, place[:3], place[3]) for number, place in enumerate(places)]
+
+
+def test_an_axis_may_be_a_part_of_a_ring_and_neighbours_on_it_are_neighbours_on_the_torus():
+    mesh = make_mesh({"fsdp": 8, "expert": 8}, devices=torus(4, 4, 4))
+    spans = [sorted(len({device.coords[dim] for device in group}) for dim in range(3)) for group in np.squeeze(mesh.devices)]
+    assert spans == [[1, 2, 4]] * 8  # the eight of an expert group: a whole ring, two deep
+
+
+def test_slices_are_parts_of_the_replica_axis():
+    mesh = make_mesh({"replica": 4, "fsdp": 4, "expert": 8}, devices=torus(4, 4, 4, slices=2))
+    assert [len({device.slice_index for device in replica.flat}) for replica in mesh.devices] == [1] * 4
+    with pytest.raises(ValueError, match="2 slices, which do not divide replica=1. Set --config.mesh.replica to a multiple of 2"):
+        make_mesh({"fsdp": 16, "expert": 8}, devices=torus(4, 4, 4, slices=2))
+
+
 def test_two_axes_of_one_array_on_the_same_mesh_axis_are_refused():
     with pytest.raises(ValueError, match="'tensor' on two dimensions"):
         partition_spec(("heads", "vocab"))

@@ -3,7 +3,7 @@
 import collections
 import random
 
-from rome.rollout.curriculum import FLOOR, Curriculum
+from rome.rollout.curriculum import FLOOR, UNSOLVED, Curriculum
 
 
 class Seen:
@@ -22,8 +22,10 @@ def test_families_are_drawn_alike_before_anything_is_known():
 
 def test_open_families_are_drawn_most_and_decided_ones_still_sometimes():
     measured = shares(Curriculum("abc", {"a": 0.0, "b": 0.5, "c": 1.0}))
-    for family, weight in {"a": FLOOR, "b": 0.25 + FLOOR, "c": FLOOR}.items():
-        assert abs(measured[family] - weight / (0.25 + 3 * FLOOR)) < 0.02
+    weights = {"a": UNSOLVED + FLOOR, "b": 0.25 + UNSOLVED / 2 + FLOOR, "c": FLOOR}
+    for family, weight in weights.items():
+        assert abs(measured[family] - weight / sum(weights.values())) < 0.02
+    assert measured["b"] > measured["a"] > measured["c"] > 0
 
 
 def test_the_estimate_follows_what_was_seen():

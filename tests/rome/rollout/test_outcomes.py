@@ -1,7 +1,9 @@
 """What a step's episodes show: figures that mean what they are called, and groups that can teach."""
 
+import dataclasses
+
 from rome.data.trajectory import Chunk, Trajectory
-from rome.rollout.outcomes import mixed_groups, rollout_figures
+from rome.rollout.outcomes import mixed_groups, rollout_figures, unsolved_tasks
 
 
 def trajectory(group=0, reward=0.0, chunks=()):
@@ -34,3 +36,9 @@ def test_groups_that_ended_alike_are_left_out_unless_there_is_no_other():
     won, lost, mixed = [trajectory(0, 1.0)] * 2, [trajectory(1)] * 2, [trajectory(2, 1.0), trajectory(2)]
     assert mixed_groups(won + lost + mixed) == mixed
     assert mixed_groups(won + lost) == won + lost
+
+
+def test_a_task_is_unsolved_when_no_episode_of_its_group_won():
+    named = lambda group, reward, task: dataclasses.replace(trajectory(group, reward), task=task)
+    played = [named(0, 1.0, "copy/1"), named(0, 0.0, "copy/1"), named(1, 0.0, "copy/2"), named(1, 0.0, "copy/2"), named(2, 0.0, "copy/2")]
+    assert unsolved_tasks(played) == ["copy/2", "copy/2"]  # one for each group

@@ -3,11 +3,18 @@
 import asyncio
 import dataclasses
 
+import numpy as np
+
 from envs.gem.core import Env
 from rome.engine.client import Completion, Sampling
 from rome.model.tokenizer import TINY, Chat, Tokenizer
 
 CHAT = Chat(Tokenizer.load(TINY))
+
+
+def routes_of(ids):
+    """[tokens, 1 layer, 2 experts], other ones for every place and token."""
+    return np.array([[[(place + token) % 250 + 1, (place + token) % 250 + 2]] for place, token in enumerate(ids)], np.uint8)
 
 
 @dataclasses.dataclass
@@ -34,7 +41,8 @@ class ScriptedEngine:
             raise self.error
         number = input_ids.count(CHAT.tokenizer.im_start) // 2 - 1  # each turn opened a user's and an assistant's header
         ids = CHAT.turn(self.turns[number])
-        return Completion(ids, [-0.5] * len(ids), self.finish_reason, [(3, 0, len(ids))])
+        routes = None if sampling.routes_from is None else routes_of(input_ids + ids)[sampling.routes_from:-1]
+        return Completion(ids, [-0.5] * len(ids), self.finish_reason, [(3, 0, len(ids))], routes=routes)
 
 
 @dataclasses.dataclass

@@ -38,7 +38,7 @@ class Http:
         return await self.ask("POST", route, body or {})
 
     async def generate(self, ids=PROMPT, **sampling):
-        fields = {name: sampling.pop(name) for name in ("rid", "logprob_start_len", "return_routed_experts") if name in sampling}
+        fields = {name: sampling.pop(name) for name in ("rid", "logprob_start_len", "return_routed_experts", "routed_experts_start_len") if name in sampling}
         status, answer = await self.post("/generate", {
             "input_ids": ids, "return_logprob": True, "sampling_params": {"max_new_tokens": 12, "ignore_eos": True} | sampling, **fields,
         })

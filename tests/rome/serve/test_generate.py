@@ -49,6 +49,8 @@ def test_routes_equal_the_plain_forward_pass_also_for_cached_tokens(server, orac
         routes = np.frombuffer(base64.b64decode(answer["meta_info"]["routed_experts"]), np.int32).reshape(len(ids) - 1, LAYERS, TOP_K)
         assert np.array_equal(routes, oracle.logits_and_routes(ids)[1][:-1])
     assert answer["meta_info"]["cached_tokens"] == 2 * CHUNK
+    rest = talk(server, lambda http: http.generate(return_routed_experts=True, routed_experts_start_len=38, seed=None, sampling_seed=5))
+    assert base64.b64decode(rest["meta_info"]["routed_experts"]) == routes[38:].tobytes()
 
 
 def test_a_seeded_request_gives_the_same_bits_alone_in_a_crowd_and_with_a_warm_cache(server):

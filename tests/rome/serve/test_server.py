@@ -123,6 +123,7 @@ def test_the_cache_is_not_flushed_under_a_running_request(server):
     ({"input_ids": [1], "sampling_params": {"temprature": 1.0}}, "'temprature' = 1.0 is not supported"),
     ({"input_ids": [1], "sampling_params": {"repetition_penalty": 1.2}}, "'repetition_penalty' = 1.2 is not supported"),
     ({"input_ids": [1], "sampling_params": {"n": 2}}, "'n' = 2 is not supported"),
+    ({"input_ids": [1], "routed_experts_start_len": 2}, "routed_experts_start_len must be from 0 to the 1 tokens of the prompt, got 2"),
     ({"input_ids": [1], "sampling_params": {"temperature": -1}}, "temperature must be 0"),
     ({"input_ids": [1], "sampling_params": {"top_p": 0}}, "top_p must be in (0, 1]"),
     ({"input_ids": [1], "sampling_params": {"stop_token_ids": ["a"]}}, "stop_token_ids must be an integer"),
