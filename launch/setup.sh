@@ -22,6 +22,7 @@ apt_install() {
   logged "${install[@]}" || { logged "${root[@]}" apt-get update -q && logged "${install[@]}"; }
 }
 
+keeps_image_jax() { grep -qs 'include-system-site-packages = true' .venv/pyvenv.cfg; }
 version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
@@ -51,10 +52,10 @@ PYTHON
 
 # The chip that this machine's device files show: tpu, cuda or cpu. ROME_DEVICES stands for the root they are looked for under.
 find_accelerator() {
-  local root=${ROME_DEVICES:-} vendor
-  if compgen -G "$root/dev/nvidia[0-9]*" >/dev/null; then echo cuda; return; fi
-  if compgen -G "$root/dev/accel*" >/dev/null || compgen -G "$root/dev/vfio/[0-9]*" >/dev/null; then
-    for vendor in "$root"/sys/bus/pci/devices/*/vendor; do
+  local under=${ROME_DEVICES:-} vendor
+  if compgen -G "$under/dev/nvidia[0-9]*" >/dev/null; then echo cuda; return; fi
+  if compgen -G "$under/dev/accel*" >/dev/null || compgen -G "$under/dev/vfio/[0-9]*" >/dev/null; then
+    for vendor in "$under"/sys/bus/pci/devices/*/vendor; do
       if [ "$(cat "$vendor" 2>/dev/null)" = 0x1ae0 ]; then echo tpu; return; fi  # Google
     done
   fi
@@ -96,8 +97,7 @@ files=("$@")
 case $accelerator in
   cpu) ;;
   tpu | cuda)
-    # An image's own jax knows its chips already (see image_jax).
-    grep -qs 'include-system-site-packages = true' .venv/pyvenv.cfg || files+=("requirements-$accelerator.txt") ;;
+    keeps_image_jax || files+=("requirements-$accelerator.txt") ;;  # an image's own jax knows its chips already
   *) fail "ACCELERATOR=$accelerator is none of tpu, cuda and cpu. Name one, or leave it out: the machine's devices decide." ;;
 esac
 
@@ -107,7 +107,7 @@ for file in "${files[@]}"; do
   say "installing the packages of $file into .venv (one to three minutes where nothing is cached)"
   SECONDS=0
   jax=$(.venv/bin/python -c 'import importlib.metadata as m; print("jax==" + m.version("jax"))' 2>/dev/null || true)
-  grep -qs 'include-system-site-packages = true' .venv/pyvenv.cfg && echo "$jax" >.venv/constraints.txt || : >.venv/constraints.txt
+  if keeps_image_jax; then echo "$jax"; fi >.venv/constraints.txt
   .venv/bin/python -m pip install -qq --disable-pip-version-check --progress-bar off \
     --requirement "$file" --constraint .venv/constraints.txt 9<&- ||
     fail "pip could not install $file (its reason stands above). Run the same command again once that is mended."
