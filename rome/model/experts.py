@@ -1,16 +1,15 @@
 """The experts themselves: one function, forms behind it that are equal in value and differ in speed. Dropless in every form.
 
-N tokens, D model, E experts, k experts a token, F expert hidden; A = N * k choices (token n, its j-th expert); P blocks of M rows,
-S = P * M slots.
+N tokens, D model, E experts, k experts a token, F expert hidden; A = N * k choices (token n, its j-th expert).
 """
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from rome.model.experts_cpu import experts_sorted
 
 IMPLEMENTATIONS = ("auto", "dense", "sorted", "ragged")
 DENSE_UP_TO = 128  # tokens; below, sorting costs more than it saves
@@ -53,44 +52,6 @@ def experts_ragged(x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array,
     out_AD = jax.lax.ragged_dot(hidden_AF, down_EFD, sizes_E)
     out_NkD = _take_rows(out_AD, place_Nk.reshape(-1), order_A[:, None]).reshape(*ids_Nk.shape, -1)
     return jnp.einsum("NkD,Nk->ND", out_NkD, weights_Nk.astype(x_ND.dtype))
-
-
-def experts_sorted(x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, weights_Nk: Array, ids_Nk: Array) -> Array:
-    """Choices sorted by expert into blocks of M rows, each block of one expert; batched matmuls over the blocks."""
-    k, D, E = ids_Nk.shape[1], x_ND.shape[1], gate_EDF.shape[0]
-    M = block_rows(ids_Nk.size, E)
-    slot_Nk, choice_S, expert_P = _plan_blocks(ids_Nk, E, M)
-    x_PMD = _take_rows(x_ND, choice_S // k, slot_Nk).reshape(len(expert_P), M, D)
-    hidden_PMF = (jax.nn.silu(jnp.einsum("PMD,PDF->PMF", x_PMD, gate_EDF[expert_P]))
-                  * jnp.einsum("PMD,PDF->PMF", x_PMD, up_EDF[expert_P]))
-    out_SD = jnp.einsum("PMF,PFD->PMD", hidden_PMF, down_EFD[expert_P]).reshape(-1, D)
-    out_NkD = _take_rows(out_SD, slot_Nk.reshape(-1), choice_S[:, None]).reshape(*ids_Nk.shape, D)
-    return jnp.einsum("NkD,Nk->ND", out_NkD, weights_Nk.astype(x_ND.dtype))
-
-
-def block_rows(choices: int, E: int) -> int:
-    """M: about an eighth of an expert's even share. Larger blocks copy weights less often, smaller ones leave fewer rows empty."""
-    return min(256, max(32, 2 ** round(math.log2(max(choices / (8 * E), 1)))))
-
-
-def _plan_blocks(ids_Nk: Array, E: int, M: int) -> tuple[Array, Array, Array]:
-    """The slot of each choice (slot_Nk), the choice in each slot (choice_S), and the expert of each block (expert_P).
-
-    An empty slot holds the choice A, one past the last: it reads zeros and is read by nobody.
-    """
-    ids_A = ids_Nk.reshape(-1)
-    A = ids_A.shape[0]
-    P = -(-A // M) + E  # each expert leaves less than one block empty
-    order_A = jnp.argsort(ids_A, stable=True)
-    sizes_E = jnp.bincount(ids_A, length=E)
-    padded_E = -(-sizes_E // M) * M
-    padded_end_E = jnp.cumsum(padded_E)
-    shift_E = (padded_end_E - padded_E) - (jnp.cumsum(sizes_E) - sizes_E)
-    slot_by_order_A = (jnp.arange(A) + shift_E[ids_A[order_A]]).astype(jnp.int32)
-    slot_A = jnp.zeros(A, jnp.int32).at[order_A].set(slot_by_order_A, unique_indices=True)
-    choice_S = jnp.full(P * M, A, jnp.int32).at[slot_by_order_A].set(order_A.astype(jnp.int32), unique_indices=True)
-    expert_P = jnp.searchsorted(padded_end_E, jnp.arange(P) * M, side="right").clip(0, E - 1)
-    return slot_A.reshape(ids_Nk.shape), choice_S, expert_P
 
 
 @jax.custom_vjp

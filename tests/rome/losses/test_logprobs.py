@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rome.losses import logprobs
 from rome.losses.logprobs import chunked_logprobs
 
 B, T, D, V = 2, 13, 8, 31
@@ -32,32 +33,46 @@ def loop(hidden_BTD, kernel_DV, tokens_BT, segments_BT, temperature):
     return result
 
 
+@pytest.fixture
+def in_blocks(monkeypatch):
+    monkeypatch.setattr(logprobs, "KEPT_LOGITS", 0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logits_that_are_kept_give_the_numbers_of_the_float64_loop(inputs, temperature):
+    assert B * T * V <= logprobs.KEPT_LOGITS
+    logp_BT, entropy_BT = chunked_logprobs(*inputs, temperature, with_entropy=True)
+    np.testing.assert_allclose(np.stack([logp_BT, entropy_BT]), loop(*inputs, temperature), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("block", [1, 4, 13, 128])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_and_entropy_equal_the_float64_loop(inputs, block, temperature):
+def test_logprobs_and_entropy_equal_the_float64_loop(in_blocks, inputs, block, temperature):
     logp_BT, entropy_BT = chunked_logprobs(*inputs, temperature, block=block, with_entropy=True)
     np.testing.assert_allclose(np.stack([logp_BT, entropy_BT]), loop(*inputs, temperature), rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(logp_BT, chunked_logprobs(*inputs, temperature, block=block))
 
 
-def test_gradients_do_not_depend_on_the_block(inputs):
+@pytest.mark.parametrize("kept", [0, logprobs.KEPT_LOGITS])
+def test_gradients_do_not_depend_on_the_block_nor_on_keeping_the_logits(inputs, kept, monkeypatch):
+    monkeypatch.setattr(logprobs, "KEPT_LOGITS", kept)
     hidden_BTD, kernel_DV, tokens_BT, segments_BT = inputs
     weight_BT = jnp.asarray(np.random.default_rng(1).normal(size=(B, T)), jnp.float32)
 
     def plain(hidden_BTD, kernel_DV):
-        logp_BTV = jax.nn.log_softmax(hidden_BTD @ kernel_DV)
+        logp_BTV = jax.nn.log_softmax(hidden_BTD @ kernel_DV / 0.7)
         taken = jnp.take_along_axis(logp_BTV[:, :-1], tokens_BT[:, 1:, None], axis=-1)[..., 0]
         same = (segments_BT[:, 1:] == segments_BT[:, :-1]) & (segments_BT[:, 1:] > 0)
         return jnp.sum(jnp.where(same, taken * weight_BT[:, 1:], 0))
 
     expected = jax.grad(plain, argnums=(0, 1))(hidden_BTD, kernel_DV)
     for block in (3, 128):
-        chunked = lambda h, k: jnp.sum(weight_BT * chunked_logprobs(h, k, tokens_BT, segments_BT, block=block))  # noqa: E731, B023
+        chunked = lambda h, k: jnp.sum(weight_BT * chunked_logprobs(h, k, tokens_BT, segments_BT, 0.7, block=block))  # noqa: E731, B023
         for got, want in zip(jax.grad(chunked, argnums=(0, 1))(hidden_BTD, kernel_DV), expected):
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_no_array_of_all_positions_times_vocabulary_exists_forward_or_backward():
+def test_no_array_of_all_positions_times_vocabulary_exists_forward_or_backward(in_blocks):
     rows, length, width, vocabulary = 2, 64, 4, 128
     shapes = (jnp.zeros((rows, length, width)), jnp.zeros((width, vocabulary)))
     tokens_BT = jnp.zeros((rows, length), jnp.int32)
