@@ -6,17 +6,19 @@
 #   make clean                            removes .venv and caches; results under runs/ stay
 #
 # PYTHON=/path/to/python3.12 chooses the interpreter that .venv is made from. A job's failure is make's failure (status 2).
+# ACCELERATOR=tpu, cuda or cpu chooses the jax that is installed; without it the machine's devices decide.
 
 SHELL := /bin/bash
 CONFIG = experiments/ipa.py
 WORKDIR =
 ARGS =
 PYTHON =
+ACCELERATOR =
 
 .PHONY: help train test test-all environment environment-all clean
 
 help:
-	@sed -n '3,8s/^#   /  /p; 8,9s/^# \(P.*\)/\n\1/p' Makefile
+	@sed -n '3,8s/^#   /  /p; 8s/^# \(P.*\)/\n\1/p; 9s/^# \(A.*\)/\1/p' Makefile
 
 # `exec`: the job takes the place of its shell, so a signal meets one process and its exit status is the recipe's.
 train: environment
@@ -29,10 +31,10 @@ test-all: environment-all
 	@exec .venv/bin/python -m pytest -m "slow or not slow" $(ARGS)
 
 environment:
-	@PYTHON='$(PYTHON)' bash launch/setup.sh requirements.txt
+	@PYTHON='$(PYTHON)' ACCELERATOR='$(ACCELERATOR)' bash launch/setup.sh requirements.txt
 
 environment-all:
-	@PYTHON='$(PYTHON)' bash launch/setup.sh requirements.txt tests/requirements-live.txt
+	@PYTHON='$(PYTHON)' ACCELERATOR='$(ACCELERATOR)' bash launch/setup.sh requirements.txt tests/requirements-live.txt
 
 clean:
 	rm -rf .venv .cache .pytest_cache .hypothesis

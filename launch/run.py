@@ -2,13 +2,16 @@
 
 WORKDIR/report.json, metrics.jsonl, trajectories/, checkpoints/, evals/, final/ (a Hugging Face directory), engine.log, init/ (the run that
 this one started from).
+
+Of several processes only the leader has engines and sandboxes and writes; what it found out the others learn by `team.share`, and the step's
+trajectories they read from the workdir.
 """
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import functools
+import hashlib
 import pathlib
 import random
 import shutil
@@ -25,15 +28,16 @@ from envs.rock import SandboxConfig
 from envs.rock.sync import run as run_async
 from envs.tasks.terminal import FAMILIES, HELD_OUT_FAMILIES, eval_seed, train_seed
 from envs.tasks.terminal.env import BASH_TOOL, TerminalEnv
+from launch.distributed import check_mesh_spans
 from rome.agent.loop import Limits, derive_seed
 from rome.data.batch import Batch
 from rome.data.packing import microbatches, pack
 from rome.data.sources import sft_batches
-from rome.data.trajectory import Trajectory
+from rome.data.trajectory import Trajectory, load_trajectory
 from rome.engine.client import Engine
 from rome.engine.pool import EnginePool
 from rome.engine.process import start_server
-from rome.engine.publish import publish_weights
+from rome.engine.publish import publish_weights, write_checkpoint
 from rome.losses import LOSSES, LossConfig, count_denominators
 from rome.model.config import PRESETS, ModelConfig
 from rome.model.hf import load_hf, read_config, save_hf
@@ -49,12 +53,14 @@ from rome.train.loop import Stage, StepData, run_stage
 from rome.train.metrics import MetricsWriter
 from rome.train.parameters import StoredParameters, saved_steps
 from rome.train.report import EvalResult, outcomes_path, read_outcomes, write_outcomes, write_report
-from rome.train.state import TrainState, init_state, make_optimizer, start_state
+from rome.train.state import TrainState, make_optimizer
 from rome.train.step import Learner
+from rome.train.team import Team
 
 PROBE = "Read the note and do what it says."  # any text does: the engine's logprobs of it must be the trainer's
 PUBLISH_SECONDS = 900.0
 EXPERT_CONCURRENCY = 16
+VISIBLE_SECONDS = 120.0  # in which a file that one host wrote is seen by the others (NFS and buckets keep old listings for a while)
 PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}  # the largest difference of one token's logprob; other weights differ by more
 
 
@@ -67,7 +73,7 @@ class Run:
     model_config: ModelConfig
     chat: Chat
     learner: Learner
-    should_stop: Callable[[], bool]
+    team: Team
     isolation: str
     display: Display
     earlier_evals: list[EvalResult]
@@ -88,16 +94,17 @@ class Run:
         urls = [url.strip() for url in self.config.engines.split(",") if url.strip()]
         if not urls:
             start = self.workdir / "weights" / "start"
-            shutil.rmtree(start, ignore_errors=True)
-            start.mkdir(parents=True)
             save_hf(state.params, self.model_config, start)
+            if not self.team.leads:
+                return
             self.display.note("starting the embedded engine")
             self.server = start_server(start, self.workdir / "engine.log", flags=[
                 "--skip_tokenizer_init", f"--slots={self.config.engine_slots}", f"--max_context={self.config.max_context}",
                 f"--dtype={self.model_config.dtype}",
             ])
             urls = [self.server.url]
-        self.pool = EnginePool([Engine(url, model=self.model_config) for url in urls])
+        if self.team.leads:
+            self.pool = EnginePool([Engine(url, model=self.model_config) for url in urls])
 
     def publish(self, state: TrainState) -> None:
         """Brings the weights of `state` to every engine and proves that they are there. Nothing to do if they are."""
@@ -106,10 +113,14 @@ class Run:
             return
         ids = self.chat.open(PROBE)
         expected = self.learner.score_one(state.params, ids)
-        run_async(publish_weights(
-            state.params, self.model_config, self.workdir / "weights", version, self.pool, probe_ids=ids,
-            expected_logprobs=expected, tolerance=PROBE_TOLERANCE[self.model_config.dtype],
-        ), PUBLISH_SECONDS)
+        path = write_checkpoint(state.params, self.model_config, self.workdir / "weights", version)
+
+        def publish() -> None:
+            run_async(publish_weights(
+                path, version, self.pool, probe_ids=ids, expected_logprobs=expected, tolerance=PROBE_TOLERANCE[self.model_config.dtype],
+            ), PUBLISH_SECONDS)
+
+        self.team.share(f"weights {version}", publish)
         self.published = version
 
     def make_env(self, task: str) -> TerminalEnv:
@@ -122,7 +133,7 @@ class Run:
     @functools.cached_property
     def scheduler(self) -> Scheduler:
         limits = Limits(self.config.max_context, self.config.max_new_tokens, self.config.episode_seconds)
-        return Scheduler(self.pool, self.make_env, self.chat, limits, self.config.concurrency, self.should_stop)
+        return Scheduler(self.pool, self.make_env, self.chat, limits, self.config.concurrency, self.team.wants_to_stop)
 
     def play(self, episodes: list[Episode], temperature: float, **options: Any) -> list[Trajectory]:
         """Plays episodes on the background loop; the deadline is what they may take at worst, one wave after the other."""
@@ -134,12 +145,33 @@ class Run:
     def collect_sft(self, step: int, state: TrainState) -> StepData:
         if self.sft_stream is None:
             self.sft_stream = self._open_sft_stream()
-        batches = microbatches(next(self.sft_stream), self.config.rows_per_microbatch)
+        batch = next(self.sft_stream)
+        self._require_same_rows(step, batch)
+        batches = microbatches(batch, self.config.rows_per_microbatch)
         tokens = sum(int((batch.segments_BT > 0).sum()) for batch in batches)
         return StepData(batches, count_denominators(batches), {"tokens": tokens})
 
     def collect_rollouts(self, step: int, state: TrainState) -> StepData:
         """groups x group_size fresh episodes at the weights of `state`, packed, with logp_old scored at those weights."""
+        config = self.config
+        learnt: list[Trajectory] = []  # the leader's own; the others read theirs
+        shared = self.team.share(f"episodes of step {step}", lambda: self._play_step(step, learnt))
+        learnt = learnt or [_load_when_visible(self.workdir / "trajectories" / name) for name in (*shared["kept"], *shared["shown"])]
+        batch = pack(
+            learnt, row_length=config.row_length, chunks_per_row=config.chunks_per_row, gamma=config.gamma, failure_reward=config.failure_reward,
+            routes_for=self.model_config if config.routing_replay == "rollout" else None,
+        )
+        self._require_same_rows(step, batch)
+        batches = self._with_old(microbatches(batch, config.rows_per_microbatch), state)
+        if self.team.leads:
+            self.accounting.in_flight -= shared["played"]
+            self.accounting.trained += len(shared["kept"])
+            self.accounting.dropped["equal_group"] += shared["played"] - len(shared["kept"])
+            self.accounting.check()
+        return StepData(batches, count_denominators(batches), shared["figures"])
+
+    def _play_step(self, step: int, learnt: list[Trajectory]) -> dict[str, Any]:
+        """The leader's part of a step: plays its episodes and puts into `learnt` what is trained on. Returns what the others need."""
         config, began = self.config, time.monotonic()
         rng = random.Random(f"tasks/{config.seed}/{step}")
         tasks = [f"{family}/{train_seed(rng.randrange(1_000_000))}" for family in self.curriculum.draw(config.groups, rng)]
@@ -147,31 +179,27 @@ class Run:
             Episode(task, group, number, derive_seed(config.seed, task, step, group, number))
             for group, task in enumerate(tasks) for number in range(config.group_size)
         ]
-        record = lambda episode: self.workdir / "trajectories" / f"{config.experiment}_{step:06d}_g{episode.group:03d}_e{episode.episode:02d}.json"
-        replays = config.routing_replay == "rollout"
-        trajectories = self.play(episodes, config.temperature, accounting=self.accounting, record=record, routes=replays)
+        files = self.workdir / "trajectories"
+        name = lambda episode: f"{config.experiment}_{step:06d}_g{episode.group:03d}_e{episode.episode:02d}.json"  # of an episode or its trajectory
+        trajectories = self.play(
+            episodes, config.temperature, accounting=self.accounting, record=lambda episode: files / name(episode), routes=config.routing_replay == "rollout",
+        )
         seconds = time.monotonic() - began
         self.curriculum.observe(trajectories)
         kept = mixed_groups(trajectories) if config.filter_groups else trajectories
-        shown = self.show_experts(step, unsolved_tasks(trajectories)) if config.lambda_il else []
-        batch = pack(
-            kept + shown, row_length=config.row_length, chunks_per_row=config.chunks_per_row, gamma=config.gamma, failure_reward=config.failure_reward,
-            routes_for=self.model_config if replays else None,
-        )
-        batches = self._with_old(microbatches(batch, config.rows_per_microbatch), state)
-        self.accounting.in_flight -= len(trajectories)
-        self.accounting.trained += len(kept)
-        self.accounting.dropped["equal_group"] += len(trajectories) - len(kept)
-        self.accounting.check()
-        return StepData(batches, count_denominators(batches), rollout_figures(trajectories, step, seconds) | {"demonstrations": len(shown)})
+        expert_name = lambda number: f"{config.experiment}_{step:06d}_expert_{number:03d}.json"
+        shown = self.show_experts(unsolved_tasks(trajectories), lambda number: files / expert_name(number)) if config.lambda_il else []
+        learnt.extend(kept + shown)
+        return {
+            "played": len(trajectories), "kept": [name(one) for one in kept], "shown": [expert_name(number) for number in range(len(shown))],
+            "figures": rollout_figures(trajectories, step, seconds) | {"demonstrations": len(shown)},
+        }
 
-    def show_experts(self, step: int, tasks: list[str]) -> list[Trajectory]:
-        """Eq. 10's imitation: what an expert does in the tasks that no episode of the step solved. Each is a group of its own, outside all statistics."""
-        record = lambda number: self.workdir / "trajectories" / f"{self.config.experiment}_{step:06d}_expert_{number:03d}.json"
-        shown = run_async(collect_experts(
-            tasks, self.make_env, self.chat, error_rate=0.0, concurrency=EXPERT_CONCURRENCY, record=record,
+    def show_experts(self, tasks: list[str], record: Callable[[int], pathlib.Path]) -> list[Trajectory]:
+        """Eq. 10's imitation: what an expert does in the tasks that no episode of the step solved."""
+        return run_async(collect_experts(
+            tasks, self.make_env, self.chat, error_rate=0.0, concurrency=EXPERT_CONCURRENCY, record=record, first_group=self.config.groups,
         ), 60.0 + len(tasks) * self.config.episode_seconds / EXPERT_CONCURRENCY)
-        return [dataclasses.replace(trajectory, group=self.config.groups + number) for number, trajectory in enumerate(shown)]
 
     def _with_old(self, batches: list[Batch], state: TrainState) -> list[Batch]:
         """logp_old of every micro-batch and, where the trainer is to replay its own routes, the routes of the pass that scored them."""
@@ -186,23 +214,35 @@ class Run:
             for batch, (logp_BT, routes_BTLk) in zip(batches, scored)
         ]
 
+    def _require_same_rows(self, step: int, batch: Batch) -> None:
+        """Each process packs for itself and feeds only its own rows: that they are parts of one batch is checked, not assumed."""
+        if self.team.count > 1:
+            digest = hashlib.sha256()
+            batch.map(lambda field: digest.update(np.ascontiguousarray(field).tobytes()))
+            self.team.require_same(f"rows of step {step}", digest.hexdigest())
+
     def evaluate(self, step: int, state: TrainState) -> EvalResult:
         """Held-out tasks, the same ones at every evaluation and with the same sampling seeds. Kept: a resumed run reads it again."""
-        config, stage = self.config, self.config.experiment
-        if not outcomes_path(self.workdir, stage, step).exists():
+        stage = self.config.experiment
+        path = outcomes_path(self.workdir, stage, step)
+        if not self.team.share(f"evaluated at {step}", path.exists):
             self.publish(state)
-            tasks = [(family, f"{family}/{eval_seed(index)}") for family in (*FAMILIES, *HELD_OUT_FAMILIES) for index in range(config.eval_tasks)]
-            # Another seed gives other tasks: results of several runs can be pooled.
-            episodes = [Episode(_shifted(task, config.seed * 10_000), 0, 0, derive_seed(config.seed, "eval", task)) for _, task in tasks]
-            trajectories = self.play(episodes, config.eval_temperature)
-            write_outcomes(self.workdir, stage, step, [
-                {"task": trajectory.task, "family": trajectory.family, "success": int(trajectory.reward == 1.0), "unseen_family": trajectory.family in HELD_OUT_FAMILIES}
-                for trajectory in trajectories
-            ])
-        result = EvalResult.from_tasks(stage, step, read_outcomes(self.workdir, stage, step))
+            self.team.share(f"evaluation at {step}", lambda: self._play_evaluation(step))
+        result = EvalResult.from_tasks(stage, step, self.team.share(f"outcomes at {step}", lambda: read_outcomes(self.workdir, stage, step)))
         self.evals = [kept for kept in self.evals if kept.step != step] + [result]
         self.write_report(step)
         return result
+
+    def _play_evaluation(self, step: int) -> None:
+        config = self.config
+        tasks = [(family, f"{family}/{eval_seed(index)}") for family in (*FAMILIES, *HELD_OUT_FAMILIES) for index in range(config.eval_tasks)]
+        # Another seed gives other tasks: results of several runs can be pooled.
+        episodes = [Episode(_shifted(task, config.seed * 10_000), 0, 0, derive_seed(config.seed, "eval", task)) for _, task in tasks]
+        trajectories = self.play(episodes, config.eval_temperature)
+        write_outcomes(self.workdir, config.experiment, step, [
+            {"task": trajectory.task, "family": trajectory.family, "success": int(trajectory.reward == 1.0), "unseen_family": trajectory.family in HELD_OUT_FAMILIES}
+            for trajectory in trajectories
+        ])
 
     def host_state(self) -> dict[str, Any]:
         stream = None if self.sft_stream is None else self.sft_stream.get_state()
@@ -225,6 +265,8 @@ class Run:
         return self.seconds_before + time.monotonic() - self.started
 
     def write_report(self, step: int) -> None:
+        if not self.team.leads:
+            return
         self.accounting.check()
         write_report(self.workdir, {
             "experiment": self.config.experiment, "preset": self.config.preset, "loss": self.config.loss, "seed": self.config.seed, "steps": step,
@@ -235,12 +277,14 @@ class Run:
     def export(self, state: TrainState) -> None:
         """WORKDIR/final: the trained weights for launch.serve and for the experiment that starts here. There, or not at all."""
         partial, final = self.workdir / "final.tmp", self.workdir / "final"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
         save_hf(state.params, self.model_config, partial)
-        self.chat.tokenizer.save(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+
+        def finish() -> None:
+            self.chat.tokenizer.save(partial)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+
+        self.team.share("final", finish)
 
     def close(self) -> None:
         if self.pool is not None:
@@ -253,17 +297,23 @@ class Run:
         config = self.config
         rng = random.Random(f"experts/{config.seed}")
         tasks = [f"{FAMILIES[number % len(FAMILIES)]}/{train_seed(rng.randrange(1_000_000))}" for number in range(config.expert_episodes)]
-        self.display.note(f"experts play {len(tasks)} tasks of {len(FAMILIES)} families in the sandbox")
-        directory = self.workdir / "trajectories"
-        trajectories = run_async(collect_experts(
-            tasks, self.make_env, self.chat, error_rate=config.expert_error_rate, concurrency=EXPERT_CONCURRENCY,
-            record=lambda number: directory / f"expert_{number:06d}.json",
-        ), 60.0 + len(tasks) * config.episode_seconds / EXPERT_CONCURRENCY)
+        path = lambda number: self.workdir / "trajectories" / f"expert_{number:06d}.json"
+
+        def play() -> None:
+            self.display.note(f"experts play {len(tasks)} tasks of {len(FAMILIES)} families in the sandbox")
+            trajectories.extend(run_async(collect_experts(
+                tasks, self.make_env, self.chat, error_rate=config.expert_error_rate, concurrency=EXPERT_CONCURRENCY,
+                record=path,
+            ), 60.0 + len(tasks) * config.episode_seconds / EXPERT_CONCURRENCY))
+
+        trajectories: list[Trajectory] = []
+        self.team.share("experts", play)
+        trajectories = trajectories or [_load_when_visible(path(number)) for number in range(len(tasks))]
         return iter(sft_batches(trajectories, rows=config.rows, row_length=config.row_length, chunks_per_row=config.chunks_per_row, seed=config.seed))
 
 
 def start_run(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, *, isolation: str, should_stop: Callable[[], bool], display: Display,
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, *, isolation: str, team: Team, display: Display,
     earlier_evals: list[EvalResult],
 ) -> Run:
     """Builds the learner of this config; raises what is wrong with it before anything is started."""
@@ -276,7 +326,7 @@ def start_run(
     # The tiny model learns the form of a tool call from the experts; a real one is told the tools as in its own chat template.
     chat = Chat(tokenizer, tools=None if config.model == "tiny" else [BASH_TOOL])
     (workdir / "trajectories").mkdir(parents=True, exist_ok=True)
-    return Run(config, workdir, model_config, chat, learner, should_stop, isolation, display, earlier_evals)
+    return Run(config, workdir, model_config, chat, learner, team, isolation, display, earlier_evals)
 
 
 def make_learner(config: ml_collections.ConfigDict, model_config: ModelConfig, devices: Sequence[Any] | None = None) -> Learner:
@@ -292,6 +342,8 @@ def make_learner(config: ml_collections.ConfigDict, model_config: ModelConfig, d
     # SFT maximises the likelihood itself; a policy's logprobs are those of its sampling temperature.
     temperature = 1.0 if config.loss == "sft" else config.temperature
     mesh = make_mesh(config.mesh.to_dict(), model_config, devices)
+    if devices is None:
+        check_mesh_spans(mesh)
     return Learner(model_config, LOSSES[config.loss], loss_config, optimizer, mesh, temperature)
 
 
@@ -299,28 +351,29 @@ def train(run: Run, init_directory: pathlib.Path | None) -> TrainState:
     """Starts or resumes the run and trains to its end, or to the step at which the user asked to stop."""
     config, learner = run.config, run.learner
     checkpoints = Checkpoints(run.workdir / "checkpoints", config.checkpoints_kept)
-    if init_directory is None:
-        state = init_state(run.model_config, learner.optimizer, config.seed)
+    step = run.team.share("checkpoint", checkpoints.latest)
+    if step is None:
+        state = learner.init(config.seed) if init_directory is None else learner.start(load_start(init_directory, run.model_config, learner.mesh))
     else:
-        state = start_state(load_start(init_directory, run.model_config, learner.mesh), learner.optimizer)
-    state = learner.place(state)
-    step = checkpoints.latest()
-    if step is not None:
-        state, host = checkpoints.restore(state)
+        state, host = checkpoints.restore(learner.state, step)
         run.load_host_state(step, host)
         run.display.note(f"resumed at step {step}")
     stage = Stage(
         name=config.experiment, steps=config.steps, updates_per_step=config.updates_per_step, evaluate_every=config.eval_every,
         checkpoint_every=config.checkpoint_every, collect=run.collect_sft if config.loss == "sft" else run.collect_rollouts,
-        publish=(lambda state: None) if config.loss == "sft" else run.publish, evaluate=run.evaluate, host_state=run.host_state, should_stop=run.should_stop,
+        publish=(lambda state: None) if config.loss == "sft" else run.publish, evaluate=run.evaluate, host_state=run.host_state, should_stop=run.team.should_stop,
+        team=run.team,
     )
     try:
         run.start_engines(state)
-        with MetricsWriter(run.workdir, stage.name, resume_step=-1 if step is None else step) as metrics:
+        with MetricsWriter(run.workdir, stage.name, resume_step=-1 if step is None else step, writes=run.team.leads) as metrics:
             state = run_stage(stage, learner, state, checkpoints, metrics, run.display)
         run.write_report(int(state.step))
         if int(state.step) == config.steps:
             run.export(state)  # last: a workdir with final/ is complete
+    except BaseException as error:
+        run.team.part(error)
+        raise
     finally:
         checkpoints.close()
         run.close()
@@ -341,3 +394,13 @@ def load_start(directory: pathlib.Path, model_config: ModelConfig, mesh: Mesh) -
 def _shifted(task: str, offset: int) -> str:
     family, seed = task.split("/")
     return f"{family}/{int(seed) + offset}"
+
+
+def _load_when_visible(path: pathlib.Path) -> Trajectory:
+    """A trajectory that the leader says it has written."""
+    ends = time.monotonic() + VISIBLE_SECONDS
+    while not path.exists() and time.monotonic() < ends:
+        time.sleep(0.2)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}, written by process 0, is not seen here within {VISIBLE_SECONDS:.0f} s; is --workdir on a file system that all hosts share?")
+    return load_trajectory(path)

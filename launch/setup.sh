@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv ready for the requirement files named as arguments, and installs the sandbox's one system package, bubblewrap.
 # Does nothing, in milliseconds, when all is there. PYTHON names the interpreter to use; without it the first fitting one is taken.
+# ACCELERATOR=tpu, cuda or cpu chooses requirements-tpu.txt, requirements-cuda.txt or neither; without it the machine's devices decide.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 exec 9<launch/setup.sh && flock 9  # several `make train` started at once: one installs, the others wait
@@ -21,6 +22,7 @@ apt_install() {
   logged "${install[@]}" || { logged "${root[@]}" apt-get update -q && logged "${install[@]}"; }
 }
 
+keeps_image_jax() { grep -qs 'include-system-site-packages = true' .venv/pyvenv.cfg; }
 version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
@@ -46,6 +48,18 @@ in_reach = sys.prefix == sys.base_prefix  # a virtual environment cannot see int
 if in_reach and chips and allowed and "jax" in names and number(allowed[1]) <= number(names["jax"]) < number(allowed[2]):
     print(names["jax"])
 PYTHON
+}
+
+# The chip that this machine's device files show: tpu, cuda or cpu. ROME_DEVICES stands for the root they are looked for under.
+find_accelerator() {
+  local under=${ROME_DEVICES:-} vendor
+  if compgen -G "$under/dev/nvidia[0-9]*" >/dev/null; then echo cuda; return; fi
+  if compgen -G "$under/dev/accel*" >/dev/null || compgen -G "$under/dev/vfio/[0-9]*" >/dev/null; then
+    for vendor in "$under"/sys/bus/pci/devices/*/vendor; do
+      if [ "$(cat "$vendor" 2>/dev/null)" = 0x1ae0 ]; then echo tpu; return; fi  # Google
+    done
+  fi
+  echo cpu
 }
 
 # Three ways, from the usual to the rare: Debian without python3-venv and Colab lack ensurepip, but one of the other two is there.
@@ -78,13 +92,22 @@ if ! .venv/bin/python -c "import pip" 2>/dev/null; then
   make_environment "$python"
 fi
 
-for file in "$@"; do
+accelerator=${ACCELERATOR:-$(find_accelerator)}
+files=("$@")
+case $accelerator in
+  cpu) ;;
+  tpu | cuda)
+    keeps_image_jax || files+=("requirements-$accelerator.txt") ;;  # an image's own jax knows its chips already
+  *) fail "ACCELERATOR=$accelerator is none of tpu, cuda and cpu. Name one, or leave it out: the machine's devices decide." ;;
+esac
+
+for file in "${files[@]}"; do
   installed=.venv/$(basename "$file")  # a copy of what was installed: stale as soon as the file differs
   if cmp -s "$file" "$installed"; then continue; fi
   say "installing the packages of $file into .venv (one to three minutes where nothing is cached)"
   SECONDS=0
   jax=$(.venv/bin/python -c 'import importlib.metadata as m; print("jax==" + m.version("jax"))' 2>/dev/null || true)
-  grep -qs 'include-system-site-packages = true' .venv/pyvenv.cfg && echo "$jax" >.venv/constraints.txt || : >.venv/constraints.txt
+  if keeps_image_jax; then echo "$jax"; fi >.venv/constraints.txt
   .venv/bin/python -m pip install -qq --disable-pip-version-check --progress-bar off \
     --requirement "$file" --constraint .venv/constraints.txt 9<&- ||
     fail "pip could not install $file (its reason stands above). Run the same command again once that is mended."

@@ -1,6 +1,8 @@
 """Trains an experiment: python -m launch.train --config=experiments/ipa.py[:PRESET] [--workdir=DIR] [--config.key=value ...]
 
 The same command again resumes where a run stopped. Ctrl-C once: saves and says how to go on; twice: leaves at once.
+
+On a pod the same command runs in every process (launch/distributed.py says how they find each other; `python -m launch.pod` starts them).
 """
 
 from __future__ import annotations
@@ -15,6 +17,9 @@ from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", "experiments/ipa.py", "An experiment file, with :PRESET after it where it has several.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Where the run lives. Default: runs/EXPERIMENT-PRESET-HASH OF THE CONFIG.")
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where several processes are started by hand.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", -1, "How many processes train together. SLURM and TPU pods say it themselves.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Which of them this is: 0 to num_processes - 1.")
 
 
 class StopRequest:
@@ -22,6 +27,9 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.made = False
+        self.listen()
+
+    def listen(self) -> None:
         signal.signal(signal.SIGINT, self._handle)
         signal.signal(signal.SIGTERM, self._handle)
 
@@ -35,34 +43,58 @@ class StopRequest:
         return self.made
 
 
-def run_experiment(config, workdir: pathlib.Path, isolation: str, stop: StopRequest):
+def run_experiment(config, workdir: pathlib.Path, isolation: str, team):
     """Runs one experiment, first the one that it starts from where its result is missing. Returns False when the user stopped it."""
-    from launch.config import check_config, claim_workdir, init_config
+    from launch.config import check_config, init_config
     from launch.run import start_run, train
     from rome.rollout.scheduler import Stopped
     from rome.train.display import Display
     from rome.train.report import read_report
 
     check_config(config)
-    claim_workdir(workdir, config)
-    if (workdir / "final").exists():
-        print(f"{config.experiment} in {workdir} is complete", flush=True)
+    if team.share(f"workdir {workdir}", lambda: open_workdir(workdir, config)):
+        if team.leads:
+            print(f"{config.experiment} in {workdir} is complete", flush=True)
         return True
     earlier, start = [], pathlib.Path(config.init_from) if config.init_from else None
     if start is not None and start.suffix == ".py":
         start = workdir / "init" / "final"
-        if not start.exists():
-            print(f"{config.experiment} starts from {config.init_from}, which has no result in {workdir / 'init'} yet: running it first", flush=True)
-            if not run_experiment(init_config(config), workdir / "init", isolation, stop):
+        if not team.share(f"start {start}", start.exists):
+            if team.leads:
+                print(f"{config.experiment} starts from {config.init_from}, which has no result in {workdir / 'init'} yet: running it first", flush=True)
+            if not run_experiment(init_config(config), workdir / "init", isolation, team):
                 return False
-        earlier = read_report(workdir / "init")["evals"]
-    with Display(config.experiment, config.steps) as display:
-        run = start_run(config, workdir, isolation=isolation, should_stop=stop, display=display, earlier_evals=earlier)
+        earlier = read_report(workdir / "init")["evals"] if team.leads else []
+    with Display(config.experiment, config.steps, quiet=not team.leads) as display:
+        run = start_run(config, workdir, isolation=isolation, team=team, display=display, earlier_evals=earlier)
         try:
             state = train(run, start)
         except Stopped:
             return False
     return int(state.step) == config.steps
+
+
+def open_workdir(workdir: pathlib.Path, config) -> bool:
+    """Claims it for this config. Returns whether its run is complete."""
+    from launch.config import claim_workdir
+
+    claim_workdir(workdir, config)
+    return (workdir / "final").exists()
+
+
+def start_team(stop: StopRequest):
+    """This process among those of the job, which is one where nothing says otherwise."""
+    from envs.rock import SandboxError
+    from launch.config import ConfigError
+    from launch.distributed import choose, start
+    from rome.engine.client import EngineError
+    from rome.rollout.scheduler import RolloutError, Stopped
+    from rome.train.checkpoint import CheckpointError
+
+    plan = choose(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    team = start(plan, stop=stop, errors=(Stopped, RolloutError, EngineError, SandboxError, ConfigError, CheckpointError))
+    stop.listen()  # jax.distributed has put a handler of its own in our place
+    return team
 
 
 def show_result(workdir: pathlib.Path) -> None:
@@ -81,21 +113,39 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"argument {argv[1]!r} is not understood; flags look like --config.key=value")
     logging.set_verbosity(logging.WARNING)  # orbax narrates every save
     stop = StopRequest()  # before JAX and all else is imported: an early Ctrl-C is heard too
-    from envs.rock import probe
     from launch.config import default_workdir
+    from launch.xla_flags import apply_flags
 
+    apply_flags()
     config = _CONFIG.value
     workdir = pathlib.Path(_WORKDIR.value or default_workdir(config))
-    tier = probe(config.sandbox.isolation)
-    tier.require(config.sandbox.isolation)
+    team = start_team(stop)
+    try:
+        isolation = team.share("isolation", lambda: find_isolation(config.sandbox.isolation))
+        if not run_experiment(config, workdir, isolation, team):
+            command = " ".join([os.path.relpath(sys.executable), "-m", "launch.train", *sys.argv[1:]])
+            if team.leads:
+                print(f"stopped; everything earned is kept in {workdir}. To go on:\n  {command}", flush=True)
+            return 130
+        if team.leads:
+            show_result(workdir)
+        return 0
+    except BaseException as error:
+        team.part(error)
+        raise
+    finally:
+        team.close()
+
+
+def find_isolation(wanted: str) -> str:
+    """The tier of sandboxes that this machine can give; says what a weaker one lacks, raises where `wanted` is not to be had."""
+    from envs.rock import probe
+
+    tier = probe(wanted)
+    tier.require(wanted)
     if tier.missing:
         print(tier.banner(), flush=True)
-    if not run_experiment(config, workdir, tier.tier, stop):
-        command = " ".join([os.path.relpath(sys.executable), "-m", "launch.train", *sys.argv[1:]])
-        print(f"stopped; everything earned is kept in {workdir}. To go on:\n  {command}", flush=True)
-        return 130
-    show_result(workdir)
-    return 0
+    return tier.tier
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -110,13 +160,14 @@ def parse(argv: list[str]) -> list[str]:
 def run_main(argv: list[str]) -> int:
     """`main`; a known kind of failure becomes one line. ROME_DEBUG=1 keeps the traceback."""
     from envs.rock import SandboxError
+    from launch.distributed import DistributedError
     from rome.engine.client import EngineError
     from rome.rollout.scheduler import RolloutError
-    from rome.train.checkpoint import CheckpointError
+    from rome.train.team import LeaderError
 
     try:
         return main(argv)
-    except (ValueError, OSError, SandboxError, EngineError, RolloutError, CheckpointError) as error:
+    except (ValueError, OSError, SandboxError, EngineError, RolloutError, DistributedError, LeaderError) as error:
         if os.environ.get("ROME_DEBUG"):
             raise
         print(f"launch.train: {' '.join(str(error).split())}", file=sys.stderr)

@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
@@ -32,23 +33,21 @@ KEPT_DIRECTORIES = 2  # the newest, and the one that a server may still be readi
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """What a publication took: seconds to write the directory, seconds that engines stood still, largest error of the probe's logprobs."""
+    """What a publication took: seconds that engines stood still, largest error of the probe's logprobs."""
 
     path: pathlib.Path
-    seconds_write: float
     seconds_pause: float
     probe_error: float
 
 
 async def publish_weights(
-    params: Any, config: ModelConfig, directory: str | os.PathLike[str], version: int, pool: EnginePool, probe_ids: Sequence[int],
-    expected_logprobs: Sequence[float], tolerance: float = 1e-4, *, mode: str = "abort",
+    path: pathlib.Path, version: int, pool: EnginePool, probe_ids: Sequence[int], expected_logprobs: Sequence[float], tolerance: float = 1e-4, *,
+    mode: str = "abort",
 ) -> Published:
-    """Publishes `params` as weight version `version` to every engine of the pool.
+    """Brings the checkpoint at `path` to every engine of the pool, as weight version `version`.
 
     Args:
-      params: stacked over layers, on the host or on devices.
-      directory: where the engines can read it; holds one directory for each of the last two versions.
+      path: from `write_checkpoint`, where the engines can read it.
       expected_logprobs: the trainer's log p(probe_ids[t] | before t) at temperature 1 with these weights; the entry of the first id is ignored.
       tolerance: largest error of the probe. About 1e-4 in float32; bfloat16 engines need about 5e-2.
       mode: how running requests are paused; "abort" works with every SGLang version, and `Engine` takes the requests up again.
@@ -57,20 +56,22 @@ async def publish_weights(
     if len(probe_ids) != len(expected_logprobs) or len(probe_ids) < 2:
         raise ValueError(f"{len(probe_ids)} probe ids and {len(expected_logprobs)} logprobs; give one logprob for each of at least two ids")
     started = time.monotonic()
-    path = await asyncio.to_thread(write_checkpoint, params, config, directory, version)
-    written = time.monotonic()
     await pool.pause_all(mode)
     errors = await pool.on_all(lambda engine: _update_and_prove(engine, path, version, probe_ids, expected_logprobs, tolerance))
     await pool.resume_all()
-    return Published(path, written - started, time.monotonic() - written, max(errors))
+    return Published(path, time.monotonic() - started, max(errors))
 
 
 def write_checkpoint(params: Any, config: ModelConfig, directory: str | os.PathLike[str], version: int) -> pathlib.Path:
-    """Writes directory/step_N: a reader sees all of it or nothing, also after a power cut. Older ones are deleted."""
+    """Writes directory/step_N: a reader sees all of it or nothing, also after a power cut. Only the last two versions stay.
+
+    Of several processes each calls this with the same shared directory and writes its share; it is whole when process 0 returns.
+    """
     path = pathlib.Path(directory) / f"step_{version:06d}"
     partial = path.with_name(path.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
     save_hf(params, config, partial, dtype=jnp.dtype(config.dtype))
+    if jax.process_index():
+        return path
     shutil.rmtree(path, ignore_errors=True)  # of an earlier run that published this version and died
     os.replace(partial, path)
     sync(path.parent)

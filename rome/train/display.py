@@ -29,14 +29,15 @@ class Display:
 
     Args:
       total_steps: steps of the stage; after a resume the first `update` may well be step 40 of 60.
+      quiet: shows nothing; for all processes of a team but the leader.
       plain_interval_s: without a terminal, at most one line in this many seconds (and always one for the last step).
     """
 
-    def __init__(self, stage: str, total_steps: int, console: Console | None = None, plain_interval_s: float = 5.0) -> None:
+    def __init__(self, stage: str, total_steps: int, console: Console | None = None, plain_interval_s: float = 5.0, quiet: bool = False) -> None:
         self.stage, self.total_steps, self.plain_interval_s = stage, total_steps, plain_interval_s
-        self.console = console or Console(highlight=False)
+        self.console = console or Console(highlight=False, quiet=quiet)
         # A notebook gives commands a terminal that cannot move its cursor: every refresh would stay there as one more panel.
-        self.is_live = self.console.is_terminal and not self.console.is_dumb_terminal and "JPY_PARENT_PID" not in os.environ
+        self.is_live = not quiet and self.console.is_terminal and not self.console.is_dumb_terminal and "JPY_PARENT_PID" not in os.environ
         self.step: int | None = None
         self.figures: dict[str, float] = {}
         self.evaluation = ""

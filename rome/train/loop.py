@@ -1,7 +1,7 @@
 """The training loop, top to bottom: evaluate, then steps of collect, update, publish, write, evaluate, save.
 
 Everything outside the learner is handed in as a function, so that this file knows neither engines nor environments; SFT and IPA run
-through the same lines.
+through the same lines. So do the processes of a team: each calls the same functions in the same order, and only the leader's have effects outside.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from rome.train.metrics import MetricsWriter
 from rome.train.report import EvalResult
 from rome.train.state import TrainState
 from rome.train.step import Learner
+from rome.train.team import Team
 
 
 @dataclasses.dataclass
@@ -41,6 +42,7 @@ class Stage:
       publish: (state) brings the weights to whoever samples with them; called after every step.
       evaluate: (step, state) -> result; called at step 0, every `evaluate_every` steps (0: never) and at the end. Done before: returns the kept result.
       host_state: what else a checkpoint carries, asked at the moment of saving.
+      should_stop: the same answer in every process of the team.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Stage:
     evaluate: Callable[[int, TrainState], EvalResult]
     host_state: Callable[[], dict[str, Any]]
     should_stop: Callable[[], bool]
+    team: Team
 
 
 def run_stage(stage: Stage, learner: Learner, state: TrainState, checkpoints: Checkpoints, metrics: MetricsWriter, display: Display) -> TrainState:
@@ -95,6 +98,9 @@ def run_stage(stage: Stage, learner: Learner, state: TrainState, checkpoints: Ch
         write_figures()
         if step == stage.steps:  # also when a run that was killed here is taken up again
             display.evaluated(stage.evaluate(step, state))
+    except BaseException as error:
+        stage.team.part(error)  # saving takes all processes: where the others know nothing of the error, this is the end
+        raise
     finally:
         # Whatever the reason to leave, the last whole step is kept. An update that failed half-way has consumed its state: then the
         # newest checkpoint is the one before.

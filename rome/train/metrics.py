@@ -1,6 +1,7 @@
 """The figures of every step: one flat JSON object a line in WORKDIR/metrics.jsonl, and the same in TensorBoard.
 
 A step stands there once for each stage, also after a run was killed and resumed: what a lost step had written is dropped before it is redone.
+Of several processes only the leader writes; the others check their figures all the same, so that a run that diverges ends everywhere.
 """
 
 from __future__ import annotations
@@ -76,9 +77,13 @@ class MetricsWriter:
     Args:
       resume_step: the last step that the restored checkpoint holds; lines of this stage beyond it are dropped. -1 starts the stage anew,
         None keeps every line.
+      writes: False touches no file.
     """
 
-    def __init__(self, workdir: pathlib.Path | str, stage: str, resume_step: int | None = None, tensorboard: bool = True) -> None:
+    def __init__(self, workdir: pathlib.Path | str, stage: str, resume_step: int | None = None, tensorboard: bool = True, writes: bool = True) -> None:
+        if not writes:
+            self.stage, self.last_step, self._file, self._tensorboard = stage, -1 if resume_step is None else resume_step, None, None
+            return
         workdir = pathlib.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         self.stage = stage
@@ -96,22 +101,26 @@ class MetricsWriter:
         if step <= self.last_step:
             raise ValueError(f"step {step} of stage {self.stage} is written already (last: {self.last_step}); pass resume_step when resuming")
         values = {name: _number(name, step, value) for name, value in figures.items()}
+        self.last_step = step
+        if self._file is None:
+            return
         self._file.write(json.dumps({"stage": self.stage, "step": step, **values}, allow_nan=False) + "\n")
         self._file.flush()
-        self.last_step = step
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
 
     def flush(self) -> None:
         """Makes what was written survive a crash of the machine."""
+        if self._file is None:
+            return
         self._file.flush()
         os.fsync(self._file.fileno())
         if self._tensorboard is not None:
             self._tensorboard.flush()
 
     def close(self) -> None:
-        if self._file.closed:
+        if self._file is None or self._file.closed:
             return
         self.flush()
         self._file.close()

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import pty
+import re
 import select
 import shutil
 import subprocess
@@ -38,7 +39,8 @@ def project(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
     shutil.copy(ROOT / "launch" / "setup.sh", tmp_path / "launch")
     (tmp_path / "launch" / "train.py").write_text(JOB)
-    (tmp_path / "requirements.txt").write_text("# nothing\n")
+    for name in ("requirements.txt", "requirements-tpu.txt", "requirements-cuda.txt"):
+        (tmp_path / name).write_text("# nothing\n")
     binaries = tmp_path / "bin"
     binaries.mkdir()
     (binaries / "bwrap").symlink_to("/bin/true")
@@ -55,8 +57,9 @@ def ready(project):
 
 
 def environment(project):
-    kept = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PYTHON", "CONFIG", "WORKDIR", "ARGS")}
-    return {**kept, "PATH": f"{project / 'bin'}:{os.environ['PATH']}"}
+    kept = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PYTHON", "CONFIG", "WORKDIR", "ARGS", "ACCELERATOR")}
+    # Whatever chips the machine under the test has, the project sees none.
+    return {**kept, "ROME_DEVICES": str(project / "devices"), "PATH": f"{project / 'bin'}:{os.environ['PATH']}"}
 
 
 def make(project, *arguments, **variables):
@@ -125,6 +128,57 @@ def test_an_accelerator_images_jax_is_kept_where_the_requirements_allow_it(proje
     assert result.returncode == 0, result.stderr
     assert (f"keeping the jax {version}" in result.stdout) == kept
     assert (f"jax=={version}" in (project / ".venv" / "constraints.txt").read_text()) == kept
+
+
+def add_device(project, path, text=""):
+    """A device file, or one of /sys, as this project's machine shows it."""
+    file = project / "devices" / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
+@pytest.mark.parametrize("devices, chosen", [
+    ({}, None),
+    ({"dev/nvidia0": "", "dev/nvidiactl": ""}, "cuda"),
+    ({"dev/nvidiactl": ""}, None),  # a driver without a card
+    ({"dev/accel0": "", "sys/bus/pci/devices/0000:00:05.0/vendor": "0x1ae0\n"}, "tpu"),
+    ({"dev/vfio/0": "", "sys/bus/pci/devices/0000:00:05.0/vendor": "0x1ae0\n"}, "tpu"),
+    ({"dev/accel0": "", "sys/bus/pci/devices/0000:00:05.0/vendor": "0x8086\n"}, None),  # another maker's accelerator
+])
+def test_the_machines_devices_choose_the_requirements(project, devices, chosen):
+    ready(project)
+    for path, text in devices.items():
+        add_device(project, path, text)
+    result = make(project, "train")
+    assert result.returncode == 0, result.stderr
+    assert [name for name in ("tpu", "cuda") if f"requirements-{name}.txt" in result.stdout] == ([chosen] if chosen else [])
+    assert make(project, "train").stdout.startswith("arguments")  # once
+
+
+@pytest.mark.parametrize("accelerator", ["tpu", "cuda", "cpu"])
+def test_accelerator_wins_over_the_devices(project, accelerator):
+    add_device(ready(project), "dev/nvidia0")
+    result = make(project, "train", f"ACCELERATOR={accelerator}")
+    assert result.returncode == 0, result.stderr
+    assert [name for name in ("tpu", "cuda", "cpu") if f"requirements-{name}.txt" in result.stdout] == [accelerator] * (accelerator != "cpu")
+
+
+def test_an_unknown_accelerator_gets_one_line_with_the_remedy(project):
+    result = make(ready(project), "train", "ACCELERATOR=gpu")
+    assert result.returncode == 2 and "ACCELERATOR=gpu is none of tpu, cuda and cpu" in result.stderr and "arguments" not in result.stdout
+
+
+def test_an_image_that_brings_its_own_jax_gets_no_other_one(project):
+    add_device(ready(project), "dev/nvidia0")
+    settings = project / ".venv" / "pyvenv.cfg"
+    settings.write_text(settings.read_text().replace("include-system-site-packages = false", "include-system-site-packages = true"))
+    assert make(project, "train").stdout.startswith("arguments")
+
+
+def test_every_requirements_file_allows_the_same_jax():
+    pattern = re.compile(r"^jax(?:\[\w+\])?(>=.*)$", re.MULTILINE)
+    found = {pattern.search((ROOT / name).read_text())[1] for name in ("requirements.txt", "requirements-tpu.txt", "requirements-cuda.txt")}
+    assert found == {">=0.10,<0.13"}
 
 
 def test_packages_that_cannot_be_installed_stop_make_before_the_job_and_are_tried_again(project):

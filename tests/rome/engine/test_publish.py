@@ -42,7 +42,7 @@ def test_published_weights_are_proven_and_sampled_from_with_their_version(server
         tasks = [asyncio.ensure_future(pool.generate(PROBE, Sampling(400), 120)) for _ in range(6 * SLOTS)]
         while not (await engine.server_info())["internal_states"][0]["running"]:
             await asyncio.sleep(0.003)
-        published = await publish_weights(params, make_config(), tmp_path, 12, pool, PROBE, logprobs)
+        published = await publish_weights(write_checkpoint(params, make_config(), tmp_path, 12), 12, pool, PROBE, logprobs)
         return published, await asyncio.gather(*tasks), await pool.generate(PROBE, Sampling(10, seed=2), 60)
 
     published, amid, after = talk(server, conversation)
@@ -59,7 +59,7 @@ def test_two_directories_are_kept_and_a_version_can_be_published_again(server, t
 
     async def conversation(pool, engine):
         for version in (1, 2, 3, 3):
-            await publish_weights(params, make_config(), tmp_path, version, pool, PROBE, expected(params))
+            await publish_weights(write_checkpoint(params, make_config(), tmp_path, version), version, pool, PROBE, expected(params))
 
     talk(server, conversation)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["step_000002", "step_000003"]
@@ -68,7 +68,7 @@ def test_two_directories_are_kept_and_a_version_can_be_published_again(server, t
 def test_weights_that_do_not_give_the_trainers_logprobs_are_not_sampled_from(server, tmp_path):
     async def conversation(pool, engine):
         with pytest.raises(EngineError, match=f"{engine.url} has weights 20, but its probe logprobs differ by .* start it again"):
-            await publish_weights(make_params(6), make_config(), tmp_path, 20, pool, PROBE, expected(make_params(7)))
+            await publish_weights(write_checkpoint(make_params(6), make_config(), tmp_path, 20), 20, pool, PROBE, expected(make_params(7)))
         assert pool.states[engine.url] == "dead"
         assert (await engine.server_info())["internal_states"][0]["paused"] is True
         with pytest.raises(EngineError, match="no engine is left: .* has weights 20"):
@@ -92,7 +92,7 @@ def test_an_engine_that_holds_other_bytes_than_were_written_is_found_out(server,
 
     async def conversation(pool, engine):
         with pytest.raises(EngineError, match=r"holds other bytes than .* in 1 tensors \(model.embed_tokens.weight"):
-            await publish_weights(params, make_config(), tmp_path, 30, pool, PROBE, expected(params))
+            await publish_weights(write_checkpoint(params, make_config(), tmp_path, 30), 30, pool, PROBE, expected(params))
         await engine.resume()
 
     talk(server, conversation)
@@ -100,7 +100,7 @@ def test_an_engine_that_holds_other_bytes_than_were_written_is_found_out(server,
 
 def test_a_probe_that_is_too_short_or_unscored_is_refused_before_anything_happens(tmp_path):
     with pytest.raises(ValueError, match="one logprob for each"):
-        asyncio.run(publish_weights({}, make_config(), tmp_path, 1, None, [1, 2], [0.0]))
+        asyncio.run(publish_weights(tmp_path, 1, None, [1, 2], [0.0]))
     assert not list(tmp_path.iterdir())
 
 
