@@ -45,14 +45,15 @@ class Program:
     fits: bool = True
 
 
-def measure(name: str, compiled: jax.stages.Compiled, compile_seconds: float, mesh: Mesh, chip: Chip) -> Program:
+def measure(name: str, compiled: jax.stages.Compiled, compile_seconds: float, mesh: Mesh, chip: Chip, grouped_rows: float) -> Program:
+    """grouped_rows: those that one device's grouped matmul has at a time where every expert gets the same share."""
     memory, module = compiled.memory_analysis(), hlo.parse(compiled.as_text())
     temporaries = memory.temp_size_in_bytes
     runs = list(hlo.executed(module))
     return Program(
         name, compile_seconds, arguments=memory.argument_size_in_bytes, temporaries=temporaries, kept=min(hlo.kept_for_backward(module), temporaries),
         needed=(memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + temporaries + memory.generated_code_size_in_bytes),
-        flops=sum(one.times * hlo.flops(one) for one in runs), traffic=sum(one.times * hlo.traffic(module, one) for one in runs),
+        flops=sum(one.times * hlo.flops(one, grouped_rows) for one in runs), traffic=sum(one.times * hlo.traffic(module, one, grouped_rows) for one in runs),
         sent=tuple(sent(hlo.collectives(module, mesh.size), mesh, chip)), largest=tuple(hlo.largest_arrays(module, 12)),
         hidden_kernels=tuple(hlo.hidden_kernels(module)),
     )

@@ -112,6 +112,7 @@ class Executed:
 # -- reading -----------------------------------------------------------------------------------------------------------------------------
 
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<= ]*)\](\{[^}]*\})?")
+_BEGINS = re.compile(r"^\s+(ROOT )?%?[\w.\-]+ = ")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{$")
 
 
@@ -123,11 +124,13 @@ def parse(text: str) -> Module:
         if header:
             name, lines = header[2], []
             entry = name if header[1] else entry
-        elif name is not None and line.startswith("}"):
+        elif name is not None and (line.rstrip() == "}" or line.startswith("}, execution_thread")):
             computations[name] = Computation(name, tuple(map(_instruction, lines)))
             name = None
-        elif name is not None and " = " in line:
+        elif name is not None and _BEGINS.match(line):
             lines.append(line)
+        elif name is not None and lines:
+            lines[-1] += line  # an attribute may run over several lines
     if entry is None:
         raise HloError(f"no ENTRY computation in {len(text)} characters of HLO; hand in compiled.as_text()")
     return Module(computations[entry], computations)
@@ -232,8 +235,12 @@ def _constant(instruction: Instruction) -> int | None:
 # -- computing ---------------------------------------------------------------------------------------------------------------------------
 
 
-def flops(one: Executed) -> float:
-    """Of one run of a matmul, a convolution or a kernel that states its cost; 0 of all else. A multiplication and an addition are two."""
+def flops(one: Executed, grouped_rows: float = math.inf) -> float:
+    """Of one run of a matmul, a convolution or a kernel that states its cost; 0 of all else. A multiplication and an addition are two.
+
+    grouped_rows: rows that a grouped matmul really has. Its kernel (gmm, tgmm) states the work of every row of its operand, but leaves out
+    those that belong to none of its groups.
+    """
     instruction = one.instruction
     if instruction.opcode == "dot":
         left = one.computation.by_name[instruction.operands[0]].shapes[0]
@@ -243,22 +250,33 @@ def flops(one: Executed) -> float:
         return _convolution_flops(one)
     if instruction.opcode == "custom-call":
         stated = re.search(r'"flops":\s*"?(\d+)', instruction.attributes)
-        return float(stated[1]) if stated else _attention_flops(one)
+        if stated is None:
+            return _attention_flops(one)
+        rows = _grouped_matmul_rows(one)
+        return float(stated[1]) * (min(rows, grouped_rows) / rows if rows else 1.0)
     return 0.0
 
 
-# Matmuls over the scores' area: the forward kernel; one for dq; one for dk and dv; the last two in one.
+# Matmuls over the scores' area: of the forward kernel, of one for dq, of one for dk and dv (which may make dq too, by one more).
 _ATTENTION_MATMULS = {"_fwd": 2, "_dq": 3, "_dkv": 4}
 
 
 def _attention_flops(one: Executed) -> float:
     """A splash attention kernel states no cost: half (causal) of the matmuls over [query heads, T, S], from the shapes of q and k."""
-    found = re.search(r"splash_\w*?(_fwd|_dq|_dkv)", one.instruction.attributes)
+    found = re.search(r"splash_\w*?(_fwd|_dq|_dkv)", f"{one.instruction.name} {one.instruction.op_name}")
     arrays = [operand.shapes[0] for operand in one.computation.operands_of(one.instruction)]
     wide = [shape for shape in arrays if len(shape.dims) >= 3 and shape.dtype in ("bf16", "f32", "f16")]
     if found is None or len(wide) < 2:
         return 0.0
-    return 2 * math.prod(wide[0].dims) * wide[1].dims[-2] * _ATTENTION_MATMULS[found[1]] / 2
+    matmuls = _ATTENTION_MATMULS[found[1]] + (found[1] == "_dkv" and sum(shape.dtype == wide[0].dtype for shape in one.instruction.shapes) > 2)
+    return 2 * math.prod(wide[0].dims) * wide[1].dims[-2] * matmuls / 2
+
+
+def _grouped_matmul_rows(one: Executed) -> int:
+    """Rows of the left operand of megablox's gmm and tgmm, the first matrix among their operands; 0 for other kernels."""
+    if not re.search(r"\bt?gmm\b", f"{one.instruction.name} {one.instruction.op_name}"):
+        return 0
+    return next((operand.shapes[0].dims[0] for operand in one.computation.operands_of(one.instruction) if len(operand.shapes[0].dims) == 2), 0)
 
 
 def hidden_kernels(module: Module) -> list[str]:
@@ -301,8 +319,8 @@ def _valid_positions(size: int, out: int, window: int, stride: int, pad: int, ba
 # -- memory ------------------------------------------------------------------------------------------------------------------------------
 
 
-def traffic(module: Module, one: Executed) -> float:
-    """Bytes of HBM that one run reads and writes; 0 inside fusions, whose edges count."""
+def traffic(module: Module, one: Executed, grouped_rows: float = math.inf) -> float:
+    """Bytes of HBM that one run reads and writes; 0 inside fusions, whose edges count. grouped_rows: as for `flops`."""
     instruction = one.instruction
     if one.fused or instruction.opcode in FREE or instruction.opcode.removesuffix("-start").removesuffix("-done") in COLLECTIVES:
         return 0.0
@@ -315,6 +333,10 @@ def traffic(module: Module, one: Executed) -> float:
         return 2 * _in_hbm(instruction)
     if instruction.opcode == "copy-start":  # (destination, source, context)
         return sum(shape.bytes for shape in instruction.shapes[:2] if shape.space == 0)
+    rows = _grouped_matmul_rows(one) if instruction.opcode == "custom-call" else 0
+    if rows:
+        arrays = [shape for array in (instruction, *operands) for shape in array.shapes if shape.space == 0]
+        return sum(shape.bytes * (min(rows, grouped_rows) / rows if shape.dims[:1] == (rows,) else 1.0) for shape in arrays)
     return _in_hbm(instruction) + sum(map(_in_hbm, operands))
 
 
