@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from launch.hlo import Collective
+from launch.hlo_costs import Collective
 
 GIB = 2**30
 
