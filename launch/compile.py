@@ -20,6 +20,8 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
+from launch.xla_flags import environment_of
+
 _CONFIG = config_flags.DEFINE_config_file("config", "experiments/ipa.py:qwen3_30b_a3b", "An experiment file, with :PRESET after it where it has several.")
 _TOPOLOGY = flags.DEFINE_string("topology", "v5p:4x4x4", "CHIP:SHAPE of a slice (v5e, v5p, v6e, tpu7x), or CHIP:SHAPE*SLICES.")
 _LAYERS = flags.DEFINE_integer("layers", 0, "Compile this many layers instead of the model's: quicker, for looking around.")
@@ -69,6 +71,21 @@ def compile_programs(learner, batch, chip, only: tuple[str, ...] | None = None) 
     return programs, executables
 
 
+def batch_shapes(config, model_config):
+    """One micro-batch of a config as shapes, with routes where they are replayed."""
+    import jax
+
+    from rome.data.packing import pack
+    from rome.data.routes import route_dtype
+
+    rows = config.rows_per_microbatch
+    empty = pack([], row_length=config.row_length, chunks_per_row=config.chunks_per_row, gamma=1.0, failure_reward=0.0)
+    batch = jax.tree.map(lambda field: jax.ShapeDtypeStruct((rows, *field.shape[1:]), field.dtype), empty)
+    if config.get("routing_replay", "off") == "off":
+        return batch
+    return batch._replace(routes_BTLk=jax.ShapeDtypeStruct((rows, config.row_length, model_config.num_layers, model_config.experts_per_token), route_dtype(model_config)))
+
+
 def grouped_rows(learner, batch) -> float:
     """Choices of experts that one device computes at a time when they are even: its tokens' choices, shared by the ring of the expert axis."""
     return batch.tokens_BT.size * learner.model_config.experts_per_token / learner.mesh.size * learner.mesh.shape["tensor"] / learner.mesh.shape["expert"]
@@ -81,7 +98,6 @@ def compile_experiment(config, topology: str, layers: int = 0) -> tuple[dict[str
     from launch.config import ConfigError, check_config
     from launch.estimate import find_chip, report, state_bytes
     from launch.run import make_learner
-    from rome.data.packing import pack
     from rome.model.config import PRESETS
     from rome.model.sharding import check_mesh
 
@@ -96,8 +112,7 @@ def compile_experiment(config, topology: str, layers: int = 0) -> tuple[dict[str
     if learner.mesh.size != len(devices):
         raise ConfigError(f"mesh ({', '.join(f'{axis}={size}' for axis, size in mesh.items())}) has {learner.mesh.size} devices, {topology} has {len(devices)}. Change --config.mesh.")
     check_mesh(model_config, mesh, batch=config.rows_per_microbatch, length=config.row_length)
-    empty = pack([], row_length=config.row_length, chunks_per_row=config.chunks_per_row, gamma=1.0, failure_reward=0.0)
-    batch = jax.tree.map(lambda field: jax.ShapeDtypeStruct((config.rows_per_microbatch, *field.shape[1:]), field.dtype), empty)
+    batch = batch_shapes(config, model_config)
     scored = config.loss != "sft" and config.old == "trainer"
     programs, executables = compile_programs(learner, batch, chip, None if scored else ("accumulate", "apply"))
     found = {
@@ -170,6 +185,7 @@ def gib_of(size: float) -> str:
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise ValueError(f"argument {argv[1]!r} is not understood; flags look like --config.key=value")
+    os.environ.update(environment_of(_TOPOLOGY.value.partition(":")[0], os.environ))  # the flags that a run on this chip has; JAX is not imported yet
     found, executables = compile_experiment(_CONFIG.value, _TOPOLOGY.value, _LAYERS.value)
     show(found)
     if _JSON.value:

@@ -13,7 +13,7 @@ import pytest
 from launch.compile import load_programs, save_programs
 from rome.losses import LOSSES, LossConfig
 from rome.model.sharding import batch_sharding, make_mesh
-from rome.train.state import init_state, make_optimizer
+from rome.train.state import make_optimizer
 from rome.train.step import Learner
 from tests.rome.train.test_step import MODEL, packed
 
@@ -30,7 +30,7 @@ def test_saved_programs_load_and_compute_the_same(tmp_path):
     learner = Learner(MODEL, LOSSES["sft"], LossConfig(), optimizer, make_mesh({"fsdp": 8}, MODEL))
     batch = packed(8, "sft")[0]
     save_programs(tmp_path, {"score": learner.lower(batch)["score"].compile()}, "cpu:8")
-    params = learner.place(init_state(MODEL, optimizer, seed=0)).params
+    params = learner.init(seed=0).params
     inputs = jax.device_put((batch.tokens_BT, batch.positions_BT, batch.segments_BT), batch_sharding(learner.mesh))
     loaded = load_programs(tmp_path)
     assert "load_programs" in (tmp_path / "README.txt").read_text()
