@@ -75,14 +75,13 @@ def compile_experiment(config, topology: str, layers: int = 0) -> tuple[dict[str
 
     from launch.config import ConfigError, check_config
     from launch.estimate import find_chip, report, state_bytes
-    from launch.run import make_learner
+    from launch.run import make_learner, model_of
     from rome.data.packing import pack
-    from rome.model.config import PRESETS
     from rome.model.sharding import check_mesh
 
     check_config(config)
     chip = find_chip(topology)
-    model_config = PRESETS[config.model]
+    model_config = model_of(config)
     if layers:
         model_config = dataclasses.replace(model_config, num_layers=layers)
     devices = topology_devices(topology)
