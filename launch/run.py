@@ -353,6 +353,7 @@ def train(run: Run, init_directory: pathlib.Path | None) -> TrainState:
     else:
         state = start_state(load_start(init_directory, run.model_config, learner.mesh), learner.optimizer)
     state = learner.place(state)
+    run.team.meet("parameters")  # they came from files or a program that only some had compiled; gloo gives the others 30 s to reach a collective
     step = run.team.share("checkpoint", checkpoints.latest)
     if step is not None:
         state, host = checkpoints.restore(state, step)

@@ -9,28 +9,31 @@ import sys
 import jax
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from launch.distributed import check_mesh_spans, choose, start
 from rome.losses import LOSSES, LossConfig, count_denominators
 from rome.model.sharding import make_mesh
 from rome.train.state import init_state
 from rome.train.step import Learner
+from rome.train.team import Team
 from tests.rome.train.test_step import MODEL, packed
 
-def one_update(mesh_shape: dict[str, int]) -> dict[str, np.ndarray]:
+def one_update(mesh_shape: dict[str, int], team: Team) -> dict[str, np.ndarray]:
     """By name: the scores, the metrics, and the parameters after one step of plain SGD, which shows the whole gradient."""
     mesh = make_mesh(mesh_shape, MODEL)
     check_mesh_spans(mesh)
     learner = Learner(MODEL, LOSSES["ipa"], LossConfig(), optax.sgd(1.0), mesh)
     state = learner.place(init_state(MODEL, learner.optimizer, seed=0))
     batches = packed(8)
+    team.meet("state")
     scores = learner.score(state.params, batches)
     # A little off the scores, so that no ratio lies on the edge of a clip, where rounding would decide.
     off = [(score + 0.05 * np.sin(1.0 + batch.positions_BT)).astype(np.float32) for batch, score in zip(batches, scores)]
     batches = [batch._replace(logp_old_BT=old) for batch, old in zip(batches, off)]
+    everywhere = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
     state, metrics = learner.update(state, batches, count_denominators(batches))
-    leaves = jax.tree_util.tree_leaves_with_path(multihost_utils.process_allgather(state.params, tiled=True))
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(everywhere(state.params)))
     flat = {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
     return {f"score {number}": score for number, score in enumerate(scores)} | {name: np.asarray(value) for name, value in metrics.items()} | flat
 
@@ -40,7 +43,7 @@ def main() -> None:
     try:
         found = {}
         for mesh in json.loads(sys.argv[2]):
-            found |= {f"{json.dumps(mesh)} {name}": value for name, value in one_update(mesh).items()}
+            found |= {f"{json.dumps(mesh)} {name}": value for name, value in one_update(mesh, team).items()}
         if team.leads:
             np.savez(sys.argv[1], **found)
     except BaseException as error:
