@@ -7,7 +7,23 @@ python -m launch.train --config=experiments/ipa.py:qwen3_30b_a3b --config.engine
 Baselines: --config.loss=token_level (the paper's Eq. 4-6) or --config.loss=grpo.
 """
 
+from typing import NamedTuple
+
 import ml_collections
+
+
+class Pod(NamedTuple):
+    """A published checkpoint and the slice that trains it: v5p:4x4x4 for 30B, v5p:8x8x4 for 235B."""
+
+    checkpoint: str  # a Hugging Face directory
+    rows: int  # of a micro-batch; one a device
+    mesh: dict[str, int]
+
+
+PODS = {
+    "qwen3_30b_a3b": Pod("Qwen3-30B-A3B", 64, {"fsdp": 8, "expert": 8}),
+    "qwen3_235b_a22b": Pod("Qwen3-235B-A22B", 256, {"fsdp": 32, "expert": 8}),
+}
 
 
 def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
@@ -63,24 +79,24 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
         config.groups, config.group_size = 4, 4
         config.eval_every = 4
         config.eval_tasks = 2
-    elif preset == "qwen3_30b_a3b":
-        _pod(config)
+    elif preset in PODS:
+        _pod(config, preset)
     elif preset != "tiny":
-        raise ValueError(f"experiments/ipa.py has no preset {preset!r}; there are tiny, smoke and qwen3_30b_a3b")
+        raise ValueError(f"experiments/ipa.py has no preset {preset!r}; there are tiny, smoke, {', '.join(PODS)}")
     return config
 
 
-def _pod(config: ml_collections.ConfigDict) -> None:
+def _pod(config: ml_collections.ConfigDict, preset: str) -> None:
     """Not run here: the same stage at the size that a pod trains."""
-    config.model = "qwen3_30b_a3b"
-    config.tokenizer = "Qwen3-30B-A3B"    # a directory with tokenizer.json
+    config.model = preset
+    config.tokenizer = PODS[preset].checkpoint    # a directory with tokenizer.json
     config.steps = 500
     config.groups, config.group_size = 64, 16
-    config.row_length, config.chunks_per_row, config.rows_per_microbatch = 8192, 128, 64
+    config.row_length, config.chunks_per_row, config.rows_per_microbatch = 8192, 128, PODS[preset].rows
     config.learning_rate, config.warmup_updates = 1e-6, 10
     config.max_context, config.max_new_tokens, config.max_turns = 8192, 1024, 32
     config.concurrency = 512
     config.episode_seconds = 1800.0
     config.sandbox.isolation = "required"
     config.routing_replay = "rollout"     # in bfloat16 two programs choose different experts; SGLang: --enable-return-routed-experts
-    config.mesh.update({"fsdp": 8, "expert": 8})
+    config.mesh.update(PODS[preset].mesh)

@@ -6,7 +6,23 @@ python -m launch.train --config=experiments/sft.py:smoke      # under a minute, 
 The scripted experts play in real sandboxes and sometimes err; their erroneous turns are read but not learnt (Eq. 1-2 of "Let It Flow").
 """
 
+from typing import NamedTuple
+
 import ml_collections
+
+
+class Pod(NamedTuple):
+    """A published checkpoint and the slice that trains it: v5p:4x4x4 for 30B, v5p:8x8x4 for 235B."""
+
+    checkpoint: str  # a Hugging Face directory
+    rows: int  # of a micro-batch; one a device
+    mesh: dict[str, int]
+
+
+PODS = {
+    "qwen3_30b_a3b": Pod("Qwen3-30B-A3B", 64, {"fsdp": 8, "expert": 8}),
+    "qwen3_235b_a22b": Pod("Qwen3-235B-A22B", 256, {"fsdp": 32, "expert": 8}),
+}
 
 
 def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
@@ -50,24 +66,25 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
         config.steps = 30
         config.expert_episodes = 200
         config.eval_tasks = 2
-    elif preset == "qwen3_30b_a3b":
-        _pod(config)
+    elif preset in PODS:
+        _pod(config, preset)
     elif preset != "tiny":
-        raise ValueError(f"experiments/sft.py has no preset {preset!r}; there are tiny, smoke and qwen3_30b_a3b")
+        raise ValueError(f"experiments/sft.py has no preset {preset!r}; there are tiny, smoke, {', '.join(PODS)}")
     return config
 
 
-def _pod(config: ml_collections.ConfigDict) -> None:
+def _pod(config: ml_collections.ConfigDict, preset: str) -> None:
     """Not run here: the same stage at the size that a pod trains."""
-    config.init_from = "Qwen3-30B-A3B"    # a directory with the checkpoint
-    config.model = "qwen3_30b_a3b"
-    config.tokenizer = "Qwen3-30B-A3B"
+    config.init_from = PODS[preset].checkpoint    # a directory with the checkpoint
+    config.model = preset
+    config.tokenizer = PODS[preset].checkpoint
     config.steps = 1000
-    config.rows, config.row_length, config.chunks_per_row, config.rows_per_microbatch = 64, 8192, 128, 64
+    config.rows = config.rows_per_microbatch = PODS[preset].rows
+    config.row_length, config.chunks_per_row = 8192, 128
     config.expert_episodes = 50_000
     config.learning_rate, config.warmup_updates = 1e-5, 50
     config.max_context, config.max_new_tokens, config.max_turns = 8192, 1024, 32
     config.concurrency = 512
     config.episode_seconds = 1800.0
     config.sandbox.isolation = "required"
-    config.mesh.update({"fsdp": 8, "expert": 8})
+    config.mesh.update(PODS[preset].mesh)

@@ -9,7 +9,6 @@ trajectories they read from the workdir.
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import functools
 import hashlib
@@ -54,7 +53,7 @@ from rome.train.loop import Stage, StepData, run_stage
 from rome.train.metrics import MetricsWriter
 from rome.train.parameters import StoredParameters, saved_steps
 from rome.train.report import EvalResult, outcomes_path, read_outcomes, write_outcomes, write_report
-from rome.train.state import TrainState, init_state, make_optimizer, start_state
+from rome.train.state import TrainState, make_optimizer
 from rome.train.step import Learner
 from rome.train.team import Team
 
@@ -95,7 +94,7 @@ class Run:
         urls = [url.strip() for url in self.config.engines.split(",") if url.strip()]
         if not urls:
             start = self.workdir / "weights" / "start"
-            save_hf(state.params, self.model_config, start)  # every process writes its part
+            save_hf(state.params, self.model_config, start)
             if not self.team.leads:
                 return
             self.display.note("starting the embedded engine")
@@ -117,8 +116,9 @@ class Run:
         path = write_checkpoint(state.params, self.model_config, self.workdir / "weights", version)
 
         def publish() -> None:
-            tolerance = PROBE_TOLERANCE[self.model_config.dtype]
-            run_async(publish_weights(path, version, self.pool, probe_ids=ids, expected_logprobs=expected, tolerance=tolerance), PUBLISH_SECONDS)
+            run_async(publish_weights(
+                path, version, self.pool, probe_ids=ids, expected_logprobs=expected, tolerance=PROBE_TOLERANCE[self.model_config.dtype],
+            ), PUBLISH_SECONDS)
 
         self.team.share(f"weights {version}", publish)
         self.published = version
@@ -154,26 +154,24 @@ class Run:
     def collect_rollouts(self, step: int, state: TrainState) -> StepData:
         """groups x group_size fresh episodes at the weights of `state`, packed, with logp_old scored at those weights."""
         config = self.config
-        trajectories: list[Trajectory] = []  # the leader's own; the others read theirs
-        shared = self.team.share(f"episodes of step {step}", lambda: self._play_step(step, trajectories))
-        trajectories = trajectories or [_load_when_visible(self.workdir / "trajectories" / name) for name in shared["names"]]
-        kept, shown = trajectories[:shared["kept"]], trajectories[shared["kept"]:]
-        shown = [dataclasses.replace(trajectory, group=config.groups + number) for number, trajectory in enumerate(shown)]  # outside all statistics
+        learnt: list[Trajectory] = []  # the leader's own; the others read theirs
+        shared = self.team.share(f"episodes of step {step}", lambda: self._play_step(step, learnt))
+        learnt = learnt or [_load_when_visible(self.workdir / "trajectories" / name) for name in (*shared["kept"], *shared["shown"])]
         batch = pack(
-            kept + shown, row_length=config.row_length, chunks_per_row=config.chunks_per_row, gamma=config.gamma, failure_reward=config.failure_reward,
+            learnt, row_length=config.row_length, chunks_per_row=config.chunks_per_row, gamma=config.gamma, failure_reward=config.failure_reward,
             routes_for=self.model_config if config.routing_replay == "rollout" else None,
         )
         self._require_same_rows(step, batch)
         batches = self._with_old(microbatches(batch, config.rows_per_microbatch), state)
         if self.team.leads:
             self.accounting.in_flight -= shared["played"]
-            self.accounting.trained += len(kept)
-            self.accounting.dropped["equal_group"] += shared["played"] - len(kept)
+            self.accounting.trained += len(shared["kept"])
+            self.accounting.dropped["equal_group"] += shared["played"] - len(shared["kept"])
             self.accounting.check()
         return StepData(batches, count_denominators(batches), shared["figures"])
 
-    def _play_step(self, step: int, trajectories: list[Trajectory]) -> dict[str, Any]:
-        """The leader's part of a step: plays its episodes and puts what is trained on into `trajectories`. Returns what the others need."""
+    def _play_step(self, step: int, learnt: list[Trajectory]) -> dict[str, Any]:
+        """The leader's part of a step: plays its episodes and puts into `learnt` what is trained on. Returns what the others need."""
         config, began = self.config, time.monotonic()
         rng = random.Random(f"tasks/{config.seed}/{step}")
         tasks = [f"{family}/{train_seed(rng.randrange(1_000_000))}" for family in self.curriculum.draw(config.groups, rng)]
@@ -181,32 +179,27 @@ class Run:
             Episode(task, group, number, derive_seed(config.seed, task, step, group, number))
             for group, task in enumerate(tasks) for number in range(config.group_size)
         ]
+        files = self.workdir / "trajectories"
         name = lambda episode: f"{config.experiment}_{step:06d}_g{episode.group:03d}_e{episode.episode:02d}.json"  # of an episode or its trajectory
-        record = lambda episode: self.workdir / "trajectories" / name(episode)
-        played = self.play(episodes, config.temperature, accounting=self.accounting, record=record, routes=config.routing_replay == "rollout")
+        trajectories = self.play(
+            episodes, config.temperature, accounting=self.accounting, record=lambda episode: files / name(episode), routes=config.routing_replay == "rollout",
+        )
         seconds = time.monotonic() - began
-        self.curriculum.observe(played)
-        kept = mixed_groups(played) if config.filter_groups else played
-        shown_name = lambda number: f"{config.experiment}_{step:06d}_expert_{number:03d}.json"
-        shown = self.show_experts(unsolved_tasks(played), shown_name) if config.lambda_il else []
-        trajectories.extend([*kept, *shown])
+        self.curriculum.observe(trajectories)
+        kept = mixed_groups(trajectories) if config.filter_groups else trajectories
+        expert_name = lambda number: f"{config.experiment}_{step:06d}_expert_{number:03d}.json"
+        shown = self.show_experts(unsolved_tasks(trajectories), lambda number: files / expert_name(number)) if config.lambda_il else []
+        learnt.extend(kept + shown)
         return {
-            "played": len(played), "kept": len(kept), "names": [*map(name, kept), *map(shown_name, range(len(shown)))],
-            "figures": rollout_figures(played, step, seconds) | {"demonstrations": len(shown)},
+            "played": len(trajectories), "kept": [name(one) for one in kept], "shown": [expert_name(number) for number in range(len(shown))],
+            "figures": rollout_figures(trajectories, step, seconds) | {"demonstrations": len(shown)},
         }
 
-    def show_experts(self, tasks: list[str], name: Callable[[int], str]) -> list[Trajectory]:
+    def show_experts(self, tasks: list[str], record: Callable[[int], pathlib.Path]) -> list[Trajectory]:
         """Eq. 10's imitation: what an expert does in the tasks that no episode of the step solved."""
         return run_async(collect_experts(
-            tasks, self.make_env, self.chat, error_rate=0.0, concurrency=EXPERT_CONCURRENCY, record=lambda number: self.workdir / "trajectories" / name(number),
+            tasks, self.make_env, self.chat, error_rate=0.0, concurrency=EXPERT_CONCURRENCY, record=record, first_group=self.config.groups,
         ), 60.0 + len(tasks) * self.config.episode_seconds / EXPERT_CONCURRENCY)
-
-    def _require_same_rows(self, step: int, batch: Batch) -> None:
-        """Each process packs for itself and feeds only its own rows: that they are parts of one batch is checked, not assumed."""
-        if self.team.count > 1:
-            digest = hashlib.sha256()
-            batch.map(lambda field: digest.update(np.ascontiguousarray(field).tobytes()))
-            self.team.require_same(f"rows of step {step}", digest.hexdigest())
 
     def _with_old(self, batches: list[Batch], state: TrainState) -> list[Batch]:
         """logp_old of every micro-batch and, where the trainer is to replay its own routes, the routes of the pass that scored them."""
@@ -221,10 +214,18 @@ class Run:
             for batch, (logp_BT, routes_BTLk) in zip(batches, scored)
         ]
 
+    def _require_same_rows(self, step: int, batch: Batch) -> None:
+        """Each process packs for itself and feeds only its own rows: that they are parts of one batch is checked, not assumed."""
+        if self.team.count > 1:
+            digest = hashlib.sha256()
+            batch.map(lambda field: digest.update(np.ascontiguousarray(field).tobytes()))
+            self.team.require_same(f"rows of step {step}", digest.hexdigest())
+
     def evaluate(self, step: int, state: TrainState) -> EvalResult:
         """Held-out tasks, the same ones at every evaluation and with the same sampling seeds. Kept: a resumed run reads it again."""
         stage = self.config.experiment
-        if not self.team.share(f"evaluated at {step}", outcomes_path(self.workdir, stage, step).exists):
+        path = outcomes_path(self.workdir, stage, step)
+        if not self.team.share(f"evaluated at {step}", path.exists):
             self.publish(state)
             self.team.share(f"evaluation at {step}", lambda: self._play_evaluation(step))
         result = EvalResult.from_tasks(stage, step, self.team.share(f"outcomes at {step}", lambda: read_outcomes(self.workdir, stage, step)))
@@ -276,7 +277,7 @@ class Run:
     def export(self, state: TrainState) -> None:
         """WORKDIR/final: the trained weights for launch.serve and for the experiment that starts here. There, or not at all."""
         partial, final = self.workdir / "final.tmp", self.workdir / "final"
-        save_hf(state.params, self.model_config, partial)  # every process writes its part
+        save_hf(state.params, self.model_config, partial)
 
         def finish() -> None:
             self.chat.tokenizer.save(partial)
@@ -296,17 +297,18 @@ class Run:
         config = self.config
         rng = random.Random(f"experts/{config.seed}")
         tasks = [f"{FAMILIES[number % len(FAMILIES)]}/{train_seed(rng.randrange(1_000_000))}" for number in range(config.expert_episodes)]
-        record = lambda number: self.workdir / "trajectories" / f"expert_{number:06d}.json"
-        trajectories: list[Trajectory] = []
+        path = lambda number: self.workdir / "trajectories" / f"expert_{number:06d}.json"
 
         def play() -> None:
             self.display.note(f"experts play {len(tasks)} tasks of {len(FAMILIES)} families in the sandbox")
             trajectories.extend(run_async(collect_experts(
-                tasks, self.make_env, self.chat, error_rate=config.expert_error_rate, concurrency=EXPERT_CONCURRENCY, record=record,
+                tasks, self.make_env, self.chat, error_rate=config.expert_error_rate, concurrency=EXPERT_CONCURRENCY,
+                record=path,
             ), 60.0 + len(tasks) * config.episode_seconds / EXPERT_CONCURRENCY))
 
+        trajectories: list[Trajectory] = []
         self.team.share("experts", play)
-        trajectories = trajectories or [_load_when_visible(record(number)) for number in range(len(tasks))]
+        trajectories = trajectories or [_load_when_visible(path(number)) for number in range(len(tasks))]
         return iter(sft_batches(trajectories, rows=config.rows, row_length=config.row_length, chunks_per_row=config.chunks_per_row, seed=config.seed))
 
 
@@ -321,7 +323,6 @@ def start_run(
         raise ValueError(f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} tokens, model {config.model} a vocabulary of {model_config.vocab_size}. Choose ones that fit.")
     model_config = dataclasses.replace(model_config, eos_token_id=tokenizer.im_end, pad_token_id=tokenizer.pad)
     learner = make_learner(config, model_config)
-    check_mesh_spans(learner.mesh)
     # The tiny model learns the form of a tool call from the experts; a real one is told the tools as in its own chat template.
     chat = Chat(tokenizer, tools=None if config.model == "tiny" else [BASH_TOOL])
     (workdir / "trajectories").mkdir(parents=True, exist_ok=True)
@@ -341,6 +342,8 @@ def make_learner(config: ml_collections.ConfigDict, model_config: ModelConfig, d
     # SFT maximises the likelihood itself; a policy's logprobs are those of its sampling temperature.
     temperature = 1.0 if config.loss == "sft" else config.temperature
     mesh = make_mesh(config.mesh.to_dict(), model_config, devices)
+    if devices is None:
+        check_mesh_spans(mesh)
     return Learner(model_config, LOSSES[config.loss], loss_config, optimizer, mesh, temperature)
 
 
@@ -348,17 +351,14 @@ def train(run: Run, init_directory: pathlib.Path | None) -> TrainState:
     """Starts or resumes the run and trains to its end, or to the step at which the user asked to stop."""
     config, learner = run.config, run.learner
     checkpoints = Checkpoints(run.workdir / "checkpoints", config.checkpoints_kept)
-    if init_directory is None:
-        state = init_state(run.model_config, learner.optimizer, config.seed)
-    else:
-        state = start_state(load_start(init_directory, run.model_config, learner.mesh), learner.optimizer)
-    state = learner.place(state)
-    run.team.meet("parameters")  # they came from files or a program that only some had compiled; gloo gives the others 30 s to reach a collective
     step = run.team.share("checkpoint", checkpoints.latest)
-    if step is not None:
-        state, host = checkpoints.restore(state, step)
+    if step is None:
+        state = learner.init(config.seed) if init_directory is None else learner.start(load_start(init_directory, run.model_config, learner.mesh))
+    else:
+        state, host = checkpoints.restore(learner.state, step)
         run.load_host_state(step, host)
         run.display.note(f"resumed at step {step}")
+    run.team.meet("state")  # some had to compile what made it, others found it compiled; gloo gives them 30 s to reach a collective together
     stage = Stage(
         name=config.experiment, steps=config.steps, updates_per_step=config.updates_per_step, evaluate_every=config.eval_every,
         checkpoint_every=config.checkpoint_every, collect=run.collect_sft if config.loss == "sft" else run.collect_rollouts,

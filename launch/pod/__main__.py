@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 
-from launch.xla_flags import LIBTPU_ARGS, environment_of
+from launch.xla_flags import environment_of
 
 RUNTIMES = {"v4": "tpu-ubuntu2204-base", "v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}  # images of the Cloud TPU API
 PREFIXES = {"v4-": "v4", "v5litepod-": "v5e", "v5e-": "v5e", "v5p-": "v5p", "v6e-": "v6e", "tpu7x-": "tpu7x"}

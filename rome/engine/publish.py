@@ -35,6 +35,7 @@ KEPT_DIRECTORIES = 2  # the newest, and the one that a server may still be readi
 class Published:
     """What a publication took: seconds that engines stood still, largest error of the probe's logprobs."""
 
+    path: pathlib.Path
     seconds_pause: float
     probe_error: float
 
@@ -43,10 +44,10 @@ async def publish_weights(
     path: pathlib.Path, version: int, pool: EnginePool, probe_ids: Sequence[int], expected_logprobs: Sequence[float], tolerance: float = 1e-4, *,
     mode: str = "abort",
 ) -> Published:
-    """Brings the weights of a directory that `write_checkpoint` wrote to every engine of the pool, as weight version `version`.
+    """Brings the checkpoint at `path` to every engine of the pool, as weight version `version`.
 
     Args:
-      path: where the engines can read it.
+      path: from `write_checkpoint`, where the engines can read it.
       expected_logprobs: the trainer's log p(probe_ids[t] | before t) at temperature 1 with these weights; the entry of the first id is ignored.
       tolerance: largest error of the probe. About 1e-4 in float32; bfloat16 engines need about 5e-2.
       mode: how running requests are paused; "abort" works with every SGLang version, and `Engine` takes the requests up again.
@@ -58,21 +59,18 @@ async def publish_weights(
     await pool.pause_all(mode)
     errors = await pool.on_all(lambda engine: _update_and_prove(engine, path, version, probe_ids, expected_logprobs, tolerance))
     await pool.resume_all()
-    return Published(time.monotonic() - started, max(errors))
+    return Published(path, time.monotonic() - started, max(errors))
 
 
 def write_checkpoint(params: Any, config: ModelConfig, directory: str | os.PathLike[str], version: int) -> pathlib.Path:
-    """Writes directory/step_N: a reader sees all of it or nothing, also after a power cut. Older ones than the last two are deleted.
+    """Writes directory/step_N: a reader sees all of it or nothing, also after a power cut. Only the last two versions stay.
 
-    params: stacked over layers, on the host or on devices. Where those are of several processes, all of them call this; each writes its share,
-    and when process 0 returns the directory is there.
+    Of several processes each calls this with the same shared directory and writes its share; it is whole when process 0 returns.
     """
     path = pathlib.Path(directory) / f"step_{version:06d}"
-    partial, leads = path.with_name(path.name + ".tmp"), jax.process_index() == 0
-    if leads:
-        shutil.rmtree(partial, ignore_errors=True)
+    partial = path.with_name(path.name + ".tmp")
     save_hf(params, config, partial, dtype=jnp.dtype(config.dtype))
-    if not leads:
+    if jax.process_index():
         return path
     shutil.rmtree(path, ignore_errors=True)  # of an earlier run that published this version and died
     os.replace(partial, path)

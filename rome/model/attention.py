@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from rome.model.attention_cpu import attention_blocked
 from rome.model.attention_kernels import cudnn, splash
 
 IMPLEMENTATIONS = ("auto", "reference", "blocked", "splash", "cudnn")
-SMALLEST_BLOCK, MOST_BLOCKS = 64, 8  # of queries; each block is compiled on its own
 HIDDEN_SCORE = -1e30  # finite: (-inf) - (-inf) would be NaN, also in the gradient
 
 
@@ -26,10 +26,10 @@ def attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, *, q_places_BT: Array
     Args:
       q_places_BT, k_places_BS: where each query and key stands in its row; a query sees places up to its own.
       q_segments_BT, k_segments_BS: 0 is padding. A padding query sees nothing and gets zeros, with zero gradients.
-      ordered: places are 0, 1, 2, ... on both sides, as in a packed row.
+      ordered: places are 0, 1, 2, ... and segments the same on both sides, as in a packed row that attends to itself.
       implementation: "reference" scores every query against every key. The others take ordered places only: "blocked" takes queries in
-        blocks and leaves out the keys that lie in a block's future, nearly half of the work; "splash" is a kernel of TPUs, "cudnn" of NVIDIA GPUs.
-        "auto" is "blocked" where places are ordered.
+        blocks, leaves out the keys that lie in a block's future, nearly half of the work, and computes the scores again in its backward pass;
+        "splash" is a kernel of TPUs, "cudnn" of NVIDIA GPUs. "auto" is "blocked" where places are ordered.
     Returns:
       [B, T, N, H] in q's dtype.
     """
@@ -37,23 +37,16 @@ def attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, *, q_places_BT: Array
         raise ValueError(f"attention implementation {implementation!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
     if implementation in ("blocked", "splash", "cudnn") and not ordered:
         raise ValueError(f"attention implementation {implementation!r} needs ordered places; choose 'reference'")
+    if ordered and implementation in ("auto", "blocked"):
+        return attention_blocked(q_BTNH, k_BSKH, v_BSKH, q_segments_BT)
     if implementation in ("splash", "cudnn"):
         kernel = {"splash": splash, "cudnn": cudnn}[implementation]
         return kernel(q_BTNH * q_BTNH.shape[-1]**-0.5, k_BSKH, v_BSKH, q_segments_BT).astype(q_BTNH.dtype)
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
-    block = T
-    if ordered and implementation != "reference":
-        block = max(SMALLEST_BLOCK, -(-T // MOST_BLOCKS))
     q_BKTGH = jnp.transpose((q_BTNH * H**-0.5).reshape(B, T, K, N // K, H), (0, 2, 1, 3, 4))  # heads first: matmuls without copies
     k_BKSH, v_BKSH = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
-    outs = []
-    for start in range(0, T, block):
-        end = min(start + block, T)
-        seen = end if ordered and block < T else k_BSKH.shape[1]
-        sees_BTS = _sees(q_places_BT[:, start:end], k_places_BS[:, :seen], q_segments_BT[:, start:end], k_segments_BS[:, :seen])
-        outs.append(_attend(q_BKTGH[:, :, start:end], k_BKSH[:, :, :seen], v_BKSH[:, :, :seen], sees_BTS))
-    out_BKTGH = outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=2)
+    out_BKTGH = _attend(q_BKTGH, k_BKSH, v_BKSH, _sees(q_places_BT, k_places_BS, q_segments_BT, k_segments_BS))
     return jnp.swapaxes(out_BKTGH, 1, 2).reshape(B, T, N, H)
 
 

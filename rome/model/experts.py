@@ -1,7 +1,6 @@
 """The experts themselves: one function, forms behind it that are equal in value and differ in speed. Dropless in every form.
 
-N tokens, D model, E experts, k experts a token, F expert hidden; A = N * k choices (token n, its j-th expert), R rows of a grouped matmul;
-P blocks of M rows, S = P * M slots.
+N tokens, D model, E experts, k experts a token, F expert hidden; A = N * k choices (token n, its j-th expert), R rows of a grouped matmul.
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from rome.model.experts_cpu import absent_last, experts_sorted
 
 IMPLEMENTATIONS = ("auto", "dense", "sorted", "ragged", "megablox", "tokamax")
 DENSE_UP_TO = 128  # tokens; below, sorting costs more than it saves
@@ -36,7 +37,7 @@ def capacity(choices: int, E: int, factor: float) -> int:
 
 def drop_beyond(ids_Nk: Array, most: int, E: int) -> Array:
     """ids with NO_EXPERT where an expert has `most` choices already; earlier tokens go first. What is dropped adds nothing to its token."""
-    ids_A = _absent_last(ids_Nk, E)
+    ids_A = absent_last(ids_Nk, E)
     order_A = jnp.argsort(ids_A, stable=True)
     start_E = jnp.cumsum(jnp.bincount(ids_A, length=E + 1)) - jnp.bincount(ids_A, length=E + 1)
     rank_A = jnp.arange(ids_A.size) - start_E[ids_A[order_A]]
@@ -58,11 +59,13 @@ def experts(x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, weight
     if implementation == "auto":
         many = "sorted" if jax.default_backend() == "cpu" else "ragged"
         implementation = "dense" if x_ND.shape[0] <= DENSE_UP_TO else many
-    form = {"dense": experts_dense, "sorted": experts_sorted, "ragged": experts_ragged, "megablox": experts_megablox, "tokamax": experts_tokamax}[implementation]
-    return form(x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk, most)
+    if implementation in ("dense", "sorted"):
+        return {"dense": experts_dense, "sorted": experts_sorted}[implementation](x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk)
+    grouped = {"ragged": experts_ragged, "megablox": experts_megablox, "tokamax": experts_tokamax}[implementation]
+    return grouped(x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk, most)
 
 
-def experts_dense(x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, weights_Nk: Array, ids_Nk: Array, most: int | None = None) -> Array:
+def experts_dense(x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, weights_Nk: Array, ids_Nk: Array) -> Array:
     """Every expert on every token, times 0 where not chosen. The oracle; also what the engine decodes with: rows stay apart."""
     E = gate_EDF.shape[0]
     weights_EN = jnp.sum(jax.nn.one_hot(ids_Nk, E, dtype=weights_Nk.dtype) * weights_Nk[..., None], axis=1).T
@@ -76,7 +79,7 @@ def experts_ragged(x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array,
                    most: int | None = None, matmul: Callable[[Array, Array, Array], Array] = jax.lax.ragged_dot) -> Array:
     """Choices sorted by expert, multiplied by a grouped matmul (rows [A, D], matrices [E, D, F], rows of each matrix [E]) -> [A, F]."""
     k, E = ids_Nk.shape[1], gate_EDF.shape[0]
-    ids_A = _absent_last(ids_Nk, E)
+    ids_A = absent_last(ids_Nk, E)
     A = ids_A.shape[0]
     R = A if most is None else min(A, -(-most // 8) * 8)  # rows; the absent come last in order and are cut off
     order_A = jnp.argsort(ids_A, stable=True)
@@ -112,51 +115,6 @@ def experts_tokamax(x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array
     import tokamax  # in requirements-cuda.txt only
 
     return experts_ragged(x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk, most, tokamax.ragged_dot)
-
-
-def experts_sorted(x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, weights_Nk: Array, ids_Nk: Array, most: int | None = None) -> Array:
-    """Choices sorted by expert into blocks of M rows, each block of one expert; batched matmuls over the blocks."""
-    k, D, E = ids_Nk.shape[1], x_ND.shape[1], gate_EDF.shape[0]
-    M = block_rows(ids_Nk.size, E)
-    slot_Nk, choice_S, expert_P = _plan_blocks(ids_Nk, E, M)
-    x_PMD = _take_rows(x_ND, choice_S // k, slot_Nk).reshape(len(expert_P), M, D)
-    hidden_PMF = (jax.nn.silu(jnp.einsum("PMD,PDF->PMF", x_PMD, gate_EDF[expert_P]))
-                  * jnp.einsum("PMD,PDF->PMF", x_PMD, up_EDF[expert_P]))
-    out_SD = jnp.einsum("PMF,PFD->PMD", hidden_PMF, down_EFD[expert_P]).reshape(-1, D)
-    out_NkD = _take_rows(out_SD, slot_Nk.reshape(-1), choice_S[:, None]).reshape(*ids_Nk.shape, D)
-    return jnp.einsum("NkD,Nk->ND", out_NkD, weights_Nk.astype(x_ND.dtype))
-
-
-def _absent_last(ids_Nk: Array, E: int) -> Array:
-    """ids_A with E for every expert that is not here."""
-    ids_A = ids_Nk.reshape(-1)
-    return jnp.where((ids_A >= 0) & (ids_A < E), ids_A, E)
-
-
-def block_rows(choices: int, E: int) -> int:
-    """M: about an eighth of an expert's even share. Larger blocks copy weights less often, smaller ones leave fewer rows empty."""
-    return min(256, max(32, 2 ** round(math.log2(max(choices / (8 * E), 1)))))
-
-
-def _plan_blocks(ids_Nk: Array, E: int, M: int) -> tuple[Array, Array, Array]:
-    """The slot of each choice (slot_Nk), the choice in each slot (choice_S), and the expert of each block (expert_P).
-
-    An empty slot holds the choice A, one past the last: it reads zeros and is read by nobody.
-    """
-    ids_A = _absent_last(ids_Nk, E)
-    A = ids_A.shape[0]
-    P = -(-A // M) + E  # each expert leaves less than one block empty
-    order_A = jnp.argsort(ids_A, stable=True)
-    sizes_E = jnp.bincount(ids_A, length=E + 1)[:E]
-    padded_E = -(-sizes_E // M) * M
-    padded_end_E = jnp.cumsum(padded_E)
-    shift_E = (padded_end_E - padded_E) - (jnp.cumsum(sizes_E) - sizes_E)
-    shift_A = jnp.take(shift_E, ids_A[order_A], mode="fill", fill_value=P * M)  # an absent expert's slot lies past the end
-    slot_by_order_A = (jnp.arange(A) + shift_A).astype(jnp.int32)
-    slot_A = jnp.zeros(A, jnp.int32).at[order_A].set(slot_by_order_A, unique_indices=True)
-    choice_S = jnp.full(P * M, A, jnp.int32).at[slot_by_order_A].set(order_A.astype(jnp.int32), unique_indices=True, mode="drop")
-    expert_P = jnp.searchsorted(padded_end_E, jnp.arange(P) * M, side="right").clip(0, E - 1)
-    return slot_A.reshape(ids_Nk.shape), choice_S, expert_P
 
 
 @jax.custom_vjp

@@ -40,5 +40,5 @@ def _on_tpu(config: ModelConfig) -> Kernels:
 
 
 def _on_gpu(config: ModelConfig) -> Kernels:
-    """Without tokamax the blocks that CPUs use: plain batched matmuls. XLA's own ragged_dot computes every expert there up to jaxlib 0.10.2."""
-    return Kernels("cudnn" if config.dtype == "bfloat16" else "blocked", "tokamax" if importlib.util.find_spec("tokamax") else "sorted")
+    """XLA's own ragged_dot, which is taken where tokamax is not installed, computes every expert there up to jaxlib 0.10.2."""
+    return Kernels("cudnn" if config.dtype == "bfloat16" else "blocked", "tokamax" if importlib.util.find_spec("tokamax") else "ragged")

@@ -53,22 +53,25 @@ def router_z_loss(stats: RouterStats, config: ModelConfig, tokens: Array) -> Arr
     return stats.z_L.sum() / jnp.maximum(tokens * len(config.sparse_layers), 1.0)
 
 
-def router_figures(stats: RouterStats, config: ModelConfig, counts_LE: Array, tokens: Array) -> dict[str, Array]:
-    """Means over layers; this micro-batch's share of them, so that those of a step add up.
+def router_figures(stats: RouterStats, config: ModelConfig, tokens: Array) -> dict[str, Array]:
+    """This micro-batch's share of the step's means, so that those of a step add up.
 
-    `router_entropy` in nats. `router_load_max`: the busiest expert's load over the mean, 1 at best. `router_gini` of the loads: 0 even, near 1
-    all on one. `router_dropped`: share of the choices beyond the capacity. counts_LE are those that the loads are taken from.
+    `router_entropy` in nats, over tokens and layers. `router_dropped`: share of the choices that were beyond an expert's capacity.
     """
-    layers = np.array(config.sparse_layers)
-    loads_LE = counts_LE[layers] / jnp.maximum(counts_LE[layers].mean(axis=1, keepdims=True), 1e-9)
+    rows = jnp.maximum(tokens * len(config.sparse_layers), 1.0)
+    return {"router_entropy": stats.entropy_L.sum() / rows, "router_dropped": stats.dropped_L.sum() / (rows * config.experts_per_token)}
+
+
+def load_figures(counts_LE: Array, config: ModelConfig) -> dict[str, Array]:
+    """How evenly a whole step's choices lie, as means over layers.
+
+    `router_load_max`: the busiest expert's load over the mean, 1 at best. `router_gini` of the loads: 0 even, near 1 all on one.
+    """
+    counts_LE = counts_LE[np.array(config.sparse_layers)]
+    loads_LE = counts_LE / jnp.maximum(counts_LE.mean(axis=1, keepdims=True), 1e-9)
     E = config.num_experts
-    rank_E = jnp.arange(1, E + 1)
-    gini_L = 2 * jnp.sum(rank_E * jnp.sort(loads_LE, axis=1), axis=1) / E**2 - (E + 1) / E
-    share, rows = stats.tokens / jnp.maximum(tokens, 1.0), jnp.maximum(tokens * len(layers), 1.0)
-    return {
-        "router_entropy": stats.entropy_L.sum() / rows, "router_load_max": loads_LE.max(axis=1).mean() * share, "router_gini": gini_L.mean() * share,
-        "router_dropped": stats.dropped_L.sum() / (rows * config.experts_per_token),
-    }
+    gini_L = 2 * jnp.sum(jnp.arange(1, E + 1) * jnp.sort(loads_LE, axis=1), axis=1) / E**2 - (E + 1) / E
+    return {"router_load_max": loads_LE.max(axis=1).mean(), "router_gini": gini_L.mean()}
 
 
 def route(logits_NE: Array, config: ModelConfig, forced_Nk: Array | None = None) -> tuple[Array, Array, Array, Array]:

@@ -20,9 +20,11 @@ from rome.rollout.scheduler import RolloutError
 
 async def collect_experts(
     tasks: Sequence[str], make_env: Callable[[str], TerminalEnv], chat: Chat, *, error_rate: float, concurrency: int,
-    record: Callable[[int], pathlib.Path], on_finish: Callable[[Trajectory], None] | None = None,
+    record: Callable[[int], pathlib.Path], first_group: int = 0,
 ) -> list[Trajectory]:
     """One solved trajectory for each task, in the order asked for. `record` says where the n-th is kept: one that is there already is taken.
+
+    Each is a group of its own, from `first_group` on, so that it stays out of the statistics of groups that were sampled.
 
     Raises: RolloutError where an expert fails its own task: then the task is wrong, or the sandbox is.
     """
@@ -34,9 +36,8 @@ async def collect_experts(
             return load_trajectory(path)
         async with gate:
             trajectory = await expert_trajectory(make_env(task), chat, random.Random(f"expert {task}"), error_rate)
+        trajectory.group = first_group + number
         save_trajectory(trajectory, path)
-        if on_finish is not None:
-            on_finish(trajectory)
         return trajectory
 
     return await asyncio.gather(*(play(number, task) for number, task in enumerate(tasks)))

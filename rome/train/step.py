@@ -24,8 +24,8 @@ from rome.losses.logprobs import chunked_logprobs
 from rome.losses.routes import count_replayed, recorded_routes, replayed_ids, route_agreement
 from rome.model.config import ModelConfig
 from rome.model.kernels import Kernels, choose_kernels
-from rome.model.moe import router_figures, router_loss, router_z_loss
-from rome.model.qwen3 import Output, Qwen3, head_kernel
+from rome.model.moe import load_figures, router_figures, router_loss, router_z_loss
+from rome.model.qwen3 import Output, Qwen3, head_kernel, init_params
 from rome.model.sharding import batch_sharding, param_shardings, row_shards
 from rome.train.feed import feed, put
 from rome.train.state import TrainState, init_state
@@ -54,11 +54,12 @@ class Learner:
     def __post_init__(self) -> None:
         self._kernels = choose_kernels(self.mesh.devices.flat[0].platform, self.model_config, self.kernels)
         params, rows, everywhere = param_shardings(self.mesh, self.model_config), batch_sharding(self.mesh), NamedSharding(self.mesh, PartitionSpec())
-        self._rows, self._feed = row_shards(self.mesh), lambda tree: feed(tree, rows)
+        self._rows, self._row_sharding = row_shards(self.mesh), rows
         self._score = jax.jit(lambda *arrays: self._logprobs(*arrays)[0], in_shardings=(params, rows, rows, rows, rows), out_shardings=everywhere)
         self._record = jax.jit(self._recorded, in_shardings=(params, rows, rows, rows), out_shardings=everywhere)
         self._probe = jax.jit(lambda *arrays: self._logprobs(*arrays, temperature=1.0)[0], in_shardings=(params, rows, rows, rows), out_shardings=everywhere)
         self._count = jax.jit(lambda *arrays: self._logprobs(*arrays)[1].router.counts_LE, in_shardings=(params, rows, rows, rows, rows), out_shardings=everywhere)
+        self._loads = jax.jit(lambda counts_LE: load_figures(counts_LE, self.model_config))
         self._zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), in_shardings=(params,), out_shardings=params)
         self._accumulate = jax.jit(self._accumulated, in_shardings=(params, params, rows, None, None, None, None), out_shardings=(params, None), donate_argnums=1)
         self.state = self._abstract_state(params)  # shapes, dtypes and places; no arrays
@@ -73,9 +74,17 @@ class Learner:
         on_mesh = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
         return jax.tree.map(on_mesh, state, TrainState(everywhere, params, moments))
 
-    def place(self, state: TrainState) -> TrainState:
-        """The state on the mesh."""
-        return jax.tree.map(lambda value, leaf: put(value, leaf.sharding), state, self.state)
+    def start(self, params: dict) -> TrainState:
+        """Given parameters, on the host or on devices, at step 0 of a new stage: moments and schedule start anew, made where they lie."""
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+        params = jax.tree.map(put, params, places.params)
+        moments = jax.jit(self.optimizer.init, out_shardings=places.opt_state)(params)
+        return TrainState(put(np.zeros((), np.int32), places.step), params, moments)
+
+    def init(self, seed: int) -> TrainState:
+        """Fresh parameters, the same for the same seed on every mesh."""
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.state.params)
+        return self.start(jax.jit(lambda: init_params(self.model_config, jax.random.key(seed)), out_shardings=places)())
 
     def lower(self, batch: Batch) -> dict[str, jax.stages.Lowered]:
         """The programs of a step, from shapes alone, for the platform of the mesh's devices, which need not be there: what launch.compile looks at.
@@ -97,12 +106,12 @@ class Learner:
     def score(self, params: dict, microbatches: Sequence[Batch]) -> list[np.ndarray]:
         """logp_BT of every micro-batch at `params`, with the routes that it carries, on the host."""
         with jax.set_mesh(self.mesh):
-            return [np.asarray(self._score(params, *_inputs(batch), batch.routes_BTLk)) for batch in map(self._feed, microbatches)]
+            return [np.asarray(self._score(params, *self._fed(batch))) for batch in microbatches]
 
     def score_and_record(self, params: dict, microbatches: Sequence[Batch]) -> list[tuple[np.ndarray, np.ndarray]]:
         """(logp_BT, routes_BTLk) of every micro-batch: each token chooses its experts itself, and the choices are there to be replayed."""
         with jax.set_mesh(self.mesh):
-            return [jax.device_get(self._record(params, *_inputs(batch))) for batch in map(self._feed, microbatches)]
+            return [jax.device_get(self._record(params, *self._fed(batch)[:3])) for batch in microbatches]
 
     def score_one(self, params: dict, ids: Sequence[int]) -> np.ndarray:
         """log p(token | those before it) at temperature 1 of one sequence, [tokens]; 0 for the first. What an engine is compared with."""
@@ -111,7 +120,7 @@ class Learner:
         tokens_BT[:, :len(ids)], segments_BT[:, :len(ids)] = ids, 1
         positions_BT = np.tile(np.arange(length, dtype=np.int32), (self._rows, 1))
         with jax.set_mesh(self.mesh):
-            return np.asarray(self._probe(params, *self._feed((tokens_BT, positions_BT, segments_BT))))[0, :len(ids)]
+            return np.asarray(self._probe(params, *feed((tokens_BT, positions_BT, segments_BT), self._row_sharding)))[0, :len(ids)]
 
     def update(self, state: TrainState, microbatches: Sequence[Batch], denominators: Denominators) -> tuple[TrainState, dict[str, jax.Array]]:
         """One optimizer update over all micro-batches. `state.step` stays: a step may take several updates. The old state is consumed."""
@@ -121,18 +130,23 @@ class Learner:
         with jax.set_mesh(self.mesh):
             counts_LE = self._count_choices(state.params, microbatches)
             gradients = self._zeros(state.params)
-            for batch in map(self._feed, microbatches):
-                gradients, figures = self._accumulate(state.params, gradients, batch, denominators, tokens, replayed, counts_LE)
+            for batch in microbatches:
+                gradients, figures = self._accumulate(state.params, gradients, feed(batch, self._row_sharding), denominators, tokens, replayed, counts_LE)
                 metrics = combine_metrics(metrics, figures)
             state, norm = self._apply(state, gradients)
-        return state, metrics | {"gradient_norm": norm}
+            loads = self._loads(metrics.pop("router_counts"))
+        return state, metrics | loads | {"gradient_norm": norm}
+
+    def _fed(self, batch: Batch) -> tuple[jax.Array | None, ...]:
+        """What a forward pass reads of a batch, on the mesh."""
+        return feed((*_inputs(batch), batch.routes_BTLk), self._row_sharding)
 
     def _count_choices(self, params: dict, microbatches: Sequence[Batch]) -> jax.Array | None:
         """How often the step's tokens choose each expert, [L, E]: balance is a property of the whole step, so a forward pass over all of it
         comes first. None where one micro-batch is the whole step and counts itself, or where nothing is balanced."""
         if len(microbatches) == 1 or not self.model_config.router_aux_loss_coef:
             return None
-        return sum(self._count(params, *_inputs(batch), batch.routes_BTLk) for batch in map(self._feed, microbatches))
+        return sum(self._count(params, *self._fed(batch)) for batch in microbatches)
 
     def _logprobs(
         self, params: dict, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, routes_BTLk: jax.Array | None = None,
@@ -159,7 +173,7 @@ class Learner:
             metrics = metrics | route_agreement(batch.routes_BTLk, output.routes_LBTK, replayed)
         router, config = output.router, self.model_config
         counts_LE = router.counts_LE if counts_LE is None else counts_LE
-        metrics = metrics | router_figures(router, config, counts_LE, tokens)
+        metrics = metrics | router_figures(router, config, tokens) | {"router_counts": router.counts_LE}
         if config.router_aux_loss_coef:
             balance = router_loss(router, config, counts_LE, tokens)
             value = value + config.router_aux_loss_coef * balance

@@ -14,17 +14,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 from launch.distributed import check_mesh_spans, choose, start
 from rome.losses import LOSSES, LossConfig, count_denominators
 from rome.model.sharding import make_mesh
-from rome.train.state import init_state
 from rome.train.step import Learner
 from rome.train.team import Team
 from tests.rome.train.test_step import MODEL, packed
+
 
 def one_update(mesh_shape: dict[str, int], team: Team) -> dict[str, np.ndarray]:
     """By name: the scores, the metrics, and the parameters after one step of plain SGD, which shows the whole gradient."""
     mesh = make_mesh(mesh_shape, MODEL)
     check_mesh_spans(mesh)
     learner = Learner(MODEL, LOSSES["ipa"], LossConfig(), optax.sgd(1.0), mesh)
-    state = learner.place(init_state(MODEL, learner.optimizer, seed=0))
+    state = learner.init(seed=0)
     batches = packed(8)
     team.meet("state")
     scores = learner.score(state.params, batches)

@@ -11,7 +11,7 @@ import pytest
 from launch.config import RL_KEYS, SFT_KEYS, ConfigError, check_config, claim_workdir, default_workdir, init_config, load_config
 
 ROOT = pathlib.Path(__file__).parents[2]
-PRESETS = ("tiny", "smoke", "qwen3_30b_a3b")
+PRESETS = ("tiny", "smoke", "qwen3_30b_a3b", "qwen3_235b_a22b")
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -13,7 +13,7 @@ import pytest
 from aiohttp import web
 
 from rome.engine.client import Completion, Engine, EngineDead, EngineError, Sampling
-from tests.rome.serve.tiny import LAYERS, TOP_K, Oracle, make_checkpoint, make_config, serve
+from tests.rome.serve.tiny import LAYERS, Oracle, make_checkpoint, make_config, serve
 
 PROMPT = [(5 * i) % 200 + 3 for i in range(20)]
 LONG = Sampling(max_new_tokens=480, seed=1)

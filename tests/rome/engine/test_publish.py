@@ -46,7 +46,7 @@ def test_published_weights_are_proven_and_sampled_from_with_their_version(server
         return published, await asyncio.gather(*tasks), await pool.generate(PROBE, Sampling(10, seed=2), 60)
 
     published, amid, after = talk(server, conversation)
-    assert (tmp_path / "step_000012").is_dir() and published.probe_error < 1e-4
+    assert published.path == tmp_path / "step_000012" and published.probe_error < 1e-4
     assert {len(completion.output_ids) for completion in amid} == {400}
     spans = [[version for version, _, _ in completion.versions] for completion in amid]
     assert [0, 12] in spans and all(one in ([0], [0, 12], [12]) for one in spans)
@@ -100,7 +100,8 @@ def test_an_engine_that_holds_other_bytes_than_were_written_is_found_out(server,
 
 def test_a_probe_that_is_too_short_or_unscored_is_refused_before_anything_happens(tmp_path):
     with pytest.raises(ValueError, match="one logprob for each"):
-        asyncio.run(publish_weights(tmp_path, 1, None, [1, 2], [0.0]))  # there is no pool to do anything with
+        asyncio.run(publish_weights(tmp_path, 1, None, [1, 2], [0.0]))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_half_written_directory_of_a_killed_run_is_replaced(tmp_path):

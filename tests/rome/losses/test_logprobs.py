@@ -46,14 +46,14 @@ def test_gradients_do_not_depend_on_the_block(inputs):
     weight_BT = jnp.asarray(np.random.default_rng(1).normal(size=(B, T)), jnp.float32)
 
     def plain(hidden_BTD, kernel_DV):
-        logp_BTV = jax.nn.log_softmax(hidden_BTD @ kernel_DV)
+        logp_BTV = jax.nn.log_softmax(hidden_BTD @ kernel_DV / 0.7)
         taken = jnp.take_along_axis(logp_BTV[:, :-1], tokens_BT[:, 1:, None], axis=-1)[..., 0]
         same = (segments_BT[:, 1:] == segments_BT[:, :-1]) & (segments_BT[:, 1:] > 0)
         return jnp.sum(jnp.where(same, taken * weight_BT[:, 1:], 0))
 
     expected = jax.grad(plain, argnums=(0, 1))(hidden_BTD, kernel_DV)
     for block in (3, 128, None):
-        chunked = lambda h, k: jnp.sum(weight_BT * chunked_logprobs(h, k, tokens_BT, segments_BT, block=block))  # noqa: E731, B023
+        chunked = lambda h, k: jnp.sum(weight_BT * chunked_logprobs(h, k, tokens_BT, segments_BT, 0.7, block=block))  # noqa: E731, B023
         for got, want in zip(jax.grad(chunked, argnums=(0, 1))(hidden_BTD, kernel_DV), expected):
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from rome.model.config import PRESETS
-from rome.model.experts import NO_EXPERT, block_rows, capacity, drop_beyond, experts, experts_megablox
-from rome.model.moe import MoE, RouterStats, route, router_figures, router_loss
+from rome.model.experts import NO_EXPERT, capacity, drop_beyond, experts, experts_megablox
+from rome.model.experts_cpu import TILES
+from rome.model.moe import MoE, RouterStats, load_figures, route, router_loss
 
 N, D, E, F, K = 150, 12, 5, 20, 2
 CONFIG = dataclasses.replace(PRESETS["tiny"], hidden_size=D, num_experts=E, moe_intermediate_size=F, experts_per_token=K)
@@ -90,10 +91,38 @@ def test_a_dense_row_does_not_depend_on_its_neighbours():
     np.testing.assert_array_equal(experts(*inputs, "dense")[0], before[0])
 
 
-def test_fewer_choices_than_a_block_and_more_experts_than_choices_work():
+@pytest.mark.parametrize("size", TILES)
+def test_loads_at_the_edges_of_the_tiles_give_the_numbers_and_gradients_of_the_dense_oracle(size):
+    for rows in (size - 1, size, size + 1):
+        x, gate, up, down, weights, _ = arrays("random")
+        ids = jnp.asarray(np.where(np.arange(N)[:, None] < rows, [[0, 4]], [[2, 3]]), jnp.int32)
+        value = lambda form, *floats: jnp.sum(jnp.sin(experts(*floats, ids, form)))  # noqa: B023, E731
+        both = [jax.jit(jax.value_and_grad(functools.partial(value, form), argnums=(0, 1, 2, 3, 4)))(x, gate, up, down, weights) for form in ("sorted", "dense")]
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-3), *both)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_sorted_row_does_not_depend_on_its_neighbours_nor_on_where_they_are_sent(dtype):
+    x, gate, up, down, weights, ids = arrays("random")
+    ids = np.array(ids)
+    run = jax.jit(lambda x, ids: experts(*(jnp.asarray(a, dtype) for a in (x, gate, up, down)), weights, ids, "sorted"))
+    before = run(x, ids)[7]
+    x[:7], x[8:], ids[:7], ids[8:60] = 1.0, x[8:] * 3, [ids[7, 0], (ids[7, 0] + 1) % E], [ids[7, 1], (ids[7, 1] + 1) % E]
+    np.testing.assert_array_equal(run(x, ids)[7], before)
+
+
+def test_a_token_of_weight_nothing_and_gradient_nothing_leaves_the_weights_alone():
+    x, gate, up, down, weights, ids = arrays("random")
+    value = lambda x, *ws: jnp.sum(experts(x, *ws, weights, ids, "sorted")[1:])  # noqa: E731
+    gradients = lambda x: jax.jit(jax.grad(value, argnums=(1, 2, 3)))(x, gate, up, down)  # noqa: E731
+    before = gradients(jnp.asarray(x))
+    jax.tree.map(np.testing.assert_array_equal, before, gradients(jnp.asarray(x).at[0].set(50.0)))
+
+
+def test_fewer_choices_than_a_tile_and_more_experts_than_choices_work():
     x, gate, up, down, weights, ids = arrays("random")
     few = [x[:1], gate, up, down, weights[:1], ids[:1]]
-    assert block_rows(K, E) > K
+    assert min(TILES) > K
     np.testing.assert_allclose(experts(*few, "sorted"), experts(*few, "dense"), rtol=1e-4, atol=1e-4)
 
 
@@ -153,10 +182,10 @@ def stats(counts_LE, prob_sum_LE, tokens):
 
 def test_loads_of_a_layer_are_summed_up_by_maximum_and_gini():
     config = dataclasses.replace(CONFIG, num_layers=2)
-    even = router_figures(stats(np.full((2, E), 4.0), np.zeros((2, E)), 10), config, jnp.full((2, E), 4.0), jnp.float32(10))
+    even = load_figures(jnp.full((2, E), 4.0), config)
     np.testing.assert_allclose([even["router_load_max"], even["router_gini"]], [1.0, 0.0], atol=1e-6)
     counts = np.array([[1.0, 2, 3, 4, 10], [20.0, 0, 0, 0, 0]])
-    skewed = router_figures(stats(counts, np.zeros((2, E)), 10), config, jnp.asarray(counts), jnp.float32(10))
+    skewed = load_figures(jnp.asarray(counts), config)
     pairs = [np.abs(row[:, None] - row[None]).sum() / (2 * E * row.sum()) for row in counts]  # Gini's own definition
     np.testing.assert_allclose(skewed["router_gini"], np.mean(pairs), rtol=1e-6)
     np.testing.assert_allclose(skewed["router_load_max"], (2.5 + 5) / 2, rtol=1e-6)

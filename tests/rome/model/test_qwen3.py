@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rome.model.attention import SMALLEST_BLOCK, attention
+from rome.model.attention import attention
+from rome.model.attention_cpu import MOST_RANGES, QUERIES
 from rome.model.qwen3 import Qwen3, head_kernel, init_cache, init_params, stack_layers, unstack_layers
 from tests.rome.model.small import CONFIG, random_params
 
@@ -165,7 +166,7 @@ def test_attention_of_a_query_that_sees_nothing_is_zero_with_a_zero_gradient():
     assert all((g == 0).all() for g in jax.jit(jax.grad(lambda *qkv: jnp.sum(run(*qkv)), argnums=(0, 1, 2)))(q, k, v))
 
 
-@pytest.mark.parametrize("length", [SMALLEST_BLOCK - 1, 2 * SMALLEST_BLOCK, 2 * SMALLEST_BLOCK + 37])
+@pytest.mark.parametrize("length", [QUERIES - 1, 2 * QUERIES, 2 * QUERIES + 37, (MOST_RANGES + 1) * QUERIES + 5])
 def test_blocked_attention_equals_the_reference_with_its_gradients(length):
     keys = jax.random.split(jax.random.key(0), 3)
     qkv = [jax.random.normal(key, (2, length, heads, 4)) for key, heads in zip(keys, (4, 2, 2))]

@@ -9,7 +9,6 @@ from rome.data.packing import microbatches, pack
 from rome.data.trajectory import from_atif, to_atif
 from rome.losses import count_denominators
 from rome.losses.routes import count_replayed
-from rome.train.state import start_state
 from tests.rome.model.small import random_params
 from tests.rome.train.episodes import PACKING, make_config, make_learner, mismatch, play, serve
 
@@ -45,7 +44,7 @@ def updated(learner, params, batch, rows=8):
     # A little off the rollout's logprobs, so that no ratio lies on the edge of a clip, where rounding would decide.
     shift_BT = 0.05 * np.sin(1.0 + 7.0 * batch.tokens_BT + batch.positions_BT).astype(np.float32)
     batches = microbatches(batch._replace(logp_old_BT=np.where(batch.action_mask_BT, batch.logp_rollout_BT + shift_BT, 0.0)), rows)
-    _, metrics = learner.update(learner.place(start_state(params, learner.optimizer)), batches, count_denominators(batches))
+    _, metrics = learner.update(learner.start(params), batches, count_denominators(batches))
     return {name: float(value) for name, value in metrics.items()}
 
 
