@@ -50,7 +50,7 @@ def experts_sorted(x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array,
 def _forward(x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, weights_Nk: Array, ids_Nk: Array) -> tuple[Array, tuple]:
     (E, F, D), dtype = down_EFD.shape, x_ND.dtype
     plan = plan_rows(ids_Nk, E)
-    x_RD, weight_R = _by_expert(x_ND, plan), _pad(weights_Nk.reshape(-1)[plan.choice_A].astype(jnp.float32))
+    x_RD, weight_R = _by_expert(x_ND, plan), _pad(jnp.take(weights_Nk.reshape(-1), plan.choice_A).astype(jnp.float32))
     R = weight_R.size
 
     def expert(e: Array, carry: tuple) -> tuple:
@@ -107,7 +107,7 @@ def _backward(residuals: tuple, grad_ND: Array) -> tuple[Array | None, ...]:
     start = (jnp.zeros((R, D), jnp.float32), jnp.zeros(R, jnp.float32), *(jnp.zeros(w.shape, jnp.float32) for w in (gate_EDF, up_EDF, down_EFD)))
     dx_RD, dweight_R, *dweights = lax.fori_loop(0, E, expert, start)
     dgate_EDF, dup_EDF, ddown_EFD = (dw.astype(w.dtype) for dw, w in zip(dweights, (gate_EDF, up_EDF, down_EFD)))
-    return _sum_choices(dx_RD, plan).astype(dtype), dgate_EDF, dup_EDF, ddown_EFD, dweight_R[plan.place_Nk].astype(weights_Nk.dtype), None
+    return _sum_choices(dx_RD, plan).astype(dtype), dgate_EDF, dup_EDF, ddown_EFD, jnp.take(dweight_R, plan.place_Nk).astype(weights_Nk.dtype), None
 
 
 experts_sorted.defvjp(_forward, _backward)
