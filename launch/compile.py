@@ -65,8 +65,13 @@ def compile_programs(learner, batch, chip, only: tuple[str, ...] | None = None) 
         except jax.errors.JaxRuntimeError as error:
             programs[name] = too_large(name, error, time.monotonic() - began, state_bytes(learner.state))
             continue
-        programs[name] = measure(name, executables[name], time.monotonic() - began, learner.mesh, chip)
+        programs[name] = measure(name, executables[name], time.monotonic() - began, learner.mesh, chip, grouped_rows(learner, batch))
     return programs, executables
+
+
+def grouped_rows(learner, batch) -> float:
+    """Choices of experts that one device computes at a time when they are even: its tokens' choices, shared by the ring of the expert axis."""
+    return batch.tokens_BT.size * learner.model_config.experts_per_token / learner.mesh.size * learner.mesh.shape["tensor"] / learner.mesh.shape["expert"]
 
 
 def compile_experiment(config, topology: str, layers: int = 0) -> tuple[dict[str, Any], dict]:

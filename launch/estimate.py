@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from launch import hlo
+from launch import hlo, hlo_costs
 from launch.roofline import CHIPS, GIB, Bound, Chip, Sent, sent
 from rome.model.config import ModelConfig
 from rome.model.flops import forward_flops
@@ -41,20 +41,23 @@ class Program:
     traffic: float = 0.0
     sent: tuple[Sent, ...] = ()
     largest: tuple[tuple[float, str, str], ...] = ()
+    busiest: tuple[tuple[float, str, str], ...] = ()  # of the traffic
     hidden_kernels: tuple[str, ...] = ()
     fits: bool = True
 
 
-def measure(name: str, compiled: jax.stages.Compiled, compile_seconds: float, mesh: Mesh, chip: Chip) -> Program:
+def measure(name: str, compiled: jax.stages.Compiled, compile_seconds: float, mesh: Mesh, chip: Chip, grouped_rows: float) -> Program:
+    """grouped_rows: those that one device's grouped matmul has at a time where every expert gets the same share."""
     memory, module = compiled.memory_analysis(), hlo.parse(compiled.as_text())
     temporaries = memory.temp_size_in_bytes
     runs = list(hlo.executed(module))
     return Program(
-        name, compile_seconds, arguments=memory.argument_size_in_bytes, temporaries=temporaries, kept=min(hlo.kept_for_backward(module), temporaries),
+        name, compile_seconds, arguments=memory.argument_size_in_bytes, temporaries=temporaries, kept=min(hlo_costs.kept_for_backward(module), temporaries),
         needed=(memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + temporaries + memory.generated_code_size_in_bytes),
-        flops=sum(one.times * hlo.flops(one) for one in runs), traffic=sum(one.times * hlo.traffic(module, one) for one in runs),
-        sent=tuple(sent(hlo.collectives(module, mesh.size), mesh, chip)), largest=tuple(hlo.largest_arrays(module, 12)),
-        hidden_kernels=tuple(hlo.hidden_kernels(module)),
+        flops=sum(one.times * hlo_costs.flops(one, grouped_rows) for one in runs), traffic=sum(one.times * hlo_costs.traffic(module, one, grouped_rows) for one in runs),
+        sent=tuple(sent(hlo_costs.collectives(module, mesh.size), mesh, chip)), largest=tuple(hlo_costs.largest_arrays(module, 12)),
+        busiest=tuple(hlo_costs.largest_traffic(module, 8, grouped_rows)),
+        hidden_kernels=tuple(hlo_costs.hidden_kernels(module)),
     )
 
 
@@ -114,6 +117,7 @@ def _speed(step: Program, chip: Chip, config: ModelConfig, devices: int, tokens:
         "roofline_mfu": bound.overlapped, "roofline_mfu_serial": bound.serial,
         "collectives": [dataclasses.asdict(one) for one in step.sent],
         "largest_arrays": [{"bytes": round(size), "shape": shape, "made_by": maker} for size, shape, maker in step.largest],
+        "largest_traffic": [{"bytes": round(size), "shape": shape, "made_by": maker} for size, shape, maker in step.busiest],
         "kernels_not_counted": list(step.hidden_kernels),
     }
 
@@ -121,8 +125,13 @@ def _speed(step: Program, chip: Chip, config: ModelConfig, devices: int, tokens:
 def advice(found: Mapping[str, Any], chip: Chip, config: ModelConfig, mesh: Mapping[str, int], rows: int, length: int) -> list[str]:
     """What to change, with what it would save, the most useful first; empty where all is well."""
     lines = [] if found["fits"] else _to_fit(found, chip, config, mesh, rows, length)
-    if "seconds" in found and found["seconds"]["collectives"] > max(found["seconds"]["compute"], found["seconds"]["memory"]):
+    seconds = found.get("seconds")
+    if seconds and seconds["collectives"] > max(seconds["compute"], seconds["memory"]):
         lines.append(_to_hide(found, mesh, rows))
+    if seconds and seconds["memory"] > seconds["compute"] and found["largest_traffic"]:
+        most = found["largest_traffic"][0]
+        lines.append(f"HBM traffic ({seconds['memory']:.3f} s, an estimate) takes longer than compute ({seconds['compute']:.3f} s); the most is {most['bytes'] / GIB:.0f} GiB "
+                     f"for {most['shape']} of {most['made_by'][-90:]}")
     return lines
 
 

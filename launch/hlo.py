@@ -1,10 +1,7 @@
-"""Reads a compiled program: what it computes, moves and sends on one device, loops counted as often as they run.
+"""Reads a compiled program's text, and walks through what one device runs, loops counted as often as they run.
 
-A compiler's own totals count a loop's body once and a kernel as nothing. Here the optimized HLO text is walked from its entry; the body of a
-`while` counts as often as its condition lets it, and what lies in called computations and fusions counts where it is called.
-
-Bytes of memory traffic are an estimate: every array that an instruction outside of fusions reads or writes in HBM, once; of an array that a
-fusion only slices or updates in place, the slice. Arrays that the compiler placed in on-chip memory cost nothing.
+A compiler's own totals count a loop's body once. Here the optimized HLO is walked from its entry; the body of a `while` counts as often as
+its condition lets it, and what lies in called computations and fusions counts where it is called. launch/hlo_costs.py says what it costs.
 """
 
 from __future__ import annotations
@@ -14,15 +11,8 @@ import functools
 import math
 import re
 from collections.abc import Iterator
-
-import numpy as np
-
 ITEM_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8,
               "f64": 8, "c64": 8, "c128": 16, "token": 0, "opaque": 0}
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute", "collective-broadcast")
-# Of these only the arrays behind them cost something: they name, regroup or wait.
-FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "partition-id", "replica-id",
-        "opt-barrier", "async-start", "async-update", "async-done", "copy-done", "domain", "iota", "rng-get-and-update-state"}
 
 
 class HloError(ValueError):
@@ -36,6 +26,9 @@ class Shape:
     dtype: str
     dims: tuple[int, ...]
     space: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.dims))}]"
 
     @property
     def bytes(self) -> float:
@@ -112,6 +105,7 @@ class Executed:
 # -- reading -----------------------------------------------------------------------------------------------------------------------------
 
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<= ]*)\](\{[^}]*\})?")
+_BEGINS = re.compile(r"^\s+(ROOT )?%?[\w.\-]+ = ")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{$")
 
 
@@ -123,11 +117,13 @@ def parse(text: str) -> Module:
         if header:
             name, lines = header[2], []
             entry = name if header[1] else entry
-        elif name is not None and line.startswith("}"):
+        elif name is not None and (line.rstrip() == "}" or line.startswith("}, execution_thread")):
             computations[name] = Computation(name, tuple(map(_instruction, lines)))
             name = None
-        elif name is not None and " = " in line:
+        elif name is not None and _BEGINS.match(line):
             lines.append(line)
+        elif name is not None and lines:
+            lines[-1] += line  # an attribute may run over several lines
     if entry is None:
         raise HloError(f"no ENTRY computation in {len(text)} characters of HLO; hand in compiled.as_text()")
     return Module(computations[entry], computations)
@@ -227,232 +223,3 @@ def _counter_start(condition: Computation, computation: Computation, loop: Instr
 def _constant(instruction: Instruction) -> int | None:
     integer = instruction.opcode == "constant" and instruction.shapes[0].dims == () and instruction.shapes[0].dtype[0] in "su"
     return int(instruction.arguments) if integer and re.fullmatch(r"-?\d+", instruction.arguments) else None
-
-
-# -- computing ---------------------------------------------------------------------------------------------------------------------------
-
-
-def flops(one: Executed) -> float:
-    """Of one run of a matmul, a convolution or a kernel that states its cost; 0 of all else. A multiplication and an addition are two."""
-    instruction = one.instruction
-    if instruction.opcode == "dot":
-        left = one.computation.by_name[instruction.operands[0]].shapes[0]
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
-        return 2 * math.prod(instruction.shapes[0].dims) * math.prod(left.dims[int(i)] for i in contracted[1].split(",") if i)
-    if instruction.opcode == "convolution":
-        return _convolution_flops(one)
-    if instruction.opcode == "custom-call":
-        stated = re.search(r'"flops":\s*"?(\d+)', instruction.attributes)
-        return float(stated[1]) if stated else _attention_flops(one)
-    return 0.0
-
-
-# Matmuls over the scores' area: the forward kernel; one for dq; one for dk and dv; the last two in one.
-_ATTENTION_MATMULS = {"_fwd": 2, "_dq": 3, "_dkv": 4}
-
-
-def _attention_flops(one: Executed) -> float:
-    """A splash attention kernel states no cost: half (causal) of the matmuls over [query heads, T, S], from the shapes of q and k."""
-    found = re.search(r"splash_\w*?(_fwd|_dq|_dkv)", one.instruction.attributes)
-    arrays = [operand.shapes[0] for operand in one.computation.operands_of(one.instruction)]
-    wide = [shape for shape in arrays if len(shape.dims) >= 3 and shape.dtype in ("bf16", "f32", "f16")]
-    if found is None or len(wide) < 2:
-        return 0.0
-    return 2 * math.prod(wide[0].dims) * wide[1].dims[-2] * _ATTENTION_MATMULS[found[1]] / 2
-
-
-def hidden_kernels(module: Module) -> list[str]:
-    """Kernels whose FLOPs are neither stated nor known here; their op_names."""
-    kernels = {one.instruction.op_name or one.instruction.name for one in executed(module)
-               if one.instruction.opcode == "custom-call" and "tpu_custom_call" in one.instruction.attributes and not flops(one)}
-    return sorted(kernels)
-
-
-def _convolution_flops(one: Executed) -> float:
-    """2 * outputs * input features * window positions that lie on real inputs: a TPU writes batched matmuls as dilated convolutions."""
-    instruction = one.instruction
-    left, right = (shape.shapes[0] for shape in one.computation.operands_of(instruction)[:2])
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
-    batch, features = left.dims[labels[1].index("b")], right.dims[labels[2].index("i")]  # the kernel's own i: already divided by groups
-    outputs = instruction.shapes[0].dims[labels[3].index("f")]
-    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", (re.search(r"window=\{([^}]*)\}", instruction.attributes) or ["", ""])[1]))
-    positions = 1
-    for axis in range(len(labels[1]) - 2):
-        digit = str(axis)
-        positions *= _valid_positions(
-            left.dims[labels[1].index(digit)], instruction.shapes[0].dims[labels[3].index(digit)], int(_per_axis(window, "size", axis, "1")),
-            int(_per_axis(window, "stride", axis, "1")), int(_per_axis(window, "pad", axis, "0_0").split("_")[0]),
-            int(_per_axis(window, "lhs_dilate", axis, "1")), int(_per_axis(window, "rhs_dilate", axis, "1")),
-        )
-    groups = re.search(r"batch_group_count=(\d+)", instruction.attributes)
-    return 2 * batch / (int(groups[1]) if groups else 1) * outputs * features * positions
-
-
-def _per_axis(window: dict[str, str], name: str, axis: int, default: str) -> str:
-    return window[name].split("x")[axis] if name in window else default
-
-
-def _valid_positions(size: int, out: int, window: int, stride: int, pad: int, base_dilation: int, window_dilation: int) -> int:
-    """Pairs (output, window element) that meet an input and not padding or the holes of a dilated base."""
-    place = np.arange(out)[:, None] * stride - pad + np.arange(window)[None, :] * window_dilation
-    return int(((place >= 0) & (place <= (size - 1) * base_dilation) & (place % base_dilation == 0)).sum())
-
-
-# -- memory ------------------------------------------------------------------------------------------------------------------------------
-
-
-def traffic(module: Module, one: Executed) -> float:
-    """Bytes of HBM that one run reads and writes; 0 inside fusions, whose edges count."""
-    instruction = one.instruction
-    if one.fused or instruction.opcode in FREE or instruction.opcode.removesuffix("-start").removesuffix("-done") in COLLECTIVES:
-        return 0.0
-    operands = one.computation.operands_of(instruction)
-    if instruction.opcode == "fusion":
-        return _fusion_traffic(module.computations[instruction.called("calls")], instruction, operands)
-    if instruction.opcode == "dynamic-update-slice":
-        return 2 * _in_hbm(operands[1])
-    if instruction.opcode in ("dynamic-slice", "slice", "gather"):
-        return 2 * _in_hbm(instruction)
-    if instruction.opcode == "copy-start":  # (destination, source, context)
-        return sum(shape.bytes for shape in instruction.shapes[:2] if shape.space == 0)
-    return _in_hbm(instruction) + sum(map(_in_hbm, operands))
-
-
-def _in_hbm(instruction: Instruction) -> float:
-    return sum(shape.bytes for shape in instruction.shapes if shape.space == 0)
-
-
-def _fusion_traffic(inner: Computation, fusion: Instruction, operands: list[Instruction]) -> float:
-    parameters = sorted((one for one in inner.instructions if one.opcode == "parameter"), key=lambda one: int(one.arguments))
-    total, updated = 0.0, 0.0
-    for parameter, operand in zip(parameters, operands):
-        if not _in_hbm(operand):
-            continue
-        users = inner.users.get(parameter.name, [])
-        if users and all(user.opcode in ("dynamic-slice", "slice", "gather") for user in users):
-            total += sum(user.bytes for user in users)
-        elif users and all(user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name for user in users):
-            updates = sum(inner.by_name[user.operands[1]].bytes for user in users)
-            total, updated = total + updates, updated + operand.bytes
-        else:
-            total += _in_hbm(operand)
-    return total + max(0.0, _in_hbm(fusion) - updated)
-
-
-def largest_arrays(module: Module, count: int) -> list[tuple[float, str, str]]:
-    """(bytes, shape, what makes it) of the largest arrays in HBM that are not arguments, each shape and maker once."""
-    found: dict[tuple[str, str], float] = {}
-    for one in executed(module):
-        if one.fused or one.instruction.opcode in FREE - {"iota"} or one.instruction.opcode.endswith("-done"):
-            continue
-        for shape in one.instruction.shapes:
-            if shape.space == 0:
-                found[f"{shape.dtype}[{','.join(map(str, shape.dims))}]", one.instruction.op_name or one.instruction.name] = shape.bytes
-    return sorted(((size, shape, maker) for (shape, maker), size in found.items()), reverse=True)[:count]
-
-
-def kept_for_backward(module: Module) -> float:
-    """Bytes that forward loops hand to backward loops: what a step keeps of its activations (with full remat, the input of each block)."""
-    kept: dict[tuple[str, int], float] = {}
-    for computation in {one.computation.name: one.computation for one in executed(module) if not one.fused}.values():
-        for loop in computation.instructions:
-            if loop.opcode == "while" and "transpose(" in loop.op_name:
-                for source, index in map(functools.partial(_source, computation), computation.operands_of(computation.by_name[loop.operands[0]])):
-                    if source.opcode == "while" and "transpose(" not in source.op_name:
-                        kept[source.name, index] = source.shapes[index].bytes
-    return sum(kept.values())
-
-
-def _source(computation: Computation, instruction: Instruction) -> tuple[Instruction, int]:
-    """The instruction (and element of its result) whose value this is, through copies and casts of layout."""
-    while instruction.opcode in ("copy", "bitcast", "copy-start", "copy-done") and instruction.operands:
-        instruction = computation.by_name[instruction.operands[0]]
-    if instruction.opcode == "get-tuple-element":
-        return computation.by_name[instruction.operands[0]], int(re.search(r"index=(\d+)", instruction.attributes)[1])
-    return instruction, 0
-
-
-# -- sending -----------------------------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """`payload` is the whole array that one device ends or begins with: gathered, to be scattered, reduced, exchanged, passed on.
-
-    groups: device numbers, [groups, members]; for a collective-permute [pairs, 2].
-    """
-
-    kind: str
-    payload: float
-    groups: np.ndarray
-    times: float
-    op_name: str
-
-
-def collectives(module: Module, devices: int) -> list[Collective]:
-    """Every collective that runs; start and done are one."""
-    found = []
-    for one in executed(module):
-        kind = one.instruction.opcode.removesuffix("-start")
-        if kind not in COLLECTIVES:
-            continue
-        groups = replica_groups(one.instruction.attributes, devices)
-        operands = one.computation.operands_of(one.instruction)
-        payload = operands[0].bytes if kind == "ragged-all-to-all" else sum(operand.bytes for operand in operands)
-        if kind == "all-gather":
-            payload *= groups.shape[1]
-        elif kind == "all-reduce" and _is_scattered(one):
-            kind = "reduce-scatter"
-        if groups.shape[1] > 1:
-            found.append(Collective(kind, payload, groups, one.times, one.instruction.op_name))
-    return found
-
-
-def _is_scattered(one: Executed) -> bool:
-    """An all-reduce inside a fusion of which each device keeps its slice: a reduce-scatter as a TPU spells it."""
-    users = one.computation.users.get(one.instruction.name, [])
-    return one.fused and bool(users) and all(user.opcode == "dynamic-slice" for user in users)
-
-
-def replica_groups(attributes: str, devices: int) -> np.ndarray:
-    """Device numbers [groups, members] from any of the spellings of XLA; all devices together where none is given."""
-    pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes)
-    listed = re.search(r"replica_groups=\{((?:\{[\d,]+\},?)+)\}", attributes)
-    if pairs or listed:
-        return np.array([[int(i) for i in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", (pairs or listed)[1])], dtype=int)
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
-    if iota:
-        return _iota(iota[2], iota[3]).reshape(_numbers(iota[1]))
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", attributes)
-    if mesh:
-        names, sizes = zip(*re.findall(r"'([^']+)'=(\d+)", mesh[1]))
-        numbers = _iota(mesh[2], mesh[3]) if mesh[2] else np.arange(math.prod(map(int, sizes)))
-        return _mesh_groups(numbers.reshape([int(size) for size in sizes]), names, mesh[4])
-    return np.arange(devices)[None, :]
-
-
-def _mesh_groups(numbers: np.ndarray, names: tuple[str, ...], axes: str) -> np.ndarray:
-    """Groups along named axes of a mesh; 'x':(m)k is the k-sized part of axis x after its first m."""
-    shape, wanted = [], []
-    parts = {name: (int(before), int(size)) for name, before, size in re.findall(r"'([^']+)':\((\d+)\)(\d+)", axes)}
-    whole = [name for name in re.findall(r"'([^']+)'", axes) if name not in parts]
-    for name, size in zip(names, numbers.shape):
-        if name in parts:
-            before, part = parts[name]
-            wanted.append(len(shape) + 1)
-            shape += [before, part, size // (before * part)]
-        else:
-            wanted += [len(shape)] if name in whole else []
-            shape.append(size)
-    members = math.prod(shape[axis] for axis in wanted)
-    others = [axis for axis in range(len(shape)) if axis not in wanted]
-    return numbers.reshape(shape).transpose(others + wanted).reshape(-1, members)
-
-
-def _iota(dims: str, order: str | None) -> np.ndarray:
-    numbers = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
-    return (numbers.transpose(_numbers(order)) if order else numbers).reshape(-1)
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]

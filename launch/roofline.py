@@ -6,6 +6,7 @@ interconnect's. The model of the interconnect, chosen to be simple and a little 
 - A chip has a link in each direction of each dimension of its torus. A dimension is a ring where the slice wraps around, else a line.
 - A group of devices uses every dimension that it extends over at once. Data enters a device over 2 links a ring, 1 a line (its ends have
   one). A group that takes every s-th chip of a dimension shares its links with s - 1 others.
+- Collectives run one after the other; only a permutation and its inverse share the two directions of a link.
 - all-gather and reduce-scatter: each device takes in (n - 1) / n of the whole; all-reduce: both. all-to-all: half of all bytes cross the
   middle of each dimension. collective-permute: the longest way that a message goes.
 - A chip of two devices (tpu7x) has one set of links: groups that hold one device of each chip get half of it; between the two of a chip
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from launch.hlo import Collective
+from launch.hlo_costs import Collective
 
 GIB = 2**30
 
@@ -85,9 +86,20 @@ def sent(found: Sequence[Collective], mesh: Mesh, chip: Chip) -> list[Sent]:
     rows = []
     for (kind, axes), members in together.items():
         largest = max(members, key=lambda member: member[0].times * member[2])[0].op_name
-        rows.append(Sent(kind, axes, sum(one.times for one, _, _ in members), sum(one.times * size for one, size, _ in members),
-                         sum(one.times * seconds for one, _, seconds in members), largest))
+        rows.append(Sent(kind, axes, sum(one.times for one, _, _ in members), sum(one.times * size for one, size, _ in members), _together(members), largest))
     return sorted(rows, key=lambda row: -row.seconds)
+
+
+def _together(members: list[tuple[Collective, float, float]]) -> float:
+    """Seconds of all runs, one after the other; but a permutation and its inverse use the two directions of the same links at once."""
+    by_way: dict[bytes, float] = {}
+    for one, _, seconds in members:
+        way = np.array(sorted(one.groups.tolist())).tobytes()
+        by_way[way] = by_way.get(way, 0.0) + one.times * seconds
+    if members[0][0].kind != "collective-permute":
+        return sum(by_way.values())
+    back = {np.array(sorted(one.groups.tolist())).tobytes(): np.array(sorted(one.groups[:, ::-1].tolist())).tobytes() for one, _, _ in members}
+    return sum(max(seconds, by_way.get(back[way], 0.0)) / (2 if back[way] in by_way and back[way] != way else 1) for way, seconds in by_way.items())
 
 
 def mesh_axes(groups: np.ndarray, mesh: Mesh) -> str:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from launch import hlo
+from launch import hlo, hlo_costs
 
 LAYERS, ROWS, WIDTH = 5, 16, 32
 
@@ -15,7 +15,7 @@ def compiled(function, *arguments) -> hlo.Module:
 
 
 def total_flops(module: hlo.Module) -> float:
-    return sum(one.times * hlo.flops(one) for one in hlo.executed(module))
+    return sum(one.times * hlo_costs.flops(one) for one in hlo.executed(module))
 
 
 def stack(x, w):
@@ -34,14 +34,14 @@ def test_a_scanned_matmul_counts_once_a_layer_and_twice_more_backward():
 def test_what_a_rematerialised_stack_keeps_is_the_input_of_each_layer():
     x, w = jnp.ones((ROWS, WIDTH)), jnp.ones((LAYERS, WIDTH, WIDTH))
     module = compiled(jax.grad(lambda x, w: stack(x, w).sum(), argnums=(0, 1)), x, w)
-    assert hlo.kept_for_backward(module) >= LAYERS * ROWS * WIDTH * 4
-    assert hlo.kept_for_backward(compiled(stack, x, w)) == 0
+    assert hlo_costs.kept_for_backward(module) >= LAYERS * ROWS * WIDTH * 4
+    assert hlo_costs.kept_for_backward(compiled(stack, x, w)) == 0
 
 
 def test_memory_traffic_of_a_large_addition_is_its_operands_and_its_result():
     x = jnp.ones((512, 512))
     module = compiled(lambda x, y: x + y, x, x)
-    assert sum(one.times * hlo.traffic(module, one) for one in hlo.executed(module)) == 3 * 512 * 512 * 4
+    assert sum(one.times * hlo_costs.traffic(module, one) for one in hlo.executed(module)) == 3 * 512 * 512 * 4
 
 
 def test_a_slice_of_a_stack_moves_a_layer_not_the_stack():
@@ -58,7 +58,7 @@ ENTRY %main (stack: f32[8,64], i: s32[]) -> f32[1,64] {
   %i = s32[]{:S(1)} parameter(1)
   ROOT %layer = f32[1,64]{1,0:T(8,128)S(1)} fusion(%stack, %i), kind=kLoop, calls=%sliced
 }""")
-    assert sum(hlo.traffic(module, one) for one in hlo.executed(module)) == 64 * 4  # the result lies on chip
+    assert sum(hlo_costs.traffic(module, one) for one in hlo.executed(module)) == 64 * 4  # the result lies on chip
 
 
 def test_collectives_are_those_written_with_their_loops_and_payloads():
@@ -72,7 +72,7 @@ def test_collectives_are_those_written_with_their_loops_and_payloads():
         return jnp.tanh(jax.lax.psum(exchanged, ("a", "b"))), None
 
     body = jax.shard_map(lambda x: jax.lax.scan(step, x, None, length=3)[0], mesh=mesh, in_specs=PartitionSpec(("a", "b")), out_specs=PartitionSpec(("a", "b")), check_vma=False)
-    found = hlo.collectives(compiled(body, jnp.ones((64, 128))), 8)
+    found = hlo_costs.collectives(compiled(body, jnp.ones((64, 128))), 8)
     local = 8 * 128 * 4
     assert {(one.kind, one.payload, one.times, one.groups.shape) for one in found} == {
         ("all-gather", 4 * local, 3, (2, 4)), ("reduce-scatter", 4 * local, 3, (2, 4)), ("collective-permute", local, 3, (8, 2)),
@@ -92,7 +92,7 @@ def test_collectives_are_those_written_with_their_loops_and_payloads():
     ("replica_groups={}, x", [[0, 1, 2, 3]]),
 ])
 def test_every_spelling_of_a_group_is_read(text, groups):
-    read = hlo.replica_groups(text, 4).tolist()
+    read = hlo_costs.replica_groups(text, 4).tolist()
     assert sorted(read) == sorted(groups)
 
 
@@ -114,7 +114,46 @@ ENTRY %main (x: bf16[8,128]) -> bf16[8,128] {
   ROOT %mystery = bf16[8,128]{1,0} custom-call(%gmm), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/mystery"}
 }""")
     assert total_flops(module) == 4096
-    assert hlo.hidden_kernels(module) == ["jit(f)/mystery"]
+    assert hlo_costs.hidden_kernels(module) == ["jit(f)/mystery"]
+
+
+def test_a_grouped_matmul_counts_the_rows_that_its_groups_have():
+    module = hlo.parse("""
+ENTRY %main (x: bf16[64,8], w: bf16[2,8,16]) -> bf16[64,16] {
+  %x = bf16[64,8]{1,0} parameter(0)
+  %w = bf16[2,8,16]{2,1,0} parameter(1)
+  ROOT %gmm.1 = bf16[64,16]{1,0} custom-call(%x, %w), custom_call_target="tpu_custom_call", backend_config={"cost_estimate":{"flops":"16384"}}
+}""")
+    (one,) = [one for one in hlo.executed(module) if one.instruction.is_root]
+    assert [hlo_costs.flops(one, rows) for rows in (16, 1000)] == [16384 / 4, 16384]
+    assert hlo_costs.traffic(module, one, 16) == 2 * (16 * 8 + 2 * 8 * 16 + 16 * 16)
+
+
+def test_attention_kernels_count_half_of_their_matmuls_and_one_more_where_the_backward_is_one_kernel():
+    text = """
+ENTRY %main (q: bf16[4,8,256,64], k: bf16[4,256,64]) -> bf16[4,8,256,64] {
+  %q = bf16[4,8,256,64]{3,2,1,0} parameter(0)
+  %k = bf16[4,256,64]{2,1,0} parameter(1)
+  ROOT %splash_mqa_KIND_segmented.2 = (RESULTS) custom-call(%q, %k), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="jit(f)/pallas_call"}
+}"""
+    area = 2 * 4 * 8 * 256 * 256 * 64 / 2
+    one, three = "bf16[4,8,256,64]{3,2,1,0}", ", ".join(["bf16[4,256,64]{2,1,0}"] * 3)
+    for kind, results, matmuls in (("fwd", one, 2), ("dq", one, 3), ("dkv", f"{one}, {one}", 4), ("dkv", three, 5)):
+        assert total_flops(hlo.parse(text.replace("KIND", kind).replace("RESULTS", results))) == matmuls * area
+
+
+def test_computations_of_other_threads_end_where_they_end():
+    module = hlo.parse("""
+%offloaded (p: f32[4]) -> f32[4] {
+  ROOT %p = f32[4]{0} parameter(0)
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  ROOT %x = f32[4]{0} parameter(0)
+}""")
+    assert set(module.computations) == {"offloaded", "main"} and module.entry.root.name == "x"
 
 
 def test_text_that_is_no_program_is_refused():

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from launch.hlo import Collective
+from launch.hlo_costs import Collective
 from launch.roofline import CHIPS, Bound, cost, mesh_axes, sent
 from rome.model.config import PRESETS
 from rome.model.flops import active_matmul_params, forward_flops
@@ -75,6 +75,14 @@ def test_collectives_are_summed_by_kind_and_mesh_axis():
     assert {(row.kind, row.axes, row.runs) for row in rows} == {("all-gather", "expert", 4), ("all-reduce", "fsdp", 1)}
     assert mesh_axes(np.arange(64)[None], mesh) == "fsdp+expert"
     assert rows == sorted(rows, key=lambda row: -row.seconds)
+
+
+def test_a_ring_that_goes_both_ways_takes_as_long_as_one_way():
+    mesh = make_mesh({"fsdp": 16, "expert": 4}, devices=torus(4, 4, 4))
+    ring = np.array([(4 * group + i, 4 * group + (i + 1) % 4) for group in range(16) for i in range(4)])
+    both = [collective("collective-permute", ring), collective("collective-permute", ring[:, ::-1])]
+    (one_way,), (two_ways,) = sent(both[:1], mesh, V5P), sent(both, mesh, V5P)
+    assert two_ways.seconds == pytest.approx(one_way.seconds) and two_ways.bytes == 2 * one_way.bytes
 
 
 def test_active_weights_and_attention_of_qwen3_are_those_of_the_published_model():
