@@ -21,7 +21,7 @@ class Pod(NamedTuple):
 
 
 PODS = {
-    "qwen3_30b_a3b": Pod("Qwen3-30B-A3B", 64, {"fsdp": 8, "expert": 8}),
+    "qwen3_30b_a3b": Pod("Qwen3-30B-A3B", 64, {"fsdp": 16, "expert": 4}),
     "qwen3_235b_a22b": Pod("Qwen3-235B-A22B", 256, {"fsdp": 32, "expert": 8}),
 }
 
@@ -73,6 +73,13 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.engines = ""                   # comma-separated URLs of SGLang servers; empty: the embedded engine is started
     config.engine_slots = 64              # of the embedded engine; fewer than `concurrency` would cost cached prefixes
     config.sandbox = ml_collections.ConfigDict({"isolation": "best_available", "memory_mb": 256, "pids": 64, "disk_mb": 8, "command_timeout": 5.0})
+    config.learner = ml_collections.ConfigDict({
+        "remat": "none",                  # what the backward pass computes again: none, full, attention, offload (rome/model/config.py)
+        "attention": "auto", "experts": "auto",  # kernels by name (rome/model/kernels.py)
+        "capacity_factor": 0.0,           # 0: no token is dropped
+        "router_z_loss_coef": 0.0,
+        "offload_moments": False,         # Adam's moments in the host's memory
+    })
     config.mesh = ml_collections.ConfigDict({"replica": 1, "fsdp": 1, "expert": 1, "sequence": 1, "tensor": 1})
     if preset == "smoke":
         config.steps = 4
@@ -98,5 +105,6 @@ def _pod(config: ml_collections.ConfigDict, preset: str) -> None:
     config.concurrency = 512
     config.episode_seconds = 1800.0
     config.sandbox.isolation = "required"
+    config.learner.remat = "full"
     config.routing_replay = "rollout"     # in bfloat16 two programs choose different experts; SGLang: --enable-return-routed-experts
     config.mesh.update(PODS[preset].mesh)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import pickle
@@ -97,21 +98,20 @@ def compile_experiment(config, topology: str, layers: int = 0) -> tuple[dict[str
 
     from launch.config import ConfigError, check_config
     from launch.estimate import find_chip, report, state_bytes
-    from launch.run import make_learner
-    from rome.model.config import PRESETS
+    from launch.run import make_learner, model_of
     from rome.model.sharding import check_mesh
 
     check_config(config)
     chip = find_chip(topology)
-    model_config = PRESETS[config.model]
+    model_config = model_of(config)
     if layers:
         model_config = dataclasses.replace(model_config, num_layers=layers)
     devices = topology_devices(topology)
-    learner = make_learner(config, model_config, devices)
-    mesh = dict(learner.mesh.shape)
-    if learner.mesh.size != len(devices):
-        raise ConfigError(f"mesh ({', '.join(f'{axis}={size}' for axis, size in mesh.items())}) has {learner.mesh.size} devices, {topology} has {len(devices)}. Change --config.mesh.")
+    mesh = config.mesh.to_dict()
+    if math.prod(mesh.values()) != len(devices):
+        raise ConfigError(f"mesh ({', '.join(f'{axis}={size}' for axis, size in mesh.items())}) has {math.prod(mesh.values())} devices, {topology} has {len(devices)}. Change --config.mesh.")
     check_mesh(model_config, mesh, batch=config.rows_per_microbatch, length=config.row_length)
+    learner = make_learner(config, model_config, devices)
     batch = batch_shapes(config, model_config)
     scored = config.loss != "sft" and config.old == "trainer"
     programs, executables = compile_programs(learner, batch, chip, None if scored else ("accumulate", "apply"))

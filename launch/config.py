@@ -12,16 +12,17 @@ from typing import Any
 
 import ml_collections
 
-from rome.model.config import PRESETS
+from rome.model.config import PRESETS, REMATS
 
 SANDBOX_KEYS = {"isolation": str, "memory_mb": int, "pids": int, "disk_mb": int, "command_timeout": float}
+LEARNER_KEYS = {"remat": str, "attention": str, "experts": str, "capacity_factor": float, "router_z_loss_coef": float, "offload_moments": bool}
 MESH_KEYS = {"replica": int, "fsdp": int, "expert": int, "sequence": int, "tensor": int}
 COMMON_KEYS = {
     "experiment": str, "preset": str, "seed": int, "init_from": str, "model": str, "tokenizer": str, "loss": str, "steps": int, "updates_per_step": int,
     "row_length": int, "chunks_per_row": int, "rows_per_microbatch": int, "learning_rate": float, "warmup_updates": int, "decay": bool,
     "weight_decay": float, "clip": float, "max_context": int, "max_new_tokens": int, "max_turns": int, "temperature": float, "concurrency": int,
     "episode_seconds": float, "eval_every": int, "eval_tasks": int, "eval_temperature": float, "checkpoint_every": int, "checkpoints_kept": int,
-    "engines": str, "engine_slots": int, "sandbox": SANDBOX_KEYS, "mesh": MESH_KEYS,
+    "engines": str, "engine_slots": int, "sandbox": SANDBOX_KEYS, "learner": LEARNER_KEYS, "mesh": MESH_KEYS,
 }
 SFT_KEYS = COMMON_KEYS | {"rows": int, "expert_episodes": int, "expert_error_rate": float}
 RL_KEYS = COMMON_KEYS | {
@@ -32,9 +33,9 @@ RL_KEYS = COMMON_KEYS | {
 INHERITED = ("seed", "model", "tokenizer", "engines", "engine_slots", "sandbox", "mesh")
 CHOICES = {
     "loss": ("sft", "ipa", "token_level", "grpo"), "mismatch_mask": ("chunk", "token"), "norm": ("tokens", "chunks", "trajectories"),
-    "old": ("trainer", "rollout"), "routing_replay": ("off", "rollout", "recompute"), "isolation": ("required", "best_available"), "model": tuple(PRESETS),
+    "old": ("trainer", "rollout"), "routing_replay": ("off", "rollout", "recompute"), "isolation": ("required", "best_available"), "model": tuple(PRESETS), "remat": REMATS,
 }
-MAY_BE_ZERO = {"seed", "warmup_updates", "weight_decay", "eval_every", "expert_error_rate", "lambda_rl", "lambda_il", "failure_reward", "temperature", "eval_temperature"}
+MAY_BE_ZERO = {"seed", "warmup_updates", "weight_decay", "eval_every", "expert_error_rate", "lambda_rl", "lambda_il", "failure_reward", "temperature", "eval_temperature", "capacity_factor", "router_z_loss_coef"}
 
 
 class ConfigError(ValueError):

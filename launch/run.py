@@ -41,6 +41,7 @@ from rome.engine.publish import publish_weights, write_checkpoint
 from rome.losses import LOSSES, LossConfig, count_denominators
 from rome.model.config import PRESETS, ModelConfig
 from rome.model.hf import load_hf, read_config, save_hf
+from rome.model.kernels import Kernels
 from rome.model.sharding import make_mesh, param_shardings
 from rome.model.tokenizer import Chat, Tokenizer
 from rome.rollout.curriculum import Curriculum
@@ -318,7 +319,7 @@ def start_run(
 ) -> Run:
     """Builds the learner of this config; raises what is wrong with it before anything is started."""
     tokenizer = Tokenizer.load(config.tokenizer)
-    model_config = PRESETS[config.model]
+    model_config = model_of(config)
     if tokenizer.vocab_size > model_config.vocab_size:
         raise ValueError(f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} tokens, model {config.model} a vocabulary of {model_config.vocab_size}. Choose ones that fit.")
     model_config = dataclasses.replace(model_config, eos_token_id=tokenizer.im_end, pad_token_id=tokenizer.pad)
@@ -327,6 +328,13 @@ def start_run(
     chat = Chat(tokenizer, tools=None if config.model == "tiny" else [BASH_TOOL])
     (workdir / "trajectories").mkdir(parents=True, exist_ok=True)
     return Run(config, workdir, model_config, chat, learner, team, isolation, display, earlier_evals)
+
+
+def model_of(config: ml_collections.ConfigDict) -> ModelConfig:
+    """The preset, as the config's learner wants it trained."""
+    learner = config.learner
+    return dataclasses.replace(
+        PRESETS[config.model], remat=learner.remat, capacity_factor=learner.capacity_factor, router_z_loss_coef=learner.router_z_loss_coef)
 
 
 def make_learner(config: ml_collections.ConfigDict, model_config: ModelConfig, devices: Sequence[Any] | None = None) -> Learner:
@@ -344,7 +352,8 @@ def make_learner(config: ml_collections.ConfigDict, model_config: ModelConfig, d
     mesh = make_mesh(config.mesh.to_dict(), model_config, devices)
     if devices is None:
         check_mesh_spans(mesh)
-    return Learner(model_config, LOSSES[config.loss], loss_config, optimizer, mesh, temperature)
+    kernels = Kernels(config.learner.attention, config.learner.experts)
+    return Learner(model_config, LOSSES[config.loss], loss_config, optimizer, mesh, temperature, kernels, config.learner.offload_moments)
 
 
 def train(run: Run, init_directory: pathlib.Path | None) -> TrainState:
@@ -358,6 +367,7 @@ def train(run: Run, init_directory: pathlib.Path | None) -> TrainState:
         state, host = checkpoints.restore(learner.state, step)
         run.load_host_state(step, host)
         run.display.note(f"resumed at step {step}")
+    run.team.meet("state")  # some had to compile what made it, others found it compiled; gloo gives them 30 s to reach a collective together
     stage = Stage(
         name=config.experiment, steps=config.steps, updates_per_step=config.updates_per_step, evaluate_every=config.eval_every,
         checkpoint_every=config.checkpoint_every, collect=run.collect_sft if config.loss == "sft" else run.collect_rollouts,
@@ -382,7 +392,7 @@ def train(run: Run, init_directory: pathlib.Path | None) -> TrainState:
 
 def load_start(directory: pathlib.Path, model_config: ModelConfig, mesh: Mesh) -> dict:
     """float32 parameters of a Hugging Face directory, or of what launch.convert made of one, straight to their places on the mesh."""
-    ours = {name: getattr(model_config, name) for name in ("dtype", "remat", "scan_layers")}  # not the checkpoint's affair
+    ours = {name: getattr(model_config, name) for name in ("dtype", "remat", "scan_layers", "capacity_factor", "router_z_loss_coef")}  # not the checkpoint's affair
     loaded, shardings = read_config(directory, **ours), param_shardings(mesh, model_config)
     if loaded != model_config:
         raise ValueError(f"{directory} holds another model than --config.model asks for: {loaded}, not {model_config}")

@@ -45,13 +45,14 @@ class StopRequest:
 
 def run_experiment(config, workdir: pathlib.Path, isolation: str, team):
     """Runs one experiment, first the one that it starts from where its result is missing. Returns False when the user stopped it."""
-    from launch.config import check_config, init_config
+    from launch.config import check_config, default_workdir, init_config
     from launch.run import start_run, train
     from rome.rollout.scheduler import Stopped
     from rome.train.display import Display
     from rome.train.report import read_report
 
     check_config(config)
+    team.require_same("config", str(default_workdir(config)))  # a hash of it
     if team.share(f"workdir {workdir}", lambda: open_workdir(workdir, config)):
         if team.leads:
             print(f"{config.experiment} in {workdir} is complete", flush=True)

@@ -47,7 +47,7 @@ def chunked_logprobs(
 
     if is_split():
         by_token = PartitionSpec(RULES["batch"], RULES["time"])
-        score = jax.shard_map(score, in_specs=(by_token, PartitionSpec("fsdp", "tensor"), by_token), out_specs=(by_token, by_token), check_vma=False)
+        score = jax.shard_map(score, in_specs=(by_token, PartitionSpec(RULES["embed_wide"], "tensor"), by_token), out_specs=(by_token, by_token), check_vma=False)
     predicted = score(hidden_BTD, kernel_DV, target_BT)
     has_predecessor_BT = jnp.pad(segments_BT[:, 1:] == segments_BT[:, :-1], ((0, 0), (1, 0))) & (segments_BT > 0)
     logp_BT, entropy_BT = (jnp.where(has_predecessor_BT, jnp.pad(score_BT[:, :-1], ((0, 0), (1, 0))), 0.0) for score_BT in predicted)
@@ -112,7 +112,8 @@ def _backward(temperature, block, on_mesh, residuals, gradients):
         sum_Dv, d_hidden_kmD = jax.lax.scan(add, jnp.zeros(kernel_Dv.shape, jnp.float32), blocks)
         d_hidden_nD = d_hidden_kmD.reshape(-1, hidden_nD.shape[-1])[:target_n.shape[0]]
     if on_mesh:
-        sum_Dv = jax.lax.psum_scatter(sum_Dv, "fsdp", scatter_dimension=0, tiled=True)
+        # In the compute type, as the gradients of all other matrices travel: half the bytes, and one copy less of the largest array of a step.
+        sum_Dv = jax.lax.psum_scatter(sum_Dv.astype(hidden_nD.dtype), RULES["embed_wide"], scatter_dimension=0, tiled=True)
     return d_hidden_nD, sum_Dv.astype(kernel_dv.dtype), None
 
 
@@ -122,7 +123,7 @@ _taken_logprobs.defvjp(_forward, _backward)
 def _gathered(kernel_dv: Array, dtype, on_mesh: bool) -> Array:
     """The kernel in the type that it computes in, whole over D. Cast first: half the bytes travel."""
     kernel_dv = kernel_dv.astype(dtype)
-    return jax.lax.all_gather(kernel_dv, "fsdp", axis=0, tiled=True) if on_mesh else kernel_dv
+    return jax.lax.all_gather(kernel_dv, RULES["embed_wide"], axis=0, tiled=True) if on_mesh else kernel_dv
 
 
 def _keeps_logits(hidden_nD: Array, kernel_dv: Array, block: int | None) -> bool:

@@ -18,6 +18,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rome.model.sharding import RULES, is_split
 
 SPLASH_BLOCK = 512  # tokens of a tile; the largest that fits into a TPU core's memory beside its double buffer
+SPLASH_KEYS = 2048  # keys that the backward pass takes at a time, in tiles; the fused one holds a whole dq for each such part
+MOST_PARTS = 4  # beyond (T > 8192), dq is computed by a kernel of its own: seven matmuls instead of five, but memory does not grow with T * T
 CUDNN_LONGEST = 16384  # tokens; cuDNN takes packed rows only by a [T, T] mask
 SAVED_OUTPUT = "attention_output"  # the name under which a remat policy finds what the kernel made
 
@@ -53,8 +55,11 @@ def _splash_kernel(T: int, G: int, time_shards: int, interpret: bool):
     block = math.gcd(SPLASH_BLOCK, T // time_shards)
     if block < 128:
         raise ValueError(f"attention 'splash' takes rows of a multiple of 128 tokens a device, not {T} over {time_shards}; choose row_length so, or 'blocked'")
-    sizes = kernels.BlockSizes(block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
-                               use_fused_bwd_kernel=True)
+    keys = math.gcd(SPLASH_KEYS, T)
+    fused = T // keys <= MOST_PARTS
+    separate = {} if fused else {"block_q_dq": block, "block_kv_dq": block}
+    sizes = kernels.BlockSizes(block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=keys, block_kv_dkv_compute=math.gcd(block, keys),
+                               use_fused_bwd_kernel=fused, **separate)
     mask = masks.MultiHeadMask([masks.CausalMask((T, T))] * G)
     return kernels.make_splash_mqa(mask, block_sizes=sizes, head_shards=1, q_seq_shards=time_shards, residual_checkpoint_name=SAVED_OUTPUT,
                                    interpret=interpret)

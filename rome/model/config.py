@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 DTYPES = ("float32", "bfloat16")
-REMATS = ("none", "full")
+REMATS = ("none", "full", "attention", "offload")
 SIZES = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "num_experts", "experts_per_token",
          "moe_intermediate_size", "max_position")
 
@@ -62,8 +62,9 @@ class RopeScaling:
 class ModelConfig:
     """Sizes and numerics of one model. Parameters are float32 in training; `dtype` is what the layers compute in.
 
-    Router, norms, softmax and rotary angles are float32 whatever `dtype` says. `remat`: "full" keeps only the input of each block and
-    recomputes the rest in the backward pass, "none" keeps all. `scan_layers`: training loops over the stacked layers, which compiles once for
+    Router, norms, softmax and rotary angles are float32 whatever `dtype` says. `remat`, what the
+    backward pass finds kept: "none" all, "full" only the input of each block (the rest is computed again), "attention" also what attention made,
+    "offload" the inputs, in the host's memory. `scan_layers`: training loops over the stacked layers, which compiles once for
     any depth; False unrolls them, which is a fifth faster for a shallow model on a CPU. `dense_layers` have one gated MLP of
     `intermediate_size` instead of experts; a model that has some is never scanned. `capacity_factor`: an expert takes at most this many times its
     even share of a device's choices, and the rest are dropped and reported; 0 drops nothing.

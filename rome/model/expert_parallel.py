@@ -17,6 +17,7 @@ sums over tensor added at the end.
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,9 @@ from rome.model.experts import NO_EXPERT, capacity, drop_beyond, experts
 from rome.model.sharding import RULES
 
 Tokens = tuple[Array, Array, Array]  # x_nD, weights_nk, ids_nk (of all E experts)
+
+ROWS_OVER_SHARE = 1.5  # rows that a round makes room for, over the even share of its choices; a busier round takes another pass
+ROWS_MULTIPLE = 512
 
 _BY_TOKEN = PartitionSpec(RULES["batch"], RULES["time"], None)
 _IN_DF = PartitionSpec("expert", "fsdp", "tensor")
@@ -50,15 +54,15 @@ def _on_each_device(x_BTD: Array, gate_eDF: Array, up_eDF: Array, down_eFD: Arra
     gate_eDF, up_eDF = (jax.lax.all_gather(w, "fsdp", axis=1, tiled=True) for w in (gate_eDF, up_eDF))
     down_eFD = jax.lax.all_gather(down_eFD, "fsdp", axis=2, tiled=True)
     x_nD, weights_nk, ids_nk = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, weights_BTk, ids_BTk))
-    most = None
+    rows = math.ceil(ROWS_OVER_SHARE * ids_nk.size * e / E / ROWS_MULTIPLE) * ROWS_MULTIPLE
     if capacity_factor:
         each = capacity(ids_nk.size, E, capacity_factor)
-        ids_nk, most = drop_beyond(ids_nk, each, E), e * each
+        ids_nk, rows = drop_beyond(ids_nk, each, E), e * each
 
     @jax.checkpoint  # the backward pass computes a round again: kept are the tokens that came by, not what the experts made of them
     def local_sum(x_nD: Array, weights_nk: Array, ids_nk: Array, gate_eDF: Array, up_eDF: Array, down_eFD: Array) -> Array:
         here_nk = ids_nk - jax.lax.axis_index("expert") * e
-        return experts(x_nD, gate_eDF, up_eDF, down_eFD, weights_nk, jnp.where(ids_nk < 0, NO_EXPERT, here_nk), implementation, most)
+        return experts(x_nD, gate_eDF, up_eDF, down_eFD, weights_nk, jnp.where(ids_nk < 0, NO_EXPERT, here_nk), implementation, rows)
 
     out_nD = _round_the_ring(lambda tokens: local_sum(*tokens, gate_eDF, up_eDF, down_eFD), (x_nD, weights_nk, ids_nk))
     return jax.lax.psum(out_nD, "tensor").reshape(x_BTD.shape), ids_nk.reshape(ids_BTk.shape)

@@ -114,7 +114,7 @@ def _backward(residuals: tuple, grad_ND: Array) -> tuple[Array | None, ...]:
     start = (jnp.zeros((R, D), jnp.float32), jnp.zeros(R, jnp.float32), *(jnp.zeros(w.shape, jnp.float32) for w in (gate_EDF, up_EDF, down_EFD)))
     dx_RD, dweight_R, *dweights = lax.fori_loop(0, E, expert, start)
     dgate_EDF, dup_EDF, ddown_EFD = (dw.astype(w.dtype) for dw, w in zip(dweights, (gate_EDF, up_EDF, down_EFD)))
-    return _sum_choices(dx_RD, plan).astype(dtype), dgate_EDF, dup_EDF, ddown_EFD, dweight_R[plan.place_Nk].astype(weights_Nk.dtype), None
+    return _sum_choices(dx_RD, plan).astype(dtype), dgate_EDF, dup_EDF, ddown_EFD, jnp.take(dweight_R, plan.place_Nk).astype(weights_Nk.dtype), None
 
 
 experts_sorted.defvjp(_forward, _backward)

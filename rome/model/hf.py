@@ -198,7 +198,16 @@ class _Part:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _update(buffer: jax.Array, piece: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:
-    return jax.lax.dynamic_update_slice(buffer, piece, at)
+    return _as_floats(jax.lax.dynamic_update_slice(_as_bits(buffer), _as_bits(piece), at), buffer.dtype)
+
+
+def _as_bits(array: jax.Array) -> jax.Array:
+    """Unsigned integers: a backend that computes bfloat16 in float32 would change the bits of a NaN even where it only moves it."""
+    return jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}")
+
+
+def _as_floats(bits: jax.Array, dtype: Any) -> jax.Array:
+    return jax.lax.bitcast_convert_type(bits, dtype)
 
 
 @dataclasses.dataclass
@@ -348,7 +357,7 @@ def _cut(params: Any, tensor: Tensor, start: int, stop: int) -> Callable[[], np.
 
 @functools.partial(jax.jit, static_argnums=2)
 def _cut_whole(leaf: jax.Array, at: jax.Array, extent: tuple[int, ...]) -> jax.Array:
-    return jax.lax.dynamic_slice(leaf, tuple(at), extent)
+    return _as_floats(jax.lax.dynamic_slice(_as_bits(leaf), tuple(at), extent), leaf.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -360,18 +369,17 @@ def _cut_sharded(leaf: jax.Array, at: jax.Array, extent: tuple[int, ...], shardi
     axes = _axes(sharding, leaf.ndim)
 
     def local(shard: jax.Array, at: jax.Array) -> jax.Array:
-        here = jnp.ones((1,) * shard.ndim, bool)
+        bits, here = _as_bits(shard), jnp.ones((1,) * shard.ndim, bool)
         for axis in sorted(range(shard.ndim), key=lambda axis: bool(axes[axis])):  # whole axes first: less is left to gather from
             if not axes[axis]:
-                shard = jax.lax.dynamic_slice_in_dim(shard, at[axis], extent[axis], axis)
+                bits = jax.lax.dynamic_slice_in_dim(bits, at[axis], extent[axis], axis)
                 continue
             length = shard.shape[axis]
             wanted = at[axis] - jax.lax.axis_index(axes[axis]) * length + jnp.arange(extent[axis])
-            shard = jnp.take(shard, jnp.clip(wanted, 0, length - 1), axis=axis)
+            bits = jnp.take(bits, jnp.clip(wanted, 0, length - 1), axis=axis)
             here &= jnp.expand_dims((wanted >= 0) & (wanted < length), [other for other in range(shard.ndim) if other != axis])
-        bits = jax.lax.bitcast_convert_type(shard, f"uint{8 * shard.dtype.itemsize}")
         total = jax.lax.psum(jnp.where(here, bits, 0).astype(jnp.uint32), tuple(name for names in axes for name in names))
-        return jax.lax.bitcast_convert_type(total.astype(bits.dtype), shard.dtype)
+        return _as_floats(total.astype(bits.dtype), shard.dtype)
 
     return jax.shard_map(local, mesh=sharding.mesh, in_specs=(sharding.spec, PartitionSpec()), out_specs=PartitionSpec(), check_vma=False)(leaf, at)
 

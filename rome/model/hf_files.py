@@ -24,7 +24,7 @@ import ml_dtypes
 import numpy as np
 
 THREADS = 8
-BLOCK_BYTES = 32 * 1024**2  # what a thread holds at a time; 2 * THREADS of these are the most that is in memory
+BLOCK_BYTES = 16 * 1024**2  # what a thread holds at a time; 2 * THREADS of these are the most that is in memory
 MAX_SHARD_BYTES = 5 * 1000**3
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PARTIAL = ".partial"

@@ -22,14 +22,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from rome.model import sharding
 from rome.model.attention import attention
+from rome.model.attention_kernels import SAVED_OUTPUT
 from rome.model.config import ModelConfig
 from rome.model.embed import embed
 from rome.model.moe import LayerRouter, MoE, RouterStats
 
 Params = dict[str, Any]
+BLOCK_INPUT = "block_input"  # the name under which a remat policy finds it
 
 
 class Cache(NamedTuple):
@@ -123,7 +126,7 @@ class Attention(nn.Module):
         k_BTKH = rotate(k_BTKH, places.cos_BT1h, places.sin_BT1h)
         attend = functools.partial(_attend_row, form=self.form) if cache is None else functools.partial(_attend_cache, cache=cache)
         out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH, places)
-        return jnp.einsum("BTNH,NHD->BTD", out_BTNH, o_NHD) + o_D, cache
+        return jnp.einsum("BTNH,NHD->BTD", checkpoint_name(out_BTNH, SAVED_OUTPUT), o_NHD) + o_D, cache
 
 
 def _attend_row(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, places: Places, form: str) -> tuple[Array, None]:
@@ -170,7 +173,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: Array, places: Places, cache: Cache | None, forced_BTk: Array | None):
         epsilon = self.config.rms_norm_eps
-        x_BTD = sharding.constrain(x_BTD, "batch", "time", None)
+        x_BTD = checkpoint_name(sharding.constrain(x_BTD, "batch", "time", None), BLOCK_INPUT)
         attended_BTD, cache = Attention(self.config, self.attention_form, name="attention")(RMSNorm(epsilon, name="attention_norm")(x_BTD), places, cache)
         x_BTD = x_BTD + attended_BTD
         normed_BTD = RMSNorm(epsilon, name="moe_norm")(x_BTD)
@@ -220,7 +223,7 @@ class Qwen3(nn.Module):
         return Output(hidden_BTD, cache, routes_LBTK, RouterStats(*router_L, tokens))
 
     def _scanned(self, x_BTD: Array, places: Places, cache: Cache | None, forced_LBTk: Array | None):
-        block = nn.remat(Block, prevent_cse=False) if self.config.remat == "full" else Block
+        block = Block if self.config.remat == "none" else nn.remat(Block, prevent_cse=False, policy=_remat_policy(self.config))
         layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(nn.broadcast, 0, 0),
                          length=self.config.num_layers)
         return layers(self.config, self.experts, self.attention_form, name="layers")(x_BTD, places, cache, forced_LBTk)
@@ -231,7 +234,7 @@ class Qwen3(nn.Module):
         for i in range(self.config.num_layers):
             block = Block(self.config, self.experts, self.attention_form, i in self.config.dense_layers, parent=None)
             run = lambda layer, *args, block=block: block.apply({"params": layer}, *args)
-            run = jax.checkpoint(run) if self.config.remat == "full" else run
+            run = run if self.config.remat == "none" else jax.checkpoint(run, policy=_remat_policy(self.config))
             layer = layers[i] if isinstance(layers, tuple) else layer_of(layers, i, self.config)
             layer_cache = None if cache is None else Cache(cache.k[i], cache.v[i])
             x_BTD, out = run(layer, x_BTD, places, layer_cache, None if forced_LBTk is None else forced_LBTk[i])
@@ -255,6 +258,17 @@ class Qwen3(nn.Module):
             raise ValueError("Qwen3(scan=False) makes no parameters; use init_params(config, key)")
         if not self.is_initializing() and self.scan and isinstance(self.get_variable("params", "layers"), tuple):
             raise ValueError("layers are a tuple, but this model scans over a stack; use Qwen3(config, scan=False) or stack_layers(params)")
+
+
+def _remat_policy(config: ModelConfig) -> Any:
+    """What jax.checkpoint keeps of a block, beside its inputs."""
+    policies = jax.checkpoint_policies
+    if config.remat == "attention":
+        return policies.save_only_these_names(SAVED_OUTPUT)
+    if config.remat == "offload":  # the loop over layers then keeps the copy that went to the host, and not its own
+        return policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[], names_which_can_be_offloaded=[BLOCK_INPUT], offload_src="device", offload_dst="pinned_host")
+    return policies.nothing_saveable
 
 
 class _Matrix(nn.Module):
@@ -293,6 +307,16 @@ def init_cache(config: ModelConfig, batch: int, length: int, scan: bool = True) 
     if scan:
         return Cache(*(jnp.zeros((config.num_layers, *shape), config.dtype) for _ in range(2)))
     return Cache(*(tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers)) for _ in range(2)))
+
+
+def cast_layers(params: Params, config: ModelConfig) -> Params:
+    """The layers' matrices in the compute type; norms, router, embedding and head stay float32.
+
+    The layers would cast them anyway. Cast here, once, their gradients come out of the loop over layers in that type, half as large.
+    """
+    matrices = ("q", "k", "v", "o", "gate", "up", "down")
+    cast = lambda path, w: w.astype(config.dtype) if path[-1].key in matrices else w
+    return params | {"layers": jax.tree_util.tree_map_with_path(cast, params["layers"])}
 
 
 def head_kernel(params: Params, config: ModelConfig) -> Array:

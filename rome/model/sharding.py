@@ -23,6 +23,7 @@ RULES: dict[str, tuple[str, ...]] = {  # logical axis -> mesh axes
     "batch": ("replica", "fsdp", "expert"),
     "time": ("sequence",),
     "embed": ("fsdp",),
+    "embed_wide": ("fsdp", "expert"),  # of what is no expert: the master copy and its moments lie on every device of both axes
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "experts": ("expert",),
@@ -31,15 +32,15 @@ RULES: dict[str, tuple[str, ...]] = {  # logical axis -> mesh axes
 }
 
 PARAM_AXES: dict[str, tuple[str | None, ...]] = {  # path of a parameter -> logical name of each axis; None: whole on every device
-    "embed/embedding": ("vocab", "embed"),
-    "head/kernel": ("embed", "vocab"),
+    "embed/embedding": ("vocab", "embed_wide"),
+    "head/kernel": ("embed_wide", "vocab"),
     "norm/scale": (None,),
     "layers/attention_norm/scale": (None, None),
     "layers/moe_norm/scale": (None, None),
-    "layers/attention/q": (None, "embed", "heads", None),
-    "layers/attention/k": (None, "embed", "kv_heads", None),
-    "layers/attention/v": (None, "embed", "kv_heads", None),
-    "layers/attention/o": (None, "heads", None, "embed"),
+    "layers/attention/q": (None, "embed_wide", "heads", None),
+    "layers/attention/k": (None, "embed_wide", "kv_heads", None),
+    "layers/attention/v": (None, "embed_wide", "kv_heads", None),
+    "layers/attention/o": (None, "heads", None, "embed_wide"),
     "layers/attention/q_bias": (None, "heads", None),
     "layers/attention/k_bias": (None, "kv_heads", None),
     "layers/attention/v_bias": (None, "kv_heads", None),
@@ -50,9 +51,9 @@ PARAM_AXES: dict[str, tuple[str | None, ...]] = {  # path of a parameter -> logi
     "layers/moe/gate": (None, "experts", "embed", "expert_hidden"),
     "layers/moe/up": (None, "experts", "embed", "expert_hidden"),
     "layers/moe/down": (None, "experts", "expert_hidden", "embed"),
-    "layers/mlp/gate": (None, "embed", "expert_hidden"),
-    "layers/mlp/up": (None, "embed", "expert_hidden"),
-    "layers/mlp/down": (None, "expert_hidden", "embed"),
+    "layers/mlp/gate": (None, "embed_wide", "expert_hidden"),
+    "layers/mlp/up": (None, "embed_wide", "expert_hidden"),
+    "layers/mlp/down": (None, "expert_hidden", "embed_wide"),
 }
 
 
@@ -182,6 +183,10 @@ def _indivisible(config: ModelConfig, sizes: Mapping[str, int], batch: int | Non
         if faults:
             problems.append(f"{sizes[axis]} does not divide {' nor '.join(faults)}")
             remedies.append(f"Set --config.mesh.{axis} to {_choices(math.gcd(*targets.values()), at_most)}.")
+    wide = math.prod(sizes[axis] for axis in RULES["embed_wide"])
+    if config.hidden_size % wide and not config.hidden_size % sizes["fsdp"]:
+        problems.append(f"fsdp * expert = {wide} does not divide the hidden size {config.hidden_size}")
+        remedies.append("Lower --config.mesh.fsdp or --config.mesh.expert until their product divides it.")
     rows = math.prod(sizes[axis] for axis in RULES["batch"])
     if batch is not None and batch % rows:
         problems.append(f"the {rows} devices of {', '.join(RULES['batch'])} do not divide the {batch} rows of a batch")

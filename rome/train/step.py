@@ -25,7 +25,7 @@ from rome.losses.routes import count_replayed, recorded_routes, replayed_ids, ro
 from rome.model.config import ModelConfig
 from rome.model.kernels import Kernels, choose_kernels
 from rome.model.moe import load_figures, router_figures, router_loss, router_z_loss
-from rome.model.qwen3 import Output, Qwen3, head_kernel, init_params
+from rome.model.qwen3 import Output, Qwen3, cast_layers, head_kernel, init_params
 from rome.model.sharding import batch_sharding, param_shardings, row_shards
 from rome.train.feed import feed, put
 from rome.train.state import TrainState, init_state
@@ -41,6 +41,7 @@ class Learner:
       loss: (logp_BT, batch, loss_config, denominators) -> (value, metrics), as in rome.losses.
       temperature: of the sampling; the trainer divides its logits by it.
       kernels: by name, "auto" for the mesh's own.
+      offload_moments: the optimizer's moments live in the host's memory and come to the device for the update only.
     """
 
     model_config: ModelConfig
@@ -50,6 +51,7 @@ class Learner:
     mesh: Mesh
     temperature: float = 1.0
     kernels: Kernels = Kernels()
+    offload_moments: bool = False
 
     def __post_init__(self) -> None:
         self._kernels = choose_kernels(self.mesh.devices.flat[0].platform, self.model_config, self.kernels)
@@ -70,7 +72,8 @@ class Learner:
         """Shape, dtype and place of each array of a state. Moments lie as the parameters that they belong to, all else is everywhere."""
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         state = jax.eval_shape(lambda: init_state(self.model_config, self.optimizer, seed=0))
-        moments = optax.tree.map_params(self.optimizer, lambda _, place: place, state.opt_state, params, transform_non_params=lambda _: everywhere)
+        at_rest = lambda place: place.with_memory_kind("pinned_host") if self.offload_moments else place
+        moments = optax.tree.map_params(self.optimizer, lambda _, place: at_rest(place), state.opt_state, params, transform_non_params=lambda _: everywhere)
         on_mesh = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
         return jax.tree.map(on_mesh, state, TrainState(everywhere, params, moments))
 
@@ -78,7 +81,8 @@ class Learner:
         """Given parameters, on the host or on devices, at step 0 of a new stage: moments and schedule start anew, made where they lie."""
         places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         params = jax.tree.map(put, params, places.params)
-        moments = jax.jit(self.optimizer.init, out_shardings=places.opt_state)(params)
+        in_memory = jax.tree.map(lambda place: place.with_memory_kind("device"), places.opt_state)
+        moments = jax.device_put(jax.jit(self.optimizer.init, out_shardings=in_memory)(params), places.opt_state)
         return TrainState(put(np.zeros((), np.int32), places.step), params, moments)
 
     def init(self, seed: int) -> TrainState:
@@ -154,7 +158,7 @@ class Learner:
     ) -> tuple[jax.Array, Output]:
         routes_LBTk = None if routes_BTLk is None else replayed_ids(routes_BTLk)
         model = Qwen3(self.model_config, self.model_config.scan_layers, self._kernels.experts, self._kernels.attention)
-        output = model.apply({"params": params}, tokens_BT, positions_BT, segments_BT, routes_LBTK=routes_LBTk)
+        output = model.apply({"params": cast_layers(params, self.model_config)}, tokens_BT, positions_BT, segments_BT, routes_LBTK=routes_LBTk)
         kernel_DV = head_kernel(params, self.model_config)
         logp_BT = chunked_logprobs(output.hidden_BTD, kernel_DV, tokens_BT, segments_BT, temperature=temperature or self.temperature)
         return logp_BT, output
@@ -193,8 +197,11 @@ class Learner:
         return jax.tree.map(jnp.add, gradients, more), figures
 
     def _updated(self, state: TrainState, gradients: dict) -> tuple[TrainState, jax.Array]:
-        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
-        return TrainState(state.step, optax.apply_updates(state.params, updates), opt_state), optax.tree.norm(gradients)
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.state.opt_state)
+        moments = jax.tree.map(lambda value, place: jax.device_put(value, place.with_memory_kind("device")), state.opt_state, places) if self.offload_moments else state.opt_state
+        updates, moments = self.optimizer.update(gradients, moments, state.params)
+        moments = jax.device_put(moments, places) if self.offload_moments else moments
+        return TrainState(state.step, optax.apply_updates(state.params, updates), moments), optax.tree.norm(gradients)
 
 
 def _inputs(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

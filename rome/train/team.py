@@ -19,7 +19,8 @@ from typing import Any
 
 WAIT_MS = 1000  # of one look at the store; between two of them Python hears signals
 WATCH_SECONDS = 0.5
-TURNS, NEWS = "rome/turns", "rome/news"  # our keys; JAX and orbax have theirs in the same store
+MEET_SECONDS = 3600.0
+TURNS, NEWS, MEETINGS = "rome/turns", "rome/news", "rome/meetings"  # our keys; JAX and orbax have theirs in the same store
 LEAVING_SECONDS = 3.0  # process 0 holds the store: it goes last, once the others have read why
 
 
@@ -42,7 +43,7 @@ class Team:
         self.index, self.count, self.leads = index, count, index == 0
         self._client, self._stop = client, stop
         self._errors = {kind.__name__: kind for kind in errors}
-        self._turn = 0
+        self._turn = self._meetings = 0
         self._raised_by_all: BaseException | None = None
         self._others_stop: str | None = None
         self._closed = threading.Event()
@@ -60,11 +61,17 @@ class Team:
         key = f"{TURNS}/{self._turn:09d}"
         return self._lead(key, what, make) if self.leads else self._follow(key, what)
 
+    def meet(self, what: str) -> None:
+        """Returns when all processes have come here. Before the first collective after a stretch that takes some of them longer than others."""
+        if self.count > 1:
+            self._meetings += 1
+            self._client.wait_at_barrier(f"{MEETINGS}/{self._meetings}/{what}", int(1000 * MEET_SECONDS))
+
     def require_same(self, what: str, value: str) -> None:
         """Raises LeaderError where this process has another value than process 0."""
         theirs = self.share(what, lambda: value)
         if theirs != value:
-            raise LeaderError(f"{what}: process {self.index} has {value[:16]}, process 0 {theirs[:16]}; do all hosts see one workdir, one code and one config?")
+            raise LeaderError(f"{what}: process {self.index} has {value[-16:]}, process 0 {theirs[-16:]}; do all hosts see one workdir, one code and one config?")
 
     def wants_to_stop(self) -> bool:
         """Whether this process, or in process 0 any process, was asked to stop. Not agreed on: for waits that only process 0 does."""
@@ -85,6 +92,7 @@ class Team:
             self._client.key_value_set(f"{NEWS}/failed", reason, allow_overwrite=True)
         except RuntimeError:  # the coordinator is gone, and the others know that
             pass
+        self._closed.set()  # said once
         _leave(reason, LEAVING_SECONDS if self.leads else 0.0)
 
     def close(self) -> None:

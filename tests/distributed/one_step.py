@@ -9,7 +9,7 @@ import sys
 import jax
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from launch.distributed import check_mesh_spans, choose, start
 from rome.losses import LOSSES, LossConfig, count_denominators
@@ -26,15 +26,14 @@ def one_update(mesh_shape: dict[str, int], team: Team) -> dict[str, np.ndarray]:
     learner = Learner(MODEL, LOSSES["ipa"], LossConfig(), optax.sgd(1.0), mesh)
     state = learner.init(seed=0)
     batches = packed(8)
+    team.meet("state")
     scores = learner.score(state.params, batches)
     # A little off the scores, so that no ratio lies on the edge of a clip, where rounding would decide.
     off = [(score + 0.05 * np.sin(1.0 + batch.positions_BT)).astype(np.float32) for batch, score in zip(batches, scores)]
     batches = [batch._replace(logp_old_BT=old) for batch, old in zip(batches, off)]
+    everywhere = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
     state, metrics = learner.update(state, batches, count_denominators(batches))
-    params = multihost_utils.process_allgather(state.params, tiled=True)
-    if not team.leads:
-        return {}
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(everywhere(state.params)))
     flat = {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
     return {f"score {number}": score for number, score in enumerate(scores)} | {name: np.asarray(value) for name, value in metrics.items()} | flat
 

@@ -12,9 +12,12 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 class Job:
-    """`count` processes of one command, found by the environment. Leave it by `wait`, or as a context manager: nothing stays behind."""
+    """`count` processes of one command, found by the environment. Leave it by `wait`, or as a context manager: nothing stays behind.
 
-    def __init__(self, count: int, devices: int, command: list[str], logs: pathlib.Path) -> None:
+    last: arguments that only the last process gets.
+    """
+
+    def __init__(self, count: int, devices: int, command: list[str], logs: pathlib.Path, last: tuple[str, ...] = ()) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -27,7 +30,7 @@ class Job:
                 "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index),
             }
             with open(log, "wb") as file:
-                self.processes.append(subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT))
+                self.processes.append(subprocess.Popen([sys.executable, *command, *(last if index == count - 1 else ())], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT))
 
     def __enter__(self) -> "Job":
         return self

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from rome.train.state import init_state
+from rome.train.team import Team
 from tests.distributed.one_step import one_update
 from tests.distributed.processes import Job
 from tests.rome.train.test_step import MODEL
@@ -21,7 +22,7 @@ def require_equal(count: int, meshes: list[dict], tmp_path, seconds: float) -> N
     assert job.wait(seconds) == [0] * count, job.output()
     together, names = np.load(tmp_path / "out.npz"), []
     for mesh in meshes:
-        for name, expected in one_update(mesh).items():  # 8 devices of this one process
+        for name, expected in one_update(mesh, Team()).items():  # 8 devices of this one process
             names.append(f"{json.dumps(mesh)} {name}")
             np.testing.assert_allclose(together[names[-1]], expected, rtol=2e-4, atol=2e-6, err_msg=names[-1])
     assert sorted(names) == sorted(together.files)
@@ -41,7 +42,7 @@ def test_every_mix_of_axes_over_processes_equals_one(count, tmp_path):
 
 def test_the_compared_step_moves_every_parameter():
     start = jax.tree_util.tree_leaves_with_path(init_state(MODEL, optax.sgd(1.0), seed=0).params)
-    after = one_update(MIXED)
+    after = one_update(MIXED, Team())
     for path, leaf in start:
         name = "/".join(str(key.key) for key in path)
         assert np.abs(after[name] - leaf).max() > 1e-5, name

@@ -291,7 +291,7 @@ def test_any_config_comes_back_bitwise_and_the_library_reads_our_files(config, d
 MESHED = dataclasses.replace(SMALL, vocab_size=48)
 MESHED_MIXED = dataclasses.replace(MIXED, vocab_size=48)
 MESHES = [{"fsdp": 2, "expert": 2, "tensor": 2}, {"replica": 2, "fsdp": 4}, {"expert": 4, "tensor": 2}]
-ODD_VALUES = np.array([-0.0, 1e-40, -1e-45, np.inf, -np.inf, np.nan], np.float32)
+ODD_BITS = {"float32": [0x80000000, 1, 0x7f800000, 0x7fc00001, 0x7f800001, 0xffabcdef], "bfloat16": [0x8000, 1, 0x7f80, 0x7fc1, 0x7f81, 0xffab]}  # -0.0, denormal, inf, NaNs
 
 
 @pytest.mark.parametrize("config, mesh_shape, dtype", [
@@ -301,7 +301,8 @@ def test_arrays_on_any_mesh_are_written_and_read_bitwise(config, mesh_shape, dty
     monkeypatch.setattr(hf_files, "BLOCK_BYTES", 128)  # so that parameters are put together on the devices, tensors cut into several blocks
     params = jax.tree.map(lambda w: w.astype(dtype), small.random_params(config))
     for leaf in jax.tree.leaves(params):
-        leaf.flat[:len(ODD_VALUES)] = ODD_VALUES[:leaf.size]
+        bits = leaf.reshape(-1).view(f"u{leaf.dtype.itemsize}")
+        bits[:6] = ODD_BITS[dtype][:len(bits)]
     shardings = param_shardings(make_mesh(mesh_shape, config), config)
     save_hf(params, config, tmp_path / "host", dtype=dtype, max_shard_bytes=8_000)
     save_hf(jax.device_put(params, shardings), config, tmp_path / "mesh", dtype=dtype, max_shard_bytes=8_000)
@@ -415,7 +416,11 @@ def test_two_processes_read_their_halves_and_write_their_shards(tmp_path):
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(pathlib.Path(__file__).parents[3])}
     started = [subprocess.Popen([sys.executable, "-c", TWO_PROCESSES, str(port), str(number), str(tmp_path)], env=environment, stdout=subprocess.PIPE,
                                 stderr=subprocess.STDOUT, text=True) for number in range(2)]
-    said = [process.communicate(timeout=250)[0] for process in started]
+    try:
+        said = [process.communicate(timeout=250)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
     assert [process.returncode for process in started] == [0, 0], said[0][-3000:] + said[1][-3000:]
     figures = [json.loads(text.splitlines()[-1]) for text in said]
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
@@ -475,6 +480,41 @@ def test_host_memory_holds_blocks_and_neither_parameters_nor_shards(mesh_shape, 
     load_peak, (params, _) = traced_peak(lambda: load_hf(larger, shardings=shardings))
     save_peak, _ = traced_peak(lambda: save_hf(params, LARGER, tmp_path / "out", dtype="bfloat16"))
     assert load_peak < bound and save_peak < bound
+
+
+RESIDENT = """
+import json, resource, sys
+import jax, numpy as np
+from rome.model.hf import load_hf, read_config, save_hf
+from rome.model.sharding import make_mesh, param_shardings
+source, out, shape = sys.argv[1:]
+config = read_config(source)
+shardings = param_shardings(make_mesh(json.loads(shape), config), config)
+now = lambda: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmRSS"))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = now()
+params, _ = load_hf(source, "bfloat16", shardings)
+size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+if shape == "{}":  # fake devices of one memory would each hold a copy of what is being written
+    save_hf(params, config, out, dtype="bfloat16")
+print(json.dumps({"size": size, "extra": peak() - before - size}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("mesh_shape", [{}, {"fsdp": 2, "expert": 2, "tensor": 2}], ids=str)
+def test_resident_memory_exceeds_the_arrays_by_about_one_shard_and_one_tensor(mesh_shape, tmp_path):
+    """On CPU devices the arrays themselves are host memory: what is bounded is what comes on top, the compiler's own share included."""
+    config = dataclasses.replace(SMALL, hidden_size=1024, num_heads=8, num_kv_heads=4, head_dim=128, num_layers=4, num_experts=16, moe_intermediate_size=2048,
+                                 vocab_size=32_000, experts_per_token=2)
+    save_hf(jax.tree.map(lambda leaf: np.zeros(leaf.shape, jnp.bfloat16), parameter_shapes(config)), config, tmp_path / "source", dtype="bfloat16",
+            max_shard_bytes=3 * 10**8)
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[3])}
+    done = subprocess.run([sys.executable, "-c", RESIDENT, str(tmp_path / "source"), str(tmp_path / "out"), json.dumps(mesh_shape)], env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["size"] > 9 * 10**8 and figures["extra"] < 3 * 10**8 + 2 * 32_000 * 1024 + 10**8, figures
 
 
 # -- crashes and full disks --------------------------------------------------------------------------------------------------------------

@@ -126,6 +126,15 @@ def test_fewer_choices_than_a_tile_and_more_experts_than_choices_work():
     np.testing.assert_allclose(experts(*few, "sorted"), experts(*few, "dense"), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("form", ["ragged", "megablox"])
+def test_a_grouped_matmul_in_several_passes_gives_the_numbers_and_gradients_of_one(form, load):
+    *floats, ids_Nk = arrays(load)
+    passes = functools.partial(FORMS[form], rows=40)  # of 300 choices
+    value = lambda form: jax.jit(jax.value_and_grad(lambda *floats: jnp.sum(jnp.cos(floats[0]) * form(*floats, ids_Nk)), argnums=(0, 1, 2, 3, 4)))(*floats)  # noqa: E731
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3), value(passes), value(FORMS["dense"]))
+
+
 def test_an_unknown_form_is_refused_by_name():
     with pytest.raises(ValueError, match="'gshard'.*dense"):
         experts(*arrays("random"), "gshard")

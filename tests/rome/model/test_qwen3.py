@@ -137,7 +137,7 @@ def gradients(params, config, scan):
 
 def test_gradients_are_the_same_with_and_without_remat_scanned_or_unrolled(params):
     expected = gradients(params, dataclasses.replace(CONFIG, remat="none"), scan=True)
-    for remat, scan in (("full", True), ("full", False)):
+    for remat, scan in (("full", True), ("full", False), ("attention", True), ("offload", True), ("offload", False)):
         assert_close(gradients(params, dataclasses.replace(CONFIG, remat=remat), scan), expected, 1e-4)
 
 

@@ -69,7 +69,7 @@ def test_every_parameter_has_a_sharding_and_the_large_ones_are_spread_over_the_w
     assert jax.tree.structure(shardings) == jax.tree.structure(shapes)
     held = jax.tree.map(lambda leaf, place: np.prod(place.shard_shape(leaf.shape)), shapes, shardings)
     assert held["layers"]["moe"]["gate"] * 8 == np.prod(shapes["layers"]["moe"]["gate"].shape)
-    assert held["layers"]["attention"]["q"] * 4 == np.prod(shapes["layers"]["attention"]["q"].shape)
+    assert held["layers"]["attention"]["q"] * 8 == np.prod(shapes["layers"]["attention"]["q"].shape)
 
 
 def test_logical_axes_name_every_axis_of_every_parameter():

@@ -104,6 +104,15 @@ def test_two_runs_of_one_seed_are_bitwise_equal():
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two)))
 
 
+def test_moments_in_the_hosts_memory_give_the_same_update():
+    learner = make_learner("ipa", {"fsdp": 2, "expert": 2})
+    away = dataclasses.replace(learner, offload_moments=True)
+    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(away.init(seed=0).opt_state) if leaf.ndim}
+    assert kinds == {"pinned_host"}
+    one, other = one_update(learner, packed(8)), one_update(away, packed(8))
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other)))
+
+
 def test_norms_do_not_decay():
     optimizer = make_optimizer(learning_rate=0.1, warmup_updates=0, decay_updates=0, weight_decay=0.5, clip=1.0)
     params = {"norm": {"scale": np.ones(3, np.float32)}, "head": {"kernel": np.ones((2, 2), np.float32)}}

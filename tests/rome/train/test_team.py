@@ -12,8 +12,8 @@ from rome.train.team import LeaderError, Team
 class Store:
     """The coordinator's key-value store as jax.distributed's client has it."""
 
-    def __init__(self):
-        self.values, self.changed = {}, threading.Condition()
+    def __init__(self, count):
+        self.count, self.values, self.arrived, self.changed = count, {}, {}, threading.Condition()
 
     def key_value_set(self, key, value, allow_overwrite=False):
         with self.changed:
@@ -26,6 +26,12 @@ class Store:
             if not self.changed.wait_for(lambda: key in self.values, timeout_ms / 1000):
                 raise RuntimeError("DEADLINE_EXCEEDED: nobody has set it")
             return self.values[key]
+
+    def wait_at_barrier(self, name, timeout_ms):
+        with self.changed:
+            self.arrived[name] = self.arrived.get(name, 0) + 1
+            self.changed.notify_all()
+            assert self.changed.wait_for(lambda: self.arrived[name] == self.count, timeout_ms / 1000)
 
     def key_value_dir_get(self, prefix):
         with self.changed:
@@ -45,7 +51,7 @@ def teams(monkeypatch):
     monkeypatch.setattr(team_module, "_leave", lambda reason, seconds: (left.append(reason), time.sleep(0.05)))
 
     def make(count, stops=None):
-        store = Store()
+        store = Store(count)
         made.extend(Team(index, count, store, stop=(stops or {}).get(index, lambda: False), errors=(Refused,)) for index in range(count))
         return made
 
@@ -112,6 +118,18 @@ def test_what_the_leader_raises_all_raise_and_go_on_to_their_ends(teams):
 def test_an_unknown_kind_of_error_names_it(teams):
     _, error = in_each(teams(2), lambda team: team.share("work", lambda: {}["key"]))
     assert isinstance(error, LeaderError) and "process 0 raised KeyError: 'key'" in str(error)
+
+
+def test_those_who_meet_go_on_together(teams):
+    came = []
+
+    def call(team):
+        time.sleep(0.05 * team.index)
+        came.append(team.index)
+        team.meet("here")
+        return len(came)
+
+    assert in_each(teams(3), call) == [3, 3, 3]
 
 
 def test_processes_at_different_places_are_an_error(teams):

@@ -1,0 +1,286 @@
+r"""How fast is a whole update (forward, loss, backward, clip, AdamW) beside Hugging Face transformers on torch?
+
+python -m benchmarks.train_step --json step.json [--sizes small,medium] [--precisions float32,bfloat16] [--rival_python DIR/bin/python] [--scaling]
+
+Ours is `Learner.update` as training runs it: float32 weights and moments, layers in the precision of the row. The rival has the same weights
+(through rome.model.hf), tokens, learning rate and clip, the precision's fastest form that it has, and a process of its own; its first losses must
+equal ours before anything is timed, the later of which also prove backward pass and optimizer. Then the two take turns, and `ratio` is the
+median over the pairs. On a CPU the sizes are small and medium, batches of 8 rows of 512; where JAX has a GPU there is one, a slice of
+Qwen3-30B-A3B (its widths, experts and vocabulary, two layers), for which `share_of_peak` is the MFU.
+
+`share_of_peak` counts the step's useful FLOPs (6 per active matmul parameter and token, and causal attention) against the best matmul that this
+run measured in the precision. `floor` says what the FLOPs of each piece and the optimizer's bytes take at peak, `alone` what the piece takes by itself,
+forward and backward; so the gap explains itself. On the CPU it is made of three things: products too thin for the peak (attention
+heads of 32 or 64, an expert's few hundred rows), what lies between the products (softmax, SiLU, norms and gathers are bound by memory or by exp, and in
+bfloat16 they cost what they cost in float32, which is why its share is lower), and the sum over a weight's gradients in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from rome.data.batch import IMITATION, Batch
+from rome.losses.logprobs import chunked_logprobs
+from rome.losses.sft import sft_loss
+from rome.losses.types import LossConfig, count_denominators
+from rome.model.attention import attention
+from rome.model.config import PRESETS, ModelConfig
+from rome.model.experts import experts
+from rome.model.hf import save_hf
+from rome.model.sharding import make_mesh
+from rome.train.memory import keep_freed_memory
+from rome.train.metrics import write_atomically
+from rome.train.state import TrainState, init_state, make_optimizer
+from rome.train.step import Learner
+
+LEARNING_RATE, PROVING_STEPS = 1e-3, 3
+TOLERANCE = {"float32": 2e-4, "bfloat16": 2e-2}  # of losses, relative
+_CPU = dataclasses.replace(PRESETS["small"], router_aux_loss_coef=0.0)
+SIZES: dict[str, tuple[ModelConfig, int, int]] = {  # config, rows, length
+    "toy": (dataclasses.replace(_CPU, num_layers=1, hidden_size=32, num_heads=2, num_kv_heads=1, head_dim=16, num_experts=4,
+                                moe_intermediate_size=16, vocab_size=768, max_position=64), 2, 32),
+    "small": (_CPU, 8, 512),
+    "medium": (dataclasses.replace(_CPU, num_layers=8, hidden_size=512, head_dim=64, num_experts=32, moe_intermediate_size=256, vocab_size=8192), 8, 512),
+    "slice": (dataclasses.replace(PRESETS["qwen3_30b_a3b"], num_layers=2, router_aux_loss_coef=0.0, remat="none"), 2, 4096),
+}  # fmt: skip
+
+
+def random_batch(config: ModelConfig, rows: int, length: int, seed: int = 0) -> Batch:
+    """Rows of one segment each, all of it learned but the first token, which nothing predicts."""
+    tokens_BT = np.random.default_rng(seed).integers(0, config.vocab_size, (rows, length)).astype(np.int32)
+    learned_BT = np.broadcast_to(np.arange(length) > 0, tokens_BT.shape)
+    numbers_BT, numbers_BC = np.zeros(tokens_BT.shape, np.float32), np.zeros((rows, 1), np.float32)
+    return Batch(
+        tokens_BT=tokens_BT, positions_BT=np.tile(np.arange(length, dtype=np.int32), (rows, 1)), segments_BT=np.ones_like(tokens_BT),
+        action_mask_BT=learned_BT, chunk_ids_BT=np.where(learned_BT, 0, -1).astype(np.int32), version_BT=np.zeros_like(tokens_BT),
+        logp_rollout_BT=numbers_BT, logp_old_BT=numbers_BT, return_BC=numbers_BC, reward_BC=numbers_BC, sign_BC=numbers_BC, advantage_BC=numbers_BC,
+        trajectory_BC=np.ones((rows, 1), np.int32), kind_BC=np.full((rows, 1), IMITATION, np.int8), valid_BC=np.ones((rows, 1), bool),
+    )  # fmt: skip
+
+
+class Ours:
+    """The train step as launch.train runs it."""
+
+    def __init__(self, config: ModelConfig, batch: Batch) -> None:
+        mesh = make_mesh({}, config, jax.devices()[:1])
+        optimizer = make_optimizer(learning_rate=LEARNING_RATE, warmup_updates=0, decay_updates=0, weight_decay=0.0, clip=1.0)
+        self.learner = Learner(config, sft_loss, LossConfig(), optimizer, mesh)
+        self.state: TrainState = self.learner.place(init_state(config, optimizer, seed=0))
+        self.batch, self.denominators = batch, count_denominators([batch])
+
+    def step(self) -> dict[str, float]:
+        started = time.perf_counter()
+        self.state, figures = self.learner.update(self.state, [self.batch], self.denominators)
+        loss = float(jax.block_until_ready((self.state, figures))[1]["loss"])
+        return {"seconds": time.perf_counter() - started, "loss": loss}
+
+
+@contextlib.contextmanager
+def rival(python: str, ours: Ours, config: ModelConfig) -> Iterator[tuple[str, Callable[[], dict[str, float]]]]:
+    """Its name, and its step. The weights are ours of this moment."""
+    with tempfile.TemporaryDirectory() as directory:
+        save_hf(ours.state.params, config, directory)
+        tokens = pathlib.Path(directory, "tokens.npy")
+        np.save(tokens, ours.batch.tokens_BT)
+        settings = {"weights": directory, "tokens": str(tokens), "precision": config.dtype, "learning_rate": LEARNING_RATE,
+                    "threads": len(os.sched_getaffinity(0)), "device": "cuda" if jax.default_backend() == "gpu" else "cpu"}  # fmt: skip
+        command = [python, str(pathlib.Path(__file__).with_name("train_step_rival.py")), json.dumps(settings)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+        def read() -> dict[str, Any]:
+            line = process.stdout.readline()
+            if not line:
+                raise RuntimeError(f"the rival's process ended with status {process.wait()}; its own message stands above")
+            return json.loads(line)
+
+        def step() -> dict[str, float]:
+            process.stdin.write("step\n")
+            process.stdin.flush()
+            return read()
+
+        try:
+            yield read()["rival"], step
+        finally:
+            with contextlib.suppress(BrokenPipeError):
+                process.communicate("end\n")
+
+
+def compare(name: str, precision: str, python: str, pairs: int, peak: float) -> dict[str, Any]:
+    """One row: proves that both compute the same, then times them in turns."""
+    config, rows, length = SIZES[name]
+    config = dataclasses.replace(config, dtype=precision)
+    ours = Ours(config, random_batch(config, rows, length))
+    with rival(python, ours, config) as (rival_name, rival_step):
+        losses = [(ours.step()["loss"], rival_step()["loss"]) for _ in range(PROVING_STEPS)]
+        for own, other in losses:
+            if not abs(own - other) <= TOLERANCE[precision] * abs(other):
+                raise RuntimeError(f"{name} {precision}: losses of the first steps differ, ours and the rival's: {losses}; the timing would compare two things")
+        times = [(ours.step()["seconds"], rival_step()["seconds"]) for _ in range(pairs)]
+    tokens = rows * length
+    own_seconds, rival_seconds = (statistics.median(side) for side in zip(*times))
+    floor = floor_seconds(config, rows, length, peak)
+    return {
+        "name": name, "precision": precision, "tokens_per_s": tokens / own_seconds, "rival": rival_name, "rival_tokens_per_s": tokens / rival_seconds,
+        "ratio": statistics.median(other / own for own, other in times), "share_of_peak": floor["flops"] / own_seconds / peak,
+        "pairs": times, "losses": losses, "floor": floor, "alone": pieces_alone(config, rows, length),
+    }  # fmt: skip
+
+
+def count_flops(config: ModelConfig, rows: int, length: int) -> dict[str, float]:
+    """Useful FLOPs of forward and backward, by piece; what is computed again does not count."""
+    D, L, heads = config.hidden_size, config.num_layers, config.num_heads * config.head_dim
+    weights = {
+        "head": D * config.vocab_size,
+        "projections": L * (2 * D * heads + 2 * D * config.num_kv_heads * config.head_dim),
+        "experts": L * D * (3 * config.experts_per_token * config.moe_intermediate_size + config.num_experts),
+    }
+    return {piece: 6.0 * rows * length * count for piece, count in weights.items()} | {"attention": 6.0 * rows * length**2 * heads * L}
+
+
+def floor_seconds(config: ModelConfig, rows: int, length: int, peak: float) -> dict[str, Any]:
+    """What the step would take if every product ran at the measured peak and the optimizer at the measured memory speed."""
+    flops = count_flops(config, rows, length)
+    shapes = jax.eval_shape(lambda: init_state(config, optimizer=_NO_OPTIMIZER, seed=0).params)
+    optimizer_bytes = 7 * 4 * sum(leaf.size for leaf in jax.tree.leaves(shapes))  # weight, gradient and two moments read, three of them written
+    seconds = {piece: count / peak for piece, count in flops.items()} | {"optimizer": optimizer_bytes / memory_speed()}
+    return {"flops": sum(flops.values()), "optimizer_bytes": optimizer_bytes, "seconds": seconds, "total_seconds": sum(seconds.values())}
+
+
+_NO_OPTIMIZER = make_optimizer(learning_rate=0.0, warmup_updates=0, decay_updates=0, weight_decay=0.0, clip=1.0)
+
+
+def measured_peak(precision: str) -> float:
+    """FLOP/s of the best of several large products, summed in float32."""
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    a = jnp.ones((size, size), precision)
+    product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
+    return 2 * size**3 / _best_seconds(product, a, a, repeats=8)
+
+
+def memory_speed() -> float:
+    """Bytes per second, read and written, of x + 1 over an array larger than the caches."""
+    x = jnp.ones(2**26, jnp.float32)
+    return 2 * x.nbytes / _best_seconds(jax.jit(lambda x: x + 1, donate_argnums=()), x, repeats=4)
+
+
+def pieces_alone(config: ModelConfig, rows: int, length: int) -> dict[str, float]:
+    """Seconds a step that attention, experts (all layers) and the head take by themselves, forward and backward."""
+    D, E, F, k, dtype = config.hidden_size, config.num_experts, config.moe_intermediate_size, config.experts_per_token, config.dtype
+    normal = lambda *shape: jax.random.normal(jax.random.key(len(shape)), shape, jnp.float32)
+    low = lambda *shape: normal(*shape).astype(dtype)
+    tokens_BT = jax.random.randint(jax.random.key(0), (rows, length), 0, config.vocab_size)
+    ones_BT, places_BT = jnp.ones_like(tokens_BT), jnp.broadcast_to(jnp.arange(length), tokens_BT.shape)
+    ids_Nk = jax.lax.top_k(normal(rows * length, E), k)[1]
+
+    def backward(function: Callable, *floats: jax.Array, fixed: tuple = ()) -> float:
+        step = jax.jit(lambda fixed, *floats: jax.grad(lambda *floats: jnp.sum(function(*floats, *fixed).astype(jnp.float32)), tuple(range(len(floats))))(*floats))
+        return _best_seconds(step, fixed, *floats, repeats=4)
+
+    attend = lambda q, k, v: attention(q, k, v, q_places_BT=places_BT, k_places_BS=places_BT, q_segments_BT=ones_BT, k_segments_BS=ones_BT, ordered=True)
+    kv_shape = (rows, length, config.num_kv_heads, config.head_dim)
+    return {
+        "attention": config.num_layers * backward(attend, low(rows, length, config.num_heads, config.head_dim), low(*kv_shape), low(*kv_shape)),
+        "experts": config.num_layers * backward(
+            lambda *a: experts(*a), low(rows * length, D), low(E, D, F), low(E, D, F), low(E, F, D), normal(rows * length, k), fixed=(ids_Nk,)),
+        "head": backward(lambda h, w: chunked_logprobs(h, w, tokens_BT, ones_BT), low(rows, length, D), normal(D, config.vocab_size)),
+    }  # fmt: skip
+
+
+def _best_seconds(function: Callable, *arguments: Any, repeats: int) -> float:
+    jax.block_until_ready(function(*arguments))
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def measure_scaling(precision: str = "float32") -> list[dict[str, Any]]:
+    """Ours alone, size small: 16,384 tokens a step in ever longer rows, then ever more experts in rows of 512."""
+    config = dataclasses.replace(SIZES["small"][0], dtype=precision, max_position=16384)
+    cases = [(config, 16384 // length, length) for length in (512, 1024, 2048, 4096, 8192, 16384)]
+    cases += [(dataclasses.replace(config, num_experts=count), 8, 512) for count in (8, 16, 32, 64, 128)]
+    results = []
+    for case, rows, length in cases:
+        ours = Ours(case, random_batch(case, rows, length))
+        ours.step()
+        seconds = statistics.median(ours.step()["seconds"] for _ in range(3))
+        results.append({"length": length, "rows": rows, "experts": case.num_experts, "precision": precision, "tokens_per_s": rows * length / seconds})
+    return results
+
+
+def print_result(result: dict[str, Any], console: Console) -> None:
+    table = Table(title="Tokens a second of one whole update", title_justify="left", title_style="bold")
+    for name in ("size", "precision", "ours", "rival", "ratio", "share of peak", "floor"):
+        table.add_column(name, justify="left" if name in ("size", "precision") else "right")
+    for row in result["sizes"]:
+        floor = result_tokens(row) / row["floor"]["total_seconds"]
+        table.add_row(row["name"], row["precision"], f"{row['tokens_per_s']:,.0f}", f"{row['rival_tokens_per_s']:,.0f}", f"{row['ratio']:.2f}",
+                      f"{row['share_of_peak']:.1%}", f"{floor:,.0f}")  # fmt: skip
+    console.print(table)
+    for row in result["sizes"]:
+        console.print(f"{row['name']} {row['precision']}: {row['rival']}", soft_wrap=True)
+    for row in result["scaling"]:
+        console.print(f"rows of {row['length']}, {row['experts']} experts: {row['tokens_per_s']:,.0f} tokens/s", soft_wrap=True)
+
+
+def result_tokens(row: dict[str, Any]) -> int:
+    return SIZES[row["name"]][1] * SIZES[row["name"]][2]
+
+
+def rival_python(given: str | None) -> str:
+    if given is None and not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+        raise ValueError("this Python has no torch and transformers to compare with; pip install -r tests/requirements-live.txt, or name one that has by --rival_python")
+    return given or sys.executable
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description="The train step beside transformers on torch.")
+    on_gpu = jax.default_backend() == "gpu"
+    parser.add_argument("--sizes", default="slice" if on_gpu else "small,medium", help=f"of {', '.join(SIZES)}; by default %(default)s")
+    parser.add_argument("--precisions", default="bfloat16" if on_gpu else "float32,bfloat16", help="by default %(default)s")
+    parser.add_argument("--pairs", type=int, default=7, help="turns of each side; by default %(default)s")
+    parser.add_argument("--rival_python", metavar="FILE", help="a Python that has torch and transformers; by default this one")
+    parser.add_argument("--scaling", action="store_true", help="also lengths up to 16k and experts up to 128, ours alone")
+    parser.add_argument("--json", metavar="FILE", help="leave the figures here")
+    options = parser.parse_args(arguments)
+    sizes, precisions = options.sizes.split(","), options.precisions.split(",")
+    try:
+        unknown = [name for name in (*sizes, *precisions) if name not in (*SIZES, *TOLERANCE)]
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is no size or precision; choose from {', '.join((*SIZES, *TOLERANCE))}")
+        python = rival_python(options.rival_python)
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    keep_freed_memory()
+    peaks = {precision: measured_peak(precision) for precision in precisions}
+    rows = [compare(name, precision, python, options.pairs, peaks[precision]) for name in sizes for precision in precisions]
+    device = jax.devices()[0].device_kind
+    result = {"sizes": rows, "scaling": measure_scaling() if options.scaling else [], "peak_flops": peaks, "device": device, "jax": jax.__version__}
+    print_result(result, Console(highlight=False))
+    if options.json:
+        write_atomically(options.json, json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
