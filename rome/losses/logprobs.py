@@ -18,6 +18,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from rome.model.sharding import RULES, is_split
+from rome.model.wide import WIDE, gather, scatter_sum
 
 BLOCK = 512  # positions whose logits exist at one time
 KEPT_LOGITS = 2**26  # 256 MiB of float32; beyond, they are computed again
@@ -47,7 +48,7 @@ def chunked_logprobs(
 
     if is_split():
         by_token = PartitionSpec(RULES["batch"], RULES["time"])
-        score = jax.shard_map(score, in_specs=(by_token, PartitionSpec(RULES["embed_wide"], "tensor"), by_token), out_specs=(by_token, by_token), check_vma=False)
+        score = jax.shard_map(score, in_specs=(by_token, PartitionSpec(WIDE, "tensor"), by_token), out_specs=(by_token, by_token), check_vma=False)
     predicted = score(hidden_BTD, kernel_DV, target_BT)
     has_predecessor_BT = jnp.pad(segments_BT[:, 1:] == segments_BT[:, :-1], ((0, 0), (1, 0))) & (segments_BT > 0)
     logp_BT, entropy_BT = (jnp.where(has_predecessor_BT, jnp.pad(score_BT[:, :-1], ((0, 0), (1, 0))), 0.0) for score_BT in predicted)
@@ -113,7 +114,7 @@ def _backward(temperature, block, on_mesh, residuals, gradients):
         d_hidden_nD = d_hidden_kmD.reshape(-1, hidden_nD.shape[-1])[:target_n.shape[0]]
     if on_mesh:
         # In the compute type, as the gradients of all other matrices travel: half the bytes, and one copy less of the largest array of a step.
-        sum_Dv = jax.lax.psum_scatter(sum_Dv.astype(hidden_nD.dtype), RULES["embed_wide"], scatter_dimension=0, tiled=True)
+        sum_Dv = scatter_sum(sum_Dv.astype(hidden_nD.dtype), axis=0)
     return d_hidden_nD, sum_Dv.astype(kernel_dv.dtype), None
 
 
@@ -123,7 +124,7 @@ _taken_logprobs.defvjp(_forward, _backward)
 def _gathered(kernel_dv: Array, dtype, on_mesh: bool) -> Array:
     """The kernel in the type that it computes in, whole over D. Cast first: half the bytes travel."""
     kernel_dv = kernel_dv.astype(dtype)
-    return jax.lax.all_gather(kernel_dv, RULES["embed_wide"], axis=0, tiled=True) if on_mesh else kernel_dv
+    return gather(kernel_dv, axis=0) if on_mesh else kernel_dv
 
 
 def _keeps_logits(hidden_nD: Array, kernel_dv: Array, block: int | None) -> bool:

@@ -184,7 +184,7 @@ def _indivisible(config: ModelConfig, sizes: Mapping[str, int], batch: int | Non
             problems.append(f"{sizes[axis]} does not divide {' nor '.join(faults)}")
             remedies.append(f"Set --config.mesh.{axis} to {_choices(math.gcd(*targets.values()), at_most)}.")
     wide = math.prod(sizes[axis] for axis in RULES["embed_wide"])
-    if config.hidden_size % wide and not config.hidden_size % sizes["fsdp"]:
+    if config.hidden_size % wide and not problems:
         problems.append(f"fsdp * expert = {wide} does not divide the hidden size {config.hidden_size}")
         remedies.append("Lower --config.mesh.fsdp or --config.mesh.expert until their product divides it.")
     rows = math.prod(sizes[axis] for axis in RULES["batch"])
