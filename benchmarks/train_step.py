@@ -84,7 +84,7 @@ class Ours:
         mesh = make_mesh({}, config, jax.devices()[:1])
         optimizer = make_optimizer(learning_rate=LEARNING_RATE, warmup_updates=0, decay_updates=0, weight_decay=0.0, clip=1.0)
         self.learner = Learner(config, sft_loss, LossConfig(), optimizer, mesh)
-        self.state: TrainState = self.learner.place(init_state(config, optimizer, seed=0))
+        self.state: TrainState = self.learner.init(seed=0)
         self.batch, self.denominators = batch, count_denominators([batch])
 
     def step(self) -> dict[str, float]:

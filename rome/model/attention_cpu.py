@@ -2,19 +2,21 @@
 
 B rows, T time, N query heads, K key heads, G query heads per key head (N = K * G), H head dim, Q queries of a block, X = Q * G, S keys seen.
 
-The backward pass keeps the sums of the softmax and computes the scores again, so memory grows with T and not with its square. Gradients of keys
-and values are summed transposed, [H, S]: then every product has its left side as it lies, without which XLA on a CPU leaves its fast matmuls.
+The backward pass keeps the sums of the softmax and computes the scores again, so memory grows with T and not with its square; the weights of short
+rows are few and are kept. Gradients of keys and values are summed transposed, [H, S]: then every product has its left side as it lies, without which XLA on a CPU leaves its fast matmuls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-QUERIES, MOST_RANGES = 64, 8  # of a block; of keys: each range is compiled on its own, blocks of one range share a loop
+QUERIES, MOST_RANGES = 128, 8  # of a block; of keys: each range is compiled on its own, blocks of one range share a loop
+KEPT_WEIGHTS = 2**25  # of all rows and heads of a layer, counted as if nothing were hidden
 HIDDEN = -1e30  # finite: (-inf) - (-inf) would be NaN
 
 
@@ -32,34 +34,42 @@ def _forward(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array) ->
     q_BKTGH = _by_key_head(q_BTNH * H**-0.5, K)
     k_BKTH, v_BKTH = jnp.swapaxes(k_BTKH, 1, 2), jnp.swapaxes(v_BTKH, 1, 2)
 
-    def block(start: Array, rows: int, seen: int) -> tuple[Array, Array]:
+    kept = _keeps(q_BTNH.shape)
+
+    def block(start: Array, rows: int, seen: int) -> tuple[Array, ...]:
         q_BKXH = _block(q_BKTGH, start, rows)
         scores_BKXS = _scores(q_BKXH, k_BKTH[:, :, :seen], _bias(segments_BT, start, rows, seen))
         top_BKX1 = scores_BKXS.max(axis=-1, keepdims=True)
         weights_BKXS = jnp.exp(scores_BKXS - top_BKX1)
         total_BKX1 = weights_BKXS.sum(axis=-1, keepdims=True)
-        out_BKXH = _dot(weights_BKXS.astype(dtype), v_BKTH[:, :, :seen]) / total_BKX1
-        shape = (B, K, rows, -1, H)
-        return out_BKXH.reshape(shape).astype(dtype), (top_BKX1 + jnp.log(total_BKX1)).reshape(B, K, rows, -1)
+        weights_BKXS = weights_BKXS.astype(dtype)
+        out_BKXH = _dot(weights_BKXS, v_BKTH[:, :, :seen]) / total_BKX1
+        sum_BKX1 = total_BKX1 if kept else top_BKX1 + jnp.log(total_BKX1)
+        out = out_BKXH.reshape(B, K, rows, -1, H).astype(dtype), sum_BKX1.reshape(B, K, rows, -1, 1)
+        return (*out, weights_BKXS) if kept else out
 
     outs = [_map_blocks(block, *range_) for range_ in _ranges(T)]
-    out_BKTGH, sum_BKTG = (jnp.concatenate(parts, axis=2) for parts in zip(*outs))
+    out_BKTGH, sum_BKTG1 = (jnp.concatenate(parts, axis=2) for parts in list(zip(*outs))[:2])
     out_BTNH = jnp.where(segments_BT[:, :, None, None] != 0, _by_time(out_BKTGH), 0)
-    return out_BTNH, (q_BKTGH, k_BKTH, v_BKTH, segments_BT, out_BTNH, sum_BKTG)
+    weights = [out[2] for out in outs] if kept else None
+    return out_BTNH, (q_BKTGH, k_BKTH, v_BKTH, segments_BT, out_BTNH, sum_BKTG1, weights)
 
 
 def _backward(residuals: tuple, grad_BTNH: Array) -> tuple[Array | None, ...]:
-    q_BKTGH, k_BKTH, v_BKTH, segments_BT, out_BTNH, sum_BKTG = residuals
+    q_BKTGH, k_BKTH, v_BKTH, segments_BT, out_BTNH, sum_BKTG1, weights = residuals
     B, K, T, G, H = q_BKTGH.shape
     dtype = grad_BTNH.dtype
     grad_BTNH = jnp.where(segments_BT[:, :, None, None] != 0, grad_BTNH, 0)  # a padding query's weights are not zero, they are even
     along_BTN1 = jnp.sum(grad_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1, keepdims=True)
     grad_BKTGH, along_BKTG1 = _by_key_head(grad_BTNH, K), _by_key_head(along_BTN1, K)
 
-    def block(start: Array, rows: int, seen: int, dk_BKHT: Array, dv_BKHT: Array) -> tuple[Array, Array, Array]:
-        q_BKXH, grad_BKXH, along_BKX1, sum_BKX1 = (_block(a, start, rows) for a in (q_BKTGH, grad_BKTGH, along_BKTG1, sum_BKTG[..., None]))
+    def block(start: Array, rows: int, seen: int, weights_BKXS: Array | None, dk_BKHT: Array, dv_BKHT: Array) -> tuple[Array, Array, Array]:
+        q_BKXH, grad_BKXH, along_BKX1, sum_BKX1 = (_block(a, start, rows) for a in (q_BKTGH, grad_BKTGH, along_BKTG1, sum_BKTG1))
         k_BKSH, v_BKSH = k_BKTH[:, :, :seen], v_BKTH[:, :, :seen]
-        weights_BKXS = jnp.exp(_scores(q_BKXH, k_BKSH, _bias(segments_BT, start, rows, seen)) - sum_BKX1)
+        if weights_BKXS is None:
+            weights_BKXS = jnp.exp(_scores(q_BKXH, k_BKSH, _bias(segments_BT, start, rows, seen)) - sum_BKX1)
+        else:  # sums are of the weights as they were kept
+            weights_BKXS = weights_BKXS.astype(jnp.float32) / sum_BKX1
         dscores_BKXS = (weights_BKXS * (_dot(grad_BKXH, v_BKSH, transposed=True) - along_BKX1)).astype(dtype)
         dq_BKXH = _dot(dscores_BKXS, k_BKSH) * H**-0.5
         dk_BKHT = dk_BKHT.at[..., :seen].add(_dot(_turned(q_BKXH), dscores_BKXS))
@@ -68,8 +78,9 @@ def _backward(residuals: tuple, grad_BTNH: Array) -> tuple[Array | None, ...]:
 
     dk_BKHT = dv_BKHT = jnp.zeros((B, K, H, T), jnp.float32)
     dqs = []
-    for starts, rows, seen in _ranges(T):
-        dq_BKTGH, dk_BKHT, dv_BKHT = _scan_blocks(block, starts, rows, seen, dk_BKHT, dv_BKHT)
+    for i, (starts, rows, seen) in enumerate(_ranges(T)):
+        own = functools.partial(block, rows=rows, seen=seen, weights_BKXS=weights and weights[i])
+        dq_BKTGH, dk_BKHT, dv_BKHT = _scan_blocks(own, starts, dk_BKHT, dv_BKHT)
         dqs.append(dq_BKTGH)
     dq_BTNH = _by_time(jnp.concatenate(dqs, axis=2))
     dk_BTKH, dv_BTKH = (jnp.transpose(d, (0, 3, 1, 2)).astype(dtype) for d in (dk_BKHT, dv_BKHT))
@@ -77,6 +88,12 @@ def _backward(residuals: tuple, grad_BTNH: Array) -> tuple[Array | None, ...]:
 
 
 attention_blocked.defvjp(_forward, _backward)
+
+
+def _keeps(shape: tuple[int, ...]) -> bool:
+    """Whether a layer's weights are kept: they are few, and no range of keys has several blocks."""
+    B, T, N, _ = shape
+    return B * N * T * T <= KEPT_WEIGHTS and T <= QUERIES * MOST_RANGES
 
 
 def _ranges(T: int) -> Iterator[tuple[list[int], int, int]]:
@@ -90,22 +107,22 @@ def _ranges(T: int) -> Iterator[tuple[list[int], int, int]]:
         yield [full * QUERIES], T % QUERIES, T
 
 
-def _map_blocks(block, starts: list[int], rows: int, seen: int) -> tuple[Array, ...]:
+def _map_blocks(block: Callable, starts: list[int], rows: int, seen: int) -> tuple[Array, ...]:
     if len(starts) == 1:
         return block(starts[0], rows, seen)
     return tuple(map(_joined, lax.map(lambda start: block(start, rows, seen), jnp.array(starts))))
 
 
-def _scan_blocks(block, starts: list[int], rows: int, seen: int, *sums: Array) -> tuple[Array, ...]:
+def _scan_blocks(block: Callable, starts: list[int], dk: Array, dv: Array) -> tuple[Array, ...]:
     if len(starts) == 1:
-        return block(starts[0], rows, seen, *sums)
+        return block(starts[0], dk_BKHT=dk, dv_BKHT=dv)
 
-    def step(sums: tuple, start: Array) -> tuple[tuple, Array]:
-        out, *sums = block(start, rows, seen, *sums)
-        return tuple(sums), out
+    def step(sums: tuple[Array, Array], start: Array) -> tuple[tuple[Array, Array], Array]:
+        out, dk, dv = block(start, dk_BKHT=sums[0], dv_BKHT=sums[1])
+        return (dk, dv), out
 
-    sums, outs = lax.scan(step, sums, jnp.array(starts))
-    return _joined(outs), *sums
+    (dk, dv), outs = lax.scan(step, (dk, dv), jnp.array(starts))
+    return _joined(outs), dk, dv
 
 
 def _joined(blocks: Array) -> Array:

@@ -1,10 +1,10 @@
 """The experts on a CPU: choices sorted by expert, matmuls over tiles of rows that start wherever an expert's rows start.
 
-N tokens, D model, E experts, k experts a token, F expert hidden; A = N * k choices (token n, its j-th expert), R = A + the smallest tile.
+N tokens, D model, E experts, k experts a token, F expert hidden; A = N * k choices (token n, its j-th expert), R = A + the largest tile.
 
-No slot is padded and no weight is copied per block: a loop over the experts takes their rows in tiles, large ones while they are full, small
-ones for the rest. The last tile of an expert reaches into the rows of the next, which are written over when their own turn comes. The backward
-pass is written by hand: it keeps the gate's and the up projection's outputs, and sums an expert's weight gradients where it loops over its rows.
+No slot is padded and no weight is copied per block: a loop over the experts takes their rows in tiles of a few sizes. The last tile of an
+expert reaches into the rows of the next, which are written over when their own turn comes. The backward pass is written by
+hand: it keeps the gate's and the up projection's outputs, and sums an expert's weight gradients where it loops over its rows.
 
 What XLA does on a CPU shaped this: a product whose left side is transposed leaves the fast matmuls, so rows are transposed first, behind a
 barrier; bfloat16 slices of a carried array are turned into float32 and back as a whole, so they are carried as their bits.
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-TILES = (128, 32)  # rows; an expert's last tile wastes half of the small one on average
+TILES = (256, 192, 128, 64)  # rows; an expert's last tile is the smallest that holds what is left: 32 rows are wasted on average
 
 
 class Plan(NamedTuple):
@@ -71,7 +71,7 @@ def _forward(x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, weigh
             out_MD = _dot(hidden_MF.astype(dtype), down_FD)
             return _put(gate_RF, gate_MF, at, dtype), _put(up_RF, up_MF, at, dtype), _put(out_RD, out_MD, at)
 
-        return _over_tiles(tile, plan.start_E[e], plan.end_E[e], ids_Nk.size, carry)
+        return _over_tiles(tile, plan.start_E[e], plan.end_E[e], carry)
 
     nothing_RF = _bits(jnp.zeros((R, F), dtype))
     gate_RF, up_RF, out_RD = lax.fori_loop(0, E, expert, (nothing_RF, nothing_RF, jnp.zeros((R, D), jnp.float32)))
@@ -108,7 +108,7 @@ def _backward(residuals: tuple, grad_ND: Array) -> tuple[Array | None, ...]:
 
         dx_RD, dweight_R, *sums = carry
         own = (jnp.zeros((D, F), jnp.float32), jnp.zeros((D, F), jnp.float32), jnp.zeros((F, D), jnp.float32))
-        dx_RD, dweight_R, *own = _over_tiles(tile, plan.start_E[e], plan.end_E[e], weights_Nk.size, (dx_RD, dweight_R, *own))
+        dx_RD, dweight_R, *own = _over_tiles(tile, plan.start_E[e], plan.end_E[e], (dx_RD, dweight_R, *own))
         return dx_RD, dweight_R, *(lax.dynamic_update_index_in_dim(whole, one, e, 0) for whole, one in zip(sums, own))
 
     start = (jnp.zeros((R, D), jnp.float32), jnp.zeros(R, jnp.float32), *(jnp.zeros(w.shape, jnp.float32) for w in (gate_EDF, up_EDF, down_EFD)))
@@ -120,11 +120,11 @@ def _backward(residuals: tuple, grad_ND: Array) -> tuple[Array | None, ...]:
 experts_sorted.defvjp(_forward, _backward)
 
 
-def _over_tiles(tile: Callable[[int, Array, Any], Any], start: Array, end: Array, choices: int, carry: Any) -> Any:
-    """Calls tile(rows, at, carry) over the rows from start to end, of `choices` in all; only the last may reach beyond the end."""
+def _over_tiles(tile: Callable[[int, Array, Any], Any], start: Array, end: Array, carry: Any) -> Any:
+    """Calls tile(rows, at, carry) over the rows from start to end; the last may reach beyond the end."""
     state = (start, carry)
-    for rows in [rows for rows in TILES if rows <= choices or rows == TILES[-1]]:
-        more = (lambda state: state[0] < end) if rows == TILES[-1] else (lambda state, rows=rows: state[0] + rows <= end)
+    for rows, smaller in zip(TILES, (*TILES[1:], 0)):
+        more = lambda state, smaller=smaller: end - state[0] > smaller
         state = lax.while_loop(more, lambda state, rows=rows: (state[0] + rows, tile(rows, *state)), state)
     return state[1]
 
@@ -140,7 +140,7 @@ def _sum_choices(out_RD: Array, plan: Plan) -> Array:
 
 
 def _pad(values_A: Array) -> Array:
-    return jnp.pad(values_A, (0, TILES[-1]))
+    return jnp.pad(values_A, (0, max(TILES)))
 
 
 def _bits(x: Array) -> Array:

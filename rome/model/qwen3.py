@@ -230,14 +230,14 @@ class Qwen3(nn.Module):
 
     def _unrolled(self, x_BTD: Array, places: Places, cache: Cache | None, forced_LBTk: Array | None):
         layers = self.get_variable("params", "layers")
+        layers = layers if isinstance(layers, tuple) else unstack_layers({"layers": layers}, self.config)["layers"]
         outs = []
         for i in range(self.config.num_layers):
             block = Block(self.config, self.experts, self.attention_form, i in self.config.dense_layers, parent=None)
             run = lambda layer, *args, block=block: block.apply({"params": layer}, *args)
             run = run if self.config.remat == "none" else jax.checkpoint(run, policy=_remat_policy(self.config))
-            layer = layers[i] if isinstance(layers, tuple) else layer_of(layers, i, self.config)
             layer_cache = None if cache is None else Cache(cache.k[i], cache.v[i])
-            x_BTD, out = run(layer, x_BTD, places, layer_cache, None if forced_LBTk is None else forced_LBTk[i])
+            x_BTD, out = run(layers[i], x_BTD, places, layer_cache, None if forced_LBTk is None else forced_LBTk[i])
             outs.append(out)
         caches, routes, routers = zip(*outs)
         cache = None if cache is None else Cache(tuple(c.k for c in caches), tuple(c.v for c in caches))
@@ -324,17 +324,21 @@ def head_kernel(params: Params, config: ModelConfig) -> Array:
     return params["embed"]["embedding"].T if config.tie_embeddings else params["head"]["kernel"]
 
 
-def layer_of(layers: Params, i: int, config: ModelConfig) -> Params:
-    """The parameters of layer i out of the stacks."""
-    own, other = ("mlp", "moe") if i in config.dense_layers else ("moe", "mlp")
-    members = config.dense_layers if own == "mlp" else config.sparse_layers
-    place = {own: members.index(i)}
-    return {name: jax.tree.map(lambda w: w[place.get(name, i)], stack) for name, stack in layers.items() if name != other}
-
-
 def unstack_layers(params: Params, config: ModelConfig) -> Params:
     """The same parameters with layers as a tuple, for Qwen3(config, scan=False): no slicing at each step."""
-    return params | {"layers": tuple(layer_of(params["layers"], i, config) for i in range(config.num_layers))}
+
+    def split(w: Array) -> list[Array]:
+        return list(w) if isinstance(w, np.ndarray) else [part[0] for part in jax.lax.split(w, (1,) * w.shape[0])]  # its gradient is one concatenation
+
+    stacks = {name: jax.tree.map(split, stack) for name, stack in params["layers"].items()}
+    is_parts = lambda node: isinstance(node, list)
+    layers = []
+    for i in range(config.num_layers):
+        own, other, members = ("mlp", "moe", config.dense_layers) if i in config.dense_layers else ("moe", "mlp", config.sparse_layers)
+        place = {own: members.index(i)}
+        layers.append({name: jax.tree.map(lambda parts: parts[place.get(name, i)], stack, is_leaf=is_parts)  # noqa: B023
+                       for name, stack in stacks.items() if name != other})
+    return params | {"layers": tuple(layers)}
 
 
 def stack_layers(params: Params) -> Params:

@@ -18,8 +18,9 @@ def feed(tree: Any, sharding: Sharding) -> Any:
 
 
 def put(array: Any, sharding: Sharding) -> jax.Array:
-    """One array (NumPy, or a local JAX array), equal in every process, laid out as `sharding` says."""
-    if sharding.is_fully_addressable:
+    """One array (NumPy, a local JAX array that is equal in every process, or one on the mesh already), laid out as `sharding` says."""
+    on_mesh = isinstance(array, jax.Array) and not array.is_fully_addressable
+    if sharding.is_fully_addressable or on_mesh:
         return jax.device_put(array, sharding)
     array = np.asarray(array)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -61,12 +61,12 @@ class Learner:
         self._record = jax.jit(self._recorded, in_shardings=(params, rows, rows, rows), out_shardings=everywhere)
         self._probe = jax.jit(lambda *arrays: self._logprobs(*arrays, temperature=1.0)[0], in_shardings=(params, rows, rows, rows), out_shardings=everywhere)
         self._count = jax.jit(lambda *arrays: self._logprobs(*arrays)[1].router.counts_LE, in_shardings=(params, rows, rows, rows, rows), out_shardings=everywhere)
-        self._loads = jax.jit(lambda counts_LE: load_figures(counts_LE, self.model_config))
+        self._loads = jax.jit(lambda counts_LE: load_figures(counts_LE, self.model_config), out_shardings=everywhere)
         self._zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), in_shardings=(params,), out_shardings=params)
-        self._accumulate = jax.jit(self._accumulated, in_shardings=(params, params, rows, None, None, None, None), out_shardings=(params, None), donate_argnums=1)
+        self._accumulate = jax.jit(self._accumulated, in_shardings=(params, params, rows, None, None, None, None), out_shardings=(params, everywhere), donate_argnums=1)
         self.state = self._abstract_state(params)  # shapes, dtypes and places; no arrays
         places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-        self._apply = jax.jit(self._updated, in_shardings=(places, params), out_shardings=(places, None), donate_argnums=0)
+        self._apply = jax.jit(self._updated, in_shardings=(places, params), out_shardings=(places, everywhere), donate_argnums=0)
 
     def _abstract_state(self, params: dict) -> TrainState:
         """Shape, dtype and place of each array of a state. Moments lie as the parameters that they belong to, all else is everywhere."""

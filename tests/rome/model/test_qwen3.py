@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rome.model import attention_cpu
 from rome.model.attention import attention
-from rome.model.attention_cpu import MOST_RANGES, QUERIES
 from rome.model.qwen3 import Qwen3, head_kernel, init_cache, init_params, stack_layers, unstack_layers
 from tests.rome.model.small import CONFIG, random_params
 
@@ -166,12 +166,16 @@ def test_attention_of_a_query_that_sees_nothing_is_zero_with_a_zero_gradient():
     assert all((g == 0).all() for g in jax.jit(jax.grad(lambda *qkv: jnp.sum(run(*qkv)), argnums=(0, 1, 2)))(q, k, v))
 
 
-@pytest.mark.parametrize("length", [QUERIES - 1, 2 * QUERIES, 2 * QUERIES + 37, (MOST_RANGES + 1) * QUERIES + 5])
-def test_blocked_attention_equals_the_reference_with_its_gradients(length):
+@pytest.mark.parametrize("kept", [0, attention_cpu.KEPT_WEIGHTS])
+@pytest.mark.parametrize("length", [7, 8, 16, 21, 64, 69])
+def test_blocked_attention_equals_the_reference_with_its_gradients(length, kept, monkeypatch):
+    monkeypatch.setattr(attention_cpu, "KEPT_WEIGHTS", kept)
+    monkeypatch.setattr(attention_cpu, "QUERIES", 8)
+    assert 64 <= attention_cpu.MOST_RANGES * 8 < 69  # the longest has ranges of several blocks
     keys = jax.random.split(jax.random.key(0), 3)
     qkv = [jax.random.normal(key, (2, length, heads, 4)) for key, heads in zip(keys, (4, 2, 2))]
     places = jnp.broadcast_to(jnp.arange(length), (2, length))
-    segments = jnp.asarray(np.stack([np.arange(length) // 30 + 1, np.where(np.arange(length) < length - 20, 1, 0)]))
+    segments = jnp.asarray(np.stack([np.arange(length) // 30 + 1, np.where(np.arange(length) < length - 5, 1, 0)]))
 
     def run(qkv, implementation):
         out = attention(*qkv, q_places_BT=places, k_places_BS=places, q_segments_BT=segments, k_segments_BS=segments,
