@@ -111,7 +111,7 @@ def _valid_positions(size: int, out: int, window: int, stride: int, pad: int, ba
 def traffic(module: Module, one: Executed, grouped_rows: float = math.inf) -> float:
     """Bytes of HBM that one run reads and writes; 0 inside fusions, whose edges count. grouped_rows: as for `flops`."""
     instruction = one.instruction
-    if one.fused or instruction.opcode in FREE or instruction.opcode.removesuffix("-start").removesuffix("-done") in COLLECTIVES:
+    if one.fused or instruction.opcode in FREE or _is_collective(instruction):
         return 0.0
     operands = one.computation.operands_of(instruction)
     if instruction.opcode == "fusion":
@@ -140,6 +140,8 @@ def _fusion_traffic(inner: Computation, fusion: Instruction, operands: list[Inst
         if not _in_hbm(operand):
             continue
         users = inner.users.get(parameter.name, [])
+        if all(user.opcode == "tuple" or _is_collective(user) for user in users):
+            continue  # unread, or on its way through: a collective that rides along in a fusion
         if users and all(user.opcode in ("dynamic-slice", "slice", "gather") for user in users):
             total += sum(user.bytes for user in users)
         elif users and all(user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name for user in users):
@@ -147,7 +149,13 @@ def _fusion_traffic(inner: Computation, fusion: Instruction, operands: list[Inst
             total, updated = total + updates, updated + operand.bytes
         else:
             total += _in_hbm(operand)
-    return total + max(0.0, _in_hbm(fusion) - updated)
+    results = inner.operands_of(inner.root) if inner.root.opcode == "tuple" else []
+    passing = sum(map(_in_hbm, (one for one in results if one.opcode == "parameter" or _is_collective(one))))
+    return total + max(0.0, _in_hbm(fusion) - updated - passing)
+
+
+def _is_collective(instruction: Instruction) -> bool:
+    return instruction.opcode.removesuffix("-start").removesuffix("-done") in COLLECTIVES
 
 
 def largest_traffic(module: Module, count: int, grouped_rows: float = math.inf) -> list[tuple[float, str, str]]:
@@ -210,12 +218,17 @@ class Collective:
 
 
 def collectives(module: Module, devices: int) -> list[Collective]:
-    """Every collective that runs; start and done are one."""
-    found = []
+    """Every collective that runs; start and done are one, and so are the pieces in which one rides along in several fusions."""
+    found, riding = [], set()
     for one in executed(module):
         kind = one.instruction.opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
             continue
+        channel = re.search(r"channel_id=(\d+)", one.instruction.attributes)
+        if one.fused and channel:
+            if (kind, channel[1]) in riding:
+                continue
+            riding.add((kind, channel[1]))
         groups = replica_groups(one.instruction.attributes, devices)
         operands = one.computation.operands_of(one.instruction)
         payload = operands[0].bytes if kind == "ragged-all-to-all" else sum(operand.bytes for operand in operands)

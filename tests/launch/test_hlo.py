@@ -80,6 +80,32 @@ def test_collectives_are_those_written_with_their_loops_and_payloads():
     }
 
 
+def test_a_gather_that_rides_along_in_two_fusions_is_one_and_its_buffers_are_no_traffic():
+    piece = """
+%NAME (a: f32[4,8], b: f32[16,8], c: f32[2,2]) -> (f32[2,2], f32[4,8], f32[16,8]) {
+  %a = f32[4,8]{1,0} parameter(0)
+  %b = f32[16,8]{1,0} parameter(1)
+  %c = f32[2,2]{1,0} parameter(2)
+  %gathered = f32[16,8]{1,0} all-gather(%a), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
+  %work = f32[2,2]{1,0} add(%c, %c)
+  ROOT %out = (f32[2,2]{1,0}, f32[4,8]{1,0}, f32[16,8]{1,0}) tuple(%work, %a, %gathered)
+}
+"""
+    kind = "(f32[2,2]{1,0}, f32[4,8]{1,0}, f32[16,8]{1,0})"
+    module = hlo.parse(piece.replace("NAME", "first") + piece.replace("NAME", "second") + f"""
+ENTRY %main (x: f32[4,8], y: f32[16,8], z: f32[2,2]) -> f32[2,2] {{
+  %x = f32[4,8]{{1,0}} parameter(0)
+  %y = f32[16,8]{{1,0}} parameter(1)
+  %z = f32[2,2]{{1,0}} parameter(2)
+  %begun = {kind} fusion(%x, %y, %z), kind=kCustom, calls=%first
+  %half = f32[2,2]{{1,0}} get-tuple-element(%begun), index=0
+  %ended = {kind} fusion(%x, %y, %half), kind=kCustom, calls=%second
+  ROOT %all = f32[2,2]{{1,0}} get-tuple-element(%ended), index=0
+}}""")
+    assert [(one.kind, one.payload) for one in hlo_costs.collectives(module, 4)] == [("all-gather", 16 * 8 * 4)]
+    assert sum(hlo_costs.traffic(module, one) for one in hlo.executed(module)) == 2 * (4 + 4) * 4
+
+
 @pytest.mark.parametrize(("text", "groups"), [
     ("replica_groups={{0,2},{1,3}}, x", [[0, 2], [1, 3]]),
     ("replica_groups=[2,2]<=[4], x", [[0, 1], [2, 3]]),
