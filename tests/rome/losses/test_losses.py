@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rome.data.packing import Batch
 from rome.losses import LOSSES, LossConfig, count_denominators
 from rome.losses.ipa import chunk_returns
 from tests.rome.losses import loss_oracle
