@@ -82,6 +82,11 @@ class Computation:
     def root(self) -> Instruction:
         return next(instruction for instruction in self.instructions if instruction.is_root)
 
+    @functools.cached_property
+    def parameters(self) -> list[Instruction]:
+        """In the order in which they are handed in."""
+        return sorted((one for one in self.instructions if one.opcode == "parameter"), key=lambda one: int(one.arguments))
+
     def operands_of(self, instruction: Instruction) -> list[Instruction]:
         return [self.by_name[name] for name in instruction.operands]
 

@@ -115,7 +115,7 @@ def traffic(module: Module, one: Executed, grouped_rows: float = math.inf) -> fl
         return 0.0
     operands = one.computation.operands_of(instruction)
     if instruction.opcode == "fusion":
-        return _fusion_traffic(module.computations[instruction.called("calls")], instruction, operands)
+        return _fusion_traffic(module, module.computations[instruction.called("calls")], instruction, operands)
     if instruction.opcode == "dynamic-update-slice":
         return 2 * _in_hbm(operands[1])
     if instruction.opcode in ("dynamic-slice", "slice", "gather"):
@@ -133,25 +133,36 @@ def _in_hbm(instruction: Instruction) -> float:
     return sum(shape.bytes for shape in instruction.shapes if shape.space == 0)
 
 
-def _fusion_traffic(inner: Computation, fusion: Instruction, operands: list[Instruction]) -> float:
-    parameters = sorted((one for one in inner.instructions if one.opcode == "parameter"), key=lambda one: int(one.arguments))
-    total, updated = 0.0, 0.0
-    for parameter, operand in zip(parameters, operands):
-        if not _in_hbm(operand):
-            continue
-        users = inner.users.get(parameter.name, [])
-        if all(user.opcode == "tuple" or _is_collective(user) for user in users):
-            continue  # unread, or on its way through: a collective that rides along in a fusion
-        if users and all(user.opcode in ("dynamic-slice", "slice", "gather") for user in users):
-            total += sum(user.bytes for user in users)
-        elif users and all(user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name for user in users):
-            updates = sum(inner.by_name[user.operands[1]].bytes for user in users)
-            total, updated = total + updates, updated + operand.bytes
-        else:
-            total += _in_hbm(operand)
+def _fusion_traffic(module: Module, inner: Computation, fusion: Instruction, operands: list[Instruction]) -> float:
+    read, updated = 0.0, 0.0
+    for parameter, operand in zip(inner.parameters, operands):
+        if _in_hbm(operand):
+            of_it, in_place = _read(module, inner, parameter, operand.bytes)
+            read, updated = read + of_it, updated + in_place
     results = inner.operands_of(inner.root) if inner.root.opcode == "tuple" else []
     passing = sum(map(_in_hbm, (one for one in results if one.opcode == "parameter" or _is_collective(one))))
-    return total + max(0.0, _in_hbm(fusion) - updated - passing)
+    return read + max(0.0, _in_hbm(fusion) - updated - passing)
+
+
+def _read(module: Module, computation: Computation, value: Instruction, size: float) -> tuple[float, float]:
+    """(bytes that a fused computation reads of one of its values, bytes of it that come out updated in place)."""
+    read, updated = 0.0, 0.0
+    for user in computation.users.get(value.name, []):
+        if user.opcode == "tuple" or _is_collective(user):
+            continue  # on its way through: a collective that rides along in a fusion
+        if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == value.name:
+            read += user.bytes
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
+            read, updated = read + computation.by_name[user.operands[1]].bytes, size
+        elif user.opcode == "bitcast":
+            read, updated = (a + b for a, b in zip((read, updated), _read(module, computation, user, size)))
+        elif user.opcode == "fusion":
+            inner = module.computations[user.called("calls")]
+            for parameter in (inner.parameters[i] for i, name in enumerate(user.operands) if name == value.name):
+                read, updated = (a + b for a, b in zip((read, updated), _read(module, inner, parameter, size)))
+        else:
+            return size, 0.0
+    return min(read, size), updated
 
 
 def _is_collective(instruction: Instruction) -> bool:

@@ -53,10 +53,17 @@ def test_a_slice_of_a_stack_moves_a_layer_not_the_stack():
   ROOT %cut = f32[1,64]{1,0} dynamic-slice(%param_0, %param_1, %zero), dynamic_slice_sizes={1,64}
 }
 
+%doubled (param_0.1: f32[8,64], param_1.1: s32[]) -> f32[1,64] {
+  %param_0.1 = f32[8,64]{1,0} parameter(0)
+  %param_1.1 = s32[] parameter(1)
+  %layer = f32[1,64]{1,0} fusion(%param_0.1, %param_1.1), kind=kLoop, calls=%sliced
+  ROOT %twice = f32[1,64]{1,0} add(%layer, %layer)
+}
+
 ENTRY %main (stack: f32[8,64], i: s32[]) -> f32[1,64] {
   %stack = f32[8,64]{1,0} parameter(0)
   %i = s32[]{:S(1)} parameter(1)
-  ROOT %layer = f32[1,64]{1,0:T(8,128)S(1)} fusion(%stack, %i), kind=kLoop, calls=%sliced
+  ROOT %out = f32[1,64]{1,0:T(8,128)S(1)} fusion(%stack, %i), kind=kLoop, calls=%doubled
 }""")
     assert sum(hlo_costs.traffic(module, one) for one in hlo.executed(module)) == 64 * 4  # the result lies on chip
 
