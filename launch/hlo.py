@@ -182,7 +182,7 @@ def _walk(module: Module, computation: Computation, times: float, fused: bool) -
         elif instruction.opcode == "conditional":
             for branch in _branches(instruction):
                 yield from _walk(module, module.computations[branch], times, fused)
-        elif instruction.opcode in ("fusion", "call", "async-start"):
+        elif instruction.opcode in ("fusion", "call", "async-start", "call-start", "fusion-start"):
             inner = module.computations[instruction.called("calls") or instruction.called("to_apply")]
             yield from _walk(module, inner, times, fused or instruction.opcode == "fusion")
 

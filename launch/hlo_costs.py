@@ -19,7 +19,7 @@ from launch.hlo import Computation, Executed, Instruction, Module, executed
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute", "collective-broadcast")
 # Of these only the arrays behind them cost something: they name, regroup or wait.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "partition-id", "replica-id",
-        "opt-barrier", "async-start", "async-update", "async-done", "copy-done", "domain", "iota", "rng-get-and-update-state"}
+        "opt-barrier", "async-start", "async-update", "async-done", "call-start", "call-done", "copy-done", "domain", "iota", "rng-get-and-update-state"}
 
 # -- computing ---------------------------------------------------------------------------------------------------------------------------
 

@@ -11,11 +11,7 @@ import numpy as np
 import pytest
 
 from launch.compile import load_programs, save_programs
-from rome.losses import LOSSES, LossConfig
 from rome.model.sharding import batch_sharding, make_mesh
-from rome.train.state import make_optimizer
-from rome.train.step import Learner
-from tests.rome.train.test_step import MODEL, packed
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'jax[tpu]'")
 
@@ -26,15 +22,12 @@ def run_compile(*flags: str) -> subprocess.CompletedProcess:
 
 
 def test_saved_programs_load_and_compute_the_same(tmp_path):
-    optimizer = make_optimizer(learning_rate=1e-2, warmup_updates=0, decay_updates=0, weight_decay=0.0, clip=1.0)
-    learner = Learner(MODEL, LOSSES["sft"], LossConfig(), optimizer, make_mesh({"fsdp": 8}, MODEL))
-    batch = packed(8, "sft")[0]
-    save_programs(tmp_path, {"score": learner.lower(batch)["score"].compile()}, "cpu:8")
-    params = learner.init(seed=0).params
-    inputs = jax.device_put((batch.tokens_BT, batch.positions_BT, batch.segments_BT), batch_sharding(learner.mesh))
-    loaded = load_programs(tmp_path)
+    mesh = make_mesh({"fsdp": 8})
+    program = jax.jit(lambda tree: {"squared": tree["x"] @ tree["x"].T}, in_shardings=batch_sharding(mesh))
+    tree = {"x": jax.device_put(np.arange(64.0, dtype=np.float32).reshape(8, 8), batch_sharding(mesh))}
+    save_programs(tmp_path, {"square": program.lower(tree).compile()}, "cpu:8")
     assert "load_programs" in (tmp_path / "README.txt").read_text()
-    np.testing.assert_array_equal(np.asarray(loaded["score"](params, *inputs, batch.routes_BTLk)), learner.score(params, [batch])[0])
+    np.testing.assert_array_equal(load_programs(tmp_path)["square"](tree)["squared"], program(tree)["squared"])
 
 
 def test_a_directory_without_executables_is_refused(tmp_path):

@@ -177,6 +177,22 @@ ENTRY %main (q: bf16[4,8,256,64], k: bf16[4,256,64]) -> bf16[4,8,256,64] {
         assert total_flops(hlo.parse(text.replace("KIND", kind).replace("RESULTS", results))) == matmuls * area
 
 
+def test_a_collective_that_another_core_carries_out_is_counted():
+    module = hlo.parse("""
+%offloaded (a: f32[4,8]) -> f32[16,8] {
+  %a = f32[4,8]{1,0} parameter(0)
+  ROOT %gathered = f32[16,8]{1,0} all-gather(%a), channel_id=3, replica_groups={{0,1,2,3}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: f32[4,8]) -> f32[16,8] {
+  %x = f32[4,8]{1,0} parameter(0)
+  %begun = ((f32[4,8]{1,0}), f32[16,8]{1,0}) call-start(%x), async_execution_thread="sparsecore", to_apply=%offloaded
+  ROOT %ended = f32[16,8]{1,0} call-done(%begun)
+}""")
+    assert [(one.kind, one.payload, one.times) for one in hlo_costs.collectives(module, 4)] == [("all-gather", 16 * 8 * 4, 1)]
+    assert sum(hlo_costs.traffic(module, one) for one in hlo.executed(module)) == 0
+
+
 def test_computations_of_other_threads_end_where_they_end():
     module = hlo.parse("""
 %offloaded (p: f32[4]) -> f32[4] {
