@@ -71,7 +71,7 @@ def _forward(x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, weigh
             out_MD = _dot(hidden_MF.astype(dtype), down_FD)
             return _put(gate_RF, gate_MF, at, dtype), _put(up_RF, up_MF, at, dtype), _put(out_RD, out_MD, at)
 
-        return _over_tiles(tile, plan.start_E[e], plan.end_E[e], carry)
+        return _over_tiles(tile, plan.start_E[e], plan.end_E[e], ids_Nk.size, carry)
 
     nothing_RF = _bits(jnp.zeros((R, F), dtype))
     gate_RF, up_RF, out_RD = lax.fori_loop(0, E, expert, (nothing_RF, nothing_RF, jnp.zeros((R, D), jnp.float32)))
@@ -108,7 +108,7 @@ def _backward(residuals: tuple, grad_ND: Array) -> tuple[Array | None, ...]:
 
         dx_RD, dweight_R, *sums = carry
         own = (jnp.zeros((D, F), jnp.float32), jnp.zeros((D, F), jnp.float32), jnp.zeros((F, D), jnp.float32))
-        dx_RD, dweight_R, *own = _over_tiles(tile, plan.start_E[e], plan.end_E[e], (dx_RD, dweight_R, *own))
+        dx_RD, dweight_R, *own = _over_tiles(tile, plan.start_E[e], plan.end_E[e], weights_Nk.size, (dx_RD, dweight_R, *own))
         return dx_RD, dweight_R, *(lax.dynamic_update_index_in_dim(whole, one, e, 0) for whole, one in zip(sums, own))
 
     start = (jnp.zeros((R, D), jnp.float32), jnp.zeros(R, jnp.float32), *(jnp.zeros(w.shape, jnp.float32) for w in (gate_EDF, up_EDF, down_EFD)))
@@ -120,10 +120,12 @@ def _backward(residuals: tuple, grad_ND: Array) -> tuple[Array | None, ...]:
 experts_sorted.defvjp(_forward, _backward)
 
 
-def _over_tiles(tile: Callable[[int, Array, Any], Any], start: Array, end: Array, carry: Any) -> Any:
-    """Calls tile(rows, at, carry) over the rows from start to end; the last may reach beyond the end."""
+def _over_tiles(tile: Callable[[int, Array, Any], Any], start: Array, end: Array, choices: int, carry: Any) -> Any:
+    """Calls tile(rows, at, carry) over the rows from start to end, of `choices` in all; the last may reach beyond the end."""
     state = (start, carry)
     for rows, smaller in zip(TILES, (*TILES[1:], 0)):
+        if smaller >= choices:
+            continue  # it would never run: one loop less to compile
         more = lambda state, smaller=smaller: end - state[0] > smaller
         state = lax.while_loop(more, lambda state, rows=rows: (state[0] + rows, tile(rows, *state)), state)
     return state[1]
