@@ -78,8 +78,10 @@ def too_large(name: str, error: Exception, compile_seconds: float, state: Mappin
 
 
 def state_bytes(state: TrainState) -> dict[str, float]:
-    """Bytes a device of what training holds between programs: parameters, optimizer, the gradients of an update under way."""
-    local = lambda tree: float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)))
+    """Bytes a device of what training holds between programs: parameters, optimizer, the gradients of an update under way. Moments in the host's
+    memory are no bytes of the device."""
+    here = lambda tree: [leaf for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind != "pinned_host"]
+    local = lambda tree: float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in here(tree)))
     return {"params": local(state.params), "optimizer": local(state.opt_state), "gradients": local(state.params)}
 
 

@@ -164,11 +164,12 @@ def run_main(argv: list[str]) -> int:
     from launch.distributed import DistributedError
     from rome.engine.client import EngineError
     from rome.rollout.scheduler import RolloutError
+    from rome.train.checkpoint import CheckpointError
     from rome.train.team import LeaderError
 
     try:
         return main(argv)
-    except (ValueError, OSError, SandboxError, EngineError, RolloutError, DistributedError, LeaderError) as error:
+    except (ValueError, OSError, SandboxError, EngineError, RolloutError, CheckpointError, DistributedError, LeaderError) as error:
         if os.environ.get("ROME_DEBUG"):
             raise
         print(f"launch.train: {' '.join(str(error).split())}", file=sys.stderr)

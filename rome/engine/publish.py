@@ -69,6 +69,8 @@ def write_checkpoint(params: Any, config: ModelConfig, directory: str | os.PathL
     """
     path = pathlib.Path(directory) / f"step_{version:06d}"
     partial = path.with_name(path.name + ".tmp")
+    if jax.process_index() == 0:
+        shutil.rmtree(partial, ignore_errors=True)  # before anyone writes: the others wait for process 0 in save_hf
     save_hf(params, config, partial, dtype=jnp.dtype(config.dtype))
     if jax.process_index():
         return path

@@ -5,7 +5,7 @@ part of D and V.
 
 The head is applied to a block of positions at a time, forward and, once more, backward; kept between the two is one number a position. Where all
 logits together are few they are one block and are kept: one product of four less. On a mesh every device scores its own positions: the head is
-gathered once, and its gradient summed over blocks in float32 and brought home once.
+gathered forward once, backward a part of the vocabulary at a time, and its gradient summed over blocks in float32 and brought home once.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from rome.model.sharding import RULES, is_split
+from rome.model.wide import WIDE, gather, scatter_sum
 
 BLOCK = 512  # positions whose logits exist at one time
+MOST_WIDE = 20_000  # tokens of the vocabulary whose head and gradient the backward pass holds at one time
 KEPT_LOGITS = 2**26  # 256 MiB of float32; beyond, they are computed again
 
 
@@ -47,7 +49,7 @@ def chunked_logprobs(
 
     if is_split():
         by_token = PartitionSpec(RULES["batch"], RULES["time"])
-        score = jax.shard_map(score, in_specs=(by_token, PartitionSpec(RULES["embed_wide"], "tensor"), by_token), out_specs=(by_token, by_token), check_vma=False)
+        score = jax.shard_map(score, in_specs=(by_token, PartitionSpec(WIDE, "tensor"), by_token), out_specs=(by_token, by_token), check_vma=False)
     predicted = score(hidden_BTD, kernel_DV, target_BT)
     has_predecessor_BT = jnp.pad(segments_BT[:, 1:] == segments_BT[:, :-1], ((0, 0), (1, 0))) & (segments_BT > 0)
     logp_BT, entropy_BT = (jnp.where(has_predecessor_BT, jnp.pad(score_BT[:, :-1], ((0, 0), (1, 0))), 0.0) for score_BT in predicted)
@@ -73,7 +75,7 @@ def _forward(hidden_nD, kernel_dv, target_n, temperature, block, on_mesh):
         weight_mv = jnp.exp(logits_mv - top_m1)
         sum_m = total(weight_mv.sum(axis=-1))
         log_sum_m = top_m1[:, 0] + jnp.log(sum_m)
-        taken_m = total(jnp.sum(jnp.where(_is_target(target_m, kernel_Dv, on_mesh), logits_mv, 0.0), axis=-1)) - log_sum_m
+        taken_m = total(jnp.sum(jnp.where(_is_target(target_m, kernel_Dv.shape[1], on_mesh), logits_mv, 0.0), axis=-1)) - log_sum_m
         entropy_m = log_sum_m - total(jnp.sum(weight_mv * logits_mv, axis=-1)) / sum_m
         return taken_m, entropy_m, log_sum_m, *([logits_mv] if keep else [])
 
@@ -86,35 +88,50 @@ def _forward(hidden_nD, kernel_dv, target_n, temperature, block, on_mesh):
 
 
 def _backward(temperature, block, on_mesh, residuals, gradients):
-    """d logits = (one_hot(target) - p) * d logp / temperature; the entropy is a constant."""
+    """d logits = (one_hot(target) - p) * d logp / temperature; the entropy is a constant.
+
+    Where logits are computed again, a part of the vocabulary at a time: neither the whole head nor its whole float32 gradient is there at once.
+    """
     hidden_nD, kernel_dv, target_n, log_sum_n, logits = residuals
     gradient_n = gradients[0]
     if on_mesh:  # shard_map hands each part of the vocabulary its share of a gradient that all of them need
         gradient_n = jax.lax.psum(gradient_n, "tensor")
-    kernel_Dv = _gathered(kernel_dv, hidden_nD.dtype, on_mesh)
 
-    def gradients_of(hidden_mD: Array, target_m: Array, log_sum_m: Array, gradient_m: Array, logits_mv: Array) -> tuple[Array, Array]:
-        is_target_mv = _is_target(target_m, kernel_Dv, on_mesh)
+    def pull_back(hidden_mD: Array, target_m: Array, log_sum_m: Array, gradient_m: Array, logits_mv: Array, kernel_Dv: Array, first: Array) -> tuple[Array, Array]:
+        is_target_mv = target_m[:, None] == first + jnp.arange(kernel_Dv.shape[1])
         d_mv = ((is_target_mv - jnp.exp(logits_mv - log_sum_m[:, None])) * (gradient_m / temperature)[:, None]).astype(hidden_mD.dtype)
-        d_hidden_mD = jnp.einsum("mv,Dv->mD", d_mv, kernel_Dv, preferred_element_type=jnp.float32).astype(hidden_mD.dtype)
         # Turned behind a barrier: on a CPU a product whose left side is transposed leaves the fast matmuls.
         hidden_Dm = jax.lax.optimization_barrier(hidden_mD.T)
-        return jnp.einsum("Dm,mv->Dv", hidden_Dm, d_mv, preferred_element_type=jnp.float32), d_hidden_mD
+        return (jnp.einsum("Dm,mv->Dv", hidden_Dm, d_mv, preferred_element_type=jnp.float32),
+                jnp.einsum("mv,Dv->mD", d_mv, kernel_Dv, preferred_element_type=jnp.float32))
 
     if logits:
-        sum_Dv, d_hidden_nD = gradients_of(hidden_nD, target_n, log_sum_n, gradient_n, logits[0])
-    else:
-        def add(sum_Dv: Array, blocks: tuple[Array, ...]) -> tuple[Array, Array]:
-            more_Dv, d_hidden_mD = gradients_of(*blocks, _logits(blocks[0], kernel_Dv, temperature))
-            return sum_Dv + more_Dv, d_hidden_mD
+        kernel_Dv = _gathered(kernel_dv, hidden_nD.dtype, on_mesh)
+        d_kernel_Dv, d_hidden_nD = pull_back(hidden_nD, target_n, log_sum_n, gradient_n, logits[0], kernel_Dv, _first(kernel_Dv.shape[1], on_mesh))
+        d_kernel_dv = scatter_sum(d_kernel_Dv.astype(hidden_nD.dtype), axis=0) if on_mesh else d_kernel_Dv
+        return d_hidden_nD.astype(hidden_nD.dtype), d_kernel_dv.astype(kernel_dv.dtype), None
 
-        blocks = tuple(_in_blocks(x, block) for x in (hidden_nD, target_n, log_sum_n, gradient_n))
-        sum_Dv, d_hidden_kmD = jax.lax.scan(add, jnp.zeros(kernel_Dv.shape, jnp.float32), blocks)
-        d_hidden_nD = d_hidden_kmD.reshape(-1, hidden_nD.shape[-1])[:target_n.shape[0]]
-    if on_mesh:
-        # In the compute type, as the gradients of all other matrices travel: half the bytes, and one copy less of the largest array of a step.
-        sum_Dv = jax.lax.psum_scatter(sum_Dv.astype(hidden_nD.dtype), RULES["embed_wide"], scatter_dimension=0, tiled=True)
-    return d_hidden_nD, sum_Dv.astype(kernel_dv.dtype), None
+    blocks = tuple(_in_blocks(x, block) for x in (hidden_nD, target_n, log_sum_n, gradient_n))
+    parts = _vocabulary_parts(kernel_dv.shape[1])
+    width = kernel_dv.shape[1] // parts
+
+    def one_part(d_hidden_kmD: Array, part: Array) -> tuple[Array, Array]:
+        kernel_Dw = _gathered(jax.lax.dynamic_slice_in_dim(kernel_dv, part * width, width, axis=1), hidden_nD.dtype, on_mesh)
+        first = _first(kernel_dv.shape[1], on_mesh) + part * width
+
+        def add(sum_Dw: Array, blocks: tuple[Array, ...]) -> tuple[Array, Array]:
+            *block, d_hidden_mD = blocks
+            more_Dw, more_mD = pull_back(*block, _logits(block[0], kernel_Dw, temperature), kernel_Dw, first)
+            return sum_Dw + more_Dw, d_hidden_mD + more_mD
+
+        sum_Dw, d_hidden_kmD = jax.lax.scan(add, jnp.zeros(kernel_Dw.shape, jnp.float32), (*blocks, d_hidden_kmD))
+        # In the compute type, as the gradients of all other matrices travel.
+        return d_hidden_kmD, scatter_sum(sum_Dw.astype(hidden_nD.dtype), axis=0) if on_mesh else sum_Dw
+
+    d_hidden_kmD, d_kernel_pdw = jax.lax.scan(one_part, jnp.zeros(blocks[0].shape, jnp.float32), jnp.arange(parts))
+    d_hidden_nD = d_hidden_kmD.reshape(-1, hidden_nD.shape[-1])[:target_n.shape[0]]
+    d_kernel_dv = jnp.swapaxes(d_kernel_pdw, 0, 1).reshape(kernel_dv.shape)
+    return d_hidden_nD.astype(hidden_nD.dtype), d_kernel_dv.astype(kernel_dv.dtype), None
 
 
 _taken_logprobs.defvjp(_forward, _backward)
@@ -123,7 +140,7 @@ _taken_logprobs.defvjp(_forward, _backward)
 def _gathered(kernel_dv: Array, dtype, on_mesh: bool) -> Array:
     """The kernel in the type that it computes in, whole over D. Cast first: half the bytes travel."""
     kernel_dv = kernel_dv.astype(dtype)
-    return jax.lax.all_gather(kernel_dv, RULES["embed_wide"], axis=0, tiled=True) if on_mesh else kernel_dv
+    return gather(kernel_dv, axis=0) if on_mesh else kernel_dv
 
 
 def _keeps_logits(hidden_nD: Array, kernel_dv: Array, block: int | None) -> bool:
@@ -134,10 +151,19 @@ def _logits(hidden_mD: Array, kernel_Dv: Array, temperature: float) -> Array:
     return jnp.einsum("mD,Dv->mv", hidden_mD, kernel_Dv, preferred_element_type=jnp.float32) / temperature
 
 
-def _is_target(target_m: Array, kernel_Dv: Array, on_mesh: bool) -> Array:
+def _first(v: int, on_mesh: bool) -> Array | int:
+    """The first token of this device's part of the vocabulary."""
+    return jax.lax.axis_index("tensor") * v if on_mesh else 0
+
+
+def _is_target(target_m: Array, v: int, on_mesh: bool) -> Array:
     """Where each row's target lies, [m, v]: a mask, not an index, so that it stays local and its gradient is no scatter."""
-    first = jax.lax.axis_index("tensor") * kernel_Dv.shape[1] if on_mesh else 0
-    return target_m[:, None] == first + jnp.arange(kernel_Dv.shape[1])
+    return target_m[:, None] == _first(v, on_mesh) + jnp.arange(v)
+
+
+def _vocabulary_parts(v: int) -> int:
+    """The fewest equal parts of at most MOST_WIDE tokens."""
+    return next(parts for parts in range(-(-v // MOST_WIDE), v + 1) if v % parts == 0)
 
 
 def _in_blocks(values_n: Array, block: int | None) -> Array:

@@ -15,8 +15,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from rome.model.sharding import RULES, is_split
-
-WIDE = RULES["embed_wide"]
+from rome.model.wide import WIDE
 
 
 def embed(table_VD: Array, tokens_BT: Array, dtype: str) -> Array:

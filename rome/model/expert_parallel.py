@@ -10,7 +10,7 @@ not grow with the group, and it hides the transfer behind the matmuls. One half 
 are in use. Nothing is dropped, whatever the load,
 unless the config sets a capacity.
 
-Weights lie split over fsdp and tensor too: gathered over fsdp before use (their gradients are summed and split again on the way back), partial
+Weights lie split over fsdp, sequence and tensor too: gathered over the first two before use (their gradients are summed and split again on the way back), partial
 sums over tensor added at the end.
 """
 
@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec
 
 from rome.model.experts import NO_EXPERT, capacity, drop_beyond, experts
 from rome.model.sharding import RULES
+from rome.model.wide import gather
 
 Tokens = tuple[Array, Array, Array]  # x_nD, weights_nk, ids_nk (of all E experts)
 
@@ -33,8 +34,8 @@ ROWS_OVER_SHARE = 1.5  # rows that a round makes room for, over the even share o
 ROWS_MULTIPLE = 512
 
 _BY_TOKEN = PartitionSpec(RULES["batch"], RULES["time"], None)
-_IN_DF = PartitionSpec("expert", "fsdp", "tensor")
-_IN_FD = PartitionSpec("expert", "tensor", "fsdp")
+_IN_DF = PartitionSpec("expert", RULES["embed"], "tensor")
+_IN_FD = PartitionSpec("expert", "tensor", RULES["embed"])
 
 
 def experts_on_mesh(x_BTD: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, weights_BTk: Array, ids_BTk: Array,
@@ -51,8 +52,8 @@ def experts_on_mesh(x_BTD: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Arra
 def _on_each_device(x_BTD: Array, gate_eDF: Array, up_eDF: Array, down_eFD: Array, weights_BTk: Array, ids_BTk: Array, implementation: str,
                     capacity_factor: float) -> tuple[Array, Array]:
     e, E = gate_eDF.shape[0], gate_eDF.shape[0] * jax.lax.axis_size("expert")
-    gate_eDF, up_eDF = (jax.lax.all_gather(w, "fsdp", axis=1, tiled=True) for w in (gate_eDF, up_eDF))
-    down_eFD = jax.lax.all_gather(down_eFD, "fsdp", axis=2, tiled=True)
+    gate_eDF, up_eDF = (gather(w, axis=1, over=RULES["embed"]) for w in (gate_eDF, up_eDF))
+    down_eFD = gather(down_eFD, axis=2, over=RULES["embed"])
     x_nD, weights_nk, ids_nk = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, weights_BTk, ids_BTk))
     rows = math.ceil(ROWS_OVER_SHARE * ids_nk.size * e / E / ROWS_MULTIPLE) * ROWS_MULTIPLE
     if capacity_factor:

@@ -30,6 +30,7 @@ from rome.model.attention_kernels import SAVED_OUTPUT
 from rome.model.config import ModelConfig
 from rome.model.embed import embed
 from rome.model.moe import LayerRouter, MoE, RouterStats
+from rome.model.wide import from_heads, to_heads
 
 Params = dict[str, Any]
 BLOCK_INPUT = "block_input"  # the name under which a remat policy finds it
@@ -119,14 +120,14 @@ class Attention(nn.Module):
                                       (("q", (D, N, H)), ("k", (D, K, H)), ("v", (D, K, H)), ("o", (N, H, D))))
         q_NH, k_KH, v_KH, o_D = (self.param(name, nn.initializers.zeros, shape).astype(x_BTD.dtype) if config.attention_bias else 0 for name, shape in
                                  (("q_bias", (N, H)), ("k_bias", (K, H)), ("v_bias", (K, H)), ("o_bias", (D,))))
-        q_BTNH = RMSNorm(config.rms_norm_eps, name="q_norm")(jnp.einsum("BTD,DNH->BTNH", x_BTD, q_DNH) + q_NH)
-        k_BTKH = RMSNorm(config.rms_norm_eps, name="k_norm")(jnp.einsum("BTD,DKH->BTKH", x_BTD, k_DKH) + k_KH)
-        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, v_DKH) + v_KH
+        q_BTNH = RMSNorm(config.rms_norm_eps, name="q_norm")(to_heads(x_BTD, q_DNH) + q_NH)
+        k_BTKH = RMSNorm(config.rms_norm_eps, name="k_norm")(to_heads(x_BTD, k_DKH) + k_KH)
+        v_BTKH = to_heads(x_BTD, v_DKH) + v_KH
         q_BTNH = rotate(q_BTNH, places.cos_BT1h, places.sin_BT1h)
         k_BTKH = rotate(k_BTKH, places.cos_BT1h, places.sin_BT1h)
         attend = functools.partial(_attend_row, form=self.form) if cache is None else functools.partial(_attend_cache, cache=cache)
         out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH, places)
-        return jnp.einsum("BTNH,NHD->BTD", checkpoint_name(out_BTNH, SAVED_OUTPUT), o_NHD) + o_D, cache
+        return from_heads(checkpoint_name(out_BTNH, SAVED_OUTPUT), o_NHD) + o_D, cache
 
 
 def _attend_row(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, places: Places, form: str) -> tuple[Array, None]:

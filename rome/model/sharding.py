@@ -1,7 +1,7 @@
 """Which axis of which array lies on which axis of the mesh: one table of logical names, for parameters and activations.
 
 Mesh axes: replica (whole copies, across slices), fsdp (parameters split, rows split), expert (experts split, rows split), sequence (time
-split), tensor (heads, expert hidden and vocabulary split). Every mesh has all five; an axis of size 1 costs nothing.
+split, parameters split), tensor (heads, expert hidden and vocabulary split). Every mesh has all five; an axis of size 1 costs nothing.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ AXES = ("replica", "fsdp", "expert", "sequence", "tensor")
 RULES: dict[str, tuple[str, ...]] = {  # logical axis -> mesh axes
     "batch": ("replica", "fsdp", "expert"),
     "time": ("sequence",),
-    "embed": ("fsdp",),
-    "embed_wide": ("fsdp", "expert"),  # of what is no expert: the master copy and its moments lie on every device of both axes
+    "embed": ("fsdp", "sequence"),  # long rows leave few devices to fsdp: those that share a row share the parameters too
+    "embed_wide": ("fsdp", "expert", "sequence"),  # of what is no expert: the master copy and its moments lie on every device of these axes
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "experts": ("expert",),
@@ -184,9 +184,9 @@ def _indivisible(config: ModelConfig, sizes: Mapping[str, int], batch: int | Non
             problems.append(f"{sizes[axis]} does not divide {' nor '.join(faults)}")
             remedies.append(f"Set --config.mesh.{axis} to {_choices(math.gcd(*targets.values()), at_most)}.")
     wide = math.prod(sizes[axis] for axis in RULES["embed_wide"])
-    if config.hidden_size % wide and not config.hidden_size % sizes["fsdp"]:
-        problems.append(f"fsdp * expert = {wide} does not divide the hidden size {config.hidden_size}")
-        remedies.append("Lower --config.mesh.fsdp or --config.mesh.expert until their product divides it.")
+    if config.hidden_size % wide and not problems:
+        problems.append(f"fsdp * expert * sequence = {wide} does not divide the hidden size {config.hidden_size}")
+        remedies.append("Lower one of them until their product divides it.")
     rows = math.prod(sizes[axis] for axis in RULES["batch"])
     if batch is not None and batch % rows:
         problems.append(f"the {rows} devices of {', '.join(RULES['batch'])} do not divide the {batch} rows of a batch")

@@ -1,7 +1,4 @@
-"""Arrays from the hosts onto the mesh, also when the mesh spans several processes: each feeds its own part.
-
-B rows, T tokens.
-"""
+"""Arrays from the hosts onto the mesh, also when the mesh spans several processes: each feeds its own part."""
 
 from __future__ import annotations
 
@@ -18,9 +15,8 @@ def feed(tree: Any, sharding: Sharding) -> Any:
 
 
 def put(array: Any, sharding: Sharding) -> jax.Array:
-    """One array (NumPy, a local JAX array that is equal in every process, or one on the mesh already), laid out as `sharding` says."""
-    on_mesh = isinstance(array, jax.Array) and not array.is_fully_addressable
-    if sharding.is_fully_addressable or on_mesh:
+    """One array laid out as `sharding` says: a host array or local JAX array, equal in every process, or one that is on the mesh already."""
+    if sharding.is_fully_addressable or isinstance(array, jax.Array) and not array.is_fully_addressable:
         return jax.device_put(array, sharding)
     array = np.asarray(array)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

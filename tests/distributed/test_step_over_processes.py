@@ -10,7 +10,7 @@ import pytest
 from rome.train.state import init_state
 from rome.train.team import Team
 from tests.distributed.one_step import one_update
-from tests.distributed.processes import Job
+from tests.distributed.processes import run_job
 from tests.rome.train.test_step import MODEL
 
 MIXED = {"fsdp": 2, "expert": 2, "tensor": 2}
@@ -18,8 +18,8 @@ MESHES = [{"fsdp": 8}, {"expert": 8}, {"replica": 2, "expert": 2, "sequence": 2}
 
 
 def require_equal(count: int, meshes: list[dict], tmp_path, seconds: float) -> None:
-    job = Job(count, 8 // count, ["-m", "tests.distributed.one_step", str(tmp_path / "out.npz"), json.dumps(meshes)], tmp_path)
-    assert job.wait(seconds) == [0] * count, job.output()
+    job = run_job(count, 8 // count, ["-m", "tests.distributed.one_step", str(tmp_path / "out.npz"), json.dumps(meshes)], tmp_path, seconds)
+    assert job.statuses == [0] * count, job.output()
     together, names = np.load(tmp_path / "out.npz"), []
     for mesh in meshes:
         for name, expected in one_update(mesh, Team()).items():  # 8 devices of this one process

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rome.losses import logprobs
 from rome.losses.logprobs import chunked_logprobs
 from rome.model.sharding import make_mesh
 
@@ -56,6 +57,17 @@ def test_gradients_do_not_depend_on_the_block(inputs):
         chunked = lambda h, k: jnp.sum(weight_BT * chunked_logprobs(h, k, tokens_BT, segments_BT, 0.7, block=block))  # noqa: E731, B023
         for got, want in zip(jax.grad(chunked, argnums=(0, 1))(hidden_BTD, kernel_DV), expected):
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_parts_of_the_vocabulary_give_the_gradients_of_the_whole(inputs, monkeypatch):
+    weight_BT = jnp.asarray(np.random.default_rng(1).normal(size=(B, T)), jnp.float32)
+    hidden_BTD, kernel_DV, *rest = inputs
+    kernel_DV = jnp.concatenate([kernel_DV, kernel_DV[:, :5] * 0.5], axis=1)  # 36 tokens: 12 parts of 3
+    gradients = lambda: jax.grad(lambda h, k: jnp.sum(weight_BT * chunked_logprobs(h, k, *rest, block=4)), argnums=(0, 1))(hidden_BTD, kernel_DV)  # noqa: E731
+    whole = gradients()
+    monkeypatch.setattr(logprobs, "MOST_WIDE", 3)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5), gradients(), whole)
+    assert [logprobs._vocabulary_parts(v) for v in (2, 7, 36)] == [1, 7, 12]
 
 
 def test_no_array_of_all_positions_times_vocabulary_exists_forward_or_backward():

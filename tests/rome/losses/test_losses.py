@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rome.data.packing import Batch
 from rome.losses import LOSSES, LossConfig, count_denominators
 from rome.losses.ipa import chunk_returns
 from tests.rome.losses import loss_oracle
@@ -193,7 +192,7 @@ def test_infrastructure_failures_change_nothing(name):
 def test_a_step_of_empty_rows_has_loss_and_gradient_zero():
     step = random_step(2)
     (batch, *_) = packed(step)
-    empty = Batch(*map(np.zeros_like, batch))._replace(chunk_ids_BT=np.full_like(batch.chunk_ids_BT, -1))
+    empty = batch.map(np.zeros_like)._replace(chunk_ids_BT=np.full_like(batch.chunk_ids_BT, -1))
     for name in NAMES:
         value, gradient, metrics = evaluate(name, [empty], step.logp, LossConfig())
         assert value == 0 and not gradient.any() and not any(metrics.values())

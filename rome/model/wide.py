@@ -1,0 +1,52 @@
+"""Matrices that lie split over several mesh axes, and their use: gathered where they are multiplied, gradients summed and split on the way back.
+
+B rows, T time, D model, N heads, H head dim; d and n are one device's part of D and N.
+
+Only an explicit gather has an explicit scatter as its gradient: left to the partitioner, each layer's gradients are summed whole on every device before
+all but one part of them is thrown away. Gathers of one mesh axis each are rings of the interconnect; one over all of them is not.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec
+
+from rome.model.sharding import RULES, is_split
+
+WIDE = RULES["embed_wide"]
+_BY_TOKEN = PartitionSpec(RULES["batch"], RULES["time"], None)
+_BY_HEAD = PartitionSpec(RULES["batch"], RULES["time"], "tensor", None)
+
+
+def gather(w: Array, axis: int, over: tuple[str, ...] = WIDE) -> Array:
+    """On one device of a shard_map: the whole of an array whose `axis` is split over these mesh axes. Its gradient is a sum that is split again."""
+    for name in reversed(over):
+        w = jax.lax.all_gather(w, name, axis=axis, tiled=True)
+    return w
+
+
+def scatter_sum(w: Array, axis: int) -> Array:
+    """The transpose of `gather`."""
+    for name in WIDE:
+        w = jax.lax.psum_scatter(w, name, scatter_dimension=axis, tiled=True)
+    return w
+
+
+def to_heads(x_BTD: Array, w_DNH: Array) -> Array:
+    """[B, T, N, H]"""
+    project = lambda x_BTD, w_DNH: jnp.einsum("BTD,DNH->BTNH", x_BTD, w_DNH)
+    if not is_split():
+        return project(x_BTD, w_DNH)
+    on_each_device = lambda x_BTD, w_dnH: project(x_BTD, gather(w_dnH, axis=0))
+    return jax.shard_map(on_each_device, in_specs=(_BY_TOKEN, PartitionSpec(WIDE, "tensor", None)), out_specs=_BY_HEAD, check_vma=False)(x_BTD, w_DNH)
+
+
+def from_heads(x_BTNH: Array, w_NHD: Array) -> Array:
+    """[B, T, D], summed over heads, those of other devices included."""
+    project = lambda x_BTNH, w_NHD: jnp.einsum("BTNH,NHD->BTD", x_BTNH, w_NHD)
+    if not is_split():
+        return project(x_BTNH, w_NHD)
+    on_each_device = lambda x_BTnH, w_nHd: jax.lax.psum(project(x_BTnH, gather(w_nHd, axis=2)), "tensor")
+    return jax.shard_map(on_each_device, in_specs=(_BY_HEAD, PartitionSpec("tensor", None, WIDE)), out_specs=_BY_TOKEN, check_vma=False)(x_BTNH, w_NHD)
