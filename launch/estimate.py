@@ -158,9 +158,9 @@ def _to_fit(found: Mapping[str, Any], chip: Chip, config: ModelConfig, mesh: Map
         options.append((passing / 2, f"a sequence axis: --config.mesh.sequence={2 * mesh['sequence']} with half the fsdp or expert halves what passes through, "
                                      f"about {gib(passing / 2)} less, but each half of those axes doubles its share of the state ({gib(state)} now)"))
         options.append((passing / 2, f"--config.row_length={length // 2}: about {gib(passing / 2)} less"))
-    room = chip.usable - passing
-    if room > 0:
-        factor = 2 ** math.ceil(math.log2(max(state / room, 1.0) if state > room else 2.0))
+    room = max(chip.usable - passing, chip.usable / 2)  # what passes through may have to shrink too
+    if state > room / 2:
+        factor = 2 ** math.ceil(math.log2(max(state / room, 2.0)))
         options.append((state * (1 - 1 / factor), f"{factor} times the devices ({devices * factor}) with --config.mesh.fsdp={mesh['fsdp'] * factor}: {gib(state)} of state become {gib(state / factor)}"))
     options.sort(key=lambda option: (option[0] < excess, -option[0] if option[0] < excess else 0))
     enough = [text + (", enough alone" if saved >= excess else "") for saved, text in options]
