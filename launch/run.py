@@ -367,6 +367,7 @@ def train(run: Run, init_directory: pathlib.Path | None) -> TrainState:
         state, host = checkpoints.restore(learner.state, step)
         run.load_host_state(step, host)
         run.display.note(f"resumed at step {step}")
+    run.team.meet("state")  # some had to compile what made it, others found it compiled; gloo gives them 30 s to reach a collective together
     stage = Stage(
         name=config.experiment, steps=config.steps, updates_per_step=config.updates_per_step, evaluate_every=config.eval_every,
         checkpoint_every=config.checkpoint_every, collect=run.collect_sft if config.loss == "sft" else run.collect_rollouts,
@@ -375,7 +376,7 @@ def train(run: Run, init_directory: pathlib.Path | None) -> TrainState:
     )
     try:
         run.start_engines(state)
-        run.team.meet("engines")  # the leader alone has waited for them, and gloo gives processes only 30 s to come to a collective
+        run.team.meet("engines")  # the leader alone has waited for them
         with MetricsWriter(run.workdir, stage.name, resume_step=-1 if step is None else step, writes=run.team.leads) as metrics:
             state = run_stage(stage, learner, state, checkpoints, metrics, run.display)
         run.write_report(int(state.step))
