@@ -56,7 +56,10 @@ def compile_programs(learner, batch, chip, only: tuple[str, ...] | None = None) 
     import jax
 
     from launch.estimate import measure, state_bytes, too_large
+    from rome.model.split_time import busiest_share, query_places
 
+    T, time_shards = batch.tokens_BT.shape[1], learner.mesh.shape["sequence"]
+    score_share = busiest_share(query_places(T, time_shards), time_shards)
     programs, executables = {}, {}
     for name, lowered in learner.lower(batch).items():
         if only and name not in only:
@@ -68,7 +71,7 @@ def compile_programs(learner, batch, chip, only: tuple[str, ...] | None = None) 
         except jax.errors.JaxRuntimeError as error:
             programs[name] = too_large(name, error, time.monotonic() - began, state_bytes(learner.state))
             continue
-        programs[name] = measure(name, executables[name], time.monotonic() - began, learner.mesh, chip, grouped_rows(learner, batch))
+        programs[name] = measure(name, executables[name], time.monotonic() - began, learner.mesh, chip, grouped_rows(learner, batch), score_share)
     return programs, executables
 
 

@@ -46,15 +46,17 @@ class Program:
     fits: bool = True
 
 
-def measure(name: str, compiled: jax.stages.Compiled, compile_seconds: float, mesh: Mesh, chip: Chip, grouped_rows: float) -> Program:
-    """grouped_rows: those that one device's grouped matmul has at a time where every expert gets the same share."""
+def measure(name: str, compiled: jax.stages.Compiled, compile_seconds: float, mesh: Mesh, chip: Chip, grouped_rows: float,
+            score_share: float) -> Program:
+    """grouped_rows: those that one device's grouped matmul has at a time where every expert gets the same share. score_share: as in
+    `hlo_costs.flops`."""
     memory, module = compiled.memory_analysis(), hlo.parse(compiled.as_text())
     temporaries = memory.temp_size_in_bytes
     runs = list(hlo.executed(module))
     return Program(
         name, compile_seconds, arguments=memory.argument_size_in_bytes, temporaries=temporaries, kept=min(hlo_costs.kept_for_backward(module), temporaries),
         needed=(memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + temporaries + memory.generated_code_size_in_bytes),
-        flops=sum(one.times * hlo_costs.flops(one, grouped_rows) for one in runs), traffic=sum(one.times * hlo_costs.traffic(module, one, grouped_rows) for one in runs),
+        flops=sum(one.times * hlo_costs.flops(one, grouped_rows, score_share) for one in runs), traffic=sum(one.times * hlo_costs.traffic(module, one, grouped_rows) for one in runs),
         sent=tuple(sent(hlo_costs.collectives(module, mesh.size), mesh, chip)), largest=tuple(hlo_costs.largest_arrays(module, 12)),
         busiest=tuple(hlo_costs.largest_traffic(module, 8, grouped_rows)),
         hidden_kernels=tuple(hlo_costs.hidden_kernels(module)),

@@ -24,11 +24,13 @@ FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while
 # -- computing ---------------------------------------------------------------------------------------------------------------------------
 
 
-def flops(one: Executed, grouped_rows: float = math.inf) -> float:
+def flops(one: Executed, grouped_rows: float = math.inf, score_share: float = 0.5) -> float:
     """Of one run of a matmul, a convolution or a kernel that states its cost; 0 of all else. A multiplication and an addition are two.
 
     grouped_rows: rows that a grouped matmul really has. Its kernel (gmm, tgmm) states the work of every row of its operand, but leaves out
     those that belong to none of its groups.
+    score_share: of the scores of a device's queries with all keys, those that attention kernels compute on the busiest device; causality leaves
+    a half where all devices have as much.
     """
     instruction = one.instruction
     if instruction.opcode == "dot":
@@ -40,7 +42,7 @@ def flops(one: Executed, grouped_rows: float = math.inf) -> float:
     if instruction.opcode == "custom-call":
         stated = re.search(r'"flops":\s*"?(\d+)', instruction.attributes)
         if stated is None:
-            return _attention_flops(one)
+            return _attention_flops(one, score_share)
         rows = _grouped_matmul_rows(one)
         return float(stated[1]) * (min(rows, grouped_rows) / rows if rows else 1.0)
     return 0.0
@@ -50,15 +52,15 @@ def flops(one: Executed, grouped_rows: float = math.inf) -> float:
 _ATTENTION_MATMULS = {"_fwd": 2, "_dq": 3, "_dkv": 4}
 
 
-def _attention_flops(one: Executed) -> float:
-    """A splash attention kernel states no cost: half (causal) of the matmuls over [query heads, T, S], from the shapes of q and k."""
+def _attention_flops(one: Executed, score_share: float) -> float:
+    """A splash attention kernel states no cost: a share of the matmuls over [query heads, T, S], from the shapes of q and k."""
     found = re.search(r"splash_\w*?(_fwd|_dq|_dkv)", f"{one.instruction.name} {one.instruction.op_name}")
     arrays = [operand.shapes[0] for operand in one.computation.operands_of(one.instruction)]
     wide = [shape for shape in arrays if len(shape.dims) >= 3 and shape.dtype in ("bf16", "f32", "f16")]
     if found is None or len(wide) < 2:
         return 0.0
     matmuls = _ATTENTION_MATMULS[found[1]] + (found[1] == "_dkv" and sum(shape.dtype == wide[0].dtype for shape in one.instruction.shapes) > 2)
-    return 2 * math.prod(wide[0].dims) * wide[1].dims[-2] * matmuls / 2
+    return 2 * math.prod(wide[0].dims) * wide[1].dims[-2] * matmuls * score_share
 
 
 def _grouped_matmul_rows(one: Executed) -> int:

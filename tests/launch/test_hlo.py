@@ -174,7 +174,9 @@ ENTRY %main (q: bf16[4,8,256,64], k: bf16[4,256,64]) -> bf16[4,8,256,64] {
     area = 2 * 4 * 8 * 256 * 256 * 64 / 2
     one, three = "bf16[4,8,256,64]{3,2,1,0}", ", ".join(["bf16[4,256,64]{2,1,0}"] * 3)
     for kind, results, matmuls in (("fwd", one, 2), ("dq", one, 3), ("dkv", f"{one}, {one}", 4), ("dkv", three, 5)):
-        assert total_flops(hlo.parse(text.replace("KIND", kind).replace("RESULTS", results))) == matmuls * area
+        module = hlo.parse(text.replace("KIND", kind).replace("RESULTS", results))
+        assert total_flops(module) == matmuls * area
+        assert sum(hlo_costs.flops(one, score_share=0.75) for one in hlo.executed(module)) == 1.5 * matmuls * area  # where time is split unevenly
 
 
 def test_a_collective_that_another_core_carries_out_is_counted():
