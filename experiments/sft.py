@@ -63,7 +63,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.sandbox = ml_collections.ConfigDict({"isolation": "best_available", "memory_mb": 256, "pids": 64, "disk_mb": 8, "command_timeout": 5.0})
     config.learner = ml_collections.ConfigDict({
         "remat": "none",                  # what the backward pass computes again: none, full, attention, offload (rome/model/config.py)
-        "attention": "auto", "experts": "auto",  # kernels by name (rome/model/kernels.py)
+        "attention": "auto", "experts": "auto", "exchange": "auto",  # kernels by name (rome/model/kernels.py)
         "capacity_factor": 0.0,           # 0: no token is dropped
         "router_z_loss_coef": 0.0,
         "offload_moments": False,         # Adam's moments in the host's memory

@@ -91,8 +91,13 @@ def batch_shapes(config, model_config):
 
 
 def grouped_rows(learner, batch) -> float:
-    """Choices of experts that one device computes at a time when they are even: its tokens' choices, shared by the ring of the expert axis."""
-    return batch.tokens_BT.size * learner.model_config.experts_per_token / learner.mesh.size * learner.mesh.shape["tensor"] / learner.mesh.shape["expert"]
+    """Choices of experts that one device computes at a time when they are even: its tokens' choices, shared by the ring of the expert axis, or as many
+    as a chunk of its tokens has where choices are exchanged."""
+    from rome.model.expert_exchange import chunks_of
+
+    tokens = batch.tokens_BT.size // learner.mesh.size * learner.mesh.shape["tensor"]
+    parts = chunks_of(tokens) if learner.chosen_kernels.exchange == "all_to_all" else learner.mesh.shape["expert"]
+    return tokens * learner.model_config.experts_per_token / parts
 
 
 def compile_experiment(config, topology: str, layers: int = 0) -> tuple[dict[str, Any], dict]:

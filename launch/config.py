@@ -15,7 +15,7 @@ import ml_collections
 from rome.model.config import PRESETS, REMATS
 
 SANDBOX_KEYS = {"isolation": str, "memory_mb": int, "pids": int, "disk_mb": int, "command_timeout": float}
-LEARNER_KEYS = {"remat": str, "attention": str, "experts": str, "capacity_factor": float, "router_z_loss_coef": float, "offload_moments": bool}
+LEARNER_KEYS = {"remat": str, "attention": str, "experts": str, "exchange": str, "capacity_factor": float, "router_z_loss_coef": float, "offload_moments": bool}
 MESH_KEYS = {"replica": int, "fsdp": int, "expert": int, "sequence": int, "tensor": int}
 COMMON_KEYS = {
     "experiment": str, "preset": str, "seed": int, "init_from": str, "model": str, "tokenizer": str, "loss": str, "steps": int, "updates_per_step": int,

@@ -244,7 +244,8 @@ def collectives(module: Module, devices: int) -> list[Collective]:
             riding.add((kind, channel[1]))
         groups = replica_groups(one.instruction.attributes, devices)
         operands = one.computation.operands_of(one.instruction)
-        payload = operands[0].bytes if kind == "ragged-all-to-all" else sum(operand.bytes for operand in operands)
+        # Rows and where they go, one of the two with room to spare; offsets are nothing beside them.
+        payload = min(operand.bytes for operand in operands[:2]) if kind == "ragged-all-to-all" else sum(operand.bytes for operand in operands)
         if kind == "all-gather":
             payload *= groups.shape[1]
         elif kind == "all-reduce" and _is_scattered(one):

@@ -352,7 +352,7 @@ def make_learner(config: ml_collections.ConfigDict, model_config: ModelConfig, d
     mesh = make_mesh(config.mesh.to_dict(), model_config, devices)
     if devices is None:
         check_mesh_spans(mesh)
-    kernels = Kernels(config.learner.attention, config.learner.experts)
+    kernels = Kernels(config.learner.attention, config.learner.experts, config.learner.exchange)
     return Learner(model_config, LOSSES[config.loss], loss_config, optimizer, mesh, temperature, kernels, config.learner.offload_moments)
 
 

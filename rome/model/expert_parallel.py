@@ -17,21 +17,20 @@ sums over tensor added at the end.
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from rome.model.experts import NO_EXPERT, capacity, drop_beyond, experts
+from rome.model.expert_exchange import exchange
+from rome.model.experts import NO_EXPERT, capacity, drop_beyond, experts, room
 from rome.model.sharding import RULES
 from rome.model.wide import gather
 
 Tokens = tuple[Array, Array, Array]  # x_nD, weights_nk, ids_nk (of all E experts)
 
-ROWS_OVER_SHARE = 1.5  # rows that a round makes room for, over the even share of its choices; a busier round takes another pass
-ROWS_MULTIPLE = 512
+FORMS = ("auto", "ring", "all_to_all")
 
 _BY_TOKEN = PartitionSpec(RULES["batch"], RULES["time"], None)
 _IN_DF = PartitionSpec("expert", RULES["embed"], "tensor")
@@ -39,23 +38,24 @@ _IN_FD = PartitionSpec("expert", "tensor", RULES["embed"])
 
 
 def experts_on_mesh(x_BTD: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, weights_BTk: Array, ids_BTk: Array,
-                    implementation: str, capacity_factor: float) -> tuple[Array, Array]:
+                    implementation: str, capacity_factor: float, form: str = "ring") -> tuple[Array, Array]:
     """`rome.model.experts.experts_within` over the current mesh; rows lie as RULES says, weights as PARAM_AXES does.
 
+    form: "ring", or "all_to_all": each choice is sent to its expert's device alone (`rome.model.expert_exchange`), on TPUs only.
     Without a capacity it equals one device's result. With one, each device's tokens have a share of every expert's capacity of their own.
     """
-    run = functools.partial(_on_each_device, implementation=implementation, capacity_factor=capacity_factor)
+    run = functools.partial(_on_each_device, implementation=implementation, capacity_factor=capacity_factor, form=form)
     return jax.shard_map(run, in_specs=(_BY_TOKEN, _IN_DF, _IN_DF, _IN_FD, _BY_TOKEN, _BY_TOKEN), out_specs=(_BY_TOKEN, _BY_TOKEN), check_vma=False)(
         x_BTD, gate_EDF, up_EDF, down_EFD, weights_BTk, ids_BTk)
 
 
 def _on_each_device(x_BTD: Array, gate_eDF: Array, up_eDF: Array, down_eFD: Array, weights_BTk: Array, ids_BTk: Array, implementation: str,
-                    capacity_factor: float) -> tuple[Array, Array]:
+                    capacity_factor: float, form: str) -> tuple[Array, Array]:
     e, E = gate_eDF.shape[0], gate_eDF.shape[0] * jax.lax.axis_size("expert")
     gate_eDF, up_eDF = (gather(w, axis=1, over=RULES["embed"]) for w in (gate_eDF, up_eDF))
     down_eFD = gather(down_eFD, axis=2, over=RULES["embed"])
     x_nD, weights_nk, ids_nk = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, weights_BTk, ids_BTk))
-    rows = math.ceil(ROWS_OVER_SHARE * ids_nk.size * e / E / ROWS_MULTIPLE) * ROWS_MULTIPLE
+    rows = room(ids_nk.size * e / E)
     if capacity_factor:
         each = capacity(ids_nk.size, E, capacity_factor)
         ids_nk, rows = drop_beyond(ids_nk, each, E), e * each
@@ -65,7 +65,10 @@ def _on_each_device(x_BTD: Array, gate_eDF: Array, up_eDF: Array, down_eFD: Arra
         here_nk = ids_nk - jax.lax.axis_index("expert") * e
         return experts(x_nD, gate_eDF, up_eDF, down_eFD, weights_nk, jnp.where(ids_nk < 0, NO_EXPERT, here_nk), implementation, rows)
 
-    out_nD = _round_the_ring(lambda tokens: local_sum(*tokens, gate_eDF, up_eDF, down_eFD), (x_nD, weights_nk, ids_nk))
+    if form == "all_to_all" and e < E:
+        out_nD = exchange(functools.partial(experts, implementation=implementation), x_nD, weights_nk, ids_nk, gate_eDF, up_eDF, down_eFD)
+    else:
+        out_nD = _round_the_ring(lambda tokens: local_sum(*tokens, gate_eDF, up_eDF, down_eFD), (x_nD, weights_nk, ids_nk))
     return jax.lax.psum(out_nD, "tensor").reshape(x_BTD.shape), ids_nk.reshape(ids_BTk.shape)
 
 

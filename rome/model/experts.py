@@ -21,6 +21,7 @@ IMPLEMENTATIONS = ("auto", "dense", "sorted", "ragged", "megablox", "tokamax")
 DENSE_UP_TO = 128  # tokens; below, sorting costs more than it saves
 MEGABLOX_ROWS, MEGABLOX_COLUMNS = 512, 1024  # a tile of the kernel; both operands and the float32 sum stay in a core's memory
 GroupedMatmul = Callable[[Array, Array, Array], Array]  # (rows [R, D] by expert, matrices [E, D, F], rows of each matrix [E]) -> [R, F]
+ROWS_OVER_SHARE, ROWS_MULTIPLE = 1.5, 512  # rows that a part of a mesh makes room for, over the even share of its choices; more of them take another pass
 NO_EXPERT = -1  # the id of a choice that no expert computes: padding, or beyond an expert's capacity
 
 
@@ -35,6 +36,11 @@ def experts_within(x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array,
 def capacity(choices: int, E: int, factor: float) -> int:
     """How many of `choices` one of E experts takes: `factor` times its even share."""
     return min(choices, math.ceil(factor * choices / E))
+
+
+def room(share: float) -> int:
+    """Rows to make room for where choices are `share` if they lie evenly."""
+    return math.ceil(ROWS_OVER_SHARE * share / ROWS_MULTIPLE) * ROWS_MULTIPLE
 
 
 def drop_beyond(ids_Nk: Array, most: int, E: int) -> Array:

@@ -112,6 +112,7 @@ class MoE(nn.Module):
 
     config: ModelConfig
     experts: str = "auto"
+    exchange: str = "ring"
 
     @nn.compact
     def __call__(self, x_BTD: Array, real_BT: Array, forced_BTk: Array | None = None) -> tuple[Array, Array, LayerRouter]:
@@ -131,7 +132,7 @@ class MoE(nn.Module):
         chosen_Nk = jnp.where(real_N[:, None], ids_Nk, NO_EXPERT)
         if is_split() and not self.is_initializing():
             in_rows = lambda a_Nk: a_Nk.reshape(B, T, k)
-            out_BTD, ran_BTk = experts_on_mesh(x_BTD, *weights, in_rows(weights_Nk), in_rows(chosen_Nk), self.experts, config.capacity_factor)
+            out_BTD, ran_BTk = experts_on_mesh(x_BTD, *weights, in_rows(weights_Nk), in_rows(chosen_Nk), self.experts, config.capacity_factor, self.exchange)
             ran_Nk = ran_BTk.reshape(B * T, k)
         else:
             out_ND, ran_Nk = experts_within(x_ND, *weights, weights_Nk, chosen_Nk, self.experts, config.capacity_factor)

@@ -169,6 +169,7 @@ class Block(nn.Module):
     config: ModelConfig
     experts: str = "auto"
     attention_form: str = "auto"
+    exchange: str = "ring"
     dense: bool = False
 
     @nn.compact
@@ -181,7 +182,7 @@ class Block(nn.Module):
         if self.dense:
             ids_BTk = jnp.full((*x_BTD.shape[:2], self.config.experts_per_token), -1, jnp.int32)
             return x_BTD + DenseMLP(self.config, name="mlp")(normed_BTD), (cache, ids_BTk, LayerRouter.nothing(self.config.num_experts))
-        out_BTD, ids_BTk, router = MoE(self.config, self.experts, name="moe")(normed_BTD, places.segments_BT != 0, forced_BTk)
+        out_BTD, ids_BTk, router = MoE(self.config, self.experts, self.exchange, name="moe")(normed_BTD, places.segments_BT != 0, forced_BTk)
         return x_BTD + out_BTD, (cache, ids_BTk, router)
 
 
@@ -192,12 +193,14 @@ class Qwen3(nn.Module):
       scan: loop over stacked layers (True) or unroll them (False); see the module's docstring.
       experts: form of the experts, as in `rome.model.experts.experts`.
       attention_form: form of attention over whole rows, as in `rome.model.attention.attention`.
+      exchange: how tokens reach their experts on a mesh, as in `rome.model.expert_parallel.experts_on_mesh`.
     """
 
     config: ModelConfig
     scan: bool = True
     experts: str = "auto"
     attention_form: str = "auto"
+    exchange: str = "ring"
 
     @nn.compact
     def __call__(self, tokens_BT: Array, positions_BT: Array, segments_BT: Array, cache: Cache | None = None,
@@ -227,14 +230,14 @@ class Qwen3(nn.Module):
         block = Block if self.config.remat == "none" else nn.remat(Block, prevent_cse=False, policy=_remat_policy(self.config))
         layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(nn.broadcast, 0, 0),
                          length=self.config.num_layers)
-        return layers(self.config, self.experts, self.attention_form, name="layers")(x_BTD, places, cache, forced_LBTk)
+        return layers(self.config, self.experts, self.attention_form, self.exchange, name="layers")(x_BTD, places, cache, forced_LBTk)
 
     def _unrolled(self, x_BTD: Array, places: Places, cache: Cache | None, forced_LBTk: Array | None):
         layers = self.get_variable("params", "layers")
         layers = layers if isinstance(layers, tuple) else unstack_layers({"layers": layers}, self.config)["layers"]
         outs = []
         for i in range(self.config.num_layers):
-            block = Block(self.config, self.experts, self.attention_form, i in self.config.dense_layers, parent=None)
+            block = Block(self.config, self.experts, self.attention_form, self.exchange, i in self.config.dense_layers, parent=None)
             run = lambda layer, *args, block=block: block.apply({"params": layer}, *args)
             run = run if self.config.remat == "none" else jax.checkpoint(run, policy=_remat_policy(self.config))
             layer_cache = None if cache is None else Cache(cache.k[i], cache.v[i])

@@ -54,7 +54,7 @@ class Learner:
     offload_moments: bool = False
 
     def __post_init__(self) -> None:
-        self._kernels = choose_kernels(self.mesh.devices.flat[0].platform, self.model_config, self.kernels)
+        self.chosen_kernels = choose_kernels(self.mesh.devices.flat[0].platform, self.model_config, self.kernels, self.mesh.shape["expert"])
         params, rows, everywhere = param_shardings(self.mesh, self.model_config), batch_sharding(self.mesh), NamedSharding(self.mesh, PartitionSpec())
         self._rows, self._row_sharding = row_shards(self.mesh), rows
         self._score = jax.jit(lambda *arrays: self._logprobs(*arrays)[0], in_shardings=(params, rows, rows, rows, rows), out_shardings=everywhere)
@@ -157,7 +157,7 @@ class Learner:
         temperature: float | None = None,
     ) -> tuple[jax.Array, Output]:
         routes_LBTk = None if routes_BTLk is None else replayed_ids(routes_BTLk)
-        model = Qwen3(self.model_config, self.model_config.scan_layers, self._kernels.experts, self._kernels.attention)
+        model = Qwen3(self.model_config, self.model_config.scan_layers, self.chosen_kernels.experts, self.chosen_kernels.attention, self.chosen_kernels.exchange)
         output = model.apply({"params": cast_layers(params, self.model_config)}, tokens_BT, positions_BT, segments_BT, routes_LBTK=routes_LBTk)
         kernel_DV = head_kernel(params, self.model_config)
         logp_BT = chunked_logprobs(output.hidden_BTD, kernel_DV, tokens_BT, segments_BT, temperature=temperature or self.temperature)

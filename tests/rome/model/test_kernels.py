@@ -118,11 +118,11 @@ def test_the_embedding_on_a_mesh_equals_one_device_forward_and_backward(shape):
 
 def test_each_platform_gets_its_kernels_and_a_name_wins():
     config = PRESETS["qwen3_30b_a3b"]
-    assert choose_kernels("tpu", config) == ("splash", "megablox")
+    assert choose_kernels("tpu", config) == ("splash", "megablox", "ring")
     assert choose_kernels("tpu", PRESETS["tiny"]).attention == "blocked"  # its heads are narrower than a TPU's lanes
     assert choose_kernels("gpu", config).attention == "cudnn"
     assert choose_kernels("gpu", dataclasses.replace(config, dtype="float32")).attention == "blocked"
-    assert choose_kernels("tpu", config, Kernels(experts="ragged")) == ("splash", "ragged")
+    assert choose_kernels("tpu", config, Kernels(experts="ragged")) == ("splash", "ragged", "ring")
 
 
 @pytest.mark.parametrize("platform, wanted, complaint", [
