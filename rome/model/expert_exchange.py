@@ -4,14 +4,13 @@ m tokens of a chunk, D model, E experts of all, e experts of one device (E = g *
 choices of a chunk, R rows that a device makes room for in a pass.
 
 The ring (`rome.model.expert_parallel`) moves every token past every device: each device sends g * n * D numbers for tokens and as many for sums, of
-n tokens. Here it sends at most k * n * D * (g - 1) / g each way, k / g of that. A ring's hop keeps to neighbours and uses both directions of a link,
-so g / 2 times n * D pass it; an exchange crosses the torus: where a group fills dimensions of at most r chips that close to rings, k * r / 8 times
-n * D pass the busiest link. The exchange is faster where k * r < 4 * g. At k = 8: no on one ring (g = r), even at 4 x 2, 2 times at 4 x 4,
-8 times at 4 x 4 x 4. `WORTHWHILE` is that rule for tori of rings of 4: a group of twice as many devices as a token has experts.
+n tokens. Here it sends at most k * n * D * (g - 1) / g each way, k / g of that. What passes a link is another matter: a ring's hop keeps to neighbours
+and uses both directions, g / 2 times n * D in all; an exchange crosses the torus, k * r / 8 times n * D where the group extends over at most r chips
+of a dimension that closes to a ring. That is k * r / (4 * g) of the ring's. At k = 8: 2 on one ring (g = r), 1 at 4 x 2, 1/2 at 4 x 4, 1/8 at 4 x 4 x 4.
 
 A device's tokens go in chunks, so that memory does not grow with their number. Choices are sorted by expert, so each device's are one block; all know
-from the counts where every block lies. A device makes room for somewhat more than its even share (`rome.model.experts.room`). Should more be on their way to any device, another
-pass brings the rest: nothing is dropped, whatever the load. The worst (everything to one device) takes nearly g passes and no more memory.
+from the counts where every block lies. A device makes room for half as much again as its even share. Should more be on their way to any device, another
+pass brings the rest: nothing is dropped, whatever the load. The worst, everything to one device, takes g / 1.5 passes and no more memory.
 
 Gate weights multiply at the expert, in float32, and choices are added up at home, in float32. So the backward pass, which sends tokens out again and
 gradients with them, needs no results back: three exchanges.
@@ -30,10 +29,14 @@ from jax import Array
 from rome.model.experts import NO_EXPERT, room
 from rome.model.experts_cpu import absent_last
 
-WORTHWHILE = 2  # devices of a group for each expert of a token
 CHUNK = 2048  # tokens of a device that are under way at a time
 
 LocalExperts = Callable[[Array, Array, Array, Array, Array, Array], Array]  # `rome.model.experts.experts` in one of its forms
+
+
+def is_worthwhile(k: int, g: int, r: int) -> bool:
+    """Whether an exchange takes at most half of the ring's time by the bytes that pass the busiest link. r: as above."""
+    return g > 1 and k * r <= 2 * g
 
 
 def exchange(run: LocalExperts, x_nD: Array, weights_nk: Array, ids_nk: Array, gate_eDF: Array, up_eDF: Array, down_eFD: Array) -> Array:
@@ -106,7 +109,8 @@ def _window(plan: _Plan, p: Array, R: int) -> _Window:
 
 def _send(rows_AD: Array, window: _Window, R: int) -> Array:
     d = jax.lax.axis_index("expert")
-    return send_rows(rows_AD, jnp.zeros((R, rows_AD.shape[1]), rows_AD.dtype), window.at_sender_sd[d], window.size_sd[d], window.at_receiver_sd[d], window.size_sd[:, d])
+    room_RD = jnp.zeros((R, rows_AD.shape[1]), rows_AD.dtype)
+    return send_rows(rows_AD, room_RD, window.at_sender_sd[d], window.size_sd[d], window.at_receiver_sd[d], window.size_sd[:, d])
 
 
 def _send_home(rows_RD: Array, into_AD: Array, window: _Window) -> Array:

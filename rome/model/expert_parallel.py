@@ -7,8 +7,8 @@ Every device starts with its own tokens. A round adds to their sum what this dev
 those tokens are already on the way to the neighbour; after g rounds and one more hop the sums are home. That moves what gathering the
 group's tokens and scattering the sums back (all_gather, psum_scatter) would move, but holds the tokens of one device at a time, so that memory does
 not grow with the group, and it hides the transfer behind the matmuls. One half of the tokens goes round each way: both directions of a link
-are in use. Nothing is dropped, whatever the load,
-unless the config sets a capacity.
+are in use. Nothing is dropped, whatever the load, unless the config sets a capacity. Large groups of TPUs send each choice to its expert's device
+alone instead (`rome.model.expert_exchange`, which says when that is less).
 
 Weights lie split over fsdp, sequence and tensor too: gathered over the first two before use (their gradients are summed and split again on the way back), partial
 sums over tensor added at the end.

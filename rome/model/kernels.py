@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from typing import NamedTuple
 
 from rome.model import attention, expert_parallel, experts
 from rome.model.config import ModelConfig
-from rome.model.expert_exchange import WORTHWHILE
+from rome.model.expert_exchange import is_worthwhile
 
 ONLY_ON = {"splash": "tpu", "megablox": "tpu", "cudnn": "gpu", "tokamax": "gpu", "all_to_all": "tpu"}
 LANES = 128  # of a TPU's vector unit; splash wants heads of whole lanes
@@ -22,10 +23,10 @@ class Kernels(NamedTuple):
     exchange: str = "auto"
 
 
-def choose_kernels(platform: str, config: ModelConfig, wanted: Kernels = Kernels(), group: int = 1) -> Kernels:
+def choose_kernels(platform: str, config: ModelConfig, wanted: Kernels = Kernels(), group: int = 1, reach: int = 1) -> Kernels:
     """Replaces "auto" by the best form for `platform` ("cpu", "gpu", "tpu": of the mesh's devices, which need not be this process's own).
 
-    group: devices of the mesh's expert axis.
+    group: devices of the mesh's expert axis. reach: chips of one dimension of the torus that these extend over, at most.
     Raises: ValueError for a name that is unknown or cannot run there.
     """
     for kind, name, known in zip(Kernels._fields, wanted, (attention.IMPLEMENTATIONS, experts.IMPLEMENTATIONS, expert_parallel.FORMS)):
@@ -35,15 +36,15 @@ def choose_kernels(platform: str, config: ModelConfig, wanted: Kernels = Kernels
             raise ValueError(f"kernels.{kind}={name!r} runs on {ONLY_ON[name]} only, and the mesh's devices are {platform}. Set it to 'auto'.")
         if name == "tokamax" and importlib.util.find_spec("tokamax") is None:
             raise ValueError(f"kernels.{kind}='tokamax' needs the package tokamax, which is not installed. Install requirements-cuda.txt, or set it to 'auto'.")
-    best = {"tpu": _on_tpu, "gpu": _on_gpu}.get(platform, lambda config, group: Kernels(exchange="ring"))(config, group)
+    best = {"tpu": functools.partial(_on_tpu, group=group, reach=reach), "gpu": _on_gpu}.get(platform, lambda config: Kernels(exchange="ring"))(config)
     return Kernels(*(ours if name == "auto" else name for name, ours in zip(wanted, best)))
 
 
-def _on_tpu(config: ModelConfig, group: int) -> Kernels:
-    exchange = "all_to_all" if group >= WORTHWHILE * config.experts_per_token else "ring"
+def _on_tpu(config: ModelConfig, group: int, reach: int) -> Kernels:
+    exchange = "all_to_all" if is_worthwhile(config.experts_per_token, group, reach) else "ring"
     return Kernels("splash" if config.head_dim % LANES == 0 else "blocked", "megablox", exchange)
 
 
-def _on_gpu(config: ModelConfig, group: int) -> Kernels:
+def _on_gpu(config: ModelConfig) -> Kernels:
     """XLA's own ragged_dot, which is taken where tokamax is not installed, computes every expert there up to jaxlib 0.10.2."""
     return Kernels("cudnn" if config.dtype == "bfloat16" else "blocked", "tokamax" if importlib.util.find_spec("tokamax") else "ragged", "ring")

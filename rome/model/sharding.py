@@ -119,6 +119,14 @@ def check_mesh(config: ModelConfig, mesh_shape: Mapping[str, int], batch: int | 
         raise ValueError(f"mesh ({_spell(mesh_shape)}) does not fit: {'; and '.join(problems)}. {' '.join(remedies)}")
 
 
+def reach(mesh: Mesh, axis: str) -> int:
+    """Chips of one dimension of the torus that the devices of an axis extend over, at most; all of them where devices have no coordinates."""
+    group = np.moveaxis(mesh.devices, AXES.index(axis), -1).reshape(-1, mesh.shape[axis])[0]
+    if not hasattr(group[0], "coords"):
+        return len(group)
+    return max(len(set(line)) for line in zip(*(device.coords for device in group)))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over replica, fsdp and expert; for any array whose first axis is B."""
     return NamedSharding(mesh, partition_spec(("batch",)))

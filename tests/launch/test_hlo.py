@@ -195,6 +195,19 @@ ENTRY %main (x: f32[4,8]) -> f32[16,8] {
     assert sum(hlo_costs.traffic(module, one) for one in hlo.executed(module)) == 0
 
 
+def test_an_exchange_of_ragged_parts_sends_the_smaller_of_what_is_sent_and_what_there_is_room_for():
+    text = """
+ENTRY %main (x: bf16[FROM,8], out: bf16[TO,8], at: s32[4]) -> bf16[TO,8] {
+  %x = bf16[FROM,8]{1,0} parameter(0)
+  %out = bf16[TO,8]{1,0} parameter(1)
+  %at = s32[4]{0} parameter(2)
+  ROOT %exchanged = bf16[TO,8]{1,0} ragged-all-to-all(%x, %out, %at, %at, %at, %at), channel_id=1, replica_groups={{0,1,2,3}}
+}"""
+    for sizes in ((64, 96), (96, 64)):
+        module = hlo.parse(text.replace("FROM", str(sizes[0])).replace("TO", str(sizes[1])))
+        assert [(one.kind, one.payload) for one in hlo_costs.collectives(module, 4)] == [("ragged-all-to-all", 64 * 8 * 2)]
+
+
 def test_computations_of_other_threads_end_where_they_end():
     module = hlo.parse("""
 %offloaded (p: f32[4]) -> f32[4] {
