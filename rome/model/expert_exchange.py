@@ -6,7 +6,8 @@ choices of a chunk, R rows that a device makes room for in a pass.
 The ring (`rome.model.expert_parallel`) moves every token past every device: each device sends g * n * D numbers for tokens and as many for sums, of
 n tokens. Here it sends at most k * n * D * (g - 1) / g each way, k / g of that. What passes a link is another matter: a ring's hop keeps to neighbours
 and uses both directions, g / 2 times n * D in all; an exchange crosses the torus, k * r / 8 times n * D where the group extends over at most r chips
-of a dimension that closes to a ring. That is k * r / (4 * g) of the ring's. At k = 8: 2 on one ring (g = r), 1 at 4 x 2, 1/2 at 4 x 4, 1/8 at 4 x 4 x 4.
+of a dimension that closes to a ring. That is k * r / (4 * g) of the ring's. At k = 8: twice on one ring (g = r), as much at 4 x 2, half at 4 x 4,
+an eighth at 4 x 4 x 4.
 
 A device's tokens go in chunks, so that memory does not grow with their number. Choices are sorted by expert, so each device's are one block; all know
 from the counts where every block lies. A device makes room for half as much again as its even share. Should more be on their way to any device, another
@@ -175,7 +176,8 @@ def _backward(run, R, residuals, grad_mD):
         dx_AD, dweights_sA, dmatrices = sums
         window, (expert_R, choice_R) = _window(plan, p, R), _arrived(plan, p, R)
         weight_R1 = jnp.take(weights_sA, choice_R, mode="fill", fill_value=0)[:, None]
-        _, pull = jax.vjp(lambda x_RD, weight_R1, *matrices: run(x_RD, *matrices, weight_R1, expert_R[:, None]), _send(x_AD, window, R), weight_R1, *matrices)
+        on_rows = lambda x_RD, weight_R1, *matrices: run(x_RD, *matrices, weight_R1, expert_R[:, None])
+        _, pull = jax.vjp(on_rows, _send(x_AD, window, R), weight_R1, *matrices)
         dx_RD, dweight_R1, *more = pull(_send(grad_AD, window, R))
         return (_send_home(dx_RD, dx_AD, window), dweights_sA.at[choice_R].add(dweight_R1[:, 0], mode="drop"),
                 tuple(map(jnp.add, dmatrices, more)))

@@ -55,6 +55,21 @@ def test_a_small_real_slice_compiles_and_reports(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @needs_libtpu
+def test_experts_by_exchange_compile_and_send_each_choice_out_and_home_and_twice_out_and_once_home_backward(tmp_path):
+    file = tmp_path / "found.json"
+    done = run_compile("--config=experiments/ipa.py:qwen3_30b_a3b", "--topology=v5p:2x2x1", "--layers=1", "--config.mesh.fsdp=1", "--config.mesh.expert=4",
+                       "--config.rows_per_microbatch=4", "--config.row_length=1024", "--config.max_context=1024", "--config.max_new_tokens=512",
+                       "--config.learner.exchange=all_to_all", f"--json={file}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(file.read_text())
+    sent = [one for one in found["collectives"] if one["kind"] == "ragged-all-to-all"]
+    assert [one["axes"] for one in sent] == ["expert"] and sent[0]["runs"] == 5
+    assert sent[0]["bytes"] == 5 * 1024 * 8 * 2048 * 2 * 3 / 4  # k rows of bfloat16 a token, but those that stay
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@needs_libtpu
 def test_a_slice_that_is_too_small_fails_with_advice_and_figures(tmp_path):
     file = tmp_path / "found.json"
     done = run_compile("--config=experiments/sft.py:qwen3_30b_a3b", "--topology=v5e:2x2", "--config.mesh.fsdp=4", "--config.mesh.expert=1",
