@@ -24,7 +24,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from rome.model.expert_exchange import exchange
-from rome.model.experts import NO_EXPERT, capacity, drop_beyond, experts, room
+from rome.model.experts import NO_EXPERT, capacity, drop_beyond, experts, grouped_matmul, room
 from rome.model.sharding import RULES
 from rome.model.wide import gather
 
@@ -66,7 +66,7 @@ def _on_each_device(x_BTD: Array, gate_eDF: Array, up_eDF: Array, down_eFD: Arra
         return experts(x_nD, gate_eDF, up_eDF, down_eFD, weights_nk, jnp.where(ids_nk < 0, NO_EXPERT, here_nk), implementation, rows)
 
     if form == "all_to_all" and e < E:
-        out_nD = exchange(functools.partial(experts, implementation=implementation), x_nD, weights_nk, ids_nk, gate_eDF, up_eDF, down_eFD)
+        out_nD = exchange(grouped_matmul(implementation), x_nD, weights_nk, ids_nk, gate_eDF, up_eDF, down_eFD)
     else:
         out_nD = _round_the_ring(lambda tokens: local_sum(*tokens, gate_eDF, up_eDF, down_eFD), (x_nD, weights_nk, ids_nk))
     return jax.lax.psum(out_nD, "tensor").reshape(x_BTD.shape), ids_nk.reshape(ids_BTk.shape)

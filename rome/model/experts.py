@@ -18,6 +18,7 @@ from jax import Array
 from rome.model.experts_cpu import absent_last, experts_sorted
 
 IMPLEMENTATIONS = ("auto", "dense", "sorted", "ragged", "megablox", "tokamax")
+GROUPED = ("ragged", "megablox", "tokamax")
 DENSE_UP_TO = 128  # tokens; below, sorting costs more than it saves
 MEGABLOX_ROWS, MEGABLOX_COLUMNS = 512, 1024  # a tile of the kernel; both operands and the float32 sum stay in a core's memory
 GroupedMatmul = Callable[[Array, Array, Array], Array]  # (rows [R, D] by expert, matrices [E, D, F], rows of each matrix [E]) -> [R, F]
@@ -95,22 +96,32 @@ def experts_megablox(x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Arra
 
     interpret: run the kernel's program on any device, slowly, for tests.
     """
+    return _in_passes(functools.partial(_megablox, interpret=interpret), rows, x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk)
+
+
+def _megablox(x_RD: Array, w_EDF: Array, sizes_E: Array, interpret: bool = False) -> Array:
     from jax.experimental.pallas.ops.tpu.megablox import gmm
 
-    def matmul(x_RD: Array, w_EDF: Array, sizes_E: Array) -> Array:
-        tile = max(8, math.gcd(MEGABLOX_ROWS, x_RD.shape[0]))
-        tiling = (tile, min(MEGABLOX_COLUMNS, w_EDF.shape[1]), min(MEGABLOX_COLUMNS, w_EDF.shape[2]))
-        filled_RD = jnp.pad(x_RD, ((0, -x_RD.shape[0] % tile), (0, 0)))
-        return gmm(filled_RD, w_EDF, sizes_E, x_RD.dtype, tiling, interpret=interpret)[:x_RD.shape[0]]
-
-    return _in_passes(matmul, rows, x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk)
+    tile = max(8, math.gcd(MEGABLOX_ROWS, x_RD.shape[0]))
+    tiling = (tile, min(MEGABLOX_COLUMNS, w_EDF.shape[1]), min(MEGABLOX_COLUMNS, w_EDF.shape[2]))
+    filled_RD = jnp.pad(x_RD, ((0, -x_RD.shape[0] % tile), (0, 0)))
+    return gmm(filled_RD, w_EDF, sizes_E, x_RD.dtype, tiling, interpret=interpret)[:x_RD.shape[0]]
 
 
 def experts_tokamax(x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, weights_Nk: Array, ids_Nk: Array, rows: int | None = None) -> Array:
     """Choices sorted by expert, multiplied by tokamax's kernels (Triton, Mosaic)."""
-    import tokamax  # in requirements-cuda.txt only
+    return _in_passes(grouped_matmul("tokamax"), rows, x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk)
 
-    return _in_passes(tokamax.ragged_dot, rows, x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk)
+
+def grouped_matmul(implementation: str) -> GroupedMatmul:
+    """The product that a form of the experts is made of; an error for a form that is made otherwise."""
+    if implementation == "tokamax":
+        import tokamax  # in requirements-cuda.txt only
+
+        return tokamax.ragged_dot
+    if implementation not in GROUPED:
+        raise ValueError(f"experts implementation {implementation!r} has no grouped matmul; choose one of {', '.join(GROUPED)}")
+    return {"ragged": jax.lax.ragged_dot, "megablox": _megablox}[implementation]
 
 
 class _Plan(NamedTuple):
@@ -138,7 +149,7 @@ def _grouped_forward(matmul, R, x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, id
 
     def one_pass(p: Array, out_ND: Array) -> Array:
         x_RD = _rows_of(x_ND, _choices(plan, p, R), ids_Nk.shape[1])
-        return out_ND + _home(_mlp(matmul, _sizes(plan, p, R), x_RD, gate_EDF, up_EDF, down_EFD), plan, p, weights_Nk)
+        return out_ND + _home(grouped_mlp(matmul, _sizes(plan, p, R), x_RD, gate_EDF, up_EDF, down_EFD), plan, p, weights_Nk)
 
     out_ND = jax.lax.fori_loop(0, _passes(plan, R), one_pass, jnp.zeros(x_ND.shape, jnp.float32))
     return out_ND.astype(x_ND.dtype), (x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk)
@@ -152,7 +163,7 @@ def _grouped_backward(matmul, R, residuals, grad_ND):
     def one_pass(p: Array, sums: tuple) -> tuple:
         dx_ND, dweights, dweights_Nk = sums
         choice_R = _choices(plan, p, R)
-        y_RD, pull = jax.vjp(functools.partial(_mlp, matmul, _sizes(plan, p, R)), _rows_of(x_ND, choice_R, k), *weights)
+        y_RD, pull = jax.vjp(functools.partial(grouped_mlp, matmul, _sizes(plan, p, R)), _rows_of(x_ND, choice_R, k), *weights)
         grad_RD = _rows_of(grad_ND, choice_R, k)
         weight_R = jnp.take(weights_Nk.reshape(-1), choice_R, mode="fill", fill_value=0)
         dx_RD, *more = pull(grad_RD * weight_R[:, None].astype(grad_RD.dtype))
@@ -169,7 +180,7 @@ def _grouped_backward(matmul, R, residuals, grad_ND):
 _grouped.defvjp(_grouped_forward, _grouped_backward)
 
 
-def _mlp(matmul: GroupedMatmul, sizes_E: Array, x_RD: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array) -> Array:
+def grouped_mlp(matmul: GroupedMatmul, sizes_E: Array, x_RD: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array) -> Array:
     """Rows behind the last expert's are left to the kernel, which may leave anything there: they are never read."""
     return matmul(jax.nn.silu(matmul(x_RD, gate_EDF, sizes_E)) * matmul(x_RD, up_EDF, sizes_E), down_EFD, sizes_E)
 

@@ -37,7 +37,13 @@ def choose_kernels(platform: str, config: ModelConfig, wanted: Kernels = Kernels
         if name == "tokamax" and importlib.util.find_spec("tokamax") is None:
             raise ValueError(f"kernels.{kind}='tokamax' needs the package tokamax, which is not installed. Install requirements-cuda.txt, or set it to 'auto'.")
     best = {"tpu": functools.partial(_on_tpu, group=group, reach=reach), "gpu": _on_gpu}.get(platform, lambda config: Kernels(exchange="ring"))(config)
-    return Kernels(*(ours if name == "auto" else name for name, ours in zip(wanted, best)))
+    chosen = Kernels(*(ours if name == "auto" else name for name, ours in zip(wanted, best)))
+    if chosen.exchange != "all_to_all" or chosen.experts in experts.GROUPED:
+        return chosen
+    if wanted.exchange == "auto":
+        return chosen._replace(exchange="ring")
+    raise ValueError(f"kernels.exchange='all_to_all' needs a grouped matmul, and kernels.experts={chosen.experts!r} has none. "
+                     f"Set that to one of {', '.join(experts.GROUPED)}, or the exchange to 'ring'.")
 
 
 def _on_tpu(config: ModelConfig, group: int, reach: int) -> Kernels:
