@@ -4,10 +4,10 @@ m tokens of a chunk, D model, F expert hidden, E experts of all, e experts of on
 senders, k experts a token, A = m * k choices of a chunk, R rows that a device makes room for in a pass.
 
 The ring (`rome.model.expert_parallel`) moves every token past every device: each device sends g * n * D numbers for tokens and as many for sums, of
-n tokens. Here it sends at most k * n * D * (g - 1) / g each way, k / g of that. What passes a link is another matter: a ring's hop keeps to neighbours
-and uses both directions, g / 2 times n * D in all; an exchange crosses the torus, k * r / 8 times n * D where the group extends over at most r chips
-of a dimension that closes to a ring. That is k * r / (4 * g) of the ring's. At k = 8: twice on one ring (g = r), as much at 4 x 2, half at 4 x 4,
-an eighth at 4 x 4 x 4.
+n tokens. Here it sends at most k * n * D * (g - 1) / g each way, k / g of that. What passes a link is another matter. Let the group extend over c
+dimensions of the torus that close to rings, at most r chips of one. A hop of the ring is c links long where the next device stands in another row, and
+goes both ways: c * g / 2 times n * D pass a link in all. An exchange crosses the torus: k * r / 8 times n * D. That is k * r / (4 * c * g) of the ring's.
+At k = 8: twice on one ring (g = r), half at 4 x 2, a quarter at 4 x 4, 1/24 at 4 x 4 x 4.
 
 A device's tokens go in chunks, so that memory does not grow with their number. Choices are sorted by expert and counted; from the counts of all devices
 each knows where every block of one expert and one sender lies, and rows arrive in the order of experts, ready for a grouped matmul. A device makes room
@@ -33,9 +33,9 @@ from rome.model.experts_cpu import absent_last
 CHUNK = 2048  # tokens of a device that are under way at a time
 
 
-def is_worthwhile(k: int, g: int, r: int) -> bool:
-    """Whether an exchange takes at most half of the ring's time by the bytes that pass the busiest link. r: as above."""
-    return g > 1 and k * r <= 2 * g
+def is_worthwhile(k: int, g: int, extent: tuple[int, ...]) -> bool:
+    """Whether an exchange takes at most half of the ring's time by the bytes that pass the busiest link. extent: as of `rome.model.sharding.extent`."""
+    return bool(extent) and k * max(extent) <= 2 * len(extent) * g
 
 
 def exchange(matmul: GroupedMatmul, x_nD: Array, weights_nk: Array, ids_nk: Array, gate_eDF: Array, up_eDF: Array, down_eFD: Array) -> Array:

@@ -23,10 +23,10 @@ class Kernels(NamedTuple):
     exchange: str = "auto"
 
 
-def choose_kernels(platform: str, config: ModelConfig, wanted: Kernels = Kernels(), group: int = 1, reach: int = 1) -> Kernels:
+def choose_kernels(platform: str, config: ModelConfig, wanted: Kernels = Kernels(), group: int = 1, extent: tuple[int, ...] = ()) -> Kernels:
     """Replaces "auto" by the best form for `platform` ("cpu", "gpu", "tpu": of the mesh's devices, which need not be this process's own).
 
-    group: devices of the mesh's expert axis. reach: chips of one dimension of the torus that these extend over, at most.
+    group: devices of the mesh's expert axis. extent: of the chips that these extend over, as of `rome.model.sharding.extent`.
     Raises: ValueError for a name that is unknown or cannot run there.
     """
     for kind, name, known in zip(Kernels._fields, wanted, (attention.IMPLEMENTATIONS, experts.IMPLEMENTATIONS, expert_parallel.FORMS)):
@@ -36,7 +36,7 @@ def choose_kernels(platform: str, config: ModelConfig, wanted: Kernels = Kernels
             raise ValueError(f"kernels.{kind}={name!r} runs on {ONLY_ON[name]} only, and the mesh's devices are {platform}. Set it to 'auto'.")
         if name == "tokamax" and importlib.util.find_spec("tokamax") is None:
             raise ValueError(f"kernels.{kind}='tokamax' needs the package tokamax, which is not installed. Install requirements-cuda.txt, or set it to 'auto'.")
-    best = {"tpu": functools.partial(_on_tpu, group=group, reach=reach), "gpu": _on_gpu}.get(platform, lambda config: Kernels(exchange="ring"))(config)
+    best = {"tpu": functools.partial(_on_tpu, group=group, extent=extent), "gpu": _on_gpu}.get(platform, lambda config: Kernels(exchange="ring"))(config)
     chosen = Kernels(*(ours if name == "auto" else name for name, ours in zip(wanted, best)))
     if chosen.exchange != "all_to_all" or chosen.experts in experts.GROUPED:
         return chosen
@@ -46,8 +46,8 @@ def choose_kernels(platform: str, config: ModelConfig, wanted: Kernels = Kernels
                      f"Set that to one of {', '.join(experts.GROUPED)}, or the exchange to 'ring'.")
 
 
-def _on_tpu(config: ModelConfig, group: int, reach: int) -> Kernels:
-    exchange = "all_to_all" if is_worthwhile(config.experts_per_token, group, reach) else "ring"
+def _on_tpu(config: ModelConfig, group: int, extent: tuple[int, ...]) -> Kernels:
+    exchange = "all_to_all" if is_worthwhile(config.experts_per_token, group, extent) else "ring"
     return Kernels("splash" if config.head_dim % LANES == 0 else "blocked", "megablox", exchange)
 
 

@@ -119,12 +119,11 @@ def check_mesh(config: ModelConfig, mesh_shape: Mapping[str, int], batch: int | 
         raise ValueError(f"mesh ({_spell(mesh_shape)}) does not fit: {'; and '.join(problems)}. {' '.join(remedies)}")
 
 
-def reach(mesh: Mesh, axis: str) -> int:
-    """Chips of one dimension of the torus that the devices of an axis extend over, at most; all of them where devices have no coordinates."""
+def extent(mesh: Mesh, axis: str) -> tuple[int, ...]:
+    """Of each dimension of the torus that the devices of an axis extend over: how many chips. Devices without coordinates lie in a line."""
     group = np.moveaxis(mesh.devices, AXES.index(axis), -1).reshape(-1, mesh.shape[axis])[0]
-    if not hasattr(group[0], "coords"):
-        return len(group)
-    return max(len(set(line)) for line in zip(*(device.coords for device in group)))
+    places = [getattr(device, "coords", (number,)) for number, device in enumerate(group)]
+    return tuple(chips for chips in (len(set(line)) for line in zip(*places)) if chips > 1)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

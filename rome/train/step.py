@@ -26,7 +26,7 @@ from rome.model.config import ModelConfig
 from rome.model.kernels import Kernels, choose_kernels
 from rome.model.moe import load_figures, router_figures, router_loss, router_z_loss
 from rome.model.qwen3 import Output, Qwen3, cast_layers, head_kernel, init_params
-from rome.model.sharding import batch_sharding, param_shardings, reach, row_shards
+from rome.model.sharding import batch_sharding, extent, param_shardings, row_shards
 from rome.train.feed import feed, put
 from rome.train.state import TrainState, init_state
 
@@ -54,7 +54,7 @@ class Learner:
     offload_moments: bool = False
 
     def __post_init__(self) -> None:
-        self.chosen_kernels = choose_kernels(self.mesh.devices.flat[0].platform, self.model_config, self.kernels, self.mesh.shape["expert"], reach(self.mesh, "expert"))
+        self.chosen_kernels = choose_kernels(self.mesh.devices.flat[0].platform, self.model_config, self.kernels, self.mesh.shape["expert"], extent(self.mesh, "expert"))
         params, rows, everywhere = param_shardings(self.mesh, self.model_config), batch_sharding(self.mesh), NamedSharding(self.mesh, PartitionSpec())
         self._rows, self._row_sharding = row_shards(self.mesh), rows
         self._score = jax.jit(lambda *arrays: self._logprobs(*arrays)[0], in_shardings=(params, rows, rows, rows, rows), out_shardings=everywhere)

@@ -1,6 +1,7 @@
 """Experts by exchange on 8 devices: all of it but the one operation that only TPUs have, which gathers everything here."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -118,11 +119,11 @@ def test_the_model_hands_the_form_down_to_its_experts(monkeypatch):
 
 def test_tpus_exchange_where_a_group_is_large_and_compact_and_all_others_use_the_ring():
     config = PRESETS["qwen3_30b_a3b"]
-    groups = ((1, 1), (4, 4), (8, 4), (16, 4), (64, 4), (16, 16), (64, 8))  # devices, and chips that they extend over
-    exchanging = [(group, reach) for group, reach in groups if choose_kernels("tpu", config, group=group, reach=reach).exchange == "all_to_all"]
-    assert exchanging == [(16, 4), (64, 4), (64, 8)]
-    assert choose_kernels("cpu", config, group=64).exchange == choose_kernels("gpu", config, group=64).exchange == "ring"
-    assert choose_kernels("tpu", config, Kernels(experts="dense"), group=64, reach=4).exchange == "ring"
+    extents = ((), (4,), (8,), (2, 4), (16,), (4, 4), (2, 8), (4, 4, 4))
+    exchanging = [extent for extent in extents if choose_kernels("tpu", config, group=math.prod(extent), extent=extent).exchange == "all_to_all"]
+    assert exchanging == [(2, 4), (4, 4), (2, 8), (4, 4, 4)]
+    assert choose_kernels("cpu", config, group=8, extent=(2, 4)).exchange == choose_kernels("gpu", config, group=8, extent=(2, 4)).exchange == "ring"
+    assert choose_kernels("tpu", config, Kernels(experts="dense"), group=64, extent=(4, 4, 4)).exchange == "ring"
 
 
 def test_an_exchange_that_cannot_be_is_refused_with_the_reason():

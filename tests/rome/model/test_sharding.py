@@ -14,7 +14,7 @@ from rome.model import sharding
 from rome.model.config import PRESETS
 from rome.model.moe import router_loss
 from rome.model.qwen3 import Qwen3, head_kernel, init_params
-from rome.model.sharding import batch_sharding, check_mesh, logical_axes, make_mesh, param_shardings, partition_spec, reach, row_shards
+from rome.model.sharding import batch_sharding, check_mesh, extent, logical_axes, make_mesh, param_shardings, partition_spec, row_shards
 from tests.rome.model import small
 from tests.rome.model.small import random_params
 
@@ -113,10 +113,11 @@ def test_an_axis_may_be_a_part_of_a_ring_and_neighbours_on_it_are_neighbours_on_
     assert spans == [[1, 2, 4]] * 8  # the eight of an expert group: a whole ring, two deep
 
 
-def test_the_reach_of_an_axis_is_its_longest_line_on_the_torus():
-    assert [reach(make_mesh({"fsdp": 64 // g, "expert": g}, devices=torus(4, 4, 4)), "expert") for g in (1, 4, 16, 64)] == [1, 4, 4, 4]
-    assert reach(make_mesh({"fsdp": 8, "expert": 8}, devices=torus(8, 8, 1)), "expert") == 8
-    assert reach(make_mesh({"expert": 8}), "expert") == 8  # CPUs lie nowhere
+def test_the_extent_of_an_axis_is_what_its_groups_take_of_each_dimension_of_the_torus():
+    on_cube = {g: sorted(extent(make_mesh({"fsdp": 64 // g, "expert": g}, devices=torus(4, 4, 4)), "expert")) for g in (1, 4, 8, 16, 64)}
+    assert on_cube == {1: [], 4: [4], 8: [2, 4], 16: [4, 4], 64: [4, 4, 4]}
+    assert extent(make_mesh({"fsdp": 8, "expert": 8}, devices=torus(8, 8, 1)), "expert") == (8,)
+    assert extent(make_mesh({"expert": 8}), "expert") == (8,) and extent(make_mesh({"fsdp": 8}), "expert") == ()  # CPUs lie nowhere
 
 
 def test_slices_are_parts_of_the_replica_axis():
