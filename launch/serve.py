@@ -32,10 +32,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights, cache and computation")
     parser.add_argument("--skip_tokenizer_init", "--skip-tokenizer-init", action="store_true", help="ids in, ids out; no text and no stop strings")
     parser.add_argument("--weight_version", "--weight-version", default="0", help="version of the weights that it starts with")
-    parser.add_argument("--slots", type=int, default=64, help="sequences decoded at once")
+    parser.add_argument("--slots", type=int, default=64, help="sequences whose cache is kept")
     parser.add_argument("--max_context", type=int, default=384, help="tokens of prompt and answer together")
     parser.add_argument("--prefill_rows", type=int, default=8, help="prompts prefilled at once")
     parser.add_argument("--prefill_chunk", type=int, default=32, help="prompt tokens a row and call; prefixes are cached in such chunks")
+    parser.add_argument("--decode_rows", type=int, default=16, help="sequences decoded at once")
     parser.add_argument("--decode_steps", type=int, default=4, help="tokens a request and decode call")
     parser.add_argument("--parent_pid", type=int, help="end when the parent is not this process any more")
     return parser.parse_args(argv)
@@ -94,7 +95,8 @@ async def serve(arguments: argparse.Namespace, listener: socket.socket) -> None:
     try:
         config = ModelConfig.from_hf(values)
         tokenizer = None if arguments.skip_tokenizer_init else Tokenizer.load(arguments.model_path)
-        shapes = Shapes(arguments.slots, arguments.max_context, arguments.prefill_rows, arguments.prefill_chunk, arguments.decode_steps)
+        shapes = Shapes(arguments.slots, arguments.max_context, arguments.prefill_rows, arguments.prefill_chunk,
+                        min(arguments.decode_rows, arguments.slots), arguments.decode_steps)
         if arguments.max_context > config.max_position:
             raise ValueError(f"--max_context {arguments.max_context} exceeds the model's {config.max_position} positions")
     except (ValueError, FileNotFoundError) as error:

@@ -25,6 +25,7 @@ from rome.model import hf_files
 from rome.model.config import ModelConfig
 from rome.model.hf_files import MAX_SHARD_BYTES, CheckpointReader, CheckpointWriter, file_dtype, in_threads
 from rome.model.hf_names import Tensor, checkpoint_tensors, expected_tensors, leaf_at, parameter_shapes
+from rome.model.sharding import in_turn
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -349,7 +350,7 @@ def _cut(params: Any, tensor: Tensor, start: int, stop: int) -> Callable[[], np.
     if isinstance(leaf, jax.Array):
         sharding = leaf.sharding
         split = isinstance(sharding, NamedSharding) and not sharding.is_fully_replicated
-        cut = _cut_sharded(leaf, np.array(at, np.int32), extent, sharding) if split else _cut_whole(leaf, np.array(at, np.int32), extent)
+        cut = in_turn(_cut_sharded(leaf, np.array(at, np.int32), extent, sharding) if split else _cut_whole(leaf, np.array(at, np.int32), extent))
         return lambda: tensor.to_hf(np.asarray(cut.addressable_data(0)).reshape(sizes))
     piece = leaf[tuple(slice(i, i + size) for i, size in zip(at, extent))]
     return lambda: tensor.to_hf(piece.reshape(sizes))

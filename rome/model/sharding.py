@@ -82,6 +82,15 @@ def is_split() -> bool:
     return not mesh.empty and mesh.size > 1
 
 
+def in_turn(x: jax.Array) -> jax.Array:
+    """x itself; on CPU devices of several processes it is waited for first. For computations that do not need each other's results.
+
+    Collectives that are under way at once share a CPU backend's few threads: two processes that give them to different ones wait for each
+    other for ever. Accelerators run what they are given in order.
+    """
+    return x.block_until_ready() if jax.default_backend() == "cpu" and jax.process_count() > 1 else x
+
+
 def make_mesh(shape: Mapping[str, int], config: ModelConfig | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of all five axes; those that `shape` leaves out have size 1, and one may be -1: all devices that are left.
 

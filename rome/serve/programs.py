@@ -1,9 +1,10 @@
-"""The two compiled programs of the engine: prefill some rows of a chunk, decode all slots a few steps. Shapes never vary.
+"""The two compiled programs of the engine: prefill some rows of a chunk, decode some rows a few steps. Shapes never vary.
 
-S slots, T context length, R rows of a prefill call, P tokens of a chunk, Q decode steps of a call, V vocabulary, L layers, k experts a token.
+S slots, T context length, R rows of a call, P tokens of a chunk, Q decode steps of a call, V vocabulary, L layers, k experts a token.
 
 A row's numbers depend on that row only: the forms of the experts that are used here compute each row by itself, and whatever a row asks for
-chooses a branch, not another program.
+chooses a branch, not another program. A slot is a place in the cache, not a row: an episode keeps its slot while its command runs, and most slots
+wait so at any moment, so a call takes the few that have work.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from jax import Array
 
 from rome.model.config import ModelConfig
 from rome.model.qwen3 import Params, head_kernel
-from rome.serve.forward import Cache, forward
+from rome.serve.forward import Cache, LayerCache, forward
 from rome.serve.sampling import RowSampling, sample, token_logprobs
 
 
@@ -31,6 +32,7 @@ class Shapes:
     max_context: int = 384
     prefill_rows: int = 8
     prefill_chunk: int = 32
+    decode_rows: int = 16
     decode_steps: int = 4
 
     def __post_init__(self) -> None:
@@ -63,14 +65,22 @@ class Prefilled(NamedTuple):
     routes_LRPk: Array
 
 
+class Next(NamedTuple):
+    """One decode call: the token that each row has drawn last, its position and the slot of the row's cache (S for a row without work)."""
+
+    token_R: Array
+    position_R: Array
+    slot_R: Array
+
+
 class Decoded(NamedTuple):
-    token_QS: Array
-    logprob_QS: Array
-    routes_QLSk: Array
+    token_QR: Array
+    logprob_QR: Array
+    routes_QLRk: Array
 
 
 Prefill = Callable[[Params, Cache, Chunks, RowSampling, Any], tuple[Cache, Prefilled]]
-Decode = Callable[[Params, Cache, Any, Any, Any, RowSampling], tuple[Cache, Decoded]]
+Decode = Callable[[Params, Cache, Next, RowSampling], tuple[Cache, Decoded]]
 
 
 def make_programs(config: ModelConfig, shapes: Shapes) -> tuple[Prefill, Decode]:
@@ -102,23 +112,29 @@ def _prefill(config: ModelConfig, params: Params, cache: Cache, chunks: Chunks, 
     return cache, Prefilled(token_R, logprob_R, target_logprob_RP, routes_LRPk)
 
 
-def _decode(
-    config: ModelConfig, steps: int, params: Params, cache: Cache, token_S: Array, position_S: Array, active_S: Array, rows: RowSampling,
-) -> tuple[Cache, Decoded]:
-    """A few steps of every slot. Inactive slots compute along without leaving a trace in the cache.
+def _decode(config: ModelConfig, steps: int, params: Params, cache: Cache, ahead: Next, rows: RowSampling) -> tuple[Cache, Decoded]:
+    """A few steps of each row, on a copy of its slot's cache; then what the steps wrote there goes back.
 
     A row that meets its end goes on to the last step; the caller cuts what is too much, and writes past the context are dropped.
     """
     kernel_DV = head_kernel(params, config)
+    works_R1 = ahead.slot_R[:, None] < cache[0].k_BKHS.shape[0]
 
     def step(carry: tuple[Cache, Array, Array], _: None) -> tuple[tuple[Cache, Array, Array], Decoded]:
-        cache, token_S, position_S = carry
-        hidden_S1D, cache, routes_LS1k = forward(params, config, token_S[:, None], position_S[:, None], active_S[:, None], cache, experts="dense")
-        token_S, logprob_S = sample(_logits(hidden_S1D[:, 0], kernel_DV), position_S + 1, rows)
-        return (cache, token_S, position_S + 1), Decoded(token_S, logprob_S, routes_LS1k[:, :, 0])
+        own, token_R, position_R = carry
+        hidden_R1D, own, routes_LR1k = forward(params, config, token_R[:, None], position_R[:, None], works_R1, own, experts="dense")
+        token_R, logprob_R = sample(_logits(hidden_R1D[:, 0], kernel_DV), position_R + 1, rows)
+        return (own, token_R, position_R + 1), Decoded(token_R, logprob_R, routes_LR1k[:, :, 0])
 
-    (cache, _, _), decoded = jax.lax.scan(step, (cache, token_S, position_S), length=steps)
-    return cache, decoded
+    own = jax.tree.map(lambda slots: slots[ahead.slot_R], cache)
+    (own, _, _), decoded = jax.lax.scan(step, (own, ahead.token_R, ahead.position_R), length=steps)
+    row_R1, slot_R1, at_RQ = jnp.arange(ahead.slot_R.size)[:, None], ahead.slot_R[:, None], ahead.position_R[:, None] + jnp.arange(steps)
+    return tuple(
+        LayerCache(
+            layer.k_BKHS.at[slot_R1, :, :, at_RQ].set(new.k_BKHS[row_R1, :, :, at_RQ], mode="drop"),
+            layer.v_BKSH.at[slot_R1, :, at_RQ].set(new.v_BKSH[row_R1, :, at_RQ], mode="drop"),
+        ) for layer, new in zip(cache, own)
+    ), decoded
 
 
 def _logits(hidden_ND: Array, kernel_DV: Array) -> Array:

@@ -19,14 +19,15 @@ import numpy as np
 from rome.model.config import ModelConfig
 from rome.model.qwen3 import Params
 from rome.serve.forward import make_cache
-from rome.serve.programs import Chunks, Shapes, make_programs
+from rome.serve.programs import Chunks, Next, Shapes, make_programs
 from rome.serve.protocol import Request, TextCodec
 from rome.serve.sampling import RowSampling
 from rome.serve.slots import SlotTable, chunk_keys
 from rome.serve.stopping import find_end
 
-# A burst of new prompts fills the slots soon, yet running requests never wait for more than this many prefill calls.
+# A burst of new prompts fills the rows soon, yet running requests never wait for more than this many prefill calls.
 PREFILL_CALLS_PER_DECODE = 4
+GATHER_CALLS = 4  # full decode calls for which a prefill call waits until all of its rows have work
 PAUSE_MODES = ("abort", "retract", "in_place")
 Answer = TypeVar("Answer")
 
@@ -51,10 +52,10 @@ class Scheduler:
         self._stopping = False
         self._waiting: collections.deque[Request] = collections.deque()
         self._prefilling: list[Request] = []
-        self._decoding: dict[int, Request] = {}  # by slot
+        self._decoding: dict[int, Request] = {}  # by slot; who has waited longest for a decode call comes first
+        self._gathered = 0
         self._slots = SlotTable(shapes.slots)
         self._swaps = 0  # part of every prefix key: nothing computed by other weights is reused
-        self._rows = _Rows(shapes.slots)
         self._thread = threading.Thread(target=self._main, name="scheduler", daemon=True)
 
     def start(self) -> None:
@@ -142,9 +143,8 @@ class Scheduler:
             while self._take_commands():
                 self._admit()
                 for _ in range(PREFILL_CALLS_PER_DECODE):
-                    rows = self._prefill_once()
-                    if not rows or rows < self.shapes.prefill_rows and self._decoding:
-                        break  # a call costs the same however many rows it has: let prompts gather while others decode
+                    if self._lets_gather() or self._prefill_once() < self.shapes.prefill_rows:
+                        break
                 self._decode_once()
         except Exception as error:
             if self.ready.is_set():  # weights that cannot be loaded need no stack to be understood
@@ -167,7 +167,7 @@ class Scheduler:
         self._prefill, self._decode = make_programs(config, self.shapes)
         started = time.monotonic()
         self._run_prefill([], [])
-        self._run_decode()
+        self._run_decode([])
         logging.info("compiled in %.1f s", time.monotonic() - started)
 
     def _take_commands(self) -> bool:
@@ -196,6 +196,12 @@ class Scheduler:
             request.slot = self._slots.acquire(request.keys)
             request.prefilled, request.routes, request.prompt_logprobs = 0, [], []
             self._prefilling.append(request)
+
+    def _lets_gather(self) -> bool:
+        """Whether prompts wait for others: a call costs the same however many rows it has, and the next decode call is full without them."""
+        full = len(self._decoding) >= self.shapes.decode_rows and len(self._prefilling) < self.shapes.prefill_rows
+        self._gathered = self._gathered + 1 if full and self._prefilling and self._gathered < GATHER_CALLS else 0
+        return self._gathered > 0
 
     def _prefill_once(self) -> int:
         """One call for the next chunks of the first prompts in line. Returns how many rows it had."""
@@ -243,17 +249,16 @@ class Scheduler:
         R, P = self.shapes.prefill_rows, self.shapes.prefill_chunk
         token_RP, target_RP = np.zeros((R, P), np.int32), np.zeros((R, P), np.int32)
         start_R, length_R, source_R = np.zeros(R, np.int32), np.zeros(R, np.int32), np.zeros(R, np.int32)
-        slot_R, rows = np.full(R, self.shapes.slots, np.int32), _Rows(R)
+        slot_R = np.full(R, self.shapes.slots, np.int32)
         for row, (request, source) in enumerate(zip(batch, sources)):
             chunk = request.ids[request.prefilled:request.prefilled + P]
             after = request.ids[request.prefilled + 1:request.prefilled + P + 1]
             token_RP[row, :len(chunk)], target_RP[row, :len(after)] = chunk, after
             start_R[row], length_R[row], source_R[row], slot_R[row] = request.prefilled, len(chunk), source, request.slot
-            rows.put(row, request)
         chunks = Chunks(token_RP, target_RP, start_R, length_R, source_R, slot_R)
         scores = np.asarray(any(request.score_from is not None for request in batch))
         started = time.monotonic()
-        self._cache, result = self._prefill(self.params, self._cache, chunks, rows.sampling, scores)
+        self._cache, result = self._prefill(self.params, self._cache, chunks, _sampling_of(batch, R), scores)
         result = tuple(np.asarray(leaf) for leaf in result)
         self.stats.update(prefill_calls=1, prefill_tokens=int(length_R.sum()), prefill_ms=1000 * (time.monotonic() - started))
         return result
@@ -276,23 +281,28 @@ class Scheduler:
             self._end(request, {"type": "length", "length": 0})
             return
         self._decoding[request.slot] = request
-        self._rows.put(request.slot, request)
         self._take_tokens(request, [int(token_R[row])], [float(logprob_R[row])], None)
 
     def _decode_once(self) -> None:
         if not self._decoding:
             return
-        token_QS, logprob_QS, routes_QLSk = self._run_decode()
-        tokens, logprobs = token_QS.T.tolist(), logprob_QS.T.tolist()
-        for slot, request in list(self._decoding.items()):
-            self._take_tokens(request, tokens[slot], logprobs[slot], routes_QLSk[:, :, slot])
+        batch = list(self._decoding.values())[:self.shapes.decode_rows]
+        token_QR, logprob_QR, routes_QLRk = self._run_decode(batch)
+        tokens, logprobs = token_QR.T.tolist(), logprob_QR.T.tolist()
+        for row, request in enumerate(batch):
+            self._decoding[request.slot] = self._decoding.pop(request.slot)
+            self._take_tokens(request, tokens[row], logprobs[row], routes_QLRk[:, :, row])
 
-    def _run_decode(self) -> tuple[np.ndarray, ...]:
-        rows = self._rows
+    def _run_decode(self, batch: list[Request]) -> tuple[np.ndarray, ...]:
+        R = self.shapes.decode_rows
+        token_R, position_R, slot_R = np.zeros(R, np.int32), np.zeros(R, np.int32), np.full(R, self.shapes.slots, np.int32)
+        for row, request in enumerate(batch):
+            token_R[row], slot_R[row] = request.output_ids[-1], request.slot
+            position_R[row] = len(request.prompt_ids) + len(request.output_ids) - 1
         started = time.monotonic()
-        self._cache, result = self._decode(self.params, self._cache, rows.token, rows.position, rows.active, rows.sampling)
+        self._cache, result = self._decode(self.params, self._cache, Next(token_R, position_R, slot_R), _sampling_of(batch, R))
         result = tuple(np.asarray(leaf) for leaf in result)
-        self.stats.update(decode_calls=1, decode_ms=1000 * (time.monotonic() - started))
+        self.stats.update(decode_calls=1, decode_rows=len(batch), decode_ms=1000 * (time.monotonic() - started))
         return result
 
     def _take_tokens(self, request: Request, tokens: list[int], logprobs: list[float], routes_QLk: np.ndarray | None) -> None:
@@ -313,11 +323,8 @@ class Scheduler:
         self.stats["generated_tokens"] += taken
         if finish is not None:
             self._end(request, finish)
-        else:
-            self._rows.token[request.slot] = request.output_ids[-1]
-            self._rows.position[request.slot] = len(request.prompt_ids) + len(request.output_ids) - 1
-            if request.stream:
-                request.notify(request)
+        elif request.stream:
+            request.notify(request)
 
     def _end(self, request: Request, finish: dict[str, Any]) -> None:
         self._leave_slot(request)
@@ -327,7 +334,6 @@ class Scheduler:
     def _leave_slot(self, request: Request) -> None:
         if request.slot is not None:
             self._decoding.pop(request.slot, None)
-            self._rows.clear(request.slot)
             self._slots.release(request.slot)
             request.slot = None
 
@@ -350,26 +356,14 @@ class Scheduler:
                 queue.remove(request)
 
 
-class _Rows:
-    """What the device needs to know of each row, as arrays on the host."""
-
-    def __init__(self, count: int):
-        self.token, self.position, self.active = np.zeros(count, np.int32), np.zeros(count, np.int32), np.zeros(count, bool)
-        self.sampling = RowSampling(
-            np.zeros((count, 2), np.uint32), np.ones(count, np.float32), np.ones(count, np.float32), np.zeros(count, np.int32), np.zeros(count, np.float32),
-        )
-
-    def put(self, row: int, request: Request) -> None:
-        """Fills in a row for this request; other rows keep whatever they had."""
+def _sampling_of(batch: list[Request], rows: int) -> RowSampling:
+    """How each row of a call is sampled; those without a request plainly, since one filter costs all rows its sorting."""
+    sampling = RowSampling(
+        np.zeros((rows, 2), np.uint32), np.ones(rows, np.float32), np.ones(rows, np.float32), np.zeros(rows, np.int32), np.zeros(rows, np.float32),
+    )
+    for row, request in enumerate(batch):
         params = request.sampling
-        self.active[row] = True
-        self.sampling.seed_B2[row] = params.seed >> 32, params.seed & 0xFFFFFFFF
-        self.sampling.temperature_B[row] = params.temperature
-        self.sampling.top_p_B[row] = params.top_p
-        self.sampling.top_k_B[row] = max(params.top_k, 0)
-        self.sampling.min_p_B[row] = params.min_p
-
-    def clear(self, row: int) -> None:
-        """Asks nothing of the row any more: a filter left behind would cost all others its sorting."""
-        self.active[row] = False
-        self.sampling.top_p_B[row], self.sampling.top_k_B[row], self.sampling.min_p_B[row] = 1.0, 0, 0.0
+        sampling.seed_B2[row] = params.seed >> 32, params.seed & 0xFFFFFFFF
+        sampling.temperature_B[row] = params.temperature
+        sampling.top_p_B[row], sampling.top_k_B[row], sampling.min_p_B[row] = params.top_p, max(params.top_k, 0), params.min_p
+    return sampling

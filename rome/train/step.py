@@ -26,7 +26,7 @@ from rome.model.config import ModelConfig
 from rome.model.kernels import Kernels, choose_kernels
 from rome.model.moe import load_figures, router_figures, router_loss, router_z_loss
 from rome.model.qwen3 import Output, Qwen3, cast_layers, head_kernel, init_params
-from rome.model.sharding import batch_sharding, extent, param_shardings, row_shards
+from rome.model.sharding import batch_sharding, extent, in_turn, param_shardings, row_shards
 from rome.train.feed import feed, put
 from rome.train.state import TrainState, init_state
 
@@ -150,7 +150,7 @@ class Learner:
         comes first. None where one micro-batch is the whole step and counts itself, or where nothing is balanced."""
         if len(microbatches) == 1 or not self.model_config.router_aux_loss_coef:
             return None
-        return sum(self._count(params, *self._fed(batch)) for batch in microbatches)
+        return sum(in_turn(self._count(params, *self._fed(batch))) for batch in microbatches)
 
     def _logprobs(
         self, params: dict, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, routes_BTLk: jax.Array | None = None,
