@@ -20,8 +20,8 @@ class Pod(NamedTuple):
 
 
 PODS = {
-    "qwen3_30b_a3b": Pod("Qwen3-30B-A3B", 64, {"fsdp": 16, "expert": 4}),
-    "qwen3_235b_a22b": Pod("Qwen3-235B-A22B", 256, {"fsdp": 64, "expert": 4}),
+    "qwen3_30b_a3b": Pod("Qwen3-30B-A3B", 64, {"fsdp": 4, "expert": 16}),
+    "qwen3_235b_a22b": Pod("Qwen3-235B-A22B", 256, {"fsdp": 16, "expert": 16}),
 }
 
 
