@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -20,6 +21,7 @@ from rome.engine.client import EngineError
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PORT_IN_USE = 98  # exit status of launch.serve when it cannot have its port (the number of EADDRINUSE)
 PORT_ATTEMPTS = 3
+KILL_SECONDS = 30.0
 
 
 @dataclasses.dataclass
@@ -47,7 +49,8 @@ class ServerProcess:
                 self.process.wait(grace_s)
             except subprocess.TimeoutExpired:
                 os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait(grace_s)
+                with contextlib.suppress(subprocess.TimeoutExpired):  # a busy kernel takes its time; that must not hide why the server was stopped
+                    self.process.wait(KILL_SECONDS)
 
 
 def start_server(

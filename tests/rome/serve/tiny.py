@@ -16,7 +16,10 @@ from rome.model.tokenizer import Tokenizer
 
 TOKENIZER = pathlib.Path(__file__).parents[3] / "rome" / "model" / "tiny_tokenizer"
 SLOTS, CONTEXT, CHUNK, LAYERS, TOP_K = 8, 512, 16, 2, 2
-FLAGS = ("--slots", str(SLOTS), "--max_context", str(CONTEXT), "--prefill_rows", "4", "--prefill_chunk", str(CHUNK))
+FLAGS = (
+    "--slots", str(SLOTS), "--max_context", str(CONTEXT), "--prefill_rows", "4", "--prefill_chunk", str(CHUNK),
+    "--decode_rows", "3",  # fewer than slots: running requests take turns
+)
 
 
 def make_config() -> ModelConfig:
