@@ -40,6 +40,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.mismatch_mask = "chunk"        # chunk (Eq. 9) or token (Eq. 6)
     config.lambda_rl = 1.0
     config.lambda_il = 1.0
+    config.demonstration_steps = 5        # steps that learn from what an expert showed, where no episode of a group had succeeded
     config.norm = "tokens"                # the policy loss is divided by: tokens, chunks or trajectories
     config.failure_reward = -1.0          # 0.0 learns from successes only
     config.clip_low = 0.2                 # grpo only
