@@ -27,7 +27,7 @@ COMMON_KEYS = {
 SFT_KEYS = COMMON_KEYS | {"rows": int, "expert_episodes": int, "expert_error_rate": float}
 RL_KEYS = COMMON_KEYS | {
     "gamma": float, "mismatch_threshold": float, "mismatch_mask": str, "lambda_rl": float, "lambda_il": float, "norm": str, "failure_reward": float,
-    "clip_low": float, "clip_high": float, "old": str, "routing_replay": str, "groups": int, "group_size": int, "demonstration_steps": int, "filter_groups": bool,
+    "clip_low": float, "clip_high": float, "old": str, "routing_replay": str, "groups": int, "group_size": int, "filter_groups": bool,
 }
 # What the experiment that a run starts from takes over from it: the model, the machine, the seed.
 INHERITED = ("seed", "model", "tokenizer", "engines", "engine_slots", "sandbox", "mesh")

@@ -188,20 +188,19 @@ class Run:
         seconds = time.monotonic() - began
         self.curriculum.observe(trajectories)
         kept = mixed_groups(trajectories) if config.filter_groups else trajectories
-        shown = self.show_experts(step, unsolved_tasks(trajectories)) if config.lambda_il else []
-        learnt.extend([*kept, *map(load_trajectory, shown)])
-        figures = rollout_figures(trajectories, step, seconds) | {"demonstrations": len(shown)}
-        return {"played": len(trajectories), "kept": [name(one) for one in kept], "shown": [path.name for path in shown], "figures": figures}
+        expert_name = lambda number: f"{config.experiment}_{step:06d}_expert_{number:03d}.json"
+        shown = self.show_experts(unsolved_tasks(trajectories), lambda number: files / expert_name(number)) if config.lambda_il else []
+        learnt.extend(kept + shown)
+        return {
+            "played": len(trajectories), "kept": [name(one) for one in kept], "shown": [expert_name(number) for number in range(len(shown))],
+            "figures": rollout_figures(trajectories, step, seconds) | {"demonstrations": len(shown)},
+        }
 
-    def show_experts(self, step: int, tasks: list[str]) -> list[pathlib.Path]:
-        """Eq. 10's imitation: what an expert does in the tasks that no episode of this step solved, and of the few steps before it."""
-        files, name = self.workdir / "trajectories", f"{self.config.experiment}_%06d_expert_%s.json"
-        run_async(collect_experts(
-            tasks, self.make_env, self.chat, error_rate=0.0, concurrency=EXPERT_CONCURRENCY, record=lambda number: files / (name % (step, f"{number:03d}")),
-            first_group=self.config.groups,
+    def show_experts(self, tasks: list[str], record: Callable[[int], pathlib.Path]) -> list[Trajectory]:
+        """Eq. 10's imitation: what an expert does in the tasks that no episode of the step solved."""
+        return run_async(collect_experts(
+            tasks, self.make_env, self.chat, error_rate=0.0, concurrency=EXPERT_CONCURRENCY, record=record, first_group=self.config.groups,
         ), 60.0 + len(tasks) * self.config.episode_seconds / EXPERT_CONCURRENCY)
-        remembered = range(max(0, step - self.config.demonstration_steps + 1), step + 1)
-        return [path for shown_at in remembered for path in sorted(files.glob(name % (shown_at, "*")))]
 
     def _with_old(self, batches: list[Batch], state: TrainState) -> list[Batch]:
         """logp_old of every micro-batch and, where the trainer is to replay its own routes, the routes of the pass that scored them."""

@@ -112,7 +112,7 @@ def test_ipa_survives_ctrl_c_and_kill_and_ends_bitwise_as_the_run_that_was_left_
     names = collections.Counter(path.name[:10] for path in (workdir / "trajectories").glob("ipa_*_g*_e*.json"))
     assert names == {"ipa_000000": 4, "ipa_000001": 4, "ipa_000002": 4}
     shown = [len(list((workdir / "trajectories").glob(f"ipa_{step:06d}_expert_*.json"))) for step in range(3)]
-    assert [sum(shown[:step + 1]) for step in range(3)] == [line["demonstrations"] for line in lines] and sum(shown) > 0  # each is learnt from again
+    assert shown == [line["demonstrations"] for line in lines] and sum(shown) > 0
     assert all(line["max_mismatch"] < 1e-3 for line in lines if "max_mismatch" in line)
     assert [(entry["stage"], entry["step"]) for entry in document["evals"]] == [("ipa", 0), ("ipa", 3)]
     train(flags, tmp_path / "alone")
