@@ -1,6 +1,6 @@
 r"""IPA, reinforcement learning on interaction chunks, on the terminal curriculum.
 
-python -m launch.train --config=experiments/ipa.py            # tiny: about 22 min on 2 CPU cores, SFT included
+python -m launch.train --config=experiments/ipa.py            # tiny: 20 min on 2 CPU cores, and a few for SFT before it
 python -m launch.train --config=experiments/ipa.py:smoke      # under a minute, checks that the way is open
 python -m launch.train --config=experiments/ipa.py:qwen3_30b_a3b --config.engines=http://a:30000,http://b:30000   # a pod; not run
 
