@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv ready for the requirement files named as arguments, and installs the sandbox's one system package, bubblewrap.
+# Makes .venv ready for the requirement files named as arguments. Needs no system package but Python's own venv.
 # Does nothing, in milliseconds, when all is there. PYTHON names the interpreter to use; without it the first fitting one is taken.
 # ACCELERATOR=tpu, cuda or cpu chooses requirements-tpu.txt, requirements-cuda.txt or neither; without it the machine's devices decide.
 set -euo pipefail
@@ -114,8 +114,3 @@ for file in "${files[@]}"; do
   cp "$file" "$installed"
   say "installed in $SECONDS s"
 done
-
-if ! command -v bwrap >/dev/null; then
-  say "installing bubblewrap, the sandbox's one system package"
-  apt_install bubblewrap || say "bubblewrap could not be installed here (it takes apt-get and root); to have it: apt-get install bubblewrap. Going on without."
-fi

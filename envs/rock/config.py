@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 ISOLATIONS = ("required", "best_available")
-TIERS = ("bubblewrap", "landlock")
+TIERS = ("namespaces", "landlock")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class SandboxConfig:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
         if self.open_files < 64:
-            raise ValueError(f"open_files is {self.open_files}; bwrap itself needs 64")
+            raise ValueError(f"open_files is {self.open_files}; a sandbox's own process needs 64")
         check_environment(self.env)
         if self.disk_mb >= self.memory_mb:
             raise ValueError(f"disk_mb={self.disk_mb} leaves no memory for programs in memory_mb={self.memory_mb}: files are kept in memory")

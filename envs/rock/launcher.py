@@ -5,7 +5,6 @@ import atexit
 import collections
 import os
 import pathlib
-import shutil
 import socket
 import subprocess
 import sys
@@ -104,8 +103,7 @@ class _Zygote:
 
 def spec(config: SandboxConfig, tier: str) -> dict:
     """The request for one sandbox, in the zygote's terms."""
-    return {"tier": tier, "bwrap": shutil.which("bwrap", path=os.environ.get("PATH", "") + ":/usr/bin:/bin"),
-            "memory_bytes": config.memory_mb << 20, "disk_bytes": config.disk_mb << 20, "inodes": config.inodes,
+    return {"tier": tier, "memory_bytes": config.memory_mb << 20, "disk_bytes": config.disk_mb << 20, "inodes": config.inodes,
             "pids": config.pids, "cpus": config.cpus, "open_files": config.open_files}
 
 

@@ -4,9 +4,7 @@ import functools
 import os
 import platform
 import select
-import shutil
 import socket
-import subprocess
 import sys
 from typing import NamedTuple
 
@@ -65,7 +63,7 @@ def probe(isolation: str = "best_available", tier: str | None = None) -> TierRep
     """The best tier here (or the one named), tried once for each process. Raises nothing: see TierReport.require.
 
     Args:
-      isolation: "required" tries bubblewrap only; "best_available" also the Landlock tier.
+      isolation: "required" tries namespaces only; "best_available" also the Landlock tier.
       tier: try just this one.
     """
     if isolation not in ISOLATIONS:
@@ -84,7 +82,7 @@ def _report(tier: str, failures: list[tuple[str, str]]) -> TierReport:
     """What the working tier enforces. `failures`: why better ones do not work."""
     place, no_cgroups = cgroups.find()
     guarantees = {"filesystem", "network", "syscalls"}
-    if tier == "bubblewrap":
+    if tier == "namespaces":
         guarantees |= {"processes", "verifier", "disk", "pids"}
     elif os.geteuid() == 0:
         guarantees |= {"pids", "verifier"}  # by a user id for each sandbox
@@ -102,13 +100,7 @@ def _try(tier: str) -> tuple[str, str]:
     """("", "") if a sandbox of this tier runs a command here; else why it does not, and the remedy."""
     if sys.platform != "linux" or platform.machine() not in seccomp.ARCHITECTURES:
         return f"sandboxes need Linux on {' or '.join(seccomp.ARCHITECTURES)}, this is {sys.platform} on {platform.machine()}", "use such a machine"
-    if tier == "bubblewrap":
-        program = shutil.which("bwrap", path=os.environ.get("PATH", "") + ":/usr/bin:/bin")
-        if program is None:
-            return "bubblewrap is missing", "apt-get install bubblewrap"
-        if "--disable-userns" not in subprocess.run([program, "--help"], capture_output=True, text=True, timeout=TRIAL_SECONDS).stdout:
-            return f"{program} is older than 0.8", "install bubblewrap 0.8 or newer"
-    else:
+    if tier == "landlock":
         if landlock.abi() == 0:
             return "this kernel offers no Landlock", "use a kernel from 5.13 on with landlock in its lsm= list, or one with user namespaces"
         if __file__.startswith(landlock.PROGRAMS):
@@ -116,7 +108,7 @@ def _try(tier: str) -> tuple[str, str]:
     try:
         _try_to_run(tier)
     except (SandboxError, OSError) as error:
-        return (_userns_obstacle(str(error)) if tier == "bubblewrap" else (str(error), f"report this with the kernel's version, {platform.release()}"))
+        return (_userns_obstacle(str(error)) if tier == "namespaces" else (str(error), f"report this with the kernel's version, {platform.release()}"))
     return "", ""
 
 

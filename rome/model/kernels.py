@@ -31,18 +31,18 @@ def choose_kernels(platform: str, config: ModelConfig, wanted: Kernels = Kernels
     """
     for kind, name, known in zip(Kernels._fields, wanted, (attention.IMPLEMENTATIONS, experts.IMPLEMENTATIONS, expert_parallel.FORMS)):
         if name not in known:
-            raise ValueError(f"kernels.{kind}={name!r} is unknown. Choose one of {', '.join(known)}.")
+            raise ValueError(f"learner.{kind}={name!r} is unknown. Choose one of {', '.join(known)}.")
         if ONLY_ON.get(name, platform) != platform:
-            raise ValueError(f"kernels.{kind}={name!r} runs on {ONLY_ON[name]} only, and the mesh's devices are {platform}. Set it to 'auto'.")
+            raise ValueError(f"learner.{kind}={name!r} runs on {ONLY_ON[name]} only, and the mesh's devices are {platform}. Set it to 'auto'.")
         if name == "tokamax" and importlib.util.find_spec("tokamax") is None:
-            raise ValueError(f"kernels.{kind}='tokamax' needs the package tokamax, which is not installed. Install requirements-cuda.txt, or set it to 'auto'.")
+            raise ValueError(f"learner.{kind}='tokamax' needs the package tokamax, which is not installed. Install requirements-cuda.txt, or set it to 'auto'.")
     best = {"tpu": functools.partial(_on_tpu, group=group, extent=extent), "gpu": _on_gpu}.get(platform, lambda config: Kernels(exchange="ring"))(config)
     chosen = Kernels(*(ours if name == "auto" else name for name, ours in zip(wanted, best)))
     if chosen.exchange != "all_to_all" or chosen.experts in experts.GROUPED:
         return chosen
     if wanted.exchange == "auto":
         return chosen._replace(exchange="ring")
-    raise ValueError(f"kernels.exchange='all_to_all' needs a grouped matmul, and kernels.experts={chosen.experts!r} has none. "
+    raise ValueError(f"learner.exchange='all_to_all' needs a grouped matmul, and learner.experts={chosen.experts!r} has none. "
                      f"Set that to one of {', '.join(experts.GROUPED)}, or the exchange to 'ring'.")
 
 

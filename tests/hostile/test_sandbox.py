@@ -26,7 +26,7 @@ def _needs(tier: str, guarantee: str) -> None:
         pytest.skip(f"{guarantee} is not enforced in the {tier} tier here")
 
 
-@pytest.fixture(params=["bubblewrap", "landlock"])
+@pytest.fixture(params=["namespaces", "landlock"])
 def tier(request):
     return request.param
 
@@ -79,7 +79,7 @@ def test_nothing_outside_the_workspace_can_be_written(tier, path):
 
 
 def test_the_kernels_id_of_a_command_owns_nothing_on_the_host(tier):
-    """Trap 1: bwrap started by real root would keep the kernel's id 0."""
+    """A user namespace alone, made by real root, would keep the kernel's id 0."""
     async def work(sandbox):
         running = asyncio.create_task(sandbox.execute("sleep 54321"))
         while not (found := host_processes("sleep\x0054321")):
@@ -116,7 +116,7 @@ def test_no_process_of_the_host_can_be_seen_or_hurt(tier):
 
 
 def test_the_process_table_shows_only_the_sandbox():
-    result = execute(_config("bubblewrap"), "ls -d /proc/[0-9]* | wc -l; hostname")
+    result = execute(_config("namespaces"), "ls -d /proc/[0-9]* | wc -l; hostname")
     assert int(result.stdout.split()[0]) < 8 and result.stdout.split()[1] == "sandbox"
 
 
@@ -174,7 +174,7 @@ def test_a_memory_hog_dies_and_the_reason_is_told(tier):
 
 @pytest.mark.parametrize("place", ["/dev/shm", "/tmp", "/workspace"])
 def test_files_kept_in_memory_are_bounded_too(place):
-    result = execute(_config("bubblewrap", disk_mb=4), f"head -c 100M /dev/zero | split -b 2M - {place}/f; du -sm {place} | cut -f1")
+    result = execute(_config("namespaces", disk_mb=4), f"head -c 100M /dev/zero | split -b 2M - {place}/f; du -sm {place} | cut -f1")
     assert int(result.stdout) <= 16 and "space" in result.stderr
 
 
@@ -200,7 +200,7 @@ def test_a_spinning_command_gets_its_share_of_processor_time_and_no_more(tier):
 def test_one_sandboxs_processes_are_not_counted_against_another():
     """Trap 2: RLIMIT_NPROC set outside the user namespace counts over all sandboxes of an id."""
     async def work():
-        async with Sandbox(_config("bubblewrap", pids=40)) as one, Sandbox(_config("bubblewrap", pids=40)) as two:
+        async with Sandbox(_config("namespaces", pids=40)) as one, Sandbox(_config("namespaces", pids=40)) as two:
             command = "for i in $(seq 25); do sleep 1 & done; wait; echo all"
             return await asyncio.gather(one.execute(command), two.execute(command))
 
@@ -213,13 +213,13 @@ def test_a_disk_full_by_bytes_is_an_error_of_the_command_and_can_be_cleaned(tier
         return full, await sandbox.execute("rm f*; echo x > small; cat small")
 
     full, after = inside(_config(tier, disk_mb=4), work)
-    assert ("No space left" in full.stderr) if tier == "bubblewrap" else (full.limits_hit == ("disk",))
+    assert ("No space left" in full.stderr) if tier == "namespaces" else (full.limits_hit == ("disk",))
     assert after.stdout == "x\n"
 
 
 def test_a_disk_full_by_inodes_is_an_error_of_the_command(tier):
     result = execute(_config(tier, inodes=100), "for i in $(seq 500); do : > f$i || exit 4; done; sleep 0.5")
-    assert result.exit_code == 4 if tier == "bubblewrap" else result.limits_hit == ("disk",)
+    assert result.exit_code == 4 if tier == "namespaces" else result.limits_hit == ("disk",)
 
 
 def test_a_flood_of_output_is_cut_and_ended(tier):
@@ -328,8 +328,24 @@ print("tried", len(calls))
     assert execute(_config(tier), python(program)).stdout == "tried 21\n"
 
 
+def test_process_1_cannot_be_opened_ended_or_crippled_and_tells_nothing_of_the_host():
+    """It has the agent's own id."""
+    config = _config("namespaces")
+    deeds = ("cat /proc/1/environ", "cat /proc/1/maps", "cat /proc/1/mem", "ls /proc/1/fd/", "ls /proc/1/root/", "ls /proc/1/cwd/", "ls /proc/1/ns/ -l",
+             "prlimit --pid 1 --nofile=0:0", "prlimit --pid 1 --cpu=0:0")
+
+    async def work(sandbox):
+        tried = await sandbox.execute("; ".join(f"{one} 2>/dev/null | grep -q . && echo GOT {one}" for one in deeds))
+        await sandbox.execute("kill -9 1; kill -STOP 1; kill -INT 1; kill -TERM 1; for n in $(seq 1 64); do kill -$n 1; done; renice 19 1; taskset -p 1 1")
+        seen = await sandbox.execute("tr '\\0' ' ' < /proc/1/cmdline; cat /proc/1/comm; (sleep 60 &); echo well")
+        return tried, seen, await sandbox.verify("echo graded")
+
+    tried, seen, verified = inside(config, work)
+    assert tried.stdout == "" and seen.stdout.replace(" ", "").replace("\0", "") == "initinit\nwell\n" and verified.stdout == "graded\n"
+
+
 def test_new_namespaces_cannot_be_had(tier):
-    tries = ("unshare -U true", "unshare -m true", "bwrap --ro-bind / / true", "nsenter -t 1 -a true")
+    tries = ("unshare -U true", "unshare -m true", "unshare -r true", "nsenter -t 1 -a true")
     assert execute(_config(tier), "; ".join(f"{one} && echo GOT" for one in tries)).stdout == ""
 
 
@@ -385,5 +401,5 @@ def test_hidden_files_are_gone_when_the_agent_comes_back(tier):
 
 def test_markers_in_the_output_forge_nothing(tier):
     forge = "echo '{ \"exit-code\": 0 }'"
-    result = execute(_config(tier), f"{forge}; echo 'bwrap: failed' >&2; for n in $(seq 3 300); do {forge} >&$n; done 2>/dev/null; exit 9")
-    assert (result.exit_code, result.stderr.splitlines()[0]) == (9, "bwrap: failed")
+    result = execute(_config(tier), f"{forge}; echo 'sandbox: failed' >&2; for n in $(seq 3 300); do {forge} >&$n; done 2>/dev/null; exit 9")
+    assert (result.exit_code, result.stderr.splitlines()[0]) == (9, "sandbox: failed")

@@ -7,17 +7,21 @@ watchdog's: envs.rock.tiers names what is missing.
 
 import contextlib
 import os
+import pathlib
 import resource
-import shutil
 import signal
 import stat
+import time
 from collections.abc import Callable
 
 from . import landlock, linux, seccomp
+from .process import Started, start
+
+KILL_SECONDS = 10.0
 
 
 class Tier:
-    """How a holder works in this tier; bubblewrap.Tier is its twin."""
+    """How a holder works in this tier; namespaces.Tier is its twin."""
 
     watches_disk = True
 
@@ -26,7 +30,7 @@ class Tier:
         self._cgroup_entries = cgroup_entries
         self._own_uid = os.geteuid() == 0
         self._home = spec["directory"]
-        self.workspace, self._temporary, self.hidden = (f"{self._home}/{name}" for name in ("workspace", "tmp", "verifier"))
+        self.workspace, self._temporary, self._hidden = (f"{self._home}/{name}" for name in ("workspace", "tmp", "verifier"))
 
     def set_up(self) -> int:
         """Make the directories and the rules; returns a descriptor of the workspace."""
@@ -34,52 +38,33 @@ class Tier:
             os.mkdir(directory, 0o700)
             if self._own_uid:
                 os.chown(directory, self._spec["uid"], self._spec["gid"])
-        os.mkdir(self.hidden, 0o755)
-        self._ruleset = landlock.ruleset((self.workspace, self._temporary), (self.hidden,))
+        os.mkdir(self._hidden, 0o755)
+        self._ruleset = landlock.ruleset((self.workspace, self._temporary), (self._hidden,))
         self._filter = seccomp.build(linux.ARCHITECTURE, network=False, own_processes=self._own_uid or landlock.abi() >= 6)
         return os.open(self.workspace, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
-    def start_agent(self, command: str, environment: dict, out: int, err: int) -> "Started":
-        return self._start(lambda: self._become(["/bin/bash", "-c", command], environment), out, err)
+    def start_agent(self, command: str, environment: dict, out: int, err: int) -> Started:
+        return self._start(lambda: self._become("/bin/bash", ["/bin/bash", "-c", command], environment), out, err)
 
-    def start_verifier(self, script: int, environment: dict, out: int, err: int) -> "Started":
-        """The grader. As root its bash is an execute-only copy, into which its children cannot look (see bubblewrap.py)."""
-        bash = "/bin/bash"
-        if self._own_uid:
-            bash = f"{self.hidden}/.bash"
-            shutil.copyfile("/bin/bash", bash)
-            os.chmod(bash, 0o111)
+    def start_verifier(self, script: int, files: dict[str, bytes], environment: dict, out: int, err: int) -> Started:
+        """The grader. As root its bash is execute-only, so that its children cannot look into it (see namespaces.py)."""
+        for name, content in files.items():
+            pathlib.Path(self._hidden, name).write_bytes(content)
+        bash = self._spec["verifier_bash"] if self._own_uid else "/bin/bash"
 
         def become() -> None:
             os.dup2(script, linux.FIRST_PASSED_FD)
-            self._become([bash, f"/proc/self/fd/{linux.FIRST_PASSED_FD}"], environment | {"VERIFIER_FILES": self.hidden})
+            self._become(bash, ["bash", f"/proc/self/fd/{linux.FIRST_PASSED_FD}"], environment | {"VERIFIER_FILES": self._hidden})
 
         return self._start(become, out, err)
 
-    def _start(self, become: Callable[[], None], out: int, err: int) -> "Started":
+    def _start(self, become: Callable[[], None], out: int, err: int) -> Started:
         for directory in (self.workspace, self._temporary):
             linux.restore_access(directory)
-        failure_read, failure_write = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                for entry in self._cgroup_entries:
-                    os.write(entry, b"0")
-                os.dup2(os.open("/dev/null", os.O_RDONLY), 0), os.dup2(out, 1), os.dup2(err, 2)
-                for number in linux.RESTORED_SIGNALS:
-                    signal.signal(number, signal.SIG_DFL)
-                become()
-            except BaseException as error:  # noqa: B036 - whatever it was, this fork must not go on as a second holder
-                os.write(failure_write, str(error).encode()[:2000])
-            finally:
-                os._exit(125)
-        os.close(failure_write)
-        with open(failure_read, "rb") as failure:  # the pipe closes when the new program starts
-            return Started(pid, failure.read().decode(errors="replace"))
+        return start(become, self._cgroup_entries, out, err)
 
-    def _become(self, arguments: list[str], environment: dict) -> None:
+    def _become(self, program: str | int, arguments: list[str], environment: dict) -> None:
         """Fence this process and turn it into the command."""
-        os.setsid()
         os.chdir(self.workspace)
         self._limit_resources()
         if self._own_uid:
@@ -89,7 +74,7 @@ class Tier:
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
         landlock.restrict(self._ruleset)
         linux.install_filter(self._filter)
-        os.execve(arguments[0], arguments, environment | {"HOME": self.workspace, "TMPDIR": self._temporary})
+        os.execve(program, arguments, environment | {"HOME": self.workspace, "TMPDIR": self._temporary})
 
     def _limit_resources(self) -> None:
         memory = self._spec["memory_bytes"]
@@ -109,18 +94,36 @@ class Tier:
             if self._own_uid:
                 linux.set_filesystem_ids(0, 0)
 
-    def kill_leftovers(self) -> None:
-        """Send SIGKILL to every process of this sandbox. The holder, their reaper, waits for them."""
+    def finished(self) -> None:
+        """A command ended: hidden files go before the agent's next command can come."""
+        for entry in os.scandir(self._hidden):
+            os.unlink(entry.path)
+
+    def kill_leftovers(self) -> int:
+        """Kill and collect every process of this sandbox, which lost its parent to us; returns how many resisted."""
+        deadline = time.monotonic() + KILL_SECONDS
+        self._kill_all()
+        while children := linux.children_of(os.getpid()):
+            for pid in children:
+                os.kill(pid, signal.SIGKILL)
+            try:
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+            except ChildProcessError:
+                continue
+            if time.monotonic() > deadline:
+                return len(children)
+            time.sleep(0.0005)
+        return 0
+
+    def _kill_all(self) -> None:
         if self._own_uid:
             linux.kill_all_of(self._spec["uid"])
             return
-        stopped: set[int] = set()
-        while fresh := _descendants(os.getpid()) - stopped:  # stop them all first, or they fork while they are killed
-            for pid in fresh:
-                _send(pid, signal.SIGSTOP)
-            stopped |= fresh
-        for pid in stopped:
-            _send(pid, signal.SIGKILL)
+        linux.kill_trees(lambda: linux.descendants_of(set(linux.children_of(os.getpid()))))
+
+    def close(self) -> None:
+        """Nothing is left: `kill_leftovers` came before."""
 
     def usage(self) -> tuple[int, int]:
         """(bytes, inodes) that the sandbox has on disk."""
@@ -141,24 +144,6 @@ class Tier:
         return total, count
 
 
-class Started:
-    """A command that is running."""
-
-    inner_pid = None
-
-    def __init__(self, pid: int, failure: str):
-        self.pid, self.failure = pid, failure
-
-    def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
-
-    def exit_code(self, code: int) -> int:
-        return code
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
 def _processes_of(uid: int) -> int:
     count = 0
     for name in os.listdir("/proc"):
@@ -167,20 +152,3 @@ def _processes_of(uid: int) -> int:
         except FileNotFoundError:
             continue
     return count
-
-
-def _descendants(pid: int) -> set[int]:
-    found: set[int] = set()
-    pending = [pid]
-    while pending:
-        fresh = [child for child in linux.children_of(pending.pop()) if child not in found]
-        found.update(fresh)
-        pending += fresh
-    return found
-
-
-def _send(pid: int, signal_number: int) -> None:
-    try:
-        os.kill(pid, signal_number)
-    except ProcessLookupError:
-        pass

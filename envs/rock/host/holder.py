@@ -9,7 +9,6 @@ import contextlib
 import errno
 import json
 import os
-import pathlib
 import resource
 import select
 import signal
@@ -81,6 +80,7 @@ class Holder:
             if self._channel.fileno() in ready and not self._receive():
                 break
         self._kill_everything()
+        self._tier.close()
 
     def _milliseconds_to_next_check(self) -> int | None:
         if self._command is None:
@@ -129,11 +129,11 @@ class Holder:
         """Grade: everything of the agent dies before the script is within reach of any process of the sandbox."""
         self._kill_everything()
         out, err, script, content = descriptors
-        offset = 0
+        files, offset = {}, 0
         for name, size in request["files"]:
-            pathlib.Path(self._tier.hidden, name).write_bytes(os.pread(content, size, offset))
+            files[name] = os.pread(content, size, offset)
             offset += size
-        self._start(request, lambda: self._tier.start_verifier(script, request["env"], out, err))
+        self._start(request, lambda: self._tier.start_verifier(script, files, request["env"], out, err))
 
     def _serve_kill(self, request: dict, descriptors: list[int]) -> None:
         self._kill_everything()
@@ -185,25 +185,20 @@ class Holder:
         self._command.deadline = time.monotonic() + KILL_SECONDS
         self._command.limits_hit.append(reason)
         with contextlib.suppress(ProcessLookupError):
-            self._command.started.kill()
+            os.kill(self._command.started.pid, signal.SIGKILL)  # what it started dies in `_finish`
 
     def _finish(self) -> None:
         """The first process of the command ended: reap it and all that it left, and tell the manager."""
         command, self._command = self._command, None
-        started = command.started
-        _, raw = os.waitpid(started.pid, 0)
+        _, raw = os.waitpid(command.started.pid, 0)
         seconds = time.monotonic() - command.began
-        survivors = self._reap()
-        for entry in os.scandir(self._tier.hidden):  # hidden files go before the agent's next command can come
-            os.unlink(entry.path)
+        survivors = self._tier.kill_leftovers()
+        self._tier.finished()
         events = self._events.read()
         struck = [name for name, count in events.items() if count > command.events.get(name, 0)]
-        code = started.exit_code(os.waitstatus_to_exitcode(raw))
-        started.close()
+        code = os.waitstatus_to_exitcode(raw)
         os.close(command.pidfd)
-        failure = started.failure
-        if command.limits_hit or struck:  # bwrap has no exit code to tell of a command that was killed with it
-            failure = ""
+        failure = command.started.failure
         if survivors:
             failure = f"{survivors} processes survived SIGKILL for {KILL_SECONDS:.0f} s"
         self._reply(command.identity, exit_code=code if code >= 0 else 128 - code, seconds=seconds,
@@ -216,24 +211,7 @@ class Holder:
                 raise OSError(f"a killed process did not end within {KILL_SECONDS:.0f} s")
             self._finish()
         else:
-            self._reap()
-
-    def _reap(self) -> int:
-        """Kill and collect every process that lost its parent to us; returns how many resisted."""
-        deadline = time.monotonic() + KILL_SECONDS
-        self._tier.kill_leftovers()
-        while children := linux.children_of(os.getpid()):
-            for pid in children:
-                os.kill(pid, signal.SIGKILL)
-            try:
-                while os.waitpid(-1, os.WNOHANG)[0]:
-                    pass
-            except ChildProcessError:
-                continue
-            if time.monotonic() > deadline:
-                return len(children)
-            time.sleep(0.0005)
-        return 0
+            self._tier.kill_leftovers()
 
 
 def send(channel: socket.socket, message: dict, descriptors: tuple[int, ...] = ()) -> None:

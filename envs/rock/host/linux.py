@@ -2,19 +2,28 @@
 
 import ctypes
 import errno
+import fcntl
 import os
 import platform
 import resource
 import signal
+import socket
 import stat
+import struct
+from collections.abc import Callable
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
-CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x00020000, 0x10000000, 0x40000000
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
-PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 22, 36, 38
-SYS_OPENAT2, SYS_LANDLOCK_CREATE, SYS_LANDLOCK_ADD, SYS_LANDLOCK_RESTRICT = 437, 444, 445, 446  # one number on every architecture
+CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x02000000, 0x04000000, 0x08000000
+CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 8, 4096, 16384, 1 << 18  # the first four are also mount_setattr's
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NAME, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 15, 22, 24, 36, 38
+SYS_OPENAT2, SYS_MOUNT_SETATTR = 437, 442  # one number on every architecture, as all from 424 on
+SYS_LANDLOCK_CREATE, SYS_LANDLOCK_ADD, SYS_LANDLOCK_RESTRICT = 444, 445, 446
+SYS_PIVOT_ROOT, SYS_CAPSET = {"x86_64": (155, 126), "aarch64": (41, 91)}.get(platform.machine(), (0, 0))
 RESOLVE_NO_MAGICLINKS, RESOLVE_BENEATH = 0x02, 0x08
+AT_FDCWD, AT_RECURSIVE, MNT_DETACH = -100, 0x8000, 2
+SIOCSIFFLAGS, IFF_UP = 0x8914, 1
 
 FIRST_PASSED_FD = 32  # descriptors handed to a new program lie from here on; a holder's own ones, some twenty, below
 ARCHITECTURE = platform.machine()
@@ -45,9 +54,62 @@ def mount(source: str, target: str, kind: str | None, flags: int, data: str | No
     _check(result, f"mount {source} on {target}")
 
 
-def prctl(option: int, value: int, pointer: object = None) -> None:
+def restrict_mount(path: str, flags: int, recursive: bool = False) -> None:
+    """Add MS_RDONLY, MS_NOSUID, ... to the mount at `path` (and those below it), keeping what it has."""
+    attributes = (ctypes.c_uint64 * 4)(flags, 0, 0, 0)
+    syscall(f"mount_setattr {path}", SYS_MOUNT_SETATTR, AT_FDCWD, ctypes.c_char_p(os.fsencode(path)), AT_RECURSIVE if recursive else 0,
+            ctypes.byref(attributes), ctypes.sizeof(attributes))
+
+
+def pivot_root(new: str, old: str) -> None:
+    syscall("pivot_root", SYS_PIVOT_ROOT, ctypes.c_char_p(os.fsencode(new)), ctypes.c_char_p(os.fsencode(old)))
+
+
+def detach(path: str) -> None:
+    """Unmount it and all below it as soon as nobody uses it; it is out of sight at once."""
+    _check(_libc.umount2(os.fsencode(path), ctypes.c_int(MNT_DETACH)), f"umount {path}")
+
+
+def setns(descriptor: int, kind: int) -> None:
+    _check(_libc.setns(ctypes.c_int(descriptor), ctypes.c_int(kind)), "setns")
+
+
+def drop_bounding_set() -> None:
+    """No program that this process or its children execute gets a capability."""
+    with open("/proc/sys/kernel/cap_last_cap") as file:
+        last = int(file.read())
+    for capability in range(last + 1):
+        prctl(PR_CAPBSET_DROP, capability)
+
+
+def drop_capabilities() -> None:
+    """This process's own ones, for good."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this process
+    none = (ctypes.c_uint32 * 6)()
+    syscall("capset", SYS_CAPSET, ctypes.byref(header), ctypes.byref(none))
+
+
+def raise_loopback() -> None:
+    """Set the loopback interface of a new network namespace up."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fcntl.ioctl(any_socket, SIOCSIFFLAGS, struct.pack("16sh22x", b"lo", IFF_UP))
+
+
+def hide_command_line(name: str) -> None:
+    """Write `name` over this process's command line, which everyone who sees the process can read."""
+    with open("/proc/self/stat") as file:
+        fields = file.read().rpartition(")")[2].split()
+    start, end = int(fields[45]), int(fields[46])  # arg_start and arg_end, the 48th and 49th of proc(5)
+    if start and end - start > len(name):
+        ctypes.memset(start, 0, end - start)
+        ctypes.memmove(start, name.encode(), len(name))
+    prctl(PR_SET_NAME, ctypes.create_string_buffer(name.encode()[:15]))
+
+
+def prctl(option: int, value: int | ctypes.Array, pointer: object = None) -> None:
     zero = ctypes.c_ulong(0)
-    _check(_libc.prctl(ctypes.c_int(option), ctypes.c_ulong(value), pointer if pointer is not None else zero, zero, zero), f"prctl {option}")
+    first = ctypes.c_ulong(value) if isinstance(value, int) else value
+    _check(_libc.prctl(ctypes.c_int(option), first, pointer if pointer is not None else zero, zero, zero), f"prctl {option}")
 
 
 def install_filter(program: bytes) -> None:
@@ -98,12 +160,42 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
-def kill_all_of(uid: int) -> None:
-    """SIGKILL for every process of a sandbox's user id."""
+def descendants_of(roots: set[int]) -> set[int]:
+    """These processes and all below them."""
+    found, pending = set(roots), list(roots)
+    while pending:
+        fresh = [child for child in children_of(pending.pop()) if child not in found]
+        found.update(fresh)
+        pending += fresh
+    return found
+
+
+def kill_trees(find: Callable[[], set[int]]) -> None:
+    """SIGKILL for the processes that `find` returns. They are stopped first, or they would fork while they are killed."""
+    stopped: set[int] = set()
+    while fresh := find() - stopped:
+        for pid in fresh:
+            signal_process(pid, signal.SIGSTOP)
+        stopped |= fresh
+    for pid in stopped:
+        signal_process(pid, signal.SIGKILL)
+
+
+def signal_process(pid: int, number: int) -> None:
+    """Nothing happens if it is gone."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def kill_all_of(uid: int | None = None) -> None:
+    """SIGKILL for every process of a sandbox's user id; without one, for all of the pid namespace that our children are in, but its init."""
     killer = os.fork()
     if killer == 0:
         try:
-            os.setresuid(uid, uid, uid)
+            if uid is not None:
+                os.setresuid(uid, uid, uid)
             os.kill(-1, signal.SIGKILL)  # all at one stroke, so a fork bomb cannot run away from it
         finally:
             os._exit(0)
@@ -115,17 +207,6 @@ def lower_limit(kind: int, value: int) -> None:
     _, hard = resource.getrlimit(kind)
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
     resource.setrlimit(kind, (value, value))
-
-
-# Python ignores these for itself, and a new program would inherit that: `yes | head` would never end.
-RESTORED_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT)
-
-
-def spawn(arguments: list[str], environment: dict, out: int, err: int, passed: list[int]) -> int:
-    """Start a program with /dev/null as input and `passed` at FIRST_PASSED_FD and on; every other descriptor is closed there."""
-    moves = [(os.POSIX_SPAWN_DUP2, source, FIRST_PASSED_FD + place) for place, source in enumerate(passed)]
-    moves += [(os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0), (os.POSIX_SPAWN_DUP2, out, 1), (os.POSIX_SPAWN_DUP2, err, 2)]
-    return os.posix_spawn(arguments[0], arguments, environment, file_actions=moves, setsigdef=RESTORED_SIGNALS)
 
 
 def restore_access(directory: str) -> None:

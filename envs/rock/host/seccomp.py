@@ -34,7 +34,7 @@ _DENIED = {
 }
 _ABSENT = {"clone3": (435, 435), "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427)}
 _SHARED_IPC = {"shmget": (29, 194), "shmat": (30, 196), "shmctl": (31, 195), "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180)}
-_SOCKET, _SOCKETPAIR, _IOCTL, _CLONE, _KILL = (41, 198), (53, 199), (16, 29), (56, 220), (62, 129)
+_SOCKET, _SOCKETPAIR, _IOCTL, _CLONE, _KILL, _PRLIMIT = (41, 198), (53, 199), (16, 29), (56, 220), (62, 129), (302, 261)
 
 _NEW_NAMESPACES = 0x7E020000  # CLONE_NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET
 _TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
@@ -51,7 +51,7 @@ def _refuse(number: int) -> int:
 
 @functools.cache
 def build(architecture: str, *, network: bool, own_processes: bool = True) -> bytes:
-    """The filter as the array of struct sock_filter that the kernel and `bwrap --seccomp` take.
+    """The filter as the array of struct sock_filter that the kernel takes.
 
     Args:
       architecture: as platform.machine() says it.
@@ -74,6 +74,7 @@ def build(architecture: str, *, network: bool, own_processes: bool = True) -> by
     program += _only(_SOCKET[column], 0, socket_families, errno.EAFNOSUPPORT)
     program += _only(_SOCKETPAIR[column], 0, (_AF_UNIX,), errno.EAFNOSUPPORT)
     program += _never(_IOCTL[column], 1, (_TIOCSTI, _TIOCLINUX))
+    program += _only(_PRLIMIT[column], 0, (0,), errno.EPERM)  # of itself alone: the sandbox's process 1 has the same id
     program += [(_JUMP_EQUAL, 0, 4, _CLONE[column]), (_LOAD, 0, 0, _ARGUMENT[0]), (_JUMP_BITS, 0, 1, _NEW_NAMESPACES),
                 (_RETURN, 0, 0, _refuse(errno.EPERM)), (_RETURN, 0, 0, ALLOW)]
     if not own_processes:

@@ -1,9 +1,9 @@
 """The zygote: one small process for each manager process, from which every sandbox is forked.
 
-    manager (JAX, large) -- zygote (10 MB) -- holder (one a sandbox) -- bwrap -- command
+    manager (JAX, large) -- zygote (10 MB) -- holder (one a sandbox) -- command
 
 Forking from here costs a millisecond whatever the manager's size. Every link dies with the one before it: the zygote watches the
-manager, holders die with the zygote, bwrap with its holder. The zygote also makes and removes what lies outside a sandbox (cgroups,
+manager, holders die with the zygote, commands with their holder. The zygote also makes and removes what lies outside a sandbox (cgroups,
 directories, the user id it runs under), and at its start sweeps what a killed zygote left.
 """
 
@@ -21,12 +21,11 @@ import tempfile
 import time
 import traceback
 
-from . import bubblewrap, cgroups, fenced, linux, seccomp
+from . import cgroups, fenced, linux, namespaces, seccomp
 from .holder import Holder, receive, send
 
 FIRST_ID = 200_000  # user ids of sandboxes when the manager is root: one each, far from any real user's
 SLOTS = 20_000
-EXTRA_PIDS = 1  # bwrap's process 1
 RECORD_BYTES = 4096
 RETRY_SECONDS = 0.02
 REMOVE_SECONDS = 10.0
@@ -46,7 +45,7 @@ class Slot:
 
     def clean(self) -> bool:
         """End and remove what the sandbox had outside itself; False while something still holds a part of it."""
-        if self.fenced and os.geteuid() == 0:  # bubblewrap's processes die with their holder
+        if self.fenced and os.geteuid() == 0:  # a pid namespace dies with its holder
             linux.kill_all_of(FIRST_ID + self.number)
         self.cgroups = cgroups.remove(self.cgroups, kill=True)
         if self.cgroups or (self.fenced and not _remove_tree(self.directory)):
@@ -116,6 +115,7 @@ class Zygote:
         self._base = state_directory()
         self._next = os.getpid() % SLOTS  # zygotes start their search in different places
         self._place, _ = cgroups.find()
+        self._verifier_bash = execute_only("/bin/bash")
         self._holders: dict[int, tuple[int, Slot, socket.socket]] = {}  # pidfd -> (pid, slot, channel)
         self._dirty: list[tuple[float, Slot, socket.socket | None]] = []
         self._poller = select.poll()
@@ -153,8 +153,7 @@ class Zygote:
         slot = self._free_slot()
         try:
             if self._place:
-                name, pids = f"rock-{slot.number}-{os.getpid()}", spec["pids"] + EXTRA_PIDS
-                slot.cgroups = cgroups.create(self._place, name, spec["memory_bytes"], pids, spec["cpus"])
+                slot.cgroups = cgroups.create(self._place, f"rock-{slot.number}-{os.getpid()}", spec["memory_bytes"], spec["pids"], spec["cpus"])
             slot.fenced = spec["tier"] == "landlock"
             if slot.fenced:
                 _remove_tree(slot.directory)  # of a dead owner whose lock file was cleaned away
@@ -162,9 +161,9 @@ class Zygote:
             root = os.geteuid() == 0
             identity = FIRST_ID + slot.number if root else os.geteuid()
             spec |= {"uid": identity, "gid": identity if root else os.getegid(), "own_uid": root, "directory": slot.directory,
-                     "cgroups": slot.cgroups, "zygote": os.getpid()}
+                     "cgroups": slot.cgroups, "zygote": os.getpid(), "verifier_bash": self._verifier_bash}
             slot.record()
-            mapping = bubblewrap.Mapping() if spec["tier"] == "bubblewrap" else None
+            mapping = namespaces.Mapping() if spec["tier"] == "namespaces" else None
             pid = os.fork()
         except OSError:
             slot.clean()
@@ -191,16 +190,21 @@ class Zygote:
         self._poller.unregister(pidfd)
         os.close(pidfd)
         os.waitpid(pid, 0)
-        holders = {holder for holder, _, _ in self._holders.values()}
-        for orphan in set(linux.children_of(os.getpid())) - holders:  # of a holder that was killed itself
-            os.kill(orphan, signal.SIGKILL)
-            os.waitpid(orphan, 0)
         self._dirty.append((time.monotonic() + REMOVE_SECONDS, slot, channel))
 
+    def _orphans(self) -> bool:
+        """Whether a holder that was killed left processes that are not gone yet. Not waited for one by one: an init ends after all others."""
+        orphans = set(linux.children_of(os.getpid())) - {holder for holder, _, _ in self._holders.values()}
+        for orphan in orphans:
+            linux.signal_process(orphan, signal.SIGKILL)
+        return bool(orphans - {orphan for orphan in orphans if os.waitpid(orphan, os.WNOHANG)[0]})
+
     def _clean_dirty(self) -> None:
-        waiting = []
+        if not self._dirty:
+            return
+        waiting, orphans = [], self._orphans()
         for deadline, slot, channel in self._dirty:
-            if slot.clean() or time.monotonic() > deadline:
+            if not orphans and slot.clean() or time.monotonic() > deadline:
                 channel.close()
             else:
                 waiting.append((deadline, slot, channel))
@@ -222,16 +226,24 @@ class Zygote:
             self._clean_dirty()
 
 
+def execute_only(program: str) -> int:
+    """A copy of it, as a descriptor, that can be executed and not read: the kernel lets nobody look into such a process."""
+    descriptor = os.memfd_create(os.path.basename(program), os.MFD_CLOEXEC)
+    with open(program, "rb") as file:
+        shutil.copyfileobj(file, open(descriptor, "wb", closefd=False))
+    os.fchmod(descriptor, 0o111)
+    return descriptor
+
+
 def _run_holder(channel: socket.socket, spec: dict) -> None:
     """The life of a forked holder. Never returns."""
     try:
-        keep = channel.fileno()
         low = 3
-        for kept in sorted((keep, *(spec["mapping"].descriptors() if spec["mapping"] else ()))):
+        for kept in sorted((channel.fileno(), spec["verifier_bash"], *(spec["mapping"].descriptors() if spec["mapping"] else ()))):
             os.closerange(low, kept)  # other sandboxes' sockets and locks
             low = kept + 1
         os.closerange(low, 4096)
-        tier = bubblewrap.Tier if spec["tier"] == "bubblewrap" else fenced.Tier
+        tier = namespaces.Tier if spec["tier"] == "namespaces" else fenced.Tier
         try:
             holder = Holder(channel, spec, tier)
             workspace = holder.set_up()

@@ -7,7 +7,7 @@ import pytest
 from envs.rock import IsolationError, Sandbox, SandboxClosedError, SandboxConfig, SandboxError, probe
 
 
-@pytest.fixture(params=["bubblewrap", "landlock"])
+@pytest.fixture(params=["namespaces", "landlock"])
 def config(request):
     def make(**fields):
         return SandboxConfig(isolation="best_available", tier=request.param, **fields)
@@ -190,7 +190,7 @@ def test_stopping_ends_a_command_that_runs(config):
     assert isinstance(outcome, SandboxClosedError) or outcome.limits_hit == ("killed",)
 
 
-@pytest.mark.parametrize("fields, message", [({"isolation": "some"}, "required, best_available"), ({"tier": "docker"}, "bubblewrap, landlock"),
+@pytest.mark.parametrize("fields, message", [({"isolation": "some"}, "required, best_available"), ({"tier": "docker"}, "namespaces, landlock"),
                                              ({"isolation": "required", "tier": "landlock"}, "cannot be had"), ({"pids": 0}, "pids is 0"),
                                              ({"disk_mb": 300}, "leaves no memory"), ({"env": {"A=B": "c"}}, "A=B")])
 def test_an_impossible_config_is_refused_before_anything_starts(fields, message):
@@ -211,4 +211,4 @@ def test_required_isolation_is_never_silently_weaker():
             asyncio.run(start())
     else:
         tier, guarantees = asyncio.run(start())
-        assert tier == "bubblewrap" and {"memory", "pids", "network", "filesystem", "disk", "processes"} <= guarantees
+        assert tier == "namespaces" and {"memory", "pids", "network", "filesystem", "disk", "processes"} <= guarantees

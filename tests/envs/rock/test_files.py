@@ -8,7 +8,7 @@ import pytest
 from envs.rock import Sandbox, SandboxConfig, SandboxFileError, probe
 
 
-@pytest.fixture(params=["bubblewrap", "landlock"])
+@pytest.fixture(params=["namespaces", "landlock"])
 def inside(request):
     if (report := probe(tier=request.param)).tier is None:
         pytest.skip(f"no {request.param} tier here: {report.missing[0].reason}")

@@ -23,7 +23,7 @@ REPOSITORY = str(pathlib.Path(__file__).resolve().parents[3])
 STATE = pathlib.Path(tempfile.gettempdir(), f"rock-{os.getuid()}")
 
 
-def _config(tier: str = "bubblewrap", **fields) -> SandboxConfig:
+def _config(tier: str = "namespaces", **fields) -> SandboxConfig:
     if (report := probe(tier=tier)).tier is None:
         pytest.skip(f"no {tier} tier here: {report.missing[0].reason}")
     return SandboxConfig(isolation="best_available", tier=tier, **fields)
@@ -57,7 +57,7 @@ def _groups() -> set[str]:
     return {path for parent in set(place.parents.values()) for path in glob.glob(f"{parent}/rock-*-{_zygote_pid()}")} if place else set()
 
 
-@pytest.mark.parametrize("tier", ["bubblewrap", "landlock"])
+@pytest.mark.parametrize("tier", ["namespaces", "landlock"])
 def test_many_sandboxes_leave_nothing_behind(tier):
     config = _config(tier)
 
@@ -114,7 +114,7 @@ def _start_manager(tier: str, mark: int) -> tuple[subprocess.Popen, int]:
     return manager, int(manager.stdout.readline())
 
 
-@pytest.mark.parametrize("tier", ["bubblewrap", "landlock"])
+@pytest.mark.parametrize("tier", ["namespaces", "landlock"])
 def test_when_the_manager_is_killed_everything_ends_and_is_removed(tier):
     before = set(os.listdir(STATE)) if STATE.exists() else set()
     manager, zygote = _start_manager(tier, mark=31337)
@@ -136,7 +136,7 @@ def _owner(name: str) -> int | None:
 
 
 def test_when_the_zygote_is_killed_nothing_runs_on_and_the_next_start_sweeps():
-    manager, zygote = _start_manager("bubblewrap", mark=31338)
+    manager, zygote = _start_manager("namespaces", mark=31338)
     processes = _descendants(zygote)
     os.kill(zygote, signal.SIGKILL)
     assert manager.wait(30) != 0  # its commands fail: SandboxClosedError, not a wait without end
@@ -154,7 +154,7 @@ async def _echo(config: SandboxConfig) -> str:
         return (await sandbox.execute("echo hi")).stdout
 
 
-@pytest.mark.parametrize("tier", ["bubblewrap", "landlock"])
+@pytest.mark.parametrize("tier", ["namespaces", "landlock"])
 def test_directories_without_permissions_are_removed_too(tier):
     async def work():
         async with Sandbox(_config(tier)) as sandbox:
@@ -231,7 +231,7 @@ def test_a_forked_process_starts_a_zygote_of_its_own():
         sys.path.insert(0, {REPOSITORY!r})
         from envs.rock import Sandbox, SandboxConfig, launcher
         async def echo():
-            async with Sandbox(SandboxConfig(isolation="best_available", tier="bubblewrap")) as sandbox:
+            async with Sandbox(SandboxConfig(isolation="best_available", tier="namespaces")) as sandbox:
                 return (await sandbox.execute("echo hi")).stdout, launcher._zygote._process.pid
         first = asyncio.run(echo())
         child = os.fork()
@@ -246,20 +246,35 @@ def test_a_forked_process_starts_a_zygote_of_its_own():
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
-def test_a_bwrap_that_fails_is_an_error_with_its_words_and_never_a_weaker_sandbox(monkeypatch):
+def test_a_tree_that_cannot_be_mounted_is_an_error_with_its_reason_and_never_a_weaker_sandbox(monkeypatch):
     config = _config()
     broken = launcher.spec
 
-    def with_false(config, tier):
-        return broken(config, tier) | {"bwrap": shutil.which("false")}
+    def without_disk(config, tier):
+        return broken(config, tier) | {"disk_bytes": "none"}
 
-    monkeypatch.setattr(launcher, "spec", with_false)
-    with pytest.raises(SandboxStartError, match="bwrap ended with 1 before the command did"):
+    monkeypatch.setattr(launcher, "spec", without_disk)
+    with pytest.raises(SandboxStartError, match="mount tmpfs on /tmp/disk: Invalid argument"):
         asyncio.run(_echo(config))
 
 
+def test_a_dead_init_ends_its_commands_and_the_next_one_is_an_error():
+    async def run():
+        async with Sandbox(_config()) as sandbox:
+            await sandbox.execute("true")
+            (holder,) = _descendants(_zygote_pid())[:1]
+            (init,) = [int(word) for word in pathlib.Path(f"/proc/{holder}/task/{holder}/children").read_text().split()]
+            running = asyncio.create_task(sandbox.execute("sleep 60"))
+            await asyncio.sleep(0.3)
+            os.kill(init, signal.SIGKILL)
+            return await running, await asyncio.gather(sandbox.execute("true"), return_exceptions=True)
+
+    interrupted, (after,) = asyncio.run(run())
+    assert interrupted.exit_code == 137 and isinstance(after, SandboxError)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
-@pytest.mark.parametrize("tier", ["bubblewrap", "landlock"])
+@pytest.mark.parametrize("tier", ["namespaces", "landlock"])
 def test_an_ordinary_user_has_sandboxes_too_and_is_told_what_is_missing(tier, tmp_path_factory):
     _config(tier)
     code = tempfile.mkdtemp(prefix="rock-test-", dir="/tmp")  # a place that another user can read
@@ -291,7 +306,7 @@ def test_an_ordinary_user_has_sandboxes_too_and_is_told_what_is_missing(tier, tm
                               env={"PATH": "/usr/bin:/bin", "TMPDIR": "/tmp"}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         (first, verified, timed_out), guarantees, banner, refusal = json.loads(done.stdout)
-        assert first.split() == (["1000", "x"] if tier == "bubblewrap" else ["64321", "x"])
+        assert first.split() == (["1000", "x"] if tier == "namespaces" else ["64321", "x"])
         assert verified == "x\nc!" and timed_out
         assert not os.listdir("/tmp/rock-64321")
         if cgroups.find()[0].version == 1:  # root's own groups: another user cannot write them

@@ -7,8 +7,8 @@ import pytest
 
 from envs.rock.host import seccomp
 
-NUMBERS = {"x86_64": {"read": 0, "clone": 56, "socket": 41, "socketpair": 53, "ioctl": 16, "kill": 62, "unshare": 272, "shmget": 29, "openat2": 437},
-           "aarch64": {"read": 63, "clone": 220, "socket": 198, "socketpair": 199, "ioctl": 29, "kill": 129, "unshare": 97, "shmget": 194, "openat2": 437}}
+NUMBERS = {"x86_64": {"read": 0, "clone": 56, "socket": 41, "socketpair": 53, "ioctl": 16, "kill": 62, "prlimit64": 302, "unshare": 272, "shmget": 29, "openat2": 437},
+           "aarch64": {"read": 63, "clone": 220, "socket": 198, "socketpair": 199, "ioctl": 29, "kill": 129, "prlimit64": 261, "unshare": 97, "shmget": 194, "openat2": 437}}
 
 
 def decide(program: bytes, architecture: int, number: int, *arguments: int) -> int:
@@ -66,6 +66,10 @@ def test_without_a_network_namespace_shared_ipc_is_refused_too(call):
 def test_killing_everyone_is_refused_where_it_would_reach_the_host(call):
     assert call("kill", 2**64 - 1, 9, own_processes=False) == call("kill", 2**32 - 1, 9, own_processes=False) == refused(errno.EPERM)
     assert call("kill", 77, 9, own_processes=False) == seccomp.ALLOW
+
+
+def test_limits_of_another_process_cannot_be_set(call):
+    assert call("prlimit64", 0, 7) == seccomp.ALLOW and call("prlimit64", 1, 7) == refused(errno.EPERM)
 
 
 def test_terminal_injection_is_refused_in_any_width(call):

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from envs.rock import IsolationError, probe, tiers
+from envs.rock import IsolationError, SandboxError, probe, tiers
 from envs.rock.host import cgroups
 from envs.rock.tiers import GUARANTEES, Missing, TierReport
 
@@ -17,34 +17,46 @@ def fresh():
     tiers._try.cache_clear()
 
 
-def test_a_missing_bubblewrap_is_named_with_its_remedy_and_refused_when_required(monkeypatch):
-    monkeypatch.setattr(tiers.shutil, "which", lambda *_, **__: None)
+@pytest.fixture
+def no_user_namespaces(monkeypatch):
+    """A machine that refuses them, as an ordinary container does."""
+    tried = tiers._try_to_run
+
+    def refuse(tier):
+        if tier == "namespaces":
+            raise SandboxError("unshare: Operation not permitted")
+        tried(tier)
+
+    monkeypatch.setattr(tiers, "_try_to_run", refuse)
+    monkeypatch.setattr(tiers, "_setting", lambda path: "")
+
+
+def test_refused_user_namespaces_are_named_with_their_remedy_and_refused_when_required(no_user_namespaces):
     report = probe("required")
     assert report.tier is None
-    with pytest.raises(IsolationError, match="bubblewrap is missing; remedy: apt-get install bubblewrap"):
+    with pytest.raises(IsolationError, match="this machine refuses user namespaces .*Operation not permitted.*; remedy: leave the container"):
         report.require("required")
 
 
-def test_best_available_falls_back_and_says_loudly_what_is_not_enforced(monkeypatch):
-    monkeypatch.setattr(tiers.shutil, "which", lambda *_, **__: None)
+def test_best_available_falls_back_and_says_loudly_what_is_not_enforced(no_user_namespaces):
     report = probe("best_available")
     if report.tier is None:
         pytest.skip("no landlock tier here")
     assert report.tier == "landlock" and {"disk", "processes"} <= {item.guarantee for item in report.missing}
     report.require("best_available")
     banner = report.banner()
-    assert "NOT enforced" in banner and "apt-get install bubblewrap" in banner and all(item.guarantee in banner for item in report.missing)
+    assert "NOT enforced" in banner and "leave the container" in banner and all(item.guarantee in banner for item in report.missing)
     with pytest.raises(IsolationError):
         report.require("required")
 
 
 def test_nothing_missing_needs_no_banner():
-    TierReport("bubblewrap", frozenset(GUARANTEES), ()).require("required")
-    assert TierReport("bubblewrap", frozenset(GUARANTEES), ()).banner() == ""
+    TierReport("namespaces", frozenset(GUARANTEES), ()).require("required")
+    assert TierReport("namespaces", frozenset(GUARANTEES), ()).banner() == ""
 
 
 def test_without_memory_limits_required_is_refused():
-    report = TierReport("bubblewrap", frozenset(GUARANTEES) - {"memory"}, (Missing("memory", "no cgroups", "run as root"),))
+    report = TierReport("namespaces", frozenset(GUARANTEES) - {"memory"}, (Missing("memory", "no cgroups", "run as root"),))
     with pytest.raises(IsolationError, match="memory.*no cgroups; remedy: run as root"):
         report.require("required")
     report.require("best_available")

@@ -128,7 +128,7 @@ def test_tpus_exchange_where_a_group_is_large_and_compact_and_all_others_use_the
 
 def test_an_exchange_that_cannot_be_is_refused_with_the_reason():
     config = PRESETS["qwen3_30b_a3b"]
-    with pytest.raises(ValueError, match="kernels.exchange='all_to_all' runs on tpu only, and the mesh's devices are cpu"):
+    with pytest.raises(ValueError, match="learner.exchange='all_to_all' runs on tpu only, and the mesh's devices are cpu"):
         choose_kernels("cpu", config, Kernels(exchange="all_to_all"))
-    with pytest.raises(ValueError, match="'all_to_all' needs a grouped matmul, and kernels.experts='sorted' has none. Set that to one of ragged, megablox"):
+    with pytest.raises(ValueError, match="'all_to_all' needs a grouped matmul, and learner.experts='sorted' has none. Set that to one of ragged, megablox"):
         choose_kernels("tpu", config, Kernels(experts="sorted", exchange="all_to_all"))

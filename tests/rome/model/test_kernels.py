@@ -126,9 +126,9 @@ def test_each_platform_gets_its_kernels_and_a_name_wins():
 
 
 @pytest.mark.parametrize("platform, wanted, complaint", [
-    ("cpu", Kernels(attention="splash"), "kernels.attention='splash' runs on tpu only.*devices are cpu"),
-    ("tpu", Kernels(experts="tokamax"), "kernels.experts='tokamax' runs on gpu only"),
-    ("gpu", Kernels(experts="gshard"), "kernels.experts='gshard' is unknown.*megablox"),
+    ("cpu", Kernels(attention="splash"), "learner.attention='splash' runs on tpu only.*devices are cpu"),
+    ("tpu", Kernels(experts="tokamax"), "learner.experts='tokamax' runs on gpu only"),
+    ("gpu", Kernels(experts="gshard"), "learner.experts='gshard' is unknown.*megablox"),
 ])
 def test_a_kernel_that_cannot_run_is_refused_with_the_reason(platform, wanted, complaint):
     with pytest.raises(ValueError, match=complaint):
