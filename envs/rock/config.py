@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 ISOLATIONS = ("required", "best_available")
 TIERS = ("namespaces", "landlock")
@@ -59,3 +60,15 @@ class CommandResult:
     truncated: bool  # more was written than max_output_bytes
     seconds: float
     limits_hit: tuple[str, ...] = ()  # of "timeout", "memory", "pids", "disk", "output", "killed"
+
+
+class SandboxStatus(NamedTuple):
+    """What a sandbox uses at one moment. None: not counted on this machine."""
+
+    memory_bytes: int | None  # files of the workspace included
+    pids: int | None
+    cpu_seconds: float  # of commands that have ended
+    disk_bytes: int
+    inodes: int
+    commands: int  # that run now
+    sessions: int

@@ -1,4 +1,4 @@
-"""The sandbox as its users see it: async, one workspace, commands that each live and die in processes of their own."""
+"""The sandbox as its users see it: async, one workspace, commands in processes of their own, shells that live on where they are wanted."""
 
 import asyncio
 import contextlib
@@ -7,16 +7,13 @@ import os
 from collections.abc import Mapping
 
 from envs.rock import launcher
-from envs.rock.config import CommandResult, SandboxConfig, check_environment
+from envs.rock.commands import REPLY_GRACE, Job, Output, Session, memory_file, unspeakable, within
+from envs.rock.config import CommandResult, SandboxConfig, SandboxStatus, check_environment
 from envs.rock.errors import SandboxClosedError, SandboxError, SandboxFileError, SandboxStartError
 from envs.rock.host.holder import parse, receive, send
 from envs.rock.host.linux import FIRST_PASSED_FD
 from envs.rock.tiers import probe
 
-REPLY_GRACE = 30.0  # seconds beyond its own time limit in which a holder must answer
-END_OF_OUTPUT_SECONDS = 10.0
-DRAINED_BYTES = 64 << 20  # what a command may write beyond max_output_bytes, unread, before it is killed
-MAX_COMMAND_BYTES = 100_000  # one argument of a program can have 128 KiB
 WORKSPACE = "/workspace"
 
 _FILE_REASONS = {"ENOENT": "missing", "EXDEV": "outside", "ELOOP": "outside", "EINVAL": "not_regular", "ENXIO": "not_regular",
@@ -26,7 +23,8 @@ _FILE_REASONS = {"ENOENT": "missing", "EXDEV": "outside", "ELOOP": "outside", "E
 class Sandbox:
     """A place to run shell commands. Use it as an async context manager, from the event loop that started it.
 
-    Every `execute` is a fresh bash in /workspace: files stay, processes, working directory and variables do not.
+    Every `execute` is a fresh bash in /workspace: files stay, working directory and variables do not. Neither do processes, unless a
+    session or a background job runs beside it: then what it left behind stays, as in a container, until those have ended.
     """
 
     def __init__(self, config: SandboxConfig = SandboxConfig()):
@@ -40,6 +38,7 @@ class Sandbox:
         self._gone: asyncio.Future | None = None
         self._last_id = 0
         self._turn = asyncio.Lock()
+        self._outputs: list[Output] = []
 
     async def __aenter__(self) -> "Sandbox":
         await self.start()
@@ -61,7 +60,7 @@ class Sandbox:
             ready = self._replies[0] = self._loop.create_future()
             self._loop.add_reader(self._channel, self._receive)
             try:
-                reply = await self._within(ready, self.config.start_timeout, "the sandbox did not start")
+                reply = await within(ready, self.config.start_timeout, "the sandbox did not start")
                 if "error" in reply:
                     raise SandboxStartError(reply["error"])
                 if report.guarantees & {"memory"} and not reply["cgroups"]:
@@ -78,7 +77,7 @@ class Sandbox:
         with contextlib.suppress(OSError):
             self._channel.shutdown(1)  # SHUT_WR: the holder reads the end, and closes when nothing is left
         try:
-            await self._within(asyncio.shield(self._gone), REPLY_GRACE, "the sandbox did not end")
+            await within(asyncio.shield(self._gone), REPLY_GRACE, "the sandbox did not end")
         finally:
             self._disconnect()
 
@@ -87,11 +86,43 @@ class Sandbox:
 
         At the time limit, and also at its normal end, every process that it started is dead, daemons included.
         """
-        if refusal := _unspeakable(command):
+        if refusal := unspeakable(command):
             return CommandResult("", refusal, 126, False, False, 0.0)
+        async with self._turn:  # one after the other
+            return await self._to_its_end(await self.spawn(command, timeout, env))
+
+    async def spawn(self, command: str, timeout: float | None = None, env: Mapping[str, str] | None = None) -> Job:
+        """Start `bash -c command` in the background. What it writes is kept up to max_output_bytes a stream, and told by `Job.wait`."""
+        if refusal := unspeakable(command):
+            raise ValueError(refusal.strip())
+        return self._start({"op": "run", "env": self._environment(env)}, [command.encode(errors="replace")], timeout)
+
+    async def create_session(self, env: Mapping[str, str] | None = None) -> Session:
+        """A bash that keeps its state between commands."""
+        outputs = [self._output() for _ in range(2)]
+        request = {"op": "session", "env": self._environment(env)}
+        reply = await self._request(request, tuple(output.write_end for output in outputs), REPLY_GRACE)
+        for output in outputs:
+            output.close_write_end()
+        if "error" in reply:
+            raise SandboxStartError(reply["error"])
+        session = Session(self, reply["session"], outputs)
+        for output in outputs:
+            output.on_flood = session._flooded
+        return session
+
+    async def get_status(self) -> SandboxStatus:
+        """What the sandbox uses at this moment."""
+        reply = await self._request({"op": "status"}, (), REPLY_GRACE)
+        return SandboxStatus(**{name: reply.get(name) for name in SandboxStatus._fields})
+
+    def is_alive(self) -> bool:
+        """Whether it was started and neither it nor its process has ended."""
+        return self._channel is not None and self._channel.fileno() >= 0 and not self._gone.done()
+
+    def _environment(self, env: Mapping[str, str] | None) -> dict[str, str]:
         check_environment(env or {})
-        environment = {"PATH": "/usr/bin:/bin", "HOME": WORKSPACE, "LANG": "C.UTF-8", **self.config.env, **(env or {})}
-        return await self._run({"op": "run", "env": environment}, [command.encode(errors="replace")], timeout)
+        return {"PATH": "/usr/bin:/bin", "HOME": WORKSPACE, "LANG": "C.UTF-8", **self.config.env, **(env or {})}
 
     async def verify(self, script: str, timeout: float | None = None, files: Mapping[str, bytes] | None = None) -> CommandResult:
         """Kill every process of the agent, then run a bash script that no process of the agent can ever read.
@@ -108,7 +139,8 @@ class Sandbox:
         environment = {"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "LANG": "C.UTF-8", "PYTHONSAFEPATH": "1", "PYTHONNOUSERSITE": "1",
                        "PYTHONDONTWRITEBYTECODE": "1"}
         sizes = [(name, len(content)) for name, content in files.items()]
-        return await self._run({"op": "verify", "files": sizes, "env": environment}, contents, timeout)
+        async with self._turn:
+            return await self._to_its_end(self._start({"op": "verify", "files": sizes, "env": environment}, contents, timeout))
 
     async def kill_all(self) -> None:
         """Kill every process of the sandbox and wait until they are gone; files stay. A running execute returns with "killed"."""
@@ -166,59 +198,56 @@ class Sandbox:
             raise SandboxFileError("outside", f"{path!r} is not a file below {WORKSPACE}")
         return "/".join(parts)
 
-    async def _run(self, request: dict, contents: list[bytes], timeout: float | None) -> CommandResult:
+    def _start(self, request: dict, contents: list[bytes], timeout: float | None) -> Job:
         timeout = self.config.timeout if timeout is None else timeout
-        async with self._turn:  # one command at a time
-            self._check_open()
-            with contextlib.ExitStack() as cleanup:
-                inputs = [_memory_file(content, cleanup) for content in contents]
-                outputs = [_Output(self._loop, self.config.max_output_bytes, self._kill_unheard) for _ in range(2)]
-                for output in outputs:
-                    cleanup.callback(output.close)
-                reply = await self._request(request | {"timeout": timeout}, (outputs[0].write_end, outputs[1].write_end, *inputs),
-                                            timeout + REPLY_GRACE, on_sent=lambda: [output.close_write_end() for output in outputs])
-                for output in outputs:
-                    await self._within(output.ended, END_OF_OUTPUT_SECONDS, "a dead command's output did not end")
-        stdout, stderr = (bytes(output.data).decode(errors="replace") for output in outputs)
-        if failure := reply.get("failure") or reply.get("error"):
-            raise SandboxStartError(f"{failure} {stderr.strip()[-500:]}".strip())
-        flooded = any(output.flooded for output in outputs)
-        limits = tuple("output" if name == "killed" and flooded else name for name in reply["limits"])
-        return CommandResult(stdout, stderr, reply["exit_code"], "timeout" in limits, any(output.truncated for output in outputs),
-                             reply["seconds"], limits)
+        self._check_open()
+        with contextlib.ExitStack() as cleanup:
+            inputs = [memory_file(content, cleanup) for content in contents]
+            outputs = [self._output() for _ in range(2)]
+            identity, reply = self._send(request | {"timeout": timeout}, (*(output.write_end for output in outputs), *inputs))
+        for output in outputs:
+            output.close_write_end()
+            output.on_flood = lambda: self._end_unheard(identity)
+        return Job(self, identity, reply, outputs, timeout)
 
-    def _kill_unheard(self) -> None:
-        """Kill what runs, without waiting for the answer."""
-        with contextlib.suppress(SandboxClosedError, OSError):
-            self._last_id += 1
-            send(self._channel, {"id": self._last_id, "op": "kill"})
+    async def _to_its_end(self, job: Job) -> CommandResult:
+        try:
+            return await job.wait()
+        except asyncio.CancelledError:
+            self._end_unheard(job.identity)  # its caller gave up: the command must not run on
+            raise
 
-    async def _request(self, request: dict, descriptors: tuple[int, ...], timeout: float, on_sent=lambda: None) -> dict:
+    def _output(self) -> Output:
+        output = Output(self._loop, self.config.max_output_bytes)
+        self._outputs = [one for one in self._outputs if not one.closed] + [output]
+        return output
+
+    def _end_unheard(self, identity: int) -> None:
+        """Kill that command, without waiting for the answer."""
+        with contextlib.suppress(SandboxClosedError):
+            _, answer = self._send({"op": "end", "target": identity}, ())
+            answer.cancel()
+
+    def _send(self, request: dict, descriptors: tuple[int, ...]) -> tuple[int, asyncio.Future]:
+        """(the request's number, its answer)."""
         self._check_open()
         self._last_id += 1
         identity = self._last_id
-        answer = self._replies[identity] = self._loop.create_future()
+        answer = self._loop.create_future()
+        answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be waiting: that is no error of its own
         try:
             send(self._channel, request | {"id": identity}, descriptors)
-            on_sent()
-            return await self._within(answer, timeout, f"no answer to {request['op']}")
         except OSError as error:
             raise SandboxClosedError(f"the sandbox's process is gone: {error}") from error
-        except asyncio.CancelledError:
-            if request["op"] in ("run", "verify"):
-                self._kill_unheard()  # its caller gave up: the command must not run on
-            raise
-        finally:
-            self._replies.pop(identity, None)
+        self._replies[identity] = answer
+        return identity, answer
 
-    async def _within(self, future: asyncio.Future, seconds: float, what: str):
-        try:
-            return await asyncio.wait_for(future, seconds)
-        except asyncio.TimeoutError:
-            raise SandboxError(f"{what} within {seconds:.0f} s") from None
+    async def _request(self, request: dict, descriptors: tuple[int, ...], timeout: float) -> dict:
+        _, answer = self._send(request, descriptors)
+        return await within(answer, timeout, f"no answer to {request['op']}")
 
     def _check_open(self) -> None:
-        if self._channel is None or self._channel.fileno() < 0 or self._gone.done():
+        if not self.is_alive():
             raise SandboxClosedError("the sandbox is not running: it was not started, was stopped, or its process died")
         if asyncio.get_running_loop() is not self._loop:
             raise SandboxError("a sandbox is used from the event loop that started it; from elsewhere use envs.rock.sync.run")
@@ -232,7 +261,7 @@ class Sandbox:
         except OSError:
             data, descriptors = b"", []
         reply = parse(data) | {"descriptors": descriptors}
-        waiting = self._replies.get(reply.get("id"))
+        waiting = self._replies.pop(reply.get("id"), None)
         if waiting is not None and not waiting.done():
             waiting.set_result(reply)
             return
@@ -248,6 +277,8 @@ class Sandbox:
             self._loop.remove_reader(self._channel)
             self._channel.close()
         self._end_waiting()
+        for output in self._outputs:
+            output.close()
 
     def _end_waiting(self) -> None:
         if not self._gone.done():
@@ -255,71 +286,6 @@ class Sandbox:
         for future in self._replies.values():
             if not future.done():
                 future.set_exception(SandboxClosedError("the sandbox ended in the middle of a request"))
-
-
-class _Output:
-    """The reading end of one stream of a command: keeps the first `limit` bytes, reads on without keeping, reports a flood."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, limit: int, on_flood):
-        self._loop, self._limit, self._on_flood = loop, limit, on_flood
-        self._read_end, self.write_end = os.pipe()
-        os.set_blocking(self._read_end, False)
-        self.data = bytearray()
-        self._dropped = 0
-        self.flooded = False
-        self.ended = loop.create_future()
-        loop.add_reader(self._read_end, self._read)
-
-    @property
-    def truncated(self) -> bool:
-        return self._dropped > 0
-
-    def _read(self) -> None:
-        try:
-            piece = os.read(self._read_end, 1 << 16)
-        except BlockingIOError:
-            return
-        if not piece:
-            self._loop.remove_reader(self._read_end)
-            self.ended.set_result(None)
-            return
-        kept = piece[: self._limit - len(self.data)]
-        self.data += kept
-        self._dropped += len(piece) - len(kept)
-        if self._dropped > DRAINED_BYTES and not self.flooded:
-            self.flooded = True
-            self._on_flood()
-
-    def close_write_end(self) -> None:
-        if self.write_end is not None:
-            os.close(self.write_end)
-            self.write_end = None
-
-    def close(self) -> None:
-        self.close_write_end()
-        if self._read_end is not None:
-            self._loop.remove_reader(self._read_end)
-            os.close(self._read_end)
-            self._read_end = None
-
-
-def _unspeakable(command: str) -> str:
-    """Why this command cannot be passed to a program at all; "" if it can."""
-    if "\0" in command:
-        return "bash: the command contains a NUL character\n"
-    size = len(command.encode(errors="replace"))
-    return f"bash: the command has {size} bytes, the limit is {MAX_COMMAND_BYTES}; write a file in parts\n" if size > MAX_COMMAND_BYTES else ""
-
-
-def _memory_file(content: bytes, cleanup: contextlib.ExitStack) -> int:
-    """A descriptor to read `content` from, that was never a file anywhere."""
-    descriptor = os.memfd_create("rock", os.MFD_CLOEXEC)
-    cleanup.callback(os.close, descriptor)
-    view = memoryview(content)
-    while view:
-        view = view[os.write(descriptor, view):]
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    return descriptor
 
 
 def _file_error(code: str, message: str) -> SandboxFileError:

@@ -127,19 +127,29 @@ def _set_limits(version: int, where: dict[str, str], memory_bytes: int, pids: in
             _write(f"{where['cpu']}/cpu.max", f"{quota} {PERIOD_US}")
 
 
-class Events:
-    """Counts how often the limits struck, through descriptors that stay valid when the files go out of sight."""
+_EVENTS = (("memory.oom_control", b"oom_kill", "memory"), ("memory.events", b"oom_kill", "memory"), ("pids.events", b"max", "pids"))
+_USAGE = (("memory.usage_in_bytes", "memory_bytes"), ("memory.current", "memory_bytes"), ("pids.current", "pids"))
+
+
+class Meters:
+    """What a sandbox uses and how often its limits struck, through descriptors that stay valid when the files go out of sight."""
 
     def __init__(self, directories: list[str]):
-        self._files = {}
-        for directory in directories:
-            for name, key, label in (("memory.oom_control", b"oom_kill", "memory"), ("memory.events", b"oom_kill", "memory"),
-                                     ("pids.events", b"max", "pids")):
-                if os.path.exists(f"{directory}/{name}"):
-                    self._files[label] = (os.open(f"{directory}/{name}", os.O_RDONLY | os.O_CLOEXEC), key)
+        self._events = {label: (_open(f"{directory}/{name}"), key) for directory in directories for name, key, label in _EVENTS
+                        if os.path.exists(f"{directory}/{name}")}
+        self._usage = {label: _open(f"{directory}/{name}") for directory in directories for name, label in _USAGE if os.path.exists(f"{directory}/{name}")}
 
-    def read(self) -> dict[str, int]:
-        return {label: _counter(os.pread(descriptor, 4096, 0), key) for label, (descriptor, key) in self._files.items()}
+    def events(self) -> dict[str, int]:
+        """Limit -> how often it struck."""
+        return {label: _counter(os.pread(descriptor, 4096, 0), key) for label, (descriptor, key) in self._events.items()}
+
+    def usage(self) -> dict[str, int]:
+        """memory_bytes and pids, as far as cgroups count them here."""
+        return {label: int(os.pread(descriptor, 64, 0)) for label, descriptor in self._usage.items()}
+
+
+def _open(path: str) -> int:
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _counter(text: bytes, key: bytes) -> int:

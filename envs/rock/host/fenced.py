@@ -43,8 +43,12 @@ class Tier:
         self._filter = seccomp.build(linux.ARCHITECTURE, network=False, own_processes=self._own_uid or landlock.abi() >= 6)
         return os.open(self.workspace, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
-    def start_agent(self, command: str, environment: dict, out: int, err: int) -> Started:
-        return self._start(lambda: self._become("/bin/bash", ["/bin/bash", "-c", command], environment), out, err)
+    def start_agent(self, arguments: list[str], environment: dict, out: int, err: int, prepare: Callable[[], None] = lambda: None) -> Started:
+        def become() -> None:
+            prepare()
+            self._become(arguments[0], arguments, environment)
+
+        return self._start(become, out, err)
 
     def start_verifier(self, script: int, files: dict[str, bytes], environment: dict, out: int, err: int) -> Started:
         """The grader. As root its bash is execute-only, so that its children cannot look into it (see namespaces.py)."""

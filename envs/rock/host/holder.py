@@ -1,11 +1,10 @@
 """One holder for each sandbox: owns its file tree, starts its commands, and outlives none of them.
 
 It is forked from the zygote and speaks with the manager over one SOCK_SEQPACKET socket: a JSON request with descriptors, a JSON reply.
-One command runs at a time. Time limits are kept here, so a manager that is busy compiling does not stretch them.
+Time limits are kept here, so a manager that is busy compiling does not stretch them.
 """
 
 import array
-import contextlib
 import errno
 import json
 import os
@@ -15,34 +14,54 @@ import signal
 import socket
 import stat
 import time
-from collections.abc import Callable
 
 from . import cgroups, linux
+from .process import Started
+from .session import LOOP, Session
 
 MAX_MESSAGE = 1 << 18
 MAX_FDS = 8
+MAX_SESSIONS, MAX_COMMANDS = 8, 16  # at once; their descriptors stay below linux.FIRST_PASSED_FD
 KILL_SECONDS = 10.0
+SHELL_GRACE = 1.0  # seconds in which a shell whose command was killed must say so
 DISK_CHECK_SECONDS = 0.1
 
 
-class Command:
-    """The command that is running."""
+class Running:
+    """A command that runs: a process of its own, or one that a session's shell was told."""
 
-    def __init__(self, identity: int, started, timeout: float, events: dict[str, int]):
-        self.identity, self.started, self.events = identity, started, events
-        self.pidfd = os.pidfd_open(started.pid)
+    def __init__(self, identity: int, descriptor: int, timeout: float, events: dict[str, int], started: Started | None, session: Session | None):
+        self.identity, self.descriptor, self.started, self.session, self.events = identity, descriptor, started, session, events
         self.began = time.monotonic()
         self.deadline = self.began + timeout
         self.limits_hit: list[str] = []
+
+    def processes(self) -> set[int]:
+        return self.session.foreground() if self.session else linux.descendants_of({self.started.pid})
+
+    def kill(self, reason: str) -> None:
+        """Its end is noticed, and told, in `serve`. A shell that does not survive its command's death by SHELL_GRACE dies at the second call."""
+        again = reason in self.limits_hit
+        self.limits_hit.append(reason)
+        self.deadline = time.monotonic() + KILL_SECONDS
+        if self.session is None:
+            linux.signal_process(self.started.pid, signal.SIGKILL)  # what it started dies when it has ended
+        elif again:
+            linux.signal_process(self.session.pid, signal.SIGKILL)
+        else:
+            linux.kill_trees(self.processes)
+            self.deadline = time.monotonic() + SHELL_GRACE
 
 
 class Holder:
     def __init__(self, channel: socket.socket, spec: dict, tier_type: type):
         self._channel, self._spec = channel, spec
-        self._command: Command | None = None
+        self._running: dict[int, Running] = {}  # by the descriptor that tells the end
+        self._sessions: dict[int, Session] = {}  # by the shell's pidfd
+        self._poller = select.poll()
         # Opened under the zygote's id and in its file tree: later this process has neither.
         self._tier = tier_type(spec, [os.open(f"{path}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC) for path in spec["cgroups"]])
-        self._events = cgroups.Events(spec["cgroups"])
+        self._meters = cgroups.Meters(spec["cgroups"])
 
     def set_up(self) -> str:
         """Enter the tier; returns the path of the workspace."""
@@ -59,42 +78,36 @@ class Holder:
 
     def serve(self) -> None:
         """Until the manager closes the socket or dies. Nothing of the sandbox runs when this returns."""
-        poller = select.poll()
-        poller.register(self._channel, select.POLLIN)
-        watched = None
-        while True:
-            current = self._command.pidfd if self._command else None
-            if current != watched:
-                if watched is not None:
-                    poller.unregister(watched)
-                if current is not None:
-                    poller.register(current, select.POLLIN)
-                watched = current
-            ready = {descriptor for descriptor, _ in poller.poll(self._milliseconds_to_next_check())}
-            if self._command and watched not in ready:
-                self._check_limits()
-            if watched is not None and watched in ready:
-                poller.unregister(watched)
-                watched = None
-                self._finish()
-            if self._channel.fileno() in ready and not self._receive():
-                break
+        self._poller.register(self._channel, select.POLLIN)
+        alive = True
+        while alive:
+            for descriptor, _ in self._poller.poll(self._milliseconds_to_next_check()):
+                if descriptor == self._channel.fileno():
+                    alive = self._receive()
+                elif descriptor in self._running:
+                    self._ended(self._running[descriptor])
+                elif descriptor in self._sessions:
+                    self._shell_ended(self._sessions[descriptor])
+            self._check_limits()
         self._kill_everything()
         self._tier.close()
 
     def _milliseconds_to_next_check(self) -> int | None:
-        if self._command is None:
+        if not self._running:
             return None
-        seconds = max(0.0, self._command.deadline - time.monotonic())
+        seconds = max(0.0, min(running.deadline for running in self._running.values()) - time.monotonic())
         return int(1000 * (min(seconds, DISK_CHECK_SECONDS) if self._tier.watches_disk else seconds)) + 1
 
     def _check_limits(self) -> None:
-        if time.monotonic() >= self._command.deadline:
-            self._kill_command("timeout")
-        elif self._tier.watches_disk:
+        now, reason = time.monotonic(), ""
+        if self._running and self._tier.watches_disk:
             size, inodes = self._tier.usage()
-            if size > self._spec["disk_bytes"] or inodes > self._spec["inodes"]:
-                self._kill_command("disk")
+            reason = "disk" if size > self._spec["disk_bytes"] or inodes > self._spec["inodes"] else ""
+        for running in list(self._running.values()):
+            if reason and reason not in running.limits_hit:
+                running.kill(reason)
+            elif now >= running.deadline:
+                running.kill(running.limits_hit[-1] if running.limits_hit else "timeout")
 
     def _receive(self) -> bool:
         """Serve one request; False when the manager is gone."""
@@ -120,10 +133,15 @@ class Holder:
         except (BrokenPipeError, ConnectionError):
             pass  # the manager is gone; the next receive says so
 
+    # Commands
+
     def _serve_run(self, request: dict, descriptors: list[int]) -> None:
+        if len(self._running) >= MAX_COMMANDS:
+            raise OSError(errno.EBUSY, f"{MAX_COMMANDS} commands are running; a sandbox runs no more at once")
         out, err, text = descriptors
         command = os.pread(text, MAX_MESSAGE, 0).decode()
-        self._start(request, lambda: self._tier.start_agent(command, request["env"], out, err))
+        events = self._meters.events()
+        self._watch(request, self._tier.start_agent(["/bin/bash", "-c", command], request["env"], out, err), events)
 
     def _serve_verify(self, request: dict, descriptors: list[int]) -> None:
         """Grade: everything of the agent dies before the script is within reach of any process of the sandbox."""
@@ -133,11 +151,133 @@ class Holder:
         for name, size in request["files"]:
             files[name] = os.pread(content, size, offset)
             offset += size
-        self._start(request, lambda: self._tier.start_verifier(script, files, request["env"], out, err))
+        events = self._meters.events()
+        self._watch(request, self._tier.start_verifier(script, files, request["env"], out, err), events)
+
+    def _watch(self, request: dict, started: Started, events: dict[str, int]) -> None:
+        self._add(Running(request["id"], os.pidfd_open(started.pid), request["timeout"], events, started, None))
+
+    def _serve_session(self, request: dict, descriptors: list[int]) -> None:
+        if len(self._sessions) >= MAX_SESSIONS:
+            raise OSError(errno.EMFILE, f"a sandbox has at most {MAX_SESSIONS} sessions")
+        out, err = descriptors
+        session = Session()
+        session.started(self._tier.start_agent(["/bin/bash", "--noprofile", "--norc", "-c", LOOP, "bash"], request["env"], out, err, session.pass_pipes))
+        self._sessions[session.pidfd] = session  # a shell that could not be executed ends at once, and its first command says so
+        self._poller.register(session.pidfd, select.POLLIN)
+        self._reply(request["id"], session=session.pidfd)
+
+    def _serve_tell(self, request: dict, descriptors: list[int]) -> None:
+        """Give a session's shell a command."""
+        session = self._session(request)
+        if session.status in self._running:
+            raise OSError(errno.EBUSY, "the session is running a command")
+        events = self._meters.events()
+        session.send(os.pread(descriptors[0], MAX_MESSAGE, 0))
+        self._add(Running(request["id"], session.status, request["timeout"], events, None, session))
+
+    def _serve_close_session(self, request: dict, descriptors: list[int]) -> None:
+        session = self._session(request)
+        linux.kill_trees(lambda: linux.descendants_of({session.pid}))
+        self._await(session.pidfd)
+        self._shell_ended(session)
+        self._reply(request["id"])
+
+    def _serve_interrupt(self, request: dict, descriptors: list[int]) -> None:
+        """SIGINT for what a running command started; nothing if it has ended."""
+        for running in self._running.values():
+            if running.identity == request["target"]:
+                for pid in running.processes():
+                    linux.signal_process(pid, signal.SIGINT)
+        self._reply(request["id"])
+
+    def _serve_end(self, request: dict, descriptors: list[int]) -> None:
+        """Kill one running command and let the others be."""
+        for running in list(self._running.values()):
+            if running.identity == request["target"]:
+                running.kill("killed")
+        self._reply(request["id"])
 
     def _serve_kill(self, request: dict, descriptors: list[int]) -> None:
         self._kill_everything()
         self._reply(request["id"])
+
+    def _serve_status(self, request: dict, descriptors: list[int]) -> None:
+        size, inodes = self._tier.usage()
+        spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+        self._reply(request["id"], disk_bytes=size, inodes=inodes, cpu_seconds=spent.ru_utime + spent.ru_stime, commands=len(self._running),
+                    sessions=len(self._sessions), **self._meters.usage())
+
+    def _session(self, request: dict) -> Session:
+        if request["session"] not in self._sessions:
+            raise OSError(errno.ESRCH, "the session's shell has ended")
+        return self._sessions[request["session"]]
+
+    def _add(self, running: Running) -> None:
+        self._running[running.descriptor] = running
+        self._poller.register(running.descriptor, select.POLLIN)
+
+    def _ended(self, running: Running) -> None:
+        if running.session is None:
+            _, raw = os.waitpid(running.started.pid, 0)
+            self._remove(running)
+            os.close(running.descriptor)
+            self._tell_end(running, _exit_code(raw), False)
+        elif (code := running.session.read_status()) is not None:
+            self._remove(running)
+            self._tell_end(running, code, False)
+        else:
+            self._poller.unregister(running.descriptor)  # closed, or nonsense: the shell's own end is awaited, or the time limit
+
+    def _remove(self, running: Running) -> None:
+        del self._running[running.descriptor]
+        try:
+            self._poller.unregister(running.descriptor)
+        except KeyError:
+            pass  # a shell that closed its status
+
+    def _shell_ended(self, session: Session) -> None:
+        del self._sessions[session.pidfd]
+        self._poller.unregister(session.pidfd)
+        _, raw = os.waitpid(session.pid, 0)
+        if running := self._running.get(session.status):
+            self._remove(running)
+            self._tell_end(running, _exit_code(raw), True)
+        elif not self._sessions and not self._running:
+            self._tier.kill_leftovers()
+        session.close()
+
+    def _tell_end(self, running: Running, code: int, shell_ended: bool) -> None:
+        """The command ended. All that it left dies with it, unless a session or another command is there that may own it."""
+        seconds = time.monotonic() - running.began
+        survivors = 0 if self._sessions or self._running else self._tier.kill_leftovers()
+        self._tier.finished()
+        struck = [name for name, count in self._meters.events().items() if count > running.events.get(name, 0)]
+        failure = running.started.failure if running.started else ""
+        if survivors:
+            failure = f"{survivors} processes survived SIGKILL for {KILL_SECONDS:.0f} s"
+        self._reply(running.identity, exit_code=code, seconds=seconds, limits=list(dict.fromkeys(running.limits_hit + struck)), failure=failure,
+                    shell_ended=shell_ended)
+
+    def _kill_everything(self) -> None:
+        for running in list(self._running.values()):
+            if running.session is None:
+                running.kill("killed")
+                self._await(running.descriptor)
+                self._ended(running)
+            else:
+                running.limits_hit.append("killed")
+        for session in list(self._sessions.values()):
+            linux.signal_process(session.pid, signal.SIGKILL)
+            self._await(session.pidfd)
+            self._shell_ended(session)
+        self._tier.kill_leftovers()
+
+    def _await(self, pidfd: int) -> None:
+        if not select.select([pidfd], [], [], KILL_SECONDS)[0]:
+            raise OSError(f"a killed process did not end within {KILL_SECONDS:.0f} s")
+
+    # Files
 
     def _serve_open(self, request: dict, descriptors: list[int]) -> None:
         """Open a regular file of the workspace for the manager, following no link out of it."""
@@ -174,44 +314,11 @@ class Holder:
         finally:
             os.close(directory)
 
-    def _start(self, request: dict, start: Callable[[], object]) -> None:
-        if self._command:
-            raise OSError(errno.EBUSY, "a command is running")
-        events = self._events.read()
-        self._command = Command(request["id"], start(), request["timeout"], events)
 
-    def _kill_command(self, reason: str) -> None:
-        """The command's end is noticed, and told, in `serve`."""
-        self._command.deadline = time.monotonic() + KILL_SECONDS
-        self._command.limits_hit.append(reason)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._command.started.pid, signal.SIGKILL)  # what it started dies in `_finish`
-
-    def _finish(self) -> None:
-        """The first process of the command ended: reap it and all that it left, and tell the manager."""
-        command, self._command = self._command, None
-        _, raw = os.waitpid(command.started.pid, 0)
-        seconds = time.monotonic() - command.began
-        survivors = self._tier.kill_leftovers()
-        self._tier.finished()
-        events = self._events.read()
-        struck = [name for name, count in events.items() if count > command.events.get(name, 0)]
-        code = os.waitstatus_to_exitcode(raw)
-        os.close(command.pidfd)
-        failure = command.started.failure
-        if survivors:
-            failure = f"{survivors} processes survived SIGKILL for {KILL_SECONDS:.0f} s"
-        self._reply(command.identity, exit_code=code if code >= 0 else 128 - code, seconds=seconds,
-                    limits=list(dict.fromkeys(command.limits_hit + struck)), failure=failure)
-
-    def _kill_everything(self) -> None:
-        if self._command:
-            self._kill_command("killed")
-            if not select.select([self._command.pidfd], [], [], KILL_SECONDS)[0]:
-                raise OSError(f"a killed process did not end within {KILL_SECONDS:.0f} s")
-            self._finish()
-        else:
-            self._tier.kill_leftovers()
+def _exit_code(raw: int) -> int:
+    """As a shell says it: 128 + the signal for a process that was killed."""
+    code = os.waitstatus_to_exitcode(raw)
+    return code if code >= 0 else 128 - code
 
 
 def send(channel: socket.socket, message: dict, descriptors: tuple[int, ...] = ()) -> None:

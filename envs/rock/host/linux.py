@@ -25,7 +25,7 @@ RESOLVE_NO_MAGICLINKS, RESOLVE_BENEATH = 0x02, 0x08
 AT_FDCWD, AT_RECURSIVE, MNT_DETACH = -100, 0x8000, 2
 SIOCSIFFLAGS, IFF_UP = 0x8914, 1
 
-FIRST_PASSED_FD = 32  # descriptors handed to a new program lie from here on; a holder's own ones, some twenty, below
+FIRST_PASSED_FD = 56  # descriptors handed to a new program lie from here on; a holder's own ones below
 ARCHITECTURE = platform.machine()
 
 

@@ -19,6 +19,7 @@ import shutil
 import signal
 import socket
 import time
+from collections.abc import Callable
 
 from . import linux, seccomp
 from .process import Started, start
@@ -116,10 +117,11 @@ class Tier:
         self._mounts = descriptors[0]
         os.set_inheritable(self._mounts, False)
 
-    def start_agent(self, command: str, environment: dict, out: int, err: int) -> Started:
+    def start_agent(self, arguments: list[str], environment: dict, out: int, err: int, prepare: Callable[[], None] = lambda: None) -> Started:
         def become() -> None:
+            prepare()
             self._enter()
-            self._execute("/bin/bash", ["/bin/bash", "-c", command], environment)
+            self._execute(arguments[0], arguments, environment)
 
         return self._start(become, out, err)
 
@@ -146,7 +148,7 @@ class Tier:
 
         return self._start(become, out, err)
 
-    def _start(self, become, out: int, err: int) -> Started:
+    def _start(self, become: Callable[[], None], out: int, err: int) -> Started:
         for directory in ("workspace", "tmp"):
             linux.restore_access(f"{DISK}/{directory}")
         return start(become, self._cgroup_entries, out, err)
@@ -176,6 +178,11 @@ class Tier:
             linux.kill_all_of()
             time.sleep(0.0005)
         return 0
+
+    def usage(self) -> tuple[int, int]:
+        """(bytes, inodes) of the workspace and /tmp."""
+        status = os.statvfs(DISK)
+        return (status.f_blocks - status.f_bfree) * status.f_frsize, status.f_files - status.f_ffree - 3  # its root and the two directories
 
     def close(self) -> None:
         """End init, and with it whatever is left."""
