@@ -12,7 +12,7 @@ import threading
 
 from envs.rock.config import SandboxConfig
 from envs.rock.errors import SandboxStartError
-from envs.rock.host.holder import send
+from envs.rock.host.holder import parse, receive, send
 
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from host import zygote; zygote.main(int(sys.argv[2]), int(sys.argv[3]))"
 _HERE = str(pathlib.Path(__file__).parent)
@@ -81,16 +81,15 @@ class _Zygote:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def create(self, spec: dict) -> socket.socket:
-        """Ask for a sandbox; its holder's first message on the returned socket says whether it stands."""
+    def ask(self, request: dict) -> socket.socket:
+        """Send a request; the answer comes on the returned socket."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs:
-                send(self._control, spec, (theirs.fileno(),))
+                send(self._control, request, (theirs.fileno(),))
         except OSError as error:
             ours.close()
             raise SandboxStartError(f"the sandbox host process does not answer ({error}); its stderr says more") from error
-        ours.setblocking(False)
         return ours
 
     def close(self) -> None:
@@ -101,9 +100,9 @@ class _Zygote:
             self._process.kill()
 
 
-def spec(config: SandboxConfig, tier: str) -> dict:
+def spec(config: SandboxConfig, tier: str, snapshot: str | None = None) -> dict:
     """The request for one sandbox, in the zygote's terms."""
-    return {"tier": tier, "memory_bytes": config.memory_mb << 20, "disk_bytes": config.disk_mb << 20, "inodes": config.inodes,
+    return {"op": "create", "tier": tier, "snapshot": snapshot, "memory_bytes": config.memory_mb << 20, "disk_bytes": config.disk_mb << 20, "inodes": config.inodes,
             "pids": config.pids, "cpus": config.cpus, "open_files": config.open_files}
 
 
@@ -113,11 +112,28 @@ _lock = threading.Lock()
 
 
 def create(spec: dict) -> socket.socket:
+    """Ask for a sandbox; its holder's first message on the returned socket says whether it stands."""
     global _zygote
     with _lock:
         if _zygote is None or not _zygote.alive():
             _zygote = _Zygote()
-        return _zygote.create(spec)
+        channel = _zygote.ask(spec)
+    channel.setblocking(False)
+    return channel
+
+
+def ask(request: dict) -> dict:
+    """A question to the zygote that runs, and its answer."""
+    with _lock:
+        if _zygote is None:
+            raise SandboxStartError("the sandbox host process has ended, and its snapshots with it")
+        channel = _zygote.ask(request)
+    with channel:
+        channel.settimeout(_END_SECONDS)
+        try:
+            return parse(receive(channel)[0])
+        except TimeoutError:
+            raise SandboxStartError(f"the sandbox host process gave no answer within {_END_SECONDS:.0f} s") from None
 
 
 def shut_down() -> None:

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import os
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from envs.rock import launcher
 from envs.rock.commands import REPLY_GRACE, Job, Output, Session, memory_file, unspeakable, within
@@ -15,6 +16,7 @@ from envs.rock.host.linux import FIRST_PASSED_FD
 from envs.rock.tiers import probe
 
 WORKSPACE = "/workspace"
+SNAPSHOT_SECONDS = 300.0
 
 _FILE_REASONS = {"ENOENT": "missing", "EXDEV": "outside", "ELOOP": "outside", "EINVAL": "not_regular", "ENXIO": "not_regular",
                  "EISDIR": "not_regular", "ENOTDIR": "missing", "ENOSPC": "no_space", "EDQUOT": "no_space", "EFBIG": "no_space"}
@@ -27,8 +29,9 @@ class Sandbox:
     session or a background job runs beside it: then what it left behind stays, as in a container, until those have ended.
     """
 
-    def __init__(self, config: SandboxConfig = SandboxConfig()):
-        self.config = config
+    def __init__(self, config: SandboxConfig = SandboxConfig(), snapshot: "Snapshot | None" = None):
+        """snapshot: the files to start from, copy-on-write where the kernel can; an empty workspace without."""
+        self.config, self._snapshot = config, snapshot
         self.tier: str | None = None
         self.guarantees: frozenset[str] = frozenset()
         self.workspace = WORKSPACE  # in the landlock tier the real path, since nothing can be mounted there
@@ -53,9 +56,11 @@ class Sandbox:
             raise SandboxError("this sandbox is started already")
         report = await asyncio.to_thread(probe, self.config.isolation, self.config.tier)
         report.require(self.config.isolation)
+        if self._snapshot and self._snapshot.tier != report.tier:
+            raise SandboxStartError(f"the snapshot is of tier {self._snapshot.tier}, and this sandbox would be of tier {report.tier}")
         self._loop = asyncio.get_running_loop()
         async with launcher.start_gate:
-            self._channel = launcher.create(launcher.spec(self.config, report.tier))
+            self._channel = launcher.create(launcher.spec(self.config, report.tier, self._snapshot and self._snapshot.path))
             self._gone = self._loop.create_future()
             ready = self._replies[0] = self._loop.create_future()
             self._loop.add_reader(self._channel, self._receive)
@@ -68,7 +73,7 @@ class Sandbox:
             except BaseException:
                 self._disconnect()
                 raise
-        self.tier, self.guarantees, self.workspace = report.tier, report.guarantees, reply["workspace"]
+        self.tier, self.guarantees, self.workspace, self._slot = report.tier, report.guarantees, reply["workspace"], reply["slot"]
 
     async def stop(self) -> None:
         """End every process and remove every trace. Stopping twice is fine."""
@@ -110,6 +115,33 @@ class Sandbox:
         for output in outputs:
             output.on_flood = session._flooded
         return session
+
+    async def snapshot(self) -> "Snapshot":
+        """Keep all files as they are now, /tmp included. SandboxError while a command runs; an idle session is no obstacle."""
+        self._check_open()
+        place = await asyncio.to_thread(launcher.ask, {"op": "make_snapshot", "of": self._slot})
+        if "error" in place:
+            raise SandboxError(place["error"])
+        snapshot = Snapshot(place["path"], self.tier)
+        directory = os.open(snapshot.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            reply = await self._request({"op": "snapshot"}, (directory,), SNAPSHOT_SECONDS)
+            if "error" in reply:
+                raise SandboxError(f"no snapshot: {reply['error']}")
+        except BaseException:
+            await snapshot.delete()
+            raise
+        finally:
+            os.close(directory)
+        return snapshot
+
+    async def restore(self, snapshot: "Snapshot") -> None:
+        """Back to these files. Every process, session and job ends."""
+        await self.stop()
+        last_id = self._last_id
+        self.__init__(self.config, snapshot)
+        self._last_id = last_id  # sessions and jobs of before must not be taken for later ones
+        await self.start()
 
     async def get_status(self) -> SandboxStatus:
         """What the sandbox uses at this moment."""
@@ -286,6 +318,20 @@ class Sandbox:
         for future in self._replies.values():
             if not future.done():
                 future.set_exception(SandboxClosedError("the sandbox ended in the middle of a request"))
+
+
+class Snapshot(NamedTuple):
+    """The files of a sandbox at one moment. It lives until `delete` or until this process ends, whatever becomes of the sandbox.
+
+    Any number of sandboxes start from it at once: `Sandbox(config, snapshot)`. They share a user id on the host, and nothing else.
+    """
+
+    path: str
+    tier: str
+
+    async def delete(self) -> None:
+        """No sandbox starts from it any more; those that did keep its files until they end."""
+        await asyncio.to_thread(launcher.ask, {"op": "forget_snapshot", "path": self.path})
 
 
 def _file_error(code: str, message: str) -> SandboxFileError:

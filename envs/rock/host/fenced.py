@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 from . import landlock, linux, seccomp
 from .process import Started, start
+from .tree import copy_tree
 
 KILL_SECONDS = 10.0
 
@@ -39,9 +40,25 @@ class Tier:
             if self._own_uid:
                 os.chown(directory, self._spec["uid"], self._spec["gid"])
         os.mkdir(self._hidden, 0o755)
+        if self._spec["snapshot"]:
+            self._copy((self._spec["snapshot"], self._home), (self._spec["uid"], self._spec["gid"]) if self._own_uid else None)
         self._ruleset = landlock.ruleset((self.workspace, self._temporary), (self._hidden,))
         self._filter = seccomp.build(linux.ARCHITECTURE, network=False, own_processes=self._own_uid or landlock.abi() >= 6)
         return os.open(self.workspace, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def copy_to(self, target: int) -> None:
+        """Copy workspace and temporary files into a directory."""
+        for name in ("workspace", "tmp"):
+            os.mkdir(name, 0o700, dir_fd=target)
+        self._copy((self._home, f"/proc/self/fd/{target}"), None)
+
+    def _copy(self, places: tuple[str, str], owner: tuple[int, int] | None) -> None:
+        for name in ("workspace", "tmp"):
+            source, target = (os.open(f"{place}/{name}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) for place in places)
+            try:
+                copy_tree(source, target, owner)
+            finally:
+                os.close(source), os.close(target)
 
     def start_agent(self, arguments: list[str], environment: dict, out: int, err: int, prepare: Callable[[], None] = lambda: None) -> Started:
         def become() -> None:

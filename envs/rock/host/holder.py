@@ -161,11 +161,11 @@ class Holder:
         if len(self._sessions) >= MAX_SESSIONS:
             raise OSError(errno.EMFILE, f"a sandbox has at most {MAX_SESSIONS} sessions")
         out, err = descriptors
-        session = Session()
+        session = Session(request["id"])
         session.started(self._tier.start_agent(["/bin/bash", "--noprofile", "--norc", "-c", LOOP, "bash"], request["env"], out, err, session.pass_pipes))
         self._sessions[session.pidfd] = session  # a shell that could not be executed ends at once, and its first command says so
         self._poller.register(session.pidfd, select.POLLIN)
-        self._reply(request["id"], session=session.pidfd)
+        self._reply(request["id"], session=session.name)
 
     def _serve_tell(self, request: dict, descriptors: list[int]) -> None:
         """Give a session's shell a command."""
@@ -209,9 +209,10 @@ class Holder:
                     sessions=len(self._sessions), **self._meters.usage())
 
     def _session(self, request: dict) -> Session:
-        if request["session"] not in self._sessions:
-            raise OSError(errno.ESRCH, "the session's shell has ended")
-        return self._sessions[request["session"]]
+        for session in self._sessions.values():
+            if session.name == request["session"]:
+                return session
+        raise OSError(errno.ESRCH, "the session's shell has ended")
 
     def _add(self, running: Running) -> None:
         self._running[running.descriptor] = running
@@ -278,6 +279,13 @@ class Holder:
             raise OSError(f"a killed process did not end within {KILL_SECONDS:.0f} s")
 
     # Files
+
+    def _serve_snapshot(self, request: dict, descriptors: list[int]) -> None:
+        """Copy all files into the directory that came with the request."""
+        if self._running:
+            raise OSError(errno.EBUSY, "a command is running, which may be writing")
+        self._tier.copy_to(descriptors[0])
+        self._reply(request["id"])
 
     def _serve_open(self, request: dict, descriptors: list[int]) -> None:
         """Open a regular file of the workspace for the manager, following no link out of it."""

@@ -7,7 +7,7 @@
 The kernel knows all three by an id that owns nothing on the host. Commands see
 
     /            read-only: /usr and its links, a few files of /etc, fresh /proc and /dev
-    /workspace   and /tmp, which lie in one tmpfs that is limited in bytes and inodes
+    /workspace   and /tmp, which lie in one tmpfs that is limited in bytes and inodes; started from a snapshot, in an overlay of that on it
 """
 
 import contextlib
@@ -23,10 +23,12 @@ from collections.abc import Callable
 
 from . import linux, seccomp
 from .process import Started, start
+from .tree import copy_tree
 
-ROOT, DISK = "/tmp/root", "/tmp/disk"  # in the holder's own mount namespace
+ROOT, DISK, TREE = "/tmp/root", "/tmp/disk", "/tmp/tree"  # in the holder's own mount namespace
 INNER_ID = 1000
 SHM_BYTES = 16 << 20
+OWN_INODES = 8  # of the tmpfs: its root, the two directories, what an overlay needs
 HIDDEN_BYTES = 64 << 20  # room for a verifier's files
 START_SECONDS = 10.0
 KILL_SECONDS = 10.0
@@ -96,13 +98,14 @@ class Tier:
     def set_up(self) -> int:
         """Enter the namespaces, build the tree and start init; returns a descriptor of the workspace."""
         _enter_namespaces(self._spec["mapping"])
-        workspace = _build_tree(self._spec["disk_bytes"], self._spec["inodes"])
+        _build_tree(self._spec["disk_bytes"], self._spec["inodes"], self._spec["snapshot"])
+        self._first_inodes = _inodes()
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
         linux.drop_bounding_set()  # a program can never get a capability; the holder keeps those it has
         # Counted inside this sandbox's own user namespace, so siblings do not eat each other's share.
         linux.lower_limit(resource.RLIMIT_NPROC, self._spec["pids"] + 3)  # the holder, init, and the one being forked
         self._start_init()
-        return os.open(workspace, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        return os.open(f"{TREE}/workspace", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def _start_init(self) -> None:
         self._lifeline, theirs = socket.socketpair()  # init ends when our end closes
@@ -150,7 +153,7 @@ class Tier:
 
     def _start(self, become: Callable[[], None], out: int, err: int) -> Started:
         for directory in ("workspace", "tmp"):
-            linux.restore_access(f"{DISK}/{directory}")
+            linux.restore_access(f"{TREE}/{directory}")
         return start(become, self._cgroup_entries, out, err)
 
     def _enter(self) -> None:
@@ -182,7 +185,15 @@ class Tier:
     def usage(self) -> tuple[int, int]:
         """(bytes, inodes) of the workspace and /tmp."""
         status = os.statvfs(DISK)
-        return (status.f_blocks - status.f_bfree) * status.f_frsize, status.f_files - status.f_ffree - 3  # its root and the two directories
+        return (status.f_blocks - status.f_bfree) * status.f_frsize, _inodes() - self._first_inodes
+
+    def copy_to(self, target: int) -> None:
+        """Copy workspace and /tmp into a directory."""
+        source = os.open(TREE, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            copy_tree(source, target)
+        finally:
+            os.close(source)
 
     def close(self) -> None:
         """End init, and with it whatever is left."""
@@ -211,16 +222,19 @@ def _enter_namespaces(mapping: Mapping) -> None:
     linux.raise_loopback()
 
 
-def _build_tree(disk_bytes: int, inodes: int) -> str:
-    """Mount the sandbox's file tree; returns the directory that is the workspace."""
+def _build_tree(disk_bytes: int, inodes: int, snapshot: str | None) -> None:
+    """Mount what will be the sandbox's / below ROOT and its writable part at TREE."""
     linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
+    lower = os.open(snapshot, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) if snapshot else None  # it may lie in /tmp
     linux.mount("tmpfs", "/tmp", "tmpfs", _SAFE, "size=1m,nr_inodes=1k,mode=0755")
-    for directory in (DISK, ROOT, *(f"{ROOT}/{name}" for name in ("usr", "etc", "proc", "dev", "tmp", "workspace", "run"))):
+    for directory in (DISK, TREE, ROOT, *(f"{ROOT}/{name}" for name in ("usr", "etc", "proc", "dev", "tmp", "workspace", "run"))):
         os.mkdir(directory)
-    linux.mount("tmpfs", DISK, "tmpfs", _SAFE, f"size={disk_bytes},nr_inodes={inodes + 3},mode=0755")
-    os.mkdir(f"{DISK}/workspace", 0o755)
-    os.mkdir(f"{DISK}/tmp")
-    os.chmod(f"{DISK}/tmp", 0o1777)
+    linux.mount("tmpfs", DISK, "tmpfs", _SAFE, f"size={disk_bytes},nr_inodes={inodes + OWN_INODES},mode=0755")
+    if lower is None:
+        _make_writable_part()
+    else:
+        _start_from(lower)
+        os.close(lower)
     linux.mount("/usr", f"{ROOT}/usr", None, linux.MS_BIND | linux.MS_REC)
     for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
         if os.path.islink(f"/{name}"):
@@ -231,7 +245,31 @@ def _build_tree(disk_bytes: int, inodes: int) -> str:
     if REPOSITORY.startswith("/usr/"):  # verifiers and task generators lie there
         linux.mount("tmpfs", f"{ROOT}{REPOSITORY}", "tmpfs", _SAFE | linux.MS_RDONLY, "size=4k,mode=0755")
     _write_settings(f"{ROOT}/etc")
-    return f"{DISK}/workspace"
+
+
+def _make_writable_part() -> None:
+    os.mkdir(f"{DISK}/workspace", 0o755)
+    os.mkdir(f"{DISK}/tmp")
+    os.chmod(f"{DISK}/tmp", 0o1777)
+    linux.mount(DISK, TREE, None, linux.MS_BIND)
+
+
+def _start_from(lower: int) -> None:
+    """An overlay on the snapshot; a copy of it where the kernel cannot (before 6.6: no user attributes in a tmpfs)."""
+    os.mkdir(f"{DISK}/upper", 0o755)
+    os.mkdir(f"{DISK}/work")
+    try:
+        linux.mount("overlay", TREE, "overlay", _SAFE, f"lowerdir=/proc/self/fd/{lower},upperdir={DISK}/upper,workdir={DISK}/work,userxattr")
+    except OSError:
+        linux.mount(f"{DISK}/upper", TREE, None, linux.MS_BIND)
+        target = os.open(TREE, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        copy_tree(lower, target)
+        os.close(target)
+
+
+def _inodes() -> int:
+    status = os.statvfs(DISK)
+    return status.f_files - status.f_ffree
 
 
 def _write_settings(etc: str) -> None:
@@ -286,7 +324,7 @@ def _make_view() -> None:
             linux.restrict_mount(path, linux.MS_RDONLY, recursive=True)
     _make_devices(f"{ROOT}/dev")
     for name in ("workspace", "tmp"):
-        linux.mount(f"{DISK}/{name}", f"{ROOT}/{name}", None, linux.MS_BIND)
+        linux.mount(f"{TREE}/{name}", f"{ROOT}/{name}", None, linux.MS_BIND)
     os.chdir(ROOT)
     linux.pivot_root(".", ".")
     linux.detach(".")  # the old root lay over the new one

@@ -19,7 +19,8 @@ LOOP = (f'while IFS= read -r -d "" -u {COMMANDS_FD} ROCK_COMMAND; do '
 class Session:
     """One shell. Its owner polls `status` while a command runs, and `pidfd` always."""
 
-    def __init__(self):
+    def __init__(self, name: int):
+        self.name = name
         self._commands_read, self._commands = os.pipe()
         self.status, self._status_write = os.pipe()
         os.set_blocking(self._commands, False)

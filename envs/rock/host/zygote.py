@@ -32,13 +32,28 @@ REMOVE_SECONDS = 10.0
 
 
 class Slot:
-    """A number that no other sandbox on this machine has while it lives, and the record of what to clean up after it."""
+    """A number that no other sandbox on this machine has while it lives, and the record of what to clean up after it.
+
+    From it comes the user id that owns the sandbox's files. Snapshots of them, and sandboxes that start from those, have the same id:
+    they hold the slot too, and the last one lets go of it.
+    """
 
     def __init__(self, base: str, number: int, lock: int):
         self.base, self.number, self.lock = base, number, lock
         self.directory = f"{base}/{number}"
         self.cgroups: list[str] = []
         self.fenced = False
+        self.owner = self  # whose user id the sandbox has
+        self.snapshot: Snapshot | None = None  # that it started from
+        self._holds = 1
+
+    @property
+    def uid(self) -> int:
+        return FIRST_ID + self.owner.number
+
+    def hold(self) -> "Slot":
+        self._holds += 1
+        return self
 
     def record(self) -> None:
         os.pwrite(self.lock, json.dumps({"zygote": os.getpid(), "fenced": self.fenced, "cgroups": self.cgroups}).encode().ljust(RECORD_BYTES), 0)
@@ -46,14 +61,39 @@ class Slot:
     def clean(self) -> bool:
         """End and remove what the sandbox had outside itself; False while something still holds a part of it."""
         if self.fenced and os.geteuid() == 0:  # a pid namespace dies with its holder
-            linux.kill_all_of(FIRST_ID + self.number)
+            linux.kill_all_of(self.uid)
         self.cgroups = cgroups.remove(self.cgroups, kill=True)
         if self.cgroups or (self.fenced and not _remove_tree(self.directory)):
             return False
-        with contextlib.suppress(FileNotFoundError):  # a cleaner of old temporary files came first
-            os.unlink(f"{self.base}/{self.number}.lock")
-        os.close(self.lock)
+        if self.snapshot:
+            self.snapshot.release()
+        self.release()
         return True
+
+    def release(self) -> None:
+        self._holds -= 1
+        if not self._holds:
+            with contextlib.suppress(FileNotFoundError):  # a cleaner of old temporary files came first
+                os.unlink(f"{self.base}/{self.number}.lock")
+            os.close(self.lock)
+
+
+class Snapshot:
+    """A directory with a copy of one sandbox's files. It goes when it is deleted and no sandbox that started from it is left."""
+
+    def __init__(self, path: str, owner: Slot):
+        self.path, self.owner = path, owner.hold()
+        self._holds = 1
+
+    def hold(self) -> "Snapshot":
+        self._holds += 1
+        return self
+
+    def release(self) -> None:
+        self._holds -= 1
+        if not self._holds:
+            _remove_tree(self.path)
+            self.owner.release()
 
 
 def _remove_tree(directory: str) -> bool:
@@ -101,6 +141,11 @@ def _claim(base: str, number: int, create: bool) -> Slot | None:
 def sweep(base: str) -> None:
     """Clean up after zygotes that were killed."""
     for name in os.listdir(base):
+        number, _, kind = name.partition(".")
+        if kind.endswith("snapshot") and (slot := _claim(base, int(number), create=True)):
+            _remove_tree(f"{base}/{name}")
+            slot.clean()
+    for name in os.listdir(base):
         if name.endswith(".lock") and (slot := _claim(base, int(name[:-5]), create=False)):
             record = json.loads(os.pread(slot.lock, RECORD_BYTES, 0) or "{}")
             slot.cgroups, slot.fenced = record.get("cgroups", []), record.get("fenced", False)
@@ -118,6 +163,8 @@ class Zygote:
         self._verifier_bash = execute_only("/bin/bash")
         self._holders: dict[int, tuple[int, Slot, socket.socket]] = {}  # pidfd -> (pid, slot, channel)
         self._dirty: list[tuple[float, Slot, socket.socket | None]] = []
+        self._snapshots: dict[str, Snapshot] = {}
+        self._made = 0
         self._poller = select.poll()
 
     def serve(self, manager: int) -> None:
@@ -143,13 +190,37 @@ class Zygote:
             return False
         channel = socket.socket(fileno=descriptors[0])
         try:
-            self._create(json.loads(data), channel)
+            request = json.loads(data)
+            getattr(self, f"_{request.pop('op')}")(request, channel)
         except OSError as error:
             send(channel, {"id": 0, "error": str(error)})
             channel.close()
         return True
 
+    def _make_snapshot(self, request: dict, channel: socket.socket) -> None:
+        """A directory for a copy of one sandbox's files, which its holder will fill."""
+        slot = next((slot for _, slot, _ in self._holders.values() if slot.number == request["of"]), None)
+        if slot is None:
+            raise OSError(f"there is no sandbox {request['of']}")
+        self._made += 1
+        path = f"{self._base}/{slot.owner.number}.{self._made}.snapshot"
+        _remove_tree(path)
+        os.mkdir(path, 0o700)
+        if os.geteuid() == 0 and not slot.fenced:
+            os.chown(path, slot.uid, slot.uid)
+        self._snapshots[path] = Snapshot(path, slot.owner)
+        send(channel, {"id": 0, "path": path})
+        channel.close()
+
+    def _forget_snapshot(self, request: dict, channel: socket.socket) -> None:
+        if snapshot := self._snapshots.pop(request["path"], None):
+            snapshot.release()
+        send(channel, {"id": 0})
+        channel.close()
+
     def _create(self, spec: dict, channel: socket.socket) -> None:
+        if spec["snapshot"] is not None and spec["snapshot"] not in self._snapshots:
+            raise OSError(f"the snapshot {spec['snapshot']} was deleted, or belongs to another process")
         slot = self._free_slot()
         try:
             if self._place:
@@ -158,9 +229,12 @@ class Zygote:
             if slot.fenced:
                 _remove_tree(slot.directory)  # of a dead owner whose lock file was cleaned away
                 os.mkdir(slot.directory, 0o711)
+            if spec["snapshot"]:
+                slot.snapshot = self._snapshots[spec["snapshot"]].hold()
+                slot.owner = slot.owner if slot.fenced else slot.snapshot.owner
             root = os.geteuid() == 0
-            identity = FIRST_ID + slot.number if root else os.geteuid()
-            spec |= {"uid": identity, "gid": identity if root else os.getegid(), "own_uid": root, "directory": slot.directory,
+            identity = slot.uid if root else os.geteuid()
+            spec |= {"uid": identity, "gid": identity if root else os.getegid(), "own_uid": root, "directory": slot.directory, "slot": slot.number,
                      "cgroups": slot.cgroups, "zygote": os.getpid(), "verifier_bash": self._verifier_bash}
             slot.record()
             mapping = namespaces.Mapping() if spec["tier"] == "namespaces" else None
@@ -224,6 +298,8 @@ class Zygote:
                 else:
                     self._poller.unregister(descriptor)
             self._clean_dirty()
+        for snapshot in self._snapshots.values():
+            snapshot.release()
 
 
 def execute_only(program: str) -> int:
@@ -250,7 +326,7 @@ def _run_holder(channel: socket.socket, spec: dict) -> None:
         except OSError as error:
             send(channel, {"id": 0, "error": str(error)})
         else:
-            send(channel, {"id": 0, "workspace": workspace, "cgroups": bool(spec["cgroups"])})
+            send(channel, {"id": 0, "workspace": workspace, "cgroups": bool(spec["cgroups"]), "slot": spec["slot"]})
             holder.serve()
     except BaseException:  # noqa: B036 - reported below, and this process must end here
         traceback.print_exc()

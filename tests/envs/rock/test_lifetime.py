@@ -250,11 +250,11 @@ def test_a_tree_that_cannot_be_mounted_is_an_error_with_its_reason_and_never_a_w
     config = _config()
     broken = launcher.spec
 
-    def without_disk(config, tier):
-        return broken(config, tier) | {"disk_bytes": "none"}
+    def without_disk(*arguments):
+        return broken(*arguments) | {"disk_bytes": "none"}
 
     monkeypatch.setattr(launcher, "spec", without_disk)
-    with pytest.raises(SandboxStartError, match="mount tmpfs on /tmp/disk: Invalid argument"):
+    with pytest.raises(SandboxStartError, match="mount tmpfs on /tmp/disk: "):
         asyncio.run(_echo(config))
 
 

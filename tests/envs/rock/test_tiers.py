@@ -102,7 +102,7 @@ def test_version_2_limits_are_written_to_its_own_files(tmp_path):
         assert cgroups.create(place, "rock-1", 64 << 20, 32, 0.5) == [str(made)]
     assert {name: (made / name).read_text() for name in ("memory.max", "memory.swap.max", "pids.max", "cpu.max")} == {
         "memory.max": str(64 << 20), "memory.swap.max": "0", "pids.max": "32", "cpu.max": "50000 100000"}
-    assert cgroups.Events([str(made)]).read() == {"memory": 2, "pids": 5}
+    assert cgroups.Meters([str(made)]).events() == {"memory": 2, "pids": 5}
 
 
 def test_version_2_controllers_are_enabled_where_that_is_allowed(tmp_path):

@@ -1,0 +1,157 @@
+"""Files as they were: snapshots, sandboxes that start from them, and going back."""
+
+import asyncio
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+
+import pytest
+
+from envs.rock import Sandbox, SandboxConfig, SandboxError, SandboxStartError, probe
+
+STATE = pathlib.Path(tempfile.gettempdir(), f"rock-{os.getuid()}")
+
+
+@pytest.fixture(params=["namespaces", "landlock"])
+def config(request):
+    if (report := probe(tier=request.param)).tier is None:
+        pytest.skip(f"no {request.param} tier here: {report.missing[0].reason}")
+    return SandboxConfig(isolation="best_available", tier=request.param)
+
+
+def snapshots() -> set[str]:
+    return {name for name in os.listdir(STATE) if "snapshot" in name} if STATE.exists() else set()
+
+
+def run(work):
+    return asyncio.run(asyncio.wait_for(work(), 60))
+
+
+MAKE = """mkdir -p a/b; echo one > a/b/f; ln -s a/b/f link; ln -s /nowhere dangling; printf 'x' > 'odd name
+'; chmod 640 a/b/f; chmod 0 a; touch -d 2001-02-03 old; echo t > ${TMPDIR:-/tmp}/t; mkfifo pipe; head -c 2000000 /dev/zero > zeros; echo '#!/bin/sh
+echo ran' > tool; chmod +x tool"""
+SHOW = "chmod 700 a; stat -c '%n %a %Y' a/b/f old tool | sed 's/f 640 .*/f 640/'; cat link; readlink dangling; ls -b; cat ${TMPDIR:-/tmp}/t; wc -c < zeros; ./tool; id -u"
+
+
+def test_a_sandbox_that_starts_from_a_snapshot_has_its_files_and_not_its_fifos(config):
+    async def work():
+        async with Sandbox(config) as first:
+            await first.execute(MAKE)
+            snapshot = await first.snapshot()
+            async with Sandbox(config, snapshot) as second:
+                shown = [await second.execute(SHOW), await first.execute("rm pipe; " + SHOW)]
+                return shown, await second.execute("echo more >> a/b/f; rm zeros; mkdir -p a/new; cat a/b/f; ls"), await first.execute("cat a/b/f; ls")
+
+    (second, first), changed, original = run(work)
+    ours, theirs = second.stdout.replace("uid", "").splitlines(), first.stdout.splitlines()
+    assert ours[:-1] == theirs[:-1] and second.stderr == first.stderr == "" and "ran" in ours
+    assert changed.stdout.startswith("one\nmore\n") and "zeros" not in changed.stdout and changed.stderr == ""
+    assert original.stdout.startswith("one\n") and "more" not in original.stdout and "zeros" in original.stdout
+
+
+def test_a_snapshot_outlives_its_sandbox_and_many_start_from_it_at_once_and_it_goes_when_it_is_deleted_and_unused(config):
+    before = snapshots()
+
+    async def work():
+        async with Sandbox(config) as first:
+            await first.execute("echo kept > f")
+            snapshot = await first.snapshot()
+        forks = [Sandbox(config, snapshot) for _ in range(8)]
+        await asyncio.gather(*(fork.start() for fork in forks))
+        results = await asyncio.gather(*(fork.execute(f"echo {number} >> f; cat f") for number, fork in enumerate(forks)))
+        deeper = await forks[0].snapshot()
+        await snapshot.delete()
+        with pytest.raises(SandboxStartError, match="was deleted"):
+            await Sandbox(config, snapshot).start()
+        late = await asyncio.gather(*(fork.execute("cat f") for fork in forks))
+        await asyncio.gather(*(fork.stop() for fork in forks))
+        async with Sandbox(config, deeper) as last:
+            grandchild = await last.execute("cat f")
+        await deeper.delete()
+        return [[one.stdout for one in some] for some in (results, late, [grandchild])], snapshots()
+
+    (results, late, grandchild), left = run(work)
+    assert results == late == [f"kept\n{number}\n" for number in range(8)] and grandchild == ["kept\n0\n"]
+    assert left == before
+
+
+def test_restoring_goes_back_and_ends_what_runs(config):
+    async def work():
+        async with Sandbox(config) as sandbox:
+            await sandbox.execute("echo one > f")
+            snapshot = await sandbox.snapshot()
+            await sandbox.execute("echo two > f; touch more")
+            session = await sandbox.create_session()
+            await sandbox.restore(snapshot)
+            return (await sandbox.execute("cat f; ls")).stdout, session, await asyncio.gather(session.run("true"), return_exceptions=True)
+
+    text, _, (after,) = run(work)
+    assert text == "one\nf\n" and isinstance(after, SandboxError)
+
+
+def test_forks_are_limited_and_isolated_as_any_other(config):
+    async def work():
+        async with Sandbox(config) as first:
+            await first.execute("echo secret > f; sleep 4747 &")
+            snapshot = await first.snapshot()
+            job = await first.spawn("sleep 60")
+            async with Sandbox(config, snapshot) as second:
+                seen = await second.execute("ps -eo args | grep -c '[s]leep 60'; kill -9 -1", timeout=20)
+                full = await second.execute("head -c 100000000 /dev/zero > big; ls -s big | cut -d' ' -f1")
+                return seen, full, job.running, (await second.get_status()).disk_bytes
+
+    seen, full, running, used = run(work)
+    if config.tier == "namespaces":
+        assert seen.stdout == "0\n"
+        assert int(full.stdout) <= 16384 and used <= 16 << 20
+    assert running
+
+
+def test_a_tree_that_cannot_be_copied_is_an_error_and_leaves_nothing(config):
+    before = snapshots()
+
+    async def work():
+        async with Sandbox(config) as sandbox:
+            await sandbox.execute("d=.; for n in $(seq 100); do d=$d/x; done; mkdir -p $d")
+            with pytest.raises(SandboxError, match="more than 64 levels deep"):
+                await sandbox.snapshot()
+            job = await sandbox.spawn("sleep 60")
+            with pytest.raises(SandboxError, match="a command is running"):
+                await sandbox.snapshot()
+            await job.kill()
+            return (await sandbox.execute("rm -r x && echo well")).stdout, snapshots()
+
+    assert run(work) == ("well\n", before)
+
+
+def test_snapshots_end_with_the_process_that_made_them_killed_or_not(config):
+    program = f"""
+import asyncio, os, sys
+sys.path.insert(0, {str(pathlib.Path(__file__).resolve().parents[3])!r})
+from envs.rock import Sandbox, SandboxConfig
+async def main():
+    async with Sandbox(SandboxConfig(isolation="best_available", tier={config.tier!r})) as sandbox:
+        await sandbox.execute("mkdir -p a/b; chmod 0 a")
+        print((await sandbox.snapshot()).path, flush=True)
+        if sys.argv[1] == "killed": os.kill(os.getpid(), 9)
+asyncio.run(main())
+"""
+    for end in ("ended", "killed"):
+        path = subprocess.run([sys.executable, "-c", program, end], stdout=subprocess.PIPE, text=True, timeout=60).stdout.strip()
+        ends = time.monotonic() + 15
+        while os.path.exists(path) and time.monotonic() < ends:
+            time.sleep(0.05)
+        assert path.endswith(".snapshot") and not os.path.exists(path)
+
+
+def test_a_snapshot_of_another_tier_is_refused(config):
+    async def work():
+        async with Sandbox(config) as sandbox:
+            snapshot = await sandbox.snapshot()
+            await Sandbox(config, snapshot._replace(tier="another")).start()
+
+    with pytest.raises(SandboxStartError, match="the snapshot is of tier another"):
+        run(work)
