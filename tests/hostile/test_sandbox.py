@@ -337,11 +337,11 @@ def test_process_1_cannot_be_opened_ended_or_crippled_and_tells_nothing_of_the_h
     async def work(sandbox):
         tried = await sandbox.execute("; ".join(f"{one} 2>/dev/null | grep -q . && echo GOT {one}" for one in deeds))
         await sandbox.execute("kill -9 1; kill -STOP 1; kill -INT 1; kill -TERM 1; for n in $(seq 1 64); do kill -$n 1; done; renice 19 1; taskset -p 1 1")
-        seen = await sandbox.execute("tr '\\0' ' ' < /proc/1/cmdline; cat /proc/1/comm; (sleep 60 &); echo well")
+        seen = await sandbox.execute("tr '\\0' ' ' < /proc/1/cmdline; (sleep 60 &); echo well")
         return tried, seen, await sandbox.verify("echo graded")
 
     tried, seen, verified = inside(config, work)
-    assert tried.stdout == "" and seen.stdout.replace(" ", "").replace("\0", "") == "initinit\nwell\n" and verified.stdout == "graded\n"
+    assert tried.stdout == "" and seen.stdout.replace(" ", "").replace("\0", "") == "initwell\n" and verified.stdout == "graded\n"
 
 
 def test_new_namespaces_cannot_be_had(tier):

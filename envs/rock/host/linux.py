@@ -17,7 +17,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x02000000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 8, 4096, 16384, 1 << 18  # the first four are also mount_setattr's
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NAME, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 15, 22, 24, 36, 38
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 22, 24, 36, 38
 SYS_OPENAT2, SYS_MOUNT_SETATTR = 437, 442  # one number on every architecture, as all from 424 on
 SYS_LANDLOCK_CREATE, SYS_LANDLOCK_ADD, SYS_LANDLOCK_RESTRICT = 444, 445, 446
 SYS_PIVOT_ROOT, SYS_CAPSET = {"x86_64": (155, 126), "aarch64": (41, 91)}.get(platform.machine(), (0, 0))
@@ -95,21 +95,9 @@ def raise_loopback() -> None:
         fcntl.ioctl(any_socket, SIOCSIFFLAGS, struct.pack("16sh22x", b"lo", IFF_UP))
 
 
-def hide_command_line(name: str) -> None:
-    """Write `name` over this process's command line, which everyone who sees the process can read."""
-    with open("/proc/self/stat") as file:
-        fields = file.read().rpartition(")")[2].split()
-    start, end = int(fields[45]), int(fields[46])  # arg_start and arg_end, the 48th and 49th of proc(5)
-    if start and end - start > len(name):
-        ctypes.memset(start, 0, end - start)
-        ctypes.memmove(start, name.encode(), len(name))
-    prctl(PR_SET_NAME, ctypes.create_string_buffer(name.encode()[:15]))
-
-
-def prctl(option: int, value: int | ctypes.Array, pointer: object = None) -> None:
+def prctl(option: int, value: int, pointer: object = None) -> None:
     zero = ctypes.c_ulong(0)
-    first = ctypes.c_ulong(value) if isinstance(value, int) else value
-    _check(_libc.prctl(ctypes.c_int(option), first, pointer if pointer is not None else zero, zero, zero), f"prctl {option}")
+    _check(_libc.prctl(ctypes.c_int(option), ctypes.c_ulong(value), pointer if pointer is not None else zero, zero, zero), f"prctl {option}")
 
 
 def install_filter(program: bytes) -> None:

@@ -1,7 +1,7 @@
 """The namespaces tier, inside a holder: a private machine made once, and a fork of the holder for each command.
 
     holder      has all capabilities in user, mount, network, IPC, UTS and cgroup namespaces of its own, none outside them
-      init      process 1 of the sandbox's pid namespace: makes the mounts that commands see, then only waits. All dies with it
+      init      process 1 of the sandbox's pid namespace: makes the mounts that commands see, then becomes a program that only waits
       command   joins the sandbox's cgroups and mounts, loses every capability, has its system calls filtered, and is executed
 
 The kernel knows all three by an id that owns nothing on the host. Commands see
@@ -111,7 +111,7 @@ class Tier:
         self._lifeline, theirs = socket.socketpair()  # init ends when our end closes
         self._init = os.fork()
         if self._init == 0:
-            _be_init(theirs)
+            _be_init(theirs, self._spec["waiting_program"])
         theirs.close()
         self._lifeline.settimeout(START_SECONDS)
         said, descriptors, _, _ = socket.recv_fds(self._lifeline, 4096, 1)
@@ -288,22 +288,21 @@ def _write_settings(etc: str) -> None:
         linux.mount("/etc/alternatives", f"{etc}/alternatives", None, linux.MS_BIND)
 
 
-def _be_init(lifeline: socket.socket) -> None:
-    """The life of process 1. Never returns. It is of the same id as the commands, but they cannot open it, trace it or end it."""
+def _be_init(lifeline: socket.socket, waiting_program: int) -> None:
+    """The life of process 1. Never returns.
+
+    In the end it is a program that reads until the holder's end of the lifeline closes: a tenth of this process's memory. It has the
+    commands' own id, but they cannot open it, for it may only be executed, nor end it.
+    """
     try:
         linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # orphans are collected by the kernel
-        for number in (signal.SIGINT, signal.SIGPIPE):
-            signal.signal(number, signal.SIG_DFL)  # which process 1 never hears
         _make_view()
         view = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-        linux.hide_command_line("init")  # it names places of the host
         socket.send_fds(lifeline, [b"ready"], [view])
-        os.dup2(lifeline.fileno(), 3)
-        os.closerange(4, 4096)
-        linux.prctl(linux.PR_SET_DUMPABLE, 0)
+        os.dup2(lifeline.fileno(), 0)
         linux.drop_capabilities()
-        os.read(3, 1)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # orphans are collected by the kernel, also after the exec
+        os.execve(waiting_program, ["init"], {})
     except OSError as error:
         lifeline.send(str(error).encode()[:4000])
     finally:

@@ -160,7 +160,7 @@ class Zygote:
         self._base = state_directory()
         self._next = os.getpid() % SLOTS  # zygotes start their search in different places
         self._place, _ = cgroups.find()
-        self._verifier_bash = execute_only("/bin/bash")
+        self._programs = {"verifier_bash": execute_only("/bin/bash"), "waiting_program": execute_only("/bin/cat")}
         self._holders: dict[int, tuple[int, Slot, socket.socket]] = {}  # pidfd -> (pid, slot, channel)
         self._dirty: list[tuple[float, Slot, socket.socket | None]] = []
         self._snapshots: dict[str, Snapshot] = {}
@@ -235,7 +235,7 @@ class Zygote:
             root = os.geteuid() == 0
             identity = slot.uid if root else os.geteuid()
             spec |= {"uid": identity, "gid": identity if root else os.getegid(), "own_uid": root, "directory": slot.directory, "slot": slot.number,
-                     "cgroups": slot.cgroups, "zygote": os.getpid(), "verifier_bash": self._verifier_bash}
+                     "cgroups": slot.cgroups, "zygote": os.getpid(), **self._programs}
             slot.record()
             mapping = namespaces.Mapping() if spec["tier"] == "namespaces" else None
             pid = os.fork()
@@ -315,7 +315,7 @@ def _run_holder(channel: socket.socket, spec: dict) -> None:
     """The life of a forked holder. Never returns."""
     try:
         low = 3
-        for kept in sorted((channel.fileno(), spec["verifier_bash"], *(spec["mapping"].descriptors() if spec["mapping"] else ()))):
+        for kept in sorted((channel.fileno(), spec["verifier_bash"], spec["waiting_program"], *(spec["mapping"].descriptors() if spec["mapping"] else ()))):
             os.closerange(low, kept)  # other sandboxes' sockets and locks
             low = kept + 1
         os.closerange(low, 4096)
