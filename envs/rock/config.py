@@ -72,3 +72,4 @@ class SandboxStatus(NamedTuple):
     inodes: int
     commands: int  # that run now
     sessions: int
+    network_denials: int | None  # connections and datagrams that found no way out since the start

@@ -146,6 +146,9 @@ class Tier:
     def close(self) -> None:
         """Nothing is left: `kill_leftovers` came before."""
 
+    def network_denials(self) -> None:
+        """A refused socket leaves no trace here."""
+
     def usage(self) -> tuple[int, int]:
         """(bytes, inodes) that the sandbox has on disk."""
         total = count = 0

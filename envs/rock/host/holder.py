@@ -59,6 +59,7 @@ class Holder:
         self._running: dict[int, Running] = {}  # by the descriptor that tells the end
         self._sessions: dict[int, Session] = {}  # by the shell's pidfd
         self._poller = select.poll()
+        self._disk_check = 0.0  # when the watched disk is looked at next
         # Opened under the zygote's id and in its file tree: later this process has neither.
         self._tier = tier_type(spec, [os.open(f"{path}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC) for path in spec["cgroups"]])
         self._meters = cgroups.Meters(spec["cgroups"])
@@ -100,7 +101,8 @@ class Holder:
 
     def _check_limits(self) -> None:
         now, reason = time.monotonic(), ""
-        if self._running and self._tier.watches_disk:
+        if self._running and self._tier.watches_disk and now >= self._disk_check:
+            self._disk_check = now + DISK_CHECK_SECONDS
             size, inodes = self._tier.usage()
             reason = "disk" if size > self._spec["disk_bytes"] or inodes > self._spec["inodes"] else ""
         for running in list(self._running.values()):
@@ -206,7 +208,7 @@ class Holder:
         size, inodes = self._tier.usage()
         spent = resource.getrusage(resource.RUSAGE_CHILDREN)
         self._reply(request["id"], disk_bytes=size, inodes=inodes, cpu_seconds=spent.ru_utime + spent.ru_stime, commands=len(self._running),
-                    sessions=len(self._sessions), **self._meters.usage())
+                    sessions=len(self._sessions), network_denials=self._tier.network_denials(), **self._meters.usage())
 
     def _session(self, request: dict) -> Session:
         for session in self._sessions.values():
@@ -215,6 +217,8 @@ class Holder:
         raise OSError(errno.ESRCH, "the session's shell has ended")
 
     def _add(self, running: Running) -> None:
+        if not self._running:
+            self._disk_check = time.monotonic() + DISK_CHECK_SECONDS  # a full disk leaves a new command time to remove something
         self._running[running.descriptor] = running
         self._poller.register(running.descriptor, select.POLLIN)
 

@@ -102,8 +102,6 @@ class Tier:
         self._first_inodes = _inodes()
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
         linux.drop_bounding_set()  # a program can never get a capability; the holder keeps those it has
-        # Counted inside this sandbox's own user namespace, so siblings do not eat each other's share.
-        linux.lower_limit(resource.RLIMIT_NPROC, self._spec["pids"] + 3)  # the holder, init, and the one being forked
         self._start_init()
         return os.open(f"{TREE}/workspace", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
@@ -162,6 +160,9 @@ class Tier:
         os.chdir(self.workspace)
 
     def _execute(self, program: str | int, arguments: list[str], environment: dict) -> None:
+        # Counted inside this sandbox's own user namespace, so siblings do not eat each other's share. Set here and not in the holder, whose
+        # forks must not fail when a bomb has filled it.
+        linux.lower_limit(resource.RLIMIT_NPROC, self._spec["pids"] + 2)  # the holder and init
         linux.drop_capabilities()
         linux.install_filter(self._filter)
         os.execve(program, arguments, environment)
@@ -186,6 +187,14 @@ class Tier:
         """(bytes, inodes) of the workspace and /tmp."""
         status = os.statvfs(DISK)
         return (status.f_blocks - status.f_bfree) * status.f_frsize, _inodes() - self._first_inodes
+
+    def network_denials(self) -> int:
+        """How often something looked for a way out of the network namespace, in which there is none (this process is in it)."""
+        four = pathlib.Path("/proc/self/net/snmp").read_text().splitlines()
+        names, values = (line.split() for line in four if line.startswith("Ip:"))
+        six = pathlib.Path("/proc/self/net/snmp6")  # absent where the kernel has no IPv6
+        found = [line.split()[1] for line in six.read_text().splitlines() if line.startswith("Ip6OutNoRoutes")] if six.exists() else []
+        return int(values[names.index("OutNoRoutes")]) + sum(map(int, found))
 
     def copy_to(self, target: int) -> None:
         """Copy workspace and /tmp into a directory."""

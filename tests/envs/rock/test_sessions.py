@@ -1,6 +1,7 @@
 """Shells that live on, commands in the background, and what a sandbox says of itself."""
 
 import asyncio
+import pathlib
 import shlex
 
 import pytest
@@ -22,6 +23,17 @@ def inside(request):
         return asyncio.run(asyncio.wait_for(main(), 60))
 
     return run
+
+
+def processes(command: str) -> int:
+    """How many of the machine's processes run this, its words parted by NULs."""
+    found = 0
+    for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found += path.read_text().startswith(command)
+        except (OSError, UnicodeDecodeError):
+            continue
+    return found
 
 
 def in_session(inside, work, **fields):
@@ -156,11 +168,11 @@ def test_a_session_ends_with_kill_all_and_before_the_verifier(inside):
 def test_closing_a_session_ends_all_that_it_started(inside):
     async def work(sandbox):
         async with await sandbox.create_session() as session:
-            await session.run("sleep 4345 & setsid sleep 4345 & (setsid sleep 4345 &)")
-        status = await sandbox.get_status()
-        return status.sessions, (await sandbox.execute("ps -eo args | grep -c '[s]leep 4345' || true")).stdout
+            await session.run("sleep 4345 & setsid sleep 4345 & (setsid sleep 4345 &); sleep 0.5")
+            began = processes("sleep\0004345")
+        return began, (await sandbox.get_status()).sessions, processes("sleep\0004345")
 
-    assert inside(work) == (0, "0\n")
+    assert inside(work) == (3, 0, 0)
 
 
 def test_background_jobs_tell_their_true_ends(inside):
@@ -198,6 +210,23 @@ def test_the_status_counts_what_is_used(inside):
     assert after.disk_bytes - before.disk_bytes >= 3_000_000 and after.inodes - before.inodes == 4 and after.cpu_seconds > before.cpu_seconds
     assert (after.commands, after.sessions, alive) == (1, 0, True) and (after.pids is None or after.pids >= 2)
     assert after.memory_bytes is None or after.memory_bytes > 0
+
+
+def test_attempts_to_reach_a_network_are_counted(inside):
+    program = """
+import socket
+for family, kind, address in ((2, 1, ("8.8.8.8", 443)), (2, 2, ("8.8.8.8", 53)), (10, 1, ("2001:4860:4860::8888", 443)), (2, 1, ("127.0.0.1", 9))):
+    try: socket.socket(family, kind).connect(address)
+    except OSError as error: print(error)
+"""
+
+    async def work(sandbox):
+        before = await sandbox.get_status()
+        await sandbox.execute(f"python3 -c {shlex.quote(program)}")
+        return sandbox.tier, before.network_denials, (await sandbox.get_status()).network_denials
+
+    tier, before, after = inside(work)
+    assert (before, after) == ((0, 3) if tier == "namespaces" else (None, None))
 
 
 def test_more_than_a_sandbox_holds_is_an_error_and_harms_nothing(inside):

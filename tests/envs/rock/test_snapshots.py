@@ -99,7 +99,7 @@ def test_forks_are_limited_and_isolated_as_any_other(config):
             snapshot = await first.snapshot()
             job = await first.spawn("sleep 60")
             async with Sandbox(config, snapshot) as second:
-                seen = await second.execute("ps -eo args | grep -c '[s]leep 60'; kill -9 -1", timeout=20)
+                seen = await second.execute("cat /proc/[0-9]*/cmdline | tr '\\0' ' ' | grep -c '[s]leep 60'; kill -9 -1", timeout=20)
                 full = await second.execute("head -c 100000000 /dev/zero > big; ls -s big | cut -d' ' -f1")
                 return seen, full, job.running, (await second.get_status()).disk_bytes
 
