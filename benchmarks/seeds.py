@@ -49,8 +49,8 @@ def read_run(directory: pathlib.Path | str) -> tuple[dict[str, Any], list[dict[s
     before, after = before_and_after(report["evals"])
     if before.step == after.step:
         raise ValueError(f"{directory} has one evaluation of stage {after.stage} only (step {after.step}); let the run end first")
-    first = {task["task"]: task for task in read_outcomes(directory, before.stage, before.step)}
-    last = {task["task"]: task for task in read_outcomes(directory, after.stage, after.step)}
+    first = {task["task"]: task for task in read_outcomes(directory, before.stage, before.step)["tasks"]}
+    last = {task["task"]: task for task in read_outcomes(directory, after.stage, after.step)["tasks"]}
     if first.keys() != last.keys():
         odd = sorted(first.keys() ^ last.keys())
         raise ValueError(f"{directory}: {len(odd)} tasks stand in only one of its two evaluations ({odd[0]}, ...); pairs need the same tasks in both")

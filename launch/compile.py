@@ -121,7 +121,7 @@ def compile_experiment(config, topology: str, layers: int = 0) -> tuple[dict[str
     check_mesh(model_config, mesh, batch=config.rows_per_microbatch, length=config.row_length)
     learner = make_learner(config, model_config, devices)
     batch = batch_shapes(config, model_config)
-    scored = config.loss != "sft" and config.old == "trainer"
+    scored = config.get("old") == "trainer"
     programs, executables = compile_programs(learner, batch, chip, None if scored else ("accumulate", "apply"))
     found = {
         "experiment": config.experiment, "model": config.model, "layers": model_config.num_layers, "topology": topology, "devices": len(devices), "mesh": mesh,

@@ -12,6 +12,7 @@ from typing import Any
 
 import ml_collections
 
+from rome.losses import LIKELIHOODS, LOSSES
 from rome.model.config import PRESETS, REMATS
 
 SANDBOX_KEYS = {"isolation": str, "memory_mb": int, "pids": int, "disk_mb": int, "command_timeout": float}
@@ -20,19 +21,23 @@ MESH_KEYS = {"replica": int, "fsdp": int, "expert": int, "sequence": int, "tenso
 COMMON_KEYS = {
     "experiment": str, "preset": str, "seed": int, "init_from": str, "model": str, "tokenizer": str, "loss": str, "steps": int, "updates_per_step": int,
     "row_length": int, "chunks_per_row": int, "rows_per_microbatch": int, "learning_rate": float, "warmup_updates": int, "decay": bool,
-    "weight_decay": float, "clip": float, "max_context": int, "max_new_tokens": int, "max_turns": int, "temperature": float, "concurrency": int,
-    "episode_seconds": float, "eval_every": int, "eval_tasks": int, "eval_temperature": float, "checkpoint_every": int, "checkpoints_kept": int,
-    "engines": str, "engine_slots": int, "sandbox": SANDBOX_KEYS, "learner": LEARNER_KEYS, "mesh": MESH_KEYS,
+    "weight_decay": float, "clip": float, "eval_every": int, "checkpoint_every": int, "checkpoints_kept": int, "learner": LEARNER_KEYS, "mesh": MESH_KEYS,
 }
-SFT_KEYS = COMMON_KEYS | {"rows": int, "expert_episodes": int, "expert_error_rate": float}
-RL_KEYS = COMMON_KEYS | {
+AGENT_KEYS = COMMON_KEYS | {
+    "max_context": int, "max_new_tokens": int, "max_turns": int, "temperature": float, "concurrency": int, "episode_seconds": float, "eval_tasks": int,
+    "eval_temperature": float, "engines": str, "engine_slots": int, "sandbox": SANDBOX_KEYS,
+}
+CPT_KEYS = COMMON_KEYS | {"rows": int, "text": str, "held_out_share": float, "eval_documents": int}
+SFT_KEYS = AGENT_KEYS | {"rows": int, "expert_episodes": int, "expert_error_rate": float}
+RL_KEYS = AGENT_KEYS | {
     "gamma": float, "mismatch_threshold": float, "mismatch_mask": str, "lambda_rl": float, "lambda_il": float, "norm": str, "failure_reward": float,
     "clip_low": float, "clip_high": float, "old": str, "routing_replay": str, "groups": int, "group_size": int, "filter_groups": bool,
 }
+KEYS = {"cpt": CPT_KEYS, "sft": SFT_KEYS}  # of a loss; the others are RL's
 # What the experiment that a run starts from takes over from it: the model, the machine, the seed.
 INHERITED = ("seed", "model", "tokenizer", "engines", "engine_slots", "sandbox", "mesh")
 CHOICES = {
-    "loss": ("sft", "ipa", "token_level", "grpo"), "mismatch_mask": ("chunk", "token"), "norm": ("tokens", "chunks", "trajectories"),
+    "loss": tuple(LOSSES), "mismatch_mask": ("chunk", "token"), "norm": ("tokens", "chunks", "trajectories"),
     "old": ("trainer", "rollout"), "routing_replay": ("off", "rollout", "recompute"), "isolation": ("required", "best_available"), "model": tuple(PRESETS), "remat": REMATS,
 }
 MAY_BE_ZERO = {"seed", "warmup_updates", "weight_decay", "eval_every", "expert_error_rate", "lambda_rl", "lambda_il", "failure_reward", "temperature", "eval_temperature", "capacity_factor", "router_z_loss_coef"}
@@ -57,13 +62,20 @@ def init_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The config of the experiment that `config` starts from: its file at the same preset, for the same model, machine and seed."""
     start = load_config(config.init_from, config.preset)
     for key in INHERITED:
-        start[key] = config[key]
+        if key in start and key in config:
+            start[key] = config[key]
     return start
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
     """Raises ConfigError for a key that nobody reads, a missing one, a wrong type or an impossible combination."""
-    _check_keys(config.to_dict(), SFT_KEYS if config.get("loss") == "sft" else RL_KEYS, "")
+    _check_keys(config.to_dict(), KEYS.get(config.get("loss"), RL_KEYS), "")
+    if config.loss in LIKELIHOODS and config.rows % config.rows_per_microbatch:
+        raise ConfigError(f"rows={config.rows} is not a multiple of rows_per_microbatch={config.rows_per_microbatch}. Change one of them.")
+    if config.loss == "cpt":
+        if config.row_length < 2 or config.held_out_share >= 1:
+            raise ConfigError(f"row_length={config.row_length} must be 2 or more, held_out_share={config.held_out_share} below 1. Change them.")
+        return
     if config.max_context > config.row_length:
         raise ConfigError(f"max_context={config.max_context} is longer than a row of row_length={config.row_length} tokens, and no trajectory is cut. Raise row_length.")
     if config.max_new_tokens >= config.max_context:
@@ -76,8 +88,6 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         raise ConfigError("temperature=0 gives a group of equal episodes and no gradient. Set it above 0.")
     if config.loss != "sft" and config.routing_replay == "recompute" and config.old == "rollout":
         raise ConfigError("routing_replay=recompute records routes while logp_old is scored, and old=rollout scores nothing. Set old=trainer, or routing_replay=rollout.")
-    if config.loss == "sft" and config.rows % config.rows_per_microbatch:
-        raise ConfigError(f"rows={config.rows} is not a multiple of rows_per_microbatch={config.rows_per_microbatch}. Change one of them.")
 
 
 def _check_keys(values: dict[str, Any], schema: dict[str, Any], prefix: str) -> None:

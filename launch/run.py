@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 import pathlib
 import random
 import shutil
@@ -33,12 +34,13 @@ from rome.agent.loop import Limits, derive_seed
 from rome.data.batch import Batch
 from rome.data.packing import microbatches, pack
 from rome.data.sources import sft_batches
+from rome.data.text import Documents, text_batches, text_rows
 from rome.data.trajectory import Trajectory, load_trajectory
 from rome.engine.client import Engine
 from rome.engine.pool import EnginePool
 from rome.engine.process import start_server
 from rome.engine.publish import publish_weights, write_checkpoint
-from rome.losses import LOSSES, LossConfig, count_denominators
+from rome.losses import LIKELIHOODS, LOSSES, LossConfig, count_denominators
 from rome.model.config import PRESETS, ModelConfig
 from rome.model.hf import load_hf, read_config, save_hf
 from rome.model.kernels import Kernels
@@ -53,7 +55,7 @@ from rome.train.display import Display
 from rome.train.loop import Stage, StepData, run_stage
 from rome.train.metrics import MetricsWriter
 from rome.train.parameters import StoredParameters, saved_steps
-from rome.train.report import EvalResult, outcomes_path, read_outcomes, write_outcomes, write_report
+from rome.train.report import Evaluation, evaluation_of, outcomes_path, read_outcomes, write_outcomes, write_report
 from rome.train.state import TrainState, make_optimizer
 from rome.train.step import Learner
 from rome.train.team import Team
@@ -77,21 +79,23 @@ class Run:
     team: Team
     isolation: str
     display: Display
-    earlier_evals: list[EvalResult]
+    earlier_evals: list[Evaluation]
     started: float = dataclasses.field(default_factory=time.monotonic)
     seconds_before: float = 0.0
     accounting: Accounting = dataclasses.field(default_factory=Accounting)
     curriculum: Curriculum = dataclasses.field(default_factory=lambda: Curriculum(FAMILIES))
-    evals: list[EvalResult] = dataclasses.field(default_factory=list)
+    evals: list[Evaluation] = dataclasses.field(default_factory=list)
     published: int | None = None
     pool: EnginePool | None = None
     server: Any = None
-    sft_stream: Any = None
+    stream: Any = None  # of batches with a position, where nothing is sampled
 
     # -- engines -------------------------------------------------------------------------------------------------------------------
 
     def start_engines(self, state: TrainState) -> None:
-        """The servers of the config, or an embedded one of our own that starts with these weights."""
+        """The servers of the config, or an embedded one of our own that starts with these weights. Plain text needs none."""
+        if self.config.loss == "cpt":
+            return
         urls = [url.strip() for url in self.config.engines.split(",") if url.strip()]
         if not urls:
             start = self.workdir / "weights" / "start"
@@ -143,10 +147,10 @@ class Run:
 
     # -- what the loop asks for ----------------------------------------------------------------------------------------------------
 
-    def collect_sft(self, step: int, state: TrainState) -> StepData:
-        if self.sft_stream is None:
-            self.sft_stream = self._open_sft_stream()
-        batch = next(self.sft_stream)
+    def collect_batches(self, step: int, state: TrainState) -> StepData:
+        if self.stream is None:
+            self.stream = self._open_stream()
+        batch = next(self.stream)
         self._require_same_rows(step, batch)
         batches = microbatches(batch, self.config.rows_per_microbatch)
         tokens = sum(int((batch.segments_BT > 0).sum()) for batch in batches)
@@ -222,17 +226,30 @@ class Run:
             batch.map(lambda field: digest.update(np.ascontiguousarray(field).tobytes()))
             self.team.require_same(f"rows of step {step}", digest.hexdigest())
 
-    def evaluate(self, step: int, state: TrainState) -> EvalResult:
+    def evaluate(self, step: int, state: TrainState) -> Evaluation:
         """Held-out tasks, the same ones at every evaluation and with the same sampling seeds. Kept: a resumed run reads it again."""
         stage = self.config.experiment
         path = outcomes_path(self.workdir, stage, step)
         if not self.team.share(f"evaluated at {step}", path.exists):
-            self.publish(state)
-            self.team.share(f"evaluation at {step}", lambda: self._play_evaluation(step))
-        result = EvalResult.from_tasks(stage, step, self.team.share(f"outcomes at {step}", lambda: read_outcomes(self.workdir, stage, step)))
+            if self.config.loss == "cpt":
+                found = self._score_held_out_text(state)
+                self.team.share(f"evaluation at {step}", lambda: write_outcomes(self.workdir, stage, step, found))
+            else:
+                self.publish(state)
+                self.team.share(f"evaluation at {step}", lambda: self._play_evaluation(step))
+        result = evaluation_of(stage, step, self.team.share(f"outcomes at {step}", lambda: read_outcomes(self.workdir, stage, step)))
         self.evals = [kept for kept in self.evals if kept.step != step] + [result]
         self.write_report(step)
         return result
+
+    def _score_held_out_text(self, state: TrainState) -> dict[str, float]:
+        """Bits that the model takes for a byte of held-out documents, the same ones at every evaluation."""
+        config, documents = self.config, Documents(self.config.text, self.config.held_out_share, evaluation=True)
+        texts = [documents[index] for index in range(min(config.eval_documents, len(documents)))]
+        batches = microbatches(text_rows(texts, self.chat.tokenizer, row_length=config.row_length, chunks_per_row=config.chunks_per_row), config.rows_per_microbatch)
+        nats = -sum(float(np.sum(logp_BT, where=batch.action_mask_BT, dtype=np.float64)) for batch, logp_BT in zip(batches, self.learner.score(state.params, batches)))
+        size = sum(len(text.encode()) for text in texts)
+        return {"bits_per_byte": nats / math.log(2) / size, "bytes": size}
 
     def _play_evaluation(self, step: int) -> None:
         config = self.config
@@ -240,14 +257,14 @@ class Run:
         # Another seed gives other tasks: results of several runs can be pooled.
         episodes = [Episode(_shifted(task, config.seed * 10_000), 0, 0, derive_seed(config.seed, "eval", task)) for _, task in tasks]
         trajectories = self.play(episodes, config.eval_temperature)
-        write_outcomes(self.workdir, config.experiment, step, [
+        write_outcomes(self.workdir, config.experiment, step, {"tasks": [
             {"task": trajectory.task, "family": trajectory.family, "success": int(trajectory.reward == 1.0), "unseen_family": trajectory.family in HELD_OUT_FAMILIES}
             for trajectory in trajectories
-        ])
+        ]})
 
     def host_state(self) -> dict[str, Any]:
-        stream = None if self.sft_stream is None else self.sft_stream.get_state()
-        return {"accounting": self.accounting.to_json(), "seconds": self.seconds(), "sft_stream": stream, "success_rates": self.curriculum.rates}
+        stream = None if self.stream is None else self.stream.get_state()
+        return {"accounting": self.accounting.to_json(), "seconds": self.seconds(), "stream": stream, "success_rates": self.curriculum.rates}
 
     def load_host_state(self, step: int, host: dict[str, Any]) -> None:
         self.accounting = Accounting.from_json(host["accounting"])
@@ -255,10 +272,10 @@ class Run:
         self.curriculum = Curriculum(FAMILIES, host["success_rates"])
         stage = self.config.experiment
         done = sorted(int(path.stem.rpartition("_")[2]) for path in outcomes_path(self.workdir, stage, 0).parent.glob(f"{stage}_*.json"))
-        self.evals = [EvalResult.from_tasks(stage, number, read_outcomes(self.workdir, stage, number)) for number in done if number <= step]
-        if host["sft_stream"] is not None:
-            self.sft_stream = self._open_sft_stream()
-            self.sft_stream.set_state(host["sft_stream"])
+        self.evals = [evaluation_of(stage, number, read_outcomes(self.workdir, stage, number)) for number in done if number <= step]
+        if host["stream"] is not None:
+            self.stream = self._open_stream()
+            self.stream.set_state(host["stream"])
 
     # -- the end -------------------------------------------------------------------------------------------------------------------
 
@@ -293,9 +310,12 @@ class Run:
         if self.server is not None:
             self.server.stop()
 
-    def _open_sft_stream(self):
-        """Expert trajectories, played where they are not on disk yet, as an endless stream of batches."""
+    def _open_stream(self):
+        """Documents, or expert trajectories, played where they are not on disk yet, as an endless stream of batches."""
         config = self.config
+        shape = {"rows": config.rows, "row_length": config.row_length, "chunks_per_row": config.chunks_per_row, "seed": config.seed}
+        if config.loss == "cpt":
+            return iter(text_batches(Documents(config.text, config.held_out_share), self.chat.tokenizer, **shape))
         rng = random.Random(f"experts/{config.seed}")
         tasks = [f"{FAMILIES[number % len(FAMILIES)]}/{train_seed(rng.randrange(1_000_000))}" for number in range(config.expert_episodes)]
         path = lambda number: self.workdir / "trajectories" / f"expert_{number:06d}.json"
@@ -310,12 +330,12 @@ class Run:
         trajectories: list[Trajectory] = []
         self.team.share("experts", play)
         trajectories = trajectories or [_load_when_visible(path(number)) for number in range(len(tasks))]
-        return iter(sft_batches(trajectories, rows=config.rows, row_length=config.row_length, chunks_per_row=config.chunks_per_row, seed=config.seed))
+        return iter(sft_batches(trajectories, **shape))
 
 
 def start_run(
     config: ml_collections.ConfigDict, workdir: pathlib.Path, *, isolation: str, team: Team, display: Display,
-    earlier_evals: list[EvalResult],
+    earlier_evals: list[Evaluation],
 ) -> Run:
     """Builds the learner of this config; raises what is wrong with it before anything is started."""
     tokenizer = Tokenizer.load(config.tokenizer)
@@ -343,12 +363,12 @@ def make_learner(config: ml_collections.ConfigDict, model_config: ModelConfig, d
         learning_rate=config.learning_rate, warmup_updates=config.warmup_updates, decay_updates=config.decay and config.steps * config.updates_per_step,
         weight_decay=config.weight_decay, clip=config.clip,
     )
-    loss_config = LossConfig() if config.loss == "sft" else LossConfig(
+    loss_config = LossConfig() if config.loss in LIKELIHOODS else LossConfig(
         norm=config.norm, mismatch_mask=config.mismatch_mask, mismatch_limit=config.mismatch_threshold, lambda_rl=config.lambda_rl,
         lambda_il=config.lambda_il, clip_low=config.clip_low, clip_high=config.clip_high,
     )
-    # SFT maximises the likelihood itself; a policy's logprobs are those of its sampling temperature.
-    temperature = 1.0 if config.loss == "sft" else config.temperature
+    # A likelihood is maximised as it is; a policy's logprobs are those of its sampling temperature.
+    temperature = 1.0 if config.loss in LIKELIHOODS else config.temperature
     mesh = make_mesh(config.mesh.to_dict(), model_config, devices)
     if devices is None:
         check_mesh_spans(mesh)
@@ -370,8 +390,8 @@ def train(run: Run, init_directory: pathlib.Path | None) -> TrainState:
     run.team.meet("state")  # some had to compile what made it, others found it compiled; gloo gives them 30 s to reach a collective together
     stage = Stage(
         name=config.experiment, steps=config.steps, updates_per_step=config.updates_per_step, evaluate_every=config.eval_every,
-        checkpoint_every=config.checkpoint_every, collect=run.collect_sft if config.loss == "sft" else run.collect_rollouts,
-        publish=(lambda state: None) if config.loss == "sft" else run.publish, evaluate=run.evaluate, host_state=run.host_state, should_stop=run.team.should_stop,
+        checkpoint_every=config.checkpoint_every, collect=run.collect_batches if config.loss in LIKELIHOODS else run.collect_rollouts,
+        publish=(lambda state: None) if config.loss in LIKELIHOODS else run.publish, evaluate=run.evaluate, host_state=run.host_state, should_stop=run.team.should_stop,
         team=run.team,
     )
     try:

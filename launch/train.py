@@ -122,7 +122,7 @@ def main(argv: list[str]) -> int:
     workdir = pathlib.Path(_WORKDIR.value or default_workdir(config))
     team = start_team(stop)
     try:
-        isolation = team.share("isolation", lambda: find_isolation(config.sandbox.isolation))
+        isolation = team.share("isolation", lambda: find_isolation(config.sandbox.isolation) if "sandbox" in config else "no sandbox")
         if not run_experiment(config, workdir, isolation, team):
             command = " ".join([os.path.relpath(sys.executable), "-m", "launch.train", *sys.argv[1:]])
             if team.leads:

@@ -56,12 +56,17 @@ def pack(
         )
         for trajectory, advantage in zip(trajectories, advantages)
     ]
+    return pack_examples(examples, row_length, chunks_per_row, routes_for is not None)
+
+
+def pack_examples(examples: list[dict[str, np.ndarray]], row_length: int, chunks_per_row: int, routes: bool = False) -> Batch:
+    """All of these, each once and whole; the longest first."""
     if not examples:
         return _empty_rows(0, row_length, chunks_per_row)
-    examples.sort(key=lambda example: -len(example["tokens"]))  # stable, so ties keep their order
+    examples = sorted(examples, key=lambda example: -len(example["tokens"]))  # stable, so ties keep their order
     without_prefetch = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     stream = grain.MapDataset.source(examples).to_iter_dataset(without_prefetch)
-    return to_batch(list(pack_stream(stream, row_length, chunks_per_row, bins=len(examples), routes=routes_for is not None)))
+    return to_batch(list(pack_stream(stream, row_length, chunks_per_row, bins=len(examples), routes=routes)))
 
 
 def microbatches(batch: Batch, rows_per_microbatch: int) -> list[Batch]:
@@ -117,6 +122,16 @@ def to_example(
         name: np.asarray(per_chunk[name], dtype) for name, dtype in _CHUNK_FEATURES.items()
     }
     return example if routes_for is None else example | {"routes": _routes(trajectory, routes_for)[:len(example["tokens"])]}
+
+
+def text_example(tokens: Sequence[int]) -> dict[str, np.ndarray]:
+    """A piece of plain text of two tokens or more, every one but the first to be learnt: one chunk, as if a policy had said it."""
+    zeros = {name: np.zeros(len(tokens), dtype) for name, dtype in _TOKEN_FEATURES.items()}
+    places = np.arange(len(tokens))
+    chunk = {name: np.zeros(1, dtype) for name, dtype in _CHUNK_FEATURES.items()}
+    return zeros | chunk | {
+        "tokens": np.asarray(tokens, np.int32), "action_mask": places > 0, "chunk_start": places == 1, "kind": np.full(1, IMITATION, np.int8),
+    }
 
 
 def pack_stream(examples: grain.IterDataset, row_length: int, chunks_per_row: int, bins: int, routes: bool = False) -> grain.IterDataset:

@@ -5,6 +5,7 @@ from rome.losses.policy import grpo_loss, token_level_loss
 from rome.losses.sft import sft_loss
 from rome.losses.types import Denominators, Loss, LossConfig, Metrics, count_denominators
 
-LOSSES: dict[str, Loss] = {"ipa": ipa_loss, "token_level": token_level_loss, "grpo": grpo_loss, "sft": sft_loss}
+LOSSES: dict[str, Loss] = {"ipa": ipa_loss, "token_level": token_level_loss, "grpo": grpo_loss, "sft": sft_loss, "cpt": sft_loss}
+LIKELIHOODS = ("sft", "cpt")  # learn from what is given; the others from what a policy did
 
-__all__ = ["LOSSES", "Denominators", "Loss", "LossConfig", "Metrics", "count_denominators"]
+__all__ = ["LIKELIHOODS", "LOSSES", "Denominators", "Loss", "LossConfig", "Metrics", "count_denominators"]

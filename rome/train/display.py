@@ -18,7 +18,7 @@ from rich.text import Text
 from rome.train.metrics import FIGURES
 
 if TYPE_CHECKING:
-    from rome.train.report import EvalResult
+    from rome.train.report import Evaluation
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 TREND_STEPS = 24  # how many past steps the little curve shows, and how many the pace is measured over
@@ -73,7 +73,7 @@ class Display:
         if self._live is None and self.figures and step != self._printed_step and due:
             self._print_line()
 
-    def evaluated(self, result: EvalResult) -> None:
+    def evaluated(self, result: Evaluation) -> None:
         """An evaluation came in: said once, and kept in the panel."""
         self.evaluation = f"step {result.step}: {result.summary()}"
         if self._live is None:

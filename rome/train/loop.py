@@ -18,7 +18,7 @@ from rome.losses import Denominators
 from rome.train.checkpoint import Checkpoints
 from rome.train.display import Display
 from rome.train.metrics import MetricsWriter
-from rome.train.report import EvalResult
+from rome.train.report import Evaluation
 from rome.train.state import TrainState
 from rome.train.step import Learner
 from rome.train.team import Team
@@ -52,7 +52,7 @@ class Stage:
     checkpoint_every: int
     collect: Callable[[int, TrainState], StepData]
     publish: Callable[[TrainState], None]
-    evaluate: Callable[[int, TrainState], EvalResult]
+    evaluate: Callable[[int, TrainState], Evaluation]
     host_state: Callable[[], dict[str, Any]]
     should_stop: Callable[[], bool]
     team: Team

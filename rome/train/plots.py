@@ -38,7 +38,7 @@ def plot_curves(workdir: pathlib.Path | str) -> list[pathlib.Path]:
                 figures[f"{stage}_episodes"] = _episodes(stage, of_stage)
             elif any("loss" in record for record in of_stage):
                 figures[f"{stage}_loss"] = _loss(stage, of_stage)
-        if evals:
+        if evals and isinstance(evals[-1], EvalResult):
             figures["families"] = _families(*before_and_after(evals))
         (workdir / "plots").mkdir(exist_ok=True)
         paths = []

@@ -85,6 +85,30 @@ class EvalResult:
         return text if self.unseen_families is None else f"{text}; {percent(self.unseen_families)} % in unseen families"
 
 
+@dataclasses.dataclass(frozen=True)
+class TextEval:
+    """One evaluation of a stage that learns from plain text: the bits that the model takes for a byte of `bytes` held-out bytes."""
+
+    stage: str
+    step: int
+    bits_per_byte: float
+    bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def summary(self) -> str:
+        return f"{self.bits_per_byte:.3f} bits a byte of {self.bytes:,} held-out bytes"
+
+
+Evaluation = EvalResult | TextEval
+
+
+def evaluation_of(stage: str, step: int, outcomes: Mapping[str, Any]) -> Evaluation:
+    """What an evaluation's outcomes come to."""
+    return EvalResult.from_tasks(stage, step, outcomes["tasks"]) if "tasks" in outcomes else TextEval(stage, step, **outcomes)
+
+
 def _rate(tasks: list[Task]) -> float | None:
     return sum(task["success"] for task in tasks) / len(tasks) if tasks else None
 
@@ -100,37 +124,37 @@ def percent(rate: float) -> str:
 
 
 def write_report(workdir: pathlib.Path | str, report: Mapping[str, Any]) -> None:
-    """WORKDIR/report.json, whole or not at all. EvalResults in `evals` are written as the entries they are."""
-    entries = [entry.to_json() if isinstance(entry, EvalResult) else entry for entry in report["evals"]]
+    """WORKDIR/report.json, whole or not at all. Evaluations in `evals` are written as the entries they are."""
+    entries = [entry.to_json() if isinstance(entry, Evaluation) else entry for entry in report["evals"]]
     write_atomically(pathlib.Path(workdir) / "report.json", json.dumps({**report, "evals": entries}, indent=1, allow_nan=False) + "\n")
 
 
 def read_report(workdir: pathlib.Path | str) -> dict[str, Any]:
-    """report.json with its evals as EvalResults."""
+    """report.json with its evals as what they were."""
     path = pathlib.Path(workdir) / "report.json"
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there; a run writes it when it is evaluated: is {workdir} the run's --workdir?")
     report = json.loads(path.read_text(encoding="utf-8"))
-    return {**report, "evals": [EvalResult.from_json(entry) for entry in report["evals"]]}
+    return {**report, "evals": [EvalResult.from_json(entry) if "success" in entry else TextEval(**entry) for entry in report["evals"]]}
 
 
 def outcomes_path(workdir: pathlib.Path | str, stage: str, step: int) -> pathlib.Path:
     return pathlib.Path(workdir) / "evals" / f"{stage}_{step:06d}.json"
 
 
-def write_outcomes(workdir: pathlib.Path | str, stage: str, step: int, tasks: Iterable[Task]) -> None:
-    """The outcome of every task of one evaluation, from which runs are compared task by task."""
-    write_atomically(outcomes_path(workdir, stage, step), json.dumps({"tasks": [dict(task) for task in tasks]}) + "\n")
+def write_outcomes(workdir: pathlib.Path | str, stage: str, step: int, outcomes: Mapping[str, Any]) -> None:
+    """What one evaluation found: {"tasks": every task's outcome}, from which runs are compared task by task, or the figures of a TextEval."""
+    write_atomically(outcomes_path(workdir, stage, step), json.dumps(outcomes) + "\n")
 
 
-def read_outcomes(workdir: pathlib.Path | str, stage: str, step: int) -> list[dict[str, Any]]:
+def read_outcomes(workdir: pathlib.Path | str, stage: str, step: int) -> dict[str, Any]:
     path = outcomes_path(workdir, stage, step)
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there; every evaluation of a run writes one: was {workdir} copied without its evals folder?")
-    return json.loads(path.read_text(encoding="utf-8"))["tasks"]
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
-def before_and_after(evals: Iterable[EvalResult]) -> tuple[EvalResult, EvalResult]:
+def before_and_after(evals: Iterable[Evaluation]) -> tuple[Evaluation, Evaluation]:
     """First and last evaluation of the stage that was trained last."""
     evals = list(evals)
     if not evals:
@@ -139,8 +163,11 @@ def before_and_after(evals: Iterable[EvalResult]) -> tuple[EvalResult, EvalResul
     return min(stage, key=lambda result: result.step), max(stage, key=lambda result: result.step)
 
 
-def print_table(before: EvalResult, after: EvalResult, console: Console | None = None) -> None:
-    """Success by family, before and after, in percent with 95 % intervals; families that training never saw stand apart."""
+def print_table(before: Evaluation, after: Evaluation, console: Console | None = None) -> None:
+    """Success by family, before and after, in percent with 95 % intervals; families that training never saw stand apart. A line for text."""
+    if isinstance(after, TextEval):
+        (console or Console(highlight=False)).print(f"{after.stage}: {before.summary()} at step {before.step}, {after.bits_per_byte:.3f} at step {after.step}")
+        return
     title = f"{after.stage}: success on held-out tasks, step {before.step} and step {after.step}"
     table = Table(title=title, title_style="bold", title_justify="left", caption="% of tasks solved (95 % interval)", caption_justify="left")
     table.add_column("family", no_wrap=True)

@@ -93,7 +93,7 @@ class Team:
         except RuntimeError:  # the coordinator is gone, and the others know that
             pass
         self._closed.set()  # said once
-        _leave(reason, LEAVING_SECONDS if self.leads else 0.0)
+        self._leave(reason)
 
     def close(self) -> None:
         """Before jax.distributed ends: nobody watches any more."""
@@ -138,14 +138,25 @@ class Team:
             except RuntimeError:  # the coordinator is gone: jax.distributed says so itself
                 return
             if f"{NEWS}/failed" in news and not self._closed.is_set():
-                _leave(news[f"{NEWS}/failed"], LEAVING_SECONDS if self.leads else 0.0)
+                self._leave(news[f"{NEWS}/failed"])
             if self.leads and self._others_stop is None and f"{NEWS}/stop" in news:
                 self._others_stop = news[f"{NEWS}/stop"]
                 print(f"process {self._others_stop} was asked to stop: the last whole step is saved", file=sys.stderr, flush=True)
 
+    def _leave(self, reason: str) -> None:
+        """Ends the process without the exit handlers: they would wait for processes that are stuck in a collective.
 
-def _leave(reason: str, after_seconds: float) -> None:
-    """Ends the process without the exit handlers: they would wait for processes that are stuck in a collective."""
-    print(f"launch.train: {reason}; all processes end. The same command goes on from the last checkpoint.", file=sys.stderr, flush=True)
-    threading.Event().wait(after_seconds)
-    os._exit(1)
+        The others say that they leave too, so process 0, which stays a little longer, can name those that said nothing: a collective that broke
+        tells only that some connection is lost.
+        """
+        print(f"launch.train: {reason}; all processes end. The same command goes on from the last checkpoint.", file=sys.stderr, flush=True)
+        try:
+            self._client.key_value_set(f"{NEWS}/left/{self.index}", "", allow_overwrite=True)
+            if self.leads:
+                threading.Event().wait(LEAVING_SECONDS)
+                left = {int(key.rpartition("/")[2]) for key, _ in self._client.key_value_dir_get(f"{NEWS}/left/")}
+                for silent in sorted(set(range(self.count)) - left):
+                    print(f"launch.train: process {silent} gave no sign of life; its own log may say why.", file=sys.stderr, flush=True)
+        except RuntimeError:  # the coordinator is gone
+            pass
+        os._exit(1)

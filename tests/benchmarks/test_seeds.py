@@ -21,7 +21,7 @@ def make_run(directory, seed, families, unseen=()):
             after.append({**task, "success": last})
     random.Random(seed).shuffle(after)  # pairs go by name, not by place
     for step, tasks in ((0, before), (40, after)):
-        write_outcomes(directory, "ipa", step, tasks)
+        write_outcomes(directory, "ipa", step, {"tasks": tasks})
     evals = [EvalResult.from_tasks("ipa", 0, before), EvalResult.from_tasks("ipa", 40, after)]
     write_report(directory, {"experiment": "ipa", "seed": seed, "evals": evals})
     return directory
@@ -93,7 +93,7 @@ def test_a_run_that_cannot_be_compared_gets_one_line(tmp_path, capsys, spoil, me
     elif spoil == "evals":
         (run / "evals" / "ipa_000040.json").unlink()
     else:
-        write_outcomes(run, "ipa", 40, [])
+        write_outcomes(run, "ipa", 40, {"tasks": []})
     with pytest.raises(SystemExit) as exit_:
         main([str(run)])
     error = capsys.readouterr().err

@@ -106,7 +106,9 @@ def test_when_one_is_killed_the_others_end_with_its_name_and_the_run_goes_on_bit
         assert run.wait(300)[1 - killed] not in (None, 0, -signal.SIGKILL), run.output()
         print(f"the other one ended after {time.monotonic() - began:.1f} s")
     said = run.text(1 - killed)
-    assert re.search(r"unhealthy \(stopped sending heartbeats\):\s+1\b", said) if killed else "leader task was preempted/died" in said, said[-3000:]
+    # Missing heartbeats are noticed, or a collective breaks first.
+    named = r"unhealthy \(stopped sending heartbeats\):\s+1\b|process 1 gave no sign of life" if killed else r"leader task was preempted/died|launch\.train: process 1 of 2 failed: .*Connection"
+    assert re.search(named, said), said[-3000:]
     train(2, SFT, workdir)
     assert losses(workdir) == losses(two)
 

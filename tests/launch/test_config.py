@@ -8,21 +8,21 @@ import sys
 
 import pytest
 
-from launch.config import RL_KEYS, SFT_KEYS, ConfigError, check_config, claim_workdir, default_workdir, init_config, load_config
+from launch.config import CPT_KEYS, RL_KEYS, SFT_KEYS, ConfigError, check_config, claim_workdir, default_workdir, init_config, load_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 PRESETS = ("tiny", "smoke", "qwen3_30b_a3b", "qwen3_235b_a22b")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("name", ["ipa", "sft"])
+@pytest.mark.parametrize("name", ["ipa", "sft", "cpt"])
 def test_shipped_configs_are_accepted(name, preset):
     check_config(load_config(f"experiments/{name}.py", preset))
 
 
 def test_every_config_key_is_read_by_the_launcher():
     source = "".join((ROOT / "launch" / name).read_text() for name in ("run.py", "train.py", "config.py"))
-    for key in SFT_KEYS | RL_KEYS:
+    for key in SFT_KEYS | RL_KEYS | CPT_KEYS:
         assert re.search(rf"\bconfig\.{key}\b", source), f"config.{key} is read nowhere"
     for key in RL_KEYS["sandbox"]:
         assert re.search(rf"\bsandbox\.{key}\b", source), f"config.sandbox.{key} is read nowhere"

@@ -142,3 +142,19 @@ def test_a_broken_checkpoint_is_named_with_the_remedy(sft, tmp_path):
             file.write_bytes(b"torn")
     done = subprocess.run(command(SFT, workdir), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "checkpoints/6 cannot be read" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_plain_text_is_learnt_killed_resumed_and_started_from(tmp_path):
+    flags = ["--config=experiments/cpt.py:smoke", "--config.steps=8", "--config.checkpoint_every=2"]
+    train(flags, tmp_path / "whole")
+    document = report(tmp_path / "whole")
+    first, last = document["evals"]
+    assert (first["stage"], first["step"], last["step"]) == ("cpt", 0, 8) and document["isolation"] == "no sandbox"
+    assert last["bits_per_byte"] < first["bits_per_byte"] and first["bytes"] == last["bytes"] > 1000
+    assert (tmp_path / "whole" / "plots" / "cpt_loss.png").exists() and not (tmp_path / "whole" / "engine.log").exists()
+    train_and_interrupt(flags, tmp_path / "killed", signal.SIGKILL, after_steps=3)
+    said = train(flags, tmp_path / "killed")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole") and "bits a byte" in said
+
+    train([*SFT, "--config.steps=2", "--config.init_from=experiments/cpt.py"], tmp_path / "sft")
+    assert [entry["stage"] for entry in report(tmp_path / "sft")["evals"]] == ["cpt", "cpt", "sft", "sft"]

@@ -40,7 +40,7 @@ def example_run(workdir, steps=12):
             metrics.write(step, {"reward": step / 20, "success": step / 20, "turns": 3.0, "tokens": 200.0 + step, "staleness": 0.5, "mismatch": 1e-5, "loss": -0.1})
     for step, solved in ((0, 3), (steps // 2, 5), (steps, 8)):
         tasks = outcomes({"find": solved, "count": solved - 1, "archive": 2}, unseen=("archive",))
-        write_outcomes(workdir, "ipa", step, tasks)
+        write_outcomes(workdir, "ipa", step, {"tasks": tasks})
         evals.append(EvalResult.from_tasks("ipa", step, tasks))
     write_report(workdir, {"experiment": "ipa", "seed": 0, "steps": steps, "wall_seconds": 60.0, "isolation": "bubblewrap", "evals": evals})
 
@@ -91,7 +91,7 @@ def test_the_report_comes_back_as_it_was_written(tmp_path):
     assert entry["by_family"] == {"count": [0.2, 10], "find": [0.3, 10]}
     report = read_report(tmp_path)
     assert [result.to_json() for result in report["evals"]] == on_disk["evals"]
-    assert read_outcomes(tmp_path, "ipa", 12)[0]["task"] == "find/0"
+    assert read_outcomes(tmp_path, "ipa", 12)["tasks"][0]["task"] == "find/0"
 
 
 def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path):

@@ -48,7 +48,7 @@ def teams(monkeypatch):
     monkeypatch.setattr(team_module, "WATCH_SECONDS", 0.01)
     monkeypatch.setattr(team_module, "WAIT_MS", 20)
     made, left = [], []
-    monkeypatch.setattr(team_module, "_leave", lambda reason, seconds: (left.append(reason), time.sleep(0.05)))
+    monkeypatch.setattr(Team, "_leave", lambda self, reason: (left.append(reason), time.sleep(0.05)))
 
     def make(count, stops=None):
         store = Store(count)
@@ -59,6 +59,20 @@ def teams(monkeypatch):
     yield make
     for team in made:
         team.close()
+
+
+def test_the_leader_names_those_that_said_nothing_when_all_leave(monkeypatch, capfd):
+    monkeypatch.setattr(team_module, "LEAVING_SECONDS", 0.05)
+    monkeypatch.setattr(team_module.os, "_exit", lambda status: None)
+    store = Store(4)
+    teams = [Team(index, 4, store) for index in range(4)]
+    for team in teams:
+        team.close()
+    for index in (2, 0):
+        teams[index]._leave("a collective broke")
+    said = capfd.readouterr().err
+    assert said.count("a collective broke; all processes end") == 2
+    assert [number for number in range(4) if f"process {number} gave no sign of life" in said] == [1, 3]
 
 
 def in_each(teams, call):
