@@ -75,6 +75,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     if config.loss == "cpt":
         if config.row_length < 2 or config.held_out_share >= 1:
             raise ConfigError(f"row_length={config.row_length} must be 2 or more, held_out_share={config.held_out_share} below 1. Change them.")
+        if config.init_from.endswith(".py"):
+            raise ConfigError(f"init_from={config.init_from!r}: CPT is the first stage and runs no other before it. Name a Hugging Face directory (a run leaves one in final/), or nothing.")
         return
     if config.max_context > config.row_length:
         raise ConfigError(f"max_context={config.max_context} is longer than a row of row_length={config.row_length} tokens, and no trajectory is cut. Raise row_length.")

@@ -34,7 +34,7 @@ from rome.agent.loop import Limits, derive_seed
 from rome.data.batch import Batch
 from rome.data.packing import microbatches, pack
 from rome.data.sources import sft_batches
-from rome.data.text import Documents, text_batches, text_rows
+from rome.data.text import Corpus, read_corpus, text_batches, text_rows
 from rome.data.trajectory import Trajectory, load_trajectory
 from rome.engine.client import Engine
 from rome.engine.pool import EnginePool
@@ -80,6 +80,7 @@ class Run:
     isolation: str
     display: Display
     earlier_evals: list[Evaluation]
+    corpus: Corpus | None = None  # of a stage that learns from plain text
     started: float = dataclasses.field(default_factory=time.monotonic)
     seconds_before: float = 0.0
     accounting: Accounting = dataclasses.field(default_factory=Accounting)
@@ -244,7 +245,7 @@ class Run:
 
     def _score_held_out_text(self, state: TrainState) -> dict[str, float]:
         """Bits that the model takes for a byte of held-out documents, the same ones at every evaluation."""
-        config, documents = self.config, Documents(self.config.text, self.config.held_out_share, evaluation=True)
+        config, documents = self.config, self.corpus.held_out
         texts = [documents[index] for index in range(min(config.eval_documents, len(documents)))]
         batches = microbatches(text_rows(texts, self.chat.tokenizer, row_length=config.row_length, chunks_per_row=config.chunks_per_row), config.rows_per_microbatch)
         nats = -sum(float(np.sum(logp_BT, where=batch.action_mask_BT, dtype=np.float64)) for batch, logp_BT in zip(batches, self.learner.score(state.params, batches)))
@@ -264,9 +265,12 @@ class Run:
 
     def host_state(self) -> dict[str, Any]:
         stream = None if self.stream is None else self.stream.get_state()
-        return {"accounting": self.accounting.to_json(), "seconds": self.seconds(), "stream": stream, "success_rates": self.curriculum.rates}
+        text = None if self.corpus is None else self.corpus.digest
+        return {"accounting": self.accounting.to_json(), "seconds": self.seconds(), "stream": stream, "text": text, "success_rates": self.curriculum.rates}
 
     def load_host_state(self, step: int, host: dict[str, Any]) -> None:
+        if self.corpus is not None and self.corpus.digest != host.get("text"):  # a position in another text would mean nothing
+            raise ValueError(f"the text under {self.config.text or 'the standard library'} is not what the checkpoint of step {step} was trained on. Bring it back, or give another --workdir.")
         self.accounting = Accounting.from_json(host["accounting"])
         self.seconds_before = host["seconds"]
         self.curriculum = Curriculum(FAMILIES, host["success_rates"])
@@ -315,7 +319,7 @@ class Run:
         config = self.config
         shape = {"rows": config.rows, "row_length": config.row_length, "chunks_per_row": config.chunks_per_row, "seed": config.seed}
         if config.loss == "cpt":
-            return iter(text_batches(Documents(config.text, config.held_out_share), self.chat.tokenizer, **shape))
+            return iter(text_batches(self.corpus.training, self.chat.tokenizer, **shape))
         rng = random.Random(f"experts/{config.seed}")
         tasks = [f"{FAMILIES[number % len(FAMILIES)]}/{train_seed(rng.randrange(1_000_000))}" for number in range(config.expert_episodes)]
         path = lambda number: self.workdir / "trajectories" / f"expert_{number:06d}.json"
@@ -343,11 +347,19 @@ def start_run(
     if tokenizer.vocab_size > model_config.vocab_size:
         raise ValueError(f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} tokens, model {config.model} a vocabulary of {model_config.vocab_size}. Choose ones that fit.")
     model_config = dataclasses.replace(model_config, eos_token_id=tokenizer.im_end, pad_token_id=tokenizer.pad)
+    corpus = open_corpus(config, display) if config.loss == "cpt" else None
     learner = make_learner(config, model_config)
     # The tiny model learns the form of a tool call from the experts; a real one is told the tools as in its own chat template.
     chat = Chat(tokenizer, tools=None if config.model == "tiny" else [BASH_TOOL])
     (workdir / "trajectories").mkdir(parents=True, exist_ok=True)
-    return Run(config, workdir, model_config, chat, learner, team, isolation, display, earlier_evals)
+    return Run(config, workdir, model_config, chat, learner, team, isolation, display, earlier_evals, corpus)
+
+
+def open_corpus(config: ml_collections.ConfigDict, display: Display) -> Corpus:
+    corpus = read_corpus(config.text, config.held_out_share)
+    skipped = f"; {len(corpus.skipped)} skipped, empty or not UTF-8 text ({corpus.skipped[0]}{', ...' if len(corpus.skipped) > 1 else ''})" if corpus.skipped else ""
+    display.note(f"text: {len(corpus.training)} documents to train on, {len(corpus.held_out)} held out{skipped}")
+    return corpus
 
 
 def model_of(config: ml_collections.ConfigDict) -> ModelConfig:

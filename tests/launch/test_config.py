@@ -48,6 +48,23 @@ def test_a_wrong_config_is_refused_with_the_value_and_the_remedy(change, message
         check_config(config)
 
 
+@pytest.mark.parametrize("change, message", [
+    ({"eval_tasks": 3}, "'eval_tasks' is read by nobody"),
+    ({"temperature": 1.0}, "'temperature' is read by nobody"),
+    ({"held_out_share": 0.0}, "held_out_share=0.0 must be above 0"),
+    ({"held_out_share": 1.0}, "held_out_share=1.0 below 1"),
+    ({"rows": 6}, "rows=6 is not a multiple of rows_per_microbatch=16"),
+    ({"row_length": 1}, "row_length=1 must be 2 or more"),
+    ({"init_from": "experiments/sft.py"}, "CPT is the first stage"),
+])
+def test_a_wrong_cpt_config_is_refused_with_the_value_and_the_remedy(change, message):
+    config = load_config("experiments/cpt.py", "tiny").unlock()
+    for key, value in change.items():
+        config[key] = value
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_config(config)
+
+
 def test_a_missing_key_is_named():
     config = load_config("experiments/ipa.py", "tiny").unlock()
     del config["gamma"]

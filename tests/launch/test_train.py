@@ -158,3 +158,15 @@ def test_plain_text_is_learnt_killed_resumed_and_started_from(tmp_path):
 
     train([*SFT, "--config.steps=2", "--config.init_from=experiments/cpt.py"], tmp_path / "sft")
     assert [entry["stage"] for entry in report(tmp_path / "sft")["evals"]] == ["cpt", "cpt", "sft", "sft"]
+
+
+def test_text_that_changed_under_a_checkpoint_is_refused_in_one_line(tmp_path):
+    for number in range(30):
+        (tmp_path / f"{number}.txt").write_text(f"document {number}" + " with words" * number)
+    flags = ["--config=experiments/cpt.py:smoke", "--config.steps=2", "--config.held_out_share=0.2", f"--config.text={tmp_path}"]
+    workdir = tmp_path / ".run"
+    train(flags, workdir)
+    shutil.rmtree(workdir / "final")
+    (tmp_path / "more.txt").write_text("one more")
+    done = subprocess.run(command(flags, workdir), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "is not what the checkpoint of step 2 was trained on" in done.stderr and "Traceback" not in done.stderr

@@ -1,7 +1,9 @@
-"""Plain documents: every token but a document's first is learnt once, what is held out never, and the stream resumes exactly."""
+"""Text: what is a document, what is held out, and that each token is learnt from once."""
 
+import collections
+import itertools
 import json
-import pathlib
+import os
 
 import numpy as np
 import pytest
@@ -9,91 +11,211 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rome.data.batch import IMITATION
-from rome.data.text import Documents, Pieces, text_batches, text_rows
+from rome.data.text import cut, document_ids, read_corpus, text_batches, text_rows
+from rome.losses import count_denominators
 from rome.model.tokenizer import TINY, Tokenizer
 
 TOKENIZER = Tokenizer.load(TINY)
+quickly = settings(max_examples=30, deadline=None, derandomize=True)
 
 
-def folder(place, count=40):
-    """Some documents of every kind."""
-    (place / "sub").mkdir(parents=True)
-    for number in range(count // 2):
-        (place / "sub" / f"{number}.txt").write_text(f"document {number} " * (1 + number))
-    lines = [json.dumps({"text": f"line {number} of many; " * (1 + number % 7)}) for number in range(count - count // 2)]
-    (place / "lines.jsonl").write_text("\n\n".join(lines) + "\n")
-    return str(place)
+def text_of(number, words=30):
+    return f"document {number} says " + " ".join(f"w{number}x{place}" for place in range(words * (number % 4 + 1)))
 
 
-@settings(max_examples=40, deadline=None)
-@given(texts=st.lists(st.text(max_size=300), min_size=1, max_size=6), row_length=st.integers(2, 40))
-def test_every_token_but_a_documents_first_is_learnt_once(texts, row_length):
-    batch = text_rows(texts, TOKENIZER, row_length=row_length, chunks_per_row=row_length)
-    learnt, expected = [], []
+@pytest.fixture
+def folder(tmp_path):
+    """Sixty documents in files of three kinds and two folders."""
+    (tmp_path / "deep").mkdir()
+    for number in range(40):
+        (tmp_path / ("deep" if number % 2 else ".") / f"{number}.{'md' if number % 3 else 'py'}").write_text(text_of(number))
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"text": text_of(number), "id": number}) + "\n\n" for number in range(40, 60)))
+    return tmp_path
+
+
+def all_of(documents):
+    return [documents[number] for number in range(len(documents))]
+
+
+def stream(documents, seed=0, rows=2, row_length=24):
+    return iter(text_batches(documents, TOKENIZER, rows=rows, row_length=row_length, chunks_per_row=4, seed=seed))
+
+
+def take(iterator, count):
+    return list(itertools.islice(iterator, count))
+
+
+def same(left, right):
+    return all(np.array_equal(a, b) for a, b in zip(left, right) if a is not None)
+
+
+def tokens_of(examples):
+    return [tuple(example["tokens"].tolist()) for example in examples]
+
+
+def pieces_of(batch):
+    """(tokens, which of them are learnt) of every segment."""
     for row in range(batch.num_rows):
         for segment in range(1, batch.segments_BT[row].max() + 1):
-            inside = batch.segments_BT[row] == segment
-            tokens, mask = batch.tokens_BT[row][inside], batch.action_mask_BT[row][inside]
-            assert not mask[0] and mask[1:].all() and (batch.chunk_ids_BT[row][inside][1:] == segment - 1).all()
-            learnt += list(zip(tokens[:-1].tolist(), tokens[1:].tolist()))
-    for text in filter(None, texts):
-        ids = TOKENIZER.encode(text) + [TOKENIZER.pad]
-        expected += list(zip(ids[:-1], ids[1:]))
-    assert sorted(learnt) == sorted(expected) and (batch.kind_BC[batch.valid_BC] == IMITATION).all()
+            here = batch.segments_BT[row] == segment
+            yield batch.tokens_BT[row][here], batch.action_mask_BT[row][here]
 
 
-def test_control_tokens_in_a_document_are_plain_text():
-    (example,) = Pieces(TOKENIZER, 1000).flat_map("a <|im_start|> b <|endoftext|> c")
-    assert TOKENIZER.im_start not in example["tokens"] and list(example["tokens"]).index(TOKENIZER.pad) == len(example["tokens"]) - 1
+# -- pieces and rows -----------------------------------------------------------------------------------------------------------------
 
 
-def test_each_document_is_trained_on_or_held_out_and_that_does_not_change(tmp_path):
-    place = folder(tmp_path / "text")
-    train, held_out = Documents(place, 0.3), Documents(place, 0.3, evaluation=True)
-    texts = [[documents[index] for index in range(len(documents))] for documents in (train, held_out)]
-    assert len(train) + len(held_out) == 40 and len(held_out) > 3 and not set(texts[0]) & {text for text in texts[1] if texts[1].count(text) == 1} - set(texts[0])
-    (tmp_path / "text" / "a new one.md").write_text("new")
-    assert set(texts[0]) <= {text for documents in [Documents(place, 0.3)] for text in (documents[index] for index in range(len(documents)))}
+@quickly
+@given(length=st.integers(2, 200), row_length=st.integers(2, 50))
+def test_every_token_but_the_first_is_predicted_exactly_once_after_the_one_before_it(length, row_length):
+    ids = np.arange(length, dtype=np.int32)  # a token's value is its place
+    predicted = []
+    for piece in cut(ids, row_length):
+        assert 2 <= len(piece["tokens"]) <= row_length and not piece["action_mask"][0]
+        assert (np.diff(piece["tokens"]) == 1).all()
+        predicted += piece["tokens"][piece["action_mask"]].tolist()
+    assert predicted == list(range(1, length))
 
 
-def test_an_epoch_has_every_document_once_and_the_stream_goes_on_where_it_was(tmp_path):
-    documents = Documents(folder(tmp_path / "text"), 0.1)
-    open_stream = lambda: iter(text_batches(documents, TOKENIZER, rows=2, row_length=32, chunks_per_row=8, seed=3))
-    stream = open_stream()
-    batches, states = [], []
-    for _ in range(120):
-        batches.append(next(stream))
-        states.append(json.loads(json.dumps(stream.get_state())))
-    ends = sum(int((batch.tokens_BT == TOKENIZER.pad)[batch.segments_BT > 0].sum()) for batch in batches)
-    assert ends > len(documents)  # more than one epoch
-    again = open_stream()
-    again.set_state(states[49])
-    for batch in batches[50:70]:
-        for one, other in zip(batch, next(again)):
-            np.testing.assert_array_equal(one, other)
+@quickly
+@given(texts=st.lists(st.text(min_size=1, max_size=80).filter(str.strip), min_size=1, max_size=8), seed=st.integers(0, 99))
+def test_an_epoch_of_rows_predicts_each_token_of_each_document_once(texts, seed):
+    expected = collections.Counter(piece for text in texts for piece in tokens_of(cut(document_ids(TOKENIZER, text), 16)))
+    found, rows = [], stream(texts, seed, rows=1, row_length=16)
+    while len(found) < 3 * expected.total():
+        batch = next(rows)
+        assert batch.segments_BT.max() <= 4
+        for tokens, learnt in pieces_of(batch):
+            assert learnt.tolist() == [False] + [True] * (len(tokens) - 1)
+            found.append(tuple(tokens.tolist()))
+    for epoch in range(3):
+        assert collections.Counter(found[epoch * expected.total() : (epoch + 1) * expected.total()]) == expected
 
 
-def test_odd_files_are_no_documents_and_broken_lines_are_named(tmp_path):
-    (tmp_path / "binary.dat").write_bytes(b"\xff\xfe\x00")
-    (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
-    (tmp_path / "good.txt").write_text("good")
-    documents = Documents(str(tmp_path), 0.0)
-    assert sorted(documents[index] for index in range(len(documents))) == ["", "", "good"]
-    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"txt": 3}\n')
-    documents = Documents(str(tmp_path / "bad.jsonl"), 0.0)
-    assert documents[0] == "a"
-    with pytest.raises(ValueError, match='bad.jsonl: a line is no JSON object with a string "text"'):
-        documents[1]
+def test_each_epoch_of_many_documents_has_every_one_once_and_another_order():
+    texts = [text_of(number) for number in range(100)]
+    expected = collections.Counter(piece for text in texts for piece in tokens_of(cut(document_ids(TOKENIZER, text), 512)))
+    found, rows = [], iter(text_batches(texts, TOKENIZER, rows=1, row_length=512, chunks_per_row=8, seed=3))
+    while len(found) < 2 * expected.total():
+        found += [tuple(tokens.tolist()) for tokens, _ in pieces_of(next(rows))]
+    first, second = found[: expected.total()], found[expected.total() : 2 * expected.total()]
+    assert collections.Counter(first) == collections.Counter(second) == expected and first != second
 
 
-def test_a_place_without_documents_is_an_error_that_says_so(tmp_path):
-    with pytest.raises(FileNotFoundError, match="set config.text"):
-        Documents(str(tmp_path / "nowhere"), 0.0)
-    with pytest.raises(ValueError, match="no documents in"):
-        Documents(str(tmp_path), 0.0)
+def test_batches_are_what_the_sft_loss_reads():
+    texts = [text_of(number) for number in range(9)]
+    batch = next(stream(texts, rows=4))
+    learnt = batch.action_mask_BT
+    assert (batch.kind_BC[batch.valid_BC] == IMITATION).all() and batch.tokens_BT.dtype == np.int32
+    assert (batch.chunk_ids_BT[learnt] == batch.segments_BT[learnt] - 1).all()  # one chunk a piece
+    assert count_denominators([batch]).sft_tokens == learnt.sum() > 0
 
 
-def test_without_a_place_the_standard_library_is_read():
-    documents = Documents("", 0.02)
-    assert len(documents) > 100 and all(path.suffix == ".py" and "site-packages" not in pathlib.Path(path).parts for path, _ in documents._index)
+def test_an_evaluation_scores_each_token_once():
+    ids = document_ids(TOKENIZER, text_of(7))
+    rows = text_rows([text_of(7)], TOKENIZER, row_length=32, chunks_per_row=4)
+    assert rows.action_mask_BT.sum() == len(ids) - 1 and rows.tokens_BT.shape[1] == 32
+
+
+def test_a_document_ends_with_the_end_token_and_control_tokens_in_it_are_letters():
+    text = "see <|endoftext|> and <|im_start|>user\n<tool_call>"
+    ids = document_ids(TOKENIZER, text)
+    assert ids[-1] == TOKENIZER.id_of("<|endoftext|>")
+    control = {TOKENIZER.id_of(name) for name in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>")}
+    assert not control & set(ids[:-1].tolist()) and TOKENIZER.decode(ids[:-1].tolist()) == text
+
+
+# -- the stream ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("consumed", [0, 1, 7, 40, 300])
+def test_a_stream_resumes_from_a_json_position(folder, consumed):
+    documents = read_corpus(str(folder), 0.2).training
+    going = stream(documents)
+    take(going, consumed)
+    position = json.loads(json.dumps(going.get_state()))
+    rest = take(going, 60)
+    resumed = stream(read_corpus(str(folder), 0.2).training)
+    resumed.set_state(position)
+    assert all(map(same, rest, take(resumed, 60)))
+
+
+def test_seed_and_epoch_decide_the_order(folder):
+    documents = read_corpus(str(folder), 0.2).training
+    one, again, other = (take(stream(documents, seed), 6) for seed in (7, 7, 8))
+    assert all(map(same, one, again)) and not all(map(same, one, other))
+
+
+def test_pieces_of_one_document_do_not_fill_a_batch():
+    texts = [" ".join([f"z{number}"] * 600) for number in range(6)]
+    batch = next(stream(texts, rows=8))
+    assert len({TOKENIZER.decode(tokens.tolist()).replace("z", "").split()[1] for tokens, _ in pieces_of(batch)}) > 2
+
+
+# -- documents -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_files_and_lines_are_documents_and_each_is_on_one_side(folder):
+    corpus = read_corpus(str(folder), 0.2)
+    training, held_out = all_of(corpus.training), all_of(corpus.held_out)
+    assert sorted(training + held_out) == sorted(text_of(number) for number in range(60))
+    assert not corpus.skipped and 0 < len(held_out) < len(training)
+
+
+def test_held_out_documents_are_never_trained_on_wherever_they_lie(folder, tmp_path_factory):
+    corpus = read_corpus(str(folder), 0.2)
+    other = tmp_path_factory.mktemp("other")
+    for number, text in enumerate(reversed(all_of(corpus.training) + all_of(corpus.held_out))):
+        (other / f"{number}.txt").write_text(text)
+    moved = read_corpus(str(other), 0.2)
+    assert all_of(moved.held_out) == all_of(corpus.held_out)
+    held_out = {piece for text in all_of(corpus.held_out) for piece in tokens_of(cut(document_ids(TOKENIZER, text), 512))}
+    rows = iter(text_batches(moved.training, TOKENIZER, rows=2, row_length=512, chunks_per_row=8, seed=0))
+    assert not held_out & {tuple(tokens.tolist()) for batch in take(rows, 80) for tokens, _ in pieces_of(batch)}
+
+
+def test_the_standard_library_is_there_without_tests_and_packages():
+    corpus = read_corpus("", 0.02)
+    names = [corpus.training.name(number) for number in range(len(corpus.training))]
+    assert any(name.endswith("json/decoder.py") for name in names + [corpus.held_out.name(number) for number in range(len(corpus.held_out))])
+    assert not any("site-packages" in name or "/test/" in name for name in names)
+
+
+def test_what_is_no_text_is_skipped_and_counted(folder):
+    before = read_corpus(str(folder), 0.2)
+    (folder / "empty.py").write_text("")
+    (folder / "blank.md").write_text(" \n\t\n")
+    (folder / "latin.txt").write_bytes("é".encode("latin-1"))
+    (folder / "binary").write_bytes(b"\x7fELF\0\0")
+    (folder / "odd.jsonl").write_text('{"text": ""}\n{"text": "\\ud800 alone"}\n')
+    (folder / ".hidden").write_text("a secret")
+    (folder / "circle").symlink_to(folder)
+    (folder / "nowhere").symlink_to(folder / "gone")
+    os.mkfifo(folder / "pipe")
+    after = read_corpus(str(folder), 0.2)
+    assert all_of(after.training) == all_of(before.training) and after.digest == before.digest
+    assert sorted(os.path.basename(name) for name in after.skipped) == ["binary", "blank.md", "empty.py", "latin.txt", "odd.jsonl, byte 0", "odd.jsonl, byte 13"]
+
+
+@pytest.mark.parametrize("line", ['{"text": "cut', '{"title": "x"}', '["text"]', "7", '{"text": 7}', "[" * 100_000, "\x80\ufffd", '{"text": null}'])
+def test_a_malformed_line_is_named_with_its_file(tmp_path, line):
+    (tmp_path / "some.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(ValueError, match="some.jsonl line 2.*Mend or delete") as caught:
+        read_corpus(str(tmp_path), 0.2)
+    assert len(str(caught.value)) < 400
+
+
+def test_text_that_is_not_there_or_too_little_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file or directory"):
+        read_corpus(str(tmp_path / "gone"), 0.1)
+    with pytest.raises(ValueError, match="has 0 documents"):
+        read_corpus(str(tmp_path), 0.1)
+    (tmp_path / "one.txt").write_text("only one")
+    with pytest.raises(ValueError, match="has 1 documents and none"):
+        read_corpus(str(tmp_path / "one.txt"), 0.5)
+
+
+def test_a_file_that_changes_under_the_run_is_named(folder):
+    documents = read_corpus(str(folder), 0.2).training
+    (folder / "2.md").write_text("")
+    with pytest.raises(ValueError, match="2.md is no text any more"):
+        all_of(documents)
