@@ -8,6 +8,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 
 from envs.rock.config import SandboxConfig
@@ -73,7 +74,7 @@ class _Zygote:
         # No preexec_fn, so Python uses vfork: a copy of this process's page tables would take longer than a sandbox. The environment
         # is empty, so that no key of ours is in /proc of anything a sandbox descends from.
         command = [sys.executable, "-I", "-S", "-c", _BOOT, _HERE, str(theirs.fileno()), str(os.getpid())]
-        environment = {name: os.environ[name] for name in ("TMPDIR", "LD_LIBRARY_PATH") if name in os.environ}
+        environment = {"TMPDIR": tempfile.gettempdir()} | {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
         with theirs:
             self._process = subprocess.Popen(command, env=environment, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL,
                                              stdout=subprocess.DEVNULL, cwd="/", start_new_session=True)

@@ -5,16 +5,16 @@ Nothing is moved but the sandbox's own processes, and the limits that the machin
 
 import os
 import signal
-from typing import NamedTuple
 
 PERIOD_US = 100_000
 NEEDED, WANTED = ("memory", "pids"), ("memory", "pids", "cpu")
 
 
-class Place(NamedTuple):
+class Place:
     """Where groups can be made: controller -> parent directory. In version 2 all share one."""
-    version: int
-    parents: dict[str, str]
+
+    def __init__(self, version: int, parents: dict[str, str]):
+        self.version, self.parents = version, parents
 
 
 def find() -> tuple[Place | None, str]:

@@ -5,9 +5,7 @@ which all it left behind can be killed. There is no private /proc, no total memo
 watchdog's: envs.rock.tiers names what is missing.
 """
 
-import contextlib
 import os
-import pathlib
 import resource
 import signal
 import stat
@@ -70,7 +68,7 @@ class Tier:
     def start_verifier(self, script: int, files: dict[str, bytes], environment: dict, out: int, err: int) -> Started:
         """The grader. As root its bash is execute-only, so that its children cannot look into it (see namespaces.py)."""
         for name, content in files.items():
-            pathlib.Path(self._hidden, name).write_bytes(content)
+            linux.write_file(f"{self._hidden}/{name}", content)
         bash = self._spec["verifier_bash"] if self._own_uid else "/bin/bash"
 
         def become() -> None:
@@ -104,16 +102,9 @@ class Tier:
         linux.lower_limit(resource.RLIMIT_AS, memory + (2 << 30))
         linux.lower_limit(resource.RLIMIT_NPROC, self._spec["pids"] + (0 if self._own_uid else _processes_of(os.getuid())))
 
-    @contextlib.contextmanager
-    def as_owner(self):
+    def as_owner(self) -> "_Owner":
         """Files are opened and made as the sandbox's id, never with root's rights."""
-        if self._own_uid:
-            linux.set_filesystem_ids(self._spec["uid"], self._spec["gid"])
-        try:
-            yield
-        finally:
-            if self._own_uid:
-                linux.set_filesystem_ids(0, 0)
+        return _Owner(self._spec["uid"], self._spec["gid"], self._own_uid)
 
     def finished(self) -> None:
         """A command ended: hidden files go before the agent's next command can come."""
@@ -166,6 +157,19 @@ class Tier:
             if count > self._spec["inodes"]:
                 break
         return total, count
+
+
+class _Owner:
+    def __init__(self, uid: int, gid: int, changes: bool):
+        self._ids, self._changes = (uid, gid), changes
+
+    def __enter__(self) -> None:
+        if self._changes:
+            linux.set_filesystem_ids(*self._ids)
+
+    def __exit__(self, *_: object) -> None:
+        if self._changes:
+            linux.set_filesystem_ids(0, 0)
 
 
 def _processes_of(uid: int) -> int:

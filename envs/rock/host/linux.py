@@ -132,6 +132,16 @@ def open_beneath(directory_fd: int, path: str, flags: int, mode: int = 0) -> int
     raise OSError(errno.EXDEV, f"open {path}: the path kept changing")
 
 
+def read_file(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def write_file(path: str, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+
+
 def children_of(pid: int) -> list[int]:
     """Direct children of a process, threads' children included."""
     try:

@@ -10,12 +10,9 @@ The kernel knows all three by an id that owns nothing on the host. Commands see
     /workspace   and /tmp, which lie in one tmpfs that is limited in bytes and inodes; started from a snapshot, in an overlay of that on it
 """
 
-import contextlib
 import os
-import pathlib
 import resource
 import select
-import shutil
 import signal
 import socket
 import time
@@ -32,7 +29,7 @@ OWN_INODES = 8  # of the tmpfs: its root, the two directories, what an overlay n
 HIDDEN_BYTES = 64 << 20  # room for a verifier's files
 START_SECONDS = 10.0
 KILL_SECONDS = 10.0
-REPOSITORY = str(pathlib.Path(__file__).resolve().parents[3])
+REPOSITORY = os.path.realpath(f"{os.path.dirname(__file__)}/../../..")
 
 _NAMESPACES = (linux.CLONE_NEWUSER | linux.CLONE_NEWNS | linux.CLONE_NEWPID | linux.CLONE_NEWNET | linux.CLONE_NEWIPC | linux.CLONE_NEWUTS
                | linux.CLONE_NEWCGROUP)
@@ -73,9 +70,9 @@ class Mapping:
         try:
             if select.select([self._unshared[0]], [], [], START_SECONDS)[0] and os.read(self._unshared[0], 1):
                 if os.geteuid() != 0:
-                    pathlib.Path(f"/proc/{pid}/setgroups").write_text("deny")
-                pathlib.Path(f"/proc/{pid}/gid_map").write_text(f"{INNER_ID} {gid} 1\n")
-                pathlib.Path(f"/proc/{pid}/uid_map").write_text(f"{INNER_ID} {uid} 1\n")
+                    linux.write_file(f"/proc/{pid}/setgroups", b"deny")
+                linux.write_file(f"/proc/{pid}/gid_map", f"{INNER_ID} {gid} 1\n".encode())
+                linux.write_file(f"/proc/{pid}/uid_map", f"{INNER_ID} {uid} 1\n".encode())
                 os.write(self._mapped[1], b"m")
         except OSError:
             pass  # the holder finds the pipe closed and reports it
@@ -140,7 +137,7 @@ class Tier:
                 linux.mount("tmpfs", place, "tmpfs", _SAFE, options)
             os.mkdir("/run/verifier")
             for name, content in files.items():
-                pathlib.Path("/run/verifier", name).write_bytes(content)
+                linux.write_file(f"/run/verifier/{name}", content)
             linux.restrict_mount("/run", linux.MS_RDONLY)
             os.dup2(script, linux.FIRST_PASSED_FD)
             os.set_inheritable(linux.FIRST_PASSED_FD, True)
@@ -190,10 +187,10 @@ class Tier:
 
     def network_denials(self) -> int:
         """How often something looked for a way out of the network namespace, in which there is none (this process is in it)."""
-        four = pathlib.Path("/proc/self/net/snmp").read_text().splitlines()
+        four = linux.read_file("/proc/self/net/snmp").decode().splitlines()
         names, values = (line.split() for line in four if line.startswith("Ip:"))
-        six = pathlib.Path("/proc/self/net/snmp6")  # absent where the kernel has no IPv6
-        found = [line.split()[1] for line in six.read_text().splitlines() if line.startswith("Ip6OutNoRoutes")] if six.exists() else []
+        six = linux.read_file("/proc/self/net/snmp6").decode() if os.path.exists("/proc/self/net/snmp6") else ""  # a kernel without IPv6
+        found = [line.split()[1] for line in six.splitlines() if line.startswith("Ip6OutNoRoutes")]
         return int(values[names.index("OutNoRoutes")]) + sum(map(int, found))
 
     def copy_to(self, target: int) -> None:
@@ -209,10 +206,17 @@ class Tier:
         self._lifeline.close()
         os.waitpid(self._init, 0)
 
-    @contextlib.contextmanager
-    def as_owner(self):
+    def as_owner(self) -> "_Already":
         """Files are made under the right id already."""
-        yield
+        return _Already()
+
+
+class _Already:
+    def __enter__(self) -> None:
+        """Nothing to change."""
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to change back."""
 
 
 def _enter_namespaces(mapping: Mapping) -> None:
@@ -283,15 +287,15 @@ def _inodes() -> int:
 
 def _write_settings(etc: str) -> None:
     for name, text in (("passwd", _PASSWD), ("group", _GROUP), ("hosts", _HOSTS)):
-        pathlib.Path(etc, name).write_text(text)
+        linux.write_file(f"{etc}/{name}", text.encode())
     for name in _COPIED_SETTINGS:
         if os.path.isfile(f"/etc/{name}"):
-            shutil.copyfile(f"/etc/{name}", f"{etc}/{name}")
+            linux.write_file(f"{etc}/{name}", linux.read_file(f"/etc/{name}"))
     if os.path.exists("/etc/localtime"):
         if os.path.realpath("/etc/localtime").startswith("/usr/"):
             os.symlink(os.path.realpath("/etc/localtime"), f"{etc}/localtime")
         else:
-            shutil.copyfile("/etc/localtime", f"{etc}/localtime")
+            linux.write_file(f"{etc}/localtime", linux.read_file("/etc/localtime"))
     if os.path.isdir("/etc/alternatives"):  # Debian's awk, vi, java, ... are links through it
         os.mkdir(f"{etc}/alternatives")
         linux.mount("/etc/alternatives", f"{etc}/alternatives", None, linux.MS_BIND)
@@ -324,7 +328,7 @@ def _make_view() -> None:
     linux.mount(ROOT, ROOT, None, linux.MS_BIND | linux.MS_REC)
     linux.restrict_mount(ROOT, linux.MS_RDONLY | _SAFE, recursive=True)
     linux.mount("proc", f"{ROOT}/proc", "proc", _SAFE | linux.MS_NOEXEC)
-    pathlib.Path(ROOT, "proc/sys/user/max_user_namespaces").write_text("0")
+    linux.write_file(f"{ROOT}/proc/sys/user/max_user_namespaces", b"0")
     for name in _KERNEL_SETTINGS:
         path = f"{ROOT}/proc/{name}"
         if os.path.exists(path):

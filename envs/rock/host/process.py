@@ -3,16 +3,17 @@
 import os
 import signal
 from collections.abc import Callable
-from typing import NamedTuple
 
 # Python ignores these for itself, and a new program would inherit that: `yes | head` would never end.
 RESTORED_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT)
 COULD_NOT_START = 125
 
 
-class Started(NamedTuple):
-    pid: int
-    failure: str  # why the program was not executed; "" when it was
+class Started:
+    """failure: why the program was not executed; "" when it was."""
+
+    def __init__(self, pid: int, failure: str):
+        self.pid, self.failure = pid, failure
 
 
 def start(become: Callable[[], None], cgroup_entries: list[int], out: int, err: int) -> Started:

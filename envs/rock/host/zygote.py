@@ -7,19 +7,16 @@ manager, holders die with the zygote, commands with their holder. The zygote als
 directories, the user id it runs under), and at its start sweeps what a killed zygote left.
 """
 
-import contextlib
 import fcntl
 import gc
 import json
 import os
 import select
-import shutil
 import signal
 import socket
 import stat
-import tempfile
+import sys
 import time
-import traceback
 
 from . import cgroups, fenced, linux, namespaces, seccomp
 from .holder import Holder, receive, send
@@ -73,8 +70,10 @@ class Slot:
     def release(self) -> None:
         self._holds -= 1
         if not self._holds:
-            with contextlib.suppress(FileNotFoundError):  # a cleaner of old temporary files came first
+            try:
                 os.unlink(f"{self.base}/{self.number}.lock")
+            except FileNotFoundError:
+                pass  # a cleaner of old temporary files came first
             os.close(self.lock)
 
 
@@ -98,6 +97,8 @@ class Snapshot:
 
 def _remove_tree(directory: str) -> bool:
     """Remove it whatever permissions the agent took from its directories. Links are removed, not followed."""
+    import shutil  # here, like nothing else: every sandbox is a fork of this process, and pays for what it has loaded
+
     shutil.rmtree(directory, ignore_errors=True)
     if os.path.isdir(directory):
         for path, names, _ in os.walk(directory):
@@ -110,7 +111,7 @@ def _remove_tree(directory: str) -> bool:
 
 def state_directory() -> str:
     """Where slots lie. Made by this user alone: a directory that someone else put there is refused."""
-    path = os.path.join(tempfile.gettempdir(), f"rock-{os.getuid()}")
+    path = os.path.join(os.environ["TMPDIR"], f"rock-{os.getuid()}")
     try:
         os.mkdir(path, 0o711)
     except FileExistsError:
@@ -306,7 +307,8 @@ def execute_only(program: str) -> int:
     """A copy of it, as a descriptor, that can be executed and not read: the kernel lets nobody look into such a process."""
     descriptor = os.memfd_create(os.path.basename(program), os.MFD_CLOEXEC)
     with open(program, "rb") as file:
-        shutil.copyfileobj(file, open(descriptor, "wb", closefd=False))
+        while os.sendfile(descriptor, file.fileno(), None, 1 << 24):
+            pass
     os.fchmod(descriptor, 0o111)
     return descriptor
 
@@ -329,7 +331,7 @@ def _run_holder(channel: socket.socket, spec: dict) -> None:
             send(channel, {"id": 0, "workspace": workspace, "cgroups": bool(spec["cgroups"]), "slot": spec["slot"]})
             holder.serve()
     except BaseException:  # noqa: B036 - reported below, and this process must end here
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())
     finally:
         os._exit(0)
 
