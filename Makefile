@@ -22,7 +22,7 @@ help:
 
 # `exec`: the job takes the place of its shell, so a signal meets one process and its exit status is the recipe's.
 train: environment
-	@exec .venv/bin/python -m launch.train --config='$(CONFIG)' $(if $(WORKDIR),--workdir='$(WORKDIR)') $(ARGS)
+	@.venv/bin/python -m launch.doctor --quick || true; exec .venv/bin/python -m launch.train --config='$(CONFIG)' $(if $(WORKDIR),--workdir='$(WORKDIR)') $(ARGS)
 
 test: environment
 	@exec .venv/bin/python -m pytest $(ARGS)

@@ -39,6 +39,7 @@ def project(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
     shutil.copy(ROOT / "launch" / "setup.sh", tmp_path / "launch")
     (tmp_path / "launch" / "train.py").write_text(JOB)
+    (tmp_path / "launch" / "doctor.py").write_text("")
     for name in ("requirements.txt", "requirements-tpu.txt", "requirements-cuda.txt"):
         (tmp_path / name).write_text("# nothing\n")
     (tmp_path / "bin").mkdir()  # comes first in PATH

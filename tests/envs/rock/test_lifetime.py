@@ -225,6 +225,13 @@ def test_synchronous_callers_share_a_background_loop():
         sync.run(sandbox.stop(), 60)
 
 
+def test_the_zygote_loads_little():
+    """Each sandbox and each command begins as a fork of it."""
+    program = f"import sys; sys.path.insert(0, {REPOSITORY + '/envs/rock'!r}); from host import zygote; print(*sys.modules)"
+    loaded = set(subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True, check=True, timeout=60).stdout.split())
+    assert not loaded & {"typing", "pathlib", "shutil", "tempfile", "traceback", "contextlib", "dataclasses", "asyncio", "subprocess", "logging"}
+
+
 def test_a_forked_process_starts_a_zygote_of_its_own():
     program = textwrap.dedent(f"""
         import asyncio, os, sys
