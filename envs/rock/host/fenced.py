@@ -143,13 +143,16 @@ class Tier:
     def usage(self) -> tuple[int, int]:
         """(bytes, inodes) that the sandbox has on disk."""
         total = count = 0
+        counted: set[int] = set()  # a file of several names is one file
         pending = [self.workspace, self._temporary]
         while pending:
             try:
                 with os.scandir(pending.pop()) as entries:
                     for entry in entries:
                         status = entry.stat(follow_symlinks=False)
-                        total, count = total + status.st_blocks * 512, count + 1
+                        count += 1
+                        total += 0 if status.st_ino in counted else status.st_blocks * 512
+                        counted.add(status.st_ino)
                         if stat.S_ISDIR(status.st_mode):
                             pending.append(entry.path)
             except OSError:

@@ -110,6 +110,37 @@ def test_forks_are_limited_and_isolated_as_any_other(config):
     assert running
 
 
+def test_holes_stay_holes_on_the_hosts_disk(config):
+    async def work():
+        async with Sandbox(config) as sandbox:
+            await sandbox.execute("for n in $(seq 200); do truncate -s 15M hole$n; done; truncate -s 2M mixed; printf end | dd of=mixed bs=1 seek=1500000 conv=notrunc")
+            snapshot = await sandbox.snapshot()
+            used = sum(path.stat().st_blocks * 512 for path in pathlib.Path(snapshot.path).rglob("*"))
+            async with Sandbox(config, snapshot) as fork:
+                read = await fork.execute("stat -c %s hole7 mixed; tail -c +1500001 mixed | head -c 3; tr -d '\\0' < mixed | wc -c")
+            await snapshot.delete()
+            return used, read.stdout
+
+    used, read = run(work)
+    assert used < 4 << 20 and read == "15728640\n2097152\nend3\n"
+
+
+def test_one_file_of_many_names_is_kept_once_however_often_it_is_forked(config):
+    async def work():
+        async with Sandbox(config) as sandbox:
+            await sandbox.execute("mkdir -p d; head -c 4M /dev/zero > d/one; for n in $(seq 300); do ln d/one name$n; done", timeout=60)
+            snapshot = await sandbox.snapshot()
+            async with Sandbox(config, snapshot) as fork:
+                await fork.execute("chmod 700 d; echo more >> small")
+                again = await fork.snapshot()
+                same = (await fork.execute("cmp d/one name300 && stat -c %s name7")).stdout
+        used = [len({(status.st_dev, status.st_ino) for path in pathlib.Path(one.path).rglob("*") for status in [path.stat()] if status.st_size == 4 << 20}) for one in (snapshot, again)]
+        await snapshot.delete(), await again.delete()
+        return used, same
+
+    assert run(work) == ([1, 1], "4194304\n")
+
+
 def test_a_tree_that_cannot_be_copied_is_an_error_and_leaves_nothing(config):
     before = snapshots()
 
