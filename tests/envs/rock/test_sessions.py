@@ -1,6 +1,7 @@
 """Shells that live on, commands in the background, and what a sandbox says of itself."""
 
 import asyncio
+import os
 import pathlib
 import shlex
 
@@ -166,11 +167,13 @@ def test_a_session_ends_with_kill_all_and_before_the_verifier(inside):
 
 
 def test_closing_a_session_ends_all_that_it_started(inside):
+    seconds = f"4345{os.getpid()}"
+
     async def work(sandbox):
         async with await sandbox.create_session() as session:
-            await session.run("sleep 4345 & setsid sleep 4345 & (setsid sleep 4345 &); sleep 0.5")
-            began = processes("sleep\0004345")
-        return began, (await sandbox.get_status()).sessions, processes("sleep\0004345")
+            await session.run(f"sleep {seconds} & setsid sleep {seconds} & (setsid sleep {seconds} &); sleep 0.5")
+            began = processes(f"sleep\0{seconds}")
+        return began, (await sandbox.get_status()).sessions, processes(f"sleep\0{seconds}")
 
     assert inside(work) == (3, 0, 0)
 
