@@ -144,7 +144,7 @@ def test_a_broken_checkpoint_is_named_with_the_remedy(sft, tmp_path):
     assert done.returncode == 1 and "checkpoints/6 cannot be read" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_plain_text_is_learnt_killed_resumed_and_started_from(tmp_path):
+def test_plain_text_is_learnt_killed_and_resumed(tmp_path):
     flags = ["--config=experiments/cpt.py:smoke", "--config.steps=8", "--config.checkpoint_every=2"]
     train(flags, tmp_path / "whole")
     document = report(tmp_path / "whole")
@@ -156,6 +156,9 @@ def test_plain_text_is_learnt_killed_resumed_and_started_from(tmp_path):
     said = train(flags, tmp_path / "killed")
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole") and "bits a byte" in said
 
+
+@pytest.mark.slow
+def test_sft_starts_from_plain_text_and_both_stages_are_reported(tmp_path):
     train([*SFT, "--config.steps=2", "--config.init_from=experiments/cpt.py"], tmp_path / "sft")
     assert [entry["stage"] for entry in report(tmp_path / "sft")["evals"]] == ["cpt", "cpt", "sft", "sft"]
 
