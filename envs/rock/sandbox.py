@@ -89,7 +89,7 @@ class Sandbox:
     async def execute(self, command: str, timeout: float | None = None, env: Mapping[str, str] | None = None) -> CommandResult:
         """Run `bash -c command` in the workspace, without input, and wait for its end.
 
-        At the time limit, and also at its normal end, every process that it started is dead, daemons included.
+        At the time limit, and also at its normal end, every process that it started is dead, daemons included (but see above).
         """
         if refusal := unspeakable(command):
             return CommandResult("", refusal, 126, False, False, 0.0)
@@ -110,6 +110,8 @@ class Sandbox:
         for output in outputs:
             output.close_write_end()
         if "error" in reply:
+            for output in outputs:
+                output.close()
             raise SandboxStartError(reply["error"])
         session = Session(self, reply["session"], outputs)
         for output in outputs:

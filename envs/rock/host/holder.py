@@ -82,13 +82,16 @@ class Holder:
         self._poller.register(self._channel, select.POLLIN)
         alive = True
         while alive:
-            for descriptor, _ in self._poller.poll(self._milliseconds_to_next_check()):
+            ready = [descriptor for descriptor, _ in self._poller.poll(self._milliseconds_to_next_check())]
+            # What an event is about is looked up before any is served: a request may end a command and start one under the same number.
+            seen = [(descriptor, self._running.get(descriptor), self._sessions.get(descriptor)) for descriptor in ready]
+            for descriptor, running, session in seen:
                 if descriptor == self._channel.fileno():
                     alive = self._receive()
-                elif descriptor in self._running:
-                    self._ended(self._running[descriptor])
-                elif descriptor in self._sessions:
-                    self._shell_ended(self._sessions[descriptor])
+                elif running and self._running.get(descriptor) is running:
+                    self._ended(running)
+                elif session and self._sessions.get(descriptor) is session:
+                    self._shell_ended(session)
             self._check_limits()
         self._kill_everything()
         self._tier.close()
@@ -276,7 +279,8 @@ class Holder:
             linux.signal_process(session.pid, signal.SIGKILL)
             self._await(session.pidfd)
             self._shell_ended(session)
-        self._tier.kill_leftovers()
+        if survivors := self._tier.kill_leftovers():  # no verifier may start beside them
+            raise OSError(f"{survivors} processes survived SIGKILL for {KILL_SECONDS:.0f} s")
 
     def _await(self, pidfd: int) -> None:
         if not select.select([pidfd], [], [], KILL_SECONDS)[0]:

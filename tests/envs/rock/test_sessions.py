@@ -4,10 +4,11 @@ import asyncio
 import os
 import pathlib
 import shlex
+import signal
 
 import pytest
 
-from envs.rock import Sandbox, SandboxClosedError, SandboxConfig, probe
+from envs.rock import Sandbox, SandboxClosedError, SandboxConfig, launcher, probe
 
 
 @pytest.fixture(params=["namespaces", "landlock"])
@@ -213,6 +214,23 @@ def test_the_status_counts_what_is_used(inside):
     assert after.disk_bytes - before.disk_bytes >= 3_000_000 and after.inodes - before.inodes == 4 and after.cpu_seconds > before.cpu_seconds
     assert (after.commands, after.sessions, alive) == (1, 0, True) and (after.pids is None or after.pids >= 2)
     assert after.memory_bytes is None or after.memory_bytes > 0
+
+
+def test_a_command_that_ended_as_the_verifier_began_is_not_taken_for_it(inside):
+    """Its end and the request meet in one turn of the holder, and the verifier gets the descriptor that it had."""
+    async def work(sandbox):
+        job = await sandbox.spawn("sleep 0.5")
+        await asyncio.sleep(0.2)  # it has begun
+        zygote = launcher._zygote._process.pid
+        (holder,) = [int(word) for word in pathlib.Path(f"/proc/{zygote}/task/{zygote}/children").read_text().split()]
+        os.kill(holder, signal.SIGSTOP)
+        verifying = asyncio.create_task(sandbox.verify("sleep 5", timeout=0.3))
+        await asyncio.sleep(0.8)
+        os.kill(holder, signal.SIGCONT)
+        return await verifying, await job.wait()
+
+    verified, ended = inside(work)
+    assert verified.timed_out and verified.seconds < 3 and ended.exit_code == 0
 
 
 def test_attempts_to_reach_a_network_are_counted(inside):
