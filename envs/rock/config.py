@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+BACKENDS = ("embedded", "docker", "remote")
 ISOLATIONS = ("required", "best_available")
 TIERS = ("namespaces", "landlock")
 
@@ -12,8 +13,15 @@ TIERS = ("namespaces", "landlock")
 class SandboxConfig:
     """Limits of one sandbox. Which of them are enforced here, `probe` and `Sandbox.guarantees` say."""
 
+    backend: str = "embedded"  # "docker": a container of the engine on this machine; "remote": a sandbox of the ROCK admin at `url`
     isolation: str = "required"  # "best_available" falls back to weaker tiers and says so
-    tier: str | None = None  # None: the best one that works here; a name: that one or an error
+    tier: str | None = None  # of the embedded backend. None: the best one that works here; a name: that one or an error
+    image: str | None = None  # docker: the image's name; embedded: None, this machine's own programs
+    runtime: str | None = None  # docker: "runsc" (gVisor), "kata-runtime", ...; None: the engine's default
+    url: str = ""  # remote: where the admin is, http://host:port
+    token: str = field(default="", repr=False)  # remote: what the admin knows us by
+    label: str = ""  # what it is for, an episode's name say; it stands beside each of its denials
+    egress: tuple[str, ...] = ()  # what may be reached: "pypi.org:443", "*.example.org:443", "10.1.2.3:8080"; nothing by default
     memory_mb: int = 256  # of all processes together, files in the workspace included
     pids: int = 64  # processes and threads together
     cpus: float = 1.0
@@ -26,6 +34,9 @@ class SandboxConfig:
     env: Mapping[str, str] = field(default_factory=dict)  # added to PATH, HOME and LANG; nothing of the host's environment is
 
     def __post_init__(self):
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend is {self.backend!r}; it is one of {', '.join(BACKENDS)}")
+        self._check_backend()
         if self.isolation not in ISOLATIONS:
             raise ValueError(f"isolation is {self.isolation!r}; it is one of {', '.join(ISOLATIONS)}")
         if self.tier is not None and self.tier not in TIERS:
@@ -40,6 +51,17 @@ class SandboxConfig:
         check_environment(self.env)
         if self.disk_mb >= self.memory_mb:
             raise ValueError(f"disk_mb={self.disk_mb} leaves no memory for programs in memory_mb={self.memory_mb}: files are kept in memory")
+
+    def _check_backend(self) -> None:
+        for name, backend in (("tier", "embedded"), ("runtime", "docker"), ("url", "remote"), ("token", "remote")):
+            if getattr(self, name) and self.backend not in (backend, "remote" if name != "url" else backend):
+                raise ValueError(f"{name} means nothing to backend={self.backend!r}, only to {backend!r}; leave it unset")
+        if self.backend == "remote" and not self.url:
+            raise ValueError("backend='remote' needs url, the address of a ROCK admin")
+        if self.backend == "docker" and not self.image:
+            raise ValueError("backend='docker' needs image, the name of a Docker image")
+        if self.backend == "embedded" and self.image:
+            raise ValueError(f"image={self.image!r}: the embedded backend runs this machine's own programs; use backend='docker'")
 
 
 def check_environment(env: Mapping[str, str]) -> None:
@@ -62,6 +84,28 @@ class CommandResult:
     limits_hit: tuple[str, ...] = ()  # of "timeout", "memory", "pids", "disk", "output", "killed"
 
 
+class FileEntry(NamedTuple):
+    path: str  # relative to the directory that was listed
+    kind: str  # "file", "directory", "link" or "special"
+    size: int
+    mode: int  # permission bits
+
+
+class Address(NamedTuple):
+    host: str
+    port: int
+
+
+class Denial(NamedTuple):
+    """One attempt to reach what the egress policy does not grant."""
+
+    time: float  # seconds since 1970
+    protocol: str  # "tcp", "udp", "dns", "icmp" or "ip"
+    destination: str  # an address, or for "dns" the name that was asked for
+    port: int  # 0 where there is none
+    label: str  # of the sandbox
+
+
 class SandboxStatus(NamedTuple):
     """What a sandbox uses at one moment. None: not counted on this machine."""
 
@@ -72,4 +116,4 @@ class SandboxStatus(NamedTuple):
     inodes: int
     commands: int  # that run now
     sessions: int
-    network_denials: int | None  # connections and datagrams that found no way out since the start
+    network_denials: int | None  # attempts to reach what is not granted, since the start

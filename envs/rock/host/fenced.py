@@ -137,6 +137,10 @@ class Tier:
     def close(self) -> None:
         """Nothing is left: `kill_leftovers` came before."""
 
+    def denials(self) -> list:
+        """Those of which more is known than that they were."""
+        return []
+
     def network_denials(self) -> None:
         """A refused socket leaves no trace here."""
 

@@ -25,6 +25,7 @@ MAX_SESSIONS, MAX_COMMANDS = 8, 16  # at once; their descriptors stay below linu
 KILL_SECONDS = 10.0
 SHELL_GRACE = 1.0  # seconds in which a shell whose command was killed must say so
 DISK_CHECK_SECONDS = 0.1
+CONNECT_SECONDS = 0.1
 
 
 class Running:
@@ -213,6 +214,16 @@ class Holder:
         self._reply(request["id"], disk_bytes=size, inodes=inodes, cpu_seconds=spent.ru_utime + spent.ru_stime, commands=len(self._running),
                     sessions=len(self._sessions), network_denials=self._tier.network_denials(), **self._meters.usage())
 
+    def _serve_denials(self, request: dict, descriptors: list[int]) -> None:
+        self._reply(request["id"], denials=self._tier.denials())
+
+    def _serve_connect(self, request: dict, descriptors: list[int]) -> None:
+        """A connection to something that listens in the sandbox: its loopback answers at once, with yes, no, or a full queue."""
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as inner:
+            inner.settimeout(CONNECT_SECONDS)
+            inner.connect(("127.0.0.1", request["port"]))
+            self._reply(request["id"], (inner.fileno(),))
+
     def _session(self, request: dict) -> Session:
         for session in self._sessions.values():
             if session.name == request["session"]:
@@ -296,7 +307,7 @@ class Holder:
         self._reply(request["id"])
 
     def _serve_open(self, request: dict, descriptors: list[int]) -> None:
-        """Open a regular file of the workspace for the manager, following no link out of it."""
+        """Open a regular file of the workspace for the manager, or a directory to list, following no link out of it."""
         with self._tier.as_owner():
             descriptor = self._open(request)
         try:
@@ -305,7 +316,9 @@ class Holder:
             os.close(descriptor)
 
     def _open(self, request: dict) -> int:
-        path, writing = request["path"], request["write"]
+        path, writing = request["path"], request["purpose"] == "write"
+        if request["purpose"] == "list":
+            return linux.open_beneath(self._root, path, os.O_RDONLY | os.O_DIRECTORY)
         flags = os.O_NONBLOCK | os.O_NOCTTY | (os.O_WRONLY | os.O_CREAT if writing else os.O_RDONLY)  # NONBLOCK: a FIFO must not hold us
         if writing:
             parts = path.split("/")[:-1]

@@ -185,6 +185,10 @@ class Tier:
         status = os.statvfs(DISK)
         return (status.f_blocks - status.f_bfree) * status.f_frsize, _inodes() - self._first_inodes
 
+    def denials(self) -> list:
+        """Those of which more is known than that they were."""
+        return []
+
     def network_denials(self) -> int:
         """How often something looked for a way out of the network namespace, in which there is none (this process is in it)."""
         four = linux.read_file("/proc/self/net/snmp").decode().splitlines()

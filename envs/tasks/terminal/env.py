@@ -93,7 +93,7 @@ class TerminalEnv(Env):
         self._sandbox = Sandbox(self._sandbox_config)
         try:
             await self._sandbox.start()
-            await self._sandbox.upload(self.task.files)
+            await self._sandbox.write_files(self.task.files)
         except BaseException:
             await self.aclose()
             raise
