@@ -1,5 +1,7 @@
 """What a sandbox is asked to be, and what a command's end looks like."""
 
+import ipaddress
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -7,6 +9,11 @@ from typing import NamedTuple
 BACKENDS = ("embedded", "docker", "remote")
 ISOLATIONS = ("required", "best_available")
 TIERS = ("namespaces", "landlock")
+
+MAX_PORTS = 16
+PACKAGE_MIRRORS = ("pypi.org:443", "files.pythonhosted.org:443", "registry.npmjs.org:443", "deb.debian.org:80", "security.debian.org:80",
+                   "archive.ubuntu.com:80", "security.ubuntu.com:80")  # for `egress`
+_HOST_NAME = re.compile(r"(\*\.)?[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?)*")
 
 
 @dataclass(frozen=True)
@@ -21,7 +28,7 @@ class SandboxConfig:
     url: str = ""  # remote: where the admin is, http://host:port
     token: str = field(default="", repr=False)  # remote: what the admin knows us by
     label: str = ""  # what it is for, an episode's name say; it stands beside each of its denials
-    egress: tuple[str, ...] = ()  # what may be reached: "pypi.org:443", "*.example.org:443", "10.1.2.3:8080"; nothing by default
+    egress: tuple[str, ...] = ()  # what may be reached by TCP, see parse_grant; nothing by default
     memory_mb: int = 256  # of all processes together, files in the workspace included
     pids: int = 64  # processes and threads together
     cpus: float = 1.0
@@ -46,11 +53,17 @@ class SandboxConfig:
         for name in ("memory_mb", "pids", "cpus", "disk_mb", "inodes", "open_files", "timeout", "start_timeout", "max_output_bytes"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        if self.open_files < 64:
-            raise ValueError(f"open_files is {self.open_files}; a sandbox's own process needs 64")
+        if self.open_files < 96:
+            raise ValueError(f"open_files is {self.open_files}; a sandbox's own process needs 96")
+        if len({port for *_, port in self.grants()}) > MAX_PORTS:
+            raise ValueError(f"egress grants more than {MAX_PORTS} different ports")
         check_environment(self.env)
         if self.disk_mb >= self.memory_mb:
             raise ValueError(f"disk_mb={self.disk_mb} leaves no memory for programs in memory_mb={self.memory_mb}: files are kept in memory")
+
+    def grants(self) -> list[tuple[str | None, str | None, int]]:
+        """`egress`, parsed."""
+        return [parse_grant(text) for text in self.egress]
 
     def _check_backend(self) -> None:
         for name, backend in (("tier", "embedded"), ("runtime", "docker"), ("url", "remote"), ("token", "remote")):
@@ -62,6 +75,34 @@ class SandboxConfig:
             raise ValueError("backend='docker' needs image, the name of a Docker image")
         if self.backend == "embedded" and self.image:
             raise ValueError(f"image={self.image!r}: the embedded backend runs this machine's own programs; use backend='docker'")
+
+
+def parse_grant(text: str) -> tuple[str | None, str | None, int]:
+    """(name, address, port) of one entry of `egress`.
+
+        pypi.org:443              that name, wherever a resolver outside says it is; a private address is refused
+        *.example.org:443         every name below it
+        10.1.2.3:8080             that IPv4 address
+        model@127.0.0.1:30000     the name `model`, which leads to that address as seen from outside, the host itself for example
+
+    Raises: ValueError for anything else, naming it.
+    """
+    host, _, port = text.rpartition(":")
+    both = "@" in host
+    name, _, address = host.partition("@") if both else ("", "", host) if re.fullmatch(r"[0-9.]+", host) else (host, "", "")
+    valid = port.isdecimal() and 0 < int(port) < 1 << 16 and (_HOST_NAME.fullmatch(name) if both or not address else True)
+    if not valid or (both or not name) and not _is_ipv4(address):
+        raise ValueError(f"egress grant {text!r} is none of NAME:PORT, *.NAME:PORT, IPV4:PORT, NAME@IPV4:PORT")
+    if not name and ipaddress.IPv4Address(address).is_loopback:
+        raise ValueError(f"egress grant {text!r}: {address} is the sandbox's own loopback; write NAME@{address}:{port} for the host's")
+    return name.lower() or None, address or None, int(port)
+
+
+def _is_ipv4(text: str) -> bool:
+    try:
+        return bool(ipaddress.IPv4Address(text))
+    except ValueError:
+        return False
 
 
 def check_environment(env: Mapping[str, str]) -> None:
@@ -100,7 +141,7 @@ class Denial(NamedTuple):
     """One attempt to reach what the egress policy does not grant."""
 
     time: float  # seconds since 1970
-    protocol: str  # "tcp", "udp", "dns", "icmp" or "ip"
+    protocol: str  # "tcp", "udp", "dns" or "icmp"
     destination: str  # an address, or for "dns" the name that was asked for
     port: int  # 0 where there is none
     label: str  # of the sandbox

@@ -16,6 +16,7 @@ from envs.rock.host.holder import parse, receive, send
 from envs.rock.host.linux import FIRST_PASSED_FD, open_beneath
 from envs.rock.sandbox import MAX_LISTED, PIECE_BYTES, Sandbox, Snapshot, check_verifier_files
 from envs.rock.tiers import probe
+from envs.rock.ways import Ways
 
 SNAPSHOT_SECONDS = 300.0
 
@@ -37,7 +38,7 @@ class EmbeddedSandbox(Sandbox):
         self._last_id = 0
         self._turn = asyncio.Lock()
         self._outputs: list[Output] = []
-        self._doors: list[asyncio.Server] = []
+        self._ways = Ways(self._connect_inside, config.label)
 
     async def start(self) -> None:
         if self._channel is not None:
@@ -126,11 +127,13 @@ class EmbeddedSandbox(Sandbox):
 
     async def get_status(self) -> SandboxStatus:
         reply = await self._request({"op": "status"}, (), REPLY_GRACE)
+        if reply["network_denials"] is not None:
+            reply["network_denials"] += len(self._ways.denials)
         return SandboxStatus(**{name: reply.get(name) for name in SandboxStatus._fields})
 
     async def denials(self) -> list[Denial]:
         reply = await self._request({"op": "denials"}, (), REPLY_GRACE)
-        return [Denial(*fields, self.config.label) for fields in reply["denials"]]
+        return sorted([Denial(*fields, self.config.label) for fields in reply["denials"]] + self._ways.denials)
 
     async def expose_port(self, port: int) -> Address:
         if not 0 < port < 1 << 16:
@@ -138,18 +141,14 @@ class EmbeddedSandbox(Sandbox):
         if self.tier == "landlock":
             raise SandboxError("the landlock tier has no network of its own, so nothing can listen in it; the namespaces tier has one")
         self._check_open()
-        door = await asyncio.start_server(lambda reader, writer: self._pass_through(port, reader, writer), "127.0.0.1", 0)
-        self._doors.append(door)
-        return Address(*door.sockets[0].getsockname())
+        return await self._ways.expose(port)
 
-    async def _pass_through(self, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection to an exposed port. The holder, which is in the sandbox's network, makes the inner end."""
-        with contextlib.suppress(OSError, SandboxError), contextlib.closing(writer):
-            reply = await self._request({"op": "connect", "port": port}, (), REPLY_GRACE)
-            if "error" not in reply:  # else nobody listens: the caller sees the connection closed
-                inner_reader, inner_writer = await asyncio.open_connection(sock=socket.socket(fileno=reply["descriptors"][0]))
-                with contextlib.closing(inner_writer):
-                    await asyncio.gather(copy_stream(reader, inner_writer), copy_stream(inner_reader, writer))
+    async def _connect_inside(self, port: int) -> socket.socket:
+        """The holder, which is in the sandbox's network, makes the connection."""
+        reply = await self._request({"op": "connect", "port": port}, (), REPLY_GRACE)
+        if "error" in reply:
+            raise SandboxError(reply["error"])
+        return socket.socket(fileno=reply["descriptors"][0])
 
     def is_alive(self) -> bool:
         return self._channel is not None and self._channel.fileno() >= 0 and not self._gone.done()
@@ -266,6 +265,9 @@ class EmbeddedSandbox(Sandbox):
         except OSError:
             data, descriptors = b"", []
         reply = parse(data) | {"descriptors": descriptors}
+        if "way" in reply:
+            self._ways.let_out(*reply["way"], socket.socket(fileno=descriptors[0]))
+            return
         waiting = self._replies.pop(reply.get("id"), None)
         if waiting is not None and not waiting.done():
             waiting.set_result(reply)
@@ -278,8 +280,7 @@ class EmbeddedSandbox(Sandbox):
 
     def _disconnect(self) -> None:
         """Let go of the channel; whoever still waits for a reply is told."""
-        for door in self._doors:
-            door.close()
+        self._ways.close()
         if self._channel.fileno() >= 0:
             self._loop.remove_reader(self._channel)
             self._channel.close()
@@ -303,16 +304,6 @@ class EmbeddedSnapshot(Snapshot):
 
     async def delete(self) -> None:
         await asyncio.to_thread(launcher.ask, {"op": "forget_snapshot", "path": self.path})
-
-
-async def copy_stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Until the end of one, or the death of the other; then the other's end is told."""
-    with contextlib.suppress(OSError):
-        while piece := await reader.read(PIECE_BYTES):
-            writer.write(piece)
-            await writer.drain()
-        if writer.can_write_eof():
-            writer.write_eof()
 
 
 def _list(directory: int) -> list[FileEntry]:

@@ -16,6 +16,7 @@ import stat
 import time
 
 from . import cgroups, linux
+from .egress import Way
 from .process import Started
 from .session import LOOP, Session
 
@@ -81,6 +82,9 @@ class Holder:
     def serve(self) -> None:
         """Until the manager closes the socket or dies. Nothing of the sandbox runs when this returns."""
         self._poller.register(self._channel, select.POLLIN)
+        guarded = self._tier.guard.descriptors() if self._tier.guard else ()
+        for descriptor in guarded:
+            self._poller.register(descriptor, select.POLLIN)
         alive = True
         while alive:
             ready = [descriptor for descriptor, _ in self._poller.poll(self._milliseconds_to_next_check())]
@@ -89,6 +93,8 @@ class Holder:
             for descriptor, running, session in seen:
                 if descriptor == self._channel.fileno():
                     alive = self._receive()
+                elif descriptor in guarded:
+                    self._let_out(self._tier.guard.serve(descriptor))
                 elif running and self._running.get(descriptor) is running:
                     self._ended(running)
                 elif session and self._sessions.get(descriptor) is session:
@@ -212,10 +218,24 @@ class Holder:
         size, inodes = self._tier.usage()
         spent = resource.getrusage(resource.RUSAGE_CHILDREN)
         self._reply(request["id"], disk_bytes=size, inodes=inodes, cpu_seconds=spent.ru_utime + spent.ru_stime, commands=len(self._running),
-                    sessions=len(self._sessions), network_denials=self._tier.network_denials(), **self._meters.usage())
+                    sessions=len(self._sessions), network_denials=self._denials(), **self._meters.usage())
 
     def _serve_denials(self, request: dict, descriptors: list[int]) -> None:
-        self._reply(request["id"], denials=self._tier.denials())
+        if self._tier.guard:
+            self._let_out(self._tier.guard.catch_up())
+        self._reply(request["id"], denials=self._tier.guard.records if self._tier.guard else [])
+
+    def _let_out(self, connections: list[tuple[Way, socket.socket]]) -> None:
+        """Hand granted connections to the manager, which makes their outer ends."""
+        for way, connection in connections:
+            with connection:
+                self._reply(0, (connection.fileno(),), way=way)
+
+    def _denials(self) -> int | None:
+        if self._tier.guard is None:
+            return None
+        self._let_out(self._tier.guard.catch_up())
+        return self._tier.guard.denials()
 
     def _serve_connect(self, request: dict, descriptors: list[int]) -> None:
         """A connection to something that listens in the sandbox: its loopback answers at once, with yes, no, or a full queue."""
