@@ -153,7 +153,7 @@ def result_of(reply: dict, outputs: list[Output]) -> CommandResult:
         raise SandboxStartError(f"{failure} {stderr.strip()[-500:]}".strip())
     (truncated, flooded) = (any(pair) for pair in zip(cut_out, cut_err))
     limits = tuple("output" if name == "killed" and flooded else name for name in reply["limits"])
-    return CommandResult(stdout, stderr, reply["exit_code"], "timeout" in limits, truncated, reply["seconds"], limits)
+    return CommandResult(stdout, stderr, reply["exit_code"], "timeout" in limits, truncated, reply["seconds"], limits, reply["denials"])
 
 
 async def within(future: asyncio.Future, seconds: float, what: str) -> dict:

@@ -123,6 +123,7 @@ class CommandResult:
     truncated: bool  # more was written than max_output_bytes
     seconds: float
     limits_hit: tuple[str, ...] = ()  # of "timeout", "memory", "pids", "disk", "output", "killed"
+    network_denials: int = 0  # seen since the command before; `Sandbox.denials` has more of each
 
 
 class FileEntry(NamedTuple):

@@ -61,6 +61,7 @@ class Holder:
         self._running: dict[int, Running] = {}  # by the descriptor that tells the end
         self._sessions: dict[int, Session] = {}  # by the shell's pidfd
         self._poller = select.poll()
+        self._denials_told = 0
         self._disk_check = 0.0  # when the watched disk is looked at next
         # Opened under the zygote's id and in its file tree: later this process has neither.
         self._tier = tier_type(spec, [os.open(f"{path}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC) for path in spec["cgroups"]])
@@ -295,8 +296,10 @@ class Holder:
         failure = running.started.failure if running.started else ""
         if survivors:
             failure = f"{survivors} processes survived SIGKILL for {KILL_SECONDS:.0f} s"
+        denials = self._denials() or 0
         self._reply(running.identity, exit_code=code, seconds=seconds, limits=list(dict.fromkeys(running.limits_hit + struck)), failure=failure,
-                    shell_ended=shell_ended)
+                    shell_ended=shell_ended, denials=denials - self._denials_told)
+        self._denials_told = denials
 
     def _kill_everything(self) -> None:
         for running in list(self._running.values()):

@@ -105,7 +105,8 @@ class TerminalEnv(Env):
             raise RuntimeError(f"episode of {self.task.name} is over or not begun; call reset()")
         began = time.monotonic()
         self._turns += 1
-        info: Info = {"step_counter": self._turns, "parsed_action": action, "tool_type": None, "use_tool": False, "status": "ok", "exit_code": None}
+        info: Info = {"step_counter": self._turns, "parsed_action": action, "tool_type": None, "use_tool": False, "status": "ok", "exit_code": None,
+                      "network_denials": 0}
         try:
             result = await self._turn(action, info)
         except SandboxError as error:
@@ -133,7 +134,7 @@ class TerminalEnv(Env):
         info.update(parsed_action=command, tool_type="bash", use_tool=True)
         self._calls += 1
         result = await self._sandbox.execute(command, timeout=self._command_timeout)
-        info["exit_code"] = result.exit_code
+        info["exit_code"], info["network_denials"] = result.exit_code, result.network_denials
         info["status"] = "timeout" if result.timed_out else "tool_error" if result.exit_code != 0 else "ok"
         self._good_calls += info["status"] == "ok"
         return await self._observe(self._describe(result), info)

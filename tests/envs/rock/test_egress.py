@@ -166,3 +166,13 @@ def test_any_query_is_read_or_ignored(query):
     packed = b"\0\1\1\0\0\1\0\0\0\0\0\0" + b"".join(bytes([len(label)]) + label for label in query) + b"\0" + struct.pack(">HH", 28, 1)
     name, kind, end = _question(packed)
     assert kind == 28 and end == len(packed) and name.isascii() and len(name) <= 255
+
+
+def test_a_command_tells_how_many_attempts_were_its_own(inside):
+    async def work(sandbox):
+        results = [await sandbox.execute(command) for command in (_program(("tcp", "9.9.9.9", 1), ("tcp", "9.9.9.8", 2)), "true", _program(("udp", "9.9.9.7", 3)))]
+        async with await sandbox.create_session() as session:
+            results.append(await session.run(_program(("name", "example.org", 0))))
+        return [result.network_denials for result in results]
+
+    assert inside(work) == [2, 0, 1, 1]

@@ -153,7 +153,7 @@ def test_a_sandbox_that_fails_ends_the_episode_as_infra_sandbox(env, monkeypatch
         raise SandboxError("the machine is gone")
 
     env.reset()
-    monkeypatch.setattr(Sandbox, "execute", broken)
+    monkeypatch.setattr(type(env._sandbox), "execute", broken)
     _, reward, terminated, _, info = env.step(bash("ls"))
     assert (reward, terminated, info["ending"], info["status"]) == (0.0, True, "infra_sandbox", "infra")
     assert "the machine is gone" in info["note"]
