@@ -20,6 +20,7 @@ GUARANTEES = {
     "network": "commands reach no network, the host's own services included",
     "syscalls": "dangerous system calls are refused",
     "processes": "commands see no process but their own, and none outlives its command",
+    "view": "what the verifier writes leaves the agent's files as they are",
     "verifier": "what the verifier runs cannot look into the verifier",
     "disk": "the workspace is limited in bytes and files",
     "pids": "the number of processes is limited",
@@ -83,7 +84,7 @@ def _report(tier: str, failures: list[tuple[str, str]]) -> TierReport:
     place, no_cgroups = cgroups.find()
     guarantees = {"filesystem", "network", "syscalls"}
     if tier == "namespaces":
-        guarantees |= {"processes", "verifier", "disk", "pids"}
+        guarantees |= {"processes", "verifier", "view", "disk", "pids"}
     elif os.geteuid() == 0:
         guarantees |= {"pids", "verifier"}  # by a user id for each sandbox
     if place:

@@ -126,7 +126,8 @@ class Tier:
         return self._start(become, out, err)
 
     def start_verifier(self, script: int, files: dict[str, bytes], environment: dict, out: int, err: int) -> Started:
-        """The grader: its own empty /tmp, shared memory and IPC, its files in /run/verifier, and a bash that its children cannot look into.
+        """The grader: a view of the workspace that nobody sees but it, its own empty /tmp, shared memory and IPC, its files in /run/verifier,
+        and a bash that its children cannot look into.
 
         That bash is execute-only, so the kernel marks the process undumpable: what the verifier runs (the agent's program, say) cannot
         read its memory, environment or descriptors through /proc. The script is a descriptor, never a file.
@@ -137,6 +138,7 @@ class Tier:
             for place, options in (("/tmp", f"size={self._spec['disk_bytes']},mode=1777"), ("/dev/shm", f"size={SHM_BYTES},mode=1777"),
                                    ("/run", f"size={HIDDEN_BYTES},nr_inodes=1k,mode=0755")):
                 linux.mount("tmpfs", place, "tmpfs", _SAFE, options)
+            self._cover_workspace()
             os.mkdir("/run/verifier")
             for name, content in files.items():
                 linux.write_file(f"/run/verifier/{name}", content)
@@ -147,6 +149,17 @@ class Tier:
             self._execute(bash, ["bash", f"/proc/self/fd/{linux.FIRST_PASSED_FD}"], environment | {"VERIFIER_FILES": "/run/verifier"})
 
         return self._start(become, out, err)
+
+    def _cover_workspace(self) -> None:
+        """In a verifier's own mounts: what is written in /workspace from here on lies in a file system of its own, which ends with them."""
+        os.mkdir("/run/view")
+        linux.mount("tmpfs", "/run/view", "tmpfs", _SAFE, f"size={self._spec['disk_bytes']},nr_inodes={self._spec['inodes'] + OWN_INODES},mode=0755")
+        below = os.open(self.workspace, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        _stack(below, "/run/view", self.workspace)
+        os.close(below)
+        linux.detach("/run/view")
+        os.rmdir("/run/view")
+        os.chdir(self.workspace)
 
     def _start(self, become: Callable[[], None], out: int, err: int) -> Started:
         for directory in ("workspace", "tmp"):
@@ -240,7 +253,7 @@ def _build_tree(disk_bytes: int, inodes: int, snapshot: str | None) -> None:
     if lower is None:
         _make_writable_part()
     else:
-        _start_from(lower)
+        _stack(lower, DISK, TREE)
         os.close(lower)
     linux.mount("/usr", f"{ROOT}/usr", None, linux.MS_BIND | linux.MS_REC)
     for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
@@ -261,15 +274,15 @@ def _make_writable_part() -> None:
     linux.mount(DISK, TREE, None, linux.MS_BIND)
 
 
-def _start_from(lower: int) -> None:
-    """An overlay on the snapshot; a copy of it where the kernel cannot (before 6.6: no user attributes in a tmpfs)."""
-    os.mkdir(f"{DISK}/upper", 0o755)
-    os.mkdir(f"{DISK}/work")
+def _stack(lower: int, disk: str, place: str) -> None:
+    """Mount at `place` an overlay of a directory and what is written on `disk`; a copy where the kernel cannot (before 6.6: no user attributes in a tmpfs)."""
+    os.mkdir(f"{disk}/upper", 0o755)
+    os.mkdir(f"{disk}/work")
     try:
-        linux.mount("overlay", TREE, "overlay", _SAFE, f"lowerdir=/proc/self/fd/{lower},upperdir={DISK}/upper,workdir={DISK}/work,userxattr")
+        linux.mount("overlay", place, "overlay", _SAFE, f"lowerdir=/proc/self/fd/{lower},upperdir={disk}/upper,workdir={disk}/work,userxattr")
     except OSError:
-        linux.mount(f"{DISK}/upper", TREE, None, linux.MS_BIND)
-        target = os.open(TREE, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        linux.mount(f"{disk}/upper", place, None, linux.MS_BIND)
+        target = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         copy_tree(lower, target)
         os.close(target)
 

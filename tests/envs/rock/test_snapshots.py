@@ -187,3 +187,26 @@ def test_a_snapshot_of_another_tier_is_refused(config):
 
     with pytest.raises(SandboxStartError, match="the snapshot is of tier another"):
         run(work)
+
+
+def test_a_verifier_works_on_a_view_and_leaves_no_trace(config):
+    """What it writes, overwrites and removes is gone when it ends: grading twice is grading the same."""
+    if config.tier == "landlock":
+        pytest.skip("this tier grades in place, and its guarantees say so")
+
+    async def work():
+        async with Sandbox(config) as sandbox:
+            return await grade(sandbox)
+
+    async def grade(sandbox):
+        await sandbox.execute("echo mine > kept; echo mine > changed; mkdir d; echo x > d/removed; chmod 500 d")
+        deed = "cat kept changed; echo theirs > changed; chmod 700 d; rm d/removed; echo new > added; head -c 40M /dev/zero > big || echo full; cat changed added; ls d"
+        first = await sandbox.verify(deed)
+        second = await sandbox.verify("cat kept changed; ls -a d; ls; grep -c ' /run/view ' /proc/self/mountinfo")
+        after = await sandbox.execute("cat changed; ls . d; stat -c %a d; ls /run")
+        return first.stdout, second.stdout, after.stdout
+
+    first, second, after = run(work)
+    assert first == "mine\nmine\nfull\ntheirs\nnew\n"
+    assert second == "mine\nmine\n.\n..\nremoved\nchanged\nd\nkept\n0\n"
+    assert after == "mine\n.:\nchanged\nd\nkept\n\nd:\nremoved\n500\n"
