@@ -72,7 +72,8 @@ def evaluate(name, batches, logp, config, denominators=None):
     value, gradient, metrics = 0.0, np.zeros(MAX_IDS), {}
     for batch in batches:
         logp_BT = np.where(batch.action_mask_BT, logp[batch.tokens_BT], 0).astype(np.float32)
-        (part, part_metrics), gradient_BT = _value_and_grad(name, config)(jnp.asarray(logp_BT), batch, denominators)
+        value_and_grad = jax.value_and_grad(LOSSES[name], has_aux=True)  # not compiled: as many losses and switches would take longer to compile than to run
+        (part, part_metrics), gradient_BT = value_and_grad(jnp.asarray(logp_BT), batch, config, denominators)
         value += float(part)
         assert not np.any(np.asarray(gradient_BT)[~batch.action_mask_BT]), "a gradient outside action tokens"
         np.add.at(gradient, batch.tokens_BT[batch.action_mask_BT], np.asarray(gradient_BT)[batch.action_mask_BT])
@@ -80,15 +81,3 @@ def evaluate(name, batches, logp, config, denominators=None):
             combine = max if key.startswith("max_") else float.__add__
             metrics[key] = combine(metrics.get(key, 0.0), float(figure))
     return value, gradient, metrics
-
-
-_jitted = {}
-
-
-def _value_and_grad(name, config):
-    if (name, config) not in _jitted:
-        loss = LOSSES[name]
-        _jitted[name, config] = jax.jit(
-            lambda logp_BT, batch, denominators: jax.value_and_grad(loss, has_aux=True)(logp_BT, batch, config, denominators)
-        )
-    return _jitted[name, config]

@@ -30,7 +30,7 @@ CASES = [("ipa", config) for config in IPA_CONFIGS] + [
     ("tis", LossConfig(mismatch_limit=1.2)), ("tis", LossConfig(mismatch_limit=1.2, dual_clip=1.3)), ("icepop", LossConfig(mismatch_low=0.7, mismatch_limit=1.5)),
     ("gigpo", LossConfig(clip_high=0.3)),
 ]
-quickly = settings(max_examples=15, deadline=None, derandomize=True)
+quickly = settings(max_examples=6, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**31)
 
 
@@ -74,13 +74,13 @@ def test_denominators_equal_the_loop(seed):
 def test_packing_order_micro_batches_and_padding_rows_change_nothing(name, seed, order):
     step = random_step(seed)
     config = LossConfig(mismatch_limit=1.3)
-    once = evaluate(name, packed(step, name, row_length=40, rows=8), step.logp, config)
+    once = evaluate(name, packed(step, name, row_length=40, rows=4), step.logp, config)
     shuffled = Step(order.sample(step.trajectories, len(step.trajectories)), step.logp, step.old)
     again = evaluate(name, packed(shuffled, name, row_length=80, rows=1), step.logp, config)
     assert_same(once, again)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["ipa", "grpo", "gspo", "gigpo"])  # sums over chunks and over trajectories, with and without a gradient through them
 def test_the_number_of_devices_changes_nothing(name):
     step = random_step(5, trajectories=16)
     (batch,) = packed(step, name, rows=8)
