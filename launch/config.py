@@ -42,7 +42,7 @@ CHOICES = {
     "loss": tuple(LOSSES), "mismatch_mask": ("chunk", "token"), "norm": ("tokens", "chunks", "trajectories"),
     "anchor": ("history", "observation"), "old": ("trainer", "rollout"), "routing_replay": ("off", "rollout", "recompute"), "isolation": ("required", "best_available"), "model": tuple(PRESETS), "remat": REMATS,
 }
-MAY_BE_ZERO = {"seed", "warmup_updates", "weight_decay", "eval_every", "expert_error_rate", "lambda_rl", "lambda_il", "failure_reward", "temperature", "eval_temperature", "capacity_factor", "router_z_loss_coef", *OF_SOME_LOSSES}
+MAY_BE_ZERO = {"seed", "warmup_updates", "weight_decay", "eval_every", "expert_error_rate", "lambda_rl", "lambda_il", "failure_reward", "temperature", "eval_temperature", "capacity_factor", "router_z_loss_coef", "async_ratio", *OF_SOME_LOSSES}
 
 
 class ConfigError(ValueError):
