@@ -8,7 +8,8 @@ R is the reward that losses see, n the episodes of a group, K the turns of an ep
     steps          A_k = normalised R + normalised gamma^(K-k) R     GiGPO (arXiv 2505.10978, Eq. 5-8), omega = 1
 
 In the last, the first term compares episodes, the second the turns that were taken in the same state, by whichever episodes of the group:
-its returns are normalised within that step-level group. Who has nobody to be compared with gets 0 from the term.
+its returns are normalised within that step-level group. Who has nobody to be compared with gets 0 from the term. In its returns a failure counts 0,
+as in the paper, whatever `failure_reward` is: discounted, -1 would make the early turns of a failure the better the longer it took.
 """
 
 from __future__ import annotations
@@ -49,10 +50,10 @@ def group_advantages(
         return spread
 
     returns, states = [], []
-    for trajectory, reward in zip(trajectories, rewards):
+    for trajectory in trajectories:
         turns = trajectory.turns
         sampled = [chunk.kind == "rl" for _, chunk in turns]  # what was prefilled or shown is no choice to be compared
-        returns += [value for value, mine in zip(chunk_returns(reward, len(turns), gamma), sampled) if mine]
+        returns += [value for value, mine in zip(chunk_returns(max(trajectory.reward, 0.0), len(turns), gamma), sampled) if mine]
         states += [(trajectory.group, state) for state, mine in zip(anchor_states(trajectory, anchor), sampled) if mine]
     step_level = iter(_compare(zip(states, returns), "normalised"))
     return [

@@ -49,9 +49,14 @@ def test_turns_taken_in_the_same_state_are_compared_by_their_discounted_returns(
     lost = episode(([1], MAKE), ([2], MAKE), reward=0.0, ending="failure")
     advantages = group_advantages([won, lost], -1.0, "steps", gamma=0.5)
     whole = 1.0 / (np.std([1, -1], ddof=1) + SMALL)  # half of 2 away from the mean
-    first = (0.25 - -0.5) / 2 / (np.std([0.25, -0.5], ddof=1) + SMALL)
+    first = (0.25 - 0) / 2 / (np.std([0.25, 0], ddof=1) + SMALL)
     np.testing.assert_allclose(advantages[0], [whole + first, whole, whole])
     np.testing.assert_allclose(advantages[1], [-whole - first, -whole])
+
+
+def test_failures_alone_teach_nothing_however_long_they_took():
+    lost = [episode(*[([1], LIST), ([2], LIST), ([2], LIST)][:turns], reward=0.0, ending="failure") for turns in (1, 2, 3)]
+    assert not np.concatenate(group_advantages(lost, -1.0, "steps", gamma=0.5)).any()
 
 
 def test_where_the_observation_is_the_state_equal_observations_meet_wherever_they_come_from():

@@ -198,11 +198,11 @@ def gigpo(trajectories, logp, old, config, gamma, failure_reward):
 
     def advantage(trajectory, k, peers):
         same = [
-            returns(t, gamma, failure_reward)[n]
+            returns(t, gamma, 0.0)[n]
             for t in usable if t.group == trajectory.group
             for n, c in enumerate(t.chunks) if c.kind == "rl" and history(t, n) == history(trajectory, k)
         ]
-        return normalised(loss_reward(trajectory, failure_reward), peers) + normalised(returns(trajectory, gamma, failure_reward)[k], same)
+        return normalised(loss_reward(trajectory, failure_reward), peers) + normalised(returns(trajectory, gamma, 0.0)[k], same)
 
     return clipped_tokens(
         trajectories, logp, old, config, gamma, failure_reward, lambda i, chunk, t, total: 1 / len(chunk.action_ids) / total["chunks"], advantage,
