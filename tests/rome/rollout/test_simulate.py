@@ -32,8 +32,7 @@ class InTurn:
 
 def unhindered(plan, number, seed=0):
     """Seconds of the environment of the n-th episode to begin."""
-    rng = np.random.default_rng((seed, number))
-    return plan.latency.draw(rng, int(plan.turns.value) + 0 * int(plan.turns.draw(rng, 1)[0])).sum()
+    return plan.latency.draw(np.random.default_rng((seed, number)), plan.turns.value).sum()
 
 
 def test_one_synchronous_step_is_the_sum_of_its_parts():
@@ -75,6 +74,26 @@ def test_engines_stand_still_while_weights_are_published_and_environments_do_not
     assert simulate(plan, steps=2, warm_up=0).seconds == pytest.approx(12 + 5 + 1 + 7)
 
 
+def test_a_prompt_read_while_weights_are_published_does_not_move_the_others():
+    plan = Plan(
+        token_s=1.0, concurrency=3, latency=Constant(0.0), turns=Constant(1), tokens=InTurn(2, 10, 10, 90), prompt_tokens=InTurn(0, 0, 6, 0), prefill_tokens_per_s=1.0,
+        group_size=1, groups_per_step=1, async_ratio=2, train_s=2.0, publish_s=4.0, late="keep",
+    )
+    # Ends at 2, trained on until 4, published until 8; the third's prompt is read at 6. At 4 the second was 4 tokens far.
+    assert simulate(plan, steps=2, warm_up=0).seconds == pytest.approx(8 + 6 + 2 + 4)
+
+
+def test_a_cancelled_episode_leaves_its_slot_at_once_or_where_it_reads_its_prompt():
+    plan = Plan(
+        slots=2, token_s=1.0, concurrency=2, latency=Constant(0.0), turns=Constant(1), tokens=InTurn(2, 100, 1000, 2), group_size=1, redundancy=1,
+        groups_per_step=1, async_ratio=0, train_s=0.0,
+    )
+    found = simulate(plan, steps=2)
+    assert found.seconds == 2 + 2 and found.dropped == {"redundant": 2}
+    reading = dataclasses.replace(plan, tokens=InTurn(2, 100, 1000, 2), prompt_tokens=InTurn(0, 50, 0, 0), prefill_tokens_per_s=1.0)
+    assert simulate(reading, steps=2).seconds == 50 + 2
+
+
 @pytest.mark.parametrize("late", ["wait", "keep", "drop"])
 def test_async_ratio_zero_is_synchronous_training_whatever_happens_to_late_samples(late):
     plan = dataclasses.replace(FREE, late=late)
@@ -86,21 +105,19 @@ def test_async_ratio_zero_is_synchronous_training_whatever_happens_to_late_sampl
 @given(seed=st.integers(0, 1000), concurrency=st.integers(1, 12), async_ratio=st.integers(0, 3), train_s=st.sampled_from([0.0, 0.5, 4.0]))
 @quickly
 def test_without_contention_it_equals_a_queue_of_several_servers(seed, concurrency, async_ratio, train_s):
-    """Groups of one: episode n begins when a place is free and step n // batch - async_ratio has begun; step k, when (k + 1) batches have ended."""
+    """Groups of one: batch b of episodes begins where places get free, after step b - async_ratio - 1; step k, when k + 1 batches have ended."""
     plan = dataclasses.replace(FREE, group_size=1, groups_per_step=4, concurrency=concurrency, async_ratio=async_ratio, train_s=train_s, late="keep")
     steps, batch = 5, 4
     places, ends, trained = [0.0] * concurrency, [], []
-    for step in range(steps + async_ratio):
-        if step <= async_ratio or len(trained) > step - async_ratio - 1:
-            allowed = 0.0 if step <= async_ratio else trained[step - async_ratio - 1]
-        for number in range(step * batch, (step + 1) * batch):
-            begins = max(heapq.heappop(places), allowed)
-            ends.append(begins + unhindered(plan, number, seed))
+    for begun in range(steps + async_ratio):
+        allowed = trained[begun - async_ratio - 1] if begun > async_ratio else 0.0
+        for number in range(begun * batch, (begun + 1) * batch):
+            ends.append(max(heapq.heappop(places), allowed) + unhindered(plan, number, seed))
             heapq.heappush(places, ends[-1])
-        while len(trained) < steps and (len(trained) + 1) * batch <= len(ends) and len(trained) <= step - async_ratio:
-            # Whatever begins later ends later than step `len(trained)` needs only if it was not allowed before: it was not.
-            trained.append(max(trained[-1] if trained else 0.0, sorted(ends)[(len(trained) + 1) * batch - 1]) + train_s)
-    assert simulate(plan, steps=steps, seed=seed).seconds == pytest.approx(trained[steps - 1])
+        step = begun - async_ratio  # all that may have begun before it is trained has begun
+        if step >= 0:
+            trained.append(max(trained[-1] if trained else 0.0, sorted(ends)[(step + 1) * batch - 1]) + train_s)
+    assert simulate(plan, steps=steps, seed=seed).seconds == pytest.approx(trained[-1])
 
 
 @given(seed=st.integers(0, 1000), latency=st.sampled_from([Lognormal(1.0, 1.0), Lognormal(1.0, 0.3), Recorded((0.1, 0.2, 9.0))]))
