@@ -4,7 +4,7 @@ R is the reward that losses see, n the episodes of a group, K the turns of an ep
 
     normalised     A = (R - mean) / (std + 1e-6)                     GRPO (arXiv 2402.03300, Sec. 4.1)
     centred        A = R - mean                                      Dr. GRPO (arXiv 2503.20783, Sec. 3.2)
-    leave_one_out  A = R - mean of the others = n / (n - 1) (R - mean)   RLOO (arXiv 2402.14740, Sec. 2.2)
+    leave_one_out  A = R - mean of the others = n / (n - 1) (R - mean)   RLOO (arXiv 2402.14740)
     steps          A_k = normalised R + normalised gamma^(K-k) R     GiGPO (arXiv 2505.10978, Eq. 5-8), omega = 1
 
 In the last, the first term compares episodes, the second the turns that were taken in the same state, by whichever episodes of the group:

@@ -11,12 +11,12 @@ y a trajectory's n RL tokens. Sums and means run over the whole step: over traje
     gigpo     mean over turns of the mean over its tokens of min(r A, clip(r) A)     arXiv 2505.10978, Eq. 8 for A
     tis       grpo, each token times min(rho, C)                                     Yao et al. 2025, "Your Efficient RL Framework Secretly Brings ..."
     icepop    grpo, each token times rho where a <= rho <= b, else 0                 Ling team 2025, "Small Leak Can Sink a Great Ship"
-    rloo      mean_y A sum_t log pi, A = R - mean of the others                      arXiv 2402.14740, Sec. 2.2
+    rloo      mean_y A sum_t log pi, A = R - mean of the others                      arXiv 2402.14740
     cispo     token mean of sg(clip(r, 1 - e_low, 1 + e_high)) A log pi              arXiv 2506.13585, Eq. 4-5
     topr      mean_y R sum_t log pi; failures times sg([prod_t pi / mu]_0^1)         arXiv 2503.14286, Eq. 8
 
 All maximised, so a loss is minus this. DAPO's dynamic sampling and overlong penalty are not here: which groups are kept and replaced is the scheduler's
-affair, what an episode is rewarded the verifier's. dual_clip c bounds min(r A, clip(r) A) below by c A where A < 0 (arXiv 1912.09729, Sec. 3.3): without it
+affair, what an episode is rewarded the verifier's. dual_clip c bounds min(r A, clip(r) A) below by c A where A < 0 (arXiv 1912.09729): without it
 the ratio of a failure has no upper bound, which asynchronous training cannot afford.
 
 B rows, T tokens, C chunks a row. A turn is a chunk. Imitation chunks (Eq. 10) are learned as in IPA.
