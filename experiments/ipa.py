@@ -4,7 +4,8 @@ python -m launch.train --config=experiments/ipa.py            # tiny: 20 min on 
 python -m launch.train --config=experiments/ipa.py:smoke      # under a minute, checks that the way is open
 python -m launch.train --config=experiments/ipa.py:qwen3_30b_a3b --config.engines=http://a:30000,http://b:30000   # a pod; not run
 
-Baselines: --config.loss=token_level (the paper's Eq. 4-6) or --config.loss=grpo.
+Baselines: --config.loss=token_level (the paper's Eq. 4-6) or --config.loss=grpo, dr_grpo, rloo, gspo, dapo, cispo, topr, tis, icepop, gigpo
+(rome/losses/policy.py says what each is). DAPO's dynamic sampling is here filter_groups alone: groups without spread are left out, not replaced.
 """
 
 from typing import NamedTuple
@@ -34,16 +35,19 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.init_from = "experiments/sft.py"  # run first where its result is missing; or a Hugging Face directory
     config.model = "tiny"                 # a preset of rome/model/config.py
     config.tokenizer = "rome/model/tiny_tokenizer"
-    config.loss = "ipa"                   # ipa, token_level, grpo
+    config.loss = "ipa"                   # or a baseline, see above
     config.gamma = 0.95                   # per chunk; the paper gives no value
-    config.mismatch_threshold = 5.0       # H of the mismatch mask
-    config.mismatch_mask = "chunk"        # chunk (Eq. 9) or token (Eq. 6)
+    config.mismatch_threshold = 0.0       # of pi_old / mu: H of ipa and token_level, C of tis, upper bound of icepop; 0: 5, of tis 2
+    config.mismatch_low = 0.0             # icepop: tokens below it are dropped; 0: 0.5
+    config.mismatch_mask = "chunk"        # ipa: chunk (Eq. 9) or token (Eq. 6)
     config.lambda_rl = 1.0
     config.lambda_il = 1.0
-    config.norm = "tokens"                # the policy loss is divided by: tokens, chunks or trajectories
+    config.norm = "tokens"                # ipa, token_level: the loss is divided by tokens, chunks or trajectories
     config.failure_reward = -1.0          # 0.0 learns from successes only
-    config.clip_low = 0.2                 # grpo only
-    config.clip_high = 0.2
+    config.clip_low = 0.0                 # losses that clip: to [1 - clip_low, 1 + clip_high]; 0: as published
+    config.clip_high = 0.0
+    config.dual_clip = 0.0                # losses that clip: bound of a failure's ratio; 0: none, as published, and refused where samples may be stale
+    config.anchor = "history"             # gigpo: turns are compared after equal history, or where the last observation is equal
     config.old = "trainer"                # pi_old scored by the trainer, or "rollout": the engine's own logprobs
     config.routing_replay = "off"         # "rollout": train through the experts that the engine chose; "recompute": that pi_old chose
     config.steps = 180

@@ -12,7 +12,7 @@ from typing import Any
 
 import ml_collections
 
-from rome.losses import LIKELIHOODS, LOSSES
+from rome.losses import ADVANTAGES, LIKELIHOODS, LOSSES, PUBLISHED, LossConfig, unbounded_weight
 from rome.model.config import PRESETS, REMATS
 
 SANDBOX_KEYS = {"isolation": str, "memory_mb": int, "pids": int, "disk_mb": int, "command_timeout": float}
@@ -30,17 +30,19 @@ AGENT_KEYS = COMMON_KEYS | {
 CPT_KEYS = COMMON_KEYS | {"rows": int, "text": str, "held_out_share": float, "eval_documents": int}
 SFT_KEYS = AGENT_KEYS | {"rows": int, "expert_episodes": int, "expert_error_rate": float}
 RL_KEYS = AGENT_KEYS | {
-    "gamma": float, "mismatch_threshold": float, "mismatch_mask": str, "lambda_rl": float, "lambda_il": float, "norm": str, "failure_reward": float,
-    "clip_low": float, "clip_high": float, "old": str, "routing_replay": str, "groups": int, "group_size": int, "filter_groups": bool,
+    "gamma": float, "mismatch_threshold": float, "mismatch_low": float, "mismatch_mask": str, "lambda_rl": float, "lambda_il": float, "norm": str,
+    "failure_reward": float, "clip_low": float, "clip_high": float, "dual_clip": float, "anchor": str, "old": str, "routing_replay": str, "groups": int, "group_size": int, "filter_groups": bool,
 }
 KEYS = {"cpt": CPT_KEYS, "sft": SFT_KEYS}  # of a loss; the others are RL's
+# Switches that some losses read; 0 stands for the value of the loss' paper (PUBLISHED, where the first is called mismatch_limit).
+OF_SOME_LOSSES = ("mismatch_threshold", "mismatch_low", "clip_low", "clip_high", "dual_clip")
 # What the experiment that a run starts from takes over from it: the model, the machine, the seed.
 INHERITED = ("seed", "model", "tokenizer", "engines", "engine_slots", "sandbox", "mesh")
 CHOICES = {
     "loss": tuple(LOSSES), "mismatch_mask": ("chunk", "token"), "norm": ("tokens", "chunks", "trajectories"),
-    "old": ("trainer", "rollout"), "routing_replay": ("off", "rollout", "recompute"), "isolation": ("required", "best_available"), "model": tuple(PRESETS), "remat": REMATS,
+    "anchor": ("history", "observation"), "old": ("trainer", "rollout"), "routing_replay": ("off", "rollout", "recompute"), "isolation": ("required", "best_available"), "model": tuple(PRESETS), "remat": REMATS,
 }
-MAY_BE_ZERO = {"seed", "warmup_updates", "weight_decay", "eval_every", "expert_error_rate", "lambda_rl", "lambda_il", "failure_reward", "temperature", "eval_temperature", "capacity_factor", "router_z_loss_coef"}
+MAY_BE_ZERO = {"seed", "warmup_updates", "weight_decay", "eval_every", "expert_error_rate", "lambda_rl", "lambda_il", "failure_reward", "temperature", "eval_temperature", "capacity_factor", "router_z_loss_coef", "async_ratio", *OF_SOME_LOSSES}
 
 
 class ConfigError(ValueError):
@@ -84,12 +86,46 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(f"max_new_tokens={config.max_new_tokens} leaves no room for a prompt in max_context={config.max_context}. Lower it.")
     if config.max_turns > config.chunks_per_row:
         raise ConfigError(f"max_turns={config.max_turns} is more than chunks_per_row={config.chunks_per_row} holds. Raise chunks_per_row.")
-    if config.loss == "grpo" and config.group_size < 2:
-        raise ConfigError(f"loss=grpo compares the episodes of a group, and group_size={config.group_size}. Set it to 2 or more.")
-    if config.loss != "sft" and config.temperature == 0:
+    if config.loss != "sft":
+        _check_rl(config)
+
+
+def _check_rl(config: ml_collections.ConfigDict) -> None:
+    if config.loss in ADVANTAGES and config.group_size < 2:
+        raise ConfigError(f"loss={config.loss} compares the episodes of a group, and group_size={config.group_size}. Set it to 2 or more.")
+    for key, name in zip(OF_SOME_LOSSES, _switches(config)):
+        if config[key] and name not in PUBLISHED[config.loss]:
+            readers = ", ".join(loss for loss, values in PUBLISHED.items() if name in values)
+            raise ConfigError(f"{key}={config[key]} is not read by loss={config.loss}. Set it to 0; {readers} read it.")
+    try:
+        loss_config(config)
+    except ValueError as error:
+        raise ConfigError(f"loss={config.loss}: {error}.") from None
+    if config.get("async_ratio", 0) and (reason := unbounded_weight(config.loss, config.dual_clip)):
+        raise ConfigError(f"async_ratio={config.async_ratio} trains on samples of older weights, but {reason}, with async_ratio=0.")
+    if config.temperature == 0:
         raise ConfigError("temperature=0 gives a group of equal episodes and no gradient. Set it above 0.")
-    if config.loss != "sft" and config.routing_replay == "recompute" and config.old == "rollout":
+    if config.routing_replay == "recompute" and config.old == "rollout":
         raise ConfigError("routing_replay=recompute records routes while logp_old is scored, and old=rollout scores nothing. Set old=trainer, or routing_replay=rollout.")
+
+
+def loss_config(config: ml_collections.ConfigDict) -> LossConfig:
+    """The switches of the config's loss: what is 0 in OF_SOME_LOSSES has the value of the loss' paper."""
+    if config.loss in LIKELIHOODS:
+        return LossConfig()
+    given, published = _switches(config), PUBLISHED[config.loss]
+    own = {name: given[name] or published[name] for name in published}
+    return LossConfig(
+        norm=config.norm, mismatch_mask=config.mismatch_mask, lambda_rl=config.lambda_rl, lambda_il=config.lambda_il, token_constant=config.max_context, **own,
+    )
+
+
+def _switches(config: ml_collections.ConfigDict) -> dict[str, float]:
+    """OF_SOME_LOSSES by their names in LossConfig."""
+    return {
+        "mismatch_limit": config.mismatch_threshold, "mismatch_low": config.mismatch_low, "clip_low": config.clip_low, "clip_high": config.clip_high,
+        "dual_clip": config.dual_clip,
+    }
 
 
 def _check_keys(values: dict[str, Any], schema: dict[str, Any], prefix: str) -> None:

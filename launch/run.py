@@ -29,6 +29,7 @@ from envs.rock import SandboxConfig
 from envs.rock.sync import run as run_async
 from envs.tasks.terminal import FAMILIES, HELD_OUT_FAMILIES, eval_seed, train_seed
 from envs.tasks.terminal.env import BASH_TOOL, TerminalEnv
+from launch.config import loss_config
 from launch.distributed import check_mesh_spans
 from rome.agent.loop import Limits, derive_seed
 from rome.data.batch import Batch
@@ -40,7 +41,7 @@ from rome.engine.client import Engine
 from rome.engine.pool import EnginePool
 from rome.engine.process import start_server
 from rome.engine.publish import publish_weights, write_checkpoint
-from rome.losses import LIKELIHOODS, LOSSES, LossConfig, count_denominators
+from rome.losses import ADVANTAGES, LIKELIHOODS, LOSSES, count_denominators
 from rome.model.config import PRESETS, ModelConfig
 from rome.model.hf import load_hf, read_config, save_hf
 from rome.model.kernels import Kernels
@@ -166,6 +167,7 @@ class Run:
         batch = pack(
             learnt, row_length=config.row_length, chunks_per_row=config.chunks_per_row, gamma=config.gamma, failure_reward=config.failure_reward,
             routes_for=self.model_config if config.routing_replay == "rollout" else None,
+            advantage=ADVANTAGES.get(config.loss, "normalised"), anchor=config.anchor,
         )
         self._require_same_rows(step, batch)
         batches = self._with_old(microbatches(batch, config.rows_per_microbatch), state)
@@ -375,17 +377,13 @@ def make_learner(config: ml_collections.ConfigDict, model_config: ModelConfig, d
         learning_rate=config.learning_rate, warmup_updates=config.warmup_updates, decay_updates=config.decay and config.steps * config.updates_per_step,
         weight_decay=config.weight_decay, clip=config.clip,
     )
-    loss_config = LossConfig() if config.loss in LIKELIHOODS else LossConfig(
-        norm=config.norm, mismatch_mask=config.mismatch_mask, mismatch_limit=config.mismatch_threshold, lambda_rl=config.lambda_rl,
-        lambda_il=config.lambda_il, clip_low=config.clip_low, clip_high=config.clip_high,
-    )
     # A likelihood is maximised as it is; a policy's logprobs are those of its sampling temperature.
     temperature = 1.0 if config.loss in LIKELIHOODS else config.temperature
     mesh = make_mesh(config.mesh.to_dict(), model_config, devices)
     if devices is None:
         check_mesh_spans(mesh)
     kernels = Kernels(config.learner.attention, config.learner.experts, config.learner.exchange)
-    return Learner(model_config, LOSSES[config.loss], loss_config, optimizer, mesh, temperature, kernels, config.learner.offload_moments)
+    return Learner(model_config, LOSSES[config.loss], loss_config(config), optimizer, mesh, temperature, kernels, config.learner.offload_moments)
 
 
 def train(run: Run, init_directory: pathlib.Path | None) -> TrainState:

@@ -7,7 +7,6 @@ A chunk without a sampled token is no decision: its prompt is context of the nex
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Sequence
 from typing import Literal
 
@@ -15,6 +14,7 @@ import grain
 import grain.experimental
 import numpy as np
 
+from rome.data.advantages import Anchor, Estimator, group_advantages, loss_reward
 from rome.data.batch import CONTEXT, IMITATION, Batch
 from rome.data.routes import join_routes
 from rome.data.trajectory import KINDS, Chunk, Trajectory
@@ -32,7 +32,7 @@ _CHUNK_FEATURES = {"return": np.float32, "reward": np.float32, "sign": np.float3
 
 def pack(
     trajectories: Sequence[Trajectory], *, row_length: int, chunks_per_row: int, gamma: float, failure_reward: float, purpose: Purpose = "rl",
-    routes_for: ModelConfig | None = None,
+    routes_for: ModelConfig | None = None, advantage: Estimator = "normalised", anchor: Anchor = "history",
 ) -> Batch:
     """All trainable trajectories, each once and whole, in as few rows as best-fit finds; the longest first.
 
@@ -44,17 +44,18 @@ def pack(
       failure_reward: stands for every reward <= 0; 0.0 learns from successes only.
       purpose: "sft" learns from chunks of status "ok" that are not context; "rl" from every action the policy took.
       routes_for: the model that is to replay the chunks' routes; they are checked against it. None: the batch has no routes.
+      advantage, anchor: how a group is compared (`rome.data.advantages`).
     Returns:
       As many rows as were needed, none if nothing is trainable. The same list gives the same rows.
     """
     trajectories = [trajectory for trajectory in trajectories if trajectory.trainable and trajectory.num_action_tokens]
-    advantages = group_advantages(trajectories, failure_reward)
+    advantages = group_advantages(trajectories, failure_reward, advantage, gamma=gamma, anchor=anchor)
     examples = [
         to_example(
             trajectory, row_length=row_length, chunks_per_row=chunks_per_row, gamma=gamma, failure_reward=failure_reward,
-            advantage=advantage, purpose=purpose, routes_for=routes_for,
+            advantage=advantage_K, purpose=purpose, routes_for=routes_for,
         )
-        for trajectory, advantage in zip(trajectories, advantages)
+        for trajectory, advantage_K in zip(trajectories, advantages)
     ]
     return pack_examples(examples, row_length, chunks_per_row, routes_for is not None)
 
@@ -82,30 +83,15 @@ def microbatches(batch: Batch, rows_per_microbatch: int) -> list[Batch]:
     return [full.map(lambda field: field[start : start + rows_per_microbatch]) for start in starts]
 
 
-def group_advantages(trajectories: Sequence[Trajectory], failure_reward: float) -> list[float]:
-    """GRPO: (R - mean) / (std + 1e-6) within each group, ddof 1; a group of one teaches nothing and gets 0."""
-    rewards_by_group = collections.defaultdict(list)
-    for trajectory in trajectories:
-        rewards_by_group[trajectory.group].append(loss_reward(trajectory, failure_reward))
-    advantages = []
-    for trajectory in trajectories:
-        rewards = np.asarray(rewards_by_group[trajectory.group], np.float64)
-        spread = rewards.std(ddof=1) + 1e-6 if len(rewards) > 1 else 1.0
-        advantages.append(float((loss_reward(trajectory, failure_reward) - rewards.mean()) / spread))
-    return advantages
-
-
-def loss_reward(trajectory: Trajectory, failure_reward: float) -> float:
-    """The reward that losses see: the verifier's for a success, `failure_reward` otherwise."""
-    return trajectory.reward if trajectory.reward > 0 else failure_reward
-
-
 def to_example(
-    trajectory: Trajectory, *, row_length: int, chunks_per_row: int, gamma: float, failure_reward: float, advantage: float, purpose: Purpose,
-    routes_for: ModelConfig | None = None,
+    trajectory: Trajectory, *, row_length: int, chunks_per_row: int, gamma: float, failure_reward: float, advantage: float | np.ndarray,
+    purpose: Purpose, routes_for: ModelConfig | None = None,
 ) -> dict[str, np.ndarray]:
-    """One trajectory as features of two lengths, its tokens and its chunks. Raises ValueError if a row cannot hold it."""
-    turns = _turns(trajectory)
+    """One trajectory as features of two lengths, its tokens and its chunks. Raises ValueError if a row cannot hold it.
+
+    advantage: of the trajectory, or of each of its turns.
+    """
+    turns = trajectory.turns
     _check_fits(trajectory, turns, row_length, chunks_per_row)
     reward = loss_reward(trajectory, failure_reward)
     everywhere = np.ones(len(turns))
@@ -165,17 +151,6 @@ def _empty_rows(rows: int, row_length: int, chunks_per_row: int) -> Batch:
     dtypes = _TOKEN_FEATURES | _CHUNK_FEATURES
     row = {name: np.zeros(length, dtypes.get(name, np.int32)) for name, length in lengths.items()}
     return to_batch([row]).map(lambda field: np.repeat(field, rows, axis=0))
-
-
-def _turns(trajectory: Trajectory) -> list[tuple[list[int], Chunk]]:
-    """(tokens read before it, chunk) of every chunk that sampled something."""
-    turns, pending = [], []
-    for chunk in trajectory.chunks:
-        pending = pending + list(chunk.prompt_ids)
-        if chunk.action_ids:
-            turns.append((pending, chunk))
-            pending = []
-    return turns  # what is pending now was never answered
 
 
 def _kind(chunk: Chunk, purpose: Purpose) -> int:

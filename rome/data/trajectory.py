@@ -103,6 +103,17 @@ class Trajectory:
         return sum(chunk.network_denials for chunk in self.chunks)
 
     @property
+    def turns(self) -> list[tuple[list[int], Chunk]]:
+        """(tokens read since the turn before, chunk) of every chunk that sampled something: one without a sampled token is no decision."""
+        turns, pending = [], []
+        for chunk in self.chunks:
+            pending = pending + list(chunk.prompt_ids)
+            if chunk.action_ids:
+                turns.append((pending, chunk))
+                pending = []
+        return turns  # what is pending now was never answered
+
+    @property
     def oldest_version(self) -> int:
         """The version that began the sample; staleness is counted from it."""
         return min((span[0] for chunk in self.chunks for span in chunk.versions), default=0)

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from launch.config import CPT_KEYS, RL_KEYS, SFT_KEYS, ConfigError, check_config, claim_workdir, default_workdir, init_config, load_config
+from launch.config import CPT_KEYS, RL_KEYS, SFT_KEYS, ConfigError, check_config, claim_workdir, default_workdir, init_config, load_config, loss_config
+from rome.losses import PUBLISHED
 
 ROOT = pathlib.Path(__file__).parents[2]
 PRESETS = ("tiny", "smoke", "qwen3_30b_a3b", "qwen3_235b_a22b")
@@ -35,6 +36,11 @@ def test_every_config_key_is_read_by_the_launcher():
     ({"learning_rate": float("nan")}, "learning_rate=nan"),
     ({"max_context": 4096}, "max_context=4096 is longer than a row"),
     ({"loss": "grpo", "group_size": 1}, "group_size=1"),
+    ({"loss": "gigpo", "group_size": 1}, "loss=gigpo compares the episodes of a group, and group_size=1"),
+    ({"clip_high": 0.3}, "clip_high=0.3 is not read by loss=ipa. Set it to 0; grpo, dr_grpo"),
+    ({"loss": "topr", "mismatch_threshold": 5.0}, "mismatch_threshold=5.0 is not read by loss=topr. Set it to 0; ipa, token_level"),
+    ({"loss": "dapo", "dual_clip": 1.1}, "loss=dapo: dual_clip 1.1 is within the clip range that ends at 1.28"),
+    ({"anchor": "screen"}, "anchor='screen' is unknown. Choose one of history, observation"),
     ({"temperature": 0.0}, "temperature=0"),
     ({"max_turns": 99}, "max_turns=99"),
     ({"routing_replay": "on"}, "routing_replay='on' is unknown. Choose one of off, rollout, recompute"),
@@ -63,6 +69,37 @@ def test_a_wrong_cpt_config_is_refused_with_the_value_and_the_remedy(change, mes
         config[key] = value
     with pytest.raises(ConfigError, match=re.escape(message)):
         check_config(config)
+
+
+@pytest.mark.parametrize("loss, dual_clip, reason", [
+    ("ipa", 0.0, None), ("token_level", 0.0, None), ("cispo", 0.0, None), ("topr", 0.0, None), ("gspo", 3.0, None), ("grpo", 3.0, None), ("icepop", 3.0, None),
+    ("grpo", 0.0, "grpo has no upper bound for the ratio of a failure. Set dual_clip=3"), ("tis", 0.0, "tis has no upper bound"), ("rloo", 0.0, "as if it were fresh"),
+])
+def test_a_loss_whose_weights_know_no_bound_is_refused_where_samples_may_be_stale(loss, dual_clip, reason, monkeypatch):
+    monkeypatch.setitem(RL_KEYS, "async_ratio", int)
+    config = load_config("experiments/ipa.py", "tiny").unlock()
+    config.loss, config.dual_clip, config.async_ratio = loss, dual_clip, 0
+    check_config(config)
+    config.async_ratio = 1
+    if reason is None:
+        check_config(config)
+        return
+    with pytest.raises(ConfigError, match=f"async_ratio=1 trains on samples of older weights, but .*{reason}"):
+        check_config(config)
+
+
+def test_a_switch_of_zero_stands_for_the_value_of_the_loss_own_paper():
+    config = load_config("experiments/ipa.py", "tiny")
+    found = {}
+    for loss in PUBLISHED:
+        config.loss = loss
+        check_config(config)
+        found[loss] = loss_config(config)
+    assert (found["ipa"].mismatch_limit, found["tis"].mismatch_limit, found["icepop"].mismatch_low) == (5.0, 2.0, 0.5)
+    assert (found["dapo"].clip_low, found["dapo"].clip_high) == (0.2, 0.28) and found["gspo"].clip_high == 4e-4 and found["cispo"].clip_low == 1.0
+    assert found["dr_grpo"].token_constant == config.max_context
+    config.loss, config.clip_high = "dapo", 0.5
+    assert (loss_config(config).clip_low, loss_config(config).clip_high) == (0.2, 0.5)
 
 
 def test_a_missing_key_is_named():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rome.data.batch import CONTEXT, IMITATION, RL
-from rome.data.packing import Batch, group_advantages, microbatches, pack
+from rome.data.packing import Batch, microbatches, pack
 from rome.data.trajectory import Chunk, Trajectory
 from rome.model.config import PRESETS
 
@@ -213,12 +213,6 @@ def test_rl_learns_from_every_action_and_sft_from_sound_ones_only():
     assert kinds["sft"] == [IMITATION, CONTEXT, CONTEXT, IMITATION, CONTEXT, CONTEXT]
     with pytest.raises(ValueError, match="'dpo' unknown"):
         packed(turns, purpose="dpo")
-
-
-def test_group_advantages_are_normalised_within_the_group_and_zero_alone():
-    step = [trajectory((1, 1), reward=reward, group=group) for reward, group in ((1, 0), (0, 0), (0, 0), (1, 1), (0.5, 2), (0.5, 2))]
-    spread = np.std([1, -1, -1], ddof=1)
-    np.testing.assert_allclose(group_advantages(step, -1.0), [4 / 3 / spread, -2 / 3 / spread, -2 / 3 / spread, 0, 0, 0], rtol=1e-5)
 
 
 def test_infrastructure_failures_enter_no_row_and_no_group_statistic():

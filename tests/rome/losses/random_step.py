@@ -8,7 +8,7 @@ import numpy as np
 
 from rome.data.packing import microbatches, pack
 from rome.data.trajectory import Chunk, Trajectory
-from rome.losses import LOSSES, count_denominators
+from rome.losses import ADVANTAGES, LOSSES, count_denominators
 
 GAMMA = 0.9
 MAX_IDS = 1024
@@ -22,7 +22,8 @@ class Step:
     failure_reward: float = -1.0
 
 
-def random_step(seed, *, trajectories=7, spread=0.6, kinds=("rl", "rl", "rl", "imitation", "context"), failure_reward=-1.0):
+def random_step(seed, *, trajectories=7, spread=0.6, kinds=("rl", "rl", "rl", "imitation", "context"), failure_reward=-1.0, meeting=False):
+    """meeting: few calls and few outputs are possible, so that trajectories of a group come into the same states."""
     rng = np.random.default_rng(seed)
     next_id = iter(range(1, MAX_IDS))
 
@@ -41,6 +42,12 @@ def random_step(seed, *, trajectories=7, spread=0.6, kinds=("rl", "rl", "rl", "i
         )
         for n in range(trajectories)
     ]
+    if meeting:
+        for trajectory in made:
+            trajectory.chunks = [
+                dataclasses.replace(c, prompt_ids=[1] if n == 0 else [int(rng.integers(2, 4))], tool_call=[None, {"name": "bash"}][rng.integers(2)])
+                for n, c in enumerate(trajectory.chunks)
+            ]
     rollout = np.zeros(MAX_IDS, np.float32)
     for trajectory in made:
         for c in trajectory.chunks:
@@ -49,10 +56,11 @@ def random_step(seed, *, trajectories=7, spread=0.6, kinds=("rl", "rl", "rl", "i
     return Step(made, old + np.float32(rng.normal(0, spread, MAX_IDS)), old, failure_reward)
 
 
-def packed(step, *, row_length=40, rows=4, purpose="rl"):
-    """Micro-batches of the step, logp_old filled in."""
+def packed(step, name="ipa", *, row_length=40, rows=4):
+    """Micro-batches of the step as the loss of that name is to see them, logp_old filled in."""
     batch = pack(
-        step.trajectories, row_length=row_length, chunks_per_row=10, gamma=GAMMA, failure_reward=step.failure_reward, purpose=purpose,
+        step.trajectories, row_length=row_length, chunks_per_row=10, gamma=GAMMA, failure_reward=step.failure_reward,
+        purpose="sft" if name == "sft" else "rl", advantage=ADVANTAGES.get(name, "normalised"),
     )
     batch = batch._replace(logp_old_BT=np.where(batch.action_mask_BT, step.old[batch.tokens_BT], 0).astype(np.float32))
     return microbatches(batch, rows)
@@ -64,7 +72,8 @@ def evaluate(name, batches, logp, config, denominators=None):
     value, gradient, metrics = 0.0, np.zeros(MAX_IDS), {}
     for batch in batches:
         logp_BT = np.where(batch.action_mask_BT, logp[batch.tokens_BT], 0).astype(np.float32)
-        (part, part_metrics), gradient_BT = _value_and_grad(name, config)(jnp.asarray(logp_BT), batch, denominators)
+        value_and_grad = jax.value_and_grad(LOSSES[name], has_aux=True)  # not compiled: as many losses and switches would take longer to compile than to run
+        (part, part_metrics), gradient_BT = value_and_grad(jnp.asarray(logp_BT), batch, config, denominators)
         value += float(part)
         assert not np.any(np.asarray(gradient_BT)[~batch.action_mask_BT]), "a gradient outside action tokens"
         np.add.at(gradient, batch.tokens_BT[batch.action_mask_BT], np.asarray(gradient_BT)[batch.action_mask_BT])
@@ -72,15 +81,3 @@ def evaluate(name, batches, logp, config, denominators=None):
             combine = max if key.startswith("max_") else float.__add__
             metrics[key] = combine(metrics.get(key, 0.0), float(figure))
     return value, gradient, metrics
-
-
-_jitted = {}
-
-
-def _value_and_grad(name, config):
-    if (name, config) not in _jitted:
-        loss = LOSSES[name]
-        _jitted[name, config] = jax.jit(
-            lambda logp_BT, batch, denominators: jax.value_and_grad(loss, has_aux=True)(logp_BT, batch, config, denominators)
-        )
-    return _jitted[name, config]

@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rome.losses import LOSSES, LossConfig, count_denominators
+from rome.losses import ADVANTAGES, LIKELIHOODS, LOSSES, PUBLISHED, LossConfig, count_denominators, unbounded_weight
 from rome.losses.ipa import chunk_returns
 from tests.rome.losses import loss_oracle
 from tests.rome.losses.random_step import GAMMA, MAX_IDS, Step, evaluate, packed, random_step
 
-NAMES = ("ipa", "token_level", "grpo", "sft")
+NAMES = tuple(name for name in LOSSES if name != "cpt")  # which is sft's
+POLICIES = tuple(name for name in NAMES if name not in LIKELIHOODS)
 IPA_CONFIGS = [
     LossConfig(mismatch_limit=1.3),
     LossConfig(mismatch_limit=1.3, norm="chunks", mismatch_mask="token"),
@@ -23,14 +24,14 @@ IPA_CONFIGS = [
 ]
 CASES = [("ipa", config) for config in IPA_CONFIGS] + [
     ("token_level", IPA_CONFIGS[0]), ("token_level", IPA_CONFIGS[2]), ("grpo", LossConfig()), ("grpo", LossConfig(clip_high=0.28, lambda_il=0.0)),
-    ("sft", LossConfig()),
+    ("sft", LossConfig()), ("dr_grpo", LossConfig(token_constant=7.0, lambda_rl=0.5)), ("rloo", LossConfig(lambda_il=2.0)),
+    ("gspo", LossConfig(**PUBLISHED["gspo"])), ("gspo", LossConfig(dual_clip=1.3)), ("dapo", LossConfig(**PUBLISHED["dapo"])),
+    ("dapo", LossConfig(dual_clip=1.5)), ("cispo", LossConfig(clip_low=1.0, clip_high=0.5)), ("cispo", LossConfig(**PUBLISHED["cispo"])), ("topr", LossConfig()),
+    ("tis", LossConfig(mismatch_limit=1.2)), ("tis", LossConfig(mismatch_limit=1.2, dual_clip=1.3)), ("icepop", LossConfig(mismatch_low=0.7, mismatch_limit=1.5)),
+    ("gigpo", LossConfig(clip_high=0.3)),
 ]
-quickly = settings(max_examples=15, deadline=None, derandomize=True)
+quickly = settings(max_examples=6, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**31)
-
-
-def purpose_of(name):
-    return "sft" if name == "sft" else "rl"
 
 
 def assert_same(left, right, rtol=2e-5):
@@ -45,8 +46,8 @@ def assert_same(left, right, rtol=2e-5):
 @given(seed=seeds, failure_reward=st.sampled_from([0.0, -1.0]))
 @quickly
 def test_value_gradient_and_metrics_equal_the_float64_loop(name, config, seed, failure_reward):
-    step = random_step(seed, failure_reward=failure_reward)
-    value, gradient, metrics = evaluate(name, packed(step, purpose=purpose_of(name)), step.logp, config)
+    step = random_step(seed, failure_reward=failure_reward, meeting=name == "gigpo")
+    value, gradient, metrics = evaluate(name, packed(step, name), step.logp, config)
     expected, expected_gradient, expected_metrics = getattr(loss_oracle, name)(
         step.trajectories, step.logp.astype(np.float64), step.old.astype(np.float64), config, GAMMA, failure_reward,
     )
@@ -69,20 +70,20 @@ def test_denominators_equal_the_loop(seed):
 
 @pytest.mark.parametrize("name", NAMES)
 @given(seed=seeds, order=st.randoms(use_true_random=False))
-@quickly
+@settings(quickly, max_examples=3)
 def test_packing_order_micro_batches_and_padding_rows_change_nothing(name, seed, order):
     step = random_step(seed)
-    config, purpose = LossConfig(mismatch_limit=1.3), purpose_of(name)
-    once = evaluate(name, packed(step, row_length=40, rows=8, purpose=purpose), step.logp, config)
+    config = LossConfig(mismatch_limit=1.3)
+    once = evaluate(name, packed(step, name, row_length=40, rows=4), step.logp, config)
     shuffled = Step(order.sample(step.trajectories, len(step.trajectories)), step.logp, step.old)
-    again = evaluate(name, packed(shuffled, row_length=80, rows=1, purpose=purpose), step.logp, config)
+    again = evaluate(name, packed(shuffled, name, row_length=80, rows=1), step.logp, config)
     assert_same(once, again)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["ipa", "grpo", "gspo", "gigpo"])  # sums over chunks and over trajectories, with and without a gradient through them
 def test_the_number_of_devices_changes_nothing(name):
     step = random_step(5, trajectories=16)
-    (batch,) = packed(step, rows=8, purpose=purpose_of(name))
+    (batch,) = packed(step, name, rows=8)
     denominators = count_denominators([batch])
     logp_BT = np.where(batch.action_mask_BT, step.logp[batch.tokens_BT], 0)
     run = jax.jit(lambda logp_BT, batch: jax.value_and_grad(LOSSES[name], has_aux=True)(logp_BT, batch, LossConfig(), denominators))
@@ -103,14 +104,14 @@ def test_gradients_stay_finite_when_the_policies_disagree_wildly(name, extreme):
     rng = np.random.default_rng(0)
     step.logp = np.float32(-extreme * rng.random(MAX_IDS) * rng.integers(0, 2, MAX_IDS))
     step.old = np.float32(-extreme * rng.random(MAX_IDS) * rng.integers(0, 2, MAX_IDS))
-    value, gradient, metrics = evaluate(name, packed(step, purpose=purpose_of(name)), step.logp, LossConfig())
+    value, gradient, metrics = evaluate(name, packed(step, name), step.logp, LossConfig())
     assert np.isfinite(value) and np.isfinite(gradient).all() and np.isfinite(list(metrics.values())).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_stands_outside_action_tokens_is_never_read(name):
     step = random_step(4)
-    batches = packed(step, purpose=purpose_of(name))
+    batches = packed(step, name)
     denominators = count_denominators(batches)
 
     def run(rubbish):
@@ -125,21 +126,21 @@ def test_what_stands_outside_action_tokens_is_never_read(name):
         np.testing.assert_array_equal(clean, dirty)
 
 
-@pytest.mark.parametrize("name", ["ipa", "token_level"])
+@pytest.mark.parametrize("name", ["ipa", "token_level", "topr"])
 def test_failures_contribute_exactly_nothing_at_failure_reward_zero(name):
     step = random_step(11, trajectories=12, failure_reward=0.0)
     failed = [i for t in step.trajectories if t.reward <= 0 for c in t.chunks for i in c.action_ids]
-    _, gradient, metrics = evaluate(name, packed(step), step.logp, LossConfig())
+    _, gradient, metrics = evaluate(name, packed(step, name), step.logp, LossConfig())
     assert failed and not gradient[failed].any() and gradient.any()
-    without_term = evaluate(name, packed(step), np.where(np.isin(np.arange(MAX_IDS), failed), -7.0, step.logp), LossConfig())
-    assert without_term[0] == evaluate(name, packed(step), step.logp, LossConfig())[0]
+    without_term = evaluate(name, packed(step, name), np.where(np.isin(np.arange(MAX_IDS), failed), -7.0, step.logp), LossConfig())
+    assert without_term[0] == evaluate(name, packed(step, name), step.logp, LossConfig())[0]
     assert metrics["clipped"] > 0  # failures were there
 
 
-@pytest.mark.parametrize("name", ["ipa", "token_level", "grpo"])
+@pytest.mark.parametrize("name", [name for name in POLICIES if name != "topr"])
 def test_ratios_are_one_where_the_policy_has_not_moved(name):
     step = random_step(12)
-    _, _, metrics = evaluate(name, packed(step), step.old, LossConfig())
+    _, _, metrics = evaluate(name, packed(step, name), step.old, LossConfig())
     assert metrics["ratio"] == pytest.approx(1, rel=1e-6) and metrics["clipped"] == 0 and metrics["kl_old"] == pytest.approx(0, abs=1e-7)
 
 
@@ -180,13 +181,13 @@ def test_the_mismatch_mask_is_one_sided_and_counts_in_the_denominator():
     assert metrics["masked"] == pytest.approx(len(above) / n)
 
 
-@pytest.mark.parametrize("name", ["ipa", "token_level", "grpo"])
+@pytest.mark.parametrize("name", POLICIES)
 def test_infrastructure_failures_change_nothing(name):
     step = random_step(21)
     lost = copy.deepcopy(step.trajectories[0])
     lost.ending, lost.reward, lost.group = "infra_sandbox", 0.0, step.trajectories[1].group
     with_lost = Step([*step.trajectories, lost], step.logp, step.old)
-    assert_same(evaluate(name, packed(step), step.logp, LossConfig()), evaluate(name, packed(with_lost), step.logp, LossConfig()))
+    assert_same(evaluate(name, packed(step, name), step.logp, LossConfig()), evaluate(name, packed(with_lost, name), step.logp, LossConfig()))
 
 
 def test_a_step_of_empty_rows_has_loss_and_gradient_zero():
@@ -198,6 +199,62 @@ def test_a_step_of_empty_rows_has_loss_and_gradient_zero():
         assert value == 0 and not gradient.any() and not any(metrics.values())
 
 
+def one_step_of(rewards, group=0, drift=0.0, mismatch=0.0):
+    """One RL chunk a trajectory; every token's log r and log rho are the same."""
+    step = random_step(1, trajectories=len(rewards), kinds=("rl",), spread=0.0)
+    for trajectory, reward in zip(step.trajectories, rewards):
+        trajectory.chunks, trajectory.reward, trajectory.ending, trajectory.group = trajectory.chunks[:1], reward, "failure", group
+    step.old = step.old + np.float32(mismatch)
+    step.logp = step.old + np.float32(drift)
+    return step, [list(t.chunks[0].action_ids) for t in step.trajectories]
+
+
+def weight_per_token(name, config, rewards=(1.0, 0.0), **moved):
+    """(of the success' tokens, of the failure's): minus the gradient, where every token has the same ratio."""
+    step, (win, lose) = one_step_of(rewards, **moved)
+    _, gradient, _ = evaluate(name, packed(step, name), step.logp, config)
+    assert np.allclose(gradient[win], gradient[win[0]]) and np.allclose(gradient[lose], gradient[lose[0]])
+    return -gradient[win[0]], -gradient[lose[0]]
+
+
+def test_the_step_of_a_stale_failure_is_bounded_by_a_dual_clip_and_by_it_alone():
+    for name in (name for name in POLICIES if "dual_clip" in PUBLISHED[name]):
+        open_, shut = LossConfig(**PUBLISHED[name]), LossConfig(**PUBLISHED[name] | {"dual_clip": 3.0})
+        fresh, stale, bounded = (weight_per_token(name, c, drift=d)[1] for c, d in ((open_, 0.0), (open_, 5.0), (shut, 5.0)))
+        assert stale / fresh == pytest.approx(np.exp(5.0), rel=1e-4) and bounded == 0, name
+        assert unbounded_weight(name, 0.0) and unbounded_weight(name, 3.0) is None
+
+
+def test_losses_with_bounded_weights_have_them():
+    for name in POLICIES:
+        if unbounded_weight(name, 0.0) is None:
+            fresh, stale = (np.abs(weight_per_token(name, LossConfig(**PUBLISHED[name]), drift=drift)) for drift in (0.0, 12.0))
+            assert (stale <= 5.0001 * fresh).all(), name
+    assert "older weights" in unbounded_weight("rloo", 3.0)
+
+
+def test_an_engine_that_sampled_otherwise_is_corrected_by_tis_and_dropped_by_icepop():
+    grpo, tis, icepop = (
+        lambda m, n=name: weight_per_token(n, LossConfig(**PUBLISHED[n]), mismatch=np.log(m))[0] for name in ("grpo", "tis", "icepop")
+    )
+    assert grpo(1.5) == pytest.approx(grpo(1.0)) and tis(1.5) == pytest.approx(1.5 * grpo(1.0), rel=1e-5) and tis(4.0) == pytest.approx(2.0 * grpo(1.0), rel=1e-5)
+    assert icepop(4.0) == pytest.approx(4.0 * grpo(1.0), rel=1e-5) and icepop(0.6) == pytest.approx(0.6 * grpo(1.0), rel=1e-5)
+    assert icepop(5.1) == 0 and icepop(0.49) == 0
+
+
+def test_dr_grpo_weighs_the_tokens_of_long_and_short_trajectories_alike_and_grpo_does_not():
+    step, (win, lose) = one_step_of((1.0, 0.0))
+    assert len(win) != len(lose)
+    for name, same in (("dr_grpo", True), ("dapo", True), ("grpo", False)):
+        _, gradient, _ = evaluate(name, packed(step, name), step.logp, LossConfig())
+        assert np.isclose(-gradient[win[0]], gradient[lose[0]], rtol=1e-5) == same, name
+
+
+def test_every_loss_has_a_name_an_oracle_and_its_switches():
+    assert set(PUBLISHED) == set(POLICIES) and set(ADVANTAGES) < set(POLICIES) and all(hasattr(loss_oracle, name) for name in NAMES)
+    assert {name for name, _ in CASES} == set(NAMES)
+
+
 def test_returns_discount_per_chunk_and_end_with_the_reward_itself():
     np.testing.assert_allclose(chunk_returns(2.0, 3, 0.5), [0.5, 1.0, 2.0])
     np.testing.assert_allclose(chunk_returns(-1.0, 2, 1.0), [-1.0, -1.0])
@@ -205,7 +262,8 @@ def test_returns_discount_per_chunk_and_end_with_the_reward_itself():
 
 @pytest.mark.parametrize(
     ("wrong", "named"),
-    [({"norm": "mean"}, "mean"), ({"mismatch_mask": "row"}, "row"), ({"mismatch_limit": 0.0}, "mismatch_limit"), ({"lambda_il": -1.0}, "lambda_il")],
+    [({"norm": "mean"}, "mean"), ({"mismatch_mask": "row"}, "row"), ({"mismatch_limit": 0.0}, "mismatch_limit"), ({"lambda_il": -1.0}, "lambda_il"),
+     ({"dual_clip": 1.1}, "dual_clip 1.1"), ({"token_constant": 0.0}, "token_constant")],
 )
 def test_an_impossible_switch_is_refused_by_name(wrong, named):
     with pytest.raises(ValueError, match=named):
