@@ -64,7 +64,8 @@ class TextGame(Env):
             raise ValueError(f"max_turns is {max_turns}; it is between 1 and 10000")
         self.max_turns, self.format_penalty, self.state_in = max_turns, format_penalty, state_in
         self._seed, self._resets, self._turns, self._over = seed, 0, 0, True
-        self._draw = random.Random(f"{self.family}/{seed}/next")  # of seeds and of random actions; never of the game itself
+        self._next_seeds = random.Random(f"{self.family}/{seed}/next")
+        self._random_actions = random.Random(f"{self.family}/{seed}/actions")
         self._rng = random.Random()
         self.task = GameTask(f"{self.family}/{seed}", self.family, seed)
 
@@ -99,7 +100,7 @@ class TextGame(Env):
 
     def reset(self, seed: int | None = None) -> tuple[str, Info]:
         if seed is None:
-            seed = self._draw.randrange(1 << 31) if self._resets else self._seed
+            seed = self._next_seeds.randrange(1 << 31) if self._resets else self._seed
         self._resets += 1
         self.task = GameTask(f"{self.family}/{seed}", self.family, seed)
         self._rng = random.Random(f"{self.family}/{seed}")
@@ -142,7 +143,7 @@ class TextGame(Env):
         self.close()
 
     def sample_random_action(self) -> str:
-        return as_answer(self._draw.choice(self.legal_actions()))
+        return as_answer(self._random_actions.choice(self.legal_actions()))
 
     def spawn(self, same_state: bool = False, **kwargs: Any) -> TextGame:
         """same_state: a copy that goes on from the same position, and as the original would; the arguments then change the rules only."""

@@ -34,7 +34,7 @@ class GuessTheNumber(TextGame):
         return [str(number) for number in sorted({self.min_number, (self.min_number + self.max_number) // 2, self.max_number})]
 
     def sample_random_action(self) -> str:
-        return as_answer(str(self._draw.randint(self.min_number, self.max_number)))
+        return as_answer(str(self._random_actions.randint(self.min_number, self.max_number)))
 
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "min_number": self.min_number, "max_number": self.max_number}

@@ -92,7 +92,7 @@ def _read(space: AnyText, shared_memory: Any, n: int = 1) -> _SharedTexts:
 class ToGymnasium(gymnasium.Env):
     """A GEM environment as a gymnasium one. Texts are observations and actions; `render` (mode "ansi") is the last observation."""
 
-    metadata = {"render_modes": ["ansi"]}
+    metadata = {"render_modes": ["ansi"], "render_fps": 1}
 
     def __init__(self, env: Env, render_mode: str | None = None, max_text: int = MAX_TEXT) -> None:
         """max_text: length of the longest text; what is longer is cut at the front, since the newest stands at the end."""

@@ -45,13 +45,19 @@ class RemoteTask:
 class RemoteEnv(Env):
     """Made on the server at the first reset. After the server closed it for idleness, reset makes it anew; a step then fails."""
 
-    def __init__(self, url: str, env_id: str, token: str | None = None, call_seconds: float = 300.0, **kwargs: Any) -> None:
-        """kwargs: of the environment's constructor, plain JSON values. call_seconds: as long as the server may take for one call."""
-        self.env_id, self._url, self._token, self._call_seconds, self._kwargs = env_id, url.rstrip("/"), token, call_seconds, kwargs
+    def __init__(self, url: str, remote_id: str, token: str | None = None, call_seconds: float = 300.0, **kwargs: Any) -> None:
+        """
+        Args:
+          remote_id: the environment's id on the server.
+          call_seconds: as long as the server may take for one call.
+          kwargs: of the environment's constructor, plain JSON values.
+        """
+        self.env_id = self._remote_id = remote_id  # make gives it the name that it has here
+        self._url, self._token, self._call_seconds, self._kwargs = url.rstrip("/"), token, call_seconds, kwargs
         self._sandbox_id: str | None = None
         self._http: aiohttp.ClientSession | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.task, self.tools = RemoteTask(env_id, env_id, None), []
+        self.task, self.tools = RemoteTask(remote_id, remote_id, None), []
 
     def reset(self, seed: int | None = None) -> tuple[str, Info]:
         return run(self.areset(seed), self._bound())
@@ -65,7 +71,7 @@ class RemoteEnv(Env):
     async def areset(self, seed: int | None = None) -> tuple[str, Info]:
         for fresh in (self._sandbox_id is None, True):
             if fresh:
-                wanted = {"env_id": self.env_id} | ({"kwargs": self._kwargs} if self._kwargs else {})
+                wanted = {"env_id": self._remote_id} | ({"kwargs": self._kwargs} if self._kwargs else {})
                 self._sandbox_id = self._text(await self._post("make", wanted), "sandbox_id")
             try:
                 answer = await self._turn("reset", {} if seed is None else {"seed": seed})
@@ -74,7 +80,7 @@ class RemoteEnv(Env):
                 if error.code != "unknown_instance" or fresh:
                     raise
         info = self._info(answer)
-        self.task = RemoteTask(str(info.get("task", self.env_id)), str(info.get("family", self.env_id)), info.get("seed"))
+        self.task = RemoteTask(str(info.get("task", self._remote_id)), str(info.get("family", self._remote_id)), info.get("seed"))
         self.tools = info.get("tools", [])
         return self._text(answer, "observation"), info
 
@@ -104,7 +110,7 @@ class RemoteEnv(Env):
         """Another environment on the same server. The running episode cannot be copied: same_state is refused."""
         if same_state:
             raise NotImplementedError("a remote episode cannot be copied; spawn(same_state=False) and reset")
-        return RemoteEnv(self._url, self.env_id, self._token, self._call_seconds, **{**self._kwargs, **kwargs})
+        return RemoteEnv(self._url, self._remote_id, self._token, self._call_seconds, **{**self._kwargs, **kwargs})
 
     # -- the wire ------------------------------------------------------------------------------------------------------------------
 

@@ -14,12 +14,12 @@ import re
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-from envs.gem.tool_call import ToolCall, ToolCallError, parse_tool_calls
+from envs.gem.tool_call import CLOSE, OPEN, ToolCall, ToolCallError, parse_tool_calls
 from envs.gem.tools.base import BaseTool, ToolResult
 from envs.rock.sync import run
 
-_GEM_CALL = re.compile(r"<tool_call>\s*<tool_name>([^<]+)</tool_name>\s*<arguments>(.*?)</arguments>\s*</tool_call>", re.DOTALL)
-CLOSE = "</tool_call>"
+_GEM_CALL = re.compile(r"\s*<tool_name>([^<]+)</tool_name>\s*<arguments>(.*)</arguments>\s*", re.DOTALL)
+CONNECTION_CLOSED = -32000  # the JSON-RPC code with which the mcp package says that the server is gone
 
 
 class MCPTool(BaseTool):
@@ -85,18 +85,19 @@ class MCPTool(BaseTool):
 
 def _first_call(action: str) -> tuple[ToolCall, str] | None:
     """The call and the action up to its end. Raises ToolCallError."""
-    if match := _GEM_CALL.search(action):
-        try:
-            arguments = json.loads(match[2] or "{}")
-        except (ValueError, RecursionError) as error:
-            raise ToolCallError("arguments are not JSON") from error
-        if not isinstance(arguments, dict):
-            raise ToolCallError("arguments are no JSON object")
-        return ToolCall(match[1].strip(), arguments), action[: match.end()]
     end = action.find(CLOSE)
     text = action if end < 0 else action[: end + len(CLOSE)]
-    calls = parse_tool_calls(text)
-    return (calls[0], text) if calls else None
+    match = _GEM_CALL.fullmatch(action, action.index(OPEN) + len(OPEN), end) if 0 <= action.find(OPEN) < end else None
+    if match is None:
+        calls = parse_tool_calls(text)
+        return (calls[0], text) if calls else None
+    try:
+        arguments = json.loads(match[2].strip() or "{}")
+    except (ValueError, RecursionError) as error:
+        raise ToolCallError("arguments are not JSON") from error
+    if not isinstance(arguments, dict):
+        raise ToolCallError("arguments are no JSON object")
+    return ToolCall(match[1].strip(), arguments), text
 
 
 class _Server:
@@ -120,6 +121,8 @@ class _Server:
         try:
             result = (await (await self._open()).call_tool(call.name, call.arguments)).model_dump(by_alias=True)
         except Exception as error:  # the server's own words, its death, a broken protocol: all are the tool's failure, told to the model
+            if getattr(getattr(error, "error", None), "code", CONNECTION_CLOSED) == CONNECTION_CLOSED:
+                await self.close()  # no answer of the server: the next call opens another session
             return True, f"[Tool execution failed: {type(error).__name__}: {error}]"
         text = "\n".join(part["text"] if part.get("type") == "text" else json.dumps(part, default=str) for part in result["content"])
         return (True, f"[Tool execution error: {text}]") if result.get("isError") else (False, text)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 from envs.gem.tools.base import BaseTool, ToolResult
 from envs.rock import CommandResult, Sandbox, SandboxConfig
 from envs.rock.sync import run
@@ -23,13 +21,15 @@ except ImportError:
 """
 
 
-def first_block(action: str, patterns: tuple[re.Pattern[str], ...]) -> tuple[str, str] | None:
-    """The content of the block that ends first, and the action up to its end; None where there is no complete block."""
-    found = [match for pattern in patterns if (match := pattern.search(action))]
-    if not found:
-        return None
-    match = min(found, key=lambda one: one.end())
-    return match[1].strip(), action[: match.end()]
+def first_block(action: str, fences: tuple[tuple[str, str], ...]) -> tuple[str, str] | None:
+    """The content of the (opening, closing) block that ends first, and the action up to its end; None where none is complete. Takes linear time."""
+    found: tuple[int, int, int] | None = None
+    for opening, closing in fences:
+        start = action.find(opening)
+        end = action.find(closing, start + len(opening)) if start >= 0 else -1
+        if end >= 0 and (found is None or end + len(closing) < found[2]):
+            found = (start + len(opening), end, end + len(closing))
+    return (action[found[0]:found[1]].strip(), action[: found[2]]) if found else None
 
 
 class PythonCodeTool(BaseTool):
@@ -39,7 +39,7 @@ class PythonCodeTool(BaseTool):
     """
 
     tool_type = "python_code"
-    _blocks = (re.compile(r"<python>(.*?)</python>", re.DOTALL), re.compile(r"```\n?python(.*?)```", re.DOTALL))
+    _blocks = (("<python>", "</python>"), ("```python", "```"), ("```\npython", "```"))
 
     def __init__(
         self, timeout: float = 5, sandbox_type: str = "rock", keep_error_last_line: bool = False, sandbox_config: SandboxConfig = SandboxConfig(),
@@ -86,7 +86,7 @@ class ShellTool(BaseTool):
     """Runs the first `<bash>...</bash>` or ```bash block of a turn. Files stay for the episode; the next one starts in an empty workspace."""
 
     tool_type = "bash"
-    _blocks = (re.compile(r"<bash>(.*?)</bash>", re.DOTALL), re.compile(r"```\n?(?:bash|sh)\n(.*?)```", re.DOTALL))
+    _blocks = (("<bash>", "</bash>"), ("```bash\n", "```"), ("```sh\n", "```"))
 
     def __init__(self, timeout: float = 5, max_output_chars: int = 4000, sandbox_config: SandboxConfig = SandboxConfig()) -> None:
         """timeout: seconds for a command. max_output_chars: what the model sees of an output; the rest is counted."""

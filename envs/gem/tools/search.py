@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from envs.gem.tools.base import BaseTool, ToolResult
 
 _TERM = re.compile(r"\w+")
-_CALL = re.compile(r"<search>(.*?)</search>", re.DOTALL)
+OPEN, CLOSE = "<search>", "</search>"
 MAX_QUERY_TERMS = 256  # of a model's query; a longer one is cut
 
 
@@ -66,9 +66,10 @@ class SearchTool(BaseTool):
         )
 
     def execute_action(self, action: str) -> ToolResult:
-        call = _CALL.search(action)
-        if call is None:
+        start = action.find(OPEN)
+        end = action.find(CLOSE, start) if start >= 0 else -1
+        if end < 0:
             return False, True, "", ""
-        found = self.index.search(call[1], self.topk)
+        found = self.index.search(action[start + len(OPEN):end], self.topk)
         lines = [f"Doc {rank}(Title: {title}) {text}\n" for rank, (title, text) in enumerate((self.index.documents[i] for i, _ in found), start=1)]
-        return True, False, f"\n\n<information>{''.join(lines) or 'No document matches.'}</information>\n\n", action[: call.end()]
+        return True, False, f"\n\n<information>{''.join(lines) or 'No document matches.'}</information>\n\n", action[: end + len(CLOSE)]

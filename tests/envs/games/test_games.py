@@ -12,8 +12,8 @@ from envs.gem import format_tool_call, make
 
 NAMES = sorted(GAMES)
 SLOW_EXPERTS = {"game/sokoban-10x10"}  # seconds of search in the worst case
-MARKUP = st.sampled_from(["<answer>", "</answer>", "\\boxed{", "}", "<tool_call>", "</tool_call>", "<think>", "</think>", "Up", "up", "42", "A C", "about", "<|im_end|>",
-                          '{"name": "move", "arguments": {"direction": "Up"}}', "<function=move>", "\ud800", "\0", "9" * 5000, "٣", "[" * 3000])
+MARKUP = st.sampled_from(["<answer>", "</answer>", "\\boxed{", "}", "<tool_call>", "</tool_call>", "<think>", "</think>", "Up", "up", "42", "A C",
+                          "about", "<|im_end|>", '{"name": "move", "arguments": {"direction": "Up"}}', "<function=move>", "\ud800", "\0", "9" * 5000, "٣", "[" * 3000])
 TURNS = st.lists(st.one_of(MARKUP, st.text(max_size=6)), max_size=8).map("".join)
 
 
