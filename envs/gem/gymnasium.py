@@ -7,6 +7,7 @@ environment of any GEM environment: it passes gymnasium's env_checker, and runs 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import string
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +19,8 @@ from gymnasium.vector.utils import create_shared_memory, read_from_shared_memory
 
 from envs.gem.core import Env, Info, StepResult
 
-MAX_TEXT = 16_384  # characters of an observation or action; longer observations are cut (see AnyText)
+MAX_TEXT = 16_384  # characters of an observation or action; longer observations are cut (see ToGymnasium)
+WALL_CLOCK = ("seconds",)  # infos that differ between two runs of the same episode; gymnasium's checker wants those that do not
 
 
 class AnyText(spaces.Text):
@@ -105,11 +107,11 @@ class ToGymnasium(gymnasium.Env):
         super().reset(seed=seed)
         drawn = seed if seed is not None or self._np_random is None else int(self.np_random.integers(1 << 31))
         observation, info = self.gem_env.reset(seed=drawn)
-        return self._show(observation), copy.deepcopy(info)
+        return self._show(observation), _repeatable(info)
 
     def step(self, action: str) -> StepResult:
         observation, reward, terminated, truncated, info = self.gem_env.step(action)
-        return self._show(observation), float(reward), bool(terminated), bool(truncated), copy.deepcopy(info)
+        return self._show(observation), float(reward), bool(terminated), bool(truncated), _repeatable(info)
 
     def render(self) -> str | None:
         return self._shown if self.render_mode == "ansi" else None
@@ -120,6 +122,19 @@ class ToGymnasium(gymnasium.Env):
     def _show(self, observation: Any) -> str:
         self._shown = str(observation)[-self.observation_space.max_length:]
         return self._shown
+
+
+def _repeatable(info: Info) -> Info:
+    return copy.deepcopy({name: value for name, value in info.items() if name not in WALL_CLOCK})
+
+
+@dataclasses.dataclass(frozen=True)
+class GymnasiumTask:
+    """Which episode is played: the environment's id, and the seed if one was given."""
+
+    name: str
+    family: str
+    seed: int | None
 
 
 class FromGymnasium(Env):
@@ -143,24 +158,33 @@ class FromGymnasium(Env):
             raise ValueError(f"{len(action_names)} action_names for {space}; give one for each of its actions, in their order")
         self.action_names = list(action_names) if action_names else None
         self._describe, self._max_turns, self._turns, self._seed = describe, max_turns, 0, seed
+        spec = self.gymnasium_env.spec
+        self._family = spec.id if spec else type(self.gymnasium_env.unwrapped).__name__
+        self.task = GymnasiumTask(self._family, self._family, None)
         self._instruction = instruction or f"Give one action in a turn, in the format <answer>action</answer>. {self._valid()}"
 
     def reset(self, seed: int | None = None) -> tuple[str, Info]:
         seed, self._seed = (self._seed if seed is None else seed), None
         observation, info = self.gymnasium_env.reset(seed=seed)
         self._turns = 0
-        return f"{self._instruction}\n{self._text(observation)}", dict(info)
+        self.task = GymnasiumTask(self._family if seed is None else f"{self._family}/{seed}", self._family, seed)
+        return f"{self._instruction}\n{self._text(observation)}", {**info, "task": self.task.name, "family": self._family, "seed": seed}
 
     def step(self, action: str) -> StepResult:
         self._turns += 1
         late = self._turns >= self._max_turns
         chosen = self._read(action)
+        told: Info = {"metrics": {"action_is_valid": chosen is not None}, "status": "malformed" if chosen is None else "ok", "step_counter": self._turns,
+                      "use_tool": False, "tool_type": None, "parsed_action": action}
         if chosen is None:
-            info = {"metrics": {"action_is_valid": False, "action_is_effective": False}, "status": "malformed"}
-            return f"At turn {self._turns}, you did not provide a valid action. {self._valid()}", 0.0, False, late, info
-        observation, reward, terminated, truncated, info = self.gymnasium_env.step(chosen)
-        info = {**info, "metrics": {"action_is_valid": True}, "status": "ok"}
-        return self._text(observation), float(reward), bool(terminated), bool(truncated or (late and not terminated)), info
+            observation: Any = f"At turn {self._turns}, you did not provide a valid action. {self._valid()}"
+            reward, terminated, truncated = 0.0, False, late
+        else:
+            seen, reward, terminated, truncated, info = self.gymnasium_env.step(chosen)
+            observation, truncated, told = self._text(seen), truncated or (late and not terminated), {**info, **told}
+        if terminated or truncated:  # gymnasium knows no success; a last reward above 0 is taken for one
+            told["ending"] = "truncated_turns" if not terminated else "success" if reward > 0 else "failure"
+        return observation, float(reward), bool(terminated), bool(truncated), told
 
     def sample_random_action(self) -> str:
         sample = self.gymnasium_env.action_space.sample()

@@ -11,8 +11,10 @@ from gymnasium.utils.env_checker import check_env
 from hypothesis import given
 from hypothesis import strategies as st
 
+import envs.tasks.terminal  # noqa: F401  (registers the terminal families)
 from envs.games import GAMES
 from envs.gem import make
+from envs.rock import SandboxConfig
 from envs.gem.gymnasium import AnyText, FromGymnasium, ToGymnasium, _create, _read, _write
 from tests.envs.gem.worlds import Counter
 
@@ -26,6 +28,15 @@ def test_our_games_pass_gymnasiums_checker(name):
             check_env(gymnasium.make("gem-test-v0", disable_env_checker=True).unwrapped)
     finally:
         gymnasium.registry.pop("gem-test-v0")
+
+
+def test_sandboxed_tasks_pass_it_too():
+    env = make("terminal/count", sandbox_config=SandboxConfig(isolation="best_available"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error")
+        warnings.filterwarnings("ignore", message=".*not having a spec")
+        check_env(ToGymnasium(env))
+    env.close()
 
 
 def builders(n=3):
@@ -101,7 +112,10 @@ def test_frozen_lake_of_gymnasium_is_a_gem_environment():
         there = reference.step(action)
         assert (observation, reward, terminated, truncated) == (str(there[0]), *there[1:4]) and info["prob"] == there[4]["prob"]
     twin = env.spawn(same_state=True)
-    assert twin.step("Right") == env.step("Right")
+    *_, info = env.step("Down")
+    assert twin.step("Down")[4] == info and "ending" not in info
+    assert "ending" not in env.step("Right")[4]
+    assert env.step("Right")[4]["ending"] == "success"
     env.close()
 
 
@@ -117,8 +131,10 @@ def test_any_text_is_an_action_for_them_too(text):
 
 def test_turns_without_an_action_end_at_max_turns():
     env = FromGymnasium("CartPole-v1", max_turns=3, describe=lambda observation: f"{len(observation)} numbers")
-    assert env.reset(seed=0)[0].endswith("4 numbers")
-    assert [env.step("what?")[3] for _ in range(3)] == [False, False, True]
+    assert env.reset(seed=0)[0].endswith("4 numbers") and env.task.name == "CartPole-v1/0"
+    assert [env.step("what?")[3] for _ in range(2)] == [False, False]
+    *_, truncated, info = env.step("what?")
+    assert truncated and info["ending"] == "truncated_turns"
     assert env.sample_random_action() in ("<answer>0</answer>", "<answer>1</answer>")
 
 

@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from envs.games import GAMES
-from envs.gem import core, make, make_vec, register
+from envs.gem import core, format_tool_call, make, make_vec, register
 from envs.gem.remote import RemoteEnv, RemoteEnvError
 from envs.gem.server import ERRORS, PREFIX, GemService
-from envs.rock import SandboxError, sync
+from envs.rock import SandboxConfig, SandboxError, sync
 
 TOKEN = "a token of the test"
 
@@ -263,6 +263,19 @@ def test_arguments_task_and_tools_come_along():
         twin = remote.spawn(num_boxes=1)
         assert twin.reset(seed=3)[1]["suffix"].count("X") == 1
         remote.close(), twin.close()
+
+
+def test_a_sandboxed_task_behind_the_service():
+    register("test/terminal", "envs.tasks.terminal.env:TerminalEnv", family="count", sandbox_config=SandboxConfig(isolation="best_available"))
+    with serving() as (url, service):
+        remote = RemoteEnv(url, "test/terminal", TOKEN)
+        remote.reset(seed=3)
+        observation, *_, info = remote.step(format_tool_call("bash", {"command": "echo $((6 * 7))"}))
+        assert (observation, info["status"], remote.task.name) == ("42", "ok", "count/3")
+        sandbox = next(iter(service._instances.values())).env._sandbox
+        assert sandbox.is_alive()
+        remote.close()
+        assert not sandbox.is_alive()
 
 
 def test_a_vector_of_remote_environments_runs_as_coroutines():
