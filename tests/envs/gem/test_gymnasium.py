@@ -21,7 +21,7 @@ from tests.envs.gem.worlds import Counter
 
 @pytest.mark.parametrize("name", sorted(GAMES))
 def test_our_games_pass_gymnasiums_checker(name):
-    gymnasium.register("gem-test-v0", entry_point=lambda render_mode=None: ToGymnasium(make(name), render_mode))
+    gymnasium.register("gem-test-v0", entry_point=lambda render_mode=None: ToGymnasium(make(name, state_in="observation"), render_mode))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -6,6 +6,7 @@ import math
 import sys
 
 import pytest
+from aiohttp import web
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +14,7 @@ from envs.gem.tools import BaseTool, BM25Index, MCPTool, PythonCodeTool, SearchT
 from envs.gem.tools.mcp import _first_call
 from envs.gem.tools.search import terms
 from envs.gem import ToolCall, ToolCallError
-from envs.rock import SandboxConfig, SandboxError
+from envs.rock import SandboxConfig, SandboxError, sync
 from tests.envs.gem.worlds import Counter
 
 CONFIG = SandboxConfig(isolation="best_available")
@@ -169,6 +170,9 @@ def test_of_two_tools_that_are_called_the_one_that_works_counts():
     assert env.step("?!")[0] == "! ran"
     assert env.step("?")[0] == "? ran"  # its own failure is told, not handed to the environment
     assert env.unwrapped.turn == 0
+    both_fail = ToolEnvWrapper(Counter(), [Echo("?", fails=True), Echo("!", fails=True)])
+    both_fail.reset()
+    assert both_fail.step("?!")[0] == "? ran"
 
 
 def test_a_lost_sandbox_is_raised_and_no_observation():
@@ -249,6 +253,45 @@ def test_mcp_tools_of_a_real_server_process(tmp_path):
         tool.close()
     with pytest.raises(ValueError, match="url or command"):
         MCPTool({"mcpServers": {"bad": {}}})
+
+
+@pytest.mark.slow
+def test_mcp_tools_of_an_http_server():
+    pytest.importorskip("mcp", reason="the mcp package is optional; pip install -r tests/requirements-live.txt")
+    seen = []
+
+    async def answer(request):
+        seen.append(request.headers.get("Authorization"))
+        call = await request.json()
+        if "id" not in call:
+            return web.Response(status=202)
+        protocol = call.get("params", {}).get("protocolVersion")
+        result = {
+            "initialize": {"protocolVersion": protocol, "capabilities": {"tools": {}}, "serverInfo": {"name": "t", "version": "1"}},
+            "tools/list": {"tools": [{"name": "hello", "inputSchema": {"type": "object"}}]},
+            "tools/call": {"content": [{"type": "text", "text": "hello too"}]},
+        }[call["method"]]
+        return web.json_response({"jsonrpc": "2.0", "id": call["id"], "result": result})
+
+    async def start():
+        app = web.Application()
+        app.router.add_post("/mcp", answer)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        return runner
+
+    runner = sync.run(start(), 10)
+    url = f"http://127.0.0.1:{runner.addresses[0][1]}/mcp"
+    tool = MCPTool({"mcpServers": {"test": {"url": url, "headers": {"Authorization": "Bearer x"}}}}, execution_timeout=10)
+    try:
+        assert tool.execute_action(gem_call("hello"))[1:3] == (False, "\n<tool_response>\nhello too\n</tool_response>\n")
+        assert set(seen) == {"Bearer x"}
+    finally:
+        tool.close()
+        sync.run(runner.cleanup(), 70)
+    with pytest.raises(ConnectionError, match="'default'"):
+        MCPTool("http://127.0.0.1:9/mcp", execution_timeout=10).get_available_tools()
 
 
 @pytest.mark.parametrize(("text", "call"), [
