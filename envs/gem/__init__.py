@@ -1,6 +1,14 @@
-"""GEM: environments that talk in text, a registry of them, and the parsing of tool calls."""
+"""GEM: environments that talk in text, a registry of them, vectors, wrappers, and the parsing of tool calls.
 
-from envs.gem.core import Env, Info, StepResult, make, register, registered
+`import envs.gem as gem` serves code written for gem-llm 0.1.0. Tools are in envs.gem.tools, names of wrappers in envs.gem.wrapper_factory, gymnasium in
+envs.gem.gymnasium, the REST service in envs.gem.server and its client in envs.gem.remote.
+"""
+
+from envs.gem.core import Env, Info, StepResult, make, print_envs, register, registered
 from envs.gem.tool_call import ToolCall, ToolCallError, format_tool_call, parse_tool_calls
+from envs.gem.vector import AsyncioVectorEnv, AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, make_vec
+from envs.gem.wrappers import EnvWrapper, EpisodeTrackingWrapper, ObservationWrapper
 
-__all__ = ["Env", "Info", "StepResult", "ToolCall", "ToolCallError", "format_tool_call", "make", "parse_tool_calls", "register", "registered"]
+__all__ = ["AsyncVectorEnv", "AsyncioVectorEnv", "AutoresetMode", "Env", "EnvWrapper", "EpisodeTrackingWrapper", "Info", "ObservationWrapper",
+           "StepResult", "SyncVectorEnv", "ToolCall", "ToolCallError", "VectorEnv", "format_tool_call", "make", "make_vec", "parse_tool_calls", "print_envs",
+           "register", "registered"]

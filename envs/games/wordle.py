@@ -1,0 +1,89 @@
+"""A wordle-like game: find a five-letter word by guesses that are marked letter by letter.
+
+G: right letter in the right place; Y: the word has that letter elsewhere; X: it has no (further) such letter. Reward: 1 for the word, 0 otherwise.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections import Counter
+from typing import Any
+
+from envs.games.base import Move, TextGame, as_answer, tool
+from envs.games.wordle_words import WORDS
+
+LENGTH = 5
+
+
+class Wordle(TextGame):
+    """The secret is one of WORDS; any five letters are a guess."""
+
+    family = "wordle"
+    tools = [tool("guess", "Guess the word.", word={"type": "string"})]
+
+    def __init__(self, seed: int = 0, max_turns: int = 6, **settings: Any) -> None:
+        super().__init__(seed, max_turns, **settings)
+
+    def expert_action(self) -> str | None:
+        """Of the words that fit all marks so far, the one that splits them best; knows no more than the player who knows WORDS."""
+        return as_answer(best_guess(tuple(word for word in WORDS if all(mark(word, guess) == marks for guess, marks in self.guesses))))
+
+    def legal_actions(self) -> list[str]:
+        return list(WORDS)
+
+    def _new_game(self, rng: random.Random) -> None:
+        self.secret = rng.choice(WORDS)
+        self.guesses: list[tuple[str, str]] = []
+
+    def _instructions(self) -> str:
+        return (
+            f"You are playing Wordle. Guess the secret {LENGTH}-letter word within {self.max_turns} turns. Each guess is marked letter by letter:\n"
+            "G: correct letter in the correct position\nY: letter exists in the word but in another position\nX: letter is not in the word\n"
+            f"Give one guess in a turn, in the format <answer>{WORDS[0]}</answer>."
+        )
+
+    def _board(self) -> str:
+        lines = "".join(f"{guess}\n{marks}\n" for guess, marks in self.guesses)
+        return f"Guesses so far:\n{lines or 'none'}".rstrip("\n") + "\nEnter your next guess.\n"
+
+    def _read(self, content: str) -> str | None:
+        word = content.lower()
+        return word if len(word) == LENGTH and word.isascii() and word.isalpha() else None
+
+    def _act(self, action: str) -> Move:
+        marks = mark(self.secret, action)
+        repeated = (action, marks) in self.guesses
+        self.guesses.append((action, marks))
+        if action == self.secret:
+            return Move(f"Congratulations! You guessed the word {action} in {self._turns} turns.", reward=1.0, won=True)
+        return Move(f"At turn {self._turns}, you guessed {action}. Feedback:\n{action}\n{marks}", effective=not repeated)
+
+
+def mark(secret: str, guess: str) -> str:
+    """G, Y or X for each letter; a letter is marked as often as the secret has it, right places first."""
+    left = Counter(letter for letter, guessed in zip(secret, guess) if letter != guessed)
+    marks = []
+    for letter, guessed in zip(secret, guess):
+        if letter == guessed:
+            marks.append("G")
+        elif left[guessed] > 0:
+            left[guessed] -= 1
+            marks.append("Y")
+        else:
+            marks.append("X")
+    return "".join(marks)
+
+
+@functools.lru_cache(maxsize=4096)
+def best_guess(candidates: tuple[str, ...]) -> str:
+    """The candidate whose marks leave the fewest candidates on average; of equals the first."""
+    if not candidates:
+        raise ValueError("no word of the list fits the marks; the secret is not one of WORDS")
+    if len(candidates) > 200:  # the opening: all words are left, and a sample of guesses is as good
+        return min(candidates[::8], key=lambda guess: _expected_left(guess, candidates))
+    return min(candidates, key=lambda guess: _expected_left(guess, candidates))
+
+
+def _expected_left(guess: str, candidates: tuple[str, ...]) -> int:
+    return sum(count * count for count in Counter(mark(secret, guess) for secret in candidates).values())
