@@ -7,6 +7,7 @@ one ends the episode, and the verifier decides. Whatever the turn says, `step` r
 from __future__ import annotations
 
 import random
+import shlex
 import time
 from typing import Any
 
@@ -18,6 +19,7 @@ from envs.tasks.terminal.task import Task, make_task
 
 MAX_COMMAND_BYTES = 32_768  # Linux refuses a single argument of 128 KiB; a command this long is a mistake
 VERIFIER_TIMEOUT_S = 10.0
+SETUP_TIMEOUT_S = 20.0
 CALL_TIMEOUT_S = 60.0  # a synchronous reset, step or close beyond the time its command and verifier may take
 BASH_TOOL = {
     "type": "function",
@@ -27,6 +29,10 @@ BASH_TOOL = {
         "parameters": {"type": "object", "properties": {"command": {"type": "string", "description": "The command to run."}}, "required": ["command"]},
     },
 }
+
+
+class MissingProgramsError(SandboxError):
+    """The sandbox lacks a program that the task's family declares. Says nothing about the policy."""
 
 
 class TerminalEnv(Env):
@@ -94,6 +100,7 @@ class TerminalEnv(Env):
         try:
             await self._sandbox.start()
             await self._sandbox.upload(self.task.files)
+            await prepare(self._sandbox, self.task)
         except BaseException:
             await self.aclose()
             raise
@@ -158,6 +165,8 @@ class TerminalEnv(Env):
         try:
             reward = parse_reward(verdict.stdout, self.task.name)
         except VerifierError as error:
+            if self.task.runs_agent_code:  # a program of the agent's that kills its grader must not hide the failure
+                return await self._end("failure", info, note=f"{error}; what the agent wrote ran inside it")
             return await self._end("infra_verifier", info, note=f"{error} (exit {verdict.exit_code}, stderr {verdict.stderr[-200:]!r})")
         return await self._end("success" if reward == 1.0 else "failure", info, reward=reward)
 
@@ -183,6 +192,20 @@ class TerminalEnv(Env):
         if seed is None:
             seed = self._draw.randrange(1_000_000) if self._resets else self._seed
         return make_task(self._family, seed)
+
+
+async def prepare(sandbox: Sandbox, task: Task) -> None:
+    """Sees that the task's programs are there, and runs its setup. MissingProgramsError or SandboxError where that fails."""
+    if not task.programs and not task.setup:
+        return
+    wanted = " ".join(shlex.quote(program) for program in task.programs)
+    result = await sandbox.execute(f"for p in {wanted}; do command -v $p > /dev/null || echo $p; done", timeout=SETUP_TIMEOUT_S)
+    if missing := result.stdout.split():
+        raise MissingProgramsError(f"task {task.name} needs {', '.join(missing)}, which the sandbox lacks; install it or leave out family {task.family!r}")
+    if task.setup:
+        result = await sandbox.execute(f"set -e\n{task.setup}", timeout=SETUP_TIMEOUT_S)
+        if result.exit_code != 0:
+            raise SandboxError(f"setup of task {task.name} ended with exit {result.exit_code}: {result.stderr[-300:]!r}")
 
 
 def read_command(action: str) -> str | None:
