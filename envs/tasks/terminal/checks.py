@@ -37,6 +37,10 @@ head_is() { [ "$(git symbolic-ref HEAD)" = "refs/heads/$1" ] || fail; }
 """
 
 
+# Without cached bytecode: what lies in __pycache__ is the agent's, and after a change of equal length within a second Python takes it for new.
+PYTHON = ("/usr/bin/python3", "-I", "-B", "-X", "pycache_prefix=/dev/null/none")
+
+
 def _call(name: str, *arguments: str) -> str:
     return " ".join([name, *(shlex.quote(argument) for argument in arguments)])
 
@@ -78,7 +82,7 @@ def prints(expected: str, *command: str) -> str:
 
 def python_prints(expected: str, code: str) -> str:
     """Python code that may import the agent's modules from the workspace prints exactly this."""
-    return prints(expected, "/usr/bin/python3", "-I", "-c", f"import sys; sys.path.insert(0, '.')\n{code}")
+    return prints(expected, *PYTHON, "-c", f"import sys; sys.path.insert(0, '.')\n{code}")
 
 
 def committed(revision: str, path: str, text: str) -> str:

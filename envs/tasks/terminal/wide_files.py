@@ -19,7 +19,7 @@ def flatten(draw: Draw) -> Plan:
 
     def expert() -> Expert:
         yield "find . -name '*.log'"
-        yield f"mkdir {target} && find . -name '*.log' -exec mv -t {target} {{}} +"
+        yield f"mkdir -p {target} && find . -name '*.log' -exec mv -t {target} {{}} +"
 
     moved = {path.split("/")[1]: text for path, text in logs.items()}
     found = [checks.tree(target, moved), *(holds(f"{target}/{name}", text) for name, text in moved.items()), *map(gone, logs), *unchanged(others)]
@@ -35,7 +35,7 @@ def unpack_one(draw: Draw) -> Plan:
 
     def expert() -> Expert:
         named = yield "cat note.txt"
-        yield f"mkdir {target} && tar -xzf {source} -C {target} {named}"
+        yield f"mkdir -p {target} && tar -xzf {source} -C {target} {named}"
 
     found = [checks.tree(target, [name]), holds(f"{target}/{name}", members[name]), *map(gone, others), *checks.archive(source, members)]
     instruction = f"Unpack the file named in note.txt, and no other, from {source} into a new folder {target}."
@@ -146,7 +146,7 @@ def by_extension(draw: Draw) -> Plan:
     def expert() -> Expert:
         listed = (yield "ls").split()
         found = sorted({name.rsplit(".", 1)[1] for name in listed})
-        yield f"mkdir {' '.join(found)} && " + " && ".join(f"mv *.{extension} {extension}" for extension in found)
+        yield f"mkdir -p {' '.join(found)} && " + " && ".join(f"mv *.{extension} {extension}" for extension in found)
 
     found = [check for name, text in files.items() for check in (holds(f"{name.rsplit('.', 1)[1]}/{name}", text), gone(name))]
     return Plan("Sort the files into folders named by their extensions: a.csv goes to csv/a.csv.", files, found, expert)

@@ -92,7 +92,7 @@ def add_option(draw: Draw) -> Plan:
         yield f"python3 {name}.py --{option} b a"
 
     arguments = [*words, words[0], words[2]]
-    run = ("/usr/bin/python3", "-I", f"{name}.py")
+    run = (*checks.PYTHON, f"{name}.py")
     found = [checks.prints(lines(*apply(arguments)), *run, f"--{option}", *arguments), checks.prints(lines(*arguments), *run, *arguments),
              checks.prints(lines(*apply(arguments[1:])), *run, *arguments[1:], f"--{option}"), f"refuses {' '.join(run)} --no-such-option {words[0]}"]
     return Plan(f"Give the program {name}.py an option --{option}: with it, it {effect}. Without it nothing changes.", {f"{name}.py": source}, found, expert)
@@ -112,10 +112,10 @@ def write_test(draw: Draw) -> Plan:
         yield write_file(test, lines(f"from {module} import {program.name}", *(f"assert {program.name}(*{case!r}) == {program.expected(case)}" for case in cases)))
         yield f"python3 {test}"
 
-    command = f"/usr/bin/python3 -B -c 'import sys, runpy; sys.path.insert(0, \".\"); runpy.run_path(\"{test}\", run_name=\"__main__\")'"
+    command = f"{' '.join(checks.PYTHON)} -c 'import sys, runpy; sys.path.insert(0, \".\"); runpy.run_path(\"{test}\", run_name=\"__main__\")'"
     found = [holds(f"{module}.py", source), f"file {test}", f"accepts {command}"]
     for text, verdict in [(anew, "accepts"), *((program.broken(bug), "refuses") for bug in program.bugs)]:
-        found += [f"rm -rf __pycache__; {write_file(f'{module}.py', text)}", f"{verdict} {command}"]
+        found += [write_file(f"{module}.py", text), f"{verdict} {command}"]
     instruction = (f"Write {test}, a Python program that ends with an error unless {program.signature} in {module}.py is right: it shall {program.spec}. "
                    f"It is right now; the test will also be run on wrong versions of {module}.py.")
     return Plan(instruction, {f"{module}.py": source}, found, expert)
