@@ -20,6 +20,7 @@ from envs.tasks.harbor.dockerfile import Instruction
 from envs.tasks.harbor.errors import BuildError, TaskError, UnsupportedError
 from envs.tasks.harbor.paths import PathMap, root_of
 from envs.tasks.harbor.task import HarborTask
+from envs.tasks.terminal.shell import tier_environment
 
 # Images for which the machine's own programs can stand -> the programs that must then be there.
 BASES: Mapping[str, tuple[str, ...]] = {
@@ -42,10 +43,11 @@ class Built:
     env: dict[str, str]
     workdir: str
     notes: list[str]
+    tier_env: dict[str, str]
 
     def inner_env(self) -> dict[str, str]:
         """The variables as commands in the sandbox see them."""
-        return {name: self.paths.inward(value) for name, value in self.env.items()}
+        return {**self.tier_env, **{name: self.paths.inward(value) for name, value in self.env.items()}}
 
     def command(self, text: str) -> str:
         """A command of the agent's, as it runs in the sandbox: in the working directory, wherever it went."""
@@ -112,7 +114,7 @@ class _Builder:
         self._deadline = time.monotonic() + task.environment.build_timeout
 
     async def run(self, instructions: list[Instruction]) -> Built:
-        roots = [name for name in _IN_EVERY_IMAGE if name in self._paths.roots]
+        roots = [name for name in (*_IN_EVERY_IMAGE, "tmp") if name in self._paths.roots]
         await self._check(None, f"mkdir -p {' '.join(self._quoted(f'/{name}') for name in [*roots, 'logs/agent', 'logs/verifier', 'logs/artifacts'])}")
         for instruction in instructions:
             await self._instruction(instruction)
@@ -122,7 +124,7 @@ class _Builder:
         elif not any(instruction.keyword == "WORKDIR" for instruction in instructions):
             self._workdir = "/app"  # Harbor's own default images have it
             await self._make_workdir(None)
-        return Built(self._paths, {**self._env, **self._task.environment.env}, self._workdir, self._notes)
+        return Built(self._paths, {**self._env, **self._task.environment.env}, self._workdir, self._notes, tier_environment(self._sandbox))
 
     async def _instruction(self, instruction: Instruction) -> None:
         keyword = instruction.keyword
@@ -189,9 +191,8 @@ class _Builder:
             raise self._refused(instruction, f"RUN --{next(iter(flags))}")
         if await self._is_installed(instruction, command):
             return
-        if need := offline.NEEDS_NETWORK.search(command):
-            line = instruction.line_of(re.compile(re.escape(need[0].split()[0])))
-            raise UnsupportedError(self._file, line, f"`{need[0].strip()}` needs the network, and the embedded sandbox has none")
+        if need := offline.need_in_rows(instruction.rows):
+            raise UnsupportedError(self._file, need[0], f"`{need[1]}` needs the network, and the embedded sandbox has none")
         if account := _ACCOUNTS.search(command):
             raise UnsupportedError(self._file, instruction.line_of(_ACCOUNTS), f"`{account[0]}`; the embedded sandbox has one unprivileged user")
         listed = dockerfile.json_list(command)
@@ -300,7 +301,7 @@ class _Builder:
             raise UnsupportedError(self._file, instruction.line if instruction else 0, f"{error}") from None
 
     async def _execute(self, command: str) -> CommandResult:
-        env = {name: self._paths.inward(value) for name, value in {**self._arguments, **self._env}.items()}
+        env = {name: self._paths.inward(value) for name, value in {**tier_environment(self._sandbox), **self._arguments, **self._env}.items()}
         return await self._sandbox.execute(command, timeout=max(0.1, self._deadline - time.monotonic()), env=env)
 
     async def _check(self, instruction: Instruction | None, command: str) -> None:

@@ -16,7 +16,7 @@ from typing import Mapping
 from envs.tasks.harbor.errors import TaskError, UnsupportedError
 
 KEYWORDS = frozenset("ADD ARG CMD COPY ENTRYPOINT ENV EXPOSE FROM HEALTHCHECK LABEL MAINTAINER ONBUILD RUN SHELL STOPSIGNAL USER VOLUME WORKDIR".split())
-_HEREDOC = re.compile(r"(?<!<)<<-?\s*([\"']?)[A-Za-z_]\w*\1")
+_HEREDOC = re.compile(r"(?:^|\s)\d*<<-?[\"']?[A-Za-z_]")  # as Docker sees one: a word of its own
 _FLAG = re.compile(r"--([a-z][a-z-]*)(?:=(\S+))?(?:\s+|$)")
 _VARIABLE = re.compile(r"\\(?P<escaped>.)|\$(?P<plain>[A-Za-z_]\w*)|\$\{(?P<name>[A-Za-z_]\w*)(?::(?P<kind>[-+])(?P<other>[^{}]*))?\}")
 
@@ -88,7 +88,17 @@ def _instruction(rows: list[tuple[int, str]], file: pathlib.Path) -> Instruction
 
 def _outside_quotes(text: str) -> str:
     """The text without what stands in quotes, but for the quotes of a here-document's mark itself."""
-    return re.sub(r"(?<!<)(?<!<-)(\"(?:\\.|[^\"\\])*\"|'[^']*')", "''", text)
+    kept, quote, escaped = [], "", False
+    for index, letter in enumerate(text):
+        if escaped or letter == "\\":
+            escaped = not escaped
+        elif quote:
+            quote = "" if letter == quote else quote
+        elif letter in "\"'" and not text.startswith(("<<", "<-"), max(index - 2, 0)):
+            quote = letter
+        else:
+            kept.append(letter)
+    return "".join(kept)
 
 
 def substitute(text: str, variables: Mapping[str, str]) -> str:

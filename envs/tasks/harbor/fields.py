@@ -15,6 +15,7 @@ from envs.tasks.harbor.errors import TaskError
 from envs.tasks.harbor.task import Files
 
 MAX_SETTINGS_BYTES = 1 << 20
+MAX_DOCKERFILE_BYTES = 1 << 16
 MAX_FOLDER_BYTES = 64 << 20  # of one folder of a task: what the embedded sandbox could hold at all
 MAX_FOLDER_FILES = 4096
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", re.IGNORECASE)
@@ -36,8 +37,9 @@ class Table:
     known: set[str] = dataclasses.field(default_factory=set)
     children: list["Table"] = dataclasses.field(default_factory=list)
 
-    def fault(self, key: str | None, message: str) -> TaskError:
-        path = (*self.path, key) if key else self.path
+    def fault(self, key: str | None, message: str, inner: str | None = None) -> TaskError:
+        """About a key of this table, or about a key of the table at this key."""
+        path = (*self.path, *(part for part in (key, inner) if part))
         return TaskError(self.file, self.line_of(path), f"{'.'.join(path) or 'the file'}: {message}")
 
     def table(self, key: str) -> "Table":
@@ -114,16 +116,16 @@ class Table:
         variables = {}
         for name, value in self.get(key, dict, {}).items():
             if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-                raise self.fault(key, f"{name} is {_short(value)}, no text")
+                raise self.fault(key, f"{_short(value)} is no text", name)
             if not name or "=" in name or "\0" in f"{name}{value}":
-                raise self.fault(key, f"{_short(name)} cannot be an environment variable")
-            variables[name] = _TEMPLATE.sub(lambda match: self._given_value(key, match), str(value))
+                raise self.fault(key, f"{_short(name)} cannot be an environment variable", name)
+            variables[name] = _TEMPLATE.sub(lambda match: self._given_value(key, name, match), str(value))
         return variables
 
-    def _given_value(self, key: str, match: re.Match[str]) -> str:
+    def _given_value(self, key: str, name: str, match: re.Match[str]) -> str:
         value = self.environ.get(match[1], match[2])
         if value is None:
-            raise self.fault(key, f"{match[0]} has no value and no default; pass environ={{{match[1]!r}: ...}} to load_task")
+            raise self.fault(key, f"{match[0]} has no value and no default; pass environ={{{match[1]!r}: ...}} to load_task", name)
         return value
 
     def unknown(self) -> list[str]:

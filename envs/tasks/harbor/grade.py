@@ -35,12 +35,13 @@ clear() {{ chmod -R u+rwX -- "$1" 2> /dev/null; rm -rf -- "$1"; [ ! -e "$1" ] &&
 if [ -L "$workspace/logs" ] || [ ! -d "$workspace/logs" ]; then rm -rf -- "$workspace/logs"; fi
 chmod u+rwx "$workspace" "$workspace/logs" 2> /dev/null
 clear "$workspace/logs/verifier" && clear "$workspace/tests" || {{ echo 'could not be emptied: /tests or /logs/verifier'; exit 97; }}
-mkdir -p "$workspace/logs/verifier" "$workspace/tests" /tmp/home
+mkdir -p "$workspace/logs/verifier" "$workspace/tests"
+scratch="$(mktemp -d)" || exit 97
 /usr/bin/tar -xf "$VERIFIER_FILES/tests.tar" -C "$workspace/tests" || exit 97
 cd -- {workdir} 2> /dev/null || cd "$workspace"
-/usr/bin/env -i {variables} /bin/bash "$workspace/tests/"{script} > /tmp/output 2>&1 < /dev/null
+/usr/bin/env -i {variables} HOME="$scratch" TMPDIR="$scratch" /bin/bash "$workspace/tests/"{script} > "$scratch/.output" 2>&1 < /dev/null
 ended=$?
-/usr/bin/tail -c {bytes} /tmp/output
+/usr/bin/tail -c {bytes} "$scratch/.output"
 exit $ended
 """
 _READ = """\
@@ -101,7 +102,7 @@ def _script(sandbox: Sandbox, step: Step, built: Built) -> str:
     inner = built.inner_env()
     path = ":".join(dict.fromkeys(["/usr/local/bin", "/usr/bin", "/bin", *inner.get("PATH", "").split(":")]))
     tests = built.paths.place("/tests")
-    variables = {**inner, **{name: built.paths.inward(value) for name, value in step.verifier_env.items()}, "PATH": path.strip(":"), "HOME": "/tmp/home", "LANG": "C.UTF-8",
+    variables = {**inner, **{name: built.paths.inward(value) for name, value in step.verifier_env.items()}, "PATH": path.strip(":"), "LANG": "C.UTF-8",
                  "TEST_DIR": tests, "PYTHONSAFEPATH": "1", "PYTHONPATH": tests, "PYTHONNOUSERSITE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     return _RUN.format(
         workspace=shlex.quote(sandbox.workspace), workdir=shlex.quote(built.paths.place(built.workdir)), script=shlex.quote(step.test_script), bytes=SUMMARY_BYTES,

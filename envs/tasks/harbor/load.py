@@ -14,12 +14,13 @@ import tomllib
 from typing import Mapping
 
 from envs.tasks.harbor.errors import TaskError
-from envs.tasks.harbor.fields import Table, read_folder, read_text
+from envs.tasks.harbor.fields import MAX_DOCKERFILE_BYTES, Table, read_folder, read_text
 from envs.tasks.harbor.task import NETWORK_MODES, Environment, Files, HarborTask, Healthcheck, Step
 from envs.tasks.harbor.terminal_bench_1 import load_terminal_bench_1, needed_compose
 
 MAX_TASK_DEPTH = 6  # folders between a dataset and its tasks
 _TOML_LINE = re.compile(r"\(at line (\d+), column \d+\)|at end of document")
+_DEEP_KEY = re.compile(r"(?<![\w-])(?:[\w-]++[ \t]*+\.[ \t]*+){64}")
 _CANARY = re.compile(r"\A\s*(?:<!--[^>]*canary[^>]*-->|#[^\n]*canary[^\n]*)\n", re.IGNORECASE)
 
 
@@ -203,12 +204,20 @@ def _environment(folder: pathlib.Path, table: Table) -> Environment:
     if workdir is not None and not workdir.startswith("/"):
         raise table.fault("workdir", f"{workdir!r} is no absolute path")
     return Environment(
-        context=context, dockerfile=read_text(place / "Dockerfile") if "Dockerfile" in context else None, dockerfile_path=place / "Dockerfile", compose_path=needed_compose(place),
+        context=context, dockerfile=read_text(place / "Dockerfile", MAX_DOCKERFILE_BYTES) if "Dockerfile" in context else None, dockerfile_path=place / "Dockerfile", compose_path=needed_compose(place),
         docker_image=table.text("docker_image"), build_timeout=table.seconds("build_timeout_sec", 600.0), cpus=cpus,
         memory_mb=table.megabytes("memory_mb", "memory"), storage_mb=table.megabytes("storage_mb", "storage"), gpus=table.integer("gpus", 0),
         network_mode=mode, allowed_hosts=table.texts("allowed_hosts"), workdir=workdir, env=table.environment("env"), healthcheck=_healthcheck(table),
-        mcp_servers=tuple(server.values for server in table.tables("mcp_servers")),
+        mcp_servers=tuple(_entries(table, "mcp_servers")),
     )
+
+
+def _entries(table: Table, key: str) -> list:
+    """Tables that are only handed on."""
+    found = table.tables(key)
+    for entry in found:
+        entry.known |= set(entry.values)
+    return [entry.values for entry in found]
 
 
 # -- TOML ----------------------------------------------------------------------------------------------------------------------------
@@ -216,6 +225,8 @@ def _environment(folder: pathlib.Path, table: Table) -> Environment:
 
 def parse_toml(file: pathlib.Path, text: str) -> dict:
     """TaskError with the line where it is not TOML."""
+    if deep := _DEEP_KEY.search(text):  # the parser takes time with the square of a key's length
+        raise TaskError(file, text.count("\n", 0, deep.start()) + 1, "a key of more than 64 parts")
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

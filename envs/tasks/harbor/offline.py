@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Iterable
 
 _HERE = r"(?!localhost|127\.|0\.0\.0\.0|\[::1\]|\$)"
 NEEDS_NETWORK = re.compile(
@@ -12,6 +13,7 @@ NEEDS_NETWORK = re.compile(
     rf"|\b(?:curl|wget)\b[^\n|;&]*\bhttps?://{_HERE}|\bgit\s+clone\b[^\n|;&]*(?:https?|ssh|git)://|\bgit\s+clone\b[^\n|;&]*git@"
     r"|\bcargo\s+(?:install|fetch|add)\b|\bgo\s+(?:get|install)\b|\bgo\s+mod\s+download\b|\bgem\s+install\b|\b(?:conda|mamba)\s+(?:install|create)\b"
 )
+_LOOKED_AT, _ROW_LOOKED_AT = 1 << 18, 2000  # characters
 _APT_PART = re.compile(r"\s*(?:sudo\s+)?(?:DEBIAN_FRONTEND=\w+\s+)?apt(?:-get)?\s+(?P<rest>.*)", re.DOTALL)
 _CLEANING = re.compile(r"\s*rm\s+-rf?\s+/var/(?:lib/apt/lists|cache/apt)\S*(?:\s+/var/\S+)*\s*|\s*")
 _NOT_NEEDED = frozenset("apt-utils asciinema ca-certificates locales tmux tzdata".split())  # of a recording harness, or without a program of their own
@@ -22,8 +24,13 @@ _PROGRAMS = {"build-essential": ("gcc", "make"), "coreutils": ("ls",), "findutil
 
 def network_need(text: str) -> tuple[int, str] | None:
     """(line, what) of the first command in a shell script that asks for the network; comments do not count."""
-    for number, row in enumerate(text.splitlines(), 1):
-        if match := NEEDS_NETWORK.search(re.sub(r"(^|\s)#.*", "", row)):
+    return need_in_rows(list(enumerate(text[:_LOOKED_AT].splitlines(), 1)))
+
+
+def need_in_rows(rows: Iterable[tuple[int, str]]) -> tuple[int, str] | None:
+    """The same for lines with their numbers. Only the beginning of a very long line is looked at, so that no script can make this take long."""
+    for number, row in rows:
+        if match := NEEDS_NETWORK.search(re.sub(r"(^|\s)#.*", "", row[:_ROW_LOOKED_AT])):
             return number, match[0].strip()
     return None
 

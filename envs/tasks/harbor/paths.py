@@ -10,6 +10,7 @@ What rewriting cannot see: a path put together at run time ("/" + "app"), and pa
 from __future__ import annotations
 
 import pathlib
+import posixpath
 import re
 from typing import Iterable
 
@@ -26,7 +27,8 @@ class PathMap:
 
     def __init__(self, workspace: str, roots: Iterable[str] = ()) -> None:
         self.workspace = workspace
-        self.roots = tuple(sorted({*ALWAYS, *roots} - SYSTEM - REAL))
+        self._real = REAL if workspace == "/workspace" else frozenset()  # without mounts of its own the sandbox has no /tmp to itself
+        self.roots = tuple(sorted({*ALWAYS, *roots, *REAL} - SYSTEM - self._real))
         names = "|".join(re.escape(name) for name in sorted(self.roots, key=len, reverse=True))
         # Not after a letter, a slash, a variable or a glob: "src/app", "$HOME/app", "*/tests/*" are no absolute paths. Not before a longer name.
         self._inward = re.compile(rf"(?<![\w./~$}}\)\]*?@%+-])/({names})(?![\w-]|\.\w)")
@@ -40,11 +42,11 @@ class PathMap:
 
     def place(self, path: str) -> str:
         """Where an absolute path of the task lies, its first component being known or not. ValueError for a place that is read-only."""
-        normal = pathlib.PurePosixPath("/", *[part for part in pathlib.PurePosixPath(path).parts if part not in ("/", "..", ".")])
-        top = normal.parts[1] if len(normal.parts) > 1 else ""
+        normal = posixpath.normpath(f"/{path}").replace("//", "/")
+        top = normal.split("/")[1]
         if top in SYSTEM:
             raise ValueError(f"{path} lies in /{top}, which is read-only here")
-        return str(normal) if top in REAL else f"{self.workspace}{normal}" if top else self.workspace
+        return normal if top in self._real else f"{self.workspace}{normal}" if top else self.workspace
 
     def scripts(self, files: Files, everything: bool = False) -> dict[str, tuple[bytes, int]]:
         """The files with paths rewritten in scripts and code; with `everything` in all that is text."""

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from envs.tasks.harbor.errors import TaskError
-from envs.tasks.harbor.fields import Table, read_folder, read_text, with_script
+from envs.tasks.harbor.fields import MAX_DOCKERFILE_BYTES, Table, read_folder, read_text, with_script
 from envs.tasks.harbor.task import Environment, HarborTask, Step
 
 NOT_CONTEXT = ("task.yaml", "solution.sh", "solution.yaml", "run-tests.sh", "tests", "docker-compose.yaml", "docker-compose.yml")
@@ -35,7 +35,7 @@ def load_terminal_bench_1(folder: pathlib.Path) -> HarborTask:
     step = Step("task", instruction, tests, test_script="run-tests.sh", solution=solution, solve_script=script, parser=parser,
                 agent_timeout=table.seconds("max_agent_timeout_sec", 360.0), verifier_timeout=table.seconds("max_test_timeout_sec", 60.0))
     environment = Environment(
-        context=context, dockerfile=read_text(folder / "Dockerfile") if "Dockerfile" in context else None, dockerfile_path=folder / "Dockerfile",
+        context=context, dockerfile=read_text(folder / "Dockerfile", MAX_DOCKERFILE_BYTES) if "Dockerfile" in context else None, dockerfile_path=folder / "Dockerfile",
         compose_path=needed_compose(folder))
     return HarborTask(
         name=folder.resolve().name, path=folder, format="terminal-bench-1", schema_version="terminal-bench-1", environment=environment, steps=(step,),

@@ -12,7 +12,7 @@ import shlex
 from typing import Any, Iterable
 
 PRELUDE = r"""
-clean() { /usr/bin/env -i PATH=/usr/bin:/bin HOME=/nonexistent LANG=C.UTF-8 PYTHONDONTWRITEBYTECODE=1 "$@" 2>/dev/null < /dev/null; }
+clean() { /usr/bin/env -i PATH=/usr/bin:/bin HOME=/nonexistent LANG=C.UTF-8 PYTHONDONTWRITEBYTECODE=1 OPENSSL_CONF=/dev/null "$@" 2>/dev/null < /dev/null; }
 some() { head -c 65536 | tr -d '\000'; }
 link() { [ -L "$1" ] || fail; local to; to="$(readlink -- "$1")"; to="${to#./}"; [ "${to%/}" = "$2" ] || fail; }
 tree() { folder "$1"; [ "$(find "$1" -mindepth 1 -printf '%y %P\n' | LC_ALL=C sort | head -c 65536)" = "$2" ] || fail; }

@@ -9,7 +9,7 @@ from typing import Any
 from envs.gem import Info, StepResult, format_tool_call
 from envs.rock import Sandbox, SandboxConfig, SandboxError
 from envs.tasks.terminal.reward import VerifierError, parse_reward
-from envs.tasks.terminal.shell import BASH_TOOL, MAX_COMMAND_BYTES, ShellEnv, read_command, trim
+from envs.tasks.terminal.shell import BASH_TOOL, MAX_COMMAND_BYTES, ShellEnv, read_command, tier_environment, trim
 from envs.tasks.terminal.task import Task, make_task
 
 VERIFIER_TIMEOUT_S = 10.0
@@ -114,7 +114,7 @@ async def prepare(sandbox: Sandbox, task: Task) -> None:
     if missing := result.stdout.split():
         raise MissingProgramsError(f"task {task.name} needs {', '.join(missing)}, which the sandbox lacks; install it or leave out family {task.family!r}")
     if task.setup:
-        result = await sandbox.execute(f"set -e\n{task.setup}", timeout=SETUP_TIMEOUT_S)
+        result = await sandbox.execute(f"set -e\n{task.setup}", timeout=SETUP_TIMEOUT_S, env=tier_environment(sandbox))
         if result.exit_code != 0:
             raise SandboxError(f"setup of task {task.name} ended with exit {result.exit_code}: {result.stderr[-300:]!r}")
 

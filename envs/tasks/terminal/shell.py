@@ -15,6 +15,8 @@ from envs.rock.sync import run
 
 MAX_COMMAND_BYTES = 32_768  # Linux refuses a single argument of 128 KiB; a command this long is a mistake
 CALL_TIMEOUT_S = 60.0  # a synchronous reset, step or close beyond the time its command and verifier may take
+# Where commands may not read /etc at all (the landlock tier), git and node take that for an error unless they are told not to look.
+WITHOUT_ETC = {"GIT_CONFIG_NOSYSTEM": "1", "OPENSSL_CONF": "/dev/null"}
 BASH_TOOL = {
     "type": "function",
     "function": {
@@ -55,7 +57,7 @@ class ShellEnv(Env):
         self._over = False
 
     async def _execute(self, command: str) -> CommandResult:
-        return await self._sandbox.execute(command, timeout=self._command_timeout)
+        return await self._sandbox.execute(command, timeout=self._command_timeout, env=tier_environment(self._sandbox))
 
     # -- the synchronous face ------------------------------------------------------------------------------------------------------
 
@@ -141,6 +143,11 @@ class ShellEnv(Env):
         if result.exit_code != 0:
             return f"{output}\n[exit {result.exit_code}]".lstrip("\n")
         return output or "(no output)"
+
+
+def tier_environment(sandbox: Sandbox) -> dict[str, str]:
+    """Variables that commands need in this sandbox's tier."""
+    return WITHOUT_ETC if sandbox.tier == "landlock" else {}
 
 
 def read_command(action: str) -> str | None:

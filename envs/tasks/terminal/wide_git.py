@@ -142,7 +142,7 @@ def git_bisect(draw: Draw) -> Plan:
 
     def expert() -> Expert:
         yield f"git log --format=%s; cat {module}.py check.py"
-        loop = f"for c in $(git rev-list --reverse main); do git show $c:{module}.py > /tmp/{module}.py; (cd /tmp && python3 /workspace/check.py) || break; done; git log -1 --format=%s $c"
+        loop = f"T=${{TMPDIR:-/tmp}}; for c in $(git rev-list --reverse main); do git show $c:{module}.py > $T/{module}.py; (cd $T && python3 /workspace/check.py) || break; done; git log -1 --format=%s $c"
         yield write_file("find.sh", loop.replace("/workspace/", '"$OLDPWD"/'))
         subject = (yield "bash find.sh; rm find.sh").split("\n")[-1]
         yield f"echo {subject} > out.txt"

@@ -200,7 +200,7 @@ def backup_script(draw: Draw) -> Plan:
     def expert() -> Expert:
         yield f"find {source} -type f"
         yield write_file("backup.sh", 'set -e\n[ -d "$1" ] || { echo "no folder $1" >&2; exit 2; }\nmkdir -p "$2"\ncp -r "$1"/. "$2"\necho "$(find "$1" -type f | wc -l) files"\n')
-        yield f"bash backup.sh {source} /tmp/trial"
+        yield f"bash backup.sh {source} ${{TMPDIR:-/tmp}}/trial"
 
     copied = {path.removeprefix(f"{source}/"): text for path, text in files.items()}
     found = [*unchanged(files), gone(target), checks.prints("3 files", "/bin/bash", "backup.sh", source, target), folder(target), checks.tree(target, copied, [inner]),

@@ -47,8 +47,8 @@ async def _play(name, seed, *commands):
         await env.aclose()
 
 
-async def _expert(name, seed, error_rate=0.0):
-    return await run_expert(make(f"terminal/{name}", sandbox_config=CONFIG), random.Random(f"{name}/{seed}"), error_rate, seed=seed)
+async def _expert(name, seed, error_rate=0.0, config=CONFIG):
+    return await run_expert(make(f"terminal/{name}", sandbox_config=config), random.Random(f"{name}/{seed}"), error_rate, seed=seed)
 
 
 def at_once(coroutines):
@@ -66,13 +66,14 @@ def at_once(coroutines):
 
 
 def _episodes(name, count_only=False):
-    made = [_expert, _play, _play, *([_play] if name in RUNS_CODE else [])]
-    return made if count_only else [make(name, *arguments) for make, arguments in zip(made, ((eval_seed(3),), (1,), (2, GUESSES), (3, KILLER)))]
+    """Expert, no-op and one cheat: the second, stronger one where a verifier runs programs of the agent's. All cheats play in the slow test."""
+    cheat = KILLER if name in RUNS_CODE else GUESSES
+    return range(3) if count_only else [_expert(name, eval_seed(3)), _play(name, 1), _play(name, 2, cheat)]
 
 
 @pytest.fixture(scope="module")
 def played():
-    """Family -> what its expert, a no-op, a cheat, and (where its verifier runs programs of the agent's) a second cheat got; each in a sandbox of its own, all concurrently."""
+    """Family -> what its expert, a no-op and a cheat got; each in a sandbox of its own, all concurrently."""
     results = iter(at_once([episode for name in HERE for episode in _episodes(name)]))
     return {name: [next(results) for _ in _episodes(name, count_only=True)] for name in HERE}
 
@@ -94,13 +95,24 @@ def test_doing_nothing_earns_0(played, name):
 
 
 @pytest.mark.parametrize("name", HERE)
-def test_guesses_and_replaced_programs_earn_0(played, name):
+def test_guessing_replacing_programs_and_killing_the_grader_earn_0_and_are_no_fault_of_the_house(played, name):
     assert played[name][2] == (0.0, "failure")
 
 
-@pytest.mark.parametrize("name", RUNS_CODE)
-def test_an_agents_program_that_kills_its_grader_earns_0_and_is_no_fault_of_the_house(played, name):
-    assert played[name][3] == (0.0, "failure")
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_cheat_on_several_seeds_of_each_family():
+    results = at_once([_play(name, seed, cheat) for name in HERE for seed in range(4) for cheat in (GUESSES, KILLER, f"{GUESSES}; {KILLER}")])
+    assert [result for result in results if result != (0.0, "failure")] == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_experts_earn_1_in_the_landlock_tier_too():
+    """Where there is no /etc to read and no /tmp, as in Colab."""
+    weak = SandboxConfig(isolation="best_available", tier="landlock")
+    episodes = at_once([_expert(name, seed, config=weak) for name in HERE for seed in range(3)])
+    assert [episode for episode in episodes if episode.reward != 1.0] == []
 
 
 @pytest.mark.slow
