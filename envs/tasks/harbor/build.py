@@ -14,7 +14,7 @@ import shlex
 import time
 from typing import Mapping
 
-from envs.rock import CommandResult, Sandbox
+from envs.rock import CommandResult, Sandbox, SandboxFileError
 from envs.tasks.harbor import dockerfile, offline
 from envs.tasks.harbor.dockerfile import Instruction
 from envs.tasks.harbor.errors import BuildError, TaskError, UnsupportedError
@@ -226,20 +226,23 @@ class _Builder:
         else:
             content, permissions = self._context[name]
             if instruction.keyword == "ADD" and _is_archive(content):
-                await self._put({f"{self._paths.workspace}/.archive": (content, 0o600)})
+                await self._put(instruction, {f"{self._paths.workspace}/.archive": (content, 0o600)})
                 await self._check(instruction, f"mkdir -p {shlex.quote(place)} && tar -xf {self._paths.workspace}/.archive -C {shlex.quote(place)} && rm {self._paths.workspace}/.archive")
                 return
             files = {f"{place}/{name.rsplit('/', 1)[-1]}" if into else place: (content, permissions)}
-        await self._put({path: (content, mode or permissions) for path, (content, permissions) in self._paths.scripts(files).items()})
+        await self._put(instruction, {path: (content, mode or permissions) for path, (content, permissions) in self._paths.scripts(files).items()})
 
-    async def _put(self, files: Mapping[str, tuple[bytes, int]]) -> None:
+    async def _put(self, instruction: Instruction, files: Mapping[str, tuple[bytes, int]]) -> None:
         """Writes files at places in the sandbox; the SDK writes below the workspace only, so others are moved."""
         inner = {path: content for path, content in files.items() if path.startswith(self._paths.workspace + "/")}
-        await self._sandbox.upload(inner)
-        for path, content in files.items():
-            if path not in inner:
-                await self._sandbox.upload({".moved": content})
-                await self._check(None, f"mkdir -p {shlex.quote(path.rsplit('/', 1)[0])} && mv {self._paths.workspace}/.moved {shlex.quote(path)}")
+        try:
+            await self._sandbox.upload(inner)
+            for path, content in files.items():
+                if path not in inner:
+                    await self._sandbox.upload({".moved": content})
+                    await self._check(instruction, f"mkdir -p {shlex.quote(path.rsplit('/', 1)[0])} && mv {self._paths.workspace}/.moved {shlex.quote(path)}")
+        except SandboxFileError as error:
+            raise BuildError(self._file, instruction.line, f"{instruction.keyword}: {self._paths.outward(str(error))}") from error
 
     def _matches(self, instruction: Instruction, source: str) -> list[tuple[str, bool]]:
         """(path in the context, whether a folder) of all that a source names."""

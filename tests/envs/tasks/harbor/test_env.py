@@ -4,15 +4,18 @@ import asyncio
 import copy
 import dataclasses
 import json
+import pathlib
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from envs.gem import format_tool_call, make
 from envs.rock import Sandbox, SandboxError
 from envs.tasks.harbor import EXAMPLES, BuildError, HarborEnv, RewardError, TaskError, UnsupportedError, combine, load_task
+from envs.tasks.harbor.dockerfile import KEYWORDS
 from envs.tasks.harbor.grade import pick, read_rewards
+from envs.tasks.harbor.task import Environment, HarborTask, Step
 from tests.envs.tasks.harbor.conftest import CONFIG, write
 from tests.envs.tasks.harbor.test_load import TB1
 
@@ -203,6 +206,23 @@ def test_an_image_can_be_given_an_alias_and_its_programs_are_checked(harbor, run
 def test_a_build_has_its_time_limit(harbor):
     with pytest.raises(BuildError, match="build_timeout_sec"):
         observe(harbor({"task.toml": "[environment]\nbuild_timeout_sec = 0.5\n", "environment/Dockerfile": "FROM ubuntu\nRUN sleep 60\n"}))
+
+
+ARGUMENT = st.one_of(st.sampled_from(["ubuntu", "/app", "a.txt", "sub", ".", "..", "/", "x" * 300, "A=1", "$A", "${A:-/usr}", "'", '["sh", "-c", "true"]', "[", "true", "exit 1", "/tmp/x", "*", "a.txt b/ c/", "root",
+                                      "kill -9 -1", "rm -rf /app /logs", "PATH=", "A='\n", "http://a/b x", "--chmod=9 a b", "--x=1 a", "\\", "mkdir /app/x", "LD_PRELOAD=/app/x"]), st.text(max_size=6))
+DOCKERFILES = st.lists(st.tuples(st.sampled_from(sorted(KEYWORDS)), st.lists(ARGUMENT, min_size=1, max_size=3).map(" ".join)).map(" ".join), max_size=6).map(lambda rows: "\n".join(["FROM ubuntu", *rows]))
+
+
+@settings(max_examples=20, deadline=None)
+@given(text=DOCKERFILES)
+def test_any_dockerfile_is_built_or_refused_by_a_typed_error_with_its_line(text):
+    context = {"Dockerfile": (b"", 0o644), "a.txt": (b"a", 0o644), "sub/b.txt": (b"b", 0o644)}
+    step = Step("task", "Do.", {"test.sh": (b"true", 0o755)})
+    task = HarborTask("fuzz", pathlib.Path("fuzz"), "harbor", "1.0", Environment(context=context, dockerfile=text, dockerfile_path=pathlib.Path("fuzz/Dockerfile"), build_timeout=5.0), (step,))
+    try:
+        asyncio.run(play(task, "true"))
+    except TaskError as error:
+        assert str(error).startswith("fuzz/") and error.line <= len(text.splitlines()) + text.count("\r")
 
 
 # -- grading -------------------------------------------------------------------------------------------------------------------------
