@@ -6,7 +6,8 @@
 4. When it has ended every process is dead again, and only then is the reward read: a regular file of /logs/verifier, one answer, finite, from 0 to 1.
 
 What the script starts of the agent's programs runs beside it with the same rights, as in Harbor's shared mode: such a program could write a reward.
-A task whose tests run the agent's programs must check their output from outside, and write its reward last.
+A task whose tests run the agent's programs must check their output from outside, and write its reward when none of them lives any more:
+examples/rpn-calculator/tests shows how.
 """
 
 from __future__ import annotations
