@@ -1,4 +1,4 @@
-"""What a sandbox runs, seen from outside: a job (one command, perhaps in the background) and a session (a shell that lives on)."""
+"""What an embedded sandbox runs, seen from outside: a job (one command, perhaps in the background) and a session (a shell that lives on)."""
 
 import asyncio
 import contextlib
@@ -8,19 +8,18 @@ from typing import TYPE_CHECKING
 
 from envs.rock.config import CommandResult
 from envs.rock.errors import SandboxClosedError, SandboxError, SandboxStartError
+from envs.rock.sandbox import Job, Session
 
 if TYPE_CHECKING:
-    from envs.rock.sandbox import Sandbox
+    from envs.rock.embedded import EmbeddedSandbox
 
 REPLY_GRACE = 30.0  # seconds beyond its own time limit in which a holder must answer
 DRAINED_BYTES = 64 << 20  # what a command may write beyond max_output_bytes, unread, before it is killed
 MAX_COMMAND_BYTES = 100_000  # one argument of a program can have 128 KiB
 
 
-class Job:
-    """A command that was started. It ends by itself, at its time limit, or when it is killed; `wait` may be called again and again."""
-
-    def __init__(self, sandbox: "Sandbox", identity: int, reply: asyncio.Future, outputs: "list[Output]", timeout: float):
+class EmbeddedJob(Job):
+    def __init__(self, sandbox: "EmbeddedSandbox", identity: int, reply: asyncio.Future, outputs: "list[Output]", timeout: float):
         self._sandbox, self.identity, self._reply, self._outputs, self._timeout = sandbox, identity, reply, outputs, timeout
         self._result: CommandResult | None = None
 
@@ -29,7 +28,6 @@ class Job:
         return not self._reply.done()
 
     async def wait(self) -> CommandResult:
-        """Its end. SandboxError if the sandbox ends first."""
         if self._result is None:
             reply = await within(asyncio.shield(self._reply), self._timeout + REPLY_GRACE, "no answer to a command")
             if self._result is None:  # else another waiter was first
@@ -41,33 +39,20 @@ class Job:
         return self._result
 
     async def interrupt(self) -> None:
-        """SIGINT, as by Ctrl-C, for all that it started and has not left its side."""
         await self._sandbox._request({"op": "interrupt", "target": self.identity}, (), REPLY_GRACE)
 
     async def kill(self) -> CommandResult:
-        """SIGKILL, and its end."""
         self._sandbox._end_unheard(self.identity)
         return await self.wait()
 
 
-class Session:
-    """A bash that lives on between commands: its directory, variables, functions and background processes stay.
-
-    Each `run` reports the exit code that the shell gave it. A command that ends the shell (`exit`) ends the session.
-    """
-
-    def __init__(self, sandbox: "Sandbox", name: int, outputs: "list[Output]"):
+class EmbeddedSession(Session):
+    def __init__(self, sandbox: "EmbeddedSandbox", name: int, outputs: "list[Output]"):
         self._sandbox, self._name, self._outputs = sandbox, name, outputs
         self._turn = asyncio.Lock()
         self._current: int | None = None
-        self.ended = False
 
     async def run(self, command: str, timeout: float | None = None) -> CommandResult:
-        """Give the shell a command and wait until it asks for the next one.
-
-        What background processes write meanwhile counts as this command's output. At the time limit all that the command started is killed,
-        and if that does not bring the shell back, the shell too. SandboxClosedError when the session has ended.
-        """
         if refusal := unspeakable(command):
             return CommandResult("", refusal, 126, False, False, 0.0)
         timeout = self._sandbox.config.timeout if timeout is None else timeout
@@ -89,24 +74,16 @@ class Session:
             return result_of(reply, self._outputs)
 
     async def interrupt(self) -> None:
-        """SIGINT, as by Ctrl-C, for what the running command started; nothing without one."""
         if self._current is not None:
             await self._sandbox._request({"op": "interrupt", "target": self._current}, (), REPLY_GRACE)
 
     async def close(self) -> None:
-        """End the shell and all below it."""
         if not self.ended:
             self.ended = True
             with contextlib.suppress(SandboxClosedError):
                 await self._sandbox._request({"op": "close_session", "session": self._name}, (), REPLY_GRACE)
         for output in self._outputs:
             output.close()
-
-    async def __aenter__(self) -> "Session":
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
 
     def _check_open(self) -> None:
         if self.ended:
@@ -176,7 +153,7 @@ def result_of(reply: dict, outputs: list[Output]) -> CommandResult:
         raise SandboxStartError(f"{failure} {stderr.strip()[-500:]}".strip())
     (truncated, flooded) = (any(pair) for pair in zip(cut_out, cut_err))
     limits = tuple("output" if name == "killed" and flooded else name for name in reply["limits"])
-    return CommandResult(stdout, stderr, reply["exit_code"], "timeout" in limits, truncated, reply["seconds"], limits)
+    return CommandResult(stdout, stderr, reply["exit_code"], "timeout" in limits, truncated, reply["seconds"], limits, reply["denials"])
 
 
 async def within(future: asyncio.Future, seconds: float, what: str) -> dict:

@@ -104,7 +104,7 @@ class _Zygote:
 def spec(config: SandboxConfig, tier: str, snapshot: str | None = None) -> dict:
     """The request for one sandbox, in the zygote's terms."""
     return {"op": "create", "tier": tier, "snapshot": snapshot, "memory_bytes": config.memory_mb << 20, "disk_bytes": config.disk_mb << 20, "inodes": config.inodes,
-            "pids": config.pids, "cpus": config.cpus, "open_files": config.open_files}
+            "pids": config.pids, "cpus": config.cpus, "open_files": config.open_files, "egress": config.grants()}
 
 
 start_gate = Gate(STARTS_AT_ONCE)

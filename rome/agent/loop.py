@@ -124,7 +124,7 @@ async def _play(
             chunk.status = "malformed"
             return 0.0, "truncated_tokens", f"turn {len(chunks)} did not end within {sampling.max_new_tokens} tokens"
         observation, reward, terminated, truncated, info = await env.astep(chunk.text)
-        chunk.observation, chunk.status = observation, info["status"]
+        chunk.observation, chunk.status, chunk.network_denials = observation, info["status"], info.get("network_denials", 0)
         if info["use_tool"]:
             chunk.tool_call = {"name": info["tool_type"], "arguments": {"command": info["parsed_action"]}}
         if terminated or truncated:

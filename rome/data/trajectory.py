@@ -47,6 +47,7 @@ class Chunk:
     status: str = "ok"
     kind: str = "rl"
     cached_tokens: int = 0
+    network_denials: int = 0  # attempts of the turn's command to reach what the sandbox does not grant
     routes: np.ndarray | None = None
 
     def __post_init__(self) -> None:
@@ -98,6 +99,10 @@ class Trajectory:
         return sum(len(chunk.action_ids) for chunk in self.chunks)
 
     @property
+    def network_denials(self) -> int:
+        return sum(chunk.network_denials for chunk in self.chunks)
+
+    @property
     def oldest_version(self) -> int:
         """The version that began the sample; staleness is counted from it."""
         return min((span[0] for chunk in self.chunks for span in chunk.versions), default=0)
@@ -119,7 +124,8 @@ def to_atif(trajectory: Trajectory) -> dict[str, Any]:
             "prompt_token_ids": list(map(int, chunk.prompt_ids)), "completion_token_ids": list(map(int, chunk.action_ids)),
             "logprobs": list(map(float, chunk.logprobs)),
         }
-        step["extra"] = {"status": chunk.status, "kind": chunk.kind, "versions": [list(span) for span in chunk.versions], "tool_call": chunk.tool_call}
+        step["extra"] = {"status": chunk.status, "kind": chunk.kind, "versions": [list(span) for span in chunk.versions], "tool_call": chunk.tool_call,
+                         "network_denials": chunk.network_denials}
         if chunk.routes is not None:
             step["extra"]["routes"] = routes_to_json(chunk.routes)
         steps.append(step)
@@ -146,7 +152,7 @@ def from_atif(document: dict[str, Any]) -> Trajectory:
                 prompt_ids=metrics["prompt_token_ids"], action_ids=metrics["completion_token_ids"], logprobs=metrics["logprobs"],
                 versions=[tuple(span) for span in extra["versions"]], text=step["message"], tool_call=extra["tool_call"],
                 observation=results[0]["content"] if results else "", status=extra["status"], kind=extra["kind"],
-                cached_tokens=metrics["cached_tokens"], routes=routes_from_json(extra["routes"]) if "routes" in extra else None,
+                cached_tokens=metrics["cached_tokens"], network_denials=extra["network_denials"], routes=routes_from_json(extra["routes"]) if "routes" in extra else None,
             ))
         return Trajectory(chunks=chunks, instruction=document["steps"][0]["message"], **document["extra"])
     except (KeyError, TypeError, IndexError) as error:

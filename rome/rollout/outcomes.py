@@ -33,6 +33,7 @@ def rollout_figures(trajectories: list[Trajectory], version: int, seconds: float
         "staleness": float(np.mean([version - trajectory.oldest_version for trajectory in trajectories])),
         "tokens_per_s": float(tokens.sum() / seconds), "tool_error_share": statuses.count("tool_error") / len(statuses),
         "malformed_share": statuses.count("malformed") / len(statuses),
+        "network_denial_share": float(np.mean([trajectory.network_denials > 0 for trajectory in trajectories])),
         "cached_token_share": sum(chunk.cached_tokens for t in trajectories for chunk in t.chunks) / max(1, sum(map(_asked, trajectories))),
     }
     for name, chosen in (("tokens_success", won), ("tokens_failure", ~won)):  # negatives that grow longer announce a collapse

@@ -23,6 +23,7 @@ class Tier:
     """How a holder works in this tier; namespaces.Tier is its twin."""
 
     watches_disk = True
+    guard = None  # no socket of a network can be made at all, and nothing is told of attempts
 
     def __init__(self, spec: dict, cgroup_entries: list[int]):
         self._spec = spec
@@ -136,9 +137,6 @@ class Tier:
 
     def close(self) -> None:
         """Nothing is left: `kill_leftovers` came before."""
-
-    def network_denials(self) -> None:
-        """A refused socket leaves no trace here."""
 
     def usage(self) -> tuple[int, int]:
         """(bytes, inodes) that the sandbox has on disk."""

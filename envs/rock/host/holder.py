@@ -16,6 +16,7 @@ import stat
 import time
 
 from . import cgroups, linux
+from .egress import Way
 from .process import Started
 from .session import LOOP, Session
 
@@ -25,6 +26,7 @@ MAX_SESSIONS, MAX_COMMANDS = 8, 16  # at once; their descriptors stay below linu
 KILL_SECONDS = 10.0
 SHELL_GRACE = 1.0  # seconds in which a shell whose command was killed must say so
 DISK_CHECK_SECONDS = 0.1
+CONNECT_SECONDS = 0.1
 
 
 class Running:
@@ -59,6 +61,7 @@ class Holder:
         self._running: dict[int, Running] = {}  # by the descriptor that tells the end
         self._sessions: dict[int, Session] = {}  # by the shell's pidfd
         self._poller = select.poll()
+        self._denials_told = 0
         self._disk_check = 0.0  # when the watched disk is looked at next
         # Opened under the zygote's id and in its file tree: later this process has neither.
         self._tier = tier_type(spec, [os.open(f"{path}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC) for path in spec["cgroups"]])
@@ -80,6 +83,9 @@ class Holder:
     def serve(self) -> None:
         """Until the manager closes the socket or dies. Nothing of the sandbox runs when this returns."""
         self._poller.register(self._channel, select.POLLIN)
+        guarded = self._tier.guard.descriptors() if self._tier.guard else ()
+        for descriptor in guarded:
+            self._poller.register(descriptor, select.POLLIN)
         alive = True
         while alive:
             ready = [descriptor for descriptor, _ in self._poller.poll(self._milliseconds_to_next_check())]
@@ -88,6 +94,8 @@ class Holder:
             for descriptor, running, session in seen:
                 if descriptor == self._channel.fileno():
                     alive = self._receive()
+                elif descriptor in guarded:
+                    self._let_out(self._tier.guard.serve(descriptor))
                 elif running and self._running.get(descriptor) is running:
                     self._ended(running)
                 elif session and self._sessions.get(descriptor) is session:
@@ -211,7 +219,31 @@ class Holder:
         size, inodes = self._tier.usage()
         spent = resource.getrusage(resource.RUSAGE_CHILDREN)
         self._reply(request["id"], disk_bytes=size, inodes=inodes, cpu_seconds=spent.ru_utime + spent.ru_stime, commands=len(self._running),
-                    sessions=len(self._sessions), network_denials=self._tier.network_denials(), **self._meters.usage())
+                    sessions=len(self._sessions), network_denials=self._denials(), **self._meters.usage())
+
+    def _serve_denials(self, request: dict, descriptors: list[int]) -> None:
+        if self._tier.guard:
+            self._let_out(self._tier.guard.catch_up())
+        self._reply(request["id"], denials=self._tier.guard.records if self._tier.guard else [])
+
+    def _let_out(self, connections: list[tuple[Way, socket.socket]]) -> None:
+        """Hand granted connections to the manager, which makes their outer ends."""
+        for way, connection in connections:
+            with connection:
+                self._reply(0, (connection.fileno(),), way=way)
+
+    def _denials(self) -> int | None:
+        if self._tier.guard is None:
+            return None
+        self._let_out(self._tier.guard.catch_up())
+        return self._tier.guard.denials()
+
+    def _serve_connect(self, request: dict, descriptors: list[int]) -> None:
+        """A connection to something that listens in the sandbox: its loopback answers at once, with yes, no, or a full queue."""
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as inner:
+            inner.settimeout(CONNECT_SECONDS)
+            inner.connect(("127.0.0.1", request["port"]))
+            self._reply(request["id"], (inner.fileno(),))
 
     def _session(self, request: dict) -> Session:
         for session in self._sessions.values():
@@ -264,8 +296,10 @@ class Holder:
         failure = running.started.failure if running.started else ""
         if survivors:
             failure = f"{survivors} processes survived SIGKILL for {KILL_SECONDS:.0f} s"
+        denials = self._denials() or 0
         self._reply(running.identity, exit_code=code, seconds=seconds, limits=list(dict.fromkeys(running.limits_hit + struck)), failure=failure,
-                    shell_ended=shell_ended)
+                    shell_ended=shell_ended, denials=denials - self._denials_told)
+        self._denials_told = denials
 
     def _kill_everything(self) -> None:
         for running in list(self._running.values()):
@@ -296,7 +330,7 @@ class Holder:
         self._reply(request["id"])
 
     def _serve_open(self, request: dict, descriptors: list[int]) -> None:
-        """Open a regular file of the workspace for the manager, following no link out of it."""
+        """Open a regular file of the workspace for the manager, or a directory to list, following no link out of it."""
         with self._tier.as_owner():
             descriptor = self._open(request)
         try:
@@ -305,7 +339,9 @@ class Holder:
             os.close(descriptor)
 
     def _open(self, request: dict) -> int:
-        path, writing = request["path"], request["write"]
+        path, writing = request["path"], request["purpose"] == "write"
+        if request["purpose"] == "list":
+            return linux.open_beneath(self._root, path, os.O_RDONLY | os.O_DIRECTORY)
         flags = os.O_NONBLOCK | os.O_NOCTTY | (os.O_WRONLY | os.O_CREAT if writing else os.O_RDONLY)  # NONBLOCK: a FIFO must not hold us
         if writing:
             parts = path.split("/")[:-1]

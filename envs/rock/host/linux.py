@@ -23,9 +23,9 @@ SYS_LANDLOCK_CREATE, SYS_LANDLOCK_ADD, SYS_LANDLOCK_RESTRICT = 444, 445, 446
 SYS_PIVOT_ROOT, SYS_CAPSET = {"x86_64": (155, 126), "aarch64": (41, 91)}.get(platform.machine(), (0, 0))
 RESOLVE_NO_MAGICLINKS, RESOLVE_BENEATH = 0x02, 0x08
 AT_FDCWD, AT_RECURSIVE, MNT_DETACH = -100, 0x8000, 2
-SIOCSIFFLAGS, IFF_UP = 0x8914, 1
+SIOCSIFFLAGS, IFF_UP, SO_ATTACH_FILTER = 0x8914, 1, 26
 
-FIRST_PASSED_FD = 56  # descriptors handed to a new program lie from here on; a holder's own ones below
+FIRST_PASSED_FD = 80  # descriptors handed to a new program lie from here on; a holder's own ones below
 ARCHITECTURE = platform.machine()
 
 
@@ -104,6 +104,12 @@ def install_filter(program: bytes) -> None:
     """Load a seccomp filter (seccomp.build) into this process, for good. Needs no_new_privs or root."""
     instructions = ctypes.create_string_buffer(program, len(program))
     prctl(PR_SET_SECCOMP, 2, ctypes.byref(_FilterProgram(len(program) // 8, ctypes.addressof(instructions))))
+
+
+def attach_filter(receiver: socket.socket, program: bytes) -> None:
+    """Let a socket receive only what a classic BPF program keeps."""
+    instructions = ctypes.create_string_buffer(program, len(program))
+    receiver.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, bytes(_FilterProgram(len(program) // 8, ctypes.addressof(instructions))))
 
 
 def syscall(what: str, number: int, *arguments: object) -> int:

@@ -18,7 +18,7 @@ import socket
 import time
 from collections.abc import Callable
 
-from . import linux, seccomp
+from . import egress, linux, seccomp
 from .process import Started, start
 from .tree import copy_tree
 
@@ -39,7 +39,8 @@ agent:x:1000:1000::/workspace:/bin/bash
 nobody:x:65534:65534::/nonexistent:/usr/sbin/nologin
 """
 _GROUP = "root:x:0:\nagent:x:1000:\nnogroup:x:65534:\n"
-_HOSTS = "127.0.0.1 localhost\n::1 localhost\n"
+_HOSTS = "127.0.0.1 localhost sandbox\n::1 localhost\n"
+_RESOLVER = "nameserver 127.0.0.1\noptions timeout:2 attempts:2\n"
 _COPIED_SETTINGS = ("ld.so.cache", "nsswitch.conf", "magic")
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 _DEVICE_LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2", "ptmx": "pts/ptmx"}
@@ -95,6 +96,7 @@ class Tier:
     def set_up(self) -> int:
         """Enter the namespaces, build the tree and start init; returns a descriptor of the workspace."""
         _enter_namespaces(self._spec["mapping"])
+        self.guard = egress.Guard([egress.Grant(*fields) for fields in self._spec["egress"]])
         _build_tree(self._spec["disk_bytes"], self._spec["inodes"], self._spec["snapshot"])
         self._first_inodes = _inodes()
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
@@ -184,14 +186,6 @@ class Tier:
         """(bytes, inodes) of the workspace and /tmp."""
         status = os.statvfs(DISK)
         return (status.f_blocks - status.f_bfree) * status.f_frsize, _inodes() - self._first_inodes
-
-    def network_denials(self) -> int:
-        """How often something looked for a way out of the network namespace, in which there is none (this process is in it)."""
-        four = linux.read_file("/proc/self/net/snmp").decode().splitlines()
-        names, values = (line.split() for line in four if line.startswith("Ip:"))
-        six = linux.read_file("/proc/self/net/snmp6").decode() if os.path.exists("/proc/self/net/snmp6") else ""  # a kernel without IPv6
-        found = [line.split()[1] for line in six.splitlines() if line.startswith("Ip6OutNoRoutes")]
-        return int(values[names.index("OutNoRoutes")]) + sum(map(int, found))
 
     def copy_to(self, target: int) -> None:
         """Copy workspace and /tmp into a directory."""
@@ -286,7 +280,7 @@ def _inodes() -> int:
 
 
 def _write_settings(etc: str) -> None:
-    for name, text in (("passwd", _PASSWD), ("group", _GROUP), ("hosts", _HOSTS)):
+    for name, text in (("passwd", _PASSWD), ("group", _GROUP), ("hosts", _HOSTS), ("resolv.conf", _RESOLVER)):
         linux.write_file(f"{etc}/{name}", text.encode())
     for name in _COPIED_SETTINGS:
         if os.path.isfile(f"/etc/{name}"):

@@ -236,10 +236,10 @@ class _Builder:
         """Writes files at places in the sandbox; the SDK writes below the workspace only, so others are moved."""
         inner = {path: content for path, content in files.items() if path.startswith(self._paths.workspace + "/")}
         try:
-            await self._sandbox.upload(inner)
+            await self._sandbox.write_files(inner)
             for path, content in files.items():
                 if path not in inner:
-                    await self._sandbox.upload({".moved": content})
+                    await self._sandbox.write_files({".moved": content})
                     await self._check(instruction, f"mkdir -p {shlex.quote(path.rsplit('/', 1)[0])} && mv {self._paths.workspace}/.moved {shlex.quote(path)}")
         except SandboxFileError as error:
             raise BuildError(self._file, instruction.line, f"{instruction.keyword}: {self._paths.outward(str(error))}") from error

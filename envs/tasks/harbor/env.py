@@ -98,7 +98,7 @@ class HarborEnv(ShellEnv):
         step = self._step
         if step.setup:
             workdir = self.built.paths.place(self.built.workdir)
-            await self._sandbox.upload({f"{workdir}/{path}": content for path, content in self.built.paths.scripts(step.setup).items()})
+            await self._sandbox.write_files({f"{workdir}/{path}": content for path, content in self.built.paths.scripts(step.setup).items()})
             if "setup.sh" in step.setup:
                 result = await self._sandbox.execute(self.built.command("bash setup.sh && rm -f setup.sh"), timeout=self.task.environment.build_timeout, env=self.built.inner_env())
                 if result.exit_code != 0:
@@ -172,7 +172,7 @@ class HarborEnv(ShellEnv):
         if need := offline.network_need(script):
             raise UnsupportedError(self.task.path / "solution" / step.solve_script, need[0], f"`{need[1]}` needs the network, and the embedded sandbox has none")
         place = self.built.paths.place("/solution")
-        await self._sandbox.upload({f"{place}/{path}": content for path, content in self.built.paths.scripts(step.solution, everything=True).items()})
+        await self._sandbox.write_files({f"{place}/{path}": content for path, content in self.built.paths.scripts(step.solution, everything=True).items()})
         env = {**self.built.inner_env(), **{name: self.built.paths.inward(value) for name, value in step.solution_env.items()}}
         result = await self._sandbox.execute(self.built.command(f"bash /solution/{shlex.quote(step.solve_script)}"), timeout=step.agent_timeout or SOLVE_TIMEOUT_S, env=env)
         await self._sandbox.execute(f"rm -rf {shlex.quote(place)}")

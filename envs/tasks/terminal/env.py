@@ -74,7 +74,7 @@ class TerminalEnv(ShellEnv):
         self._sandbox = Sandbox(self._sandbox_config)
         try:
             await self._sandbox.start()
-            await self._sandbox.upload(self.task.files)
+            await self._sandbox.write_files(self.task.files)
             await prepare(self._sandbox, self.task)
         except BaseException:
             await self.aclose()

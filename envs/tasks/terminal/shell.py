@@ -80,7 +80,8 @@ class ShellEnv(Env):
             raise RuntimeError(f"episode of {self.name} is over or not begun; call reset()")
         began = time.monotonic()
         self._turns += 1
-        info: Info = {"step_counter": self._turns, "parsed_action": action, "tool_type": None, "use_tool": False, "status": "ok", "exit_code": None}
+        info: Info = {"step_counter": self._turns, "parsed_action": action, "tool_type": None, "use_tool": False, "status": "ok", "exit_code": None,
+                      "network_denials": 0}
         try:
             result = await self._turn(action, info)
         except SandboxError as error:
@@ -108,7 +109,7 @@ class ShellEnv(Env):
         info.update(parsed_action=command, tool_type="bash", use_tool=True)
         self._calls += 1
         result = await self._execute(command)
-        info["exit_code"] = result.exit_code
+        info["exit_code"], info["network_denials"] = result.exit_code, result.network_denials
         info["status"] = "timeout" if result.timed_out else "tool_error" if result.exit_code != 0 else "ok"
         self._good_calls += info["status"] == "ok"
         return await self._observe(self._describe(result), info)

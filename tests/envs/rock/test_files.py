@@ -1,6 +1,7 @@
 """Files in and out: only regular files of the workspace, whatever the agent put in their place."""
 
 import asyncio
+import contextlib
 import os
 
 import pytest
@@ -36,7 +37,7 @@ def test_bytes_survive_the_way_in_and_out(inside):
 
 def test_uploaded_files_have_their_modes_and_belong_to_the_agent(inside):
     async def work(sandbox):
-        await sandbox.upload({"run.sh": (b"#!/bin/bash\necho ran\n", 0o755), "notes/n.txt": "text"})
+        await sandbox.write_files({"run.sh": (b"#!/bin/bash\necho ran\n", 0o755), "notes/n.txt": "text"})
         return (await sandbox.execute("./run.sh && stat -c %a run.sh notes/n.txt && echo more >> notes/n.txt && cat notes/n.txt && rm -r notes run.sh && ls")).stdout
 
     assert inside(work) == "ran\n755\n644\ntextmore\n"
@@ -135,3 +136,66 @@ def test_odd_names_are_just_names(inside):
         return [(await sandbox.read_file(name)).decode() for name in names], (await sandbox.execute("ls -A | wc -l")).stdout
 
     assert inside(work) == (names, "8\n")
+
+
+def test_a_tree_survives_the_way_in_and_out(inside, tmp_path):
+    source = tmp_path / "source"
+    (source / "deep/er").mkdir(parents=True)
+    (source / "deep/er/data.bin").write_bytes(os.urandom(700_000))  # several pieces
+    (source / "run.sh").write_text("echo ran\n")
+    (source / "run.sh").chmod(0o755)
+    (source / "deep/link").symlink_to("/etc/passwd")
+
+    async def work(sandbox):
+        up = await sandbox.upload(source, "tree")
+        listed = (await sandbox.execute("cd tree && find . -type f -printf '%P %m\\n' | sort")).stdout
+        return up, listed, await sandbox.download("tree", tmp_path / "target")
+
+    up, listed, down = inside(work)
+    assert listed == "deep/er/data.bin 644\nrun.sh 755\n"
+    assert up == (2, 700_009, ("deep/link",)) and down == (2, 700_009, ())
+    for name in ("deep/er/data.bin", "run.sh"):
+        assert (tmp_path / "target" / name).read_bytes() == (source / name).read_bytes()
+    assert os.access(tmp_path / "target/run.sh", os.X_OK)
+
+
+def test_a_download_takes_nothing_but_files(inside, tmp_path):
+    """Links, FIFOs, setuid bits and unreadable modes are the agent's; what arrives on the host has none of them."""
+    async def work(sandbox):
+        await sandbox.execute("mkdir -p out/d && ln -s /etc/passwd out/l && ln -s .. out/d/up && mkfifo out/f && echo x > out/s && chmod 4755 out/s && ln out/s out/d/hard")
+        return await sandbox.download("out", tmp_path / "target")
+
+    moved = inside(work)
+    assert sorted(moved.skipped) == ["d/up", "f", "l"] and moved.files == 2
+    found = {path.relative_to(tmp_path / "target").as_posix(): path.lstat().st_mode & 0o7777 for path in (tmp_path / "target").rglob("*")}
+    assert found == {"d": 0o755, "s": 0o755, "d/hard": 0o755}
+
+
+def test_a_download_is_bounded_and_never_overwrites(inside, tmp_path):
+    async def work(sandbox):
+        await sandbox.execute("mkdir out; head -c 3000000 /dev/zero > out/a; head -c 3000000 /dev/zero > out/b")
+        with pytest.raises(SandboxFileError) as caught:
+            await sandbox.download("out", tmp_path / "target", limit=4_000_000)
+        (tmp_path / "there").write_text("mine")
+        with pytest.raises(FileExistsError):
+            await sandbox.download("out/a", tmp_path / "there")
+        return caught.value.reason
+
+    assert inside(work) == "too_large"
+    assert sum(path.stat().st_size for path in (tmp_path / "target").iterdir()) <= 4_000_000 and (tmp_path / "there").read_text() == "mine"
+
+
+def test_a_swap_of_directory_and_link_leads_nowhere(inside, tmp_path):
+    """An agent that exchanges a directory with a link to /etc all the time gets nothing of the host into a download."""
+    async def work(sandbox):
+        swap = await sandbox.spawn("mkdir -p out/a && echo inner > out/a/passwd; ln -s /etc out/b; while :; do mv out/a out/c; mv out/b out/a; mv out/c out/b; mv out/a out/c; mv out/b out/a; mv out/c out/b; done", timeout=20)
+        await asyncio.sleep(0.2)
+        contents = set()
+        for number in range(30):
+            with contextlib.suppress(SandboxFileError):
+                await sandbox.download("out", tmp_path / str(number))
+        contents = {path.read_text() for path in tmp_path.rglob("passwd") if path.is_file()}
+        await swap.kill()
+        return contents
+
+    assert inside(work) <= {"inner\n"}

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from envs.rock import Sandbox, SandboxConfig, SandboxError, SandboxStartError, probe
+from envs.rock.embedded import EmbeddedSnapshot
 
 STATE = pathlib.Path(tempfile.gettempdir(), f"rock-{os.getuid()}")
 
@@ -182,7 +183,7 @@ def test_a_snapshot_of_another_tier_is_refused(config):
     async def work():
         async with Sandbox(config) as sandbox:
             snapshot = await sandbox.snapshot()
-            await Sandbox(config, snapshot._replace(tier="another")).start()
+            await Sandbox(config, EmbeddedSnapshot(snapshot.path, "another")).start()
 
     with pytest.raises(SandboxStartError, match="the snapshot is of tier another"):
         run(work)

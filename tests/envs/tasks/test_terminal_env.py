@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from envs.gem import format_tool_call, make
-from envs.rock import Sandbox, SandboxConfig, SandboxError
+from envs.rock import SandboxConfig, SandboxError
 from envs.tasks.terminal import make_task
 from envs.tasks.terminal.env import MAX_COMMAND_BYTES, TerminalEnv, read_command, trim
 from envs.tasks.terminal.reward import VerifierError, parse_reward
@@ -153,7 +153,7 @@ def test_a_sandbox_that_fails_ends_the_episode_as_infra_sandbox(env, monkeypatch
         raise SandboxError("the machine is gone")
 
     env.reset()
-    monkeypatch.setattr(Sandbox, "execute", broken)
+    monkeypatch.setattr(type(env._sandbox), "execute", broken)
     _, reward, terminated, _, info = env.step(bash("ls"))
     assert (reward, terminated, info["ending"], info["status"]) == (0.0, True, "infra_sandbox", "infra")
     assert "the machine is gone" in info["note"]

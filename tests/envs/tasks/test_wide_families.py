@@ -8,7 +8,8 @@ import shutil
 import pytest
 
 from envs.gem import format_tool_call, make
-from envs.rock import Sandbox, SandboxConfig
+from envs.rock import SandboxConfig
+from envs.rock.embedded import EmbeddedSandbox
 from envs.tasks.terminal import DOMAINS, FAMILIES, FAMILY_TABLE, HELD_OUT_FAMILIES, WIDE_FAMILIES, eval_seed, make_task
 from envs.tasks.terminal.env import MissingProgramsError, TerminalEnv
 from envs.tasks.terminal.expert import run_expert
@@ -194,12 +195,12 @@ def test_a_bug_that_matches_nothing_is_refused():
 
 
 def test_a_family_whose_program_is_missing_is_refused_by_name(monkeypatch):
-    real = Sandbox.execute
+    real = EmbeddedSandbox.execute
 
     async def without_git(self, command, *args, **kwargs):
         return await real(self, f"command() {{ [ \"$2\" != git ] && builtin command \"$@\"; }}\n{command}", *args, **kwargs)
 
-    monkeypatch.setattr(Sandbox, "execute", without_git)
+    monkeypatch.setattr(EmbeddedSandbox, "execute", without_git)
 
     async def reset(name):
         env = TerminalEnv(f"{name}/3", CONFIG)

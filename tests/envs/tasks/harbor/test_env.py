@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from envs.gem import format_tool_call, make
-from envs.rock import Sandbox, SandboxError
+from envs.rock import SandboxError
 from envs.tasks.harbor import EXAMPLES, BuildError, HarborEnv, RewardError, TaskError, UnsupportedError, combine, load_task
 from envs.tasks.harbor.dockerfile import KEYWORDS
 from envs.tasks.harbor.grade import pick, read_rewards
@@ -306,7 +306,7 @@ def test_a_sandbox_that_fails_while_grading_is_no_verdict(harbor, run, monkeypat
     async def episode():
         env = HarborEnv(harbor(), CONFIG)
         await env.areset()
-        monkeypatch.setattr(Sandbox, "verify", broken)
+        monkeypatch.setattr(type(env._sandbox), "verify", broken)
         return await env.astep("done")
 
     _, reward, terminated, _, info = run(episode())
