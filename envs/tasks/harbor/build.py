@@ -24,8 +24,10 @@ from envs.tasks.terminal.shell import tier_environment
 
 # Images for which the machine's own programs can stand -> the programs that must then be there.
 BASES: Mapping[str, tuple[str, ...]] = {
-    "ubuntu": (), "debian": (), "bash": (), "buildpack-deps": ("gcc", "make"), "python": ("python3",), "node": ("node",), "gcc": ("gcc",), "perl": ("perl",), "golang": ("go",),
-    "ruby": ("ruby",), "rust": ("cargo",), "ghcr.io/laude-institute/t-bench/ubuntu-24-04": (), "ghcr.io/laude-institute/t-bench/python-3-13": ("python3",),
+    "ubuntu": (), "debian": (), "bash": (), "buildpack-deps": ("gcc", "make"), "python": ("python3",), "node": ("node",), "gcc": ("gcc",),
+    "perl": ("perl",), "golang": ("go",),
+    "ruby": ("ruby",), "rust": ("cargo",), "ghcr.io/laude-institute/t-bench/ubuntu-24-04": (),
+    "ghcr.io/laude-institute/t-bench/python-3-13": ("python3",),
 }
 _CONVENTIONAL = ("data", "home", "mnt", "opt", "output", "outputs", "project", "repo", "results", "srv", "testbed", "var", "work", "workspace")
 _IN_EVERY_IMAGE = ("home", "mnt", "opt", "root", "srv", "var")
@@ -133,7 +135,8 @@ class _Builder:
         if keyword in _NOT_RUN:
             self._note(instruction, f"{keyword} is not run")
             return
-        act = {"FROM": self._from, "ARG": self._arg, "ENV": self._set_env, "WORKDIR": self._set_workdir, "USER": self._user, "SHELL": self._set_shell, "RUN": self._run,
+        act = {"FROM": self._from, "ARG": self._arg, "ENV": self._set_env, "WORKDIR": self._set_workdir, "USER": self._user, "SHELL": self._set_shell,
+               "RUN": self._run,
                "COPY": self._add, "ADD": self._add}[keyword]
         await act(instruction)
 
@@ -212,7 +215,8 @@ class _Builder:
         found = [match for source in sources for match in self._matches(instruction, source)]
         mode = self._chmod(instruction, flags)
         place = self._place(instruction, self._absolute(target))
-        into = target.endswith(("/", "/.")) or target in (".", "./") or len(found) > 1 or (await self._execute(f"[ -d {shlex.quote(place)} ]")).exit_code == 0
+        into = target.endswith(("/", "/.")) or target in (".",
+                                                          "./") or len(found) > 1 or (await self._execute(f"[ -d {shlex.quote(place)} ]")).exit_code == 0
         for name, folder in found:
             await self._lay(instruction, name, folder, place, into, mode)
 
@@ -227,7 +231,8 @@ class _Builder:
             content, permissions = self._context[name]
             if instruction.keyword == "ADD" and _is_archive(content):
                 await self._put(instruction, {f"{self._paths.workspace}/.archive": (content, 0o600)})
-                await self._check(instruction, f"mkdir -p {shlex.quote(place)} && tar -xf {self._paths.workspace}/.archive -C {shlex.quote(place)} && rm {self._paths.workspace}/.archive")
+                await self._check(instruction,
+                                  f"mkdir -p {shlex.quote(place)} && tar -xf {self._paths.workspace}/.archive -C {shlex.quote(place)} && rm {self._paths.workspace}/.archive")
                 return
             files = {f"{place}/{name.rsplit('/', 1)[-1]}" if into else place: (content, permissions)}
         await self._put(instruction, {path: (content, mode or permissions) for path, (content, permissions) in self._paths.scripts(files).items()})
@@ -240,7 +245,8 @@ class _Builder:
             for path, content in files.items():
                 if path not in inner:
                     await self._sandbox.write_files({".moved": content})
-                    await self._check(instruction, f"mkdir -p {shlex.quote(path.rsplit('/', 1)[0])} && mv {self._paths.workspace}/.moved {shlex.quote(path)}")
+                    await self._check(instruction,
+                                      f"mkdir -p {shlex.quote(path.rsplit('/', 1)[0])} && mv {self._paths.workspace}/.moved {shlex.quote(path)}")
         except SandboxFileError as error:
             raise BuildError(self._file, instruction.line, f"{instruction.keyword}: {self._paths.outward(str(error))}") from error
 
@@ -273,7 +279,8 @@ class _Builder:
         missing = await self._missing(sorted({program for needed in programs.values() for program in needed}))
         if lacking := [name for name, needed in programs.items() if set(needed) & set(missing)]:
             line = instruction.line_of(re.compile(rf"\b{re.escape(lacking[0])}\b"))
-            raise UnsupportedError(self._file, line, f"`apt-get install {' '.join(lacking)}` needs the network, and this machine lacks {', '.join(missing)}")
+            raise UnsupportedError(self._file, line,
+                                   f"`apt-get install {' '.join(lacking)}` needs the network, and this machine lacks {', '.join(missing)}")
         self._note(instruction, f"{' '.join(names)}: taken from this machine")
         return True
 
@@ -312,7 +319,8 @@ class _Builder:
         if result.exit_code != 0:
             why = "ran out of the time of build_timeout_sec" if result.timed_out else f"ended with exit {result.exit_code}"
             said = self._paths.outward((result.stdout + result.stderr).strip())[-500:]
-            raise BuildError(self._file, instruction.line if instruction else 0, f"{instruction.keyword if instruction else 'setting up'} {why}: {said}")
+            raise BuildError(self._file, instruction.line if instruction else 0,
+                             f"{instruction.keyword if instruction else 'setting up'} {why}: {said}")
 
     def _refused(self, instruction: Instruction, what: str) -> UnsupportedError:
         return UnsupportedError(self._file, instruction.line, f"{what}; the embedded backend cannot")
@@ -345,7 +353,8 @@ def _without_ignored(task: HarborTask) -> dict[str, tuple[bytes, int]]:
     for number, row in enumerate(ignored.splitlines(), 1):
         pattern = row.strip().strip("/")
         if pattern.startswith("!") or "**" in pattern:
-            raise UnsupportedError((task.environment.dockerfile_path or task.path).parent / ".dockerignore", number, f"the pattern {pattern!r}; plain names and * are taken")
+            raise UnsupportedError((task.environment.dockerfile_path or task.path).parent / ".dockerignore", number,
+                                   f"the pattern {pattern!r}; plain names and * are taken")
         for name, folder in _find(files, pattern) if pattern and not pattern.startswith("#") else []:
             files = {path: content for path, content in files.items() if path != name and not (folder and path.startswith(f"{name}/"))}
     return files

@@ -34,7 +34,8 @@ class HarborEnv(ShellEnv):
     """Plays one task folder, whatever the seed. Its agent's time limit counts from reset, or from a step's instruction."""
 
     def __init__(
-        self, task: HarborTask | str | pathlib.Path, sandbox_config: SandboxConfig | None = None, *, images: Mapping[str, tuple[str, ...]] | None = None, seed: int = 0,
+        self, task: HarborTask | str | pathlib.Path, sandbox_config: SandboxConfig | None = None, *,
+        images: Mapping[str, tuple[str, ...]] | None = None, seed: int = 0,
         max_turns: int = 40, command_timeout: float = 60.0, max_observation_chars: int = 4000, max_malformed: int = 3,
     ) -> None:
         """max_turns: of each step. images: see `build`. seed is taken because GEM's vectors give one."""
@@ -79,7 +80,8 @@ class HarborEnv(ShellEnv):
             await self.aclose()
             raise
         self._begin()
-        return instruction, {"task": self.task.name, "family": self.task.category or self.task.format, "seed": seed, "tools": self.tools, "notes": self.built.notes}
+        return instruction, {"task": self.task.name, "family": self.task.category or self.task.format, "seed": seed, "tools": self.tools,
+                             "notes": self.built.notes}
 
     async def asolve(self) -> StepResult:
         """Plays the reference solution from here to the end, as the oracle. TaskError where the task has none."""
@@ -100,9 +102,11 @@ class HarborEnv(ShellEnv):
             workdir = self.built.paths.place(self.built.workdir)
             await self._sandbox.write_files({f"{workdir}/{path}": content for path, content in self.built.paths.scripts(step.setup).items()})
             if "setup.sh" in step.setup:
-                result = await self._sandbox.execute(self.built.command("bash setup.sh && rm -f setup.sh"), timeout=self.task.environment.build_timeout, env=self.built.inner_env())
+                result = await self._sandbox.execute(self.built.command("bash setup.sh && rm -f setup.sh"),
+                                                     timeout=self.task.environment.build_timeout, env=self.built.inner_env())
                 if result.exit_code != 0:
-                    raise BuildError(self.task.path / "steps" / step.name / "workdir" / "setup.sh", 0, f"ended with exit {result.exit_code}: {result.stderr[-300:]}")
+                    raise BuildError(self.task.path / "steps" / step.name / "workdir" / "setup.sh", 0,
+                                     f"ended with exit {result.exit_code}: {result.stderr[-300:]}")
         await self._healthy(step.healthcheck)
         self._step_began = time.monotonic()
         return step.instruction
@@ -123,7 +127,8 @@ class HarborEnv(ShellEnv):
     async def _execute(self, command: str) -> CommandResult:
         limit = self._step.agent_timeout
         left = limit - (time.monotonic() - self._step_began) if limit else self._command_timeout
-        result = await self._sandbox.execute(self.built.command(command), timeout=min(self._command_timeout, max(left, 0.1)), env=self.built.inner_env())
+        result = await self._sandbox.execute(self.built.command(command), timeout=min(self._command_timeout, max(left, 0.1)),
+                                             env=self.built.inner_env())
         return dataclasses.replace(result, stdout=self.built.paths.outward(result.stdout), stderr=self.built.paths.outward(result.stderr))
 
     async def _observe(self, observation: str, info: Info) -> StepResult:
@@ -163,18 +168,22 @@ class HarborEnv(ShellEnv):
         rewards = [one.reward for one in self._grades]
         reward = combine(rewards, len(self.task.steps), self.task.reward_strategy)
         info.update(step_rewards=rewards, test_output=graded.output)
-        return await self._end("success" if reward == 1.0 else ending, info, observation, reward, truncated=ending == "truncated_turns", note=note or graded.note)
+        return await self._end("success" if reward == 1.0 else ending, info, observation, reward, truncated=ending == "truncated_turns",
+                               note=note or graded.note)
 
     async def _run_solution(self, step: Step) -> None:
         if step.solve_script is None:
             raise TaskError(self.task.path, 0, f"step {step.name!r} of {self.name} has no reference solution that could be run")
         script = step.solution[step.solve_script][0].decode(errors="replace")
         if need := offline.network_need(script):
-            raise UnsupportedError(self.task.path / "solution" / step.solve_script, need[0], f"`{need[1]}` needs the network, and the embedded sandbox has none")
+            raise UnsupportedError(self.task.path / "solution" / step.solve_script, need[0],
+                                   f"`{need[1]}` needs the network, and the embedded sandbox has none")
         place = self.built.paths.place("/solution")
-        await self._sandbox.write_files({f"{place}/{path}": content for path, content in self.built.paths.scripts(step.solution, everything=True).items()})
+        await self._sandbox.write_files({f"{place}/{path}": content for path,
+                                         content in self.built.paths.scripts(step.solution, everything=True).items()})
         env = {**self.built.inner_env(), **{name: self.built.paths.inward(value) for name, value in step.solution_env.items()}}
-        result = await self._sandbox.execute(self.built.command(f"bash /solution/{shlex.quote(step.solve_script)}"), timeout=step.agent_timeout or SOLVE_TIMEOUT_S, env=env)
+        result = await self._sandbox.execute(self.built.command(f"bash /solution/{shlex.quote(step.solve_script)}"),
+                                             timeout=step.agent_timeout or SOLVE_TIMEOUT_S, env=env)
         await self._sandbox.execute(f"rm -rf {shlex.quote(place)}")
         self.solution_result = result
 

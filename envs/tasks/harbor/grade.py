@@ -80,7 +80,8 @@ async def grade(sandbox: Sandbox, step: Step, built: Built) -> Grade:
     A script that left no valid reward, or did not end, earns 0: the agent shares its world and could have brought that about. That the tests are
     sound is for the oracle to prove, which must earn 1.
     """
-    result = await sandbox.verify(_script(sandbox, step, built), timeout=step.verifier_timeout, files={"tests.tar": _tar(built.paths.scripts(step.tests, everything=True))})
+    result = await sandbox.verify(_script(sandbox, step, built), timeout=step.verifier_timeout,
+                                  files={"tests.tar": _tar(built.paths.scripts(step.tests, everything=True))})
     output = built.paths.outward(result.stdout)
     if result.timed_out:
         return Grade(0.0, {}, f"the tests of {step.name} were stopped after {step.verifier_timeout:g} s", output)
@@ -106,7 +107,8 @@ def _script(sandbox: Sandbox, step: Step, built: Built) -> str:
     variables = {**inner, **{name: built.paths.inward(value) for name, value in step.verifier_env.items()}, "PATH": path.strip(":"), "LANG": "C.UTF-8",
                  "TEST_DIR": tests, "PYTHONSAFEPATH": "1", "PYTHONPATH": tests, "PYTHONNOUSERSITE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     return _RUN.format(
-        workspace=shlex.quote(sandbox.workspace), workdir=shlex.quote(built.paths.place(built.workdir)), script=shlex.quote(step.test_script), bytes=SUMMARY_BYTES,
+        workspace=shlex.quote(sandbox.workspace), workdir=shlex.quote(built.paths.place(built.workdir)), script=shlex.quote(step.test_script),
+        bytes=SUMMARY_BYTES,
         variables=" ".join(shlex.quote(f"{name}={value}") for name, value in variables.items()))
 
 

@@ -78,7 +78,8 @@ def load_harbor(folder: pathlib.Path, environ: Mapping[str, str]) -> HarborTask:
     version = table.values.get("schema_version", table.values.get("version", "1.0"))
     table.known |= {"schema_version", "version"}
     if not isinstance(version, str) or not re.fullmatch(r"1(\.\d+)*", version):
-        raise table.fault("schema_version" if "schema_version" in table.values else "version", f"{version!r} is no schema version that is known here (1.0 to 1.4)")
+        raise table.fault("schema_version" if "schema_version" in table.values else "version",
+                          f"{version!r} is no schema version that is known here (1.0 to 1.4)")
     metadata, about = table.get("metadata", dict, {}), table.table("task")
     about.known |= {"description", "authors", "keywords"}
     step_tables = table.tables("steps")
@@ -183,7 +184,8 @@ def _healthcheck(table: Table) -> Healthcheck | None:
     command = check.text("command")
     if not command:
         raise check.fault("command", "a health check needs a command")
-    return Healthcheck(command, check.seconds("interval_sec", 5.0), check.seconds("timeout_sec", 30.0), check.number("start_period_sec", 0.0), check.integer("retries", 3))
+    return Healthcheck(command, check.seconds("interval_sec", 5.0), check.seconds("timeout_sec", 30.0), check.number("start_period_sec", 0.0),
+                       check.integer("retries", 3))
 
 
 def _network(table: Table, mode: object) -> None:
@@ -204,7 +206,8 @@ def _environment(folder: pathlib.Path, table: Table) -> Environment:
     if workdir is not None and not workdir.startswith("/"):
         raise table.fault("workdir", f"{workdir!r} is no absolute path")
     return Environment(
-        context=context, dockerfile=read_text(place / "Dockerfile", MAX_DOCKERFILE_BYTES) if "Dockerfile" in context else None, dockerfile_path=place / "Dockerfile", compose_path=needed_compose(place),
+        context=context, dockerfile=read_text(place / "Dockerfile", MAX_DOCKERFILE_BYTES) if "Dockerfile" in context else None,
+        dockerfile_path=place / "Dockerfile", compose_path=needed_compose(place),
         docker_image=table.text("docker_image"), build_timeout=table.seconds("build_timeout_sec", 600.0), cpus=cpus,
         memory_mb=table.megabytes("memory_mb", "memory"), storage_mb=table.megabytes("storage_mb", "storage"), gpus=table.integer("gpus", 0),
         network_mode=mode, allowed_hosts=table.texts("allowed_hosts"), workdir=workdir, env=table.environment("env"), healthcheck=_healthcheck(table),

@@ -26,7 +26,8 @@ def load_terminal_bench_1(folder: pathlib.Path) -> HarborTask:
     parser = table.text("parser_name") or "pytest"
     if parser not in PARSERS:
         raise table.fault("parser_name", f"{parser!r} is not known here; {', '.join(PARSERS)} is")
-    table.known |= {"author_name", "author_email", "max_test_timeout_sec", "expert_time_estimate_min", "junior_time_estimate_min", "estimated_duration_sec"}
+    table.known |= {"author_name", "author_email", "max_test_timeout_sec", "expert_time_estimate_min", "junior_time_estimate_min",
+                    "estimated_duration_sec"}
     shared_shell = table.get("run_tests_in_same_shell", bool, False)
     tests = with_script(read_folder(folder / "tests"), "run-tests.sh", read_text(folder / "run-tests.sh"))
     solution, script = _solution(folder)
@@ -35,7 +36,8 @@ def load_terminal_bench_1(folder: pathlib.Path) -> HarborTask:
     step = Step("task", instruction, tests, test_script="run-tests.sh", solution=solution, solve_script=script, parser=parser,
                 agent_timeout=table.seconds("max_agent_timeout_sec", 360.0), verifier_timeout=table.seconds("max_test_timeout_sec", 60.0))
     environment = Environment(
-        context=context, dockerfile=read_text(folder / "Dockerfile", MAX_DOCKERFILE_BYTES) if "Dockerfile" in context else None, dockerfile_path=folder / "Dockerfile",
+        context=context, dockerfile=read_text(folder / "Dockerfile", MAX_DOCKERFILE_BYTES) if "Dockerfile" in context else None,
+        dockerfile_path=folder / "Dockerfile",
         compose_path=needed_compose(folder))
     return HarborTask(
         name=folder.resolve().name, path=folder, format="terminal-bench-1", schema_version="terminal-bench-1", environment=environment, steps=(step,),

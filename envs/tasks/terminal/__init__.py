@@ -23,4 +23,5 @@ for _name in FAMILIES + HELD_OUT_FAMILIES:
 for _name in WIDE_FAMILIES:
     register(f"terminal/{_name}", "envs.tasks.terminal.env:TerminalEnv", family=_name, **WIDE_LIMITS)
 
-__all__ = ["DOMAINS", "EVAL_SEED_START", "FAMILIES", "FAMILY_TABLE", "FamilyInfo", "HELD_OUT_FAMILIES", "Task", "WIDE_FAMILIES", "WORDS", "eval_seed", "make_task", "train_seed"]
+__all__ = ["DOMAINS", "EVAL_SEED_START", "FAMILIES", "FAMILY_TABLE", "FamilyInfo", "HELD_OUT_FAMILIES", "Task", "WIDE_FAMILIES", "WORDS", "eval_seed",
+           "make_task", "train_seed"]

@@ -69,7 +69,8 @@ PROGRAMS = (
         lambda rng: [("",), ("AUTUMN",), (_word(rng) + " U " + _word(rng),), (_word(rng) * 3,)],
     ),
     Program(
-        "caesar", "caesar(text, shift)", "move every lower-case letter a-z by `shift` places, around the end of the alphabet, and leave other characters",
+        "caesar", "caesar(text, shift)",
+        "move every lower-case letter a-z by `shift` places, around the end of the alphabet, and leave other characters",
         "def caesar(text, shift):\n    result = ''\n    for letter in text:\n        if 'a' <= letter <= 'z':\n            place = (ord(letter) - ord('a') + shift) % 26\n"
         "            result += chr(ord('a') + place)\n        else:\n            result += letter\n    return result\n",
         ((") % 26", ")"), ("+ shift", "- shift"), ("            result += letter\n", "            pass\n")),
@@ -89,7 +90,8 @@ PROGRAMS = (
         lambda rng: [([[1, 3], [3, 5]],), ([[1, 9], [2, 4]],), ([[7, 8], [1, 2]],), ([[a, a + rng.randint(1, 6)] for a in rng.sample(range(40), 6)],)],
     ),
     Program(
-        "word_counts", "word_counts(text)", "return a dict from each word of the text, in lower case, to how often it occurs; words are separated by white space",
+        "word_counts", "word_counts(text)",
+        "return a dict from each word of the text, in lower case, to how often it occurs; words are separated by white space",
         "def word_counts(text):\n    counts = {}\n    for word in text.lower().split():\n        counts[word] = counts.get(word, 0) + 1\n    return counts\n",
         (("counts.get(word, 0)", "counts.get(word, 1)"), (".lower()", ""), (".split()", ".split(' ')")),
         lambda rng: [("",), ("a  A b",), (" ".join(rng.choice("abc") for _ in range(8)),), ("Red red\tblue",)],

@@ -39,7 +39,8 @@ FAMILY_TABLE: dict[str, FamilyInfo] = {
 }
 
 
-def wide_family(name: str, domain: str, difficulty: int, *programs: str, runs_agent_code: bool = False) -> Callable[[Callable[[Draw], Plan]], Callable[[Draw], Plan]]:
+def wide_family(name: str, domain: str, difficulty: int, *programs: str, runs_agent_code: bool = False) -> Callable[[Callable[[Draw], Plan]],
+    Callable[[Draw], Plan]]:
     """Registers a wide family. `programs` are refused by name where the sandbox lacks them.
 
     runs_agent_code: its verifier runs what the agent wrote, so a verifier that dies counts as the agent's failure.

@@ -49,7 +49,8 @@ def join_tables(draw: Draw) -> Plan:
         yield "head -n 3 users.csv orders.csv"
         yield _python(
             "import csv", "names = {row['id']: row['name'] for row in csv.DictReader(open('users.csv'))}", "totals = {}",
-            "for row in csv.DictReader(open('orders.csv')):", "    name = names[row['user']]", "    totals[name] = totals.get(name, 0) + int(row['amount'])",
+            "for row in csv.DictReader(open('orders.csv')):", "    name = names[row['user']]",
+            "    totals[name] = totals.get(name, 0) + int(row['amount'])",
             "with open('out.csv', 'w') as out:", "    print('name,total', file=out)",
             "    for name, total in sorted(totals.items(), key=lambda pair: (-pair[1], pair[0])):", "        print(f'{name},{total}', file=out)",
         )
@@ -69,7 +70,8 @@ def json_filter(draw: Draw) -> Plan:
     def expert() -> Expert:
         yield f"head -n 8 {source}"
         test = f"one['age'] > {limit} and one['team']['name'] == '{colours[0]}'"
-        yield _python("import json", f"rows = json.load(open('{source}'))", f"print(*sorted(one['name'] for one in rows if {test}), sep='\\n', file=open('out.txt', 'w'))")
+        yield _python("import json", f"rows = json.load(open('{source}'))",
+                      f"print(*sorted(one['name'] for one in rows if {test}), sep='\\n', file=open('out.txt', 'w'))")
 
     instruction = f"Write the names of all people in {source} who are older than {limit} and in team {colours[0]} to out.txt, in alphabetical order, one a line."
     return Plan(instruction, {source: json.dumps(people, indent=1) + "\n"}, [holds("out.txt", lines(*answer))], expert)
@@ -84,7 +86,8 @@ def json_set(draw: Draw) -> Plan:
 
     def expert() -> Expert:
         yield "cat settings.json"
-        yield _python("import json", "s = json.load(open('settings.json'))", f"s['{outer}']['{inner}'] = {new}", f"s['{outer}']['{other}'].append('{item}')",
+        yield _python("import json", "s = json.load(open('settings.json'))", f"s['{outer}']['{inner}'] = {new}",
+                      f"s['{outer}']['{other}'].append('{item}')",
                       "json.dump(s, open('settings.json', 'w'), indent=2)")
 
     instruction = f"In settings.json, under {outer}, set {inner} to {new} and add \"{item}\" at the end of the list {other}. Change nothing else."
@@ -103,7 +106,8 @@ def sqlite_report(draw: Draw) -> Plan:
     def expert() -> Expert:
         yield "python3 -c \"import sqlite3; print(sqlite3.connect('shop.db').execute('select sql from sqlite_master').fetchall())\""
         query = "select shop, count(*), max(amount) from sales group by shop order by shop"
-        yield _python("import sqlite3", "out = open('out.txt', 'w')", f"for row in sqlite3.connect('shop.db').execute('{query}'):", "    print(*row, file=out)")
+        yield _python("import sqlite3", "out = open('out.txt', 'w')", f"for row in sqlite3.connect('shop.db').execute('{query}'):",
+                      "    print(*row, file=out)")
 
     answer = lines(*(f"{shop} {len(amounts)} {max(amounts)}" for shop, amounts in sorted(totals.items())))
     instruction = "shop.db is an SQLite database. For each shop in its table sales write a line to out.txt: shop, number of sales, largest amount; by name of the shop."
@@ -114,7 +118,8 @@ def sqlite_report(draw: Draw) -> Plan:
 def access_log(draw: Draw) -> Plan:
     source, paths, code = draw.word() + ".log", draw.words(4), draw.number(500, 504)
     counts = [5, 3, 2, 1]
-    rows = [f'10.0.0.{draw.number(1, 9)} - - [05/Mar/2024] "GET /{path} HTTP/1.1" {code} {draw.number(100, 999)}' for path, count in zip(paths, counts) for _ in range(count)]
+    rows = [f'10.0.0.{draw.number(1, 9)} - - [05/Mar/2024] "GET /{path} HTTP/1.1" {code} {draw.number(100, 999)}' for path,
+            count in zip(paths, counts) for _ in range(count)]
     rows += [f'10.0.0.{draw.number(1, 9)} - - [05/Mar/2024] "GET /{draw.choose(*paths[1:])} HTTP/1.1" 200 {code}' for _ in range(12)]
 
     def expert() -> Expert:
@@ -136,7 +141,8 @@ def jsonl_to_csv(draw: Draw) -> Plan:
     def expert() -> Expert:
         yield "head -n 3 rows.jsonl"
         yield _python("import csv, json", "rows = [json.loads(line) for line in open('rows.jsonl')]",
-                      f"out = csv.DictWriter(open('rows.csv', 'w', newline=''), {keys!r}, restval='', lineterminator='\\n')", "out.writeheader()", "out.writerows(rows)")
+                      f"out = csv.DictWriter(open('rows.csv', 'w', newline=''), {keys!r}, restval='', lineterminator='\\n')", "out.writeheader()",
+                      "out.writerows(rows)")
 
     answer = lines(",".join(keys), *(",".join(record.get(key, "") for key in keys) for record in records))
     instruction = f"Convert rows.jsonl to rows.csv with the columns {', '.join(keys)} and a header. A value that is missing becomes an empty field."
@@ -147,7 +153,8 @@ def jsonl_to_csv(draw: Draw) -> Plan:
 def rejects(draw: Draw) -> Plan:
     source = draw.word() + ".csv"
     good = [f"{draw.word()},{draw.number(1, 999)},{draw.word()}" for _ in range(6)]
-    bad = [f"{draw.word()},{draw.word()},{draw.word()}", f"{draw.word()},{draw.number(1, 9)}", f"{draw.word()},{draw.number(1, 9)},{draw.word()},{draw.word()}", f"{draw.word()},,{draw.word()}"]
+    bad = [f"{draw.word()},{draw.word()},{draw.word()}", f"{draw.word()},{draw.number(1, 9)}",
+           f"{draw.word()},{draw.number(1, 9)},{draw.word()},{draw.word()}", f"{draw.word()},,{draw.word()}"]
     rows = draw.shuffled(good + bad)
 
     def expert() -> Expert:
@@ -155,7 +162,8 @@ def rejects(draw: Draw) -> Plan:
         test = "NF == 3 && $2 ~ /^[0-9]+$/"
         yield f"awk -F, '{test}' {source} > good.csv && awk -F, '!({test})' {source} > bad.csv"
 
-    found = [holds("good.csv", lines(*(row for row in rows if row in good))), holds("bad.csv", lines(*(row for row in rows if row in bad))), holds(source, lines(*rows))]
+    found = [holds("good.csv", lines(*(row for row in rows if row in good))), holds("bad.csv", lines(*(row for row in rows if row in bad))),
+             holds(source, lines(*rows))]
     instruction = f"A good line of {source} has three fields, and the second is a whole number. Copy the good lines to good.csv and the others to bad.csv, in order."
     return Plan(instruction, {source: lines(*rows)}, found, expert)
 
@@ -172,9 +180,11 @@ def pivot(draw: Draw) -> Plan:
     def expert() -> Expert:
         yield "head -n 3 sales.csv"
         yield write_file("pivot.py", lines(
-            "import collections, csv", "rows = list(csv.DictReader(open('sales.csv')))", "count = collections.Counter((row['product'], row['date'][:7]) for row in rows)",
+            "import collections, csv", "rows = list(csv.DictReader(open('sales.csv')))",
+            "count = collections.Counter((row['product'], row['date'][:7]) for row in rows)",
             f"months = {months!r}", "with open('table.csv', 'w') as out:", "    print('product', *months, sep=',', file=out)",
-            "    for product in sorted({row['product'] for row in rows}):", "        print(product, *(count[product, month] for month in months), sep=',', file=out)"))
+            "    for product in sorted({row['product'] for row in rows}):",
+            "        print(product, *(count[product, month] for month in months), sep=',', file=out)"))
         yield "python3 pivot.py && cat table.csv"
 
     table = lines(",".join(["product", *months]), *(",".join([product, *(str(cells[product, month]) for month in months)]) for product in products))

@@ -69,7 +69,8 @@ def makefile(draw: Draw) -> Plan:
     one, two, target, fresh = draw.word(), draw.word(), draw.word(), draw.word()
     files = {f"{one}.txt": lines(draw.word()), f"{two}.txt": lines(draw.word())}
     good = f"{target}.txt: {one}.txt {two}.txt\n\tcat {one}.txt {two}.txt > {target}.txt\n"
-    broken = draw.choose(good.replace("\t", "    "), good.replace(f": {one}.txt {two}.txt", f": {one}.txt {two}.text"), good.replace(f" {two}.txt\n", "\n", 1))
+    broken = draw.choose(good.replace("\t", "    "), good.replace(f": {one}.txt {two}.txt", f": {one}.txt {two}.text"),
+                         good.replace(f" {two}.txt\n", "\n", 1))
 
     def expert() -> Expert:
         yield f"make {target}.txt 2>&1 || true; cat Makefile"
@@ -88,7 +89,8 @@ def broken_json(draw: Draw) -> Plan:
     source, keys = draw.word() + ".json", draw.words(4)
     value = {keys[0]: draw.number(1, 99), keys[1]: [draw.word(), draw.word()], keys[2]: {keys[3]: draw.word()}}
     text = json.dumps(value, indent=2) + "\n"
-    broken = draw.choose(text.replace('",', '"', 1), text.replace(f'"{keys[2]}"', keys[2]), text.replace("],", "],,"), text.replace(f'"{keys[3]}":', f'"{keys[3]}" ='),
+    broken = draw.choose(text.replace('",', '"', 1), text.replace(f'"{keys[2]}"', keys[2]), text.replace("],", "],,"),
+                         text.replace(f'"{keys[3]}":', f'"{keys[3]}" ='),
                          text.replace(f'"{keys[0]}"', f"'{keys[0]}'"))
 
     def expert() -> Expert:
@@ -96,7 +98,8 @@ def broken_json(draw: Draw) -> Plan:
         yield f"cat {source}"
         yield write_file(source, text)
 
-    return Plan(f"{source} is not valid JSON any more. Mend it without changing what it means.", {source: broken}, [checks.json_holds(source, value)], expert)
+    return Plan(f"{source} is not valid JSON any more. Mend it without changing what it means.", {source: broken}, [checks.json_holds(source, value)],
+                expert)
 
 
 @wide_family("import_cycle", "debugging", 4, "python3", runs_agent_code=True)
@@ -116,7 +119,8 @@ def import_cycle(draw: Draw) -> Plan:
         yield f"sed -i '/^RATE/d; /^def {price}/,/return/d; 1i from base import RATE, {price}' {one}.py && sed -i 's/^from {one} import/from base import/' {two}.py"
         yield f"python3 -c 'import {one}, {two}'"
 
-    found = [checks.python_prints(f"{result} {rate} {10 * rate} {rate * 3}", f"from {first} import *\nimport {one}, {two}\nprint({one}.total({amounts}), {one}.RATE, {two}.LIMIT, {one}.{price}(3))")
+    found = [checks.python_prints(f"{result} {rate} {10 * rate} {rate * 3}",
+                                  f"from {first} import *\nimport {one}, {two}\nprint({one}.total({amounts}), {one}.RATE, {two}.LIMIT, {one}.{price}(3))")
              for first in (one, two)]
     return Plan(f"{one}.py and {two}.py import each other, and neither can be imported. Mend that; every name stays where it can be imported from now.", files, found, expert)
 
@@ -145,7 +149,8 @@ def two_modules(draw: Draw) -> Plan:
     programs, modules = draw.rng.sample(PROGRAMS, 3), draw.words(3)
     bugs = [draw.rng.choice(program.bugs) for program in programs]
     order = draw.rng.sample(range(3), 3)
-    files = {f"lib/{module}.py": program.broken(bug) if place else program.source for module, program, bug, place in zip(modules, programs, bugs, order)}
+    files = {f"lib/{module}.py": program.broken(bug) if place else program.source for module, program, bug,
+             place in zip(modules, programs, bugs, order)}
     hidden = [calls(program, draw.rng, f"lib.{module}") for program, module in zip(programs, modules)]
 
     def expert() -> Expert:
@@ -155,5 +160,6 @@ def two_modules(draw: Draw) -> Plan:
                 yield write_file(f"lib/{module}.py", program.source)
 
     spec = lines(*(f"lib/{module}.py: {program.signature} shall {program.spec}." for module, program in zip(modules, programs)))
-    return Plan("SPEC.txt says what the modules in lib shall do. Two of the three are wrong. Mend them.", {"SPEC.txt": spec, "lib/__init__.py": "", **files},
+    return Plan("SPEC.txt says what the modules in lib shall do. Two of the three are wrong. Mend them.",
+                {"SPEC.txt": spec, "lib/__init__.py": "", **files},
                 [holds("SPEC.txt", spec), *(checks.python_prints(expected, code) for code, expected in hidden)], expert)

@@ -23,7 +23,8 @@ def flatten(draw: Draw) -> Plan:
 
     moved = {path.split("/")[1]: text for path, text in logs.items()}
     found = [checks.tree(target, moved), *(holds(f"{target}/{name}", text) for name, text in moved.items()), *map(gone, logs), *unchanged(others)]
-    return Plan(f"Move every .log file, in whatever folder it lies, into a new folder {target}. Leave the other files.", {**logs, **others}, found, expert)
+    return Plan(f"Move every .log file, in whatever folder it lies, into a new folder {target}. Leave the other files.", {**logs, **others}, found,
+                expert)
 
 
 @wide_family("unpack_one", "files", 2, "tar", "gzip")
@@ -103,7 +104,8 @@ def odd_names(draw: Draw) -> Plan:
         yield 'for f in *" "*; do mv -- "$f" "${f// /_}"; done'
         yield "ls -Q"
 
-    found = [checks.tree(".", [name.replace(" ", "_") for name in files]), *(holds(f"./{name.replace(' ', '_')}", text) for name, text in files.items())]
+    found = [checks.tree(".", [name.replace(" ", "_") for name in files]),
+             *(holds(f"./{name.replace(' ', '_')}", text) for name, text in files.items())]
     return Plan("Replace every space in the names of the files here by an underscore.", files, found, expert)
 
 
@@ -121,7 +123,8 @@ def newest(draw: Draw) -> Plan:
         yield f"echo {rows[0]} > out.txt"
 
     setup = lines(*(f"touch -d '2024-03-{day:02d} 10:00' {name}" for name, day in zip(files, days)))
-    return Plan(f"Which .log file is the {which} by its time of change? Write its name to out.txt.", files, [holds("out.txt", answer)], expert, setup=setup)
+    return Plan(f"Which .log file is the {which} by its time of change? Write its name to out.txt.", files, [holds("out.txt", answer)], expert,
+                setup=setup)
 
 
 @wide_family("parts", "files", 2)

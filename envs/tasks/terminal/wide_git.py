@@ -40,8 +40,10 @@ def git_commit(draw: Draw) -> Plan:
         yield "git status --short; git log --oneline"
 
     setup = _START + _commit(first, {one: old, two: kept}) + f"echo {draw.word()} >> {two}\n"
-    found = [checks.head_is("main"), checks.subjects("main", subject, first), checks.committed("main", one, old + new), checks.committed("main", two, kept)]
-    return Plan(f"Append the line {new} to {one} and commit this change, and no other, with the message `{subject}`.", {"todo.txt": lines(subject)}, found, expert,
+    found = [checks.head_is("main"), checks.subjects("main", subject, first), checks.committed("main", one, old + new),
+             checks.committed("main", two, kept)]
+    return Plan(f"Append the line {new} to {one} and commit this change, and no other, with the message `{subject}`.", {"todo.txt": lines(subject)},
+                found, expert,
                 setup=setup.replace("git add -A", f"git add {one} {two}"))
 
 
@@ -55,7 +57,8 @@ def git_ignore(draw: Draw) -> Plan:
         yield f"echo '*.log' > .gitignore && git rm -q --cached {log} && git add .gitignore && git commit -q -m 'ignore logs'"
         yield "git ls-files; ls"
 
-    found = [checks.uncommitted("main", log), checks.committed("main", source, text), holds(log, noise), checks.committed("main", ".gitignore", "*.log"), checks.subjects("main", "ignore logs", first)]
+    found = [checks.uncommitted("main", log), checks.committed("main", source, text), holds(log, noise),
+             checks.committed("main", ".gitignore", "*.log"), checks.subjects("main", "ignore logs", first)]
     instruction = f"{log} was committed by mistake. Take it out of the repository but keep the file; make a .gitignore with the line *.log; commit both with the message `ignore logs`."
     return Plan(instruction, {}, found, expert, setup=_START + _commit(first, {source: text, log: noise}))
 
@@ -70,10 +73,13 @@ def git_recover(draw: Draw) -> Plan:
         found = (yield f"git log --format=%h --diff-filter=D -- {names[0]}").split()
         yield f"git checkout -q {found[0]}~1 -- {names[0]} && cat {names[0]}"
 
-    setup = (_START + _commit(f"add {words[0]}", dict(zip(names, texts))) + _commit(f"change {words[1]}", {names[0]: lost}) + _commit(f"drop {words[2]}", {names[0]: None})
+    setup = (_START + _commit(f"add {words[0]}", dict(zip(names, texts)))
+             + _commit(f"change {words[1]}", {names[0]: lost}) + _commit(f"drop {words[2]}", {names[0]: None})
              + _commit(f"more {words[3]}", {names[1]: later}))
-    found = [holds(names[0], lost), holds(names[1], later), holds(names[2], texts[2]), checks.subjects("main", *(f"{a} {b}" for a, b in zip(("more", "drop", "change", "add"), reversed(words))))]
-    return Plan(f"{names[0]} was deleted in an earlier commit. Bring it back as it was just before. No commit is needed.", {}, found, expert, setup=setup)
+    found = [holds(names[0], lost), holds(names[1], later), holds(names[2], texts[2]),
+             checks.subjects("main", *(f"{a} {b}" for a, b in zip(("more", "drop", "change", "add"), reversed(words))))]
+    return Plan(f"{names[0]} was deleted in an earlier commit. Bring it back as it was just before. No commit is needed.", {}, found, expert,
+                setup=setup)
 
 
 @wide_family("git_revert", "software", 3, "git")
@@ -87,8 +93,10 @@ def git_revert(draw: Draw) -> Plan:
         yield f"git revert --no-edit {next(row.split()[0] for row in rows if row.endswith(subjects[1]))}"
         yield "git log --format=%s; git status --short"
 
-    setup = _START + _commit(subjects[0], dict(zip(names, texts))) + _commit(subjects[1], {names[0]: bad}) + _commit(subjects[2], {names[1]: good}) + _commit(subjects[3], {names[2]: bad})
-    found = [checks.committed("main", names[0], texts[0]), checks.committed("main", names[1], good), checks.committed("main", names[2], bad), holds(names[0], texts[0]),
+    setup = (_START + _commit(subjects[0], dict(zip(names, texts))) + _commit(subjects[1], {names[0]: bad})
+             + _commit(subjects[2], {names[1]: good}) + _commit(subjects[3], {names[2]: bad}))
+    found = [checks.committed("main", names[0], texts[0]), checks.committed("main", names[1], good), checks.committed("main", names[2], bad),
+             holds(names[0], texts[0]),
              checks.subjects("main", f'Revert "{subjects[1]}"', *reversed(subjects))]
     return Plan(f"Undo the commit `{subjects[1]}` by a new commit, with git's own message for this.", {}, found, expert, setup=setup)
 
@@ -105,9 +113,12 @@ def git_pick(draw: Draw) -> Plan:
 
     setup = (_START + _commit(subjects[0], dict(zip(names, texts))) + f"git checkout -q -b {branch}\n" + _commit(subjects[1], {names[1]: texts[3]})
              + _commit(subjects[2], {names[0]: texts[4]}) + _commit(subjects[3], {names[2]: None}) + "git checkout -q main\n")
-    found = [checks.head_is("main"), checks.subjects("main", subjects[2], subjects[0]), checks.committed("main", names[0], texts[4]), checks.committed("main", names[1], texts[1]),
-             checks.committed("main", names[2], texts[2]), checks.parents("main", 1), checks.subjects(branch, *reversed(subjects)), holds(names[0], texts[4])]
-    return Plan(f"Of the commits on branch {branch}, main needs `{subjects[2]}` and no other. Bring it to main, with its message.", {}, found, expert, setup=setup)
+    found = [checks.head_is("main"), checks.subjects("main", subjects[2], subjects[0]), checks.committed("main", names[0], texts[4]),
+             checks.committed("main", names[1], texts[1]),
+             checks.committed("main", names[2], texts[2]), checks.parents("main", 1), checks.subjects(branch, *reversed(subjects)),
+             holds(names[0], texts[4])]
+    return Plan(f"Of the commits on branch {branch}, main needs `{subjects[2]}` and no other. Bring it to main, with its message.", {}, found, expert,
+                setup=setup)
 
 
 @wide_family("git_merge", "software", 5, "git")
@@ -126,8 +137,10 @@ def git_merge(draw: Draw) -> Plan:
 
     setup = (_START + _commit("start", {name: base, other: mine}) + f"git checkout -q -b {branch}\n" + _commit("theirs", {name: theirs, third: added})
              + "git checkout -q main\n" + _commit("ours", {name: ours}))
-    found = [checks.head_is("main"), checks.parents("main", 2), checks.committed("main", name, merged), checks.committed("main", third, added), checks.committed("main", other, mine),
-             holds(name, merged), holds(third, added), gone(".git/MERGE_HEAD"), checks.subjects("main^1", "ours", "start"), checks.subjects("main^2", "theirs", "start")]
+    found = [checks.head_is("main"), checks.parents("main", 2), checks.committed("main", name, merged), checks.committed("main", third, added),
+             checks.committed("main", other, mine),
+             holds(name, merged), holds(third, added), gone(".git/MERGE_HEAD"), checks.subjects("main^1", "ours", "start"),
+             checks.subjects("main^2", "theirs", "start")]
     return Plan(f"Merge branch {branch} into main. Where they disagree, what {kept} has counts. Commit the merge.", {}, found, expert, setup=setup)
 
 
@@ -149,5 +162,6 @@ def git_bisect(draw: Draw) -> Plan:
 
     check = f"import os, sys\nsys.path.insert(0, os.getcwd())\nfrom {module} import scale\nsys.exit(any(scale(x) != {factor} * x for x in range(9)))\n"
     instruction = f"check.py ends with 0 where {module}.py is right. It was right at first. Write the subject of the first commit at which it fails to out.txt."
-    return Plan(instruction, {"check.py": check}, [holds("out.txt", subjects[bad]), checks.subjects("main", *reversed(subjects)), checks.head_is("main"), holds("check.py", check)], expert,
+    return Plan(instruction, {"check.py": check}, [holds("out.txt", subjects[bad]), checks.subjects("main", *reversed(subjects)),
+                                                   checks.head_is("main"), holds("check.py", check)], expert,
                 setup=_START + "echo check.py > .git/info/exclude\n" + "".join(steps))

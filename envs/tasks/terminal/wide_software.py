@@ -36,7 +36,8 @@ def failing_tests(draw: Draw) -> Plan:
     for index, (program, module) in enumerate(zip(programs, modules)):
         files[f"{package}/{module}.py"] = program.broken(draw.rng.choice(program.bugs)) if index == wrong else program.source
         rows = [f"        self.assertEqual({program.name}(*{arguments!r}), {program.expected(arguments)})" for arguments in program.inputs(draw.rng)]
-        files[f"tests/test_{module}.py"] = lines("import unittest", "", f"from {package}.{module} import {program.name}", "", "", "class Test(unittest.TestCase):",
+        files[f"tests/test_{module}.py"] = lines("import unittest", "", f"from {package}.{module} import {program.name}", "", "",
+                                                 "class Test(unittest.TestCase):",
                                                  "    def test_it(self):", *rows)
     files["tests/__init__.py"] = ""
     hidden = [calls(program, draw.rng, f"{package}.{module}") for program, module in zip(programs, modules)]
@@ -68,7 +69,8 @@ def rename_function(draw: Draw) -> Plan:
         yield f"sed -i 's/\\b{old}\\b/{new}/g' *.py"
         yield f"grep -n {old} *"
 
-    renamed = {path: text.replace(f"{old}(", f"{new}(").replace(f"import {old},", f"import {new},").replace(f"# {old}", f"# {new}") for path, text in files.items() if path.endswith(".py")}
+    renamed = {path: text.replace(f"{old}(", f"{new}(").replace(f"import {old},", f"import {new},").replace(f"# {old}", f"# {new}") for path,
+               text in files.items() if path.endswith(".py")}
     instruction = f"Rename the function {old} to {new} in all .py files, comments included. {old}s is another function and keeps its name."
     return Plan(instruction, files, [*unchanged(renamed), holds("notes.txt", files["notes.txt"])], expert)
 
@@ -95,7 +97,8 @@ def add_option(draw: Draw) -> Plan:
     run = (*checks.PYTHON, f"{name}.py")
     found = [checks.prints(lines(*apply(arguments)), *run, f"--{option}", *arguments), checks.prints(lines(*arguments), *run, *arguments),
              checks.prints(lines(*apply(arguments[1:])), *run, *arguments[1:], f"--{option}"), f"refuses {' '.join(run)} --no-such-option {words[0]}"]
-    return Plan(f"Give the program {name}.py an option --{option}: with it, it {effect}. Without it nothing changes.", {f"{name}.py": source}, found, expert)
+    return Plan(f"Give the program {name}.py an option --{option}: with it, it {effect}. Without it nothing changes.", {f"{name}.py": source}, found,
+                expert)
 
 
 @wide_family("write_test", "software", 5, "python3", runs_agent_code=True)
@@ -109,7 +112,8 @@ def write_test(draw: Draw) -> Plan:
     def expert() -> Expert:
         yield f"cat {module}.py"
         cases = [row for _ in range(2) for row in program.inputs(draw.rng)]
-        yield write_file(test, lines(f"from {module} import {program.name}", *(f"assert {program.name}(*{case!r}) == {program.expected(case)}" for case in cases)))
+        yield write_file(test, lines(f"from {module} import {program.name}",
+                                     *(f"assert {program.name}(*{case!r}) == {program.expected(case)}" for case in cases)))
         yield f"python3 {test}"
 
     command = f"{' '.join(checks.PYTHON)} -c 'import sys, runpy; sys.path.insert(0, \".\"); runpy.run_path(\"{test}\", run_name=\"__main__\")'"
@@ -143,13 +147,15 @@ def version_bump(draw: Draw) -> Plan:
 
 
 _SCRIPTS = {
-    "sumEven": ("the sum of the even numbers of an array", "  let total = 0;\n  for (const value of input) {\n    if (value % 2 === 0) total += value;\n  }\n  return total;\n",
+    "sumEven": ("the sum of the even numbers of an array",
+                "  let total = 0;\n  for (const value of input) {\n    if (value % 2 === 0) total += value;\n  }\n  return total;\n",
                 (("=== 0", "=== 1"), ("+= value", "= value")), lambda xs: sum(x for x in xs if x % 2 == 0)),
     "countAbove": ("how many numbers of an array are larger than 10", "  return input.filter((value) => value > 10).length;\n",
                    (("> 10", ">= 10"), ("> 10", "< 10")), lambda xs: sum(x > 10 for x in xs)),
     "sortedUnique": ("the different numbers of an array in ascending order", "  return [...new Set(input)].sort((a, b) => a - b);\n",
                      ((".sort((a, b) => a - b)", ".sort()"), ("[...new Set(input)]", "[...input]")), lambda xs: sorted(set(xs))),
-    "runningSum": ("the array whose i-th entry is the sum of the first i+1 numbers", "  let total = 0;\n  return input.map((value) => (total += value));\n",
+    "runningSum": ("the array whose i-th entry is the sum of the first i+1 numbers",
+                   "  let total = 0;\n  return input.map((value) => (total += value));\n",
                    (("total += value", "total + value"), ("total = 0", "total = 1")), lambda xs: [sum(xs[: i + 1]) for i in range(len(xs))]),
 }
 

@@ -20,7 +20,8 @@ def open_permissions(draw: Draw) -> Plan:
 
     setup = lines(*(f"chmod {mode:o} {path}" for path, mode in zip(files, modes)))
     found = [*(checks.permissions(path, mode & ~0o002) for path, mode in zip(files, modes)), *unchanged(files)]
-    return Plan(f"Some files below {root} can be written by everyone (others). Take that right away, and change no other permission.", files, found, expert, setup=setup)
+    return Plan(f"Some files below {root} can be written by everyone (others). Take that right away, and change no other permission.", files, found,
+                expert, setup=setup)
 
 
 @wide_family("release_link", "system", 3)
@@ -52,7 +53,8 @@ def biggest_file(draw: Draw) -> Plan:
         rows = (yield f"find {root} -type f -printf '%s %p\\n' | sort -nr | head -n 2").split()
         yield f"echo {rows[1]} > out.txt"
 
-    return Plan(f"Which file below {root} is the largest? Write its path, beginning with {root}/, to out.txt.", files, [holds("out.txt", answer)], expert)
+    return Plan(f"Which file below {root} is the largest? Write its path, beginning with {root}/, to out.txt.", files, [holds("out.txt", answer)],
+                expert)
 
 
 @wide_family("daemon_setting", "system", 3)
@@ -140,7 +142,9 @@ def service_unit(draw: Draw) -> Plan:
 
     def expert() -> Expert:
         yield "cat request.txt"
-        yield write_file(f"{name}.service", lines(*(row for title, keys in unit.items() for row in (f"[{title}]", *(f"{key}={value}" for key, value in keys.items())))))
+        yield write_file(f"{name}.service", lines(*(row for title,
+                                                    keys in unit.items() for row in (f"[{title}]",
+                                                        *(f"{key}={value}" for key, value in keys.items())))))
 
     request = lines(f"program: /usr/bin/{name} --port {port}", f"description: {name} server", f"user: {user}", f"starts after: {before}.service",
                     f"restart: {unit['Service']['Restart']}", "wanted by: multi-user.target")
@@ -163,7 +167,8 @@ def heaviest_process(draw: Draw) -> Plan:
         yield f"echo {found[1]} > out.txt"
 
     text = lines("USER PID %MEM COMMAND", *(f"{user} {number} {size:.1f} {command}" for user, number, size, command in draw.rng.sample(rows, 9)))
-    return Plan(f"ps.txt lists processes. Write the PID of the process of user {users[0]} that uses the most memory to out.txt.", {"ps.txt": text}, [holds("out.txt", str(answer))], expert)
+    return Plan(f"ps.txt lists processes. Write the PID of the process of user {users[0]} that uses the most memory to out.txt.", {"ps.txt": text},
+                [holds("out.txt", str(answer))], expert)
 
 
 @wide_family("port_conflict", "system", 4)
@@ -199,11 +204,13 @@ def backup_script(draw: Draw) -> Plan:
 
     def expert() -> Expert:
         yield f"find {source} -type f"
-        yield write_file("backup.sh", 'set -e\n[ -d "$1" ] || { echo "no folder $1" >&2; exit 2; }\nmkdir -p "$2"\ncp -r "$1"/. "$2"\necho "$(find "$1" -type f | wc -l) files"\n')
+        yield write_file("backup.sh",
+                         'set -e\n[ -d "$1" ] || { echo "no folder $1" >&2; exit 2; }\nmkdir -p "$2"\ncp -r "$1"/. "$2"\necho "$(find "$1" -type f | wc -l) files"\n')
         yield f"bash backup.sh {source} ${{TMPDIR:-/tmp}}/trial"
 
     copied = {path.removeprefix(f"{source}/"): text for path, text in files.items()}
-    found = [*unchanged(files), gone(target), checks.prints("3 files", "/bin/bash", "backup.sh", source, target), folder(target), checks.tree(target, copied, [inner]),
+    found = [*unchanged(files), gone(target), checks.prints("3 files", "/bin/bash", "backup.sh", source, target), folder(target),
+             checks.tree(target, copied, [inner]),
              *(holds(f"{target}/{path}", text) for path, text in copied.items()), "refuses /bin/bash backup.sh no-such-folder /tmp/none"]
     instruction = (f"Write backup.sh: `bash backup.sh FROM TO` copies all that is in the folder FROM into the folder TO, which it makes, and prints how many files FROM has, "
                    f"for example `3 files`. It ends with an error where FROM is missing. Do not leave a folder {target} behind.")

@@ -50,7 +50,8 @@ def iso_dates(draw: Draw) -> Plan:
         yield f"cat {source}"
         yield f"sed -E -i 's/([0-9]{{2}})\\.([0-9]{{2}})\\.([0-9]{{4}})/\\3-\\2-\\1/g' {source}"
 
-    return Plan(f"The dates in {source} are written as DD.MM.YYYY. Write them as YYYY-MM-DD, and change nothing else.", {source: old}, [holds(source, new)], expert)
+    return Plan(f"The dates in {source} are written as DD.MM.YYYY. Write them as YYYY-MM-DD, and change nothing else.", {source: old},
+                [holds(source, new)], expert)
 
 
 @wide_family("template", "text", 3)
@@ -82,7 +83,8 @@ def section(draw: Draw) -> Plan:
         yield f"awk '/^\\[/ {{ on = ($0 == \"[{name}]\"); next }} on' {source} > out.txt"
 
     text = lines(*(row for title, rows in bodies.items() for row in (f"[{title}]", *rows)))
-    return Plan(f"Copy the lines of section [{name}] of {source}, without its title, to out.txt.", {source: text}, [holds("out.txt", lines(*bodies[name]))], expert)
+    return Plan(f"Copy the lines of section [{name}] of {source}, without its title, to out.txt.", {source: text},
+                [holds("out.txt", lines(*bodies[name]))], expert)
 
 
 @wide_family("missing_lines", "text", 2)
@@ -96,7 +98,8 @@ def missing_lines(draw: Draw) -> Plan:
         yield f"wc -l {one} {two}"
         yield f"grep -vxFf {two} {one} > out.txt"
 
-    return Plan(f"Write the lines of {one} that {two} lacks to out.txt, in the order of {one}.", files, [holds("out.txt", lines(*answer)), *unchanged(files)], expert)
+    return Plan(f"Write the lines of {one} that {two} lacks to out.txt, in the order of {one}.", files,
+                [holds("out.txt", lines(*answer)), *unchanged(files)], expert)
 
 
 @wide_family("decode", "text", 2)
@@ -130,7 +133,8 @@ def swap_columns(draw: Draw) -> Plan:
     for row in swapped:
         row[first - 1], row[second - 1] = row[second - 1], row[first - 1]
     checks = [holds("out.txt", lines(*map(" ".join, swapped)))]
-    return Plan(f"Write {source} to out.txt with columns {first} and {second} exchanged. Columns are separated by spaces.", {source: lines(*map(" ".join, rows))}, checks, expert)
+    return Plan(f"Write {source} to out.txt with columns {first} and {second} exchanged. Columns are separated by spaces.",
+                {source: lines(*map(" ".join, rows))}, checks, expert)
 
 
 @wide_family("links", "text", 3)

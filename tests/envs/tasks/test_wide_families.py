@@ -135,7 +135,8 @@ def test_an_expert_that_errs_still_earns_1():
 @pytest.mark.timeout(600)
 def test_odd_files_in_place_of_answers_earn_0_and_no_excuse():
     odd = ("for f in out.txt out.csv good.csv rows.csv table.csv letter.txt whole.txt current backup.sh package.json {}; do rm -rf -- \"$f\"; mkdir -p \"$(dirname -- \"$f\")\"; {} \"$f\"; done")
-    plays = [_play(name, 0, odd.format(" ".join(f"'./{path}'" for path in make_task(name, 0).files), make_it)) for name in HERE for make_it in ("mkfifo", "ln -s /dev/zero", "mkdir")]
+    plays = [_play(name, 0, odd.format(" ".join(f"'./{path}'" for path in make_task(name, 0).files), make_it)) for name in HERE
+             for make_it in ("mkfifo", "ln -s /dev/zero", "mkdir")]
     assert [result for result in at_once(plays) if result != (0.0, "failure")] == []
 
 

@@ -67,13 +67,15 @@ def test_variables_as_docker_fills_them_in(text, value):
 
 
 @pytest.mark.parametrize(("text", "found"), [
-    ("A=1 B='x y' C=\"p q\"", {"A": "1", "B": "x y", "C": "p q"}), ("A some text", {"A": "some text"}), ("A=a\\ b", {"A": "a b"}), ("A=", {"A": ""}), ("A x=y", {"A": "x=y"}),
+    ("A=1 B='x y' C=\"p q\"", {"A": "1", "B": "x y", "C": "p q"}), ("A some text", {"A": "some text"}), ("A=a\\ b", {"A": "a b"}), ("A=", {"A": ""}),
+    ("A x=y", {"A": "x=y"}),
 ])
 def test_env_in_both_forms(text, found):
     assert assignments(parse(f"FROM a\nENV {text}\n", FILE)[1], FILE) == found
 
 
-PIECE = st.sampled_from([*sorted(KEYWORDS), "FROM a\n", "\\\n", "\n", "#", "<<EOF", "[", '["a"]', "--from=x ", "$", "${", "${A:-", "}", "'", '"', "=", "A=1", "\0", "\\", " ", "\r\n", "\ufeff", "../..", "http://x/y"])
+PIECE = st.sampled_from([*sorted(KEYWORDS), "FROM a\n", "\\\n", "\n", "#", "<<EOF", "[", '["a"]', "--from=x ", "$", "${", "${A:-", "}", "'", '"', "=",
+                         "A=1", "\0", "\\", " ", "\r\n", "\ufeff", "../..", "http://x/y"])
 ANY = st.lists(st.one_of(PIECE, st.text(max_size=4)), max_size=20).map("".join)
 
 
@@ -90,7 +92,8 @@ def test_any_text_is_a_dockerfile_or_a_typed_error(text):
         assert error.file == FILE and error.line >= 1
 
 
-@pytest.mark.parametrize("text", ['RUN "' + '\\"' * 30_000, "RUN " + "curl " * 13_000, "RUN " + "$" * 60_000, "RUN " + "mkdir -p " * 7_000, "ENV A " + "a=" * 30_000, "RUN [" + "[" * 60_000])
+@pytest.mark.parametrize("text", ['RUN "' + '\\"' * 30_000, "RUN " + "curl " * 13_000, "RUN " + "$" * 60_000, "RUN " + "mkdir -p " * 7_000,
+                                  "ENV A " + "a=" * 30_000, "RUN [" + "[" * 60_000])
 def test_no_text_takes_long(text):
     began = time.process_time()
     (_, instruction) = parse(f"FROM a\n{text}\n", FILE)
@@ -104,13 +107,15 @@ def test_no_text_takes_long(text):
 
 
 @pytest.mark.parametrize("command", [
-    "apt-get update", "apt-get -y -q install git", "pip install x", "python3 -m pip install x", "uvx pytest", "curl -LsSf https://astral.sh/x | sh", "wget http://a.b/c", "git clone https://a/b", "npm ci",
+    "apt-get update", "apt-get -y -q install git", "pip install x", "python3 -m pip install x", "uvx pytest", "curl -LsSf https://astral.sh/x | sh",
+    "wget http://a.b/c", "git clone https://a/b", "npm ci",
 ])
 def test_commands_that_need_the_network(command):
     assert network_need(f"true\n# {command}\n{command}\n")[0] == 3
 
 
-@pytest.mark.parametrize("command", ["curl http://localhost:80/", "wget -q http://127.0.0.1/x", "curl $URL", "git clone /app/a b", "pip install --no-index x", "echo apt", "aptitude", "grep install x", "uv --version"])
+@pytest.mark.parametrize("command", ["curl http://localhost:80/", "wget -q http://127.0.0.1/x", "curl $URL", "git clone /app/a b",
+                                     "pip install --no-index x", "echo apt", "aptitude", "grep install x", "uv --version"])
 def test_commands_that_do_not(command):
     assert network_need(command) is None
 
@@ -140,14 +145,16 @@ def test_absolute_paths_of_the_task_and_no_others_go_into_the_workspace(text, in
     assert paths.outward(paths.inward(text)) == text
 
 
-@given(text=st.lists(st.sampled_from(["/app", "/tests", "/workspace", "/x", " ", "a", "/", "'", "/app/b", ".", "-"]), max_size=12).map("".join), root=st.sampled_from(["workspace", "data", "tmp", "usr"]))
+@given(text=st.lists(st.sampled_from(["/app", "/tests", "/workspace", "/x", " ", "a", "/", "'", "/app/b", ".", "-"]), max_size=12).map("".join),
+       root=st.sampled_from(["workspace", "data", "tmp", "usr"]))
 def test_what_goes_in_comes_out_as_it_was(text, root):
     paths = PathMap("/tmp/rock/s 1/workspace", [root])
     assert paths.outward(paths.inward(text)) == text
 
 
 @pytest.mark.parametrize(("path", "place"), [
-    ("/app/x", "/workspace/app/x"), ("/tmp/x", "/tmp/x"), ("/", "/workspace"), ("/app/../../new/x", "/workspace/new/x"), ("/new/./y/", "/workspace/new/y"), ("//app", "/workspace/app"),
+    ("/app/x", "/workspace/app/x"), ("/tmp/x", "/tmp/x"), ("/", "/workspace"), ("/app/../../new/x", "/workspace/new/x"),
+    ("/new/./y/", "/workspace/new/y"), ("//app", "/workspace/app"),
 ])
 def test_where_a_path_lies(path, place):
     assert PathMap("/workspace").place(path) == place

@@ -87,7 +87,8 @@ def played():
             async with gate:
                 return await coroutine
 
-        return await asyncio.gather(*(limited(one) for name in NAMES for one in (oracle(EXAMPLES / name), play(EXAMPLES / name), play(EXAMPLES / name, CHEAT))))
+        return await asyncio.gather(*(limited(one) for name in NAMES
+                                      for one in (oracle(EXAMPLES / name), play(EXAMPLES / name), play(EXAMPLES / name, CHEAT))))
 
     results = iter(asyncio.run(all_of_them()))
     return {name: [next(results) for _ in range(3)] for name in NAMES}
@@ -119,9 +120,11 @@ def test_the_agent_works_among_the_tasks_files_under_the_tasks_paths(harbor):
     folder = harbor({
         "environment/Dockerfile": "FROM python:3.12\nARG WHERE=/srv/data\nENV GREETING='hello you' TOOLS=/opt/tools\nENV PATH=$TOOLS:$PATH\nWORKDIR $WHERE\nWORKDIR inner\nCOPY a*.txt sub/ ./\nCOPY --chmod=700 b.txt c\nADD b.txt /opt/tools/\n"
                                   "RUN [\"sh\", \"-c\", \"echo made > made.txt\"]\nSHELL [\"/bin/bash\", \"-c\"]\nRUN echo {1..3} > seen.txt && \\\n    printf '#!/bin/sh\\necho tool\\n' > $TOOLS/tool && chmod +x /opt/tools/tool\n",
-        "environment/a1.txt": "1\n", "environment/a2.txt": "2\n", "environment/b.txt": "b\n", "environment/sub/deep/x.sh": "echo /app /opt/tools\n", "environment/sub/data.csv": "/app,/opt\n",
+        "environment/a1.txt": "1\n", "environment/a2.txt": "2\n", "environment/b.txt": "b\n", "environment/sub/deep/x.sh": "echo /app /opt/tools\n",
+        "environment/sub/data.csv": "/app,/opt\n",
     })
-    seen = observe(folder, "pwd; ls", "stat -c %a c; cat made.txt seen.txt", "echo $GREETING; tool; cat /opt/tools/b.txt", "bash deep/x.sh; cat data.csv", "ls /tests /solution /logs/verifier; cat /srv/data/none", "cd /app || echo no; echo $HOME")
+    seen = observe(folder, "pwd; ls", "stat -c %a c; cat made.txt seen.txt", "echo $GREETING; tool; cat /opt/tools/b.txt",
+                   "bash deep/x.sh; cat data.csv", "ls /tests /solution /logs/verifier; cat /srv/data/none", "cd /app || echo no; echo $HOME")
     assert seen[0] == "/srv/data/inner\na1.txt\na2.txt\nc\ndata.csv\ndeep\nmade.txt\nseen.txt"
     assert seen[1] == "700\nmade\n1 2 3" and seen[2] == "hello you\ntool\nb"
     assert seen[3] == "/app /opt/tools\n/app,/opt"  # code has its paths rewritten, data has not: it already says what it says
@@ -138,7 +141,9 @@ def test_an_archive_is_unpacked_by_add_and_a_docker_ignored_file_is_not_there(ha
         entry = tarfile.TarInfo("inner/x.txt")
         entry.size = 1
         archive.addfile(entry, io.BytesIO(b"x"))
-    folder = harbor({"environment/Dockerfile": "FROM debian\nWORKDIR /app\nADD pack.tgz /app/un/\nCOPY . .\n", "environment/pack.tgz": buffer.getvalue(), "environment/secret.txt": "s", "environment/.dockerignore": "# no\nsecret*\nDockerfile\n"})
+    folder = harbor({"environment/Dockerfile": "FROM debian\nWORKDIR /app\nADD pack.tgz /app/un/\nCOPY . .\n",
+                     "environment/pack.tgz": buffer.getvalue(), "environment/secret.txt": "s",
+                     "environment/.dockerignore": "# no\nsecret*\nDockerfile\n"})
     assert observe(folder, "cat un/inner/x.txt; ls")[0] == "xpack.tgz\nun"
 
 
@@ -208,9 +213,12 @@ def test_a_build_has_its_time_limit(harbor):
         observe(harbor({"task.toml": "[environment]\nbuild_timeout_sec = 0.5\n", "environment/Dockerfile": "FROM ubuntu\nRUN sleep 60\n"}))
 
 
-ARGUMENT = st.one_of(st.sampled_from(["ubuntu", "/app", "a.txt", "sub", ".", "..", "/", "x" * 300, "A=1", "$A", "${A:-/usr}", "'", '["sh", "-c", "true"]', "[", "true", "exit 1", "/tmp/x", "*", "a.txt b/ c/", "root",
-                                      "kill -9 -1", "rm -rf /app /logs", "PATH=", "A='\n", "http://a/b x", "--chmod=9 a b", "--x=1 a", "\\", "mkdir /app/x", "LD_PRELOAD=/app/x"]), st.text(max_size=6))
-DOCKERFILES = st.lists(st.tuples(st.sampled_from(sorted(KEYWORDS)), st.lists(ARGUMENT, min_size=1, max_size=3).map(" ".join)).map(" ".join), max_size=6).map(lambda rows: "\n".join(["FROM ubuntu", *rows]))
+ARGUMENT = st.one_of(st.sampled_from(["ubuntu", "/app", "a.txt", "sub", ".", "..", "/", "x" * 300, "A=1", "$A", "${A:-/usr}", "'",
+                                      '["sh", "-c", "true"]', "[", "true", "exit 1", "/tmp/x", "*", "a.txt b/ c/", "root",
+                                      "kill -9 -1", "rm -rf /app /logs", "PATH=", "A='\n", "http://a/b x", "--chmod=9 a b", "--x=1 a", "\\",
+                                      "mkdir /app/x", "LD_PRELOAD=/app/x"]), st.text(max_size=6))
+DOCKERFILES = st.lists(st.tuples(st.sampled_from(sorted(KEYWORDS)), st.lists(ARGUMENT, min_size=1, max_size=3).map(" ".join)).map(" ".join),
+                       max_size=6).map(lambda rows: "\n".join(["FROM ubuntu", *rows]))
 
 
 @settings(max_examples=20, deadline=None)
@@ -218,7 +226,8 @@ DOCKERFILES = st.lists(st.tuples(st.sampled_from(sorted(KEYWORDS)), st.lists(ARG
 def test_any_dockerfile_is_built_or_refused_by_a_typed_error_with_its_line(text):
     context = {"Dockerfile": (b"", 0o644), "a.txt": (b"a", 0o644), "sub/b.txt": (b"b", 0o644)}
     step = Step("task", "Do.", {"test.sh": (b"true", 0o755)})
-    task = HarborTask("fuzz", pathlib.Path("fuzz"), "harbor", "1.0", Environment(context=context, dockerfile=text, dockerfile_path=pathlib.Path("fuzz/Dockerfile"), build_timeout=5.0), (step,))
+    task = HarborTask("fuzz", pathlib.Path("fuzz"), "harbor", "1.0",
+                      Environment(context=context, dockerfile=text, dockerfile_path=pathlib.Path("fuzz/Dockerfile"), build_timeout=5.0), (step,))
     try:
         asyncio.run(play(task, "true"))
     except TaskError as error:
@@ -257,9 +266,12 @@ def test_what_is_no_valid_reward_is_0_with_the_reason(harbor, run, script, note)
 
 
 @pytest.mark.parametrize("trick", [
-    "echo 1 > /logs/verifier/reward.txt; chmod 000 /logs/verifier", "rm -rf /logs; ln -s /app /logs; mkdir /app/verifier; echo 1 > /app/verifier/reward.txt",
-    "rm -rf /logs; echo 1 > /logs", "mkdir -p /tests/test.sh /tests/x; chmod 000 /tests/x", "ln -s / /tests/root; rm -rf /logs/verifier; ln -s /app /logs/verifier; echo 1 > reward.txt",
-    "mkfifo /logs/verifier/reward.txt", "cd /; chmod 000 /app; chmod 555 /logs", "mkdir /logs/verifier/reward.txt", "rm -rf /app /logs /root; touch /app", "head -c 300M /dev/zero > fill; true",
+    "echo 1 > /logs/verifier/reward.txt; chmod 000 /logs/verifier",
+    "rm -rf /logs; ln -s /app /logs; mkdir /app/verifier; echo 1 > /app/verifier/reward.txt",
+    "rm -rf /logs; echo 1 > /logs", "mkdir -p /tests/test.sh /tests/x; chmod 000 /tests/x",
+    "ln -s / /tests/root; rm -rf /logs/verifier; ln -s /app /logs/verifier; echo 1 > reward.txt",
+    "mkfifo /logs/verifier/reward.txt", "cd /; chmod 000 /app; chmod 555 /logs", "mkdir /logs/verifier/reward.txt",
+    "rm -rf /app /logs /root; touch /app", "head -c 300M /dev/zero > fill; true",
     "for i in $(seq 200); do sleep 100 & done; true",
 ])
 def test_nothing_an_agent_leaves_in_the_way_earns_a_reward_or_an_excuse(harbor, run, trick):
@@ -286,7 +298,9 @@ print(42)
 KILL_PARENTS = "import signal\nppid = os.getppid()\nfor _ in range(%d):\n    up = int(open(f'/proc/{ppid}/stat').read().rpartition(')')[2].split()[1])\n    ppid = up if up > 1 else ppid\nos.kill(ppid, signal.%s)"
 
 
-@pytest.mark.parametrize("also", ["", *(KILL_PARENTS % (up, name) for up, name in ((0, "SIGKILL"), (1, "SIGTERM"), (2, "SIGKILL"), (2, "SIGTERM"), (3, "SIGKILL")))], ids=lambda also: also[-40:].replace("\n", " "))
+@pytest.mark.parametrize("also", ["", *(KILL_PARENTS % (up, name) for up,
+                                        name in ((0, "SIGKILL"), (1, "SIGTERM"), (2, "SIGKILL"), (2, "SIGTERM"), (3, "SIGKILL")))],
+                                        ids=lambda also: also[-40:].replace("\n", " "))
 @pytest.mark.parametrize("name", ["rpn-calculator", pytest.param("fix-parser", marks=pytest.mark.slow)])
 def test_a_program_under_test_that_writes_rewards_and_kills_its_graders_earns_0(run, name, also):
     where = {"rpn-calculator": "/app/rpn.py", "fix-parser": "/app/durations/__init__.py"}[name]
@@ -295,7 +309,8 @@ def test_a_program_under_test_that_writes_rewards_and_kills_its_graders_earns_0(
 
 
 def test_tests_that_do_not_end_are_a_failure(harbor, run):
-    reward, info = run(play(harbor({"task.toml": "[verifier]\ntimeout_sec = 0.5\n", "tests/test.sh": "echo 1 > /logs/verifier/reward.txt\nsleep 60\n"})))
+    reward, info = run(play(harbor({"task.toml": "[verifier]\ntimeout_sec = 0.5\n",
+                                    "tests/test.sh": "echo 1 > /logs/verifier/reward.txt\nsleep 60\n"})))
     assert (reward, info["ending"]) == (0.0, "failure") and "stopped after 0.5 s" in info["note"]
 
 
@@ -313,7 +328,10 @@ def test_a_sandbox_that_fails_while_grading_is_no_verdict(harbor, run, monkeypat
     assert (reward, terminated, info["ending"], info["status"]) == (0.0, True, "infra_sandbox", "infra")
 
 
-@given(files=st.dictionaries(st.sampled_from(["reward.txt", "reward.json"]), st.one_of(st.none(), st.binary(max_size=20), st.sampled_from([b"1", b"0.5\n", b"nan", b"-0", b"1e999", b"{}", b'{"reward": 1}', b'{"a": 0.5}', b'{"reward": NaN}', b'{"reward": true}', b"[" * 5000, b"9" * 400, b"1_0", b"\xd9\xa1"]))))
+@given(files=st.dictionaries(st.sampled_from(["reward.txt", "reward.json"]),
+                             st.one_of(st.none(), st.binary(max_size=20),
+                                       st.sampled_from([b"1", b"0.5\n", b"nan", b"-0", b"1e999", b"{}", b'{"reward": 1}', b'{"a": 0.5}',
+                                                        b'{"reward": NaN}', b'{"reward": true}', b"[" * 5000, b"9" * 400, b"1_0", b"\xd9\xa1"]))))
 def test_any_reward_files_give_one_number_from_0_to_1_or_the_reason(files):
     try:
         rewards = read_rewards(files)
@@ -368,7 +386,8 @@ def test_a_step_below_its_least_reward_ends_the_task(run):
     assert reward == 0.0 and info["step_rewards"] == [0.0]
 
 
-@pytest.mark.parametrize(("rewards", "strategy", "total"), [([1.0, 0.5], "mean", 0.75), ([1.0], "mean", 0.5), ([1.0], "final", 0.0), ([0.0, 1.0], "final", 1.0)])
+@pytest.mark.parametrize(("rewards", "strategy", "total"), [([1.0, 0.5], "mean", 0.75), ([1.0], "mean", 0.5), ([1.0], "final", 0.0),
+                                                            ([0.0, 1.0], "final", 1.0)])
 def test_a_step_that_was_not_reached_counts_0(rewards, strategy, total):
     assert combine(rewards, 2, strategy) == total
 

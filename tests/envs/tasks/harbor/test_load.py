@@ -61,16 +61,19 @@ transport = "sse"
 def test_the_newest_schema(harbor):
     task = load_task(harbor({"task.toml": LATEST}), environ={"TOKEN": "t0"})
     environment, (step,) = task.environment, task.steps
-    assert (task.name, task.schema_version, task.format, task.difficulty, task.category, task.tags) == ("org/full", "1.4", "harbor", "hard", "software", ("a", "b"))
+    assert (task.name, task.schema_version, task.format, task.difficulty, task.category, task.tags) == ("org/full", "1.4", "harbor", "hard",
+        "software", ("a", "b"))
     assert (environment.docker_image, environment.cpus, environment.memory_mb, environment.storage_mb) == ("python:3.12", 2.0, 2048, 10240)
-    assert (environment.network_mode, environment.allowed_hosts, environment.workdir, environment.env) == ("allowlist", ("pypi.org",), "/srv/work", {"A": "1"})
+    assert (environment.network_mode, environment.allowed_hosts, environment.workdir, environment.env) == ("allowlist", ("pypi.org",), "/srv/work",
+        {"A": "1"})
     assert environment.healthcheck.command == "true" and environment.healthcheck.interval == 0.5 and environment.healthcheck.retries == 3
     assert environment.mcp_servers[0]["name"] == "tool" and len(task.artifacts) == 2
     assert (step.agent_timeout, step.verifier_timeout, step.verifier_env) == (12.5, 34.0, {"MODEL": "small", "TOKEN": "t0"})
     assert set(task.unknown_keys) == {"brand_new", "environment.new_key"}
 
 
-@pytest.mark.parametrize("text", ["", 'version = "1.0"\n', 'schema_version = "1.1"\n', 'schema_version = "1.2"\n', 'schema_version = "1.3"\n', 'schema_version = "1.4"\n'])
+@pytest.mark.parametrize("text", ["", 'version = "1.0"\n', 'schema_version = "1.1"\n', 'schema_version = "1.2"\n', 'schema_version = "1.3"\n',
+                                  'schema_version = "1.4"\n'])
 def test_a_task_without_environment_or_any_settings_is_accepted(harbor, text):
     task = load_task(harbor({"task.toml": text, "environment/Dockerfile": None}))
     assert task.environment.dockerfile is None and task.environment.network_mode == "public" and task.has_solution
@@ -180,15 +183,18 @@ TB1 = {
     "task.yaml": "instruction: |-\n  Make /app/out.txt.\nauthor_name: x\ndifficulty: easy\ncategory: files\ntags:\n  - a\nparser_name: pytest\nmax_agent_timeout_sec: 120\nmax_test_timeout_sec: 30\n"
                  "run_tests_in_same_shell: false\n",
     "Dockerfile": "FROM ghcr.io/laude-institute/t-bench/ubuntu-24-04:latest\nWORKDIR /app\nCOPY . .\n",
-    "docker-compose.yaml": "services:\n  client:\n    build: .\n", "run-tests.sh": "true\n", "solution.sh": "echo x > out.txt\n", "tests/test_outputs.py": "def test_it(): pass\n", "data.txt": "d\n",
+    "docker-compose.yaml": "services:\n  client:\n    build: .\n", "run-tests.sh": "true\n", "solution.sh": "echo x > out.txt\n",
+    "tests/test_outputs.py": "def test_it(): pass\n", "data.txt": "d\n",
 }
 
 
 def test_a_terminal_bench_1_task_becomes_the_same_record(tmp_path):
     task = load_task(write(tmp_path / "tb", TB1))
     (step,) = task.steps
-    assert (task.format, task.name, task.difficulty, task.category, task.tags, task.unknown_keys) == ("terminal-bench-1", "tb", "easy", "files", ("a",), ())
-    assert (step.parser, step.test_script, step.solve_script, step.agent_timeout, step.verifier_timeout) == ("pytest", "run-tests.sh", "solution.sh", 120.0, 30.0)
+    assert (task.format, task.name, task.difficulty, task.category, task.tags, task.unknown_keys) == ("terminal-bench-1", "tb", "easy", "files",
+        ("a",), ())
+    assert (step.parser, step.test_script, step.solve_script, step.agent_timeout, step.verifier_timeout) == ("pytest", "run-tests.sh", "solution.sh",
+        120.0, 30.0)
     assert set(step.tests) == {"run-tests.sh", "test_outputs.py"} and task.environment.compose_path is None
     assert set(task.environment.context) == {"Dockerfile", "data.txt"}  # neither the solution nor the tests are in the build context
 
@@ -258,12 +264,17 @@ def test_two_tasks_of_one_name_and_an_empty_folder_are_refused(tmp_path, harbor)
 # -- any text ------------------------------------------------------------------------------------------------------------------------
 
 
-VALUE = st.one_of(st.text(max_size=8), st.sampled_from(["1", "-1", "nan", "inf", "true", "[]", "{}", '"x"', "[1]", '"${A}"', "1979-05-27", "9" * 400, "[" * 2000, "{a=1}", '"2G"', "0x10", "1e400"]))
-KEY = st.sampled_from(["version", "schema_version", "timeout_sec", "name", "env", "memory", "memory_mb", "cpus", "gpus", "network_mode", "command", "min_reward", "workdir", "tags", "artifacts",
-                       "healthcheck", "instruction", "parser_name", "descriptions", "max_agent_timeout_sec", "multi_step_reward_strategy", "&a", "*a", "<<", "? ", "!!binary"])
-HEADER = st.sampled_from(["[agent]", "[verifier]", "[environment]", "[environment.env]", "[environment.healthcheck]", "[[steps]]", "[steps.agent]", "[metadata]", "[task]", "[[environment.mcp_servers]]", "["])
+VALUE = st.one_of(st.text(max_size=8), st.sampled_from(["1", "-1", "nan", "inf", "true", "[]", "{}", '"x"', "[1]", '"${A}"', "1979-05-27", "9" * 400,
+                                                        "[" * 2000, "{a=1}", '"2G"', "0x10", "1e400"]))
+KEY = st.sampled_from(["version", "schema_version", "timeout_sec", "name", "env", "memory", "memory_mb", "cpus", "gpus", "network_mode", "command",
+                       "min_reward", "workdir", "tags", "artifacts",
+                       "healthcheck", "instruction", "parser_name", "descriptions", "max_agent_timeout_sec", "multi_step_reward_strategy", "&a", "*a",
+                       "<<", "? ", "!!binary"])
+HEADER = st.sampled_from(["[agent]", "[verifier]", "[environment]", "[environment.env]", "[environment.healthcheck]", "[[steps]]", "[steps.agent]",
+                          "[metadata]", "[task]", "[[environment.mcp_servers]]", "["])
 TOML = st.lists(st.one_of(HEADER, st.tuples(KEY, VALUE).map(" = ".join), st.text(max_size=10)), max_size=8).map("\n".join)
-YAML = st.lists(st.one_of(st.tuples(KEY, VALUE).map(": ".join), st.text(max_size=10), st.sampled_from(["- a", "  b: c", "---", "...", "instruction: do"])), max_size=8).map("\n".join)
+YAML = st.lists(st.one_of(st.tuples(KEY, VALUE).map(": ".join), st.text(max_size=10),
+                          st.sampled_from(["- a", "  b: c", "---", "...", "instruction: do"])), max_size=8).map("\n".join)
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +304,9 @@ def test_any_task_yaml_gives_a_task_or_a_typed_error(fuzzed, text):
     _loads_or_says_why(fuzzed / "tb", "task.yaml", text)
 
 
-@pytest.mark.parametrize(("name", "text"), [("task.toml", "a = " + "[" * 20_000), ("task.toml", "a." * 20_000 + "b = 1"), ("task.yaml", "[" * 3_000), ("task.yaml", "a: 2024-99-99\ninstruction: x"),
-                                            ("task.yaml", "instruction: x\n? [a, {b: c}]\n: d"), ("task.yaml", "a: 0x"), ("task.yaml", "&a a: *a"), ("task.yaml", "<<: 3")])
+@pytest.mark.parametrize(("name", "text"), [("task.toml", "a = " + "[" * 20_000), ("task.toml", "a." * 20_000 + "b = 1"), ("task.yaml", "[" * 3_000),
+                                            ("task.yaml", "a: 2024-99-99\ninstruction: x"),
+                                            ("task.yaml", "instruction: x\n? [a, {b: c}]\n: d"), ("task.yaml", "a: 0x"), ("task.yaml", "&a a: *a"),
+                                            ("task.yaml", "<<: 3")])
 def test_texts_that_break_parsers_are_typed_errors_or_tasks(fuzzed, name, text):
     _loads_or_says_why(fuzzed / ("tb" if name == "task.yaml" else "task"), name, text)

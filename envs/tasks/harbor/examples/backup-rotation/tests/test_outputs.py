@@ -3,12 +3,14 @@ import subprocess
 import tempfile
 import unittest
 
-NAMES = ["backup-2023-12-31.tar", "backup-2024-01-02.tar", "backup-2024-01-10.tar", "backup-2024-02-01.tar", "backup-x.tar", "backup-2024-01-02.tar.gz", "notes.txt"]
+NAMES = ["backup-2023-12-31.tar", "backup-2024-01-02.tar", "backup-2024-01-10.tar", "backup-2024-02-01.tar", "backup-x.tar",
+         "backup-2024-01-02.tar.gz", "notes.txt"]
 
 
 def rotate(folder, count):
     run = subprocess.run(["/bin/bash", "/app/rotate.sh", str(folder), count], capture_output=True, text=True, timeout=20, cwd="/")
-    return run.returncode, run.stdout.split("\n")[:-1], sorted(path.name for path in pathlib.Path(folder).iterdir()) if pathlib.Path(folder).is_dir() else []
+    return run.returncode, run.stdout.split("\n")[:-1], sorted(path.name
+                                                               for path in pathlib.Path(folder).iterdir()) if pathlib.Path(folder).is_dir() else []
 
 
 class Rotate(unittest.TestCase):
