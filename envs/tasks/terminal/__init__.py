@@ -1,17 +1,27 @@
-"""The procedural terminal curriculum: families of small shell tasks, each with a generator, a verifier and a scripted expert.
+"""The procedural terminal curriculum: families of shell tasks, each with a generator, a verifier and a scripted expert.
 
     task = make_task("count", train_seed(17))
     env = make("terminal/count", seed=17)          # envs.gem.make
+    env = make("terminal/git_merge", seed=3)       # a wide family: see FAMILY_TABLE
+
+FAMILIES and HELD_OUT_FAMILIES are what the tiny model is trained and measured on, small enough for a context of a few hundred tokens.
+WIDE_FAMILIES are for larger models. FAMILY_TABLE has the domain, the difficulty (1 to 5) and the needed programs of all.
 """
 
 from envs.gem import register
 from envs.tasks.terminal import files, notes, numbers, scripts, text, unseen  # noqa: F401  (each registers its families)
-from envs.tasks.terminal.task import EVAL_SEED_START, WORDS, Task, eval_seed, held_out_families, make_task, train_seed, training_families
+from envs.tasks.terminal import wide_data, wide_debugging, wide_files, wide_git, wide_software, wide_system, wide_text  # noqa: F401
+from envs.tasks.terminal.registry import DOMAINS, FAMILY_TABLE, WIDE_LIMITS, FamilyInfo
+from envs.tasks.terminal.task import EVAL_SEED_START, WORDS, Task, eval_seed, held_out_families, make_task, train_seed, training_families, wide_families
 
 FAMILIES = training_families()
 HELD_OUT_FAMILIES = held_out_families()
+WIDE_FAMILIES = wide_families()
 
 for _name in FAMILIES + HELD_OUT_FAMILIES:
     register(f"terminal/{_name}", "envs.tasks.terminal.env:TerminalEnv", family=_name)
+for _name in WIDE_FAMILIES:
+    register(f"terminal/{_name}", "envs.tasks.terminal.env:TerminalEnv", family=_name, **WIDE_LIMITS)
 
-__all__ = ["EVAL_SEED_START", "FAMILIES", "HELD_OUT_FAMILIES", "Task", "WORDS", "eval_seed", "make_task", "train_seed"]
+__all__ = ["DOMAINS", "EVAL_SEED_START", "FAMILIES", "FAMILY_TABLE", "FamilyInfo", "HELD_OUT_FAMILIES", "Task", "WIDE_FAMILIES", "WORDS", "eval_seed",
+           "make_task", "train_seed"]

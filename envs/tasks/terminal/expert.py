@@ -39,6 +39,9 @@ class ExpertEpisode:
 def mistaken(command: str, rng: random.Random) -> str:
     """The command as a hurried person types it: the program misspelt, or the extension of a file forgotten. It fails and harms nothing."""
     program = command.split()[0]
+    if program not in MISSPELT or re.search(r"[|;\n]|<<|\$\((?!\()", command):  # of a longer command just its beginning: the rest would still run
+        begin = re.split(r"[|;&<>\n]", command)[0].split()
+        return " ".join([program + program[-1], *begin[1:]])
     candidates = [command.replace(program, MISSPELT[program], 1)]
     named = _READ_FILE.search(command)
     if named and program != "echo":

@@ -34,11 +34,12 @@ class Plan:
     files: Mapping[str, str | tuple[str, int]]
     checks: list[str]
     expert: Callable[[], Expert]
+    setup: str = ""  # a bash script that prepares the sandbox once the files are there (a git repository, an archive)
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One exercise. `files` enter the sandbox; `verifier` and `expert` never do while the agent lives."""
+    """One exercise. `files` and `setup` enter the sandbox; `verifier` and `expert` never do while the agent lives."""
 
     name: str
     family: str
@@ -47,6 +48,9 @@ class Task:
     files: dict[str, tuple[bytes, int]]
     verifier: str
     expert: Callable[[], Expert] = dataclasses.field(compare=False, repr=False)
+    setup: str = ""
+    programs: tuple[str, ...] = ()  # what the sandbox must have beyond bash and coreutils
+    runs_agent_code: bool = False  # a verifier that is killed while it runs what the agent wrote was killed by that
 
 
 class Draw:
@@ -122,30 +126,49 @@ def lines(*rows: str) -> str:
 
 # -- the families --------------------------------------------------------------------------------------------------------------------
 
-_families: dict[str, Callable[[Draw], Plan]] = {}
-_held_out: set[str] = set()
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A registered generator. `kind` is "training" or "held_out" for the tiny model's curriculum, "wide" for the families beyond it."""
+
+    build: Callable[[Draw], Plan]
+    kind: str
+    programs: tuple[str, ...] = ()
+    runs_agent_code: bool = False
+
+
+_families: dict[str, Family] = {}
+
+
+def add_family(name: str, entry: Family) -> None:
+    if name in _families:
+        raise ValueError(f"family {name!r} is defined twice; choose another name")
+    _families[name] = entry
 
 
 def family(name: str, held_out: bool = False) -> Callable[[Callable[[Draw], Plan]], Callable[[Draw], Plan]]:
     """Registers a family. A held-out one is never trained on: it asks for a new composition of what the others teach."""
 
     def add(build: Callable[[Draw], Plan]) -> Callable[[Draw], Plan]:
-        if name in _families:
-            raise ValueError(f"family {name!r} is defined twice; choose another name")
-        _families[name] = build
-        if held_out:
-            _held_out.add(name)
+        add_family(name, Family(build, "held_out" if held_out else "training"))
         return build
 
     return add
 
 
 def training_families() -> tuple[str, ...]:
-    return tuple(name for name in _families if name not in _held_out)
+    return _of_kind("training")
 
 
 def held_out_families() -> tuple[str, ...]:
-    return tuple(name for name in _families if name in _held_out)
+    return _of_kind("held_out")
+
+
+def wide_families() -> tuple[str, ...]:
+    return _of_kind("wide")
+
+
+def _of_kind(kind: str) -> tuple[str, ...]:
+    return tuple(name for name, entry in _families.items() if entry.kind == kind)
 
 
 def train_seed(index: int) -> int:
@@ -166,11 +189,12 @@ def make_task(family: str, seed: int) -> Task:
     """The task of this family and seed, always the same one."""
     if family not in _families:
         raise ValueError(f"task family {family!r} is unknown; known: {', '.join(_families)}")
-    plan = _families[family](Draw(family, seed))
+    entry = _families[family]
+    plan = entry.build(Draw(family, seed))
     files = {path: content if isinstance(content, tuple) else (content, 0o644) for path, content in plan.files.items()}
     return Task(
         name=f"{family}/{seed}", family=family, seed=seed, instruction=plan.instruction,
         files={path: (text.encode(), permissions) for path, (text, permissions) in files.items()},
         verifier=_PRELUDE + lines(*plan.checks, "echo 1"),
-        expert=plan.expert,
+        expert=plan.expert, setup=plan.setup, programs=entry.programs, runs_agent_code=entry.runs_agent_code,
     )

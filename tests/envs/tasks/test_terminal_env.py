@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from envs.gem import format_tool_call, make
-from envs.rock import Sandbox, SandboxConfig, SandboxError
+from envs.rock import SandboxConfig, SandboxError
 from envs.tasks.terminal import make_task
 from envs.tasks.terminal.env import MAX_COMMAND_BYTES, TerminalEnv, read_command, trim
 from envs.tasks.terminal.reward import VerifierError, parse_reward

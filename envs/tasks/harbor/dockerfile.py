@@ -1,0 +1,157 @@
+"""Reads a Dockerfile into instructions with their lines. Says by name what is no Dockerfile, and what this reader does not take.
+
+Reference: https://docs.docker.com/reference/dockerfile/. Taken: comments, line continuation, flags, the JSON form, variables
+($NAME, ${NAME}, ${NAME:-default}, ${NAME:+other}). Not taken: here-documents, another escape character than the backslash.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import re
+import shlex
+from typing import Mapping
+
+from envs.tasks.harbor.errors import TaskError, UnsupportedError
+
+KEYWORDS = frozenset("ADD ARG CMD COPY ENTRYPOINT ENV EXPOSE FROM HEALTHCHECK LABEL MAINTAINER ONBUILD RUN SHELL STOPSIGNAL USER VOLUME WORKDIR".split())
+_HEREDOC = re.compile(r"(?:^|\s)\d*<<-?[\"']?[A-Za-z_]")  # as Docker sees one: a word of its own
+_FLAG = re.compile(r"--([a-z][a-z-]*)(?:=(\S+))?(?:\s+|$)")
+_VARIABLE = re.compile(r"\\(?P<escaped>.)|\$(?P<plain>[A-Za-z_]\w*)|\$\{(?P<name>[A-Za-z_]\w*)(?::(?P<kind>[-+])(?P<other>[^{}]*))?\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One instruction. `rows` are its lines with their numbers, to say where in a long RUN something is."""
+
+    keyword: str
+    arguments: str
+    line: int
+    rows: tuple[tuple[int, str], ...]
+
+    def flags(self) -> tuple[dict[str, str], str]:
+        """(flags, what follows them)."""
+        rest, found = self.arguments, {}
+        while match := _FLAG.match(rest):
+            found[match[1]] = match[2] or ""
+            rest = rest[match.end():]
+        return found, rest
+
+    def line_of(self, pattern: re.Pattern[str]) -> int:
+        return next((number for number, row in self.rows if pattern.search(row)), self.line)
+
+
+def parse(text: str, file: pathlib.Path) -> list[Instruction]:
+    """Raises TaskError for what is no Dockerfile and UnsupportedError for what is not taken."""
+    instructions: list[Instruction] = []
+    rows: list[tuple[int, str]] = []
+    directives = True
+    for number, row in enumerate(text.splitlines(), 1):
+        stripped = row.strip()
+        if stripped.startswith("#"):
+            if directives and re.match(r"#\s*escape\s*=\s*[^\\\s]", stripped, re.IGNORECASE):
+                raise UnsupportedError(file, number, f"the directive {stripped!r}; only the backslash continues a line here")
+            directives = directives and bool(re.match(r"#\s*\w+\s*=", stripped))
+            continue
+        if not stripped:  # inside an instruction too: Docker drops empty lines there
+            continue
+        directives = False
+        continues = re.search(r"\\\s*$", row)
+        rows.append((number, row[: continues.start()] if continues else row))
+        if not continues:
+            instructions.append(_instruction(rows, file))
+            rows = []
+    if rows:
+        instructions.append(_instruction(rows, file))
+    if not any(instruction.keyword == "FROM" for instruction in instructions):
+        raise TaskError(file, 1, "no FROM instruction")
+    first = next(instruction for instruction in instructions if instruction.keyword != "ARG")
+    if first.keyword != "FROM":
+        raise TaskError(file, first.line, f"{first.keyword} before FROM; only ARG may stand there")
+    return instructions
+
+
+def _instruction(rows: list[tuple[int, str]], file: pathlib.Path) -> Instruction:
+    line, text = rows[0][0], "".join(row for _, row in rows).strip()
+    keyword, _, arguments = re.sub(r"\A(\S+)\s*", r"\1 ", text, count=1).partition(" ")
+    if keyword.upper() not in KEYWORDS:
+        raise TaskError(file, line, f"unknown instruction {keyword[:40]!r}")
+    if not arguments.strip():
+        raise TaskError(file, line, f"{keyword.upper()} without arguments")
+    if "\0" in arguments:
+        raise TaskError(file, line, f"{keyword.upper()} has a NUL character")
+    if keyword.upper() in ("RUN", "COPY", "ADD") and _HEREDOC.search(_outside_quotes(arguments)):
+        raise UnsupportedError(file, line, f"{keyword.upper()} with a here-document; write the text to a file of the build context and COPY it")
+    return Instruction(keyword.upper(), arguments.strip(), line, tuple(rows))
+
+
+def _outside_quotes(text: str) -> str:
+    """The text without what stands in quotes, but for the quotes of a here-document's mark itself."""
+    kept, quote, escaped = [], "", False
+    for index, letter in enumerate(text):
+        if escaped or letter == "\\":
+            escaped = not escaped
+        elif quote:
+            quote = "" if letter == quote else quote
+        elif letter in "\"'" and not text.startswith(("<<", "<-"), max(index - 2, 0)):
+            quote = letter
+        else:
+            kept.append(letter)
+    return "".join(kept)
+
+
+def substitute(text: str, variables: Mapping[str, str]) -> str:
+    """Fills in variables as Docker does; one that is not set is empty."""
+
+    def value(match: re.Match[str]) -> str:
+        if match["escaped"] is not None:
+            return match["escaped"] if match["escaped"] == "$" else match[0]
+        if match["plain"]:
+            return variables.get(match["plain"], "")
+        known = variables.get(match["name"], "")
+        if match["kind"] == "-":
+            return known or match["other"]
+        if match["kind"] == "+":
+            return match["other"] if known else ""
+        return known
+
+    return _VARIABLE.sub(value, text)
+
+
+def assignments(instruction: Instruction, file: pathlib.Path) -> dict[str, str]:
+    """NAME=value pairs of ENV; also its old form `ENV NAME value`. Variables are not filled in yet."""
+    text = instruction.arguments
+    old = re.match(r"([A-Za-z_]\w*)\s+([^=\s].*|[^=\s]*=.*)\Z", text, re.DOTALL)
+    if old and "=" not in text.split()[0]:
+        return {old[1]: old[2].strip()}
+    found = {}
+    for word in words(instruction, file, text):
+        name, equals, value = word.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_][\w.-]*", name):
+            raise TaskError(file, instruction.line, f"{instruction.keyword} {word[:40]!r} is not NAME=value")
+        found[name] = value
+    return found
+
+
+def words(instruction: Instruction, file: pathlib.Path, text: str) -> list[str]:
+    """The words of shell-like text, or the entries of a JSON list."""
+    if text.startswith("["):
+        return json_list(text) or _no_list(instruction, file)
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise TaskError(file, instruction.line, f"{instruction.keyword}: {error}") from error
+
+
+def json_list(text: str) -> list[str] | None:
+    """The entries of a JSON list of texts, None if it is none: then Docker takes it for a shell command."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, list) and value and all(isinstance(entry, str) for entry in value) else None
+
+
+def _no_list(instruction: Instruction, file: pathlib.Path) -> list[str]:
+    raise TaskError(file, instruction.line, f"{instruction.keyword} begins with [ and is no JSON list of texts")

@@ -1,0 +1,21 @@
+"""Why a task cannot be used: it is malformed, or this backend cannot give what it asks for. Both name file and line."""
+
+from __future__ import annotations
+
+import pathlib
+
+
+class TaskError(ValueError):
+    """A task folder is malformed. `line` counts from 1; 0 where the fault is of the whole file."""
+
+    def __init__(self, file: pathlib.Path | str, line: int, message: str) -> None:
+        super().__init__(f"{file}:{line}: {message}" if line else f"{file}: {message}")
+        self.file, self.line, self.message = pathlib.Path(file), line, message
+
+
+class UnsupportedError(TaskError):
+    """The task is well formed, and the embedded backend cannot do what it asks for. The message says what, and the remedy where there is one."""
+
+
+class BuildError(TaskError):
+    """A build step of the task ran and failed."""

@@ -1,0 +1,3 @@
+from durations.parse import seconds
+
+__all__ = ["seconds"]

@@ -1,0 +1,2 @@
+#!/bin/bash
+mv delivery.csv deliveries-today.csv

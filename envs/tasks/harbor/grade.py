@@ -1,0 +1,205 @@
+"""Grades what the agent left. The rules:
+
+1. Every process of the agent is dead before anything of the tests enters the sandbox.
+2. /logs/verifier and /tests are emptied first: a reward that lay there, or a link, is gone.
+3. The script runs in fresh namespaces with an empty /tmp, with the variables of the task and none of the agent's, and system programs first in PATH.
+4. When it has ended every process is dead again, and only then is the reward read: a regular file of /logs/verifier, one answer, finite, from 0 to 1.
+
+What the script starts of the agent's programs runs beside it with the same rights, as in Harbor's shared mode: such a program could write a reward.
+A task whose tests run the agent's programs must check their output from outside, and write its reward when none of them lives any more:
+examples/rpn-calculator/tests shows how.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import io
+import json
+import math
+import re
+import shlex
+import tarfile
+
+from envs.rock import CommandResult, Sandbox
+from envs.tasks.harbor.build import Built
+from envs.tasks.harbor.task import Files, Step
+
+READ_TIMEOUT_S = 20.0
+SUMMARY_BYTES = 48 * 1024  # of the script's output, from its end
+MAX_REWARD_BYTES = 65_536
+
+_RUN = """\
+workspace={workspace}
+clear() {{ chmod -R u+rwX -- "$1" 2> /dev/null; rm -rf -- "$1"; [ ! -e "$1" ] && [ ! -L "$1" ]; }}
+if [ -L "$workspace/logs" ] || [ ! -d "$workspace/logs" ]; then rm -rf -- "$workspace/logs"; fi
+chmod u+rwx "$workspace" "$workspace/logs" 2> /dev/null
+clear "$workspace/logs/verifier" && clear "$workspace/tests" || {{ echo 'could not be emptied: /tests or /logs/verifier'; exit 97; }}
+mkdir -p "$workspace/logs/verifier" "$workspace/tests"
+scratch="$(mktemp -d)" || exit 97
+/usr/bin/tar -xf "$VERIFIER_FILES/tests.tar" -C "$workspace/tests" || exit 97
+cd -- {workdir} 2> /dev/null || cd "$workspace"
+/usr/bin/env -i {variables} HOME="$scratch" TMPDIR="$scratch" /bin/bash "$workspace/tests/"{script} > "$scratch/.output" 2>&1 < /dev/null
+ended=$?
+/usr/bin/tail -c {bytes} "$scratch/.output"
+exit $ended
+"""
+_READ = """\
+place={workspace}/logs/verifier
+if [ -L {workspace}/logs ] || [ -L "$place" ]; then echo 'link -'; exit 0; fi
+for name in reward.txt reward.json; do
+    file="$place/$name"
+    if [ -f "$file" ] && [ ! -L "$file" ] && [ "$(stat -c %h -- "$file")" = 1 ]; then echo "$name $(head -c {bytes} -- "$file" | base64 -w 0)"
+    elif [ -e "$file" ] || [ -L "$file" ]; then echo "$name -"
+    fi
+done
+"""
+_CLEAN = "for d in {workspace}/tests {workspace}/logs/verifier; do chmod -R u+rwX -- $d; rm -rf -- $d; done 2> /dev/null; mkdir -p {workspace}/logs/verifier; true"
+_OUTCOME = re.compile(r"^(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b[ \t]+(?:\[\d+\][ \t]+)?(\S+)", re.MULTILINE)
+_SUMMARY = re.compile(r"^=+ short test summary info =+$", re.MULTILINE)
+
+
+class RewardError(ValueError):
+    """What the grader left is no reward."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Grade:
+    """`rewards` has several entries where reward.json has; `reward` is the one that counts. `note` says why it is 0 for another reason than a verdict."""
+
+    reward: float
+    rewards: dict[str, float]
+    note: str = ""
+    output: str = ""  # the end of what the script printed
+
+
+async def grade(sandbox: Sandbox, step: Step, built: Built) -> Grade:
+    """Runs the step's tests in the sandbox. Raises SandboxError for the machine's faults, and only for those.
+
+    A script that left no valid reward, or did not end, earns 0: the agent shares its world and could have brought that about. That the tests are
+    sound is for the oracle to prove, which must earn 1.
+    """
+    result = await sandbox.verify(_script(sandbox, step, built), timeout=step.verifier_timeout,
+                                  files={"tests.tar": _tar(built.paths.scripts(step.tests, everything=True))})
+    output = built.paths.outward(result.stdout)
+    if result.timed_out:
+        return Grade(0.0, {}, f"the tests of {step.name} were stopped after {step.verifier_timeout:g} s", output)
+    if result.exit_code == 97 or result.exit_code > 128:  # by a signal: what they started of the agent's may have sent it, and have left a reward
+        return Grade(0.0, {}, f"the tests of {step.name} were killed or could not begin (exit {result.exit_code})", output)
+    try:
+        rewards = {"reward": pytest_reward(result)} if step.parser == "pytest" else await _read_rewards(sandbox, built)
+        return Grade(pick(rewards), rewards, "", output)
+    except RewardError as error:
+        return Grade(0.0, {}, f"{step.name}: {error}", output)
+
+
+async def clean_up(sandbox: Sandbox) -> None:
+    """Between two steps: nothing of the tests stays for the agent to read."""
+    await sandbox.kill_all()
+    await sandbox.verify(_CLEAN.format(workspace=shlex.quote(sandbox.workspace)), timeout=READ_TIMEOUT_S)
+
+
+def _script(sandbox: Sandbox, step: Step, built: Built) -> str:
+    inner = built.inner_env()
+    path = ":".join(dict.fromkeys(["/usr/local/bin", "/usr/bin", "/bin", *inner.get("PATH", "").split(":")]))
+    tests = built.paths.place("/tests")
+    variables = {**inner, **{name: built.paths.inward(value) for name, value in step.verifier_env.items()}, "PATH": path.strip(":"), "LANG": "C.UTF-8",
+                 "TEST_DIR": tests, "PYTHONSAFEPATH": "1", "PYTHONPATH": tests, "PYTHONNOUSERSITE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return _RUN.format(
+        workspace=shlex.quote(sandbox.workspace), workdir=shlex.quote(built.paths.place(built.workdir)), script=shlex.quote(step.test_script),
+        bytes=SUMMARY_BYTES,
+        variables=" ".join(shlex.quote(f"{name}={value}") for name, value in variables.items()))
+
+
+def _tar(files: Files) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, (content, mode) in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.mode = len(content), mode
+            archive.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+# -- rewards -------------------------------------------------------------------------------------------------------------------------
+
+
+async def _read_rewards(sandbox: Sandbox, built: Built) -> dict[str, float]:
+    """Reads once every process that the tests started is dead."""
+    result = await sandbox.verify(_READ.format(workspace=shlex.quote(sandbox.workspace), bytes=MAX_REWARD_BYTES + 1), timeout=READ_TIMEOUT_S)
+    found: dict[str, bytes | None] = {}
+    for row in result.stdout.splitlines():
+        name, _, content = row.partition(" ")
+        try:
+            found[name] = None if content == "-" else base64.b64decode(content, validate=True)
+        except binascii.Error as error:
+            raise RewardError(f"{name} could not be read: {error}") from error
+    return read_rewards(found)
+
+
+def read_rewards(files: dict[str, bytes | None]) -> dict[str, float]:
+    """The rewards in reward.txt and reward.json (None: there, but no regular file). RewardError unless they are one valid answer.
+
+    Both files may be there only if they say the same.
+    """
+    if odd := [name for name, content in files.items() if content is None]:
+        raise RewardError(f"/logs/verifier/{odd[0]} is no regular file")
+    if not files:
+        raise RewardError("the tests left neither reward.txt nor reward.json in /logs/verifier")
+    if large := [name for name, content in files.items() if len(content) > MAX_REWARD_BYTES]:
+        raise RewardError(f"{large[0]} has more than {MAX_REWARD_BYTES} bytes")
+    answers = {name: _text_reward(content) if name == "reward.txt" else _json_rewards(content) for name, content in files.items()}
+    if len(answers) > 1 and pick(answers["reward.txt"]) != pick(answers["reward.json"]):
+        raise RewardError(f"reward.txt says {pick(answers['reward.txt']):g} and reward.json says {pick(answers['reward.json']):g}")
+    return answers.get("reward.json", answers.get("reward.txt"))
+
+
+def pick(rewards: dict[str, float]) -> float:
+    """The one that counts: "reward", or the only one. RewardError where it is not clear."""
+    if "reward" in rewards:
+        return rewards["reward"]
+    if len(rewards) == 1:
+        return next(iter(rewards.values()))
+    raise RewardError(f"reward.json has {len(rewards)} entries ({', '.join(sorted(rewards))[:80]}), and none is named \"reward\"")
+
+
+def _text_reward(content: bytes) -> dict[str, float]:
+    try:
+        return {"reward": _checked("reward.txt", float(content.decode("ascii").strip()))}
+    except (UnicodeDecodeError, ValueError) as error:
+        if isinstance(error, RewardError):
+            raise
+        raise RewardError(f"reward.txt holds {content[:40]!r}, and not one number") from error
+
+
+def _json_rewards(content: bytes) -> dict[str, float]:
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise RewardError(f"reward.json is not JSON: {str(error)[:80]}") from error
+    if not isinstance(value, dict):
+        raise RewardError(f"reward.json is a {type(value).__name__}, and must be an object of numbers")
+    for key, number in value.items():
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            raise RewardError(f"reward.json: {key[:40]!r} is no number")
+    return {key: _checked("reward.json", number) for key, number in value.items()}
+
+
+def _checked(name: str, number: float | int) -> float:
+    try:
+        value = float(number)
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value) or not 0.0 <= value <= 1.0:
+        raise RewardError(f"{name} says {value}, which is no finite number from 0 to 1")
+    return value
+
+
+def pytest_reward(result: CommandResult) -> float:
+    """1 if the script ended well and its last summary of pytest (`-rA`) lists tests that all passed; Terminal-Bench 1's rule."""
+    parts = _SUMMARY.split(result.stdout)
+    outcomes = _OUTCOME.findall(parts[-1]) if len(parts) > 1 else []
+    if not outcomes:
+        raise RewardError("pytest's short test summary is not in the output (run-tests.sh must call it with -rA)")
+    return float(result.exit_code == 0 and all(outcome in ("PASSED", "XFAIL") for outcome, _ in outcomes))

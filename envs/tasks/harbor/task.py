@@ -1,0 +1,95 @@
+"""The one record that every real task format is read into: Harbor (Terminal-Bench 2.x) and Terminal-Bench 1.
+
+Only bytes and numbers: nothing here runs, and nothing of `tests` and `solution` enters a sandbox but through the grader and the oracle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any, Mapping
+
+Files = Mapping[str, tuple[bytes, int]]  # path below its folder -> (content, permissions)
+NETWORK_MODES = ("public", "no-network", "allowlist")
+
+
+@dataclasses.dataclass(frozen=True)
+class Healthcheck:
+    """A command that must succeed before the agent begins; seconds."""
+
+    command: str
+    interval: float = 5.0
+    timeout: float = 30.0
+    start_period: float = 0.0
+    retries: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Environment:
+    """What the agent works in. `context` is the build context, the Dockerfile included; without one `docker_image` is used as it is."""
+
+    context: Files = dataclasses.field(default_factory=dict, repr=False)
+    dockerfile: str | None = None  # its text
+    dockerfile_path: pathlib.Path | None = None  # for messages
+    compose_path: pathlib.Path | None = None
+    docker_image: str | None = None
+    build_timeout: float = 600.0
+    cpus: float | None = None
+    memory_mb: int | None = None
+    storage_mb: int | None = None
+    gpus: int = 0
+    network_mode: str = "public"
+    allowed_hosts: tuple[str, ...] = ()
+    workdir: str | None = None
+    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    healthcheck: Healthcheck | None = None
+    mcp_servers: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One instruction, and how it is graded. A task of one step has its files at the task's root.
+
+    setup: files that are laid into the working directory before the step; a setup.sh among them is run there.
+    parser: "reward" reads /logs/verifier, "pytest" reads the summary that the script prints.
+    min_reward: below it the task ends and later steps count 0; by key where the reward has several.
+    """
+
+    name: str
+    instruction: str
+    tests: Files = dataclasses.field(repr=False)
+    test_script: str = "test.sh"
+    solution: Files = dataclasses.field(default_factory=dict, repr=False)
+    solve_script: str | None = None  # among `solution`; None: the task has no reference solution
+    setup: Files = dataclasses.field(default_factory=dict, repr=False)
+    parser: str = "reward"
+    agent_timeout: float | None = None
+    verifier_timeout: float = 600.0
+    verifier_env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    solution_env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    min_reward: float | Mapping[str, float] | None = None
+    separate_verifier: bool = False
+    healthcheck: Healthcheck | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class HarborTask:
+    """A task folder. `unknown_keys` of its settings were accepted and do nothing here."""
+
+    name: str
+    path: pathlib.Path
+    format: str  # "harbor" or "terminal-bench-1"
+    schema_version: str
+    environment: Environment
+    steps: tuple[Step, ...]
+    reward_strategy: str = "mean"  # over the steps, or "final"
+    difficulty: str = ""
+    category: str = ""
+    tags: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    artifacts: tuple[Any, ...] = ()
+    unknown_keys: tuple[str, ...] = ()
+
+    @property
+    def has_solution(self) -> bool:
+        return all(step.solve_script for step in self.steps)

@@ -1,0 +1,38 @@
+"""Task folders made for one test."""
+
+import asyncio
+import pathlib
+
+import pytest
+
+from envs.rock import SandboxConfig
+
+CONFIG = SandboxConfig(isolation="best_available")
+PASSES = "#!/bin/bash\nif [ -f /app/out.txt ]; then echo 1 > /logs/verifier/reward.txt; else echo 0 > /logs/verifier/reward.txt; fi\n"
+
+
+def write(folder: pathlib.Path, files: dict[str, str | bytes]) -> pathlib.Path:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+@pytest.fixture
+def harbor(tmp_path):
+    """Writes a task that is passed by making /app/out.txt; keyword arguments replace or add files (None: leave out)."""
+
+    def make(files: dict[str, str | bytes | None] | None = None, name: str = "task") -> pathlib.Path:
+        plain = {
+            "task.toml": 'version = "1.0"\n', "instruction.md": "Make /app/out.txt.\n", "environment/Dockerfile": "FROM ubuntu:24.04\nWORKDIR /app\n",
+            "tests/test.sh": PASSES, "solution/solve.sh": "echo x > /app/out.txt\n",
+        }
+        return write(tmp_path / name, {key: value for key, value in {**plain, **(files or {})}.items() if value is not None})
+
+    return make
+
+
+@pytest.fixture
+def run():
+    return asyncio.run
