@@ -153,7 +153,7 @@ class EmbeddedSandbox(Sandbox):
     def is_alive(self) -> bool:
         return self._channel is not None and self._channel.fileno() >= 0 and not self._gone.done()
 
-    async def verify(self, script: str, timeout: float | None = None, files: Mapping[str, bytes] | None = None) -> CommandResult:
+    async def verify(self, script: str, timeout: float | None = None, files: Mapping[str, bytes] | None = None, keep: bool = False) -> CommandResult:
         files = files or {}
         check_verifier_files(files)
         # The script's own descriptor is closed first: what it runs would inherit it.
@@ -162,7 +162,7 @@ class EmbeddedSandbox(Sandbox):
                        "PYTHONDONTWRITEBYTECODE": "1"}
         sizes = [(name, len(content)) for name, content in files.items()]
         async with self._turn:
-            return await self._to_its_end(self._start({"op": "verify", "files": sizes, "env": environment}, contents, timeout))
+            return await self._to_its_end(self._start({"op": "verify", "files": sizes, "env": environment, "keep": keep}, contents, timeout))
 
     async def kill_all(self) -> None:
         await self._request({"op": "kill"}, (), REPLY_GRACE)

@@ -163,13 +163,13 @@ class Sandbox(abc.ABC):
         """Kill every process of the sandbox and wait until they are gone; files stay. A running execute returns with "killed"."""
 
     @abc.abstractmethod
-    async def verify(self, script: str, timeout: float | None = None, files: Mapping[str, bytes] | None = None) -> CommandResult:
+    async def verify(self, script: str, timeout: float | None = None, files: Mapping[str, bytes] | None = None, keep: bool = False) -> CommandResult:
         """Kill every process of the agent, then run a bash script that no process of the agent can ever read.
 
         The script runs in the workspace with a clean environment (nothing from config.env), an empty /tmp and fresh namespaces. Where
         `guarantees` has "verifier", not even programs that the script itself runs can read it; `files` lie read-only in the directory
         $VERIFIER_FILES for the script, and for what it runs. What it writes in the workspace is gone afterwards where `guarantees` has
-        "view". Prefer builtins and absolute paths; start Python with -I, or it imports the agent's modules.
+        "view", unless `keep`. Prefer builtins and absolute paths; start Python with -I, or it imports the agent's modules.
         """
 
     @abc.abstractmethod

@@ -66,8 +66,8 @@ class Tier:
 
         return self._start(become, out, err)
 
-    def start_verifier(self, script: int, files: dict[str, bytes], environment: dict, out: int, err: int) -> Started:
-        """The grader. As root its bash is execute-only, so that its children cannot look into it (see namespaces.py)."""
+    def start_verifier(self, script: int, files: dict[str, bytes], environment: dict, out: int, err: int, keep: bool) -> Started:
+        """The grader. As root its bash is execute-only, so that its children cannot look into it (see namespaces.py). What it writes is kept always."""
         for name, content in files.items():
             linux.write_file(f"{self._hidden}/{name}", content)
         bash = self._spec["verifier_bash"] if self._own_uid else "/bin/bash"

@@ -165,7 +165,7 @@ class Holder:
             files[name] = os.pread(content, size, offset)
             offset += size
         events = self._meters.events()
-        self._watch(request, self._tier.start_verifier(script, files, request["env"], out, err), events)
+        self._watch(request, self._tier.start_verifier(script, files, request["env"], out, err, request["keep"]), events)
 
     def _watch(self, request: dict, started: Started, events: dict[str, int]) -> None:
         self._add(Running(request["id"], os.pidfd_open(started.pid), request["timeout"], events, started, None))

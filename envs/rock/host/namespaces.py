@@ -125,7 +125,7 @@ class Tier:
 
         return self._start(become, out, err)
 
-    def start_verifier(self, script: int, files: dict[str, bytes], environment: dict, out: int, err: int) -> Started:
+    def start_verifier(self, script: int, files: dict[str, bytes], environment: dict, out: int, err: int, keep: bool) -> Started:
         """The grader: a view of the workspace that nobody sees but it, its own empty /tmp, shared memory and IPC, its files in /run/verifier,
         and a bash that its children cannot look into.
 
@@ -138,7 +138,8 @@ class Tier:
             for place, options in (("/tmp", f"size={self._spec['disk_bytes']},mode=1777"), ("/dev/shm", f"size={SHM_BYTES},mode=1777"),
                                    ("/run", f"size={HIDDEN_BYTES},nr_inodes=1k,mode=0755")):
                 linux.mount("tmpfs", place, "tmpfs", _SAFE, options)
-            self._cover_workspace()
+            if not keep:
+                self._cover_workspace()
             os.mkdir("/run/verifier")
             for name, content in files.items():
                 linux.write_file(f"/run/verifier/{name}", content)

@@ -3,7 +3,8 @@
 1. Every process of the agent is dead before anything of the tests enters the sandbox.
 2. /logs/verifier and /tests are emptied first: a reward that lay there, or a link, is gone.
 3. The script runs in fresh namespaces with an empty /tmp, with the variables of the task and none of the agent's, and system programs first in PATH.
-4. When it has ended every process is dead again, and only then is the reward read: a regular file of /logs/verifier, one answer, finite, from 0 to 1.
+4. It works in place, not on a view: the steps of a task follow each other in one world, and rule 5 reads what it left.
+5. When it has ended every process is dead again, and only then is the reward read: a regular file of /logs/verifier, one answer, finite, from 0 to 1.
 
 What the script starts of the agent's programs runs beside it with the same rights, as in Harbor's shared mode: such a program could write a reward.
 A task whose tests run the agent's programs must check their output from outside, and write its reward when none of them lives any more:
@@ -81,7 +82,7 @@ async def grade(sandbox: Sandbox, step: Step, built: Built) -> Grade:
     sound is for the oracle to prove, which must earn 1.
     """
     result = await sandbox.verify(_script(sandbox, step, built), timeout=step.verifier_timeout,
-                                  files={"tests.tar": _tar(built.paths.scripts(step.tests, everything=True))})
+                                  files={"tests.tar": _tar(built.paths.scripts(step.tests, everything=True))}, keep=True)
     output = built.paths.outward(result.stdout)
     if result.timed_out:
         return Grade(0.0, {}, f"the tests of {step.name} were stopped after {step.verifier_timeout:g} s", output)
@@ -97,7 +98,7 @@ async def grade(sandbox: Sandbox, step: Step, built: Built) -> Grade:
 async def clean_up(sandbox: Sandbox) -> None:
     """Between two steps: nothing of the tests stays for the agent to read."""
     await sandbox.kill_all()
-    await sandbox.verify(_CLEAN.format(workspace=shlex.quote(sandbox.workspace)), timeout=READ_TIMEOUT_S)
+    await sandbox.verify(_CLEAN.format(workspace=shlex.quote(sandbox.workspace)), timeout=READ_TIMEOUT_S, keep=True)
 
 
 def _script(sandbox: Sandbox, step: Step, built: Built) -> str:
@@ -127,7 +128,7 @@ def _tar(files: Files) -> bytes:
 
 async def _read_rewards(sandbox: Sandbox, built: Built) -> dict[str, float]:
     """Reads once every process that the tests started is dead."""
-    result = await sandbox.verify(_READ.format(workspace=shlex.quote(sandbox.workspace), bytes=MAX_REWARD_BYTES + 1), timeout=READ_TIMEOUT_S)
+    result = await sandbox.verify(_READ.format(workspace=shlex.quote(sandbox.workspace), bytes=MAX_REWARD_BYTES + 1), timeout=READ_TIMEOUT_S, keep=True)
     found: dict[str, bytes | None] = {}
     for row in result.stdout.splitlines():
         name, _, content = row.partition(" ")
