@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from envs.rock import Sandbox, SandboxClosedError, SandboxConfig, launcher, probe
+from envs.rock import Sandbox, SandboxClosedError, SandboxConfig, SandboxFileError, SyncSandbox, launcher, probe
 
 
 @pytest.fixture(params=["namespaces", "landlock"])
@@ -274,3 +274,25 @@ def test_a_port_of_the_sandbox_can_be_reached_from_here():
         return nothing, answers
 
     assert asyncio.run(asyncio.wait_for(work(), 60)) == (b"", [b"cba", b"54321"])
+
+
+def test_a_caller_without_an_event_loop_gets_the_same(tmp_path):
+    if (report := probe()).tier is None:
+        pytest.skip(f"no sandbox here: {report.missing[0].reason}")
+    with SyncSandbox(SandboxConfig(isolation="best_available")) as sandbox:
+        assert sandbox.execute("echo hi", timeout=5).stdout == "hi\n" and sandbox.is_alive() and sandbox.tier
+        sandbox.write_files({"a/f": "text", "g": b"\0"})
+        assert sandbox.read_file("a/f") == b"text" and sandbox.download("a", tmp_path / "a").files == 1
+        with sandbox.create_session() as session:
+            session.run("x=5")
+            assert session.run("echo $x").stdout == "5\n"
+        job = sandbox.spawn("sleep 60")
+        assert job.running and job.kill().exit_code == 137
+        with sandbox.fork() as copy:
+            assert copy.execute("cat a/f; rm a/f").stdout == "text"
+        assert sandbox.read_file("a/f") == b"text"
+        with pytest.raises(SandboxFileError):
+            sandbox.read_file("nothing")
+        with pytest.raises(AttributeError, match="no synchronous form"):
+            sandbox.read_stream("g")
+    assert not sandbox.is_alive()
