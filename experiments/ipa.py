@@ -44,6 +44,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.lambda_il = 1.0
     config.norm = "tokens"                # ipa, token_level: the loss is divided by tokens, chunks or trajectories
     config.failure_reward = -1.0          # 0.0 learns from successes only
+    config.denial_penalty = 0.0           # what an episode loses that reached for a network which its sandbox does not grant
     config.clip_low = 0.0                 # losses that clip: to [1 - clip_low, 1 + clip_high]; 0: as published
     config.clip_high = 0.0
     config.dual_clip = 0.0                # losses that clip: bound of a failure's ratio; 0: none, as published, and refused where samples may be stale

@@ -31,7 +31,7 @@ CPT_KEYS = COMMON_KEYS | {"rows": int, "text": str, "held_out_share": float, "ev
 SFT_KEYS = AGENT_KEYS | {"rows": int, "expert_episodes": int, "expert_error_rate": float}
 RL_KEYS = AGENT_KEYS | {
     "gamma": float, "mismatch_threshold": float, "mismatch_low": float, "mismatch_mask": str, "lambda_rl": float, "lambda_il": float, "norm": str,
-    "failure_reward": float, "clip_low": float, "clip_high": float, "dual_clip": float, "anchor": str, "old": str, "routing_replay": str, "groups": int, "group_size": int, "filter_groups": bool,
+    "failure_reward": float, "denial_penalty": float, "clip_low": float, "clip_high": float, "dual_clip": float, "anchor": str, "old": str, "routing_replay": str, "groups": int, "group_size": int, "filter_groups": bool,
 }
 KEYS = {"cpt": CPT_KEYS, "sft": SFT_KEYS}  # of a loss; the others are RL's
 # Switches that some losses read; 0 stands for the value of the loss' paper (PUBLISHED, where the first is called mismatch_limit).
@@ -42,7 +42,7 @@ CHOICES = {
     "loss": tuple(LOSSES), "mismatch_mask": ("chunk", "token"), "norm": ("tokens", "chunks", "trajectories"),
     "anchor": ("history", "observation"), "old": ("trainer", "rollout"), "routing_replay": ("off", "rollout", "recompute"), "isolation": ("required", "best_available"), "model": tuple(PRESETS), "remat": REMATS,
 }
-MAY_BE_ZERO = {"seed", "warmup_updates", "weight_decay", "eval_every", "expert_error_rate", "lambda_rl", "lambda_il", "failure_reward", "temperature", "eval_temperature", "capacity_factor", "router_z_loss_coef", "async_ratio", *OF_SOME_LOSSES}
+MAY_BE_ZERO = {"seed", "warmup_updates", "weight_decay", "eval_every", "expert_error_rate", "lambda_rl", "lambda_il", "failure_reward", "denial_penalty", "temperature", "eval_temperature", "capacity_factor", "router_z_loss_coef", "async_ratio", *OF_SOME_LOSSES}
 
 
 class ConfigError(ValueError):

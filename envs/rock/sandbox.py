@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import NamedTuple
 
 from envs.rock.config import Address, CommandResult, Denial, FileEntry, SandboxConfig, SandboxStatus, check_environment
-from envs.rock.errors import SandboxFileError
+from envs.rock.errors import SandboxError, SandboxFileError
 
 WORKSPACE = "/workspace"
 PIECE_BYTES = 1 << 18  # of a streamed file
@@ -195,6 +195,10 @@ class Sandbox(abc.ABC):
         finally:
             await snapshot.delete()
         return copy
+
+    async def commit(self, image: str) -> None:
+        """Keep the files as an image of that name, from which other sandboxes start by `SandboxConfig.image`, on other days too."""
+        raise SandboxError(f"the {self.config.backend} backend has no images; a snapshot lives as long as this process, and download keeps files")
 
     # -- files
 

@@ -31,6 +31,7 @@ Anchor = Literal["history", "observation"]
 
 def group_advantages(
     trajectories: Sequence[Trajectory], failure_reward: float, estimator: Estimator = "normalised", *, gamma: float = 1.0, anchor: Anchor = "history",
+    denial_penalty: float = 0.0,
 ) -> list[np.ndarray]:
     """[K] advantages of every trajectory's turns, one number for all of them but with "steps".
 
@@ -43,7 +44,7 @@ def group_advantages(
     if estimator not in get_args(Estimator) or anchor not in get_args(Anchor):
         raise ValueError(f"advantage {estimator!r} or anchor {anchor!r} unknown; known: {', '.join(get_args(Estimator))}; {', '.join(get_args(Anchor))}")
     groups = [trajectory.group for trajectory in trajectories]
-    rewards = [loss_reward(trajectory, failure_reward) for trajectory in trajectories]
+    rewards = [loss_reward(trajectory, failure_reward, denial_penalty) for trajectory in trajectories]
     episode_level = _compare(zip(groups, rewards), "normalised" if estimator == "steps" else estimator)
     spread = [np.full(len(trajectory.turns), advantage) for trajectory, advantage in zip(trajectories, episode_level)]
     if estimator != "steps":
@@ -81,9 +82,9 @@ def anchor_states(trajectory: Trajectory, anchor: Anchor) -> list[Hashable]:
     return states
 
 
-def loss_reward(trajectory: Trajectory, failure_reward: float) -> float:
-    """The reward that losses see: the verifier's for a success, `failure_reward` otherwise."""
-    return trajectory.reward if trajectory.reward > 0 else failure_reward
+def loss_reward(trajectory: Trajectory, failure_reward: float, denial_penalty: float = 0.0) -> float:
+    """The reward that losses see: the verifier's for a success, `failure_reward` otherwise; less the penalty if it reached for an ungranted network."""
+    return (trajectory.reward if trajectory.reward > 0 else failure_reward) - denial_penalty * (trajectory.network_denials > 0)
 
 
 def _compare(grouped: Iterable[tuple[Hashable, float]], estimator: Estimator) -> list[float]:

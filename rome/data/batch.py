@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     logp_old_BT: np.ndarray  # float32; the trainer's at version_BT; zeros until the trainer has scored them
     return_BC: np.ndarray  # float32; Eq. 7
     reward_BC: np.ndarray  # float32; of the chunk's trajectory, failures mapped to failure_reward
-    sign_BC: np.ndarray  # float32; +1 where the trajectory's own reward is > 0, else -1
+    sign_BC: np.ndarray  # float32; +1 where that reward is > 0, else -1
     advantage_BC: np.ndarray  # float32; the trajectory's advantage in its group, with "steps" the turn's own (rome.data.advantages)
     trajectory_BC: np.ndarray  # int32; the chunk's segment; 0 is padding
     kind_BC: np.ndarray  # int8; RL, IMITATION or CONTEXT

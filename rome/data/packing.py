@@ -32,7 +32,7 @@ _CHUNK_FEATURES = {"return": np.float32, "reward": np.float32, "sign": np.float3
 
 def pack(
     trajectories: Sequence[Trajectory], *, row_length: int, chunks_per_row: int, gamma: float, failure_reward: float, purpose: Purpose = "rl",
-    routes_for: ModelConfig | None = None, advantage: Estimator = "normalised", anchor: Anchor = "history",
+    routes_for: ModelConfig | None = None, advantage: Estimator = "normalised", anchor: Anchor = "history", denial_penalty: float = 0.0,
 ) -> Batch:
     """All trainable trajectories, each once and whole, in as few rows as best-fit finds; the longest first.
 
@@ -44,16 +44,17 @@ def pack(
       failure_reward: stands for every reward <= 0; 0.0 learns from successes only.
       purpose: "sft" learns from chunks of status "ok" that are not context; "rl" from every action the policy took.
       routes_for: the model that is to replay the chunks' routes; they are checked against it. None: the batch has no routes.
+      denial_penalty: what an episode loses that reached for a network which its sandbox does not grant.
       advantage, anchor: how a group is compared (`rome.data.advantages`).
     Returns:
       As many rows as were needed, none if nothing is trainable. The same list gives the same rows.
     """
     trajectories = [trajectory for trajectory in trajectories if trajectory.trainable and trajectory.num_action_tokens]
-    advantages = group_advantages(trajectories, failure_reward, advantage, gamma=gamma, anchor=anchor)
+    advantages = group_advantages(trajectories, failure_reward, advantage, gamma=gamma, anchor=anchor, denial_penalty=denial_penalty)
     examples = [
         to_example(
             trajectory, row_length=row_length, chunks_per_row=chunks_per_row, gamma=gamma, failure_reward=failure_reward,
-            advantage=advantage_K, purpose=purpose, routes_for=routes_for,
+            advantage=advantage_K, purpose=purpose, routes_for=routes_for, denial_penalty=denial_penalty,
         )
         for trajectory, advantage_K in zip(trajectories, advantages)
     ]
@@ -85,7 +86,7 @@ def microbatches(batch: Batch, rows_per_microbatch: int) -> list[Batch]:
 
 def to_example(
     trajectory: Trajectory, *, row_length: int, chunks_per_row: int, gamma: float, failure_reward: float, advantage: float | np.ndarray,
-    purpose: Purpose, routes_for: ModelConfig | None = None,
+    purpose: Purpose, routes_for: ModelConfig | None = None, denial_penalty: float = 0.0,
 ) -> dict[str, np.ndarray]:
     """One trajectory as features of two lengths, its tokens and its chunks. Raises ValueError if a row cannot hold it.
 
@@ -93,12 +94,12 @@ def to_example(
     """
     turns = trajectory.turns
     _check_fits(trajectory, turns, row_length, chunks_per_row)
-    reward = loss_reward(trajectory, failure_reward)
+    reward = loss_reward(trajectory, failure_reward, denial_penalty)
     everywhere = np.ones(len(turns))
     per_chunk = {
         "return": chunk_returns(reward, len(turns), gamma),
         "reward": reward * everywhere,
-        "sign": (1.0 if trajectory.reward > 0 else -1.0) * everywhere,
+        "sign": (1.0 if reward > 0 else -1.0) * everywhere,
         "advantage": advantage * everywhere,
         "kind": [_kind(chunk, purpose) for _, chunk in turns],
     }

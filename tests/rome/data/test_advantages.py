@@ -94,3 +94,13 @@ def test_each_turn_carries_its_own_advantage_into_its_row():
     np.testing.assert_allclose(batch.advantage_BC[batch.valid_BC], np.concatenate(expected), rtol=1e-6)
     with pytest.raises(ValueError, match="'best' or anchor 'history' unknown"):
         pack([won], **options, advantage="best")
+
+
+def test_an_episode_that_reached_for_the_network_is_worth_less():
+    """The penalty is taken once, whatever the number of attempts, and a success that it costs more than it earned is a failure."""
+    step = [episode(([1], LIST), reward=reward, group=0) for reward in (1.0, 1.0, 0.0)]
+    step[1].chunks[0].network_denials = 3
+    np.testing.assert_allclose(group_advantages(step, -1.0, "centred", denial_penalty=1.5), np.array([[1.0], [-0.5], [-1.0]]) + 0.5 / 3)
+    batch = pack(step, row_length=2, chunks_per_row=1, gamma=1.0, failure_reward=-1.0, denial_penalty=1.5)
+    assert sorted(zip(batch.reward_BC.ravel(), batch.sign_BC.ravel())) == [(-1, -1), (-0.5, -1), (1, 1)]
+    assert sorted(pack(step, row_length=2, chunks_per_row=1, gamma=1.0, failure_reward=-1.0).reward_BC.ravel()) == [-1, 1, 1]
