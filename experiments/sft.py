@@ -60,7 +60,10 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.checkpoints_kept = 2
     config.engines = ""                   # comma-separated URLs of SGLang servers; empty: the embedded engine is started
     config.engine_slots = 64              # of the embedded engine; fewer than `concurrency` would cost cached prefixes
-    config.sandbox = ml_collections.ConfigDict({"isolation": "best_available", "memory_mb": 256, "pids": 64, "disk_mb": 8, "command_timeout": 5.0})
+    config.sandbox = ml_collections.ConfigDict({
+        "isolation": "best_available", "memory_mb": 256, "pids": 64, "disk_mb": 8, "command_timeout": 5.0,
+        "egress": "",                     # what agents may reach, as in "pypi.org:443 model@127.0.0.1:30000"; nothing by default
+    })
     config.learner = ml_collections.ConfigDict({
         "remat": "none",                  # what the backward pass computes again: none, full, attention, offload (rome/model/config.py)
         "attention": "auto", "experts": "auto", "exchange": "auto",  # kernels by name (rome/model/kernels.py)

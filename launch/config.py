@@ -12,10 +12,11 @@ from typing import Any
 
 import ml_collections
 
+from envs.rock import SandboxConfig
 from rome.losses import ADVANTAGES, LIKELIHOODS, LOSSES, PUBLISHED, LossConfig, unbounded_weight
 from rome.model.config import PRESETS, REMATS
 
-SANDBOX_KEYS = {"isolation": str, "memory_mb": int, "pids": int, "disk_mb": int, "command_timeout": float}
+SANDBOX_KEYS = {"isolation": str, "memory_mb": int, "pids": int, "disk_mb": int, "command_timeout": float, "egress": str}
 LEARNER_KEYS = {"remat": str, "attention": str, "experts": str, "exchange": str, "capacity_factor": float, "router_z_loss_coef": float, "offload_moments": bool}
 MESH_KEYS = {"replica": int, "fsdp": int, "expert": int, "sequence": int, "tensor": int}
 COMMON_KEYS = {
@@ -80,6 +81,10 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         if config.init_from.endswith(".py"):
             raise ConfigError(f"init_from={config.init_from!r}: CPT is the first stage and runs no other before it. Name a Hugging Face directory (a run leaves one in final/), or nothing.")
         return
+    try:
+        sandbox_config(config)
+    except ValueError as error:
+        raise ConfigError(f"config.sandbox: {error}.") from None
     if config.max_context > config.row_length:
         raise ConfigError(f"max_context={config.max_context} is longer than a row of row_length={config.row_length} tokens, and no trajectory is cut. Raise row_length.")
     if config.max_new_tokens >= config.max_context:
@@ -107,6 +112,12 @@ def _check_rl(config: ml_collections.ConfigDict) -> None:
         raise ConfigError("temperature=0 gives a group of equal episodes and no gradient. Set it above 0.")
     if config.routing_replay == "recompute" and config.old == "rollout":
         raise ConfigError("routing_replay=recompute records routes while logp_old is scored, and old=rollout scores nothing. Set old=trainer, or routing_replay=rollout.")
+
+
+def sandbox_config(config: ml_collections.ConfigDict) -> SandboxConfig:
+    """What an episode's sandbox is."""
+    sandbox = config.sandbox
+    return SandboxConfig(isolation=sandbox.isolation, memory_mb=sandbox.memory_mb, pids=sandbox.pids, disk_mb=sandbox.disk_mb, egress=tuple(sandbox.egress.split()))
 
 
 def loss_config(config: ml_collections.ConfigDict) -> LossConfig:

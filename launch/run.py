@@ -25,11 +25,10 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from envs.rock import SandboxConfig
 from envs.rock.sync import run as run_async
 from envs.tasks.terminal import FAMILIES, HELD_OUT_FAMILIES, eval_seed, train_seed
 from envs.tasks.terminal.env import BASH_TOOL, TerminalEnv
-from launch.config import loss_config
+from launch.config import loss_config, sandbox_config
 from launch.distributed import check_mesh_spans
 from rome.agent.loop import Limits, derive_seed
 from rome.data.batch import Batch
@@ -131,10 +130,8 @@ class Run:
         self.published = version
 
     def make_env(self, task: str) -> TerminalEnv:
-        sandbox = self.config.sandbox
         return TerminalEnv(
-            task, SandboxConfig(isolation=sandbox.isolation, memory_mb=sandbox.memory_mb, pids=sandbox.pids, disk_mb=sandbox.disk_mb),
-            max_turns=self.config.max_turns, command_timeout=sandbox.command_timeout,
+            task, sandbox_config(self.config), max_turns=self.config.max_turns, command_timeout=self.config.sandbox.command_timeout,
         )
 
     @functools.cached_property

@@ -54,6 +54,13 @@ def test_a_wrong_config_is_refused_with_the_value_and_the_remedy(change, message
         check_config(config)
 
 
+def test_an_egress_grant_that_nobody_understands_is_refused_before_anything_starts():
+    config = load_config("experiments/ipa.py", "tiny")
+    config.sandbox.egress = "pypi.org:443 files.pythonhosted.org"
+    with pytest.raises(ConfigError, match="config.sandbox: egress grant 'files.pythonhosted.org'"):
+        check_config(config)
+
+
 @pytest.mark.parametrize("change, message", [
     ({"eval_tasks": 3}, "'eval_tasks' is read by nobody"),
     ({"temperature": 1.0}, "'temperature' is read by nobody"),

@@ -69,7 +69,7 @@ class HarborEnv(ShellEnv):
     async def areset(self, seed: int | None = None) -> tuple[str, Info]:
         """Builds the task's environment in a fresh sandbox. Raises SandboxError, or a TaskError (UnsupportedError, BuildError) that names file and line."""
         await self.aclose()
-        self._sandbox = Sandbox(self._sandbox_config)
+        self._sandbox = Sandbox(dataclasses.replace(self._sandbox_config, label=self.task.name))
         self._step_index, self._grades = 0, []
         try:
             await self._sandbox.start()

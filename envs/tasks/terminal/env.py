@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import shlex
 from typing import Any
@@ -71,7 +72,7 @@ class TerminalEnv(ShellEnv):
         if seed is not None or self._resets:
             self.task = self._next_task(seed)
         self._resets += 1
-        self._sandbox = Sandbox(self._sandbox_config)
+        self._sandbox = Sandbox(dataclasses.replace(self._sandbox_config, label=self.task.name))
         try:
             await self._sandbox.start()
             await self._sandbox.write_files(self.task.files)
