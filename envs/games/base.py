@@ -125,6 +125,7 @@ class TextGame(Env):
             "metrics": {"action_is_effective": move.effective, "action_is_valid": meant is not None, "success": move.won, "format_penalty": penalty},
             "action": meant, "action_content": (content or "")[:_TOO_LONG], "think_content": thoughts,
             "parsed_action": meant if tool_name and meant is not None else action, "tool_type": tool_name, "use_tool": tool_name is not None,
+            "tool_arguments": dict(zip(self.tools[0]["function"]["parameters"]["required"], content.split(" "))) if tool_name and content else {},
             "status": "ok" if meant is not None else "malformed", "step_counter": self._turns,
         }
         if move.won or move.lost or truncated:

@@ -126,7 +126,7 @@ async def _play(
         observation, reward, terminated, truncated, info = await env.astep(chunk.text)
         chunk.observation, chunk.status, chunk.network_denials = observation, info["status"], info.get("network_denials", 0)
         if info["use_tool"]:
-            chunk.tool_call = {"name": info["tool_type"], "arguments": {"command": info["parsed_action"]}}
+            chunk.tool_call = {"name": info["tool_type"], "arguments": info["tool_arguments"]}
         if terminated or truncated:
             return float(reward), info["ending"], str(info.get("note", ""))
         prompt_ids = chat.observe([observation])

@@ -106,7 +106,7 @@ class ShellEnv(Env):
         self._malformed_in_a_row = 0
         if command is None:
             return await self._verify(info)
-        info.update(parsed_action=command, tool_type="bash", use_tool=True)
+        info.update(parsed_action=command, tool_type="bash", tool_arguments={"command": command}, use_tool=True)
         self._calls += 1
         result = await self._execute(command)
         info["exit_code"], info["network_denials"] = result.exit_code, result.network_denials

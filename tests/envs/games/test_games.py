@@ -159,6 +159,7 @@ def test_the_forms_of_an_action():
         env.reset(seed=0)
         info = env.step(form)[4]
         assert (info["action"], info["tool_type"], info["use_tool"]) == ("Down", tool_name, tool_name is not None), form
+        assert list(info["tool_arguments"].values()) == (["Down"] if tool_name else []), form
         assert info["parsed_action"] == ("Down" if tool_name else form)
     env.reset(seed=0)
     assert env.step("<think>go Up</think><answer>Down</answer>")[4]["think_content"] == "go Up"
