@@ -113,7 +113,8 @@ class Sandbox(abc.ABC):
         self.workspace = WORKSPACE  # in the landlock tier the real path, since nothing can be mounted there
 
     async def __aenter__(self) -> "Sandbox":
-        await self.start()
+        if not self.is_alive():  # a fork, and one that was attached to, run already
+            await self.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -124,6 +125,10 @@ class Sandbox(abc.ABC):
     @abc.abstractmethod
     async def start(self) -> None:
         """Make the sandbox. IsolationError where this backend cannot isolate as the config asks."""
+
+    async def attach(self, sandbox: str) -> None:
+        """Take up one that runs already, by its `id`, instead of starting one."""
+        raise SandboxError(f"a sandbox of the {self.config.backend} backend ends with the process that started it; there is none to attach to")
 
     @abc.abstractmethod
     async def stop(self) -> None:

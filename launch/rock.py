@@ -1,0 +1,142 @@
+"""ROCK's services: an admin that gives out sandboxes, and workers on other machines that have them.
+
+    python -m launch.rock admin                        an admin with a worker in it, on this machine's loopback
+    python -m launch.rock admin --workers=0 --host=10.0.0.5 --public
+    python -m launch.rock worker --admin=http://10.0.0.5:8730 --host=10.0.0.6 --public
+
+Tokens: one file, "name token" a line, mode 600; made at the first start. The name "worker" is the workers' own. Callers use
+SandboxConfig(backend="remote", url=..., token=...). The admin also serves environments (/apis/v1/envs/gem), E2B's /sandboxes, /metrics and /openapi.json.
+The connection is not encrypted: between machines put it behind a proxy with TLS, or into a network that is yours alone.
+"""
+
+import asyncio
+import ipaddress
+import logging
+import pathlib
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+
+from absl import app, flags
+from aiohttp import web
+
+from envs.gem.server import GemService
+from envs.rock.service import e2b
+from envs.rock.service.admin import Admin
+from envs.rock.service.api import TO_ADMIN, TO_WORKER, WORKER_USER
+from envs.rock.service.auth import Tokens, load_or_make_tokens
+from envs.rock.service.client import Client
+from envs.rock.service.fleet import machine_resources
+from envs.rock.service.hub import EnvHub
+from envs.rock.service.metrics import Metrics
+from envs.rock.service.server import Server
+from envs.rock.service.worker import Worker, report
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("host", "127.0.0.1", "Address to listen on. Another than loopback needs --public.")
+flags.DEFINE_integer("port", None, "Port; 0 chooses one. 8730 for an admin, 8731 for a worker by default.")
+flags.DEFINE_bool("public", False, "Listen where other machines can reach it.")
+flags.DEFINE_string("data", "~/.rock", "Directory of the hub and of the token file.")
+flags.DEFINE_string("token_file", None, "Names and tokens; by default DATA/tokens.")
+flags.DEFINE_integer("workers", 1, "admin: 1 has a worker in its own process, 0 has none.", lower_bound=0, upper_bound=1)
+flags.DEFINE_list("backends", ["embedded"], "What a worker makes: embedded, docker.")
+flags.DEFINE_float("auto_clear_seconds", 300.0, "admin: a sandbox that nobody used for so long is removed.", lower_bound=1.0)
+flags.DEFINE_string("admin", None, "worker: address of the admin.")
+flags.DEFINE_string("name", socket.gethostname(), "worker: its name.")
+flags.DEFINE_string("advertise", None, "worker: where the admin reaches it; by default http://HOST:PORT.")
+flags.DEFINE_integer("memory_mb", 0, "Memory to give out; 0: four fifths of what is free.")
+flags.DEFINE_float("cpus", 0.0, "Processors to give out; 0: 32 times this machine's.")
+flags.DEFINE_integer("sandboxes", 0, "Sandboxes at most; 0: as descriptors allow.")
+
+
+def make_admin(data: pathlib.Path, tokens: dict[str, str], worker: Worker | None, auto_clear_seconds: float, resources: tuple = ()) -> web.Application:
+    """The admin's application; its life is the application's."""
+    metrics = Metrics()
+    admin = Admin(EnvHub(data), tokens[WORKER_USER], metrics, auto_clear_seconds)
+    server = Server(admin, TO_ADMIN, Tokens(tokens), "ROCK admin", metrics=metrics)
+    application = server.app()
+    e2b.mount(server, admin, application)
+    GemService(None, anonymous=True).mount(application)  # the admin's own guard has asked for a token before
+
+    async def life(_: web.Application) -> AsyncIterator[None]:
+        if worker is not None:
+            admin.add_worker("local", worker, await worker.kinds(), machine_resources(*resources), worker.incarnation, local=True)
+        await admin.start()
+        yield
+        await admin.close()
+
+    application.cleanup_ctx.append(life)
+    return application
+
+
+def make_worker(worker: Worker, tokens: dict[str, str], admin_url: str, registration: dict) -> web.Application:
+    application = Server(worker, TO_WORKER, Tokens(tokens), "ROCK worker", only_for=WORKER_USER).app()
+
+    async def life(_: web.Application) -> AsyncIterator[None]:
+        client = Client(admin_url, tokens[WORKER_USER])
+        signs = asyncio.create_task(report(worker, client, registration | {"kinds": await worker.kinds()}))
+        signs.add_done_callback(lambda task: task.cancelled() or task.exception() and logging.error("the admin refused this worker", exc_info=task.exception()))
+        yield
+        signs.cancel()
+        await asyncio.gather(signs, return_exceptions=True)
+        await worker.close()
+        await client.close()
+
+    application.cleanup_ctx.append(life)
+    return application
+
+
+async def serve(make: "callable", host: str, port: int, what: str) -> None:
+    """Until SIGTERM or Ctrl-C."""
+    listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    runner = web.AppRunner(make(url), access_log=None, shutdown_timeout=10.0)
+    ended = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, ended.set)
+    await runner.setup()
+    try:
+        await web.SockSite(runner, listener).start()
+        print(f"{what} at {url}", flush=True)
+        await ended.wait()
+    finally:
+        await runner.cleanup()
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) != 2 or argv[1] not in ("admin", "worker"):
+        sys.exit("launch.rock: say what to start: python -m launch.rock admin|worker (--help shows the flags)")
+    if not FLAGS.public and not _is_loopback(FLAGS.host):
+        sys.exit(f"launch.rock: --host={FLAGS.host} can be reached from other machines; add --public if that is meant")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    data = pathlib.Path(FLAGS.data).expanduser()
+    token_file = pathlib.Path(FLAGS.token_file).expanduser() if FLAGS.token_file else data / "tokens"
+    try:
+        tokens = load_or_make_tokens(token_file)
+        if WORKER_USER not in tokens:
+            raise ValueError(f'{token_file} has no token of the name "{WORKER_USER}", by which admin and workers know each other')
+    except (OSError, ValueError) as error:
+        sys.exit(f"launch.rock: {error}")
+    print(f"tokens: {token_file}", flush=True)
+    resources = (FLAGS.memory_mb, FLAGS.cpus, 0, FLAGS.sandboxes)
+    if argv[1] == "admin":
+        worker = Worker(tuple(FLAGS.backends)) if FLAGS.workers else None
+        make, port = lambda url: make_admin(data, tokens, worker, FLAGS.auto_clear_seconds, resources), 8730
+    else:
+        if not FLAGS.admin:
+            sys.exit("launch.rock: a worker needs --admin, the address of the admin that it works for")
+        worker, port = Worker(tuple(FLAGS.backends)), 8731
+        make = lambda url: make_worker(worker, tokens, FLAGS.admin, {"name": FLAGS.name, "url": FLAGS.advertise or url, **machine_resources(*resources)._asdict()})
+    asyncio.run(serve(make, FLAGS.host, port if FLAGS.port is None else FLAGS.port, argv[1]))
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+if __name__ == "__main__":
+    app.run(main)
