@@ -91,7 +91,7 @@ async def serve(make: "callable", host: str, port: int, what: str) -> None:
     """Until SIGTERM or Ctrl-C."""
     listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
     url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-    runner = web.AppRunner(make(url), access_log=None, shutdown_timeout=10.0)
+    runner = web.AppRunner(make(url), access_log=None, shutdown_timeout=2.0)  # callers that wait in rounds come again
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)

@@ -1,0 +1,344 @@
+"""The services over HTTP: who may what, queues, lost workers, warm pools, E2B, hostile requests, and what a killed one leaves."""
+
+import asyncio
+import json
+import logging
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import aiohttp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from envs.gem.server import PREFIX as GEM
+from envs.rock import Sandbox, SandboxClosedError, SandboxConfig, SandboxError, SandboxStartError, probe
+from envs.rock.service.api import SANDBOX, TO_ADMIN
+from envs.rock.service.client import Client
+from tests.envs.rock.service import running
+from tests.envs.rock.service.running import TOKENS
+
+ROOT = pathlib.Path(__file__).parents[4]
+
+
+@pytest.fixture(autouse=True)
+def a_sandbox_can_be_had():
+    if (report := probe()).tier is None:
+        pytest.skip(f"no sandbox here: {report.missing[0].reason}")
+
+
+def run(work, seconds=60):
+    return asyncio.run(asyncio.wait_for(work, seconds))
+
+
+def test_tokens_decide_who_may_what(tmp_path):
+    async def work():
+        answers = {}
+        async with running.admin(tmp_path) as site, aiohttp.ClientSession() as http, Sandbox(site.config()) as sandbox:
+            async def ask(path, method="POST", headers=None, body=None):
+                async with http.request(method, site.url + path, headers=headers or {}, json=body if body is not None else {}) as answer:
+                    return answer.status, (await answer.json())["error"]["code"] if answer.status >= 400 and path.startswith(SANDBOX) else ""
+
+            mine = {"sandbox": sandbox.id, "command": "true"}
+            answers["none"] = await ask(SANDBOX + "execute", body=mine)
+            answers["wrong"] = await ask(SANDBOX + "execute", headers={"Authorization": "Bearer wrong"}, body=mine)
+            answers["other"] = await ask(SANDBOX + "execute", headers=site.headers("other"), body=mine)
+            answers["key"] = await ask(SANDBOX + "execute", headers={"X-API-Key": TOKENS["default"]}, body=mine)
+            answers["worker"] = await ask(SANDBOX + "execute", headers=site.headers("worker"), body=mine)
+            answers["heartbeat"] = (await ask("/apis/envs/worker/v1/heartbeat", headers=site.headers(), body={"incarnation": "x" * 10}))[0]
+            answers["gem"] = (await ask(GEM + "/list", "GET"))[0], (await ask(GEM + "/list", "GET", site.headers()))[0]
+            answers["open"] = [(await ask(path, "GET"))[0] for path in ("/health", "/openapi.json", "/metrics")]
+        return answers
+
+    assert run(work()) == {"none": (401, "unauthorized"), "wrong": (401, "unauthorized"), "other": (404, "unknown_sandbox"), "key": (200, ""), "worker": (403, "forbidden"),
+                           "heartbeat": 403, "gem": (401, 200), "open": [200, 200, 401]}
+
+
+def test_no_secret_is_ever_logged(tmp_path, caplog):
+    async def work():
+        async with running.admin(tmp_path) as site, Sandbox(site.config(env={"KEY": "the-secret-key"})) as sandbox:
+            await sandbox.execute("echo the-secret-command; echo $KEY")
+            await sandbox.write_file("the-secret-file", b"the-secret-content")
+            with pytest.raises(SandboxError):
+                await sandbox.read_file("the-secret-missing")
+            async with aiohttp.ClientSession() as http:
+                async with http.post(site.url + SANDBOX + "execute?token=the-secret-query", headers={"Authorization": "Bearer the-secret-token"}):
+                    pass
+
+    with caplog.at_level(logging.DEBUG):
+        run(work())
+    assert "execute" in caplog.text and "the-secret" not in caplog.text and not any(token in caplog.text for token in TOKENS.values())
+
+
+def test_starts_wait_for_room_in_fair_order_and_are_told_when_it_is_too_late(tmp_path):
+    async def work():
+        async with running.admin(tmp_path, resources=(600, 64.0, 0, 2)) as site:
+            order, sandboxes = [], []
+
+            async def start(user, number):
+                sandbox = Sandbox(site.config(user, memory_mb=256, disk_mb=8, start_timeout=30))
+                await sandbox.start()
+                order.append((user, number))
+                await asyncio.sleep(0.05)
+                await sandbox.stop()
+
+            for _ in range(2):  # no room is left
+                sandboxes.append(Sandbox(site.config(memory_mb=256, disk_mb=8)))
+                await sandboxes[-1].start()
+            late = Sandbox(site.config(memory_mb=256, disk_mb=8, start_timeout=0.2))
+            with pytest.raises(SandboxStartError, match="ran out in the queue"):
+                await late.start()
+            with pytest.raises(SandboxStartError, match="fits nowhere"):
+                await Sandbox(site.config(memory_mb=9999, disk_mb=8)).start()
+            waiting = [asyncio.create_task(start("default", number)) for number in range(6)]
+            await asyncio.sleep(0.3)
+            waiting.append(asyncio.create_task(start("other", 0)))
+            await asyncio.sleep(0.3)
+            for sandbox in sandboxes:
+                await sandbox.stop()
+            await asyncio.gather(*waiting)
+            return order
+
+    order = run(work())
+    assert len(order) == 7 and order.index(("other", 0)) <= 2  # six waited before it
+
+
+def test_a_lost_worker_is_told_and_its_place_taken(tmp_path):
+    async def work():
+        async with running.admin(tmp_path, worker=False) as site:
+            async with running.worker_of(site.url, "one") as one:
+                sandbox = Sandbox(site.config(start_timeout=20))
+                await sandbox.start()
+                assert (await sandbox.execute("echo hi")).stdout == "hi\n"
+                pending = asyncio.create_task(sandbox.execute("sleep 60", timeout=100))
+                await asyncio.sleep(0.3)
+                del one
+            with pytest.raises(SandboxClosedError):  # the worker is gone
+                await pending
+            with pytest.raises(SandboxClosedError):
+                await sandbox.execute("true")
+            assert not sandbox.is_alive()
+            started = asyncio.create_task(Sandbox(site.config(start_timeout=20)).start())  # waits for a worker
+            await asyncio.sleep(0.2)
+            async with running.worker_of(site.url, "two"):
+                await started
+
+    run(work())
+
+
+def test_what_nobody_uses_is_cleared_and_what_is_used_is_not(tmp_path):
+    async def work():
+        async with running.admin(tmp_path, auto_clear=1.0) as site:
+            client = Client(site.url, TOKENS["default"])
+            idle, used = [(await client.call("start", {}))["sandbox"] for _ in range(2)]
+            for _ in range(8):
+                await asyncio.sleep(0.5)
+                await client.call("execute", {"sandbox": used, "command": "true"})
+            states = [(await client.call("is_alive", {"sandbox": name}))["is_alive"] for name in (idle, used)]
+            with pytest.raises(SandboxClosedError, match="without use"):
+                await client.call("execute", {"sandbox": idle, "command": "true"})
+            await client.close()
+            return states
+
+    assert run(work()) == [False, True]
+
+
+def test_templates_are_kept_ready_and_environments_of_the_hub_start_with_their_files(tmp_path):
+    async def work():
+        async with running.admin(tmp_path) as site:
+            client = Client(site.url, TOKENS["default"])
+            async with Sandbox(site.config()) as sandbox:
+                await sandbox.write_files({"data/f": "kept", "run": ("echo ran", 0o755)})
+                await sandbox.commit("team/env")
+            await client.call("template/register", {"name": "warm", "config": {"isolation": "best_available", "memory_mb": 128, "disk_mb": 8}, "environment": "team/env", "ready": 2})
+            for _ in range(200):
+                if (await client.call("template/list", {}))["templates"][0]["ready"] == 2:
+                    break
+                await asyncio.sleep(0.05)
+            async with Sandbox(site.config(image="warm")) as warm, Sandbox(site.config(image="team/env")) as cold:
+                found = [(await sandbox.execute("cat data/f; ./run")).stdout for sandbox in (warm, cold)]
+            text = ""
+            async with aiohttp.ClientSession() as http, http.get(site.url + "/metrics", headers=site.headers()) as answer:
+                text = await answer.text()
+            await client.call("template/delete", {"name": "warm"})
+            with pytest.raises(SandboxError):
+                await client.call("hub/get", {"name": "nothing"})
+            await client.close()
+            return found, text
+
+    found, text = run(work())
+    assert found == ["keptran\n", "keptran\n"] and 'rock_starts_total{way="ready"} 1' in text
+
+
+def test_e2bs_routes_make_list_and_end_sandboxes(tmp_path):
+    async def work():
+        async with running.admin(tmp_path) as site, aiohttp.ClientSession(headers={"X-API-Key": TOKENS["default"]}) as http:
+            async def ask(method, path, body=None):
+                async with http.request(method, site.url + path, json=body) as answer:
+                    return answer.status, await answer.json() if answer.content_type == "application/json" else None
+
+            made = await ask("POST", "/sandboxes", {"templateID": "base", "timeout": 60, "metadata": {"a": "b"}})
+            name = made[1]["sandboxID"]
+            listed, one = await ask("GET", "/sandboxes"), await ask("GET", f"/sandboxes/{name}")
+            later, gone = await ask("POST", f"/sandboxes/{name}/timeout", {"timeout": 1}), None
+            for _ in range(100):
+                gone = await ask("GET", f"/sandboxes/{name}")
+                if gone[0] == 404:
+                    break
+                await asyncio.sleep(0.1)
+            again = (await ask("POST", "/sandboxes", {"templateID": "base"}))[1]["sandboxID"]
+            return made, listed, one, later, gone, [(await ask("DELETE", f"/sandboxes/{again}"))[0] for _ in range(2)], await ask("POST", "/sandboxes", {})
+
+    made, listed, one, later, gone, deleted, malformed = run(work())
+    assert made[0] == 201 and set(made[1]) == {"sandboxID", "clientID", "templateID", "envdVersion"} and listed[1] == [one[1]] and one[1]["metadata"] == {"a": "b"}
+    assert later[0] == 204 and gone[0] == 404 and deleted == [204, 404] and malformed[0] == 400
+
+
+def test_the_document_describes_what_is_served(tmp_path):
+    async def work():
+        async with running.admin(tmp_path, worker=False) as site, aiohttp.ClientSession() as http, http.get(site.url + "/openapi.json") as answer:
+            routes = {(route.method.lower(), route.resource.canonical) for route in site.app.router.routes() if route.method != "HEAD" and not route.resource.canonical.startswith(GEM)}
+            return await answer.json(), routes
+
+    document, routes = run(work())
+    described = {(method, path) for path, item in document["paths"].items() for method in item if method in ("get", "post", "delete", "put")}
+    assert described == routes
+    assert document["openapi"].startswith("3.")
+
+
+paths = st.sampled_from(sorted({operation.path for operation in TO_ADMIN.values() if operation.shape != "connect"} | {"/sandboxes", "/nothing", SANDBOX}))
+bodies = st.one_of(st.binary(max_size=60), st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=8), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+    st.sampled_from(["sandbox", "command", "timeout", "env", "config", "wait", "path", "call", "name", "ids", "x"]), inner, max_size=4), max_leaves=8).map(lambda value: json.dumps(value).encode()))
+
+
+def test_any_request_is_answered_with_a_code_and_never_with_a_fault_of_ours(tmp_path):
+    """Random bodies, truncated ones and wrong types, on every route and method."""
+    loop = asyncio.new_event_loop()
+    entered = running.admin(tmp_path, resources=(1, 1.0, 0, 1))  # room for nothing: what happens to be a valid start is refused
+    site = loop.run_until_complete(entered.__aenter__())
+    http = loop.run_until_complete(_session())
+    try:
+        @settings(max_examples=120, deadline=None)
+        @given(paths, st.sampled_from(["POST", "GET", "PUT", "DELETE"]), bodies, st.sampled_from(["application/json", "multipart/form-data", "multipart/form-data; boundary=x", "text/plain", "a/b/c"]), st.text("a=&%\xff/", max_size=12))
+        def attack(path, method, body, kind, query):
+            async def ask():
+                async with http.request(method, f"{site.url}{path}?{query}", data=body, headers={**site.headers(), "Content-Type": kind}) as answer:
+                    return answer.status, await answer.read()
+
+            status, answer = loop.run_until_complete(asyncio.wait_for(ask(), 10))
+            assert status < 500 or b"no_capacity" in answer, (path, method, body, answer)
+            assert status < 400 or json.loads(answer), answer
+
+        attack()
+        raw = loop.run_until_complete(asyncio.wait_for(_raw(site.url, site.headers()), 20))
+        assert raw == [400, 400, 413]
+    finally:
+        loop.run_until_complete(http.close())
+        loop.run_until_complete(entered.__aexit__(None, None, None))
+        loop.close()
+
+
+async def _session():
+    return aiohttp.ClientSession()
+
+
+async def _raw(url, headers):
+    """Statuses of requests that no client library makes: no HTTP, a body that is cut, one that is far too long."""
+    host, port = url.removeprefix("http://").split(":")
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    statuses = []
+    for text, close in (("\0\1\2 nonsense\r\n\r\n", False), (f"POST {SANDBOX}execute HTTP/1.1\r\nHost: x\r\n{lines}Transfer-Encoding: chunked\r\n\r\nZZ\r\n", False),
+                        (f"POST {SANDBOX}execute HTTP/1.1\r\nHost: x\r\n{lines}Content-Length: 99999999\r\n\r\n", False)):
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(text.encode())
+        if "99999999" in text:
+            writer.write(b"x" * (9 << 20))
+        line = await asyncio.wait_for(reader.readline(), 15)
+        statuses.append(int(re.match(rb"HTTP/1.[01] (\d+)", line).group(1)))
+        writer.close()
+    return statuses
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_an_admin_that_is_ended_or_killed_leaves_no_process(tmp_path, how):
+    """The command line: what it prints, where it listens, and what remains of it."""
+    def start():
+        process = subprocess.Popen([sys.executable, "-m", "launch.rock", "admin", "--port=0", f"--data={tmp_path}"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        lines = [process.stdout.readline() for _ in range(2)]
+        return process, re.search(r"admin at (\S+)", lines[1]).group(1)
+
+    async def use(url):
+        sandbox = Sandbox(SandboxConfig(backend="remote", url=url, token=tokens["default"], isolation="best_available"))
+        await sandbox.start()
+        await sandbox.spawn(f"exec -a {mark} sleep 600", timeout=900)
+        for _ in range(200):
+            if _running(mark):
+                return sandbox.id
+            await asyncio.sleep(0.02)
+        raise AssertionError("the job does not run")
+
+    mark = f"rock-{os.getpid()}-{how.name}-{time.monotonic_ns()}"
+    process, url = start()
+    tokens = dict(line.split() for line in (tmp_path / "tokens").read_text().splitlines())
+    try:
+        run(use(url))
+        process.send_signal(how)
+        process.wait(20)
+        for _ in range(500):
+            if not _running(mark):
+                break
+            time.sleep(0.02)
+        assert not _running(mark)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def _running(mark):
+    return subprocess.run(["pgrep", "-f", mark], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["admin", "--host=0.0.0.0"], "add --public"), ([], "say what to start"), (["worker"], "needs --admin"), (["boss"], "say what to start"),
+])
+def test_a_wrong_command_line_is_one_clear_line(tmp_path, arguments, message):
+    ended = subprocess.run([sys.executable, "-m", "launch.rock", *arguments, f"--data={tmp_path}"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode and message in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_resources_are_given_back(tmp_path):
+    """A hundred sandboxes through room for three, some of whose callers leave: in the end all room is free."""
+    async def work():
+        async with running.admin(tmp_path, resources=(3 * 64, 64.0, 0, 3)) as site:
+            async def one(number):
+                sandbox = Sandbox(site.config(memory_mb=64, disk_mb=8, start_timeout=50))
+                starting = asyncio.create_task(sandbox.start())
+                if number % 5 == 0:
+                    await asyncio.sleep(0.01 * (number % 7))
+                    starting.cancel()
+                    await asyncio.gather(starting, return_exceptions=True)
+                    return
+                await starting
+                assert (await sandbox.execute("echo x")).stdout == "x\n"
+                await sandbox.stop()
+
+            await asyncio.gather(*(one(number) for number in range(40)))
+            client = Client(site.url, TOKENS["default"])
+            async with aiohttp.ClientSession() as http:
+                for _ in range(100):
+                    async with http.get(site.url + "/metrics", headers=site.headers()) as answer:
+                        text = await answer.text()
+                    if 'rock_worker_sandboxes_used{worker="local"} 0' in text:
+                        break
+                    await asyncio.sleep(0.05)
+            await client.close()
+            return text
+
+    text = run(work())
+    assert 'rock_worker_sandboxes_used{worker="local"} 0' in text and 'rock_worker_memory_mb_used{worker="local"} 0' in text
