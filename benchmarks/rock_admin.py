@@ -24,7 +24,7 @@ from envs.rock import Sandbox, SandboxConfig
 from envs.rock.service.client import Client
 from envs.rock.service.worker import Worker
 from launch.rock import make_admin
-from rome.train.report import write_atomically
+from rome.train.metrics import write_atomically
 
 TOKENS = {"default": "token-of-the-benchmark", "worker": "token-of-its-worker-1"}
 CONFIG = {"isolation": "best_available", "memory_mb": 64, "disk_mb": 8}
