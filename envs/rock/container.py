@@ -27,7 +27,7 @@ from envs.rock.host import seccomp
 T = TypeVar("T")
 CALL_SECONDS = 30.0  # for one answer of the engine
 CALLS_AT_ONCE = 16
-RESERVED_PIDS = 24  # above the agent's own: our execs, which have many threads while they begin
+RESERVED_PIDS = 64  # above the agent's own, which RLIMIT_NPROC counts: our execs, which have many threads while they begin
 PLACE_BYTES = 16 << 20
 OWNER, MANAGER = "rock.owner", "rock.manager"
 STDOUT, STDERR = 1, 2
@@ -180,6 +180,7 @@ class Container:
         self.shell = ""  # the image's own, for commands
         self.image = image
         self.tools: frozenset[str] = frozenset()
+        self._keeper = "" if engine.one_user_namespace else str(inside.KEEPER)
         self._lifeline: Stream | None = None
         self._watcher: asyncio.Task | None = None
 
@@ -221,6 +222,8 @@ class Container:
         else:
             raise SandboxStartError(f"image {self.config.image} has not what a sandbox needs (sh, cp, chmod): {said.decode(errors='replace').strip()[-500:] or 'its shell ended'}")
         self._watcher = asyncio.create_task(self._watch())
+        if not self._keeper:
+            await self.agents_processes()  # there is nobody but the keeper yet
         self.shell = said.decode().split()[1] if len(said.split()) > 1 else ""
         key = self.image["Id"], self.engine.runtime(self.config)
         if key not in self.engine.surveys:
@@ -271,10 +274,12 @@ class Container:
         except TimeoutError:
             raise SandboxError(f"a script in the sandbox did not end within {seconds:.0f} s") from None
 
-    async def others(self) -> int:
-        """How many processes it has beside its own two, as the engine sees it from outside."""
-        listed = await self.engine.call(self.engine.client.top, self.id, "-eo pid,ppid")
-        return max(0, len(listed["Processes"]) - 2)
+    async def agents_processes(self) -> int:
+        """How many there are, as the engine sees it from outside: all that are not the keeper's, which has the user id of process 1."""
+        listed = await self.engine.call(self.engine.client.top, self.id, "-eo pid,uid,stat")
+        if not self._keeper:
+            self._keeper = listed["Processes"][0][1]  # with user namespaces, the id that the host sees
+        return sum(user != self._keeper and not state.startswith("Z") for _, user, state in listed["Processes"])
 
     async def remove(self) -> None:
         """Kill and remove it, by id. SandboxError where the engine does not say that it is gone."""

@@ -83,7 +83,8 @@ while IFS= read -r -d '' -u 3 ROCK_COMMAND; do
   printf '%s' "$ROCK_COMMAND" >&5
   printf '%s' "$ROCK_COMMAND" >&6
 done"""
-DOOR = 'umask 0; mkfifo -m 622 "$1" && echo there && exec 3<"$1" && rm "$1" && exec cat <&3'
+# The name comes by stdin: a command line can be seen by everybody. It is gone before the first command of the session begins.
+DOOR = 'IFS= read -r door && umask 0 && mkfifo -m 622 "$door" && echo there && exec 3<"$door" && rm "$door" && exec cat <&3'
 
 # The verifier's script comes by stdin and is kept in the shell's memory alone.
 VERIFY = 'ROCK_SCRIPT=$(cat); exec </dev/null; eval "$ROCK_SCRIPT"'
