@@ -321,6 +321,8 @@ class DockerSandbox(Sandbox):
 
     async def signal(self, name: str, pid: int, *, whole: bool, spared: str = "") -> None:
         """To what a process of the sandbox started: see inside.SIGNAL."""
+        if pid <= 0:
+            raise SandboxError("a program's process id is not known yet")
         await self._container.ask(inside.SIGNAL, name, str(pid), "whole" if whole else "", spared)
 
     async def tidy(self, ended: DockerJob | DockerSession) -> None:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
-from envs.rock import inside
 from envs.rock.commands import DRAINED_BYTES, unspeakable
 from envs.rock.config import CommandResult
 from envs.rock.container import STDERR, STDOUT, Exec
