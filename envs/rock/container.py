@@ -181,6 +181,7 @@ class Container:
         self.image = image
         self.tools: frozenset[str] = frozenset()
         self._keeper = "" if engine.one_user_namespace else str(inside.KEEPER)
+        self._making: asyncio.Future | None = None
         self._lifeline: Stream | None = None
         self._watcher: asyncio.Task | None = None
 
@@ -206,11 +207,11 @@ class Container:
         labels = self.engine.labels() | ({"rock.label": self.config.label} if self.config.label else {})
         keeper = f"{inside.KEEPER}:{inside.KEEPER}"
         name = f"rock-{secrets.token_hex(8)}"
-        self.id = name  # until the engine gives another: were we cancelled meanwhile, it must still be found
-        created = await self.engine.call(
+        self.id = name  # until the engine gives another
+        self._making = asyncio.ensure_future(self.engine.call(
             client.create_container, self.image["Id"], entrypoint=["/bin/sh", "-c", inside.KEEP], command=[], user=keeper, hostname="sandbox", working_dir="/", stdin_open=True,
-            labels=labels, name=name, host_config=host_config(client, self.config, self.user, place_bytes), healthcheck={"test": ["NONE"]})
-        self.id = created["Id"]
+            labels=labels, name=name, host_config=host_config(client, self.config, self.user, place_bytes), healthcheck={"test": ["NONE"]}))
+        self.id = (await asyncio.shield(self._making))["Id"]
         self.engine._containers[self.id] = self
         self._lifeline = await Stream.open(self.engine, functools.partial(client.attach_socket, self.id, params={"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}))
         await self.engine.call(client.start, self.id, seconds=self.config.start_timeout)
@@ -274,6 +275,12 @@ class Container:
         except TimeoutError:
             raise SandboxError(f"a script in the sandbox did not end within {seconds:.0f} s") from None
 
+    async def check(self) -> None:
+        """SandboxClosedError if it has ended, whether or not that is known here yet."""
+        state = (await self.engine.call(self.engine.client.inspect_container, self.id))["State"] if self.id else {}
+        if not state.get("Running"):
+            raise SandboxClosedError("the container of the sandbox has ended" + (", at its memory limit" if state.get("OOMKilled") else ""))
+
     async def agents_processes(self) -> int:
         """How many there are, as the engine sees it from outside: all that are not the keeper's, which has the user id of process 1."""
         listed = await self.engine.call(self.engine.client.top, self.id, "-eo pid,uid,stat")
@@ -286,6 +293,8 @@ class Container:
         if not self.id:
             return
         name, self.id = self.id, ""
+        if self._making and not self._making.done():  # we were cancelled meanwhile: it is there only when that call has come back
+            await asyncio.wait({self._making}, timeout=CALL_SECONDS)
         self.engine._containers.pop(name, None)
         try:
             for _ in range(50):

@@ -275,7 +275,7 @@ class DockerSandbox(Sandbox):
             raise SandboxStartError("the snapshot was deleted") from None
         try:
             async with asyncio.timeout(SNAPSHOT_SECONDS):
-                exec_ = await container.enter(inside.unpack(container.tools), stdin=True)
+                exec_ = await container.enter(inside.UNPACK, stdin=True)
                 over, offset = asyncio.create_task(_exhaust(exec_)), 0
                 while (piece := await asyncio.to_thread(os.pread, descriptor, PIECE_BYTES, offset)) and await _either(exec_.send(piece, more=True), over):
                     offset += len(piece)

@@ -102,6 +102,7 @@ class DockerJob(Job):
             reason = self._verdict.result() if self._verdict.done() else ""
             code = ending.result() if not ending.exception() or not reason else KILLED
             if code == KILLED and not reason:
+                await container.check()
                 await asyncio.sleep(0.05)  # the news of a process that the memory limit killed comes another way
         finally:
             ending.cancel()
@@ -123,10 +124,10 @@ class DockerJob(Job):
 
     async def _kill_until(self, ending: asyncio.Task) -> None:
         """SandboxError, and the end of the whole container, if the job cannot be killed."""
-        for _ in range(4):
+        for seconds in (1.0, 1.0, END_SECONDS, END_SECONDS):
             with contextlib.suppress(SandboxClosedError):
                 await self._kill()
-            if (await asyncio.wait({ending}, timeout=END_SECONDS))[0]:
+            if (await asyncio.wait({ending}, timeout=seconds))[0]:
                 return
         await self.exec.container.remove()
         raise SandboxError("a command could not be killed, so its container was")

@@ -29,7 +29,8 @@ _HOME = "cd /workspace 2>/dev/null || { chmod 700 /workspace; cd /workspace; }"
 # all that is left is killed: at once, since a process that holds a stream open would keep the engine waiting.
 _RUN = """
 trap : INT
-"$1" -c "$2" "${1##*/}"
+exec 7>&2 2>/dev/null
+"$1" -c "$2" "${1##*/}" 2>&7 7>&-
 code=$?
 others=
 for stat in /proc/[0-9]*/stat; do
@@ -37,7 +38,7 @@ for stat in /proc/[0-9]*/stat; do
   pid=${line%% *}; set -- ${line##*) }
   [ "$2" = 0 ] && [ $pid != $$ ] && [ $pid != 1 ] && others=yes
 done 2>/dev/null
-[ "$others" ] || kill -9 -1 2>/dev/null
+[ "$others" ] || kill -9 -1
 exit $code"""
 
 KILL_ALL = "kill -9 -1 2>/dev/null; :"
@@ -136,7 +137,7 @@ done' sh {} + 2>/dev/null"""
 # What its owner cannot read becomes readable by it: nobody in here has the power to read it otherwise.
 _KEEP_TREE = """cd / && find %s -type d ! -perm -500 -exec chmod u+rx {} ';' 2>/dev/null
 find %s -type f ! -perm -400 -exec chmod u+r {} + 2>/dev/null
-exec tar %s -cf - %s 2>/dev/null"""
+"""
 
 STATUS = """
 read -r memory < /sys/fs/cgroup/memory/memory.usage_in_bytes || read -r memory < /sys/fs/cgroup/memory.current
@@ -171,9 +172,9 @@ def list_files(tools: frozenset[str]) -> str:
 
 
 def pack(tools: frozenset[str], directories: str) -> str:
-    """The script that writes a tar of these directories of the root."""
-    return _KEEP_TREE % (directories, directories, "-S" if "gnu_tar" in tools else "", directories)
+    """The script that writes a tar of what is in these directories of the root. GNU's would also want to set the modes of the directories themselves."""
+    names = f"find {directories} -mindepth 1 -maxdepth 1 -print0"
+    return _KEEP_TREE % (directories, directories) + (f"{names} | tar -S --null -T - -cf - 2>/dev/null" if "gnu_tar" in tools else f"exec tar -cf - {directories} 2>/dev/null")
 
 
-def unpack(tools: frozenset[str]) -> str:
-    return "exec tar %s -xpf - -C / 2>&1" % ("--no-overwrite-dir" if "gnu_tar" in tools else "")
+UNPACK = "exec tar -xpf - -C / 2>&1"
