@@ -1,6 +1,6 @@
 """A Docker engine of the tests' own: a dockerd with its own socket and state, and a base image made without a registry.
 
-Import the fixture `engine` to use it. Where none can run, its tests are skipped with the reason; with CI=true and as root the fixture first
+`engine` is the fixture, of the whole session (conftest.py). Where none can run, its tests are skipped with the reason; with CI=true and as root the fixture first
 tries to install Debian's docker.io.
 """
 

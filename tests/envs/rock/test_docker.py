@@ -12,11 +12,11 @@ import time
 import pytest
 
 from envs.rock import IsolationError, Sandbox, SandboxClosedError, SandboxConfig, SandboxError, SandboxFileError, SandboxStartError
-from tests.envs.rock.engine import Engine, engine  # noqa: F401  (a fixture)
+from tests.envs.rock.engine import Engine
 
 
 @pytest.fixture
-def inside(engine: Engine):  # noqa: F811
+def inside(engine: Engine):
     """Run `work(sandbox)` in a sandbox of the engine's, and see that no container is left."""
     def run(work, **fields):
         async def steps():
@@ -30,7 +30,7 @@ def inside(engine: Engine):  # noqa: F811
     return run
 
 
-def config(engine: Engine, **fields) -> SandboxConfig:  # noqa: F811
+def config(engine: Engine, **fields) -> SandboxConfig:
     return SandboxConfig(**{"backend": "docker", "image": engine.image, "memory_mb": 128, **fields})
 
 
@@ -92,7 +92,7 @@ def test_the_system_call_filter_refuses_what_the_embedded_one_refuses(inside):
     assert "Network is unreachable" in refused.stderr
 
 
-def test_what_cannot_be_enforced_is_refused(engine):  # noqa: F811
+def test_what_cannot_be_enforced_is_refused(engine):
     async def start(**fields):
         await Sandbox(config(engine, **fields)).start()
 
@@ -363,7 +363,7 @@ def test_only_regular_files_below_the_workspace_are_read_and_written(inside):
 
 # Copies of its files
 
-def test_a_snapshot_outlives_its_sandbox_and_many_start_from_it(engine):  # noqa: F811
+def test_a_snapshot_outlives_its_sandbox_and_many_start_from_it(engine):
     async def work():
         async with Sandbox(config(engine)) as first:
             await first.execute("mkdir -p a/b; echo one > a/b/f; ln -s a/b/f link; ln a/b/f hard; chmod 640 a/b/f; mkdir c; echo deep > c/g; chmod 0 c/g c; touch -d 2001-02-03 old; "
@@ -462,7 +462,7 @@ asyncio.run(main())
 """
 
 
-def test_a_killed_manager_leaves_no_container(engine):  # noqa: F811
+def test_a_killed_manager_leaves_no_container(engine):
     root = str(pathlib.Path(__file__).resolve().parents[3])
     manager = subprocess.Popen([sys.executable, "-c", MANAGER.format(root=root, image=engine.image)], stdout=subprocess.PIPE)
     assert manager.stdout.readline() == b"up\n" and len(containers()) == 1
@@ -474,7 +474,7 @@ def test_a_killed_manager_leaves_no_container(engine):  # noqa: F811
     assert containers() == []
 
 
-def test_the_sweeper_removes_what_dead_managers_left_and_nothing_else(engine):  # noqa: F811
+def test_the_sweeper_removes_what_dead_managers_left_and_nothing_else(engine):
     from envs.rock import container
 
     client = container.engine().client
@@ -491,7 +491,7 @@ def test_the_sweeper_removes_what_dead_managers_left_and_nothing_else(engine):  
             client.remove_container(one, force=True)
 
 
-def test_a_container_that_is_removed_from_outside_closes_its_sandbox(engine):  # noqa: F811
+def test_a_container_that_is_removed_from_outside_closes_its_sandbox(engine):
     async def work():
         from envs.rock import container
 
@@ -511,7 +511,7 @@ def test_a_container_that_is_removed_from_outside_closes_its_sandbox(engine):  #
     assert containers() == []
 
 
-def test_cancelled_starts_and_commands_leave_nothing(engine):  # noqa: F811
+def test_cancelled_starts_and_commands_leave_nothing(engine):
     seconds = f"8768{os.getpid()}"
 
     async def work():
@@ -527,7 +527,7 @@ def test_cancelled_starts_and_commands_leave_nothing(engine):  # noqa: F811
     assert containers() == []
 
 
-def test_an_image_that_lacks_what_a_sandbox_needs_is_named(engine, tmp_path):  # noqa: F811
+def test_an_image_that_lacks_what_a_sandbox_needs_is_named(engine, tmp_path):
     from envs.rock import container
 
     client = container.engine().client
