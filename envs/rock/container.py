@@ -11,10 +11,12 @@ import os
 import random
 import secrets
 import socket
+import tarfile
+import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import docker
 import requests
@@ -42,6 +44,7 @@ class Engine:
         self.host, self.manager = host, secrets.token_hex(8)
         self._calls = ThreadPoolExecutor(CALLS_AT_ONCE, "rock-docker")
         self._containers: dict[str, Container] = {}
+        self.workspaces: dict[str, IO[bytes] | None] = {}  # a tar of what an image has in /workspace, by its id
         self.surveys: dict[tuple[str, str], frozenset[str]] = {}  # what an image's tools can do, by its id and the runtime
         try:
             self.client = docker.APIClient(host, version="auto", timeout=CALL_SECONDS, max_pool_size=CALLS_AT_ONCE)
@@ -70,6 +73,8 @@ class Engine:
         except docker.errors.NotFound as error:
             raise SandboxClosedError(f"the Docker engine knows it no more: {error.explanation}") from error
         except docker.errors.APIError as error:
+            if error.status_code == 409 and "is not running" in (error.explanation or ""):
+                raise SandboxClosedError("the container of the sandbox has ended") from error
             raise SandboxError(f"the Docker engine refused {function.__name__}: {error.explanation or error}") from error
         except (docker.errors.DockerException, requests.RequestException) as error:
             raise SandboxError(f"the Docker engine at {self.host} does not answer {function.__name__}: {error}") from error
@@ -213,6 +218,8 @@ class Container:
             labels=labels, name=name, host_config=host_config(client, self.config, self.user, place_bytes), healthcheck={"test": ["NONE"]}))
         self.id = (await asyncio.shield(self._making))["Id"]
         self.engine._containers[self.id] = self
+        if self.image["Id"] not in self.engine.workspaces:  # before the start: a mount lies over it then
+            self.engine.workspaces[self.image["Id"]] = await self.engine.call(_fetch_workspace, client, self.id, seconds=self.config.start_timeout)
         self._lifeline = await Stream.open(self.engine, functools.partial(client.attach_socket, self.id, params={"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}))
         await self.engine.call(client.start, self.id, seconds=self.config.start_timeout)
         said = b""
@@ -313,6 +320,24 @@ class Container:
                 self._watcher.cancel()
             if self._lifeline:
                 self._lifeline.close()
+
+
+def _fetch_workspace(client: docker.APIClient, container: str) -> IO[bytes] | None:
+    """A tar of what its image has in /workspace; None where that is missing or empty."""
+    try:
+        pieces, _ = client.get_archive(container, "/workspace")
+    except docker.errors.NotFound:
+        return None
+    file = tempfile.TemporaryFile(prefix="rock-")
+    for piece in pieces:
+        file.write(piece)
+    file.flush()
+    file.seek(0)
+    with tarfile.open(fileobj=file) as tar:
+        if tar.next() and tar.next():  # the directory itself, and something in it
+            return file
+    file.close()
+    return None
 
 
 class Stream:
