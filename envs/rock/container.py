@@ -33,6 +33,7 @@ RESERVED_PIDS = 64  # above the agent's own, which RLIMIT_NPROC counts: our exec
 PLACE_BYTES = 16 << 20
 OWNER, MANAGER = "rock.owner", "rock.manager"
 STDOUT, STDERR = 1, 2
+RUNC = ("runc", "crun", "io.containerd.runc.v2", "io.containerd.runtime.v1.linux")
 
 
 class Engine:
@@ -66,18 +67,19 @@ class Engine:
     async def call(self, function: Callable[..., T], *arguments: object, seconds: float = CALL_SECONDS, **options: object) -> T:
         """A blocking call of the SDK, in a thread. SandboxError where the engine refuses or does not answer in time."""
         call = asyncio.get_running_loop().run_in_executor(self._calls, functools.partial(function, *arguments, **options))
+        name = getattr(function, "__name__", "a stream")
         try:
             return await asyncio.wait_for(call, seconds)
         except asyncio.TimeoutError:
-            raise SandboxError(f"the Docker engine did not answer {function.__name__} within {seconds:.0f} s") from None
+            raise SandboxError(f"the Docker engine did not answer {name} within {seconds:.0f} s") from None
         except docker.errors.NotFound as error:
             raise SandboxClosedError(f"the Docker engine knows it no more: {error.explanation}") from error
         except docker.errors.APIError as error:
             if error.status_code == 409 and "is not running" in (error.explanation or ""):
                 raise SandboxClosedError("the container of the sandbox has ended") from error
-            raise SandboxError(f"the Docker engine refused {function.__name__}: {error.explanation or error}") from error
+            raise SandboxError(f"the Docker engine refused {name}: {error.explanation or error}") from error
         except (docker.errors.DockerException, requests.RequestException) as error:
-            raise SandboxError(f"the Docker engine at {self.host} does not answer {function.__name__}: {error}") from error
+            raise SandboxError(f"the Docker engine at {self.host} does not answer {name}: {error}") from error
 
     def labels(self) -> dict[str, str]:
         return {OWNER: json.dumps(_identity(os.getpid())), MANAGER: self.manager}
@@ -153,6 +155,7 @@ def seccomp_profile() -> str:
     refused = [family for family in range(seccomp._AF_INET6) if family not in (seccomp._AF_UNIX, seccomp._AF_INET)]
     rules += [rule(["socket"], eafnosupport, (0, "SCMP_CMP_MASKED_EQ", low_half, family)) for family in refused]
     rules += [rule(["socket"], eafnosupport, (0, "SCMP_CMP_GT", seccomp._AF_INET6, 0)), rule(["socketpair"], eafnosupport, (0, "SCMP_CMP_NE", seccomp._AF_UNIX, 0))]
+    rules += [rule(["prlimit64"], eperm, (0, "SCMP_CMP_NE", 0, 0))]  # of itself alone: process 1 has the same user id
     rules += [rule(["ioctl"], eperm, (1, "SCMP_CMP_MASKED_EQ", low_half, request)) for request in (seccomp._TIOCSTI, seccomp._TIOCLINUX)]
     return json.dumps({"defaultAction": "SCMP_ACT_ALLOW", "architectures": [f"SCMP_ARCH_{os.uname().machine.upper()}"], "syscalls": rules})
 
@@ -165,7 +168,7 @@ def host_config(client: docker.APIClient, config: SandboxConfig, user: int, plac
     disk = config.disk_mb << 20
     limits = {"nofile": config.open_files, "core": 0, "fsize": disk, "memlock": 64 << 10, "msgqueue": 0}
     return client.create_host_config(
-        privileged=False, cap_drop=["ALL"], security_opt=["no-new-privileges", f"seccomp={seccomp_profile()}"], read_only=True, init=True, network_mode="none",
+        privileged=False, cap_drop=["ALL"], security_opt=["no-new-privileges", f"seccomp={seccomp_profile()}"], read_only=True, network_mode="none",
         ipc_mode="private", runtime=config.runtime, auto_remove=True, log_config={"Type": "none"}, mem_limit=config.memory_mb << 20, memswap_limit=config.memory_mb << 20,
         pids_limit=config.pids + RESERVED_PIDS, cpu_period=100_000, cpu_quota=max(1000, int(config.cpus * 100_000)), shm_size=min(16, max(1, config.memory_mb // 16)) << 20,
         ulimits=[{"Name": name, "Soft": limit, "Hard": limit} for name, limit in limits.items()],
@@ -185,7 +188,6 @@ class Container:
         self.shell = ""  # the image's own, for commands
         self.image = image
         self.tools: frozenset[str] = frozenset()
-        self._keeper = "" if engine.one_user_namespace else str(inside.KEEPER)
         self._making: asyncio.Future | None = None
         self._lifeline: Stream | None = None
         self._watcher: asyncio.Task | None = None
@@ -210,12 +212,12 @@ class Container:
     async def _start(self, place_bytes: int) -> None:
         client = self.engine.client
         labels = self.engine.labels() | ({"rock.label": self.config.label} if self.config.label else {})
-        keeper = f"{inside.KEEPER}:{inside.KEEPER}"
+        agent = f"{self.user}:{self.user}"
         name = f"rock-{secrets.token_hex(8)}"
         self.id = name  # until the engine gives another
         self._making = asyncio.ensure_future(self.engine.call(
-            client.create_container, self.image["Id"], entrypoint=["/bin/sh", "-c", inside.KEEP], command=[], user=keeper, hostname="sandbox", working_dir="/", stdin_open=True,
-            labels=labels, name=name, host_config=host_config(client, self.config, self.user, place_bytes), healthcheck={"test": ["NONE"]}))
+            client.create_container, self.image["Id"], entrypoint=["/bin/sh", "-c", inside.INIT], command=[], user=agent, hostname="sandbox", working_dir="/", stdin_open=True,
+            labels=labels, name=name, host_config=host_config(client, self.config, self.user, place_bytes), healthcheck={"test": ["NONE"]}, stop_signal="SIGKILL"))
         self.id = (await asyncio.shield(self._making))["Id"]
         self.engine._containers[self.id] = self
         if self.image["Id"] not in self.engine.workspaces:  # before the start: a mount lies over it then
@@ -225,14 +227,15 @@ class Container:
         said = b""
         async for _, piece in self._lifeline.frames():
             said += piece
-            if said.startswith(b"ready") and b"\n" in said:
+            if said.endswith(b"ready\n"):
                 break
         else:
-            raise SandboxStartError(f"image {self.config.image} has not what a sandbox needs (sh, cp, chmod): {said.decode(errors='replace').strip()[-500:] or 'its shell ended'}")
+            raise SandboxStartError(f"image {self.config.image} has not what a sandbox needs (sh, cp, chmod, rm): {said.decode(errors='replace').strip()[-500:] or 'its shell ended'}")
         self._watcher = asyncio.create_task(self._watch())
-        if not self._keeper:
-            await self.agents_processes()  # there is nobody but the keeper yet
-        self.shell = said.decode().split()[1] if len(said.split()) > 1 else ""
+        code, bash = await self.ask(inside.KEEP, user=inside.KEEPER, shell="/bin/sh")
+        if code:
+            raise SandboxStartError(f"image {self.config.image} has not what a sandbox needs (cp, chmod)")
+        self.shell = bash.strip()
         key = self.image["Id"], self.engine.runtime(self.config)
         if key not in self.engine.surveys:
             code, words = await self.ask(inside.SURVEY)
@@ -253,26 +256,28 @@ class Container:
     def alive(self) -> bool:
         return self._watcher is not None and not self.ended.done()
 
-    async def enter(self, script: str, *arguments: str, user: int | None = None, env: Mapping[str, str] | None = None, stdin: bool = False, bash: bool = False) -> "Exec":
+    async def enter(self, script: str, *arguments: str, user: int | None = None, env: Mapping[str, str] | None = None, stdin: bool = False,
+                    shell: str = f"{inside.PLACE}/sh") -> "Exec":
         """Start a script of `inside` in the container, as the agent's user or another."""
         if self.ended.done():
             raise SandboxClosedError("the sandbox has ended")
-        command = [f"{inside.PLACE}/{'bash' if bash else 'sh'}", "-c", f"echo $$\n{script}", "sandbox", *arguments]
+        command = [shell, "-c", f"echo $$\n{script}", "sandbox", *arguments]
         who = self.user if user is None else user
         made = await self.engine.call(self.engine.client.exec_create, self.id, command, user=f"{who}:{who}", workdir="/", environment=dict(env or {}), stdin=stdin)
         stream = await Stream.open(self.engine, functools.partial(self.engine.client.exec_start, made["Id"], socket=True))
         return Exec(self, made["Id"], stream)
 
-    async def ask(self, script: str, *arguments: str, user: int | None = None, stdin: bytes | None = None, limit: int = 1 << 16, seconds: float = CALL_SECONDS) -> tuple[int, str]:
+    async def ask(self, script: str, *arguments: str, user: int | None = None, stdin: bytes | None = None, seconds: float = CALL_SECONDS,
+                  shell: str = f"{inside.PLACE}/sh") -> tuple[int, str]:
         """(exit code, stdout) of a short script. SandboxError where it does not end in time."""
         said = bytearray()
         try:
             async with asyncio.timeout(seconds):
-                exec_ = await self.enter(script, *arguments, user=user, stdin=stdin is not None)
+                exec_ = await self.enter(script, *arguments, user=user, stdin=stdin is not None, shell=shell)
                 sending = asyncio.create_task(exec_.send(stdin)) if stdin is not None else None
                 try:
                     async for number, piece in exec_.frames():
-                        if number == STDOUT and len(said) < limit:
+                        if number == STDOUT and len(said) < 1 << 16:
                             said += piece
                     return await exec_.exit_code(), bytes(said).decode(errors="surrogateescape")
                 finally:
@@ -288,12 +293,24 @@ class Container:
         if not state.get("Running"):
             raise SandboxClosedError("the container of the sandbox has ended" + (", at its memory limit" if state.get("OOMKilled") else ""))
 
+    async def kill_all(self) -> None:
+        """Kill every process of the agent and wait until they are gone. SandboxError, and the end of the container, if one stays."""
+        for pause in (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 1.0, 1.0):
+            await self.engine.call(self.engine.client.kill, self.id, inside.KILL_ALL)
+            await asyncio.sleep(pause)
+            if not await self.agents_processes():
+                return
+        await self.remove()
+        raise SandboxError("a process of the sandbox could not be killed, so its container was")
+
     async def agents_processes(self) -> int:
-        """How many there are, as the engine sees it from outside: all that are not the keeper's, which has the user id of process 1."""
+        """How many there are beside process 1, zombies not counted, as the engine sees it from outside."""
+        if self.engine.runtime(self.config) not in RUNC:  # whose processes the engine does not see one by one
+            code, said = await self.ask(inside.COUNT, user=inside.KEEPER)
+            return max(0, int(said) - 2) if said.strip().isdigit() else 1
         listed = await self.engine.call(self.engine.client.top, self.id, "-eo pid,uid,stat")
-        if not self._keeper:
-            self._keeper = listed["Processes"][0][1]  # with user namespaces, the id that the host sees
-        return sum(user != self._keeper and not state.startswith("Z") for _, user, state in listed["Processes"])
+        ours = (str(inside.KEEPER), "0") if not self.engine.one_user_namespace else ()
+        return max(0, sum(user not in ours and not state.startswith("Z") for _, user, state in listed["Processes"]) - 1)
 
     async def remove(self) -> None:
         """Kill and remove it, by id. SandboxError where the engine does not say that it is gone."""

@@ -1,13 +1,12 @@
 """The Docker backend: a sandbox is a container of this machine's engine, entered by execs.
 
 Never privileged, no capability, no network, a read-only image; /workspace and /tmp are tmpfs and share disk_mb and inodes three to one. Process 1
-has another user id than the agent's, so nothing that the agent does ends the container but the engine's memory limit; and it ends by itself when
-this process dies. A command costs an exec (about 50 ms), a session's command none.
+cannot be ended, opened or stopped by the agent, and kills all of the agent's processes when the engine tells it to; it ends by itself when this
+process dies. A command costs an exec (about 50 ms), a session's command none.
 """
 
 import asyncio
 import contextlib
-import functools
 import os
 from collections.abc import AsyncIterator, Mapping
 
@@ -25,7 +24,6 @@ from envs.rock.sandbox import MAX_LISTED, PIECE_BYTES, Sandbox, Snapshot, check_
 from envs.rock.tiers import REQUIRED, probe_docker
 
 SESSIONS, CONNECTIONS = 8, 16  # at once: each takes a process from those that are reserved for us
-_RUNC = ("runc", "crun", "io.containerd.runc.v2", "io.containerd.runtime.v1.linux")  # whose processes the engine sees
 _KINDS = {"f": "file", "d": "directory", "l": "link"}
 _start_gate = Gate(8)
 
@@ -76,7 +74,6 @@ class DockerSandbox(Sandbox):
             await asyncio.shield(self.stop())
             raise
         self.id, self.tier, self.guarantees = container.id[:12], report.tier, frozenset(guarantees)
-        self._seen_from_outside = host.runtime(self.config) in _RUNC
 
     async def stop(self) -> None:
         if self._container is None:
@@ -109,7 +106,7 @@ class DockerSandbox(Sandbox):
         try:
             (memory, pids, nanoseconds), *volumes = (line.split() for line in said.splitlines())
             used = [(int(size) * (int(blocks) - int(free)), int(inodes) - int(left)) for size, blocks, free, inodes, left in volumes]
-            own = 3 + len(self._sessions)  # the two keepers, this script, and a listener for each session
+            own = 2 + len(self._sessions)  # process 1, this script, and a listener for each session
             return SandboxStatus(int(memory) if memory.isdigit() else None, max(0, int(pids) - own) if pids.isdigit() else None, int(nanoseconds) / 1e9,
                                  sum(size for size, _ in used), sum(inodes for _, inodes in used),
                                  sum(job.running for job in self._jobs) + sum(session.running for session in self._sessions), len(self._sessions), None)
@@ -153,7 +150,7 @@ class DockerSandbox(Sandbox):
                 await door.send(name)
                 async with asyncio.timeout(CALL_SECONDS):
                     await anext(door.frames())  # "there"
-                shell = await self._container.enter(inside.session(self.config.pids), env=self._environment(env), stdin=True, bash=True)
+                shell = await self._container.enter(inside.session(self.config.pids), env=self._environment(env), stdin=True, shell=f"{inside.PLACE}/bash")
             except (TimeoutError, StopAsyncIteration):
                 raise SandboxStartError("the session's shell could not be given a channel") from None
             except BaseException:
@@ -171,7 +168,7 @@ class DockerSandbox(Sandbox):
             ended = list(self._jobs)
             for one in (*ended, *self._sessions):
                 one.doom("killed")
-            await self._kill_every_process()
+            await self._container.kill_all()
             sessions = list(self._sessions)
         for session in sessions:
             await session.close()
@@ -195,13 +192,13 @@ class DockerSandbox(Sandbox):
                     await verifier.start(PLACE_BYTES + sum(len(content) + 4096 for content in files.values()))
                 await unpack(verifier, workspace.file)
                 await put_verifier_files(verifier, files)
-                exec_ = await verifier.enter(inside.verify(self.config.pids), env=environment, stdin=True, bash=bool(verifier.shell))
+                exec_ = await verifier.enter(inside.verify(self.config.pids), env=environment, stdin=True, shell=f"{inside.PLACE}/{'bash' if verifier.shell else 'sh'}")
                 sending = asyncio.create_task(exec_.send(script.encode(errors="replace")))
                 cleanup.callback(sending.cancel)
-                job = DockerJob(exec_, self.config.timeout if timeout is None else timeout, self.config.max_output_bytes, functools.partial(_kill_in, verifier), _nothing)
+                job = DockerJob(exec_, self.config.timeout if timeout is None else timeout, self.config.max_output_bytes, verifier.kill_all, _nothing)
                 result = await self._to_its_end(job)
                 if keep:
-                    await _kill_in(verifier)
+                    await verifier.kill_all()
                     cleanup.push_async_callback((changed := await pack(verifier, "workspace")).delete)
                     async with self._counted():
                         await self._container.ask(inside.EMPTY)
@@ -296,7 +293,7 @@ class DockerSandbox(Sandbox):
     async def _pass_through(self, port: int, free: asyncio.Semaphore, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError, SandboxError), contextlib.closing(writer):
             async with free:
-                exec_ = await self._container.enter(inside.CONNECT, str(port), user=inside.KEEPER, stdin=True, bash=True)
+                exec_ = await self._container.enter(inside.CONNECT, str(port), user=inside.KEEPER, stdin=True, shell=f"{inside.PLACE}/bash")
                 sending = asyncio.create_task(_forward(reader, exec_))
                 try:
                     async for number, piece in exec_.frames():
@@ -326,25 +323,15 @@ class DockerSandbox(Sandbox):
         with contextlib.suppress(SandboxClosedError):
             async with self._entrance:
                 if self._untidy and not (self._jobs or self._sessions or self._transfers) and self.is_alive():
-                    if not self._seen_from_outside or await self._container.agents_processes():
-                        await self._kill_every_process()
+                    if await self._container.agents_processes():
+                        await self._container.kill_all()
                     self._untidy = False
-
-    async def _kill_every_process(self) -> None:
-        """SandboxError, and the end of the container, if one is left over."""
-        for pause in (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0):
-            await self._container.ask(inside.KILL_ALL)
-            await asyncio.sleep(pause)
-            if not self._seen_from_outside or not await self._container.agents_processes():
-                return
-        await self._container.remove()
-        raise SandboxError("a process of the sandbox could not be killed, so its container was")
 
     async def _kill(self, exec_: Exec) -> None:
         """What one command started; everything, where nothing else runs."""
         alone = len(self._jobs) + len(self._sessions) + self._transfers <= 1
         if alone or exec_.pid <= 0:
-            await self._container.ask(inside.KILL_ALL)
+            await self._container.kill_all()
         else:
             await self.signal("KILL", exec_.pid, whole=True)
 
@@ -398,10 +385,6 @@ class DockerSandbox(Sandbox):
             raise SandboxClosedError("the sandbox is not running: it was not started, was stopped, or its container ended")
         if asyncio.get_running_loop() is not self._loop:
             raise SandboxError("a sandbox is used from the event loop that started it; from elsewhere use envs.rock.sync.run")
-
-
-async def _kill_in(container: Container) -> None:
-    await container.ask(inside.KILL_ALL)
 
 
 async def _nothing(job: DockerJob) -> None:

@@ -1,18 +1,30 @@
 """What is run inside a container: small scripts for its own sh, which must have cat, chmod, cp, mkdir, mkfifo, readlink, rm, find, stat and tar (GNU's or busybox's).
 
-They are run by copies of the image's shells in /run/rock, which are owned by the keeper (a user id that is not the agent's) and may be executed
-but not read. The kernel makes a process of such a program undumpable: no process of the agent, which has the same user id, can open its memory,
-environment or descriptors. Each script says its process id first, in a line on stdout, before anything of the agent's runs.
+They are run by copies of the image's shells in /run/rock, which belong to the keeper (a user id that is not the agent's) and may be executed but not
+read. The kernel makes a process of such a program undumpable: no process of the agent, which has the same user id, can open its memory, environment
+or descriptors. Each script says its process id first, in a line on stdout, before anything of the agent's runs.
 """
 
 PLACE = "/run/rock"
-KEEPER = 65534  # the user id of process 1; commands have another one, so they can neither end it nor open it
+KEEPER = 65534  # the user id of what is ours and no command may kill or open
 OUTSIDE, MISSING, NOT_REGULAR, DENIED, NO_SPACE = 50, 51, 52, 53, 54
 REASONS = {OUTSIDE: "outside", MISSING: "missing", NOT_REGULAR: "not_regular", DENIED: "denied", NO_SPACE: "no_space", 153: "no_space"}  # 153: 128 + SIGXFSZ
 
-# Process 1's child. It ends, and the container with it, as soon as nobody holds the other end of its input: when its manager dies, say.
-KEEP = (f"cd {PLACE} && umask 022 && cp /bin/sh sh && chmod 711 sh && {{ bash=$(command -v bash) && cp \"$bash\" bash && chmod 711 bash; "
-        "echo \"ready $bash\"; while read -r line; do :; done; }")
+# Process 1 has the agent's user id, so that it may kill all of the agent's processes, and does when the engine sends it KILL_ALL: in one system
+# call, from which no fork escapes, and which no process can forestall. (An exec that kills can be killed first.) It is undumpable too; the kernel
+# keeps from it every signal of its own container that it does not handle, and it ignores those that shells handle. It reaps orphans by ignoring
+# their ends. It ends, and the container with it, as soon as nobody holds the other end of its input: when its manager dies, say. A signal makes dash's
+# `read` fail once, sometimes before the trap is run, so only many failures in a row are the end.
+KILL_ALL = "SIGUSR1"
+INIT = """cd /workspace && cp /bin/sh .init && chmod 111 .init && exec ./.init -c '
+trap "" 1 2 3 4 5 6 7 8 11 12 13 14 15 17 24 25 26 31
+trap "failed=0; kill -9 -1" USR1
+rm .init
+cd /
+echo ready
+while read -r line || [ $((failed += 1)) -lt 50 ]; do :; done 2>/dev/null'"""
+KEEP = f'cd {PLACE} && umask 022 && cp /bin/sh sh && chmod 711 sh && bash=$(command -v bash) && cp "$bash" bash && chmod 711 bash; echo "$bash"; [ -e sh ]'
+COUNT = "count=0; for one in /proc/[0-9]*; do count=$((count + 1)); done; echo $count"  # processes, this one and process 1 included
 
 # Which way of a tool the image has, and whether the kernel keeps a child out of its undumpable parent.
 SURVEY = """
@@ -30,7 +42,7 @@ _HOME = "cd /workspace 2>/dev/null || { chmod 700 /workspace; cd /workspace; }"
 _RUN = """
 trap : INT
 exec 7>&2 2>/dev/null
-"$1" -c "$2" "${1##*/}" 2>&7 7>&-
+(exec "$1" -c "$2" "${1##*/}" 2>&7 7>&-)
 code=$?
 others=
 for stat in /proc/[0-9]*/stat; do
@@ -40,8 +52,6 @@ for stat in /proc/[0-9]*/stat; do
 done 2>/dev/null
 [ "$others" ] || kill -9 -1
 exit $code"""
-
-KILL_ALL = "kill -9 -1 2>/dev/null; :"
 
 # $1: the signal, $2: a process, $3: "whole" to take it and its session too, $4: children of it to leave alone with all below them.
 SIGNAL = """
