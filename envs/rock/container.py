@@ -28,6 +28,7 @@ from envs.rock.host import seccomp
 
 T = TypeVar("T")
 CALL_SECONDS = 30.0  # for one answer of the engine
+END_SECONDS = 5.0  # in which what was killed must be gone
 CALLS_AT_ONCE = 16
 RESERVED_PIDS = 64  # above the agent's own, which RLIMIT_NPROC counts: our execs, which have many threads while they begin
 PLACE_BYTES = 16 << 20
@@ -288,10 +289,13 @@ class Container:
             raise SandboxError(f"a script in the sandbox did not end within {seconds:.0f} s") from None
 
     async def check(self) -> None:
-        """SandboxClosedError if it has ended, whether or not that is known here yet."""
-        state = (await self.engine.call(self.engine.client.inspect_container, self.id))["State"] if self.id else {}
-        if not state.get("Running"):
-            raise SandboxClosedError("the container of the sandbox has ended" + (", at its memory limit" if state.get("OOMKilled") else ""))
+        """SandboxClosedError if it has ended, whether or not the engine has noticed yet: a program of the keeper's must run in it."""
+        try:
+            code, _ = await self.ask(":", user=inside.KEEPER)
+        except SandboxError as error:
+            raise SandboxClosedError(f"the container of the sandbox has ended: {error}") from error
+        if code:
+            raise SandboxClosedError("the container of the sandbox is ending")
 
     async def kill_all(self) -> None:
         """Kill every process of the agent and wait until they are gone. SandboxError, and the end of the container, if one stays."""
@@ -382,6 +386,12 @@ class Stream:
             except (asyncio.IncompleteReadError, ConnectionError):
                 return
 
+    async def drain(self) -> None:
+        """Read on to the end, whatever it is."""
+        with contextlib.suppress(ConnectionError):
+            while await self._reader.read(1 << 16):
+                pass
+
     def close(self) -> None:
         self.writer.close()
 
@@ -437,6 +447,20 @@ class Exec:
                 await asyncio.sleep(pause)
                 pause = min(0.1, 2 * pause)
         return state["ExitCode"]
+
+    async def signal(self, name: str, *, whole: bool, spared: str = "") -> None:
+        """To what it started: see inside.SIGNAL."""
+        if self.pid <= 0:
+            raise SandboxError("a program's process id is not known yet")
+        await self.container.ask(inside.SIGNAL, name, str(self.pid), "whole" if whole else "", spared)
+
+    async def give_up(self) -> None:
+        """Kill it while its stream is read on: one that nobody reads makes the engine wait, and whoever asks it for something else of the container."""
+        draining = asyncio.create_task(self.stream.drain())
+        with contextlib.suppress(SandboxError):
+            await self.signal("KILL", whole=True)
+        await asyncio.wait({draining}, timeout=END_SECONDS)
+        draining.cancel()
 
     def close(self) -> None:
         self.stream.close()

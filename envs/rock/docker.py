@@ -133,7 +133,7 @@ class DockerSandbox(Sandbox):
         async with self._entrance:
             shell = self._container.shell or "/bin/sh"
             exec_ = await self._container.enter(inside.run(self.config.pids), shell, command.encode(errors="replace").decode(), env=environment)
-            job = DockerJob(exec_, self.config.timeout if timeout is None else timeout, self.config.max_output_bytes, lambda: self._kill(exec_), self.tidy)
+            job = DockerJob(exec_, self.config.timeout if timeout is None else timeout, self.config.max_output_bytes, lambda: self.kill(exec_), self.tidy)
             self._jobs.add(job)
         return job
 
@@ -306,12 +306,6 @@ class DockerSandbox(Sandbox):
 
     # -- what the above is made of
 
-    async def signal(self, name: str, pid: int, *, whole: bool, spared: str = "") -> None:
-        """To what a process of the sandbox started: see inside.SIGNAL."""
-        if pid <= 0:
-            raise SandboxError("a program's process id is not known yet")
-        await self._container.ask(inside.SIGNAL, name, str(pid), "whole" if whole else "", spared)
-
     async def tidy(self, ended: DockerJob | DockerSession) -> None:
         """After the end of a job or a session: when nothing else runs, nothing of it is left."""
         self._jobs.discard(ended)
@@ -327,13 +321,13 @@ class DockerSandbox(Sandbox):
                         await self._container.kill_all()
                     self._untidy = False
 
-    async def _kill(self, exec_: Exec) -> None:
-        """What one command started; everything, where nothing else runs."""
+    async def kill(self, exec_: Exec) -> None:
+        """What one job or session started; everything, where nothing else runs."""
         alone = len(self._jobs) + len(self._sessions) + self._transfers <= 1
         if alone or exec_.pid <= 0:
             await self._container.kill_all()
         else:
-            await self.signal("KILL", exec_.pid, whole=True)
+            await exec_.signal("KILL", whole=True)
 
     @contextlib.asynccontextmanager
     async def _counted(self) -> AsyncIterator[None]:
@@ -355,8 +349,7 @@ class DockerSandbox(Sandbox):
                 try:
                     yield exec_
                 except BaseException:
-                    with contextlib.suppress(SandboxError):
-                        await asyncio.shield(self.signal("KILL", exec_.pid, whole=True))
+                    await asyncio.shield(exec_.give_up())
                     raise
 
     async def _to_its_end(self, job: DockerJob) -> CommandResult:

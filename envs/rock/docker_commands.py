@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from envs.rock.commands import DRAINED_BYTES, unspeakable
 from envs.rock.config import CommandResult
-from envs.rock.container import STDERR, STDOUT, Exec
+from envs.rock.container import END_SECONDS, STDERR, STDOUT, Exec
 from envs.rock.errors import SandboxClosedError, SandboxError, SandboxStartError
 from envs.rock.sandbox import Job, Session
 
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from envs.rock.docker import DockerSandbox
 
 KILLED = 137  # 128 + SIGKILL
-END_SECONDS = 5.0  # in which what was killed must be gone
-SHELL_SECONDS = 3.0  # in which a shell must come back once all that its command started is dead
+SHELL_SECONDS = 2.0  # in which a shell must come back once all that its command started is dead
 MARK_SECONDS = 2.0  # in which a session's output must have arrived after its command's end
 
 
@@ -102,8 +101,7 @@ class DockerJob(Job):
             reason = self._verdict.result() if self._verdict.done() else ""
             code = ending.result() if not ending.exception() or not reason else KILLED
             if code == KILLED and not reason:
-                await container.check()
-                await asyncio.sleep(0.05)  # the news of a process that the memory limit killed comes another way
+                await container.check()  # which takes long enough for the news of a process that the memory limit killed to come, by another way
         finally:
             ending.cancel()
             self.exec.close()
@@ -198,7 +196,8 @@ class DockerSession(Session):
         self.doom("killed")
         with contextlib.suppress(SandboxError):
             if self._shell.container.alive and not self._tasks[0].done():
-                await self._sandbox.signal("KILL", self._shell.pid, whole=True)
+                await self._sandbox.kill(self._shell)
+                await asyncio.wait({self._tasks[0]}, timeout=END_SECONDS)  # a stream that nobody reads would make the engine wait
         await self._release()
 
     async def _code(self, timeout: float) -> int:
@@ -229,7 +228,7 @@ class DockerSession(Session):
 
     async def _signal(self, name: str) -> None:
         """To all that the running command started, and not to the shell nor to what earlier commands left."""
-        await self._sandbox.signal(name, self._shell.pid, whole=False, spared=self._older)
+        await self._shell.signal(name, whole=False, spared=self._older)
 
     async def _all_output(self) -> None:
         """Wait until what the command wrote has arrived: a new word, which the shell writes after it, ends both streams."""

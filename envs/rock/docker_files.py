@@ -41,6 +41,7 @@ async def pack(container: Container, directories: str) -> DockerSnapshot:
                 async for piece in within(exec_.frames()):
                     await asyncio.to_thread(snapshot.file.write, piece)
                     if snapshot.file.tell() > limit:
+                        await exec_.give_up()
                         raise SandboxError(f"no snapshot: the files have more than {limit} bytes when they are read, holes included")
                 if (code := await exec_.exit_code()) > 1:  # 1: a file changed meanwhile
                     raise SandboxError(f"no snapshot: tar ended with {code}")

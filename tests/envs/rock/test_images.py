@@ -79,6 +79,7 @@ def test_a_failed_build_says_why_with_the_end_of_its_log(engine: Engine, tmp_pat
         build(context(tmp_path / "d", f"FROM {engine.image}\nNONSENSE\n"))
 
 
+@pytest.mark.slow
 def test_a_build_has_no_network_and_ends_at_its_time_limit(engine: Engine, tmp_path):
     from envs.rock import container
 
