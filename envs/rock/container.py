@@ -75,6 +75,8 @@ class Engine:
             raise SandboxError(f"the Docker engine did not answer {name} within {seconds:.0f} s") from None
         except docker.errors.NotFound as error:
             raise SandboxClosedError(f"the Docker engine knows it no more: {error.explanation}") from error
+        except docker.errors.NullResource as error:
+            raise SandboxClosedError("the sandbox has ended") from error
         except docker.errors.APIError as error:
             if error.status_code == 409 and "is not running" in (error.explanation or ""):
                 raise SandboxClosedError("the container of the sandbox has ended") from error
@@ -324,6 +326,8 @@ class Container:
         if self._making and not self._making.done():  # we were cancelled meanwhile: it is there only when that call has come back
             await asyncio.wait({self._making}, timeout=CALL_SECONDS)
         self.engine._containers.pop(name, None)
+        if not self.ended.done():
+            self.ended.set_result(None)
         try:
             for _ in range(50):
                 try:
@@ -335,8 +339,6 @@ class Container:
                         raise
                 await asyncio.sleep(0.02)
         finally:
-            if not self.ended.done():
-                self.ended.set_result(None)
             if self._watcher:
                 self._watcher.cancel()
             if self._lifeline:

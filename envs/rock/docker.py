@@ -209,7 +209,7 @@ class DockerSandbox(Sandbox):
 
     async def read_stream(self, path: str) -> AsyncIterator[bytes]:
         relative = self._relative_file(path)
-        async with self._transfer(inside.in_workspace(inside.READ), relative) as exec_:
+        async with self._transfer(inside.in_workspace(inside.READ), inside.spelled(relative)) as exec_:
             async for piece in within(exec_.frames()):
                 yield piece
             code = await exec_.exit_code()
@@ -217,7 +217,7 @@ class DockerSandbox(Sandbox):
 
     async def write_stream(self, path: str, pieces: AsyncIterator[bytes], mode: int = 0o644) -> None:
         relative = self._relative_file(path)
-        async with self._transfer(inside.in_workspace(inside.WRITE), relative, f"{mode & 0o7777:o}", stdin=True) as exec_:
+        async with self._transfer(inside.in_workspace(inside.WRITE), inside.spelled(relative), f"{mode & 0o7777:o}", stdin=True) as exec_:
             over = asyncio.create_task(exhaust(exec_))
             try:
                 async for piece in pieces:
@@ -236,7 +236,7 @@ class DockerSandbox(Sandbox):
 
     async def list_files(self, path: str = ".") -> list[FileEntry]:
         relative, said = self._relative(path), bytearray()
-        async with self._transfer(inside.in_workspace(inside.list_files(self._container.tools)), relative) as exec_:
+        async with self._transfer(inside.in_workspace(inside.list_files(self._container.tools)), inside.spelled(relative)) as exec_:
             async for piece in within(exec_.frames()):
                 said += piece
                 if said.count(b"\0") > MAX_LISTED or len(said) > 64 << 20:

@@ -5,6 +5,8 @@ read. The kernel makes a process of such a program undumpable: no process of the
 or descriptors. Each script says its process id first, in a line on stdout, before anything of the agent's runs.
 """
 
+import os
+
 PLACE = "/run/rock"
 KEEPER = 65534  # the user id of what is ours and no command may kill or open
 OUTSIDE, MISSING, NOT_REGULAR, DENIED, NO_SPACE = 50, 51, 52, 53, 54
@@ -100,10 +102,10 @@ DOOR = 'IFS= read -r door && umask 0 && mkfifo -m 622 "$door" && echo there && e
 # The verifier's script comes by stdin and is kept in the shell's memory alone.
 VERIFY = 'ROCK_SCRIPT=$(cat); exec </dev/null; eval "$ROCK_SCRIPT"'
 
-# Follows links by hand: an absolute one, or one that leads out, is refused. $1: the path, $2: "make" to make directories on the way.
+# Follows links by hand: an absolute one, or one that leads out, is refused. $1: the path (see `spelled`), $2: "make" to make directories on the way.
 _RESOLVE = f"""
 resolve() {{
-  left=$1 at=. hops=0
+  left=$(printf '%bx' "$1") at=. hops=0; left=${{left%x}}
   while [ "$left" ]; do
     case $left in */*) part=${{left%%/*}} left=${{left#*/}};; *) part=$left left=;; esac
     case $part in
@@ -190,3 +192,8 @@ def pack(tools: frozenset[str], directories: str) -> str:
     """The script that writes a tar of what is in these directories of the root. GNU's would also want to set the modes of the directories themselves."""
     names = f"find {directories} -mindepth 1 -maxdepth 1 -print0"
     return _KEEP_TREE % (directories, directories) + (f"{names} | tar -S --null -T - -cf - 2>/dev/null" if "gnu_tar" in tools else f"exec tar -cf - {directories} 2>/dev/null")
+
+
+def spelled(path: str) -> str:
+    """A path as printf's %b reads it: the engine takes texts only, and a file's name may be any bytes."""
+    return "".join(chr(byte) if 32 <= byte < 127 and byte != ord("\\") else f"\\0{byte:03o}" for byte in os.fsencode(path))
