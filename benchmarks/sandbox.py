@@ -4,7 +4,8 @@ python -m benchmarks.sandbox --json sandbox.json [--cycles 1000] [--live 200] [-
 
 Medians in milliseconds, of one after the other on this machine. `floor` is bash itself, started and waited for without any sandbox: no command
 in a process of its own can take less. With --docker_image (one that is there already and has a shell) `docker run --rm --network none ...`,
-limited as our sandboxes are, and `docker exec` are timed between ours, and `ratio_docker` is the median of the pairs' ratios of creation.
+limited as our sandboxes are, and `docker exec` are timed between ours, and `ratio_docker` is the median of the pairs' ratios of creation; then the
+Docker backend. Without, or where no engine answers, `ratio_docker` is null and `docker_none` says why.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from envs.rock import Sandbox, SandboxConfig, launcher, probe
+from envs.rock.tiers import probe_docker
 
 CONFIG = SandboxConfig(memory_mb=256, pids=64, disk_mb=64)
 FILES, FILE_BYTES = 1000, 10_000  # of the tree that is kept and forked
@@ -44,8 +46,8 @@ async def timed(repeats: int, work: Callable[[], Awaitable[Any]], after: Callabl
     return times
 
 
-async def create_and_echo() -> Sandbox:
-    sandbox = Sandbox(CONFIG)
+async def create_and_echo(config: SandboxConfig = CONFIG) -> Sandbox:
+    sandbox = Sandbox(config)
     await sandbox.start()
     result = await sandbox.execute("echo hi")
     if result.stdout != "hi\n":
@@ -144,7 +146,11 @@ def _proportional_bytes() -> int:
 
 
 async def measure_beside_docker(image: str, repeats: int) -> dict[str, Any]:
-    """Creation to first output, and a command in one that runs, ours and Docker's in turn."""
+    """Creation to first output, and a command in one that runs, ours and Docker's in turn; and both of our Docker backend."""
+    report = await asyncio.to_thread(probe_docker)
+    if not image or report.tier is None:
+        return {"ratio_docker": None, "docker_none": report.missing[0].reason if image else "no --docker_image was given"}
+
     def docker(*arguments: str) -> None:
         subprocess.run(["docker", *arguments], check=True, stdout=subprocess.DEVNULL, timeout=120)
 
@@ -163,7 +169,14 @@ async def measure_beside_docker(image: str, repeats: int) -> dict[str, Any]:
         commands = await timed(repeats, command)
     finally:
         docker("kill", container)
-    return {"docker_create_ms_p50": statistics.median(theirs for _, theirs in pairs), "docker_exec_ms_p50": statistics.median(commands),
+    config = SandboxConfig(backend="docker", image=image, memory_mb=256, pids=64, disk_mb=64)
+    made = await timed(repeats, lambda: create_and_echo(config), lambda sandbox: sandbox.stop())
+    async with Sandbox(config) as sandbox:
+        executed = await timed(repeats, lambda: sandbox.execute("true"))
+        async with await sandbox.create_session() as session:
+            told = await timed(repeats, lambda: session.run("true"))
+    backend = {f"docker_backend_{name}_ms_p50": statistics.median(times) for name, times in (("create", made), ("execute", executed), ("session_command", told))}
+    return backend | {"docker_create_ms_p50": statistics.median(theirs for _, theirs in pairs), "docker_exec_ms_p50": statistics.median(commands),
             "ratio_docker": statistics.median(theirs / ours for ours, theirs in pairs)}
 
 
@@ -182,7 +195,7 @@ async def measure(repeats: int, cycles: int, live: int, docker_image: str) -> di
     found |= {"tier": report.tier, "repeats": repeats, "floor": {"bash_ms_p50": statistics.median(bare_bash() for _ in range(repeats))}}
     found |= await measure_live(live)
     found |= await measure_leaks(cycles)
-    found |= {"ratio_docker": None} | (await measure_beside_docker(docker_image, max(5, repeats // 5)) if docker_image else {})
+    found |= await measure_beside_docker(docker_image, max(5, repeats // 5))
     return found
 
 
@@ -199,7 +212,10 @@ def show(found: dict[str, Any]) -> None:
                   f"{found['cycles']} made and ended, 8 at a time: {found['cycles_per_s']:.0f} a second, {found['leaks']} things left behind.")
     if found["ratio_docker"]:
         console.print(f"Docker: {found['docker_create_ms_p50']:.0f} ms to the first output, {found['ratio_docker']:.0f} times ours; "
-                      f"{found['docker_exec_ms_p50']:.0f} ms for a command.")
+                      f"{found['docker_exec_ms_p50']:.0f} ms for a command. Our Docker backend: {found['docker_backend_create_ms_p50']:.0f} ms, "
+                      f"{found['docker_backend_execute_ms_p50']:.0f} ms, {found['docker_backend_session_command_ms_p50']:.1f} ms in a session.")
+    else:
+        console.print(f"Docker: not measured, {found['docker_none']}.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -169,8 +169,10 @@ def host_config(client: docker.APIClient, config: SandboxConfig, user: int, plac
         return f"rw,exec,nosuid,nodev,size={size},nr_inodes={inodes},mode={mode},uid={owner},gid={owner}"
 
     disk = config.disk_mb << 20
+    hidden = [f"/proc/{name}" for name in ("acpi", "asound", "interrupts", "kcore", "keys", "latency_stats", "sched_debug", "scsi", "timer_list", "timer_stats")]
+    hidden += [f"/sys/{name}" for name in ("block", "bus", "class", "dev", "devices/virtual", "firmware", "hypervisor", "kernel", "module", "power")]
     limits = {"nofile": config.open_files, "core": 0, "fsize": disk, "memlock": 64 << 10, "msgqueue": 0}
-    return client.create_host_config(
+    return {"MaskedPaths": hidden} | client.create_host_config(
         privileged=False, cap_drop=["ALL"], security_opt=["no-new-privileges", f"seccomp={seccomp_profile()}"], read_only=True, network_mode="none",
         ipc_mode="private", runtime=config.runtime, auto_remove=True, log_config={"Type": "none"}, mem_limit=config.memory_mb << 20, memswap_limit=config.memory_mb << 20,
         pids_limit=config.pids + RESERVED_PIDS, cpu_period=100_000, cpu_quota=max(1000, int(config.cpus * 100_000)), shm_size=min(16, max(1, config.memory_mb // 16)) << 20,

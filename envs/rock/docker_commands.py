@@ -100,13 +100,13 @@ class DockerJob(Job):
                 await self._kill_until(ending)
             reason = self._verdict.result() if self._verdict.done() else ""
             code = ending.result() if not ending.exception() or not reason else KILLED
-            if code == KILLED and not reason:
-                await container.check()  # which takes long enough for the news of a process that the memory limit killed to come, by another way
         finally:
             ending.cancel()
             self.exec.close()
             await self._tidy(self)
         seconds = time.monotonic() - began
+        if code == KILLED and not reason:
+            await container.check()  # which takes long enough for the news of a process that the memory limit killed to come, by another way
         limits = ((reason,) if reason else ()) + (("memory",) if container.memory_kills > kills else ())
         (stdout, cut_out), (stderr, cut_err) = self._captures[STDOUT].take(), self._captures[STDERR].take()
         return CommandResult(stdout, stderr, KILLED if reason else code, reason == "timeout", cut_out or cut_err, seconds, limits)

@@ -18,10 +18,10 @@ REASONS = {OUTSIDE: "outside", MISSING: "missing", NOT_REGULAR: "not_regular", D
 # their ends. It ends, and the container with it, as soon as nobody holds the other end of its input: when its manager dies, say. A signal makes dash's
 # `read` fail once, sometimes before the trap is run, so only many failures in a row are the end.
 KILL_ALL = "SIGUSR1"
-INIT = """cd /workspace && cp /bin/sh .init && chmod 111 .init && exec ./.init -c '
+INIT = """cd /workspace && mkdir .init && cp /bin/sh .init/sh && chmod 111 .init/sh && exec .init/sh -c '
 trap "" 1 2 3 4 5 6 7 8 11 12 13 14 15 17 24 25 26 31
 trap "failed=0; kill -9 -1" USR1
-rm .init
+rm -rf .init
 cd /
 echo ready
 while read -r line || [ $((failed += 1)) -lt 50 ]; do :; done 2>/dev/null'"""

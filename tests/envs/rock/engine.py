@@ -64,7 +64,7 @@ def running_engine() -> collections.abc.Iterator[Engine]:
         os.environ.pop("DOCKER_HOST", None)
         if before is not None:
             os.environ["DOCKER_HOST"] = before
-        _end(daemon)
+        _end(daemon, place)
         log.close()
         _remove(place)
 
@@ -93,8 +93,8 @@ def _wait_until_it_answers(docker, host: str, daemon: subprocess.Popen, log: pat
     pytest.skip(f"no Docker engine: dockerd does not run here: {words[0][-300:]}")
 
 
-def _end(daemon: subprocess.Popen) -> None:
-    """dockerd ends its containers and its containerd; what is left of them after a while is killed."""
+def _end(daemon: subprocess.Popen, place: pathlib.Path) -> None:
+    """dockerd ends its containers and its containerd; what is left of them after a while, known by the folder in its command line, is killed."""
     if daemon.poll() is None:
         daemon.send_signal(signal.SIGTERM)
         try:
@@ -102,11 +102,10 @@ def _end(daemon: subprocess.Popen) -> None:
         except subprocess.TimeoutExpired:
             daemon.kill()
             daemon.wait()
-    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, ValueError):
-            pid, session = int(path.parent.name), int(path.read_text().rpartition(")")[2].split()[3])
-            if session == daemon.pid:
-                os.kill(pid, signal.SIGKILL)
+    for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if str(place).encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
+                os.kill(int(path.parent.name), signal.SIGKILL)
 
 
 def _remove(place: pathlib.Path) -> None:
