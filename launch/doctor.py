@@ -16,7 +16,6 @@ import json
 import pathlib
 import platform
 import random
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from typing import NamedTuple
 
 from envs.rock import Sandbox, SandboxConfig, SandboxError, probe
 from envs.rock.host import cgroups
-from envs.rock.tiers import TIERS
+from envs.rock.tiers import TIERS, probe_docker
 from envs.tasks.terminal import FAMILIES, train_seed
 from envs.tasks.terminal.env import TerminalEnv
 from envs.tasks.terminal.expert import run_expert
@@ -122,14 +121,11 @@ def _forks() -> Finding:
 
 
 def _docker() -> Finding:
-    if shutil.which("docker") is None:
-        return Finding("Docker", False, "not installed; nothing here needs it", "")
-    try:
-        done = subprocess.run(["docker", "info", "--format", "{{.ServerVersion}}"], capture_output=True, text=True, timeout=20)
-    except subprocess.TimeoutExpired:
-        return Finding("Docker", False, "its daemon does not answer; nothing here needs it", "")
-    works = done.returncode == 0 and bool(done.stdout.strip())
-    return Finding("Docker", works, f"version {done.stdout.strip()}" if works else "installed, and no daemon runs; nothing here needs it", "")
+    report = probe_docker()
+    if report.tier is None:
+        return Finding("Docker", False, f"{report.missing[0].reason}; only backend='docker' needs it", report.missing[0].remedy)
+    says = f"enforces {', '.join(sorted(report.guarantees))}" + (f"; not {', '.join(item.guarantee for item in report.missing)}" if report.missing else "")
+    return Finding("Docker", True, says, report.missing[0].remedy if report.missing else "")
 
 
 def _episode() -> Finding:

@@ -32,7 +32,7 @@ class SandboxConfig:
     memory_mb: int = 256  # of all processes together, files in the workspace included
     pids: int = 64  # processes and threads together
     cpus: float = 1.0
-    disk_mb: int = 16  # workspace and /tmp together; also the largest file
+    disk_mb: int = 16  # workspace and /tmp together (docker: a quarter is /tmp's, as of inodes); also the largest file
     inodes: int = 4096
     open_files: int = 256  # of one process
     timeout: float = 30.0  # seconds for a command that names none

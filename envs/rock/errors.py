@@ -27,3 +27,11 @@ class SandboxFileError(SandboxError):
             raise ValueError(f"reason {reason!r} is not one of {self.REASONS}")
         super().__init__(message)
         self.reason = reason
+
+
+class ImageError(SandboxError):
+    """An image could not be built. `log` is the end of what the build said."""
+
+    def __init__(self, message: str, log: str = ""):
+        super().__init__(message)
+        self.log = log

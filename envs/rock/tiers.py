@@ -166,3 +166,32 @@ def _in_chroot() -> bool:
     """Whether this process's / is not the / of its mount namespace."""
     with open("/proc/self/mountinfo") as file:
         return not any(line.split()[4] == "/" for line in file)
+
+
+def probe_docker(runtime: str | None = None) -> TierReport:
+    """What containers of the Docker engine of this machine enforce; its tier is "docker". It may block for seconds, and raises nothing.
+
+    Args:
+      runtime: by its name in the engine, "runsc" say; None: the engine's default.
+    """
+    def none(reason: str, remedy: str) -> TierReport:
+        return TierReport(None, frozenset(), tuple(Missing(name, reason, remedy) for name in GUARANTEES))
+
+    try:
+        from envs.rock import container
+    except ImportError as error:
+        return none(f"the package docker is not installed ({error})", "pip install 'docker>=7.1,<8'")
+    try:
+        info = container.engine().info
+    except SandboxError as error:
+        return none(str(error), "start dockerd, or let DOCKER_HOST name its socket, and be root or in the group docker")
+    if info.get("OSType") != "linux":
+        return none(f"the engine runs {info.get('OSType')} containers", "use a Linux engine")
+    if runtime and runtime not in info.get("Runtimes", {}):
+        return none(f"the engine has no runtime {runtime!r}, only {', '.join(sorted(info.get('Runtimes', {})))}", f"install {runtime} and name it in /etc/docker/daemon.json")
+    cgroups_remedy = "give the engine the memory, pids and cpu controllers (rootless: cgroup 2 with delegation)"
+    found = {"syscalls": any("name=seccomp" in option for option in info.get("SecurityOptions") or ()), "memory": info.get("MemoryLimit"), "pids": info.get("PidsLimit"),
+             "cpu": info.get("CpuCfsQuota")}
+    missing = tuple(Missing(name, f"the engine does not enforce {name} limits", "use an engine and a kernel with seccomp" if name == "syscalls" else cgroups_remedy)
+                    for name, works in found.items() if not works)
+    return TierReport("docker", frozenset(GUARANTEES) - {item.guarantee for item in missing} | {"view"}, missing)

@@ -1,0 +1,473 @@
+"""The Docker backend: a sandbox is a container of this machine's engine, entered by execs.
+
+Never privileged, no capability, no network, a read-only image; /workspace and /tmp are tmpfs and share disk_mb and inodes three to one. Process 1
+has another user id than the agent's, so nothing that the agent does ends the container but the engine's memory limit; and it ends by itself when
+this process dies. A command costs an exec (about 50 ms), a session's command none.
+"""
+
+import asyncio
+import contextlib
+import functools
+import io
+import os
+import tarfile
+import tempfile
+from collections.abc import AsyncIterator, Mapping
+from typing import IO
+
+from envs.rock import inside
+from envs.rock.commands import unspeakable
+from envs.rock.config import Address, CommandResult, Denial, FileEntry, SandboxConfig, SandboxStatus
+from envs.rock.container import CALL_SECONDS, PLACE_BYTES, STDOUT, Container, Exec, engine
+from envs.rock.docker_commands import KILLED, DockerJob, DockerSession
+from envs.rock.errors import IsolationError, SandboxClosedError, SandboxError, SandboxFileError, SandboxStartError
+from envs.rock.launcher import Gate
+from envs.rock.sandbox import MAX_LISTED, PIECE_BYTES, Sandbox, Snapshot, check_verifier_files
+from envs.rock.tiers import REQUIRED, probe_docker
+
+SESSIONS, CONNECTIONS = 8, 16  # at once: each takes a process from those that are reserved for us
+SNAPSHOT_SECONDS = 300.0
+_RUNC = ("runc", "crun", "io.containerd.runc.v2", "io.containerd.runtime.v1.linux")  # whose processes the engine sees
+_KINDS = {"f": "file", "d": "directory", "l": "link"}
+_start_gate = Gate(8)
+
+
+class DockerSandbox(Sandbox):
+    """See Sandbox. The image must be there already (`docker pull`, or images.build) and have sh and the usual programs; sessions need bash."""
+
+    def __init__(self, config: SandboxConfig, snapshot: Snapshot | None = None):
+        super().__init__(config, snapshot)
+        if snapshot is not None and not isinstance(snapshot, DockerSnapshot):
+            raise SandboxError(f"a Docker sandbox starts from a DockerSnapshot, not from {type(snapshot).__name__}")
+        self._container: Container | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._jobs: set[DockerJob] = set()
+        self._sessions: set[DockerSession] = set()
+        self._transfers = 0  # of files, that run now
+        self._untidy = False
+        self._turn, self._entrance = asyncio.Lock(), asyncio.Lock()  # of execute and verify; of starting anything, and of killing all
+        self._doors: list[asyncio.Server] = []
+
+    # -- its life
+
+    async def start(self) -> None:
+        if self._container is not None:
+            raise SandboxError("this sandbox is started already")
+        if self.config.egress:
+            raise IsolationError(f"egress={self.config.egress}: the Docker backend has no guard that lets these hosts through and no others, so its containers have no "
+                                 "network at all; leave egress empty")
+        report = await asyncio.to_thread(probe_docker, self.config.runtime)
+        report.require(self.config.isolation)
+        host = await asyncio.to_thread(engine)
+        try:
+            image = await host.call(host.client.inspect_image, self.config.image)
+        except SandboxClosedError:
+            raise SandboxStartError(f"the Docker engine has no image {self.config.image!r}; pull it or build it first") from None
+        self._loop = asyncio.get_running_loop()
+        async with _start_gate:
+            container = self._container = Container(host, self.config, image)
+            await container.start()
+        guarantees = report.guarantees - (set() if "undumpable" in container.tools else {"verifier"})
+        if self.config.isolation == "required" and (lost := REQUIRED - guarantees):
+            await self.stop()
+            raise IsolationError(f"isolation='required' cannot be enforced with image {self.config.image} and runtime {host.runtime(self.config)} ({', '.join(sorted(lost))}): "
+                                 "its kernel lets a program look into the one that started it; remedy: the default runtime")
+        if self._snapshot:
+            try:
+                await self._unpack(container, self._snapshot)
+            except BaseException:
+                await asyncio.shield(self.stop())
+                raise
+        self.id, self.tier, self.guarantees = container.id[:12], report.tier, frozenset(guarantees)
+        self._seen_from_outside = host.runtime(self.config) in _RUNC
+
+    async def stop(self) -> None:
+        if self._container is None:
+            return
+        for door in self._doors:
+            door.close()
+        await self._container.remove()
+        for session in list(self._sessions):
+            await session.close()
+        if self._jobs:
+            await asyncio.wait({job._task for job in self._jobs}, timeout=CALL_SECONDS)
+
+    def is_alive(self) -> bool:
+        return self._container is not None and self._container.alive
+
+    async def get_status(self) -> SandboxStatus:
+        self._check_open()
+        code, said = await self._container.ask(inside.STATUS)
+        try:
+            (memory, pids, nanoseconds), *volumes = (line.split() for line in said.splitlines())
+            used = [(int(size) * (int(blocks) - int(free)), int(inodes) - int(left)) for size, blocks, free, inodes, left in volumes]
+            own = 3 + len(self._sessions)  # the two keepers, this script, and a listener for each session
+            return SandboxStatus(int(memory) if memory.isdigit() else None, max(0, int(pids) - own) if pids.isdigit() else None, int(nanoseconds) / 1e9,
+                                 sum(size for size, _ in used), sum(inodes for _, inodes in used),
+                                 sum(job.running for job in self._jobs) + sum(session.running for session in self._sessions), len(self._sessions), None)
+        except ValueError as error:
+            raise SandboxError(f"the sandbox's status cannot be read (exit code {code}): {said[:200]!r}") from error
+
+    async def denials(self) -> list[Denial]:
+        """None are seen: an empty network namespace tells nobody what was tried."""
+        return []
+
+    # -- commands
+
+    async def execute(self, command: str, timeout: float | None = None, env: Mapping[str, str] | None = None) -> CommandResult:
+        if refusal := unspeakable(command):
+            return CommandResult("", refusal, 126, False, False, 0.0)
+        async with self._turn:  # one after the other
+            return await self._to_its_end(await self.spawn(command, timeout, env))
+
+    async def spawn(self, command: str, timeout: float | None = None, env: Mapping[str, str] | None = None) -> DockerJob:
+        if refusal := unspeakable(command):
+            raise ValueError(refusal.strip())
+        self._check_open()
+        environment = self._environment(env)
+        async with self._entrance:
+            shell = self._container.shell or "/bin/sh"
+            exec_ = await self._container.enter(inside.run(self.config.pids), shell, command.encode(errors="replace").decode(), env=environment)
+            job = DockerJob(exec_, self.config.timeout if timeout is None else timeout, self.config.max_output_bytes, lambda: self._kill(exec_), self.tidy)
+            self._jobs.add(job)
+        return job
+
+    async def create_session(self, env: Mapping[str, str] | None = None) -> DockerSession:
+        self._check_open()
+        if not self._container.shell:
+            raise SandboxStartError(f"image {self.config.image} has no bash, and a session needs one")
+        if len(self._sessions) >= SESSIONS:
+            raise SandboxStartError(f"a sandbox has at most {SESSIONS} sessions; close one")
+        name = f"{inside.PLACE}/{os.urandom(16).hex()}\n".encode()
+        async with self._entrance:
+            door = await self._container.enter(inside.DOOR, user=inside.KEEPER, stdin=True)
+            try:
+                await door.send(name)
+                async with asyncio.timeout(CALL_SECONDS):
+                    await anext(door.frames())  # "there"
+                shell = await self._container.enter(inside.session(self.config.pids), env=self._environment(env), stdin=True, bash=True)
+            except (TimeoutError, StopAsyncIteration):
+                raise SandboxStartError("the session's shell could not be given a channel") from None
+            except BaseException:
+                door.close()
+                raise
+            await shell.send(name, more=True)
+            session = DockerSession(self, shell, door)
+            self._sessions.add(session)
+        await session.started()
+        return session
+
+    async def kill_all(self) -> None:
+        self._check_open()
+        async with self._entrance:
+            ended = list(self._jobs)
+            for one in (*ended, *self._sessions):
+                one.doom("killed")
+            await self._kill_every_process()
+            sessions = list(self._sessions)
+        for session in sessions:
+            await session.close()
+        if ended:
+            await asyncio.wait({job._task for job in ended}, timeout=CALL_SECONDS)
+
+    async def verify(self, script: str, timeout: float | None = None, files: Mapping[str, bytes] | None = None) -> CommandResult:
+        """See Sandbox.verify: in a new container of the same image, which gets a copy of the workspace and goes afterwards."""
+        files = files or {}
+        check_verifier_files(files)
+        environment = {"HOME": "/nonexistent", "LANG": "C.UTF-8", "PYTHONSAFEPATH": "1", "PYTHONNOUSERSITE": "1", "PYTHONDONTWRITEBYTECODE": "1",
+                       "VERIFIER_FILES": f"{inside.PLACE}/files"}
+        async with self._turn:
+            await self.kill_all()
+            verifier = Container(self._container.engine, self.config, self._container.image)
+            async with contextlib.AsyncExitStack() as cleanup:
+                workspace = await self._pack("workspace")
+                cleanup.push_async_callback(workspace.delete)
+                async with _start_gate:
+                    cleanup.push_async_callback(verifier.remove)
+                    await verifier.start(PLACE_BYTES + sum(len(content) + 4096 for content in files.values()))
+                await self._unpack(verifier, workspace)
+                await _put_verifier_files(verifier, files)
+                exec_ = await verifier.enter(inside.verify(self.config.pids), env=environment, stdin=True, bash=bool(verifier.shell))
+                sending = asyncio.create_task(exec_.send(script.encode(errors="replace")))
+                cleanup.callback(sending.cancel)
+                job = DockerJob(exec_, self.config.timeout if timeout is None else timeout, self.config.max_output_bytes, functools.partial(_kill_in, verifier), _nothing)
+                return await self._to_its_end(job)
+
+    # -- files
+
+    async def read_stream(self, path: str) -> AsyncIterator[bytes]:
+        relative = self._relative_file(path)
+        async with self._transfer(inside.in_workspace(inside.READ), relative) as exec_:
+            async for piece in _within(exec_.frames()):
+                yield piece
+            self._check_code(await exec_.exit_code(), path)
+
+    async def write_stream(self, path: str, pieces: AsyncIterator[bytes], mode: int = 0o644) -> None:
+        relative = self._relative_file(path)
+        async with self._transfer(inside.in_workspace(inside.WRITE), relative, f"{mode & 0o7777:o}", stdin=True) as exec_:
+            over = asyncio.create_task(_exhaust(exec_))
+            try:
+                async for piece in pieces:
+                    if not await _either(exec_.send(piece, more=True), over):
+                        break
+                else:
+                    await _either(exec_.send(b""), over)
+                async with asyncio.timeout(CALL_SECONDS):
+                    await over
+                    self._check_code(await exec_.exit_code(), path)
+            except TimeoutError:
+                raise SandboxError(f"{path} was not written within {CALL_SECONDS:.0f} s after its last byte") from None
+            finally:
+                over.cancel()
+
+    async def list_files(self, path: str = ".") -> list[FileEntry]:
+        relative, said = self._relative(path), bytearray()
+        async with self._transfer(inside.in_workspace(inside.list_files(self._container.tools)), relative) as exec_:
+            async for piece in _within(exec_.frames()):
+                said += piece
+                if said.count(b"\0") > MAX_LISTED or len(said) > 64 << 20:
+                    raise SandboxFileError("too_large", f"there are more than {MAX_LISTED} files")
+            if (code := await exec_.exit_code()) in inside.REASONS:
+                self._check_code(code, path)
+        found = []
+        for record in bytes(said).split(b"\0")[:-1]:
+            kind, size, mode, name = os.fsdecode(record).split(" ", 3)
+            found.append(FileEntry(name, _KINDS.get(kind, "special"), int(size), int(mode, 8) & 0o7777))
+        return found
+
+    # -- copies of its files
+
+    async def snapshot(self) -> "DockerSnapshot":
+        self._check_open()
+        if self._jobs or any(session.running for session in self._sessions):
+            raise SandboxError("no snapshot: a command is running")
+        return await self._pack("workspace tmp")
+
+    async def restore(self, snapshot: Snapshot) -> None:
+        await self.stop()
+        self.__init__(self.config, snapshot)
+        await self.start()
+
+    async def _pack(self, directories: str) -> "DockerSnapshot":
+        limit = (self.config.disk_mb << 20) + 4096 * self.config.inodes + (1 << 20)  # sparse files come out short, and each file has a header
+        snapshot = DockerSnapshot(tempfile.TemporaryFile(prefix="rock-"))
+        try:
+            async with asyncio.timeout(SNAPSHOT_SECONDS), self._transfer(inside.pack(self._container.tools, directories)) as exec_:
+                async for piece in _within(exec_.frames()):
+                    await asyncio.to_thread(snapshot.file.write, piece)
+                    if snapshot.file.tell() > limit:
+                        raise SandboxError(f"no snapshot: the files have more than {limit} bytes when they are read, holes included")
+                if (code := await exec_.exit_code()) > 1:  # 1: a file changed meanwhile
+                    raise SandboxError(f"no snapshot: tar ended with {code}")
+            await asyncio.to_thread(snapshot.file.flush)
+        except TimeoutError:
+            await snapshot.delete()
+            raise SandboxError(f"no snapshot within {SNAPSHOT_SECONDS:.0f} s") from None
+        except BaseException:
+            await snapshot.delete()
+            raise
+        return snapshot
+
+    async def _unpack(self, container: Container, snapshot: "DockerSnapshot") -> None:
+        try:
+            descriptor = os.dup(snapshot.file.fileno())
+        except ValueError:
+            raise SandboxStartError("the snapshot was deleted") from None
+        try:
+            async with asyncio.timeout(SNAPSHOT_SECONDS):
+                exec_ = await container.enter(inside.UNPACK, stdin=True)
+                over, offset = asyncio.create_task(_exhaust(exec_)), 0
+                while (piece := await asyncio.to_thread(os.pread, descriptor, PIECE_BYTES, offset)) and await _either(exec_.send(piece, more=True), over):
+                    offset += len(piece)
+                await _either(exec_.send(b""), over)
+                said, code = await over, await exec_.exit_code()
+                exec_.close()
+        except TimeoutError:
+            raise SandboxStartError(f"the snapshot's files were not there within {SNAPSHOT_SECONDS:.0f} s") from None
+        finally:
+            os.close(descriptor)
+        if code:
+            raise SandboxStartError(f"the snapshot's files do not fit in or cannot be made (tar ended with {code}): {said.decode(errors='replace').strip()[-300:]}")
+
+    # -- a port
+
+    async def expose_port(self, port: int) -> Address:
+        """Each connection is an exec that joins the sandbox's loopback (by bash's /dev/tcp) to it. A client that closes its half is not heard."""
+        if not 0 < port < 1 << 16:
+            raise ValueError(f"port {port} is not between 1 and 65535")
+        self._check_open()
+        if not self._container.shell:
+            raise SandboxError(f"image {self.config.image} has no bash, and a way to a port needs one")
+        free = asyncio.Semaphore(CONNECTIONS)
+        door = await asyncio.start_server(lambda reader, writer: self._pass_through(port, free, reader, writer), "127.0.0.1", 0)
+        self._doors.append(door)
+        return Address(*door.sockets[0].getsockname())
+
+    async def _pass_through(self, port: int, free: asyncio.Semaphore, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, SandboxError), contextlib.closing(writer):
+            async with free:
+                exec_ = await self._container.enter(inside.CONNECT, str(port), user=inside.KEEPER, stdin=True, bash=True)
+                sending = asyncio.create_task(_forward(reader, exec_))
+                try:
+                    async for number, piece in exec_.frames():
+                        if number == STDOUT:
+                            writer.write(piece)
+                            await writer.drain()
+                finally:
+                    sending.cancel()
+                    exec_.close()
+
+    # -- what the above is made of
+
+    async def signal(self, name: str, pid: int, *, whole: bool, spared: str = "") -> None:
+        """To what a process of the sandbox started: see inside.SIGNAL."""
+        if pid <= 0:
+            raise SandboxError("a program's process id is not known yet")
+        await self._container.ask(inside.SIGNAL, name, str(pid), "whole" if whole else "", spared)
+
+    async def tidy(self, ended: DockerJob | DockerSession) -> None:
+        """After the end of a job or a session: when nothing else runs, nothing of it is left."""
+        self._jobs.discard(ended)
+        self._sessions.discard(ended)
+        self._untidy = True
+        await self._tidy_up()
+
+    async def _tidy_up(self) -> None:
+        with contextlib.suppress(SandboxClosedError):
+            async with self._entrance:
+                if self._untidy and not (self._jobs or self._sessions or self._transfers) and self.is_alive():
+                    if not self._seen_from_outside or await self._container.agents_processes():
+                        await self._kill_every_process()
+                    self._untidy = False
+
+    async def _kill_every_process(self) -> None:
+        """SandboxError, and the end of the container, if one is left over."""
+        for pause in (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0):
+            await self._container.ask(inside.KILL_ALL)
+            await asyncio.sleep(pause)
+            if not self._seen_from_outside or not await self._container.agents_processes():
+                return
+        await self._container.remove()
+        raise SandboxError("a process of the sandbox could not be killed, so its container was")
+
+    async def _kill(self, exec_: Exec) -> None:
+        """What one command started; everything, where nothing else runs."""
+        alone = len(self._jobs) + len(self._sessions) + self._transfers <= 1
+        if alone or exec_.pid <= 0:
+            await self._container.ask(inside.KILL_ALL)
+        else:
+            await self.signal("KILL", exec_.pid, whole=True)
+
+    @contextlib.asynccontextmanager
+    async def _transfer(self, script: str, *arguments: str, stdin: bool = False) -> AsyncIterator[Exec]:
+        """An exec for files. It runs beside commands, and is not killed with what they leave."""
+        self._check_open()
+        async with self._entrance:
+            exec_ = await self._container.enter(script, *arguments, stdin=stdin)
+            self._transfers += 1
+        try:
+            yield exec_
+        except BaseException:
+            with contextlib.suppress(SandboxError):
+                await asyncio.shield(self.signal("KILL", exec_.pid, whole=True))
+            raise
+        finally:
+            self._transfers -= 1
+            exec_.close()
+            if self._untidy:
+                await self._tidy_up()
+
+    async def _to_its_end(self, job: DockerJob) -> CommandResult:
+        try:
+            return await job.wait()
+        except asyncio.CancelledError:
+            job.doom("killed")  # its caller gave up: the command must not run on
+            raise
+
+    def _environment(self, env: Mapping[str, str] | None) -> dict[str, str]:
+        """A command's variables, over those of the image, whose PATH stays."""
+        variables = super()._environment(env)
+        if "PATH" not in self.config.env and "PATH" not in (env or {}):
+            del variables["PATH"]
+        return variables
+
+    def _check_code(self, code: int, path: str) -> None:
+        if code == KILLED and not self.is_alive():
+            raise SandboxClosedError("the sandbox ended")
+        if code:
+            reason = inside.REASONS.get(code, "denied")
+            raise SandboxFileError(reason, f"{path}: {reason.replace('_', ' ')} (exit code {code})")
+
+    def _check_open(self) -> None:
+        if not self.is_alive():
+            raise SandboxClosedError("the sandbox is not running: it was not started, was stopped, or its container ended")
+        if asyncio.get_running_loop() is not self._loop:
+            raise SandboxError("a sandbox is used from the event loop that started it; from elsewhere use envs.rock.sync.run")
+
+
+class DockerSnapshot(Snapshot):
+    """A tar in a file without a name: it goes with the last sandbox that reads it, or with this process."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file = file
+
+    async def delete(self) -> None:
+        self.file.close()
+
+
+async def _put_verifier_files(container: Container, files: Mapping[str, bytes]) -> None:
+    """As the keeper's, so that neither the script nor what it runs can change them."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"./{name}")
+            member.size, member.mode = len(content), 0o644
+            tar.addfile(member, io.BytesIO(content))
+    code, said = await container.ask(f"cd {inside.PLACE} && umask 022 && mkdir files && exec tar -xf - -C files 2>&1", user=inside.KEEPER, stdin=buffer.getvalue())
+    if code:
+        raise SandboxStartError(f"the verifier's files could not be put in place: {said.strip()[-300:]}")
+
+
+async def _kill_in(container: Container) -> None:
+    await container.ask(inside.KILL_ALL)
+
+
+async def _nothing(job: DockerJob) -> None:
+    """A verifier's container goes as a whole."""
+
+
+async def _forward(reader: asyncio.StreamReader, exec_: Exec) -> None:
+    while piece := await reader.read(PIECE_BYTES):
+        await exec_.send(piece, more=True)
+
+
+async def _exhaust(exec_: Exec) -> bytes:
+    """Read it to its end; the first KiB of what it said."""
+    said = b""
+    async for _, piece in exec_.frames():
+        said += piece[: 1024 - len(said)]
+    return said
+
+
+async def _either(sending, over: asyncio.Task) -> bool:
+    """Send on, unless the receiver has ended. Whether it was sent."""
+    task = asyncio.ensure_future(sending)
+    await asyncio.wait({task, over}, return_when=asyncio.FIRST_COMPLETED)
+    if not task.done():
+        task.cancel()
+        return False
+    return True
+
+
+async def _within(frames: AsyncIterator[tuple[int, bytes]]) -> AsyncIterator[bytes]:
+    """The stdout of what must say something, or end, every CALL_SECONDS."""
+    while True:
+        try:
+            async with asyncio.timeout(CALL_SECONDS):
+                number, piece = await anext(frames)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise SandboxError(f"a script in the sandbox said nothing for {CALL_SECONDS:.0f} s") from None
+        if number == STDOUT:
+            yield piece

@@ -1,0 +1,180 @@
+"""What is run inside a container: small scripts for its own sh, which must have cat, chmod, cp, mkdir, mkfifo, readlink, rm, find, stat and tar (GNU's or busybox's).
+
+They are run by copies of the image's shells in /run/rock, which are owned by the keeper (a user id that is not the agent's) and may be executed
+but not read. The kernel makes a process of such a program undumpable: no process of the agent, which has the same user id, can open its memory,
+environment or descriptors. Each script says its process id first, in a line on stdout, before anything of the agent's runs.
+"""
+
+PLACE = "/run/rock"
+KEEPER = 65534  # the user id of process 1; commands have another one, so they can neither end it nor open it
+OUTSIDE, MISSING, NOT_REGULAR, DENIED, NO_SPACE = 50, 51, 52, 53, 54
+REASONS = {OUTSIDE: "outside", MISSING: "missing", NOT_REGULAR: "not_regular", DENIED: "denied", NO_SPACE: "no_space", 153: "no_space"}  # 153: 128 + SIGXFSZ
+
+# Process 1's child. It ends, and the container with it, as soon as nobody holds the other end of its input: when its manager dies, say.
+KEEP = (f"cd {PLACE} && umask 022 && cp /bin/sh sh && chmod 711 sh && {{ bash=$(command -v bash) && cp \"$bash\" bash && chmod 711 bash; "
+        "echo \"ready $bash\"; while read -r line; do :; done; }")
+
+# Which way of a tool the image has, and whether the kernel keeps a child out of its undumpable parent.
+SURVEY = """
+find / -maxdepth 0 -printf '%y\\0' >/dev/null 2>&1 && echo printf
+tar --version 2>/dev/null | { read -r line; case $line in *GNU*) echo gnu_tar;; esac; }
+{ cat /proc/$$/environ || cat /proc/$$/maps; } >/dev/null 2>&1 || echo undumpable
+[ -e /proc/self/task ] && echo ok"""
+
+# The agent's reserve: at the limit of its own processes, ours can still be started. dash calls that limit -p.
+_LIMIT = "{ ulimit -u %d || ulimit -p %d; } 2>/dev/null"
+_HOME = "cd /workspace 2>/dev/null || { chmod 700 /workspace; cd /workspace; }"
+
+# $1: the shell, $2: the command. When it has ended and no other program was started from outside the container (those have no parent in it),
+# all that is left is killed: at once, since a process that holds a stream open would keep the engine waiting.
+_RUN = """
+trap : INT
+exec 7>&2 2>/dev/null
+"$1" -c "$2" "${1##*/}" 2>&7 7>&-
+code=$?
+others=
+for stat in /proc/[0-9]*/stat; do
+  read -r line < $stat || continue
+  pid=${line%% *}; set -- ${line##*) }
+  [ "$2" = 0 ] && [ $pid != $$ ] && [ $pid != 1 ] && others=yes
+done 2>/dev/null
+[ "$others" ] || kill -9 -1
+exit $code"""
+
+KILL_ALL = "kill -9 -1 2>/dev/null; :"
+
+# $1: the signal, $2: a process, $3: "whole" to take it and its session too, $4: children of it to leave alone with all below them.
+SIGNAL = """
+signal=$1 root=$2 whole=$3 older=" $4 " all= found=" "
+for stat in /proc/[0-9]*/stat; do
+  read -r line < $stat || continue
+  pid=${line%% *}; set -- ${line##*) }
+  all="$all $pid:$2:$4"
+done 2>/dev/null
+more=yes
+while [ "$more" ]; do
+  more=
+  for one in $all; do
+    pid=${one%%:*} session=${one##*:} parent=${one#*:}; parent=${parent%%:*}
+    case "$found$older" in *" $pid "*) continue;; esac
+    case "$found" in *" $parent "*) ;; *)
+      [ $parent = $root ] || { [ "$whole" ] && { [ $pid = $root ] || [ $session = $root ]; }; } || continue;;
+    esac
+    found="$found$pid "; more=yes
+  done
+done
+[ "$found" = " " ] || kill -s $signal $found 2>/dev/null
+:"""
+
+# A session: bash (needed for `read -d`) takes commands from descriptor 3, and says on 4, a pipe to a reader of another user id, how each ended
+# and which children it has. Then it takes a word, new each time, and writes it on both streams, so that their reader knows how far the
+# command's output goes; the exit code never travels there. 3 to 6 are closed to what a command starts.
+SESSION = """
+exec 3<&0 </dev/null 5>&1 6>&2
+IFS= read -r -u 3 ROCK_DOOR
+exec 4>"$ROCK_DOOR"
+printf '%d \\0' $$ >&4
+unset ROCK_DOOR
+while IFS= read -r -d '' -u 3 ROCK_COMMAND; do
+  eval "$ROCK_COMMAND" 3<&- 4>&- 5>&- 6>&-
+  printf '%d ' $? >&4
+  read -r ROCK_COMMAND < /proc/$$/task/$$/children || :
+  printf '%s\\0' "$ROCK_COMMAND" >&4
+  IFS= read -r -d '' -u 3 ROCK_COMMAND
+  printf '%s' "$ROCK_COMMAND" >&5
+  printf '%s' "$ROCK_COMMAND" >&6
+done"""
+# The name comes by stdin: a command line can be seen by everybody. It is gone before the first command of the session begins.
+DOOR = 'IFS= read -r door && umask 0 && mkfifo -m 622 "$door" && echo there && exec 3<"$door" && rm "$door" && exec cat <&3'
+
+# The verifier's script comes by stdin and is kept in the shell's memory alone.
+VERIFY = 'ROCK_SCRIPT=$(cat); exec </dev/null; eval "$ROCK_SCRIPT"'
+
+# Follows links by hand: an absolute one, or one that leads out, is refused. $1: the path, $2: "make" to make directories on the way.
+_RESOLVE = f"""
+resolve() {{
+  left=$1 at=. hops=0
+  while [ "$left" ]; do
+    case $left in */*) part=${{left%%/*}} left=${{left#*/}};; *) part=$left left=;; esac
+    case $part in
+      ''|.) continue;;
+      ..) [ "$at" = . ] && exit {OUTSIDE}; at=${{at%/*}}; continue;;
+    esac
+    if [ -L "$at/$part" ]; then
+      hops=$((hops + 1)); [ $hops -gt 40 ] && exit {OUTSIDE}
+      target=$(readlink "$at/$part" && echo x) || exit {MISSING}
+      target=${{target%?x}}
+      case $target in /*) exit {OUTSIDE};; esac
+      left=$target${{left:+/$left}}
+    else
+      at=$at/$part
+      if [ "$2" ] && [ "$left" ] && ! [ -e "$at" ]; then said=$(mkdir "$at" 2>&1) || fail "$said"; fi
+    fi
+  done
+}}
+fail() {{
+  case $1 in *[Ss]pace*|*large*) exit {NO_SPACE};; esac
+  [ -d "${{at%/*}}" ] && exit {DENIED}
+  exit {MISSING}
+}}
+"""
+READ = _RESOLVE + f"""
+resolve "$1"
+[ -f "$at" ] || {{ [ -e "$at" ] && exit {NOT_REGULAR}; exit {MISSING}; }}
+exec cat < "$at" || exit {DENIED}"""
+WRITE = _RESOLVE + f"""
+resolve "$1" make
+[ -e "$at" ] && ! [ -f "$at" ] && exit {NOT_REGULAR}
+[ -w "$at" ] || ! [ -e "$at" ] || chmod u+w "$at"
+said=$({{ cat > "$at"; }} 2>&1) || fail "$said"
+exec chmod "$2" "$at" """
+_LIST_GNU = "exec find . -mindepth 1 -printf '%y %s %m %P\\0' 2>/dev/null"
+_LIST_PLAIN = """exec find . ! -name . -exec sh -c 'for f do
+  if [ -L "$f" ]; then kind=l; elif [ -d "$f" ]; then kind=d; elif [ -f "$f" ]; then kind=f; else kind=o; fi
+  about=$(stat -c "%s %a" "$f") && printf "%s %s %s\\0" $kind "$about" "${f#./}"
+done' sh {} + 2>/dev/null"""
+
+# What its owner cannot read becomes readable by it: nobody in here has the power to read it otherwise.
+_KEEP_TREE = """cd / && find %s -type d ! -perm -500 -exec chmod u+rx {} ';' 2>/dev/null
+find %s -type f ! -perm -400 -exec chmod u+r {} + 2>/dev/null
+"""
+
+STATUS = """
+read -r memory < /sys/fs/cgroup/memory/memory.usage_in_bytes || read -r memory < /sys/fs/cgroup/memory.current
+read -r pids < /sys/fs/cgroup/pids/pids.current || read -r pids < /sys/fs/cgroup/pids.current
+read -r nanoseconds < /sys/fs/cgroup/cpuacct/cpuacct.usage || read -r name microseconds < /sys/fs/cgroup/cpu.stat
+echo "${memory:-x} ${pids:-x} ${nanoseconds:-${microseconds:-0}000}"
+stat -f -c '%S %b %f %c %d' /workspace /tmp"""
+
+# $1: the port. It speaks through stdin and stdout.
+CONNECT = 'exec 2>/dev/null 3<>/dev/tcp/127.0.0.1/$1 4<&0 || exit 1; cat <&4 >&3 & cat <&3; kill $!'
+
+
+def run(pids: int) -> str:
+    """The script that runs one command."""
+    return _HOME + "\n" + _LIMIT % (pids, pids) + _RUN
+
+
+def session(pids: int) -> str:
+    return _HOME + "\n" + _LIMIT % (pids, pids) + SESSION
+
+
+def verify(pids: int) -> str:
+    return _HOME + "\n" + _LIMIT % (pids, pids) + "\n" + VERIFY
+
+
+def in_workspace(script: str) -> str:
+    return _HOME + "\n" + script
+
+
+def list_files(tools: frozenset[str]) -> str:
+    return _RESOLVE + f'resolve "$1"; [ -d "$at" ] || exit {MISSING}; cd "$at" || exit {DENIED}\n' + (_LIST_GNU if "printf" in tools else _LIST_PLAIN)
+
+
+def pack(tools: frozenset[str], directories: str) -> str:
+    """The script that writes a tar of what is in these directories of the root. GNU's would also want to set the modes of the directories themselves."""
+    names = f"find {directories} -mindepth 1 -maxdepth 1 -print0"
+    return _KEEP_TREE % (directories, directories) + (f"{names} | tar -S --null -T - -cf - 2>/dev/null" if "gnu_tar" in tools else f"exec tar -cf - {directories} 2>/dev/null")
+
+
+UNPACK = "exec tar -xpf - -C / 2>&1"
