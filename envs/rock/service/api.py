@@ -48,6 +48,7 @@ CODES: dict[str, tuple[int, type[Exception]]] = {  # code -> (HTTP status, what 
     "no_capacity": (409, SandboxStartError),
     "sandbox": (409, SandboxError),
     "closed": (410, SandboxClosedError),
+    "ended": (410, SandboxClosedError),  # the whole sandbox; "closed" may be a session
     "worker_lost": (410, SandboxClosedError),
     "too_large": (413, SandboxError),
     "file": (422, SandboxFileError),
