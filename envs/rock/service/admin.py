@@ -131,7 +131,7 @@ class Admin:
         """The sandbox, if it runs and is the user's. It does not idle meanwhile, and if it was lost, that is found out and told."""
         record = self._mine(name, user)
         if record.state != "running":
-            raise record.error if record.state in ENDED else Refusal("sandbox", f"the sandbox is {record.state}; wait until it runs")
+            raise record.error.with_traceback(None) if record.state in ENDED else Refusal("sandbox", f"the sandbox is {record.state}; wait until it runs")
         record.busy += 1
         try:
             yield record
@@ -165,7 +165,7 @@ class Admin:
                 self._background(self._end(record, "stopped", Refusal("ended", "its caller left")))
             raise
         if record.state in ENDED:
-            raise record.error
+            raise record.error.with_traceback(None)
         return record.describe()
 
     def _plan(self, arguments: Mapping[str, Any], user: str) -> Plan:
@@ -419,7 +419,12 @@ class Admin:
             raise Refusal("not_found", "this worker is not known here, or was given up: end all sandboxes and register again")
         member.seen = time.monotonic()
         self._note_ended(arguments.get("ended", []), member)
-        return {}
+        return {"forgotten": [name for name in arguments.get("held", []) if self._is_forgotten(name, member)]}
+
+    def _is_forgotten(self, name: str, member: Member) -> bool:
+        """A sandbox whose end did not reach its worker. One that holds its place is being ended."""
+        record = self._records.get(name)
+        return record is None or record.member is not member or record.state in ENDED and not record.holds_place
 
     def _note_ended(self, names: list[str], member: Member) -> None:
         for name in names:
