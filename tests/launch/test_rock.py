@@ -96,7 +96,7 @@ def test_a_killed_worker_is_told_leaves_no_process_and_another_takes_its_place(t
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["admin", "--host=0.0.0.0"], "add --public"), ([], "say what to start"), (["worker"], "needs --admin"), (["boss"], "say what to start"),
+    (["admin", "--host=0.0.0.0"], "add --public"), ([], "say what to start"), (["worker"], "needs --admin"),
 ])
 def test_a_wrong_command_line_is_one_clear_line(tmp_path, arguments, message):
     ended = subprocess.run([sys.executable, "-m", "launch.rock", *arguments, f"--data={tmp_path}"], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -214,8 +214,6 @@ json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats
 @settings(max_examples=80, deadline=None)
 @given(json_values, st.binary(max_size=60))
 def test_anything_is_accepted_or_a_value_error(value, data):
-
-
     for attempt in (lambda: check(CONFIG, value), lambda: config_from_json(value), lambda: parse_json(data), lambda: check(CONFIG, {"memory_mb": value})):
         try:
             attempt()
