@@ -14,6 +14,8 @@ import pytest
 from envs.rock import IsolationError, Sandbox, SandboxClosedError, SandboxConfig, SandboxError, SandboxFileError, SandboxStartError
 from tests.envs.rock.engine import Engine
 
+pytestmark = pytest.mark.slow  # an engine of their own, and a minute on two idle cores
+
 
 @pytest.fixture
 def inside(engine: Engine):

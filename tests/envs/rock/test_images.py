@@ -10,6 +10,8 @@ from envs.rock import Sandbox, SandboxConfig
 from envs.rock.errors import ImageError
 from tests.envs.rock.engine import Engine
 
+pytestmark = pytest.mark.slow  # an engine of their own, and a minute on two idle cores
+
 
 def context(path: pathlib.Path, dockerfile: str, files: dict[str, str] = {}) -> pathlib.Path:
     path.mkdir(exist_ok=True)
