@@ -10,11 +10,14 @@ import json
 import os
 import random
 import secrets
+import signal
 import socket
+import tarfile
+import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import docker
 import requests
@@ -42,6 +45,7 @@ class Engine:
         self.host, self.manager = host, secrets.token_hex(8)
         self._calls = ThreadPoolExecutor(CALLS_AT_ONCE, "rock-docker")
         self._containers: dict[str, Container] = {}
+        self.workspaces: dict[str, IO[bytes] | None] = {}  # a tar of what an image has in /workspace, by its id
         self.surveys: dict[tuple[str, str], frozenset[str]] = {}  # what an image's tools can do, by its id and the runtime
         try:
             self.client = docker.APIClient(host, version="auto", timeout=CALL_SECONDS, max_pool_size=CALLS_AT_ONCE)
@@ -70,6 +74,8 @@ class Engine:
         except docker.errors.NotFound as error:
             raise SandboxClosedError(f"the Docker engine knows it no more: {error.explanation}") from error
         except docker.errors.APIError as error:
+            if error.status_code == 409 and "is not running" in (error.explanation or ""):
+                raise SandboxClosedError("the container of the sandbox has ended") from error
             raise SandboxError(f"the Docker engine refused {function.__name__}: {error.explanation or error}") from error
         except (docker.errors.DockerException, requests.RequestException) as error:
             raise SandboxError(f"the Docker engine at {self.host} does not answer {function.__name__}: {error}") from error
@@ -184,6 +190,7 @@ class Container:
         self._making: asyncio.Future | None = None
         self._lifeline: Stream | None = None
         self._watcher: asyncio.Task | None = None
+        self._frozen = asyncio.Lock()
 
     async def start(self, place_bytes: int = PLACE_BYTES) -> None:
         """SandboxStartError with the engine's words, or the image's, where it does not come up within config.start_timeout."""
@@ -213,6 +220,8 @@ class Container:
             labels=labels, name=name, host_config=host_config(client, self.config, self.user, place_bytes), healthcheck={"test": ["NONE"]}))
         self.id = (await asyncio.shield(self._making))["Id"]
         self.engine._containers[self.id] = self
+        if self.image["Id"] not in self.engine.workspaces:  # before the start: a mount lies over it then
+            self.engine.workspaces[self.image["Id"]] = await self.engine.call(_fetch_workspace, client, self.id, seconds=self.config.start_timeout)
         self._lifeline = await Stream.open(self.engine, functools.partial(client.attach_socket, self.id, params={"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}))
         await self.engine.call(client.start, self.id, seconds=self.config.start_timeout)
         said = b""
@@ -288,6 +297,23 @@ class Container:
             self._keeper = listed["Processes"][0][1]  # with user namespaces, the id that the host sees
         return sum(user != self._keeper and not state.startswith("Z") for _, user, state in listed["Processes"])
 
+    async def kill_from_outside(self) -> bool:
+        """SIGKILL for all of the agent's processes at one moment: the container is frozen meanwhile, so none can fork, nor kill the killer.
+
+        False where this process may not: it needs root, the engine's pid namespace (both are seen from /proc) and a runtime with processes of the host.
+        """
+        if os.geteuid() != 0 or self.engine.one_user_namespace:
+            return False
+        name = self.id
+        async with self._frozen:
+            await self.engine.call(self.engine.client.pause, name)
+            try:
+                listed = await self.engine.call(self.engine.client.top, name, "-eo pid,uid,stat")
+                doomed = [int(pid) for pid, user, state in listed["Processes"] if user == str(self.user) and not state.startswith("Z")]
+                return all([_kill_frozen(pid, self.user, name) for pid in doomed])
+            finally:
+                await asyncio.shield(self.engine.call(self.engine.client.unpause, name))
+
     async def remove(self) -> None:
         """Kill and remove it, by id. SandboxError where the engine does not say that it is gone."""
         if not self.id:
@@ -313,6 +339,42 @@ class Container:
                 self._watcher.cancel()
             if self._lifeline:
                 self._lifeline.close()
+
+
+def _fetch_workspace(client: docker.APIClient, container: str) -> IO[bytes] | None:
+    """A tar of what its image has in /workspace; None where that is missing or empty."""
+    try:
+        pieces, _ = client.get_archive(container, "/workspace")
+    except docker.errors.NotFound:
+        return None
+    file = tempfile.TemporaryFile(prefix="rock-")
+    for piece in pieces:
+        file.write(piece)
+    file.flush()
+    file.seek(0)
+    with tarfile.open(fileobj=file) as tar:
+        if tar.next() and tar.next():  # the directory itself, and something in it
+            return file
+    file.close()
+    return None
+
+
+def _kill_frozen(pid: int, user: int, container: str) -> bool:
+    """Whether this was a process of that user in that container, and is killed. The number is the engine's word: it may mean another one here."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except OSError:
+        return False
+    try:
+        with open(f"/proc/{pid}/cgroup") as groups, open(f"/proc/{pid}/status") as status:
+            if container not in groups.read() or f"\nUid:\t{user}\t" not in status.read():
+                return False
+        signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
 
 
 class Stream:

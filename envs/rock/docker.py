@@ -8,25 +8,23 @@ this process dies. A command costs an exec (about 50 ms), a session's command no
 import asyncio
 import contextlib
 import functools
-import io
 import os
-import tarfile
-import tempfile
 from collections.abc import AsyncIterator, Mapping
-from typing import IO
+
+from docker.utils import parse_repository_tag
 
 from envs.rock import inside
 from envs.rock.commands import unspeakable
 from envs.rock.config import Address, CommandResult, Denial, FileEntry, SandboxConfig, SandboxStatus
 from envs.rock.container import CALL_SECONDS, PLACE_BYTES, STDOUT, Container, Exec, engine
 from envs.rock.docker_commands import KILLED, DockerJob, DockerSession
+from envs.rock.docker_files import COMMITTED, SNAPSHOT_SECONDS, DockerSnapshot, commit, either, exhaust, pack, put_verifier_files, unpack, within
 from envs.rock.errors import IsolationError, SandboxClosedError, SandboxError, SandboxFileError, SandboxStartError
 from envs.rock.launcher import Gate
 from envs.rock.sandbox import MAX_LISTED, PIECE_BYTES, Sandbox, Snapshot, check_verifier_files
 from envs.rock.tiers import REQUIRED, probe_docker
 
 SESSIONS, CONNECTIONS = 8, 16  # at once: each takes a process from those that are reserved for us
-SNAPSHOT_SECONDS = 300.0
 _RUNC = ("runc", "crun", "io.containerd.runc.v2", "io.containerd.runtime.v1.linux")  # whose processes the engine sees
 _KINDS = {"f": "file", "d": "directory", "l": "link"}
 _start_gate = Gate(8)
@@ -72,12 +70,11 @@ class DockerSandbox(Sandbox):
             await self.stop()
             raise IsolationError(f"isolation='required' cannot be enforced with image {self.config.image} and runtime {host.runtime(self.config)} ({', '.join(sorted(lost))}): "
                                  "its kernel lets a program look into the one that started it; remedy: the default runtime")
-        if self._snapshot:
-            try:
-                await self._unpack(container, self._snapshot)
-            except BaseException:
-                await asyncio.shield(self.stop())
-                raise
+        try:
+            await self._bring_files(container)
+        except BaseException:
+            await asyncio.shield(self.stop())
+            raise
         self.id, self.tier, self.guarantees = container.id[:12], report.tier, frozenset(guarantees)
         self._seen_from_outside = host.runtime(self.config) in _RUNC
 
@@ -91,6 +88,17 @@ class DockerSandbox(Sandbox):
             await session.close()
         if self._jobs:
             await asyncio.wait({job._task for job in self._jobs}, timeout=CALL_SECONDS)
+
+    async def _bring_files(self, container: Container) -> None:
+        """Those of the snapshot; else those that were committed with the image; else what the image has in /workspace, below the mount."""
+        if self._snapshot:
+            await unpack(container, self._snapshot.file)
+        elif COMMITTED in (container.image["Config"].get("Labels") or {}):
+            code, said = await container.ask(inside.BRING_COMMITTED, seconds=SNAPSHOT_SECONDS)
+            if code:
+                raise SandboxStartError(f"the files committed with image {self.config.image} do not fit in: {said.strip()[-300:]}")
+        elif (content := container.engine.workspaces[container.image["Id"]]) is not None:
+            await unpack(container, content)
 
     def is_alive(self) -> bool:
         return self._container is not None and self._container.alive
@@ -171,9 +179,7 @@ class DockerSandbox(Sandbox):
             await asyncio.wait({job._task for job in ended}, timeout=CALL_SECONDS)
 
     async def verify(self, script: str, timeout: float | None = None, files: Mapping[str, bytes] | None = None, keep: bool = False) -> CommandResult:
-        """See Sandbox.verify: in a new container of the same image, which gets a copy of the workspace and goes afterwards."""
-        if keep:
-            raise SandboxError("the Docker backend grades in a container of its own, and nothing that a verifier writes can be kept")
+        """See Sandbox.verify: in a new container of the same image, which gets a copy of the workspace (and gives it back, to `keep`) and then goes."""
         files = files or {}
         check_verifier_files(files)
         environment = {"HOME": "/nonexistent", "LANG": "C.UTF-8", "PYTHONSAFEPATH": "1", "PYTHONNOUSERSITE": "1", "PYTHONDONTWRITEBYTECODE": "1",
@@ -182,55 +188,65 @@ class DockerSandbox(Sandbox):
             await self.kill_all()
             verifier = Container(self._container.engine, self.config, self._container.image)
             async with contextlib.AsyncExitStack() as cleanup:
-                workspace = await self._pack("workspace")
+                workspace = await self._keep("workspace")
                 cleanup.push_async_callback(workspace.delete)
                 async with _start_gate:
                     cleanup.push_async_callback(verifier.remove)
                     await verifier.start(PLACE_BYTES + sum(len(content) + 4096 for content in files.values()))
-                await self._unpack(verifier, workspace)
-                await _put_verifier_files(verifier, files)
+                await unpack(verifier, workspace.file)
+                await put_verifier_files(verifier, files)
                 exec_ = await verifier.enter(inside.verify(self.config.pids), env=environment, stdin=True, bash=bool(verifier.shell))
                 sending = asyncio.create_task(exec_.send(script.encode(errors="replace")))
                 cleanup.callback(sending.cancel)
                 job = DockerJob(exec_, self.config.timeout if timeout is None else timeout, self.config.max_output_bytes, functools.partial(_kill_in, verifier), _nothing)
-                return await self._to_its_end(job)
+                result = await self._to_its_end(job)
+                if keep:
+                    await _kill_in(verifier)
+                    cleanup.push_async_callback((changed := await pack(verifier, "workspace")).delete)
+                    async with self._counted():
+                        await self._container.ask(inside.EMPTY)
+                        await unpack(self._container, changed.file)
+                return result
 
     # -- files
 
     async def read_stream(self, path: str) -> AsyncIterator[bytes]:
         relative = self._relative_file(path)
         async with self._transfer(inside.in_workspace(inside.READ), relative) as exec_:
-            async for piece in _within(exec_.frames()):
+            async for piece in within(exec_.frames()):
                 yield piece
-            self._check_code(await exec_.exit_code(), path)
+            code = await exec_.exit_code()
+        self._check_code(code, path)
 
     async def write_stream(self, path: str, pieces: AsyncIterator[bytes], mode: int = 0o644) -> None:
         relative = self._relative_file(path)
         async with self._transfer(inside.in_workspace(inside.WRITE), relative, f"{mode & 0o7777:o}", stdin=True) as exec_:
-            over = asyncio.create_task(_exhaust(exec_))
+            over = asyncio.create_task(exhaust(exec_))
             try:
                 async for piece in pieces:
-                    if not await _either(exec_.send(piece, more=True), over):
+                    if not await either(exec_.send(piece, more=True), over):
                         break
                 else:
-                    await _either(exec_.send(b""), over)
+                    await either(exec_.send(b""), over)
                 async with asyncio.timeout(CALL_SECONDS):
                     await over
-                    self._check_code(await exec_.exit_code(), path)
+                    code = await exec_.exit_code()
             except TimeoutError:
                 raise SandboxError(f"{path} was not written within {CALL_SECONDS:.0f} s after its last byte") from None
             finally:
                 over.cancel()
+        self._check_code(code, path)
 
     async def list_files(self, path: str = ".") -> list[FileEntry]:
         relative, said = self._relative(path), bytearray()
         async with self._transfer(inside.in_workspace(inside.list_files(self._container.tools)), relative) as exec_:
-            async for piece in _within(exec_.frames()):
+            async for piece in within(exec_.frames()):
                 said += piece
                 if said.count(b"\0") > MAX_LISTED or len(said) > 64 << 20:
                     raise SandboxFileError("too_large", f"there are more than {MAX_LISTED} files")
-            if (code := await exec_.exit_code()) in inside.REASONS:
-                self._check_code(code, path)
+            code = await exec_.exit_code()
+        if code in inside.REASONS:  # else find's own, which complains of what vanished meanwhile
+            self._check_code(code, path)
         found = []
         for record in bytes(said).split(b"\0")[:-1]:
             kind, size, mode, name = os.fsdecode(record).split(" ", 3)
@@ -239,57 +255,29 @@ class DockerSandbox(Sandbox):
 
     # -- copies of its files
 
-    async def snapshot(self) -> "DockerSnapshot":
+    async def snapshot(self) -> DockerSnapshot:
         self._check_open()
         if self._jobs or any(session.running for session in self._sessions):
             raise SandboxError("no snapshot: a command is running")
-        return await self._pack("workspace tmp")
+        return await self._keep("workspace tmp")
 
     async def restore(self, snapshot: Snapshot) -> None:
         await self.stop()
         self.__init__(self.config, snapshot)
         await self.start()
 
-    async def _pack(self, directories: str) -> "DockerSnapshot":
-        limit = (self.config.disk_mb << 20) + 4096 * self.config.inodes + (1 << 20)  # sparse files come out short, and each file has a header
-        snapshot = DockerSnapshot(tempfile.TemporaryFile(prefix="rock-"))
+    async def commit(self, image: str) -> None:
+        """The image of this sandbox and, in one file of it, a tar of the workspace and /tmp, which sandboxes that start from it unpack."""
+        repository, tag = parse_repository_tag(image)
+        snapshot = await self.snapshot()
         try:
-            async with asyncio.timeout(SNAPSHOT_SECONDS), self._transfer(inside.pack(self._container.tools, directories)) as exec_:
-                async for piece in _within(exec_.frames()):
-                    await asyncio.to_thread(snapshot.file.write, piece)
-                    if snapshot.file.tell() > limit:
-                        raise SandboxError(f"no snapshot: the files have more than {limit} bytes when they are read, holes included")
-                if (code := await exec_.exit_code()) > 1:  # 1: a file changed meanwhile
-                    raise SandboxError(f"no snapshot: tar ended with {code}")
-            await asyncio.to_thread(snapshot.file.flush)
-        except TimeoutError:
-            await snapshot.delete()
-            raise SandboxError(f"no snapshot within {SNAPSHOT_SECONDS:.0f} s") from None
-        except BaseException:
-            await snapshot.delete()
-            raise
-        return snapshot
-
-    async def _unpack(self, container: Container, snapshot: "DockerSnapshot") -> None:
-        try:
-            descriptor = os.dup(snapshot.file.fileno())
-        except ValueError:
-            raise SandboxStartError("the snapshot was deleted") from None
-        try:
-            async with asyncio.timeout(SNAPSHOT_SECONDS):
-                exec_ = await container.enter(inside.UNPACK, stdin=True)
-                over, offset = asyncio.create_task(_exhaust(exec_)), 0
-                while (piece := await asyncio.to_thread(os.pread, descriptor, PIECE_BYTES, offset)) and await _either(exec_.send(piece, more=True), over):
-                    offset += len(piece)
-                await _either(exec_.send(b""), over)
-                said, code = await over, await exec_.exit_code()
-                exec_.close()
-        except TimeoutError:
-            raise SandboxStartError(f"the snapshot's files were not there within {SNAPSHOT_SECONDS:.0f} s") from None
+            await self._container.engine.call(commit, self._container.engine.client, self._container.image["Id"], snapshot.file, repository, tag or "latest", seconds=SNAPSHOT_SECONDS)
         finally:
-            os.close(descriptor)
-        if code:
-            raise SandboxStartError(f"the snapshot's files do not fit in or cannot be made (tar ended with {code}): {said.decode(errors='replace').strip()[-300:]}")
+            await snapshot.delete()
+
+    async def _keep(self, directories: str) -> DockerSnapshot:
+        async with self._counted():
+            return await pack(self._container, directories)
 
     # -- a port
 
@@ -345,7 +333,8 @@ class DockerSandbox(Sandbox):
     async def _kill_every_process(self) -> None:
         """SandboxError, and the end of the container, if one is left over."""
         for pause in (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0):
-            await self._container.ask(inside.KILL_ALL)
+            if not await self._container.kill_from_outside():
+                await self._container.ask(inside.KILL_ALL)
             await asyncio.sleep(pause)
             if not self._seen_from_outside or not await self._container.agents_processes():
                 return
@@ -356,28 +345,34 @@ class DockerSandbox(Sandbox):
         """What one command started; everything, where nothing else runs."""
         alone = len(self._jobs) + len(self._sessions) + self._transfers <= 1
         if alone or exec_.pid <= 0:
-            await self._container.ask(inside.KILL_ALL)
+            if not await self._container.kill_from_outside():
+                await self._container.ask(inside.KILL_ALL)
         else:
             await self.signal("KILL", exec_.pid, whole=True)
 
     @contextlib.asynccontextmanager
-    async def _transfer(self, script: str, *arguments: str, stdin: bool = False) -> AsyncIterator[Exec]:
-        """An exec for files. It runs beside commands, and is not killed with what they leave."""
-        self._check_open()
+    async def _counted(self) -> AsyncIterator[None]:
+        """What is ours and runs beside commands: it is not killed with what they leave."""
         async with self._entrance:
-            exec_ = await self._container.enter(script, *arguments, stdin=stdin)
             self._transfers += 1
         try:
-            yield exec_
-        except BaseException:
-            with contextlib.suppress(SandboxError):
-                await asyncio.shield(self.signal("KILL", exec_.pid, whole=True))
-            raise
+            yield
         finally:
             self._transfers -= 1
-            exec_.close()
-            if self._untidy:
-                await self._tidy_up()
+            await self._tidy_up()
+
+    @contextlib.asynccontextmanager
+    async def _transfer(self, script: str, *arguments: str, stdin: bool = False) -> AsyncIterator[Exec]:
+        """An exec for files; where its user gives up, it is killed."""
+        self._check_open()
+        async with self._counted():
+            with contextlib.closing(await self._container.enter(script, *arguments, stdin=stdin)) as exec_:
+                try:
+                    yield exec_
+                except BaseException:
+                    with contextlib.suppress(SandboxError):
+                        await asyncio.shield(self.signal("KILL", exec_.pid, whole=True))
+                    raise
 
     async def _to_its_end(self, job: DockerJob) -> CommandResult:
         try:
@@ -407,29 +402,6 @@ class DockerSandbox(Sandbox):
             raise SandboxError("a sandbox is used from the event loop that started it; from elsewhere use envs.rock.sync.run")
 
 
-class DockerSnapshot(Snapshot):
-    """A tar in a file without a name: it goes with the last sandbox that reads it, or with this process."""
-
-    def __init__(self, file: IO[bytes]):
-        self.file = file
-
-    async def delete(self) -> None:
-        self.file.close()
-
-
-async def _put_verifier_files(container: Container, files: Mapping[str, bytes]) -> None:
-    """As the keeper's, so that neither the script nor what it runs can change them."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(f"./{name}")
-            member.size, member.mode = len(content), 0o644
-            tar.addfile(member, io.BytesIO(content))
-    code, said = await container.ask(f"cd {inside.PLACE} && umask 022 && mkdir files && exec tar -xf - -C files 2>&1", user=inside.KEEPER, stdin=buffer.getvalue())
-    if code:
-        raise SandboxStartError(f"the verifier's files could not be put in place: {said.strip()[-300:]}")
-
-
 async def _kill_in(container: Container) -> None:
     await container.ask(inside.KILL_ALL)
 
@@ -441,35 +413,3 @@ async def _nothing(job: DockerJob) -> None:
 async def _forward(reader: asyncio.StreamReader, exec_: Exec) -> None:
     while piece := await reader.read(PIECE_BYTES):
         await exec_.send(piece, more=True)
-
-
-async def _exhaust(exec_: Exec) -> bytes:
-    """Read it to its end; the first KiB of what it said."""
-    said = b""
-    async for _, piece in exec_.frames():
-        said += piece[: 1024 - len(said)]
-    return said
-
-
-async def _either(sending, over: asyncio.Task) -> bool:
-    """Send on, unless the receiver has ended. Whether it was sent."""
-    task = asyncio.ensure_future(sending)
-    await asyncio.wait({task, over}, return_when=asyncio.FIRST_COMPLETED)
-    if not task.done():
-        task.cancel()
-        return False
-    return True
-
-
-async def _within(frames: AsyncIterator[tuple[int, bytes]]) -> AsyncIterator[bytes]:
-    """The stdout of what must say something, or end, every CALL_SECONDS."""
-    while True:
-        try:
-            async with asyncio.timeout(CALL_SECONDS):
-                number, piece = await anext(frames)
-        except StopAsyncIteration:
-            return
-        except TimeoutError:
-            raise SandboxError(f"a script in the sandbox said nothing for {CALL_SECONDS:.0f} s") from None
-        if number == STDOUT:
-            yield piece

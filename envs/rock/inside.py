@@ -139,6 +139,11 @@ _KEEP_TREE = """cd / && find %s -type d ! -perm -500 -exec chmod u+rx {} ';' 2>/
 find %s -type f ! -perm -400 -exec chmod u+r {} + 2>/dev/null
 """
 
+UNPACK = "exec tar -xpf - -C / 2>&1"
+COMMITTED_FILES = "/.rock.tar"  # of an image, see DockerSandbox.commit
+BRING_COMMITTED = f"exec tar -xpf {COMMITTED_FILES} -C / 2>&1"
+EMPTY = "cd / && find workspace -type d ! -perm -700 -exec chmod u+rwx {} ';' ; find workspace -mindepth 1 -delete"
+
 STATUS = """
 read -r memory < /sys/fs/cgroup/memory/memory.usage_in_bytes || read -r memory < /sys/fs/cgroup/memory.current
 read -r pids < /sys/fs/cgroup/pids/pids.current || read -r pids < /sys/fs/cgroup/pids.current
@@ -175,6 +180,3 @@ def pack(tools: frozenset[str], directories: str) -> str:
     """The script that writes a tar of what is in these directories of the root. GNU's would also want to set the modes of the directories themselves."""
     names = f"find {directories} -mindepth 1 -maxdepth 1 -print0"
     return _KEEP_TREE % (directories, directories) + (f"{names} | tar -S --null -T - -cf - 2>/dev/null" if "gnu_tar" in tools else f"exec tar -cf - {directories} 2>/dev/null")
-
-
-UNPACK = "exec tar -xpf - -C / 2>&1"

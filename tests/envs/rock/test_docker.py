@@ -1,12 +1,14 @@
 """The Docker backend, on an engine of the tests' own (engine.py): what it enforces, its commands, sessions, files, copies, and its way with death."""
 
 import asyncio
+import io
 import json
 import os
 import pathlib
 import shlex
 import subprocess
 import sys
+import tarfile
 import time
 
 import pytest
@@ -418,6 +420,47 @@ cat; echo x > $VERIFIER_FILES/f; rm -f $VERIFIER_FILES/f; echo tampered > answer
 
     result, slow, answer, after = inside(work, env={"BASH_ENV": "/tmp/bashrc"})
     assert (result.stdout, result.exit_code) == ("0\n0\ngraded tampered\n", 4) and slow.timed_out and answer == b"right" and "gone" in after and "f" not in after.split()
+
+
+def test_a_verifier_may_keep_what_it_writes(inside):
+    async def work(sandbox):
+        await sandbox.execute("echo old > f; echo x > gone; mkdir d; echo y > d/g; chmod 0 d/g d")
+        await sandbox.verify("echo new > f; rm gone; chmod 700 d; touch left", keep=True)
+        await sandbox.verify("echo lost > f")
+        return await sandbox.execute("cat f; ls; ls d; echo more >> f")
+
+    assert inside(work).stdout == "new\nd\nf\nleft\ng\n"
+
+
+def test_a_sandbox_can_be_committed_to_an_image_and_an_images_own_workspace_is_there(engine):
+    from envs.rock import container
+
+    client = container.engine().client
+    place = client.create_container(engine.image, ["sh"])["Id"]
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as tar:
+        for name in ("workspace", "workspace/of"):
+            member = tarfile.TarInfo(name)
+            member.type, member.mode = tarfile.DIRTYPE, 0o755
+            tar.addfile(member)
+        tar.addfile(tarfile.TarInfo("workspace/of/image"))
+    client.put_archive(place, "/", content.getvalue())
+    client.commit(place, "rock-test/filled", "1")
+    client.remove_container(place)
+
+    async def work():
+        async with Sandbox(config(engine, image="rock-test/filled:1")) as first:
+            begun = (await first.execute("ls -R; echo mine >> of/image; echo t > /tmp/t")).stdout
+            await first.commit("rock-test/committed:2")
+            await first.execute("rm -r of")
+            async with Sandbox(config(engine, image="rock-test/committed:2")) as second:
+                seen = (await second.execute("cat of/image /tmp/t; rm of/image; echo two > /tmp/t")).stdout
+                await second.commit("rock-test/committed")
+        async with Sandbox(config(engine, image="rock-test/committed:latest")) as third:
+            return begun, seen, (await third.execute("ls of; cat /tmp/t")).stdout
+
+    assert asyncio.run(asyncio.wait_for(work(), 60)) == (".:\nof\n\n./of:\nimage\n", "mine\nt\n", "two\n")
+    assert containers() == []
 
 
 # Its end
