@@ -261,8 +261,9 @@ class Container:
             raise SandboxClosedError("the sandbox has ended")
         command = [f"{inside.PLACE}/{'bash' if bash else 'sh'}", "-c", f"echo $$\n{script}", "sandbox", *arguments]
         who = self.user if user is None else user
-        made = await self.engine.call(self.engine.client.exec_create, self.id, command, user=f"{who}:{who}", workdir="/", environment=dict(env or {}), stdin=stdin)
-        stream = await Stream.open(self.engine, functools.partial(self.engine.client.exec_start, made["Id"], socket=True))
+        async with self._frozen:  # a frozen container takes nobody in
+            made = await self.engine.call(self.engine.client.exec_create, self.id, command, user=f"{who}:{who}", workdir="/", environment=dict(env or {}), stdin=stdin)
+            stream = await Stream.open(self.engine, functools.partial(self.engine.client.exec_start, made["Id"], socket=True))
         return Exec(self, made["Id"], stream)
 
     async def ask(self, script: str, *arguments: str, user: int | None = None, stdin: bytes | None = None, limit: int = 1 << 16, seconds: float = CALL_SECONDS) -> tuple[int, str]:
