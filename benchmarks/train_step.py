@@ -24,6 +24,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import signal
 import statistics
 import subprocess
 import sys
@@ -113,13 +114,17 @@ def rival(python: str, ours: Ours, config: ModelConfig) -> Iterator[tuple[str, C
             return json.loads(line)
 
         def step() -> dict[str, float]:
+            process.send_signal(signal.SIGCONT)
             process.stdin.write("step\n")
             process.stdin.flush()
-            return read()
+            answer = read()
+            process.send_signal(signal.SIGSTOP)  # its threads may go on looking for work, and would take it from ours
+            return answer
 
         try:
             yield read()["rival"], step
         finally:
+            process.send_signal(signal.SIGCONT)
             with contextlib.suppress(BrokenPipeError):
                 process.communicate("end\n")
 
@@ -255,6 +260,7 @@ def rival_python(given: str | None) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    keep_freed_memory()  # before anything asks for a device: the threads that this starts keep the arenas they begin with
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description="The train step beside transformers on torch.")
     on_gpu = jax.default_backend() == "gpu"
     parser.add_argument("--sizes", default="slice" if on_gpu else "small,medium", help=f"of {', '.join(SIZES)}; by default %(default)s")
@@ -272,7 +278,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         python = rival_python(options.rival_python)
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    keep_freed_memory()
     peaks = {precision: measured_peak(precision) for precision in precisions}
     rows = [compare(name, precision, python, options.pairs, peaks[precision]) for name in sizes for precision in precisions]
     device = jax.devices()[0].device_kind

@@ -116,7 +116,9 @@ def main(argv: list[str]) -> int:
     stop = StopRequest()  # before JAX and all else is imported: an early Ctrl-C is heard too
     from launch.config import default_workdir
     from launch.xla_flags import apply_flags
+    from rome.train.memory import keep_freed_memory
 
+    keep_freed_memory()  # before JAX starts its threads
     apply_flags()
     config = _CONFIG.value
     workdir = pathlib.Path(_WORKDIR.value or default_workdir(config))

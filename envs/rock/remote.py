@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 from envs.rock.commands import unspeakable
-from envs.rock.config import Address, CommandResult, Denial, FileEntry, SandboxConfig, SandboxStatus
+from envs.rock.config import Address, CommandResult, Denial, FileEntry, SandboxConfig, SandboxStatus, check_environment
 from envs.rock.errors import SandboxClosedError, SandboxError, SandboxStartError
 from envs.rock.sandbox import Job, Sandbox, Session, Snapshot, check_verifier_files
 from envs.rock.service.api import GRACE, Disconnected, config_to_json, entries_from_json, result_from_json, status_from_json
@@ -20,6 +20,8 @@ ROUND_SECONDS = 20.0  # one request waits at most so long
 KEEP_ALIVE_SECONDS = 30.0
 RETRY_SECONDS = 0.2
 STOP_SECONDS = 60.0
+ABANDON_SECONDS = 10.0  # what is not ended by then is cleared over there for want of use
+RESEND_SECONDS = 10.0  # a request that may have been lost is sent again only while its end would still be known (worker.KEPT_SECONDS)
 
 
 class RemoteSandbox(Sandbox):
@@ -48,8 +50,8 @@ class RemoteSandbox(Sandbox):
                     raise SandboxStartError(f"no sandbox within {self.config.start_timeout:.0f} s; the admin says it is {answer['state']}")
                 answer = await self._persist(lambda: self._client.call("get_status", {"sandbox": self.id, "wait": ROUND_SECONDS}), deadline)
             self._take(answer)
-        except BaseException:
-            await self._abandon()
+        except BaseException as error:
+            await self._abandon(request, refused=isinstance(error, SandboxError) and not isinstance(error, Disconnected))
             raise
 
     async def attach(self, sandbox: str) -> None:
@@ -64,10 +66,11 @@ class RemoteSandbox(Sandbox):
             raise
 
     async def stop(self) -> None:
-        if self._client is None or not self._alive:
+        if self._client is None or self._client.closed:
             return
         try:
-            await self._persist(lambda: self._client.call("stop", {"sandbox": self.id}), _now() + STOP_SECONDS)
+            if self._alive:
+                await self._persist(lambda: self._client.call("stop", {"sandbox": self.id}), _now() + STOP_SECONDS)
         finally:
             await self._disconnect()
 
@@ -98,7 +101,7 @@ class RemoteSandbox(Sandbox):
         return RemoteJob(self, answer["job"], self._seconds(timeout))
 
     async def create_session(self, env: Mapping[str, str] | None = None) -> "RemoteSession":
-        return RemoteSession(self, (await self._run("create_session", {"env": self._environment(env)}, GRACE))["session"])
+        return RemoteSession(self, (await self._run("create_session", {"env": self._variables(env)}, GRACE))["session"])
 
     async def kill_all(self) -> None:
         await self._ask("kill_all")
@@ -109,7 +112,12 @@ class RemoteSandbox(Sandbox):
         return result_from_json(await self._run("verify", request, self._seconds(timeout), files))
 
     def _command(self, command: str, timeout: float | None, env: Mapping[str, str] | None) -> dict[str, Any]:
-        return {"command": command.encode(errors="replace").decode(), "timeout": self._seconds(timeout), "env": self._environment(env)}
+        return {"command": command.encode(errors="replace").decode(), "timeout": self._seconds(timeout), "env": self._variables(env)}
+
+    def _variables(self, env: Mapping[str, str] | None) -> dict[str, str]:
+        """Ours alone: PATH and HOME are the worker's to say."""
+        check_environment(env or {})
+        return {**self.config.env, **(env or {})}
 
     def _seconds(self, timeout: float | None) -> float:
         return self.config.timeout if timeout is None else timeout
@@ -179,7 +187,7 @@ class RemoteSandbox(Sandbox):
     async def _keep_alive(self) -> None:
         while True:
             await asyncio.sleep(KEEP_ALIVE_SECONDS)
-            with contextlib.suppress(Disconnected):
+            with contextlib.suppress(SandboxError):  # the next one may get through
                 answer = await self._client.call("keep_alive", {"ids": [self.id]})
                 if self.id in answer.get("unknown", []):
                     self._alive = False
@@ -192,12 +200,18 @@ class RemoteSandbox(Sandbox):
         task.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody may be waiting: that is no error of its own
         return task
 
-    async def _abandon(self) -> None:
-        """A start that failed or was given up."""
-        with contextlib.suppress(SandboxError, asyncio.TimeoutError):
-            if self.id:
-                await asyncio.wait_for(self._client.call("stop", {"sandbox": self.id}), STOP_SECONDS)
-        await self._disconnect()
+    async def _abandon(self, request: Mapping[str, Any], refused: bool) -> None:
+        """A start that failed or was given up. Its key tells which sandbox it is, or would be, where no answer ever came; one that was refused is none."""
+        async def end() -> None:
+            name = self.id or (await self._client.call("start", {**request, "wait": 0}))["sandbox"]
+            await self._client.call("stop", {"sandbox": name})
+
+        try:
+            if not refused or self.id:
+                with contextlib.suppress(SandboxError, TimeoutError, KeyError):
+                    await asyncio.wait_for(end(), ABANDON_SECONDS)
+        finally:
+            await self._disconnect()
 
     async def _disconnect(self) -> None:
         self._alive = False
@@ -220,15 +234,18 @@ class RemoteSandbox(Sandbox):
     async def _run(self, op: str, arguments: Mapping[str, Any], seconds: float, files: Mapping[str, bytes] | None = None) -> dict[str, Any]:
         """A request that takes up to `seconds`. Cancelled, it is given up over there too."""
         self._check_open()
-        call, deadline, arrived = secrets.token_hex(8), _now() + seconds + GRACE, False
+        call, sent, arrived = secrets.token_hex(8), _now(), False
+        deadline = sent + seconds + GRACE
         awaited = {"sandbox": self.id, "call": call, "wait": ROUND_SECONDS}
         try:
             with self._noticing():
                 while _now() < deadline:
                     try:
                         answer = await (self._client.call("wait", awaited) if arrived else self._client.call(op, {**arguments, **awaited}, files))
-                    except Disconnected:
-                        arrived = await self._has_arrived(awaited, deadline)
+                    except Disconnected as error:
+                        if not arrived and not (arrived := await self._has_arrived(awaited, deadline)) and _now() > sent + RESEND_SECONDS:
+                            raise SandboxError(f"the connection broke under {op}, and whether it was carried out is not known: {error}") from error
+                        await asyncio.sleep(RETRY_SECONDS)
                         continue
                     if answer is not None:
                         return answer
@@ -240,7 +257,6 @@ class RemoteSandbox(Sandbox):
 
     async def _has_arrived(self, awaited: Mapping[str, Any], deadline: float) -> bool:
         """After a broken connection: whether that call is known there."""
-        await asyncio.sleep(RETRY_SECONDS)
         try:
             await self._persist(lambda: self._client.call("wait", {**awaited, "wait": 0}), deadline)
         except SandboxError as error:
@@ -264,7 +280,7 @@ class RemoteSandbox(Sandbox):
         try:
             yield
         except SandboxClosedError as error:
-            if getattr(error, "code", "") in ("worker_lost", "unknown_sandbox"):
+            if getattr(error, "code", "") in ("ended", "worker_lost", "unknown_sandbox"):
                 self._alive = False
             raise
 

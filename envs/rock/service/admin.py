@@ -53,7 +53,8 @@ class Admin:
         self._tasks: set[asyncio.Task] = set()
         self._sweeper: asyncio.Task | None = None
         self._ops: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
-            "start": self._start, "start_async": lambda arguments, user: self._start(arguments | {"wait": 0.0}, user), "get_status": self._get_status, "is_alive": self._is_alive, "stop": self._stop, "fork": self._fork,
+            "start": self._start, "start_async": lambda arguments, user: self._start(arguments | {"wait": 0.0}, user),
+            "get_status": self._get_status, "is_alive": self._is_alive, "stop": self._stop, "fork": self._fork,
             "commit": self._commit, "keep_alive": self._keep_alive, "delete_snapshot": self._delete_snapshot, "worker/register": self._register,
             "worker/heartbeat": self._heartbeat, "hub/register": self._hub_register, "hub/get": self._hub_get, "hub/list": self._hub_list,
             "hub/delete": self._hub_delete, "template/register": self.templates.register, "template/list": self.templates.list,
@@ -68,7 +69,7 @@ class Admin:
         if self._sweeper:
             self._sweeper.cancel()
         self.templates.clear()
-        await asyncio.gather(*(self._end(record, "stopped", SandboxClosedError("the admin was stopped")) for record in list(self._records.values())), return_exceptions=True)
+        await asyncio.gather(*(self._end(record, "stopped", Refusal("ended", "the admin was stopped")) for record in list(self._records.values())), return_exceptions=True)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -130,7 +131,7 @@ class Admin:
         """The sandbox, if it runs and is the user's. It does not idle meanwhile, and if it was lost, that is found out and told."""
         record = self._mine(name, user)
         if record.state != "running":
-            raise record.error if record.state in ENDED else Refusal("sandbox", f"the sandbox is {record.state}; wait until it runs")
+            raise record.error.with_traceback(None) if record.state in ENDED else Refusal("sandbox", f"the sandbox is {record.state}; wait until it runs")
         record.busy += 1
         try:
             yield record
@@ -139,10 +140,6 @@ class Admin:
             if record.state in ENDED:
                 raise record.error from error
             raise Refusal("busy", f"worker {record.member.name} did not answer: {error}") from error
-        except SandboxClosedError as error:
-            if getattr(error, "code", "") != "worker_lost":
-                self._background(self._look_after(record))
-            raise
         finally:
             record.busy -= 1
             record.used = time.monotonic()
@@ -165,10 +162,10 @@ class Admin:
             await record.decided(wait)
         except asyncio.CancelledError:
             if wait is None and record.key is None:
-                self._background(self._end(record, "stopped", SandboxClosedError("its caller left")))
+                self._background(self._end(record, "stopped", Refusal("ended", "its caller left")))
             raise
         if record.state in ENDED:
-            raise record.error
+            raise record.error.with_traceback(None)
         return record.describe()
 
     def _plan(self, arguments: Mapping[str, Any], user: str) -> Plan:
@@ -241,9 +238,11 @@ class Admin:
                 await member.link.write("upload", {"sandbox": record.name, "path": "."}, self.hub.fetch(plan.environment))
         except Disconnected as error:
             await self._ping(member)
-            if record.state == "starting" and member.alive:  # it may be there, half made
+            if record.state == "starting" and record.member is member and member.alive:  # it may be there, half made
                 await self._end(record, "failed", Refusal("start_failed", f"worker {member.name} did not answer: {error}"))
         except Exception as error:  # noqa: B902 - whatever it is, it is the caller's answer
+            if record.member is not member:  # lost meanwhile: it is started anew elsewhere
+                return
             if not isinstance(error, SandboxError):
                 log.error("a start failed", exc_info=error)
                 error = Refusal("internal", "the service failed; its log says how")
@@ -251,7 +250,7 @@ class Admin:
                 await member.link.call("worker/stop", {"sandbox": record.name})
             self._settle(record, "failed", error if not isinstance(error, SandboxClosedError) else SandboxStartError(str(error)))
         else:
-            if record.state == "starting":
+            if record.state == "starting" and record.member is member:
                 record.run(info)
                 self.metrics.count("rock_starts_total", "Sandboxes given out, by way.", way="cold")
                 self.metrics.observe("rock_start_seconds", "From the request to a sandbox that runs.", time.monotonic() - record.created)
@@ -318,7 +317,7 @@ class Admin:
     async def _stop(self, arguments: dict[str, Any], user: str) -> dict[str, Any]:
         record = self._records.get(arguments["sandbox"])
         if record is not None and record.user == user:
-            await self._end(record, "stopped", SandboxClosedError("the sandbox was stopped"))
+            await self._end(record, "stopped", Refusal("ended", "the sandbox was stopped"))
         return {}
 
     async def _fork(self, arguments: dict[str, Any], user: str) -> dict[str, Any]:
@@ -396,7 +395,7 @@ class Admin:
 
     async def _template_delete(self, arguments: dict[str, Any], user: str) -> dict[str, Any]:
         for record in self.templates.delete(arguments["name"], user):
-            await self._end(record, "stopped", SandboxClosedError("its template was deleted"))
+            await self._end(record, "stopped", Refusal("ended", "its template was deleted"))
         return {}
 
     def _start_ready(self, plan: Plan) -> Record:
@@ -420,13 +419,18 @@ class Admin:
             raise Refusal("not_found", "this worker is not known here, or was given up: end all sandboxes and register again")
         member.seen = time.monotonic()
         self._note_ended(arguments.get("ended", []), member)
-        return {}
+        return {"forgotten": [name for name in arguments.get("held", []) if self._is_forgotten(name, member)]}
+
+    def _is_forgotten(self, name: str, member: Member) -> bool:
+        """A sandbox whose end did not reach its worker. One that holds its place is being ended."""
+        record = self._records.get(name)
+        return record is None or record.member is not member or record.state in ENDED and not record.holds_place
 
     def _note_ended(self, names: list[str], member: Member) -> None:
         for name in names:
             record = self._records.get(name)
             if record is not None and record.member is member and record.state == "running":
-                self._background(self._end(record, "failed", SandboxClosedError("the sandbox ended by itself: its process died")))
+                self._background(self._end(record, "failed", Refusal("ended", "the sandbox ended by itself: its process died")))
 
     async def _ping(self, member: Member) -> None:
         """Whether it is still there, and the same; if not, what it had is lost."""
@@ -461,14 +465,6 @@ class Admin:
         self._background(member.link.close())
         self._schedule()
 
-    async def _look_after(self, record: Record) -> None:
-        """A sandbox said that it is closed: perhaps only a session of it is."""
-        with contextlib.suppress(SandboxError):
-            await record.member.link.call("get_sandbox_statistics", {"sandbox": record.name})
-            return
-        if record.member.alive:
-            await self._end(record, "failed", SandboxClosedError("the sandbox ended by itself: its process died"))
-
     # -- what happens by itself
 
     async def _sweep_for_ever(self) -> None:
@@ -488,9 +484,9 @@ class Admin:
         for record in list(self._records.values()):
             if record.state == "running" and record.user != POOL_USER and not record.busy and now - record.used > record.auto_clear:
                 self.metrics.count("rock_auto_cleared_total", "Sandboxes removed since nobody used them.")
-                self._background(self._end(record, "stopped", SandboxClosedError(f"the sandbox was removed after {record.auto_clear:g} s without use")))
+                self._background(self._end(record, "stopped", Refusal("ended", f"the sandbox was removed after {record.auto_clear:g} s without use")))
             elif record.state == "running" and record.expires is not None and now > record.expires:
-                self._background(self._end(record, "stopped", SandboxClosedError("the sandbox's time to live is over")))
+                self._background(self._end(record, "stopped", Refusal("ended", "the sandbox's time to live is over")))
         ended = [record for record in self._records.values() if record.state in ENDED and not record.holds_place]
         for number, record in enumerate(ended):
             if now - record.ended > REMEMBERED_SECONDS or len(ended) - number > MAX_REMEMBERED:

@@ -48,6 +48,7 @@ CODES: dict[str, tuple[int, type[Exception]]] = {  # code -> (HTTP status, what 
     "no_capacity": (409, SandboxStartError),
     "sandbox": (409, SandboxError),
     "closed": (410, SandboxClosedError),
+    "ended": (410, SandboxClosedError),  # the whole sandbox; "closed" may be a session
     "worker_lost": (410, SandboxClosedError),
     "too_large": (413, SandboxError),
     "file": (422, SandboxFileError),
@@ -323,5 +324,6 @@ TO_ADMIN: dict[str, Operation] = IN_SANDBOX | dict([
         "cpus": Field("number", "to give out", required=True, low=0.01, high=1 << 30), "pids": Field("integer", "to give out", required=True, low=1, high=1 << 30),
         "sandboxes": Field("integer", "at most", required=True, low=1, high=1 << 20)}, "nothing"),
     _json(WORKER, "worker/heartbeat", "It is still there.", {"incarnation": Field("string", "as registered", required=True, high=80),
-                                                      "ended": Field("strings", "its sandboxes that have ended by themselves", high=100_000)}, "nothing"),
+                                                      "ended": Field("strings", "its sandboxes that have ended by themselves", high=100_000),
+                                                      "held": Field("strings", "all its sandboxes", high=100_000)}, "forgotten: those held that are to end"),
 ])

@@ -37,6 +37,10 @@ class Client:
         self._http = aiohttp.ClientSession(headers={"Authorization": f"Bearer {token}"}, timeout=timeout, connector=aiohttp.TCPConnector(limit=0),
                                            auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar(), trust_env=False)
 
+    @property
+    def closed(self) -> bool:
+        return self._http.closed
+
     async def close(self) -> None:
         await self._http.close()
 

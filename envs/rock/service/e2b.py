@@ -82,7 +82,7 @@ def _brief(record: Record) -> dict[str, Any]:
 def _full(record: Record) -> dict[str, Any]:
     config = record.plan.config
     return _brief(record) | {"state": "running", "startedAt": _date(record.began), "endAt": _date(record.ends_at()), "metadata": record.metadata,
-                             "cpuCount": config.cpus, "memoryMB": config.memory_mb, "diskSizeMB": config.disk_mb}
+                             "cpuCount": max(1, round(config.cpus)), "memoryMB": config.memory_mb, "diskSizeMB": config.disk_mb}
 
 
 def _date(seconds: float) -> str:

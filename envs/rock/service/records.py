@@ -9,6 +9,7 @@ from envs.rock.config import SandboxConfig
 from envs.rock.service.fleet import Member, Resources
 
 AUTO_CLEAR_SECONDS = 300.0
+_EPOCH = time.time() - time.monotonic()  # one difference for all, so that a moment is told alike whenever it is asked for
 WAITING, ENDED = ("queued", "starting"), ("stopped", "failed")
 
 
@@ -74,7 +75,7 @@ class Record:
 
     def ends_at(self) -> float:
         """Seconds since 1970, as far as is known now."""
-        return time.time() + ((self.expires if self.expires is not None else self.used + self.auto_clear) - time.monotonic())
+        return _EPOCH + (self.expires if self.expires is not None else self.used + self.auto_clear)
 
     def describe(self) -> dict[str, Any]:
         return {"sandbox": self.name, "state": self.state} | (self.info if self.state == "running" else {})

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 from envs.rock.errors import SandboxClosedError, SandboxError
@@ -13,7 +13,7 @@ from envs.rock.sandbox import Job, Sandbox, Session, Snapshot
 from envs.rock.service import archive
 from envs.rock.service.api import Disconnected, Refusal, config_from_json, result_to_json
 from envs.rock.service.client import Client, Pipe, StreamPipe
-from envs.rock.service.fleet import HEARTBEAT_SECONDS
+from envs.rock.service.fleet import DEAD_SECONDS, HEARTBEAT_SECONDS
 from envs.rock.tiers import probe
 
 log = logging.getLogger("rock.worker")
@@ -121,6 +121,15 @@ class Worker:
         snapshots, self._snapshots = self._snapshots, {}
         await asyncio.gather(*(snapshot.delete() for snapshot in snapshots.values()), return_exceptions=True)
         self.incarnation = secrets.token_hex(16)
+
+    def held(self) -> list[str]:
+        return list(self._held)
+
+    async def drop(self, names: Iterable[str]) -> None:
+        """End those of them that are here: nobody knows them any more."""
+        for failure in await asyncio.gather(*(self._stop(name) for name in names), return_exceptions=True):
+            if isinstance(failure, Exception):
+                log.warning("a forgotten sandbox did not end: %s", failure)
 
     def ended(self) -> list[str]:
         """Sandboxes that have ended by themselves. Also the moment to tidy up."""
@@ -323,18 +332,26 @@ class Worker:
 
 
 async def report(worker: Worker, admin: Client, registration: Mapping[str, Any]) -> None:
-    """Register with an admin and give signs of life, for ever. An admin that gave the worker up, or began anew, gets an empty one."""
-    known = False
+    """Register with an admin and give signs of life, for ever. An admin that gave the worker up, or began anew, gets an empty one.
+
+    An admin that is silent for DEAD_SECONDS is dead, or takes this worker for dead: then nobody will end the sandboxes but we.
+    """
+    known, heard = False, time.monotonic()
     while True:
         try:
             if known:
-                await admin.call("worker/heartbeat", {"incarnation": worker.incarnation, "ended": worker.ended()})
+                answer = await admin.call("worker/heartbeat", {"incarnation": worker.incarnation, "ended": worker.ended(), "held": worker.held()})
+                await worker.drop(map(str, answer.get("forgotten", ())))
             else:
                 await admin.call("worker/register", {**registration, "incarnation": worker.incarnation})
                 log.info("registered with %s", admin.url)
                 known = True
+            heard = time.monotonic()
         except Disconnected:
             log.warning("the admin at %s does not answer", admin.url)
+            if known and time.monotonic() - heard > DEAD_SECONDS:
+                await worker.close()
+                known = False
         except SandboxError as error:
             if getattr(error, "code", "") != "not_found":
                 raise

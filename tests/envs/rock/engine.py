@@ -109,12 +109,16 @@ def _end(daemon: subprocess.Popen, place: pathlib.Path) -> None:
 
 
 def _remove(place: pathlib.Path) -> None:
-    """With what is still mounted below it."""
-    with open("/proc/self/mountinfo") as file:
-        mounts = [line.split()[4] for line in file]
-    for mount in sorted((mount for mount in mounts if mount.startswith(f"{place}/")), key=len, reverse=True):
-        subprocess.run(["umount", "-l", mount], stderr=subprocess.DEVNULL, timeout=10)
-    shutil.rmtree(place, ignore_errors=True)
+    """With what is still mounted below it; more than once, since what was killed a moment ago may hold or write a file yet."""
+    for _ in range(50):
+        with open("/proc/self/mountinfo") as file:
+            mounts = [line.split()[4] for line in file]
+        for mount in sorted((mount for mount in mounts if mount.startswith(f"{place}/")), key=len, reverse=True):
+            subprocess.run(["umount", "-l", mount], stderr=subprocess.DEVNULL, timeout=10)
+        shutil.rmtree(place, ignore_errors=True)
+        if not place.exists():
+            return
+        time.sleep(0.1)
 
 
 def base_image() -> bytes:

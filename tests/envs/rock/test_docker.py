@@ -16,6 +16,8 @@ import pytest
 from envs.rock import IsolationError, Sandbox, SandboxClosedError, SandboxConfig, SandboxError, SandboxFileError, SandboxStartError
 from tests.envs.rock.engine import Engine
 
+pytestmark = pytest.mark.slow  # an engine of their own, and a minute on two idle cores
+
 
 @pytest.fixture
 def inside(engine: Engine):
@@ -172,12 +174,12 @@ def test_disks_are_limited_in_bytes_and_files(inside):
 
 
 @pytest.mark.parametrize("deed", [
-    pytest.param("chmod 0 . /tmp; ln -sfn /nowhere /workspace", marks=pytest.mark.slow),
-    pytest.param("rm -rf /workspace /tmp . ..; mkdir -p run/rock; mkfifo sh bash", marks=pytest.mark.slow),
+    "chmod 0 . /tmp; ln -sfn /nowhere /workspace",
+    "rm -rf /workspace /tmp . ..; mkdir -p run/rock; mkfifo sh bash",
     "head -c 1G /dev/zero > full; head -c 1G /dev/zero > /tmp/full; head -c 1G /dev/zero > /dev/shm/full; chmod 0 .",
-    pytest.param("for n in $(seq 64); do kill -$n 1; done; kill -9 $PPID; kill -9 -1", marks=pytest.mark.slow),
+    "for n in $(seq 64); do kill -$n 1; done; kill -9 $PPID; kill -9 -1",
     "echo x > /proc/1/mem; echo x > /proc/$PPID/mem; cat /proc/$PPID/environ; while :; do kill -9 -1; done",
-    pytest.param("ulimit -n 4; ulimit -u 1; mkdir -m 0 -p a/b; b() { while :; do kill -USR1 1; done; }; b & b & b", marks=pytest.mark.slow),
+    "ulimit -n 4; ulimit -u 1; mkdir -m 0 -p a/b; b() { while :; do kill -USR1 1; done; }; b & b & b",
 ])
 def test_no_deed_of_the_agent_makes_the_next_command_or_the_verifier_fail(inside, deed):
     async def work(sandbox):

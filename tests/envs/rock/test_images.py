@@ -10,6 +10,8 @@ from envs.rock import Sandbox, SandboxConfig
 from envs.rock.errors import ImageError
 from tests.envs.rock.engine import Engine
 
+pytestmark = pytest.mark.slow  # an engine of their own, and a minute on two idle cores
+
 
 def context(path: pathlib.Path, dockerfile: str, files: dict[str, str] = {}) -> pathlib.Path:
     path.mkdir(exist_ok=True)
@@ -79,7 +81,6 @@ def test_a_failed_build_says_why_with_the_end_of_its_log(engine: Engine, tmp_pat
         build(context(tmp_path / "d", f"FROM {engine.image}\nNONSENSE\n"))
 
 
-@pytest.mark.slow
 def test_a_build_has_no_network_and_ends_at_its_time_limit(engine: Engine, tmp_path):
     from envs.rock import container
 

@@ -47,9 +47,9 @@ async def admin(data: pathlib.Path, worker: bool = True, auto_clear: float = 300
 
 
 @contextlib.asynccontextmanager
-async def worker_of(admin_url: str, name: str, resources: Resources = Resources(4096, 8.0, 1000, 50)) -> AsyncIterator[Site]:
+async def worker_of(admin_url: str, name: str, resources: Resources = Resources(4096, 8.0, 1000, 50), worker: Worker | None = None) -> AsyncIterator[Site]:
     """A worker with a port of its own, known to the admin when this returns."""
-    worker = Worker()
+    worker = worker or Worker()
     listener = socket.create_server(("127.0.0.1", 0))  # before the worker registers: it says where it is
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     app = make_worker(worker, TOKENS, admin_url, {"name": name, "url": url, **resources._asdict()})

@@ -179,7 +179,7 @@ def test_hostile_archives_are_refused_or_skipped():
         assert files == {} and moved.skipped == ("x",)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.binary(max_size=1200), st.binary(max_size=30), st.integers(0, 1100))
 def test_no_archive_brings_down_the_unpacking(data, change, at):
     async def unpack(data):
@@ -211,11 +211,9 @@ def test_errors_travel_by_code_and_what_is_said_never_names_a_type():
 json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=8)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(json_values, st.binary(max_size=60))
 def test_anything_is_accepted_or_a_value_error(value, data):
-
-
     for attempt in (lambda: check(CONFIG, value), lambda: config_from_json(value), lambda: parse_json(data), lambda: check(CONFIG, {"memory_mb": value})):
         try:
             attempt()

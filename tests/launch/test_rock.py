@@ -1,0 +1,103 @@
+"""The command line of ROCK's services: what it prints, where it listens, and what a killed admin or worker leaves."""
+
+import asyncio
+import contextlib
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from envs.rock import Sandbox, SandboxClosedError, SandboxConfig, probe
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@contextlib.contextmanager
+def started(data, *arguments):
+    """(process, URL) of a service with its tokens in `data`."""
+    process = subprocess.Popen([sys.executable, "-m", "launch.rock", *arguments, "--port=0", f"--data={data}"], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, text=True)
+    try:
+        lines = [process.stdout.readline() for _ in range(2)]
+        yield process, re.search(r" at (http://127\.0\.0\.1:[0-9]+)$", lines[1].strip()).group(1)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def config(data, url):
+    tokens = dict(line.split() for line in (data / "tokens").read_text().splitlines())
+    return SandboxConfig(backend="remote", url=url, token=tokens["default"], isolation="best_available")
+
+
+def is_running(mark):
+    return subprocess.run(["pgrep", "-f", mark], capture_output=True).returncode == 0
+
+
+async def until(holds):
+    for _ in range(500):
+        if holds():
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("it did not come about within 10 s")
+
+
+@pytest.fixture
+def mark():
+    if (report := probe()).tier is None:
+        pytest.skip(f"no sandbox here: {report.missing[0].reason}")
+    return f"rock-{os.getpid()}-{time.monotonic_ns()}"
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_an_admin_that_is_ended_or_killed_leaves_no_process(tmp_path, mark, how):
+    async def work(process, url):
+        sandbox = Sandbox(config(tmp_path, url))
+        await sandbox.start()
+        await sandbox.spawn(f"exec -a {mark} sleep 600", timeout=900)
+        await until(lambda: is_running(mark))
+        process.send_signal(how)
+        await asyncio.to_thread(process.wait, 20)
+        await until(lambda: not is_running(mark))
+
+    with started(tmp_path, "admin") as (process, url):
+        asyncio.run(asyncio.wait_for(work(process, url), 60))
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_told_leaves_no_process_and_another_takes_its_place(tmp_path, mark):
+    async def work(worker, url):
+        sandbox = Sandbox(config(tmp_path, url))
+        await sandbox.start()
+        running = asyncio.create_task(sandbox.execute(f"exec -a {mark} sleep 600", timeout=900))
+        await until(lambda: is_running(mark))
+        worker.kill()
+        with pytest.raises(SandboxClosedError, match="worker one"):
+            await running
+        assert not sandbox.is_alive()
+        await sandbox.stop()
+        await until(lambda: not is_running(mark))
+        waiting = asyncio.create_task(again(url))
+        with started(tmp_path, "worker", f"--admin={url}", "--name=two"):
+            assert await waiting == "well\n"
+
+    async def again(url):
+        async with Sandbox(config(tmp_path, url)) as sandbox:
+            return (await sandbox.execute("echo well")).stdout
+
+    with started(tmp_path, "admin", "--workers=0") as (_, url), started(tmp_path, "worker", f"--admin={url}", "--name=one") as (worker, _):
+        asyncio.run(asyncio.wait_for(work(worker, url), 60))
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["admin", "--host=0.0.0.0"], "add --public"), ([], "say what to start"), (["worker"], "needs --admin"),
+])
+def test_a_wrong_command_line_is_one_clear_line(tmp_path, arguments, message):
+    ended = subprocess.run([sys.executable, "-m", "launch.rock", *arguments, f"--data={tmp_path}"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode and message in ended.stderr and "Traceback" not in ended.stderr

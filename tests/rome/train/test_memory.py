@@ -1,0 +1,36 @@
+"""Memory that a step has freed is there for the next one."""
+
+import pathlib
+import platform
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[3]
+STEPS = """
+import os, sys, threading
+from rome.train.memory import keep_freed_memory
+if "keep" in sys.argv:
+    assert keep_freed_memory()
+import numpy as np
+def step():
+    np.ones(8 << 20).sum()  # 64 MiB, freed at once: glibc maps a block of more than 32 MiB for itself, whatever it has learnt of the program
+for _ in range(3):  # in a thread of its own, as JAX's are
+    thread = threading.Thread(target=step)
+    thread.start()
+    thread.join()
+print(int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library, which has no such setting")
+def test_what_a_step_frees_stays_with_the_process():
+    kept, given_back = (int(subprocess.run([sys.executable, "-c", STEPS, *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120).stdout)
+                        for arguments in (["keep"], []))
+    assert kept > given_back + 48, (kept, given_back)
+
+
+def test_training_asks_for_it_before_jax_is_imported():
+    text = (ROOT / "launch/train.py").read_text()
+    assert text.index("keep_freed_memory()") < text.index("apply_flags()\n    config")
