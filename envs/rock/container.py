@@ -318,7 +318,7 @@ class Container:
             return max(0, int(said) - 2) if said.strip().isdigit() else 1
         listed = await self.engine.call(self.engine.client.top, self.id, "-eo pid,uid,stat")
         ours = (str(inside.KEEPER), "0") if not self.engine.one_user_namespace else ()
-        return max(0, sum(user not in ours and not state.startswith("Z") for _, user, state in listed["Processes"]) - 1)
+        return max(0, sum(user not in ours and not state.startswith("Z") for _, user, state in listed["Processes"] or ()) - 1)
 
     async def remove(self) -> None:
         """Kill and remove it, by id. SandboxError where the engine does not say that it is gone."""
