@@ -66,9 +66,9 @@ class SandboxConfig:
         return [parse_grant(text) for text in self.egress]
 
     def _check_backend(self) -> None:
-        for name, backend in (("tier", "embedded"), ("runtime", "docker"), ("url", "remote"), ("token", "remote")):
-            if getattr(self, name) and self.backend not in (backend, "remote" if name != "url" else backend):
-                raise ValueError(f"{name} means nothing to backend={self.backend!r}, only to {backend!r}; leave it unset")
+        for name, backends in (("tier", ("embedded", "remote")), ("runtime", ("docker", "remote")), ("url", ("remote",)), ("token", ("remote",))):
+            if getattr(self, name) and self.backend not in backends:
+                raise ValueError(f"{name} means nothing to backend={self.backend!r}, only to {' and '.join(backends)}; leave it unset")
         if self.backend == "remote" and not self.url:
             raise ValueError("backend='remote' needs url, the address of a ROCK admin")
         if self.backend == "docker" and not self.image:

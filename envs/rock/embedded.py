@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Mapping
 from envs.rock import launcher
 from envs.rock.commands import REPLY_GRACE, EmbeddedJob, EmbeddedSession, Output, memory_file, unspeakable, within
 from envs.rock.config import Address, CommandResult, Denial, FileEntry, SandboxConfig, SandboxStatus
-from envs.rock.errors import SandboxClosedError, SandboxError, SandboxFileError, SandboxStartError
+from envs.rock.errors import IsolationError, SandboxClosedError, SandboxError, SandboxFileError, SandboxStartError
 from envs.rock.host.holder import parse, receive, send
 from envs.rock.host.linux import FIRST_PASSED_FD, open_beneath
 from envs.rock.sandbox import MAX_LISTED, PIECE_BYTES, Sandbox, Snapshot, check_verifier_files
@@ -45,6 +45,9 @@ class EmbeddedSandbox(Sandbox):
             raise SandboxError("this sandbox is started already")
         report = await asyncio.to_thread(probe, self.config.isolation, self.config.tier)
         report.require(self.config.isolation)
+        if self.config.egress and report.tier == "landlock":
+            raise IsolationError(f"egress={self.config.egress}: the landlock tier refuses all sockets of a network and can grant none; leave egress empty, or use a "
+                                 "machine that gives the namespaces tier")
         if self._snapshot and self._snapshot.tier != report.tier:
             raise SandboxStartError(f"the snapshot is of tier {self._snapshot.tier}, and this sandbox would be of tier {report.tier}")
         self._loop = asyncio.get_running_loop()
@@ -266,7 +269,8 @@ class EmbeddedSandbox(Sandbox):
             data, descriptors = b"", []
         reply = parse(data) | {"descriptors": descriptors}
         if "way" in reply:
-            self._ways.let_out(*reply["way"], socket.socket(fileno=descriptors[0]))
+            if descriptors:  # else this process had none left
+                self._ways.let_out(*reply["way"], socket.socket(fileno=descriptors[0]))
             return
         waiting = self._replies.pop(reply.get("id"), None)
         if waiting is not None and not waiting.done():

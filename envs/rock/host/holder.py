@@ -27,6 +27,7 @@ KILL_SECONDS = 10.0
 SHELL_GRACE = 1.0  # seconds in which a shell whose command was killed must say so
 DISK_CHECK_SECONDS = 0.1
 CONNECT_SECONDS = 0.1
+MOST_UNREAD = 1 << 16  # bytes of connections that the manager has not taken yet; its socket holds three times as much
 
 
 class Running:
@@ -227,10 +228,15 @@ class Holder:
         self._reply(request["id"], denials=self._tier.guard.records if self._tier.guard else [])
 
     def _let_out(self, connections: list[tuple[Way, socket.socket]]) -> None:
-        """Hand granted connections to the manager, which makes their outer ends."""
+        """Hand granted connections to the manager, which makes their outer ends. What it has no room for at this moment is closed: an agent must
+        not hold us up, nor bring us down, by connections that a busy manager does not take."""
         for way, connection in connections:
             with connection:
-                self._reply(0, (connection.fileno(),), way=way)
+                try:
+                    if linux.unread_bytes(self._channel) < MOST_UNREAD:  # the rest is kept for answers
+                        send(self._channel, {"id": 0, "way": way}, (connection.fileno(),), socket.MSG_DONTWAIT)
+                except OSError:
+                    pass  # too many descriptors on their way; a manager that is gone is noticed by the next receive
 
     def _denials(self) -> int | None:
         if self._tier.guard is None:
@@ -373,9 +379,9 @@ def _exit_code(raw: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def send(channel: socket.socket, message: dict, descriptors: tuple[int, ...] = ()) -> None:
+def send(channel: socket.socket, message: dict, descriptors: tuple[int, ...] = (), flags: int = 0) -> None:
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
-    channel.sendmsg([json.dumps(message).encode()], ancillary)
+    channel.sendmsg([json.dumps(message).encode()], ancillary, flags)
 
 
 def parse(data: bytes) -> dict:

@@ -23,7 +23,7 @@ SYS_LANDLOCK_CREATE, SYS_LANDLOCK_ADD, SYS_LANDLOCK_RESTRICT = 444, 445, 446
 SYS_PIVOT_ROOT, SYS_CAPSET = {"x86_64": (155, 126), "aarch64": (41, 91)}.get(platform.machine(), (0, 0))
 RESOLVE_NO_MAGICLINKS, RESOLVE_BENEATH = 0x02, 0x08
 AT_FDCWD, AT_RECURSIVE, MNT_DETACH = -100, 0x8000, 2
-SIOCSIFFLAGS, IFF_UP, SO_ATTACH_FILTER = 0x8914, 1, 26
+SIOCSIFFLAGS, SIOCOUTQ, IFF_UP, SO_ATTACH_FILTER = 0x8914, 0x5411, 1, 26
 
 FIRST_PASSED_FD = 80  # descriptors handed to a new program lie from here on; a holder's own ones below
 ARCHITECTURE = platform.machine()
@@ -104,6 +104,11 @@ def install_filter(program: bytes) -> None:
     """Load a seccomp filter (seccomp.build) into this process, for good. Needs no_new_privs or root."""
     instructions = ctypes.create_string_buffer(program, len(program))
     prctl(PR_SET_SECCOMP, 2, ctypes.byref(_FilterProgram(len(program) // 8, ctypes.addressof(instructions))))
+
+
+def unread_bytes(sender: socket.socket) -> int:
+    """Memory of what was sent on a unix socket and not yet received."""
+    return struct.unpack("i", fcntl.ioctl(sender, SIOCOUTQ, b"\0" * 4))[0]
 
 
 def attach_filter(receiver: socket.socket, program: bytes) -> None:

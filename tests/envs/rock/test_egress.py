@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from envs.rock import Denial, Sandbox, SandboxConfig, probe
+from envs.rock import Denial, IsolationError, Sandbox, SandboxConfig, probe
 from envs.rock.config import PACKAGE_MIRRORS, parse_grant
 from envs.rock.host.egress import KEPT, Grant, _question
 
@@ -176,3 +176,29 @@ def test_a_command_tells_how_many_attempts_were_its_own(inside):
         return [result.network_denials for result in results]
 
     assert inside(work) == [2, 0, 1, 1]
+
+
+def test_connections_that_a_busy_manager_does_not_take_do_not_stretch_the_time_limit():
+    """The holder keeps the limits. What it hands over must neither hold it up nor bring it down."""
+    program = "import socket\nkept = []\nwhile True:\n  try:\n    s = socket.create_connection(('model', {port}), 1); kept = (kept + [s])[-40:]\n  except OSError: pass"
+
+    async def with_server():
+        async with await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            async with Sandbox(SandboxConfig(tier="namespaces", egress=(f"model@127.0.0.1:{port}",))) as sandbox:
+                running = asyncio.create_task(sandbox.execute(f"python3 -c {shlex.quote(program.format(port=port))}", timeout=1.5))
+                await asyncio.sleep(0.1)
+                time.sleep(5)  # as a manager that compiles
+                return await running, (await sandbox.execute("echo well")).stdout
+
+    if (report := probe(tier="namespaces")).tier is None:
+        pytest.skip(f"no namespaces tier here: {report.missing[0].reason}")
+    result, said = asyncio.run(asyncio.wait_for(with_server(), 60))
+    assert result.timed_out and result.seconds < 4 and said == "well\n"
+
+
+def test_the_landlock_tier_refuses_grants_that_it_cannot_give():
+    if (report := probe("best_available", "landlock")).tier is None:
+        pytest.skip(f"no landlock tier here: {report.missing[0].reason}")
+    with pytest.raises(IsolationError, match="egress"):
+        asyncio.run(Sandbox(SandboxConfig(isolation="best_available", tier="landlock", egress=("pypi.org:443",))).start())
