@@ -16,7 +16,7 @@ import pathlib
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from absl import app, flags
 from aiohttp import web
@@ -35,7 +35,7 @@ from envs.rock.service.worker import Worker, report
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("host", "127.0.0.1", "Address to listen on. Another than loopback needs --public.")
-flags.DEFINE_integer("port", None, "Port; 0 chooses one. 8730 for an admin, 8731 for a worker by default.")
+flags.DEFINE_integer("port", None, "Port; 0 chooses one. 8730 for an admin, 8731 for a worker by default.", lower_bound=0, upper_bound=65535)
 flags.DEFINE_bool("public", False, "Listen where other machines can reach it.")
 flags.DEFINE_string("data", "~/.rock", "Directory of the hub and of the token file.")
 flags.DEFINE_string("token_file", None, "Names and tokens; by default DATA/tokens.")
@@ -87,9 +87,12 @@ def make_worker(worker: Worker, tokens: dict[str, str], admin_url: str, registra
     return application
 
 
-async def serve(make: "callable", host: str, port: int, what: str) -> None:
-    """Until SIGTERM or Ctrl-C."""
-    listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
+async def serve(make: Callable[[str], web.Application], host: str, port: int, what: str) -> None:
+    """Until SIGTERM or Ctrl-C. make: the application, for the address that it has."""
+    try:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
+    except OSError as error:
+        sys.exit(f"launch.rock: cannot listen on {host}:{port} ({error}); choose another --host or --port")
     url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
     runner = web.AppRunner(make(url), access_log=None, shutdown_timeout=2.0)  # callers that wait in rounds come again
     ended = asyncio.Event()
@@ -107,6 +110,8 @@ async def serve(make: "callable", host: str, port: int, what: str) -> None:
 def main(argv: list[str]) -> None:
     if len(argv) != 2 or argv[1] not in ("admin", "worker"):
         sys.exit("launch.rock: say what to start: python -m launch.rock admin|worker (--help shows the flags)")
+    if unknown := [name for name in FLAGS.backends if name not in ("embedded", "docker")]:
+        sys.exit(f"launch.rock: --backends={unknown[0]} is unknown; a worker makes embedded, docker")
     if not FLAGS.public and not _is_loopback(FLAGS.host):
         sys.exit(f"launch.rock: --host={FLAGS.host} can be reached from other machines; add --public if that is meant")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
@@ -124,8 +129,8 @@ def main(argv: list[str]) -> None:
         worker = Worker(tuple(FLAGS.backends)) if FLAGS.workers else None
         make, port = lambda url: make_admin(data, tokens, worker, FLAGS.auto_clear_seconds, resources), 8730
     else:
-        if not FLAGS.admin:
-            sys.exit("launch.rock: a worker needs --admin, the address of the admin that it works for")
+        if not FLAGS.admin or not FLAGS.admin.startswith(("http://", "https://")):
+            sys.exit(f"launch.rock: a worker needs --admin, the address of the admin that it works for, as http://HOST:PORT{f'; not {FLAGS.admin!r}' if FLAGS.admin else ''}")
         worker, port = Worker(tuple(FLAGS.backends)), 8731
         make = lambda url: make_worker(worker, tokens, FLAGS.admin, {"name": FLAGS.name, "url": FLAGS.advertise or url, **machine_resources(*resources)._asdict()})
     asyncio.run(serve(make, FLAGS.host, port if FLAGS.port is None else FLAGS.port, argv[1]))

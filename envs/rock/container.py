@@ -43,6 +43,8 @@ class Engine:
     def __init__(self, host: str):
         if not host.startswith("unix://"):
             raise SandboxStartError(f"DOCKER_HOST is {host}: sandboxes are containers of this machine's own engine, at a unix:// socket; on other machines run a ROCK worker")
+        if not os.path.exists(host.removeprefix("unix://")):
+            raise SandboxStartError(f"there is no Docker engine: nothing is at {host}")
         self.host, self.manager = host, secrets.token_hex(8)
         self._calls = ThreadPoolExecutor(CALLS_AT_ONCE, "rock-docker")
         self._containers: dict[str, Container] = {}

@@ -56,8 +56,7 @@ class Admin:
             "start": self._start, "start_async": lambda arguments, user: self._start(arguments | {"wait": 0.0}, user),
             "get_status": self._get_status, "is_alive": self._is_alive, "stop": self._stop, "fork": self._fork,
             "commit": self._commit, "keep_alive": self._keep_alive, "delete_snapshot": self._delete_snapshot, "worker/register": self._register,
-            "worker/heartbeat": self._heartbeat, "hub/register": self._hub_register, "hub/get": self._hub_get, "hub/list": self._hub_list,
-            "hub/delete": self._hub_delete, "template/register": self.templates.register, "template/list": self.templates.list,
+            "worker/heartbeat": self._heartbeat, **hub.operations(), "template/register": self.templates.register, "template/list": self.templates.list,
             "template/delete": self._template_delete}
         self._describe_metrics()
 
@@ -378,19 +377,6 @@ class Admin:
             del self._snapshots[arguments["snapshot"]]
             if snapshot.member.alive:
                 await patiently(lambda: snapshot.member.link.call("worker/forget_snapshot", {"snapshot": arguments["snapshot"]}), PING_SECONDS)
-        return {}
-
-    async def _hub_register(self, arguments: dict[str, Any], user: str) -> dict[str, Any]:
-        return self.hub.register(arguments["name"], arguments["kind"], arguments["digest"], user, arguments.get("reference", ""), tuple(arguments.get("tags", ()))).to_json()
-
-    async def _hub_get(self, arguments: dict[str, Any], user: str) -> dict[str, Any]:
-        return self.hub.get(arguments["name"]).to_json()
-
-    async def _hub_list(self, arguments: dict[str, Any], user: str) -> dict[str, Any]:
-        return {"entries": [entry.to_json() for entry in self.hub.list(arguments.get("tag"), arguments.get("owner"))]}
-
-    async def _hub_delete(self, arguments: dict[str, Any], user: str) -> dict[str, Any]:
-        self.hub.delete(arguments["name"], user)
         return {}
 
     async def _template_delete(self, arguments: dict[str, Any], user: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NamedTuple
 
 from envs.rock.sandbox import PIECE_BYTES
@@ -56,6 +56,23 @@ class EnvHub:
 
     def close(self) -> None:
         self._database.close()
+
+    def operations(self) -> dict[str, Callable[[dict[str, Any], str], Awaitable[dict[str, Any]]]]:
+        """What callers may ask of it over HTTP, but for the blobs: (arguments, user) -> answer."""
+        async def register(given: dict[str, Any], user: str) -> dict[str, Any]:
+            return self.register(given["name"], given["kind"], given["digest"], user, given.get("reference", ""), tuple(given.get("tags", ()))).to_json()
+
+        async def get(given: dict[str, Any], user: str) -> dict[str, Any]:
+            return self.get(given["name"]).to_json()
+
+        async def list_all(given: dict[str, Any], user: str) -> dict[str, Any]:
+            return {"entries": [entry.to_json() for entry in self.list(given.get("tag"), given.get("owner"))]}
+
+        async def delete(given: dict[str, Any], user: str) -> dict[str, Any]:
+            self.delete(given["name"], user)
+            return {}
+
+        return {"hub/register": register, "hub/get": get, "hub/list": list_all, "hub/delete": delete}
 
     def register(self, name: str, kind: str, digest: str, owner: str, reference: str = "", tags: tuple[str, ...] = ()) -> Entry:
         """Give the name to that content. Its owner may move it to other content; ValueError for what makes no sense, Refusal for another's name."""

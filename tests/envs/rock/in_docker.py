@@ -1,0 +1,46 @@
+"""What the tests of the Docker backend share: a sandbox on the tests' own engine, and a look from outside."""
+
+import asyncio
+import os
+import pathlib
+
+import pytest
+
+from envs.rock import Sandbox, SandboxConfig
+from tests.envs.rock.engine import Engine
+
+
+@pytest.fixture
+def inside(engine: Engine):
+    """Run `work(sandbox)` in a sandbox of the engine's, and see that no container is left."""
+    def run(work, **fields):
+        async def steps():
+            async with Sandbox(config(engine, **fields)) as sandbox:
+                return await work(sandbox)
+
+        result = asyncio.run(asyncio.wait_for(steps(), 60))
+        assert containers() == []
+        return result
+
+    return run
+
+
+def config(engine: Engine, **fields) -> SandboxConfig:
+    return SandboxConfig(**{"backend": "docker", "image": engine.image, "memory_mb": 128, **fields})
+
+
+def containers() -> list[str]:
+    from envs.rock import container
+
+    return [one["Id"] for one in container.engine().client.containers(all=True)]
+
+
+def host_processes(word: str) -> int:
+    """How many of the machine's processes, zombies not counted, have this in their command line."""
+    found = 0
+    for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found += word.encode() in path.read_bytes() and int(path.parent.name) != os.getpid()
+        except OSError:
+            continue
+    return found
