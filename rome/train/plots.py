@@ -83,7 +83,7 @@ def _episodes(stage: str, records: list[dict[str, Any]]) -> Figure:
     """Small panels of what tells a healthy run from a sick one."""
     panels = [
         ("turns", "Turns of an episode", "mean turns"), ("tokens", "Length of an episode", "mean tokens"),
-        ("staleness", "Staleness of the trained tokens", "weight versions behind"), ("mismatch", "Engine against trainer", "mean |Δ log p|"),
+        ("staleness", "Staleness of the trained tokens", "weight versions behind"), ("mismatch", "Engine against trainer", "mean Δ log p"),
     ]  # fmt: skip
     panels = [panel for panel in panels if any(panel[0] in record for record in records)] or [("loss", "Loss", "loss")]
     rows = (len(panels) + 1) // 2
