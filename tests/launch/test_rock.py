@@ -13,6 +13,7 @@ import time
 import pytest
 
 from envs.rock import Sandbox, SandboxClosedError, SandboxConfig, probe
+from tests.processes import host_processes
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -36,10 +37,6 @@ def config(data, url):
     return SandboxConfig(backend="remote", url=url, token=tokens["default"], isolation="best_available")
 
 
-def is_running(mark):
-    return subprocess.run(["pgrep", "-f", mark], capture_output=True).returncode == 0
-
-
 async def until(holds):
     for _ in range(500):
         if holds():
@@ -61,10 +58,10 @@ def test_an_admin_that_is_ended_or_killed_leaves_no_process(tmp_path, mark, how)
         sandbox = Sandbox(config(tmp_path, url))
         await sandbox.start()
         await sandbox.spawn(f"exec -a {mark} sleep 600", timeout=900)
-        await until(lambda: is_running(mark))
+        await until(lambda: host_processes(mark))
         process.send_signal(how)
         await asyncio.to_thread(process.wait, 20)
-        await until(lambda: not is_running(mark))
+        await until(lambda: not host_processes(mark))
 
     with started(tmp_path, "admin") as (process, url):
         asyncio.run(asyncio.wait_for(work(process, url), 60))
@@ -76,13 +73,13 @@ def test_a_killed_worker_is_told_leaves_no_process_and_another_takes_its_place(t
         sandbox = Sandbox(config(tmp_path, url))
         await sandbox.start()
         running = asyncio.create_task(sandbox.execute(f"exec -a {mark} sleep 600", timeout=900))
-        await until(lambda: is_running(mark))
+        await until(lambda: host_processes(mark))
         worker.kill()
         with pytest.raises(SandboxClosedError, match="worker one"):
             await running
         assert not sandbox.is_alive()
         await sandbox.stop()
-        await until(lambda: not is_running(mark))
+        await until(lambda: not host_processes(mark))
         waiting = asyncio.create_task(again(url))
         with started(tmp_path, "worker", f"--admin={url}", "--name=two"):
             assert await waiting == "well\n"

@@ -1,8 +1,6 @@
-"""What the tests of the Docker backend share: a sandbox on the tests' own engine, and a look from outside."""
+"""What the tests of the Docker backend share: a sandbox on the tests' own engine."""
 
 import asyncio
-import os
-import pathlib
 
 import pytest
 
@@ -33,14 +31,3 @@ def containers() -> list[str]:
     from envs.rock import container
 
     return [one["Id"] for one in container.engine().client.containers(all=True)]
-
-
-def host_processes(word: str) -> int:
-    """How many of the machine's processes, zombies not counted, have this in their command line."""
-    found = 0
-    for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            found += word.encode() in path.read_bytes() and int(path.parent.name) != os.getpid()
-        except OSError:
-            continue
-    return found

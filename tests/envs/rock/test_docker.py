@@ -11,7 +11,8 @@ import time
 import pytest
 
 from envs.rock import IsolationError, Sandbox, SandboxClosedError, SandboxError, SandboxFileError, SandboxStartError
-from tests.envs.rock.in_docker import config, containers, host_processes
+from tests.envs.rock.in_docker import config, containers
+from tests.processes import host_processes
 
 pytestmark = pytest.mark.slow  # an engine of their own, and a minute on two idle cores
 
