@@ -124,7 +124,7 @@ def find_isolation(wanted: str) -> str:
 def evaluate(tasks: list, identity: dict[str, Any]) -> int:
     """Plays and reports. 0, whatever the figures; 1 where no attempt counts."""
     from rome.evals.cheats import CHEATS
-    from rome.evals.report import build_results, write_results
+    from rome.evals.report import bounds, build_results, share, write_results
     from rome.evals.runner import Job, open_results
 
     out, k = pathlib.Path(_OUT.value), _ATTEMPTS.value or (len(CHEATS) if _AGENT.value == "cheat" else 1)
@@ -136,10 +136,9 @@ def evaluate(tasks: list, identity: dict[str, Any]) -> int:
             records = [results.records[job.key] for job in jobs if job.key in results.records]
             report = build_results({**identity, "complete": len(records) == len(jobs)}, records, k)
             write_results(out, report)
-    low, high = (report["intervals"]["pass_at_1"] or {"low": 0.0, "high": 1.0})["low"], (report["intervals"]["pass_at_1"] or {"high": 1.0})["high"]
-    shown = "no attempt counts" if report["pass_at_1"] is None else f"pass@1 {report['pass_at_1']:.3f} ({low:.3f} to {high:.3f}), pass@{k} " + (
-        f"{report['pass_at_k']:.3f}" if report["pass_at_k"] is not None else "none")
-    print(f"{identity['agent']} on {identity['dataset']}: {shown}, {report['attempts_counted']} of {report['attempts']} attempts count; "
+    shown = [f"{label} " + (f"{share(report[name])} ({bounds(report['intervals'][name])})" if report[name] is not None else "none")
+             for name, label in (("pass_at_1", "pass@1"), ("pass_at_k", f"pass@{k}"))[:1 if k == 1 else 2]]
+    print(f"{identity['agent']} on {identity['dataset']}: {', '.join(shown)}; {report['attempts_counted']} of {report['attempts']} attempts count; "
           f"endings: {', '.join(f'{name} {count}' for name, count in report['by_ending'].items())}\nreport: {out / 'report.md'}", flush=True)
     return 0 if report["attempts_counted"] else 1
 

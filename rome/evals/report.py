@@ -58,7 +58,7 @@ def result_tables(results: Mapping[str, Any]) -> list[Table]:
     about += [["tasks", f"{results['tasks_total']}, {results['tasks_counted']} of them with an attempt that counts, {results['tasks_with_k_attempts']} with all {k}"],
               ["attempts", f"{results['attempts']}, of which {results['attempts'] - results['attempts_counted']} spoiled by the infrastructure and in no figure"]]
     figures = [[label.format(k=k), share(results[name]), bounds(results["intervals"][name]), (results["intervals"][name] or {}).get("method", "")]
-               for name, label in NAMES.items()]
+               for name, label in NAMES.items() if k > 1 or not name.endswith("_at_k")]
     figures += [[f"pass@{size}", share(value), "", ""] for size, value in results["pass_at"].items() if int(size) not in (1, k)]
     head = ["", "tasks", "attempts", "mean reward", "pass@1", "95 % interval"]
     groups = [(f"By {key}", [key, *head[1:]], [[name, str(one["tasks"]), str(one["attempts"]), share(one["mean_reward"]), share(one["pass_at_1"]), bounds(one["interval"])]
@@ -96,7 +96,7 @@ def markdown(title: str, tables: Sequence[Table]) -> str:
     """Tables of GitHub's Markdown. What has a meaning in it, or in HTML, is escaped; so are addresses, mentions and issue numbers."""
 
     def cell(text: str) -> str:
-        escaped = re.sub(r"[\\*_\[\]~@#$]|:(?=//)|(?<=www)\.", r"\\\g<0>", plain(text))
+        escaped = re.sub(r"[\\*\[\]~$]|(?<!\w)_|_(?!\w)|@(?=[A-Za-z])|#(?=\w)|:(?=//)|(?<=www)\.", r"\\\g<0>", plain(text))
         return re.sub(r"[<>&|`]", lambda match: f"&#{ord(match[0])};", escaped)
 
     def row(cells: Sequence[str]) -> str:
