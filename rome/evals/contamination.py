@@ -145,7 +145,8 @@ def _chunks(path: pathlib.Path) -> Iterator[str]:
     with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
         while block := file.read(CHUNK_BYTES):
             block = rest + block
-            cut = max(block.rfind(" "), block.rfind("\n"), len(block) - LONGEST_WORD)
+            cut = max(block.rfind(" "), block.rfind("\n"), 0)
+            cut = cut if len(block) - cut <= LONGEST_WORD else len(block)
             rest = block[cut:]
             yield normalised(block[:cut])
     yield normalised(rest)
