@@ -69,11 +69,10 @@ def check_flags() -> None:
     """Raises ValueError for a flag that nobody would read."""
     if _VALIDATE.value and _DECONTAMINATE.value:
         raise ValueError("--validate and --decontaminate are two jobs; give one of them")
-    of_others = [name for flag, name in ((_CHECKPOINT, "checkpoint"), (_ENGINES, "engines"), (_MAX_CONTEXT, "max_context")) if flag.value and player() != "policy"]
-    of_others += [name for flag, name in ((_ENDPOINT, "endpoint"), (_MODEL, "model")) if flag.value and player() != "endpoint"]
-    of_others += [name for flag, name in ((_MAX_TOKENS, "max_tokens"), (_TEMPERATURE, "temperature")) if flag.value is not None and player() not in ("policy", "endpoint")]
-    if of_others:
-        raise ValueError(f"--{of_others[0]} is not read by {'--validate or --decontaminate' if not player() else f'--agent {player()}'}; leave it out")
+    readers = {("policy",): (_CHECKPOINT, _ENGINES, _MAX_CONTEXT), ("endpoint",): (_ENDPOINT, _MODEL), ("policy", "endpoint"): (_MAX_TOKENS, _TEMPERATURE)}
+    unread = [flag.name for agents, of_them in readers.items() for flag in of_them if flag.value not in (None, "") and player() not in agents]
+    if unread:
+        raise ValueError(f"--{unread[0]} is not read by {f'--agent {player()}' if player() else '--validate or --decontaminate'}; leave it out")
     if player() == "policy" and not _CHECKPOINT.value:
         raise ValueError("--agent policy needs --checkpoint, a Hugging Face directory; with --engines its tokenizer is read")
     if player() == "endpoint" and not (_ENDPOINT.value and _MODEL.value):
@@ -88,8 +87,9 @@ def player() -> str:
 def agent_identity() -> dict[str, Any]:
     """What else makes an evaluation this one: figures of another checkpoint or temperature must not be mixed with it."""
     if player() == "policy":
-        return {"checkpoint": str(pathlib.Path(_CHECKPOINT.value).resolve()), "checkpoint_files": files_digest(pathlib.Path(_CHECKPOINT.value)), "engines": _ENGINES.value,
-                **limits_identity(), "max_context": _MAX_CONTEXT.value}
+        folder = pathlib.Path(_CHECKPOINT.value)
+        return {"checkpoint": str(folder.resolve()), "checkpoint_files": files_digest(folder), "engines": _ENGINES.value, **limits_identity(),
+                "max_context": _MAX_CONTEXT.value}
     if player() == "endpoint":
         return {"endpoint": _ENDPOINT.value, "model": _MODEL.value, **limits_identity()}
     return {}
@@ -189,7 +189,8 @@ async def play_all(jobs: list, results: Any) -> None:
         endings[record["ending"]] += 1
         if time.monotonic() - shown > SHOW_EVERY_S:
             shown = time.monotonic()
-            print(f"{done} attempts in {shown - began:.0f} s: {', '.join(f'{name} {count}' for name, count in sorted(endings.items()))}", file=sys.stderr, flush=True)
+            counts = ", ".join(f"{name} {count}" for name, count in sorted(endings.items()))
+            print(f"{done} attempts in {shown - began:.0f} s: {counts}", file=sys.stderr, flush=True)
 
     agents = {id(job.agent): job.agent for job in jobs}
     try:
@@ -278,4 +279,6 @@ def run_main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(".cache/jax").absolute()))  # of the embedded engine
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     app.run(run_main, flags_parser=parse)

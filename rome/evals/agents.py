@@ -43,7 +43,12 @@ class Outcome:
 
     @property
     def spoiled(self) -> bool:
-        return self.ending.startswith("infra_") or self.ending == "cancelled"
+        return is_spoiled(self.ending)
+
+
+def is_spoiled(ending: str) -> bool:
+    """Whether an attempt that ended so says nothing about its agent."""
+    return ending.startswith("infra_") or ending == "cancelled"
 
 
 class Agent(Protocol):
@@ -76,7 +81,7 @@ class Started:
 
     def outcome(self, reward: float, ending: str, note: str = "") -> Outcome:
         note = note or str(self.last.get("note", ""))
-        return Outcome(None if ending.startswith("infra_") else float(reward), ending, note[:NOTE_CHARS], self.turns)
+        return Outcome(None if is_spoiled(ending) else float(reward), ending, note[:NOTE_CHARS], self.turns)
 
 
 async def with_environment(task: EvalTask, config: SandboxConfig, play: Callable[[Started], Awaitable[Outcome]], seconds: float | None = None) -> Outcome:

@@ -160,8 +160,11 @@ def write_contamination(out: pathlib.Path, dataset: str, found: Mapping[str, Any
 
 
 def contamination_tables(found: Mapping[str, Any]) -> list[Table]:
-    rows = [[hit["task"], f"{hit['share']:.2f}", ", ".join(hit["canaries"]), "; ".join(f"{place['file']}:{place['line']}: {place['what']}" for place in hit["places"])]
-            for hit in found["hits"]]
-    return [(f"{len(rows)} tasks found in {found['files']} files of {found['words']:,} words", ["task", f"share of its {N}-grams", "canaries", "first places"], rows),
+    def places(hit: Mapping[str, Any]) -> str:
+        return "; ".join(f"{place['file']}:{place['line']}: {place['what']}" for place in hit["places"])
+
+    rows = [[hit["task"], f"{hit['share']:.2f}", ", ".join(hit["canaries"]), places(hit)] for hit in found["hits"]]
+    return [(f"{len(rows)} tasks found in {found['files']} files of {found['words']:,} words",
+             ["task", f"share of its {N}-grams", "canaries", "first places"], rows),
             (f"Instructions of fewer than {FEWEST_WORDS} words, not checked", ["task"], [[name] for name in found["unchecked"]]),
             ("Files that could not be read", ["file"], [[name] for name in found["unreadable"]])]

@@ -65,8 +65,8 @@ class Endpoint:
     def __post_init__(self) -> None:
         parts = urllib.parse.urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
-            raise ValueError(f"endpoint is not http(s)://HOST[:PORT][/PATH] without user, password and query (scheme {parts.scheme!r}, host {parts.hostname!r}); "
-                             "a key goes into the environment variable of --api_key_env")
+            raise ValueError("endpoint is not http(s)://HOST[:PORT][/PATH] without user, password and query "
+                             f"(scheme {parts.scheme!r}, host {parts.hostname!r}); a key goes into the environment variable of --api_key_env")
         self.url = self.url.rstrip("/").removesuffix("/chat/completions")
 
     async def close(self) -> None:
@@ -114,7 +114,8 @@ class Endpoint:
                     return started.outcome(reward, info["ending"])
                 role = {"role": "user"} if call is None else {"role": "tool", "tool_call_id": call["id"]}
                 messages.append({**role, "content": observation})
-            messages += [{"role": "tool", "tool_call_id": call["id"], "content": f"not run: a turn has at most {MAX_CALLS} calls"} for call in calls[MAX_CALLS:]]
+            refusal = f"not run: a turn has at most {MAX_CALLS} calls"
+            messages += [{"role": "tool", "tool_call_id": call["id"], "content": refusal} for call in calls[MAX_CALLS:]]
 
     async def _ask(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """(first choice, usage) of one answer. Raises EndpointError; ContextFull."""

@@ -18,6 +18,7 @@ from rome.evals.statistics import counted, grouped, summarise
 from rome.train.metrics import write_atomically
 
 SHOWN_ATTEMPTS = 2000  # in the pages; results.json has all
+ABOUT = ("dataset", "agent", "seed", "isolation", "model", "checkpoint", "endpoint", "complete")
 NAMES = {"mean_reward": "mean reward", "pass_at_1": "pass@1", "pass_at_k": "pass@{k}", "avg_at_k": "avg@{k}"}
 _STYLE = ("body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em;color:#222}table{border-collapse:collapse;margin:.5em 0 1.5em}"
           "td,th{padding:.2em .8em;border-bottom:1px solid #ddd;text-align:left;vertical-align:top;overflow-wrap:anywhere}th{background:#f5f5f5}")
@@ -54,15 +55,18 @@ def write_pages(out: pathlib.Path, name: str, title: str, tables: Sequence[Table
 
 def result_tables(results: Mapping[str, Any]) -> list[Table]:
     k = results["k"]
-    about = [[name, str(results[name])] for name in ("dataset", "agent", "seed", "isolation", "model", "checkpoint", "endpoint") if results.get(name) is not None]
-    about += [["tasks", f"{results['tasks_total']}, {results['tasks_counted']} of them with an attempt that counts, {results['tasks_with_k_attempts']} with all {k}"],
-              ["attempts", f"{results['attempts']}, of which {results['attempts'] - results['attempts_counted']} spoiled by the infrastructure and in no figure"]]
-    figures = [[label.format(k=k), share(results[name]), bounds(results["intervals"][name]), (results["intervals"][name] or {}).get("method", "")]
-               for name, label in NAMES.items() if k > 1 or not name.endswith("_at_k")]
+    about = [[name, str(results[name])] for name in ABOUT if results.get(name) is not None]
+    tried, whole, spoiled = results["tasks_counted"], results["tasks_with_k_attempts"], results["attempts"] - results["attempts_counted"]
+    about += [["tasks", f"{results['tasks_total']}, {tried} of them with an attempt that counts, {whole} with all {k}"],
+              ["attempts", f"{results['attempts']}, of which {spoiled} spoiled by the infrastructure and in no figure"]]
+    intervals = results["intervals"]
+    figures = [[label.format(k=k), share(results[name]), bounds(intervals[name]), (intervals[name] or {}).get("method", "")] for name, label in NAMES.items() if k > 1 or not name.endswith("_at_k")]
     figures += [[f"pass@{size}", share(value), "", ""] for size, value in results["pass_at"].items() if int(size) not in (1, k)]
     head = ["", "tasks", "attempts", "mean reward", "pass@1", "95 % interval"]
-    groups = [(f"By {key}", [key, *head[1:]], [[name, str(one["tasks"]), str(one["attempts"]), share(one["mean_reward"]), share(one["pass_at_1"]), bounds(one["interval"])]
-               for name, one in results[f"by_{key}"].items()]) for key in ("domain", "difficulty")]
+    groups = [(f"By {key}", [key, *head[1:]], [
+        [name, str(one["tasks"]), str(one["attempts"]), share(one["mean_reward"]), share(one["pass_at_1"]), bounds(one["interval"])]
+        for name, one in results[f"by_{key}"].items()
+    ]) for key in ("domain", "difficulty")]
     cost, tokens = results["cost"], results["cost"]["tokens"]
     spent = [["seconds of all attempts", f"{cost['seconds_of_attempts']:.1f}"],
              ["seconds of one: median, longest", f"{cost['seconds_median'] or 0:.2f}, {cost['seconds_longest'] or 0:.2f}"]]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from rome.evals.agents import is_spoiled
 from rome.train.report import wilson
 
 RESAMPLES = 2000
@@ -21,7 +22,7 @@ Record = Mapping[str, Any]  # of results.jsonl
 
 def counted(record: Record) -> bool:
     """Whether the attempt says something about the agent."""
-    return not record["ending"].startswith("infra_") and record["ending"] != "cancelled"
+    return not is_spoiled(record["ending"])
 
 
 def pass_at_k(n: int, successes: int, k: int) -> float:

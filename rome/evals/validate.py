@@ -41,7 +41,7 @@ def judge(task: str, records: Sequence[Record]) -> dict[str, Any]:
     for agent, found in by_agent.items():
         for record in found:
             wanted = 1.0 if agent == "oracle" else 0.0
-            if record["reward"] != wanted or not counted(record):
+            if record["reward"] != wanted:  # none at all where it was spoiled
                 got = f"ended as {record['ending']}" + (f" with reward {record['reward']:g}" if record["reward"] is not None else "")
                 reasons.append(f"{agent} run {record['attempt'] + 1} {got} instead of earning {wanted:g}" + (f" ({record['note']})" if record["note"] else ""))
     if flaky := len(seen) > 1:
