@@ -48,6 +48,11 @@ def ngrams_of(text: str) -> set[tuple[str, ...]]:
     return {tuple(words[i:i + size]) for i in range(len(words) - size + 1)} if size >= FEWEST_WORDS else set()
 
 
+def texts_of(task: EvalTask) -> list[str]:
+    """The instructions of the task's steps: no run of words crosses from one to the next."""
+    return [step.instruction for step in task.source.steps] if isinstance(task.source, HarborTask) else [task.instruction]
+
+
 def canaries_of(task: EvalTask) -> set[str]:
     """Lower-case GUIDs of the lines of the task's files that speak of a canary."""
     if not isinstance(task.source, HarborTask):
@@ -80,7 +85,7 @@ def find_contamination(tasks: Sequence[EvalTask], corpus: pathlib.Path) -> dict[
     """
     if not corpus.is_dir():
         raise ValueError(f"corpus {str(corpus)!r} is no folder; give the folder of its text files")
-    grams = {task.name: ngrams_of(task.instruction) for task in tasks}
+    grams = {task.name: set().union(*map(ngrams_of, texts_of(task))) for task in tasks}
     owners: dict[tuple[str, ...], list[str]] = collections.defaultdict(list)
     for name, found in grams.items():
         for gram in found:

@@ -54,6 +54,12 @@ def test_a_clean_corpus_and_one_of_bytes_have_no_hit_and_an_empty_one_is_refused
             find_contamination(tasks, tmp_path / place)
 
 
+def test_every_step_of_a_task_is_looked_for_by_itself():
+    (task,) = load_tasks("harbor/inventory-steps")
+    (hit,) = find_contamination([task], task.source.path / "steps")["hits"]
+    assert hit["share"] == 1.0
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(20, 90), st.text(st.sampled_from("ab \n.\u0301é"), min_size=1, max_size=300))
 def test_reading_in_chunks_changes_nothing(tmp_path_factory, size, text):
