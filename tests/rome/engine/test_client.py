@@ -167,7 +167,7 @@ def test_a_server_killed_amid_a_completion_is_an_error_that_names_it_in_bounded_
                     await task
             return await engine.health()
 
-        assert talk(doomed, conversation, dead_after_s=1.0) is False
+        assert talk(doomed, conversation, dead_after_s=1.0) == "gone"
 
 
 # -- with servers that behave as real ones were seen to ----------------------------------------------------------------------------
