@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from rome.engine.client import Engine, EngineError
+from rome.engine.delta import write_delta
 from rome.engine.pool import EnginePool
 from rome.engine.proof import Weights
 from rome.model.config import ModelConfig
@@ -101,8 +102,10 @@ async def _bring_all(pool: EnginePool, engines: Sequence[Engine], mode: str) -> 
     return {engine.url: outcome for engine, outcome in zip(tasks.values(), outcomes) if isinstance(outcome, float)}
 
 
-def write_checkpoint(params: Any, config: ModelConfig, directory: str | os.PathLike[str], version: int) -> pathlib.Path:
+def write_checkpoint(params: Any, config: ModelConfig, directory: str | os.PathLike[str], version: int, *, delta: bool = False) -> pathlib.Path:
     """Writes directory/step_N: a reader sees all of it or nothing, also after a power cut. Only the last two versions stay.
+
+    `delta`: beside it stands step_N.delta, which leads there from the version before (`rome.engine.mirror`).
 
     Of several processes each calls this with the same shared directory and writes its share; it is whole when process 0 returns.
     """
@@ -120,4 +123,9 @@ def write_checkpoint(params: Any, config: ModelConfig, directory: str | os.PathL
     newest = steps.index(path) + 1  # later ones belong to a future that this run was rolled back from
     for old in [*steps[:max(newest - KEPT_DIRECTORIES, 0)], *steps[newest:]]:
         shutil.rmtree(old)
+        old.with_name(old.name + ".delta").unlink(missing_ok=True)
+    place = path.with_name(path.name + ".delta")
+    place.unlink(missing_ok=True)  # of an earlier run: it leads to other bytes
+    if delta and newest > 1:
+        write_delta(steps[newest - 2], path, place)
     return path

@@ -159,7 +159,8 @@ class Scheduler:
     def load_figures(self) -> dict[str, Any]:
         return {
             "running": len(self._decoding), "prefilling": len(self._prefilling), "waiting": len(self._waiting), "slots": self.shapes.slots,
-            "paused": self.paused, "released": sorted(self.lent), **self.stats,
+            "paused": self.paused, "released": sorted(self.lent),
+            "device_bytes": sum(array.nbytes for array in jax.tree.leaves((self.params, self._cache)) if not array.is_deleted()), **self.stats,
         }
 
     # -- the thread ------------------------------------------------------------------------------------------------------------------
