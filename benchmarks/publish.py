@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rome.engine.delta import write_delta
+from rome.engine.delta import directory_digest, read_header, write_delta
 from rome.engine.mirror import Mirror
 from rome.engine.publish import write_checkpoint
 from rome.model.config import PRESETS, ModelConfig
@@ -53,11 +53,13 @@ def measure(directory: pathlib.Path, megabytes: float, steps: int, learning_rate
     full, by_delta = Mirror(directory / "full"), Mirror(directory / "delta")
     earlier, rows = write_checkpoint(params, config, directory / "source", 0), []
     by_delta.fetch(earlier)
+    digest = directory_digest(earlier)
     for number in range(1, steps + 1):
         params, state = step(params, state, jax.random.key(number))
         path = write_checkpoint(params, config, directory / "source", number)
         started = time.monotonic()
-        write_delta(earlier, path, path.with_name(path.name + ".delta"))
+        write_delta(earlier, path, path.with_name(path.name + ".delta"), digest)
+        digest = read_header(path.with_name(path.name + ".delta"))["result"]
         making = time.monotonic() - started
         transfer, whole = by_delta.fetch(path), full.fetch(path, fresh=True)
         assert transfer.way == "delta" and whole.way == "full", (transfer, whole)

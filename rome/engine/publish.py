@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from rome.engine.client import Engine, EngineError
-from rome.engine.delta import write_delta
+from rome.engine.delta import read_header, write_delta
 from rome.engine.pool import EnginePool
 from rome.engine.proof import Weights
 from rome.model.config import ModelConfig
@@ -116,7 +116,9 @@ def write_checkpoint(params: Any, config: ModelConfig, directory: str | os.PathL
     save_hf(params, config, partial, dtype=jnp.dtype(config.dtype))
     if jax.process_index():
         return path
-    shutil.rmtree(path, ignore_errors=True)  # of an earlier run that published this version and died
+    place = path.with_name(path.name + ".delta")
+    place.unlink(missing_ok=True)  # of an earlier run that published this version and died: it leads to other bytes
+    shutil.rmtree(path, ignore_errors=True)
     os.replace(partial, path)
     sync(path.parent)
     steps = sorted(entry for entry in path.parent.iterdir() if re.fullmatch(r"step_\d+", entry.name))
@@ -124,8 +126,7 @@ def write_checkpoint(params: Any, config: ModelConfig, directory: str | os.PathL
     for old in [*steps[:max(newest - KEPT_DIRECTORIES, 0)], *steps[newest:]]:
         shutil.rmtree(old)
         old.with_name(old.name + ".delta").unlink(missing_ok=True)
-    place = path.with_name(path.name + ".delta")
-    place.unlink(missing_ok=True)  # of an earlier run: it leads to other bytes
     if delta and newest > 1:
-        write_delta(steps[newest - 2], path, place)
+        earlier = place.with_name(steps[newest - 2].name + ".delta")
+        write_delta(steps[newest - 2], path, place, read_header(earlier)["result"] if earlier.exists() else None)
     return path

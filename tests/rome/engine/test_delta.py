@@ -46,7 +46,7 @@ def random_bytes(seed, size):
 FILES = st.dictionaries(st.sampled_from("abcd"), st.binary(max_size=300), max_size=4)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(FILES, FILES, st.dictionaries(st.sampled_from("abcd"), st.integers(0, 299), max_size=3))
 def test_a_delta_leads_from_any_directory_to_any_other(tmp_path_factory, before, after, flips):
     """Files appear, vanish, grow, shrink, and change in one byte."""
