@@ -33,6 +33,7 @@ class ServerProcess:
     process: subprocess.Popen
     log_path: pathlib.Path
     start_again: Callable[[], subprocess.Popen]
+    stopped: bool = False  # for good
 
     def __enter__(self) -> ServerProcess:
         return self
@@ -48,14 +49,22 @@ class ServerProcess:
 
         Raises: EngineError with the end of the log when it does not within deadline_s.
         """
-        self.stop(grace_s=0.5)
-        self.process = self.start_again()
+        self._end(grace_s=0.5)
+        if not self.stopped:
+            self.process = self.start_again()
+        if self.stopped:  # meanwhile, by another thread
+            self._end(grace_s=0.5)
+            raise EngineError(f"{self.url} was stopped; it is not started again")
         status = _wait_until_ready(self, time.monotonic() + deadline_s)
         if status is not None:
             raise EngineError(f"the engine ended with status {status} when it was started again; the end of {self.log_path}:\n{_tail(self.log_path)}")
 
     def stop(self, grace_s: float = 5.0) -> None:
-        """SIGTERM, then SIGKILL to its whole process group. Does nothing when it is gone already."""
+        """SIGTERM, then SIGKILL to its whole process group, for good. Does nothing when it is gone already."""
+        self.stopped = True
+        self._end(grace_s)
+
+    def _end(self, grace_s: float) -> None:
         if self.alive():
             self.process.terminate()
             try:

@@ -16,8 +16,9 @@ import types
 REAL = (
     "sglang.srt.managers.io_struct", "sglang.srt.sampling", "sglang.srt.utils.msgspec_utils", "sglang.srt.utils.field_validators",
     "sglang.srt.utils.weight_versions", "sglang.srt.entrypoints.api_contract", "sglang.api", "sglang.srt.beam_search.types", "sglang.srt.managers.kv_hints",
+    "sglang.srt.managers.embed_types", "sglang.srt.lora.lora_registry", "sglang.srt.utils.aio_rwlock",
 )
-PACKAGES = ("sglang", "sglang.srt", "sglang.srt.managers", "sglang.srt.utils", "sglang.srt.entrypoints", "sglang.srt.beam_search")
+PACKAGES = ("sglang", "sglang.srt", "sglang.srt.managers", "sglang.srt.utils", "sglang.srt.entrypoints", "sglang.srt.beam_search", "sglang.srt.lora")
 CLASSES = {
     "/generate": "GenerateReqInput", "/pause_generation": "PauseGenerationReqInput", "/continue_generation": "ContinueGenerationReqInput",
     "/update_weights_from_disk": "UpdateWeightFromDiskReqInput", "/abort_request": "AbortReq", "/release_memory_occupation": "ReleaseMemoryOccupationReqInput",
