@@ -80,11 +80,13 @@ async def _recover(pool: EnginePool, engine: Engine, failures: int, probe_s: flo
         health = await engine.health(probe_s)
         if health == "gone" and pool.states[engine.url] != "dead":
             pool.mark_dead(engine, f"nobody answers at {engine.url}; see its log")
-        if restart is not None and health != "well" and (health == "gone" or failures + 1 >= SILENT_PROBES):
+        if health == "busy":  # 503 also while it still loads: it will be well, or gone
+            return False
+        if restart is not None and (health == "gone" or health == "hung" and failures + 1 >= SILENT_PROBES):
             pool.states[engine.url] = "starting"
             log.warning("starting engine %s again", engine.url)
             await asyncio.to_thread(restart)  # has a deadline of its own
-        elif health not in ("well", "busy"):
+        elif health != "well":
             return False
         if pool.weights is None:  # nothing was published yet: it runs the weights that it was started with, as the others do
             pool.admit(engine)

@@ -9,7 +9,7 @@ Traps:
   update_half          an update fails with 400 and leaves weights that nobody knows
   update_says_yes      an update says success and the new version, and keeps the old weights (names were missing)
   flush_lies           flush_cache is accepted and does nothing
-  slow_health          /health_generate takes 1 s
+  slow_health          /health_generate takes half a second
   busy_health          /health_generate says 503, and so do two requests in three, with Retry-After
   hangs                everything but /server_info is accepted and never answered
 Always so, as in SGLang: an unpaused update waits for all running requests; a request during a pause is held; abort matches rids by prefix;
@@ -26,7 +26,7 @@ from aiohttp import web
 
 from rome.engine.client import Engine
 
-TOKEN_SECONDS = 0.01
+TOKEN_SECONDS = 0.004
 
 
 def logprobs_of(value: int, ids: list[int]) -> list[float]:
@@ -105,7 +105,7 @@ class FakeSGLang:
 
     async def health_generate(self, body):
         if "slow_health" in self.traps:
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(0.5)
         return web.Response(status=503 if "busy_health" in self.traps else 200)
 
     async def generate(self, body):

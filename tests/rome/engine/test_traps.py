@@ -27,7 +27,7 @@ async def bring(pool, tmp_path, version, value=None, **options):
 
 
 @contextlib.asynccontextmanager
-async def supervised(pool, interval_s=0.05, probe_s=0.5):
+async def supervised(pool, interval_s=0.05, probe_s=3.0):
     task = asyncio.create_task(supervise(pool, interval_s=interval_s, probe_s=probe_s))
     await asyncio.sleep(0)
     try:
@@ -161,11 +161,14 @@ def test_back_pressure_and_slow_health_are_not_death(tmp_path):
             pool = EnginePool(engines)
             async with supervised(pool, probe_s=5.0):
                 await bring(pool, tmp_path, 1)
-                await asyncio.sleep(1.2)
+                probes = lambda: [route for route, _ in server.bodies].count("/health_generate")
+                await until(lambda: probes() > 1)
                 assert pool.states[server.url] == "ready"
-                server.traps = {"busy_health"}
+            server.traps = {"busy_health"}
+            async with supervised(pool, interval_s=3.0):
                 completions = await asyncio.gather(*(pool.generate(PROMPT, Sampling(2), 30) for _ in range(4)))
-                assert {len(completion.output_ids) for completion in completions} == {2}
+                assert {len(completion.output_ids) for completion in completions} == {2} and pool.states[server.url] == "ready"
+                assert probes() > 2
 
     run(conversation())
 
@@ -227,7 +230,7 @@ def test_an_engine_that_hangs_is_noticed_and_its_requests_go_on_elsewhere_from_w
         async with fakes(hanging, good) as engines:
             pool = EnginePool(engines)
             await bring(pool, tmp_path, 3)
-            async with supervised(pool):
+            async with supervised(pool, probe_s=0.5):
                 tasks = [asyncio.ensure_future(pool.generate(PROMPT, Sampling(100), 30)) for _ in range(4)]
                 await until(lambda: hanging.running and good.running)
                 for request in hanging.running.values():  # frozen, as by SIGSTOP
