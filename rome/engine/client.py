@@ -163,9 +163,7 @@ class Engine:
     async def generate(
         self, input_ids: list[int], sampling: Sampling, deadline_s: float, *, affinity: str | None = None, begun: Completion | None = None,
     ) -> Completion:
-        """Samples a continuation of input_ids.
-
-        An answer that a pause aborted is re-sent as prompt + partial output until it ends by itself; each part keeps its weight version.
+        """Samples a continuation of input_ids. An answer that a pause aborted is re-sent as prompt + partial output until it ends by itself.
 
         Args:
           deadline_s: for all of it; afterwards the request is dropped on the server too.
@@ -186,6 +184,8 @@ class Engine:
                     "sampling_params": sampling.to_json(already=done), "return_logprob": True, "logprob_start_len": -1, "stream": False,
                     **self._salt(), **self._route_fields(completion, sampling),
                 })
+                while self._held is not None:  # it was frozen during an update and may have gone on before the proof, which decides
+                    await self._held.wait()
                 self._require_proven(answer["meta_info"], known)
                 self._append(completion, answer)
                 if sampling.routes_from is not None and len(completion.output_ids) > done:
@@ -392,6 +392,8 @@ class Engine:
         allowed = self._proven[len(self._proven) - 1 - self._proven[::-1].index(known[0]):]
         for span in meta.get("weight_versions") or [{"version": meta["weight_version"]}]:
             if self._version(span["version"]) not in allowed:
+                if self._refused is not None:  # known already
+                    raise EngineRefused(self._refused)
                 raise EngineUnproven(f"{self.url} answered with weights {span['version']!r}; proven there were {', '.join(map(str, allowed))}")
 
     def _append(self, completion: Completion, answer: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ Traps:
   update_says_yes      an update says success and the new version, and keeps the old weights (names were missing)
   flush_lies           flush_cache is accepted and does nothing
   slow_health          /health_generate takes half a second
+  slow_probe           a prompt is scored in 0.3 s, while other requests go on
   busy_health          /health_generate says 503, and so do two requests in three, with Retry-After
   hangs                everything but /server_info is accepted and never answered
 Always so, as in SGLang: an unpaused update waits for all running requests; a request during a pause is held; abort matches rids by prefix;
@@ -118,6 +119,8 @@ class FakeSGLang:
         request = self.running[rid] = {"ids": [], "logprobs": [], "versions": [], "finish": None}
         try:
             score_from = body["logprob_start_len"]
+            if score_from >= 0 and "slow_probe" in self.traps:
+                await asyncio.sleep(0.3)
             computed = self._computed_by(body, ids if score_from < 0 else ids[:score_from])
             while request["finish"] is None and len(request["ids"]) < params["max_new_tokens"]:
                 await asyncio.sleep(TOKEN_SECONDS)

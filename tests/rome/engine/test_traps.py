@@ -80,6 +80,32 @@ def test_an_update_amid_requests_labels_every_token_whatever_the_version_and_mod
     assert "/update_weight_version" not in dict(server.bodies)  # trap 7: it would abort everything
 
 
+@pytest.mark.parametrize("mode", ["in_place", "retract"])
+@pytest.mark.parametrize("proven", [True, False])
+def test_what_frozen_requests_sample_before_the_proof_counts_only_if_the_proof_succeeds(tmp_path, mode, proven):
+    """They go on as soon as the server does, and the probe needs a running server: such a request may end before the proof."""
+    server, other = FakeSGLang(traps=("slow_probe",)), FakeSGLang()
+
+    async def conversation():
+        async with fakes(server, other) as engines:
+            pool = EnginePool(engines)
+            await bring(pool, tmp_path, 1)
+            if not proven:
+                server.traps.add("update_says_yes")
+            task = asyncio.ensure_future(pool.generate(PROMPT, Sampling(40), 30))
+            await until(lambda: any(request["ids"] for request in server.running.values()))
+            published = await bring(pool, tmp_path, 2, mode=mode)
+            completion = await task
+            assert published.engines == 1 + proven and len(completion.output_ids) == 40
+            assert_by_one_version_each(completion, PROMPT)
+            assert pool.states[server.url] == ("ready" if proven else "suspect")
+            assert proven or "probe logprobs differ" in pool.causes[server.url]
+            moved = any(body["sampling_params"]["max_new_tokens"] > 1 for route, body in other.bodies if route == "/generate")
+            assert moved != proven
+
+    run(conversation())
+
+
 @pytest.mark.parametrize("trap, cause", [("update_half", "answered 400: size mismatch"), ("update_says_yes", "probe logprobs differ")])
 def test_an_engine_whose_update_is_not_proven_is_left_alone_while_another_one_goes_on(tmp_path, trap, cause):
     """Traps 4 and 5: a failed update does not roll back, and one that says success may have kept the old weights."""
