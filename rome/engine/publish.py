@@ -14,7 +14,7 @@ import pathlib
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -62,8 +62,10 @@ async def publish_weights(
     return Published(path, time.monotonic() - started, max(errors))
 
 
-def write_checkpoint(params: Any, config: ModelConfig, directory: str | os.PathLike[str], version: int) -> pathlib.Path:
-    """Writes directory/step_N: a reader sees all of it or nothing, also after a power cut. Only the last two versions stay.
+def write_checkpoint(
+    params: Any, config: ModelConfig, directory: str | os.PathLike[str], version: int, needed: Collection[int] = (),
+) -> pathlib.Path:
+    """Writes directory/step_N: a reader sees all of it or nothing, also after a power cut. Only the last two versions stay, and those of `needed`.
 
     Of several processes each calls this with the same shared directory and writes its share; it is whole when process 0 returns.
     """
@@ -80,7 +82,8 @@ def write_checkpoint(params: Any, config: ModelConfig, directory: str | os.PathL
     steps = sorted(entry for entry in path.parent.iterdir() if re.fullmatch(r"step_\d+", entry.name))
     newest = steps.index(path) + 1  # later ones belong to a future that this run was rolled back from
     for old in [*steps[:max(newest - KEPT_DIRECTORIES, 0)], *steps[newest:]]:
-        shutil.rmtree(old)
+        if int(old.name.removeprefix("step_")) not in needed:
+            shutil.rmtree(old)
     return path
 
 

@@ -98,9 +98,15 @@ class Group:
 
 @dataclasses.dataclass
 class Taken:
-    """What a step trains on, and what it cost. `replaced`: trajectories of groups without spread, in the order of their groups."""
+    """What a step trains on, and what it cost.
+
+    names: of the episodes. sources: what each group was resampled from, "" for those from the beginning. replaced: trajectories of groups without
+    spread, in the order of their groups.
+    """
 
     groups: list[list[Trajectory]]
+    names: list[list[str]]
+    sources: list[str]
     replaced: list[Trajectory]
     seconds: float  # since the step before took its groups
     waited: float  # seconds of these in which the trainer had nothing to do
@@ -203,10 +209,13 @@ class Rollouts:
         for group in chosen:
             del self._groups[group.number]
             self._complete.remove(group.number)
+        if step == self.rules.steps - 1:  # nobody will want the rest
+            self._give_up(list(self._groups.values()))
         replaced = [trajectory for *_, trajectories in sorted(self._replaced, key=lambda entry: entry[:2]) for trajectory in trajectories]
         self._replaced.clear()
         now = asyncio.get_running_loop().time()
-        taken = Taken([group.trajectories() for group in chosen], replaced, now - self._taken_at, now - began, self._running)
+        names = [[self.episode(group, number).name for number in sorted(group.finished)] for group in chosen]
+        taken = Taken([group.trajectories() for group in chosen], names, [group.plan.source for group in chosen], replaced, now - self._taken_at, now - began, self._running)
         self._taken_at = now
         return taken
 
