@@ -28,6 +28,7 @@ from rome.model.sharding import param_shardings
 from rome.rollout.anchors import Anchors, anchor_of, fork_imitation
 from rome.rollout.curriculum import Curriculum
 from rome.rollout.experts import collect_experts
+from rome.rollout.forks import Forks
 from rome.rollout.groups import Plan, Rollouts, Rules, Taken
 from rome.rollout.outcomes import mixed_groups, rollout_figures
 from rome.rollout.scheduler import Accounting, Episode
@@ -143,7 +144,8 @@ class Collector:
         if not source:
             return Plan(task)
         chunks = load_trajectory(self.files / source).chunks
-        return Plan(task, tuple(tuple(chunks[:anchor]) for anchor in anchors), source)
+        prefixes = tuple(tuple(chunks[:anchor]) for anchor in anchors)
+        return Plan(task, prefixes, source, Forks(lambda: self.run.make_env(task), prefixes))
 
     # -- one step ----------------------------------------------------------------------------------------------------------------------------
 

@@ -80,7 +80,7 @@ async def run_episode(
     try:
         async with asyncio.timeout(limits.episode_seconds):
             instruction, _ = await env.areset()
-            await _replay(env, prefix, chunks)
+            await replay(env, prefix, chunks)
             reward, ending, note = await _play(engine, env, chat, limits, instruction, chunks, seed, temperature, routes)
     except ReplayError as error:
         ending, note = "infra_sandbox", str(error)
@@ -100,7 +100,7 @@ async def run_episode(
     )
 
 
-async def _replay(env: Env, prefix: Sequence[Chunk], chunks: list[Chunk]) -> None:
+async def replay(env: Env, prefix: Sequence[Chunk], chunks: list[Chunk]) -> None:
     """Takes the turns of `prefix` again and appends them to `chunks` as context. Raises ReplayError where the environment answers otherwise."""
     for number, chunk in enumerate(prefix, 1):
         observation, _, terminated, truncated, info = await env.astep(chunk.text)

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import collections
 import dataclasses
 import heapq
 import json
@@ -34,6 +35,7 @@ from typing import Any, Literal
 
 from rome.agent.loop import derive_seed
 from rome.data.trajectory import Chunk, Trajectory
+from rome.rollout.forks import Forks
 from rome.rollout.scheduler import Accounting, Episode, Stopped
 
 Late = Literal["wait", "keep", "drop"]
@@ -70,11 +72,16 @@ class Rules:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a group plays. `prefixes`: what the n-th episode replays first, () for all from the beginning; `source` names the file they are from."""
+    """What a group plays.
+
+    prefixes: what the n-th episode replays first, () for all from the beginning. source: names the file they are from. forks: where they were
+    replayed; closed with the group.
+    """
 
     task: str
     prefixes: tuple[tuple[Chunk, ...], ...] = ()
     source: str = ""
+    forks: Forks | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass(eq=False)
@@ -87,6 +94,7 @@ class Group:
     open: dict[int, asyncio.Task] = dataclasses.field(default_factory=dict)
     versions: dict[int, int] = dataclasses.field(default_factory=dict)  # that began its episodes
     finished: dict[int, Trajectory] = dataclasses.field(default_factory=dict)
+    retries: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)  # of samples that became too old
     closed: bool = False  # it is complete or given up: what else finishes is redundant
 
     def age(self, version: int) -> int:
@@ -207,8 +215,7 @@ class Rollouts:
                 pass
         self._journal.add(step, [(group.number, group.attempt) for group in chosen])
         for group in chosen:
-            del self._groups[group.number]
-            self._complete.remove(group.number)
+            self._remove(group)
         if step == self.rules.steps - 1:  # nobody will want the rest
             self._give_up(list(self._groups.values()))
         replaced = [trajectory for *_, trajectories in sorted(self._replaced, key=lambda entry: entry[:2]) for trajectory in trajectories]
@@ -222,9 +229,11 @@ class Rollouts:
     async def close(self) -> None:
         """Cancels what is in flight and waits until its sandboxes are gone. It stays in flight in the accounting: a resumed run begins it again."""
         self._closing = True
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for group in self._groups.values():
+            for task in group.open.values():
+                task.cancel()
+        forks = [group.plan.forks.aclose() for group in self._groups.values() if group.plan.forks is not None]
+        await asyncio.gather(*self._tasks, *forks, return_exceptions=True)
 
     async def get_state(self) -> dict[str, Any]:
         """What a resumed run must know. Finished trajectories are files; their groups are begun again and find them."""
@@ -244,12 +253,13 @@ class Rollouts:
         """The n-th episode of a group: the same, whoever asks and when."""
         rules, plan = self.rules, group.plan
         wave, index = divmod(group.number, rules.groups_per_wave)
-        again = ("again", group.attempt) if group.attempt else ()
-        index, number = (index, number) if rules.siblings == 1 else divmod(index, rules.siblings)
+        again = (("again", group.attempt) if group.attempt else ()) + (("stale", group.retries[number]) if group.retries[number] else ())
+        if rules.siblings > 1:
+            index, number = divmod(index, rules.siblings)
         name = f"{wave:06d}_g{index:03d}{f'r{group.attempt}' if group.attempt else ''}_e{number:02d}"
         prefix = plan.prefixes[number % len(plan.prefixes)] if plan.prefixes else ()
         seed = derive_seed(rules.seed, plan.task, wave, index, number, *again)
-        return Episode(plan.task, group.number // rules.siblings, number, seed, name, prefix)
+        return Episode(plan.task, group.number // rules.siblings, number, seed, name, prefix, plan.forks)
 
     def _open(self, group: Group) -> None:
         self._groups[group.number] = group
@@ -306,6 +316,7 @@ class Rollouts:
         """Its sample is dropped, and its file with it."""
         self.accounting.drop(reason)
         self._forget(self.episode(group, number))
+        group.retries[number] += 1
         group.versions.pop(number, None)
         heapq.heappush(self._waiting, (group.number, -group.attempt, number, group))
 
@@ -387,9 +398,16 @@ class Rollouts:
         for group in groups:
             self.accounting.drop("redundant", len(group.finished))
             self._close_group(group)
-            del self._groups[group.number]
-            if group.number in self._complete:
-                self._complete.remove(group.number)
+            self._remove(group)
+
+    def _remove(self, group: Group) -> None:
+        del self._groups[group.number]
+        if group.number in self._complete:
+            self._complete.remove(group.number)
+        if group.plan.forks is not None:
+            closing = asyncio.get_running_loop().create_task(group.plan.forks.aclose())
+            self._tasks.add(closing)
+            closing.add_done_callback(self._tasks.discard)
 
 
 def _has_spread(group: Group) -> bool:

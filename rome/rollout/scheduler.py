@@ -17,6 +17,7 @@ from envs.gem.core import Env
 from rome.agent.loop import Generator, Limits, derive_seed, run_episode
 from rome.data.trajectory import Chunk, Trajectory, load_trajectory, save_trajectory
 from rome.model.tokenizer import Chat
+from rome.rollout.forks import Forks
 
 
 class Stopped(Exception):
@@ -31,7 +32,7 @@ class RolloutError(RuntimeError):
 class Episode:
     """What to play: a task by name, its place among the groups, the seed of its sampling.
 
-    name: of its file. prefix: an expert's chunks that are replayed before the policy takes over.
+    name: of its file. prefix: an expert's chunks that are replayed before the policy takes over. forks: environments in which they were replayed already.
     """
 
     task: str
@@ -40,6 +41,7 @@ class Episode:
     seed: int
     name: str = ""
     prefix: tuple[Chunk, ...] = ()
+    forks: Forks | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass
@@ -150,8 +152,9 @@ class Scheduler:
         if path is not None and path.exists():
             return load_trajectory(path)
         for attempt in range(self.attempts):
+            env = await episode.forks.env_at(episode.prefix) if episode.forks and not attempt else self.make_env(episode.task)
             trajectory = await run_episode(
-                self.engine, self.make_env(episode.task), self.chat, self.limits, temperature=temperature,
+                self.engine, env, self.chat, self.limits, temperature=temperature,
                 seed=episode.seed if attempt == 0 else derive_seed(episode.seed, "attempt", attempt),
                 group=episode.group, episode=episode.episode, routes=routes, prefix=episode.prefix,
             )
