@@ -5,7 +5,9 @@ python -m launch.train --config=experiments/ipa.py:smoke      # under a minute, 
 python -m launch.train --config=experiments/ipa.py:qwen3_30b_a3b --config.engines=http://a:30000,http://b:30000   # a pod; not run
 
 Baselines: --config.loss=token_level (the paper's Eq. 4-6) or --config.loss=grpo, dr_grpo, rloo, gspo, dapo, cispo, topr, tis, icepop, gigpo
-(rome/losses/policy.py says what each is). DAPO's dynamic sampling is here filter_groups alone: groups without spread are left out, not replaced.
+(rome/losses/policy.py says what each is). DAPO's dynamic sampling is --config.replace_equal.
+
+Asynchronous: --config.async_ratio=1. Resampling from anchors: --config.resampling=parallel (IPA's Parallelized Initialization) or rollback.
 """
 
 from typing import NamedTuple
@@ -55,6 +57,16 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.groups = 32                    # tasks a step, more of them from families whose outcome is open
     config.group_size = 4                 # episodes a task
     config.filter_groups = True           # groups that all won or all failed compare nothing and are left out
+    config.replace_equal = False          # such a group is replaced by another task at once, up to four times (DAPO's dynamic sampling)
+    config.async_ratio = 0                # alpha: a step trains on samples that were begun at most so many versions ago; 0: synchronous
+    config.late = "wait"                  # samples beyond that bound: wait (there are none), keep, drop (rome/rollout/groups.py)
+    config.whole_groups = True            # False: a step takes single episodes, whatever the others of their group do
+    config.redundancy = 0                 # further episodes of a group: the first group_size results count
+    config.redundant_groups = 0           # further groups a step: the first `groups` complete ones count
+    config.keep_redundant = False         # what is too late plays on for its file instead of being cancelled
+    config.resampling = "off"             # parallel or rollback: hard tasks begin inside a trajectory that solved them (rome/rollout/anchors.py)
+    config.resample_share = 0.25          # of a step's groups, at most
+    config.alarm_kl = 0.1                 # k3 of engine against trainer, or of a fresh sample's first update, at which the run stops
     config.updates_per_step = 2           # optimizer updates on one step's data, so that ratios act
     config.row_length = 160               # tokens a row
     config.chunks_per_row = 16
@@ -114,5 +126,6 @@ def _pod(config: ml_collections.ConfigDict, preset: str) -> None:
     config.episode_seconds = 1800.0
     config.sandbox.isolation = "required"
     config.learner.remat = "full"
+    config.async_ratio = 1
     config.routing_replay = "rollout"     # in bfloat16 two programs choose different experts; SGLang: --enable-return-routed-experts
     config.mesh.update(PODS[preset].mesh)

@@ -8,13 +8,15 @@ import importlib.util
 import json
 import math
 import pathlib
-from typing import Any
+from typing import Any, get_args
 
 import ml_collections
 
 from envs.rock import SandboxConfig
 from rome.losses import ADVANTAGES, LIKELIHOODS, LOSSES, PUBLISHED, LossConfig, unbounded_weight
 from rome.model.config import PRESETS, REMATS
+from rome.rollout.anchors import Resampling
+from rome.rollout.groups import Late
 
 SANDBOX_KEYS = {"isolation": str, "memory_mb": int, "pids": int, "disk_mb": int, "command_timeout": float, "egress": str}
 LEARNER_KEYS = {"remat": str, "attention": str, "experts": str, "exchange": str, "capacity_factor": float, "router_z_loss_coef": float, "offload_moments": bool}
@@ -33,6 +35,8 @@ SFT_KEYS = AGENT_KEYS | {"rows": int, "expert_episodes": int, "expert_error_rate
 RL_KEYS = AGENT_KEYS | {
     "gamma": float, "mismatch_threshold": float, "mismatch_low": float, "mismatch_mask": str, "lambda_rl": float, "lambda_il": float, "norm": str,
     "failure_reward": float, "denial_penalty": float, "clip_low": float, "clip_high": float, "dual_clip": float, "anchor": str, "old": str, "routing_replay": str, "groups": int, "group_size": int, "filter_groups": bool,
+    "replace_equal": bool, "async_ratio": int, "late": str, "whole_groups": bool, "redundancy": int, "redundant_groups": int, "keep_redundant": bool,
+    "resampling": str, "resample_share": float, "alarm_kl": float,
 }
 KEYS = {"cpt": CPT_KEYS, "sft": SFT_KEYS}  # of a loss; the others are RL's
 # Switches that some losses read; 0 stands for the value of the loss' paper (PUBLISHED, where the first is called mismatch_limit).
@@ -42,8 +46,9 @@ INHERITED = ("seed", "model", "tokenizer", "engines", "engine_slots", "sandbox",
 CHOICES = {
     "loss": tuple(LOSSES), "mismatch_mask": ("chunk", "token"), "norm": ("tokens", "chunks", "trajectories"),
     "anchor": ("history", "observation"), "old": ("trainer", "rollout"), "routing_replay": ("off", "rollout", "recompute"), "isolation": ("required", "best_available"), "model": tuple(PRESETS), "remat": REMATS,
+    "late": get_args(Late), "resampling": get_args(Resampling),
 }
-MAY_BE_ZERO = {"seed", "warmup_updates", "weight_decay", "eval_every", "expert_error_rate", "lambda_rl", "lambda_il", "failure_reward", "denial_penalty", "temperature", "eval_temperature", "capacity_factor", "router_z_loss_coef", "async_ratio", *OF_SOME_LOSSES}
+MAY_BE_ZERO = {"seed", "warmup_updates", "weight_decay", "eval_every", "expert_error_rate", "lambda_rl", "lambda_il", "failure_reward", "denial_penalty", "temperature", "eval_temperature", "capacity_factor", "router_z_loss_coef", "async_ratio", "redundancy", "redundant_groups", *OF_SOME_LOSSES}
 
 
 class ConfigError(ValueError):
@@ -106,12 +111,26 @@ def _check_rl(config: ml_collections.ConfigDict) -> None:
         loss_config(config)
     except ValueError as error:
         raise ConfigError(f"loss={config.loss}: {error}.") from None
-    if config.get("async_ratio", 0) and (reason := unbounded_weight(config.loss, config.dual_clip)):
+    if config.async_ratio and (reason := unbounded_weight(config.loss, config.dual_clip)):
         raise ConfigError(f"async_ratio={config.async_ratio} trains on samples of older weights, but {reason}, with async_ratio=0.")
+    _check_rollouts(config)
     if config.temperature == 0:
         raise ConfigError("temperature=0 gives a group of equal episodes and no gradient. Set it above 0.")
     if config.routing_replay == "recompute" and config.old == "rollout":
         raise ConfigError("routing_replay=recompute records routes while logp_old is scored, and old=rollout scores nothing. Set old=trainer, or routing_replay=rollout.")
+
+
+def _check_rollouts(config: ml_collections.ConfigDict) -> None:
+    if config.whole_groups is False and (needs := next((key for key in ("filter_groups", "replace_equal", "redundancy") if config[key]), None)):
+        raise ConfigError(f"whole_groups=False takes episodes without the others of their group, and {needs}={config[needs]!r} looks at groups. Turn one of them off.")
+    if config.whole_groups is False and config.loss in ADVANTAGES:
+        raise ConfigError(f"whole_groups=False takes episodes without the others of their group, which loss={config.loss} compares them with. Choose ipa, token_level or topr.")
+    if config.resampling != "off" and not config.lambda_il:
+        raise ConfigError(f"resampling={config.resampling} begins inside what an expert showed, and lambda_il=0 shows nothing. Set it above 0.")
+    if config.resampling == "parallel" and config.loss in ADVANTAGES:
+        raise ConfigError(f"resampling=parallel begins the episodes of a group at different places, and loss={config.loss} compares them as equals. Choose rollback, or loss=ipa.")
+    if config.resample_share > 1:
+        raise ConfigError(f"resample_share={config.resample_share} is a share of the groups. Set it between 0 and 1.")
 
 
 def sandbox_config(config: ml_collections.ConfigDict) -> SandboxConfig:

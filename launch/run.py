@@ -17,7 +17,7 @@ import pathlib
 import random
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,28 +28,28 @@ from jax.sharding import Mesh
 from envs.rock.sync import run as run_async
 from envs.tasks.terminal import FAMILIES, HELD_OUT_FAMILIES, eval_seed, train_seed
 from envs.tasks.terminal.env import BASH_TOOL, TerminalEnv
+from launch.collect import EXPERT_CONCURRENCY, Collector, load_when_visible, own_settings
 from launch.config import loss_config, sandbox_config
 from launch.distributed import check_mesh_spans
 from rome.agent.loop import Limits, derive_seed
 from rome.data.batch import Batch
-from rome.data.packing import microbatches, pack
+from rome.data.packing import microbatches
 from rome.data.sources import sft_batches
 from rome.data.text import Corpus, read_corpus, text_batches, text_rows
-from rome.data.trajectory import Trajectory, load_trajectory
+from rome.data.trajectory import Trajectory
 from rome.engine.client import Engine
 from rome.engine.pool import EnginePool
 from rome.engine.process import start_server
 from rome.engine.publish import publish_weights, write_checkpoint
-from rome.losses import ADVANTAGES, LIKELIHOODS, LOSSES, count_denominators
+from rome.losses import LIKELIHOODS, LOSSES, count_denominators
 from rome.model.config import PRESETS, ModelConfig
 from rome.model.hf import load_hf, read_config, save_hf
 from rome.model.kernels import Kernels
 from rome.model.sharding import make_mesh, param_shardings
 from rome.model.tokenizer import Chat, Tokenizer
-from rome.rollout.curriculum import Curriculum
 from rome.rollout.experts import collect_experts
-from rome.rollout.outcomes import mixed_groups, rollout_figures, unsolved_tasks
 from rome.rollout.scheduler import Accounting, Episode, Scheduler
+from rome.train.alarms import check_figures
 from rome.train.checkpoint import Checkpoints
 from rome.train.display import Display
 from rome.train.loop import Stage, StepData, run_stage
@@ -62,8 +62,6 @@ from rome.train.team import Team
 
 PROBE = "Read the note and do what it says."  # any text does: the engine's logprobs of it must be the trainer's
 PUBLISH_SECONDS = 900.0
-EXPERT_CONCURRENCY = 16
-VISIBLE_SECONDS = 120.0  # in which a file that one host wrote is seen by the others (NFS and buckets keep old listings for a while)
 PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}  # the largest difference of one token's logprob; other weights differ by more
 
 
@@ -83,13 +81,26 @@ class Run:
     corpus: Corpus | None = None  # of a stage that learns from plain text
     started: float = dataclasses.field(default_factory=time.monotonic)
     seconds_before: float = 0.0
-    accounting: Accounting = dataclasses.field(default_factory=Accounting)
-    curriculum: Curriculum = dataclasses.field(default_factory=lambda: Curriculum(FAMILIES))
     evals: list[Evaluation] = dataclasses.field(default_factory=list)
     published: int | None = None
     pool: EnginePool | None = None
     server: Any = None
+    checkpoints: Checkpoints | None = None
     stream: Any = None  # of batches with a position, where nothing is sampled
+
+    @functools.cached_property
+    def collector(self) -> Collector:
+        return Collector(self)
+
+    @property
+    def plays(self) -> bool:
+        """Whether this stage learns from episodes of its own."""
+        return self.config.loss not in LIKELIHOODS
+
+    @property
+    def weights(self) -> pathlib.Path:
+        """Where engines find what was published."""
+        return self.workdir / "weights"
 
     # -- engines -------------------------------------------------------------------------------------------------------------------
 
@@ -99,7 +110,7 @@ class Run:
             return
         urls = [url.strip() for url in self.config.engines.split(",") if url.strip()]
         if not urls:
-            start = self.workdir / "weights" / "start"
+            start = self.weights / "start"
             save_hf(state.params, self.model_config, start)
             if not self.team.leads:
                 return
@@ -119,7 +130,7 @@ class Run:
             return
         ids = self.chat.open(PROBE)
         expected = self.learner.score_one(state.params, ids)
-        path = write_checkpoint(state.params, self.model_config, self.workdir / "weights", version)
+        path = write_checkpoint(state.params, self.model_config, self.weights, version, self._needed(version))
 
         def publish() -> None:
             run_async(publish_weights(
@@ -128,6 +139,14 @@ class Run:
 
         self.team.share(f"weights {version}", publish)
         self.published = version
+        if self.plays:
+            self.collector.advance(state)
+
+    def _needed(self, version: int) -> set[int]:
+        """Versions whose samples a run that resumes from a checkpoint may have to score again."""
+        if not self.plays or not self.config.async_ratio:
+            return set()
+        return {step - age for step in (version, *self.checkpoints.steps()) for age in range(self.config.async_ratio + 1)}
 
     def make_env(self, task: str) -> TerminalEnv:
         return TerminalEnv(
@@ -150,76 +169,12 @@ class Run:
         if self.stream is None:
             self.stream = self._open_stream()
         batch = next(self.stream)
-        self._require_same_rows(step, batch)
+        self.require_same_rows(step, batch)
         batches = microbatches(batch, self.config.rows_per_microbatch)
         tokens = sum(int((batch.segments_BT > 0).sum()) for batch in batches)
         return StepData(batches, count_denominators(batches), {"tokens": tokens})
 
-    def collect_rollouts(self, step: int, state: TrainState) -> StepData:
-        """groups x group_size fresh episodes at the weights of `state`, packed, with logp_old scored at those weights."""
-        config = self.config
-        learnt: list[Trajectory] = []  # the leader's own; the others read theirs
-        shared = self.team.share(f"episodes of step {step}", lambda: self._play_step(step, learnt))
-        learnt = learnt or [_load_when_visible(self.workdir / "trajectories" / name) for name in (*shared["kept"], *shared["shown"])]
-        batch = pack(
-            learnt, row_length=config.row_length, chunks_per_row=config.chunks_per_row, gamma=config.gamma, failure_reward=config.failure_reward,
-            routes_for=self.model_config if config.routing_replay == "rollout" else None,
-            advantage=ADVANTAGES.get(config.loss, "normalised"), anchor=config.anchor, denial_penalty=config.denial_penalty,
-        )
-        self._require_same_rows(step, batch)
-        batches = self._with_old(microbatches(batch, config.rows_per_microbatch), state)
-        if self.team.leads:
-            self.accounting.in_flight -= shared["played"]
-            self.accounting.trained += len(shared["kept"])
-            self.accounting.dropped["equal_group"] += shared["played"] - len(shared["kept"])
-            self.accounting.check()
-        return StepData(batches, count_denominators(batches), shared["figures"])
-
-    def _play_step(self, step: int, learnt: list[Trajectory]) -> dict[str, Any]:
-        """The leader's part of a step: plays its episodes and puts into `learnt` what is trained on. Returns what the others need."""
-        config, began = self.config, time.monotonic()
-        rng = random.Random(f"tasks/{config.seed}/{step}")
-        tasks = [f"{family}/{train_seed(rng.randrange(1_000_000))}" for family in self.curriculum.draw(config.groups, rng)]
-        episodes = [
-            Episode(task, group, number, derive_seed(config.seed, task, step, group, number))
-            for group, task in enumerate(tasks) for number in range(config.group_size)
-        ]
-        files = self.workdir / "trajectories"
-        name = lambda episode: f"{config.experiment}_{step:06d}_g{episode.group:03d}_e{episode.episode:02d}.json"  # of an episode or its trajectory
-        trajectories = self.play(
-            episodes, config.temperature, accounting=self.accounting, record=lambda episode: files / name(episode), routes=config.routing_replay == "rollout",
-        )
-        seconds = time.monotonic() - began
-        self.curriculum.observe(trajectories)
-        kept = mixed_groups(trajectories) if config.filter_groups else trajectories
-        expert_name = lambda number: f"{config.experiment}_{step:06d}_expert_{number:03d}.json"
-        shown = self.show_experts(unsolved_tasks(trajectories), lambda number: files / expert_name(number)) if config.lambda_il else []
-        learnt.extend(kept + shown)
-        return {
-            "played": len(trajectories), "kept": [name(one) for one in kept], "shown": [expert_name(number) for number in range(len(shown))],
-            "figures": rollout_figures(trajectories, step, seconds) | {"demonstrations": len(shown)},
-        }
-
-    def show_experts(self, tasks: list[str], record: Callable[[int], pathlib.Path]) -> list[Trajectory]:
-        """Eq. 10's imitation: what an expert does in the tasks that no episode of the step solved."""
-        return run_async(collect_experts(
-            tasks, self.make_env, self.chat, error_rate=0.0, concurrency=EXPERT_CONCURRENCY, record=record, first_group=self.config.groups,
-        ), 60.0 + len(tasks) * self.config.episode_seconds / EXPERT_CONCURRENCY)
-
-    def _with_old(self, batches: list[Batch], state: TrainState) -> list[Batch]:
-        """logp_old of every micro-batch and, where the trainer is to replay its own routes, the routes of the pass that scored them."""
-        if self.config.old == "rollout":
-            return [batch._replace(logp_old_BT=batch.logp_rollout_BT) for batch in batches]
-        if self.config.routing_replay == "recompute":
-            scored = self.learner.score_and_record(state.params, batches)
-        else:
-            scored = [(logp_BT, batch.routes_BTLk) for batch, logp_BT in zip(batches, self.learner.score(state.params, batches))]
-        return [
-            batch._replace(logp_old_BT=np.where(batch.action_mask_BT, logp_BT, 0.0), routes_BTLk=routes_BTLk)
-            for batch, (logp_BT, routes_BTLk) in zip(batches, scored)
-        ]
-
-    def _require_same_rows(self, step: int, batch: Batch) -> None:
+    def require_same_rows(self, step: int, batch: Batch) -> None:
         """Each process packs for itself and feeds only its own rows: that they are parts of one batch is checked, not assumed."""
         if self.team.count > 1:
             digest = hashlib.sha256()
@@ -265,14 +220,15 @@ class Run:
     def host_state(self) -> dict[str, Any]:
         stream = None if self.stream is None else self.stream.get_state()
         text = None if self.corpus is None else self.corpus.digest
-        return {"accounting": self.accounting.to_json(), "seconds": self.seconds(), "stream": stream, "text": text, "success_rates": self.curriculum.rates}
+        rollouts = self.collector.get_state() if self.plays else None
+        return {"seconds": self.seconds(), "stream": stream, "text": text, "rollouts": rollouts}
 
     def load_host_state(self, step: int, host: dict[str, Any]) -> None:
         if self.corpus is not None and self.corpus.digest != host.get("text"):  # a position in another text would mean nothing
             raise ValueError(f"the text under {self.config.text or 'the standard library'} is not what the checkpoint of step {step} was trained on. Bring it back, or give another --workdir.")
-        self.accounting = Accounting.from_json(host["accounting"])
         self.seconds_before = host["seconds"]
-        self.curriculum = Curriculum(FAMILIES, host["success_rates"])
+        if self.plays:
+            self.collector.set_state(host["rollouts"])
         stage = self.config.experiment
         done = sorted(int(path.stem.rpartition("_")[2]) for path in outcomes_path(self.workdir, stage, 0).parent.glob(f"{stage}_*.json"))
         self.evals = [evaluation_of(stage, number, read_outcomes(self.workdir, stage, number)) for number in done if number <= step]
@@ -288,11 +244,12 @@ class Run:
     def write_report(self, step: int) -> None:
         if not self.team.leads:
             return
-        self.accounting.check()
+        accounting = self.collector.accounting if self.plays else Accounting()
+        accounting.check()
         write_report(self.workdir, {
             "experiment": self.config.experiment, "preset": self.config.preset, "loss": self.config.loss, "seed": self.config.seed, "steps": step,
             "wall_seconds": round(self.seconds(), 1), "isolation": self.isolation, "evals": [*self.earlier_evals, *self.evals],
-            "accounting": self.accounting.to_json(),
+            "accounting": accounting.to_json(),
         })
 
     def export(self, state: TrainState) -> None:
@@ -308,6 +265,8 @@ class Run:
         self.team.share("final", finish)
 
     def close(self) -> None:
+        if self.plays:
+            self.collector.close()
         if self.pool is not None:
             run_async(self.pool.close(), 30.0)
         if self.server is not None:
@@ -332,7 +291,7 @@ class Run:
 
         trajectories: list[Trajectory] = []
         self.team.share("experts", play)
-        trajectories = trajectories or [_load_when_visible(path(number)) for number in range(len(tasks))]
+        trajectories = trajectories or [load_when_visible(path(number)) for number in range(len(tasks))]
         return iter(sft_batches(trajectories, **shape))
 
 
@@ -386,7 +345,7 @@ def make_learner(config: ml_collections.ConfigDict, model_config: ModelConfig, d
 def train(run: Run, init_directory: pathlib.Path | None) -> TrainState:
     """Starts or resumes the run and trains to its end, or to the step at which the user asked to stop."""
     config, learner = run.config, run.learner
-    checkpoints = Checkpoints(run.workdir / "checkpoints", config.checkpoints_kept)
+    checkpoints = run.checkpoints = Checkpoints(run.workdir / "checkpoints", config.checkpoints_kept)
     step = run.team.share("checkpoint", checkpoints.latest)
     if step is None:
         state = learner.init(config.seed) if init_directory is None else learner.start(load_start(init_directory, run.model_config, learner.mesh))
@@ -397,9 +356,9 @@ def train(run: Run, init_directory: pathlib.Path | None) -> TrainState:
     run.team.meet("state")  # some had to compile what made it, others found it compiled; gloo gives them 30 s to reach a collective together
     stage = Stage(
         name=config.experiment, steps=config.steps, updates_per_step=config.updates_per_step, evaluate_every=config.eval_every,
-        checkpoint_every=config.checkpoint_every, collect=run.collect_batches if config.loss in LIKELIHOODS else run.collect_rollouts,
-        publish=(lambda state: None) if config.loss in LIKELIHOODS else run.publish, evaluate=run.evaluate, host_state=run.host_state, should_stop=run.team.should_stop,
-        team=run.team,
+        checkpoint_every=config.checkpoint_every, collect=run.collector.collect if run.plays else run.collect_batches,
+        publish=run.publish if run.plays else lambda state: None, evaluate=run.evaluate, host_state=run.host_state, should_stop=run.team.should_stop,
+        check=lambda step, figures: check_figures(step, figures, config.alarm_kl) if run.plays else None, team=run.team,
     )
     try:
         run.start_engines(state)
@@ -420,7 +379,7 @@ def train(run: Run, init_directory: pathlib.Path | None) -> TrainState:
 
 def load_start(directory: pathlib.Path, model_config: ModelConfig, mesh: Mesh) -> dict:
     """float32 parameters of a Hugging Face directory, or of what launch.convert made of one, straight to their places on the mesh."""
-    ours = {name: getattr(model_config, name) for name in ("dtype", "remat", "scan_layers", "capacity_factor", "router_z_loss_coef")}  # not the checkpoint's affair
+    ours = own_settings(model_config)
     loaded, shardings = read_config(directory, **ours), param_shardings(mesh, model_config)
     if loaded != model_config:
         raise ValueError(f"{directory} holds another model than --config.model asks for: {loaded}, not {model_config}")
@@ -432,13 +391,3 @@ def load_start(directory: pathlib.Path, model_config: ModelConfig, mesh: Mesh) -
 def _shifted(task: str, offset: int) -> str:
     family, seed = task.split("/")
     return f"{family}/{int(seed) + offset}"
-
-
-def _load_when_visible(path: pathlib.Path) -> Trajectory:
-    """A trajectory that the leader says it has written."""
-    ends = time.monotonic() + VISIBLE_SECONDS
-    while not path.exists() and time.monotonic() < ends:
-        time.sleep(0.2)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}, written by process 0, is not seen here within {VISIBLE_SECONDS:.0f} s; is --workdir on a file system that all hosts share?")
-    return load_trajectory(path)

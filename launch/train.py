@@ -90,10 +90,11 @@ def start_team(stop: StopRequest):
     from launch.distributed import choose, start
     from rome.engine.client import EngineError
     from rome.rollout.scheduler import RolloutError, Stopped
+    from rome.train.alarms import TrainingAlarm
     from rome.train.checkpoint import CheckpointError
 
     plan = choose(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    team = start(plan, stop=stop, errors=(Stopped, RolloutError, EngineError, SandboxError, ConfigError, CheckpointError))
+    team = start(plan, stop=stop, errors=(Stopped, RolloutError, EngineError, SandboxError, ConfigError, CheckpointError, TrainingAlarm))
     stop.listen()  # jax.distributed has put a handler of its own in our place
     return team
 
@@ -166,12 +167,13 @@ def run_main(argv: list[str]) -> int:
     from launch.distributed import DistributedError
     from rome.engine.client import EngineError
     from rome.rollout.scheduler import RolloutError
+    from rome.train.alarms import TrainingAlarm
     from rome.train.checkpoint import CheckpointError
     from rome.train.team import LeaderError
 
     try:
         return main(argv)
-    except (ValueError, OSError, SandboxError, EngineError, RolloutError, CheckpointError, DistributedError, LeaderError) as error:
+    except (ValueError, OSError, SandboxError, EngineError, RolloutError, CheckpointError, DistributedError, LeaderError, TrainingAlarm) as error:
         if os.environ.get("ROME_DEBUG"):
             raise
         print(f"launch.train: {' '.join(str(error).split())}", file=sys.stderr)

@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import hashlib
 import time
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from envs.gem.core import Env
@@ -18,6 +19,10 @@ from rome.data.routes import extend_routes
 from rome.data.trajectory import Chunk, Trajectory
 from rome.engine.client import Completion, EngineError, Sampling
 from rome.model.tokenizer import Chat
+
+
+class ReplayError(RuntimeError):
+    """An environment that was led along an earlier trajectory did not answer as it had."""
 
 
 class Generator(Protocol):
@@ -58,7 +63,7 @@ def derive_seed(*parts: Any) -> int:
 
 async def run_episode(
     engine: Generator, env: Env, chat: Chat, limits: Limits, *, seed: int, temperature: float = 1.0, group: int = 0, episode: int = 0,
-    routes: bool = False,
+    routes: bool = False, prefix: Sequence[Chunk] = (),
 ) -> Trajectory:
     """Plays one episode to its typed ending; returns what happened, never raises for what a policy, tool or server did.
 
@@ -66,6 +71,8 @@ async def run_episode(
       env: a GEM environment with async twins (`areset`, `astep`, `aclose`); closed here.
       seed: of the episode; the seed of turn k derives from (seed, k).
       routes: the engine is asked for the experts of each token, and the chunks keep them.
+      prefix: chunks of an earlier trajectory of this task. Their turns are taken again in the environment, which must answer as it did then, and
+        stand in the trajectory as context; the policy plays from there. Where it answers otherwise the episode ends as infra_sandbox.
     """
     started, engine = time.monotonic(), _Timed(engine)
     chunks: list[Chunk] = []
@@ -73,7 +80,10 @@ async def run_episode(
     try:
         async with asyncio.timeout(limits.episode_seconds):
             instruction, _ = await env.areset()
+            await replay(env, prefix, chunks)
             reward, ending, note = await _play(engine, env, chat, limits, instruction, chunks, seed, temperature, routes)
+    except ReplayError as error:
+        ending, note = "infra_sandbox", str(error)
     except TimeoutError:
         # Slow commands are the policy's doing; a slow engine is not, and must not become a reward of 0.
         ending = "infra_engine" if engine.seconds > limits.episode_seconds / 2 else "timeout"
@@ -90,15 +100,29 @@ async def run_episode(
     )
 
 
+async def replay(env: Env, prefix: Sequence[Chunk], chunks: list[Chunk]) -> None:
+    """Takes the turns of `prefix` again and appends them to `chunks` as context. Raises ReplayError where the environment answers otherwise."""
+    for number, chunk in enumerate(prefix, 1):
+        observation, _, terminated, truncated, info = await env.astep(chunk.text)
+        if terminated or truncated:
+            raise ReplayError(f"the replay ended in turn {number} of {len(prefix)} as {info['ending']}: {info.get('note') or 'no detail'}")
+        if observation != chunk.observation:
+            raise ReplayError(
+                f"turn {number} of {len(prefix)} was replayed, and {env.task.name} answered {observation[:100]!r} where it had answered "
+                f"{chunk.observation[:100]!r}; a task that is not deterministic cannot be resampled from its middle"
+            )
+        chunks.append(dataclasses.replace(chunk, logprobs=[0.0] * len(chunk.action_ids), versions=[], kind="context", cached_tokens=0, routes=None))
+
+
 async def _play(
     engine: Generator, env: Env, chat: Chat, limits: Limits, instruction: str, chunks: list[Chunk], seed: int, temperature: float,
     routes: bool,
 ) -> tuple[float, str, str]:
     """Turn after turn until the environment or a limit ends the episode. Appends to `chunks`; returns (reward, ending, note)."""
     tokenizer = chat.tokenizer
-    context: list[int] = []
-    ran = 0  # tokens that the engine has run: all but the last one it drew
-    prompt_ids = chat.open(instruction)
+    context = [token for chunk in chunks for token in (*chunk.prompt_ids, *chunk.action_ids)]
+    ran = len(context)  # tokens whose routes are not asked for: those that were replayed, or that the engine has run (all but the last it drew)
+    prompt_ids = chat.observe([chunks[-1].observation]) if chunks else chat.open(instruction)
     while True:
         context += prompt_ids
         room = limits.max_context - len(context)

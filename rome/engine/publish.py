@@ -12,7 +12,7 @@ import pathlib
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -102,8 +102,10 @@ async def _bring_all(pool: EnginePool, engines: Sequence[Engine], mode: str) -> 
     return {engine.url: outcome for engine, outcome in zip(tasks.values(), outcomes) if isinstance(outcome, float)}
 
 
-def write_checkpoint(params: Any, config: ModelConfig, directory: str | os.PathLike[str], version: int, *, delta: bool = False) -> pathlib.Path:
-    """Writes directory/step_N: a reader sees all of it or nothing, also after a power cut. Only the last two versions stay.
+def write_checkpoint(
+    params: Any, config: ModelConfig, directory: str | os.PathLike[str], version: int, needed: Collection[int] = (), *, delta: bool = False,
+) -> pathlib.Path:
+    """Writes directory/step_N: a reader sees all of it or nothing, also after a power cut. Only the last two versions stay, and those of `needed`.
 
     `delta`: beside it stands step_N.delta, which leads there from the version before (`rome.engine.mirror`).
 
@@ -124,8 +126,9 @@ def write_checkpoint(params: Any, config: ModelConfig, directory: str | os.PathL
     steps = sorted(entry for entry in path.parent.iterdir() if re.fullmatch(r"step_\d+", entry.name))
     newest = steps.index(path) + 1  # later ones belong to a future that this run was rolled back from
     for old in [*steps[:max(newest - KEPT_DIRECTORIES, 0)], *steps[newest:]]:
-        shutil.rmtree(old)
-        old.with_name(old.name + ".delta").unlink(missing_ok=True)
+        if int(old.name.removeprefix("step_")) not in needed:
+            shutil.rmtree(old)
+            old.with_name(old.name + ".delta").unlink(missing_ok=True)
     if delta and newest > 1:
         earlier = place.with_name(steps[newest - 2].name + ".delta")
         write_delta(steps[newest - 2], path, place, read_header(earlier)["result"] if earlier.exists() else None)

@@ -1,4 +1,4 @@
-"""ROLL's scheduler: plays the episodes that a training step or an evaluation needs, and keeps account of every one.
+"""ROLL's player: one episode until it counts, or a list of them at once; `groups.py` decides which of them training plays, and when.
 
 Each episode moves alone (generation, commands and grading of different episodes overlap) under one limit of episodes at once. A finished
 trajectory is on disk before it is counted, so a killed run takes it up again instead of paying for it twice. An episode that the
@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 
 from envs.gem.core import Env
 from rome.agent.loop import Generator, Limits, derive_seed, run_episode
-from rome.data.trajectory import Trajectory, load_trajectory, save_trajectory
+from rome.data.trajectory import Chunk, Trajectory, load_trajectory, save_trajectory
 from rome.model.tokenizer import Chat
+from rome.rollout.forks import Forks
 
 
 class Stopped(Exception):
@@ -29,12 +30,18 @@ class RolloutError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Episode:
-    """What to play: a task by name, its place in the step, the seed of its sampling."""
+    """What to play: a task by name, its place among the groups, the seed of its sampling.
+
+    name: of its file. prefix: an expert's chunks that are replayed before the policy takes over. forks: environments in which they were replayed already.
+    """
 
     task: str
     group: int
     episode: int
     seed: int
+    name: str = ""
+    prefix: tuple[Chunk, ...] = ()
+    forks: Forks | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass
@@ -45,6 +52,18 @@ class Accounting:
     trained: int = 0
     dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     in_flight: int = 0
+
+    def begin(self) -> None:
+        self.started += 1
+        self.in_flight += 1
+
+    def drop(self, reason: str, number: int = 1) -> None:
+        self.in_flight -= number
+        self.dropped[reason] += number
+
+    def train(self, number: int) -> None:
+        self.in_flight -= number
+        self.trained += number
 
     def check(self) -> None:
         if self.started != self.trained + self.dropped.total() + self.in_flight:
@@ -98,7 +117,8 @@ class Scheduler:
 
         async def finish(episode: Episode) -> Trajectory:
             async with gate:
-                trajectory = await self._play_one(episode, temperature, accounting, record and record(episode), routes)
+                accounting.begin()
+                trajectory = await self.play_one(episode, temperature=temperature, accounting=accounting, path=record and record(episode), routes=routes)
             if on_finish is not None:
                 on_finish(trajectory)
             return trajectory
@@ -122,27 +142,29 @@ class Scheduler:
             for future in done:
                 future.result()
 
-    async def _play_one(
-        self, episode: Episode, temperature: float, accounting: Accounting, path: pathlib.Path | None, routes: bool,
+    async def play_one(
+        self, episode: Episode, *, temperature: float, accounting: Accounting, path: pathlib.Path | None = None, routes: bool = False,
     ) -> Trajectory:
+        """One trainable trajectory, from `path` where it is kept already. The caller has counted its beginning; here only replacements are.
+
+        Raises: RolloutError.
+        """
         if path is not None and path.exists():
-            accounting.started += 1
-            accounting.in_flight += 1
             return load_trajectory(path)
         for attempt in range(self.attempts):
-            accounting.started += 1
-            accounting.in_flight += 1
+            env = await episode.forks.env_at(episode.prefix) if episode.forks and not attempt else self.make_env(episode.task)
             trajectory = await run_episode(
-                self.engine, self.make_env(episode.task), self.chat, self.limits, temperature=temperature,
+                self.engine, env, self.chat, self.limits, temperature=temperature,
                 seed=episode.seed if attempt == 0 else derive_seed(episode.seed, "attempt", attempt),
-                group=episode.group, episode=episode.episode, routes=routes,
+                group=episode.group, episode=episode.episode, routes=routes, prefix=episode.prefix,
             )
             if trajectory.trainable:
                 if path is not None:
                     save_trajectory(trajectory, path)
                 return trajectory
-            accounting.in_flight -= 1
-            accounting.dropped[trajectory.ending] += 1
+            accounting.drop(trajectory.ending)
+            if attempt + 1 < self.attempts:
+                accounting.begin()
         raise RolloutError(
             f"{episode.task} was spoiled {self.attempts} times in a row, last as {trajectory.ending}: {trajectory.note or 'no detail'}. "
             "Finished trajectories are kept; mend the cause and run the same command again."

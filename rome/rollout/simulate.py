@@ -30,56 +30,14 @@ import dataclasses
 import heapq
 import math
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
+from rome.rollout.distributions import Constant, Distribution, Lognormal, Recorded
+
+__all__ = ["Constant", "Distribution", "Lognormal", "Outcome", "Plan", "Recorded", "Speedup", "agentic", "bound", "simulate", "speedup", "with_train_share"]
 Late = Literal["wait", "keep", "drop"]
-
-
-class Distribution(Protocol):
-    """Positive numbers: seconds, tokens or turns."""
-
-    mean: float
-
-    def draw(self, rng: np.random.Generator, size: int) -> np.ndarray: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Constant:
-    value: float
-
-    @property
-    def mean(self) -> float:
-        return self.value
-
-    def draw(self, rng: np.random.Generator, size: int) -> np.ndarray:
-        return np.full(size, float(self.value))
-
-
-@dataclasses.dataclass(frozen=True)
-class Lognormal:
-    """By its mean (not its median) and the standard deviation of its logarithm."""
-
-    mean: float
-    sigma: float
-
-    def draw(self, rng: np.random.Generator, size: int) -> np.ndarray:
-        return rng.lognormal(math.log(self.mean) - self.sigma**2 / 2, self.sigma, size)
-
-
-@dataclasses.dataclass(frozen=True)
-class Recorded:
-    """What was measured, drawn again with replacement."""
-
-    samples: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        return float(np.mean(self.samples))
-
-    def draw(self, rng: np.random.Generator, size: int) -> np.ndarray:
-        return rng.choice(np.asarray(self.samples, np.float64), size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +61,7 @@ class Plan:
     late: Late = "wait"
     train_s: float = 1.0
     publish_s: float = 0.0
+    lent_engines: int = 0  # stand still while the trainer trains, which takes their devices; what ran there goes on elsewhere
 
     def __post_init__(self) -> None:
         for name in ("engines", "slots", "concurrency", "group_size", "groups_per_step"):
@@ -111,6 +70,8 @@ class Plan:
         for name in ("token_s", "token_s_a_request", "redundancy", "async_ratio", "train_s", "publish_s"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; set it to 0 or more")
+        if not 0 <= self.lent_engines < self.engines:
+            raise ValueError(f"lent_engines is {self.lent_engines} of {self.engines}; some engine must go on while the others are lent")
         if self.prefill_tokens_per_s <= 0:
             raise ValueError(f"prefill_tokens_per_s is {self.prefill_tokens_per_s}; set it above 0 (inf: prefill costs nothing)")
         if self.late not in ("wait", "keep", "drop"):
@@ -175,6 +136,7 @@ class _Engine:
     decoding: list[tuple[float, int, _Episode]] = dataclasses.field(default_factory=list)  # heap of (clock at which it is done, ...)
     waiting: collections.deque[_Episode] = dataclasses.field(default_factory=collections.deque)
     running: int = 0
+    lent: bool = False
     schedule: int = 0  # of the next completion; older events are void
 
 
@@ -307,15 +269,21 @@ class _Run:
         unhindered = float(latency.sum() + sum(_alone_s(plan, *pair) for pair in zip(tokens, prompt)))
         episode = _Episode(
             self.started, group, self.version, self.now, latency.tolist(), tokens.tolist(), (prompt / plan.prefill_tokens_per_s).tolist(), unhindered)
-        episode.engine = min(self.engines, key=lambda engine: engine.episodes)
-        episode.engine.episodes += 1
+        self.settle(episode)
         self.started += 1
         self.open += 1
         self.groups[group].open.append(episode)
         self.ask(episode)
 
+    def settle(self, episode: _Episode) -> None:
+        episode.engine = min((engine for engine in self.engines if not engine.lent), key=lambda engine: engine.episodes)
+        episode.engine.episodes += 1
+
     def ask(self, episode: _Episode) -> None:
-        """The episode wants its next turn from its engine."""
+        """The episode wants its next turn, or the rest of one, from its engine."""
+        if episode.engine.lent:
+            episode.engine.episodes -= 1
+            self.settle(episode)
         engine = episode.engine
         if engine.running < self.plan.slots and not self.paused:
             engine.running += 1
@@ -325,8 +293,10 @@ class _Run:
 
     def decode(self, engine: _Engine, episode: _Episode) -> None:
         """Its prompt has been read."""
-        if episode.cancelled:
+        if episode.cancelled or engine.lent:
             self.free_slot(engine)
+            if not episode.cancelled:
+                self.ask(episode)
             return
         self.advance(engine)
         heapq.heappush(engine.decoding, (engine.clock + episode.tokens[episode.turn], episode.number, episode))
@@ -361,7 +331,7 @@ class _Run:
         self.reschedule(engine)
 
     def admit(self, engine: _Engine) -> None:
-        while engine.waiting and engine.running < self.plan.slots and not self.paused:
+        while engine.waiting and not engine.lent and engine.running < self.plan.slots and not self.paused:
             episode = engine.waiting.popleft()
             if not episode.cancelled:
                 self.ask(episode)
@@ -426,6 +396,8 @@ class _Run:
                 self.lengths[True].append(episode.unhindered)
                 self.spans.append(episode.ended - episode.began)
         self.training = True
+        for engine in self.engines[:plan.lent_engines]:
+            self.lend(engine)
         self.at(self.now + plan.train_s, self.publish)
 
     def others_can_follow(self, taken: set[int]) -> bool:
@@ -439,7 +411,23 @@ class _Run:
     def age(self, group: _Group) -> int:
         return max((self.version - episode.version for episode in group.open + group.finished), default=0)
 
+    def lend(self, engine: _Engine) -> None:
+        """Its requests go on elsewhere, from the tokens that they have; their prompts are read again there."""
+        self.advance(engine)
+        engine.lent, moved, engine.decoding = True, engine.decoding, []
+        engine.running -= len(moved)
+        self.reschedule(engine)
+        waiting, engine.waiting = engine.waiting, collections.deque()
+        for done, _, episode in moved:
+            episode.tokens[episode.turn] = done - engine.clock
+            self.ask(episode)
+        for episode in waiting:
+            if not episode.cancelled:
+                self.ask(episode)
+
     def publish(self) -> None:
+        for engine in self.engines:
+            engine.lent = False
         for engine in self.engines:
             self.advance(engine)
         self.paused = True

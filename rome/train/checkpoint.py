@@ -30,6 +30,10 @@ class Checkpoints:
     def latest(self) -> int | None:
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """Of the checkpoints that are there."""
+        return list(self._manager.all_steps())
+
     def save(self, step: int, state: TrainState, host: dict[str, Any]) -> None:
         """Starts to write; returns once the device arrays may be reused. Saving a step twice does nothing."""
         if step != self._manager.latest_step():

@@ -15,6 +15,7 @@ import jax
 
 from rome.data.batch import Batch
 from rome.losses import Denominators
+from rome.train.alarms import TrainingAlarm
 from rome.train.checkpoint import Checkpoints
 from rome.train.display import Display
 from rome.train.metrics import MetricsWriter
@@ -42,6 +43,7 @@ class Stage:
       publish: (state) brings the weights to whoever samples with them; called after every step.
       evaluate: (step, state) -> result; called at step 0, every `evaluate_every` steps (0: never) and at the end. Done before: returns the kept result.
       host_state: what else a checkpoint carries, asked at the moment of saving.
+      check: (step, figures) raises TrainingAlarm where training on would do harm.
       should_stop: the same answer in every process of the team.
     """
 
@@ -54,13 +56,14 @@ class Stage:
     publish: Callable[[TrainState], None]
     evaluate: Callable[[int, TrainState], Evaluation]
     host_state: Callable[[], dict[str, Any]]
+    check: Callable[[int, dict[str, float]], None]
     should_stop: Callable[[], bool]
     team: Team
 
 
 def run_stage(stage: Stage, learner: Learner, state: TrainState, checkpoints: Checkpoints, metrics: MetricsWriter, display: Display) -> TrainState:
     """Runs the stage from `state.step` to its end, or to the step at which the user asked to stop. Returns the state reached; it is saved."""
-    step = int(state.step)
+    step, harmed = int(state.step), False
     unwritten: tuple[int, dict[str, Any]] | None = None  # figures of step k are fetched and written while step k + 1 runs
 
     def write_figures() -> None:
@@ -68,8 +71,11 @@ def run_stage(stage: Stage, learner: Learner, state: TrainState, checkpoints: Ch
         if unwritten is not None:
             (number, figures), unwritten = unwritten, None  # first: a figure that is refused is not tried again on the way out
             figures = {name: float(value) for name, value in jax.device_get(figures).items()}
+            if figures.get("mismatch_weight2"):  # share of the samples that is left after weighing them: 1 where engine and trainer agree
+                figures["effective_samples"] = figures["mismatch_weight"] ** 2 / figures["mismatch_weight2"]
             metrics.write(number, figures)
             display.update(number, figures)
+            stage.check(number, figures)
 
     def save() -> None:
         write_figures()  # a step that a checkpoint holds is also in the metrics
@@ -84,12 +90,14 @@ def run_stage(stage: Stage, learner: Learner, state: TrainState, checkpoints: Ch
             data = stage.collect(step, state)
             collected = time.monotonic()
             updated = state
+            first: dict[str, jax.Array] = {}
             for _ in range(stage.updates_per_step):
                 updated, figures = learner.update(updated, data.microbatches, data.denominators)
+                first = first or {"first_kl": figures[name] for name in figures if name == "kl_old"}
             write_figures()
             step, state = step + 1, updated._replace(step=updated.step + 1)
             stage.publish(state)
-            unwritten = step, data.figures | figures | {"seconds_collect": collected - started, "seconds_update": time.monotonic() - collected}
+            unwritten = step, data.figures | figures | first | {"seconds_collect": collected - started, "seconds_update": time.monotonic() - collected}
             if step % stage.checkpoint_every == 0 or step == stage.steps:
                 save()
             if stage.evaluate_every and step % stage.evaluate_every == 0 and step < stage.steps:
@@ -98,13 +106,17 @@ def run_stage(stage: Stage, learner: Learner, state: TrainState, checkpoints: Ch
         write_figures()
         if step == stage.steps:  # also when a run that was killed here is taken up again
             display.evaluated(stage.evaluate(step, state))
+    except TrainingAlarm as error:
+        harmed = True
+        stage.team.part(error)
+        raise
     except BaseException as error:
         stage.team.part(error)  # saving takes all processes: where the others know nothing of the error, this is the end
         raise
     finally:
-        # Whatever the reason to leave, the last whole step is kept. An update that failed half-way has consumed its state: then the
-        # newest checkpoint is the one before.
-        if step and not any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
+        # Whatever the reason to leave, the last whole step is kept, but what an alarm was raised about. An update that failed half-way has
+        # consumed its state: then, too, the newest checkpoint is the one before.
+        if step and not harmed and not any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
             save()
         checkpoints.wait()
     return state

@@ -62,6 +62,7 @@ class Learner:
         self._probe = jax.jit(lambda *arrays: self._logprobs(*arrays, temperature=1.0)[0], in_shardings=(params, rows, rows, rows), out_shardings=everywhere)
         self._count = jax.jit(lambda *arrays: self._logprobs(*arrays)[1].router.counts_LE, in_shardings=(params, rows, rows, rows, rows), out_shardings=everywhere)
         self._loads = jax.jit(lambda counts_LE: load_figures(counts_LE, self.model_config), out_shardings=everywhere)
+        self._cast = jax.jit(lambda params, dtype: jax.tree.map(lambda leaf: leaf.astype(dtype), params), static_argnums=1, in_shardings=(params,), out_shardings=params)
         self._zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), in_shardings=(params,), out_shardings=params)
         self._accumulate = jax.jit(self._accumulated, in_shardings=(params, params, rows, None, None, None, None), out_shardings=(params, everywhere), donate_argnums=1)
         self.state = self._abstract_state(params)  # shapes, dtypes and places; no arrays
@@ -84,6 +85,16 @@ class Learner:
         in_memory = jax.tree.map(lambda place: place.with_memory_kind("device"), places.opt_state)
         moments = jax.device_put(jax.jit(self.optimizer.init, out_shardings=in_memory)(params), places.opt_state)
         return TrainState(put(np.zeros((), np.int32), places.step), params, moments)
+
+    def keep(self, params: dict) -> dict:
+        """A copy of the parameters as engines get them (in the compute type), in the host's memory: to score samples of this version with, later."""
+        places = jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind("pinned_host"), self.state.params)
+        return jax.device_put(self._cast(params, jnp.dtype(self.model_config.dtype)), places)
+
+    def recall(self, kept: dict) -> dict:
+        """The parameters that `keep` kept, float32 and on the mesh."""
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.state.params)
+        return self._cast(jax.device_put(kept, places), jnp.dtype(jnp.float32))
 
     def init(self, seed: int) -> TrainState:
         """Fresh parameters, the same for the same seed on every mesh."""

@@ -119,6 +119,31 @@ def test_ipa_survives_ctrl_c_and_kill_and_ends_bitwise_as_the_run_that_was_left_
     assert losses(workdir) == losses(tmp_path / "alone")
 
 
+def test_asynchronous_training_with_resampling_is_killed_resumed_and_never_trains_on_anything_twice_or_too_old(sft, tmp_path):
+    flags = [
+        "--config=experiments/ipa.py:smoke", f"--config.init_from={sft / 'final'}", "--config.steps=6", "--config.groups=3", "--config.group_size=2",
+        "--config.eval_every=0", "--config.eval_tasks=1", "--config.checkpoint_every=2", "--config.async_ratio=1", "--config.concurrency=4",
+        "--config.resampling=parallel", "--config.resample_share=0.4", "--config.filter_groups=False",
+    ]
+    workdir = tmp_path / "run"
+    assert train_and_interrupt(flags, workdir, signal.SIGKILL, after_steps=3) in (-signal.SIGKILL, 0)
+    before = [json.loads(line) for line in (workdir / "steps.jsonl").read_text().splitlines()]
+    train(flags, workdir)
+    lines, accounting = metrics(workdir), report(workdir)["accounting"]
+    assert [line["step"] for line in lines] == list(range(1, 7))
+    # What old samples are compared with are the weights that sampled them, also where those were read from the disk again.
+    assert all(line["max_staleness"] <= 1 and line["max_mismatch"] < 1e-3 for line in lines)
+    assert sum(line["staleness"] for line in lines) > 0 and sum(line["resampled"] for line in lines) > 0
+    steps = [json.loads(line) for line in (workdir / "steps.jsonl").read_text().splitlines()]
+    assert steps[:len(before)] == before  # steps that were repeated took what they had taken
+    taken = [tuple(group) for step in {entry["step"]: entry["groups"] for entry in steps}.values() for group in step]
+    assert len(taken) == len(set(taken)) == 6 * 3
+    assert accounting["trained"] == 6 * 3 * 2 and accounting["in_flight"] == 0
+    assert accounting["started"] == accounting["trained"] + sum(accounting["dropped"].values())
+    resampled = [step["extra"]["kind"] for file in (workdir / "trajectories").glob("ipa_*_g*.json") for step in json.loads(file.read_text())["steps"][1:]]
+    assert {"context", "rl"} <= set(resampled)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("replay", ["off", "rollout", "recompute"])
 def test_routes_are_recorded_and_replayed_as_the_config_says(sft, tmp_path, replay):

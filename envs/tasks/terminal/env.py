@@ -8,9 +8,10 @@ import shlex
 from typing import Any
 
 from envs.gem import Info, StepResult, format_tool_call
-from envs.rock import Sandbox, SandboxConfig, SandboxError
+from envs.rock import Sandbox, SandboxConfig, SandboxError, Snapshot
+from envs.rock.sync import run
 from envs.tasks.terminal.reward import VerifierError, parse_reward
-from envs.tasks.terminal.shell import BASH_TOOL, MAX_COMMAND_BYTES, ShellEnv, read_command, tier_environment, trim
+from envs.tasks.terminal.shell import BASH_TOOL, CALL_TIMEOUT_S, MAX_COMMAND_BYTES, ShellEnv, read_command, tier_environment, trim
 from envs.tasks.terminal.task import Task, make_task
 
 VERIFIER_TIMEOUT_S = 10.0
@@ -20,6 +21,18 @@ __all__ = ["BASH_TOOL", "MAX_COMMAND_BYTES", "MissingProgramsError", "TerminalEn
 
 class MissingProgramsError(SandboxError):
     """The sandbox lacks a program that the task's family declares. Says nothing about the policy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TerminalSnapshot:
+    """A running episode at one moment: its files, and its counts of turns, calls, good calls and malformed ones in a row."""
+
+    task: Task
+    files: Snapshot
+    counts: tuple[int, int, int, int]
+
+    async def delete(self) -> None:
+        await self.files.delete()
 
 
 class TerminalEnv(ShellEnv):
@@ -55,14 +68,42 @@ class TerminalEnv(ShellEnv):
         return format_tool_call("bash", {"command": self._draw.choice(["ls", "cat *", "pwd"])})
 
     def spawn(self, same_state: bool = False, **kwargs: Any) -> TerminalEnv:
-        """A new environment of the same task and settings. A running episode cannot be copied yet: same_state is refused."""
-        if same_state:
-            raise NotImplementedError("a running terminal episode cannot be copied; spawn(same_state=False) and reset")
+        """A new environment of the same task and settings; with same_state in the middle of the same episode, its files copied on write.
+
+        Raises SandboxError while a command of the episode runs, or where the backend keeps no snapshots.
+        """
         settings: dict[str, Any] = dict(
             task=self._fixed_task, family=self._family, seed=self._seed, sandbox_config=self._sandbox_config, max_turns=self._max_turns,
             command_timeout=self._command_timeout, max_observation_chars=self._max_observation_chars, max_malformed=self._max_malformed,
         )
-        return TerminalEnv(**{**settings, **kwargs})
+        copy = TerminalEnv(**{**settings, **kwargs})
+        if same_state:
+            snapshot = run(self.asnapshot(), CALL_TIMEOUT_S)
+            try:
+                run(copy.arestore(snapshot), CALL_TIMEOUT_S)
+            finally:
+                run(snapshot.delete(), CALL_TIMEOUT_S)
+        return copy
+
+    async def asnapshot(self) -> TerminalSnapshot:
+        """The running episode as it is now; any number of environments of this task may go on from it. Raises SandboxError as `Sandbox.snapshot`."""
+        if self._over:
+            raise SandboxError(f"there is no running episode of {self.name} to keep; reset first")
+        return TerminalSnapshot(self.task, await self._sandbox.snapshot(), (self._turns, self._calls, self._good_calls, self._malformed_in_a_row))
+
+    async def arestore(self, snapshot: TerminalSnapshot) -> tuple[str, Info]:
+        """As `areset`, but the episode goes on where `snapshot` was taken. Raises SandboxError when there is no sandbox to be had."""
+        await self.aclose()
+        self.task = snapshot.task
+        self._sandbox = Sandbox(dataclasses.replace(self._sandbox_config, label=self.task.name), snapshot.files)
+        try:
+            await self._sandbox.start()
+        except BaseException:
+            await self.aclose()
+            raise
+        self._begin()
+        self._turns, self._calls, self._good_calls, self._malformed_in_a_row = snapshot.counts
+        return self.task.instruction, {"task": self.task.name, "family": self.task.family, "seed": self.task.seed, "tools": self.tools}
 
     # -- the episode ---------------------------------------------------------------------------------------------------------------
 

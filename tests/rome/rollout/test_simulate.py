@@ -215,3 +215,19 @@ def test_the_command_prints_a_row_for_each_ratio_and_takes_recorded_latencies(tm
     assert '"speedup"' in (tmp_path / "out.json").read_text()
     for wrong, named in ((["--set", "motors=1"], "'motors'"), (["--set", "slots=x"], "'x'"), (["--latencies=/nowhere"], "/nowhere"), (["--steps=0"], "steps=0")):
         assert command.main(wrong) == 1 and named in capsys.readouterr().err
+
+
+def test_engines_that_are_lent_while_the_trainer_trains_beat_a_fixed_split_and_lose_nothing():
+    """Time division: all devices sample, some of them stop to train; against devices that only train and wait otherwise."""
+    busy = Plan(engines=4, slots=32, token_s=0.01, token_s_a_request=0.001, concurrency=128, latency=Constant(0.2), turns=Constant(4),
+                tokens=Lognormal(100.0, 0.5), group_size=8, groups_per_step=16, async_ratio=1, train_s=4.0)
+    split = simulate(dataclasses.replace(busy, engines=2), steps=40)
+    lent = simulate(dataclasses.replace(busy, lent_engines=2), steps=40)
+    both = simulate(busy, steps=40)
+    assert both.step_seconds < lent.step_seconds < split.step_seconds
+    assert lent.trained == split.trained and not lent.dropped and max(lent.staleness) <= 1
+
+
+def test_lending_every_engine_is_refused():
+    with pytest.raises(ValueError, match="lent_engines is 2 of 2"):
+        Plan(engines=2, lent_engines=2)

@@ -1,0 +1,420 @@
+"""Asynchronous rollouts: groups of episodes that are played beside the trainer, under a bound on how stale a sample may be.
+
+    wave      the groups that were planned for one training step: `groups_per_step` of them, and `redundant_groups` more
+    version   of the weights: how many steps have been trained. A sample's staleness is the version that it is trained at less the one that began it
+    alpha     `async_ratio`, the bound of staleness. Waves 0 to version + alpha may be begun (the capacity rule of AReaL, arXiv 2505.24298, Eq. 3,
+              in groups); with alpha = 0 that is exactly synchronous training
+
+Episodes begin in the order of their groups and each moves alone, also across an update of the weights: its tokens carry their versions. A group is
+complete when `group_size` of its episodes are; a step takes complete groups, the oldest first. Waves alone bound how far rollouts run ahead, not how
+old the slowest sample gets. `late` says what becomes of a sample that would be trained on beyond the bound:
+
+    wait   there is none: a step takes its groups only when all that remain can still be taken within the bound by later steps
+    keep   it is trained on, and the figure of staleness shows it; losses bound the weight of such samples
+    drop   it is dropped, or cancelled while it runs, and played again from the same initial state: batches lean towards short episodes
+
+What is spoiled is played again from the same initial state at once (`scheduler.py`); a group whose episodes all won or all lost may be replaced by
+another task.
+
+Which groups a step took is on disk before it is trained on. A run that resumes from a checkpoint takes the same groups again in the steps that it
+repeats, with their trajectories: it reaches the same weights, nothing finished is lost, and nothing is trained on twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import collections
+import dataclasses
+import heapq
+import json
+import os
+import pathlib
+from collections.abc import Awaitable, Callable
+from typing import Any, Literal
+
+from rome.agent.loop import derive_seed
+from rome.data.trajectory import Chunk, Trajectory
+from rome.rollout.forks import Forks
+from rome.rollout.scheduler import Accounting, Episode, Stopped
+
+Late = Literal["wait", "keep", "drop"]
+POLL_SECONDS = 0.5  # between two looks at whether the user wants to stop
+MOST_REPLACEMENTS = 4  # of a group without spread; then it is taken as it is
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """How many of what.
+
+    Args:
+      redundancy: further episodes of a group; the first group_size results count.
+      siblings: so many groups in a row are episodes of one task. With group_size 1 a step takes single episodes, whatever their siblings do.
+    """
+
+    groups_per_step: int
+    group_size: int
+    concurrency: int
+    steps: int
+    async_ratio: int = 0
+    redundancy: int = 0
+    redundant_groups: int = 0
+    keep_redundant: bool = False  # they play on, and their trajectories are kept as files, untrained
+    replace_equal: bool = False
+    late: Late = "wait"
+    siblings: int = 1
+    seed: int = 0
+
+    @property
+    def groups_per_wave(self) -> int:
+        return self.groups_per_step + self.redundant_groups
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a group plays.
+
+    prefixes: what the n-th episode replays first, () for all from the beginning. source: names the file they are from. forks: where they were
+    replayed; closed with the group.
+    """
+
+    task: str
+    prefixes: tuple[tuple[Chunk, ...], ...] = ()
+    source: str = ""
+    forks: Forks | None = dataclasses.field(default=None, compare=False)
+
+
+@dataclasses.dataclass(eq=False)
+class Group:
+    """One that is begun and not yet trained on. `attempt`: how many groups without spread it replaces."""
+
+    number: int
+    plan: Plan
+    attempt: int = 0
+    open: dict[int, asyncio.Task] = dataclasses.field(default_factory=dict)
+    versions: dict[int, int] = dataclasses.field(default_factory=dict)  # that began its episodes
+    finished: dict[int, Trajectory] = dataclasses.field(default_factory=dict)
+    retries: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)  # of samples that became too old
+    closed: bool = False  # it is complete or given up: what else finishes is redundant
+
+    def age(self, version: int) -> int:
+        return version - min(self.versions.values(), default=version)
+
+    def trajectories(self) -> list[Trajectory]:
+        return [self.finished[number] for number in sorted(self.finished)]
+
+
+@dataclasses.dataclass
+class Taken:
+    """What a step trains on, and what it cost.
+
+    names: of the episodes. sources: what each group was resampled from, "" for those from the beginning. replaced: trajectories of groups without
+    spread, in the order of their groups.
+    """
+
+    groups: list[list[Trajectory]]
+    names: list[list[str]]
+    sources: list[str]
+    replaced: list[Trajectory]
+    seconds: float  # since the step before took its groups
+    waited: float  # seconds of these in which the trainer had nothing to do
+    open_episodes: int
+
+
+class Journal:
+    """Which groups each step took; one JSON line a step, on disk before the step is trained."""
+
+    def __init__(self, path: pathlib.Path | None) -> None:
+        self._path, self._steps = path, {}
+        if path is not None and path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    entry = json.loads(line)
+                    self._steps[entry["step"]] = [tuple(pair) for pair in entry["groups"]]
+                except (ValueError, KeyError, TypeError):  # the line that a kill cut off: its step was not trained
+                    continue
+
+    def get(self, step: int) -> list[tuple[int, int]] | None:
+        """[(number, attempt)] of the groups."""
+        return self._steps.get(step)
+
+    def add(self, step: int, groups: list[tuple[int, int]]) -> None:
+        if self._steps.get(step) == groups:
+            return
+        self._steps[step] = groups
+        if self._path is not None:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write("\n" * (file.tell() > 0 and not _ends_with_newline(self._path)) + json.dumps({"step": step, "groups": groups}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+
+class Rollouts:
+    """Plays groups on the event loop that calls it; every coroutine of it is to be called there.
+
+    Args:
+      play: one episode to a trainable trajectory. It counts the replacements of what is spoiled, not the beginning.
+      plan: (wave) -> the plans of its groups; asked when the wave may begin, so it knows what was trained on until then.
+      replan: (number, attempt) -> the plan of a group that takes the place of one without spread.
+      forget: (episode) removes its file, so that it is played anew.
+      should_stop: True makes `take` raise Stopped.
+      journal: path of the record of what each step took; None keeps it in memory.
+    """
+
+    def __init__(
+        self, rules: Rules, play: Callable[[Episode], Awaitable[Trajectory]], plan: Callable[[int], list[Plan]],
+        replan: Callable[[int, int], Plan] | None = None, *, accounting: Accounting, should_stop: Callable[[], bool] = lambda: False,
+        forget: Callable[[Episode], None] = lambda episode: None, journal: pathlib.Path | None = None,
+    ) -> None:
+        self.rules, self.accounting, self.version = rules, accounting, 0
+        self._play, self._plan, self._replan, self._forget, self._should_stop = play, plan, replan, forget, should_stop
+        self._journal = Journal(journal)
+        self._groups: dict[int, Group] = {}  # in order of their numbers
+        self._waves = 0  # that were begun
+        self._waiting: list[tuple[int, int, int, Group]] = []  # a heap of (group number, -attempt, episode number, group): what is to begin
+        self._complete: list[int] = []  # numbers, in order
+        self._replaced: list[tuple[int, int, list[Trajectory]]] = []
+        self._running = 0
+        self._changed = asyncio.Event()
+        self._failure: BaseException | None = None
+        self._taken_at: float | None = None
+        self._tasks: set[asyncio.Task] = set()
+        self._closing = False
+
+    # -- what the trainer calls ----------------------------------------------------------------------------------------------------------
+
+    async def advance(self, version: int) -> None:
+        """Weights of `version` are on the engines: more waves may begin."""
+        self.version = version
+        if self.rules.late == "drop":
+            self._drop_stale()
+        while self._waves < min(version + self.rules.async_ratio + 1, self.rules.steps):
+            first = self._waves * self.rules.groups_per_wave
+            self._waves += 1
+            for index, plan in enumerate(self._plan(self._waves - 1)):
+                self._open(Group(first + index, plan))
+        self._fill()
+
+    async def take(self, step: int) -> Taken:
+        """The groups of a step, as soon as they may be taken. Raises Stopped, or what ended an episode for good (RolloutError)."""
+        began, wanted = asyncio.get_running_loop().time(), self._journal.get(step)
+        self._taken_at = began if self._taken_at is None else self._taken_at
+        while True:
+            if self._failure is not None:
+                raise self._failure
+            if self._should_stop():
+                raise Stopped
+            self._changed.clear()
+            chosen = self._choose(wanted)
+            if chosen is not None:
+                break
+            try:
+                async with asyncio.timeout(POLL_SECONDS):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+        self._journal.add(step, [(group.number, group.attempt) for group in chosen])
+        for group in chosen:
+            self._remove(group)
+        if step == self.rules.steps - 1:  # nobody will want the rest
+            self._give_up(list(self._groups.values()))
+        replaced = [trajectory for *_, trajectories in sorted(self._replaced, key=lambda entry: entry[:2]) for trajectory in trajectories]
+        self._replaced.clear()
+        now = asyncio.get_running_loop().time()
+        names = [[self.episode(group, number).name for number in sorted(group.finished)] for group in chosen]
+        taken = Taken([group.trajectories() for group in chosen], names, [group.plan.source for group in chosen], replaced, now - self._taken_at, now - began, self._running)
+        self._taken_at = now
+        return taken
+
+    async def close(self) -> None:
+        """Cancels what is in flight and waits until its sandboxes are gone. It stays in flight in the accounting: a resumed run begins it again."""
+        self._closing = True
+        for group in self._groups.values():
+            for task in group.open.values():
+                task.cancel()
+        forks = [group.plan.forks.aclose() for group in self._groups.values() if group.plan.forks is not None]
+        await asyncio.gather(*self._tasks, *forks, return_exceptions=True)
+
+    async def get_state(self) -> dict[str, Any]:
+        """What a resumed run must know. Finished trajectories are files; their groups are begun again and find them."""
+        groups = [{"number": group.number, "attempt": group.attempt, "task": group.plan.task, "source": group.plan.source,
+                   "prefixes": [len(prefix) for prefix in group.plan.prefixes]} for group in self._groups.values()]
+        return {"waves": self._waves, "groups": groups}
+
+    def set_state(self, state: dict[str, Any], plan_of: Callable[[dict[str, Any]], Plan]) -> None:
+        """To be called before the first `advance`. `plan_of` makes a plan of a group's entry in the state."""
+        self._waves = state["waves"]
+        for entry in sorted(state["groups"], key=lambda entry: entry["number"]):
+            self._open(Group(entry["number"], plan_of(entry), entry["attempt"]))
+
+    # -- episodes ------------------------------------------------------------------------------------------------------------------------
+
+    def episode(self, group: Group, number: int) -> Episode:
+        """The n-th episode of a group: the same, whoever asks and when."""
+        rules, plan = self.rules, group.plan
+        wave, index = divmod(group.number, rules.groups_per_wave)
+        again = (("again", group.attempt) if group.attempt else ()) + (("stale", group.retries[number]) if group.retries[number] else ())
+        if rules.siblings > 1:
+            index, number = divmod(index, rules.siblings)
+        name = f"{wave:06d}_g{index:03d}{f'r{group.attempt}' if group.attempt else ''}_e{number:02d}"
+        prefix = plan.prefixes[number % len(plan.prefixes)] if plan.prefixes else ()
+        seed = derive_seed(rules.seed, plan.task, wave, index, number, *again)
+        return Episode(plan.task, group.number // rules.siblings, number, seed, name, prefix, plan.forks)
+
+    def _open(self, group: Group) -> None:
+        self._groups[group.number] = group
+        for number in range(self.rules.group_size + self.rules.redundancy):
+            heapq.heappush(self._waiting, (group.number, -group.attempt, number, group))
+
+    def _fill(self) -> None:
+        """Begins what waits, as far as concurrency allows."""
+        while self._running < self.rules.concurrency and self._waiting and not self._closing:
+            *_, number, group = heapq.heappop(self._waiting)
+            if group.closed:
+                continue
+            group.versions[number] = self.version
+            self.accounting.begin()
+            self._running += 1
+            task = asyncio.get_running_loop().create_task(self._run(group, number))
+            group.open[number] = task
+            self._tasks.add(task)
+            task.add_done_callback(self._ended)  # also of one that was cancelled before it ran
+
+    async def _run(self, group: Group, number: int) -> None:
+        episode = self.episode(group, number)
+        try:
+            trajectory = await self._play(episode)
+            if group.open.get(number) is asyncio.current_task():  # else it was cancelled as it ended, and is counted already
+                del group.open[number]
+                self._finished(group, number, trajectory)
+        except Exception as error:
+            self._failure = self._failure or error
+            self._changed.set()
+
+    def _ended(self, task: asyncio.Task) -> None:
+        self._tasks.discard(task)
+        self._running -= 1
+        self._fill()
+
+    def _finished(self, group: Group, number: int, trajectory: Trajectory) -> None:
+        began = min((span[0] for chunk in trajectory.chunks for span in chunk.versions), default=self.version)
+        if group.closed:
+            self.accounting.drop("redundant")
+        elif self._too_old(began):
+            self._begin_again(group, number, "stale")
+        else:
+            group.versions[number] = began
+            group.finished[number] = trajectory
+            if len(group.finished) == self.rules.group_size:
+                self._finish(group)
+
+    def _too_old(self, began: int) -> bool:
+        """With "wait" only in a run that was resumed without the record of what its steps took: `_choose` lets nothing grow too old."""
+        return self.rules.late != "keep" and self.version - began > self.rules.async_ratio
+
+    def _begin_again(self, group: Group, number: int, reason: str) -> None:
+        """Its sample is dropped, and its file with it."""
+        self.accounting.drop(reason)
+        self._forget(self.episode(group, number))
+        group.retries[number] += 1
+        group.versions.pop(number, None)
+        heapq.heappush(self._waiting, (group.number, -group.attempt, number, group))
+
+    def _drop_stale(self) -> None:
+        for group in self._groups.values():
+            for number in [number for number, began in group.versions.items() if self._too_old(began)]:
+                if (task := group.open.pop(number, None)) is not None:
+                    task.cancel()
+                group.finished.pop(number, None)
+                self._begin_again(group, number, "stale")
+                if group.closed:
+                    group.closed = False
+                    self._complete.remove(group.number)
+
+    # -- groups --------------------------------------------------------------------------------------------------------------------------
+
+    def _finish(self, group: Group) -> None:
+        """All that it needs is there."""
+        self._close_group(group)
+        if self._replan is not None and self.rules.replace_equal and group.attempt < MOST_REPLACEMENTS and not _has_spread(group):
+            self.accounting.drop("equal_group", len(group.finished))
+            self._replaced.append((group.number, group.attempt, group.trajectories()))
+            self._open(Group(group.number, self._replan(group.number, group.attempt + 1), group.attempt + 1))
+        else:
+            bisect.insort(self._complete, group.number)
+        self._changed.set()
+
+    def _close_group(self, group: Group) -> None:
+        """Nothing more of it counts: what runs is cancelled, or plays on for its file alone."""
+        group.closed = True
+        group.versions = {number: began for number, began in group.versions.items() if number in group.finished}
+        if self.rules.keep_redundant:
+            return
+        for task in list(group.open.values()):
+            self.accounting.drop("redundant")
+            task.cancel()
+        group.open.clear()
+
+    def _choose(self, wanted: list[tuple[int, int]] | None) -> list[Group] | None:
+        """The groups that the next step takes, None as long as there are none. Gives up groups that redundancy allows to give up."""
+        if wanted is not None and all(number in self._groups for number, _ in wanted):
+            groups = [self._groups[number] for number, _ in wanted]
+            ready = all(number in self._complete and group.attempt == attempt for group, (number, attempt) in zip(groups, wanted))
+            return groups if ready else None  # nothing is given up: a later step of the record may want it
+        if len(self._complete) < self.rules.groups_per_step:
+            return None
+        chosen = [self._groups[number] for number in self._complete[:self.rules.groups_per_step]]
+        late, spare = self._late(chosen), self._spare()
+        if len(late) > spare:
+            return None
+        surplus = spare - len(late) - self.rules.async_ratio * self.rules.redundant_groups
+        if surplus > 0:  # the slowest go
+            others = [group for group in self._groups.values() if group not in chosen and group not in late]
+            late += sorted(others, key=lambda group: (group.closed, group.number))[:surplus]
+        self._give_up(late)
+        return chosen
+
+    def _late(self, chosen: list[Group]) -> list[Group]:
+        """Those of the other groups that could not be taken within the bound any more, if these were taken now."""
+        if self.rules.late != "wait":
+            return []
+        numbers, late, place, allowed = {group.number for group in chosen}, [], 0, self._spare()
+        for number, group in self._groups.items():
+            if number in numbers:
+                continue
+            if group.age(self.version) + 1 + place // self.rules.groups_per_step > self.rules.async_ratio:
+                late.append(group)
+                if len(late) > allowed:  # no need to know how many more
+                    break
+            else:
+                place += 1
+        return late
+
+    def _spare(self) -> int:
+        """How many of the groups that are there were begun beyond what the steps take."""
+        return max(0, len(self._groups) - (self._waves - self.version) * self.rules.groups_per_step) if self.rules.redundant_groups else 0
+
+    def _give_up(self, groups: list[Group]) -> None:
+        for group in groups:
+            self.accounting.drop("redundant", len(group.finished))
+            self._close_group(group)
+            self._remove(group)
+
+    def _remove(self, group: Group) -> None:
+        del self._groups[group.number]
+        if group.number in self._complete:
+            self._complete.remove(group.number)
+        if group.plan.forks is not None:
+            closing = asyncio.get_running_loop().create_task(group.plan.forks.aclose())
+            self._tasks.add(closing)
+            closing.add_done_callback(self._tasks.discard)
+
+
+def _has_spread(group: Group) -> bool:
+    return len({trajectory.reward > 0 for trajectory in group.finished.values()}) == 2
+
+
+def _ends_with_newline(path: pathlib.Path) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"

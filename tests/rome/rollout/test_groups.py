@@ -1,0 +1,257 @@
+"""Asynchronous rollouts: staleness is bounded, nothing is lost or taken twice, and a resumed run takes what the killed one took."""
+
+import asyncio
+import collections
+import dataclasses
+import json
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rome.data.trajectory import Chunk, Trajectory
+from rome.rollout.groups import Plan, Rollouts, Rules
+from rome.rollout.scheduler import Accounting, RolloutError, Stopped
+from tests.rome.rollout.virtual import run
+
+RULES = Rules(groups_per_step=3, group_size=2, concurrency=4, steps=6)
+
+
+@dataclasses.dataclass
+class World:
+    """Plays an episode in a time that follows from its seed; a second attempt is another length. Keeps what it played, as files would."""
+
+    rules: Rules
+    seed: int = 0
+    train_s: float = 1.0
+    reward: object = None  # episode -> reward
+    fault: object = None  # episode -> exception
+    accounting: Accounting = dataclasses.field(default_factory=Accounting)
+    files: dict = dataclasses.field(default_factory=dict)
+    played: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    versions: dict = dataclasses.field(default_factory=dict)
+    running: int = 0
+    most_running: int = 0
+    journal: object = None
+    steps: list = dataclasses.field(default_factory=list)
+    stop: bool = False
+
+    def make(self):
+        self.rollouts = Rollouts(
+            self.rules, self.play, self.plan, self.replan, accounting=self.accounting, forget=lambda episode: self.files.pop(episode.name, None),
+            journal=self.journal, should_stop=lambda: self.stop,
+        )
+        return self.rollouts
+
+    def plan(self, wave):
+        return [Plan(f"task/{wave}_{index // self.rules.siblings}") for index in range(self.rules.groups_per_wave)]
+
+    def replan(self, number, attempt):
+        return Plan(f"task/{number}_again{attempt}")
+
+    async def play(self, episode):
+        if episode.name in self.files:
+            return self.files[episode.name]
+        self.played[episode.name] += 1
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            began = self.rollouts.version
+            if self.fault is not None and (error := self.fault(episode)) is not None:
+                raise error
+            await asyncio.sleep(random.Random(f"{self.seed}/{episode.seed}").lognormvariate(0, 1))
+            chunk = Chunk([1], [2, 3], [-0.5, -0.5], [(began, 0, 1), (self.rollouts.version, 1, 2)])
+            reward = float(episode.seed % 2) if self.reward is None else self.reward(episode)
+            trajectory = Trajectory(episode.task, "f", [chunk], reward, "success" if reward else "failure", episode.group, episode.episode, episode.seed)
+            self.files[episode.name] = trajectory
+            return trajectory
+        finally:
+            self.running -= 1
+
+    async def train(self, first=0, last=None):
+        """Steps first to last, as the trainer runs them; returns what each took."""
+        await self.rollouts.advance(first)
+        for step in range(first, self.rules.steps if last is None else last):
+            async with asyncio.timeout(500):  # virtual seconds
+                taken = await self.rollouts.take(step)
+            self.accounting.train(sum(map(len, taken.groups)))
+            self.accounting.check()
+            self.steps.append((step, taken))
+            await asyncio.sleep(self.train_s)
+            await self.rollouts.advance(step + 1)
+        return self.steps
+
+
+def play_all(rules, **options):
+    world = World(rules, **options)
+
+    async def main():
+        world.make()
+        await world.train()
+        await world.rollouts.close()
+
+    run(main())
+    return world
+
+
+def names(steps):
+    return [[(t.group, t.episode) for group in taken.groups for t in group] for _, taken in steps]
+
+
+def staleness(steps):
+    return [step - t.oldest_version for step, taken in steps for group in taken.groups for t in group]
+
+
+def test_without_asynchrony_each_step_takes_its_own_wave_in_order_and_all_of_it_is_fresh():
+    world = play_all(RULES)
+    assert names(world.steps) == [[(3 * step + index, number) for index in range(3) for number in range(2)] for step in range(6)]
+    assert set(staleness(world.steps)) == {0}
+    assert world.accounting.to_json() == {"started": 36, "trained": 36, "dropped": {}, "in_flight": 0}
+    assert world.most_running == RULES.concurrency
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 12), st.sampled_from(["wait", "drop", "keep"]), st.integers(0, 2),
+    st.integers(0, 1), st.booleans(), st.booleans(), st.floats(0, 5), st.integers(0, 10**6),
+)
+def test_whatever_the_numbers_nothing_is_lost_taken_twice_or_staler_than_allowed(
+    alpha, groups, size, concurrency, late, redundancy, redundant_groups, keep, replace, train_s, seed,
+):
+    rules = Rules(groups, size, concurrency, 7, alpha, redundancy, redundant_groups, keep, replace, late)
+    world = play_all(rules, seed=seed, train_s=train_s)
+    assert [step for step, _ in world.steps] == list(range(7))
+    taken = [name for step in names(world.steps) for name in step]
+    assert len(taken) == len(set(taken)) == 7 * groups * size
+    assert all(len(group) == size for _, taken in world.steps for group in taken.groups)
+    assert late == "keep" or max(staleness(world.steps)) <= alpha
+    assert min(staleness(world.steps)) >= 0
+    dropped = set(world.accounting.dropped)
+    assert dropped <= ({"redundant"} if redundancy or redundant_groups else set()) | ({"equal_group"} if replace else set()) | ({"stale"} if late == "drop" else set())
+    assert world.most_running <= concurrency and not world.running
+    world.accounting.check()
+
+
+def test_with_waiting_alone_nothing_is_dropped_and_steps_overlap_with_rollouts():
+    synchronous, asynchronous = (play_all(dataclasses.replace(RULES, async_ratio=alpha, concurrency=6), train_s=2.0) for alpha in (0, 1))
+    assert not asynchronous.accounting.dropped
+    assert set(staleness(asynchronous.steps)) == {0, 1}
+    seconds = [sum(taken.seconds for _, taken in world.steps) for world in (synchronous, asynchronous)]
+    assert seconds[1] < 0.8 * seconds[0]
+    assert sum(taken.waited for _, taken in asynchronous.steps) < sum(taken.waited for _, taken in synchronous.steps)
+
+
+def test_the_slowest_of_a_group_are_cancelled_or_play_on_for_their_files():
+    rules = dataclasses.replace(RULES, redundancy=2, concurrency=12)
+    cancelled, kept = play_all(rules), play_all(dataclasses.replace(rules, keep_redundant=True))
+    assert cancelled.accounting.dropped == {"redundant": 36} and len(cancelled.files) == 36
+    assert 36 < len(kept.files) <= 72 and kept.accounting.dropped["redundant"] == len(kept.files) - 36
+
+
+def test_a_group_without_spread_is_replaced_at_once_by_another_task_and_seen_by_the_curriculum():
+    world = play_all(dataclasses.replace(RULES, replace_equal=True), reward=lambda episode: float("again" in episode.task and episode.episode == 0))
+    assert all(t.task.endswith("again1") for _, taken in world.steps for group in taken.groups for t in group)
+    assert all([t.group for t in taken.replaced] == sorted(t.group for t in taken.replaced) for _, taken in world.steps)
+    assert sum(len(taken.replaced) for _, taken in world.steps) == world.accounting.dropped["equal_group"] == 36
+
+
+def test_a_task_that_never_has_spread_is_taken_in_the_end():
+    world = play_all(dataclasses.replace(RULES, replace_equal=True, steps=1), reward=lambda episode: 0.0)
+    assert {t.task.rpartition("again")[2] for _, taken in world.steps for group in taken.groups for t in group} == {"4"}
+
+
+def test_single_episodes_are_taken_without_their_siblings_and_still_know_their_group():
+    rules = Rules(6, 1, 6, 4, async_ratio=1, siblings=2, late="keep")
+    world = play_all(rules)
+    groups = [[t.group for group in taken.groups for t in group] for _, taken in world.steps]
+    assert any(step.count(group) == 1 for step in groups for group in step)
+    counts = collections.Counter(group for step in groups for group in step)
+    assert set(counts.values()) == {2} and len(counts) == 12
+    tasks = collections.defaultdict(set)
+    for _, taken in world.steps:
+        for [t] in taken.groups:
+            tasks[t.group].add((t.task, t.episode))
+    assert all(len(entries) == 2 and len({task for task, _ in entries}) == 1 for entries in tasks.values())
+
+
+@pytest.mark.parametrize("alpha", [0, 1, 2])
+def test_a_run_that_is_killed_and_resumed_takes_the_same_groups_with_the_same_trajectories(alpha, tmp_path):
+    rules = dataclasses.replace(RULES, async_ratio=alpha, steps=8)
+    alone = play_all(rules)
+    first = World(rules, journal=tmp_path / "steps.jsonl")
+    saved = {}
+
+    async def until_killed():
+        first.make()
+        await first.train(0, 3)
+        saved.update(json.loads(json.dumps({"state": await first.rollouts.get_state(), "accounting": first.accounting.to_json()})))
+        await first.train(3, 6)  # beyond the checkpoint; its weights are lost
+        await first.rollouts.close()
+
+    run(until_killed())
+    with open(tmp_path / "steps.jsonl", "a") as file:
+        file.write('{"step": 6, "gro')  # the kill came in the middle of a line
+    second = World(rules, journal=tmp_path / "steps.jsonl", files=first.files, accounting=Accounting.from_json(saved["accounting"]))
+    played = dict(first.played)
+
+    async def resume():
+        second.make().set_state(saved["state"], lambda entry: Plan(entry["task"]))
+        await second.train(3)
+        await second.rollouts.close()
+
+    run(resume())
+    assert names(second.steps[:3]) == names(first.steps[3:])
+    assert [taken.groups for _, taken in second.steps[:3]] == [taken.groups for _, taken in first.steps[3:]]
+    again = [name for name in second.played if played.get(name) and name in first.files and first.played[name] > 1]
+    assert not again  # what was finished is not paid for twice
+    everything = [name for step in names(first.steps[:3]) + names(second.steps) for name in step]
+    assert len(everything) == len(set(everything)) == 8 * 6
+    assert second.accounting.to_json() == {"started": 48, "trained": 48, "dropped": {}, "in_flight": 0}
+    if alpha == 0:
+        assert names(first.steps[:3]) + names(second.steps) == names(alone.steps)
+    assert [json.loads(line)["step"] for line in (tmp_path / "steps.jsonl").read_text().splitlines() if line.endswith("}")] == list(range(8))
+
+
+def test_a_lost_journal_costs_samples_that_became_too_old_but_no_more():
+    rules = dataclasses.replace(RULES, async_ratio=1)
+    world = World(rules)
+    old = Trajectory("task/1_0", "f", [Chunk([1], [2], [-0.5], [(0, 0, 1)])], 1.0, "success")
+
+    async def main():
+        world.make().set_state({"waves": 4, "groups": [{"number": 9 + index, "attempt": 0, "task": "t", "source": "", "prefixes": []} for index in range(3)]},
+                               lambda entry: Plan(entry["task"]))
+        world.files["000003_g000_e00"] = old
+        await world.train(3)
+        await world.rollouts.close()
+
+    run(main())
+    assert world.accounting.dropped == {"stale": 1} and max(staleness(world.steps)) <= 1
+
+
+def test_an_episode_that_fails_for_good_ends_the_step_with_its_cause_and_the_rest_stays():
+    world = World(RULES, fault=lambda episode: RolloutError("spoiled") if episode.group == 2 else None)
+
+    async def main():
+        world.make()
+        with pytest.raises(RolloutError, match="spoiled"):
+            await world.train()
+        await world.rollouts.close()
+
+    run(main())
+    assert world.files and not world.running
+
+
+def test_a_stop_is_heard_while_waiting_and_what_runs_is_closed():
+    world = World(RULES)
+
+    async def main():
+        world.make()
+        asyncio.get_running_loop().call_later(0.1, setattr, world, "stop", True)
+        with pytest.raises(Stopped):
+            await world.train()
+        await world.rollouts.close()
+
+    run(main())
+    assert not world.running
+    world.accounting.check()
