@@ -56,6 +56,10 @@ class ProblemEnv(Env):
         """Turns by name of the trick."""
         raise NotImplementedError
 
+    def definition(self) -> str:
+        """The problem and its solution as text: equal for equal ones. Not shown to a player."""
+        return f"{self.problem}\n{self.expert_action()}"
+
     # -- GEM -----------------------------------------------------------------------------------------------------------------------
 
     def reset(self, seed: int | None = None) -> tuple[str, Info]:

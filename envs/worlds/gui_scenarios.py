@@ -41,11 +41,11 @@ class Driver:
         for label in labels:
             self.do("click", label)
 
-    def open(self, app: str, entry: str) -> None:
-        """From wherever no dialog and no form is open."""
+    def open(self, app: str, words: str, entry: str) -> None:
+        """Finds an entry by words that the user said, from wherever no dialog and no form is open."""
         self.home()
         self.click(app)
-        self.do("type", "Search", text=entry)
+        self.do("type", "Search", text=words)
         self.click(entry)
 
     def home(self) -> None:
@@ -112,7 +112,7 @@ def _contact(rng: random.Random, driver: Driver, used: set[str]) -> Request:
     field = rng.choice(["Phone", "City", "Group"])
     old = driver.database["contact"][entry][field]
     value = f"{rng.randrange(10**6, 10**7)}" if field == "Phone" else rng.choice([one for one in (CITIES if field == "City" else GROUPS) if one != old])
-    driver.open("Contacts", entry)
+    driver.open("Contacts", entry, entry)
     driver.click("Edit")
     driver.fill(**{field: value})
     if field != "Phone":
@@ -146,7 +146,7 @@ def _moved_event(rng: random.Random, driver: Driver, used: set[str]) -> Request:
     entry = _draw(rng, driver.database["event"], used)
     event = driver.database["event"][entry]
     time = rng.choice([one for one in TIMES if one != event["Time"]])
-    driver.open("Calendar", entry)
+    driver.open("Calendar", event["Title"], entry)
     driver.click("Edit")
     driver.fill(Time=time)
     used.add(f"{event['Date']} {time} {event['Title']}")
@@ -156,7 +156,7 @@ def _moved_event(rng: random.Random, driver: Driver, used: set[str]) -> Request:
 def _deletion(rng: random.Random, driver: Driver, used: set[str]) -> Request:
     entry = _draw(rng, driver.database["event"], used)
     event = driver.database["event"][entry]
-    driver.open("Calendar", entry)
+    driver.open("Calendar", event["Title"], entry)
     driver.click("Delete", "Delete")
     return _done(driver, f"{event['Title']} does not take place. Please delete it from the calendar.")
 
@@ -165,7 +165,7 @@ def _question(rng: random.Random, driver: Driver, used: set[str]) -> Request:
     """Nothing is to be changed: a date has to be told, which no guess finds."""
     entry = _draw(rng, driver.database["event"], used)
     event = driver.database["event"][entry]
-    driver.open("Calendar", entry)
+    driver.open("Calendar", event["Title"], entry)
     return Request(f"On which day, as YYYY-MM-DD, and at what time is {event['Title']}?", (), (event["Date"], event["Time"]),
                    (*driver.taken(), f"{event['Title']} is on {event['Date']} at {event['Time']}."))
 

@@ -91,7 +91,7 @@ class Endpoint:
 
     async def _converse(self, started: Started, seed: int, clock: dict[str, float], tokens: dict[str, int]) -> Outcome:
         """Turn after turn to the end."""
-        messages: list[dict[str, Any]] = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": started.opening[0]}]
+        messages: list[dict[str, Any]] = [{"role": "system", "content": getattr(started.env, "system", SYSTEM)}, {"role": "user", "content": started.opening[0]}]
         while True:
             began = time.monotonic()
             try:
@@ -119,8 +119,8 @@ class Endpoint:
 
     async def _ask(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """(first choice, usage) of one answer. Raises EndpointError; ContextFull."""
-        body = {"model": self.model, "messages": messages, "tools": tools, "seed": seed,
-                **{name: value for name, value in (("temperature", self.temperature), ("max_tokens", self.max_tokens)) if value is not None}}
+        optional = {"tools": tools or None, "temperature": self.temperature, "max_tokens": self.max_tokens}  # an empty list of tools is refused by some
+        body = {"model": self.model, "messages": messages, "seed": seed, **{name: value for name, value in optional.items() if value is not None}}
         wait, problem = self.first_wait_s, "no request was made"
         try:
             async with asyncio.timeout(self.request_seconds):
