@@ -138,6 +138,7 @@ def _new_event(rng: random.Random, driver: Driver, used: set[str]) -> Request:
     driver.home()
     driver.click("Calendar", "New event")
     driver.fill(Title=title, Date=date, Time=time, Guest=guest, Reminder=reminder)
+    used.add(f"{date} {time} {title}")
     return _done(driver, f"Please put \"{title}\" with {guest} into my calendar, {'with the reminder ' + reminder if reminder != 'none' else 'without a reminder'}.",
                  (Fact(("date", "day", "when", "time"), f"It is on {date} at {time}."),), f"When is {title}?")
 

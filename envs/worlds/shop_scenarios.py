@@ -177,21 +177,21 @@ def _address(counter: Counter) -> Request:
 
 
 def _late(counter: Counter) -> Request:
-    ago = counter.rng.randrange(RETURN_DAYS + 1, RETURN_DAYS + 40)
+    ago = counter.rng.randrange(RETURN_DAYS + 1, RETURN_DAYS + 150)
     order, skus = counter.new_order("delivered", 1, ago)
     last = day(counter.database["orders"][order]["status_since"], RETURN_DAYS)
     return Request(f"I want to return {counter.named(skus[0])}.", (), (last,), (f"I am sorry, a return was possible until {last} only.",))
 
 
 def _shipped(counter: Counter) -> Request:
-    order, skus = counter.new_order("shipped", counter.rng.randint(1, 2), counter.rng.randrange(1, 6))
+    order, skus = counter.new_order("shipped", counter.rng.randint(1, 2), counter.rng.randrange(1, 90))
     since = counter.database["orders"][order]["status_since"]
     return Request(f"Please cancel my order of {' and '.join(map(counter.named, skus))}.", (), ("shipped", since),
                    (f"I cannot cancel that order any more: its status is shipped since {since}.",))
 
 
 def _cancelled(counter: Counter) -> Request:
-    order, skus = counter.new_order("cancelled", 1, counter.rng.randrange(1, 25))
+    order, skus = counter.new_order("cancelled", 1, counter.rng.randrange(1, 90))
     since = counter.database["orders"][order]["status_since"]
     return Request(f"My order of {counter.named(skus[0])} must go to another address.", (), ("cancelled", since),
                    (f"The address cannot be changed: the status of that order is cancelled since {since}.",))

@@ -10,7 +10,11 @@ import dataclasses
 import re
 
 MAX_MESSAGE_CHARS = 600  # a longer message is not read: pouring the whole database over the user tells nothing
+MAX_DATES = 12  # that an agent may name in a dialogue: one that names more is guessing, and has told no date
 _WORD = re.compile(r"[a-z]+")
+_QUESTION = re.compile(r"[^.!?\n]*\?")
+_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+_CLOSING = re.compile(r"\b(any|some)thing else\b|\b(further|more) (help|assistance|questions?)\b|\bhelp you with\b|\bassist you\b")
 _CONSENT = frozenset("confirm confirmed proceed agree ok okay shall should may want".split())
 
 
@@ -45,27 +49,23 @@ class User:
     def hear(self, message: str) -> str:
         """The answer to a message; "" where the dialogue is over.
 
-        A question is answered: with the facts that its words ask for, else with consent where it asks for that, else with not knowing. Anything else
-        is taken for "done": the next request comes, or the end.
+        A question is answered: with the facts that its words ask for, else with consent where it asks for that, else with not knowing. Anything else,
+        and the question whether there is anything else, is taken for "done": the next request comes, or the end.
         """
         if len(message) > MAX_MESSAGE_CHARS:
             return f"That is too long for me ({len(message)} characters). Please tell me in at most {MAX_MESSAGE_CHARS}."
         self.heard.append(message)
-        if "?" in message:
-            return self._answer(set(_WORD.findall(message.lower())))
+        asked = " ".join(_QUESTION.findall(message.lower()))
+        words = set(_WORD.findall(asked))
+        if known := [fact.answer for fact in self.script.facts if words & set(fact.words)]:
+            return " ".join(known)
+        if asked and not _CLOSING.search(asked):
+            return self.script.consent if words & _CONSENT else "I cannot say more about that. Please go on with what I told you."
         self.stage += 1
         if self.stage < len(self.script.requests):
             return self.script.requests[self.stage]
         self.over = True
         return ""
-
-    def _answer(self, words: set[str]) -> str:
-        known = [fact.answer for fact in self.script.facts if words & set(fact.words)]
-        if known:
-            return " ".join(known)
-        if words & _CONSENT:
-            return self.script.consent
-        return "I cannot say more about that. Please go on with what I told you."
 
 
 def is_told(fact: str, messages: list[str]) -> bool:
@@ -73,6 +73,8 @@ def is_told(fact: str, messages: list[str]) -> bool:
 
     tau2's communicate_info is a plain substring of the message without commas; this asks for more, so that no year tells a price.
     """
+    if _DATE.fullmatch(fact) and len({date for message in messages for date in _DATE.findall(message)}) > MAX_DATES:
+        return False
     pattern = re.compile(rf"(?<![a-z0-9.\-]){re.escape(_plain(fact))}(?![a-z0-9\-]|\.[0-9])")
     return any(pattern.search(_plain(message)) for message in messages)
 

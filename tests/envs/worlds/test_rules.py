@@ -179,6 +179,19 @@ def test_the_user_says_a_fact_only_when_asked_and_ends_after_its_requests():
     assert user.hear("done") == "" and user.over
 
 
+@pytest.mark.parametrize("message, stage", [("It is done. Is there anything else?", 1), ("Can I help you with more?", 1), ("Anything else, such as your zip?", 0),
+                                            ("I know your zip now. What else?", 0), ("Do you want that?", 0), ("I confirm. Why not?", 0)])
+def test_only_questions_are_answered_and_closing_ones_close(message, stage):
+    user = User(UserScript(("one", "two"), (Fact(("zip",), "12345"),)))
+    answer = user.hear(message)
+    assert user.stage == stage and ("12345" in answer) is message.endswith("zip?")
+
+
+def test_a_dialogue_full_of_dates_tells_none_of_them():
+    dates = [f"2031-05-{day:02d}" for day in range(1, 14)]
+    assert is_told(dates[3], dates[:12]) and not is_told(dates[3], dates) and is_told("412", [*dates, "412"])
+
+
 def test_a_long_message_is_not_heard():
     user = User(UserScript(("one",)))
     assert "too long" in user.hear("the sum is 412. " * 60) and user.heard == [] and not user.over
