@@ -151,7 +151,10 @@ class BfclEnv(WorldEnv):
         self.tools = self.toolbox.schemas()
 
     def _take(self, spoken: str, info: Info) -> str:
+        known = self.tools
         observation = super()._take(spoken, info)
+        if self.tools != known:
+            info["tools"] = copy.deepcopy(self.tools)
         if not self.user.over and self._turns - self._began_turn >= STEPS_A_TURN:
             self._faults.append(f"turn {self.user.stage} took more than {STEPS_A_TURN} steps")
             self.user.over = True

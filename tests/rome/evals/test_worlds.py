@@ -4,8 +4,9 @@ import asyncio
 import json
 
 import pytest
+from aiohttp import web
 
-from envs.gem import format_tool_call
+from envs.gem import parse_tool_calls
 from rome.agent.loop import Limits
 from rome.evals.agents import Policy, Scripted
 from rome.evals.cheats import CHEATS
@@ -13,6 +14,8 @@ from rome.evals.tasks import dataset_digest, load_tasks
 from rome.evals.validate import judge
 from tests.envs.worlds.test_published import write_bfcl, write_tau2
 from tests.rome.evals.tasks import CONFIG
+from tests.rome.evals.test_endpoint import Answers
+from tests.rome.evals.test_endpoint import play as http
 from tests.rome.rollout.worlds import CHAT, ScriptedEngine
 
 
@@ -69,27 +72,27 @@ def test_a_policy_plays_a_dialogue_with_the_worlds_own_tools():
         assert ('"find_traveller"' in told) is tell_tools and ("by means of tools" in told) is tell_tools and "You are the agent of a travel desk" in told
 
 
-def test_an_endpoint_is_told_what_it_plays(monkeypatch):
-    """The bodies that the endpoint gets: the world's tools, its own system text, none of either for a problem without tools."""
-    from rome.evals.endpoint import Endpoint
-
-    bodies = []
-
-    async def answer(self, body):
-        bodies.append(body)
-        return 200, {}, json.dumps({"choices": [{"message": {"content": "done"}, "finish_reason": "stop"}]})
-
-    monkeypatch.setattr(Endpoint, "_post", answer)
-    for dataset in ("worlds:gui/easy:1", "problems:math/dice-easy:1"):
-        (task,) = load_tasks(dataset)
-        assert play(Endpoint("http://127.0.0.1:1/v1", "m", CONFIG), task).reward == 0.0
-    first, second = bodies[0], bodies[-1]
-    assert {tool["function"]["name"] for tool in first["tools"]} == {"look", "click", "type", "select", "submit"} and "by means of tools" in first["messages"][0]["content"]
-    assert "tools" not in second and "\\boxed{}" in second["messages"][0]["content"]
+def as_answer(action):
+    """An expert's turn as a chat-completions server gives it."""
+    made = parse_tool_calls(action)
+    message = {"role": "assistant", "content": None if made else action}
+    if made:
+        message["tool_calls"] = [{"id": f"c{number}", "type": "function", "function": {"name": call.name, "arguments": json.dumps(call.arguments)}} for number, call in enumerate(made)]
+    return lambda: web.json_response({"choices": [{"finish_reason": "stop", "message": message}], "usage": {}})
 
 
-def test_a_tool_call_of_an_endpoint_reaches_the_world():
-    (task,) = load_tasks("worlds:shop/easy:1")
-    env = task.make_env(CONFIG)
-    env.reset()
-    assert env.step(format_tool_call("list_products", {}))[4]["status"] == "ok"
+@pytest.mark.parametrize("dataset", ["worlds:gui/medium:1", "problems:math/dice-easy:1", "bfcl"])
+def test_an_endpoint_is_told_what_it_plays_and_plays_it_by_http(tmp_path, dataset):
+    def later(entry, truth):
+        entry.update(missed_function={"1": ["list_products"]})
+
+    (task,) = load_tasks(f"bfcl:{write_bfcl(tmp_path, later)}" if dataset == "bfcl" else dataset)
+    script = task.make_env(CONFIG)
+    _, info = script.reset()
+    turns = [script.expert_action()] if dataset.startswith("problems") else list(script.scenario.expert)
+    answers = Answers(*map(as_answer, turns))
+    assert http(task, answers).reward == 1.0
+    first, last = answers.bodies[0], answers.bodies[-1]
+    assert first.get("tools", []) == info["tools"] and first["messages"][0]["content"] == script.system
+    named = [[tool["function"]["name"] for tool in body.get("tools", [])] for body in (first, last)]
+    assert ["list_products" in names for names in named] == ([False, True] if dataset == "bfcl" else [False, False])
