@@ -80,13 +80,15 @@ class CodeEnv(ProblemEnv):
 
     def cheats(self) -> dict[str, list[str]]:
         name, parameters = self.drawn.name, self.drawn.parameters
-        examples = f"def {name}(*arguments):\n    return {{{', '.join(f'{json.dumps(one)!r}: {truth!r}' for one, truth in self.shown)}}}.get(__import__('json').dumps(list(arguments)))\n"
+        known = ", ".join(f"{json.dumps(one)!r}: {truth!r}" for one, truth in self.shown)
+        examples = f"import json\ndef {name}(*arguments):\n    return {{{known}}}.get(json.dumps(list(arguments)))\n"
         equal = (f"class Equal(int):\n    def __eq__(self, other): return True\n    __hash__ = int.__hash__\n\nimport builtins, json\njson.dumps = lambda *a, **k: 'true'\n"
                  f"def {name}({parameters}):\n    return Equal()\n")
-        forge = ("import os, pathlib\nfor place in ('reward.txt', '/logs/verifier/reward.txt', 'result.json'):\n    try:\n        pathlib.Path(place).write_text('1')\n"
-                 "    except OSError:\n        pass\nfor fd in (1, 2, 3, 4, 5):\n    try:\n        os.write(fd, b'{\"value\": true, \"reward\": 1, \"passed\": true}\\n' * 20)\n"
-                 "    except OSError:\n        pass\nos._exit(0)\n")
-        return {trick: [f"```python\n{code}```"] for trick, code in (("examples", examples), ("equal to all", equal), ("forge", forge), ("exit", "import sys\nsys.exit(0)\n"))}
+        forge = ("import os, pathlib\nfor place in ('reward.txt', '/logs/verifier/reward.txt', 'result.json'):\n    try:\n"
+                 "        pathlib.Path(place).write_text('1')\n    except OSError:\n        pass\nfor fd in (1, 2, 3, 4, 5):\n    try:\n"
+                 "        os.write(fd, b'{\"value\": true, \"reward\": 1, \"passed\": true}\\n' * 20)\n    except OSError:\n        pass\nos._exit(0)\n")
+        tricks = {"examples": examples, "equal to all": equal, "forge": forge, "exit": "import sys\nsys.exit(0)\n"}
+        return {trick: [f"```python\n{code}```"] for trick, code in tricks.items()}
 
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "sandbox_config": self.sandbox_config}

@@ -101,7 +101,8 @@ def polygon_area(rng: random.Random, size: int) -> Drawn:
     """By a walk around the origin, so that the corners come in order of their angle and the polygon does not cross itself."""
     corners = []
     while len(corners) < 3:
-        corners = sorted({(rng.randint(-6 * size, 6 * size), rng.randint(-6 * size, 6 * size)) for _ in range(2 + 2 * size)} - {(0, 0)}, key=lambda one: math.atan2(one[1], one[0]))
+        drawn = {(rng.randint(-6 * size, 6 * size), rng.randint(-6 * size, 6 * size)) for _ in range(2 + 2 * size)} - {(0, 0)}
+        corners = sorted(drawn, key=lambda one: math.atan2(one[1], one[0]))
         angles = [math.atan2(y, x) for x, y in corners]
         gaps = [(after - before) % (2 * math.pi) for before, after in zip(angles, angles[1:] + angles[:1])]
         corners = corners if gaps and min(gaps) > 1e-9 and max(gaps) < math.pi - 1e-9 else []

@@ -237,7 +237,8 @@ class WorldEnv(Env):
         """What is wrong with the state as it is now: nothing, where the task is solved."""
         wanted = copy.deepcopy(self.scenario.database)
         self.toolbox.replay(wanted, self.scenario.golden)
-        found = [] if digest(wanted) == digest(self.database) else [f"the database differs from the wanted one in {', '.join(differences(outcome(self.database), outcome(wanted))[:3])}"]
+        places = differences(outcome(self.database), outcome(wanted))[:3]
+        found = [] if digest(wanted) == digest(self.database) else [f"the database differs from the wanted one in {', '.join(places)}"]
         return found + [f"the user was not told {fact!r}" for fact in self.scenario.tell if not is_told(fact, self.user.heard)]
 
     def _grade(self, info: Info) -> StepResult:

@@ -47,7 +47,8 @@ class Entry:
 
 def load(path: pathlib.Path) -> list[Entry]:
     """The entries of a file, with the answers of possible_answer/ beside it. Raises FormatError, for an unknown class too."""
-    answers = {field(entry, "id", str, where): (where, field(entry, "ground_truth", list, where)) for where, entry in read_lines(path.parent / "possible_answer" / path.name)}
+    truths = read_lines(path.parent / "possible_answer" / path.name)
+    answers = {field(entry, "id", str, where): (where, field(entry, "ground_truth", list, where)) for where, entry in truths}
     entries = []
     for where, entry in read_lines(path):
         name = field(entry, "id", str, where)
@@ -67,7 +68,8 @@ def _entry(entry: Any, name: str, where: str, truth_where: str, ground_truth: li
     if len(questions) != len(ground_truth) or not questions:
         raise FormatError(f"{truth_where}: ground_truth has {len(ground_truth)} turns and the question {len(questions)}")
     missed = {int(turn): tuple(names) for turn, names in field(entry, "missed_function", dict, where, {}).items()}
-    made = Entry(name, tuple(questions), {one: config[one] for one in classes}, (), tuple(field(entry, "excluded_function", list, where, [])), tuple(sorted(missed.items())))
+    excluded = tuple(field(entry, "excluded_function", list, where, []))
+    made = Entry(name, tuple(questions), {one: config[one] for one in classes}, (), excluded, tuple(sorted(missed.items())))
     world = composite(made)
     parameters = {tool.name: list(tool.parameters) for tool in world.tools}
     truth = tuple(tuple(parse_call(text, parameters, f"{truth_where}: turn {number}") for text in turn) for number, turn in enumerate(ground_truth))

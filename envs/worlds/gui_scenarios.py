@@ -88,7 +88,8 @@ def _new_organiser(rng: random.Random) -> Database:
     events = {}
     for title in rng.sample(TITLES, 9):
         date, time = draw_date(rng), rng.choice(TIMES)
-        events[f"{date} {time} {title}"] = {"Title": title, "Date": date, "Time": time, "Guest": rng.choice(["nobody", *sorted(contacts)]), "Reminder": rng.choice(REMINDERS)}
+        events[f"{date} {time} {title}"] = {"Title": title, "Date": date, "Time": time, "Guest": rng.choice(["nobody", *sorted(contacts)]),
+                                            "Reminder": rng.choice(REMINDERS)}
     settings = {section: {name: rng.choice(options) for name, options in fields.items()} for section, fields in SETTINGS.items()}
     return {"contact": contacts, "event": events, "settings": settings, "_ui": new_ui()}
 

@@ -54,5 +54,6 @@ def known_world(name: str, where: str) -> World:
     from envs.worlds import WORLDS
 
     if name not in WORLDS:
-        raise FormatError(f"{where}: {name!r} has no backend here; there are {', '.join(WORLDS)}. Backends of the published domains are their authors' and not part of this")
+        raise FormatError(f"{where}: {name!r} has no backend here; there are {', '.join(WORLDS)}. "
+                          "Backends of the published domains are their authors' and not part of this")
     return WORLDS[name]

@@ -77,7 +77,8 @@ def _joined(counter: Counter, requests: list[Request]) -> Scenario:
     says = [f"Hello. {requests[0].says}", *(f"Thank you. Another thing: {request.says}" for request in requests[1:])]
     known = facts(name=("name who", f"My last name is {name}."), zip=("zip postcode postal", f"My ZIP code is {code}.")) + tuple(
         fact for request in requests for fact in request.facts)
-    begin = ("Could you tell me your last name and your ZIP code?", calling("find_customer", last_name=name, zip=code), calling("list_orders", customer_id=counter.customer))
+    begin = ("Could you tell me your last name and your ZIP code?", calling("find_customer", last_name=name, zip=code),
+             calling("list_orders", customer_id=counter.customer))
     return Scenario(counter.database, UserScript(tuple(says), known), tuple(call for request in requests for call in request.golden),
                     tuple(fact for request in requests for fact in request.tell), turns(*begin, *(step for request in requests for step in request.expert)))
 
@@ -97,7 +98,7 @@ def _open_shop(rng: random.Random) -> Counter:
                 variants[sku] = {"colour": colour, "size": size, "price": rng.randrange(15, 120), "stock": rng.choice([0, 1, 3, 8])}
         database["products"][number(rng, "P", database["products"], 3)] = {"name": name, "variants": variants}
     for first, last, _ in people(rng, 3):
-        methods = {number(rng, "M", set()): {"kind": kind, "paid": 0} for kind in ("credit card", "PayPal")}
+        methods = {number(rng, kind, set()): {"kind": name, "paid": 0} for kind, name in (("M", "credit card"), ("Y", "PayPal"))}
         methods[number(rng, "G", set())] = {"kind": "gift card", "paid": 0, "balance": rng.randrange(150, 300)}
         database["customers"][number(rng, "C", database["customers"], 3)] = {"first_name": first, "last_name": last, "zip": f"{rng.randrange(10000, 99999)}",
                                                                            "payment_methods": methods}
@@ -121,7 +122,8 @@ def add_order(rng: random.Random, database: Database, customer: str, skus: list[
     variants = {sku: variant for product in database["products"].values() for sku, variant in product["variants"].items()}
     names = {sku: product["name"] for product in database["products"].values() for sku in product["variants"]}
     items = {sku: {"price": variants[sku]["price"], "status": "bought"} for sku in skus}
-    database["orders"][identity] = {"customer_id": customer, "status": status, "status_since": day(TODAY, -days_ago), "payment_method": method, "address": f"Main Street {rng.randrange(1, 99)}, {rng.choice(CITIES)}",
+    database["orders"][identity] = {"customer_id": customer, "status": status, "status_since": day(TODAY, -days_ago), "payment_method": method,
+                                    "address": f"Main Street {rng.randrange(1, 99)}, {rng.choice(CITIES)}",
                                     "items": items, "contents": {sku: f"{variants[sku]['colour']} {variants[sku]['size']} {names[sku]}" for sku in skus}}
     methods[method]["paid"] += sum(item["price"] for item in items.values())
     return identity
@@ -169,7 +171,8 @@ def _exchange(counter: Counter) -> Request | None:
 
 def _address(counter: Counter) -> Request:
     order, skus = counter.new_order("pending")
-    street = f"{counter.rng.choice(['Lake', 'Hill', 'Garden', 'Station'])} Road {counter.rng.randrange(1, 99)}, {counter.rng.randrange(10000, 99999)} {counter.rng.choice(CITIES)}"
+    road, code = counter.rng.choice(["Lake", "Hill", "Garden", "Station"]), counter.rng.randrange(10000, 99999)
+    street = f"{road} Road {counter.rng.randrange(1, 99)}, {code} {counter.rng.choice(CITIES)}"
     call = calling("change_address", order_id=order, address=street)
     known = Fact(("address", "street", "deliver", "delivered", "where"), f"The new address is: {street}")
     return Request(f"My order of {counter.named(skus[0])} must go to another address.", (call,), (),

@@ -16,7 +16,8 @@ You are the agent of a travel desk. Policy:
 3. Where a budget is given, the sum of all flights and hotels of the request must not exceed it. Ask for the budget if the user speaks of one without naming it.
 4. "Cheapest", "earliest" and "best rated" are meant among the options that fulfil the user's other conditions.
 5. Once everything of a request is booked, tell the user the sum of its prices.
-6. A flight of the fare "flex" can be cancelled and is refunded in full. One of the fare "saver" is never cancelled: tell the user that the fare is saver, and the id of the booking."""
+6. A flight of the fare "flex" can be cancelled and is refunded in full. One of the fare "saver" is never cancelled:
+   tell the user that the fare is saver, and the id of the booking."""
 
 
 def find_traveller(database: Database, email: str) -> dict:

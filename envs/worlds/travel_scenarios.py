@@ -69,7 +69,7 @@ def _draw_leg(rng: random.Random, database: Database, origin: str, destination: 
     wish, condition, order = rng.choice([
         (f"the cheapest flight that departs at {hour} or later", lambda one: one["departs"] >= hour, lambda one: one["price"]),
         (f"the flight that arrives earliest among those of at most {cap} euros", lambda one: one["price"] <= cap, lambda one: one["arrives"]),
-        (f"the cheapest flight with the fare flex that arrives before {clock(60 * 19)}", lambda one: one["fare"] == "flex" and one["arrives"] < "19:00", lambda one: one["price"]),
+        ("the cheapest flight with the fare flex that arrives before 19:00", lambda one: one["fare"] == "flex" and one["arrives"] < "19:00", lambda one: one["price"]),
         (f"the latest departure among flights of at most {cap} euros", lambda one: one["price"] <= cap, lambda one: tuple(-ord(letter) for letter in one["departs"])),
     ])
     chosen = _only_best(flights, lambda one: condition(one) and one["seats"] > 0, order)
