@@ -129,7 +129,10 @@ class CodeEnv(ProblemEnv):
 
 def same(output: dict[str, Any], truth: Any) -> bool:
     """Whether a reported output is the value, types included: True is not 1, 1.0 is not 1, and a tuple is a list."""
-    return "error" not in output and "value" in output and json.dumps(output["value"]) == json.dumps(truth)
+    try:
+        return "error" not in output and "value" in output and json.dumps(output["value"]) == json.dumps(truth)
+    except RecursionError:
+        return False
 
 
 def read_code(action: str) -> str | None:

@@ -191,8 +191,11 @@ class WorldEnv(Env):
         """What comes back for a turn; the user's state and the database change here."""
         try:
             calls = parse_tool_calls(spoken)
+            json.dumps([call.arguments for call in calls], allow_nan=False)  # they go into records
         except ToolCallError as error:
             return self._malformed(str(error), info)
+        except (ValueError, RecursionError):
+            return self._malformed("an argument is no JSON value: NaN, Infinity, or too deep", info)
         if len(calls) > MAX_CALLS:
             return self._malformed(f"{len(calls)} tool calls in one turn; make at most {MAX_CALLS}", info)
         if not calls:
@@ -201,7 +204,7 @@ class WorldEnv(Env):
             if not message:
                 return self._malformed("an empty turn; call a tool or say something to the user", info)
             return f"User: {self._hear(message)}"
-        info.update(use_tool=True, tool_type=calls[0].name, tool_arguments=calls[0].arguments, parsed_action=[dataclasses.asdict(call) for call in calls])
+        info.update(use_tool=True, tool_type=calls[0].name, tool_arguments=calls[0].arguments)
         answers = [self._call(call, info) for call in calls]
         self._malformed_in_a_row = self._malformed_in_a_row + 1 if info["status"] == "malformed" else 0
         return clean("\n".join(answers))

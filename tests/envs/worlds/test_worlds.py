@@ -154,7 +154,7 @@ def test_any_text_is_an_action_and_a_failed_call_changes_nothing(name, data):
         if info["status"] != "ok":
             assert json.dumps(env.database) == before and (over or observation.startswith("Error"))
         json.dumps(env.database, allow_nan=False)
-        copy.deepcopy(info)
+        json.dumps(copy.deepcopy(info), allow_nan=False)
 
 
 @pytest.mark.parametrize("name", ["rome:travel/medium", "rome:shop/hard", "rome:gui/medium"])
