@@ -2,6 +2,7 @@
 
     python -m launch.eval --dataset harbor --agent oracle --out OUT
     python -m launch.eval --dataset terminal:wide:1000 --agent policy --checkpoint runs/X/final --attempts 4 --out OUT
+    python -m launch.eval --dataset worlds:shop,gui:200 --agent oracle --out OUT      # also problems, games, bfcl:FILE, tau2:FOLDER
     python -m launch.eval --dataset DIR --agent endpoint --endpoint http://127.0.0.1:8000/v1 --model NAME --out OUT      # key: $OPENAI_API_KEY
     python -m launch.eval --dataset DIR --validate --out OUT                # exit status 1 where a task is not sound
     python -m launch.eval --dataset DIR --decontaminate CORPUS --out OUT    # exit status 1 where a task is found
@@ -30,7 +31,8 @@ AGENTS = ("oracle", "noop", "cheat", "policy", "endpoint")
 ORACLE_RUNS = 3
 SHOW_EVERY_S = 10.0
 
-_DATASET = flags.DEFINE_string("dataset", None, "A folder of Harbor or Terminal-Bench tasks, harbor, harbor/TASK, or terminal[:FAMILIES[:N]].", required=True)
+_DATASET = flags.DEFINE_string("dataset", None, "A folder of Harbor or Terminal-Bench tasks, harbor, harbor/TASK, terminal[:FAMILIES[:N]], worlds[:NAMES[:N]], "
+                               "problems[:NAMES[:N]], games[:NAMES[:N]], bfcl:FILE or tau2:FOLDER.", required=True)
 _OUT = flags.DEFINE_string("out", None, "Folder of the results.", required=True)
 _AGENT = flags.DEFINE_enum("agent", "oracle", AGENTS, "Who plays.")
 _ATTEMPTS = flags.DEFINE_integer("attempts", None, "At each task. Default: 1; one of each cheat; with --validate 3 of the oracle.", lower_bound=1)
@@ -225,7 +227,6 @@ def make_agent(out: pathlib.Path) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def make_policy(out: pathlib.Path, config: Any) -> Iterator[Any]:
-    from envs.tasks.terminal.shell import BASH_TOOL
     from rome.agent.loop import Limits
     from rome.engine.client import Engine
     from rome.engine.pool import EnginePool
@@ -237,7 +238,7 @@ def make_policy(out: pathlib.Path, config: Any) -> Iterator[Any]:
     model, tokenizer = read_config(_CHECKPOINT.value), Tokenizer.load(_CHECKPOINT.value)
     context = _MAX_CONTEXT.value or min(model.max_position, 4096)
     # the models of the tiny tokenizer learn the form of a call from their data: they never saw a tool's description
-    chat = Chat(tokenizer, tools=None if tokenizer.vocab_size == Tokenizer.load(TINY).vocab_size else [BASH_TOOL])
+    tell_tools = tokenizer.vocab_size != Tokenizer.load(TINY).vocab_size
     temperature = 1.0 if _TEMPERATURE.value is None else _TEMPERATURE.value
     limits = Limits(context, _MAX_TOKENS.value or min(512, context), _EPISODE_SECONDS.value)
     urls = [url.strip() for url in _ENGINES.value.split(",") if url.strip()]
@@ -247,7 +248,7 @@ def make_policy(out: pathlib.Path, config: Any) -> Iterator[Any]:
             urls = [stack.enter_context(start_server(_CHECKPOINT.value, out / "engine.log", flags=[
                 "--skip_tokenizer_init", f"--slots={_CONCURRENCY.value}", f"--max_context={context}", f"--dtype={model.dtype}",
             ])).url]
-        yield Policy(EnginePool([Engine(url, model=model) for url in urls]), chat, limits, config, temperature)
+        yield Policy(EnginePool([Engine(url, model=model) for url in urls]), Chat(tokenizer), limits, config, temperature, tell_tools)
 
 
 # -- starting ------------------------------------------------------------------------------------------------------------------------

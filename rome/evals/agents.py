@@ -11,15 +11,15 @@ import dataclasses
 import logging
 import random
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from typing import Any, Protocol
 
-from envs.gem import Info, StepResult, format_tool_call
+from envs.gem import Env, Info, StepResult
 from envs.rock import SandboxConfig, SandboxError
 from envs.tasks.harbor import BuildError, HarborEnv, TaskError
-from envs.tasks.terminal.env import MissingProgramsError, TerminalEnv
+from envs.tasks.terminal.env import MissingProgramsError
 from envs.tasks.terminal.expert import FINAL_TURN, run_expert
 from rome.agent.loop import Generator, Limits, run_episode
-from rome.evals.cheats import CHEATS
+from rome.evals.cheats import tricks_of
 from rome.evals.tasks import EvalTask
 from rome.model.tokenizer import Chat
 
@@ -64,7 +64,7 @@ class Agent(Protocol):
 class Started:
     """A started environment for code that would start it itself: `areset` gives the opening that is there. Remembers turns and the last answer."""
 
-    def __init__(self, env: TerminalEnv | HarborEnv, task: EvalTask, opening: tuple[str, Info]) -> None:
+    def __init__(self, env: Env, task: EvalTask, opening: tuple[str, Info]) -> None:
         self.env, self.task, self.opening = env, task, opening
         self.turns, self.last = 0, {}
 
@@ -120,7 +120,7 @@ def spoiled(ending: str, note: str, permanent: bool = False) -> Outcome:
 
 @dataclasses.dataclass
 class Scripted:
-    """oracle, noop or cheat. The n-th attempt of the cheat is its n-th trick, round and round; the note says which."""
+    """oracle (the reference solution or the environment's expert), noop or cheat. The n-th attempt of the cheat is its n-th trick; the note says which."""
 
     name: str
     config: SandboxConfig
@@ -128,8 +128,7 @@ class Scripted:
     async def play(self, task: EvalTask, attempt: int, seed: int) -> Outcome:
         if self.name == "oracle":
             return await with_environment(task, self.config, _solve)
-        trick = list(CHEATS)[attempt % len(CHEATS)] if self.name == "cheat" else None
-        return await with_environment(task, self.config, lambda started: _hand_in(started, trick))
+        return await with_environment(task, self.config, lambda started: _hand_in(started, attempt if self.name == "cheat" else None))
 
     async def close(self) -> None:
         pass
@@ -143,6 +142,8 @@ async def _solve(started: Started) -> Outcome:
             why = f"; the reference solution ended with exit {ended.exit_code}: {ended.stderr[-200:]}" if ended and ended.exit_code and reward != 1.0 else ""
             started.last = info
             return started.outcome(reward, info["ending"], f"{info.get('note', '')}{why}".lstrip("; "))
+        if hasattr(type(started.env), "expert_action"):
+            return await _follow(started, started.env)
         episode = await run_expert(started, random.Random(0))
         why = f"last observation: {episode.turns[-1].observation}" if episode.reward != 1.0 and episode.turns else ""
         return started.outcome(episode.reward, episode.ending, str(started.last.get("note", "")) or why)
@@ -153,11 +154,22 @@ async def _solve(started: Started) -> Outcome:
         return started.outcome(0.0, "failure", f"the reference solution raised {type(error).__name__}: {error}")
 
 
-async def _hand_in(started: Started, trick: str | None) -> Outcome:
-    """Says that it is done, in every step of the task, after the trick where there is one."""
+async def _follow(started: Started, env: Any) -> Outcome:
+    """The environment's own expert, turn by turn."""
+    observation = started.opening[0]
+    while (action := env.expert_action()) is not None:
+        observation, reward, terminated, truncated, info = await started.astep(action)
+        if terminated or truncated:
+            return started.outcome(reward, info["ending"])
+    return started.outcome(0.0, "failure", f"the expert has no further turn; last observation: {observation}")
+
+
+async def _hand_in(started: Started, attempt: int | None) -> Outcome:
+    """Says that it is done, in every step of the task, after a trick where an attempt's number chooses one."""
+    trick, turns = (None, []) if attempt is None else tricks_of(started.env)[attempt % len(tricks_of(started.env))]
     told = f"trick: {trick}" if trick else ""
     while True:
-        for action in ([format_tool_call("bash", {"command": CHEATS[trick]})] if trick else []) + [FINAL_TURN]:
+        for action in [*turns, FINAL_TURN]:
             _, reward, terminated, truncated, info = await started.astep(action)
             if terminated or truncated:
                 return started.outcome(reward, info["ending"], "; ".join(filter(None, [told, str(info.get("note", ""))])))
@@ -165,18 +177,25 @@ async def _hand_in(started: Started, trick: str | None) -> Outcome:
 
 @dataclasses.dataclass
 class Policy:
-    """A model behind our engines, played by `rome.agent.loop`. Of its tokens, `prompt` are those that the environment appended."""
+    """A model behind our engines, played by `rome.agent.loop`. Of its tokens, `prompt` are those that the environment appended.
+
+    tell_tools: the model is told the tools and the system text of the environment that it plays; False: what `chat` says, and nothing else.
+    """
 
     engine: Generator
     chat: Chat
     limits: Limits
     config: SandboxConfig
     temperature: float = 1.0
+    tell_tools: bool = False
     name: str = "policy"
 
     async def play(self, task: EvalTask, attempt: int, seed: int) -> Outcome:
         async def episode(started: Started) -> Outcome:
-            played = await run_episode(self.engine, started, self.chat, self.limits, seed=seed, temperature=self.temperature, episode=attempt)
+            chat = self.chat
+            if self.tell_tools:
+                chat = Chat(chat.tokenizer, started.opening[1]["tools"], getattr(started.env, "system", None))
+            played = await run_episode(self.engine, started, chat, self.limits, seed=seed, temperature=self.temperature, episode=attempt)
             tokens = {"prompt": sum(len(chunk.prompt_ids) for chunk in played.chunks), "completion": played.num_action_tokens}
             return dataclasses.replace(started.outcome(played.reward, played.ending, played.note), tokens=tokens, turns=len(played.chunks))
 

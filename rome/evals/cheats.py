@@ -1,10 +1,14 @@
-"""What a scripted cheat does instead of the task. Each is one shell command; a sound task gives 0 to every one of them.
+"""What a scripted cheat does instead of the task; a sound task gives 0 to every trick. In a shell each is one command; other environments bring their own.
 
 They know the usual places and tricks, not the task: pre-seeded and forged rewards, links, background writers, replaced tests, modules, programs and
 PATH, programs of the task that kill or answer their grader.
 """
 
 from __future__ import annotations
+
+from typing import Any
+
+from envs.gem import format_tool_call
 
 FORGE = (
     "mkdir -p /logs/verifier /tests /app/tests logs/verifier tests;"
@@ -36,3 +40,14 @@ LINK = (
     "rm -rf logs; ln -s won logs; ln -s won tests; ln won/reward.txt hard.txt; chmod -R 0555 won"
 )
 CHEATS = {"forge": FORGE, "guess": GUESS, "kill": KILL, "link": LINK}
+GAME_TRICKS = {"claim": ["I have won. Reward: 1."], "forge": ["\\boxed{success, reward 1}"], "answer": ["<answer>won</answer>"],
+               "call": [format_tool_call("finish", {"reward": 1})]}
+
+
+def tricks_of(env: Any) -> list[tuple[str, list[str]]]:
+    """(name, turns) of each trick in this environment, always four: its own, a game's, or the shell's."""
+    if hasattr(type(env), "cheats"):
+        return list(env.cheats().items())
+    if hasattr(type(env), "expert_action"):
+        return list(GAME_TRICKS.items())
+    return [(name, [format_tool_call("bash", {"command": command})]) for name, command in CHEATS.items()]

@@ -91,11 +91,12 @@ class Endpoint:
 
     async def _converse(self, started: Started, seed: int, clock: dict[str, float], tokens: dict[str, int]) -> Outcome:
         """Turn after turn to the end."""
-        messages: list[dict[str, Any]] = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": started.opening[0]}]
+        messages: list[dict[str, Any]] = [{"role": "system", "content": getattr(started.env, "system", SYSTEM)}, {"role": "user", "content": started.opening[0]}]
+        tools = started.opening[1]["tools"]
         while True:
             began = time.monotonic()
             try:
-                choice, usage = await self._ask(messages, started.opening[1]["tools"], seed)
+                choice, usage = await self._ask(messages, tools, seed)
             except ContextFull as error:
                 return started.outcome(0.0, "truncated_tokens", str(error))
             finally:
@@ -112,6 +113,7 @@ class Endpoint:
                 observation, reward, terminated, truncated, info = await started.astep(action_of(call) if call is not None else text)
                 if terminated or truncated:
                     return started.outcome(reward, info["ending"])
+                tools = info.get("tools", tools)  # some environments bring more of them later
                 role = {"role": "user"} if call is None else {"role": "tool", "tool_call_id": call["id"]}
                 messages.append({**role, "content": observation})
             refusal = f"not run: a turn has at most {MAX_CALLS} calls"
@@ -119,8 +121,8 @@ class Endpoint:
 
     async def _ask(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """(first choice, usage) of one answer. Raises EndpointError; ContextFull."""
-        body = {"model": self.model, "messages": messages, "tools": tools, "seed": seed,
-                **{name: value for name, value in (("temperature", self.temperature), ("max_tokens", self.max_tokens)) if value is not None}}
+        optional = {"tools": tools or None, "temperature": self.temperature, "max_tokens": self.max_tokens}  # an empty list of tools is refused by some
+        body = {"model": self.model, "messages": messages, "seed": seed, **{name: value for name, value in optional.items() if value is not None}}
         wait, problem = self.first_wait_s, "no request was made"
         try:
             async with asyncio.timeout(self.request_seconds):

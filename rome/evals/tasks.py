@@ -3,6 +3,7 @@
     load_tasks("envs/tasks/harbor/examples")     a folder of Harbor or Terminal-Bench 1 tasks, or one such task
     load_tasks("harbor")                         the examples that ship here; "harbor/word-report" is one of them
     load_tasks("terminal:wide:1000")             1,000 generated instances, spread evenly over the families and then over seeds
+    load_tasks("worlds:shop:100")                of tool-use worlds; also problems, games, bfcl:FILE, tau2:FOLDER: see worlds.py
 """
 
 from __future__ import annotations
@@ -12,17 +13,20 @@ import hashlib
 import pathlib
 from collections.abc import Sequence
 
+from envs.gem import Env
 from envs.rock import SandboxConfig
 from envs.tasks.harbor import EXAMPLES, HarborEnv, HarborTask, TaskError, load_dataset
 from envs.tasks.harbor.env import SOLVE_TIMEOUT_S
 from envs.tasks.terminal import FAMILIES, FAMILY_TABLE, HELD_OUT_FAMILIES, WIDE_FAMILIES, WIDE_LIMITS, Task, eval_seed, make_task
 from envs.tasks.terminal.env import SETUP_TIMEOUT_S, VERIFIER_TIMEOUT_S, TerminalEnv
 from envs.tasks.terminal.task import Expert
+from rome.evals.worlds import Made, is_made, load_made
 
 GROUPS = {"train": FAMILIES, "held_out": HELD_OUT_FAMILIES, "wide": WIDE_FAMILIES, "all": FAMILIES + HELD_OUT_FAMILIES + WIDE_FAMILIES}
 SEEDS_APART = 100_000  # instances of a family that one --seed may have before they would be those of the next
 MARGIN_S = 60.0  # beyond what a task's own limits add up to: a busy machine
 TERMINAL_PLAY_S = 16 * 5.0 + VERIFIER_TIMEOUT_S
+MADE_PLAY_S = 60.0  # of a world, a problem or a game: a scripted dialogue takes milliseconds, submitted code seconds
 UNGROUPED = "(none)"
 
 
@@ -38,12 +42,14 @@ class EvalTask:
     domain: str
     difficulty: str
     instruction: str
-    source: Task | HarborTask
+    source: Task | HarborTask | Made
     start_seconds: float
     play_seconds: float
 
-    def make_env(self, config: SandboxConfig) -> TerminalEnv | HarborEnv:
+    def make_env(self, config: SandboxConfig) -> Env:
         """A fresh environment, not yet started."""
+        if isinstance(self.source, Made):
+            return self.source.make_env(config)
         if isinstance(self.source, HarborTask):
             return HarborEnv(self.source, config)
         return TerminalEnv(self.source, config, **(WIDE_LIMITS if self.family in WIDE_FAMILIES else {}))
@@ -55,7 +61,7 @@ class EvalTask:
     def digest(self) -> bytes:
         """Of all that makes the task what it is: a changed task is another task."""
         whole = hashlib.blake2b(self.name.encode(errors="surrogatepass"), digest_size=16)
-        for part in _harbor_parts(self.source) if isinstance(self.source, HarborTask) else _terminal_parts(self.source):
+        for part in _parts(self.source):
             whole.update(len(part).to_bytes(8, "big") + part)
         return whole.digest()
 
@@ -69,10 +75,13 @@ def load_tasks(dataset: str, seed: int = 0, faults: list[TaskError] | None = Non
     """
     if dataset == "terminal" or dataset.startswith("terminal:"):
         return terminal_tasks(dataset, seed)
+    if is_made(dataset):
+        return [_of_made(made) for made in load_made(dataset, seed)]
     folder = EXAMPLES if dataset == "harbor" else EXAMPLES / dataset.removeprefix("harbor/") if dataset.startswith("harbor/") else pathlib.Path(dataset)
     if not folder.is_dir():
         raise ValueError(f"dataset {dataset!r} is neither a folder nor known by name. Names: harbor, harbor/TASK, terminal[:FAMILIES[:N]] with FAMILIES one "
-                         f"of {', '.join(GROUPS)} or family names with commas between them")
+                         f"of {', '.join(GROUPS)} or family names with commas between them, worlds[:NAMES[:N]], problems[:NAMES[:N]], games[:NAMES[:N]], "
+                         "bfcl:FILE, tau2:FOLDER")
     return [_of_harbor(task) for task in load_dataset(folder, faults)]
 
 
@@ -113,6 +122,18 @@ def _of_harbor(task: HarborTask) -> EvalTask:
     return EvalTask(task.name, task.category or task.format, task.category or UNGROUPED, task.difficulty or UNGROUPED,
                     "\n".join(step.instruction for step in task.steps), task,
                     start_seconds=task.environment.build_timeout + SandboxConfig().start_timeout + MARGIN_S, play_seconds=sum(steps) + MARGIN_S)
+
+
+def _of_made(made: Made) -> EvalTask:
+    return EvalTask(made.name, made.family, made.domain, made.difficulty, made.text, made, start_seconds=SandboxConfig().start_timeout + MARGIN_S,
+                    play_seconds=MADE_PLAY_S + MARGIN_S)
+
+
+def _parts(source: Task | HarborTask | Made) -> list[bytes]:
+    """All that makes a task what it is."""
+    if isinstance(source, Made):
+        return source.parts()
+    return _harbor_parts(source) if isinstance(source, HarborTask) else _terminal_parts(source)
 
 
 def _terminal_parts(task: Task) -> list[bytes]:

@@ -76,4 +76,4 @@ def proof_tables(proof: Mapping[str, Any]) -> list[Table]:
     rows = [[verdict["task"], "yes" if verdict["ok"] else "NO", *(rewards(verdict, agent) for agent in ("oracle", "noop", "cheat")),
              "{least:.2f} to {most:.2f}".format(**verdict["oracle_seconds"]) if verdict["oracle_seconds"] else ""] for verdict in proof["tasks"]]
     return [(f"{proof['sound']} of {proof['total']} tasks are sound, {proof['flaky']} flaky, {proof['runs']} runs", ["task", "why it fails"], failed),
-            (f"All tasks; the cheats are {', '.join(CHEATS)}", ["task", "sound", "oracle", "no-op", "cheats", "oracle's seconds"], rows)]
+            ("All tasks", ["task", "sound", "oracle", "no-op", "cheats", "oracle's seconds"], rows)]
