@@ -3,6 +3,7 @@
 #   make train [CONFIG=experiments/ipa.py:PRESET] [WORKDIR=DIR] [ARGS="--config.key=value ..."]
 #   make test  [ARGS="tests/rome -x"]     the fast tests
 #   make test-all                         the slow ones too, and the live comparison with transformers
+#   make sglang MODEL=DIR [ARGS="--port 30000 --dry-run"]   an SGLang server for rollouts, in an environment of its own (.venv-sglang)
 #   make clean                            removes .venv and caches; results under runs/ stay
 #
 # PYTHON=/path/to/python3.12 chooses the interpreter that .venv is made from. A job's failure is make's failure (status 2).
@@ -11,14 +12,15 @@
 SHELL := /bin/bash
 CONFIG = experiments/ipa.py
 WORKDIR =
+MODEL =
 ARGS =
 PYTHON =
 ACCELERATOR =
 
-.PHONY: help train test test-all environment environment-all clean
+.PHONY: help train test test-all sglang environment environment-all clean
 
 help:
-	@sed -n '3,8s/^#   /  /p; 8s/^# \(P.*\)/\n\1/p; 9s/^# \(A.*\)/\1/p' Makefile
+	@sed -n '3,9s/^#   /  /p; 9s/^# \(P.*\)/\n\1/p; 10s/^# \(A.*\)/\1/p' Makefile
 
 # `exec`: the job takes the place of its shell, so a signal meets one process and its exit status is the recipe's.
 train: environment
@@ -30,6 +32,13 @@ test: environment
 test-all: environment-all
 	@exec .venv/bin/python -m pytest -m "slow or not slow" $(ARGS)
 
+# The mark is made last: an installation that was cut off is done again. A dry run needs no SGLang.
+sglang:
+	@test -n '$(MODEL)' || { echo "make sglang needs MODEL=DIR, a Hugging Face checkpoint directory"; exit 2; }
+	@[ -e .venv-sglang/installed ] || [[ ' $(ARGS) ' == *' --dry-run '* ]] || { $(or $(PYTHON),python3) -m venv .venv-sglang && \
+	  .venv-sglang/bin/pip install -r requirements-sglang.txt && touch .venv-sglang/installed; }
+	@python=.venv-sglang/bin/python; [ -x $$python ] || python=$(or $(PYTHON),python3); exec $$python launch/sglang_server.py --model_path '$(MODEL)' $(ARGS)
+
 environment:
 	@PYTHON='$(PYTHON)' ACCELERATOR='$(ACCELERATOR)' bash launch/setup.sh requirements.txt
 
@@ -37,5 +46,5 @@ environment-all:
 	@PYTHON='$(PYTHON)' ACCELERATOR='$(ACCELERATOR)' bash launch/setup.sh requirements.txt tests/requirements-live.txt
 
 clean:
-	rm -rf .venv .cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-sglang .cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

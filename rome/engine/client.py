@@ -1,7 +1,8 @@
 """The engine seen from outside: a client of SGLang's HTTP protocol.
 
 It works unchanged with real SGLang servers and with the embedded one (`rome.serve`). Every wait has a deadline. Back-pressure (429, 503) is
-waited out, a refused connection for a short while only; an answer that was cut by a pause is taken up again from its partial output.
+waited out, a refused connection for a short while only; an answer that was cut by a pause is taken up again from its partial output. What differs
+between SGLang's versions is asked of the server (`dialect`), and a server that is too old is refused by name.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
+import pathlib
 import random
+import re
 import time
 import uuid
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import aiohttp
 import numpy as np
@@ -21,9 +24,13 @@ from rome.data.routes import encode_routes
 from rome.model.config import ModelConfig
 
 RETRY_STATUS = (429, 502, 503, 504)  # back-pressure of a server or of a router before it
+RETRY_AFTER_SECONDS = 30.0  # the longest that a server's Retry-After is believed
 HEALTH_SECONDS = 30.0  # SGLang's /health generates a token and may take 20 s on a busy server
 CONTROL_SECONDS = 60.0
 UPDATE_SECONDS = 600.0
+OLDEST = (0, 5, 9)  # of SGLang: the first whose weight update, pause and versions were read and tried against this client
+TELLS_SPANS = (0, 5, 23)  # the first that was seen to return meta_info.weight_versions
+Health = Literal["well", "busy", "hung", "gone"]  # busy: it says 429 or 503; hung: it takes connections and does not answer; gone: it takes none
 
 
 class EngineError(RuntimeError):
@@ -32,6 +39,14 @@ class EngineError(RuntimeError):
 
 class EngineDead(EngineError):
     """Nobody answers at the engine's URL."""
+
+
+class EngineRefused(EngineError):
+    """The engine was taken out of service while a request waited for it: another engine may go on with the request."""
+
+
+class EngineUnproven(EngineError):
+    """The engine answered with weights that were never proven there: it was started anew, or somebody else changed them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +81,21 @@ class Sampling:
         return fields if self.seed is None else fields | {"sampling_seed": self.seed}
 
 
+@dataclasses.dataclass(frozen=True)
+class Dialect:
+    """What a server's version understands.
+
+    Args:
+      embedded: it is `rome.serve`, which can hash its tensors by the names of the checkpoint.
+      spans: it tells the weight version of each token, so that a request may live through an update. (Where it does not, "retract" with a flush
+        also crashed servers.)
+    """
+
+    name: str
+    embedded: bool
+    spans: bool
+
+
 @dataclasses.dataclass
 class Completion:
     """What was sampled, stop token included.
@@ -87,6 +117,14 @@ class Completion:
     routes: np.ndarray | None = None
 
 
+class Mirror(Protocol):
+    """Brings a checkpoint directory to the engine's host. `last`: seconds and bytes of the last time, or None."""
+
+    last: Any
+
+    async def fetch(self, path: pathlib.Path) -> pathlib.Path: ...
+
+
 class Engine:
     """One SGLang HTTP server.
 
@@ -95,10 +133,11 @@ class Engine:
       api_key: sent as a bearer token.
       model: what the server runs; needed to understand its routes.
       dead_after_s: how long refused or broken connections are tried again before the server counts as dead.
+      mirror: what brings weights to the server's host (`launch.mirror`); None: the server reads the trainer's directory.
     """
 
-    def __init__(self, url: str, *, api_key: str | None = None, model: ModelConfig | None = None, dead_after_s: float = 5.0):
-        self.url = url.rstrip("/")
+    def __init__(self, url: str, *, api_key: str | None = None, model: ModelConfig | None = None, dead_after_s: float = 5.0, mirror: Mirror | None = None):
+        self.url, self.mirror = url.rstrip("/"), mirror
         self.model = model
         self.dead_after_s = dead_after_s
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -107,6 +146,8 @@ class Engine:
         self._info_routes: dict[str, str] = {}
         self._held: asyncio.Event | None = None  # set when `release` ends a hold
         self._refused: str | None = None
+        self._posts: set[asyncio.Task] = set()  # of running completions
+        self._proven: list[int] = []  # versions, in order; none: nothing is known, and any is taken
 
     async def __aenter__(self) -> Engine:
         return self
@@ -120,30 +161,32 @@ class Engine:
         self._session = self._loop = None
 
     async def generate(
-        self, input_ids: list[int], sampling: Sampling, deadline_s: float, *, affinity: str | None = None,
+        self, input_ids: list[int], sampling: Sampling, deadline_s: float, *, affinity: str | None = None, begun: Completion | None = None,
     ) -> Completion:
-        """Samples a continuation of input_ids.
-
-        An answer that a pause aborted is re-sent as prompt + partial output until it ends by itself; each part keeps its weight version.
+        """Samples a continuation of input_ids. An answer that a pause aborted is re-sent as prompt + partial output until it ends by itself.
 
         Args:
           deadline_s: for all of it; afterwards the request is dropped on the server too.
           affinity: for `EnginePool`, which has the same method; one engine has no choice to make.
+          begun: what another engine has sampled of it; it is gone on with, in place.
         Raises: EngineError.
         """
-        completion = Completion([], [], "abort", [])
+        completion = Completion([], [], "abort", []) if begun is None else begun
         async with self._deadline(deadline_s, "a completion"):
             while completion.finish_reason == "abort":
                 done = len(completion.output_ids)
                 if self._held is not None:
                     await self._held.wait()
-                if self._refused is not None:
-                    raise EngineDead(self._refused)
-                answer = await self._post("/generate", {
+                    continue  # a hold may follow another one before this wakes up
+                known = self._proven[-1:]  # when it is sent
+                answer = await self._post_or_leave("/generate", {
                     "rid": uuid.uuid4().hex, "input_ids": list(map(int, input_ids)) + completion.output_ids,
                     "sampling_params": sampling.to_json(already=done), "return_logprob": True, "logprob_start_len": -1, "stream": False,
-                    **self._route_fields(completion, sampling),
+                    **self._salt(), **self._route_fields(completion, sampling),
                 })
+                while self._held is not None:  # it was frozen during an update and may have gone on before the proof, which decides
+                    await self._held.wait()
+                self._require_proven(answer["meta_info"], known)
                 self._append(completion, answer)
                 if sampling.routes_from is not None and len(completion.output_ids) > done:
                     self._append_routes(completion, answer["meta_info"], sampling.routes_from, len(input_ids))
@@ -153,6 +196,25 @@ class Engine:
                     elif len(completion.output_ids) == done:  # aborted before its first token: give the server a moment
                         await asyncio.sleep(random.uniform(0.02, 0.1))
         return completion
+
+    async def _post_or_leave(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
+        """As `_post`, but ends at once when the engine is refused: a server that hangs is not waited for."""
+        if self._refused is not None:
+            raise EngineRefused(self._refused)
+        post = asyncio.ensure_future(self._post(route, body))
+        self._posts.add(post)
+        try:
+            await asyncio.wait([post])
+            if post.cancelled():
+                raise EngineRefused(self._refused or f"{self.url} was left")
+            return post.result()
+        finally:
+            self._posts.discard(post)
+            post.cancel()  # where the caller was cancelled; the server drops a request whose connection ends
+
+    def _salt(self) -> dict[str, str]:
+        """SGLang's prefix cache is keyed by tokens and by this, not by weights: a prefix that other weights computed must not be found."""
+        return {"extra_key": f"weights-{self._proven[-1]}"} if self._proven else {}
 
     def hold(self) -> None:
         """Makes `generate` wait before it sends anything, until `release`: new weights are not sampled from before they are proven."""
@@ -164,15 +226,27 @@ class Engine:
         self._held = None
 
     def refuse(self, cause: str) -> None:
-        """From now on `generate` raises EngineDead at once, also where it was waiting."""
+        """From now on `generate` raises EngineRefused at once, also where it was waiting, until `accept`."""
         self._refused = cause
         self.release()
+        for post in self._posts:
+            post.cancel()
+
+    def accept(self) -> None:
+        """Ends what `refuse` began."""
+        self._refused = None
+
+    def prove(self, version: int) -> None:
+        """From now on requests must be answered by these weights, or by those that are proven while they run."""
+        if self._proven[-1:] != [version]:
+            self._proven.append(version)
 
     async def score(self, input_ids: list[int], deadline_s: float = CONTROL_SECONDS) -> list[float]:
         """log p(input_ids[t] | before t) at temperature 1, one for each id; 0 for the first."""
         async with self._deadline(deadline_s, "logprobs of a prompt"):
             answer = await self._post("/generate", {
                 "rid": uuid.uuid4().hex, "input_ids": list(map(int, input_ids)), "stream": False, "return_logprob": True, "logprob_start_len": 0,
+                "extra_key": f"probe-{uuid.uuid4().hex}",  # nothing cached has it: all of it is computed by the weights of now
                 "sampling_params": Sampling(max_new_tokens=1, temperature=0.0).to_json(),
             })
         entries = answer["meta_info"]["input_token_logprobs"]
@@ -189,11 +263,15 @@ class Engine:
         async with self._deadline(CONTROL_SECONDS, "continue"):
             await self._post("/continue_generation", {})
 
-    async def update_weights(self, path: str, version: int) -> None:
-        """Loads an HF-layout directory that the server can read. Check it (`model_info`, `score`) before resuming."""
+    async def update_weights(self, path: str, version: int, *, flush: bool = True) -> None:
+        """Loads an HF-layout directory that the server can read. Check it (`model_info`, `score`) before resuming.
+
+        Args:
+          flush: forget cached prefixes. Frozen requests (pause "in_place") forbid it: SGLang 0.5.23 then answers 400 although the weights changed.
+        """
         async with self._deadline(UPDATE_SECONDS, "a weight update"):
             answer = await self._post("/update_weights_from_disk", {
-                "model_path": str(path), "weight_version": str(version), "flush_cache": True, "abort_all_requests": False,
+                "model_path": str(path), "weight_version": str(version), "flush_cache": flush, "abort_all_requests": False,
             })
         if not answer.get("success"):
             raise EngineError(f"{self.url} did not take weights {version} from {path}: {answer.get('message')}")
@@ -218,25 +296,49 @@ class Engine:
     async def server_info(self) -> dict[str, Any]:
         return await self._info("server_info")
 
-    async def health(self) -> bool:
-        """Whether the server answers that it is well. Never raises for a server that is down."""
+    async def release_memory(self, tags: tuple[str, ...] = ("weights", "kv_cache")) -> None:
+        """Frees the device for somebody else. The engine must be idle and stays paused; SGLang needs --enable-memory-saver."""
+        async with self._deadline(CONTROL_SECONDS, "release_memory_occupation"):
+            await self._post("/release_memory_occupation", {"tags": list(tags)})
+
+    async def resume_memory(self, tags: tuple[str, ...] = ("weights", "kv_cache")) -> None:
+        """Takes the memory back. What it holds is undefined: weights must be loaded and proven before anything is sampled."""
+        async with self._deadline(CONTROL_SECONDS, "resume_memory_occupation"):
+            await self._post("/resume_memory_occupation", {"tags": list(tags)})
+
+    async def dialect(self) -> Dialect:
+        """Asked anew each time: a server may have been replaced by another version. Raises EngineError for one that is too old."""
+        info = await self.server_info()
+        if int(info.get("tokenizer_worker_num") or 1) > 1:
+            raise EngineError(f"{self.url} runs {info['tokenizer_worker_num']} tokenizer workers: a pause and an update may meet different ones; "
+                              "start it with --tokenizer-worker-num 1")
+        return dialect_of(self.url, str(info.get("version", "")), info.get("engine") == "rome.serve")
+
+    async def health(self, seconds: float = HEALTH_SECONDS) -> Health:
+        """How the server is. Never raises for one that is not well.
+
+        Args:
+          seconds: before it counts as hung. SGLang generates a token to answer and may need 20 s; a shorter wait condemns busy servers.
+        """
         try:
-            async with asyncio.timeout(HEALTH_SECONDS):
-                async with self._client().get(self.url + "/health", headers=self._headers) as response:
-                    return response.status == 200
-        except (aiohttp.ClientError, TimeoutError, OSError):
-            return False
+            async with asyncio.timeout(seconds):
+                async with self._client().get(self.url + "/health_generate", headers=self._headers) as response:
+                    return "well" if response.status == 200 else "busy" if response.status in RETRY_STATUS else "gone"
+        except TimeoutError:  # also aiohttp's own, of a connection that was not taken
+            return "hung"
+        except (aiohttp.ClientError, OSError):
+            return "gone"
 
     async def _info(self, name: str) -> dict[str, Any]:
         """New servers call it /model_info, old ones /get_model_info: whichever is there is remembered."""
         async with self._deadline(CONTROL_SECONDS, name):
             if name not in self._info_routes:
-                status, answer = await self._request("GET", f"/{name}", None)
+                status, answer, _ = await self._request("GET", f"/{name}", None)
                 if status == 200:
                     self._info_routes[name] = f"/{name}"
                     return answer
                 self._info_routes[name] = f"/get_{name}"
-            status, answer = await self._request("GET", self._info_routes[name], None)
+            status, answer, _ = await self._request("GET", self._info_routes[name], None)
             if status != 200:
                 raise EngineError(f"{self.url}{self._info_routes.pop(name)} answered {status}: {_error_text(answer)}; is this an SGLang server?")
             return answer
@@ -245,22 +347,22 @@ class Engine:
         """One answer, after as many attempts as back-pressure asks for. Ends by success, EngineError, or the caller's deadline."""
         wait = 0.1
         while True:
-            status, answer = await self._request("POST", route, body)
+            status, answer, retry_after_s = await self._request("POST", route, body)
             if status == 200:
                 return answer
             if status not in RETRY_STATUS:
                 raise EngineError(f"{self.url}{route} answered {status}: {_error_text(answer)}")
-            await asyncio.sleep(wait * random.uniform(0.5, 1.5))
+            await asyncio.sleep(max(wait, retry_after_s) * random.uniform(1.0, 1.5))  # jitter: whoever was refused at once must not return at once
             wait = min(2 * wait, 5.0)
 
-    async def _request(self, method: str, route: str, body: dict[str, Any] | None) -> tuple[int, Any]:
-        """(status, parsed body). Broken connections are tried again for `dead_after_s`, then the server is dead."""
+    async def _request(self, method: str, route: str, body: dict[str, Any] | None) -> tuple[int, Any, float]:
+        """(status, parsed body, seconds of Retry-After). Broken connections are tried again for `dead_after_s`, then the server is dead."""
         give_up, wait = time.monotonic() + self.dead_after_s, 0.1
         while True:
             try:
                 async with self._client().request(method, self.url + route, json=body, headers=self._headers) as response:
                     is_json = response.content_type == "application/json"
-                    return response.status, (await response.json() if is_json else await response.text())
+                    return response.status, (await response.json() if is_json else await response.text()), _retry_after(response.headers.get("Retry-After"))
             except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError) as error:
                 if time.monotonic() + wait > give_up:
                     raise EngineDead(f"engine {self.url} is dead: {type(error).__name__} {error}; see its log, start it again, and resume") from error
@@ -283,6 +385,17 @@ class Engine:
     def _deadline(self, seconds: float, what: str) -> _Deadline:
         return _Deadline(seconds, f"{self.url} did not give {what} within {seconds:g} s; is it paused, overloaded or stuck? See its log")
 
+    def _require_proven(self, meta: dict[str, Any], known: list[int]) -> None:
+        """Raises EngineUnproven for an answer by other weights than those that were proven last when it was asked for, or since."""
+        if not known or not meta.get("output_token_logprobs"):
+            return
+        allowed = self._proven[len(self._proven) - 1 - self._proven[::-1].index(known[0]):]
+        for span in meta.get("weight_versions") or [{"version": meta["weight_version"]}]:
+            if self._version(span["version"]) not in allowed:
+                if self._refused is not None:  # known already
+                    raise EngineRefused(self._refused)
+                raise EngineUnproven(f"{self.url} answered with weights {span['version']!r}; proven there were {', '.join(map(str, allowed))}")
+
     def _append(self, completion: Completion, answer: dict[str, Any]) -> None:
         """Adds one answer's tokens to what earlier, aborted answers brought."""
         meta, start = answer["meta_info"], len(completion.output_ids)
@@ -290,11 +403,11 @@ class Engine:
         entries = meta["output_token_logprobs"] if ids else []
         if [entry[1] for entry in entries] != ids:
             raise EngineError(f"{self.url} returned {len(entries)} logprobs for {len(ids)} tokens, or of other tokens; this engine cannot be trained on")
+        spans = meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0, "end": len(ids)}]
         completion.cached_tokens = completion.cached_tokens if start else int(meta.get("cached_tokens", 0))
         completion.output_ids += ids
         completion.logprobs += [float(entry[0]) for entry in entries]
         completion.finish_reason = (meta["finish_reason"] or {}).get("type", "abort")
-        spans = meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0, "end": len(ids)}]
         for span in spans:
             _append_span(completion.versions, self._version(span["version"]), start + span["start"], start + span["end"])
 
@@ -358,6 +471,25 @@ def _append_span(spans: list[tuple[int, int, int]], version: int, start: int, en
     if spans and spans[-1][0] == version and spans[-1][2] == start:
         start = spans.pop()[1]
     spans.append((version, start, end))
+
+
+def dialect_of(url: str, version: str, embedded: bool = False) -> Dialect:
+    """Raises EngineError, with what to install, for versions before OLDEST and for what is no version."""
+    if embedded:
+        return Dialect(version, True, True)
+    match = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
+    if match is None or (number := tuple(map(int, match.groups()))) < OLDEST:
+        raise EngineError(f"{url} runs SGLang {version or 'of unknown version'}; weight updates need {'.'.join(map(str, OLDEST))} or newer "
+                          "(requirements-sglang.txt)")
+    return Dialect(version, False, number >= TELLS_SPANS)
+
+
+def _retry_after(header: str | None) -> float:
+    """Seconds; the header's other form, a date, is rare between programs and taken as nothing."""
+    try:
+        return min(max(float(header or 0), 0.0), RETRY_AFTER_SECONDS)
+    except ValueError:
+        return 0.0
 
 
 def _error_text(answer: Any) -> str:

@@ -1,34 +1,59 @@
 """Several engines as one: routing, and one state for each.
 
-An engine is `ready`, `updating` (its server holds new requests until it goes on) or `dead`: nobody answers there, or an update failed to prove
-itself, so that nothing sampled there could be trained on.
+    starting    joined or started again; serves when it has proven the current weights
+    ready       serves
+    updating    takes new weights; this side holds its requests until they are proven
+    suspect     in quarantine: an update failed or was not proven, or it does not answer; serves again when it has proven the current weights
+    dead        nobody answers at its URL
+
+What ran on an engine that is taken out goes on elsewhere, from the tokens that it had. Taking out is done here and by whoever meets an error; bringing
+back is `rome.engine.supervise`'s.
 """
 
 from __future__ import annotations
 
 import asyncio
 import collections
+import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
-from rome.engine.client import Completion, Engine, EngineDead, EngineError, Sampling
+from rome.engine.client import Completion, Engine, EngineDead, EngineError, EngineRefused, EngineUnproven, Sampling
+from rome.engine.proof import Weights, load_and_prove
 
+State = Literal["starting", "ready", "updating", "suspect", "dead"]
 KEPT_AFFINITIES = 100_000
-Answer = TypeVar("Answer")
+MOST_MOVES = 8  # a request that was on so many engines when they failed may be the reason
+CROWDED = 16  # in flight at an episode's engine, beyond twice the least elsewhere: the cached prefix is not worth the wait any more
+log = logging.getLogger(__name__)
 
 
 class EnginePool:
-    """Routes an episode to the engine that has its prefix cached, and new episodes to the engine with the least in flight."""
+    """Routes an episode to the engine that has its prefix cached, and new episodes to the engine with the least in flight.
 
-    def __init__(self, engines: Sequence[Engine]):
+    Args:
+      engines: they count as ready: whoever hands them over has started them with the weights that are wanted.
+      restart: by URL, what starts a dead engine of our own again, at the same URL; it blocks until the engine answers, and raises EngineError when
+        it does not. The others are somebody else's to start, and are taken back when they answer again.
+    """
+
+    def __init__(self, engines: Sequence[Engine], restart: Mapping[str, Callable[[], None]] | None = None):
         if not engines:
             raise ValueError("a pool needs at least one engine; give --config.engines=URL[,URL...] or let launch.train start one")
-        self.engines = list(engines)
-        self.states = {engine.url: "ready" for engine in engines}
-        self.in_flight = {engine.url: 0 for engine in engines}
-        self._causes: dict[str, str] = {}  # url -> why it is dead
+        self.engines: list[Engine] = []
+        self.states: dict[str, State] = {}
+        self.in_flight: collections.Counter[str] = collections.Counter()
+        self.causes: dict[str, str] = {}  # url -> why it was taken out last
+        self.restart = dict(restart or {})
+        self.weights: Weights | None = None  # the current ones; None until the first publication
+        self.supervised = False  # whether somebody brings engines back
+        self.asleep = False  # between `release_memory` and `take_back_memory`: nothing is brought to the engines
+        self._bringing: dict[str, asyncio.Lock] = {}
+        self._opened: asyncio.Event | None = None  # set when an engine becomes ready
         self._homes: collections.OrderedDict[str, Engine] = collections.OrderedDict()
+        for engine in engines:
+            self.join(engine, "ready")
 
     async def __aenter__(self) -> EnginePool:
         return self
@@ -40,68 +65,164 @@ class EnginePool:
         for engine in self.engines:
             await engine.close()
 
-    async def generate(self, input_ids: list[int], sampling: Sampling, deadline_s: float, *, affinity: str | None = None) -> Completion:
-        """As `Engine.generate`, on the engine of this affinity. An engine that dies hands its request to another one.
+    def join(self, engine: Engine, state: State = "starting") -> None:
+        """Adds an engine at any time. It serves when a publication or the supervisor has brought it to the current weights."""
+        if engine.url in self.states:
+            raise ValueError(f"the pool has an engine at {engine.url} already; each needs a URL of its own")
+        self.engines.append(engine)
+        self.states[engine.url], self.in_flight[engine.url], self._bringing[engine.url] = state, 0, asyncio.Lock()
+        if state != "ready":
+            self.causes[engine.url] = f"{engine.url} has not proven its weights yet"
+            engine.refuse(self.causes[engine.url])
 
-        Raises: EngineError; at once when no engine is left.
+    async def generate(self, input_ids: list[int], sampling: Sampling, deadline_s: float, *, affinity: str | None = None) -> Completion:
+        """As `Engine.generate`, on the engine of this affinity. An engine that is taken out hands its request, as far as it came, to another one.
+
+        Raises: EngineError; at once when no engine is left and nobody brings one back.
         """
-        ends = time.monotonic() + deadline_s
+        ends, begun, moves = time.monotonic() + deadline_s, Completion([], [], "abort", []), 0
         while True:
             engine = self._choose(affinity)
+            if engine is None:
+                await self.wait_ready(ends - time.monotonic())
+                continue
             self.in_flight[engine.url] += 1
             try:
-                return await engine.generate(input_ids, sampling, ends - time.monotonic())
+                return await engine.generate(input_ids, sampling, ends - time.monotonic(), begun=begun)
             except EngineDead as error:
                 self.mark_dead(engine, str(error))
+            except EngineUnproven as error:
+                self.quarantine(engine, str(error))
+            except EngineRefused:  # somebody else has found it out
+                pass
             finally:
                 self.in_flight[engine.url] -= 1
+            moves += 1
+            if moves == MOST_MOVES:
+                raise EngineError(f"{moves} engines failed while they had this request, {engine.url} last: {self.causes.get(engine.url)}")
 
-    def alive(self) -> list[Engine]:
-        """The engines that are not dead. Raises EngineError, with every cause, when there are none."""
-        alive = [engine for engine in self.engines if self.states[engine.url] != "dead"]
-        if not alive:
-            raise EngineError("no engine is left: " + "; ".join(self._causes.values()))
-        return alive
+    def engines_in(self, *states: State) -> list[Engine]:
+        return [engine for engine in self.engines if self.states[engine.url] in states]
 
     def mark_dead(self, engine: Engine, cause: str) -> None:
-        """No request goes there any more; what lived there moves elsewhere."""
-        self.states[engine.url] = "dead"
-        self._causes[engine.url] = cause
+        """No request goes there any more; what ran there moves elsewhere."""
+        self._take_out(engine, "dead", cause)
+
+    def quarantine(self, engine: Engine, cause: str) -> None:
+        """As `mark_dead`, of an engine that may answer, but is not to be trusted until it has proven the current weights."""
+        self._take_out(engine, "suspect", cause)
+
+    def admit(self, engine: Engine) -> None:
+        """It serves from now on."""
+        if self.states[engine.url] in ("starting", "suspect", "dead"):
+            log.info("engine %s is ready%s", engine.url, f", weights {self.weights.version}" if self.weights else "")
+        self.states[engine.url] = "ready"
+        self.causes.pop(engine.url, None)
+        engine.accept()
+        engine.release()
+        if self._opened is not None:
+            self._opened.set()
+            self._opened = None
+
+    async def bring(self, engine: Engine, mode: str = "abort") -> float:
+        """Brings one engine to the pool's current weights and admits it. Returns the largest error of its probe, in nats.
+
+        Raises: EngineError; the engine is then suspect or dead, and so it is when this is cancelled.
+        """
+        async with self._bringing[engine.url]:
+            if self.weights is None:
+                raise EngineError(f"{engine.url} cannot be brought to the current weights: nothing was published yet")
+            weights = None
+            try:
+                while weights is not self.weights:  # a publication may come in between
+                    weights = self.weights
+                    if self.states[engine.url] in ("ready", "updating"):
+                        self.states[engine.url] = "updating"
+                        engine.hold()
+                    else:
+                        self.states[engine.url] = "starting"
+                    error = await load_and_prove(engine, weights, mode)
+            except EngineDead as failure:
+                self.mark_dead(engine, str(failure))
+                raise
+            except EngineError as failure:
+                self.quarantine(engine, str(failure))
+                raise
+            except (LookupError, TypeError, ValueError, OSError) as failure:
+                self.quarantine(engine, f"{engine.url} answered an update unlike an SGLang server, or its checkpoint cannot be read: {failure!r}")
+                raise EngineError(self.causes[engine.url]) from failure
+            except asyncio.CancelledError:
+                self.quarantine(engine, f"{engine.url} did not take weights {weights.version} in time; see its log")
+                raise
+            engine.prove(weights.version)
+            self.admit(engine)
+            return error
+
+    async def wait_ready(self, seconds: float) -> None:
+        """Returns when an engine serves. Raises EngineError, with every cause, when none does within `seconds` or nobody brings one back."""
+        ends = time.monotonic() + seconds
+        while not self.engines_in("ready", "updating"):
+            if not self.supervised:
+                raise EngineError("no engine is left: " + "; ".join(self.causes.values()))
+            self._opened = self._opened or asyncio.Event()
+            try:
+                async with asyncio.timeout(max(ends - time.monotonic(), 0.0)):
+                    await self._opened.wait()
+            except TimeoutError:
+                raise EngineError(f"no engine came back within {seconds:.0f} s: " + "; ".join(self.causes.values())) from None
+
+    async def release_memory(self) -> None:
+        """Stops sampling everywhere and frees the engines' devices for the learner. Requests wait on this side until `take_back_memory`, then
+        a publication, since what the memory holds afterwards is undefined.
+
+        Raises: EngineError when none could.
+        """
+
+        self.asleep = True
+
+        async def release(engine: Engine) -> None:
+            async with self._bringing[engine.url]:
+                self.states[engine.url] = "updating"
+                engine.hold()
+                await engine.pause("abort")
+                await engine.release_memory()
+
+        await self._each(self.engines_in("ready", "updating"), release)
+
+    async def take_back_memory(self) -> None:
+        """After `release_memory`: the engines have their memory again, and wait for weights (`publish_weights`)."""
+        await self._each(self.engines_in("updating"), lambda engine: engine.resume_memory())
+        self.asleep = False
+
+    async def _each(self, engines: Sequence[Engine], act: Callable) -> None:
+        """Does one thing on several engines at once. One that fails goes into quarantine; raises when no engine is left."""
+
+        async def attempt(engine: Engine) -> None:
+            try:
+                await act(engine)
+            except EngineError as error:
+                self.quarantine(engine, str(error))
+
+        await asyncio.gather(*(attempt(engine) for engine in engines))
+        await self.wait_ready(0)
+
+    def _take_out(self, engine: Engine, state: State, cause: str) -> None:
+        if self.states[engine.url] != state:
+            log.warning("engine %s is %s: %s", engine.url, state, cause)
+        self.states[engine.url] = state
+        self.causes[engine.url] = cause
         engine.refuse(cause)
 
-    async def pause_all(self, mode: str = "abort") -> None:
-        """Stops sampling everywhere. `generate` waits on this side too, so that nothing starts before `resume_all`, whoever lets a server go on."""
-        for engine in self.alive():
-            self.states[engine.url] = "updating"
-            engine.hold()
-        await self.on_all(lambda engine: engine.pause(mode))
-
-    async def resume_all(self) -> None:
-        await self.on_all(lambda engine: engine.resume())
-        for engine in self.alive():
-            self.states[engine.url] = "ready"
-            engine.release()
-
-    async def on_all(self, act: Callable[[Engine], Awaitable[Answer]]) -> list[Answer]:
-        """Does one thing on every living engine at once. An engine that fails is marked dead, and its error raised when all have ended."""
-
-        async def attempt(engine: Engine) -> Answer | EngineError:
-            try:
-                return await act(engine)
-            except EngineError as error:
-                self.mark_dead(engine, str(error))
-                return error
-
-        answers = await asyncio.gather(*(attempt(engine) for engine in self.alive()))
-        for answer in answers:
-            if isinstance(answer, EngineError):
-                raise answer
-        return answers
-
-    def _choose(self, affinity: str | None) -> Engine:
+    def _choose(self, affinity: str | None) -> Engine | None:
+        """None while no engine serves."""
+        serving = self.engines_in("ready") or self.engines_in("updating")
+        if not serving:
+            return None
         home = self._homes.get(affinity) if affinity is not None else None
-        if home is None or self.states[home.url] == "dead":
-            home = min(self.alive(), key=lambda engine: (self.states[engine.url] != "ready", self.in_flight[engine.url]))
+        least = min(serving, key=lambda engine: self.in_flight[engine.url])
+        crowd = 2 * self.in_flight[least.url] + CROWDED
+        if home is None or self.states[home.url] not in ("ready", "updating") or (home is not least and self.in_flight[home.url] > crowd):
+            home = least
         if affinity is not None:
             self._homes[affinity] = home
             self._homes.move_to_end(affinity)

@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rome.engine.client import EngineError
 
@@ -22,6 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 PORT_IN_USE = 98  # exit status of launch.serve when it cannot have its port (the number of EADDRINUSE)
 PORT_ATTEMPTS = 3
 KILL_SECONDS = 30.0
+START_SECONDS = 180.0
 
 
 @dataclasses.dataclass
@@ -31,6 +32,8 @@ class ServerProcess:
     url: str
     process: subprocess.Popen
     log_path: pathlib.Path
+    start_again: Callable[[], subprocess.Popen]
+    stopped: bool = False  # for good
 
     def __enter__(self) -> ServerProcess:
         return self
@@ -41,8 +44,27 @@ class ServerProcess:
     def alive(self) -> bool:
         return self.process.poll() is None
 
+    def restart(self, deadline_s: float = START_SECONDS) -> None:
+        """Ends the process, however it stands, and starts it anew at the same URL with the weights of its first start. Returns when it answers.
+
+        Raises: EngineError with the end of the log when it does not within deadline_s.
+        """
+        self._end(grace_s=0.5)
+        if not self.stopped:
+            self.process = self.start_again()
+        if self.stopped:  # meanwhile, by another thread
+            self._end(grace_s=0.5)
+            raise EngineError(f"{self.url} was stopped; it is not started again")
+        status = _wait_until_ready(self, time.monotonic() + deadline_s)
+        if status is not None:
+            raise EngineError(f"the engine ended with status {status} when it was started again; the end of {self.log_path}:\n{_tail(self.log_path)}")
+
     def stop(self, grace_s: float = 5.0) -> None:
-        """SIGTERM, then SIGKILL to its whole process group. Does nothing when it is gone already."""
+        """SIGTERM, then SIGKILL to its whole process group, for good. Does nothing when it is gone already."""
+        self.stopped = True
+        self._end(grace_s)
+
+    def _end(self, grace_s: float) -> None:
         if self.alive():
             self.process.terminate()
             try:
@@ -55,7 +77,7 @@ class ServerProcess:
 
 def start_server(
     model_dir: str | os.PathLike[str], log_path: str | os.PathLike[str], *, port: int | None = None, flags: Sequence[str] = (),
-    deadline_s: float = 180.0, environment: dict[str, str] | None = None,
+    deadline_s: float = START_SECONDS, environment: dict[str, str] | None = None,
 ) -> ServerProcess:
     """Starts `python -m launch.serve` and returns when it is ready to answer.
 
@@ -91,9 +113,12 @@ def _launch(model_dir: str | os.PathLike[str], log_path: pathlib.Path, port: int
         sys.executable, "-m", "launch.serve", "--model_path", str(model_dir), "--host", "127.0.0.1", "--port", str(port),
         "--parent_pid", str(os.getpid()), *flags,
     ]
-    with open(log_path, "ab") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment | extra, start_new_session=True)
-    return ServerProcess(f"http://127.0.0.1:{port}", process, log_path)
+
+    def start() -> subprocess.Popen:
+        with open(log_path, "ab") as log:
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment | extra, start_new_session=True)
+
+    return ServerProcess(f"http://127.0.0.1:{port}", start(), log_path, start)
 
 
 def _wait_until_ready(server: ServerProcess, ends: float) -> int | None:

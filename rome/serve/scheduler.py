@@ -11,9 +11,10 @@ import concurrent.futures
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 
 from rome.model.config import ModelConfig
@@ -29,6 +30,7 @@ from rome.serve.stopping import find_end
 PREFILL_CALLS_PER_DECODE = 4
 GATHER_CALLS = 4  # full decode calls for which a prefill call waits until all of its rows have work
 PAUSE_MODES = ("abort", "retract", "in_place")
+MEMORY_TAGS = ("weights", "kv_cache")
 Answer = TypeVar("Answer")
 
 
@@ -45,6 +47,7 @@ class Scheduler:
         self.ready = threading.Event()
         self.failure: str | None = None  # why the thread ended; None while it lives
         self.paused = False
+        self.lent: dict[str, str] = {}  # memory tag -> what must happen before anything can run again
         self.stats = collections.Counter()
         self._load, self._tokenizer = load, tokenizer
         self._wake = threading.Condition()
@@ -102,11 +105,42 @@ class Scheduler:
             self._retract_all()
 
     def resume(self) -> None:
+        """Raises ValueError while memory is lent out or weights are missing."""
+        if self.lent:
+            raise ValueError("cannot continue: " + "; ".join(self.lent.values()))
         self.paused = False
+
+    def busy(self) -> bool:
+        return bool(self._waiting or self._prefilling or self._decoding)
+
+    def release_memory(self, tags: Sequence[str]) -> None:
+        """Deletes the device's arrays behind these tags. Raises ValueError while requests are in flight."""
+        if self.busy():
+            raise ValueError("requests are in flight; pause with mode abort first")
+        for tag in tags:
+            if tag in self.lent:
+                continue
+            self.lent[tag] = f"the memory of {tag} is released; call /resume_memory_occupation first"
+            kept = self.params if tag == "weights" else self._cache
+            for array in jax.tree.leaves(kept):
+                array.delete()  # now, whoever still refers to them
+        if "weights" in tags:
+            self.params = None
+        if "kv_cache" in tags:
+            self._cache = None
+            self._slots.forget_all()
+
+    def take_back_memory(self, tags: Sequence[str]) -> None:
+        """The cache is there again, empty; weights must be loaded anew."""
+        if "kv_cache" in tags and self._cache is None:
+            self._cache = jax.block_until_ready(make_cache(self.config, self.shapes.slots, self.shapes.max_context))
+            del self.lent["kv_cache"]
+        if "weights" in tags and self.params is None:
+            self.lent["weights"] = "the weights were released; load them by /update_weights_from_disk first"
 
     def flush(self) -> bool:
         """Forgets all cached prefixes. False, and nothing is done, while requests are in flight."""
-        if self._waiting or self._prefilling or self._decoding:
+        if self.busy():
             return False
         self._slots.forget_all()
         return True
@@ -114,6 +148,7 @@ class Scheduler:
     def swap(self, params: Params, version: str, fresh: bool) -> int:
         """New weights from the next step on. `fresh`: running requests compute their cache anew, by them. Returns how many were running."""
         running = len(self._prefilling) + len(self._decoding)
+        self.lent.pop("weights", None)
         self.params, self.version = params, version
         self._swaps += 1
         if fresh:
@@ -124,7 +159,8 @@ class Scheduler:
     def load_figures(self) -> dict[str, Any]:
         return {
             "running": len(self._decoding), "prefilling": len(self._prefilling), "waiting": len(self._waiting), "slots": self.shapes.slots,
-            "paused": self.paused, **self.stats,
+            "paused": self.paused, "released": sorted(self.lent),
+            "device_bytes": sum(array.nbytes for array in jax.tree.leaves((self.params, self._cache)) if not array.is_deleted()), **self.stats,
         }
 
     # -- the thread ------------------------------------------------------------------------------------------------------------------
@@ -174,16 +210,18 @@ class Scheduler:
         """Runs what was asked for. Sleeps while there is nothing to do, so that a trainer gets the cores. False at the end."""
         while True:
             with self._wake:
-                busy = not self.paused and (self._waiting or self._prefilling or self._decoding)
-                if not (self._commands or busy or self._stopping):
+                if not (self._commands or self._may_run() or self._stopping):
                     self._wake.wait()
                 commands, self._commands = self._commands, collections.deque()
             for command in commands:
                 command()
             if self._stopping:
                 return False
-            if not self.paused and (self._waiting or self._prefilling or self._decoding):
+            if self._may_run():
                 return True
+
+    def _may_run(self) -> bool:
+        return self.busy() and not self.paused and not self.lent
 
     def _admit(self) -> None:
         """Gives free slots to waiting requests, first come first served."""

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from aiohttp import web
 
+from rome.model.qwen3 import Params
 from rome.serve.protocol import BadRequest, Bounds, Request, SamplingParams, TextCodec, parse_generate
-from rome.serve.scheduler import PAUSE_MODES, Scheduler
+from rome.serve.scheduler import MEMORY_TAGS, PAUSE_MODES, Scheduler
 from rome.serve.stopping import decode
 from rome.serve.weights import checksums, find_tensor, load_weights
 
@@ -55,6 +56,8 @@ class Server:
         get("/flush_cache", self.flush_cache)
         post("/update_weights_from_disk", self.update_weights_from_disk)
         post("/weights_checker", self.weights_checker)
+        post("/release_memory_occupation", self.release_memory_occupation)
+        post("/resume_memory_occupation", self.resume_memory_occupation)
         post("/get_weights_by_name", self.get_weights_by_name)
         get("/get_weights_by_name", self.get_weights_by_name)
         return app
@@ -141,7 +144,7 @@ class Server:
         return web.json_response({"message": f"Generation paused ({mode}).", "status": "ok"})
 
     async def continue_generation(self, http: web.Request) -> web.Response:
-        await self._in_thread(self.scheduler.resume)
+        await self._in_thread(self.scheduler.resume, refused=ValueError)
         return web.json_response({"message": "Generation continued.", "status": "ok"})
 
     async def flush_cache(self, http: web.Request) -> web.Response:
@@ -161,6 +164,8 @@ class Server:
         if body.get("abort_all_requests"):
             self.scheduler.abort("", everything=True)
         async with self._updating:
+            if "resume" in self.scheduler.lent.get("weights", ""):
+                raise BadRequest(self.scheduler.lent["weights"])
             try:
                 params, _ = await asyncio.to_thread(load_weights, path, self.scheduler.config.dtype, self.scheduler.config)
             except (ValueError, OSError) as error:
@@ -170,16 +175,35 @@ class Server:
             self._model_path = path
         return web.json_response({"success": True, "message": "Succeeded to update model weights.", "num_paused_requests": running})
 
+    async def release_memory_occupation(self, http: web.Request) -> web.Response:
+        """Deletes the arrays of the given tags (all by default), so that another process can have the device's memory."""
+        tags = _memory_tags(await _body(http))
+        async with self._updating:
+            await self._in_thread(lambda: self.scheduler.release_memory(tags), refused=ValueError)
+        return web.json_response(None)
+
+    async def resume_memory_occupation(self, http: web.Request) -> web.Response:
+        """The cache is allocated again. Weights must be loaded by /update_weights_from_disk before anything runs: nothing is sampled from old ones."""
+        tags = _memory_tags(await _body(http))
+        async with self._updating:
+            await self._in_thread(lambda: self.scheduler.take_back_memory(tags))
+        return web.json_response(None)
+
+    def _loaded(self) -> Params:
+        if self.scheduler.params is None:
+            raise BadRequest(self.scheduler.lent["weights"])
+        return self.scheduler.params
+
     async def weights_checker(self, http: web.Request) -> web.Response:
         action = (await _body(http)).get("action")
         if action != "checksum":
             raise BadRequest(f"action {action!r} is not supported; supported: 'checksum'")
-        sums = await asyncio.to_thread(checksums, self.scheduler.params, self.scheduler.config)
+        sums = await asyncio.to_thread(checksums, self._loaded(), self.scheduler.config)
         return web.json_response({"success": True, "message": "sha256 by tensor", "ranks": [{"rank": 0, "checksums": sums}]})
 
     async def get_weights_by_name(self, http: web.Request) -> web.Response:
         body = dict(http.query) if http.method == "GET" else await _body(http)
-        tensor = await asyncio.to_thread(find_tensor, self.scheduler.params, self.scheduler.config, str(body.get("name")))
+        tensor = await asyncio.to_thread(find_tensor, self._loaded(), self.scheduler.config, str(body.get("name")))
         if tensor is None:
             raise BadRequest(f"no weight is named {body.get('name')!r}; names are those of the checkpoint's tensors")
         return web.json_response(np.asarray(tensor, np.float32)[:int(body.get("truncate_size", 100))].tolist())
@@ -190,12 +214,12 @@ class Server:
         return web.Response(status=200 if self.scheduler.ready.is_set() and self.scheduler.failure is None else 503)
 
     async def health_generate(self, http: web.Request) -> web.Response:
-        """Generates a token. A paused engine is well if its thread answers."""
+        """Generates a token. An engine that is paused or at work is well if its thread answers: a probe would wait behind everybody else."""
         if not self.scheduler.ready.is_set() or self.scheduler.failure is not None:
             return web.Response(status=503)
         try:
             async with asyncio.timeout(HEALTH_GENERATE_SECONDS):
-                if await self._in_thread(lambda: self.scheduler.paused):
+                if await self._in_thread(lambda: self.scheduler.paused or self.scheduler.lent or self.scheduler.busy()):
                     return web.Response()
                 ended: asyncio.Future[Request] = asyncio.get_running_loop().create_future()
                 loop = asyncio.get_running_loop()
@@ -220,8 +244,12 @@ class Server:
         entry = {"id": self._model_path, "object": "model", "owned_by": "rome", "max_model_len": self.bounds.max_context}
         return web.json_response({"object": "list", "data": [entry]})
 
-    async def _in_thread(self, function: Callable[[], Any]) -> Any:
-        return await asyncio.wrap_future(self.scheduler.call(function))
+    async def _in_thread(self, function: Callable[[], Any], refused: type[Exception] | tuple[()] = ()) -> Any:
+        """Between two steps. Errors of type `refused` are the client's mistakes."""
+        try:
+            return await asyncio.wrap_future(self.scheduler.call(function))
+        except refused as error:
+            raise BadRequest(str(error)) from None
 
     @web.middleware
     async def _guard(self, http: web.Request, handler: Callable) -> web.StreamResponse:
@@ -253,6 +281,13 @@ async def _body(http: web.Request) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise BadRequest(f"the body must be a JSON object, got {type(body).__name__}")
     return body
+
+
+def _memory_tags(body: dict[str, Any]) -> list[str]:
+    tags = body.get("tags") or list(MEMORY_TAGS)
+    if not isinstance(tags, list) or not set(tags) <= set(MEMORY_TAGS):
+        raise BadRequest(f"tags must be of {', '.join(MEMORY_TAGS)}, got {tags!r}")
+    return tags
 
 
 def _error(status: int, message: str) -> web.Response:

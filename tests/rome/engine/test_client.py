@@ -167,7 +167,7 @@ def test_a_server_killed_amid_a_completion_is_an_error_that_names_it_in_bounded_
                     await task
             return await engine.health()
 
-        assert talk(doomed, conversation, dead_after_s=1.0) is False
+        assert talk(doomed, conversation, dead_after_s=1.0) == "gone"
 
 
 # -- with servers that behave as real ones were seen to ----------------------------------------------------------------------------
@@ -208,6 +208,30 @@ def test_back_pressure_is_waited_out():
 
     assert asyncio.run(run()) == Completion([4, 5], [-0.5, -0.5], "length", [(0, 0, 2)])
     assert calls[0] == calls[1] | {"rid": calls[0]["rid"]} and len(calls) == 3
+
+
+@pytest.mark.parametrize("header, least, most", [("7", 7, 10.5), ("1e9", 30, 45), ("Wed, 21 Oct 2037 07:28:00 GMT", 0.1, 0.15), ("-3", 0.1, 0.15), (None, 0.1, 0.15)])
+def test_a_server_is_asked_again_when_it_said_to_and_not_all_clients_at_once(monkeypatch, header, least, most):
+    calls, waits, sleep = [], [], asyncio.sleep
+
+    async def generate(request):
+        calls.append(1)
+        refused = web.json_response({"error": "queue full"}, status=429, headers={"Retry-After": header} if header else {})
+        return refused if len(calls) % 2 else web.json_response(answer([4]))
+
+    async def remember(seconds, *rest):
+        waits.append(seconds)
+        await sleep(0)
+
+    async def run():
+        async with small_server(generate=generate) as engine:
+            monkeypatch.setattr(asyncio, "sleep", remember)
+            for _ in range(4):
+                await engine.generate([1], Sampling(1), 30)
+            monkeypatch.setattr(asyncio, "sleep", sleep)
+
+    asyncio.run(run())
+    assert len(calls) == 8 and len(waits) == 4 == len(set(waits)) and all(least <= wait <= most for wait in waits)
 
 
 def test_all_sampling_fields_are_sent_so_that_no_default_of_the_server_slips_in():

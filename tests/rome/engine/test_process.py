@@ -13,7 +13,7 @@ import urllib.request
 import pytest
 
 from rome.engine.client import EngineError
-from rome.engine.process import PORT_IN_USE, ROOT, start_server
+from rome.engine.process import PORT_IN_USE, ROOT, ServerProcess, start_server
 from tests.rome.serve.tiny import make_checkpoint, serve
 
 
@@ -116,3 +116,21 @@ def test_a_server_that_ignores_the_polite_signal_is_killed(checkpoint, tmp_path)
     os.kill(server.process.pid, signal.SIGSTOP)  # a stopped process does not see SIGTERM
     server.stop(grace_s=0.5)
     assert gone(server.process.pid) and not server.alive()
+
+
+def test_a_server_that_was_stopped_for_good_is_not_started_again(tmp_path):
+    start = lambda: subprocess.Popen(["sleep", "600"], start_new_session=True)
+    server = ServerProcess("http://127.0.0.1:9", start(), tmp_path / "log", start)
+    first = server.process
+    server.stop()
+    with pytest.raises(EngineError, match="was stopped; it is not started again"):
+        server.restart(1)
+    assert server.process is first and gone(first.pid)
+
+
+def test_a_restart_that_does_not_answer_is_an_error_with_the_log(tmp_path):
+    (tmp_path / "log").write_text("out of memory")
+    start = lambda: subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"], start_new_session=True)
+    server = ServerProcess("http://127.0.0.1:9", start(), tmp_path / "log", start)
+    with pytest.raises(EngineError, match="(?s)ended with status 7 when it was started again.*out of memory"):
+        server.restart(60)

@@ -69,7 +69,7 @@ def test_weights_that_do_not_give_the_trainers_logprobs_are_not_sampled_from(ser
     async def conversation(pool, engine):
         with pytest.raises(EngineError, match=f"{engine.url} has weights 20, but its probe logprobs differ by .* start it again"):
             await publish_weights(write_checkpoint(make_params(6), make_config(), tmp_path, 20), 20, pool, PROBE, expected(make_params(7)))
-        assert pool.states[engine.url] == "dead"
+        assert pool.states[engine.url] == "suspect"
         assert (await engine.server_info())["internal_states"][0]["paused"] is True
         with pytest.raises(EngineError, match="no engine is left: .* has weights 20"):
             await pool.generate(PROBE, Sampling(1), 600)
@@ -83,7 +83,7 @@ def test_an_engine_that_holds_other_bytes_than_were_written_is_found_out(server,
     params = make_params(8)
     update = Engine.update_weights
 
-    async def update_from_elsewhere(self, path, version):
+    async def update_from_elsewhere(self, path, version, **options):
         changed = jax.tree.map(np.copy, params)
         changed["embed"]["embedding"][600] += 1.0  # a token that the probe does not hold
         await update(self, str(write_checkpoint(changed, make_config(), tmp_path / "elsewhere", version)), version)
