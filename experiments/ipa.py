@@ -88,7 +88,10 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.checkpoint_every = 10
     config.checkpoints_kept = 2
     config.engines = ""                   # comma-separated URLs of SGLang servers; empty: the embedded engine is started
+    config.embedded_engines = 1           # how many are started where `engines` names none
+    config.mirrors = ""                   # URLs of launch.mirror, one an engine: weights travel to its host as deltas
     config.engine_slots = 64              # of the embedded engine; fewer than `concurrency` would cost cached prefixes
+    config.lend_engines = 0               # so many engines give their devices to the learner while it updates (time division)
     config.sandbox = ml_collections.ConfigDict({
         "isolation": "best_available", "memory_mb": 256, "pids": 64, "disk_mb": 8, "command_timeout": 5.0,
         "egress": "",                     # what agents may reach, as in "pypi.org:443 model@127.0.0.1:30000"; nothing by default

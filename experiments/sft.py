@@ -59,6 +59,8 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.checkpoint_every = 100
     config.checkpoints_kept = 2
     config.engines = ""                   # comma-separated URLs of SGLang servers; empty: the embedded engine is started
+    config.embedded_engines = 1           # how many are started where `engines` names none
+    config.mirrors = ""                   # URLs of launch.mirror, one an engine: weights travel to its host as deltas
     config.engine_slots = 64              # of the embedded engine; fewer than `concurrency` would cost cached prefixes
     config.sandbox = ml_collections.ConfigDict({
         "isolation": "best_available", "memory_mb": 256, "pids": 64, "disk_mb": 8, "command_timeout": 5.0,

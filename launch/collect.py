@@ -97,7 +97,7 @@ class Collector:
             self.accounting.drop("equal_group", shared["taken"] - len(shared["kept"]))
             self.accounting.train(len(shared["kept"]))
             self.accounting.check()
-        return StepData(batches, count_denominators(batches), shared["figures"])
+        return StepData(batches, count_denominators(batches), shared["figures"] | run.publication)
 
     def get_state(self) -> dict[str, Any]:
         rollouts = run_async(self.rollouts.get_state(), CONTROL_SECONDS) if self.run.team.leads else None

@@ -28,7 +28,7 @@ COMMON_KEYS = {
 }
 AGENT_KEYS = COMMON_KEYS | {
     "max_context": int, "max_new_tokens": int, "max_turns": int, "temperature": float, "concurrency": int, "episode_seconds": float, "eval_tasks": int,
-    "eval_temperature": float, "engines": str, "engine_slots": int, "sandbox": SANDBOX_KEYS,
+    "eval_temperature": float, "engines": str, "embedded_engines": int, "mirrors": str, "engine_slots": int, "sandbox": SANDBOX_KEYS,
 }
 CPT_KEYS = COMMON_KEYS | {"rows": int, "text": str, "held_out_share": float, "eval_documents": int}
 SFT_KEYS = AGENT_KEYS | {"rows": int, "expert_episodes": int, "expert_error_rate": float}
@@ -36,19 +36,19 @@ RL_KEYS = AGENT_KEYS | {
     "gamma": float, "mismatch_threshold": float, "mismatch_low": float, "mismatch_mask": str, "lambda_rl": float, "lambda_il": float, "norm": str,
     "failure_reward": float, "denial_penalty": float, "clip_low": float, "clip_high": float, "dual_clip": float, "anchor": str, "old": str, "routing_replay": str, "groups": int, "group_size": int, "filter_groups": bool,
     "replace_equal": bool, "async_ratio": int, "late": str, "whole_groups": bool, "redundancy": int, "redundant_groups": int, "keep_redundant": bool,
-    "resampling": str, "resample_share": float, "alarm_kl": float,
+    "lend_engines": int, "resampling": str, "resample_share": float, "alarm_kl": float,
 }
 KEYS = {"cpt": CPT_KEYS, "sft": SFT_KEYS}  # of a loss; the others are RL's
 # Switches that some losses read; 0 stands for the value of the loss' paper (PUBLISHED, where the first is called mismatch_limit).
 OF_SOME_LOSSES = ("mismatch_threshold", "mismatch_low", "clip_low", "clip_high", "dual_clip")
 # What the experiment that a run starts from takes over from it: the model, the machine, the seed.
-INHERITED = ("seed", "model", "tokenizer", "engines", "engine_slots", "sandbox", "mesh")
+INHERITED = ("seed", "model", "tokenizer", "engines", "embedded_engines", "mirrors", "engine_slots", "sandbox", "mesh")
 CHOICES = {
     "loss": tuple(LOSSES), "mismatch_mask": ("chunk", "token"), "norm": ("tokens", "chunks", "trajectories"),
     "anchor": ("history", "observation"), "old": ("trainer", "rollout"), "routing_replay": ("off", "rollout", "recompute"), "isolation": ("required", "best_available"), "model": tuple(PRESETS), "remat": REMATS,
     "late": get_args(Late), "resampling": get_args(Resampling),
 }
-MAY_BE_ZERO = {"seed", "warmup_updates", "weight_decay", "eval_every", "expert_error_rate", "lambda_rl", "lambda_il", "failure_reward", "denial_penalty", "temperature", "eval_temperature", "capacity_factor", "router_z_loss_coef", "async_ratio", "redundancy", "redundant_groups", *OF_SOME_LOSSES}
+MAY_BE_ZERO = {"seed", "warmup_updates", "weight_decay", "eval_every", "expert_error_rate", "lambda_rl", "lambda_il", "failure_reward", "denial_penalty", "temperature", "eval_temperature", "capacity_factor", "router_z_loss_coef", "async_ratio", "redundancy", "redundant_groups", "lend_engines", *OF_SOME_LOSSES}
 
 
 class ConfigError(ValueError):
@@ -96,8 +96,13 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(f"max_new_tokens={config.max_new_tokens} leaves no room for a prompt in max_context={config.max_context}. Lower it.")
     if config.max_turns > config.chunks_per_row:
         raise ConfigError(f"max_turns={config.max_turns} is more than chunks_per_row={config.chunks_per_row} holds. Raise chunks_per_row.")
+    urls, mirrors = ([part for part in config[key].split(",") if part.strip()] for key in ("engines", "mirrors"))
+    if mirrors and len(mirrors) != len(urls):
+        raise ConfigError(f"mirrors names {len(mirrors)} URLs and engines {len(urls)}: each engine's host has a mirror of its own, or none has.")
     if config.loss != "sft":
         _check_rl(config)
+        if config.async_ratio and config.lend_engines >= (count := len(urls) or config.embedded_engines):
+            raise ConfigError(f"lend_engines={config.lend_engines} of {count} engines leaves none to go on sampling while async_ratio={config.async_ratio}. Lower it, or set async_ratio=0.")
 
 
 def _check_rl(config: ml_collections.ConfigDict) -> None:

@@ -9,9 +9,12 @@ trajectories they read from the workdir.
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 import pathlib
 import random
@@ -25,6 +28,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
+from envs.rock.sync import loop
 from envs.rock.sync import run as run_async
 from envs.tasks.terminal import FAMILIES, HELD_OUT_FAMILIES, eval_seed, train_seed
 from envs.tasks.terminal.env import BASH_TOOL, TerminalEnv
@@ -38,9 +42,11 @@ from rome.data.sources import sft_batches
 from rome.data.text import Corpus, read_corpus, text_batches, text_rows
 from rome.data.trajectory import Trajectory
 from rome.engine.client import Engine
+from rome.engine.mirror import MirrorClient
 from rome.engine.pool import EnginePool
-from rome.engine.process import start_server
+from rome.engine.process import ServerProcess, start_server
 from rome.engine.publish import publish_weights, write_checkpoint
+from rome.engine.supervise import supervise
 from rome.losses import LIKELIHOODS, LOSSES, count_denominators
 from rome.model.config import PRESETS, ModelConfig
 from rome.model.hf import load_hf, read_config, save_hf
@@ -84,7 +90,9 @@ class Run:
     evals: list[Evaluation] = dataclasses.field(default_factory=list)
     published: int | None = None
     pool: EnginePool | None = None
-    server: Any = None
+    servers: list[ServerProcess] = dataclasses.field(default_factory=list)
+    supervisor: concurrent.futures.Future | None = None
+    publication: dict[str, float] = dataclasses.field(default_factory=dict)  # what the last one took
     checkpoints: Checkpoints | None = None
     stream: Any = None  # of batches with a position, where nothing is sampled
 
@@ -105,23 +113,28 @@ class Run:
     # -- engines -------------------------------------------------------------------------------------------------------------------
 
     def start_engines(self, state: TrainState) -> None:
-        """The servers of the config, or an embedded one of our own that starts with these weights. Plain text needs none."""
-        if self.config.loss == "cpt":
+        """The servers of the config, or embedded ones of our own that start with these weights. Plain text needs none."""
+        config = self.config
+        if config.loss == "cpt":
             return
-        urls = [url.strip() for url in self.config.engines.split(",") if url.strip()]
+        urls = [url.strip() for url in config.engines.split(",") if url.strip()]
         if not urls:
             start = self.weights / "start"
             save_hf(state.params, self.model_config, start)
-            if not self.team.leads:
-                return
-            self.display.note("starting the embedded engine")
-            self.server = start_server(start, self.workdir / "engine.log", flags=[
-                "--skip_tokenizer_init", f"--slots={self.config.engine_slots}", f"--max_context={self.config.max_context}",
-                f"--dtype={self.model_config.dtype}",
-            ])
-            urls = [self.server.url]
-        if self.team.leads:
-            self.pool = EnginePool([Engine(url, model=self.model_config) for url in urls])
+        if not self.team.leads:
+            return
+        if not urls:
+            self.display.note(f"starting {config.embedded_engines} embedded engines" if config.embedded_engines > 1 else "starting the embedded engine")
+            for number in range(config.embedded_engines):
+                log = self.workdir / ("engine.log" if number == 0 else f"engine_{number}.log")
+                self.servers.append(start_server(start, log, flags=[
+                    "--skip_tokenizer_init", f"--slots={config.engine_slots}", f"--max_context={config.max_context}", f"--dtype={self.model_config.dtype}",
+                ]))
+            urls = [server.url for server in self.servers]
+        mirrors = [url.strip() for url in config.mirrors.split(",") if url.strip()]
+        engines = [Engine(url, model=self.model_config, mirror=MirrorClient(mirror) if mirror else None) for url, mirror in itertools.zip_longest(urls, mirrors)]
+        self.pool = EnginePool(engines, restart={server.url: server.restart for server in self.servers})
+        self.supervisor = asyncio.run_coroutine_threadsafe(supervise(self.pool), loop())
 
     def publish(self, state: TrainState) -> None:
         """Brings the weights of `state` to every engine and proves that they are there. Nothing to do if they are."""
@@ -130,17 +143,25 @@ class Run:
             return
         ids = self.chat.open(PROBE)
         expected = self.learner.score_one(state.params, ids)
-        path = write_checkpoint(state.params, self.model_config, self.weights, version, self._needed(version))
+        path = write_checkpoint(state.params, self.model_config, self.weights, version, self._needed(version), delta=bool(self.config.mirrors))
 
-        def publish() -> None:
-            run_async(publish_weights(
+        def publish() -> dict[str, float]:
+            run_async(self.pool.take_back(), PUBLISH_SECONDS)
+            done = run_async(publish_weights(
                 path, version, self.pool, probe_ids=ids, expected_logprobs=expected, tolerance=PROBE_TOLERANCE[self.model_config.dtype],
             ), PUBLISH_SECONDS)
+            return {"engines": done.engines, "seconds_paused": done.seconds_pause, "probe_error": done.probe_error} | (
+                {"seconds_transfer": done.seconds_transfer, "bytes_transfer": done.bytes_transfer} if self.config.mirrors else {})
 
-        self.team.share(f"weights {version}", publish)
+        self.publication = self.team.share(f"weights {version}", publish)
         self.published = version
         if self.plays:
             self.collector.advance(state)
+
+    def lend(self) -> None:
+        """The learner takes the devices of some engines for its update; `publish` gives them back."""
+        if self.team.leads:
+            run_async(self.pool.lend(self.config.lend_engines), PUBLISH_SECONDS)
 
     def _needed(self, version: int) -> set[int]:
         """Versions whose samples a run that resumes from a checkpoint may have to score again."""
@@ -267,10 +288,12 @@ class Run:
     def close(self) -> None:
         if self.plays:
             self.collector.close()
+        if self.supervisor is not None:
+            self.supervisor.cancel()
         if self.pool is not None:
             run_async(self.pool.close(), 30.0)
-        if self.server is not None:
-            self.server.stop()
+        for server in self.servers:
+            server.stop()
 
     def _open_stream(self):
         """Documents, or expert trajectories, played where they are not on disk yet, as an endless stream of batches."""
@@ -359,6 +382,7 @@ def train(run: Run, init_directory: pathlib.Path | None) -> TrainState:
         checkpoint_every=config.checkpoint_every, collect=run.collector.collect if run.plays else run.collect_batches,
         publish=run.publish if run.plays else lambda state: None, evaluate=run.evaluate, host_state=run.host_state, should_stop=run.team.should_stop,
         check=lambda step, figures: check_figures(step, figures, config.alarm_kl) if run.plays else None, team=run.team,
+        before_update=run.lend if run.plays and config.lend_engines else lambda: None,
     )
     try:
         run.start_engines(state)

@@ -5,6 +5,7 @@
     updating    takes new weights; this side holds its requests until they are proven
     suspect     in quarantine: an update failed or was not proven, or it does not answer; serves again when it has proven the current weights
     dead        nobody answers at its URL
+    lent        the learner has its devices (`lend`)
 
 What ran on an engine that is taken out goes on elsewhere, from the tokens that it had. Taking out is done here and by whoever meets an error; bringing
 back is `rome.engine.supervise`'s.
@@ -22,7 +23,7 @@ from typing import Literal
 from rome.engine.client import Completion, Engine, EngineDead, EngineError, EngineRefused, EngineUnproven, Sampling
 from rome.engine.proof import Weights, load_and_prove
 
-State = Literal["starting", "ready", "updating", "suspect", "dead"]
+State = Literal["starting", "ready", "updating", "suspect", "dead", "lent"]
 KEPT_AFFINITIES = 100_000
 MOST_MOVES = 8  # a request that was on so many engines when they failed may be the reason
 CROWDED = 16  # in flight at an episode's engine, beyond twice the least elsewhere: the cached prefix is not worth the wait any more
@@ -194,8 +195,30 @@ class EnginePool:
         await self._each(self.engines_in("updating"), lambda engine: engine.resume_memory())
         self.asleep = False
 
-    async def _each(self, engines: Sequence[Engine], act: Callable) -> None:
-        """Does one thing on several engines at once. One that fails goes into quarantine; raises when no engine is left."""
+    async def lend(self, count: int) -> None:
+        """Time division: frees the devices of `count` engines for the learner, always of the last ones. What ran there goes on on the others, from the
+        tokens that it had. `take_back`, then a publication, ends it. One that cannot be lent goes into quarantine.
+        """
+
+        async def lend(engine: Engine) -> None:
+            async with self._bringing[engine.url]:
+                self._take_out(engine, "lent", f"the devices of {engine.url} are training")
+                await engine.pause("abort")
+                await engine.release_memory()
+
+        await self._each([engine for engine in self.engines[-count:] if self.states[engine.url] in ("ready", "updating")], lend, rest=0)
+
+    async def take_back(self) -> None:
+        """The engines that were lent have their memory again; they serve once a publication has brought weights there."""
+
+        async def take(engine: Engine) -> None:
+            await engine.resume_memory()
+            self.states[engine.url] = "starting"
+
+        await self._each(self.engines_in("lent"), take, rest=0)
+
+    async def _each(self, engines: Sequence[Engine], act: Callable, rest: int = 1) -> None:
+        """Does one thing on several engines at once. One that fails goes into quarantine; raises when fewer than `rest` serve."""
 
         async def attempt(engine: Engine) -> None:
             try:
@@ -204,11 +227,12 @@ class EnginePool:
                 self.quarantine(engine, str(error))
 
         await asyncio.gather(*(attempt(engine) for engine in engines))
-        await self.wait_ready(0)
+        if rest:
+            await self.wait_ready(0)
 
     def _take_out(self, engine: Engine, state: State, cause: str) -> None:
         if self.states[engine.url] != state:
-            log.warning("engine %s is %s: %s", engine.url, state, cause)
+            log.log(logging.INFO if state == "lent" else logging.WARNING, "engine %s is %s: %s", engine.url, state, cause)
         self.states[engine.url] = state
         self.causes[engine.url] = cause
         engine.refuse(cause)

@@ -43,6 +43,7 @@ class Stage:
       publish: (state) brings the weights to whoever samples with them; called after every step.
       evaluate: (step, state) -> result; called at step 0, every `evaluate_every` steps (0: never) and at the end. Done before: returns the kept result.
       host_state: what else a checkpoint carries, asked at the moment of saving.
+      before_update: called between collecting and updating.
       check: (step, figures) raises TrainingAlarm where training on would do harm.
       should_stop: the same answer in every process of the team.
     """
@@ -56,6 +57,7 @@ class Stage:
     publish: Callable[[TrainState], None]
     evaluate: Callable[[int, TrainState], Evaluation]
     host_state: Callable[[], dict[str, Any]]
+    before_update: Callable[[], None]
     check: Callable[[int, dict[str, float]], None]
     should_stop: Callable[[], bool]
     team: Team
@@ -89,6 +91,7 @@ def run_stage(stage: Stage, learner: Learner, state: TrainState, checkpoints: Ch
             started = time.monotonic()
             data = stage.collect(step, state)
             collected = time.monotonic()
+            stage.before_update()
             updated = state
             first: dict[str, jax.Array] = {}
             for _ in range(stage.updates_per_step):
