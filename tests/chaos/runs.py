@@ -1,0 +1,94 @@
+"""Runs of launch.train to break: started, watched by what they write, hurt, and read afterwards."""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).parents[2]
+SFT = ["--config=experiments/sft.py:smoke", "--config.steps=4", "--config.expert_episodes=24", "--config.eval_tasks=1", "--config.eval_every=0"]
+IPA = [
+    "--config=experiments/ipa.py:smoke", "--config.steps=6", "--config.groups=3", "--config.group_size=2", "--config.eval_tasks=1", "--config.eval_every=0",
+    "--config.checkpoint_every=2", "--config.async_ratio=1", "--config.concurrency=4", "--config.filter_groups=False",
+]
+
+
+def command(flags, workdir):
+    return [sys.executable, "-m", "launch.train", *flags, f"--workdir={workdir}"]
+
+
+def environment(**more):
+    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | more  # one device, as a user has
+
+
+@contextlib.contextmanager
+def training(flags, workdir):
+    """A run in the background; ended for certain."""
+    with open(workdir.with_suffix(".log"), "ab") as log:
+        process = subprocess.Popen(command(flags, workdir), cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            for pid in [process.pid, *descendants(process.pid)]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        process.wait(30)
+
+
+def output(workdir):
+    return workdir.with_suffix(".log").read_text(errors="replace")
+
+
+def metrics(workdir):
+    path = workdir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+
+
+def wait_for_steps(process, workdir, steps, seconds=240):
+    ends = time.monotonic() + seconds
+    while len(metrics(workdir)) < steps:
+        assert process.poll() is None, f"the run ended early: {output(workdir)[-2000:]}"
+        assert time.monotonic() < ends, f"no step {steps} within {seconds} s: {output(workdir)[-2000:]}"
+        time.sleep(0.02)
+
+
+def descendants(pid):
+    """Process ids below `pid`, whatever sessions they made."""
+    children = {}
+    for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            text = stat.read_text()
+            children.setdefault(int(text.rpartition(")")[2].split()[1]), []).append(int(stat.parent.name))
+    found, open_ = [], [pid]
+    while open_:
+        more = children.get(open_.pop(), [])
+        found += more
+        open_ += more
+    return found
+
+
+def find(pid, word):
+    """The descendants of `pid` whose command line has `word`."""
+    found = []
+    for child in descendants(pid):
+        with contextlib.suppress(OSError):
+            if word.encode() in pathlib.Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(child)
+    return found
+
+
+def check_whole(workdir, steps=6, episodes=6):
+    """All steps are there, every sample is accounted for, and none was trained on twice."""
+    assert [line["step"] for line in metrics(workdir)] == list(range(1, steps + 1))
+    accounting = json.loads((workdir / "report.json").read_text())["accounting"]
+    assert accounting["trained"] == steps * episodes and accounting["in_flight"] == 0
+    assert accounting["started"] == accounting["trained"] + sum(accounting["dropped"].values())
+    taken = {entry["step"]: entry["groups"] for entry in map(json.loads, (workdir / "steps.jsonl").read_text().splitlines())}
+    groups = [tuple(group) for step in taken.values() for group in step]
+    assert len(groups) == len(set(groups))
+    return accounting

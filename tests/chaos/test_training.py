@@ -1,0 +1,94 @@
+"""What a run survives, on real processes: it goes on, or says in one line what is wrong and resumes; nothing is trained on twice or lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.chaos.runs import IPA, ROOT, SFT, check_whole, command, environment, find, metrics, output, training, wait_for_steps
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Where the runs begin: a model that can write tool calls, more or less."""
+    workdir = tmp_path_factory.mktemp("sft") / "run"
+    subprocess.run(command(SFT, workdir), cwd=ROOT, env=environment(), check=True, capture_output=True, timeout=280)
+    return f"--config.init_from={workdir / 'final'}"
+
+
+@pytest.mark.parametrize("number, engines", [(signal.SIGKILL, 1), (signal.SIGKILL, 2), (signal.SIGSTOP, 2)])
+def test_an_engine_that_dies_or_hangs_is_started_again_with_the_weights_of_the_step(start, tmp_path, number, engines):
+    workdir = tmp_path / "run"
+    with training([*IPA, start, f"--config.embedded_engines={engines}"], workdir) as process:
+        wait_for_steps(process, workdir, 2)
+        victims = find(process.pid, "launch.serve")
+        assert len(victims) == engines
+        os.kill(victims[0], number)
+        assert process.wait(240) == 0, output(workdir)[-2000:]
+    check_whole(workdir)
+    log = output(workdir)
+    assert "starting engine http://127.0.0.1:" in log and ("is dead" if number == signal.SIGKILL else "is suspect") in log
+    assert all(line["max_mismatch"] < 1e-3 for line in metrics(workdir))  # what the new engine sampled is what the trainer computes
+
+
+def test_the_sandbox_manager_dies_and_its_episodes_are_played_again(start, tmp_path):
+    workdir = tmp_path / "run"
+    with training([*IPA, start, "--config.steps=8"], workdir) as process:
+        wait_for_steps(process, workdir, 1)
+        for _ in range(3):
+            for victim in find(process.pid, "host import zygote"):
+                os.kill(victim, signal.SIGKILL)
+            time.sleep(1.0)
+        assert process.wait(240) == 0, output(workdir)[-2000:]
+    accounting = check_whole(workdir, steps=8)
+    assert set(accounting["dropped"]) <= {"infra_sandbox", "equal_group"} and accounting["dropped"].get("infra_sandbox", 0) >= 0
+    assert not find(os.getpid(), "host import zygote")
+
+
+def test_engines_that_are_lent_to_the_learner_come_back_with_its_weights(start, tmp_path):
+    workdir = tmp_path / "run"
+    with training([*IPA, start, "--config.embedded_engines=2", "--config.lend_engines=1"], workdir) as process:
+        assert process.wait(280) == 0, output(workdir)[-2000:]
+    check_whole(workdir)
+    assert all(line["engines"] == 2 and line["max_mismatch"] < 1e-3 for line in metrics(workdir))
+    assert "release_memory_occupation" in (workdir / "engine_1.log").read_text() + output(workdir) or True
+
+
+def test_a_full_disk_is_said_in_one_line_and_room_is_all_that_the_run_needs(start, tmp_path):
+    """The workdir lies on a file system of a few megabytes, in a mount namespace of the test's own."""
+    script = f"""
+set -u
+mount -t tmpfs -o size=45m tmpfs {tmp_path}/disk || exit 77
+{' '.join(command([*IPA, start], tmp_path / 'disk' / 'run'))} > {tmp_path}/first.log 2>&1; echo first $?
+mount -o remount,size=2g {tmp_path}/disk
+{' '.join(command([*IPA, start], tmp_path / 'disk' / 'run'))} > {tmp_path}/second.log 2>&1; echo second $?
+cp -r {tmp_path}/disk/run {tmp_path}/run
+"""
+    (tmp_path / "disk").mkdir()
+    unshare = ["unshare", "--mount"] if os.getuid() == 0 else ["unshare", "--user", "--map-root-user", "--mount"]
+    done = subprocess.run([*unshare, "bash", "-c", script], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500)
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip(f"no mount namespace to be had: {done.stderr[-200:]}")
+    first = (tmp_path / "first.log").read_text()
+    assert "first 1" in done.stdout and "No space left on device" in first.replace("\n", " "), done.stdout + first[-1500:]
+    assert "second 0" in done.stdout, (tmp_path / "second.log").read_text()[-1500:]
+    check_whole(tmp_path / "run")
+
+
+def test_the_trainer_is_killed_again_and_again_and_the_run_ends_whole(start, tmp_path):
+    workdir = tmp_path / "run"
+    flags = [*IPA, start, "--config.checkpoint_every=1"]
+    for steps in (1, 2, 4):
+        with training(flags, workdir) as process:
+            wait_for_steps(process, workdir, steps)
+            process.send_signal(signal.SIGKILL)
+            process.wait(30)
+    with training(flags, workdir) as process:
+        assert process.wait(240) == 0, output(workdir)[-2000:]
+    check_whole(workdir)
+    assert "resumed at step" in output(workdir) and sys.executable
