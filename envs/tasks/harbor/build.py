@@ -6,6 +6,7 @@ WORKDIR, ENV, ARG, COPY, ADD, RUN, USER and SHELL act; LABEL, EXPOSE and the lik
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import fnmatch
 import pathlib
@@ -70,6 +71,7 @@ async def build(sandbox: Sandbox, task: HarborTask, images: Mapping[str, tuple[s
     else:
         text = environment.dockerfile
     instructions = dockerfile.parse(text, file)
+    await asyncio.to_thread(dict, environment.context)  # where it is made only now, not in the event loop's time
     builder = _Builder(sandbox, task, file, PathMap(sandbox.workspace, _roots(task, instructions)), {**BASES, **(images or {})})
     return await builder.run(instructions)
 

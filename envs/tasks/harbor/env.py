@@ -80,7 +80,7 @@ class HarborEnv(ShellEnv):
             await self.aclose()
             raise
         self._begin()
-        return instruction, {"task": self.task.name, "family": self.task.category or self.task.format, "seed": seed, "tools": self.tools,
+        return instruction, {"task": self.task.name, "family": self.task.family, "seed": seed, "tools": self.tools,
                              "notes": self.built.notes}
 
     async def asolve(self) -> StepResult:

@@ -91,5 +91,10 @@ class HarborTask:
     unknown_keys: tuple[str, ...] = ()
 
     @property
+    def family(self) -> str:
+        """What tasks of one kind have in common, as of a generated task its family: the category, or else the format."""
+        return self.category or self.format
+
+    @property
     def has_solution(self) -> bool:
         return all(step.solve_script for step in self.steps)
