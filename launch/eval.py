@@ -3,6 +3,8 @@
     python -m launch.eval --dataset harbor --agent oracle --out OUT
     python -m launch.eval --dataset terminal:wide:1000 --agent policy --checkpoint runs/X/final --attempts 4 --out OUT
     python -m launch.eval --dataset DIR --agent endpoint --endpoint http://127.0.0.1:8000/v1 --model NAME --out OUT      # key: $OPENAI_API_KEY
+    python -m launch.eval --dataset repair::100 --validate --out OUT        # 100 generated bugs in packages; a folder's: repair:DIR:20
+    python -m launch.eval --dataset verified.parquet --agent oracle --out OUT       # SWE-bench; also registry.json:NAME@VERSION
     python -m launch.eval --dataset DIR --validate --out OUT                # exit status 1 where a task is not sound
     python -m launch.eval --dataset DIR --decontaminate CORPUS --out OUT    # exit status 1 where a task is found
 
@@ -30,7 +32,9 @@ AGENTS = ("oracle", "noop", "cheat", "policy", "endpoint")
 ORACLE_RUNS = 3
 SHOW_EVERY_S = 10.0
 
-_DATASET = flags.DEFINE_string("dataset", None, "A folder of Harbor or Terminal-Bench tasks, harbor, harbor/TASK, or terminal[:FAMILIES[:N]].", required=True)
+_DATASET = flags.DEFINE_string("dataset", None, "A folder of Harbor or Terminal-Bench tasks; a registry (FILE.json[:NAME[@VERSION]]); a .parquet, .jsonl or .json file of "
+                               "SWE-bench instances or of archived tasks; harbor, harbor/TASK, terminal[:FAMILIES[:N]], or repair[:PACKAGES[:N]].", required=True)
+_FETCH = flags.DEFINE_bool("fetch", False, "Let git fetch the repositories that a registry names; they are kept in .cache/datasets.")
 _OUT = flags.DEFINE_string("out", None, "Folder of the results.", required=True)
 _AGENT = flags.DEFINE_enum("agent", "oracle", AGENTS, "Who plays.")
 _ATTEMPTS = flags.DEFINE_integer("attempts", None, "At each task. Default: 1; one of each cheat; with --validate 3 of the oracle.", lower_bound=1)
@@ -57,7 +61,7 @@ def main(argv: list[str]) -> int:
     from rome.evals.tasks import dataset_digest, load_tasks
 
     faults = [] if _VALIDATE.value else None
-    tasks = load_tasks(_DATASET.value, _SEED.value, faults)
+    tasks = load_tasks(_DATASET.value, _SEED.value, faults, _FETCH.value)
     if _DECONTAMINATE.value:
         return decontaminate(tasks)
     identity = {"dataset": _DATASET.value, "dataset_digest": dataset_digest(tasks), "agent": "validate" if _VALIDATE.value else _AGENT.value,

@@ -13,18 +13,13 @@ import io
 import os
 import pathlib
 import stat
-import subprocess
 import tarfile
 import tempfile
 
-GIT_SECONDS = 300.0
+from envs.tasks.git import RepositoryError, content_of, git
+
 MAX_HISTORY_BYTES = 48 << 20  # of the pack of all history; more is cut to the one commit
 MAX_TREE_BYTES = 160 << 20  # of the working tree and the pack together
-MAX_FILE_BYTES = 16 << 20  # of one file of the tests
-
-
-class RepositoryError(ValueError):
-    """The repository lacks what the instance needs, or a patch does not apply."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,31 +29,6 @@ class Cut:
     archive: bytes = dataclasses.field(repr=False)
     commits: int
     shallow: bool
-
-
-def git(repository: pathlib.Path, *arguments: str, stdin: bytes = b"", scratch: pathlib.Path | None = None) -> bytes:
-    """What git prints. Neither the user's nor the system's settings have a part in it, nor do hooks and monitors that the repository names.
-
-    scratch: a folder with `objects` in it: where an index and new objects are kept, so that the repository itself stays as it is.
-
-    Raises RepositoryError with git's own words.
-    """
-    environment = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LC_ALL": "C", "HOME": "/nonexistent", "GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_NOSYSTEM": "1",
-                   "GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1", "GIT_NO_REPLACE_OBJECTS": "1"}
-    if scratch:
-        environment |= {"GIT_INDEX_FILE": str(scratch / "index"), "GIT_OBJECT_DIRECTORY": str(scratch / "objects"),
-                        "GIT_ALTERNATE_OBJECT_DIRECTORIES": str((repository / (".git/objects" if (repository / ".git").is_dir() else "objects")).absolute())}
-    safe = ("-c", "safe.directory=*", "-c", "core.fsmonitor=", "-c", "core.hooksPath=/dev/null", "-c", "pack.threads=1", "-c", "core.attributesFile=/dev/null",
-            "-c", "protocol.allow=never")
-    try:
-        done = subprocess.run(["git", *safe, "-C", str(repository), *arguments], input=stdin, capture_output=True, env=environment, timeout=GIT_SECONDS)
-    except FileNotFoundError:
-        raise RepositoryError("git is not installed on this machine") from None
-    except subprocess.TimeoutExpired:
-        raise RepositoryError(f"git {arguments[0]} in {repository} did not end within {GIT_SECONDS:g} s") from None
-    if done.returncode != 0:
-        raise RepositoryError(f"git {arguments[0]} in {repository} ended with {done.returncode}: {done.stderr.decode(errors='replace').strip()[-300:]}")
-    return done.stdout
 
 
 @functools.lru_cache(maxsize=4)  # attempts at one task follow each other
@@ -144,17 +114,3 @@ def patched(source: pathlib.Path, commit: str, patch: str) -> tuple[dict[str, tu
             else:
                 files[path] = (content_of(source, blob.decode(), path, scratch), 0o755 if mode == b"100755" else 0o644)
     return files, removed
-
-
-def content_of(source: pathlib.Path, blob: str, path: str, scratch: pathlib.Path | None = None) -> bytes:
-    size = int(git(source, "cat-file", "-s", blob, scratch=scratch))
-    if size > MAX_FILE_BYTES:
-        raise RepositoryError(f"{path} has {size} bytes, and a file of the tests has at most {MAX_FILE_BYTES}")
-    return git(source, "cat-file", "blob", blob, scratch=scratch)
-
-
-def files_at(source: pathlib.Path, commit: str) -> dict[str, tuple[str, int]]:
-    """path -> (blob, permissions) of the regular files of a commit."""
-    rows = git(source, "ls-tree", "-r", "-z", commit).split(b"\0")
-    entries = [(row.split(b"\t", 1)[0].split(), os.fsdecode(row.split(b"\t", 1)[1])) for row in rows if row]
-    return {path: (blob.decode(), 0o755 if mode == b"100755" else 0o644) for (mode, kind, blob), path in entries if kind == b"blob" and mode != b"120000"}

@@ -13,6 +13,7 @@ import pathlib
 import re
 from collections.abc import Iterator, Mapping
 
+from envs.tasks.git import RepositoryError, content_of, files_at, git, is_repository
 from envs.tasks.harbor.errors import TaskError
 from envs.tasks.harbor.task import Environment, Files, HarborTask, Step
 from envs.tasks.judge import judge_files
@@ -20,7 +21,7 @@ from envs.tasks.judge.folder import pytest_archive
 from envs.tasks.judge.inside import RUNNER_FILES
 from envs.tasks.rows import read_rows
 from envs.tasks.swebench.instance import Instance, parse_instance
-from envs.tasks.swebench.repository import RepositoryError, content_of, cut, files_at, git, patched
+from envs.tasks.swebench.repository import cut, patched
 
 ROOT, ARCHIVE = "/testbed", "repository.tar.gz"
 AGENT_SECONDS, TEST_SECONDS, BUILD_SECONDS = 1800.0, 1200.0, 600.0
@@ -125,7 +126,7 @@ def find_repository(instance: Instance) -> pathlib.Path:
     folder = instance.source.file.parent
     places = [folder / "repos" / instance.repo, folder / "repos" / instance.repo.replace("/", "__"), folder / instance.repo]
     for place in (candidate for place in places for candidate in (place, place.with_name(f"{place.name}.git"))):
-        if (place / ".git").exists() or (place / "objects").is_dir():
+        if is_repository(place):
             return place
     raise _fault(instance, f"no clone of {instance.repo!r} is here: git clone it to {places[0]}")
 
