@@ -69,6 +69,7 @@ class Step:
     solution_env: Mapping[str, str] = dataclasses.field(default_factory=dict)
     min_reward: float | Mapping[str, float] | None = None
     separate_verifier: bool = False
+    networks: Mapping[str, tuple[str, tuple[str, ...]]] = dataclasses.field(default_factory=dict)  # "agent" or "verifier" -> (mode, hosts), where it has its own
     healthcheck: Healthcheck | None = None
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterator
 
@@ -37,7 +38,8 @@ class Source:
         self._starts = [0]
         for line in text.encode().split(b"\n"):
             self._starts.append(self._starts[-1] + len(line) + 1)
-        self._bytes = text.encode()
+        self._bytes, self._ascii = text.encode(), text.isascii()
+        self._names: dict[ast.AST, list[str]] = {}
         self.parents = {child: node for node in ast.walk(self.tree) for child in ast.iter_child_nodes(node)}
 
     def start(self, node: ast.AST) -> int:
@@ -50,7 +52,16 @@ class Source:
         return self.text[self.start(node): self.end(node)]
 
     def _place(self, line: int, column: int) -> int:
-        return len(self._bytes[: self._starts[line - 1] + column].decode())
+        place = self._starts[line - 1] + column
+        return place if self._ascii else len(self._bytes[:place].decode())
+
+    def names(self, scope: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+        """What a function binds, in order."""
+        if scope not in self._names:
+            arguments = [one.arg for one in (*scope.args.posonlyargs, *scope.args.args, *scope.args.kwonlyargs)]
+            stored = (inner.id for inner in ast.walk(scope) if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store))
+            self._names[scope] = [name for name in dict.fromkeys([*arguments, *stored]) if name not in ("self", "cls", "_")]
+        return self._names[scope]
 
     def edit(self, operator: str, node: ast.AST, replacement: str) -> Edit:
         return Edit(self.start(node), self.end(node), replacement, operator)
@@ -61,22 +72,27 @@ class Source:
         return re.sub(rf"\n {{{statements[0].col_offset - column}}}", "\n", text)
 
 
-def edits_of(text: str) -> list[Edit]:
-    """All edits that every operator finds, in the order of the text; each gives a module that can be parsed and is another one. Raises SyntaxError."""
-    source = Source(text)
-    whole, found = ast.dump(source.tree), set()
+def candidates_of(text: str) -> list[Edit]:
+    """All edits that every operator finds, in the order of the text; some may give no Python, or the same program. Raises SyntaxError."""
+    source, found = Source(text), set()
     for node in _mutable(source.tree):
         for operator, places in OPERATORS.items():
             for edit in places(source, node):
                 found.add(dataclasses.replace(edit, operator=operator))
-    return [edit for edit in sorted(found) if _is_another(edit.apply(text), whole)]
+    return sorted(found)
 
 
-def _is_another(text: str, whole: str) -> bool:
+def is_another_program(text: str, edit: Edit) -> bool:
+    """Whether the edit gives a module that can be parsed, and that is not the same but for its layout."""
     try:
-        return ast.dump(ast.parse(text)) != whole
+        return ast.dump(ast.parse(edit.apply(text))) != _dump(text)
     except (SyntaxError, ValueError, RecursionError):
         return False
+
+
+@functools.lru_cache(maxsize=64)
+def _dump(text: str) -> str:
+    return ast.dump(ast.parse(text))
 
 
 def _mutable(tree: ast.AST) -> Iterator[ast.AST]:
@@ -173,9 +189,7 @@ def wrong_variable(source: Source, node: ast.AST) -> Iterator[Edit]:
         scope = source.parents.get(scope)
     if scope is None:
         return
-    arguments = [one.arg for one in (*scope.args.posonlyargs, *scope.args.args, *scope.args.kwonlyargs)]
-    names = [name for name in dict.fromkeys([*arguments, *(inner.id for inner in ast.walk(scope) if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store))])
-             if name not in ("self", "cls", "_")]
+    names = source.names(scope)
     if node.id in names and len(names) > 1:
         place = names.index(node.id)
         for other in {names[place - 1], names[(place + 1) % len(names)]} - {node.id}:

@@ -20,7 +20,7 @@ from envs.tasks.harbor.task import Environment, HarborTask, Step
 from envs.tasks.judge import judge_files
 from envs.tasks.judge.folder import pack
 from envs.tasks.judge.inside import RUNNER_FILES
-from envs.tasks.repair.mutate import Edit, edits_of
+from envs.tasks.repair.mutate import Edit, candidates_of, is_another_program
 from envs.tasks.repair.package import Package, load_package, shipped
 from envs.tasks.repair.prove import Run, check_baseline, is_sound, run_tests
 
@@ -85,14 +85,14 @@ def draw(package: Package, seed: int) -> Iterator[tuple[str, Edit]]:
             text = package.files[path][0].decode()
         except UnicodeDecodeError:  # a source in another encoding: it runs, but is left as it is
             continue
-        for edit in edits_of(text) if "\r" not in text and "\f" not in text else ():
+        for edit in candidates_of(text) if "\r" not in text and "\f" not in text else ():
             by_operator.setdefault(edit.operator, []).append((path, edit))
     for edits in by_operator.values():
         rng.shuffle(edits)
     for row in itertools.zip_longest(*(by_operator[name] for name in sorted(by_operator))):
         row = [one for one in row if one is not None]
         rng.shuffle(row)
-        yield from row
+        yield from (one for one in row if is_another_program(package.files[one[0]][0].decode(), one[1]))
 
 
 def make_task(package: Package, path: str, edit: Edit, before: Run, after: Run) -> HarborTask:
