@@ -17,7 +17,8 @@ from envs.gem import Info, StepResult
 from envs.rock import CommandResult, Sandbox, SandboxConfig, SandboxFileError
 from envs.rock.sync import run
 from envs.tasks.harbor import offline
-from envs.tasks.harbor.build import Built, build, egress_of
+from envs.tasks.harbor.build import Built, egress_of
+from envs.tasks.harbor.built import start_built
 from envs.tasks.harbor.containers import build_image, enter
 from envs.tasks.harbor.errors import BuildError, TaskError, UnsupportedError
 from envs.tasks.harbor.grade import READ_TIMEOUT_S, Grade, clean_up, grade
@@ -71,13 +72,14 @@ class HarborEnv(ShellEnv):
         """Builds the task's environment in a fresh sandbox. Raises SandboxError, or a TaskError (UnsupportedError, BuildError) that names file and line."""
         await self.aclose()
         config = dataclasses.replace(self._sandbox_config, label=self.task.name)
-        if config.backend == "docker":
-            config = dataclasses.replace(config, image=await build_image(self.task, config))
-        self._sandbox = Sandbox(config)
         self._step_index, self._grades = 0, []
         try:
-            await self._sandbox.start()
-            self.built = await (enter(self._sandbox, self.task) if config.backend == "docker" else build(self._sandbox, self.task, self._images))
+            if config.backend == "docker":
+                self._sandbox = Sandbox(dataclasses.replace(config, image=await build_image(self.task, config)))
+                await self._sandbox.start()
+                self.built = await enter(self._sandbox, self.task)
+            else:
+                self._sandbox, self.built = await start_built(self.task, config, self._images)
             await self._healthy(self.task.environment.healthcheck)
             instruction = await self._enter_step()
         except BaseException:
