@@ -41,6 +41,8 @@ _ATTEMPTS = flags.DEFINE_integer("attempts", None, "At each task. Default: 1; on
 _CONCURRENCY = flags.DEFINE_integer("concurrency", 4, "Attempts at once.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of sampling, and of generated instances.", lower_bound=0)
 _ISOLATION = flags.DEFINE_enum("isolation", "best_available", ("required", "best_available"), "Of the sandboxes.")
+_DOCKER_IMAGE = flags.DEFINE_string("docker_image", "", "Play in containers of this machine's Docker engine, where Harbor tasks have their real Dockerfile built; the image is for tasks "
+                                    "that name none. Default: embedded sandboxes.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "", "policy: a Hugging Face directory. With --engines only its tokenizer and config are read.")
 _ENGINES = flags.DEFINE_string("engines", "", "policy: URLs of SGLang servers with commas between them. Default: an embedded engine is started.")
 _MAX_CONTEXT = flags.DEFINE_integer("max_context", None, "policy: tokens of an episode. Default: what the model was made for, at most 4096.", lower_bound=2)
@@ -65,7 +67,7 @@ def main(argv: list[str]) -> int:
     if _DECONTAMINATE.value:
         return decontaminate(tasks)
     identity = {"dataset": _DATASET.value, "dataset_digest": dataset_digest(tasks), "agent": "validate" if _VALIDATE.value else _AGENT.value,
-                "seed": _SEED.value, "isolation": find_isolation(_ISOLATION.value), **agent_identity()}
+                "seed": _SEED.value, "isolation": find_isolation(_ISOLATION.value), **({"docker_image": _DOCKER_IMAGE.value} if _DOCKER_IMAGE.value else {}), **agent_identity()}
     return validate(tasks, faults, identity) if _VALIDATE.value else evaluate(tasks, identity)
 
 
@@ -114,12 +116,20 @@ def files_digest(folder: pathlib.Path) -> str:
 def find_isolation(wanted: str) -> str:
     """The tier of sandboxes that this machine gives; says what it lacks. Raises where `wanted` is not to be had."""
     from envs.rock import probe
+    from envs.rock.tiers import probe_docker
 
-    tier = probe(wanted)
+    tier = probe_docker() if _DOCKER_IMAGE.value else probe(wanted)
     tier.require(wanted)
     if tier.missing:
         print(tier.banner(), flush=True)
     return tier.tier
+
+
+def sandbox_config() -> Any:
+    """Of every sandbox that is played in."""
+    from envs.rock import SandboxConfig
+
+    return SandboxConfig(isolation=_ISOLATION.value, **({"backend": "docker", "image": _DOCKER_IMAGE.value} if _DOCKER_IMAGE.value else {}))
 
 
 # -- the three jobs ------------------------------------------------------------------------------------------------------------------
@@ -148,12 +158,11 @@ def evaluate(tasks: list, identity: dict[str, Any]) -> int:
 
 
 def validate(tasks: list, faults: list, identity: dict[str, Any]) -> int:
-    from envs.rock import SandboxConfig
     from rome.evals.runner import open_results
     from rome.evals.validate import build_proof, proof_jobs, write_proof
 
     out = pathlib.Path(_OUT.value)
-    jobs = proof_jobs(tasks, SandboxConfig(isolation=_ISOLATION.value), _ATTEMPTS.value or ORACLE_RUNS)
+    jobs = proof_jobs(tasks, sandbox_config(), _ATTEMPTS.value or ORACLE_RUNS)
     with open_results(out, identity) as results:
         asyncio.run(play_all(jobs, results))
         proof = build_proof(identity, tasks, [results.records[job.key] for job in jobs], faults)
@@ -211,10 +220,9 @@ async def play_all(jobs: list, results: Any) -> None:
 @contextlib.contextmanager
 def make_agent(out: pathlib.Path) -> Iterator[Any]:
     """The agent of the flags; an embedded engine that it needs lives as long as this context."""
-    from envs.rock import SandboxConfig
     from rome.evals.agents import Scripted
 
-    config = SandboxConfig(isolation=_ISOLATION.value)
+    config = sandbox_config()
     if _AGENT.value == "endpoint":
         from rome.evals.endpoint import Endpoint
 

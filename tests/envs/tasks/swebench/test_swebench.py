@@ -163,30 +163,33 @@ CHEATS = {
 }
 
 
-@pytest.fixture(scope="module")
-def rewards(task):
+FAST = ("conftest", "exit", "pipe")
+
+
+def play_all(games):
+    """What each game earned: name -> (reward, info or ending). `games`: name -> a function that begins it."""
     async def all_of_them():
         gate = asyncio.Semaphore(3)
 
-        async def limited(name, coroutine):
+        async def limited(name, begin):
             async with gate:
-                return name, await coroutine
+                return name, await begin()
 
-        games = {"noop": play(task), "mended": play(task, MEND), "oracle": oracle(task), "commits": play(task, MEND, "rm -rf .git; printf 'x = 1\\n' > conftest.py; rm -r tests"),
-                 **{name: play(task, command) for name, command in CHEATS.items()}}
-        return dict(await asyncio.gather(*(limited(name, game) for name, game in games.items())))
+        return dict(await asyncio.gather(*(limited(name, begin) for name, begin in games.items())))
 
-    return {name: (result[0], result[1]) for name, result in asyncio.run(all_of_them()).items()}
+    return asyncio.run(all_of_them())
 
 
-@pytest.mark.parametrize("name", ["mended", "oracle", "commits"])
-def test_a_mending_earns_1_whatever_else_was_done_to_tests_and_history(rewards, name):
-    assert rewards[name][0] == 1.0, rewards[name][1]
+def test_a_mending_earns_1_whatever_else_was_done_to_tests_and_history(task):
+    rewards = play_all({"mended": lambda: play(task, MEND, "rm -rf .git; printf 'x = 1\\n' > conftest.py; rm -r tests"), "oracle": lambda: oracle(task)})
+    assert {name: result[0] for name, result in rewards.items()} == {"mended": 1.0, "oracle": 1.0}, rewards
 
 
-@pytest.mark.parametrize("name", ["noop", *CHEATS])
-def test_nothing_else_does(rewards, name):
-    assert rewards[name][0] == 0.0 and rewards[name][1]["ending"] == "failure", rewards[name][1]
+@pytest.mark.parametrize("names", [FAST, pytest.param(tuple(CHEATS), marks=pytest.mark.slow)])
+def test_nothing_and_no_cheat_does(task, names):
+    rewards = play_all({"noop": lambda: play(task), **{name: lambda name=name: play(task, CHEATS[name]) for name in names}})
+    for name, (reward, info) in rewards.items():
+        assert reward == 0.0 and info["ending"] == "failure", (name, info)
 
 
 def test_all_of_a_file_is_loaded_and_faults_are_kept_apart(made, tmp_path):
