@@ -15,30 +15,50 @@ import runner  # beside this file; it imports unittest, which every fork then ha
 
 PACKAGE = os.path.abspath("package")
 MEMORY_BYTES = 768 << 20
-SLOWER = 10.0  # times the package as it is
+SLOWER, BASELINES = 10.0, 3  # times the package as it is; runs of that
 
 
 def main():
     with open("order.json", "rb") as file:
         order = json.load(file)
     pytest = runner.find_pytest() if order["framework"] == "pytest" else None
-    cpu = order["cpu"]
     with open("results.jsonl", "w") as results:
-        for job in [None] + order["jobs"]:
-            original = None
-            if job:
-                path = os.path.join(PACKAGE, job["path"])
-                with open(path, "rb") as file:
-                    original = file.read()
-                with open(path, "wb") as file:
-                    file.write(job["text"].encode())
-            result, seconds = run(order, pytest, cpu)
-            results.write(json.dumps(result) + "\n")
-            if job is None:
-                cpu = max(1, math.ceil(SLOWER * seconds))  # whole seconds: a mutant that is so much slower goes round in an endless loop
-            if job:
-                with open(path, "wb") as file:
-                    file.write(original)
+        base, cpu = baseline(order, pytest)
+        results.write(json.dumps(base) + "\n")
+        for job in order["jobs"]:
+            path = os.path.join(PACKAGE, job["path"])
+            with open(path, "rb") as file:
+                original = file.read()
+            with open(path, "wb") as file:
+                file.write(job["text"].encode())
+            results.write(json.dumps(mutant(order, pytest, cpu, base)) + "\n")
+            with open(path, "wb") as file:
+                file.write(original)
+
+
+def baseline(order, pytest):
+    """(the package as it is, seconds of processor time that a mutant gets). A test with two outcomes in BASELINES runs is "flaky", and proves nothing."""
+    runs = [run(order, pytest, order["cpu"]) for _ in range(BASELINES)]
+    seen = {}
+    for result, _ in runs:
+        for name, outcome in result["outcomes"]:
+            seen.setdefault(name, []).append(outcome)
+    outcomes = [[name, found[0] if found == found[:1] * BASELINES else "flaky"] for name, found in seen.items()]
+    # whole seconds: a mutant that is so much slower goes round in an endless loop
+    return {"outcomes": outcomes, "complete": all(result["complete"] for result, _ in runs)}, max(1, math.ceil(SLOWER * max(seconds for _, seconds in runs)))
+
+
+def mutant(order, pytest, cpu, base):
+    """One mutant: run twice where it differs from the package, and told as not complete unless both runs end alike but for flaky tests."""
+    def steady(result):
+        return {name: outcome for name, outcome in result["outcomes"] if name not in flaky}
+
+    flaky = {name for name, outcome in base["outcomes"] if outcome == "flaky"}
+    result, _ = run(order, pytest, cpu)
+    if result["complete"] and steady(result) != steady(base):
+        again, _ = run(order, pytest, cpu)
+        result["complete"] = again["complete"] and steady(again) == steady(result)
+    return result
 
 
 def run(order, pytest, cpu):

@@ -151,6 +151,30 @@ def test_every_package_that_ships_passes_its_tests_by_unittest():
         assert package.framework == "unittest" and len(run.passed) == len(run.outcomes) >= 10
 
 
+FLAKY = """import os, unittest
+from small import double
+
+class T(unittest.TestCase):
+    def test_double(self):
+        self.assertEqual(double(3), 6)
+
+    def test_every_other_time(self):
+        path = "/tmp/before" if os.access("/tmp", os.W_OK) else "before"
+        before = os.path.exists(path)
+        os.unlink(path) if before else open(path, "w").close()
+        self.assertTrue(before)
+"""
+
+
+def test_a_test_that_fails_now_and_then_proves_nothing(tmp_path):
+    package = load_package(str(write_package(tmp_path / "mine", tests__test_it=FLAKY, tests____init__="")))
+    bugs = {edit.apply("def double(a):\n    return a * 2\n\n\ndef unused(a):\n    return a - 1\n"): (path, edit) for path, edit in draw(package, 0)}
+    noticed, unnoticed = (next(bug for text, bug in bugs.items() if part in text) for part in ("a + 2", "a + 1"))
+    before, one, other = asyncio.run(run_tests(package, [noticed, unnoticed]))
+    assert before.outcomes == {"tests.test_it.T.test_double": "passed", "tests.test_it.T.test_every_other_time": "flaky"}
+    assert is_sound(before, one) and not is_sound(before, other) and other.passed >= before.passed
+
+
 def test_what_is_sound():
     before = Run({"a": "passed", "b": "passed", "c": "skipped"}, True)
     assert is_sound(before, Run({"a": "passed", "b": "failed", "c": "skipped"}, True)) and is_sound(before, Run({"a": "passed"}, True))
