@@ -158,6 +158,9 @@ class T(unittest.TestCase):
     def test_double(self):
         self.assertEqual(double(3), 6)
 
+    def test_true(self):
+        pass
+
     def test_every_other_time(self):
         path = "/tmp/before" if os.access("/tmp", os.W_OK) else "before"
         before = os.path.exists(path)
@@ -171,7 +174,7 @@ def test_a_test_that_fails_now_and_then_proves_nothing(tmp_path):
     bugs = {edit.apply("def double(a):\n    return a * 2\n\n\ndef unused(a):\n    return a - 1\n"): (path, edit) for path, edit in draw(package, 0)}
     noticed, unnoticed = (next(bug for text, bug in bugs.items() if part in text) for part in ("a + 2", "a + 1"))
     before, one, other = asyncio.run(run_tests(package, [noticed, unnoticed]))
-    assert before.outcomes == {"tests.test_it.T.test_double": "passed", "tests.test_it.T.test_every_other_time": "flaky"}
+    assert before.outcomes == {"tests.test_it.T.test_double": "passed", "tests.test_it.T.test_every_other_time": "flaky", "tests.test_it.T.test_true": "passed"}
     assert is_sound(before, one) and not is_sound(before, other) and other.passed >= before.passed
 
 
