@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import dataclasses
 import difflib
 import itertools
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from envs.tasks.harbor import TaskError
 from envs.tasks.repair import OPERATORS, candidates_of, draw, is_another_program, load_package, repair_tasks, shipped
 from envs.tasks.repair.prove import Run, check_baseline, is_sound, run_tests
+from tests.envs.tasks.harbor.conftest import CONFIG
 from tests.envs.tasks.harbor.test_env import oracle, play
 
 EVERYTHING = '''\
@@ -222,3 +224,9 @@ def test_a_hundred_tasks_are_sound():
 
     results = asyncio.run(prove(repair_tasks(count=100, seed=7)))
     assert [reward for reward, _ in results] == [1.0, 0.0] * 100
+
+
+@pytest.mark.slow
+def test_tasks_are_graded_in_the_landlock_tier_too(tasks):
+    weak = dataclasses.replace(CONFIG, tier="landlock")
+    assert asyncio.run(oracle(tasks[0], weak)) == (1.0, "success") and asyncio.run(play(tasks[0], config=weak))[0] == 0.0
