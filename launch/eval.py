@@ -4,6 +4,8 @@
     python -m launch.eval --dataset terminal:wide:1000 --agent policy --checkpoint runs/X/final --attempts 4 --out OUT
     python -m launch.eval --dataset worlds:shop,gui:200 --agent oracle --out OUT      # also problems, games, bfcl:FILE, tau2:FOLDER
     python -m launch.eval --dataset DIR --agent endpoint --endpoint http://127.0.0.1:8000/v1 --model NAME --out OUT      # key: $OPENAI_API_KEY
+    python -m launch.eval --dataset repair::100 --validate --out OUT        # 100 generated bugs in packages; a folder's: repair:DIR:20
+    python -m launch.eval --dataset verified.parquet --agent oracle --out OUT       # SWE-bench; also registry.json:NAME@VERSION
     python -m launch.eval --dataset DIR --validate --out OUT                # exit status 1 where a task is not sound
     python -m launch.eval --dataset DIR --decontaminate CORPUS --out OUT    # exit status 1 where a task is found
 
@@ -31,14 +33,18 @@ AGENTS = ("oracle", "noop", "cheat", "policy", "endpoint")
 ORACLE_RUNS = 3
 SHOW_EVERY_S = 10.0
 
-_DATASET = flags.DEFINE_string("dataset", None, "A folder of Harbor or Terminal-Bench tasks, harbor, harbor/TASK, terminal[:FAMILIES[:N]], worlds[:NAMES[:N]], "
+_DATASET = flags.DEFINE_string("dataset", None, "A folder of Harbor or Terminal-Bench tasks; a registry (FILE.json[:NAME[@VERSION]]); a .parquet, .jsonl or .json file of "
+                               "SWE-bench instances or of archived tasks; harbor, harbor/TASK, terminal[:FAMILIES[:N]], repair[:PACKAGES[:N]], worlds[:NAMES[:N]], "
                                "problems[:NAMES[:N]], games[:NAMES[:N]], bfcl:FILE or tau2:FOLDER.", required=True)
+_FETCH = flags.DEFINE_bool("fetch", False, "Let git fetch the repositories that a registry names; they are kept in .cache/datasets.")
 _OUT = flags.DEFINE_string("out", None, "Folder of the results.", required=True)
 _AGENT = flags.DEFINE_enum("agent", "oracle", AGENTS, "Who plays.")
 _ATTEMPTS = flags.DEFINE_integer("attempts", None, "At each task. Default: 1; one of each cheat; with --validate 3 of the oracle.", lower_bound=1)
 _CONCURRENCY = flags.DEFINE_integer("concurrency", 4, "Attempts at once.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of sampling, and of generated instances.", lower_bound=0)
 _ISOLATION = flags.DEFINE_enum("isolation", "best_available", ("required", "best_available"), "Of the sandboxes.")
+_DOCKER_IMAGE = flags.DEFINE_string("docker_image", "", "Play in containers of this machine's Docker engine, where Harbor tasks have their real Dockerfile built; the image is for tasks "
+                                    "that name none. Default: embedded sandboxes.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "", "policy: a Hugging Face directory. With --engines only its tokenizer and config are read.")
 _ENGINES = flags.DEFINE_string("engines", "", "policy: URLs of SGLang servers with commas between them. Default: an embedded engine is started.")
 _MAX_CONTEXT = flags.DEFINE_integer("max_context", None, "policy: tokens of an episode. Default: what the model was made for, at most 4096.", lower_bound=2)
@@ -59,11 +65,11 @@ def main(argv: list[str]) -> int:
     from rome.evals.tasks import dataset_digest, load_tasks
 
     faults = [] if _VALIDATE.value else None
-    tasks = load_tasks(_DATASET.value, _SEED.value, faults)
+    tasks = load_tasks(_DATASET.value, _SEED.value, faults, _FETCH.value)
     if _DECONTAMINATE.value:
         return decontaminate(tasks)
     identity = {"dataset": _DATASET.value, "dataset_digest": dataset_digest(tasks), "agent": "validate" if _VALIDATE.value else _AGENT.value,
-                "seed": _SEED.value, "isolation": find_isolation(_ISOLATION.value), **agent_identity()}
+                "seed": _SEED.value, "isolation": find_isolation(_ISOLATION.value), **({"docker_image": _DOCKER_IMAGE.value} if _DOCKER_IMAGE.value else {}), **agent_identity()}
     return validate(tasks, faults, identity) if _VALIDATE.value else evaluate(tasks, identity)
 
 
@@ -112,12 +118,20 @@ def files_digest(folder: pathlib.Path) -> str:
 def find_isolation(wanted: str) -> str:
     """The tier of sandboxes that this machine gives; says what it lacks. Raises where `wanted` is not to be had."""
     from envs.rock import probe
+    from envs.rock.tiers import probe_docker
 
-    tier = probe(wanted)
+    tier = probe_docker() if _DOCKER_IMAGE.value else probe(wanted)
     tier.require(wanted)
     if tier.missing:
         print(tier.banner(), flush=True)
     return tier.tier
+
+
+def sandbox_config() -> Any:
+    """Of every sandbox that is played in."""
+    from envs.rock import SandboxConfig
+
+    return SandboxConfig(isolation=_ISOLATION.value, **({"backend": "docker", "image": _DOCKER_IMAGE.value} if _DOCKER_IMAGE.value else {}))
 
 
 # -- the three jobs ------------------------------------------------------------------------------------------------------------------
@@ -146,12 +160,11 @@ def evaluate(tasks: list, identity: dict[str, Any]) -> int:
 
 
 def validate(tasks: list, faults: list, identity: dict[str, Any]) -> int:
-    from envs.rock import SandboxConfig
     from rome.evals.runner import open_results
     from rome.evals.validate import build_proof, proof_jobs, write_proof
 
     out = pathlib.Path(_OUT.value)
-    jobs = proof_jobs(tasks, SandboxConfig(isolation=_ISOLATION.value), _ATTEMPTS.value or ORACLE_RUNS)
+    jobs = proof_jobs(tasks, sandbox_config(), _ATTEMPTS.value or ORACLE_RUNS)
     with open_results(out, identity) as results:
         asyncio.run(play_all(jobs, results))
         proof = build_proof(identity, tasks, [results.records[job.key] for job in jobs], faults)
@@ -209,10 +222,9 @@ async def play_all(jobs: list, results: Any) -> None:
 @contextlib.contextmanager
 def make_agent(out: pathlib.Path) -> Iterator[Any]:
     """The agent of the flags; an embedded engine that it needs lives as long as this context."""
-    from envs.rock import SandboxConfig
     from rome.evals.agents import Scripted
 
-    config = SandboxConfig(isolation=_ISOLATION.value)
+    config = sandbox_config()
     if _AGENT.value == "endpoint":
         from rome.evals.endpoint import Endpoint
 

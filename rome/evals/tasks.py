@@ -4,6 +4,8 @@
     load_tasks("harbor")                         the examples that ship here; "harbor/word-report" is one of them
     load_tasks("terminal:wide:1000")             1,000 generated instances, spread evenly over the families and then over seeds
     load_tasks("worlds:shop:100")                of tool-use worlds; also problems, games, bfcl:FILE, tau2:FOLDER: see worlds.py
+    load_tasks("repair::100")                    100 packages with a bug each; "repair:csvlite,path/to/package:100" names the packages
+    load_tasks("registry.json:NAME@VERSION")     what envs.tasks.datasets reads: registries, parquet, SWE-bench instances
 """
 
 from __future__ import annotations
@@ -11,12 +13,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from envs.gem import Env
 from envs.rock import SandboxConfig
-from envs.tasks.harbor import EXAMPLES, HarborEnv, HarborTask, TaskError, load_dataset
+from envs.tasks.datasets import SUFFIXES, load_files
+from envs.tasks.harbor import EXAMPLES, HarborEnv, HarborTask, TaskError
 from envs.tasks.harbor.env import SOLVE_TIMEOUT_S
+from envs.tasks.repair import repair_tasks, shipped
 from envs.tasks.terminal import FAMILIES, FAMILY_TABLE, HELD_OUT_FAMILIES, WIDE_FAMILIES, WIDE_LIMITS, Task, eval_seed, make_task
 from envs.tasks.terminal.env import SETUP_TIMEOUT_S, VERIFIER_TIMEOUT_S, TerminalEnv
 from envs.tasks.terminal.task import Expert
@@ -66,23 +71,38 @@ class EvalTask:
         return whole.digest()
 
 
-def load_tasks(dataset: str, seed: int = 0, faults: list[TaskError] | None = None) -> list[EvalTask]:
-    """The tasks of a dataset. `seed` chooses the instances of generated families, and nothing of a folder.
+def load_tasks(dataset: str, seed: int = 0, faults: list[TaskError] | None = None, fetch: bool = False) -> list[EvalTask]:
+    """The tasks of a dataset. `seed` chooses the instances of what is generated, and nothing of a folder or a file.
 
     Args:
-      faults: where a list, malformed task folders are put there instead of raised.
-    Raises: TaskError (file and line) for a malformed task, ValueError for a dataset that is none.
+      faults: where a list, malformed tasks are put there instead of raised.
+      fetch: whether git may fetch the repositories that a registry names.
+    Raises: TaskError (file, row and line) for a malformed task, ValueError for a dataset that is none.
     """
     if dataset == "terminal" or dataset.startswith("terminal:"):
         return terminal_tasks(dataset, seed)
     if is_made(dataset):
         return [_of_made(made) for made in load_made(dataset, seed)]
-    folder = EXAMPLES if dataset == "harbor" else EXAMPLES / dataset.removeprefix("harbor/") if dataset.startswith("harbor/") else pathlib.Path(dataset)
-    if not folder.is_dir():
-        raise ValueError(f"dataset {dataset!r} is neither a folder nor known by name. Names: harbor, harbor/TASK, terminal[:FAMILIES[:N]] with FAMILIES one "
-                         f"of {', '.join(GROUPS)} or family names with commas between them, worlds[:NAMES[:N]], problems[:NAMES[:N]], games[:NAMES[:N]], "
-                         "bfcl:FILE, tau2:FOLDER")
-    return [_of_harbor(task) for task in load_dataset(folder, faults)]
+    if dataset == "repair" or dataset.startswith("repair:"):
+        return [_of_harbor(task) for task in _repair(dataset, seed)]
+    name = str(EXAMPLES) if dataset == "harbor" else str(EXAMPLES / dataset.removeprefix("harbor/")) if dataset.startswith("harbor/") else dataset
+    file = pathlib.Path(name if pathlib.Path(name).suffix in SUFFIXES else name.rpartition(":")[0] or name)
+    if not (pathlib.Path(name).is_dir() or file.suffix in SUFFIXES and file.is_file()):
+        raise ValueError(f"dataset {dataset!r} is neither a folder, nor a {', '.join(SUFFIXES)} file, nor known by name. Names: harbor, harbor/TASK, "
+                         f"terminal[:FAMILIES[:N]] with FAMILIES one of {', '.join(GROUPS)} or family names with commas between them, repair[:PACKAGES[:N]], "
+                         "worlds[:NAMES[:N]], problems[:NAMES[:N]], games[:NAMES[:N]], bfcl:FILE, tau2:FOLDER")
+    return [_of_harbor(task) for task in load_files(name, faults, fetch)]
+
+
+def _repair(dataset: str, seed: int) -> list[HarborTask]:
+    """repair[:PACKAGES[:N]]: N bugs (default: one for each package) in packages that ship here or lie in the folders named; none named: all that ship."""
+    parts = dataset.split(":")
+    names = [name for name in (parts[1] if len(parts) > 1 else "").split(",") if name]
+    count = parts[2] if len(parts) > 2 else None
+    if len(parts) > 3 or count is not None and not (count.isascii() and count.isdecimal() and 0 < int(count) <= SEEDS_APART):
+        raise ValueError(f"dataset {dataset!r} is not repair[:PACKAGES[:N]] with N from 1 to {SEEDS_APART}, for example repair:csvlite:20 or repair::100; packages that ship "
+                         f"here: {', '.join(shipped())}")
+    return repair_tasks(names, None if count is None else int(count), seed)
 
 
 def terminal_tasks(dataset: str, seed: int) -> list[EvalTask]:
@@ -119,7 +139,7 @@ def _of_terminal(task: Task) -> EvalTask:
 
 def _of_harbor(task: HarborTask) -> EvalTask:
     steps = [(step.agent_timeout or SOLVE_TIMEOUT_S) + step.verifier_timeout for step in task.steps]
-    return EvalTask(task.name, task.category or task.format, task.category or UNGROUPED, task.difficulty or UNGROUPED,
+    return EvalTask(task.name, task.family, task.category or UNGROUPED, task.difficulty or UNGROUPED,
                     "\n".join(step.instruction for step in task.steps), task,
                     start_seconds=task.environment.build_timeout + SandboxConfig().start_timeout + MARGIN_S, play_seconds=sum(steps) + MARGIN_S)
 
@@ -142,9 +162,19 @@ def _terminal_parts(task: Task) -> list[bytes]:
 
 
 def _harbor_parts(task: HarborTask) -> list[bytes]:
-    """Every file of the folder, links as what they are (the loader follows none out of it)."""
-    parts = []
-    for path in sorted(task.path.rglob("*")):
-        if path.is_file() and not path.is_symlink():
-            parts += [str(path.relative_to(task.path)).encode(errors="surrogateescape"), path.read_bytes()]
-    return parts
+    """All of the record but where it lies: a folder and an archive of the same task are one task."""
+    return _parts_of({field.name: getattr(task, field.name) for field in dataclasses.fields(task) if field.name != "path"})
+
+
+def _parts_of(value: Any) -> list[bytes]:
+    if identity := getattr(value, "identity", None):  # files that are made only when they are needed
+        return [identity.encode()]
+    if dataclasses.is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return [b"{", *(part for key in sorted(value, key=str) for part in (str(key).encode(errors="surrogatepass"), *_parts_of(value[key]))), b"}"]
+    if isinstance(value, (list, tuple)):
+        return [b"[", *(part for one in value for part in _parts_of(one)), b"]"]
+    if isinstance(value, pathlib.Path):
+        return []
+    return [value if isinstance(value, bytes) else str(value).encode(errors="surrogatepass")]

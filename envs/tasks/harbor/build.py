@@ -6,6 +6,7 @@ WORKDIR, ENV, ARG, COPY, ADD, RUN, USER and SHELL act; LABEL, EXPOSE and the lik
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import fnmatch
 import pathlib
@@ -15,6 +16,7 @@ import time
 from typing import Mapping
 
 from envs.rock import CommandResult, Sandbox, SandboxFileError
+from envs.rock.config import parse_grant
 from envs.tasks.harbor import dockerfile, offline
 from envs.tasks.harbor.dockerfile import Instruction
 from envs.tasks.harbor.errors import BuildError, TaskError, UnsupportedError
@@ -29,7 +31,7 @@ BASES: Mapping[str, tuple[str, ...]] = {
     "ruby": ("ruby",), "rust": ("cargo",), "ghcr.io/laude-institute/t-bench/ubuntu-24-04": (),
     "ghcr.io/laude-institute/t-bench/python-3-13": ("python3",),
 }
-_CONVENTIONAL = ("data", "home", "mnt", "opt", "output", "outputs", "project", "repo", "results", "srv", "testbed", "var", "work", "workspace")
+CONVENTIONAL = ("data", "home", "mnt", "opt", "output", "outputs", "project", "repo", "results", "srv", "testbed", "var", "work", "workspace")
 _IN_EVERY_IMAGE = ("home", "mnt", "opt", "root", "srv", "var")
 _MADE = re.compile(r"(?:\bmkdir(?:\s+-\S+)*|\bcd|\bgit\s+init(?:\s+-\S+)*|\btouch|\btee(?:\s+-a)?|>>?|\s-C|\b(?:cp|mv)(?:\s+-\S+)*\s+\S+)\s*[\"']?(/[\w./-]+)")
 _ACCOUNTS = re.compile(r"\b(?:useradd|adduser|groupadd|addgroup|usermod|chpasswd|chown|su|sudo|gosu)\b")
@@ -61,8 +63,13 @@ async def build(sandbox: Sandbox, task: HarborTask, images: Mapping[str, tuple[s
 
     images: more names of images for which this machine can stand, with the programs that must be there: an alias of an image that cannot be had.
     """
-    _refuse_what_no_sandbox_has(task)
+    refuse_what_no_sandbox_has(task)
     environment = task.environment
+    for step in () if sandbox.config.egress else task.steps:
+        script = step.tests[step.test_script][0].decode(errors="replace")
+        if need := offline.network_need(script):
+            folder = task.path if step.test_script != "test.sh" else task.path / "tests"
+            raise UnsupportedError(folder / step.test_script, need[0], f"`{need[1]}` needs the network, and the embedded sandbox has none")
     file = environment.dockerfile_path or task.path
     if environment.dockerfile is None:
         text = f"FROM {environment.docker_image}\n" if environment.docker_image else "FROM ubuntu\n"
@@ -70,26 +77,47 @@ async def build(sandbox: Sandbox, task: HarborTask, images: Mapping[str, tuple[s
     else:
         text = environment.dockerfile
     instructions = dockerfile.parse(text, file)
+    await asyncio.to_thread(dict, environment.context)  # where it is made only now, not in the event loop's time
     builder = _Builder(sandbox, task, file, PathMap(sandbox.workspace, _roots(task, instructions)), {**BASES, **(images or {})})
     return await builder.run(instructions)
 
 
-def _refuse_what_no_sandbox_has(task: HarborTask) -> None:
+def refuse_what_no_sandbox_has(task: HarborTask) -> None:
+    """UnsupportedError for what a task's settings ask for and one sandbox of ours cannot give, on whatever backend."""
     settings = task.path / ("task.toml" if task.format == "harbor" else "task.yaml")
     environment = task.environment
     if environment.compose_path is not None:
-        raise UnsupportedError(environment.compose_path, 1, "several containers (docker-compose); the embedded backend has one sandbox")
+        raise UnsupportedError(environment.compose_path, 1, "several containers (docker-compose); a task has one sandbox here")
     if environment.gpus:
-        raise UnsupportedError(settings, 0, f"environment.gpus = {environment.gpus}; the embedded sandbox sees no GPU")
+        raise UnsupportedError(settings, 0, f"environment.gpus = {environment.gpus}; sandboxes see no GPU")
     if environment.mcp_servers:
-        raise UnsupportedError(settings, 0, "environment.mcp_servers; the embedded backend starts none")
+        raise UnsupportedError(settings, 0, "environment.mcp_servers; none are started here")
     if any(step.separate_verifier for step in task.steps):
-        raise UnsupportedError(settings, 0, 'verifier.environment_mode = "separate"; the embedded backend grades in the agent\'s sandbox')
+        raise UnsupportedError(settings, 0, 'verifier.environment_mode = "separate"; the tests run in the agent\'s sandbox here')
     for step in task.steps:
-        script = step.tests[step.test_script][0].decode(errors="replace")
-        if need := offline.network_need(script):
-            folder = task.path if step.test_script != "test.sh" else task.path / "tests"
-            raise UnsupportedError(folder / step.test_script, need[0], f"`{need[1]}` needs the network, and the embedded sandbox has none")
+        for phase, network in step.networks.items():
+            if network != (environment.network_mode, environment.allowed_hosts):
+                raise UnsupportedError(settings, 0, f"{phase}.network_mode = {network[0]!r} beside environment.network_mode = {environment.network_mode!r}; a sandbox has one "
+                                                    "network policy for its whole life")
+
+
+def egress_of(task: HarborTask, given: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """What the sandbox may reach, as SandboxConfig.egress has it: the task's allowed_hosts, at their ports or at 80 and 443; nothing for no-network.
+
+    A public task reaches what `given` grants: a sandbox has no grant for the whole world. Raises TaskError for a host that no grant can name.
+    """
+    environment = task.environment
+    if environment.network_mode == "public":
+        return given
+    if environment.network_mode == "no-network":
+        return ()
+    grants = tuple(grant for host in environment.allowed_hosts for grant in ([host] if re.search(r":\d+$", host) else [f"{host}:443", f"{host}:80"]))
+    for grant in grants:
+        try:
+            parse_grant(grant)
+        except ValueError as error:
+            raise TaskError(task.path / "task.toml", 0, f"environment.allowed_hosts: {error}") from error
+    return grants
 
 
 def _roots(task: HarborTask, instructions: list[Instruction]) -> set[str]:
@@ -101,7 +129,7 @@ def _roots(task: HarborTask, instructions: list[Instruction]) -> set[str]:
         if instruction.keyword == "RUN":
             found |= {root_of(path) for path in _MADE.findall(instruction.arguments)}
     told = "\n".join(step.instruction for step in task.steps)
-    found |= {name for name in _CONVENTIONAL if re.search(rf"(?<![\w./]){'/' + name}(?![\w-])", told)}
+    found |= {name for name in CONVENTIONAL if re.search(rf"(?<![\w./]){'/' + name}(?![\w-])", told)}
     return {name for name in found if name}
 
 
@@ -118,6 +146,8 @@ class _Builder:
     async def run(self, instructions: list[Instruction]) -> Built:
         roots = [name for name in (*_IN_EVERY_IMAGE, "tmp") if name in self._paths.roots]
         await self._check(None, f"mkdir -p {' '.join(self._quoted(f'/{name}') for name in [*roots, 'logs/agent', 'logs/verifier', 'logs/artifacts'])}")
+        if self._task.environment.network_mode == "public" and not self._sandbox.config.egress:
+            self._notes.append("network_mode is public, and the sandbox reaches nothing; SandboxConfig.egress can grant hosts")
         for instruction in instructions:
             await self._instruction(instruction)
         if workdir := self._task.environment.workdir:
@@ -194,7 +224,7 @@ class _Builder:
             raise self._refused(instruction, f"RUN --{next(iter(flags))}")
         if await self._is_installed(instruction, command):
             return
-        if need := offline.need_in_rows(instruction.rows):
+        if not self._sandbox.config.egress and (need := offline.need_in_rows(instruction.rows)):
             raise UnsupportedError(self._file, need[0], f"`{need[1]}` needs the network, and the embedded sandbox has none")
         if account := _ACCOUNTS.search(command):
             raise UnsupportedError(self._file, instruction.line_of(_ACCOUNTS), f"`{account[0]}`; the embedded sandbox has one unprivileged user")

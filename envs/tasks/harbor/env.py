@@ -1,4 +1,4 @@
-"""A Harbor or Terminal-Bench 1 task as a GEM environment over an embedded sandbox. A turn is what it is in the terminal curriculum.
+"""A Harbor or Terminal-Bench 1 task as a GEM environment over a sandbox, embedded or of the Docker backend. A turn is what it is in the terminal curriculum.
 
 The model sees the task's own paths (/app, /tests); `paths.py` says how they are kept below the workspace. Handing in (a turn without a tool
 call) has the current step graded: then comes the next step's instruction, or the end with the reward of all steps.
@@ -17,7 +17,9 @@ from envs.gem import Info, StepResult
 from envs.rock import CommandResult, Sandbox, SandboxConfig, SandboxFileError
 from envs.rock.sync import run
 from envs.tasks.harbor import offline
-from envs.tasks.harbor.build import Built, build
+from envs.tasks.harbor.build import Built, egress_of
+from envs.tasks.harbor.built import start_built
+from envs.tasks.harbor.containers import build_image, enter
 from envs.tasks.harbor.errors import BuildError, TaskError, UnsupportedError
 from envs.tasks.harbor.grade import READ_TIMEOUT_S, Grade, clean_up, grade
 from envs.tasks.harbor.load import load_task
@@ -69,18 +71,22 @@ class HarborEnv(ShellEnv):
     async def areset(self, seed: int | None = None) -> tuple[str, Info]:
         """Builds the task's environment in a fresh sandbox. Raises SandboxError, or a TaskError (UnsupportedError, BuildError) that names file and line."""
         await self.aclose()
-        self._sandbox = Sandbox(dataclasses.replace(self._sandbox_config, label=self.task.name))
+        config = dataclasses.replace(self._sandbox_config, label=self.task.name)
         self._step_index, self._grades = 0, []
         try:
-            await self._sandbox.start()
-            self.built = await build(self._sandbox, self.task, self._images)
+            if config.backend == "docker":
+                self._sandbox = Sandbox(dataclasses.replace(config, image=await build_image(self.task, config)))
+                await self._sandbox.start()
+                self.built = await enter(self._sandbox, self.task)
+            else:
+                self._sandbox, self.built = await start_built(self.task, config, self._images)
             await self._healthy(self.task.environment.healthcheck)
             instruction = await self._enter_step()
         except BaseException:
             await self.aclose()
             raise
         self._begin()
-        return instruction, {"task": self.task.name, "family": self.task.category or self.task.format, "seed": seed, "tools": self.tools,
+        return instruction, {"task": self.task.name, "family": self.task.family, "seed": seed, "tools": self.tools,
                              "notes": self.built.notes}
 
     async def asolve(self) -> StepResult:
@@ -175,7 +181,7 @@ class HarborEnv(ShellEnv):
         if step.solve_script is None:
             raise TaskError(self.task.path, 0, f"step {step.name!r} of {self.name} has no reference solution that could be run")
         script = step.solution[step.solve_script][0].decode(errors="replace")
-        if need := offline.network_need(script):
+        if not self._sandbox_config.egress and (need := offline.network_need(script)):
             raise UnsupportedError(self.task.path / "solution" / step.solve_script, need[0],
                                    f"`{need[1]}` needs the network, and the embedded sandbox has none")
         place = self.built.paths.place("/solution")
@@ -191,6 +197,7 @@ class HarborEnv(ShellEnv):
 def sandbox_for(task: HarborTask, config: SandboxConfig | None) -> SandboxConfig:
     """The limits that the task asks for, in a sandbox isolated as the config says; all of the config where it sets its own limits."""
     config, plain = config or SandboxConfig(), SandboxConfig()
+    config = dataclasses.replace(config, egress=egress_of(task, config.egress))
     if (config.memory_mb, config.disk_mb, config.pids) != (plain.memory_mb, plain.disk_mb, plain.pids):
         return config
     memory = max(task.environment.memory_mb or DEFAULT_MEMORY_MB, 128)

@@ -111,9 +111,14 @@ class _Phases:
     def of(cls, table: Table, parent: "_Phases | None" = None) -> "_Phases":
         phases = cls()
         agent, verifier, solution = table.table("agent"), table.table("verifier"), table.table("solution")
+        networks = dict(parent.networks) if parent else {}
         for phase in (agent, verifier):
             phase.known |= {"user", "network_mode", "allowed_hosts", "collect", "environment"}
-            _network(phase, phase.values.get("network_mode"))
+            mode = phase.text("network_mode")
+            _network(phase, mode)
+            if mode is not None:
+                networks[phase.path[-1]] = (mode, phase.texts("allowed_hosts"))
+        phases.networks = networks
         phases.agent_timeout = agent.seconds("timeout_sec", parent.agent_timeout if parent else None)
         phases.verifier_timeout = verifier.seconds("timeout_sec", parent.verifier_timeout if parent else 600.0)
         phases.verifier_env = (parent.verifier_env if parent else {}) | verifier.environment("env")
@@ -149,7 +154,7 @@ def _steps(folder: pathlib.Path, table: Table, step_tables: list[Table], default
 
 def _of_phases(phases: _Phases) -> dict:
     return dict(agent_timeout=phases.agent_timeout, verifier_timeout=phases.verifier_timeout, verifier_env=phases.verifier_env,
-                solution_env=phases.solution_env, separate_verifier=phases.separate)
+                solution_env=phases.solution_env, separate_verifier=phases.separate, networks=phases.networks)
 
 
 def _instruction(path: pathlib.Path) -> str:

@@ -69,6 +69,7 @@ class Step:
     solution_env: Mapping[str, str] = dataclasses.field(default_factory=dict)
     min_reward: float | Mapping[str, float] | None = None
     separate_verifier: bool = False
+    networks: Mapping[str, tuple[str, tuple[str, ...]]] = dataclasses.field(default_factory=dict)  # "agent" or "verifier" -> (mode, hosts), where it has its own
     healthcheck: Healthcheck | None = None
 
 
@@ -89,6 +90,11 @@ class HarborTask:
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
     artifacts: tuple[Any, ...] = ()
     unknown_keys: tuple[str, ...] = ()
+
+    @property
+    def family(self) -> str:
+        """What tasks of one kind have in common, as of a generated task its family: the category, or else the format."""
+        return self.category or self.format
 
     @property
     def has_solution(self) -> bool:

@@ -6,6 +6,9 @@ import pathlib
 import pytest
 
 from envs.rock import SandboxConfig
+from tests.envs.rock.engine import engine
+
+__all__ = ["CONFIG", "PASSES", "engine", "harbor", "run", "write"]
 
 CONFIG = SandboxConfig(isolation="best_available")
 PASSES = "#!/bin/bash\nif [ -f /app/out.txt ]; then echo 1 > /logs/verifier/reward.txt; else echo 0 > /logs/verifier/reward.txt; fi\n"

@@ -1,0 +1,288 @@
+"""Data sets of tasks in the forms in which they are handed round: a folder, a registry of Harbor's, a parquet file, a file of SWE-bench instances.
+
+    load_files("tasks/")                            a folder of Harbor or Terminal-Bench 1 tasks
+    load_files("registry.json:my-dataset@1.0")      a registry: tasks by path, or by git repository, commit and path
+    load_files("train.parquet")                     one task an archive (task_id and archive, or path and task_binary), or SWE-bench rows
+    load_files("verified.jsonl")                    SWE-bench rows, JSON Lines or one list
+
+Nothing is fetched from a network unless `fetch` is True. What lies in a git repository is read at the commit that the registry names, never at a branch, and a
+`digest` beside a task pins its files whatever they come from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import hashlib
+import io
+import os
+import pathlib
+import re
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from envs.tasks.git import RepositoryError, fetch_commit, files_below, is_repository
+from envs.tasks.harbor.errors import TaskError
+from envs.tasks.harbor.fields import MAX_FOLDER_BYTES, MAX_FOLDER_FILES, read_folder, read_text
+from envs.tasks.harbor.load import load_dataset, load_task
+from envs.tasks.harbor.task import Files, HarborTask
+from envs.tasks.rows import Row, parse_json, read_rows
+from envs.tasks.swebench import is_instance, load_swebench
+
+SUFFIXES = (".json", ".jsonl", ".parquet")
+ARCHIVES = (("task_id", "archive"), ("path", "task_binary"))  # of Terminal-Bench's exports, and of Harbor's converter
+MAX_REGISTRY_BYTES = 64 << 20
+CACHE = pathlib.Path(".cache/datasets")
+_COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_URL = re.compile(r"(?:https|ssh|git)://[^\s\x00-\x20]+|[\w.-]+@[\w.-]+:[\w./~-]+")
+_WITH_DATASET = re.compile(r"(?P<file>.+\.json):(?P<name>[^:]+?)(?:@(?P<version>[^@:]+))?")
+
+
+def load_files(dataset: str, faults: list[TaskError] | None = None, fetch: bool = False) -> list[HarborTask]:
+    """The tasks of a folder or a file, see above. With `faults` a list, malformed tasks are put there instead of raised.
+
+    Raises TaskError, which names the file, and the row or the line in it.
+    """
+    match = _WITH_DATASET.fullmatch(dataset)
+    file = pathlib.Path(match["file"] if match else dataset)
+    if match:
+        return load_registry(file, match["name"], match["version"], faults, fetch)
+    if file.suffix not in SUFFIXES or file.is_dir():
+        return load_dataset(file, faults)
+    if file.suffix == ".json" and _is_registry(file):
+        return load_registry(file, None, None, faults, fetch)
+    first = next(iter(read_rows(file)), None)
+    if first is None:
+        raise TaskError(file, 0, "no rows are in it")
+    if is_instance(first):
+        return load_swebench(file, faults)
+    columns = next(((name, archive) for name, archive in ARCHIVES if {name, archive} <= set(first.values)), None)
+    if columns is None:
+        raise first.fault(f"the fields {', '.join(map(str, list(first.values)[:12]))[:200]} are neither SWE-bench's (instance_id, base_commit, ...) nor those of archives of "
+                          f"tasks ({' or '.join(' and '.join(pair) for pair in ARCHIVES)})")
+    return _collect(faults, [(row.fault, lambda row=row: _load_archive(row, *columns)) for row in read_rows(file)])
+
+
+def task_digest(files: Files) -> str:
+    """"sha256:" and 64 digits over the paths, permissions and contents of a task's files: what a registry may pin."""
+    whole = hashlib.sha256()
+    for path, (content, mode) in sorted(files.items()):
+        whole.update(f"{path}\0{mode:o}\0{hashlib.sha256(content).hexdigest()}\n".encode(errors="surrogateescape"))
+    return f"sha256:{whole.hexdigest()}"
+
+
+def _collect(faults: list[TaskError] | None, loads: list[tuple[Callable[[str], TaskError], Callable[[], HarborTask]]]) -> list[HarborTask]:
+    """What the loads give, each name once. Faults are raised, or kept where there is a list for them."""
+    tasks: dict[str, HarborTask] = {}
+    for fault, load in loads:
+        try:
+            task = load()
+            if task.name in tasks:
+                raise fault(f"task {task.name!r} is there twice")
+            tasks[task.name] = task
+        except TaskError as error:
+            if faults is None:
+                raise
+            faults.append(error)
+    return list(tasks.values())
+
+
+def _load_from(files: Files, name: str, origin: pathlib.Path, fault: Callable[[str], TaskError], digest: str | None = None) -> HarborTask:
+    """The task of these files. `origin` is named as its path; the errors of its own files name them below the task."""
+    if digest is not None and task_digest(files) != digest:
+        raise fault(f"its files have the digest {task_digest(files)}, and {digest} is asked for")
+    with tempfile.TemporaryDirectory(prefix="task-") as place:
+        folder = pathlib.Path(place, re.sub(r"[^\w.-]", "-", name).lstrip(".") or "task")
+        for path, (content, mode) in files.items():
+            target = folder / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+            target.chmod(mode)
+        folder.mkdir(exist_ok=True)
+        try:
+            task = load_task(folder)
+        except TaskError as error:
+            inner = error.file.relative_to(folder) if error.file.is_relative_to(folder) else error.file
+            raise fault(f"{inner}{f':{error.line}' if error.line else ''}: {error.message}") from error
+        except (OSError, ValueError) as error:  # a name that no file can have
+            raise fault(f"its files cannot be laid out: {error}") from error
+        environment = task.environment
+        moved = {field: _moved(getattr(environment, field), folder, origin) for field in ("dockerfile_path", "compose_path")}
+        return dataclasses.replace(task, path=origin, environment=dataclasses.replace(environment, **moved))
+
+
+def _moved(path: pathlib.Path | None, folder: pathlib.Path, origin: pathlib.Path) -> pathlib.Path | None:
+    return None if path is None else origin / path.relative_to(folder)
+
+
+# -- archives in rows ----------------------------------------------------------------------------------------------------------------
+
+
+def _load_archive(row: Row, name_column: str, archive_column: str) -> HarborTask:
+    name, content = row.text(name_column), row.binary(archive_column)
+    wanted = row.values.get("tar_sha256")
+    if wanted is not None and wanted != (found := hashlib.sha256(content).hexdigest()):
+        raise row.fault(f"the archive has the digest {found}, and tar_sha256 is {str(wanted)[:80]!r}")
+    files = unpack(content, row.fault)
+    roots = sorted((path.rpartition("/")[0] for path in files if path.rpartition("/")[2] in ("task.toml", "task.yaml")), key=len)
+    if not roots:
+        raise row.fault("neither task.toml nor task.yaml is in the archive")
+    prefix = f"{roots[0]}/" if roots[0] else ""
+    below = {path.removeprefix(prefix): file for path, file in files.items() if path.startswith(prefix)}
+    return _load_from(below, name.rstrip("/").rpartition("/")[2], row.file / f"row {row.number}", row.fault)
+
+
+def unpack(content: bytes, fault: Callable[[str], TaskError]) -> dict[str, tuple[bytes, int]]:
+    """The regular files of a tar, compressed by gzip or not. Refused: links, devices, places outside, more than a task folder may have."""
+    files: dict[str, tuple[bytes, int]] = {}
+    left = MAX_FOLDER_BYTES
+    try:
+        plain = _Bounded(gzip.GzipFile(fileobj=io.BytesIO(content)) if content.startswith(b"\x1f\x8b") else io.BytesIO(content), 2 * MAX_FOLDER_BYTES)
+        with tarfile.open(fileobj=plain, mode="r|") as archive:
+            for member in archive:
+                parts = [part for part in member.name.split("/") if part not in ("", ".")]
+                if member.name.startswith("/") or ".." in parts or "\0" in member.name:
+                    raise fault(f"the archive holds {member.name[:100]!r}, which lies outside it")
+                if member.isdir():
+                    continue
+                if not member.isreg() or not parts:
+                    raise fault(f"the archive holds {member.name[:100]!r}, which is no regular file")
+                left -= member.size
+                if left < 0 or len(files) >= MAX_FOLDER_FILES:
+                    raise fault(f"the archive holds more than {MAX_FOLDER_BYTES} bytes or {MAX_FOLDER_FILES} files")
+                files["/".join(parts)] = (archive.extractfile(member).read(), 0o755 if member.mode & 0o100 else 0o644)
+    except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, OverflowError) as error:
+        if isinstance(error, TaskError):
+            raise
+        raise fault(f"the archive cannot be read: {type(error).__name__}: {str(error)[:100]}") from error
+    for path in files:
+        if _above(path) & files.keys():
+            raise fault(f"the archive holds a file where {path[:100]!r} needs a folder")
+    return files
+
+
+def _above(path: str) -> set[str]:
+    parts = path.split("/")
+    return {"/".join(parts[:count]) for count in range(1, len(parts))}
+
+
+class _Bounded(io.RawIOBase):
+    """Reads no more than so many bytes: a small archive can stand for a huge one."""
+
+    def __init__(self, inner: Any, limit: int) -> None:
+        self._inner, self._left = inner, limit
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._inner.read(self._left + 1 if size < 0 else min(size, self._left + 1))
+        self._left -= len(data)
+        if self._left < 0:
+            raise ValueError(f"it unpacks to more than {2 * MAX_FOLDER_BYTES} bytes")
+        return data
+
+
+# -- registries ----------------------------------------------------------------------------------------------------------------------
+
+
+def _is_registry(file: pathlib.Path) -> bool:
+    value = parse_json(file, read_text(file, MAX_REGISTRY_BYTES).encode(), 1)
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, dict) and "tasks" in first
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where something of a registry stands, for messages."""
+
+    file: pathlib.Path
+    line: int
+    name: str
+
+    def fault(self, message: str) -> TaskError:
+        return TaskError(self.file, self.line, f"{self.name}: {message}")
+
+
+def load_registry(file: pathlib.Path, name: str | None, version: str | None, faults: list[TaskError] | None = None, fetch: bool = False) -> list[HarborTask]:
+    """A data set of a registry, by name and version. Without a version the only one; without a name the only data set."""
+    text = read_text(file, MAX_REGISTRY_BYTES)
+    value = parse_json(file, text.encode(), 1)
+    sets = value if isinstance(value, list) else [value]
+    for number, entry in enumerate(sets, 1):
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or not isinstance(entry.get("tasks"), list) or not isinstance(entry.get("version", ""), str):
+            raise TaskError(file, _line_of(text, entry), f"data set {number} must be an object with name and version (texts) and tasks (a list)")
+    known = [f"{entry['name']}@{entry.get('version', '')}" for entry in sets]
+    found = [entry for entry in sets if name in (None, entry["name"]) and version in (None, entry.get("version", ""))]
+    if len(found) != 1:
+        wanted = f"{name or 'the data set'}{f'@{version}' if version else ''}"
+        raise TaskError(file, 0, f"{wanted} is there {len(found)} times; name one as {file}:NAME@VERSION: {', '.join(known[:20])[:500]}")
+    entry = found[0]
+    places = [_Place(file, _line_of(text, task), f"data set {entry['name']!r}, task {number}") for number, task in enumerate(entry["tasks"], 1)]
+    loads = [(place.fault, lambda place=place, task=task: _load_registered(place, task, fetch)) for place, task in zip(places, entry["tasks"])]
+    tasks = _collect(faults, loads)
+    if not tasks and not faults:
+        raise TaskError(file, 0, f"data set {entry['name']!r} has no tasks")
+    return tasks
+
+
+def _line_of(text: str, entry: Any) -> int:
+    """Where an entry's name is first written; JSON's parser keeps no lines."""
+    name = entry.get("name") if isinstance(entry, Mapping) else None
+    match = re.search(r'"name"\s*:\s*' + re.escape(f'"{name}"'), text) if isinstance(name, str) else None
+    return text.count("\n", 0, match.start()) + 1 if match else 0
+
+
+def _load_registered(place: _Place, entry: Any, fetch: bool) -> HarborTask:
+    if not isinstance(entry, dict):
+        raise place.fault(f"a {type(entry).__name__}, and must be an object")
+    for key in ("name", "path", "git_url", "git_commit_id", "digest"):
+        value = entry.get(key)
+        if value is None and key in ("name", "path"):
+            raise place.fault(f"{key} is missing")
+        if value is not None and (not isinstance(value, str) or not value or any(ord(letter) < 32 or "\ud800" <= letter <= "\udfff" for letter in value)):
+            raise place.fault(f"{key} must be a text of one line, and is {str(value)[:60]!r}")
+    name, path, digest = entry["name"], entry["path"], entry.get("digest")
+    if digest is not None and not _DIGEST.fullmatch(digest):
+        raise place.fault(f'digest {digest[:80]!r} is not "sha256:" and 64 hexadecimal digits')
+    if not entry.get("git_url"):
+        if entry.get("git_commit_id"):
+            raise place.fault("git_commit_id without git_url")
+        folder = place.file.parent / path
+        if not folder.is_dir():
+            raise place.fault(f"{folder} is no folder")
+        return _load_from(read_folder(folder), name, folder, place.fault, digest)
+    commit = entry.get("git_commit_id") or ""
+    if not _COMMIT.fullmatch(commit):
+        raise place.fault(f"git_commit_id {commit[:60]!r} is no full commit id; a branch or HEAD is another task tomorrow")
+    if path.startswith("/") or ".." in path.split("/"):
+        raise place.fault(f"path {path[:100]!r} leaves the repository")
+    try:
+        repository = _repository(place, entry["git_url"], commit, fetch)
+        files = files_below(repository, commit, path.strip("/"), MAX_FOLDER_BYTES, MAX_FOLDER_FILES)
+    except RepositoryError as error:
+        raise place.fault(str(error)) from error
+    if not files:
+        raise place.fault(f"no files are below {path!r} at {commit} of {entry['git_url']}")
+    return _load_from(files, name, pathlib.Path(f"{entry['git_url']}@{commit[:12]}") / path, place.fault, digest)
+
+
+def _repository(place: _Place, url: str, commit: str, fetch: bool) -> pathlib.Path:
+    """A local repository is read where it is; another is fetched, where that is asked for, and kept."""
+    local = pathlib.Path(url.removeprefix("file://")) if url.startswith(("file:///", "/", "./", "../")) else None
+    if local is not None:
+        local = local if local.is_absolute() else place.file.parent / local
+        if not is_repository(local):
+            raise place.fault(f"git_url {url!r}: no git repository is at {local}")
+        return local
+    if not _URL.fullmatch(url) or url.startswith("-"):
+        raise place.fault(f"git_url {url[:100]!r} is no https, ssh, git or file URL, and no path")
+    kept = CACHE / "git" / hashlib.sha256(url.encode()).hexdigest()[:32]
+    if is_repository(kept) and os.path.exists(kept / f"fetched-{commit}"):
+        return kept
+    if not fetch:
+        raise place.fault(f"{url} has not been fetched, and nothing is fetched unasked; give --fetch")
+    fetch_commit(kept, url, commit)
+    (kept / f"fetched-{commit}").touch()
+    return kept

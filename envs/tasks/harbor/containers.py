@@ -1,0 +1,81 @@
+"""A task's environment on the Docker backend: its real Dockerfile, built by the engine, once for each content.
+
+The container's image is read-only there, so the task's own folders (/app, and what its Dockerfile names) are copied from the image into the workspace when an episode
+begins, and paths are rewritten as for the embedded backend (paths.py). What lies elsewhere in the image is used where it is, and cannot be changed by the agent.
+The build reaches the network, as Harbor's does; the sandbox does not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import pathlib
+import re
+import shlex
+import tempfile
+
+from envs.rock import Sandbox, SandboxConfig
+from envs.rock.errors import ImageError
+from envs.tasks.harbor.build import CONVENTIONAL, Built, egress_of, refuse_what_no_sandbox_has
+from envs.tasks.harbor.errors import BuildError, UnsupportedError
+from envs.tasks.harbor.paths import PathMap, root_of
+from envs.tasks.harbor.task import Files, HarborTask
+
+COPY_SECONDS = 120.0
+_PATHS = re.compile(r"(?<![\w./:$}-])/[\w./-]+")
+_COPY = """\
+for d in {roots}; do
+    if [ -d "/$d" ] && [ -r "/$d" ]; then cp -a "/$d" {workspace}/ || exit 1; else mkdir -p {workspace}/"$d"; fi
+done
+chmod -R u+rwX {workspace} && mkdir -p {places}
+"""
+
+
+async def build_image(task: HarborTask, config: SandboxConfig) -> str:
+    """The name of the task's image: built from its Dockerfile, or its docker_image, or else the config's. Raises UnsupportedError or BuildError."""
+    refuse_what_no_sandbox_has(task)
+    environment = task.environment
+    if egress := egress_of(task, config.egress):
+        raise UnsupportedError(task.path / "task.toml", 0, f"network_mode = {environment.network_mode!r} (to {', '.join(egress)[:200]}); the Docker backend's containers have no "
+                                                           "network at all: use backend='embedded'")
+    if environment.dockerfile is None:
+        return environment.docker_image or config.image
+    from envs.rock import images  # the docker package is not everybody's
+
+    context = await asyncio.to_thread(dict, environment.context)
+    with tempfile.TemporaryDirectory(prefix="harbor-context-") as folder:
+        await asyncio.to_thread(_write, pathlib.Path(folder), context)
+        try:
+            return await images.build(folder, network=True, timeout=environment.build_timeout, memory_mb=max(environment.memory_mb or 0, 2048))
+        except ImageError as error:
+            raise BuildError(environment.dockerfile_path or task.path, 0, str(error)) from error
+
+
+def _write(folder: pathlib.Path, files: Files) -> None:
+    for name, (content, mode) in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        path.chmod(mode)
+
+
+async def enter(sandbox: Sandbox, task: HarborTask) -> Built:
+    """Copies the task's folders into the workspace of a sandbox that runs its image, and says where all is (a Built). Raises BuildError."""
+    from envs.rock.container import engine
+    environment = task.environment
+    host = await asyncio.to_thread(engine)
+    settings = (await host.call(host.client.inspect_image, sandbox.config.image))["Config"]
+    variables = dict(entry.partition("=")[::2] for entry in settings.get("Env") or ())
+    workdir = environment.workdir or settings.get("WorkingDir") or "/app"
+    told = "\n".join(step.instruction for step in task.steps)
+    roots = {root_of(path) for path in (workdir, *_PATHS.findall(environment.dockerfile or ""))} | {name for name in CONVENTIONAL if re.search(rf"(?<![\w./])/{name}(?![\w-])", told)}
+    paths = PathMap(sandbox.workspace, {name for name in roots if name})
+    copied = [name for name in paths.roots if name not in ("logs", "tests", "solution", "root")]
+    places = [paths.place(place) for place in (workdir, "/root", "/logs/agent", "/logs/verifier", "/logs/artifacts")]
+    script = _COPY.format(roots=shlex.join(copied), workspace=shlex.quote(sandbox.workspace), places=shlex.join(places))
+    result = await sandbox.execute(script, timeout=min(COPY_SECONDS, environment.build_timeout))
+    if result.exit_code != 0:
+        raise BuildError(environment.dockerfile_path or task.path, 0, f"its folders {', '.join(copied)} could not be copied into the sandbox: {result.stderr.strip()[-300:]}")
+    notes = [f"/{name} is a copy in the sandbox's memory" for name in copied]
+    if environment.network_mode == "public":
+        notes.append("network_mode is public, and containers of the Docker backend reach nothing")
+    return Built(paths, {"HOME": "/root", "PATH": "/usr/local/bin:/usr/bin:/bin", **variables, **environment.env}, workdir, notes, {})

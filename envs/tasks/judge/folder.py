@@ -1,0 +1,78 @@
+"""Makes the tests folder of a task that is graded by Python tests: the judge, its runner, what must pass, and the tests themselves."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import importlib.util
+import io
+import json
+import pathlib
+import tarfile
+from collections.abc import Iterable, Mapping, Sequence
+
+from envs.tasks.harbor.task import Files
+
+FRAMEWORKS = ("unittest", "pytest")
+HERE = pathlib.Path(__file__).parent
+PYTEST_PARTS = ("pytest", "_pytest", "py", "pluggy", "iniconfig", "packaging", "pygments")
+_TEST_SH = """\
+#!/bin/bash
+# The judge writes the reward when nothing that the tests started lives any more. If it died itself, everything here ends, this grading too.
+/usr/bin/env python3 -I /tests/judge.py || kill -9 -1
+"""
+
+
+def judge_files(framework: str, tests: Sequence[str], files: Files, *, targets: Sequence[str], control_folder: str, keep: Iterable[str] = (), remove: Iterable[str] = (),
+                timeout: float = 120.0, python: Sequence[str] = ("python3",), bring_pytest: bool = True) -> dict[str, tuple[bytes, int]]:
+    """The tests folder: test.sh and what it needs. It is run in the folder of the package, as the task's working directory.
+
+    Args:
+      framework: of FRAMEWORKS.
+      tests: ids that must be run and pass: node ids of pytest, dotted names of unittest.
+      files: laid over the agent's before the tests run: the tests themselves and what configures them.
+      targets: what is run: folders to discover (unittest), files or node ids (pytest).
+      control_folder: of the tests, where the two control tests are put for the time of the grading.
+      keep: paths of files that configure tests (conftest.py and the like) and are the package's own; others are removed. Those of `files` are kept anyway.
+      remove: paths that the tests need gone.
+      timeout: seconds for all tests.
+      python: the command that runs them; the judge itself is run by the first python3 of the image.
+      bring_pytest: carry the pytest of this process's environment along, for an interpreter that has none.
+    """
+    if framework not in FRAMEWORKS:
+        raise ValueError(f"framework {framework!r} is none of {', '.join(FRAMEWORKS)}")
+    spec = {"framework": framework, "tests": list(tests), "targets": list(targets), "control_folder": control_folder, "keep": sorted({*keep, *files}),
+            "remove": sorted(remove), "timeout": timeout, "python": list(python)}
+    # Compressed: a script's or a text's paths would be rewritten on the way into a sandbox that keeps them elsewhere, and these must stay as they are.
+    found = {"test.sh": (_TEST_SH.encode(), 0o755), "judge.py": ((HERE / "inside.py").read_bytes(), 0o644), "runner.py": ((HERE / "runner.py").read_bytes(), 0o644),
+             "spec.json.gz": (gzip.compress(json.dumps(spec).encode(), mtime=0), 0o644), "files.tar.gz": (pack(files), 0o644)}
+    if framework == "pytest" and bring_pytest:
+        found["pytest.tar.gz"] = (pytest_archive(), 0o644)
+    return found
+
+
+def pack(files: Mapping[str, tuple[bytes, int]]) -> bytes:
+    """A compressed tar; equal files give equal bytes."""
+    buffer = io.BytesIO()
+    with gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0, compresslevel=6) as compressed, tarfile.open(fileobj=compressed, mode="w") as archive:
+        for name, (content, mode) in sorted(files.items()):
+            member = tarfile.TarInfo(name)
+            member.size, member.mode = len(content), mode
+            archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@functools.cache
+def pytest_archive() -> bytes:
+    """pytest and what it imports, out of this process's environment: pure Python all of it."""
+    files = {}
+    for name in PYTEST_PARTS:
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:
+            raise ValueError(f"{name} cannot be imported here, and tests that need pytest bring it along; pip install pytest")
+        root = pathlib.Path(found.origin).parent
+        for path in sorted(root.rglob("*.py")) if found.submodule_search_locations else [pathlib.Path(found.origin)]:
+            inner = path.relative_to(root.parent if found.submodule_search_locations else root).as_posix()
+            if not inner.startswith(("pygments/lexers/", "pygments/styles/")) or path.stem in ("__init__", "_mapping", "python", "diff", "default"):
+                files[inner] = (path.read_bytes(), 0o644)
+    return pack(files)

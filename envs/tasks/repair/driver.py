@@ -1,0 +1,130 @@
+"""Runs inside the proof's sandbox: the tests of the package as it is, then of each mutant, each run in a fork of this process.
+
+Reads order.json, writes results.jsonl: {"outcomes": [[test id, outcome]], "complete": bool} for each run.
+"""
+
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+
+import runner  # beside this file; it imports unittest, which every fork then has
+
+PACKAGE = os.path.abspath("package")
+MEMORY_BYTES = 768 << 20
+SLOWER, BASELINES = 10.0, 3  # times the package as it is; runs of that
+
+
+def main():
+    with open("order.json", "rb") as file:
+        order = json.load(file)
+    pytest = runner.find_pytest() if order["framework"] == "pytest" else None
+    with open("results.jsonl", "w") as results:
+        base, cpu = baseline(order, pytest)
+        results.write(json.dumps(base) + "\n")
+        for job in order["jobs"]:
+            path = os.path.join(PACKAGE, job["path"])
+            with open(path, "rb") as file:
+                original = file.read()
+            with open(path, "wb") as file:
+                file.write(job["text"].encode())
+            results.write(json.dumps(mutant(order, pytest, cpu, base)) + "\n")
+            with open(path, "wb") as file:
+                file.write(original)
+
+
+def baseline(order, pytest):
+    """(the package as it is, seconds of processor time that a mutant gets). A test with two outcomes in BASELINES runs is "flaky", and proves nothing."""
+    runs = [run(order, pytest, order["cpu"]) for _ in range(BASELINES)]
+    seen = {}
+    for result, _ in runs:
+        for name, outcome in result["outcomes"]:
+            seen.setdefault(name, []).append(outcome)
+    outcomes = [[name, found[0] if found == found[:1] * BASELINES else "flaky"] for name, found in seen.items()]
+    # whole seconds: a mutant that is so much slower goes round in an endless loop
+    return {"outcomes": outcomes, "complete": all(result["complete"] for result, _ in runs)}, max(1, math.ceil(SLOWER * max(seconds for _, seconds in runs)))
+
+
+def mutant(order, pytest, cpu, base):
+    """One mutant: run twice where it differs from the package, and told as not complete unless both runs end alike but for flaky tests."""
+    def steady(result):
+        return {name: outcome for name, outcome in result["outcomes"] if name not in flaky}
+
+    flaky = {name for name, outcome in base["outcomes"] if outcome == "flaky"}
+    result, _ = run(order, pytest, cpu)
+    if result["complete"] and steady(result) != steady(base):
+        again, _ = run(order, pytest, cpu)
+        result["complete"] = again["complete"] and steady(again) == steady(result)
+    return result
+
+
+def run(order, pytest, cpu):
+    """One run, and its seconds of processor time. What the tests start is killed with it."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(read)
+            play(order, pytest, write, cpu)
+        finally:
+            os._exit(1)
+    os.close(write)
+    deadline, data = time.monotonic() + order["wall"], bytearray()
+    os.set_blocking(read, False)
+    status = None
+    while status is None:
+        ended, code, usage = os.wait4(child, os.WNOHANG)
+        if ended:
+            status, seconds = code, usage.ru_utime + usage.ru_stime
+        elif time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+        drain(read, data)
+        time.sleep(0 if ended else 0.002)
+    try:
+        os.killpg(child, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    drain(read, data)
+    os.close(read)
+    outcomes = [json.loads(line) for line in data.splitlines(True) if line.endswith(b"\n")]
+    complete = status == 0 and outcomes[-1:] == [[None, "end"]]
+    return {"outcomes": [one for one in outcomes if one[0] is not None], "complete": complete}, seconds
+
+
+def drain(read, data):
+    try:
+        while True:
+            piece = os.read(read, 1 << 16)
+            if not piece:
+                return
+            data += piece
+    except BlockingIOError:
+        return
+
+
+def play(order, pytest, write, cpu):
+    os.setsid()
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
+    os.chdir(PACKAGE)
+    sys.path[0:1] = [PACKAGE]
+
+    def report(name, outcome):
+        os.write(write, json.dumps([name, outcome]).encode() + b"\n")
+
+    if pytest:
+        runner.run_pytest(pytest, order["targets"], report)
+    else:
+        runner.run_unittest(order["targets"], report)
+    report(None, "end")
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""Exact fractions of integers."""
+
+from .number import Rational, gcd
+
+__all__ = ["Rational", "gcd"]

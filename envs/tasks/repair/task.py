@@ -1,0 +1,121 @@
+"""Program repair, generated: a package with one small bug, judged by the package's own tests.
+
+    tasks = repair_tasks(["csvlite", "path/to/my_package"], count=100, seed=0)
+
+Each task is proven before it is given out: with the bug some tests fail, without it they pass. The same seed gives the same tasks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import hashlib
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+
+from envs.rock.sync import run
+from envs.tasks.harbor.errors import TaskError
+from envs.tasks.harbor.task import Environment, HarborTask, Step
+from envs.tasks.judge import judge_files
+from envs.tasks.judge.folder import pack
+from envs.tasks.judge.inside import RUNNER_FILES
+from envs.tasks.repair.mutate import Edit, candidates_of, is_another_program
+from envs.tasks.repair.package import Package, load_package, shipped
+from envs.tasks.repair.prove import Run, check_baseline, is_sound, run_tests
+
+ROOT = "/app"
+BATCH, AT_ONCE = 24, 2  # mutants of one sandbox; sandboxes at once
+AGENT_SECONDS, TEST_SECONDS = 600.0, 60.0
+PROOF_SECONDS = 3600.0
+_INSTRUCTION = """\
+The Python package in {root}, {name}{about}, has a bug: some of its tests fail. Run them in {root} with `{command}`, find the fault in the package's code and mend it.
+The tests are right and stay as they are; they are brought back as they were before they judge your work, and all of them must pass.
+"""
+_DOCKERFILE = """\
+FROM python:3
+WORKDIR {root}
+ADD package.tar.gz {root}/
+"""
+
+
+def repair_tasks(packages: Sequence[str] = (), count: int | None = None, seed: int = 0) -> list[HarborTask]:
+    """`count` tasks spread evenly over packages, and within each over the kinds of bugs. Default: all that ship here, one task of each.
+
+    Raises TaskError for a package whose own tests do not pass here, and where it has not so many bugs that its tests notice; SandboxError for the machine's faults.
+    """
+    names = list(packages) or list(shipped())
+    count = len(names) if count is None else count
+    loaded = [load_package(name) for name in names]
+    if len({package.name for package in loaded}) < len(loaded):
+        raise TaskError(loaded[0].path, 0, f"two packages have one name among {', '.join(package.name for package in loaded)}")
+    share = [count // len(loaded) + (number < count % len(loaded)) for number in range(len(loaded))]
+    found = run(_all(loaded, share, seed), PROOF_SECONDS)
+    return [task for row in itertools.zip_longest(*found) for task in row if task is not None]
+
+
+async def _all(packages: Sequence[Package], share: Sequence[int], seed: int) -> list[list[HarborTask]]:
+    gate = asyncio.Semaphore(AT_ONCE)
+    return await asyncio.gather(*(_tasks(package, count, seed, gate) for package, count in zip(packages, share)))
+
+
+async def _tasks(package: Package, count: int, seed: int, gate: asyncio.Semaphore) -> list[HarborTask]:
+    """The first `count` sound mutants, in the order that the seed gives."""
+    found: list[HarborTask] = []
+    candidates = draw(package, seed)
+    tried = 0
+    while len(found) < count:
+        batch = list(itertools.islice(candidates, min(BATCH, 2 * (count - len(found)) + 4)))
+        if not batch:
+            raise TaskError(package.path, 0, f"{len(found)} of its {tried} possible bugs are noticed by its tests, and {count} tasks are asked for; ask for fewer, or give it more tests")
+        tried += len(batch)
+        async with gate:
+            before, *runs = await run_tests(package, batch)
+        check_baseline(package, before)
+        found += [make_task(package, path, edit, before, after) for (path, edit), after in zip(batch, runs) if is_sound(before, after)]
+    return found[:count]
+
+
+def draw(package: Package, seed: int) -> Iterator[tuple[str, Edit]]:
+    """All edits of all sources, in an order that the seed gives: each round takes one of every operator, so that rare kinds are not drowned."""
+    rng = random.Random(f"repair/{package.name}/{seed}")
+    by_operator: dict[str, list[tuple[str, Edit]]] = {}
+    for path in sorted(package.sources):
+        try:
+            text = package.files[path][0].decode()
+        except UnicodeDecodeError:  # a source in another encoding: it runs, but is left as it is
+            continue
+        for edit in candidates_of(text) if "\r" not in text and "\f" not in text else ():
+            by_operator.setdefault(edit.operator, []).append((path, edit))
+    for edits in by_operator.values():
+        rng.shuffle(edits)
+    for row in itertools.zip_longest(*(by_operator[name] for name in sorted(by_operator))):
+        row = [one for one in row if one is not None]
+        rng.shuffle(row)
+        yield from (one for one in row if is_another_program(package.files[one[0]][0].decode(), one[1]))
+
+
+def make_task(package: Package, path: str, edit: Edit, before: Run, after: Run) -> HarborTask:
+    """The Harbor form of one mutant. The reference solution puts the file back."""
+    original, mode = package.files[path]
+    broken = edit.apply(original.decode()).encode()
+    files = {name: content for name, content in package.files.items() if name in package.tests or name.rpartition("/")[2] in RUNNER_FILES}
+    tests = judge_files(package.framework, sorted(before.passed), files, targets=package.targets, control_folder=package.control_folder, timeout=TEST_SECONDS)
+    dockerfile = _DOCKERFILE.format(root=ROOT)
+    context = {"Dockerfile": (dockerfile.encode(), 0o644), "package.tar.gz": (pack({**package.files, path: (broken, mode)}), 0o644)}
+    if "pytest.tar.gz" in tests:
+        context["pytest.tar.gz"] = tests["pytest.tar.gz"]
+        dockerfile += "ENV PYTHONPATH=/opt/pytest\nADD pytest.tar.gz /opt/pytest/\n"
+        context["Dockerfile"] = (dockerfile.encode(), 0o644)
+    solve = f"#!/bin/bash\ngunzip -c /solution/original.gz > '{ROOT}/{path}'\n"
+    digest = hashlib.sha256(b"\0".join([path.encode(), str(edit.start).encode(), broken])).hexdigest()[:8]
+    about = f" ({package.about[:1].lower()}{package.about[1:].rstrip('.')})" if package.about else ""
+    step = Step("task", _INSTRUCTION.format(root=ROOT, name=package.name, about=about, command=package.command), tests,
+                solution={"solve.sh": (solve.encode(), 0o755), "original.gz": (gzip.compress(original, mtime=0), 0o644)}, solve_script="solve.sh",
+                agent_timeout=AGENT_SECONDS, verifier_timeout=TEST_SECONDS + 30.0)
+    environment = Environment(context=context, dockerfile=dockerfile, dockerfile_path=package.path / "Dockerfile", network_mode="no-network", memory_mb=512)
+    return HarborTask(
+        name=f"repair/{package.name}/{edit.operator}/{digest}", path=package.path, format="repair", schema_version="", environment=environment, steps=(step,),
+        category=f"repair-{edit.operator}", tags=(package.name, edit.operator),
+        metadata={"package": package.name, "operator": edit.operator, "file": path, "line": original.decode().count("\n", 0, edit.start) + 1,
+                  "fail_to_pass": sorted(before.passed - after.passed), "pass_to_pass": sorted(before.passed & after.passed)})

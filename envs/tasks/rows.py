@@ -1,0 +1,117 @@
+"""Rows of a data set's file: JSON Lines, a JSON list of objects, or parquet. Each comes with the place that an error about it names."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from envs.tasks.harbor.errors import TaskError
+
+MAX_FILE_BYTES = 4 << 30
+MAX_JSON_BYTES = 1 << 30
+BATCH_ROWS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """`line` counts from 1, and is 0 where rows have none (parquet); `number` counts rows from 1."""
+
+    file: pathlib.Path
+    number: int
+    line: int
+    values: Mapping[str, Any]
+
+    def fault(self, message: str) -> TaskError:
+        return TaskError(self.file, self.line, f"row {self.number}: {message}")
+
+    def text(self, key: str, default: str | None = None) -> str:
+        """A field of text; required unless it has a default. TaskError otherwise."""
+        value = self.values.get(key)
+        if value is None:
+            if default is None:
+                raise self.fault(f"the field {key!r} is missing; there are {', '.join(map(str, list(self.values)[:20]))[:200]}")
+            return default
+        if not isinstance(value, str):
+            raise self.fault(f"{key} is a {type(value).__name__}, and must be text")
+        if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise self.fault(f"{key} holds a NUL or half a surrogate pair, which no text file holds")
+        return value
+
+    def binary(self, key: str) -> bytes:
+        value = self.values.get(key)
+        if not isinstance(value, bytes):
+            raise self.fault(f"{key} is a {type(value).__name__}, and must be bytes")
+        return value
+
+
+def read_rows(file: pathlib.Path) -> Iterator[Row]:
+    """The rows of a .jsonl, .json or .parquet file. Raises TaskError, with the line where there is one."""
+    try:
+        size = file.stat().st_size
+        if not file.is_file():
+            raise TaskError(file, 0, "not a regular file")
+        if size > (limit := MAX_FILE_BYTES if file.suffix == ".parquet" else MAX_JSON_BYTES):
+            raise TaskError(file, 0, f"{size} bytes, and at most {limit} are read")
+        readers = {".jsonl": _json_lines, ".json": _json_list, ".parquet": _parquet}
+        if file.suffix not in readers:
+            raise TaskError(file, 0, f"the suffix {file.suffix!r} is none of {', '.join(readers)}")
+        yield from readers[file.suffix](file)
+    except OSError as error:
+        raise TaskError(file, 0, f"cannot be read: {error}") from error
+
+
+def _json_lines(file: pathlib.Path) -> Iterator[Row]:
+    number = 0
+    with open(file, "rb") as lines:
+        for line, content in enumerate(lines, 1):
+            if content.strip():
+                number += 1
+                yield _row(file, number, line, parse_json(file, content, line))
+
+
+def _json_list(file: pathlib.Path) -> Iterator[Row]:
+    values = parse_json(file, file.read_bytes(), 1)
+    if not isinstance(values, list):
+        raise TaskError(file, 1, f"a list of objects is needed, and this is a {type(values).__name__}")
+    for number, value in enumerate(values, 1):
+        yield _row(file, number, 0, value)
+
+
+def _row(file: pathlib.Path, number: int, line: int, value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise TaskError(file, line, f"row {number} is a {type(value).__name__}, and must be an object")
+    return Row(file, number, line, value)
+
+
+def parse_json(file: pathlib.Path, content: bytes, line: int) -> Any:
+    """`line`: where the content begins in its file. TaskError where it is not JSON."""
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise TaskError(file, line + error.lineno - 1, f"not JSON: {error.msg} at column {error.colno}") from error
+    except UnicodeDecodeError as error:
+        raise TaskError(file, line + content[: error.start].count(b"\n"), f"not UTF-8 text ({error.reason})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; nested beyond all measure
+        raise TaskError(file, line, f"not JSON that can be read: {type(error).__name__}: {str(error)[:80]}") from error
+
+
+def _parquet(file: pathlib.Path) -> Iterator[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise TaskError(file, 0, "a parquet file needs the package pyarrow, which is not installed; pip install pyarrow, or convert the file to JSON Lines") from None
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=BATCH_ROWS):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(file, number, 0, values)
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # a damaged file; text that is none
+        if isinstance(error, TaskError):
+            raise
+        raise TaskError(file, 0, f"not parquet that can be read, after row {number}: {type(error).__name__}: {str(error)[:200]}") from error

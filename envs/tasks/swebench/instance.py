@@ -1,0 +1,88 @@
+"""An instance of SWE-bench or SWE-bench Verified: its fields, read and checked. Field names are the data set's (princeton-nlp/SWE-bench)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import re
+
+from envs.tasks.rows import Row, read_rows
+
+FIELDS = ("instance_id", "repo", "base_commit", "patch", "test_patch", "problem_statement", "FAIL_TO_PASS", "PASS_TO_PASS")
+_COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_NAME = re.compile(r"[\w][\w.-]*")
+_REPO = re.compile(r"[\w.-]+(?:/[\w.-]+)*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instance:
+    """`fail_to_pass` fail before the patch and pass after it, `pass_to_pass` pass before and after; node ids of pytest."""
+
+    instance_id: str
+    repo: str  # owner/name, or a folder beside the data set's file
+    base_commit: str
+    patch: str = dataclasses.field(repr=False)
+    test_patch: str = dataclasses.field(repr=False)
+    problem_statement: str = dataclasses.field(repr=False)
+    fail_to_pass: tuple[str, ...]
+    pass_to_pass: tuple[str, ...] = dataclasses.field(repr=False)
+    hints_text: str = dataclasses.field(default="", repr=False)
+    version: str = ""
+    environment_setup_commit: str = ""
+    difficulty: str = ""  # Verified has it, as a time: "15 min - 1 hour"
+    source: Row | None = dataclasses.field(default=None, repr=False, compare=False)
+
+
+def is_instance(row: Row) -> bool:
+    """Whether a row means to be one."""
+    return "instance_id" in row.values and "base_commit" in row.values
+
+
+def load_instances(file: str | pathlib.Path) -> list[Instance]:
+    """All instances of a .jsonl, .json or .parquet file. Raises TaskError with file, row and line."""
+    return [parse_instance(row) for row in read_rows(pathlib.Path(file))]
+
+
+def parse_instance(row: Row) -> Instance:
+    """Raises TaskError, naming the field."""
+    texts = {name: row.text(name) for name in FIELDS[:6]}
+    optional = {name: row.text(name, "") for name in ("hints_text", "version", "environment_setup_commit", "difficulty")}
+    if not _NAME.fullmatch(texts["instance_id"]) or len(texts["instance_id"]) > 200:
+        raise row.fault(f"instance_id {texts['instance_id'][:60]!r} is no name of letters, digits, '.', '_' and '-'")
+    if not _REPO.fullmatch(texts["repo"]) or ".." in texts["repo"].split("/"):
+        raise row.fault(f"repo {texts['repo'][:60]!r} is neither owner/name nor a folder below that of this file")
+    for name in ("base_commit", "environment_setup_commit"):
+        value = texts.get(name, optional.get(name, ""))
+        if (name == "base_commit" or value) and not _COMMIT.fullmatch(value):
+            raise row.fault(f"{name} {value[:60]!r} is no full commit id (40 or 64 hexadecimal digits)")
+    for name in ("patch", "test_patch", "problem_statement"):
+        if not texts[name].strip():
+            raise row.fault(f"{name} is empty")
+    failing, passing = _ids(row, "FAIL_TO_PASS"), _ids(row, "PASS_TO_PASS")
+    if not failing:
+        raise row.fault("FAIL_TO_PASS is empty: nothing would tell a solved instance from an unsolved one")
+    if both := sorted(set(failing) & set(passing)):
+        raise row.fault(f"{both[0][:100]!r} is in FAIL_TO_PASS and in PASS_TO_PASS")
+    return Instance(**texts, **optional, fail_to_pass=failing, pass_to_pass=passing, source=row)
+
+
+def _ids(row: Row, name: str) -> tuple[str, ...]:
+    """A list of node ids: as a list, or as the JSON text of one, which is how the data set is stored."""
+    value = row.values.get(name)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise row.fault(f"{name} is text, but not the JSON of a list: {str(error)[:80]}") from error
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise row.fault(f"{name} is a {type(value).__name__}, and must be a list of test ids, or its JSON")
+    for one in value:
+        path, separator, _ = one.partition("::")
+        if not separator or not path.endswith(".py") or path.startswith("/") or ".." in path.split("/") or any(ord(letter) < 32 for letter in one):
+            raise row.fault(f"{name}: {one[:100]!r} is no node id of pytest (tests/test_x.py::test_y); instances with another test runner cannot be graded here")
+        try:
+            one.encode()
+        except UnicodeEncodeError:
+            raise row.fault(f"{name}: {one[:100]!r} holds half a surrogate pair") from None
+    return tuple(dict.fromkeys(value))

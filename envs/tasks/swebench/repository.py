@@ -1,0 +1,116 @@
+"""A repository as it was at one commit, with nothing of what came later: out of any local git repository, by git itself.
+
+What is kept is a new repository: one branch, one pack of the objects that the commit reaches, no remote, tag, reflog, hook, alternate or config of the source.
+Where that pack is larger than a sandbox holds, the commit alone is kept, as git's own shallow clones are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gzip
+import io
+import os
+import pathlib
+import stat
+import tarfile
+import tempfile
+
+from envs.tasks.git import RepositoryError, content_of, git
+
+MAX_HISTORY_BYTES = 48 << 20  # of the pack of all history; more is cut to the one commit
+MAX_TREE_BYTES = 160 << 20  # of the working tree and the pack together
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """`archive`: a compressed tar of the working tree and its .git, without an index (git read-tree HEAD makes it)."""
+
+    archive: bytes = dataclasses.field(repr=False)
+    commits: int
+    shallow: bool
+
+
+@functools.lru_cache(maxsize=4)  # attempts at one task follow each other
+def cut(source: pathlib.Path, commit: str) -> Cut:
+    """The repository at `source` as it was at this commit. Raises RepositoryError."""
+    if git(source, "cat-file", "-t", commit).strip() != b"commit":
+        raise RepositoryError(f"{commit} in {source} is no commit")
+    with tempfile.TemporaryDirectory(prefix="swebench-") as folder:
+        target = pathlib.Path(folder, "repository")
+        target.mkdir()
+        format_ = "sha256" if len(commit) == 64 else "sha1"
+        git(target, "init", "-q", "--template=", "--initial-branch=main", f"--object-format={format_}")
+        pack = git(source, "pack-objects", "--revs", "--stdout", "-q", stdin=f"{commit}\n".encode())
+        shallow = len(pack) > MAX_HISTORY_BYTES or bool(git(source, "rev-parse", "--is-shallow-repository").strip() == b"true")
+        if shallow:
+            pack = git(source, "pack-objects", "--stdout", "-q", stdin=_objects_of(source, commit))
+            (target / ".git" / "shallow").write_text(f"{commit}\n")
+        git(target, "index-pack", "--stdin", stdin=pack)
+        git(target, "update-ref", "--no-deref", "refs/heads/main", commit)
+        git(target, "reset", "-q", "--hard", commit)
+        commits = int(git(target, "rev-list", "--count", "HEAD"))
+        for leftover in ("index", "logs", "ORIG_HEAD", "description", "FETCH_HEAD", "branches"):
+            _remove(target / ".git" / leftover)
+        return Cut(_archive(target), commits, shallow)
+
+
+def _objects_of(source: pathlib.Path, commit: str) -> bytes:
+    """The ids of a commit, its trees and its files."""
+    tree = git(source, "rev-parse", f"{commit}^{{tree}}").strip()
+    rows = git(source, "ls-tree", "-r", "-t", "--format=%(objecttype) %(objectname)", commit).splitlines()
+    return b"\n".join([commit.encode(), tree, *(row.split()[1] for row in rows if not row.startswith(b"commit"))]) + b"\n"  # commits: submodules
+
+
+def _remove(path: pathlib.Path) -> None:
+    if path.is_dir():
+        for inner in path.iterdir():
+            _remove(inner)
+        path.rmdir()
+    elif path.exists():
+        path.unlink()
+
+
+def _archive(folder: pathlib.Path) -> bytes:
+    """Equal trees give equal bytes: no times, no owners."""
+    buffer, size = io.BytesIO(), 0
+    with gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0, compresslevel=1) as compressed, tarfile.open(fileobj=compressed, mode="w") as archive:
+        for path in sorted(folder.rglob("*")):
+            status = path.lstat()
+            member = tarfile.TarInfo(path.relative_to(folder).as_posix())
+            member.mode = 0o755 if stat.S_ISDIR(status.st_mode) or status.st_mode & 0o100 else 0o644
+            if stat.S_ISLNK(status.st_mode):
+                member.type, member.linkname = tarfile.SYMTYPE, os.readlink(path)
+            elif stat.S_ISDIR(status.st_mode):
+                member.type = tarfile.DIRTYPE
+            else:
+                size += status.st_size
+                member.size = status.st_size
+                if size > MAX_TREE_BYTES:
+                    raise RepositoryError(f"the repository has more than {MAX_TREE_BYTES} bytes at this commit: more than an embedded sandbox holds")
+                with open(path, "rb") as content:
+                    archive.addfile(member, content)
+                continue
+            archive.addfile(member)
+    return buffer.getvalue()
+
+
+def patched(source: pathlib.Path, commit: str, patch: str) -> tuple[dict[str, tuple[bytes, int]], set[str]]:
+    """(files that the patch adds or changes, as they are after it; paths that it removes). Nothing is checked out. Raises RepositoryError."""
+    with tempfile.TemporaryDirectory(prefix="swebench-") as folder:
+        scratch = pathlib.Path(folder)
+        (scratch / "objects").mkdir()
+        git(source, "read-tree", commit, scratch=scratch)
+        git(source, "apply", "--cached", "--whitespace=nowarn", "-", stdin=patch.encode(), scratch=scratch)
+        rows = git(source, "diff-index", "--cached", "-z", "--no-renames", commit, scratch=scratch).split(b"\0")
+        files, removed = {}, set()
+        for row, name in zip(rows[::2], rows[1::2]):
+            _, mode, _, blob, status = row.split(b" ")
+            path = os.fsdecode(name)
+            if status == b"D":
+                removed.add(path)
+            elif mode not in (b"100644", b"100755"):
+                raise RepositoryError(f"the patch makes {path} a link or a submodule; only regular files are taken")
+            else:
+                files[path] = (content_of(source, blob.decode(), path, scratch), 0o755 if mode == b"100755" else 0o644)
+    return files, removed

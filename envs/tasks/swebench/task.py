@@ -1,0 +1,154 @@
+"""SWE-bench instances as tasks of the Harbor form: the repository at /testbed, cut off after base_commit; the tests brought in only to grade.
+
+Reward 1 where every test of FAIL_TO_PASS and PASS_TO_PASS was run and passed. The reference solution is the instance's patch.
+
+    tasks = load_swebench("verified.parquet")           # repositories in repos/OWNER/NAME beside the file, as any clone of git
+    tasks = load_swebench("mine.jsonl")                 # "repo": "my-project", a folder beside the file
+"""
+
+from __future__ import annotations
+
+import gzip
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+
+from envs.tasks.git import RepositoryError, content_of, files_at, git, is_repository
+from envs.tasks.harbor.errors import TaskError
+from envs.tasks.harbor.task import Environment, Files, HarborTask, Step
+from envs.tasks.judge import judge_files
+from envs.tasks.judge.folder import pytest_archive
+from envs.tasks.judge.inside import RUNNER_FILES
+from envs.tasks.rows import read_rows
+from envs.tasks.swebench.instance import Instance, parse_instance
+from envs.tasks.swebench.repository import cut, patched
+
+ROOT, ARCHIVE = "/testbed", "repository.tar.gz"
+AGENT_SECONDS, TEST_SECONDS, BUILD_SECONDS = 1800.0, 1200.0, 600.0
+SETTINGS = (*RUNNER_FILES, "setup.cfg", "pyproject.toml")  # of the repository: as they were at base_commit, unless the reference solution changes them
+_DIFFICULTIES = {"<15 min fix": "easy", "15 min - 1 hour": "medium", "1-4 hours": "hard", ">4 hours": "very hard"}
+_INSTRUCTION = """\
+The git repository in {root} ({repo}) has the issue below. Change its code so that the issue is resolved and nothing else breaks. Your work is checked by tests
+that you do not see; changes to tests, and to how tests are run (conftest.py, pytest.ini and the like), are undone before they run. `python3 -m pytest` runs
+the tests that are there.
+
+<issue>
+{issue}
+</issue>
+"""
+_DOCKERFILE = """\
+FROM python:3
+ENV PYTHONPATH=/opt/pytest
+ADD pytest.tar.gz /opt/pytest/
+WORKDIR {root}
+ADD repository.tar.gz {root}/
+RUN git -C {root} read-tree HEAD
+"""
+_SOLVE = """\
+#!/bin/bash
+cd {root} && gunzip -c /solution/patch.gz | git apply --whitespace=nowarn -
+"""
+
+
+def load_swebench(file: str | pathlib.Path, faults: list[TaskError] | None = None) -> list[HarborTask]:
+    """A task for each row of the file. With `faults` a list, malformed rows are put there instead of raised. Raises TaskError."""
+    tasks: dict[str, HarborTask] = {}
+    for row in read_rows(pathlib.Path(file)):
+        try:
+            task = make_task(instance := parse_instance(row))
+            if task.name in tasks:
+                raise row.fault(f"instance_id {instance.instance_id!r} is there twice")
+            tasks[task.name] = task
+        except TaskError as error:
+            if faults is None:
+                raise
+            faults.append(error)
+    return list(tasks.values())
+
+
+def make_task(instance: Instance, repository: pathlib.Path | None = None) -> HarborTask:
+    """Raises TaskError, with the row's place, where there is no such repository or commit, or a patch does not apply.
+
+    repository: a local clone; None: looked for beside the file that the instance is from.
+    """
+    place = repository or find_repository(instance)
+    try:
+        if git(place, "cat-file", "-t", instance.base_commit).strip() != b"commit":
+            raise RepositoryError(f"{instance.base_commit} in {place} is no commit")
+        tests = _tests(instance, place)
+        patched(place, instance.base_commit, instance.patch)  # that it applies is known before anybody plays
+    except RepositoryError as error:
+        raise _fault(instance, str(error)) from error
+    dockerfile = _DOCKERFILE.format(root=ROOT)
+    context = _Context(instance, place, {"Dockerfile": (dockerfile.encode(), 0o644), "pytest.tar.gz": (pytest_archive(), 0o644)})
+    step = Step("task", _INSTRUCTION.format(root=ROOT, repo=instance.repo, issue=instance.problem_statement.strip()), tests,
+                solution={"solve.sh": (_SOLVE.format(root=ROOT).encode(), 0o755), "patch.gz": (gzip.compress(instance.patch.encode(), mtime=0), 0o644)},
+                solve_script="solve.sh", agent_timeout=AGENT_SECONDS, verifier_timeout=TEST_SECONDS + 60.0)
+    source = instance.source.file if instance.source else place
+    environment = Environment(context=context, dockerfile=dockerfile, dockerfile_path=source.parent / f"{instance.instance_id}.Dockerfile", build_timeout=BUILD_SECONDS,
+                              network_mode="no-network", memory_mb=2048)
+    return HarborTask(
+        name=instance.instance_id, path=source, format="swebench", schema_version="", environment=environment, steps=(step,), category="swebench",
+        difficulty=_DIFFICULTIES.get(instance.difficulty, instance.difficulty), tags=(instance.repo,),
+        metadata={"repo": instance.repo, "base_commit": instance.base_commit, "version": instance.version,
+                  "environment_setup_commit": instance.environment_setup_commit})
+
+
+class _Context(Mapping):
+    """A build context whose repository is made when it is asked for: hundreds of them would not fit in memory at once."""
+
+    def __init__(self, instance: Instance, repository: pathlib.Path, files: Files) -> None:
+        self._instance, self._repository, self._files = instance, repository, files
+        self.identity = instance.base_commit  # a commit's id is a digest of all that it holds
+
+    def __getitem__(self, name: str) -> tuple[bytes, int]:
+        if name != ARCHIVE:
+            return self._files[name]
+        try:
+            return cut(self._repository, self._instance.base_commit).archive, 0o644
+        except RepositoryError as error:
+            raise _fault(self._instance, str(error)) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self._files, ARCHIVE))
+
+    def __len__(self) -> int:
+        return len(self._files) + 1
+
+    def __contains__(self, name: object) -> bool:
+        return name == ARCHIVE or name in self._files
+
+
+def find_repository(instance: Instance) -> pathlib.Path:
+    """A clone beside the file: repos/OWNER/NAME, repos/OWNER__NAME, or the folder that `repo` names; each also as NAME.git."""
+    if instance.source is None:
+        raise _fault(instance, "give make_task the repository: this instance is from no file, beside which it could lie")
+    folder = instance.source.file.parent
+    places = [folder / "repos" / instance.repo, folder / "repos" / instance.repo.replace("/", "__"), folder / instance.repo]
+    for place in (candidate for place in places for candidate in (place, place.with_name(f"{place.name}.git"))):
+        if is_repository(place):
+            return place
+    raise _fault(instance, f"no clone of {instance.repo!r} is here: git clone it to {places[0]}")
+
+
+def _tests(instance: Instance, repository: pathlib.Path) -> dict[str, tuple[bytes, int]]:
+    """The tests folder: the files of the tests as they are after test_patch, and what configures them as it was."""
+    files, removed = patched(repository, instance.base_commit, instance.test_patch)
+    solution_files, _ = patched(repository, instance.base_commit, instance.patch)
+    everything = files_at(repository, instance.base_commit)
+    settings = [path for path in everything if path.rsplit("/", 1)[-1] in SETTINGS]
+    ids = (*instance.fail_to_pass, *instance.pass_to_pass)
+    paths = sorted({one.split("::")[0] for one in ids})
+    wanted = {path for path in (*settings, *paths) if path in everything and path not in solution_files and path not in removed and path not in files}
+    files |= {path: (content_of(repository, everything[path][0], path), everything[path][1]) for path in wanted}
+    if absent := [path for path in paths if path not in files and path not in solution_files]:
+        raise RepositoryError(f"{absent[0]} is named by FAIL_TO_PASS or PASS_TO_PASS, and is neither in the repository nor made by a patch")
+    return judge_files("pytest", ids, files, targets=paths, control_folder=_folder(paths[0]), keep=[*settings, *solution_files], remove=removed, timeout=TEST_SECONDS)
+
+
+def _folder(path: str) -> str:
+    return re.sub(r"/?[^/]*$", "", path) or "."
+
+
+def _fault(instance: Instance, message: str) -> TaskError:
+    return instance.source.fault(f"{instance.instance_id}: {message}") if instance.source else TaskError(instance.instance_id, 0, message)

@@ -1,0 +1,96 @@
+"""A task's network policy; and its real Dockerfile, built and played on the Docker backend."""
+
+import asyncio
+import dataclasses
+import pathlib
+
+import pytest
+
+from envs.rock import SandboxConfig
+from envs.tasks.harbor import BuildError, HarborEnv, TaskError, UnsupportedError, load_task
+from envs.tasks.harbor.build import egress_of
+from envs.tasks.harbor.containers import build_image
+from envs.tasks.harbor.env import sandbox_for
+from tests.envs.tasks.harbor.conftest import CONFIG
+from tests.envs.tasks.harbor.test_env import bash, oracle, play
+
+
+def with_network(harbor, text, name="task"):
+    return load_task(harbor({"task.toml": f'version = "1.0"\n{text}\n'}, name=name))
+
+
+def test_a_tasks_network_mode_becomes_the_sandboxes_egress(harbor):
+    closed, public = with_network(harbor, '[environment]\nnetwork_mode = "no-network"', "a"), with_network(harbor, "", "b")
+    listed = with_network(harbor, '[environment]\nnetwork_mode = "allowlist"\nallowed_hosts = ["pypi.org", "*.example.org:8443"]', "c")
+    given = SandboxConfig(egress=("pypi.org:443",))
+    assert sandbox_for(closed, given).egress == () and sandbox_for(public, given).egress == given.egress and sandbox_for(public, None).egress == ()
+    assert sandbox_for(listed, given).egress == ("pypi.org:443", "pypi.org:80", "*.example.org:8443")
+    assert sandbox_for(listed, dataclasses.replace(given, memory_mb=999)).egress == sandbox_for(listed, given).egress  # whoever sets the limits
+
+
+def test_a_policy_that_cannot_be_enforced_is_refused_by_name(harbor, run):
+    bad = with_network(harbor, '[environment]\nnetwork_mode = "allowlist"\nallowed_hosts = ["not a host"]', "a")
+    with pytest.raises(TaskError, match="allowed_hosts: egress grant 'not a host:443'"):
+        egress_of(bad)
+    other = with_network(harbor, '[verifier]\nnetwork_mode = "public"\n[environment]\nnetwork_mode = "no-network"', "b")
+    with pytest.raises(UnsupportedError, match="verifier.network_mode = 'public' beside environment.network_mode = 'no-network'"):
+        run(play(other))
+    same = with_network(harbor, '[agent]\nnetwork_mode = "no-network"\n[environment]\nnetwork_mode = "no-network"', "c")
+    assert run(play(same, "touch /app/out.txt"))[0] == 1.0
+    listed = with_network(harbor, '[environment]\nnetwork_mode = "allowlist"\nallowed_hosts = ["pypi.org"]', "d")
+    with pytest.raises(UnsupportedError, match="pypi.org:443, pypi.org:80.*use backend='embedded'"):
+        run(build_image(listed, SandboxConfig(backend="docker", image="x")))
+
+
+def test_a_host_that_is_not_allowed_is_denied_and_one_that_is_allowed_is_not(harbor, run):
+    """The guard of the sandbox does this; that the task's words reach it is what is seen here."""
+    task = with_network(harbor, '[environment]\nnetwork_mode = "allowlist"\nallowed_hosts = ["allowed.invalid"]')
+
+    async def episode():
+        env = HarborEnv(task, CONFIG)
+        try:
+            await env.areset()
+            if env._sandbox.tier != "namespaces":
+                pytest.skip("only the namespaces tier has a guard")
+            await env.astep(bash("timeout 5 bash -c ': < /dev/tcp/192.0.2.1/443'; timeout 5 bash -c ': < /dev/tcp/other.invalid/443'; timeout 5 bash -c ': < /dev/tcp/allowed.invalid/443'"))
+            return [denial.destination for denial in await env._sandbox.denials()]
+        finally:
+            await env.aclose()
+
+    seen = run(episode())
+    assert "192.0.2.1" in seen and any("other.invalid" in one for one in seen) and not any("allowed.invalid" in one for one in seen)
+
+
+@pytest.mark.slow
+def test_a_real_dockerfile_is_built_once_and_the_oracle_earns_1_there(harbor, run, engine):
+    config = SandboxConfig(backend="docker", image=engine.image, isolation="best_available")
+    files = {"environment/Dockerfile": f"FROM {engine.image}\nCOPY mktemp base64 /usr/bin/\nRUN chmod 755 /usr/bin/mktemp /usr/bin/base64\n"
+                                       "ENV GREETING=hello\nWORKDIR /app\nCOPY a.txt b/\nRUN echo made > made.txt && mkdir -p /srv/data && echo x > /srv/data/x\n",
+             "environment/a.txt": "a\n", **{f"environment/{name}": pathlib.Path(f"/usr/bin/{name}").read_bytes() for name in ("mktemp", "base64")},  # which grading needs
+             "task.toml": 'version = "1.0"\n[environment]\nnetwork_mode = "no-network"\n'}
+    folder = harbor(files)
+
+    async def look():
+        env = HarborEnv(folder, config)
+        try:
+            await env.areset()
+            first = [(await env.astep(bash(command)))[0] for command in ("pwd; cat b/a.txt made.txt /srv/data/x; echo $GREETING", "ls /tests /solution; touch /etc/x; touch /srv/data/y && ls /srv/data")]
+            return first, env.built
+        finally:
+            await env.aclose()
+
+    seen, built = run(look())
+    assert seen[0] == "/app\na\nmade\nx\nhello" and "test.sh" not in seen[1] and "x\ny" in seen[1]
+    assert built.workdir == "/app" and "srv" in built.paths.roots
+    assert run(oracle(folder, config)) == (1.0, "success") and run(play(folder, config=config))[0] == 0.0
+    assert run(play(folder, "mkdir -p /logs/verifier; echo 1 > /logs/verifier/reward.txt; (while :; do echo 1 > /logs/verifier/reward.txt; done) &", config=config))[0] == 0.0
+    assert run(build_image(load_task(folder), config)) == run(build_image(load_task(folder), config))
+
+
+@pytest.mark.slow
+def test_a_dockerfile_that_fails_is_a_build_error_with_the_engines_words(harbor, run, engine):
+    config = SandboxConfig(backend="docker", image=engine.image, isolation="best_available")
+    folder = harbor({"environment/Dockerfile": f"FROM {engine.image}\nRUN echo this is why >&2; exit 3\n"})
+    with pytest.raises(BuildError, match="exit 3|returned a non-zero code: 3"):
+        run(HarborEnv(folder, config).areset())
+    assert asyncio.run(build_image(load_task(harbor({"environment/Dockerfile": None, "task.toml": 'version = "1.0"\n[environment]\ndocker_image = "some:1"\n'}, name="other")), config)) == "some:1"
