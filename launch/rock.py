@@ -94,7 +94,7 @@ async def serve(make: Callable[[str], web.Application], host: str, port: int, wh
     except OSError as error:
         sys.exit(f"launch.rock: cannot listen on {host}:{port} ({error}); choose another --host or --port")
     url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-    runner = web.AppRunner(make(url), access_log=None, shutdown_timeout=2.0)  # callers that wait in rounds come again
+    runner = web.AppRunner(make(url), access_log=None, shutdown_timeout=2.0, handler_cancellation=True)  # callers that wait in rounds come again
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)

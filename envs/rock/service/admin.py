@@ -316,8 +316,12 @@ class Admin:
     async def _stop(self, arguments: dict[str, Any], user: str) -> dict[str, Any]:
         record = self._records.get(arguments["sandbox"])
         if record is not None and record.user == user:
-            await self._end(record, "stopped", Refusal("ended", "the sandbox was stopped"))
+            await self._to_its_end(record, "the sandbox was stopped")
         return {}
+
+    async def _to_its_end(self, record: Record, why: str) -> None:
+        """Whoever asked may leave meanwhile: a place is free only when nothing of the sandbox is left."""
+        await asyncio.shield(self._background(self._end(record, "stopped", Refusal("ended", why))))
 
     async def _fork(self, arguments: dict[str, Any], user: str) -> dict[str, Any]:
         """Its key makes it one fork, however often it is asked for."""
@@ -381,7 +385,7 @@ class Admin:
 
     async def _template_delete(self, arguments: dict[str, Any], user: str) -> dict[str, Any]:
         for record in self.templates.delete(arguments["name"], user):
-            await self._end(record, "stopped", Refusal("ended", "its template was deleted"))
+            await self._to_its_end(record, "its template was deleted")
         return {}
 
     def _start_ready(self, plan: Plan) -> Record:
