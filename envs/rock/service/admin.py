@@ -84,6 +84,11 @@ class Admin:
         log.info("worker %s is there: %s, %s", name, ", ".join(kinds) or "no backend works", resources)
         self._schedule()
 
+    def lose_worker(self, name: str, why: str) -> None:
+        """Whoever started it knows that it is gone, before it is missed here."""
+        if member := self._members.get(name):
+            self._bury(member, why)
+
     # -- the service
 
     async def call(self, op: str, arguments: dict[str, Any], files: Mapping[str, bytes] | None = None, user: str = "") -> dict[str, Any] | None:

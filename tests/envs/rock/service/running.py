@@ -8,9 +8,10 @@ from collections.abc import AsyncIterator
 from aiohttp import web
 
 from envs.rock import SandboxConfig
+from envs.rock.service.apps import make_worker
 from envs.rock.service.fleet import Resources
 from envs.rock.service.worker import Worker
-from launch.rock import make_admin, make_worker
+from launch.rock import make_admin
 
 TOKENS = {"default": "token-of-the-default-user", "other": "token-of-another-user", "worker": "token-of-the-workers"}
 
