@@ -172,10 +172,10 @@ def host_config(client: docker.APIClient, config: SandboxConfig, user: int, plac
     def tmpfs(size: int, inodes: int, mode: str, owner: int = 0) -> str:
         return f"rw,exec,nosuid,nodev,size={size},nr_inodes={inodes},mode={mode},uid={owner},gid={owner}"
 
-    disk = config.disk_mb << 20
+    disk = config.disk_mb << 20  # core is 1, not 0: a core_pattern that is a pipe ignores 0, and the host's crash handler would run
     hidden = [f"/proc/{name}" for name in ("acpi", "asound", "interrupts", "kcore", "keys", "latency_stats", "sched_debug", "scsi", "timer_list", "timer_stats")]
     hidden += [f"/sys/{name}" for name in ("block", "bus", "class", "dev", "devices/virtual", "firmware", "hypervisor", "kernel", "module", "power")]
-    limits = {"nofile": config.open_files, "core": 0, "fsize": disk, "memlock": 64 << 10, "msgqueue": 0}
+    limits = {"nofile": config.open_files, "core": 1, "fsize": disk, "memlock": 64 << 10, "msgqueue": 0}
     return {"MaskedPaths": hidden} | client.create_host_config(
         privileged=False, cap_drop=["ALL"], security_opt=["no-new-privileges", f"seccomp={seccomp_profile()}"], read_only=True, network_mode="none",
         dns=["127.0.0.1"], dns_search=["."], ipc_mode="private", runtime=config.runtime, auto_remove=True, log_config={"Type": "none"}, mem_limit=config.memory_mb << 20, memswap_limit=config.memory_mb << 20,

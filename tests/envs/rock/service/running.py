@@ -42,8 +42,8 @@ async def site(app: web.Application) -> AsyncIterator[Site]:
 
 
 @contextlib.asynccontextmanager
-async def admin(data: pathlib.Path, worker: bool = True, auto_clear: float = 300.0, resources: tuple = ()) -> AsyncIterator[Site]:
-    async with site(make_admin(data, TOKENS, Worker() if worker else None, auto_clear, resources)) as running:
+async def admin(data: pathlib.Path, worker: bool = True, auto_clear: float = 300.0, resources: tuple = (), backends: tuple[str, ...] = ("embedded",)) -> AsyncIterator[Site]:
+    async with site(make_admin(data, TOKENS, Worker(backends) if worker else None, auto_clear, resources)) as running:
         yield running
 
 
