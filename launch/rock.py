@@ -1,11 +1,11 @@
 """ROCK's services: an admin that gives out sandboxes, and workers on other machines that have them.
 
     python -m launch.rock admin                        an admin with a worker in it, on this machine's loopback
-    python -m launch.rock admin --workers=0 --host=10.0.0.5 --public
-    python -m launch.rock worker --admin=http://10.0.0.5:8730 --host=10.0.0.6 --public
-    python -m launch.rock admin --host=10.0.0.5 --public --ray_address=auto        a worker on every node of a Ray cluster (requirements-ray.txt)
+    python -m launch.rock admin --workers=0 --host=10.0.0.5 --public --token_file=tokens
+    python -m launch.rock worker --admin=http://10.0.0.5:8730 --host=10.0.0.6 --public --token_file=tokens
+    python -m launch.rock admin --host=10.0.0.5 --public --token_file=tokens --ray_address=auto    a worker on every node of a Ray cluster (requirements-ray.txt)
 
-Tokens: one file, "name token" a line, mode 600; made at the first start. The name "worker" is the workers' own. Callers use
+Tokens: one file, "name token" a line, mode 600; made at the first start, with --public by hand (the same for admin and workers). The name "worker" is the workers' own. Callers use
 SandboxConfig(backend="remote", url=..., token=...). The admin also serves environments (/apis/v1/envs/gem), E2B's /sandboxes, /metrics and /openapi.json.
 The connection is not encrypted: between machines put it behind a proxy with TLS, or into a network that is yours alone.
 """
@@ -28,7 +28,7 @@ from envs.rock.service import e2b
 from envs.rock.service.admin import Admin
 from envs.rock.service.api import TO_ADMIN, WORKER_USER
 from envs.rock.service.apps import make_worker
-from envs.rock.service.auth import Tokens, load_or_make_tokens
+from envs.rock.service.auth import Tokens, load_or_make_tokens, load_tokens
 from envs.rock.service.fleet import machine_resources
 from envs.rock.service.hub import EnvHub
 from envs.rock.service.metrics import Metrics
@@ -105,13 +105,15 @@ def main(argv: list[str]) -> None:
         sys.exit("launch.rock: say what to start: python -m launch.rock admin|worker (--help shows the flags)")
     if unknown := [name for name in FLAGS.backends if name not in ("embedded", "docker")]:
         sys.exit(f"launch.rock: --backends={unknown[0]} is unknown; a worker makes embedded, docker")
+    if FLAGS.public and not FLAGS.token_file:
+        sys.exit("launch.rock: with --public name the file of names and tokens by --token_file=FILE, the same on every machine: one that is made up here no other would know")
     if not FLAGS.public and not _is_loopback(FLAGS.host):
         sys.exit(f"launch.rock: --host={FLAGS.host} can be reached from other machines; add --public if that is meant")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     data = pathlib.Path(FLAGS.data).expanduser()
     token_file = pathlib.Path(FLAGS.token_file).expanduser() if FLAGS.token_file else data / "tokens"
     try:
-        tokens = load_or_make_tokens(token_file)
+        tokens = load_tokens(token_file) if FLAGS.public else load_or_make_tokens(token_file)
         if WORKER_USER not in tokens:
             raise ValueError(f'{token_file} has no token of the name "{WORKER_USER}", by which admin and workers know each other')
     except (OSError, ValueError) as error:

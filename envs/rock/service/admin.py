@@ -26,7 +26,7 @@ from envs.rock.service.snapshots import Snapshots
 from envs.rock.service.templates import POOL_USER, Templates
 
 log = logging.getLogger("rock.admin")
-SWEEP_SECONDS = 1.0
+SWEEP_SECONDS, COLLECT_SECONDS = 1.0, 3600.0
 MAX_WAITING, MAX_WAITING_EACH = 50_000, 20_000  # starts in the queue, of all and of one user
 REMEMBERED_SECONDS, MAX_REMEMBERED = 600.0, 20_000  # ended sandboxes, so that callers are told why
 START_TRIES = 3  # where workers are lost under it
@@ -45,6 +45,7 @@ class Admin:
         self.queue: FairQueue[Record] = FairQueue()
         self._tasks: set[asyncio.Task] = set()
         self._sweeper: asyncio.Task | None = None
+        self._collected = time.monotonic()
         self._ops: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
             "start": self._start, "start_async": lambda arguments, user: self._start(arguments | {"wait": 0.0}, user),
             "get_status": self._get_status, "is_alive": self._is_alive, "stop": self._stop, "fork": self._fork,
@@ -463,6 +464,9 @@ class Admin:
         for name, user in self.snapshots.forsaken(now):
             self._background(self.snapshots.delete({"snapshot": name}, user))
         self.templates.refill(now)
+        if now - self._collected > COLLECT_SECONDS:
+            self._collected = now
+            self._background(asyncio.to_thread(self.hub.collect))
 
     def _background(self, work: Awaitable[None]) -> asyncio.Task:
         task = asyncio.ensure_future(work)

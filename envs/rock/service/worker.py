@@ -14,7 +14,7 @@ from envs.rock.service import archive
 from envs.rock.service.api import Disconnected, Refusal, config_from_json, result_to_json
 from envs.rock.service.client import Client, Pipe, StreamPipe
 from envs.rock.service.fleet import DEAD_SECONDS, HEARTBEAT_SECONDS
-from envs.rock.tiers import probe
+from envs.rock.tiers import probe, probe_docker
 
 log = logging.getLogger("rock.worker")
 LEFT_WITH_CALLER = ("execute", "run_in_session", "verify")  # without a key these end when their caller leaves; all else is finished
@@ -109,12 +109,11 @@ class Worker:
         found = []
         for backend in self.backends:
             for isolation in ("required", "best_available"):
-                if backend == "embedded":
-                    try:
-                        (await asyncio.to_thread(probe, isolation)).require(isolation)
-                    except SandboxError:
-                        continue
-                found.append(f"{backend}:{isolation}")  # a Docker engine says at the start what it cannot enforce
+                try:
+                    (await (asyncio.to_thread(probe, isolation) if backend == "embedded" else asyncio.to_thread(probe_docker))).require(isolation)
+                    found.append(f"{backend}:{isolation}")
+                except SandboxError as error:
+                    log.warning("no %s:%s here: %s", backend, isolation, error)
         return found
 
     async def close(self) -> None:
