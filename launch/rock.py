@@ -32,7 +32,7 @@ from envs.rock.service.auth import Tokens, load_or_make_tokens, load_tokens
 from envs.rock.service.fleet import machine_resources
 from envs.rock.service.hub import EnvHub
 from envs.rock.service.metrics import Metrics
-from envs.rock.service.server import Server
+from envs.rock.service.server import RUNNER, Server
 from envs.rock.service.worker import Worker
 
 FLAGS = flags.FLAGS
@@ -87,7 +87,7 @@ async def serve(make: Callable[[str], web.Application], host: str, port: int, wh
     except OSError as error:
         sys.exit(f"launch.rock: cannot listen on {host}:{port} ({error}); choose another --host or --port")
     url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-    runner = web.AppRunner(make(url), access_log=None, shutdown_timeout=2.0, handler_cancellation=True)  # callers that wait in rounds come again
+    runner = web.AppRunner(make(url), **RUNNER)
     ended = asyncio.Event()
     await runner.setup()
     for number in (signal.SIGTERM, signal.SIGINT):  # after the setup: Ray, where it is used, sets its own

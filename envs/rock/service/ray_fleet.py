@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from envs.rock.service.admin import Admin
 from envs.rock.service.apps import make_worker
 from envs.rock.service.fleet import Resources, machine_resources
+from envs.rock.service.server import RUNNER
 from envs.rock.service.worker import Worker
 
 log = logging.getLogger("rock.ray")
@@ -42,7 +43,7 @@ class NodeWorker:
         listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
         url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         application = make_worker(Worker(backends), tokens, admin_url, {"name": name, "url": url, **given_out._asdict()})
-        runner = web.AppRunner(application, access_log=None, shutdown_timeout=2.0, handler_cancellation=True)
+        runner = web.AppRunner(application, **RUNNER)
         await runner.setup()
         try:
             await web.SockSite(runner, listener).start()

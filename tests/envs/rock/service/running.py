@@ -10,6 +10,7 @@ from aiohttp import web
 from envs.rock import SandboxConfig
 from envs.rock.service.apps import make_worker
 from envs.rock.service.fleet import Resources
+from envs.rock.service.server import RUNNER
 from envs.rock.service.worker import Worker
 from launch.rock import make_admin
 
@@ -31,7 +32,7 @@ class Site:
 
 @contextlib.asynccontextmanager
 async def site(app: web.Application) -> AsyncIterator[Site]:
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=2.0, handler_cancellation=True)
+    runner = web.AppRunner(app, **RUNNER)
     await runner.setup()
     try:
         listener = web.TCPSite(runner, "127.0.0.1", 0)
@@ -54,7 +55,7 @@ async def worker_of(admin_url: str, name: str, resources: Resources = Resources(
     listener = socket.create_server(("127.0.0.1", 0))  # before the worker registers: it says where it is
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     app = make_worker(worker, TOKENS, admin_url, {"name": name, "url": url, **resources._asdict()})
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=2.0, handler_cancellation=True)
+    runner = web.AppRunner(app, **RUNNER)
     await runner.setup()
     try:
         await web.SockSite(runner, listener).start()

@@ -8,6 +8,7 @@ import pytest
 from aiohttp import web
 
 from envs.rock import Sandbox, SandboxClosedError, SandboxStartError, probe
+from envs.rock.service.server import RUNNER
 from launch.rock import make_admin
 from tests.envs.rock.service.running import TOKENS, Site
 from tests.processes import host_processes
@@ -42,7 +43,7 @@ async def admin_over(cluster, data):
     listener = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     app = make_admin(data, TOKENS, None, 300.0, (), lambda admin: RayFleet(admin, url, {"worker": TOKENS["worker"]}, cluster.address))
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=2.0, handler_cancellation=True)
+    runner = web.AppRunner(app, **RUNNER)
     await runner.setup()
     try:
         await web.SockSite(runner, listener).start()
