@@ -92,6 +92,10 @@ class Admin:
             self.snapshots.find(arguments["snapshot"], user)
         if op == "snapshot":
             self.snapshots.check_room(user)
+        work = self._pass_on(op, arguments, files, user)
+        return await (asyncio.shield(self._background(work)) if op == "snapshot" else work)  # a caller that leaves must not leave one that nobody knows
+
+    async def _pass_on(self, op: str, arguments: dict[str, Any], files: Mapping[str, bytes] | None, user: str) -> dict[str, Any] | None:
         async with self._using(arguments["sandbox"], user) as record:
             answer = await record.member.link.call(op, arguments, files)
             if op in ("snapshot", "wait") and answer and "snapshot" in answer:
@@ -326,20 +330,29 @@ class Admin:
         key = arguments.get("key")
         record = self._keys.get((user, key)) if key else None
         if record is None:
-            original = self._mine(arguments["sandbox"], user)
-            async with self._using(original.name, user):
-                call = {"sandbox": original.name, "call": f"fork-{secrets.token_hex(8)}", "wait": MAX_WAIT}
-                while (answer := await original.member.link.call("snapshot", call)) is None:
-                    pass  # its own time limit ends it
-            self.snapshots.add(answer["snapshot"], user, original.member)
-            record = self.admit(original.plan._replace(snapshot=answer["snapshot"], pinned=original.member, environment=None), user,
-                                {"experiment": original.experiment, "auto_clear_seconds": original.auto_clear})
-            record.own_snapshot = answer["snapshot"]
-            if key:
-                record.key = (user, key)
-                self._keys[record.key] = record
-            self._background(self._forget_when_started(record))
+            making = self._background(self._make_fork(self._mine(arguments["sandbox"], user), user, key))
+            try:
+                record = await asyncio.shield(making)
+            except asyncio.CancelledError:  # its caller left: one without a key nobody can ask for any more
+                if key is None:
+                    making.add_done_callback(lambda made: made.cancelled() or made.exception() or self._background(self._to_its_end(made.result(), "its caller left")))
+                raise
         return await self._told(record, arguments.get("wait"))
+
+    async def _make_fork(self, original: Record, user: str, key: str | None) -> Record:
+        async with self._using(original.name, user):
+            call = {"sandbox": original.name, "call": f"fork-{secrets.token_hex(8)}", "wait": MAX_WAIT}
+            while (answer := await original.member.link.call("snapshot", call)) is None:
+                pass  # its own time limit ends it
+        self.snapshots.add(answer["snapshot"], user, original.member)
+        record = self.admit(original.plan._replace(snapshot=answer["snapshot"], pinned=original.member, environment=None), user,
+                            {"experiment": original.experiment, "auto_clear_seconds": original.auto_clear})
+        record.own_snapshot = answer["snapshot"]
+        if key:
+            record.key = (user, key)
+            self._keys[record.key] = record
+        self._background(self._forget_when_started(record))
+        return record
 
     async def _forget_when_started(self, record: Record) -> None:
         await record.decided(None)

@@ -8,6 +8,7 @@ import pytest
 
 from envs.rock import Sandbox, SandboxClosedError, probe
 from envs.rock.service import line
+from envs.rock.service.worker import Worker
 from tests.envs.rock.service.running import admin
 
 pytestmark = pytest.mark.skipif(probe().tier is None, reason="no sandbox can be had here")
@@ -73,6 +74,27 @@ def test_a_caller_without_a_key_who_leaves_ends_what_it_asked_for(tmp_path):
             return await eventually(quiet)
 
     assert run(work()) is True
+
+
+def test_a_caller_who_leaves_during_a_fork_or_a_snapshot_leaves_none_that_nobody_knows(tmp_path):
+    async def work():
+        async with admin(tmp_path) as site, Sandbox(site.config()) as sandbox:
+            await sandbox.execute("for n in $(seq 500); do echo x > f$n; done")
+            async with aiohttp.ClientSession(headers=site.headers()) as http:
+                for op, seconds in (("fork", 0.005), ("fork", 0.03), ("snapshot", 0.005)):
+                    with contextlib.suppress(asyncio.TimeoutError):
+                        await http.post(f"{site.url}/apis/envs/sandbox/v1/{op}", json={"sandbox": sandbox.id}, timeout=aiohttp.ClientTimeout(total=seconds))
+            await asyncio.sleep(0.5)
+            alone = await eventually(lambda: has(site, queued=0, starting=0, running=1))
+            async with aiohttp.ClientSession(headers=site.headers()) as http, http.get(f"{site.url}/metrics") as answer:
+                known = int(float(next(line for line in (await answer.text()).splitlines() if line.startswith("rock_snapshots ")).split()[-1]))
+            return alone, known, len(made[0]._snapshots)
+
+    made, original = [], Worker.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Worker, "__init__", lambda self, *given: (original(self, *given), made.append(self))[0])
+        alone, known, kept = run(work())
+    assert alone and known == kept
 
 
 def test_an_old_session_that_is_used_during_a_restore_harms_nobody(tmp_path):
