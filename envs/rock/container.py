@@ -74,8 +74,9 @@ class Engine:
         call = asyncio.get_running_loop().run_in_executor(self._calls, functools.partial(function, *arguments, **options))
         name = getattr(function, "__name__", "a stream")
         try:
-            return await asyncio.wait_for(call, seconds)
-        except asyncio.TimeoutError:
+            async with asyncio.timeout(seconds):  # not wait_for, which loses a cancellation that comes with the answer
+                return await call
+        except TimeoutError:
             raise SandboxError(f"the Docker engine did not answer {name} within {seconds:.0f} s") from None
         except docker.errors.NotFound as error:
             raise SandboxClosedError(f"the Docker engine knows it no more: {error.explanation}") from error
@@ -200,13 +201,15 @@ class Container:
         self._making: asyncio.Future | None = None
         self._lifeline: Stream | None = None
         self._watcher: asyncio.Task | None = None
+        self._guarding: asyncio.Future[ContainerNetwork] | None = None
         self.network: ContainerNetwork | None = None  # None: nobody sees what is tried in it
 
     async def start(self, place_bytes: int = PLACE_BYTES) -> None:
         """SandboxStartError with the engine's words, or the image's, where it does not come up within config.start_timeout."""
         try:
-            await asyncio.wait_for(self._start(place_bytes), self.config.start_timeout)
-        except asyncio.TimeoutError:
+            async with asyncio.timeout(self.config.start_timeout):
+                await self._start(place_bytes)
+        except TimeoutError:
             await self.remove()
             raise SandboxStartError(f"the container did not start within {self.config.start_timeout:g} s") from None
         except SandboxStartError:
@@ -260,7 +263,8 @@ class Container:
             return
         about = await self.engine.call(self.engine.client.inspect_container, self.id)
         try:
-            self.network = await asyncio.to_thread(ContainerNetwork, about["State"]["Pid"], self.id, self.config, asyncio.get_running_loop())
+            self._guarding = asyncio.ensure_future(asyncio.to_thread(ContainerNetwork, about["State"]["Pid"], self.id, self.config, asyncio.get_running_loop()))
+            self.network = await asyncio.shield(self._guarding)
         except SandboxError as error:
             if self.config.egress:
                 raise
@@ -361,8 +365,10 @@ class Container:
                         raise
                 await asyncio.sleep(0.02)
         finally:
-            if self.network:
-                self.network.close()
+            if self._guarding:  # we may have been cancelled while it was made
+                await asyncio.wait({self._guarding}, timeout=END_SECONDS)
+                if self._guarding.done() and not self._guarding.exception():
+                    self._guarding.result().close()
             if self._watcher:
                 self._watcher.cancel()
             if self._lifeline:

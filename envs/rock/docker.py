@@ -1,8 +1,8 @@
 """The Docker backend: a sandbox is a container of this machine's engine, entered by execs.
 
-Never privileged, no capability, no network, a read-only image; /workspace and /tmp are tmpfs and share disk_mb and inodes three to one. Process 1
-cannot be ended, opened or stopped by the agent, and kills all of the agent's processes when the engine tells it to; it ends by itself when this
-process dies. A command costs an exec (about 50 ms), a session's command none.
+Never privileged, no capability, no network but what `egress` grants (docker_network.py), a read-only image; /workspace and /tmp are tmpfs and share
+disk_mb and inodes three to one. Process 1 cannot be ended, opened or stopped by the agent, and kills all of the agent's processes when the engine tells it to;
+it ends by itself when this process dies. A command costs an exec (about 50 ms), a session's command none.
 """
 
 import asyncio
