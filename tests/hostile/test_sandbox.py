@@ -402,7 +402,7 @@ with open("loot", "ab") as loot: loot.write(b"LOOT " + seen if b"answer-" + b"47
     async def work(sandbox):
         await sandbox.write_file("spy.py", spy)
         await sandbox.execute("setsid bash -c 'while :; do python3 spy.py; done' & sleep 0.1")
-        result = await sandbox.verify(f"want={SECRET}\nsleep 0.1\npython3 spy.py\n(python3 spy.py)\n[ $want = {SECRET} ] && echo graded")
+        result = await sandbox.verify(f"want={SECRET}\nsleep 0.1\npython3 spy.py\n(python3 spy.py)\n[ $want = {SECRET} ] && echo graded", keep=True)  # with what the spies found
         return result, await sandbox.read_file("loot")
 
     result, loot = inside(_config(tier), work)
