@@ -1,11 +1,15 @@
 r"""How long does a sandbox take: to be made, to run a command, to be forked; what 200 of them weigh; and what they leave behind.
 
-python -m benchmarks.sandbox --json sandbox.json [--cycles 1000] [--live 200] [--docker_image IMAGE]
+python -m benchmarks.sandbox --json sandbox.json [--cycles 1000] [--live 200] [--docker_image IMAGE] [--swerex_image IMAGE]
 
 Medians in milliseconds, of one after the other on this machine. `floor` is bash itself, started and waited for without any sandbox: no command
 in a process of its own can take less. With --docker_image (one that is there already and has a shell) `docker run --rm --network none ...`,
 limited as our sandboxes are, and `docker exec` are timed between ours, and `ratio_docker` is the median of the pairs' ratios of creation; then the
 Docker backend. Without, or where no engine answers, `ratio_docker` is null and `docker_none` says why.
+
+Where SWE-ReX is installed (pip install swe-rex) its local deployment, which isolates nothing, is timed between ours: creation to the first output of a shell, and
+a command in that shell. With --swerex_image (one that has swerex-remote in it) its Docker deployment too, on the host's network and without limits. Else
+`ratio_swerex_*` are null and `swerex_none` says why.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import os
 import pathlib
 import statistics
@@ -180,13 +185,53 @@ async def measure_beside_docker(image: str, repeats: int) -> dict[str, Any]:
             "ratio_docker": statistics.median(theirs / ours for ours, theirs in pairs)}
 
 
+async def measure_beside_swerex(image: str, repeats: int) -> dict[str, Any]:
+    """A shell in a new place until its first output, and a command in it, ours and SWE-ReX's in turn."""
+    try:
+        from swerex.deployment.docker import DockerDeployment
+        from swerex.deployment.local import LocalDeployment
+        from swerex.runtime.abstract import BashAction, CreateBashSessionRequest
+    except ImportError as error:
+        return {"ratio_swerex_local": None, "swerex_none": f"SWE-ReX is not installed ({error}); pip install swe-rex"}
+    logging.disable(logging.WARNING)  # it tells of each step on the terminal
+
+    async def open_shell(deployment: Any) -> Any:
+        await deployment.start()
+        await deployment.runtime.create_session(CreateBashSessionRequest())
+        if "hi" not in (answer := await deployment.runtime.run_in_session(BashAction(command="echo hi"))).output:
+            raise RuntimeError(f"a new shell of SWE-ReX answered {answer}")
+        return deployment
+
+    async def ours_to_a_shell() -> Sandbox:
+        sandbox = Sandbox(CONFIG)
+        await sandbox.start()
+        await (await sandbox.create_session()).run("echo hi")
+        return sandbox
+
+    places = {"local": LocalDeployment}
+    if image:  # on the host's network, since its port is fixed and an engine may have no bridge
+        places["docker"] = lambda: DockerDeployment(image=image, port=8000, pull="never", docker_args=["--network", "host"])
+    found: dict[str, Any] = {}
+    for name, make in places.items():
+        pairs = []
+        for _ in range(repeats if name == "local" else max(3, repeats // 3)):
+            (ours,) = await timed(1, ours_to_a_shell, lambda sandbox: sandbox.stop())
+            pairs.append((ours, (await timed(1, lambda: open_shell(make()), lambda deployment: deployment.stop()))[0]))
+        deployment = await open_shell(make())
+        commands = await timed(repeats, lambda: deployment.runtime.run_in_session(BashAction(command="true")))
+        await deployment.stop()
+        found |= {f"swerex_{name}_create_ms_p50": statistics.median(theirs for _, theirs in pairs), f"swerex_{name}_session_command_ms_p50": statistics.median(commands),
+                  f"ratio_swerex_{name}": statistics.median(theirs / ours for ours, theirs in pairs), "shell_first_output_ms_p50": statistics.median(ours for ours, _ in pairs)}
+    return found
+
+
 def bare_bash() -> float:
     began = time.perf_counter()
     os.waitpid(os.posix_spawn("/bin/bash", ["bash", "-c", "true"], {"PATH": "/usr/bin:/bin"}), 0)
     return 1000 * (time.perf_counter() - began)
 
 
-async def measure(repeats: int, cycles: int, live: int, docker_image: str) -> dict[str, Any]:
+async def measure(repeats: int, cycles: int, live: int, docker_image: str, swerex_image: str) -> dict[str, Any]:
     report = probe("required")
     report.require("required")
     times = {"create_first_output": await timed(repeats, create_and_echo, lambda sandbox: sandbox.stop())} | await measure_commands(repeats)
@@ -196,6 +241,8 @@ async def measure(repeats: int, cycles: int, live: int, docker_image: str) -> di
     found |= await measure_live(live)
     found |= await measure_leaks(cycles)
     found |= await measure_beside_docker(docker_image, max(5, repeats // 5))
+    found |= await measure_beside_swerex(swerex_image, max(5, repeats // 5))
+    found["ratio_swerex_session_command"] = found["swerex_local_session_command_ms_p50"] / found["session_command_ms_p50"] if found["ratio_swerex_local"] else None
     return found
 
 
@@ -203,7 +250,7 @@ def show(found: dict[str, Any]) -> None:
     table = Table(title=f"Sandboxes of tier {found['tier']}, milliseconds", title_justify="left")
     for name in ("what", "median", "90th percentile"):
         table.add_column(name, justify="left" if name == "what" else "right")
-    for name in [key[: -len("_ms_p50")] for key in found if key.endswith("_ms_p50") and not key.startswith("docker")]:
+    for name in [key[: -len("_ms_p50")] for key in found if f"{key.removesuffix('_ms_p50')}_ms_p90" in found and key.endswith("_ms_p50")]:
         table.add_row(name.replace("_", " "), f"{found[f'{name}_ms_p50']:.2f}", f"{found[f'{name}_ms_p90']:.2f}")
     table.add_row("bash without a sandbox", f"{found['floor']['bash_ms_p50']:.2f}", "")
     console = Console(highlight=False)
@@ -216,6 +263,12 @@ def show(found: dict[str, Any]) -> None:
                       f"{found['docker_backend_execute_ms_p50']:.0f} ms, {found['docker_backend_session_command_ms_p50']:.1f} ms in a session.")
     else:
         console.print(f"Docker: not measured, {found['docker_none']}.")
+    if found["ratio_swerex_local"]:
+        for name in [name for name in ("local", "docker") if f"ratio_swerex_{name}" in found]:
+            console.print(f"SWE-ReX, {name}: {found[f'swerex_{name}_create_ms_p50']:.0f} ms to the first output of a shell, {found[f'ratio_swerex_{name}']:.0f} times ours "
+                          f"({found['shell_first_output_ms_p50']:.0f} ms); {found[f'swerex_{name}_session_command_ms_p50']:.1f} ms for a command in it.")
+    else:
+        console.print(f"SWE-ReX: not measured, {found['swerex_none']}.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -225,8 +278,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cycles", type=int, default=1000)
     parser.add_argument("--live", type=int, default=200)
     parser.add_argument("--docker_image", default="", help="an image with a shell; empty: no comparison")
+    parser.add_argument("--swerex_image", default="", help="an image with swerex-remote; empty: only its local deployment is compared")
     flags = parser.parse_args(argv)
-    found = asyncio.run(measure(flags.repeats, flags.cycles, flags.live, flags.docker_image))
+    found = asyncio.run(measure(flags.repeats, flags.cycles, flags.live, flags.docker_image, flags.swerex_image))
     show(found)
     if flags.json:
         flags.json.write_text(json.dumps(found, indent=1))

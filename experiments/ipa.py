@@ -95,6 +95,8 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.sandbox = ml_collections.ConfigDict({
         "isolation": "best_available", "memory_mb": 256, "pids": 64, "disk_mb": 8, "command_timeout": 5.0,
         "egress": "",                     # what agents may reach, as in "pypi.org:443 model@127.0.0.1:30000"; nothing by default
+        "backend": "embedded",            # docker: containers of `image`; remote: sandboxes of the ROCK admin at `url`, whose token is in $ROCK_TOKEN
+        "image": "", "url": "",
     })
     config.learner = ml_collections.ConfigDict({
         "remat": "none",                  # what the backward pass computes again: none, full, attention, offload (rome/model/config.py)

@@ -7,18 +7,20 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 import pathlib
 from typing import Any, get_args
 
 import ml_collections
 
 from envs.rock import SandboxConfig
+from envs.rock.config import BACKENDS
 from rome.losses import ADVANTAGES, LIKELIHOODS, LOSSES, PUBLISHED, LossConfig, unbounded_weight
 from rome.model.config import PRESETS, REMATS
 from rome.rollout.anchors import Resampling
 from rome.rollout.groups import Late
 
-SANDBOX_KEYS = {"isolation": str, "memory_mb": int, "pids": int, "disk_mb": int, "command_timeout": float, "egress": str}
+SANDBOX_KEYS = {"isolation": str, "memory_mb": int, "pids": int, "disk_mb": int, "command_timeout": float, "egress": str, "backend": str, "image": str, "url": str}
 LEARNER_KEYS = {"remat": str, "attention": str, "experts": str, "exchange": str, "capacity_factor": float, "router_z_loss_coef": float, "offload_moments": bool}
 MESH_KEYS = {"replica": int, "fsdp": int, "expert": int, "sequence": int, "tensor": int}
 COMMON_KEYS = {
@@ -45,10 +47,11 @@ OF_SOME_LOSSES = ("mismatch_threshold", "mismatch_low", "clip_low", "clip_high",
 INHERITED = ("seed", "model", "tokenizer", "engines", "embedded_engines", "mirrors", "engine_slots", "sandbox", "mesh")
 CHOICES = {
     "loss": tuple(LOSSES), "mismatch_mask": ("chunk", "token"), "norm": ("tokens", "chunks", "trajectories"),
-    "anchor": ("history", "observation"), "old": ("trainer", "rollout"), "routing_replay": ("off", "rollout", "recompute"), "isolation": ("required", "best_available"), "model": tuple(PRESETS), "remat": REMATS,
+    "anchor": ("history", "observation"), "old": ("trainer", "rollout"), "routing_replay": ("off", "rollout", "recompute"), "isolation": ("required", "best_available"), "backend": BACKENDS, "model": tuple(PRESETS), "remat": REMATS,
     "late": get_args(Late), "resampling": get_args(Resampling),
 }
 MAY_BE_ZERO = {"seed", "warmup_updates", "weight_decay", "eval_every", "expert_error_rate", "lambda_rl", "lambda_il", "failure_reward", "denial_penalty", "temperature", "eval_temperature", "capacity_factor", "router_z_loss_coef", "async_ratio", "redundancy", "redundant_groups", "lend_engines", *OF_SOME_LOSSES}
+TOKEN = "ROCK_TOKEN"  # of a ROCK admin, in the environment
 
 
 class ConfigError(ValueError):
@@ -139,9 +142,14 @@ def _check_rollouts(config: ml_collections.ConfigDict) -> None:
 
 
 def sandbox_config(config: ml_collections.ConfigDict) -> SandboxConfig:
-    """What an episode's sandbox is."""
-    sandbox = config.sandbox
-    return SandboxConfig(isolation=sandbox.isolation, memory_mb=sandbox.memory_mb, pids=sandbox.pids, disk_mb=sandbox.disk_mb, egress=tuple(sandbox.egress.split()))
+    """What an episode's sandbox is. The token of a ROCK admin comes from the environment, so that it is in no file of a run. ValueError for what makes no sense."""
+    sandbox, token = config.sandbox, ""
+    if sandbox.backend == "remote" and not (token := os.environ.get(TOKEN, "")):
+        raise ValueError(f"backend='remote' needs the admin's token in the environment variable {TOKEN}")
+    return SandboxConfig(
+        backend=sandbox.backend, image=sandbox.image or None, url=sandbox.url, token=token, isolation=sandbox.isolation, memory_mb=sandbox.memory_mb, pids=sandbox.pids,
+        disk_mb=sandbox.disk_mb, egress=tuple(sandbox.egress.split()),
+    )
 
 
 def loss_config(config: ml_collections.ConfigDict) -> LossConfig:

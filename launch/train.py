@@ -11,9 +11,13 @@ import os
 import pathlib
 import signal
 import sys
+from typing import TYPE_CHECKING
 
 from absl import app, flags, logging
 from ml_collections import config_flags
+
+if TYPE_CHECKING:
+    from envs.rock import SandboxConfig
 
 _CONFIG = config_flags.DEFINE_config_file("config", "experiments/ipa.py", "An experiment file, with :PRESET after it where it has several.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Where the run lives. Default: runs/EXPERIMENT-PRESET-HASH OF THE CONFIG.")
@@ -115,7 +119,7 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"argument {argv[1]!r} is not understood; flags look like --config.key=value")
     logging.set_verbosity(logging.WARNING)  # orbax narrates every save
     stop = StopRequest()  # before JAX and all else is imported: an early Ctrl-C is heard too
-    from launch.config import default_workdir
+    from launch.config import default_workdir, sandbox_config
     from launch.xla_flags import apply_flags
     from rome.train.memory import keep_freed_memory
 
@@ -125,7 +129,7 @@ def main(argv: list[str]) -> int:
     workdir = pathlib.Path(_WORKDIR.value or default_workdir(config))
     team = start_team(stop)
     try:
-        isolation = team.share("isolation", lambda: find_isolation(config.sandbox.isolation) if "sandbox" in config else "no sandbox")
+        isolation = team.share("isolation", lambda: find_isolation(sandbox_config(config)) if "sandbox" in config else "no sandbox")
         if not run_experiment(config, workdir, isolation, team):
             command = " ".join([os.path.relpath(sys.executable), "-m", "launch.train", *sys.argv[1:]])
             if team.leads:
@@ -141,12 +145,17 @@ def main(argv: list[str]) -> int:
         team.close()
 
 
-def find_isolation(wanted: str) -> str:
-    """The tier of sandboxes that this machine can give; says what a weaker one lacks, raises where `wanted` is not to be had."""
+def find_isolation(config: SandboxConfig) -> str:
+    """The tier of sandboxes that are to be had; says what a weaker one lacks, raises where what is wanted is not to be had."""
     from envs.rock import probe
+    from envs.rock.sync import SyncSandbox
+    from envs.rock.tiers import probe_docker
 
-    tier = probe(wanted)
-    tier.require(wanted)
+    if config.backend == "remote":  # the admin's to say
+        with SyncSandbox(config) as sandbox:
+            return sandbox.tier
+    tier = probe_docker() if config.backend == "docker" else probe(config.isolation)
+    tier.require(config.isolation)
     if tier.missing:
         print(tier.banner(), flush=True)
     return tier.tier

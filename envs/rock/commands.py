@@ -158,8 +158,9 @@ def result_of(reply: dict, outputs: list[Output]) -> CommandResult:
 
 async def within(future: asyncio.Future, seconds: float, what: str) -> dict:
     try:
-        return await asyncio.wait_for(future, seconds)
-    except asyncio.TimeoutError:
+        async with asyncio.timeout(seconds):  # not wait_for, which loses a cancellation that comes with the answer
+            return await future
+    except TimeoutError:
         raise SandboxError(f"{what} within {seconds:.0f} s") from None
 
 

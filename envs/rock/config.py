@@ -23,7 +23,7 @@ class SandboxConfig:
     backend: str = "embedded"  # "docker": a container of the engine on this machine; "remote": a sandbox of the ROCK admin at `url`
     isolation: str = "required"  # "best_available" falls back to weaker tiers and says so
     tier: str | None = None  # of the embedded backend. None: the best one that works here; a name: that one or an error
-    image: str | None = None  # docker: the image's name; embedded: None, this machine's own programs
+    image: str | None = None  # docker: the image's name; embedded: this machine's own programs, with the files of a sandbox that was committed to that name
     runtime: str | None = None  # docker: "runsc" (gVisor), "kata-runtime", ...; None: the engine's default
     url: str = ""  # remote: where the admin is, http://host:port
     token: str = field(default="", repr=False)  # remote: what the admin knows us by
@@ -73,8 +73,6 @@ class SandboxConfig:
             raise ValueError("backend='remote' needs url, the address of a ROCK admin")
         if self.backend == "docker" and not self.image:
             raise ValueError("backend='docker' needs image, the name of a Docker image")
-        if self.backend == "embedded" and self.image:
-            raise ValueError(f"image={self.image!r}: the embedded backend runs this machine's own programs; use backend='docker'")
 
 
 def parse_grant(text: str) -> tuple[str | None, str | None, int]:

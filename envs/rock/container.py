@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import functools
 import json
+import logging
 import os
 import random
 import secrets
@@ -23,9 +24,11 @@ import requests
 
 from envs.rock import inside
 from envs.rock.config import SandboxConfig
+from envs.rock.docker_network import RUNC, ContainerNetwork, obstacle
 from envs.rock.errors import SandboxClosedError, SandboxError, SandboxStartError
 from envs.rock.host import seccomp
 
+log = logging.getLogger("rock.docker")
 T = TypeVar("T")
 CALL_SECONDS = 30.0  # for one answer of the engine
 END_SECONDS = 5.0  # in which what was killed must be gone
@@ -34,7 +37,6 @@ RESERVED_PIDS = 64  # above the agent's own, which RLIMIT_NPROC counts: our exec
 PLACE_BYTES = 16 << 20
 OWNER, MANAGER = "rock.owner", "rock.manager"
 STDOUT, STDERR = 1, 2
-RUNC = ("runc", "crun", "io.containerd.runc.v2", "io.containerd.runtime.v1.linux")
 
 
 class Engine:
@@ -72,8 +74,9 @@ class Engine:
         call = asyncio.get_running_loop().run_in_executor(self._calls, functools.partial(function, *arguments, **options))
         name = getattr(function, "__name__", "a stream")
         try:
-            return await asyncio.wait_for(call, seconds)
-        except asyncio.TimeoutError:
+            async with asyncio.timeout(seconds):  # not wait_for, which loses a cancellation that comes with the answer
+                return await call
+        except TimeoutError:
             raise SandboxError(f"the Docker engine did not answer {name} within {seconds:.0f} s") from None
         except docker.errors.NotFound as error:
             raise SandboxClosedError(f"the Docker engine knows it no more: {error.explanation}") from error
@@ -170,13 +173,13 @@ def host_config(client: docker.APIClient, config: SandboxConfig, user: int, plac
     def tmpfs(size: int, inodes: int, mode: str, owner: int = 0) -> str:
         return f"rw,exec,nosuid,nodev,size={size},nr_inodes={inodes},mode={mode},uid={owner},gid={owner}"
 
-    disk = config.disk_mb << 20
+    disk = config.disk_mb << 20  # core is 1, not 0: a core_pattern that is a pipe ignores 0, and the host's crash handler would run
     hidden = [f"/proc/{name}" for name in ("acpi", "asound", "interrupts", "kcore", "keys", "latency_stats", "sched_debug", "scsi", "timer_list", "timer_stats")]
     hidden += [f"/sys/{name}" for name in ("block", "bus", "class", "dev", "devices/virtual", "firmware", "hypervisor", "kernel", "module", "power")]
-    limits = {"nofile": config.open_files, "core": 0, "fsize": disk, "memlock": 64 << 10, "msgqueue": 0}
+    limits = {"nofile": config.open_files, "core": 1, "fsize": disk, "memlock": 64 << 10, "msgqueue": 0}
     return {"MaskedPaths": hidden} | client.create_host_config(
         privileged=False, cap_drop=["ALL"], security_opt=["no-new-privileges", f"seccomp={seccomp_profile()}"], read_only=True, network_mode="none",
-        ipc_mode="private", runtime=config.runtime, auto_remove=True, log_config={"Type": "none"}, mem_limit=config.memory_mb << 20, memswap_limit=config.memory_mb << 20,
+        dns=["127.0.0.1"], dns_search=["."], ipc_mode="private", runtime=config.runtime, auto_remove=True, log_config={"Type": "none"}, mem_limit=config.memory_mb << 20, memswap_limit=config.memory_mb << 20,
         pids_limit=config.pids + RESERVED_PIDS, cpu_period=100_000, cpu_quota=max(1000, int(config.cpus * 100_000)), shm_size=min(16, max(1, config.memory_mb // 16)) << 20,
         ulimits=[{"Name": name, "Soft": limit, "Hard": limit} for name, limit in limits.items()],
         tmpfs={"/workspace": tmpfs(disk - disk // 4, max(16, config.inodes - config.inodes // 4), "700", user), "/tmp": tmpfs(disk // 4, max(16, config.inodes // 4), "1777"),
@@ -198,12 +201,15 @@ class Container:
         self._making: asyncio.Future | None = None
         self._lifeline: Stream | None = None
         self._watcher: asyncio.Task | None = None
+        self._guarding: asyncio.Future[ContainerNetwork] | None = None
+        self.network: ContainerNetwork | None = None  # None: nobody sees what is tried in it
 
     async def start(self, place_bytes: int = PLACE_BYTES) -> None:
         """SandboxStartError with the engine's words, or the image's, where it does not come up within config.start_timeout."""
         try:
-            await asyncio.wait_for(self._start(place_bytes), self.config.start_timeout)
-        except asyncio.TimeoutError:
+            async with asyncio.timeout(self.config.start_timeout):
+                await self._start(place_bytes)
+        except TimeoutError:
             await self.remove()
             raise SandboxStartError(f"the container did not start within {self.config.start_timeout:g} s") from None
         except SandboxStartError:
@@ -239,6 +245,7 @@ class Container:
         else:
             raise SandboxStartError(f"image {self.config.image} has not what a sandbox needs (sh, cp, chmod, rm): {said.decode(errors='replace').strip()[-500:] or 'its shell ended'}")
         self._watcher = asyncio.create_task(self._watch())
+        await self._guard_network()
         code, bash = await self.ask(inside.KEEP, user=inside.KEEPER, shell="/bin/sh")
         if code:
             raise SandboxStartError(f"image {self.config.image} has not what a sandbox needs (cp, chmod)")
@@ -250,6 +257,21 @@ class Container:
                 raise SandboxStartError(f"image {self.config.image} has not what a sandbox needs (sh, cat, find, tar, stat): {words.strip()[-500:]}")
             self.engine.surveys[key] = frozenset(words.split())
         self.tools = self.engine.surveys[key]
+
+    async def _guard_network(self) -> None:
+        if obstacle(self.engine.runtime(self.config)):
+            return
+        about = await self.engine.call(self.engine.client.inspect_container, self.id)
+        try:
+            self._guarding = asyncio.ensure_future(asyncio.to_thread(ContainerNetwork, about["State"]["Pid"], self.id, self.config, asyncio.get_running_loop()))
+            self.network = await asyncio.shield(self._guarding)
+        except SandboxError as error:
+            if self.config.egress:
+                raise
+            log.warning("what is tried in container %s is not seen: %s", self.id[:12], error)  # it has no network all the same
+
+    async def denials_since_last_told(self) -> int:
+        return await self.network.since_last_told() if self.network else 0
 
     async def _watch(self) -> None:
         """Its output ends with it."""
@@ -343,6 +365,10 @@ class Container:
                         raise
                 await asyncio.sleep(0.02)
         finally:
+            if self._guarding:  # we may have been cancelled while it was made
+                await asyncio.wait({self._guarding}, timeout=END_SECONDS)
+                if self._guarding.done() and not self._guarding.exception():
+                    self._guarding.result().close()
             if self._watcher:
                 self._watcher.cancel()
             if self._lifeline:

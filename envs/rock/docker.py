@@ -1,8 +1,8 @@
 """The Docker backend: a sandbox is a container of this machine's engine, entered by execs.
 
-Never privileged, no capability, no network, a read-only image; /workspace and /tmp are tmpfs and share disk_mb and inodes three to one. Process 1
-cannot be ended, opened or stopped by the agent, and kills all of the agent's processes when the engine tells it to; it ends by itself when this
-process dies. A command costs an exec (about 50 ms), a session's command none.
+Never privileged, no capability, no network but what `egress` grants (docker_network.py), a read-only image; /workspace and /tmp are tmpfs and share
+disk_mb and inodes three to one. Process 1 cannot be ended, opened or stopped by the agent, and kills all of the agent's processes when the engine tells it to;
+it ends by itself when this process dies. A command costs an exec (about 50 ms), a session's command none.
 """
 
 import asyncio
@@ -18,6 +18,7 @@ from envs.rock.config import Address, CommandResult, Denial, FileEntry, SandboxC
 from envs.rock.container import CALL_SECONDS, PLACE_BYTES, STDOUT, Container, Exec, engine
 from envs.rock.docker_commands import KILLED, DockerJob, DockerSession
 from envs.rock.docker_files import COMMITTED, SNAPSHOT_SECONDS, DockerSnapshot, commit, either, exhaust, pack, put_verifier_files, unpack, within
+from envs.rock.docker_network import obstacle
 from envs.rock.errors import IsolationError, SandboxClosedError, SandboxError, SandboxFileError, SandboxStartError
 from envs.rock.launcher import Gate
 from envs.rock.sandbox import MAX_LISTED, PIECE_BYTES, Sandbox, Snapshot, check_verifier_files
@@ -49,12 +50,11 @@ class DockerSandbox(Sandbox):
     async def start(self) -> None:
         if self._container is not None:
             raise SandboxError("this sandbox is started already")
-        if self.config.egress:
-            raise IsolationError(f"egress={self.config.egress}: the Docker backend has no guard that lets these hosts through and no others, so its containers have no "
-                                 "network at all; leave egress empty")
         report = await asyncio.to_thread(probe_docker, self.config.runtime)
         report.require(self.config.isolation)
         host = await asyncio.to_thread(engine)
+        if self.config.egress and (reason := obstacle(host.runtime(self.config))):
+            raise IsolationError(f"egress={self.config.egress}: no guard can let these through and no others here, since {reason}; leave egress empty, or run as root with runc")
         try:
             image = await host.call(host.client.inspect_image, self.config.image)
         except SandboxClosedError:
@@ -109,13 +109,14 @@ class DockerSandbox(Sandbox):
             own = 2 + len(self._sessions)  # process 1, this script, and a listener for each session
             return SandboxStatus(int(memory) if memory.isdigit() else None, max(0, int(pids) - own) if pids.isdigit() else None, int(nanoseconds) / 1e9,
                                  sum(size for size, _ in used), sum(inodes for _, inodes in used),
-                                 sum(job.running for job in self._jobs) + sum(session.running for session in self._sessions), len(self._sessions), None)
+                                 sum(job.running for job in self._jobs) + sum(session.running for session in self._sessions), len(self._sessions),
+                                 await self._container.network.count() if self._container.network else None)
         except ValueError as error:
             raise SandboxError(f"the sandbox's status cannot be read (exit code {code}): {said[:200]!r}") from error
 
     async def denials(self) -> list[Denial]:
-        """None are seen: an empty network namespace tells nobody what was tried."""
-        return []
+        self._check_open()
+        return await self._container.network.denials() if self._container.network else []
 
     # -- commands
 
@@ -197,6 +198,8 @@ class DockerSandbox(Sandbox):
                 cleanup.callback(sending.cancel)
                 job = DockerJob(exec_, self.config.timeout if timeout is None else timeout, self.config.max_output_bytes, verifier.kill_all, _nothing)
                 result = await self._to_its_end(job)
+                if self._container.network and verifier.network:
+                    await self._container.network.adopt(verifier.network)
                 if keep:
                     await verifier.kill_all()
                     cleanup.push_async_callback((changed := await pack(verifier, "workspace")).delete)

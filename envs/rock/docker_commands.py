@@ -109,7 +109,7 @@ class DockerJob(Job):
             await container.check()  # which takes long enough for the news of a process that the memory limit killed to come, by another way
         limits = ((reason,) if reason else ()) + (("memory",) if container.memory_kills > kills else ())
         (stdout, cut_out), (stderr, cut_err) = self._captures[STDOUT].take(), self._captures[STDERR].take()
-        return CommandResult(stdout, stderr, KILLED if reason else code, reason == "timeout", cut_out or cut_err, seconds, limits)
+        return CommandResult(stdout, stderr, KILLED if reason else code, reason == "timeout", cut_out or cut_err, seconds, limits, await container.denials_since_last_told())
 
     async def _end(self) -> int:
         """Read its streams to their end; its exit code."""
@@ -183,7 +183,8 @@ class DockerSession(Session):
                 await self._all_output()
             (stdout, cut_out), (stderr, cut_err) = (self._captures[number].take() for number in (STDOUT, STDERR))
             limits = ((reason,) if reason else ()) + (("memory",) if self._shell.container.memory_kills > kills else ())
-            return CommandResult(stdout, stderr, code, reason == "timeout", cut_out or cut_err, time.monotonic() - began, limits)
+            return CommandResult(stdout, stderr, code, reason == "timeout", cut_out or cut_err, time.monotonic() - began, limits,
+                                 await self._shell.container.denials_since_last_told())
 
     async def interrupt(self) -> None:
         if self.running:

@@ -48,6 +48,10 @@ class EmbeddedSandbox(Sandbox):
         if self.config.egress and report.tier == "landlock":
             raise IsolationError(f"egress={self.config.egress}: the landlock tier refuses all sockets of a network and can grant none; leave egress empty, or use a "
                                  "machine that gives the namespaces tier")
+        if image := self.config.image if not self._snapshot else None:
+            from envs.rock import kept  # here, since few sandboxes have an image, and all wait for the imports
+
+            await asyncio.to_thread(kept.check, image)
         if self._snapshot and self._snapshot.tier != report.tier:
             raise SandboxStartError(f"the snapshot is of tier {self._snapshot.tier}, and this sandbox would be of tier {report.tier}")
         self._loop = asyncio.get_running_loop()
@@ -66,6 +70,19 @@ class EmbeddedSandbox(Sandbox):
                 self._disconnect()
                 raise
         self.tier, self.guarantees, self.workspace, self._slot = report.tier, report.guarantees, reply["workspace"], reply["slot"]
+        if image:
+            try:
+                await kept.bring(self, image)
+            except BaseException as error:
+                await asyncio.shield(self.stop())
+                if isinstance(error, SandboxFileError):
+                    raise SandboxStartError(f"the files of image {image} do not fit in: {error}") from error
+                raise
+
+    async def commit(self, image: str) -> None:
+        from envs.rock import kept
+
+        await kept.keep(self, image)
 
     async def stop(self) -> None:
         if self._channel is None or self._channel.fileno() < 0:

@@ -15,9 +15,9 @@ from envs.rock.errors import SandboxClosedError, SandboxError, SandboxStartError
 from envs.rock.sandbox import Job, Sandbox, Session, Snapshot, check_verifier_files
 from envs.rock.service.api import GRACE, Disconnected, config_to_json, entries_from_json, result_from_json, status_from_json
 from envs.rock.service.client import Client, StreamPipe, join
+from envs.rock.service.line import Line
 
 ROUND_SECONDS = 20.0  # one request waits at most so long
-KEEP_ALIVE_SECONDS = 30.0
 RETRY_SECONDS = 0.2
 STOP_SECONDS = 60.0
 ABANDON_SECONDS = 10.0  # what is not ended by then is cleared over there for want of use
@@ -31,7 +31,9 @@ class RemoteSandbox(Sandbox):
         super().__init__(config, snapshot)
         if snapshot is not None and not isinstance(snapshot, RemoteSnapshot):
             raise SandboxError(f"a remote sandbox starts from a RemoteSnapshot, not from {type(snapshot).__name__}")
-        self._client: Client | None = None
+        self._client: Client | None = None  # of the line, which all at the same admin share
+        self._line: Line | None = None
+        self._ending: asyncio.Task | None = None
         self._alive = False
         self._background: set[asyncio.Task] = set()
         self._doors: list[asyncio.Server] = []
@@ -61,13 +63,17 @@ class RemoteSandbox(Sandbox):
         try:
             self._take(await self._client.call("get_status", {"sandbox": sandbox}))
         except BaseException:
-            await self._client.close()
+            await self._disconnect()
             self._client = None
             raise
 
     async def stop(self) -> None:
-        if self._client is None or self._client.closed:
+        if self._client is None or self._ending and self._ending.done():
             return
+        self._ending = self._ending or asyncio.ensure_future(self._end())
+        await asyncio.shield(self._ending)  # two who stop it at once both wait for the one end
+
+    async def _end(self) -> None:
         try:
             if self._alive:
                 await self._persist(lambda: self._client.call("stop", {"sandbox": self.id}), _now() + STOP_SECONDS)
@@ -173,7 +179,8 @@ class RemoteSandbox(Sandbox):
     def _open(self) -> None:
         if self._client is not None:
             raise SandboxError("this sandbox is started already")
-        self._client = Client(self.config.url, self.config.token)
+        self._line = Line.take(self.config.url, self.config.token)
+        self._client = self._line.client
 
     def _take(self, answer: Mapping[str, Any]) -> None:
         try:
@@ -182,16 +189,10 @@ class RemoteSandbox(Sandbox):
         except (KeyError, TypeError) as error:
             raise SandboxStartError(f"the admin's answer to a start makes no sense; is {self.config.url} a ROCK admin?") from error
         self._alive = True
-        self._keep(self._keep_alive())
+        self._line.keep_alive(self.id, self._lose)
 
-    async def _keep_alive(self) -> None:
-        while True:
-            await asyncio.sleep(KEEP_ALIVE_SECONDS)
-            with contextlib.suppress(SandboxError):  # the next one may get through
-                answer = await self._client.call("keep_alive", {"ids": [self.id]})
-                if self.id in answer.get("unknown", []):
-                    self._alive = False
-                    return
+    def _lose(self) -> None:
+        self._alive = False
 
     def _keep(self, work: Awaitable[Any]) -> asyncio.Task:
         task = asyncio.ensure_future(work)
@@ -217,9 +218,14 @@ class RemoteSandbox(Sandbox):
         self._alive = False
         for door in self._doors:
             door.close()
-        for task in self._background:
+        background = list(self._background)
+        for task in background:
             task.cancel()
-        await self._client.close()
+        await asyncio.gather(*background, return_exceptions=True)
+        if self._line:
+            line, self._line = self._line, None
+            line.let_go(self.id or "")
+            await line.release()
 
     def _check_open(self) -> None:
         if not self._alive:
@@ -355,11 +361,11 @@ class RemoteSnapshot(Snapshot):
         self.id, self._url, self._token = name, url, token
 
     async def delete(self) -> None:
-        client = Client(self._url, self._token)
+        line = Line.take(self._url, self._token)
         try:
-            await client.call("delete_snapshot", {"snapshot": self.id})
+            await line.client.call("delete_snapshot", {"snapshot": self.id})
         finally:
-            await client.close()
+            await line.release()
 
 
 def _now() -> float:

@@ -201,9 +201,9 @@ class Sandbox(abc.ABC):
             await snapshot.delete()
         return copy
 
+    @abc.abstractmethod
     async def commit(self, image: str) -> None:
         """Keep the files as an image of that name, from which other sandboxes start by `SandboxConfig.image`, on other days too."""
-        raise SandboxError(f"the {self.config.backend} backend has no images; a snapshot lives as long as this process, and download keeps files")
 
     # -- files
 

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from launch.config import CPT_KEYS, RL_KEYS, SFT_KEYS, ConfigError, check_config, claim_workdir, default_workdir, init_config, load_config, loss_config
+from launch.config import (CPT_KEYS, RL_KEYS, SFT_KEYS, TOKEN, ConfigError, check_config, claim_workdir, default_workdir, init_config, load_config, loss_config,
+                           sandbox_config)
 from rome.losses import PUBLISHED
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -161,3 +162,24 @@ def test_a_misspelt_flag_gets_one_clean_line():
     done = subprocess.run([sys.executable, "-m", "launch.train", "--config=experiments/ipa.py", "--config.group_sise=3"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "'group_sise'" in done.stderr and '"group_size"' in done.stderr and "\\" not in done.stderr
+
+
+def test_the_sandboxes_backend_is_the_configs_and_the_admins_token_the_environments(monkeypatch):
+    config = load_config("experiments/ipa.py", "tiny")
+    config.sandbox.backend, config.sandbox.url = "remote", "http://10.0.0.5:8730"
+    monkeypatch.delenv(TOKEN, raising=False)
+    with pytest.raises(ConfigError, match="config.sandbox: backend='remote' needs the admin's token in the environment variable ROCK_TOKEN"):
+        check_config(config)
+    monkeypatch.setenv(TOKEN, "the-secret-token")
+    check_config(config)
+    assert (sandbox := sandbox_config(config)).token == "the-secret-token" and sandbox.url == "http://10.0.0.5:8730"
+    assert "the-secret" not in str(config) and "the-secret" not in str(sandbox)
+    config.sandbox.backend = "docker"
+    with pytest.raises(ConfigError, match="url means nothing to backend='docker'"):
+        check_config(config)
+    config.sandbox.url, config.sandbox.image = "", "debian:12"
+    check_config(config)
+    assert sandbox_config(config).image == "debian:12"
+    config.sandbox.backend = "podman"
+    with pytest.raises(ConfigError, match="backend='podman' is unknown. Choose one of embedded, docker, remote"):
+        check_config(config)

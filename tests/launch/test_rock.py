@@ -93,7 +93,7 @@ def test_a_killed_worker_is_told_leaves_no_process_and_another_takes_its_place(t
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["admin", "--host=0.0.0.0"], "add --public"), ([], "say what to start"), (["worker"], "needs --admin"),
+    (["admin", "--host=0.0.0.0"], "add --public"), (["admin", "--host=0.0.0.0", "--public"], "name the file of names and tokens by --token_file"), ([], "say what to start"), (["worker"], "needs --admin"),
     (["worker", "--admin=nonsense"], "http://HOST:PORT; not 'nonsense'"), (["admin", "--port=99999"], "port"), (["admin", "--host=127.0.0.1", "--port=1", "--backends=podman"], "podman is unknown"),
 ])
 def test_a_wrong_command_line_is_one_clear_line(tmp_path, arguments, message):

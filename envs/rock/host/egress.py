@@ -44,7 +44,7 @@ Way = namedtuple("Way", ("name", "address", "port"))  # a connection that may be
 class Guard:
     """Made and used inside the network namespace, with its capabilities, before anything of an agent runs there.
 
-    Raises: OSError where the kernel refuses.
+    Raises: OSError where the kernel refuses. Its sockets stay in that namespace, wherever they are served from.
     """
 
     def __init__(self, grants: list[Grant]):
@@ -88,13 +88,20 @@ class Guard:
 
     def catch_up(self) -> list[tuple[Way, socket.socket]]:
         """Serve what has come in, for an answer that counts all until now."""
-        connections = []
+        connections, poller = [], select.poll()
+        for descriptor in self.descriptors():
+            poller.register(descriptor, select.POLLIN)
         for _ in range(CATCH_UP):
-            ready = select.select(self.descriptors(), [], [], 0)[0]
-            connections += [one for descriptor in ready for one in self.serve(descriptor)]
+            ready = poller.poll(0)
+            connections += [one for descriptor, _ in ready for one in self.serve(descriptor)]
             if not ready:
                 break
         return connections
+
+    def close(self) -> None:
+        """Where the guard lives on without its namespace's sockets (the Docker backend); a holder's end with it."""
+        for one in (*self._ears.values(), self._resolver, *self._doors.values()):
+            one.close()
 
     def _deny(self, protocol: str, destination: str, port: int) -> None:
         if len(self.records) < KEPT:

@@ -14,29 +14,22 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 from envs.rock.errors import SandboxClosedError, SandboxError, SandboxStartError
-from envs.rock.service import fleet
+from envs.rock.service import fleet, gauges
 from envs.rock.service.api import IN_SANDBOX, MAX_WAIT, Disconnected, Refusal
 from envs.rock.service.client import Client, Pipe, patiently
 from envs.rock.service.fair import FairQueue
-from envs.rock.service.fleet import Member, Resources
+from envs.rock.service.fleet import PING_SECONDS, Member, Resources
 from envs.rock.service.hub import EnvHub
 from envs.rock.service.metrics import Metrics
 from envs.rock.service.records import AUTO_CLEAR_SECONDS, ENDED, WAITING, Plan, Record
+from envs.rock.service.snapshots import Snapshots
 from envs.rock.service.templates import POOL_USER, Templates
 
 log = logging.getLogger("rock.admin")
-SWEEP_SECONDS = 1.0
+SWEEP_SECONDS, COLLECT_SECONDS = 1.0, 3600.0
 MAX_WAITING, MAX_WAITING_EACH = 50_000, 20_000  # starts in the queue, of all and of one user
-MAX_SNAPSHOTS = 1000  # of one user
-SNAPSHOT_SECONDS = 24 * 3600.0  # without a sign of its user
 REMEMBERED_SECONDS, MAX_REMEMBERED = 600.0, 20_000  # ended sandboxes, so that callers are told why
 START_TRIES = 3  # where workers are lost under it
-PING_SECONDS = 3.0
-
-
-class _Snapshot:
-    def __init__(self, user: str, member: Member):
-        self.user, self.member, self.used = user, member, time.monotonic()
 
 
 class Admin:
@@ -45,20 +38,21 @@ class Admin:
     def __init__(self, hub: EnvHub, worker_token: str, metrics: Metrics | None = None, auto_clear_seconds: float = AUTO_CLEAR_SECONDS):
         self.hub, self.metrics, self._worker_token, self._auto_clear = hub, metrics or Metrics(), worker_token, auto_clear_seconds
         self.templates = Templates(hub, self._start_ready)
-        self._members: dict[str, Member] = {}
-        self._records: dict[str, Record] = {}
+        self.members: dict[str, Member] = {}
+        self.records: dict[str, Record] = {}
         self._keys: dict[tuple[str, str], Record] = {}
-        self._snapshots: dict[str, _Snapshot] = {}
-        self._queue: FairQueue[Record] = FairQueue()
+        self.snapshots = Snapshots()
+        self.queue: FairQueue[Record] = FairQueue()
         self._tasks: set[asyncio.Task] = set()
         self._sweeper: asyncio.Task | None = None
+        self._collected = time.monotonic()
         self._ops: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
             "start": self._start, "start_async": lambda arguments, user: self._start(arguments | {"wait": 0.0}, user),
             "get_status": self._get_status, "is_alive": self._is_alive, "stop": self._stop, "fork": self._fork,
-            "commit": self._commit, "keep_alive": self._keep_alive, "delete_snapshot": self._delete_snapshot, "worker/register": self._register,
+            "commit": self._commit, "keep_alive": self._keep_alive, "delete_snapshot": self.snapshots.delete, "worker/register": self._register,
             "worker/heartbeat": self._heartbeat, **hub.operations(), "template/register": self.templates.register, "template/list": self.templates.list,
             "template/delete": self._template_delete}
-        self._describe_metrics()
+        gauges.describe(self)
 
     async def start(self) -> None:
         self._sweeper = asyncio.create_task(self._sweep_for_ever())
@@ -68,21 +62,26 @@ class Admin:
         if self._sweeper:
             self._sweeper.cancel()
         self.templates.clear()
-        await asyncio.gather(*(self._end(record, "stopped", Refusal("ended", "the admin was stopped")) for record in list(self._records.values())), return_exceptions=True)
+        await asyncio.gather(*(self._end(record, "stopped", Refusal("ended", "the admin was stopped")) for record in list(self.records.values())), return_exceptions=True)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for member in self._members.values():
+        for member in self.members.values():
             await member.link.close()
         self.hub.close()
 
     def add_worker(self, name: str, link: Any, kinds: list[str], resources: Resources, incarnation: str, local: bool = False) -> None:
         """A worker that is there from now on; one of its name that was there is lost."""
-        if old := self._members.get(name):
+        if old := self.members.get(name):
             self._bury(old, "its place was taken by a new process of that name")
-        self._members[name] = Member(name, link, kinds, resources, incarnation, local)
+        self.members[name] = Member(name, link, kinds, resources, incarnation, local)
         log.info("worker %s is there: %s, %s", name, ", ".join(kinds) or "no backend works", resources)
         self._schedule()
+
+    def lose_worker(self, name: str, why: str) -> None:
+        """Whoever started it knows that it is gone, before it is missed here."""
+        if member := self.members.get(name):
+            self._bury(member, why)
 
     # -- the service
 
@@ -90,13 +89,17 @@ class Admin:
         if op not in IN_SANDBOX:
             return await self._ops[op](arguments, user)
         if op == "restore":
-            self._snapshot_of(arguments["snapshot"], user)
-        if op == "snapshot" and sum(one.user == user for one in self._snapshots.values()) >= MAX_SNAPSHOTS:
-            raise Refusal("busy", f"{user} has {MAX_SNAPSHOTS} snapshots; delete some")
+            self.snapshots.find(arguments["snapshot"], user)
+        if op == "snapshot":
+            self.snapshots.check_room(user)
+        work = self._pass_on(op, arguments, files, user)
+        return await (asyncio.shield(self._background(work)) if op == "snapshot" else work)  # a caller that leaves must not leave one that nobody knows
+
+    async def _pass_on(self, op: str, arguments: dict[str, Any], files: Mapping[str, bytes] | None, user: str) -> dict[str, Any] | None:
         async with self._using(arguments["sandbox"], user) as record:
             answer = await record.member.link.call(op, arguments, files)
-            if op == "snapshot" or op == "wait" and answer and "snapshot" in answer:
-                self._know_snapshot(answer, user, record.member)
+            if op in ("snapshot", "wait") and answer and "snapshot" in answer:
+                self.snapshots.add(answer["snapshot"], user, record.member)
             return answer
 
     async def read(self, op: str, arguments: dict[str, Any], user: str = "") -> AsyncIterator[bytes]:
@@ -171,8 +174,7 @@ class Admin:
         """What is to be started. ValueError, IsolationError or Refusal where it cannot be had."""
         plan = self.templates.plan(arguments.get("config", {}))
         if name := arguments.get("snapshot"):
-            snapshot = self._snapshot_of(name, user)
-            plan = plan._replace(snapshot=name, pinned=snapshot.member)
+            plan = plan._replace(snapshot=name, pinned=self.snapshots.find(name, user).member)
         return plan
 
     def _ready_made(self, arguments: Mapping[str, Any], user: str) -> Record | None:
@@ -187,17 +189,17 @@ class Admin:
 
     def admit(self, plan: Plan, user: str, arguments: Mapping[str, Any]) -> Record:
         """Into the queue; Refusal if that is full, or no worker could ever take it."""
-        able = [member for member in self._members.values() if plan.pinned in (None, member) and plan.kind in member.kinds]
+        able = [member for member in self.members.values() if plan.pinned in (None, member) and plan.kind in member.kinds]
         if plan.pinned and not plan.pinned.alive:
             raise Refusal("start_failed", f"the snapshot was lost with worker {plan.pinned.name}")
-        if self._members and not any(plan.need.within(member.total) for member in able):
+        if self.members and not any(plan.need.within(member.total) for member in able):
             whom = "no worker has " + plan.kind if not able else f"the largest worker that could has {max(member.total for member in able)}"
             raise Refusal("no_capacity", f"a sandbox of {plan.need} for {plan.kind} fits nowhere: {whom}")
-        if len(self._queue) >= MAX_WAITING or self._queue.waiting(user) >= MAX_WAITING_EACH:
-            raise Refusal("queue_full", f"{len(self._queue)} starts wait, {self._queue.waiting(user)} of them {user}'s; come again later")
+        if len(self.queue) >= MAX_WAITING or self.queue.waiting(user) >= MAX_WAITING_EACH:
+            raise Refusal("queue_full", f"{len(self.queue)} starts wait, {self.queue.waiting(user)} of them {user}'s; come again later")
         record = Record(f"sb-{secrets.token_hex(12)}", user, plan, arguments, self._auto_clear)
-        self._records[record.name] = record
-        self._queue.add(record, user, record.experiment, plan.need.memory_mb)
+        self.records[record.name] = record
+        self.queue.add(record, user, record.experiment, plan.need.memory_mb)
         record.timer = asyncio.get_running_loop().call_later(plan.config.start_timeout, self._too_late, record)
         self._schedule()
         return record
@@ -206,7 +208,7 @@ class Admin:
         """Start what fits, in fair order. What does not fit yet holds the workers that could take it: a large one is not passed for ever by small ones."""
         held: set[Member] = set()
         chosen: Member | None = None
-        members = list(self._members.values())
+        members = list(self.members.values())
 
         def suits(record: Record) -> bool | None:
             nonlocal chosen
@@ -218,7 +220,7 @@ class Admin:
                 held.update(able)
             return chosen is not None
 
-        while (record := self._queue.take(suits)) is not None:
+        while (record := self.queue.take(suits)) is not None:
             chosen.take(record.plan.need)
             record.holds_place = True
             record.member, record.state, record.left_queue = chosen, "starting", time.monotonic()
@@ -264,7 +266,7 @@ class Admin:
         if record.state in ENDED:
             return
         if record.state == "queued":
-            self._queue.remove(record, record.user, record.experiment)
+            self.queue.remove(record, record.user, record.experiment)
             self._settle(record, state, error)
             return
         member, provisioning = record.member, record.provisioning
@@ -299,7 +301,7 @@ class Admin:
 
     def _mine(self, name: str, user: str) -> Record:
         """Others' sandboxes are as unknown as those that never were."""
-        record = self._records.get(name)
+        record = self.records.get(name)
         if record is None or record.user != user:
             raise Refusal("unknown_sandbox", f"there is no sandbox {name[:80]!r} of {user}'s")
         return record
@@ -309,39 +311,52 @@ class Admin:
         return await self._told(record, arguments.get("wait", 0.0))
 
     async def _is_alive(self, arguments: dict[str, Any], user: str) -> dict[str, Any]:
-        record = self._records.get(arguments["sandbox"])
+        record = self.records.get(arguments["sandbox"])
         state = record.state if record and record.user == user else "unknown"
         return {"is_alive": state == "running", "state": state}
 
     async def _stop(self, arguments: dict[str, Any], user: str) -> dict[str, Any]:
-        record = self._records.get(arguments["sandbox"])
+        record = self.records.get(arguments["sandbox"])
         if record is not None and record.user == user:
-            await self._end(record, "stopped", Refusal("ended", "the sandbox was stopped"))
+            await self._to_its_end(record, "the sandbox was stopped")
         return {}
+
+    async def _to_its_end(self, record: Record, why: str) -> None:
+        """Whoever asked may leave meanwhile: a place is free only when nothing of the sandbox is left."""
+        await asyncio.shield(self._background(self._end(record, "stopped", Refusal("ended", why))))
 
     async def _fork(self, arguments: dict[str, Any], user: str) -> dict[str, Any]:
         """Its key makes it one fork, however often it is asked for."""
         key = arguments.get("key")
         record = self._keys.get((user, key)) if key else None
         if record is None:
-            original = self._mine(arguments["sandbox"], user)
-            async with self._using(original.name, user):
-                call = {"sandbox": original.name, "call": f"fork-{secrets.token_hex(8)}", "wait": MAX_WAIT}
-                while (answer := await original.member.link.call("snapshot", call)) is None:
-                    pass  # its own time limit ends it
-            self._know_snapshot(answer, user, original.member)
-            record = self.admit(original.plan._replace(snapshot=answer["snapshot"], pinned=original.member, environment=None), user,
-                                {"experiment": original.experiment, "auto_clear_seconds": original.auto_clear})
-            record.own_snapshot = answer["snapshot"]
-            if key:
-                record.key = (user, key)
-                self._keys[record.key] = record
-            self._background(self._forget_when_started(record))
+            making = self._background(self._make_fork(self._mine(arguments["sandbox"], user), user, key))
+            try:
+                record = await asyncio.shield(making)
+            except asyncio.CancelledError:  # its caller left: one without a key nobody can ask for any more
+                if key is None:
+                    making.add_done_callback(lambda made: made.cancelled() or made.exception() or self._background(self._to_its_end(made.result(), "its caller left")))
+                raise
         return await self._told(record, arguments.get("wait"))
+
+    async def _make_fork(self, original: Record, user: str, key: str | None) -> Record:
+        async with self._using(original.name, user):
+            call = {"sandbox": original.name, "call": f"fork-{secrets.token_hex(8)}", "wait": MAX_WAIT}
+            while (answer := await original.member.link.call("snapshot", call)) is None:
+                pass  # its own time limit ends it
+        self.snapshots.add(answer["snapshot"], user, original.member)
+        record = self.admit(original.plan._replace(snapshot=answer["snapshot"], pinned=original.member, environment=None), user,
+                            {"experiment": original.experiment, "auto_clear_seconds": original.auto_clear})
+        record.own_snapshot = answer["snapshot"]
+        if key:
+            record.key = (user, key)
+            self._keys[record.key] = record
+        self._background(self._forget_when_started(record))
+        return record
 
     async def _forget_when_started(self, record: Record) -> None:
         await record.decided(None)
-        await self._delete_snapshot({"snapshot": record.own_snapshot}, record.user)
+        await self.snapshots.delete({"snapshot": record.own_snapshot}, record.user)
 
     async def _commit(self, arguments: dict[str, Any], user: str) -> dict[str, Any]:
         async with self._using(arguments["sandbox"], user) as record:
@@ -353,54 +368,35 @@ class Admin:
         """Which of them are not there (any more)?"""
         unknown, now = [], time.monotonic()
         for name in arguments["ids"]:
-            one = self._records.get(name) or self._snapshots.get(name)
-            if one is None or one.user != user or getattr(one, "state", "") in ENDED:
+            record = self.records.get(name)
+            if record is not None and record.user == user and record.state not in ENDED:
+                record.used = now
+            elif not self.snapshots.keep_alive(name, user):
                 unknown.append(name)
-            else:
-                one.used = now
         return {"unknown": unknown}
-
-    def _know_snapshot(self, answer: dict[str, Any] | None, user: str, member: Member) -> None:
-        if answer and answer["snapshot"] not in self._snapshots:
-            self._snapshots[answer["snapshot"]] = _Snapshot(user, member)
-
-    def _snapshot_of(self, name: str, user: str) -> _Snapshot:
-        snapshot = self._snapshots.get(name)
-        if snapshot is None or snapshot.user != user:
-            raise Refusal("start_failed", f"the snapshot {name[:80]!r} was deleted, lost with its worker, or never there")
-        snapshot.used = time.monotonic()
-        return snapshot
-
-    async def _delete_snapshot(self, arguments: dict[str, Any], user: str) -> dict[str, Any]:
-        snapshot = self._snapshots.get(arguments["snapshot"])
-        if snapshot is not None and snapshot.user == user:
-            del self._snapshots[arguments["snapshot"]]
-            if snapshot.member.alive:
-                await patiently(lambda: snapshot.member.link.call("worker/forget_snapshot", {"snapshot": arguments["snapshot"]}), PING_SECONDS)
-        return {}
 
     async def _template_delete(self, arguments: dict[str, Any], user: str) -> dict[str, Any]:
         for record in self.templates.delete(arguments["name"], user):
-            await self._end(record, "stopped", Refusal("ended", "its template was deleted"))
+            await self._to_its_end(record, "its template was deleted")
         return {}
 
     def _start_ready(self, plan: Plan) -> Record:
         return self.admit(plan, POOL_USER, {})
 
     def running(self, user: str) -> list[Record]:
-        return [record for record in self._records.values() if record.user == user and record.state not in ENDED]
+        return [record for record in self.records.values() if record.user == user and record.state not in ENDED]
 
     # -- workers
 
     async def _register(self, arguments: dict[str, Any], user: str) -> dict[str, Any]:
         resources = Resources(*(arguments[name] for name in Resources._fields))
-        known = self._members.get(arguments["name"])
+        known = self.members.get(arguments["name"])
         if known is None or known.incarnation != arguments["incarnation"]:
             self.add_worker(arguments["name"], Client(arguments["url"], self._worker_token), arguments["kinds"], resources, arguments["incarnation"])
         return {}
 
     async def _heartbeat(self, arguments: dict[str, Any], user: str) -> dict[str, Any]:
-        member = next((member for member in self._members.values() if member.incarnation == arguments["incarnation"]), None)
+        member = next((member for member in self.members.values() if member.incarnation == arguments["incarnation"]), None)
         if member is None:
             raise Refusal("not_found", "this worker is not known here, or was given up: end all sandboxes and register again")
         member.seen = time.monotonic()
@@ -409,12 +405,12 @@ class Admin:
 
     def _is_forgotten(self, name: str, member: Member) -> bool:
         """A sandbox whose end did not reach its worker. One that holds its place is being ended."""
-        record = self._records.get(name)
+        record = self.records.get(name)
         return record is None or record.member is not member or record.state in ENDED and not record.holds_place
 
     def _note_ended(self, names: list[str], member: Member) -> None:
         for name in names:
-            record = self._records.get(name)
+            record = self.records.get(name)
             if record is not None and record.member is member and record.state == "running":
                 self._background(self._end(record, "failed", Refusal("ended", "the sandbox ended by itself: its process died")))
 
@@ -434,17 +430,16 @@ class Admin:
         if not member.alive:
             return
         member.alive = False
-        if self._members.get(member.name) is member:
-            del self._members[member.name]
+        if self.members.get(member.name) is member:
+            del self.members[member.name]
         log.warning("worker %s is lost: %s", member.name, why)
         self.metrics.count("rock_workers_lost_total", "Workers that were lost.")
-        for name in [name for name, snapshot in self._snapshots.items() if snapshot.member is member]:
-            del self._snapshots[name]
-        for record in [record for record in self._records.values() if record.member is member and record.state not in ENDED]:
+        self.snapshots.lose(member)
+        for record in [record for record in self.records.values() if record.member is member and record.state not in ENDED]:
             lost = Refusal("worker_lost", f"worker {member.name}, which ran the sandbox, is lost: {why}")
             if record.state == "starting" and record.tries < START_TRIES and not record.plan.pinned:
                 record.member, record.state, record.holds_place = None, "queued", False
-                self._queue.add(record, record.user, record.experiment, 0.0, first=True)  # it has paid
+                self.queue.add(record, record.user, record.experiment, 0.0, first=True)  # it has paid
             else:
                 record.holds_place = False
                 self._settle(record, "failed", lost)
@@ -462,27 +457,29 @@ class Admin:
                 log.error("a sweep failed", exc_info=error)
 
     def _sweep(self, now: float) -> None:
-        for member in list(self._members.values()):
+        for member in list(self.members.values()):
             if member.local:
                 self._note_ended(member.link.ended(), member)
             elif now - member.seen > fleet.DEAD_SECONDS:
                 self._bury(member, f"no sign of it for {now - member.seen:.0f} s")
-        for record in list(self._records.values()):
+        for record in list(self.records.values()):
             if record.state == "running" and record.user != POOL_USER and not record.busy and now - record.used > record.auto_clear:
                 self.metrics.count("rock_auto_cleared_total", "Sandboxes removed since nobody used them.")
                 self._background(self._end(record, "stopped", Refusal("ended", f"the sandbox was removed after {record.auto_clear:g} s without use")))
             elif record.state == "running" and record.expires is not None and now > record.expires:
                 self._background(self._end(record, "stopped", Refusal("ended", "the sandbox's time to live is over")))
-        ended = [record for record in self._records.values() if record.state in ENDED and not record.holds_place]
+        ended = [record for record in self.records.values() if record.state in ENDED and not record.holds_place]
         for number, record in enumerate(ended):
             if now - record.ended > REMEMBERED_SECONDS or len(ended) - number > MAX_REMEMBERED:
-                del self._records[record.name]
+                del self.records[record.name]
                 if record.key:
                     self._keys.pop(record.key, None)
-        for name, snapshot in list(self._snapshots.items()):
-            if now - snapshot.used > SNAPSHOT_SECONDS:
-                self._background(self._delete_snapshot({"snapshot": name}, snapshot.user))
+        for name, user in self.snapshots.forsaken(now):
+            self._background(self.snapshots.delete({"snapshot": name}, user))
         self.templates.refill(now)
+        if now - self._collected > COLLECT_SECONDS:
+            self._collected = now
+            self._background(asyncio.to_thread(self.hub.collect))
 
     def _background(self, work: Awaitable[None]) -> asyncio.Task:
         task = asyncio.ensure_future(work)
@@ -490,21 +487,3 @@ class Admin:
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(lambda task: task.cancelled() or task.exception())  # told where it matters
         return task
-
-    def _describe_metrics(self) -> None:
-        def states() -> dict:
-            counts = {(("state", state),): 0.0 for state in ("queued", "starting", "running")}
-            for record in self._records.values():
-                if record.state not in ENDED:
-                    counts[("state", record.state),] += 1
-            return counts
-
-        gauge = self.metrics.gauge
-        gauge("rock_sandboxes", "Sandboxes by state.", states)
-        gauge("rock_waiting", "Starts in the queue, by user.", lambda: {(("user", user),): number for user, number in self._queue.users().items()})
-        gauge("rock_workers", "Workers that are there.", lambda: {(): len(self._members)})
-        gauge("rock_snapshots", "Snapshots kept.", lambda: {(): len(self._snapshots)})
-        gauge("rock_ready", "Sandboxes kept ready, by template.", lambda: {(("template", name),): number for name, number in self.templates.ready().items()})
-        for field in Resources._fields:
-            gauge(f"rock_worker_{field}_used", "Given out, by worker.", lambda field=field: {(("worker", name),): getattr(member.used, field) for name, member in self._members.items()})
-            gauge(f"rock_worker_{field}_total", "To give out, by worker.", lambda field=field: {(("worker", name),): getattr(member.total, field) for name, member in self._members.items()})

@@ -238,7 +238,7 @@ _POLL = {"call": Field("string", "a key of the caller's making: the same request
          "wait": Field("number", "seconds to wait for the end before 202 is answered; only with call", high=MAX_WAIT)}
 _TIMEOUT = {"timeout": Field("number", "seconds; by default the sandbox's", low=0.001, high=MAX_SECONDS)}
 _COMMAND = {"command": Field("string", "for bash -c", required=True, high=MAX_JSON_BYTES), **_TIMEOUT, "env": Field("map", "variables", high=1000)}
-_PATH = {"path": Field("string", "below the workspace", required=True, high=8192)}
+_PATH = {"path": Field("string", "below the workspace", required=True, high=4096)}
 _SESSION = {"session": Field("string", "its id", required=True, low=1, high=80)}
 _JOB = Field("string", "its id", low=1, high=80)
 _RESULT = "stdout, stderr, exit_code, timed_out, truncated, seconds, limits_hit, network_denials"

@@ -11,6 +11,7 @@ from envs.rock.config import SandboxConfig
 
 HEARTBEAT_SECONDS = 2.0
 DEAD_SECONDS = 12.0  # without a heartbeat
+PING_SECONDS = 3.0  # in which a worker must answer
 
 
 class Resources(NamedTuple):

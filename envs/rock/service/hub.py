@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from envs.rock.service.api import Refusal
 
 KINDS = ("environment", "image")
 MAX_BLOB_BYTES = 16 << 30
+UNNAMED_SECONDS = 24 * 3600.0  # that a blob is kept without a name
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_./:-]{0,199}")
 _SCHEMA = """CREATE TABLE IF NOT EXISTS entries (name TEXT PRIMARY KEY, kind TEXT NOT NULL, digest TEXT NOT NULL, reference TEXT NOT NULL, owner TEXT NOT NULL,
@@ -50,9 +52,20 @@ class EnvHub:
         self._database = sqlite3.connect(directory / "hub.sqlite", check_same_thread=False, timeout=10.0)
         self._database.execute("PRAGMA journal_mode=WAL")
         self._database.executescript(_SCHEMA)
-        for left in self._blobs.glob("*.part"):  # of a process that was killed
-            if time.time() - left.stat().st_mtime > 24 * 3600:
-                left.unlink(missing_ok=True)
+        self.collect()
+
+    def collect(self) -> int:
+        """Remove blobs that are a day old and have no name (never registered, or of a process that was killed); returns how many."""
+        removed = 0
+        with self._lock, self._database:
+            self._database.execute("BEGIN IMMEDIATE")  # nobody registers one meanwhile
+            named = {row[0].removeprefix("sha256:") for row in self._database.execute("SELECT digest FROM entries")}
+            for blob in self._blobs.iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    if blob.name not in named and time.time() - blob.stat().st_mtime > UNNAMED_SECONDS:
+                        blob.unlink()
+                        removed += 1
+        return removed
 
     def close(self) -> None:
         self._database.close()

@@ -1,6 +1,7 @@
 """What the admin knows of one sandbox, from the request to its end."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -51,10 +52,9 @@ class Record:
 
     async def decided(self, seconds: float | None) -> None:
         """Wait until it runs or has ended, for that long; None: as long as its start may take."""
-        try:
-            await asyncio.wait_for(self._decided.wait(), seconds)
-        except TimeoutError:
-            pass
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):  # not wait_for, which loses a cancellation that comes with the decision: its caller would have left unheard
+                await self._decided.wait()
 
     def run(self, info: dict[str, Any]) -> None:
         self.state, self.info, self.used, self.began = "running", info, time.monotonic(), time.time()

@@ -23,6 +23,8 @@ OPEN = ("/health", "/openapi.json")  # to anybody
 BODY_SECONDS = 30.0  # for all of a JSON body
 STALL_SECONDS = 60.0  # between two pieces of a file
 MAX_REQUESTS = 20_000  # served at once; starts that wait in the queue hold one each
+# For web.AppRunner. A caller that leaves cancels what it asked for, those that wait in rounds come again after a shutdown, and a path of 4096 bytes fits in a query.
+RUNNER = {"access_log": None, "shutdown_timeout": 2.0, "handler_cancellation": True, "max_line_size": 64 << 10}
 USER = web.RequestKey("user", str) if hasattr(web, "RequestKey") else "user"
 
 

@@ -14,9 +14,10 @@ from envs.rock.service import archive
 from envs.rock.service.api import Disconnected, Refusal, config_from_json, result_to_json
 from envs.rock.service.client import Client, Pipe, StreamPipe
 from envs.rock.service.fleet import DEAD_SECONDS, HEARTBEAT_SECONDS
-from envs.rock.tiers import probe
+from envs.rock.tiers import probe, probe_docker
 
 log = logging.getLogger("rock.worker")
+LEFT_WITH_CALLER = ("execute", "run_in_session", "verify")  # without a key these end when their caller leaves; all else is finished
 MAX_CALLS = 64  # of one sandbox, at once
 KEPT_ENDS, KEPT_SECONDS = 16, 30.0  # of finished calls, for callers that lost the connection
 KEPT_JOBS = 64  # that have ended, in one sandbox
@@ -97,6 +98,7 @@ class Worker:
         self.backends = backends
         self._held: dict[str, _Held] = {}
         self._snapshots: dict[str, Snapshot] = {}
+        self._finishing: set[asyncio.Future] = set()
         self._ops: dict[str, Callable[..., Awaitable[dict[str, Any] | None]]] = {
             "execute": self._execute, "spawn": self._spawn, "create_session": self._create_session, "run_in_session": self._run_in_session, "verify": self._verify,
             "snapshot": self._snapshot, "restore": self._restore, "interrupt": self._interrupt, "kill": self._kill, "kill_all": self._kill_all,
@@ -107,12 +109,11 @@ class Worker:
         found = []
         for backend in self.backends:
             for isolation in ("required", "best_available"):
-                if backend == "embedded":
-                    try:
-                        (await asyncio.to_thread(probe, isolation)).require(isolation)
-                    except SandboxError:
-                        continue
-                found.append(f"{backend}:{isolation}")  # a Docker engine says at the start what it cannot enforce
+                try:
+                    (await (asyncio.to_thread(probe, isolation) if backend == "embedded" else asyncio.to_thread(probe_docker))).require(isolation)
+                    found.append(f"{backend}:{isolation}")
+                except SandboxError as error:
+                    log.warning("no %s:%s here: %s", backend, isolation, error)
         return found
 
     async def close(self) -> None:
@@ -161,8 +162,13 @@ class Worker:
         if op == "verify":
             arguments = arguments | {"files": files or {}}
         key = arguments.get("call")
-        if key is None:
+        if key is None and op in LEFT_WITH_CALLER:
             return await self._ops[op](held, arguments)
+        if key is None:
+            work = asyncio.ensure_future(self._ops[op](held, arguments))
+            self._finishing.add(work)
+            work.add_done_callback(self._finishing.discard)
+            return await asyncio.shield(work)
         if key not in held.calls:
             self._make_room(held)
             held.calls[key] = _Call(self._ops[op](held, arguments))
@@ -353,8 +359,13 @@ async def report(worker: Worker, admin: Client, registration: Mapping[str, Any])
                 await worker.close()
                 known = False
         except SandboxError as error:
-            if getattr(error, "code", "") != "not_found":
+            code = getattr(error, "code", "")
+            if code in ("unauthorized", "forbidden"):
                 raise
+            if code != "not_found":  # it is busy, say: the next sign of life may get through
+                log.warning("the admin at %s refused a sign of life: %s", admin.url, error)
+                await asyncio.sleep(HEARTBEAT_SECONDS)
+                continue
             log.warning("the admin does not know this worker (any more): it begins anew, without sandboxes")
             await worker.close()
             known = False

@@ -130,7 +130,7 @@ def base_image() -> bytes:
             files[f"usr/bin/{name}"] = os.path.realpath(path)
     for library in set(re.findall(r"(/\S+) \(0x", subprocess.run(["ldd", *files.values()], capture_output=True, text=True, timeout=30).stdout)):
         files[_below_usr(library)] = os.path.realpath(library)
-    files |= {str(path).lstrip("/"): str(path) for path in PERL.rglob("*") if path.is_file()}
+    files |= {str(path).lstrip("/"): str(path) for path in PERL.rglob("*") if path.is_file()} | _python()
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for name in ("usr", "usr/bin", "etc", "proc", "sys", "dev", "run", "root", "var", "home"):
@@ -143,6 +143,19 @@ def base_image() -> bytes:
         for name, path in sorted(files.items()):
             _add(tar, name, mode=0o755, content=pathlib.Path(path).read_bytes())
     return buffer.getvalue()
+
+
+def _python() -> dict[str, str]:
+    """The system's Python and the modules that hostile programs use; nothing where it has none."""
+    program = pathlib.Path("/usr/bin/python3").resolve()
+    library = pathlib.Path(f"/usr/lib/{program.name}")
+    if not program.exists() or not library.exists():
+        return {}
+    left_out = {"test", "idlelib", "tkinter", "lib2to3", "ensurepip", "distutils", "pydoc_data", "__pycache__", "dist-packages"}
+    modules = [path for path in library.rglob("*.*") if not left_out & set(path.relative_to(library).parts) and path.suffix in (".py", ".so") and not path.parent.name.startswith("config-")]
+    binaries = [str(program), *(str(path) for path in modules if path.suffix == ".so")]
+    needed = set(re.findall(r"(/\S+) \(0x", subprocess.run(["ldd", *binaries], capture_output=True, text=True, timeout=30).stdout))
+    return {"usr/bin/python3": str(program)} | {str(path).lstrip("/"): str(path) for path in modules} | {_below_usr(path): os.path.realpath(path) for path in needed}
 
 
 def _below_usr(path: str) -> str:

@@ -53,17 +53,15 @@ def test_the_system_call_filter_refuses_what_the_embedded_one_refuses(inside):
              ("socket", "16,3,0"), ("socket", "3,1,0"), ("socketpair", "2,1,0,0"), ("ioctl", "0,0x5412,0"), ("ioctl", "0,0x100005412,0")]
     program = "; ".join(f"$r = syscall({numbers[name]},{arguments}); print '{name} ', $r < 0 ? $!+0 : 'GOT', ' '" for name, arguments in calls)
     allowed = f"; print syscall({numbers['socket']},1,1,0) > 0, syscall({numbers['socket']},2,1,0) > 0, syscall({numbers['socket']},10,2,0) > 0"
-    refused = inside(lambda sandbox: sandbox.execute(f"perl -e {shlex.quote(program + allowed)}; echo > /dev/udp/1.1.1.1/53 && echo GOT"))
+    refused = inside(lambda sandbox: sandbox.execute(f"perl -e {shlex.quote(program + allowed)}; echo > /dev/tcp/1.1.1.1/53 && echo GOT"))
     assert refused.stdout.split() == "unshare 1 clone 1 bpf 1 io_uring 38 keyctl 1 ptrace 1 socket 97 socket 97 socket 97 socketpair 97 ioctl 1 ioctl 1 111".split()
-    assert "Network is unreachable" in refused.stderr
+    assert "Connection refused" in refused.stderr
 
 
 def test_what_cannot_be_enforced_is_refused(engine):
     async def start(**fields):
         await Sandbox(config(engine, **fields)).start()
 
-    with pytest.raises(IsolationError, match="egress=.*pypi.org.*no guard.*leave egress empty"):
-        asyncio.run(start(egress=("pypi.org:443",)))
     with pytest.raises(IsolationError, match="no runtime 'nowhere', only .*runc.*remedy: install nowhere"):
         asyncio.run(start(runtime="nowhere"))
     with pytest.raises(SandboxStartError, match="has no image 'no/such:1'; pull it or build it"):
@@ -76,7 +74,7 @@ def test_without_an_engine_the_probe_says_what_is_missing(monkeypatch):
 
     monkeypatch.setenv("DOCKER_HOST", "unix:///nonexistent/docker.sock")
     report = probe_docker()
-    assert report.tier is None and "no Docker engine answers at unix:///nonexistent" in report.missing[0].reason and "start dockerd" in report.missing[0].remedy
+    assert report.tier is None and "nothing is at unix:///nonexistent" in report.missing[0].reason and "start dockerd" in report.missing[0].remedy
     monkeypatch.setenv("DOCKER_HOST", "tcp://10.0.0.1:2375")
     assert "unix:// socket" in probe_docker().missing[0].reason
 
@@ -200,7 +198,7 @@ def test_the_status_counts_what_is_used(inside):
 
     before, after, _, denials = inside(work)
     assert after.disk_bytes - before.disk_bytes >= 3_000_000 and after.inodes - before.inodes == 4 and after.cpu_seconds > before.cpu_seconds
-    assert (after.commands, after.sessions, after.network_denials, denials) == (1, 0, None, []) and after.pids >= 3 and after.memory_bytes > 3_000_000
+    assert (after.commands, after.sessions, after.network_denials, denials) == (1, 0, 0, []) and after.pids >= 3 and after.memory_bytes > 3_000_000
 
 
 # Sessions

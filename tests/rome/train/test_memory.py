@@ -31,6 +31,21 @@ def test_what_a_step_frees_stays_with_the_process():
     assert kept > given_back + 48, (kept, given_back)
 
 
-def test_training_asks_for_it_before_jax_is_imported():
-    text = (ROOT / "launch/train.py").read_text()
-    assert text.index("keep_freed_memory()") < text.index("apply_flags()\n    config")
+TRAINING = """
+import sys
+from launch import train
+from rome.train import memory
+
+def asked():
+    from jax._src import xla_bridge
+    print("devices were looked for:", xla_bridge.backends_are_initialized())
+    sys.exit(0)
+
+memory.keep_freed_memory = asked
+train.main(train.parse(["launch.train", "--config=experiments/ipa.py:smoke"])[:1])
+"""
+
+
+def test_training_asks_for_it_before_jax_looks_for_devices_and_starts_threads():
+    ended = subprocess.run([sys.executable, "-c", TRAINING], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.stdout == "devices were looked for: False\n", ended.stderr

@@ -8,9 +8,11 @@ from collections.abc import AsyncIterator
 from aiohttp import web
 
 from envs.rock import SandboxConfig
+from envs.rock.service.apps import make_worker
 from envs.rock.service.fleet import Resources
+from envs.rock.service.server import RUNNER
 from envs.rock.service.worker import Worker
-from launch.rock import make_admin, make_worker
+from launch.rock import make_admin
 
 TOKENS = {"default": "token-of-the-default-user", "other": "token-of-another-user", "worker": "token-of-the-workers"}
 
@@ -30,7 +32,7 @@ class Site:
 
 @contextlib.asynccontextmanager
 async def site(app: web.Application) -> AsyncIterator[Site]:
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=2.0)
+    runner = web.AppRunner(app, **RUNNER)
     await runner.setup()
     try:
         listener = web.TCPSite(runner, "127.0.0.1", 0)
@@ -41,8 +43,8 @@ async def site(app: web.Application) -> AsyncIterator[Site]:
 
 
 @contextlib.asynccontextmanager
-async def admin(data: pathlib.Path, worker: bool = True, auto_clear: float = 300.0, resources: tuple = ()) -> AsyncIterator[Site]:
-    async with site(make_admin(data, TOKENS, Worker() if worker else None, auto_clear, resources)) as running:
+async def admin(data: pathlib.Path, worker: bool = True, auto_clear: float = 300.0, resources: tuple = (), backends: tuple[str, ...] = ("embedded",)) -> AsyncIterator[Site]:
+    async with site(make_admin(data, TOKENS, Worker(backends) if worker else None, auto_clear, resources)) as running:
         yield running
 
 
@@ -53,7 +55,7 @@ async def worker_of(admin_url: str, name: str, resources: Resources = Resources(
     listener = socket.create_server(("127.0.0.1", 0))  # before the worker registers: it says where it is
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     app = make_worker(worker, TOKENS, admin_url, {"name": name, "url": url, **resources._asdict()})
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=2.0)
+    runner = web.AppRunner(app, **RUNNER)
     await runner.setup()
     try:
         await web.SockSite(runner, listener).start()
