@@ -54,6 +54,8 @@ _EPISODE_SECONDS = flags.DEFINE_float("episode_seconds", 600.0, "Of one attempt 
 _ENDPOINT = flags.DEFINE_string("endpoint", "", "endpoint: URL of an OpenAI-compatible server, up to and with /v1.")
 _MODEL = flags.DEFINE_string("model", "", "endpoint: name of the model.")
 _API_KEY_ENV = flags.DEFINE_string("api_key_env", "OPENAI_API_KEY", "endpoint: the environment variable that holds the key.")
+_STANDS_FOR = flags.DEFINE_multi_string("stands_for", [], "IMAGE=PROGRAM,PROGRAM: a base image that cannot be had; this machine's system stands for it, if it "
+                                        "has these programs.")
 _VALIDATE = flags.DEFINE_bool("validate", False, "Prove the dataset: oracle 1, no-op 0, cheats 0.")
 _DECONTAMINATE = flags.DEFINE_string("decontaminate", "", "A folder of text: report which tasks stand in it.")
 
@@ -65,12 +67,20 @@ def main(argv: list[str]) -> int:
     from rome.evals.tasks import dataset_digest, load_tasks
 
     faults = [] if _VALIDATE.value else None
-    tasks = load_tasks(_DATASET.value, _SEED.value, faults, _FETCH.value)
+    tasks = load_tasks(_DATASET.value, _SEED.value, faults, _FETCH.value, dict(map(read_alias, _STANDS_FOR.value)))
     if _DECONTAMINATE.value:
         return decontaminate(tasks)
     identity = {"dataset": _DATASET.value, "dataset_digest": dataset_digest(tasks), "agent": "validate" if _VALIDATE.value else _AGENT.value,
                 "seed": _SEED.value, "isolation": find_isolation(_ISOLATION.value), **({"docker_image": _DOCKER_IMAGE.value} if _DOCKER_IMAGE.value else {}), **agent_identity()}
     return validate(tasks, faults, identity) if _VALIDATE.value else evaluate(tasks, identity)
+
+
+def read_alias(text: str) -> tuple[str, tuple[str, ...]]:
+    """IMAGE=PROGRAM,PROGRAM as (image, programs)."""
+    image, equals, programs = text.partition("=")
+    if not image or not equals:
+        raise ValueError(f"--stands_for={text!r} is not IMAGE=PROGRAM,PROGRAM, such as python:3.13-slim=python3,pip")
+    return image, tuple(program for program in programs.split(",") if program)
 
 
 def check_flags() -> None:

@@ -23,6 +23,10 @@ from typing import Any
 from absl import app, flags
 from aiohttp import web
 
+import envs.games  # noqa: F401  (these register what is served)
+import envs.problems  # noqa: F401
+import envs.tasks.terminal  # noqa: F401
+import envs.worlds  # noqa: F401
 from envs.gem.server import GemService
 from envs.rock.service import e2b
 from envs.rock.service.admin import Admin

@@ -49,7 +49,6 @@ class EnginePool:
         self.restart = dict(restart or {})
         self.weights: Weights | None = None  # the current ones; None until the first publication
         self.supervised = False  # whether somebody brings engines back
-        self.asleep = False  # between `release_memory` and `take_back_memory`: nothing is brought to the engines
         self._bringing: dict[str, asyncio.Lock] = {}
         self._opened: asyncio.Event | None = None  # set when an engine becomes ready
         self._homes: collections.OrderedDict[str, Engine] = collections.OrderedDict()
@@ -172,32 +171,10 @@ class EnginePool:
             except TimeoutError:
                 raise EngineError(f"no engine came back within {seconds:.0f} s: " + "; ".join(self.causes.values())) from None
 
-    async def release_memory(self) -> None:
-        """Stops sampling everywhere and frees the engines' devices for the learner. Requests wait on this side until `take_back_memory`, then
-        a publication, since what the memory holds afterwards is undefined.
-
-        Raises: EngineError when none could.
-        """
-
-        self.asleep = True
-
-        async def release(engine: Engine) -> None:
-            async with self._bringing[engine.url]:
-                self.states[engine.url] = "updating"
-                engine.hold()
-                await engine.pause("abort")
-                await engine.release_memory()
-
-        await self._each(self.engines_in("ready", "updating"), release)
-
-    async def take_back_memory(self) -> None:
-        """After `release_memory`: the engines have their memory again, and wait for weights (`publish_weights`)."""
-        await self._each(self.engines_in("updating"), lambda engine: engine.resume_memory())
-        self.asleep = False
-
     async def lend(self, count: int) -> None:
         """Time division: frees the devices of `count` engines for the learner, always of the last ones. What ran there goes on on the others, from the
-        tokens that it had. `take_back`, then a publication, ends it. One that cannot be lent goes into quarantine.
+        tokens that it had; where all are lent, it waits. `take_back`, then a publication, ends it: what the memory holds afterwards is undefined. One
+        that cannot be lent goes into quarantine.
         """
 
         async def lend(engine: Engine) -> None:
@@ -206,7 +183,7 @@ class EnginePool:
                 await engine.pause("abort")
                 await engine.release_memory()
 
-        await self._each([engine for engine in self.engines[-count:] if self.states[engine.url] in ("ready", "updating")], lend, rest=0)
+        await self._each([engine for engine in self.engines[-count:] if self.states[engine.url] in ("ready", "updating")], lend)
 
     async def take_back(self) -> None:
         """The engines that were lent have their memory again; they serve once a publication has brought weights there."""
@@ -215,10 +192,10 @@ class EnginePool:
             await engine.resume_memory()
             self.states[engine.url] = "starting"
 
-        await self._each(self.engines_in("lent"), take, rest=0)
+        await self._each(self.engines_in("lent"), take)
 
-    async def _each(self, engines: Sequence[Engine], act: Callable, rest: int = 1) -> None:
-        """Does one thing on several engines at once. One that fails goes into quarantine; raises when fewer than `rest` serve."""
+    async def _each(self, engines: Sequence[Engine], act: Callable) -> None:
+        """Does one thing on several engines at once. One that fails goes into quarantine."""
 
         async def attempt(engine: Engine) -> None:
             try:
@@ -227,8 +204,6 @@ class EnginePool:
                 self.quarantine(engine, str(error))
 
         await asyncio.gather(*(attempt(engine) for engine in engines))
-        if rest:
-            await self.wait_ready(0)
 
     def _take_out(self, engine: Engine, state: State, cause: str) -> None:
         if self.states[engine.url] != state:

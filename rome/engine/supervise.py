@@ -51,7 +51,7 @@ async def _care(pool: EnginePool, engine: Engine, interval_s: float, probe_s: fl
     """One engine's probes and recoveries, for ever."""
     busy = failures = 0
     while True:
-        match "updating" if pool.asleep else pool.states[engine.url]:
+        match pool.states[engine.url]:
             case "updating" | "lent":  # whoever updates it has a deadline; one whose memory is lent out has nothing to answer with
                 busy = failures = 0
             case "ready":

@@ -93,3 +93,14 @@ def test_a_checkpoint_plays_through_the_engine_that_is_started_for_it(tmp_path):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["attempts_counted"] == 4 and results["pass_at_1"] == 0.0 and results["cost"]["tokens"]["completion"] > 0
     assert "pass@2 0.000" in said
+
+
+def test_a_base_image_that_cannot_be_had_is_stood_for_by_this_system(tmp_path):
+    write_task(tmp_path / "tasks", "a", dockerfile="FROM registry.example/team/base:7\nWORKDIR /app\n")
+    command = ("--dataset", tmp_path / "tasks", "--agent", "oracle", "--out")
+    code, _, _ = run(*command, tmp_path / "refused")
+    assert code == 1 and "registry.example/team/base:7" in records(tmp_path / "refused")[0]["note"]
+    assert run(*command, tmp_path / "out", "--stands_for", "registry.example/team/base=bash,sed")[0] == 0
+    assert records(tmp_path / "out")[0]["reward"] == 1.0
+    code, _, error = run(*command, tmp_path / "wrong", "--stands_for", "python3")
+    assert code == 2 and "is not IMAGE=PROGRAM" in error

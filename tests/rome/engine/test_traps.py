@@ -400,11 +400,11 @@ def test_memory_is_lent_to_the_learner_and_nothing_is_sampled_before_weights_are
             async with supervised(pool):
                 task = asyncio.ensure_future(pool.generate(PROMPT, Sampling(30), 30))
                 await until(lambda: servers[0].running or servers[1].running)
-                await pool.release_memory()
+                await pool.lend(2)
                 assert all(server.released == {"weights", "kv_cache"} for server in servers)
                 await asyncio.sleep(0.2)
-                assert not task.done() and set(pool.states.values()) == {"updating"}
-                await pool.take_back_memory()
+                assert not task.done() and set(pool.states.values()) == {"lent"}
+                await pool.take_back()
                 assert all(server.released == set() for server in servers)
                 await asyncio.sleep(0.1)
                 assert not task.done()
@@ -412,5 +412,28 @@ def test_memory_is_lent_to_the_learner_and_nothing_is_sampled_before_weights_are
                 completion = await task
                 assert [version for version, _, _ in completion.versions] in ([1, 2], [2])
                 assert_by_one_version_each(completion, PROMPT)
+
+    run(conversation())
+
+
+def test_what_an_engine_was_sampling_when_it_is_lent_goes_on_on_another_one_from_its_tokens(tmp_path):
+    servers = [FakeSGLang(), FakeSGLang()]
+
+    async def conversation():
+        async with fakes(*servers) as engines:
+            pool = EnginePool(engines)
+            await bring(pool, tmp_path, 1)
+            async with supervised(pool):
+                tasks = [asyncio.ensure_future(pool.generate(PROMPT, Sampling(30), 30, affinity=str(number))) for number in range(4)]
+                await until(lambda: servers[0].running and servers[1].running)
+                await pool.lend(1)
+                assert (pool.states[engines[0].url], pool.states[engines[1].url]) == ("ready", "lent")
+                assert servers[1].released == {"weights", "kv_cache"} and not servers[0].released
+                for completion in await asyncio.gather(*tasks):
+                    assert_by_one_version_each(completion, PROMPT)
+                await pool.take_back()
+                assert pool.states[engines[1].url] == "starting"
+                await bring(pool, tmp_path, 2)
+                assert set(pool.states.values()) == {"ready"}
 
     run(conversation())
