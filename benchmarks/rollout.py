@@ -1,6 +1,6 @@
 r"""How much does asynchrony bring, on identical samples, with the scheduler that trains: and what does the scheduler itself cost.
 
-python -m benchmarks.rollout --json rollout.json [--scale 0.1] [--steps 20] [--latencies lognormal,terminal]
+python -m benchmarks.rollout --json rollout.json [--scale 0.05] [--steps 40] [--latencies lognormal,terminal]
 
 64 episodes at once in groups of 8, 8 turns each; an environment that takes a lognormal latency a turn (mean 1 s, sigma 1), or one drawn from what
 terminal commands were recorded to take here, brought to the same mean; an engine that answers in 0.05 s; 64 trajectories a step; a train step of a
@@ -236,8 +236,8 @@ def show(name: str, found: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=pathlib.Path)
-    parser.add_argument("--scale", type=float, default=0.1, help="of all sleeps")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--scale", type=float, default=0.05, help="of all sleeps")
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--latencies", default="lognormal,terminal")
     options = parser.parse_args()
     found: dict[str, Any] = {}

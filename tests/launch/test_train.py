@@ -81,6 +81,7 @@ def test_sft_leaves_what_programs_read(sft):
     assert trajectory["schema_version"] == "ATIF-v1.7" and trajectory["steps"][1]["source"] == "agent"
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_and_is_bitwise_the_run_that_was_not_killed(sft, tmp_path):
     assert train_and_interrupt(SFT, tmp_path / "run", signal.SIGKILL, after_steps=3) == -signal.SIGKILL
     train(SFT, tmp_path / "run")
@@ -169,6 +170,7 @@ def test_a_broken_checkpoint_is_named_with_the_remedy(sft, tmp_path):
     assert done.returncode == 1 and "checkpoints/6 cannot be read" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_plain_text_is_learnt_killed_and_resumed(tmp_path):
     flags = ["--config=experiments/cpt.py:smoke", "--config.steps=8", "--config.checkpoint_every=2"]
     train(flags, tmp_path / "whole")

@@ -56,7 +56,7 @@ def one_update(learner: Learner, batches) -> tuple[dict, dict]:
 
 
 @pytest.mark.parametrize("loss, router", [
-    ("ipa", {}), ("token_level", {}), ("grpo", {}), ("ipa", {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.5}),
+    ("ipa", {}), pytest.param("token_level", {}, marks=pytest.mark.slow), pytest.param("grpo", {}, marks=pytest.mark.slow), ("ipa", {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.5}),
 ])
 def test_the_micro_batch_split_does_not_change_gradient_or_metrics(loss, router):
     whole, split = (one_update(make_learner(loss, **router), packed(rows)) for rows in (8, 2))
@@ -104,6 +104,7 @@ def test_two_runs_of_one_seed_are_bitwise_equal():
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two)))
 
 
+@pytest.mark.slow
 def test_moments_in_the_hosts_memory_give_the_same_update():
     learner = make_learner("ipa", {"fsdp": 2, "expert": 2})
     away = dataclasses.replace(learner, offload_moments=True)
