@@ -6,6 +6,7 @@ import asyncio
 import base64
 import hmac
 import json
+import logging
 import time
 import uuid
 from collections.abc import Callable
@@ -180,6 +181,7 @@ class Server:
         tags = _memory_tags(await _body(http))
         async with self._updating:
             await self._in_thread(lambda: self.scheduler.release_memory(tags), refused=ValueError)
+        logging.info("memory released: %s", ", ".join(tags))
         return web.json_response(None)
 
     async def resume_memory_occupation(self, http: web.Request) -> web.Response:

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -40,13 +39,16 @@ def test_the_sandbox_manager_dies_and_its_episodes_are_played_again(start, tmp_p
     workdir = tmp_path / "run"
     with training([*IPA, start, "--config.steps=8"], workdir) as process:
         wait_for_steps(process, workdir, 1)
+        killed = 0
         for _ in range(3):
             for victim in find(process.pid, "host import zygote"):
                 os.kill(victim, signal.SIGKILL)
+                killed += 1
             time.sleep(1.0)
+        assert killed
         assert process.wait(240) == 0, output(workdir)[-2000:]
     accounting = check_whole(workdir, steps=8)
-    assert set(accounting["dropped"]) <= {"infra_sandbox", "equal_group"} and accounting["dropped"].get("infra_sandbox", 0) >= 0
+    assert {reason for reason, number in accounting["dropped"].items() if number} <= {"infra_sandbox"}
     assert not find(os.getpid(), "host import zygote")
 
 
@@ -56,7 +58,8 @@ def test_engines_that_are_lent_to_the_learner_come_back_with_its_weights(start, 
         assert process.wait(280) == 0, output(workdir)[-2000:]
     check_whole(workdir)
     assert all(line["engines"] == 2 and line["max_mismatch"] < 1e-3 for line in metrics(workdir))
-    assert "release_memory_occupation" in (workdir / "engine_1.log").read_text() + output(workdir) or True
+    released = [(workdir / name).read_text().count("memory released") for name in ("engine.log", "engine_1.log")]
+    assert released == [0, 6]
 
 
 def test_a_full_disk_is_said_in_one_line_and_room_is_all_that_the_run_needs(start, tmp_path):
@@ -91,4 +94,4 @@ def test_the_trainer_is_killed_again_and_again_and_the_run_ends_whole(start, tmp
     with training(flags, workdir) as process:
         assert process.wait(240) == 0, output(workdir)[-2000:]
     check_whole(workdir)
-    assert "resumed at step" in output(workdir) and sys.executable
+    assert "resumed at step" in output(workdir)
