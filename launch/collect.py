@@ -89,6 +89,7 @@ class Collector:
             learnt, row_length=config.row_length, chunks_per_row=config.chunks_per_row, gamma=config.gamma, failure_reward=config.failure_reward,
             routes_for=run.model_config if config.routing_replay == "rollout" else None,
             advantage=ADVANTAGES.get(config.loss, "normalised"), anchor=config.anchor, denial_penalty=config.denial_penalty,
+            negative_weight=config.negative_weight, negative_tokens=config.negative_tokens,
         )
         run.require_same_rows(step, batch)
         batches = self._with_old(microbatches(batch, config.rows_per_microbatch), state)

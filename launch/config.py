@@ -36,7 +36,7 @@ CPT_KEYS = COMMON_KEYS | {"rows": int, "text": str, "held_out_share": float, "ev
 SFT_KEYS = AGENT_KEYS | {"rows": int, "expert_episodes": int, "expert_error_rate": float}
 RL_KEYS = AGENT_KEYS | {
     "gamma": float, "mismatch_threshold": float, "mismatch_low": float, "mismatch_mask": str, "lambda_rl": float, "lambda_il": float, "norm": str,
-    "failure_reward": float, "denial_penalty": float, "clip_low": float, "clip_high": float, "dual_clip": float, "anchor": str, "old": str, "routing_replay": str, "groups": int, "group_size": int, "filter_groups": bool,
+    "failure_reward": float, "negative_weight": float, "negative_tokens": int, "denial_penalty": float, "clip_low": float, "clip_high": float, "dual_clip": float, "anchor": str, "old": str, "routing_replay": str, "groups": int, "group_size": int, "filter_groups": bool,
     "replace_equal": bool, "async_ratio": int, "late": str, "whole_groups": bool, "redundancy": int, "redundant_groups": int, "keep_redundant": bool,
     "lend_engines": int, "resampling": str, "resample_share": float, "alarm_kl": float,
 }
@@ -50,7 +50,7 @@ CHOICES = {
     "anchor": ("history", "observation"), "old": ("trainer", "rollout"), "routing_replay": ("off", "rollout", "recompute"), "isolation": ("required", "best_available"), "backend": BACKENDS, "model": tuple(PRESETS), "remat": REMATS,
     "late": get_args(Late), "resampling": get_args(Resampling),
 }
-MAY_BE_ZERO = {"seed", "warmup_updates", "weight_decay", "eval_every", "expert_error_rate", "lambda_rl", "lambda_il", "failure_reward", "denial_penalty", "temperature", "eval_temperature", "capacity_factor", "router_z_loss_coef", "async_ratio", "redundancy", "redundant_groups", "lend_engines", *OF_SOME_LOSSES}
+MAY_BE_ZERO = {"seed", "warmup_updates", "weight_decay", "eval_every", "expert_error_rate", "lambda_rl", "lambda_il", "failure_reward", "negative_weight", "negative_tokens", "denial_penalty", "temperature", "eval_temperature", "capacity_factor", "router_z_loss_coef", "async_ratio", "redundancy", "redundant_groups", "lend_engines", *OF_SOME_LOSSES}
 TOKEN = "ROCK_TOKEN"  # of a ROCK admin, in the environment
 
 

@@ -15,7 +15,7 @@ import grain.experimental
 import numpy as np
 
 from rome.data.advantages import Anchor, Estimator, group_advantages, loss_reward
-from rome.data.batch import CONTEXT, IMITATION, Batch
+from rome.data.batch import CONTEXT, IMITATION, RL, Batch
 from rome.data.routes import join_routes
 from rome.data.trajectory import KINDS, Chunk, Trajectory
 from rome.losses.ipa import chunk_returns
@@ -33,6 +33,7 @@ _CHUNK_FEATURES = {"return": np.float32, "reward": np.float32, "sign": np.float3
 def pack(
     trajectories: Sequence[Trajectory], *, row_length: int, chunks_per_row: int, gamma: float, failure_reward: float, purpose: Purpose = "rl",
     routes_for: ModelConfig | None = None, advantage: Estimator = "normalised", anchor: Anchor = "history", denial_penalty: float = 0.0,
+    negative_weight: float = 1.0, negative_tokens: int = 0,
 ) -> Batch:
     """All trainable trajectories, each once and whole, in as few rows as best-fit finds; the longest first.
 
@@ -46,6 +47,8 @@ def pack(
       routes_for: the model that is to replay the chunks' routes; they are checked against it. None: the batch has no routes.
       denial_penalty: what an episode loses that reached for a network which its sandbox does not grant.
       advantage, anchor: how a group is compared (`rome.data.advantages`).
+      negative_weight: what failures count beside successes: it multiplies their return and reward, and advantages below 0.
+      negative_tokens: failures with more action tokens than this are only read; 0: all are learnt from. Negatives that grow longer come before a collapse.
     Returns:
       As many rows as were needed, none if nothing is trainable. The same list gives the same rows.
     """
@@ -54,7 +57,8 @@ def pack(
     examples = [
         to_example(
             trajectory, row_length=row_length, chunks_per_row=chunks_per_row, gamma=gamma, failure_reward=failure_reward,
-            advantage=advantage_K, purpose=purpose, routes_for=routes_for, denial_penalty=denial_penalty,
+            advantage=advantage_K, purpose=purpose, routes_for=routes_for, denial_penalty=denial_penalty, negative_weight=negative_weight,
+            negative_tokens=negative_tokens,
         )
         for trajectory, advantage_K in zip(trajectories, advantages)
     ]
@@ -86,7 +90,7 @@ def microbatches(batch: Batch, rows_per_microbatch: int) -> list[Batch]:
 
 def to_example(
     trajectory: Trajectory, *, row_length: int, chunks_per_row: int, gamma: float, failure_reward: float, advantage: float | np.ndarray,
-    purpose: Purpose, routes_for: ModelConfig | None = None, denial_penalty: float = 0.0,
+    purpose: Purpose, routes_for: ModelConfig | None = None, denial_penalty: float = 0.0, negative_weight: float = 1.0, negative_tokens: int = 0,
 ) -> dict[str, np.ndarray]:
     """One trajectory as features of two lengths, its tokens and its chunks. Raises ValueError if a row cannot hold it.
 
@@ -96,12 +100,15 @@ def to_example(
     _check_fits(trajectory, turns, row_length, chunks_per_row)
     reward = loss_reward(trajectory, failure_reward, denial_penalty)
     everywhere = np.ones(len(turns))
+    weight = 1.0 if reward > 0 else negative_weight
+    too_long = reward <= 0 and 0 < negative_tokens < sum(len(chunk.action_ids) for _, chunk in turns if chunk.kind == "rl")
+    kinds = np.array([_kind(chunk, purpose) for _, chunk in turns])
     per_chunk = {
-        "return": chunk_returns(reward, len(turns), gamma),
-        "reward": reward * everywhere,
+        "return": weight * chunk_returns(reward, len(turns), gamma),
+        "reward": weight * reward * everywhere,
         "sign": (1.0 if reward > 0 else -1.0) * everywhere,
-        "advantage": advantage * everywhere,
-        "kind": [_kind(chunk, purpose) for _, chunk in turns],
+        "advantage": np.where(advantage * everywhere < 0, negative_weight, 1.0) * advantage,
+        "kind": np.where((kinds == RL) & too_long, CONTEXT, kinds),
     }
     pieces = [_token_features(trajectory, prompt_ids, chunk) for prompt_ids, chunk in turns]
     per_token = {name: np.concatenate([piece[name] for piece in pieces]) for name in _TOKEN_FEATURES}

@@ -215,6 +215,22 @@ def test_rl_learns_from_every_action_and_sft_from_sound_ones_only():
         packed(turns, purpose="dpo")
 
 
+def test_negatives_weigh_less_and_too_long_ones_are_only_read():
+    won, lost = trajectory((1, 2)), trajectory((1, 2), (1, 1), reward=0.0, ending="failure")
+    plain = packed([won, lost], failure_reward=-1.0, gamma=0.5)
+    light = packed([won, lost], failure_reward=-1.0, gamma=0.5, negative_weight=0.25)
+    failed = plain.valid_BC & (plain.sign_BC < 0)
+    for name in ("return_BC", "reward_BC", "advantage_BC"):
+        before, after = getattr(plain, name), getattr(light, name)
+        assert before[failed].all()
+        np.testing.assert_allclose(after[failed], 0.25 * before[failed])
+        np.testing.assert_array_equal(after[~failed], before[~failed])
+    assert (packed([won, lost], failure_reward=-1.0, negative_tokens=3).kind_BC == plain.kind_BC).all()
+    short = packed([won, lost], failure_reward=-1.0, negative_tokens=2)
+    assert set(short.kind_BC[failed]) == {CONTEXT} and set(short.kind_BC[short.valid_BC & ~failed]) == {RL}
+    np.testing.assert_array_equal(short.tokens_BT, plain.tokens_BT)
+
+
 def test_infrastructure_failures_enter_no_row_and_no_group_statistic():
     lost = trajectory((1, 1), reward=0.0, ending="infra_sandbox")
     won, failed = trajectory((1, 1)), trajectory((1, 1), reward=0.0, ending="failure")
