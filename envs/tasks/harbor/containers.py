@@ -2,7 +2,7 @@
 
 The container's image is read-only there, so the task's own folders (/app, and what its Dockerfile names) are copied from the image into the workspace when an episode
 begins, and paths are rewritten as for the embedded backend (paths.py). What lies elsewhere in the image is used where it is, and cannot be changed by the agent.
-The build reaches the network, as Harbor's does; the sandbox does not.
+The build reaches the network, as Harbor's does, unless it is told not to; the sandbox reaches what the task's network_mode grants.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tempfile
 
 from envs.rock import Sandbox, SandboxConfig
 from envs.rock.errors import ImageError
-from envs.tasks.harbor.build import CONVENTIONAL, Built, egress_of, refuse_what_no_sandbox_has
+from envs.tasks.harbor.build import CONVENTIONAL, Built, refuse_what_no_sandbox_has
 from envs.tasks.harbor.errors import BuildError, UnsupportedError
 from envs.tasks.harbor.paths import PathMap, root_of
 from envs.tasks.harbor.task import Files, HarborTask
@@ -30,13 +30,16 @@ chmod -R u+rwX {workspace} && mkdir -p {places}
 """
 
 
-async def build_image(task: HarborTask, config: SandboxConfig) -> str:
-    """The name of the task's image: built from its Dockerfile, or its docker_image, or else the config's. Raises UnsupportedError or BuildError."""
+async def build_image(task: HarborTask, config: SandboxConfig, build_egress: tuple[str, ...] | None = None) -> str:
+    """The name of the task's image: built from its Dockerfile, or its docker_image, or else the config's. Raises UnsupportedError or BuildError.
+
+    build_egress: () keeps the network from RUN lines; grants are refused, since an engine's build has all of the network or none.
+    """
     refuse_what_no_sandbox_has(task)
     environment = task.environment
-    if egress := egress_of(task, config.egress):
-        raise UnsupportedError(task.path / "task.toml", 0, f"network_mode = {environment.network_mode!r} (to {', '.join(egress)[:200]}); the Docker backend's containers have no "
-                                                           "network at all: use backend='embedded'")
+    if build_egress:
+        raise UnsupportedError(environment.dockerfile_path or task.path, 0, f"build_egress = {', '.join(build_egress)[:200]}; a build of the Docker engine has all of the network or "
+                                                                            "none: leave it unset, or use the embedded backend")
     if environment.dockerfile is None:
         return environment.docker_image or config.image
     from envs.rock import images  # the docker package is not everybody's
@@ -45,7 +48,7 @@ async def build_image(task: HarborTask, config: SandboxConfig) -> str:
     with tempfile.TemporaryDirectory(prefix="harbor-context-") as folder:
         await asyncio.to_thread(_write, pathlib.Path(folder), context)
         try:
-            return await images.build(folder, network=True, timeout=environment.build_timeout, memory_mb=max(environment.memory_mb or 0, 2048))
+            return await images.build(folder, network=build_egress is None, timeout=environment.build_timeout, memory_mb=max(environment.memory_mb or 0, 2048))
         except ImageError as error:
             raise BuildError(environment.dockerfile_path or task.path, 0, str(error)) from error
 
@@ -76,6 +79,6 @@ async def enter(sandbox: Sandbox, task: HarborTask) -> Built:
     if result.exit_code != 0:
         raise BuildError(environment.dockerfile_path or task.path, 0, f"its folders {', '.join(copied)} could not be copied into the sandbox: {result.stderr.strip()[-300:]}")
     notes = [f"/{name} is a copy in the sandbox's memory" for name in copied]
-    if environment.network_mode == "public":
-        notes.append("network_mode is public, and containers of the Docker backend reach nothing")
+    if environment.network_mode == "public" and not sandbox.config.egress:
+        notes.append("network_mode is public, and the sandbox reaches nothing; SandboxConfig.egress can grant hosts")
     return Built(paths, {"HOME": "/root", "PATH": "/usr/local/bin:/usr/bin:/bin", **variables, **environment.env}, workdir, notes, {})

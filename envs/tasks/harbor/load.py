@@ -68,6 +68,14 @@ def _task_folders(folder: pathlib.Path, depth: int) -> list[pathlib.Path]:
     return [found for child in inner for found in _task_folders(child, depth - 1)]
 
 
+def line_of(task: HarborTask, *path: str) -> int:
+    """The line of a task's settings file where this key is set; 0 where that cannot be seen (the file is in an archive, or another process's)."""
+    try:
+        return _toml_line(read_text(task.path / "task.toml"), path) if task.format == "harbor" else 0
+    except TaskError:
+        return 0
+
+
 # -- Harbor --------------------------------------------------------------------------------------------------------------------------
 
 
