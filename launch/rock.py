@@ -25,6 +25,7 @@ from aiohttp import web
 
 import envs.games  # noqa: F401  (these register what is served)
 import envs.problems  # noqa: F401
+import envs.tasks.harbor  # noqa: F401
 import envs.tasks.terminal  # noqa: F401
 import envs.worlds  # noqa: F401
 from envs.gem.server import GemService
