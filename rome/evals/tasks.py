@@ -143,7 +143,8 @@ def _of_terminal(task: Task) -> EvalTask:
 
 
 def _of_harbor(task: HarborTask, images: Mapping[str, tuple[str, ...]] | None = None, build_egress: tuple[str, ...] | None = None) -> EvalTask:
-    steps = [(step.agent_timeout or SOLVE_TIMEOUT_S) + step.verifier_timeout for step in task.steps]
+    steps = [(step.agent_timeout or SOLVE_TIMEOUT_S) + step.verifier_timeout + (step.verifier_environment.build_timeout if step.verifier_environment else 0.0)
+             for step in task.steps]
     return EvalTask(task.name, task.family, task.category or UNGROUPED, task.difficulty or UNGROUPED,
                     "\n".join(step.instruction for step in task.steps), task, images=images, build_egress=build_egress,
                     start_seconds=task.environment.build_timeout + SandboxConfig().start_timeout + MARGIN_S, play_seconds=sum(steps) + MARGIN_S)

@@ -67,7 +67,7 @@ async def build(sandbox: Sandbox, task: HarborTask, images: Mapping[str, tuple[s
     """
     refuse_what_no_sandbox_has(task)
     environment, egress = task.environment, sandbox.config.egress if egress is None else egress
-    for step in () if egress else task.steps:
+    for step in () if egress else [step for step in task.steps if step.verifier_environment is None]:
         script = step.tests[step.test_script][0].decode(errors="replace")
         if need := offline.network_need(script):
             folder = task.path if step.test_script != "test.sh" else task.path / "tests"
@@ -94,11 +94,10 @@ def refuse_what_no_sandbox_has(task: HarborTask) -> None:
         raise UnsupportedError(settings, line_of(task, "environment", "gpus"), f"environment.gpus = {environment.gpus}; sandboxes see no GPU")
     if environment.mcp_servers:
         raise UnsupportedError(settings, line_of(task, "environment", "mcp_servers"), "environment.mcp_servers; none are started here")
-    if any(step.separate_verifier for step in task.steps):
-        raise UnsupportedError(settings, line_of(task, "verifier", "environment_mode"), 'verifier.environment_mode = "separate"; the tests run in the agent\'s sandbox here')
     for step in task.steps:
         for phase, network in step.networks.items():
-            if network != (environment.network_mode, environment.allowed_hosts):
+            apart = phase == "verifier" and step.verifier_environment is not None  # which has a sandbox and a policy of its own
+            if not apart and network != (environment.network_mode, environment.allowed_hosts):
                 raise UnsupportedError(settings, line_of(task, phase, "network_mode"), f"{phase}.network_mode = {network[0]!r} beside environment.network_mode = "
                                        f"{environment.network_mode!r}; a sandbox has one network policy for its whole life")
 
@@ -130,6 +129,7 @@ def _roots(task: HarborTask, instructions: list[Instruction]) -> set[str]:
             found |= {root_of(match) for match in re.findall(r"(?<![\w./:-])/[\w./-]+", instruction.arguments)}
         if instruction.keyword == "RUN":
             found |= {root_of(path) for path in _MADE.findall(instruction.arguments)}
+    found |= {root_of(path) for step in task.steps for path in step.artifacts}
     told = "\n".join(step.instruction for step in task.steps)
     found |= {name for name in CONVENTIONAL if re.search(rf"(?<![\w./]){'/' + name}(?![\w-])", told)}
     return {name for name in found if name}

@@ -61,8 +61,11 @@ def _write(folder: pathlib.Path, files: Files) -> None:
         path.chmod(mode)
 
 
-async def enter(sandbox: Sandbox, task: HarborTask) -> Built:
-    """Copies the task's folders into the workspace of a sandbox that runs its image, and says where all is (a Built). Raises BuildError."""
+async def enter(sandbox: Sandbox, task: HarborTask, own: tuple[str, ...] = ("logs", "tests", "solution", "root")) -> Built:
+    """Copies the task's folders into the workspace of a sandbox that runs its image, and says where all is (a Built). Raises BuildError.
+
+    own: folders that are not the image's affair.
+    """
     from envs.rock.container import engine
     environment = task.environment
     host = await asyncio.to_thread(engine)
@@ -70,9 +73,9 @@ async def enter(sandbox: Sandbox, task: HarborTask) -> Built:
     variables = dict(entry.partition("=")[::2] for entry in settings.get("Env") or ())
     workdir = environment.workdir or settings.get("WorkingDir") or "/app"
     told = "\n".join(step.instruction for step in task.steps)
-    roots = {root_of(path) for path in (workdir, *_PATHS.findall(environment.dockerfile or ""))} | {name for name in CONVENTIONAL if re.search(rf"(?<![\w./])/{name}(?![\w-])", told)}
+    roots = {root_of(path) for path in (workdir, *_PATHS.findall(environment.dockerfile or ""), *(path for step in task.steps for path in step.artifacts))} | {name for name in CONVENTIONAL if re.search(rf"(?<![\w./])/{name}(?![\w-])", told)}
     paths = PathMap(sandbox.workspace, {name for name in roots if name})
-    copied = [name for name in paths.roots if name not in ("logs", "tests", "solution", "root")]
+    copied = [name for name in paths.roots if name not in own]
     places = [paths.place(place) for place in (workdir, "/root", "/logs/agent", "/logs/verifier", "/logs/artifacts")]
     script = _COPY.format(roots=shlex.join(copied), workspace=shlex.quote(sandbox.workspace), places=shlex.join(places))
     result = await sandbox.execute(script, timeout=min(COPY_SECONDS, environment.build_timeout))

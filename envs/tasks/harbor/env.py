@@ -23,6 +23,7 @@ from envs.tasks.harbor.containers import build_image, enter
 from envs.tasks.harbor.errors import BuildError, TaskError, UnsupportedError
 from envs.tasks.harbor.grade import READ_TIMEOUT_S, Grade, clean_up, grade
 from envs.tasks.harbor.load import line_of, load_task
+from envs.tasks.harbor.separate import grade_apart
 from envs.tasks.harbor.task import HarborTask, Healthcheck, Step
 from envs.tasks.terminal.shell import ShellEnv
 
@@ -59,7 +60,8 @@ class HarborEnv(ShellEnv):
 
     @property
     def grading_seconds(self) -> float:
-        return self._step.verifier_timeout + 3 * READ_TIMEOUT_S + sum(step.verifier_timeout for step in self.task.steps)
+        builds = sum(step.verifier_environment.build_timeout for step in self.task.steps if step.verifier_environment)
+        return self._step.verifier_timeout + 3 * READ_TIMEOUT_S + sum(step.verifier_timeout for step in self.task.steps) + builds
 
     def reset(self, seed: int | None = None) -> tuple[str, Info]:
         return run(self.areset(seed), self.task.environment.build_timeout + 120.0)
@@ -169,7 +171,11 @@ class HarborEnv(ShellEnv):
 
     async def _grade(self) -> Grade:
         await self._sandbox.kill_all()
-        graded = await grade(self._sandbox, self._step, self.built)
+        if self._step.verifier_environment is None:
+            graded = await grade(self._sandbox, self._step, self.built)
+        else:
+            given = self._settings["sandbox_config"]
+            graded = await grade_apart(self._sandbox, self.task, self._step, self.built, lambda task: sandbox_for(task, given), self._images, self._build_egress)
         self._grades.append(graded)
         return graded
 

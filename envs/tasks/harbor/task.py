@@ -53,6 +53,8 @@ class Step:
     setup: files that are laid into the working directory before the step; a setup.sh among them is run there.
     parser: "reward" reads /logs/verifier, "pytest" reads the summary that the script prints.
     min_reward: below it the task ends and later steps count 0; by key where the reward has several.
+    verifier_environment: the tests run in this one, with nothing of the agent's but `artifacts`; None: where the agent was.
+    artifacts: absolute paths that such a verifier gets from the agent's world, beside /logs/artifacts.
     """
 
     name: str
@@ -68,7 +70,8 @@ class Step:
     verifier_env: Mapping[str, str] = dataclasses.field(default_factory=dict)
     solution_env: Mapping[str, str] = dataclasses.field(default_factory=dict)
     min_reward: float | Mapping[str, float] | None = None
-    separate_verifier: bool = False
+    verifier_environment: Environment | None = None
+    artifacts: tuple[str, ...] = ()
     networks: Mapping[str, tuple[str, tuple[str, ...]]] = dataclasses.field(default_factory=dict)  # "agent" or "verifier" -> (mode, hosts), where it has its own
     healthcheck: Healthcheck | None = None
 

@@ -172,7 +172,6 @@ def test_a_health_check_a_settings_file_and_env_hold_in_the_world(harbor):
     ({"environment/docker-compose.yaml": "services: {main: {}, db: {}}\n"}, 1, "several containers"),
     ({"task.toml": "[environment]\ngpus = 1\n"}, 2, "no GPU"),
     ({"task.toml": '[[environment.mcp_servers]]\nname = "x"\n'}, 1, "mcp_servers"),
-    ({"task.toml": '[verifier]\nenvironment_mode = "separate"\n'}, 2, "separate"),
     ({"task.toml": '[environment]\nnetwork_mode = "no-network"\n[agent]\nnetwork_mode = "public"\n'}, 4, "one network policy"),
     ({"task.toml": '[environment]\ndocker_image = "org/private"\n', "environment/Dockerfile": None}, 1, "the image 'org/private'"),
     ({"tests/test.sh": "#!/bin/bash\n\ncurl -LsSf https://astral.sh/uv/install.sh | sh\nuvx pytest\n"}, 3, "needs the network"),
