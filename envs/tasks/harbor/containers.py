@@ -2,7 +2,7 @@
 
 The container's image is read-only there, so the task's own folders (/app, and what its Dockerfile names) are copied from the image into the workspace when an episode
 begins, and paths are rewritten as for the embedded backend (paths.py). What lies elsewhere in the image is used where it is, and cannot be changed by the agent.
-The build reaches the network, as Harbor's does, unless it is told not to; the sandbox reaches what the task's network_mode grants.
+A base image that the engine lacks is what EnvHub (~/.rock) has under its name, if it has, and is pulled else. The build reaches the network, as Harbor's does, unless it is told not to; the sandbox reaches what the task's network_mode grants.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import shlex
 import tempfile
 
 from envs.rock import Sandbox, SandboxConfig
-from envs.rock.errors import ImageError
+from envs.rock.errors import ImageError, SandboxError
 from envs.tasks.harbor.build import CONVENTIONAL, Built, refuse_what_no_sandbox_has
 from envs.tasks.harbor.errors import BuildError, UnsupportedError
 from envs.tasks.harbor.paths import PathMap, root_of
 from envs.tasks.harbor.task import Files, HarborTask
 
 COPY_SECONDS = 120.0
+_FROM = re.compile(r"^(\s*FROM\s+(?:--platform=\S+\s+)?)([^\s$]+)(?=\s|$)", re.IGNORECASE | re.MULTILINE)
 _PATHS = re.compile(r"(?<![\w./:$}-])/[\w./-]+")
 _COPY = """\
 for d in {roots}; do
@@ -41,16 +42,31 @@ async def build_image(task: HarborTask, config: SandboxConfig, build_egress: tup
         raise UnsupportedError(environment.dockerfile_path or task.path, 0, f"build_egress = {', '.join(build_egress)[:200]}; a build of the Docker engine has all of the network or "
                                                                             "none: leave it unset, or use the embedded backend")
     if environment.dockerfile is None:
-        return environment.docker_image or config.image
+        return await _local(environment.docker_image) if environment.docker_image else config.image
     from envs.rock import images  # the docker package is not everybody's
 
     context = await asyncio.to_thread(dict, environment.context)
+    names = {match[2]: await _local(match[2]) for match in _FROM.finditer(environment.dockerfile)}
+    context["Dockerfile"] = (_FROM.sub(lambda match: f"{match[1]}{names[match[2]]}", environment.dockerfile).encode(), 0o644)
     with tempfile.TemporaryDirectory(prefix="harbor-context-") as folder:
         await asyncio.to_thread(_write, pathlib.Path(folder), context)
         try:
             return await images.build(folder, network=build_egress is None, timeout=environment.build_timeout, memory_mb=max(environment.memory_mb or 0, 2048))
         except ImageError as error:
             raise BuildError(environment.dockerfile_path or task.path, 0, str(error)) from error
+
+
+async def _local(image: str) -> str:
+    """The name itself where the engine has it or this machine's EnvHub has no alias for it; else what stands for it."""
+    from envs.rock.container import engine
+    from envs.rock.kept import alias
+
+    host = await asyncio.to_thread(engine)
+    try:
+        await host.call(host.client.inspect_image, image)
+        return image
+    except SandboxError:  # it has not, or cannot say
+        return await asyncio.to_thread(alias, image) or image
 
 
 def _write(folder: pathlib.Path, files: Files) -> None:

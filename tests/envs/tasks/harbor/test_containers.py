@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from envs.rock import SandboxConfig
+from envs.rock import SandboxConfig, kept
 from envs.tasks.harbor import BuildError, HarborEnv, TaskError, UnsupportedError, load_task
 from envs.tasks.harbor.build import egress_of
 from envs.tasks.harbor.containers import build_image
@@ -146,6 +146,20 @@ def test_allowed_hosts_are_all_that_a_container_reaches(harbor, run, engine, fil
 
     (allowed, other), denied = run(episode())
     assert allowed == "from outside" and "from outside" not in other and denied == ["192.0.2.1"]
+
+
+@pytest.mark.slow
+def test_a_base_image_that_cannot_be_pulled_is_what_the_hub_has_under_its_name(harbor, run, engine, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    config = SandboxConfig(backend="docker", image=engine.image, isolation="best_available")
+    built = harbor({"environment/Dockerfile": "# syntax\nfrom registry.invalid/python:3.13-slim as base\nWORKDIR /app\nRUN echo made > made\n"})
+    plain = load_task(harbor({"environment/Dockerfile": None, "task.toml": '[environment]\ndocker_image = "registry.invalid/python:3.13-slim"\n'}, name="plain"))
+    with pytest.raises(BuildError):
+        run(build_image(load_task(built), config))
+    with kept.hub() as hub:
+        hub.register("registry.invalid/python:3.13-slim", "image", f"sha256:{'0' * 64}", "default", reference=engine.image)
+    assert run(build_image(plain, config)) == engine.image
+    assert run(play(built, "read -r made < made; [ $made = made ] && echo x > /app/out.txt", config=config))[1]["tool_success_counter"] == 1
 
 
 @pytest.mark.slow
