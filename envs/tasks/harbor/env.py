@@ -93,7 +93,7 @@ class HarborEnv(ShellEnv):
             raise
         self._begin()
         return instruction, {"task": self.task.name, "family": self.task.family, "seed": seed, "tools": self.tools,
-                             "notes": self.built.notes}
+                             "notes": [*self.built.notes, *self.task.notes]}
 
     async def asolve(self) -> StepResult:
         """Plays the reference solution from here to the end, as the oracle. TaskError where the task has none."""
@@ -171,6 +171,8 @@ class HarborEnv(ShellEnv):
 
     async def _grade(self) -> Grade:
         await self._sandbox.kill_all()
+        for command in self._step.collect:
+            await self._sandbox.execute(self.built.command(command), timeout=self._step.verifier_timeout, env=self.built.inner_env())
         if self._step.verifier_environment is None:
             graded = await grade(self._sandbox, self._step, self.built)
         else:

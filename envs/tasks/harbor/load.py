@@ -121,7 +121,7 @@ class _Phases:
         agent, verifier, solution = table.table("agent"), table.table("verifier"), table.table("solution")
         networks = dict(parent.networks) if parent else {}
         for phase in (agent, verifier):
-            phase.known |= {"user", "network_mode", "allowed_hosts", "collect"}
+            phase.known |= {"user", "network_mode", "allowed_hosts"}
             mode = phase.text("network_mode")
             _network(phase, mode)
             if mode is not None:
@@ -131,6 +131,7 @@ class _Phases:
         phases.verifier_timeout = verifier.seconds("timeout_sec", parent.verifier_timeout if parent else 600.0)
         phases.verifier_env = (parent.verifier_env if parent else {}) | verifier.environment("env")
         phases.solution_env = (parent.solution_env if parent else {}) | solution.environment("env")
+        phases.collect = tuple(_collect_command(hook) for hook in verifier.tables("collect")) or (parent.collect if parent else ())
         own = verifier.table("environment") if "environment" in verifier.values else None
         mode = verifier.text("environment_mode", "separate" if own or parent and parent.separate else "shared")
         if mode not in ("shared", "separate"):
@@ -168,7 +169,14 @@ def _steps(folder: pathlib.Path, table: Table, step_tables: list[Table], default
 
 def _of_phases(phases: _Phases) -> dict:
     return dict(agent_timeout=phases.agent_timeout, verifier_timeout=phases.verifier_timeout, verifier_env=phases.verifier_env,
-                solution_env=phases.solution_env, networks=phases.networks)
+                solution_env=phases.solution_env, networks=phases.networks, collect=phases.collect)
+
+
+def _collect_command(hook: Table) -> str:
+    command, service = hook.text("command"), hook.text("service", "main")
+    if not command or service != "main":
+        raise hook.fault("command" if not command else "service", f"a hook of verifier.collect needs a command and runs in the service \"main\", not in {service!r}")
+    return command
 
 
 def _verifier_environment(phases: _Phases, places: tuple[pathlib.Path, ...], agents: Environment) -> Environment | None:

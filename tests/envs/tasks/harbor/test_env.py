@@ -422,6 +422,8 @@ def test_a_terminal_bench_1_task_is_played_and_passes_when_all_its_tests_do(tmp_
     assert run(oracle(folder)) == (1.0, "success")
     assert run(play(folder))[0] == 0.0
     assert run(play(folder, "echo x > out.txt; echo other > data.txt"))[0] == 0.0
+    (note,) = load_task(write(tmp_path / "same", {**TB1, "task.yaml": TB1["task.yaml"].replace("shell: false", "shell: true")})).notes
+    assert "run_tests_in_same_shell" in note and load_task(folder).notes == []
     reward, info = run(play(write(tmp_path / "silent", {**TB1, "run-tests.sh": "echo PASSED test_x\n"}), "true"))
     assert reward == 0.0 and "summary is not in the output" in info["note"]
 

@@ -75,7 +75,15 @@ def test_a_step_may_have_one_and_its_network_and_limits_are_its_own(apart, run):
     assert (reward, terminated, info["step_rewards"]) == (1.0, True, [1.0, 1.0]), info
 
 
+def test_hooks_collect_what_the_agent_left_before_the_tests(apart, run):
+    settings = SETTINGS + "[[verifier.collect]]\ncommand = 'mkdir -p /logs/artifacts; wc -c < /app/other > /logs/artifacts/log'\n"
+    check = CHECK.replace("[ -f /logs/artifacts/log ]", '[ "$(cat /logs/artifacts/log)" = 0 ]')
+    assert run(oracle(apart({"task.toml": settings, "tests/test.sh": check}), CONFIG)) == (1.0, "success")
+    assert run(oracle(apart({"tests/test.sh": check}, name="without"), CONFIG)) == (0.0, "failure")
+
+
 @pytest.mark.parametrize(("files", "line", "says"), [
+    ({"task.toml": SETTINGS + '[[verifier.collect]]\ncommand = "true"\nservice = "db"\n'}, 6, "not in 'db'"),
     ({"tests/Dockerfile": None}, 0, "tests/Dockerfile: missing; a separate verifier is built from it"),
     ({"task.toml": '[verifier]\nenvironment_mode = "shared"\n[verifier.environment]\ncpus = 1\n'}, 2, "leave one of them out"),
     ({"task.toml": 'artifacts = ["out.txt"]\n'}, 1, "names no absolute path"),
