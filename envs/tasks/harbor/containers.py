@@ -15,13 +15,15 @@ import tempfile
 
 from envs.rock import Sandbox, SandboxConfig
 from envs.rock.errors import ImageError, SandboxError
+from envs.tasks.harbor import dockerfile
 from envs.tasks.harbor.build import CONVENTIONAL, Built, refuse_what_no_sandbox_has
-from envs.tasks.harbor.errors import BuildError, UnsupportedError
+from envs.tasks.harbor.errors import BuildError, TaskError, UnsupportedError
 from envs.tasks.harbor.paths import PathMap, root_of
 from envs.tasks.harbor.task import Files, HarborTask
 
 COPY_SECONDS = 120.0
 _FROM = re.compile(r"^(\s*FROM\s+(?:--platform=\S+\s+)?)([^\s$]+)(?=\s|$)", re.IGNORECASE | re.MULTILINE)
+_STEP = re.compile(r"^Step (\d+)/\d+ :", re.MULTILINE)  # of the classic builder
 _PATHS = re.compile(r"(?<![\w./:$}-])/[\w./-]+")
 _COPY = """\
 for d in {roots}; do
@@ -53,7 +55,7 @@ async def build_image(task: HarborTask, config: SandboxConfig, build_egress: tup
         try:
             return await images.build(folder, network=build_egress is None, timeout=environment.build_timeout, memory_mb=max(environment.memory_mb or 0, 2048))
         except ImageError as error:
-            raise BuildError(environment.dockerfile_path or task.path, 0, str(error)) from error
+            raise BuildError(environment.dockerfile_path or task.path, _line_of_step(environment.dockerfile, error.log), str(error)) from error
 
 
 async def _local(image: str) -> str:
@@ -67,6 +69,15 @@ async def _local(image: str) -> str:
         return image
     except SandboxError:  # it has not, or cannot say
         return await asyncio.to_thread(alias, image) or image
+
+
+def _line_of_step(text: str, log: str) -> int:
+    """The line of the instruction that the engine was at; 0 where that cannot be told."""
+    steps = _STEP.findall(log)
+    try:
+        return dockerfile.parse(text, pathlib.Path())[int(steps[-1]) - 1].line if steps else 0
+    except (TaskError, IndexError):  # the engine may know what our parser does not
+        return 0
 
 
 def _write(folder: pathlib.Path, files: Files) -> None:

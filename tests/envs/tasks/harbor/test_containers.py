@@ -165,7 +165,8 @@ def test_a_base_image_that_cannot_be_pulled_is_what_the_hub_has_under_its_name(h
 @pytest.mark.slow
 def test_a_dockerfile_that_fails_is_a_build_error_with_the_engines_words(harbor, run, engine):
     config = SandboxConfig(backend="docker", image=engine.image, isolation="best_available")
-    folder = harbor({"environment/Dockerfile": f"FROM {engine.image}\nRUN echo this is why >&2; exit 3\n"})
-    with pytest.raises(BuildError, match="exit 3|returned a non-zero code: 3"):
+    folder = harbor({"environment/Dockerfile": f"FROM {engine.image}\n# a remark\nENV A=1 \\\n  B=2\nRUN echo this is why >&2; exit 3\n"})
+    with pytest.raises(BuildError, match="exit 3|returned a non-zero code: 3") as caught:
         run(HarborEnv(folder, config).areset())
+    assert caught.value.line == 5
     assert asyncio.run(build_image(load_task(harbor({"environment/Dockerfile": None, "task.toml": 'version = "1.0"\n[environment]\ndocker_image = "some:1"\n'}, name="other")), config)) == "some:1"
