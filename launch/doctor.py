@@ -41,7 +41,7 @@ class Finding(NamedTuple):
 
 def findings() -> Iterator[Finding]:
     """One after the other, as they are found."""
-    for check in (_packages, _devices, _tokenizer, *(lambda tier=tier: _tier(tier) for tier in TIERS), _cgroups, _forks, _docker, _episode):
+    for check in (_packages, _devices, _tokenizer, *(lambda tier=tier: _tier(tier) for tier in TIERS), _choice, _cgroups, _forks, _docker, _episode):
         yield check()
 
 
@@ -90,6 +90,19 @@ def _tier(tier: str) -> Finding:
     lacks = [item for item in report.missing if tier != "landlock" or item.guarantee in ("memory", "cpu")]
     says = f"enforces {', '.join(sorted(report.guarantees))}" + (f"; not {', '.join(item.guarantee for item in report.missing)}" if report.missing else "")
     return Finding(f"sandbox tier {tier}", True, says, lacks[0].remedy if lacks else "")
+
+
+def _choice() -> Finding:
+    """What a sandbox that asks for nothing special is here."""
+    report = probe("best_available")
+    if report.tier is None:
+        return Finding("sandboxes", False, "none of the embedded backend; backend='docker' or 'remote' may do", report.missing[0].remedy)
+    try:
+        report.require("required")
+    except SandboxError:
+        lost = ", ".join(item.guarantee for item in report.missing)
+        return Finding("sandboxes", True, f"the embedded backend's tier {report.tier}, and only under isolation='best_available': not enforced are {lost}", report.missing[0].remedy)
+    return Finding("sandboxes", True, f"the embedded backend's tier {report.tier}; isolation='required' can be had")
 
 
 def _cgroups() -> Finding:

@@ -56,6 +56,8 @@ _MODEL = flags.DEFINE_string("model", "", "endpoint: name of the model.")
 _API_KEY_ENV = flags.DEFINE_string("api_key_env", "OPENAI_API_KEY", "endpoint: the environment variable that holds the key.")
 _STANDS_FOR = flags.DEFINE_multi_string("stands_for", [], "IMAGE=PROGRAM,PROGRAM: a base image that cannot be had; this machine's system stands for it, if it "
                                         "has these programs.")
+_BUILD_EGRESS = flags.DEFINE_multi_string("build_egress", None, "HOST:PORT that the steps of a task's build reach, agent and tests not; none: nothing. Default: containers "
+                                          "all of the network, embedded sandboxes what the task grants.")
 _VALIDATE = flags.DEFINE_bool("validate", False, "Prove the dataset: oracle 1, no-op 0, cheats 0.")
 _DECONTAMINATE = flags.DEFINE_string("decontaminate", "", "A folder of text: report which tasks stand in it.")
 
@@ -67,7 +69,7 @@ def main(argv: list[str]) -> int:
     from rome.evals.tasks import dataset_digest, load_tasks
 
     faults = [] if _VALIDATE.value else None
-    tasks = load_tasks(_DATASET.value, _SEED.value, faults, _FETCH.value, dict(map(read_alias, _STANDS_FOR.value)))
+    tasks = load_tasks(_DATASET.value, _SEED.value, faults, _FETCH.value, dict(map(read_alias, _STANDS_FOR.value)), read_build_egress())
     if _DECONTAMINATE.value:
         return decontaminate(tasks)
     identity = {"dataset": _DATASET.value, "dataset_digest": dataset_digest(tasks), "agent": "validate" if _VALIDATE.value else _AGENT.value,
@@ -81,6 +83,16 @@ def read_alias(text: str) -> tuple[str, tuple[str, ...]]:
     if not image or not equals:
         raise ValueError(f"--stands_for={text!r} is not IMAGE=PROGRAM,PROGRAM, such as python:3.13-slim=python3,pip")
     return image, tuple(program for program in programs.split(",") if program)
+
+
+def read_build_egress() -> tuple[str, ...] | None:
+    from envs.rock.config import parse_grant
+
+    if _BUILD_EGRESS.value in (None, ["none"]):
+        return None if _BUILD_EGRESS.value is None else ()
+    for grant in _BUILD_EGRESS.value:
+        parse_grant(grant)
+    return tuple(_BUILD_EGRESS.value)
 
 
 def check_flags() -> None:

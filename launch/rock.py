@@ -25,6 +25,7 @@ from aiohttp import web
 
 import envs.games  # noqa: F401  (these register what is served)
 import envs.problems  # noqa: F401
+import envs.tasks.harbor  # noqa: F401
 import envs.tasks.terminal  # noqa: F401
 import envs.worlds  # noqa: F401
 from envs.gem.server import GemService
@@ -109,6 +110,8 @@ def main(argv: list[str]) -> None:
         sys.exit("launch.rock: say what to start: python -m launch.rock admin|worker (--help shows the flags)")
     if unknown := [name for name in FLAGS.backends if name not in ("embedded", "docker")]:
         sys.exit(f"launch.rock: --backends={unknown[0]} is unknown; a worker makes embedded, docker")
+    if argv[1] == "worker" and not (FLAGS.admin or "").startswith(("http://", "https://")):
+        sys.exit(f"launch.rock: a worker needs --admin, the address of the admin that it works for, as http://HOST:PORT{f'; not {FLAGS.admin!r}' if FLAGS.admin else ''}")
     if FLAGS.public and not FLAGS.token_file:
         sys.exit("launch.rock: with --public name the file of names and tokens by --token_file=FILE, the same on every machine: one that is made up here no other would know")
     if not FLAGS.public and not _is_loopback(FLAGS.host):
@@ -128,8 +131,6 @@ def main(argv: list[str]) -> None:
         worker = Worker(tuple(FLAGS.backends)) if FLAGS.workers and not FLAGS.ray_address else None
         make, port = lambda url: make_admin(data, tokens, worker, FLAGS.auto_clear_seconds, resources, _ray_fleet(url, tokens)), 8730
     else:
-        if not FLAGS.admin or not FLAGS.admin.startswith(("http://", "https://")):
-            sys.exit(f"launch.rock: a worker needs --admin, the address of the admin that it works for, as http://HOST:PORT{f'; not {FLAGS.admin!r}' if FLAGS.admin else ''}")
         worker, port = Worker(tuple(FLAGS.backends)), 8731
         make = lambda url: make_worker(worker, tokens, FLAGS.admin, {"name": FLAGS.name, "url": FLAGS.advertise or url, **machine_resources(*resources)._asdict()})
     asyncio.run(serve(make, FLAGS.host, port if FLAGS.port is None else FLAGS.port, argv[1]))

@@ -105,11 +105,11 @@ class Output:
         self._data, self._dropped, self.flooded = bytearray(), 0, False
         loop.add_reader(self._read_end, self._read)
 
-    def take(self) -> tuple[str, bool, bool]:
-        """(text, whether some was cut, whether it was a flood) of what was written so far. Whoever wrote it may have ended: it is in the pipe."""
+    def take(self) -> tuple[str, int, bool]:
+        """(text, bytes that were cut, whether it was a flood) of what was written so far. Whoever wrote it may have ended: it is in the pipe."""
         while self._read_end is not None and self._dropped <= DRAINED_BYTES and self._read():
             pass
-        taken = bytes(self._data).decode(errors="replace"), self._dropped > 0, self.flooded
+        taken = bytes(self._data).decode(errors="replace"), self._dropped, self.flooded
         self._data, self._dropped, self.flooded = bytearray(), 0, False
         return taken
 
@@ -148,12 +148,12 @@ class Output:
 
 def result_of(reply: dict, outputs: list[Output]) -> CommandResult:
     """A holder's last word on a command, with what was written. SandboxStartError for one that never began."""
-    (stdout, *cut_out), (stderr, *cut_err) = (output.take() for output in outputs)
+    (stdout, cut_out, flood_out), (stderr, cut_err, flood_err) = (output.take() for output in outputs)
     if failure := reply.get("failure") or reply.get("error"):
         raise SandboxStartError(f"{failure} {stderr.strip()[-500:]}".strip())
-    (truncated, flooded) = (any(pair) for pair in zip(cut_out, cut_err))
-    limits = tuple("output" if name == "killed" and flooded else name for name in reply["limits"])
-    return CommandResult(stdout, stderr, reply["exit_code"], "timeout" in limits, truncated, reply["seconds"], limits, reply["denials"])
+    limits = tuple("output" if name == "killed" and (flood_out or flood_err) else name for name in reply["limits"])
+    cut = (cut_out, cut_err)
+    return CommandResult(stdout, stderr, reply["exit_code"], "timeout" in limits, any(cut), reply["seconds"], limits, reply["denials"], cut)
 
 
 async def within(future: asyncio.Future, seconds: float, what: str) -> dict:

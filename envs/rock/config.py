@@ -122,6 +122,7 @@ class CommandResult:
     seconds: float
     limits_hit: tuple[str, ...] = ()  # of "timeout", "memory", "pids", "disk", "output", "killed"
     network_denials: int = 0  # seen since the command before; `Sandbox.denials` has more of each
+    cut: tuple[int, int] = (0, 0)  # bytes of stdout and of stderr that were written and not kept; of a flood those until its end
 
 
 class FileEntry(NamedTuple):

@@ -51,9 +51,9 @@ class Capture:
         """The command's output goes as far as this word."""
         self._mark = mark
 
-    def take(self) -> tuple[str, bool]:
-        """(text, whether some was cut); what came after the mark is the beginning of the next command's."""
-        text, cut, rest = bytes(self._data).decode(errors="replace"), self.total > self._limit, self._rest
+    def take(self) -> tuple[str, int]:
+        """(text, bytes that were cut); what came after the mark is the beginning of the next command's."""
+        text, cut, rest = bytes(self._data).decode(errors="replace"), max(0, self.total - self._limit), self._rest
         self.__init__(self._limit)
         self.feed(rest)
         return text, cut
@@ -109,7 +109,8 @@ class DockerJob(Job):
             await container.check()  # which takes long enough for the news of a process that the memory limit killed to come, by another way
         limits = ((reason,) if reason else ()) + (("memory",) if container.memory_kills > kills else ())
         (stdout, cut_out), (stderr, cut_err) = self._captures[STDOUT].take(), self._captures[STDERR].take()
-        return CommandResult(stdout, stderr, KILLED if reason else code, reason == "timeout", cut_out or cut_err, seconds, limits, await container.denials_since_last_told())
+        return CommandResult(stdout, stderr, KILLED if reason else code, reason == "timeout", bool(cut_out or cut_err), seconds, limits,
+                             await container.denials_since_last_told(), (cut_out, cut_err))
 
     async def _end(self) -> int:
         """Read its streams to their end; its exit code."""
@@ -183,8 +184,8 @@ class DockerSession(Session):
                 await self._all_output()
             (stdout, cut_out), (stderr, cut_err) = (self._captures[number].take() for number in (STDOUT, STDERR))
             limits = ((reason,) if reason else ()) + (("memory",) if self._shell.container.memory_kills > kills else ())
-            return CommandResult(stdout, stderr, code, reason == "timeout", cut_out or cut_err, time.monotonic() - began, limits,
-                                 await self._shell.container.denials_since_last_told())
+            return CommandResult(stdout, stderr, code, reason == "timeout", bool(cut_out or cut_err), time.monotonic() - began, limits,
+                                 await self._shell.container.denials_since_last_told(), (cut_out, cut_err))
 
     async def interrupt(self) -> None:
         if self.running:

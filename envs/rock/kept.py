@@ -1,4 +1,4 @@
-"""Images of the embedded backend: the files of a workspace under a name, kept on this machine in an EnvHub of its own (~/.rock, where launch.rock's admin keeps its too)."""
+"""Names of images on this machine. Images of the embedded backend: the files of a workspace under a name, kept on this machine in an EnvHub of its own (~/.rock, where launch.rock's admin keeps its too)."""
 
 import contextlib
 import pathlib
@@ -37,6 +37,16 @@ def check(image: str) -> None:
             raise SandboxStartError(f"there is no image {image!r} on this machine; commit a sandbox to it first, or use backend='docker' for Docker's images") from error
     if entry.kind != "environment":
         raise SandboxStartError(f"{image!r} is the Docker image {entry.reference}; use backend='docker'")
+
+
+def alias(image: str) -> str | None:
+    """The Docker image that is registered here under another image's name (EnvHub.register(name, "image", digest, owner, reference)): it stands for one that cannot be pulled."""
+    with hub() as place:
+        try:
+            entry = place.get(image)
+        except Refusal:
+            return None
+    return entry.reference if entry.kind == "image" else None
 
 
 async def bring(sandbox: Sandbox, image: str) -> Transfer:

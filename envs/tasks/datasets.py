@@ -28,7 +28,7 @@ from envs.tasks.git import RepositoryError, fetch_commit, files_below, is_reposi
 from envs.tasks.harbor.errors import TaskError
 from envs.tasks.harbor.fields import MAX_FOLDER_BYTES, MAX_FOLDER_FILES, read_folder, read_text
 from envs.tasks.harbor.load import load_dataset, load_task
-from envs.tasks.harbor.task import Files, HarborTask
+from envs.tasks.harbor.task import Environment, Files, HarborTask
 from envs.tasks.rows import Row, parse_json, read_rows
 from envs.tasks.swebench import is_instance, load_swebench
 
@@ -110,9 +110,14 @@ def _load_from(files: Files, name: str, origin: pathlib.Path, fault: Callable[[s
             raise fault(f"{inner}{f':{error.line}' if error.line else ''}: {error.message}") from error
         except (OSError, ValueError) as error:  # a name that no file can have
             raise fault(f"its files cannot be laid out: {error}") from error
-        environment = task.environment
-        moved = {field: _moved(getattr(environment, field), folder, origin) for field in ("dockerfile_path", "compose_path")}
-        return dataclasses.replace(task, path=origin, environment=dataclasses.replace(environment, **moved))
+        steps = tuple(dataclasses.replace(step, verifier_environment=_environment_at(step.verifier_environment, folder, origin)) for step in task.steps)
+        return dataclasses.replace(task, path=origin, environment=_environment_at(task.environment, folder, origin), steps=steps)
+
+
+def _environment_at(environment: Environment | None, folder: pathlib.Path, origin: pathlib.Path) -> Environment | None:
+    if environment is None:
+        return None
+    return dataclasses.replace(environment, **{field: _moved(getattr(environment, field), folder, origin) for field in ("dockerfile_path", "compose_path")})
 
 
 def _moved(path: pathlib.Path | None, folder: pathlib.Path, origin: pathlib.Path) -> pathlib.Path | None:

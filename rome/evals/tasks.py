@@ -39,7 +39,7 @@ UNGROUPED = "(none)"
 class EvalTask:
     """One task of a dataset. `domain` and `difficulty` are what reports group by; texts of Harbor tasks come from strangers.
 
-    start_seconds, play_seconds: the most that starting the environment, and a scripted agent with its grading, may take. images: see `load_tasks`.
+    start_seconds, play_seconds: the most that starting the environment, and a scripted agent with its grading, may take. images, build_egress: see `load_tasks`.
     """
 
     name: str
@@ -51,13 +51,14 @@ class EvalTask:
     start_seconds: float
     play_seconds: float
     images: Mapping[str, tuple[str, ...]] | None = None
+    build_egress: tuple[str, ...] | None = None
 
     def make_env(self, config: SandboxConfig) -> Env:
         """A fresh environment, not yet started."""
         if isinstance(self.source, Made):
             return self.source.make_env(config)
         if isinstance(self.source, HarborTask):
-            return HarborEnv(self.source, config, images=self.images)
+            return HarborEnv(self.source, config, images=self.images, build_egress=self.build_egress)
         return TerminalEnv(self.source, config, **(WIDE_LIMITS if self.family in WIDE_FAMILIES else {}))
 
     def expert(self) -> Expert:
@@ -73,13 +74,14 @@ class EvalTask:
 
 
 def load_tasks(dataset: str, seed: int = 0, faults: list[TaskError] | None = None, fetch: bool = False,
-               images: Mapping[str, tuple[str, ...]] | None = None) -> list[EvalTask]:
+               images: Mapping[str, tuple[str, ...]] | None = None, build_egress: tuple[str, ...] | None = None) -> list[EvalTask]:
     """The tasks of a dataset. `seed` chooses the instances of what is generated, and nothing of a folder or a file.
 
     Args:
       faults: where a list, malformed tasks are put there instead of raised.
       fetch: whether git may fetch the repositories that a registry names.
       images: base images that cannot be had and for which this machine stands, with the programs that must be there (`envs.tasks.harbor.build`).
+      build_egress: what the build of a task's environment reaches (`envs.tasks.harbor.HarborEnv`).
     Raises: TaskError (file, row and line) for a malformed task, ValueError for a dataset that is none.
     """
     if dataset == "terminal" or dataset.startswith("terminal:"):
@@ -94,7 +96,7 @@ def load_tasks(dataset: str, seed: int = 0, faults: list[TaskError] | None = Non
         raise ValueError(f"dataset {dataset!r} is neither a folder, nor a {', '.join(SUFFIXES)} file, nor known by name. Names: harbor, harbor/TASK, "
                          f"terminal[:FAMILIES[:N]] with FAMILIES one of {', '.join(GROUPS)} or family names with commas between them, repair[:PACKAGES[:N]], "
                          "worlds[:NAMES[:N]], problems[:NAMES[:N]], games[:NAMES[:N]], bfcl:FILE, tau2:FOLDER")
-    return [_of_harbor(task, images) for task in load_files(name, faults, fetch)]
+    return [_of_harbor(task, images, build_egress) for task in load_files(name, faults, fetch)]
 
 
 def _repair(dataset: str, seed: int) -> list[HarborTask]:
@@ -140,10 +142,11 @@ def _of_terminal(task: Task) -> EvalTask:
                     start_seconds=SandboxConfig().start_timeout + 2 * SETUP_TIMEOUT_S + MARGIN_S, play_seconds=TERMINAL_PLAY_S + MARGIN_S)
 
 
-def _of_harbor(task: HarborTask, images: Mapping[str, tuple[str, ...]] | None = None) -> EvalTask:
-    steps = [(step.agent_timeout or SOLVE_TIMEOUT_S) + step.verifier_timeout for step in task.steps]
+def _of_harbor(task: HarborTask, images: Mapping[str, tuple[str, ...]] | None = None, build_egress: tuple[str, ...] | None = None) -> EvalTask:
+    steps = [(step.agent_timeout or SOLVE_TIMEOUT_S) + step.verifier_timeout + (step.verifier_environment.build_timeout if step.verifier_environment else 0.0)
+             for step in task.steps]
     return EvalTask(task.name, task.family, task.category or UNGROUPED, task.difficulty or UNGROUPED,
-                    "\n".join(step.instruction for step in task.steps), task, images=images,
+                    "\n".join(step.instruction for step in task.steps), task, images=images, build_egress=build_egress,
                     start_seconds=task.environment.build_timeout + SandboxConfig().start_timeout + MARGIN_S, play_seconds=sum(steps) + MARGIN_S)
 
 

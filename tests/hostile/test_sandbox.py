@@ -89,6 +89,7 @@ def host_processes(word: str) -> list[int]:
 @pytest.mark.parametrize("path", [
     "/root", "/home", str(REPOSITORY), f"{REPOSITORY}/envs/rock/sandbox.py", "/etc/shadow", "/etc/hostname", "/sys/kernel", "/var/log",
     "/proc/1/root/etc/shadow", "/proc/1/cwd/etc/shadow", "/tmp/..//root", "/boot", "/var/run/docker.sock",
+    "/run/docker.sock", "/proc/kcore", "/proc/kmsg", "/dev/mem", "/sys/fs/cgroup/release_agent",
 ])
 def test_nothing_of_the_host_can_be_read(tier, path):
     result = execute(_config(tier), f"if [ -d '{path}' ]; then ls -A '{path}'; else cat '{path}'; fi")
@@ -97,7 +98,8 @@ def test_nothing_of_the_host_can_be_read(tier, path):
 
 @pytest.mark.parametrize("path", [
     "/usr/x", "/etc/x", "/x", "/bin/x", "/run/x", "/var/tmp/x", "/proc/sys/kernel/core_pattern", "/proc/sysrq-trigger", "/proc/self/oom_score_adj/x",
-    "/dev/sda", "/dev/kmsg", "/dev/mem", "/dev/x",
+    "/dev/sda", "/dev/kmsg", "/dev/mem", "/dev/x", "/proc/sys/kernel/modprobe", "/sys/kernel/uevent_helper", "/sys/fs/cgroup/release_agent", "/sys/fs/cgroup/memory/release_agent",
+    "/sys/fs/cgroup/memory/notify_on_release", "/sys/fs/cgroup/memory.max",
 ])
 def test_nothing_outside_the_workspace_can_be_written(tier, path):
     assert "WRITTEN" not in execute(_config(tier), f"echo '|/bin/false' > {path} && echo WRITTEN").stdout
@@ -248,9 +250,10 @@ def test_a_disk_full_by_inodes_is_an_error_of_the_command(tier):
     assert result.exit_code == 4 if tier != "landlock" else result.limits_hit == ("disk",)
 
 
-def test_a_flood_of_output_is_cut_and_ended(tier):
-    result = execute(_config(tier, max_output_bytes=4096), "yes 'no end to this' | head -c 1000000000; echo after >&2", timeout=60)
-    assert len(result.stdout) == 4096 and result.truncated and result.limits_hit == ("output",) and result.exit_code == 137
+@pytest.mark.parametrize("flood", ["yes 'no end to this'", "cat /dev/zero", "tr '\\0' '\\377' < /dev/zero"])  # lines; no line and all NUL; no UTF-8
+def test_a_flood_of_output_is_cut_and_ended(tier, flood):
+    result = execute(_config(tier, max_output_bytes=4096), f"{flood} | head -c 1000000000; echo after >&2", timeout=60)
+    assert len(result.stdout) == 4096 and result.truncated and result.cut[0] > 60_000_000 and result.limits_hit == ("output",) and result.exit_code == 137
 
 
 def test_descriptors_and_core_files_are_limited(tier):
@@ -318,7 +321,8 @@ def test_no_network_is_reached(tier):
     ways = [(socket.AF_INET, socket.SOCK_STREAM, server.getsockname()), (socket.AF_UNIX, socket.SOCK_STREAM, abstract.getsockname()),
             (socket.AF_INET, socket.SOCK_STREAM, ("169.254.169.254", 80)), (socket.AF_INET, socket.SOCK_DGRAM, ("1.1.1.1", 53)),
             (socket.AF_INET6, socket.SOCK_STREAM, ("2606:4700:4700::1111", 53)), (socket.AF_INET, socket.SOCK_RAW, ("1.1.1.1", 0)),
-            (40, socket.SOCK_STREAM, (2, 1)), (16, socket.SOCK_RAW, (0, 0)), (17, socket.SOCK_RAW, ("lo", 0))]  # vsock, netlink, packet
+            (40, socket.SOCK_STREAM, (2, 1)), (16, socket.SOCK_RAW, (0, 0)), (17, socket.SOCK_RAW, ("lo", 0)),  # vsock, netlink, packet
+            (38, socket.SOCK_SEQPACKET, ("hash", "sha256")), (15, socket.SOCK_RAW, (0, 0)), (30, socket.SOCK_STREAM, (0, 0)), (44, socket.SOCK_RAW, (0, 0))]  # alg, key, tipc, xdp
     program = f"""
 import socket
 for family, kind, address in {[(int(family), int(kind), address) for family, kind, address in ways]}:
@@ -327,10 +331,63 @@ for family, kind, address in {[(int(family), int(kind), address) for family, kin
         s.settimeout(1); s.connect(address); s.send(b"x"); kind == 2 and s.recv(1); print("REACHED", family, kind, address)
     except OSError as error:
         print("no way:", error)
+try:  # an ICMP socket without privileges, and a name
+    ping = socket.socket(socket.AF_INET, socket.SOCK_DGRAM, 1)
+    ping.settimeout(1); ping.sendto(b"\\x08\\0\\0\\0\\0\\0\\0\\0", ("1.1.1.1", 0)); ping.recv(1); print("ICMP was answered")
+except OSError as error:
+    print("no ICMP:", error)
+try:
+    print("REACHED by name", socket.getaddrinfo("example.com", 80))
+except OSError as error:
+    print("no name:", error)
 """
-    result = execute(_config(tier), python(program))
+
+    async def work(sandbox):
+        return await sandbox.execute(python(program)), await sandbox.denials() if tier != "landlock" else []
+
+    result, denials = inside(_config(tier), work)
+    pinged = any((denial.protocol, denial.destination) == ("icmp", "1.1.1.1") for denial in denials)  # then the sandbox's own loopback answered, and its guard saw it
+    assert ("no ICMP" in result.stdout or pinged) and "no name" in result.stdout
     server.close(), abstract.close()
     assert "REACHED" not in result.stdout and result.stdout.count("no way:") == len(ways) and reached == []
+
+
+def test_siblings_do_not_meet(tier):
+    """Neither by TCP, nor by an abstract socket, nor by signals."""
+    listen = """
+import socket, time
+places = [(socket.AF_INET, ("127.0.0.1", 4321)), (socket.AF_UNIX, "\\0rock-siblings")]
+listeners = []
+for family, place in places:
+    try:
+        one = socket.socket(family); one.bind(place); one.listen(); one.settimeout(0.7); listeners.append(one)
+    except OSError: print("cannot listen")
+open("ready", "w").close()
+for one in listeners:
+    try: one.accept(); print("MET")
+    except OSError: print("alone")
+"""
+    call = """
+import os, socket, sys
+for family, place in ((socket.AF_INET, ("127.0.0.1", 4321)), (socket.AF_UNIX, "\\0rock-siblings")):
+    try:
+        socket.socket(family).connect(place); print("MET")
+    except OSError: print("alone")
+for pid in range(2, 33000):
+    try: os.kill(pid, 0); print("SEEN", pid) if pid not in (os.getpid(), os.getppid()) else None
+    except OSError: pass
+"""
+
+    async def work():
+        async with Sandbox(_config(tier)) as one, Sandbox(_config(tier)) as two:
+            listening = asyncio.create_task(one.execute(python(listen)))
+            deadline = asyncio.get_running_loop().time() + 20
+            while not await _there(one, "ready") and asyncio.get_running_loop().time() < deadline:
+                await asyncio.sleep(0.02)
+            return await two.execute(python(call)), await listening
+
+    called, listened = asyncio.run(asyncio.wait_for(work(), 60))
+    assert called.stdout == "alone\nalone\n" and "MET" not in listened.stdout and listened.exit_code == 0
 
 
 def test_dangerous_system_calls_are_refused(tier):

@@ -207,14 +207,17 @@ def result_to_json(result: CommandResult) -> dict[str, Any]:
     return asdict(result)
 
 
-_RESULT_TYPES = {"stdout": str, "stderr": str, "exit_code": int, "timed_out": bool, "truncated": bool, "seconds": (int, float), "limits_hit": list, "network_denials": int}
+_RESULT_TYPES = {"stdout": str, "stderr": str, "exit_code": int, "timed_out": bool, "truncated": bool, "seconds": (int, float), "limits_hit": list, "network_denials": int,
+                 "cut": list}
 
 
 def result_from_json(body: Any) -> CommandResult:
     """SandboxError for what makes no sense: the other end may be anyone."""
     if not isinstance(body, dict) or any(not isinstance(body.get(name), kind) for name, kind in _RESULT_TYPES.items()):
         raise SandboxError("the answer to a command makes no sense")
-    return CommandResult(**{name: body[name] for name in _RESULT_TYPES} | {"limits_hit": tuple(map(str, body["limits_hit"]))})
+    if len(body["cut"]) != 2 or any(type(size) is not int for size in body["cut"]):
+        raise SandboxError("the answer to a command makes no sense: its `cut` is not two numbers of bytes")
+    return CommandResult(**{name: body[name] for name in _RESULT_TYPES} | {"limits_hit": tuple(map(str, body["limits_hit"])), "cut": tuple(body["cut"])})
 
 
 def status_from_json(body: Any) -> SandboxStatus:
@@ -241,7 +244,7 @@ _COMMAND = {"command": Field("string", "for bash -c", required=True, high=MAX_JS
 _PATH = {"path": Field("string", "below the workspace", required=True, high=4096)}
 _SESSION = {"session": Field("string", "its id", required=True, low=1, high=80)}
 _JOB = Field("string", "its id", low=1, high=80)
-_RESULT = "stdout, stderr, exit_code, timed_out, truncated, seconds, limits_hit, network_denials"
+_RESULT = "stdout, stderr, exit_code, timed_out, truncated, seconds, limits_hit, network_denials, cut"
 _TRANSFER = "files, bytes, skipped"
 _START = {"config": Field("object", "limits, as SandboxConfig has them"), "snapshot": Field("string", "files to start from", low=1, high=80),
           "experiment": Field("string", "of the caller; experiments share a caller's turns fairly", high=200),

@@ -20,6 +20,7 @@ from envs.rock.config import parse_grant
 from envs.tasks.harbor import dockerfile, offline
 from envs.tasks.harbor.dockerfile import Instruction
 from envs.tasks.harbor.errors import BuildError, TaskError, UnsupportedError
+from envs.tasks.harbor.load import line_of
 from envs.tasks.harbor.paths import PathMap, root_of
 from envs.tasks.harbor.task import HarborTask
 from envs.tasks.terminal.shell import tier_environment
@@ -58,14 +59,15 @@ class Built:
         return f"cd -- {shlex.quote(self.paths.place(self.workdir))} 2> /dev/null\n{self.paths.inward(text)}"
 
 
-async def build(sandbox: Sandbox, task: HarborTask, images: Mapping[str, tuple[str, ...]] | None = None) -> Built:
+async def build(sandbox: Sandbox, task: HarborTask, images: Mapping[str, tuple[str, ...]] | None = None, egress: tuple[str, ...] | None = None) -> Built:
     """Raises UnsupportedError, BuildError or TaskError, with file and line; SandboxError for the machine's faults.
 
     images: more names of images for which this machine can stand, with the programs that must be there: an alias of an image that cannot be had.
+    egress: what agent and tests will reach, where that is not what this sandbox does.
     """
     refuse_what_no_sandbox_has(task)
-    environment = task.environment
-    for step in () if sandbox.config.egress else task.steps:
+    environment, egress = task.environment, sandbox.config.egress if egress is None else egress
+    for step in () if egress else [step for step in task.steps if step.verifier_environment is None]:
         script = step.tests[step.test_script][0].decode(errors="replace")
         if need := offline.network_need(script):
             folder = task.path if step.test_script != "test.sh" else task.path / "tests"
@@ -78,7 +80,7 @@ async def build(sandbox: Sandbox, task: HarborTask, images: Mapping[str, tuple[s
         text = environment.dockerfile
     instructions = dockerfile.parse(text, file)
     await asyncio.to_thread(dict, environment.context)  # where it is made only now, not in the event loop's time
-    builder = _Builder(sandbox, task, file, PathMap(sandbox.workspace, _roots(task, instructions)), {**BASES, **(images or {})})
+    builder = _Builder(sandbox, task, file, PathMap(sandbox.workspace, _roots(task, instructions)), {**BASES, **(images or {})}, egress)
     return await builder.run(instructions)
 
 
@@ -89,16 +91,15 @@ def refuse_what_no_sandbox_has(task: HarborTask) -> None:
     if environment.compose_path is not None:
         raise UnsupportedError(environment.compose_path, 1, "several containers (docker-compose); a task has one sandbox here")
     if environment.gpus:
-        raise UnsupportedError(settings, 0, f"environment.gpus = {environment.gpus}; sandboxes see no GPU")
+        raise UnsupportedError(settings, line_of(task, "environment", "gpus"), f"environment.gpus = {environment.gpus}; sandboxes see no GPU")
     if environment.mcp_servers:
-        raise UnsupportedError(settings, 0, "environment.mcp_servers; none are started here")
-    if any(step.separate_verifier for step in task.steps):
-        raise UnsupportedError(settings, 0, 'verifier.environment_mode = "separate"; the tests run in the agent\'s sandbox here')
+        raise UnsupportedError(settings, line_of(task, "environment", "mcp_servers"), "environment.mcp_servers; none are started here")
     for step in task.steps:
         for phase, network in step.networks.items():
-            if network != (environment.network_mode, environment.allowed_hosts):
-                raise UnsupportedError(settings, 0, f"{phase}.network_mode = {network[0]!r} beside environment.network_mode = {environment.network_mode!r}; a sandbox has one "
-                                                    "network policy for its whole life")
+            apart = phase == "verifier" and step.verifier_environment is not None  # which has a sandbox and a policy of its own
+            if not apart and network != (environment.network_mode, environment.allowed_hosts):
+                raise UnsupportedError(settings, line_of(task, phase, "network_mode"), f"{phase}.network_mode = {network[0]!r} beside environment.network_mode = "
+                                       f"{environment.network_mode!r}; a sandbox has one network policy for its whole life")
 
 
 def egress_of(task: HarborTask, given: tuple[str, ...] = ()) -> tuple[str, ...]:
@@ -116,7 +117,7 @@ def egress_of(task: HarborTask, given: tuple[str, ...] = ()) -> tuple[str, ...]:
         try:
             parse_grant(grant)
         except ValueError as error:
-            raise TaskError(task.path / "task.toml", 0, f"environment.allowed_hosts: {error}") from error
+            raise TaskError(task.path / "task.toml", line_of(task, "environment", "allowed_hosts"), f"environment.allowed_hosts: {error}") from error
     return grants
 
 
@@ -128,14 +129,16 @@ def _roots(task: HarborTask, instructions: list[Instruction]) -> set[str]:
             found |= {root_of(match) for match in re.findall(r"(?<![\w./:-])/[\w./-]+", instruction.arguments)}
         if instruction.keyword == "RUN":
             found |= {root_of(path) for path in _MADE.findall(instruction.arguments)}
+    found |= {root_of(path) for step in task.steps for path in step.artifacts}
     told = "\n".join(step.instruction for step in task.steps)
     found |= {name for name in CONVENTIONAL if re.search(rf"(?<![\w./]){'/' + name}(?![\w-])", told)}
     return {name for name in found if name}
 
 
 class _Builder:
-    def __init__(self, sandbox: Sandbox, task: HarborTask, file: pathlib.Path, paths: PathMap, images: Mapping[str, tuple[str, ...]]) -> None:
-        self._sandbox, self._task, self._file, self._paths, self._images = sandbox, task, file, paths, images
+    def __init__(self, sandbox: Sandbox, task: HarborTask, file: pathlib.Path, paths: PathMap, images: Mapping[str, tuple[str, ...]],
+                 egress: tuple[str, ...]) -> None:
+        self._sandbox, self._task, self._file, self._paths, self._images, self._egress = sandbox, task, file, paths, images, egress
         self._context = _without_ignored(task)
         self._env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/root"}
         self._arguments: dict[str, str] = {}
@@ -146,7 +149,7 @@ class _Builder:
     async def run(self, instructions: list[Instruction]) -> Built:
         roots = [name for name in (*_IN_EVERY_IMAGE, "tmp") if name in self._paths.roots]
         await self._check(None, f"mkdir -p {' '.join(self._quoted(f'/{name}') for name in [*roots, 'logs/agent', 'logs/verifier', 'logs/artifacts'])}")
-        if self._task.environment.network_mode == "public" and not self._sandbox.config.egress:
+        if self._task.environment.network_mode == "public" and not self._egress:
             self._notes.append("network_mode is public, and the sandbox reaches nothing; SandboxConfig.egress can grant hosts")
         for instruction in instructions:
             await self._instruction(instruction)

@@ -33,17 +33,24 @@ class _Entry:
 _entries: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, collections.OrderedDict[Key, _Entry]] = weakref.WeakKeyDictionary()
 
 
-async def start_built(task: HarborTask, config: SandboxConfig, images: Mapping[str, tuple[str, ...]] | None) -> tuple[Sandbox, Built]:
-    """A started sandbox in which the task's environment is built. Raises what `build` and Sandbox.start raise, and leaves no sandbox then."""
+async def start_built(task: HarborTask, config: SandboxConfig, images: Mapping[str, tuple[str, ...]] | None,
+                      build_egress: tuple[str, ...] | None = None) -> tuple[Sandbox, Built]:
+    """A started sandbox in which the task's environment is built. Raises what `build` and Sandbox.start raise, and leaves no sandbox then.
+
+    build_egress: what the build reaches; None: what the sandbox does. What is built by another policy than that of the episode is left before it begins.
+    """
     entries = _entries.setdefault(asyncio.get_running_loop(), collections.OrderedDict())
-    key = (id(task), repr(dataclasses.replace(config, label="")), repr(images))
+    key = (id(task), repr(dataclasses.replace(config, label="")), repr((images, build_egress)))
     entry = entries.setdefault(key, _Entry(task))
     entries.move_to_end(key)
     entry.users += 1
     try:
         async with entry.lock:
             if entry.snapshot is None:
-                return await _build(task, config, images, entry)
+                sandbox, built = await _build(task, config, images, build_egress, entry)
+                if sandbox.config == config:
+                    return sandbox, built
+                await sandbox.stop()
         sandbox = Sandbox(config, entry.snapshot)
         await _start(sandbox)
         return sandbox, dataclasses.replace(entry.built, notes=list(entry.built.notes))
@@ -52,11 +59,12 @@ async def start_built(task: HarborTask, config: SandboxConfig, images: Mapping[s
         await _forget_oldest(entries)
 
 
-async def _build(task: HarborTask, config: SandboxConfig, images: Mapping[str, tuple[str, ...]] | None, entry: _Entry) -> tuple[Sandbox, Built]:
-    sandbox = Sandbox(config)
+async def _build(task: HarborTask, config: SandboxConfig, images: Mapping[str, tuple[str, ...]] | None, build_egress: tuple[str, ...] | None,
+                 entry: _Entry) -> tuple[Sandbox, Built]:
+    sandbox = Sandbox(config if build_egress is None else dataclasses.replace(config, egress=build_egress))
     await _start(sandbox)
     try:
-        built = await build(sandbox, task, images)
+        built = await build(sandbox, task, images, config.egress)
         if sandbox.tier == "namespaces":  # elsewhere a sandbox's paths are its own, and a snapshot's would be another's
             entry.snapshot, entry.built = await sandbox.snapshot(), built
         return sandbox, built

@@ -22,7 +22,8 @@ from envs.tasks.harbor.built import start_built
 from envs.tasks.harbor.containers import build_image, enter
 from envs.tasks.harbor.errors import BuildError, TaskError, UnsupportedError
 from envs.tasks.harbor.grade import READ_TIMEOUT_S, Grade, clean_up, grade
-from envs.tasks.harbor.load import load_task
+from envs.tasks.harbor.load import line_of, load_task
+from envs.tasks.harbor.separate import grade_apart
 from envs.tasks.harbor.task import HarborTask, Healthcheck, Step
 from envs.tasks.terminal.shell import ShellEnv
 
@@ -37,16 +38,20 @@ class HarborEnv(ShellEnv):
 
     def __init__(
         self, task: HarborTask | str | pathlib.Path, sandbox_config: SandboxConfig | None = None, *,
-        images: Mapping[str, tuple[str, ...]] | None = None, seed: int = 0,
+        images: Mapping[str, tuple[str, ...]] | None = None, build_egress: tuple[str, ...] | None = None, seed: int = 0,
         max_turns: int = 40, command_timeout: float = 60.0, max_observation_chars: int = 4000, max_malformed: int = 3,
     ) -> None:
-        """max_turns: of each step. images: see `build`. seed is taken because GEM's vectors give one."""
+        """max_turns: of each step. images: see `build`. seed is taken because GEM's vectors give one.
+
+        build_egress: what the steps of the build reach, as SandboxConfig.egress; () nothing. None: in containers all of the network, as in Harbor, and
+        elsewhere what the task may. The agent and the tests never have more than the task grants.
+        """
         self.task = task if isinstance(task, HarborTask) else load_task(task)
         super().__init__(max_turns, command_timeout, max_observation_chars, max_malformed)
         self._sandbox_config = sandbox_for(self.task, sandbox_config)
-        self._settings = dict(sandbox_config=sandbox_config, images=images, seed=seed, max_turns=max_turns, command_timeout=command_timeout,
+        self._settings = dict(sandbox_config=sandbox_config, images=images, build_egress=build_egress, seed=seed, max_turns=max_turns, command_timeout=command_timeout,
                               max_observation_chars=max_observation_chars, max_malformed=max_malformed)
-        self._images = images
+        self._images, self._build_egress = images, build_egress
         self.built: Built | None = None
 
     @property
@@ -55,7 +60,8 @@ class HarborEnv(ShellEnv):
 
     @property
     def grading_seconds(self) -> float:
-        return self._step.verifier_timeout + 3 * READ_TIMEOUT_S + sum(step.verifier_timeout for step in self.task.steps)
+        builds = sum(step.verifier_environment.build_timeout for step in self.task.steps if step.verifier_environment)
+        return self._step.verifier_timeout + 3 * READ_TIMEOUT_S + sum(step.verifier_timeout for step in self.task.steps) + builds
 
     def reset(self, seed: int | None = None) -> tuple[str, Info]:
         return run(self.areset(seed), self.task.environment.build_timeout + 120.0)
@@ -75,11 +81,11 @@ class HarborEnv(ShellEnv):
         self._step_index, self._grades = 0, []
         try:
             if config.backend == "docker":
-                self._sandbox = Sandbox(dataclasses.replace(config, image=await build_image(self.task, config)))
+                self._sandbox = Sandbox(dataclasses.replace(config, image=await build_image(self.task, config, self._build_egress)))
                 await self._sandbox.start()
                 self.built = await enter(self._sandbox, self.task)
             else:
-                self._sandbox, self.built = await start_built(self.task, config, self._images)
+                self._sandbox, self.built = await start_built(self.task, config, self._images, self._build_egress)
             await self._healthy(self.task.environment.healthcheck)
             instruction = await self._enter_step()
         except BaseException:
@@ -87,7 +93,7 @@ class HarborEnv(ShellEnv):
             raise
         self._begin()
         return instruction, {"task": self.task.name, "family": self.task.family, "seed": seed, "tools": self.tools,
-                             "notes": self.built.notes}
+                             "notes": [*self.built.notes, *self.task.notes]}
 
     async def asolve(self) -> StepResult:
         """Plays the reference solution from here to the end, as the oracle. TaskError where the task has none."""
@@ -128,7 +134,7 @@ class HarborEnv(ShellEnv):
                 return
             if attempt < check.retries:
                 await asyncio.sleep(check.interval)
-        raise BuildError(self.task.path / "task.toml", 0, f"the health check failed {check.retries + 1} times: {check.command[:80]!r}")
+        raise BuildError(self.task.path / "task.toml", line_of(self.task, "healthcheck", "command"), f"the health check failed {check.retries + 1} times: {check.command[:80]!r}")
 
     async def _execute(self, command: str) -> CommandResult:
         limit = self._step.agent_timeout
@@ -165,7 +171,13 @@ class HarborEnv(ShellEnv):
 
     async def _grade(self) -> Grade:
         await self._sandbox.kill_all()
-        graded = await grade(self._sandbox, self._step, self.built)
+        for command in self._step.collect:
+            await self._sandbox.execute(self.built.command(command), timeout=self._step.verifier_timeout, env=self.built.inner_env())
+        if self._step.verifier_environment is None:
+            graded = await grade(self._sandbox, self._step, self.built)
+        else:
+            given = self._settings["sandbox_config"]
+            graded = await grade_apart(self._sandbox, self.task, self._step, self.built, lambda task: sandbox_for(task, given), self._images, self._build_egress)
         self._grades.append(graded)
         return graded
 

@@ -83,6 +83,11 @@ async def grade(sandbox: Sandbox, step: Step, built: Built) -> Grade:
     """
     result = await sandbox.verify(_script(sandbox, step, built), timeout=step.verifier_timeout,
                                   files={"tests.tar": _tar(built.paths.scripts(step.tests, everything=True))}, keep=True)
+    return await judge(sandbox, step, built, result)
+
+
+async def judge(sandbox: Sandbox, step: Step, built: Built, result: CommandResult) -> Grade:
+    """What a script's end and the rewards that it left in this sandbox mean."""
     output = built.paths.outward(result.stdout)
     if result.timed_out:
         return Grade(0.0, {}, f"the tests of {step.name} were stopped after {step.verifier_timeout:g} s", output)
@@ -102,15 +107,19 @@ async def clean_up(sandbox: Sandbox) -> None:
 
 
 def _script(sandbox: Sandbox, step: Step, built: Built) -> str:
+    return _RUN.format(
+        workspace=shlex.quote(sandbox.workspace), workdir=shlex.quote(built.paths.place(built.workdir)), script=shlex.quote(step.test_script),
+        bytes=SUMMARY_BYTES, variables=assignments(step, built))
+
+
+def assignments(step: Step, built: Built) -> str:
+    """The tests' variables, for env."""
     inner = built.inner_env()
     path = ":".join(dict.fromkeys(["/usr/local/bin", "/usr/bin", "/bin", *inner.get("PATH", "").split(":")]))
     tests = built.paths.place("/tests")
     variables = {**inner, **{name: built.paths.inward(value) for name, value in step.verifier_env.items()}, "PATH": path.strip(":"), "LANG": "C.UTF-8",
                  "TEST_DIR": tests, "PYTHONSAFEPATH": "1", "PYTHONPATH": tests, "PYTHONNOUSERSITE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    return _RUN.format(
-        workspace=shlex.quote(sandbox.workspace), workdir=shlex.quote(built.paths.place(built.workdir)), script=shlex.quote(step.test_script),
-        bytes=SUMMARY_BYTES,
-        variables=" ".join(shlex.quote(f"{name}={value}") for name, value in variables.items()))
+    return " ".join(shlex.quote(f"{name}={value}") for name, value in variables.items())
 
 
 def _tar(files: Files) -> bytes:

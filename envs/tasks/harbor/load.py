@@ -8,10 +8,11 @@ Unknown keys are accepted and listed in the record, for the format grows. A miss
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import re
 import tomllib
-from typing import Mapping
+from typing import Any, Mapping
 
 from envs.tasks.harbor.errors import TaskError
 from envs.tasks.harbor.fields import MAX_DOCKERFILE_BYTES, Table, read_folder, read_text
@@ -68,6 +69,14 @@ def _task_folders(folder: pathlib.Path, depth: int) -> list[pathlib.Path]:
     return [found for child in inner for found in _task_folders(child, depth - 1)]
 
 
+def line_of(task: HarborTask, *path: str) -> int:
+    """The line of a task's settings file where this key is set; 0 where that cannot be seen (the file is in an archive, or another process's)."""
+    try:
+        return _toml_line(read_text(task.path / "task.toml"), path) if task.format == "harbor" else 0
+    except TaskError:
+        return 0
+
+
 # -- Harbor --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -86,11 +95,10 @@ def load_harbor(folder: pathlib.Path, environ: Mapping[str, str]) -> HarborTask:
     strategy = table.text("multi_step_reward_strategy") or "mean"
     if strategy not in ("mean", "final"):
         raise table.fault("multi_step_reward_strategy", f'{strategy!r} is neither "mean" nor "final"')
-    defaults = _Phases.of(table)
+    defaults, environment = _Phases.of(table), _environment(folder / "environment", table.table("environment"))
     task = HarborTask(
         name=about.text("name") or folder.resolve().name, path=folder, format="harbor", schema_version=version,
-        environment=_environment(folder, table.table("environment")),
-        steps=tuple(_steps(folder, table, step_tables, defaults)), reward_strategy=strategy,
+        environment=environment, steps=tuple(_steps(folder, table, step_tables, defaults, environment)), reward_strategy=strategy,
         difficulty=_word(metadata, "difficulty"), category=_word(metadata, "category"),
         tags=tuple(str(tag) for tag in metadata.get("tags", ())) if isinstance(metadata.get("tags", ()), list) else (),
         metadata=metadata, artifacts=tuple(table.get("artifacts", list, [])),
@@ -113,7 +121,7 @@ class _Phases:
         agent, verifier, solution = table.table("agent"), table.table("verifier"), table.table("solution")
         networks = dict(parent.networks) if parent else {}
         for phase in (agent, verifier):
-            phase.known |= {"user", "network_mode", "allowed_hosts", "collect", "environment"}
+            phase.known |= {"user", "network_mode", "allowed_hosts"}
             mode = phase.text("network_mode")
             _network(phase, mode)
             if mode is not None:
@@ -123,19 +131,25 @@ class _Phases:
         phases.verifier_timeout = verifier.seconds("timeout_sec", parent.verifier_timeout if parent else 600.0)
         phases.verifier_env = (parent.verifier_env if parent else {}) | verifier.environment("env")
         phases.solution_env = (parent.solution_env if parent else {}) | solution.environment("env")
-        mode = verifier.text("environment_mode", "separate" if parent and parent.separate else "shared")
+        phases.collect = tuple(_collect_command(hook) for hook in verifier.tables("collect")) or (parent.collect if parent else ())
+        own = verifier.table("environment") if "environment" in verifier.values else None
+        mode = verifier.text("environment_mode", "separate" if own or parent and parent.separate else "shared")
         if mode not in ("shared", "separate"):
             raise verifier.fault("environment_mode", f'{mode!r} is neither "shared" nor "separate"')
-        phases.separate = mode == "separate"
+        if own and mode == "shared":
+            raise verifier.fault("environment_mode", '"shared" beside a verifier.environment; leave one of them out')
+        phases.separate, phases.verifier_environment = mode == "separate", own or (parent.verifier_environment if parent else None)
         return phases
 
 
-def _steps(folder: pathlib.Path, table: Table, step_tables: list[Table], defaults: _Phases) -> list[Step]:
+def _steps(folder: pathlib.Path, table: Table, step_tables: list[Table], defaults: _Phases, environment: Environment) -> list[Step]:
     tests, solution = read_folder(folder / "tests"), read_folder(folder / "solution")
+    artifacts = _artifacts(table)
     if not step_tables:
         instruction = _instruction(folder / "instruction.md")
         _need_test(folder / "tests" / "test.sh", tests)
-        return [Step("task", instruction, tests, solution=solution, solve_script=_solve(solution), **_of_phases(defaults))]
+        return [Step("task", instruction, tests, solution=solution, solve_script=_solve(solution), artifacts=artifacts,
+                     verifier_environment=_verifier_environment(defaults, (folder / "tests",), environment), **_of_phases(defaults))]
     found: list[Step] = []
     for step in step_tables:
         name = step.text("name")
@@ -148,13 +162,44 @@ def _steps(folder: pathlib.Path, table: Table, step_tables: list[Table], default
         _need_test(place / "tests" / "test.sh", step_tests)
         phases = _Phases.of(step, defaults)
         found.append(Step(name, _instruction(place / "instruction.md"), step_tests, solution=step_solution, solve_script=_solve(step_solution),
-                          setup=read_folder(place / "workdir"), min_reward=_min_reward(step), healthcheck=_healthcheck(step), **_of_phases(phases)))
+                          setup=read_folder(place / "workdir"), min_reward=_min_reward(step), healthcheck=_healthcheck(step), artifacts=(*artifacts, *_artifacts(step)),
+                          verifier_environment=_verifier_environment(phases, (place / "tests", folder / "tests"), environment), **_of_phases(phases)))
     return found
 
 
 def _of_phases(phases: _Phases) -> dict:
     return dict(agent_timeout=phases.agent_timeout, verifier_timeout=phases.verifier_timeout, verifier_env=phases.verifier_env,
-                solution_env=phases.solution_env, separate_verifier=phases.separate, networks=phases.networks)
+                solution_env=phases.solution_env, networks=phases.networks, collect=phases.collect)
+
+
+def _collect_command(hook: Table) -> str:
+    command, service = hook.text("command"), hook.text("service", "main")
+    if not command or service != "main":
+        raise hook.fault("command" if not command else "service", f"a hook of verifier.collect needs a command and runs in the service \"main\", not in {service!r}")
+    return command
+
+
+def _verifier_environment(phases: _Phases, places: tuple[pathlib.Path, ...], agents: Environment) -> Environment | None:
+    """Where the tests run, if that is not where the agent was: built from the Dockerfile in the first of these folders that has one, by the verifier's own settings or the agent's."""
+    if not phases.separate:
+        return None
+    place = next((one for one in places if (one / "Dockerfile").exists()), places[-1])
+    table = phases.verifier_environment
+    found = _environment(place, table) if table else dataclasses.replace(agents, **_definition(place), docker_image=None, healthcheck=None, mcp_servers=())
+    if found.dockerfile is None and found.docker_image is None:
+        raise TaskError(place / "Dockerfile", 0, "missing; a separate verifier is built from it, or has a docker_image in verifier.environment")
+    return found
+
+
+def _artifacts(table: Table) -> tuple[str, ...]:
+    """Where they lie, for the agent and for a separate verifier; the `destination` of an entry names a place in Harbor's reports."""
+    found = []
+    for entry in table.get("artifacts", list, []):
+        source = entry.get("source") if isinstance(entry, dict) else entry
+        if not isinstance(source, str) or not source.startswith("/") or "\0" in source:
+            raise table.fault("artifacts", f"{str(entry)[:60]!r} names no absolute path")
+        found.append(source)
+    return tuple(found)
 
 
 def _instruction(path: pathlib.Path) -> str:
@@ -198,9 +243,14 @@ def _network(table: Table, mode: object) -> None:
         raise table.fault("network_mode", f"{mode!r} is none of {', '.join(NETWORK_MODES)}")
 
 
-def _environment(folder: pathlib.Path, table: Table) -> Environment:
-    place = folder / "environment"
+def _definition(place: pathlib.Path) -> dict[str, Any]:
+    """What a folder says of an environment that is built from it."""
     context = read_folder(place)
+    return dict(context=context, dockerfile=read_text(place / "Dockerfile", MAX_DOCKERFILE_BYTES) if "Dockerfile" in context else None,
+                dockerfile_path=place / "Dockerfile", compose_path=needed_compose(place))
+
+
+def _environment(place: pathlib.Path, table: Table) -> Environment:
     allowed = table.get("allow_internet", bool, True)
     mode = table.text("network_mode") or ("public" if allowed else "no-network")
     _network(table, mode)
@@ -211,9 +261,7 @@ def _environment(folder: pathlib.Path, table: Table) -> Environment:
     if workdir is not None and not workdir.startswith("/"):
         raise table.fault("workdir", f"{workdir!r} is no absolute path")
     return Environment(
-        context=context, dockerfile=read_text(place / "Dockerfile", MAX_DOCKERFILE_BYTES) if "Dockerfile" in context else None,
-        dockerfile_path=place / "Dockerfile", compose_path=needed_compose(place),
-        docker_image=table.text("docker_image"), build_timeout=table.seconds("build_timeout_sec", 600.0), cpus=cpus,
+        **_definition(place), docker_image=table.text("docker_image"), build_timeout=table.seconds("build_timeout_sec", 600.0), cpus=cpus,
         memory_mb=table.megabytes("memory_mb", "memory"), storage_mb=table.megabytes("storage_mb", "storage"), gpus=table.integer("gpus", 0),
         network_mode=mode, allowed_hosts=table.texts("allowed_hosts"), workdir=workdir, env=table.environment("env"), healthcheck=_healthcheck(table),
         mcp_servers=tuple(_entries(table, "mcp_servers")),

@@ -53,6 +53,9 @@ class Step:
     setup: files that are laid into the working directory before the step; a setup.sh among them is run there.
     parser: "reward" reads /logs/verifier, "pytest" reads the summary that the script prints.
     min_reward: below it the task ends and later steps count 0; by key where the reward has several.
+    verifier_environment: the tests run in this one, with nothing of the agent's but `artifacts`; None: where the agent was.
+    collect: commands that run in the agent's world when the agent is dead, before the tests do.
+    artifacts: absolute paths that such a verifier gets from the agent's world, beside /logs/artifacts.
     """
 
     name: str
@@ -68,7 +71,9 @@ class Step:
     verifier_env: Mapping[str, str] = dataclasses.field(default_factory=dict)
     solution_env: Mapping[str, str] = dataclasses.field(default_factory=dict)
     min_reward: float | Mapping[str, float] | None = None
-    separate_verifier: bool = False
+    verifier_environment: Environment | None = None
+    artifacts: tuple[str, ...] = ()
+    collect: tuple[str, ...] = ()
     networks: Mapping[str, tuple[str, tuple[str, ...]]] = dataclasses.field(default_factory=dict)  # "agent" or "verifier" -> (mode, hosts), where it has its own
     healthcheck: Healthcheck | None = None
 
@@ -95,6 +100,11 @@ class HarborTask:
     def family(self) -> str:
         """What tasks of one kind have in common, as of a generated task its family: the category, or else the format."""
         return self.category or self.format
+
+    @property
+    def notes(self) -> list[str]:
+        """What its settings ask for and no sandbox of ours does."""
+        return ["run_tests_in_same_shell: the tests have a shell of their own, since no process of the agent outlives its episode"] if self.metadata.get("run_tests_in_same_shell") is True else []
 
     @property
     def has_solution(self) -> bool:

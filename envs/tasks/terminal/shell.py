@@ -138,7 +138,7 @@ class ShellEnv(Env):
 
     def _describe(self, result: CommandResult) -> str:
         """What the model sees of a command: its output, cut to size, and how it ended where that was not well."""
-        output = trim((result.stdout + result.stderr).rstrip("\n"), self._max_observation_chars)
+        output = trim((result.stdout + result.stderr).rstrip("\n"), self._max_observation_chars, sum(result.cut))
         if result.timed_out:
             return f"{output}\n[timeout]".lstrip("\n")
         if result.exit_code != 0:
@@ -173,6 +173,7 @@ def read_command(action: str) -> str | None:
     return command
 
 
-def trim(text: str, limit: int) -> str:
-    """The first `limit` characters, and how many more there were."""
-    return text if len(text) <= limit else f"{text[:limit]}... ({len(text) - limit} more)"
+def trim(text: str, limit: int, beyond: int = 0) -> str:
+    """The first `limit` characters, and how many more there were. beyond: how many bytes were cut off already."""
+    more = max(0, len(text) - limit) + beyond
+    return f"{text[:limit]}... ({more} more)" if more else text

@@ -43,7 +43,7 @@ def test_commands_report_how_they_ended(inside):
     assert (plain.stdout, plain.stderr, plain.exit_code, plain.limits_hit) == ("out\n", "err\n", 3, ())
     assert variable.stdout.startswith("y /")
     assert slow.timed_out and slow.exit_code == 137 and slow.stdout == "begun\n" and slow.seconds < 5 and slow.limits_hit == ("timeout",)
-    assert long.truncated and len(long.stdout) == 1000 and long.exit_code == 0
+    assert long.truncated and len(long.stdout) == 1000 and long.exit_code == 0 and long.cut == (299_000, 0) and plain.cut == (0, 0)
     assert odd.stdout == "\ufffd\0é" and killed.exit_code == 137 and huge.exit_code == 126 and surrogate.stdout == "é?\n"
 
 
@@ -85,10 +85,12 @@ def test_sessions_keep_their_state_and_end_with_exit(inside):
             await session.run("cd /tmp; x=5; f() { return 7; }")
             told = await session.run("pwd; echo $x $Y; f")
             slow = await session.run("sleep 30", timeout=0.3)
+            long = await session.run("head -c 70000 /dev/zero >&2")
             after = await session.run("echo $x")
             gone = await session.run("exit 4")
             with pytest.raises(SandboxClosedError):
                 await session.run("true")
+        assert (long.cut, long.truncated, after.cut) == ((0, 70_000 - (64 << 10)), True, (0, 0))
         return told, slow, after, gone
 
     told, slow, after, gone = inside(work)

@@ -16,7 +16,7 @@ import time
 
 import pytest
 
-from envs.rock import Sandbox, SandboxClosedError, SandboxConfig, SandboxError, SandboxStartError, launcher, probe, sync
+from envs.rock import CommandResult, Sandbox, SandboxClosedError, SandboxConfig, SandboxError, SandboxStartError, launcher, probe, sync
 from envs.rock.host import cgroups
 
 REPOSITORY = str(pathlib.Path(__file__).resolve().parents[3])
@@ -75,6 +75,31 @@ def test_many_sandboxes_leave_nothing_behind(tier):
     after = (len(os.listdir("/proc/self/fd")), len(os.listdir(f"/proc/{_zygote_pid()}/fd")), _descendants(_zygote_pid()), _groups(),
              threading.active_count(), pathlib.Path("/proc/self/mountinfo").read_text().count("\n"))
     assert after == before and before[2] == []
+
+
+@pytest.mark.parametrize("tier", ["namespaces", "landlock"])
+def test_starts_and_stops_that_race_leave_nothing_and_raise_nothing_of_their_own(tier):
+    config = _config(tier)
+
+    async def one(number):
+        sandbox, delay = Sandbox(config), 0.0015 * (number % 12)
+        starting = asyncio.create_task(sandbox.start())
+        await asyncio.sleep(delay)
+        if number % 3 == 0:
+            starting.cancel()
+        running = asyncio.create_task(sandbox.execute("sleep 60"))
+        ends = await asyncio.gather(starting, running, sandbox.stop(), sandbox.stop(), return_exceptions=True)
+        await sandbox.stop()
+        return sandbox.is_alive(), [end for end in ends if not isinstance(end, (type(None), CommandResult, asyncio.CancelledError, SandboxError))]
+
+    async def all_of_them():
+        return [result for _ in range(3) for result in await asyncio.gather(*map(one, range(12)))]
+
+    asyncio.run(one(11))
+    before = len(os.listdir("/proc/self/fd")), len(os.listdir(f"/proc/{_zygote_pid()}/fd"))
+    assert asyncio.run(asyncio.wait_for(all_of_them(), 60)) == [(False, [])] * 36
+    assert _eventually(lambda: not _descendants(_zygote_pid()) and not _groups())
+    assert _eventually(lambda: (len(os.listdir("/proc/self/fd")), len(os.listdir(f"/proc/{_zygote_pid()}/fd"))) == before)
 
 
 @pytest.mark.slow

@@ -2,17 +2,17 @@
 
 import asyncio
 import io
-
+import json
 import tarfile
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from envs.rock import SandboxClosedError, SandboxConfig, SandboxError, SandboxFileError
+from envs.rock import CommandResult, SandboxClosedError, SandboxConfig, SandboxError, SandboxFileError
 from envs.rock.config import FileEntry
 from envs.rock.service import archive
-from envs.rock.service.api import CODES, CONFIG, Refusal, check, config_from_json, config_to_json, decode_error, encode_error, parse_json, result_from_json
+from envs.rock.service.api import CODES, CONFIG, Refusal, check, config_from_json, config_to_json, decode_error, encode_error, parse_json, result_from_json, result_to_json
 from envs.rock.service.auth import Tokens, load_or_make_tokens, load_tokens
 from envs.rock.service.fair import FairQueue
 from envs.rock.service.hub import EnvHub
@@ -219,8 +219,11 @@ def test_anything_is_accepted_or_a_value_error(value, data):
             attempt()
         except ValueError:
             pass
-    with pytest.raises(SandboxError):
-        result_from_json(value)
+    told = result_to_json(CommandResult("o", "", 0, False, False, 0.1, ("disk",), 2, (3, 4)))
+    assert result_from_json(json.loads(json.dumps(told))) == CommandResult("o", "", 0, False, False, 0.1, ("disk",), 2, (3, 4))
+    for answer in (value, told | {"cut": [value]}, told | {"cut": [1, None]}, {name: told[name] for name in told if name != "cut"}):
+        with pytest.raises(SandboxError):
+            result_from_json(answer)
 
 
 def test_a_config_travels_without_our_secrets():

@@ -16,9 +16,9 @@ def builds(monkeypatch):
     """How often something was built."""
     names = []
 
-    async def counted(sandbox, task, images):
+    async def counted(sandbox, task, *arguments):
         names.append(task.name)
-        return await build(sandbox, task, images)
+        return await build(sandbox, task, *arguments)
 
     monkeypatch.setattr(module, "build", counted)
     return names

@@ -1,12 +1,15 @@
 """A task's network policy; and its real Dockerfile, built and played on the Docker backend."""
 
 import asyncio
+import contextlib
 import dataclasses
 import pathlib
+import socket
+import threading
 
 import pytest
 
-from envs.rock import SandboxConfig
+from envs.rock import SandboxConfig, kept
 from envs.tasks.harbor import BuildError, HarborEnv, TaskError, UnsupportedError, load_task
 from envs.tasks.harbor.build import egress_of
 from envs.tasks.harbor.containers import build_image
@@ -37,9 +40,8 @@ def test_a_policy_that_cannot_be_enforced_is_refused_by_name(harbor, run):
         run(play(other))
     same = with_network(harbor, '[agent]\nnetwork_mode = "no-network"\n[environment]\nnetwork_mode = "no-network"', "c")
     assert run(play(same, "touch /app/out.txt"))[0] == 1.0
-    listed = with_network(harbor, '[environment]\nnetwork_mode = "allowlist"\nallowed_hosts = ["pypi.org"]', "d")
-    with pytest.raises(UnsupportedError, match="pypi.org:443, pypi.org:80.*use backend='embedded'"):
-        run(build_image(listed, SandboxConfig(backend="docker", image="x")))
+    with pytest.raises(UnsupportedError, match="build_egress = pypi.org:443.*all of the network or none"):
+        run(build_image(same, SandboxConfig(backend="docker", image="x"), ("pypi.org:443",)))
 
 
 def test_a_host_that_is_not_allowed_is_denied_and_one_that_is_allowed_is_not(harbor, run):
@@ -59,6 +61,46 @@ def test_a_host_that_is_not_allowed_is_denied_and_one_that_is_allowed_is_not(har
 
     seen = run(episode())
     assert "192.0.2.1" in seen and any("other.invalid" in one for one in seen) and not any("allowed.invalid" in one for one in seen)
+
+
+@pytest.fixture
+def files_server():
+    """A port on this host that tells everybody one line."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        with contextlib.suppress(OSError):
+            while True:
+                with server.accept()[0] as caller:
+                    caller.sendall(b"from outside\n")
+
+    threading.Thread(target=serve, daemon=True).start()
+    yield server.getsockname()[1]
+    server.shutdown(socket.SHUT_RDWR), server.close()
+
+
+def test_build_steps_reach_what_the_config_grants_them_and_the_agent_and_the_tests_do_not(harbor, run, files_server):
+    fetch = f"timeout 5 bash -c 'cat < /dev/tcp/files/{files_server}'"
+    folder = harbor({"task.toml": 'version = "1.0"\n[environment]\nnetwork_mode = "no-network"\n', "environment/Dockerfile": f"FROM ubuntu\nWORKDIR /app\nRUN {fetch} > got\n",
+                     "tests/test.sh": f'{fetch} > /app/graded; [ -s /app/graded ]; echo "$? != 0" | grep -c "^1" > /logs/verifier/reward.txt\n'})
+
+    async def episode(**options):
+        env = HarborEnv(folder, CONFIG, **options)
+        try:
+            await env.areset()
+            if env._sandbox.tier != "namespaces":
+                pytest.skip("only the namespaces tier can grant")
+            seen = [(await env.astep(bash(command)))[0] for command in ("cat got", fetch)]
+            return seen, (await env._sandbox.get_status()).network_denials, (await env.astep("done"))[1]
+        finally:
+            await env.aclose()
+
+    grant = (f"files@127.0.0.1:{files_server}",)
+    for _ in range(2):  # the second from the snapshot of the first
+        seen, denials, reward = run(episode(build_egress=grant))
+        assert seen[0] == "from outside" and "from outside" not in seen[1] and denials > 0 and reward == 1.0
+    with pytest.raises(BuildError, match="RUN ended with exit"):
+        run(episode(build_egress=()))
 
 
 @pytest.mark.slow
@@ -88,9 +130,43 @@ def test_a_real_dockerfile_is_built_once_and_the_oracle_earns_1_there(harbor, ru
 
 
 @pytest.mark.slow
+def test_allowed_hosts_are_all_that_a_container_reaches(harbor, run, engine, files_server):
+    config = SandboxConfig(backend="docker", image=engine.image, isolation="best_available")
+    folder = harbor({"task.toml": f'version = "1.0"\n[environment]\nnetwork_mode = "allowlist"\nallowed_hosts = ["files@127.0.0.1:{files_server}"]\n', "environment/Dockerfile": None})
+
+    async def episode():
+        env = HarborEnv(folder, config)
+        try:
+            await env.areset()
+            ask = "cat < /dev/tcp/{}/%d" % files_server  # by bash itself; what is refused is so at once
+            seen = [(await env.astep(bash(ask.format(host))))[0] for host in ("files", "192.0.2.1")]
+            return seen, [denial.destination for denial in await env._sandbox.denials()]
+        finally:
+            await env.aclose()
+
+    (allowed, other), denied = run(episode())
+    assert allowed == "from outside" and "from outside" not in other and denied == ["192.0.2.1"]
+
+
+@pytest.mark.slow
+def test_a_base_image_that_cannot_be_pulled_is_what_the_hub_has_under_its_name(harbor, run, engine, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    config = SandboxConfig(backend="docker", image=engine.image, isolation="best_available")
+    built = harbor({"environment/Dockerfile": "# syntax\nfrom registry.invalid/python:3.13-slim as base\nWORKDIR /app\nRUN echo made > made\n"})
+    plain = load_task(harbor({"environment/Dockerfile": None, "task.toml": '[environment]\ndocker_image = "registry.invalid/python:3.13-slim"\n'}, name="plain"))
+    with pytest.raises(BuildError):
+        run(build_image(load_task(built), config))
+    with kept.hub() as hub:
+        hub.register("registry.invalid/python:3.13-slim", "image", f"sha256:{'0' * 64}", "default", reference=engine.image)
+    assert run(build_image(plain, config)) == engine.image
+    assert run(play(built, "read -r made < made; [ $made = made ] && echo x > /app/out.txt", config=config))[1]["tool_success_counter"] == 1
+
+
+@pytest.mark.slow
 def test_a_dockerfile_that_fails_is_a_build_error_with_the_engines_words(harbor, run, engine):
     config = SandboxConfig(backend="docker", image=engine.image, isolation="best_available")
-    folder = harbor({"environment/Dockerfile": f"FROM {engine.image}\nRUN echo this is why >&2; exit 3\n"})
-    with pytest.raises(BuildError, match="exit 3|returned a non-zero code: 3"):
+    folder = harbor({"environment/Dockerfile": f"FROM {engine.image}\n# a remark\nENV A=1 \\\n  B=2\nRUN echo this is why >&2; exit 3\n"})
+    with pytest.raises(BuildError, match="exit 3|returned a non-zero code: 3") as caught:
         run(HarborEnv(folder, config).areset())
+    assert caught.value.line == 5
     assert asyncio.run(build_image(load_task(harbor({"environment/Dockerfile": None, "task.toml": 'version = "1.0"\n[environment]\ndocker_image = "some:1"\n'}, name="other")), config)) == "some:1"

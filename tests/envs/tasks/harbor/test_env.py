@@ -150,7 +150,7 @@ def test_an_archive_is_unpacked_by_add_and_a_docker_ignored_file_is_not_there(ha
 def test_a_health_check_a_settings_file_and_env_hold_in_the_world(harbor):
     folder = harbor({"task.toml": '[environment]\nworkdir = "/work"\n[environment.env]\nWHERE = "/work/x"\n[environment.healthcheck]\ncommand = "test -d /work && test -n $WHERE"\ninterval_sec = 0.01\n'})
     assert observe(folder, "pwd; echo $WHERE")[0] == "/work\n/work/x"
-    with pytest.raises(BuildError, match="health check failed 2 times"):
+    with pytest.raises(BuildError, match="task.toml:2: the health check failed 2 times"):
         observe(harbor({"task.toml": '[environment.healthcheck]\ncommand = "false"\ninterval_sec = 0.01\nretries = 1\n'}, name="sick"))
 
 
@@ -170,9 +170,9 @@ def test_a_health_check_a_settings_file_and_env_hold_in_the_world(harbor):
     ({"environment/Dockerfile": "FROM ubuntu\nWORKDIR /etc/x\n"}, 2, "read-only"),
     ({"environment/Dockerfile": "FROM ubuntu\nRUN --mount=type=secret,id=x true\n"}, 2, "RUN --mount"),
     ({"environment/docker-compose.yaml": "services: {main: {}, db: {}}\n"}, 1, "several containers"),
-    ({"task.toml": "[environment]\ngpus = 1\n"}, 0, "no GPU"),
-    ({"task.toml": '[[environment.mcp_servers]]\nname = "x"\n'}, 0, "mcp_servers"),
-    ({"task.toml": '[verifier]\nenvironment_mode = "separate"\n'}, 0, "separate"),
+    ({"task.toml": "[environment]\ngpus = 1\n"}, 2, "no GPU"),
+    ({"task.toml": '[[environment.mcp_servers]]\nname = "x"\n'}, 1, "mcp_servers"),
+    ({"task.toml": '[environment]\nnetwork_mode = "no-network"\n[agent]\nnetwork_mode = "public"\n'}, 4, "one network policy"),
     ({"task.toml": '[environment]\ndocker_image = "org/private"\n', "environment/Dockerfile": None}, 1, "the image 'org/private'"),
     ({"tests/test.sh": "#!/bin/bash\n\ncurl -LsSf https://astral.sh/uv/install.sh | sh\nuvx pytest\n"}, 3, "needs the network"),
 ])
@@ -422,6 +422,8 @@ def test_a_terminal_bench_1_task_is_played_and_passes_when_all_its_tests_do(tmp_
     assert run(oracle(folder)) == (1.0, "success")
     assert run(play(folder))[0] == 0.0
     assert run(play(folder, "echo x > out.txt; echo other > data.txt"))[0] == 0.0
+    (note,) = load_task(write(tmp_path / "same", {**TB1, "task.yaml": TB1["task.yaml"].replace("shell: false", "shell: true")})).notes
+    assert "run_tests_in_same_shell" in note and load_task(folder).notes == []
     reward, info = run(play(write(tmp_path / "silent", {**TB1, "run-tests.sh": "echo PASSED test_x\n"}), "true"))
     assert reward == 0.0 and "summary is not in the output" in info["note"]
 
