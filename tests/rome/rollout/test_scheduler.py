@@ -88,3 +88,35 @@ def test_accounting_survives_json_and_forgets_what_was_in_flight():
     again.trained += 1
     with pytest.raises(AssertionError, match="does not add up"):
         again.check()
+
+
+def test_a_file_of_another_task_or_anchor_or_one_that_was_cut_off_is_played_again(tmp_path):
+    """A resumed run may give a name to another task: which comes next depends on what was finished when."""
+    async def play(task, prefix=()):
+        accounting = Accounting()
+        accounting.begin()
+        return await make().play_one(Episode(task, 0, 0, 1, "name", tuple(prefix)), temperature=1.0, accounting=accounting, path=tmp_path / "name.json")
+
+    first = asyncio.run(play("copy/1"))
+    assert asyncio.run(play("copy/1")) == first
+    led = asyncio.run(play("copy/1", first.chunks[:1]))
+    assert [chunk.kind for chunk in led.chunks] == ["context", "rl"] and asyncio.run(play("copy/1", first.chunks[:1])) == led
+    assert asyncio.run(play("copy/2")).task == "copy/2"
+    (tmp_path / "name.json").write_text((tmp_path / "name.json").read_text()[:100])
+    assert asyncio.run(play("copy/2")).task == "copy/2"
+
+
+def test_two_threads_may_count():
+    accounting = Accounting()
+
+    def count():
+        for number in range(20_000):
+            accounting.begin()
+            accounting.drop(f"reason {number % 7}")
+
+    threads = [threading.Thread(target=count) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        accounting.check()
+    assert (accounting.started, accounting.in_flight, sum(accounting.dropped.values())) == (40_000, 0, 40_000)
