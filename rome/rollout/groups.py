@@ -17,7 +17,8 @@ What is spoiled is played again from the same initial state at once (`scheduler.
 another task.
 
 Which groups and episodes a step took is on disk before it is trained on. A run that resumes from a checkpoint takes the same again in the steps
-that it repeats, with their trajectories: it reaches the same weights, nothing finished is lost, and nothing is trained on twice.
+that it repeats, with their trajectories: it reaches the same weights, nothing finished is lost, and nothing is trained on twice. What those steps do
+not take begins after them: begun before, it would be older than it was the first time.
 """
 
 from __future__ import annotations
@@ -122,10 +123,10 @@ class Taken:
 
 
 class Journal:
-    """Which groups each step took, and which episodes of them; one JSON line a step, on disk before the step is trained."""
+    """Which groups each step took, which episodes of them, and which groups it gave up; one JSON line a step, on disk before the step is trained."""
 
     def __init__(self, path: pathlib.Path | None) -> None:
-        self._path, self._steps = path, {}
+        self._path, self._steps, self._given_up = path, {}, {}
         self._episodes: dict[tuple[int, int], list[int]] = {}
         if path is not None and path.exists():
             for line in path.read_text().splitlines():
@@ -146,10 +147,13 @@ class Journal:
         """Of a group that some step took or that was replaced: with redundant ones, others of it may be on disk as well."""
         return self._episodes.get((number, attempt))
 
-    def add(self, step: int, groups: list[Group], replaced: list[Group]) -> None:
+    def given_up(self, step: int) -> list[int]:
+        return self._given_up.get(step, [])
+
+    def add(self, step: int, groups: list[Group], given_up: list[Group], replaced: list[Group]) -> None:
         entry = {
             "step": step, "groups": [(group.number, group.attempt) for group in groups], "episodes": [sorted(group.finished) for group in groups],
-            "replaced": [(group.number, group.attempt, sorted(group.finished)) for group in replaced],
+            "given_up": [group.number for group in given_up], "replaced": [(group.number, group.attempt, sorted(group.finished)) for group in replaced],
         }
         if self.get(step) == entry["groups"] and [self.episodes(*group) for group in entry["groups"]] == entry["episodes"]:
             return
@@ -162,7 +166,7 @@ class Journal:
 
     def _keep(self, entry: dict[str, Any]) -> None:
         groups = [tuple(pair) for pair in entry["groups"]]
-        self._steps[entry["step"]] = groups
+        self._steps[entry["step"]], self._given_up[entry["step"]] = groups, entry.get("given_up", [])
         self._episodes.update(zip(groups, entry.get("episodes", [])))
         self._episodes.update({(number, attempt): episodes for number, attempt, episodes in entry.get("replaced", [])})
 
@@ -190,6 +194,8 @@ class Rollouts:
         self._groups: dict[int, Group] = {}  # in order of their numbers
         self._waves = 0  # that were begun
         self._waiting: list[tuple[int, int, int, Group]] = []  # a heap of (group number, -attempt, episode number, group): what is to begin
+        self._repeats: set[int] | None = None  # numbers of the groups that the record names, while its steps are repeated
+        self._held: list[tuple[int, int, int, Group]] = []  # what waits until they are
         self._complete: list[int] = []  # numbers, in order
         self._replaced: list[Group] = []  # since a step took its groups
         self._running = 0
@@ -205,6 +211,7 @@ class Rollouts:
     async def advance(self, version: int) -> None:
         """Weights of `version` are on the engines: more waves may begin."""
         self.version = version
+        self._hold_back(None if self._journal.get(version) is None else self._journal.after(version - 1))
         if self.rules.late == "drop":
             self._drop_stale()
         while self._waves < min(version + self.rules.async_ratio + 1, self.rules.steps):
@@ -224,8 +231,8 @@ class Rollouts:
             if self._should_stop():
                 raise Stopped
             self._changed.clear()
-            chosen = self._choose(step)
-            if chosen is not None:
+            if (choice := self._choose(step)) is not None:
+                chosen, given_up = choice
                 break
             try:
                 async with asyncio.timeout(POLL_SECONDS):
@@ -233,11 +240,10 @@ class Rollouts:
             except TimeoutError:
                 pass
         self._replaced.sort(key=lambda group: (group.number, group.attempt))
-        self._journal.add(step, chosen, self._replaced)
+        self._journal.add(step, chosen, given_up, self._replaced)
         for group in chosen:
             self._remove(group)
-        if step == self.rules.steps - 1:  # nobody will want the rest
-            self._give_up(list(self._groups.values()))
+        self._give_up(given_up if step < self.rules.steps - 1 else list(self._groups.values()))  # after the last nobody will want the rest
         replaced = [trajectory for group in self._replaced for trajectory in group.trajectories()]
         self._replaced.clear()
         now = asyncio.get_running_loop().time()
@@ -303,11 +309,21 @@ class Rollouts:
         for number in self._journal.episodes(group.number, group.attempt) or range(self.rules.group_size + self.rules.redundancy):
             heapq.heappush(self._waiting, (group.number, -group.attempt, number, group))
 
+    def _hold_back(self, repeats: set[int] | None) -> None:
+        """From now on only groups of these numbers begin, and those that were replaced; None for all."""
+        self._repeats = repeats
+        for entry in self._held:
+            heapq.heappush(self._waiting, entry)
+        self._held.clear()
+
     def _fill(self) -> None:
         """Begins what waits, as far as concurrency allows."""
         while self._running < self.rules.concurrency and self._waiting and not self._closing:
-            *_, number, group = heapq.heappop(self._waiting)
+            *_, number, group = entry = heapq.heappop(self._waiting)
             if group.closed:
+                continue
+            if self._repeats is not None and group.number not in self._repeats and self._journal.episodes(group.number, group.attempt) is None:
+                self._held.append(entry)
                 continue
             group.versions[number] = self.version
             self.accounting.begin()
@@ -403,29 +419,26 @@ class Rollouts:
             task.cancel()
         group.open.clear()
 
-    def _choose(self, step: int) -> list[Group] | None:
-        """The groups that the step takes, None as long as there are none. Gives up groups that redundancy allows to give up."""
+    def _choose(self, step: int) -> tuple[list[Group], list[Group]] | None:
+        """The groups that the step takes, and those that redundancy allows to give up with it; None as long as it cannot be taken."""
         recorded = self._recorded(step)
-        if recorded is None and len(self._complete) >= self.rules.groups_per_step:
-            chosen = [self._groups[number] for number in self._complete[:self.rules.groups_per_step]]
-        elif recorded is not None and all(group is not None for group in recorded):
-            chosen = recorded
-        else:
-            return None
-        late, spare = self._late(chosen), self._spare()
         if recorded is not None:
-            later = self._journal.after(step)
-            late = [group for group in late if group.number not in later][:spare]
-        elif len(late) > spare:
+            given_up = [self._groups[number] for number in self._journal.given_up(step) if number in self._groups]
+            return (recorded, given_up) if all(recorded) else None
+        if self._repeats is not None:
+            self._hold_back(None)
+            self._fill()
+        if len(self._complete) < self.rules.groups_per_step:
             return None
-        else:
-            later = set()
+        chosen = [self._groups[number] for number in self._complete[:self.rules.groups_per_step]]
+        late, spare = self._late(chosen), self._spare()
+        if len(late) > spare:
+            return None
         surplus = spare - len(late) - self.rules.async_ratio * self.rules.redundant_groups
         if surplus > 0:  # the slowest go
-            others = [group for group in self._groups.values() if group not in chosen and group not in late and group.number not in later]
+            others = [group for group in self._groups.values() if group not in chosen and group not in late]
             late += sorted(others, key=lambda group: (group.closed, group.number))[:surplus]
-        self._give_up(late)
-        return chosen
+        return chosen, late
 
     def _recorded(self, step: int) -> list[Group | None] | None:
         """The groups that this step took once, each None as long as it is not complete. None where there is no record, or where it cannot come true any
@@ -434,10 +447,10 @@ class Rollouts:
             return None
         groups = []
         for number, attempt in wanted:
-            group = self._groups.get(number)
-            if group is None or group.attempt > attempt or (group.attempt < attempt and number in self._complete):
+            group, complete = self._groups.get(number), number in self._complete
+            if group is None or group.attempt > attempt or (group.attempt < attempt and complete):
                 return None
-            groups.append(group if group.attempt == attempt and number in self._complete else None)
+            groups.append(group if group.attempt == attempt and complete else None)
         return groups
 
     def _late(self, chosen: list[Group]) -> list[Group]:
