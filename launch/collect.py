@@ -32,7 +32,7 @@ from rome.rollout.forks import SECONDS as REPLAY_SECONDS
 from rome.rollout.forks import Forks
 from rome.rollout.groups import MOST_REPLACEMENTS, Plan, Rollouts, Rules, Taken
 from rome.rollout.outcomes import mixed_groups, rollout_figures
-from rome.rollout.scheduler import Accounting, Episode
+from rome.rollout.scheduler import Accounting, Episode, RolloutError
 from rome.train.alarms import check_mismatch
 from rome.train.loop import StepData
 from rome.train.state import TrainState
@@ -159,7 +159,13 @@ class Collector:
     def _take(self, step: int, learnt: list[Trajectory]) -> dict[str, Any]:
         """The leader's part of a step: puts into `learnt` what is trained on. Returns what the others need."""
         config = self.config
-        taken = run_async(self.rollouts.take(step), self._take_seconds())
+        try:
+            taken = run_async(self.rollouts.take(step), seconds := self._take_seconds())
+        except TimeoutError:
+            raise RolloutError(
+                f"step {step} had no {config.groups} complete groups within {seconds:.0f} s, more than their episodes may take by episode_seconds="
+                f"{config.episode_seconds:g}: a sandbox or an engine hangs; see its log. Finished trajectories are kept; run the same command again."
+            ) from None
         trajectories = [trajectory for group in taken.groups for trajectory in group]
         file_of = {id(trajectory): f"{config.experiment}_{name}.json" for group, names in zip(taken.groups, taken.names) for trajectory, name in zip(group, names)}
         self.curriculum.observe(trajectory for trajectory in taken.replaced + trajectories if anchor_of(trajectory) == 0)
@@ -170,7 +176,7 @@ class Collector:
             sources[members[0].group] = source
         shown = self._demonstrations(step, groups, sources) if config.lambda_il else {}
         for number, members in groups.items():
-            self.anchors.observe(members, lambda trajectory: file_of[id(trajectory)])
+            self.anchors.observe(members, sources[number], lambda trajectory: file_of[id(trajectory)])
             if config.resampling != "off" and (expert := shown.get(number)) and not sources[number]:
                 self.anchors.enter(expert[1].task, expert[0], len(expert[1].chunks))
         kept = mixed_groups(trajectories) if config.filter_groups else trajectories

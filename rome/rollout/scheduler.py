@@ -162,11 +162,13 @@ class Scheduler:
         if path is not None and (kept := _kept(path, episode)) is not None:
             return kept
         for attempt in range(self.attempts):
-            env = await episode.forks.env_at(episode.prefix) if episode.forks and not attempt else self.make_env(episode.task)
+            # A command may answer otherwise each time (the date, a process id). Then its turns cannot be taken again: the last attempt is from the beginning.
+            prefix = episode.prefix if attempt == 0 or attempt + 1 < self.attempts else ()
+            env = await episode.forks.env_at(prefix) if episode.forks and not attempt else self.make_env(episode.task)
             trajectory = await run_episode(
                 self.engine, env, self.chat, self.limits, temperature=temperature,
                 seed=episode.seed if attempt == 0 else derive_seed(episode.seed, "attempt", attempt),
-                group=episode.group, episode=episode.episode, routes=routes, prefix=episode.prefix,
+                group=episode.group, episode=episode.episode, routes=routes, prefix=prefix,
             )
             if trajectory.trainable:
                 if path is not None:
@@ -191,5 +193,6 @@ def _kept(path: pathlib.Path, episode: Episode) -> Trajectory | None:
     except ValueError as error:
         logging.warning("%s cannot be read and is played again: %s", path, error)
         return None
-    led = [chunk.action_ids for chunk in kept.chunks[:len(episode.prefix)]] == [chunk.action_ids for chunk in episode.prefix]
-    return kept if kept.task == episode.task and anchor_of(kept) == len(episode.prefix) and led else None
+    begun = anchor_of(kept)  # 0 also where the prefix could not be replayed
+    led = begun in (0, len(episode.prefix)) and all(ours.action_ids == theirs.action_ids for ours, theirs in zip(kept.chunks[:begun], episode.prefix))
+    return kept if kept.task == episode.task and led else None

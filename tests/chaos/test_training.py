@@ -56,7 +56,6 @@ def test_engines_that_are_lent_to_the_learner_come_back_with_its_weights(start, 
         assert process.wait(280) == 0, output(workdir)[-2000:]
     check_whole(workdir)
     assert all(line["engines"] == 2 and line["max_mismatch"] < 1e-3 for line in metrics(workdir))
-    assert "release_memory_occupation" in (workdir / "engine_1.log").read_text() + output(workdir) or True
 
 
 def test_a_full_disk_is_said_in_one_line_and_room_is_all_that_the_run_needs(start, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import launch.collect
 from launch.collect import Collector
 from launch.config import load_config
+from launch.run import Run
 from rome.data.trajectory import Chunk, Trajectory, load_trajectory, save_trajectory
 from rome.rollout.experts import collect_experts
 from rome.rollout.scheduler import RolloutError
@@ -92,3 +93,47 @@ def test_an_expert_of_another_task_that_a_step_showed_before_it_was_repeated_is_
     first = show("a/1", "b/1")
     save_trajectory(dataclasses.replace(first[1], seconds=7.0), tmp_path / "1.json")
     assert [(t.task, t.seconds) for t in show("c/1", "b/1")] == [("c/1", 0.0), ("b/1", 7.0)]
+
+
+def test_a_step_whose_episodes_hang_ends_in_time_with_what_to_look_at(tmp_path, monkeypatch):
+    collector = make(tmp_path)
+
+    async def hangs(episode, **_):
+        await asyncio.sleep(60)
+
+    collector.run.scheduler.play_one = hangs
+    monkeypatch.setattr(collector, "_take_seconds", lambda: 0.2)
+    collector.advance(STATE)
+    with pytest.raises(RolloutError, match="step 0 had no 2 complete groups within 0 s"):
+        collector.collect(0, STATE)
+    collector.close()
+
+
+def test_a_step_that_was_trained_is_not_repeated_because_its_weights_were_not_published(tmp_path):
+    class Unreachable:
+        def score_one(self, *_):
+            raise OSError("no space left on device")
+
+    run = Run(make(tmp_path).config, tmp_path, None, types.SimpleNamespace(open=lambda text: [1]), Unreachable(), Team(), "none", None, [])
+    run.collector.before = {"of": "the step"}
+    with pytest.raises(OSError):
+        run.publish(STATE)
+    assert run.collector.before is None
+
+
+def test_whatever_cannot_be_closed_the_servers_are_stopped(tmp_path):
+    class Server:
+        stopped = False
+
+        def stop(self):
+            self.stopped = True
+
+    class Pool:
+        async def close(self):
+            raise OSError("a socket")
+
+    run = Run(make(tmp_path).config, tmp_path, None, None, None, Team(), "none", None, [], pool=Pool(), servers=[Server(), Server()])
+    run.collector.close = lambda: (_ for _ in ()).throw(TimeoutError("a sandbox"))
+    with pytest.raises((TimeoutError, OSError)):
+        run.close()
+    assert all(server.stopped for server in run.servers)
