@@ -93,8 +93,8 @@ class Collector:
             advantage=ADVANTAGES.get(config.loss, "normalised"), anchor=config.anchor, denial_penalty=config.denial_penalty,
         )
         run.require_same_rows(step, batch)
-        batches = self._with_old(microbatches(batch, config.rows_per_microbatch), state)
-        check_mismatch(batches, config.alarm_kl)
+        batches, unscored = self._with_old(microbatches(batch, config.rows_per_microbatch), state)
+        check_mismatch(batches, config.alarm_kl, unscored)
         if run.team.leads:
             self.accounting.drop("equal_group", shared["taken"] - len(shared["kept"]))
             self.accounting.train(len(shared["kept"]))
@@ -225,22 +225,23 @@ class Collector:
 
     # -- pi_old ------------------------------------------------------------------------------------------------------------------------------
 
-    def _with_old(self, batches: list[Batch], state: TrainState) -> list[Batch]:
+    def _with_old(self, batches: list[Batch], state: TrainState) -> tuple[list[Batch], set[int]]:
         """logp_old of every micro-batch, each token's at the weights that sampled it, and, where the trainer is to replay its own routes, the routes
-        of the pass that scored it. What is not a sample of the policy is scored at the weights of `state`."""
+        of the pass that scored it. What is not a sample of the policy is scored at the weights of `state`. And the versions that nobody can score."""
         config, version = self.config, int(state.step)
         if config.old == "rollout":
-            return [batch._replace(logp_old_BT=batch.logp_rollout_BT) for batch in batches]
-        scored = [self._filled(batch, batch, *found) for batch, found in zip(batches, self._score(state.params, batches))]
+            return [batch._replace(logp_old_BT=batch.logp_rollout_BT) for batch in batches], set()
+        scored, unscored = [self._filled(batch, batch, *found) for batch, found in zip(batches, self._score(state.params, batches))], set()
         stale = sorted({int(found) for batch in batches for found in np.unique(batch.version_BT[_sampled(batch)])} - {version})
         for older in stale:
-            params = self._past_params(older)
+            if (params := self._past_params(older)) is None:
+                unscored.add(older)
             places = [place for place, batch in enumerate(batches) if (_sampled(batch) & (batch.version_BT == older)).any()]
             found = self._score(params, [batches[place] for place in places]) if params is not None else [
                 (batches[place].logp_rollout_BT, batches[place].routes_BTLk) for place in places]
             for place, one in zip(places, found):
                 scored[place] = self._filled(batches[place], scored[place], *one, where_BT=_sampled(batches[place]) & (batches[place].version_BT == older))
-        return scored
+        return scored, unscored
 
     def _score(self, params: dict, batches: list[Batch]) -> list[tuple[np.ndarray, np.ndarray | None]]:
         if self.config.routing_replay == "recompute":

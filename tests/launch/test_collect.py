@@ -5,12 +5,14 @@ import dataclasses
 import json
 import types
 
+import numpy as np
 import pytest
 
 import launch.collect
 from launch.collect import Collector
 from launch.config import load_config
 from launch.run import Run
+from rome.data.packing import pack
 from rome.data.trajectory import Chunk, Trajectory, load_trajectory, save_trajectory
 from rome.rollout.experts import collect_experts
 from rome.rollout.scheduler import RolloutError
@@ -137,3 +139,15 @@ def test_whatever_cannot_be_closed_the_servers_are_stopped(tmp_path):
     with pytest.raises((TimeoutError, OSError)):
         run.close()
     assert all(server.stopped for server in run.servers)
+
+
+def test_tokens_whose_weights_are_lost_take_the_engines_word_and_are_named(tmp_path):
+    collector = make(tmp_path, old="trainer", async_ratio=1, late="keep")
+    collector.run.weights = tmp_path / "weights"
+    collector.run.learner = types.SimpleNamespace(score=lambda params, batches: [np.full(batch.tokens_BT.shape, float(params), np.float32) for batch in batches],
+                                                  recall=lambda kept: kept, keep=lambda params: params)
+    collector.past = {2: -2.0, 3: -3.0}
+    chunk = Chunk([1], [2, 3, 4], [-0.5, -0.6, -0.7], [(0, 0, 1), (2, 1, 2), (3, 2, 3)])  # three versions within one turn
+    batch = pack([Trajectory("f/1", "f", [chunk], 1.0, "success")], row_length=8, chunks_per_row=2, gamma=1.0, failure_reward=0.0)
+    (scored,), unscored = collector._with_old([batch], types.SimpleNamespace(step=3, params=-3.0))
+    assert np.allclose(scored.logp_old_BT[batch.action_mask_BT], [-0.5, -2.0, -3.0]) and unscored == {0}

@@ -285,7 +285,7 @@ def killed_and_resumed(rules, tmp_path, *, save_at, kill_at, seed=0, reward=None
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.integers(0, 2), st.integers(1, 3), st.integers(1, 3), st.integers(1, 8), st.sampled_from(["wait", "keep"]), st.integers(0, 2), st.integers(0, 1), st.booleans(),
+    st.integers(0, 2), st.integers(1, 3), st.integers(1, 3), st.integers(1, 8), st.sampled_from(["wait", "keep", "drop"]), st.integers(0, 2), st.integers(0, 1), st.booleans(),
     st.booleans(), st.integers(0, 3), st.integers(0, 3), st.floats(0, 3), st.integers(0, 10**6),
 )
 def test_whatever_the_rules_a_resumed_run_repeats_its_steps_and_reaches_its_end(
@@ -297,7 +297,7 @@ def test_whatever_the_rules_a_resumed_run_repeats_its_steps_and_reaches_its_end(
     everything = [name for step in names(first.steps[:save_at]) + names(second.steps) for name in step]
     assert len(everything) == len(set(everything)) == 7 * groups * size
     assert late == "keep" or max(staleness(second.steps)) <= alpha
-    assert not second.accounting.dropped["stale"] and second.accounting.trained == 7 * groups * size
+    assert (late == "drop" or not second.accounting.dropped["stale"]) and second.accounting.trained == 7 * groups * size
 
 
 def test_a_repeated_step_takes_the_episodes_that_it_took_although_redundant_ones_are_on_disk_too(tmp_path):
