@@ -283,7 +283,7 @@ def killed_and_resumed(rules, tmp_path, *, save_at, kill_at, seed=0, reward=None
     return first, second
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.integers(0, 2), st.integers(1, 3), st.integers(1, 3), st.integers(1, 8), st.sampled_from(["wait", "keep", "drop"]), st.integers(0, 2), st.integers(0, 1), st.booleans(),
     st.booleans(), st.integers(0, 3), st.integers(0, 3), st.floats(0, 3), st.integers(0, 10**6),
@@ -435,3 +435,30 @@ def test_forks_of_siblings_are_closed_with_the_last_of_them():
 
     run(main())
     assert seen == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("alpha", [0, 1, 2])
+def test_a_run_that_is_killed_twice_after_one_checkpoint_still_repeats_what_either_took(alpha, seed, tmp_path):
+    rules = dataclasses.replace(RULES, async_ratio=alpha, steps=8, redundancy=1, redundant_groups=1, replace_equal=True)
+    lives, files, saved = [], {}, {}
+
+    async def live(world, first, last):
+        world.make()
+        if saved:
+            world.rollouts.set_state(saved, lambda entry: Plan(entry["task"]))
+        await world.train(first, min(2, last) if first == 0 else last)
+        if first == 0:
+            saved.update(json.loads(json.dumps(await world.rollouts.get_state())))
+            await world.train(2, last)
+        await asyncio.sleep(0.3 if last < 8 else 0)
+        await world.rollouts.close()
+
+    for number, (first, last) in enumerate([(0, 4), (2, 6), (2, 8)]):
+        counts = Accounting.from_json(saved["accounting"]) if saved else Accounting()
+        lives.append(World(rules, seed=seed + 10 * number, journal=tmp_path / "steps.jsonl", files=files, accounting=counts))  # another pace in each life
+        run(live(lives[-1], first, last))
+    took = [{step: taken.groups for step, taken in world.steps} for world in lives]
+    for earlier, later in [(0, 1), (1, 2), (0, 2)]:
+        assert all(took[later][step] == groups for step, groups in took[earlier].items() if step >= 2)
+    assert max(staleness(lives[2].steps)) <= alpha and lives[2].accounting.trained == 8 * 6
