@@ -1,7 +1,7 @@
 """What a training step of reinforcement learning trains on: wires rollouts, curriculum, anchors and experts to the learner's batches.
 
 Process 0 plays; the others learn from it which files of the workdir the step is made of, and pack the same rows. WORKDIR/steps.jsonl says which
-groups each step took, WORKDIR/trajectories/ holds them: NAME_WAVE_gGROUP_eEPISODE.json, and NAME_STEP_expert_N.json for what was shown.
+groups each step took, WORKDIR/trajectories/ holds them: NAME_WAVE_gGROUP_eEPISODE.json, and for what was shown NAME_STEP_expert_N.json, NAME_STEP_fork_N.json.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from rome.model.sharding import param_shardings
 from rome.rollout.anchors import Anchors, anchor_of, fork_imitation
 from rome.rollout.curriculum import Curriculum
 from rome.rollout.experts import collect_experts
+from rome.rollout.forks import SECONDS as REPLAY_SECONDS
 from rome.rollout.forks import Forks
-from rome.rollout.groups import Plan, Rollouts, Rules, Taken
+from rome.rollout.groups import MOST_REPLACEMENTS, Plan, Rollouts, Rules, Taken
 from rome.rollout.outcomes import mixed_groups, rollout_figures
-from rome.rollout.scheduler import Accounting, Episode
+from rome.rollout.scheduler import Accounting, Episode, RolloutError
 from rome.train.alarms import check_mismatch
 from rome.train.loop import StepData
 from rome.train.state import TrainState
@@ -53,6 +54,7 @@ class Collector:
         self.curriculum = Curriculum(FAMILIES)
         self.anchors = Anchors(run.config.resampling, run.config.group_size)
         self.past: dict[int, Any] = {}  # version -> parameters, of the last async_ratio versions and this one
+        self.before: dict[str, Any] | None = None  # the state before the step that is being collected or trained; a step that fails is repeated from there
 
     @functools.cached_property
     def rollouts(self) -> Rollouts:
@@ -81,7 +83,7 @@ class Collector:
 
     def collect(self, step: int, state: TrainState) -> StepData:
         """groups x group_size episodes, packed, with logp_old of the weights that sampled each token."""
-        config, run = self.config, self.run
+        config, run, self.before = self.config, self.run, self.get_state()
         learnt: list[Trajectory] = []  # the leader's own; the others read theirs
         shared = run.team.share(f"episodes of step {step}", lambda: self._take(step, learnt))
         learnt = learnt or [load_when_visible(self.files / name) for name in (*shared["kept"], *shared["shown"])]
@@ -92,17 +94,22 @@ class Collector:
             negative_weight=config.negative_weight, negative_tokens=config.negative_tokens,
         )
         run.require_same_rows(step, batch)
-        batches = self._with_old(microbatches(batch, config.rows_per_microbatch), state)
-        check_mismatch(batches, config.alarm_kl)
+        batches, unscored = self._with_old(microbatches(batch, config.rows_per_microbatch), state)
+        check_mismatch(batches, config.alarm_kl, unscored)
         if run.team.leads:
             self.accounting.drop("equal_group", shared["taken"] - len(shared["kept"]))
             self.accounting.train(len(shared["kept"]))
-            self.accounting.check()
+            run_async(self.rollouts.check(), CONTROL_SECONDS)
         return StepData(batches, count_denominators(batches), shared["figures"] | run.publication)
 
     def get_state(self) -> dict[str, Any]:
-        rollouts = run_async(self.rollouts.get_state(), CONTROL_SECONDS) if self.run.team.leads else None
-        return {"accounting": self.accounting.to_json(), "success_rates": self.curriculum.rates, "anchors": self.anchors.to_json(), "rollouts": rollouts}
+        """As it is between two steps: groups that were taken by a step that was not trained are still to be taken."""
+        if self.before is not None:
+            return self.before
+        rollouts = run_async(self.rollouts.get_state(), CONTROL_SECONDS) if self.run.team.leads else {"accounting": self.accounting.to_json()}
+        return {
+            "accounting": rollouts.pop("accounting"), "success_rates": dict(self.curriculum.rates), "anchors": self.anchors.to_json(), "rollouts": rollouts,
+        }
 
     def set_state(self, document: dict[str, Any]) -> None:
         self.accounting = Accounting.from_json(document["accounting"])
@@ -153,8 +160,13 @@ class Collector:
     def _take(self, step: int, learnt: list[Trajectory]) -> dict[str, Any]:
         """The leader's part of a step: puts into `learnt` what is trained on. Returns what the others need."""
         config = self.config
-        waves = -(-(config.async_ratio + 1) * config.groups * (config.group_size + config.redundancy) // config.concurrency)
-        taken = run_async(self.rollouts.take(step), CONTROL_SECONDS + waves * self.run.scheduler.attempts * config.episode_seconds)
+        try:
+            taken = run_async(self.rollouts.take(step), seconds := self._take_seconds())
+        except TimeoutError:
+            raise RolloutError(
+                f"step {step} had no {config.groups} complete groups within {seconds:.0f} s, more than their episodes may take by episode_seconds="
+                f"{config.episode_seconds:g}: a sandbox or an engine hangs; see its log. Finished trajectories are kept; run the same command again."
+            ) from None
         trajectories = [trajectory for group in taken.groups for trajectory in group]
         file_of = {id(trajectory): f"{config.experiment}_{name}.json" for group, names in zip(taken.groups, taken.names) for trajectory, name in zip(group, names)}
         self.curriculum.observe(trajectory for trajectory in taken.replaced + trajectories if anchor_of(trajectory) == 0)
@@ -165,7 +177,7 @@ class Collector:
             sources[members[0].group] = source
         shown = self._demonstrations(step, groups, sources) if config.lambda_il else {}
         for number, members in groups.items():
-            self.anchors.observe(members, lambda trajectory: file_of[id(trajectory)])
+            self.anchors.observe(members, sources[number], lambda trajectory: file_of[id(trajectory)])
             if config.resampling != "off" and (expert := shown.get(number)) and not sources[number]:
                 self.anchors.enter(expert[1].task, expert[0], len(expert[1].chunks))
         kept = mixed_groups(trajectories) if config.filter_groups else trajectories
@@ -174,6 +186,14 @@ class Collector:
             "taken": len(trajectories), "kept": [file_of[id(one)] for one in kept], "shown": [name for name, _ in shown.values()],
             "figures": rollout_figures(trajectories, step, taken.seconds) | self._figures(step, taken, trajectories, len(shown)),
         }
+
+    def _take_seconds(self) -> float:
+        """What the groups of a step may take at worst: all that may be in flight, one wave after the other, each episode as often as it may be replaced."""
+        config = self.config
+        episodes = (config.async_ratio + 1) * (config.groups + config.redundant_groups) * (config.group_size + config.redundancy)
+        times = self.run.scheduler.attempts * (1 + MOST_REPLACEMENTS if config.replace_equal else 1)
+        replays = REPLAY_SECONDS if config.resampling != "off" else 0.0  # of a source; its group waits for it
+        return CONTROL_SECONDS + -(-episodes // config.concurrency) * (times * config.episode_seconds + replays)
 
     def _figures(self, step: int, taken: Taken, trajectories: list[Trajectory], shown: int) -> dict[str, float]:
         figures = {
@@ -190,38 +210,39 @@ class Collector:
         """Eq. 10's imitation, (file, trajectory) by group: of forks without a success what their source did there, of other tasks without one what an
         expert does. Each is a group of its own, so that it stays out of the statistics of groups that were sampled."""
         config, first = self.config, self.config.steps * (self.config.groups + self.config.redundant_groups)
-        path = lambda number: self.files / f"{config.experiment}_{step:06d}_expert_{number:03d}.json"
+        path = lambda number, kind="expert": self.files / f"{config.experiment}_{step:06d}_{kind}_{number:03d}.json"
         unsolved = [number for number, members in groups.items() if not sources[number] and not any(t.reward > 0 for t in members)]
         played = run_async(collect_experts(
             [groups[number][0].task for number in unsolved], self.run.make_env, self.run.chat, error_rate=0.0, concurrency=EXPERT_CONCURRENCY, record=path,
             first_group=first,
-        ), CONTROL_SECONDS + len(unsolved) * config.episode_seconds / EXPERT_CONCURRENCY)
+        ), CONTROL_SECONDS + -(-len(unsolved) // EXPERT_CONCURRENCY) * config.episode_seconds)
         shown = {number: (path(place).name, trajectory) for place, (number, trajectory) in enumerate(zip(unsolved, played))}
         for number, source in sources.items():
             if source and (imitated := fork_imitation(load_trajectory(self.files / source), groups[number])) is not None:
                 imitated = dataclasses.replace(imitated, group=first + len(shown))
-                save_trajectory(imitated, path(len(shown)))
-                shown[number] = path(len(shown)).name, imitated
+                save_trajectory(imitated, path(len(shown), "fork"))
+                shown[number] = path(len(shown), "fork").name, imitated
         return shown
 
     # -- pi_old ------------------------------------------------------------------------------------------------------------------------------
 
-    def _with_old(self, batches: list[Batch], state: TrainState) -> list[Batch]:
+    def _with_old(self, batches: list[Batch], state: TrainState) -> tuple[list[Batch], set[int]]:
         """logp_old of every micro-batch, each token's at the weights that sampled it, and, where the trainer is to replay its own routes, the routes
-        of the pass that scored it. What is not a sample of the policy is scored at the weights of `state`."""
+        of the pass that scored it. What is not a sample of the policy is scored at the weights of `state`. And the versions that nobody can score."""
         config, version = self.config, int(state.step)
         if config.old == "rollout":
-            return [batch._replace(logp_old_BT=batch.logp_rollout_BT) for batch in batches]
-        scored = [self._filled(batch, batch, *found) for batch, found in zip(batches, self._score(state.params, batches))]
+            return [batch._replace(logp_old_BT=batch.logp_rollout_BT) for batch in batches], set()
+        scored, unscored = [self._filled(batch, batch, *found) for batch, found in zip(batches, self._score(state.params, batches))], set()
         stale = sorted({int(found) for batch in batches for found in np.unique(batch.version_BT[_sampled(batch)])} - {version})
         for older in stale:
-            params = self._past_params(older)
+            if (params := self._past_params(older)) is None:
+                unscored.add(older)
             places = [place for place, batch in enumerate(batches) if (_sampled(batch) & (batch.version_BT == older)).any()]
             found = self._score(params, [batches[place] for place in places]) if params is not None else [
                 (batches[place].logp_rollout_BT, batches[place].routes_BTLk) for place in places]
             for place, one in zip(places, found):
                 scored[place] = self._filled(batches[place], scored[place], *one, where_BT=_sampled(batches[place]) & (batches[place].version_BT == older))
-        return scored
+        return scored, unscored
 
     def _score(self, params: dict, batches: list[Batch]) -> list[tuple[np.ndarray, np.ndarray | None]]:
         if self.config.routing_replay == "recompute":

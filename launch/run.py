@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -141,6 +142,8 @@ class Run:
         version = int(state.step)
         if version == self.published:
             return
+        if self.plays:
+            self.collector.before = None  # that step is trained, whatever becomes of its publication
         ids = self.chat.open(PROBE)
         expected = self.learner.score_one(state.params, ids)
         path = write_checkpoint(state.params, self.model_config, self.weights, version, self._needed(version), delta=bool(self.config.mirrors))
@@ -286,14 +289,15 @@ class Run:
         self.team.share("final", finish)
 
     def close(self) -> None:
-        if self.plays:
-            self.collector.close()
-        if self.supervisor is not None:
-            self.supervisor.cancel()
-        if self.pool is not None:
-            run_async(self.pool.close(), 30.0)
-        for server in self.servers:
-            server.stop()
+        with contextlib.ExitStack() as ends:  # each of them, whatever the others raise; the last first
+            for server in self.servers:
+                ends.callback(server.stop)
+            if self.pool is not None:
+                ends.callback(lambda: run_async(self.pool.close(), 30.0))
+            if self.supervisor is not None:
+                ends.callback(self.supervisor.cancel)
+            if self.plays:
+                ends.callback(self.collector.close)
 
     def _open_stream(self):
         """Documents, or expert trajectories, played where they are not on disk yet, as an endless stream of batches."""
@@ -310,7 +314,7 @@ class Run:
             trajectories.extend(run_async(collect_experts(
                 tasks, self.make_env, self.chat, error_rate=config.expert_error_rate, concurrency=EXPERT_CONCURRENCY,
                 record=path,
-            ), 60.0 + len(tasks) * config.episode_seconds / EXPERT_CONCURRENCY))
+            ), 60.0 + -(-len(tasks) // EXPERT_CONCURRENCY) * config.episode_seconds))
 
         trajectories: list[Trajectory] = []
         self.team.share("experts", play)

@@ -25,16 +25,19 @@ RECOVERED = 0.5  # success rate at which a rollback moves on, and from the begin
 P_CRUCIAL = 0.05
 MEMORY = 64  # outcomes of an anchor that count; older ones are of another policy
 MOST_TASKS = 256
+MOST_EARLIER = 8  # sources of a task that groups may still be led along
 
 
 @dataclasses.dataclass
 class Hard:
-    """A task that is resampled. `outcomes`: wins and losses by anchor, the newest last; `position`: the rollback's anchor."""
+    """A task that is resampled. `outcomes`: wins and losses by anchor, the newest last; `position`: the rollback's anchor; `earlier`: sources as long as this
+    one that it took the place of."""
 
     source: str
     chunks: int
     position: int
     outcomes: dict[int, list[bool]] = dataclasses.field(default_factory=dict)
+    earlier: list[str] = dataclasses.field(default_factory=list)
 
     def rate(self, anchor: int, newest: int) -> float:
         outcomes = self.outcomes.get(anchor, [])[-newest:]
@@ -61,12 +64,16 @@ class Anchors:
             del self.tasks[next(iter(self.tasks))]
         self.tasks[task] = Hard(source, chunks, chunks - 1)
 
-    def observe(self, group: Sequence[Trajectory], source_of: Callable[[Trajectory], str]) -> None:
-        """Takes in what a group of one task did. `source_of` names the file of a trajectory."""
+    def observe(self, group: Sequence[Trajectory], source: str, source_of: Callable[[Trajectory], str]) -> None:
+        """Takes in what a group of one task did. `source`: what it was led along; `source_of` names the file of a trajectory.
+
+        A group that was begun before its task had another source says nothing about the anchors of this one, which may have fewer chunks.
+        """
         hard = self.tasks.get(group[0].task) if group else None
         if hard is None:
             return
-        for trajectory in group:
+        current = source == hard.source or source in hard.earlier
+        for trajectory in (trajectory for trajectory in group if current or not anchor_of(trajectory)):
             outcomes = hard.outcomes.setdefault(anchor_of(trajectory), [])
             outcomes.append(trajectory.reward > 0)
             del outcomes[:-MEMORY]
@@ -79,7 +86,9 @@ class Anchors:
         if best is not None and len(best.chunks) <= hard.chunks:
             if len(best.chunks) < hard.chunks:  # other chunks: what was learnt about the old ones says nothing about these
                 hard.outcomes = {anchor: outcomes for anchor, outcomes in hard.outcomes.items() if anchor == 0}
-                hard.position = min(hard.position, len(best.chunks) - 1)
+                hard.position, hard.earlier = min(hard.position, len(best.chunks) - 1), []
+            else:
+                hard.earlier = [*hard.earlier[1 - MOST_EARLIER:], hard.source]
             hard.source, hard.chunks = source_of(best), len(best.chunks)
 
     def crucial(self) -> int:
@@ -91,7 +100,7 @@ class Anchors:
 
     def load(self, document: Mapping[str, Any]) -> None:
         self.tasks = {
-            task: Hard(entry["source"], entry["chunks"], entry["position"], {int(anchor): list(seen) for anchor, seen in entry["outcomes"].items()})
+            task: Hard(entry["source"], entry["chunks"], entry["position"], {int(anchor): list(seen) for anchor, seen in entry["outcomes"].items()}, entry.get("earlier", []))
             for task, entry in document.items()
         }
 

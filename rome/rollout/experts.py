@@ -22,7 +22,8 @@ async def collect_experts(
     tasks: Sequence[str], make_env: Callable[[str], TerminalEnv], chat: Chat, *, error_rate: float, concurrency: int,
     record: Callable[[int], pathlib.Path], first_group: int = 0,
 ) -> list[Trajectory]:
-    """One solved trajectory for each task, in the order asked for. `record` says where the n-th is kept: one that is there already is taken.
+    """One solved trajectory for each task, in the order asked for. `record` says where the n-th is kept: one of its task that is there already is
+    taken.
 
     Each is a group of its own, from `first_group` on, so that it stays out of the statistics of groups that were sampled.
 
@@ -32,8 +33,8 @@ async def collect_experts(
 
     async def play(number: int, task: str) -> Trajectory:
         path = record(number)
-        if path.exists():
-            return load_trajectory(path)
+        if path.exists() and (kept := load_trajectory(path)).task == task:  # a step that a resumed run repeats may have to show other tasks
+            return kept
         async with gate:
             trajectory = await expert_trajectory(make_env(task), chat, random.Random(f"expert {task}"), error_rate)
         trajectory.group = first_group + number

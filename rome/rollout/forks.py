@@ -33,7 +33,9 @@ class Forks:
         if not prefix:
             return self._make_env()
         self._replayed = self._replayed or asyncio.get_running_loop().create_task(self._replay())
-        await asyncio.shield(self._replayed)  # an episode that is cancelled here leaves the replay to the others
+        await asyncio.wait([self._replayed])  # an episode that is cancelled here leaves the replay to the others
+        if not self._replayed.cancelled():  # else these forks were closed meanwhile: who still comes replays for itself
+            self._replayed.result()
         env = self._make_env()
         return Forked(env, self._kept[len(prefix)], prefix) if len(prefix) in self._kept else env
 

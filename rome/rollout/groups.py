@@ -16,8 +16,9 @@ old the slowest sample gets. `late` says what becomes of a sample that would be 
 What is spoiled is played again from the same initial state at once (`scheduler.py`); a group whose episodes all won or all lost may be replaced by
 another task.
 
-Which groups a step took is on disk before it is trained on. A run that resumes from a checkpoint takes the same groups again in the steps that it
-repeats, with their trajectories: it reaches the same weights, nothing finished is lost, and nothing is trained on twice.
+Which groups and episodes a step took is on disk before it is trained on. A run that resumes from a checkpoint takes the same again in the steps
+that it repeats, with their trajectories: it reaches the same weights, nothing finished is lost, and nothing is trained on twice. What those steps do
+not take begins after them: begun before, it would be older than it was the first time.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from typing import Any, Literal
 from rome.agent.loop import derive_seed
 from rome.data.trajectory import Chunk, Trajectory
 from rome.rollout.forks import Forks
-from rome.rollout.scheduler import Accounting, Episode, Stopped
+from rome.rollout.scheduler import Accounting, Episode, RolloutError, Stopped
 
 Late = Literal["wait", "keep", "drop"]
 POLL_SECONDS = 0.5  # between two looks at whether the user wants to stop
@@ -122,31 +123,52 @@ class Taken:
 
 
 class Journal:
-    """Which groups each step took; one JSON line a step, on disk before the step is trained."""
+    """Which groups each step took, which episodes of them, and which groups it gave up; one JSON line a step, on disk before the step is trained."""
 
     def __init__(self, path: pathlib.Path | None) -> None:
-        self._path, self._steps = path, {}
+        self._path, self._steps, self._given_up = path, {}, {}
+        self._episodes: dict[tuple[int, int], list[int]] = {}
         if path is not None and path.exists():
             for line in path.read_text().splitlines():
                 try:
-                    entry = json.loads(line)
-                    self._steps[entry["step"]] = [tuple(pair) for pair in entry["groups"]]
-                except (ValueError, KeyError, TypeError):  # the line that a kill cut off: its step was not trained
+                    self._keep(json.loads(line))
+                except (ValueError, KeyError, TypeError, AttributeError):  # the line that a kill cut off: its step was not trained
                     continue
 
     def get(self, step: int) -> list[tuple[int, int]] | None:
         """[(number, attempt)] of the groups."""
         return self._steps.get(step)
 
-    def add(self, step: int, groups: list[tuple[int, int]]) -> None:
-        if self._steps.get(step) == groups:
+    def after(self, step: int) -> set[int]:
+        """Numbers of the groups that later steps took."""
+        return {number for later, groups in self._steps.items() if later > step for number, _ in groups}
+
+    def episodes(self, number: int, attempt: int) -> list[int] | None:
+        """Of a group that some step took or that was replaced: with redundant ones, others of it may be on disk as well."""
+        return self._episodes.get((number, attempt))
+
+    def given_up(self, step: int) -> list[int]:
+        return self._given_up.get(step, [])
+
+    def add(self, step: int, groups: list[Group], given_up: list[Group], replaced: list[Group]) -> None:
+        entry = {
+            "step": step, "groups": [(group.number, group.attempt) for group in groups], "episodes": [sorted(group.finished) for group in groups],
+            "given_up": [group.number for group in given_up], "replaced": [(group.number, group.attempt, sorted(group.finished)) for group in replaced],
+        }
+        if self.get(step) == entry["groups"] and [self.episodes(*group) for group in entry["groups"]] == entry["episodes"]:
             return
-        self._steps[step] = groups
+        self._keep(entry)
         if self._path is not None:
             with open(self._path, "a", encoding="utf-8") as file:
-                file.write("\n" * (file.tell() > 0 and not _ends_with_newline(self._path)) + json.dumps({"step": step, "groups": groups}) + "\n")
+                file.write("\n" * (file.tell() > 0 and not _ends_with_newline(self._path)) + json.dumps(entry) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
+
+    def _keep(self, entry: dict[str, Any]) -> None:
+        groups = [tuple(pair) for pair in entry["groups"]]
+        self._steps[entry["step"]], self._given_up[entry["step"]] = groups, entry.get("given_up", [])
+        self._episodes.update(zip(groups, entry.get("episodes", [])))
+        self._episodes.update({(number, attempt): episodes for number, attempt, episodes in entry.get("replaced", [])})
 
 
 class Rollouts:
@@ -172,13 +194,16 @@ class Rollouts:
         self._groups: dict[int, Group] = {}  # in order of their numbers
         self._waves = 0  # that were begun
         self._waiting: list[tuple[int, int, int, Group]] = []  # a heap of (group number, -attempt, episode number, group): what is to begin
+        self._repeats: set[int] | None = None  # numbers of the groups that the record names, while its steps are repeated
+        self._held: list[tuple[int, int, int, Group]] = []  # what waits until they are
         self._complete: list[int] = []  # numbers, in order
-        self._replaced: list[tuple[int, int, list[Trajectory]]] = []
+        self._replaced: list[Group] = []  # since a step took its groups
         self._running = 0
         self._changed = asyncio.Event()
         self._failure: BaseException | None = None
         self._taken_at: float | None = None
-        self._tasks: set[asyncio.Task] = set()
+        self._playing: dict[asyncio.Task, tuple[Group, int]] = {}  # what was cancelled stays until its sandbox is gone
+        self._forks_closing: set[asyncio.Task] = set()
         self._closing = False
 
     # -- what the trainer calls ----------------------------------------------------------------------------------------------------------
@@ -186,6 +211,7 @@ class Rollouts:
     async def advance(self, version: int) -> None:
         """Weights of `version` are on the engines: more waves may begin."""
         self.version = version
+        self._hold_back(None if self._journal.get(version) is None else self._journal.after(version - 1))
         if self.rules.late == "drop":
             self._drop_stale()
         while self._waves < min(version + self.rules.async_ratio + 1, self.rules.steps):
@@ -197,7 +223,7 @@ class Rollouts:
 
     async def take(self, step: int) -> Taken:
         """The groups of a step, as soon as they may be taken. Raises Stopped, or what ended an episode for good (RolloutError)."""
-        began, wanted = asyncio.get_running_loop().time(), self._journal.get(step)
+        began = asyncio.get_running_loop().time()
         self._taken_at = began if self._taken_at is None else self._taken_at
         while True:
             if self._failure is not None:
@@ -205,20 +231,20 @@ class Rollouts:
             if self._should_stop():
                 raise Stopped
             self._changed.clear()
-            chosen = self._choose(wanted)
-            if chosen is not None:
+            if (choice := self._choose(step)) is not None:
+                chosen, given_up = choice
                 break
             try:
                 async with asyncio.timeout(POLL_SECONDS):
                     await self._changed.wait()
             except TimeoutError:
                 pass
-        self._journal.add(step, [(group.number, group.attempt) for group in chosen])
+        self._replaced.sort(key=lambda group: (group.number, group.attempt))
+        self._journal.add(step, chosen, given_up, self._replaced)
         for group in chosen:
             self._remove(group)
-        if step == self.rules.steps - 1:  # nobody will want the rest
-            self._give_up(list(self._groups.values()))
-        replaced = [trajectory for *_, trajectories in sorted(self._replaced, key=lambda entry: entry[:2]) for trajectory in trajectories]
+        self._give_up(given_up if step < self.rules.steps - 1 else list(self._groups.values()))  # after the last nobody will want the rest
+        replaced = [trajectory for group in self._replaced for trajectory in group.trajectories()]
         self._replaced.clear()
         now = asyncio.get_running_loop().time()
         names = [[self.episode(group, number).name for number in sorted(group.finished)] for group in chosen]
@@ -226,20 +252,37 @@ class Rollouts:
         self._taken_at = now
         return taken
 
+    async def check(self) -> None:
+        """Raises AssertionError where the accounting is not what is here: begun, and neither trained nor dropped. Between two steps."""
+        self.accounting.check()
+        here = sum(len(group.finished) for group in self._groups.values()) + sum(group.open.get(number) is task for task, (group, number) in self._playing.items())
+        if here != self.accounting.in_flight and self._failure is None:  # a failure is the next step's to raise
+            raise AssertionError(f"{here} episodes are in flight, and the sample accounting says {self.accounting}")
+
     async def close(self) -> None:
         """Cancels what is in flight and waits until its sandboxes are gone. It stays in flight in the accounting: a resumed run begins it again."""
         self._closing = True
-        for group in self._groups.values():
-            for task in group.open.values():
-                task.cancel()
+        for task in self._playing:
+            task.cancel()
         forks = [group.plan.forks.aclose() for group in self._groups.values() if group.plan.forks is not None]
-        await asyncio.gather(*self._tasks, *forks, return_exceptions=True)
+        await asyncio.gather(*self._playing, *self._forks_closing, *forks, return_exceptions=True)
 
     async def get_state(self) -> dict[str, Any]:
-        """What a resumed run must know. Finished trajectories are files; their groups are begun again and find them."""
-        groups = [{"number": group.number, "attempt": group.attempt, "task": group.plan.task, "source": group.plan.source,
-                   "prefixes": [len(prefix) for prefix in group.plan.prefixes]} for group in self._groups.values()]
-        return {"waves": self._waves, "groups": groups}
+        """What a resumed run must know. Finished trajectories are files; their groups are begun again and find them.
+
+        A group whose replaced trajectories no step has handed on yet is there as it was before it was replaced, so that they will be.
+        """
+        replaced: dict[int, Group] = {}
+        for group in self._replaced:
+            replaced.setdefault(group.number, group)
+        groups = [replaced.get(number, group) for number, group in self._groups.items()]
+        counts, again = self.accounting.to_json(), sum(len(group.finished) for group in self._replaced if group.number in self._groups)
+        if again:
+            counts["dropped"]["equal_group"] -= again
+            counts["in_flight"] += again
+        return {"waves": self._waves, "accounting": counts, "groups": [
+            {"number": group.number, "attempt": group.attempt, "task": group.plan.task, "source": group.plan.source,
+             "prefixes": [len(prefix) for prefix in group.plan.prefixes]} for group in groups]}
 
     def set_state(self, state: dict[str, Any], plan_of: Callable[[dict[str, Any]], Plan]) -> None:
         """To be called before the first `advance`. `plan_of` makes a plan of a group's entry in the state."""
@@ -263,36 +306,56 @@ class Rollouts:
 
     def _open(self, group: Group) -> None:
         self._groups[group.number] = group
-        for number in range(self.rules.group_size + self.rules.redundancy):
+        for number in self._journal.episodes(group.number, group.attempt) or range(self.rules.group_size + self.rules.redundancy):
             heapq.heappush(self._waiting, (group.number, -group.attempt, number, group))
+
+    def _hold_back(self, repeats: set[int] | None) -> None:
+        """From now on only groups of these numbers begin, and those that were replaced; None for all."""
+        self._repeats = repeats
+        for entry in self._held:
+            heapq.heappush(self._waiting, entry)
+        self._held.clear()
 
     def _fill(self) -> None:
         """Begins what waits, as far as concurrency allows."""
         while self._running < self.rules.concurrency and self._waiting and not self._closing:
-            *_, number, group = heapq.heappop(self._waiting)
+            *_, number, group = entry = heapq.heappop(self._waiting)
             if group.closed:
+                continue
+            if self._repeats is not None and group.number not in self._repeats and self._journal.episodes(group.number, group.attempt) is None:
+                self._held.append(entry)
                 continue
             group.versions[number] = self.version
             self.accounting.begin()
             self._running += 1
             task = asyncio.get_running_loop().create_task(self._run(group, number))
             group.open[number] = task
-            self._tasks.add(task)
+            self._playing[task] = group, number
             task.add_done_callback(self._ended)  # also of one that was cancelled before it ran
 
     async def _run(self, group: Group, number: int) -> None:
         episode = self.episode(group, number)
         try:
             trajectory = await self._play(episode)
-            if group.open.get(number) is asyncio.current_task():  # else it was cancelled as it ended, and is counted already
-                del group.open[number]
-                self._finished(group, number, trajectory)
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
+            if group.open.get(number) is asyncio.current_task() and not self._closing:  # else nobody waits for it: it was cancelled here
+                self._failed(group, number, error)
+            return
+        if group.open.get(number) is asyncio.current_task():  # else it was cancelled as it ended, and is counted already
+            del group.open[number]
+            self._finished(group, number, trajectory)
+
+    def _failed(self, group: Group, number: int, error: BaseException) -> None:
+        """What ends an episode for good ends the run, but for a redundant one that nobody waits for."""
+        del group.open[number]
+        if isinstance(error, asyncio.CancelledError):
+            error = RolloutError(f"episode {self.episode(group, number).name} of {group.plan.task} was cancelled, and not by the rollouts: an error of the program")
+        if not (group.closed and isinstance(error, RolloutError)):
             self._failure = self._failure or error
             self._changed.set()
 
     def _ended(self, task: asyncio.Task) -> None:
-        self._tasks.discard(task)
+        del self._playing[task]
         self._running -= 1
         self._fill()
 
@@ -336,9 +399,10 @@ class Rollouts:
     def _finish(self, group: Group) -> None:
         """All that it needs is there."""
         self._close_group(group)
-        if self._replan is not None and self.rules.replace_equal and group.attempt < MOST_REPLACEMENTS and not _has_spread(group):
+        replaces = self._replan is not None and self.rules.replace_equal and group.attempt < MOST_REPLACEMENTS
+        if replaces and not group.plan.source and not _has_spread(group):  # how a resampled one ends decides where its task is begun next
             self.accounting.drop("equal_group", len(group.finished))
-            self._replaced.append((group.number, group.attempt, group.trajectories()))
+            self._replaced.append(group)
             self._open(Group(group.number, self._replan(group.number, group.attempt + 1), group.attempt + 1))
         else:
             bisect.insort(self._complete, group.number)
@@ -355,12 +419,15 @@ class Rollouts:
             task.cancel()
         group.open.clear()
 
-    def _choose(self, wanted: list[tuple[int, int]] | None) -> list[Group] | None:
-        """The groups that the next step takes, None as long as there are none. Gives up groups that redundancy allows to give up."""
-        if wanted is not None and all(number in self._groups for number, _ in wanted):
-            groups = [self._groups[number] for number, _ in wanted]
-            ready = all(number in self._complete and group.attempt == attempt for group, (number, attempt) in zip(groups, wanted))
-            return groups if ready else None  # nothing is given up: a later step of the record may want it
+    def _choose(self, step: int) -> tuple[list[Group], list[Group]] | None:
+        """The groups that the step takes, and those that redundancy allows to give up with it; None as long as it cannot be taken."""
+        recorded = self._recorded(step)
+        if recorded is not None:
+            given_up = [self._groups[number] for number in self._journal.given_up(step) if number in self._groups]
+            return (recorded, given_up) if all(recorded) else None
+        if self._repeats is not None:
+            self._hold_back(None)
+            self._fill()
         if len(self._complete) < self.rules.groups_per_step:
             return None
         chosen = [self._groups[number] for number in self._complete[:self.rules.groups_per_step]]
@@ -371,8 +438,20 @@ class Rollouts:
         if surplus > 0:  # the slowest go
             others = [group for group in self._groups.values() if group not in chosen and group not in late]
             late += sorted(others, key=lambda group: (group.closed, group.number))[:surplus]
-        self._give_up(late)
-        return chosen
+        return chosen, late
+
+    def _recorded(self, step: int) -> list[Group | None] | None:
+        """The groups that this step took once, each None as long as it is not complete. None where there is no record, or where it cannot come true any
+        more: files were lost, and it went otherwise."""
+        if (wanted := self._journal.get(step)) is None:
+            return None
+        groups = []
+        for number, attempt in wanted:
+            group, complete = self._groups.get(number), number in self._complete
+            if group is None or group.attempt > attempt or (group.attempt < attempt and complete):
+                return None
+            groups.append(group if group.attempt == attempt and complete else None)
+        return groups
 
     def _late(self, chosen: list[Group]) -> list[Group]:
         """Those of the other groups that could not be taken within the bound any more, if these were taken now."""
@@ -404,10 +483,11 @@ class Rollouts:
         del self._groups[group.number]
         if group.number in self._complete:
             self._complete.remove(group.number)
-        if group.plan.forks is not None:
-            closing = asyncio.get_running_loop().create_task(group.plan.forks.aclose())
-            self._tasks.add(closing)
-            closing.add_done_callback(self._tasks.discard)
+        forks = group.plan.forks
+        if forks is not None and not any(other.plan.forks is forks for other in self._groups.values()):  # siblings have theirs in common
+            closing = asyncio.get_running_loop().create_task(forks.aclose())
+            self._forks_closing.add(closing)
+            closing.add_done_callback(self._forks_closing.discard)
 
 
 def _has_spread(group: Group) -> bool:

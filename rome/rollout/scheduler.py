@@ -10,13 +10,16 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
+import logging
 import pathlib
+import threading
 from collections.abc import Callable, Sequence
 
 from envs.gem.core import Env
 from rome.agent.loop import Generator, Limits, derive_seed, run_episode
 from rome.data.trajectory import Chunk, Trajectory, load_trajectory, save_trajectory
 from rome.model.tokenizer import Chat
+from rome.rollout.anchors import anchor_of
 from rome.rollout.forks import Forks
 
 
@@ -46,31 +49,38 @@ class Episode:
 
 @dataclasses.dataclass
 class Accounting:
-    """started = trained + dropped (by reason) + in_flight, at every moment."""
+    """started = trained + dropped (by reason) + in_flight, at every moment. The trainer counts in its own thread, the rollouts in theirs."""
 
     started: int = 0
     trained: int = 0
     dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     in_flight: int = 0
+    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
     def begin(self) -> None:
-        self.started += 1
-        self.in_flight += 1
+        with self._lock:
+            self.started += 1
+            self.in_flight += 1
 
     def drop(self, reason: str, number: int = 1) -> None:
-        self.in_flight -= number
-        self.dropped[reason] += number
+        if number:
+            with self._lock:
+                self.in_flight -= number
+                self.dropped[reason] += number
 
     def train(self, number: int) -> None:
-        self.in_flight -= number
-        self.trained += number
+        with self._lock:
+            self.in_flight -= number
+            self.trained += number
 
     def check(self) -> None:
-        if self.started != self.trained + self.dropped.total() + self.in_flight:
-            raise AssertionError(f"sample accounting does not add up: {self}")
+        counts = self.to_json()
+        if counts["started"] != counts["trained"] + sum(counts["dropped"].values()) + counts["in_flight"] or counts["in_flight"] < 0:
+            raise AssertionError(f"sample accounting does not add up: {counts}")
 
     def to_json(self) -> dict:
-        return {"started": self.started, "trained": self.trained, "dropped": dict(self.dropped), "in_flight": self.in_flight}
+        with self._lock:
+            return {"started": self.started, "trained": self.trained, "dropped": dict(self.dropped), "in_flight": self.in_flight}
 
     @classmethod
     def from_json(cls, document: dict) -> Accounting:
@@ -149,14 +159,16 @@ class Scheduler:
 
         Raises: RolloutError.
         """
-        if path is not None and path.exists():
-            return load_trajectory(path)
+        if path is not None and (kept := _kept(path, episode)) is not None:
+            return kept
         for attempt in range(self.attempts):
-            env = await episode.forks.env_at(episode.prefix) if episode.forks and not attempt else self.make_env(episode.task)
+            # A command may answer otherwise each time (the date, a process id). Then its turns cannot be taken again: the last attempt is from the beginning.
+            prefix = episode.prefix if attempt == 0 or attempt + 1 < self.attempts else ()
+            env = await episode.forks.env_at(prefix) if episode.forks and not attempt else self.make_env(episode.task)
             trajectory = await run_episode(
                 self.engine, env, self.chat, self.limits, temperature=temperature,
                 seed=episode.seed if attempt == 0 else derive_seed(episode.seed, "attempt", attempt),
-                group=episode.group, episode=episode.episode, routes=routes, prefix=episode.prefix,
+                group=episode.group, episode=episode.episode, routes=routes, prefix=prefix,
             )
             if trajectory.trainable:
                 if path is not None:
@@ -169,3 +181,18 @@ class Scheduler:
             f"{episode.task} was spoiled {self.attempts} times in a row, last as {trajectory.ending}: {trajectory.note or 'no detail'}. "
             "Finished trajectories are kept; mend the cause and run the same command again."
         )
+
+
+def _kept(path: pathlib.Path, episode: Episode) -> Trajectory | None:
+    """The episode's trajectory, None where it must be played. A run that resumes may give the name to another task, or to another anchor of it, than the
+    run before it did: which task comes next depends on what was finished when. A file that cannot be read was cut off by a power failure."""
+    if not path.exists():
+        return None
+    try:
+        kept = load_trajectory(path)
+    except ValueError as error:
+        logging.warning("%s cannot be read and is played again: %s", path, error)
+        return None
+    begun = anchor_of(kept)  # 0 also where the prefix could not be replayed
+    led = begun in (0, len(episode.prefix)) and all(ours.action_ids == theirs.action_ids for ours, theirs in zip(kept.chunks[:begun], episode.prefix))
+    return kept if kept.task == episode.task and led else None

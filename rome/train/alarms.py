@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -13,15 +13,17 @@ class TrainingAlarm(RuntimeError):
     """Training on would harm the model. Nothing of the step that raised it is kept."""
 
 
-def check_mismatch(microbatches: Sequence[Batch], limit: float) -> None:
+def check_mismatch(microbatches: Sequence[Batch], limit: float, unscored: Collection[int] = ()) -> None:
     """Raises TrainingAlarm where engine and trainer disagree about what was sampled: mean k3 of KL(rollout || old) over the step's RL tokens.
 
-    It is asked before the step's first update, so the weights are unharmed.
+    It is asked before the step's first update, so the weights are unharmed. `unscored`: versions whose weights are lost. Their tokens count the engine's
+    own word as pi_old, which agrees with itself: they would hide what the others show.
     """
     kl = tokens = 0.0
     for batch in microbatches:
         kind_BT = np.take_along_axis(batch.kind_BC, np.maximum(batch.chunk_ids_BT, 0), axis=1)
-        difference_n = (batch.logp_old_BT - batch.logp_rollout_BT)[batch.action_mask_BT & (kind_BT == RL)].astype(np.float64)
+        counted_BT = batch.action_mask_BT & (kind_BT == RL) & ~np.isin(batch.version_BT, list(unscored))
+        difference_n = (batch.logp_old_BT - batch.logp_rollout_BT)[counted_BT].astype(np.float64)
         kl += float(np.sum(np.exp(np.minimum(difference_n, 50.0)) - difference_n - 1.0))
         tokens += len(difference_n)
     if tokens and not kl / tokens <= limit:  # also when it is NaN

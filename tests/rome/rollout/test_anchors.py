@@ -20,6 +20,11 @@ def source_of(trajectory):
     return f"file {len(trajectory.chunks)}"
 
 
+def observe(anchors, group):
+    hard = anchors.tasks.get(group[0].task)
+    anchors.observe(group, hard.source if hard else "", source_of)
+
+
 @given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 30), st.integers(0, 30))
 def test_fishers_test_is_scipys(wins, losses, other_wins, other_losses):
     expected = scipy.stats.fisher_exact([[wins, losses], [other_wins, other_losses]], alternative="less").pvalue
@@ -50,7 +55,7 @@ def test_rollback_begins_at_the_last_chunk_and_goes_back_as_success_recovers():
     for rewards in ([0, 0], [1, 0], [0, 0], [1, 1], [1, 1]):
         (_, _, begin), = anchors.choose(1, random.Random(0))
         seen.append(begin)
-        anchors.observe([played("a/1", 3, begin[0], reward) for reward in rewards], source_of)
+        observe(anchors, [played("a/1", 3, begin[0], reward) for reward in rewards])
     assert seen == [(2, 2), (2, 2), (1, 1), (1, 1), (0, 0)]
     assert not anchors.tasks  # solved from the beginning
 
@@ -58,21 +63,21 @@ def test_rollback_begins_at_the_last_chunk_and_goes_back_as_success_recovers():
 def test_a_task_that_the_policy_solves_from_the_beginning_is_done_with_and_others_stay():
     anchors = Anchors("parallel", 2)
     anchors.enter("a/1", "expert.json", 3)
-    anchors.observe([played("other/1", 3, reward=1.0)], source_of)
-    anchors.observe([played("a/1", 4, 0), played("a/1", 4, 2, 1.0)], source_of)
+    observe(anchors, [played("other/1", 3, reward=1.0)])
+    observe(anchors, [played("a/1", 4, 0), played("a/1", 4, 2, 1.0)])
     assert list(anchors.tasks) == ["a/1"]
-    anchors.observe([played("a/1", 4, 0, 1.0), played("a/1", 4, 2, 1.0)], source_of)
+    observe(anchors, [played("a/1", 4, 0, 1.0), played("a/1", 4, 2, 1.0)])
     assert not anchors.tasks
 
 
 def test_the_source_is_refreshed_by_a_success_that_is_not_longer():
     anchors = Anchors("parallel", 2)
     anchors.enter("a/1", "expert.json", 4)
-    anchors.observe([played("a/1", 5, 1, 1.0)], source_of)
+    observe(anchors, [played("a/1", 5, 1, 1.0)])
     assert anchors.tasks["a/1"].source == "expert.json"
-    anchors.observe([played("a/1", 4, 1, 1.0)], source_of)
+    observe(anchors, [played("a/1", 4, 1, 1.0)])
     assert anchors.tasks["a/1"].source == "file 4" and set(anchors.tasks["a/1"].outcomes) == {1}
-    anchors.observe([played("a/1", 3, 1, 1.0), played("a/1", 6)], source_of)
+    observe(anchors, [played("a/1", 3, 1, 1.0), played("a/1", 6)])
     assert (anchors.tasks["a/1"].chunks, set(anchors.tasks["a/1"].outcomes)) == (3, {0})
 
 
@@ -81,7 +86,7 @@ def test_what_is_known_survives_json():
 
     anchors, again = Anchors("parallel", 2), Anchors("parallel", 2)
     anchors.enter("a/1", "expert.json", 4)
-    anchors.observe([played("a/1", 4, 1, 1.0), played("a/1", 4, 0)], source_of)
+    observe(anchors, [played("a/1", 4, 1, 1.0), played("a/1", 4, 0)])
     again.load(json.loads(json.dumps(anchors.to_json())))
     assert again.tasks == anchors.tasks
 
@@ -99,3 +104,16 @@ def test_imitation_reaches_to_the_last_fork_without_a_success(rewards, shown):
 
 def test_the_anchor_of_a_trajectory_is_what_it_was_led_along():
     assert [anchor_of(played("a/1", 4, anchor)) for anchor in (0, 2, 4)] == [0, 2, 4]
+
+
+def test_a_group_that_was_led_along_an_earlier_source_says_nothing_about_the_anchors_of_a_shorter_one():
+    anchors = Anchors("parallel", 8)
+    anchors.enter("a/1", "expert.json", 6)
+    observe(anchors, [played("a/1", 3, 1, 1.0)])  # three chunks are enough
+    late = [played("a/1", 6, 4) for _ in range(8)] + [played("a/1", 6, 5, 1.0) for _ in range(8)] + [played("a/1", 6)]
+    anchors.observe(late, "expert.json", source_of)
+    assert anchors.tasks["a/1"].outcomes == {0: [False]}
+    assert max(anchors.choose(1, random.Random(0))[0][2]) < 3  # the whole source would leave nothing to play
+    observe(anchors, [played("a/1", 3, 2, 1.0)])
+    anchors.observe([played("a/1", 3, 2)], "file 3", source_of)  # as long, and newer ones took its place meanwhile
+    assert anchors.tasks["a/1"].outcomes[2] == [True, False]

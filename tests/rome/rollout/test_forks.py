@@ -125,3 +125,20 @@ def test_a_spawned_environment_goes_on_in_the_same_state():
     copy.close()
     with pytest.raises(SandboxError, match="no running episode"):
         with_state.spawn(same_state=True)
+
+
+def test_who_waits_for_a_replay_that_is_ended_replays_for_itself():
+    class Slow(EchoEnv):
+        async def areset(self, seed=None):
+            await asyncio.sleep(60)
+
+        asnapshot = None
+
+    async def wait():
+        forks = Forks(lambda: Slow("copy/1"), [[object()]])
+        waiting = [asyncio.create_task(forks.env_at([object()])) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        await forks.aclose()  # the group of a sibling is done
+        return await asyncio.gather(*waiting)
+
+    assert [type(env) for env in asyncio.run(wait())] == [Slow, Slow]

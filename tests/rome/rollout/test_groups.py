@@ -76,7 +76,7 @@ class World:
             async with asyncio.timeout(500):  # virtual seconds
                 taken = await self.rollouts.take(step)
             self.accounting.train(sum(map(len, taken.groups)))
-            self.accounting.check()
+            await self.rollouts.check()
             self.steps.append((step, taken))
             await asyncio.sleep(self.train_s)
             await self.rollouts.advance(step + 1)
@@ -255,3 +255,210 @@ def test_a_stop_is_heard_while_waiting_and_what_runs_is_closed():
     run(main())
     assert not world.running
     world.accounting.check()
+
+
+def killed_and_resumed(rules, tmp_path, *, save_at, kill_at, seed=0, reward=None, late_save=0.0):
+    """(first, second) of a run whose checkpoint is taken `late_save` seconds after step `save_at` - 1 and that is killed in step `kill_at`."""
+    first = World(rules, seed=seed, reward=reward, journal=tmp_path / "steps.jsonl")
+    saved = {}
+
+    async def until_killed():
+        first.make()
+        await first.train(0, save_at)
+        await asyncio.sleep(late_save)
+        saved.update(json.loads(json.dumps(await first.rollouts.get_state())))
+        await first.train(save_at, kill_at)
+        await asyncio.sleep(0.3)
+        await first.rollouts.close()
+
+    run(until_killed())
+    second = World(rules, seed=seed, reward=reward, journal=tmp_path / "steps.jsonl", files=first.files, accounting=Accounting.from_json(saved["accounting"]))
+
+    async def resume():
+        second.make().set_state(saved, lambda entry: Plan(entry["task"]))
+        await second.train(save_at)
+        await second.rollouts.close()
+
+    run(resume())
+    return first, second
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 2), st.integers(1, 3), st.integers(1, 3), st.integers(1, 8), st.sampled_from(["wait", "keep", "drop"]), st.integers(0, 2), st.integers(0, 1), st.booleans(),
+    st.booleans(), st.integers(0, 3), st.integers(0, 3), st.floats(0, 3), st.integers(0, 10**6),
+)
+def test_whatever_the_rules_a_resumed_run_repeats_its_steps_and_reaches_its_end(
+    tmp_path_factory, alpha, groups, size, concurrency, late, redundancy, redundant_groups, keep, replace, save_at, more, late_save, seed,
+):
+    rules = Rules(groups, size, concurrency, 7, alpha, redundancy, redundant_groups, keep, replace, late)
+    first, second = killed_and_resumed(rules, tmp_path_factory.mktemp("run"), save_at=save_at, kill_at=save_at + more, seed=seed, late_save=late_save)
+    assert [taken.groups for _, taken in second.steps[:more]] == [taken.groups for _, taken in first.steps[save_at:]]
+    everything = [name for step in names(first.steps[:save_at]) + names(second.steps) for name in step]
+    assert len(everything) == len(set(everything)) == 7 * groups * size
+    assert late == "keep" or max(staleness(second.steps)) <= alpha
+    assert (late == "drop" or not second.accounting.dropped["stale"]) and second.accounting.trained == 7 * groups * size
+
+
+def test_a_repeated_step_takes_the_episodes_that_it_took_although_redundant_ones_are_on_disk_too(tmp_path):
+    rules = dataclasses.replace(RULES, redundancy=2, concurrency=20, keep_redundant=True)
+    first, second = killed_and_resumed(rules, tmp_path, save_at=1, kill_at=4)
+    assert any(t.episode >= RULES.group_size for _, taken in first.steps[1:] for group in taken.groups for t in group)
+    assert [taken.names for _, taken in second.steps[:3]] == [taken.names for _, taken in first.steps[1:]]
+
+
+def test_what_was_replaced_before_a_checkpoint_is_still_handed_on_after_it(tmp_path):
+    rules = dataclasses.replace(RULES, replace_equal=True)
+    alone = play_all(rules, reward=lambda episode: float("again" in episode.task and episode.episode == 0))
+    first, second = killed_and_resumed(rules, tmp_path, save_at=2, kill_at=2, late_save=3.0, reward=alone.reward)
+    assert first.accounting.dropped["equal_group"] > 12  # some of the third wave already
+    assert [(taken.groups, taken.replaced) for _, taken in second.steps] == [(taken.groups, taken.replaced) for _, taken in alone.steps[2:]]
+    assert second.accounting == alone.accounting
+
+
+def test_a_record_that_cannot_come_true_any_more_does_not_hold_the_run(tmp_path):
+    (tmp_path / "steps.jsonl").write_text('{"step": 0, "groups": [[0, 1], [1, 0], [2, 0]]}\n')  # the first was replaced; its files are lost, and now it has spread
+    world = World(dataclasses.replace(RULES, replace_equal=True, steps=1), reward=lambda episode: float(episode.episode == 0), journal=tmp_path / "steps.jsonl")
+
+    async def main():
+        world.make()
+        await world.train()
+        await world.rollouts.close()
+
+    run(main())
+    assert names(world.steps) == [[(group, number) for group in range(3) for number in range(2)]]
+
+
+def test_redundant_episodes_that_play_on_are_ended_with_the_run_and_count_once():
+    rules = dataclasses.replace(RULES, redundancy=3, concurrency=30, keep_redundant=True, steps=2)
+    world = World(rules)
+
+    async def main():
+        world.make()
+        await world.train()
+        assert world.running
+        ends = asyncio.get_running_loop().time()
+        await world.rollouts.close()
+        assert asyncio.get_running_loop().time() == ends
+
+    run(main())
+    assert not world.running
+    world.accounting.check()
+
+
+def test_a_redundant_episode_that_is_spoiled_for_good_harms_nobody():
+    rules = dataclasses.replace(RULES, redundancy=1, concurrency=30, keep_redundant=True, steps=2)
+    world = World(rules)
+    play = world.play
+
+    async def spoiled(episode):
+        if episode.episode == 2:
+            await asyncio.sleep(100)
+            world.accounting.drop("infra_sandbox")
+            raise RolloutError("spoiled")
+        return await play(episode)
+
+    world.play = spoiled
+
+    async def main():
+        world.make()
+        await world.train(0, 1)
+        await asyncio.sleep(200)
+        await world.train(1)
+        await world.rollouts.check()
+        await world.rollouts.close()
+
+    run(main())
+    assert world.accounting.dropped["infra_sandbox"] == 6 and world.accounting.trained == 12
+
+
+def test_an_episode_that_something_else_cancels_ends_the_step_with_its_name_instead_of_a_wait_for_ever():
+    world = World(RULES, fault=lambda episode: asyncio.CancelledError() if episode.group == 2 else None)
+
+    async def main():
+        world.make()
+        with pytest.raises(RolloutError, match="000000_g002_e00 of task/0_2 was cancelled"):
+            await world.train()
+        await world.rollouts.close()
+
+    run(main())
+
+
+def test_a_resampled_group_is_not_replaced_whatever_its_episodes_did():
+    world = World(dataclasses.replace(RULES, replace_equal=True, steps=1), reward=lambda episode: 1.0)
+    world.plan = lambda wave: [Plan("hard", source="expert.json"), Plan("open"), Plan("open")]
+
+    async def main():
+        world.make()
+        await world.train()
+        await world.rollouts.close()
+
+    run(main())
+    assert [group[0].task == "hard" for group in world.steps[0][1].groups] == [True, False, False]
+    assert world.accounting.dropped == {"equal_group": 2 * 4 * 2}
+
+
+def test_the_accounting_is_compared_with_what_is_in_flight():
+    world = World(RULES)
+
+    async def main():
+        world.make()
+        await world.train(0, 2)
+        world.accounting.drop("twice")
+        with pytest.raises(AssertionError, match="are in flight, and the sample accounting says"):
+            await world.rollouts.check()
+        await world.rollouts.close()
+
+    run(main())
+
+
+class SharedForks:
+    def __init__(self):
+        self.closed = 0
+
+    async def aclose(self):
+        self.closed += 1
+
+
+def test_forks_of_siblings_are_closed_with_the_last_of_them():
+    world, forks, seen = World(Rules(1, 1, 4, 4, async_ratio=3, siblings=4)), SharedForks(), []
+    world.plan = lambda wave: [Plan("hard", source="expert.json", forks=forks)]
+
+    async def main():
+        world.make()
+        await world.rollouts.advance(0)
+        for step in range(4):
+            world.accounting.train(sum(map(len, (await world.rollouts.take(step)).groups)))
+            await asyncio.sleep(0.1)
+            seen.append(forks.closed)
+        await world.rollouts.close()
+
+    run(main())
+    assert seen == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("alpha", [0, 1, 2])
+def test_a_run_that_is_killed_twice_after_one_checkpoint_still_repeats_what_either_took(alpha, seed, tmp_path):
+    rules = dataclasses.replace(RULES, async_ratio=alpha, steps=8, redundancy=1, redundant_groups=1, replace_equal=True)
+    lives, files, saved = [], {}, {}
+
+    async def live(world, first, last):
+        world.make()
+        if saved:
+            world.rollouts.set_state(saved, lambda entry: Plan(entry["task"]))
+        await world.train(first, min(2, last) if first == 0 else last)
+        if first == 0:
+            saved.update(json.loads(json.dumps(await world.rollouts.get_state())))
+            await world.train(2, last)
+        await asyncio.sleep(0.3 if last < 8 else 0)
+        await world.rollouts.close()
+
+    for number, (first, last) in enumerate([(0, 4), (2, 6), (2, 8)]):
+        counts = Accounting.from_json(saved["accounting"]) if saved else Accounting()
+        lives.append(World(rules, seed=seed + 10 * number, journal=tmp_path / "steps.jsonl", files=files, accounting=counts))  # another pace in each life
+        run(live(lives[-1], first, last))
+    took = [{step: taken.groups for step, taken in world.steps} for world in lives]
+    for earlier, later in [(0, 1), (1, 2), (0, 2)]:
+        assert all(took[later][step] == groups for step, groups in took[earlier].items() if step >= 2)
+    assert max(staleness(lives[2].steps)) <= alpha and lives[2].accounting.trained == 8 * 6

@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import dataclasses
 import threading
 import time
 
@@ -88,3 +89,54 @@ def test_accounting_survives_json_and_forgets_what_was_in_flight():
     again.trained += 1
     with pytest.raises(AssertionError, match="does not add up"):
         again.check()
+
+
+def test_a_file_of_another_task_or_anchor_or_one_that_was_cut_off_is_played_again(tmp_path):
+    """A resumed run may give a name to another task: which comes next depends on what was finished when."""
+    async def play(task, prefix=()):
+        accounting = Accounting()
+        accounting.begin()
+        return await make().play_one(Episode(task, 0, 0, 1, "name", tuple(prefix)), temperature=1.0, accounting=accounting, path=tmp_path / "name.json")
+
+    first = asyncio.run(play("copy/1"))
+    assert asyncio.run(play("copy/1")) == first
+    other = [dataclasses.replace(first.chunks[0], action_ids=CHAT.turn("blue"), text="blue", observation="echo blue", logprobs=[0.0] * len(CHAT.turn("blue")))]
+    assert [chunk.text for chunk in asyncio.run(play("copy/1", other)).chunks] == [chunk.text for chunk in first.chunks]  # one from the beginning will do
+    (tmp_path / "name.json").unlink()
+    led = asyncio.run(play("copy/1", other))
+    assert led.chunks[0].text == "blue"
+    assert asyncio.run(play("copy/1", first.chunks[:1])).chunks[0].text == "red"
+    led = asyncio.run(play("copy/1", first.chunks[:1]))
+    assert [chunk.kind for chunk in led.chunks] == ["context", "rl"] and asyncio.run(play("copy/1", first.chunks[:1])) == led
+    assert asyncio.run(play("copy/2")).task == "copy/2"
+    (tmp_path / "name.json").write_text((tmp_path / "name.json").read_text()[:100])
+    assert asyncio.run(play("copy/2")).task == "copy/2"
+
+
+def test_two_threads_may_count():
+    accounting = Accounting()
+
+    def count():
+        for number in range(20_000):
+            accounting.begin()
+            accounting.drop(f"reason {number % 7}")
+
+    threads = [threading.Thread(target=count) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        accounting.check()
+    assert (accounting.started, accounting.in_flight, sum(accounting.dropped.values())) == (40_000, 0, 40_000)
+
+
+def test_a_prefix_that_is_answered_otherwise_each_time_does_not_end_the_run_but_is_left_out():
+    async def play():
+        source = await make().play_one(Episode("copy/1", 0, 0, 1), temperature=1.0, accounting=Accounting())
+        told = [dataclasses.replace(source.chunks[0], observation="Wed Nov 25 16:00:00 UTC")]
+        accounting = Accounting()
+        accounting.begin()
+        return await make().play_one(Episode("copy/1", 0, 0, 1, prefix=tuple(told)), temperature=1.0, accounting=accounting), accounting
+
+    trajectory, accounting = asyncio.run(play())
+    assert [chunk.kind for chunk in trajectory.chunks] == ["rl", "rl"] and trajectory.ending == "success"
+    assert accounting.to_json() == {"started": 3, "trained": 0, "dropped": {"infra_sandbox": 2}, "in_flight": 1}

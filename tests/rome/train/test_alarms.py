@@ -35,6 +35,14 @@ def test_the_figure_is_k3_of_rollout_against_old():
         check_mismatch(batches(0.3), expected - 1e-6)
 
 
+def test_what_nobody_can_score_does_not_hide_what_the_rest_shows():
+    apart, lost = batches(0.6)  # of one version; in the other half the engine's own logprobs stand for pi_old
+    lost = lost._replace(logp_old_BT=np.where(lost.action_mask_BT, lost.logp_rollout_BT, 0.0), version_BT=np.where(lost.action_mask_BT, 0, lost.version_BT))
+    check_mismatch([apart, lost], 0.15)
+    with pytest.raises(TrainingAlarm, match="over 6 tokens"):
+        check_mismatch([apart, lost], 0.15, {0})
+
+
 def test_what_was_shown_or_replayed_is_no_sample_of_the_engine():
     check_mismatch(batches(5.0, kind="imitation"), 0.1)
     check_mismatch([], 0.1)
