@@ -135,6 +135,8 @@ def _check_rollouts(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(f"whole_groups=False takes episodes without the others of their group, which loss={config.loss} compares them with. Choose ipa, token_level or topr.")
     if config.resampling != "off" and not config.lambda_il:
         raise ConfigError(f"resampling={config.resampling} begins inside what an expert showed, and lambda_il=0 shows nothing. Set it above 0.")
+    if config.resampling != "off" and config.replace_equal:
+        raise ConfigError(f"replace_equal=True replaces the groups without a success, from which resampling={config.resampling} takes its tasks. Turn one of them off.")
     if config.resampling == "parallel" and config.loss in ADVANTAGES:
         raise ConfigError(f"resampling=parallel begins the episodes of a group at different places, and loss={config.loss} compares them as equals. Choose rollback, or loss=ipa.")
     if config.resample_share > 1:

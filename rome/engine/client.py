@@ -232,6 +232,11 @@ class Engine:
         for post in self._posts:
             post.cancel()
 
+    async def drain(self, seconds: float) -> None:
+        """Returns when no request is on its way any more, or after `seconds`."""
+        if self._posts:
+            await asyncio.wait(set(self._posts), timeout=seconds)
+
     def accept(self) -> None:
         """Ends what `refuse` began."""
         self._refused = None

@@ -25,6 +25,7 @@ from rome.engine.proof import Weights, load_and_prove
 
 State = Literal["starting", "ready", "updating", "suspect", "dead", "lent"]
 KEPT_AFFINITIES = 100_000
+DRAIN_SECONDS = 2.0  # for answers that a pause cut to arrive; later ones are sampled again elsewhere
 MOST_MOVES = 8  # a request that was on so many engines when they failed may be the reason
 CROWDED = 16  # in flight at an episode's engine, beyond twice the least elsewhere: the cached prefix is not worth the wait any more
 log = logging.getLogger(__name__)
@@ -179,18 +180,22 @@ class EnginePool:
 
         async def lend(engine: Engine) -> None:
             async with self._bringing[engine.url]:
-                self._take_out(engine, "lent", f"the devices of {engine.url} are training")
+                engine.hold()
                 await engine.pause("abort")
+                await engine.drain(DRAIN_SECONDS)  # what it had sampled comes back
+                self._take_out(engine, "lent", f"the devices of {engine.url} are training")
                 await engine.release_memory()
 
         await self._each([engine for engine in self.engines[-count:] if self.states[engine.url] in ("ready", "updating")], lend)
 
     async def take_back(self) -> None:
-        """The engines that were lent have their memory again; they serve once a publication has brought weights there."""
+        """The engines that were lent have their memory again. They hold requests until a publication has brought weights there."""
 
         async def take(engine: Engine) -> None:
             await engine.resume_memory()
-            self.states[engine.url] = "starting"
+            engine.hold()
+            engine.accept()
+            self.states[engine.url] = "updating"
 
         await self._each(self.engines_in("lent"), take)
 

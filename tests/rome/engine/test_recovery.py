@@ -11,6 +11,7 @@ from rome.engine.client import Engine, EngineError, Sampling
 from rome.engine.pool import EnginePool
 from rome.engine.publish import publish_weights, write_checkpoint
 from rome.engine.supervise import supervise
+from tests.rome.engine.test_traps import supervised
 from tests.rome.serve.tiny import Oracle, make_checkpoint, make_config, make_params, serve
 
 PROBE = list(range(20, 50))
@@ -89,7 +90,7 @@ def test_the_embedded_engine_lends_its_memory_and_samples_again_only_from_new_we
     params = make_params(6)
     with serve(start, tmp_path / "a.log") as server:
         async def run():
-            async with EnginePool([Engine(server.url)]) as pool:
+            async with EnginePool([Engine(server.url)]) as pool, supervised(pool):
                 engine = pool.engines[0]
                 figures = lambda info: info["internal_states"][0]
                 full = figures(await engine.server_info())["device_bytes"]
@@ -97,7 +98,7 @@ def test_the_embedded_engine_lends_its_memory_and_samples_again_only_from_new_we
                 await until_running(engine)
                 with pytest.raises(EngineError, match="requests are in flight"):
                     await engine.release_memory()
-                await pool.release_memory()
+                await pool.lend(1)
                 empty = figures(await engine.server_info())
                 assert empty["released"] == ["kv_cache", "weights"] and empty["device_bytes"] == 0 < full
                 for act, words in ((engine.resume(), "cannot continue: .*resume_memory_occupation"), (engine.checksum(), "is released"),
@@ -105,7 +106,7 @@ def test_the_embedded_engine_lends_its_memory_and_samples_again_only_from_new_we
                     with pytest.raises(EngineError, match=words):
                         await act
                 assert await engine.health() == "well"
-                await pool.take_back_memory()
+                await pool.take_back()
                 with pytest.raises(EngineError, match="load them by /update_weights_from_disk"):
                     await engine.resume()
                 await publish_weights(write_checkpoint(params, make_config(), tmp_path / "weights", 2), 2, pool, PROBE, expected(params))

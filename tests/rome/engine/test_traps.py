@@ -432,7 +432,7 @@ def test_what_an_engine_was_sampling_when_it_is_lent_goes_on_on_another_one_from
                 for completion in await asyncio.gather(*tasks):
                     assert_by_one_version_each(completion, PROMPT)
                 await pool.take_back()
-                assert pool.states[engines[1].url] == "starting"
+                assert pool.states[engines[1].url] == "updating" and servers[1].released == set()
                 await bring(pool, tmp_path, 2)
                 assert set(pool.states.values()) == {"ready"}
 
