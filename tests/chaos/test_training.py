@@ -1,6 +1,8 @@
 """What a run survives, on real processes: it goes on, or says in one line what is wrong and resumes; nothing is trained on twice or lost."""
 
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -35,21 +37,45 @@ def test_an_engine_that_dies_or_hangs_is_started_again_with_the_weights_of_the_s
     assert all(line["max_mismatch"] < 1e-3 for line in metrics(workdir))  # what the new engine sampled is what the trainer computes
 
 
-def test_the_sandbox_manager_dies_and_its_episodes_are_played_again(start, tmp_path):
+@pytest.mark.parametrize("number, whom", [(signal.SIGKILL, "manager"), (signal.SIGKILL, "sandboxes"), (signal.SIGSTOP, "sandboxes")])
+def test_sandboxes_that_are_lost_or_hang_are_infrastructure_and_their_episodes_are_played_again(start, tmp_path, number, whom):
+    """The manager of all of them, or each one's holder with the guard of its egress."""
     workdir = tmp_path / "run"
-    with training([*IPA, start, "--config.steps=8"], workdir) as process:
+    with training([*IPA, start, "--config.steps=8", "--config.sandbox.egress=127.0.0.1:9", "--config.episode_seconds=20"], workdir) as process:
         wait_for_steps(process, workdir, 1)
-        killed = 0
+        hurt = 0
         for _ in range(3):
-            for victim in find(process.pid, "host import zygote"):
-                os.kill(victim, signal.SIGKILL)
-                killed += 1
+            manager, *holders = sorted(find(process.pid, "host import zygote"))
+            for victim in [manager] if whom == "manager" else holders:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(victim, number)
+                    hurt += 1
             time.sleep(1.0)
-        assert killed
-        assert process.wait(240) == 0, output(workdir)[-2000:]
+        assert hurt
+        assert process.wait(280) == 0, output(workdir)[-2000:]
     accounting = check_whole(workdir, steps=8)
-    assert {reason for reason, number in accounting["dropped"].items() if number} <= {"infra_sandbox"}
+    assert {reason for reason, count in accounting["dropped"].items() if count} <= {"infra_sandbox"}
     assert not find(os.getpid(), "host import zygote")
+
+
+def test_a_torn_checkpoint_is_named_and_without_it_the_run_goes_on_from_the_one_before(start, tmp_path):
+    workdir = tmp_path / "run"
+    flags = [*IPA, start]
+    with training(flags, workdir) as process:
+        wait_for_steps(process, workdir, 5)
+        process.send_signal(signal.SIGKILL)
+        process.wait(30)
+    newest = max((path for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
+    for file in newest.rglob("*"):
+        if file.is_file() and file.stat().st_size > 1000:
+            file.write_bytes(b"torn")
+    with training(flags, workdir) as process:
+        assert process.wait(120) == 1
+    assert f"checkpoints/{newest.name} cannot be read" in output(workdir)
+    shutil.rmtree(newest)
+    with training(flags, workdir) as process:
+        assert process.wait(240) == 0, output(workdir)[-2000:]
+    check_whole(workdir)
 
 
 def test_engines_that_are_lent_to_the_learner_come_back_with_its_weights(start, tmp_path):

@@ -121,7 +121,7 @@ class _Phases:
         agent, verifier, solution = table.table("agent"), table.table("verifier"), table.table("solution")
         networks = dict(parent.networks) if parent else {}
         for phase in (agent, verifier):
-            phase.known |= {"user", "network_mode", "allowed_hosts"}
+            phase.known |= {"network_mode", "allowed_hosts"}  # not "user": commands run as the one user of a sandbox, and unknown_keys says so
             mode = phase.text("network_mode")
             _network(phase, mode)
             if mode is not None:

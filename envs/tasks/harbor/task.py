@@ -104,7 +104,10 @@ class HarborTask:
     @property
     def notes(self) -> list[str]:
         """What its settings ask for and no sandbox of ours does."""
-        return ["run_tests_in_same_shell: the tests have a shell of their own, since no process of the agent outlives its episode"] if self.metadata.get("run_tests_in_same_shell") is True else []
+        found = [f"{key}: commands run as the one user of the sandbox" for key in self.unknown_keys if key.endswith(".user")]
+        if self.metadata.get("run_tests_in_same_shell") is True:
+            found.append("run_tests_in_same_shell: the tests have a shell of their own, since no process of the agent outlives its episode")
+        return found
 
     @property
     def has_solution(self) -> bool:

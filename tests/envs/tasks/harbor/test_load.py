@@ -69,7 +69,8 @@ def test_the_newest_schema(harbor):
     assert environment.healthcheck.command == "true" and environment.healthcheck.interval == 0.5 and environment.healthcheck.retries == 3
     assert environment.mcp_servers[0]["name"] == "tool" and len(task.artifacts) == 2
     assert (step.agent_timeout, step.verifier_timeout, step.verifier_env) == (12.5, 34.0, {"MODEL": "small", "TOKEN": "t0"})
-    assert set(task.unknown_keys) == {"brand_new", "environment.new_key"}
+    assert set(task.unknown_keys) == {"brand_new", "environment.new_key", "agent.user"}
+    assert task.notes == ["agent.user: commands run as the one user of the sandbox"]
 
 
 @pytest.mark.parametrize("text", ["", 'version = "1.0"\n', 'schema_version = "1.1"\n', 'schema_version = "1.2"\n', 'schema_version = "1.3"\n',
