@@ -1,6 +1,6 @@
 r"""SFT on expert trajectories of the terminal curriculum: the start of experiments/ipa.py.
 
-python -m launch.train --config=experiments/sft.py            # tiny: about 3 min on 2 CPU cores
+python -m launch.train --config=experiments/sft.py            # tiny: 4 to 8 min on 2 CPU cores, until a quarter of the held-out tasks is solved
 python -m launch.train --config=experiments/sft.py:smoke      # under a minute, checks that the way is open
 
 The scripted experts play in real sandboxes and sometimes err; their erroneous turns are read but not learnt (Eq. 1-2 of "Let It Flow").
@@ -34,7 +34,8 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.model = "tiny"                 # a preset of rome/model/config.py
     config.tokenizer = "rome/model/tiny_tokenizer"
     config.loss = "sft"
-    config.steps = 780
+    config.steps = 2400                   # at most
+    config.until_success = 0.25           # held-out success at which the stage ends: IPA starts where many outcomes are open; 0: all steps are run
     config.updates_per_step = 1
     config.rows = 8                       # rows a step
     config.row_length = 160               # tokens a row
@@ -53,7 +54,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.temperature = 1.0
     config.concurrency = 64               # episodes at once
     config.episode_seconds = 120.0
-    config.eval_every = 0                  # steps; 0: only at step 0 and at the end
+    config.eval_every = 120               # steps; 0: only at step 0 and at the end
     config.eval_tasks = 18                # held-out tasks a family
     config.eval_temperature = 1.0
     config.checkpoint_every = 100
@@ -78,6 +79,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.mesh = ml_collections.ConfigDict({"replica": 1, "fsdp": 1, "expert": 1, "sequence": 1, "tensor": 1})
     if preset == "smoke":
         config.steps = 30
+        config.until_success, config.eval_every = 0.0, 0
         config.expert_episodes = 200
         config.eval_tasks = 2
     elif preset in PODS:
@@ -93,6 +95,7 @@ def _pod(config: ml_collections.ConfigDict, preset: str) -> None:
     config.model = preset
     config.tokenizer = PODS[preset].checkpoint
     config.steps = 1000
+    config.until_success, config.eval_every = 0.0, 250
     config.rows = config.rows_per_microbatch = PODS[preset].rows
     config.row_length, config.chunks_per_row = 8192, 128
     config.expert_episodes = 50_000

@@ -33,7 +33,7 @@ AGENT_KEYS = COMMON_KEYS | {
     "eval_temperature": float, "engines": str, "embedded_engines": int, "mirrors": str, "engine_slots": int, "sandbox": SANDBOX_KEYS,
 }
 CPT_KEYS = COMMON_KEYS | {"rows": int, "text": str, "held_out_share": float, "eval_documents": int}
-SFT_KEYS = AGENT_KEYS | {"rows": int, "expert_episodes": int, "expert_error_rate": float}
+SFT_KEYS = AGENT_KEYS | {"rows": int, "expert_episodes": int, "expert_error_rate": float, "until_success": float}
 RL_KEYS = AGENT_KEYS | {
     "gamma": float, "mismatch_threshold": float, "mismatch_low": float, "mismatch_mask": str, "lambda_rl": float, "lambda_il": float, "norm": str,
     "failure_reward": float, "negative_weight": float, "negative_tokens": int, "denial_penalty": float, "clip_low": float, "clip_high": float, "dual_clip": float, "anchor": str, "old": str, "routing_replay": str, "groups": int, "group_size": int, "filter_groups": bool,
@@ -50,7 +50,7 @@ CHOICES = {
     "anchor": ("history", "observation"), "old": ("trainer", "rollout"), "routing_replay": ("off", "rollout", "recompute"), "isolation": ("required", "best_available"), "backend": BACKENDS, "model": tuple(PRESETS), "remat": REMATS,
     "late": get_args(Late), "resampling": get_args(Resampling),
 }
-MAY_BE_ZERO = {"seed", "warmup_updates", "weight_decay", "eval_every", "expert_error_rate", "lambda_rl", "lambda_il", "failure_reward", "negative_weight", "negative_tokens", "denial_penalty", "temperature", "eval_temperature", "capacity_factor", "router_z_loss_coef", "async_ratio", "redundancy", "redundant_groups", "lend_engines", *OF_SOME_LOSSES}
+MAY_BE_ZERO = {"seed", "warmup_updates", "weight_decay", "eval_every", "expert_error_rate", "until_success", "lambda_rl", "lambda_il", "failure_reward", "negative_weight", "negative_tokens", "denial_penalty", "temperature", "eval_temperature", "capacity_factor", "router_z_loss_coef", "async_ratio", "redundancy", "redundant_groups", "lend_engines", *OF_SOME_LOSSES}
 TOKEN = "ROCK_TOKEN"  # of a ROCK admin, in the environment
 
 
@@ -102,6 +102,9 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     urls, mirrors = ([part for part in config[key].split(",") if part.strip()] for key in ("engines", "mirrors"))
     if mirrors and len(mirrors) != len(urls):
         raise ConfigError(f"mirrors names {len(mirrors)} URLs and engines {len(urls)}: each engine's host has a mirror of its own, or none has.")
+    if config.loss == "sft" and config.until_success:
+        if config.until_success > 1 or not config.eval_every or config.decay:
+            raise ConfigError(f"until_success={config.until_success} ends the stage at an evaluation, at a step that is not known before. It is a share; it needs eval_every above 0 and decay=False.")
     if config.loss != "sft":
         _check_rl(config)
         if config.async_ratio and config.lend_engines >= (count := len(urls) or config.embedded_engines):

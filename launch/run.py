@@ -90,6 +90,7 @@ class Run:
     seconds_before: float = 0.0
     evals: list[Evaluation] = dataclasses.field(default_factory=list)
     published: int | None = None
+    complete: bool = False
     pool: EnginePool | None = None
     servers: list[ServerProcess] = dataclasses.field(default_factory=list)
     supervisor: concurrent.futures.Future | None = None
@@ -220,6 +221,10 @@ class Run:
         self.evals = [kept for kept in self.evals if kept.step != step] + [result]
         self.write_report(step)
         return result
+
+    def enough(self, result: Evaluation) -> bool:
+        """Whether SFT has come as far as it is to come."""
+        return self.config.loss == "sft" and 0 < self.config.until_success <= result.success
 
     def _score_held_out_text(self, state: TrainState) -> dict[str, float]:
         """Bits that the model takes for a byte of held-out documents, the same ones at every evaluation."""
@@ -384,7 +389,7 @@ def train(run: Run, init_directory: pathlib.Path | None) -> TrainState:
     stage = Stage(
         name=config.experiment, steps=config.steps, updates_per_step=config.updates_per_step, evaluate_every=config.eval_every,
         checkpoint_every=config.checkpoint_every, collect=run.collector.collect if run.plays else run.collect_batches,
-        publish=run.publish if run.plays else lambda state: None, evaluate=run.evaluate, host_state=run.host_state, should_stop=run.team.should_stop,
+        publish=run.publish if run.plays else lambda state: None, evaluate=run.evaluate, enough=run.enough, host_state=run.host_state, should_stop=run.team.should_stop,
         check=lambda step, figures: check_figures(step, figures, config.alarm_kl) if run.plays else None, team=run.team,
         before_update=run.lend if run.plays and config.lend_engines else lambda: None,
     )
@@ -394,7 +399,8 @@ def train(run: Run, init_directory: pathlib.Path | None) -> TrainState:
         with MetricsWriter(run.workdir, stage.name, resume_step=-1 if step is None else step, writes=run.team.leads) as metrics:
             state = run_stage(stage, learner, state, checkpoints, metrics, run.display)
         run.write_report(int(state.step))
-        if int(state.step) == config.steps:
+        run.complete = int(state.step) == stage.steps
+        if run.complete:
             run.export(state)  # last: a workdir with final/ is complete
     except BaseException as error:
         run.team.part(error)

@@ -73,10 +73,10 @@ def run_experiment(config, workdir: pathlib.Path, isolation: str, team):
     with Display(config.experiment, config.steps, quiet=not team.leads) as display:
         run = start_run(config, workdir, isolation=isolation, team=team, display=display, earlier_evals=earlier)
         try:
-            state = train(run, start)
+            train(run, start)
         except Stopped:
             return False
-    return int(state.step) == config.steps
+    return run.complete
 
 
 def open_workdir(workdir: pathlib.Path, config) -> bool:

@@ -42,6 +42,7 @@ class Stage:
       collect: (step, state) -> the step's data; may raise the caller's own exception to stop.
       publish: (state) brings the weights to whoever samples with them; called after every step.
       evaluate: (step, state) -> result; called at step 0, every `evaluate_every` steps (0: never) and at the end. Done before: returns the kept result.
+      enough: whether a result after the first step ends the stage before its last step; `steps` then becomes the step that was reached.
       host_state: what else a checkpoint carries, asked at the moment of saving.
       before_update: called between collecting and updating.
       check: (step, figures) raises TrainingAlarm where training on would do harm.
@@ -56,6 +57,7 @@ class Stage:
     collect: Callable[[int, TrainState], StepData]
     publish: Callable[[TrainState], None]
     evaluate: Callable[[int, TrainState], Evaluation]
+    enough: Callable[[Evaluation], bool]
     host_state: Callable[[], dict[str, Any]]
     before_update: Callable[[], None]
     check: Callable[[int, dict[str, float]], None]
@@ -65,7 +67,7 @@ class Stage:
 
 def run_stage(stage: Stage, learner: Learner, state: TrainState, checkpoints: Checkpoints, metrics: MetricsWriter, display: Display) -> TrainState:
     """Runs the stage from `state.step` to its end, or to the step at which the user asked to stop. Returns the state reached; it is saved."""
-    step, harmed = int(state.step), False
+    step, evaluated, harmed = int(state.step), -1, False
     unwritten: tuple[int, dict[str, Any]] | None = None  # figures of step k are fetched and written while step k + 1 runs
 
     def write_figures() -> None:
@@ -83,10 +85,18 @@ def run_stage(stage: Stage, learner: Learner, state: TrainState, checkpoints: Ch
         write_figures()  # a step that a checkpoint holds is also in the metrics
         checkpoints.save(step, state, stage.host_state())
 
+    def evaluate() -> None:
+        nonlocal evaluated
+        write_figures()
+        result, evaluated = stage.evaluate(step, state), step
+        display.evaluated(result)
+        if step and stage.enough(result):
+            stage.steps = step
+
     try:
         stage.publish(state)
-        if step == 0:
-            display.evaluated(stage.evaluate(0, state))
+        if step == 0 or stage.evaluate_every and step % stage.evaluate_every == 0:  # of a run that was killed meanwhile: it may have been the last
+            evaluate()
         while step < stage.steps and not stage.should_stop():
             started = time.monotonic()
             data = stage.collect(step, state)
@@ -103,12 +113,11 @@ def run_stage(stage: Stage, learner: Learner, state: TrainState, checkpoints: Ch
             unwritten = step, data.figures | figures | first | {"seconds_collect": collected - started, "seconds_update": time.monotonic() - collected}
             if step % stage.checkpoint_every == 0 or step == stage.steps:
                 save()
-            if stage.evaluate_every and step % stage.evaluate_every == 0 and step < stage.steps:
-                write_figures()
-                display.evaluated(stage.evaluate(step, state))
+            if stage.evaluate_every and step % stage.evaluate_every == 0:
+                evaluate()
+        if step == stage.steps and evaluated != step:
+            evaluate()
         write_figures()
-        if step == stage.steps:  # also when a run that was killed here is taken up again
-            display.evaluated(stage.evaluate(step, state))
     except TrainingAlarm as error:
         harmed = True
         stage.team.part(error)
