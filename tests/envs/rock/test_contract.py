@@ -131,7 +131,7 @@ def test_snapshots_and_forks_hold_the_files_of_their_moment(inside):
 def test_verifiers_see_the_files_and_no_process_and_agents_see_no_verifier(inside):
     async def work(sandbox):
         await sandbox.spawn("while :; do cat /proc/*/cmdline $VERIFIER_FILES/* /run/verifier/* >> seen 2> /dev/null; done", timeout=20)
-        await sandbox.execute("echo answer > f")
+        await sandbox.execute("until [ -e seen ]; do sleep 0.05; done; echo answer > f", timeout=20)
         verdict = await sandbox.verify("cat f $VERIFIER_FILES/secret; exit 6", files={"secret": b"the secret\n"})
         return verdict, await sandbox.execute("grep -c 'the secret' seen; ls")
 

@@ -16,6 +16,8 @@ from envs.tasks.swebench import RepositoryError, cut, load_swebench, parse_insta
 from tests.envs.tasks.harbor.test_env import observe, oracle, play
 from tests.envs.tasks.swebench.repositories import ENVIRONMENT, MENDED, commit, git, make
 
+SAFELY = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python 3.11.2, which Debian 12 has, knows no filter
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
@@ -36,7 +38,7 @@ def task(made):
 @pytest.fixture
 def unpacked(made, tmp_path):
     with tarfile.open(fileobj=io.BytesIO(cut(made.path, made.base).archive)) as archive:
-        archive.extractall(tmp_path, filter="data")
+        archive.extractall(tmp_path, **SAFELY)
     git(tmp_path, "read-tree", "HEAD")
     return tmp_path
 
@@ -61,7 +63,7 @@ def test_a_dangling_commit_and_a_reflog_of_the_source_do_not_come_along(tmp_path
     git(made.path, "commit", "-q", "--amend", "-m", "amended")  # the commit before it is now in the reflog alone
     dangling = git(made.path, "hash-object", "-w", "--stdin")
     with tarfile.open(fileobj=io.BytesIO(cut(made.path, made.base).archive)) as archive:
-        archive.extractall(tmp_path / "cut", filter="data")
+        archive.extractall(tmp_path / "cut", **SAFELY)
     objects = git(tmp_path / "cut", "cat-file", "--batch-all-objects", "--batch-check")
     assert dangling.strip() not in objects and made.later not in objects and made.base in objects
 
@@ -71,7 +73,7 @@ def test_a_history_that_is_too_large_is_cut_to_its_last_commit(made, monkeypatch
     shallow = cut.__wrapped__(made.path, made.base)
     assert (shallow.shallow, shallow.commits) == (True, 1)
     with tarfile.open(fileobj=io.BytesIO(shallow.archive)) as archive:
-        archive.extractall(tmp_path, filter="data")
+        archive.extractall(tmp_path, **SAFELY)
     assert git(tmp_path, "log", "--all", "--format=%H").strip() == made.base
     assert git(tmp_path, "fsck", "--full", "--lost-found", "--no-progress").strip() == ""
 
