@@ -11,11 +11,19 @@ import pathlib
 import random
 from collections.abc import Callable, Sequence
 
+from envs.rock import SandboxError
 from envs.tasks.terminal.env import TerminalEnv
 from envs.tasks.terminal.expert import run_expert
 from rome.data.trajectory import Chunk, Trajectory, load_trajectory, save_trajectory
 from rome.model.tokenizer import Chat
 from rome.rollout.scheduler import RolloutError
+
+
+ATTEMPTS = 3  # at an expert episode that infrastructure spoils
+
+
+class Spoiled(RolloutError):
+    """The infrastructure lost an expert's episode, which says nothing about the task."""
 
 
 async def collect_experts(
@@ -36,7 +44,13 @@ async def collect_experts(
         if path.exists() and (kept := load_trajectory(path)).task == task:  # a step that a resumed run repeats may have to show other tasks
             return kept
         async with gate:
-            trajectory = await expert_trajectory(make_env(task), chat, random.Random(f"expert {task}"), error_rate)
+            for left in reversed(range(ATTEMPTS)):
+                try:
+                    trajectory = await expert_trajectory(make_env(task), chat, random.Random(f"expert {task}"), error_rate)
+                    break
+                except (Spoiled, SandboxError):
+                    if not left:
+                        raise
         trajectory.group = first_group + number
         save_trajectory(trajectory, path)
         return trajectory
@@ -48,7 +62,7 @@ async def expert_trajectory(env: TerminalEnv, chat: Chat, rng: random.Random, er
     """Plays one expert episode; its turns become tokens exactly as a policy's would stand in the context."""
     played = await run_expert(env, rng, error_rate)
     if played.ending != "success":
-        raise RolloutError(f"the expert of {played.task} ended as {played.ending}, not as a success; its last observation: {played.turns[-1].observation!r}")
+        raise (Spoiled if played.ending.startswith("infra_") else RolloutError)(f"the expert of {played.task} ended as {played.ending}, not as a success; its last observation: {played.turns[-1].observation!r}")
     chunks, prompt_ids = [], chat.open(played.instruction)
     for turn in played.turns:
         action_ids = chat.turn(turn.text)

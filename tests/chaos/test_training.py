@@ -41,12 +41,12 @@ def test_an_engine_that_dies_or_hangs_is_started_again_with_the_weights_of_the_s
 def test_sandboxes_that_are_lost_or_hang_are_infrastructure_and_their_episodes_are_played_again(start, tmp_path, number, whom):
     """The manager of all of them, or each one's holder with the guard of its egress."""
     workdir = tmp_path / "run"
-    with training([*IPA, start, "--config.steps=8", "--config.sandbox.egress=127.0.0.1:9", "--config.episode_seconds=20"], workdir) as process:
+    with training([*IPA, start, "--config.steps=8", "--config.sandbox.egress=model@127.0.0.1:9", "--config.episode_seconds=20"], workdir) as process:
         wait_for_steps(process, workdir, 1)
         hurt = 0
         for _ in range(3):
-            manager, *holders = sorted(find(process.pid, "host import zygote"))
-            for victim in [manager] if whom == "manager" else holders:
+            found = sorted(find(process.pid, "host import zygote"))  # the manager came first; there is none yet where it was killed a moment ago
+            for victim in found[:1] if whom == "manager" else found[1:]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(victim, number)
                     hurt += 1
