@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -19,6 +20,9 @@ from rome.data.routes import extend_routes
 from rome.data.trajectory import Chunk, Trajectory
 from rome.engine.client import Completion, EngineError, Sampling
 from rome.model.tokenizer import Chat
+
+
+log = logging.getLogger(__name__)
 
 
 class ReplayError(RuntimeError):
@@ -93,7 +97,10 @@ async def run_episode(
     except SandboxError as error:  # only from the start of the episode: later ones come as typed endings
         ending, note = "infra_sandbox", str(error)
     finally:
-        await env.aclose()
+        try:
+            await env.aclose()
+        except SandboxError as error:  # the episode has its result; what is left of the sandbox ends with its manager
+            log.warning("the sandbox of %s was not closed: %s", env.task.name, error)
     return Trajectory(
         task=env.task.name, family=env.task.family, chunks=chunks, reward=reward, ending=ending, group=group, episode=episode, seed=seed,
         instruction=instruction, seconds=round(time.monotonic() - started, 4), note=note,

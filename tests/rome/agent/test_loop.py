@@ -6,6 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from envs.rock import SandboxError
 from rome.agent.loop import Limits, derive_seed, run_episode
 from rome.engine.client import EngineError
 from tests.rome.rollout.worlds import CHAT, EchoEnv, ScriptedEngine, routes_of
@@ -75,6 +76,15 @@ def test_a_full_context_ends_the_episode():
 def test_faults_become_typed_endings_and_the_environment_is_closed(engine, env, ending):
     trajectory = play(engine, env, dataclasses.replace(LIMITS, episode_seconds=0.2))
     assert trajectory.ending == ending and trajectory.note and env.closed == 1
+
+
+def test_a_sandbox_that_does_not_end_takes_nothing_from_the_episode():
+    class Lingering(EchoEnv):
+        async def aclose(self):
+            raise SandboxError("the sandbox did not end within 30 s")
+
+    trajectory = play(ScriptedEngine(["red", "done"]), Lingering("copy/1"))
+    assert (trajectory.ending, trajectory.reward) == ("success", 1.0)
 
 
 def test_derived_seeds_are_the_same_in_every_process():
