@@ -127,7 +127,7 @@ def test_the_time_limit_is_kept_and_said(config):
 
 def test_kill_all_ends_a_running_command_and_keeps_the_files(config):
     async def work(sandbox):
-        running = asyncio.create_task(sandbox.execute("echo 1 > started; sleep 1000"))
+        running = asyncio.create_task(sandbox.execute("echo 1 > s; mv s started; sleep 1000"))
         while not await _exists(sandbox, "started"):
             await asyncio.sleep(0.01)
         await sandbox.kill_all()
