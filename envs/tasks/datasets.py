@@ -29,7 +29,7 @@ from envs.tasks.harbor.errors import TaskError
 from envs.tasks.harbor.fields import MAX_FOLDER_BYTES, MAX_FOLDER_FILES, read_folder, read_text
 from envs.tasks.harbor.load import load_dataset, load_task
 from envs.tasks.harbor.task import Environment, Files, HarborTask
-from envs.tasks.rows import Row, parse_json, read_rows
+from envs.tasks.rows import Row, collect_tasks, parse_json, read_rows
 from envs.tasks.swebench import is_instance, load_swebench
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -64,7 +64,7 @@ def load_files(dataset: str, faults: list[TaskError] | None = None, fetch: bool 
     if columns is None:
         raise first.fault(f"the fields {', '.join(map(str, list(first.values)[:12]))[:200]} are neither SWE-bench's (instance_id, base_commit, ...) nor those of archives of "
                           f"tasks ({' or '.join(' and '.join(pair) for pair in ARCHIVES)})")
-    return _collect(faults, [(row.fault, lambda row=row: _load_archive(row, *columns)) for row in read_rows(file)])
+    return collect_tasks(faults, [(row.fault, lambda row=row: _load_archive(row, *columns)) for row in read_rows(file)])
 
 
 def task_digest(files: Files) -> str:
@@ -73,22 +73,6 @@ def task_digest(files: Files) -> str:
     for path, (content, mode) in sorted(files.items()):
         whole.update(f"{path}\0{mode:o}\0{hashlib.sha256(content).hexdigest()}\n".encode(errors="surrogateescape"))
     return f"sha256:{whole.hexdigest()}"
-
-
-def _collect(faults: list[TaskError] | None, loads: list[tuple[Callable[[str], TaskError], Callable[[], HarborTask]]]) -> list[HarborTask]:
-    """What the loads give, each name once. Faults are raised, or kept where there is a list for them."""
-    tasks: dict[str, HarborTask] = {}
-    for fault, load in loads:
-        try:
-            task = load()
-            if task.name in tasks:
-                raise fault(f"task {task.name!r} is there twice")
-            tasks[task.name] = task
-        except TaskError as error:
-            if faults is None:
-                raise
-            faults.append(error)
-    return list(tasks.values())
 
 
 def _load_from(files: Files, name: str, origin: pathlib.Path, fault: Callable[[str], TaskError], digest: str | None = None) -> HarborTask:
@@ -226,7 +210,7 @@ def load_registry(file: pathlib.Path, name: str | None, version: str | None, fau
     entry = found[0]
     places = [_Place(file, _line_of(text, task), f"data set {entry['name']!r}, task {number}") for number, task in enumerate(entry["tasks"], 1)]
     loads = [(place.fault, lambda place=place, task=task: _load_registered(place, task, fetch)) for place, task in zip(places, entry["tasks"])]
-    tasks = _collect(faults, loads)
+    tasks = collect_tasks(faults, loads)
     if not tasks and not faults:
         raise TaskError(file, 0, f"data set {entry['name']!r} has no tasks")
     return tasks

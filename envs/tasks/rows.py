@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from envs.tasks.harbor.errors import TaskError
+from envs.tasks.harbor.task import HarborTask
 
 MAX_FILE_BYTES = 4 << 30
 MAX_JSON_BYTES = 1 << 30
@@ -115,3 +116,19 @@ def _parquet(file: pathlib.Path) -> Iterator[Row]:
         if isinstance(error, TaskError):
             raise
         raise TaskError(file, 0, f"not parquet that can be read, after row {number}: {type(error).__name__}: {str(error)[:200]}") from error
+
+
+def collect_tasks(faults: list[TaskError] | None, loads: Iterable[tuple[Callable[[str], TaskError], Callable[[], HarborTask]]]) -> list[HarborTask]:
+    """What the loads give, each name once. Faults are raised, or kept where there is a list for them."""
+    tasks: dict[str, HarborTask] = {}
+    for fault, load in loads:
+        try:
+            task = load()
+            if task.name in tasks:
+                raise fault(f"task {task.name!r} is there twice")
+            tasks[task.name] = task
+        except TaskError as error:
+            if faults is None:
+                raise
+            faults.append(error)
+    return list(tasks.values())

@@ -166,9 +166,9 @@ class Journal:
 
     def _keep(self, entry: dict[str, Any]) -> None:
         groups = [tuple(pair) for pair in entry["groups"]]
-        self._steps[entry["step"]], self._given_up[entry["step"]] = groups, entry.get("given_up", [])
-        self._episodes.update(zip(groups, entry.get("episodes", [])))
-        self._episodes.update({(number, attempt): episodes for number, attempt, episodes in entry.get("replaced", [])})
+        self._steps[entry["step"]], self._given_up[entry["step"]] = groups, entry["given_up"]
+        self._episodes.update(zip(groups, entry["episodes"]))
+        self._episodes.update({(number, attempt): episodes for number, attempt, episodes in entry["replaced"]})
 
 
 class Rollouts:

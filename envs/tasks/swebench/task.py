@@ -19,7 +19,7 @@ from envs.tasks.harbor.task import Environment, Files, HarborTask, Step
 from envs.tasks.judge import judge_files
 from envs.tasks.judge.folder import pytest_archive
 from envs.tasks.judge.inside import RUNNER_FILES
-from envs.tasks.rows import read_rows
+from envs.tasks.rows import collect_tasks, read_rows
 from envs.tasks.swebench.instance import Instance, parse_instance
 from envs.tasks.swebench.repository import cut, patched
 
@@ -52,18 +52,7 @@ cd {root} && gunzip -c /solution/patch.gz | git apply --whitespace=nowarn -
 
 def load_swebench(file: str | pathlib.Path, faults: list[TaskError] | None = None) -> list[HarborTask]:
     """A task for each row of the file. With `faults` a list, malformed rows are put there instead of raised. Raises TaskError."""
-    tasks: dict[str, HarborTask] = {}
-    for row in read_rows(pathlib.Path(file)):
-        try:
-            task = make_task(instance := parse_instance(row))
-            if task.name in tasks:
-                raise row.fault(f"instance_id {instance.instance_id!r} is there twice")
-            tasks[task.name] = task
-        except TaskError as error:
-            if faults is None:
-                raise
-            faults.append(error)
-    return list(tasks.values())
+    return collect_tasks(faults, ((row.fault, lambda row=row: make_task(parse_instance(row))) for row in read_rows(pathlib.Path(file))))
 
 
 def make_task(instance: Instance, repository: pathlib.Path | None = None) -> HarborTask:
