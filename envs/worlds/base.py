@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from envs.gem import Env, Info, StepResult, ToolCall, ToolCallError, format_tool_call, parse_tool_calls
+from envs.games.base import CHAT_MARKS
 from envs.worlds.tools import ArgumentError, Database, Tool, Toolbox, ToolRefusal, digest, outcome, told
 from envs.worlds.user import User, UserScript, is_told
 
@@ -26,7 +27,6 @@ MAX_CALLS = 8  # of one turn
 MAX_OBSERVATION_CHARS = 6000
 SYSTEM = ("You help a user by means of tools, under the policy given below. Each turn is either tool calls or one message to the user, never both. "
           "Ask the user for what you need to know; a message that asks nothing tells the user that the request is settled.")
-_CHAT_MARKS = ("<|im_start|>", "<|im_end|>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,7 +292,7 @@ def clean(observation: str) -> str:
 
 def _spoken(action: str) -> str:
     """Without chat marks and thoughts."""
-    for mark in _CHAT_MARKS:
+    for mark in CHAT_MARKS:
         action = action.replace(mark, "")
     return action.rsplit("</think>", 1)[-1]
 
