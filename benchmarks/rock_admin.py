@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from envs.rock import Sandbox, SandboxConfig
-from envs.rock.service.client import Client
+from envs.rock.wire.client import Client
 from envs.rock.service.worker import Worker
 from launch.rock import make_admin
 from rome.train.metrics import write_atomically

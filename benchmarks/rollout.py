@@ -7,7 +7,7 @@ terminal commands were recorded to take here, brought to the same mean; an engin
 quarter of the synchronous rollout time. Engine, environment and trainer are sleeps, multiplied by --scale; agent loop, scheduler and trajectories
 are those of training. The n-th episode has the same latencies in every row.
 
-Each row prints its speed-up over the synchronous row of the same run, what `rome.rollout.simulate` predicts for it, and the bound: all slots full at
+Each row prints its speed-up over the synchronous row of the same run, what `rome.rollout.simulator.simulate` predicts for it, and the bound: all slots full at
 all times. `speedup_alpha1` is the row in which nothing is dropped and steps take single episodes as they finish; the shares of samples by staleness
 stand beside it, because such a step trains on a few that are older than alpha. The rows with "wait" never do, and pay for it.
 
@@ -36,9 +36,9 @@ from rome.agent.loop import Limits, derive_seed
 from rome.data.trajectory import Chunk, Trajectory
 from rome.engine.client import Completion
 from rome.model.tokenizer import TINY, Chat, Tokenizer
-from rome.rollout import simulate
-from rome.rollout.groups import Plan, Rollouts, Rules
-from rome.rollout.scheduler import Accounting, Episode, Scheduler
+from rome.rollout.simulator import simulate
+from rome.rollout.scheduler import GroupPlan, RolloutScheduler, Rules
+from rome.rollout.player import Accounting, Episode, EpisodePlayer
 
 GROUPS, GROUP_SIZE, CONCURRENCY, TURNS, ENGINE_S, TRAIN_SHARE = 8, 8, 64, 8, 0.05, 0.25
 ROWS = {  # name: what differs from synchronous training
@@ -121,11 +121,11 @@ async def play(latency: simulate.Distribution, scale: float, steps: int, train_s
     def play_one(episode: Episode) -> Any:
         drawn = latency.draw(np.random.default_rng(episode.seed), TURNS)  # an episode's seed is the same in every row
         lengths[episode.name] = float(drawn.sum()) + TURNS * ENGINE_S
-        player = Scheduler(engine, lambda task: SleepingEnv(task, (scale * drawn).tolist()), chat, Limits(1000, 40, 1e6), CONCURRENCY)
+        player = EpisodePlayer(engine, lambda task: SleepingEnv(task, (scale * drawn).tolist()), chat, Limits(1000, 40, 1e6), CONCURRENCY)
         return player.play_one(episode, temperature=1.0, accounting=accounting)
 
-    rollouts = Rollouts(rules, play_one, lambda wave: [
-        Plan(f"sleep/{wave}_{index // rules.siblings}") for index in range(rules.groups_per_wave)], accounting=accounting)
+    rollouts = RolloutScheduler(rules, play_one, lambda wave: [
+        GroupPlan(f"sleep/{wave}_{index // rules.siblings}") for index in range(rules.groups_per_wave)], accounting=accounting)
     staleness, trained, waited, began = collections.Counter(), [], 0.0, time.monotonic()
     await rollouts.advance(0)
     for step in range(steps + warm_up):
@@ -153,7 +153,7 @@ async def record_terminal(episodes: int = 60) -> tuple[float, ...]:
     from envs.rock import SandboxConfig
     from envs.tasks.terminal import FAMILIES, train_seed
     from envs.tasks.terminal.env import TerminalEnv
-    from envs.tasks.terminal.expert import run_expert
+    from envs.tasks.terminal.demonstrator import run_expert
 
     seconds: list[float] = []
 
@@ -201,7 +201,7 @@ async def measure_overhead(episodes: int = 10_000, turns: int = 8, turn_s: float
 
     async def with_scheduler() -> None:
         accounting = Accounting()
-        rollouts = Rollouts(rules, sleep, lambda wave: [Plan(f"sleep/{wave}_{index}") for index in range(rules.groups_per_wave)], accounting=accounting)
+        rollouts = RolloutScheduler(rules, sleep, lambda wave: [GroupPlan(f"sleep/{wave}_{index}") for index in range(rules.groups_per_wave)], accounting=accounting)
         await rollouts.advance(0)
         for step in range(rules.steps):
             taken = await rollouts.take(step)

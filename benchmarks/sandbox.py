@@ -30,7 +30,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from envs.rock import Sandbox, SandboxConfig, launcher, probe
+from envs.rock import Sandbox, SandboxConfig, probe
+from envs.rock.embedded import zygote_client
 from envs.rock.tiers import probe_docker
 
 CONFIG = SandboxConfig(memory_mb=256, pids=64, disk_mb=64)
@@ -113,7 +114,7 @@ async def measure_leaks(cycles: int) -> dict[str, Any]:
 
 
 def _possessions() -> dict[str, set[str]]:
-    zygote = launcher._zygote._process.pid
+    zygote = zygote_client._zygote._process.pid
     state = pathlib.Path(tempfile.gettempdir(), f"rock-{os.getuid()}")
     return {
         "descriptors": set(os.listdir("/proc/self/fd")) | {f"zygote {name}" for name in os.listdir(f"/proc/{zygote}/fd")},
@@ -141,7 +142,7 @@ def _descendants(pid: int) -> list[int]:
 
 def _proportional_bytes() -> int:
     total = 0
-    for pid in _descendants(launcher._zygote._process.pid):
+    for pid in _descendants(zygote_client._zygote._process.pid):
         try:
             lines = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         except (FileNotFoundError, ProcessLookupError, PermissionError):

@@ -3,7 +3,7 @@ r"""How fast is a whole update (forward, loss, backward, clip, AdamW) beside Hug
 python -m benchmarks.train_step --json step.json [--sizes small,medium] [--precisions float32,bfloat16] [--rival_python DIR/bin/python] [--scaling]
 
 Ours is `Learner.update` as training runs it: float32 weights and moments, layers in the precision of the row. The rival has the same weights
-(through rome.model.hf), tokens, learning rate and clip, the precision's fastest form that it has, and a process of its own; its first losses must
+(through rome.model.hf.checkpoint), tokens, learning rate and clip, the precision's fastest form that it has, and a process of its own; its first losses must
 equal ours before anything is timed, the later of which also prove backward pass and optimizer. Then the two take turns, and `ratio` is the
 median over the pairs. On a CPU the sizes are small and medium, batches of 8 rows of 512; where JAX has a GPU there is one, a slice of
 Qwen3-30B-A3B (its widths, experts and vocabulary, two layers), for which `share_of_peak` is the MFU.
@@ -40,13 +40,13 @@ from rich.console import Console
 from rich.table import Table
 
 from rome.data.batch import IMITATION, Batch
-from rome.losses.logprobs import chunked_logprobs
+from rome.model.ops.logprobs import chunked_logprobs
 from rome.losses.sft import sft_loss
 from rome.losses.types import LossConfig, count_denominators
-from rome.model.attention import attention
+from rome.model.ops.attention import attention
 from rome.model.config import PRESETS, ModelConfig
-from rome.model.experts import experts
-from rome.model.hf import save_hf
+from rome.model.ops.experts import experts
+from rome.model.hf.checkpoint import save_hf
 from rome.model.sharding import make_mesh
 from rome.train.memory import keep_freed_memory
 from rome.train.metrics import write_atomically

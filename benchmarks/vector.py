@@ -48,7 +48,7 @@ def docker_round(image: str, containers: int) -> Iterator[Any]:
     if not image or probe_docker().tier is None:
         yield None
         return
-    from envs.rock import container
+    from envs.rock.docker import container
 
     client = container.engine().client
     made = []

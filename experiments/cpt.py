@@ -20,7 +20,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.seed = 0
     config.init_from = ""                 # a Hugging Face directory; empty: random weights
     config.model = "tiny"                 # a preset of rome/model/config.py
-    config.tokenizer = "rome/model/tiny_tokenizer"
+    config.tokenizer = "rome/model/tokenizer/tiny"
     config.loss = "cpt"
     config.text = ""                      # a folder or a file; empty: the source of Python's standard library
     config.held_out_share = 0.02          # of the documents, never trained on
@@ -41,7 +41,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.checkpoints_kept = 2
     config.learner = ml_collections.ConfigDict({
         "remat": "none",                  # what the backward pass computes again: none, full, attention, offload (rome/model/config.py)
-        "attention": "auto", "experts": "auto", "exchange": "auto",  # kernels by name (rome/model/kernels.py)
+        "attention": "auto", "experts": "auto", "exchange": "auto",  # kernels by name (rome/model/ops/kernels.py)
         "capacity_factor": 0.0,           # 0: no token is dropped
         "router_z_loss_coef": 0.0,
         "offload_moments": False,         # Adam's moments in the host's memory

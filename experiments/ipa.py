@@ -36,7 +36,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.seed = 0
     config.init_from = "experiments/sft.py"  # run first where its result is missing; or a Hugging Face directory
     config.model = "tiny"                 # a preset of rome/model/config.py
-    config.tokenizer = "rome/model/tiny_tokenizer"
+    config.tokenizer = "rome/model/tokenizer/tiny"
     config.loss = "ipa"                   # or a baseline, see above
     config.gamma = 0.95                   # per chunk; the paper gives no value
     config.mismatch_threshold = 0.0       # of pi_old / mu: H of ipa and token_level, C of tis, upper bound of icepop; 0: 5, of tis 2
@@ -61,7 +61,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.filter_groups = True           # groups that all won or all failed compare nothing and are left out
     config.replace_equal = False          # such a group is replaced by another task at once, up to four times (DAPO's dynamic sampling)
     config.async_ratio = 0                # alpha: a step trains on samples that were begun at most so many versions ago; 0: synchronous
-    config.late = "wait"                  # samples beyond that bound: wait (there are none), keep, drop (rome/rollout/groups.py)
+    config.late = "wait"                  # samples beyond that bound: wait (there are none), keep, drop (rome/rollout/scheduler.py)
     config.whole_groups = True            # False: a step takes single episodes, whatever the others of their group do
     config.redundancy = 0                 # further episodes of a group: the first group_size results count
     config.redundant_groups = 0           # further groups a step: the first `groups` complete ones count
@@ -102,7 +102,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     })
     config.learner = ml_collections.ConfigDict({
         "remat": "none",                  # what the backward pass computes again: none, full, attention, offload (rome/model/config.py)
-        "attention": "auto", "experts": "auto", "exchange": "auto",  # kernels by name (rome/model/kernels.py)
+        "attention": "auto", "experts": "auto", "exchange": "auto",  # kernels by name (rome/model/ops/kernels.py)
         "capacity_factor": 0.0,           # 0: no token is dropped
         "router_z_loss_coef": 0.0,
         "offload_moments": False,         # Adam's moments in the host's memory

@@ -32,7 +32,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.seed = 0
     config.init_from = ""                 # a Hugging Face directory, or the path of an experiment; empty: random weights
     config.model = "tiny"                 # a preset of rome/model/config.py
-    config.tokenizer = "rome/model/tiny_tokenizer"
+    config.tokenizer = "rome/model/tokenizer/tiny"
     config.loss = "sft"
     config.steps = 2400                   # at most
     config.until_success = 0.25           # held-out success at which the stage ends: IPA starts where many outcomes are open; 0: all steps are run
@@ -71,7 +71,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     })
     config.learner = ml_collections.ConfigDict({
         "remat": "none",                  # what the backward pass computes again: none, full, attention, offload (rome/model/config.py)
-        "attention": "auto", "experts": "auto", "exchange": "auto",  # kernels by name (rome/model/kernels.py)
+        "attention": "auto", "experts": "auto", "exchange": "auto",  # kernels by name (rome/model/ops/kernels.py)
         "capacity_factor": 0.0,           # 0: no token is dropped
         "router_z_loss_coef": 0.0,
         "offload_moments": False,         # Adam's moments in the host's memory

@@ -21,7 +21,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-from launch.xla_flags import environment_of
+from rome.train.xla_flags import environment_of
 
 _CONFIG = config_flags.DEFINE_config_file("config", "experiments/ipa.py:qwen3_30b_a3b", "An experiment file, with :PRESET after it where it has several.")
 _TOPOLOGY = flags.DEFINE_string("topology", "v5p:4x4x4", "CHIP:SHAPE of a slice (v5e, v5p, v6e, tpu7x), or CHIP:SHAPE*SLICES.")
@@ -55,8 +55,8 @@ def compile_programs(learner, batch, chip, only: tuple[str, ...] | None = None) 
     """name -> Program, and name -> the executable of each that fits."""
     import jax
 
-    from launch.estimate import measure, state_bytes, too_large
-    from rome.model.split_time import busiest_share, query_places
+    from rome.cost.estimate import measure, state_bytes, too_large
+    from rome.model.ops.balanced_time import busiest_share, query_places
 
     T, time_shards = batch.tokens_BT.shape[1], learner.mesh.shape["sequence"]
     score_share = busiest_share(query_places(T, time_shards), time_shards)
@@ -93,7 +93,7 @@ def batch_shapes(config, model_config):
 def grouped_rows(learner, batch) -> float:
     """Choices of experts that one device computes at a time when they are even: its tokens' choices, shared by the ring of the expert axis, or as many
     as a chunk of its tokens has where choices are exchanged."""
-    from rome.model.expert_exchange import chunks_of
+    from rome.model.ops.expert_exchange import chunks_of
 
     tokens = batch.tokens_BT.size // learner.mesh.size * learner.mesh.shape["tensor"]
     parts = chunks_of(tokens) if learner.chosen_kernels.exchange == "all_to_all" else learner.mesh.shape["expert"]
@@ -104,9 +104,9 @@ def compile_experiment(config, topology: str, layers: int = 0) -> tuple[dict[str
     """(the report, the executables) of an experiment's step on a topology."""
     import jax
 
-    from launch.config import ConfigError, check_config
-    from launch.estimate import find_chip, report, state_bytes
-    from launch.run import make_learner, model_of
+    from rome.stages.config import ConfigError, check_config
+    from rome.cost.estimate import find_chip, report, state_bytes
+    from rome.stages.base import make_learner, model_of
     from rome.model.sharding import check_mesh
 
     check_config(config)

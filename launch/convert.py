@@ -57,7 +57,7 @@ class Source:
 def find_source(directory: pathlib.Path, step: int | None) -> Source:
     """Looks into a directory. Raises ValueError or OSError that says what is missing."""
     from rome.model.config import ModelConfig
-    from rome.model.hf_files import read_json
+    from rome.model.hf.files import read_json
     from rome.train.parameters import saved_steps
 
     if not directory.is_dir():
@@ -96,9 +96,9 @@ def _model_of(document: dict[str, Any], workdir: pathlib.Path) -> tuple[dict[str
 
 def write_hf(source: Source, directory: pathlib.Path, dtype: str | None, progress: Callable[[int, int], None]) -> None:
     """Streams the source's tensors into a Hugging Face checkpoint."""
-    from rome.model.hf import open_checkpoint, write_checkpoint
-    from rome.model.hf_files import CheckpointWriter, file_dtype
-    from rome.model.hf_names import expected_tensors
+    from rome.model.hf.checkpoint import open_checkpoint, write_checkpoint
+    from rome.model.hf.files import CheckpointWriter, file_dtype
+    from rome.model.hf.names import expected_tensors
     from rome.train.parameters import StoredParameters
 
     shapes = expected_tensors(source.model)
@@ -120,8 +120,8 @@ def write_orbax(source: Source, directory: pathlib.Path, dtype: str | None, prog
     import jax
     import jax.numpy as jnp
 
-    from rome.model.hf import load_hf, open_checkpoint
-    from rome.model.hf_files import write_json
+    from rome.model.hf.checkpoint import load_hf, open_checkpoint
+    from rome.model.hf.files import write_json
     from rome.model.sharding import make_mesh, param_shardings
     from rome.train.parameters import StoredParameters, save_parameters
 
@@ -143,8 +143,8 @@ def _check_room(model: ModelConfig, dtype: Any, directory: pathlib.Path) -> None
     """Fails before a long job that could not end well: on the disk, and in memory where the devices are this machine's CPU."""
     import jax
 
-    from rome.model.hf_files import check_space
-    from rome.model.hf_names import expected_tensors
+    from rome.model.hf.files import check_space
+    from rome.model.hf.names import expected_tensors
 
     needed = sum(map(math.prod, expected_tensors(model).values())) * dtype.itemsize
     check_space(directory.parent, needed)

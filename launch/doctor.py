@@ -26,7 +26,7 @@ from envs.rock.host import cgroups
 from envs.rock.tiers import TIERS, probe_docker
 from envs.tasks.terminal import FAMILIES, train_seed
 from envs.tasks.terminal.env import TerminalEnv
-from envs.tasks.terminal.expert import run_expert
+from envs.tasks.terminal.demonstrator import run_expert
 
 SECONDS = 60.0
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain")

@@ -266,7 +266,7 @@ def make_policy(out: pathlib.Path, config: Any) -> Iterator[Any]:
     from rome.engine.pool import EnginePool
     from rome.engine.process import start_server
     from rome.evals.agents import Policy
-    from rome.model.hf import read_config
+    from rome.model.hf.checkpoint import read_config
     from rome.model.tokenizer import TINY, Chat, Tokenizer
 
     model, tokenizer = read_config(_CHECKPOINT.value), Tokenizer.load(_CHECKPOINT.value)

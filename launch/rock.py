@@ -31,7 +31,7 @@ import envs.worlds  # noqa: F401
 from envs.gem.server import GemService
 from envs.rock.service import e2b
 from envs.rock.service.admin import Admin
-from envs.rock.service.api import TO_ADMIN, WORKER_USER
+from envs.rock.wire.api import TO_ADMIN, WORKER_USER
 from envs.rock.service.apps import make_worker
 from envs.rock.service.auth import Tokens, load_or_make_tokens, load_tokens
 from envs.rock.service.fleet import machine_resources

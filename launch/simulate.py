@@ -4,7 +4,7 @@ python -m launch.simulate                                        # 64 episodes o
 python -m launch.simulate --late=drop --async_ratio=0,1,2,4      # what dropping late samples would bring, and cost
 python -m launch.simulate --latencies=FILE --set engines=4 --set slots=128 --set token_s=0.02 --set concurrency=512 --set groups_per_step=64 --set train_s=90
 
-FILE has recorded seconds of environment turns, one a line. The fields of --set are those of rome.rollout.simulate.Plan; turns, tokens, prompt_tokens
+FILE has recorded seconds of environment turns, one a line. The fields of --set are those of rome.rollout.simulator.simulate.Plan; turns, tokens, prompt_tokens
 and latency take NUMBER, or MEAN:SIGMA for a lognormal. A train step takes a quarter of the synchronous rollout unless train_s is set.
 """
 
@@ -16,7 +16,7 @@ import json
 import pathlib
 import sys
 
-from rome.rollout.simulate import Constant, Distribution, Lognormal, Plan, Recorded, agentic, speedup, with_train_share
+from rome.rollout.simulator.simulate import Constant, Distribution, Lognormal, Plan, Recorded, agentic, speedup, with_train_share
 
 TRAIN_SHARE = 0.25
 

@@ -2,7 +2,7 @@
 
 The same command again resumes where a run stopped. Ctrl-C once: saves and says how to go on; twice: leaves at once.
 
-On a pod the same command runs in every process (launch/distributed.py says how they find each other; `python -m launch.pod` starts them).
+On a pod the same command runs in every process (rome/train/distributed.py says how they find each other; `python -m launch.pod` starts them).
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class StopRequest:
 
 def run_experiment(config, workdir: pathlib.Path, isolation: str, team):
     """Runs one experiment, first the one that it starts from where its result is missing. Returns False when the user stopped it."""
-    from launch.config import check_config, default_workdir, init_config
-    from launch.run import start_run, train
-    from rome.rollout.scheduler import Stopped
+    from rome.stages.config import check_config, default_workdir, init_config
+    from rome.stages.base import start_run, train
+    from rome.rollout.player import Stopped
     from rome.train.display import Display
     from rome.train.report import read_report
 
@@ -81,7 +81,7 @@ def run_experiment(config, workdir: pathlib.Path, isolation: str, team):
 
 def open_workdir(workdir: pathlib.Path, config) -> bool:
     """Claims it for this config. Returns whether its run is complete."""
-    from launch.config import claim_workdir
+    from rome.stages.config import claim_workdir
 
     claim_workdir(workdir, config)
     return (workdir / "final").exists()
@@ -90,10 +90,10 @@ def open_workdir(workdir: pathlib.Path, config) -> bool:
 def start_team(stop: StopRequest):
     """This process among those of the job, which is one where nothing says otherwise."""
     from envs.rock import SandboxError
-    from launch.config import ConfigError
-    from launch.distributed import choose, start
+    from rome.stages.config import ConfigError
+    from rome.train.distributed import choose, start
     from rome.engine.client import EngineError
-    from rome.rollout.scheduler import RolloutError, Stopped
+    from rome.rollout.player import RolloutError, Stopped
     from rome.train.alarms import TrainingAlarm
     from rome.train.checkpoint import CheckpointError
 
@@ -119,8 +119,8 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"argument {argv[1]!r} is not understood; flags look like --config.key=value")
     logging.set_verbosity(logging.WARNING)  # orbax narrates every save
     stop = StopRequest()  # before JAX and all else is imported: an early Ctrl-C is heard too
-    from launch.config import default_workdir, sandbox_config
-    from launch.xla_flags import apply_flags
+    from rome.stages.config import default_workdir, sandbox_config
+    from rome.train.xla_flags import apply_flags
     from rome.train.memory import keep_freed_memory
 
     keep_freed_memory()  # before JAX starts its threads
@@ -173,9 +173,9 @@ def parse(argv: list[str]) -> list[str]:
 def run_main(argv: list[str]) -> int:
     """`main`; a known kind of failure becomes one line. ROME_DEBUG=1 keeps the traceback."""
     from envs.rock import SandboxError
-    from launch.distributed import DistributedError
+    from rome.train.distributed import DistributedError
     from rome.engine.client import EngineError
-    from rome.rollout.scheduler import RolloutError
+    from rome.rollout.player import RolloutError
     from rome.train.alarms import TrainingAlarm
     from rome.train.checkpoint import CheckpointError
     from rome.train.team import LeaderError

@@ -20,7 +20,7 @@ WORKSPACE = "/workspace"
 PIECE_BYTES = 1 << 18  # of a streamed file
 MAX_LISTED = 100_000  # entries below a directory
 
-_BACKENDS = {"embedded": "envs.rock.embedded:EmbeddedSandbox", "docker": "envs.rock.docker:DockerSandbox", "remote": "envs.rock.remote:RemoteSandbox"}
+_BACKENDS = {"embedded": "envs.rock.embedded.sandbox:EmbeddedSandbox", "docker": "envs.rock.docker.sandbox:DockerSandbox", "remote": "envs.rock.remote.sandbox:RemoteSandbox"}
 Content = bytes | str | AsyncIterator[bytes]
 
 

@@ -8,7 +8,7 @@ import socket
 import sys
 from typing import NamedTuple
 
-from envs.rock import launcher
+from envs.rock.embedded import zygote_client
 from envs.rock.config import ISOLATIONS, TIERS, SandboxConfig
 from envs.rock.errors import IsolationError, SandboxError
 from envs.rock.host import cgroups, landlock, seccomp
@@ -115,7 +115,7 @@ def _try(tier: str) -> tuple[str, str]:
 
 def _try_to_run(tier: str) -> None:
     """Start a sandbox, run an empty command in it and end it; SandboxError with the reason if that fails."""
-    with launcher.create(launcher.spec(SandboxConfig(isolation="best_available"), tier)) as channel:
+    with zygote_client.create(zygote_client.spec(SandboxConfig(isolation="best_available"), tier)) as channel:
         _expect(channel)
         null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)  # an empty command, and its output
         trial, stderr = os.pipe()
@@ -178,7 +178,7 @@ def probe_docker(runtime: str | None = None) -> TierReport:
         return TierReport(None, frozenset(), tuple(Missing(name, reason, remedy) for name in GUARANTEES))
 
     try:
-        from envs.rock import container
+        from envs.rock.docker import container
     except ImportError as error:
         return none(f"the package docker is not installed ({error})", "pip install 'docker>=7.1,<8'")
     try:

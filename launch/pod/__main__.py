@@ -7,7 +7,7 @@ python -m launch.pod xpk --cluster=CLUSTER --accelerator-type=v5p-128 --storage=
 python -m launch.pod slurm --nodes=4 --gpus-per-node=8 --partition=h100 --dry-run -- --config=... --workdir=...
 
 What stands behind `--` is launch.train's. Its --workdir must lie on a file system that all hosts share. The code that runs is the commit that is
-checked out here (tpu-vm, queued), or this folder (xpk, slurm). The processes find each other as launch/distributed.py says.
+checked out here (tpu-vm, queued), or this folder (xpk, slurm). The processes find each other as rome/train/distributed.py says.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 
-from launch.xla_flags import environment_of
+from rome.train.xla_flags import environment_of
 
 RUNTIMES = {"v4": "tpu-ubuntu2204-base", "v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}  # images of the Cloud TPU API
 PREFIXES = {"v4-": "v4", "v5litepod-": "v5e", "v5e-": "v5e", "v5p-": "v5p", "v6e-": "v6e", "tpu7x-": "tpu7x"}

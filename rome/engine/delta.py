@@ -23,7 +23,7 @@ from collections.abc import Iterator
 import numpy as np
 import zstandard
 
-from rome.model.hf_files import check_space, in_threads, sync
+from rome.model.hf.files import check_space, in_threads, sync
 
 LEVEL = 1  # of zstd: zeros compress as well at the fastest one
 BLOCK_BYTES = 4 << 20  # each is read, compared, hashed and written by itself, so that all cores have work also where a checkpoint is one file

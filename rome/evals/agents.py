@@ -17,7 +17,7 @@ from envs.gem import Env, Info, StepResult
 from envs.rock import SandboxConfig, SandboxError
 from envs.tasks.harbor import BuildError, HarborEnv, TaskError
 from envs.tasks.terminal.env import MissingProgramsError
-from envs.tasks.terminal.expert import FINAL_TURN, run_expert
+from envs.tasks.terminal.demonstrator import FINAL_TURN, run_expert
 from rome.agent.loop import Generator, Limits, run_episode
 from rome.evals.cheats import tricks_of
 from rome.evals.tasks import EvalTask

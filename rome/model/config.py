@@ -232,7 +232,7 @@ _QWEN3 = ModelConfig(
     moe_intermediate_size=768, dtype="bfloat16")
 
 PRESETS: dict[str, ModelConfig] = {
-    # ids are those of rome/model/tiny_tokenizer; a model this narrow would spend its first hundred steps growing weights drawn at 0.02
+    # ids are those of rome/model/tokenizer/tiny; a model this narrow would spend its first hundred steps growing weights drawn at 0.02
     "tiny": ModelConfig(
         vocab_size=768, hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32, num_experts=8, experts_per_token=2,
         moe_intermediate_size=256, rope_theta=1e4, max_position=512, initializer_range=0.08, remat="none", scan_layers=False,

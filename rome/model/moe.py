@@ -1,4 +1,4 @@
-"""The mixture of experts: a float32 router over the experts of `rome.model.experts`, and the losses and figures of the router.
+"""The mixture of experts: a float32 router over the experts of `rome.model.ops.experts`, and the losses and figures of the router.
 
 N tokens (flattened rows), D model, E experts, k experts a token, F expert hidden, L layers.
 """
@@ -14,8 +14,8 @@ import numpy as np
 from jax import Array
 
 from rome.model.config import ModelConfig
-from rome.model.expert_parallel import experts_on_mesh
-from rome.model.experts import NO_EXPERT, experts_within
+from rome.model.ops.experts_on_mesh import experts_on_mesh
+from rome.model.ops.experts import NO_EXPERT, experts_within
 from rome.model.sharding import is_split
 
 

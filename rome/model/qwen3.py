@@ -25,12 +25,12 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from rome.model import sharding
-from rome.model.attention import attention
-from rome.model.attention_kernels import SAVED_OUTPUT
+from rome.model.ops.attention import attention
+from rome.model.ops.attention_kernels import SAVED_OUTPUT
 from rome.model.config import ModelConfig
-from rome.model.embed import embed
+from rome.model.ops.embedding import embed
 from rome.model.moe import LayerRouter, MoE, RouterStats
-from rome.model.wide import from_heads, to_heads
+from rome.model.ops.gathered import from_heads, to_heads
 
 Params = dict[str, Any]
 BLOCK_INPUT = "block_input"  # the name under which a remat policy finds it
@@ -191,9 +191,9 @@ class Qwen3(nn.Module):
 
     Attributes:
       scan: loop over stacked layers (True) or unroll them (False); see the module's docstring.
-      experts: form of the experts, as in `rome.model.experts.experts`.
-      attention_form: form of attention over whole rows, as in `rome.model.attention.attention`.
-      exchange: how tokens reach their experts on a mesh, as in `rome.model.expert_parallel.experts_on_mesh`.
+      experts: form of the experts, as in `rome.model.ops.experts.experts`.
+      attention_form: form of attention over whole rows, as in `rome.model.ops.attention.attention`.
+      exchange: how tokens reach their experts on a mesh, as in `rome.model.ops.experts_on_mesh.experts_on_mesh`.
     """
 
     config: ModelConfig

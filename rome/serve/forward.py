@@ -44,7 +44,7 @@ def forward(
     Args:
       params: layers unstacked.
       real_BT: False for padding, which is not written and whose results mean nothing.
-      experts: form of the experts, "dense" or "sorted" (`rome.model.experts.experts`): those whose rows do not depend on each other.
+      experts: form of the experts, "dense" or "sorted" (`rome.model.ops.experts.experts`): those whose rows do not depend on each other.
     Returns:
       hidden_BTD after the final norm, the cache, and the chosen experts [L, B, T, k].
     """

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rome.model import hf
+from rome.model.hf import checkpoint as hf
 from rome.model.config import ModelConfig
 from rome.model.qwen3 import Params, unstack_layers
 

@@ -18,8 +18,8 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from rome.model.config import ModelConfig
-from rome.model.hf import Block
-from rome.model.hf_names import checkpoint_tensors, leaf_at, parameter_shapes
+from rome.model.hf.checkpoint import Block
+from rome.model.hf.names import checkpoint_tensors, leaf_at, parameter_shapes
 from rome.train.checkpoint import CheckpointError, save_options
 
 BOX_BYTES = 1024**3  # read at a time by `blocks`; whole stored chunks, so a little more where they are large

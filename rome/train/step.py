@@ -20,10 +20,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rome.data.batch import Batch
 from rome.data.routes import route_dtype
 from rome.losses import Denominators, Loss, LossConfig
-from rome.losses.logprobs import chunked_logprobs
-from rome.losses.routes import count_replayed, recorded_routes, replayed_ids, route_agreement
+from rome.model.ops.logprobs import chunked_logprobs
+from rome.train.replay import count_replayed, recorded_routes, replayed_ids, route_agreement
 from rome.model.config import ModelConfig
-from rome.model.kernels import Kernels, choose_kernels
+from rome.model.ops.kernels import Kernels, choose_kernels
 from rome.model.moe import load_figures, router_figures, router_loss, router_z_loss
 from rome.model.qwen3 import Output, Qwen3, cast_layers, head_kernel, init_params
 from rome.model.sharding import batch_sharding, extent, in_turn, param_shardings, row_shards

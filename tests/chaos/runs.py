@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from tests.paths import ROOT
 
-ROOT = pathlib.Path(__file__).parents[2]
 SFT = ["--config=experiments/sft.py:smoke", "--config.steps=4", "--config.expert_episodes=24", "--config.eval_tasks=1", "--config.eval_every=0"]
 IPA = [
     "--config=experiments/ipa.py:smoke", "--config.steps=6", "--config.groups=3", "--config.group_size=2", "--config.eval_tasks=1", "--config.eval_every=0",

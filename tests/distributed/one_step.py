@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from launch.distributed import check_mesh_spans, choose, start
+from rome.train.distributed import check_mesh_spans, choose, start
 from rome.losses import LOSSES, LossConfig, count_denominators
 from rome.model.sharding import make_mesh
 from rome.train.step import Learner

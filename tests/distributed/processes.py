@@ -7,8 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.paths import ROOT
 
 
 class Job:

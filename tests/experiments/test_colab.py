@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import subprocess
 
 import nbclient
@@ -11,8 +10,8 @@ import pytest
 
 from rome.train.metrics import MetricsWriter
 from rome.train.report import EvalResult, write_report
+from tests.paths import ROOT
 
-ROOT = pathlib.Path(__file__).parents[2]
 NOTEBOOK = ROOT / "experiments" / "colab.ipynb"
 
 

@@ -14,9 +14,10 @@ from envs.rock import Sandbox, SandboxConfig, SandboxFileError, probe, sync
 from envs.rock.tiers import probe_docker
 from tests.envs.rock.engine import engine
 from tests.envs.rock.service import running
+from tests.paths import ROOT
 
 __all__ = ["engine"]  # a fixture
-REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+REPOSITORY = ROOT
 
 
 _elsewhere: dict[str, dict[str, object]] = {}  # what a config needs whose sandboxes are not this process's own

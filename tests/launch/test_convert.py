@@ -15,17 +15,17 @@ import pytest
 
 from launch import convert as module
 from launch.convert import convert
-from launch.run import load_start
+from rome.stages.base import load_start
 from rome.model.config import PRESETS
-from rome.model.hf import load_hf, read_config
+from rome.model.hf.checkpoint import load_hf, read_config
 from rome.model.sharding import make_mesh, param_shardings
 from rome.train import checkpoint, parameters
 from rome.train.checkpoint import CheckpointError, Checkpoints
 from rome.train.parameters import StoredParameters
 from rome.train.state import start_state
 from tests.rome.model.small import random_params
+from tests.paths import ROOT
 
-ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = PRESETS["tiny"]
 ODD = np.array([-0.0, 1e-40, np.inf, np.nan], np.float32)
 
@@ -40,7 +40,7 @@ def make_run(workdir, mesh_shape):
         state = start_state(jax.device_put(params, param_shardings(mesh, CONFIG)), optax.sgd(0.1, momentum=0.9))
         checkpoints.save(step, state._replace(step=jnp.int32(step)), {"seconds": 1.0})
     checkpoints.close()
-    (workdir / "config.json").write_text(json.dumps({"experiment": "sft", "model": "tiny", "tokenizer": str(ROOT / "rome/model/tiny_tokenizer")}))
+    (workdir / "config.json").write_text(json.dumps({"experiment": "sft", "model": "tiny", "tokenizer": str(ROOT / "rome/model/tokenizer/tiny")}))
     return steps
 
 
@@ -75,7 +75,7 @@ def test_the_newest_training_step_becomes_a_hugging_face_checkpoint_with_its_tok
     loaded, config = load_hf(exported)
     assert_same_bits(loaded, steps[4])
     assert config == dataclasses.replace(CONFIG, remat="full", scan_layers=True)
-    assert (exported / "tokenizer.json").read_bytes() == (ROOT / "rome/model/tiny_tokenizer/tokenizer.json").read_bytes()
+    assert (exported / "tokenizer.json").read_bytes() == (ROOT / "rome/model/tokenizer/tiny/tokenizer.json").read_bytes()
     assert set(path.name for path in exported.iterdir()) == {"config.json", "model.safetensors", "tokenizer.json"}
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -11,8 +10,8 @@ import time
 import pytest
 
 from tests.rome.evals.tasks import write_task
+from tests.paths import ROOT
 
-ROOT = pathlib.Path(__file__).parents[2]
 DEADLINE = 60.0
 
 

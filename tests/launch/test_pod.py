@@ -1,7 +1,6 @@
 """python -m launch.pod: what --dry-run prints is a bash script that means what was asked for; without it the tools must be there."""
 
 import os
-import pathlib
 import shlex
 import shutil
 import subprocess
@@ -9,9 +8,9 @@ import subprocess
 import pytest
 
 from launch.pod.__main__ import main
-from launch.xla_flags import GPU_XLA_FLAGS, LIBTPU_ARGS
+from rome.train.xla_flags import GPU_XLA_FLAGS, LIBTPU_ARGS
+from tests.paths import ROOT
 
-ROOT = pathlib.Path(__file__).parents[2]
 TRAIN = ["--config=experiments/ipa.py:qwen3_30b_a3b", "--workdir=/mnt/rome/a run", "--config.engines=http://a:1,http://b:2"]
 CLOUD = ["--zone=us-east5-a", "--accelerator-type=v5p-128", "--project=lab", "--mount=sudo mount -t nfs 10.0.0.2:/x /mnt/rome"]
 

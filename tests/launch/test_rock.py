@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import os
-import pathlib
 import re
 import signal
 import subprocess
@@ -14,8 +13,7 @@ import pytest
 
 from envs.rock import Sandbox, SandboxClosedError, SandboxConfig, probe
 from tests.processes import host_processes
-
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.paths import ROOT
 
 
 @contextlib.contextmanager

@@ -12,8 +12,8 @@ import time
 
 import pip
 import pytest
+from tests.paths import ROOT
 
-ROOT = pathlib.Path(__file__).parents[2]
 OLD_PYTHON = """#!/bin/sh
 case "$*" in *version_info\\ \\<*) exit 1;; *) echo 3.9;; esac
 """

@@ -12,8 +12,8 @@ import sys
 import time
 
 import pytest
+from tests.paths import ROOT
 
-ROOT = pathlib.Path(__file__).parents[2]
 SFT = ["--config=experiments/sft.py:smoke", "--config.steps=6", "--config.expert_episodes=48", "--config.eval_tasks=1", "--config.checkpoint_every=2"]
 IPA = [
     "--config=experiments/ipa.py:smoke", "--config.steps=3", "--config.groups=2", "--config.group_size=2", "--config.eval_tasks=1",

@@ -15,8 +15,8 @@ from typing import Any
 
 from envs.rock.errors import SandboxClosedError, SandboxError, SandboxStartError
 from envs.rock.service import fleet, gauges
-from envs.rock.service.api import IN_SANDBOX, MAX_WAIT, Disconnected, Refusal
-from envs.rock.service.client import Client, Pipe, patiently
+from envs.rock.wire.api import IN_SANDBOX, MAX_WAIT, Disconnected, Refusal
+from envs.rock.wire.client import Client, Pipe, patiently
 from envs.rock.service.fair import FairQueue
 from envs.rock.service.fleet import PING_SECONDS, Member, Resources
 from envs.rock.service.hub import EnvHub

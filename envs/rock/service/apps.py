@@ -7,9 +7,9 @@ from typing import Any
 
 from aiohttp import web
 
-from envs.rock.service.api import TO_WORKER, WORKER_USER
+from envs.rock.wire.api import TO_WORKER, WORKER_USER
 from envs.rock.service.auth import Tokens
-from envs.rock.service.client import Client
+from envs.rock.wire.client import Client
 from envs.rock.service.server import Server
 from envs.rock.service.worker import Worker, report
 

@@ -9,7 +9,7 @@ import secrets
 import stat
 from collections.abc import Mapping
 
-from envs.rock.service.api import WORKER_USER
+from envs.rock.wire.api import WORKER_USER
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 MIN_TOKEN = 16  # characters

@@ -13,7 +13,7 @@ from aiohttp import web
 
 from envs.rock.errors import SandboxClosedError
 from envs.rock.service.admin import Admin
-from envs.rock.service.api import Field, Refusal, check, parse_json
+from envs.rock.wire.api import Field, Refusal, check, parse_json
 from envs.rock.service.records import Record
 from envs.rock.service.server import USER, Server
 

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NamedTuple
 
 from envs.rock.sandbox import PIECE_BYTES
-from envs.rock.service.api import Refusal
+from envs.rock.wire.api import Refusal
 
 KINDS = ("environment", "image")
 MAX_BLOB_BYTES = 16 << 30

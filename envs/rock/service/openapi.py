@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from envs.rock.service.api import CODES, CONFIG, KINDS, Field, Operation
+from envs.rock.wire.api import CODES, CONFIG, KINDS, Field, Operation
 
 OCTETS = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 

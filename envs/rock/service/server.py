@@ -13,9 +13,9 @@ from aiohttp import web
 
 from envs.rock.sandbox import PIECE_BYTES
 from envs.rock.service import openapi
-from envs.rock.service.api import (MAX_FILES_BYTES, MAX_JSON_BYTES, WORKER, WORKER_USER, Operation, Refusal, check, encode_error, parse_json, parse_query)
+from envs.rock.wire.api import (MAX_FILES_BYTES, MAX_JSON_BYTES, WORKER, WORKER_USER, Operation, Refusal, check, encode_error, parse_json, parse_query)
 from envs.rock.service.auth import Tokens
-from envs.rock.service.client import Pipe, WebSocketPipe, join
+from envs.rock.wire.client import Pipe, WebSocketPipe, join
 from envs.rock.service.metrics import CONTENT_TYPE, Metrics
 
 log = logging.getLogger("rock.service")

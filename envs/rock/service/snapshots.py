@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from envs.rock.service.api import Refusal
-from envs.rock.service.client import patiently
+from envs.rock.wire.api import Refusal
+from envs.rock.wire.client import patiently
 from envs.rock.service.fleet import PING_SECONDS, Member
 
 MAX_SNAPSHOTS = 1000  # of one user

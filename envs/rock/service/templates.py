@@ -10,7 +10,7 @@ from typing import Any
 
 from envs.rock.config import SandboxConfig
 from envs.rock.errors import IsolationError
-from envs.rock.service.api import CONFIG, Refusal, check, config_from_json
+from envs.rock.wire.api import CONFIG, Refusal, check, config_from_json
 from envs.rock.service.fleet import need
 from envs.rock.service.hub import EnvHub
 from envs.rock.service.records import ENDED, Plan, Record

@@ -10,9 +10,9 @@ from typing import Any
 
 from envs.rock.errors import SandboxClosedError, SandboxError
 from envs.rock.sandbox import Job, Sandbox, Session, Snapshot
-from envs.rock.service import archive
-from envs.rock.service.api import Disconnected, Refusal, config_from_json, result_to_json
-from envs.rock.service.client import Client, Pipe, StreamPipe
+from envs.rock.wire import archive
+from envs.rock.wire.api import Disconnected, Refusal, config_from_json, result_to_json
+from envs.rock.wire.client import Client, Pipe, StreamPipe
 from envs.rock.service.fleet import DEAD_SECONDS, HEARTBEAT_SECONDS
 from envs.rock.tiers import probe, probe_docker
 

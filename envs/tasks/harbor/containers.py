@@ -45,7 +45,7 @@ async def build_image(task: HarborTask, config: SandboxConfig, build_egress: tup
                                                                             "none: leave it unset, or use the embedded backend")
     if environment.dockerfile is None:
         return await _local(environment.docker_image) if environment.docker_image else config.image
-    from envs.rock import images  # the docker package is not everybody's
+    from envs.rock.images import build as images  # the docker package is not everybody's
 
     context = await asyncio.to_thread(dict, environment.context)
     names = {match[2]: await _local(match[2]) for match in _FROM.finditer(environment.dockerfile)}
@@ -60,8 +60,8 @@ async def build_image(task: HarborTask, config: SandboxConfig, build_egress: tup
 
 async def _local(image: str) -> str:
     """The name itself where the engine has it or this machine's EnvHub has no alias for it; else what stands for it."""
-    from envs.rock.container import engine
-    from envs.rock.kept import alias
+    from envs.rock.docker.container import engine
+    from envs.rock.images.local import alias
 
     host = await asyncio.to_thread(engine)
     try:
@@ -93,7 +93,7 @@ async def enter(sandbox: Sandbox, task: HarborTask, own: tuple[str, ...] = ("log
 
     own: folders that are not the image's affair.
     """
-    from envs.rock.container import engine
+    from envs.rock.docker.container import engine
     environment = task.environment
     host = await asyncio.to_thread(engine)
     settings = (await host.call(host.client.inspect_image, sandbox.config.image))["Config"]

@@ -9,8 +9,7 @@ WIDE_FAMILIES are for larger models. FAMILY_TABLE has the domain, the difficulty
 """
 
 from envs.gem import register
-from envs.tasks.terminal import files, notes, numbers, scripts, text, unseen  # noqa: F401  (each registers its families)
-from envs.tasks.terminal import wide_data, wide_debugging, wide_files, wide_git, wide_software, wide_system, wide_text  # noqa: F401
+from envs.tasks.terminal import families  # noqa: F401  (registers them)
 from envs.tasks.terminal.registry import DOMAINS, FAMILY_TABLE, WIDE_LIMITS, FamilyInfo
 from envs.tasks.terminal.task import EVAL_SEED_START, WORDS, Task, eval_seed, held_out_families, make_task, train_seed, training_families, wide_families
 

@@ -15,7 +15,7 @@ import random
 from envs.rock import SandboxConfig
 from envs.tasks.terminal import FAMILIES, HELD_OUT_FAMILIES
 from envs.tasks.terminal.env import TerminalEnv
-from envs.tasks.terminal.expert import ExpertEpisode, run_expert
+from envs.tasks.terminal.demonstrator import ExpertEpisode, run_expert
 
 ERROR_RATE = 0.3
 

@@ -28,6 +28,6 @@ def config(engine: Engine, **fields) -> SandboxConfig:
 
 
 def containers() -> list[str]:
-    from envs.rock import container
+    from envs.rock.docker import container
 
     return [one["Id"] for one in container.engine().client.containers(all=True)]

@@ -16,10 +16,12 @@ import time
 
 import pytest
 
-from envs.rock import CommandResult, Sandbox, SandboxClosedError, SandboxConfig, SandboxError, SandboxStartError, launcher, probe, sync
+from envs.rock import CommandResult, Sandbox, SandboxClosedError, SandboxConfig, SandboxError, SandboxStartError, probe, sync
+from envs.rock.embedded import zygote_client
 from envs.rock.host import cgroups
+from tests.paths import ROOT
 
-REPOSITORY = str(pathlib.Path(__file__).resolve().parents[3])
+REPOSITORY = str(ROOT)
 STATE = pathlib.Path(tempfile.gettempdir(), f"rock-{os.getuid()}")
 
 
@@ -30,7 +32,7 @@ def _config(tier: str = "namespaces", **fields) -> SandboxConfig:
 
 
 def _zygote_pid() -> int:
-    return launcher._zygote._process.pid
+    return zygote_client._zygote._process.pid
 
 
 def _descendants(pid: int) -> list[int]:
@@ -126,7 +128,7 @@ async def main():
     await asyncio.gather(*(sandbox.start() for sandbox in sandboxes))
     running = [asyncio.create_task(sandbox.execute("setsid sleep {mark} & sleep {mark}", timeout=600)) for sandbox in sandboxes]
     await asyncio.sleep(0.3)
-    print(launcher._zygote._process.pid, flush=True)
+    print(zygote_client._zygote._process.pid, flush=True)
     await asyncio.gather(*running)
 asyncio.run(main())
 """
@@ -168,7 +170,7 @@ def test_when_the_zygote_is_killed_nothing_runs_on_and_the_next_start_sweeps():
     assert _eventually(lambda: not any(map(_alive, processes)))
     place, _ = cgroups.find()
     left = {name for name in os.listdir(STATE)}
-    launcher.shut_down()  # so that the next sandbox brings a new zygote
+    zygote_client.shut_down()  # so that the next sandbox brings a new zygote
     assert asyncio.run(_echo(_config())) == "hi\n"
     assert not [path for parent in (place.parents.values() if place else ()) for path in glob.glob(f"{parent}/rock-*-{zygote}")]
     assert not left & {name for name in os.listdir(STATE) if _owner(name) == zygote}
@@ -265,12 +267,12 @@ def test_a_forked_process_starts_a_zygote_of_its_own():
         from envs.rock import Sandbox, SandboxConfig, launcher
         async def echo():
             async with Sandbox(SandboxConfig(isolation="best_available", tier="namespaces")) as sandbox:
-                return (await sandbox.execute("echo hi")).stdout, launcher._zygote._process.pid
+                return (await sandbox.execute("echo hi")).stdout, zygote_client._zygote._process.pid
         first = asyncio.run(echo())
         child = os.fork()
         if child == 0:
             second = asyncio.run(echo())
-            launcher.shut_down()
+            zygote_client.shut_down()
             os._exit(0 if second[0] == "hi\\n" and second[1] != first[1] else 1)
         _, status = os.waitpid(child, 0)
         assert status == 0 and asyncio.run(echo()) == first
@@ -281,12 +283,12 @@ def test_a_forked_process_starts_a_zygote_of_its_own():
 
 def test_a_tree_that_cannot_be_mounted_is_an_error_with_its_reason_and_never_a_weaker_sandbox(monkeypatch):
     config = _config()
-    broken = launcher.spec
+    broken = zygote_client.spec
 
     def without_disk(*arguments):
         return broken(*arguments) | {"disk_bytes": "none"}
 
-    monkeypatch.setattr(launcher, "spec", without_disk)
+    monkeypatch.setattr(zygote_client, "spec", without_disk)
     with pytest.raises(SandboxStartError, match="mount tmpfs on /tmp/disk: "):
         asyncio.run(_echo(config))
 

@@ -8,7 +8,8 @@ import signal
 
 import pytest
 
-from envs.rock import Sandbox, SandboxClosedError, SandboxConfig, SandboxFileError, SyncSandbox, launcher, probe
+from envs.rock import Sandbox, SandboxClosedError, SandboxConfig, SandboxFileError, SyncSandbox, probe
+from envs.rock.embedded import zygote_client
 
 
 @pytest.fixture(params=["namespaces", "landlock"])
@@ -221,7 +222,7 @@ def test_a_command_that_ended_as_the_verifier_began_is_not_taken_for_it(inside):
     async def work(sandbox):
         job = await sandbox.spawn("sleep 0.5")
         await asyncio.sleep(0.2)  # it has begun
-        zygote = launcher._zygote._process.pid
+        zygote = zygote_client._zygote._process.pid
         (holder,) = [int(word) for word in pathlib.Path(f"/proc/{zygote}/task/{zygote}/children").read_text().split()]
         os.kill(holder, signal.SIGSTOP)
         verifying = asyncio.create_task(sandbox.verify("sleep 5", timeout=0.3))

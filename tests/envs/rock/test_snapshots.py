@@ -11,7 +11,8 @@ import time
 import pytest
 
 from envs.rock import Sandbox, SandboxConfig, SandboxError, SandboxStartError, probe
-from envs.rock.embedded import EmbeddedSnapshot
+from envs.rock.embedded.sandbox import EmbeddedSnapshot
+from tests.paths import ROOT
 
 STATE = pathlib.Path(tempfile.gettempdir(), f"rock-{os.getuid()}")
 
@@ -162,7 +163,7 @@ def test_a_tree_that_cannot_be_copied_is_an_error_and_leaves_nothing(config):
 def test_snapshots_end_with_the_process_that_made_them_killed_or_not(config):
     program = f"""
 import asyncio, os, sys
-sys.path.insert(0, {str(pathlib.Path(__file__).resolve().parents[3])!r})
+sys.path.insert(0, {str(ROOT)!r})
 from envs.rock import Sandbox, SandboxConfig
 async def main():
     async with Sandbox(SandboxConfig(isolation="best_available", tier={config.tier!r})) as sandbox:

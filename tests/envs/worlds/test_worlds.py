@@ -4,7 +4,6 @@ import copy
 import hashlib
 import json
 import os
-import pathlib
 import re
 import subprocess
 import sys
@@ -19,8 +18,8 @@ from envs.worlds import WORLD_IDS
 from envs.worlds.base import format_call
 from envs.worlds.tools import ToolRefusal, digest
 from tests.envs.worlds.playing import expert, play
+from tests.paths import ROOT
 
-ROOT = pathlib.Path(__file__).parents[3]
 STATUSES = {"ok", "tool_error", "malformed"}
 ENDINGS = {"success", "failure", "truncated_turns", "malformed"}
 

@@ -9,7 +9,7 @@ import pytest
 from rome.engine.client import Engine, EngineError, Sampling
 from rome.engine.pool import EnginePool
 from rome.engine.publish import publish_weights, write_checkpoint
-from rome.model.hf import load_hf
+from rome.model.hf.checkpoint import load_hf
 from tests.rome.serve.tiny import SLOTS, Oracle, make_checkpoint, make_config, make_params, serve
 
 PROBE = list(range(20, 50))

@@ -3,7 +3,7 @@
     pip install torch transformers && python -m tests.rome.model.record_golden
 
 `make test` compares with the record and needs neither. Weights are not recorded: `hf_weights` draws them from a seed with NumPy's frozen
-RandomState, under Hugging Face's own names, so that the comparison also covers rome/model/hf.py.
+RandomState, under Hugging Face's own names, so that the comparison also covers rome/model/hf/checkpoint.py.
 """
 
 from __future__ import annotations

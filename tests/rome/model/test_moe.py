@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from rome.model.config import PRESETS
-from rome.model.experts import NO_EXPERT, capacity, drop_beyond, experts, experts_megablox
-from rome.model.experts_cpu import TILES
+from rome.model.ops.experts import NO_EXPERT, capacity, drop_beyond, experts, experts_megablox
+from rome.model.ops.experts_cpu import TILES
 from rome.model.moe import MoE, RouterStats, load_figures, route, router_loss
 
 N, D, E, F, K = 150, 12, 5, 20, 2

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rome.model import attention_cpu
-from rome.model.attention import attention
+from rome.model.ops import attention_cpu
+from rome.model.ops.attention import attention
 from rome.model.qwen3 import Qwen3, head_kernel, init_cache, init_params, stack_layers, unstack_layers
 from tests.rome.model.small import CONFIG, random_params
 

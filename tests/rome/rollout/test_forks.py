@@ -10,9 +10,9 @@ from envs.gem import format_tool_call
 from envs.rock import SandboxConfig, SandboxError
 from envs.tasks.terminal.env import TerminalEnv
 from rome.agent.loop import Limits, run_episode
-from rome.rollout.experts import expert_trajectory
+from rome.rollout.demonstrations import expert_trajectory
 from rome.rollout.forks import Forked, Forks
-from rome.rollout.scheduler import Accounting, Episode, Scheduler
+from rome.rollout.player import Accounting, Episode, EpisodePlayer
 from tests.rome.rollout.worlds import CHAT, EchoEnv, ScriptedEngine
 
 TASK = "note_count/5"
@@ -99,7 +99,7 @@ def test_a_replay_that_is_answered_otherwise_is_infrastructure_and_no_failure_of
 
 def test_an_environment_that_cannot_be_kept_is_replayed_by_each_episode():
     source = asyncio.run(run_episode(ScriptedEngine(["red", "blue", "done"]), EchoEnv("copy/1"), CHAT, LIMITS, seed=1))
-    scheduler = Scheduler(ScriptedEngine(["red", "blue", "done"]), EchoEnv, CHAT, LIMITS, 1)
+    scheduler = EpisodePlayer(ScriptedEngine(["red", "blue", "done"]), EchoEnv, CHAT, LIMITS, 1)
 
     async def play():
         prefix = tuple(source.chunks[:2])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch import simulate as command
-from rome.rollout.simulate import Constant, Lognormal, Plan, Recorded, agentic, bound, simulate, speedup, with_train_share
+from rome.rollout.simulator.simulate import Constant, Lognormal, Plan, Recorded, agentic, bound, simulate, speedup, with_train_share
 
 quickly = settings(max_examples=20, deadline=None, derandomize=True)
 STEADY = Plan(

@@ -5,7 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from rome.model.hf import save_hf
+from rome.model.hf.checkpoint import save_hf
 from tests.rome.serve.talk import PROMPT, Missed, compilations, logprobs_of, talk
 from tests.rome.serve.tiny import CONTEXT, SLOTS, Oracle, make_checkpoint, make_config, make_params
 

@@ -10,11 +10,12 @@ import numpy as np
 
 from rome.engine.process import ServerProcess, start_server
 from rome.model.config import ModelConfig
-from rome.model.hf import load_hf, save_hf
+from rome.model.hf.checkpoint import load_hf, save_hf
 from rome.model.qwen3 import Qwen3, head_kernel, init_params
 from rome.model.tokenizer import Tokenizer
+from tests.paths import ROOT
 
-TOKENIZER = pathlib.Path(__file__).parents[3] / "rome" / "model" / "tiny_tokenizer"
+TOKENIZER = ROOT / "rome" / "model" / "tiny_tokenizer"
 SLOTS, CONTEXT, CHUNK, LAYERS, TOP_K = 8, 512, 16, 2, 2
 FLAGS = (
     "--slots", str(SLOTS), "--max_context", str(CONTEXT), "--prefill_rows", "4", "--prefill_chunk", str(CHUNK),

@@ -12,7 +12,7 @@ from rome.engine.client import Engine
 from rome.engine.process import ServerProcess, start_server
 from rome.losses import LOSSES, LossConfig
 from rome.model.config import ModelConfig
-from rome.model.hf import save_hf
+from rome.model.hf.checkpoint import save_hf
 from rome.model.sharding import make_mesh
 from rome.train.state import make_optimizer
 from rome.train.step import Learner

@@ -2,7 +2,6 @@
 
 import io
 import os
-import pathlib
 import pty
 import select
 import subprocess
@@ -15,8 +14,8 @@ from rich.console import Console
 from rome.train import display as display_module
 from rome.train.display import Display, duration, sparkline
 from rome.train.report import EvalResult
+from tests.paths import ROOT
 
-ROOT = pathlib.Path(__file__).parents[3]
 PROGRAM = """
 from rome.train.display import Display
 with Display("ipa", 3) as display:

@@ -1,13 +1,12 @@
 """Memory that a step has freed is there for the next one."""
 
-import pathlib
 import platform
 import subprocess
 import sys
 
 import pytest
+from tests.paths import ROOT
 
-ROOT = pathlib.Path(__file__).parents[3]
 STEPS = """
 import os, sys, threading
 from rome.train.memory import keep_freed_memory

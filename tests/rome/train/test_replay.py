@@ -8,7 +8,7 @@ import pytest
 from rome.data.packing import microbatches, pack
 from rome.data.trajectory import from_atif, to_atif
 from rome.losses import count_denominators
-from rome.losses.routes import count_replayed
+from rome.train.replay import count_replayed
 from tests.rome.model.small import random_params
 from tests.rome.train.episodes import PACKING, make_config, make_learner, mismatch, play, serve
 

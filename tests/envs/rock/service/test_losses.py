@@ -7,7 +7,7 @@ import aiohttp
 import pytest
 
 from envs.rock import Sandbox, SandboxClosedError, probe
-from envs.rock.service import line
+from envs.rock.remote import connection
 from envs.rock.service.worker import Worker
 from tests.envs.rock.service.running import admin
 
@@ -30,7 +30,7 @@ async def states(site) -> dict[str, int]:
     """Sandboxes by state, as the admin's metrics have them."""
     async with aiohttp.ClientSession(headers=site.headers()) as http, http.get(f"{site.url}/metrics") as answer:
         lines = (await answer.text()).splitlines()
-    return {line.split('"')[1]: int(float(line.split()[-1])) for line in lines if line.startswith("rock_sandboxes{")}
+    return {connection.split('"')[1]: int(float(connection.split()[-1])) for line in lines if connection.startswith("rock_sandboxes{")}
 
 
 def test_two_who_stop_it_at_once_both_succeed(tmp_path):
@@ -87,7 +87,7 @@ def test_a_caller_who_leaves_during_a_fork_or_a_snapshot_leaves_none_that_nobody
             await asyncio.sleep(0.5)
             alone = await eventually(lambda: has(site, queued=0, starting=0, running=1))
             async with aiohttp.ClientSession(headers=site.headers()) as http, http.get(f"{site.url}/metrics") as answer:
-                known = int(float(next(line for line in (await answer.text()).splitlines() if line.startswith("rock_snapshots ")).split()[-1]))
+                known = int(float(next(line for line in (await answer.text()).splitlines() if connection.startswith("rock_snapshots ")).split()[-1]))
             return alone, known, len(made[0]._snapshots)
 
     made, original = [], Worker.__init__
@@ -126,13 +126,13 @@ def test_a_lost_sandbox_leaves_no_connection_open(tmp_path):
                 with pytest.raises(SandboxClosedError):
                     await sandbox.execute("true")
                 sandbox._alive = False  # as when its worker was lost
-            return sandbox._client.closed, len(sandbox._background), dict(line._lines[asyncio.get_running_loop()])
+            return sandbox._client.closed, len(sandbox._background), dict(connection._lines[asyncio.get_running_loop()])
 
     assert run(work()) == (True, 0, {})
 
 
 def test_all_sandboxes_at_one_admin_share_its_connections_and_one_sign_of_life(tmp_path, monkeypatch):
-    monkeypatch.setattr(line, "KEEP_ALIVE_SECONDS", 0.1)
+    monkeypatch.setattr(connection, "KEEP_ALIVE_SECONDS", 0.1)
 
     async def work():
         async with admin(tmp_path, auto_clear=1.0) as site:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from envs.rock import CommandResult, SandboxClosedError, SandboxConfig, SandboxError, SandboxFileError
 from envs.rock.config import FileEntry
-from envs.rock.service import archive
-from envs.rock.service.api import CODES, CONFIG, Refusal, check, config_from_json, config_to_json, decode_error, encode_error, parse_json, result_from_json, result_to_json
+from envs.rock.wire import archive
+from envs.rock.wire.api import CODES, CONFIG, Refusal, check, config_from_json, config_to_json, decode_error, encode_error, parse_json, result_from_json, result_to_json
 from envs.rock.service.auth import Tokens, load_or_make_tokens, load_tokens
 from envs.rock.service.fair import FairQueue
 from envs.rock.service.hub import EnvHub

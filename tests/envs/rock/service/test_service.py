@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from envs.gem.server import PREFIX as GEM
 from envs.rock import Sandbox, SandboxClosedError, SandboxError, SandboxStartError, probe
-from envs.rock.service.api import SANDBOX, TO_ADMIN
+from envs.rock.wire.api import SANDBOX, TO_ADMIN
 from envs.rock.service import worker as worker_module
-from envs.rock.service.client import Client
+from envs.rock.wire.client import Client
 from envs.rock.service.fleet import Resources
 from tests.envs.rock.service import running
 from tests.envs.rock.service.running import TOKENS

@@ -9,7 +9,8 @@ import threading
 
 import pytest
 
-from envs.rock import SandboxConfig, kept
+from envs.rock import SandboxConfig
+from envs.rock.images import local
 from envs.tasks.harbor import BuildError, HarborEnv, TaskError, UnsupportedError, load_task
 from envs.tasks.harbor.build import egress_of
 from envs.tasks.harbor.containers import build_image
@@ -156,7 +157,7 @@ def test_a_base_image_that_cannot_be_pulled_is_what_the_hub_has_under_its_name(h
     plain = load_task(harbor({"environment/Dockerfile": None, "task.toml": '[environment]\ndocker_image = "registry.invalid/python:3.13-slim"\n'}, name="plain"))
     with pytest.raises(BuildError):
         run(build_image(load_task(built), config))
-    with kept.hub() as hub:
+    with local.hub() as hub:
         hub.register("registry.invalid/python:3.13-slim", "image", f"sha256:{'0' * 64}", "default", reference=engine.image)
     assert run(build_image(plain, config)) == engine.image
     assert run(play(built, "read -r made < made; [ $made = made ] && echo x > /app/out.txt", config=config))[1]["tool_success_counter"] == 1

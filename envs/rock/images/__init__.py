@@ -1,0 +1,1 @@
+"""Images: built from Dockerfiles, and kept on this machine under names."""

@@ -1,0 +1,1 @@
+"""The remote backend: sandboxes of a ROCK service, over HTTP."""

@@ -1,0 +1,5 @@
+"""The families of the terminal curriculum; importing this package registers all of them."""
+
+from envs.tasks.terminal.families import base, held_out, wide
+
+__all__ = ["base", "held_out", "wide"]

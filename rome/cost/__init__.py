@@ -1,0 +1,1 @@
+"""Tell what a compiled step costs: memory, operations, collectives and the time that they bound."""

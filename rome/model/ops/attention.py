@@ -1,0 +1,68 @@
+"""Attention over packed rows or a cache: one function, implementations behind it.
+
+B rows, T query time, S key time, N query heads, K key heads, G query heads per key head (N = K * G), H head dim.
+
+Who sees whom is said by places and segments, never by a [T, S] mask that is handed in, so that kernels which take segment ids fit behind
+the same function: a query sees the keys of its own segment (0 is padding) whose place is not after its own.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from rome.model.ops.attention_cpu import attention_blocked
+from rome.model.ops.attention_kernels import cudnn, splash
+
+IMPLEMENTATIONS = ("auto", "reference", "blocked", "splash", "cudnn")
+HIDDEN_SCORE = -1e30  # finite: (-inf) - (-inf) would be NaN, also in the gradient
+
+
+def attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, *, q_places_BT: Array, k_places_BS: Array, q_segments_BT: Array,
+              k_segments_BS: Array, ordered: bool = False, implementation: str = "auto") -> Array:
+    """Causal grouped-query attention within segments; softmax in float32.
+
+    Args:
+      q_places_BT, k_places_BS: where each query and key stands in its row; a query sees places up to its own.
+      q_segments_BT, k_segments_BS: 0 is padding. A padding query sees nothing and gets zeros, with zero gradients.
+      ordered: places are 0, 1, 2, ... and segments the same on both sides, as in a packed row that attends to itself.
+      implementation: "reference" scores every query against every key. The others take ordered places only: "blocked" takes queries in
+        blocks, leaves out the keys that lie in a block's future, nearly half of the work, and computes the scores again in its backward pass;
+        "splash" is a kernel of TPUs, "cudnn" of NVIDIA GPUs. "auto" is "blocked" where places are ordered.
+    Returns:
+      [B, T, N, H] in q's dtype.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"attention implementation {implementation!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation in ("blocked", "splash", "cudnn") and not ordered:
+        raise ValueError(f"attention implementation {implementation!r} needs ordered places; choose 'reference'")
+    if ordered and implementation in ("auto", "blocked"):
+        return attention_blocked(q_BTNH, k_BSKH, v_BSKH, q_segments_BT)
+    if implementation in ("splash", "cudnn"):
+        kernel = {"splash": splash, "cudnn": cudnn}[implementation]
+        return kernel(q_BTNH * q_BTNH.shape[-1]**-0.5, k_BSKH, v_BSKH, q_segments_BT).astype(q_BTNH.dtype)
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BKTGH = jnp.transpose((q_BTNH * H**-0.5).reshape(B, T, K, N // K, H), (0, 2, 1, 3, 4))  # heads first: matmuls without copies
+    k_BKSH, v_BKSH = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
+    out_BKTGH = _attend(q_BKTGH, k_BKSH, v_BKSH, _sees(q_places_BT, k_places_BS, q_segments_BT, k_segments_BS))
+    return jnp.swapaxes(out_BKTGH, 1, 2).reshape(B, T, N, H)
+
+
+def _sees(q_places_BT: Array, k_places_BS: Array, q_segments_BT: Array, k_segments_BS: Array) -> Array:
+    same_BTS = (q_segments_BT[:, :, None] == k_segments_BS[:, None, :]) & (q_segments_BT[:, :, None] != 0)
+    return same_BTS & (k_places_BS[:, None, :] <= q_places_BT[:, :, None])
+
+
+def _attend(q_BKTGH: Array, k_BKSH: Array, v_BKSH: Array, sees_BTS: Array) -> Array:
+    """Softmax is normalised after the values are summed: one pass less over the scores."""
+    scores_BKTGS = jnp.einsum("BKTGH,BKSH->BKTGS", q_BKTGH, k_BKSH, preferred_element_type=jnp.float32)
+    scores_BKTGS = jnp.where(sees_BTS[:, None, :, None, :], scores_BKTGS, HIDDEN_SCORE)
+    top_BKTG1 = jax.lax.stop_gradient(scores_BKTGS.max(axis=-1, keepdims=True))
+    weights_BKTGS = jnp.exp(scores_BKTGS - top_BKTG1)
+    total_BKTG1 = weights_BKTGS.sum(axis=-1, keepdims=True)
+    out_BKTGH = jnp.einsum("BKTGS,BKSH->BKTGH", weights_BKTGS.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)
+    blind_BT = ~sees_BTS.any(axis=-1)  # all its scores are equal, so its weights are not zero
+    out_BKTGH = jnp.where(blind_BT[:, None, :, None, None], 0.0, out_BKTGH / total_BKTG1)
+    return out_BKTGH.astype(q_BKTGH.dtype)
