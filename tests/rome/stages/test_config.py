@@ -22,7 +22,7 @@ def test_shipped_configs_are_accepted(name, preset):
 
 
 def test_every_config_key_is_read_by_the_launcher():
-    source = "".join((ROOT / "launch" / name).read_text() for name in ("run.py", "collect.py", "train.py", "config.py"))
+    source = "".join(path.read_text() for path in (*(ROOT / "launch").glob("*.py"), *(ROOT / "rome/stages").glob("*.py")))
     for key in SFT_KEYS | RL_KEYS | CPT_KEYS:
         assert re.search(rf"\bconfig\.{key}\b", source), f"config.{key} is read nowhere"
     for key in RL_KEYS["sandbox"]:
