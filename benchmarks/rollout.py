@@ -93,10 +93,14 @@ class SleepingEngine:
     version: int = 0
     said: tuple[int, ...] = ()
 
-    async def generate(self, input_ids: list[int], sampling: Any, deadline_s: float, *, affinity: str | None = None) -> Completion:
+    async def generate(
+        self, input_ids: list[int], sampling: Any, deadline_s: float, *, affinity: str | None = None
+    ) -> Completion:
         began = self.version
         await asyncio.sleep(self.seconds)
-        return Completion(list(self.said), [-0.5] * len(self.said), "stop", [(began, 0, len(self.said))])
+        return Completion(
+            list(self.said), [-0.5] * len(self.said), "stop", [(began, 0, len(self.said))]
+        )
 
 
 @dataclasses.dataclass
@@ -108,24 +112,58 @@ class Row:
     short_bias: float  # mean unhindered length of what was trained on, against that of all that began; below 0: batches lean towards short episodes
 
 
-async def play(latency: simulate.Distribution, scale: float, steps: int, train_s: float, *, async_ratio: int = 0, late: str = "wait", redundancy: int = 0,
-               apart: bool = False) -> Row:
+async def play(
+    latency: simulate.Distribution,
+    scale: float,
+    steps: int,
+    train_s: float,
+    *,
+    async_ratio: int = 0,
+    late: str = "wait",
+    redundancy: int = 0,
+    apart: bool = False,
+) -> Row:
     """`steps` steps; seconds as if scale were 1. The first async_ratio + 1 steps fill the pipeline and are not timed."""
     chat, warm_up = Chat(Tokenizer.load(TINY)), async_ratio + 1
-    engine, accounting, lengths = SleepingEngine(ENGINE_S * scale, said=tuple(chat.turn("go"))), Accounting(), {}
+    engine, accounting, lengths = (
+        SleepingEngine(ENGINE_S * scale, said=tuple(chat.turn("go"))),
+        Accounting(),
+        {},
+    )
     rules = Rules(
-        GROUPS * (GROUP_SIZE if apart else 1), 1 if apart else GROUP_SIZE, CONCURRENCY, steps + warm_up, async_ratio, redundancy, late=late,
+        GROUPS * (GROUP_SIZE if apart else 1),
+        1 if apart else GROUP_SIZE,
+        CONCURRENCY,
+        steps + warm_up,
+        async_ratio,
+        redundancy,
+        late=late,
         siblings=GROUP_SIZE if apart else 1,
     )
 
     def play_one(episode: Episode) -> Any:
-        drawn = latency.draw(np.random.default_rng(episode.seed), TURNS)  # an episode's seed is the same in every row
+        drawn = latency.draw(
+            np.random.default_rng(episode.seed), TURNS
+        )  # an episode's seed is the same in every row
         lengths[episode.name] = float(drawn.sum()) + TURNS * ENGINE_S
-        player = EpisodePlayer(engine, lambda task: SleepingEnv(task, (scale * drawn).tolist()), chat, Limits(1000, 40, 1e6), CONCURRENCY)
+        player = EpisodePlayer(
+            engine,
+            lambda task: SleepingEnv(task, (scale * drawn).tolist()),
+            chat,
+            Limits(1000, 40, 1e6),
+            CONCURRENCY,
+        )
         return player.play_one(episode, temperature=1.0, accounting=accounting)
 
-    rollouts = RolloutScheduler(rules, play_one, lambda wave: [
-        GroupPlan(f"sleep/{wave}_{index // rules.siblings}") for index in range(rules.groups_per_wave)], accounting=accounting)
+    rollouts = RolloutScheduler(
+        rules,
+        play_one,
+        lambda wave: [
+            GroupPlan(f"sleep/{wave}_{index // rules.siblings}")
+            for index in range(rules.groups_per_wave)
+        ],
+        accounting=accounting,
+    )
     staleness, trained, waited, began = collections.Counter(), [], 0.0, time.monotonic()
     await rollouts.advance(0)
     for step in range(steps + warm_up):
@@ -145,7 +183,13 @@ async def play(latency: simulate.Distribution, scale: float, steps: int, train_s
     accounting.check()
     everything = list(lengths.values())
     bias = (sum(trained) / len(trained)) / (sum(everything) / len(everything)) - 1
-    return Row(seconds / steps, waited / scale / seconds, dict(sorted(staleness.items())), dict(accounting.dropped), bias)
+    return Row(
+        seconds / steps,
+        waited / scale / seconds,
+        dict(sorted(staleness.items())),
+        dict(accounting.dropped),
+        bias,
+    )
 
 
 async def record_terminal(episodes: int = 60) -> tuple[float, ...]:
@@ -166,7 +210,10 @@ async def record_terminal(episodes: int = 60) -> tuple[float, ...]:
 
     for number in range(episodes):
         family = FAMILIES[number % len(FAMILIES)]
-        await run_expert(Timed(f"{family}/{train_seed(number)}", SandboxConfig(isolation="best_available")), random.Random(number))
+        await run_expert(
+            Timed(f"{family}/{train_seed(number)}", SandboxConfig(isolation="best_available")),
+            random.Random(number),
+        )
     return tuple(seconds)
 
 
@@ -175,21 +222,45 @@ async def measure(latency: simulate.Distribution, scale: float, steps: int) -> d
     train_s = TRAIN_SHARE * rollout.step_seconds
     synchronous = await play(latency, scale, steps, train_s)
     base = simulate.Plan(
-        token_s=ENGINE_S / 50, latency=latency, async_ratio=0, train_s=train_s, concurrency=CONCURRENCY, group_size=GROUP_SIZE, groups_per_step=GROUPS)
+        token_s=ENGINE_S / 50,
+        latency=latency,
+        async_ratio=0,
+        train_s=train_s,
+        concurrency=CONCURRENCY,
+        group_size=GROUP_SIZE,
+        groups_per_step=GROUPS,
+    )
     rows = {}
     for name, options in ROWS.items():
         row = await play(latency, scale, steps, train_s, **options)
-        apart = {"group_size": 1, "groups_per_step": GROUPS * GROUP_SIZE} if options.get("apart") else {}
-        planned = dataclasses.replace(base, **{key: value for key, value in options.items() if key != "apart"}, **apart)
-        predicted = simulate.simulate(dataclasses.replace(base), steps=200).step_seconds / simulate.simulate(planned, steps=200).step_seconds
-        rows[name] = dataclasses.asdict(row) | {"speedup": synchronous.step_seconds / row.step_seconds, "predicted": predicted}
+        apart = (
+            {"group_size": 1, "groups_per_step": GROUPS * GROUP_SIZE}
+            if options.get("apart")
+            else {}
+        )
+        planned = dataclasses.replace(
+            base, **{key: value for key, value in options.items() if key != "apart"}, **apart
+        )
+        predicted = (
+            simulate.simulate(dataclasses.replace(base), steps=200).step_seconds
+            / simulate.simulate(planned, steps=200).step_seconds
+        )
+        rows[name] = dataclasses.asdict(row) | {
+            "speedup": synchronous.step_seconds / row.step_seconds,
+            "predicted": predicted,
+        }
     return {
-        "rollout_seconds": rollout.step_seconds, "train_seconds": train_s, "synchronous": dataclasses.asdict(synchronous),
-        "bound": synchronous.step_seconds / simulate.bound(base), "rows": rows,
+        "rollout_seconds": rollout.step_seconds,
+        "train_seconds": train_s,
+        "synchronous": dataclasses.asdict(synchronous),
+        "bound": synchronous.step_seconds / simulate.bound(base),
+        "rows": rows,
     }
 
 
-async def measure_overhead(episodes: int = 10_000, turns: int = 8, turn_s: float = 1.0) -> dict[str, float]:
+async def measure_overhead(
+    episodes: int = 10_000, turns: int = 8, turn_s: float = 1.0
+) -> dict[str, float]:
     """CPU seconds, as shares of the wall clock, of 10,000 sleeping episodes: with the scheduler, and bare."""
     rules = Rules(episodes // GROUP_SIZE // 2, GROUP_SIZE, episodes, 2, async_ratio=1)
     spent = {}
@@ -197,11 +268,26 @@ async def measure_overhead(episodes: int = 10_000, turns: int = 8, turn_s: float
     async def sleep(episode: Episode) -> Trajectory:
         for _ in range(turns):
             await asyncio.sleep(turn_s * 2 * ((episode.seed + _ * 7919) % 1000) / 1000)
-        return Trajectory(episode.task, "f", [Chunk([1], [2], [0.0], [(0, 0, 1)])], 1.0, "success", episode.group, episode.episode)
+        return Trajectory(
+            episode.task,
+            "f",
+            [Chunk([1], [2], [0.0], [(0, 0, 1)])],
+            1.0,
+            "success",
+            episode.group,
+            episode.episode,
+        )
 
     async def with_scheduler() -> None:
         accounting = Accounting()
-        rollouts = RolloutScheduler(rules, sleep, lambda wave: [GroupPlan(f"sleep/{wave}_{index}") for index in range(rules.groups_per_wave)], accounting=accounting)
+        rollouts = RolloutScheduler(
+            rules,
+            sleep,
+            lambda wave: [
+                GroupPlan(f"sleep/{wave}_{index}") for index in range(rules.groups_per_wave)
+            ],
+            accounting=accounting,
+        )
         await rollouts.advance(0)
         for step in range(rules.steps):
             taken = await rollouts.take(step)
@@ -209,32 +295,66 @@ async def measure_overhead(episodes: int = 10_000, turns: int = 8, turn_s: float
             await rollouts.advance(step + 1)
 
     async def bare() -> None:
-        await asyncio.gather(*(sleep(Episode("sleep/0", 0, 0, derive_seed(number))) for number in range(episodes)))
+        await asyncio.gather(
+            *(sleep(Episode("sleep/0", 0, 0, derive_seed(number))) for number in range(episodes))
+        )
 
     for name, work in (("bare", bare), ("scheduler", with_scheduler), ("bare_again", bare)):
         cpu, wall = time.process_time(), time.monotonic()
         await work()
         spent[name] = (time.process_time() - cpu) / (time.monotonic() - wall)
     bare_share = (spent["bare"] + spent["bare_again"]) / 2
-    return {"bare": bare_share, "with_scheduler": spent["scheduler"], "share": spent["scheduler"] - bare_share}
+    return {
+        "bare": bare_share,
+        "with_scheduler": spent["scheduler"],
+        "share": spent["scheduler"] - bare_share,
+    }
 
 
 def show(name: str, found: dict[str, Any]) -> None:
-    table = Table(title=f"{name}: rollout {found['rollout_seconds']:.1f} s, train step {found['train_seconds']:.1f} s, synchronous step "
-                        f"{found['synchronous']['step_seconds']:.1f} s; bound {found['bound']:.2f}x")
-    for column in ("row", "s/step", "speed-up", "predicted", "trainer waits", "staleness 0/1/2/3+ %", "dropped", "bias to short"):
+    table = Table(
+        title=f"{name}: rollout {found['rollout_seconds']:.1f} s, train step {found['train_seconds']:.1f} s, synchronous step "
+        f"{found['synchronous']['step_seconds']:.1f} s; bound {found['bound']:.2f}x"
+    )
+    for column in (
+        "row",
+        "s/step",
+        "speed-up",
+        "predicted",
+        "trainer waits",
+        "staleness 0/1/2/3+ %",
+        "dropped",
+        "bias to short",
+    ):
         table.add_column(column, justify="left" if column == "row" else "right")
     for row_name, row in found["rows"].items():
         total = sum(row["staleness"].values())
-        shares = [sum(count for age, count in row["staleness"].items() if (age == kind if kind < 3 else age >= 3)) / total for kind in range(4)]
+        shares = [
+            sum(
+                count
+                for age, count in row["staleness"].items()
+                if (age == kind if kind < 3 else age >= 3)
+            )
+            / total
+            for kind in range(4)
+        ]
         table.add_row(
-            row_name, f"{row['step_seconds']:.1f}", f"{row['speedup']:.2f}x", f"{row['predicted']:.2f}x", f"{100 * row['trainer_wait']:.0f} %",
-            "/".join(f"{100 * share:.0f}" for share in shares), str(sum(row["dropped"].values())), f"{100 * row['short_bias']:+.1f} %")
+            row_name,
+            f"{row['step_seconds']:.1f}",
+            f"{row['speedup']:.2f}x",
+            f"{row['predicted']:.2f}x",
+            f"{100 * row['trainer_wait']:.0f} %",
+            "/".join(f"{100 * share:.0f}" for share in shares),
+            str(sum(row["dropped"].values())),
+            f"{100 * row['short_bias']:+.1f} %",
+        )
     Console(width=150).print(table)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--scale", type=float, default=0.05, help="of all sleeps")
     parser.add_argument("--steps", type=int, default=40)
@@ -251,13 +371,26 @@ def main() -> None:
         found[name] = asyncio.run(measure(latency, options.scale, options.steps))
         show(name, found[name])
     overhead = asyncio.run(measure_overhead())
-    print(f"10,000 episodes at once: {100 * overhead['with_scheduler']:.1f} % of a core, {100 * overhead['bare']:.1f} % of it the sleeps; "
-          f"the scheduler's share {100 * overhead['share']:.1f} %")
+    print(
+        f"10,000 episodes at once: {100 * overhead['with_scheduler']:.1f} % of a core, {100 * overhead['bare']:.1f} % of it the sleeps; "
+        f"the scheduler's share {100 * overhead['share']:.1f} %"
+    )
     headline = found.get("lognormal") or next(iter(found.values()))
     if options.json:
-        options.json.write_text(json.dumps({
-            "speedup_alpha1": headline["rows"][HEADLINE]["speedup"], "bound_alpha1": headline["bound"], "scheduler_core_share_10k": overhead["share"],
-            "scale": options.scale, "steps": options.steps, "overhead": overhead, **found}, indent=1))
+        options.json.write_text(
+            json.dumps(
+                {
+                    "speedup_alpha1": headline["rows"][HEADLINE]["speedup"],
+                    "bound_alpha1": headline["bound"],
+                    "scheduler_core_share_10k": overhead["share"],
+                    "scale": options.scale,
+                    "steps": options.steps,
+                    "overhead": overhead,
+                    **found,
+                },
+                indent=1,
+            )
+        )
 
 
 if __name__ == "__main__":

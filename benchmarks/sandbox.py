@@ -36,11 +36,36 @@ from envs.rock.tiers import probe_docker
 
 CONFIG = SandboxConfig(memory_mb=256, pids=64, disk_mb=64)
 FILES, FILE_BYTES = 1000, 10_000  # of the tree that is kept and forked
-DOCKER_LIMITS = ("--network", "none", "--memory", "256m", "--memory-swap", "256m", "--pids-limit", "64", "--cpus", "1", "--read-only", "--tmpfs",
-                 "/tmp:rw,size=64m", "--security-opt", "no-new-privileges", "--cap-drop", "ALL", "--user", "65534:65534", "--log-driver", "none")
+DOCKER_LIMITS = (
+    "--network",
+    "none",
+    "--memory",
+    "256m",
+    "--memory-swap",
+    "256m",
+    "--pids-limit",
+    "64",
+    "--cpus",
+    "1",
+    "--read-only",
+    "--tmpfs",
+    "/tmp:rw,size=64m",
+    "--security-opt",
+    "no-new-privileges",
+    "--cap-drop",
+    "ALL",
+    "--user",
+    "65534:65534",
+    "--log-driver",
+    "none",
+)
 
 
-async def timed(repeats: int, work: Callable[[], Awaitable[Any]], after: Callable[[Any], Awaitable[Any]] | None = None) -> list[float]:
+async def timed(
+    repeats: int,
+    work: Callable[[], Awaitable[Any]],
+    after: Callable[[Any], Awaitable[Any]] | None = None,
+) -> list[float]:
     """Milliseconds of each call of `work`; `after` gets its result, untimed."""
     times = []
     for _ in range(repeats):
@@ -71,8 +96,12 @@ async def measure_commands(repeats: int) -> dict[str, list[float]]:
         content = os.urandom(1 << 20)
         found["upload_1mb"] = await timed(repeats, lambda: sandbox.write_file("big", content))
         found["verify"] = await timed(repeats, lambda: sandbox.verify("true"))
-        await sandbox.execute(f"rm big; for n in $(seq {FILES}); do head -c {FILE_BYTES} /dev/zero > f$n; done")
-        found["snapshot"] = await timed(max(3, repeats // 10), sandbox.snapshot, lambda snapshot: snapshot.delete())
+        await sandbox.execute(
+            f"rm big; for n in $(seq {FILES}); do head -c {FILE_BYTES} /dev/zero > f$n; done"
+        )
+        found["snapshot"] = await timed(
+            max(3, repeats // 10), sandbox.snapshot, lambda snapshot: snapshot.delete()
+        )
         snapshot = await sandbox.snapshot()
 
         async def fork() -> Sandbox:
@@ -110,16 +139,24 @@ async def measure_leaks(cycles: int) -> dict[str, Any]:
     await asyncio.gather(*(cycle(cycles // 8) for _ in range(8)))
     seconds = time.perf_counter() - began
     left = {kind: sorted(now - before[kind]) for kind, now in _possessions().items()}
-    return {"cycles": cycles // 8 * 8, "cycles_per_s": cycles // 8 * 8 / seconds, "leaks": sum(map(len, left.values())), "left": left}
+    return {
+        "cycles": cycles // 8 * 8,
+        "cycles_per_s": cycles // 8 * 8 / seconds,
+        "leaks": sum(map(len, left.values())),
+        "left": left,
+    }
 
 
 def _possessions() -> dict[str, set[str]]:
     zygote = zygote_client._zygote._process.pid
     state = pathlib.Path(tempfile.gettempdir(), f"rock-{os.getuid()}")
     return {
-        "descriptors": set(os.listdir("/proc/self/fd")) | {f"zygote {name}" for name in os.listdir(f"/proc/{zygote}/fd")},
+        "descriptors": set(os.listdir("/proc/self/fd"))
+        | {f"zygote {name}" for name in os.listdir(f"/proc/{zygote}/fd")},
         "processes": {str(pid) for pid in _descendants(zygote)},
-        "files": {path.name for path in state.iterdir() if _is_of(path, zygote)} if state.exists() else set(),
+        "files": {path.name for path in state.iterdir() if _is_of(path, zygote)}
+        if state.exists()
+        else set(),
         "cgroups": {str(path) for path in pathlib.Path("/sys/fs/cgroup").rglob(f"rock-*-{zygote}")},
     }
 
@@ -134,7 +171,11 @@ def _is_of(path: pathlib.Path, zygote: int) -> bool:
 
 def _descendants(pid: int) -> list[int]:
     try:
-        children = [int(word) for path in pathlib.Path(f"/proc/{pid}/task").glob("*/children") for word in path.read_text().split()]
+        children = [
+            int(word)
+            for path in pathlib.Path(f"/proc/{pid}/task").glob("*/children")
+            for word in path.read_text().split()
+        ]
     except FileNotFoundError:
         return []
     return children + [one for child in children for one in _descendants(child)]
@@ -155,7 +196,10 @@ async def measure_beside_docker(image: str, repeats: int) -> dict[str, Any]:
     """Creation to first output, and a command in one that runs, ours and Docker's in turn; and both of our Docker backend."""
     report = await asyncio.to_thread(probe_docker)
     if not image or report.tier is None:
-        return {"ratio_docker": None, "docker_none": report.missing[0].reason if image else "no --docker_image was given"}
+        return {
+            "ratio_docker": None,
+            "docker_none": report.missing[0].reason if image else "no --docker_image was given",
+        }
 
     def docker(*arguments: str) -> None:
         subprocess.run(["docker", *arguments], check=True, stdout=subprocess.DEVNULL, timeout=120)
@@ -167,8 +211,13 @@ async def measure_beside_docker(image: str, repeats: int) -> dict[str, Any]:
     for _ in range(repeats):
         (ours,) = await timed(1, create_and_echo, lambda sandbox: sandbox.stop())
         pairs.append((ours, (await timed(1, create))[0]))
-    container = subprocess.check_output(["docker", "run", "--detach", "--rm", *DOCKER_LIMITS, image, "sleep", "600"], text=True, timeout=120).strip()
+    container = subprocess.check_output(
+        ["docker", "run", "--detach", "--rm", *DOCKER_LIMITS, image, "sleep", "600"],
+        text=True,
+        timeout=120,
+    ).strip()
     try:
+
         async def command() -> None:
             docker("exec", container, "sh", "-c", "true")
 
@@ -181,9 +230,15 @@ async def measure_beside_docker(image: str, repeats: int) -> dict[str, Any]:
         executed = await timed(repeats, lambda: sandbox.execute("true"))
         async with await sandbox.create_session() as session:
             told = await timed(repeats, lambda: session.run("true"))
-    backend = {f"docker_backend_{name}_ms_p50": statistics.median(times) for name, times in (("create", made), ("execute", executed), ("session_command", told))}
-    return backend | {"docker_create_ms_p50": statistics.median(theirs for _, theirs in pairs), "docker_exec_ms_p50": statistics.median(commands),
-            "ratio_docker": statistics.median(theirs / ours for ours, theirs in pairs)}
+    backend = {
+        f"docker_backend_{name}_ms_p50": statistics.median(times)
+        for name, times in (("create", made), ("execute", executed), ("session_command", told))
+    }
+    return backend | {
+        "docker_create_ms_p50": statistics.median(theirs for _, theirs in pairs),
+        "docker_exec_ms_p50": statistics.median(commands),
+        "ratio_docker": statistics.median(theirs / ours for ours, theirs in pairs),
+    }
 
 
 async def measure_beside_swerex(image: str, repeats: int) -> dict[str, Any]:
@@ -193,13 +248,21 @@ async def measure_beside_swerex(image: str, repeats: int) -> dict[str, Any]:
         from swerex.deployment.local import LocalDeployment
         from swerex.runtime.abstract import BashAction, CreateBashSessionRequest
     except ImportError as error:
-        return {"ratio_swerex_local": None, "swerex_none": f"SWE-ReX is not installed ({error}); pip install swe-rex"}
+        return {
+            "ratio_swerex_local": None,
+            "swerex_none": f"SWE-ReX is not installed ({error}); pip install swe-rex",
+        }
     logging.disable(logging.WARNING)  # it tells of each step on the terminal
 
     async def open_shell(deployment: Any) -> Any:
         await deployment.start()
         await deployment.runtime.create_session(CreateBashSessionRequest())
-        if "hi" not in (answer := await deployment.runtime.run_in_session(BashAction(command="echo hi"))).output:
+        if (
+            "hi"
+            not in (
+                answer := await deployment.runtime.run_in_session(BashAction(command="echo hi"))
+            ).output
+        ):
             raise RuntimeError(f"a new shell of SWE-ReX answered {answer}")
         return deployment
 
@@ -211,18 +274,35 @@ async def measure_beside_swerex(image: str, repeats: int) -> dict[str, Any]:
 
     places = {"local": LocalDeployment}
     if image:  # on the host's network, since its port is fixed and an engine may have no bridge
-        places["docker"] = lambda: DockerDeployment(image=image, port=8000, pull="never", docker_args=["--network", "host"])
+        places["docker"] = lambda: DockerDeployment(
+            image=image, port=8000, pull="never", docker_args=["--network", "host"]
+        )
     found: dict[str, Any] = {}
     for name, make in places.items():
         pairs = []
         for _ in range(repeats if name == "local" else max(3, repeats // 3)):
             (ours,) = await timed(1, ours_to_a_shell, lambda sandbox: sandbox.stop())
-            pairs.append((ours, (await timed(1, lambda: open_shell(make()), lambda deployment: deployment.stop()))[0]))
+            pairs.append(
+                (
+                    ours,
+                    (
+                        await timed(
+                            1, lambda: open_shell(make()), lambda deployment: deployment.stop()
+                        )
+                    )[0],
+                )
+            )
         deployment = await open_shell(make())
-        commands = await timed(repeats, lambda: deployment.runtime.run_in_session(BashAction(command="true")))
+        commands = await timed(
+            repeats, lambda: deployment.runtime.run_in_session(BashAction(command="true"))
+        )
         await deployment.stop()
-        found |= {f"swerex_{name}_create_ms_p50": statistics.median(theirs for _, theirs in pairs), f"swerex_{name}_session_command_ms_p50": statistics.median(commands),
-                  f"ratio_swerex_{name}": statistics.median(theirs / ours for ours, theirs in pairs), "shell_first_output_ms_p50": statistics.median(ours for ours, _ in pairs)}
+        found |= {
+            f"swerex_{name}_create_ms_p50": statistics.median(theirs for _, theirs in pairs),
+            f"swerex_{name}_session_command_ms_p50": statistics.median(commands),
+            f"ratio_swerex_{name}": statistics.median(theirs / ours for ours, theirs in pairs),
+            "shell_first_output_ms_p50": statistics.median(ours for ours, _ in pairs),
+        }
     return found
 
 
@@ -232,18 +312,32 @@ def bare_bash() -> float:
     return 1000 * (time.perf_counter() - began)
 
 
-async def measure(repeats: int, cycles: int, live: int, docker_image: str, swerex_image: str) -> dict[str, Any]:
+async def measure(
+    repeats: int, cycles: int, live: int, docker_image: str, swerex_image: str
+) -> dict[str, Any]:
     report = probe("required")
     report.require("required")
-    times = {"create_first_output": await timed(repeats, create_and_echo, lambda sandbox: sandbox.stop())} | await measure_commands(repeats)
+    times = {
+        "create_first_output": await timed(repeats, create_and_echo, lambda sandbox: sandbox.stop())
+    } | await measure_commands(repeats)
     found = {f"{name}_ms_p50": statistics.median(values) for name, values in times.items()}
-    found |= {f"{name}_ms_p90": sorted(values)[int(0.9 * len(values))] for name, values in times.items()}
-    found |= {"tier": report.tier, "repeats": repeats, "floor": {"bash_ms_p50": statistics.median(bare_bash() for _ in range(repeats))}}
+    found |= {
+        f"{name}_ms_p90": sorted(values)[int(0.9 * len(values))] for name, values in times.items()
+    }
+    found |= {
+        "tier": report.tier,
+        "repeats": repeats,
+        "floor": {"bash_ms_p50": statistics.median(bare_bash() for _ in range(repeats))},
+    }
     found |= await measure_live(live)
     found |= await measure_leaks(cycles)
     found |= await measure_beside_docker(docker_image, max(5, repeats // 5))
     found |= await measure_beside_swerex(swerex_image, max(5, repeats // 5))
-    found["ratio_swerex_session_command"] = found["swerex_local_session_command_ms_p50"] / found["session_command_ms_p50"] if found["ratio_swerex_local"] else None
+    found["ratio_swerex_session_command"] = (
+        found["swerex_local_session_command_ms_p50"] / found["session_command_ms_p50"]
+        if found["ratio_swerex_local"]
+        else None
+    )
     return found
 
 
@@ -251,37 +345,61 @@ def show(found: dict[str, Any]) -> None:
     table = Table(title=f"Sandboxes of tier {found['tier']}, milliseconds", title_justify="left")
     for name in ("what", "median", "90th percentile"):
         table.add_column(name, justify="left" if name == "what" else "right")
-    for name in [key[: -len("_ms_p50")] for key in found if f"{key.removesuffix('_ms_p50')}_ms_p90" in found and key.endswith("_ms_p50")]:
-        table.add_row(name.replace("_", " "), f"{found[f'{name}_ms_p50']:.2f}", f"{found[f'{name}_ms_p90']:.2f}")
+    for name in [
+        key[: -len("_ms_p50")]
+        for key in found
+        if f"{key.removesuffix('_ms_p50')}_ms_p90" in found and key.endswith("_ms_p50")
+    ]:
+        table.add_row(
+            name.replace("_", " "),
+            f"{found[f'{name}_ms_p50']:.2f}",
+            f"{found[f'{name}_ms_p90']:.2f}",
+        )
     table.add_row("bash without a sandbox", f"{found['floor']['bash_ms_p50']:.2f}", "")
     console = Console(highlight=False)
     console.print(table)
-    console.print(f"{found['live']} at once: {found['live_seconds']:.1f} s, {found['live_mib_each']:.2f} MiB each. "
-                  f"{found['cycles']} made and ended, 8 at a time: {found['cycles_per_s']:.0f} a second, {found['leaks']} things left behind.")
+    console.print(
+        f"{found['live']} at once: {found['live_seconds']:.1f} s, {found['live_mib_each']:.2f} MiB each. "
+        f"{found['cycles']} made and ended, 8 at a time: {found['cycles_per_s']:.0f} a second, {found['leaks']} things left behind."
+    )
     if found["ratio_docker"]:
-        console.print(f"Docker: {found['docker_create_ms_p50']:.0f} ms to the first output, {found['ratio_docker']:.0f} times ours; "
-                      f"{found['docker_exec_ms_p50']:.0f} ms for a command. Our Docker backend: {found['docker_backend_create_ms_p50']:.0f} ms, "
-                      f"{found['docker_backend_execute_ms_p50']:.0f} ms, {found['docker_backend_session_command_ms_p50']:.1f} ms in a session.")
+        console.print(
+            f"Docker: {found['docker_create_ms_p50']:.0f} ms to the first output, {found['ratio_docker']:.0f} times ours; "
+            f"{found['docker_exec_ms_p50']:.0f} ms for a command. Our Docker backend: {found['docker_backend_create_ms_p50']:.0f} ms, "
+            f"{found['docker_backend_execute_ms_p50']:.0f} ms, {found['docker_backend_session_command_ms_p50']:.1f} ms in a session."
+        )
     else:
         console.print(f"Docker: not measured, {found['docker_none']}.")
     if found["ratio_swerex_local"]:
         for name in [name for name in ("local", "docker") if f"ratio_swerex_{name}" in found]:
-            console.print(f"SWE-ReX, {name}: {found[f'swerex_{name}_create_ms_p50']:.0f} ms to the first output of a shell, {found[f'ratio_swerex_{name}']:.0f} times ours "
-                          f"({found['shell_first_output_ms_p50']:.0f} ms); {found[f'swerex_{name}_session_command_ms_p50']:.1f} ms for a command in it.")
+            console.print(
+                f"SWE-ReX, {name}: {found[f'swerex_{name}_create_ms_p50']:.0f} ms to the first output of a shell, {found[f'ratio_swerex_{name}']:.0f} times ours "
+                f"({found['shell_first_output_ms_p50']:.0f} ms); {found[f'swerex_{name}_session_command_ms_p50']:.1f} ms for a command in it."
+            )
     else:
         console.print(f"SWE-ReX: not measured, {found['swerex_none']}.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--cycles", type=int, default=1000)
     parser.add_argument("--live", type=int, default=200)
-    parser.add_argument("--docker_image", default="", help="an image with a shell; empty: no comparison")
-    parser.add_argument("--swerex_image", default="", help="an image with swerex-remote; empty: only its local deployment is compared")
+    parser.add_argument(
+        "--docker_image", default="", help="an image with a shell; empty: no comparison"
+    )
+    parser.add_argument(
+        "--swerex_image",
+        default="",
+        help="an image with swerex-remote; empty: only its local deployment is compared",
+    )
     flags = parser.parse_args(argv)
-    found = asyncio.run(measure(flags.repeats, flags.cycles, flags.live, flags.docker_image, flags.swerex_image))
+    found = asyncio.run(
+        measure(flags.repeats, flags.cycles, flags.live, flags.docker_image, flags.swerex_image)
+    )
     show(found)
     if flags.json:
         flags.json.write_text(json.dumps(found, indent=1))

@@ -48,19 +48,40 @@ def read_run(directory: pathlib.Path | str) -> tuple[dict[str, Any], list[dict[s
     report = read_report(directory)
     before, after = before_and_after(report["evals"])
     if before.step == after.step:
-        raise ValueError(f"{directory} has one evaluation of stage {after.stage} only (step {after.step}); let the run end first")
-    first = {task["task"]: task for task in read_outcomes(directory, before.stage, before.step)["tasks"]}
-    last = {task["task"]: task for task in read_outcomes(directory, after.stage, after.step)["tasks"]}
+        raise ValueError(
+            f"{directory} has one evaluation of stage {after.stage} only (step {after.step}); let the run end first"
+        )
+    first = {
+        task["task"]: task for task in read_outcomes(directory, before.stage, before.step)["tasks"]
+    }
+    last = {
+        task["task"]: task for task in read_outcomes(directory, after.stage, after.step)["tasks"]
+    }
     if first.keys() != last.keys():
         odd = sorted(first.keys() ^ last.keys())
-        raise ValueError(f"{directory}: {len(odd)} tasks stand in only one of its two evaluations ({odd[0]}, ...); pairs need the same tasks in both")
+        raise ValueError(
+            f"{directory}: {len(odd)} tasks stand in only one of its two evaluations ({odd[0]}, ...); pairs need the same tasks in both"
+        )
     pairs = [
-        {"family": task["family"], "unseen_family": bool(task["unseen_family"]), "before": int(first[name]["success"]), "after": int(task["success"])}
+        {
+            "family": task["family"],
+            "unseen_family": bool(task["unseen_family"]),
+            "before": int(first[name]["success"]),
+            "after": int(task["success"]),
+        }
         for name, task in last.items()
     ]
     seen = [pair for pair in pairs if not pair["unseen_family"]]
     start, end = _percent(seen, "before"), _percent(seen, "after")
-    return {"run": str(directory), "seed": report["seed"], "stage": after.stage, "before": start, "after": end, "gain": end - start, "n": len(seen)}, pairs
+    return {
+        "run": str(directory),
+        "seed": report["seed"],
+        "stage": after.stage,
+        "before": start,
+        "after": end,
+        "gain": end - start,
+        "n": len(seen),
+    }, pairs
 
 
 def compare(directories: Iterable[pathlib.Path | str]) -> dict[str, Any]:
@@ -69,7 +90,9 @@ def compare(directories: Iterable[pathlib.Path | str]) -> dict[str, Any]:
     seeds = [seed for seed, _ in runs]
     numbers = [seed["seed"] for seed in seeds]
     if len(set(numbers)) != len(numbers):
-        raise ValueError(f"the runs have the seeds {numbers}; the same seed twice adds no evidence: give one run of each seed")
+        raise ValueError(
+            f"the runs have the seeds {numbers}; the same seed twice adds no evidence: give one run of each seed"
+        )
     pairs = [pair for _, run_pairs in runs for pair in run_pairs]
     families = []
     for unseen, name in sorted({(pair["unseen_family"], pair["family"]) for pair in pairs}):
@@ -95,21 +118,41 @@ def print_comparison(result: dict[str, Any], console: Console) -> None:
     for name in ("run", "seed", "before", "after", "gain"):
         seeds.add_column(name, justify="left" if name == "run" else "right")
     for seed in result["seeds"]:
-        seeds.add_row(seed["run"], str(seed["seed"]), f"{seed['before']:.1f}", f"{seed['after']:.1f}", f"{seed['gain']:+.1f}")
+        seeds.add_row(
+            seed["run"],
+            str(seed["seed"]),
+            f"{seed['before']:.1f}",
+            f"{seed['after']:.1f}",
+            f"{seed['gain']:+.1f}",
+        )
     console.print(seeds)
     title = f"By family, pooled over {len(result['seeds'])} seeds (* unseen in training)"
     families = Table(title=title, title_justify="left", title_style="bold")
     for name in ("family", "pairs", "before", "after", "better", "worse", "p (Holm)"):
         families.add_column(name, justify="left" if name == "family" else "right")
     for family in result["families"]:
-        name, rates = family["family"] + "*" * family["unseen_family"], (f"{family['before']:.0f}", f"{family['after']:.0f}")
+        name, rates = (
+            family["family"] + "*" * family["unseen_family"],
+            (f"{family['before']:.0f}", f"{family['after']:.0f}"),
+        )
         counts = str(family["better"]), str(family["worse"])
-        families.add_row(name, str(family["pairs"]), *rates, *counts, f"{family['p_holm']:.2g}", style="red" if family["significantly_worse"] else None)
+        families.add_row(
+            name,
+            str(family["pairs"]),
+            *rates,
+            *counts,
+            f"{family['p_holm']:.2g}",
+            style="red" if family["significantly_worse"] else None,
+        )
     console.print(families)
     say = functools.partial(console.print, soft_wrap=True)
     say(f"Smallest gain of a seed: {result['smallest_gain']:+.1f} points.")
     worse = result["significantly_worse"]
-    say(f"Significantly worse: {', '.join(worse)}." if worse else f"No family is significantly worse (Holm-corrected p below {LEVEL}).")
+    say(
+        f"Significantly worse: {', '.join(worse)}."
+        if worse
+        else f"No family is significantly worse (Holm-corrected p below {LEVEL})."
+    )
     if result["too_few_pairs"]:
         say(f"Too few tasks to tell (under {FEWEST_PAIRS}): {', '.join(result['too_few_pairs'])}.")
 
@@ -119,7 +162,10 @@ def _percent(pairs: Sequence[dict[str, Any]], when: str) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.seeds", description="Compares several seeds of one experiment, before and after.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.seeds",
+        description="Compares several seeds of one experiment, before and after.",
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="a run's workdir")
     parser.add_argument("--json", metavar="FILE", help="leave the figures here")
     options = parser.parse_args(arguments)

@@ -67,7 +67,9 @@ SIZES: dict[str, tuple[ModelConfig, int, int]] = {  # config, rows, length
 
 def random_batch(config: ModelConfig, rows: int, length: int, seed: int = 0) -> Batch:
     """Rows of one segment each, all of it learned but the first token, which nothing predicts."""
-    tokens_BT = np.random.default_rng(seed).integers(0, config.vocab_size, (rows, length)).astype(np.int32)
+    tokens_BT = (
+        np.random.default_rng(seed).integers(0, config.vocab_size, (rows, length)).astype(np.int32)
+    )
     learned_BT = np.broadcast_to(np.arange(length) > 0, tokens_BT.shape)
     numbers_BT, numbers_BC = np.zeros(tokens_BT.shape, np.float32), np.zeros((rows, 1), np.float32)
     return Batch(
@@ -83,7 +85,13 @@ class Ours:
 
     def __init__(self, config: ModelConfig, batch: Batch) -> None:
         mesh = make_mesh({}, config, jax.devices()[:1])
-        optimizer = make_optimizer(learning_rate=LEARNING_RATE, warmup_updates=0, decay_updates=0, weight_decay=0.0, clip=1.0)
+        optimizer = make_optimizer(
+            learning_rate=LEARNING_RATE,
+            warmup_updates=0,
+            decay_updates=0,
+            weight_decay=0.0,
+            clip=1.0,
+        )
         self.learner = Learner(config, sft_loss, LossConfig(), optimizer, mesh)
         self.state: TrainState = self.learner.init(seed=0)
         self.batch, self.denominators = batch, count_denominators([batch])
@@ -96,7 +104,9 @@ class Ours:
 
 
 @contextlib.contextmanager
-def rival(python: str, ours: Ours, config: ModelConfig) -> Iterator[tuple[str, Callable[[], dict[str, float]]]]:
+def rival(
+    python: str, ours: Ours, config: ModelConfig
+) -> Iterator[tuple[str, Callable[[], dict[str, float]]]]:
     """Its name, and its step. The weights are ours of this moment."""
     with tempfile.TemporaryDirectory() as directory:
         save_hf(ours.state.params, config, directory)
@@ -104,13 +114,21 @@ def rival(python: str, ours: Ours, config: ModelConfig) -> Iterator[tuple[str, C
         np.save(tokens, ours.batch.tokens_BT)
         settings = {"weights": directory, "tokens": str(tokens), "precision": config.dtype, "learning_rate": LEARNING_RATE,
                     "threads": len(os.sched_getaffinity(0)), "device": "cuda" if jax.default_backend() == "gpu" else "cpu"}  # fmt: skip
-        command = [python, str(pathlib.Path(__file__).with_name("train_step_rival.py")), json.dumps(settings)]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        command = [
+            python,
+            str(pathlib.Path(__file__).with_name("train_step_rival.py")),
+            json.dumps(settings),
+        ]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
         def read() -> dict[str, Any]:
             line = process.stdout.readline()
             if not line:
-                raise RuntimeError(f"the rival's process ended with status {process.wait()}; its own message stands above")
+                raise RuntimeError(
+                    f"the rival's process ended with status {process.wait()}; its own message stands above"
+                )
             return json.loads(line)
 
         def step() -> dict[str, float]:
@@ -118,7 +136,9 @@ def rival(python: str, ours: Ours, config: ModelConfig) -> Iterator[tuple[str, C
             process.stdin.write("step\n")
             process.stdin.flush()
             answer = read()
-            process.send_signal(signal.SIGSTOP)  # its threads may go on looking for work, and would take it from ours
+            process.send_signal(
+                signal.SIGSTOP
+            )  # its threads may go on looking for work, and would take it from ours
             return answer
 
         try:
@@ -138,7 +158,9 @@ def compare(name: str, precision: str, python: str, pairs: int, peak: float) -> 
         losses = [(ours.step()["loss"], rival_step()["loss"]) for _ in range(PROVING_STEPS)]
         for own, other in losses:
             if not abs(own - other) <= TOLERANCE[precision] * abs(other):
-                raise RuntimeError(f"{name} {precision}: losses of the first steps differ, ours and the rival's: {losses}; the timing would compare two things")
+                raise RuntimeError(
+                    f"{name} {precision}: losses of the first steps differ, ours and the rival's: {losses}; the timing would compare two things"
+                )
         times = [(ours.step()["seconds"], rival_step()["seconds"]) for _ in range(pairs)]
     tokens = rows * length
     own_seconds, rival_seconds = (statistics.median(side) for side in zip(*times))
@@ -156,21 +178,36 @@ def count_flops(config: ModelConfig, rows: int, length: int) -> dict[str, float]
     weights = {
         "head": D * config.vocab_size,
         "projections": L * (2 * D * heads + 2 * D * config.num_kv_heads * config.head_dim),
-        "experts": L * D * (3 * config.experts_per_token * config.moe_intermediate_size + config.num_experts),
+        "experts": L
+        * D
+        * (3 * config.experts_per_token * config.moe_intermediate_size + config.num_experts),
     }
-    return {piece: 6.0 * rows * length * count for piece, count in weights.items()} | {"attention": 6.0 * rows * length**2 * heads * L}
+    return {piece: 6.0 * rows * length * count for piece, count in weights.items()} | {
+        "attention": 6.0 * rows * length**2 * heads * L
+    }
 
 
 def floor_seconds(config: ModelConfig, rows: int, length: int, peak: float) -> dict[str, Any]:
     """What the step would take if every product ran at the measured peak and the optimizer at the measured memory speed."""
     flops = count_flops(config, rows, length)
     shapes = jax.eval_shape(lambda: init_state(config, optimizer=_NO_OPTIMIZER, seed=0).params)
-    optimizer_bytes = 7 * 4 * sum(leaf.size for leaf in jax.tree.leaves(shapes))  # weight, gradient and two moments read, three of them written
-    seconds = {piece: count / peak for piece, count in flops.items()} | {"optimizer": optimizer_bytes / memory_speed()}
-    return {"flops": sum(flops.values()), "optimizer_bytes": optimizer_bytes, "seconds": seconds, "total_seconds": sum(seconds.values())}
+    optimizer_bytes = (
+        7 * 4 * sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    )  # weight, gradient and two moments read, three of them written
+    seconds = {piece: count / peak for piece, count in flops.items()} | {
+        "optimizer": optimizer_bytes / memory_speed()
+    }
+    return {
+        "flops": sum(flops.values()),
+        "optimizer_bytes": optimizer_bytes,
+        "seconds": seconds,
+        "total_seconds": sum(seconds.values()),
+    }
 
 
-_NO_OPTIMIZER = make_optimizer(learning_rate=0.0, warmup_updates=0, decay_updates=0, weight_decay=0.0, clip=1.0)
+_NO_OPTIMIZER = make_optimizer(
+    learning_rate=0.0, warmup_updates=0, decay_updates=0, weight_decay=0.0, clip=1.0
+)
 
 
 def measured_peak(precision: str) -> float:
@@ -189,18 +226,41 @@ def memory_speed() -> float:
 
 def pieces_alone(config: ModelConfig, rows: int, length: int) -> dict[str, float]:
     """Seconds a step that attention, experts (all layers) and the head take by themselves, forward and backward."""
-    D, E, F, k, dtype = config.hidden_size, config.num_experts, config.moe_intermediate_size, config.experts_per_token, config.dtype
+    D, E, F, k, dtype = (
+        config.hidden_size,
+        config.num_experts,
+        config.moe_intermediate_size,
+        config.experts_per_token,
+        config.dtype,
+    )
     normal = lambda *shape: jax.random.normal(jax.random.key(len(shape)), shape, jnp.float32)
     low = lambda *shape: normal(*shape).astype(dtype)
     tokens_BT = jax.random.randint(jax.random.key(0), (rows, length), 0, config.vocab_size)
-    ones_BT, places_BT = jnp.ones_like(tokens_BT), jnp.broadcast_to(jnp.arange(length), tokens_BT.shape)
+    ones_BT, places_BT = (
+        jnp.ones_like(tokens_BT),
+        jnp.broadcast_to(jnp.arange(length), tokens_BT.shape),
+    )
     ids_Nk = jax.lax.top_k(normal(rows * length, E), k)[1]
 
     def backward(function: Callable, *floats: jax.Array, fixed: tuple = ()) -> float:
-        step = jax.jit(lambda fixed, *floats: jax.grad(lambda *floats: jnp.sum(function(*floats, *fixed).astype(jnp.float32)), tuple(range(len(floats))))(*floats))
+        step = jax.jit(
+            lambda fixed, *floats: jax.grad(
+                lambda *floats: jnp.sum(function(*floats, *fixed).astype(jnp.float32)),
+                tuple(range(len(floats))),
+            )(*floats)
+        )
         return _best_seconds(step, fixed, *floats, repeats=4)
 
-    attend = lambda q, k, v: attention(q, k, v, q_places_BT=places_BT, k_places_BS=places_BT, q_segments_BT=ones_BT, k_segments_BS=ones_BT, ordered=True)
+    attend = lambda q, k, v: attention(
+        q,
+        k,
+        v,
+        q_places_BT=places_BT,
+        k_places_BS=places_BT,
+        q_segments_BT=ones_BT,
+        k_segments_BS=ones_BT,
+        ordered=True,
+    )
     kv_shape = (rows, length, config.num_kv_heads, config.head_dim)
     return {
         "attention": config.num_layers * backward(attend, low(rows, length, config.num_heads, config.head_dim), low(*kv_shape), low(*kv_shape)),
@@ -224,18 +284,30 @@ def measure_scaling(precision: str = "float32") -> list[dict[str, Any]]:
     """Ours alone, size small: 16,384 tokens a step in ever longer rows, then ever more experts in rows of 512."""
     config = dataclasses.replace(SIZES["small"][0], dtype=precision, max_position=16384)
     cases = [(config, 16384 // length, length) for length in (512, 1024, 2048, 4096, 8192, 16384)]
-    cases += [(dataclasses.replace(config, num_experts=count), 8, 512) for count in (8, 16, 32, 64, 128)]
+    cases += [
+        (dataclasses.replace(config, num_experts=count), 8, 512) for count in (8, 16, 32, 64, 128)
+    ]
     results = []
     for case, rows, length in cases:
         ours = Ours(case, random_batch(case, rows, length))
         ours.step()
         seconds = statistics.median(ours.step()["seconds"] for _ in range(3))
-        results.append({"length": length, "rows": rows, "experts": case.num_experts, "precision": precision, "tokens_per_s": rows * length / seconds})
+        results.append(
+            {
+                "length": length,
+                "rows": rows,
+                "experts": case.num_experts,
+                "precision": precision,
+                "tokens_per_s": rows * length / seconds,
+            }
+        )
     return results
 
 
 def print_result(result: dict[str, Any], console: Console) -> None:
-    table = Table(title="Tokens a second of one whole update", title_justify="left", title_style="bold")
+    table = Table(
+        title="Tokens a second of one whole update", title_justify="left", title_style="bold"
+    )
     for name in ("size", "precision", "ours", "rival", "ratio", "share of peak", "floor"):
         table.add_column(name, justify="left" if name in ("size", "precision") else "right")
     for row in result["sizes"]:
@@ -246,7 +318,10 @@ def print_result(result: dict[str, Any], console: Console) -> None:
     for row in result["sizes"]:
         console.print(f"{row['name']} {row['precision']}: {row['rival']}", soft_wrap=True)
     for row in result["scaling"]:
-        console.print(f"rows of {row['length']}, {row['experts']} experts: {row['tokens_per_s']:,.0f} tokens/s", soft_wrap=True)
+        console.print(
+            f"rows of {row['length']}, {row['experts']} experts: {row['tokens_per_s']:,.0f} tokens/s",
+            soft_wrap=True,
+        )
 
 
 def result_tokens(row: dict[str, Any]) -> int:
@@ -254,34 +329,71 @@ def result_tokens(row: dict[str, Any]) -> int:
 
 
 def rival_python(given: str | None) -> str:
-    if given is None and not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
-        raise ValueError("this Python has no torch and transformers to compare with; pip install -r tests/requirements-live.txt, or name one that has by --rival_python")
+    if given is None and not all(
+        importlib.util.find_spec(name) for name in ("torch", "transformers")
+    ):
+        raise ValueError(
+            "this Python has no torch and transformers to compare with; pip install -r tests/requirements-live.txt, or name one that has by --rival_python"
+        )
     return given or sys.executable
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     keep_freed_memory()  # before anything asks for a device: the threads that this starts keep the arenas they begin with
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description="The train step beside transformers on torch.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.train_step",
+        description="The train step beside transformers on torch.",
+    )
     on_gpu = jax.default_backend() == "gpu"
-    parser.add_argument("--sizes", default="slice" if on_gpu else "small,medium", help=f"of {', '.join(SIZES)}; by default %(default)s")
-    parser.add_argument("--precisions", default="bfloat16" if on_gpu else "float32,bfloat16", help="by default %(default)s")
-    parser.add_argument("--pairs", type=int, default=7, help="turns of each side; by default %(default)s")
-    parser.add_argument("--rival_python", metavar="FILE", help="a Python that has torch and transformers; by default this one")
-    parser.add_argument("--scaling", action="store_true", help="also lengths up to 16k and experts up to 128, ours alone")
+    parser.add_argument(
+        "--sizes",
+        default="slice" if on_gpu else "small,medium",
+        help=f"of {', '.join(SIZES)}; by default %(default)s",
+    )
+    parser.add_argument(
+        "--precisions",
+        default="bfloat16" if on_gpu else "float32,bfloat16",
+        help="by default %(default)s",
+    )
+    parser.add_argument(
+        "--pairs", type=int, default=7, help="turns of each side; by default %(default)s"
+    )
+    parser.add_argument(
+        "--rival_python",
+        metavar="FILE",
+        help="a Python that has torch and transformers; by default this one",
+    )
+    parser.add_argument(
+        "--scaling",
+        action="store_true",
+        help="also lengths up to 16k and experts up to 128, ours alone",
+    )
     parser.add_argument("--json", metavar="FILE", help="leave the figures here")
     options = parser.parse_args(arguments)
     sizes, precisions = options.sizes.split(","), options.precisions.split(",")
     try:
         unknown = [name for name in (*sizes, *precisions) if name not in (*SIZES, *TOLERANCE)]
         if unknown:
-            raise ValueError(f"{unknown[0]!r} is no size or precision; choose from {', '.join((*SIZES, *TOLERANCE))}")
+            raise ValueError(
+                f"{unknown[0]!r} is no size or precision; choose from {', '.join((*SIZES, *TOLERANCE))}"
+            )
         python = rival_python(options.rival_python)
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     peaks = {precision: measured_peak(precision) for precision in precisions}
-    rows = [compare(name, precision, python, options.pairs, peaks[precision]) for name in sizes for precision in precisions]
+    rows = [
+        compare(name, precision, python, options.pairs, peaks[precision])
+        for name in sizes
+        for precision in precisions
+    ]
     device = jax.devices()[0].device_kind
-    result = {"sizes": rows, "scaling": measure_scaling() if options.scaling else [], "peak_flops": peaks, "device": device, "jax": jax.__version__}
+    result = {
+        "sizes": rows,
+        "scaling": measure_scaling() if options.scaling else [],
+        "peak_flops": peaks,
+        "device": device,
+        "jax": jax.__version__,
+    }
     print_result(result, Console(highlight=False))
     if options.json:
         write_atomically(options.json, json.dumps(result, indent=1) + "\n")

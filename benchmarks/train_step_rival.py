@@ -23,14 +23,27 @@ NEAR, TRIALS = 1.6, 2  # a candidate this many times slower than the best is not
 class Side:
     """One way of running the model: attention, experts and the precision's form, from the same weights each time."""
 
-    def __init__(self, model: Any, settings: dict[str, Any], attention: str, experts: str, form: str) -> None:
-        self.name, self.form, self.device = f"{attention} attention, {experts} experts, {form}", form, settings["device"]
+    def __init__(
+        self, model: Any, settings: dict[str, Any], attention: str, experts: str, form: str
+    ) -> None:
+        self.name, self.form, self.device = (
+            f"{attention} attention, {experts} experts, {form}",
+            form,
+            settings["device"],
+        )
         self.model = copy.deepcopy(model).to(self.device).train()
         self.model.set_attn_implementation(attention)
         self.model.set_experts_implementation(experts)
         if form == "bfloat16 weights":
             self.model.to(torch.bfloat16)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=settings["learning_rate"], betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=settings["learning_rate"],
+            betas=(0.9, 0.95),
+            eps=1e-8,
+            weight_decay=0.0,
+            fused=True,
+        )
 
     def step(self, tokens: torch.Tensor) -> float:
         with torch.autocast(self.device, torch.bfloat16, enabled=self.form == "bfloat16 autocast"):
@@ -48,12 +61,20 @@ class Side:
 
 
 def fastest(model: Any, settings: dict[str, Any], tokens: torch.Tensor) -> tuple[str, str, str]:
-    forms = ("float32 weights",) if settings["precision"] == "float32" else ("bfloat16 weights", "bfloat16 autocast")
+    forms = (
+        ("float32 weights",)
+        if settings["precision"] == "float32"
+        else ("bfloat16 weights", "bfloat16 autocast")
+    )
     few, times = tokens[: max(1, len(tokens) // 4)], {}
     for ways in itertools.product(("sdpa", "eager"), ("eager", "grouped_mm"), forms):
         side = Side(model, settings, *ways)
         first = side.seconds(few)
-        times[ways] = min(first, side.seconds(few)) if first < 3 * min(times.values(), default=first) else first
+        times[ways] = (
+            min(first, side.seconds(few))
+            if first < 3 * min(times.values(), default=first)
+            else first
+        )
     near = [ways for ways, seconds in times.items() if seconds < NEAR * min(times.values())]
     best = {}
     for ways in near if len(near) > 1 else ():
@@ -68,11 +89,18 @@ def main() -> None:
     torch.set_num_threads(settings["threads"])
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(settings["weights"], dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        settings["weights"], dtype=torch.float32
+    )
     tokens = torch.from_numpy(np.load(settings["tokens"]).astype(np.int64)).to(settings["device"])
     side = Side(model, settings, *fastest(model, settings, tokens))
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
-    print(json.dumps({"rival": f"{versions} ({side.name}, fused AdamW, {settings['threads']} threads)"}), flush=True)
+    print(
+        json.dumps(
+            {"rival": f"{versions} ({side.name}, fused AdamW, {settings['threads']} threads)"}
+        ),
+        flush=True,
+    )
     for line in sys.stdin:
         if line.strip() == "end":
             return

@@ -34,12 +34,27 @@ from envs.tasks.harbor.env import sandbox_for
 from envs.tasks.terminal.env import TerminalEnv
 
 COMMAND = "cat * | wc -c"
-LIMITS = {"mem_limit": "256m", "pids_limit": 64, "network_mode": "none", "cap_drop": ["ALL"], "user": "65534:65534", "read_only": True}
+LIMITS = {
+    "mem_limit": "256m",
+    "pids_limit": 64,
+    "network_mode": "none",
+    "cap_drop": ["ALL"],
+    "user": "65534:65534",
+    "read_only": True,
+}
 
 
 def make_vector(envs: int, turns: int) -> AsyncioVectorEnv:
     config = SandboxConfig(isolation="best_available")
-    return AsyncioVectorEnv(["count"] * envs, [lambda seed=seed: TerminalEnv(family="count", seed=seed, sandbox_config=config, max_turns=turns) for seed in range(envs)])
+    return AsyncioVectorEnv(
+        ["count"] * envs,
+        [
+            lambda seed=seed: TerminalEnv(
+                family="count", seed=seed, sandbox_config=config, max_turns=turns
+            )
+            for seed in range(envs)
+        ],
+    )
 
 
 @contextlib.contextmanager
@@ -54,12 +69,25 @@ def docker_round(image: str, containers: int) -> Iterator[Any]:
     made = []
     try:
         for _ in range(containers):
-            made.append(client.create_container(image, ["sleep", "3600"], host_config=client.create_host_config(**{key: value for key, value in LIMITS.items() if key != "user"},
-                                                                                                                tmpfs={"/workspace": ""}), user=LIMITS["user"], working_dir="/workspace")["Id"])
+            made.append(
+                client.create_container(
+                    image,
+                    ["sleep", "3600"],
+                    host_config=client.create_host_config(
+                        **{key: value for key, value in LIMITS.items() if key != "user"},
+                        tmpfs={"/workspace": ""},
+                    ),
+                    user=LIMITS["user"],
+                    working_dir="/workspace",
+                )["Id"]
+            )
             client.start(made[-1])
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+
             def execute(identity: str) -> None:
-                output = client.exec_start(client.exec_create(identity, ["sh", "-c", COMMAND])["Id"])
+                output = client.exec_start(
+                    client.exec_create(identity, ["sh", "-c", COMMAND])["Id"]
+                )
                 if output.strip() != b"0" and b"No such file" not in output:
                     raise RuntimeError(f"a container answered {output!r}")
 
@@ -78,7 +106,12 @@ def measure(envs: int, rounds: int, image: str, containers: int) -> dict[str, An
     vector = make_vector(envs, rounds + 3)
     began = time.perf_counter()
     vector.reset(seed=0)
-    found: dict[str, Any] = {"envs": envs, "tier": probe().tier, "cpus": len(os.sched_getaffinity(0)), "reset_seconds": time.perf_counter() - began}
+    found: dict[str, Any] = {
+        "envs": envs,
+        "tier": probe().tier,
+        "cpus": len(os.sched_getaffinity(0)),
+        "reset_seconds": time.perf_counter() - began,
+    }
     actions = [format_tool_call("bash", {"command": COMMAND})] * envs
     try:
         vector.step(actions)  # what is loaded only once
@@ -90,14 +123,24 @@ def measure(envs: int, rounds: int, image: str, containers: int) -> dict[str, An
                 began = time.perf_counter()
                 _, _, terminated, truncated, infos = vector.step(actions)
                 ours.append(envs / (time.perf_counter() - began))
-                if terminated.any() or truncated.any() or any(info["status"] != "ok" for info in infos):
-                    raise RuntimeError(f"a step did not end well: {next(info for info in infos if info['status'] != 'ok')}")
+                if (
+                    terminated.any()
+                    or truncated.any()
+                    or any(info["status"] != "ok" for info in infos)
+                ):
+                    raise RuntimeError(
+                        f"a step did not end well: {next(info for info in infos if info['status'] != 'ok')}"
+                    )
                 if docker:
                     theirs.append(docker(2 * containers))
     finally:
         vector.close()
-    found |= {"steps_per_s": statistics.median(ours), "docker_execs_per_s": statistics.median(theirs) if theirs else None, "docker_containers": containers if theirs else 0,
-              "ratio_docker": statistics.median(a / b for a, b in zip(ours, theirs)) if theirs else None}
+    found |= {
+        "steps_per_s": statistics.median(ours),
+        "docker_execs_per_s": statistics.median(theirs) if theirs else None,
+        "docker_containers": containers if theirs else 0,
+        "ratio_docker": statistics.median(a / b for a, b in zip(ours, theirs)) if theirs else None,
+    }
     return found | asyncio.run(measure_builds())
 
 
@@ -119,25 +162,40 @@ async def measure_builds() -> dict[str, float]:
             await snapshot.delete()
         fresh.append(statistics.median(built))
         forked.append(statistics.median(again))
-    return {"harbor_build_ms": statistics.median(fresh), "harbor_build_ms_most": max(fresh), "harbor_fork_ms": statistics.median(forked),
-            "harbor_fork_ratio": statistics.median(one / other for one, other in zip(fresh, forked))}
+    return {
+        "harbor_build_ms": statistics.median(fresh),
+        "harbor_build_ms_most": max(fresh),
+        "harbor_fork_ms": statistics.median(forked),
+        "harbor_fork_ratio": statistics.median(one / other for one, other in zip(fresh, forked)),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--envs", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--docker_image", default="", help="an image with a shell; empty: no comparison")
+    parser.add_argument(
+        "--docker_image", default="", help="an image with a shell; empty: no comparison"
+    )
     parser.add_argument("--docker_containers", type=int, default=32)
     flags = parser.parse_args(argv)
     found = measure(flags.envs, flags.rounds, flags.docker_image, flags.docker_containers)
     console = Console(highlight=False)
-    console.print(f"{found['envs']} terminal environments on {found['cpus']} processors, tier {found['tier']}: {found['steps_per_s']:.0f} steps/s; reset {found['reset_seconds']:.1f} s")
-    console.print(f"docker exec in {found['docker_containers']} running containers: {found['docker_execs_per_s']:.0f} a second; ratio {found['ratio_docker']:.1f}" if found["ratio_docker"]
-                  else "docker exec: not measured (no --docker_image, or no engine answers)")
-    console.print(f"Harbor examples: built in {found['harbor_build_ms']:.0f} ms (at most {found['harbor_build_ms_most']:.0f}), from a snapshot in {found['harbor_fork_ms']:.0f} ms, "
-                  f"{found['harbor_fork_ratio']:.1f} times as fast")
+    console.print(
+        f"{found['envs']} terminal environments on {found['cpus']} processors, tier {found['tier']}: {found['steps_per_s']:.0f} steps/s; reset {found['reset_seconds']:.1f} s"
+    )
+    console.print(
+        f"docker exec in {found['docker_containers']} running containers: {found['docker_execs_per_s']:.0f} a second; ratio {found['ratio_docker']:.1f}"
+        if found["ratio_docker"]
+        else "docker exec: not measured (no --docker_image, or no engine answers)"
+    )
+    console.print(
+        f"Harbor examples: built in {found['harbor_build_ms']:.0f} ms (at most {found['harbor_build_ms_most']:.0f}), from a snapshot in {found['harbor_fork_ms']:.0f} ms, "
+        f"{found['harbor_fork_ratio']:.1f} times as fast"
+    )
     if flags.json:
         flags.json.write_text(json.dumps(found, indent=1))
 

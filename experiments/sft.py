@@ -30,53 +30,74 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.experiment = "sft"
     config.preset = preset
     config.seed = 0
-    config.init_from = ""                 # a Hugging Face directory, or the path of an experiment; empty: random weights
-    config.model = "tiny"                 # a preset of rome/model/config.py
+    config.init_from = (
+        ""  # a Hugging Face directory, or the path of an experiment; empty: random weights
+    )
+    config.model = "tiny"  # a preset of rome/model/config.py
     config.tokenizer = "rome/model/tokenizer/tiny"
     config.loss = "sft"
-    config.steps = 2400                   # at most
-    config.until_success = 0.25           # held-out success at which the stage ends: IPA starts where many outcomes are open; 0: all steps are run
+    config.steps = 2400  # at most
+    config.until_success = 0.25  # held-out success at which the stage ends: IPA starts where many outcomes are open; 0: all steps are run
     config.updates_per_step = 1
-    config.rows = 8                       # rows a step
-    config.row_length = 160               # tokens a row
+    config.rows = 8  # rows a step
+    config.row_length = 160  # tokens a row
     config.chunks_per_row = 16
     config.rows_per_microbatch = 8
     config.expert_episodes = 3000
-    config.expert_error_rate = 0.15       # of an expert's turns are preceded by a typical mistake
+    config.expert_error_rate = 0.15  # of an expert's turns are preceded by a typical mistake
     config.learning_rate = 3e-3
     config.warmup_updates = 50
-    config.decay = False                  # cosine to a tenth over the stage; False: constant
+    config.decay = False  # cosine to a tenth over the stage; False: constant
     config.weight_decay = 0.1
     config.clip = 1.0
-    config.max_context = 160              # tokens of an episode
-    config.max_new_tokens = 48            # tokens of a turn
+    config.max_context = 160  # tokens of an episode
+    config.max_new_tokens = 48  # tokens of a turn
     config.max_turns = 6
     config.temperature = 1.0
-    config.concurrency = 64               # episodes at once
+    config.concurrency = 64  # episodes at once
     config.episode_seconds = 120.0
-    config.eval_every = 120               # steps; 0: only at step 0 and at the end
-    config.eval_tasks = 18                # held-out tasks a family
+    config.eval_every = 120  # steps; 0: only at step 0 and at the end
+    config.eval_tasks = 18  # held-out tasks a family
     config.eval_temperature = 1.0
     config.checkpoint_every = 100
     config.checkpoints_kept = 2
-    config.engines = ""                   # comma-separated URLs of SGLang servers; empty: the embedded engine is started
-    config.embedded_engines = 1           # how many are started where `engines` names none
-    config.mirrors = ""                   # URLs of launch.mirror, one an engine: weights travel to its host as deltas
-    config.engine_slots = 64              # of the embedded engine; fewer than `concurrency` would cost cached prefixes
-    config.sandbox = ml_collections.ConfigDict({
-        "isolation": "best_available", "memory_mb": 256, "pids": 64, "disk_mb": 8, "command_timeout": 5.0,
-        "egress": "",                     # what agents may reach, as in "pypi.org:443 model@127.0.0.1:30000"; nothing by default
-        "backend": "embedded",            # docker: containers of `image`; remote: sandboxes of the ROCK admin at `url`, whose token is in $ROCK_TOKEN
-        "image": "", "url": "",
-    })
-    config.learner = ml_collections.ConfigDict({
-        "remat": "none",                  # what the backward pass computes again: none, full, attention, offload (rome/model/config.py)
-        "attention": "auto", "experts": "auto", "exchange": "auto",  # kernels by name (rome/model/ops/kernels.py)
-        "capacity_factor": 0.0,           # 0: no token is dropped
-        "router_z_loss_coef": 0.0,
-        "offload_moments": False,         # Adam's moments in the host's memory
-    })
-    config.mesh = ml_collections.ConfigDict({"replica": 1, "fsdp": 1, "expert": 1, "sequence": 1, "tensor": 1})
+    config.engines = (
+        ""  # comma-separated URLs of SGLang servers; empty: the embedded engine is started
+    )
+    config.embedded_engines = 1  # how many are started where `engines` names none
+    config.mirrors = (
+        ""  # URLs of launch.mirror, one an engine: weights travel to its host as deltas
+    )
+    config.engine_slots = (
+        64  # of the embedded engine; fewer than `concurrency` would cost cached prefixes
+    )
+    config.sandbox = ml_collections.ConfigDict(
+        {
+            "isolation": "best_available",
+            "memory_mb": 256,
+            "pids": 64,
+            "disk_mb": 8,
+            "command_timeout": 5.0,
+            "egress": "",  # what agents may reach, as in "pypi.org:443 model@127.0.0.1:30000"; nothing by default
+            "backend": "embedded",  # docker: containers of `image`; remote: sandboxes of the ROCK admin at `url`, whose token is in $ROCK_TOKEN
+            "image": "",
+            "url": "",
+        }
+    )
+    config.learner = ml_collections.ConfigDict(
+        {
+            "remat": "none",  # what the backward pass computes again: none, full, attention, offload (rome/model/config.py)
+            "attention": "auto",
+            "experts": "auto",
+            "exchange": "auto",  # kernels by name (rome/model/ops/kernels.py)
+            "capacity_factor": 0.0,  # 0: no token is dropped
+            "router_z_loss_coef": 0.0,
+            "offload_moments": False,  # Adam's moments in the host's memory
+        }
+    )
+    config.mesh = ml_collections.ConfigDict(
+        {"replica": 1, "fsdp": 1, "expert": 1, "sequence": 1, "tensor": 1}
+    )
     if preset == "smoke":
         config.steps = 30
         config.until_success, config.eval_every = 0.0, 0
@@ -85,13 +106,15 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     elif preset in PODS:
         _pod(config, preset)
     elif preset != "tiny":
-        raise ValueError(f"experiments/sft.py has no preset {preset!r}; there are tiny, smoke, {', '.join(PODS)}")
+        raise ValueError(
+            f"experiments/sft.py has no preset {preset!r}; there are tiny, smoke, {', '.join(PODS)}"
+        )
     return config
 
 
 def _pod(config: ml_collections.ConfigDict, preset: str) -> None:
     """Not run here: the same stage at the size that a pod trains."""
-    config.init_from = PODS[preset].checkpoint    # a directory with the checkpoint
+    config.init_from = PODS[preset].checkpoint  # a directory with the checkpoint
     config.model = preset
     config.tokenizer = PODS[preset].checkpoint
     config.steps = 1000

@@ -23,9 +23,17 @@ from ml_collections import config_flags
 
 from rome.train.xla_flags import environment_of
 
-_CONFIG = config_flags.DEFINE_config_file("config", "experiments/ipa.py:qwen3_30b_a3b", "An experiment file, with :PRESET after it where it has several.")
-_TOPOLOGY = flags.DEFINE_string("topology", "v5p:4x4x4", "CHIP:SHAPE of a slice (v5e, v5p, v6e, tpu7x), or CHIP:SHAPE*SLICES.")
-_LAYERS = flags.DEFINE_integer("layers", 0, "Compile this many layers instead of the model's: quicker, for looking around.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    "experiments/ipa.py:qwen3_30b_a3b",
+    "An experiment file, with :PRESET after it where it has several.",
+)
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", "v5p:4x4x4", "CHIP:SHAPE of a slice (v5e, v5p, v6e, tpu7x), or CHIP:SHAPE*SLICES."
+)
+_LAYERS = flags.DEFINE_integer(
+    "layers", 0, "Compile this many layers instead of the model's: quicker, for looking around."
+)
 _JSON = flags.DEFINE_string("json", "", "Write the figures here.")
 _SAVE = flags.DEFINE_string("save", "", "Keep the executables in this directory.")
 
@@ -43,15 +51,25 @@ def topology_devices(topology: str) -> list[Any]:
 
     name, _, slices = topology.partition("*")
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **({"num_slices": int(slices)} if slices else {})).devices)
+        return list(
+            topologies.get_topology_desc(
+                platform="tpu",
+                topology_name=name,
+                **({"num_slices": int(slices)} if slices else {}),
+            ).devices
+        )
     except Exception as error:  # libtpu raises whatever it likes
         import jax
 
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"no topology {topology!r}: {reason}. It takes libtpu (pip install 'jax[tpu]=={jax.__version__}') and a shape that exists, such as v5p:4x4x4.") from error
+        raise ValueError(
+            f"no topology {topology!r}: {reason}. It takes libtpu (pip install 'jax[tpu]=={jax.__version__}') and a shape that exists, such as v5p:4x4x4."
+        ) from error
 
 
-def compile_programs(learner, batch, chip, only: tuple[str, ...] | None = None) -> tuple[dict, dict]:
+def compile_programs(
+    learner, batch, chip, only: tuple[str, ...] | None = None
+) -> tuple[dict, dict]:
     """name -> Program, and name -> the executable of each that fits."""
     import jax
 
@@ -69,9 +87,19 @@ def compile_programs(learner, batch, chip, only: tuple[str, ...] | None = None) 
         try:
             executables[name] = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            programs[name] = too_large(name, error, time.monotonic() - began, state_bytes(learner.state))
+            programs[name] = too_large(
+                name, error, time.monotonic() - began, state_bytes(learner.state)
+            )
             continue
-        programs[name] = measure(name, executables[name], time.monotonic() - began, learner.mesh, chip, grouped_rows(learner, batch), score_share)
+        programs[name] = measure(
+            name,
+            executables[name],
+            time.monotonic() - began,
+            learner.mesh,
+            chip,
+            grouped_rows(learner, batch),
+            score_share,
+        )
     return programs, executables
 
 
@@ -83,11 +111,24 @@ def batch_shapes(config, model_config):
     from rome.data.routes import route_dtype
 
     rows = config.rows_per_microbatch
-    empty = pack([], row_length=config.row_length, chunks_per_row=config.chunks_per_row, gamma=1.0, failure_reward=0.0)
-    batch = jax.tree.map(lambda field: jax.ShapeDtypeStruct((rows, *field.shape[1:]), field.dtype), empty)
+    empty = pack(
+        [],
+        row_length=config.row_length,
+        chunks_per_row=config.chunks_per_row,
+        gamma=1.0,
+        failure_reward=0.0,
+    )
+    batch = jax.tree.map(
+        lambda field: jax.ShapeDtypeStruct((rows, *field.shape[1:]), field.dtype), empty
+    )
     if config.get("routing_replay", "off") == "off":
         return batch
-    return batch._replace(routes_BTLk=jax.ShapeDtypeStruct((rows, config.row_length, model_config.num_layers, model_config.experts_per_token), route_dtype(model_config)))
+    return batch._replace(
+        routes_BTLk=jax.ShapeDtypeStruct(
+            (rows, config.row_length, model_config.num_layers, model_config.experts_per_token),
+            route_dtype(model_config),
+        )
+    )
 
 
 def grouped_rows(learner, batch) -> float:
@@ -96,7 +137,11 @@ def grouped_rows(learner, batch) -> float:
     from rome.model.ops.expert_exchange import chunks_of
 
     tokens = batch.tokens_BT.size // learner.mesh.size * learner.mesh.shape["tensor"]
-    parts = chunks_of(tokens) if learner.chosen_kernels.exchange == "all_to_all" else learner.mesh.shape["expert"]
+    parts = (
+        chunks_of(tokens)
+        if learner.chosen_kernels.exchange == "all_to_all"
+        else learner.mesh.shape["expert"]
+    )
     return tokens * learner.model_config.experts_per_token / parts
 
 
@@ -117,17 +162,37 @@ def compile_experiment(config, topology: str, layers: int = 0) -> tuple[dict[str
     devices = topology_devices(topology)
     mesh = config.mesh.to_dict()
     if math.prod(mesh.values()) != len(devices):
-        raise ConfigError(f"mesh ({', '.join(f'{axis}={size}' for axis, size in mesh.items())}) has {math.prod(mesh.values())} devices, {topology} has {len(devices)}. Change --config.mesh.")
+        raise ConfigError(
+            f"mesh ({', '.join(f'{axis}={size}' for axis, size in mesh.items())}) has {math.prod(mesh.values())} devices, {topology} has {len(devices)}. Change --config.mesh."
+        )
     check_mesh(model_config, mesh, batch=config.rows_per_microbatch, length=config.row_length)
     learner = make_learner(config, model_config, devices)
     batch = batch_shapes(config, model_config)
     scored = config.get("old") == "trainer"
-    programs, executables = compile_programs(learner, batch, chip, None if scored else ("accumulate", "apply"))
+    programs, executables = compile_programs(
+        learner, batch, chip, None if scored else ("accumulate", "apply")
+    )
     found = {
-        "experiment": config.experiment, "model": config.model, "layers": model_config.num_layers, "topology": topology, "devices": len(devices), "mesh": mesh,
-        "row_length": config.row_length, "rows_per_microbatch": config.rows_per_microbatch, "remat": model_config.remat, "jax": jax.__version__,
+        "experiment": config.experiment,
+        "model": config.model,
+        "layers": model_config.num_layers,
+        "topology": topology,
+        "devices": len(devices),
+        "mesh": mesh,
+        "row_length": config.row_length,
+        "rows_per_microbatch": config.rows_per_microbatch,
+        "remat": model_config.remat,
+        "jax": jax.__version__,
     }
-    return found | report(programs, state_bytes(learner.state), chip, config=model_config, mesh=mesh, rows=config.rows_per_microbatch, length=config.row_length), executables
+    return found | report(
+        programs,
+        state_bytes(learner.state),
+        chip,
+        config=model_config,
+        mesh=mesh,
+        rows=config.rows_per_microbatch,
+        length=config.row_length,
+    ), executables
 
 
 def save_programs(directory: pathlib.Path, executables: dict, topology: str) -> None:
@@ -137,8 +202,12 @@ def save_programs(directory: pathlib.Path, executables: dict, topology: str) -> 
 
     directory.mkdir(parents=True, exist_ok=True)
     for name, executable in executables.items():
-        (directory / f"{name}.pickle").write_bytes(pickle.dumps(serialize_executable.serialize(executable)))
-    (directory / "README.txt").write_text(SAVE_NOTE.format(topology=topology, jax=jax.__version__, path=directory))
+        (directory / f"{name}.pickle").write_bytes(
+            pickle.dumps(serialize_executable.serialize(executable))
+        )
+    (directory / "README.txt").write_text(
+        SAVE_NOTE.format(topology=topology, jax=jax.__version__, path=directory)
+    )
 
 
 def load_programs(directory: str | pathlib.Path) -> dict[str, Any]:
@@ -147,22 +216,33 @@ def load_programs(directory: str | pathlib.Path) -> dict[str, Any]:
 
     paths = sorted(pathlib.Path(directory).glob("*.pickle"))
     if not paths:
-        raise ValueError(f"{directory} holds no executables; make them with launch.compile --save={directory}")
-    return {path.stem: serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes())) for path in paths}
+        raise ValueError(
+            f"{directory} holds no executables; make them with launch.compile --save={directory}"
+        )
+    return {
+        path.stem: serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()))
+        for path in paths
+    }
 
 
 def show(found: dict[str, Any]) -> None:
     """The report for a reader."""
     gib = lambda size: f"{size / 2**30:8.2f} GiB"
     mesh = " ".join(f"{axis}={size}" for axis, size in found["mesh"].items() if size > 1)
-    print(f"{found['experiment']} of {found['model']} ({found['layers']} layers) on {found['topology']}: {found['devices']} devices, {mesh}; "
-          f"{found['rows_per_microbatch']} rows of {found['row_length']} tokens a micro-batch")
+    print(
+        f"{found['experiment']} of {found['model']} ({found['layers']} layers) on {found['topology']}: {found['devices']} devices, {mesh}; "
+        f"{found['rows_per_microbatch']} rows of {found['row_length']} tokens a micro-batch"
+    )
     verdict = "fits" if found["fits"] else "DOES NOT FIT"
-    print(f"\nbytes a device{gib(found['bytes_per_device'])} of{gib(found['usable_bytes'])}: {verdict} (peak in {found['peak_program']})")
+    print(
+        f"\nbytes a device{gib(found['bytes_per_device'])} of{gib(found['usable_bytes'])}: {verdict} (peak in {found['peak_program']})"
+    )
     for kind, size in found["bytes"].items():
         print(f"  {kind:<12}{gib(size)}")
     for name, program in found["programs"].items():
-        print(f"  program {name:<11}{gib(program['peak_bytes'])}, temporaries{gib(program['temporary_bytes'])}, compiled in {program['compile_seconds']:.0f} s")
+        print(
+            f"  program {name:<11}{gib(program['peak_bytes'])}, temporaries{gib(program['temporary_bytes'])}, compiled in {program['compile_seconds']:.0f} s"
+        )
     if "seconds" in found:
         _show_speed(found)
     for line in found["advice"]:
@@ -172,13 +252,19 @@ def show(found: dict[str, Any]) -> None:
 
 def _show_speed(found: dict[str, Any]) -> None:
     seconds = found["seconds"]
-    print(f"\none micro-batch, one device (a bound: no latency, every rate at its peak)\n"
-          f"  compute     {seconds['compute']:9.4f} s  {found['flops'] / 1e12:.1f} TFLOP, of which the model's own {found['model_flops'] / 1e12:.1f}\n"
-          f"  HBM         {seconds['memory']:9.4f} s  {found['hbm_bytes'] / 2**30:.1f} GiB (estimate)\n"
-          f"  collectives {seconds['collectives']:9.4f} s  {found['collective_bytes'] / 2**30:.1f} GiB sent")
+    print(
+        f"\none micro-batch, one device (a bound: no latency, every rate at its peak)\n"
+        f"  compute     {seconds['compute']:9.4f} s  {found['flops'] / 1e12:.1f} TFLOP, of which the model's own {found['model_flops'] / 1e12:.1f}\n"
+        f"  HBM         {seconds['memory']:9.4f} s  {found['hbm_bytes'] / 2**30:.1f} GiB (estimate)\n"
+        f"  collectives {seconds['collectives']:9.4f} s  {found['collective_bytes'] / 2**30:.1f} GiB sent"
+    )
     for one in found["collectives"][:8]:
-        print(f"    {one['kind']:<20}{one['axes']:<16}{one['seconds']:9.4f} s {one['bytes'] / 2**30:8.2f} GiB in {one['runs']:6.0f} runs  {one['largest'][-60:]}")
-    print(f"  MFU bound   {100 * found['roofline_mfu']:.1f} % where collectives hide behind compute, {100 * found['roofline_mfu_serial']:.1f} % where none does")
+        print(
+            f"    {one['kind']:<20}{one['axes']:<16}{one['seconds']:9.4f} s {one['bytes'] / 2**30:8.2f} GiB in {one['runs']:6.0f} runs  {one['largest'][-60:]}"
+        )
+    print(
+        f"  MFU bound   {100 * found['roofline_mfu']:.1f} % where collectives hide behind compute, {100 * found['roofline_mfu_serial']:.1f} % where none does"
+    )
     if found["kernels_not_counted"]:
         print(f"  kernels whose FLOPs are not counted: {', '.join(found['kernels_not_counted'])}")
     print("  largest arrays:")
@@ -192,8 +278,12 @@ def gib_of(size: float) -> str:
 
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
-        raise ValueError(f"argument {argv[1]!r} is not understood; flags look like --config.key=value")
-    os.environ.update(environment_of(_TOPOLOGY.value.partition(":")[0], os.environ))  # the flags that a run on this chip has; JAX is not imported yet
+        raise ValueError(
+            f"argument {argv[1]!r} is not understood; flags look like --config.key=value"
+        )
+    os.environ.update(
+        environment_of(_TOPOLOGY.value.partition(":")[0], os.environ)
+    )  # the flags that a run on this chip has; JAX is not imported yet
     found, executables = compile_experiment(_CONFIG.value, _TOPOLOGY.value, _LAYERS.value)
     show(found)
     if _JSON.value:

@@ -26,15 +26,35 @@ from absl import app, flags, logging
 if TYPE_CHECKING:
     from rome.model.config import ModelConfig
 
-_INPUT = flags.DEFINE_string("input", None, "A Hugging Face directory, a training workdir, or the checkpoints/ of one.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "The directory to make. It must not exist yet, or be empty.", required=True)
-_TO = flags.DEFINE_enum("to", None, ["hf", "orbax"], "The form to write. Default: the one that the input does not have.")
-_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "The type to write. Default: the input's own.")
-_STEP = flags.DEFINE_integer("step", None, "Which training checkpoint to take. Default: the newest.", lower_bound=0)
+_INPUT = flags.DEFINE_string(
+    "input",
+    None,
+    "A Hugging Face directory, a training workdir, or the checkpoints/ of one.",
+    required=True,
+)
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "The directory to make. It must not exist yet, or be empty.", required=True
+)
+_TO = flags.DEFINE_enum(
+    "to", None, ["hf", "orbax"], "The form to write. Default: the one that the input does not have."
+)
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "The type to write. Default: the input's own."
+)
+_STEP = flags.DEFINE_integer(
+    "step", None, "Which training checkpoint to take. Default: the newest.", lower_bound=0
+)
 
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "qwen.tiktoken",
-    "chat_template.jinja", "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "qwen.tiktoken",
+    "chat_template.jinja",
+    "generation_config.json",
 )
 LINE_SECONDS = 5.0  # without a terminal, one line of progress in so many seconds
 
@@ -61,40 +81,67 @@ def find_source(directory: pathlib.Path, step: int | None) -> Source:
     from rome.train.parameters import saved_steps
 
     if not directory.is_dir():
-        raise FileNotFoundError(f"--input={directory} is not a directory; give a Hugging Face checkpoint or a training workdir")
+        raise FileNotFoundError(
+            f"--input={directory} is not a directory; give a Hugging Face checkpoint or a training workdir"
+        )
     if not (directory / "checkpoints").is_dir() and (directory / "config.json").exists():
         if step is not None:
-            raise ValueError(f"--step={step}, but {directory} is a Hugging Face checkpoint and has no steps; leave it out")
+            raise ValueError(
+                f"--step={step}, but {directory} is a Hugging Face checkpoint and has no steps; leave it out"
+            )
         spelled = read_json(directory / "config.json")
         if "experiment" in spelled:
-            raise FileNotFoundError(f"{directory} is the workdir of a run without checkpoints; let it train to its first one")
+            raise FileNotFoundError(
+                f"{directory} is the workdir of a run without checkpoints; let it train to its first one"
+            )
         return Source(directory, None, 0, spelled, ModelConfig.from_hf(spelled), directory)
     checkpoints = directory if directory.name == "checkpoints" else directory / "checkpoints"
     steps = saved_steps(checkpoints) if checkpoints.is_dir() else []
     if not steps:
-        raise FileNotFoundError(f"{directory} holds neither a Hugging Face checkpoint (config.json) nor a training checkpoint (checkpoints/STEP)")
+        raise FileNotFoundError(
+            f"{directory} holds neither a Hugging Face checkpoint (config.json) nor a training checkpoint (checkpoints/STEP)"
+        )
     if step is not None and step not in steps:
-        raise ValueError(f"--step={step} is not in {checkpoints}, which holds {', '.join(map(str, steps))}; choose one of them")
+        raise ValueError(
+            f"--step={step} is not in {checkpoints}, which holds {', '.join(map(str, steps))}; choose one of them"
+        )
     workdir = checkpoints.absolute().parent
     spelled, tokenizer = _model_of(read_json(workdir / "config.json"), workdir)
-    return Source(directory, checkpoints, steps[-1] if step is None else step, spelled, ModelConfig.from_hf(spelled), tokenizer)
+    return Source(
+        directory,
+        checkpoints,
+        steps[-1] if step is None else step,
+        spelled,
+        ModelConfig.from_hf(spelled),
+        tokenizer,
+    )
 
 
-def _model_of(document: dict[str, Any], workdir: pathlib.Path) -> tuple[dict[str, Any], pathlib.Path]:
+def _model_of(
+    document: dict[str, Any], workdir: pathlib.Path
+) -> tuple[dict[str, Any], pathlib.Path]:
     """config.json for Hugging Face and the tokenizer of what trained in `workdir`, whose own config.json is `document`."""
     from rome.model.config import PRESETS
     from rome.model.tokenizer import Tokenizer
 
-    if "experiment" not in document:  # converted from a Hugging Face checkpoint: its config.json came along
+    if (
+        "experiment" not in document
+    ):  # converted from a Hugging Face checkpoint: its config.json came along
         return document, workdir
     if document.get("model") not in PRESETS:
-        raise ValueError(f"{workdir / 'config.json'} has model={document.get('model')!r}; known are {', '.join(PRESETS)}")
+        raise ValueError(
+            f"{workdir / 'config.json'} has model={document.get('model')!r}; known are {', '.join(PRESETS)}"
+        )
     tokenizer = Tokenizer.load(document["tokenizer"])
-    config = dataclasses.replace(PRESETS[document["model"]], eos_token_id=tokenizer.im_end, pad_token_id=tokenizer.pad)
+    config = dataclasses.replace(
+        PRESETS[document["model"]], eos_token_id=tokenizer.im_end, pad_token_id=tokenizer.pad
+    )
     return config.to_hf(), pathlib.Path(document["tokenizer"])
 
 
-def write_hf(source: Source, directory: pathlib.Path, dtype: str | None, progress: Callable[[int, int], None]) -> None:
+def write_hf(
+    source: Source, directory: pathlib.Path, dtype: str | None, progress: Callable[[int, int], None]
+) -> None:
     """Streams the source's tensors into a Hugging Face checkpoint."""
     from rome.model.hf.checkpoint import open_checkpoint, write_checkpoint
     from rome.model.hf.files import CheckpointWriter, file_dtype
@@ -115,7 +162,9 @@ def write_hf(source: Source, directory: pathlib.Path, dtype: str | None, progres
         write_checkpoint(CheckpointWriter(directory, shapes, dtype), blocks, spelled, progress)
 
 
-def write_orbax(source: Source, directory: pathlib.Path, dtype: str | None, progress: Callable[[int, int], None]) -> None:
+def write_orbax(
+    source: Source, directory: pathlib.Path, dtype: str | None, progress: Callable[[int, int], None]
+) -> None:
     """Loads the source onto the devices that are there, split as far as they divide the model, and writes parameters only."""
     import jax
     import jax.numpy as jnp
@@ -125,10 +174,16 @@ def write_orbax(source: Source, directory: pathlib.Path, dtype: str | None, prog
     from rome.model.sharding import make_mesh, param_shardings
     from rome.train.parameters import StoredParameters, save_parameters
 
-    devices = max(count for count in range(1, jax.device_count() + 1) if source.model.hidden_size % count == 0)
+    devices = max(
+        count for count in range(1, jax.device_count() + 1) if source.model.hidden_size % count == 0
+    )
     shardings = param_shardings(make_mesh({"fsdp": devices}), source.model)
     if source.checkpoints is None:
-        own = open_checkpoint(source.directory, source.model).tensors["model.embed_tokens.weight"].dtype
+        own = (
+            open_checkpoint(source.directory, source.model)
+            .tensors["model.embed_tokens.weight"]
+            .dtype
+        )
         _check_room(source.model, jnp.dtype(dtype or own), directory)
         params, _ = load_hf(source.directory, jnp.dtype(dtype or own), shardings, progress=progress)
     else:
@@ -136,7 +191,9 @@ def write_orbax(source: Source, directory: pathlib.Path, dtype: str | None, prog
         _check_room(source.model, jnp.dtype(dtype or stored.dtype), directory)
         params = stored.restore(shardings, jnp.dtype(dtype or stored.dtype))
     save_parameters(directory / "checkpoints", params)
-    write_json(directory / "config.json", source.hf_config | {"dtype": str(params["norm"]["scale"].dtype)})
+    write_json(
+        directory / "config.json", source.hf_config | {"dtype": str(params["norm"]["scale"].dtype)}
+    )
 
 
 def _check_room(model: ModelConfig, dtype: Any, directory: pathlib.Path) -> None:
@@ -151,10 +208,16 @@ def _check_room(model: ModelConfig, dtype: Any, directory: pathlib.Path) -> None
     meminfo = pathlib.Path("/proc/meminfo")
     if jax.default_backend() != "cpu" or not meminfo.exists():
         return
-    free = next(int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+    free = next(
+        int(line.split()[1]) * 1024
+        for line in meminfo.read_text().splitlines()
+        if line.startswith("MemAvailable")
+    )
     if needed > free:
-        raise ValueError(f"the parameters take {needed / 1e9:.1f} GB as {dtype.name}, and {free / 1e9:.1f} GB of memory are free; "
-                         "run it where there is more, or on accelerators (JAX_PLATFORMS)")
+        raise ValueError(
+            f"the parameters take {needed / 1e9:.1f} GB as {dtype.name}, and {free / 1e9:.1f} GB of memory are free; "
+            "run it where there is more, or on accelerators (JAX_PLATFORMS)"
+        )
 
 
 class ProgressBar:
@@ -162,13 +225,26 @@ class ProgressBar:
 
     def __init__(self, label: str) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
 
         self._label, self._started, self._said = label, time.monotonic(), time.monotonic()
         console = Console(highlight=False)
         self._bar = None
         if console.is_terminal and not console.is_dumb_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+            )
             self._bar = Progress(*columns, console=console)
             self._task = self._bar.add_task(label, total=None)
 
@@ -191,10 +267,19 @@ class ProgressBar:
         self._said = now
         rate = done / max(now - self._started, 1e-9)
         left = f", {(total - done) / rate:.0f} s left" if done < total else ""
-        print(f"{self._label} {done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s{left}", flush=True)
+        print(
+            f"{self._label} {done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s{left}",
+            flush=True,
+        )
 
 
-def convert(directory: pathlib.Path, output: pathlib.Path, to: str | None, dtype: str | None, step: int | None) -> str:
+def convert(
+    directory: pathlib.Path,
+    output: pathlib.Path,
+    to: str | None,
+    dtype: str | None,
+    step: int | None,
+) -> str:
     """Makes `output`, whole or not at all, and returns what to say about it."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"--output={output} exists already; give another, or remove it")
@@ -215,7 +300,11 @@ def convert(directory: pathlib.Path, output: pathlib.Path, to: str | None, dtype
         raise
     what = "Hugging Face checkpoint" if to == "hf" else "orbax checkpoint of the parameters"
     taken = "" if source.checkpoints is None else f" of step {source.step}"
-    return f"{output}: {what}{taken}, with {', '.join(copied)}" if copied else f"{output}: {what}{taken}; the input has no tokenizer to copy"
+    return (
+        f"{output}: {what}{taken}, with {', '.join(copied)}"
+        if copied
+        else f"{output}: {what}{taken}; the input has no tokenizer to copy"
+    )
 
 
 def copy_tokenizer(source: pathlib.Path, directory: pathlib.Path) -> list[str]:
@@ -230,7 +319,16 @@ def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise ValueError(f"argument {argv[1]!r} is not understood; flags look like --input=DIR")
     logging.set_verbosity(logging.WARNING)  # orbax narrates
-    print(convert(pathlib.Path(_INPUT.value), pathlib.Path(_OUTPUT.value), _TO.value, _DTYPE.value, _STEP.value), flush=True)
+    print(
+        convert(
+            pathlib.Path(_INPUT.value),
+            pathlib.Path(_OUTPUT.value),
+            _TO.value,
+            _DTYPE.value,
+            _STEP.value,
+        ),
+        flush=True,
+    )
     return 0
 
 

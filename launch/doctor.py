@@ -41,14 +41,29 @@ class Finding(NamedTuple):
 
 def findings() -> Iterator[Finding]:
     """One after the other, as they are found."""
-    for check in (_packages, _devices, _tokenizer, *(lambda tier=tier: _tier(tier) for tier in TIERS), _choice, _cgroups, _forks, _docker, _episode):
+    for check in (
+        _packages,
+        _devices,
+        _tokenizer,
+        *(lambda tier=tier: _tier(tier) for tier in TIERS),
+        _choice,
+        _cgroups,
+        _forks,
+        _docker,
+        _episode,
+    ):
         yield check()
 
 
 def _packages() -> Finding:
     missing = [name for name in PACKAGES if not _version(name)]
     versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES if name not in missing)
-    return Finding("packages", not missing, f"Python {platform.python_version()}; {versions}", f"missing: {', '.join(missing)}; `make environment` installs them" if missing else "")
+    return Finding(
+        "packages",
+        not missing,
+        f"Python {platform.python_version()}; {versions}",
+        f"missing: {', '.join(missing)}; `make environment` installs them" if missing else "",
+    )
 
 
 def _version(package: str) -> str:
@@ -61,17 +76,42 @@ def _version(package: str) -> str:
 def _devices() -> Finding:
     """In a process of its own: a chip that is looked at is held. The engine's module is imported there too."""
     program = "import jax, rome.serve.server; print(jax.default_backend(), len(jax.devices()), jax.devices()[0].device_kind)"
-    chips = [kind for kind, pattern in (("GPU", "/dev/nvidia[0-9]*"), ("TPU", "/dev/accel*")) if glob.glob(pattern)]
+    chips = [
+        kind
+        for kind, pattern in (("GPU", "/dev/nvidia[0-9]*"), ("TPU", "/dev/accel*"))
+        if glob.glob(pattern)
+    ]
     try:
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=4 * SECONDS)
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=4 * SECONDS
+        )
     except subprocess.TimeoutExpired:
-        return Finding("accelerator, engine", False, f"JAX found no device within {4 * SECONDS:.0f} s", "is another process holding the chip?")
+        return Finding(
+            "accelerator, engine",
+            False,
+            f"JAX found no device within {4 * SECONDS:.0f} s",
+            "is another process holding the chip?",
+        )
     if done.returncode:
-        return Finding("accelerator, engine", False, (done.stderr.strip().splitlines() or ["it ended without a word"])[-1], "the environment is damaged: `make clean environment`")
+        return Finding(
+            "accelerator, engine",
+            False,
+            (done.stderr.strip().splitlines() or ["it ended without a word"])[-1],
+            "the environment is damaged: `make clean environment`",
+        )
     backend, count, kind = done.stdout.split(maxsplit=2)
     unused = chips if backend == "cpu" else []
-    remedy = f"there is a {unused[0]}, and this JAX has no backend for it: `make clean`, then `make environment ACCELERATOR={'cuda' if unused[0] == 'GPU' else 'tpu'}`" if unused else ""
-    return Finding("accelerator, engine", not unused, f"{count} {backend} device{'s' if count != '1' else ''} ({kind.strip()}); the embedded engine runs there too", remedy)
+    remedy = (
+        f"there is a {unused[0]}, and this JAX has no backend for it: `make clean`, then `make environment ACCELERATOR={'cuda' if unused[0] == 'GPU' else 'tpu'}`"
+        if unused
+        else ""
+    )
+    return Finding(
+        "accelerator, engine",
+        not unused,
+        f"{count} {backend} device{'s' if count != '1' else ''} ({kind.strip()}); the embedded engine runs there too",
+        remedy,
+    )
 
 
 def _tokenizer() -> Finding:
@@ -80,15 +120,28 @@ def _tokenizer() -> Finding:
     tokenizer = Tokenizer.load(TINY)
     text = "ls -la <|im_end|> naïve"
     works = tokenizer.decode(tokenizer.encode(text)) == text
-    return Finding("tokenizer", works, f"{tokenizer.vocab_size} tokens, text comes back as it went in" if works else "a text does not come back", "" if works else "the package tokenizers is damaged: `make clean environment`")
+    return Finding(
+        "tokenizer",
+        works,
+        f"{tokenizer.vocab_size} tokens, text comes back as it went in"
+        if works
+        else "a text does not come back",
+        "" if works else "the package tokenizers is damaged: `make clean environment`",
+    )
 
 
 def _tier(tier: str) -> Finding:
     report = probe(tier=tier)
     if report.tier is None:
-        return Finding(f"sandbox tier {tier}", False, report.missing[0].reason, report.missing[0].remedy)
-    lacks = [item for item in report.missing if tier != "landlock" or item.guarantee in ("memory", "cpu")]
-    says = f"enforces {', '.join(sorted(report.guarantees))}" + (f"; not {', '.join(item.guarantee for item in report.missing)}" if report.missing else "")
+        return Finding(
+            f"sandbox tier {tier}", False, report.missing[0].reason, report.missing[0].remedy
+        )
+    lacks = [
+        item for item in report.missing if tier != "landlock" or item.guarantee in ("memory", "cpu")
+    ]
+    says = f"enforces {', '.join(sorted(report.guarantees))}" + (
+        f"; not {', '.join(item.guarantee for item in report.missing)}" if report.missing else ""
+    )
     return Finding(f"sandbox tier {tier}", True, says, lacks[0].remedy if lacks else "")
 
 
@@ -96,24 +149,44 @@ def _choice() -> Finding:
     """What a sandbox that asks for nothing special is here."""
     report = probe("best_available")
     if report.tier is None:
-        return Finding("sandboxes", False, "none of the embedded backend; backend='docker' or 'remote' may do", report.missing[0].remedy)
+        return Finding(
+            "sandboxes",
+            False,
+            "none of the embedded backend; backend='docker' or 'remote' may do",
+            report.missing[0].remedy,
+        )
     try:
         report.require("required")
     except SandboxError:
         lost = ", ".join(item.guarantee for item in report.missing)
-        return Finding("sandboxes", True, f"the embedded backend's tier {report.tier}, and only under isolation='best_available': not enforced are {lost}", report.missing[0].remedy)
-    return Finding("sandboxes", True, f"the embedded backend's tier {report.tier}; isolation='required' can be had")
+        return Finding(
+            "sandboxes",
+            True,
+            f"the embedded backend's tier {report.tier}, and only under isolation='best_available': not enforced are {lost}",
+            report.missing[0].remedy,
+        )
+    return Finding(
+        "sandboxes",
+        True,
+        f"the embedded backend's tier {report.tier}; isolation='required' can be had",
+    )
 
 
 def _cgroups() -> Finding:
     place, reason = cgroups.find()
     if place is None:
-        return Finding("cgroups", False, reason, "run as root, or as an ordinary user under `systemd-run --user --scope`")
+        return Finding(
+            "cgroups",
+            False,
+            reason,
+            "run as root, or as an ordinary user under `systemd-run --user --scope`",
+        )
     return Finding("cgroups", True, f"version {place.version}: {', '.join(sorted(place.parents))}")
 
 
 def _forks() -> Finding:
     """Whether a sandbox that starts from a snapshot lies over it or copies it."""
+
     async def fork() -> tuple[str, str]:
         config = SandboxConfig(isolation="best_available")
         async with Sandbox(config) as first:
@@ -130,14 +203,26 @@ def _forks() -> Finding:
     except (SandboxError, asyncio.TimeoutError) as error:
         return Finding("snapshots", False, str(error) or "no answer", "see the sandbox tiers above")
     over = any(" /workspace " in line and " overlay " in line for line in mounts.splitlines())
-    return Finding("snapshots", kept == "kept\n", "a fork lies over its snapshot, copy-on-write" if over else "a fork copies its snapshot", "" if over else "copy-on-write takes the namespaces tier and Linux 6.6")
+    return Finding(
+        "snapshots",
+        kept == "kept\n",
+        "a fork lies over its snapshot, copy-on-write" if over else "a fork copies its snapshot",
+        "" if over else "copy-on-write takes the namespaces tier and Linux 6.6",
+    )
 
 
 def _docker() -> Finding:
     report = probe_docker()
     if report.tier is None:
-        return Finding("Docker", False, f"{report.missing[0].reason}; only backend='docker' needs it", report.missing[0].remedy)
-    says = f"enforces {', '.join(sorted(report.guarantees))}" + (f"; not {', '.join(item.guarantee for item in report.missing)}" if report.missing else "")
+        return Finding(
+            "Docker",
+            False,
+            f"{report.missing[0].reason}; only backend='docker' needs it",
+            report.missing[0].remedy,
+        )
+    says = f"enforces {', '.join(sorted(report.guarantees))}" + (
+        f"; not {', '.join(item.guarantee for item in report.missing)}" if report.missing else ""
+    )
     return Finding("Docker", True, says, report.missing[0].remedy if report.missing else "")
 
 
@@ -147,10 +232,20 @@ def _episode() -> Finding:
     try:
         played = asyncio.run(asyncio.wait_for(run_expert(env, random.Random(0), 0.0), SECONDS))
     except (SandboxError, OSError, asyncio.TimeoutError) as error:
-        return Finding("an episode", False, str(error) or f"it did not end within {SECONDS:.0f} s", "`python -m launch.doctor` says what is missing")
+        return Finding(
+            "an episode",
+            False,
+            str(error) or f"it did not end within {SECONDS:.0f} s",
+            "`python -m launch.doctor` says what is missing",
+        )
     works = played.ending == "success"
     last = played.turns[-1].observation if played.turns else "no turn was played"
-    return Finding("an episode", works, f"the expert of {played.task} ended as {played.ending}" + ("" if works else f": {last}"), "" if works else "`python -m launch.doctor` says what is missing")
+    return Finding(
+        "an episode",
+        works,
+        f"the expert of {played.task} ended as {played.ending}" + ("" if works else f": {last}"),
+        "" if works else "`python -m launch.doctor` says what is missing",
+    )
 
 
 def show(found: list[Finding]) -> None:
@@ -159,12 +254,20 @@ def show(found: list[Finding]) -> None:
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for finding in found:
-        table.add_row("[green]yes[/green]" if finding.works else "[yellow]no[/yellow]", finding.what, finding.says + (f"\n[bold]for more:[/bold] {finding.remedy}" if finding.remedy else ""))
+        table.add_row(
+            "[green]yes[/green]" if finding.works else "[yellow]no[/yellow]",
+            finding.what,
+            finding.says + (f"\n[bold]for more:[/bold] {finding.remedy}" if finding.remedy else ""),
+        )
     Console(highlight=False, soft_wrap=False).print(table)
 
 
-def main(argv: Sequence[str] | None = None, checks: Callable[[], Iterator[Finding]] = findings) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(
+    argv: Sequence[str] | None = None, checks: Callable[[], Iterator[Finding]] = findings
+) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=pathlib.Path)
     flags = parser.parse_args(argv)

@@ -30,15 +30,30 @@ def make_app(mirror: Mirror, source: pathlib.Path) -> web.Application:
             body = json.loads(await http.text())
             path, fresh = pathlib.Path(body["path"]).resolve(), bool(body.get("fresh"))
         except (ValueError, KeyError, TypeError) as error:
-            return web.json_response({"error": f"send {{\"path\": DIRECTORY}}, not this: {error!r}"}, status=400)
+            return web.json_response(
+                {"error": f'send {{"path": DIRECTORY}}, not this: {error!r}'}, status=400
+            )
         if path.parent != source:
-            return web.json_response({"error": f"{path} does not lie directly in --source {source}"}, status=403)
+            return web.json_response(
+                {"error": f"{path} does not lie directly in --source {source}"}, status=403
+            )
         async with one_at_a_time:
             try:
                 transfer = await asyncio.to_thread(mirror.fetch, path, fresh)
             except OSError as error:
-                return web.json_response({"error": f"{error}; is the trainer's storage mounted here, and is there room in {mirror.local}?"}, status=500)
-        logging.info("%s by %s: %d bytes in %.2f s", transfer.path.name, transfer.way, transfer.bytes, transfer.seconds)
+                return web.json_response(
+                    {
+                        "error": f"{error}; is the trainer's storage mounted here, and is there room in {mirror.local}?"
+                    },
+                    status=500,
+                )
+        logging.info(
+            "%s by %s: %d bytes in %.2f s",
+            transfer.path.name,
+            transfer.way,
+            transfer.bytes,
+            transfer.seconds,
+        )
         return web.json_response(dataclasses.asdict(transfer) | {"path": str(transfer.path)})
 
     app = web.Application()
@@ -47,15 +62,39 @@ def make_app(mirror: Mirror, source: pathlib.Path) -> web.Application:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="launch.mirror", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", required=True, type=pathlib.Path, help="the trainer's weights directory, as this host sees it")
-    parser.add_argument("--local", required=True, type=pathlib.Path, help="directory of the copies, on a fast disk that the engine can read")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; the trainer must reach it, others need not")
+    parser = argparse.ArgumentParser(
+        prog="launch.mirror",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--source",
+        required=True,
+        type=pathlib.Path,
+        help="the trainer's weights directory, as this host sees it",
+    )
+    parser.add_argument(
+        "--local",
+        required=True,
+        type=pathlib.Path,
+        help="directory of the copies, on a fast disk that the engine can read",
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; the trainer must reach it, others need not",
+    )
     parser.add_argument("--port", type=int, default=30100)
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
-    web.run_app(make_app(Mirror(arguments.local), arguments.source), host=arguments.host, port=arguments.port)
+    web.run_app(
+        make_app(Mirror(arguments.local), arguments.source),
+        host=arguments.host,
+        port=arguments.port,
+    )
 
 
 if __name__ == "__main__":

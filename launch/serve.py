@@ -24,27 +24,66 @@ from rome.engine.process import PORT_IN_USE
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="launch.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_path", "--model-path", required=True, help="directory with config.json and safetensors")
+    parser = argparse.ArgumentParser(
+        prog="launch.serve",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--model_path",
+        "--model-path",
+        required=True,
+        help="directory with config.json and safetensors",
+    )
     parser.add_argument("--port", type=int, default=30000, help="0 takes a free one and prints it")
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--api_key", "--api-key", help="asked for as a bearer token by every route but health")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights, cache and computation")
-    parser.add_argument("--skip_tokenizer_init", "--skip-tokenizer-init", action="store_true", help="ids in, ids out; no text and no stop strings")
-    parser.add_argument("--weight_version", "--weight-version", default="0", help="version of the weights that it starts with")
+    parser.add_argument(
+        "--api_key", "--api-key", help="asked for as a bearer token by every route but health"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of weights, cache and computation",
+    )
+    parser.add_argument(
+        "--skip_tokenizer_init",
+        "--skip-tokenizer-init",
+        action="store_true",
+        help="ids in, ids out; no text and no stop strings",
+    )
+    parser.add_argument(
+        "--weight_version",
+        "--weight-version",
+        default="0",
+        help="version of the weights that it starts with",
+    )
     parser.add_argument("--slots", type=int, default=64, help="sequences whose cache is kept")
-    parser.add_argument("--max_context", type=int, default=384, help="tokens of prompt and answer together")
+    parser.add_argument(
+        "--max_context", type=int, default=384, help="tokens of prompt and answer together"
+    )
     parser.add_argument("--prefill_rows", type=int, default=8, help="prompts prefilled at once")
-    parser.add_argument("--prefill_chunk", type=int, default=32, help="prompt tokens a row and call; prefixes are cached in such chunks")
+    parser.add_argument(
+        "--prefill_chunk",
+        type=int,
+        default=32,
+        help="prompt tokens a row and call; prefixes are cached in such chunks",
+    )
     parser.add_argument("--decode_rows", type=int, default=16, help="sequences decoded at once")
-    parser.add_argument("--decode_steps", type=int, default=4, help="tokens a request and decode call")
-    parser.add_argument("--parent_pid", type=int, help="end when the parent is not this process any more")
+    parser.add_argument(
+        "--decode_steps", type=int, default=4, help="tokens a request and decode call"
+    )
+    parser.add_argument(
+        "--parent_pid", type=int, help="end when the parent is not this process any more"
+    )
     return parser.parse_args(argv)
 
 
 def main() -> None:
     arguments = parse_arguments()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
     if arguments.parent_pid:
         threading.Thread(target=end_with_parent, args=(arguments.parent_pid,), daemon=True).start()
@@ -67,7 +106,10 @@ def listen(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
         listener.listen(1024)
     except OSError as error:
-        print(f"launch.serve: cannot listen on {host}:{port}: {error.strerror}. Choose another --port, or end who has it.", file=sys.stderr)
+        print(
+            f"launch.serve: cannot listen on {host}:{port}: {error.strerror}. Choose another --port, or end who has it.",
+            file=sys.stderr,
+        )
         sys.exit(PORT_IN_USE if error.errno == errno.EADDRINUSE else 1)
     return listener
 
@@ -77,12 +119,16 @@ def read_config(model_path: str) -> dict:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        sys.exit(f"launch.serve: cannot read {path} ({error}); --model_path must be a Hugging Face checkpoint directory")
+        sys.exit(
+            f"launch.serve: cannot read {path} ({error}); --model_path must be a Hugging Face checkpoint directory"
+        )
 
 
 async def serve(arguments: argparse.Namespace, listener: socket.socket) -> None:
     values = read_config(arguments.model_path)
-    from aiohttp import web  # after the port is taken: what follows imports JAX, which takes seconds
+    from aiohttp import (
+        web,
+    )  # after the port is taken: what follows imports JAX, which takes seconds
 
     from rome.model.config import ModelConfig
     from rome.model.tokenizer import Tokenizer
@@ -95,14 +141,27 @@ async def serve(arguments: argparse.Namespace, listener: socket.socket) -> None:
     try:
         config = ModelConfig.from_hf(values)
         tokenizer = None if arguments.skip_tokenizer_init else Tokenizer.load(arguments.model_path)
-        shapes = Shapes(arguments.slots, arguments.max_context, arguments.prefill_rows, arguments.prefill_chunk,
-                        min(arguments.decode_rows, arguments.slots), arguments.decode_steps)
+        shapes = Shapes(
+            arguments.slots,
+            arguments.max_context,
+            arguments.prefill_rows,
+            arguments.prefill_chunk,
+            min(arguments.decode_rows, arguments.slots),
+            arguments.decode_steps,
+        )
         if arguments.max_context > config.max_position:
-            raise ValueError(f"--max_context {arguments.max_context} exceeds the model's {config.max_position} positions")
+            raise ValueError(
+                f"--max_context {arguments.max_context} exceeds the model's {config.max_position} positions"
+            )
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"launch.serve: {error}")
     bounds = Bounds(config.vocab_size, arguments.max_context, config.eos_token_id)
-    scheduler = Scheduler(lambda: load_weights(arguments.model_path, arguments.dtype), shapes, tokenizer, arguments.weight_version)
+    scheduler = Scheduler(
+        lambda: load_weights(arguments.model_path, arguments.dtype),
+        shapes,
+        tokenizer,
+        arguments.weight_version,
+    )
     server = Server(scheduler, bounds, tokenizer, vars(arguments))
     runner = web.AppRunner(server.app(), handler_cancellation=True, shutdown_timeout=1.0)
     await runner.setup()

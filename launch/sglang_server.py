@@ -22,24 +22,61 @@ OLDEST = (0, 5, 9)  # rome.engine.client refuses older ones too
 def flags_of(arguments: argparse.Namespace) -> list[tuple[list[str], str]]:
     """What SGLang is given, and why."""
     flags = [
-        (["--model-path", arguments.model_path], "config, tokenizer and the first weights; publications replace the weights"),
+        (
+            ["--model-path", arguments.model_path],
+            "config, tokenizer and the first weights; publications replace the weights",
+        ),
         (["--host", arguments.host], "address to listen on"),
         (["--port", str(arguments.port)], "its URL's port"),
-        (["--tp-size", str(arguments.tensor_parallel)], "GPUs that one copy of the model is split over"),
-        (["--dtype", arguments.dtype], "of weights and computation; the trainer's probe tolerance depends on it"),
-        (["--weight-version", "0"], "versions are numbers here; SGLang's own first one is the word default"),
+        (
+            ["--tp-size", str(arguments.tensor_parallel)],
+            "GPUs that one copy of the model is split over",
+        ),
+        (
+            ["--dtype", arguments.dtype],
+            "of weights and computation; the trainer's probe tolerance depends on it",
+        ),
+        (
+            ["--weight-version", "0"],
+            "versions are numbers here; SGLang's own first one is the word default",
+        ),
         (["--skip-tokenizer-init"], "token ids in, token ids out: nothing is ever tokenised twice"),
-        (["--tokenizer-worker-num", "1"], "with several, a pause and an update may meet different ones"),
-        (["--sampling-defaults", "openai"], "the model's generation_config.json must not change the distribution that is trained on"),
-        (["--enable-return-routed-experts"], "each token's experts come back, for routing replay in the trainer"),
-        (["--mem-fraction-static", str(arguments.memory_fraction)], "of GPU memory for weights and cache; the rest is for activations and weight updates"),
-        (["--random-seed", str(arguments.seed)], "of requests without a seed of their own; the trainer's all have one"),
+        (
+            ["--tokenizer-worker-num", "1"],
+            "with several, a pause and an update may meet different ones",
+        ),
+        (
+            ["--sampling-defaults", "openai"],
+            "the model's generation_config.json must not change the distribution that is trained on",
+        ),
+        (
+            ["--enable-return-routed-experts"],
+            "each token's experts come back, for routing replay in the trainer",
+        ),
+        (
+            ["--mem-fraction-static", str(arguments.memory_fraction)],
+            "of GPU memory for weights and cache; the rest is for activations and weight updates",
+        ),
+        (
+            ["--random-seed", str(arguments.seed)],
+            "of requests without a seed of their own; the trainer's all have one",
+        ),
         (["--enable-metrics"], "/metrics for Prometheus: queue lengths, cache hits, throughput"),
     ]
     if arguments.deterministic:
-        flags.append((["--enable-deterministic-inference"], "batch-invariant kernels: a request's tokens depend on its seed, not on its neighbours; slower"))
+        flags.append(
+            (
+                ["--enable-deterministic-inference"],
+                "batch-invariant kernels: a request's tokens depend on its seed, not on its neighbours; slower",
+            )
+        )
     if arguments.memory_saver:
-        flags.append((["--enable-memory-saver"], "release_memory_occupation works: the trainer may have this GPU between rollouts"))
+        flags.append(
+            (
+                ["--enable-memory-saver"],
+                "release_memory_occupation works: the trainer may have this GPU between rollouts",
+            )
+        )
     return flags
 
 
@@ -56,8 +93,16 @@ def check_version() -> str | None:
 
 
 def main(argv: list[str]) -> int:
-    own, _, rest = (argv[:argv.index("--")], "--", argv[argv.index("--") + 1:]) if "--" in argv else (argv, "", [])
-    parser = argparse.ArgumentParser(prog="sglang_server", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    own, _, rest = (
+        (argv[: argv.index("--")], "--", argv[argv.index("--") + 1 :])
+        if "--" in argv
+        else (argv, "", [])
+    )
+    parser = argparse.ArgumentParser(
+        prog="sglang_server",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--model_path", required=True)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=30000)
@@ -67,10 +112,21 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--deterministic", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--memory_saver", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="print what would be run; SGLang need not be installed")
+    parser.add_argument(
+        "--dry-run",
+        "--dry_run",
+        action="store_true",
+        help="print what would be run; SGLang need not be installed",
+    )
     arguments = parser.parse_args(own)
     flags = flags_of(arguments)
-    command = [sys.executable, "-m", "sglang.launch_server", *(word for words, _ in flags for word in words), *rest]
+    command = [
+        sys.executable,
+        "-m",
+        "sglang.launch_server",
+        *(word for words, _ in flags for word in words),
+        *rest,
+    ]
     if arguments.dry_run:
         for words, reason in flags:
             print(f"{shlex.join(words):<44} {reason}")

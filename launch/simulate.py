@@ -16,15 +16,32 @@ import json
 import pathlib
 import sys
 
-from rome.rollout.simulator.simulate import Constant, Distribution, Lognormal, Plan, Recorded, agentic, speedup, with_train_share
+from rome.rollout.simulator.simulate import (
+    Constant,
+    Distribution,
+    Lognormal,
+    Plan,
+    Recorded,
+    agentic,
+    speedup,
+    with_train_share,
+)
 
 TRAIN_SHARE = 0.25
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="launch.simulate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="launch.simulate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--async_ratio", default="0,1,2,4", help="comma-separated")
-    parser.add_argument("--late", default="wait", help="wait, keep or drop: what happens to samples beyond the bound")
+    parser.add_argument(
+        "--late",
+        default="wait",
+        help="wait, keep or drop: what happens to samples beyond the bound",
+    )
     parser.add_argument("--latencies", type=pathlib.Path, help="recorded seconds, one a line")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes")
     parser.add_argument("--steps", type=int, default=100)
@@ -33,12 +50,21 @@ def main(argv: list[str] | None = None) -> int:
     flags = parser.parse_args(argv)
     try:
         plan = planned(flags.changes, flags.latencies, flags.late, flags.seed)
-        rows = [speedup(dataclasses.replace(plan, async_ratio=int(ratio)), steps=flags.steps, seed=flags.seed) for ratio in flags.async_ratio.split(",")]
+        rows = [
+            speedup(
+                dataclasses.replace(plan, async_ratio=int(ratio)),
+                steps=flags.steps,
+                seed=flags.seed,
+            )
+            for ratio in flags.async_ratio.split(",")
+        ]
     except (ValueError, OSError) as error:
         print(f"launch.simulate: {error}", file=sys.stderr)
         return 1
     print(f"train step {plan.train_s:.2f} s; bound of the speedup {rows[0].bound:.2f}")
-    print("async_ratio  s/step  trajectories/s  speedup  trainer waits  engines idle  open  short bias  staleness: trajectories")
+    print(
+        "async_ratio  s/step  trajectories/s  speedup  trainer waits  engines idle  open  short bias  staleness: trajectories"
+    )
     for ratio, row in zip(flags.async_ratio.split(","), rows):
         found = row.asynchronous
         print(
@@ -46,10 +72,20 @@ def main(argv: list[str] | None = None) -> int:
             f"  {found.open_episodes:4.0f}  {found.short_bias:10.1%}  {found.staleness} {found.dropped or ''}"
         )
     if flags.json:
-        flags.json.write_text(json.dumps([
-            {"async_ratio": int(ratio), "speedup": row.predicted, "bound": row.bound, **dataclasses.asdict(row.asynchronous)}
-            for ratio, row in zip(flags.async_ratio.split(","), rows)
-        ], indent=1))
+        flags.json.write_text(
+            json.dumps(
+                [
+                    {
+                        "async_ratio": int(ratio),
+                        "speedup": row.predicted,
+                        "bound": row.bound,
+                        **dataclasses.asdict(row.asynchronous),
+                    }
+                    for ratio, row in zip(flags.async_ratio.split(","), rows)
+                ],
+                indent=1,
+            )
+        )
     return 0
 
 
@@ -61,7 +97,15 @@ def planned(changes: list[str], latencies: pathlib.Path | None, late: str, seed:
         name, _, text = change.partition("=")
         if name not in kinds:
             raise ValueError(f"--set {change}: a plan has no {name!r}; it has {', '.join(kinds)}")
-        values[name] = _distribution(text) if kinds[name] == "Distribution" else int(text) if kinds[name] == "int" else float(text) if kinds[name] == "float" else text
+        values[name] = (
+            _distribution(text)
+            if kinds[name] == "Distribution"
+            else int(text)
+            if kinds[name] == "int"
+            else float(text)
+            if kinds[name] == "float"
+            else text
+        )
     if latencies is not None:
         values["latency"] = Recorded(tuple(map(float, latencies.read_text().split())))
     plan = dataclasses.replace(agentic(), **values)

@@ -19,11 +19,23 @@ from ml_collections import config_flags
 if TYPE_CHECKING:
     from envs.rock import SandboxConfig
 
-_CONFIG = config_flags.DEFINE_config_file("config", "experiments/ipa.py", "An experiment file, with :PRESET after it where it has several.")
-_WORKDIR = flags.DEFINE_string("workdir", "", "Where the run lives. Default: runs/EXPERIMENT-PRESET-HASH OF THE CONFIG.")
-_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where several processes are started by hand.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", -1, "How many processes train together. SLURM and TPU pods say it themselves.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Which of them this is: 0 to num_processes - 1.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    "experiments/ipa.py",
+    "An experiment file, with :PRESET after it where it has several.",
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", "", "Where the run lives. Default: runs/EXPERIMENT-PRESET-HASH OF THE CONFIG."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "HOST:PORT of process 0, where several processes are started by hand."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", -1, "How many processes train together. SLURM and TPU pods say it themselves."
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", -1, "Which of them this is: 0 to num_processes - 1."
+)
 
 
 class StopRequest:
@@ -41,7 +53,11 @@ class StopRequest:
         if self.made:
             raise KeyboardInterrupt
         self.made = True
-        print("\nstopping: the last whole step is saved (again: leave at once)", file=sys.stderr, flush=True)
+        print(
+            "\nstopping: the last whole step is saved (again: leave at once)",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def __call__(self) -> bool:
         return self.made
@@ -66,12 +82,17 @@ def run_experiment(config, workdir: pathlib.Path, isolation: str, team):
         start = workdir / "init" / "final"
         if not team.share(f"start {start}", start.exists):
             if team.leads:
-                print(f"{config.experiment} starts from {config.init_from}, which has no result in {workdir / 'init'} yet: running it first", flush=True)
+                print(
+                    f"{config.experiment} starts from {config.init_from}, which has no result in {workdir / 'init'} yet: running it first",
+                    flush=True,
+                )
             if not run_experiment(init_config(config), workdir / "init", isolation, team):
                 return False
         earlier = read_report(workdir / "init")["evals"] if team.leads else []
     with Display(config.experiment, config.steps, quiet=not team.leads) as display:
-        run = start_run(config, workdir, isolation=isolation, team=team, display=display, earlier_evals=earlier)
+        run = start_run(
+            config, workdir, isolation=isolation, team=team, display=display, earlier_evals=earlier
+        )
         try:
             train(run, start)
         except Stopped:
@@ -98,7 +119,19 @@ def start_team(stop: StopRequest):
     from rome.train.checkpoint import CheckpointError
 
     plan = choose(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    team = start(plan, stop=stop, errors=(Stopped, RolloutError, EngineError, SandboxError, ConfigError, CheckpointError, TrainingAlarm))
+    team = start(
+        plan,
+        stop=stop,
+        errors=(
+            Stopped,
+            RolloutError,
+            EngineError,
+            SandboxError,
+            ConfigError,
+            CheckpointError,
+            TrainingAlarm,
+        ),
+    )
     stop.listen()  # jax.distributed has put a handler of its own in our place
     return team
 
@@ -110,13 +143,17 @@ def show_result(workdir: pathlib.Path) -> None:
     report = read_report(workdir)
     print_table(*before_and_after(report["evals"]))
     paths = [os.path.relpath(path) for path in plot_curves(workdir)]
-    print(f"{report['steps']} steps in {report['wall_seconds'] / 60:.1f} min, isolation: {report['isolation']}")
+    print(
+        f"{report['steps']} steps in {report['wall_seconds'] / 60:.1f} min, isolation: {report['isolation']}"
+    )
     print(f"report: {workdir / 'report.json'}   curves: {' '.join(paths)}")
 
 
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
-        raise ValueError(f"argument {argv[1]!r} is not understood; flags look like --config.key=value")
+        raise ValueError(
+            f"argument {argv[1]!r} is not understood; flags look like --config.key=value"
+        )
     logging.set_verbosity(logging.WARNING)  # orbax narrates every save
     stop = StopRequest()  # before JAX and all else is imported: an early Ctrl-C is heard too
     from rome.stages.config import default_workdir, sandbox_config
@@ -129,11 +166,19 @@ def main(argv: list[str]) -> int:
     workdir = pathlib.Path(_WORKDIR.value or default_workdir(config))
     team = start_team(stop)
     try:
-        isolation = team.share("isolation", lambda: find_isolation(sandbox_config(config)) if "sandbox" in config else "no sandbox")
+        isolation = team.share(
+            "isolation",
+            lambda: find_isolation(sandbox_config(config)) if "sandbox" in config else "no sandbox",
+        )
         if not run_experiment(config, workdir, isolation, team):
-            command = " ".join([os.path.relpath(sys.executable), "-m", "launch.train", *sys.argv[1:]])
+            command = " ".join(
+                [os.path.relpath(sys.executable), "-m", "launch.train", *sys.argv[1:]]
+            )
             if team.leads:
-                print(f"stopped; everything earned is kept in {workdir}. To go on:\n  {command}", flush=True)
+                print(
+                    f"stopped; everything earned is kept in {workdir}. To go on:\n  {command}",
+                    flush=True,
+                )
             return 130
         if team.leads:
             show_result(workdir)
@@ -166,7 +211,13 @@ def parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        text = " ".join(str(error.args[0] if error.args else error).strip("'\"").replace("\\'", "'").replace("\\n", " ").split())
+        text = " ".join(
+            str(error.args[0] if error.args else error)
+            .strip("'\"")
+            .replace("\\'", "'")
+            .replace("\\n", " ")
+            .split()
+        )
         sys.exit(f"launch.train: {text}")
 
 
@@ -182,7 +233,17 @@ def run_main(argv: list[str]) -> int:
 
     try:
         return main(argv)
-    except (ValueError, OSError, SandboxError, EngineError, RolloutError, CheckpointError, DistributedError, LeaderError, TrainingAlarm) as error:
+    except (
+        ValueError,
+        OSError,
+        SandboxError,
+        EngineError,
+        RolloutError,
+        CheckpointError,
+        DistributedError,
+        LeaderError,
+        TrainingAlarm,
+    ) as error:
         if os.environ.get("ROME_DEBUG"):
             raise
         print(f"launch.train: {' '.join(str(error).split())}", file=sys.stderr)

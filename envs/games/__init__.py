@@ -1,8 +1,8 @@
 """Text games: small worlds that need no sandbox. Each is seeded, and a scripted expert wins it.
 
-    env = make("game/frozen_lake", seed=17)     # importing envs.games registers them
-    observation, info = env.reset()
-    env.step(env.expert_action())
+env = make("game/frozen_lake", seed=17)     # importing envs.games registers them
+observation, info = env.reset()
+env.step(env.expert_action())
 """
 
 from envs.games.base import GameTask, TextGame
@@ -29,4 +29,13 @@ GAMES: dict[str, tuple[type[TextGame], dict]] = {
 for _name, (_kind, _settings) in GAMES.items():
     register(_name, f"{_kind.__module__}:{_kind.__name__}", **_settings)
 
-__all__ = ["FrozenLake", "GAMES", "GameTask", "GuessTheNumber", "Sokoban", "TextGame", "TowerOfHanoi", "Wordle"]
+__all__ = [
+    "FrozenLake",
+    "GAMES",
+    "GameTask",
+    "GuessTheNumber",
+    "Sokoban",
+    "TextGame",
+    "TowerOfHanoi",
+    "Wordle",
+]

@@ -44,7 +44,10 @@ class Move:
 def tool(name: str, description: str, **parameters: dict[str, Any]) -> dict[str, Any]:
     """A function's schema in the form that chat templates take; all parameters are required."""
     schema = {"type": "object", "properties": parameters, "required": list(parameters)}
-    return {"type": "function", "function": {"name": name, "description": description, "parameters": schema}}
+    return {
+        "type": "function",
+        "function": {"name": name, "description": description, "parameters": schema},
+    }
 
 
 class TextGame(Env):
@@ -57,7 +60,13 @@ class TextGame(Env):
     family = ""
     tools: list[dict[str, Any]] = []
 
-    def __init__(self, seed: int = 0, max_turns: int = 20, format_penalty: float = 0.0, state_in: str = "suffix") -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        max_turns: int = 20,
+        format_penalty: float = 0.0,
+        state_in: str = "suffix",
+    ) -> None:
         if state_in not in STATE_IN:
             raise ValueError(f"state_in is {state_in!r}; it is one of {', '.join(STATE_IN)}")
         if not 1 <= max_turns <= 10_000:
@@ -106,7 +115,12 @@ class TextGame(Env):
         self._rng = random.Random(f"{self.family}/{seed}")
         self._turns, self._over = 0, False
         self._new_game(self._rng)
-        info: Info = {"task": self.task.name, "family": self.family, "seed": seed, "tools": copy.deepcopy(self.tools)}
+        info: Info = {
+            "task": self.task.name,
+            "family": self.family,
+            "seed": seed,
+            "tools": copy.deepcopy(self.tools),
+        }
         return self._tell(self._instructions(), info), info
 
     def step(self, action: str) -> StepResult:
@@ -122,15 +136,31 @@ class TextGame(Env):
         penalty = self.format_penalty if meant is None else 0.0
         truncated = self._turns >= self.max_turns and not (move.won or move.lost)
         info: Info = {
-            "metrics": {"action_is_effective": move.effective, "action_is_valid": meant is not None, "success": move.won, "format_penalty": penalty},
-            "action": meant, "action_content": (content or "")[:_TOO_LONG], "think_content": thoughts,
-            "parsed_action": meant if tool_name and meant is not None else action, "tool_type": tool_name, "use_tool": tool_name is not None,
-            "tool_arguments": dict(zip(self.tools[0]["function"]["parameters"]["required"], content.split(" "))) if tool_name and content else {},
-            "status": "ok" if meant is not None else "malformed", "step_counter": self._turns,
+            "metrics": {
+                "action_is_effective": move.effective,
+                "action_is_valid": meant is not None,
+                "success": move.won,
+                "format_penalty": penalty,
+            },
+            "action": meant,
+            "action_content": (content or "")[:_TOO_LONG],
+            "think_content": thoughts,
+            "parsed_action": meant if tool_name and meant is not None else action,
+            "tool_type": tool_name,
+            "use_tool": tool_name is not None,
+            "tool_arguments": dict(
+                zip(self.tools[0]["function"]["parameters"]["required"], content.split(" "))
+            )
+            if tool_name and content
+            else {},
+            "status": "ok" if meant is not None else "malformed",
+            "step_counter": self._turns,
         }
         if move.won or move.lost or truncated:
             self._over = True
-            info["ending"] = "success" if move.won else "failure" if move.lost else "truncated_turns"
+            info["ending"] = (
+                "success" if move.won else "failure" if move.lost else "truncated_turns"
+            )
         observation = self._tell(move.observation, info)
         return observation, move.reward + penalty, move.won or move.lost, truncated, info
 
@@ -151,7 +181,9 @@ class TextGame(Env):
         if not same_state:
             return type(self)(**{**self._settings(), **kwargs})
         if unknown := set(kwargs) - {"max_turns", "format_penalty", "state_in"}:
-            raise ValueError(f"spawn(same_state=True) cannot change {', '.join(sorted(unknown))}: the game is going on")
+            raise ValueError(
+                f"spawn(same_state=True) cannot change {', '.join(sorted(unknown))}: the game is going on"
+            )
         twin = copy.deepcopy(self)
         for name, value in kwargs.items():
             setattr(twin, name, value)
@@ -168,7 +200,12 @@ class TextGame(Env):
 
     def _settings(self) -> dict[str, Any]:
         """The constructor's arguments; games with more of them add theirs."""
-        return {"seed": self._seed, "max_turns": self.max_turns, "format_penalty": self.format_penalty, "state_in": self.state_in}
+        return {
+            "seed": self._seed,
+            "max_turns": self.max_turns,
+            "format_penalty": self.format_penalty,
+            "state_in": self.state_in,
+        }
 
     def _tell(self, observation: str, info: Info) -> str:
         board = self._board()
@@ -180,7 +217,10 @@ class TextGame(Env):
     def _without_action(self, complaint: str) -> Move:
         """A turn without an action; time passes all the same."""
         known = ", ".join(self.legal_actions()[:4])
-        return Move(f"At turn {self._turns}, you did not provide a valid action{complaint}. Valid are for example: {known}.", effective=False)
+        return Move(
+            f"At turn {self._turns}, you did not provide a valid action{complaint}. Valid are for example: {known}.",
+            effective=False,
+        )
 
     def _content(self, action: str) -> tuple[str | None, str, str | None, str]:
         """(what is said to be the action, thoughts, the tool that was called, a complaint about the form)."""
@@ -195,11 +235,11 @@ class TextGame(Env):
         end = spoken.rfind("</answer>")
         start = spoken.rfind("<answer>", 0, max(end, 0))
         if start >= 0:
-            return spoken[start + len("<answer>"):end].strip(), thoughts, None, ""
+            return spoken[start + len("<answer>") : end].strip(), thoughts, None, ""
         start = spoken.rfind("\\boxed{")
         end = spoken.find("}", start)
         if start >= 0 and end >= 0:
-            return spoken[start + len("\\boxed{"):end].strip(), thoughts, None, ""
+            return spoken[start + len("\\boxed{") : end].strip(), thoughts, None, ""
         return spoken.strip(), thoughts, None, ""
 
     def _called(self, spoken: str, thoughts: str) -> tuple[str | None, str, str | None, str]:
@@ -211,7 +251,11 @@ class TextGame(Env):
         if len(calls) != 1:
             return None, thoughts, None, f": {len(calls)} tool calls in one turn; make one"
         arguments, needed = calls[0].arguments, function["parameters"]["required"]
-        if calls[0].name != function["name"] or set(arguments) != set(needed) or not all(isinstance(one, (str, int)) for one in arguments.values()):
+        if (
+            calls[0].name != function["name"]
+            or set(arguments) != set(needed)
+            or not all(isinstance(one, (str, int)) for one in arguments.values())
+        ):
             return None, thoughts, None, f": the tool is {function['name']}({', '.join(needed)})"
         try:
             content = " ".join(str(arguments[name]) for name in needed)

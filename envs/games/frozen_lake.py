@@ -13,7 +13,12 @@ from typing import Any
 from envs.games.base import Move, TextGame, as_answer, tool
 
 Cell = tuple[int, int]  # row, column
-MOVES: dict[str, Cell] = {"Left": (0, -1), "Down": (1, 0), "Right": (0, 1), "Up": (-1, 0)}  # in gymnasium's order: neighbours are the two sides
+MOVES: dict[str, Cell] = {
+    "Left": (0, -1),
+    "Down": (1, 0),
+    "Right": (0, 1),
+    "Up": (-1, 0),
+}  # in gymnasium's order: neighbours are the two sides
 _NAMES = list(MOVES)
 _TRIES = 100  # random lakes before one is made passable by force
 _SWEEPS = 2_000  # of value iteration; a 16 x 16 lake needs fewer
@@ -25,12 +30,22 @@ class FrozenLake(TextGame):
     family = "frozen_lake"
     tools = [tool("move", "Move one cell.", direction={"type": "string", "enum": _NAMES})]
 
-    def __init__(self, seed: int = 0, size: int = 4, p: float = 0.8, is_slippery: bool = False, max_turns: int = 20, **settings: Any) -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        size: int = 4,
+        p: float = 0.8,
+        is_slippery: bool = False,
+        max_turns: int = 20,
+        **settings: Any,
+    ) -> None:
         super().__init__(seed, max_turns, **settings)
         if not 2 <= size <= 32 or not 0.0 <= p <= 1.0:
             raise ValueError(f"size={size}, p={p}: size is between 2 and 32, p between 0 and 1")
         if max_turns < 2 * (size - 1):
-            raise ValueError(f"max_turns={max_turns} may be too few to cross a lake of size {size}; give at least {2 * (size - 1)}")
+            raise ValueError(
+                f"max_turns={max_turns} may be too few to cross a lake of size {size}; give at least {2 * (size - 1)}"
+            )
         self.size, self.p, self.is_slippery = size, p, is_slippery
 
     def expert_action(self) -> str | None:
@@ -39,7 +54,9 @@ class FrozenLake(TextGame):
             chances = self._chances = self._chances or self._best_chances()
             if chances[self.player] == 0.0:
                 return None
-            return as_answer(max(_NAMES, key=lambda name: self._chance_after(self.player, name, chances)))
+            return as_answer(
+                max(_NAMES, key=lambda name: self._chance_after(self.player, name, chances))
+            )
         way = shortest_way(self.player, self.goal, self.ice)
         return as_answer(way[0]) if way else None
 
@@ -47,7 +64,12 @@ class FrozenLake(TextGame):
         return list(_NAMES)
 
     def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), "size": self.size, "p": self.p, "is_slippery": self.is_slippery}
+        return {
+            **super()._settings(),
+            "size": self.size,
+            "p": self.p,
+            "is_slippery": self.is_slippery,
+        }
 
     def _new_game(self, rng: random.Random) -> None:
         self._chances: dict[Cell, float] | None = None  # the expert's, of this lake
@@ -61,10 +83,15 @@ class FrozenLake(TextGame):
         self.ice |= _straight_way(self.player, self.goal)
 
     def _instructions(self) -> str:
-        slippery = "The ice is slippery: you may move in an unintended direction. " if self.is_slippery else ""
+        slippery = (
+            "The ice is slippery: you may move in an unintended direction. "
+            if self.is_slippery
+            else ""
+        )
         return (
-            "You are solving the FrozenLake puzzle. Avoid the holes and reach the goal. " + slippery +
-            f"You have {self.max_turns} turns. Give one action in a turn, in the format <answer>Right</answer>.\n"
+            "You are solving the FrozenLake puzzle. Avoid the holes and reach the goal. "
+            + slippery
+            + f"You have {self.max_turns} turns. Give one action in a turn, in the format <answer>Right</answer>.\n"
             "The meaning of each symbol in the state is:\nP: player, _: empty, O: hole, G: goal, X: player in hole, √: player on goal\n"
             f"Your available actions are:\n{', '.join(_NAMES)}"
         )
@@ -88,9 +115,17 @@ class FrozenLake(TextGame):
         taken = self._rng.choice(_with_sides(action)) if self.is_slippery else action
         before, self.player = self.player, self._beside(self.player, taken)
         if self.player == before:
-            return Move(f"At turn {self._turns}, you tried to move {action}, which is not effective yet.", effective=False)
+            return Move(
+                f"At turn {self._turns}, you tried to move {action}, which is not effective yet.",
+                effective=False,
+            )
         won, lost = self.player == self.goal, self.player not in self.ice
-        return Move(f"At turn {self._turns}, you moved {action}, which is effective.", reward=1.0 if won else 0.0, won=won, lost=lost)
+        return Move(
+            f"At turn {self._turns}, you moved {action}, which is effective.",
+            reward=1.0 if won else 0.0,
+            won=won,
+            lost=lost,
+        )
 
     def _beside(self, cell: Cell, name: str) -> Cell:
         row, column = cell[0] + MOVES[name][0], cell[1] + MOVES[name][1]

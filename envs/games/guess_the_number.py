@@ -17,13 +17,24 @@ class GuessTheNumber(TextGame):
     family = "guess_the_number"
     tools = [tool("guess", "Guess the number.", number={"type": "integer"})]
 
-    def __init__(self, seed: int = 0, min_number: int = 1, max_number: int = 100, max_turns: int | None = None, **settings: Any) -> None:
-        if not -10**9 <= min_number < max_number <= 10**9:
-            raise ValueError(f"min_number={min_number}, max_number={max_number}: the first is smaller, and both are within a billion")
+    def __init__(
+        self,
+        seed: int = 0,
+        min_number: int = 1,
+        max_number: int = 100,
+        max_turns: int | None = None,
+        **settings: Any,
+    ) -> None:
+        if not -(10**9) <= min_number < max_number <= 10**9:
+            raise ValueError(
+                f"min_number={min_number}, max_number={max_number}: the first is smaller, and both are within a billion"
+            )
         needed = (max_number - min_number + 1).bit_length()
         super().__init__(seed, needed if max_turns is None else max_turns, **settings)
         if self.max_turns < needed:
-            raise ValueError(f"max_turns={max_turns} may be too few for {max_number - min_number + 1} numbers; give at least {needed}")
+            raise ValueError(
+                f"max_turns={max_turns} may be too few for {max_number - min_number + 1} numbers; give at least {needed}"
+            )
         self.min_number, self.max_number = min_number, max_number
 
     def expert_action(self) -> str | None:
@@ -31,7 +42,12 @@ class GuessTheNumber(TextGame):
         return as_answer(str((self.low + self.high) // 2))
 
     def legal_actions(self) -> list[str]:
-        return [str(number) for number in sorted({self.min_number, (self.min_number + self.max_number) // 2, self.max_number})]
+        return [
+            str(number)
+            for number in sorted(
+                {self.min_number, (self.min_number + self.max_number) // 2, self.max_number}
+            )
+        ]
 
     def sample_random_action(self) -> str:
         return as_answer(str(self._random_actions.randint(self.min_number, self.max_number)))
@@ -60,9 +76,16 @@ class GuessTheNumber(TextGame):
     def _act(self, action: str) -> Move:
         guess = int(action)
         if guess == self.number:
-            return Move(f"Congratulations! You guessed the number {guess} in {self._turns} turns.", reward=1.0, won=True)
+            return Move(
+                f"Congratulations! You guessed the number {guess} in {self._turns} turns.",
+                reward=1.0,
+                won=True,
+            )
         if not self.min_number <= guess <= self.max_number:
-            return Move(f"At turn {self._turns}, you guessed {guess}, which is outside the range {self.min_number} to {self.max_number}.", effective=False)
+            return Move(
+                f"At turn {self._turns}, you guessed {guess}, which is outside the range {self.min_number} to {self.max_number}.",
+                effective=False,
+            )
         answer = "lower" if guess > self.number else "higher"
         repeated = guess in dict(self.guesses)
         self.guesses.append((guess, answer))
@@ -70,4 +93,7 @@ class GuessTheNumber(TextGame):
             self.high = min(self.high, guess - 1)
         else:
             self.low = max(self.low, guess + 1)
-        return Move(f"At turn {self._turns}, you guessed {guess}, and the number is {answer} than {guess}.", effective=not repeated)
+        return Move(
+            f"At turn {self._turns}, you guessed {guess}, and the number is {answer} than {guess}.",
+            effective=not repeated,
+        )

@@ -21,21 +21,39 @@ class Sokoban(TextGame):
     """A room of dim_room (rows, columns, outer walls included) with num_boxes boxes, solvable within max_turns."""
 
     family = "sokoban"
-    tools = [tool("move", "Move one cell, pushing a box that is there.", direction={"type": "string", "enum": _NAMES})]
+    tools = [
+        tool(
+            "move",
+            "Move one cell, pushing a box that is there.",
+            direction={"type": "string", "enum": _NAMES},
+        )
+    ]
 
     def __init__(
-        self, seed: int = 0, dim_room: tuple[int, int] = (6, 6), num_boxes: int = 1, max_turns: int = 20, shaped: bool = True, **settings: Any,
+        self,
+        seed: int = 0,
+        dim_room: tuple[int, int] = (6, 6),
+        num_boxes: int = 1,
+        max_turns: int = 20,
+        shaped: bool = True,
+        **settings: Any,
     ) -> None:
         super().__init__(seed, max_turns, **settings)
         rows, columns = dim_room
         if not (5 <= rows <= 16 and 5 <= columns <= 16):
             raise ValueError(f"dim_room is {dim_room}; rows and columns are between 5 and 16")
         if not 1 <= num_boxes <= min(6, (rows - 2) * (columns - 2) // 6):
-            raise ValueError(f"num_boxes is {num_boxes}; a room of {rows} x {columns} takes 1 to {min(6, (rows - 2) * (columns - 2) // 6)}")
+            raise ValueError(
+                f"num_boxes is {num_boxes}; a room of {rows} x {columns} takes 1 to {min(6, (rows - 2) * (columns - 2) // 6)}"
+            )
         if max_turns < 3 * num_boxes:
-            raise ValueError(f"max_turns={max_turns} may be too few for {num_boxes} boxes; give at least {3 * num_boxes}")
+            raise ValueError(
+                f"max_turns={max_turns} may be too few for {num_boxes} boxes; give at least {3 * num_boxes}"
+            )
         self.dim_room, self.num_boxes, self.shaped = (rows, columns), num_boxes, shaped
-        self._plan: tuple[Cell, frozenset[Cell], list[str]] | None = None  # the expert's, and the position that it is for
+        self._plan: tuple[Cell, frozenset[Cell], list[str]] | None = (
+            None  # the expert's, and the position that it is for
+        )
 
     def expert_action(self) -> str | None:
         """The first move of a shortest solution, or of a solution where the position is too large to prove that (see solve)."""
@@ -51,10 +69,17 @@ class Sokoban(TextGame):
         return list(_NAMES)
 
     def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), "dim_room": self.dim_room, "num_boxes": self.num_boxes, "shaped": self.shaped}
+        return {
+            **super()._settings(),
+            "dim_room": self.dim_room,
+            "num_boxes": self.num_boxes,
+            "shaped": self.shaped,
+        }
 
     def _new_game(self, rng: random.Random) -> None:
-        self.room, self.player, boxes = make_room(rng, self.dim_room, self.num_boxes, self.max_turns)
+        self.room, self.player, boxes = make_room(
+            rng, self.dim_room, self.num_boxes, self.max_turns
+        )
         self.boxes, self._plan = set(boxes), None
 
     def _instructions(self) -> str:
@@ -68,7 +93,9 @@ class Sokoban(TextGame):
 
     def _board(self) -> str:
         rows, columns = self.dim_room
-        lines = ("".join(self._symbol((row, column)) for column in range(columns)) for row in range(rows))
+        lines = (
+            "".join(self._symbol((row, column)) for column in range(columns)) for row in range(rows)
+        )
         return "Here is the current state of the Sokoban puzzle:\n" + "\n".join(lines) + "\n"
 
     def _symbol(self, cell: Cell) -> str:
@@ -93,21 +120,34 @@ class Sokoban(TextGame):
         behind = (cell[0] + down, cell[1] + right)
         reward = STEP_REWARD
         pushes = cell in self.boxes
-        if cell not in self.room.floor or (pushes and (behind not in self.room.floor or behind in self.boxes)):
-            return Move(f"At turn {self._turns}, you tried to move {action}, which is not effective yet.", reward if self.shaped else 0.0, effective=False)
+        if cell not in self.room.floor or (
+            pushes and (behind not in self.room.floor or behind in self.boxes)
+        ):
+            return Move(
+                f"At turn {self._turns}, you tried to move {action}, which is not effective yet.",
+                reward if self.shaped else 0.0,
+                effective=False,
+            )
         if pushes:
             self.boxes.remove(cell)
             self.boxes.add(behind)
-            reward += ON_TARGET_REWARD * (behind in self.room.targets) + OFF_TARGET_REWARD * (cell in self.room.targets)
+            reward += ON_TARGET_REWARD * (behind in self.room.targets) + OFF_TARGET_REWARD * (
+                cell in self.room.targets
+            )
         self.player = cell
         self._follow_plan(action)
         won = self.boxes == self.room.targets
         reward += SOLVED_REWARD * won
-        return Move(f"At turn {self._turns}, you moved {action}, which is effective.", reward if self.shaped else float(won), won=won)
+        return Move(
+            f"At turn {self._turns}, you moved {action}, which is effective.",
+            reward if self.shaped else float(won),
+            won=won,
+        )
 
     def _follow_plan(self, action: str) -> None:
         """What is left of the expert's plan, if that was its next move."""
         if self._plan is not None:
             moves = self._plan[2]
-            self._plan = (self.player, frozenset(self.boxes), moves[1:]) if moves[:1] == [action] else None
-
+            self._plan = (
+                (self.player, frozenset(self.boxes), moves[1:]) if moves[:1] == [action] else None
+            )

@@ -12,8 +12,15 @@ from typing import NamedTuple
 
 Cell = tuple[int, int]  # row, column
 MOVES: dict[str, Cell] = {"Up": (-1, 0), "Down": (1, 0), "Left": (0, -1), "Right": (0, 1)}
-_STAMPS: list[list[Cell]] = [  # what a step of the digger opens: lines and corners, as in gym-sokoban
-    [(0, 0), (0, 1), (0, -1)], [(0, 0), (1, 0), (-1, 0)], [(0, 0), (0, 1), (1, 0)], [(0, 0), (0, 1), (1, 0), (1, 1)], [(0, 0), (0, -1), (1, 0)]]
+_STAMPS: list[
+    list[Cell]
+] = [  # what a step of the digger opens: lines and corners, as in gym-sokoban
+    [(0, 0), (0, 1), (0, -1)],
+    [(0, 0), (1, 0), (-1, 0)],
+    [(0, 0), (0, 1), (1, 0)],
+    [(0, 0), (0, 1), (1, 0), (1, 1)],
+    [(0, 0), (0, -1), (1, 0)],
+]
 _ROOMS = 10  # the best of so many is taken
 _MAX_ROOMS = 500
 
@@ -25,7 +32,9 @@ class Room(NamedTuple):
     targets: frozenset[Cell]
 
 
-def make_room(rng: random.Random, dim: tuple[int, int], num_boxes: int, max_moves: int) -> tuple[Room, Cell, frozenset[Cell]]:
+def make_room(
+    rng: random.Random, dim: tuple[int, int], num_boxes: int, max_moves: int
+) -> tuple[Room, Cell, frozenset[Cell]]:
     """(room, player, boxes) with no box on a target and a solution of at most max_moves moves; of several the one with the longest pulls.
 
     Raises RuntimeError where none is found, which takes very few turns for very many boxes.
@@ -42,7 +51,9 @@ def make_room(rng: random.Random, dim: tuple[int, int], num_boxes: int, max_move
         if best is not None and attempt >= _ROOMS:
             break
     if best is None:
-        raise RuntimeError(f"no room of {dim} with {num_boxes} boxes and a solution of {max_moves} moves was found; allow more turns or fewer boxes")
+        raise RuntimeError(
+            f"no room of {dim} with {num_boxes} boxes and a solution of {max_moves} moves was found; allow more turns or fewer boxes"
+        )
     return best[1:]
 
 
@@ -56,13 +67,22 @@ def _dig(rng: random.Random, dim: tuple[int, int], num_boxes: int) -> frozenset[
         if rng.random() < 0.35:
             direction = rng.choice(list(MOVES.values()))
         stamp = rng.choice(_STAMPS)
-        floor |= {(cell[0] + down, cell[1] + right) for down, right in stamp if 0 < cell[0] + down < rows - 1 and 0 < cell[1] + right < columns - 1}
-        cell = (min(max(cell[0] + direction[0], 1), rows - 2), min(max(cell[1] + direction[1], 1), columns - 2))
+        floor |= {
+            (cell[0] + down, cell[1] + right)
+            for down, right in stamp
+            if 0 < cell[0] + down < rows - 1 and 0 < cell[1] + right < columns - 1
+        }
+        cell = (
+            min(max(cell[0] + direction[0], 1), rows - 2),
+            min(max(cell[1] + direction[1], 1), columns - 2),
+        )
         floor.add(cell)
     return frozenset(floor)
 
 
-def _pull_apart(rng: random.Random, room: Room, max_moves: int) -> tuple[int, Cell, frozenset[Cell] | None]:
+def _pull_apart(
+    rng: random.Random, room: Room, max_moves: int
+) -> tuple[int, Cell, frozenset[Cell] | None]:
     """Random pulls from the solved room. Of the positions on the way: the one with no box on a target and the largest displacement, or None."""
     boxes = {target: target for target in room.targets}  # where a box is -> where it began
     free = sorted(room.floor - room.targets)
@@ -74,18 +94,30 @@ def _pull_apart(rng: random.Random, room: Room, max_moves: int) -> tuple[int, Ce
         pulls = []
         for box in boxes:
             for down, right in MOVES.values():
-                stand, back = (box[0] + down, box[1] + right), (box[0] + 2 * down, box[1] + 2 * right)
-                if stand in far and back in room.floor and back not in boxes and far[stand] + 1 <= moves_left:
+                stand, back = (
+                    (box[0] + down, box[1] + right),
+                    (box[0] + 2 * down, box[1] + 2 * right),
+                )
+                if (
+                    stand in far
+                    and back in room.floor
+                    and back not in boxes
+                    and far[stand] + 1 <= moves_left
+                ):
                     pulls.append((box, stand, back))
         if not pulls:
             break
-        still = [pull for pull in pulls if pull[0] == boxes[pull[0]]]  # first those that have not moved yet
+        still = [
+            pull for pull in pulls if pull[0] == boxes[pull[0]]
+        ]  # first those that have not moved yet
         box, stand, back = rng.choice(still or pulls)
         moves_left -= far[stand] + 1
         boxes[stand] = boxes.pop(box)
         player = back
         if not room.targets & boxes.keys():
-            score = sum(abs(at[0] - began[0]) + abs(at[1] - began[1]) for at, began in boxes.items())
+            score = sum(
+                abs(at[0] - began[0]) + abs(at[1] - began[1]) for at, began in boxes.items()
+            )
             best = max(best, (score, player, frozenset(boxes)), key=lambda one: one[0])
     return best
 

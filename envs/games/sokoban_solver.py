@@ -25,13 +25,17 @@ def solve(room: Room, player: Cell, boxes: frozenset[Cell]) -> list[str] | None:
     return moves if proven else _search(room, player, boxes, weight=HASTE)[1]
 
 
-def _search(room: Room, player: Cell, boxes: frozenset[Cell], weight: int) -> tuple[bool, list[str] | None]:
+def _search(
+    room: Room, player: Cell, boxes: frozenset[Cell], weight: int
+) -> tuple[bool, list[str] | None]:
     """(whether the search came to its end, the moves)."""
     bound = lower_bound(room)
     start: State = (player, boxes)
     cost: dict[State, int] = {start: 0}
     came: dict[State, tuple[State, list[str]]] = {}
-    order = itertools.count()  # equal bounds in the order in which they were found: the same search every time
+    order = (
+        itertools.count()
+    )  # equal bounds in the order in which they were found: the same search every time
     queue = [(weight * bound(boxes), next(order), 0, start)] if bound(boxes) < _FAR else []
     while queue:
         _, _, spent, state = heapq.heappop(queue)
@@ -65,7 +69,9 @@ def lower_bound(room: Room) -> Callable[[frozenset[Cell]], int]:
 
     def bound(boxes: frozenset[Cell]) -> int:
         if boxes not in known:
-            known[boxes] = _cheapest([[pushes.get(box, _FAR) for pushes in to_target] for box in boxes])
+            known[boxes] = _cheapest(
+                [[pushes.get(box, _FAR) for pushes in to_target] for box in boxes]
+            )
         return known[boxes]
 
     return bound

@@ -17,15 +17,21 @@ class TowerOfHanoi(TextGame):
 
     family = "tower_of_hanoi"
     _tower = {"type": "string", "enum": list(TOWERS)}
-    tools = [tool("move", "Move the top disk of one tower onto another.", source=_tower, target=_tower)]
+    tools = [
+        tool("move", "Move the top disk of one tower onto another.", source=_tower, target=_tower)
+    ]
 
-    def __init__(self, seed: int = 0, num_disks: int = 3, max_turns: int | None = None, **settings: Any) -> None:
+    def __init__(
+        self, seed: int = 0, num_disks: int = 3, max_turns: int | None = None, **settings: Any
+    ) -> None:
         if not 1 <= num_disks <= 12:
             raise ValueError(f"num_disks is {num_disks}; it is between 1 and 12")
         needed = 2**num_disks - 1
         super().__init__(seed, 2 * needed if max_turns is None else max_turns, **settings)
         if self.max_turns < needed:
-            raise ValueError(f"max_turns={max_turns} may be too few for {num_disks} disks; give at least {needed}")
+            raise ValueError(
+                f"max_turns={max_turns} may be too few for {num_disks} disks; give at least {needed}"
+            )
         self.num_disks = num_disks
 
     def expert_action(self) -> str | None:
@@ -34,7 +40,12 @@ class TowerOfHanoi(TextGame):
         return as_answer(f"{source} {target}")
 
     def legal_actions(self) -> list[str]:
-        return [f"{source} {target}" for source in TOWERS for target in TOWERS if source != target and self._refusal(source, target) is None]
+        return [
+            f"{source} {target}"
+            for source in TOWERS
+            for target in TOWERS
+            if source != target and self._refusal(source, target) is None
+        ]
 
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "num_disks": self.num_disks}
@@ -43,7 +54,10 @@ class TowerOfHanoi(TextGame):
         places = ["C"] * self.num_disks
         while set(places) == {"C"}:
             places = [rng.choice(TOWERS) for _ in places]
-        self.towers = {tower: [disk for disk in range(self.num_disks, 0, -1) if places[disk - 1] == tower] for tower in TOWERS}
+        self.towers = {
+            tower: [disk for disk in range(self.num_disks, 0, -1) if places[disk - 1] == tower]
+            for tower in TOWERS
+        }
 
     def _instructions(self) -> str:
         return (
@@ -53,7 +67,9 @@ class TowerOfHanoi(TextGame):
         )
 
     def _board(self) -> str:
-        return "Here is the current state of the towers:\n" + "".join(f"{tower}: {disks}\n" for tower, disks in self.towers.items())
+        return "Here is the current state of the towers:\n" + "".join(
+            f"{tower}: {disks}\n" for tower, disks in self.towers.items()
+        )
 
     def _read(self, content: str) -> str | None:
         match = _MOVE.fullmatch(content)
@@ -62,11 +78,18 @@ class TowerOfHanoi(TextGame):
     def _act(self, action: str) -> Move:
         source, target = action.split()
         if refusal := self._refusal(source, target):
-            return Move(f"At turn {self._turns}, you tried to move from {source} to {target}: {refusal}.", effective=False)
+            return Move(
+                f"At turn {self._turns}, you tried to move from {source} to {target}: {refusal}.",
+                effective=False,
+            )
         disk = self.towers[source].pop()
         self.towers[target].append(disk)
         won = len(self.towers["C"]) == self.num_disks
-        said = "Congratulations! All disks are on tower C." if won else f"At turn {self._turns}, you moved disk {disk} from {source} to {target}."
+        said = (
+            "Congratulations! All disks are on tower C."
+            if won
+            else f"At turn {self._turns}, you moved disk {disk} from {source} to {target}."
+        )
         return Move(said, reward=1.0 if won else 0.0, won=won)
 
     def _refusal(self, source: str, target: str) -> str | None:

@@ -27,7 +27,15 @@ class Wordle(TextGame):
 
     def expert_action(self) -> str | None:
         """Of the words that fit all marks so far, the one that splits them best; knows no more than the player who knows WORDS."""
-        return as_answer(best_guess(tuple(word for word in WORDS if all(mark(word, guess) == marks for guess, marks in self.guesses))))
+        return as_answer(
+            best_guess(
+                tuple(
+                    word
+                    for word in WORDS
+                    if all(mark(word, guess) == marks for guess, marks in self.guesses)
+                )
+            )
+        )
 
     def legal_actions(self) -> list[str]:
         return list(WORDS)
@@ -56,8 +64,15 @@ class Wordle(TextGame):
         repeated = (action, marks) in self.guesses
         self.guesses.append((action, marks))
         if action == self.secret:
-            return Move(f"Congratulations! You guessed the word {action} in {self._turns} turns.", reward=1.0, won=True)
-        return Move(f"At turn {self._turns}, you guessed {action}. Feedback:\n{action}\n{marks}", effective=not repeated)
+            return Move(
+                f"Congratulations! You guessed the word {action} in {self._turns} turns.",
+                reward=1.0,
+                won=True,
+            )
+        return Move(
+            f"At turn {self._turns}, you guessed {action}. Feedback:\n{action}\n{marks}",
+            effective=not repeated,
+        )
 
 
 def mark(secret: str, guess: str) -> str:
@@ -86,4 +101,6 @@ def best_guess(candidates: tuple[str, ...]) -> str:
 
 
 def _expected_left(guess: str, candidates: tuple[str, ...]) -> int:
-    return sum(count * count for count in Counter(mark(secret, guess) for secret in candidates).values())
+    return sum(
+        count * count for count in Counter(mark(secret, guess) for secret in candidates).values()
+    )

@@ -1,6 +1,7 @@
 """The secret words of the wordle-like game: common English words of five letters."""
 
-WORDS = tuple("""
+WORDS = tuple(
+    """
 about above actor acute admit adopt adult after again agent agree ahead alarm album alert alike alive allow alone along alter among anger angle angry
 apart apple apply arena argue arise array aside asset avoid award aware badly baker basic basis beach began begin being below bench birth black blame
 blind block blood board boost bound brain brand bread break breed brief bring broad broke brown build built buyer cable carry catch cause chain chair
@@ -18,4 +19,5 @@ sound south space spare speak speed spend split sport staff stage stand start st
 study stuff style sugar suite super sweet table taken taste teach thank their theme there thick thing think third those three throw tight times title
 today topic total touch tough tower track trade train treat trend trial truck truly trust truth twice under union unity until upper urban usage usual
 valid value video visit vital voice waste watch water wheel where which while white whole whose woman world worry worth would wound write wrong young
-""".split())
+""".split()
+)

@@ -6,9 +6,35 @@ envs.gem.gymnasium, the REST service in envs.gem.server and its client in envs.g
 
 from envs.gem.core import Env, Info, StepResult, make, print_envs, register, registered
 from envs.gem.tool_call import ToolCall, ToolCallError, format_tool_call, parse_tool_calls
-from envs.gem.vector import AsyncioVectorEnv, AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, make_vec
+from envs.gem.vector import (
+    AsyncioVectorEnv,
+    AsyncVectorEnv,
+    AutoresetMode,
+    SyncVectorEnv,
+    VectorEnv,
+    make_vec,
+)
 from envs.gem.wrappers import EnvWrapper, EpisodeTrackingWrapper, ObservationWrapper
 
-__all__ = ["AsyncVectorEnv", "AsyncioVectorEnv", "AutoresetMode", "Env", "EnvWrapper", "EpisodeTrackingWrapper", "Info", "ObservationWrapper",
-           "StepResult", "SyncVectorEnv", "ToolCall", "ToolCallError", "VectorEnv", "format_tool_call", "make", "make_vec", "parse_tool_calls", "print_envs",
-           "register", "registered"]
+__all__ = [
+    "AsyncVectorEnv",
+    "AsyncioVectorEnv",
+    "AutoresetMode",
+    "Env",
+    "EnvWrapper",
+    "EpisodeTrackingWrapper",
+    "Info",
+    "ObservationWrapper",
+    "StepResult",
+    "SyncVectorEnv",
+    "ToolCall",
+    "ToolCallError",
+    "VectorEnv",
+    "format_tool_call",
+    "make",
+    "make_vec",
+    "parse_tool_calls",
+    "print_envs",
+    "register",
+    "registered",
+]

@@ -75,7 +75,9 @@ class Env(_Base):
 
     def spawn(self, same_state: bool = False, **kwargs: Any) -> Env:
         """A second environment of the same kind; `same_state` asks for a copy of the running episode."""
-        raise NotImplementedError(f"{type(self).__name__} cannot be spawned (same_state={same_state})")
+        raise NotImplementedError(
+            f"{type(self).__name__} cannot be spawned (same_state={same_state})"
+        )
 
     def close(self) -> None:
         """Frees what the episode holds. Safe to call twice."""
@@ -98,6 +100,7 @@ class Env(_Base):
 
 
 # Twins are looked up on the class: gem's wrappers copy an environment's `astep` onto themselves, and calling that would go past the wrapper.
+
 
 async def reset_async(env: Any, seed: int | None = None) -> tuple[str, Info]:
     """Resets any environment, gem's included, without blocking the event loop."""
@@ -171,8 +174,12 @@ def make(env_id: str, **kwargs: Any) -> Env:
     if env_id not in _registry:
         if _gem and env_id in _gem.envs.registration.ENV_REGISTRY:
             return _gem.make(env_id, **kwargs)
-        near = [known for known in registered() if known.split("/")[0] == env_id.split("/")[0]] or registered()
-        raise ValueError(f"environment id {env_id!r} is unknown; registered: {', '.join(near) or 'none (import the module that registers it)'}")
+        near = [
+            known for known in registered() if known.split("/")[0] == env_id.split("/")[0]
+        ] or registered()
+        raise ValueError(
+            f"environment id {env_id!r} is unknown; registered: {', '.join(near) or 'none (import the module that registers it)'}"
+        )
     spec = _registry[env_id]
     env = _load(spec)(**{**spec.kwargs, **kwargs})
     env.env_id, env.entry_point = env_id, spec.entry_point
@@ -186,4 +193,6 @@ def _load(spec: EnvSpec) -> Callable[..., Env]:
     try:
         return getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
-        raise ImportError(f"entry point {spec.entry_point!r} of environment {spec.env_id!r} cannot be imported: {error}") from error
+        raise ImportError(
+            f"entry point {spec.entry_point!r} of environment {spec.env_id!r} cannot be imported: {error}"
+        ) from error

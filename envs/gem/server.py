@@ -29,8 +29,18 @@ from envs.rock import SandboxError
 
 PREFIX = "/apis/v1/envs/gem"
 ERRORS = {  # code -> HTTP status; the closed set
-    "bad_request": 400, "unauthorized": 401, "unknown_env": 404, "unknown_instance": 404, "not_found": 404, "method_not_allowed": 405, "too_large": 413,
-    "too_many": 429, "env_error": 500, "internal": 500, "infrastructure": 503, "timeout": 504,
+    "bad_request": 400,
+    "unauthorized": 401,
+    "unknown_env": 404,
+    "unknown_instance": 404,
+    "not_found": 404,
+    "method_not_allowed": 405,
+    "too_large": 413,
+    "too_many": 429,
+    "env_error": 500,
+    "internal": 500,
+    "infrastructure": 503,
+    "timeout": 504,
 }
 BODY_SECONDS = 30.0  # a client that sends its request more slowly is cut off
 CLOSE_SECONDS = 60.0
@@ -60,8 +70,15 @@ class GemService:
     """Serves environments to whoever knows the token. Environments with `astep` run on the server's loop, others each in a thread."""
 
     def __init__(
-        self, token: str | None, *, anonymous: bool = False, allow: Collection[str] | None = None, max_envs: int = 1024, idle_seconds: float = 600.0,
-        call_seconds: float = 300.0, max_body_bytes: int = 1 << 20,
+        self,
+        token: str | None,
+        *,
+        anonymous: bool = False,
+        allow: Collection[str] | None = None,
+        max_envs: int = 1024,
+        idle_seconds: float = 600.0,
+        call_seconds: float = 300.0,
+        max_body_bytes: int = 1 << 20,
     ) -> None:
         """
         Args:
@@ -71,7 +88,9 @@ class GemService:
           call_seconds: bound of one call, waiting for the environment's earlier call included. An environment that works longer is given up.
         """
         if not token and not anonymous:
-            raise ValueError("GemService got no token; pass one, or anonymous=True where everyone who reaches the port may use it")
+            raise ValueError(
+                "GemService got no token; pass one, or anonymous=True where everyone who reaches the port may use it"
+            )
         self._token = None if anonymous else token.encode()
         self._allow, self._max_envs, self._idle_seconds = allow, max_envs, idle_seconds
         self._call_seconds, self._max_body_bytes = call_seconds, max_body_bytes
@@ -112,21 +131,47 @@ class GemService:
             await asyncio.wait(self._farewells, timeout=CLOSE_SECONDS)
 
     @web.middleware
-    async def _guard(self, http: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+    async def _guard(
+        self, http: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
         """Lets in who knows the token, and turns every failure into one of ERRORS."""
         try:
             if self._token is not None:
                 given = http.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
                 if not hmac.compare_digest(given, b"Bearer " + self._token):
-                    raise GemError("unauthorized", "the request has no valid token; send 'Authorization: Bearer <token>'")
+                    raise GemError(
+                        "unauthorized",
+                        "the request has no valid token; send 'Authorization: Bearer <token>'",
+                    )
             return await handler(http)
         except GemError as error:
-            return _answer({"error": {"code": error.code, "message": str(error)[:_MESSAGE_CHARS]}}, ERRORS[error.code])
+            return _answer(
+                {"error": {"code": error.code, "message": str(error)[:_MESSAGE_CHARS]}},
+                ERRORS[error.code],
+            )
         except web.HTTPException as error:
-            code = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}.get(error.status, "bad_request")
-            return _answer({"error": {"code": code, "message": f"{http.method} {http.path}: {error.reason}"[:_MESSAGE_CHARS]}}, ERRORS[code])
+            code = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}.get(
+                error.status, "bad_request"
+            )
+            return _answer(
+                {
+                    "error": {
+                        "code": code,
+                        "message": f"{http.method} {http.path}: {error.reason}"[:_MESSAGE_CHARS],
+                    }
+                },
+                ERRORS[code],
+            )
         except Exception as error:  # ours: the client is told that it was, and no more
-            return _answer({"error": {"code": "internal", "message": f"the service failed: {type(error).__name__}"}}, ERRORS["internal"])
+            return _answer(
+                {
+                    "error": {
+                        "code": "internal",
+                        "message": f"the service failed: {type(error).__name__}",
+                    }
+                },
+                ERRORS["internal"],
+            )
 
     # -- the calls -----------------------------------------------------------------------------------------------------------------
 
@@ -134,7 +179,10 @@ class GemService:
         body = await self._body(http, env_id=str, kwargs=(dict, {}))
         env_id, kwargs = body["env_id"], body["kwargs"]
         if env_id not in self._ids():
-            raise GemError("unknown_env", f"environment id {env_id[:100]!r} is unknown here; GET {PREFIX}/list tells those that are known")
+            raise GemError(
+                "unknown_env",
+                f"environment id {env_id[:100]!r} is unknown here; GET {PREFIX}/list tells those that are known",
+            )
         if len(self._instances) + self._being_made >= self._max_envs:
             raise GemError("too_many", f"{self._max_envs} environments are running; close one")
         self._being_made += 1
@@ -147,14 +195,18 @@ class GemService:
             env = _result(making, arguments_by_client=True)
         finally:
             self._being_made -= 1
-        sandbox_id = secrets.token_hex(16)  # not guessable: it is all that tells one client's environments from another's
+        sandbox_id = secrets.token_hex(
+            16
+        )  # not guessable: it is all that tells one client's environments from another's
         self._instances[sandbox_id] = _Instance(env_id, env)
         return _answer({"sandbox_id": sandbox_id})
 
     async def _reset(self, http: web.Request) -> web.Response:
         body = await self._body(http, sandbox_id=str, seed=(int, None), call_id=(str, ""))
         if body["seed"] is not None and not 0 <= body["seed"] < 1 << 63:
-            raise GemError("bad_request", f"seed is {str(body['seed'])[:40]}; it is between 0 and 2^63 - 1")
+            raise GemError(
+                "bad_request", f"seed is {str(body['seed'])[:40]}; it is between 0 and 2^63 - 1"
+            )
 
         def told(result: Any) -> dict[str, Any]:
             observation, info = result
@@ -167,7 +219,13 @@ class GemService:
 
         def told(result: Any) -> dict[str, Any]:
             observation, reward, terminated, truncated, info = result
-            return {"observation": observation, "reward": float(reward), "terminated": bool(terminated), "truncated": bool(truncated), "info": info}
+            return {
+                "observation": observation,
+                "reward": float(reward),
+                "terminated": bool(terminated),
+                "truncated": bool(truncated),
+                "info": info,
+            }
 
         return await self._call(body, "step", "astep", body["action"], told)
 
@@ -182,7 +240,14 @@ class GemService:
 
     # -- instances -----------------------------------------------------------------------------------------------------------------
 
-    async def _call(self, body: dict[str, Any], method: str, twin: str, argument: Any, told: Callable[[Any], dict[str, Any]]) -> web.Response:
+    async def _call(
+        self,
+        body: dict[str, Any],
+        method: str,
+        twin: str,
+        argument: Any,
+        told: Callable[[Any], dict[str, Any]],
+    ) -> web.Response:
         """One reset or step, when the environment's earlier calls are done. What takes too long costs the client its environment."""
         sandbox_id, call_id = body["sandbox_id"], body["call_id"]
         instance = self._find(sandbox_id)
@@ -190,7 +255,10 @@ class GemService:
         try:
             await asyncio.wait_for(instance.lock.acquire(), self._call_seconds)
         except TimeoutError:
-            raise GemError("timeout", f"the environment was still at an earlier call after {self._call_seconds:g} s") from None
+            raise GemError(
+                "timeout",
+                f"the environment was still at an earlier call after {self._call_seconds:g} s",
+            ) from None
         try:
             if self._instances.get(sandbox_id) is not instance:
                 raise GemError("unknown_instance", f"environment {sandbox_id} was closed meanwhile")
@@ -201,11 +269,17 @@ class GemService:
             if not done:
                 work.cancel()
                 self._dismiss(sandbox_id, after=work)
-                raise GemError("timeout", f"{method} took more than {self._call_seconds:g} s; the environment was given up")
+                raise GemError(
+                    "timeout",
+                    f"{method} took more than {self._call_seconds:g} s; the environment was given up",
+                )
             try:
                 data = _encode(told(_result(work)))
             except (TypeError, ValueError, OverflowError, RecursionError) as error:
-                raise GemError("env_error", f"{instance.env_id} answered {method} with what is no JSON: {error}") from error
+                raise GemError(
+                    "env_error",
+                    f"{instance.env_id} answered {method} with what is no JSON: {error}",
+                ) from error
             instance.last = (call_id, data) if call_id else None
             return web.Response(body=data, content_type="application/json")
         finally:
@@ -219,10 +293,15 @@ class GemService:
 
     def _find(self, sandbox_id: str) -> _Instance:
         if sandbox_id not in self._instances:
-            raise GemError("unknown_instance", f"environment {sandbox_id[:64]!r} is not running: it was never made, was closed, or was idle for too long")
+            raise GemError(
+                "unknown_instance",
+                f"environment {sandbox_id[:64]!r} is not running: it was never made, was closed, or was idle for too long",
+            )
         return self._instances[sandbox_id]
 
-    def _dismiss(self, sandbox_id: str, after: asyncio.Future[Any] | None = None) -> asyncio.Task[None]:
+    def _dismiss(
+        self, sandbox_id: str, after: asyncio.Future[Any] | None = None
+    ) -> asyncio.Task[None]:
         """Forgets the environment now, and closes it when its running call has ended."""
         instance = self._instances.pop(sandbox_id)
 
@@ -230,7 +309,9 @@ class GemService:
             if after is not None:
                 await asyncio.wait({after})
             async with instance.lock:
-                with contextlib.suppress(Exception):  # an environment that cannot be closed is gone all the same
+                with contextlib.suppress(
+                    Exception
+                ):  # an environment that cannot be closed is gone all the same
                     await _work(instance.env, "close", "aclose")
 
         return self._keep(farewell())
@@ -261,16 +342,24 @@ class GemService:
                 async for piece in http.content.iter_any():
                     data += piece
                     if len(data) > self._max_body_bytes:
-                        raise GemError("too_large", f"the request has more than {self._max_body_bytes} bytes")
+                        raise GemError(
+                            "too_large", f"the request has more than {self._max_body_bytes} bytes"
+                        )
             given = json.loads(data)
         except TimeoutError:
-            raise GemError("timeout", f"the request did not come within {BODY_SECONDS:g} s") from None
+            raise GemError(
+                "timeout", f"the request did not come within {BODY_SECONDS:g} s"
+            ) from None
         except (ValueError, RecursionError) as error:
             raise GemError("bad_request", f"the request is not JSON: {str(error)[:100]}") from error
         if not isinstance(given, dict):
-            raise GemError("bad_request", f"the request is a JSON {type(given).__name__}; send an object")
+            raise GemError(
+                "bad_request", f"the request is a JSON {type(given).__name__}; send an object"
+            )
         if unknown := sorted(set(given) - set(fields)):
-            raise GemError("bad_request", f"unknown field {unknown[0][:60]!r}; known are {', '.join(fields)}")
+            raise GemError(
+                "bad_request", f"unknown field {unknown[0][:60]!r}; known are {', '.join(fields)}"
+            )
         body = {}
         for name, field in fields.items():
             kind, optional = (field[0], True) if isinstance(field, tuple) else (field, False)
@@ -306,7 +395,11 @@ async def _in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
         try:
             result = function(*arguments)
         except BaseException as raised:
-            error = RuntimeError("the environment raised StopIteration") if isinstance(raised, StopIteration) else raised
+            error = (
+                RuntimeError("the environment raised StopIteration")
+                if isinstance(raised, StopIteration)
+                else raised
+            )
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(settle, result, error)
 

@@ -66,7 +66,11 @@ def _parse_json(body: str) -> ToolCall:
         raise ToolCallError(f"tool call is not JSON: {error.msg} at {error.pos}") from error
     except (ValueError, RecursionError) as error:  # an integer of 5,000 digits, 10,000 brackets
         raise ToolCallError("tool call is not JSON: too deep or too long") from error
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not isinstance(call.get("arguments"), dict):
+    if (
+        not isinstance(call, dict)
+        or not isinstance(call.get("name"), str)
+        or not isinstance(call.get("arguments"), dict)
+    ):
         raise ToolCallError('tool call needs "name" and "arguments": {...}')
     return ToolCall(call["name"], call["arguments"])
 
@@ -82,6 +86,8 @@ def _parse_xml(body: str) -> ToolCall:
         if parameter is None:
             raise ToolCallError("tool call has text that is not <parameter=name>value</parameter>")
         value = parameter[2]
-        arguments[parameter[1]] = value.removeprefix("\n").removesuffix("\n")  # the template puts the value on lines of its own
-        inner = inner[parameter.end():]
+        arguments[parameter[1]] = value.removeprefix("\n").removesuffix(
+            "\n"
+        )  # the template puts the value on lines of its own
+        inner = inner[parameter.end() :]
     return ToolCall(name, arguments)

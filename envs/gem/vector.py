@@ -18,7 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from envs.gem.core import Env, Info, StepResult, close_async, is_async, make, reset_async, step_async
+from envs.gem.core import (
+    Env,
+    Info,
+    StepResult,
+    close_async,
+    is_async,
+    make,
+    reset_async,
+    step_async,
+)
 from envs.rock.sync import run
 
 Batch = tuple[list[Any], np.ndarray, np.ndarray, np.ndarray, list[Info]]
@@ -35,7 +44,10 @@ class VectorEnv(Env):
     """What the three kinds share; a kind says how a list of calls is made (`_call_all`)."""
 
     def __init__(
-        self, env_ids: Sequence[str], env_fns: Sequence[Callable[[], Env]], autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+        self,
+        env_ids: Sequence[str],
+        env_fns: Sequence[Callable[[], Env]],
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
         timeout_s: float = 600.0,
     ) -> None:
         """timeout_s: bound of one reset or step of all environments together; then TimeoutError. A loop in this thread cannot be cut short."""
@@ -48,13 +60,20 @@ class VectorEnv(Env):
 
     def reset(self, seed: int | Sequence[int | None] | None = None) -> tuple[list[Any], list[Info]]:
         """Begins an episode in each. An integer seed gives environment i the seed `seed + i`."""
-        results = self._call_all([functools.partial(env.reset, seed=one) for env, one in zip(self.envs, self._seeds(seed))])
+        results = self._call_all(
+            [
+                functools.partial(env.reset, seed=one)
+                for env, one in zip(self.envs, self._seeds(seed))
+            ]
+        )
         return self._begin(results)
 
     def step(self, actions: Sequence[Any] | Mapping[int, Any]) -> Batch:
         """Observations, rewards (float64), terminated and truncated (bool) and infos, in the order of the actions."""
         chosen = self._choose(actions)
-        calls = [functools.partial(self._advance, index, action) for index, action in chosen.items()]
+        calls = [
+            functools.partial(self._advance, index, action) for index, action in chosen.items()
+        ]
         return self._collect(chosen, self._call_all(calls))
 
     def close(self) -> None:
@@ -77,7 +96,9 @@ class VectorEnv(Env):
         if isinstance(seed, (int, np.integer)):
             return [int(seed) + index for index in range(self.num_envs)]
         if len(seed) != self.num_envs:
-            raise ValueError(f"{len(seed)} seeds for {self.num_envs} environments; give one for each")
+            raise ValueError(
+                f"{len(seed)} seeds for {self.num_envs} environments; give one for each"
+            )
         return list(seed)
 
     def _begin(self, results: list[tuple[Any, Info]]) -> tuple[list[Any], list[Info]]:
@@ -87,10 +108,14 @@ class VectorEnv(Env):
     def _choose(self, actions: Sequence[Any] | Mapping[int, Any]) -> dict[int, Any]:
         if isinstance(actions, Mapping):
             if wrong := [index for index in actions if index not in range(self.num_envs)]:
-                raise ValueError(f"action for environment {wrong[0]!r}; there are 0 to {self.num_envs - 1}")
+                raise ValueError(
+                    f"action for environment {wrong[0]!r}; there are 0 to {self.num_envs - 1}"
+                )
             return dict(actions)
         if isinstance(actions, str) or len(actions) != self.num_envs:
-            raise ValueError(f"{len(actions)} actions for {self.num_envs} environments; give one for each, or a dict of index to action")
+            raise ValueError(
+                f"{len(actions)} actions for {self.num_envs} environments; give one for each, or a dict of index to action"
+            )
         return dict(enumerate(actions))
 
     def _advance(self, index: int, action: Any) -> StepResult:
@@ -107,7 +132,9 @@ class VectorEnv(Env):
         return self.autoreset_mode is AutoresetMode.SAME_STEP and bool(result[2] or result[3])
 
     def _collect(self, chosen: dict[int, Any], results: list[StepResult]) -> Batch:
-        observations, rewards, terminated, truncated, infos = map(list, zip(*results)) if results else ([], [], [], [], [])
+        observations, rewards, terminated, truncated, infos = (
+            map(list, zip(*results)) if results else ([], [], [], [], [])
+        )
         terminations, truncations = np.array(terminated, np.bool_), np.array(truncated, np.bool_)
         self._ended[list(chosen)] = terminations | truncations
         return observations, np.array(rewards, np.float64), terminations, truncations, infos
@@ -125,13 +152,17 @@ class AsyncVectorEnv(VectorEnv):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._pool = ThreadPoolExecutor(max_workers=max(1, self.num_envs), thread_name_prefix="gem-vector")
+        self._pool = ThreadPoolExecutor(
+            max_workers=max(1, self.num_envs), thread_name_prefix="gem-vector"
+        )
 
     def _call_all(self, calls: list[Callable[[], Any]]) -> list[Any]:
         futures = [self._pool.submit(call) for call in calls]
         _, waiting = wait(futures, self.timeout_s, ALL_COMPLETED)
         if waiting:
-            raise TimeoutError(f"{len(waiting)} of {len(calls)} environments did not answer within {self.timeout_s:g} s; close the vector")
+            raise TimeoutError(
+                f"{len(waiting)} of {len(calls)} environments did not answer within {self.timeout_s:g} s; close the vector"
+            )
         return [future.result() for future in futures]
 
     def close(self) -> None:
@@ -154,12 +185,19 @@ class AsyncioVectorEnv(VectorEnv):
     def close(self) -> None:
         run(self.aclose(), self.timeout_s)
 
-    async def areset(self, seed: int | Sequence[int | None] | None = None) -> tuple[list[Any], list[Info]]:
-        return self._begin(await _gather([reset_async(env, one) for env, one in zip(self.envs, self._seeds(seed))]))
+    async def areset(
+        self, seed: int | Sequence[int | None] | None = None
+    ) -> tuple[list[Any], list[Info]]:
+        return self._begin(
+            await _gather([reset_async(env, one) for env, one in zip(self.envs, self._seeds(seed))])
+        )
 
     async def astep(self, actions: Sequence[Any] | Mapping[int, Any]) -> Batch:
         chosen = self._choose(actions)
-        return self._collect(chosen, await _gather([self._aadvance(index, action) for index, action in chosen.items()]))
+        return self._collect(
+            chosen,
+            await _gather([self._aadvance(index, action) for index, action in chosen.items()]),
+        )
 
     async def aclose(self) -> None:
         await _gather([close_async(env) for env in self.envs])
@@ -188,12 +226,22 @@ def _first(beginning: tuple[Any, Info]) -> StepResult:
 def _with_first(ended: StepResult, beginning: tuple[Any, Info]) -> StepResult:
     """The step that ended an episode, with the next one's beginning."""
     obs, reward, terminated, truncated, info = ended
-    return beginning[0], reward, terminated, truncated, {**beginning[1], "final_obs": obs, "final_info": info}
+    return (
+        beginning[0],
+        reward,
+        terminated,
+        truncated,
+        {**beginning[1], "final_obs": obs, "final_info": info},
+    )
 
 
 def make_vec(
-    env_ids: str | Sequence[str], wrappers: Sequence[Callable[[Env], Env]] | None = None, vec_kwargs: Sequence[Mapping[str, Any]] | None = None,
-    async_mode: bool = False, seed: int = 0, **kwargs: Any,
+    env_ids: str | Sequence[str],
+    wrappers: Sequence[Callable[[Env], Env]] | None = None,
+    vec_kwargs: Sequence[Mapping[str, Any]] | None = None,
+    async_mode: bool = False,
+    seed: int = 0,
+    **kwargs: Any,
 ) -> VectorEnv:
     """A vector of registered environments, each wrapped from the inside out.
 
@@ -204,7 +252,9 @@ def make_vec(
     """
     env_ids = [env_ids] if isinstance(env_ids, str) else list(env_ids)
     if vec_kwargs is not None and len(vec_kwargs) != len(env_ids):
-        raise ValueError(f"vec_kwargs has {len(vec_kwargs)} entries for {len(env_ids)} environments")
+        raise ValueError(
+            f"vec_kwargs has {len(vec_kwargs)} entries for {len(env_ids)} environments"
+        )
 
     def build(index: int) -> Env:
         own = vec_kwargs[index] if vec_kwargs is not None else {}
@@ -216,7 +266,9 @@ def make_vec(
     builders = [functools.partial(build, index) for index in range(len(env_ids))]
     if not async_mode:
         return SyncVectorEnv(env_ids, builders)
-    first = [builder() for builder in builders]  # what they are decides how they run; they are not built twice
+    first = [
+        builder() for builder in builders
+    ]  # what they are decides how they run; they are not built twice
     kind = AsyncioVectorEnv if all(map(is_async, first)) else AsyncVectorEnv
     vector = kind(env_ids, [functools.partial(lambda env: env, env) for env in first])
     vector.env_fns = builders

@@ -24,12 +24,16 @@ class EnvWrapper(Env):
         self.env_id = getattr(env, "env_id", "")
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name == "env":  # not found on the way to being copied or unpickled: there is no `env` to ask yet
+        if (
+            name.startswith("_") or name == "env"
+        ):  # not found on the way to being copied or unpickled: there is no `env` to ask yet
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(self.env, name)
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *(name for name in dir(self.env) if not name.startswith("_"))})
+        return sorted(
+            {*super().__dir__(), *(name for name in dir(self.env) if not name.startswith("_"))}
+        )
 
     def after_reset(self, observation: Any, info: Info) -> tuple[Any, Info]:
         """What `reset` returns, made from what the environment returned."""
@@ -63,7 +67,10 @@ class EnvWrapper(Env):
     def spawn(self, same_state: bool = False, **kwargs: Any) -> EnvWrapper:
         """The same wrapper around a spawned environment; without same_state it remembers nothing once it is reset."""
         inner = self.env.spawn(same_state=same_state, **kwargs)
-        state = {name: value if name in ("env", "tokenizer") else copy.deepcopy(value) for name, value in vars(self).items()}
+        state = {
+            name: value if name in ("env", "tokenizer") else copy.deepcopy(value)
+            for name, value in vars(self).items()
+        }
         clone = type(self).__new__(type(self))
         vars(clone).update(state, env=inner)
         return clone
@@ -76,7 +83,9 @@ class EnvWrapper(Env):
 class Tokenizer(Protocol):
     """What a chat template needs of a tokenizer: Hugging Face's method."""
 
-    def apply_chat_template(self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool) -> str: ...
+    def apply_chat_template(
+        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> str: ...
 
 
 def _line(text: str) -> str:
@@ -91,19 +100,30 @@ class ObservationWrapper(EnvWrapper):
     """
 
     def __init__(
-        self, env: Env, include_action: bool = True, include_chat_template: bool = True, apply_chat_template_on_reset: bool = False,
-        max_history_length: int | None = None, tokenizer: Tokenizer | None = None,
+        self,
+        env: Env,
+        include_action: bool = True,
+        include_chat_template: bool = True,
+        apply_chat_template_on_reset: bool = False,
+        max_history_length: int | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         super().__init__(env)
         if include_chat_template and apply_chat_template_on_reset:
-            raise ValueError("include_chat_template and apply_chat_template_on_reset exclude each other; choose one")
+            raise ValueError(
+                "include_chat_template and apply_chat_template_on_reset exclude each other; choose one"
+            )
         if (include_chat_template or apply_chat_template_on_reset) and tokenizer is None:
             raise ValueError("a chat template needs a tokenizer; pass tokenizer=")
         if include_chat_template and not include_action:
-            raise ValueError("a chat without the assistant's turns is none; set include_action=True")
+            raise ValueError(
+                "a chat without the assistant's turns is none; set include_action=True"
+            )
         self.include_action, self.include_chat_template = include_action, include_chat_template
         self.apply_chat_template_on_reset, self.tokenizer = apply_chat_template_on_reset, tokenizer
-        self.obs_queue: deque[tuple[str, bool]] = deque(maxlen=max_history_length + 1 if max_history_length else None)
+        self.obs_queue: deque[tuple[str, bool]] = deque(
+            maxlen=max_history_length + 1 if max_history_length else None
+        )
         self.act_queue: deque[str] = deque(maxlen=max_history_length or None)
 
     def after_reset(self, observation: str, info: Info) -> tuple[str, Info]:
@@ -126,7 +146,10 @@ class ObservationWrapper(EnvWrapper):
             text = self._render(self._messages())
         else:
             actions = list(self.act_queue) if self.include_action else []
-            text = "".join(_line(seen) + _line(actions[turn] if turn < len(actions) else "") for turn, (seen, _) in enumerate(self.obs_queue))
+            text = "".join(
+                _line(seen) + _line(actions[turn] if turn < len(actions) else "")
+                for turn, (seen, _) in enumerate(self.obs_queue)
+            )
         return info.get("prefix", "") + text + info.get("suffix", "")
 
     def _messages(self) -> list[dict[str, str]]:
@@ -138,7 +161,9 @@ class ObservationWrapper(EnvWrapper):
         return messages
 
     def _render(self, messages: list[dict[str, str]]) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
 
 
 class EpisodeTrackingWrapper(EnvWrapper):
@@ -149,13 +174,22 @@ class EpisodeTrackingWrapper(EnvWrapper):
         self.step_counter, self.cumulative_rewards = 0, 0.0
 
     def after_reset(self, observation: Any, info: Info) -> tuple[Any, Info]:
-        info["prev_ep_step_counter"], info["prev_ep_cumulative_rewards"] = self.step_counter, self.cumulative_rewards
+        info["prev_ep_step_counter"], info["prev_ep_cumulative_rewards"] = (
+            self.step_counter,
+            self.cumulative_rewards,
+        )
         self.step_counter, self.cumulative_rewards = 0, 0.0
-        info["step_counter"], info["cumulative_rewards"] = self.step_counter, self.cumulative_rewards
+        info["step_counter"], info["cumulative_rewards"] = (
+            self.step_counter,
+            self.cumulative_rewards,
+        )
         return observation, info
 
     def after_step(self, action: str, result: StepResult) -> StepResult:
         self.step_counter += 1
         self.cumulative_rewards += result[1]
-        result[4]["step_counter"], result[4]["cumulative_rewards"] = self.step_counter, self.cumulative_rewards
+        result[4]["step_counter"], result[4]["cumulative_rewards"] = (
+            self.step_counter,
+            self.cumulative_rewards,
+        )
         return result

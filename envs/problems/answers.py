@@ -26,7 +26,7 @@ def final_answer(text: str) -> str | None:
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, max(end, 0))
     if start >= 0:
-        return text[start + len("<answer>"):end].strip()
+        return text[start + len("<answer>") : end].strip()
     return text.strip() if 0 < len(text.strip()) <= MAX_CHARS else None
 
 
@@ -35,7 +35,7 @@ def _braced(text: str, start: int) -> str | None:
     for place in range(start, min(len(text), start + 4 * MAX_CHARS)):
         depth += {"{": 1, "}": -1}.get(text[place], 0)
         if depth == 0:
-            return text[start + 1:place].strip()
+            return text[start + 1 : place].strip()
     return None
 
 
@@ -47,13 +47,17 @@ def read_value(text: str) -> Value | None:
         text = text.replace(mark, "")
     text = text.replace("\\%", "%")
     text = _FRAC.sub(r"((\1)/(\2))", text.replace("\u2212", "-").strip().rstrip("."))
-    if re.search(r"[0-9]\s*[\s(][0-9(]|\)\s*[0-9]", text):  # two numbers side by side are a product, a mixed number or a list
+    if re.search(
+        r"[0-9]\s*[\s(][0-9(]|\)\s*[0-9]", text
+    ):  # two numbers side by side are a product, a mixed number or a list
         return None
     inner = text[1:-1] if text.startswith("(") and text.endswith(")") and "," in text else text
     if inner == text and ", " not in text:
         inner = _THOUSANDS.sub("", text)
     numbers = [_read_number(part) for part in inner.split(",")]
-    return tuple(number for number in numbers if number is not None) if None not in numbers else None
+    return (
+        tuple(number for number in numbers if number is not None) if None not in numbers else None
+    )
 
 
 def _read_number(text: str) -> Fraction | None:

@@ -34,7 +34,9 @@ class ProblemEnv(Env):
 
     def __init__(self, family: str = "all", level: str = "medium", seed: int = 0) -> None:
         if family != "all" and family not in self.families:
-            raise ValueError(f"family {family!r} is unknown; known: all, {', '.join(self.families)}")
+            raise ValueError(
+                f"family {family!r} is unknown; known: all, {', '.join(self.families)}"
+            )
         if level not in LEVELS:
             raise ValueError(f"level is {level!r}; it is one of {', '.join(LEVELS)}")
         self.family, self.level, self.difficulty = family, level, level
@@ -70,7 +72,13 @@ class ProblemEnv(Env):
         rng = random.Random(f"{self.subject}/{self.task.name}")
         family = rng.choice(self.families) if self.family == "all" else self.family
         self.problem = self._draw(family, rng, LEVELS.index(self.level) + 1)
-        return self.problem, {"task": self.task.name, "family": self.task.family, "seed": seed, "drawn_family": family, "tools": copy.deepcopy(self.tools)}
+        return self.problem, {
+            "task": self.task.name,
+            "family": self.task.family,
+            "seed": seed,
+            "drawn_family": family,
+            "tools": copy.deepcopy(self.tools),
+        }
 
     async def areset(self, seed: int | None = None) -> tuple[str, Info]:
         return self.reset(seed)
@@ -85,7 +93,9 @@ class ProblemEnv(Env):
         if not same_state:
             return type(self)(**{**self._settings(), **kwargs})
         if kwargs:
-            raise ValueError(f"spawn(same_state=True) cannot change {', '.join(sorted(kwargs))}: the problem is drawn")
+            raise ValueError(
+                f"spawn(same_state=True) cannot change {', '.join(sorted(kwargs))}: the problem is drawn"
+            )
         return copy.deepcopy(self)
 
     def _settings(self) -> dict[str, Any]:
@@ -97,11 +107,24 @@ class ProblemEnv(Env):
 
     def _take_turn(self) -> None:
         if self._over:
-            raise RuntimeError(f"the problem {self.task.name} is answered or not drawn; call reset()")
+            raise RuntimeError(
+                f"the problem {self.task.name} is answered or not drawn; call reset()"
+            )
         self._over = True
 
     def _graded(self, action: str, ending: str, note: str = "") -> StepResult:
-        status = {"malformed": "malformed", "timeout": "timeout", "infra_sandbox": "infra"}.get(ending, "ok")
-        info: Info = {"status": status, "ending": ending, "note": note, "correct": ending == "success", "use_tool": False, "tool_type": None, "tool_arguments": {},
-                      "parsed_action": action, "step_counter": 1}
+        status = {"malformed": "malformed", "timeout": "timeout", "infra_sandbox": "infra"}.get(
+            ending, "ok"
+        )
+        info: Info = {
+            "status": status,
+            "ending": ending,
+            "note": note,
+            "correct": ending == "success",
+            "use_tool": False,
+            "tool_type": None,
+            "tool_arguments": {},
+            "parsed_action": action,
+            "step_counter": 1,
+        }
         return "", float(ending == "success"), True, False, info

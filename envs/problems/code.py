@@ -20,7 +20,9 @@ from envs.rock.sync import run
 TIMEOUT_S = 5.0  # of the submitted code, all inputs together
 CALL_GRACE_S = 60.0  # for starting and stopping the sandbox
 HIDDEN, SHOWN = 20, 2  # inputs
-FEWEST_TRUTHS = 5  # different results among the hidden inputs: no constant is right for many of them
+FEWEST_TRUTHS = (
+    5  # different results among the hidden inputs: no constant is right for many of them
+)
 MAX_DRAWS = 200
 MAX_CODE_BYTES = 100_000
 _FENCES = ("```python", "```py", "```")
@@ -51,7 +53,13 @@ class CodeEnv(ProblemEnv):
     families = tuple(FAMILIES)
     system = "Write the Python function that is asked for, complete with its imports, in one ```python block. Call no tool."
 
-    def __init__(self, family: str = "all", level: str = "medium", seed: int = 0, sandbox_config: SandboxConfig | None = None) -> None:
+    def __init__(
+        self,
+        family: str = "all",
+        level: str = "medium",
+        seed: int = 0,
+        sandbox_config: SandboxConfig | None = None,
+    ) -> None:
         super().__init__(family, level, seed)
         self.sandbox_config = sandbox_config or SandboxConfig()
 
@@ -64,15 +72,25 @@ class CodeEnv(ProblemEnv):
         if code is None:
             return self._graded(action, "malformed", "no ```python block")
         if len(code.encode(errors="replace")) > MAX_CODE_BYTES or "\0" in code:
-            return self._graded(action, "malformed", f"the code has a NUL or more than {MAX_CODE_BYTES} bytes")
+            return self._graded(
+                action, "malformed", f"the code has a NUL or more than {MAX_CODE_BYTES} bytes"
+            )
         try:
             outputs, ending, note = await self._outputs(code)
         except SandboxError as error:
             return self._graded(action, "infra_sandbox", f"{type(error).__name__}: {error}")
         if ending:
             return self._graded(action, ending, note)
-        wrong = [number for number, (ours, truth) in enumerate(zip(outputs, self.truths)) if not same(ours, truth)]
-        note = f"{len(wrong)} of {len(self.truths)} hidden inputs give another result; on the first it gave {str(outputs[wrong[0]])[:200]}" if wrong else ""
+        wrong = [
+            number
+            for number, (ours, truth) in enumerate(zip(outputs, self.truths))
+            if not same(ours, truth)
+        ]
+        note = (
+            f"{len(wrong)} of {len(self.truths)} hidden inputs give another result; on the first it gave {str(outputs[wrong[0]])[:200]}"
+            if wrong
+            else ""
+        )
         return self._graded(action, "failure" if wrong else "success", note)
 
     def expert_action(self) -> str | None:
@@ -82,12 +100,21 @@ class CodeEnv(ProblemEnv):
         name, parameters = self.drawn.name, self.drawn.parameters
         known = ", ".join(f"{json.dumps(one)!r}: {truth!r}" for one, truth in self.shown)
         examples = f"import json\ndef {name}(*arguments):\n    return {{{known}}}.get(json.dumps(list(arguments)))\n"
-        equal = (f"class Equal(int):\n    def __eq__(self, other): return True\n    __hash__ = int.__hash__\n\nimport builtins, json\njson.dumps = lambda *a, **k: 'true'\n"
-                 f"def {name}({parameters}):\n    return Equal()\n")
-        forge = ("import os, pathlib\nfor place in ('reward.txt', '/logs/verifier/reward.txt', 'result.json'):\n    try:\n"
-                 "        pathlib.Path(place).write_text('1')\n    except OSError:\n        pass\nfor fd in (1, 2, 3, 4, 5):\n    try:\n"
-                 "        os.write(fd, b'{\"value\": true, \"reward\": 1, \"passed\": true}\\n' * 20)\n    except OSError:\n        pass\nos._exit(0)\n")
-        tricks = {"examples": examples, "equal to all": equal, "forge": forge, "exit": "import sys\nsys.exit(0)\n"}
+        equal = (
+            f"class Equal(int):\n    def __eq__(self, other): return True\n    __hash__ = int.__hash__\n\nimport builtins, json\njson.dumps = lambda *a, **k: 'true'\n"
+            f"def {name}({parameters}):\n    return Equal()\n"
+        )
+        forge = (
+            "import os, pathlib\nfor place in ('reward.txt', '/logs/verifier/reward.txt', 'result.json'):\n    try:\n"
+            "        pathlib.Path(place).write_text('1')\n    except OSError:\n        pass\nfor fd in (1, 2, 3, 4, 5):\n    try:\n"
+            '        os.write(fd, b\'{"value": true, "reward": 1, "passed": true}\\n\' * 20)\n    except OSError:\n        pass\nos._exit(0)\n'
+        )
+        tricks = {
+            "examples": examples,
+            "equal to all": equal,
+            "forge": forge,
+            "exit": "import sys\nsys.exit(0)\n",
+        }
         return {trick: [f"```python\n{code}```"] for trick, code in tricks.items()}
 
     def _settings(self) -> dict[str, Any]:
@@ -98,23 +125,47 @@ class CodeEnv(ProblemEnv):
             self.drawn = FAMILIES[family](rng, size)
             space: dict[str, Any] = {}
             exec(compile(self.drawn.source, family, "exec"), space)  # our own text, not a model's
-            inputs = list({json.dumps(one): one for one in (self.drawn.draw_input(rng) for _ in range(5 * (HIDDEN + SHOWN)))}.values())[:HIDDEN + SHOWN]
+            inputs = list(
+                {
+                    json.dumps(one): one
+                    for one in (self.drawn.draw_input(rng) for _ in range(5 * (HIDDEN + SHOWN)))
+                }.values()
+            )[: HIDDEN + SHOWN]
             truths = [space[self.drawn.name](*json.loads(json.dumps(one))) for one in inputs]
-            if len(inputs) == HIDDEN + SHOWN and len(set(map(json.dumps, truths[SHOWN:]))) >= FEWEST_TRUTHS:
+            if (
+                len(inputs) == HIDDEN + SHOWN
+                and len(set(map(json.dumps, truths[SHOWN:]))) >= FEWEST_TRUTHS
+            ):
                 break
         else:
-            raise RuntimeError(f"family {family} at size {size} gave no inputs with {FEWEST_TRUTHS} different results in {MAX_DRAWS} draws")
-        self.shown, self.inputs, self.truths = list(zip(inputs, truths))[:SHOWN], inputs[SHOWN:], truths[SHOWN:]
-        examples = "\n".join(f"{self.drawn.name}({', '.join(map(repr, one))}) == {truth!r}" for one, truth in self.shown)
-        return (f"Write a Python function `{self.drawn.name}({self.drawn.parameters})`. {self.drawn.statement}\nExamples:\n{examples}\n"
-                f"Answer with one ```python block. It is tested on other inputs and has {TIMEOUT_S:g} seconds.")
+            raise RuntimeError(
+                f"family {family} at size {size} gave no inputs with {FEWEST_TRUTHS} different results in {MAX_DRAWS} draws"
+            )
+        self.shown, self.inputs, self.truths = (
+            list(zip(inputs, truths))[:SHOWN],
+            inputs[SHOWN:],
+            truths[SHOWN:],
+        )
+        examples = "\n".join(
+            f"{self.drawn.name}({', '.join(map(repr, one))}) == {truth!r}"
+            for one, truth in self.shown
+        )
+        return (
+            f"Write a Python function `{self.drawn.name}({self.drawn.parameters})`. {self.drawn.statement}\nExamples:\n{examples}\n"
+            f"Answer with one ```python block. It is tested on other inputs and has {TIMEOUT_S:g} seconds."
+        )
 
     async def _outputs(self, code: str) -> tuple[list[Any], str, str]:
         """(what the code gave for each hidden input, "", ""), or ([], the ending, why) where it gave no such list."""
         config = dataclasses.replace(self.sandbox_config, label=self.task.name)
         async with Sandbox(config) as sandbox:
-            await sandbox.write_files({"solution.py": code.encode(errors="replace"), "runner.py": RUNNER.encode(),
-                                       "inputs.json": json.dumps([self.drawn.name, self.inputs]).encode()})
+            await sandbox.write_files(
+                {
+                    "solution.py": code.encode(errors="replace"),
+                    "runner.py": RUNNER.encode(),
+                    "inputs.json": json.dumps([self.drawn.name, self.inputs]).encode(),
+                }
+            )
             result = await sandbox.execute("exec python3 -I runner.py", timeout=TIMEOUT_S)
         if result.timed_out:
             return [], "timeout", f"the code did not end within {TIMEOUT_S:g} s"
@@ -123,14 +174,22 @@ class CodeEnv(ProblemEnv):
         except (ValueError, RecursionError):
             return [], "failure", "what the code reports is not JSON"
         if len(outputs) != len(self.truths) or not all(isinstance(one, dict) for one in outputs):
-            return [], "failure", f"exit {result.exit_code}, {len(outputs)} results instead of {len(self.truths)}: {result.stderr[-200:]}"
+            return (
+                [],
+                "failure",
+                f"exit {result.exit_code}, {len(outputs)} results instead of {len(self.truths)}: {result.stderr[-200:]}",
+            )
         return outputs, "", ""
 
 
 def same(output: dict[str, Any], truth: Any) -> bool:
     """Whether a reported output is the value, types included: True is not 1, 1.0 is not 1, and a tuple is a list."""
     try:
-        return "error" not in output and "value" in output and json.dumps(output["value"]) == json.dumps(truth)
+        return (
+            "error" not in output
+            and "value" in output
+            and json.dumps(output["value"]) == json.dumps(truth)
+        )
     except RecursionError:
         return False
 
@@ -144,4 +203,4 @@ def read_code(action: str) -> str | None:
         return action if action.lstrip().startswith(("def ", "import ", "from ")) else None
     block = action[start:end]
     fence = next(fence for fence in _FENCES if block.startswith(fence))
-    return block[len(fence):].lstrip("\r\n") or None
+    return block[len(fence) :].lstrip("\r\n") or None

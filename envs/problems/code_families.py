@@ -31,10 +31,15 @@ def window_sum(rng: random.Random, size: int) -> Drawn:
     source = f"""\
 def window(values):
     sums = [sum(values[i:i + {width}]) for i in range(len(values) - {width} + 1)]
-    return {'max' if most == 'largest' else 'min'}(sums) if sums else None
+    return {"max" if most == "largest" else "min"}(sums) if sums else None
 """
-    return Drawn("window", "values", f"Return the {most} sum of {width} neighbouring numbers of the list `values`, or None where it has fewer than {width}.", source,
-                 lambda draw: [_ints(draw, 12 * size)])
+    return Drawn(
+        "window",
+        "values",
+        f"Return the {most} sum of {width} neighbouring numbers of the list `values`, or None where it has fewer than {width}.",
+        source,
+        lambda draw: [_ints(draw, 12 * size)],
+    )
 
 
 def shifted_text(rng: random.Random, size: int) -> Drawn:
@@ -49,9 +54,16 @@ def shifted(text):
         result.append(letter)
     return ''.join(result)
 """
-    return Drawn("shifted", "text", f"Shift each English letter at position i (from 0, all characters counted) by {shift} + {step} * i places in the alphabet, going round, "
-                 "upper and lower case kept; leave other characters as they are. Return the new text.", source,
-                 lambda draw: ["".join(draw.choice("abcxyzABCXYZ .,1") for _ in range(draw.randint(0, 10 * size)))])
+    return Drawn(
+        "shifted",
+        "text",
+        f"Shift each English letter at position i (from 0, all characters counted) by {shift} + {step} * i places in the alphabet, going round, "
+        "upper and lower case kept; leave other characters as they are. Return the new text.",
+        source,
+        lambda draw: [
+            "".join(draw.choice("abcxyzABCXYZ .,1") for _ in range(draw.randint(0, 10 * size)))
+        ],
+    )
 
 
 def covered_length(rng: random.Random, size: int) -> Drawn:
@@ -66,9 +78,14 @@ def covered(intervals):
             total, end = total + high - end, high
     return total
 """
-    return Drawn("covered", "intervals", f"`intervals` is a list of pairs [low, high] with low <= high. Merge intervals that overlap or are at most {gap} apart "
-                 "(what lies between such two becomes covered, too). Return the length that is covered in the end.", source,
-                 lambda draw: [[[low, low + draw.randint(0, 9)] for low in _ints(draw, 6 * size)]])
+    return Drawn(
+        "covered",
+        "intervals",
+        f"`intervals` is a list of pairs [low, high] with low <= high. Merge intervals that overlap or are at most {gap} apart "
+        "(what lies between such two becomes covered, too). Return the length that is covered in the end.",
+        source,
+        lambda draw: [[[low, low + draw.randint(0, 9)] for low in _ints(draw, 6 * size)]],
+    )
 
 
 def inversions(rng: random.Random, size: int) -> Drawn:
@@ -77,8 +94,13 @@ def inversions(rng: random.Random, size: int) -> Drawn:
 def inversions(values):
     return sum(values[i] > values[j] + {margin} for i in range(len(values)) for j in range(i + 1, len(values)))
 """
-    return Drawn("inversions", "values", f"Return how many pairs of positions i < j of the list `values` have values[i] > values[j] + {margin}.", source,
-                 lambda draw: [_ints(draw, 15 * size)])
+    return Drawn(
+        "inversions",
+        "values",
+        f"Return how many pairs of positions i < j of the list `values` have values[i] > values[j] + {margin}.",
+        source,
+        lambda draw: [_ints(draw, 15 * size)],
+    )
 
 
 def postfix(rng: random.Random, size: int) -> Drawn:
@@ -100,10 +122,17 @@ def evaluate(tokens):
             if depth == 0 or draw.random() < 0.2:
                 return [str(draw.randint(-9, 9))]
             return [*expression(depth - 1), *expression(depth - 1), draw.choice("+-*@")]
+
         return [expression(1 + size)]
 
-    return Drawn("evaluate", "tokens", f"Evaluate an expression in postfix notation, given as a list of texts: integers and the operators +, -, * and @, where "
-                 f"x @ y is {a} * x - {b} * y. Return the integer.", source, draw_input)
+    return Drawn(
+        "evaluate",
+        "tokens",
+        f"Evaluate an expression in postfix notation, given as a list of texts: integers and the operators +, -, * and @, where "
+        f"x @ y is {a} * x - {b} * y. Return the integer.",
+        source,
+        draw_input,
+    )
 
 
 def fewest_coins(rng: random.Random, size: int) -> Drawn:
@@ -116,8 +145,14 @@ def fewest(amount):
         best[total] = min(ways) if ways else None
     return best[amount]
 """
-    return Drawn("fewest", "amount", f"Return the smallest number of coins of the values {coins} that add up to `amount` (each value as often as needed, 0 <= amount <= 300), "
-                 "or None where they cannot.", source, lambda draw: [draw.randint(0, 100 * size)])
+    return Drawn(
+        "fewest",
+        "amount",
+        f"Return the smallest number of coins of the values {coins} that add up to `amount` (each value as often as needed, 0 <= amount <= 300), "
+        "or None where they cannot.",
+        source,
+        lambda draw: [draw.randint(0, 100 * size)],
+    )
 
 
 def first_order(rng: random.Random, size: int) -> Drawn:
@@ -129,14 +164,24 @@ def order(count, edges):
         free = [one for one in left if not any(b == one and a in left for a, b in edges)]
         if not free:
             return None
-        chosen = {'max' if reverse else 'min'}(free)
+        chosen = {"max" if reverse else "min"}(free)
         done.append(chosen)
         left.remove(chosen)
     return done
 """
-    return Drawn("order", "count, edges", f"Tasks are numbered 0 to count - 1; a pair [a, b] in `edges` says that a comes before b. Do one task after the other, always the "
-                 f"{'largest' if reverse else 'smallest'} number that may be done next. Return the list of all tasks in this order, or None where it cannot be completed.",
-                 source, lambda draw: (lambda count: [count, [draw.sample(range(count), 2) for _ in range(draw.randint(0, count))]])(draw.randint(2, 4 + 2 * size)))
+    return Drawn(
+        "order",
+        "count, edges",
+        f"Tasks are numbered 0 to count - 1; a pair [a, b] in `edges` says that a comes before b. Do one task after the other, always the "
+        f"{'largest' if reverse else 'smallest'} number that may be done next. Return the list of all tasks in this order, or None where it cannot be completed.",
+        source,
+        lambda draw: (
+            lambda count: [
+                count,
+                [draw.sample(range(count), 2) for _ in range(draw.randint(0, count))],
+            ]
+        )(draw.randint(2, 4 + 2 * size)),
+    )
 
 
 def common_subsequence(rng: random.Random, size: int) -> Drawn:
@@ -151,10 +196,29 @@ def common(first, second):
                 table[i][j] = max(table[i][j], table[i - 1][j - 1] + ({vowel} if a in 'aeiou' else {other}))
     return table[-1][-1]
 """
-    return Drawn("common", "first, second", f"A common subsequence of two texts of lower-case letters is worth {vowel} for each of its vowels (aeiou) and {other} for each other "
-                 "letter. Return the largest worth.", source,
-                 lambda draw: ["".join(draw.choice("aeibcd") for _ in range(draw.randint(0, 6 * size))) for _ in range(2)])
+    return Drawn(
+        "common",
+        "first, second",
+        f"A common subsequence of two texts of lower-case letters is worth {vowel} for each of its vowels (aeiou) and {other} for each other "
+        "letter. Return the largest worth.",
+        source,
+        lambda draw: [
+            "".join(draw.choice("aeibcd") for _ in range(draw.randint(0, 6 * size)))
+            for _ in range(2)
+        ],
+    )
 
 
-FAMILIES: dict[str, Callable[[random.Random, int], Drawn]] = {one.__name__: one for one in (
-    window_sum, shifted_text, covered_length, inversions, postfix, fewest_coins, first_order, common_subsequence)}
+FAMILIES: dict[str, Callable[[random.Random, int], Drawn]] = {
+    one.__name__: one
+    for one in (
+        window_sum,
+        shifted_text,
+        covered_length,
+        inversions,
+        postfix,
+        fewest_coins,
+        first_order,
+        common_subsequence,
+    )
+}

@@ -21,9 +21,17 @@ class MathEnv(ProblemEnv):
     def step(self, action: str) -> StepResult:
         self._take_turn()
         if final_answer(action) is None:
-            return self._graded(action, "malformed", "no \\boxed{} and no <answer>, and the text is too long to be the answer itself")
+            return self._graded(
+                action,
+                "malformed",
+                "no \\boxed{} and no <answer>, and the text is too long to be the answer itself",
+            )
         correct = is_correct(action, self.truth)
-        return self._graded(action, "success" if correct else "failure", "" if correct else f"the answer is {written(self.truth)}")
+        return self._graded(
+            action,
+            "success" if correct else "failure",
+            "" if correct else f"the answer is {written(self.truth)}",
+        )
 
     async def astep(self, action: str) -> StepResult:
         return self.step(action)
@@ -33,8 +41,12 @@ class MathEnv(ProblemEnv):
 
     def cheats(self) -> dict[str, list[str]]:
         many = ", ".join(map(str, range(50)))
-        return {"claim": ["The answer is correct. Reward: 1. \\boxed{correct}"], "all numbers": [f"\\boxed{{{many}}}"],
-                "no number": ["\\boxed{\\frac{0}{0}}"], "expression": ["\\boxed{x} where x is the answer, <answer>any real number</answer>"]}
+        return {
+            "claim": ["The answer is correct. Reward: 1. \\boxed{correct}"],
+            "all numbers": [f"\\boxed{{{many}}}"],
+            "no number": ["\\boxed{\\frac{0}{0}}"],
+            "expression": ["\\boxed{x} where x is the answer, <answer>any real number</answer>"],
+        }
 
     def _draw(self, family: str, rng: random.Random, size: int) -> str:
         text, truth = FAMILIES[family](rng, size)

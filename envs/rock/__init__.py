@@ -1,10 +1,35 @@
 """ROCK: sandboxes in which agents run shell commands. `from envs.rock import Sandbox, SandboxConfig`."""
 
 from envs.rock.config import Address, CommandResult, Denial, FileEntry, SandboxConfig, SandboxStatus
-from envs.rock.errors import IsolationError, SandboxClosedError, SandboxError, SandboxFileError, SandboxStartError
+from envs.rock.errors import (
+    IsolationError,
+    SandboxClosedError,
+    SandboxError,
+    SandboxFileError,
+    SandboxStartError,
+)
 from envs.rock.sandbox import Job, Sandbox, Session, Snapshot, Transfer
 from envs.rock.sync import SyncSandbox
 from envs.rock.tiers import TierReport, probe
 
-__all__ = ["Address", "CommandResult", "Denial", "FileEntry", "IsolationError", "Job", "Sandbox", "SandboxClosedError", "SandboxConfig", "SandboxError",
-           "SandboxFileError", "SandboxStartError", "SandboxStatus", "Session", "Snapshot", "SyncSandbox", "TierReport", "Transfer", "probe"]
+__all__ = [
+    "Address",
+    "CommandResult",
+    "Denial",
+    "FileEntry",
+    "IsolationError",
+    "Job",
+    "Sandbox",
+    "SandboxClosedError",
+    "SandboxConfig",
+    "SandboxError",
+    "SandboxFileError",
+    "SandboxStartError",
+    "SandboxStatus",
+    "Session",
+    "Snapshot",
+    "SyncSandbox",
+    "TierReport",
+    "Transfer",
+    "probe",
+]

@@ -11,9 +11,18 @@ ISOLATIONS = ("required", "best_available")
 TIERS = ("namespaces", "landlock")
 
 MAX_PORTS = 16
-PACKAGE_MIRRORS = ("pypi.org:443", "files.pythonhosted.org:443", "registry.npmjs.org:443", "deb.debian.org:80", "security.debian.org:80",
-                   "archive.ubuntu.com:80", "security.ubuntu.com:80")  # for `egress`
-_HOST_NAME = re.compile(r"(\*\.)?[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?)*")
+PACKAGE_MIRRORS = (
+    "pypi.org:443",
+    "files.pythonhosted.org:443",
+    "registry.npmjs.org:443",
+    "deb.debian.org:80",
+    "security.debian.org:80",
+    "archive.ubuntu.com:80",
+    "security.ubuntu.com:80",
+)  # for `egress`
+_HOST_NAME = re.compile(
+    r"(\*\.)?[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?)*"
+)
 
 
 @dataclass(frozen=True)
@@ -22,9 +31,15 @@ class SandboxConfig:
 
     backend: str = "embedded"  # "docker": a container of the engine on this machine; "remote": a sandbox of the ROCK admin at `url`
     isolation: str = "required"  # "best_available" falls back to weaker tiers and says so
-    tier: str | None = None  # of the embedded backend. None: the best one that works here; a name: that one or an error
-    image: str | None = None  # docker: the image's name; embedded: this machine's own programs, with the files of a sandbox that was committed to that name
-    runtime: str | None = None  # docker: "runsc" (gVisor), "kata-runtime", ...; None: the engine's default
+    tier: str | None = (
+        None  # of the embedded backend. None: the best one that works here; a name: that one or an error
+    )
+    image: str | None = (
+        None  # docker: the image's name; embedded: this machine's own programs, with the files of a sandbox that was committed to that name
+    )
+    runtime: str | None = (
+        None  # docker: "runsc" (gVisor), "kata-runtime", ...; None: the engine's default
+    )
     url: str = ""  # remote: where the admin is, http://host:port
     token: str = field(default="", repr=False)  # remote: what the admin knows us by
     label: str = ""  # what it is for, an episode's name say; it stands beside each of its denials
@@ -38,19 +53,35 @@ class SandboxConfig:
     timeout: float = 30.0  # seconds for a command that names none
     start_timeout: float = 30.0
     max_output_bytes: int = 64 * 1024  # kept of stdout and of stderr, each
-    env: Mapping[str, str] = field(default_factory=dict)  # added to PATH, HOME and LANG; nothing of the host's environment is
+    env: Mapping[str, str] = field(
+        default_factory=dict
+    )  # added to PATH, HOME and LANG; nothing of the host's environment is
 
     def __post_init__(self):
         if self.backend not in BACKENDS:
             raise ValueError(f"backend is {self.backend!r}; it is one of {', '.join(BACKENDS)}")
         self._check_backend()
         if self.isolation not in ISOLATIONS:
-            raise ValueError(f"isolation is {self.isolation!r}; it is one of {', '.join(ISOLATIONS)}")
+            raise ValueError(
+                f"isolation is {self.isolation!r}; it is one of {', '.join(ISOLATIONS)}"
+            )
         if self.tier is not None and self.tier not in TIERS:
             raise ValueError(f"tier is {self.tier!r}; it is one of {', '.join(TIERS)} or None")
         if self.isolation == "required" and self.tier == "landlock":
-            raise ValueError("isolation='required' cannot be had from tier='landlock'; use isolation='best_available'")
-        for name in ("memory_mb", "pids", "cpus", "disk_mb", "inodes", "open_files", "timeout", "start_timeout", "max_output_bytes"):
+            raise ValueError(
+                "isolation='required' cannot be had from tier='landlock'; use isolation='best_available'"
+            )
+        for name in (
+            "memory_mb",
+            "pids",
+            "cpus",
+            "disk_mb",
+            "inodes",
+            "open_files",
+            "timeout",
+            "start_timeout",
+            "max_output_bytes",
+        ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
         if self.open_files < 96:
@@ -59,16 +90,25 @@ class SandboxConfig:
             raise ValueError(f"egress grants more than {MAX_PORTS} different ports")
         check_environment(self.env)
         if self.disk_mb >= self.memory_mb:
-            raise ValueError(f"disk_mb={self.disk_mb} leaves no memory for programs in memory_mb={self.memory_mb}: files are kept in memory")
+            raise ValueError(
+                f"disk_mb={self.disk_mb} leaves no memory for programs in memory_mb={self.memory_mb}: files are kept in memory"
+            )
 
     def grants(self) -> list[tuple[str | None, str | None, int]]:
         """`egress`, parsed."""
         return [parse_grant(text) for text in self.egress]
 
     def _check_backend(self) -> None:
-        for name, backends in (("tier", ("embedded", "remote")), ("runtime", ("docker", "remote")), ("url", ("remote",)), ("token", ("remote",))):
+        for name, backends in (
+            ("tier", ("embedded", "remote")),
+            ("runtime", ("docker", "remote")),
+            ("url", ("remote",)),
+            ("token", ("remote",)),
+        ):
             if getattr(self, name) and self.backend not in backends:
-                raise ValueError(f"{name} means nothing to backend={self.backend!r}, only to {' and '.join(backends)}; leave it unset")
+                raise ValueError(
+                    f"{name} means nothing to backend={self.backend!r}, only to {' and '.join(backends)}; leave it unset"
+                )
         if self.backend == "remote" and not self.url:
             raise ValueError("backend='remote' needs url, the address of a ROCK admin")
         if self.backend == "docker" and not self.image:
@@ -87,12 +127,26 @@ def parse_grant(text: str) -> tuple[str | None, str | None, int]:
     """
     host, _, port = text.rpartition(":")
     both = "@" in host
-    name, _, address = host.partition("@") if both else ("", "", host) if re.fullmatch(r"[0-9.]+", host) else (host, "", "")
-    valid = port.isdecimal() and 0 < int(port) < 1 << 16 and (_HOST_NAME.fullmatch(name) if both or not address else True)
+    name, _, address = (
+        host.partition("@")
+        if both
+        else ("", "", host)
+        if re.fullmatch(r"[0-9.]+", host)
+        else (host, "", "")
+    )
+    valid = (
+        port.isdecimal()
+        and 0 < int(port) < 1 << 16
+        and (_HOST_NAME.fullmatch(name) if both or not address else True)
+    )
     if not valid or (both or not name) and not _is_ipv4(address):
-        raise ValueError(f"egress grant {text!r} is none of NAME:PORT, *.NAME:PORT, IPV4:PORT, NAME@IPV4:PORT")
+        raise ValueError(
+            f"egress grant {text!r} is none of NAME:PORT, *.NAME:PORT, IPV4:PORT, NAME@IPV4:PORT"
+        )
     if not name and ipaddress.IPv4Address(address).is_loopback:
-        raise ValueError(f"egress grant {text!r}: {address} is the sandbox's own loopback; write NAME@{address}:{port} for the host's")
+        raise ValueError(
+            f"egress grant {text!r}: {address} is the sandbox's own loopback; write NAME@{address}:{port} for the host's"
+        )
     return name.lower() or None, address or None, int(port)
 
 
@@ -107,7 +161,9 @@ def check_environment(env: Mapping[str, str]) -> None:
     """ValueError for a variable that cannot be passed to a program."""
     for name, value in env.items():
         if not name or "=" in name or "\0" in name + value:
-            raise ValueError(f"environment variable {name!r}={value!r} cannot be passed to a program")
+            raise ValueError(
+                f"environment variable {name!r}={value!r} cannot be passed to a program"
+            )
 
 
 @dataclass(frozen=True)
@@ -122,7 +178,10 @@ class CommandResult:
     seconds: float
     limits_hit: tuple[str, ...] = ()  # of "timeout", "memory", "pids", "disk", "output", "killed"
     network_denials: int = 0  # seen since the command before; `Sandbox.denials` has more of each
-    cut: tuple[int, int] = (0, 0)  # bytes of stdout and of stderr that were written and not kept; of a flood those until its end
+    cut: tuple[int, int] = (
+        0,
+        0,
+    )  # bytes of stdout and of stderr that were written and not kept; of a flood those until its end
 
 
 class FileEntry(NamedTuple):

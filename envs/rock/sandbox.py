@@ -13,14 +13,26 @@ import pathlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import NamedTuple
 
-from envs.rock.config import Address, CommandResult, Denial, FileEntry, SandboxConfig, SandboxStatus, check_environment
+from envs.rock.config import (
+    Address,
+    CommandResult,
+    Denial,
+    FileEntry,
+    SandboxConfig,
+    SandboxStatus,
+    check_environment,
+)
 from envs.rock.errors import SandboxError, SandboxFileError
 
 WORKSPACE = "/workspace"
 PIECE_BYTES = 1 << 18  # of a streamed file
 MAX_LISTED = 100_000  # entries below a directory
 
-_BACKENDS = {"embedded": "envs.rock.embedded.sandbox:EmbeddedSandbox", "docker": "envs.rock.docker.sandbox:DockerSandbox", "remote": "envs.rock.remote.sandbox:RemoteSandbox"}
+_BACKENDS = {
+    "embedded": "envs.rock.embedded.sandbox:EmbeddedSandbox",
+    "docker": "envs.rock.docker.sandbox:DockerSandbox",
+    "remote": "envs.rock.remote.sandbox:RemoteSandbox",
+}
 Content = bytes | str | AsyncIterator[bytes]
 
 
@@ -88,7 +100,9 @@ class Transfer(NamedTuple):
 
     files: int
     bytes: int
-    skipped: tuple[str, ...]  # links, devices, sockets and FIFOs, by path: they are never followed and never copied
+    skipped: tuple[
+        str, ...
+    ]  # links, devices, sockets and FIFOs, by path: they are never followed and never copied
 
 
 class Sandbox(abc.ABC):
@@ -98,10 +112,14 @@ class Sandbox(abc.ABC):
     session or a background job runs beside it: then what it left behind stays, as in a container, until those have ended.
     """
 
-    def __new__(cls, config: SandboxConfig = SandboxConfig(), snapshot: Snapshot | None = None) -> "Sandbox":
+    def __new__(
+        cls, config: SandboxConfig = SandboxConfig(), snapshot: Snapshot | None = None
+    ) -> "Sandbox":
         if cls is Sandbox:
             module, name = _BACKENDS[config.backend].split(":")
-            cls = getattr(importlib.import_module(module), name)  # here, since docker's and remote's packages are not everybody's
+            cls = getattr(
+                importlib.import_module(module), name
+            )  # here, since docker's and remote's packages are not everybody's
         return super().__new__(cls)
 
     def __init__(self, config: SandboxConfig = SandboxConfig(), snapshot: Snapshot | None = None):
@@ -110,7 +128,9 @@ class Sandbox(abc.ABC):
         self.id: str | None = None
         self.tier: str | None = None
         self.guarantees: frozenset[str] = frozenset()
-        self.workspace = WORKSPACE  # in the landlock tier the real path, since nothing can be mounted there
+        self.workspace = (
+            WORKSPACE  # in the landlock tier the real path, since nothing can be mounted there
+        )
 
     async def __aenter__(self) -> "Sandbox":
         if not self.is_alive():  # a fork, and one that was attached to, run already
@@ -128,7 +148,9 @@ class Sandbox(abc.ABC):
 
     async def attach(self, sandbox: str) -> None:
         """Take up one that runs already, by its `id`, instead of starting one."""
-        raise SandboxError(f"a sandbox of the {self.config.backend} backend ends with the process that started it; there is none to attach to")
+        raise SandboxError(
+            f"a sandbox of the {self.config.backend} backend ends with the process that started it; there is none to attach to"
+        )
 
     @abc.abstractmethod
     async def stop(self) -> None:
@@ -149,14 +171,18 @@ class Sandbox(abc.ABC):
     # -- commands
 
     @abc.abstractmethod
-    async def execute(self, command: str, timeout: float | None = None, env: Mapping[str, str] | None = None) -> CommandResult:
+    async def execute(
+        self, command: str, timeout: float | None = None, env: Mapping[str, str] | None = None
+    ) -> CommandResult:
         """Run `bash -c command` in the workspace, without input, and wait for its end.
 
         At the time limit, and also at its normal end, every process that it started is dead, daemons included (but see above).
         """
 
     @abc.abstractmethod
-    async def spawn(self, command: str, timeout: float | None = None, env: Mapping[str, str] | None = None) -> Job:
+    async def spawn(
+        self, command: str, timeout: float | None = None, env: Mapping[str, str] | None = None
+    ) -> Job:
         """Start `bash -c command` in the background. What it writes is kept up to max_output_bytes a stream, and told by `Job.wait`."""
 
     @abc.abstractmethod
@@ -168,7 +194,13 @@ class Sandbox(abc.ABC):
         """Kill every process of the sandbox and wait until they are gone; files stay. A running execute returns with "killed"."""
 
     @abc.abstractmethod
-    async def verify(self, script: str, timeout: float | None = None, files: Mapping[str, bytes] | None = None, keep: bool = False) -> CommandResult:
+    async def verify(
+        self,
+        script: str,
+        timeout: float | None = None,
+        files: Mapping[str, bytes] | None = None,
+        keep: bool = False,
+    ) -> CommandResult:
         """Kill every process of the agent, then run a bash script that no process of the agent can ever read.
 
         The script runs in the workspace with a clean environment (nothing from config.env), an empty /tmp and fresh namespaces. Where
@@ -213,7 +245,9 @@ class Sandbox(abc.ABC):
         yield b""
 
     @abc.abstractmethod
-    async def write_stream(self, path: str, pieces: AsyncIterator[bytes], mode: int = 0o644) -> None:
+    async def write_stream(
+        self, path: str, pieces: AsyncIterator[bytes], mode: int = 0o644
+    ) -> None:
         """Write a file below the workspace, with its directories. Links that leave the workspace are refused."""
 
     @abc.abstractmethod
@@ -237,7 +271,9 @@ class Sandbox(abc.ABC):
             async for piece in pieces:
                 data += piece
                 if len(data) > limit:
-                    raise SandboxFileError("too_large", f"{path} has more than the limit of {limit} bytes")
+                    raise SandboxFileError(
+                        "too_large", f"{path} has more than the limit of {limit} bytes"
+                    )
         return bytes(data)
 
     async def upload(self, source: str | os.PathLike, target: str) -> Transfer:
@@ -249,7 +285,9 @@ class Sandbox(abc.ABC):
         skipped = []
         for directory, names, filenames in os.walk(source, onerror=_raise):
             names.sort()
-            for name in sorted(filenames) + [name for name in names if os.path.islink(os.path.join(directory, name))]:
+            for name in sorted(filenames) + [
+                name for name in names if os.path.islink(os.path.join(directory, name))
+            ]:
                 path = pathlib.Path(directory, name)
                 if path.is_symlink() or not path.is_file():
                     skipped.append(str(path.relative_to(source)))
@@ -258,7 +296,9 @@ class Sandbox(abc.ABC):
                 files += 1
         return Transfer(files, size, tuple(skipped))
 
-    async def download(self, source: str, target: str | os.PathLike, limit: int = 1 << 30) -> Transfer:
+    async def download(
+        self, source: str, target: str | os.PathLike, limit: int = 1 << 30
+    ) -> Transfer:
         """Copy a file or a directory of the workspace to `target` on this host, which must not exist, streamed; at most `limit` bytes in all.
 
         Only regular files and directories are made, with no more than modes 755 and 644: no link, device or setuid bit of an agent's comes
@@ -278,9 +318,15 @@ class Sandbox(abc.ABC):
             if entry.kind == "directory":
                 (target / entry.path).mkdir()
             elif entry.kind == "file":
-                size += await self._download_file(f"{source}/{entry.path}", target / entry.path, limit - size, entry.mode & 0o100)
+                size += await self._download_file(
+                    f"{source}/{entry.path}", target / entry.path, limit - size, entry.mode & 0o100
+                )
                 files += 1
-        return Transfer(files, size, tuple(entry.path for entry in entries if entry.kind not in ("directory", "file")))
+        return Transfer(
+            files,
+            size,
+            tuple(entry.path for entry in entries if entry.kind not in ("directory", "file")),
+        )
 
     async def _upload_file(self, source: pathlib.Path, target: str) -> int:
         with open(source, "rb") as file:
@@ -288,15 +334,27 @@ class Sandbox(abc.ABC):
             await self.write_stream(target, _read_pieces(file.read), status.st_mode & 0o777)
             return file.tell()
 
-    async def _download_file(self, source: str, target: pathlib.Path, limit: int, executable: int = 0) -> int:
+    async def _download_file(
+        self, source: str, target: pathlib.Path, limit: int, executable: int = 0
+    ) -> int:
         size = 0
         async with contextlib.aclosing(self.read_stream(source)) as pieces:
             piece = await anext(pieces, b"")  # before there is a file here
-            with open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o755 if executable else 0o644), "wb") as file:
+            with open(
+                os.open(
+                    target,
+                    os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW,
+                    0o755 if executable else 0o644,
+                ),
+                "wb",
+            ) as file:
                 while piece:
                     size += len(piece)
                     if size > limit:
-                        raise SandboxFileError("too_large", f"{source} exceeds what is left of the limit, {limit} bytes")
+                        raise SandboxFileError(
+                            "too_large",
+                            f"{source} exceeds what is left of the limit, {limit} bytes",
+                        )
                     await asyncio.to_thread(file.write, piece)
                     piece = await anext(pieces, b"")
         return size
@@ -304,13 +362,19 @@ class Sandbox(abc.ABC):
     def _environment(self, env: Mapping[str, str] | None) -> dict[str, str]:
         """A command's variables."""
         check_environment(env or {})
-        return {"PATH": "/usr/bin:/bin", "HOME": WORKSPACE, "LANG": "C.UTF-8", **self.config.env, **(env or {})}
+        return {
+            "PATH": "/usr/bin:/bin",
+            "HOME": WORKSPACE,
+            "LANG": "C.UTF-8",
+            **self.config.env,
+            **(env or {}),
+        }
 
     def _relative(self, path: str) -> str:
         """Below the workspace, as a backend opens it: "" is the workspace. The kernel checks again what links make of it."""
         for root in (self.workspace, WORKSPACE):
             if path == root or path.startswith(root + "/"):
-                path = path[len(root) + 1:]
+                path = path[len(root) + 1 :]
         parts = [part for part in path.split("/") if part not in ("", ".")]
         if path.startswith("/") or ".." in parts or "\0" in path:
             raise SandboxFileError("outside", f"{path!r} is not below {WORKSPACE}")
@@ -323,7 +387,9 @@ class Sandbox(abc.ABC):
 
 
 def check_verifier_files(files: Mapping[str, bytes]) -> None:
-    if bad := [name for name in files if not name or "/" in name or name.startswith(".") or "\0" in name]:
+    if bad := [
+        name for name in files if not name or "/" in name or name.startswith(".") or "\0" in name
+    ]:
         raise ValueError(f"verifier files are plain names, not {bad[0]!r}")
 
 

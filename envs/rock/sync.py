@@ -1,7 +1,7 @@
 """Sandboxes for callers without an event loop: one background loop in a daemon thread runs their coroutines.
 
-    with SyncSandbox(SandboxConfig()) as sandbox:
-        print(sandbox.execute("ls").stdout)
+with SyncSandbox(SandboxConfig()) as sandbox:
+    print(sandbox.execute("ls").stdout)
 """
 
 import asyncio
@@ -17,7 +17,18 @@ from envs.rock.sandbox import Job, Sandbox, Session, Snapshot
 T = TypeVar("T")
 GRACE_SECONDS = 60.0  # beyond the time that a call may take by its own arguments
 TRANSFER_SECONDS = 3600.0  # of an upload, a download, a snapshot
-_SLOW = ("upload", "download", "snapshot", "restore", "fork", "write_files", "write_file", "read_file", "wait", "kill")
+_SLOW = (
+    "upload",
+    "download",
+    "snapshot",
+    "restore",
+    "fork",
+    "write_files",
+    "write_file",
+    "read_file",
+    "wait",
+    "kill",
+)
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
 
@@ -54,7 +65,9 @@ class _Facade:
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._wrapped, name)
         if name.startswith("_") or inspect.isasyncgenfunction(attribute):
-            raise AttributeError(f"{type(self._wrapped).__name__}.{name} has no synchronous form; use the asynchronous Sandbox")
+            raise AttributeError(
+                f"{type(self._wrapped).__name__}.{name} has no synchronous form; use the asynchronous Sandbox"
+            )
         return self._waiting(attribute) if inspect.iscoroutinefunction(attribute) else attribute
 
     def _waiting(self, method: Callable) -> Callable:
@@ -63,7 +76,11 @@ class _Facade:
         @functools.wraps(method)
         def call(*args: Any, **options: Any) -> Any:
             given = signature.bind(*args, **options).arguments.get("timeout")
-            allowed = TRANSFER_SECONDS if method.__name__ in _SLOW else (self._command_timeout if given is None else given) + GRACE_SECONDS
+            allowed = (
+                TRANSFER_SECONDS
+                if method.__name__ in _SLOW
+                else (self._command_timeout if given is None else given) + GRACE_SECONDS
+            )
             return self._own(run(method(*args, **options), allowed))
 
         return call
@@ -71,7 +88,9 @@ class _Facade:
     def _own(self, result: Any) -> Any:
         if isinstance(result, Sandbox):
             return SyncSandbox(result.config, _started=result)
-        return _Facade(result, self._command_timeout) if isinstance(result, (Job, Session)) else result
+        return (
+            _Facade(result, self._command_timeout) if isinstance(result, (Job, Session)) else result
+        )
 
     def __enter__(self) -> "_Facade":
         return self
@@ -83,7 +102,13 @@ class _Facade:
 class SyncSandbox(_Facade):
     """A Sandbox whose methods wait: the same names, arguments, results and errors. Streams have no synchronous form."""
 
-    def __init__(self, config: SandboxConfig = SandboxConfig(), snapshot: Snapshot | None = None, *, _started: Sandbox | None = None):
+    def __init__(
+        self,
+        config: SandboxConfig = SandboxConfig(),
+        snapshot: Snapshot | None = None,
+        *,
+        _started: Sandbox | None = None,
+    ):
         super().__init__(_started or Sandbox(config, snapshot), config.timeout)
 
     def __enter__(self) -> "SyncSandbox":

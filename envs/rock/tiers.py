@@ -45,19 +45,34 @@ class TierReport(NamedTuple):
         """For a person to read before a run in a weaker tier; "" when nothing is missing."""
         if not self.missing:
             return ""
-        lines = [f"SANDBOX ISOLATION IS WEAK: tier {self.tier or 'none'}. NOT enforced on this machine:"]
-        lines += [f"  {item.guarantee:<10} {GUARANTEES[item.guarantee]}: {item.reason}" for item in self.missing]
-        lines += [f"  remedy: {remedy}" for remedy in dict.fromkeys(item.remedy for item in self.missing)]
+        lines = [
+            f"SANDBOX ISOLATION IS WEAK: tier {self.tier or 'none'}. NOT enforced on this machine:"
+        ]
+        lines += [
+            f"  {item.guarantee:<10} {GUARANTEES[item.guarantee]}: {item.reason}"
+            for item in self.missing
+        ]
+        lines += [
+            f"  remedy: {remedy}" for remedy in dict.fromkeys(item.remedy for item in self.missing)
+        ]
         width = max(map(len, lines))
         return "\n".join(["!" * width, *lines, "!" * width])
 
     def require(self, isolation: str) -> None:
         """IsolationError when this is not what was asked for."""
-        refused = [item for item in self.missing if item.guarantee in REQUIRED] if isolation == "required" else []
+        refused = (
+            [item for item in self.missing if item.guarantee in REQUIRED]
+            if isolation == "required"
+            else []
+        )
         if self.tier is None or refused:
-            causes = dict.fromkeys(f"{item.reason}; remedy: {item.remedy}" for item in refused or self.missing)
+            causes = dict.fromkeys(
+                f"{item.reason}; remedy: {item.remedy}" for item in refused or self.missing
+            )
             names = ", ".join(item.guarantee for item in refused or self.missing)
-            raise IsolationError(f"isolation={isolation!r} cannot be enforced here ({names}): " + " | ".join(causes))
+            raise IsolationError(
+                f"isolation={isolation!r} cannot be enforced here ({names}): " + " | ".join(causes)
+            )
 
 
 def probe(isolation: str = "best_available", tier: str | None = None) -> TierReport:
@@ -89,42 +104,76 @@ def _report(tier: str, failures: list[tuple[str, str]]) -> TierReport:
         guarantees |= {"pids", "verifier"}  # by a user id for each sandbox
     if place:
         guarantees |= set(place.parents)
-    weaker = failures[0] if failures else ("the landlock tier has no namespaces", "leave SandboxConfig.tier unset")
-    ungrouped = (no_cgroups or "the cpu controller is not available",
-                 "run as root, or as an ordinary user under `systemd-run --user --scope`, or mount cgroups writable into the container")
-    return TierReport(tier, frozenset(guarantees), tuple(
-        Missing(name, *(ungrouped if name in ("memory", "cpu") else weaker)) for name in GUARANTEES if name not in guarantees))
+    weaker = (
+        failures[0]
+        if failures
+        else ("the landlock tier has no namespaces", "leave SandboxConfig.tier unset")
+    )
+    ungrouped = (
+        no_cgroups or "the cpu controller is not available",
+        "run as root, or as an ordinary user under `systemd-run --user --scope`, or mount cgroups writable into the container",
+    )
+    return TierReport(
+        tier,
+        frozenset(guarantees),
+        tuple(
+            Missing(name, *(ungrouped if name in ("memory", "cpu") else weaker))
+            for name in GUARANTEES
+            if name not in guarantees
+        ),
+    )
 
 
 @functools.cache
 def _try(tier: str) -> tuple[str, str]:
     """("", "") if a sandbox of this tier runs a command here; else why it does not, and the remedy."""
     if sys.platform != "linux" or platform.machine() not in seccomp.ARCHITECTURES:
-        return f"sandboxes need Linux on {' or '.join(seccomp.ARCHITECTURES)}, this is {sys.platform} on {platform.machine()}", "use such a machine"
+        return (
+            f"sandboxes need Linux on {' or '.join(seccomp.ARCHITECTURES)}, this is {sys.platform} on {platform.machine()}",
+            "use such a machine",
+        )
     if tier == "landlock":
         if landlock.abi() == 0:
-            return "this kernel offers no Landlock", "use a kernel from 5.13 on with landlock in its lsm= list, or one with user namespaces"
+            return (
+                "this kernel offers no Landlock",
+                "use a kernel from 5.13 on with landlock in its lsm= list, or one with user namespaces",
+            )
         if __file__.startswith(landlock.PROGRAMS):
-            return f"this code lies in {os.path.dirname(__file__)}, which the landlock tier lets commands read", "move it out of /usr"
+            return (
+                f"this code lies in {os.path.dirname(__file__)}, which the landlock tier lets commands read",
+                "move it out of /usr",
+            )
     try:
         _try_to_run(tier)
     except (SandboxError, OSError) as error:
-        return (_userns_obstacle(str(error)) if tier == "namespaces" else (str(error), f"report this with the kernel's version, {platform.release()}"))
+        return (
+            _userns_obstacle(str(error))
+            if tier == "namespaces"
+            else (str(error), f"report this with the kernel's version, {platform.release()}")
+        )
     return "", ""
 
 
 def _try_to_run(tier: str) -> None:
     """Start a sandbox, run an empty command in it and end it; SandboxError with the reason if that fails."""
-    with zygote_client.create(zygote_client.spec(SandboxConfig(isolation="best_available"), tier)) as channel:
+    with zygote_client.create(
+        zygote_client.spec(SandboxConfig(isolation="best_available"), tier)
+    ) as channel:
         _expect(channel)
         null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)  # an empty command, and its output
         trial, stderr = os.pipe()
         try:
-            send(channel, {"id": 1, "op": "run", "timeout": TRIAL_SECONDS, "env": {}}, (null, stderr, null))
+            send(
+                channel,
+                {"id": 1, "op": "run", "timeout": TRIAL_SECONDS, "env": {}},
+                (null, stderr, null),
+            )
             os.close(stderr)
             reply = _expect(channel)
             if reply.get("failure") or reply["exit_code"]:
-                raise SandboxError(f"{reply['failure'] or reply['exit_code']}: {os.read(trial, 4096).decode(errors='replace').strip()}")
+                raise SandboxError(
+                    f"{reply['failure'] or reply['exit_code']}: {os.read(trial, 4096).decode(errors='replace').strip()}"
+                )
         finally:
             os.close(null), os.close(trial)
 
@@ -141,17 +190,30 @@ def _expect(channel: socket.socket) -> dict:
 def _userns_obstacle(error: str) -> tuple[str, str]:
     """Name what refuses user namespaces here, as well as it can be told from outside."""
     if _setting("/proc/sys/user/max_user_namespaces") == "0":
-        return f"user namespaces are switched off ({error})", "sysctl user.max_user_namespaces=10000"
+        return (
+            f"user namespaces are switched off ({error})",
+            "sysctl user.max_user_namespaces=10000",
+        )
     if _setting("/proc/sys/kernel/unprivileged_userns_clone") == "0" and os.geteuid():
-        return f"user namespaces are switched off for ordinary users ({error})", "sysctl kernel.unprivileged_userns_clone=1"
+        return (
+            f"user namespaces are switched off for ordinary users ({error})",
+            "sysctl kernel.unprivileged_userns_clone=1",
+        )
     if _setting("/proc/sys/kernel/apparmor_restrict_unprivileged_userns") == "1":
-        return (f"AppArmor restricts user namespaces, as on Ubuntu from 23.10 ({error})",
-                "run as root, or sysctl kernel.apparmor_restrict_unprivileged_userns=0")
+        return (
+            f"AppArmor restricts user namespaces, as on Ubuntu from 23.10 ({error})",
+            "run as root, or sysctl kernel.apparmor_restrict_unprivileged_userns=0",
+        )
     if _in_chroot():
-        return f"inside a chroot the kernel refuses user namespaces ({error})", "enter the tree with pivot_root (a container) instead of chroot"
-    return (f"this machine refuses user namespaces ({error})",
-            "leave the container, or start it with --security-opt seccomp=unconfined --security-opt apparmor=unconfined "
-            "--security-opt systempaths=unconfined")
+        return (
+            f"inside a chroot the kernel refuses user namespaces ({error})",
+            "enter the tree with pivot_root (a container) instead of chroot",
+        )
+    return (
+        f"this machine refuses user namespaces ({error})",
+        "leave the container, or start it with --security-opt seccomp=unconfined --security-opt apparmor=unconfined "
+        "--security-opt systempaths=unconfined",
+    )
 
 
 def _setting(path: str) -> str:
@@ -174,24 +236,50 @@ def probe_docker(runtime: str | None = None) -> TierReport:
     Args:
       runtime: by its name in the engine, "runsc" say; None: the engine's default.
     """
+
     def none(reason: str, remedy: str) -> TierReport:
-        return TierReport(None, frozenset(), tuple(Missing(name, reason, remedy) for name in GUARANTEES))
+        return TierReport(
+            None, frozenset(), tuple(Missing(name, reason, remedy) for name in GUARANTEES)
+        )
 
     try:
         from envs.rock.docker import container
     except ImportError as error:
-        return none(f"the package docker is not installed ({error})", "pip install 'docker>=7.1,<8'")
+        return none(
+            f"the package docker is not installed ({error})", "pip install 'docker>=7.1,<8'"
+        )
     try:
         info = container.engine().info
     except SandboxError as error:
-        return none(str(error), "start dockerd, or let DOCKER_HOST name its socket, and be root or in the group docker")
+        return none(
+            str(error),
+            "start dockerd, or let DOCKER_HOST name its socket, and be root or in the group docker",
+        )
     if info.get("OSType") != "linux":
         return none(f"the engine runs {info.get('OSType')} containers", "use a Linux engine")
     if runtime and runtime not in info.get("Runtimes", {}):
-        return none(f"the engine has no runtime {runtime!r}, only {', '.join(sorted(info.get('Runtimes', {})))}", f"install {runtime} and name it in /etc/docker/daemon.json")
-    cgroups_remedy = "give the engine the memory, pids and cpu controllers (rootless: cgroup 2 with delegation)"
-    found = {"syscalls": any("name=seccomp" in option for option in info.get("SecurityOptions") or ()), "memory": info.get("MemoryLimit"), "pids": info.get("PidsLimit"),
-             "cpu": info.get("CpuCfsQuota")}
-    missing = tuple(Missing(name, f"the engine does not enforce {name} limits", "use an engine and a kernel with seccomp" if name == "syscalls" else cgroups_remedy)
-                    for name, works in found.items() if not works)
-    return TierReport("docker", frozenset(GUARANTEES) - {item.guarantee for item in missing} | {"view"}, missing)
+        return none(
+            f"the engine has no runtime {runtime!r}, only {', '.join(sorted(info.get('Runtimes', {})))}",
+            f"install {runtime} and name it in /etc/docker/daemon.json",
+        )
+    cgroups_remedy = (
+        "give the engine the memory, pids and cpu controllers (rootless: cgroup 2 with delegation)"
+    )
+    found = {
+        "syscalls": any("name=seccomp" in option for option in info.get("SecurityOptions") or ()),
+        "memory": info.get("MemoryLimit"),
+        "pids": info.get("PidsLimit"),
+        "cpu": info.get("CpuCfsQuota"),
+    }
+    missing = tuple(
+        Missing(
+            name,
+            f"the engine does not enforce {name} limits",
+            "use an engine and a kernel with seccomp" if name == "syscalls" else cgroups_remedy,
+        )
+        for name, works in found.items()
+        if not works
+    )
+    return TierReport(
+        "docker", frozenset(GUARANTEES) - {item.guarantee for item in missing} | {"view"}, missing
+    )

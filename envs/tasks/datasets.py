@@ -33,7 +33,10 @@ from envs.tasks.rows import Row, collect_tasks, parse_json, read_rows
 from envs.tasks.swebench import is_instance, load_swebench
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
-ARCHIVES = (("task_id", "archive"), ("path", "task_binary"))  # of Terminal-Bench's exports, and of Harbor's converter
+ARCHIVES = (
+    ("task_id", "archive"),
+    ("path", "task_binary"),
+)  # of Terminal-Bench's exports, and of Harbor's converter
 MAX_REGISTRY_BYTES = 64 << 20
 CACHE = pathlib.Path(".cache/datasets")
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -42,7 +45,9 @@ _URL = re.compile(r"(?:https|ssh|git)://[^\s\x00-\x20]+|[\w.-]+@[\w.-]+:[\w./~-]
 _WITH_DATASET = re.compile(r"(?P<file>.+\.json):(?P<name>[^:]+?)(?:@(?P<version>[^@:]+))?")
 
 
-def load_files(dataset: str, faults: list[TaskError] | None = None, fetch: bool = False) -> list[HarborTask]:
+def load_files(
+    dataset: str, faults: list[TaskError] | None = None, fetch: bool = False
+) -> list[HarborTask]:
     """The tasks of a folder or a file, see above. With `faults` a list, malformed tasks are put there instead of raised.
 
     Raises TaskError, which names the file, and the row or the line in it.
@@ -60,22 +65,40 @@ def load_files(dataset: str, faults: list[TaskError] | None = None, fetch: bool 
         raise TaskError(file, 0, "no rows are in it")
     if is_instance(first):
         return load_swebench(file, faults)
-    columns = next(((name, archive) for name, archive in ARCHIVES if {name, archive} <= set(first.values)), None)
+    columns = next(
+        ((name, archive) for name, archive in ARCHIVES if {name, archive} <= set(first.values)),
+        None,
+    )
     if columns is None:
-        raise first.fault(f"the fields {', '.join(map(str, list(first.values)[:12]))[:200]} are neither SWE-bench's (instance_id, base_commit, ...) nor those of archives of "
-                          f"tasks ({' or '.join(' and '.join(pair) for pair in ARCHIVES)})")
-    return collect_tasks(faults, [(row.fault, lambda row=row: _load_archive(row, *columns)) for row in read_rows(file)])
+        raise first.fault(
+            f"the fields {', '.join(map(str, list(first.values)[:12]))[:200]} are neither SWE-bench's (instance_id, base_commit, ...) nor those of archives of "
+            f"tasks ({' or '.join(' and '.join(pair) for pair in ARCHIVES)})"
+        )
+    return collect_tasks(
+        faults,
+        [(row.fault, lambda row=row: _load_archive(row, *columns)) for row in read_rows(file)],
+    )
 
 
 def task_digest(files: Files) -> str:
-    """"sha256:" and 64 digits over the paths, permissions and contents of a task's files: what a registry may pin."""
+    """ "sha256:" and 64 digits over the paths, permissions and contents of a task's files: what a registry may pin."""
     whole = hashlib.sha256()
     for path, (content, mode) in sorted(files.items()):
-        whole.update(f"{path}\0{mode:o}\0{hashlib.sha256(content).hexdigest()}\n".encode(errors="surrogateescape"))
+        whole.update(
+            f"{path}\0{mode:o}\0{hashlib.sha256(content).hexdigest()}\n".encode(
+                errors="surrogateescape"
+            )
+        )
     return f"sha256:{whole.hexdigest()}"
 
 
-def _load_from(files: Files, name: str, origin: pathlib.Path, fault: Callable[[str], TaskError], digest: str | None = None) -> HarborTask:
+def _load_from(
+    files: Files,
+    name: str,
+    origin: pathlib.Path,
+    fault: Callable[[str], TaskError],
+    digest: str | None = None,
+) -> HarborTask:
     """The task of these files. `origin` is named as its path; the errors of its own files name them below the task."""
     if digest is not None and task_digest(files) != digest:
         raise fault(f"its files have the digest {task_digest(files)}, and {digest} is asked for")
@@ -90,21 +113,46 @@ def _load_from(files: Files, name: str, origin: pathlib.Path, fault: Callable[[s
         try:
             task = load_task(folder)
         except TaskError as error:
-            inner = error.file.relative_to(folder) if error.file.is_relative_to(folder) else error.file
-            raise fault(f"{inner}{f':{error.line}' if error.line else ''}: {error.message}") from error
+            inner = (
+                error.file.relative_to(folder) if error.file.is_relative_to(folder) else error.file
+            )
+            raise fault(
+                f"{inner}{f':{error.line}' if error.line else ''}: {error.message}"
+            ) from error
         except (OSError, ValueError) as error:  # a name that no file can have
             raise fault(f"its files cannot be laid out: {error}") from error
-        steps = tuple(dataclasses.replace(step, verifier_environment=_environment_at(step.verifier_environment, folder, origin)) for step in task.steps)
-        return dataclasses.replace(task, path=origin, environment=_environment_at(task.environment, folder, origin), steps=steps)
+        steps = tuple(
+            dataclasses.replace(
+                step,
+                verifier_environment=_environment_at(step.verifier_environment, folder, origin),
+            )
+            for step in task.steps
+        )
+        return dataclasses.replace(
+            task,
+            path=origin,
+            environment=_environment_at(task.environment, folder, origin),
+            steps=steps,
+        )
 
 
-def _environment_at(environment: Environment | None, folder: pathlib.Path, origin: pathlib.Path) -> Environment | None:
+def _environment_at(
+    environment: Environment | None, folder: pathlib.Path, origin: pathlib.Path
+) -> Environment | None:
     if environment is None:
         return None
-    return dataclasses.replace(environment, **{field: _moved(getattr(environment, field), folder, origin) for field in ("dockerfile_path", "compose_path")})
+    return dataclasses.replace(
+        environment,
+        **{
+            field: _moved(getattr(environment, field), folder, origin)
+            for field in ("dockerfile_path", "compose_path")
+        },
+    )
 
 
-def _moved(path: pathlib.Path | None, folder: pathlib.Path, origin: pathlib.Path) -> pathlib.Path | None:
+def _moved(
+    path: pathlib.Path | None, folder: pathlib.Path, origin: pathlib.Path
+) -> pathlib.Path | None:
     return None if path is None else origin / path.relative_to(folder)
 
 
@@ -115,14 +163,27 @@ def _load_archive(row: Row, name_column: str, archive_column: str) -> HarborTask
     name, content = row.text(name_column), row.binary(archive_column)
     wanted = row.values.get("tar_sha256")
     if wanted is not None and wanted != (found := hashlib.sha256(content).hexdigest()):
-        raise row.fault(f"the archive has the digest {found}, and tar_sha256 is {str(wanted)[:80]!r}")
+        raise row.fault(
+            f"the archive has the digest {found}, and tar_sha256 is {str(wanted)[:80]!r}"
+        )
     files = unpack(content, row.fault)
-    roots = sorted((path.rpartition("/")[0] for path in files if path.rpartition("/")[2] in ("task.toml", "task.yaml")), key=len)
+    roots = sorted(
+        (
+            path.rpartition("/")[0]
+            for path in files
+            if path.rpartition("/")[2] in ("task.toml", "task.yaml")
+        ),
+        key=len,
+    )
     if not roots:
         raise row.fault("neither task.toml nor task.yaml is in the archive")
     prefix = f"{roots[0]}/" if roots[0] else ""
-    below = {path.removeprefix(prefix): file for path, file in files.items() if path.startswith(prefix)}
-    return _load_from(below, name.rstrip("/").rpartition("/")[2], row.file / f"row {row.number}", row.fault)
+    below = {
+        path.removeprefix(prefix): file for path, file in files.items() if path.startswith(prefix)
+    }
+    return _load_from(
+        below, name.rstrip("/").rpartition("/")[2], row.file / f"row {row.number}", row.fault
+    )
 
 
 def unpack(content: bytes, fault: Callable[[str], TaskError]) -> dict[str, tuple[bytes, int]]:
@@ -130,7 +191,12 @@ def unpack(content: bytes, fault: Callable[[str], TaskError]) -> dict[str, tuple
     files: dict[str, tuple[bytes, int]] = {}
     left = MAX_FOLDER_BYTES
     try:
-        plain = _Bounded(gzip.GzipFile(fileobj=io.BytesIO(content)) if content.startswith(b"\x1f\x8b") else io.BytesIO(content), 2 * MAX_FOLDER_BYTES)
+        plain = _Bounded(
+            gzip.GzipFile(fileobj=io.BytesIO(content))
+            if content.startswith(b"\x1f\x8b")
+            else io.BytesIO(content),
+            2 * MAX_FOLDER_BYTES,
+        )
         with tarfile.open(fileobj=plain, mode="r|") as archive:
             for member in archive:
                 parts = [part for part in member.name.split("/") if part not in ("", ".")]
@@ -139,15 +205,24 @@ def unpack(content: bytes, fault: Callable[[str], TaskError]) -> dict[str, tuple
                 if member.isdir():
                     continue
                 if not member.isreg() or not parts:
-                    raise fault(f"the archive holds {member.name[:100]!r}, which is no regular file")
+                    raise fault(
+                        f"the archive holds {member.name[:100]!r}, which is no regular file"
+                    )
                 left -= member.size
                 if left < 0 or len(files) >= MAX_FOLDER_FILES:
-                    raise fault(f"the archive holds more than {MAX_FOLDER_BYTES} bytes or {MAX_FOLDER_FILES} files")
-                files["/".join(parts)] = (archive.extractfile(member).read(), 0o755 if member.mode & 0o100 else 0o644)
+                    raise fault(
+                        f"the archive holds more than {MAX_FOLDER_BYTES} bytes or {MAX_FOLDER_FILES} files"
+                    )
+                files["/".join(parts)] = (
+                    archive.extractfile(member).read(),
+                    0o755 if member.mode & 0o100 else 0o644,
+                )
     except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, OverflowError) as error:
         if isinstance(error, TaskError):
             raise
-        raise fault(f"the archive cannot be read: {type(error).__name__}: {str(error)[:100]}") from error
+        raise fault(
+            f"the archive cannot be read: {type(error).__name__}: {str(error)[:100]}"
+        ) from error
     for path in files:
         if _above(path) & files.keys():
             raise fault(f"the archive holds a file where {path[:100]!r} needs a folder")
@@ -194,22 +269,51 @@ class _Place:
         return TaskError(self.file, self.line, f"{self.name}: {message}")
 
 
-def load_registry(file: pathlib.Path, name: str | None, version: str | None, faults: list[TaskError] | None = None, fetch: bool = False) -> list[HarborTask]:
+def load_registry(
+    file: pathlib.Path,
+    name: str | None,
+    version: str | None,
+    faults: list[TaskError] | None = None,
+    fetch: bool = False,
+) -> list[HarborTask]:
     """A data set of a registry, by name and version. Without a version the only one; without a name the only data set."""
     text = read_text(file, MAX_REGISTRY_BYTES)
     value = parse_json(file, text.encode(), 1)
     sets = value if isinstance(value, list) else [value]
     for number, entry in enumerate(sets, 1):
-        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or not isinstance(entry.get("tasks"), list) or not isinstance(entry.get("version", ""), str):
-            raise TaskError(file, _line_of(text, entry), f"data set {number} must be an object with name and version (texts) and tasks (a list)")
+        if (
+            not isinstance(entry, dict)
+            or not isinstance(entry.get("name"), str)
+            or not isinstance(entry.get("tasks"), list)
+            or not isinstance(entry.get("version", ""), str)
+        ):
+            raise TaskError(
+                file,
+                _line_of(text, entry),
+                f"data set {number} must be an object with name and version (texts) and tasks (a list)",
+            )
     known = [f"{entry['name']}@{entry.get('version', '')}" for entry in sets]
-    found = [entry for entry in sets if name in (None, entry["name"]) and version in (None, entry.get("version", ""))]
+    found = [
+        entry
+        for entry in sets
+        if name in (None, entry["name"]) and version in (None, entry.get("version", ""))
+    ]
     if len(found) != 1:
         wanted = f"{name or 'the data set'}{f'@{version}' if version else ''}"
-        raise TaskError(file, 0, f"{wanted} is there {len(found)} times; name one as {file}:NAME@VERSION: {', '.join(known[:20])[:500]}")
+        raise TaskError(
+            file,
+            0,
+            f"{wanted} is there {len(found)} times; name one as {file}:NAME@VERSION: {', '.join(known[:20])[:500]}",
+        )
     entry = found[0]
-    places = [_Place(file, _line_of(text, task), f"data set {entry['name']!r}, task {number}") for number, task in enumerate(entry["tasks"], 1)]
-    loads = [(place.fault, lambda place=place, task=task: _load_registered(place, task, fetch)) for place, task in zip(places, entry["tasks"])]
+    places = [
+        _Place(file, _line_of(text, task), f"data set {entry['name']!r}, task {number}")
+        for number, task in enumerate(entry["tasks"], 1)
+    ]
+    loads = [
+        (place.fault, lambda place=place, task=task: _load_registered(place, task, fetch))
+        for place, task in zip(places, entry["tasks"])
+    ]
     tasks = collect_tasks(faults, loads)
     if not tasks and not faults:
         raise TaskError(file, 0, f"data set {entry['name']!r} has no tasks")
@@ -219,7 +323,11 @@ def load_registry(file: pathlib.Path, name: str | None, version: str | None, fau
 def _line_of(text: str, entry: Any) -> int:
     """Where an entry's name is first written; JSON's parser keeps no lines."""
     name = entry.get("name") if isinstance(entry, Mapping) else None
-    match = re.search(r'"name"\s*:\s*' + re.escape(f'"{name}"'), text) if isinstance(name, str) else None
+    match = (
+        re.search(r'"name"\s*:\s*' + re.escape(f'"{name}"'), text)
+        if isinstance(name, str)
+        else None
+    )
     return text.count("\n", 0, match.start()) + 1 if match else 0
 
 
@@ -230,7 +338,11 @@ def _load_registered(place: _Place, entry: Any, fetch: bool) -> HarborTask:
         value = entry.get(key)
         if value is None and key in ("name", "path"):
             raise place.fault(f"{key} is missing")
-        if value is not None and (not isinstance(value, str) or not value or any(ord(letter) < 32 or "\ud800" <= letter <= "\udfff" for letter in value)):
+        if value is not None and (
+            not isinstance(value, str)
+            or not value
+            or any(ord(letter) < 32 or "\ud800" <= letter <= "\udfff" for letter in value)
+        ):
             raise place.fault(f"{key} must be a text of one line, and is {str(value)[:60]!r}")
     name, path, digest = entry["name"], entry["path"], entry.get("digest")
     if digest is not None and not _DIGEST.fullmatch(digest):
@@ -244,7 +356,9 @@ def _load_registered(place: _Place, entry: Any, fetch: bool) -> HarborTask:
         return _load_from(read_folder(folder), name, folder, place.fault, digest)
     commit = entry.get("git_commit_id") or ""
     if not _COMMIT.fullmatch(commit):
-        raise place.fault(f"git_commit_id {commit[:60]!r} is no full commit id; a branch or HEAD is another task tomorrow")
+        raise place.fault(
+            f"git_commit_id {commit[:60]!r} is no full commit id; a branch or HEAD is another task tomorrow"
+        )
     if path.startswith("/") or ".." in path.split("/"):
         raise place.fault(f"path {path[:100]!r} leaves the repository")
     try:
@@ -254,12 +368,18 @@ def _load_registered(place: _Place, entry: Any, fetch: bool) -> HarborTask:
         raise place.fault(str(error)) from error
     if not files:
         raise place.fault(f"no files are below {path!r} at {commit} of {entry['git_url']}")
-    return _load_from(files, name, pathlib.Path(f"{entry['git_url']}@{commit[:12]}") / path, place.fault, digest)
+    return _load_from(
+        files, name, pathlib.Path(f"{entry['git_url']}@{commit[:12]}") / path, place.fault, digest
+    )
 
 
 def _repository(place: _Place, url: str, commit: str, fetch: bool) -> pathlib.Path:
     """A local repository is read where it is; another is fetched, where that is asked for, and kept."""
-    local = pathlib.Path(url.removeprefix("file://")) if url.startswith(("file:///", "/", "./", "../")) else None
+    local = (
+        pathlib.Path(url.removeprefix("file://"))
+        if url.startswith(("file:///", "/", "./", "../"))
+        else None
+    )
     if local is not None:
         local = local if local.is_absolute() else place.file.parent / local
         if not is_repository(local):
@@ -271,7 +391,9 @@ def _repository(place: _Place, url: str, commit: str, fetch: bool) -> pathlib.Pa
     if is_repository(kept) and os.path.exists(kept / f"fetched-{commit}"):
         return kept
     if not fetch:
-        raise place.fault(f"{url} has not been fetched, and nothing is fetched unasked; give --fetch")
+        raise place.fault(
+            f"{url} has not been fetched, and nothing is fetched unasked; give --fetch"
+        )
     fetch_commit(kept, url, commit)
     (kept / f"fetched-{commit}").touch()
     return kept

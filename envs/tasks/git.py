@@ -19,7 +19,13 @@ def is_repository(path: pathlib.Path) -> bool:
     return (path / ".git").exists() or (path / "objects").is_dir()
 
 
-def git(repository: pathlib.Path, *arguments: str, stdin: bytes = b"", scratch: pathlib.Path | None = None, protocols: str = "none") -> bytes:
+def git(
+    repository: pathlib.Path,
+    *arguments: str,
+    stdin: bytes = b"",
+    scratch: pathlib.Path | None = None,
+    protocols: str = "none",
+) -> bytes:
     """What git prints. Neither the user's nor the system's settings have a part in it, nor do hooks and monitors that the repository names.
 
     Args:
@@ -27,62 +33,141 @@ def git(repository: pathlib.Path, *arguments: str, stdin: bytes = b"", scratch: 
       protocols: by which git may reach other repositories, with colons between them.
     Raises: RepositoryError, for a timeout too.
     """
-    environment = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LC_ALL": "C", "HOME": "/nonexistent", "GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_NOSYSTEM": "1",
-                   "GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1", "GIT_NO_REPLACE_OBJECTS": "1", "GIT_ALLOW_PROTOCOL": protocols}
+    environment = {
+        "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
+        "LC_ALL": "C",
+        "HOME": "/nonexistent",
+        "GIT_CONFIG_GLOBAL": "/dev/null",
+        "GIT_CONFIG_NOSYSTEM": "1",
+        "GIT_TERMINAL_PROMPT": "0",
+        "GIT_OPTIONAL_LOCKS": "0",
+        "GIT_NO_LAZY_FETCH": "1",
+        "GIT_NO_REPLACE_OBJECTS": "1",
+        "GIT_ALLOW_PROTOCOL": protocols,
+    }
     if protocols != "none":  # to reach a network as the user does
-        environment |= {name: os.environ[name] for name in ("HOME", "SSH_AUTH_SOCK", "https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY", "GIT_SSL_CAINFO", "SSL_CERT_FILE") if name in os.environ}
+        environment |= {
+            name: os.environ[name]
+            for name in (
+                "HOME",
+                "SSH_AUTH_SOCK",
+                "https_proxy",
+                "HTTPS_PROXY",
+                "no_proxy",
+                "NO_PROXY",
+                "GIT_SSL_CAINFO",
+                "SSL_CERT_FILE",
+            )
+            if name in os.environ
+        }
     if scratch:
-        environment |= {"GIT_INDEX_FILE": str(scratch / "index"), "GIT_OBJECT_DIRECTORY": str(scratch / "objects"),
-                        "GIT_ALTERNATE_OBJECT_DIRECTORIES": str((repository / (".git/objects" if (repository / ".git").is_dir() else "objects")).absolute())}
-    safe = ("-c", "safe.directory=*", "-c", "core.fsmonitor=", "-c", "core.hooksPath=/dev/null", "-c", "pack.threads=1", "-c", "core.attributesFile=/dev/null")
+        environment |= {
+            "GIT_INDEX_FILE": str(scratch / "index"),
+            "GIT_OBJECT_DIRECTORY": str(scratch / "objects"),
+            "GIT_ALTERNATE_OBJECT_DIRECTORIES": str(
+                (
+                    repository / (".git/objects" if (repository / ".git").is_dir() else "objects")
+                ).absolute()
+            ),
+        }
+    safe = (
+        "-c",
+        "safe.directory=*",
+        "-c",
+        "core.fsmonitor=",
+        "-c",
+        "core.hooksPath=/dev/null",
+        "-c",
+        "pack.threads=1",
+        "-c",
+        "core.attributesFile=/dev/null",
+    )
     try:
-        done = subprocess.run(["git", *safe, "-C", str(repository), *arguments], input=stdin, capture_output=True, env=environment, timeout=GIT_SECONDS)
+        done = subprocess.run(
+            ["git", *safe, "-C", str(repository), *arguments],
+            input=stdin,
+            capture_output=True,
+            env=environment,
+            timeout=GIT_SECONDS,
+        )
     except FileNotFoundError:
         raise RepositoryError("git is not installed on this machine") from None
     except subprocess.TimeoutExpired:
-        raise RepositoryError(f"git {arguments[0]} in {repository} did not end within {GIT_SECONDS:g} s") from None
+        raise RepositoryError(
+            f"git {arguments[0]} in {repository} did not end within {GIT_SECONDS:g} s"
+        ) from None
     except ValueError as error:  # a NUL in an argument
         raise RepositoryError(f"git {arguments[0]}: {error}") from None
     if done.returncode != 0:
-        raise RepositoryError(f"git {arguments[0]} in {repository} ended with {done.returncode}: {done.stderr.decode(errors='replace').strip()[-300:]}")
+        raise RepositoryError(
+            f"git {arguments[0]} in {repository} ended with {done.returncode}: {done.stderr.decode(errors='replace').strip()[-300:]}"
+        )
     return done.stdout
 
 
 def files_at(repository: pathlib.Path, commit: str) -> dict[str, tuple[str, int]]:
     """path -> (blob, permissions) of the regular files of a commit."""
-    return {path: (blob, 0o755 if mode == "100755" else 0o644) for path, (mode, blob) in entries_at(repository, commit).items() if mode in ("100644", "100755", "100664")}
+    return {
+        path: (blob, 0o755 if mode == "100755" else 0o644)
+        for path, (mode, blob) in entries_at(repository, commit).items()
+        if mode in ("100644", "100755", "100664")
+    }
 
 
 def entries_at(repository: pathlib.Path, commit: str) -> dict[str, tuple[str, str]]:
     """path -> (mode, object) of all that a commit holds: files, links (120000) and submodules (160000)."""
-    rows = [row.partition(b"\t") for row in git(repository, "ls-tree", "-r", "-z", commit).split(b"\0") if row]
-    return {os.fsdecode(path): (entry.split()[0].decode(), entry.split()[2].decode()) for entry, _, path in rows}
+    rows = [
+        row.partition(b"\t")
+        for row in git(repository, "ls-tree", "-r", "-z", commit).split(b"\0")
+        if row
+    ]
+    return {
+        os.fsdecode(path): (entry.split()[0].decode(), entry.split()[2].decode())
+        for entry, _, path in rows
+    }
 
 
-def content_of(repository: pathlib.Path, blob: str, path: str, scratch: pathlib.Path | None = None) -> bytes:
+def content_of(
+    repository: pathlib.Path, blob: str, path: str, scratch: pathlib.Path | None = None
+) -> bytes:
     size = int(git(repository, "cat-file", "-s", blob, scratch=scratch))
     if size > MAX_FILE_BYTES:
-        raise RepositoryError(f"{path} has {size} bytes, and at most {MAX_FILE_BYTES} of a file are read")
+        raise RepositoryError(
+            f"{path} has {size} bytes, and at most {MAX_FILE_BYTES} of a file are read"
+        )
     return git(repository, "cat-file", "blob", blob, scratch=scratch)
 
 
-def files_below(repository: pathlib.Path, commit: str, folder: str, max_bytes: int, max_files: int) -> dict[str, tuple[bytes, int]]:
+def files_below(
+    repository: pathlib.Path, commit: str, folder: str, max_bytes: int, max_files: int
+) -> dict[str, tuple[bytes, int]]:
     """Path below the folder -> (content, permissions) at a commit. RepositoryError where there is anything but regular files, or too much."""
     prefix = f"{folder}/" if folder not in ("", ".") else ""
-    entries = {path.removeprefix(prefix): entry for path, entry in entries_at(repository, commit).items() if path.startswith(prefix)}
+    entries = {
+        path.removeprefix(prefix): entry
+        for path, entry in entries_at(repository, commit).items()
+        if path.startswith(prefix)
+    }
     if odd := [path for path, (mode, _) in entries.items() if not mode.startswith("100")]:
-        raise RepositoryError(f"{prefix}{odd[0]} is a link or a submodule; a task's files must be regular files")
+        raise RepositoryError(
+            f"{prefix}{odd[0]} is a link or a submodule; a task's files must be regular files"
+        )
     if len(entries) > max_files:
         raise RepositoryError(f"more than {max_files} files are below {folder!r}")
     names = "".join(f"{blob}\n" for _, blob in entries.values()).encode()
-    sizes = [int(size) for size in git(repository, "cat-file", "--batch-check=%(objectsize)", stdin=names).split()]
+    sizes = [
+        int(size)
+        for size in git(repository, "cat-file", "--batch-check=%(objectsize)", stdin=names).split()
+    ]
     if sum(sizes) > max_bytes:
         raise RepositoryError(f"more than {max_bytes} bytes are below {folder!r}")
-    content = git(repository, "cat-file", "--batch=", stdin=names)  # an empty line, the content and a newline for each
+    content = git(
+        repository, "cat-file", "--batch=", stdin=names
+    )  # an empty line, the content and a newline for each
     files, place = {}, 0
     for (path, (mode, _)), size in zip(entries.items(), sizes):
         place += 1
-        files[path] = (content[place: place + size], 0o755 if mode == "100755" else 0o644)
+        files[path] = (content[place : place + size], 0o755 if mode == "100755" else 0o644)
         place += size + 1
     return files
 
@@ -92,6 +177,16 @@ def fetch_commit(target: pathlib.Path, url: str, commit: str) -> None:
     if not is_repository(target):
         target.mkdir(parents=True, exist_ok=True)
         git(target, "init", "-q", "--bare", "--template=")
-    git(target, "fetch", "-q", "--depth=1", "--no-tags", "--no-recurse-submodules", url, commit, protocols=PROTOCOLS)
+    git(
+        target,
+        "fetch",
+        "-q",
+        "--depth=1",
+        "--no-tags",
+        "--no-recurse-submodules",
+        url,
+        commit,
+        protocols=PROTOCOLS,
+    )
     if git(target, "cat-file", "-t", commit).strip() != b"commit":
         raise RepositoryError(f"{commit} of {url} is no commit")

@@ -33,12 +33,16 @@ class Row:
         value = self.values.get(key)
         if value is None:
             if default is None:
-                raise self.fault(f"the field {key!r} is missing; there are {', '.join(map(str, list(self.values)[:20]))[:200]}")
+                raise self.fault(
+                    f"the field {key!r} is missing; there are {', '.join(map(str, list(self.values)[:20]))[:200]}"
+                )
             return default
         if not isinstance(value, str):
             raise self.fault(f"{key} is a {type(value).__name__}, and must be text")
         if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
-            raise self.fault(f"{key} holds a NUL or half a surrogate pair, which no text file holds")
+            raise self.fault(
+                f"{key} holds a NUL or half a surrogate pair, which no text file holds"
+            )
         return value
 
     def binary(self, key: str) -> bytes:
@@ -76,14 +80,18 @@ def _json_lines(file: pathlib.Path) -> Iterator[Row]:
 def _json_list(file: pathlib.Path) -> Iterator[Row]:
     values = parse_json(file, file.read_bytes(), 1)
     if not isinstance(values, list):
-        raise TaskError(file, 1, f"a list of objects is needed, and this is a {type(values).__name__}")
+        raise TaskError(
+            file, 1, f"a list of objects is needed, and this is a {type(values).__name__}"
+        )
     for number, value in enumerate(values, 1):
         yield _row(file, number, 0, value)
 
 
 def _row(file: pathlib.Path, number: int, line: int, value: Any) -> Row:
     if not isinstance(value, dict):
-        raise TaskError(file, line, f"row {number} is a {type(value).__name__}, and must be an object")
+        raise TaskError(
+            file, line, f"row {number} is a {type(value).__name__}, and must be an object"
+        )
     return Row(file, number, line, value)
 
 
@@ -92,11 +100,20 @@ def parse_json(file: pathlib.Path, content: bytes, line: int) -> Any:
     try:
         return json.loads(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise TaskError(file, line + error.lineno - 1, f"not JSON: {error.msg} at column {error.colno}") from error
+        raise TaskError(
+            file, line + error.lineno - 1, f"not JSON: {error.msg} at column {error.colno}"
+        ) from error
     except UnicodeDecodeError as error:
-        raise TaskError(file, line + content[: error.start].count(b"\n"), f"not UTF-8 text ({error.reason})") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; nested beyond all measure
-        raise TaskError(file, line, f"not JSON that can be read: {type(error).__name__}: {str(error)[:80]}") from error
+        raise TaskError(
+            file, line + content[: error.start].count(b"\n"), f"not UTF-8 text ({error.reason})"
+        ) from error
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a number of thousands of digits; nested beyond all measure
+        raise TaskError(
+            file, line, f"not JSON that can be read: {type(error).__name__}: {str(error)[:80]}"
+        ) from error
 
 
 def _parquet(file: pathlib.Path) -> Iterator[Row]:
@@ -104,7 +121,11 @@ def _parquet(file: pathlib.Path) -> Iterator[Row]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise TaskError(file, 0, "a parquet file needs the package pyarrow, which is not installed; pip install pyarrow, or convert the file to JSON Lines") from None
+        raise TaskError(
+            file,
+            0,
+            "a parquet file needs the package pyarrow, which is not installed; pip install pyarrow, or convert the file to JSON Lines",
+        ) from None
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
@@ -112,13 +133,25 @@ def _parquet(file: pathlib.Path) -> Iterator[Row]:
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(file, number, 0, values)
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # a damaged file; text that is none
+    except (
+        pyarrow.ArrowException,
+        OSError,
+        ValueError,
+        OverflowError,
+    ) as error:  # a damaged file; text that is none
         if isinstance(error, TaskError):
             raise
-        raise TaskError(file, 0, f"not parquet that can be read, after row {number}: {type(error).__name__}: {str(error)[:200]}") from error
+        raise TaskError(
+            file,
+            0,
+            f"not parquet that can be read, after row {number}: {type(error).__name__}: {str(error)[:200]}",
+        ) from error
 
 
-def collect_tasks(faults: list[TaskError] | None, loads: Iterable[tuple[Callable[[str], TaskError], Callable[[], HarborTask]]]) -> list[HarborTask]:
+def collect_tasks(
+    faults: list[TaskError] | None,
+    loads: Iterable[tuple[Callable[[str], TaskError], Callable[[], HarborTask]]],
+) -> list[HarborTask]:
     """What the loads give, each name once. Faults are raised, or kept where there is a list for them."""
     tasks: dict[str, HarborTask] = {}
     for fault, load in loads:

@@ -48,7 +48,10 @@ class Entry:
 def load(path: pathlib.Path) -> list[Entry]:
     """The entries of a file, with the answers of possible_answer/ beside it. Raises FormatError, for an unknown class too."""
     truths = read_lines(path.parent / "possible_answer" / path.name)
-    answers = {field(entry, "id", str, where): (where, field(entry, "ground_truth", list, where)) for where, entry in truths}
+    answers = {
+        field(entry, "id", str, where): (where, field(entry, "ground_truth", list, where))
+        for where, entry in truths
+    }
     entries = []
     for where, entry in read_lines(path):
         name = field(entry, "id", str, where)
@@ -66,25 +69,46 @@ def _entry(entry: Any, name: str, where: str, truth_where: str, ground_truth: li
         field(config, one, dict, f"{where}: initial_config")
     questions = [_question(turn, where) for turn in field(entry, "question", list, where)]
     if len(questions) != len(ground_truth) or not questions:
-        raise FormatError(f"{truth_where}: ground_truth has {len(ground_truth)} turns and the question {len(questions)}")
-    missed = {int(turn): tuple(names) for turn, names in field(entry, "missed_function", dict, where, {}).items()}
+        raise FormatError(
+            f"{truth_where}: ground_truth has {len(ground_truth)} turns and the question {len(questions)}"
+        )
+    missed = {
+        int(turn): tuple(names)
+        for turn, names in field(entry, "missed_function", dict, where, {}).items()
+    }
     excluded = tuple(field(entry, "excluded_function", list, where, []))
-    made = Entry(name, tuple(questions), {one: config[one] for one in classes}, (), excluded, tuple(sorted(missed.items())))
+    made = Entry(
+        name,
+        tuple(questions),
+        {one: config[one] for one in classes},
+        (),
+        excluded,
+        tuple(sorted(missed.items())),
+    )
     world = composite(made)
     parameters = {tool.name: list(tool.parameters) for tool in world.tools}
-    truth = tuple(tuple(parse_call(text, parameters, f"{truth_where}: turn {number}") for text in turn) for number, turn in enumerate(ground_truth))
+    truth = tuple(
+        tuple(parse_call(text, parameters, f"{truth_where}: turn {number}") for text in turn)
+        for number, turn in enumerate(ground_truth)
+    )
     made = dataclasses.replace(made, truth=truth)
     try:
-        Toolbox(world.tools).replay(copy.deepcopy(made.initial_config), [call for turn in truth for call in turn])
+        Toolbox(world.tools).replay(
+            copy.deepcopy(made.initial_config), [call for turn in truth for call in turn]
+        )
     except (ValueError, *BROKEN) as error:  # a config of another shape breaks a tool anywhere
-        raise FormatError(f"{truth_where}: the true calls do not run on initial_config: {type(error).__name__}: {error}") from error
+        raise FormatError(
+            f"{truth_where}: the true calls do not run on initial_config: {type(error).__name__}: {error}"
+        ) from error
     return made
 
 
 def _question(turn: Any, where: str) -> str:
     """The user's messages of a turn; none means that functions were added."""
     if not isinstance(turn, list):
-        raise FormatError(f"{where}: a turn of 'question' is {type(turn).__name__} and must be list")
+        raise FormatError(
+            f"{where}: a turn of 'question' is {type(turn).__name__} and must be list"
+        )
     return "\n".join(field(message, "content", str, where) for message in turn) or MORE_FUNCTIONS
 
 
@@ -95,10 +119,21 @@ def parse_call(text: Any, parameters: dict[str, list[str]], where: str) -> ToolC
         name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
         arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
         given = [ast.literal_eval(one) for one in node.args]
-    except (SyntaxError, ValueError, TypeError, AttributeError, RecursionError, MemoryError) as error:
-        raise FormatError(f"{where}: {str(text)[:100]!r} is no call with literal arguments") from error
+    except (
+        SyntaxError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        MemoryError,
+    ) as error:
+        raise FormatError(
+            f"{where}: {str(text)[:100]!r} is no call with literal arguments"
+        ) from error
     if name not in parameters or None in arguments or len(given) > len(parameters[name]):
-        raise FormatError(f"{where}: {str(text)[:100]!r} calls no known function; there are {', '.join(parameters)}")
+        raise FormatError(
+            f"{where}: {str(text)[:100]!r} calls no known function; there are {', '.join(parameters)}"
+        )
     return ToolCall(name, {**dict(zip(parameters[name], given)), **arguments})
 
 
@@ -106,8 +141,11 @@ def composite(entry: Entry) -> World:
     """The classes of an entry as one world whose database has a part for each."""
     tools: list[Tool] = []
     for name in entry.initial_config:
-        tools += [dataclasses.replace(tool, run=functools.partial(_in_part, tool, name)) for tool in known_world(name, entry.name).tools
-                  if tool.name not in entry.excluded]
+        tools += [
+            dataclasses.replace(tool, run=functools.partial(_in_part, tool, name))
+            for tool in known_world(name, entry.name).tools
+            if tool.name not in entry.excluded
+        ]
     names = sorted(entry.initial_config)
 
     def random_write(rng: random.Random, database: Database) -> ToolCall:
@@ -115,7 +153,14 @@ def composite(entry: Entry) -> World:
         return known_world(name, entry.name).random_write(rng, database[name])
 
     policy = "You serve a user by calling functions. When a request is done, or cannot be, answer without a call; the next request may follow."
-    return World("bfcl", policy, tuple(tools), lambda rng, level: None, random_write, STEPS_A_TURN * len(entry.questions))
+    return World(
+        "bfcl",
+        policy,
+        tuple(tools),
+        lambda rng, level: None,
+        random_write,
+        STEPS_A_TURN * len(entry.questions),
+    )
 
 
 def _in_part(tool: Tool, part: str, database: Database, **arguments: Any) -> Any:
@@ -137,11 +182,24 @@ class BfclEnv(WorldEnv):
     def reset(self, seed: int | None = None) -> tuple[str, Info]:
         golden = tuple(call for turn in self.entry.truth for call in turn)
         expert = turns(*(step for turn in self.entry.truth for step in (*turn, "That is done.")))
-        self._begin(Scenario(self.entry.initial_config, UserScript(self.entry.questions), golden, (), expert))
-        self._true_state, self._faults, self._began_turn, self._called = copy.deepcopy(self.entry.initial_config), [], 0, 0
+        self._begin(
+            Scenario(
+                self.entry.initial_config, UserScript(self.entry.questions), golden, (), expert
+            )
+        )
+        self._true_state, self._faults, self._began_turn, self._called = (
+            copy.deepcopy(self.entry.initial_config),
+            [],
+            0,
+            0,
+        )
         self._limit_tools()
         return f"{self.world.policy}\n\nUser: {self.entry.questions[0]}", {
-            "task": self.task.name, "family": self.family, "seed": 0, "tools": copy.deepcopy(self.tools)}
+            "task": self.task.name,
+            "family": self.family,
+            "seed": 0,
+            "tools": copy.deepcopy(self.tools),
+        }
 
     def spawn(self, same_state: bool = False, **kwargs: Any) -> WorldEnv:
         return super().spawn(True, **kwargs) if same_state else BfclEnv(self.entry)
@@ -174,7 +232,9 @@ class BfclEnv(WorldEnv):
         before = set(self.toolbox.by_name)
         self._limit_tools(self.user.stage)
         added = [tool.schema() for name, tool in self.toolbox.by_name.items() if name not in before]
-        return self.entry.questions[self.user.stage] + "".join(f"\n{json.dumps(schema)}" for schema in added)
+        return self.entry.questions[self.user.stage] + "".join(
+            f"\n{json.dumps(schema)}" for schema in added
+        )
 
     def _check_turn(self, turn: int) -> None:
         answers = self._all.replay(self._true_state, self.entry.truth[turn])
@@ -184,10 +244,16 @@ class BfclEnv(WorldEnv):
             self._faults.append(f"turn {turn}: no call")
         for name, state in self._true_state.items():
             if outcome(self.database[name]) != outcome(state):
-                self._faults.append(f"turn {turn}: the state of {name} differs in {', '.join(differences(outcome(self.database[name]), outcome(state))[:3])}")
-        missing = collections.Counter(map(told, answers)) - collections.Counter(answer for _, answer in self.calls)
+                self._faults.append(
+                    f"turn {turn}: the state of {name} differs in {', '.join(differences(outcome(self.database[name]), outcome(state))[:3])}"
+                )
+        missing = collections.Counter(map(told, answers)) - collections.Counter(
+            answer for _, answer in self.calls
+        )
         if missing:
-            self._faults.append(f"turn {turn}: {missing.total()} answers of the true calls were never seen, such as {next(iter(missing))[:80]}")
+            self._faults.append(
+                f"turn {turn}: {missing.total()} answers of the true calls were never seen, such as {next(iter(missing))[:80]}"
+            )
 
     def faults(self) -> list[str]:
         return list(self._faults)

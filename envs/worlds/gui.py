@@ -28,11 +28,26 @@ TIMES = tuple(clock(minutes) for minutes in range(8 * 60, 18 * 60 + 1, 30))
 GROUPS = ("family", "friends", "work")
 REMINDERS = ("none", "10 minutes", "1 hour", "1 day")
 SETTINGS: dict[str, dict[str, tuple[str, ...]]] = {
-    "Display": {"Theme": ("light", "dark", "system"), "Font size": ("small", "medium", "large"), "Show week numbers": ("off", "on")},
-    "Sound": {"Ringtone": ("Aurora", "Bells", "Classic", "Drops"), "Volume": ("0", "25", "50", "75", "100"), "Vibrate": ("off", "on")},
-    "Privacy": {"Share location": ("never", "while used", "always"), "Lock after": ("1 minute", "5 minutes", "30 minutes"), "Send statistics": ("off", "on")},
+    "Display": {
+        "Theme": ("light", "dark", "system"),
+        "Font size": ("small", "medium", "large"),
+        "Show week numbers": ("off", "on"),
+    },
+    "Sound": {
+        "Ringtone": ("Aurora", "Bells", "Classic", "Drops"),
+        "Volume": ("0", "25", "50", "75", "100"),
+        "Vibrate": ("off", "on"),
+    },
+    "Privacy": {
+        "Share location": ("never", "while used", "always"),
+        "Lock after": ("1 minute", "5 minutes", "30 minutes"),
+        "Send statistics": ("off", "on"),
+    },
 }
-FORMS = {"contact": ("Name", "Phone", "City", "Group"), "event": ("Title", "Date", "Time", "Guest", "Reminder")}
+FORMS = {
+    "contact": ("Name", "Phone", "City", "Group"),
+    "event": ("Title", "Date", "Time", "Guest", "Reminder"),
+}
 _NOT_A_NAME = re.compile(r"[^\w .,'&+-]")
 
 
@@ -58,12 +73,25 @@ def page(database: Database) -> tuple[str, list[Element]]:
     """(title, elements) of the screen as it is."""
     ui = database["_ui"]
     if ui["dialog"]:
-        return f"Dialog: {ui['dialog']['text']}", [Element("button", label, act=act) for label, act in ((one[0], tuple(one[1])) for one in ui["dialog"]["buttons"])]
+        return f"Dialog: {ui['dialog']['text']}", [
+            Element("button", label, act=act)
+            for label, act in ((one[0], tuple(one[1])) for one in ui["dialog"]["buttons"])
+        ]
     home = Element("link", "Home", act=("go", "home"))
     if ui["page"] == "home":
-        return "Home", [Element("link", label, act=("go", name)) for label, name in (("Contacts", "contact"), ("Calendar", "event"), ("Settings", "settings"))]
+        return "Home", [
+            Element("link", label, act=("go", name))
+            for label, name in (
+                ("Contacts", "contact"),
+                ("Calendar", "event"),
+                ("Settings", "settings"),
+            )
+        ]
     if ui["page"] == "settings":
-        return "Settings", [*(Element("link", section, act=("settings", section)) for section in SETTINGS), home]
+        return "Settings", [
+            *(Element("link", section, act=("settings", section)) for section in SETTINGS),
+            home,
+        ]
     if ui["page"] in ("contact", "event"):
         return _list(database, ui, home)
     if ui["page"] == "view":
@@ -74,41 +102,80 @@ def page(database: Database) -> tuple[str, list[Element]]:
 def _list(database: Database, ui: dict, home: Element) -> tuple[str, list[Element]]:
     kind = ui["page"]
     names = [name for name in sorted(database[kind]) if ui["query"].lower() in name.lower()]
-    shown = names[ui["first"]:ui["first"] + ROWS]
-    elements = [Element("textbox", "Search", ui["query"], act=("query",)), *(Element("row", name, act=("open", name)) for name in shown)]
+    shown = names[ui["first"] : ui["first"] + ROWS]
+    elements = [
+        Element("textbox", "Search", ui["query"], act=("query",)),
+        *(Element("row", name, act=("open", name)) for name in shown),
+    ]
     if ui["first"] + ROWS < len(names):
         elements.append(Element("button", "Next page", act=("page", str(ui["first"] + ROWS))))
     if ui["first"]:
-        elements.append(Element("button", "Previous page", act=("page", str(max(ui["first"] - ROWS, 0)))))
+        elements.append(
+            Element("button", "Previous page", act=("page", str(max(ui["first"] - ROWS, 0))))
+        )
     title = "Contacts" if kind == "contact" else "Calendar"
-    return f"{title}, {len(names)} entries", [*elements, Element("button", f"New {kind}", act=("new", kind)), home]
+    return f"{title}, {len(names)} entries", [
+        *elements,
+        Element("button", f"New {kind}", act=("new", kind)),
+        home,
+    ]
 
 
 def _view(database: Database, ui: dict, home: Element) -> tuple[str, list[Element]]:
     kind, name = ui["of"].split(":", 1)
     fields = [Element("text", field, value) for field, value in database[kind][name].items()]
-    return f"{kind.capitalize()} {name}", [*fields, Element("button", "Edit", act=("edit", kind, name)), Element("button", "Delete", act=("ask delete", kind, name)),
-                                         Element("link", "Back", act=("go", kind)), home]
+    return f"{kind.capitalize()} {name}", [
+        *fields,
+        Element("button", "Edit", act=("edit", kind, name)),
+        Element("button", "Delete", act=("ask delete", kind, name)),
+        Element("link", "Back", act=("go", kind)),
+        home,
+    ]
 
 
 def _form(database: Database, ui: dict) -> tuple[str, list[Element]]:
     kind = ui["of"].split(":", 1)[0]
     options = _options(database, kind, ui["of"].split(":", 1)[1])
-    elements = [Element("select" if options.get(field) else "textbox", field, value, options.get(field, ()), ("field", field)) for field, value in ui["form"].items()]
-    return f"Form: {ui['of'].replace(':', ' ').strip()}", [*elements, Element("button", "Save", act=("save",)), Element("button", "Cancel", act=("ask leave",))]
+    elements = [
+        Element(
+            "select" if options.get(field) else "textbox",
+            field,
+            value,
+            options.get(field, ()),
+            ("field", field),
+        )
+        for field, value in ui["form"].items()
+    ]
+    return f"Form: {ui['of'].replace(':', ' ').strip()}", [
+        *elements,
+        Element("button", "Save", act=("save",)),
+        Element("button", "Cancel", act=("ask leave",)),
+    ]
 
 
 def _options(database: Database, kind: str, name: str) -> dict[str, tuple[str, ...]]:
     if kind == "settings":
         return SETTINGS[name]
-    return {"Group": GROUPS} if kind == "contact" else {"Time": TIMES, "Guest": ("nobody", *sorted(database["contact"])), "Reminder": REMINDERS}
+    return (
+        {"Group": GROUPS}
+        if kind == "contact"
+        else {
+            "Time": TIMES,
+            "Guest": ("nobody", *sorted(database["contact"])),
+            "Reminder": REMINDERS,
+        }
+    )
 
 
 def shown(database: Database) -> str:
     """The screen as the model sees it."""
     title, elements = page(database)
-    lines = [f"[e{number}] {one.role} \"{one.label}\"" + (f": {one.value or '(empty)'}" if one.role in ("textbox", "select", "text") else "")
-             + (f" (one of {', '.join(one.options)})" if one.options else "") for number, one in enumerate(elements, 1)]
+    lines = [
+        f'[e{number}] {one.role} "{one.label}"'
+        + (f": {one.value or '(empty)'}" if one.role in ("textbox", "select", "text") else "")
+        + (f" (one of {', '.join(one.options)})" if one.options else "")
+        for number, one in enumerate(elements, 1)
+    ]
     return "\n".join([f"Page: {title}", *lines])
 
 
@@ -144,7 +211,9 @@ def select(database: Database, ref: str, option: str) -> str:
     if element.role != "select":
         raise ToolRefusal(f"{ref} is a {element.role}; an option is chosen in a select")
     if option not in element.options:
-        raise ToolRefusal(f"{option[:40]!r} is no option of {element.label}; they are {', '.join(element.options)}")
+        raise ToolRefusal(
+            f"{option[:40]!r} is no option of {element.label}; they are {', '.join(element.options)}"
+        )
     database["_ui"]["form"][element.act[1]] = option
     return shown(database)
 
@@ -175,16 +244,26 @@ def _act(database: Database, action: str, *of: str) -> None:
     elif action == "open":
         ui.update(page="view", of=f"{ui['page']}:{of[0]}")
     elif action == "new":
-        ui.update(page="form", of=f"{of[0]}:", form={field: _first(database, of[0], field) for field in FORMS[of[0]]})
+        ui.update(
+            page="form",
+            of=f"{of[0]}:",
+            form={field: _first(database, of[0], field) for field in FORMS[of[0]]},
+        )
     elif action == "edit":
         ui.update(page="form", of=f"{of[0]}:{of[1]}", form=dict(database[of[0]][of[1]]))
     elif action == "settings":
         ui.update(page="form", of=f"settings:{of[0]}", form=dict(database["settings"][of[0]]))
     elif action == "ask delete":
-        ui["dialog"] = {"text": f"Delete {of[1]}? This cannot be undone.", "buttons": [["Delete", ["delete", *of]], ["Keep", ["close"]]]}
+        ui["dialog"] = {
+            "text": f"Delete {of[1]}? This cannot be undone.",
+            "buttons": [["Delete", ["delete", *of]], ["Keep", ["close"]]],
+        }
     elif action == "ask leave":
         back = ui["of"].split(":", 1)[0]
-        ui["dialog"] = {"text": "Discard the changes of this form?", "buttons": [["Discard", ["go", back]], ["Go on editing", ["close"]]]}
+        ui["dialog"] = {
+            "text": "Discard the changes of this form?",
+            "buttons": [["Discard", ["go", back]], ["Go on editing", ["close"]]],
+        }
     elif action == "delete":
         del database[of[0]][of[1]]
         _act(database, "go", of[0])
@@ -217,30 +296,53 @@ def _key(kind: str, form: dict[str, str]) -> tuple[str, str]:
     """(the entry's name, what is wrong with the form or ""). The name says what the entry is, so that equal entries are the same entry."""
     main = form["Name" if kind == "contact" else "Title"]
     if not main or len(main) > 60 or _NOT_A_NAME.search(main):
-        return "", f"{'Name' if kind == 'contact' else 'Title'} must have 1 to 60 letters, digits, spaces or . , ' & + -"
+        return (
+            "",
+            f"{'Name' if kind == 'contact' else 'Title'} must have 1 to 60 letters, digits, spaces or . , ' & + -",
+        )
     if kind == "contact":
-        return main, "" if re.fullmatch(r"[0-9]{3,12}", form["Phone"]) else "Phone must have 3 to 12 digits and nothing else"
+        return main, "" if re.fullmatch(
+            r"[0-9]{3,12}", form["Phone"]
+        ) else "Phone must have 3 to 12 digits and nothing else"
     try:
         date = datetime.date.fromisoformat(form["Date"]).isoformat()
     except ValueError:
         return "", "Date must be a date as YYYY-MM-DD"
-    return f"{date} {form['Time']} {main}", "" if date == form["Date"] else "Date must be a date as YYYY-MM-DD"
+    return f"{date} {form['Time']} {main}", "" if date == form[
+        "Date"
+    ] else "Date must be a date as YYYY-MM-DD"
 
 
 _REF = text("Reference of the element, such as e3.")
 TOOLS = (
     Tool("look", "Shows the page.", {}, look),
     Tool("click", "Clicks a button, a link or a row.", {"ref": _REF}, click, writes=True),
-    Tool("type", "Replaces the text of a textbox.", {"ref": _REF, "text": text("The text.")}, type_text, writes=True),
-    Tool("select", "Chooses an option of a select.", {"ref": _REF, "option": text("The option.")}, select, writes=True),
-    Tool("submit", "Submits the form of the page, as its Save button does.", {}, submit, writes=True),
+    Tool(
+        "type",
+        "Replaces the text of a textbox.",
+        {"ref": _REF, "text": text("The text.")},
+        type_text,
+        writes=True,
+    ),
+    Tool(
+        "select",
+        "Chooses an option of a select.",
+        {"ref": _REF, "option": text("The option.")},
+        select,
+        writes=True,
+    ),
+    Tool(
+        "submit", "Submits the form of the page, as its Save button does.", {}, submit, writes=True
+    ),
 )
 
 
 def random_write(rng: random.Random, database: Database) -> ToolCall:
     """Some action on some element of the page as it is."""
     elements = page(database)[1]
-    ref, element = rng.choice([(f"e{number}", one) for number, one in enumerate(elements, 1) if one.role != "text"])
+    ref, element = rng.choice(
+        [(f"e{number}", one) for number, one in enumerate(elements, 1) if one.role != "text"]
+    )
     if element.role == "textbox":
         return calling("type", ref=ref, text=rng.choice(CITIES))
     if element.role == "select":

@@ -18,8 +18,26 @@ from envs.worlds.shop_scenarios import Request
 from envs.worlds.tools import Database, Toolbox
 from envs.worlds.user import Fact, UserScript
 
-TITLES = ("Dentist", "Team meeting", "Yoga", "Piano lesson", "Budget review", "Haircut", "Book club", "Car service", "Lunch", "Interview", "Swimming", "Choir")
-_ASKS = {"Phone": ("phone", "number"), "Date": ("date", "day", "when"), "Time": ("time", "when"), "Guest": ("guest", "invite", "who")}
+TITLES = (
+    "Dentist",
+    "Team meeting",
+    "Yoga",
+    "Piano lesson",
+    "Budget review",
+    "Haircut",
+    "Book club",
+    "Car service",
+    "Lunch",
+    "Interview",
+    "Swimming",
+    "Choir",
+)
+_ASKS = {
+    "Phone": ("phone", "number"),
+    "Date": ("date", "day", "when"),
+    "Time": ("time", "when"),
+    "Guest": ("guest", "invite", "who"),
+}
 
 
 class Driver:
@@ -30,7 +48,11 @@ class Driver:
 
     def do(self, name: str, label: str, **arguments: str) -> None:
         _, elements = page(self.database)
-        (ref,) = [f"e{number}" for number, one in enumerate(elements, 1) if one.label == label and one.role != "text"]
+        (ref,) = [
+            f"e{number}"
+            for number, one in enumerate(elements, 1)
+            if one.label == label and one.role != "text"
+        ]
         self.act(calling(name, ref=ref, **arguments))
 
     def act(self, call: ToolCall) -> None:
@@ -57,7 +79,10 @@ class Driver:
         roles = {one.label: one.role for one in page(self.database)[1]}
         for name, value in fields.items():
             label = name.replace("_", " ")
-            self.do(*(("select", label) if roles[label] == "select" else ("type", label)), **{"option" if roles[label] == "select" else "text": value})
+            self.do(
+                *(("select", label) if roles[label] == "select" else ("type", label)),
+                **{"option" if roles[label] == "select" else "text": value},
+            )
         self.act(calling("submit"))
 
     def taken(self) -> tuple[ToolCall, ...]:
@@ -68,29 +93,59 @@ class Driver:
 def make_scenario(rng: random.Random, level: str) -> Scenario:
     for draw in attempts(rng):
         database = _new_organiser(draw)
-        kinds = {"easy": lambda: [draw.choice(EASY)], "medium": lambda: draw.sample(EASY + MORE, 2),
-                 "hard": lambda: draw.sample(EASY, 1) + draw.sample(MORE, draw.randint(1, 2)) + [_question]}[level]()
+        kinds = {
+            "easy": lambda: [draw.choice(EASY)],
+            "medium": lambda: draw.sample(EASY + MORE, 2),
+            "hard": lambda: (
+                draw.sample(EASY, 1) + draw.sample(MORE, draw.randint(1, 2)) + [_question]
+            ),
+        }[level]()
         driver, used = Driver(database), set()
         requests = [kind(draw, driver, used) for kind in kinds]
         known = tuple(fact for request in requests for fact in request.facts)
         words = [word for fact in known for word in fact.words]
         if len(set(words)) < len(words):  # two facts that the same question asks for
             continue
-        says = (f"Hello. {requests[0].says}", *(f"Thanks. Now: {request.says}" for request in requests[1:]))
-        return prove(TOOLS, Scenario(database, UserScript(says, known), tuple(call for request in requests for call in request.golden),
-                                     tuple(fact for request in requests for fact in request.tell),
-                                     turns(calling("look"), *(step for request in requests for step in request.expert))))
+        says = (
+            f"Hello. {requests[0].says}",
+            *(f"Thanks. Now: {request.says}" for request in requests[1:]),
+        )
+        return prove(
+            TOOLS,
+            Scenario(
+                database,
+                UserScript(says, known),
+                tuple(call for request in requests for call in request.golden),
+                tuple(fact for request in requests for fact in request.tell),
+                turns(calling("look"), *(step for request in requests for step in request.expert)),
+            ),
+        )
 
 
 def _new_organiser(rng: random.Random) -> Database:
-    contacts = {f"{first} {last}": {"Name": f"{first} {last}", "Phone": f"{rng.randrange(10**6, 10**7)}", "City": rng.choice(CITIES), "Group": rng.choice(GROUPS)}
-                for first, last, _ in people(rng, 12)}
+    contacts = {
+        f"{first} {last}": {
+            "Name": f"{first} {last}",
+            "Phone": f"{rng.randrange(10**6, 10**7)}",
+            "City": rng.choice(CITIES),
+            "Group": rng.choice(GROUPS),
+        }
+        for first, last, _ in people(rng, 12)
+    }
     events = {}
     for title in rng.sample(TITLES, 9):
         date, time = draw_date(rng), rng.choice(TIMES)
-        events[f"{date} {time} {title}"] = {"Title": title, "Date": date, "Time": time, "Guest": rng.choice(["nobody", *sorted(contacts)]),
-                                            "Reminder": rng.choice(REMINDERS)}
-    settings = {section: {name: rng.choice(options) for name, options in fields.items()} for section, fields in SETTINGS.items()}
+        events[f"{date} {time} {title}"] = {
+            "Title": title,
+            "Date": date,
+            "Time": time,
+            "Guest": rng.choice(["nobody", *sorted(contacts)]),
+            "Reminder": rng.choice(REMINDERS),
+        }
+    settings = {
+        section: {name: rng.choice(options) for name, options in fields.items()}
+        for section, fields in SETTINGS.items()
+    }
     return {"contact": contacts, "event": events, "settings": settings, "_ui": new_ui()}
 
 
@@ -100,7 +155,13 @@ def _new_organiser(rng: random.Random) -> Database:
 def _setting(rng: random.Random, driver: Driver, used: set[str]) -> Request:
     section = rng.choice(sorted(SETTINGS))
     name = rng.choice(sorted(SETTINGS[section]))
-    value = rng.choice([one for one in SETTINGS[section][name] if one != driver.database["settings"][section][name]])
+    value = rng.choice(
+        [
+            one
+            for one in SETTINGS[section][name]
+            if one != driver.database["settings"][section][name]
+        ]
+    )
     driver.home()
     driver.click("Settings", section)
     driver.fill(**{name.replace(" ", "_"): value})
@@ -112,36 +173,74 @@ def _contact(rng: random.Random, driver: Driver, used: set[str]) -> Request:
     entry = _draw(rng, driver.database["contact"], used)
     field = rng.choice(["Phone", "City", "Group"])
     old = driver.database["contact"][entry][field]
-    value = f"{rng.randrange(10**6, 10**7)}" if field == "Phone" else rng.choice([one for one in (CITIES if field == "City" else GROUPS) if one != old])
+    value = (
+        f"{rng.randrange(10**6, 10**7)}"
+        if field == "Phone"
+        else rng.choice([one for one in (CITIES if field == "City" else GROUPS) if one != old])
+    )
     driver.open("Contacts", entry, entry)
     driver.click("Edit")
     driver.fill(**{field: value})
     if field != "Phone":
-        return _done(driver, f"{entry} {'has moved to' if field == 'City' else 'belongs to the group'} {value}. Please correct the contact.")
+        return _done(
+            driver,
+            f"{entry} {'has moved to' if field == 'City' else 'belongs to the group'} {value}. Please correct the contact.",
+        )
     known = Fact(_ASKS["Phone"], f"{entry}'s new number is {value}.")
-    return _done(driver, f"{entry} has a new phone number. Please correct the contact.", (known,), "What is the new phone number?")
+    return _done(
+        driver,
+        f"{entry} has a new phone number. Please correct the contact.",
+        (known,),
+        "What is the new phone number?",
+    )
 
 
 def _new_contact(rng: random.Random, driver: Driver, used: set[str]) -> Request:
-    first, last, _ = rng.choice([one for one in people(rng, 30) if f"{one[0]} {one[1]}" not in driver.database["contact"]])
-    name, phone, city, group = f"{first} {last}", f"{rng.randrange(10**6, 10**7)}", rng.choice(CITIES), rng.choice(GROUPS)
+    first, last, _ = rng.choice(
+        [one for one in people(rng, 30) if f"{one[0]} {one[1]}" not in driver.database["contact"]]
+    )
+    name, phone, city, group = (
+        f"{first} {last}",
+        f"{rng.randrange(10**6, 10**7)}",
+        rng.choice(CITIES),
+        rng.choice(GROUPS),
+    )
     used.add(name)
     driver.home()
     driver.click("Contacts", "New contact")
     driver.fill(Name=name, Phone=phone, City=city, Group=group)
-    return _done(driver, f"Please add {name} of {city} to my contacts, in the group {group}.", (Fact(_ASKS["Phone"], f"{first}'s number is {phone}."),),
-                 f"What is the phone number of {name}?")
+    return _done(
+        driver,
+        f"Please add {name} of {city} to my contacts, in the group {group}.",
+        (Fact(_ASKS["Phone"], f"{first}'s number is {phone}."),),
+        f"What is the phone number of {name}?",
+    )
 
 
 def _new_event(rng: random.Random, driver: Driver, used: set[str]) -> Request:
-    title = rng.choice([one for one in TITLES if all(event["Title"] != one for event in driver.database["event"].values())])
-    date, time, guest, reminder = draw_date(rng), rng.choice(TIMES), _draw(rng, driver.database["contact"], used), rng.choice(REMINDERS)
+    title = rng.choice(
+        [
+            one
+            for one in TITLES
+            if all(event["Title"] != one for event in driver.database["event"].values())
+        ]
+    )
+    date, time, guest, reminder = (
+        draw_date(rng),
+        rng.choice(TIMES),
+        _draw(rng, driver.database["contact"], used),
+        rng.choice(REMINDERS),
+    )
     driver.home()
     driver.click("Calendar", "New event")
     driver.fill(Title=title, Date=date, Time=time, Guest=guest, Reminder=reminder)
     used.add(f"{date} {time} {title}")
-    return _done(driver, f"Please put \"{title}\" with {guest} into my calendar, {'with the reminder ' + reminder if reminder != 'none' else 'without a reminder'}.",
-                 (Fact(("date", "day", "when", "time"), f"It is on {date} at {time}."),), f"When is {title}?")
+    return _done(
+        driver,
+        f'Please put "{title}" with {guest} into my calendar, {"with the reminder " + reminder if reminder != "none" else "without a reminder"}.',
+        (Fact(("date", "day", "when", "time"), f"It is on {date} at {time}."),),
+        f"When is {title}?",
+    )
 
 
 def _moved_event(rng: random.Random, driver: Driver, used: set[str]) -> Request:
@@ -152,7 +251,10 @@ def _moved_event(rng: random.Random, driver: Driver, used: set[str]) -> Request:
     driver.click("Edit")
     driver.fill(Time=time)
     used.add(f"{event['Date']} {time} {event['Title']}")
-    return _done(driver, f"{event['Title']} on {event['Date']} is at {time} now; all else stays. Please correct the calendar.")
+    return _done(
+        driver,
+        f"{event['Title']} on {event['Date']} is at {time} now; all else stays. Please correct the calendar.",
+    )
 
 
 def _deletion(rng: random.Random, driver: Driver, used: set[str]) -> Request:
@@ -160,7 +262,9 @@ def _deletion(rng: random.Random, driver: Driver, used: set[str]) -> Request:
     event = driver.database["event"][entry]
     driver.open("Calendar", event["Title"], entry)
     driver.click("Delete", "Delete")
-    return _done(driver, f"{event['Title']} does not take place. Please delete it from the calendar.")
+    return _done(
+        driver, f"{event['Title']} does not take place. Please delete it from the calendar."
+    )
 
 
 def _question(rng: random.Random, driver: Driver, used: set[str]) -> Request:
@@ -168,8 +272,12 @@ def _question(rng: random.Random, driver: Driver, used: set[str]) -> Request:
     entry = _draw(rng, driver.database["event"], used)
     event = driver.database["event"][entry]
     driver.open("Calendar", event["Title"], entry)
-    return Request(f"On which day, as YYYY-MM-DD, and at what time is {event['Title']}?", (), (event["Date"], event["Time"]),
-                   (*driver.taken(), f"{event['Title']} is on {event['Date']} at {event['Time']}."))
+    return Request(
+        f"On which day, as YYYY-MM-DD, and at what time is {event['Title']}?",
+        (),
+        (event["Date"], event["Time"]),
+        (*driver.taken(), f"{event['Title']} is on {event['Date']} at {event['Time']}."),
+    )
 
 
 def _draw(rng: random.Random, table: dict[str, dict], used: set[str]) -> str:
@@ -181,7 +289,9 @@ def _draw(rng: random.Random, table: dict[str, dict], used: set[str]) -> str:
 
 def _done(driver: Driver, says: str, known: tuple[Fact, ...] = (), question: str = "") -> Request:
     calls = driver.taken()
-    return Request(says, calls, (), (*((question,) if question else ()), *calls, "That is done."), known)
+    return Request(
+        says, calls, (), (*((question,) if question else ()), *calls, "That is done."), known
+    )
 
 
 Kind = Callable[[random.Random, Driver, set[str]], Request]

@@ -5,11 +5,66 @@ from __future__ import annotations
 import datetime
 import random
 
-FIRST = ("Ada", "Bruno", "Chidi", "Dora", "Emil", "Farah", "Goran", "Hana", "Ines", "Jonas", "Kira", "Luca",
-         "Mina", "Nils", "Olga", "Pavel", "Rosa", "Sven", "Tara", "Yusuf")
-LAST = ("Abel", "Brandt", "Costa", "Duarte", "Evans", "Fischer", "Gruber", "Haddad", "Ivanov", "Jansen",
-        "Kovac", "Lindt", "Moreau", "Novak", "Okafor", "Petrov", "Quist", "Rossi")
-CITIES = ("Athens", "Bergen", "Cairo", "Dublin", "Essen", "Florence", "Geneva", "Helsinki", "Izmir", "Krakow", "Lisbon", "Madrid", "Naples", "Oslo", "Porto", "Riga")
+FIRST = (
+    "Ada",
+    "Bruno",
+    "Chidi",
+    "Dora",
+    "Emil",
+    "Farah",
+    "Goran",
+    "Hana",
+    "Ines",
+    "Jonas",
+    "Kira",
+    "Luca",
+    "Mina",
+    "Nils",
+    "Olga",
+    "Pavel",
+    "Rosa",
+    "Sven",
+    "Tara",
+    "Yusuf",
+)
+LAST = (
+    "Abel",
+    "Brandt",
+    "Costa",
+    "Duarte",
+    "Evans",
+    "Fischer",
+    "Gruber",
+    "Haddad",
+    "Ivanov",
+    "Jansen",
+    "Kovac",
+    "Lindt",
+    "Moreau",
+    "Novak",
+    "Okafor",
+    "Petrov",
+    "Quist",
+    "Rossi",
+)
+CITIES = (
+    "Athens",
+    "Bergen",
+    "Cairo",
+    "Dublin",
+    "Essen",
+    "Florence",
+    "Geneva",
+    "Helsinki",
+    "Izmir",
+    "Krakow",
+    "Lisbon",
+    "Madrid",
+    "Naples",
+    "Oslo",
+    "Porto",
+    "Riga",
+)
 
 
 def people(rng: random.Random, count: int) -> list[tuple[str, str, str]]:

@@ -9,7 +9,11 @@ from typing import Any
 from envs.worlds.base import World
 
 
-BROKEN = (LookupError, TypeError, AttributeError)  # what a tool raises on a database that a file gives another shape than the world's
+BROKEN = (
+    LookupError,
+    TypeError,
+    AttributeError,
+)  # what a tool raises on a database that a file gives another shape than the world's
 
 
 class FormatError(ValueError):
@@ -39,7 +43,9 @@ def read_lines(path: pathlib.Path) -> list[tuple[str, Any]]:
     return found
 
 
-def field(entry: Any, name: str, kind: type | tuple[type, ...], where: str, default: Any = ...) -> Any:
+def field(
+    entry: Any, name: str, kind: type | tuple[type, ...], where: str, default: Any = ...
+) -> Any:
     """entry[name], of a kind or one of several. A default makes it optional; null counts as absent."""
     value = entry.get(name) if isinstance(entry, dict) else None
     if value is None and default is not ...:
@@ -54,6 +60,8 @@ def known_world(name: str, where: str) -> World:
     from envs.worlds import WORLDS
 
     if name not in WORLDS:
-        raise FormatError(f"{where}: {name!r} has no backend here; there are {', '.join(WORLDS)}. "
-                          "Backends of the published domains are their authors' and not part of this")
+        raise FormatError(
+            f"{where}: {name!r} has no backend here; there are {', '.join(WORLDS)}. "
+            "Backends of the published domains are their authors' and not part of this"
+        )
     return WORLDS[name]

@@ -27,14 +27,23 @@ You are the agent of an online shop. Today is {TODAY}. Policy:
 
 def find_customer(database: Database, last_name: str, zip: str) -> dict:
     for identity, customer in database["customers"].items():
-        if customer["last_name"].lower() == last_name.strip().lower() and customer["zip"] == zip.strip():
+        if (
+            customer["last_name"].lower() == last_name.strip().lower()
+            and customer["zip"] == zip.strip()
+        ):
             return {"customer_id": identity, **customer}
-    raise ToolRefusal(f"no customer has the last name {last_name[:40]!r} and the ZIP code {zip[:20]!r}")
+    raise ToolRefusal(
+        f"no customer has the last name {last_name[:40]!r} and the ZIP code {zip[:20]!r}"
+    )
 
 
 def list_orders(database: Database, customer_id: str) -> list[dict]:
     find(database["customers"], customer_id, "customer")
-    return [{"order_id": identity, **order} for identity, order in database["orders"].items() if order["customer_id"] == customer_id]
+    return [
+        {"order_id": identity, **order}
+        for identity, order in database["orders"].items()
+        if order["customer_id"] == customer_id
+    ]
 
 
 def list_products(database: Database) -> dict[str, str]:
@@ -74,7 +83,9 @@ def return_items(database: Database, order_id: str, skus: list[str], refund_to: 
     return {"order_id": order_id, "returned": skus, "refund": refund, "refund_to": refund_to}
 
 
-def exchange_item(database: Database, order_id: str, sku: str, new_sku: str, payment_method: str) -> dict:
+def exchange_item(
+    database: Database, order_id: str, sku: str, new_sku: str, payment_method: str
+) -> dict:
     order = _with_status(database, order_id, "delivered")
     item, new = _bought(order, order_id, sku), _variant(database, new_sku)
     if new_sku not in _product_of(database, sku)["variants"] or new_sku in order["items"]:
@@ -84,7 +95,13 @@ def exchange_item(database: Database, order_id: str, sku: str, new_sku: str, pay
     _pay(database, order["customer_id"], payment_method, new["price"] - item["price"])
     item["status"], new["stock"] = "exchanged", new["stock"] - 1
     order["items"][new_sku] = {"price": new["price"], "status": "bought"}
-    return {"order_id": order_id, "new_sku": new_sku, "price": new["price"], "difference": new["price"] - item["price"], "payment_method": payment_method}
+    return {
+        "order_id": order_id,
+        "new_sku": new_sku,
+        "price": new["price"],
+        "difference": new["price"] - item["price"],
+        "payment_method": payment_method,
+    }
 
 
 def _with_status(database: Database, order_id: str, status: str) -> dict:
@@ -102,7 +119,10 @@ def _bought(order: dict, order_id: str, sku: str) -> dict:
 
 
 def _product_of(database: Database, sku: str) -> dict:
-    return next((product for product in database["products"].values() if sku in product["variants"]), {"variants": {}})
+    return next(
+        (product for product in database["products"].values() if sku in product["variants"]),
+        {"variants": {}},
+    )
 
 
 def _variant(database: Database, sku: str) -> dict:
@@ -111,27 +131,73 @@ def _variant(database: Database, sku: str) -> dict:
 
 def _pay(database: Database, customer_id: str, method_id: str, amount: int) -> None:
     """Charges, or with a negative amount refunds. The last check before a tool changes anything."""
-    method = find(database["customers"][customer_id]["payment_methods"], method_id, "for this customer, the payment method")
+    method = find(
+        database["customers"][customer_id]["payment_methods"],
+        method_id,
+        "for this customer, the payment method",
+    )
     if method["kind"] == "gift card":
         if method["balance"] < amount:
-            raise ToolRefusal(f"gift card {method_id} has {method['balance']} euros, and {amount} are needed")
+            raise ToolRefusal(
+                f"gift card {method_id} has {method['balance']} euros, and {amount} are needed"
+            )
         method["balance"] -= amount
     method["paid"] += amount
 
 
-_ORDER, _SKU, _METHOD = text("Id of the order, such as W1234."), "Id of an item, such as S12345.", text("Id of a payment method of the customer.")
+_ORDER, _SKU, _METHOD = (
+    text("Id of the order, such as W1234."),
+    "Id of an item, such as S12345.",
+    text("Id of a payment method of the customer."),
+)
 TOOLS = (
-    Tool("find_customer", "Finds a customer.", {"last_name": text("Last name."), "zip": text("ZIP code.")}, find_customer),
-    Tool("list_orders", "All orders of a customer, with their items.", {"customer_id": text("Id of the customer.")}, list_orders),
+    Tool(
+        "find_customer",
+        "Finds a customer.",
+        {"last_name": text("Last name."), "zip": text("ZIP code.")},
+        find_customer,
+    ),
+    Tool(
+        "list_orders",
+        "All orders of a customer, with their items.",
+        {"customer_id": text("Id of the customer.")},
+        list_orders,
+    ),
     Tool("list_products", "Names of all products.", {}, list_products),
-    Tool("get_product", "A product's variants with prices and stock.", {"product_id": text("Id of the product.")}, get_product),
-    Tool("cancel_order", "Cancels a pending order and refunds it.", {"order_id": _ORDER}, cancel_order, writes=True),
-    Tool("change_address", "Changes the address of a pending order.", {"order_id": _ORDER, "address": text("Street and number, ZIP code and city.")},
-         change_address, writes=True),
-    Tool("return_items", "Takes items of a delivered order back and refunds them.", {"order_id": _ORDER, "skus": texts(_SKU), "refund_to": _METHOD},
-         return_items, writes=True),
-    Tool("exchange_item", "Exchanges an item of a delivered order for another variant.",
-         {"order_id": _ORDER, "sku": text(_SKU), "new_sku": text(_SKU), "payment_method": _METHOD}, exchange_item, writes=True),
+    Tool(
+        "get_product",
+        "A product's variants with prices and stock.",
+        {"product_id": text("Id of the product.")},
+        get_product,
+    ),
+    Tool(
+        "cancel_order",
+        "Cancels a pending order and refunds it.",
+        {"order_id": _ORDER},
+        cancel_order,
+        writes=True,
+    ),
+    Tool(
+        "change_address",
+        "Changes the address of a pending order.",
+        {"order_id": _ORDER, "address": text("Street and number, ZIP code and city.")},
+        change_address,
+        writes=True,
+    ),
+    Tool(
+        "return_items",
+        "Takes items of a delivered order back and refunds them.",
+        {"order_id": _ORDER, "skus": texts(_SKU), "refund_to": _METHOD},
+        return_items,
+        writes=True,
+    ),
+    Tool(
+        "exchange_item",
+        "Exchanges an item of a delivered order for another variant.",
+        {"order_id": _ORDER, "sku": text(_SKU), "new_sku": text(_SKU), "payment_method": _METHOD},
+        exchange_item,
+        writes=True,
+    ),
 )
 
 
@@ -142,8 +208,19 @@ def random_write(rng: random.Random, database: Database) -> ToolCall:
     methods = sorted(database["customers"][order["customer_id"]]["payment_methods"])
     sku = rng.choice(sorted(order["items"]))
     if order["status"] == "pending":
-        return rng.choice([calling("cancel_order", order_id=identity), calling("change_address", order_id=identity, address="Hill Road 1, 10000 Oslo")])
+        return rng.choice(
+            [
+                calling("cancel_order", order_id=identity),
+                calling("change_address", order_id=identity, address="Hill Road 1, 10000 Oslo"),
+            ]
+        )
     if rng.random() < 0.5:
         return calling("return_items", order_id=identity, skus=[sku], refund_to=rng.choice(methods))
     variants = sorted(_product_of(database, sku)["variants"]) or [sku]
-    return calling("exchange_item", order_id=identity, sku=sku, new_sku=rng.choice(variants), payment_method=rng.choice(methods))
+    return calling(
+        "exchange_item",
+        order_id=identity,
+        sku=sku,
+        new_sku=rng.choice(variants),
+        payment_method=rng.choice(methods),
+    )

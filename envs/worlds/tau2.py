@@ -73,21 +73,42 @@ def load(folder: pathlib.Path) -> list[Task]:
     tasks = read_json(folder / "tasks.json")
     if not isinstance(tasks, list) or not isinstance(database, dict):
         raise FormatError(f"{folder}: tasks.json must be a list, and db.json an object")
-    return [_task(entry, f"{folder / 'tasks.json'}: task {number}", world, database, text) for number, entry in enumerate(tasks)]
+    return [
+        _task(entry, f"{folder / 'tasks.json'}: task {number}", world, database, text)
+        for number, entry in enumerate(tasks)
+    ]
 
 
 def _task(entry: Any, where: str, world: World, database: Database, policy: str) -> Task:
     name = str(field(entry, "id", (str, int), where))
     where, box = f"{where} ({name})", Toolbox(world.tools)
     request, knows = _scenario(field(entry, "user_scenario", dict, where), where)
-    state, history = _initial_state(field(entry, "initial_state", dict, where, {}), where, box, database)
+    state, history = _initial_state(
+        field(entry, "initial_state", dict, where, {}), where, box, database
+    )
     criteria = field(entry, "evaluation_criteria", dict, where)
     actions = tuple(_action(one, where) for one in field(criteria, "actions", list, where, []))
     basis = tuple(field(criteria, "reward_basis", list, where, ["DB", "COMMUNICATE"]))
     if unknown := [one for one in basis if one not in BASES]:
-        raise FormatError(f"{where}: reward_basis {unknown[0]!r} cannot be computed here; it is one of {', '.join(BASES)} (NL_ASSERTION needs a judging model)")
-    assertions = tuple(_assertion(one, where) for one in field(criteria, "env_assertions", list, where, []))
-    task = Task(name, world.name, policy, state, request, knows, history, actions, assertions, tuple(map(str, field(criteria, "communicate_info", list, where, []))), basis)
+        raise FormatError(
+            f"{where}: reward_basis {unknown[0]!r} cannot be computed here; it is one of {', '.join(BASES)} (NL_ASSERTION needs a judging model)"
+        )
+    assertions = tuple(
+        _assertion(one, where) for one in field(criteria, "env_assertions", list, where, [])
+    )
+    task = Task(
+        name,
+        world.name,
+        policy,
+        state,
+        request,
+        knows,
+        history,
+        actions,
+        assertions,
+        tuple(map(str, field(criteria, "communicate_info", list, where, []))),
+        basis,
+    )
     wanted_state(task, where)
     return task
 
@@ -98,26 +119,40 @@ def _scenario(scenario: dict, where: str) -> tuple[str, str]:
     if isinstance(instructions, str):
         return instructions, instructions
     reason = field(instructions, "reason_for_call", str, f"{where}: instructions")
-    known = [field(instructions, name, str, where, "") for name in ("known_info", "task_instructions")]
+    known = [
+        field(instructions, name, str, where, "") for name in ("known_info", "task_instructions")
+    ]
     return reason, " ".join(filter(None, known)) or reason
 
 
-def _initial_state(state: dict, where: str, box: Toolbox, database: Database) -> tuple[Database, tuple[str, ...]]:
+def _initial_state(
+    state: dict, where: str, box: Toolbox, database: Database
+) -> tuple[Database, tuple[str, ...]]:
     database = copy.deepcopy(database)
     data = field(state, "initialization_data", dict, where, {})
     if field(data, "user_data", dict, where, {}):
         raise FormatError(f"{where}: user_data is for a user with tools; the users here have none")
     _merge(database, field(data, "agent_data", dict, where, {}))
-    calls = [_of_agent(one, "env_type", "func_name", where) for one in field(state, "initialization_actions", list, where, [])]
+    calls = [
+        _of_agent(one, "env_type", "func_name", where)
+        for one in field(state, "initialization_actions", list, where, [])
+    ]
     history = []
     for message in field(state, "message_history", list, where, []):
-        calls += [_of_agent(one, "requestor", "name", where) for one in field(message, "tool_calls", list, where, [])]
+        calls += [
+            _of_agent(one, "requestor", "name", where)
+            for one in field(message, "tool_calls", list, where, [])
+        ]
         if isinstance(message.get("content"), str) and message.get("role") in ("user", "assistant"):
-            history.append(f"{'User' if message['role'] == 'user' else 'You'}: {message['content']}")
+            history.append(
+                f"{'User' if message['role'] == 'user' else 'You'}: {message['content']}"
+            )
     try:
         box.replay(database, calls)
     except (ValueError, *BROKEN) as error:
-        raise FormatError(f"{where}: initial_state cannot be reached: {type(error).__name__}: {error}") from error
+        raise FormatError(
+            f"{where}: initial_state cannot be reached: {type(error).__name__}: {error}"
+        ) from error
     return database, tuple(history)
 
 
@@ -131,20 +166,35 @@ def _merge(into: Database, update: Database) -> None:
 
 def _of_agent(entry: Any, by: str, name: str, where: str) -> ToolCall:
     if field(entry, by, str, where, "assistant") != "assistant":
-        raise FormatError(f"{where}: {by} is {entry[by]!r}; users with tools of their own have no backend here")
+        raise FormatError(
+            f"{where}: {by} is {entry[by]!r}; users with tools of their own have no backend here"
+        )
     return ToolCall(field(entry, name, str, where), field(entry, "arguments", dict, where))
 
 
 def _action(entry: Any, where: str) -> Action:
     compare = field(entry, "compare_args", list, where, None)
-    return Action(_of_agent(entry, "requestor", "name", where), None if compare is None else tuple(map(str, compare)))
+    return Action(
+        _of_agent(entry, "requestor", "name", where),
+        None if compare is None else tuple(map(str, compare)),
+    )
 
 
 def _assertion(entry: Any, where: str) -> Assertion:
     call = _of_agent(entry, "env_type", "func_name", where)
-    if call.name != "assert_state" or set(call.arguments) != {"path", "value"} or not isinstance(call.arguments["path"], list):
-        raise FormatError(f"{where}: the assertion {call.name!r} is unknown; there is assert_state(path: list of keys, value)")
-    return Assertion(tuple(map(str, call.arguments["path"])), call.arguments["value"], field(entry, "assert_value", bool, where, True))
+    if (
+        call.name != "assert_state"
+        or set(call.arguments) != {"path", "value"}
+        or not isinstance(call.arguments["path"], list)
+    ):
+        raise FormatError(
+            f"{where}: the assertion {call.name!r} is unknown; there is assert_state(path: list of keys, value)"
+        )
+    return Assertion(
+        tuple(map(str, call.arguments["path"])),
+        call.arguments["value"],
+        field(entry, "assert_value", bool, where, True),
+    )
 
 
 def wanted_state(task: Task, where: str = "") -> Database:
@@ -157,7 +207,9 @@ def wanted_state(task: Task, where: str = "") -> Database:
         except (ArgumentError, ToolRefusal, *BROKEN) as error:
             tool = box.by_name.get(action.call.name)
             if tool is None or tool.writes:
-                raise FormatError(f"{where}: the golden action {action.call.name}({json.dumps(action.call.arguments)}) fails: {error}") from error
+                raise FormatError(
+                    f"{where}: the golden action {action.call.name}({json.dumps(action.call.arguments)}) fails: {error}"
+                ) from error
     return state
 
 
@@ -167,7 +219,9 @@ class Tau2Env(WorldEnv):
     unexpected = BROKEN
 
     def __init__(self, task: Task) -> None:
-        super().__init__(dataclasses.replace(known_world(task.domain, task.name), policy=task.policy))
+        super().__init__(
+            dataclasses.replace(known_world(task.domain, task.name), policy=task.policy)
+        )
         self.published, self.family, self.difficulty = task, f"tau2-{task.domain}", "(none)"
         self.task = WorldTask(f"{task.domain}/{task.name}", self.family, 0)
 
@@ -175,9 +229,22 @@ class Tau2Env(WorldEnv):
         task = self.published
         calls = [action.call for action in task.actions]
         told = f"It is done. {'; '.join(task.communicate)}".rstrip()
-        self._begin(Scenario(task.database, UserScript((task.request,), (), task.knows), tuple(calls), task.communicate, turns(*calls, told)))
+        self._begin(
+            Scenario(
+                task.database,
+                UserScript((task.request,), (), task.knows),
+                tuple(calls),
+                task.communicate,
+                turns(*calls, told),
+            )
+        )
         opening = "\n".join([*task.history, f"User: {task.request}"])
-        return f"{task.policy}\n\n{opening}", {"task": self.task.name, "family": self.family, "seed": 0, "tools": copy.deepcopy(self.tools)}
+        return f"{task.policy}\n\n{opening}", {
+            "task": self.task.name,
+            "family": self.family,
+            "seed": 0,
+            "tools": copy.deepcopy(self.tools),
+        }
 
     def spawn(self, same_state: bool = False, **kwargs: Any) -> WorldEnv:
         return super().spawn(True, **kwargs) if same_state else Tau2Env(self.published)
@@ -190,12 +257,26 @@ class Tau2Env(WorldEnv):
 
     def parts(self) -> dict[str, float]:
         """The reward's parts, those of the basis only."""
-        task, said = self.published, [message.lower().replace(",", "") for message in self.user.heard]
+        task, said = (
+            self.published,
+            [message.lower().replace(",", "") for message in self.user.heard],
+        )
         compute = {
             "DB": lambda: float(digest(self.database) == digest(wanted_state(task))),
-            "COMMUNICATE": lambda: float(all(any(fact.lower() in message for message in said) for fact in task.communicate)),
-            "ENV_ASSERTION": lambda: float(all(_holds(self.database, one) == one.expected for one in task.assertions)),
-            "ACTION": lambda: sum(any(_matches(action, call) for call, _ in self.calls) for action in task.actions) / len(task.actions) if task.actions else 1.0,
+            "COMMUNICATE": lambda: float(
+                all(any(fact.lower() in message for message in said) for fact in task.communicate)
+            ),
+            "ENV_ASSERTION": lambda: float(
+                all(_holds(self.database, one) == one.expected for one in task.assertions)
+            ),
+            "ACTION": lambda: (
+                sum(
+                    any(_matches(action, call) for call, _ in self.calls) for action in task.actions
+                )
+                / len(task.actions)
+                if task.actions
+                else 1.0
+            ),
         }
         return {name: compute[name]() for name in task.basis}
 
@@ -205,7 +286,13 @@ class Tau2Env(WorldEnv):
             reward *= part
         info["reward_parts"] = parts
         note = ", ".join(f"{name} {value:g}" for name, value in parts.items())
-        return self._end("success" if reward == 1.0 else "failure", info, "", reward, "" if reward == 1.0 else note)
+        return self._end(
+            "success" if reward == 1.0 else "failure",
+            info,
+            "",
+            reward,
+            "" if reward == 1.0 else note,
+        )
 
     def definition(self) -> str:
         return json.dumps(dataclasses.asdict(self.published), sort_keys=True)
@@ -223,7 +310,10 @@ def _holds(database: Database, assertion: Assertion) -> bool:
 def _matches(action: Action, call: ToolCall) -> bool:
     compared = action.compare if action.compare is not None else tuple(call.arguments)
     return action.call.name == call.name and all(
-        (name in call.arguments, call.arguments.get(name)) == (name in action.call.arguments, action.call.arguments.get(name)) for name in compared)
+        (name in call.arguments, call.arguments.get(name))
+        == (name in action.call.arguments, action.call.arguments.get(name))
+        for name in compared
+    )
 
 
 __all__ = ["Action", "Assertion", "Task", "Tau2Env", "load", "wanted_state"]

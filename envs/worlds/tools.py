@@ -48,16 +48,31 @@ class Tool:
         """The form that chat templates and chat-completions servers take."""
         needed = [name for name in self.parameters if name not in self.optional]
         properties = {name: dict(schema) for name, schema in self.parameters.items()}
-        return {"type": "function", "function": {"name": self.name, "description": self.description,
-                                                 "parameters": {"type": "object", "properties": properties, "required": needed}}}
+        return {
+            "type": "function",
+            "function": {
+                "name": self.name,
+                "description": self.description,
+                "parameters": {"type": "object", "properties": properties, "required": needed},
+            },
+        }
 
     def check(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments in the declared types. Raises ArgumentError."""
         if unknown := [name for name in arguments if name not in self.parameters]:
-            raise ArgumentError(f"{self.name} has no argument {_shown(unknown[0])}; it takes {', '.join(self.parameters) or 'none'}")
-        if missing := [name for name in self.parameters if name not in arguments and name not in self.optional]:
-            raise ArgumentError(f"{self.name} needs the argument {missing[0]!r} ({self.parameters[missing[0]]['type']})")
-        return {name: _checked(f"{self.name}: {name}", value, self.parameters[name]) for name, value in arguments.items()}
+            raise ArgumentError(
+                f"{self.name} has no argument {_shown(unknown[0])}; it takes {', '.join(self.parameters) or 'none'}"
+            )
+        if missing := [
+            name for name in self.parameters if name not in arguments and name not in self.optional
+        ]:
+            raise ArgumentError(
+                f"{self.name} needs the argument {missing[0]!r} ({self.parameters[missing[0]]['type']})"
+            )
+        return {
+            name: _checked(f"{self.name}: {name}", value, self.parameters[name])
+            for name, value in arguments.items()
+        }
 
 
 def _checked(where: str, value: Any, schema: Mapping[str, Any]) -> Any:
@@ -71,16 +86,25 @@ def _checked(where: str, value: Any, schema: Mapping[str, Any]) -> Any:
     if kind == "array":
         if len(value) > MAX_ITEMS:
             raise ArgumentError(f"{where} has {len(value)} items; at most {MAX_ITEMS}")
-        return [_checked(f"{where}[{number}]", item, schema["items"]) for number, item in enumerate(value)]
+        return [
+            _checked(f"{where}[{number}]", item, schema["items"])
+            for number, item in enumerate(value)
+        ]
     if kind == "string" and len(value) > MAX_TEXT_CHARS:
         raise ArgumentError(f"{where} has {len(value)} characters; at most {MAX_TEXT_CHARS}")
     if kind in ("integer", "number"):
         if not -1e12 < value < 1e12:  # false for nan, too
-            raise ArgumentError(f"{where} is {_shown(value)}; it must be a finite number of sensible size")
+            raise ArgumentError(
+                f"{where} is {_shown(value)}; it must be a finite number of sensible size"
+            )
         if not schema.get("minimum", -math.inf) <= value <= schema.get("maximum", math.inf):
-            raise ArgumentError(f"{where} is {_shown(value)}; it must be from {schema.get('minimum', 'any')} to {schema.get('maximum', 'any')}")
+            raise ArgumentError(
+                f"{where} is {_shown(value)}; it must be from {schema.get('minimum', 'any')} to {schema.get('maximum', 'any')}"
+            )
     if "enum" in schema and value not in schema["enum"]:
-        raise ArgumentError(f"{where} is {_shown(value)}; it must be one of {', '.join(map(str, schema['enum']))}")
+        raise ArgumentError(
+            f"{where} is {_shown(value)}; it must be one of {', '.join(map(str, schema['enum']))}"
+        )
     return value
 
 
@@ -112,7 +136,9 @@ class Toolbox:
         """What the tool answers, as plain data. Raises ArgumentError, ToolRefusal; the database is then as it was."""
         tool = self.by_name.get(call.name)
         if tool is None:
-            raise ArgumentError(f"there is no tool {_shown(call.name)}; the tools are {', '.join(self.by_name)}")
+            raise ArgumentError(
+                f"there is no tool {_shown(call.name)}; the tools are {', '.join(self.by_name)}"
+            )
         return tool.run(database, **tool.check(call.arguments))
 
     def replay(self, database: Database, calls: Sequence[ToolCall]) -> list[Any]:
@@ -122,7 +148,9 @@ class Toolbox:
             try:
                 answers.append(self.call(database, call))
             except (ArgumentError, ToolRefusal) as error:
-                raise ValueError(f"call {number + 1}, {call.name}({json.dumps(call.arguments)}), fails: {error}") from error
+                raise ValueError(
+                    f"call {number + 1}, {call.name}({json.dumps(call.arguments)}), fails: {error}"
+                ) from error
         return answers
 
 
@@ -138,7 +166,9 @@ def outcome(database: Database) -> Database:
 
 def digest(database: Database) -> str:
     """Of what counts of a state; equal for equal ones, whatever the order of their keys."""
-    return hashlib.sha256(json.dumps(outcome(database), sort_keys=True, allow_nan=False).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(outcome(database), sort_keys=True, allow_nan=False).encode()
+    ).hexdigest()
 
 
 def find(table: Mapping[str, Any], key: str, what: str) -> Any:

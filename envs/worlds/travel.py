@@ -28,36 +28,69 @@ def find_traveller(database: Database, email: str) -> dict:
 
 
 def search_flights(database: Database, origin: str, destination: str, date: str) -> list[dict]:
-    return [{"flight_id": identity, **flight} for identity, flight in database["flights"].items()
-            if (flight["origin"].lower(), flight["destination"].lower(), flight["date"]) == (origin.lower(), destination.lower(), date)]
+    return [
+        {"flight_id": identity, **flight}
+        for identity, flight in database["flights"].items()
+        if (flight["origin"].lower(), flight["destination"].lower(), flight["date"])
+        == (origin.lower(), destination.lower(), date)
+    ]
 
 
 def search_hotels(database: Database, city: str, min_stars: int = 1) -> list[dict]:
-    return [{"hotel_id": identity, **hotel} for identity, hotel in database["hotels"].items() if hotel["city"].lower() == city.lower() and hotel["stars"] >= min_stars]
+    return [
+        {"hotel_id": identity, **hotel}
+        for identity, hotel in database["hotels"].items()
+        if hotel["city"].lower() == city.lower() and hotel["stars"] >= min_stars
+    ]
 
 
 def list_bookings(database: Database, traveller_id: str) -> list[dict]:
     find(database["travellers"], traveller_id, "traveller")
-    return [{"booking_id": identity, **booking} for identity, booking in database["bookings"].items() if booking["traveller_id"] == traveller_id]
+    return [
+        {"booking_id": identity, **booking}
+        for identity, booking in database["bookings"].items()
+        if booking["traveller_id"] == traveller_id
+    ]
 
 
 def book_flight(database: Database, traveller_id: str, flight_id: str) -> dict:
-    traveller, flight = find(database["travellers"], traveller_id, "traveller"), find(database["flights"], flight_id, "flight")
+    traveller, flight = (
+        find(database["travellers"], traveller_id, "traveller"),
+        find(database["flights"], flight_id, "flight"),
+    )
     if flight["seats"] < 1:
         raise ToolRefusal(f"flight {flight_id} is full")
-    booking = {"traveller_id": traveller_id, "flight_id": flight_id, "price": flight["price"], "fare": flight["fare"], "status": "booked"}
+    booking = {
+        "traveller_id": traveller_id,
+        "flight_id": flight_id,
+        "price": flight["price"],
+        "fare": flight["fare"],
+        "status": "booked",
+    }
     answer = _book(database, traveller, f"{traveller_id}-{flight_id}", booking)
     flight["seats"] -= 1
     return answer
 
 
-def book_hotel(database: Database, traveller_id: str, hotel_id: str, check_in: str, nights: int) -> dict:
-    traveller, hotel = find(database["travellers"], traveller_id, "traveller"), find(database["hotels"], hotel_id, "hotel")
+def book_hotel(
+    database: Database, traveller_id: str, hotel_id: str, check_in: str, nights: int
+) -> dict:
+    traveller, hotel = (
+        find(database["travellers"], traveller_id, "traveller"),
+        find(database["hotels"], hotel_id, "hotel"),
+    )
     try:
         check_in = datetime.date.fromisoformat(check_in).isoformat()
     except ValueError:
         raise ToolRefusal(f"check_in {check_in[:40]!r} is no date of the form YYYY-MM-DD") from None
-    booking = {"traveller_id": traveller_id, "hotel_id": hotel_id, "check_in": check_in, "nights": nights, "price": hotel["price_per_night"] * nights, "status": "booked"}
+    booking = {
+        "traveller_id": traveller_id,
+        "hotel_id": hotel_id,
+        "check_in": check_in,
+        "nights": nights,
+        "price": hotel["price_per_night"] * nights,
+        "status": "booked",
+    }
     return _book(database, traveller, f"{traveller_id}-{hotel_id}-{check_in}", booking)
 
 
@@ -66,7 +99,9 @@ def _book(database: Database, traveller: dict, identity: str, booking: dict) -> 
     if database["bookings"].get(identity, {}).get("status") == "booked":
         raise ToolRefusal(f"{identity} is booked already")
     if traveller["balance"] < booking["price"]:
-        raise ToolRefusal(f"the price is {booking['price']}, and the balance only {traveller['balance']}")
+        raise ToolRefusal(
+            f"the price is {booking['price']}, and the balance only {traveller['balance']}"
+        )
     traveller["balance"] -= booking["price"]
     database["bookings"][identity] = booking
     return {"booking_id": identity, "price": booking["price"], "balance": traveller["balance"]}
@@ -87,28 +122,74 @@ def cancel_booking(database: Database, booking_id: str) -> dict:
 
 _TRAVELLER, _DATE = text("Id of the traveller, such as T123."), "Date as YYYY-MM-DD."
 TOOLS = (
-    Tool("find_traveller", "Looks a traveller up by email.", {"email": text("Email address.")}, find_traveller),
-    Tool("search_flights", "All flights from one city to another on a day.",
-         {"origin": text("City."), "destination": text("City."), "date": text(_DATE)}, search_flights),
-    Tool("search_hotels", "All hotels of a city.", {"city": text("City."), "min_stars": whole("Fewest stars.", minimum=1, maximum=5)}, search_hotels,
-         optional=("min_stars",)),
-    Tool("list_bookings", "All bookings of a traveller.", {"traveller_id": _TRAVELLER}, list_bookings),
-    Tool("book_flight", "Books one seat and pays it from the traveller's balance.", {"traveller_id": _TRAVELLER, "flight_id": text("Id of the flight.")},
-         book_flight, writes=True),
-    Tool("book_hotel", "Books a room and pays it from the traveller's balance.",
-         {"traveller_id": _TRAVELLER, "hotel_id": text("Id of the hotel."), "check_in": text(_DATE), "nights": whole("Nights.", minimum=1, maximum=30)},
-         book_hotel, writes=True),
-    Tool("cancel_booking", "Cancels a booking. This cannot be undone.", {"booking_id": text("Id of the booking.")}, cancel_booking, writes=True),
+    Tool(
+        "find_traveller",
+        "Looks a traveller up by email.",
+        {"email": text("Email address.")},
+        find_traveller,
+    ),
+    Tool(
+        "search_flights",
+        "All flights from one city to another on a day.",
+        {"origin": text("City."), "destination": text("City."), "date": text(_DATE)},
+        search_flights,
+    ),
+    Tool(
+        "search_hotels",
+        "All hotels of a city.",
+        {"city": text("City."), "min_stars": whole("Fewest stars.", minimum=1, maximum=5)},
+        search_hotels,
+        optional=("min_stars",),
+    ),
+    Tool(
+        "list_bookings", "All bookings of a traveller.", {"traveller_id": _TRAVELLER}, list_bookings
+    ),
+    Tool(
+        "book_flight",
+        "Books one seat and pays it from the traveller's balance.",
+        {"traveller_id": _TRAVELLER, "flight_id": text("Id of the flight.")},
+        book_flight,
+        writes=True,
+    ),
+    Tool(
+        "book_hotel",
+        "Books a room and pays it from the traveller's balance.",
+        {
+            "traveller_id": _TRAVELLER,
+            "hotel_id": text("Id of the hotel."),
+            "check_in": text(_DATE),
+            "nights": whole("Nights.", minimum=1, maximum=30),
+        },
+        book_hotel,
+        writes=True,
+    ),
+    Tool(
+        "cancel_booking",
+        "Cancels a booking. This cannot be undone.",
+        {"booking_id": text("Id of the booking.")},
+        cancel_booking,
+        writes=True,
+    ),
 )
 
 
 def random_write(rng: random.Random, database: Database) -> ToolCall:
     """A booking or a cancellation of chance, with ids that exist."""
     traveller = rng.choice(sorted(database["travellers"]))
-    kind = rng.choice(["flight", "hotel", "cancel"] if database["bookings"] else ["flight", "hotel"])
+    kind = rng.choice(
+        ["flight", "hotel", "cancel"] if database["bookings"] else ["flight", "hotel"]
+    )
     if kind == "cancel":
         return calling("cancel_booking", booking_id=rng.choice(sorted(database["bookings"])))
     if kind == "flight":
-        return calling("book_flight", traveller_id=traveller, flight_id=rng.choice(sorted(database["flights"])))
+        return calling(
+            "book_flight", traveller_id=traveller, flight_id=rng.choice(sorted(database["flights"]))
+        )
     date = rng.choice(sorted(flight["date"] for flight in database["flights"].values()))
-    return calling("book_hotel", traveller_id=traveller, hotel_id=rng.choice(sorted(database["hotels"])), check_in=date, nights=rng.randint(1, 5))
+    return calling(
+        "book_hotel",
+        traveller_id=traveller,
+        hotel_id=rng.choice(sorted(database["hotels"])),
+        check_in=date,
+        nights=rng.randint(1, 5),
+    )

@@ -9,12 +9,16 @@ from __future__ import annotations
 import dataclasses
 import re
 
-MAX_MESSAGE_CHARS = 600  # a longer message is not read: pouring the whole database over the user tells nothing
+MAX_MESSAGE_CHARS = (
+    600  # a longer message is not read: pouring the whole database over the user tells nothing
+)
 MAX_DATES = 12  # that an agent may name in a dialogue: one that names more is guessing, and has told no date
 _WORD = re.compile(r"[a-z]+")
 _QUESTION = re.compile(r"[^.!?\n]*\?")
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
-_CLOSING = re.compile(r"\b(any|some)thing else\b|\b(further|more) (help|assistance|questions?)\b|\bhelp you with\b|\bassist you\b")
+_CLOSING = re.compile(
+    r"\b(any|some)thing else\b|\b(further|more) (help|assistance|questions?)\b|\bhelp you with\b|\bassist you\b"
+)
 _CONSENT = frozenset("confirm confirmed proceed agree ok okay shall should may want".split())
 
 
@@ -60,7 +64,11 @@ class User:
         if known := [fact.answer for fact in self.script.facts if words & set(fact.words)]:
             return " ".join(known)
         if asked and not _CLOSING.search(asked):
-            return self.script.consent if words & _CONSENT else "I cannot say more about that. Please go on with what I told you."
+            return (
+                self.script.consent
+                if words & _CONSENT
+                else "I cannot say more about that. Please go on with what I told you."
+            )
         self.stage += 1
         if self.stage < len(self.script.requests):
             return self.script.requests[self.stage]
@@ -73,7 +81,10 @@ def is_told(fact: str, messages: list[str]) -> bool:
 
     tau2's communicate_info is a plain substring of the message without commas; this asks for more, so that no year tells a price.
     """
-    if _DATE.fullmatch(fact) and len({date for message in messages for date in _DATE.findall(message)}) > MAX_DATES:
+    if (
+        _DATE.fullmatch(fact)
+        and len({date for message in messages for date in _DATE.findall(message)}) > MAX_DATES
+    ):
         return False
     pattern = re.compile(rf"(?<![a-z0-9.\-]){re.escape(_plain(fact))}(?![a-z0-9\-]|\.[0-9])")
     return any(pattern.search(_plain(message)) for message in messages)

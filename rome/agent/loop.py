@@ -32,7 +32,14 @@ class ReplayError(RuntimeError):
 class Generator(Protocol):
     """What the loop needs of an engine or of a pool of them."""
 
-    async def generate(self, input_ids: list[int], sampling: Sampling, deadline_s: float, *, affinity: str | None = None) -> Completion: ...
+    async def generate(
+        self,
+        input_ids: list[int],
+        sampling: Sampling,
+        deadline_s: float,
+        *,
+        affinity: str | None = None,
+    ) -> Completion: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +73,17 @@ def derive_seed(*parts: Any) -> int:
 
 
 async def run_episode(
-    engine: Generator, env: Env, chat: Chat, limits: Limits, *, seed: int, temperature: float = 1.0, group: int = 0, episode: int = 0,
-    routes: bool = False, prefix: Sequence[Chunk] = (),
+    engine: Generator,
+    env: Env,
+    chat: Chat,
+    limits: Limits,
+    *,
+    seed: int,
+    temperature: float = 1.0,
+    group: int = 0,
+    episode: int = 0,
+    routes: bool = False,
+    prefix: Sequence[Chunk] = (),
 ) -> Trajectory:
     """Plays one episode to its typed ending; returns what happened, never raises for what a policy, tool or server did.
 
@@ -85,7 +101,9 @@ async def run_episode(
         async with asyncio.timeout(limits.episode_seconds):
             instruction, _ = await env.areset()
             await replay(env, prefix, chunks)
-            reward, ending, note = await _play(engine, env, chat, limits, instruction, chunks, seed, temperature, routes)
+            reward, ending, note = await _play(
+                engine, env, chat, limits, instruction, chunks, seed, temperature, routes
+            )
     except ReplayError as error:
         ending, note = "infra_sandbox", str(error)
     except TimeoutError:
@@ -94,16 +112,29 @@ async def run_episode(
         note = f"the episode passed its {limits.episode_seconds:g} s, {engine.seconds:.1f} s of them waiting for the engine"
     except EngineError as error:
         ending, note = "infra_engine", str(error)
-    except SandboxError as error:  # only from the start of the episode: later ones come as typed endings
+    except (
+        SandboxError
+    ) as error:  # only from the start of the episode: later ones come as typed endings
         ending, note = "infra_sandbox", str(error)
     finally:
         try:
             await env.aclose()
-        except SandboxError as error:  # the episode has its result; what is left of the sandbox ends with its manager
+        except (
+            SandboxError
+        ) as error:  # the episode has its result; what is left of the sandbox ends with its manager
             log.warning("the sandbox of %s was not closed: %s", env.task.name, error)
     return Trajectory(
-        task=env.task.name, family=env.task.family, chunks=chunks, reward=reward, ending=ending, group=group, episode=episode, seed=seed,
-        instruction=instruction, seconds=round(time.monotonic() - started, 4), note=note,
+        task=env.task.name,
+        family=env.task.family,
+        chunks=chunks,
+        reward=reward,
+        ending=ending,
+        group=group,
+        episode=episode,
+        seed=seed,
+        instruction=instruction,
+        seconds=round(time.monotonic() - started, 4),
+        note=note,
     )
 
 
@@ -112,50 +143,98 @@ async def replay(env: Env, prefix: Sequence[Chunk], chunks: list[Chunk]) -> None
     for number, chunk in enumerate(prefix, 1):
         observation, _, terminated, truncated, info = await env.astep(chunk.text)
         if terminated or truncated:
-            raise ReplayError(f"the replay ended in turn {number} of {len(prefix)} as {info['ending']}: {info.get('note') or 'no detail'}")
+            raise ReplayError(
+                f"the replay ended in turn {number} of {len(prefix)} as {info['ending']}: {info.get('note') or 'no detail'}"
+            )
         if observation != chunk.observation:
             raise ReplayError(
                 f"turn {number} of {len(prefix)} was replayed, and {env.task.name} answered {observation[:100]!r} where it had answered "
                 f"{chunk.observation[:100]!r}; a task that is not deterministic cannot be resampled from its middle"
             )
-        chunks.append(dataclasses.replace(chunk, logprobs=[0.0] * len(chunk.action_ids), versions=[], kind="context", cached_tokens=0, routes=None))
+        chunks.append(
+            dataclasses.replace(
+                chunk,
+                logprobs=[0.0] * len(chunk.action_ids),
+                versions=[],
+                kind="context",
+                cached_tokens=0,
+                routes=None,
+            )
+        )
 
 
 async def _play(
-    engine: Generator, env: Env, chat: Chat, limits: Limits, instruction: str, chunks: list[Chunk], seed: int, temperature: float,
+    engine: Generator,
+    env: Env,
+    chat: Chat,
+    limits: Limits,
+    instruction: str,
+    chunks: list[Chunk],
+    seed: int,
+    temperature: float,
     routes: bool,
 ) -> tuple[float, str, str]:
     """Turn after turn until the environment or a limit ends the episode. Appends to `chunks`; returns (reward, ending, note)."""
     tokenizer = chat.tokenizer
     context = [token for chunk in chunks for token in (*chunk.prompt_ids, *chunk.action_ids)]
-    ran = len(context)  # tokens whose routes are not asked for: those that were replayed, or that the engine has run (all but the last it drew)
+    ran = len(
+        context
+    )  # tokens whose routes are not asked for: those that were replayed, or that the engine has run (all but the last it drew)
     prompt_ids = chat.observe([chunks[-1].observation]) if chunks else chat.open(instruction)
     while True:
         context += prompt_ids
         room = limits.max_context - len(context)
         if room < 1:
-            return 0.0, "truncated_tokens", f"no room left in a context of {limits.max_context} tokens"
+            return (
+                0.0,
+                "truncated_tokens",
+                f"no room left in a context of {limits.max_context} tokens",
+            )
         sampling = Sampling(
-            max_new_tokens=min(room, limits.max_new_tokens), temperature=temperature,
-            stop_token_ids=(tokenizer.im_end,), seed=derive_seed(seed, len(chunks)),
+            max_new_tokens=min(room, limits.max_new_tokens),
+            temperature=temperature,
+            stop_token_ids=(tokenizer.im_end,),
+            seed=derive_seed(seed, len(chunks)),
             routes_from=ran if routes else None,
         )
-        completion = await engine.generate(context, sampling, limits.episode_seconds, affinity=str(seed))
+        completion = await engine.generate(
+            context, sampling, limits.episode_seconds, affinity=str(seed)
+        )
         context += completion.output_ids
         ran = len(context) - 1
-        spoken = completion.output_ids[:-1] if completion.output_ids[-1:] == [tokenizer.im_end] else completion.output_ids
+        spoken = (
+            completion.output_ids[:-1]
+            if completion.output_ids[-1:] == [tokenizer.im_end]
+            else completion.output_ids
+        )
         chunk = Chunk(
-            prompt_ids=prompt_ids, action_ids=completion.output_ids, logprobs=completion.logprobs, versions=completion.versions,
-            text=tokenizer.decode(spoken), cached_tokens=completion.cached_tokens,
+            prompt_ids=prompt_ids,
+            action_ids=completion.output_ids,
+            logprobs=completion.logprobs,
+            versions=completion.versions,
+            text=tokenizer.decode(spoken),
+            cached_tokens=completion.cached_tokens,
         )
         if completion.routes is not None:
-            chunk.routes = extend_routes(chunks[-1].routes if chunks else None, completion.routes, len(prompt_ids) + len(completion.output_ids))
+            chunk.routes = extend_routes(
+                chunks[-1].routes if chunks else None,
+                completion.routes,
+                len(prompt_ids) + len(completion.output_ids),
+            )
         chunks.append(chunk)
         if completion.finish_reason == "length":
             chunk.status = "malformed"
-            return 0.0, "truncated_tokens", f"turn {len(chunks)} did not end within {sampling.max_new_tokens} tokens"
+            return (
+                0.0,
+                "truncated_tokens",
+                f"turn {len(chunks)} did not end within {sampling.max_new_tokens} tokens",
+            )
         observation, reward, terminated, truncated, info = await env.astep(chunk.text)
-        chunk.observation, chunk.status, chunk.network_denials = observation, info["status"], info.get("network_denials", 0)
+        chunk.observation, chunk.status, chunk.network_denials = (
+            observation,
+            info["status"],
+            info.get("network_denials", 0),
+        )
         if info["use_tool"]:
             chunk.tool_call = {"name": info["tool_type"], "arguments": info["tool_arguments"]}
         if terminated or truncated:

@@ -16,10 +16,39 @@ import numpy as np
 
 from rome.cost.hlo import Computation, Executed, Instruction, Module, executed
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute", "collective-broadcast")
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
 # Of these only the arrays behind them cost something: they name, regroup or wait.
-FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "partition-id", "replica-id",
-        "opt-barrier", "async-start", "async-update", "async-done", "call-start", "call-done", "copy-done", "domain", "iota", "rng-get-and-update-state"}
+FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "opt-barrier",
+    "async-start",
+    "async-update",
+    "async-done",
+    "call-start",
+    "call-done",
+    "copy-done",
+    "domain",
+    "iota",
+    "rng-get-and-update-state",
+}
 
 # -- computing ---------------------------------------------------------------------------------------------------------------------------
 
@@ -36,7 +65,11 @@ def flops(one: Executed, grouped_rows: float = math.inf, score_share: float = 0.
     if instruction.opcode == "dot":
         left = one.computation.by_name[instruction.operands[0]].shapes[0]
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
-        return 2 * math.prod(instruction.shapes[0].dims) * math.prod(left.dims[int(i)] for i in contracted[1].split(",") if i)
+        return (
+            2
+            * math.prod(instruction.shapes[0].dims)
+            * math.prod(left.dims[int(i)] for i in contracted[1].split(",") if i)
+        )
     if instruction.opcode == "convolution":
         return _convolution_flops(one)
     if instruction.opcode == "custom-call":
@@ -54,12 +87,19 @@ _ATTENTION_MATMULS = {"_fwd": 2, "_dq": 3, "_dkv": 4}
 
 def _attention_flops(one: Executed, score_share: float) -> float:
     """A splash attention kernel states no cost: a share of the matmuls over [query heads, T, S], from the shapes of q and k."""
-    found = re.search(r"splash_\w*?(_fwd|_dq|_dkv)", f"{one.instruction.name} {one.instruction.op_name}")
+    found = re.search(
+        r"splash_\w*?(_fwd|_dq|_dkv)", f"{one.instruction.name} {one.instruction.op_name}"
+    )
     arrays = [operand.shapes[0] for operand in one.computation.operands_of(one.instruction)]
-    wide = [shape for shape in arrays if len(shape.dims) >= 3 and shape.dtype in ("bf16", "f32", "f16")]
+    wide = [
+        shape for shape in arrays if len(shape.dims) >= 3 and shape.dtype in ("bf16", "f32", "f16")
+    ]
     if found is None or len(wide) < 2:
         return 0.0
-    matmuls = _ATTENTION_MATMULS[found[1]] + (found[1] == "_dkv" and sum(shape.dtype == wide[0].dtype for shape in one.instruction.shapes) > 2)
+    matmuls = _ATTENTION_MATMULS[found[1]] + (
+        found[1] == "_dkv"
+        and sum(shape.dtype == wide[0].dtype for shape in one.instruction.shapes) > 2
+    )
     return 2 * math.prod(wide[0].dims) * wide[1].dims[-2] * matmuls * score_share
 
 
@@ -67,13 +107,25 @@ def _grouped_matmul_rows(one: Executed) -> int:
     """Rows of the left operand of megablox's gmm and tgmm, the first matrix among their operands; 0 for other kernels."""
     if not re.search(r"\bt?gmm\b", f"{one.instruction.name} {one.instruction.op_name}"):
         return 0
-    return next((operand.shapes[0].dims[0] for operand in one.computation.operands_of(one.instruction) if len(operand.shapes[0].dims) == 2), 0)
+    return next(
+        (
+            operand.shapes[0].dims[0]
+            for operand in one.computation.operands_of(one.instruction)
+            if len(operand.shapes[0].dims) == 2
+        ),
+        0,
+    )
 
 
 def hidden_kernels(module: Module) -> list[str]:
     """Kernels whose FLOPs are neither stated nor known here; their op_names."""
-    kernels = {one.instruction.op_name or one.instruction.name for one in executed(module)
-               if one.instruction.opcode == "custom-call" and "tpu_custom_call" in one.instruction.attributes and not flops(one)}
+    kernels = {
+        one.instruction.op_name or one.instruction.name
+        for one in executed(module)
+        if one.instruction.opcode == "custom-call"
+        and "tpu_custom_call" in one.instruction.attributes
+        and not flops(one)
+    }
     return sorted(kernels)
 
 
@@ -82,16 +134,28 @@ def _convolution_flops(one: Executed) -> float:
     instruction = one.instruction
     left, right = (shape.shapes[0] for shape in one.computation.operands_of(instruction)[:2])
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
-    batch, features = left.dims[labels[1].index("b")], right.dims[labels[2].index("i")]  # the kernel's own i: already divided by groups
+    batch, features = (
+        left.dims[labels[1].index("b")],
+        right.dims[labels[2].index("i")],
+    )  # the kernel's own i: already divided by groups
     outputs = instruction.shapes[0].dims[labels[3].index("f")]
-    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", (re.search(r"window=\{([^}]*)\}", instruction.attributes) or ["", ""])[1]))
+    window = dict(
+        re.findall(
+            r"(\w+)=([\dx_\-]+)",
+            (re.search(r"window=\{([^}]*)\}", instruction.attributes) or ["", ""])[1],
+        )
+    )
     positions = 1
     for axis in range(len(labels[1]) - 2):
         digit = str(axis)
         positions *= _valid_positions(
-            left.dims[labels[1].index(digit)], instruction.shapes[0].dims[labels[3].index(digit)], int(_per_axis(window, "size", axis, "1")),
-            int(_per_axis(window, "stride", axis, "1")), int(_per_axis(window, "pad", axis, "0_0").split("_")[0]),
-            int(_per_axis(window, "lhs_dilate", axis, "1")), int(_per_axis(window, "rhs_dilate", axis, "1")),
+            left.dims[labels[1].index(digit)],
+            instruction.shapes[0].dims[labels[3].index(digit)],
+            int(_per_axis(window, "size", axis, "1")),
+            int(_per_axis(window, "stride", axis, "1")),
+            int(_per_axis(window, "pad", axis, "0_0").split("_")[0]),
+            int(_per_axis(window, "lhs_dilate", axis, "1")),
+            int(_per_axis(window, "rhs_dilate", axis, "1")),
         )
     groups = re.search(r"batch_group_count=(\d+)", instruction.attributes)
     return 2 * batch / (int(groups[1]) if groups else 1) * outputs * features * positions
@@ -101,10 +165,20 @@ def _per_axis(window: dict[str, str], name: str, axis: int, default: str) -> str
     return window[name].split("x")[axis] if name in window else default
 
 
-def _valid_positions(size: int, out: int, window: int, stride: int, pad: int, base_dilation: int, window_dilation: int) -> int:
+def _valid_positions(
+    size: int,
+    out: int,
+    window: int,
+    stride: int,
+    pad: int,
+    base_dilation: int,
+    window_dilation: int,
+) -> int:
     """Pairs (output, window element) that meet an input and not padding or the holes of a dilated base."""
     place = np.arange(out)[:, None] * stride - pad + np.arange(window)[None, :] * window_dilation
-    return int(((place >= 0) & (place <= (size - 1) * base_dilation) & (place % base_dilation == 0)).sum())
+    return int(
+        ((place >= 0) & (place <= (size - 1) * base_dilation) & (place % base_dilation == 0)).sum()
+    )
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------------------------
@@ -117,7 +191,9 @@ def traffic(module: Module, one: Executed, grouped_rows: float = math.inf) -> fl
         return 0.0
     operands = one.computation.operands_of(instruction)
     if instruction.opcode == "fusion":
-        return _fusion_traffic(module, module.computations[instruction.called("calls")], instruction, operands)
+        return _fusion_traffic(
+            module, module.computations[instruction.called("calls")], instruction, operands
+        )
     if instruction.opcode == "dynamic-update-slice":
         return 2 * _in_hbm(operands[1])
     if instruction.opcode in ("dynamic-slice", "slice", "gather"):
@@ -126,8 +202,16 @@ def traffic(module: Module, one: Executed, grouped_rows: float = math.inf) -> fl
         return sum(shape.bytes for shape in instruction.shapes[:2] if shape.space == 0)
     rows = _grouped_matmul_rows(one) if instruction.opcode == "custom-call" else 0
     if rows:
-        arrays = [shape for array in (instruction, *operands) for shape in array.shapes if shape.space == 0]
-        return sum(shape.bytes * (min(rows, grouped_rows) / rows if shape.dims[:1] == (rows,) else 1.0) for shape in arrays)
+        arrays = [
+            shape
+            for array in (instruction, *operands)
+            for shape in array.shapes
+            if shape.space == 0
+        ]
+        return sum(
+            shape.bytes * (min(rows, grouped_rows) / rows if shape.dims[:1] == (rows,) else 1.0)
+            for shape in arrays
+        )
     return _in_hbm(instruction) + sum(map(_in_hbm, operands))
 
 
@@ -135,18 +219,24 @@ def _in_hbm(instruction: Instruction) -> float:
     return sum(shape.bytes for shape in instruction.shapes if shape.space == 0)
 
 
-def _fusion_traffic(module: Module, inner: Computation, fusion: Instruction, operands: list[Instruction]) -> float:
+def _fusion_traffic(
+    module: Module, inner: Computation, fusion: Instruction, operands: list[Instruction]
+) -> float:
     read, updated = 0.0, 0.0
     for parameter, operand in zip(inner.parameters, operands):
         if _in_hbm(operand):
             of_it, in_place = _read(module, inner, parameter, operand.bytes)
             read, updated = read + of_it, updated + in_place
     results = inner.operands_of(inner.root) if inner.root.opcode == "tuple" else []
-    passing = sum(map(_in_hbm, (one for one in results if one.opcode == "parameter" or _is_collective(one))))
+    passing = sum(
+        map(_in_hbm, (one for one in results if one.opcode == "parameter" or _is_collective(one)))
+    )
     return read + max(0.0, _in_hbm(fusion) - updated - passing)
 
 
-def _read(module: Module, computation: Computation, value: Instruction, size: float) -> tuple[float, float]:
+def _read(
+    module: Module, computation: Computation, value: Instruction, size: float
+) -> tuple[float, float]:
     """(bytes that a fused computation reads of one of its values, bytes of it that come out updated in place)."""
     read, updated = 0.0, 0.0
     for user in computation.users.get(value.name, []):
@@ -157,11 +247,17 @@ def _read(module: Module, computation: Computation, value: Instruction, size: fl
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
             read, updated = read + computation.by_name[user.operands[1]].bytes, size
         elif user.opcode == "bitcast":
-            read, updated = (a + b for a, b in zip((read, updated), _read(module, computation, user, size)))
+            read, updated = (
+                a + b for a, b in zip((read, updated), _read(module, computation, user, size))
+            )
         elif user.opcode == "fusion":
             inner = module.computations[user.called("calls")]
-            for parameter in (inner.parameters[i] for i, name in enumerate(user.operands) if name == value.name):
-                read, updated = (a + b for a, b in zip((read, updated), _read(module, inner, parameter, size)))
+            for parameter in (
+                inner.parameters[i] for i, name in enumerate(user.operands) if name == value.name
+            ):
+                read, updated = (
+                    a + b for a, b in zip((read, updated), _read(module, inner, parameter, size))
+                )
         else:
             return size, 0.0
     return min(read, size), updated
@@ -171,11 +267,16 @@ def _is_collective(instruction: Instruction) -> bool:
     return instruction.opcode.removesuffix("-start").removesuffix("-done") in COLLECTIVES
 
 
-def largest_traffic(module: Module, count: int, grouped_rows: float = math.inf) -> list[tuple[float, str, str]]:
+def largest_traffic(
+    module: Module, count: int, grouped_rows: float = math.inf
+) -> list[tuple[float, str, str]]:
     """(bytes over all runs, shape of the result, what makes it), the most first."""
     found: dict[tuple[str, str], float] = {}
     for one in executed(module):
-        key = (str(one.instruction.shapes[0]) if one.instruction.shapes else "", one.instruction.op_name or one.instruction.name)
+        key = (
+            str(one.instruction.shapes[0]) if one.instruction.shapes else "",
+            one.instruction.op_name or one.instruction.name,
+        )
         found[key] = found.get(key, 0.0) + one.times * traffic(module, one, grouped_rows)
     return sorted(((size, *key) for key, size in found.items()), reverse=True)[:count]
 
@@ -184,21 +285,32 @@ def largest_arrays(module: Module, count: int) -> list[tuple[float, str, str]]:
     """(bytes, shape, what makes it) of the largest arrays in HBM that are not arguments, each shape and maker once."""
     found: dict[tuple[str, str], float] = {}
     for one in executed(module):
-        if one.fused or one.instruction.opcode in FREE - {"iota"} or one.instruction.opcode.endswith("-done"):
+        if (
+            one.fused
+            or one.instruction.opcode in FREE - {"iota"}
+            or one.instruction.opcode.endswith("-done")
+        ):
             continue
         for shape in one.instruction.shapes:
             if shape.space == 0:
                 found[str(shape), one.instruction.op_name or one.instruction.name] = shape.bytes
-    return sorted(((size, shape, maker) for (shape, maker), size in found.items()), reverse=True)[:count]
+    return sorted(((size, shape, maker) for (shape, maker), size in found.items()), reverse=True)[
+        :count
+    ]
 
 
 def kept_for_backward(module: Module) -> float:
     """Bytes that forward loops hand to backward loops: what a step keeps of its activations (with full remat, the input of each block)."""
     kept: dict[tuple[str, int], float] = {}
-    for computation in {one.computation.name: one.computation for one in executed(module) if not one.fused}.values():
+    for computation in {
+        one.computation.name: one.computation for one in executed(module) if not one.fused
+    }.values():
         for loop in computation.instructions:
             if loop.opcode == "while" and "transpose(" in loop.op_name:
-                for source, index in map(functools.partial(_source, computation), computation.operands_of(computation.by_name[loop.operands[0]])):
+                for source, index in map(
+                    functools.partial(_source, computation),
+                    computation.operands_of(computation.by_name[loop.operands[0]]),
+                ):
                     if source.opcode == "while" and "transpose(" not in source.op_name:
                         kept[source.name, index] = source.shapes[index].bytes
     return sum(kept.values())
@@ -206,10 +318,15 @@ def kept_for_backward(module: Module) -> float:
 
 def _source(computation: Computation, instruction: Instruction) -> tuple[Instruction, int]:
     """The instruction (and element of its result) whose value this is, through copies and casts of layout."""
-    while instruction.opcode in ("copy", "bitcast", "copy-start", "copy-done") and instruction.operands:
+    while (
+        instruction.opcode in ("copy", "bitcast", "copy-start", "copy-done")
+        and instruction.operands
+    ):
         instruction = computation.by_name[instruction.operands[0]]
     if instruction.opcode == "get-tuple-element":
-        return computation.by_name[instruction.operands[0]], int(re.search(r"index=(\d+)", instruction.attributes)[1])
+        return computation.by_name[instruction.operands[0]], int(
+            re.search(r"index=(\d+)", instruction.attributes)[1]
+        )
     return instruction, 0
 
 
@@ -245,7 +362,11 @@ def collectives(module: Module, devices: int) -> list[Collective]:
         groups = replica_groups(one.instruction.attributes, devices)
         operands = one.computation.operands_of(one.instruction)
         # Rows and where they go, one of the two with room to spare; offsets are nothing beside them.
-        payload = min(operand.bytes for operand in operands[:2]) if kind == "ragged-all-to-all" else sum(operand.bytes for operand in operands)
+        payload = (
+            min(operand.bytes for operand in operands[:2])
+            if kind == "ragged-all-to-all"
+            else sum(operand.bytes for operand in operands)
+        )
         if kind == "all-gather":
             payload *= groups.shape[1]
         elif kind == "all-reduce" and _is_scattered(one):
@@ -266,11 +387,20 @@ def replica_groups(attributes: str, devices: int) -> np.ndarray:
     pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes)
     listed = re.search(r"replica_groups=\{((?:\{[\d,]+\},?)+)\}", attributes)
     if pairs or listed:
-        return np.array([[int(i) for i in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", (pairs or listed)[1])], dtype=int)
+        return np.array(
+            [
+                [int(i) for i in group.split(",")]
+                for group in re.findall(r"\{([\d,]+)\}", (pairs or listed)[1])
+            ],
+            dtype=int,
+        )
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
     if iota:
         return _iota(iota[2], iota[3]).reshape(_numbers(iota[1]))
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", attributes)
+    mesh = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}",
+        attributes,
+    )
     if mesh:
         names, sizes = zip(*re.findall(r"'([^']+)'=(\d+)", mesh[1]))
         numbers = _iota(mesh[2], mesh[3]) if mesh[2] else np.arange(math.prod(map(int, sizes)))
@@ -281,7 +411,10 @@ def replica_groups(attributes: str, devices: int) -> np.ndarray:
 def _mesh_groups(numbers: np.ndarray, names: tuple[str, ...], axes: str) -> np.ndarray:
     """Groups along named axes of a mesh; 'x':(m)k is the k-sized part of axis x after its first m."""
     shape, wanted = [], []
-    parts = {name: (int(before), int(size)) for name, before, size in re.findall(r"'([^']+)':\((\d+)\)(\d+)", axes)}
+    parts = {
+        name: (int(before), int(size))
+        for name, before, size in re.findall(r"'([^']+)':\((\d+)\)(\d+)", axes)
+    }
     whole = [name for name in re.findall(r"'([^']+)'", axes) if name not in parts]
     for name, size in zip(names, numbers.shape):
         if name in parts:

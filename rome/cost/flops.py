@@ -9,7 +9,9 @@ def active_matmul_params(config: ModelConfig) -> int:
     """Weights that one token is multiplied with, head included, embedding not (a lookup): 3.04e9 of Qwen3-30B-A3B."""
     D, H = config.hidden_size, config.head_dim
     attention = D * H * (2 * config.num_heads + 2 * config.num_kv_heads)
-    experts = D * config.num_experts + config.experts_per_token * 3 * D * config.moe_intermediate_size
+    experts = (
+        D * config.num_experts + config.experts_per_token * 3 * D * config.moe_intermediate_size
+    )
     dense = 3 * D * config.intermediate_size
     sparse, plain = len(config.sparse_layers), len(config.dense_layers)
     return config.num_layers * attention + sparse * experts + plain * dense + D * config.vocab_size

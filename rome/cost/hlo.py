@@ -11,8 +11,28 @@ import functools
 import math
 import re
 from collections.abc import Iterator
-ITEM_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8,
-              "f64": 8, "c64": 8, "c128": 16, "token": 0, "opaque": 0}
+
+ITEM_BYTES = {
+    "pred": 1,
+    "s4": 0.5,
+    "u4": 0.5,
+    "s8": 1,
+    "u8": 1,
+    "s16": 2,
+    "u16": 2,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+    "c64": 8,
+    "c128": 16,
+    "token": 0,
+    "opaque": 0,
+}
 
 
 class HloError(ValueError):
@@ -32,7 +52,9 @@ class Shape:
 
     @property
     def bytes(self) -> float:
-        return math.prod(self.dims) * ITEM_BYTES.get(self.dtype, 1)  # all other types are 8-bit floats
+        return math.prod(self.dims) * ITEM_BYTES.get(
+            self.dtype, 1
+        )  # all other types are 8-bit floats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +107,10 @@ class Computation:
     @functools.cached_property
     def parameters(self) -> list[Instruction]:
         """In the order in which they are handed in."""
-        return sorted((one for one in self.instructions if one.opcode == "parameter"), key=lambda one: int(one.arguments))
+        return sorted(
+            (one for one in self.instructions if one.opcode == "parameter"),
+            key=lambda one: int(one.arguments),
+        )
 
     def operands_of(self, instruction: Instruction) -> list[Instruction]:
         return [self.by_name[name] for name in instruction.operands]
@@ -130,7 +155,9 @@ def parse(text: str) -> Module:
         elif name is not None and lines:
             lines[-1] += line  # an attribute may run over several lines
     if entry is None:
-        raise HloError(f"no ENTRY computation in {len(text)} characters of HLO; hand in compiled.as_text()")
+        raise HloError(
+            f"no ENTRY computation in {len(text)} characters of HLO; hand in compiled.as_text()"
+        )
     return Module(computations[entry], computations)
 
 
@@ -143,8 +170,13 @@ def _instruction(line: str) -> Instruction:
     closed = _closing(rest, opened)
     arguments = rest[opened + 1 : closed]
     return Instruction(
-        name=left.removeprefix("ROOT ").lstrip("%"), opcode=rest[kind_end:opened].strip(), shapes=_shapes(rest[:kind_end]),
-        operands=tuple(re.findall(r"%([\w.\-]+)", arguments)), arguments=arguments, attributes=rest[closed + 1 :], is_root=left.startswith("ROOT "),
+        name=left.removeprefix("ROOT ").lstrip("%"),
+        opcode=rest[kind_end:opened].strip(),
+        shapes=_shapes(rest[:kind_end]),
+        operands=tuple(re.findall(r"%([\w.\-]+)", arguments)),
+        arguments=arguments,
+        attributes=rest[closed + 1 :],
+        is_root=left.startswith("ROOT "),
     )
 
 
@@ -161,7 +193,13 @@ def _shapes(text: str) -> tuple[Shape, ...]:
     shapes = []
     for dtype, dims, layout in _ARRAY.findall(text):
         space = re.search(r"S\((\d+)\)", layout)
-        shapes.append(Shape(dtype, tuple(int(dim.strip(" <=")) for dim in dims.split(",") if dim.strip()), int(space[1]) if space else 0))
+        shapes.append(
+            Shape(
+                dtype,
+                tuple(int(dim.strip(" <=")) for dim in dims.split(",") if dim.strip()),
+                int(space[1]) if space else 0,
+            )
+        )
     return tuple(shapes)
 
 
@@ -173,17 +211,23 @@ def executed(module: Module) -> Iterator[Executed]:
     yield from _walk(module, module.entry, 1.0, fused=False)
 
 
-def _walk(module: Module, computation: Computation, times: float, fused: bool) -> Iterator[Executed]:
+def _walk(
+    module: Module, computation: Computation, times: float, fused: bool
+) -> Iterator[Executed]:
     for instruction in computation.instructions:
         yield Executed(instruction, computation, times, fused)
         if instruction.opcode == "while":
             trips = trip_count(module, computation, instruction)
-            yield from _walk(module, module.computations[instruction.called("body")], times * (trips or 1), fused)
+            yield from _walk(
+                module, module.computations[instruction.called("body")], times * (trips or 1), fused
+            )
         elif instruction.opcode == "conditional":
             for branch in _branches(instruction):
                 yield from _walk(module, module.computations[branch], times, fused)
         elif instruction.opcode in ("fusion", "call", "async-start", "call-start", "fusion-start"):
-            inner = module.computations[instruction.called("calls") or instruction.called("to_apply")]
+            inner = module.computations[
+                instruction.called("calls") or instruction.called("to_apply")
+            ]
             yield from _walk(module, inner, times, fused or instruction.opcode == "fusion")
 
 
@@ -205,7 +249,13 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
         values = module.computations[comparison.called("calls")]
         comparison = values.root
     direction = re.search(r"direction=(\w+)", comparison.attributes)
-    bounds = [_constant(one) for one in (*condition.instructions, *(values.instructions if values is not condition else ()))]
+    bounds = [
+        _constant(one)
+        for one in (
+            *condition.instructions,
+            *(values.instructions if values is not condition else ()),
+        )
+    ]
     bounds = [bound for bound in bounds if bound is not None]
     if comparison.opcode != "compare" or direction is None or len(bounds) != 1:
         return None
@@ -215,7 +265,14 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
 
 def _counter_start(condition: Computation, computation: Computation, loop: Instruction) -> int:
     """The first value of the element of the loop's tuple that its condition reads; JAX counts from 0 by 1."""
-    index = next((re.search(r"index=(\d+)", one.attributes) for one in condition.instructions if one.opcode == "get-tuple-element"), None)
+    index = next(
+        (
+            re.search(r"index=(\d+)", one.attributes)
+            for one in condition.instructions
+            if one.opcode == "get-tuple-element"
+        ),
+        None,
+    )
     start = computation.by_name.get(loop.operands[0])
     if index is None or start is None or start.opcode != "tuple":
         return 0
@@ -226,5 +283,13 @@ def _counter_start(condition: Computation, computation: Computation, loop: Instr
 
 
 def _constant(instruction: Instruction) -> int | None:
-    integer = instruction.opcode == "constant" and instruction.shapes[0].dims == () and instruction.shapes[0].dtype[0] in "su"
-    return int(instruction.arguments) if integer and re.fullmatch(r"-?\d+", instruction.arguments) else None
+    integer = (
+        instruction.opcode == "constant"
+        and instruction.shapes[0].dims == ()
+        and instruction.shapes[0].dtype[0] in "su"
+    )
+    return (
+        int(instruction.arguments)
+        if integer and re.fullmatch(r"-?\d+", instruction.arguments)
+        else None
+    )

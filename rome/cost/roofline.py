@@ -86,7 +86,16 @@ def sent(found: Sequence[Collective], mesh: Mesh, chip: Chip) -> list[Sent]:
     rows = []
     for (kind, axes), members in together.items():
         largest = max(members, key=lambda member: member[0].times * member[2])[0].op_name
-        rows.append(Sent(kind, axes, sum(one.times for one, _, _ in members), sum(one.times * size for one, size, _ in members), _together(members), largest))
+        rows.append(
+            Sent(
+                kind,
+                axes,
+                sum(one.times for one, _, _ in members),
+                sum(one.times * size for one, size, _ in members),
+                _together(members),
+                largest,
+            )
+        )
     return sorted(rows, key=lambda row: -row.seconds)
 
 
@@ -98,8 +107,17 @@ def _together(members: list[tuple[Collective, float, float]]) -> float:
         by_way[way] = by_way.get(way, 0.0) + one.times * seconds
     if members[0][0].kind != "collective-permute":
         return sum(by_way.values())
-    back = {np.array(sorted(one.groups.tolist())).tobytes(): np.array(sorted(one.groups[:, ::-1].tolist())).tobytes() for one, _, _ in members}
-    return sum(max(seconds, by_way.get(back[way], 0.0)) / (2 if back[way] in by_way and back[way] != way else 1) for way, seconds in by_way.items())
+    back = {
+        np.array(sorted(one.groups.tolist())).tobytes(): np.array(
+            sorted(one.groups[:, ::-1].tolist())
+        ).tobytes()
+        for one, _, _ in members
+    }
+    return sum(
+        max(seconds, by_way.get(back[way], 0.0))
+        / (2 if back[way] in by_way and back[way] != way else 1)
+        for way, seconds in by_way.items()
+    )
 
 
 def mesh_axes(groups: np.ndarray, mesh: Mesh) -> str:
@@ -111,7 +129,11 @@ def mesh_axes(groups: np.ndarray, mesh: Mesh) -> str:
 
 def place(device: Any) -> tuple[int, ...]:
     """(slice, core, x, y, z): where a device is."""
-    return (getattr(device, "slice_index", 0) or 0, getattr(device, "core_on_chip", 0) or 0, *getattr(device, "coords", (device.id, 0, 0)))
+    return (
+        getattr(device, "slice_index", 0) or 0,
+        getattr(device, "core_on_chip", 0) or 0,
+        *getattr(device, "coords", (device.id, 0, 0)),
+    )
 
 
 def cost(one: Collective, places: np.ndarray, chip: Chip) -> tuple[float, float]:
@@ -143,8 +165,13 @@ def _dimensions(group: np.ndarray, extent: np.ndarray, chip: Chip) -> list[tuple
     for dimension in range(2, group.shape[1]):
         taken = sorted(set(group[:, dimension].tolist()))
         if len(taken) > 1:
-            stride, size = math.gcd(*(b - a for a, b in zip(taken, taken[1:]))), int(extent[dimension])
-            found.append((len(taken), stride, len(taken) * stride == size and size % chip.wraps_at == 0))
+            stride, size = (
+                math.gcd(*(b - a for a, b in zip(taken, taken[1:]))),
+                int(extent[dimension]),
+            )
+            found.append(
+                (len(taken), stride, len(taken) * stride == size and size % chip.wraps_at == 0)
+            )
     return found
 
 
@@ -153,7 +180,11 @@ def _exchange_seconds(payload: float, group: np.ndarray, extent: np.ndarray, chi
     dimensions = _dimensions(group, extent, chip)
     if not dimensions:
         return payload / 2 / (CORE_LINKS * chip.link)
-    return max(payload * members * stride / (8 if ring else 4) for members, stride, ring in dimensions) * chip.devices / chip.link
+    return (
+        max(payload * members * stride / (8 if ring else 4) for members, stride, ring in dimensions)
+        * chip.devices
+        / chip.link
+    )
 
 
 def _way(a: np.ndarray, b: np.ndarray, extent: np.ndarray, chip: Chip) -> float:
@@ -185,4 +216,6 @@ class Bound:
     @property
     def serial(self) -> float:
         """MFU where no collective is hidden behind compute."""
-        return self.model_flops / self.peak_flops / (max(self.compute, self.memory) + self.collectives)
+        return (
+            self.model_flops / self.peak_flops / (max(self.compute, self.memory) + self.collectives)
+        )

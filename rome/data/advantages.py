@@ -30,7 +30,12 @@ Anchor = Literal["history", "observation"]
 
 
 def group_advantages(
-    trajectories: Sequence[Trajectory], failure_reward: float, estimator: Estimator = "normalised", *, gamma: float = 1.0, anchor: Anchor = "history",
+    trajectories: Sequence[Trajectory],
+    failure_reward: float,
+    estimator: Estimator = "normalised",
+    *,
+    gamma: float = 1.0,
+    anchor: Anchor = "history",
     denial_penalty: float = 0.0,
 ) -> list[np.ndarray]:
     """[K] advantages of every trajectory's turns, one number for all of them but with "steps".
@@ -42,23 +47,45 @@ def group_advantages(
       anchor: which turns "steps" takes to be in one state (`anchor_states`).
     """
     if estimator not in get_args(Estimator) or anchor not in get_args(Anchor):
-        raise ValueError(f"advantage {estimator!r} or anchor {anchor!r} unknown; known: {', '.join(get_args(Estimator))}; {', '.join(get_args(Anchor))}")
+        raise ValueError(
+            f"advantage {estimator!r} or anchor {anchor!r} unknown; known: {', '.join(get_args(Estimator))}; {', '.join(get_args(Anchor))}"
+        )
     groups = [trajectory.group for trajectory in trajectories]
-    rewards = [loss_reward(trajectory, failure_reward, denial_penalty) for trajectory in trajectories]
-    episode_level = _compare(zip(groups, rewards), "normalised" if estimator == "steps" else estimator)
-    spread = [np.full(len(trajectory.turns), advantage) for trajectory, advantage in zip(trajectories, episode_level)]
+    rewards = [
+        loss_reward(trajectory, failure_reward, denial_penalty) for trajectory in trajectories
+    ]
+    episode_level = _compare(
+        zip(groups, rewards), "normalised" if estimator == "steps" else estimator
+    )
+    spread = [
+        np.full(len(trajectory.turns), advantage)
+        for trajectory, advantage in zip(trajectories, episode_level)
+    ]
     if estimator != "steps":
         return spread
 
     returns, states = [], []
     for trajectory in trajectories:
         turns = trajectory.turns
-        sampled = [chunk.kind == "rl" for _, chunk in turns]  # what was prefilled or shown is no choice to be compared
-        returns += [value for value, mine in zip(chunk_returns(max(trajectory.reward, 0.0), len(turns), gamma), sampled) if mine]
-        states += [(trajectory.group, state) for state, mine in zip(anchor_states(trajectory, anchor), sampled) if mine]
+        sampled = [
+            chunk.kind == "rl" for _, chunk in turns
+        ]  # what was prefilled or shown is no choice to be compared
+        returns += [
+            value
+            for value, mine in zip(
+                chunk_returns(max(trajectory.reward, 0.0), len(turns), gamma), sampled
+            )
+            if mine
+        ]
+        states += [
+            (trajectory.group, state)
+            for state, mine in zip(anchor_states(trajectory, anchor), sampled)
+            if mine
+        ]
     step_level = iter(_compare(zip(states, returns), "normalised"))
     return [
-        advantage_K + [next(step_level) if chunk.kind == "rl" else 0.0 for _, chunk in trajectory.turns]
+        advantage_K
+        + [next(step_level) if chunk.kind == "rl" else 0.0 for _, chunk in trajectory.turns]
         for trajectory, advantage_K in zip(trajectories, spread)
     ]
 
@@ -82,9 +109,13 @@ def anchor_states(trajectory: Trajectory, anchor: Anchor) -> list[Hashable]:
     return states
 
 
-def loss_reward(trajectory: Trajectory, failure_reward: float, denial_penalty: float = 0.0) -> float:
+def loss_reward(
+    trajectory: Trajectory, failure_reward: float, denial_penalty: float = 0.0
+) -> float:
     """The reward that losses see: the verifier's for a success, `failure_reward` otherwise; less the penalty if it reached for an ungranted network."""
-    return (trajectory.reward if trajectory.reward > 0 else failure_reward) - denial_penalty * (trajectory.network_denials > 0)
+    return (trajectory.reward if trajectory.reward > 0 else failure_reward) - denial_penalty * (
+        trajectory.network_denials > 0
+    )
 
 
 def _compare(grouped: Iterable[tuple[Hashable, float]], estimator: Estimator) -> list[float]:

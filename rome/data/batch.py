@@ -13,7 +13,9 @@ import numpy as np
 
 from rome.data.trajectory import KINDS
 
-RL, IMITATION, CONTEXT = range(len(KINDS))  # kind_BC is an index into KINDS; context is only read, never learned
+RL, IMITATION, CONTEXT = range(
+    len(KINDS)
+)  # kind_BC is an index into KINDS; context is only read, never learned
 
 
 class Batch(NamedTuple):
@@ -26,7 +28,9 @@ class Batch(NamedTuple):
     chunk_ids_BT: np.ndarray  # int32; index into the row's C chunks
     version_BT: np.ndarray  # int32; weights that sampled the token
     logp_rollout_BT: np.ndarray  # float32; the engine's
-    logp_old_BT: np.ndarray  # float32; the trainer's at version_BT; zeros until the trainer has scored them
+    logp_old_BT: (
+        np.ndarray
+    )  # float32; the trainer's at version_BT; zeros until the trainer has scored them
     return_BC: np.ndarray  # float32; Eq. 7
     reward_BC: np.ndarray  # float32; of the chunk's trajectory, failures mapped to failure_reward
     sign_BC: np.ndarray  # float32; +1 where that reward is > 0, else -1
@@ -34,11 +38,18 @@ class Batch(NamedTuple):
     trajectory_BC: np.ndarray  # int32; the chunk's segment; 0 is padding
     kind_BC: np.ndarray  # int8; RL, IMITATION or CONTEXT
     valid_BC: np.ndarray  # bool
-    routes_BTLk: np.ndarray | None = None  # uint8 or uint16, as in rome.data.routes; None: every token chooses its experts itself
+    routes_BTLk: np.ndarray | None = (
+        None  # uint8 or uint16, as in rome.data.routes; None: every token chooses its experts itself
+    )
 
     def map(self, function: Callable[..., np.ndarray], *others: Batch) -> Batch:
         """function(field, the others' fields...) of every field that is there."""
-        return Batch(*(None if field is None else function(field, *rest) for field, *rest in zip(self, *others)))
+        return Batch(
+            *(
+                None if field is None else function(field, *rest)
+                for field, *rest in zip(self, *others)
+            )
+        )
 
     @property
     def num_rows(self) -> int:

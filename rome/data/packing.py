@@ -25,15 +25,35 @@ Purpose = Literal["rl", "sft"]
 
 
 _TOKEN_FEATURES = {
-    "tokens": np.int32, "action_mask": bool, "chunk_start": bool, "version": np.int32, "logp_rollout": np.float32,
+    "tokens": np.int32,
+    "action_mask": bool,
+    "chunk_start": bool,
+    "version": np.int32,
+    "logp_rollout": np.float32,
 }
-_CHUNK_FEATURES = {"return": np.float32, "reward": np.float32, "sign": np.float32, "advantage": np.float32, "kind": np.int8}
+_CHUNK_FEATURES = {
+    "return": np.float32,
+    "reward": np.float32,
+    "sign": np.float32,
+    "advantage": np.float32,
+    "kind": np.int8,
+}
 
 
 def pack(
-    trajectories: Sequence[Trajectory], *, row_length: int, chunks_per_row: int, gamma: float, failure_reward: float, purpose: Purpose = "rl",
-    routes_for: ModelConfig | None = None, advantage: Estimator = "normalised", anchor: Anchor = "history", denial_penalty: float = 0.0,
-    negative_weight: float = 1.0, negative_tokens: int = 0,
+    trajectories: Sequence[Trajectory],
+    *,
+    row_length: int,
+    chunks_per_row: int,
+    gamma: float,
+    failure_reward: float,
+    purpose: Purpose = "rl",
+    routes_for: ModelConfig | None = None,
+    advantage: Estimator = "normalised",
+    anchor: Anchor = "history",
+    denial_penalty: float = 0.0,
+    negative_weight: float = 1.0,
+    negative_tokens: int = 0,
 ) -> Batch:
     """All trainable trajectories, each once and whole, in as few rows as best-fit finds; the longest first.
 
@@ -52,12 +72,31 @@ def pack(
     Returns:
       As many rows as were needed, none if nothing is trainable. The same list gives the same rows.
     """
-    trajectories = [trajectory for trajectory in trajectories if trajectory.trainable and trajectory.num_action_tokens]
-    advantages = group_advantages(trajectories, failure_reward, advantage, gamma=gamma, anchor=anchor, denial_penalty=denial_penalty)
+    trajectories = [
+        trajectory
+        for trajectory in trajectories
+        if trajectory.trainable and trajectory.num_action_tokens
+    ]
+    advantages = group_advantages(
+        trajectories,
+        failure_reward,
+        advantage,
+        gamma=gamma,
+        anchor=anchor,
+        denial_penalty=denial_penalty,
+    )
     examples = [
         to_example(
-            trajectory, row_length=row_length, chunks_per_row=chunks_per_row, gamma=gamma, failure_reward=failure_reward,
-            advantage=advantage_K, purpose=purpose, routes_for=routes_for, denial_penalty=denial_penalty, negative_weight=negative_weight,
+            trajectory,
+            row_length=row_length,
+            chunks_per_row=chunks_per_row,
+            gamma=gamma,
+            failure_reward=failure_reward,
+            advantage=advantage_K,
+            purpose=purpose,
+            routes_for=routes_for,
+            denial_penalty=denial_penalty,
+            negative_weight=negative_weight,
             negative_tokens=negative_tokens,
         )
         for trajectory, advantage_K in zip(trajectories, advantages)
@@ -65,14 +104,23 @@ def pack(
     return pack_examples(examples, row_length, chunks_per_row, routes_for is not None)
 
 
-def pack_examples(examples: list[dict[str, np.ndarray]], row_length: int, chunks_per_row: int, routes: bool = False) -> Batch:
+def pack_examples(
+    examples: list[dict[str, np.ndarray]],
+    row_length: int,
+    chunks_per_row: int,
+    routes: bool = False,
+) -> Batch:
     """All of these, each once and whole; the longest first."""
     if not examples:
         return _empty_rows(0, row_length, chunks_per_row)
-    examples = sorted(examples, key=lambda example: -len(example["tokens"]))  # stable, so ties keep their order
+    examples = sorted(
+        examples, key=lambda example: -len(example["tokens"])
+    )  # stable, so ties keep their order
     without_prefetch = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     stream = grain.MapDataset.source(examples).to_iter_dataset(without_prefetch)
-    return to_batch(list(pack_stream(stream, row_length, chunks_per_row, bins=len(examples), routes=routes)))
+    return to_batch(
+        list(pack_stream(stream, row_length, chunks_per_row, bins=len(examples), routes=routes))
+    )
 
 
 def microbatches(batch: Batch, rows_per_microbatch: int) -> list[Batch]:
@@ -82,15 +130,29 @@ def microbatches(batch: Batch, rows_per_microbatch: int) -> list[Batch]:
     missing = -batch.num_rows % rows_per_microbatch
     empty = _empty_rows(missing, batch.tokens_BT.shape[1], batch.valid_BC.shape[1])
     if batch.routes_BTLk is not None:
-        empty = empty._replace(routes_BTLk=np.zeros_like(batch.routes_BTLk, shape=(missing, *batch.routes_BTLk.shape[1:])))
+        empty = empty._replace(
+            routes_BTLk=np.zeros_like(
+                batch.routes_BTLk, shape=(missing, *batch.routes_BTLk.shape[1:])
+            )
+        )
     full = batch.map(lambda *pair: np.concatenate(pair), empty)
     starts = range(0, full.num_rows, rows_per_microbatch)
     return [full.map(lambda field: field[start : start + rows_per_microbatch]) for start in starts]
 
 
 def to_example(
-    trajectory: Trajectory, *, row_length: int, chunks_per_row: int, gamma: float, failure_reward: float, advantage: float | np.ndarray,
-    purpose: Purpose, routes_for: ModelConfig | None = None, denial_penalty: float = 0.0, negative_weight: float = 1.0, negative_tokens: int = 0,
+    trajectory: Trajectory,
+    *,
+    row_length: int,
+    chunks_per_row: int,
+    gamma: float,
+    failure_reward: float,
+    advantage: float | np.ndarray,
+    purpose: Purpose,
+    routes_for: ModelConfig | None = None,
+    denial_penalty: float = 0.0,
+    negative_weight: float = 1.0,
+    negative_tokens: int = 0,
 ) -> dict[str, np.ndarray]:
     """One trajectory as features of two lengths, its tokens and its chunks. Raises ValueError if a row cannot hold it.
 
@@ -101,7 +163,9 @@ def to_example(
     reward = loss_reward(trajectory, failure_reward, denial_penalty)
     everywhere = np.ones(len(turns))
     weight = 1.0 if reward > 0 else negative_weight
-    too_long = reward <= 0 and 0 < negative_tokens < sum(len(chunk.action_ids) for _, chunk in turns if chunk.kind == "rl")
+    too_long = reward <= 0 and 0 < negative_tokens < sum(
+        len(chunk.action_ids) for _, chunk in turns if chunk.kind == "rl"
+    )
     kinds = np.array([_kind(chunk, purpose) for _, chunk in turns])
     per_chunk = {
         "return": weight * chunk_returns(reward, len(turns), gamma),
@@ -111,11 +175,17 @@ def to_example(
         "kind": np.where((kinds == RL) & too_long, CONTEXT, kinds),
     }
     pieces = [_token_features(trajectory, prompt_ids, chunk) for prompt_ids, chunk in turns]
-    per_token = {name: np.concatenate([piece[name] for piece in pieces]) for name in _TOKEN_FEATURES}
-    example = {name: np.asarray(per_token[name], dtype) for name, dtype in _TOKEN_FEATURES.items()} | {
-        name: np.asarray(per_chunk[name], dtype) for name, dtype in _CHUNK_FEATURES.items()
+    per_token = {
+        name: np.concatenate([piece[name] for piece in pieces]) for name in _TOKEN_FEATURES
     }
-    return example if routes_for is None else example | {"routes": _routes(trajectory, routes_for)[:len(example["tokens"])]}
+    example = {
+        name: np.asarray(per_token[name], dtype) for name, dtype in _TOKEN_FEATURES.items()
+    } | {name: np.asarray(per_chunk[name], dtype) for name, dtype in _CHUNK_FEATURES.items()}
+    return (
+        example
+        if routes_for is None
+        else example | {"routes": _routes(trajectory, routes_for)[: len(example["tokens"])]}
+    )
 
 
 def text_example(tokens: Sequence[int]) -> dict[str, np.ndarray]:
@@ -123,18 +193,39 @@ def text_example(tokens: Sequence[int]) -> dict[str, np.ndarray]:
     zeros = {name: np.zeros(len(tokens), dtype) for name, dtype in _TOKEN_FEATURES.items()}
     places = np.arange(len(tokens))
     chunk = {name: np.zeros(1, dtype) for name, dtype in _CHUNK_FEATURES.items()}
-    return zeros | chunk | {
-        "tokens": np.asarray(tokens, np.int32), "action_mask": places > 0, "chunk_start": places == 1, "kind": np.full(1, IMITATION, np.int8),
-    }
+    return (
+        zeros
+        | chunk
+        | {
+            "tokens": np.asarray(tokens, np.int32),
+            "action_mask": places > 0,
+            "chunk_start": places == 1,
+            "kind": np.full(1, IMITATION, np.int8),
+        }
+    )
 
 
-def pack_stream(examples: grain.IterDataset, row_length: int, chunks_per_row: int, bins: int, routes: bool = False) -> grain.IterDataset:
+def pack_stream(
+    examples: grain.IterDataset,
+    row_length: int,
+    chunks_per_row: int,
+    bins: int,
+    routes: bool = False,
+) -> grain.IterDataset:
     """Best-fit over `bins` open rows at a time; for `to_batch`. Its iterator's get_state/set_state resume at an exact row."""
-    lengths = dict.fromkeys(_TOKEN_FEATURES, row_length) | dict.fromkeys(_CHUNK_FEATURES, chunks_per_row) | ({"routes": row_length} if routes else {})
+    lengths = (
+        dict.fromkeys(_TOKEN_FEATURES, row_length)
+        | dict.fromkeys(_CHUNK_FEATURES, chunks_per_row)
+        | ({"routes": row_length} if routes else {})
+    )
     # grain adds segments and positions to every feature that is not called meta: one of each length is enough.
     meta = [name for name in lengths if name not in ("tokens", "kind")]
     return grain.experimental.BestFitPackIterDataset(
-        examples, length_struct=lengths, num_packing_bins=bins, shuffle_bins=False, meta_features=meta,
+        examples,
+        length_struct=lengths,
+        num_packing_bins=bins,
+        shuffle_bins=False,
+        meta_features=meta,
     )
 
 
@@ -142,20 +233,38 @@ def to_batch(rows: Sequence[dict[str, np.ndarray]]) -> Batch:
     """Stacks rows of `pack_stream`."""
     row = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     # Chunks lie in the row in the order of their tokens, so the n-th start belongs to the row's n-th chunk.
-    chunk_ids_BT = np.where(row["action_mask"], np.cumsum(row["chunk_start"], axis=1) - 1, -1).astype(np.int32)
+    chunk_ids_BT = np.where(
+        row["action_mask"], np.cumsum(row["chunk_start"], axis=1) - 1, -1
+    ).astype(np.int32)
     return Batch(
-        tokens_BT=row["tokens"], positions_BT=row["tokens_positions"], segments_BT=row["tokens_segment_ids"],
-        action_mask_BT=row["action_mask"], chunk_ids_BT=chunk_ids_BT, version_BT=row["version"],
-        logp_rollout_BT=row["logp_rollout"], logp_old_BT=np.zeros_like(row["logp_rollout"]),
-        return_BC=row["return"], reward_BC=row["reward"], sign_BC=row["sign"], advantage_BC=row["advantage"],
-        trajectory_BC=row["kind_segment_ids"], kind_BC=row["kind"], valid_BC=row["kind_segment_ids"] > 0,
+        tokens_BT=row["tokens"],
+        positions_BT=row["tokens_positions"],
+        segments_BT=row["tokens_segment_ids"],
+        action_mask_BT=row["action_mask"],
+        chunk_ids_BT=chunk_ids_BT,
+        version_BT=row["version"],
+        logp_rollout_BT=row["logp_rollout"],
+        logp_old_BT=np.zeros_like(row["logp_rollout"]),
+        return_BC=row["return"],
+        reward_BC=row["reward"],
+        sign_BC=row["sign"],
+        advantage_BC=row["advantage"],
+        trajectory_BC=row["kind_segment_ids"],
+        kind_BC=row["kind"],
+        valid_BC=row["kind_segment_ids"] > 0,
         routes_BTLk=row.get("routes"),
     )
 
 
 def _empty_rows(rows: int, row_length: int, chunks_per_row: int) -> Batch:
-    lengths = dict.fromkeys(_TOKEN_FEATURES, row_length) | dict.fromkeys(_CHUNK_FEATURES, chunks_per_row)
-    lengths |= {"tokens_positions": row_length, "tokens_segment_ids": row_length, "kind_segment_ids": chunks_per_row}
+    lengths = dict.fromkeys(_TOKEN_FEATURES, row_length) | dict.fromkeys(
+        _CHUNK_FEATURES, chunks_per_row
+    )
+    lengths |= {
+        "tokens_positions": row_length,
+        "tokens_segment_ids": row_length,
+        "kind_segment_ids": chunks_per_row,
+    }
     dtypes = _TOKEN_FEATURES | _CHUNK_FEATURES
     row = {name: np.zeros(length, dtypes.get(name, np.int32)) for name, length in lengths.items()}
     return to_batch([row]).map(lambda field: np.repeat(field, rows, axis=0))
@@ -169,16 +278,22 @@ def _kind(chunk: Chunk, purpose: Purpose) -> int:
     raise ValueError(f"purpose {purpose!r} unknown; known: rl, sft")
 
 
-def _token_features(trajectory: Trajectory, prompt_ids: list[int], chunk: Chunk) -> dict[str, np.ndarray]:
+def _token_features(
+    trajectory: Trajectory, prompt_ids: list[int], chunk: Chunk
+) -> dict[str, np.ndarray]:
     read, acted = len(prompt_ids), len(chunk.action_ids)
     start = np.zeros(read + acted, bool)
     start[read] = True
     return {
-        "tokens": np.concatenate([np.asarray(prompt_ids, np.int32), np.asarray(chunk.action_ids, np.int32)]),
+        "tokens": np.concatenate(
+            [np.asarray(prompt_ids, np.int32), np.asarray(chunk.action_ids, np.int32)]
+        ),
         "action_mask": np.arange(read + acted) >= read,
         "chunk_start": start,
         "version": np.concatenate([np.zeros(read, np.int32), _versions(trajectory, chunk)]),
-        "logp_rollout": np.concatenate([np.zeros(read, np.float32), np.asarray(chunk.logprobs, np.float32)]),
+        "logp_rollout": np.concatenate(
+            [np.zeros(read, np.float32), np.asarray(chunk.logprobs, np.float32)]
+        ),
     }
 
 
@@ -190,9 +305,17 @@ def _routes(trajectory: Trajectory, config: ModelConfig) -> np.ndarray:
             "(SGLang: --enable-return-routed-experts), or set routing_replay to off or recompute"
         )
     try:
-        return join_routes([(chunk.routes, len(chunk.prompt_ids) + len(chunk.action_ids)) for chunk in trajectory.chunks], config)
+        return join_routes(
+            [
+                (chunk.routes, len(chunk.prompt_ids) + len(chunk.action_ids))
+                for chunk in trajectory.chunks
+            ],
+            config,
+        )
     except ValueError as error:
-        raise ValueError(f"{_name(trajectory)}: {error}; it was sampled by another model, or its file is damaged") from error
+        raise ValueError(
+            f"{_name(trajectory)}: {error}; it was sampled by another model, or its file is damaged"
+        ) from error
 
 
 def _versions(trajectory: Trajectory, chunk: Chunk) -> np.ndarray:
@@ -210,19 +333,34 @@ def _versions(trajectory: Trajectory, chunk: Chunk) -> np.ndarray:
     return versions
 
 
-def _check_fits(trajectory: Trajectory, turns: list[tuple[list[int], Chunk]], row_length: int, chunks_per_row: int) -> None:
+def _check_fits(
+    trajectory: Trajectory,
+    turns: list[tuple[list[int], Chunk]],
+    row_length: int,
+    chunks_per_row: int,
+) -> None:
     name = _name(trajectory)
     if not trajectory.trainable or not turns:
-        raise ValueError(f"{name} ended as {trajectory.ending} with {trajectory.num_action_tokens} action tokens: nothing to train; leave it out")
+        raise ValueError(
+            f"{name} ended as {trajectory.ending} with {trajectory.num_action_tokens} action tokens: nothing to train; leave it out"
+        )
     tokens = sum(len(prompt_ids) + len(chunk.action_ids) for prompt_ids, chunk in turns)
     if tokens > row_length:
-        raise ValueError(f"{name} has {tokens} tokens but row_length is {row_length}; raise row_length or lower the episode's max_context")
+        raise ValueError(
+            f"{name} has {tokens} tokens but row_length is {row_length}; raise row_length or lower the episode's max_context"
+        )
     if len(turns) > chunks_per_row:
-        raise ValueError(f"{name} has {len(turns)} chunks but chunks_per_row is {chunks_per_row}; raise chunks_per_row or lower the episode's turns")
+        raise ValueError(
+            f"{name} has {len(turns)} chunks but chunks_per_row is {chunks_per_row}; raise chunks_per_row or lower the episode's turns"
+        )
     if not turns[0][0]:
-        raise ValueError(f"{name} begins with a sampled token, which nothing predicts; its first chunk needs prompt_ids")
+        raise ValueError(
+            f"{name} begins with a sampled token, which nothing predicts; its first chunk needs prompt_ids"
+        )
     if not all(np.isfinite(chunk.logprobs).all() for _, chunk in turns):
-        raise ValueError(f"{name} has a logprob that is not finite; end such an episode as infra_engine")
+        raise ValueError(
+            f"{name} has a logprob that is not finite; end such an episode as infra_engine"
+        )
 
 
 def _name(trajectory: Trajectory) -> str:

@@ -25,8 +25,17 @@ from rome.data.batch import Batch
 from rome.data.packing import pack_examples, pack_stream, text_example, to_batch
 from rome.model.tokenizer import Tokenizer
 
-MIXED_DOCUMENTS = 32  # whose pieces are shuffled together; those of one long document would fill a whole batch
-NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}  # of Python's own folder
+MIXED_DOCUMENTS = (
+    32  # whose pieces are shuffled together; those of one long document would fill a whole batch
+)
+NOT_LIBRARY = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "__pycache__",
+}  # of Python's own folder
 
 
 class Documents(Sequence):
@@ -49,12 +58,18 @@ class Documents(Sequence):
             opened.seek(start)
             text = _read(self._files[file], opened.read(size), self.name(index))
         if text is None:
-            raise ValueError(f"{self.name(index)} is no text any more: it was changed while it is trained on. Train on a copy that stays.")
+            raise ValueError(
+                f"{self.name(index)} is no text any more: it was changed while it is trained on. Train on a copy that stays."
+            )
         return text
 
     def name(self, index: int) -> str:
         file, start, _ = self._places_N3[index].tolist()
-        return f"{self._files[file]}, byte {start}" if _has_lines(self._files[file]) else str(self._files[file])
+        return (
+            f"{self._files[file]}, byte {start}"
+            if _has_lines(self._files[file])
+            else str(self._files[file])
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,32 +112,59 @@ def read_corpus(place: str, held_out_share: float) -> Corpus:
     for side, name in ((training, "to train on"), (held_out, "held out")):
         if not side:
             count = (len(training) + len(held_out)) // 3
-            raise ValueError(f"{where} has {count} documents and none {name} (held_out_share={held_out_share}). Give more text or another share.")
+            raise ValueError(
+                f"{where} has {count} documents and none {name} (held_out_share={held_out_share}). Give more text or another share."
+            )
     order = np.argsort(np.array(held_out_keys, np.uint64), kind="stable")
     return Corpus(
-        Documents(files, np.array(training, np.int64).reshape(-1, 3)), Documents(files, np.array(held_out, np.int64).reshape(-1, 3)[order]),
-        skipped, digest.hexdigest(),
+        Documents(files, np.array(training, np.int64).reshape(-1, 3)),
+        Documents(files, np.array(held_out, np.int64).reshape(-1, 3)[order]),
+        skipped,
+        digest.hexdigest(),
     )
 
 
 def text_batches(
-    documents: Sequence[str], tokenizer: Tokenizer, *, rows: int, row_length: int, chunks_per_row: int, seed: int,
+    documents: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    rows: int,
+    row_length: int,
+    chunks_per_row: int,
+    seed: int,
 ) -> grain.IterDataset:
     """Batches of `rows` rows for ever, with a position as `rome.data.sources.sft_batches` has. Each epoch has every document once, in an order that
     depends on (seed, epoch) only, and the pieces of a few documents that follow each other mixed. A document is tokenised when its turn comes."""
 
     def pieces(texts: list[str], rng: np.random.Generator) -> list[dict[str, np.ndarray]]:
-        examples = [example for text in texts for example in cut(document_ids(tokenizer, text), row_length)]
+        examples = [
+            example for text in texts for example in cut(document_ids(tokenizer, text), row_length)
+        ]
         return [examples[place] for place in rng.permutation(len(examples))]
 
-    groups = grain.MapDataset.source(documents).seed(seed).shuffle().batch(MIXED_DOCUMENTS, batch_fn=list).repeat().random_map(pieces)
-    stream = grain.experimental.FlatMapIterDataset(groups.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)), _Each())
+    groups = (
+        grain.MapDataset.source(documents)
+        .seed(seed)
+        .shuffle()
+        .batch(MIXED_DOCUMENTS, batch_fn=list)
+        .repeat()
+        .random_map(pieces)
+    )
+    stream = grain.experimental.FlatMapIterDataset(
+        groups.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)), _Each()
+    )
     return pack_stream(stream, row_length, chunks_per_row, bins=rows).batch(rows, batch_fn=to_batch)
 
 
-def text_rows(texts: Sequence[str], tokenizer: Tokenizer, *, row_length: int, chunks_per_row: int) -> Batch:
+def text_rows(
+    texts: Sequence[str], tokenizer: Tokenizer, *, row_length: int, chunks_per_row: int
+) -> Batch:
     """These documents, each once and whole, in as few rows as best-fit finds."""
-    return pack_examples([example for text in texts for example in cut(document_ids(tokenizer, text), row_length)], row_length, chunks_per_row)
+    return pack_examples(
+        [example for text in texts for example in cut(document_ids(tokenizer, text), row_length)],
+        row_length,
+        chunks_per_row,
+    )
 
 
 def document_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
@@ -132,7 +174,10 @@ def document_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
 
 def cut(ids: np.ndarray, row_length: int) -> list[dict[str, np.ndarray]]:
     """Examples of at most a row. Each begins with the last token of the one before it, so that all tokens but the document's first are predicted."""
-    return [text_example(ids[start : start + row_length]) for start in range(0, len(ids) - 1, row_length - 1)]
+    return [
+        text_example(ids[start : start + row_length])
+        for start in range(0, len(ids) - 1, row_length - 1)
+    ]
 
 
 class _Each(grain.experimental.FlatMapTransform):
@@ -158,7 +203,9 @@ def _walk(root: pathlib.Path, left_out: Callable[[str], bool]) -> Iterator[pathl
     for folder, folders, names in os.walk(root, onerror=_raise):
         folders[:] = sorted(name for name in folders if not left_out(name))
         paths = (pathlib.Path(folder, name) for name in sorted(names) if not left_out(name))
-        yield from (path for path in paths if path.is_file())  # a pipe would be waited for without end
+        yield from (
+            path for path in paths if path.is_file()
+        )  # a pipe would be waited for without end
 
 
 def _raise(error: OSError) -> None:
@@ -194,9 +241,13 @@ def _read(path: pathlib.Path, content: bytes, where: str) -> str | None:
         try:
             text = json.loads(content)["text"]
         except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise ValueError(f'{where} is no JSON object with a "text" ({type(error).__name__}): {content[:60]!r}. Mend or delete that line.') from error
+            raise ValueError(
+                f'{where} is no JSON object with a "text" ({type(error).__name__}): {content[:60]!r}. Mend or delete that line.'
+            ) from error
         if not isinstance(text, str):
-            raise ValueError(f'{where}: "text" is a {type(text).__name__}, not a string. Mend or delete that line.')
+            raise ValueError(
+                f'{where}: "text" is a {type(text).__name__}, not a string. Mend or delete that line.'
+            )
     if not text.strip() or "\0" in text or not _encodes(text):
         return None
     return text

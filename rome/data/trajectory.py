@@ -22,11 +22,24 @@ from rome.data.routes import routes_from_json, routes_to_json
 
 ATIF_VERSION = "ATIF-v1.7"
 ENDINGS = (
-    "success", "failure", "truncated_turns", "truncated_tokens", "timeout", "malformed",
-    "infra_engine", "infra_sandbox", "infra_verifier", "cancelled", "unsafe",
+    "success",
+    "failure",
+    "truncated_turns",
+    "truncated_tokens",
+    "timeout",
+    "malformed",
+    "infra_engine",
+    "infra_sandbox",
+    "infra_verifier",
+    "cancelled",
+    "unsafe",
 )
 STATUSES = ("ok", "tool_error", "malformed", "timeout", "infra")
-KINDS = ("rl", "imitation", "context")  # context: tokens that are only read (prefilled, or masked by an error)
+KINDS = (
+    "rl",
+    "imitation",
+    "context",
+)  # context: tokens that are only read (prefilled, or masked by an error)
 
 
 @dataclasses.dataclass
@@ -47,17 +60,29 @@ class Chunk:
     status: str = "ok"
     kind: str = "rl"
     cached_tokens: int = 0
-    network_denials: int = 0  # attempts of the turn's command to reach what the sandbox does not grant
+    network_denials: int = (
+        0  # attempts of the turn's command to reach what the sandbox does not grant
+    )
     routes: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if len(self.logprobs) != len(self.action_ids):
-            raise ValueError(f"chunk has {len(self.action_ids)} action tokens but {len(self.logprobs)} logprobs; keep one logprob for each sampled token")
+            raise ValueError(
+                f"chunk has {len(self.action_ids)} action tokens but {len(self.logprobs)} logprobs; keep one logprob for each sampled token"
+            )
         if self.status not in STATUSES or self.kind not in KINDS:
-            raise ValueError(f"chunk status {self.status!r} / kind {self.kind!r} unknown; known: {STATUSES} / {KINDS}")
+            raise ValueError(
+                f"chunk status {self.status!r} / kind {self.kind!r} unknown; known: {STATUSES} / {KINDS}"
+            )
         tokens = len(self.prompt_ids) + len(self.action_ids)
-        if self.routes is not None and (self.routes.ndim != 3 or len(self.routes) != tokens or self.routes.dtype not in (np.uint8, np.uint16)):
-            raise ValueError(f"chunk has {tokens} tokens but routes {self.routes.dtype} {self.routes.shape}; they are uint8 or uint16 [tokens, layers, k]")
+        if self.routes is not None and (
+            self.routes.ndim != 3
+            or len(self.routes) != tokens
+            or self.routes.dtype not in (np.uint8, np.uint16)
+        ):
+            raise ValueError(
+                f"chunk has {tokens} tokens but routes {self.routes.dtype} {self.routes.shape}; they are uint8 or uint16 [tokens, layers, k]"
+            )
 
 
 @dataclasses.dataclass
@@ -81,14 +106,22 @@ class Trajectory:
 
     def __post_init__(self) -> None:
         if self.ending not in ENDINGS:
-            raise ValueError(f"ending {self.ending!r} of {self.task} unknown; known: {', '.join(ENDINGS)}")
+            raise ValueError(
+                f"ending {self.ending!r} of {self.task} unknown; known: {', '.join(ENDINGS)}"
+            )
         if not math.isfinite(self.reward):
-            raise ValueError(f"reward {self.reward} of {self.task} is not finite; an unreliable verifier ends the episode as infra_verifier")
+            raise ValueError(
+                f"reward {self.reward} of {self.task} is not finite; an unreliable verifier ends the episode as infra_verifier"
+            )
 
     @property
     def trainable(self) -> bool:
         """Infrastructure failures and cancelled episodes say nothing about the policy: they enter no loss and no group statistic."""
-        return bool(self.chunks) and not self.ending.startswith("infra_") and self.ending != "cancelled"
+        return (
+            bool(self.chunks)
+            and not self.ending.startswith("infra_")
+            and self.ending != "cancelled"
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -121,32 +154,66 @@ class Trajectory:
 
 def to_atif(trajectory: Trajectory) -> dict[str, Any]:
     """The trajectory as an ATIF document. `from_atif(to_atif(t))` equals t, logprobs bit for bit."""
-    steps: list[dict[str, Any]] = [{"step_id": 1, "source": "user", "message": trajectory.instruction}]
+    steps: list[dict[str, Any]] = [
+        {"step_id": 1, "source": "user", "message": trajectory.instruction}
+    ]
     for number, chunk in enumerate(trajectory.chunks):
         step: dict[str, Any] = {"step_id": number + 2, "source": "agent", "message": chunk.text}
         if chunk.tool_call is not None:
             call_id = f"call_{number}"
-            step["tool_calls"] = [{"tool_call_id": call_id, "function_name": chunk.tool_call.get("name", ""), "arguments": chunk.tool_call.get("arguments", {})}]
-            step["observation"] = {"results": [{"source_call_id": call_id, "content": chunk.observation}]}
+            step["tool_calls"] = [
+                {
+                    "tool_call_id": call_id,
+                    "function_name": chunk.tool_call.get("name", ""),
+                    "arguments": chunk.tool_call.get("arguments", {}),
+                }
+            ]
+            step["observation"] = {
+                "results": [{"source_call_id": call_id, "content": chunk.observation}]
+            }
         elif chunk.observation:
             step["observation"] = {"results": [{"content": chunk.observation}]}
         step["metrics"] = {
-            "prompt_tokens": len(chunk.prompt_ids), "completion_tokens": len(chunk.action_ids), "cached_tokens": chunk.cached_tokens,
-            "prompt_token_ids": list(map(int, chunk.prompt_ids)), "completion_token_ids": list(map(int, chunk.action_ids)),
+            "prompt_tokens": len(chunk.prompt_ids),
+            "completion_tokens": len(chunk.action_ids),
+            "cached_tokens": chunk.cached_tokens,
+            "prompt_token_ids": list(map(int, chunk.prompt_ids)),
+            "completion_token_ids": list(map(int, chunk.action_ids)),
             "logprobs": list(map(float, chunk.logprobs)),
         }
-        step["extra"] = {"status": chunk.status, "kind": chunk.kind, "versions": [list(span) for span in chunk.versions], "tool_call": chunk.tool_call,
-                         "network_denials": chunk.network_denials}
+        step["extra"] = {
+            "status": chunk.status,
+            "kind": chunk.kind,
+            "versions": [list(span) for span in chunk.versions],
+            "tool_call": chunk.tool_call,
+            "network_denials": chunk.network_denials,
+        }
         if chunk.routes is not None:
             step["extra"]["routes"] = routes_to_json(chunk.routes)
         steps.append(step)
-    extra = {name: getattr(trajectory, name) for name in ("task", "family", "reward", "ending", "group", "episode", "seed", "seconds", "note")}
+    extra = {
+        name: getattr(trajectory, name)
+        for name in (
+            "task",
+            "family",
+            "reward",
+            "ending",
+            "group",
+            "episode",
+            "seed",
+            "seconds",
+            "note",
+        )
+    }
     return {
         "schema_version": ATIF_VERSION,
         "session_id": f"{trajectory.task}/{trajectory.seed}",
         "agent": {"name": "rome", "version": "1"},
         "steps": steps,
-        "final_metrics": {"total_completion_tokens": trajectory.num_action_tokens, "total_steps": len(steps)},
+        "final_metrics": {
+            "total_completion_tokens": trajectory.num_action_tokens,
+            "total_steps": len(steps),
+        },
         "extra": extra,
     }
 
@@ -159,15 +226,29 @@ def from_atif(document: dict[str, Any]) -> Trajectory:
         for step in steps:
             results = step.get("observation", {}).get("results", [])
             metrics, extra = step["metrics"], step["extra"]
-            chunks.append(Chunk(
-                prompt_ids=metrics["prompt_token_ids"], action_ids=metrics["completion_token_ids"], logprobs=metrics["logprobs"],
-                versions=[tuple(span) for span in extra["versions"]], text=step["message"], tool_call=extra["tool_call"],
-                observation=results[0]["content"] if results else "", status=extra["status"], kind=extra["kind"],
-                cached_tokens=metrics["cached_tokens"], network_denials=extra["network_denials"], routes=routes_from_json(extra["routes"]) if "routes" in extra else None,
-            ))
-        return Trajectory(chunks=chunks, instruction=document["steps"][0]["message"], **document["extra"])
+            chunks.append(
+                Chunk(
+                    prompt_ids=metrics["prompt_token_ids"],
+                    action_ids=metrics["completion_token_ids"],
+                    logprobs=metrics["logprobs"],
+                    versions=[tuple(span) for span in extra["versions"]],
+                    text=step["message"],
+                    tool_call=extra["tool_call"],
+                    observation=results[0]["content"] if results else "",
+                    status=extra["status"],
+                    kind=extra["kind"],
+                    cached_tokens=metrics["cached_tokens"],
+                    network_denials=extra["network_denials"],
+                    routes=routes_from_json(extra["routes"]) if "routes" in extra else None,
+                )
+            )
+        return Trajectory(
+            chunks=chunks, instruction=document["steps"][0]["message"], **document["extra"]
+        )
     except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"not a trajectory of this project: {type(error).__name__} {error}") from error
+        raise ValueError(
+            f"not a trajectory of this project: {type(error).__name__} {error}"
+        ) from error
 
 
 def save_trajectory(trajectory: Trajectory, path: str | os.PathLike[str]) -> None:

@@ -29,9 +29,15 @@ RETRY_AFTER_SECONDS = 30.0  # the longest that a server's Retry-After is believe
 HEALTH_SECONDS = 30.0  # SGLang's /health generates a token and may take 20 s on a busy server
 CONTROL_SECONDS = 60.0
 UPDATE_SECONDS = 600.0
-OLDEST = (0, 5, 9)  # of SGLang: the first whose weight update, pause and versions were read and tried against this client
+OLDEST = (
+    0,
+    5,
+    9,
+)  # of SGLang: the first whose weight update, pause and versions were read and tried against this client
 TELLS_SPANS = (0, 5, 23)  # the first that was seen to return meta_info.weight_versions
-Health = Literal["well", "busy", "hung", "gone"]  # busy: it says 429 or 503; hung: it takes connections and does not answer; gone: it takes none
+Health = Literal[
+    "well", "busy", "hung", "gone"
+]  # busy: it says 429 or 503; hung: it takes connections and does not answer; gone: it takes none
 
 
 class EngineError(RuntimeError):
@@ -84,7 +90,15 @@ class Engine:
       mirror: what brings weights to the server's host (`launch.mirror`); None: the server reads the trainer's directory.
     """
 
-    def __init__(self, url: str, *, api_key: str | None = None, model: ModelConfig | None = None, dead_after_s: float = 5.0, mirror: Mirror | None = None):
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        model: ModelConfig | None = None,
+        dead_after_s: float = 5.0,
+        mirror: Mirror | None = None,
+    ):
         self.url, self.mirror = url.rstrip("/"), mirror
         self.model = model
         self.dead_after_s = dead_after_s
@@ -109,7 +123,13 @@ class Engine:
         self._session = self._loop = None
 
     async def generate(
-        self, input_ids: list[int], sampling: Sampling, deadline_s: float, *, affinity: str | None = None, begun: Completion | None = None,
+        self,
+        input_ids: list[int],
+        sampling: Sampling,
+        deadline_s: float,
+        *,
+        affinity: str | None = None,
+        begun: Completion | None = None,
     ) -> Completion:
         """Samples a continuation of input_ids. An answer that a pause aborted is re-sent as prompt + partial output until it ends by itself.
 
@@ -127,21 +147,35 @@ class Engine:
                     await self._held.wait()
                     continue  # a hold may follow another one before this wakes up
                 known = self._proven[-1:]  # when it is sent
-                answer = await self._post_or_leave("/generate", {
-                    "rid": uuid.uuid4().hex, "input_ids": list(map(int, input_ids)) + completion.output_ids,
-                    "sampling_params": sampling.to_json(already=done), "return_logprob": True, "logprob_start_len": -1, "stream": False,
-                    **self._salt(), **self._route_fields(completion, sampling),
-                })
-                while self._held is not None:  # it was frozen during an update and may have gone on before the proof, which decides
+                answer = await self._post_or_leave(
+                    "/generate",
+                    {
+                        "rid": uuid.uuid4().hex,
+                        "input_ids": list(map(int, input_ids)) + completion.output_ids,
+                        "sampling_params": sampling.to_json(already=done),
+                        "return_logprob": True,
+                        "logprob_start_len": -1,
+                        "stream": False,
+                        **self._salt(),
+                        **self._route_fields(completion, sampling),
+                    },
+                )
+                while (
+                    self._held is not None
+                ):  # it was frozen during an update and may have gone on before the proof, which decides
                     await self._held.wait()
                 self._require_proven(answer["meta_info"], known)
                 self._append(completion, answer)
                 if sampling.routes_from is not None and len(completion.output_ids) > done:
-                    self._append_routes(completion, answer["meta_info"], sampling.routes_from, len(input_ids))
+                    self._append_routes(
+                        completion, answer["meta_info"], sampling.routes_from, len(input_ids)
+                    )
                 if completion.finish_reason == "abort":
                     if len(completion.output_ids) >= sampling.max_new_tokens:
                         completion.finish_reason = "length"
-                    elif len(completion.output_ids) == done:  # aborted before its first token: give the server a moment
+                    elif (
+                        len(completion.output_ids) == done
+                    ):  # aborted before its first token: give the server a moment
                         await asyncio.sleep(random.uniform(0.02, 0.1))
         return completion
 
@@ -197,14 +231,23 @@ class Engine:
     async def score(self, input_ids: list[int], deadline_s: float = CONTROL_SECONDS) -> list[float]:
         """log p(input_ids[t] | before t) at temperature 1, one for each id; 0 for the first."""
         async with self._deadline(deadline_s, "logprobs of a prompt"):
-            answer = await self._post("/generate", {
-                "rid": uuid.uuid4().hex, "input_ids": list(map(int, input_ids)), "stream": False, "return_logprob": True, "logprob_start_len": 0,
-                "extra_key": f"probe-{uuid.uuid4().hex}",  # nothing cached has it: all of it is computed by the weights of now
-                "sampling_params": Sampling(max_new_tokens=1, temperature=0.0).to_json(),
-            })
+            answer = await self._post(
+                "/generate",
+                {
+                    "rid": uuid.uuid4().hex,
+                    "input_ids": list(map(int, input_ids)),
+                    "stream": False,
+                    "return_logprob": True,
+                    "logprob_start_len": 0,
+                    "extra_key": f"probe-{uuid.uuid4().hex}",  # nothing cached has it: all of it is computed by the weights of now
+                    "sampling_params": Sampling(max_new_tokens=1, temperature=0.0).to_json(),
+                },
+            )
         entries = answer["meta_info"]["input_token_logprobs"]
         if len(entries) != len(input_ids):
-            raise EngineError(f"{self.url} returned {len(entries)} input logprobs for a prompt of {len(input_ids)} tokens; its cache must be flushed before scoring")
+            raise EngineError(
+                f"{self.url} returned {len(entries)} input logprobs for a prompt of {len(input_ids)} tokens; its cache must be flushed before scoring"
+            )
         return [0.0] + [float(entry[0]) for entry in entries[1:]]
 
     async def pause(self, mode: str = "abort") -> None:
@@ -223,11 +266,19 @@ class Engine:
           flush: forget cached prefixes. Frozen requests (pause "in_place") forbid it: SGLang 0.5.23 then answers 400 although the weights changed.
         """
         async with self._deadline(UPDATE_SECONDS, "a weight update"):
-            answer = await self._post("/update_weights_from_disk", {
-                "model_path": str(path), "weight_version": str(version), "flush_cache": flush, "abort_all_requests": False,
-            })
+            answer = await self._post(
+                "/update_weights_from_disk",
+                {
+                    "model_path": str(path),
+                    "weight_version": str(version),
+                    "flush_cache": flush,
+                    "abort_all_requests": False,
+                },
+            )
         if not answer.get("success"):
-            raise EngineError(f"{self.url} did not take weights {version} from {path}: {answer.get('message')}")
+            raise EngineError(
+                f"{self.url} did not take weights {version} from {path}: {answer.get('message')}"
+            )
 
     async def flush_cache(self) -> None:
         async with self._deadline(CONTROL_SECONDS, "flush_cache"):
@@ -263,9 +314,13 @@ class Engine:
         """Asked anew each time: a server may have been replaced by another version. Raises EngineError for one that is too old."""
         info = await self.server_info()
         if int(info.get("tokenizer_worker_num") or 1) > 1:
-            raise EngineError(f"{self.url} runs {info['tokenizer_worker_num']} tokenizer workers: a pause and an update may meet different ones; "
-                              "start it with --tokenizer-worker-num 1")
-        return dialect_of(self.url, str(info.get("version", "")), info.get("engine") == "rome.serve")
+            raise EngineError(
+                f"{self.url} runs {info['tokenizer_worker_num']} tokenizer workers: a pause and an update may meet different ones; "
+                "start it with --tokenizer-worker-num 1"
+            )
+        return dialect_of(
+            self.url, str(info.get("version", "")), info.get("engine") == "rome.serve"
+        )
 
     async def health(self, seconds: float = HEALTH_SECONDS) -> Health:
         """How the server is. Never raises for one that is not well.
@@ -275,8 +330,16 @@ class Engine:
         """
         try:
             async with asyncio.timeout(seconds):
-                async with self._client().get(self.url + "/health_generate", headers=self._headers) as response:
-                    return "well" if response.status == 200 else "busy" if response.status in RETRY_STATUS else "gone"
+                async with self._client().get(
+                    self.url + "/health_generate", headers=self._headers
+                ) as response:
+                    return (
+                        "well"
+                        if response.status == 200
+                        else "busy"
+                        if response.status in RETRY_STATUS
+                        else "gone"
+                    )
         except TimeoutError:  # also aiohttp's own, of a connection that was not taken
             return "hung"
         except (aiohttp.ClientError, OSError):
@@ -293,7 +356,9 @@ class Engine:
                 self._info_routes[name] = f"/get_{name}"
             status, answer, _ = await self._request("GET", self._info_routes[name], None)
             if status != 200:
-                raise EngineError(f"{self.url}{self._info_routes.pop(name)} answered {status}: {_error_text(answer)}; is this an SGLang server?")
+                raise EngineError(
+                    f"{self.url}{self._info_routes.pop(name)} answered {status}: {_error_text(answer)}; is this an SGLang server?"
+                )
             return answer
 
     async def _post(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -305,22 +370,36 @@ class Engine:
                 return answer
             if status not in RETRY_STATUS:
                 raise EngineError(f"{self.url}{route} answered {status}: {_error_text(answer)}")
-            await asyncio.sleep(max(wait, retry_after_s) * random.uniform(1.0, 1.5))  # jitter: whoever was refused at once must not return at once
+            await asyncio.sleep(
+                max(wait, retry_after_s) * random.uniform(1.0, 1.5)
+            )  # jitter: whoever was refused at once must not return at once
             wait = min(2 * wait, 5.0)
 
-    async def _request(self, method: str, route: str, body: dict[str, Any] | None) -> tuple[int, Any, float]:
+    async def _request(
+        self, method: str, route: str, body: dict[str, Any] | None
+    ) -> tuple[int, Any, float]:
         """(status, parsed body, seconds of Retry-After). Broken connections are tried again for `dead_after_s`, then the server is dead."""
         give_up, wait = time.monotonic() + self.dead_after_s, 0.1
         while True:
             try:
-                async with self._client().request(method, self.url + route, json=body, headers=self._headers) as response:
+                async with self._client().request(
+                    method, self.url + route, json=body, headers=self._headers
+                ) as response:
                     is_json = response.content_type == "application/json"
-                    return response.status, (await response.json() if is_json else await response.text()), _retry_after(response.headers.get("Retry-After"))
+                    return (
+                        response.status,
+                        (await response.json() if is_json else await response.text()),
+                        _retry_after(response.headers.get("Retry-After")),
+                    )
             except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError) as error:
                 if time.monotonic() + wait > give_up:
-                    raise EngineDead(f"engine {self.url} is dead: {type(error).__name__} {error}; see its log, start it again, and resume") from error
+                    raise EngineDead(
+                        f"engine {self.url} is dead: {type(error).__name__} {error}; see its log, start it again, and resume"
+                    ) from error
             except (aiohttp.ClientError, ValueError) as error:
-                raise EngineError(f"{self.url}{route} did not answer in HTTP and JSON ({type(error).__name__} {error}); is this an SGLang server?") from error
+                raise EngineError(
+                    f"{self.url}{route} did not answer in HTTP and JSON ({type(error).__name__} {error}); is this an SGLang server?"
+                ) from error
             await asyncio.sleep(wait * random.uniform(0.5, 1.0))
             wait = min(2 * wait, 2.0)
 
@@ -330,24 +409,33 @@ class Engine:
         if self._session is None or self._loop is not loop or self._session.closed:
             if self._session is not None and not self._session.closed:
                 self._session.detach()
-            timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)  # totals are the callers' deadlines
-            self._session = aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
+            timeout = aiohttp.ClientTimeout(
+                total=None, sock_connect=10
+            )  # totals are the callers' deadlines
+            self._session = aiohttp.ClientSession(
+                timeout=timeout, connector=aiohttp.TCPConnector(limit=0)
+            )
             self._loop = loop
         return self._session
 
     def _deadline(self, seconds: float, what: str) -> _Deadline:
-        return _Deadline(seconds, f"{self.url} did not give {what} within {seconds:g} s; is it paused, overloaded or stuck? See its log")
+        return _Deadline(
+            seconds,
+            f"{self.url} did not give {what} within {seconds:g} s; is it paused, overloaded or stuck? See its log",
+        )
 
     def _require_proven(self, meta: dict[str, Any], known: list[int]) -> None:
         """Raises EngineUnproven for an answer by other weights than those that were proven last when it was asked for, or since."""
         if not known or not meta.get("output_token_logprobs"):
             return
-        allowed = self._proven[len(self._proven) - 1 - self._proven[::-1].index(known[0]):]
+        allowed = self._proven[len(self._proven) - 1 - self._proven[::-1].index(known[0]) :]
         for span in meta.get("weight_versions") or [{"version": meta["weight_version"]}]:
             if self._version(span["version"]) not in allowed:
                 if self._refused is not None:  # known already
                     raise EngineRefused(self._refused)
-                raise EngineUnproven(f"{self.url} answered with weights {span['version']!r}; proven there were {', '.join(map(str, allowed))}")
+                raise EngineUnproven(
+                    f"{self.url} answered with weights {span['version']!r}; proven there were {', '.join(map(str, allowed))}"
+                )
 
     def _append(self, completion: Completion, answer: dict[str, Any]) -> None:
         """Adds one answer's tokens to what earlier, aborted answers brought."""
@@ -355,49 +443,85 @@ class Engine:
         ids = list(answer["output_ids"])
         entries = meta["output_token_logprobs"] if ids else []
         if [entry[1] for entry in entries] != ids:
-            raise EngineError(f"{self.url} returned {len(entries)} logprobs for {len(ids)} tokens, or of other tokens; this engine cannot be trained on")
-        spans = meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0, "end": len(ids)}]
-        completion.cached_tokens = completion.cached_tokens if start else int(meta.get("cached_tokens", 0))
+            raise EngineError(
+                f"{self.url} returned {len(entries)} logprobs for {len(ids)} tokens, or of other tokens; this engine cannot be trained on"
+            )
+        spans = meta.get("weight_versions") or [
+            {"version": meta["weight_version"], "start": 0, "end": len(ids)}
+        ]
+        completion.cached_tokens = (
+            completion.cached_tokens if start else int(meta.get("cached_tokens", 0))
+        )
         completion.output_ids += ids
         completion.logprobs += [float(entry[0]) for entry in entries]
         completion.finish_reason = (meta["finish_reason"] or {}).get("type", "abort")
         for span in spans:
-            _append_span(completion.versions, self._version(span["version"]), start + span["start"], start + span["end"])
+            _append_span(
+                completion.versions,
+                self._version(span["version"]),
+                start + span["start"],
+                start + span["end"],
+            )
 
     def _route_fields(self, completion: Completion, sampling: Sampling) -> dict[str, Any]:
         """Asks for the routes that are not known yet. Servers that do not know the second field send those of the whole sequence."""
         if sampling.routes_from is None:
             return {}
         known = 0 if completion.routes is None else len(completion.routes)
-        return {"return_routed_experts": True, "routed_experts_start_len": sampling.routes_from + known}
+        return {
+            "return_routed_experts": True,
+            "routed_experts_start_len": sampling.routes_from + known,
+        }
 
-    def _append_routes(self, completion: Completion, meta: dict[str, Any], start: int, prompt_length: int) -> None:
+    def _append_routes(
+        self, completion: Completion, meta: dict[str, Any], start: int, prompt_length: int
+    ) -> None:
         """Adds the routes of the tokens that have none yet: a token keeps those of the pass that its successor was sampled from, also when an
         abort made the server run it again."""
         config, known = self.model, 0 if completion.routes is None else len(completion.routes)
         if config is None:
-            raise ValueError("routes were asked for, but the model is unknown; make Engine(url, model=config)")
+            raise ValueError(
+                "routes were asked for, but the model is unknown; make Engine(url, model=config)"
+            )
         if not meta.get("routed_experts"):
-            raise EngineError(f"{self.url} returned no routes; start the SGLang server with --enable-return-routed-experts (and no gateway before it that "
-                              "drops the field), or set routing_replay to off or recompute")
-        ids = np.frombuffer(base64.b64decode(meta["routed_experts"]), np.dtype(meta.get("routed_experts_dtype") or "int32"))
-        total, each = prompt_length + len(completion.output_ids) - 1, config.num_layers * config.experts_per_token
+            raise EngineError(
+                f"{self.url} returned no routes; start the SGLang server with --enable-return-routed-experts (and no gateway before it that "
+                "drops the field), or set routing_replay to off or recompute"
+            )
+        ids = np.frombuffer(
+            base64.b64decode(meta["routed_experts"]),
+            np.dtype(meta.get("routed_experts_dtype") or "int32"),
+        )
+        total, each = (
+            prompt_length + len(completion.output_ids) - 1,
+            config.num_layers * config.experts_per_token,
+        )
         wanted = total - start - known
         if ids.size not in (wanted * each, total * each):
-            raise EngineError(f"{self.url} returned {ids.size} expert ids; {wanted} tokens in {config.num_layers} layers with {config.experts_per_token} "
-                              "experts each have another number. Does it serve another model?")
+            raise EngineError(
+                f"{self.url} returned {ids.size} expert ids; {wanted} tokens in {config.num_layers} layers with {config.experts_per_token} "
+                "experts each have another number. Does it serve another model?"
+            )
         try:
-            routes = encode_routes(ids.reshape(-1, config.num_layers, config.experts_per_token)[-wanted:], config)
+            routes = encode_routes(
+                ids.reshape(-1, config.num_layers, config.experts_per_token)[-wanted:], config
+            )
         except ValueError as error:
-            raise EngineError(f"routes from {self.url}: {error}. Does it serve another model?") from error
-        completion.routes = routes if completion.routes is None else np.concatenate([completion.routes, routes])
+            raise EngineError(
+                f"routes from {self.url}: {error}. Does it serve another model?"
+            ) from error
+        completion.routes = (
+            routes if completion.routes is None else np.concatenate([completion.routes, routes])
+        )
 
     def _version(self, text: str) -> int:
         """SGLang's versions are strings; ours are numbers, and a server that was never updated says "default": version 0."""
         try:
             return 0 if text == "default" else int(text)
         except ValueError:
-            raise EngineError(f"{self.url} has weight_version {text!r}, not a number; start it with --weight-version 0") from None
+            raise EngineError(
+                f"{self.url} has weight_version {text!r}, not a number; start it with --weight-version 0"
+            ) from None
 
 
 class _Deadline:
@@ -410,7 +534,9 @@ class _Deadline:
     async def __aenter__(self) -> None:
         await self._timeout.__aenter__()
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any
+    ) -> None:
         try:
             await self._timeout.__aexit__(kind, error, traceback)
         except TimeoutError:
@@ -432,8 +558,10 @@ def dialect_of(url: str, version: str, embedded: bool = False) -> Dialect:
         return Dialect(version, True, True)
     match = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
     if match is None or (number := tuple(map(int, match.groups()))) < OLDEST:
-        raise EngineError(f"{url} runs SGLang {version or 'of unknown version'}; weight updates need {'.'.join(map(str, OLDEST))} or newer "
-                          "(requirements-sglang.txt)")
+        raise EngineError(
+            f"{url} runs SGLang {version or 'of unknown version'}; weight updates need {'.'.join(map(str, OLDEST))} or newer "
+            "(requirements-sglang.txt)"
+        )
     return Dialect(version, False, number >= TELLS_SPANS)
 
 

@@ -32,10 +32,21 @@ class Sampling:
     def to_json(self, already: int = 0) -> dict[str, Any]:
         """SGLang's sampling_params, all of them: a server's own defaults would slip into every field that is left out."""
         fields = {
-            "max_new_tokens": self.max_new_tokens - already, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k,
-            "min_p": self.min_p, "stop": list(self.stop), "stop_token_ids": list(self.stop_token_ids), "ignore_eos": False,
-            "skip_special_tokens": False, "no_stop_trim": True, "min_new_tokens": 0, "n": 1,
-            "frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0,
+            "max_new_tokens": self.max_new_tokens - already,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "stop": list(self.stop),
+            "stop_token_ids": list(self.stop_token_ids),
+            "ignore_eos": False,
+            "skip_special_tokens": False,
+            "no_stop_trim": True,
+            "min_new_tokens": 0,
+            "n": 1,
+            "frequency_penalty": 0.0,
+            "presence_penalty": 0.0,
+            "repetition_penalty": 1.0,
         }
         return fields if self.seed is None else fields | {"sampling_seed": self.seed}
 

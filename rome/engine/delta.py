@@ -26,8 +26,12 @@ import zstandard
 from rome.model.hf.files import check_space, in_threads, sync
 
 LEVEL = 1  # of zstd: zeros compress as well at the fastest one
-BLOCK_BYTES = 4 << 20  # each is read, compared, hashed and written by itself, so that all cores have work also where a checkpoint is one file
-_RECORD = struct.Struct("<QQQ")  # file's place in the header's list, block's place in the file, bytes of the compressed differences
+BLOCK_BYTES = (
+    4 << 20
+)  # each is read, compared, hashed and written by itself, so that all cores have work also where a checkpoint is one file
+_RECORD = struct.Struct(
+    "<QQQ"
+)  # file's place in the header's list, block's place in the file, bytes of the compressed differences
 _MAX_HEADER = 64 << 20
 
 
@@ -47,7 +51,9 @@ def directory_digest(directory: pathlib.Path) -> str:
     return sums.digest()
 
 
-def write_delta(base: pathlib.Path, result: pathlib.Path, delta: pathlib.Path, base_digest: str | None = None) -> int:
+def write_delta(
+    base: pathlib.Path, result: pathlib.Path, delta: pathlib.Path, base_digest: str | None = None
+) -> int:
     """Writes what leads from one checkpoint directory to the other; it is there whole or not at all. Returns its bytes.
 
     Args:
@@ -55,7 +61,10 @@ def write_delta(base: pathlib.Path, result: pathlib.Path, delta: pathlib.Path, b
     """
     before, after = {path.name: path for path in _files(base)}, _files(result)
     sizes = [path.stat().st_size for path in after]
-    from_base = [path.name in before and before[path.name].stat().st_size == size for path, size in zip(after, sizes)]
+    from_base = [
+        path.name in before and before[path.name].stat().st_size == size
+        for path, size in zip(after, sizes)
+    ]
     sums, lock = _Sums(after), threading.Lock()
     partial, records = (delta.with_name(delta.name + suffix) for suffix in (".tmp", ".records"))
 
@@ -72,8 +81,13 @@ def write_delta(base: pathlib.Path, result: pathlib.Path, delta: pathlib.Path, b
     with records.open("wb") as out:
         in_threads(lambda item: compare(*item), _blocks(sizes))
     header = {
-        "base": base_digest or directory_digest(base), "result": sums.digest(), "block": BLOCK_BYTES,
-        "files": [{"name": path.name, "bytes": size, "sha256": sums.of(path.name), "from_base": based} for path, size, based in zip(after, sizes, from_base)],
+        "base": base_digest or directory_digest(base),
+        "result": sums.digest(),
+        "block": BLOCK_BYTES,
+        "files": [
+            {"name": path.name, "bytes": size, "sha256": sums.of(path.name), "from_base": based}
+            for path, size, based in zip(after, sizes, from_base)
+        ],
     }
     with partial.open("wb") as out, records.open("rb") as body:
         out.write(json.dumps(header).encode() + b"\n")
@@ -92,13 +106,21 @@ def read_header(delta: pathlib.Path) -> dict:
         with delta.open("rb") as file:
             header = json.loads(file.readline(_MAX_HEADER))
         for entry in header["files"]:
-            if pathlib.PurePath(entry["name"]).name != entry["name"] or entry["name"] in ("", ".", ".."):
+            if pathlib.PurePath(entry["name"]).name != entry["name"] or entry["name"] in (
+                "",
+                ".",
+                "..",
+            ):
                 raise ValueError(f"file name {entry['name']!r}")
             (int(entry["bytes"]), str(entry["sha256"]), bool(entry["from_base"]))
-        if header["block"] != BLOCK_BYTES or not all(isinstance(header[name], str) for name in ("base", "result")):
+        if header["block"] != BLOCK_BYTES or not all(
+            isinstance(header[name], str) for name in ("base", "result")
+        ):
             raise ValueError("blocks of another length, or no digests")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BrokenChain(f"{delta} is not a delta ({error!r}); fetch the full checkpoint") from None
+        raise BrokenChain(
+            f"{delta} is not a delta ({error!r}); fetch the full checkpoint"
+        ) from None
     return header
 
 
@@ -115,7 +137,10 @@ def apply_delta(base: pathlib.Path, delta: pathlib.Path, target: pathlib.Path) -
         entry, length = files[number], min(BLOCK_BYTES, sizes[number] - block * BLOCK_BYTES)
         offset, size = blocks[number, block]
         with delta.open("rb") as file:
-            data = np.frombuffer(zstandard.ZstdDecompressor().decompress(os.pread(file.fileno(), size, offset)), np.uint8)
+            data = np.frombuffer(
+                zstandard.ZstdDecompressor().decompress(os.pread(file.fileno(), size, offset)),
+                np.uint8,
+            )
         if entry["from_base"]:
             old = _read(base / entry["name"], block)
             if old.nbytes != length or data.nbytes != length:
@@ -133,11 +158,15 @@ def apply_delta(base: pathlib.Path, delta: pathlib.Path, target: pathlib.Path) -
                 _allocate(partial / entry["name"], entry["bytes"])
             in_threads(lambda item: rebuild(*item), _blocks(sizes))
         except (zstandard.ZstdError, struct.error, KeyError, FileNotFoundError) as error:
-            raise BrokenChain(f"{delta} is not whole, or its base is not ({error!r}); fetch the full checkpoint") from None
+            raise BrokenChain(
+                f"{delta} is not whole, or its base is not ({error!r}); fetch the full checkpoint"
+            ) from None
         except BrokenChain as error:
             raise BrokenChain(f"{delta}: {error}; fetch the full checkpoint") from None
         if sums.digest() != header["result"]:
-            raise BrokenChain(f"{delta} promises {header['result']}, but leads to {sums.digest()} from here; fetch the full checkpoint")
+            raise BrokenChain(
+                f"{delta} promises {header['result']}, but leads to {sums.digest()} from here; fetch the full checkpoint"
+            )
     return header["result"]
 
 
@@ -170,10 +199,14 @@ class _Sums:
         self._blocks[name][block] = hashlib.sha256(data).digest()
 
     def of(self, name: str) -> str:
-        return hashlib.sha256(b"".join(digest for _, digest in sorted(self._blocks[name].items()))).hexdigest()
+        return hashlib.sha256(
+            b"".join(digest for _, digest in sorted(self._blocks[name].items()))
+        ).hexdigest()
 
     def digest(self) -> str:
-        return hashlib.sha256("".join(f"{name}\0{self.of(name)}\n" for name in sorted(self._blocks)).encode()).hexdigest()
+        return hashlib.sha256(
+            "".join(f"{name}\0{self.of(name)}\n" for name in sorted(self._blocks)).encode()
+        ).hexdigest()
 
 
 @contextlib.contextmanager
@@ -211,7 +244,11 @@ def _places(delta: pathlib.Path) -> dict[tuple[int, int], tuple[int, int]]:
 
 def _blocks(sizes: list[int]) -> Iterator[tuple[int, int]]:
     """(file, block) of files of these lengths; an empty file has none."""
-    return ((number, block) for number, size in enumerate(sizes) for block in range(-(-size // BLOCK_BYTES)))
+    return (
+        (number, block)
+        for number, size in enumerate(sizes)
+        for block in range(-(-size // BLOCK_BYTES))
+    )
 
 
 def _read(path: pathlib.Path, block: int) -> np.ndarray:

@@ -17,7 +17,13 @@ from typing import Literal
 import aiohttp
 
 from rome.engine.client import UPDATE_SECONDS, EngineError
-from rome.engine.delta import BrokenChain, apply_delta, copy_checkpoint, directory_digest, read_header
+from rome.engine.delta import (
+    BrokenChain,
+    apply_delta,
+    copy_checkpoint,
+    directory_digest,
+    read_header,
+)
 
 KEPT = 2  # directories on the host: the newest, and the one that the engine may still be reading
 log = logging.getLogger(__name__)
@@ -45,7 +51,9 @@ class Mirror:
         local.mkdir(parents=True, exist_ok=True)
         for torn in local.glob("*.tmp"):
             shutil.rmtree(torn)
-        self._digests = {path.name: directory_digest(path) for path in self._copies()}  # hashed anew: a power cut may have torn them
+        self._digests = {
+            path.name: directory_digest(path) for path in self._copies()
+        }  # hashed anew: a power cut may have torn them
 
     def fetch(self, source: pathlib.Path, fresh: bool = False) -> Transfer:
         """The copy of the checkpoint directory `source`; SOURCE.delta beside it is used where it begins from a copy that is here.
@@ -54,7 +62,11 @@ class Mirror:
           fresh: copy all of it, whatever is here.
         Raises: OSError when it cannot be read or written.
         """
-        started, target, delta = time.monotonic(), self.local / source.name, source.with_name(source.name + ".delta")
+        started, target, delta = (
+            time.monotonic(),
+            self.local / source.name,
+            source.with_name(source.name + ".delta"),
+        )
         way, size = None if fresh else self._by_delta(delta, target), 0
         if way == "delta":
             size = delta.stat().st_size
@@ -62,12 +74,14 @@ class Mirror:
             self._digests.pop(target.name, None)
             way, self._digests[target.name] = "full", copy_checkpoint(source, target)
             size = sum(path.stat().st_size for path in target.iterdir())
-        for old in [path for path in self._copies() if path != target][:-(KEPT - 1) or None]:
+        for old in [path for path in self._copies() if path != target][: -(KEPT - 1) or None]:
             shutil.rmtree(old)
             self._digests.pop(old.name, None)
         return Transfer(target, way, size, time.monotonic() - started)
 
-    def _by_delta(self, delta: pathlib.Path, target: pathlib.Path) -> Literal["held", "delta"] | None:
+    def _by_delta(
+        self, delta: pathlib.Path, target: pathlib.Path
+    ) -> Literal["held", "delta"] | None:
         """None when the chain does not hold, whatever the reason: the full checkpoint is always a remedy."""
         if not delta.exists():
             return None
@@ -75,7 +89,9 @@ class Mirror:
             header = read_header(delta)
             if self._digests.get(target.name) == header["result"]:
                 return "held"
-            base = next((name for name, digest in self._digests.items() if digest == header["base"]), None)
+            base = next(
+                (name for name, digest in self._digests.items() if digest == header["base"]), None
+            )
             if base is None:
                 log.info("%s begins from a checkpoint that is not here", delta)
                 return None
@@ -87,7 +103,10 @@ class Mirror:
 
     def _copies(self) -> list[pathlib.Path]:
         """Oldest first."""
-        return sorted((path for path in self.local.iterdir() if re.fullmatch(r"step_\d+", path.name)), key=lambda path: path.stat().st_mtime_ns)
+        return sorted(
+            (path for path in self.local.iterdir() if re.fullmatch(r"step_\d+", path.name)),
+            key=lambda path: path.stat().st_mtime_ns,
+        )
 
 
 class MirrorClient:
@@ -103,15 +122,29 @@ class MirrorClient:
         path, fresh = path.resolve(), self._asked == path.resolve()
         self._asked = path
         try:
-            async with asyncio.timeout(self.seconds), aiohttp.ClientSession() as session, session.post(
-                self.url + "/fetch", json={"path": str(path), "fresh": fresh}, timeout=aiohttp.ClientTimeout(total=None),
-            ) as response:
+            async with (
+                asyncio.timeout(self.seconds),
+                aiohttp.ClientSession() as session,
+                session.post(
+                    self.url + "/fetch",
+                    json={"path": str(path), "fresh": fresh},
+                    timeout=aiohttp.ClientTimeout(total=None),
+                ) as response,
+            ):
                 answer = await response.json(content_type=None)
                 if response.status != 200:
-                    raise EngineError(f"mirror {self.url} answered {response.status}: {answer.get('error')}")
+                    raise EngineError(
+                        f"mirror {self.url} answered {response.status}: {answer.get('error')}"
+                    )
         except TimeoutError:
-            raise EngineError(f"mirror {self.url} did not bring {path} within {self.seconds:g} s; see its log") from None
+            raise EngineError(
+                f"mirror {self.url} did not bring {path} within {self.seconds:g} s; see its log"
+            ) from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise EngineError(f"mirror {self.url} does not answer ({error!r}); start launch.mirror on the engine's host") from error
-        self.last = Transfer(pathlib.Path(answer["path"]), answer["way"], answer["bytes"], answer["seconds"])
+            raise EngineError(
+                f"mirror {self.url} does not answer ({error!r}); start launch.mirror on the engine's host"
+            ) from error
+        self.last = Transfer(
+            pathlib.Path(answer["path"]), answer["way"], answer["bytes"], answer["seconds"]
+        )
         return self.last.path

@@ -20,12 +20,22 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
-from rome.engine.client import Completion, Engine, EngineDead, EngineError, EngineRefused, EngineUnproven, Sampling
+from rome.engine.client import (
+    Completion,
+    Engine,
+    EngineDead,
+    EngineError,
+    EngineRefused,
+    EngineUnproven,
+    Sampling,
+)
 from rome.engine.proof import Weights, load_and_prove
 
 State = Literal["starting", "ready", "updating", "suspect", "dead", "lent"]
 KEPT_AFFINITIES = 100_000
-DRAIN_SECONDS = 2.0  # for answers that a pause cut to arrive; later ones are sampled again elsewhere
+DRAIN_SECONDS = (
+    2.0  # for answers that a pause cut to arrive; later ones are sampled again elsewhere
+)
 MOST_MOVES = 8  # a request that was on so many engines when they failed may be the reason
 CROWDED = 16  # in flight at an episode's engine, beyond twice the least elsewhere: the cached prefix is not worth the wait any more
 log = logging.getLogger(__name__)
@@ -40,9 +50,13 @@ class EnginePool:
         it does not. The others are somebody else's to start, and are taken back when they answer again.
     """
 
-    def __init__(self, engines: Sequence[Engine], restart: Mapping[str, Callable[[], None]] | None = None):
+    def __init__(
+        self, engines: Sequence[Engine], restart: Mapping[str, Callable[[], None]] | None = None
+    ):
         if not engines:
-            raise ValueError("a pool needs at least one engine; give --config.engines=URL[,URL...] or let launch.train start one")
+            raise ValueError(
+                "a pool needs at least one engine; give --config.engines=URL[,URL...] or let launch.train start one"
+            )
         self.engines: list[Engine] = []
         self.states: dict[str, State] = {}
         self.in_flight: collections.Counter[str] = collections.Counter()
@@ -69,14 +83,27 @@ class EnginePool:
     def join(self, engine: Engine, state: State = "starting") -> None:
         """Adds an engine at any time. It serves when a publication or the supervisor has brought it to the current weights."""
         if engine.url in self.states:
-            raise ValueError(f"the pool has an engine at {engine.url} already; each needs a URL of its own")
+            raise ValueError(
+                f"the pool has an engine at {engine.url} already; each needs a URL of its own"
+            )
         self.engines.append(engine)
-        self.states[engine.url], self.in_flight[engine.url], self._bringing[engine.url] = state, 0, asyncio.Lock()
+        self.states[engine.url], self.in_flight[engine.url], self._bringing[engine.url] = (
+            state,
+            0,
+            asyncio.Lock(),
+        )
         if state != "ready":
             self.causes[engine.url] = f"{engine.url} has not proven its weights yet"
             engine.refuse(self.causes[engine.url])
 
-    async def generate(self, input_ids: list[int], sampling: Sampling, deadline_s: float, *, affinity: str | None = None) -> Completion:
+    async def generate(
+        self,
+        input_ids: list[int],
+        sampling: Sampling,
+        deadline_s: float,
+        *,
+        affinity: str | None = None,
+    ) -> Completion:
         """As `Engine.generate`, on the engine of this affinity. An engine that is taken out hands its request, as far as it came, to another one.
 
         Raises: EngineError; at once when no engine is left and nobody brings one back.
@@ -89,7 +116,9 @@ class EnginePool:
                 continue
             self.in_flight[engine.url] += 1
             try:
-                return await engine.generate(input_ids, sampling, ends - time.monotonic(), begun=begun)
+                return await engine.generate(
+                    input_ids, sampling, ends - time.monotonic(), begun=begun
+                )
             except EngineDead as error:
                 self.mark_dead(engine, str(error))
             except EngineUnproven as error:
@@ -100,7 +129,9 @@ class EnginePool:
                 self.in_flight[engine.url] -= 1
             moves += 1
             if moves == MOST_MOVES:
-                raise EngineError(f"{moves} engines failed while they had this request, {engine.url} last: {self.causes.get(engine.url)}")
+                raise EngineError(
+                    f"{moves} engines failed while they had this request, {engine.url} last: {self.causes.get(engine.url)}"
+                )
 
     def engines_in(self, *states: State) -> list[Engine]:
         return [engine for engine in self.engines if self.states[engine.url] in states]
@@ -116,7 +147,11 @@ class EnginePool:
     def admit(self, engine: Engine) -> None:
         """It serves from now on."""
         if self.states[engine.url] in ("starting", "suspect", "dead"):
-            log.info("engine %s is ready%s", engine.url, f", weights {self.weights.version}" if self.weights else "")
+            log.info(
+                "engine %s is ready%s",
+                engine.url,
+                f", weights {self.weights.version}" if self.weights else "",
+            )
         self.states[engine.url] = "ready"
         self.causes.pop(engine.url, None)
         engine.accept()
@@ -132,7 +167,9 @@ class EnginePool:
         """
         async with self._bringing[engine.url]:
             if self.weights is None:
-                raise EngineError(f"{engine.url} cannot be brought to the current weights: nothing was published yet")
+                raise EngineError(
+                    f"{engine.url} cannot be brought to the current weights: nothing was published yet"
+                )
             weights = None
             try:
                 while weights is not self.weights:  # a publication may come in between
@@ -150,10 +187,16 @@ class EnginePool:
                 self.quarantine(engine, str(failure))
                 raise
             except (LookupError, TypeError, ValueError, OSError) as failure:
-                self.quarantine(engine, f"{engine.url} answered an update unlike an SGLang server, or its checkpoint cannot be read: {failure!r}")
+                self.quarantine(
+                    engine,
+                    f"{engine.url} answered an update unlike an SGLang server, or its checkpoint cannot be read: {failure!r}",
+                )
                 raise EngineError(self.causes[engine.url]) from failure
             except asyncio.CancelledError:
-                self.quarantine(engine, f"{engine.url} did not take weights {weights.version} in time; see its log")
+                self.quarantine(
+                    engine,
+                    f"{engine.url} did not take weights {weights.version} in time; see its log",
+                )
                 raise
             engine.prove(weights.version)
             self.admit(engine)
@@ -170,7 +213,10 @@ class EnginePool:
                 async with asyncio.timeout(max(ends - time.monotonic(), 0.0)):
                     await self._opened.wait()
             except TimeoutError:
-                raise EngineError(f"no engine came back within {seconds:.0f} s: " + "; ".join(self.causes.values())) from None
+                raise EngineError(
+                    f"no engine came back within {seconds:.0f} s: "
+                    + "; ".join(self.causes.values())
+                ) from None
 
     async def lend(self, count: int) -> None:
         """Time division: frees the devices of `count` engines for the learner, always of the last ones. What ran there goes on on the others, from the
@@ -186,7 +232,14 @@ class EnginePool:
                 self._take_out(engine, "lent", f"the devices of {engine.url} are training")
                 await engine.release_memory()
 
-        await self._each([engine for engine in self.engines[-count:] if self.states[engine.url] in ("ready", "updating")], lend)
+        await self._each(
+            [
+                engine
+                for engine in self.engines[-count:]
+                if self.states[engine.url] in ("ready", "updating")
+            ],
+            lend,
+        )
 
     async def take_back(self) -> None:
         """The engines that were lent have their memory again. They hold requests until a publication has brought weights there."""
@@ -212,7 +265,13 @@ class EnginePool:
 
     def _take_out(self, engine: Engine, state: State, cause: str) -> None:
         if self.states[engine.url] != state:
-            log.log(logging.INFO if state == "lent" else logging.WARNING, "engine %s is %s: %s", engine.url, state, cause)
+            log.log(
+                logging.INFO if state == "lent" else logging.WARNING,
+                "engine %s is %s: %s",
+                engine.url,
+                state,
+                cause,
+            )
         self.states[engine.url] = state
         self.causes[engine.url] = cause
         engine.refuse(cause)
@@ -225,7 +284,11 @@ class EnginePool:
         home = self._homes.get(affinity) if affinity is not None else None
         least = min(serving, key=lambda engine: self.in_flight[engine.url])
         crowd = 2 * self.in_flight[least.url] + CROWDED
-        if home is None or self.states[home.url] not in ("ready", "updating") or (home is not least and self.in_flight[home.url] > crowd):
+        if (
+            home is None
+            or self.states[home.url] not in ("ready", "updating")
+            or (home is not least and self.in_flight[home.url] > crowd)
+        ):
             home = least
         if affinity is not None:
             self._homes[affinity] = home

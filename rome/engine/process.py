@@ -19,7 +19,9 @@ from collections.abc import Callable, Sequence
 from rome.engine.client import EngineError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-PORT_IN_USE = 98  # exit status of launch.serve when it cannot have its port (the number of EADDRINUSE)
+PORT_IN_USE = (
+    98  # exit status of launch.serve when it cannot have its port (the number of EADDRINUSE)
+)
 PORT_ATTEMPTS = 3
 KILL_SECONDS = 30.0
 START_SECONDS = 180.0
@@ -57,7 +59,9 @@ class ServerProcess:
             raise EngineError(f"{self.url} was stopped; it is not started again")
         status = _wait_until_ready(self, time.monotonic() + deadline_s)
         if status is not None:
-            raise EngineError(f"the engine ended with status {status} when it was started again; the end of {self.log_path}:\n{_tail(self.log_path)}")
+            raise EngineError(
+                f"the engine ended with status {status} when it was started again; the end of {self.log_path}:\n{_tail(self.log_path)}"
+            )
 
     def stop(self, grace_s: float = 5.0) -> None:
         """SIGTERM, then SIGKILL to its whole process group, for good. Does nothing when it is gone already."""
@@ -71,13 +75,20 @@ class ServerProcess:
                 self.process.wait(grace_s)
             except subprocess.TimeoutExpired:
                 os.killpg(self.process.pid, signal.SIGKILL)
-                with contextlib.suppress(subprocess.TimeoutExpired):  # a busy kernel takes its time; that must not hide why the server was stopped
+                with contextlib.suppress(
+                    subprocess.TimeoutExpired
+                ):  # a busy kernel takes its time; that must not hide why the server was stopped
                     self.process.wait(KILL_SECONDS)
 
 
 def start_server(
-    model_dir: str | os.PathLike[str], log_path: str | os.PathLike[str], *, port: int | None = None, flags: Sequence[str] = (),
-    deadline_s: float = START_SECONDS, environment: dict[str, str] | None = None,
+    model_dir: str | os.PathLike[str],
+    log_path: str | os.PathLike[str],
+    *,
+    port: int | None = None,
+    flags: Sequence[str] = (),
+    deadline_s: float = START_SECONDS,
+    environment: dict[str, str] | None = None,
 ) -> ServerProcess:
     """Starts `python -m launch.serve` and returns when it is ready to answer.
 
@@ -103,20 +114,50 @@ def start_server(
             return server
         if status != PORT_IN_USE or port is not None:
             break
-    raise EngineError(f"the engine ended with status {status} before it was ready; the end of {log_path}:\n{_tail(log_path)}")
+    raise EngineError(
+        f"the engine ended with status {status} before it was ready; the end of {log_path}:\n{_tail(log_path)}"
+    )
 
 
-def _launch(model_dir: str | os.PathLike[str], log_path: pathlib.Path, port: int, flags: Sequence[str], extra: dict[str, str]) -> ServerProcess:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])), "PYTHONUNBUFFERED": "1"}
-    environment["XLA_FLAGS"] = re.sub(r"--xla_force_host_platform_device_count=\S+", "", environment.get("XLA_FLAGS", "")).strip()
+def _launch(
+    model_dir: str | os.PathLike[str],
+    log_path: pathlib.Path,
+    port: int,
+    flags: Sequence[str],
+    extra: dict[str, str],
+) -> ServerProcess:
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
+        "PYTHONUNBUFFERED": "1",
+    }
+    environment["XLA_FLAGS"] = re.sub(
+        r"--xla_force_host_platform_device_count=\S+", "", environment.get("XLA_FLAGS", "")
+    ).strip()
     command = [
-        sys.executable, "-m", "launch.serve", "--model_path", str(model_dir), "--host", "127.0.0.1", "--port", str(port),
-        "--parent_pid", str(os.getpid()), *flags,
+        sys.executable,
+        "-m",
+        "launch.serve",
+        "--model_path",
+        str(model_dir),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--parent_pid",
+        str(os.getpid()),
+        *flags,
     ]
 
     def start() -> subprocess.Popen:
         with open(log_path, "ab") as log:
-            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment | extra, start_new_session=True)
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment | extra,
+                start_new_session=True,
+            )
 
     return ServerProcess(f"http://127.0.0.1:{port}", start(), log_path, start)
 
@@ -133,7 +174,9 @@ def _wait_until_ready(server: ServerProcess, ends: float) -> int | None:
         except (urllib.error.URLError, OSError):  # not listening yet, or 503 while it compiles
             pass
         time.sleep(0.1)
-    raise EngineError(f"the engine was not ready in time; raise the deadline, or see the end of {server.log_path}:\n{_tail(server.log_path)}")
+    raise EngineError(
+        f"the engine was not ready in time; raise the deadline, or see the end of {server.log_path}:\n{_tail(server.log_path)}"
+    )
 
 
 def _free_port() -> int:

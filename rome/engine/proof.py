@@ -37,7 +37,9 @@ class Weights:
 
     def __post_init__(self) -> None:
         if len(self.probe_ids) != len(self.expected_logprobs) or len(self.probe_ids) < 2:
-            raise ValueError(f"{len(self.probe_ids)} probe ids and {len(self.expected_logprobs)} logprobs; give one logprob for each of at least two ids")
+            raise ValueError(
+                f"{len(self.probe_ids)} probe ids and {len(self.expected_logprobs)} logprobs; give one logprob for each of at least two ids"
+            )
 
 
 async def load_and_prove(engine: Engine, weights: Weights, mode: str = "abort") -> float:
@@ -55,13 +57,19 @@ async def load_and_prove(engine: Engine, weights: Weights, mode: str = "abort") 
     await engine.update_weights(str(path.resolve()), weights.version, flush=mode != "in_place")
     info = await engine.model_info()
     if info.get("weight_version") != str(weights.version):
-        raise EngineError(f"{engine.url} says weight_version {info.get('weight_version')!r} after the update to {weights.version}; "
-                          "start it again and publish again")
+        raise EngineError(
+            f"{engine.url} says weight_version {info.get('weight_version')!r} after the update to {weights.version}; "
+            "start it again and publish again"
+        )
     if dialect.embedded:
         await _compare_checksums(engine, weights.path, (await engine.server_info())["dtype"])
     await engine.resume()  # a paused server would hold the probe too
     logprobs = await engine.score(list(weights.probe_ids))
-    error = float(np.max(np.abs(np.asarray(logprobs[1:]) - np.asarray(weights.expected_logprobs[1:], np.float64))))
+    error = float(
+        np.max(
+            np.abs(np.asarray(logprobs[1:]) - np.asarray(weights.expected_logprobs[1:], np.float64))
+        )
+    )
     if not error <= weights.tolerance:  # also when it is NaN
         await engine.pause("abort")
         raise EngineError(
@@ -74,7 +82,9 @@ async def load_and_prove(engine: Engine, weights: Weights, mode: str = "abort") 
 async def _compare_checksums(engine: Engine, path: pathlib.Path, dtype: str) -> None:
     theirs = (await engine.checksum())["ranks"][0]["checksums"]
     ours = await asyncio.to_thread(_checksums, path, dtype)
-    differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    differing = sorted(
+        name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)
+    )
     if differing:
         raise EngineError(
             f"{engine.url} holds other bytes than {path} in {len(differing)} tensors ({', '.join(differing[:3])}, ...); start it again and publish again"
@@ -87,6 +97,8 @@ def _checksums(path: pathlib.Path, dtype: str) -> dict[str, str]:
     for file in sorted(path.glob("*.safetensors")):
         with safetensors.safe_open(file, framework="numpy") as opened:
             for name in opened.keys():
-                tensor = np.ascontiguousarray(opened.get_tensor(name).astype(jnp.dtype(dtype), copy=False))
+                tensor = np.ascontiguousarray(
+                    opened.get_tensor(name).astype(jnp.dtype(dtype), copy=False)
+                )
                 sums[name] = hashlib.sha256(tensor.tobytes()).hexdigest()
     return sums

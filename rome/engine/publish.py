@@ -53,7 +53,13 @@ class Published:
 
 
 async def publish_weights(
-    path: pathlib.Path, version: int, pool: EnginePool, probe_ids: Sequence[int], expected_logprobs: Sequence[float], tolerance: float = 1e-4, *,
+    path: pathlib.Path,
+    version: int,
+    pool: EnginePool,
+    probe_ids: Sequence[int],
+    expected_logprobs: Sequence[float],
+    tolerance: float = 1e-4,
+    *,
     mode: str = "abort",
 ) -> Published:
     """Brings the checkpoint at `path` to every engine of the pool, as weight version `version`.
@@ -74,10 +80,19 @@ async def publish_weights(
     if not errors:
         await pool.wait_ready(RECOVERY_SECONDS if pool.supervised else 0.0)
     serving = pool.engines_in("ready")
-    transfers = [engine.mirror.last for engine in serving if engine.mirror is not None and engine.mirror.last is not None]
+    transfers = [
+        engine.mirror.last
+        for engine in serving
+        if engine.mirror is not None and engine.mirror.last is not None
+    ]
     return Published(
-        path, time.monotonic() - started, max(errors.values(), default=0.0), len(serving), tuple(pool.causes.values()),
-        max((one.seconds for one in transfers), default=0.0), sum(one.bytes for one in transfers),
+        path,
+        time.monotonic() - started,
+        max(errors.values(), default=0.0),
+        len(serving),
+        tuple(pool.causes.values()),
+        max((one.seconds for one in transfers), default=0.0),
+        sum(one.bytes for one in transfers),
     )
 
 
@@ -87,7 +102,9 @@ async def _bring_all(pool: EnginePool, engines: Sequence[Engine], mode: str) -> 
     pending, left_s = set(tasks), None
     try:
         while pending and left_s != 0.0:
-            done, pending = await asyncio.wait(pending, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            done, pending = await asyncio.wait(
+                pending, timeout=left_s, return_when=asyncio.FIRST_COMPLETED
+            )
             if left_s is None and any(task.exception() is None for task in done):
                 ends = time.monotonic() + STRAGGLER_SECONDS
             if left_s is not None or any(task.exception() is None for task in done):
@@ -97,13 +114,25 @@ async def _bring_all(pool: EnginePool, engines: Sequence[Engine], mode: str) -> 
             task.cancel()
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
     for outcome in outcomes:
-        if isinstance(outcome, BaseException) and not isinstance(outcome, (EngineError, asyncio.CancelledError)):
+        if isinstance(outcome, BaseException) and not isinstance(
+            outcome, (EngineError, asyncio.CancelledError)
+        ):
             raise outcome
-    return {engine.url: outcome for engine, outcome in zip(tasks.values(), outcomes) if isinstance(outcome, float)}
+    return {
+        engine.url: outcome
+        for engine, outcome in zip(tasks.values(), outcomes)
+        if isinstance(outcome, float)
+    }
 
 
 def write_checkpoint(
-    params: Any, config: ModelConfig, directory: str | os.PathLike[str], version: int, needed: Collection[int] = (), *, delta: bool = False,
+    params: Any,
+    config: ModelConfig,
+    directory: str | os.PathLike[str],
+    version: int,
+    needed: Collection[int] = (),
+    *,
+    delta: bool = False,
 ) -> pathlib.Path:
     """Writes directory/step_N: a reader sees all of it or nothing, also after a power cut. Only the last two versions stay, and those of `needed`.
 
@@ -114,22 +143,35 @@ def write_checkpoint(
     path = pathlib.Path(directory) / f"step_{version:06d}"
     partial = path.with_name(path.name + ".tmp")
     if jax.process_index() == 0:
-        shutil.rmtree(partial, ignore_errors=True)  # before anyone writes: the others wait for process 0 in save_hf
+        shutil.rmtree(
+            partial, ignore_errors=True
+        )  # before anyone writes: the others wait for process 0 in save_hf
     save_hf(params, config, partial, dtype=jnp.dtype(config.dtype))
     if jax.process_index():
         return path
     place = path.with_name(path.name + ".delta")
-    place.unlink(missing_ok=True)  # of an earlier run that published this version and died: it leads to other bytes
+    place.unlink(
+        missing_ok=True
+    )  # of an earlier run that published this version and died: it leads to other bytes
     shutil.rmtree(path, ignore_errors=True)
     os.replace(partial, path)
     sync(path.parent)
-    steps = sorted(entry for entry in path.parent.iterdir() if re.fullmatch(r"step_\d+", entry.name))
-    newest = steps.index(path) + 1  # later ones belong to a future that this run was rolled back from
-    for old in [*steps[:max(newest - KEPT_DIRECTORIES, 0)], *steps[newest:]]:
+    steps = sorted(
+        entry for entry in path.parent.iterdir() if re.fullmatch(r"step_\d+", entry.name)
+    )
+    newest = (
+        steps.index(path) + 1
+    )  # later ones belong to a future that this run was rolled back from
+    for old in [*steps[: max(newest - KEPT_DIRECTORIES, 0)], *steps[newest:]]:
         if int(old.name.removeprefix("step_")) not in needed:
             shutil.rmtree(old)
             old.with_name(old.name + ".delta").unlink(missing_ok=True)
     if delta and newest > 1:
         earlier = place.with_name(steps[newest - 2].name + ".delta")
-        write_delta(steps[newest - 2], path, place, read_header(earlier)["result"] if earlier.exists() else None)
+        write_delta(
+            steps[newest - 2],
+            path,
+            place,
+            read_header(earlier)["result"] if earlier.exists() else None,
+        )
     return path

@@ -21,7 +21,9 @@ SILENT_PROBES = 2  # of a suspect engine, before one of our own is killed and st
 log = logging.getLogger(__name__)
 
 
-async def supervise(pool: EnginePool, *, interval_s: float = INTERVAL_SECONDS, probe_s: float = HEALTH_SECONDS) -> None:
+async def supervise(
+    pool: EnginePool, *, interval_s: float = INTERVAL_SECONDS, probe_s: float = HEALTH_SECONDS
+) -> None:
     """Runs until it is cancelled.
 
     Args:
@@ -34,7 +36,9 @@ async def supervise(pool: EnginePool, *, interval_s: float = INTERVAL_SECONDS, p
         while True:
             for engine in pool.engines:  # also those that joined later
                 if engine.url not in caring:
-                    caring[engine.url] = asyncio.create_task(_care(pool, engine, interval_s, probe_s))
+                    caring[engine.url] = asyncio.create_task(
+                        _care(pool, engine, interval_s, probe_s)
+                    )
             for url, task in list(caring.items()):
                 if task.done():  # by an error that nobody foresaw: say it, and care again
                     log.error("care for engine %s ended", url, exc_info=task.exception())
@@ -52,7 +56,9 @@ async def _care(pool: EnginePool, engine: Engine, interval_s: float, probe_s: fl
     busy = failures = 0
     while True:
         match pool.states[engine.url]:
-            case "updating" | "lent":  # whoever updates it has a deadline; one whose memory is lent out has nothing to answer with
+            case (
+                "updating" | "lent"
+            ):  # whoever updates it has a deadline; one whose memory is lent out has nothing to answer with
                 busy = failures = 0
             case "ready":
                 failures = 0
@@ -63,14 +69,22 @@ async def _care(pool: EnginePool, engine: Engine, interval_s: float, probe_s: fl
                 if health == "gone":
                     pool.mark_dead(engine, f"nobody answers at {engine.url}; see its log")
                 elif health == "hung" or busy == MOST_BUSY:
-                    why = f"did not answer its health probe within {probe_s:g} s" if health == "hung" else f"said {MOST_BUSY} times in a row that it is busy"
-                    pool.quarantine(engine, f"{engine.url} {why}; is it stopped or stuck? See its log")
+                    why = (
+                        f"did not answer its health probe within {probe_s:g} s"
+                        if health == "hung"
+                        else f"said {MOST_BUSY} times in a row that it is busy"
+                    )
+                    pool.quarantine(
+                        engine, f"{engine.url} {why}; is it stopped or stuck? See its log"
+                    )
                 if pool.states[engine.url] != "ready":
                     continue  # recovery begins at once
             case _:
                 failures = 0 if await _recover(pool, engine, failures, probe_s) else failures + 1
-        wait = min(interval_s * 2**min(failures, 10), max(interval_s, MOST_WAIT_SECONDS))
-        await asyncio.sleep(wait * random.uniform(0.8, 1.2))  # engines of one host are not all to be tried at the same moment
+        wait = min(interval_s * 2 ** min(failures, 10), max(interval_s, MOST_WAIT_SECONDS))
+        await asyncio.sleep(
+            wait * random.uniform(0.8, 1.2)
+        )  # engines of one host are not all to be tried at the same moment
 
 
 async def _recover(pool: EnginePool, engine: Engine, failures: int, probe_s: float) -> bool:
@@ -82,13 +96,17 @@ async def _recover(pool: EnginePool, engine: Engine, failures: int, probe_s: flo
             pool.mark_dead(engine, f"nobody answers at {engine.url}; see its log")
         if health == "busy":  # 503 also while it still loads: it will be well, or gone
             return False
-        if restart is not None and (health == "gone" or health == "hung" and failures + 1 >= SILENT_PROBES):
+        if restart is not None and (
+            health == "gone" or health == "hung" and failures + 1 >= SILENT_PROBES
+        ):
             pool.states[engine.url] = "starting"
             log.warning("starting engine %s again", engine.url)
             await asyncio.to_thread(restart)  # has a deadline of its own
         elif health != "well":
             return False
-        if pool.weights is None:  # nothing was published yet: it runs the weights that it was started with, as the others do
+        if (
+            pool.weights is None
+        ):  # nothing was published yet: it runs the weights that it was started with, as the others do
             pool.admit(engine)
         else:
             await pool.bring(engine)

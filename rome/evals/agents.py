@@ -81,10 +81,17 @@ class Started:
 
     def outcome(self, reward: float, ending: str, note: str = "") -> Outcome:
         note = note or str(self.last.get("note", ""))
-        return Outcome(None if is_spoiled(ending) else float(reward), ending, note[:NOTE_CHARS], self.turns)
+        return Outcome(
+            None if is_spoiled(ending) else float(reward), ending, note[:NOTE_CHARS], self.turns
+        )
 
 
-async def with_environment(task: EvalTask, config: SandboxConfig, play: Callable[[Started], Awaitable[Outcome]], seconds: float | None = None) -> Outcome:
+async def with_environment(
+    task: EvalTask,
+    config: SandboxConfig,
+    play: Callable[[Started], Awaitable[Outcome]],
+    seconds: float | None = None,
+) -> Outcome:
     """Starts the task's environment, lets `play` play there and closes it. Faults of starting are the infrastructure's, whoever plays.
 
     Args:
@@ -96,21 +103,32 @@ async def with_environment(task: EvalTask, config: SandboxConfig, play: Callable
             async with asyncio.timeout(task.start_seconds):
                 started = Started(env, task, await env.areset())
         except TimeoutError:
-            return spoiled("infra_sandbox", f"the environment did not start within {task.start_seconds:g} s")
+            return spoiled(
+                "infra_sandbox", f"the environment did not start within {task.start_seconds:g} s"
+            )
         try:
             async with asyncio.timeout(seconds):
                 return await play(started)
         except TimeoutError:
             return started.outcome(0.0, "timeout", f"the attempt passed its {seconds:g} s")
-    except (MissingProgramsError, TaskError) as error:  # a build step may fail once; all else of these is as it is
-        return spoiled("infra_sandbox", f"{type(error).__name__}: {error}", permanent=not isinstance(error, BuildError))
+    except (
+        MissingProgramsError,
+        TaskError,
+    ) as error:  # a build step may fail once; all else of these is as it is
+        return spoiled(
+            "infra_sandbox",
+            f"{type(error).__name__}: {error}",
+            permanent=not isinstance(error, BuildError),
+        )
     except SandboxError as error:
         return spoiled("infra_sandbox", f"{type(error).__name__}: {error}")
     finally:
         try:
             async with asyncio.timeout(CLOSE_SECONDS):
                 await env.aclose()
-        except TimeoutError:  # the attempt has its result; what is left of the sandbox ends with this process
+        except (
+            TimeoutError
+        ):  # the attempt has its result; what is left of the sandbox ends with this process
             logging.warning("the sandbox of %r did not end within %g s", task.name, CLOSE_SECONDS)
 
 
@@ -128,7 +146,11 @@ class Scripted:
     async def play(self, task: EvalTask, attempt: int, seed: int) -> Outcome:
         if self.name == "oracle":
             return await with_environment(task, self.config, _solve)
-        return await with_environment(task, self.config, lambda started: _hand_in(started, attempt if self.name == "cheat" else None))
+        return await with_environment(
+            task,
+            self.config,
+            lambda started: _hand_in(started, attempt if self.name == "cheat" else None),
+        )
 
     async def close(self) -> None:
         pass
@@ -139,19 +161,41 @@ async def _solve(started: Started) -> Outcome:
         if isinstance(started.env, HarborEnv):
             _, reward, _, _, info = await started.env.asolve()
             ended = getattr(started.env, "solution_result", None)
-            why = f"; the reference solution ended with exit {ended.exit_code}: {ended.stderr[-200:]}" if ended and ended.exit_code and reward != 1.0 else ""
+            why = (
+                f"; the reference solution ended with exit {ended.exit_code}: {ended.stderr[-200:]}"
+                if ended and ended.exit_code and reward != 1.0
+                else ""
+            )
             started.last = info
-            return started.outcome(reward, info["ending"], f"{info.get('note', '')}{why}".lstrip("; "))
+            return started.outcome(
+                reward, info["ending"], f"{info.get('note', '')}{why}".lstrip("; ")
+            )
         if hasattr(type(started.env), "expert_action"):
             return await _follow(started, started.env)
         episode = await run_expert(started, random.Random(0))
-        why = f"last observation: {episode.turns[-1].observation}" if episode.reward != 1.0 and episode.turns else ""
-        return started.outcome(episode.reward, episode.ending, str(started.last.get("note", "")) or why)
+        why = (
+            f"last observation: {episode.turns[-1].observation}"
+            if episode.reward != 1.0 and episode.turns
+            else ""
+        )
+        return started.outcome(
+            episode.reward, episode.ending, str(started.last.get("note", "")) or why
+        )
     except TaskError:
         raise
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError) as error:
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        AssertionError,
+        RuntimeError,
+    ) as error:
         # an expert that meets what it did not expect: the task's fault, and one task must not end the evaluation of all
-        return started.outcome(0.0, "failure", f"the reference solution raised {type(error).__name__}: {error}")
+        return started.outcome(
+            0.0, "failure", f"the reference solution raised {type(error).__name__}: {error}"
+        )
 
 
 async def _follow(started: Started, env: Any) -> Outcome:
@@ -161,18 +205,28 @@ async def _follow(started: Started, env: Any) -> Outcome:
         observation, reward, terminated, truncated, info = await started.astep(action)
         if terminated or truncated:
             return started.outcome(reward, info["ending"])
-    return started.outcome(0.0, "failure", f"the expert has no further turn; last observation: {observation}")
+    return started.outcome(
+        0.0, "failure", f"the expert has no further turn; last observation: {observation}"
+    )
 
 
 async def _hand_in(started: Started, attempt: int | None) -> Outcome:
     """Says that it is done, in every step of the task, after a trick where an attempt's number chooses one."""
-    trick, turns = (None, []) if attempt is None else tricks_of(started.env)[attempt % len(tricks_of(started.env))]
+    trick, turns = (
+        (None, [])
+        if attempt is None
+        else tricks_of(started.env)[attempt % len(tricks_of(started.env))]
+    )
     told = f"trick: {trick}" if trick else ""
     while True:
         for action in [*turns, FINAL_TURN]:
             _, reward, terminated, truncated, info = await started.astep(action)
             if terminated or truncated:
-                return started.outcome(reward, info["ending"], "; ".join(filter(None, [told, str(info.get("note", ""))])))
+                return started.outcome(
+                    reward,
+                    info["ending"],
+                    "; ".join(filter(None, [told, str(info.get("note", ""))])),
+                )
 
 
 @dataclasses.dataclass
@@ -194,12 +248,33 @@ class Policy:
         async def episode(started: Started) -> Outcome:
             chat = self.chat
             if self.tell_tools:
-                chat = Chat(chat.tokenizer, started.opening[1]["tools"], getattr(started.env, "system", None))
-            played = await run_episode(self.engine, started, chat, self.limits, seed=seed, temperature=self.temperature, episode=attempt)
-            tokens = {"prompt": sum(len(chunk.prompt_ids) for chunk in played.chunks), "completion": played.num_action_tokens}
-            return dataclasses.replace(started.outcome(played.reward, played.ending, played.note), tokens=tokens, turns=len(played.chunks))
+                chat = Chat(
+                    chat.tokenizer,
+                    started.opening[1]["tools"],
+                    getattr(started.env, "system", None),
+                )
+            played = await run_episode(
+                self.engine,
+                started,
+                chat,
+                self.limits,
+                seed=seed,
+                temperature=self.temperature,
+                episode=attempt,
+            )
+            tokens = {
+                "prompt": sum(len(chunk.prompt_ids) for chunk in played.chunks),
+                "completion": played.num_action_tokens,
+            }
+            return dataclasses.replace(
+                started.outcome(played.reward, played.ending, played.note),
+                tokens=tokens,
+                turns=len(played.chunks),
+            )
 
-        return await with_environment(task, self.config, episode, self.limits.episode_seconds + CLOSE_SECONDS)
+        return await with_environment(
+            task, self.config, episode, self.limits.episode_seconds + CLOSE_SECONDS
+        )
 
     async def close(self) -> None:
         await self.engine.close()

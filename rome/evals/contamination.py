@@ -45,12 +45,20 @@ def ngrams_of(text: str) -> set[tuple[str, ...]]:
     """The runs of 13 words; the whole where it has 8 to 12; nothing where it has fewer."""
     words = words_of(text)
     size = min(N, len(words))
-    return {tuple(words[i:i + size]) for i in range(len(words) - size + 1)} if size >= FEWEST_WORDS else set()
+    return (
+        {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}
+        if size >= FEWEST_WORDS
+        else set()
+    )
 
 
 def texts_of(task: EvalTask) -> list[str]:
     """The instructions of the task's steps: no run of words crosses from one to the next."""
-    return [step.instruction for step in task.source.steps] if isinstance(task.source, HarborTask) else [task.instruction]
+    return (
+        [step.instruction for step in task.source.steps]
+        if isinstance(task.source, HarborTask)
+        else [task.instruction]
+    )
 
 
 def canaries_of(task: EvalTask) -> set[str]:
@@ -105,20 +113,42 @@ def find_contamination(tasks: Sequence[EvalTask], corpus: pathlib.Path) -> dict[
     if not files:
         raise ValueError(f"corpus {str(corpus)!r} holds no file that could be read")
     return {
-        "corpus": str(corpus), "files": files, "words": words, "unreadable": unreadable,
-        "unchecked": sorted(name for name, found in grams.items() if not found), "canaries_known": len(guids),
-        "hits": [{"task": name, "share": round(len(hit.ngrams) / len(grams[name]), 4) if grams[name] else 0.0, "ngrams": len(hit.ngrams),
-                  "canaries": sorted(hit.canaries), "places": hit.places} for name, hit in sorted(hits.items())],
+        "corpus": str(corpus),
+        "files": files,
+        "words": words,
+        "unreadable": unreadable,
+        "unchecked": sorted(name for name, found in grams.items() if not found),
+        "canaries_known": len(guids),
+        "hits": [
+            {
+                "task": name,
+                "share": round(len(hit.ngrams) / len(grams[name]), 4) if grams[name] else 0.0,
+                "ngrams": len(hit.ngrams),
+                "canaries": sorted(hit.canaries),
+                "places": hit.places,
+            }
+            for name, hit in sorted(hits.items())
+        ],
     }
 
 
 def _files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     for root, folders, names in os.walk(folder):
         folders.sort()
-        yield from (path for name in sorted(names) if (path := pathlib.Path(root) / name).is_file() and not path.is_symlink())
+        yield from (
+            path
+            for name in sorted(names)
+            if (path := pathlib.Path(root) / name).is_file() and not path.is_symlink()
+        )
 
 
-def _scan(path: pathlib.Path, shown: str, owners: Mapping[tuple[str, ...], list[str]], guids: Mapping[str, list[str]], hits: dict[str, _Hits]) -> int:
+def _scan(
+    path: pathlib.Path,
+    shown: str,
+    owners: Mapping[tuple[str, ...], list[str]],
+    guids: Mapping[str, list[str]],
+    hits: dict[str, _Hits],
+) -> int:
     """Looks for everything in one file; returns how many words it has. A run of words may cross the chunks."""
     sizes = sorted({len(gram) for gram in owners})
     window: collections.deque[str] = collections.deque(maxlen=N)
@@ -127,7 +157,13 @@ def _scan(path: pathlib.Path, shown: str, owners: Mapping[tuple[str, ...], list[
         for match in _GUID.finditer(text) if guids else ():
             for name in guids.get(match[0], ()):
                 hits[name].canaries.add(match[0])
-                hits[name].add({"file": shown, "line": line + text.count("\n", 0, match.start()), "what": f"canary {match[0]}"})
+                hits[name].add(
+                    {
+                        "file": shown,
+                        "line": line + text.count("\n", 0, match.start()),
+                        "what": f"canary {match[0]}",
+                    }
+                )
         for match in _WORD.finditer(text):
             window.append(match[0])
             count += 1
@@ -139,7 +175,13 @@ def _scan(path: pathlib.Path, shown: str, owners: Mapping[tuple[str, ...], list[
                 for name in owners[gram]:
                     if gram not in hits[name].ngrams:
                         hits[name].ngrams.add(gram)
-                        hits[name].add({"file": shown, "line": line + text.count("\n", 0, match.start()), "what": " ".join(gram)})
+                        hits[name].add(
+                            {
+                                "file": shown,
+                                "line": line + text.count("\n", 0, match.start()),
+                                "what": " ".join(gram),
+                            }
+                        )
         line += text.count("\n")
     return count
 
@@ -160,16 +202,34 @@ def _chunks(path: pathlib.Path) -> Iterator[str]:
 def write_contamination(out: pathlib.Path, dataset: str, found: Mapping[str, Any]) -> None:
     """OUT/contamination.json, contamination.md and contamination.html."""
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "contamination.json", json.dumps({"dataset": dataset, **found}, indent=1) + "\n")
-    write_pages(out, "contamination", f"{dataset} in {found['corpus']}", contamination_tables(found))
+    write_atomically(
+        out / "contamination.json", json.dumps({"dataset": dataset, **found}, indent=1) + "\n"
+    )
+    write_pages(
+        out, "contamination", f"{dataset} in {found['corpus']}", contamination_tables(found)
+    )
 
 
 def contamination_tables(found: Mapping[str, Any]) -> list[Table]:
     def places(hit: Mapping[str, Any]) -> str:
-        return "; ".join(f"{place['file']}:{place['line']}: {place['what']}" for place in hit["places"])
+        return "; ".join(
+            f"{place['file']}:{place['line']}: {place['what']}" for place in hit["places"]
+        )
 
-    rows = [[hit["task"], f"{hit['share']:.2f}", ", ".join(hit["canaries"]), places(hit)] for hit in found["hits"]]
-    return [(f"{len(rows)} tasks found in {found['files']} files of {found['words']:,} words",
-             ["task", f"share of its {N}-grams", "canaries", "first places"], rows),
-            (f"Instructions of fewer than {FEWEST_WORDS} words, not checked", ["task"], [[name] for name in found["unchecked"]]),
-            ("Files that could not be read", ["file"], [[name] for name in found["unreadable"]])]
+    rows = [
+        [hit["task"], f"{hit['share']:.2f}", ", ".join(hit["canaries"]), places(hit)]
+        for hit in found["hits"]
+    ]
+    return [
+        (
+            f"{len(rows)} tasks found in {found['files']} files of {found['words']:,} words",
+            ["task", f"share of its {N}-grams", "canaries", "first places"],
+            rows,
+        ),
+        (
+            f"Instructions of fewer than {FEWEST_WORDS} words, not checked",
+            ["task"],
+            [[name] for name in found["unchecked"]],
+        ),
+        ("Files that could not be read", ["file"], [[name] for name in found["unreadable"]]),
+    ]

@@ -27,8 +27,10 @@ MAX_REQUESTS = 8  # for one answer
 LONGEST_WAIT_S = 60.0
 MAX_ANSWER_BYTES = 8 << 20
 MAX_CALLS = 16  # of one turn
-SYSTEM = ("You solve a task in a Linux shell. Call the tool `bash` to look and to act: each call starts a new shell in the working directory. "
-          "When the work is done, answer without a tool call; then it is graded.")
+SYSTEM = (
+    "You solve a task in a Linux shell. Call the tool `bash` to look and to act: each call starts a new shell in the working directory. "
+    "When the work is done, answer without a tool call; then it is graded."
+)
 
 
 class EndpointError(RuntimeError):
@@ -64,9 +66,16 @@ class Endpoint:
 
     def __post_init__(self) -> None:
         parts = urllib.parse.urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
-            raise ValueError("endpoint is not http(s)://HOST[:PORT][/PATH] without user, password and query "
-                             f"(scheme {parts.scheme!r}, host {parts.hostname!r}); a key goes into the environment variable of --api_key_env")
+        if (
+            parts.scheme not in ("http", "https")
+            or not parts.hostname
+            or parts.username
+            or parts.query
+        ):
+            raise ValueError(
+                "endpoint is not http(s)://HOST[:PORT][/PATH] without user, password and query "
+                f"(scheme {parts.scheme!r}, host {parts.hostname!r}); a key goes into the environment variable of --api_key_env"
+            )
         self.url = self.url.rstrip("/").removesuffix("/chat/completions")
 
     async def close(self) -> None:
@@ -85,13 +94,23 @@ class Endpoint:
             outcome = await with_environment(task, self.config, episode, self.episode_seconds)
         except EndpointError as error:
             outcome = spoiled("infra_engine", str(error), error.permanent)
-        if outcome.ending == "timeout" and clock["waited"] > self.episode_seconds / 2:  # a slow endpoint is not the model's failure
-            outcome = spoiled("infra_engine", f"{outcome.note}, {clock['waited']:.1f} s of them waiting for the endpoint")
+        if (
+            outcome.ending == "timeout" and clock["waited"] > self.episode_seconds / 2
+        ):  # a slow endpoint is not the model's failure
+            outcome = spoiled(
+                "infra_engine",
+                f"{outcome.note}, {clock['waited']:.1f} s of them waiting for the endpoint",
+            )
         return dataclasses.replace(outcome, tokens=tokens)
 
-    async def _converse(self, started: Started, seed: int, clock: dict[str, float], tokens: dict[str, int]) -> Outcome:
+    async def _converse(
+        self, started: Started, seed: int, clock: dict[str, float], tokens: dict[str, int]
+    ) -> Outcome:
         """Turn after turn to the end."""
-        messages: list[dict[str, Any]] = [{"role": "system", "content": getattr(started.env, "system", SYSTEM)}, {"role": "user", "content": started.opening[0]}]
+        messages: list[dict[str, Any]] = [
+            {"role": "system", "content": getattr(started.env, "system", SYSTEM)},
+            {"role": "user", "content": started.opening[0]},
+        ]
         tools = started.opening[1]["tools"]
         while True:
             began = time.monotonic()
@@ -104,33 +123,67 @@ class Endpoint:
             for ours, theirs in (("prompt", "prompt_tokens"), ("completion", "completion_tokens")):
                 tokens[ours] += usage.get(theirs, 0) if isinstance(usage.get(theirs, 0), int) else 0
             if choice.get("finish_reason") == "length":
-                return started.outcome(0.0, "truncated_tokens", f"turn {started.turns + 1} did not end within the answer's limit")
+                return started.outcome(
+                    0.0,
+                    "truncated_tokens",
+                    f"turn {started.turns + 1} did not end within the answer's limit",
+                )
             message = choice["message"]
             calls = message.get("tool_calls") or []
             text = message.get("content") if isinstance(message.get("content"), str) else ""
-            messages.append({"role": "assistant", "content": text, **({"tool_calls": calls} if calls else {})})
+            messages.append(
+                {"role": "assistant", "content": text, **({"tool_calls": calls} if calls else {})}
+            )
             for call in calls[:MAX_CALLS] or [None]:
-                observation, reward, terminated, truncated, info = await started.astep(action_of(call) if call is not None else text)
+                observation, reward, terminated, truncated, info = await started.astep(
+                    action_of(call) if call is not None else text
+                )
                 if terminated or truncated:
                     return started.outcome(reward, info["ending"])
                 tools = info.get("tools", tools)  # some environments bring more of them later
-                role = {"role": "user"} if call is None else {"role": "tool", "tool_call_id": call["id"]}
+                role = (
+                    {"role": "user"}
+                    if call is None
+                    else {"role": "tool", "tool_call_id": call["id"]}
+                )
                 messages.append({**role, "content": observation})
             refusal = f"not run: a turn has at most {MAX_CALLS} calls"
-            messages += [{"role": "tool", "tool_call_id": call["id"], "content": refusal} for call in calls[MAX_CALLS:]]
+            messages += [
+                {"role": "tool", "tool_call_id": call["id"], "content": refusal}
+                for call in calls[MAX_CALLS:]
+            ]
 
-    async def _ask(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    async def _ask(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], seed: int
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """(first choice, usage) of one answer. Raises EndpointError; ContextFull."""
-        optional = {"tools": tools or None, "temperature": self.temperature, "max_tokens": self.max_tokens}  # an empty list of tools is refused by some
-        body = {"model": self.model, "messages": messages, "seed": seed, **{name: value for name, value in optional.items() if value is not None}}
+        optional = {
+            "tools": tools or None,
+            "temperature": self.temperature,
+            "max_tokens": self.max_tokens,
+        }  # an empty list of tools is refused by some
+        body = {
+            "model": self.model,
+            "messages": messages,
+            "seed": seed,
+            **{name: value for name, value in optional.items() if value is not None},
+        }
         wait, problem = self.first_wait_s, "no request was made"
         try:
             async with asyncio.timeout(self.request_seconds):
                 for _ in range(MAX_REQUESTS):
                     try:
                         status, headers, text = await self._post(body)
-                    except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError) as error:
-                        status, headers, problem = 503, {}, self._clean(f"{type(error).__name__}: {error}")
+                    except (
+                        aiohttp.ClientConnectionError,
+                        aiohttp.ClientPayloadError,
+                        OSError,
+                    ) as error:
+                        status, headers, problem = (
+                            503,
+                            {},
+                            self._clean(f"{type(error).__name__}: {error}"),
+                        )
                     else:
                         if status == 200:
                             return read_answer(text)
@@ -139,23 +192,36 @@ class Endpoint:
                             raise ContextFull(problem)
                         if status not in RETRY_STATUS:
                             raise EndpointError(problem, permanent=True)
-                    await asyncio.sleep(max(retry_after(headers.get("Retry-After")), wait * random.uniform(0.5, 1.5)))
+                    await asyncio.sleep(
+                        max(
+                            retry_after(headers.get("Retry-After")), wait * random.uniform(0.5, 1.5)
+                        )
+                    )
                     wait = min(2 * wait, LONGEST_WAIT_S)
         except TimeoutError:
-            raise EndpointError(f"no answer within {self.request_seconds:g} s; last: {problem}") from None
+            raise EndpointError(
+                f"no answer within {self.request_seconds:g} s; last: {problem}"
+            ) from None
         raise EndpointError(f"no answer in {MAX_REQUESTS} requests; last: {problem}")
 
     async def _post(self, body: dict[str, Any]) -> tuple[int, Any, str]:
         """(status, headers, text). Redirects are not followed: the key goes to this URL only."""
         if self._session is None:
-            self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None, sock_connect=10), connector=aiohttp.TCPConnector(limit=0))
+            self._session = aiohttp.ClientSession(
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
+                connector=aiohttp.TCPConnector(limit=0),
+            )
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
-        async with self._session.post(f"{self.url}/chat/completions", json=body, headers=headers, allow_redirects=False) as response:
+        async with self._session.post(
+            f"{self.url}/chat/completions", json=body, headers=headers, allow_redirects=False
+        ) as response:
             answer = bytearray()
             async for part in response.content.iter_chunked(1 << 16):
                 answer += part
                 if len(answer) > MAX_ANSWER_BYTES:
-                    raise EndpointError(f"{self.url} answered with more than {MAX_ANSWER_BYTES} bytes")
+                    raise EndpointError(
+                        f"{self.url} answered with more than {MAX_ANSWER_BYTES} bytes"
+                    )
             return response.status, response.headers, answer.decode(errors="replace")
 
     def _clean(self, text: str) -> str:
@@ -170,7 +236,11 @@ def action_of(call: dict[str, Any]) -> str:
         arguments = json.loads(function["arguments"] or "{}")
     except ValueError:
         arguments = None
-    body = "arguments are not JSON" if not isinstance(arguments, dict) else json.dumps({"name": function["name"], "arguments": arguments})
+    body = (
+        "arguments are not JSON"
+        if not isinstance(arguments, dict)
+        else json.dumps({"name": function["name"], "arguments": arguments})
+    )
     return f"<tool_call>\n{body.replace('<', chr(92) + 'u003c')}\n</tool_call>"  # a command may spell </tool_call> itself
 
 
@@ -180,17 +250,28 @@ def read_answer(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
         answer = json.loads(text)
         choice, usage = answer["choices"][0], answer.get("usage") or {}
         for call in choice["message"].get("tool_calls") or []:
-            if not (isinstance(call["id"], str) and isinstance(call["function"]["name"], str) and isinstance(call["function"]["arguments"], str)):
+            if not (
+                isinstance(call["id"], str)
+                and isinstance(call["function"]["name"], str)
+                and isinstance(call["function"]["arguments"], str)
+            ):
                 raise TypeError("a tool call whose id, name or arguments are no text")
         return choice, usage if isinstance(usage, dict) else {}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise EndpointError(f"the answer is no chat completion ({type(error).__name__}: {error}): {text[:200]!r}") from error
+        raise EndpointError(
+            f"the answer is no chat completion ({type(error).__name__}: {error}): {text[:200]!r}"
+        ) from error
 
 
 def is_context_full(text: str) -> bool:
     """Whether a refusal is about the conversation's length; servers say it in different words."""
     low = text.lower()
-    return "context_length_exceeded" in low or "context length" in low or "context window" in low or "maximum context" in low
+    return (
+        "context_length_exceeded" in low
+        or "context length" in low
+        or "context window" in low
+        or "maximum context" in low
+    )
 
 
 def retry_after(value: str | None) -> float:

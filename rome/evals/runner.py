@@ -61,9 +61,17 @@ class Results:
             try:
                 record = json.loads(line)
                 self.records[record["agent"], record["task"], record["attempt"]] = record
-                counted(record), record["reward"], record["domain"], record["difficulty"], record["seconds"]
+                (
+                    counted(record),
+                    record["reward"],
+                    record["domain"],
+                    record["difficulty"],
+                    record["seconds"],
+                )
             except (ValueError, LookupError, TypeError, AttributeError) as error:
-                raise EvalError(f"{self.path}:{number}: not a record of an attempt ({error}); remove the line, and its attempt is played again") from error
+                raise EvalError(
+                    f"{self.path}:{number}: not a record of an attempt ({error}); remove the line, and its attempt is played again"
+                ) from error
         if len(whole) < len(content):
             self._file.truncate(len(whole))
 
@@ -83,7 +91,9 @@ def open_results(out: pathlib.Path, identity: Mapping[str, Any]) -> Iterator[Res
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise EvalError(f"another process writes into {out}; wait for it, or give another --out") from None
+            raise EvalError(
+                f"another process writes into {out}; wait for it, or give another --out"
+            ) from None
         _claim(out, identity)
         yield Results(out, file)
 
@@ -92,7 +102,9 @@ def _claim(out: pathlib.Path, identity: Mapping[str, Any]) -> None:
     path = out / "run.json"
     if not path.exists():
         if (out / "results.jsonl").stat().st_size:
-            raise EvalError(f"{out} holds results without a run.json, so nobody knows of what; give another --out")
+            raise EvalError(
+                f"{out} holds results without a run.json, so nobody knows of what; give another --out"
+            )
         write_atomically(path, json.dumps(identity, indent=1) + "\n")
         return
     try:
@@ -102,13 +114,27 @@ def _claim(out: pathlib.Path, identity: Mapping[str, Any]) -> None:
     ours = json.loads(json.dumps(identity))
     names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
     if names:
-        different = "; ".join(f"{name} is {str(theirs.get(name))[:100]!r} there and {str(ours.get(name))[:100]!r} now" for name in names)
+        different = "; ".join(
+            f"{name} is {str(theirs.get(name))[:100]!r} there and {str(ours.get(name))[:100]!r} now"
+            for name in names
+        )
         raise EvalError(f"{out} belongs to another evaluation: {different}. Give another --out")
 
 
-async def run_jobs(jobs: Sequence[Job], results: Results, *, concurrency: int, seed: int, on_finish: Callable[[dict[str, Any]], None] | None = None) -> int:
+async def run_jobs(
+    jobs: Sequence[Job],
+    results: Results,
+    *,
+    concurrency: int,
+    seed: int,
+    on_finish: Callable[[dict[str, Any]], None] | None = None,
+) -> int:
     """Plays what is missing, `concurrency` attempts at once. Returns how many were played. The first error that is a bug ends all of them."""
-    missing = [job for job in jobs if job.key not in results.records or not counted(results.records[job.key])]
+    missing = [
+        job
+        for job in jobs
+        if job.key not in results.records or not counted(results.records[job.key])
+    ]
     queue = iter(missing)
 
     async def work() -> None:
@@ -129,14 +155,27 @@ async def play(job: Job, seed: int) -> dict[str, Any]:
     began = time.monotonic()
     for number in range(TRIES):
         first = time.monotonic()
-        outcome: Outcome = await job.agent.play(job.task, job.attempt, derive_seed(seed, job.task.name, job.attempt, *(("try", number) if number else ())))
+        outcome: Outcome = await job.agent.play(
+            job.task,
+            job.attempt,
+            derive_seed(seed, job.task.name, job.attempt, *(("try", number) if number else ())),
+        )
         if not outcome.spoiled or outcome.permanent:
             break
         if number + 1 < TRIES:
             await asyncio.sleep(RETRY_WAIT_S * 2**number * random.uniform(0.5, 1.5))
     now = time.monotonic()
     return {
-        "task": job.task.name, "attempt": job.attempt, "agent": job.agent.name, "reward": outcome.reward, "ending": outcome.ending,
-        "seconds": round(now - first if not outcome.spoiled else now - began, 3), "tries": number + 1, "turns": outcome.turns, "note": outcome.note,
-        "domain": job.task.domain, "difficulty": job.task.difficulty, **({"tokens": outcome.tokens} if outcome.tokens is not None else {}),
+        "task": job.task.name,
+        "attempt": job.attempt,
+        "agent": job.agent.name,
+        "reward": outcome.reward,
+        "ending": outcome.ending,
+        "seconds": round(now - first if not outcome.spoiled else now - began, 3),
+        "tries": number + 1,
+        "turns": outcome.turns,
+        "note": outcome.note,
+        "domain": job.task.domain,
+        "difficulty": job.task.difficulty,
+        **({"tokens": outcome.tokens} if outcome.tokens is not None else {}),
     }

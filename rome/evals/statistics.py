@@ -31,7 +31,9 @@ def pass_at_k(n: int, successes: int, k: int) -> float:
     Unbiased for the probability that k fresh attempts do. Raises ValueError unless 0 <= successes <= n and 1 <= k <= n.
     """
     if not (0 <= successes <= n and 1 <= k <= n):
-        raise ValueError(f"pass@{k} of {successes} successes in {n} attempts is not defined; it takes 1 <= k <= n and 0 <= successes <= n")
+        raise ValueError(
+            f"pass@{k} of {successes} successes in {n} attempts is not defined; it takes 1 <= k <= n and 0 <= successes <= n"
+        )
     return 1.0 - math.comb(n - successes, k) / math.comb(n, k)
 
 
@@ -46,7 +48,9 @@ def interval(values: Sequence[float], seed: int = 0) -> dict[str, Any]:
         return {"low": low, "high": high, "method": "wilson over tasks"}
     array = np.asarray(values)
     generator = np.random.default_rng(seed)
-    means = np.array([array[generator.integers(len(array), size=len(array))].mean() for _ in range(RESAMPLES)])
+    means = np.array(
+        [array[generator.integers(len(array), size=len(array))].mean() for _ in range(RESAMPLES)]
+    )
     low, high = np.quantile(means, [0.025, 0.975])
     return {"low": float(low), "high": float(high), "method": "bootstrap over tasks"}
 
@@ -66,14 +70,32 @@ def summarise(records: Iterable[Record], k: int) -> dict[str, Any]:
     tried = [values for values in rewards.values() if values]
     whole = [values for values in tried if len(values) >= k]
     sizes = sorted({*(2**power for power in range(k.bit_length()) if 2**power <= k), k})
-    at = {size: [pass_at_k(len(values), values.count(1.0), size) for values in tried if len(values) >= size] for size in sizes}
-    figures = {"mean_reward": [_mean(values) for values in tried], "pass_at_1": at[1], "pass_at_k": at[k], "avg_at_k": [_mean(values) for values in whole]}
+    at = {
+        size: [
+            pass_at_k(len(values), values.count(1.0), size)
+            for values in tried
+            if len(values) >= size
+        ]
+        for size in sizes
+    }
+    figures = {
+        "mean_reward": [_mean(values) for values in tried],
+        "pass_at_1": at[1],
+        "pass_at_k": at[k],
+        "avg_at_k": [_mean(values) for values in whole],
+    }
     return {
-        "tasks_total": len(rewards), "tasks_counted": len(tried), "tasks_with_k_attempts": len(whole),
-        "attempts": len(records), "attempts_counted": sum(map(counted, records)), "k": k,
+        "tasks_total": len(rewards),
+        "tasks_counted": len(tried),
+        "tasks_with_k_attempts": len(whole),
+        "attempts": len(records),
+        "attempts_counted": sum(map(counted, records)),
+        "k": k,
         **{name: _mean(values) if values else None for name, values in figures.items()},
         "pass_at": {str(size): _mean(values) if values else None for size, values in at.items()},
-        "intervals": {name: interval(values) if values else None for name, values in figures.items()},
+        "intervals": {
+            name: interval(values) if values else None for name, values in figures.items()
+        },
     }
 
 
@@ -85,8 +107,14 @@ def grouped(records: Sequence[Record], key: str) -> dict[str, dict[str, Any]]:
     found = {}
     for name in sorted(groups):
         whole = summarise(groups[name], 1)
-        found[name] = {"tasks": whole["tasks_total"], "attempts": whole["attempts"], "attempts_counted": whole["attempts_counted"],
-                       "mean_reward": whole["mean_reward"], "pass_at_1": whole["pass_at_1"], "interval": whole["intervals"]["pass_at_1"]}
+        found[name] = {
+            "tasks": whole["tasks_total"],
+            "attempts": whole["attempts"],
+            "attempts_counted": whole["attempts_counted"],
+            "mean_reward": whole["mean_reward"],
+            "pass_at_1": whole["pass_at_1"],
+            "interval": whole["intervals"]["pass_at_1"],
+        }
     return found
 
 

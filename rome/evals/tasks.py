@@ -1,11 +1,11 @@
 """What an evaluation plays: a dataset's name or folder becomes a list of tasks, each of which can make its environment.
 
-    load_tasks("envs/tasks/harbor/examples")     a folder of Harbor or Terminal-Bench 1 tasks, or one such task
-    load_tasks("harbor")                         the examples that ship here; "harbor/word-report" is one of them
-    load_tasks("terminal:wide:1000")             1,000 generated instances, spread evenly over the families and then over seeds
-    load_tasks("worlds:shop:100")                of tool-use worlds; also problems, games, bfcl:FILE, tau2:FOLDER: see worlds.py
-    load_tasks("repair::100")                    100 packages with a bug each; "repair:csvlite,path/to/package:100" names the packages
-    load_tasks("registry.json:NAME@VERSION")     what envs.tasks.datasets reads: registries, parquet, SWE-bench instances
+load_tasks("envs/tasks/harbor/examples")     a folder of Harbor or Terminal-Bench 1 tasks, or one such task
+load_tasks("harbor")                         the examples that ship here; "harbor/word-report" is one of them
+load_tasks("terminal:wide:1000")             1,000 generated instances, spread evenly over the families and then over seeds
+load_tasks("worlds:shop:100")                of tool-use worlds; also problems, games, bfcl:FILE, tau2:FOLDER: see worlds.py
+load_tasks("repair::100")                    100 packages with a bug each; "repair:csvlite,path/to/package:100" names the packages
+load_tasks("registry.json:NAME@VERSION")     what envs.tasks.datasets reads: registries, parquet, SWE-bench instances
 """
 
 from __future__ import annotations
@@ -22,13 +22,29 @@ from envs.tasks.datasets import SUFFIXES, load_files
 from envs.tasks.harbor import EXAMPLES, HarborEnv, HarborTask, TaskError
 from envs.tasks.harbor.env import SOLVE_TIMEOUT_S
 from envs.tasks.repair import repair_tasks, shipped
-from envs.tasks.terminal import FAMILIES, FAMILY_TABLE, HELD_OUT_FAMILIES, WIDE_FAMILIES, WIDE_LIMITS, Task, eval_seed, make_task
+from envs.tasks.terminal import (
+    FAMILIES,
+    FAMILY_TABLE,
+    HELD_OUT_FAMILIES,
+    WIDE_FAMILIES,
+    WIDE_LIMITS,
+    Task,
+    eval_seed,
+    make_task,
+)
 from envs.tasks.terminal.env import SETUP_TIMEOUT_S, VERIFIER_TIMEOUT_S, TerminalEnv
 from envs.tasks.terminal.task import Expert
 from rome.evals.worlds import Made, is_made, load_made
 
-GROUPS = {"train": FAMILIES, "held_out": HELD_OUT_FAMILIES, "wide": WIDE_FAMILIES, "all": FAMILIES + HELD_OUT_FAMILIES + WIDE_FAMILIES}
-SEEDS_APART = 100_000  # instances of a family that one --seed may have before they would be those of the next
+GROUPS = {
+    "train": FAMILIES,
+    "held_out": HELD_OUT_FAMILIES,
+    "wide": WIDE_FAMILIES,
+    "all": FAMILIES + HELD_OUT_FAMILIES + WIDE_FAMILIES,
+}
+SEEDS_APART = (
+    100_000  # instances of a family that one --seed may have before they would be those of the next
+)
 MARGIN_S = 60.0  # beyond what a task's own limits add up to: a busy machine
 TERMINAL_PLAY_S = 16 * 5.0 + VERIFIER_TIMEOUT_S
 MADE_PLAY_S = 60.0  # of a world, a problem or a game: a scripted dialogue takes milliseconds, submitted code seconds
@@ -58,8 +74,12 @@ class EvalTask:
         if isinstance(self.source, Made):
             return self.source.make_env(config)
         if isinstance(self.source, HarborTask):
-            return HarborEnv(self.source, config, images=self.images, build_egress=self.build_egress)
-        return TerminalEnv(self.source, config, **(WIDE_LIMITS if self.family in WIDE_FAMILIES else {}))
+            return HarborEnv(
+                self.source, config, images=self.images, build_egress=self.build_egress
+            )
+        return TerminalEnv(
+            self.source, config, **(WIDE_LIMITS if self.family in WIDE_FAMILIES else {})
+        )
 
     def expert(self) -> Expert:
         """The scripted solution of a terminal task."""
@@ -73,8 +93,14 @@ class EvalTask:
         return whole.digest()
 
 
-def load_tasks(dataset: str, seed: int = 0, faults: list[TaskError] | None = None, fetch: bool = False,
-               images: Mapping[str, tuple[str, ...]] | None = None, build_egress: tuple[str, ...] | None = None) -> list[EvalTask]:
+def load_tasks(
+    dataset: str,
+    seed: int = 0,
+    faults: list[TaskError] | None = None,
+    fetch: bool = False,
+    images: Mapping[str, tuple[str, ...]] | None = None,
+    build_egress: tuple[str, ...] | None = None,
+) -> list[EvalTask]:
     """The tasks of a dataset. `seed` chooses the instances of what is generated, and nothing of a folder or a file.
 
     Args:
@@ -90,12 +116,22 @@ def load_tasks(dataset: str, seed: int = 0, faults: list[TaskError] | None = Non
         return [_of_made(made) for made in load_made(dataset, seed)]
     if dataset == "repair" or dataset.startswith("repair:"):
         return [_of_harbor(task) for task in _repair(dataset, seed)]
-    name = str(EXAMPLES) if dataset == "harbor" else str(EXAMPLES / dataset.removeprefix("harbor/")) if dataset.startswith("harbor/") else dataset
-    file = pathlib.Path(name if pathlib.Path(name).suffix in SUFFIXES else name.rpartition(":")[0] or name)
+    name = (
+        str(EXAMPLES)
+        if dataset == "harbor"
+        else str(EXAMPLES / dataset.removeprefix("harbor/"))
+        if dataset.startswith("harbor/")
+        else dataset
+    )
+    file = pathlib.Path(
+        name if pathlib.Path(name).suffix in SUFFIXES else name.rpartition(":")[0] or name
+    )
     if not (pathlib.Path(name).is_dir() or file.suffix in SUFFIXES and file.is_file()):
-        raise ValueError(f"dataset {dataset!r} is neither a folder, nor a {', '.join(SUFFIXES)} file, nor known by name. Names: harbor, harbor/TASK, "
-                         f"terminal[:FAMILIES[:N]] with FAMILIES one of {', '.join(GROUPS)} or family names with commas between them, repair[:PACKAGES[:N]], "
-                         "worlds[:NAMES[:N]], problems[:NAMES[:N]], games[:NAMES[:N]], bfcl:FILE, tau2:FOLDER")
+        raise ValueError(
+            f"dataset {dataset!r} is neither a folder, nor a {', '.join(SUFFIXES)} file, nor known by name. Names: harbor, harbor/TASK, "
+            f"terminal[:FAMILIES[:N]] with FAMILIES one of {', '.join(GROUPS)} or family names with commas between them, repair[:PACKAGES[:N]], "
+            "worlds[:NAMES[:N]], problems[:NAMES[:N]], games[:NAMES[:N]], bfcl:FILE, tau2:FOLDER"
+        )
     return [_of_harbor(task, images, build_egress) for task in load_files(name, faults, fetch)]
 
 
@@ -104,9 +140,15 @@ def _repair(dataset: str, seed: int) -> list[HarborTask]:
     parts = dataset.split(":")
     names = [name for name in (parts[1] if len(parts) > 1 else "").split(",") if name]
     count = parts[2] if len(parts) > 2 else None
-    if len(parts) > 3 or count is not None and not (count.isascii() and count.isdecimal() and 0 < int(count) <= SEEDS_APART):
-        raise ValueError(f"dataset {dataset!r} is not repair[:PACKAGES[:N]] with N from 1 to {SEEDS_APART}, for example repair:csvlite:20 or repair::100; packages that ship "
-                         f"here: {', '.join(shipped())}")
+    if (
+        len(parts) > 3
+        or count is not None
+        and not (count.isascii() and count.isdecimal() and 0 < int(count) <= SEEDS_APART)
+    ):
+        raise ValueError(
+            f"dataset {dataset!r} is not repair[:PACKAGES[:N]] with N from 1 to {SEEDS_APART}, for example repair:csvlite:20 or repair::100; packages that ship "
+            f"here: {', '.join(shipped())}"
+        )
     return repair_tasks(names, None if count is None else int(count), seed)
 
 
@@ -115,11 +157,26 @@ def terminal_tasks(dataset: str, seed: int) -> list[EvalTask]:
     parts = dataset.split(":")
     families = _families(parts[1]) if len(parts) > 1 else GROUPS["all"]
     count = parts[2] if len(parts) > 2 else str(len(families))
-    if len(parts) > 3 or not count.isascii() or not count.isdecimal() or not 0 < int(count) <= SEEDS_APART * len(families):
-        raise ValueError(f"dataset {dataset!r} is not terminal[:FAMILIES[:N]] with N from 1 to {SEEDS_APART * len(families)}, for example terminal:wide:1000")
+    if (
+        len(parts) > 3
+        or not count.isascii()
+        or not count.isdecimal()
+        or not 0 < int(count) <= SEEDS_APART * len(families)
+    ):
+        raise ValueError(
+            f"dataset {dataset!r} is not terminal[:FAMILIES[:N]] with N from 1 to {SEEDS_APART * len(families)}, for example terminal:wide:1000"
+        )
     if seed < 0:
         raise ValueError(f"seed {seed} is negative; instances are drawn from seeds of 0 and more")
-    return [_of_terminal(make_task(families[number % len(families)], eval_seed(seed * SEEDS_APART + number // len(families)))) for number in range(int(count))]
+    return [
+        _of_terminal(
+            make_task(
+                families[number % len(families)],
+                eval_seed(seed * SEEDS_APART + number // len(families)),
+            )
+        )
+        for number in range(int(count))
+    ]
 
 
 def dataset_digest(tasks: Sequence[EvalTask]) -> str:
@@ -132,27 +189,62 @@ def _families(text: str) -> tuple[str, ...]:
         return GROUPS[text]
     names = tuple(dict.fromkeys(text.split(",")))
     if unknown := [name for name in names if name not in GROUPS["all"]]:
-        raise ValueError(f"terminal family {unknown[0]!r} is unknown; known: {', '.join(GROUPS)}, {', '.join(GROUPS['all'])}")
+        raise ValueError(
+            f"terminal family {unknown[0]!r} is unknown; known: {', '.join(GROUPS)}, {', '.join(GROUPS['all'])}"
+        )
     return names
 
 
 def _of_terminal(task: Task) -> EvalTask:
     info = FAMILY_TABLE[task.family]
-    return EvalTask(task.name, task.family, info.domain, str(info.difficulty), task.instruction, task,
-                    start_seconds=SandboxConfig().start_timeout + 2 * SETUP_TIMEOUT_S + MARGIN_S, play_seconds=TERMINAL_PLAY_S + MARGIN_S)
+    return EvalTask(
+        task.name,
+        task.family,
+        info.domain,
+        str(info.difficulty),
+        task.instruction,
+        task,
+        start_seconds=SandboxConfig().start_timeout + 2 * SETUP_TIMEOUT_S + MARGIN_S,
+        play_seconds=TERMINAL_PLAY_S + MARGIN_S,
+    )
 
 
-def _of_harbor(task: HarborTask, images: Mapping[str, tuple[str, ...]] | None = None, build_egress: tuple[str, ...] | None = None) -> EvalTask:
-    steps = [(step.agent_timeout or SOLVE_TIMEOUT_S) + step.verifier_timeout + (step.verifier_environment.build_timeout if step.verifier_environment else 0.0)
-             for step in task.steps]
-    return EvalTask(task.name, task.family, task.category or UNGROUPED, task.difficulty or UNGROUPED,
-                    "\n".join(step.instruction for step in task.steps), task, images=images, build_egress=build_egress,
-                    start_seconds=task.environment.build_timeout + SandboxConfig().start_timeout + MARGIN_S, play_seconds=sum(steps) + MARGIN_S)
+def _of_harbor(
+    task: HarborTask,
+    images: Mapping[str, tuple[str, ...]] | None = None,
+    build_egress: tuple[str, ...] | None = None,
+) -> EvalTask:
+    steps = [
+        (step.agent_timeout or SOLVE_TIMEOUT_S)
+        + step.verifier_timeout
+        + (step.verifier_environment.build_timeout if step.verifier_environment else 0.0)
+        for step in task.steps
+    ]
+    return EvalTask(
+        task.name,
+        task.family,
+        task.category or UNGROUPED,
+        task.difficulty or UNGROUPED,
+        "\n".join(step.instruction for step in task.steps),
+        task,
+        images=images,
+        build_egress=build_egress,
+        start_seconds=task.environment.build_timeout + SandboxConfig().start_timeout + MARGIN_S,
+        play_seconds=sum(steps) + MARGIN_S,
+    )
 
 
 def _of_made(made: Made) -> EvalTask:
-    return EvalTask(made.name, made.family, made.domain, made.difficulty, made.text, made, start_seconds=SandboxConfig().start_timeout + MARGIN_S,
-                    play_seconds=MADE_PLAY_S + MARGIN_S)
+    return EvalTask(
+        made.name,
+        made.family,
+        made.domain,
+        made.difficulty,
+        made.text,
+        made,
+        start_seconds=SandboxConfig().start_timeout + MARGIN_S,
+        play_seconds=MADE_PLAY_S + MARGIN_S,
+    )
 
 
 def _parts(source: Task | HarborTask | Made) -> list[bytes]:
@@ -163,22 +255,42 @@ def _parts(source: Task | HarborTask | Made) -> list[bytes]:
 
 
 def _terminal_parts(task: Task) -> list[bytes]:
-    files = [part for path, (content, mode) in sorted(task.files.items()) for part in (path.encode(), content, str(mode).encode())]
+    files = [
+        part
+        for path, (content, mode) in sorted(task.files.items())
+        for part in (path.encode(), content, str(mode).encode())
+    ]
     return [task.instruction.encode(), task.setup.encode(), task.verifier.encode(), *files]
 
 
 def _harbor_parts(task: HarborTask) -> list[bytes]:
     """All of the record but where it lies: a folder and an archive of the same task are one task."""
-    return _parts_of({field.name: getattr(task, field.name) for field in dataclasses.fields(task) if field.name != "path"})
+    return _parts_of(
+        {
+            field.name: getattr(task, field.name)
+            for field in dataclasses.fields(task)
+            if field.name != "path"
+        }
+    )
 
 
 def _parts_of(value: Any) -> list[bytes]:
-    if identity := getattr(value, "identity", None):  # files that are made only when they are needed
+    if identity := getattr(
+        value, "identity", None
+    ):  # files that are made only when they are needed
         return [identity.encode()]
     if dataclasses.is_dataclass(value):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return [b"{", *(part for key in sorted(value, key=str) for part in (str(key).encode(errors="surrogatepass"), *_parts_of(value[key]))), b"}"]
+        return [
+            b"{",
+            *(
+                part
+                for key in sorted(value, key=str)
+                for part in (str(key).encode(errors="surrogatepass"), *_parts_of(value[key]))
+            ),
+            b"}",
+        ]
     if isinstance(value, (list, tuple)):
         return [b"[", *(part for one in value for part in _parts_of(one)), b"]"]
     if isinstance(value, pathlib.Path):

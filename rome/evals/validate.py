@@ -27,7 +27,12 @@ Record = Mapping[str, Any]
 def proof_jobs(tasks: Sequence[EvalTask], config: SandboxConfig, oracle_runs: int) -> list[Job]:
     """The attempts that a proof takes: `oracle_runs` of the oracle, one no-op, one of each cheat, for every task."""
     runs = (("oracle", oracle_runs), ("noop", 1), ("cheat", len(CHEATS)))
-    return [Job(Scripted(name, config), task, attempt) for task in tasks for name, count in runs for attempt in range(count)]
+    return [
+        Job(Scripted(name, config), task, attempt)
+        for task in tasks
+        for name, count in runs
+        for attempt in range(count)
+    ]
 
 
 def judge(task: str, records: Sequence[Record]) -> dict[str, Any]:
@@ -42,24 +47,60 @@ def judge(task: str, records: Sequence[Record]) -> dict[str, Any]:
         for record in found:
             wanted = 1.0 if agent == "oracle" else 0.0
             if record["reward"] != wanted:  # none at all where it was spoiled
-                got = f"ended as {record['ending']}" + (f" with reward {record['reward']:g}" if record["reward"] is not None else "")
-                reasons.append(f"{agent} run {record['attempt'] + 1} {got} instead of earning {wanted:g}" + (f" ({record['note']})" if record["note"] else ""))
+                got = f"ended as {record['ending']}" + (
+                    f" with reward {record['reward']:g}" if record["reward"] is not None else ""
+                )
+                reasons.append(
+                    f"{agent} run {record['attempt'] + 1} {got} instead of earning {wanted:g}"
+                    + (f" ({record['note']})" if record["note"] else "")
+                )
     if flaky := len(seen) > 1:
-        reasons.insert(0, f"flaky: the same solution earned {' and '.join(f'{reward:g}' for reward in sorted(seen))}")
+        reasons.insert(
+            0,
+            f"flaky: the same solution earned {' and '.join(f'{reward:g}' for reward in sorted(seen))}",
+        )
     seconds = [record["seconds"] for record in by_agent["oracle"]]
-    return {"task": task, "ok": not reasons, "flaky": flaky, "reasons": reasons, "rewards": rewards,
-            "oracle_seconds": {"least": min(seconds), "most": max(seconds)} if seconds else None}
+    return {
+        "task": task,
+        "ok": not reasons,
+        "flaky": flaky,
+        "reasons": reasons,
+        "rewards": rewards,
+        "oracle_seconds": {"least": min(seconds), "most": max(seconds)} if seconds else None,
+    }
 
 
-def build_proof(identity: Mapping[str, Any], tasks: Sequence[EvalTask], records: Sequence[Record], faults: Sequence[TaskError]) -> dict[str, Any]:
+def build_proof(
+    identity: Mapping[str, Any],
+    tasks: Sequence[EvalTask],
+    records: Sequence[Record],
+    faults: Sequence[TaskError],
+) -> dict[str, Any]:
     """validation.json. `faults`: task folders that could not be read; each is a task that fails."""
     found: dict[str, list[Record]] = {task.name: [] for task in tasks}
     for record in records:
         found[record["task"]].append(record)
     verdicts = [judge(name, of_task) for name, of_task in found.items()]
-    verdicts += [{"task": str(fault.file), "ok": False, "flaky": False, "reasons": [str(fault)], "rewards": {}, "oracle_seconds": None} for fault in faults]
-    return {**identity, "valid": all(verdict["ok"] for verdict in verdicts), "sound": sum(verdict["ok"] for verdict in verdicts), "total": len(verdicts),
-            "flaky": sum(verdict["flaky"] for verdict in verdicts), "runs": len(records), "tasks": verdicts}
+    verdicts += [
+        {
+            "task": str(fault.file),
+            "ok": False,
+            "flaky": False,
+            "reasons": [str(fault)],
+            "rewards": {},
+            "oracle_seconds": None,
+        }
+        for fault in faults
+    ]
+    return {
+        **identity,
+        "valid": all(verdict["ok"] for verdict in verdicts),
+        "sound": sum(verdict["ok"] for verdict in verdicts),
+        "total": len(verdicts),
+        "flaky": sum(verdict["flaky"] for verdict in verdicts),
+        "runs": len(records),
+        "tasks": verdicts,
+    }
 
 
 def write_proof(out: pathlib.Path, proof: Mapping[str, Any]) -> None:
@@ -70,10 +111,30 @@ def write_proof(out: pathlib.Path, proof: Mapping[str, Any]) -> None:
 
 def proof_tables(proof: Mapping[str, Any]) -> list[Table]:
     def rewards(verdict: Mapping[str, Any], agent: str) -> str:
-        return ", ".join("spoiled" if reward is None else f"{reward:g}" for reward in verdict["rewards"].get(agent, ()))
+        return ", ".join(
+            "spoiled" if reward is None else f"{reward:g}"
+            for reward in verdict["rewards"].get(agent, ())
+        )
 
-    failed = [[verdict["task"], reason] for verdict in proof["tasks"] for reason in verdict["reasons"]]
-    rows = [[verdict["task"], "yes" if verdict["ok"] else "NO", *(rewards(verdict, agent) for agent in ("oracle", "noop", "cheat")),
-             "{least:.2f} to {most:.2f}".format(**verdict["oracle_seconds"]) if verdict["oracle_seconds"] else ""] for verdict in proof["tasks"]]
-    return [(f"{proof['sound']} of {proof['total']} tasks are sound, {proof['flaky']} flaky, {proof['runs']} runs", ["task", "why it fails"], failed),
-            ("All tasks", ["task", "sound", "oracle", "no-op", "cheats", "oracle's seconds"], rows)]
+    failed = [
+        [verdict["task"], reason] for verdict in proof["tasks"] for reason in verdict["reasons"]
+    ]
+    rows = [
+        [
+            verdict["task"],
+            "yes" if verdict["ok"] else "NO",
+            *(rewards(verdict, agent) for agent in ("oracle", "noop", "cheat")),
+            "{least:.2f} to {most:.2f}".format(**verdict["oracle_seconds"])
+            if verdict["oracle_seconds"]
+            else "",
+        ]
+        for verdict in proof["tasks"]
+    ]
+    return [
+        (
+            f"{proof['sound']} of {proof['total']} tasks are sound, {proof['flaky']} flaky, {proof['runs']} runs",
+            ["task", "why it fails"],
+            failed,
+        ),
+        ("All tasks", ["task", "sound", "oracle", "no-op", "cheats", "oracle's seconds"], rows),
+    ]

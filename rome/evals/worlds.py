@@ -1,10 +1,10 @@
 """Datasets of environments that need no task folder: tool-use worlds, one-turn problems, text games, and the published formats over the worlds.
 
-    worlds[:NAMES[:N]]       travel, shop, gui; a name is a world or a world and a level (shop/hard)
-    problems[:NAMES[:N]]     math, code, math/dice, code/postfix-hard
-    games[:NAMES[:N]]        frozen_lake, wordle, ...
-    bfcl:FILE                a BFCL multi-turn file, its possible_answer/ beside it
-    tau2:FOLDER              a tau2 domain: db.json, tasks.json, perhaps policy.md
+worlds[:NAMES[:N]]       travel, shop, gui; a name is a world or a world and a level (shop/hard)
+problems[:NAMES[:N]]     math, code, math/dice, code/postfix-hard
+games[:NAMES[:N]]        frozen_lake, wordle, ...
+bfcl:FILE                a BFCL multi-turn file, its possible_answer/ beside it
+tau2:FOLDER              a tau2 domain: db.json, tasks.json, perhaps policy.md
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ SEEDS_APART = 100_000  # instances of an environment that one --seed may have be
 KINDS = {
     "worlds": tuple(WORLD_IDS),
     "problems": tuple(one for one in PROBLEM_IDS if "/all-" not in one),
-    "games": tuple(one for one in GAMES if "slippery" not in one),  # the ice decides there, so no oracle wins each
+    "games": tuple(
+        one for one in GAMES if "slippery" not in one
+    ),  # the ice decides there, so no oracle wins each
 }
 
 
@@ -45,7 +47,10 @@ class Made:
         return self.new_env(config)
 
     def parts(self) -> list[bytes]:
-        return [self.text.encode(errors="surrogatepass"), self.definition.encode(errors="surrogatepass")]
+        return [
+            self.text.encode(errors="surrogatepass"),
+            self.definition.encode(errors="surrogatepass"),
+        ]
 
 
 def is_made(dataset: str) -> bool:
@@ -63,10 +68,19 @@ def load_made(dataset: str, seed: int) -> list[Made]:
         return [_published(task, f"tau2-{task.domain}") for task in tau2.load(pathlib.Path(rest))]
     names, _, count = rest.partition(":")
     ids = _chosen(kind, names)
-    if seed < 0 or count and not (count.isascii() and count.isdecimal() and 0 < int(count) <= SEEDS_APART * len(ids)):
-        raise ValueError(f"dataset {dataset!r} with seed {seed} is not {kind}[:NAMES[:N]] with N from 1 to {SEEDS_APART * len(ids)} and a seed of 0 or more")
+    if (
+        seed < 0
+        or count
+        and not (count.isascii() and count.isdecimal() and 0 < int(count) <= SEEDS_APART * len(ids))
+    ):
+        raise ValueError(
+            f"dataset {dataset!r} with seed {seed} is not {kind}[:NAMES[:N]] with N from 1 to {SEEDS_APART * len(ids)} and a seed of 0 or more"
+        )
     total = int(count) if count else len(ids)
-    return [_instance(kind, ids[number % len(ids)], eval_seed(seed * SEEDS_APART + number // len(ids))) for number in range(total)]
+    return [
+        _instance(kind, ids[number % len(ids)], eval_seed(seed * SEEDS_APART + number // len(ids)))
+        for number in range(total)
+    ]
 
 
 def _chosen(kind: str, names: str) -> list[str]:
@@ -74,9 +88,15 @@ def _chosen(kind: str, names: str) -> list[str]:
     short = {one: one.removeprefix("rome:").removeprefix("game/") for one in KINDS[kind]}
     chosen: list[str] = []
     for name in names.split(",") if names and names != "all" else [""]:
-        found = [one for one, brief in short.items() if name == "" or brief == name or brief.startswith((f"{name}/", f"{name}-"))]
+        found = [
+            one
+            for one, brief in short.items()
+            if name == "" or brief == name or brief.startswith((f"{name}/", f"{name}-"))
+        ]
         if not found:
-            raise ValueError(f"{kind} has nothing named {name!r}; known: {', '.join(sorted({brief.split('-')[0] for brief in short.values()}))}")
+            raise ValueError(
+                f"{kind} has nothing named {name!r}; known: {', '.join(sorted({brief.split('-')[0] for brief in short.values()}))}"
+            )
         chosen += found
     return list(dict.fromkeys(chosen))
 
@@ -84,7 +104,13 @@ def _chosen(kind: str, names: str) -> list[str]:
 def _instance(kind: str, env_id: str, seed: int) -> Made:
     def new_env(config: SandboxConfig) -> Env:
         # sokoban unshaped: 1 for the solved room and nothing else; boards in the observation, which is all that agents are shown
-        settings = {"sandbox_config": config} if env_id.startswith("rome:code/") else {"shaped": False} if "sokoban" in env_id else {}
+        settings = (
+            {"sandbox_config": config}
+            if env_id.startswith("rome:code/")
+            else {"shaped": False}
+            if "sokoban" in env_id
+            else {}
+        )
         settings |= {"state_in": "observation"} if kind == "games" else {}
         return make(env_id, seed=seed, **settings)
 
@@ -93,10 +119,26 @@ def _instance(kind: str, env_id: str, seed: int) -> Made:
     text = "\n".join(env.scenario.user.requests) if kind == "worlds" else opening
     definition = env.definition() if hasattr(env, "definition") else str(info.get("suffix", ""))
     domain = env_id.removeprefix("rome:").split("/")[0] if kind != "games" else "games"
-    return Made(f"{env_id.removeprefix('rome:')}/{seed}", env.task.family, domain, getattr(env, "difficulty", "(none)"), text, definition, new_env)
+    return Made(
+        f"{env_id.removeprefix('rome:')}/{seed}",
+        env.task.family,
+        domain,
+        getattr(env, "difficulty", "(none)"),
+        text,
+        definition,
+        new_env,
+    )
 
 
 def _published(entry: Any, domain: str) -> Made:
     env = entry.make_env()
     env.reset()
-    return Made(env.task.name, env.family, domain, env.difficulty, "\n".join(env.scenario.user.requests), env.definition(), lambda config: entry.make_env())
+    return Made(
+        env.task.name,
+        env.family,
+        domain,
+        env.difficulty,
+        "\n".join(env.scenario.user.requests),
+        env.definition(),
+        lambda config: entry.make_env(),
+    )

@@ -11,7 +11,9 @@ from jax import Array
 from rome.data.batch import Batch
 from rome.losses.types import Denominators, Metrics
 
-MAX_LOG_RATIO = 20.0  # exp(20) = 5e8: beyond every ratio that means something, far below float32's overflow
+MAX_LOG_RATIO = (
+    20.0  # exp(20) = 5e8: beyond every ratio that means something, far below float32's overflow
+)
 
 
 def sum_per_chunk(values_BT: Array, batch: Batch) -> Array:
@@ -51,7 +53,13 @@ def exp_bounded(log_ratio: Array) -> Array:
 
 
 def policy_metrics(
-    logp_BT: Array, ratio_BT: Array, clipped_BT: Array, masked_BT: Array, rl_BT: Array, batch: Batch, denominators: Denominators,
+    logp_BT: Array,
+    ratio_BT: Array,
+    clipped_BT: Array,
+    masked_BT: Array,
+    rl_BT: Array,
+    batch: Batch,
+    denominators: Denominators,
 ) -> Metrics:
     """Token means over the step's RL tokens. Three policies: current, old (`logp_old`), rollout (the engine's).
 

@@ -25,25 +25,41 @@ import numpy as np
 from jax import Array
 
 from rome.data.batch import IMITATION, RL, Batch
-from rome.losses.chunks import at_tokens, exp_bounded, mean_per_chunk, policy_metrics, tokens_of_kind
+from rome.losses.chunks import (
+    at_tokens,
+    exp_bounded,
+    mean_per_chunk,
+    policy_metrics,
+    tokens_of_kind,
+)
 from rome.losses.types import Denominators, LossConfig, Metrics
 
 
-def ipa_loss(logp_BT: Array, batch: Batch, config: LossConfig, denominators: Denominators) -> tuple[Array, Metrics]:
+def ipa_loss(
+    logp_BT: Array, batch: Batch, config: LossConfig, denominators: Denominators
+) -> tuple[Array, Metrics]:
     """Eq. 10, negated: this micro-batch's share of the step's loss."""
     log_ratio_BC = mean_per_chunk(logp_BT - batch.logp_old_BT, batch)  # log rho_k, Eq. 8
     weight_BC = topr_weight(log_ratio_BC, batch.sign_BC) * batch.return_BC
     keep_BT = mismatch_mask(batch, config)
     rl_BT = tokens_of_kind(RL, batch)
 
-    objective = weighted_sum(keep_BT * at_tokens(weight_BC, batch), logp_BT, rl_BT) / rl_denominator(config, denominators)
+    objective = weighted_sum(
+        keep_BT * at_tokens(weight_BC, batch), logp_BT, rl_BT
+    ) / rl_denominator(config, denominators)
     imitation, imitation_metrics = imitation_term(logp_BT, batch, denominators)
     metrics = policy_metrics(
-        logp_BT, batch=batch, denominators=denominators, rl_BT=rl_BT, masked_BT=1.0 - keep_BT,
+        logp_BT,
+        batch=batch,
+        denominators=denominators,
+        rl_BT=rl_BT,
+        masked_BT=1.0 - keep_BT,
         ratio_BT=at_tokens(exp_bounded(log_ratio_BC), batch),
         clipped_BT=at_tokens((batch.sign_BC < 0) & (log_ratio_BC > 0), batch),
     )
-    return -(config.lambda_rl * objective + config.lambda_il * imitation), metrics | imitation_metrics
+    return -(
+        config.lambda_rl * objective + config.lambda_il * imitation
+    ), metrics | imitation_metrics
 
 
 def chunk_returns(reward: float, num_chunks: int, gamma: float) -> np.ndarray:
@@ -61,20 +77,30 @@ def mismatch_mask(batch: Batch, config: LossConfig) -> Array:
     mismatch_BT = batch.logp_old_BT - batch.logp_rollout_BT
     if config.mismatch_mask == "chunk":
         mismatch_BT = at_tokens(mean_per_chunk(mismatch_BT, batch), batch)
-    return (mismatch_BT <= math.log(config.mismatch_limit)).astype(jnp.float32)  # compared as logs: nothing can overflow
+    return (mismatch_BT <= math.log(config.mismatch_limit)).astype(
+        jnp.float32
+    )  # compared as logs: nothing can overflow
 
 
-def imitation_term(logp_BT: Array, batch: Batch, denominators: Denominators) -> tuple[Array, Metrics]:
+def imitation_term(
+    logp_BT: Array, batch: Batch, denominators: Denominators
+) -> tuple[Array, Metrics]:
     """The first term of Eq. 10, with pi(c*) read as a data weight: G-weighted log-likelihood of the expert's chunks, per token."""
     expert_BT = tokens_of_kind(IMITATION, batch)
     count = jnp.maximum(denominators.imitation_tokens, 1.0)
     logp = weighted_sum(jnp.ones_like(logp_BT), logp_BT, expert_BT) / count
-    return weighted_sum(at_tokens(batch.return_BC, batch), logp_BT, expert_BT) / count, {"imitation_logp": logp}
+    return weighted_sum(at_tokens(batch.return_BC, batch), logp_BT, expert_BT) / count, {
+        "imitation_logp": logp
+    }
 
 
 def rl_denominator(config: LossConfig, denominators: Denominators) -> Array:
     """What divides the token sum: counts of the whole step, taken before m_k."""
-    counts = {"tokens": denominators.rl_tokens, "chunks": denominators.rl_chunks, "trajectories": denominators.rl_trajectories}
+    counts = {
+        "tokens": denominators.rl_tokens,
+        "chunks": denominators.rl_chunks,
+        "trajectories": denominators.rl_trajectories,
+    }
     return jnp.maximum(counts[config.norm], 1.0)  # a step without RL chunks has a sum of 0
 
 

@@ -14,8 +14,12 @@ from rome.losses.ipa import weighted_sum
 from rome.losses.types import Denominators, LossConfig, Metrics
 
 
-def sft_loss(logp_BT: Array, batch: Batch, config: LossConfig, denominators: Denominators) -> tuple[Array, Metrics]:
+def sft_loss(
+    logp_BT: Array, batch: Batch, config: LossConfig, denominators: Denominators
+) -> tuple[Array, Metrics]:
     """Minus the mean log-likelihood over the step's unmasked action tokens; `config` has nothing to switch here."""
     learned_BT = at_tokens(batch.valid_BC & (batch.kind_BC != CONTEXT), batch)
-    logp = weighted_sum(jnp.ones_like(logp_BT), logp_BT, learned_BT) / jnp.maximum(denominators.sft_tokens, 1.0)
+    logp = weighted_sum(jnp.ones_like(logp_BT), logp_BT, learned_BT) / jnp.maximum(
+        denominators.sft_tokens, 1.0
+    )
     return -logp, {"logp": logp}

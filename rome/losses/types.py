@@ -33,7 +33,9 @@ class LossConfig:
     """Switches of the losses; defaults are IPA's and GRPO's, those of the others are PUBLISHED in rome.losses. `sft` reads none of them."""
 
     norm: str = "tokens"  # ipa, token_level: the step's RL "tokens", "chunks" or "trajectories" divide the sum
-    mismatch_mask: str = "chunk"  # ipa: what m_k drops, a "chunk" or a "token"; token_level always drops tokens
+    mismatch_mask: str = (
+        "chunk"  # ipa: what m_k drops, a "chunk" or a "token"; token_level always drops tokens
+    )
     mismatch_limit: float = 5.0  # of pi_old / mu. ipa, token_level: H, dropped above it; icepop: beta, dropped above it; tis: C, truncated to it
     mismatch_low: float = 0.5  # icepop: alpha, dropped below it
     lambda_rl: float = 1.0
@@ -45,18 +47,35 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         if self.norm not in ("tokens", "chunks", "trajectories"):
-            raise ValueError(f"norm {self.norm!r} unknown; set it to tokens, chunks or trajectories")
+            raise ValueError(
+                f"norm {self.norm!r} unknown; set it to tokens, chunks or trajectories"
+            )
         if self.mismatch_mask not in ("chunk", "token"):
-            raise ValueError(f"mismatch_mask {self.mismatch_mask!r} unknown; set it to chunk or token")
+            raise ValueError(
+                f"mismatch_mask {self.mismatch_mask!r} unknown; set it to chunk or token"
+            )
         if not self.mismatch_limit > 0:
-            raise ValueError(f"mismatch_limit {self.mismatch_limit} drops everything; set a ratio above 0, such as 5 (inf keeps everything)")
-        for name in ("lambda_rl", "lambda_il", "clip_low", "clip_high", "mismatch_low", "dual_clip"):
+            raise ValueError(
+                f"mismatch_limit {self.mismatch_limit} drops everything; set a ratio above 0, such as 5 (inf keeps everything)"
+            )
+        for name in (
+            "lambda_rl",
+            "lambda_il",
+            "clip_low",
+            "clip_high",
+            "mismatch_low",
+            "dual_clip",
+        ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; set it to 0 or more")
         if self.dual_clip and not self.dual_clip > 1 + self.clip_high:
-            raise ValueError(f"dual_clip {self.dual_clip} is within the clip range that ends at {1 + self.clip_high}; set it above, such as to 3, or to 0 for none")
+            raise ValueError(
+                f"dual_clip {self.dual_clip} is within the clip range that ends at {1 + self.clip_high}; set it above, such as to 3, or to 0 for none"
+            )
         if not self.token_constant > 0:
-            raise ValueError(f"token_constant is {self.token_constant}; set it to the token budget of an episode")
+            raise ValueError(
+                f"token_constant is {self.token_constant}; set it to the token budget of an episode"
+            )
 
 
 Loss = Callable[[jax.Array, Batch, LossConfig, Denominators], tuple[jax.Array, Metrics]]
@@ -70,5 +89,11 @@ def count_denominators(batches: Iterable[Batch]) -> Denominators:
         kind_BT = np.where(batch.action_mask_BT, kind_BT, CONTEXT)
         rl_BC = batch.valid_BC & (batch.kind_BC == RL)
         trajectories = sum(len(np.unique(row[rl])) for row, rl in zip(batch.trajectory_BC, rl_BC))
-        counts += [(kind_BT == RL).sum(), rl_BC.sum(), trajectories, (kind_BT == IMITATION).sum(), (kind_BT != CONTEXT).sum()]
+        counts += [
+            (kind_BT == RL).sum(),
+            rl_BC.sum(),
+            trajectories,
+            (kind_BT == IMITATION).sum(),
+            (kind_BT != CONTEXT).sum(),
+        ]
     return Denominators(*map(float, counts))

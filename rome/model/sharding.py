@@ -22,8 +22,15 @@ AXES = ("replica", "fsdp", "expert", "sequence", "tensor")
 RULES: dict[str, tuple[str, ...]] = {  # logical axis -> mesh axes
     "batch": ("replica", "fsdp", "expert"),
     "time": ("sequence",),
-    "embed": ("fsdp", "sequence"),  # long rows leave few devices to fsdp: those that share a row share the parameters too
-    "embed_wide": ("fsdp", "expert", "sequence"),  # of what is no expert: the master copy and its moments lie on every device of these axes
+    "embed": (
+        "fsdp",
+        "sequence",
+    ),  # long rows leave few devices to fsdp: those that share a row share the parameters too
+    "embed_wide": (
+        "fsdp",
+        "expert",
+        "sequence",
+    ),  # of what is no expert: the master copy and its moments lie on every device of these axes
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "experts": ("expert",),
@@ -31,7 +38,9 @@ RULES: dict[str, tuple[str, ...]] = {  # logical axis -> mesh axes
     "vocab": ("tensor",),
 }
 
-PARAM_AXES: dict[str, tuple[str | None, ...]] = {  # path of a parameter -> logical name of each axis; None: whole on every device
+PARAM_AXES: dict[
+    str, tuple[str | None, ...]
+] = {  # path of a parameter -> logical name of each axis; None: whole on every device
     "embed/embedding": ("vocab", "embed_wide"),
     "head/kernel": ("embed_wide", "vocab"),
     "norm/scale": (None,),
@@ -57,7 +66,9 @@ PARAM_AXES: dict[str, tuple[str | None, ...]] = {  # path of a parameter -> logi
 }
 
 
-def partition_spec(logical: Sequence[str | None], rules: Mapping[str, tuple[str, ...]] = RULES) -> PartitionSpec:
+def partition_spec(
+    logical: Sequence[str | None], rules: Mapping[str, tuple[str, ...]] = RULES
+) -> PartitionSpec:
     """The mesh axes of an array whose axes have these logical names. Two of its axes on one mesh axis are an error."""
     unknown = [name for name in logical if name is not None and name not in rules]
     if unknown:
@@ -65,7 +76,9 @@ def partition_spec(logical: Sequence[str | None], rules: Mapping[str, tuple[str,
     used = [axis for name in logical if name for axis in rules[name]]
     twice = sorted({axis for axis in used if used.count(axis) > 1})
     if twice:
-        raise ValueError(f"logical axes {tuple(logical)} put mesh axis {twice[0]!r} on two dimensions of one array; change RULES")
+        raise ValueError(
+            f"logical axes {tuple(logical)} put mesh axis {twice[0]!r} on two dimensions of one array; change RULES"
+        )
     return PartitionSpec(*(rules[name] if name else None for name in logical))
 
 
@@ -88,10 +101,16 @@ def in_turn(x: jax.Array) -> jax.Array:
     Collectives that are under way at once share a CPU backend's few threads: two processes that give them to different ones wait for each
     other for ever. Accelerators run what they are given in order.
     """
-    return x.block_until_ready() if jax.default_backend() == "cpu" and jax.process_count() > 1 else x
+    return (
+        x.block_until_ready() if jax.default_backend() == "cpu" and jax.process_count() > 1 else x
+    )
 
 
-def make_mesh(shape: Mapping[str, int], config: ModelConfig | None = None, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(
+    shape: Mapping[str, int],
+    config: ModelConfig | None = None,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
     """A mesh of all five axes; those that `shape` leaves out have size 1, and one may be -1: all devices that are left.
 
     With a config it is also checked that the model divides. Every problem is named in one error.
@@ -111,21 +130,37 @@ def make_mesh(shape: Mapping[str, int], config: ModelConfig | None = None, devic
 def _arrange(sizes: Mapping[str, int], devices: list[Any]) -> np.ndarray:
     """Devices so that the last axes, which talk most, lie on whole rings of the interconnect; an axis may be a part of a ring, unlike in
     jax.make_mesh. Of several slices each is one part of the replica axis: only gradients cross between them."""
-    shape, slices = tuple(sizes.values()), len({getattr(device, "slice_index", 0) for device in devices})
+    shape, slices = (
+        tuple(sizes.values()),
+        len({getattr(device, "slice_index", 0) for device in devices}),
+    )
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     if sizes["replica"] % slices:
-        raise ValueError(f"the devices are {slices} slices, which do not divide replica={sizes['replica']}. Set --config.mesh.replica to a multiple of {slices}.")
+        raise ValueError(
+            f"the devices are {slices} slices, which do not divide replica={sizes['replica']}. Set --config.mesh.replica to a multiple of {slices}."
+        )
     inside = (sizes["replica"] // slices, *shape[1:])
-    return mesh_utils.create_hybrid_device_mesh(inside, (slices, *(1,) * (len(shape) - 1)), devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(
+        inside, (slices, *(1,) * (len(shape) - 1)), devices, allow_split_physical_axes=True
+    )
 
 
-def check_mesh(config: ModelConfig, mesh_shape: Mapping[str, int], batch: int | None = None, length: int | None = None) -> None:
+def check_mesh(
+    config: ModelConfig,
+    mesh_shape: Mapping[str, int],
+    batch: int | None = None,
+    length: int | None = None,
+) -> None:
     """Raises a ValueError that names everything which this mesh does not divide: model sizes, and rows and time where they are given."""
     sizes = {axis: mesh_shape.get(axis, 1) for axis in AXES}
-    problems, remedies = _indivisible(config, sizes, batch, length, at_most=math.prod(sizes.values()))
+    problems, remedies = _indivisible(
+        config, sizes, batch, length, at_most=math.prod(sizes.values())
+    )
     if problems:
-        raise ValueError(f"mesh ({_spell(mesh_shape)}) does not fit: {'; and '.join(problems)}. {' '.join(remedies)}")
+        raise ValueError(
+            f"mesh ({_spell(mesh_shape)}) does not fit: {'; and '.join(problems)}. {' '.join(remedies)}"
+        )
 
 
 def extent(mesh: Mesh, axis: str) -> tuple[int, ...]:
@@ -155,7 +190,9 @@ def param_shardings(mesh: Mesh, config: ModelConfig) -> Any:
     from rome.model.qwen3 import init_params  # qwen3 constrains its activations with this module
 
     shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, partition_spec(_axes_of(path, leaf))), shapes)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, partition_spec(_axes_of(path, leaf))), shapes
+    )
 
 
 def _axes_of(path: tuple[Any, ...], leaf: Any) -> tuple[str | None, ...]:
@@ -163,7 +200,9 @@ def _axes_of(path: tuple[Any, ...], leaf: Any) -> tuple[str | None, ...]:
     if name not in PARAM_AXES:
         raise ValueError(f"parameter {name!r} has no entry in PARAM_AXES; add its logical axes")
     if len(PARAM_AXES[name]) != len(leaf.shape):
-        raise ValueError(f"parameter {name!r} has shape {leaf.shape}, but PARAM_AXES names {len(PARAM_AXES[name])} axes")
+        raise ValueError(
+            f"parameter {name!r} has shape {leaf.shape}, but PARAM_AXES names {len(PARAM_AXES[name])} axes"
+        )
     return PARAM_AXES[name]
 
 
@@ -173,39 +212,61 @@ def _fill_sizes(shape: Mapping[str, int], devices: int) -> dict[str, int]:
         raise ValueError(f"mesh axis {unknown[0]!r} is unknown; choose from {', '.join(AXES)}")
     bad = [f"{axis}={size}" for axis, size in shape.items() if size != -1 and size < 1]
     if bad or list(shape.values()).count(-1) > 1:
-        raise ValueError(f"mesh ({_spell(shape)}): sizes are positive, and at most one is -1 (all devices that are left)")
+        raise ValueError(
+            f"mesh ({_spell(shape)}): sizes are positive, and at most one is -1 (all devices that are left)"
+        )
     rest = math.prod(size for size in shape.values() if size != -1)
     if -1 in shape.values() and devices % rest:
-        raise ValueError(f"mesh ({_spell(shape)}): {rest} does not divide the {devices} devices. Choose axes whose product divides them.")
+        raise ValueError(
+            f"mesh ({_spell(shape)}): {rest} does not divide the {devices} devices. Choose axes whose product divides them."
+        )
     return {axis: devices // rest if shape.get(axis) == -1 else shape.get(axis, 1) for axis in AXES}
 
 
-def _indivisible(config: ModelConfig, sizes: Mapping[str, int], batch: int | None = None, length: int | None = None, *,
-                 at_most: int) -> tuple[list[str], list[str]]:
+def _indivisible(
+    config: ModelConfig,
+    sizes: Mapping[str, int],
+    batch: int | None = None,
+    length: int | None = None,
+    *,
+    at_most: int,
+) -> tuple[list[str], list[str]]:
     """What does not divide, and for each mesh axis at fault the sizes that would."""
     wanted = {
         "fsdp": {f"the hidden size {config.hidden_size}": config.hidden_size},
         "expert": {f"the {config.num_experts} experts": config.num_experts},
         "sequence": {} if length is None else {f"the {length} tokens of a row": length},
         "tensor": {
-            f"the {config.num_heads} query heads": config.num_heads, f"the {config.num_kv_heads} key heads": config.num_kv_heads,
+            f"the {config.num_heads} query heads": config.num_heads,
+            f"the {config.num_kv_heads} key heads": config.num_kv_heads,
             f"the expert hidden size {config.moe_intermediate_size}": config.moe_intermediate_size,
             f"the vocabulary of {config.vocab_size}": config.vocab_size,
-        } | ({f"the dense layers' hidden size {config.intermediate_size}": config.intermediate_size} if config.dense_layers else {}),
+        }
+        | (
+            {f"the dense layers' hidden size {config.intermediate_size}": config.intermediate_size}
+            if config.dense_layers
+            else {}
+        ),
     }
     problems, remedies = [], []
     for axis, targets in wanted.items():
         faults = [what for what, size in targets.items() if size % sizes[axis]]
         if faults:
             problems.append(f"{sizes[axis]} does not divide {' nor '.join(faults)}")
-            remedies.append(f"Set --config.mesh.{axis} to {_choices(math.gcd(*targets.values()), at_most)}.")
+            remedies.append(
+                f"Set --config.mesh.{axis} to {_choices(math.gcd(*targets.values()), at_most)}."
+            )
     wide = math.prod(sizes[axis] for axis in RULES["embed_wide"])
     if config.hidden_size % wide and not problems:
-        problems.append(f"fsdp * expert * sequence = {wide} does not divide the hidden size {config.hidden_size}")
+        problems.append(
+            f"fsdp * expert * sequence = {wide} does not divide the hidden size {config.hidden_size}"
+        )
         remedies.append("Lower one of them until their product divides it.")
     rows = math.prod(sizes[axis] for axis in RULES["batch"])
     if batch is not None and batch % rows:
-        problems.append(f"the {rows} devices of {', '.join(RULES['batch'])} do not divide the {batch} rows of a batch")
+        problems.append(
+            f"the {rows} devices of {', '.join(RULES['batch'])} do not divide the {batch} rows of a batch"
+        )
         remedies.append(f"Make the rows a multiple of {rows}.")
     return problems, remedies
 

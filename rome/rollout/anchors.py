@@ -64,7 +64,9 @@ class Anchors:
             del self.tasks[next(iter(self.tasks))]
         self.tasks[task] = Hard(source, chunks, chunks - 1)
 
-    def observe(self, group: Sequence[Trajectory], source: str, source_of: Callable[[Trajectory], str]) -> None:
+    def observe(
+        self, group: Sequence[Trajectory], source: str, source_of: Callable[[Trajectory], str]
+    ) -> None:
         """Takes in what a group of one task did. `source`: what it was led along; `source_of` names the file of a trajectory.
 
         A group that was begun before its task had another source says nothing about the anchors of this one, which may have fewer chunks.
@@ -73,7 +75,9 @@ class Anchors:
         if hard is None:
             return
         current = source == hard.source or source in hard.earlier
-        for trajectory in (trajectory for trajectory in group if current or not anchor_of(trajectory)):
+        for trajectory in (
+            trajectory for trajectory in group if current or not anchor_of(trajectory)
+        ):
             outcomes = hard.outcomes.setdefault(anchor_of(trajectory), [])
             outcomes.append(trajectory.reward > 0)
             del outcomes[:-MEMORY]
@@ -84,11 +88,15 @@ class Anchors:
             return
         best = min((t for t in group if t.reward > 0), key=lambda t: len(t.chunks), default=None)
         if best is not None and len(best.chunks) <= hard.chunks:
-            if len(best.chunks) < hard.chunks:  # other chunks: what was learnt about the old ones says nothing about these
-                hard.outcomes = {anchor: outcomes for anchor, outcomes in hard.outcomes.items() if anchor == 0}
+            if (
+                len(best.chunks) < hard.chunks
+            ):  # other chunks: what was learnt about the old ones says nothing about these
+                hard.outcomes = {
+                    anchor: outcomes for anchor, outcomes in hard.outcomes.items() if anchor == 0
+                }
                 hard.position, hard.earlier = min(hard.position, len(best.chunks) - 1), []
             else:
-                hard.earlier = [*hard.earlier[1 - MOST_EARLIER:], hard.source]
+                hard.earlier = [*hard.earlier[1 - MOST_EARLIER :], hard.source]
             hard.source, hard.chunks = source_of(best), len(best.chunks)
 
     def crucial(self) -> int:
@@ -100,7 +108,13 @@ class Anchors:
 
     def load(self, document: Mapping[str, Any]) -> None:
         self.tasks = {
-            task: Hard(entry["source"], entry["chunks"], entry["position"], {int(anchor): list(seen) for anchor, seen in entry["outcomes"].items()}, entry.get("earlier", []))
+            task: Hard(
+                entry["source"],
+                entry["chunks"],
+                entry["position"],
+                {int(anchor): list(seen) for anchor, seen in entry["outcomes"].items()},
+                entry.get("earlier", []),
+            )
             for task, entry in document.items()
         }
 
@@ -117,7 +131,10 @@ class Anchors:
 
 def anchor_of(trajectory: Trajectory) -> int:
     """How many chunks of another trajectory it began with."""
-    return next((number for number, chunk in enumerate(trajectory.chunks) if chunk.kind != "context"), len(trajectory.chunks))
+    return next(
+        (number for number, chunk in enumerate(trajectory.chunks) if chunk.kind != "context"),
+        len(trajectory.chunks),
+    )
 
 
 def crucial_chunks(outcomes: Mapping[int, Sequence[bool]]) -> list[int]:
@@ -125,15 +142,23 @@ def crucial_chunks(outcomes: Mapping[int, Sequence[bool]]) -> list[int]:
     and the next that was, and then the first chunk of that stretch is named."""
     played = sorted(outcomes)
     return [
-        before for before, after in zip(played, played[1:])
-        if fisher_less(sum(outcomes[before]), len(outcomes[before]), sum(outcomes[after]), len(outcomes[after])) <= P_CRUCIAL
+        before
+        for before, after in zip(played, played[1:])
+        if fisher_less(
+            sum(outcomes[before]), len(outcomes[before]), sum(outcomes[after]), len(outcomes[after])
+        )
+        <= P_CRUCIAL
     ]
 
 
 def fisher_less(wins: int, tries: int, other_wins: int, other_tries: int) -> float:
     """P(at most `wins` of the wins fall to the first sample) where both have one success rate: Fisher's exact test, one-sided."""
     total = wins + other_wins
-    ways = lambda k: math.comb(tries, k) * math.comb(other_tries, total - k) if 0 <= total - k <= other_tries else 0
+    ways = lambda k: (
+        math.comb(tries, k) * math.comb(other_tries, total - k)
+        if 0 <= total - k <= other_tries
+        else 0
+    )
     return sum(ways(k) for k in range(wins + 1)) / math.comb(tries + other_tries, total)
 
 
@@ -150,8 +175,13 @@ def fork_imitation(source: Trajectory, group: Iterable[Trajectory]) -> Trajector
         return None
     shown = max(failed) + 1
     chunks = [
-        dataclasses.replace(chunk, kind="imitation" if number < shown and chunk.status == "ok" else "context", logprobs=[0.0] * len(chunk.action_ids),
-                            versions=[], routes=None)
+        dataclasses.replace(
+            chunk,
+            kind="imitation" if number < shown and chunk.status == "ok" else "context",
+            logprobs=[0.0] * len(chunk.action_ids),
+            versions=[],
+            routes=None,
+        )
         for number, chunk in enumerate(source.chunks)
     ]
     return dataclasses.replace(source, chunks=chunks)

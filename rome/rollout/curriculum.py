@@ -22,9 +22,15 @@ class Curriculum:
         self.rates = dict.fromkeys(families, 0.5) | (rates or {})
 
     def draw(self, number: int, rng: random.Random) -> list[str]:
-        return rng.choices(list(self.rates), [(p + UNSOLVED) * (1 - p) + FLOOR for p in self.rates.values()], k=number)
+        return rng.choices(
+            list(self.rates),
+            [(p + UNSOLVED) * (1 - p) + FLOOR for p in self.rates.values()],
+            k=number,
+        )
 
     def observe(self, trajectories: Iterable[Trajectory]) -> None:
         """Takes finished training episodes in. Their order counts a little: give them in the order of their groups."""
         for trajectory in trajectories:
-            self.rates[trajectory.family] = MEMORY * self.rates[trajectory.family] + (1 - MEMORY) * (trajectory.reward > 0)
+            self.rates[trajectory.family] = MEMORY * self.rates[trajectory.family] + (
+                1 - MEMORY
+            ) * (trajectory.reward > 0)

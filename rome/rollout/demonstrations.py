@@ -27,8 +27,14 @@ class Spoiled(RolloutError):
 
 
 async def collect_experts(
-    tasks: Sequence[str], make_env: Callable[[str], TerminalEnv], chat: Chat, *, error_rate: float, concurrency: int,
-    record: Callable[[int], pathlib.Path], first_group: int = 0,
+    tasks: Sequence[str],
+    make_env: Callable[[str], TerminalEnv],
+    chat: Chat,
+    *,
+    error_rate: float,
+    concurrency: int,
+    record: Callable[[int], pathlib.Path],
+    first_group: int = 0,
 ) -> list[Trajectory]:
     """One solved trajectory for each task, in the order asked for. `record` says where the n-th is kept: one of its task that is there already is
     taken.
@@ -41,12 +47,16 @@ async def collect_experts(
 
     async def play(number: int, task: str) -> Trajectory:
         path = record(number)
-        if path.exists() and (kept := load_trajectory(path)).task == task:  # a step that a resumed run repeats may have to show other tasks
+        if (
+            path.exists() and (kept := load_trajectory(path)).task == task
+        ):  # a step that a resumed run repeats may have to show other tasks
             return kept
         async with gate:
             for left in reversed(range(ATTEMPTS)):
                 try:
-                    trajectory = await expert_trajectory(make_env(task), chat, random.Random(f"expert {task}"), error_rate)
+                    trajectory = await expert_trajectory(
+                        make_env(task), chat, random.Random(f"expert {task}"), error_rate
+                    )
                     break
                 except (Spoiled, SandboxError):
                     if not left:
@@ -58,15 +68,36 @@ async def collect_experts(
     return await asyncio.gather(*(play(number, task) for number, task in enumerate(tasks)))
 
 
-async def expert_trajectory(env: TerminalEnv, chat: Chat, rng: random.Random, error_rate: float) -> Trajectory:
+async def expert_trajectory(
+    env: TerminalEnv, chat: Chat, rng: random.Random, error_rate: float
+) -> Trajectory:
     """Plays one expert episode; its turns become tokens exactly as a policy's would stand in the context."""
     played = await run_expert(env, rng, error_rate)
     if played.ending != "success":
-        raise (Spoiled if played.ending.startswith("infra_") else RolloutError)(f"the expert of {played.task} ended as {played.ending}, not as a success; its last observation: {played.turns[-1].observation!r}")
+        raise (Spoiled if played.ending.startswith("infra_") else RolloutError)(
+            f"the expert of {played.task} ended as {played.ending}, not as a success; its last observation: {played.turns[-1].observation!r}"
+        )
     chunks, prompt_ids = [], chat.open(played.instruction)
     for turn in played.turns:
         action_ids = chat.turn(turn.text)
         kind = "imitation" if turn.status == "ok" else "context"
-        chunks.append(Chunk(prompt_ids, action_ids, [0.0] * len(action_ids), text=turn.text, observation=turn.observation, status=turn.status, kind=kind))
+        chunks.append(
+            Chunk(
+                prompt_ids,
+                action_ids,
+                [0.0] * len(action_ids),
+                text=turn.text,
+                observation=turn.observation,
+                status=turn.status,
+                kind=kind,
+            )
+        )
         prompt_ids = chat.observe([turn.observation])
-    return Trajectory(task=played.task, family=played.family, chunks=chunks, reward=played.reward, ending=played.ending, instruction=played.instruction)
+    return Trajectory(
+        task=played.task,
+        family=played.family,
+        chunks=chunks,
+        reward=played.reward,
+        ending=played.ending,
+        instruction=played.instruction,
+    )

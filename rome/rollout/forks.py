@@ -33,8 +33,12 @@ class Forks:
         if not prefix:
             return self._make_env()
         self._replayed = self._replayed or asyncio.get_running_loop().create_task(self._replay())
-        await asyncio.wait([self._replayed])  # an episode that is cancelled here leaves the replay to the others
-        if not self._replayed.cancelled():  # else these forks were closed meanwhile: who still comes replays for itself
+        await asyncio.wait(
+            [self._replayed]
+        )  # an episode that is cancelled here leaves the replay to the others
+        if (
+            not self._replayed.cancelled()
+        ):  # else these forks were closed meanwhile: who still comes replays for itself
             self._replayed.result()
         env = self._make_env()
         return Forked(env, self._kept[len(prefix)], prefix) if len(prefix) in self._kept else env
@@ -55,10 +59,14 @@ class Forks:
             async with asyncio.timeout(SECONDS):
                 await env.areset()
                 for place in range(1, len(self._longest) + 1):
-                    await replay(env, self._longest[place - 1:place], [])
+                    await replay(env, self._longest[place - 1 : place], [])
                     if place in self._wanted:
                         self._kept[place] = await env.asnapshot()
-        except (SandboxError, ReplayError, TimeoutError) as error:  # episodes beyond it replay for themselves, and say what they meet
+        except (
+            SandboxError,
+            ReplayError,
+            TimeoutError,
+        ) as error:  # episodes beyond it replay for themselves, and say what they meet
             logging.info("no copy of %s after turn %d: %s", env.task.name, len(self._kept), error)
         finally:
             await env.aclose()
@@ -87,7 +95,13 @@ class Forked(Env):
         if self._turn < len(self._prefix):
             chunk = self._prefix[self._turn]
             self._turn += 1
-            return chunk.observation, 0.0, False, False, {"status": chunk.status, "use_tool": chunk.tool_call is not None}
+            return (
+                chunk.observation,
+                0.0,
+                False,
+                False,
+                {"status": chunk.status, "use_tool": chunk.tool_call is not None},
+            )
         return await self._env.astep(action)
 
     async def aclose(self) -> None:

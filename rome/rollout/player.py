@@ -55,7 +55,9 @@ class Accounting:
     trained: int = 0
     dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     in_flight: int = 0
-    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock, init=False, repr=False, compare=False)
+    _lock: threading.Lock = dataclasses.field(
+        default_factory=threading.Lock, init=False, repr=False, compare=False
+    )
 
     def begin(self) -> None:
         with self._lock:
@@ -75,17 +77,28 @@ class Accounting:
 
     def check(self) -> None:
         counts = self.to_json()
-        if counts["started"] != counts["trained"] + sum(counts["dropped"].values()) + counts["in_flight"] or counts["in_flight"] < 0:
+        if (
+            counts["started"]
+            != counts["trained"] + sum(counts["dropped"].values()) + counts["in_flight"]
+            or counts["in_flight"] < 0
+        ):
             raise AssertionError(f"sample accounting does not add up: {counts}")
 
     def to_json(self) -> dict:
         with self._lock:
-            return {"started": self.started, "trained": self.trained, "dropped": dict(self.dropped), "in_flight": self.in_flight}
+            return {
+                "started": self.started,
+                "trained": self.trained,
+                "dropped": dict(self.dropped),
+                "in_flight": self.in_flight,
+            }
 
     @classmethod
     def from_json(cls, document: dict) -> Accounting:
         """As of a checkpoint: what was in flight then is started anew."""
-        counts = cls(document["started"], document["trained"], collections.Counter(document["dropped"]), 0)
+        counts = cls(
+            document["started"], document["trained"], collections.Counter(document["dropped"]), 0
+        )
         counts.started -= document["in_flight"]
         return counts
 
@@ -110,8 +123,13 @@ class EpisodePlayer:
     attempts: int = 3
 
     async def play(
-        self, episodes: Sequence[Episode], *, temperature: float, accounting: Accounting | None = None,
-        record: Callable[[Episode], pathlib.Path] | None = None, on_finish: Callable[[Trajectory], None] | None = None,
+        self,
+        episodes: Sequence[Episode],
+        *,
+        temperature: float,
+        accounting: Accounting | None = None,
+        record: Callable[[Episode], pathlib.Path] | None = None,
+        on_finish: Callable[[Trajectory], None] | None = None,
         routes: bool = False,
     ) -> list[Trajectory]:
         """Plays all episodes; returns their trajectories in the order asked for, each of them trainable.
@@ -128,7 +146,13 @@ class EpisodePlayer:
         async def finish(episode: Episode) -> Trajectory:
             async with gate:
                 accounting.begin()
-                trajectory = await self.play_one(episode, temperature=temperature, accounting=accounting, path=record and record(episode), routes=routes)
+                trajectory = await self.play_one(
+                    episode,
+                    temperature=temperature,
+                    accounting=accounting,
+                    path=record and record(episode),
+                    routes=routes,
+                )
             if on_finish is not None:
                 on_finish(trajectory)
             return trajectory
@@ -139,7 +163,9 @@ class EpisodePlayer:
         finally:
             for future in futures:
                 future.cancel()
-            await asyncio.gather(*futures, return_exceptions=True)  # sandboxes are closed before anyone goes on
+            await asyncio.gather(
+                *futures, return_exceptions=True
+            )  # sandboxes are closed before anyone goes on
         return [future.result() for future in futures]
 
     async def _watch(self, futures: list[asyncio.Future]) -> None:
@@ -148,12 +174,20 @@ class EpisodePlayer:
         while pending:
             if self.should_stop():
                 raise Stopped
-            done, pending = await asyncio.wait(pending, timeout=0.5, return_when=asyncio.FIRST_EXCEPTION)
+            done, pending = await asyncio.wait(
+                pending, timeout=0.5, return_when=asyncio.FIRST_EXCEPTION
+            )
             for future in done:
                 future.result()
 
     async def play_one(
-        self, episode: Episode, *, temperature: float, accounting: Accounting, path: pathlib.Path | None = None, routes: bool = False,
+        self,
+        episode: Episode,
+        *,
+        temperature: float,
+        accounting: Accounting,
+        path: pathlib.Path | None = None,
+        routes: bool = False,
     ) -> Trajectory:
         """One trainable trajectory, from `path` where it is kept already. The caller has counted its beginning; here only replacements are.
 
@@ -164,11 +198,24 @@ class EpisodePlayer:
         for attempt in range(self.attempts):
             # A command may answer otherwise each time (the date, a process id). Then its turns cannot be taken again: the last attempt is from the beginning.
             prefix = episode.prefix if attempt == 0 or attempt + 1 < self.attempts else ()
-            env = await episode.forks.env_at(prefix) if episode.forks and not attempt else self.make_env(episode.task)
+            env = (
+                await episode.forks.env_at(prefix)
+                if episode.forks and not attempt
+                else self.make_env(episode.task)
+            )
             trajectory = await run_episode(
-                self.engine, env, self.chat, self.limits, temperature=temperature,
-                seed=episode.seed if attempt == 0 else derive_seed(episode.seed, "attempt", attempt),
-                group=episode.group, episode=episode.episode, routes=routes, prefix=prefix,
+                self.engine,
+                env,
+                self.chat,
+                self.limits,
+                temperature=temperature,
+                seed=episode.seed
+                if attempt == 0
+                else derive_seed(episode.seed, "attempt", attempt),
+                group=episode.group,
+                episode=episode.episode,
+                routes=routes,
+                prefix=prefix,
             )
             if trajectory.trainable:
                 if path is not None:
@@ -194,5 +241,8 @@ def _kept(path: pathlib.Path, episode: Episode) -> Trajectory | None:
         logging.warning("%s cannot be read and is played again: %s", path, error)
         return None
     begun = anchor_of(kept)  # 0 also where the prefix could not be replayed
-    led = begun in (0, len(episode.prefix)) and all(ours.action_ids == theirs.action_ids for ours, theirs in zip(kept.chunks[:begun], episode.prefix))
+    led = begun in (0, len(episode.prefix)) and all(
+        ours.action_ids == theirs.action_ids
+        for ours, theirs in zip(kept.chunks[:begun], episode.prefix)
+    )
     return kept if kept.task == episode.task and led else None

@@ -60,7 +60,9 @@ class Rules:
     async_ratio: int = 0
     redundancy: int = 0
     redundant_groups: int = 0
-    keep_redundant: bool = False  # they play on, and their trajectories are kept as files, untrained
+    keep_redundant: bool = (
+        False  # they play on, and their trajectories are kept as files, untrained
+    )
     replace_equal: bool = False
     late: Late = "wait"
     siblings: int = 1
@@ -95,7 +97,9 @@ class Group:
     open: dict[int, asyncio.Task] = dataclasses.field(default_factory=dict)
     versions: dict[int, int] = dataclasses.field(default_factory=dict)  # that began its episodes
     finished: dict[int, Trajectory] = dataclasses.field(default_factory=dict)
-    retries: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)  # of samples that became too old
+    retries: collections.Counter[int] = dataclasses.field(
+        default_factory=collections.Counter
+    )  # of samples that became too old
     closed: bool = False  # it is complete or given up: what else finishes is redundant
 
     def age(self, version: int) -> int:
@@ -132,7 +136,12 @@ class Journal:
             for line in path.read_text().splitlines():
                 try:
                     self._keep(json.loads(line))
-                except (ValueError, KeyError, TypeError, AttributeError):  # the line that a kill cut off: its step was not trained
+                except (
+                    ValueError,
+                    KeyError,
+                    TypeError,
+                    AttributeError,
+                ):  # the line that a kill cut off: its step was not trained
                     continue
 
     def get(self, step: int) -> list[tuple[int, int]] | None:
@@ -141,7 +150,9 @@ class Journal:
 
     def after(self, step: int) -> set[int]:
         """Numbers of the groups that later steps took."""
-        return {number for later, groups in self._steps.items() if later > step for number, _ in groups}
+        return {
+            number for later, groups in self._steps.items() if later > step for number, _ in groups
+        }
 
     def episodes(self, number: int, attempt: int) -> list[int] | None:
         """Of a group that some step took or that was replaced: with redundant ones, others of it may be on disk as well."""
@@ -150,17 +161,31 @@ class Journal:
     def given_up(self, step: int) -> list[int]:
         return self._given_up.get(step, [])
 
-    def add(self, step: int, groups: list[Group], given_up: list[Group], replaced: list[Group]) -> None:
+    def add(
+        self, step: int, groups: list[Group], given_up: list[Group], replaced: list[Group]
+    ) -> None:
         entry = {
-            "step": step, "groups": [(group.number, group.attempt) for group in groups], "episodes": [sorted(group.finished) for group in groups],
-            "given_up": [group.number for group in given_up], "replaced": [(group.number, group.attempt, sorted(group.finished)) for group in replaced],
+            "step": step,
+            "groups": [(group.number, group.attempt) for group in groups],
+            "episodes": [sorted(group.finished) for group in groups],
+            "given_up": [group.number for group in given_up],
+            "replaced": [
+                (group.number, group.attempt, sorted(group.finished)) for group in replaced
+            ],
         }
-        if self.get(step) == entry["groups"] and [self.episodes(*group) for group in entry["groups"]] == entry["episodes"]:
+        if (
+            self.get(step) == entry["groups"]
+            and [self.episodes(*group) for group in entry["groups"]] == entry["episodes"]
+        ):
             return
         self._keep(entry)
         if self._path is not None:
             with open(self._path, "a", encoding="utf-8") as file:
-                file.write("\n" * (file.tell() > 0 and not _ends_with_newline(self._path)) + json.dumps(entry) + "\n")
+                file.write(
+                    "\n" * (file.tell() > 0 and not _ends_with_newline(self._path))
+                    + json.dumps(entry)
+                    + "\n"
+                )
                 file.flush()
                 os.fsync(file.fileno())
 
@@ -168,7 +193,9 @@ class Journal:
         groups = [tuple(pair) for pair in entry["groups"]]
         self._steps[entry["step"]], self._given_up[entry["step"]] = groups, entry["given_up"]
         self._episodes.update(zip(groups, entry["episodes"]))
-        self._episodes.update({(number, attempt): episodes for number, attempt, episodes in entry["replaced"]})
+        self._episodes.update(
+            {(number, attempt): episodes for number, attempt, episodes in entry["replaced"]}
+        )
 
 
 class RolloutScheduler:
@@ -184,17 +211,34 @@ class RolloutScheduler:
     """
 
     def __init__(
-        self, rules: Rules, play: Callable[[Episode], Awaitable[Trajectory]], plan: Callable[[int], list[GroupPlan]],
-        replan: Callable[[int, int], GroupPlan] | None = None, *, accounting: Accounting, should_stop: Callable[[], bool] = lambda: False,
-        forget: Callable[[Episode], None] = lambda episode: None, journal: pathlib.Path | None = None,
+        self,
+        rules: Rules,
+        play: Callable[[Episode], Awaitable[Trajectory]],
+        plan: Callable[[int], list[GroupPlan]],
+        replan: Callable[[int, int], GroupPlan] | None = None,
+        *,
+        accounting: Accounting,
+        should_stop: Callable[[], bool] = lambda: False,
+        forget: Callable[[Episode], None] = lambda episode: None,
+        journal: pathlib.Path | None = None,
     ) -> None:
         self.rules, self.accounting, self.version = rules, accounting, 0
-        self._play, self._plan, self._replan, self._forget, self._should_stop = play, plan, replan, forget, should_stop
+        self._play, self._plan, self._replan, self._forget, self._should_stop = (
+            play,
+            plan,
+            replan,
+            forget,
+            should_stop,
+        )
         self._journal = Journal(journal)
         self._groups: dict[int, Group] = {}  # in order of their numbers
         self._waves = 0  # that were begun
-        self._waiting: list[tuple[int, int, int, Group]] = []  # a heap of (group number, -attempt, episode number, group): what is to begin
-        self._repeats: set[int] | None = None  # numbers of the groups that the record names, while its steps are repeated
+        self._waiting: list[
+            tuple[int, int, int, Group]
+        ] = []  # a heap of (group number, -attempt, episode number, group): what is to begin
+        self._repeats: set[int] | None = (
+            None  # numbers of the groups that the record names, while its steps are repeated
+        )
         self._held: list[tuple[int, int, int, Group]] = []  # what waits until they are
         self._complete: list[int] = []  # numbers, in order
         self._replaced: list[Group] = []  # since a step took its groups
@@ -202,7 +246,9 @@ class RolloutScheduler:
         self._changed = asyncio.Event()
         self._failure: BaseException | None = None
         self._taken_at: float | None = None
-        self._playing: dict[asyncio.Task, tuple[Group, int]] = {}  # what was cancelled stays until its sandbox is gone
+        self._playing: dict[
+            asyncio.Task, tuple[Group, int]
+        ] = {}  # what was cancelled stays until its sandbox is gone
         self._forks_closing: set[asyncio.Task] = set()
         self._closing = False
 
@@ -211,7 +257,9 @@ class RolloutScheduler:
     async def advance(self, version: int) -> None:
         """Weights of `version` are on the engines: more waves may begin."""
         self.version = version
-        self._hold_back(None if self._journal.get(version) is None else self._journal.after(version - 1))
+        self._hold_back(
+            None if self._journal.get(version) is None else self._journal.after(version - 1)
+        )
         if self.rules.late == "drop":
             self._drop_stale()
         while self._waves < min(version + self.rules.async_ratio + 1, self.rules.steps):
@@ -243,28 +291,51 @@ class RolloutScheduler:
         self._journal.add(step, chosen, given_up, self._replaced)
         for group in chosen:
             self._remove(group)
-        self._give_up(given_up if step < self.rules.steps - 1 else list(self._groups.values()))  # after the last nobody will want the rest
+        self._give_up(
+            given_up if step < self.rules.steps - 1 else list(self._groups.values())
+        )  # after the last nobody will want the rest
         replaced = [trajectory for group in self._replaced for trajectory in group.trajectories()]
         self._replaced.clear()
         now = asyncio.get_running_loop().time()
-        names = [[self.episode(group, number).name for number in sorted(group.finished)] for group in chosen]
-        taken = Taken([group.trajectories() for group in chosen], names, [group.plan.source for group in chosen], replaced, now - self._taken_at, now - began, self._running)
+        names = [
+            [self.episode(group, number).name for number in sorted(group.finished)]
+            for group in chosen
+        ]
+        taken = Taken(
+            [group.trajectories() for group in chosen],
+            names,
+            [group.plan.source for group in chosen],
+            replaced,
+            now - self._taken_at,
+            now - began,
+            self._running,
+        )
         self._taken_at = now
         return taken
 
     async def check(self) -> None:
         """Raises AssertionError where the accounting is not what is here: begun, and neither trained nor dropped. Between two steps."""
         self.accounting.check()
-        here = sum(len(group.finished) for group in self._groups.values()) + sum(group.open.get(number) is task for task, (group, number) in self._playing.items())
-        if here != self.accounting.in_flight and self._failure is None:  # a failure is the next step's to raise
-            raise AssertionError(f"{here} episodes are in flight, and the sample accounting says {self.accounting}")
+        here = sum(len(group.finished) for group in self._groups.values()) + sum(
+            group.open.get(number) is task for task, (group, number) in self._playing.items()
+        )
+        if (
+            here != self.accounting.in_flight and self._failure is None
+        ):  # a failure is the next step's to raise
+            raise AssertionError(
+                f"{here} episodes are in flight, and the sample accounting says {self.accounting}"
+            )
 
     async def close(self) -> None:
         """Cancels what is in flight and waits until its sandboxes are gone. It stays in flight in the accounting: a resumed run begins it again."""
         self._closing = True
         for task in self._playing:
             task.cancel()
-        forks = [group.plan.forks.aclose() for group in self._groups.values() if group.plan.forks is not None]
+        forks = [
+            group.plan.forks.aclose()
+            for group in self._groups.values()
+            if group.plan.forks is not None
+        ]
         await asyncio.gather(*self._playing, *self._forks_closing, *forks, return_exceptions=True)
 
     async def get_state(self) -> dict[str, Any]:
@@ -276,15 +347,31 @@ class RolloutScheduler:
         for group in self._replaced:
             replaced.setdefault(group.number, group)
         groups = [replaced.get(number, group) for number, group in self._groups.items()]
-        counts, again = self.accounting.to_json(), sum(len(group.finished) for group in self._replaced if group.number in self._groups)
+        counts, again = (
+            self.accounting.to_json(),
+            sum(len(group.finished) for group in self._replaced if group.number in self._groups),
+        )
         if again:
             counts["dropped"]["equal_group"] -= again
             counts["in_flight"] += again
-        return {"waves": self._waves, "accounting": counts, "groups": [
-            {"number": group.number, "attempt": group.attempt, "task": group.plan.task, "source": group.plan.source,
-             "prefixes": [len(prefix) for prefix in group.plan.prefixes]} for group in groups]}
+        return {
+            "waves": self._waves,
+            "accounting": counts,
+            "groups": [
+                {
+                    "number": group.number,
+                    "attempt": group.attempt,
+                    "task": group.plan.task,
+                    "source": group.plan.source,
+                    "prefixes": [len(prefix) for prefix in group.plan.prefixes],
+                }
+                for group in groups
+            ],
+        }
 
-    def set_state(self, state: dict[str, Any], plan_of: Callable[[dict[str, Any]], GroupPlan]) -> None:
+    def set_state(
+        self, state: dict[str, Any], plan_of: Callable[[dict[str, Any]], GroupPlan]
+    ) -> None:
         """To be called before the first `advance`. `plan_of` makes a plan of a group's entry in the state."""
         self._waves = state["waves"]
         for entry in sorted(state["groups"], key=lambda entry: entry["number"]):
@@ -296,17 +383,25 @@ class RolloutScheduler:
         """The n-th episode of a group: the same, whoever asks and when."""
         rules, plan = self.rules, group.plan
         wave, index = divmod(group.number, rules.groups_per_wave)
-        again = (("again", group.attempt) if group.attempt else ()) + (("stale", group.retries[number]) if group.retries[number] else ())
+        again = (("again", group.attempt) if group.attempt else ()) + (
+            ("stale", group.retries[number]) if group.retries[number] else ()
+        )
         if rules.siblings > 1:
             index, number = divmod(index, rules.siblings)
-        name = f"{wave:06d}_g{index:03d}{f'r{group.attempt}' if group.attempt else ''}_e{number:02d}"
+        name = (
+            f"{wave:06d}_g{index:03d}{f'r{group.attempt}' if group.attempt else ''}_e{number:02d}"
+        )
         prefix = plan.prefixes[number % len(plan.prefixes)] if plan.prefixes else ()
         seed = derive_seed(rules.seed, plan.task, wave, index, number, *again)
-        return Episode(plan.task, group.number // rules.siblings, number, seed, name, prefix, plan.forks)
+        return Episode(
+            plan.task, group.number // rules.siblings, number, seed, name, prefix, plan.forks
+        )
 
     def _open(self, group: Group) -> None:
         self._groups[group.number] = group
-        for number in self._journal.episodes(group.number, group.attempt) or range(self.rules.group_size + self.rules.redundancy):
+        for number in self._journal.episodes(group.number, group.attempt) or range(
+            self.rules.group_size + self.rules.redundancy
+        ):
             heapq.heappush(self._waiting, (group.number, -group.attempt, number, group))
 
     def _hold_back(self, repeats: set[int] | None) -> None:
@@ -322,7 +417,11 @@ class RolloutScheduler:
             *_, number, group = entry = heapq.heappop(self._waiting)
             if group.closed:
                 continue
-            if self._repeats is not None and group.number not in self._repeats and self._journal.episodes(group.number, group.attempt) is None:
+            if (
+                self._repeats is not None
+                and group.number not in self._repeats
+                and self._journal.episodes(group.number, group.attempt) is None
+            ):
                 self._held.append(entry)
                 continue
             group.versions[number] = self.version
@@ -338,10 +437,14 @@ class RolloutScheduler:
         try:
             trajectory = await self._play(episode)
         except (Exception, asyncio.CancelledError) as error:
-            if group.open.get(number) is asyncio.current_task() and not self._closing:  # else nobody waits for it: it was cancelled here
+            if (
+                group.open.get(number) is asyncio.current_task() and not self._closing
+            ):  # else nobody waits for it: it was cancelled here
                 self._failed(group, number, error)
             return
-        if group.open.get(number) is asyncio.current_task():  # else it was cancelled as it ended, and is counted already
+        if (
+            group.open.get(number) is asyncio.current_task()
+        ):  # else it was cancelled as it ended, and is counted already
             del group.open[number]
             self._finished(group, number, trajectory)
 
@@ -349,7 +452,9 @@ class RolloutScheduler:
         """What ends an episode for good ends the run, but for a redundant one that nobody waits for."""
         del group.open[number]
         if isinstance(error, asyncio.CancelledError):
-            error = RolloutError(f"episode {self.episode(group, number).name} of {group.plan.task} was cancelled, and not by the rollouts: an error of the program")
+            error = RolloutError(
+                f"episode {self.episode(group, number).name} of {group.plan.task} was cancelled, and not by the rollouts: an error of the program"
+            )
         if not (group.closed and isinstance(error, RolloutError)):
             self._failure = self._failure or error
             self._changed.set()
@@ -360,7 +465,10 @@ class RolloutScheduler:
         self._fill()
 
     def _finished(self, group: Group, number: int, trajectory: Trajectory) -> None:
-        began = min((span[0] for chunk in trajectory.chunks for span in chunk.versions), default=self.version)
+        began = min(
+            (span[0] for chunk in trajectory.chunks for span in chunk.versions),
+            default=self.version,
+        )
         if group.closed:
             self.accounting.drop("redundant")
         elif self._too_old(began):
@@ -385,7 +493,9 @@ class RolloutScheduler:
 
     def _drop_stale(self) -> None:
         for group in self._groups.values():
-            for number in [number for number, began in group.versions.items() if self._too_old(began)]:
+            for number in [
+                number for number, began in group.versions.items() if self._too_old(began)
+            ]:
                 if (task := group.open.pop(number, None)) is not None:
                     task.cancel()
                 group.finished.pop(number, None)
@@ -399,11 +509,21 @@ class RolloutScheduler:
     def _finish(self, group: Group) -> None:
         """All that it needs is there."""
         self._close_group(group)
-        replaces = self._replan is not None and self.rules.replace_equal and group.attempt < MOST_REPLACEMENTS
-        if replaces and not group.plan.source and not _has_spread(group):  # how a resampled one ends decides where its task is begun next
+        replaces = (
+            self._replan is not None
+            and self.rules.replace_equal
+            and group.attempt < MOST_REPLACEMENTS
+        )
+        if (
+            replaces and not group.plan.source and not _has_spread(group)
+        ):  # how a resampled one ends decides where its task is begun next
             self.accounting.drop("equal_group", len(group.finished))
             self._replaced.append(group)
-            self._open(Group(group.number, self._replan(group.number, group.attempt + 1), group.attempt + 1))
+            self._open(
+                Group(
+                    group.number, self._replan(group.number, group.attempt + 1), group.attempt + 1
+                )
+            )
         else:
             bisect.insort(self._complete, group.number)
         self._changed.set()
@@ -411,7 +531,9 @@ class RolloutScheduler:
     def _close_group(self, group: Group) -> None:
         """Nothing more of it counts: what runs is cancelled, or plays on for its file alone."""
         group.closed = True
-        group.versions = {number: began for number, began in group.versions.items() if number in group.finished}
+        group.versions = {
+            number: began for number, began in group.versions.items() if number in group.finished
+        }
         if self.rules.keep_redundant:
             return
         for task in list(group.open.values()):
@@ -423,20 +545,28 @@ class RolloutScheduler:
         """The groups that the step takes, and those that redundancy allows to give up with it; None as long as it cannot be taken."""
         recorded = self._recorded(step)
         if recorded is not None:
-            given_up = [self._groups[number] for number in self._journal.given_up(step) if number in self._groups]
+            given_up = [
+                self._groups[number]
+                for number in self._journal.given_up(step)
+                if number in self._groups
+            ]
             return (recorded, given_up) if all(recorded) else None
         if self._repeats is not None:
             self._hold_back(None)
             self._fill()
         if len(self._complete) < self.rules.groups_per_step:
             return None
-        chosen = [self._groups[number] for number in self._complete[:self.rules.groups_per_step]]
+        chosen = [self._groups[number] for number in self._complete[: self.rules.groups_per_step]]
         late, spare = self._late(chosen), self._spare()
         if len(late) > spare:
             return None
         surplus = spare - len(late) - self.rules.async_ratio * self.rules.redundant_groups
         if surplus > 0:  # the slowest go
-            others = [group for group in self._groups.values() if group not in chosen and group not in late]
+            others = [
+                group
+                for group in self._groups.values()
+                if group not in chosen and group not in late
+            ]
             late += sorted(others, key=lambda group: (group.closed, group.number))[:surplus]
         return chosen, late
 
@@ -461,7 +591,10 @@ class RolloutScheduler:
         for number, group in self._groups.items():
             if number in numbers:
                 continue
-            if group.age(self.version) + 1 + place // self.rules.groups_per_step > self.rules.async_ratio:
+            if (
+                group.age(self.version) + 1 + place // self.rules.groups_per_step
+                > self.rules.async_ratio
+            ):
                 late.append(group)
                 if len(late) > allowed:  # no need to know how many more
                     break
@@ -471,7 +604,11 @@ class RolloutScheduler:
 
     def _spare(self) -> int:
         """How many of the groups that are there were begun beyond what the steps take."""
-        return max(0, len(self._groups) - (self._waves - self.version) * self.rules.groups_per_step) if self.rules.redundant_groups else 0
+        return (
+            max(0, len(self._groups) - (self._waves - self.version) * self.rules.groups_per_step)
+            if self.rules.redundant_groups
+            else 0
+        )
 
     def _give_up(self, groups: list[Group]) -> None:
         for group in groups:
@@ -484,7 +621,9 @@ class RolloutScheduler:
         if group.number in self._complete:
             self._complete.remove(group.number)
         forks = group.plan.forks
-        if forks is not None and not any(other.plan.forks is forks for other in self._groups.values()):  # siblings have theirs in common
+        if forks is not None and not any(
+            other.plan.forks is forks for other in self._groups.values()
+        ):  # siblings have theirs in common
             closing = asyncio.get_running_loop().create_task(forks.aclose())
             self._forks_closing.add(closing)
             closing.add_done_callback(self._forks_closing.discard)

@@ -90,15 +90,26 @@ def make_programs(config: ModelConfig, shapes: Shapes) -> tuple[Prefill, Decode]
     return jax.jit(prefill, donate_argnums=1), jax.jit(decode, donate_argnums=1)
 
 
-def _prefill(config: ModelConfig, params: Params, cache: Cache, chunks: Chunks, rows: RowSampling, scores: Array) -> tuple[Cache, Prefilled]:
+def _prefill(
+    config: ModelConfig,
+    params: Params,
+    cache: Cache,
+    chunks: Chunks,
+    rows: RowSampling,
+    scores: Array,
+) -> tuple[Cache, Prefilled]:
     """Runs a chunk of each row's prompt, and draws the token after it. `scores`: whether target logprobs are wanted."""
     R, P = chunks.token_RP.shape
     column_P = jnp.arange(P)
     real_RP = column_P[None] < chunks.length_R[:, None]
     position_RP = chunks.start_R[:, None] + column_P[None]
     own = jax.tree.map(lambda slots: slots[chunks.source_R], cache)
-    hidden_RPD, own, routes_LRPk = forward(params, config, chunks.token_RP, position_RP, real_RP, own, experts="sorted")
-    cache = jax.tree.map(lambda slots, rows: slots.at[chunks.slot_R].set(rows, mode="drop"), cache, own)
+    hidden_RPD, own, routes_LRPk = forward(
+        params, config, chunks.token_RP, position_RP, real_RP, own, experts="sorted"
+    )
+    cache = jax.tree.map(
+        lambda slots, rows: slots.at[chunks.slot_R].set(rows, mode="drop"), cache, own
+    )
     kernel_DV = head_kernel(params, config)
     last_R = jnp.maximum(chunks.length_R - 1, 0)
     logits_RV = _logits(hidden_RPD[jnp.arange(R), last_R], kernel_DV)
@@ -106,13 +117,17 @@ def _prefill(config: ModelConfig, params: Params, cache: Cache, chunks: Chunks, 
 
     def score() -> Array:
         hidden_ND = hidden_RPD.reshape(R * P, -1)
-        return token_logprobs(_logits(hidden_ND, kernel_DV), chunks.target_RP.reshape(-1)).reshape(R, P)
+        return token_logprobs(_logits(hidden_ND, kernel_DV), chunks.target_RP.reshape(-1)).reshape(
+            R, P
+        )
 
     target_logprob_RP = jax.lax.cond(scores, score, lambda: jnp.zeros((R, P), jnp.float32))
     return cache, Prefilled(token_R, logprob_R, target_logprob_RP, routes_LRPk)
 
 
-def _decode(config: ModelConfig, steps: int, params: Params, cache: Cache, ahead: Next, rows: RowSampling) -> tuple[Cache, Decoded]:
+def _decode(
+    config: ModelConfig, steps: int, params: Params, cache: Cache, ahead: Next, rows: RowSampling
+) -> tuple[Cache, Decoded]:
     """A few steps of each row, on a copy of its slot's cache; then what the steps wrote there goes back.
 
     A row that meets its end goes on to the last step; the caller cuts what is too much, and writes past the context are dropped.
@@ -120,23 +135,34 @@ def _decode(config: ModelConfig, steps: int, params: Params, cache: Cache, ahead
     kernel_DV = head_kernel(params, config)
     works_R1 = ahead.slot_R[:, None] < cache[0].k_BKHS.shape[0]
 
-    def step(carry: tuple[Cache, Array, Array], _: None) -> tuple[tuple[Cache, Array, Array], Decoded]:
+    def step(
+        carry: tuple[Cache, Array, Array], _: None
+    ) -> tuple[tuple[Cache, Array, Array], Decoded]:
         own, token_R, position_R = carry
-        hidden_R1D, own, routes_LR1k = forward(params, config, token_R[:, None], position_R[:, None], works_R1, own, experts="dense")
+        hidden_R1D, own, routes_LR1k = forward(
+            params, config, token_R[:, None], position_R[:, None], works_R1, own, experts="dense"
+        )
         token_R, logprob_R = sample(_logits(hidden_R1D[:, 0], kernel_DV), position_R + 1, rows)
         return (own, token_R, position_R + 1), Decoded(token_R, logprob_R, routes_LR1k[:, :, 0])
 
     own = jax.tree.map(lambda slots: slots[ahead.slot_R], cache)
     (own, _, _), decoded = jax.lax.scan(step, (own, ahead.token_R, ahead.position_R), length=steps)
-    row_R1, slot_R1, at_RQ = jnp.arange(ahead.slot_R.size)[:, None], ahead.slot_R[:, None], ahead.position_R[:, None] + jnp.arange(steps)
+    row_R1, slot_R1, at_RQ = (
+        jnp.arange(ahead.slot_R.size)[:, None],
+        ahead.slot_R[:, None],
+        ahead.position_R[:, None] + jnp.arange(steps),
+    )
     return tuple(
         LayerCache(
             layer.k_BKHS.at[slot_R1, :, :, at_RQ].set(new.k_BKHS[row_R1, :, :, at_RQ], mode="drop"),
             layer.v_BKSH.at[slot_R1, :, at_RQ].set(new.v_BKSH[row_R1, :, at_RQ], mode="drop"),
-        ) for layer, new in zip(cache, own)
+        )
+        for layer, new in zip(cache, own)
     ), decoded
 
 
 def _logits(hidden_ND: Array, kernel_DV: Array) -> Array:
     """float32, by the head in the compute type, as the trainer's `chunked_logprobs` does it."""
-    return jnp.matmul(hidden_ND, kernel_DV.astype(hidden_ND.dtype), preferred_element_type=jnp.float32)
+    return jnp.matmul(
+        hidden_ND, kernel_DV.astype(hidden_ND.dtype), preferred_element_type=jnp.float32
+    )

@@ -76,8 +76,12 @@ class Request:
     output_ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[float] = dataclasses.field(default_factory=list)  # of prompt_ids[1:]
-    versions: list[list] = dataclasses.field(default_factory=list)  # [version, start, end] over output_ids
-    routes: list[Any] = dataclasses.field(default_factory=list)  # arrays [tokens, layers, k] of what was put in so far
+    versions: list[list] = dataclasses.field(
+        default_factory=list
+    )  # [version, start, end] over output_ids
+    routes: list[Any] = dataclasses.field(
+        default_factory=list
+    )  # arrays [tokens, layers, k] of what was put in so far
     cached_tokens: int = 0
     finish: dict[str, Any] | None = None
     created: float = dataclasses.field(default_factory=time.monotonic)
@@ -85,29 +89,63 @@ class Request:
 
     # where it stands in the cache; meaningful while it has a slot
     slot: int | None = None
-    ids: list[int] = dataclasses.field(default_factory=list)  # to prefill: the prompt, and the output so far when it starts over
+    ids: list[int] = dataclasses.field(
+        default_factory=list
+    )  # to prefill: the prompt, and the output so far when it starts over
     keys: list[bytes] = dataclasses.field(default_factory=list)  # of the whole chunks of ids
     prefilled: int = 0
 
 
 _SAMPLING_FIELDS = {
-    "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "stop", "stop_token_ids", "ignore_eos", "skip_special_tokens",
-    "spaces_between_special_tokens", "no_stop_trim", "sampling_seed",
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "no_stop_trim",
+    "sampling_seed",
 }
-_NEUTRAL = {"n": 1, "repetition_penalty": 1.0, "spaces_between_special_tokens": True}  # accepted with these values only
+_NEUTRAL = {
+    "n": 1,
+    "repetition_penalty": 1.0,
+    "spaces_between_special_tokens": True,
+}  # accepted with these values only
 _BODY_FIELDS = {
-    "text", "input_ids", "rid", "sampling_params", "return_logprob", "logprob_start_len", "return_text_in_logprobs", "stream", "return_routed_experts",
-    "routed_experts_start_len", "cache_salt", "extra_key", "priority", "log_metrics", "routing_key", "data_parallel_rank",
+    "text",
+    "input_ids",
+    "rid",
+    "sampling_params",
+    "return_logprob",
+    "logprob_start_len",
+    "return_text_in_logprobs",
+    "stream",
+    "return_routed_experts",
+    "routed_experts_start_len",
+    "cache_salt",
+    "extra_key",
+    "priority",
+    "log_metrics",
+    "routing_key",
+    "data_parallel_rank",
 }
 
 
-def parse_generate(body: Any, bounds: Bounds, tokenizer: TextCodec | None) -> tuple[list[Request], bool]:
+def parse_generate(
+    body: Any, bounds: Bounds, tokenizer: TextCodec | None
+) -> tuple[list[Request], bool]:
     """The requests of a /generate body, and whether it was a batch (and is answered by a list). Raises BadRequest."""
     if not isinstance(body, dict):
         raise BadRequest(f"the body must be a JSON object, got {type(body).__name__}")
     for name in body.keys() - _BODY_FIELDS:
         if body[name] not in (None, False, 0, -1, "", [], {}):
-            raise BadRequest(f"field {name!r} = {body[name]!r} is not supported by this engine; leave it out")
+            raise BadRequest(
+                f"field {name!r} = {body[name]!r} is not supported by this engine; leave it out"
+            )
     prompts, is_batch = _prompts(body, tokenizer)
 
     def pick(name: str, default: Any, number: int) -> Any:
@@ -124,12 +162,19 @@ def parse_generate(body: Any, bounds: Bounds, tokenizer: TextCodec | None) -> tu
         rid = str(pick("rid", uuid.uuid4().hex, number))
         stream = bool(body.get("stream"))
         if stream and is_batch:
-            raise BadRequest("stream=true takes one prompt; send the others as requests of their own")
+            raise BadRequest(
+                "stream=true takes one prompt; send the others as requests of their own"
+            )
         request = Request(
-            rid=rid if not is_batch or isinstance(body.get("rid"), list) else f"{rid}_{number}", prompt_ids=prompt_ids,
-            sampling=_sampling(pick("sampling_params", {}, number), bounds, tokenizer), return_logprob=bool(pick("return_logprob", False, number)),
-            return_routes=bool(pick("return_routed_experts", False, number)), stream=stream,
-            routes_from=_integer("routed_experts_start_len", pick("routed_experts_start_len", 0, number)),
+            rid=rid if not is_batch or isinstance(body.get("rid"), list) else f"{rid}_{number}",
+            prompt_ids=prompt_ids,
+            sampling=_sampling(pick("sampling_params", {}, number), bounds, tokenizer),
+            return_logprob=bool(pick("return_logprob", False, number)),
+            return_routes=bool(pick("return_routed_experts", False, number)),
+            stream=stream,
+            routes_from=_integer(
+                "routed_experts_start_len", pick("routed_experts_start_len", 0, number)
+            ),
             salt=f"{pick('cache_salt', '', number)}{pick('extra_key', '', number)}",
         )
         start = _integer("logprob_start_len", pick("logprob_start_len", -1, number))
@@ -142,17 +187,23 @@ def parse_generate(body: Any, bounds: Bounds, tokenizer: TextCodec | None) -> tu
 def _prompts(body: dict, tokenizer: TextCodec | None) -> tuple[list[list[int]], bool]:
     text, ids = body.get("text"), body.get("input_ids")
     if (text is None) == (ids is None):
-        raise BadRequest("give either input_ids or text" + (", not both" if text is not None else ""))
+        raise BadRequest(
+            "give either input_ids or text" + (", not both" if text is not None else "")
+        )
     if text is not None:
         if tokenizer is None:
-            raise BadRequest("this server has no tokenizer (--skip_tokenizer_init): send input_ids instead of text")
+            raise BadRequest(
+                "this server has no tokenizer (--skip_tokenizer_init): send input_ids instead of text"
+            )
         is_batch = isinstance(text, list)
         texts = text if is_batch else [text]
         if not texts or not all(isinstance(one, str) for one in texts):
             raise BadRequest("text must be a string or a list of strings")
         return [tokenizer.encode(one, allow_special=True) for one in texts], is_batch
     if not isinstance(ids, list) or not ids:
-        raise BadRequest("input_ids must be a list of token ids, or a list of such lists; it must not be empty")
+        raise BadRequest(
+            "input_ids must be a list of token ids, or a list of such lists; it must not be empty"
+        )
     is_batch = isinstance(ids[0], list)
     prompts = ids if is_batch else [ids]
     for prompt in prompts:
@@ -166,7 +217,9 @@ def _check_fits(request: Request, bounds: Bounds) -> None:
     if not length:
         raise BadRequest("the prompt is empty; this engine needs at least one token")
     if not 0 <= request.routes_from <= length:
-        raise BadRequest(f"routed_experts_start_len must be from 0 to the {length} tokens of the prompt, got {request.routes_from}")
+        raise BadRequest(
+            f"routed_experts_start_len must be from 0 to the {length} tokens of the prompt, got {request.routes_from}"
+        )
     for one in request.prompt_ids:
         if not 0 <= one < bounds.vocab_size:
             raise BadRequest(f"token id {one} is outside the vocabulary of {bounds.vocab_size}")
@@ -187,7 +240,9 @@ def _sampling(given: Any, bounds: Bounds, tokenizer: TextCodec | None) -> Sampli
     for name, value in given.items():
         neutral = value in (None, False, 0, "", [], {}, _NEUTRAL.get(name))
         if (name not in _SAMPLING_FIELDS or name in _NEUTRAL) and not neutral:
-            raise BadRequest(f"sampling parameter {name!r} = {value!r} is not supported by this engine; leave it out")
+            raise BadRequest(
+                f"sampling parameter {name!r} = {value!r} is not supported by this engine; leave it out"
+            )
 
     def get(name: str, default: Any) -> Any:
         return default if given.get(name) is None else given[name]
@@ -195,25 +250,47 @@ def _sampling(given: Any, bounds: Bounds, tokenizer: TextCodec | None) -> Sampli
     stop = get("stop", [])
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if any(not isinstance(one, str) or not one for one in stop):
-        raise BadRequest(f"stop must be a string or a list of strings that are not empty, got {list(stop)!r}")
+        raise BadRequest(
+            f"stop must be a string or a list of strings that are not empty, got {list(stop)!r}"
+        )
     if stop and tokenizer is None:
-        raise BadRequest("this server has no tokenizer (--skip_tokenizer_init): use stop_token_ids instead of stop")
+        raise BadRequest(
+            "this server has no tokenizer (--skip_tokenizer_init): use stop_token_ids instead of stop"
+        )
     stop_ids = {_integer("stop_token_ids", one) for one in get("stop_token_ids", [])}
     params = SamplingParams(
-        max_new_tokens=_integer("max_new_tokens", get("max_new_tokens", 128)), temperature=_number("temperature", get("temperature", 1.0)),
-        top_p=_number("top_p", get("top_p", 1.0)), top_k=_integer("top_k", get("top_k", -1)), min_p=_number("min_p", get("min_p", 0.0)),
-        stop=stop, stop_ids=frozenset(stop_ids if get("ignore_eos", False) else stop_ids | {bounds.eos_token_id}),
+        max_new_tokens=_integer("max_new_tokens", get("max_new_tokens", 128)),
+        temperature=_number("temperature", get("temperature", 1.0)),
+        top_p=_number("top_p", get("top_p", 1.0)),
+        top_k=_integer("top_k", get("top_k", -1)),
+        min_p=_number("min_p", get("min_p", 0.0)),
+        stop=stop,
+        stop_ids=frozenset(
+            stop_ids if get("ignore_eos", False) else stop_ids | {bounds.eos_token_id}
+        ),
         seed=_integer("sampling_seed", get("sampling_seed", secrets.randbits(63))) % 2**64,
-        skip_special_tokens=bool(get("skip_special_tokens", True)), no_stop_trim=bool(get("no_stop_trim", False)),
+        skip_special_tokens=bool(get("skip_special_tokens", True)),
+        no_stop_trim=bool(get("no_stop_trim", False)),
     )
     wrong = [
-        message for message, is_wrong in (
-            (f"max_new_tokens must be at least 0, got {params.max_new_tokens}", params.max_new_tokens < 0),
-            (f"temperature must be 0 (greedy) or more, got {params.temperature}", params.temperature < 0),
+        message
+        for message, is_wrong in (
+            (
+                f"max_new_tokens must be at least 0, got {params.max_new_tokens}",
+                params.max_new_tokens < 0,
+            ),
+            (
+                f"temperature must be 0 (greedy) or more, got {params.temperature}",
+                params.temperature < 0,
+            ),
             (f"top_p must be in (0, 1], got {params.top_p}", not 0 < params.top_p <= 1),
-            (f"top_k must be -1 (all) or at least 1, got {params.top_k}", params.top_k < 1 and params.top_k != -1),
+            (
+                f"top_k must be -1 (all) or at least 1, got {params.top_k}",
+                params.top_k < 1 and params.top_k != -1,
+            ),
             (f"min_p must be in [0, 1], got {params.min_p}", not 0 <= params.min_p <= 1),
-        ) if is_wrong
+        )
+        if is_wrong
     ]
     if wrong:
         raise BadRequest("; ".join(wrong))

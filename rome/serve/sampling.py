@@ -33,11 +33,17 @@ def sample(logits_BV: Array, position_B: Array, rows: RowSampling) -> tuple[Arra
     """
     greedy_B = rows.temperature_B <= 0
     scaled_BV = logits_BV / jnp.where(greedy_B, 1.0, rows.temperature_B)[:, None]
-    noise_BV = jax.vmap(lambda seed, position: _noise(seed, position, logits_BV.shape[-1]))(rows.seed_B2, position_B)
+    noise_BV = jax.vmap(lambda seed, position: _noise(seed, position, logits_BV.shape[-1]))(
+        rows.seed_B2, position_B
+    )
     noisy_BV = jnp.where(greedy_B[:, None], scaled_BV, scaled_BV + noise_BV)
     filtered_B = (rows.top_p_B < 1) | (rows.top_k_B > 0) | (rows.min_p_B > 0)
     # One program with a branch, not two programs: the layers before it must not depend on what the others in the batch ask for.
-    noisy_BV = jax.lax.cond(jnp.any(filtered_B), lambda: jnp.where(_allowed(scaled_BV, rows), noisy_BV, -jnp.inf), lambda: noisy_BV)
+    noisy_BV = jax.lax.cond(
+        jnp.any(filtered_B),
+        lambda: jnp.where(_allowed(scaled_BV, rows), noisy_BV, -jnp.inf),
+        lambda: noisy_BV,
+    )
     tokens_B = jnp.argmax(noisy_BV, axis=-1).astype(jnp.int32)
     return tokens_B, token_logprobs(scaled_BV, tokens_B)
 
@@ -65,4 +71,8 @@ def _allowed(scaled_BV: Array, rows: RowSampling) -> Array:
     keep_BV &= (before_BV <= rows.top_p_B[:, None]) | (rows.top_p_B[:, None] >= 1)
     keep_BV &= probs_BV >= probs_BV[:, :1] * rows.min_p_B[:, None]
     keep_BV |= rank_V[None] == 0
-    return jnp.zeros(scaled_BV.shape, bool).at[jnp.arange(scaled_BV.shape[0])[:, None], order_BV].set(keep_BV)
+    return (
+        jnp.zeros(scaled_BV.shape, bool)
+        .at[jnp.arange(scaled_BV.shape[0])[:, None], order_BV]
+        .set(keep_BV)
+    )

@@ -1,7 +1,7 @@
 """Continuous batching: one thread that owns the device, the cache and the weights, and takes everything else's wishes between two steps.
 
-    engine.submit(request)          any thread; the request's `notify` is called when it has ended
-    engine.call(function)           any thread; runs function() between two steps and returns its result as a future
+engine.submit(request)          any thread; the request's `notify` is called when it has ended
+engine.call(function)           any thread; runs function() between two steps and returns its result as a future
 """
 
 from __future__ import annotations
@@ -42,12 +42,20 @@ class Scheduler:
       tokenizer: for stop strings; None where the server has none.
     """
 
-    def __init__(self, load: Callable[[], tuple[Params, ModelConfig]], shapes: Shapes, tokenizer: TextCodec | None, version: str):
+    def __init__(
+        self,
+        load: Callable[[], tuple[Params, ModelConfig]],
+        shapes: Shapes,
+        tokenizer: TextCodec | None,
+        version: str,
+    ):
         self.shapes, self.version = shapes, version
         self.ready = threading.Event()
         self.failure: str | None = None  # why the thread ended; None while it lives
         self.paused = False
-        self.lent: dict[str, str] = {}  # memory tag -> what must happen before anything can run again
+        self.lent: dict[
+            str, str
+        ] = {}  # memory tag -> what must happen before anything can run again
         self.stats = collections.Counter()
         self._load, self._tokenizer = load, tokenizer
         self._wake = threading.Condition()
@@ -55,7 +63,9 @@ class Scheduler:
         self._stopping = False
         self._waiting: collections.deque[Request] = collections.deque()
         self._prefilling: list[Request] = []
-        self._decoding: dict[int, Request] = {}  # by slot; who has waited longest for a decode call comes first
+        self._decoding: dict[
+            int, Request
+        ] = {}  # by slot; who has waited longest for a decode call comes first
         self._gathered = 0
         self._slots = SlotTable(shapes.slots)
         self._swaps = 0  # part of every prefix key: nothing computed by other weights is reused
@@ -75,7 +85,11 @@ class Scheduler:
 
     def abort(self, prefix: str, everything: bool = False) -> None:
         """Ends the requests whose id begins with prefix, with what they have so far."""
-        self._post(lambda: self._abort(lambda request: everything or request.rid.startswith(prefix), "aborted on request"))
+        self._post(
+            lambda: self._abort(
+                lambda request: everything or request.rid.startswith(prefix), "aborted on request"
+            )
+        )
 
     def cancel(self, request: Request) -> None:
         """Ends one request that nobody waits for any more."""
@@ -120,7 +134,9 @@ class Scheduler:
         for tag in tags:
             if tag in self.lent:
                 continue
-            self.lent[tag] = f"the memory of {tag} is released; call /resume_memory_occupation first"
+            self.lent[tag] = (
+                f"the memory of {tag} is released; call /resume_memory_occupation first"
+            )
             kept = self.params if tag == "weights" else self._cache
             for array in jax.tree.leaves(kept):
                 array.delete()  # now, whoever still refers to them
@@ -133,10 +149,14 @@ class Scheduler:
     def take_back_memory(self, tags: Sequence[str]) -> None:
         """The cache is there again, empty; weights must be loaded anew."""
         if "kv_cache" in tags and self._cache is None:
-            self._cache = jax.block_until_ready(make_cache(self.config, self.shapes.slots, self.shapes.max_context))
+            self._cache = jax.block_until_ready(
+                make_cache(self.config, self.shapes.slots, self.shapes.max_context)
+            )
             del self.lent["kv_cache"]
         if "weights" in tags and self.params is None:
-            self.lent["weights"] = "the weights were released; load them by /update_weights_from_disk first"
+            self.lent["weights"] = (
+                "the weights were released; load them by /update_weights_from_disk first"
+            )
 
     def flush(self) -> bool:
         """Forgets all cached prefixes. False, and nothing is done, while requests are in flight."""
@@ -158,9 +178,18 @@ class Scheduler:
 
     def load_figures(self) -> dict[str, Any]:
         return {
-            "running": len(self._decoding), "prefilling": len(self._prefilling), "waiting": len(self._waiting), "slots": self.shapes.slots,
-            "paused": self.paused, "released": sorted(self.lent),
-            "device_bytes": sum(array.nbytes for array in jax.tree.leaves((self.params, self._cache)) if not array.is_deleted()), **self.stats,
+            "running": len(self._decoding),
+            "prefilling": len(self._prefilling),
+            "waiting": len(self._waiting),
+            "slots": self.shapes.slots,
+            "paused": self.paused,
+            "released": sorted(self.lent),
+            "device_bytes": sum(
+                array.nbytes
+                for array in jax.tree.leaves((self.params, self._cache))
+                if not array.is_deleted()
+            ),
+            **self.stats,
         }
 
     # -- the thread ------------------------------------------------------------------------------------------------------------------
@@ -230,15 +259,24 @@ class Scheduler:
             request.ids = request.prompt_ids + request.output_ids
             # A prompt that is to be scored is computed whole: a cached chunk has no logits.
             root = f"{self._swaps}/{request.salt}"
-            request.keys = [] if request.score_from is not None else chunk_keys(request.ids, self.shapes.prefill_chunk, root)
+            request.keys = (
+                []
+                if request.score_from is not None
+                else chunk_keys(request.ids, self.shapes.prefill_chunk, root)
+            )
             request.slot = self._slots.acquire(request.keys)
             request.prefilled, request.routes, request.prompt_logprobs = 0, [], []
             self._prefilling.append(request)
 
     def _lets_gather(self) -> bool:
         """Whether prompts wait for others: a call costs the same however many rows it has, and the next decode call is full without them."""
-        full = len(self._decoding) >= self.shapes.decode_rows and len(self._prefilling) < self.shapes.prefill_rows
-        self._gathered = self._gathered + 1 if full and self._prefilling and self._gathered < GATHER_CALLS else 0
+        full = (
+            len(self._decoding) >= self.shapes.decode_rows
+            and len(self._prefilling) < self.shapes.prefill_rows
+        )
+        self._gathered = (
+            self._gathered + 1 if full and self._prefilling and self._gathered < GATHER_CALLS else 0
+        )
         return self._gathered > 0
 
     def _prefill_once(self) -> int:
@@ -253,7 +291,7 @@ class Scheduler:
             if chunk < self._usable(request) and request.keys[chunk] in computing:
                 continue  # another row computes this very chunk now; the next call copies it
             self._skip_to(request, chunk, source)
-            computing.update(request.keys[chunk:chunk + 1])
+            computing.update(request.keys[chunk : chunk + 1])
             batch.append(request)
             sources.append(source)
         if not batch:
@@ -267,7 +305,10 @@ class Scheduler:
     def _find_prefix(self, request: Request) -> tuple[int, int]:
         """The first chunk of the request that no slot holds, and the slot to start from."""
         chunk, source = request.prefilled // self.shapes.prefill_chunk, request.slot
-        while chunk < self._usable(request) and (holder := self._slots.find(request.keys[chunk])) is not None:
+        while (
+            chunk < self._usable(request)
+            and (holder := self._slots.find(request.keys[chunk])) is not None
+        ):
             chunk, source = chunk + 1, holder
         return chunk, source
 
@@ -286,31 +327,59 @@ class Scheduler:
     def _run_prefill(self, batch: list[Request], sources: list[int]) -> tuple[np.ndarray, ...]:
         R, P = self.shapes.prefill_rows, self.shapes.prefill_chunk
         token_RP, target_RP = np.zeros((R, P), np.int32), np.zeros((R, P), np.int32)
-        start_R, length_R, source_R = np.zeros(R, np.int32), np.zeros(R, np.int32), np.zeros(R, np.int32)
+        start_R, length_R, source_R = (
+            np.zeros(R, np.int32),
+            np.zeros(R, np.int32),
+            np.zeros(R, np.int32),
+        )
         slot_R = np.full(R, self.shapes.slots, np.int32)
         for row, (request, source) in enumerate(zip(batch, sources)):
-            chunk = request.ids[request.prefilled:request.prefilled + P]
-            after = request.ids[request.prefilled + 1:request.prefilled + P + 1]
-            token_RP[row, :len(chunk)], target_RP[row, :len(after)] = chunk, after
-            start_R[row], length_R[row], source_R[row], slot_R[row] = request.prefilled, len(chunk), source, request.slot
+            chunk = request.ids[request.prefilled : request.prefilled + P]
+            after = request.ids[request.prefilled + 1 : request.prefilled + P + 1]
+            token_RP[row, : len(chunk)], target_RP[row, : len(after)] = chunk, after
+            start_R[row], length_R[row], source_R[row], slot_R[row] = (
+                request.prefilled,
+                len(chunk),
+                source,
+                request.slot,
+            )
         chunks = Chunks(token_RP, target_RP, start_R, length_R, source_R, slot_R)
         scores = np.asarray(any(request.score_from is not None for request in batch))
         started = time.monotonic()
-        self._cache, result = self._prefill(self.params, self._cache, chunks, _sampling_of(batch, R), scores)
+        self._cache, result = self._prefill(
+            self.params, self._cache, chunks, _sampling_of(batch, R), scores
+        )
         result = tuple(np.asarray(leaf) for leaf in result)
-        self.stats.update(prefill_calls=1, prefill_tokens=int(length_R.sum()), prefill_ms=1000 * (time.monotonic() - started))
+        self.stats.update(
+            prefill_calls=1,
+            prefill_tokens=int(length_R.sum()),
+            prefill_ms=1000 * (time.monotonic() - started),
+        )
         return result
 
-    def _finish_chunk(self, request: Request, row: int, token_R: np.ndarray, logprob_R: np.ndarray, target_RP: np.ndarray, routes_LRPk: np.ndarray) -> None:
+    def _finish_chunk(
+        self,
+        request: Request,
+        row: int,
+        token_R: np.ndarray,
+        logprob_R: np.ndarray,
+        target_RP: np.ndarray,
+        routes_LRPk: np.ndarray,
+    ) -> None:
         size = self.shapes.prefill_chunk
         chunk = request.prefilled // size
         length = min(size, len(request.ids) - request.prefilled)
         routes = routes_LRPk[:, row, :length].transpose(1, 0, 2)
         request.routes.append(routes)
-        self._slots.hold(request.slot, request.keys[:chunk + 1], request.routes[:len(request.keys)])
-        if request.score_from is not None and len(request.prompt_logprobs) < len(request.prompt_ids) - 1:
+        self._slots.hold(
+            request.slot, request.keys[: chunk + 1], request.routes[: len(request.keys)]
+        )
+        if (
+            request.score_from is not None
+            and len(request.prompt_logprobs) < len(request.prompt_ids) - 1
+        ):
             request.prompt_logprobs += target_RP[row, :length].tolist()
-            del request.prompt_logprobs[len(request.prompt_ids) - 1:]
+            del request.prompt_logprobs[len(request.prompt_ids) - 1 :]
         request.prefilled += length
         if request.prefilled < len(request.ids):
             return
@@ -324,7 +393,7 @@ class Scheduler:
     def _decode_once(self) -> None:
         if not self._decoding:
             return
-        batch = list(self._decoding.values())[:self.shapes.decode_rows]
+        batch = list(self._decoding.values())[: self.shapes.decode_rows]
         token_QR, logprob_QR, routes_QLRk = self._run_decode(batch)
         tokens, logprobs = token_QR.T.tolist(), logprob_QR.T.tolist()
         for row, request in enumerate(batch):
@@ -333,21 +402,42 @@ class Scheduler:
 
     def _run_decode(self, batch: list[Request]) -> tuple[np.ndarray, ...]:
         R = self.shapes.decode_rows
-        token_R, position_R, slot_R = np.zeros(R, np.int32), np.zeros(R, np.int32), np.full(R, self.shapes.slots, np.int32)
+        token_R, position_R, slot_R = (
+            np.zeros(R, np.int32),
+            np.zeros(R, np.int32),
+            np.full(R, self.shapes.slots, np.int32),
+        )
         for row, request in enumerate(batch):
             token_R[row], slot_R[row] = request.output_ids[-1], request.slot
             position_R[row] = len(request.prompt_ids) + len(request.output_ids) - 1
         started = time.monotonic()
-        self._cache, result = self._decode(self.params, self._cache, Next(token_R, position_R, slot_R), _sampling_of(batch, R))
+        self._cache, result = self._decode(
+            self.params, self._cache, Next(token_R, position_R, slot_R), _sampling_of(batch, R)
+        )
         result = tuple(np.asarray(leaf) for leaf in result)
-        self.stats.update(decode_calls=1, decode_rows=len(batch), decode_ms=1000 * (time.monotonic() - started))
+        self.stats.update(
+            decode_calls=1, decode_rows=len(batch), decode_ms=1000 * (time.monotonic() - started)
+        )
         return result
 
-    def _take_tokens(self, request: Request, tokens: list[int], logprobs: list[float], routes_QLk: np.ndarray | None) -> None:
+    def _take_tokens(
+        self,
+        request: Request,
+        tokens: list[int],
+        logprobs: list[float],
+        routes_QLk: np.ndarray | None,
+    ) -> None:
         """Appends drawn tokens up to the request's end, and ends it there. Routes are those of the tokens before each; a prefill has noted its own."""
         before = len(request.output_ids)
         if not np.all(np.isfinite(logprobs)):
-            self._end(request, {"type": "abort", "message": f"logits are not finite with weights {self.version}", "status_code": 500})
+            self._end(
+                request,
+                {
+                    "type": "abort",
+                    "message": f"logits are not finite with weights {self.version}",
+                    "status_code": 500,
+                },
+            )
             return
         taken, finish = find_end(request, tokens, self._tokenizer)
         request.output_ids += tokens[:taken]
@@ -397,11 +487,19 @@ class Scheduler:
 def _sampling_of(batch: list[Request], rows: int) -> RowSampling:
     """How each row of a call is sampled; those without a request plainly, since one filter costs all rows its sorting."""
     sampling = RowSampling(
-        np.zeros((rows, 2), np.uint32), np.ones(rows, np.float32), np.ones(rows, np.float32), np.zeros(rows, np.int32), np.zeros(rows, np.float32),
+        np.zeros((rows, 2), np.uint32),
+        np.ones(rows, np.float32),
+        np.ones(rows, np.float32),
+        np.zeros(rows, np.int32),
+        np.zeros(rows, np.float32),
     )
     for row, request in enumerate(batch):
         params = request.sampling
         sampling.seed_B2[row] = params.seed >> 32, params.seed & 0xFFFFFFFF
         sampling.temperature_B[row] = params.temperature
-        sampling.top_p_B[row], sampling.top_k_B[row], sampling.min_p_B[row] = params.top_p, max(params.top_k, 0), params.min_p
+        sampling.top_p_B[row], sampling.top_k_B[row], sampling.min_p_B[row] = (
+            params.top_p,
+            max(params.top_k, 0),
+            params.min_p,
+        )
     return sampling

@@ -19,7 +19,7 @@ def chunk_keys(ids: list[int], chunk: int, root: str) -> list[bytes]:
     digest = hashlib.blake2b(root.encode(), digest_size=16)
     keys = []
     for start in range(0, len(ids) - chunk + 1, chunk):
-        digest.update(np.asarray(ids[start:start + chunk], np.int32).tobytes())
+        digest.update(np.asarray(ids[start : start + chunk], np.int32).tobytes())
         keys.append(digest.digest())
     return keys
 
@@ -28,7 +28,9 @@ class SlotTable:
     """Free slots, and the prefix that each slot, free or taken, holds: keys of its chunks in order, with a note for each (their routes)."""
 
     def __init__(self, count: int):
-        self._free: collections.OrderedDict[int, None] = collections.OrderedDict.fromkeys(range(count))  # least recently used first
+        self._free: collections.OrderedDict[int, None] = collections.OrderedDict.fromkeys(
+            range(count)
+        )  # least recently used first
         self._keys: list[list[bytes]] = [[] for _ in range(count)]
         self._notes: list[list[Any]] = [[] for _ in range(count)]
         self._holders: dict[bytes, set[int]] = collections.defaultdict(set)
@@ -39,9 +41,10 @@ class SlotTable:
 
     def acquire(self, keys: list[bytes]) -> int:
         """Takes a free slot: the one that holds most of this prefix and nothing beyond it, or else the least recently used one."""
+
         def worth(slot: int) -> int:
             held = self._keys[slot]
-            return len(held) if held == keys[:len(held)] else -1
+            return len(held) if held == keys[: len(held)] else -1
 
         slot = max(self._free, key=worth)
         if worth(slot) <= 0:

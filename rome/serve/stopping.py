@@ -7,7 +7,9 @@ from typing import Any
 from rome.serve.protocol import Request, TextCodec
 
 
-def find_end(request: Request, tokens: list[int], tokenizer: TextCodec | None) -> tuple[int, dict[str, Any] | None]:
+def find_end(
+    request: Request, tokens: list[int], tokenizer: TextCodec | None
+) -> tuple[int, dict[str, Any] | None]:
     """How many of the drawn tokens belong to the request, and why it ends there (None: it goes on).
 
     The token that ends it is counted in. Sets `request.text_end` when a stop string matched.
@@ -32,4 +34,6 @@ def find_end(request: Request, tokens: list[int], tokenizer: TextCodec | None) -
 
 def decode(ids: list[int], tokenizer: TextCodec, skip_special: bool = False) -> str:
     """Text of sampled ids. A model's vocabulary may be padded beyond the tokenizer's; such ids have no text."""
-    return tokenizer.decode([one for one in ids if one < tokenizer.vocab_size], skip_special=skip_special)
+    return tokenizer.decode(
+        [one for one in ids if one < tokenizer.vocab_size], skip_special=skip_special
+    )

@@ -15,10 +15,20 @@ from rome.model.config import ModelConfig
 from rome.model.qwen3 import Params, unstack_layers
 
 # What a forward pass does not read may differ between two checkpoints of one model.
-_UNREAD = {"router_aux_loss_coef", "initializer_range", "remat", "scan_layers", "max_position", "eos_token_id", "pad_token_id"}
+_UNREAD = {
+    "router_aux_loss_coef",
+    "initializer_range",
+    "remat",
+    "scan_layers",
+    "max_position",
+    "eos_token_id",
+    "pad_token_id",
+}
 
 
-def load_weights(directory: str | os.PathLike[str], dtype: str, like: ModelConfig | None = None) -> tuple[Params, ModelConfig]:
+def load_weights(
+    directory: str | os.PathLike[str], dtype: str, like: ModelConfig | None = None
+) -> tuple[Params, ModelConfig]:
     """Parameters on the device, layers unstacked, and their config.
 
     Args:
@@ -29,20 +39,29 @@ def load_weights(directory: str | os.PathLike[str], dtype: str, like: ModelConfi
     config = dataclasses.replace(config, dtype=dtype, remat="none")
     if like is not None:
         differences = [
-            f"{field.name} {getattr(config, field.name)} (was {getattr(like, field.name)})" for field in dataclasses.fields(config)
-            if field.name not in _UNREAD and getattr(config, field.name) != getattr(like, field.name)
+            f"{field.name} {getattr(config, field.name)} (was {getattr(like, field.name)})"
+            for field in dataclasses.fields(config)
+            if field.name not in _UNREAD
+            and getattr(config, field.name) != getattr(like, field.name)
         ]
         if differences:
-            raise ValueError(f"{directory} holds another model: {', '.join(differences)}; start a server of its own for it")
+            raise ValueError(
+                f"{directory} holds another model: {', '.join(differences)}; start a server of its own for it"
+            )
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not np.isfinite(leaf.astype(np.float32, copy=False)).all():
-            raise ValueError(f"{directory}: {jax.tree_util.keystr(path)} is not finite; publish the weights again")
+            raise ValueError(
+                f"{directory}: {jax.tree_util.keystr(path)} is not finite; publish the weights again"
+            )
     return jax.block_until_ready(jax.device_put(unstack_layers(params, config))), config
 
 
 def checksums(params: Params, config: ModelConfig) -> dict[str, str]:
     """SHA-256 of the bytes of every tensor as it would stand in a checkpoint of the server's dtype, by its Hugging Face name."""
-    return {name: hashlib.sha256(tensor.tobytes()).hexdigest() for name, tensor in hf.named_tensors(params, config)}
+    return {
+        name: hashlib.sha256(tensor.tobytes()).hexdigest()
+        for name, tensor in hf.named_tensors(params, config)
+    }
 
 
 def find_tensor(params: Params, config: ModelConfig, name: str) -> np.ndarray | None:

@@ -62,14 +62,24 @@ from rome.train.display import Display
 from rome.train.loop import Stage, StepData, run_stage
 from rome.train.metrics import MetricsWriter
 from rome.train.parameters import StoredParameters, saved_steps
-from rome.train.report import Evaluation, evaluation_of, outcomes_path, read_outcomes, write_outcomes, write_report
+from rome.train.report import (
+    Evaluation,
+    evaluation_of,
+    outcomes_path,
+    read_outcomes,
+    write_outcomes,
+    write_report,
+)
 from rome.train.state import TrainState, make_optimizer
 from rome.train.step import Learner
 from rome.train.team import Team
 
 PROBE = "Read the note and do what it says."  # any text does: the engine's logprobs of it must be the trainer's
 PUBLISH_SECONDS = 900.0
-PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}  # the largest difference of one token's logprob; other weights differ by more
+PROBE_TOLERANCE = {
+    "float32": 1e-3,
+    "bfloat16": 0.3,
+}  # the largest difference of one token's logprob; other weights differ by more
 
 
 @dataclasses.dataclass
@@ -94,7 +104,9 @@ class Run:
     pool: EnginePool | None = None
     servers: list[ServerProcess] = dataclasses.field(default_factory=list)
     supervisor: concurrent.futures.Future | None = None
-    publication: dict[str, float] = dataclasses.field(default_factory=dict)  # what the last one took
+    publication: dict[str, float] = dataclasses.field(
+        default_factory=dict
+    )  # what the last one took
     checkpoints: Checkpoints | None = None
     stream: Any = None  # of batches with a position, where nothing is sampled
 
@@ -126,16 +138,34 @@ class Run:
         if not self.team.leads:
             return
         if not urls:
-            self.display.note(f"starting {config.embedded_engines} embedded engines" if config.embedded_engines > 1 else "starting the embedded engine")
+            self.display.note(
+                f"starting {config.embedded_engines} embedded engines"
+                if config.embedded_engines > 1
+                else "starting the embedded engine"
+            )
             for number in range(config.embedded_engines):
                 log = self.workdir / ("engine.log" if number == 0 else f"engine_{number}.log")
-                self.servers.append(start_server(start, log, flags=[
-                    "--skip_tokenizer_init", f"--slots={config.engine_slots}", f"--max_context={config.max_context}", f"--dtype={self.model_config.dtype}",
-                ]))
+                self.servers.append(
+                    start_server(
+                        start,
+                        log,
+                        flags=[
+                            "--skip_tokenizer_init",
+                            f"--slots={config.engine_slots}",
+                            f"--max_context={config.max_context}",
+                            f"--dtype={self.model_config.dtype}",
+                        ],
+                    )
+                )
             urls = [server.url for server in self.servers]
         mirrors = [url.strip() for url in config.mirrors.split(",") if url.strip()]
-        engines = [Engine(url, model=self.model_config, mirror=MirrorClient(mirror) if mirror else None) for url, mirror in itertools.zip_longest(urls, mirrors)]
-        self.pool = EnginePool(engines, restart={server.url: server.restart for server in self.servers})
+        engines = [
+            Engine(url, model=self.model_config, mirror=MirrorClient(mirror) if mirror else None)
+            for url, mirror in itertools.zip_longest(urls, mirrors)
+        ]
+        self.pool = EnginePool(
+            engines, restart={server.url: server.restart for server in self.servers}
+        )
         self.supervisor = asyncio.run_coroutine_threadsafe(supervise(self.pool), loop())
 
     def publish(self, state: TrainState) -> None:
@@ -144,18 +174,42 @@ class Run:
         if version == self.published:
             return
         if self.plays:
-            self.collector.before = None  # that step is trained, whatever becomes of its publication
+            self.collector.before = (
+                None  # that step is trained, whatever becomes of its publication
+            )
         ids = self.chat.open(PROBE)
         expected = self.learner.score_one(state.params, ids)
-        path = write_checkpoint(state.params, self.model_config, self.weights, version, self._needed(version), delta=bool(self.config.mirrors))
+        path = write_checkpoint(
+            state.params,
+            self.model_config,
+            self.weights,
+            version,
+            self._needed(version),
+            delta=bool(self.config.mirrors),
+        )
 
         def publish() -> dict[str, float]:
             run_async(self.pool.take_back(), PUBLISH_SECONDS)
-            done = run_async(publish_weights(
-                path, version, self.pool, probe_ids=ids, expected_logprobs=expected, tolerance=PROBE_TOLERANCE[self.model_config.dtype],
-            ), PUBLISH_SECONDS)
-            return {"engines": done.engines, "seconds_paused": done.seconds_pause, "probe_error": done.probe_error} | (
-                {"seconds_transfer": done.seconds_transfer, "bytes_transfer": done.bytes_transfer} if self.config.mirrors else {})
+            done = run_async(
+                publish_weights(
+                    path,
+                    version,
+                    self.pool,
+                    probe_ids=ids,
+                    expected_logprobs=expected,
+                    tolerance=PROBE_TOLERANCE[self.model_config.dtype],
+                ),
+                PUBLISH_SECONDS,
+            )
+            return {
+                "engines": done.engines,
+                "seconds_paused": done.seconds_pause,
+                "probe_error": done.probe_error,
+            } | (
+                {"seconds_transfer": done.seconds_transfer, "bytes_transfer": done.bytes_transfer}
+                if self.config.mirrors
+                else {}
+            )
 
         self.publication = self.team.share(f"weights {version}", publish)
         self.published = version
@@ -171,22 +225,41 @@ class Run:
         """Versions whose samples a run that resumes from a checkpoint may have to score again."""
         if not self.plays or not self.config.async_ratio:
             return set()
-        return {step - age for step in (version, *self.checkpoints.steps()) for age in range(self.config.async_ratio + 1)}
+        return {
+            step - age
+            for step in (version, *self.checkpoints.steps())
+            for age in range(self.config.async_ratio + 1)
+        }
 
     def make_env(self, task: str) -> TerminalEnv:
         return TerminalEnv(
-            task, sandbox_config(self.config), max_turns=self.config.max_turns, command_timeout=self.config.sandbox.command_timeout,
+            task,
+            sandbox_config(self.config),
+            max_turns=self.config.max_turns,
+            command_timeout=self.config.sandbox.command_timeout,
         )
 
     @functools.cached_property
     def scheduler(self) -> EpisodePlayer:
-        limits = Limits(self.config.max_context, self.config.max_new_tokens, self.config.episode_seconds)
-        return EpisodePlayer(self.pool, self.make_env, self.chat, limits, self.config.concurrency, self.team.wants_to_stop)
+        limits = Limits(
+            self.config.max_context, self.config.max_new_tokens, self.config.episode_seconds
+        )
+        return EpisodePlayer(
+            self.pool,
+            self.make_env,
+            self.chat,
+            limits,
+            self.config.concurrency,
+            self.team.wants_to_stop,
+        )
 
     def play(self, episodes: list[Episode], temperature: float, **options: Any) -> list[Trajectory]:
         """Plays episodes on the background loop; the deadline is what they may take at worst, one wave after the other."""
         waves = -(-len(episodes) // self.config.concurrency)
-        return run_async(self.scheduler.play(episodes, temperature=temperature, **options), 60.0 + waves * self.scheduler.attempts * self.config.episode_seconds)
+        return run_async(
+            self.scheduler.play(episodes, temperature=temperature, **options),
+            60.0 + waves * self.scheduler.attempts * self.config.episode_seconds,
+        )
 
     # -- what the loop asks for ----------------------------------------------------------------------------------------------------
 
@@ -213,11 +286,20 @@ class Run:
         if not self.team.share(f"evaluated at {step}", path.exists):
             if self.config.loss == "cpt":
                 found = self._score_held_out_text(state)
-                self.team.share(f"evaluation at {step}", lambda: write_outcomes(self.workdir, stage, step, found))
+                self.team.share(
+                    f"evaluation at {step}",
+                    lambda: write_outcomes(self.workdir, stage, step, found),
+                )
             else:
                 self.publish(state)
                 self.team.share(f"evaluation at {step}", lambda: self._play_evaluation(step))
-        result = evaluation_of(stage, step, self.team.share(f"outcomes at {step}", lambda: read_outcomes(self.workdir, stage, step)))
+        result = evaluation_of(
+            stage,
+            step,
+            self.team.share(
+                f"outcomes at {step}", lambda: read_outcomes(self.workdir, stage, step)
+            ),
+        )
         self.evals = [kept for kept in self.evals if kept.step != step] + [result]
         self.write_report(step)
         return result
@@ -230,21 +312,53 @@ class Run:
         """Bits that the model takes for a byte of held-out documents, the same ones at every evaluation."""
         config, documents = self.config, self.corpus.held_out
         texts = [documents[index] for index in range(min(config.eval_documents, len(documents)))]
-        batches = microbatches(text_rows(texts, self.chat.tokenizer, row_length=config.row_length, chunks_per_row=config.chunks_per_row), config.rows_per_microbatch)
-        nats = -sum(float(np.sum(logp_BT, where=batch.action_mask_BT, dtype=np.float64)) for batch, logp_BT in zip(batches, self.learner.score(state.params, batches)))
+        batches = microbatches(
+            text_rows(
+                texts,
+                self.chat.tokenizer,
+                row_length=config.row_length,
+                chunks_per_row=config.chunks_per_row,
+            ),
+            config.rows_per_microbatch,
+        )
+        nats = -sum(
+            float(np.sum(logp_BT, where=batch.action_mask_BT, dtype=np.float64))
+            for batch, logp_BT in zip(batches, self.learner.score(state.params, batches))
+        )
         size = sum(len(text.encode()) for text in texts)
         return {"bits_per_byte": nats / math.log(2) / size, "bytes": size}
 
     def _play_evaluation(self, step: int) -> None:
         config = self.config
-        tasks = [(family, f"{family}/{eval_seed(index)}") for family in (*FAMILIES, *HELD_OUT_FAMILIES) for index in range(config.eval_tasks)]
+        tasks = [
+            (family, f"{family}/{eval_seed(index)}")
+            for family in (*FAMILIES, *HELD_OUT_FAMILIES)
+            for index in range(config.eval_tasks)
+        ]
         # Another seed gives other tasks: results of several runs can be pooled.
-        episodes = [Episode(_shifted(task, config.seed * 10_000), 0, 0, derive_seed(config.seed, "eval", task)) for _, task in tasks]
+        episodes = [
+            Episode(
+                _shifted(task, config.seed * 10_000), 0, 0, derive_seed(config.seed, "eval", task)
+            )
+            for _, task in tasks
+        ]
         trajectories = self.play(episodes, config.eval_temperature)
-        write_outcomes(self.workdir, config.experiment, step, {"tasks": [
-            {"task": trajectory.task, "family": trajectory.family, "success": int(trajectory.reward == 1.0), "unseen_family": trajectory.family in HELD_OUT_FAMILIES}
-            for trajectory in trajectories
-        ]})
+        write_outcomes(
+            self.workdir,
+            config.experiment,
+            step,
+            {
+                "tasks": [
+                    {
+                        "task": trajectory.task,
+                        "family": trajectory.family,
+                        "success": int(trajectory.reward == 1.0),
+                        "unseen_family": trajectory.family in HELD_OUT_FAMILIES,
+                    }
+                    for trajectory in trajectories
+                ]
+            },
+        )
 
     def host_state(self) -> dict[str, Any]:
         stream = None if self.stream is None else self.stream.get_state()
@@ -253,14 +367,25 @@ class Run:
         return {"seconds": self.seconds(), "stream": stream, "text": text, "rollouts": rollouts}
 
     def load_host_state(self, step: int, host: dict[str, Any]) -> None:
-        if self.corpus is not None and self.corpus.digest != host.get("text"):  # a position in another text would mean nothing
-            raise ValueError(f"the text under {self.config.text or 'the standard library'} is not what the checkpoint of step {step} was trained on. Bring it back, or give another --workdir.")
+        if self.corpus is not None and self.corpus.digest != host.get(
+            "text"
+        ):  # a position in another text would mean nothing
+            raise ValueError(
+                f"the text under {self.config.text or 'the standard library'} is not what the checkpoint of step {step} was trained on. Bring it back, or give another --workdir."
+            )
         self.seconds_before = host["seconds"]
         if self.plays:
             self.collector.set_state(host["rollouts"])
         stage = self.config.experiment
-        done = sorted(int(path.stem.rpartition("_")[2]) for path in outcomes_path(self.workdir, stage, 0).parent.glob(f"{stage}_*.json"))
-        self.evals = [evaluation_of(stage, number, read_outcomes(self.workdir, stage, number)) for number in done if number <= step]
+        done = sorted(
+            int(path.stem.rpartition("_")[2])
+            for path in outcomes_path(self.workdir, stage, 0).parent.glob(f"{stage}_*.json")
+        )
+        self.evals = [
+            evaluation_of(stage, number, read_outcomes(self.workdir, stage, number))
+            for number in done
+            if number <= step
+        ]
         if host["stream"] is not None:
             self.stream = self._open_stream()
             self.stream.set_state(host["stream"])
@@ -275,11 +400,20 @@ class Run:
             return
         accounting = self.collector.accounting if self.plays else Accounting()
         accounting.check()
-        write_report(self.workdir, {
-            "experiment": self.config.experiment, "preset": self.config.preset, "loss": self.config.loss, "seed": self.config.seed, "steps": step,
-            "wall_seconds": round(self.seconds(), 1), "isolation": self.isolation, "evals": [*self.earlier_evals, *self.evals],
-            "accounting": accounting.to_json(),
-        })
+        write_report(
+            self.workdir,
+            {
+                "experiment": self.config.experiment,
+                "preset": self.config.preset,
+                "loss": self.config.loss,
+                "seed": self.config.seed,
+                "steps": step,
+                "wall_seconds": round(self.seconds(), 1),
+                "isolation": self.isolation,
+                "evals": [*self.earlier_evals, *self.evals],
+                "accounting": accounting.to_json(),
+            },
+        )
 
     def export(self, state: TrainState) -> None:
         """WORKDIR/final: the trained weights for launch.serve and for the experiment that starts here. There, or not at all."""
@@ -294,7 +428,9 @@ class Run:
         self.team.share("final", finish)
 
     def close(self) -> None:
-        with contextlib.ExitStack() as ends:  # each of them, whatever the others raise; the last first
+        with (
+            contextlib.ExitStack() as ends
+        ):  # each of them, whatever the others raise; the last first
             for server in self.servers:
                 ends.callback(server.stop)
             if self.pool is not None:
@@ -307,48 +443,95 @@ class Run:
     def _open_stream(self):
         """Documents, or expert trajectories, played where they are not on disk yet, as an endless stream of batches."""
         config = self.config
-        shape = {"rows": config.rows, "row_length": config.row_length, "chunks_per_row": config.chunks_per_row, "seed": config.seed}
+        shape = {
+            "rows": config.rows,
+            "row_length": config.row_length,
+            "chunks_per_row": config.chunks_per_row,
+            "seed": config.seed,
+        }
         if config.loss == "cpt":
             return iter(text_batches(self.corpus.training, self.chat.tokenizer, **shape))
         rng = random.Random(f"experts/{config.seed}")
-        tasks = [f"{FAMILIES[number % len(FAMILIES)]}/{train_seed(rng.randrange(1_000_000))}" for number in range(config.expert_episodes)]
+        tasks = [
+            f"{FAMILIES[number % len(FAMILIES)]}/{train_seed(rng.randrange(1_000_000))}"
+            for number in range(config.expert_episodes)
+        ]
         path = lambda number: self.workdir / "trajectories" / f"expert_{number:06d}.json"
 
         def play() -> None:
-            self.display.note(f"experts play {len(tasks)} tasks of {len(FAMILIES)} families in the sandbox")
-            trajectories.extend(run_async(collect_experts(
-                tasks, self.make_env, self.chat, error_rate=config.expert_error_rate, concurrency=EXPERT_CONCURRENCY,
-                record=path,
-            ), 60.0 + -(-len(tasks) // EXPERT_CONCURRENCY) * config.episode_seconds))
+            self.display.note(
+                f"experts play {len(tasks)} tasks of {len(FAMILIES)} families in the sandbox"
+            )
+            trajectories.extend(
+                run_async(
+                    collect_experts(
+                        tasks,
+                        self.make_env,
+                        self.chat,
+                        error_rate=config.expert_error_rate,
+                        concurrency=EXPERT_CONCURRENCY,
+                        record=path,
+                    ),
+                    60.0 + -(-len(tasks) // EXPERT_CONCURRENCY) * config.episode_seconds,
+                )
+            )
 
         trajectories: list[Trajectory] = []
         self.team.share("experts", play)
-        trajectories = trajectories or [load_when_visible(path(number)) for number in range(len(tasks))]
+        trajectories = trajectories or [
+            load_when_visible(path(number)) for number in range(len(tasks))
+        ]
         return iter(sft_batches(trajectories, **shape))
 
 
 def start_run(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, *, isolation: str, team: Team, display: Display,
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    *,
+    isolation: str,
+    team: Team,
+    display: Display,
     earlier_evals: list[Evaluation],
 ) -> Run:
     """Builds the learner of this config; raises what is wrong with it before anything is started."""
     tokenizer = Tokenizer.load(config.tokenizer)
     model_config = model_of(config)
     if tokenizer.vocab_size > model_config.vocab_size:
-        raise ValueError(f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} tokens, model {config.model} a vocabulary of {model_config.vocab_size}. Choose ones that fit.")
-    model_config = dataclasses.replace(model_config, eos_token_id=tokenizer.im_end, pad_token_id=tokenizer.pad)
+        raise ValueError(
+            f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} tokens, model {config.model} a vocabulary of {model_config.vocab_size}. Choose ones that fit."
+        )
+    model_config = dataclasses.replace(
+        model_config, eos_token_id=tokenizer.im_end, pad_token_id=tokenizer.pad
+    )
     corpus = open_corpus(config, display) if config.loss == "cpt" else None
     learner = make_learner(config, model_config)
     # The tiny model learns the form of a tool call from the experts; a real one is told the tools as in its own chat template.
     chat = Chat(tokenizer, tools=None if config.model == "tiny" else [BASH_TOOL])
     (workdir / "trajectories").mkdir(parents=True, exist_ok=True)
-    return Run(config, workdir, model_config, chat, learner, team, isolation, display, earlier_evals, corpus)
+    return Run(
+        config,
+        workdir,
+        model_config,
+        chat,
+        learner,
+        team,
+        isolation,
+        display,
+        earlier_evals,
+        corpus,
+    )
 
 
 def open_corpus(config: ml_collections.ConfigDict, display: Display) -> Corpus:
     corpus = read_corpus(config.text, config.held_out_share)
-    skipped = f"; {len(corpus.skipped)} skipped, empty or not UTF-8 text ({corpus.skipped[0]}{', ...' if len(corpus.skipped) > 1 else ''})" if corpus.skipped else ""
-    display.note(f"text: {len(corpus.training)} documents to train on, {len(corpus.held_out)} held out{skipped}")
+    skipped = (
+        f"; {len(corpus.skipped)} skipped, empty or not UTF-8 text ({corpus.skipped[0]}{', ...' if len(corpus.skipped) > 1 else ''})"
+        if corpus.skipped
+        else ""
+    )
+    display.note(
+        f"text: {len(corpus.training)} documents to train on, {len(corpus.held_out)} held out{skipped}"
+    )
     return corpus
 
 
@@ -356,14 +539,25 @@ def model_of(config: ml_collections.ConfigDict) -> ModelConfig:
     """The preset, as the config's learner wants it trained."""
     learner = config.learner
     return dataclasses.replace(
-        PRESETS[config.model], remat=learner.remat, capacity_factor=learner.capacity_factor, router_z_loss_coef=learner.router_z_loss_coef)
+        PRESETS[config.model],
+        remat=learner.remat,
+        capacity_factor=learner.capacity_factor,
+        router_z_loss_coef=learner.router_z_loss_coef,
+    )
 
 
-def make_learner(config: ml_collections.ConfigDict, model_config: ModelConfig, devices: Sequence[Any] | None = None) -> Learner:
+def make_learner(
+    config: ml_collections.ConfigDict,
+    model_config: ModelConfig,
+    devices: Sequence[Any] | None = None,
+) -> Learner:
     """The learner of a config, on all devices of this machine or on the given ones."""
     optimizer = make_optimizer(
-        learning_rate=config.learning_rate, warmup_updates=config.warmup_updates, decay_updates=config.decay and config.steps * config.updates_per_step,
-        weight_decay=config.weight_decay, clip=config.clip,
+        learning_rate=config.learning_rate,
+        warmup_updates=config.warmup_updates,
+        decay_updates=config.decay and config.steps * config.updates_per_step,
+        weight_decay=config.weight_decay,
+        clip=config.clip,
     )
     # A likelihood is maximised as it is; a policy's logprobs are those of its sampling temperature.
     temperature = 1.0 if config.loss in LIKELIHOODS else config.temperature
@@ -371,32 +565,62 @@ def make_learner(config: ml_collections.ConfigDict, model_config: ModelConfig, d
     if devices is None:
         check_mesh_spans(mesh)
     kernels = Kernels(config.learner.attention, config.learner.experts, config.learner.exchange)
-    return Learner(model_config, LOSSES[config.loss], loss_config(config), optimizer, mesh, temperature, kernels, config.learner.offload_moments)
+    return Learner(
+        model_config,
+        LOSSES[config.loss],
+        loss_config(config),
+        optimizer,
+        mesh,
+        temperature,
+        kernels,
+        config.learner.offload_moments,
+    )
 
 
 def train(run: Run, init_directory: pathlib.Path | None) -> TrainState:
     """Starts or resumes the run and trains to its end, or to the step at which the user asked to stop."""
     config, learner = run.config, run.learner
-    checkpoints = run.checkpoints = Checkpoints(run.workdir / "checkpoints", config.checkpoints_kept)
+    checkpoints = run.checkpoints = Checkpoints(
+        run.workdir / "checkpoints", config.checkpoints_kept
+    )
     step = run.team.share("checkpoint", checkpoints.latest)
     if step is None:
-        state = learner.init(config.seed) if init_directory is None else learner.start(load_start(init_directory, run.model_config, learner.mesh))
+        state = (
+            learner.init(config.seed)
+            if init_directory is None
+            else learner.start(load_start(init_directory, run.model_config, learner.mesh))
+        )
     else:
         state, host = checkpoints.restore(learner.state, step)
         run.load_host_state(step, host)
         run.display.note(f"resumed at step {step}")
-    run.team.meet("state")  # some had to compile what made it, others found it compiled; gloo gives them 30 s to reach a collective together
+    run.team.meet(
+        "state"
+    )  # some had to compile what made it, others found it compiled; gloo gives them 30 s to reach a collective together
     stage = Stage(
-        name=config.experiment, steps=config.steps, updates_per_step=config.updates_per_step, evaluate_every=config.eval_every,
-        checkpoint_every=config.checkpoint_every, collect=run.collector.collect if run.plays else run.collect_batches,
-        publish=run.publish if run.plays else lambda state: None, evaluate=run.evaluate, enough=run.enough, host_state=run.host_state, should_stop=run.team.should_stop,
-        check=lambda step, figures: check_figures(step, figures, config.alarm_kl) if run.plays else None, team=run.team,
+        name=config.experiment,
+        steps=config.steps,
+        updates_per_step=config.updates_per_step,
+        evaluate_every=config.eval_every,
+        checkpoint_every=config.checkpoint_every,
+        collect=run.collector.collect if run.plays else run.collect_batches,
+        publish=run.publish if run.plays else lambda state: None,
+        evaluate=run.evaluate,
+        enough=run.enough,
+        host_state=run.host_state,
+        should_stop=run.team.should_stop,
+        check=lambda step, figures: (
+            check_figures(step, figures, config.alarm_kl) if run.plays else None
+        ),
+        team=run.team,
         before_update=run.lend if run.plays and config.lend_engines else lambda: None,
     )
     try:
         run.start_engines(state)
         run.team.meet("engines")  # the leader alone has waited for them
-        with MetricsWriter(run.workdir, stage.name, resume_step=-1 if step is None else step, writes=run.team.leads) as metrics:
+        with MetricsWriter(
+            run.workdir, stage.name, resume_step=-1 if step is None else step, writes=run.team.leads
+        ) as metrics:
             state = run_stage(stage, learner, state, checkpoints, metrics, run.display)
         run.write_report(int(state.step))
         run.complete = int(state.step) == stage.steps
@@ -416,9 +640,13 @@ def load_start(directory: pathlib.Path, model_config: ModelConfig, mesh: Mesh) -
     ours = own_settings(model_config)
     loaded, shardings = read_config(directory, **ours), param_shardings(mesh, model_config)
     if loaded != model_config:
-        raise ValueError(f"{directory} holds another model than --config.model asks for: {loaded}, not {model_config}")
+        raise ValueError(
+            f"{directory} holds another model than --config.model asks for: {loaded}, not {model_config}"
+        )
     if (directory / "checkpoints").is_dir():
-        return StoredParameters(directory / "checkpoints", saved_steps(directory / "checkpoints")[-1], model_config).restore(shardings, jnp.float32)
+        return StoredParameters(
+            directory / "checkpoints", saved_steps(directory / "checkpoints")[-1], model_config
+        ).restore(shardings, jnp.float32)
     return load_hf(directory, shardings=shardings, **ours)[0]
 
 

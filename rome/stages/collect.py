@@ -42,7 +42,9 @@ if TYPE_CHECKING:
 
 VISIBLE_SECONDS = 120.0  # in which a file that one host wrote is seen by the others (NFS and buckets keep old listings for a while)
 EXPERT_CONCURRENCY = 16
-CONTROL_SECONDS = 60.0  # for the rollouts to begin, to be asked for their state, to close their sandboxes
+CONTROL_SECONDS = (
+    60.0  # for the rollouts to begin, to be asked for their state, to close their sandboxes
+)
 
 
 class Collector:
@@ -53,21 +55,39 @@ class Collector:
         self.accounting = Accounting()
         self.curriculum = Curriculum(FAMILIES)
         self.anchors = Anchors(run.config.resampling, run.config.group_size)
-        self.past: dict[int, Any] = {}  # version -> parameters, of the last async_ratio versions and this one
-        self.before: dict[str, Any] | None = None  # the state before the step that is being collected or trained; a step that fails is repeated from there
+        self.past: dict[
+            int, Any
+        ] = {}  # version -> parameters, of the last async_ratio versions and this one
+        self.before: dict[str, Any] | None = (
+            None  # the state before the step that is being collected or trained; a step that fails is repeated from there
+        )
 
     @functools.cached_property
     def rollouts(self) -> RolloutScheduler:
         config, apart = self.config, not self.config.whole_groups
         rules = Rules(
-            groups_per_step=config.groups * (config.group_size if apart else 1), group_size=1 if apart else config.group_size,
-            siblings=config.group_size if apart else 1, concurrency=config.concurrency, steps=config.steps, async_ratio=config.async_ratio,
-            redundancy=config.redundancy, redundant_groups=config.redundant_groups * (config.group_size if apart else 1),
-            keep_redundant=config.keep_redundant, replace_equal=config.replace_equal, late=config.late, seed=config.seed,
+            groups_per_step=config.groups * (config.group_size if apart else 1),
+            group_size=1 if apart else config.group_size,
+            siblings=config.group_size if apart else 1,
+            concurrency=config.concurrency,
+            steps=config.steps,
+            async_ratio=config.async_ratio,
+            redundancy=config.redundancy,
+            redundant_groups=config.redundant_groups * (config.group_size if apart else 1),
+            keep_redundant=config.keep_redundant,
+            replace_equal=config.replace_equal,
+            late=config.late,
+            seed=config.seed,
         )
         return RolloutScheduler(
-            rules, self.play, self.plan, self.replan, accounting=self.accounting, should_stop=self.run.team.wants_to_stop,
-            forget=lambda episode: self.path(episode).unlink(missing_ok=True), journal=self.run.workdir / "steps.jsonl",
+            rules,
+            self.play,
+            self.plan,
+            self.replan,
+            accounting=self.accounting,
+            should_stop=self.run.team.wants_to_stop,
+            forget=lambda episode: self.path(episode).unlink(missing_ok=True),
+            journal=self.run.workdir / "steps.jsonl",
         )
 
     # -- what the run calls ----------------------------------------------------------------------------------------------------------------
@@ -77,7 +97,9 @@ class Collector:
         version, alpha = int(state.step), self.config.async_ratio
         if alpha and self.config.old == "trainer" and version not in self.past:
             self.past[version] = self.run.learner.keep(state.params)
-            self.past = {kept: params for kept, params in self.past.items() if kept >= version - alpha}
+            self.past = {
+                kept: params for kept, params in self.past.items() if kept >= version - alpha
+            }
         if self.run.team.leads:
             run_async(self.rollouts.advance(version), CONTROL_SECONDS)
 
@@ -86,12 +108,21 @@ class Collector:
         config, run, self.before = self.config, self.run, self.get_state()
         learnt: list[Trajectory] = []  # the leader's own; the others read theirs
         shared = run.team.share(f"episodes of step {step}", lambda: self._take(step, learnt))
-        learnt = learnt or [load_when_visible(self.files / name) for name in (*shared["kept"], *shared["shown"])]
+        learnt = learnt or [
+            load_when_visible(self.files / name) for name in (*shared["kept"], *shared["shown"])
+        ]
         batch = pack(
-            learnt, row_length=config.row_length, chunks_per_row=config.chunks_per_row, gamma=config.gamma, failure_reward=config.failure_reward,
+            learnt,
+            row_length=config.row_length,
+            chunks_per_row=config.chunks_per_row,
+            gamma=config.gamma,
+            failure_reward=config.failure_reward,
             routes_for=run.model_config if config.routing_replay == "rollout" else None,
-            advantage=ADVANTAGES.get(config.loss, "normalised"), anchor=config.anchor, denial_penalty=config.denial_penalty,
-            negative_weight=config.negative_weight, negative_tokens=config.negative_tokens,
+            advantage=ADVANTAGES.get(config.loss, "normalised"),
+            anchor=config.anchor,
+            denial_penalty=config.denial_penalty,
+            negative_weight=config.negative_weight,
+            negative_tokens=config.negative_tokens,
         )
         run.require_same_rows(step, batch)
         batches, unscored = self._with_old(microbatches(batch, config.rows_per_microbatch), state)
@@ -106,9 +137,16 @@ class Collector:
         """As it is between two steps: groups that were taken by a step that was not trained are still to be taken."""
         if self.before is not None:
             return self.before
-        rollouts = run_async(self.rollouts.get_state(), CONTROL_SECONDS) if self.run.team.leads else {"accounting": self.accounting.to_json()}
+        rollouts = (
+            run_async(self.rollouts.get_state(), CONTROL_SECONDS)
+            if self.run.team.leads
+            else {"accounting": self.accounting.to_json()}
+        )
         return {
-            "accounting": rollouts.pop("accounting"), "success_rates": dict(self.curriculum.rates), "anchors": self.anchors.to_json(), "rollouts": rollouts,
+            "accounting": rollouts.pop("accounting"),
+            "success_rates": dict(self.curriculum.rates),
+            "anchors": self.anchors.to_json(),
+            "rollouts": rollouts,
         }
 
     def set_state(self, document: dict[str, Any]) -> None:
@@ -117,7 +155,8 @@ class Collector:
         self.anchors.load(document["anchors"])
         if self.run.team.leads:
             self.rollouts.set_state(
-                document["rollouts"], lambda entry: self._plan_from(entry["task"], entry["source"], entry["prefixes"]),
+                document["rollouts"],
+                lambda entry: self._plan_from(entry["task"], entry["source"], entry["prefixes"]),
             )
 
     def close(self) -> None:
@@ -131,7 +170,10 @@ class Collector:
 
     def play(self, episode: Episode) -> Awaitable[Trajectory]:
         return self.run.scheduler.play_one(
-            episode, temperature=self.config.temperature, accounting=self.accounting, path=self.path(episode),
+            episode,
+            temperature=self.config.temperature,
+            accounting=self.accounting,
+            path=self.path(episode),
             routes=self.config.routing_replay == "rollout",
         )
 
@@ -139,14 +181,30 @@ class Collector:
         """Hard tasks from their anchors, as many as `resample_share` allows and there are; else what the curriculum draws."""
         config, rng = self.config, random.Random(f"tasks/{self.config.seed}/{wave}")
         groups = config.groups + config.redundant_groups
-        hard = self.anchors.choose(round(config.resample_share * groups), random.Random(f"anchors/{config.seed}/{wave}")) if config.resampling != "off" else []
+        hard = (
+            self.anchors.choose(
+                round(config.resample_share * groups),
+                random.Random(f"anchors/{config.seed}/{wave}"),
+            )
+            if config.resampling != "off"
+            else []
+        )
         plans = [self._plan_from(*chosen) for chosen in hard]
-        plans += [GroupPlan(f"{family}/{train_seed(rng.randrange(1_000_000))}") for family in self.curriculum.draw(groups - len(hard), rng)]
-        return plans if config.whole_groups else [plan for plan in plans for _ in range(config.group_size)]
+        plans += [
+            GroupPlan(f"{family}/{train_seed(rng.randrange(1_000_000))}")
+            for family in self.curriculum.draw(groups - len(hard), rng)
+        ]
+        return (
+            plans
+            if config.whole_groups
+            else [plan for plan in plans for _ in range(config.group_size)]
+        )
 
     def replan(self, number: int, attempt: int) -> GroupPlan:
         rng = random.Random(f"tasks/{self.config.seed}/{number}/{attempt}")
-        return GroupPlan(f"{self.curriculum.draw(1, rng)[0]}/{train_seed(rng.randrange(1_000_000))}")
+        return GroupPlan(
+            f"{self.curriculum.draw(1, rng)[0]}/{train_seed(rng.randrange(1_000_000))}"
+        )
 
     def _plan_from(self, task: str, source: str, anchors: tuple[int, ...] | list[int]) -> GroupPlan:
         if not source:
@@ -168,8 +226,14 @@ class Collector:
                 f"{config.episode_seconds:g}: a sandbox or an engine hangs; see its log. Finished trajectories are kept; run the same command again."
             ) from None
         trajectories = [trajectory for group in taken.groups for trajectory in group]
-        file_of = {id(trajectory): f"{config.experiment}_{name}.json" for group, names in zip(taken.groups, taken.names) for trajectory, name in zip(group, names)}
-        self.curriculum.observe(trajectory for trajectory in taken.replaced + trajectories if anchor_of(trajectory) == 0)
+        file_of = {
+            id(trajectory): f"{config.experiment}_{name}.json"
+            for group, names in zip(taken.groups, taken.names)
+            for trajectory, name in zip(group, names)
+        }
+        self.curriculum.observe(
+            trajectory for trajectory in taken.replaced + trajectories if anchor_of(trajectory) == 0
+        )
         groups: dict[int, list[Trajectory]] = {}
         sources: dict[int, str] = {}
         for members, source in zip(taken.groups, taken.sources):
@@ -177,48 +241,99 @@ class Collector:
             sources[members[0].group] = source
         shown = self._demonstrations(step, groups, sources) if config.lambda_il else {}
         for number, members in groups.items():
-            self.anchors.observe(members, sources[number], lambda trajectory: file_of[id(trajectory)])
+            self.anchors.observe(
+                members, sources[number], lambda trajectory: file_of[id(trajectory)]
+            )
             if config.resampling != "off" and (expert := shown.get(number)) and not sources[number]:
                 self.anchors.enter(expert[1].task, expert[0], len(expert[1].chunks))
         kept = mixed_groups(trajectories) if config.filter_groups else trajectories
         learnt.extend([*kept, *(trajectory for _, trajectory in shown.values())])
         return {
-            "taken": len(trajectories), "kept": [file_of[id(one)] for one in kept], "shown": [name for name, _ in shown.values()],
-            "figures": rollout_figures(trajectories, step, taken.seconds) | self._figures(step, taken, trajectories, len(shown)),
+            "taken": len(trajectories),
+            "kept": [file_of[id(one)] for one in kept],
+            "shown": [name for name, _ in shown.values()],
+            "figures": rollout_figures(trajectories, step, taken.seconds)
+            | self._figures(step, taken, trajectories, len(shown)),
         }
 
     def _take_seconds(self) -> float:
         """What the groups of a step may take at worst: all that may be in flight, one wave after the other, each episode as often as it may be replaced."""
         config = self.config
-        episodes = (config.async_ratio + 1) * (config.groups + config.redundant_groups) * (config.group_size + config.redundancy)
+        episodes = (
+            (config.async_ratio + 1)
+            * (config.groups + config.redundant_groups)
+            * (config.group_size + config.redundancy)
+        )
         times = self.run.scheduler.attempts * (1 + MOST_REPLACEMENTS if config.replace_equal else 1)
-        replays = REPLAY_SECONDS if config.resampling != "off" else 0.0  # of a source; its group waits for it
-        return CONTROL_SECONDS + -(-episodes // config.concurrency) * (times * config.episode_seconds + replays)
+        replays = (
+            REPLAY_SECONDS if config.resampling != "off" else 0.0
+        )  # of a source; its group waits for it
+        return CONTROL_SECONDS + -(-episodes // config.concurrency) * (
+            times * config.episode_seconds + replays
+        )
 
-    def _figures(self, step: int, taken: Taken, trajectories: list[Trajectory], shown: int) -> dict[str, float]:
+    def _figures(
+        self, step: int, taken: Taken, trajectories: list[Trajectory], shown: int
+    ) -> dict[str, float]:
         figures = {
-            "demonstrations": shown, "trainer_wait": taken.waited / max(taken.seconds, 1e-9), "open_episodes": taken.open_episodes,
+            "demonstrations": shown,
+            "trainer_wait": taken.waited / max(taken.seconds, 1e-9),
+            "open_episodes": taken.open_episodes,
             "max_staleness": max(step - trajectory.oldest_version for trajectory in trajectories),
         }
         if self.config.resampling == "off":
             return figures
         resampled = [trajectory.reward > 0 for trajectory in trajectories if anchor_of(trajectory)]
-        figures |= {"resampled": len(resampled), "hard_tasks": len(self.anchors.tasks), "crucial_chunks": self.anchors.crucial()}
-        return figures | ({"success_resampled": sum(resampled) / len(resampled)} if resampled else {})
+        figures |= {
+            "resampled": len(resampled),
+            "hard_tasks": len(self.anchors.tasks),
+            "crucial_chunks": self.anchors.crucial(),
+        }
+        return figures | (
+            {"success_resampled": sum(resampled) / len(resampled)} if resampled else {}
+        )
 
-    def _demonstrations(self, step: int, groups: dict[int, list[Trajectory]], sources: dict[int, str]) -> dict[int, tuple[str, Trajectory]]:
+    def _demonstrations(
+        self, step: int, groups: dict[int, list[Trajectory]], sources: dict[int, str]
+    ) -> dict[int, tuple[str, Trajectory]]:
         """Eq. 10's imitation, (file, trajectory) by group: of forks without a success what their source did there, of other tasks without one what an
         expert does. Each is a group of its own, so that it stays out of the statistics of groups that were sampled."""
-        config, first = self.config, self.config.steps * (self.config.groups + self.config.redundant_groups)
-        path = lambda number, kind="expert": self.files / f"{config.experiment}_{step:06d}_{kind}_{number:03d}.json"
-        unsolved = [number for number, members in groups.items() if not sources[number] and not any(t.reward > 0 for t in members)]
-        played = run_async(collect_experts(
-            [groups[number][0].task for number in unsolved], self.run.make_env, self.run.chat, error_rate=0.0, concurrency=EXPERT_CONCURRENCY, record=path,
-            first_group=first,
-        ), CONTROL_SECONDS + -(-len(unsolved) // EXPERT_CONCURRENCY) * config.episode_seconds)
-        shown = {number: (path(place).name, trajectory) for place, (number, trajectory) in enumerate(zip(unsolved, played))}
+        config, first = (
+            self.config,
+            self.config.steps * (self.config.groups + self.config.redundant_groups),
+        )
+        path = lambda number, kind="expert": (
+            self.files / f"{config.experiment}_{step:06d}_{kind}_{number:03d}.json"
+        )
+        unsolved = [
+            number
+            for number, members in groups.items()
+            if not sources[number] and not any(t.reward > 0 for t in members)
+        ]
+        played = run_async(
+            collect_experts(
+                [groups[number][0].task for number in unsolved],
+                self.run.make_env,
+                self.run.chat,
+                error_rate=0.0,
+                concurrency=EXPERT_CONCURRENCY,
+                record=path,
+                first_group=first,
+            ),
+            CONTROL_SECONDS + -(-len(unsolved) // EXPERT_CONCURRENCY) * config.episode_seconds,
+        )
+        shown = {
+            number: (path(place).name, trajectory)
+            for place, (number, trajectory) in enumerate(zip(unsolved, played))
+        }
         for number, source in sources.items():
-            if source and (imitated := fork_imitation(load_trajectory(self.files / source), groups[number])) is not None:
+            if (
+                source
+                and (
+                    imitated := fork_imitation(load_trajectory(self.files / source), groups[number])
+                )
+                is not None
+            ):
                 imitated = dataclasses.replace(imitated, group=first + len(shown))
                 save_trajectory(imitated, path(len(shown), "fork"))
                 shown[number] = path(len(shown), "fork").name, imitated
@@ -232,31 +347,76 @@ class Collector:
         config, version = self.config, int(state.step)
         if config.old == "rollout":
             return [batch._replace(logp_old_BT=batch.logp_rollout_BT) for batch in batches], set()
-        scored, unscored = [self._filled(batch, batch, *found) for batch, found in zip(batches, self._score(state.params, batches))], set()
-        stale = sorted({int(found) for batch in batches for found in np.unique(batch.version_BT[_sampled(batch)])} - {version})
+        scored, unscored = (
+            [
+                self._filled(batch, batch, *found)
+                for batch, found in zip(batches, self._score(state.params, batches))
+            ],
+            set(),
+        )
+        stale = sorted(
+            {
+                int(found)
+                for batch in batches
+                for found in np.unique(batch.version_BT[_sampled(batch)])
+            }
+            - {version}
+        )
         for older in stale:
             if (params := self._past_params(older)) is None:
                 unscored.add(older)
-            places = [place for place, batch in enumerate(batches) if (_sampled(batch) & (batch.version_BT == older)).any()]
-            found = self._score(params, [batches[place] for place in places]) if params is not None else [
-                (batches[place].logp_rollout_BT, batches[place].routes_BTLk) for place in places]
+            places = [
+                place
+                for place, batch in enumerate(batches)
+                if (_sampled(batch) & (batch.version_BT == older)).any()
+            ]
+            found = (
+                self._score(params, [batches[place] for place in places])
+                if params is not None
+                else [
+                    (batches[place].logp_rollout_BT, batches[place].routes_BTLk) for place in places
+                ]
+            )
             for place, one in zip(places, found):
-                scored[place] = self._filled(batches[place], scored[place], *one, where_BT=_sampled(batches[place]) & (batches[place].version_BT == older))
+                scored[place] = self._filled(
+                    batches[place],
+                    scored[place],
+                    *one,
+                    where_BT=_sampled(batches[place]) & (batches[place].version_BT == older),
+                )
         return scored, unscored
 
-    def _score(self, params: dict, batches: list[Batch]) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    def _score(
+        self, params: dict, batches: list[Batch]
+    ) -> list[tuple[np.ndarray, np.ndarray | None]]:
         if self.config.routing_replay == "recompute":
             return self.run.learner.score_and_record(params, batches)
-        return [(logp_BT, batch.routes_BTLk) for batch, logp_BT in zip(batches, self.run.learner.score(params, batches))]
+        return [
+            (logp_BT, batch.routes_BTLk)
+            for batch, logp_BT in zip(batches, self.run.learner.score(params, batches))
+        ]
 
     def _filled(
-        self, batch: Batch, filled: Batch, logp_BT: np.ndarray, routes_BTLk: np.ndarray | None, where_BT: np.ndarray | None = None,
+        self,
+        batch: Batch,
+        filled: Batch,
+        logp_BT: np.ndarray,
+        routes_BTLk: np.ndarray | None,
+        where_BT: np.ndarray | None = None,
     ) -> Batch:
         """`filled` with what one pass over `batch` found at `where_BT`; everywhere, where that is None."""
         if where_BT is None:
-            return filled._replace(logp_old_BT=np.where(batch.action_mask_BT, logp_BT, 0.0), routes_BTLk=routes_BTLk)
-        routes = filled.routes_BTLk if routes_BTLk is None or filled.routes_BTLk is None else np.where(where_BT[..., None, None], routes_BTLk, filled.routes_BTLk)
-        return filled._replace(logp_old_BT=np.where(where_BT, logp_BT, filled.logp_old_BT), routes_BTLk=routes)
+            return filled._replace(
+                logp_old_BT=np.where(batch.action_mask_BT, logp_BT, 0.0), routes_BTLk=routes_BTLk
+            )
+        routes = (
+            filled.routes_BTLk
+            if routes_BTLk is None or filled.routes_BTLk is None
+            else np.where(where_BT[..., None, None], routes_BTLk, filled.routes_BTLk)
+        )
+        return filled._replace(
+            logp_old_BT=np.where(where_BT, logp_BT, filled.logp_old_BT), routes_BTLk=routes
+        )
 
     def _past_params(self, version: int) -> dict | None:
         """Of an earlier version; a resumed run reads them from what engines were given. None where nobody has them any more (a sample beyond the
@@ -272,7 +432,10 @@ class Collector:
 
 def own_settings(model_config: ModelConfig) -> dict[str, Any]:
     """What of a model's config is ours to choose, whatever a checkpoint of it says."""
-    return {name: getattr(model_config, name) for name in ("dtype", "remat", "scan_layers", "capacity_factor", "router_z_loss_coef")}
+    return {
+        name: getattr(model_config, name)
+        for name in ("dtype", "remat", "scan_layers", "capacity_factor", "router_z_loss_coef")
+    }
 
 
 def _sampled(batch: Batch) -> np.ndarray:
@@ -287,5 +450,7 @@ def load_when_visible(path: pathlib.Path) -> Trajectory:
     while not path.exists() and time.monotonic() < ends:
         time.sleep(0.2)
     if not path.exists():
-        raise FileNotFoundError(f"{path}, written by process 0, is not seen here within {VISIBLE_SECONDS:.0f} s; is --workdir on a file system that all hosts share?")
+        raise FileNotFoundError(
+            f"{path}, written by process 0, is not seen here within {VISIBLE_SECONDS:.0f} s; is --workdir on a file system that all hosts share?"
+        )
     return load_trajectory(path)

@@ -13,7 +13,9 @@ class TrainingAlarm(RuntimeError):
     """Training on would harm the model. Nothing of the step that raised it is kept."""
 
 
-def check_mismatch(microbatches: Sequence[Batch], limit: float, unscored: Collection[int] = ()) -> None:
+def check_mismatch(
+    microbatches: Sequence[Batch], limit: float, unscored: Collection[int] = ()
+) -> None:
     """Raises TrainingAlarm where engine and trainer disagree about what was sampled: mean k3 of KL(rollout || old) over the step's RL tokens.
 
     It is asked before the step's first update, so the weights are unharmed. `unscored`: versions whose weights are lost. Their tokens count the engine's
@@ -22,7 +24,9 @@ def check_mismatch(microbatches: Sequence[Batch], limit: float, unscored: Collec
     kl = tokens = 0.0
     for batch in microbatches:
         kind_BT = np.take_along_axis(batch.kind_BC, np.maximum(batch.chunk_ids_BT, 0), axis=1)
-        counted_BT = batch.action_mask_BT & (kind_BT == RL) & ~np.isin(batch.version_BT, list(unscored))
+        counted_BT = (
+            batch.action_mask_BT & (kind_BT == RL) & ~np.isin(batch.version_BT, list(unscored))
+        )
         difference_n = (batch.logp_old_BT - batch.logp_rollout_BT)[counted_BT].astype(np.float64)
         kl += float(np.sum(np.exp(np.minimum(difference_n, 50.0)) - difference_n - 1.0))
         tokens += len(difference_n)

@@ -25,7 +25,9 @@ class Checkpoints:
 
     def __init__(self, directory: pathlib.Path, keep: int) -> None:
         self.directory = directory.absolute()
-        self._manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True))
+        self._manager = ocp.CheckpointManager(
+            self.directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        )
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
@@ -37,18 +39,37 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, host: dict[str, Any]) -> None:
         """Starts to write; returns once the device arrays may be reused. Saving a step twice does nothing."""
         if step != self._manager.latest_step():
-            self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state, save_args=save_options(state)), host=ocp.args.JsonSave(host)))
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state, save_args=save_options(state)),
+                    host=ocp.args.JsonSave(host),
+                ),
+            )
 
-    def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
+    def restore(
+        self, like: TrainState, step: int | None = None
+    ) -> tuple[TrainState, dict[str, Any]]:
         """The state of `step` (the newest by default) with the shapes and shardings of `like`, and its host document."""
         step = self._manager.latest_step() if step is None else step
         path = self.directory / str(step)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), host=ocp.args.JsonRestore()))
-        except Exception as error:  # orbax raises many kinds for torn files; each means the same to the user
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise CheckpointError(f"checkpoint {path} cannot be read ({reason[:200]}). Delete that folder to go on from the one before it.") from error
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract), host=ocp.args.JsonRestore()
+                ),
+            )
+        except (
+            Exception
+        ) as error:  # orbax raises many kinds for torn files; each means the same to the user
+            reason = (
+                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            )
+            raise CheckpointError(
+                f"checkpoint {path} cannot be read ({reason[:200]}). Delete that folder to go on from the one before it."
+            ) from error
         return restored["state"], restored["host"]
 
     def wait(self) -> None:
@@ -64,6 +85,10 @@ def save_options(state: Any) -> Any:
 
     def options(path: tuple[Any, ...], leaf: Any) -> ocp.SaveArgs:
         in_layers = any(getattr(key, "key", None) == "layers" for key in path)
-        return ocp.SaveArgs(shard_axes=(0,)) if in_layers and leaf.nbytes > LARGE_BYTES else ocp.SaveArgs()
+        return (
+            ocp.SaveArgs(shard_axes=(0,))
+            if in_layers and leaf.nbytes > LARGE_BYTES
+            else ocp.SaveArgs()
+        )
 
     return jax.tree_util.tree_map_with_path(options, state)

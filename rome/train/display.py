@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from rome.train.report import Evaluation
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-TREND_STEPS = 24  # how many past steps the little curve shows, and how many the pace is measured over
+TREND_STEPS = (
+    24  # how many past steps the little curve shows, and how many the pace is measured over
+)
 
 
 class Display:
@@ -33,11 +35,23 @@ class Display:
       plain_interval_s: without a terminal, at most one line in this many seconds (and always one for the last step).
     """
 
-    def __init__(self, stage: str, total_steps: int, console: Console | None = None, plain_interval_s: float = 5.0, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        stage: str,
+        total_steps: int,
+        console: Console | None = None,
+        plain_interval_s: float = 5.0,
+        quiet: bool = False,
+    ) -> None:
         self.stage, self.total_steps, self.plain_interval_s = stage, total_steps, plain_interval_s
         self.console = console or Console(highlight=False, quiet=quiet)
         # A notebook gives commands a terminal that cannot move its cursor: every refresh would stay there as one more panel.
-        self.is_live = not quiet and self.console.is_terminal and not self.console.is_dumb_terminal and "JPY_PARENT_PID" not in os.environ
+        self.is_live = (
+            not quiet
+            and self.console.is_terminal
+            and not self.console.is_dumb_terminal
+            and "JPY_PARENT_PID" not in os.environ
+        )
         self.step: int | None = None
         self.figures: dict[str, float] = {}
         self.evaluation = ""
@@ -45,7 +59,11 @@ class Display:
         self._times: collections.deque[tuple[float, int]] = collections.deque([], TREND_STEPS)
         self._trend: collections.deque[float] = collections.deque([], TREND_STEPS)
         self._printed_step, self._printed_at = None, float("-inf")
-        self._live = Live(get_renderable=self._panel, console=self.console, refresh_per_second=2) if self.is_live else None
+        self._live = (
+            Live(get_renderable=self._panel, console=self.console, refresh_per_second=2)
+            if self.is_live
+            else None
+        )
 
     def __enter__(self) -> Display:
         if self._live is not None:
@@ -92,13 +110,19 @@ class Display:
         return max(0.0, (self.total_steps - last_step) * pace - (time.monotonic() - last_time))
 
     def _print(self, text: str) -> None:
-        self.console.print(Text(text), soft_wrap=True)  # soft: a log file's reader wraps lines, we do not
+        self.console.print(
+            Text(text), soft_wrap=True
+        )  # soft: a log file's reader wraps lines, we do not
 
     def _print_line(self) -> None:
         self._printed_step, self._printed_at = self.step, time.monotonic()
         width = len(str(self.total_steps))
         parts = [f"{self.stage:<5} {self.step:>{width}}/{self.total_steps}"]
-        parts += [f"{figure.label} {figure.text(self.figures[name])}" for name, figure in FIGURES.items() if name in self.figures]
+        parts += [
+            f"{figure.label} {figure.text(self.figures[name])}"
+            for name, figure in FIGURES.items()
+            if name in self.figures
+        ]
         left = self.seconds_left()
         if left is not None and self.step != self.total_steps:
             parts.append(f"left {duration(left)}")
@@ -107,23 +131,41 @@ class Display:
     def _panel(self) -> Panel:
         step = self.step or 0
         left = self.seconds_left()
-        clock = f"{duration(time.monotonic() - self._started)} gone" + (f", {duration(left)} left" if left is not None and step < self.total_steps else "")
+        clock = f"{duration(time.monotonic() - self._started)} gone" + (
+            f", {duration(left)} left" if left is not None and step < self.total_steps else ""
+        )
         head = Table.grid(expand=True, padding=(0, 1))
         head.add_column(no_wrap=True)
         head.add_column(ratio=1)
         head.add_column(no_wrap=True, justify="right")
-        head.add_row(Text(f"step {step}/{self.total_steps}", style="bold"), ProgressBar(total=self.total_steps, completed=step), Text(clock, style="cyan"))
+        head.add_row(
+            Text(f"step {step}/{self.total_steps}", style="bold"),
+            ProgressBar(total=self.total_steps, completed=step),
+            Text(clock, style="cyan"),
+        )
         rows = [head]
         if self.figures:
             rows.append(self._figures_grid())
         else:
-            rows.append(Text("starting: the first evaluation and the first step compile", style="dim"))
+            rows.append(
+                Text("starting: the first evaluation and the first step compile", style="dim")
+            )
         if self.evaluation:
             rows.append(Text.assemble(("evaluation ", "dim"), self.evaluation))
-        return Panel(Group(*rows), title=f"[bold]{self.stage}[/bold]", title_align="left", border_style="cyan", width=min(self.console.width, 100))
+        return Panel(
+            Group(*rows),
+            title=f"[bold]{self.stage}[/bold]",
+            title_align="left",
+            border_style="cyan",
+            width=min(self.console.width, 100),
+        )
 
     def _figures_grid(self) -> Table:
-        shown = [(figure.label, figure.text(self.figures[name])) for name, figure in FIGURES.items() if name in self.figures]
+        shown = [
+            (figure.label, figure.text(self.figures[name]))
+            for name, figure in FIGURES.items()
+            if name in self.figures
+        ]
         cells = [Text.assemble((f"{label} ", "dim"), (text, "bold")) for label, text in shown]
         if len(self._trend) > 1:
             cells.append(Text(sparkline(self._trend), style="green"))

@@ -48,7 +48,11 @@ class Plan:
 
 
 def choose(
-    coordinator: str, count: int, index: int, environ: Mapping[str, str] = os.environ, tpu_workers: Callable[[], int] | None = None,
+    coordinator: str,
+    count: int,
+    index: int,
+    environ: Mapping[str, str] = os.environ,
+    tpu_workers: Callable[[], int] | None = None,
 ) -> Plan:
     """The plan, from the flags ("" and -1: not given), the environment, and on a TPU VM the number of workers that its metadata names."""
     given = {
@@ -61,12 +65,21 @@ def choose(
     tasks = int(environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if tasks > 1:
         why = f"SLURM step {environ['SLURM_JOB_ID']}.{environ.get('SLURM_STEP_ID', '0')} of {tasks} tasks"
-        return Plan("slurm", why, count=tasks, index=int(environ["SLURM_PROCID"]), local_devices=_slurm_devices(environ))
+        return Plan(
+            "slurm",
+            why,
+            count=tasks,
+            index=int(environ["SLURM_PROCID"]),
+            local_devices=_slurm_devices(environ),
+        )
     if environ.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
         return Plan("alone", "one process")
     hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES") or ""
     if hosts:
-        workers, said = len(hosts.split(",")) * int(environ.get("MEGASCALE_NUM_SLICES") or 1), "its environment"
+        workers, said = (
+            len(hosts.split(",")) * int(environ.get("MEGASCALE_NUM_SLICES") or 1),
+            "its environment",
+        )
     else:
         workers, said = (tpu_workers or _metadata_workers)(), "its metadata"
     if workers > 1:
@@ -74,12 +87,21 @@ def choose(
     return Plan("alone", "one process")
 
 
-def start(plan: Plan, *, stop: Callable[[], bool], errors: tuple[type[Exception], ...], deadline_s: int = START_SECONDS, heartbeat_s: int = HEARTBEAT_SECONDS) -> Team:
+def start(
+    plan: Plan,
+    *,
+    stop: Callable[[], bool],
+    errors: tuple[type[Exception], ...],
+    deadline_s: int = START_SECONDS,
+    heartbeat_s: int = HEARTBEAT_SECONDS,
+) -> Team:
     """Brings jax.distributed up as planned and says so in one line. Raises DistributedError when the processes do not find each other."""
     if plan.kind == "alone":
         return Team(stop=stop, errors=errors)
     import jax
-    from jax._src import distributed  # the one door to the coordinator's key-value store; orbax takes it too
+    from jax._src import (
+        distributed,
+    )  # the one door to the coordinator's key-value store; orbax takes it too
 
     method = {"flags": "deactivate", "slurm": "slurm", "tpu": None}[plan.kind]
     # JAX answers a start that fails with an abort and a stack of C++; this thread is there a moment earlier, with a sentence.
@@ -88,18 +110,27 @@ def start(plan: Plan, *, stop: Callable[[], bool], errors: tuple[type[Exception]
     overdue.start()
     try:
         jax.distributed.initialize(
-            plan.coordinator, plan.count, plan.index, local_device_ids=plan.local_devices, cluster_detection_method=method,
-            initialization_timeout=deadline_s + 30, heartbeat_timeout_seconds=heartbeat_s, shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+            plan.coordinator,
+            plan.count,
+            plan.index,
+            local_device_ids=plan.local_devices,
+            cluster_detection_method=method,
+            initialization_timeout=deadline_s + 30,
+            heartbeat_timeout_seconds=heartbeat_s,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
-        raise DistributedError(f"{plan.why}: jax.distributed did not start: {' '.join(str(error).split())[:300]}") from error
+        raise DistributedError(
+            f"{plan.why}: jax.distributed did not start: {' '.join(str(error).split())[:300]}"
+        ) from error
     finally:
         overdue.cancel()
     state = distributed.global_state
     team = Team(state.process_id, state.num_processes, state.client, stop=stop, errors=errors)
     print(
         f"process {team.index} of {team.count} ({plan.why}; coordinator {state.coordinator_address}): "
-        f"{jax.local_device_count()} of {jax.device_count()} {jax.default_backend()} devices", flush=True,
+        f"{jax.local_device_count()} of {jax.device_count()} {jax.default_backend()} devices",
+        flush=True,
     )
     return team
 
@@ -111,7 +142,10 @@ def check_mesh_spans(mesh: Any) -> None:
     used = {device.process_index for device in mesh.devices.flat}
     idle = sorted(set(range(jax.process_count())) - used)
     if idle:
-        sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+        sizes = (
+            ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+            or "one device"
+        )
         raise DistributedError(
             f"mesh ({sizes}) takes {mesh.size} of the {jax.device_count()} devices and none of process {', '.join(map(str, idle))}. "
             f"Set --config.mesh.fsdp=-1 (all devices that are left), or start fewer processes."
@@ -122,15 +156,21 @@ def _by_flags(given: Mapping[str, str]) -> Plan:
     missing = [f"--{name}" for name, value in given.items() if not value]
     if missing:
         there = ", ".join(f"{name}={value}" for name, value in given.items() if value)
-        raise DistributedError(f"{there} without {' and '.join(missing)}: several processes need all three. Add {' and '.join(missing)}.")
+        raise DistributedError(
+            f"{there} without {' and '.join(missing)}: several processes need all three. Add {' and '.join(missing)}."
+        )
     for name in ("num_processes", "process_id"):
         if not given[name].isdecimal():
             raise DistributedError(f"{name}={given[name]!r} is no number. Give a whole number.")
     count, index = int(given["num_processes"]), int(given["process_id"])
     if not re.fullmatch(r"\S+:\d+", given["coordinator"]):
-        raise DistributedError(f"coordinator={given['coordinator']!r} is no HOST:PORT. Name process 0's host and a free port there, such as node-0:1234.")
+        raise DistributedError(
+            f"coordinator={given['coordinator']!r} is no HOST:PORT. Name process 0's host and a free port there, such as node-0:1234."
+        )
     if count < 1 or index >= count:
-        raise DistributedError(f"process_id={index} does not fit num_processes={count}. Ids run from 0 to num_processes - 1.")
+        raise DistributedError(
+            f"process_id={index} does not fit num_processes={count}. Ids run from 0 to num_processes - 1."
+        )
     if count == 1:
         return Plan("alone", "one process by flags")
     return Plan("flags", "by flags", given["coordinator"], count, index)
@@ -140,13 +180,23 @@ def _slurm_devices(environ: Mapping[str, str]) -> tuple[int, ...] | None:
     """All GPUs that this task sees when it has its node, or a binding of its own, for itself; JAX's own rule is one GPU a task."""
     visible = environ.get("CUDA_VISIBLE_DEVICES", "")
     gpus = len(visible.split(",")) if visible else int(environ.get("SLURM_GPUS_ON_NODE") or 0)
-    alone_on_node = re.fullmatch(r"1(\(x\d+\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "")) is not None
-    return tuple(range(gpus)) if gpus and (alone_on_node or len(visible.split(",")) == gpus == 1) else None
+    alone_on_node = (
+        re.fullmatch(r"1(\(x\d+\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "")) is not None
+    )
+    return (
+        tuple(range(gpus))
+        if gpus and (alone_on_node or len(visible.split(",")) == gpus == 1)
+        else None
+    )
 
 
 def _metadata_workers() -> int:
     """How many hosts this TPU VM's slices have together; 1 where there is no TPU, or no metadata server."""
-    if not glob.glob("/dev/accel*") and not glob.glob("/dev/vfio/[0-9]*") or os.environ.get("TPU_SKIP_MDS_QUERY"):
+    if (
+        not glob.glob("/dev/accel*")
+        and not glob.glob("/dev/vfio/[0-9]*")
+        or os.environ.get("TPU_SKIP_MDS_QUERY")
+    ):
         return 1
     hosts = len(_metadata("worker-network-endpoints").split(","))
     slices = re.search(r"MEGASCALE_NUM_SLICES:\s*'?(\d+)", _metadata("tpu-env"))
@@ -154,9 +204,13 @@ def _metadata_workers() -> int:
 
 
 def _metadata(name: str) -> str:
-    url = METADATA.format(host=os.environ.get("GCE_METADATA_IP", "metadata.google.internal"), name=name)
+    url = METADATA.format(
+        host=os.environ.get("GCE_METADATA_IP", "metadata.google.internal"), name=name
+    )
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers={"Metadata-Flavor": "Google"}), timeout=5) as answer:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, headers={"Metadata-Flavor": "Google"}), timeout=5
+        ) as answer:
             return answer.read().decode()
     except (urllib.error.URLError, OSError):
         return ""

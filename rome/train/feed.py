@@ -16,7 +16,11 @@ def feed(tree: Any, sharding: Sharding) -> Any:
 
 def put(array: Any, sharding: Sharding) -> jax.Array:
     """One array laid out as `sharding` says: a host array or local JAX array, equal in every process, or one that is on the mesh already."""
-    if sharding.is_fully_addressable or isinstance(array, jax.Array) and not array.is_fully_addressable:
+    if (
+        sharding.is_fully_addressable
+        or isinstance(array, jax.Array)
+        and not array.is_fully_addressable
+    ):
         return jax.device_put(array, sharding)
     array = np.asarray(array)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -65,18 +65,34 @@ class Stage:
     team: Team
 
 
-def run_stage(stage: Stage, learner: Learner, state: TrainState, checkpoints: Checkpoints, metrics: MetricsWriter, display: Display) -> TrainState:
+def run_stage(
+    stage: Stage,
+    learner: Learner,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    metrics: MetricsWriter,
+    display: Display,
+) -> TrainState:
     """Runs the stage from `state.step` to its end, or to the step at which the user asked to stop. Returns the state reached; it is saved."""
     step, evaluated, harmed = int(state.step), -1, False
-    unwritten: tuple[int, dict[str, Any]] | None = None  # figures of step k are fetched and written while step k + 1 runs
+    unwritten: tuple[int, dict[str, Any]] | None = (
+        None  # figures of step k are fetched and written while step k + 1 runs
+    )
 
     def write_figures() -> None:
         nonlocal unwritten
         if unwritten is not None:
-            (number, figures), unwritten = unwritten, None  # first: a figure that is refused is not tried again on the way out
+            (number, figures), unwritten = (
+                unwritten,
+                None,
+            )  # first: a figure that is refused is not tried again on the way out
             figures = {name: float(value) for name, value in jax.device_get(figures).items()}
-            if figures.get("mismatch_weight2"):  # share of the samples that is left after weighing them: 1 where engine and trainer agree
-                figures["effective_samples"] = figures["mismatch_weight"] ** 2 / figures["mismatch_weight2"]
+            if figures.get(
+                "mismatch_weight2"
+            ):  # share of the samples that is left after weighing them: 1 where engine and trainer agree
+                figures["effective_samples"] = (
+                    figures["mismatch_weight"] ** 2 / figures["mismatch_weight2"]
+                )
             metrics.write(number, figures)
             display.update(number, figures)
             stage.check(number, figures)
@@ -95,7 +111,9 @@ def run_stage(stage: Stage, learner: Learner, state: TrainState, checkpoints: Ch
 
     try:
         stage.publish(state)
-        if step == 0 or stage.evaluate_every and step % stage.evaluate_every == 0:  # of a run that was killed meanwhile: it may have been the last
+        if (
+            step == 0 or stage.evaluate_every and step % stage.evaluate_every == 0
+        ):  # of a run that was killed meanwhile: it may have been the last
             evaluate()
         while step < stage.steps and not stage.should_stop():
             started = time.monotonic()
@@ -110,7 +128,16 @@ def run_stage(stage: Stage, learner: Learner, state: TrainState, checkpoints: Ch
             write_figures()
             step, state = step + 1, updated._replace(step=updated.step + 1)
             stage.publish(state)
-            unwritten = step, data.figures | figures | first | {"seconds_collect": collected - started, "seconds_update": time.monotonic() - collected}
+            unwritten = (
+                step,
+                data.figures
+                | figures
+                | first
+                | {
+                    "seconds_collect": collected - started,
+                    "seconds_update": time.monotonic() - collected,
+                },
+            )
             if step % stage.checkpoint_every == 0 or step == stage.steps:
                 save()
             if stage.evaluate_every and step % stage.evaluate_every == 0:
@@ -123,7 +150,9 @@ def run_stage(stage: Stage, learner: Learner, state: TrainState, checkpoints: Ch
         stage.team.part(error)
         raise
     except BaseException as error:
-        stage.team.part(error)  # saving takes all processes: where the others know nothing of the error, this is the end
+        stage.team.part(
+            error
+        )  # saving takes all processes: where the others know nothing of the error, this is the end
         raise
     finally:
         # Whatever the reason to leave, the last whole step is kept, but what an alarm was raised about. An update that failed half-way has

@@ -61,13 +61,17 @@ def read_metrics(workdir: pathlib.Path | str) -> list[dict[str, Any]]:
     path = pathlib.Path(workdir) / "metrics.jsonl"
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")  # what follows the last newline was never finished
+    lines = path.read_text(encoding="utf-8").split(
+        "\n"
+    )  # what follows the last newline was never finished
     records = []
     for number, line in enumerate(lines[:-1], start=1):
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number} is no JSON ({error.msg}): {line[:60]!r}. Delete that line and run again.") from error
+            raise ValueError(
+                f"{path} line {number} is no JSON ({error.msg}): {line[:60]!r}. Delete that line and run again."
+            ) from error
     return records
 
 
@@ -80,9 +84,21 @@ class MetricsWriter:
       writes: False touches no file.
     """
 
-    def __init__(self, workdir: pathlib.Path | str, stage: str, resume_step: int | None = None, tensorboard: bool = True, writes: bool = True) -> None:
+    def __init__(
+        self,
+        workdir: pathlib.Path | str,
+        stage: str,
+        resume_step: int | None = None,
+        tensorboard: bool = True,
+        writes: bool = True,
+    ) -> None:
         if not writes:
-            self.stage, self.last_step, self._file, self._tensorboard = stage, -1 if resume_step is None else resume_step, None, None
+            self.stage, self.last_step, self._file, self._tensorboard = (
+                stage,
+                -1 if resume_step is None else resume_step,
+                None,
+                None,
+            )
             return
         workdir = pathlib.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
@@ -91,20 +107,28 @@ class MetricsWriter:
         self._file = open(workdir / "metrics.jsonl", "a", encoding="utf-8")
         self._tensorboard = None
         if tensorboard:
-            from tensorboardX import SummaryWriter  # costs a third of a second; readers of metrics.jsonl do without
+            from tensorboardX import (
+                SummaryWriter,
+            )  # costs a third of a second; readers of metrics.jsonl do without
 
             purge = None if resume_step is None else resume_step + 1
-            self._tensorboard = SummaryWriter(str(workdir / "tensorboard" / stage), purge_step=purge)
+            self._tensorboard = SummaryWriter(
+                str(workdir / "tensorboard" / stage), purge_step=purge
+            )
 
     def write(self, step: int, figures: Mapping[str, Any]) -> None:
         """One line. Figures are numbers (or arrays of one number); steps rise."""
         if step <= self.last_step:
-            raise ValueError(f"step {step} of stage {self.stage} is written already (last: {self.last_step}); pass resume_step when resuming")
+            raise ValueError(
+                f"step {step} of stage {self.stage} is written already (last: {self.last_step}); pass resume_step when resuming"
+            )
         values = {name: _number(name, step, value) for name, value in figures.items()}
         self.last_step = step
         if self._file is None:
             return
-        self._file.write(json.dumps({"stage": self.stage, "step": step, **values}, allow_nan=False) + "\n")
+        self._file.write(
+            json.dumps({"stage": self.stage, "step": step, **values}, allow_nan=False) + "\n"
+        )
         self._file.flush()
         if self._tensorboard is not None:
             for name, value in values.items():
@@ -136,7 +160,11 @@ class MetricsWriter:
     def _keep_until(self, workdir: pathlib.Path, resume_step: int | None) -> int:
         """Drops this stage's lines beyond resume_step and an unfinished last line; returns the stage's last step, -1 without one."""
         records = read_metrics(workdir)
-        kept = [record for record in records if record["stage"] != self.stage or resume_step is None or record["step"] <= resume_step]
+        kept = [
+            record
+            for record in records
+            if record["stage"] != self.stage or resume_step is None or record["step"] <= resume_step
+        ]
         text = "".join(json.dumps(record) + "\n" for record in kept)
         path = workdir / "metrics.jsonl"
         if path.exists() and path.read_text(encoding="utf-8") != text:
@@ -149,7 +177,11 @@ def _number(name: str, step: int, value: Any) -> float | int:
         raise ValueError(f"no figure can be called {name!r}: that names the line itself")
     value = value.item() if hasattr(value, "item") else value  # NumPy and JAX scalars
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"figure {name!r} of step {step} is {value!r}, no number; metrics.jsonl holds one flat number for each name")
+        raise TypeError(
+            f"figure {name!r} of step {step} is {value!r}, no number; metrics.jsonl holds one flat number for each name"
+        )
     if not math.isfinite(value):
-        raise ValueError(f"figure {name!r} is {value} at step {step}; training has diverged or it divides by zero: look at the step before in metrics.jsonl")
+        raise ValueError(
+            f"figure {name!r} is {value} at step {step}; training has diverged or it divides by zero: look at the step before in metrics.jsonl"
+        )
     return value

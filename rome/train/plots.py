@@ -8,7 +8,9 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure  # not pyplot: no screen needed, and a notebook's own plots stay as they are
+from matplotlib.figure import (
+    Figure,
+)  # not pyplot: no screen needed, and a notebook's own plots stay as they are
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
@@ -45,7 +47,9 @@ def plot_curves(workdir: pathlib.Path | str) -> list[pathlib.Path]:
         for name, figure in figures.items():
             paths.append(workdir / "plots" / f"{name}.png")
             figure.savefig(paths[-1])
-    return sorted(paths, key=lambda path: (not path.stem.endswith("_reward"), path.stem != "families"))
+    return sorted(
+        paths, key=lambda path: (not path.stem.endswith("_reward"), path.stem != "families")
+    )
 
 
 def _records_of_run(workdir: pathlib.Path) -> list[dict[str, Any]]:
@@ -62,13 +66,39 @@ def _reward(stage: str, records: list[dict[str, Any]], evals: list[EvalResult]) 
     _curve(success, records, "success", scale=100, colour=BEFORE, label="training episodes")
     if evals:
         steps, rates = [result.step for result in evals], [100 * result.success for result in evals]
-        below, above = [100 * (r.success - r.low) for r in evals], [100 * (r.high - r.success) for r in evals]
+        below, above = (
+            [100 * (r.success - r.low) for r in evals],
+            [100 * (r.high - r.success) for r in evals],
+        )
         label = f"held-out tasks (n = {evals[-1].n}, 95 % interval)"
-        success.errorbar(steps, rates, yerr=(below, above), color=AFTER, marker="o", markersize=6, linewidth=2, capsize=4, zorder=4, label=label)
-        unseen = [(result.step, 100 * result.unseen_families) for result in evals if result.unseen_families is not None]
+        success.errorbar(
+            steps,
+            rates,
+            yerr=(below, above),
+            color=AFTER,
+            marker="o",
+            markersize=6,
+            linewidth=2,
+            capsize=4,
+            zorder=4,
+            label=label,
+        )
+        unseen = [
+            (result.step, 100 * result.unseen_families)
+            for result in evals
+            if result.unseen_families is not None
+        ]
         if unseen:
             n = sum(count for _, count in evals[-1].unseen_by_family.values())
-            success.plot(*zip(*unseen), color=UNSEEN, marker="s", markersize=5, linestyle="--", zorder=3, label=f"unseen families (n = {n})")
+            success.plot(
+                *zip(*unseen),
+                color=UNSEEN,
+                marker="s",
+                markersize=5,
+                linestyle="--",
+                zorder=3,
+                label=f"unseen families (n = {n})",
+            )
     success.set(ylabel="tasks solved, %", ylim=(0, 100))
     if success.get_legend_handles_labels()[0]:  # a run in its first minute may have neither curve
         success.legend(loc="upper center", bbox_to_anchor=(0.5, -0.04), ncols=3, fontsize=10)
@@ -85,7 +115,9 @@ def _episodes(stage: str, records: list[dict[str, Any]]) -> Figure:
         ("turns", "Turns of an episode", "mean turns"), ("tokens", "Length of an episode", "mean tokens"),
         ("staleness", "Staleness of the trained tokens", "weight versions behind"), ("mismatch", "Engine against trainer", "mean Δ log p"),
     ]  # fmt: skip
-    panels = [panel for panel in panels if any(panel[0] in record for record in records)] or [("loss", "Loss", "loss")]
+    panels = [panel for panel in panels if any(panel[0] in record for record in records)] or [
+        ("loss", "Loss", "loss")
+    ]
     rows = (len(panels) + 1) // 2
     figure = Figure(figsize=(9.5, 3.1 * rows), layout="constrained")
     axes = figure.subplots(rows, 2, sharex=True, squeeze=False)
@@ -109,7 +141,11 @@ def _loss(stage: str, records: list[dict[str, Any]]) -> Figure:
     axis = figure.subplots()
     losses = [record["loss"] for record in records if "loss" in record]
     last = _running_mean(losses, _reach(losses))[-1]
-    axis.set(title=f"{stage}: training loss, {last:.3f} at the end", xlabel="training step", ylabel="loss, nats a token")
+    axis.set(
+        title=f"{stage}: training loss, {last:.3f} at the end",
+        xlabel="training step",
+        ylabel="loss, nats a token",
+    )
     _curve(axis, records, "loss", colour=AFTER)
     axis.set_ylim(bottom=0)
     _whole_steps(axis, records, [])
@@ -118,11 +154,17 @@ def _loss(stage: str, records: list[dict[str, Any]]) -> Figure:
 
 def _families(before: EvalResult, after: EvalResult) -> Figure:
     """Two bars for each family with their intervals, the largest gain on top, unseen families below in their own group."""
-    groups = [(before.by_family, after.by_family, AFTER), (before.unseen_by_family, after.unseen_by_family, UNSEEN)]
+    groups = [
+        (before.by_family, after.by_family, AFTER),
+        (before.unseen_by_family, after.unseen_by_family, UNSEEN),
+    ]
     rows: list[tuple[float, str, tuple[float, int], tuple[float, int], str]] = []
     place = 0.0
     for old, new, colour in groups:
-        for family in sorted((family for family in new if family in old), key=lambda family: old[family][0] - new[family][0]):
+        for family in sorted(
+            (family for family in new if family in old),
+            key=lambda family: old[family][0] - new[family][0],
+        ):
             rows.append((place, family, old[family], new[family], colour))
             place += 1.0
         place += 0.6
@@ -134,9 +176,17 @@ def _families(before: EvalResult, after: EvalResult) -> Figure:
             axis.barh(place + offset, 100 * rate, height=0.36, color=fill)
             axis.plot([100 * low, 100 * high], [place + offset] * 2, color="#102a43", linewidth=1.5)
         points = f"{100 * (new[0] - old[0]):+.0f}"
-        axis.text(103, place, points, va="center", color="#b91c1c" if points.startswith("-") and points != "-0" else "#1f2933")
+        axis.text(
+            103,
+            place,
+            points,
+            va="center",
+            color="#b91c1c" if points.startswith("-") and points != "-0" else "#1f2933",
+        )
     axis.set_yticks([row[0] for row in rows], [f"{row[1]}  (n = {row[3][1]})" for row in rows])
-    axis.set(xlim=(0, 102), xlabel="tasks solved, %  (line: 95 % interval; right: change in points)")
+    axis.set(
+        xlim=(0, 102), xlabel="tasks solved, %  (line: 95 % interval; right: change in points)"
+    )
     axis.set_ylim(max((row[0] for row in rows), default=0) + 0.6, -0.6)
     axis.grid(False, axis="y")
     axis.tick_params(axis="y", length=0)
@@ -144,17 +194,36 @@ def _families(before: EvalResult, after: EvalResult) -> Figure:
     keys = [(BEFORE, f"step {before.step}"), (AFTER, f"step {after.step}")]
     if after.unseen_by_family:
         keys.append((UNSEEN, f"step {after.step}, family unseen in training"))
-    figure.legend(handles=[Patch(color=colour, label=label) for colour, label in keys], loc="outside lower center", ncols=len(keys))
+    figure.legend(
+        handles=[Patch(color=colour, label=label) for colour, label in keys],
+        loc="outside lower center",
+        ncols=len(keys),
+    )
     return figure
 
 
-def _curve(axis: Axes, records: list[dict[str, Any]], name: str, colour: str, scale: float = 1.0, label: str | None = None) -> None:
+def _curve(
+    axis: Axes,
+    records: list[dict[str, Any]],
+    name: str,
+    colour: str,
+    scale: float = 1.0,
+    label: str | None = None,
+) -> None:
     """Every step thin, their running mean thick: the eye gets the trend, the noise stays honest."""
     points = [(record["step"], scale * record[name]) for record in records if name in record]
     if not points:
         return
     steps, values = zip(*points)
-    axis.plot(steps, values, color=colour, alpha=0.35, linewidth=1, marker="." if len(points) < 40 else None, markersize=4)
+    axis.plot(
+        steps,
+        values,
+        color=colour,
+        alpha=0.35,
+        linewidth=1,
+        marker="." if len(points) < 40 else None,
+        markersize=4,
+    )
     axis.plot(steps, _running_mean(values, _reach(values)), color=colour, linewidth=2, label=label)
 
 
@@ -170,7 +239,11 @@ def _reach(values: Sequence[float]) -> int:
 
 def _points(evals: Sequence[EvalResult]) -> str:
     first, last = evals[0], evals[-1]
-    return f"{100 * first.success:.0f} % → {100 * last.success:.0f} %" if first is not last else f"{100 * last.success:.0f} %"
+    return (
+        f"{100 * first.success:.0f} % → {100 * last.success:.0f} %"
+        if first is not last
+        else f"{100 * last.success:.0f} %"
+    )
 
 
 def _whole_steps(axis: Axes, records: list[dict[str, Any]], evals: list[EvalResult]) -> None:

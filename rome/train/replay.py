@@ -27,7 +27,11 @@ def recorded_routes(own_LBTk: Array, real_BT: Array, dtype: np.dtype) -> Array:
 def count_replayed(batch: Batch, config: ModelConfig) -> int:
     """Pairs of a token and a layer whose experts are replayed, in a NumPy batch. A token has them in all layers with experts or in none."""
     sparse = config.sparse_layers
-    return 0 if batch.routes_BTLk is None else len(sparse) * np.count_nonzero(batch.routes_BTLk[:, :, sparse[0], 0])
+    return (
+        0
+        if batch.routes_BTLk is None
+        else len(sparse) * np.count_nonzero(batch.routes_BTLk[:, :, sparse[0], 0])
+    )
 
 
 def route_agreement(routes_BTLk: Array, own_LBTk: Array, replayed: Array) -> Metrics:
@@ -39,7 +43,9 @@ def route_agreement(routes_BTLk: Array, own_LBTk: Array, replayed: Array) -> Met
       replayed: pairs in the whole step (`count_replayed`); the metrics of its micro-batches add up.
     """
     replayed_LBTk = replayed_ids(routes_BTLk)
-    kept_LBTk = (replayed_LBTk[..., :, None] == own_LBTk[..., None, :]).any(axis=-1) & (replayed_LBTk >= 0)
+    kept_LBTk = (replayed_LBTk[..., :, None] == own_LBTk[..., None, :]).any(axis=-1) & (
+        replayed_LBTk >= 0
+    )
     pairs = jnp.maximum(replayed, 1.0)
     return {
         "route_agreement": jnp.sum(kept_LBTk.all(axis=-1)) / pairs,

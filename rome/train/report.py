@@ -19,7 +19,9 @@ from rich.text import Text
 from rome.train.metrics import write_atomically
 
 Z_95 = 1.959963984540054
-Task = Mapping[str, Any]  # {"task": "family/seed", "family": name, "success": 0 | 1, "unseen_family": bool}
+Task = Mapping[
+    str, Any
+]  # {"task": "family/seed", "family": name, "success": 0 | 1, "unseen_family": bool}
 
 
 def wilson(successes: float, n: int) -> tuple[float, float]:
@@ -31,7 +33,9 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     rate, z2 = successes / n, Z_95**2
     centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
     half = Z_95 / (1 + z2 / n) * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))
-    return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)  # exact where rounding would miss by 1e-17
+    return (0.0 if successes == 0 else centre - half), (
+        1.0 if successes == n else centre + half
+    )  # exact where rounding would miss by 1e-17
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +65,9 @@ class EvalResult:
         tasks = list(tasks)
         names = [task["task"] for task in tasks]
         if len(set(names)) != len(names):
-            raise ValueError(f"task {next(name for name in names if names.count(name) > 1)!r} is counted twice in the evaluation of {stage} at step {step}")
+            raise ValueError(
+                f"task {next(name for name in names if names.count(name) > 1)!r} is counted twice in the evaluation of {stage} at step {step}"
+            )
         seen = [task for task in tasks if not task["unseen_family"]]
         unseen = [task for task in tasks if task["unseen_family"]]
         low, high = wilson(sum(task["success"] for task in seen), len(seen))
@@ -77,12 +83,18 @@ class EvalResult:
         return cls(**fields)
 
     def to_json(self) -> dict[str, Any]:
-        return json.loads(json.dumps(dataclasses.asdict(self)))  # tuples become the lists that a reader will see
+        return json.loads(
+            json.dumps(dataclasses.asdict(self))
+        )  # tuples become the lists that a reader will see
 
     def summary(self) -> str:
         """One line, for the display."""
         text = f"{percent(self.success)} % ({percent(self.low)} to {percent(self.high)}) of {self.n} tasks"
-        return text if self.unseen_families is None else f"{text}; {percent(self.unseen_families)} % in unseen families"
+        return (
+            text
+            if self.unseen_families is None
+            else f"{text}; {percent(self.unseen_families)} % in unseen families"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +118,11 @@ Evaluation = EvalResult | TextEval
 
 def evaluation_of(stage: str, step: int, outcomes: Mapping[str, Any]) -> Evaluation:
     """What an evaluation's outcomes come to."""
-    return EvalResult.from_tasks(stage, step, outcomes["tasks"]) if "tasks" in outcomes else TextEval(stage, step, **outcomes)
+    return (
+        EvalResult.from_tasks(stage, step, outcomes["tasks"])
+        if "tasks" in outcomes
+        else TextEval(stage, step, **outcomes)
+    )
 
 
 def _rate(tasks: list[Task]) -> float | None:
@@ -125,24 +141,39 @@ def percent(rate: float) -> str:
 
 def write_report(workdir: pathlib.Path | str, report: Mapping[str, Any]) -> None:
     """WORKDIR/report.json, whole or not at all. Evaluations in `evals` are written as the entries they are."""
-    entries = [entry.to_json() if isinstance(entry, Evaluation) else entry for entry in report["evals"]]
-    write_atomically(pathlib.Path(workdir) / "report.json", json.dumps({**report, "evals": entries}, indent=1, allow_nan=False) + "\n")
+    entries = [
+        entry.to_json() if isinstance(entry, Evaluation) else entry for entry in report["evals"]
+    ]
+    write_atomically(
+        pathlib.Path(workdir) / "report.json",
+        json.dumps({**report, "evals": entries}, indent=1, allow_nan=False) + "\n",
+    )
 
 
 def read_report(workdir: pathlib.Path | str) -> dict[str, Any]:
     """report.json with its evals as what they were."""
     path = pathlib.Path(workdir) / "report.json"
     if not path.exists():
-        raise FileNotFoundError(f"{path} is not there; a run writes it when it is evaluated: is {workdir} the run's --workdir?")
+        raise FileNotFoundError(
+            f"{path} is not there; a run writes it when it is evaluated: is {workdir} the run's --workdir?"
+        )
     report = json.loads(path.read_text(encoding="utf-8"))
-    return {**report, "evals": [EvalResult.from_json(entry) if "success" in entry else TextEval(**entry) for entry in report["evals"]]}
+    return {
+        **report,
+        "evals": [
+            EvalResult.from_json(entry) if "success" in entry else TextEval(**entry)
+            for entry in report["evals"]
+        ],
+    }
 
 
 def outcomes_path(workdir: pathlib.Path | str, stage: str, step: int) -> pathlib.Path:
     return pathlib.Path(workdir) / "evals" / f"{stage}_{step:06d}.json"
 
 
-def write_outcomes(workdir: pathlib.Path | str, stage: str, step: int, outcomes: Mapping[str, Any]) -> None:
+def write_outcomes(
+    workdir: pathlib.Path | str, stage: str, step: int, outcomes: Mapping[str, Any]
+) -> None:
     """What one evaluation found: {"tasks": every task's outcome}, from which runs are compared task by task, or the figures of a TextEval."""
     write_atomically(outcomes_path(workdir, stage, step), json.dumps(outcomes) + "\n")
 
@@ -150,7 +181,9 @@ def write_outcomes(workdir: pathlib.Path | str, stage: str, step: int, outcomes:
 def read_outcomes(workdir: pathlib.Path | str, stage: str, step: int) -> dict[str, Any]:
     path = outcomes_path(workdir, stage, step)
     if not path.exists():
-        raise FileNotFoundError(f"{path} is not there; every evaluation of a run writes one: was {workdir} copied without its evals folder?")
+        raise FileNotFoundError(
+            f"{path} is not there; every evaluation of a run writes one: was {workdir} copied without its evals folder?"
+        )
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -166,20 +199,33 @@ def before_and_after(evals: Iterable[Evaluation]) -> tuple[Evaluation, Evaluatio
 def print_table(before: Evaluation, after: Evaluation, console: Console | None = None) -> None:
     """Success by family, before and after, in percent with 95 % intervals; families that training never saw stand apart. A line for text."""
     if isinstance(after, TextEval):
-        (console or Console(highlight=False)).print(f"{after.stage}: {before.summary()} at step {before.step}, {after.bits_per_byte:.3f} at step {after.step}")
+        (console or Console(highlight=False)).print(
+            f"{after.stage}: {before.summary()} at step {before.step}, {after.bits_per_byte:.3f} at step {after.step}"
+        )
         return
     title = f"{after.stage}: success on held-out tasks, step {before.step} and step {after.step}"
-    table = Table(title=title, title_style="bold", title_justify="left", caption="% of tasks solved (95 % interval)", caption_justify="left")
+    table = Table(
+        title=title,
+        title_style="bold",
+        title_justify="left",
+        caption="% of tasks solved (95 % interval)",
+        caption_justify="left",
+    )
     table.add_column("family", no_wrap=True)
     for name in ("tasks", "before", "after", "change"):
         table.add_column(name, justify="right", no_wrap=True)
-    for heading, old, new in (("trained families", before.by_family, after.by_family), ("unseen families", before.unseen_by_family, after.unseen_by_family)):
+    for heading, old, new in (
+        ("trained families", before.by_family, after.by_family),
+        ("unseen families", before.unseen_by_family, after.unseen_by_family),
+    ):
         if not new:
             continue
         for family in sorted(new):
             table.add_row(f"{family}", *_cells(old.get(family), new[family]))
         table.add_section()
-        table.add_row(f"all {heading}", *_cells(_pooled(old), _pooled(new)), style="bold", end_section=True)
+        table.add_row(
+            f"all {heading}", *_cells(_pooled(old), _pooled(new)), style="bold", end_section=True
+        )
     (console or Console(highlight=False)).print(table)
 
 

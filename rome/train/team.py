@@ -20,7 +20,11 @@ from typing import Any
 WAIT_MS = 1000  # of one look at the store; between two of them Python hears signals
 WATCH_SECONDS = 0.5
 MEET_SECONDS = 3600.0
-TURNS, NEWS, MEETINGS = "rome/turns", "rome/news", "rome/meetings"  # our keys; JAX and orbax have theirs in the same store
+TURNS, NEWS, MEETINGS = (
+    "rome/turns",
+    "rome/news",
+    "rome/meetings",
+)  # our keys; JAX and orbax have theirs in the same store
 LEAVING_SECONDS = 3.0  # process 0 holds the store: it goes last, once the others have read why
 
 
@@ -38,7 +42,13 @@ class Team:
     """
 
     def __init__(
-        self, index: int = 0, count: int = 1, client: Any = None, *, stop: Callable[[], bool] = lambda: False, errors: tuple[type[Exception], ...] = (),
+        self,
+        index: int = 0,
+        count: int = 1,
+        client: Any = None,
+        *,
+        stop: Callable[[], bool] = lambda: False,
+        errors: tuple[type[Exception], ...] = (),
     ) -> None:
         self.index, self.count, self.leads = index, count, index == 0
         self._client, self._stop = client, stop
@@ -65,13 +75,17 @@ class Team:
         """Returns when all processes have come here. Before the first collective after a stretch that takes some of them longer than others."""
         if self.count > 1:
             self._meetings += 1
-            self._client.wait_at_barrier(f"{MEETINGS}/{self._meetings}/{what}", int(1000 * MEET_SECONDS))
+            self._client.wait_at_barrier(
+                f"{MEETINGS}/{self._meetings}/{what}", int(1000 * MEET_SECONDS)
+            )
 
     def require_same(self, what: str, value: str) -> None:
         """Raises LeaderError where this process has another value than process 0."""
         theirs = self.share(what, lambda: value)
         if theirs != value:
-            raise LeaderError(f"{what}: process {self.index} has {value[-16:]}, process 0 {theirs[-16:]}; do all hosts see one workdir, one code and one config?")
+            raise LeaderError(
+                f"{what}: process {self.index} has {value[-16:]}, process 0 {theirs[-16:]}; do all hosts see one workdir, one code and one config?"
+            )
 
     def wants_to_stop(self) -> bool:
         """Whether this process, or in process 0 any process, was asked to stop. Not agreed on: for waits that only process 0 does."""
@@ -85,7 +99,9 @@ class Team:
         """Returns where all processes raise `error`. Otherwise says it here and to the others, and ends this process: it cannot go on alone."""
         if self.count == 1 or error is self._raised_by_all:
             return
-        reason = " ".join(f"process {self.index} of {self.count} failed: {type(error).__name__}: {error}".split())
+        reason = " ".join(
+            f"process {self.index} of {self.count} failed: {type(error).__name__}: {error}".split()
+        )
         if os.environ.get("ROME_DEBUG"):
             sys.excepthook(type(error), error, error.__traceback__)
         try:
@@ -104,7 +120,9 @@ class Team:
             document = json.dumps({"what": what, "value": make()})
         except BaseException as error:
             self._raised_by_all = error
-            self._client.key_value_set(key, json.dumps({"what": what, "error": [type(error).__name__, str(error)]}))
+            self._client.key_value_set(
+                key, json.dumps({"what": what, "error": [type(error).__name__, str(error)]})
+            )
             raise
         self._client.key_value_set(key, document)
         return json.loads(document)["value"]  # as the others get it: a tuple is a list for all
@@ -118,10 +136,16 @@ class Team:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise
         if document["what"] != what:
-            raise LeaderError(f"process 0 is at {document['what']!r}, process {self.index} at {what!r}; do they run the same code and config?")
+            raise LeaderError(
+                f"process 0 is at {document['what']!r}, process {self.index} at {what!r}; do they run the same code and config?"
+            )
         if "error" in document:
             kind, message = document["error"]
-            error = self._errors[kind](message) if kind in self._errors else LeaderError(f"process 0 raised {kind}: {message}")
+            error = (
+                self._errors[kind](message)
+                if kind in self._errors
+                else LeaderError(f"process 0 raised {kind}: {message}")
+            )
             self._raised_by_all = error
             raise error
         return document["value"]
@@ -132,7 +156,9 @@ class Team:
         while not self._closed.wait(WATCH_SECONDS):
             try:
                 if not self.leads and self._stop() and not told:
-                    self._client.key_value_set(f"{NEWS}/stop", str(self.index), allow_overwrite=True)
+                    self._client.key_value_set(
+                        f"{NEWS}/stop", str(self.index), allow_overwrite=True
+                    )
                     told = True
                 news = dict(self._client.key_value_dir_get(NEWS + "/"))
             except RuntimeError:  # the coordinator is gone: jax.distributed says so itself
@@ -141,7 +167,11 @@ class Team:
                 self._leave(news[f"{NEWS}/failed"])
             if self.leads and self._others_stop is None and f"{NEWS}/stop" in news:
                 self._others_stop = news[f"{NEWS}/stop"]
-                print(f"process {self._others_stop} was asked to stop: the last whole step is saved", file=sys.stderr, flush=True)
+                print(
+                    f"process {self._others_stop} was asked to stop: the last whole step is saved",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     def _leave(self, reason: str) -> None:
         """Ends the process without the exit handlers: they would wait for processes that are stuck in a collective.
@@ -149,14 +179,25 @@ class Team:
         The others say that they leave too, so process 0, which stays a little longer, can name those that said nothing: a collective that broke
         tells only that some connection is lost.
         """
-        print(f"launch.train: {reason}; all processes end. The same command goes on from the last checkpoint.", file=sys.stderr, flush=True)
+        print(
+            f"launch.train: {reason}; all processes end. The same command goes on from the last checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
         try:
             self._client.key_value_set(f"{NEWS}/left/{self.index}", "", allow_overwrite=True)
             if self.leads:
                 threading.Event().wait(LEAVING_SECONDS)
-                left = {int(key.rpartition("/")[2]) for key, _ in self._client.key_value_dir_get(f"{NEWS}/left/")}
+                left = {
+                    int(key.rpartition("/")[2])
+                    for key, _ in self._client.key_value_dir_get(f"{NEWS}/left/")
+                }
                 for silent in sorted(set(range(self.count)) - left):
-                    print(f"launch.train: process {silent} gave no sign of life; its own log may say why.", file=sys.stderr, flush=True)
+                    print(
+                        f"launch.train: process {silent} gave no sign of life; its own log may say why.",
+                        file=sys.stderr,
+                        flush=True,
+                    )
         except RuntimeError:  # the coordinator is gone
             pass
         os._exit(1)

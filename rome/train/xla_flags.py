@@ -54,7 +54,13 @@ GPU_ENVIRONMENT = {
     "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",  # JAX takes three quarters by default; the rest of this is NCCL's and cuBLAS's
     "NCCL_BUFFSIZE": "8388608",  # twice the default a channel: fewer rounds over InfiniBand and RoCE
 }
-_PCI_CHIPS = {"0x005e": "v4", "0x0062": "v5p", "0x0063": "v5e", "0x006f": "v6e", "0x0076": "tpu7x"}  # device ids under Google's vendor id
+_PCI_CHIPS = {
+    "0x005e": "v4",
+    "0x0062": "v5p",
+    "0x0063": "v5e",
+    "0x006f": "v6e",
+    "0x0076": "tpu7x",
+}  # device ids under Google's vendor id
 _GOOGLE, _NVIDIA = "0x1ae0", "0x10de"
 
 
@@ -79,14 +85,18 @@ def environment_of(chip: str | None, given: Mapping[str, str]) -> dict[str, str]
 def merge(given: str, flags: Mapping[str, str]) -> str:
     """`given` first, then those of `flags` that it does not name."""
     named = {flag.partition("=")[0] for flag in given.split()}
-    return " ".join([*given.split(), *(f"{name}={value}" for name, value in flags.items() if name not in named)])
+    return " ".join(
+        [*given.split(), *(f"{name}={value}" for name, value in flags.items() if name not in named)]
+    )
 
 
 def find_chip(devices: str = "/sys/bus/pci/devices", nodes: str = "/dev") -> str | None:
     """The accelerator on the PCI bus: a TPU's name, "gpu", or None. Reads files only: importing JAX would fix the flags."""
     gpu = None
     for vendor in sorted(glob.glob(f"{devices}/*/vendor")):
-        maker, model = (_word(pathlib.Path(vendor).with_name(name)) for name in ("vendor", "device"))
+        maker, model = (
+            _word(pathlib.Path(vendor).with_name(name)) for name in ("vendor", "device")
+        )
         if maker == _GOOGLE and model in _PCI_CHIPS:
             return _PCI_CHIPS[model]
         if maker == _NVIDIA and glob.glob(f"{nodes}/nvidia[0-9]*"):  # on the bus, and with a driver

@@ -13,8 +13,22 @@ def test_the_promised_keys_are_there_and_nothing_leaks(tmp_path):
         probe("required").require("required")
     except IsolationError as error:
         pytest.skip(str(error))
-    sandbox.main(["--json", str(tmp_path / "out.json"), "--repeats", "3", "--cycles", "16", "--live", "3"])
+    sandbox.main(
+        ["--json", str(tmp_path / "out.json"), "--repeats", "3", "--cycles", "16", "--live", "3"]
+    )
     found = json.loads((tmp_path / "out.json").read_text())
-    for name in ("create_first_output_ms_p50", "session_command_ms_p50", "fork_ms_p50", "snapshot_ms_p50", "restore_ms_p50", "upload_1mb_ms_p50"):
+    for name in (
+        "create_first_output_ms_p50",
+        "session_command_ms_p50",
+        "fork_ms_p50",
+        "snapshot_ms_p50",
+        "restore_ms_p50",
+        "upload_1mb_ms_p50",
+    ):
         assert found[name] > 0
-    assert found["leaks"] == 0 and found["cycles"] == 16 and found["ratio_docker"] is None and 0 < found["live_mib_each"] < 50
+    assert (
+        found["leaks"] == 0
+        and found["cycles"] == 16
+        and found["ratio_docker"] is None
+        and 0 < found["live_mib_each"] < 50
+    )

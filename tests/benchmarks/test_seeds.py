@@ -14,9 +14,17 @@ def make_run(directory, seed, families, unseen=()):
     """families: name -> (both, gained, lost, neither) counts of tasks."""
     before, after = [], []
     for family, counts in families.items():
-        pattern = [pair for pair, count in zip(((1, 1), (0, 1), (1, 0), (0, 0)), counts) for _ in range(count)]
+        pattern = [
+            pair
+            for pair, count in zip(((1, 1), (0, 1), (1, 0), (0, 0)), counts)
+            for _ in range(count)
+        ]
         for number, (first, last) in enumerate(pattern):
-            task = {"task": f"{family}/{number}", "family": family, "unseen_family": family in unseen}
+            task = {
+                "task": f"{family}/{number}",
+                "family": family,
+                "unseen_family": family in unseen,
+            }
             before.append({**task, "success": first})
             after.append({**task, "success": last})
     random.Random(seed).shuffle(after)  # pairs go by name, not by place
@@ -53,14 +61,25 @@ def test_holm_rejects_just_what_the_stepwise_definition_rejects():
 
 def test_gains_are_in_points_for_each_seed_over_trained_families(tmp_path):
     runs = [
-        make_run(tmp_path / "a", 0, {"find": (4, 5, 1, 0), "archive": (0, 0, 10, 0)}, unseen=("archive",)),
-        make_run(tmp_path / "b", 1, {"find": (2, 3, 0, 5), "archive": (0, 0, 0, 10)}, unseen=("archive",)),
+        make_run(
+            tmp_path / "a", 0, {"find": (4, 5, 1, 0), "archive": (0, 0, 10, 0)}, unseen=("archive",)
+        ),
+        make_run(
+            tmp_path / "b", 1, {"find": (2, 3, 0, 5), "archive": (0, 0, 0, 10)}, unseen=("archive",)
+        ),
     ]
     result = compare(runs)
-    assert [(seed["seed"], seed["before"], seed["after"], seed["gain"]) for seed in result["seeds"]] == [(0, 50, 90, 40), (1, 20, 50, 30)]
+    assert [
+        (seed["seed"], seed["before"], seed["after"], seed["gain"]) for seed in result["seeds"]
+    ] == [(0, 50, 90, 40), (1, 20, 50, 30)]
     assert result["smallest_gain"] == 30
     find, archive = result["families"]
-    assert (find["pairs"], find["better"], find["worse"], find["unseen_family"]) == (20, 8, 1, False)
+    assert (find["pairs"], find["better"], find["worse"], find["unseen_family"]) == (
+        20,
+        8,
+        1,
+        False,
+    )
     assert find["p"] == mcnemar(8, 1) and find["p_holm"] == max(2 * archive["p"], find["p"])
 
 
@@ -75,7 +94,9 @@ def test_a_family_is_worse_only_when_the_correction_still_says_so(tmp_path):
 
 
 def test_a_gain_is_never_called_a_loss(tmp_path):
-    assert compare([make_run(tmp_path / "a", 0, {"find": (0, 60, 0, 0)})])["significantly_worse"] == []
+    assert (
+        compare([make_run(tmp_path / "a", 0, {"find": (0, 60, 0, 0)})])["significantly_worse"] == []
+    )
 
 
 def test_the_command_prints_and_leaves_its_json(tmp_path, capsys):
@@ -85,7 +106,14 @@ def test_the_command_prints_and_leaves_its_json(tmp_path, capsys):
     assert json.loads((tmp_path / "seeds.json").read_text())["significantly_worse"] == ["find"]
 
 
-@pytest.mark.parametrize("spoil, message", [("report", "report.json is not there"), ("evals", "ipa_000040.json is not there"), ("tasks", "only one of its two")])
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        ("report", "report.json is not there"),
+        ("evals", "ipa_000040.json is not there"),
+        ("tasks", "only one of its two"),
+    ],
+)
 def test_a_run_that_cannot_be_compared_gets_one_line(tmp_path, capsys, spoil, message):
     run = make_run(tmp_path / "a", 0, {"find": (5, 1, 1, 1)})
     if spoil == "report":

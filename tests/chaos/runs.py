@@ -10,10 +10,24 @@ import sys
 import time
 from tests.paths import ROOT
 
-SFT = ["--config=experiments/sft.py:smoke", "--config.steps=4", "--config.expert_episodes=24", "--config.eval_tasks=1", "--config.eval_every=0"]
+SFT = [
+    "--config=experiments/sft.py:smoke",
+    "--config.steps=4",
+    "--config.expert_episodes=24",
+    "--config.eval_tasks=1",
+    "--config.eval_every=0",
+]
 IPA = [
-    "--config=experiments/ipa.py:smoke", "--config.steps=6", "--config.groups=3", "--config.group_size=2", "--config.eval_tasks=1", "--config.eval_every=0",
-    "--config.checkpoint_every=2", "--config.async_ratio=1", "--config.concurrency=4", "--config.filter_groups=False",
+    "--config=experiments/ipa.py:smoke",
+    "--config.steps=6",
+    "--config.groups=3",
+    "--config.group_size=2",
+    "--config.eval_tasks=1",
+    "--config.eval_every=0",
+    "--config.checkpoint_every=2",
+    "--config.async_ratio=1",
+    "--config.concurrency=4",
+    "--config.filter_groups=False",
 ]
 
 
@@ -22,14 +36,23 @@ def command(flags, workdir):
 
 
 def environment(**more):
-    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | more  # one device, as a user has
+    return {
+        name: value for name, value in os.environ.items() if name != "XLA_FLAGS"
+    } | more  # one device, as a user has
 
 
 @contextlib.contextmanager
 def training(flags, workdir):
     """A run in the background; ended for certain."""
     with open(workdir.with_suffix(".log"), "ab") as log:
-        process = subprocess.Popen(command(flags, workdir), cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command(flags, workdir),
+            cwd=ROOT,
+            env=environment(),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
         yield process
     finally:
@@ -46,14 +69,20 @@ def output(workdir):
 
 def metrics(workdir):
     path = workdir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        if path.exists()
+        else []
+    )
 
 
 def wait_for_steps(process, workdir, steps, seconds=240):
     ends = time.monotonic() + seconds
     while len(metrics(workdir)) < steps:
         assert process.poll() is None, f"the run ended early: {output(workdir)[-2000:]}"
-        assert time.monotonic() < ends, f"no step {steps} within {seconds} s: {output(workdir)[-2000:]}"
+        assert time.monotonic() < ends, (
+            f"no step {steps} within {seconds} s: {output(workdir)[-2000:]}"
+        )
         time.sleep(0.02)
 
 
@@ -63,7 +92,9 @@ def descendants(pid):
     for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             text = stat.read_text()
-            children.setdefault(int(text.rpartition(")")[2].split()[1]), []).append(int(stat.parent.name))
+            children.setdefault(int(text.rpartition(")")[2].split()[1]), []).append(
+                int(stat.parent.name)
+            )
     found, open_ = [], [pid]
     while open_:
         more = children.get(open_.pop(), [])
@@ -88,7 +119,10 @@ def check_whole(workdir, steps=6, episodes=6):
     accounting = json.loads((workdir / "report.json").read_text())["accounting"]
     assert accounting["trained"] == steps * episodes and accounting["in_flight"] == 0
     assert accounting["started"] == accounting["trained"] + sum(accounting["dropped"].values())
-    taken = {entry["step"]: entry["groups"] for entry in map(json.loads, (workdir / "steps.jsonl").read_text().splitlines())}
+    taken = {
+        entry["step"]: entry["groups"]
+        for entry in map(json.loads, (workdir / "steps.jsonl").read_text().splitlines())
+    }
     groups = [tuple(group) for step in taken.values() for group in step]
     assert len(groups) == len(set(groups))
     return accounting

@@ -9,7 +9,19 @@ import time
 
 import pytest
 
-from tests.chaos.runs import IPA, ROOT, SFT, check_whole, command, environment, find, metrics, output, training, wait_for_steps
+from tests.chaos.runs import (
+    IPA,
+    ROOT,
+    SFT,
+    check_whole,
+    command,
+    environment,
+    find,
+    metrics,
+    output,
+    training,
+    wait_for_steps,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -18,12 +30,23 @@ pytestmark = pytest.mark.slow
 def start(tmp_path_factory):
     """Where the runs begin: a model that can write tool calls, more or less."""
     workdir = tmp_path_factory.mktemp("sft") / "run"
-    subprocess.run(command(SFT, workdir), cwd=ROOT, env=environment(), check=True, capture_output=True, timeout=280)
+    subprocess.run(
+        command(SFT, workdir),
+        cwd=ROOT,
+        env=environment(),
+        check=True,
+        capture_output=True,
+        timeout=280,
+    )
     return f"--config.init_from={workdir / 'final'}"
 
 
-@pytest.mark.parametrize("number, engines", [(signal.SIGKILL, 1), (signal.SIGKILL, 2), (signal.SIGSTOP, 2)])
-def test_an_engine_that_dies_or_hangs_is_started_again_with_the_weights_of_the_step(start, tmp_path, number, engines):
+@pytest.mark.parametrize(
+    "number, engines", [(signal.SIGKILL, 1), (signal.SIGKILL, 2), (signal.SIGSTOP, 2)]
+)
+def test_an_engine_that_dies_or_hangs_is_started_again_with_the_weights_of_the_step(
+    start, tmp_path, number, engines
+):
     workdir = tmp_path / "run"
     with training([*IPA, start, f"--config.embedded_engines={engines}"], workdir) as process:
         wait_for_steps(process, workdir, 2)
@@ -33,19 +56,40 @@ def test_an_engine_that_dies_or_hangs_is_started_again_with_the_weights_of_the_s
         assert process.wait(240) == 0, output(workdir)[-2000:]
     check_whole(workdir)
     log = output(workdir)
-    assert "starting engine http://127.0.0.1:" in log and ("is dead" if number == signal.SIGKILL else "is suspect") in log
-    assert all(line["max_mismatch"] < 1e-3 for line in metrics(workdir))  # what the new engine sampled is what the trainer computes
+    assert (
+        "starting engine http://127.0.0.1:" in log
+        and ("is dead" if number == signal.SIGKILL else "is suspect") in log
+    )
+    assert all(
+        line["max_mismatch"] < 1e-3 for line in metrics(workdir)
+    )  # what the new engine sampled is what the trainer computes
 
 
-@pytest.mark.parametrize("number, whom", [(signal.SIGKILL, "manager"), (signal.SIGKILL, "sandboxes"), (signal.SIGSTOP, "sandboxes")])
-def test_sandboxes_that_are_lost_or_hang_are_infrastructure_and_their_episodes_are_played_again(start, tmp_path, number, whom):
+@pytest.mark.parametrize(
+    "number, whom",
+    [(signal.SIGKILL, "manager"), (signal.SIGKILL, "sandboxes"), (signal.SIGSTOP, "sandboxes")],
+)
+def test_sandboxes_that_are_lost_or_hang_are_infrastructure_and_their_episodes_are_played_again(
+    start, tmp_path, number, whom
+):
     """The manager of all of them, or each one's holder with the guard of its egress."""
     workdir = tmp_path / "run"
-    with training([*IPA, start, "--config.steps=8", "--config.sandbox.egress=model@127.0.0.1:9", "--config.episode_seconds=20"], workdir) as process:
+    with training(
+        [
+            *IPA,
+            start,
+            "--config.steps=8",
+            "--config.sandbox.egress=model@127.0.0.1:9",
+            "--config.episode_seconds=20",
+        ],
+        workdir,
+    ) as process:
         wait_for_steps(process, workdir, 1)
         hurt = 0
         for _ in range(3):
-            found = sorted(find(process.pid, "host import zygote"))  # the manager came first; there is none yet where it was killed a moment ago
+            found = sorted(
+                find(process.pid, "host import zygote")
+            )  # the manager came first; there is none yet where it was killed a moment ago
             for victim in found[:1] if whom == "manager" else found[1:]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(victim, number)
@@ -58,14 +102,19 @@ def test_sandboxes_that_are_lost_or_hang_are_infrastructure_and_their_episodes_a
     assert not find(os.getpid(), "host import zygote")
 
 
-def test_a_torn_checkpoint_is_named_and_without_it_the_run_goes_on_from_the_one_before(start, tmp_path):
+def test_a_torn_checkpoint_is_named_and_without_it_the_run_goes_on_from_the_one_before(
+    start, tmp_path
+):
     workdir = tmp_path / "run"
     flags = [*IPA, start]
     with training(flags, workdir) as process:
         wait_for_steps(process, workdir, 5)
         process.send_signal(signal.SIGKILL)
         process.wait(30)
-    newest = max((path for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
+    newest = max(
+        (path for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal()),
+        key=lambda path: int(path.name),
+    )
     for file in newest.rglob("*"):
         if file.is_file() and file.stat().st_size > 1000:
             file.write_bytes(b"torn")
@@ -80,11 +129,16 @@ def test_a_torn_checkpoint_is_named_and_without_it_the_run_goes_on_from_the_one_
 
 def test_engines_that_are_lent_to_the_learner_come_back_with_its_weights(start, tmp_path):
     workdir = tmp_path / "run"
-    with training([*IPA, start, "--config.embedded_engines=2", "--config.lend_engines=1"], workdir) as process:
+    with training(
+        [*IPA, start, "--config.embedded_engines=2", "--config.lend_engines=1"], workdir
+    ) as process:
         assert process.wait(280) == 0, output(workdir)[-2000:]
     check_whole(workdir)
     assert all(line["engines"] == 2 and line["max_mismatch"] < 1e-3 for line in metrics(workdir))
-    released = [(workdir / name).read_text().count("memory released") for name in ("engine.log", "engine_1.log")]
+    released = [
+        (workdir / name).read_text().count("memory released")
+        for name in ("engine.log", "engine_1.log")
+    ]
     assert released == [0, 6]
 
 
@@ -93,18 +147,31 @@ def test_a_full_disk_is_said_in_one_line_and_room_is_all_that_the_run_needs(star
     script = f"""
 set -u
 mount -t tmpfs -o size=45m tmpfs {tmp_path}/disk || exit 77
-{' '.join(command([*IPA, start], tmp_path / 'disk' / 'run'))} > {tmp_path}/first.log 2>&1; echo first $?
+{" ".join(command([*IPA, start], tmp_path / "disk" / "run"))} > {tmp_path}/first.log 2>&1; echo first $?
 mount -o remount,size=2g {tmp_path}/disk
-{' '.join(command([*IPA, start], tmp_path / 'disk' / 'run'))} > {tmp_path}/second.log 2>&1; echo second $?
+{" ".join(command([*IPA, start], tmp_path / "disk" / "run"))} > {tmp_path}/second.log 2>&1; echo second $?
 cp -r {tmp_path}/disk/run {tmp_path}/run
 """
     (tmp_path / "disk").mkdir()
-    unshare = ["unshare", "--mount"] if os.getuid() == 0 else ["unshare", "--user", "--map-root-user", "--mount"]
-    done = subprocess.run([*unshare, "bash", "-c", script], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500)
+    unshare = (
+        ["unshare", "--mount"]
+        if os.getuid() == 0
+        else ["unshare", "--user", "--map-root-user", "--mount"]
+    )
+    done = subprocess.run(
+        [*unshare, "bash", "-c", script],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
     if done.returncode == 77 or "unshare" in done.stderr:
         pytest.skip(f"no mount namespace to be had: {done.stderr[-200:]}")
     first = (tmp_path / "first.log").read_text()
-    assert "first 1" in done.stdout and "No space left on device" in first.replace("\n", " "), done.stdout + first[-1500:]
+    assert "first 1" in done.stdout and "No space left on device" in first.replace("\n", " "), (
+        done.stdout + first[-1500:]
+    )
     assert "second 0" in done.stdout, (tmp_path / "second.log").read_text()[-1500:]
     check_whole(tmp_path / "run")
 

@@ -29,13 +29,20 @@ def one_update(mesh_shape: dict[str, int], team: Team) -> dict[str, np.ndarray]:
     team.meet("state")
     scores = learner.score(state.params, batches)
     # A little off the scores, so that no ratio lies on the edge of a clip, where rounding would decide.
-    off = [(score + 0.05 * np.sin(1.0 + batch.positions_BT)).astype(np.float32) for batch, score in zip(batches, scores)]
+    off = [
+        (score + 0.05 * np.sin(1.0 + batch.positions_BT)).astype(np.float32)
+        for batch, score in zip(batches, scores)
+    ]
     batches = [batch._replace(logp_old_BT=old) for batch, old in zip(batches, off)]
     everywhere = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
     state, metrics = learner.update(state, batches, count_denominators(batches))
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(everywhere(state.params)))
     flat = {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
-    return {f"score {number}": score for number, score in enumerate(scores)} | {name: np.asarray(value) for name, value in metrics.items()} | flat
+    return (
+        {f"score {number}": score for number, score in enumerate(scores)}
+        | {name: np.asarray(value) for name, value in metrics.items()}
+        | flat
+    )
 
 
 def main() -> None:
@@ -43,7 +50,10 @@ def main() -> None:
     try:
         found = {}
         for mesh in json.loads(sys.argv[2]):
-            found |= {f"{json.dumps(mesh)} {name}": value for name, value in one_update(mesh, team).items()}
+            found |= {
+                f"{json.dumps(mesh)} {name}": value
+                for name, value in one_update(mesh, team).items()
+            }
         if team.leads:
             np.savez(sys.argv[1], **found)
     except BaseException as error:

@@ -16,7 +16,14 @@ class Job:
     last: arguments that only the last process gets.
     """
 
-    def __init__(self, count: int, devices: int, command: list[str], logs: pathlib.Path, last: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        count: int,
+        devices: int,
+        command: list[str],
+        logs: pathlib.Path,
+        last: tuple[str, ...] = (),
+    ) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -25,11 +32,23 @@ class Job:
         self.processes = []
         for index, log in enumerate(self.logs):
             environment = os.environ | {
-                "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONUNBUFFERED": "1",
-                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index),
+                "JAX_PLATFORMS": "cpu",
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+                "PYTHONUNBUFFERED": "1",
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                "JAX_NUM_PROCESSES": str(count),
+                "JAX_PROCESS_ID": str(index),
             }
             with open(log, "wb") as file:
-                self.processes.append(subprocess.Popen([sys.executable, *command, *(last if index == count - 1 else ())], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT))
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, *command, *(last if index == count - 1 else ())],
+                        cwd=ROOT,
+                        env=environment,
+                        stdout=file,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
 
     def __enter__(self) -> "Job":
         return self
@@ -58,7 +77,9 @@ class Job:
     def wait_until(self, condition, seconds: float) -> None:
         ends = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < ends and all(process.poll() is None for process in self.processes), self.output()
+            assert time.monotonic() < ends and all(
+                process.poll() is None for process in self.processes
+            ), self.output()
             time.sleep(0.05)
 
     def signal(self, index: int, number: int = signal.SIGTERM) -> None:
@@ -68,10 +89,14 @@ class Job:
         return self.logs[index].read_text(errors="replace")
 
     def output(self) -> str:
-        return "\n".join(f"--- {log.name}\n{self.text(index)[-3000:]}" for index, log in enumerate(self.logs))
+        return "\n".join(
+            f"--- {log.name}\n{self.text(index)[-3000:]}" for index, log in enumerate(self.logs)
+        )
 
 
-def run_job(count: int, devices: int, command: list[str], logs: pathlib.Path, seconds: float) -> Job:
+def run_job(
+    count: int, devices: int, command: list[str], logs: pathlib.Path, seconds: float
+) -> Job:
     """A job that has come to its end. It begins anew where a busy machine let one process compile 30 s longer than another: gloo, which only
     CPUs use, gives them no longer to meet in their first collective."""
     for attempt in range(4):

@@ -14,17 +14,31 @@ from tests.distributed.processes import run_job
 from tests.rome.train.test_step import MODEL
 
 MIXED = {"fsdp": 2, "expert": 2, "tensor": 2}
-MESHES = [{"fsdp": 8}, {"expert": 8}, {"replica": 2, "expert": 2, "sequence": 2}, {"fsdp": 4, "tensor": 2}, MIXED]
+MESHES = [
+    {"fsdp": 8},
+    {"expert": 8},
+    {"replica": 2, "expert": 2, "sequence": 2},
+    {"fsdp": 4, "tensor": 2},
+    MIXED,
+]
 
 
 def require_equal(count: int, meshes: list[dict], tmp_path, seconds: float) -> None:
-    job = run_job(count, 8 // count, ["-m", "tests.distributed.one_step", str(tmp_path / "out.npz"), json.dumps(meshes)], tmp_path, seconds)
+    job = run_job(
+        count,
+        8 // count,
+        ["-m", "tests.distributed.one_step", str(tmp_path / "out.npz"), json.dumps(meshes)],
+        tmp_path,
+        seconds,
+    )
     assert job.statuses == [0] * count, job.output()
     together, names = np.load(tmp_path / "out.npz"), []
     for mesh in meshes:
         for name, expected in one_update(mesh, Team()).items():  # 8 devices of this one process
             names.append(f"{json.dumps(mesh)} {name}")
-            np.testing.assert_allclose(together[names[-1]], expected, rtol=2e-4, atol=2e-6, err_msg=names[-1])
+            np.testing.assert_allclose(
+                together[names[-1]], expected, rtol=2e-4, atol=2e-6, err_msg=names[-1]
+            )
     assert sorted(names) == sorted(together.files)
 
 

@@ -16,28 +16,56 @@ from tests.distributed.processes import ROOT, Job, run_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 MESH = ["--config.mesh.fsdp=2", "--config.mesh.expert=2", "--config.mesh.tensor=2"]
-SFT = ["--config=experiments/sft.py:smoke", "--config.steps=6", "--config.expert_episodes=48", "--config.eval_tasks=1", "--config.checkpoint_every=2", *MESH]
+SFT = [
+    "--config=experiments/sft.py:smoke",
+    "--config.steps=6",
+    "--config.expert_episodes=48",
+    "--config.eval_tasks=1",
+    "--config.checkpoint_every=2",
+    *MESH,
+]
 IPA = [
-    "--config=experiments/ipa.py:smoke", "--config.steps=3", "--config.groups=2", "--config.group_size=2", "--config.eval_tasks=1",
-    "--config.eval_every=3", "--config.checkpoint_every=2", *MESH,
+    "--config=experiments/ipa.py:smoke",
+    "--config.steps=3",
+    "--config.groups=2",
+    "--config.group_size=2",
+    "--config.eval_tasks=1",
+    "--config.eval_every=3",
+    "--config.checkpoint_every=2",
+    *MESH,
 ]
 SECONDS = 1000  # of one run, on a busy machine
 
 
 def job(count: int, flags: list[str], workdir: pathlib.Path, logs: str = "job") -> Job:
-    return Job(count, 8 // count, ["-m", "launch.train", *flags, f"--workdir={workdir}"], workdir.with_name(f"{workdir.name}-{logs}"))
+    return Job(
+        count,
+        8 // count,
+        ["-m", "launch.train", *flags, f"--workdir={workdir}"],
+        workdir.with_name(f"{workdir.name}-{logs}"),
+    )
 
 
 def train(count: int, flags: list[str], workdir: pathlib.Path) -> str:
     """Trains to the end, which a run that is begun anew resumes. Returns what process 0 said."""
-    run = run_job(count, 8 // count, ["-m", "launch.train", *flags, f"--workdir={workdir}"], workdir.with_name(f"{workdir.name}-logs"), SECONDS)
+    run = run_job(
+        count,
+        8 // count,
+        ["-m", "launch.train", *flags, f"--workdir={workdir}"],
+        workdir.with_name(f"{workdir.name}-logs"),
+        SECONDS,
+    )
     assert run.statuses == [0] * count, run.output()
     return run.text(0)
 
 
 def metrics(workdir: pathlib.Path) -> list[dict]:
     path = workdir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        if path.exists()
+        else []
+    )
 
 
 def losses(workdir: pathlib.Path) -> list[float]:
@@ -48,9 +76,17 @@ def losses(workdir: pathlib.Path) -> list[float]:
 def alone(tmp_path_factory):
     """The run of one process with 8 devices."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    }
     done = subprocess.run(
-        [sys.executable, "-m", "launch.train", *SFT, f"--workdir={workdir}"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS,
+        [sys.executable, "-m", "launch.train", *SFT, f"--workdir={workdir}"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return workdir
@@ -77,27 +113,35 @@ def test_one_process_writes_what_a_run_leaves(two):
     assert [line["step"] for line in metrics(two)] == [1, 2, 3, 4, 5, 6]
     report = json.loads((two / "report.json").read_text())
     assert report["steps"] == 6 and [entry["step"] for entry in report["evals"]] == [0, 6]
-    assert (two / "final" / "model.safetensors").exists() and (two / "final" / "tokenizer.json").exists()
+    assert (two / "final" / "model.safetensors").exists() and (
+        two / "final" / "tokenizer.json"
+    ).exists()
     quiet = max(two.with_name("run-logs").glob("*/process_1.log")).read_text()
     assert "process 1 of 2" in quiet and "evaluation" not in quiet and "report:" not in quiet
 
 
 @pytest.mark.parametrize("asked", [0, 1])
-def test_sigterm_to_any_process_stops_all_at_one_step_and_the_run_goes_on_bitwise(two, tmp_path, asked):
+def test_sigterm_to_any_process_stops_all_at_one_step_and_the_run_goes_on_bitwise(
+    two, tmp_path, asked
+):
     workdir = tmp_path / "run"
     with job(2, SFT, workdir, "stopped") as run:
         run.wait_until(lambda: len(metrics(workdir)) >= 2, SECONDS)
         run.signal(asked)
         assert run.wait(300) == [130, 130], run.output()
     assert "To go on" in run.text(0)
-    stopped_at = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+    stopped_at = max(
+        int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()
+    )
     assert stopped_at == len(metrics(workdir))  # the last whole step is saved
     train(2, SFT, workdir)
     assert losses(workdir) == losses(two)
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_when_one_is_killed_the_others_end_with_its_name_and_the_run_goes_on_bitwise(two, tmp_path, killed):
+def test_when_one_is_killed_the_others_end_with_its_name_and_the_run_goes_on_bitwise(
+    two, tmp_path, killed
+):
     workdir = tmp_path / "run"
     with job(2, SFT, workdir, "killed") as run:
         run.wait_until(lambda: len(metrics(workdir)) >= 3, SECONDS)
@@ -107,25 +151,43 @@ def test_when_one_is_killed_the_others_end_with_its_name_and_the_run_goes_on_bit
         print(f"the other one ended after {time.monotonic() - began:.1f} s")
     said = run.text(1 - killed)
     # Missing heartbeats are noticed, or a collective breaks first.
-    named = r"unhealthy \(stopped sending heartbeats\):\s+1\b|process 1 gave no sign of life" if killed else r"leader task was preempted/died|launch\.train: process 1 of 2 failed: .*Connection"
+    named = (
+        r"unhealthy \(stopped sending heartbeats\):\s+1\b|process 1 gave no sign of life"
+        if killed
+        else r"leader task was preempted/died|launch\.train: process 1 of 2 failed: .*Connection"
+    )
     assert re.search(named, said), said[-3000:]
     train(2, SFT, workdir)
     assert losses(workdir) == losses(two)
 
 
 def test_a_process_with_another_config_ends_all_with_its_words(tmp_path):
-    run = Job(2, 4, ["-m", "launch.train", *SFT, f"--workdir={tmp_path / 'run'}"], tmp_path / "logs", last=("--config.seed=7",))
+    run = Job(
+        2,
+        4,
+        ["-m", "launch.train", *SFT, f"--workdir={tmp_path / 'run'}"],
+        tmp_path / "logs",
+        last=("--config.seed=7",),
+    )
     assert run.wait(SECONDS) == [1, 1]
     for index in (0, 1):
-        (line,) = [line for line in run.text(index).splitlines() if line.startswith("launch.train: ")]
-        assert re.search(r"process 1 of 2 failed: LeaderError: config: process 1 has \S+, process 0 \S+; do all hosts see one workdir", line)
+        (line,) = [
+            line for line in run.text(index).splitlines() if line.startswith("launch.train: ")
+        ]
+        assert re.search(
+            r"process 1 of 2 failed: LeaderError: config: process 1 has \S+, process 0 \S+; do all hosts see one workdir",
+            line,
+        )
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_mesh_that_leaves_a_process_idle_is_refused(tmp_path):
     run = job(2, [flag for flag in SFT if "mesh" not in flag], tmp_path / "run")
     assert run.wait(SECONDS) == [1, 1]
-    assert "takes 1 of the 8 devices and none of process 1" in run.output() and "Traceback" not in run.output()
+    assert (
+        "takes 1 of the 8 devices and none of process 1" in run.output()
+        and "Traceback" not in run.output()
+    )
 
 
 def test_ipa_runs_end_to_end_in_two_processes(two, tmp_path):
@@ -134,6 +196,11 @@ def test_ipa_runs_end_to_end_in_two_processes(two, tmp_path):
     assert "held-out tasks" in said
     lines = metrics(workdir)
     assert [line["step"] for line in lines] == [1, 2, 3]
-    assert all(line["max_mismatch"] < 1e-3 for line in lines if "max_mismatch" in line)  # published weights are the trained ones
+    assert all(
+        line["max_mismatch"] < 1e-3 for line in lines if "max_mismatch" in line
+    )  # published weights are the trained ones
     accounting = json.loads((workdir / "report.json").read_text())["accounting"]
-    assert accounting["trained"] + accounting["dropped"].get("equal_group", 0) == 3 * 2 * 2 and accounting["in_flight"] == 0
+    assert (
+        accounting["trained"] + accounting["dropped"].get("equal_group", 0) == 3 * 2 * 2
+        and accounting["in_flight"] == 0
+    )

@@ -17,9 +17,23 @@ NOTEBOOK = ROOT / "experiments" / "colab.ipynb"
 
 @pytest.fixture
 def environment(monkeypatch, tmp_path):
-    for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "XLA_FLAGS", "CONFIG", "WORKDIR", "ARGS", "PYTHON"):  # of a `make test` around this one
+    for name in (
+        "MAKEFLAGS",
+        "MFLAGS",
+        "MAKELEVEL",
+        "XLA_FLAGS",
+        "CONFIG",
+        "WORKDIR",
+        "ARGS",
+        "PYTHON",
+    ):  # of a `make test` around this one
         monkeypatch.delenv(name, raising=False)
-    for name in ("JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):  # and no kernel or profile of the user's
+    for name in (
+        "JUPYTER_DATA_DIR",
+        "JUPYTER_CONFIG_DIR",
+        "JUPYTER_RUNTIME_DIR",
+        "IPYTHONDIR",
+    ):  # and no kernel or profile of the user's
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
 
 
@@ -35,24 +49,57 @@ def load(workdir, **replaced):
 
 
 def execute(notebook, folder, timeout):
-    nbclient.NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
-    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    nbclient.NotebookClient(
+        notebook,
+        timeout=timeout,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(folder)}},
+    ).execute()
+    return [
+        output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
+    ]
 
 
 def finished_run(workdir):
     def result(step, solved):
-        return EvalResult.from_tasks("ipa", step, [{"task": f"find/{seed}", "family": "find", "success": seed < solved, "unseen_family": False} for seed in range(10)])
+        return EvalResult.from_tasks(
+            "ipa",
+            step,
+            [
+                {
+                    "task": f"find/{seed}",
+                    "family": "find",
+                    "success": seed < solved,
+                    "unseen_family": False,
+                }
+                for seed in range(10)
+            ],
+        )
 
     with MetricsWriter(workdir, "ipa", -1, tensorboard=False) as metrics:
         for step in (1, 2, 3):
             metrics.write(step, {"reward": 0.1 * step})
-    write_report(workdir, {"experiment": "ipa", "seed": 0, "steps": 3, "wall_seconds": 90.0, "isolation": "bubblewrap", "evals": [result(0, 2), result(3, 9)]})
+    write_report(
+        workdir,
+        {
+            "experiment": "ipa",
+            "seed": 0,
+            "steps": 3,
+            "wall_seconds": 90.0,
+            "isolation": "bubblewrap",
+            "evals": [result(0, 2), result(3, 9)],
+        },
+    )
 
 
 def test_the_notebook_is_valid_and_carries_no_output():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
-    assert all(not cell.outputs and cell.execution_count is None for cell in notebook.cells if cell.cell_type == "code")
+    assert all(
+        not cell.outputs and cell.execution_count is None
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    )
 
 
 def test_the_training_cell_asks_make_for_the_smoke_preset(environment):
@@ -68,21 +115,31 @@ def test_the_training_cell_asks_make_for_the_smoke_preset(environment):
 
 def test_a_finished_run_is_drawn_from_any_folder_of_the_checkout(environment, tmp_path):
     finished_run(tmp_path / "run")
-    outputs = execute(load(tmp_path / "run", train="assert pathlib.Path('launch/setup.sh').exists()"), ROOT / "experiments", timeout=60)
+    outputs = execute(
+        load(tmp_path / "run", train="assert pathlib.Path('launch/setup.sh').exists()"),
+        ROOT / "experiments",
+        timeout=60,
+    )
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
-    text = "".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
+    text = "".join(
+        output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs
+    )
     assert "3 steps in 1.5 minutes, sandbox isolation: bubblewrap" in text and "+70" in text
 
 
 def test_a_training_run_that_fails_stops_the_notebook_and_says_so(environment, tmp_path):
     source = nbformat.read(NOTEBOOK, as_version=4)
-    train = next(cell.source for cell in source.cells if cell["id"] == "train").replace("make train", "make no_such_target")
+    train = next(cell.source for cell in source.cells if cell["id"] == "train").replace(
+        "make train", "make no_such_target"
+    )
     with pytest.raises(nbclient.exceptions.CellExecutionError, match="Training did not finish"):
         execute(load(tmp_path / "run", train=train), ROOT, timeout=60)
 
 
 def test_outside_a_checkout_the_notebook_asks_for_the_repository(environment, tmp_path):
-    with pytest.raises(nbclient.exceptions.CellExecutionError, match="Set REPOSITORY in the first cell"):
+    with pytest.raises(
+        nbclient.exceptions.CellExecutionError, match="Set REPOSITORY in the first cell"
+    ):
         execute(load(tmp_path / "run"), tmp_path, timeout=60)
 
 

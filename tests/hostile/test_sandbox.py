@@ -20,7 +20,9 @@ __all__ = ["engine"]  # a fixture
 REPOSITORY = ROOT
 
 
-_elsewhere: dict[str, dict[str, object]] = {}  # what a config needs whose sandboxes are not this process's own
+_elsewhere: dict[
+    str, dict[str, object]
+] = {}  # what a config needs whose sandboxes are not this process's own
 
 
 def _config(tier: str, **fields) -> SandboxConfig:
@@ -37,15 +39,30 @@ def _needs(tier: str, guarantee: str) -> None:
         pytest.skip(f"{guarantee} is not enforced in the {tier} tier here")
 
 
-@pytest.fixture(params=["namespaces", "landlock", pytest.param("remote", marks=pytest.mark.slow), pytest.param("docker", marks=pytest.mark.slow)])
+@pytest.fixture(
+    params=[
+        "namespaces",
+        "landlock",
+        pytest.param("remote", marks=pytest.mark.slow),
+        pytest.param("docker", marks=pytest.mark.slow),
+    ]
+)
 def tier(request):
     if request.param == "docker":
-        _elsewhere["docker"] = {"backend": "docker", "image": request.getfixturevalue("engine").image, "memory_mb": 128}
+        _elsewhere["docker"] = {
+            "backend": "docker",
+            "image": request.getfixturevalue("engine").image,
+            "memory_mb": 128,
+        }
     elif request.param == "remote":
         if (report := probe()).tier is None:
             pytest.skip(f"no sandbox here: {report.missing[0].reason}")
         site = request.getfixturevalue("admin")
-        _elsewhere["remote"] = {"backend": "remote", "url": site.url, "token": running.TOKENS["default"]}
+        _elsewhere["remote"] = {
+            "backend": "remote",
+            "url": site.url,
+            "token": running.TOKENS["default"],
+        }
     return request.param
 
 
@@ -87,27 +104,73 @@ def host_processes(word: str) -> list[int]:
 
 # Files
 
-@pytest.mark.parametrize("path", [
-    "/root", "/home", str(REPOSITORY), f"{REPOSITORY}/envs/rock/sandbox.py", "/etc/shadow", "/etc/hostname", "/sys/kernel", "/var/log",
-    "/proc/1/root/etc/shadow", "/proc/1/cwd/etc/shadow", "/tmp/..//root", "/boot", "/var/run/docker.sock",
-    "/run/docker.sock", "/proc/kcore", "/proc/kmsg", "/dev/mem", "/sys/fs/cgroup/release_agent",
-])
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/root",
+        "/home",
+        str(REPOSITORY),
+        f"{REPOSITORY}/envs/rock/sandbox.py",
+        "/etc/shadow",
+        "/etc/hostname",
+        "/sys/kernel",
+        "/var/log",
+        "/proc/1/root/etc/shadow",
+        "/proc/1/cwd/etc/shadow",
+        "/tmp/..//root",
+        "/boot",
+        "/var/run/docker.sock",
+        "/run/docker.sock",
+        "/proc/kcore",
+        "/proc/kmsg",
+        "/dev/mem",
+        "/sys/fs/cgroup/release_agent",
+    ],
+)
 def test_nothing_of_the_host_can_be_read(tier, path):
-    result = execute(_config(tier), f"if [ -d '{path}' ]; then ls -A '{path}'; else cat '{path}'; fi")
-    assert result.stdout in ("", "sandbox\n") and (result.exit_code != 0 or tier == "docker")  # an image has folders of those names, and nothing in them
+    result = execute(
+        _config(tier), f"if [ -d '{path}' ]; then ls -A '{path}'; else cat '{path}'; fi"
+    )
+    assert result.stdout in ("", "sandbox\n") and (
+        result.exit_code != 0 or tier == "docker"
+    )  # an image has folders of those names, and nothing in them
 
 
-@pytest.mark.parametrize("path", [
-    "/usr/x", "/etc/x", "/x", "/bin/x", "/run/x", "/var/tmp/x", "/proc/sys/kernel/core_pattern", "/proc/sysrq-trigger", "/proc/self/oom_score_adj/x",
-    "/dev/sda", "/dev/kmsg", "/dev/mem", "/dev/x", "/proc/sys/kernel/modprobe", "/sys/kernel/uevent_helper", "/sys/fs/cgroup/release_agent", "/sys/fs/cgroup/memory/release_agent",
-    "/sys/fs/cgroup/memory/notify_on_release", "/sys/fs/cgroup/memory.max",
-])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/usr/x",
+        "/etc/x",
+        "/x",
+        "/bin/x",
+        "/run/x",
+        "/var/tmp/x",
+        "/proc/sys/kernel/core_pattern",
+        "/proc/sysrq-trigger",
+        "/proc/self/oom_score_adj/x",
+        "/dev/sda",
+        "/dev/kmsg",
+        "/dev/mem",
+        "/dev/x",
+        "/proc/sys/kernel/modprobe",
+        "/sys/kernel/uevent_helper",
+        "/sys/fs/cgroup/release_agent",
+        "/sys/fs/cgroup/memory/release_agent",
+        "/sys/fs/cgroup/memory/notify_on_release",
+        "/sys/fs/cgroup/memory.max",
+    ],
+)
 def test_nothing_outside_the_workspace_can_be_written(tier, path):
-    assert "WRITTEN" not in execute(_config(tier), f"echo '|/bin/false' > {path} && echo WRITTEN").stdout
+    assert (
+        "WRITTEN"
+        not in execute(_config(tier), f"echo '|/bin/false' > {path} && echo WRITTEN").stdout
+    )
 
 
 def test_the_kernels_id_of_a_command_owns_nothing_on_the_host(tier):
     """A user namespace alone, made by real root, would keep the kernel's id 0."""
+
     async def work(sandbox):
         running = asyncio.create_task(sandbox.execute("sleep 54321"))
         while not (found := host_processes("sleep\x0054321")):
@@ -117,25 +180,39 @@ def test_the_kernels_id_of_a_command_owns_nothing_on_the_host(tier):
         await running
         return status
 
-    fields = dict(line.split(":\t", 1) for line in inside(_config(tier), work).splitlines() if ":\t" in line)
+    fields = dict(
+        line.split(":\t", 1) for line in inside(_config(tier), work).splitlines() if ":\t" in line
+    )
     expected_uids = {"0"} if os.geteuid() == 0 else set()
-    assert not set(fields["Uid"].split()) & expected_uids and not set(fields["Gid"].split()) & expected_uids
+    assert (
+        not set(fields["Uid"].split()) & expected_uids
+        and not set(fields["Gid"].split()) & expected_uids
+    )
     assert fields["Groups"].strip() in ("", fields["Gid"].split()[0]) or os.geteuid() != 0
-    assert [fields[name].strip("0") for name in ("CapEff", "CapPrm", "CapInh", "CapAmb")] == [""] * 4
+    assert [fields[name].strip("0") for name in ("CapEff", "CapPrm", "CapInh", "CapAmb")] == [
+        ""
+    ] * 4
     assert (fields["NoNewPrivs"], fields["Seccomp"]) == ("1", "2")
 
 
 def test_setuid_and_device_files_give_nothing(tier):
     command = "cp /usr/bin/id i && chmod 6755 i && ./i -u; mknod d c 1 1 && echo DEVICE; mknod b b 8 0 && echo DEVICE; su -c 'echo ROOT' root"
-    assert execute(_config(tier), command).stdout.strip() not in ("", "0") and "\n" not in execute(_config(tier), command).stdout.strip()
+    assert (
+        execute(_config(tier), command).stdout.strip() not in ("", "0")
+        and "\n" not in execute(_config(tier), command).stdout.strip()
+    )
 
 
 # Processes
 
+
 def test_no_process_of_the_host_can_be_seen_or_hurt(tier):
     victim = subprocess.Popen(["/bin/sleep", "60"])
     try:
-        result = execute(_config(tier), f"kill -9 {victim.pid}; kill -9 {os.getpid()}; ls /proc/{os.getpid()}/fd; kill -9 -1; exit 1")
+        result = execute(
+            _config(tier),
+            f"kill -9 {victim.pid}; kill -9 {os.getpid()}; ls /proc/{os.getpid()}/fd; kill -9 -1; exit 1",
+        )
         assert result.exit_code in (1, 137) and "failure" not in result.stderr
         assert victim.poll() is None
     finally:
@@ -151,10 +228,16 @@ def test_the_process_table_shows_only_the_sandbox():
 DOUBLE_FORK = "import os\nif os.fork(): os._exit(0)\nos.setsid()\nif os.fork(): os._exit(0)\nos.execvp('sleep', ['sleep', '98765'])"
 
 
-@pytest.mark.parametrize("command", [
-    "(setsid sleep 98765 &); sleep 98765", "setsid -f bash -c 'trap \"\" TERM INT HUP; exec -a x sleep 98765'; sleep 98765",
-    "sleep 98765 & kill -STOP $!; kill -STOP $$; sleep 98765", "nohup sleep 98765 & disown; sleep 98765", python(DOUBLE_FORK) + "; sleep 98765",
-])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "(setsid sleep 98765 &); sleep 98765",
+        "setsid -f bash -c 'trap \"\" TERM INT HUP; exec -a x sleep 98765'; sleep 98765",
+        "sleep 98765 & kill -STOP $!; kill -STOP $$; sleep 98765",
+        "nohup sleep 98765 & disown; sleep 98765",
+        python(DOUBLE_FORK) + "; sleep 98765",
+    ],
+)
 def test_nothing_outlives_the_time_limit(tier, command):
     async def work(sandbox):
         seconds = f"98765{os.getpid()}"  # found among the host's processes, where another run of these tests may have its own
@@ -189,11 +272,17 @@ async def _there(sandbox: Sandbox, path: str) -> bool:
 
 # Resources
 
+
 def test_a_memory_hog_dies_and_the_reason_is_told(tier):
     _needs(tier, "memory")
     hog = python("data = bytearray(1)\nwhile True: data += bytes(1 << 24)")
     if tier == "landlock":  # there each process also has a limit of its own, so it takes several
-        hog = "for i in 1 2 3 4; do " + python("import time; data = b'x' * (40 << 20); time.sleep(1)") + " & done; wait"
+        hog = (
+            "for i in 1 2 3 4; do "
+            + python("import time; data = b'x' * (40 << 20); time.sleep(1)")
+            + " & done; wait"
+        )
+
     async def work(sandbox):
         return await sandbox.execute(hog + "; echo $?"), await sandbox.execute("echo alive")
 
@@ -203,7 +292,10 @@ def test_a_memory_hog_dies_and_the_reason_is_told(tier):
 
 @pytest.mark.parametrize("place", ["/dev/shm", "/tmp", "/workspace"])
 def test_files_kept_in_memory_are_bounded_too(place):
-    result = execute(_config("namespaces", disk_mb=4), f"head -c 100M /dev/zero | split -b 2M - {place}/f; du -sm {place} | cut -f1")
+    result = execute(
+        _config("namespaces", disk_mb=4),
+        f"head -c 100M /dev/zero | split -b 2M - {place}/f; du -sm {place} | cut -f1",
+    )
     assert int(result.stdout) <= 16 and "space" in result.stderr
 
 
@@ -211,12 +303,18 @@ def test_a_fork_bomb_is_contained(tier):
     _needs(tier, "pids")
 
     async def work(sandbox):
-        bomb = await sandbox.execute("bomb() { bomb | bomb & }; bomb; sleep 0.5; echo end", timeout=3)
+        bomb = await sandbox.execute(
+            "bomb() { bomb | bomb & }; bomb; sleep 0.5; echo end", timeout=3
+        )
         return bomb, await sandbox.execute("echo alive")
 
     before = len(host_processes(""))
     bomb, after = inside(_config(tier, pids=32), work)
-    assert after.stdout == "alive\n" and ("pids" in bomb.limits_hit or "Resource temporarily unavailable" in bomb.stderr or bomb.timed_out)
+    assert after.stdout == "alive\n" and (
+        "pids" in bomb.limits_hit
+        or "Resource temporarily unavailable" in bomb.stderr
+        or bomb.timed_out
+    )
     assert len(host_processes("")) < before + 30
 
 
@@ -228,8 +326,12 @@ def test_a_spinning_command_gets_its_share_of_processor_time_and_no_more(tier):
 
 def test_one_sandboxs_processes_are_not_counted_against_another():
     """Trap 2: RLIMIT_NPROC set outside the user namespace counts over all sandboxes of an id."""
+
     async def work():
-        async with Sandbox(_config("namespaces", pids=40)) as one, Sandbox(_config("namespaces", pids=40)) as two:
+        async with (
+            Sandbox(_config("namespaces", pids=40)) as one,
+            Sandbox(_config("namespaces", pids=40)) as two,
+        ):
             command = "for i in $(seq 25); do sleep 1 & done; wait; echo all"
             return await asyncio.gather(one.execute(command), two.execute(command))
 
@@ -238,28 +340,48 @@ def test_one_sandboxs_processes_are_not_counted_against_another():
 
 def test_a_disk_full_by_bytes_is_an_error_of_the_command_and_can_be_cleaned(tier):
     async def work(sandbox):
-        full = await sandbox.execute("for i in 1 2 3 4 5 6 7 8; do head -c 1M /dev/urandom > f$i || break; done; sleep 0.5; exit 3")
+        full = await sandbox.execute(
+            "for i in 1 2 3 4 5 6 7 8; do head -c 1M /dev/urandom > f$i || break; done; sleep 0.5; exit 3"
+        )
         return full, await sandbox.execute("rm f*; echo x > small; cat small")
 
     full, after = inside(_config(tier, disk_mb=4), work)
-    assert ("No space left" in full.stderr) if tier != "landlock" else (full.limits_hit == ("disk",))
+    assert (
+        ("No space left" in full.stderr) if tier != "landlock" else (full.limits_hit == ("disk",))
+    )
     assert after.stdout == "x\n"
 
 
 def test_a_disk_full_by_inodes_is_an_error_of_the_command(tier):
-    result = execute(_config(tier, inodes=100), "for i in $(seq 500); do : > f$i || exit 4; done; sleep 0.5")
+    result = execute(
+        _config(tier, inodes=100), "for i in $(seq 500); do : > f$i || exit 4; done; sleep 0.5"
+    )
     assert result.exit_code == 4 if tier != "landlock" else result.limits_hit == ("disk",)
 
 
-@pytest.mark.parametrize("flood", ["yes 'no end to this'", "cat /dev/zero", "tr '\\0' '\\377' < /dev/zero"])  # lines; no line and all NUL; no UTF-8
+@pytest.mark.parametrize(
+    "flood", ["yes 'no end to this'", "cat /dev/zero", "tr '\\0' '\\377' < /dev/zero"]
+)  # lines; no line and all NUL; no UTF-8
 def test_a_flood_of_output_is_cut_and_ended(tier, flood):
-    result = execute(_config(tier, max_output_bytes=4096), f"{flood} | head -c 1000000000; echo after >&2", timeout=60)
-    assert len(result.stdout) == 4096 and result.truncated and result.cut[0] > 60_000_000 and result.limits_hit == ("output",) and result.exit_code == 137
+    result = execute(
+        _config(tier, max_output_bytes=4096),
+        f"{flood} | head -c 1000000000; echo after >&2",
+        timeout=60,
+    )
+    assert (
+        len(result.stdout) == 4096
+        and result.truncated
+        and result.cut[0] > 60_000_000
+        and result.limits_hit == ("output",)
+        and result.exit_code == 137
+    )
 
 
 def test_descriptors_and_core_files_are_limited(tier):
     exhaust = "import os\ntry:\n  while True: n = os.dup(0)\nexcept OSError: print(n)"
-    result = execute(_config(tier, open_files=96), f"{python(exhaust)}; {python('import os; os.abort()')}; ls")
+    result = execute(
+        _config(tier, open_files=96), f"{python(exhaust)}; {python('import os; os.abort()')}; ls"
+    )
     assert result.stdout == "95\n"
 
 
@@ -267,32 +389,41 @@ def test_a_busy_sibling_is_not_disturbed(tier):
     async def work():
         async with Sandbox(_config(tier)) as calm, Sandbox(_config(tier)) as wild:
             await calm.write_file("f", "mine")
-            steady = asyncio.create_task(calm.execute("for i in $(seq 20); do sleep 0.05; cat f; done"))
-            await wild.execute("kill -9 -1; echo theirs > /workspace/f; echo theirs > /tmp/f; bomb() { bomb | bomb & }; bomb; sleep 1", timeout=2)
+            steady = asyncio.create_task(
+                calm.execute("for i in $(seq 20); do sleep 0.05; cat f; done")
+            )
+            await wild.execute(
+                "kill -9 -1; echo theirs > /workspace/f; echo theirs > /tmp/f; bomb() { bomb | bomb & }; bomb; sleep 1",
+                timeout=2,
+            )
             return await steady, await calm.read_file("f")
 
     result, content = asyncio.run(asyncio.wait_for(work(), 60))
     assert (result.stdout, result.exit_code, content) == ("mine" * 20, 0, b"mine")
 
 
-@pytest.mark.parametrize("deed", [
-    "chmod 0 . /tmp",
-    "rm -rf /workspace /tmp . ..; rmdir . /workspace /tmp",
-    "mv /workspace /elsewhere; mv . ../x",
-    "ln -sfn /nowhere /workspace; ln -s . self",
-    "head -c 1G /dev/zero > full; head -c 1G /dev/zero > /tmp/full",
-    "for i in $(seq 5000); do : > i$i || break; done",
-    "setfattr -n user.x -v y .; chattr +i .",
-    "mkfifo bash env sh; chmod 0 *",
-    "ulimit -n 4; ulimit -u 1; ulimit -f 1; ulimit -v 1",
-    "kill -9 $PPID; kill -9 1; kill -STOP 1; kill -9 -1",
-    "exec >&- 2>&-; exit 3",
-    "mkdir -m 0 -p a/b; mkdir $(printf 'x%.0s' $(seq 250))",
-    "mkdir -p run/verifier proc dev tmp; mount -t tmpfs x /tmp",
-    "chmod -R 7777 .; umask 777; : > f",
-])
+@pytest.mark.parametrize(
+    "deed",
+    [
+        "chmod 0 . /tmp",
+        "rm -rf /workspace /tmp . ..; rmdir . /workspace /tmp",
+        "mv /workspace /elsewhere; mv . ../x",
+        "ln -sfn /nowhere /workspace; ln -s . self",
+        "head -c 1G /dev/zero > full; head -c 1G /dev/zero > /tmp/full",
+        "for i in $(seq 5000); do : > i$i || break; done",
+        "setfattr -n user.x -v y .; chattr +i .",
+        "mkfifo bash env sh; chmod 0 *",
+        "ulimit -n 4; ulimit -u 1; ulimit -f 1; ulimit -v 1",
+        "kill -9 $PPID; kill -9 1; kill -STOP 1; kill -9 -1",
+        "exec >&- 2>&-; exit 3",
+        "mkdir -m 0 -p a/b; mkdir $(printf 'x%.0s' $(seq 250))",
+        "mkdir -p run/verifier proc dev tmp; mount -t tmpfs x /tmp",
+        "chmod -R 7777 .; umask 777; : > f",
+    ],
+)
 def test_no_deed_of_the_agent_makes_the_next_command_or_the_verifier_fail(tier, deed):
     """Else a failing agent could turn its failure into a fault of ours, which is masked."""
+
     async def work(sandbox):
         await sandbox.execute(deed, timeout=3)
         following = await sandbox.execute("cd . && echo next")
@@ -303,6 +434,7 @@ def test_no_deed_of_the_agent_makes_the_next_command_or_the_verifier_fail(tier, 
 
 
 # Network and system calls
+
 
 def test_no_network_is_reached(tier):
     server = socket.create_server(("127.0.0.1", 0))
@@ -319,11 +451,21 @@ def test_no_network_is_reached(tier):
 
     for listener in (server, abstract):
         threading.Thread(target=listen, args=(listener,), daemon=True).start()
-    ways = [(socket.AF_INET, socket.SOCK_STREAM, server.getsockname()), (socket.AF_UNIX, socket.SOCK_STREAM, abstract.getsockname()),
-            (socket.AF_INET, socket.SOCK_STREAM, ("169.254.169.254", 80)), (socket.AF_INET, socket.SOCK_DGRAM, ("1.1.1.1", 53)),
-            (socket.AF_INET6, socket.SOCK_STREAM, ("2606:4700:4700::1111", 53)), (socket.AF_INET, socket.SOCK_RAW, ("1.1.1.1", 0)),
-            (40, socket.SOCK_STREAM, (2, 1)), (16, socket.SOCK_RAW, (0, 0)), (17, socket.SOCK_RAW, ("lo", 0)),  # vsock, netlink, packet
-            (38, socket.SOCK_SEQPACKET, ("hash", "sha256")), (15, socket.SOCK_RAW, (0, 0)), (30, socket.SOCK_STREAM, (0, 0)), (44, socket.SOCK_RAW, (0, 0))]  # alg, key, tipc, xdp
+    ways = [
+        (socket.AF_INET, socket.SOCK_STREAM, server.getsockname()),
+        (socket.AF_UNIX, socket.SOCK_STREAM, abstract.getsockname()),
+        (socket.AF_INET, socket.SOCK_STREAM, ("169.254.169.254", 80)),
+        (socket.AF_INET, socket.SOCK_DGRAM, ("1.1.1.1", 53)),
+        (socket.AF_INET6, socket.SOCK_STREAM, ("2606:4700:4700::1111", 53)),
+        (socket.AF_INET, socket.SOCK_RAW, ("1.1.1.1", 0)),
+        (40, socket.SOCK_STREAM, (2, 1)),
+        (16, socket.SOCK_RAW, (0, 0)),
+        (17, socket.SOCK_RAW, ("lo", 0)),  # vsock, netlink, packet
+        (38, socket.SOCK_SEQPACKET, ("hash", "sha256")),
+        (15, socket.SOCK_RAW, (0, 0)),
+        (30, socket.SOCK_STREAM, (0, 0)),
+        (44, socket.SOCK_RAW, (0, 0)),
+    ]  # alg, key, tipc, xdp
     program = f"""
 import socket
 for family, kind, address in {[(int(family), int(kind), address) for family, kind, address in ways]}:
@@ -344,13 +486,21 @@ except OSError as error:
 """
 
     async def work(sandbox):
-        return await sandbox.execute(python(program)), await sandbox.denials() if tier != "landlock" else []
+        return await sandbox.execute(
+            python(program)
+        ), await sandbox.denials() if tier != "landlock" else []
 
     result, denials = inside(_config(tier), work)
-    pinged = any((denial.protocol, denial.destination) == ("icmp", "1.1.1.1") for denial in denials)  # then the sandbox's own loopback answered, and its guard saw it
+    pinged = any(
+        (denial.protocol, denial.destination) == ("icmp", "1.1.1.1") for denial in denials
+    )  # then the sandbox's own loopback answered, and its guard saw it
     assert ("no ICMP" in result.stdout or pinged) and "no name" in result.stdout
     server.close(), abstract.close()
-    assert "REACHED" not in result.stdout and result.stdout.count("no way:") == len(ways) and reached == []
+    assert (
+        "REACHED" not in result.stdout
+        and result.stdout.count("no way:") == len(ways)
+        and reached == []
+    )
 
 
 def test_siblings_do_not_meet(tier):
@@ -388,7 +538,11 @@ for pid in range(2, 33000):
             return await two.execute(python(call)), await listening
 
     called, listened = asyncio.run(asyncio.wait_for(work(), 60))
-    assert called.stdout == "alone\nalone\n" and "MET" not in listened.stdout and listened.exit_code == 0
+    assert (
+        called.stdout == "alone\nalone\n"
+        and "MET" not in listened.stdout
+        and listened.exit_code == 0
+    )
 
 
 def test_dangerous_system_calls_are_refused(tier):
@@ -415,17 +569,34 @@ print("tried", len(calls))
 def test_process_1_cannot_be_opened_ended_or_crippled_and_tells_nothing_of_the_host():
     """It has the agent's own id."""
     config = _config("namespaces")
-    deeds = ("cat /proc/1/environ", "cat /proc/1/maps", "cat /proc/1/mem", "ls /proc/1/fd/", "ls /proc/1/root/", "ls /proc/1/cwd/", "ls /proc/1/ns/ -l",
-             "prlimit --pid 1 --nofile=0:0", "prlimit --pid 1 --cpu=0:0")
+    deeds = (
+        "cat /proc/1/environ",
+        "cat /proc/1/maps",
+        "cat /proc/1/mem",
+        "ls /proc/1/fd/",
+        "ls /proc/1/root/",
+        "ls /proc/1/cwd/",
+        "ls /proc/1/ns/ -l",
+        "prlimit --pid 1 --nofile=0:0",
+        "prlimit --pid 1 --cpu=0:0",
+    )
 
     async def work(sandbox):
-        tried = await sandbox.execute("; ".join(f"{one} 2>/dev/null | grep -q . && echo GOT {one}" for one in deeds))
-        await sandbox.execute("kill -9 1; kill -STOP 1; kill -INT 1; kill -TERM 1; for n in $(seq 1 64); do kill -$n 1; done; renice 19 1; taskset -p 1 1")
+        tried = await sandbox.execute(
+            "; ".join(f"{one} 2>/dev/null | grep -q . && echo GOT {one}" for one in deeds)
+        )
+        await sandbox.execute(
+            "kill -9 1; kill -STOP 1; kill -INT 1; kill -TERM 1; for n in $(seq 1 64); do kill -$n 1; done; renice 19 1; taskset -p 1 1"
+        )
         seen = await sandbox.execute("tr '\\0' ' ' < /proc/1/cmdline; (sleep 60 &); echo well")
         return tried, seen, await sandbox.verify("echo graded")
 
     tried, seen, verified = inside(config, work)
-    assert tried.stdout == "" and seen.stdout.replace(" ", "").replace("\0", "") == "initwell\n" and verified.stdout == "graded\n"
+    assert (
+        tried.stdout == ""
+        and seen.stdout.replace(" ", "").replace("\0", "") == "initwell\n"
+        and verified.stdout == "graded\n"
+    )
 
 
 def test_new_namespaces_cannot_be_had(tier):
@@ -460,7 +631,10 @@ with open("loot", "ab") as loot: loot.write(b"LOOT " + seen if b"answer-" + b"47
     async def work(sandbox):
         await sandbox.write_file("spy.py", spy)
         await sandbox.execute("setsid bash -c 'while :; do python3 spy.py; done' & sleep 0.1")
-        result = await sandbox.verify(f"want={SECRET}\nsleep 0.1\npython3 spy.py\n(python3 spy.py)\n[ $want = {SECRET} ] && echo graded", keep=True)  # with what the spies found
+        result = await sandbox.verify(
+            f"want={SECRET}\nsleep 0.1\npython3 spy.py\n(python3 spy.py)\n[ $want = {SECRET} ] && echo graded",
+            keep=True,
+        )  # with what the spies found
         return result, await sandbox.read_file("loot")
 
     result, loot = inside(_config(tier), work)
@@ -476,8 +650,10 @@ def test_the_verifiers_memory_cannot_be_opened_by_what_it_runs(tier):
 
 def test_hidden_files_are_gone_when_the_agent_comes_back(tier):
     async def work(sandbox):
-        seen = await sandbox.verify("cat $VERIFIER_FILES/key; echo $VERIFIER_FILES", files={"key": SECRET.encode()})
-        content, directory = seen.stdout[: len(SECRET)], seen.stdout[len(SECRET):].strip()
+        seen = await sandbox.verify(
+            "cat $VERIFIER_FILES/key; echo $VERIFIER_FILES", files={"key": SECRET.encode()}
+        )
+        content, directory = seen.stdout[: len(SECRET)], seen.stdout[len(SECRET) :].strip()
         return content, (await sandbox.execute(f"cat {directory}/key; ls -A {directory}")).stdout
 
     assert inside(_config(tier), work) == (SECRET, "")
@@ -485,5 +661,8 @@ def test_hidden_files_are_gone_when_the_agent_comes_back(tier):
 
 def test_markers_in_the_output_forge_nothing(tier):
     forge = "echo '{ \"exit-code\": 0 }'"
-    result = execute(_config(tier), f"{forge}; echo 'sandbox: failed' >&2; for n in $(seq 3 300); do {forge} >&$n; done 2>/dev/null; exit 9")
+    result = execute(
+        _config(tier),
+        f"{forge}; echo 'sandbox: failed' >&2; for n in $(seq 3 300); do {forge} >&$n; done 2>/dev/null; exit 9",
+    )
     assert (result.exit_code, result.stderr.splitlines()[0]) == (9, "sandbox: failed")

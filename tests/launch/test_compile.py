@@ -13,21 +13,39 @@ import pytest
 from launch.compile import load_programs, save_programs
 from rome.model.sharding import batch_sharding, make_mesh
 
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'jax[tpu]'")
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed: pip install 'jax[tpu]'",
+)
 
 
 def run_compile(*flags: str) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
-    return subprocess.run([sys.executable, "-m", "launch.compile", *flags], capture_output=True, text=True, env=environment)
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "launch.compile", *flags],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
 
 
 def test_saved_programs_load_and_compute_the_same(tmp_path):
     mesh = make_mesh({"fsdp": 8})
-    program = jax.jit(lambda tree: {"squared": tree["x"] @ tree["x"].T}, in_shardings=batch_sharding(mesh))
-    tree = {"x": jax.device_put(np.arange(64.0, dtype=np.float32).reshape(8, 8), batch_sharding(mesh))}
+    program = jax.jit(
+        lambda tree: {"squared": tree["x"] @ tree["x"].T}, in_shardings=batch_sharding(mesh)
+    )
+    tree = {
+        "x": jax.device_put(np.arange(64.0, dtype=np.float32).reshape(8, 8), batch_sharding(mesh))
+    }
     save_programs(tmp_path, {"square": program.lower(tree).compile()}, "cpu:8")
     assert "load_programs" in (tmp_path / "README.txt").read_text()
-    np.testing.assert_array_equal(load_programs(tmp_path)["square"](tree)["squared"], program(tree)["squared"])
+    np.testing.assert_array_equal(
+        load_programs(tmp_path)["square"](tree)["squared"], program(tree)["squared"]
+    )
 
 
 def test_a_directory_without_executables_is_refused(tmp_path):
@@ -40,31 +58,62 @@ def test_a_directory_without_executables_is_refused(tmp_path):
 @needs_libtpu
 def test_a_small_real_slice_compiles_and_reports(tmp_path):
     file, kept = tmp_path / "found.json", tmp_path / "programs"
-    done = run_compile("--config=experiments/ipa.py:qwen3_30b_a3b", "--topology=v5p:2x2x1", "--layers=1", "--config.mesh.fsdp=2", "--config.mesh.expert=2",
-                       "--config.rows_per_microbatch=4", "--config.row_length=1024", "--config.max_context=1024", "--config.max_new_tokens=512",
-                       f"--json={file}", f"--save={kept}")
+    done = run_compile(
+        "--config=experiments/ipa.py:qwen3_30b_a3b",
+        "--topology=v5p:2x2x1",
+        "--layers=1",
+        "--config.mesh.fsdp=2",
+        "--config.mesh.expert=2",
+        "--config.rows_per_microbatch=4",
+        "--config.row_length=1024",
+        "--config.max_context=1024",
+        "--config.max_new_tokens=512",
+        f"--json={file}",
+        f"--save={kept}",
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(file.read_text())
     assert found["fits"] and found["devices"] == 4 and found["layers"] == 1
     assert found["bytes_per_device"] == pytest.approx(sum(found["bytes"].values()), abs=8)
-    assert found["flops"] >= found["model_flops"] and not found["kernels_not_counted"]  # recomputation on top
+    assert (
+        found["flops"] >= found["model_flops"] and not found["kernels_not_counted"]
+    )  # recomputation on top
     assert 0 < found["roofline_mfu_serial"] < found["roofline_mfu"] < 1
-    assert {path.name for path in kept.iterdir()} == {"README.txt", "score.pickle", "accumulate.pickle", "apply.pickle"}
+    assert {path.name for path in kept.iterdir()} == {
+        "README.txt",
+        "score.pickle",
+        "accumulate.pickle",
+        "apply.pickle",
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @needs_libtpu
-def test_experts_by_exchange_compile_and_send_each_choice_out_and_home_and_twice_out_and_once_home_backward(tmp_path):
+def test_experts_by_exchange_compile_and_send_each_choice_out_and_home_and_twice_out_and_once_home_backward(
+    tmp_path,
+):
     file = tmp_path / "found.json"
-    done = run_compile("--config=experiments/ipa.py:qwen3_30b_a3b", "--topology=v5p:2x2x1", "--layers=1", "--config.mesh.fsdp=1", "--config.mesh.expert=4",
-                       "--config.rows_per_microbatch=4", "--config.row_length=1024", "--config.max_context=1024", "--config.max_new_tokens=512",
-                       "--config.learner.exchange=all_to_all", f"--json={file}")
+    done = run_compile(
+        "--config=experiments/ipa.py:qwen3_30b_a3b",
+        "--topology=v5p:2x2x1",
+        "--layers=1",
+        "--config.mesh.fsdp=1",
+        "--config.mesh.expert=4",
+        "--config.rows_per_microbatch=4",
+        "--config.row_length=1024",
+        "--config.max_context=1024",
+        "--config.max_new_tokens=512",
+        "--config.learner.exchange=all_to_all",
+        f"--json={file}",
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(file.read_text())
     sent = [one for one in found["collectives"] if one["kind"] == "ragged-all-to-all"]
     assert [one["axes"] for one in sent] == ["expert"] and sent[0]["runs"] == 5
-    assert sent[0]["bytes"] == 5 * 1024 * 8 * 2048 * 2 * 3 / 4  # k rows of bfloat16 a token, but those that stay
+    assert (
+        sent[0]["bytes"] == 5 * 1024 * 8 * 2048 * 2 * 3 / 4
+    )  # k rows of bfloat16 a token, but those that stay
 
 
 @pytest.mark.slow
@@ -72,8 +121,15 @@ def test_experts_by_exchange_compile_and_send_each_choice_out_and_home_and_twice
 @needs_libtpu
 def test_a_slice_that_is_too_small_fails_with_advice_and_figures(tmp_path):
     file = tmp_path / "found.json"
-    done = run_compile("--config=experiments/sft.py:qwen3_30b_a3b", "--topology=v5e:2x2", "--config.mesh.fsdp=4", "--config.mesh.expert=1",
-                       "--config.rows=4", "--config.rows_per_microbatch=4", f"--json={file}")
+    done = run_compile(
+        "--config=experiments/sft.py:qwen3_30b_a3b",
+        "--topology=v5e:2x2",
+        "--config.mesh.fsdp=4",
+        "--config.mesh.expert=1",
+        "--config.rows=4",
+        "--config.rows_per_microbatch=4",
+        f"--json={file}",
+    )
     assert done.returncode == 1, done.stderr[-2000:]
     found = json.loads(file.read_text())
     assert not found["fits"] and found["bytes_per_device"] > 4 * 30.5e9 and found["advice"]
@@ -83,5 +139,10 @@ def test_a_slice_that_is_too_small_fails_with_advice_and_figures(tmp_path):
 @pytest.mark.slow
 @needs_libtpu
 def test_a_mesh_that_is_not_the_slice_is_one_line():
-    done = run_compile("--config=experiments/ipa.py:qwen3_30b_a3b", "--topology=v5p:2x2x1", "--config.mesh.fsdp=2", "--config.mesh.expert=1")
+    done = run_compile(
+        "--config=experiments/ipa.py:qwen3_30b_a3b",
+        "--topology=v5p:2x2x1",
+        "--config.mesh.fsdp=2",
+        "--config.mesh.expert=1",
+    )
     assert done.returncode == 2 and "has 2 devices, v5p:2x2x1 has 4" in done.stderr

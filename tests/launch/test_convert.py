@@ -36,11 +36,21 @@ def make_run(workdir, mesh_shape):
     steps = {step: random_params(CONFIG, seed=step) for step in (2, 4)}
     checkpoints = Checkpoints(workdir / "checkpoints", keep=2)
     for step, params in steps.items():
-        params["layers"]["moe"]["gate"].flat[:len(ODD)] = ODD
-        state = start_state(jax.device_put(params, param_shardings(mesh, CONFIG)), optax.sgd(0.1, momentum=0.9))
+        params["layers"]["moe"]["gate"].flat[: len(ODD)] = ODD
+        state = start_state(
+            jax.device_put(params, param_shardings(mesh, CONFIG)), optax.sgd(0.1, momentum=0.9)
+        )
         checkpoints.save(step, state._replace(step=jnp.int32(step)), {"seconds": 1.0})
     checkpoints.close()
-    (workdir / "config.json").write_text(json.dumps({"experiment": "sft", "model": "tiny", "tokenizer": str(ROOT / "rome/model/tokenizer/tiny")}))
+    (workdir / "config.json").write_text(
+        json.dumps(
+            {
+                "experiment": "sft",
+                "model": "tiny",
+                "tokenizer": str(ROOT / "rome/model/tokenizer/tiny"),
+            }
+        )
+    )
     return steps
 
 
@@ -63,35 +73,59 @@ def assert_same_bits(one, other):
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other)):
         a, b = np.asarray(a), np.asarray(b)
         assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a.view(f"u{a.dtype.itemsize}"), b.view(f"u{b.dtype.itemsize}"))
+        np.testing.assert_array_equal(
+            a.view(f"u{a.dtype.itemsize}"), b.view(f"u{b.dtype.itemsize}")
+        )
 
 
 def files(directory):
-    return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(directory): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
 
 
-def test_the_newest_training_step_becomes_a_hugging_face_checkpoint_with_its_tokenizer(run, exported):
+def test_the_newest_training_step_becomes_a_hugging_face_checkpoint_with_its_tokenizer(
+    run, exported
+):
     workdir, steps = run
     loaded, config = load_hf(exported)
     assert_same_bits(loaded, steps[4])
     assert config == dataclasses.replace(CONFIG, remat="full", scan_layers=True)
-    assert (exported / "tokenizer.json").read_bytes() == (ROOT / "rome/model/tokenizer/tiny/tokenizer.json").read_bytes()
-    assert set(path.name for path in exported.iterdir()) == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert (exported / "tokenizer.json").read_bytes() == (
+        ROOT / "rome/model/tokenizer/tiny/tokenizer.json"
+    ).read_bytes()
+    assert set(path.name for path in exported.iterdir()) == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
 
 
 def test_an_earlier_step_and_another_type_are_taken_when_asked_for(run, tmp_path, capsys):
     workdir, steps = run
     said = convert(workdir / "checkpoints", tmp_path / "out", "hf", "bfloat16", 2)
     assert "of step 2, with tokenizer.json" in said
-    assert_same_bits(load_hf(tmp_path / "out", jnp.bfloat16)[0], jax.tree.map(lambda w: w.astype(jnp.bfloat16), steps[2]))
+    assert_same_bits(
+        load_hf(tmp_path / "out", jnp.bfloat16)[0],
+        jax.tree.map(lambda w: w.astype(jnp.bfloat16), steps[2]),
+    )
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     lines = capsys.readouterr().out.splitlines()
-    assert lines and all(line.startswith("writing ") and "GB" in line for line in lines) and "left" not in lines[-1]
+    assert (
+        lines
+        and all(line.startswith("writing ") and "GB" in line for line in lines)
+        and "left" not in lines[-1]
+    )
 
 
 def test_hugging_face_to_orbax_and_back_is_the_same_bytes(exported, tmp_path):
     convert(exported, tmp_path / "orbax", None, None, None)
-    assert not list((tmp_path / "orbax").glob("*.safetensors")) and (tmp_path / "orbax" / "checkpoints" / "0").is_dir()
+    assert (
+        not list((tmp_path / "orbax").glob("*.safetensors"))
+        and (tmp_path / "orbax" / "checkpoints" / "0").is_dir()
+    )
     convert(tmp_path / "orbax", tmp_path / "back", None, None, None)
     assert files(tmp_path / "back") == files(exported)
 
@@ -101,7 +135,10 @@ def test_a_run_can_start_from_either_form_straight_on_its_mesh(exported, tmp_pat
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
     mesh = make_mesh({"fsdp": 2, "expert": 2, "tensor": 2}, config)
     one, other = load_start(exported, config, mesh), load_start(tmp_path / "orbax", config, mesh)
-    assert_same_bits(jax.device_get(other), jax.tree.map(lambda w: np.asarray(w).astype(jnp.bfloat16).astype(np.float32), one))
+    assert_same_bits(
+        jax.device_get(other),
+        jax.tree.map(lambda w: np.asarray(w).astype(jnp.bfloat16).astype(np.float32), one),
+    )
     for params in (one, other):
         assert jax.tree.map(lambda leaf: leaf.sharding, params) == param_shardings(mesh, config)
     with pytest.raises(ValueError, match="holds another model"):
@@ -118,9 +155,20 @@ def test_another_type_keeps_what_else_the_config_and_the_folder_say(exported, tm
     (source / "generation_config.json").write_text('{"top_k": 20}')
     (source / "notes.txt").write_text("not ours to copy")
     convert(source, tmp_path / "half", "hf", "bfloat16", None)
-    assert json.loads((tmp_path / "half" / "config.json").read_text()) == spelled | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
-    assert {path.name for path in (tmp_path / "half").iterdir()} == {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"}
-    assert_same_bits(load_hf(tmp_path / "half", jnp.bfloat16)[0], jax.tree.map(lambda w: w.astype(jnp.bfloat16), load_hf(exported)[0]))
+    assert json.loads((tmp_path / "half" / "config.json").read_text()) == spelled | {
+        "dtype": "bfloat16",
+        "torch_dtype": "bfloat16",
+    }
+    assert {path.name for path in (tmp_path / "half").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "generation_config.json",
+    }
+    assert_same_bits(
+        load_hf(tmp_path / "half", jnp.bfloat16)[0],
+        jax.tree.map(lambda w: w.astype(jnp.bfloat16), load_hf(exported)[0]),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -132,13 +180,24 @@ def sharded_run(tmp_path_factory):
 
 
 def test_a_large_stack_of_layers_is_stored_a_layer_at_a_time(sharded_run, run):
-    chunk = lambda workdir, *path: StoredParameters(workdir / "checkpoints", 4, CONFIG)._open(path).chunk_layout.read_chunk.shape
-    assert chunk(sharded_run[0], "layers", "moe", "gate") == (1, 4, 64, 128)  # one layer of one device
+    chunk = lambda workdir, *path: (
+        StoredParameters(workdir / "checkpoints", 4, CONFIG)
+        ._open(path)
+        .chunk_layout.read_chunk.shape
+    )
+    assert chunk(sharded_run[0], "layers", "moe", "gate") == (
+        1,
+        4,
+        64,
+        128,
+    )  # one layer of one device
     assert chunk(run[0], "layers", "moe", "gate") == (4, 8, 128, 256)  # small ones stay whole
 
 
 @pytest.mark.parametrize("box_bytes", [20_000, 200_000, 10**9])
-def test_sharded_checkpoints_are_streamed_bitwise_in_boxes_of_any_size(box_bytes, sharded_run, tmp_path, monkeypatch):
+def test_sharded_checkpoints_are_streamed_bitwise_in_boxes_of_any_size(
+    box_bytes, sharded_run, tmp_path, monkeypatch
+):
     monkeypatch.setattr(parameters, "BOX_BYTES", box_bytes)
     convert(sharded_run[0], tmp_path / "out", None, None, 4)
     assert_same_bits(load_hf(tmp_path / "out")[0], sharded_run[1][4])
@@ -146,29 +205,52 @@ def test_sharded_checkpoints_are_streamed_bitwise_in_boxes_of_any_size(box_bytes
 
 def test_the_boxes_of_an_array_cover_it_once_along_chunks_where_they_fit(monkeypatch):
     monkeypatch.setattr(parameters, "BOX_BYTES", 4 * 6 * 10)
-    for shape, chunk, split in (((5, 8, 10), (1, 3, 10), (0, 1)), ((5, 8, 10), (5, 8, 10), (0, 1)), ((50, 4), (50, 4), (0,)), ((7,), (7,), (0,))):
+    for shape, chunk, split in (
+        ((5, 8, 10), (1, 3, 10), (0, 1)),
+        ((5, 8, 10), (5, 8, 10), (0, 1)),
+        ((50, 4), (50, 4), (0,)),
+        ((7,), (7,), (0,)),
+    ):
         seen = np.zeros(shape, int)
         for starts, stops in parameters._boxes(shape, chunk, 4, split):
             where = tuple(slice(*bounds) for bounds in zip(starts, stops))
             seen[where] += 1
             assert seen[where].nbytes // 2 <= 4 * parameters.BOX_BYTES  # int64 against a float32
-            assert all(start == 0 and stop == size for axis, (start, stop, size) in enumerate(zip(starts, stops, shape)) if axis not in split)
+            assert all(
+                start == 0 and stop == size
+                for axis, (start, stop, size) in enumerate(zip(starts, stops, shape))
+                if axis not in split
+            )
         assert (seen == 1).all()
     assert {start[1] for start, _ in parameters._boxes((5, 8, 10), (1, 3, 10), 4, (0, 1))} == {0, 6}
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(step=3), "--step=3 is not in .* which holds 2, 4"),
-    (dict(directory="nowhere"), "--input=nowhere is not a directory"),
-    (dict(directory="."), "holds neither a Hugging Face checkpoint .* nor a training checkpoint"),
-    (dict(directory="exported", step=1), "is a Hugging Face checkpoint and has no steps"),
-    (dict(output="exported"), "--output=exported exists already"),
-    (dict(directory="empty_run"), "is the workdir of a run without checkpoints"),
-    (dict(directory="other_model"), r"of another model than its config.json says: embed/embedding is .768, 128., not .4096, 256.; .*; \.\.\."),
-])
-def test_what_cannot_be_converted_is_said_in_one_line_and_leaves_nothing(change, message, run, exported, monkeypatch):
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(step=3), "--step=3 is not in .* which holds 2, 4"),
+        (dict(directory="nowhere"), "--input=nowhere is not a directory"),
+        (
+            dict(directory="."),
+            "holds neither a Hugging Face checkpoint .* nor a training checkpoint",
+        ),
+        (dict(directory="exported", step=1), "is a Hugging Face checkpoint and has no steps"),
+        (dict(output="exported"), "--output=exported exists already"),
+        (dict(directory="empty_run"), "is the workdir of a run without checkpoints"),
+        (
+            dict(directory="other_model"),
+            r"of another model than its config.json says: embed/embedding is .768, 128., not .4096, 256.; .*; \.\.\.",
+        ),
+    ],
+)
+def test_what_cannot_be_converted_is_said_in_one_line_and_leaves_nothing(
+    change, message, run, exported, monkeypatch
+):
     monkeypatch.chdir(run[0].parent)
-    for name, document in (("empty_run", {"experiment": "sft"}), ("other_model", json.loads((run[0] / "config.json").read_text()) | {"model": "small"})):
+    for name, document in (
+        ("empty_run", {"experiment": "sft"}),
+        ("other_model", json.loads((run[0] / "config.json").read_text()) | {"model": "small"}),
+    ):
         pathlib.Path(name).mkdir(exist_ok=True)
         pathlib.Path(name, "config.json").write_text(json.dumps(document))
     if not pathlib.Path("other_model/checkpoints").exists():
@@ -176,15 +258,27 @@ def test_what_cannot_be_converted_is_said_in_one_line_and_leaves_nothing(change,
     arguments = dict(directory="run", output="out", step=None) | change
     before = sorted(pathlib.Path.cwd().iterdir())
     with pytest.raises((ValueError, OSError, CheckpointError), match=message) as error:
-        convert(pathlib.Path(arguments["directory"]), pathlib.Path(arguments["output"]), None, None, arguments["step"])
+        convert(
+            pathlib.Path(arguments["directory"]),
+            pathlib.Path(arguments["output"]),
+            None,
+            None,
+            arguments["step"],
+        )
     assert "\n" not in str(error.value)
     assert sorted(pathlib.Path.cwd().iterdir()) == before
 
 
-def test_too_little_memory_or_disk_is_found_out_before_anything_is_read(exported, tmp_path, monkeypatch):
+def test_too_little_memory_or_disk_is_found_out_before_anything_is_read(
+    exported, tmp_path, monkeypatch
+):
     monkeypatch.setattr(pathlib.Path, "exists", lambda self: True)
-    monkeypatch.setattr(module.pathlib.Path, "read_text", lambda self: "MemTotal: 9 kB\nMemAvailable:    1000 kB\n")
-    with pytest.raises(ValueError, match="the parameters take 0.0 GB as float32, and 0.0 GB of memory are free"):
+    monkeypatch.setattr(
+        module.pathlib.Path, "read_text", lambda self: "MemTotal: 9 kB\nMemAvailable:    1000 kB\n"
+    )
+    with pytest.raises(
+        ValueError, match="the parameters take 0.0 GB as float32, and 0.0 GB of memory are free"
+    ):
         module._check_room(CONFIG, np.dtype(np.float32), tmp_path / "out")
 
 
@@ -202,7 +296,9 @@ def test_a_torn_training_checkpoint_is_one_clear_line(tmp_path):
     make_run(tmp_path / "run", {})
     for path in (tmp_path / "run" / "checkpoints" / "4" / "state").rglob("d/*"):
         path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match="checkpoints/4/state .*Choose another --step") as error:
+    with pytest.raises(
+        CheckpointError, match="checkpoints/4/state .*Choose another --step"
+    ) as error:
         convert(tmp_path / "run", tmp_path / "out", None, None, None)
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
@@ -210,11 +306,27 @@ def test_a_torn_training_checkpoint_is_one_clear_line(tmp_path):
 def test_the_command_converts_and_misspelt_flags_or_missing_input_are_one_line(exported, tmp_path):
     def command(*arguments):
         environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-        return subprocess.run([sys.executable, "-m", "launch.convert", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
+        return subprocess.run(
+            [sys.executable, "-m", "launch.convert", *arguments],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=250,
+        )
 
-    done = command(f"--input={exported}", f"--output={tmp_path / 'out'}", "--to=hf", "--dtype=bfloat16")
-    assert done.returncode == 0 and "Hugging Face checkpoint, with tokenizer.json" in done.stdout, done.stderr[-2000:]
+    done = command(
+        f"--input={exported}", f"--output={tmp_path / 'out'}", "--to=hf", "--dtype=bfloat16"
+    )
+    assert done.returncode == 0 and "Hugging Face checkpoint, with tokenizer.json" in done.stdout, (
+        done.stderr[-2000:]
+    )
     assert read_config(tmp_path / "out") == read_config(exported)
     for arguments, message in (([], "--input"), (["--inptu=x"], "inptu")):
         failed = command(*arguments)
-        assert failed.returncode == 1 and failed.stderr.startswith("launch.convert: ") and failed.stderr.count("\n") == 1 and message in failed.stderr
+        assert (
+            failed.returncode == 1
+            and failed.stderr.startswith("launch.convert: ")
+            and failed.stderr.count("\n") == 1
+            and message in failed.stderr
+        )

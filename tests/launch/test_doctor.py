@@ -30,11 +30,31 @@ def needs_sandbox():
 
 def test_each_mechanism_is_tried_and_the_last_is_an_episode(monkeypatch, tmp_path, capsys):
     needs_sandbox()
-    monkeypatch.setattr(doctor, "_devices", lambda: doctor.Finding("accelerator, engine", True, "not looked at"))  # seconds
+    monkeypatch.setattr(
+        doctor, "_devices", lambda: doctor.Finding("accelerator, engine", True, "not looked at")
+    )  # seconds
     assert doctor.main(["--json", str(tmp_path / "found.json")]) == 0
-    found = {finding["what"]: finding for finding in json.loads((tmp_path / "found.json").read_text())}
-    assert list(found) == ["packages", "accelerator, engine", "tokenizer", "sandbox tier namespaces", "sandbox tier landlock", "sandboxes", "cgroups", "snapshots", "Docker", "an episode"]
-    assert found["packages"]["works"] and found["tokenizer"]["works"] and found["snapshots"]["works"] and "ended as success" in found["an episode"]["says"]
+    found = {
+        finding["what"]: finding for finding in json.loads((tmp_path / "found.json").read_text())
+    }
+    assert list(found) == [
+        "packages",
+        "accelerator, engine",
+        "tokenizer",
+        "sandbox tier namespaces",
+        "sandbox tier landlock",
+        "sandboxes",
+        "cgroups",
+        "snapshots",
+        "Docker",
+        "an episode",
+    ]
+    assert (
+        found["packages"]["works"]
+        and found["tokenizer"]["works"]
+        and found["snapshots"]["works"]
+        and "ended as success" in found["an episode"]["says"]
+    )
     assert "an episode" in capsys.readouterr().out
 
 
@@ -51,9 +71,14 @@ def test_without_a_sandbox_quick_fails_with_the_reason_and_the_remedy(no_sandbox
 
 
 def test_without_a_sandbox_the_tiers_are_named_and_nothing_crashes(no_sandbox, monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "_devices", lambda: doctor.Finding("accelerator, engine", True, "not looked at"))
+    monkeypatch.setattr(
+        doctor, "_devices", lambda: doctor.Finding("accelerator, engine", True, "not looked at")
+    )
     found = list(doctor.findings())
-    assert [finding.works for finding in found if "tier" in finding.what] == [False, False] and not found[-1].works
+    assert [finding.works for finding in found if "tier" in finding.what] == [
+        False,
+        False,
+    ] and not found[-1].works
     assert all(finding.remedy for finding in found if "tier" in finding.what)
     assert doctor.main([], checks=lambda: iter(found)) == 1
     (choice,) = [finding for finding in found if finding.what == "sandboxes"]
@@ -72,8 +97,17 @@ def test_where_only_the_weaker_tier_works_it_is_said_what_it_lacks(monkeypatch):
     if probe("best_available").tier is None:
         pytest.skip("no landlock tier here")
     choice = doctor._choice()
-    assert choice.works and "tier landlock, and only under isolation='best_available'" in choice.says and "disk" in choice.says and choice.remedy
+    assert (
+        choice.works
+        and "tier landlock, and only under isolation='best_available'" in choice.says
+        and "disk" in choice.says
+        and choice.remedy
+    )
 
 
 def test_the_device_that_jax_uses_is_told():
-    assert doctor._devices().says.startswith(("1 cpu device", "8 cpu devices")) or "gpu" in doctor._devices().says or "tpu" in doctor._devices().says
+    assert (
+        doctor._devices().says.startswith(("1 cpu device", "8 cpu devices"))
+        or "gpu" in doctor._devices().says
+        or "tpu" in doctor._devices().says
+    )

@@ -16,8 +16,14 @@ DEADLINE = 60.0
 
 
 def start(*arguments, **environment):
-    return subprocess.Popen([sys.executable, "-m", "launch.eval", *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | environment)
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch.eval", *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment,
+    )
 
 
 def run(*arguments, **environment):
@@ -35,50 +41,114 @@ def test_after_a_kill_the_same_command_plays_only_what_is_missing_and_another_is
     tasks, out = tmp_path / "tasks", tmp_path / "out"
     write_task(tasks, "a")
     write_task(tasks, "b", dockerfile="FROM ubuntu:24.04\nWORKDIR /app\nRUN sleep 0.3\n")
-    command = ("--dataset", tasks, "--agent", "noop", "--attempts", 4, "--concurrency", 2, "--out", out)
+    command = (
+        "--dataset",
+        tasks,
+        "--agent",
+        "noop",
+        "--attempts",
+        4,
+        "--concurrency",
+        2,
+        "--out",
+        out,
+    )
     process, ends = start(*command), time.monotonic() + DEADLINE
-    while time.monotonic() < ends and process.poll() is None and (not (out / "results.jsonl").exists() or len(records(out)) < 4):
+    while (
+        time.monotonic() < ends
+        and process.poll() is None
+        and (not (out / "results.jsonl").exists() or len(records(out)) < 4)
+    ):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=DEADLINE)
     kept = records(out)
-    assert process.returncode == -signal.SIGKILL and 4 <= len(kept) < 8 and not (out / "results.json").exists()
+    assert (
+        process.returncode == -signal.SIGKILL
+        and 4 <= len(kept) < 8
+        and not (out / "results.json").exists()
+    )
     with open(out / "results.jsonl", "a") as file:
         file.write('{"task": "b", "att')  # what a kill in the middle of a write leaves
     status, said, error = run(*command)
     assert status == 0, error
     assert f"{8 - len(kept)} attempts played" in said and f"{len(kept)} were there already" in said
-    assert records(out)[:len(kept)] == kept and len({(one["task"], one["attempt"]) for one in records(out)}) == len(records(out)) == 8
+    assert (
+        records(out)[: len(kept)] == kept
+        and len({(one["task"], one["attempt"]) for one in records(out)}) == len(records(out)) == 8
+    )
     results = json.loads((out / "results.json").read_text())
-    assert {"task", "attempt", "reward", "ending", "seconds"} <= set(results["tasks"][0]) and len(results["tasks"]) == 8
-    assert results["mean_reward"] == results["pass_at_1"] == results["pass_at_k"] == results["avg_at_k"] == 0.0 and results["complete"]
-    assert results["by_domain"]["files"]["tasks"] == 2 and results["by_ending"] == {"failure": 8} and (out / "report.html").exists()
+    assert {"task", "attempt", "reward", "ending", "seconds"} <= set(results["tasks"][0]) and len(
+        results["tasks"]
+    ) == 8
+    assert (
+        results["mean_reward"]
+        == results["pass_at_1"]
+        == results["pass_at_k"]
+        == results["avg_at_k"]
+        == 0.0
+        and results["complete"]
+    )
+    assert (
+        results["by_domain"]["files"]["tasks"] == 2
+        and results["by_ending"] == {"failure": 8}
+        and (out / "report.html").exists()
+    )
     status, _, error = run(*command[:3], "oracle", *command[4:])
-    assert status == 2 and "agent is 'noop' there and 'oracle' now" in error and error.count("\n") == 1
+    assert (
+        status == 2 and "agent is 'noop' there and 'oracle' now" in error and error.count("\n") == 1
+    )
 
 
 def test_validation_fails_with_the_tasks_and_why(tmp_path):
     write_task(tmp_path / "tasks", "free", test="#!/bin/bash\necho 1 > /logs/verifier/reward.txt\n")
-    status, said, _ = run("--dataset", tmp_path / "tasks", "--validate", "--attempts", 1, "--out", tmp_path / "out")
-    assert status == 1 and "free: noop run 1 ended as success" in said and "0 of 1 tasks are sound" in said
+    status, said, _ = run(
+        "--dataset", tmp_path / "tasks", "--validate", "--attempts", 1, "--out", tmp_path / "out"
+    )
+    assert (
+        status == 1
+        and "free: noop run 1 ended as success" in said
+        and "0 of 1 tasks are sound" in said
+    )
     assert json.loads((tmp_path / "out" / "validation.json").read_text())["valid"] is False
 
 
 def test_contamination_is_an_exit_status(tmp_path):
-    write_task(tmp_path / "tasks", "known", instruction="Write the word hello into the file out.txt which lies in the folder named app, and nothing else.\n")
+    write_task(
+        tmp_path / "tasks",
+        "known",
+        instruction="Write the word hello into the file out.txt which lies in the folder named app, and nothing else.\n",
+    )
     (tmp_path / "corpus").mkdir()
-    (tmp_path / "corpus" / "a.txt").write_text("> WRITE the word *hello* into the\nfile out.txt, which lies in the folder named app and nothing")
-    status, said, error = run("--dataset", tmp_path / "tasks", "--decontaminate", tmp_path / "corpus", "--out", tmp_path / "out")
+    (tmp_path / "corpus" / "a.txt").write_text(
+        "> WRITE the word *hello* into the\nfile out.txt, which lies in the folder named app and nothing"
+    )
+    status, said, error = run(
+        "--dataset",
+        tmp_path / "tasks",
+        "--decontaminate",
+        tmp_path / "corpus",
+        "--out",
+        tmp_path / "out",
+    )
     assert status == 1 and "known: 86 % of its word runs" in said, error
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (("--dataset", "harbor", "--agent", "policy", "--out", "OUT"), "needs --checkpoint"),
-    (("--dataset", "harbor", "--temperature", "1", "--out", "OUT"), "--temperature is not read by --agent oracle"),
-])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("--dataset", "harbor", "--agent", "policy", "--out", "OUT"), "needs --checkpoint"),
+        (
+            ("--dataset", "harbor", "--temperature", "1", "--out", "OUT"),
+            "--temperature is not read by --agent oracle",
+        ),
+    ],
+)
 def test_a_wrong_command_is_one_line_and_leaves_nothing(tmp_path, arguments, said):
     status, _, error = run(*(tmp_path / "out" if one == "OUT" else one for one in arguments))
-    assert status != 0 and said in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert (
+        status != 0 and said in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+    )
 
 
 @pytest.mark.slow
@@ -86,20 +156,42 @@ def test_a_checkpoint_plays_through_the_engine_that_is_started_for_it(tmp_path):
     """A model of random weights: it solves nothing, every attempt counts, and the figures say what it sampled."""
     from tests.rome.serve.tiny import make_checkpoint
 
-    status, said, error = run("--dataset", "terminal:count:2", "--agent", "policy", "--checkpoint", make_checkpoint(tmp_path / "model"), "--attempts", 2,
-                              "--max_tokens", 20, "--out", tmp_path / "out", JAX_PLATFORMS="cpu")
+    status, said, error = run(
+        "--dataset",
+        "terminal:count:2",
+        "--agent",
+        "policy",
+        "--checkpoint",
+        make_checkpoint(tmp_path / "model"),
+        "--attempts",
+        2,
+        "--max_tokens",
+        20,
+        "--out",
+        tmp_path / "out",
+        JAX_PLATFORMS="cpu",
+    )
     assert status == 0, error
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["attempts_counted"] == 4 and results["pass_at_1"] == 0.0 and results["cost"]["tokens"]["completion"] > 0
+    assert (
+        results["attempts_counted"] == 4
+        and results["pass_at_1"] == 0.0
+        and results["cost"]["tokens"]["completion"] > 0
+    )
     assert "pass@2 0.000" in said
 
 
 def test_a_base_image_that_cannot_be_had_is_stood_for_by_this_system(tmp_path):
-    write_task(tmp_path / "tasks", "a", dockerfile="FROM registry.example/team/base:7\nWORKDIR /app\n")
+    write_task(
+        tmp_path / "tasks", "a", dockerfile="FROM registry.example/team/base:7\nWORKDIR /app\n"
+    )
     command = ("--dataset", tmp_path / "tasks", "--agent", "oracle", "--out")
     code, _, _ = run(*command, tmp_path / "refused")
     assert code == 1 and "registry.example/team/base:7" in records(tmp_path / "refused")[0]["note"]
-    assert run(*command, tmp_path / "out", "--stands_for", "registry.example/team/base=bash,sed")[0] == 0
+    assert (
+        run(*command, tmp_path / "out", "--stands_for", "registry.example/team/base=bash,sed")[0]
+        == 0
+    )
     assert records(tmp_path / "out")[0]["reward"] == 1.0
     code, _, error = run(*command, tmp_path / "wrong", "--stands_for", "python3")
     assert code == 2 and "is not IMAGE=PROGRAM" in error

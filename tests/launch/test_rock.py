@@ -19,8 +19,13 @@ from tests.paths import ROOT
 @contextlib.contextmanager
 def started(data, *arguments):
     """(process, URL) of a service with its tokens in `data`."""
-    process = subprocess.Popen([sys.executable, "-m", "launch.rock", *arguments, "--port=0", f"--data={data}"], cwd=ROOT, stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch.rock", *arguments, "--port=0", f"--data={data}"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     try:
         lines = [process.stdout.readline() for _ in range(2)]
         yield process, re.search(r" at (http://127\.0\.0\.1:[0-9]+)$", lines[1].strip()).group(1)
@@ -32,7 +37,9 @@ def started(data, *arguments):
 
 def config(data, url):
     tokens = dict(line.split() for line in (data / "tokens").read_text().splitlines())
-    return SandboxConfig(backend="remote", url=url, token=tokens["default"], isolation="best_available")
+    return SandboxConfig(
+        backend="remote", url=url, token=tokens["default"], isolation="best_available"
+    )
 
 
 async def until(holds):
@@ -50,7 +57,9 @@ def mark():
     return f"rock-{os.getpid()}-{time.monotonic_ns()}"
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_an_admin_that_is_ended_or_killed_leaves_no_process(tmp_path, mark, how):
     async def work(process, url):
         sandbox = Sandbox(config(tmp_path, url))
@@ -86,14 +95,34 @@ def test_a_killed_worker_is_told_leaves_no_process_and_another_takes_its_place(t
         async with Sandbox(config(tmp_path, url)) as sandbox:
             return (await sandbox.execute("echo well")).stdout
 
-    with started(tmp_path, "admin", "--workers=0") as (_, url), started(tmp_path, "worker", f"--admin={url}", "--name=one") as (worker, _):
+    with (
+        started(tmp_path, "admin", "--workers=0") as (_, url),
+        started(tmp_path, "worker", f"--admin={url}", "--name=one") as (worker, _),
+    ):
         asyncio.run(asyncio.wait_for(work(worker, url), 60))
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["admin", "--host=0.0.0.0"], "add --public"), (["admin", "--host=0.0.0.0", "--public"], "name the file of names and tokens by --token_file"), ([], "say what to start"), (["worker"], "needs --admin"),
-    (["worker", "--admin=nonsense"], "http://HOST:PORT; not 'nonsense'"), (["admin", "--port=99999"], "port"), (["admin", "--host=127.0.0.1", "--port=1", "--backends=podman"], "podman is unknown"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["admin", "--host=0.0.0.0"], "add --public"),
+        (
+            ["admin", "--host=0.0.0.0", "--public"],
+            "name the file of names and tokens by --token_file",
+        ),
+        ([], "say what to start"),
+        (["worker"], "needs --admin"),
+        (["worker", "--admin=nonsense"], "http://HOST:PORT; not 'nonsense'"),
+        (["admin", "--port=99999"], "port"),
+        (["admin", "--host=127.0.0.1", "--port=1", "--backends=podman"], "podman is unknown"),
+    ],
+)
 def test_a_wrong_command_line_is_one_clear_line(tmp_path, arguments, message):
-    ended = subprocess.run([sys.executable, "-m", "launch.rock", *arguments, f"--data={tmp_path}"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        [sys.executable, "-m", "launch.rock", *arguments, f"--data={tmp_path}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert ended.returncode and message in ended.stderr and "Traceback" not in ended.stderr

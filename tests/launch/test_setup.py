@@ -48,7 +48,9 @@ def project(tmp_path):
 
 def ready(project):
     """A .venv as setup leaves it, with this environment's pip: making one anew takes seconds."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", ".venv"], cwd=project, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", ".venv"], cwd=project, check=True
+    )
     (packages,) = (project / ".venv").glob("lib/python3*/site-packages")
     (packages / "pip").symlink_to(pathlib.Path(pip.__file__).parent)
     shutil.copy(project / "requirements.txt", project / ".venv")
@@ -56,19 +58,53 @@ def ready(project):
 
 
 def environment(project):
-    kept = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PYTHON", "CONFIG", "WORKDIR", "ARGS", "ACCELERATOR")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name
+        not in (
+            "MAKEFLAGS",
+            "MFLAGS",
+            "MAKELEVEL",
+            "PYTHON",
+            "CONFIG",
+            "WORKDIR",
+            "ARGS",
+            "ACCELERATOR",
+        )
+    }
     # Whatever chips the machine under the test has, the project sees none.
-    return {**kept, "ROME_DEVICES": str(project / "devices"), "PATH": f"{project / 'bin'}:{os.environ['PATH']}"}
+    return {
+        **kept,
+        "ROME_DEVICES": str(project / "devices"),
+        "PATH": f"{project / 'bin'}:{os.environ['PATH']}",
+    }
 
 
 def make(project, *arguments, **variables):
     variables = environment(project) | variables
-    return subprocess.run(["make", *arguments], cwd=project, env=variables, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        ["make", *arguments],
+        cwd=project,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def test_when_all_is_there_nothing_is_said_and_the_job_gets_its_arguments(project):
-    result = make(ready(project), "train", "CONFIG=experiments/ipa.py:smoke", "WORKDIR=runs/my run", "ARGS=--config.seed=3")
-    assert result.stdout == "arguments ['--config=experiments/ipa.py:smoke', '--workdir=runs/my run', '--config.seed=3']\n"
+    result = make(
+        ready(project),
+        "train",
+        "CONFIG=experiments/ipa.py:smoke",
+        "WORKDIR=runs/my run",
+        "ARGS=--config.seed=3",
+    )
+    assert (
+        result.stdout
+        == "arguments ['--config=experiments/ipa.py:smoke', '--workdir=runs/my run', '--config.seed=3']\n"
+    )
     assert (result.returncode, result.stderr) == (0, "")
 
 
@@ -77,7 +113,9 @@ def test_without_workdir_the_job_chooses_its_own(project):
 
 
 def test_a_failing_job_fails_make(project):
-    assert make(ready(project), "train", "ARGS=--fail").returncode == 2  # GNU make's only status for a failed recipe
+    assert (
+        make(ready(project), "train", "ARGS=--fail").returncode == 2
+    )  # GNU make's only status for a failed recipe
 
 
 def test_an_environment_is_made_filled_and_then_left_alone(project):
@@ -85,7 +123,10 @@ def test_an_environment_is_made_filled_and_then_left_alone(project):
     (project / ".venv" / "bin" / "python").symlink_to("/nowhere/python3")
     first = make(project, "train", f"PYTHON={sys.executable}")
     assert first.returncode == 0, first.stderr
-    assert "making .venv with" in first.stdout and "installing the packages of requirements.txt" in first.stdout
+    assert (
+        "making .venv with" in first.stdout
+        and "installing the packages of requirements.txt" in first.stdout
+    )
     assert make(project, "train").stdout.startswith("arguments")
 
 
@@ -102,7 +143,9 @@ def test_a_python_that_is_too_old_gets_one_line_with_the_remedy(project):
     old.chmod(0o755)
     result = make(project, "train", f"PYTHON={old}")
     lines = [line for line in result.stderr.splitlines() if not line.startswith("make")]
-    assert len(lines) == 1 and f"{old} is 3.9" in lines[0] and "PYTHON=/path/to/python3.12" in lines[0]
+    assert (
+        len(lines) == 1 and f"{old} is 3.9" in lines[0] and "PYTHON=/path/to/python3.12" in lines[0]
+    )
     assert result.returncode == 2 and not (project / ".venv").exists()
 
 
@@ -120,10 +163,16 @@ def test_an_accelerator_images_jax_is_kept_where_the_requirements_allow_it(proje
     for name, number in (("jax", version), ("jax-cuda12-plugin", version)):
         folder = project / "image" / f"{name.replace('-', '_')}-{number}.dist-info"
         folder.mkdir(parents=True)
-        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n")
+        (folder / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n"
+        )
         (folder / "RECORD").touch()
-    (project / "requirements.txt").write_text("jax>=0.10,<0.13; sys_platform == 'none'\n")  # read for its range, nothing to download
-    result = make(project, "train", f"PYTHON={sys._base_executable}", PYTHONPATH=str(project / "image"))
+    (project / "requirements.txt").write_text(
+        "jax>=0.10,<0.13; sys_platform == 'none'\n"
+    )  # read for its range, nothing to download
+    result = make(
+        project, "train", f"PYTHON={sys._base_executable}", PYTHONPATH=str(project / "image")
+    )
     assert result.returncode == 0, result.stderr
     assert (f"keeping the jax {version}" in result.stdout) == kept
     assert (f"jax=={version}" in (project / ".venv" / "constraints.txt").read_text()) == kept
@@ -136,21 +185,29 @@ def add_device(project, path, text=""):
     file.write_text(text)
 
 
-@pytest.mark.parametrize("devices, chosen", [
-    ({}, None),
-    ({"dev/nvidia0": "", "dev/nvidiactl": ""}, "cuda"),
-    ({"dev/nvidiactl": ""}, None),  # a driver without a card
-    ({"dev/accel0": "", "sys/bus/pci/devices/0000:00:05.0/vendor": "0x1ae0\n"}, "tpu"),
-    ({"dev/vfio/0": "", "sys/bus/pci/devices/0000:00:05.0/vendor": "0x1ae0\n"}, "tpu"),
-    ({"dev/accel0": "", "sys/bus/pci/devices/0000:00:05.0/vendor": "0x8086\n"}, None),  # another maker's accelerator
-])
+@pytest.mark.parametrize(
+    "devices, chosen",
+    [
+        ({}, None),
+        ({"dev/nvidia0": "", "dev/nvidiactl": ""}, "cuda"),
+        ({"dev/nvidiactl": ""}, None),  # a driver without a card
+        ({"dev/accel0": "", "sys/bus/pci/devices/0000:00:05.0/vendor": "0x1ae0\n"}, "tpu"),
+        ({"dev/vfio/0": "", "sys/bus/pci/devices/0000:00:05.0/vendor": "0x1ae0\n"}, "tpu"),
+        (
+            {"dev/accel0": "", "sys/bus/pci/devices/0000:00:05.0/vendor": "0x8086\n"},
+            None,
+        ),  # another maker's accelerator
+    ],
+)
 def test_the_machines_devices_choose_the_requirements(project, devices, chosen):
     ready(project)
     for path, text in devices.items():
         add_device(project, path, text)
     result = make(project, "train")
     assert result.returncode == 0, result.stderr
-    assert [name for name in ("tpu", "cuda") if f"requirements-{name}.txt" in result.stdout] == ([chosen] if chosen else [])
+    assert [name for name in ("tpu", "cuda") if f"requirements-{name}.txt" in result.stdout] == (
+        [chosen] if chosen else []
+    )
     assert make(project, "train").stdout.startswith("arguments")  # once
 
 
@@ -159,24 +216,37 @@ def test_accelerator_wins_over_the_devices(project, accelerator):
     add_device(ready(project), "dev/nvidia0")
     result = make(project, "train", f"ACCELERATOR={accelerator}")
     assert result.returncode == 0, result.stderr
-    assert [name for name in ("tpu", "cuda", "cpu") if f"requirements-{name}.txt" in result.stdout] == [accelerator] * (accelerator != "cpu")
+    assert [
+        name for name in ("tpu", "cuda", "cpu") if f"requirements-{name}.txt" in result.stdout
+    ] == [accelerator] * (accelerator != "cpu")
 
 
 def test_an_unknown_accelerator_gets_one_line_with_the_remedy(project):
     result = make(ready(project), "train", "ACCELERATOR=gpu")
-    assert result.returncode == 2 and "ACCELERATOR=gpu is none of tpu, cuda and cpu" in result.stderr and "arguments" not in result.stdout
+    assert (
+        result.returncode == 2
+        and "ACCELERATOR=gpu is none of tpu, cuda and cpu" in result.stderr
+        and "arguments" not in result.stdout
+    )
 
 
 def test_an_image_that_brings_its_own_jax_gets_no_other_one(project):
     add_device(ready(project), "dev/nvidia0")
     settings = project / ".venv" / "pyvenv.cfg"
-    settings.write_text(settings.read_text().replace("include-system-site-packages = false", "include-system-site-packages = true"))
+    settings.write_text(
+        settings.read_text().replace(
+            "include-system-site-packages = false", "include-system-site-packages = true"
+        )
+    )
     assert make(project, "train").stdout.startswith("arguments")
 
 
 def test_every_requirements_file_allows_the_same_jax():
     pattern = re.compile(r"^jax(?:\[\w+\])?(>=.*)$", re.MULTILINE)
-    found = {pattern.search((ROOT / name).read_text())[1] for name in ("requirements.txt", "requirements-tpu.txt", "requirements-cuda.txt")}
+    found = {
+        pattern.search((ROOT / name).read_text())[1]
+        for name in ("requirements.txt", "requirements-tpu.txt", "requirements-cuda.txt")
+    }
     assert found == {">=0.10,<0.13"}
 
 
@@ -184,7 +254,11 @@ def test_packages_that_cannot_be_installed_stop_make_before_the_job_and_are_trie
     (ready(project) / "requirements.txt").write_text("./no_such_folder\n")
     for _ in range(2):
         result = make(project, "train")
-        assert result.returncode == 2 and "pip could not install requirements.txt" in result.stderr and "arguments" not in result.stdout
+        assert (
+            result.returncode == 2
+            and "pip could not install requirements.txt" in result.stderr
+            and "arguments" not in result.stdout
+        )
 
 
 def test_clean_removes_the_environment_and_keeps_results(project):
@@ -198,7 +272,12 @@ def test_ctrl_c_reaches_the_job_once_and_make_waits_for_it(project):
     leader, follower = pty.openpty()
     command = ["make", "train", "ARGS=--wait"]
     process = subprocess.Popen(
-        ["setsid", "--ctty", "--wait", *command], cwd=project, env=environment(project), stdin=follower, stdout=follower, stderr=follower
+        ["setsid", "--ctty", "--wait", *command],
+        cwd=project,
+        env=environment(project),
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
     )
     os.close(follower)
     output, deadline, pressed = "", time.monotonic() + 60, False

@@ -14,10 +14,21 @@ import time
 import pytest
 from tests.paths import ROOT
 
-SFT = ["--config=experiments/sft.py:smoke", "--config.steps=6", "--config.expert_episodes=48", "--config.eval_tasks=1", "--config.checkpoint_every=2"]
+SFT = [
+    "--config=experiments/sft.py:smoke",
+    "--config.steps=6",
+    "--config.expert_episodes=48",
+    "--config.eval_tasks=1",
+    "--config.checkpoint_every=2",
+]
 IPA = [
-    "--config=experiments/ipa.py:smoke", "--config.steps=3", "--config.groups=2", "--config.group_size=2", "--config.eval_tasks=1",
-    "--config.eval_every=3", "--config.checkpoint_every=2",
+    "--config=experiments/ipa.py:smoke",
+    "--config.steps=3",
+    "--config.groups=2",
+    "--config.group_size=2",
+    "--config.eval_tasks=1",
+    "--config.eval_every=3",
+    "--config.checkpoint_every=2",
 ]
 
 
@@ -26,20 +37,39 @@ def command(flags: list[str], workdir: pathlib.Path) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device, as a user has
+    return {
+        name: value for name, value in os.environ.items() if name != "XLA_FLAGS"
+    }  # one device, as a user has
 
 
 def train(flags: list[str], workdir: pathlib.Path) -> str:
-    done = subprocess.run(command(flags, workdir), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        command(flags, workdir),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 
 
-def train_and_interrupt(flags: list[str], workdir: pathlib.Path, number: int, after_steps: int) -> int:
+def train_and_interrupt(
+    flags: list[str], workdir: pathlib.Path, number: int, after_steps: int
+) -> int:
     """Starts the run and sends it a signal at some moment after its first steps. Returns its exit status."""
-    process = subprocess.Popen(command(flags, workdir), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        command(flags, workdir),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     ends = time.monotonic() + 240
-    while len(metrics(workdir)) < after_steps and process.poll() is None and time.monotonic() < ends:
+    while (
+        len(metrics(workdir)) < after_steps and process.poll() is None and time.monotonic() < ends
+    ):
         time.sleep(0.02)
     time.sleep(random.uniform(0.0, 0.5))
     process.send_signal(number)
@@ -49,7 +79,11 @@ def train_and_interrupt(flags: list[str], workdir: pathlib.Path, number: int, af
 
 def metrics(workdir: pathlib.Path) -> list[dict]:
     path = workdir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        if path.exists()
+        else []
+    )
 
 
 def report(workdir: pathlib.Path) -> dict:
@@ -69,21 +103,34 @@ def sft(tmp_path_factory) -> pathlib.Path:
 
 def test_sft_leaves_what_programs_read(sft):
     document = report(sft)
-    assert document["experiment"] == "sft" and document["steps"] == 6 and document["wall_seconds"] > 0
+    assert (
+        document["experiment"] == "sft" and document["steps"] == 6 and document["wall_seconds"] > 0
+    )
     assert document["isolation"]
-    assert [(entry["stage"], entry["step"]) for entry in document["evals"]] == [("sft", 0), ("sft", 6)]
+    assert [(entry["stage"], entry["step"]) for entry in document["evals"]] == [
+        ("sft", 0),
+        ("sft", 6),
+    ]
     for entry in document["evals"]:
         assert 0 <= entry["low"] <= entry["success"] <= entry["high"] <= 1
         assert entry["n"] == sum(n for _, n in entry["by_family"].values()) >= 12
-    assert [line["step"] for line in metrics(sft)] == list(range(1, 7)) and losses(sft)[-1] < losses(sft)[0]
-    assert (sft / "final" / "model.safetensors").exists() and list(sft.glob("*.png")) + list(sft.glob("*/*.png"))
+    assert [line["step"] for line in metrics(sft)] == list(range(1, 7)) and losses(sft)[
+        -1
+    ] < losses(sft)[0]
+    assert (sft / "final" / "model.safetensors").exists() and list(sft.glob("*.png")) + list(
+        sft.glob("*/*.png")
+    )
     trajectory = json.loads(next((sft / "trajectories").glob("*.json")).read_text())
-    assert trajectory["schema_version"] == "ATIF-v1.7" and trajectory["steps"][1]["source"] == "agent"
+    assert (
+        trajectory["schema_version"] == "ATIF-v1.7" and trajectory["steps"][1]["source"] == "agent"
+    )
 
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_and_is_bitwise_the_run_that_was_not_killed(sft, tmp_path):
-    assert train_and_interrupt(SFT, tmp_path / "run", signal.SIGKILL, after_steps=3) == -signal.SIGKILL
+    assert (
+        train_and_interrupt(SFT, tmp_path / "run", signal.SIGKILL, after_steps=3) == -signal.SIGKILL
+    )
     train(SFT, tmp_path / "run")
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 7))
     assert losses(tmp_path / "run") == losses(sft)
@@ -96,66 +143,131 @@ def test_a_run_that_is_ended_does_nothing_when_started_again(sft):
 
 
 def test_a_workdir_of_another_config_is_refused_in_one_line(sft):
-    done = subprocess.run(command([*SFT, "--config.seed=5"], sft), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "seed (0 there, 5 now)" in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run(
+        command([*SFT, "--config.seed=5"], sft),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (
+        done.returncode == 1
+        and "seed (0 there, 5 now)" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
-def test_ipa_survives_ctrl_c_and_kill_and_ends_bitwise_as_the_run_that_was_left_alone(sft, tmp_path):
+def test_ipa_survives_ctrl_c_and_kill_and_ends_bitwise_as_the_run_that_was_left_alone(
+    sft, tmp_path
+):
     flags, workdir = [*IPA, f"--config.init_from={sft / 'final'}"], tmp_path / "run"
     assert train_and_interrupt(flags, workdir, signal.SIGINT, after_steps=1) == 130
-    assert train_and_interrupt(flags, workdir, signal.SIGKILL, after_steps=2) in (-signal.SIGKILL, 0)
+    assert train_and_interrupt(flags, workdir, signal.SIGKILL, after_steps=2) in (
+        -signal.SIGKILL,
+        0,
+    )
     train(flags, workdir)
     lines, document = metrics(workdir), report(workdir)
     assert [line["step"] for line in lines] == [1, 2, 3]
     accounting = document["accounting"]
-    assert accounting["trained"] + accounting["dropped"].get("equal_group", 0) == 3 * 2 * 2 and accounting["in_flight"] == 0
+    assert (
+        accounting["trained"] + accounting["dropped"].get("equal_group", 0) == 3 * 2 * 2
+        and accounting["in_flight"] == 0
+    )
     assert accounting["started"] == accounting["trained"] + sum(accounting["dropped"].values())
-    names = collections.Counter(path.name[:10] for path in (workdir / "trajectories").glob("ipa_*_g*_e*.json"))
+    names = collections.Counter(
+        path.name[:10] for path in (workdir / "trajectories").glob("ipa_*_g*_e*.json")
+    )
     assert names == {"ipa_000000": 4, "ipa_000001": 4, "ipa_000002": 4}
-    shown = [len(list((workdir / "trajectories").glob(f"ipa_{step:06d}_expert_*.json"))) for step in range(3)]
+    shown = [
+        len(list((workdir / "trajectories").glob(f"ipa_{step:06d}_expert_*.json")))
+        for step in range(3)
+    ]
     assert shown == [line["demonstrations"] for line in lines] and sum(shown) > 0
     assert all(line["max_mismatch"] < 1e-3 for line in lines if "max_mismatch" in line)
-    assert [(entry["stage"], entry["step"]) for entry in document["evals"]] == [("ipa", 0), ("ipa", 3)]
+    assert [(entry["stage"], entry["step"]) for entry in document["evals"]] == [
+        ("ipa", 0),
+        ("ipa", 3),
+    ]
     train(flags, tmp_path / "alone")
     assert losses(workdir) == losses(tmp_path / "alone")
 
 
-def test_asynchronous_training_with_resampling_is_killed_resumed_and_never_trains_on_anything_twice_or_too_old(sft, tmp_path):
+def test_asynchronous_training_with_resampling_is_killed_resumed_and_never_trains_on_anything_twice_or_too_old(
+    sft, tmp_path
+):
     flags = [
-        "--config=experiments/ipa.py:smoke", f"--config.init_from={sft / 'final'}", "--config.steps=6", "--config.groups=3", "--config.group_size=2",
-        "--config.eval_every=0", "--config.eval_tasks=1", "--config.checkpoint_every=2", "--config.async_ratio=1", "--config.concurrency=4",
-        "--config.resampling=parallel", "--config.resample_share=0.4", "--config.filter_groups=False",
+        "--config=experiments/ipa.py:smoke",
+        f"--config.init_from={sft / 'final'}",
+        "--config.steps=6",
+        "--config.groups=3",
+        "--config.group_size=2",
+        "--config.eval_every=0",
+        "--config.eval_tasks=1",
+        "--config.checkpoint_every=2",
+        "--config.async_ratio=1",
+        "--config.concurrency=4",
+        "--config.resampling=parallel",
+        "--config.resample_share=0.4",
+        "--config.filter_groups=False",
     ]
     workdir = tmp_path / "run"
-    assert train_and_interrupt(flags, workdir, signal.SIGKILL, after_steps=3) in (-signal.SIGKILL, 0)
+    assert train_and_interrupt(flags, workdir, signal.SIGKILL, after_steps=3) in (
+        -signal.SIGKILL,
+        0,
+    )
     before = [json.loads(line) for line in (workdir / "steps.jsonl").read_text().splitlines()]
     train(flags, workdir)
     lines, accounting = metrics(workdir), report(workdir)["accounting"]
     assert [line["step"] for line in lines] == list(range(1, 7))
     # What old samples are compared with are the weights that sampled them, also where those were read from the disk again.
     assert all(line["max_staleness"] <= 1 and line["max_mismatch"] < 1e-3 for line in lines)
-    assert sum(line["staleness"] for line in lines) > 0 and sum(line["resampled"] for line in lines) > 0
+    assert (
+        sum(line["staleness"] for line in lines) > 0
+        and sum(line["resampled"] for line in lines) > 0
+    )
     steps = [json.loads(line) for line in (workdir / "steps.jsonl").read_text().splitlines()]
-    assert steps[:len(before)] == before  # steps that were repeated took what they had taken
-    taken = [tuple(group) for step in {entry["step"]: entry["groups"] for entry in steps}.values() for group in step]
+    assert steps[: len(before)] == before  # steps that were repeated took what they had taken
+    taken = [
+        tuple(group)
+        for step in {entry["step"]: entry["groups"] for entry in steps}.values()
+        for group in step
+    ]
     assert len(taken) == len(set(taken)) == 6 * 3
     assert accounting["trained"] == 6 * 3 * 2 and accounting["in_flight"] == 0
     assert accounting["started"] == accounting["trained"] + sum(accounting["dropped"].values())
-    resampled = [step["extra"]["kind"] for file in (workdir / "trajectories").glob("ipa_*_g*.json") for step in json.loads(file.read_text())["steps"][1:]]
+    resampled = [
+        step["extra"]["kind"]
+        for file in (workdir / "trajectories").glob("ipa_*_g*.json")
+        for step in json.loads(file.read_text())["steps"][1:]
+    ]
     assert {"context", "rl"} <= set(resampled)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("replay", ["off", "rollout", "recompute"])
 def test_routes_are_recorded_and_replayed_as_the_config_says(sft, tmp_path, replay):
-    train([*IPA, f"--config.init_from={sft / 'final'}", "--config.steps=2", f"--config.routing_replay={replay}"], tmp_path / "run")
+    train(
+        [
+            *IPA,
+            f"--config.init_from={sft / 'final'}",
+            "--config.steps=2",
+            f"--config.routing_replay={replay}",
+        ],
+        tmp_path / "run",
+    )
     for line in metrics(tmp_path / "run"):
         assert line["max_mismatch"] < 1e-3
         if replay == "off":
             assert "route_agreement" not in line
         else:  # in float32 only the first of the step's two updates comes between the routes and the router
             assert 0.8 < line["route_agreement"] <= line["route_overlap"] <= 1
-    steps = [step for file in (tmp_path / "run" / "trajectories").glob("ipa_*.json") for step in json.loads(file.read_text())["steps"][1:]]
+    steps = [
+        step
+        for file in (tmp_path / "run" / "trajectories").glob("ipa_*.json")
+        for step in json.loads(file.read_text())["steps"][1:]
+    ]
     assert steps and all(("routes" in step["extra"]) == (replay == "rollout") for step in steps)
 
 
@@ -166,8 +278,19 @@ def test_a_broken_checkpoint_is_named_with_the_remedy(sft, tmp_path):
     for file in (workdir / "checkpoints" / "6").rglob("*"):
         if file.is_file() and file.stat().st_size > 1000:
             file.write_bytes(b"torn")
-    done = subprocess.run(command(SFT, workdir), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "checkpoints/6 cannot be read" in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run(
+        command(SFT, workdir),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (
+        done.returncode == 1
+        and "checkpoints/6 cannot be read" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 @pytest.mark.slow
@@ -176,9 +299,13 @@ def test_plain_text_is_learnt_killed_and_resumed(tmp_path):
     train(flags, tmp_path / "whole")
     document = report(tmp_path / "whole")
     first, last = document["evals"]
-    assert (first["stage"], first["step"], last["step"]) == ("cpt", 0, 8) and document["isolation"] == "no sandbox"
+    assert (first["stage"], first["step"], last["step"]) == ("cpt", 0, 8) and document[
+        "isolation"
+    ] == "no sandbox"
     assert last["bits_per_byte"] < first["bits_per_byte"] and first["bytes"] == last["bytes"] > 1000
-    assert (tmp_path / "whole" / "plots" / "cpt_loss.png").exists() and not (tmp_path / "whole" / "engine.log").exists()
+    assert (tmp_path / "whole" / "plots" / "cpt_loss.png").exists() and not (
+        tmp_path / "whole" / "engine.log"
+    ).exists()
     train_and_interrupt(flags, tmp_path / "killed", signal.SIGKILL, after_steps=3)
     said = train(flags, tmp_path / "killed")
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole") and "bits a byte" in said
@@ -187,16 +314,37 @@ def test_plain_text_is_learnt_killed_and_resumed(tmp_path):
 @pytest.mark.slow
 def test_sft_starts_from_plain_text_and_both_stages_are_reported(tmp_path):
     train([*SFT, "--config.steps=2", "--config.init_from=experiments/cpt.py"], tmp_path / "sft")
-    assert [entry["stage"] for entry in report(tmp_path / "sft")["evals"]] == ["cpt", "cpt", "sft", "sft"]
+    assert [entry["stage"] for entry in report(tmp_path / "sft")["evals"]] == [
+        "cpt",
+        "cpt",
+        "sft",
+        "sft",
+    ]
 
 
 def test_text_that_changed_under_a_checkpoint_is_refused_in_one_line(tmp_path):
     for number in range(30):
         (tmp_path / f"{number}.txt").write_text(f"document {number}" + " with words" * number)
-    flags = ["--config=experiments/cpt.py:smoke", "--config.steps=2", "--config.held_out_share=0.2", f"--config.text={tmp_path}"]
+    flags = [
+        "--config=experiments/cpt.py:smoke",
+        "--config.steps=2",
+        "--config.held_out_share=0.2",
+        f"--config.text={tmp_path}",
+    ]
     workdir = tmp_path / ".run"
     train(flags, workdir)
     shutil.rmtree(workdir / "final")
     (tmp_path / "more.txt").write_text("one more")
-    done = subprocess.run(command(flags, workdir), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "is not what the checkpoint of step 2 was trained on" in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run(
+        command(flags, workdir),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (
+        done.returncode == 1
+        and "is not what the checkpoint of step 2 was trained on" in done.stderr
+        and "Traceback" not in done.stderr
+    )

@@ -5,4 +5,13 @@ from envs.gem.tools.mcp import MCPTool
 from envs.gem.tools.sandboxed import PythonCodeTool, ShellTool
 from envs.gem.tools.search import BM25Index, SearchTool
 
-__all__ = ["BM25Index", "BaseTool", "MCPTool", "PythonCodeTool", "SearchTool", "ShellTool", "ToolEnvWrapper", "ToolResult"]
+__all__ = [
+    "BM25Index",
+    "BaseTool",
+    "MCPTool",
+    "PythonCodeTool",
+    "SearchTool",
+    "ShellTool",
+    "ToolEnvWrapper",
+    "ToolResult",
+]

@@ -9,7 +9,9 @@ from typing import Any
 from envs.gem.core import Env, Info, StepResult, close_async, reset_async, step_async
 from envs.gem.wrappers import EnvWrapper
 
-ToolResult = tuple[bool, bool, str, str]  # (a call of this tool was found, it failed, observation, the action up to the end of the call)
+ToolResult = tuple[
+    bool, bool, str, str
+]  # (a call of this tool was found, it failed, observation, the action up to the end of the call)
 
 
 class BaseTool:
@@ -50,12 +52,19 @@ class ToolEnvWrapper(EnvWrapper):
     """
 
     def __init__(
-        self, env: Env, tools: Sequence[Any], tool_reward: float = 0.0, tool_success_reward: float = 0.0, max_tool_uses: int | None = 10,
+        self,
+        env: Env,
+        tools: Sequence[Any],
+        tool_reward: float = 0.0,
+        tool_success_reward: float = 0.0,
+        max_tool_uses: int | None = 10,
     ) -> None:
         """tool_reward: for each call; tool_success_reward: on top for one that did not fail. Past max_tool_uses the tools are not asked."""
         super().__init__(env)
         self.tools = [tool.spawn() if hasattr(tool, "spawn") else tool for tool in tools]
-        self._own_tools = [mine for mine, given in zip(self.tools, tools) if mine is not given]  # those of others are theirs to reset and close
+        self._own_tools = [
+            mine for mine, given in zip(self.tools, tools) if mine is not given
+        ]  # those of others are theirs to reset and close
         self.tool_reward, self.tool_success_reward = tool_reward, tool_success_reward
         self.max_tool_uses = float("inf") if max_tool_uses is None else max_tool_uses
         self.tool_use_counter = self.tool_success_counter = 0
@@ -72,7 +81,9 @@ class ToolEnvWrapper(EnvWrapper):
         return self.after_reset(*await reset_async(self.env, seed))
 
     async def astep(self, action: str) -> StepResult:
-        return await asyncio.to_thread(self._use_tools, action) or self.after_step(action, await step_async(self.env, action))
+        return await asyncio.to_thread(self._use_tools, action) or self.after_step(
+            action, await step_async(self.env, action)
+        )
 
     def close(self) -> None:
         self._each_own_tool("close")
@@ -83,12 +94,17 @@ class ToolEnvWrapper(EnvWrapper):
         await close_async(self.env)
 
     def after_reset(self, observation: str, info: Info) -> tuple[str, Info]:
-        info["prev_ep_tool_use_counter"], info["prev_ep_tool_success_counter"] = self.tool_use_counter, self.tool_success_counter
+        info["prev_ep_tool_use_counter"], info["prev_ep_tool_success_counter"] = (
+            self.tool_use_counter,
+            self.tool_success_counter,
+        )
         self.tool_use_counter = self.tool_success_counter = 0
         info["use_tool"] = False
         self._count(info)
         instructions = "\n".join(tool.instruction_string() for tool in self.tools)
-        return f"{observation}\n" + ("Available tools:\n" if len(self.tools) > 1 else "") + instructions, info
+        return f"{observation}\n" + (
+            "Available tools:\n" if len(self.tools) > 1 else ""
+        ) + instructions, info
 
     def after_step(self, action: str, result: StepResult) -> StepResult:
         result[4]["use_tool"] = True  # as gem does
@@ -98,16 +114,35 @@ class ToolEnvWrapper(EnvWrapper):
     def spawn(self, same_state: bool = False, **kwargs: Any) -> ToolEnvWrapper:
         """Tools that keep state start afresh, also with same_state."""
         uses = None if self.max_tool_uses == float("inf") else int(self.max_tool_uses)
-        clone = type(self)(self.env.spawn(same_state=same_state, **kwargs), self.tools, self.tool_reward, self.tool_success_reward, uses)
+        clone = type(self)(
+            self.env.spawn(same_state=same_state, **kwargs),
+            self.tools,
+            self.tool_reward,
+            self.tool_success_reward,
+            uses,
+        )
         if same_state:
-            clone.tool_use_counter, clone.tool_success_counter = self.tool_use_counter, self.tool_success_counter
+            clone.tool_use_counter, clone.tool_success_counter = (
+                self.tool_use_counter,
+                self.tool_success_counter,
+            )
         return clone
 
     def get_state(self) -> dict[str, Any]:
-        return {**self.env.get_state(), "tool_use_counter": self.tool_use_counter, "tool_success_counter": self.tool_success_counter}
+        return {
+            **self.env.get_state(),
+            "tool_use_counter": self.tool_use_counter,
+            "tool_success_counter": self.tool_success_counter,
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self.env.set_state({name: value for name, value in state.items() if name not in ("tool_use_counter", "tool_success_counter")})
+        self.env.set_state(
+            {
+                name: value
+                for name, value in state.items()
+                if name not in ("tool_use_counter", "tool_success_counter")
+            }
+        )
         self.tool_use_counter = state.get("tool_use_counter", 0)
         self.tool_success_counter = state.get("tool_success_counter", 0)
 
@@ -136,7 +171,10 @@ class ToolEnvWrapper(EnvWrapper):
         return self.after_step(action, (observation, reward, False, False, info))
 
     def _count(self, info: Info) -> None:
-        info["tool_use_counter"], info["tool_success_counter"] = self.tool_use_counter, self.tool_success_counter
+        info["tool_use_counter"], info["tool_success_counter"] = (
+            self.tool_use_counter,
+            self.tool_success_counter,
+        )
 
     def _each_own_tool(self, method: str) -> None:
         for tool in self._own_tools:

@@ -18,8 +18,12 @@ from envs.gem.tool_call import CLOSE, OPEN, ToolCall, ToolCallError, parse_tool_
 from envs.gem.tools.base import BaseTool, ToolResult
 from envs.rock.sync import run
 
-_GEM_CALL = re.compile(r"\s*<tool_name>([^<]+)</tool_name>\s*<arguments>(.*)</arguments>\s*", re.DOTALL)
-CONNECTION_CLOSED = -32000  # the JSON-RPC code with which the mcp package says that the server is gone
+_GEM_CALL = re.compile(
+    r"\s*<tool_name>([^<]+)</tool_name>\s*<arguments>(.*)</arguments>\s*", re.DOTALL
+)
+CONNECTION_CLOSED = (
+    -32000
+)  # the JSON-RPC code with which the mcp package says that the server is gone
 
 
 class MCPTool(BaseTool):
@@ -32,12 +36,20 @@ class MCPTool(BaseTool):
         super().__init__()
         if importlib.util.find_spec("mcp") is None:
             raise ImportError("MCPTool needs the mcp package; pip install mcp")
-        servers = {"default": {"url": config}} if isinstance(config, str) else dict(config.get("mcpServers", {}))
+        servers = (
+            {"default": {"url": config}}
+            if isinstance(config, str)
+            else dict(config.get("mcpServers", {}))
+        )
         if not servers:
-            raise ValueError(f"MCP configuration {config!r} names no server; it is an URL or {{'mcpServers': {{name: ...}}}}")
+            raise ValueError(
+                f"MCP configuration {config!r} names no server; it is an URL or {{'mcpServers': {{name: ...}}}}"
+            )
         for name, server in servers.items():
             if ("url" in server) == ("command" in server):
-                raise ValueError(f"MCP server {name!r} has {sorted(server)}; give it either url or command")
+                raise ValueError(
+                    f"MCP server {name!r} has {sorted(server)}; give it either url or command"
+                )
         self.config, self.execution_timeout = config, execution_timeout
         self._servers = [_Server(name, server) for name, server in servers.items()]
 
@@ -46,7 +58,10 @@ class MCPTool(BaseTool):
         return run(self._tools(), self.execution_timeout)
 
     def instruction_string(self) -> str:
-        functions = [json.dumps({"type": "function", "function": tool}) for tool in sorted(self.get_available_tools(), key=lambda tool: tool["name"])]
+        functions = [
+            json.dumps({"type": "function", "function": tool})
+            for tool in sorted(self.get_available_tools(), key=lambda tool: tool["name"])
+        ]
         return (
             "You can call the functions between <tools> and </tools>, one in a turn. Write\n<tool_call>\n<tool_name>its name</tool_name>\n<arguments>\n"
             "{a JSON object of its parameters}\n</arguments>\n</tool_call>\nand its result comes back between <tool_response> and </tool_response>.\n"
@@ -64,7 +79,10 @@ class MCPTool(BaseTool):
         try:
             failed, text = run(self._call(call), self.execution_timeout)
         except TimeoutError:
-            failed, text = True, f"[Tool execution failed: no answer within {self.execution_timeout:g} s]"
+            failed, text = (
+                True,
+                f"[Tool execution failed: no answer within {self.execution_timeout:g} s]",
+            )
         return True, failed, f"\n<tool_response>\n{text}\n</tool_response>\n", parsed_action
 
     def close(self) -> None:
@@ -87,7 +105,11 @@ def _first_call(action: str) -> tuple[ToolCall, str] | None:
     """The call and the action up to its end. Raises ToolCallError."""
     end = action.find(CLOSE)
     text = action if end < 0 else action[: end + len(CLOSE)]
-    match = _GEM_CALL.fullmatch(action, action.index(OPEN) + len(OPEN), end) if 0 <= action.find(OPEN) < end else None
+    match = (
+        _GEM_CALL.fullmatch(action, action.index(OPEN) + len(OPEN), end)
+        if 0 <= action.find(OPEN) < end
+        else None
+    )
     if match is None:
         calls = parse_tool_calls(text)
         return (calls[0], text) if calls else None
@@ -113,18 +135,35 @@ class _Server:
     async def tools(self) -> list[dict[str, Any]]:
         if self._tools is None:
             listed = await (await self._open()).list_tools()
-            wire = [tool.model_dump(by_alias=True) for tool in listed.tools]  # the field names of the protocol, whichever version of the package
-            self._tools = [{"name": tool["name"], "description": tool.get("description") or "", "parameters": tool["inputSchema"]} for tool in wire]
+            wire = [
+                tool.model_dump(by_alias=True) for tool in listed.tools
+            ]  # the field names of the protocol, whichever version of the package
+            self._tools = [
+                {
+                    "name": tool["name"],
+                    "description": tool.get("description") or "",
+                    "parameters": tool["inputSchema"],
+                }
+                for tool in wire
+            ]
         return self._tools
 
     async def call(self, call: ToolCall) -> tuple[bool, str]:
         try:
-            result = (await (await self._open()).call_tool(call.name, call.arguments)).model_dump(by_alias=True)
+            result = (await (await self._open()).call_tool(call.name, call.arguments)).model_dump(
+                by_alias=True
+            )
         except Exception as error:  # the server's own words, its death, a broken protocol: all are the tool's failure, told to the model
-            if getattr(getattr(error, "error", None), "code", CONNECTION_CLOSED) == CONNECTION_CLOSED:
+            if (
+                getattr(getattr(error, "error", None), "code", CONNECTION_CLOSED)
+                == CONNECTION_CLOSED
+            ):
                 await self.close()  # no answer of the server: the next call opens another session
             return True, f"[Tool execution failed: {type(error).__name__}: {error}]"
-        text = "\n".join(part["text"] if part.get("type") == "text" else json.dumps(part, default=str) for part in result["content"])
+        text = "\n".join(
+            part["text"] if part.get("type") == "text" else json.dumps(part, default=str)
+            for part in result["content"]
+        )
         return (True, f"[Tool execution error: {text}]") if result.get("isError") else (False, text)
 
     async def close(self) -> None:
@@ -150,7 +189,9 @@ class _Server:
                 await stop.wait()
         except Exception as error:
             if not opened.done():
-                opened.set_exception(ConnectionError(f"MCP server {self.name!r} could not be reached: {error}"))
+                opened.set_exception(
+                    ConnectionError(f"MCP server {self.name!r} could not be reached: {error}")
+                )
 
     @contextlib.asynccontextmanager
     async def _connect(self) -> AsyncIterator[Any]:
@@ -158,13 +199,22 @@ class _Server:
 
         async with contextlib.AsyncExitStack() as stack:
             if "command" in self._config:
-                transport = mcp.stdio_client(mcp.StdioServerParameters(
-                    command=self._config["command"], args=list(self._config.get("args", [])), env=dict(self._config.get("env", {})) or None))
+                transport = mcp.stdio_client(
+                    mcp.StdioServerParameters(
+                        command=self._config["command"],
+                        args=list(self._config.get("args", [])),
+                        env=dict(self._config.get("env", {})) or None,
+                    )
+                )
             else:
                 from mcp.client.streamable_http import streamable_http_client
-                from mcp.shared._httpx_utils import create_mcp_http_client  # the way to headers in 1.x and 2.x
+                from mcp.shared._httpx_utils import (
+                    create_mcp_http_client,
+                )  # the way to headers in 1.x and 2.x
 
-                client = await stack.enter_async_context(create_mcp_http_client(headers=dict(self._config.get("headers", {}))))
+                client = await stack.enter_async_context(
+                    create_mcp_http_client(headers=dict(self._config.get("headers", {})))
+                )
                 transport = streamable_http_client(self._config["url"], http_client=client)
             streams = await stack.enter_async_context(transport)
             session = await stack.enter_async_context(mcp.ClientSession(streams[0], streams[1]))

@@ -29,7 +29,7 @@ def first_block(action: str, fences: tuple[tuple[str, str], ...]) -> tuple[str, 
         end = action.find(closing, start + len(opening)) if start >= 0 else -1
         if end >= 0 and (found is None or end + len(closing) < found[2]):
             found = (start + len(opening), end, end + len(closing))
-    return (action[found[0]:found[1]].strip(), action[: found[2]]) if found else None
+    return (action[found[0] : found[1]].strip(), action[: found[2]]) if found else None
 
 
 class PythonCodeTool(BaseTool):
@@ -42,16 +42,25 @@ class PythonCodeTool(BaseTool):
     _blocks = (("<python>", "</python>"), ("```python", "```"), ("```\npython", "```"))
 
     def __init__(
-        self, timeout: float = 5, sandbox_type: str = "rock", keep_error_last_line: bool = False, sandbox_config: SandboxConfig = SandboxConfig(),
+        self,
+        timeout: float = 5,
+        sandbox_type: str = "rock",
+        keep_error_last_line: bool = False,
+        sandbox_config: SandboxConfig = SandboxConfig(),
     ) -> None:
         """timeout: seconds for a run. sandbox_type: gem's argument, accepted and not used: every program runs in a ROCK sandbox."""
         super().__init__()
-        self.timeout, self.sandbox_type, self.keep_error_last_line, self.sandbox_config = timeout, sandbox_type, keep_error_last_line, sandbox_config
+        self.timeout, self.sandbox_type, self.keep_error_last_line, self.sandbox_config = (
+            timeout,
+            sandbox_type,
+            keep_error_last_line,
+            sandbox_config,
+        )
 
     def instruction_string(self) -> str:
         return (
             "You can run Python before you answer. Write a complete program, with its imports and print(), between <python> and </python> or in a "
-            "```python block. It runs in a sandbox, and its output comes back after \"Code execution result: \". "
+            '```python block. It runs in a sandbox, and its output comes back after "Code execution result: ". '
             "Return your final answer within \\boxed{}."
         )
 
@@ -88,16 +97,25 @@ class ShellTool(BaseTool):
     tool_type = "bash"
     _blocks = (("<bash>", "</bash>"), ("```bash\n", "```"), ("```sh\n", "```"))
 
-    def __init__(self, timeout: float = 5, max_output_chars: int = 4000, sandbox_config: SandboxConfig = SandboxConfig()) -> None:
+    def __init__(
+        self,
+        timeout: float = 5,
+        max_output_chars: int = 4000,
+        sandbox_config: SandboxConfig = SandboxConfig(),
+    ) -> None:
         """timeout: seconds for a command. max_output_chars: what the model sees of an output; the rest is counted."""
         super().__init__()
-        self.timeout, self.max_output_chars, self.sandbox_config = timeout, max_output_chars, sandbox_config
+        self.timeout, self.max_output_chars, self.sandbox_config = (
+            timeout,
+            max_output_chars,
+            sandbox_config,
+        )
         self._sandbox: Sandbox | None = None
 
     def instruction_string(self) -> str:
         return (
             "You can run shell commands before you answer. Write them between <bash> and </bash> or in a ```bash block. Each call starts a new "
-            "shell in the same workspace, and its output comes back after \"Command output: \"."
+            'shell in the same workspace, and its output comes back after "Command output: ".'
         )
 
     def execute_action(self, action: str) -> ToolResult:
@@ -108,9 +126,22 @@ class ShellTool(BaseTool):
         result = run(self._run(command), self.timeout + CALL_GRACE_S)
         output = (result.stdout + result.stderr).rstrip("\n")
         if len(output) > self.max_output_chars:
-            output = f"{output[:self.max_output_chars]}... ({len(output) - self.max_output_chars} more)"
-        ending = f"\n[timeout after {self.timeout:g} s]" if result.timed_out else f"\n[exit {result.exit_code}]" if result.exit_code else ""
-        return True, result.exit_code != 0, f"Command output: {output or '(none)'}{ending}\n", parsed_action
+            output = (
+                f"{output[: self.max_output_chars]}... ({len(output) - self.max_output_chars} more)"
+            )
+        ending = (
+            f"\n[timeout after {self.timeout:g} s]"
+            if result.timed_out
+            else f"\n[exit {result.exit_code}]"
+            if result.exit_code
+            else ""
+        )
+        return (
+            True,
+            result.exit_code != 0,
+            f"Command output: {output or '(none)'}{ending}\n",
+            parsed_action,
+        )
 
     def spawn(self) -> ShellTool:
         return ShellTool(self.timeout, self.max_output_chars, self.sandbox_config)

@@ -27,7 +27,9 @@ def terms(text: str) -> list[str]:
 class BM25Index:
     """An inverted index over (title, text) pairs; a title's words count like the text's. Read-only once built, so threads may share it."""
 
-    def __init__(self, documents: Iterable[tuple[str, str]], k1: float = 1.2, b: float = 0.75) -> None:
+    def __init__(
+        self, documents: Iterable[tuple[str, str]], k1: float = 1.2, b: float = 0.75
+    ) -> None:
         self.documents = list(documents)
         self._postings: dict[str, list[tuple[int, float]]] = defaultdict(list)
         counts = [Counter(terms(f"{title}\n{text}")) for title, text in self.documents]
@@ -70,6 +72,16 @@ class SearchTool(BaseTool):
         end = action.find(CLOSE, start) if start >= 0 else -1
         if end < 0:
             return False, True, "", ""
-        found = self.index.search(action[start + len(OPEN):end], self.topk)
-        lines = [f"Doc {rank}(Title: {title}) {text}\n" for rank, (title, text) in enumerate((self.index.documents[i] for i, _ in found), start=1)]
-        return True, False, f"\n\n<information>{''.join(lines) or 'No document matches.'}</information>\n\n", action[: end + len(CLOSE)]
+        found = self.index.search(action[start + len(OPEN) : end], self.topk)
+        lines = [
+            f"Doc {rank}(Title: {title}) {text}\n"
+            for rank, (title, text) in enumerate(
+                (self.index.documents[i] for i, _ in found), start=1
+            )
+        ]
+        return (
+            True,
+            False,
+            f"\n\n<information>{''.join(lines) or 'No document matches.'}</information>\n\n",
+            action[: end + len(CLOSE)],
+        )

@@ -41,9 +41,9 @@ class Capture:
         if self._mark:
             seen = self._tail + piece
             if (at := seen.find(self._mark)) >= 0:
-                self._rest = seen[at + len(self._mark):]
+                self._rest = seen[at + len(self._mark) :]
                 self.total += at - len(seen)
-                del self._data[self.total:]
+                del self._data[self.total :]
                 self.found.set()
         self._tail = (self._tail + piece)[-100:]
 
@@ -53,7 +53,11 @@ class Capture:
 
     def take(self) -> tuple[str, int]:
         """(text, bytes that were cut); what came after the mark is the beginning of the next command's."""
-        text, cut, rest = bytes(self._data).decode(errors="replace"), max(0, self.total - self._limit), self._rest
+        text, cut, rest = (
+            bytes(self._data).decode(errors="replace"),
+            max(0, self.total - self._limit),
+            self._rest,
+        )
         self.__init__(self._limit)
         self.feed(rest)
         return text, cut
@@ -62,12 +66,23 @@ class Capture:
 class DockerJob(Job):
     """One exec, followed to its end by a task of its own."""
 
-    def __init__(self, exec_: Exec, timeout: float, limit: int, kill: Callable[[], Awaitable[None]], tidy: Callable[["DockerJob"], Awaitable[None]]):
+    def __init__(
+        self,
+        exec_: Exec,
+        timeout: float,
+        limit: int,
+        kill: Callable[[], Awaitable[None]],
+        tidy: Callable[["DockerJob"], Awaitable[None]],
+    ):
         self.exec, self._timeout, self._kill, self._tidy = exec_, timeout, kill, tidy
         self._captures = {STDOUT: Capture(limit), STDERR: Capture(limit)}
-        self._verdict: asyncio.Future[str] = asyncio.get_running_loop().create_future()  # why it is to end: "timeout", "output" or "killed"
+        self._verdict: asyncio.Future[str] = (
+            asyncio.get_running_loop().create_future()
+        )  # why it is to end: "timeout", "output" or "killed"
         self._task = asyncio.create_task(self._follow())
-        self._task.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody may be waiting
+        self._task.add_done_callback(
+            lambda task: task.cancelled() or task.exception()
+        )  # nobody may be waiting
 
     @property
     def running(self) -> bool:
@@ -94,7 +109,9 @@ class DockerJob(Job):
         kills = container.memory_kills
         ending = asyncio.create_task(self._end())
         try:
-            await asyncio.wait({ending, self._verdict}, timeout=self._timeout, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                {ending, self._verdict}, timeout=self._timeout, return_when=asyncio.FIRST_COMPLETED
+            )
             if not ending.done():
                 self.doom("timeout")
                 await self._kill_until(ending)
@@ -107,10 +124,24 @@ class DockerJob(Job):
         seconds = time.monotonic() - began
         if code == KILLED and not reason:
             await container.check()  # which takes long enough for the news of a process that the memory limit killed to come, by another way
-        limits = ((reason,) if reason else ()) + (("memory",) if container.memory_kills > kills else ())
-        (stdout, cut_out), (stderr, cut_err) = self._captures[STDOUT].take(), self._captures[STDERR].take()
-        return CommandResult(stdout, stderr, KILLED if reason else code, reason == "timeout", bool(cut_out or cut_err), seconds, limits,
-                             await container.denials_since_last_told(), (cut_out, cut_err))
+        limits = ((reason,) if reason else ()) + (
+            ("memory",) if container.memory_kills > kills else ()
+        )
+        (stdout, cut_out), (stderr, cut_err) = (
+            self._captures[STDOUT].take(),
+            self._captures[STDERR].take(),
+        )
+        return CommandResult(
+            stdout,
+            stderr,
+            KILLED if reason else code,
+            reason == "timeout",
+            bool(cut_out or cut_err),
+            seconds,
+            limits,
+            await container.denials_since_last_told(),
+            (cut_out, cut_err),
+        )
 
     async def _end(self) -> int:
         """Read its streams to their end; its exit code."""
@@ -138,7 +169,10 @@ class DockerSession(Session):
     def __init__(self, sandbox: "DockerSandbox", shell: Exec, door: Exec):
         self._sandbox, self._shell, self._door = sandbox, shell, door
         self._turn = asyncio.Lock()
-        self._captures = {STDOUT: Capture(sandbox.config.max_output_bytes), STDERR: Capture(sandbox.config.max_output_bytes)}
+        self._captures = {
+            STDOUT: Capture(sandbox.config.max_output_bytes),
+            STDERR: Capture(sandbox.config.max_output_bytes),
+        }
         self._said: asyncio.Queue[bytes] = asyncio.Queue()
         self._older = ""  # children of the shell that earlier commands left in the background
         self._verdict: asyncio.Future[str] | None = None
@@ -173,7 +207,9 @@ class DockerSession(Session):
             self._verdict = asyncio.get_running_loop().create_future()
             try:
                 await self._shell.send(command.encode(errors="replace") + b"\0", more=True)
-                code = await self._code(self._sandbox.config.timeout if timeout is None else timeout)
+                code = await self._code(
+                    self._sandbox.config.timeout if timeout is None else timeout
+                )
                 reason = self._verdict.result() if self._verdict.done() else ""
             except BaseException:
                 await asyncio.shield(self.close())
@@ -182,10 +218,23 @@ class DockerSession(Session):
                 self._verdict = None
             if not self.ended:
                 await self._all_output()
-            (stdout, cut_out), (stderr, cut_err) = (self._captures[number].take() for number in (STDOUT, STDERR))
-            limits = ((reason,) if reason else ()) + (("memory",) if self._shell.container.memory_kills > kills else ())
-            return CommandResult(stdout, stderr, code, reason == "timeout", bool(cut_out or cut_err), time.monotonic() - began, limits,
-                                 await self._shell.container.denials_since_last_told(), (cut_out, cut_err))
+            (stdout, cut_out), (stderr, cut_err) = (
+                self._captures[number].take() for number in (STDOUT, STDERR)
+            )
+            limits = ((reason,) if reason else ()) + (
+                ("memory",) if self._shell.container.memory_kills > kills else ()
+            )
+            return CommandResult(
+                stdout,
+                stderr,
+                code,
+                reason == "timeout",
+                bool(cut_out or cut_err),
+                time.monotonic() - began,
+                limits,
+                await self._shell.container.denials_since_last_told(),
+                (cut_out, cut_err),
+            )
 
     async def interrupt(self) -> None:
         if self.running:
@@ -199,26 +248,44 @@ class DockerSession(Session):
         with contextlib.suppress(SandboxError):
             if self._shell.container.alive and not self._tasks[0].done():
                 await self._sandbox.kill(self._shell)
-                await asyncio.wait({self._tasks[0]}, timeout=END_SECONDS)  # a stream that nobody reads would make the engine wait
+                await asyncio.wait(
+                    {self._tasks[0]}, timeout=END_SECONDS
+                )  # a stream that nobody reads would make the engine wait
         await self._release()
 
     async def _code(self, timeout: float) -> int:
         """The exit code of the command that runs; at its time limit, or a flood, that of what is left of it."""
         status = asyncio.create_task(self._said.get())
         try:
-            await asyncio.wait({status, self._tasks[0], self._verdict}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                {status, self._tasks[0], self._verdict},
+                timeout=timeout,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
             if not status.done() and not self._tasks[0].done():
                 self.doom("timeout")
                 await self._signal("KILL")
-                await asyncio.wait({status, self._tasks[0]}, timeout=SHELL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(
+                    {status, self._tasks[0]},
+                    timeout=SHELL_SECONDS,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
             if status.done() and (word := status.result()):
                 code, _, older = word.decode(errors="replace").partition(" ")
                 self._older = older
-                return KILLED if self._verdict.done() else int(code) & 0xFF if code.isdigit() else KILLED
+                return (
+                    KILLED
+                    if self._verdict.done()
+                    else int(code) & 0xFF
+                    if code.isdigit()
+                    else KILLED
+                )
         finally:
             status.cancel()
         if not self._tasks[0].done() and not self._verdict.done():
-            await asyncio.wait({self._tasks[0]}, timeout=SHELL_SECONDS)  # the door closed first: the shell is about to end
+            await asyncio.wait(
+                {self._tasks[0]}, timeout=SHELL_SECONDS
+            )  # the door closed first: the shell is about to end
         killed = not self._tasks[0].done() or self._verdict.done()
         if killed:
             await self.close()

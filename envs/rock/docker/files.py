@@ -33,16 +33,22 @@ class DockerSnapshot(Snapshot):
 async def pack(container: Container, directories: str) -> DockerSnapshot:
     """What is in these directories of the root. SandboxError where it cannot be read, or is more than the sandbox may have."""
     config = container.config
-    limit = (config.disk_mb << 20) + 4096 * config.inodes + (1 << 20)  # sparse files come out short, and each file has a header
+    limit = (
+        (config.disk_mb << 20) + 4096 * config.inodes + (1 << 20)
+    )  # sparse files come out short, and each file has a header
     snapshot = DockerSnapshot(tempfile.TemporaryFile(prefix="rock-"))
     try:
         async with asyncio.timeout(SNAPSHOT_SECONDS):
-            with contextlib.closing(await container.enter(scripts.pack(container.tools, directories))) as exec_:
+            with contextlib.closing(
+                await container.enter(scripts.pack(container.tools, directories))
+            ) as exec_:
                 async for piece in within(exec_.frames()):
                     await asyncio.to_thread(snapshot.file.write, piece)
                     if snapshot.file.tell() > limit:
                         await exec_.give_up()
-                        raise SandboxError(f"no snapshot: the files have more than {limit} bytes when they are read, holes included")
+                        raise SandboxError(
+                            f"no snapshot: the files have more than {limit} bytes when they are read, holes included"
+                        )
                 if (code := await exec_.exit_code()) > 1:  # 1: a file changed meanwhile
                     raise SandboxError(f"no snapshot: tar ended with {code}")
         await asyncio.to_thread(snapshot.file.flush)
@@ -65,16 +71,22 @@ async def unpack(container: Container, file: IO[bytes]) -> None:
         async with asyncio.timeout(SNAPSHOT_SECONDS):
             with contextlib.closing(await container.enter(scripts.UNPACK, stdin=True)) as exec_:
                 over, offset = asyncio.create_task(exhaust(exec_)), 0
-                while (piece := await asyncio.to_thread(os.pread, descriptor, PIECE_BYTES, offset)) and await either(exec_.send(piece, more=True), over):
+                while (
+                    piece := await asyncio.to_thread(os.pread, descriptor, PIECE_BYTES, offset)
+                ) and await either(exec_.send(piece, more=True), over):
                     offset += len(piece)
                 await either(exec_.send(b""), over)
                 said, code = await over, await exec_.exit_code()
     except TimeoutError:
-        raise SandboxStartError(f"the files were not unpacked within {SNAPSHOT_SECONDS:.0f} s") from None
+        raise SandboxStartError(
+            f"the files were not unpacked within {SNAPSHOT_SECONDS:.0f} s"
+        ) from None
     finally:
         os.close(descriptor)
     if code:
-        raise SandboxStartError(f"the files do not fit in or cannot be made (tar ended with {code}): {said.decode(errors='replace').strip()[-300:]}")
+        raise SandboxStartError(
+            f"the files do not fit in or cannot be made (tar ended with {code}): {said.decode(errors='replace').strip()[-300:]}"
+        )
 
 
 def commit(client: APIClient, image: str, files: IO[bytes], repository: str, tag: str) -> None:
@@ -102,9 +114,15 @@ async def put_verifier_files(container: Container, files: Mapping[str, bytes]) -
             member = tarfile.TarInfo(f"./{name}")
             member.size, member.mode = len(content), 0o644
             tar.addfile(member, io.BytesIO(content))
-    code, said = await container.ask(f"cd {scripts.PLACE} && umask 022 && mkdir files && exec tar -xf - -C files 2>&1", user=scripts.KEEPER, stdin=buffer.getvalue())
+    code, said = await container.ask(
+        f"cd {scripts.PLACE} && umask 022 && mkdir files && exec tar -xf - -C files 2>&1",
+        user=scripts.KEEPER,
+        stdin=buffer.getvalue(),
+    )
     if code:
-        raise SandboxStartError(f"the verifier's files could not be put in place: {said.strip()[-300:]}")
+        raise SandboxStartError(
+            f"the verifier's files could not be put in place: {said.strip()[-300:]}"
+        )
 
 
 async def exhaust(exec_: Exec) -> bytes:
@@ -134,6 +152,8 @@ async def within(frames: AsyncIterator[tuple[int, bytes]]) -> AsyncIterator[byte
         except StopAsyncIteration:
             return
         except TimeoutError:
-            raise SandboxError(f"a script in the sandbox said nothing for {CALL_SECONDS:.0f} s") from None
+            raise SandboxError(
+                f"a script in the sandbox said nothing for {CALL_SECONDS:.0f} s"
+            ) from None
         if number == STDOUT:
             yield piece

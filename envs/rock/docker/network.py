@@ -26,14 +26,23 @@ from envs.rock.wire.forwarding import MAX_CONNECTIONS, Ways
 
 log = logging.getLogger("rock.docker")
 T = TypeVar("T")
-RUNC = ("runc", "crun", "io.containerd.runc.v2", "io.containerd.runtime.v1.linux")  # runtimes whose processes are this kernel's
+RUNC = (
+    "runc",
+    "crun",
+    "io.containerd.runc.v2",
+    "io.containerd.runtime.v1.linux",
+)  # runtimes whose processes are this kernel's
 
 
 def obstacle(runtime: str) -> str:
     """Why no guard can be put into a container's network; "" where one can be tried."""
     if runtime not in RUNC:
         return f"runtime {runtime!r} has a network of its own inside, which nobody outside sees"
-    return "" if os.geteuid() == 0 else "only root can enter a container's network, and this process is not root"
+    return (
+        ""
+        if os.geteuid() == 0
+        else "only root can enter a container's network, and this process is not root"
+    )
 
 
 class ContainerNetwork:
@@ -42,7 +51,9 @@ class ContainerNetwork:
     Raises: SandboxError where the namespace cannot be entered or guarded.
     """
 
-    def __init__(self, pid: int, container: str, config: SandboxConfig, loop: asyncio.AbstractEventLoop):
+    def __init__(
+        self, pid: int, container: str, config: SandboxConfig, loop: asyncio.AbstractEventLoop
+    ):
         self._loop, self._label = loop, config.label
         self._lock = threading.Lock()
         self._closed, self._handing_over, self._told = False, 0, 0
@@ -70,7 +81,9 @@ class ContainerNetwork:
 
     async def denials(self) -> list[Denial]:
         await asyncio.to_thread(self._catch_up)
-        return sorted([Denial(*record, self._label) for record in self._guard.records] + self._ways.denials)
+        return sorted(
+            [Denial(*record, self._label) for record in self._guard.records] + self._ways.denials
+        )
 
     async def adopt(self, other: "ContainerNetwork") -> None:
         """What was tried in the container of a verifier was tried by the sandbox; the verifier's result has told of it."""
@@ -94,7 +107,9 @@ class ContainerNetwork:
 
     def _let_out(self, connections: list) -> None:
         for way, connection in connections:
-            if self._handing_over >= MAX_CONNECTIONS:  # the loop is busy, and an agent must not fill this process with sockets meanwhile
+            if (
+                self._handing_over >= MAX_CONNECTIONS
+            ):  # the loop is busy, and an agent must not fill this process with sockets meanwhile
                 connection.close()
                 continue
             self._handing_over += 1
@@ -113,7 +128,9 @@ class ContainerNetwork:
 
 def _switch_ipv6_on() -> None:
     """Docker switches it off where there is no network, and then what is tried over it is not seen. (/proc/sys/net is that of the thread's namespace.)"""
-    with contextlib.suppress(OSError):  # a kernel without it, or one that lets nobody: it leads nowhere then
+    with contextlib.suppress(
+        OSError
+    ):  # a kernel without it, or one that lets nobody: it leads nowhere then
         for name in ("all", "lo"):
             pathlib.Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("0")
 
@@ -131,7 +148,9 @@ def _inside(pid: int, container: str, work: Callable[[], T]) -> T:
             with open(f"/proc/{pid}/ns/net") as namespace:
                 # Looked at after the open: a process id that has passed to another process is noticed.
                 if container not in pathlib.Path(f"/proc/{pid}/cgroup").read_text():
-                    raise SandboxClosedError(f"process {pid} is not of the container; does the engine run in another pid namespace than this process?")
+                    raise SandboxClosedError(
+                        f"process {pid} is not of the container; does the engine run in another pid namespace than this process?"
+                    )
                 if os.fstat(namespace.fileno()).st_ino == os.stat("/proc/self/ns/net").st_ino:
                     raise SandboxError("the container has this machine's own network")
                 linux.setns(namespace.fileno(), linux.CLONE_NEWNET)
@@ -139,11 +158,15 @@ def _inside(pid: int, container: str, work: Callable[[], T]) -> T:
         except (OSError, SandboxError) as error:
             outcome.append(error)
 
-    thread = threading.Thread(target=step_in, name="rock-docker-namespace")  # its own, which ends there: no other work is ever done in a namespace by mistake
+    thread = threading.Thread(
+        target=step_in, name="rock-docker-namespace"
+    )  # its own, which ends there: no other work is ever done in a namespace by mistake
     thread.start()
     thread.join()
     if isinstance(outcome[0], OSError):
-        raise SandboxError(f"the container's network cannot be guarded: {outcome[0]}") from outcome[0]
+        raise SandboxError(f"the container's network cannot be guarded: {outcome[0]}") from outcome[
+            0
+        ]
     if isinstance(outcome[0], SandboxError):
         raise outcome[0]
     return outcome[0]

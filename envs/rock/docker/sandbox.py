@@ -17,9 +17,26 @@ from envs.rock.embedded.commands import unspeakable
 from envs.rock.config import Address, CommandResult, Denial, FileEntry, SandboxConfig, SandboxStatus
 from envs.rock.docker.container import CALL_SECONDS, PLACE_BYTES, STDOUT, Container, Exec, engine
 from envs.rock.docker.commands import KILLED, DockerJob, DockerSession
-from envs.rock.docker.files import COMMITTED, SNAPSHOT_SECONDS, DockerSnapshot, commit, either, exhaust, pack, put_verifier_files, unpack, within
+from envs.rock.docker.files import (
+    COMMITTED,
+    SNAPSHOT_SECONDS,
+    DockerSnapshot,
+    commit,
+    either,
+    exhaust,
+    pack,
+    put_verifier_files,
+    unpack,
+    within,
+)
 from envs.rock.docker.network import obstacle
-from envs.rock.errors import IsolationError, SandboxClosedError, SandboxError, SandboxFileError, SandboxStartError
+from envs.rock.errors import (
+    IsolationError,
+    SandboxClosedError,
+    SandboxError,
+    SandboxFileError,
+    SandboxStartError,
+)
 from envs.rock.embedded.zygote_client import Gate
 from envs.rock.sandbox import MAX_LISTED, PIECE_BYTES, Sandbox, Snapshot, check_verifier_files
 from envs.rock.tiers import REQUIRED, probe_docker
@@ -35,14 +52,19 @@ class DockerSandbox(Sandbox):
     def __init__(self, config: SandboxConfig, snapshot: Snapshot | None = None):
         super().__init__(config, snapshot)
         if snapshot is not None and not isinstance(snapshot, DockerSnapshot):
-            raise SandboxError(f"a Docker sandbox starts from a DockerSnapshot, not from {type(snapshot).__name__}")
+            raise SandboxError(
+                f"a Docker sandbox starts from a DockerSnapshot, not from {type(snapshot).__name__}"
+            )
         self._container: Container | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._jobs: set[DockerJob] = set()
         self._sessions: set[DockerSession] = set()
         self._transfers = 0  # of files, that run now
         self._untidy = False
-        self._turn, self._entrance = asyncio.Lock(), asyncio.Lock()  # of execute and verify; of starting anything, and of killing all
+        self._turn, self._entrance = (
+            asyncio.Lock(),
+            asyncio.Lock(),
+        )  # of execute and verify; of starting anything, and of killing all
         self._doors: list[asyncio.Server] = []
 
     # -- its life
@@ -54,20 +76,28 @@ class DockerSandbox(Sandbox):
         report.require(self.config.isolation)
         host = await asyncio.to_thread(engine)
         if self.config.egress and (reason := obstacle(host.runtime(self.config))):
-            raise IsolationError(f"egress={self.config.egress}: no guard can let these through and no others here, since {reason}; leave egress empty, or run as root with runc")
+            raise IsolationError(
+                f"egress={self.config.egress}: no guard can let these through and no others here, since {reason}; leave egress empty, or run as root with runc"
+            )
         try:
             image = await host.call(host.client.inspect_image, self.config.image)
         except SandboxClosedError:
-            raise SandboxStartError(f"the Docker engine has no image {self.config.image!r}; pull it or build it first") from None
+            raise SandboxStartError(
+                f"the Docker engine has no image {self.config.image!r}; pull it or build it first"
+            ) from None
         self._loop = asyncio.get_running_loop()
         async with _start_gate:
             container = self._container = Container(host, self.config, image)
             await container.start()
-        guarantees = report.guarantees - (set() if "undumpable" in container.tools else {"verifier"})
+        guarantees = report.guarantees - (
+            set() if "undumpable" in container.tools else {"verifier"}
+        )
         if self.config.isolation == "required" and (lost := REQUIRED - guarantees):
             await self.stop()
-            raise IsolationError(f"isolation='required' cannot be enforced with image {self.config.image} and runtime {host.runtime(self.config)} ({', '.join(sorted(lost))}): "
-                                 "its kernel lets a program look into the one that started it; remedy: the default runtime")
+            raise IsolationError(
+                f"isolation='required' cannot be enforced with image {self.config.image} and runtime {host.runtime(self.config)} ({', '.join(sorted(lost))}): "
+                "its kernel lets a program look into the one that started it; remedy: the default runtime"
+            )
         try:
             await self._bring_files(container)
         except BaseException:
@@ -93,7 +123,9 @@ class DockerSandbox(Sandbox):
         elif COMMITTED in (container.image["Config"].get("Labels") or {}):
             code, said = await container.ask(scripts.BRING_COMMITTED, seconds=SNAPSHOT_SECONDS)
             if code:
-                raise SandboxStartError(f"the files committed with image {self.config.image} do not fit in: {said.strip()[-300:]}")
+                raise SandboxStartError(
+                    f"the files committed with image {self.config.image} do not fit in: {said.strip()[-300:]}"
+                )
         elif (content := container.engine.workspaces[container.image["Id"]]) is not None:
             await unpack(container, content)
 
@@ -105,14 +137,26 @@ class DockerSandbox(Sandbox):
         code, said = await self._container.ask(scripts.STATUS)
         try:
             (memory, pids, nanoseconds), *volumes = (line.split() for line in said.splitlines())
-            used = [(int(size) * (int(blocks) - int(free)), int(inodes) - int(left)) for size, blocks, free, inodes, left in volumes]
+            used = [
+                (int(size) * (int(blocks) - int(free)), int(inodes) - int(left))
+                for size, blocks, free, inodes, left in volumes
+            ]
             own = 2 + len(self._sessions)  # process 1, this script, and a listener for each session
-            return SandboxStatus(int(memory) if memory.isdigit() else None, max(0, int(pids) - own) if pids.isdigit() else None, int(nanoseconds) / 1e9,
-                                 sum(size for size, _ in used), sum(inodes for _, inodes in used),
-                                 sum(job.running for job in self._jobs) + sum(session.running for session in self._sessions), len(self._sessions),
-                                 await self._container.network.count() if self._container.network else None)
+            return SandboxStatus(
+                int(memory) if memory.isdigit() else None,
+                max(0, int(pids) - own) if pids.isdigit() else None,
+                int(nanoseconds) / 1e9,
+                sum(size for size, _ in used),
+                sum(inodes for _, inodes in used),
+                sum(job.running for job in self._jobs)
+                + sum(session.running for session in self._sessions),
+                len(self._sessions),
+                await self._container.network.count() if self._container.network else None,
+            )
         except ValueError as error:
-            raise SandboxError(f"the sandbox's status cannot be read (exit code {code}): {said[:200]!r}") from error
+            raise SandboxError(
+                f"the sandbox's status cannot be read (exit code {code}): {said[:200]!r}"
+            ) from error
 
     async def denials(self) -> list[Denial]:
         self._check_open()
@@ -120,28 +164,45 @@ class DockerSandbox(Sandbox):
 
     # -- commands
 
-    async def execute(self, command: str, timeout: float | None = None, env: Mapping[str, str] | None = None) -> CommandResult:
+    async def execute(
+        self, command: str, timeout: float | None = None, env: Mapping[str, str] | None = None
+    ) -> CommandResult:
         if refusal := unspeakable(command):
             return CommandResult("", refusal, 126, False, False, 0.0)
         async with self._turn:  # one after the other
             return await self._to_its_end(await self.spawn(command, timeout, env))
 
-    async def spawn(self, command: str, timeout: float | None = None, env: Mapping[str, str] | None = None) -> DockerJob:
+    async def spawn(
+        self, command: str, timeout: float | None = None, env: Mapping[str, str] | None = None
+    ) -> DockerJob:
         if refusal := unspeakable(command):
             raise ValueError(refusal.strip())
         self._check_open()
         environment = self._environment(env)
         async with self._entrance:
             shell = self._container.shell or "/bin/sh"
-            exec_ = await self._container.enter(scripts.run(self.config.pids), shell, command.encode(errors="replace").decode(), env=environment)
-            job = DockerJob(exec_, self.config.timeout if timeout is None else timeout, self.config.max_output_bytes, lambda: self.kill(exec_), self.tidy)
+            exec_ = await self._container.enter(
+                scripts.run(self.config.pids),
+                shell,
+                command.encode(errors="replace").decode(),
+                env=environment,
+            )
+            job = DockerJob(
+                exec_,
+                self.config.timeout if timeout is None else timeout,
+                self.config.max_output_bytes,
+                lambda: self.kill(exec_),
+                self.tidy,
+            )
             self._jobs.add(job)
         return job
 
     async def create_session(self, env: Mapping[str, str] | None = None) -> DockerSession:
         self._check_open()
         if not self._container.shell:
-            raise SandboxStartError(f"image {self.config.image} has no bash, and a session needs one")
+            raise SandboxStartError(
+                f"image {self.config.image} has no bash, and a session needs one"
+            )
         if len(self._sessions) >= SESSIONS:
             raise SandboxStartError(f"a sandbox has at most {SESSIONS} sessions; close one")
         name = f"{scripts.PLACE}/{os.urandom(16).hex()}\n".encode()
@@ -151,9 +212,16 @@ class DockerSandbox(Sandbox):
                 await door.send(name)
                 async with asyncio.timeout(CALL_SECONDS):
                     await anext(door.frames())  # "there"
-                shell = await self._container.enter(scripts.session(self.config.pids), env=self._environment(env), stdin=True, shell=f"{scripts.PLACE}/bash")
+                shell = await self._container.enter(
+                    scripts.session(self.config.pids),
+                    env=self._environment(env),
+                    stdin=True,
+                    shell=f"{scripts.PLACE}/bash",
+                )
             except (TimeoutError, StopAsyncIteration):
-                raise SandboxStartError("the session's shell could not be given a channel") from None
+                raise SandboxStartError(
+                    "the session's shell could not be given a channel"
+                ) from None
             except BaseException:
                 door.close()
                 raise
@@ -176,12 +244,24 @@ class DockerSandbox(Sandbox):
         if ended:
             await asyncio.wait({job._task for job in ended}, timeout=CALL_SECONDS)
 
-    async def verify(self, script: str, timeout: float | None = None, files: Mapping[str, bytes] | None = None, keep: bool = False) -> CommandResult:
+    async def verify(
+        self,
+        script: str,
+        timeout: float | None = None,
+        files: Mapping[str, bytes] | None = None,
+        keep: bool = False,
+    ) -> CommandResult:
         """See Sandbox.verify: in a new container of the same image, which gets a copy of the workspace (and gives it back, to `keep`) and then goes."""
         files = files or {}
         check_verifier_files(files)
-        environment = {"HOME": "/nonexistent", "LANG": "C.UTF-8", "PYTHONSAFEPATH": "1", "PYTHONNOUSERSITE": "1", "PYTHONDONTWRITEBYTECODE": "1",
-                       "VERIFIER_FILES": f"{scripts.PLACE}/files"}
+        environment = {
+            "HOME": "/nonexistent",
+            "LANG": "C.UTF-8",
+            "PYTHONSAFEPATH": "1",
+            "PYTHONNOUSERSITE": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "VERIFIER_FILES": f"{scripts.PLACE}/files",
+        }
         async with self._turn:
             await self.kill_all()
             verifier = Container(self._container.engine, self.config, self._container.image)
@@ -190,19 +270,34 @@ class DockerSandbox(Sandbox):
                 cleanup.push_async_callback(workspace.delete)
                 async with _start_gate:
                     cleanup.push_async_callback(verifier.remove)
-                    await verifier.start(PLACE_BYTES + sum(len(content) + 4096 for content in files.values()))
+                    await verifier.start(
+                        PLACE_BYTES + sum(len(content) + 4096 for content in files.values())
+                    )
                 await unpack(verifier, workspace.file)
                 await put_verifier_files(verifier, files)
-                exec_ = await verifier.enter(scripts.verify(self.config.pids), env=environment, stdin=True, shell=f"{scripts.PLACE}/{'bash' if verifier.shell else 'sh'}")
+                exec_ = await verifier.enter(
+                    scripts.verify(self.config.pids),
+                    env=environment,
+                    stdin=True,
+                    shell=f"{scripts.PLACE}/{'bash' if verifier.shell else 'sh'}",
+                )
                 sending = asyncio.create_task(exec_.send(script.encode(errors="replace")))
                 cleanup.callback(sending.cancel)
-                job = DockerJob(exec_, self.config.timeout if timeout is None else timeout, self.config.max_output_bytes, verifier.kill_all, _nothing)
+                job = DockerJob(
+                    exec_,
+                    self.config.timeout if timeout is None else timeout,
+                    self.config.max_output_bytes,
+                    verifier.kill_all,
+                    _nothing,
+                )
                 result = await self._to_its_end(job)
                 if self._container.network and verifier.network:
                     await self._container.network.adopt(verifier.network)
                 if keep:
                     await verifier.kill_all()
-                    cleanup.push_async_callback((changed := await pack(verifier, "workspace")).delete)
+                    cleanup.push_async_callback(
+                        (changed := await pack(verifier, "workspace")).delete
+                    )
                     async with self._counted():
                         await self._container.ask(scripts.EMPTY)
                         await unpack(self._container, changed.file)
@@ -212,15 +307,24 @@ class DockerSandbox(Sandbox):
 
     async def read_stream(self, path: str) -> AsyncIterator[bytes]:
         relative = self._relative_file(path)
-        async with self._transfer(scripts.in_workspace(scripts.READ), scripts.spelled(relative)) as exec_:
+        async with self._transfer(
+            scripts.in_workspace(scripts.READ), scripts.spelled(relative)
+        ) as exec_:
             async for piece in within(exec_.frames()):
                 yield piece
             code = await exec_.exit_code()
         self._check_code(code, path)
 
-    async def write_stream(self, path: str, pieces: AsyncIterator[bytes], mode: int = 0o644) -> None:
+    async def write_stream(
+        self, path: str, pieces: AsyncIterator[bytes], mode: int = 0o644
+    ) -> None:
         relative = self._relative_file(path)
-        async with self._transfer(scripts.in_workspace(scripts.WRITE), scripts.spelled(relative), f"{mode & 0o7777:o}", stdin=True) as exec_:
+        async with self._transfer(
+            scripts.in_workspace(scripts.WRITE),
+            scripts.spelled(relative),
+            f"{mode & 0o7777:o}",
+            stdin=True,
+        ) as exec_:
             over = asyncio.create_task(exhaust(exec_))
             try:
                 async for piece in pieces:
@@ -232,14 +336,19 @@ class DockerSandbox(Sandbox):
                     await over
                     code = await exec_.exit_code()
             except TimeoutError:
-                raise SandboxError(f"{path} was not written within {CALL_SECONDS:.0f} s after its last byte") from None
+                raise SandboxError(
+                    f"{path} was not written within {CALL_SECONDS:.0f} s after its last byte"
+                ) from None
             finally:
                 over.cancel()
         self._check_code(code, path)
 
     async def list_files(self, path: str = ".") -> list[FileEntry]:
         relative, said = self._relative(path), bytearray()
-        async with self._transfer(scripts.in_workspace(scripts.list_files(self._container.tools)), scripts.spelled(relative)) as exec_:
+        async with self._transfer(
+            scripts.in_workspace(scripts.list_files(self._container.tools)),
+            scripts.spelled(relative),
+        ) as exec_:
             async for piece in within(exec_.frames()):
                 said += piece
                 if said.count(b"\0") > MAX_LISTED or len(said) > 64 << 20:
@@ -250,7 +359,9 @@ class DockerSandbox(Sandbox):
         found = []
         for record in bytes(said).split(b"\0")[:-1]:
             kind, size, mode, name = os.fsdecode(record).split(" ", 3)
-            found.append(FileEntry(name, _KINDS.get(kind, "special"), int(size), int(mode, 8) & 0o7777))
+            found.append(
+                FileEntry(name, _KINDS.get(kind, "special"), int(size), int(mode, 8) & 0o7777)
+            )
         return found
 
     # -- copies of its files
@@ -271,7 +382,15 @@ class DockerSandbox(Sandbox):
         repository, tag = parse_repository_tag(image)
         snapshot = await self.snapshot()
         try:
-            await self._container.engine.call(commit, self._container.engine.client, self._container.image["Id"], snapshot.file, repository, tag or "latest", seconds=SNAPSHOT_SECONDS)
+            await self._container.engine.call(
+                commit,
+                self._container.engine.client,
+                self._container.image["Id"],
+                snapshot.file,
+                repository,
+                tag or "latest",
+                seconds=SNAPSHOT_SECONDS,
+            )
         finally:
             await snapshot.delete()
 
@@ -287,16 +406,32 @@ class DockerSandbox(Sandbox):
             raise ValueError(f"port {port} is not between 1 and 65535")
         self._check_open()
         if not self._container.shell:
-            raise SandboxError(f"image {self.config.image} has no bash, and a way to a port needs one")
+            raise SandboxError(
+                f"image {self.config.image} has no bash, and a way to a port needs one"
+            )
         free = asyncio.Semaphore(CONNECTIONS)
-        door = await asyncio.start_server(lambda reader, writer: self._pass_through(port, free, reader, writer), "127.0.0.1", 0)
+        door = await asyncio.start_server(
+            lambda reader, writer: self._pass_through(port, free, reader, writer), "127.0.0.1", 0
+        )
         self._doors.append(door)
         return Address(*door.sockets[0].getsockname())
 
-    async def _pass_through(self, port: int, free: asyncio.Semaphore, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pass_through(
+        self,
+        port: int,
+        free: asyncio.Semaphore,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
         with contextlib.suppress(OSError, SandboxError), contextlib.closing(writer):
             async with free:
-                exec_ = await self._container.enter(scripts.CONNECT, str(port), user=scripts.KEEPER, stdin=True, shell=f"{scripts.PLACE}/bash")
+                exec_ = await self._container.enter(
+                    scripts.CONNECT,
+                    str(port),
+                    user=scripts.KEEPER,
+                    stdin=True,
+                    shell=f"{scripts.PLACE}/bash",
+                )
                 sending = asyncio.create_task(_forward(reader, exec_))
                 try:
                     async for number, piece in exec_.frames():
@@ -319,7 +454,11 @@ class DockerSandbox(Sandbox):
     async def _tidy_up(self) -> None:
         with contextlib.suppress(SandboxClosedError):
             async with self._entrance:
-                if self._untidy and not (self._jobs or self._sessions or self._transfers) and self.is_alive():
+                if (
+                    self._untidy
+                    and not (self._jobs or self._sessions or self._transfers)
+                    and self.is_alive()
+                ):
                     if await self._container.agents_processes():
                         await self._container.kill_all()
                     self._untidy = False
@@ -344,11 +483,15 @@ class DockerSandbox(Sandbox):
             await self._tidy_up()
 
     @contextlib.asynccontextmanager
-    async def _transfer(self, script: str, *arguments: str, stdin: bool = False) -> AsyncIterator[Exec]:
+    async def _transfer(
+        self, script: str, *arguments: str, stdin: bool = False
+    ) -> AsyncIterator[Exec]:
         """An exec for files; where its user gives up, it is killed."""
         self._check_open()
         async with self._counted():
-            with contextlib.closing(await self._container.enter(script, *arguments, stdin=stdin)) as exec_:
+            with contextlib.closing(
+                await self._container.enter(script, *arguments, stdin=stdin)
+            ) as exec_:
                 try:
                     yield exec_
                 except BaseException:
@@ -378,9 +521,13 @@ class DockerSandbox(Sandbox):
 
     def _check_open(self) -> None:
         if not self.is_alive():
-            raise SandboxClosedError("the sandbox is not running: it was not started, was stopped, or its container ended")
+            raise SandboxClosedError(
+                "the sandbox is not running: it was not started, was stopped, or its container ended"
+            )
         if asyncio.get_running_loop() is not self._loop:
-            raise SandboxError("a sandbox is used from the event loop that started it; from elsewhere use envs.rock.sync.run")
+            raise SandboxError(
+                "a sandbox is used from the event loop that started it; from elsewhere use envs.rock.sync.run"
+            )
 
 
 async def _nothing(job: DockerJob) -> None:

@@ -10,7 +10,14 @@ import os
 PLACE = "/run/rock"
 KEEPER = 65534  # the user id of what is ours and no command may kill or open
 OUTSIDE, MISSING, NOT_REGULAR, DENIED, NO_SPACE = 50, 51, 52, 53, 54
-REASONS = {OUTSIDE: "outside", MISSING: "missing", NOT_REGULAR: "not_regular", DENIED: "denied", NO_SPACE: "no_space", 153: "no_space"}  # 153: 128 + SIGXFSZ
+REASONS = {
+    OUTSIDE: "outside",
+    MISSING: "missing",
+    NOT_REGULAR: "not_regular",
+    DENIED: "denied",
+    NO_SPACE: "no_space",
+    153: "no_space",
+}  # 153: 128 + SIGXFSZ
 
 # Process 1 has the agent's user id, so that it may kill all of the agent's processes, and does when the engine sends it KILL_ALL: in one system
 # call, from which no fork escapes, and which no process can forestall. (An exec that kills can be killed first.) It is undumpable too; the kernel
@@ -130,16 +137,22 @@ fail() {{
   exit {MISSING}
 }}
 """
-READ = _RESOLVE + f"""
+READ = (
+    _RESOLVE
+    + f"""
 resolve "$1"
 [ -f "$at" ] || {{ [ -e "$at" ] && exit {NOT_REGULAR}; exit {MISSING}; }}
 exec cat < "$at" || exit {DENIED}"""
-WRITE = _RESOLVE + f"""
+)
+WRITE = (
+    _RESOLVE
+    + f"""
 resolve "$1" make
 [ -e "$at" ] && ! [ -f "$at" ] && exit {NOT_REGULAR}
 [ -w "$at" ] || ! [ -e "$at" ] || chmod u+w "$at"
 said=$({{ cat > "$at"; }} 2>&1) || fail "$said"
 exec chmod "$2" "$at" """
+)
 _LIST_GNU = "exec find . -mindepth 1 -printf '%y %s %m %P\\0' 2>/dev/null"
 _LIST_PLAIN = """exec find . ! -name . -exec sh -c 'for f do
   if [ -L "$f" ]; then kind=l; elif [ -d "$f" ]; then kind=d; elif [ -f "$f" ]; then kind=f; else kind=o; fi
@@ -164,7 +177,7 @@ echo "${memory:-x} ${pids:-x} ${nanoseconds:-${microseconds:-0}000}"
 stat -f -c '%S %b %f %c %d' /workspace /tmp"""
 
 # $1: the port. It speaks through stdin and stdout.
-CONNECT = 'exec 2>/dev/null 3<>/dev/tcp/127.0.0.1/$1 4<&0 || exit 1; cat <&4 >&3 & cat <&3; kill $!'
+CONNECT = "exec 2>/dev/null 3<>/dev/tcp/127.0.0.1/$1 4<&0 || exit 1; cat <&4 >&3 & cat <&3; kill $!"
 
 
 def run(pids: int) -> str:
@@ -185,15 +198,26 @@ def in_workspace(script: str) -> str:
 
 
 def list_files(tools: frozenset[str]) -> str:
-    return _RESOLVE + f'resolve "$1"; [ -d "$at" ] || exit {MISSING}; cd "$at" || exit {DENIED}\n' + (_LIST_GNU if "printf" in tools else _LIST_PLAIN)
+    return (
+        _RESOLVE
+        + f'resolve "$1"; [ -d "$at" ] || exit {MISSING}; cd "$at" || exit {DENIED}\n'
+        + (_LIST_GNU if "printf" in tools else _LIST_PLAIN)
+    )
 
 
 def pack(tools: frozenset[str], directories: str) -> str:
     """The script that writes a tar of what is in these directories of the root. GNU's would also want to set the modes of the directories themselves."""
     names = f"find {directories} -mindepth 1 -maxdepth 1 -print0"
-    return _KEEP_TREE % (directories, directories) + (f"{names} | tar -S --null -T - -cf - 2>/dev/null" if "gnu_tar" in tools else f"exec tar -cf - {directories} 2>/dev/null")
+    return _KEEP_TREE % (directories, directories) + (
+        f"{names} | tar -S --null -T - -cf - 2>/dev/null"
+        if "gnu_tar" in tools
+        else f"exec tar -cf - {directories} 2>/dev/null"
+    )
 
 
 def spelled(path: str) -> str:
     """A path as printf's %b reads it: the engine takes texts only, and a file's name may be any bytes."""
-    return "".join(chr(byte) if 32 <= byte < 127 and byte != ord("\\") else f"\\0{byte:03o}" for byte in os.fsencode(path))
+    return "".join(
+        chr(byte) if 32 <= byte < 127 and byte != ord("\\") else f"\\0{byte:03o}"
+        for byte in os.fsencode(path)
+    )

@@ -14,13 +14,28 @@ if TYPE_CHECKING:
     from envs.rock.embedded.sandbox import EmbeddedSandbox
 
 REPLY_GRACE = 30.0  # seconds beyond its own time limit in which a holder must answer
-DRAINED_BYTES = 64 << 20  # what a command may write beyond max_output_bytes, unread, before it is killed
+DRAINED_BYTES = (
+    64 << 20
+)  # what a command may write beyond max_output_bytes, unread, before it is killed
 MAX_COMMAND_BYTES = 100_000  # one argument of a program can have 128 KiB
 
 
 class EmbeddedJob(Job):
-    def __init__(self, sandbox: "EmbeddedSandbox", identity: int, reply: asyncio.Future, outputs: "list[Output]", timeout: float):
-        self._sandbox, self.identity, self._reply, self._outputs, self._timeout = sandbox, identity, reply, outputs, timeout
+    def __init__(
+        self,
+        sandbox: "EmbeddedSandbox",
+        identity: int,
+        reply: asyncio.Future,
+        outputs: "list[Output]",
+        timeout: float,
+    ):
+        self._sandbox, self.identity, self._reply, self._outputs, self._timeout = (
+            sandbox,
+            identity,
+            reply,
+            outputs,
+            timeout,
+        )
         self._result: CommandResult | None = None
 
     @property
@@ -29,7 +44,9 @@ class EmbeddedJob(Job):
 
     async def wait(self) -> CommandResult:
         if self._result is None:
-            reply = await within(asyncio.shield(self._reply), self._timeout + REPLY_GRACE, "no answer to a command")
+            reply = await within(
+                asyncio.shield(self._reply), self._timeout + REPLY_GRACE, "no answer to a command"
+            )
             if self._result is None:  # else another waiter was first
                 try:
                     self._result = result_of(reply, self._outputs)
@@ -60,9 +77,13 @@ class EmbeddedSession(Session):
             self._check_open()
             with contextlib.ExitStack() as cleanup:
                 text = memory_file(command.encode(errors="replace"), cleanup)
-                self._current, answer = self._sandbox._send({"op": "tell", "session": self._name, "timeout": timeout}, (text,))
+                self._current, answer = self._sandbox._send(
+                    {"op": "tell", "session": self._name, "timeout": timeout}, (text,)
+                )
             try:
-                reply = await within(answer, timeout + REPLY_GRACE, "no answer to a session's command")
+                reply = await within(
+                    answer, timeout + REPLY_GRACE, "no answer to a session's command"
+                )
             except asyncio.CancelledError:
                 self._sandbox._end_unheard(self._current)
                 raise
@@ -75,13 +96,17 @@ class EmbeddedSession(Session):
 
     async def interrupt(self) -> None:
         if self._current is not None:
-            await self._sandbox._request({"op": "interrupt", "target": self._current}, (), REPLY_GRACE)
+            await self._sandbox._request(
+                {"op": "interrupt", "target": self._current}, (), REPLY_GRACE
+            )
 
     async def close(self) -> None:
         if not self.ended:
             self.ended = True
             with contextlib.suppress(SandboxClosedError):
-                await self._sandbox._request({"op": "close_session", "session": self._name}, (), REPLY_GRACE)
+                await self._sandbox._request(
+                    {"op": "close_session", "session": self._name}, (), REPLY_GRACE
+                )
         for output in self._outputs:
             output.close()
 
@@ -148,17 +173,34 @@ class Output:
 
 def result_of(reply: dict, outputs: list[Output]) -> CommandResult:
     """A holder's last word on a command, with what was written. SandboxStartError for one that never began."""
-    (stdout, cut_out, flood_out), (stderr, cut_err, flood_err) = (output.take() for output in outputs)
+    (stdout, cut_out, flood_out), (stderr, cut_err, flood_err) = (
+        output.take() for output in outputs
+    )
     if failure := reply.get("failure") or reply.get("error"):
         raise SandboxStartError(f"{failure} {stderr.strip()[-500:]}".strip())
-    limits = tuple("output" if name == "killed" and (flood_out or flood_err) else name for name in reply["limits"])
+    limits = tuple(
+        "output" if name == "killed" and (flood_out or flood_err) else name
+        for name in reply["limits"]
+    )
     cut = (cut_out, cut_err)
-    return CommandResult(stdout, stderr, reply["exit_code"], "timeout" in limits, any(cut), reply["seconds"], limits, reply["denials"], cut)
+    return CommandResult(
+        stdout,
+        stderr,
+        reply["exit_code"],
+        "timeout" in limits,
+        any(cut),
+        reply["seconds"],
+        limits,
+        reply["denials"],
+        cut,
+    )
 
 
 async def within(future: asyncio.Future, seconds: float, what: str) -> dict:
     try:
-        async with asyncio.timeout(seconds):  # not wait_for, which loses a cancellation that comes with the answer
+        async with asyncio.timeout(
+            seconds
+        ):  # not wait_for, which loses a cancellation that comes with the answer
             return await future
     except TimeoutError:
         raise SandboxError(f"{what} within {seconds:.0f} s") from None
@@ -169,7 +211,11 @@ def unspeakable(command: str) -> str:
     if "\0" in command:
         return "bash: the command contains a NUL character\n"
     size = len(command.encode(errors="replace"))
-    return f"bash: the command has {size} bytes, the limit is {MAX_COMMAND_BYTES}; write a file in parts\n" if size > MAX_COMMAND_BYTES else ""
+    return (
+        f"bash: the command has {size} bytes, the limit is {MAX_COMMAND_BYTES}; write a file in parts\n"
+        if size > MAX_COMMAND_BYTES
+        else ""
+    )
 
 
 def memory_file(content: bytes, cleanup: contextlib.ExitStack) -> int:
@@ -178,6 +224,6 @@ def memory_file(content: bytes, cleanup: contextlib.ExitStack) -> int:
     cleanup.callback(os.close, descriptor)
     view = memoryview(content)
     while view:
-        view = view[os.write(descriptor, view):]
+        view = view[os.write(descriptor, view) :]
     os.lseek(descriptor, 0, os.SEEK_SET)
     return descriptor

@@ -9,9 +9,23 @@ import stat
 from collections.abc import AsyncIterator, Mapping
 
 from envs.rock.embedded import zygote_client
-from envs.rock.embedded.commands import REPLY_GRACE, EmbeddedJob, EmbeddedSession, Output, memory_file, unspeakable, within
+from envs.rock.embedded.commands import (
+    REPLY_GRACE,
+    EmbeddedJob,
+    EmbeddedSession,
+    Output,
+    memory_file,
+    unspeakable,
+    within,
+)
 from envs.rock.config import Address, CommandResult, Denial, FileEntry, SandboxConfig, SandboxStatus
-from envs.rock.errors import IsolationError, SandboxClosedError, SandboxError, SandboxFileError, SandboxStartError
+from envs.rock.errors import (
+    IsolationError,
+    SandboxClosedError,
+    SandboxError,
+    SandboxFileError,
+    SandboxStartError,
+)
 from envs.rock.host.holder import parse, receive, send
 from envs.rock.host.linux import FIRST_PASSED_FD, open_beneath
 from envs.rock.sandbox import MAX_LISTED, PIECE_BYTES, Sandbox, Snapshot, check_verifier_files
@@ -20,8 +34,18 @@ from envs.rock.wire.forwarding import Ways
 
 SNAPSHOT_SECONDS = 300.0
 
-_FILE_REASONS = {"ENOENT": "missing", "EXDEV": "outside", "ELOOP": "outside", "EINVAL": "not_regular", "ENXIO": "not_regular",
-                 "EISDIR": "not_regular", "ENOTDIR": "missing", "ENOSPC": "no_space", "EDQUOT": "no_space", "EFBIG": "no_space"}
+_FILE_REASONS = {
+    "ENOENT": "missing",
+    "EXDEV": "outside",
+    "ELOOP": "outside",
+    "EINVAL": "not_regular",
+    "ENXIO": "not_regular",
+    "EISDIR": "not_regular",
+    "ENOTDIR": "missing",
+    "ENOSPC": "no_space",
+    "EDQUOT": "no_space",
+    "EFBIG": "no_space",
+}
 
 
 class EmbeddedSandbox(Sandbox):
@@ -30,7 +54,9 @@ class EmbeddedSandbox(Sandbox):
     def __init__(self, config: SandboxConfig = SandboxConfig(), snapshot: Snapshot | None = None):
         super().__init__(config, snapshot)
         if snapshot is not None and not isinstance(snapshot, EmbeddedSnapshot):
-            raise SandboxError(f"an embedded sandbox starts from an EmbeddedSnapshot, not from {type(snapshot).__name__}")
+            raise SandboxError(
+                f"an embedded sandbox starts from an EmbeddedSnapshot, not from {type(snapshot).__name__}"
+            )
         self._channel = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._replies: dict[int, asyncio.Future] = {}
@@ -46,17 +72,25 @@ class EmbeddedSandbox(Sandbox):
         report = await asyncio.to_thread(probe, self.config.isolation, self.config.tier)
         report.require(self.config.isolation)
         if self.config.egress and report.tier == "landlock":
-            raise IsolationError(f"egress={self.config.egress}: the landlock tier refuses all sockets of a network and can grant none; leave egress empty, or use a "
-                                 "machine that gives the namespaces tier")
+            raise IsolationError(
+                f"egress={self.config.egress}: the landlock tier refuses all sockets of a network and can grant none; leave egress empty, or use a "
+                "machine that gives the namespaces tier"
+            )
         if image := self.config.image if not self._snapshot else None:
-            from envs.rock.images import local  # here, since few sandboxes have an image, and all wait for the imports
+            from envs.rock.images import (
+                local,
+            )  # here, since few sandboxes have an image, and all wait for the imports
 
             await asyncio.to_thread(local.check, image)
         if self._snapshot and self._snapshot.tier != report.tier:
-            raise SandboxStartError(f"the snapshot is of tier {self._snapshot.tier}, and this sandbox would be of tier {report.tier}")
+            raise SandboxStartError(
+                f"the snapshot is of tier {self._snapshot.tier}, and this sandbox would be of tier {report.tier}"
+            )
         self._loop = asyncio.get_running_loop()
         async with zygote_client.start_gate:
-            self._channel = zygote_client.create(zygote_client.spec(self.config, report.tier, self._snapshot and self._snapshot.path))
+            self._channel = zygote_client.create(
+                zygote_client.spec(self.config, report.tier, self._snapshot and self._snapshot.path)
+            )
             self._gone = self._loop.create_future()
             ready = self._replies[0] = self._loop.create_future()
             self._loop.add_reader(self._channel, self._receive)
@@ -69,14 +103,21 @@ class EmbeddedSandbox(Sandbox):
             except BaseException:
                 self._disconnect()
                 raise
-        self.tier, self.guarantees, self.workspace, self._slot = report.tier, report.guarantees, reply["workspace"], reply["slot"]
+        self.tier, self.guarantees, self.workspace, self._slot = (
+            report.tier,
+            report.guarantees,
+            reply["workspace"],
+            reply["slot"],
+        )
         if image:
             try:
                 await local.bring(self, image)
             except BaseException as error:
                 await asyncio.shield(self.stop())
                 if isinstance(error, SandboxFileError):
-                    raise SandboxStartError(f"the files of image {image} do not fit in: {error}") from error
+                    raise SandboxStartError(
+                        f"the files of image {image} do not fit in: {error}"
+                    ) from error
                 raise
 
     async def commit(self, image: str) -> None:
@@ -88,27 +129,39 @@ class EmbeddedSandbox(Sandbox):
         if self._channel is None or self._channel.fileno() < 0:
             return
         with contextlib.suppress(OSError):
-            self._channel.shutdown(1)  # SHUT_WR: the holder reads the end, and closes when nothing is left
+            self._channel.shutdown(
+                1
+            )  # SHUT_WR: the holder reads the end, and closes when nothing is left
         try:
             await within(asyncio.shield(self._gone), REPLY_GRACE, "the sandbox did not end")
         finally:
             self._disconnect()
 
-    async def execute(self, command: str, timeout: float | None = None, env: Mapping[str, str] | None = None) -> CommandResult:
+    async def execute(
+        self, command: str, timeout: float | None = None, env: Mapping[str, str] | None = None
+    ) -> CommandResult:
         if refusal := unspeakable(command):
             return CommandResult("", refusal, 126, False, False, 0.0)
         async with self._turn:  # one after the other
             return await self._to_its_end(await self.spawn(command, timeout, env))
 
-    async def spawn(self, command: str, timeout: float | None = None, env: Mapping[str, str] | None = None) -> EmbeddedJob:
+    async def spawn(
+        self, command: str, timeout: float | None = None, env: Mapping[str, str] | None = None
+    ) -> EmbeddedJob:
         if refusal := unspeakable(command):
             raise ValueError(refusal.strip())
-        return self._start({"op": "run", "env": self._environment(env)}, [command.encode(errors="replace")], timeout)
+        return self._start(
+            {"op": "run", "env": self._environment(env)},
+            [command.encode(errors="replace")],
+            timeout,
+        )
 
     async def create_session(self, env: Mapping[str, str] | None = None) -> EmbeddedSession:
         outputs = [self._output() for _ in range(2)]
         request = {"op": "session", "env": self._environment(env)}
-        reply = await self._request(request, tuple(output.write_end for output in outputs), REPLY_GRACE)
+        reply = await self._request(
+            request, tuple(output.write_end for output in outputs), REPLY_GRACE
+        )
         for output in outputs:
             output.close_write_end()
         if "error" in reply:
@@ -122,7 +175,9 @@ class EmbeddedSandbox(Sandbox):
 
     async def snapshot(self) -> "EmbeddedSnapshot":
         self._check_open()
-        place = await asyncio.to_thread(zygote_client.ask, {"op": "make_snapshot", "of": self._slot})
+        place = await asyncio.to_thread(
+            zygote_client.ask, {"op": "make_snapshot", "of": self._slot}
+        )
         if "error" in place:
             raise SandboxError(place["error"])
         snapshot = EmbeddedSnapshot(place["path"], self.tier)
@@ -153,13 +208,17 @@ class EmbeddedSandbox(Sandbox):
 
     async def denials(self) -> list[Denial]:
         reply = await self._request({"op": "denials"}, (), REPLY_GRACE)
-        return sorted([Denial(*fields, self.config.label) for fields in reply["denials"]] + self._ways.denials)
+        return sorted(
+            [Denial(*fields, self.config.label) for fields in reply["denials"]] + self._ways.denials
+        )
 
     async def expose_port(self, port: int) -> Address:
         if not 0 < port < 1 << 16:
             raise ValueError(f"port {port} is not between 1 and 65535")
         if self.tier == "landlock":
-            raise SandboxError("the landlock tier has no network of its own, so nothing can listen in it; the namespaces tier has one")
+            raise SandboxError(
+                "the landlock tier has no network of its own, so nothing can listen in it; the namespaces tier has one"
+            )
         self._check_open()
         return await self._ways.expose(port)
 
@@ -173,29 +232,51 @@ class EmbeddedSandbox(Sandbox):
     def is_alive(self) -> bool:
         return self._channel is not None and self._channel.fileno() >= 0 and not self._gone.done()
 
-    async def verify(self, script: str, timeout: float | None = None, files: Mapping[str, bytes] | None = None, keep: bool = False) -> CommandResult:
+    async def verify(
+        self,
+        script: str,
+        timeout: float | None = None,
+        files: Mapping[str, bytes] | None = None,
+        keep: bool = False,
+    ) -> CommandResult:
         files = files or {}
         check_verifier_files(files)
         # The script's own descriptor is closed first: what it runs would inherit it.
         contents = [f"exec {FIRST_PASSED_FD}<&-; {script}".encode(), b"".join(files.values())]
-        environment = {"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "LANG": "C.UTF-8", "PYTHONSAFEPATH": "1", "PYTHONNOUSERSITE": "1",
-                       "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = {
+            "PATH": "/usr/bin:/bin",
+            "HOME": "/nonexistent",
+            "LANG": "C.UTF-8",
+            "PYTHONSAFEPATH": "1",
+            "PYTHONNOUSERSITE": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
         sizes = [(name, len(content)) for name, content in files.items()]
         async with self._turn:
-            return await self._to_its_end(self._start({"op": "verify", "files": sizes, "env": environment, "keep": keep}, contents, timeout))
+            return await self._to_its_end(
+                self._start(
+                    {"op": "verify", "files": sizes, "env": environment, "keep": keep},
+                    contents,
+                    timeout,
+                )
+            )
 
     async def kill_all(self) -> None:
         await self._request({"op": "kill"}, (), REPLY_GRACE)
 
-    async def write_stream(self, path: str, pieces: AsyncIterator[bytes], mode: int = 0o644) -> None:
+    async def write_stream(
+        self, path: str, pieces: AsyncIterator[bytes], mode: int = 0o644
+    ) -> None:
         descriptor = await self._open(self._relative_file(path), "write", mode)
         try:
             async for piece in pieces:
                 view = memoryview(piece)
                 while view:
-                    view = view[os.write(descriptor, view):]
+                    view = view[os.write(descriptor, view) :]
         except OSError as error:
-            raise _file_error(errno.errorcode.get(error.errno, ""), f"{path}: {error.strerror}") from error
+            raise _file_error(
+                errno.errorcode.get(error.errno, ""), f"{path}: {error.strerror}"
+            ) from error
         finally:
             os.close(descriptor)
 
@@ -212,12 +293,16 @@ class EmbeddedSandbox(Sandbox):
         try:
             return await asyncio.to_thread(_list, descriptor)
         except OSError as error:
-            raise _file_error(errno.errorcode.get(error.errno, ""), f"{path}: {error.strerror}") from error
+            raise _file_error(
+                errno.errorcode.get(error.errno, ""), f"{path}: {error.strerror}"
+            ) from error
         finally:
             os.close(descriptor)
 
     async def _open(self, path: str, purpose: str, mode: int = 0) -> int:
-        reply = await self._request({"op": "open", "path": path, "purpose": purpose, "mode": mode}, (), REPLY_GRACE)
+        reply = await self._request(
+            {"op": "open", "path": path, "purpose": purpose, "mode": mode}, (), REPLY_GRACE
+        )
         if "error" in reply:
             raise _file_error(reply["errno"], f"{path}: {reply['error']}")
         return reply["descriptors"][0]
@@ -228,7 +313,9 @@ class EmbeddedSandbox(Sandbox):
         with contextlib.ExitStack() as cleanup:
             inputs = [memory_file(content, cleanup) for content in contents]
             outputs = [self._output() for _ in range(2)]
-            identity, reply = self._send(request | {"timeout": timeout}, (*(output.write_end for output in outputs), *inputs))
+            identity, reply = self._send(
+                request | {"timeout": timeout}, (*(output.write_end for output in outputs), *inputs)
+            )
         for output in outputs:
             output.close_write_end()
             output.on_flood = lambda: self._end_unheard(identity)
@@ -258,7 +345,9 @@ class EmbeddedSandbox(Sandbox):
         self._last_id += 1
         identity = self._last_id
         answer = self._loop.create_future()
-        answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be waiting: that is no error of its own
+        answer.add_done_callback(
+            lambda done: done.cancelled() or done.exception()
+        )  # nobody may be waiting: that is no error of its own
         try:
             send(self._channel, request | {"id": identity}, descriptors)
         except OSError as error:
@@ -272,9 +361,13 @@ class EmbeddedSandbox(Sandbox):
 
     def _check_open(self) -> None:
         if not self.is_alive():
-            raise SandboxClosedError("the sandbox is not running: it was not started, was stopped, or its process died")
+            raise SandboxClosedError(
+                "the sandbox is not running: it was not started, was stopped, or its process died"
+            )
         if asyncio.get_running_loop() is not self._loop:
-            raise SandboxError("a sandbox is used from the event loop that started it; from elsewhere use envs.rock.sync.run")
+            raise SandboxError(
+                "a sandbox is used from the event loop that started it; from elsewhere use envs.rock.sync.run"
+            )
 
     def _receive(self) -> None:
         """The event loop calls this when the holder said something."""
@@ -314,7 +407,9 @@ class EmbeddedSandbox(Sandbox):
             self._gone.set_result(None)
         for future in self._replies.values():
             if not future.done():
-                future.set_exception(SandboxClosedError("the sandbox ended in the middle of a request"))
+                future.set_exception(
+                    SandboxClosedError("the sandbox ended in the middle of a request")
+                )
 
 
 class EmbeddedSnapshot(Snapshot):
@@ -333,7 +428,9 @@ def _list(directory: int) -> list[FileEntry]:
     while left:
         path = left.pop()
         with contextlib.ExitStack() as cleanup:
-            descriptor = open_beneath(directory, path or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            descriptor = open_beneath(
+                directory, path or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+            )
             cleanup.callback(os.close, descriptor)
             entries = cleanup.enter_context(os.scandir(descriptor))
             for entry in entries:
@@ -344,8 +441,15 @@ def _list(directory: int) -> list[FileEntry]:
                 except FileNotFoundError:
                     continue  # removed meanwhile
                 inner = f"{path}{entry.name}"
-                kind = "directory" if stat.S_ISDIR(status.st_mode) else "file" if stat.S_ISREG(status.st_mode) else \
-                    "link" if stat.S_ISLNK(status.st_mode) else "special"
+                kind = (
+                    "directory"
+                    if stat.S_ISDIR(status.st_mode)
+                    else "file"
+                    if stat.S_ISREG(status.st_mode)
+                    else "link"
+                    if stat.S_ISLNK(status.st_mode)
+                    else "special"
+                )
                 found.append(FileEntry(inner, kind, status.st_size, stat.S_IMODE(status.st_mode)))
                 if kind == "directory":
                     left.append(f"{inner}/")

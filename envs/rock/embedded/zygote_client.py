@@ -73,11 +73,29 @@ class _Zygote:
         self._control.settimeout(_END_SECONDS)
         # No preexec_fn, so Python uses vfork: a copy of this process's page tables would take longer than a sandbox. The environment
         # is empty, so that no key of ours is in /proc of anything a sandbox descends from.
-        command = [sys.executable, "-I", "-S", "-c", _BOOT, _HERE, str(theirs.fileno()), str(os.getpid())]
-        environment = {"TMPDIR": tempfile.gettempdir()} | {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+        command = [
+            sys.executable,
+            "-I",
+            "-S",
+            "-c",
+            _BOOT,
+            _HERE,
+            str(theirs.fileno()),
+            str(os.getpid()),
+        ]
+        environment = {"TMPDIR": tempfile.gettempdir()} | {
+            name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ
+        }
         with theirs:
-            self._process = subprocess.Popen(command, env=environment, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL,
-                                             stdout=subprocess.DEVNULL, cwd="/", start_new_session=True)
+            self._process = subprocess.Popen(
+                command,
+                env=environment,
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                cwd="/",
+                start_new_session=True,
+            )
 
     def alive(self) -> bool:
         return self._process.poll() is None
@@ -90,7 +108,9 @@ class _Zygote:
                 send(self._control, request, (theirs.fileno(),))
         except OSError as error:
             ours.close()
-            raise SandboxStartError(f"the sandbox host process does not answer ({error}); its stderr says more") from error
+            raise SandboxStartError(
+                f"the sandbox host process does not answer ({error}); its stderr says more"
+            ) from error
         return ours
 
     def close(self) -> None:
@@ -103,8 +123,18 @@ class _Zygote:
 
 def spec(config: SandboxConfig, tier: str, snapshot: str | None = None) -> dict:
     """The request for one sandbox, in the zygote's terms."""
-    return {"op": "create", "tier": tier, "snapshot": snapshot, "memory_bytes": config.memory_mb << 20, "disk_bytes": config.disk_mb << 20, "inodes": config.inodes,
-            "pids": config.pids, "cpus": config.cpus, "open_files": config.open_files, "egress": config.grants()}
+    return {
+        "op": "create",
+        "tier": tier,
+        "snapshot": snapshot,
+        "memory_bytes": config.memory_mb << 20,
+        "disk_bytes": config.disk_mb << 20,
+        "inodes": config.inodes,
+        "pids": config.pids,
+        "cpus": config.cpus,
+        "open_files": config.open_files,
+        "egress": config.grants(),
+    }
 
 
 start_gate = Gate(STARTS_AT_ONCE)
@@ -134,7 +164,9 @@ def ask(request: dict) -> dict:
         try:
             return parse(receive(channel)[0])
         except TimeoutError:
-            raise SandboxStartError(f"the sandbox host process gave no answer within {_END_SECONDS:.0f} s") from None
+            raise SandboxStartError(
+                f"the sandbox host process gave no answer within {_END_SECONDS:.0f} s"
+            ) from None
 
 
 def shut_down() -> None:

@@ -21,7 +21,11 @@ def find() -> tuple[Place | None, str]:
     """Where memory and pids can be limited; None with the reason where they cannot."""
     mounts, own = _mounts(), _own_paths()
     if all(name in mounts for name in NEEDED):
-        parents = {name: _own_directory(mounts[name], own.get(name, "/")) for name in WANTED if name in mounts}
+        parents = {
+            name: _own_directory(mounts[name], own.get(name, "/"))
+            for name in WANTED
+            if name in mounts
+        }
         parents = {name: path for name, path in parents.items() if os.access(path, os.W_OK)}
         if all(name in parents for name in NEEDED):
             return Place(1, parents), ""
@@ -33,7 +37,10 @@ def find() -> tuple[Place | None, str]:
         enabled = _enable(parent) if parent.startswith(mounts["cgroup2"][0]) else []
         if all(name in enabled for name in NEEDED):
             return Place(2, {name: parent for name in enabled}), ""
-    return None, f"the cgroup {own_directory} (version 2) does not let this process limit memory and pids below it"
+    return (
+        None,
+        f"the cgroup {own_directory} (version 2) does not let this process limit memory and pids below it",
+    )
 
 
 def _mounts() -> dict[str, tuple[str, str]]:
@@ -47,7 +54,11 @@ def _mounts() -> dict[str, tuple[str, str]]:
             if kind == "cgroup2":
                 found["cgroup2"] = (fields[4], fields[3])
             elif kind == "cgroup":
-                found |= {name: (fields[4], fields[3]) for name in options.strip().split(",") if name in WANTED}
+                found |= {
+                    name: (fields[4], fields[3])
+                    for name in options.strip().split(",")
+                    if name in WANTED
+                }
     return found
 
 
@@ -80,7 +91,9 @@ def _enable(parent: str) -> list[str]:
         if name in offered and name not in enabled:
             try:
                 _write(f"{parent}/cgroup.subtree_control", f"+{name}")
-            except OSError:  # EBUSY: `parent` itself holds processes; the caller tries the next place
+            except (
+                OSError
+            ):  # EBUSY: `parent` itself holds processes; the caller tries the next place
                 continue
             enabled.append(name)
     return [name for name in WANTED if name in enabled]
@@ -107,12 +120,16 @@ def create(place: Place, name: str, memory_bytes: int, pids: int, cpus: float) -
     return directories
 
 
-def _set_limits(version: int, where: dict[str, str], memory_bytes: int, pids: int, cpus: float) -> None:
+def _set_limits(
+    version: int, where: dict[str, str], memory_bytes: int, pids: int, cpus: float
+) -> None:
     memory = where["memory"]
     if version == 1:
         _write(f"{memory}/memory.limit_in_bytes", memory_bytes)
         if os.path.exists(f"{memory}/memory.memsw.limit_in_bytes"):
-            _write(f"{memory}/memory.memsw.limit_in_bytes", memory_bytes)  # memory and swap together: no swap
+            _write(
+                f"{memory}/memory.memsw.limit_in_bytes", memory_bytes
+            )  # memory and swap together: no swap
     else:
         _write(f"{memory}/memory.max", memory_bytes)
         if os.path.exists(f"{memory}/memory.swap.max"):
@@ -127,25 +144,47 @@ def _set_limits(version: int, where: dict[str, str], memory_bytes: int, pids: in
             _write(f"{where['cpu']}/cpu.max", f"{quota} {PERIOD_US}")
 
 
-_EVENTS = (("memory.oom_control", b"oom_kill", "memory"), ("memory.events", b"oom_kill", "memory"), ("pids.events", b"max", "pids"))
-_USAGE = (("memory.usage_in_bytes", "memory_bytes"), ("memory.current", "memory_bytes"), ("pids.current", "pids"))
+_EVENTS = (
+    ("memory.oom_control", b"oom_kill", "memory"),
+    ("memory.events", b"oom_kill", "memory"),
+    ("pids.events", b"max", "pids"),
+)
+_USAGE = (
+    ("memory.usage_in_bytes", "memory_bytes"),
+    ("memory.current", "memory_bytes"),
+    ("pids.current", "pids"),
+)
 
 
 class Meters:
     """What a sandbox uses and how often its limits struck, through descriptors that stay valid when the files go out of sight."""
 
     def __init__(self, directories: list[str]):
-        self._events = {label: (_open(f"{directory}/{name}"), key) for directory in directories for name, key, label in _EVENTS
-                        if os.path.exists(f"{directory}/{name}")}
-        self._usage = {label: _open(f"{directory}/{name}") for directory in directories for name, label in _USAGE if os.path.exists(f"{directory}/{name}")}
+        self._events = {
+            label: (_open(f"{directory}/{name}"), key)
+            for directory in directories
+            for name, key, label in _EVENTS
+            if os.path.exists(f"{directory}/{name}")
+        }
+        self._usage = {
+            label: _open(f"{directory}/{name}")
+            for directory in directories
+            for name, label in _USAGE
+            if os.path.exists(f"{directory}/{name}")
+        }
 
     def events(self) -> dict[str, int]:
         """Limit -> how often it struck."""
-        return {label: _counter(os.pread(descriptor, 4096, 0), key) for label, (descriptor, key) in self._events.items()}
+        return {
+            label: _counter(os.pread(descriptor, 4096, 0), key)
+            for label, (descriptor, key) in self._events.items()
+        }
 
     def usage(self) -> dict[str, int]:
         """memory_bytes and pids, as far as cgroups count them here."""
-        return {label: int(os.pread(descriptor, 64, 0)) for label, descriptor in self._usage.items()}
+        return {
+            label: int(os.pread(descriptor, 64, 0)) for label, descriptor in self._usage.items()
+        }
 
 
 def _open(path: str) -> int:

@@ -17,15 +17,27 @@ from collections import namedtuple  # typing's would double what every sandbox i
 from . import linux
 
 KEPT = 256  # denials that are described; the others are counted
-BATCH, CATCH_UP, REST_SECONDS = 32, 4, 0.01  # events served at once, and the pause after as many: a flood costs the flooder's sandbox time, not the host
+BATCH, CATCH_UP, REST_SECONDS = (
+    32,
+    4,
+    0.01,
+)  # events served at once, and the pause after as many: a flood costs the flooder's sandbox time, not the host
 MAX_NAMES = 4096
 SNAPPED = 128  # bytes of a packet
 DNS_TTL = 300
-_FIRST_NAME = (198 << 24) + (18 << 16) + 1  # 198.18.0.0/15 is set aside for tests of networks (RFC 2544)
+_FIRST_NAME = (
+    (198 << 24) + (18 << 16) + 1
+)  # 198.18.0.0/15 is set aside for tests of networks (RFC 2544)
 _CONTROL = socket.CMSG_SPACE(64)
 _A, _NXDOMAIN, _SERVFAIL = 1, 3, 2
-_PROTOCOLS = {(socket.AF_INET, socket.IPPROTO_TCP): "tcp", (socket.AF_INET, socket.IPPROTO_UDP): "udp", (socket.AF_INET, socket.IPPROTO_ICMP): "icmp",
-              (socket.AF_INET6, socket.IPPROTO_TCP): "tcp", (socket.AF_INET6, socket.IPPROTO_UDP): "udp", (socket.AF_INET6, socket.IPPROTO_ICMPV6): "icmp"}
+_PROTOCOLS = {
+    (socket.AF_INET, socket.IPPROTO_TCP): "tcp",
+    (socket.AF_INET, socket.IPPROTO_UDP): "udp",
+    (socket.AF_INET, socket.IPPROTO_ICMP): "icmp",
+    (socket.AF_INET6, socket.IPPROTO_TCP): "tcp",
+    (socket.AF_INET6, socket.IPPROTO_UDP): "udp",
+    (socket.AF_INET6, socket.IPPROTO_ICMPV6): "icmp",
+}
 _IP_PKTINFO = 8
 
 
@@ -35,10 +47,16 @@ class Grant(namedtuple("Grant", ("name", "address", "port"))):
     def covers(self, name: str | None) -> bool:
         if self.name is None or name is None:
             return False
-        return name.endswith(self.name[1:]) and len(name) >= len(self.name) if self.name.startswith("*.") else name == self.name
+        return (
+            name.endswith(self.name[1:]) and len(name) >= len(self.name)
+            if self.name.startswith("*.")
+            else name == self.name
+        )
 
 
-Way = namedtuple("Way", ("name", "address", "port"))  # a connection that may be made outside: to the address if there is one, else to the name
+Way = namedtuple(
+    "Way", ("name", "address", "port")
+)  # a connection that may be made outside: to the address if there is one, else to the name
 
 
 class Guard:
@@ -54,11 +72,16 @@ class Guard:
         self._names: dict[str, str] = {}  # address inside -> name
         _make_every_address_local()
         # Not one packet socket for all: its end would wait for every processor of the host (10 ms), that of a raw socket for none.
-        self._ears = {ear.fileno(): ear for ear in (_listen_for(*kind) for kind in _PROTOCOLS) if ear}
+        self._ears = {
+            ear.fileno(): ear for ear in (_listen_for(*kind) for kind in _PROTOCOLS) if ear
+        }
         self._resolver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self._resolver.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
         self._resolver.bind(("0.0.0.0", 53))
-        self._doors = {door.fileno(): door for door in (_listen(port) for port in sorted({grant.port for grant in grants}))}
+        self._doors = {
+            door.fileno(): door
+            for door in (_listen(port) for port in sorted({grant.port for grant in grants}))
+        }
 
     def descriptors(self) -> list[int]:
         """What to poll for reading."""
@@ -115,11 +138,23 @@ class Guard:
         if ear.family == socket.AF_INET:
             address, start = socket.inet_ntoa(data[16:20]), 4 * (data[0] & 15)
         else:
-            address, start = next((socket.inet_ntop(socket.AF_INET6, content[:16]) for *_, content in ancillary), "::"), 0
-        source, port = struct.unpack_from(">HH", data, start) if protocol != "icmp" and len(data) >= start + 4 else (0, 0)
+            address, start = (
+                next(
+                    (socket.inet_ntop(socket.AF_INET6, content[:16]) for *_, content in ancillary),
+                    "::",
+                ),
+                0,
+            )
+        source, port = (
+            struct.unpack_from(">HH", data, start)
+            if protocol != "icmp" and len(data) >= start + 4
+            else (0, 0)
+        )
         if protocol == "udp" and (source == 53 or port == 53 and ear.family == socket.AF_INET):
             return  # the guard's own answers, and what it is asked
-        if protocol != "tcp" or not any(grant.port == port for grant in self._grants):  # those are accepted, and then looked at
+        if protocol != "tcp" or not any(
+            grant.port == port for grant in self._grants
+        ):  # those are accepted, and then looked at
             self._deny(protocol, address, port)
 
     def _accept(self, door: socket.socket) -> list[tuple[Way, socket.socket]]:
@@ -127,17 +162,28 @@ class Guard:
         address, port = connection.getsockname()
         name = self._names.get(address)
         for grant in self._grants:
-            if grant.port == port and (grant.covers(name) or grant.name is None and grant.address == address):
+            if grant.port == port and (
+                grant.covers(name) or grant.name is None and grant.address == address
+            ):
                 return [(Way(name, grant.address, port), connection)]
         if not address.startswith("127."):
             self._deny("tcp", name or address, port)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # refused, not ended
+        connection.setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+        )  # refused, not ended
         connection.close()
         return []
 
     def _answer_query(self) -> None:
         query, ancillary, _, asker = self._resolver.recvmsg(512, _CONTROL)
-        asked = next((socket.inet_ntoa(content[8:12]) for _, form, content in ancillary if form == _IP_PKTINFO), "127.0.0.1")
+        asked = next(
+            (
+                socket.inet_ntoa(content[8:12])
+                for _, form, content in ancillary
+                if form == _IP_PKTINFO
+            ),
+            "127.0.0.1",
+        )
         question = _question(query)
         if question is None:
             if not asked.startswith("127."):
@@ -148,13 +194,23 @@ class Guard:
         if any(grant.covers(name) for grant in self._grants):
             address = self._address_of(name)
             code = 0 if address else _SERVFAIL
-        elif not self.records or self.records[-1][1:3] != ("dns", name) or time.time() - self.records[-1][0] > 1:  # A and AAAA of one look-up
+        elif (
+            not self.records
+            or self.records[-1][1:3] != ("dns", name)
+            or time.time() - self.records[-1][0] > 1
+        ):  # A and AAAA of one look-up
             self._deny("dns", name, 0)
-        answer = struct.pack(">HHHIH4s", 0xC00C, _A, 1, DNS_TTL, 4, socket.inet_aton(address)) if address and kind == _A else b""
+        answer = (
+            struct.pack(">HHHIH4s", 0xC00C, _A, 1, DNS_TTL, 4, socket.inet_aton(address))
+            if address and kind == _A
+            else b""
+        )
         header = query[:2] + struct.pack(">HHHHH", 0x8180 | code, 1, bool(answer), 0, 0)
         # From the address that was asked: a program may ask 8.8.8.8 itself, and takes no other's answer.
         source = struct.pack("i4s4s", 0, socket.inet_aton(asked), b"\0" * 4)
-        self._resolver.sendmsg([header + query[12:end] + answer], [(socket.IPPROTO_IP, _IP_PKTINFO, source)], 0, asker)
+        self._resolver.sendmsg(
+            [header + query[12:end] + answer], [(socket.IPPROTO_IP, _IP_PKTINFO, source)], 0, asker
+        )
 
     def _address_of(self, name: str) -> str | None:
         for address, known in self._names.items():
@@ -172,12 +228,21 @@ def _make_every_address_local() -> None:
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as kernel:
         kernel.settimeout(5)
         for family in (socket.AF_INET, socket.AF_INET6):
-            route = struct.pack("8BI", family, 0, 0, 0, 255, 4, 254, 2, 0)  # table local, protocol static, scope host, type local
+            route = struct.pack(
+                "8BI", family, 0, 0, 0, 255, 4, 254, 2, 0
+            )  # table local, protocol static, scope host, type local
             route += struct.pack("HHI", 8, 4, socket.if_nametoindex("lo"))  # RTA_OIF
-            kernel.send(struct.pack("IHHII", 16 + len(route), 24, 0x605, 1, 0) + route)  # RTM_NEWROUTE: request, acknowledge, create, exclusive
+            kernel.send(
+                struct.pack("IHHII", 16 + len(route), 24, 0x605, 1, 0) + route
+            )  # RTM_NEWROUTE: request, acknowledge, create, exclusive
             code = -struct.unpack_from("i", kernel.recv(4096), 16)[0]
-            if code and not (family == socket.AF_INET6 and code in (errno.EAFNOSUPPORT, errno.EOPNOTSUPP, errno.EACCES, errno.ENODEV)):
-                raise OSError(code, f"route to the guard: {os.strerror(code)}")  # IPv6 may be switched off, and then it leads nowhere
+            if code and not (
+                family == socket.AF_INET6
+                and code in (errno.EAFNOSUPPORT, errno.EOPNOTSUPP, errno.EACCES, errno.ENODEV)
+            ):
+                raise OSError(
+                    code, f"route to the guard: {os.strerror(code)}"
+                )  # IPv6 may be switched off, and then it leads nowhere
 
 
 def _listen(port: int) -> socket.socket:
@@ -209,12 +274,23 @@ def _filter(four: bool, protocol: str) -> bytes:
     """
     load_word, load_byte, equal, end = 0x20, 0x30, 0x15, 0x06
     if four:
-        program = [(load_byte, 16), (equal, 127, "dropped", None), (0xB1, 0)]  # X = the header's length
+        program = [
+            (load_byte, 16),
+            (equal, 127, "dropped", None),
+            (0xB1, 0),
+        ]  # X = the header's length
         here = lambda offset: (0x50, offset)  # A = the byte at X + offset
     else:
         header = -0x100000  # SKF_NET_OFF
-        program = [(load_word, header + 36), (equal, 1, None, "elsewhere"), (load_word, header + 24), (equal, 0, "dropped", None),  # ::1
-                   "elsewhere", (load_byte, header + 24), (equal, 0xFF, "dropped", None)]  # multicast is the kernel's own talk
+        program = [
+            (load_word, header + 36),
+            (equal, 1, None, "elsewhere"),
+            (load_word, header + 24),
+            (equal, 0, "dropped", None),  # ::1
+            "elsewhere",
+            (load_byte, header + 24),
+            (equal, 0xFF, "dropped", None),
+        ]  # multicast is the kernel's own talk
         here = lambda offset: (load_byte, offset)
     if protocol == "tcp":
         program += [here(13), (0x54, 0x12), (equal, 0x02, None, "dropped")]
@@ -233,7 +309,12 @@ def _assembled(program: list) -> bytes:
             instructions.append(item)
     code = b""
     for place, (operation, value, *jumps) in enumerate(instructions, 1):
-        code += struct.pack("HBBI", operation, *(places[jump] - place if jump else 0 for jump in jumps or (None, None)), value & 0xFFFFFFFF)
+        code += struct.pack(
+            "HBBI",
+            operation,
+            *(places[jump] - place if jump else 0 for jump in jumps or (None, None)),
+            value & 0xFFFFFFFF,
+        )
     return code
 
 
@@ -245,7 +326,7 @@ def _question(query: bytes) -> tuple[str, int, int] | None:
     while place < len(query) and (length := query[place]):
         if length > 63 or place + 1 + length > len(query):
             return None
-        labels.append(query[place + 1: place + 1 + length])
+        labels.append(query[place + 1 : place + 1 + length])
         place += 1 + length
     if place + 5 > len(query) or not labels:
         return None

@@ -30,7 +30,9 @@ class Tier:
         self._cgroup_entries = cgroup_entries
         self._own_uid = os.geteuid() == 0
         self._home = spec["directory"]
-        self.workspace, self._temporary, self._hidden = (f"{self._home}/{name}" for name in ("workspace", "tmp", "verifier"))
+        self.workspace, self._temporary, self._hidden = (
+            f"{self._home}/{name}" for name in ("workspace", "tmp", "verifier")
+        )
 
     def set_up(self) -> int:
         """Make the directories and the rules; returns a descriptor of the workspace."""
@@ -40,9 +42,14 @@ class Tier:
                 os.chown(directory, self._spec["uid"], self._spec["gid"])
         os.mkdir(self._hidden, 0o755)
         if self._spec["snapshot"]:
-            self._copy((self._spec["snapshot"], self._home), (self._spec["uid"], self._spec["gid"]) if self._own_uid else None)
+            self._copy(
+                (self._spec["snapshot"], self._home),
+                (self._spec["uid"], self._spec["gid"]) if self._own_uid else None,
+            )
         self._ruleset = landlock.ruleset((self.workspace, self._temporary), (self._hidden,))
-        self._filter = seccomp.build(linux.ARCHITECTURE, network=False, own_processes=self._own_uid or landlock.abi() >= 6)
+        self._filter = seccomp.build(
+            linux.ARCHITECTURE, network=False, own_processes=self._own_uid or landlock.abi() >= 6
+        )
         return os.open(self.workspace, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def copy_to(self, target: int) -> None:
@@ -53,20 +60,38 @@ class Tier:
 
     def _copy(self, places: tuple[str, str], owner: tuple[int, int] | None) -> None:
         for name in ("workspace", "tmp"):
-            source, target = (os.open(f"{place}/{name}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) for place in places)
+            source, target = (
+                os.open(f"{place}/{name}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                for place in places
+            )
             try:
                 copy_tree(source, target, owner)
             finally:
                 os.close(source), os.close(target)
 
-    def start_agent(self, arguments: list[str], environment: dict, out: int, err: int, prepare: Callable[[], None] = lambda: None) -> Started:
+    def start_agent(
+        self,
+        arguments: list[str],
+        environment: dict,
+        out: int,
+        err: int,
+        prepare: Callable[[], None] = lambda: None,
+    ) -> Started:
         def become() -> None:
             prepare()
             self._become(arguments[0], arguments, environment)
 
         return self._start(become, out, err)
 
-    def start_verifier(self, script: int, files: dict[str, bytes], environment: dict, out: int, err: int, keep: bool) -> Started:
+    def start_verifier(
+        self,
+        script: int,
+        files: dict[str, bytes],
+        environment: dict,
+        out: int,
+        err: int,
+        keep: bool,
+    ) -> Started:
         """The grader. As root its bash is execute-only, so that its children cannot look into it (see namespaces.py). What it writes is kept always."""
         for name, content in files.items():
             linux.write_file(f"{self._hidden}/{name}", content)
@@ -74,7 +99,11 @@ class Tier:
 
         def become() -> None:
             os.dup2(script, linux.FIRST_PASSED_FD)
-            self._become(bash, ["bash", f"/proc/self/fd/{linux.FIRST_PASSED_FD}"], environment | {"VERIFIER_FILES": self._hidden})
+            self._become(
+                bash,
+                ["bash", f"/proc/self/fd/{linux.FIRST_PASSED_FD}"],
+                environment | {"VERIFIER_FILES": self._hidden},
+            )
 
         return self._start(become, out, err)
 
@@ -94,14 +123,19 @@ class Tier:
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
         landlock.restrict(self._ruleset)
         linux.install_filter(self._filter)
-        os.execve(program, arguments, environment | {"HOME": self.workspace, "TMPDIR": self._temporary})
+        os.execve(
+            program, arguments, environment | {"HOME": self.workspace, "TMPDIR": self._temporary}
+        )
 
     def _limit_resources(self) -> None:
         memory = self._spec["memory_bytes"]
         # DATA bounds heaps; AS, wider because threads and runtimes reserve address space that they never touch, the rest.
         linux.lower_limit(resource.RLIMIT_DATA, memory)
         linux.lower_limit(resource.RLIMIT_AS, memory + (2 << 30))
-        linux.lower_limit(resource.RLIMIT_NPROC, self._spec["pids"] + (0 if self._own_uid else _processes_of(os.getuid())))
+        linux.lower_limit(
+            resource.RLIMIT_NPROC,
+            self._spec["pids"] + (0 if self._own_uid else _processes_of(os.getuid())),
+        )
 
     def as_owner(self) -> "_Owner":
         """Files are opened and made as the sandbox's id, never with root's rights."""

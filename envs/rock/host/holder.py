@@ -27,20 +27,38 @@ KILL_SECONDS = 10.0
 SHELL_GRACE = 1.0  # seconds in which a shell whose command was killed must say so
 DISK_CHECK_SECONDS = 0.1
 CONNECT_SECONDS = 0.1
-MOST_UNREAD = 1 << 16  # bytes of connections that the manager has not taken yet; its socket holds three times as much
+MOST_UNREAD = (
+    1 << 16
+)  # bytes of connections that the manager has not taken yet; its socket holds three times as much
 
 
 class Running:
     """A command that runs: a process of its own, or one that a session's shell was told."""
 
-    def __init__(self, identity: int, descriptor: int, timeout: float, events: dict[str, int], started: Started | None, session: Session | None):
-        self.identity, self.descriptor, self.started, self.session, self.events = identity, descriptor, started, session, events
+    def __init__(
+        self,
+        identity: int,
+        descriptor: int,
+        timeout: float,
+        events: dict[str, int],
+        started: Started | None,
+        session: Session | None,
+    ):
+        self.identity, self.descriptor, self.started, self.session, self.events = (
+            identity,
+            descriptor,
+            started,
+            session,
+            events,
+        )
         self.began = time.monotonic()
         self.deadline = self.began + timeout
         self.limits_hit: list[str] = []
 
     def processes(self) -> set[int]:
-        return self.session.foreground() if self.session else linux.descendants_of({self.started.pid})
+        return (
+            self.session.foreground() if self.session else linux.descendants_of({self.started.pid})
+        )
 
     def kill(self, reason: str) -> None:
         """Its end is noticed, and told, in `serve`. A shell that does not survive its command's death by SHELL_GRACE dies at the second call."""
@@ -48,7 +66,9 @@ class Running:
         self.limits_hit.append(reason)
         self.deadline = time.monotonic() + KILL_SECONDS
         if self.session is None:
-            linux.signal_process(self.started.pid, signal.SIGKILL)  # what it started dies when it has ended
+            linux.signal_process(
+                self.started.pid, signal.SIGKILL
+            )  # what it started dies when it has ended
         elif again:
             linux.signal_process(self.session.pid, signal.SIGKILL)
         else:
@@ -65,18 +85,29 @@ class Holder:
         self._denials_told = 0
         self._disk_check = 0.0  # when the watched disk is looked at next
         # Opened under the zygote's id and in its file tree: later this process has neither.
-        self._tier = tier_type(spec, [os.open(f"{path}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC) for path in spec["cgroups"]])
+        self._tier = tier_type(
+            spec,
+            [
+                os.open(f"{path}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+                for path in spec["cgroups"]
+            ],
+        )
         self._meters = cgroups.Meters(spec["cgroups"])
 
     def set_up(self) -> str:
         """Enter the tier; returns the path of the workspace."""
         self._root = self._tier.set_up()
         # CORE is 1, not 0: a core_pattern that is a pipe ignores 0, and the host's crash handler would run.
-        for kind, value in ((resource.RLIMIT_CORE, 1), (resource.RLIMIT_FSIZE, self._spec["disk_bytes"]),
-                            (resource.RLIMIT_NOFILE, self._spec["open_files"])):
+        for kind, value in (
+            (resource.RLIMIT_CORE, 1),
+            (resource.RLIMIT_FSIZE, self._spec["disk_bytes"]),
+            (resource.RLIMIT_NOFILE, self._spec["open_files"]),
+        ):
             linux.lower_limit(kind, value)
         linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
-        linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)  # after the change of ids, which clears it
+        linux.prctl(
+            linux.PR_SET_PDEATHSIG, signal.SIGKILL
+        )  # after the change of ids, which clears it
         if os.getppid() != self._spec["zygote"]:
             raise OSError("the zygote died")
         return self._tier.workspace
@@ -89,9 +120,15 @@ class Holder:
             self._poller.register(descriptor, select.POLLIN)
         alive = True
         while alive:
-            ready = [descriptor for descriptor, _ in self._poller.poll(self._milliseconds_to_next_check())]
+            ready = [
+                descriptor
+                for descriptor, _ in self._poller.poll(self._milliseconds_to_next_check())
+            ]
             # What an event is about is looked up before any is served: a request may end a command and start one under the same number.
-            seen = [(descriptor, self._running.get(descriptor), self._sessions.get(descriptor)) for descriptor in ready]
+            seen = [
+                (descriptor, self._running.get(descriptor), self._sessions.get(descriptor))
+                for descriptor in ready
+            ]
             for descriptor, running, session in seen:
                 if descriptor == self._channel.fileno():
                     alive = self._receive()
@@ -108,15 +145,22 @@ class Holder:
     def _milliseconds_to_next_check(self) -> int | None:
         if not self._running:
             return None
-        seconds = max(0.0, min(running.deadline for running in self._running.values()) - time.monotonic())
-        return int(1000 * (min(seconds, DISK_CHECK_SECONDS) if self._tier.watches_disk else seconds)) + 1
+        seconds = max(
+            0.0, min(running.deadline for running in self._running.values()) - time.monotonic()
+        )
+        return (
+            int(1000 * (min(seconds, DISK_CHECK_SECONDS) if self._tier.watches_disk else seconds))
+            + 1
+        )
 
     def _check_limits(self) -> None:
         now, reason = time.monotonic(), ""
         if self._running and self._tier.watches_disk and now >= self._disk_check:
             self._disk_check = now + DISK_CHECK_SECONDS
             size, inodes = self._tier.usage()
-            reason = "disk" if size > self._spec["disk_bytes"] or inodes > self._spec["inodes"] else ""
+            reason = (
+                "disk" if size > self._spec["disk_bytes"] or inodes > self._spec["inodes"] else ""
+            )
         for running in list(self._running.values()):
             if reason and reason not in running.limits_hit:
                 running.kill(reason)
@@ -135,7 +179,9 @@ class Holder:
             request = json.loads(data)
             getattr(self, f"_serve_{request['op']}")(request, descriptors)
         except OSError as error:
-            self._reply(request["id"], error=str(error), errno=errno.errorcode.get(error.errno, "EIO"))
+            self._reply(
+                request["id"], error=str(error), errno=errno.errorcode.get(error.errno, "EIO")
+            )
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -151,11 +197,17 @@ class Holder:
 
     def _serve_run(self, request: dict, descriptors: list[int]) -> None:
         if len(self._running) >= MAX_COMMANDS:
-            raise OSError(errno.EBUSY, f"{MAX_COMMANDS} commands are running; a sandbox runs no more at once")
+            raise OSError(
+                errno.EBUSY, f"{MAX_COMMANDS} commands are running; a sandbox runs no more at once"
+            )
         out, err, text = descriptors
         command = os.pread(text, MAX_MESSAGE, 0).decode()
         events = self._meters.events()
-        self._watch(request, self._tier.start_agent(["/bin/bash", "-c", command], request["env"], out, err), events)
+        self._watch(
+            request,
+            self._tier.start_agent(["/bin/bash", "-c", command], request["env"], out, err),
+            events,
+        )
 
     def _serve_verify(self, request: dict, descriptors: list[int]) -> None:
         """Grade: everything of the agent dies before the script is within reach of any process of the sandbox."""
@@ -166,18 +218,36 @@ class Holder:
             files[name] = os.pread(content, size, offset)
             offset += size
         events = self._meters.events()
-        self._watch(request, self._tier.start_verifier(script, files, request["env"], out, err, request["keep"]), events)
+        self._watch(
+            request,
+            self._tier.start_verifier(script, files, request["env"], out, err, request["keep"]),
+            events,
+        )
 
     def _watch(self, request: dict, started: Started, events: dict[str, int]) -> None:
-        self._add(Running(request["id"], os.pidfd_open(started.pid), request["timeout"], events, started, None))
+        self._add(
+            Running(
+                request["id"], os.pidfd_open(started.pid), request["timeout"], events, started, None
+            )
+        )
 
     def _serve_session(self, request: dict, descriptors: list[int]) -> None:
         if len(self._sessions) >= MAX_SESSIONS:
             raise OSError(errno.EMFILE, f"a sandbox has at most {MAX_SESSIONS} sessions")
         out, err = descriptors
         session = Session(request["id"])
-        session.started(self._tier.start_agent(["/bin/bash", "--noprofile", "--norc", "-c", LOOP, "bash"], request["env"], out, err, session.pass_pipes))
-        self._sessions[session.pidfd] = session  # a shell that could not be executed ends at once, and its first command says so
+        session.started(
+            self._tier.start_agent(
+                ["/bin/bash", "--noprofile", "--norc", "-c", LOOP, "bash"],
+                request["env"],
+                out,
+                err,
+                session.pass_pipes,
+            )
+        )
+        self._sessions[session.pidfd] = (
+            session  # a shell that could not be executed ends at once, and its first command says so
+        )
         self._poller.register(session.pidfd, select.POLLIN)
         self._reply(request["id"], session=session.name)
 
@@ -219,8 +289,16 @@ class Holder:
     def _serve_status(self, request: dict, descriptors: list[int]) -> None:
         size, inodes = self._tier.usage()
         spent = resource.getrusage(resource.RUSAGE_CHILDREN)
-        self._reply(request["id"], disk_bytes=size, inodes=inodes, cpu_seconds=spent.ru_utime + spent.ru_stime, commands=len(self._running),
-                    sessions=len(self._sessions), network_denials=self._denials(), **self._meters.usage())
+        self._reply(
+            request["id"],
+            disk_bytes=size,
+            inodes=inodes,
+            cpu_seconds=spent.ru_utime + spent.ru_stime,
+            commands=len(self._running),
+            sessions=len(self._sessions),
+            network_denials=self._denials(),
+            **self._meters.usage(),
+        )
 
     def _serve_denials(self, request: dict, descriptors: list[int]) -> None:
         if self._tier.guard:
@@ -233,8 +311,15 @@ class Holder:
         for way, connection in connections:
             with connection:
                 try:
-                    if linux.unread_bytes(self._channel) < MOST_UNREAD:  # the rest is kept for answers
-                        send(self._channel, {"id": 0, "way": way}, (connection.fileno(),), socket.MSG_DONTWAIT)
+                    if (
+                        linux.unread_bytes(self._channel) < MOST_UNREAD
+                    ):  # the rest is kept for answers
+                        send(
+                            self._channel,
+                            {"id": 0, "way": way},
+                            (connection.fileno(),),
+                            socket.MSG_DONTWAIT,
+                        )
                 except OSError:
                     pass  # too many descriptors on their way; a manager that is gone is noticed by the next receive
 
@@ -259,7 +344,9 @@ class Holder:
 
     def _add(self, running: Running) -> None:
         if not self._running:
-            self._disk_check = time.monotonic() + DISK_CHECK_SECONDS  # a full disk leaves a new command time to remove something
+            self._disk_check = (
+                time.monotonic() + DISK_CHECK_SECONDS
+            )  # a full disk leaves a new command time to remove something
         self._running[running.descriptor] = running
         self._poller.register(running.descriptor, select.POLLIN)
 
@@ -273,7 +360,9 @@ class Holder:
             self._remove(running)
             self._tell_end(running, code, False)
         else:
-            self._poller.unregister(running.descriptor)  # closed, or nonsense: the shell's own end is awaited, or the time limit
+            self._poller.unregister(
+                running.descriptor
+            )  # closed, or nonsense: the shell's own end is awaited, or the time limit
 
     def _remove(self, running: Running) -> None:
         del self._running[running.descriptor]
@@ -298,13 +387,24 @@ class Holder:
         seconds = time.monotonic() - running.began
         survivors = 0 if self._sessions or self._running else self._tier.kill_leftovers()
         self._tier.finished()
-        struck = [name for name, count in self._meters.events().items() if count > running.events.get(name, 0)]
+        struck = [
+            name
+            for name, count in self._meters.events().items()
+            if count > running.events.get(name, 0)
+        ]
         failure = running.started.failure if running.started else ""
         if survivors:
             failure = f"{survivors} processes survived SIGKILL for {KILL_SECONDS:.0f} s"
         denials = self._denials() or 0
-        self._reply(running.identity, exit_code=code, seconds=seconds, limits=list(dict.fromkeys(running.limits_hit + struck)), failure=failure,
-                    shell_ended=shell_ended, denials=denials - self._denials_told)
+        self._reply(
+            running.identity,
+            exit_code=code,
+            seconds=seconds,
+            limits=list(dict.fromkeys(running.limits_hit + struck)),
+            failure=failure,
+            shell_ended=shell_ended,
+            denials=denials - self._denials_told,
+        )
         self._denials_told = denials
 
     def _kill_everything(self) -> None:
@@ -348,7 +448,9 @@ class Holder:
         path, writing = request["path"], request["purpose"] == "write"
         if request["purpose"] == "list":
             return linux.open_beneath(self._root, path, os.O_RDONLY | os.O_DIRECTORY)
-        flags = os.O_NONBLOCK | os.O_NOCTTY | (os.O_WRONLY | os.O_CREAT if writing else os.O_RDONLY)  # NONBLOCK: a FIFO must not hold us
+        flags = (
+            os.O_NONBLOCK | os.O_NOCTTY | (os.O_WRONLY | os.O_CREAT if writing else os.O_RDONLY)
+        )  # NONBLOCK: a FIFO must not hold us
         if writing:
             parts = path.split("/")[:-1]
             for depth in range(1, len(parts) + 1):
@@ -379,8 +481,14 @@ def _exit_code(raw: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def send(channel: socket.socket, message: dict, descriptors: tuple[int, ...] = (), flags: int = 0) -> None:
-    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+def send(
+    channel: socket.socket, message: dict, descriptors: tuple[int, ...] = (), flags: int = 0
+) -> None:
+    ancillary = (
+        [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
+        if descriptors
+        else []
+    )
     channel.sendmsg([json.dumps(message).encode()], ancillary, flags)
 
 
@@ -391,7 +499,9 @@ def parse(data: bytes) -> dict:
 
 def receive(channel: socket.socket) -> tuple[bytes, list[int]]:
     """One message and its descriptors (closed on exec); b"" at the end."""
-    data, ancillary, _, _ = channel.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC)
+    data, ancillary, _, _ = channel.recvmsg(
+        MAX_MESSAGE, socket.CMSG_SPACE(MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC
+    )
     descriptors = array.array("i")
     for level, kind, content in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):

@@ -17,7 +17,15 @@ _SCOPE_ABSTRACT_UNIX, _SCOPE_SIGNAL = 1, 2
 _RULE_PATH_BENEATH, _VERSION_FLAG = 1, 1
 
 PROGRAMS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
-SETTINGS = ("/etc/ld.so.cache", "/etc/nsswitch.conf", "/etc/localtime", "/etc/alternatives", "/etc/passwd", "/etc/group", "/etc/magic")
+SETTINGS = (
+    "/etc/ld.so.cache",
+    "/etc/nsswitch.conf",
+    "/etc/localtime",
+    "/etc/alternatives",
+    "/etc/passwd",
+    "/etc/group",
+    "/etc/magic",
+)
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 
 
@@ -33,7 +41,9 @@ class _PathBeneath(ctypes.Structure):
 def abi() -> int:
     """The kernel's Landlock version; 0 where it has none or hides it."""
     try:
-        return linux.syscall("landlock version", linux.SYS_LANDLOCK_CREATE, ctypes.c_void_p(0), 0, _VERSION_FLAG)
+        return linux.syscall(
+            "landlock version", linux.SYS_LANDLOCK_CREATE, ctypes.c_void_p(0), 0, _VERSION_FLAG
+        )
     except OSError:
         return 0
 
@@ -50,10 +60,15 @@ def ruleset(writable: tuple[str, ...], readable: tuple[str, ...]) -> int:
     if version < 1:
         raise OSError("this kernel offers no Landlock")
     handled = _file_rights(version)
-    attributes = _Ruleset(handled, _NET_BIND_TCP | _NET_CONNECT_TCP if version >= 4 else 0,
-                          _SCOPE_ABSTRACT_UNIX | _SCOPE_SIGNAL if version >= 6 else 0)
+    attributes = _Ruleset(
+        handled,
+        _NET_BIND_TCP | _NET_CONNECT_TCP if version >= 4 else 0,
+        _SCOPE_ABSTRACT_UNIX | _SCOPE_SIGNAL if version >= 6 else 0,
+    )
     size = 24 if version >= 6 else 16 if version >= 4 else 8
-    descriptor = linux.syscall("landlock ruleset", linux.SYS_LANDLOCK_CREATE, ctypes.byref(attributes), size, 0)
+    descriptor = linux.syscall(
+        "landlock ruleset", linux.SYS_LANDLOCK_CREATE, ctypes.byref(attributes), size, 0
+    )
     os.set_inheritable(descriptor, False)
     read = _EXECUTE | _READ_FILE | _READ_DIR
     for path in PROGRAMS + SETTINGS + readable:
@@ -74,7 +89,14 @@ def _allow(descriptor: int, path: str, rights: int) -> None:
         if not os.path.isdir(path):
             rights &= _FILE_RIGHTS
         rule = _PathBeneath(rights, parent)
-        linux.syscall(f"landlock rule for {path}", linux.SYS_LANDLOCK_ADD, descriptor, _RULE_PATH_BENEATH, ctypes.byref(rule), 0)
+        linux.syscall(
+            f"landlock rule for {path}",
+            linux.SYS_LANDLOCK_ADD,
+            descriptor,
+            _RULE_PATH_BENEATH,
+            ctypes.byref(rule),
+            0,
+        )
     finally:
         os.close(parent)
 

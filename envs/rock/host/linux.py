@@ -14,18 +14,41 @@ from collections.abc import Callable
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
-CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x02000000, 0x04000000, 0x08000000
+CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = (
+    0x00020000,
+    0x02000000,
+    0x04000000,
+    0x08000000,
+)
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 8, 4096, 16384, 1 << 18  # the first four are also mount_setattr's
-PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 22, 24, 36, 38
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = (
+    1,
+    2,
+    4,
+    8,
+    4096,
+    16384,
+    1 << 18,
+)  # the first four are also mount_setattr's
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = (
+    1,
+    22,
+    24,
+    36,
+    38,
+)
 SYS_OPENAT2, SYS_MOUNT_SETATTR = 437, 442  # one number on every architecture, as all from 424 on
 SYS_LANDLOCK_CREATE, SYS_LANDLOCK_ADD, SYS_LANDLOCK_RESTRICT = 444, 445, 446
-SYS_PIVOT_ROOT, SYS_CAPSET = {"x86_64": (155, 126), "aarch64": (41, 91)}.get(platform.machine(), (0, 0))
+SYS_PIVOT_ROOT, SYS_CAPSET = {"x86_64": (155, 126), "aarch64": (41, 91)}.get(
+    platform.machine(), (0, 0)
+)
 RESOLVE_NO_MAGICLINKS, RESOLVE_BENEATH = 0x02, 0x08
 AT_FDCWD, AT_RECURSIVE, MNT_DETACH = -100, 0x8000, 2
 SIOCSIFFLAGS, SIOCOUTQ, IFF_UP, SO_ATTACH_FILTER = 0x8914, 0x5411, 1, 26
 
-FIRST_PASSED_FD = 80  # descriptors handed to a new program lie from here on; a holder's own ones below
+FIRST_PASSED_FD = (
+    80  # descriptors handed to a new program lie from here on; a holder's own ones below
+)
 ARCHITECTURE = platform.machine()
 
 
@@ -50,19 +73,33 @@ def unshare(flags: int) -> None:
 
 def mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
     encode = lambda text: None if text is None else os.fsencode(text)
-    result = _libc.mount(encode(source), encode(target), encode(kind), ctypes.c_ulong(flags), encode(data))
+    result = _libc.mount(
+        encode(source), encode(target), encode(kind), ctypes.c_ulong(flags), encode(data)
+    )
     _check(result, f"mount {source} on {target}")
 
 
 def restrict_mount(path: str, flags: int, recursive: bool = False) -> None:
     """Add MS_RDONLY, MS_NOSUID, ... to the mount at `path` (and those below it), keeping what it has."""
     attributes = (ctypes.c_uint64 * 4)(flags, 0, 0, 0)
-    syscall(f"mount_setattr {path}", SYS_MOUNT_SETATTR, AT_FDCWD, ctypes.c_char_p(os.fsencode(path)), AT_RECURSIVE if recursive else 0,
-            ctypes.byref(attributes), ctypes.sizeof(attributes))
+    syscall(
+        f"mount_setattr {path}",
+        SYS_MOUNT_SETATTR,
+        AT_FDCWD,
+        ctypes.c_char_p(os.fsencode(path)),
+        AT_RECURSIVE if recursive else 0,
+        ctypes.byref(attributes),
+        ctypes.sizeof(attributes),
+    )
 
 
 def pivot_root(new: str, old: str) -> None:
-    syscall("pivot_root", SYS_PIVOT_ROOT, ctypes.c_char_p(os.fsencode(new)), ctypes.c_char_p(os.fsencode(old)))
+    syscall(
+        "pivot_root",
+        SYS_PIVOT_ROOT,
+        ctypes.c_char_p(os.fsencode(new)),
+        ctypes.c_char_p(os.fsencode(old)),
+    )
 
 
 def detach(path: str) -> None:
@@ -97,13 +134,26 @@ def raise_loopback() -> None:
 
 def prctl(option: int, value: int, pointer: object = None) -> None:
     zero = ctypes.c_ulong(0)
-    _check(_libc.prctl(ctypes.c_int(option), ctypes.c_ulong(value), pointer if pointer is not None else zero, zero, zero), f"prctl {option}")
+    _check(
+        _libc.prctl(
+            ctypes.c_int(option),
+            ctypes.c_ulong(value),
+            pointer if pointer is not None else zero,
+            zero,
+            zero,
+        ),
+        f"prctl {option}",
+    )
 
 
 def install_filter(program: bytes) -> None:
     """Load a seccomp filter (seccomp.build) into this process, for good. Needs no_new_privs or root."""
     instructions = ctypes.create_string_buffer(program, len(program))
-    prctl(PR_SET_SECCOMP, 2, ctypes.byref(_FilterProgram(len(program) // 8, ctypes.addressof(instructions))))
+    prctl(
+        PR_SET_SECCOMP,
+        2,
+        ctypes.byref(_FilterProgram(len(program) // 8, ctypes.addressof(instructions))),
+    )
 
 
 def unread_bytes(sender: socket.socket) -> int:
@@ -114,7 +164,11 @@ def unread_bytes(sender: socket.socket) -> int:
 def attach_filter(receiver: socket.socket, program: bytes) -> None:
     """Let a socket receive only what a classic BPF program keeps."""
     instructions = ctypes.create_string_buffer(program, len(program))
-    receiver.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, bytes(_FilterProgram(len(program) // 8, ctypes.addressof(instructions))))
+    receiver.setsockopt(
+        socket.SOL_SOCKET,
+        SO_ATTACH_FILTER,
+        bytes(_FilterProgram(len(program) // 8, ctypes.addressof(instructions))),
+    )
 
 
 def syscall(what: str, number: int, *arguments: object) -> int:
@@ -135,10 +189,18 @@ def open_beneath(directory_fd: int, path: str, flags: int, mode: int = 0) -> int
     how = _OpenHow(flags | os.O_CLOEXEC, mode, RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS)
     for _ in range(100):
         try:
-            return syscall(f"open {path}", SYS_OPENAT2, directory_fd, ctypes.c_char_p(os.fsencode(path)), ctypes.byref(how),
-                           ctypes.sizeof(how))
+            return syscall(
+                f"open {path}",
+                SYS_OPENAT2,
+                directory_fd,
+                ctypes.c_char_p(os.fsencode(path)),
+                ctypes.byref(how),
+                ctypes.sizeof(how),
+            )
         except OSError as error:
-            if error.errno != errno.EAGAIN:  # EAGAIN: a rename raced with `..`; the kernel asks to try again
+            if (
+                error.errno != errno.EAGAIN
+            ):  # EAGAIN: a rename raced with `..`; the kernel asks to try again
                 raise
     raise OSError(errno.EXDEV, f"open {path}: the path kept changing")
 

@@ -31,8 +31,15 @@ START_SECONDS = 10.0
 KILL_SECONDS = 10.0
 REPOSITORY = os.path.realpath(f"{os.path.dirname(__file__)}/../../..")
 
-_NAMESPACES = (linux.CLONE_NEWUSER | linux.CLONE_NEWNS | linux.CLONE_NEWPID | linux.CLONE_NEWNET | linux.CLONE_NEWIPC | linux.CLONE_NEWUTS
-               | linux.CLONE_NEWCGROUP)
+_NAMESPACES = (
+    linux.CLONE_NEWUSER
+    | linux.CLONE_NEWNS
+    | linux.CLONE_NEWPID
+    | linux.CLONE_NEWNET
+    | linux.CLONE_NEWIPC
+    | linux.CLONE_NEWUTS
+    | linux.CLONE_NEWCGROUP
+)
 _SAFE = linux.MS_NOSUID | linux.MS_NODEV
 _PASSWD = """root:x:0:0:root:/nonexistent:/usr/sbin/nologin
 agent:x:1000:1000::/workspace:/bin/bash
@@ -43,8 +50,19 @@ _HOSTS = "127.0.0.1 localhost sandbox\n::1 localhost\n"
 _RESOLVER = "nameserver 127.0.0.1\noptions timeout:2 attempts:2\n"
 _COPIED_SETTINGS = ("ld.so.cache", "nsswitch.conf", "magic")
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
-_DEVICE_LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2", "ptmx": "pts/ptmx"}
-_KERNEL_SETTINGS = ("sys", "sysrq-trigger", "irq", "bus")  # of /proc: read-only, whatever their permissions say
+_DEVICE_LINKS = {
+    "fd": "/proc/self/fd",
+    "stdin": "/proc/self/fd/0",
+    "stdout": "/proc/self/fd/1",
+    "stderr": "/proc/self/fd/2",
+    "ptmx": "pts/ptmx",
+}
+_KERNEL_SETTINGS = (
+    "sys",
+    "sysrq-trigger",
+    "irq",
+    "bus",
+)  # of /proc: read-only, whatever their permissions say
 
 
 class Mapping:
@@ -69,7 +87,9 @@ class Mapping:
         """In the zygote, after fork: map INNER_ID to (uid, gid) outside. A holder that failed before is noticed by its silence."""
         os.close(self._unshared[1])
         try:
-            if select.select([self._unshared[0]], [], [], START_SECONDS)[0] and os.read(self._unshared[0], 1):
+            if select.select([self._unshared[0]], [], [], START_SECONDS)[0] and os.read(
+                self._unshared[0], 1
+            ):
                 if os.geteuid() != 0:
                     linux.write_file(f"/proc/{pid}/setgroups", b"deny")
                 linux.write_file(f"/proc/{pid}/gid_map", f"{INNER_ID} {gid} 1\n".encode())
@@ -113,11 +133,20 @@ class Tier:
         self._lifeline.settimeout(START_SECONDS)
         said, descriptors, _, _ = socket.recv_fds(self._lifeline, 4096, 1)
         if not descriptors:
-            raise OSError(said.decode(errors="replace") or "the sandbox's init ended before it began")
+            raise OSError(
+                said.decode(errors="replace") or "the sandbox's init ended before it began"
+            )
         self._mounts = descriptors[0]
         os.set_inheritable(self._mounts, False)
 
-    def start_agent(self, arguments: list[str], environment: dict, out: int, err: int, prepare: Callable[[], None] = lambda: None) -> Started:
+    def start_agent(
+        self,
+        arguments: list[str],
+        environment: dict,
+        out: int,
+        err: int,
+        prepare: Callable[[], None] = lambda: None,
+    ) -> Started:
         def become() -> None:
             prepare()
             self._enter()
@@ -125,18 +154,30 @@ class Tier:
 
         return self._start(become, out, err)
 
-    def start_verifier(self, script: int, files: dict[str, bytes], environment: dict, out: int, err: int, keep: bool) -> Started:
+    def start_verifier(
+        self,
+        script: int,
+        files: dict[str, bytes],
+        environment: dict,
+        out: int,
+        err: int,
+        keep: bool,
+    ) -> Started:
         """The grader: a view of the workspace that nobody sees but it, its own empty /tmp, shared memory and IPC, its files in /run/verifier,
         and a bash that its children cannot look into.
 
         That bash is execute-only, so the kernel marks the process undumpable: what the verifier runs (the agent's program, say) cannot
         read its memory, environment or descriptors through /proc. The script is a descriptor, never a file.
         """
+
         def become() -> None:
             self._enter()
             linux.unshare(linux.CLONE_NEWNS | linux.CLONE_NEWIPC)
-            for place, options in (("/tmp", f"size={self._spec['disk_bytes']},mode=1777"), ("/dev/shm", f"size={SHM_BYTES},mode=1777"),
-                                   ("/run", f"size={HIDDEN_BYTES},nr_inodes=1k,mode=0755")):
+            for place, options in (
+                ("/tmp", f"size={self._spec['disk_bytes']},mode=1777"),
+                ("/dev/shm", f"size={SHM_BYTES},mode=1777"),
+                ("/run", f"size={HIDDEN_BYTES},nr_inodes=1k,mode=0755"),
+            ):
                 linux.mount("tmpfs", place, "tmpfs", _SAFE, options)
             if not keep:
                 self._cover_workspace()
@@ -147,14 +188,24 @@ class Tier:
             os.dup2(script, linux.FIRST_PASSED_FD)
             os.set_inheritable(linux.FIRST_PASSED_FD, True)
             bash = self._spec["verifier_bash"]
-            self._execute(bash, ["bash", f"/proc/self/fd/{linux.FIRST_PASSED_FD}"], environment | {"VERIFIER_FILES": "/run/verifier"})
+            self._execute(
+                bash,
+                ["bash", f"/proc/self/fd/{linux.FIRST_PASSED_FD}"],
+                environment | {"VERIFIER_FILES": "/run/verifier"},
+            )
 
         return self._start(become, out, err)
 
     def _cover_workspace(self) -> None:
         """In a verifier's own mounts: what is written in /workspace from here on lies in a file system of its own, which ends with them."""
         os.mkdir("/run/view")
-        linux.mount("tmpfs", "/run/view", "tmpfs", _SAFE, f"size={self._spec['disk_bytes']},nr_inodes={self._spec['inodes'] + OWN_INODES},mode=0755")
+        linux.mount(
+            "tmpfs",
+            "/run/view",
+            "tmpfs",
+            _SAFE,
+            f"size={self._spec['disk_bytes']},nr_inodes={self._spec['inodes'] + OWN_INODES},mode=0755",
+        )
         below = os.open(self.workspace, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         _stack(below, "/run/view", self.workspace)
         os.close(below)
@@ -246,11 +297,24 @@ def _enter_namespaces(mapping: Mapping) -> None:
 def _build_tree(disk_bytes: int, inodes: int, snapshot: str | None) -> None:
     """Mount what will be the sandbox's / below ROOT and its writable part at TREE."""
     linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
-    lower = os.open(snapshot, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) if snapshot else None  # it may lie in /tmp
+    lower = (
+        os.open(snapshot, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) if snapshot else None
+    )  # it may lie in /tmp
     linux.mount("tmpfs", "/tmp", "tmpfs", _SAFE, "size=1m,nr_inodes=1k,mode=0755")
-    for directory in (DISK, TREE, ROOT, *(f"{ROOT}/{name}" for name in ("usr", "etc", "proc", "dev", "tmp", "workspace", "run"))):
+    for directory in (
+        DISK,
+        TREE,
+        ROOT,
+        *(f"{ROOT}/{name}" for name in ("usr", "etc", "proc", "dev", "tmp", "workspace", "run")),
+    ):
         os.mkdir(directory)
-    linux.mount("tmpfs", DISK, "tmpfs", _SAFE, f"size={disk_bytes},nr_inodes={inodes + OWN_INODES},mode=0755")
+    linux.mount(
+        "tmpfs",
+        DISK,
+        "tmpfs",
+        _SAFE,
+        f"size={disk_bytes},nr_inodes={inodes + OWN_INODES},mode=0755",
+    )
     if lower is None:
         _make_writable_part()
     else:
@@ -264,7 +328,9 @@ def _build_tree(disk_bytes: int, inodes: int, snapshot: str | None) -> None:
             os.mkdir(f"{ROOT}/{name}")
             linux.mount(f"/{name}", f"{ROOT}/{name}", None, linux.MS_BIND | linux.MS_REC)
     if REPOSITORY.startswith("/usr/"):  # verifiers and task generators lie there
-        linux.mount("tmpfs", f"{ROOT}{REPOSITORY}", "tmpfs", _SAFE | linux.MS_RDONLY, "size=4k,mode=0755")
+        linux.mount(
+            "tmpfs", f"{ROOT}{REPOSITORY}", "tmpfs", _SAFE | linux.MS_RDONLY, "size=4k,mode=0755"
+        )
     _write_settings(f"{ROOT}/etc")
 
 
@@ -280,7 +346,13 @@ def _stack(lower: int, disk: str, place: str) -> None:
     os.mkdir(f"{disk}/upper", 0o755)
     os.mkdir(f"{disk}/work")
     try:
-        linux.mount("overlay", place, "overlay", _SAFE, f"lowerdir=/proc/self/fd/{lower},upperdir={disk}/upper,workdir={disk}/work,userxattr")
+        linux.mount(
+            "overlay",
+            place,
+            "overlay",
+            _SAFE,
+            f"lowerdir=/proc/self/fd/{lower},upperdir={disk}/upper,workdir={disk}/work,userxattr",
+        )
     except OSError:
         linux.mount(f"{disk}/upper", place, None, linux.MS_BIND)
         target = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -294,7 +366,12 @@ def _inodes() -> int:
 
 
 def _write_settings(etc: str) -> None:
-    for name, text in (("passwd", _PASSWD), ("group", _GROUP), ("hosts", _HOSTS), ("resolv.conf", _RESOLVER)):
+    for name, text in (
+        ("passwd", _PASSWD),
+        ("group", _GROUP),
+        ("hosts", _HOSTS),
+        ("resolv.conf", _RESOLVER),
+    ):
         linux.write_file(f"{etc}/{name}", text.encode())
     for name in _COPIED_SETTINGS:
         if os.path.isfile(f"/etc/{name}"):
@@ -322,7 +399,9 @@ def _be_init(lifeline: socket.socket, waiting_program: int) -> None:
         socket.send_fds(lifeline, [b"ready"], [view])
         os.dup2(lifeline.fileno(), 0)
         linux.drop_capabilities()
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # orphans are collected by the kernel, also after the exec
+        signal.signal(
+            signal.SIGCHLD, signal.SIG_IGN
+        )  # orphans are collected by the kernel, also after the exec
         os.execve(waiting_program, ["init"], {})
     except OSError as error:
         lifeline.send(str(error).encode()[:4000])
@@ -360,6 +439,12 @@ def _make_devices(dev: str) -> None:
         os.symlink(target, f"{dev}/{name}")
     for name in ("shm", "pts"):
         os.mkdir(f"{dev}/{name}")
-    linux.mount("devpts", f"{dev}/pts", "devpts", linux.MS_NOSUID | linux.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=620")
+    linux.mount(
+        "devpts",
+        f"{dev}/pts",
+        "devpts",
+        linux.MS_NOSUID | linux.MS_NOEXEC,
+        "newinstance,ptmxmode=0666,mode=620",
+    )
     linux.mount("tmpfs", f"{dev}/shm", "tmpfs", _SAFE, f"size={SHM_BYTES},mode=1777")
     linux.restrict_mount(dev, linux.MS_RDONLY)

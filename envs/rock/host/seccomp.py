@@ -14,34 +14,107 @@ X32_BIT = 0x40000000
 
 # name: (x86_64, aarch64); None where the architecture never had the call.
 _DENIED = {
-    "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51), "open_tree": (428, 428),
-    "move_mount": (429, 429), "fsopen": (430, 430), "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433),
-    "mount_setattr": (442, 442), "open_tree_attr": (467, 467), "setns": (308, 268), "unshare": (272, 97),
-    "swapon": (167, 224), "swapoff": (168, 225), "reboot": (169, 142), "sethostname": (170, 161), "setdomainname": (171, 162),
-    "init_module": (175, 105), "finit_module": (313, 273), "delete_module": (176, 106), "kexec_load": (246, 104),
-    "kexec_file_load": (320, 294), "acct": (163, 89), "quotactl": (179, 60), "quotactl_fd": (443, 443), "nfsservctl": (180, 42),
-    "settimeofday": (164, 170), "clock_settime": (227, 112), "clock_adjtime": (305, 266), "adjtimex": (159, 171),
-    "syslog": (103, 116), "lookup_dcookie": (212, 18), "vhangup": (153, 58), "personality": (135, 92),
-    "perf_event_open": (298, 241), "bpf": (321, 280), "userfaultfd": (323, 282), "fanotify_init": (300, 262),
-    "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
-    "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265),
-    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "process_madvise": (440, 440),
-    "kcmp": (312, 272), "pidfd_getfd": (438, 438), "memfd_secret": (447, 447),
-    "mbind": (237, 235), "set_mempolicy": (238, 237), "get_mempolicy": (239, 236), "migrate_pages": (256, 238),
-    "move_pages": (279, 239), "set_mempolicy_home_node": (450, 450),
-    "iopl": (172, None), "ioperm": (173, None), "modify_ldt": (154, None), "_sysctl": (156, None), "uselib": (134, None),
-    "ustat": (136, None), "sysfs": (139, None),
+    "mount": (165, 40),
+    "umount2": (166, 39),
+    "pivot_root": (155, 41),
+    "chroot": (161, 51),
+    "open_tree": (428, 428),
+    "move_mount": (429, 429),
+    "fsopen": (430, 430),
+    "fsconfig": (431, 431),
+    "fsmount": (432, 432),
+    "fspick": (433, 433),
+    "mount_setattr": (442, 442),
+    "open_tree_attr": (467, 467),
+    "setns": (308, 268),
+    "unshare": (272, 97),
+    "swapon": (167, 224),
+    "swapoff": (168, 225),
+    "reboot": (169, 142),
+    "sethostname": (170, 161),
+    "setdomainname": (171, 162),
+    "init_module": (175, 105),
+    "finit_module": (313, 273),
+    "delete_module": (176, 106),
+    "kexec_load": (246, 104),
+    "kexec_file_load": (320, 294),
+    "acct": (163, 89),
+    "quotactl": (179, 60),
+    "quotactl_fd": (443, 443),
+    "nfsservctl": (180, 42),
+    "settimeofday": (164, 170),
+    "clock_settime": (227, 112),
+    "clock_adjtime": (305, 266),
+    "adjtimex": (159, 171),
+    "syslog": (103, 116),
+    "lookup_dcookie": (212, 18),
+    "vhangup": (153, 58),
+    "personality": (135, 92),
+    "perf_event_open": (298, 241),
+    "bpf": (321, 280),
+    "userfaultfd": (323, 282),
+    "fanotify_init": (300, 262),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    "name_to_handle_at": (303, 264),
+    "open_by_handle_at": (304, 265),
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "process_madvise": (440, 440),
+    "kcmp": (312, 272),
+    "pidfd_getfd": (438, 438),
+    "memfd_secret": (447, 447),
+    "mbind": (237, 235),
+    "set_mempolicy": (238, 237),
+    "get_mempolicy": (239, 236),
+    "migrate_pages": (256, 238),
+    "move_pages": (279, 239),
+    "set_mempolicy_home_node": (450, 450),
+    "iopl": (172, None),
+    "ioperm": (173, None),
+    "modify_ldt": (154, None),
+    "_sysctl": (156, None),
+    "uselib": (134, None),
+    "ustat": (136, None),
+    "sysfs": (139, None),
 }
-_ABSENT = {"clone3": (435, 435), "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427)}
-_SHARED_IPC = {"shmget": (29, 194), "shmat": (30, 196), "shmctl": (31, 195), "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180)}
-_SOCKET, _SOCKETPAIR, _IOCTL, _CLONE, _KILL, _PRLIMIT = (41, 198), (53, 199), (16, 29), (56, 220), (62, 129), (302, 261)
+_ABSENT = {
+    "clone3": (435, 435),
+    "io_uring_setup": (425, 425),
+    "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427),
+}
+_SHARED_IPC = {
+    "shmget": (29, 194),
+    "shmat": (30, 196),
+    "shmctl": (31, 195),
+    "msgget": (68, 186),
+    "semget": (64, 190),
+    "mq_open": (240, 180),
+}
+_SOCKET, _SOCKETPAIR, _IOCTL, _CLONE, _KILL, _PRLIMIT = (
+    (41, 198),
+    (53, 199),
+    (16, 29),
+    (56, 220),
+    (62, 129),
+    (302, 261),
+)
 
-_NEW_NAMESPACES = 0x7E020000  # CLONE_NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET
+_NEW_NAMESPACES = (
+    0x7E020000  # CLONE_NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET
+)
 _TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
 _AF_UNIX, _AF_INET, _AF_INET6 = 1, 2, 10
 
 _LOAD, _JUMP_EQUAL, _JUMP_GREATER, _JUMP_BITS, _RETURN = 0x20, 0x15, 0x25, 0x45, 0x06
-_NUMBER, _ARCH, _ARGUMENT = 0, 4, (16, 24, 32)  # offsets in seccomp_data; an argument's low half (little endian)
+_NUMBER, _ARCH, _ARGUMENT = (
+    0,
+    4,
+    (16, 24, 32),
+)  # offsets in seccomp_data; an argument's low half (little endian)
 ALLOW, KILL = 0x7FFF0000, 0x80000000
 
 
@@ -60,9 +133,16 @@ def build(architecture: str, *, network: bool, own_processes: bool = True) -> by
       own_processes: False where kill(-1) would reach processes outside the sandbox; it is then refused.
     """
     if architecture not in ARCHITECTURES:
-        raise ValueError(f"no system-call filter for {architecture}; one exists for {', '.join(ARCHITECTURES)}")
+        raise ValueError(
+            f"no system-call filter for {architecture}; one exists for {', '.join(ARCHITECTURES)}"
+        )
     column = list(ARCHITECTURES).index(architecture)
-    program = [(_LOAD, 0, 0, _ARCH), (_JUMP_EQUAL, 1, 0, ARCHITECTURES[architecture]), (_RETURN, 0, 0, KILL), (_LOAD, 0, 0, _NUMBER)]
+    program = [
+        (_LOAD, 0, 0, _ARCH),
+        (_JUMP_EQUAL, 1, 0, ARCHITECTURES[architecture]),
+        (_RETURN, 0, 0, KILL),
+        (_LOAD, 0, 0, _NUMBER),
+    ]
     # x32 calls carry X32_BIT, so this also closes that second table.
     program += [(_JUMP_GREATER, 0, 1, NEWEST_CALL), (_RETURN, 0, 0, _refuse(errno.ENOSYS))]
     denied = _DENIED if network else _DENIED | _SHARED_IPC
@@ -74,16 +154,25 @@ def build(architecture: str, *, network: bool, own_processes: bool = True) -> by
     program += _only(_SOCKET[column], 0, socket_families, errno.EAFNOSUPPORT)
     program += _only(_SOCKETPAIR[column], 0, (_AF_UNIX,), errno.EAFNOSUPPORT)
     program += _never(_IOCTL[column], 1, (_TIOCSTI, _TIOCLINUX))
-    program += _only(_PRLIMIT[column], 0, (0,), errno.EPERM)  # of itself alone: the sandbox's process 1 has the same id
-    program += [(_JUMP_EQUAL, 0, 4, _CLONE[column]), (_LOAD, 0, 0, _ARGUMENT[0]), (_JUMP_BITS, 0, 1, _NEW_NAMESPACES),
-                (_RETURN, 0, 0, _refuse(errno.EPERM)), (_RETURN, 0, 0, ALLOW)]
+    program += _only(
+        _PRLIMIT[column], 0, (0,), errno.EPERM
+    )  # of itself alone: the sandbox's process 1 has the same id
+    program += [
+        (_JUMP_EQUAL, 0, 4, _CLONE[column]),
+        (_LOAD, 0, 0, _ARGUMENT[0]),
+        (_JUMP_BITS, 0, 1, _NEW_NAMESPACES),
+        (_RETURN, 0, 0, _refuse(errno.EPERM)),
+        (_RETURN, 0, 0, ALLOW),
+    ]
     if not own_processes:
         program += _never(_KILL[column], 0, (0xFFFFFFFF,))
     program.append((_RETURN, 0, 0, ALLOW))
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
 
 
-def _only(number: int, argument: int, allowed: tuple[int, ...], answer: int) -> list[tuple[int, int, int, int]]:
+def _only(
+    number: int, argument: int, allowed: tuple[int, ...], answer: int
+) -> list[tuple[int, int, int, int]]:
     """Call `number` passes only with one of these values; any other call goes on to the next instruction."""
     body = [(_LOAD, 0, 0, _ARGUMENT[argument])]
     for value in allowed:

@@ -12,8 +12,10 @@ from .process import Started
 
 COMMANDS_FD, STATUS_FD = linux.FIRST_PASSED_FD, linux.FIRST_PASSED_FD + 1
 COMMAND_BYTES = 1 << 17  # what the pipe of commands holds
-LOOP = (f'while IFS= read -r -d "" -u {COMMANDS_FD} ROCK_COMMAND; do '
-        f'eval "$ROCK_COMMAND" {COMMANDS_FD}<&- {STATUS_FD}>&-; printf "%d\\0" "$?" >&{STATUS_FD}; done')
+LOOP = (
+    f'while IFS= read -r -d "" -u {COMMANDS_FD} ROCK_COMMAND; do '
+    f'eval "$ROCK_COMMAND" {COMMANDS_FD}<&- {STATUS_FD}>&-; printf "%d\\0" "$?" >&{STATUS_FD}; done'
+)
 
 
 class Session:

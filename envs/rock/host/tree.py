@@ -25,7 +25,9 @@ def copy_tree(source: int, target: int, owner: tuple[int, int] | None = None) ->
 class _Copy:
     def __init__(self, root: int, owner: tuple[int, int] | None):
         self._root, self._owner = root, owner
-        self._linked: dict[tuple[int, int], str] = {}  # (device, inode) of a file with several names -> the path of its copy
+        self._linked: dict[
+            tuple[int, int], str
+        ] = {}  # (device, inode) of a file with several names -> the path of its copy
 
     def directory(self, source: int, target: int, path: str) -> None:
         if path.count("/") > MAX_DEPTH:
@@ -42,7 +44,9 @@ class _Copy:
                     if self._owner:
                         os.chown(entry.name, *self._owner, dir_fd=target, follow_symlinks=False)
 
-    def _inner(self, source: int, target: int, name: str, status: os.stat_result, path: str) -> None:
+    def _inner(
+        self, source: int, target: int, name: str, status: os.stat_result, path: str
+    ) -> None:
         os.mkdir(name, 0o700, dir_fd=target)
         inner_source = os.open(name, _READ | os.O_DIRECTORY, dir_fd=source)
         inner_target = os.open(name, _READ | os.O_DIRECTORY, dir_fd=target)
@@ -56,10 +60,18 @@ class _Copy:
     def _file(self, source: int, target: int, name: str, status: os.stat_result, path: str) -> None:
         identity = (status.st_dev, status.st_ino)
         if status.st_nlink > 1 and identity in self._linked:
-            os.link(self._linked[identity], name, src_dir_fd=self._root, dst_dir_fd=target, follow_symlinks=False)
+            os.link(
+                self._linked[identity],
+                name,
+                src_dir_fd=self._root,
+                dst_dir_fd=target,
+                follow_symlinks=False,
+            )
             return
         reading = os.open(name, _READ, dir_fd=source)
-        writing = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=target)
+        writing = os.open(
+            name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=target
+        )
         try:
             _copy_data(reading, writing)
             self._finish(writing, status)

@@ -21,7 +21,9 @@ import time
 from . import cgroups, fenced, linux, namespaces, seccomp
 from .holder import Holder, receive, send
 
-FIRST_ID = 200_000  # user ids of sandboxes when the manager is root: one each, far from any real user's
+FIRST_ID = (
+    200_000  # user ids of sandboxes when the manager is root: one each, far from any real user's
+)
 SLOTS = 20_000
 RECORD_BYTES = 4096
 RETRY_SECONDS = 0.02
@@ -53,7 +55,13 @@ class Slot:
         return self
 
     def record(self) -> None:
-        os.pwrite(self.lock, json.dumps({"zygote": os.getpid(), "fenced": self.fenced, "cgroups": self.cgroups}).encode().ljust(RECORD_BYTES), 0)
+        os.pwrite(
+            self.lock,
+            json.dumps({"zygote": os.getpid(), "fenced": self.fenced, "cgroups": self.cgroups})
+            .encode()
+            .ljust(RECORD_BYTES),
+            0,
+        )
 
     def clean(self) -> bool:
         """End and remove what the sandbox had outside itself; False while something still holds a part of it."""
@@ -131,7 +139,9 @@ def _claim(base: str, number: int, create: bool) -> Slot | None:
         return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(lock).st_ino == os.stat(path).st_ino:  # else its owner unlinked it between open and flock
+        if (
+            os.fstat(lock).st_ino == os.stat(path).st_ino
+        ):  # else its owner unlinked it between open and flock
             return Slot(base, number, lock)
     except OSError:
         pass
@@ -161,8 +171,13 @@ class Zygote:
         self._base = state_directory()
         self._next = os.getpid() % SLOTS  # zygotes start their search in different places
         self._place, _ = cgroups.find()
-        self._programs = {"verifier_bash": execute_only("/bin/bash"), "waiting_program": execute_only("/bin/cat")}
-        self._holders: dict[int, tuple[int, Slot, socket.socket]] = {}  # pidfd -> (pid, slot, channel)
+        self._programs = {
+            "verifier_bash": execute_only("/bin/bash"),
+            "waiting_program": execute_only("/bin/cat"),
+        }
+        self._holders: dict[
+            int, tuple[int, Slot, socket.socket]
+        ] = {}  # pidfd -> (pid, slot, channel)
         self._dirty: list[tuple[float, Slot, socket.socket | None]] = []
         self._snapshots: dict[str, Snapshot] = {}
         self._made = 0
@@ -175,7 +190,9 @@ class Zygote:
         self._poller.register(manager_fd, select.POLLIN)
         alive = True
         while alive:
-            for descriptor, _ in self._poller.poll(int(1000 * RETRY_SECONDS) if self._dirty else None):
+            for descriptor, _ in self._poller.poll(
+                int(1000 * RETRY_SECONDS) if self._dirty else None
+            ):
                 if descriptor in self._holders:
                     self._bury(descriptor)
                 elif descriptor == manager_fd:
@@ -200,7 +217,9 @@ class Zygote:
 
     def _make_snapshot(self, request: dict, channel: socket.socket) -> None:
         """A directory for a copy of one sandbox's files, which its holder will fill."""
-        slot = next((slot for _, slot, _ in self._holders.values() if slot.number == request["of"]), None)
+        slot = next(
+            (slot for _, slot, _ in self._holders.values() if slot.number == request["of"]), None
+        )
         if slot is None:
             raise OSError(f"there is no sandbox {request['of']}")
         self._made += 1
@@ -221,11 +240,19 @@ class Zygote:
 
     def _create(self, spec: dict, channel: socket.socket) -> None:
         if spec["snapshot"] is not None and spec["snapshot"] not in self._snapshots:
-            raise OSError(f"the snapshot {spec['snapshot']} was deleted, or belongs to another process")
+            raise OSError(
+                f"the snapshot {spec['snapshot']} was deleted, or belongs to another process"
+            )
         slot = self._free_slot()
         try:
             if self._place:
-                slot.cgroups = cgroups.create(self._place, f"rock-{slot.number}-{os.getpid()}", spec["memory_bytes"], spec["pids"], spec["cpus"])
+                slot.cgroups = cgroups.create(
+                    self._place,
+                    f"rock-{slot.number}-{os.getpid()}",
+                    spec["memory_bytes"],
+                    spec["pids"],
+                    spec["cpus"],
+                )
             slot.fenced = spec["tier"] == "landlock"
             if slot.fenced:
                 _remove_tree(slot.directory)  # of a dead owner whose lock file was cleaned away
@@ -235,8 +262,16 @@ class Zygote:
                 slot.owner = slot.owner if slot.fenced else slot.snapshot.owner
             root = os.geteuid() == 0
             identity = slot.uid if root else os.geteuid()
-            spec |= {"uid": identity, "gid": identity if root else os.getegid(), "own_uid": root, "directory": slot.directory, "slot": slot.number,
-                     "cgroups": slot.cgroups, "zygote": os.getpid(), **self._programs}
+            spec |= {
+                "uid": identity,
+                "gid": identity if root else os.getegid(),
+                "own_uid": root,
+                "directory": slot.directory,
+                "slot": slot.number,
+                "cgroups": slot.cgroups,
+                "zygote": os.getpid(),
+                **self._programs,
+            }
             slot.record()
             mapping = namespaces.Mapping() if spec["tier"] == "namespaces" else None
             pid = os.fork()
@@ -269,7 +304,9 @@ class Zygote:
 
     def _orphans(self) -> bool:
         """Whether a holder that was killed left processes that are not gone yet. Not waited for one by one: an init ends after all others."""
-        orphans = set(linux.children_of(os.getpid())) - {holder for holder, _, _ in self._holders.values()}
+        orphans = set(linux.children_of(os.getpid())) - {
+            holder for holder, _, _ in self._holders.values()
+        }
         for orphan in orphans:
             linux.signal_process(orphan, signal.SIGKILL)
         return bool(orphans - {orphan for orphan in orphans if os.waitpid(orphan, os.WNOHANG)[0]})
@@ -317,7 +354,14 @@ def _run_holder(channel: socket.socket, spec: dict) -> None:
     """The life of a forked holder. Never returns."""
     try:
         low = 3
-        for kept in sorted((channel.fileno(), spec["verifier_bash"], spec["waiting_program"], *(spec["mapping"].descriptors() if spec["mapping"] else ()))):
+        for kept in sorted(
+            (
+                channel.fileno(),
+                spec["verifier_bash"],
+                spec["waiting_program"],
+                *(spec["mapping"].descriptors() if spec["mapping"] else ()),
+            )
+        ):
             os.closerange(low, kept)  # other sandboxes' sockets and locks
             low = kept + 1
         os.closerange(low, 4096)
@@ -328,7 +372,15 @@ def _run_holder(channel: socket.socket, spec: dict) -> None:
         except OSError as error:
             send(channel, {"id": 0, "error": str(error)})
         else:
-            send(channel, {"id": 0, "workspace": workspace, "cgroups": bool(spec["cgroups"]), "slot": spec["slot"]})
+            send(
+                channel,
+                {
+                    "id": 0,
+                    "workspace": workspace,
+                    "cgroups": bool(spec["cgroups"]),
+                    "slot": spec["slot"],
+                },
+            )
             holder.serve()
     except BaseException:  # noqa: B036 - reported below, and this process must end here
         sys.excepthook(*sys.exc_info())
@@ -337,7 +389,9 @@ def _run_holder(channel: socket.socket, spec: dict) -> None:
 
 
 def main(control_fd: int, manager: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the manager, which stops its sandboxes in order
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C is for the manager, which stops its sandboxes in order
     linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
     os.umask(0o022)
     base = state_directory()

@@ -32,8 +32,15 @@ LOG_BYTES = 32 << 10  # of the end of a build's log, which an error carries
 _locks: collections.defaultdict[str, threading.Lock] = collections.defaultdict(threading.Lock)
 
 
-async def build(context: str | os.PathLike, *, dockerfile: str = "Dockerfile", args: Mapping[str, str] | None = None, network: bool = False, memory_mb: int = 2048,
-                timeout: float = 600.0) -> str:
+async def build(
+    context: str | os.PathLike,
+    *,
+    dockerfile: str = "Dockerfile",
+    args: Mapping[str, str] | None = None,
+    network: bool = False,
+    memory_mb: int = 2048,
+    timeout: float = 600.0,
+) -> str:
     """The image's name, for SandboxConfig.image: at once where it is there already, else when it is built.
 
     Args:
@@ -55,14 +62,21 @@ async def build(context: str | os.PathLike, *, dockerfile: str = "Dockerfile", a
             return name
         except SandboxClosedError:
             pass  # it is to be made
-        options = {"tag": name, "dockerfile": dockerfile, "buildargs": dict(args or {}), "network_mode": None if network else "none",
-                   "container_limits": {"memory": memory_mb << 20, "memswap": memory_mb << 20}}
+        options = {
+            "tag": name,
+            "dockerfile": dockerfile,
+            "buildargs": dict(args or {}),
+            "network_mode": None if network else "none",
+            "container_limits": {"memory": memory_mb << 20, "memswap": memory_mb << 20},
+        }
         builder = _Builder(host.host, deadline)
         building = asyncio.ensure_future(asyncio.to_thread(builder.run, host, file, options))
         try:
             await asyncio.wait_for(asyncio.shield(building), max(0.0, deadline - time.monotonic()))
         except asyncio.TimeoutError:
-            raise ImageError(f"{name} was not built from {context} within {timeout:g} s", builder.log()) from None
+            raise ImageError(
+                f"{name} was not built from {context} within {timeout:g} s", builder.log()
+            ) from None
         finally:
             while not building.done():  # the file is the thread's until it has ended; giving up ends it, but there may be nothing to give up yet
                 builder.give_up()
@@ -72,7 +86,9 @@ async def build(context: str | os.PathLike, *, dockerfile: str = "Dockerfile", a
 
 
 def _name(digest: str, dockerfile: str, args: Mapping[str, str]) -> str:
-    return hashlib.sha256(repr((digest, dockerfile, sorted(args.items()))).encode()).hexdigest()[:32]
+    return hashlib.sha256(repr((digest, dockerfile, sorted(args.items()))).encode()).hexdigest()[
+        :32
+    ]
 
 
 def _pack(context: pathlib.Path, dockerfile: str, file: IO[bytes]) -> str:
@@ -83,12 +99,18 @@ def _pack(context: pathlib.Path, dockerfile: str, file: IO[bytes]) -> str:
         ignored = (context / ".dockerignore").read_text().splitlines()
     except FileNotFoundError:
         ignored = []
-    names = docker.utils.exclude_paths(str(context), [line.strip() for line in ignored if line.strip() and not line.startswith("#")], dockerfile=dockerfile)
+    names = docker.utils.exclude_paths(
+        str(context),
+        [line.strip() for line in ignored if line.strip() and not line.startswith("#")],
+        dockerfile=dockerfile,
+    )
     with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for name in sorted(name for name in names if name):
             _add(tar, context / name, name)
             if file.tell() > MAX_CONTEXT_BYTES:
-                raise ImageError(f"the context {context} has more than {MAX_CONTEXT_BYTES} bytes; name in .dockerignore what the build does not need")
+                raise ImageError(
+                    f"the context {context} has more than {MAX_CONTEXT_BYTES} bytes; name in .dockerignore what the build does not need"
+                )
     file.seek(0)
     digest = hashlib.file_digest(file, "sha256").hexdigest()
     file.seek(0)
@@ -104,7 +126,9 @@ def _add(tar: tarfile.TarFile, path: pathlib.Path, name: str) -> None:
     elif stat.S_ISDIR(status.st_mode):
         member.type, member.mode = tarfile.DIRTYPE, 0o755
     elif not stat.S_ISREG(status.st_mode):
-        raise ImageError(f"{path} is neither a file nor a directory nor a link; name it in .dockerignore")
+        raise ImageError(
+            f"{path} is neither a file nor a directory nor a link; name it in .dockerignore"
+        )
     else:
         with open(path, "rb") as content:
             member.size = os.fstat(content.fileno()).st_size
@@ -126,7 +150,9 @@ class _Builder:
     def run(self, host: Engine, file: IO[bytes], options: dict) -> None:
         lock = _locks[options["tag"]]
         if not lock.acquire(timeout=max(0.0, self._deadline - time.monotonic())):
-            raise ImageError(f"{options['tag']} is being built by another caller, and was not ready in time")
+            raise ImageError(
+                f"{options['tag']} is being built by another caller, and was not ready in time"
+            )
         try:
             with contextlib.suppress(docker.errors.ImageNotFound):
                 host.client.inspect_image(options["tag"])
@@ -137,16 +163,26 @@ class _Builder:
             lock.release()
 
     def _build(self, file: IO[bytes], options: dict) -> None:
-        client = _Client(self._host, version="auto", timeout=max(1.0, self._deadline - time.monotonic()))
+        client = _Client(
+            self._host, version="auto", timeout=max(1.0, self._deadline - time.monotonic())
+        )
         client.on_response = self._remember
         try:
-            for event in client.build(fileobj=file, custom_context=True, rm=True, forcerm=True, decode=True, **options):
+            for event in client.build(
+                fileobj=file, custom_context=True, rm=True, forcerm=True, decode=True, **options
+            ):
                 self._write(event.get("stream", "") or event.get("status", ""))
                 if "error" in event:
                     self._write(event["error"])
-                    raise ImageError(f"the build of {options['tag']} failed: {event['error'].strip()[-500:]}", self.log())
+                    raise ImageError(
+                        f"the build of {options['tag']} failed: {event['error'].strip()[-500:]}",
+                        self.log(),
+                    )
         except (docker.errors.DockerException, requests.RequestException, OSError) as error:
-            raise ImageError(f"the build of {options['tag']} failed: {getattr(error, 'explanation', None) or error}", self.log()) from error
+            raise ImageError(
+                f"the build of {options['tag']} failed: {getattr(error, 'explanation', None) or error}",
+                self.log(),
+            ) from error
         finally:
             client.close()
         if self._given_up:

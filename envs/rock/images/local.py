@@ -34,9 +34,13 @@ def check(image: str) -> None:
         try:
             entry = place.get(image)
         except Refusal as error:
-            raise SandboxStartError(f"there is no image {image!r} on this machine; commit a sandbox to it first, or use backend='docker' for Docker's images") from error
+            raise SandboxStartError(
+                f"there is no image {image!r} on this machine; commit a sandbox to it first, or use backend='docker' for Docker's images"
+            ) from error
     if entry.kind != "environment":
-        raise SandboxStartError(f"{image!r} is the Docker image {entry.reference}; use backend='docker'")
+        raise SandboxStartError(
+            f"{image!r} is the Docker image {entry.reference}; use backend='docker'"
+        )
 
 
 def alias(image: str) -> str | None:

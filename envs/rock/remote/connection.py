@@ -9,7 +9,9 @@ from envs.rock.errors import SandboxError
 from envs.rock.wire.client import Client
 
 KEEP_ALIVE_SECONDS = 30.0
-_lines: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, str], "Line"]] = weakref.WeakKeyDictionary()
+_lines: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, str], "Line"]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class Line:
@@ -18,7 +20,9 @@ class Line:
     def __init__(self, key: tuple[str, str]):
         self.client = Client(*key)
         self._key, self._holders = key, 0
-        self._wanted: dict[str, Callable[[], None]] = {}  # by the sandbox's id: whom to tell that it is gone
+        self._wanted: dict[
+            str, Callable[[], None]
+        ] = {}  # by the sandbox's id: whom to tell that it is gone
         self._signs: asyncio.Task | None = None
 
     @classmethod

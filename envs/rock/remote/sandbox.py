@@ -10,10 +10,25 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 from envs.rock.embedded.commands import unspeakable
-from envs.rock.config import Address, CommandResult, Denial, FileEntry, SandboxConfig, SandboxStatus, check_environment
+from envs.rock.config import (
+    Address,
+    CommandResult,
+    Denial,
+    FileEntry,
+    SandboxConfig,
+    SandboxStatus,
+    check_environment,
+)
 from envs.rock.errors import SandboxClosedError, SandboxError, SandboxStartError
 from envs.rock.sandbox import Job, Sandbox, Session, Snapshot, check_verifier_files
-from envs.rock.wire.api import GRACE, Disconnected, config_to_json, entries_from_json, result_from_json, status_from_json
+from envs.rock.wire.api import (
+    GRACE,
+    Disconnected,
+    config_to_json,
+    entries_from_json,
+    result_from_json,
+    status_from_json,
+)
 from envs.rock.wire.client import Client, StreamPipe, join
 from envs.rock.remote.connection import Line
 
@@ -30,7 +45,9 @@ class RemoteSandbox(Sandbox):
     def __init__(self, config: SandboxConfig, snapshot: Snapshot | None = None):
         super().__init__(config, snapshot)
         if snapshot is not None and not isinstance(snapshot, RemoteSnapshot):
-            raise SandboxError(f"a remote sandbox starts from a RemoteSnapshot, not from {type(snapshot).__name__}")
+            raise SandboxError(
+                f"a remote sandbox starts from a RemoteSnapshot, not from {type(snapshot).__name__}"
+            )
         self._client: Client | None = None  # of the line, which all at the same admin share
         self._line: Line | None = None
         self._ending: asyncio.Task | None = None
@@ -40,7 +57,11 @@ class RemoteSandbox(Sandbox):
 
     async def start(self) -> None:
         self._open()
-        request: dict[str, Any] = {"config": config_to_json(self.config), "key": secrets.token_hex(16), "wait": ROUND_SECONDS}
+        request: dict[str, Any] = {
+            "config": config_to_json(self.config),
+            "key": secrets.token_hex(16),
+            "wait": ROUND_SECONDS,
+        }
         if self._snapshot:
             request["snapshot"] = self._snapshot.id
         deadline = _now() + self.config.start_timeout + GRACE
@@ -49,11 +70,21 @@ class RemoteSandbox(Sandbox):
             while answer.get("state") in ("queued", "starting"):
                 self.id = answer["sandbox"]
                 if _now() > deadline:
-                    raise SandboxStartError(f"no sandbox within {self.config.start_timeout:.0f} s; the admin says it is {answer['state']}")
-                answer = await self._persist(lambda: self._client.call("get_status", {"sandbox": self.id, "wait": ROUND_SECONDS}), deadline)
+                    raise SandboxStartError(
+                        f"no sandbox within {self.config.start_timeout:.0f} s; the admin says it is {answer['state']}"
+                    )
+                answer = await self._persist(
+                    lambda: self._client.call(
+                        "get_status", {"sandbox": self.id, "wait": ROUND_SECONDS}
+                    ),
+                    deadline,
+                )
             self._take(answer)
         except BaseException as error:
-            await self._abandon(request, refused=isinstance(error, SandboxError) and not isinstance(error, Disconnected))
+            await self._abandon(
+                request,
+                refused=isinstance(error, SandboxError) and not isinstance(error, Disconnected),
+            )
             raise
 
     async def attach(self, sandbox: str) -> None:
@@ -76,7 +107,9 @@ class RemoteSandbox(Sandbox):
     async def _end(self) -> None:
         try:
             if self._alive:
-                await self._persist(lambda: self._client.call("stop", {"sandbox": self.id}), _now() + STOP_SECONDS)
+                await self._persist(
+                    lambda: self._client.call("stop", {"sandbox": self.id}), _now() + STOP_SECONDS
+                )
         finally:
             await self._disconnect()
 
@@ -95,30 +128,51 @@ class RemoteSandbox(Sandbox):
 
     # -- commands
 
-    async def execute(self, command: str, timeout: float | None = None, env: Mapping[str, str] | None = None) -> CommandResult:
+    async def execute(
+        self, command: str, timeout: float | None = None, env: Mapping[str, str] | None = None
+    ) -> CommandResult:
         if refusal := unspeakable(command):
             return CommandResult("", refusal, 126, False, False, 0.0)
-        return result_from_json(await self._run("execute", self._command(command, timeout, env), self._seconds(timeout)))
+        return result_from_json(
+            await self._run("execute", self._command(command, timeout, env), self._seconds(timeout))
+        )
 
-    async def spawn(self, command: str, timeout: float | None = None, env: Mapping[str, str] | None = None) -> "RemoteJob":
+    async def spawn(
+        self, command: str, timeout: float | None = None, env: Mapping[str, str] | None = None
+    ) -> "RemoteJob":
         if refusal := unspeakable(command):
             raise ValueError(refusal.strip())
         answer = await self._run("spawn", self._command(command, timeout, env), GRACE)
         return RemoteJob(self, answer["job"], self._seconds(timeout))
 
     async def create_session(self, env: Mapping[str, str] | None = None) -> "RemoteSession":
-        return RemoteSession(self, (await self._run("create_session", {"env": self._variables(env)}, GRACE))["session"])
+        return RemoteSession(
+            self,
+            (await self._run("create_session", {"env": self._variables(env)}, GRACE))["session"],
+        )
 
     async def kill_all(self) -> None:
         await self._ask("kill_all")
 
-    async def verify(self, script: str, timeout: float | None = None, files: Mapping[str, bytes] | None = None, keep: bool = False) -> CommandResult:
+    async def verify(
+        self,
+        script: str,
+        timeout: float | None = None,
+        files: Mapping[str, bytes] | None = None,
+        keep: bool = False,
+    ) -> CommandResult:
         check_verifier_files(files or {})
         request = {"script": script, "timeout": self._seconds(timeout), "keep": keep}
         return result_from_json(await self._run("verify", request, self._seconds(timeout), files))
 
-    def _command(self, command: str, timeout: float | None, env: Mapping[str, str] | None) -> dict[str, Any]:
-        return {"command": command.encode(errors="replace").decode(), "timeout": self._seconds(timeout), "env": self._variables(env)}
+    def _command(
+        self, command: str, timeout: float | None, env: Mapping[str, str] | None
+    ) -> dict[str, Any]:
+        return {
+            "command": command.encode(errors="replace").decode(),
+            "timeout": self._seconds(timeout),
+            "env": self._variables(env),
+        }
 
     def _variables(self, env: Mapping[str, str] | None) -> dict[str, str]:
         """Ours alone: PATH and HOME are the worker's to say."""
@@ -148,11 +202,17 @@ class RemoteSandbox(Sandbox):
     # -- copies of its files
 
     async def snapshot(self) -> "RemoteSnapshot":
-        return RemoteSnapshot((await self._run("snapshot", {}, 300.0))["snapshot"], self.config.url, self.config.token)
+        return RemoteSnapshot(
+            (await self._run("snapshot", {}, 300.0))["snapshot"], self.config.url, self.config.token
+        )
 
     async def restore(self, snapshot: Snapshot) -> None:
         answer = await self._run("restore", {"snapshot": snapshot.id}, 300.0)
-        self.tier, self.guarantees, self.workspace = answer["tier"], frozenset(answer["guarantees"]), answer["workspace"]
+        self.tier, self.guarantees, self.workspace = (
+            answer["tier"],
+            frozenset(answer["guarantees"]),
+            answer["workspace"],
+        )
 
     async def commit(self, image: str) -> None:
         await self._ask("commit", name=image)
@@ -162,14 +222,20 @@ class RemoteSandbox(Sandbox):
     async def read_stream(self, path: str) -> AsyncIterator[bytes]:
         relative = self._relative_file(path)
         self._check_open()
-        async with contextlib.aclosing(self._client.read("read_file", {"sandbox": self.id, "path": relative})) as pieces:
+        async with contextlib.aclosing(
+            self._client.read("read_file", {"sandbox": self.id, "path": relative})
+        ) as pieces:
             async for piece in pieces:
                 yield piece
 
-    async def write_stream(self, path: str, pieces: AsyncIterator[bytes], mode: int = 0o644) -> None:
+    async def write_stream(
+        self, path: str, pieces: AsyncIterator[bytes], mode: int = 0o644
+    ) -> None:
         relative = self._relative_file(path)
         self._check_open()
-        await self._client.write("write_file", {"sandbox": self.id, "path": relative, "mode": mode}, pieces)
+        await self._client.write(
+            "write_file", {"sandbox": self.id, "path": relative, "mode": mode}, pieces
+        )
 
     async def list_files(self, path: str = ".") -> list[FileEntry]:
         return entries_from_json(await self._ask("list_files", path=self._relative(path) or "."))
@@ -184,10 +250,16 @@ class RemoteSandbox(Sandbox):
 
     def _take(self, answer: Mapping[str, Any]) -> None:
         try:
-            self.id, self.tier, self.workspace = str(answer["sandbox"]), str(answer["tier"]), str(answer["workspace"])
+            self.id, self.tier, self.workspace = (
+                str(answer["sandbox"]),
+                str(answer["tier"]),
+                str(answer["workspace"]),
+            )
             self.guarantees = frozenset(map(str, answer["guarantees"]))
         except (KeyError, TypeError) as error:
-            raise SandboxStartError(f"the admin's answer to a start makes no sense; is {self.config.url} a ROCK admin?") from error
+            raise SandboxStartError(
+                f"the admin's answer to a start makes no sense; is {self.config.url} a ROCK admin?"
+            ) from error
         self._alive = True
         self._line.keep_alive(self.id, self._lose)
 
@@ -198,11 +270,14 @@ class RemoteSandbox(Sandbox):
         task = asyncio.ensure_future(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-        task.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody may be waiting: that is no error of its own
+        task.add_done_callback(
+            lambda task: task.cancelled() or task.exception()
+        )  # nobody may be waiting: that is no error of its own
         return task
 
     async def _abandon(self, request: Mapping[str, Any], refused: bool) -> None:
         """A start that failed or was given up. Its key tells which sandbox it is, or would be, where no answer ever came; one that was refused is none."""
+
         async def end() -> None:
             name = self.id or (await self._client.call("start", {**request, "wait": 0}))["sandbox"]
             await self._client.call("stop", {"sandbox": name})
@@ -229,7 +304,9 @@ class RemoteSandbox(Sandbox):
 
     def _check_open(self) -> None:
         if not self._alive:
-            raise SandboxClosedError("the sandbox is not running: it was not started, was stopped, or was lost")
+            raise SandboxClosedError(
+                "the sandbox is not running: it was not started, was stopped, or was lost"
+            )
 
     async def _ask(self, op: str, **arguments: Any) -> dict[str, Any]:
         """A request that is answered at once."""
@@ -237,7 +314,13 @@ class RemoteSandbox(Sandbox):
         with self._noticing():
             return await self._client.call(op, {"sandbox": self.id, **arguments})
 
-    async def _run(self, op: str, arguments: Mapping[str, Any], seconds: float, files: Mapping[str, bytes] | None = None) -> dict[str, Any]:
+    async def _run(
+        self,
+        op: str,
+        arguments: Mapping[str, Any],
+        seconds: float,
+        files: Mapping[str, bytes] | None = None,
+    ) -> dict[str, Any]:
         """A request that takes up to `seconds`. Cancelled, it is given up over there too."""
         self._check_open()
         call, sent, arrived = secrets.token_hex(8), _now(), False
@@ -247,10 +330,20 @@ class RemoteSandbox(Sandbox):
             with self._noticing():
                 while _now() < deadline:
                     try:
-                        answer = await (self._client.call("wait", awaited) if arrived else self._client.call(op, {**arguments, **awaited}, files))
+                        answer = await (
+                            self._client.call("wait", awaited)
+                            if arrived
+                            else self._client.call(op, {**arguments, **awaited}, files)
+                        )
                     except Disconnected as error:
-                        if not arrived and not (arrived := await self._has_arrived(awaited, deadline)) and _now() > sent + RESEND_SECONDS:
-                            raise SandboxError(f"the connection broke under {op}, and whether it was carried out is not known: {error}") from error
+                        if (
+                            not arrived
+                            and not (arrived := await self._has_arrived(awaited, deadline))
+                            and _now() > sent + RESEND_SECONDS
+                        ):
+                            raise SandboxError(
+                                f"the connection broke under {op}, and whether it was carried out is not known: {error}"
+                            ) from error
                         await asyncio.sleep(RETRY_SECONDS)
                         continue
                     if answer is not None:
@@ -299,7 +392,11 @@ class RemoteJob(Job):
     async def _await_end(self) -> CommandResult:
         sandbox, deadline = self._sandbox, _now() + self._timeout + GRACE
         request = {"sandbox": sandbox.id, "job": self._name, "wait": ROUND_SECONDS}
-        while (answer := await sandbox._persist(lambda: sandbox._client.call("wait", request), deadline)) is None:
+        while (
+            answer := await sandbox._persist(
+                lambda: sandbox._client.call("wait", request), deadline
+            )
+        ) is None:
             if _now() > deadline:
                 raise SandboxError(f"no answer to a command within {self._timeout + GRACE:.0f} s")
         return result_from_json(answer)
@@ -336,7 +433,15 @@ class RemoteSession(Session):
             if self.ended:
                 raise SandboxClosedError("the session's shell has ended; create another session")
             try:
-                answer = await self._sandbox._run("run_in_session", {"session": self._name, "command": command.encode(errors="replace").decode(), "timeout": seconds}, seconds)
+                answer = await self._sandbox._run(
+                    "run_in_session",
+                    {
+                        "session": self._name,
+                        "command": command.encode(errors="replace").decode(),
+                        "timeout": seconds,
+                    },
+                    seconds,
+                )
             except SandboxClosedError:
                 self.ended = True
                 raise

@@ -14,14 +14,26 @@ from envs.rock.service.server import Server
 from envs.rock.service.worker import Worker, report
 
 
-def make_worker(worker: Worker, tokens: Mapping[str, str], admin_url: str, registration: Mapping[str, Any]) -> web.Application:
+def make_worker(
+    worker: Worker, tokens: Mapping[str, str], admin_url: str, registration: Mapping[str, Any]
+) -> web.Application:
     """registration: the worker's name, the url at which the admin reaches it, and what it gives out (fleet.Resources)."""
-    application = Server(worker, TO_WORKER, Tokens(tokens), "ROCK worker", only_for=WORKER_USER).app()
+    application = Server(
+        worker, TO_WORKER, Tokens(tokens), "ROCK worker", only_for=WORKER_USER
+    ).app()
 
     async def life(_: web.Application) -> AsyncIterator[None]:
         client = Client(admin_url, tokens[WORKER_USER])
-        signs = asyncio.create_task(report(worker, client, {**registration, "kinds": await worker.kinds()}))
-        signs.add_done_callback(lambda task: task.cancelled() or task.exception() and logging.error("the admin refused this worker", exc_info=task.exception()))
+        signs = asyncio.create_task(
+            report(worker, client, {**registration, "kinds": await worker.kinds()})
+        )
+        signs.add_done_callback(
+            lambda task: (
+                task.cancelled()
+                or task.exception()
+                and logging.error("the admin refused this worker", exc_info=task.exception())
+            )
+        )
         yield
         signs.cancel()
         await asyncio.gather(signs, return_exceptions=True)

@@ -49,7 +49,9 @@ class EnvHub:
         self._blobs = directory / "blobs"
         self._blobs.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock = threading.Lock()
-        self._database = sqlite3.connect(directory / "hub.sqlite", check_same_thread=False, timeout=10.0)
+        self._database = sqlite3.connect(
+            directory / "hub.sqlite", check_same_thread=False, timeout=10.0
+        )
         self._database.execute("PRAGMA journal_mode=WAL")
         self._database.executescript(_SCHEMA)
         self.collect()
@@ -59,10 +61,16 @@ class EnvHub:
         removed = 0
         with self._lock, self._database:
             self._database.execute("BEGIN IMMEDIATE")  # nobody registers one meanwhile
-            named = {row[0].removeprefix("sha256:") for row in self._database.execute("SELECT digest FROM entries")}
+            named = {
+                row[0].removeprefix("sha256:")
+                for row in self._database.execute("SELECT digest FROM entries")
+            }
             for blob in self._blobs.iterdir():
                 with contextlib.suppress(FileNotFoundError):
-                    if blob.name not in named and time.time() - blob.stat().st_mtime > UNNAMED_SECONDS:
+                    if (
+                        blob.name not in named
+                        and time.time() - blob.stat().st_mtime > UNNAMED_SECONDS
+                    ):
                         blob.unlink()
                         removed += 1
         return removed
@@ -72,22 +80,47 @@ class EnvHub:
 
     def operations(self) -> dict[str, Callable[[dict[str, Any], str], Awaitable[dict[str, Any]]]]:
         """What callers may ask of it over HTTP, but for the blobs: (arguments, user) -> answer."""
+
         async def register(given: dict[str, Any], user: str) -> dict[str, Any]:
-            return self.register(given["name"], given["kind"], given["digest"], user, given.get("reference", ""), tuple(given.get("tags", ()))).to_json()
+            return self.register(
+                given["name"],
+                given["kind"],
+                given["digest"],
+                user,
+                given.get("reference", ""),
+                tuple(given.get("tags", ())),
+            ).to_json()
 
         async def get(given: dict[str, Any], user: str) -> dict[str, Any]:
             return self.get(given["name"]).to_json()
 
         async def list_all(given: dict[str, Any], user: str) -> dict[str, Any]:
-            return {"entries": [entry.to_json() for entry in self.list(given.get("tag"), given.get("owner"))]}
+            return {
+                "entries": [
+                    entry.to_json() for entry in self.list(given.get("tag"), given.get("owner"))
+                ]
+            }
 
         async def delete(given: dict[str, Any], user: str) -> dict[str, Any]:
             self.delete(given["name"], user)
             return {}
 
-        return {"hub/register": register, "hub/get": get, "hub/list": list_all, "hub/delete": delete}
+        return {
+            "hub/register": register,
+            "hub/get": get,
+            "hub/list": list_all,
+            "hub/delete": delete,
+        }
 
-    def register(self, name: str, kind: str, digest: str, owner: str, reference: str = "", tags: tuple[str, ...] = ()) -> Entry:
+    def register(
+        self,
+        name: str,
+        kind: str,
+        digest: str,
+        owner: str,
+        reference: str = "",
+        tags: tuple[str, ...] = (),
+    ) -> Entry:
         """Give the name to that content. Its owner may move it to other content; ValueError for what makes no sense, Refusal for another's name."""
         if not _NAME.fullmatch(name) or _DIGEST.fullmatch(name):
             raise ValueError(f"the name {name[:200]!r} is not made of letters, digits and '_./:-'")
@@ -96,7 +129,9 @@ class EnvHub:
         if not _DIGEST.fullmatch(digest):
             raise ValueError(f"the digest {digest!r} is not sha256: and 64 hexadecimal digits")
         if bool(reference) != (kind == "image"):
-            raise ValueError("reference, an image's name for its engine, belongs to kind='image' and only to it")
+            raise ValueError(
+                "reference, an image's name for its engine, belongs to kind='image' and only to it"
+            )
         with self._lock, self._database:
             self._database.execute("BEGIN IMMEDIATE")
             blob = self._path(digest)
@@ -105,8 +140,20 @@ class EnvHub:
             old = self._find(name)
             if old and old.owner != owner:
                 raise Refusal("forbidden", f"the name {name} is {old.owner}'s")
-            entry = Entry(name, kind, digest, reference, owner, tuple(tags), blob.stat().st_size if kind == "environment" else 0, time.time())
-            self._database.execute("INSERT OR REPLACE INTO entries VALUES (?,?,?,?,?,?,?,?)", entry._replace(tags=json.dumps(entry.tags)))
+            entry = Entry(
+                name,
+                kind,
+                digest,
+                reference,
+                owner,
+                tuple(tags),
+                blob.stat().st_size if kind == "environment" else 0,
+                time.time(),
+            )
+            self._database.execute(
+                "INSERT OR REPLACE INTO entries VALUES (?,?,?,?,?,?,?,?)",
+                entry._replace(tags=json.dumps(entry.tags)),
+            )
             if old:
                 self._drop_unused(old.digest)
         return entry
@@ -121,7 +168,9 @@ class EnvHub:
 
     def list(self, tag: str | None = None, owner: str | None = None) -> list[Entry]:
         with self._lock:
-            rows = self._database.execute("SELECT * FROM entries WHERE owner = COALESCE(?, owner) ORDER BY name", (owner,)).fetchall()
+            rows = self._database.execute(
+                "SELECT * FROM entries WHERE owner = COALESCE(?, owner) ORDER BY name", (owner,)
+            ).fetchall()
         return [entry for entry in map(_entry, rows) if tag is None or tag in entry.tags]
 
     def delete(self, name: str, user: str) -> None:
@@ -141,7 +190,9 @@ class EnvHub:
         part = self._blobs / f"{secrets.token_hex(8)}.part"
         sha, size = hashlib.sha256(), 0
         try:
-            with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+            with open(
+                os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb"
+            ) as file:
                 async for piece in pieces:
                     size += len(piece)
                     if size > MAX_BLOB_BYTES:
@@ -173,11 +224,16 @@ class EnvHub:
 
     def _find(self, name: str) -> Entry | None:
         column = "digest" if _DIGEST.fullmatch(name) else "name"
-        row = self._database.execute(f"SELECT * FROM entries WHERE {column} = ? ORDER BY created LIMIT 1", (name,)).fetchone()
+        row = self._database.execute(
+            f"SELECT * FROM entries WHERE {column} = ? ORDER BY created LIMIT 1", (name,)
+        ).fetchone()
         return _entry(row) if row else None
 
     def _drop_unused(self, digest: str) -> None:
-        if self._database.execute("SELECT 1 FROM entries WHERE digest = ?", (digest,)).fetchone() is None:
+        if (
+            self._database.execute("SELECT 1 FROM entries WHERE digest = ?", (digest,)).fetchone()
+            is None
+        ):
             self._path(digest).unlink(missing_ok=True)
 
 

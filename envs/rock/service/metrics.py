@@ -16,7 +16,9 @@ class Metrics:
     def __init__(self):
         self._help: dict[str, tuple[str, str]] = {}
         self._counts: dict[str, dict[Labels, float]] = defaultdict(dict)
-        self._times: dict[str, dict[Labels, list[float]]] = defaultdict(dict)  # a count for each bucket, then the sum
+        self._times: dict[str, dict[Labels, list[float]]] = defaultdict(
+            dict
+        )  # a count for each bucket, then the sum
         self._gauges: dict[str, Callable[[], dict[Labels, float]]] = {}
 
     def count(self, name: str, says: str, amount: float = 1, **labels: str) -> None:
@@ -39,7 +41,11 @@ class Metrics:
         self._gauges[name] = read
 
     def text(self) -> str:
-        return "".join(line + "\n" for name, (says, kind) in sorted(self._help.items()) for line in self._lines(name, says, kind))
+        return "".join(
+            line + "\n"
+            for name, (says, kind) in sorted(self._help.items())
+            for line in self._lines(name, says, kind)
+        )
 
     def _lines(self, name: str, says: str, kind: str) -> Iterator[str]:
         yield f"# HELP {name} {says}"
@@ -53,12 +59,24 @@ class Metrics:
                 yield f"{name}_sum{_labels(labels)} {values[-1]:.6f}"
                 yield f"{name}_count{_labels(labels)} {total:g}"
         else:
-            for labels, value in sorted((self._gauges[name]() if kind == "gauge" else self._counts[name]).items()):
+            for labels, value in sorted(
+                (self._gauges[name]() if kind == "gauge" else self._counts[name]).items()
+            ):
                 yield f"{name}{_labels(labels)} {value:.15g}"
 
 
 def _labels(labels: Labels) -> str:
     def escape(value: str) -> str:
-        return value.encode(errors="replace").decode().replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        return (
+            value.encode(errors="replace")
+            .decode()
+            .replace("\\", "\\\\")
+            .replace('"', '\\"')
+            .replace("\n", "\\n")
+        )
 
-    return "{" + ",".join(f'{name}="{escape(value)}"' for name, value in labels) + "}" if labels else ""
+    return (
+        "{" + ",".join(f'{name}="{escape(value)}"' for name, value in labels) + "}"
+        if labels
+        else ""
+    )

@@ -37,12 +37,24 @@ REPOSITORY = str(pathlib.Path(__file__).resolve().parents[3])
 class NodeWorker:
     """The actor. One method, which serves until the actor is killed or its node is lost."""
 
-    async def serve(self, name: str, admin_url: str, tokens: dict[str, str], backends: tuple[str, ...], given_out: Resources, loopback: bool) -> None:
+    async def serve(
+        self,
+        name: str,
+        admin_url: str,
+        tokens: dict[str, str],
+        backends: tuple[str, ...],
+        given_out: Resources,
+        loopback: bool,
+    ) -> None:
         logging.basicConfig(level=logging.INFO)
         host = "127.0.0.1" if loopback else ray.util.get_node_ip_address()
-        listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
+        listener = socket.create_server(
+            (host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024
+        )
         url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-        application = make_worker(Worker(backends), tokens, admin_url, {"name": name, "url": url, **given_out._asdict()})
+        application = make_worker(
+            Worker(backends), tokens, admin_url, {"name": name, "url": url, **given_out._asdict()}
+        )
         runner = web.AppRunner(application, **RUNNER)
         await runner.setup()
         try:
@@ -61,13 +73,39 @@ class RayFleet:
       limits: (memory_mb, cpus, sandboxes) of each worker; 0: MEMORY_SHARE of the node's memory, 32 times its processors, as descriptors allow.
     """
 
-    def __init__(self, admin: Admin, admin_url: str, tokens: Mapping[str, str], address: str, backends: tuple[str, ...] = ("embedded",), resource: str = "",
-                 limits: tuple[int, float, int] = (0, 0.0, 0)):
-        self._admin, self._url, self._tokens, self._backends, self._resource, self._limits = admin, admin_url, dict(tokens), backends, resource, limits
-        self._loopback = yarl.URL(admin_url).host in ("localhost", "127.0.0.1", "::1")  # then only this machine's nodes can reach it
+    def __init__(
+        self,
+        admin: Admin,
+        admin_url: str,
+        tokens: Mapping[str, str],
+        address: str,
+        backends: tuple[str, ...] = ("embedded",),
+        resource: str = "",
+        limits: tuple[int, float, int] = (0, 0.0, 0),
+    ):
+        self._admin, self._url, self._tokens, self._backends, self._resource, self._limits = (
+            admin,
+            admin_url,
+            dict(tokens),
+            backends,
+            resource,
+            limits,
+        )
+        self._loopback = yarl.URL(admin_url).host in (
+            "localhost",
+            "127.0.0.1",
+            "::1",
+        )  # then only this machine's nodes can reach it
         if not ray.is_initialized():
-            ray.init(address=address, namespace="rock", log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": REPOSITORY}})
-        self._actors: dict[str, tuple[str, Any, asyncio.Task]] = {}  # by node: the worker's name, the actor, and who waits for its end
+            ray.init(
+                address=address,
+                namespace="rock",
+                log_to_driver=False,
+                runtime_env={"env_vars": {"PYTHONPATH": REPOSITORY}},
+            )
+        self._actors: dict[
+            str, tuple[str, Any, asyncio.Task]
+        ] = {}  # by node: the worker's name, the actor, and who waits for its end
         self._not_before: dict[str, float] = {}
         self._looking: asyncio.Task | None = None
 
@@ -86,7 +124,13 @@ class RayFleet:
     async def _look_for_ever(self) -> None:
         while True:
             try:
-                self._look({node["NodeID"]: node for node in await asyncio.to_thread(ray.nodes) if node["Alive"]})
+                self._look(
+                    {
+                        node["NodeID"]: node
+                        for node in await asyncio.to_thread(ray.nodes)
+                        if node["Alive"]
+                    }
+                )
             except Exception as error:  # noqa: B902 - the cluster's head may be restarting; the next look comes all the same
                 log.error("the cluster cannot be looked at", exc_info=error)
             await asyncio.sleep(LOOK_SECONDS)
@@ -97,17 +141,33 @@ class RayFleet:
             self._lose(node, "its node left the cluster")
         for node, about in nodes.items():
             offers = about["Resources"]
-            if node not in self._actors and now >= self._not_before.get(node, 0.0) and (not self._resource or self._resource in offers) and offers.get("CPU", 0) >= 1:
+            if (
+                node not in self._actors
+                and now >= self._not_before.get(node, 0.0)
+                and (not self._resource or self._resource in offers)
+                and offers.get("CPU", 0) >= 1
+            ):
                 self._hire(node, offers)
 
     def _hire(self, node: str, offers: Mapping[str, float]) -> None:
         memory_mb, cpus, sandboxes = self._limits
         memory_mb = memory_mb or int(MEMORY_SHARE * offers.get("memory", 0)) >> 20
         given_out = machine_resources(memory_mb, cpus or 32.0 * offers["CPU"], 0, sandboxes)
-        actor = ray.remote(NodeWorker).options(num_cpus=1, memory=memory_mb << 20, max_restarts=0, max_concurrency=2,
-                                               scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
+        actor = (
+            ray.remote(NodeWorker)
+            .options(
+                num_cpus=1,
+                memory=memory_mb << 20,
+                max_restarts=0,
+                max_concurrency=2,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+            )
+            .remote()
+        )
         name = f"ray-{node[:16]}"
-        end = actor.serve.remote(name, self._url, self._tokens, self._backends, given_out, self._loopback)
+        end = actor.serve.remote(
+            name, self._url, self._tokens, self._backends, given_out, self._loopback
+        )
         self._actors[node] = name, actor, asyncio.create_task(self._await_end(node, end))
         log.info("node %s gets worker %s: %s", node, name, given_out)
 
@@ -117,7 +177,9 @@ class RayFleet:
             why = "its actor ended"
         except ray.exceptions.RayError as error:
             why = f"its actor ended: {type(error).__name__}"
-            log.warning("the worker of node %s ended: %s", node, str(error).strip().splitlines()[-1:])
+            log.warning(
+                "the worker of node %s ended: %s", node, str(error).strip().splitlines()[-1:]
+            )
         self._lose(node, why)
 
     def _lose(self, node: str, why: str) -> None:

@@ -10,7 +10,9 @@ from envs.rock.config import SandboxConfig
 from envs.rock.service.fleet import Member, Resources
 
 AUTO_CLEAR_SECONDS = 300.0
-_EPOCH = time.time() - time.monotonic()  # one difference for all, so that a moment is told alike whenever it is asked for
+_EPOCH = (
+    time.time() - time.monotonic()
+)  # one difference for all, so that a moment is told alike whenever it is asked for
 WAITING, ENDED = ("queued", "starting"), ("stopped", "failed")
 
 
@@ -29,7 +31,9 @@ class Plan(NamedTuple):
 class Record:
     """States: queued, starting, running, then stopped or failed, with the error that says why."""
 
-    def __init__(self, name: str, user: str, plan: Plan, arguments: Mapping[str, Any], auto_clear: float):
+    def __init__(
+        self, name: str, user: str, plan: Plan, arguments: Mapping[str, Any], auto_clear: float
+    ):
         self.name, self.user, self.plan = name, user, plan
         self.experiment: str = arguments.get("experiment", "")
         self.auto_clear: float = arguments.get("auto_clear_seconds", auto_clear)
@@ -53,11 +57,18 @@ class Record:
     async def decided(self, seconds: float | None) -> None:
         """Wait until it runs or has ended, for that long; None: as long as its start may take."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):  # not wait_for, which loses a cancellation that comes with the decision: its caller would have left unheard
+            async with asyncio.timeout(
+                seconds
+            ):  # not wait_for, which loses a cancellation that comes with the decision: its caller would have left unheard
                 await self._decided.wait()
 
     def run(self, info: dict[str, Any]) -> None:
-        self.state, self.info, self.used, self.began = "running", info, time.monotonic(), time.time()
+        self.state, self.info, self.used, self.began = (
+            "running",
+            info,
+            time.monotonic(),
+            time.time(),
+        )
         self._decide()
 
     def end(self, state: str, error: Exception) -> None:
@@ -66,7 +77,11 @@ class Record:
 
     def hand_over(self, user: str, arguments: Mapping[str, Any], auto_clear: float) -> None:
         """One that was kept ready becomes a user's."""
-        self.user, self.experiment, self.auto_clear = user, arguments.get("experiment", ""), arguments.get("auto_clear_seconds", auto_clear)
+        self.user, self.experiment, self.auto_clear = (
+            user,
+            arguments.get("experiment", ""),
+            arguments.get("auto_clear_seconds", auto_clear),
+        )
         self.used, self.began = time.monotonic(), time.time()
 
     def live(self, seconds: float) -> None:
@@ -78,7 +93,9 @@ class Record:
         return _EPOCH + (self.expires if self.expires is not None else self.used + self.auto_clear)
 
     def describe(self) -> dict[str, Any]:
-        return {"sandbox": self.name, "state": self.state} | (self.info if self.state == "running" else {})
+        return {"sandbox": self.name, "state": self.state} | (
+            self.info if self.state == "running" else {}
+        )
 
     def _decide(self) -> None:
         self._decided.set()

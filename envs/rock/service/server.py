@@ -13,7 +13,18 @@ from aiohttp import web
 
 from envs.rock.sandbox import PIECE_BYTES
 from envs.rock.service import openapi
-from envs.rock.wire.api import (MAX_FILES_BYTES, MAX_JSON_BYTES, WORKER, WORKER_USER, Operation, Refusal, check, encode_error, parse_json, parse_query)
+from envs.rock.wire.api import (
+    MAX_FILES_BYTES,
+    MAX_JSON_BYTES,
+    WORKER,
+    WORKER_USER,
+    Operation,
+    Refusal,
+    check,
+    encode_error,
+    parse_json,
+    parse_query,
+)
 from envs.rock.service.auth import Tokens
 from envs.rock.wire.client import Pipe, WebSocketPipe, join
 from envs.rock.service.metrics import CONTENT_TYPE, Metrics
@@ -24,18 +35,27 @@ BODY_SECONDS = 30.0  # for all of a JSON body
 STALL_SECONDS = 60.0  # between two pieces of a file
 MAX_REQUESTS = 20_000  # served at once; starts that wait in the queue hold one each
 # For web.AppRunner. A caller that leaves cancels what it asked for, those that wait in rounds come again after a shutdown, and a path of 4096 bytes fits in a query.
-RUNNER = {"access_log": None, "shutdown_timeout": 2.0, "handler_cancellation": True, "max_line_size": 64 << 10}
+RUNNER = {
+    "access_log": None,
+    "shutdown_timeout": 2.0,
+    "handler_cancellation": True,
+    "max_line_size": 64 << 10,
+}
 USER = web.RequestKey("user", str) if hasattr(web, "RequestKey") else "user"
 
 
 class Service(Protocol):
     """What an application serves. `user`: whose token the caller showed."""
 
-    async def call(self, op: str, arguments: dict[str, Any], files: Mapping[str, bytes] | None, user: str) -> dict[str, Any] | None:
+    async def call(
+        self, op: str, arguments: dict[str, Any], files: Mapping[str, bytes] | None, user: str
+    ) -> dict[str, Any] | None:
         """None: not finished yet."""
 
     def read(self, op: str, arguments: dict[str, Any], user: str) -> AsyncIterator[bytes]: ...
-    async def write(self, op: str, arguments: dict[str, Any], pieces: AsyncIterator[bytes], user: str) -> dict[str, Any]: ...
+    async def write(
+        self, op: str, arguments: dict[str, Any], pieces: AsyncIterator[bytes], user: str
+    ) -> dict[str, Any]: ...
     async def connect(self, arguments: dict[str, Any], user: str) -> Pipe: ...
 
 
@@ -47,27 +67,60 @@ class Server:
       only_for: the one user that this is for; None: all but workers, who have the routes below WORKER to themselves.
     """
 
-    def __init__(self, service: Service, operations: Mapping[str, Operation], tokens: Tokens, title: str, only_for: str | None = None,
-                 metrics: Metrics | None = None, max_requests: int = MAX_REQUESTS):
-        self.service, self.operations, self.tokens, self.title, self.only_for = service, operations, tokens, title, only_for
+    def __init__(
+        self,
+        service: Service,
+        operations: Mapping[str, Operation],
+        tokens: Tokens,
+        title: str,
+        only_for: str | None = None,
+        metrics: Metrics | None = None,
+        max_requests: int = MAX_REQUESTS,
+    ):
+        self.service, self.operations, self.tokens, self.title, self.only_for = (
+            service,
+            operations,
+            tokens,
+            title,
+            only_for,
+        )
         self.metrics = metrics or Metrics()
         self._max_requests, self._busy = max_requests, 0
-        self.more_documentation: dict[str, Any] = {}  # of routes that others add to the application: path -> OpenAPI's item
+        self.more_documentation: dict[
+            str, Any
+        ] = {}  # of routes that others add to the application: path -> OpenAPI's item
 
     def app(self) -> web.Application:
         app = web.Application(middlewares=[self._guard], client_max_size=MAX_JSON_BYTES)
-        handlers = {"json": self._json, "read": self._read, "write": self._write, "connect": self._connect}
+        handlers = {
+            "json": self._json,
+            "read": self._read,
+            "write": self._write,
+            "connect": self._connect,
+        }
         for name, operation in self.operations.items():
-            app.router.add_route(operation.method, operation.path, _with(handlers[operation.shape], name, operation))
-        for path, handler in (("/health", self._health), ("/openapi.json", self._openapi), ("/metrics", self._metrics)):
+            app.router.add_route(
+                operation.method, operation.path, _with(handlers[operation.shape], name, operation)
+            )
+        for path, handler in (
+            ("/health", self._health),
+            ("/openapi.json", self._openapi),
+            ("/metrics", self._metrics),
+        ):
             app.router.add_route("GET", path, handler)
         return app
 
     @web.middleware
-    async def _guard(self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+    async def _guard(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
         """Who may, how many at once, and every error in its shape. Nothing of a request but its route and its user's name is ever logged."""
         began, code = time.monotonic(), "ok"
-        route = request.match_info.route.resource.canonical if request.match_info.route.resource else "none"
+        route = (
+            request.match_info.route.resource.canonical
+            if request.match_info.route.resource
+            else "none"
+        )
         self._busy += 1
         try:
             if self._busy > self._max_requests:
@@ -81,8 +134,12 @@ class Server:
         except web.HTTPException as error:
             if error.status < 400:
                 raise
-            code = {404: "no_such_route", 405: "no_such_route", 413: "too_large"}.get(error.status, "bad_request")
-            return self._refuse(request, Refusal(code, f"{request.method} {request.path[:200]}: {error.reason}"))
+            code = {404: "no_such_route", 405: "no_such_route", 413: "too_large"}.get(
+                error.status, "bad_request"
+            )
+            return self._refuse(
+                request, Refusal(code, f"{request.method} {request.path[:200]}: {error.reason}")
+            )
         except Exception as error:  # noqa: B902 - told to the caller as a code, and logged where it is ours
             status, body = encode_error(error)
             code = body["error"]["code"]
@@ -92,14 +149,26 @@ class Server:
         finally:
             self._busy -= 1
             log.debug("%s %s by %s: %s", request.method, route, request.get(USER), code)
-            self.metrics.count("rock_requests_total", "Requests by route and outcome.", route=route, code=code)
-            self.metrics.observe("rock_request_seconds", "How long requests took, waiting included.", time.monotonic() - began, route=route)
+            self.metrics.count(
+                "rock_requests_total", "Requests by route and outcome.", route=route, code=code
+            )
+            self.metrics.observe(
+                "rock_request_seconds",
+                "How long requests took, waiting included.",
+                time.monotonic() - began,
+                route=route,
+            )
 
     def _admit(self, request: web.Request) -> None:
         kind, _, token = request.headers.get("Authorization", "").partition(" ")
-        user = self.tokens.user(token if kind.lower() == "bearer" else request.headers.get("X-API-Key"))
+        user = self.tokens.user(
+            token if kind.lower() == "bearer" else request.headers.get("X-API-Key")
+        )
         if user is None:
-            raise Refusal("unauthorized", "this needs a token: Authorization: Bearer TOKEN, or X-API-Key: TOKEN")
+            raise Refusal(
+                "unauthorized",
+                "this needs a token: Authorization: Bearer TOKEN, or X-API-Key: TOKEN",
+            )
         request[USER] = user
         only_for = self.only_for or (WORKER_USER if request.path.startswith(WORKER) else None)
         if only_for and user != only_for or only_for is None and user == WORKER_USER:
@@ -109,7 +178,9 @@ class Server:
         """An error as an answer. Routes that speak another protocol (E2B's) tell it in their way."""
         status, body = encode_error(error)
         shape = request.match_info.route.handler
-        response = web.json_response(getattr(shape, "error_shape", lambda status, body: body)(status, body), status=status)
+        response = web.json_response(
+            getattr(shape, "error_shape", lambda status, body: body)(status, body), status=status
+        )
         if status == 401:
             response.headers["WWW-Authenticate"] = "Bearer"
         return response
@@ -125,18 +196,30 @@ class Server:
                 else:
                     given = parse_json(await request.read())
         except TimeoutError:
-            raise Refusal("slow_request", f"the body did not arrive within {BODY_SECONDS:.0f} s") from None
+            raise Refusal(
+                "slow_request", f"the body did not arrive within {BODY_SECONDS:.0f} s"
+            ) from None
         arguments = check(operation.fields, given)
         if operation.takes_files:
             files = _named(arguments.pop("files", []), files or [])
-        if "wait" in arguments and "wait" in operation.fields and "call" in operation.fields and name != "wait" and "call" not in arguments:
+        if (
+            "wait" in arguments
+            and "wait" in operation.fields
+            and "call" in operation.fields
+            and name != "wait"
+            and "call" not in arguments
+        ):
             raise ValueError("wait makes sense with call only")
         answer = await self.service.call(name, arguments, files, request.get(USER, ""))
         return web.json_response({}, status=202) if answer is None else web.json_response(answer)
 
-    async def _read(self, name: str, operation: Operation, request: web.Request) -> web.StreamResponse:
+    async def _read(
+        self, name: str, operation: Operation, request: web.Request
+    ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
-        async with contextlib.aclosing(self.service.read(name, _query(operation, request), request.get(USER, ""))) as pieces:
+        async with contextlib.aclosing(
+            self.service.read(name, _query(operation, request), request.get(USER, ""))
+        ) as pieces:
             piece = await anext(pieces, b"")  # an error before the first byte is told in words
             await response.prepare(request)
             try:
@@ -152,10 +235,14 @@ class Server:
         return response
 
     async def _write(self, name: str, operation: Operation, request: web.Request) -> web.Response:
-        answer = await self.service.write(name, _query(operation, request), _body(request), request.get(USER, ""))
+        answer = await self.service.write(
+            name, _query(operation, request), _body(request), request.get(USER, "")
+        )
         return web.json_response(answer)
 
-    async def _connect(self, name: str, operation: Operation, request: web.Request) -> web.StreamResponse:
+    async def _connect(
+        self, name: str, operation: Operation, request: web.Request
+    ) -> web.StreamResponse:
         socket = web.WebSocketResponse(max_msg_size=4 * PIECE_BYTES, heartbeat=STALL_SECONDS)
         if not socket.can_prepare(request).ok:
             raise ValueError("this is a WebSocket: ask for an upgrade")
@@ -173,13 +260,19 @@ class Server:
         return web.json_response({"status": "ok"})
 
     async def _openapi(self, request: web.Request) -> web.Response:
-        return web.json_response(openapi.document(self.title, self.operations, self.more_documentation))
+        return web.json_response(
+            openapi.document(self.title, self.operations, self.more_documentation)
+        )
 
     async def _metrics(self, request: web.Request) -> web.Response:
-        return web.Response(body=self.metrics.text().encode(), headers={"Content-Type": CONTENT_TYPE})
+        return web.Response(
+            body=self.metrics.text().encode(), headers={"Content-Type": CONTENT_TYPE}
+        )
 
 
-def _with(handler: Callable, name: str, operation: Operation) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+def _with(
+    handler: Callable, name: str, operation: Operation
+) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
     async def handle(request: web.Request) -> web.StreamResponse:
         return await handler(name, operation, request)
 
@@ -188,7 +281,12 @@ def _with(handler: Callable, name: str, operation: Operation) -> Callable[[web.R
 
 def _query(operation: Operation, request: web.Request) -> dict[str, Any]:
     try:
-        pairs = urllib.parse.parse_qsl(request.rel_url.raw_query_string, keep_blank_values=True, errors="surrogateescape", max_num_fields=50)
+        pairs = urllib.parse.parse_qsl(
+            request.rel_url.raw_query_string,
+            keep_blank_values=True,
+            errors="surrogateescape",
+            max_num_fields=50,
+        )
     except ValueError as error:
         raise ValueError(f"the query makes no sense: {error}") from None
     return parse_query(operation.fields, pairs)
@@ -201,7 +299,11 @@ async def _body(request: web.Request) -> AsyncIterator[bytes]:
             piece = await asyncio.wait_for(request.content.readany(), STALL_SECONDS)
         except TimeoutError:
             raise Refusal("slow_request", f"nothing arrived for {STALL_SECONDS:.0f} s") from None
-        except (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, ConnectionError) as error:
+        except (
+            aiohttp.ClientError,
+            aiohttp.http_exceptions.HttpProcessingError,
+            ConnectionError,
+        ) as error:
             raise Refusal("bad_request", f"the body broke off: {type(error).__name__}") from error
         if not piece:
             return
@@ -220,13 +322,21 @@ async def _parts(request: web.Request) -> tuple[Any, list[bytes]]:
             while piece := await part.read_chunk(PIECE_BYTES):
                 data += piece
                 if len(data) > (left if part.name == "file" else MAX_JSON_BYTES):
-                    raise Refusal("too_large", f"a request has at most {MAX_JSON_BYTES} bytes and its files {MAX_FILES_BYTES}")
+                    raise Refusal(
+                        "too_large",
+                        f"a request has at most {MAX_JSON_BYTES} bytes and its files {MAX_FILES_BYTES}",
+                    )
             if part.name == "request":
                 given = parse_json(bytes(data))
             else:
                 files.append(bytes(data))
                 left -= len(data)
-    except (AssertionError, RuntimeError, aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError) as error:  # what aiohttp raises for malformed parts
+    except (
+        AssertionError,
+        RuntimeError,
+        aiohttp.ClientError,
+        aiohttp.http_exceptions.HttpProcessingError,
+    ) as error:  # what aiohttp raises for malformed parts
         raise ValueError(f"the multipart body makes no sense: {type(error).__name__}") from None
     return given, files
 

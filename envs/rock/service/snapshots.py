@@ -37,7 +37,10 @@ class Snapshots:
         """Refusal for one that is not there, or another's."""
         snapshot = self._known.get(name)
         if snapshot is None or snapshot.user != user:
-            raise Refusal("start_failed", f"the snapshot {name[:80]!r} was deleted, lost with its worker, or never there")
+            raise Refusal(
+                "start_failed",
+                f"the snapshot {name[:80]!r} was deleted, lost with its worker, or never there",
+            )
         snapshot.used = time.monotonic()
         return snapshot
 
@@ -55,13 +58,24 @@ class Snapshots:
         if snapshot is not None and snapshot.user == user:
             del self._known[name]
             if snapshot.member.alive:
-                await patiently(lambda: snapshot.member.link.call("worker/forget_snapshot", {"snapshot": name}), PING_SECONDS)
+                await patiently(
+                    lambda: snapshot.member.link.call("worker/forget_snapshot", {"snapshot": name}),
+                    PING_SECONDS,
+                )
         return {}
 
     def lose(self, member: Member) -> None:
         """With its worker."""
-        self._known = {name: snapshot for name, snapshot in self._known.items() if snapshot.member is not member}
+        self._known = {
+            name: snapshot
+            for name, snapshot in self._known.items()
+            if snapshot.member is not member
+        }
 
     def forsaken(self, now: float) -> list[tuple[str, str]]:
         """(name, user) of those that nobody has used for too long."""
-        return [(name, one.user) for name, one in self._known.items() if now - one.used > SNAPSHOT_SECONDS]
+        return [
+            (name, one.user)
+            for name, one in self._known.items()
+            if now - one.used > SNAPSHOT_SECONDS
+        ]

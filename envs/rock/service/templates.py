@@ -23,8 +23,16 @@ BASE = "base"  # always there: the worker's own programs, and no files
 
 
 class _Template:
-    def __init__(self, plan: Plan, given: dict[str, Any], owner: str, environment: str | None, wanted: int):
-        self.plan, self.given, self.owner, self.environment, self.wanted = plan, given, owner, environment, wanted
+    def __init__(
+        self, plan: Plan, given: dict[str, Any], owner: str, environment: str | None, wanted: int
+    ):
+        self.plan, self.given, self.owner, self.environment, self.wanted = (
+            plan,
+            given,
+            owner,
+            environment,
+            wanted,
+        )
         self.records: deque[Record] = deque()
         self.failed = float("-inf")
 
@@ -45,7 +53,15 @@ class Templates:
         if template := self._templates.get(image):
             _require(given, template.plan.config, image)
             late = {"start_timeout": given["start_timeout"]} if "start_timeout" in given else {}
-            return template.plan._replace(config=config_from_json({**template.plan.wire, **late}, template.plan.config.backend)) if late else template.plan
+            return (
+                template.plan._replace(
+                    config=config_from_json(
+                        {**template.plan.wire, **late}, template.plan.config.backend
+                    )
+                )
+                if late
+                else template.plan
+            )
         try:
             entry = self._hub.get(image)
         except Refusal:
@@ -61,20 +77,40 @@ class Templates:
         if old:
             raise Refusal("conflict", f"there is a template {name}; delete it first")
         if name == BASE or len(self._templates) >= MAX_TEMPLATES:
-            raise Refusal("conflict", f"the name {BASE!r} is taken" if name == BASE else f"there are {MAX_TEMPLATES} templates; delete some")
+            raise Refusal(
+                "conflict",
+                f"the name {BASE!r} is taken"
+                if name == BASE
+                else f"there are {MAX_TEMPLATES} templates; delete some",
+            )
         plan = self.plan(arguments["config"])
         if environment := arguments.get("environment"):
             entry = self._hub.get(environment)
             if entry.kind != "environment" or plan.environment:
-                raise ValueError(f"{environment!r} is no environment, or `config.image` names one already")
+                raise ValueError(
+                    f"{environment!r} is no environment, or `config.image` names one already"
+                )
             plan = plan._replace(environment=entry.digest)
-        self._templates[name] = _Template(plan, arguments["config"], user, environment, arguments.get("ready", 0))
+        self._templates[name] = _Template(
+            plan, arguments["config"], user, environment, arguments.get("ready", 0)
+        )
         self.refill(time.monotonic())
         return {"name": name, "ready": arguments.get("ready", 0)}
 
     async def list(self, arguments: dict[str, Any], user: str) -> dict[str, Any]:
-        return {"templates": [{"name": name, "owner": one.owner, "config": one.given, "environment": one.environment, "wanted": one.wanted,
-                               "ready": self.ready()[name]} for name, one in sorted(self._templates.items())]}
+        return {
+            "templates": [
+                {
+                    "name": name,
+                    "owner": one.owner,
+                    "config": one.given,
+                    "environment": one.environment,
+                    "wanted": one.wanted,
+                    "ready": self.ready()[name],
+                }
+                for name, one in sorted(self._templates.items())
+            ]
+        }
 
     def delete(self, name: str, user: str) -> list[Record]:
         """Those that were ready for it: they are to be ended."""
@@ -122,7 +158,10 @@ class Templates:
                 template.records.append(record)
 
     def ready(self) -> dict[str, int]:
-        return {name: sum(record.state == "running" for record in template.records) for name, template in self._templates.items()}
+        return {
+            name: sum(record.state == "running" for record in template.records)
+            for name, template in self._templates.items()
+        }
 
 
 def _plan(given: dict[str, Any], backend: str = "embedded") -> Plan:
@@ -131,5 +170,10 @@ def _plan(given: dict[str, Any], backend: str = "embedded") -> Plan:
 
 
 def _require(given: Mapping[str, Any], config: SandboxConfig, name: str) -> None:
-    if given.get("isolation", SandboxConfig.isolation) == "required" and config.isolation != "required":
-        raise IsolationError(f"the template {name} isolates as well as it can, and isolation='required' was asked for")
+    if (
+        given.get("isolation", SandboxConfig.isolation) == "required"
+        and config.isolation != "required"
+    ):
+        raise IsolationError(
+            f"the template {name} isolates as well as it can, and isolation='required' was asked for"
+        )

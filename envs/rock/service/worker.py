@@ -17,7 +17,11 @@ from envs.rock.service.fleet import DEAD_SECONDS, HEARTBEAT_SECONDS
 from envs.rock.tiers import probe, probe_docker
 
 log = logging.getLogger("rock.worker")
-LEFT_WITH_CALLER = ("execute", "run_in_session", "verify")  # without a key these end when their caller leaves; all else is finished
+LEFT_WITH_CALLER = (
+    "execute",
+    "run_in_session",
+    "verify",
+)  # without a key these end when their caller leaves; all else is finished
 MAX_CALLS = 64  # of one sandbox, at once
 KEPT_ENDS, KEPT_SECONDS = 16, 30.0  # of finished calls, for callers that lost the connection
 KEPT_JOBS = 64  # that have ended, in one sandbox
@@ -29,7 +33,9 @@ class _Call:
 
     def __init__(self, work: Awaitable[dict[str, Any]]):
         self.task = asyncio.ensure_future(work)
-        self.task.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody may be waiting
+        self.task.add_done_callback(
+            lambda task: task.cancelled() or task.exception()
+        )  # nobody may be waiting
         self.waiting, self.asked = 0, time.monotonic()
 
     async def wait(self, seconds: float) -> dict[str, Any] | None:
@@ -66,7 +72,9 @@ class _Held:
         try:
             return self.sessions[arguments["session"]]
         except KeyError:
-            raise SandboxClosedError(f"there is no session {arguments.get('session')!r}; create another") from None
+            raise SandboxClosedError(
+                f"there is no session {arguments.get('session')!r}; create another"
+            ) from None
 
     def job(self, arguments: Mapping[str, Any]) -> tuple[Job, asyncio.Task]:
         try:
@@ -100,9 +108,21 @@ class Worker:
         self._snapshots: dict[str, Snapshot] = {}
         self._finishing: set[asyncio.Future] = set()
         self._ops: dict[str, Callable[..., Awaitable[dict[str, Any] | None]]] = {
-            "execute": self._execute, "spawn": self._spawn, "create_session": self._create_session, "run_in_session": self._run_in_session, "verify": self._verify,
-            "snapshot": self._snapshot, "restore": self._restore, "interrupt": self._interrupt, "kill": self._kill, "kill_all": self._kill_all,
-            "close_session": self._close_session, "list_files": self._list_files, "get_sandbox_statistics": self._statistics, "denials": self._denials}
+            "execute": self._execute,
+            "spawn": self._spawn,
+            "create_session": self._create_session,
+            "run_in_session": self._run_in_session,
+            "verify": self._verify,
+            "snapshot": self._snapshot,
+            "restore": self._restore,
+            "interrupt": self._interrupt,
+            "kill": self._kill,
+            "kill_all": self._kill_all,
+            "close_session": self._close_session,
+            "list_files": self._list_files,
+            "get_sandbox_statistics": self._statistics,
+            "denials": self._denials,
+        }
 
     async def kinds(self) -> list[str]:
         """What it can make, as "backend:isolation"."""
@@ -110,7 +130,13 @@ class Worker:
         for backend in self.backends:
             for isolation in ("required", "best_available"):
                 try:
-                    (await (asyncio.to_thread(probe, isolation) if backend == "embedded" else asyncio.to_thread(probe_docker))).require(isolation)
+                    (
+                        await (
+                            asyncio.to_thread(probe, isolation)
+                            if backend == "embedded"
+                            else asyncio.to_thread(probe_docker)
+                        )
+                    ).require(isolation)
                     found.append(f"{backend}:{isolation}")
                 except SandboxError as error:
                     log.warning("no %s:%s here: %s", backend, isolation, error)
@@ -118,9 +144,13 @@ class Worker:
 
     async def close(self) -> None:
         """End every sandbox, and begin anew."""
-        await asyncio.gather(*(self._stop(name) for name in list(self._held)), return_exceptions=True)
+        await asyncio.gather(
+            *(self._stop(name) for name in list(self._held)), return_exceptions=True
+        )
         snapshots, self._snapshots = self._snapshots, {}
-        await asyncio.gather(*(snapshot.delete() for snapshot in snapshots.values()), return_exceptions=True)
+        await asyncio.gather(
+            *(snapshot.delete() for snapshot in snapshots.values()), return_exceptions=True
+        )
         self.incarnation = secrets.token_hex(16)
 
     def held(self) -> list[str]:
@@ -128,7 +158,9 @@ class Worker:
 
     async def drop(self, names: Iterable[str]) -> None:
         """End those of them that are here: nobody knows them any more."""
-        for failure in await asyncio.gather(*(self._stop(name) for name in names), return_exceptions=True):
+        for failure in await asyncio.gather(
+            *(self._stop(name) for name in names), return_exceptions=True
+        ):
             if isinstance(failure, Exception):
                 log.warning("a forgotten sandbox did not end: %s", failure)
 
@@ -136,11 +168,21 @@ class Worker:
         """Sandboxes that have ended by themselves. Also the moment to tidy up."""
         for held in self._held.values():
             held.tidy()
-        return [name for name, held in self._held.items() if held.sandbox.tier is not None and not held.restoring and not held.sandbox.is_alive()]
+        return [
+            name
+            for name, held in self._held.items()
+            if held.sandbox.tier is not None and not held.restoring and not held.sandbox.is_alive()
+        ]
 
     # -- the service
 
-    async def call(self, op: str, arguments: dict[str, Any], files: Mapping[str, bytes] | None = None, user: str = "") -> dict[str, Any] | None:
+    async def call(
+        self,
+        op: str,
+        arguments: dict[str, Any],
+        files: Mapping[str, bytes] | None = None,
+        user: str = "",
+    ) -> dict[str, Any] | None:
         if op == "worker/ping":
             return {"incarnation": self.incarnation}
         if op == "worker/forget_snapshot":
@@ -174,14 +216,22 @@ class Worker:
             held.calls[key] = _Call(self._ops[op](held, arguments))
         return await held.calls[key].wait(arguments.get("wait", 0.0))
 
-    async def read(self, op: str, arguments: dict[str, Any], user: str = "") -> AsyncIterator[bytes]:
+    async def read(
+        self, op: str, arguments: dict[str, Any], user: str = ""
+    ) -> AsyncIterator[bytes]:
         sandbox = self._find(arguments).sandbox
-        source = sandbox.read_stream(arguments["path"]) if op == "read_file" else archive.pack(sandbox, arguments["path"])
+        source = (
+            sandbox.read_stream(arguments["path"])
+            if op == "read_file"
+            else archive.pack(sandbox, arguments["path"])
+        )
         async with contextlib.aclosing(source) as pieces:
             async for piece in pieces:
                 yield piece
 
-    async def write(self, op: str, arguments: dict[str, Any], pieces: AsyncIterator[bytes], user: str = "") -> dict[str, Any]:
+    async def write(
+        self, op: str, arguments: dict[str, Any], pieces: AsyncIterator[bytes], user: str = ""
+    ) -> dict[str, Any]:
         sandbox, size = self._find(arguments).sandbox, 0
         if op == "upload":
             return (await archive.unpack(sandbox, arguments["path"], pieces))._asdict()
@@ -203,7 +253,9 @@ class Worker:
             return StreamPipe(*await asyncio.open_connection(*held.ports[port]))
         except OSError as error:
             del held.ports[port]
-            raise SandboxClosedError(f"the door to port {port} is closed: {error.strerror}") from error
+            raise SandboxClosedError(
+                f"the door to port {port} is closed: {error.strerror}"
+            ) from error
 
     # -- a sandbox's life
 
@@ -212,10 +264,15 @@ class Worker:
         name = arguments["sandbox"]
         if name not in self._held:
             if arguments["backend"] not in self.backends:
-                raise ValueError(f"backend {arguments['backend']!r} is not among this worker's: {', '.join(self.backends)}")
+                raise ValueError(
+                    f"backend {arguments['backend']!r} is not among this worker's: {', '.join(self.backends)}"
+                )
             config = config_from_json(arguments["config"], arguments["backend"])
             snapshot = None
-            if "snapshot" in arguments and (snapshot := self._snapshots.get(arguments["snapshot"])) is None:
+            if (
+                "snapshot" in arguments
+                and (snapshot := self._snapshots.get(arguments["snapshot"])) is None
+            ):
                 raise Refusal("start_failed", f"the snapshot {arguments['snapshot']} was deleted")
             held = self._held[name] = _Held(Sandbox(config, snapshot))
             held.calls["create"] = _Call(self._start(name, held))
@@ -248,7 +305,9 @@ class Worker:
         try:
             return self._held[arguments["sandbox"]]
         except KeyError:
-            raise SandboxClosedError(f"there is no sandbox {arguments['sandbox']!r}; it was stopped, cleared, or never here") from None
+            raise SandboxClosedError(
+                f"there is no sandbox {arguments['sandbox']!r}; it was stopped, cleared, or never here"
+            ) from None
 
     def _make_room(self, held: _Held) -> None:
         held.tidy()
@@ -258,10 +317,16 @@ class Worker:
     # -- what is done in it
 
     async def _execute(self, held: _Held, arguments: dict[str, Any]) -> dict[str, Any]:
-        return result_to_json(await held.sandbox.execute(arguments["command"], arguments.get("timeout"), arguments.get("env")))
+        return result_to_json(
+            await held.sandbox.execute(
+                arguments["command"], arguments.get("timeout"), arguments.get("env")
+            )
+        )
 
     async def _spawn(self, held: _Held, arguments: dict[str, Any]) -> dict[str, Any]:
-        job = await held.sandbox.spawn(arguments["command"], arguments.get("timeout"), arguments.get("env"))
+        job = await held.sandbox.spawn(
+            arguments["command"], arguments.get("timeout"), arguments.get("env")
+        )
         end = asyncio.ensure_future(job.wait())
         end.add_done_callback(lambda task: task.cancelled() or task.exception())
         name = held.name("job")
@@ -309,10 +374,19 @@ class Worker:
         return {}
 
     async def _verify(self, held: _Held, arguments: dict[str, Any]) -> dict[str, Any]:
-        return result_to_json(await held.sandbox.verify(arguments["script"], arguments.get("timeout"), arguments["files"], arguments.get("keep", False)))
+        return result_to_json(
+            await held.sandbox.verify(
+                arguments["script"],
+                arguments.get("timeout"),
+                arguments["files"],
+                arguments.get("keep", False),
+            )
+        )
 
     async def _list_files(self, held: _Held, arguments: dict[str, Any]) -> dict[str, Any]:
-        return {"entries": [list(entry) for entry in await held.sandbox.list_files(arguments["path"])]}
+        return {
+            "entries": [list(entry) for entry in await held.sandbox.list_files(arguments["path"])]
+        }
 
     async def _statistics(self, held: _Held, arguments: dict[str, Any]) -> dict[str, Any]:
         return (await held.sandbox.get_status())._asdict()
@@ -327,7 +401,10 @@ class Worker:
 
     async def _restore(self, held: _Held, arguments: dict[str, Any]) -> dict[str, Any]:
         if (snapshot := self._snapshots.get(arguments["snapshot"])) is None:
-            raise Refusal("not_found", f"there is no snapshot {arguments['snapshot']!r} where this sandbox runs")
+            raise Refusal(
+                "not_found",
+                f"there is no snapshot {arguments['snapshot']!r} where this sandbox runs",
+            )
         held.restoring = True
         try:
             await held.sandbox.restore(snapshot)
@@ -346,10 +423,19 @@ async def report(worker: Worker, admin: Client, registration: Mapping[str, Any])
     while True:
         try:
             if known:
-                answer = await admin.call("worker/heartbeat", {"incarnation": worker.incarnation, "ended": worker.ended(), "held": worker.held()})
+                answer = await admin.call(
+                    "worker/heartbeat",
+                    {
+                        "incarnation": worker.incarnation,
+                        "ended": worker.ended(),
+                        "held": worker.held(),
+                    },
+                )
                 await worker.drop(map(str, answer.get("forgotten", ())))
             else:
-                await admin.call("worker/register", {**registration, "incarnation": worker.incarnation})
+                await admin.call(
+                    "worker/register", {**registration, "incarnation": worker.incarnation}
+                )
                 log.info("registered with %s", admin.url)
                 known = True
             heard = time.monotonic()
@@ -366,11 +452,17 @@ async def report(worker: Worker, admin: Client, registration: Mapping[str, Any])
                 log.warning("the admin at %s refused a sign of life: %s", admin.url, error)
                 await asyncio.sleep(HEARTBEAT_SECONDS)
                 continue
-            log.warning("the admin does not know this worker (any more): it begins anew, without sandboxes")
+            log.warning(
+                "the admin does not know this worker (any more): it begins anew, without sandboxes"
+            )
             await worker.close()
             known = False
         await asyncio.sleep(HEARTBEAT_SECONDS)
 
 
 def _described(sandbox: Sandbox) -> dict[str, Any]:
-    return {"tier": sandbox.tier, "guarantees": sorted(sandbox.guarantees), "workspace": sandbox.workspace}
+    return {
+        "tier": sandbox.tier,
+        "guarantees": sorted(sandbox.guarantees),
+        "workspace": sandbox.workspace,
+    }

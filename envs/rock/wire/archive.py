@@ -21,7 +21,11 @@ async def pack(sandbox: Sandbox, path: str) -> AsyncIterator[bytes]:
             try:
                 piece = await anext(pieces, b"")
             except SandboxFileError as error:
-                if error.reason in ("missing", "not_regular", "outside"):  # it was removed or replaced
+                if error.reason in (
+                    "missing",
+                    "not_regular",
+                    "outside",
+                ):  # it was removed or replaced
                     continue
                 raise
             header = tarfile.TarInfo(entry.path)
@@ -69,12 +73,20 @@ async def unpack(sandbox: Sandbox, target: str, pieces: AsyncIterator[bytes]) ->
         length = int(extended["size"]) if extended.get("size", "").isdecimal() else member.size
         if member.isreg() and not member.issparse():
             if ".." in name.split("/") or name.startswith("/"):
-                raise SandboxFileError("outside", f"the archive holds {name[:200]!r}, which leaves its directory")
-            await sandbox.write_stream(f"{target}/{name}", blocks.pieces(length), member.mode & 0o777)
+                raise SandboxFileError(
+                    "outside", f"the archive holds {name[:200]!r}, which leaves its directory"
+                )
+            await sandbox.write_stream(
+                f"{target}/{name}", blocks.pieces(length), member.mode & 0o777
+            )
             await blocks.skip(-length % BLOCK)
             files, size = files + 1, size + length
         else:
-            if not member.isdir() and len(skipped) < MAX_SKIPPED and member.type not in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK):
+            if (
+                not member.isdir()
+                and len(skipped) < MAX_SKIPPED
+                and member.type not in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK)
+            ):
                 skipped.append(name)
             await blocks.skip(length + -length % BLOCK)
         if member.type != tarfile.GNUTYPE_LONGLINK:
@@ -93,7 +105,7 @@ def _pax(content: bytes) -> dict[str, str]:
             raise ValueError("this is no tar archive: an extended header makes no sense")
         key, _, value = rest[: int(length) - len(length) - 2].partition(b"=")
         found[key.decode(errors="replace")] = value.decode("utf-8", "surrogateescape")
-        content = content[int(length):]
+        content = content[int(length) :]
     return found
 
 
@@ -118,7 +130,9 @@ class _Blocks:
 
     async def padded(self, size: int, limit: int) -> bytes:
         if size > limit:
-            raise ValueError(f"an extended header of the archive has {size} bytes, more than {limit}")
+            raise ValueError(
+                f"an extended header of the archive has {size} bytes, more than {limit}"
+            )
         return (await self.take(size + -size % BLOCK))[:size]
 
     async def skip(self, size: int) -> None:

@@ -33,9 +33,17 @@ class Client:
 
     def __init__(self, url: str, token: str):
         self.url = url.rstrip("/")
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=STALL_SECONDS)
-        self._http = aiohttp.ClientSession(headers={"Authorization": f"Bearer {token}"}, timeout=timeout, connector=aiohttp.TCPConnector(limit=0),
-                                           auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar(), trust_env=False)
+        timeout = aiohttp.ClientTimeout(
+            total=None, sock_connect=CONNECT_SECONDS, sock_read=STALL_SECONDS
+        )
+        self._http = aiohttp.ClientSession(
+            headers={"Authorization": f"Bearer {token}"},
+            timeout=timeout,
+            connector=aiohttp.TCPConnector(limit=0),
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            trust_env=False,
+        )
 
     @property
     def closed(self) -> bool:
@@ -44,20 +52,42 @@ class Client:
     async def close(self) -> None:
         await self._http.close()
 
-    async def call(self, op: str, arguments: Mapping[str, Any], files: Mapping[str, bytes] | None = None, user: str = "") -> dict[str, Any] | None:
+    async def call(
+        self,
+        op: str,
+        arguments: Mapping[str, Any],
+        files: Mapping[str, bytes] | None = None,
+        user: str = "",
+    ) -> dict[str, Any] | None:
         """The answer; None: not finished, ask again (the same, or "wait"). Disconnected: nobody knows, ask again."""
         del user  # the token says who we are
-        body: dict[str, Any] = {"data": json.dumps(arguments).encode(), "headers": {"Content-Type": "application/json"}}
+        body: dict[str, Any] = {
+            "data": json.dumps(arguments).encode(),
+            "headers": {"Content-Type": "application/json"},
+        }
         if files:
             body = {"data": _form(arguments, files)}
-        seconds = max(float(arguments.get("wait") or 0), 0 if "call" in arguments else float(arguments.get("timeout") or 0)) + GRACE
+        seconds = (
+            max(
+                float(arguments.get("wait") or 0),
+                0 if "call" in arguments else float(arguments.get("timeout") or 0),
+            )
+            + GRACE
+        )
         try:
-            async with self._http.post(self._url(op), **body, timeout=aiohttp.ClientTimeout(total=seconds, sock_connect=CONNECT_SECONDS), allow_redirects=False) as answer:
+            async with self._http.post(
+                self._url(op),
+                **body,
+                timeout=aiohttp.ClientTimeout(total=seconds, sock_connect=CONNECT_SECONDS),
+                allow_redirects=False,
+            ) as answer:
                 return await _answer(answer)
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
             raise self._lost(error) from error
 
-    async def read(self, op: str, arguments: Mapping[str, Any], user: str = "") -> AsyncIterator[bytes]:
+    async def read(
+        self, op: str, arguments: Mapping[str, Any], user: str = ""
+    ) -> AsyncIterator[bytes]:
         """The octets of a file or an archive."""
         del user
         try:
@@ -69,7 +99,9 @@ class Client:
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
             raise self._lost(error) from error
 
-    async def write(self, op: str, arguments: Mapping[str, Any], pieces: AsyncIterator[bytes], user: str = "") -> dict[str, Any]:
+    async def write(
+        self, op: str, arguments: Mapping[str, Any], pieces: AsyncIterator[bytes], user: str = ""
+    ) -> dict[str, Any]:
         """Send octets. An error of `pieces` itself is raised as it is."""
         del user
         own: list[Exception] = []
@@ -77,14 +109,21 @@ class Client:
         async def watched() -> AsyncIterator[bytes]:
             try:
                 async for piece in pieces:
-                    for start in range(0, len(piece), PIECE_BYTES):  # one large piece would fill the socket's buffer whole
-                        yield piece[start:start + PIECE_BYTES]
+                    for start in range(
+                        0, len(piece), PIECE_BYTES
+                    ):  # one large piece would fill the socket's buffer whole
+                        yield piece[start : start + PIECE_BYTES]
             except Exception as error:  # noqa: B902 - whatever its source raises is its user's
                 own.append(error)
                 raise
 
         try:
-            async with self._http.post(self._url(op, arguments), data=watched(), headers={"Content-Type": "application/octet-stream"}, allow_redirects=False) as answer:
+            async with self._http.post(
+                self._url(op, arguments),
+                data=watched(),
+                headers={"Content-Type": "application/octet-stream"},
+                allow_redirects=False,
+            ) as answer:
                 return await _answer(answer) or {}
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
             if own:
@@ -95,16 +134,27 @@ class Client:
         """To a port in a sandbox."""
         del user
         try:
-            return WebSocketPipe(await self._http.ws_connect(self._url("connect", arguments), max_msg_size=4 * PIECE_BYTES, autoping=True, heartbeat=STALL_SECONDS))
+            return WebSocketPipe(
+                await self._http.ws_connect(
+                    self._url("connect", arguments),
+                    max_msg_size=4 * PIECE_BYTES,
+                    autoping=True,
+                    heartbeat=STALL_SECONDS,
+                )
+            )
         except aiohttp.WSServerHandshakeError as error:
-            raise SandboxError(f"no connection to port {arguments.get('port')}: HTTP status {error.status}") from error
+            raise SandboxError(
+                f"no connection to port {arguments.get('port')}: HTTP status {error.status}"
+            ) from error
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
             raise self._lost(error) from error
 
     def _url(self, op: str, query: Mapping[str, Any] | None = None) -> yarl.URL:
         text = self.url + OPERATIONS[op].path
         if query is not None:  # not by yarl: file names need not be UTF-8
-            text += "?" + urllib.parse.urlencode({name: str(value) for name, value in query.items()}, errors="surrogateescape")
+            text += "?" + urllib.parse.urlencode(
+                {name: str(value) for name, value in query.items()}, errors="surrogateescape"
+            )
         return yarl.URL(text, encoded=True)
 
     def _lost(self, error: Exception) -> Disconnected:
@@ -159,6 +209,7 @@ class StreamPipe:
 
 async def join(one: Pipe, other: Pipe) -> None:
     """Pass everything on, both ways, until both have ended or one breaks."""
+
     async def pass_on(source: Pipe, target: Pipe) -> None:
         while data := await source.read():
             await target.write(data)
@@ -175,14 +226,18 @@ async def join(one: Pipe, other: Pipe) -> None:
 
 
 async def _quiet(way: Awaitable[None]) -> None:
-    with contextlib.suppress(OSError, aiohttp.ClientError):  # the other way ends by itself, or with the close
+    with contextlib.suppress(
+        OSError, aiohttp.ClientError
+    ):  # the other way ends by itself, or with the close
         await way
 
 
 def _form(arguments: Mapping[str, Any], files: Mapping[str, bytes]) -> aiohttp.FormData:
     """The request, then the files in the order in which it names them."""
     form = aiohttp.FormData()
-    form.add_field("request", json.dumps({**arguments, "files": list(files)}), content_type="application/json")
+    form.add_field(
+        "request", json.dumps({**arguments, "files": list(files)}), content_type="application/json"
+    )
     for content in files.values():
         form.add_field("file", content, content_type="application/octet-stream", filename="file")
     return form

@@ -1,8 +1,8 @@
 """Real task formats: Harbor (Terminal-Bench 2.x) and Terminal-Bench 1 task folders, played in embedded sandboxes.
 
-    env = HarborEnv("path/to/task")                 # GEM: reset, step, close
-    env = make("harbor/word-report")                # one of the examples that lie here
-    tasks = load_dataset("path/to/folder")
+env = HarborEnv("path/to/task")                 # GEM: reset, step, close
+env = make("harbor/word-report")                # one of the examples that lie here
+tasks = load_dataset("path/to/folder")
 """
 
 import pathlib
@@ -19,4 +19,15 @@ EXAMPLES = pathlib.Path(__file__).parent / "examples"
 for _folder in sorted(EXAMPLES.iterdir()) if EXAMPLES.is_dir() else ():
     register(f"harbor/{_folder.name}", "envs.tasks.harbor.env:HarborEnv", task=_folder)
 
-__all__ = ["BuildError", "EXAMPLES", "HarborEnv", "HarborTask", "RewardError", "TaskError", "UnsupportedError", "combine", "load_dataset", "load_task"]
+__all__ = [
+    "BuildError",
+    "EXAMPLES",
+    "HarborEnv",
+    "HarborTask",
+    "RewardError",
+    "TaskError",
+    "UnsupportedError",
+    "combine",
+    "load_dataset",
+    "load_task",
+]

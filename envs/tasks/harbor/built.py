@@ -30,11 +30,17 @@ class _Entry:
     built: Built | None = None
 
 
-_entries: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, collections.OrderedDict[Key, _Entry]] = weakref.WeakKeyDictionary()
+_entries: weakref.WeakKeyDictionary[
+    asyncio.AbstractEventLoop, collections.OrderedDict[Key, _Entry]
+] = weakref.WeakKeyDictionary()
 
 
-async def start_built(task: HarborTask, config: SandboxConfig, images: Mapping[str, tuple[str, ...]] | None,
-                      build_egress: tuple[str, ...] | None = None) -> tuple[Sandbox, Built]:
+async def start_built(
+    task: HarborTask,
+    config: SandboxConfig,
+    images: Mapping[str, tuple[str, ...]] | None,
+    build_egress: tuple[str, ...] | None = None,
+) -> tuple[Sandbox, Built]:
     """A started sandbox in which the task's environment is built. Raises what `build` and Sandbox.start raise, and leaves no sandbox then.
 
     build_egress: what the build reaches; None: what the sandbox does. What is built by another policy than that of the episode is left before it begins.
@@ -59,13 +65,22 @@ async def start_built(task: HarborTask, config: SandboxConfig, images: Mapping[s
         await _forget_oldest(entries)
 
 
-async def _build(task: HarborTask, config: SandboxConfig, images: Mapping[str, tuple[str, ...]] | None, build_egress: tuple[str, ...] | None,
-                 entry: _Entry) -> tuple[Sandbox, Built]:
-    sandbox = Sandbox(config if build_egress is None else dataclasses.replace(config, egress=build_egress))
+async def _build(
+    task: HarborTask,
+    config: SandboxConfig,
+    images: Mapping[str, tuple[str, ...]] | None,
+    build_egress: tuple[str, ...] | None,
+    entry: _Entry,
+) -> tuple[Sandbox, Built]:
+    sandbox = Sandbox(
+        config if build_egress is None else dataclasses.replace(config, egress=build_egress)
+    )
     await _start(sandbox)
     try:
         built = await build(sandbox, task, images, config.egress)
-        if sandbox.tier == "namespaces":  # elsewhere a sandbox's paths are its own, and a snapshot's would be another's
+        if (
+            sandbox.tier == "namespaces"
+        ):  # elsewhere a sandbox's paths are its own, and a snapshot's would be another's
             entry.snapshot, entry.built = await sandbox.snapshot(), built
         return sandbox, built
     except BaseException:
@@ -83,6 +98,8 @@ async def _start(sandbox: Sandbox) -> None:
 
 async def _forget_oldest(entries: collections.OrderedDict[Key, _Entry]) -> None:
     idle = [key for key, entry in entries.items() if not entry.users]
-    for entry in [entries.pop(key) for key in idle[: max(0, len(entries) - KEPT)]]:  # taken out at once: others come by while one is deleted
+    for entry in [
+        entries.pop(key) for key in idle[: max(0, len(entries) - KEPT)]
+    ]:  # taken out at once: others come by while one is deleted
         if entry.snapshot is not None:
             await entry.snapshot.delete()

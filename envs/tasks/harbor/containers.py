@@ -22,7 +22,9 @@ from envs.tasks.harbor.paths import PathMap, root_of
 from envs.tasks.harbor.task import Files, HarborTask
 
 COPY_SECONDS = 120.0
-_FROM = re.compile(r"^(\s*FROM\s+(?:--platform=\S+\s+)?)([^\s$]+)(?=\s|$)", re.IGNORECASE | re.MULTILINE)
+_FROM = re.compile(
+    r"^(\s*FROM\s+(?:--platform=\S+\s+)?)([^\s$]+)(?=\s|$)", re.IGNORECASE | re.MULTILINE
+)
 _STEP = re.compile(r"^Step (\d+)/\d+ :", re.MULTILINE)  # of the classic builder
 _PATHS = re.compile(r"(?<![\w./:$}-])/[\w./-]+")
 _COPY = """\
@@ -33,7 +35,9 @@ chmod -R u+rwX {workspace} && mkdir -p {places}
 """
 
 
-async def build_image(task: HarborTask, config: SandboxConfig, build_egress: tuple[str, ...] | None = None) -> str:
+async def build_image(
+    task: HarborTask, config: SandboxConfig, build_egress: tuple[str, ...] | None = None
+) -> str:
     """The name of the task's image: built from its Dockerfile, or its docker_image, or else the config's. Raises UnsupportedError or BuildError.
 
     build_egress: () keeps the network from RUN lines; grants are refused, since an engine's build has all of the network or none.
@@ -41,21 +45,37 @@ async def build_image(task: HarborTask, config: SandboxConfig, build_egress: tup
     refuse_what_no_sandbox_has(task)
     environment = task.environment
     if build_egress:
-        raise UnsupportedError(environment.dockerfile_path or task.path, 0, f"build_egress = {', '.join(build_egress)[:200]}; a build of the Docker engine has all of the network or "
-                                                                            "none: leave it unset, or use the embedded backend")
+        raise UnsupportedError(
+            environment.dockerfile_path or task.path,
+            0,
+            f"build_egress = {', '.join(build_egress)[:200]}; a build of the Docker engine has all of the network or "
+            "none: leave it unset, or use the embedded backend",
+        )
     if environment.dockerfile is None:
         return await _local(environment.docker_image) if environment.docker_image else config.image
     from envs.rock.images import build as images  # the docker package is not everybody's
 
     context = await asyncio.to_thread(dict, environment.context)
     names = {match[2]: await _local(match[2]) for match in _FROM.finditer(environment.dockerfile)}
-    context["Dockerfile"] = (_FROM.sub(lambda match: f"{match[1]}{names[match[2]]}", environment.dockerfile).encode(), 0o644)
+    context["Dockerfile"] = (
+        _FROM.sub(lambda match: f"{match[1]}{names[match[2]]}", environment.dockerfile).encode(),
+        0o644,
+    )
     with tempfile.TemporaryDirectory(prefix="harbor-context-") as folder:
         await asyncio.to_thread(_write, pathlib.Path(folder), context)
         try:
-            return await images.build(folder, network=build_egress is None, timeout=environment.build_timeout, memory_mb=max(environment.memory_mb or 0, 2048))
+            return await images.build(
+                folder,
+                network=build_egress is None,
+                timeout=environment.build_timeout,
+                memory_mb=max(environment.memory_mb or 0, 2048),
+            )
         except ImageError as error:
-            raise BuildError(environment.dockerfile_path or task.path, _line_of_step(environment.dockerfile, error.log), str(error)) from error
+            raise BuildError(
+                environment.dockerfile_path or task.path,
+                _line_of_step(environment.dockerfile, error.log),
+                str(error),
+            ) from error
 
 
 async def _local(image: str) -> str:
@@ -88,27 +108,56 @@ def _write(folder: pathlib.Path, files: Files) -> None:
         path.chmod(mode)
 
 
-async def enter(sandbox: Sandbox, task: HarborTask, own: tuple[str, ...] = ("logs", "tests", "solution", "root")) -> Built:
+async def enter(
+    sandbox: Sandbox, task: HarborTask, own: tuple[str, ...] = ("logs", "tests", "solution", "root")
+) -> Built:
     """Copies the task's folders into the workspace of a sandbox that runs its image, and says where all is (a Built). Raises BuildError.
 
     own: folders that are not the image's affair.
     """
     from envs.rock.docker.container import engine
+
     environment = task.environment
     host = await asyncio.to_thread(engine)
     settings = (await host.call(host.client.inspect_image, sandbox.config.image))["Config"]
     variables = dict(entry.partition("=")[::2] for entry in settings.get("Env") or ())
     workdir = environment.workdir or settings.get("WorkingDir") or "/app"
     told = "\n".join(step.instruction for step in task.steps)
-    roots = {root_of(path) for path in (workdir, *_PATHS.findall(environment.dockerfile or ""), *(path for step in task.steps for path in step.artifacts))} | {name for name in CONVENTIONAL if re.search(rf"(?<![\w./])/{name}(?![\w-])", told)}
+    roots = {
+        root_of(path)
+        for path in (
+            workdir,
+            *_PATHS.findall(environment.dockerfile or ""),
+            *(path for step in task.steps for path in step.artifacts),
+        )
+    } | {name for name in CONVENTIONAL if re.search(rf"(?<![\w./])/{name}(?![\w-])", told)}
     paths = PathMap(sandbox.workspace, {name for name in roots if name})
     copied = [name for name in paths.roots if name not in own]
-    places = [paths.place(place) for place in (workdir, "/root", "/logs/agent", "/logs/verifier", "/logs/artifacts")]
-    script = _COPY.format(roots=shlex.join(copied), workspace=shlex.quote(sandbox.workspace), places=shlex.join(places))
+    places = [
+        paths.place(place)
+        for place in (workdir, "/root", "/logs/agent", "/logs/verifier", "/logs/artifacts")
+    ]
+    script = _COPY.format(
+        roots=shlex.join(copied),
+        workspace=shlex.quote(sandbox.workspace),
+        places=shlex.join(places),
+    )
     result = await sandbox.execute(script, timeout=min(COPY_SECONDS, environment.build_timeout))
     if result.exit_code != 0:
-        raise BuildError(environment.dockerfile_path or task.path, 0, f"its folders {', '.join(copied)} could not be copied into the sandbox: {result.stderr.strip()[-300:]}")
+        raise BuildError(
+            environment.dockerfile_path or task.path,
+            0,
+            f"its folders {', '.join(copied)} could not be copied into the sandbox: {result.stderr.strip()[-300:]}",
+        )
     notes = [f"/{name} is a copy in the sandbox's memory" for name in copied]
     if environment.network_mode == "public" and not sandbox.config.egress:
-        notes.append("network_mode is public, and the sandbox reaches nothing; SandboxConfig.egress can grant hosts")
-    return Built(paths, {"HOME": "/root", "PATH": "/usr/local/bin:/usr/bin:/bin", **variables, **environment.env}, workdir, notes, {})
+        notes.append(
+            "network_mode is public, and the sandbox reaches nothing; SandboxConfig.egress can grant hosts"
+        )
+    return Built(
+        paths,
+        {"HOME": "/root", "PATH": "/usr/local/bin:/usr/bin:/bin", **variables, **environment.env},
+        workdir,
+        notes,
+        {},
+    )

@@ -15,10 +15,14 @@ from typing import Mapping
 
 from envs.tasks.harbor.errors import TaskError, UnsupportedError
 
-KEYWORDS = frozenset("ADD ARG CMD COPY ENTRYPOINT ENV EXPOSE FROM HEALTHCHECK LABEL MAINTAINER ONBUILD RUN SHELL STOPSIGNAL USER VOLUME WORKDIR".split())
+KEYWORDS = frozenset(
+    "ADD ARG CMD COPY ENTRYPOINT ENV EXPOSE FROM HEALTHCHECK LABEL MAINTAINER ONBUILD RUN SHELL STOPSIGNAL USER VOLUME WORKDIR".split()
+)
 _HEREDOC = re.compile(r"(?:^|\s)\d*<<-?[\"']?[A-Za-z_]")  # as Docker sees one: a word of its own
 _FLAG = re.compile(r"--([a-z][a-z-]*)(?:=(\S+))?(?:\s+|$)")
-_VARIABLE = re.compile(r"\\(?P<escaped>.)|\$(?P<plain>[A-Za-z_]\w*)|\$\{(?P<name>[A-Za-z_]\w*)(?::(?P<kind>[-+])(?P<other>[^{}]*))?\}")
+_VARIABLE = re.compile(
+    r"\\(?P<escaped>.)|\$(?P<plain>[A-Za-z_]\w*)|\$\{(?P<name>[A-Za-z_]\w*)(?::(?P<kind>[-+])(?P<other>[^{}]*))?\}"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Instruction:
         rest, found = self.arguments, {}
         while match := _FLAG.match(rest):
             found[match[1]] = match[2] or ""
-            rest = rest[match.end():]
+            rest = rest[match.end() :]
         return found, rest
 
     def line_of(self, pattern: re.Pattern[str]) -> int:
@@ -51,7 +55,11 @@ def parse(text: str, file: pathlib.Path) -> list[Instruction]:
         stripped = row.strip()
         if stripped.startswith("#"):
             if directives and re.match(r"#\s*escape\s*=\s*[^\\\s]", stripped, re.IGNORECASE):
-                raise UnsupportedError(file, number, f"the directive {stripped!r}; only the backslash continues a line here")
+                raise UnsupportedError(
+                    file,
+                    number,
+                    f"the directive {stripped!r}; only the backslash continues a line here",
+                )
             directives = directives and bool(re.match(r"#\s*\w+\s*=", stripped))
             continue
         if not stripped:  # inside an instruction too: Docker drops empty lines there
@@ -82,7 +90,11 @@ def _instruction(rows: list[tuple[int, str]], file: pathlib.Path) -> Instruction
     if "\0" in arguments:
         raise TaskError(file, line, f"{keyword.upper()} has a NUL character")
     if keyword.upper() in ("RUN", "COPY", "ADD") and _HEREDOC.search(_outside_quotes(arguments)):
-        raise UnsupportedError(file, line, f"{keyword.upper()} with a here-document; write the text to a file of the build context and COPY it")
+        raise UnsupportedError(
+            file,
+            line,
+            f"{keyword.upper()} with a here-document; write the text to a file of the build context and COPY it",
+        )
     return Instruction(keyword.upper(), arguments.strip(), line, tuple(rows))
 
 
@@ -129,7 +141,9 @@ def assignments(instruction: Instruction, file: pathlib.Path) -> dict[str, str]:
     for word in words(instruction, file, text):
         name, equals, value = word.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_][\w.-]*", name):
-            raise TaskError(file, instruction.line, f"{instruction.keyword} {word[:40]!r} is not NAME=value")
+            raise TaskError(
+                file, instruction.line, f"{instruction.keyword} {word[:40]!r} is not NAME=value"
+            )
         found[name] = value
     return found
 
@@ -150,8 +164,14 @@ def json_list(text: str) -> list[str] | None:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, list) and value and all(isinstance(entry, str) for entry in value) else None
+    return (
+        value
+        if isinstance(value, list) and value and all(isinstance(entry, str) for entry in value)
+        else None
+    )
 
 
 def _no_list(instruction: Instruction, file: pathlib.Path) -> list[str]:
-    raise TaskError(file, instruction.line, f"{instruction.keyword} begins with [ and is no JSON list of texts")
+    raise TaskError(
+        file, instruction.line, f"{instruction.keyword} begins with [ and is no JSON list of texts"
+    )

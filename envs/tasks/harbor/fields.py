@@ -32,7 +32,9 @@ class Table:
     file: pathlib.Path
     values: Mapping[str, Any]
     line_of: Callable[[tuple[str, ...]], int]
-    environ: Mapping[str, str] = dataclasses.field(default_factory=dict)  # what ${NAME} may be filled in from
+    environ: Mapping[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # what ${NAME} may be filled in from
     path: tuple[str, ...] = ()
     known: set[str] = dataclasses.field(default_factory=set)
     children: list["Table"] = dataclasses.field(default_factory=list)
@@ -40,7 +42,9 @@ class Table:
     def fault(self, key: str | None, message: str, inner: str | None = None) -> TaskError:
         """About a key of this table, or about a key of the table at this key."""
         path = (*self.path, *(part for part in (key, inner) if part))
-        return TaskError(self.file, self.line_of(path), f"{'.'.join(path) or 'the file'}: {message}")
+        return TaskError(
+            self.file, self.line_of(path), f"{'.'.join(path) or 'the file'}: {message}"
+        )
 
     def table(self, key: str) -> "Table":
         """The table below this key, an empty one where there is none."""
@@ -78,7 +82,11 @@ class Table:
         value = self.values.get(key)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(_as_float(value)):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not math.isfinite(_as_float(value))
+        ):
             raise self.fault(key, f"{_short(value)} is no finite number")
         if above is not None and not value > above:
             raise self.fault(key, f"{_short(value)} must be above {above:g}")
@@ -101,8 +109,11 @@ class Table:
             return None
         match = _SIZE.fullmatch(text)
         if not match:
-            raise self.fault(old, f"{_short(text)} is no size such as \"2G\" or \"512M\"")
-        size = float(match[1]) * {"": 1 / (1 << 20), "K": 1 / 1024, "M": 1, "G": 1024, "T": 1 << 20}[match[2].upper()]
+            raise self.fault(old, f'{_short(text)} is no size such as "2G" or "512M"')
+        size = (
+            float(match[1])
+            * {"": 1 / (1 << 20), "K": 1 / 1024, "M": 1, "G": 1024, "T": 1 << 20}[match[2].upper()]
+        )
         return max(1, int(size))
 
     def texts(self, key: str) -> tuple[str, ...]:
@@ -119,13 +130,19 @@ class Table:
                 raise self.fault(key, f"{_short(value)} is no text", name)
             if not name or "=" in name or "\0" in f"{name}{value}":
                 raise self.fault(key, f"{_short(name)} cannot be an environment variable", name)
-            variables[name] = _TEMPLATE.sub(lambda match: self._given_value(key, name, match), str(value))
+            variables[name] = _TEMPLATE.sub(
+                lambda match: self._given_value(key, name, match), str(value)
+            )
         return variables
 
     def _given_value(self, key: str, name: str, match: re.Match[str]) -> str:
         value = self.environ.get(match[1], match[2])
         if value is None:
-            raise self.fault(key, f"{match[0]} has no value and no default; pass environ={{{match[1]!r}: ...}} to load_task", name)
+            raise self.fault(
+                key,
+                f"{match[0]} has no value and no default; pass environ={{{match[1]!r}: ...}} to load_task",
+                name,
+            )
         return value
 
     def unknown(self) -> list[str]:
@@ -152,10 +169,14 @@ def read_text(path: pathlib.Path, limit: int = MAX_SETTINGS_BYTES) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise TaskError(path, content[: error.start].count(b"\n") + 1, f"not UTF-8 text ({error.reason})") from error
+        raise TaskError(
+            path, content[: error.start].count(b"\n") + 1, f"not UTF-8 text ({error.reason})"
+        ) from error
 
 
-def read_folder(folder: pathlib.Path, leave_out: tuple[str, ...] = ()) -> dict[str, tuple[bytes, int]]:
+def read_folder(
+    folder: pathlib.Path, leave_out: tuple[str, ...] = ()
+) -> dict[str, tuple[bytes, int]]:
     """All regular files below a folder; {} where it is missing. A link or a device is refused: it could name any file of this machine.
 
     leave_out: names at the top of the folder.
@@ -169,7 +190,11 @@ def read_folder(folder: pathlib.Path, leave_out: tuple[str, ...] = ()) -> dict[s
         folders[:] = sorted(name for name in folders if not (top and name in leave_out))
         for name in [*folders, *names]:
             if (pathlib.Path(root) / name).is_symlink():
-                raise TaskError(pathlib.Path(root) / name, 0, "a symbolic link; a task's files must be regular files")
+                raise TaskError(
+                    pathlib.Path(root) / name,
+                    0,
+                    "a symbolic link; a task's files must be regular files",
+                )
         for name in sorted(names):
             if top and name in leave_out:
                 continue

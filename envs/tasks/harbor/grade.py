@@ -57,7 +57,9 @@ for name in reward.txt reward.json; do
 done
 """
 _CLEAN = "for d in {workspace}/tests {workspace}/logs/verifier; do chmod -R u+rwX -- $d; rm -rf -- $d; done 2> /dev/null; mkdir -p {workspace}/logs/verifier; true"
-_OUTCOME = re.compile(r"^(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b[ \t]+(?:\[\d+\][ \t]+)?(\S+)", re.MULTILINE)
+_OUTCOME = re.compile(
+    r"^(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b[ \t]+(?:\[\d+\][ \t]+)?(\S+)", re.MULTILINE
+)
 _SUMMARY = re.compile(r"^=+ short test summary info =+$", re.MULTILINE)
 
 
@@ -81,8 +83,12 @@ async def grade(sandbox: Sandbox, step: Step, built: Built) -> Grade:
     A script that left no valid reward, or did not end, earns 0: the agent shares its world and could have brought that about. That the tests are
     sound is for the oracle to prove, which must earn 1.
     """
-    result = await sandbox.verify(_script(sandbox, step, built), timeout=step.verifier_timeout,
-                                  files={"tests.tar": _tar(built.paths.scripts(step.tests, everything=True))}, keep=True)
+    result = await sandbox.verify(
+        _script(sandbox, step, built),
+        timeout=step.verifier_timeout,
+        files={"tests.tar": _tar(built.paths.scripts(step.tests, everything=True))},
+        keep=True,
+    )
     return await judge(sandbox, step, built, result)
 
 
@@ -90,11 +96,27 @@ async def judge(sandbox: Sandbox, step: Step, built: Built, result: CommandResul
     """What a script's end and the rewards that it left in this sandbox mean."""
     output = built.paths.outward(result.stdout)
     if result.timed_out:
-        return Grade(0.0, {}, f"the tests of {step.name} were stopped after {step.verifier_timeout:g} s", output)
-    if result.exit_code == 97 or result.exit_code > 128:  # by a signal: what they started of the agent's may have sent it, and have left a reward
-        return Grade(0.0, {}, f"the tests of {step.name} were killed or could not begin (exit {result.exit_code})", output)
+        return Grade(
+            0.0,
+            {},
+            f"the tests of {step.name} were stopped after {step.verifier_timeout:g} s",
+            output,
+        )
+    if (
+        result.exit_code == 97 or result.exit_code > 128
+    ):  # by a signal: what they started of the agent's may have sent it, and have left a reward
+        return Grade(
+            0.0,
+            {},
+            f"the tests of {step.name} were killed or could not begin (exit {result.exit_code})",
+            output,
+        )
     try:
-        rewards = {"reward": pytest_reward(result)} if step.parser == "pytest" else await _read_rewards(sandbox, built)
+        rewards = (
+            {"reward": pytest_reward(result)}
+            if step.parser == "pytest"
+            else await _read_rewards(sandbox, built)
+        )
         return Grade(pick(rewards), rewards, "", output)
     except RewardError as error:
         return Grade(0.0, {}, f"{step.name}: {error}", output)
@@ -103,22 +125,39 @@ async def judge(sandbox: Sandbox, step: Step, built: Built, result: CommandResul
 async def clean_up(sandbox: Sandbox) -> None:
     """Between two steps: nothing of the tests stays for the agent to read."""
     await sandbox.kill_all()
-    await sandbox.verify(_CLEAN.format(workspace=shlex.quote(sandbox.workspace)), timeout=READ_TIMEOUT_S, keep=True)
+    await sandbox.verify(
+        _CLEAN.format(workspace=shlex.quote(sandbox.workspace)), timeout=READ_TIMEOUT_S, keep=True
+    )
 
 
 def _script(sandbox: Sandbox, step: Step, built: Built) -> str:
     return _RUN.format(
-        workspace=shlex.quote(sandbox.workspace), workdir=shlex.quote(built.paths.place(built.workdir)), script=shlex.quote(step.test_script),
-        bytes=SUMMARY_BYTES, variables=assignments(step, built))
+        workspace=shlex.quote(sandbox.workspace),
+        workdir=shlex.quote(built.paths.place(built.workdir)),
+        script=shlex.quote(step.test_script),
+        bytes=SUMMARY_BYTES,
+        variables=assignments(step, built),
+    )
 
 
 def assignments(step: Step, built: Built) -> str:
     """The tests' variables, for env."""
     inner = built.inner_env()
-    path = ":".join(dict.fromkeys(["/usr/local/bin", "/usr/bin", "/bin", *inner.get("PATH", "").split(":")]))
+    path = ":".join(
+        dict.fromkeys(["/usr/local/bin", "/usr/bin", "/bin", *inner.get("PATH", "").split(":")])
+    )
     tests = built.paths.place("/tests")
-    variables = {**inner, **{name: built.paths.inward(value) for name, value in step.verifier_env.items()}, "PATH": path.strip(":"), "LANG": "C.UTF-8",
-                 "TEST_DIR": tests, "PYTHONSAFEPATH": "1", "PYTHONPATH": tests, "PYTHONNOUSERSITE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    variables = {
+        **inner,
+        **{name: built.paths.inward(value) for name, value in step.verifier_env.items()},
+        "PATH": path.strip(":"),
+        "LANG": "C.UTF-8",
+        "TEST_DIR": tests,
+        "PYTHONSAFEPATH": "1",
+        "PYTHONPATH": tests,
+        "PYTHONNOUSERSITE": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     return " ".join(shlex.quote(f"{name}={value}") for name, value in variables.items())
 
 
@@ -137,7 +176,11 @@ def _tar(files: Files) -> bytes:
 
 async def _read_rewards(sandbox: Sandbox, built: Built) -> dict[str, float]:
     """Reads once every process that the tests started is dead."""
-    result = await sandbox.verify(_READ.format(workspace=shlex.quote(sandbox.workspace), bytes=MAX_REWARD_BYTES + 1), timeout=READ_TIMEOUT_S, keep=True)
+    result = await sandbox.verify(
+        _READ.format(workspace=shlex.quote(sandbox.workspace), bytes=MAX_REWARD_BYTES + 1),
+        timeout=READ_TIMEOUT_S,
+        keep=True,
+    )
     found: dict[str, bytes | None] = {}
     for row in result.stdout.splitlines():
         name, _, content = row.partition(" ")
@@ -159,9 +202,14 @@ def read_rewards(files: dict[str, bytes | None]) -> dict[str, float]:
         raise RewardError("the tests left neither reward.txt nor reward.json in /logs/verifier")
     if large := [name for name, content in files.items() if len(content) > MAX_REWARD_BYTES]:
         raise RewardError(f"{large[0]} has more than {MAX_REWARD_BYTES} bytes")
-    answers = {name: _text_reward(content) if name == "reward.txt" else _json_rewards(content) for name, content in files.items()}
+    answers = {
+        name: _text_reward(content) if name == "reward.txt" else _json_rewards(content)
+        for name, content in files.items()
+    }
     if len(answers) > 1 and pick(answers["reward.txt"]) != pick(answers["reward.json"]):
-        raise RewardError(f"reward.txt says {pick(answers['reward.txt']):g} and reward.json says {pick(answers['reward.json']):g}")
+        raise RewardError(
+            f"reward.txt says {pick(answers['reward.txt']):g} and reward.json says {pick(answers['reward.json']):g}"
+        )
     return answers.get("reward.json", answers.get("reward.txt"))
 
 
@@ -171,7 +219,9 @@ def pick(rewards: dict[str, float]) -> float:
         return rewards["reward"]
     if len(rewards) == 1:
         return next(iter(rewards.values()))
-    raise RewardError(f"reward.json has {len(rewards)} entries ({', '.join(sorted(rewards))[:80]}), and none is named \"reward\"")
+    raise RewardError(
+        f'reward.json has {len(rewards)} entries ({", ".join(sorted(rewards))[:80]}), and none is named "reward"'
+    )
 
 
 def _text_reward(content: bytes) -> dict[str, float]:
@@ -189,7 +239,9 @@ def _json_rewards(content: bytes) -> dict[str, float]:
     except (ValueError, RecursionError) as error:
         raise RewardError(f"reward.json is not JSON: {str(error)[:80]}") from error
     if not isinstance(value, dict):
-        raise RewardError(f"reward.json is a {type(value).__name__}, and must be an object of numbers")
+        raise RewardError(
+            f"reward.json is a {type(value).__name__}, and must be an object of numbers"
+        )
     for key, number in value.items():
         if isinstance(number, bool) or not isinstance(number, (int, float)):
             raise RewardError(f"reward.json: {key[:40]!r} is no number")
@@ -211,5 +263,9 @@ def pytest_reward(result: CommandResult) -> float:
     parts = _SUMMARY.split(result.stdout)
     outcomes = _OUTCOME.findall(parts[-1]) if len(parts) > 1 else []
     if not outcomes:
-        raise RewardError("pytest's short test summary is not in the output (run-tests.sh must call it with -rA)")
-    return float(result.exit_code == 0 and all(outcome in ("PASSED", "XFAIL") for outcome, _ in outcomes))
+        raise RewardError(
+            "pytest's short test summary is not in the output (run-tests.sh must call it with -rA)"
+        )
+    return float(
+        result.exit_code == 0 and all(outcome in ("PASSED", "XFAIL") for outcome, _ in outcomes)
+    )

@@ -35,10 +35,16 @@ def load_task(path: str | pathlib.Path, environ: Mapping[str, str] | None = None
         return load_harbor(folder, environ or {})
     if (folder / "task.yaml").exists():
         return load_terminal_bench_1(folder)
-    raise TaskError(folder, 0, "neither task.toml (Harbor) nor task.yaml (Terminal-Bench 1) is here")
+    raise TaskError(
+        folder, 0, "neither task.toml (Harbor) nor task.yaml (Terminal-Bench 1) is here"
+    )
 
 
-def load_dataset(path: str | pathlib.Path, skip_malformed: list[TaskError] | None = None, environ: Mapping[str, str] | None = None) -> list[HarborTask]:
+def load_dataset(
+    path: str | pathlib.Path,
+    skip_malformed: list[TaskError] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> list[HarborTask]:
     """Every task below a folder, by name. With `skip_malformed` a list, faults are put there instead of raised.
 
     Raises TaskError for a malformed task, a folder without tasks, or two tasks of one name.
@@ -49,7 +55,9 @@ def load_dataset(path: str | pathlib.Path, skip_malformed: list[TaskError] | Non
         try:
             task = load_task(folder, environ)
             if task.name in tasks:
-                raise TaskError(folder, 0, f"task {task.name!r} is also in {tasks[task.name].path}; rename one")
+                raise TaskError(
+                    folder, 0, f"task {task.name!r} is also in {tasks[task.name].path}; rename one"
+                )
             tasks[task.name] = task
         except TaskError as error:
             if skip_malformed is None:
@@ -65,14 +73,20 @@ def _task_folders(folder: pathlib.Path, depth: int) -> list[pathlib.Path]:
         return [folder]
     if depth == 0 or not folder.is_dir():
         return []
-    inner = sorted(child for child in folder.iterdir() if child.is_dir() and not child.is_symlink() and not child.name.startswith("."))
+    inner = sorted(
+        child
+        for child in folder.iterdir()
+        if child.is_dir() and not child.is_symlink() and not child.name.startswith(".")
+    )
     return [found for child in inner for found in _task_folders(child, depth - 1)]
 
 
 def line_of(task: HarborTask, *path: str) -> int:
     """The line of a task's settings file where this key is set; 0 where that cannot be seen (the file is in an archive, or another process's)."""
     try:
-        return _toml_line(read_text(task.path / "task.toml"), path) if task.format == "harbor" else 0
+        return (
+            _toml_line(read_text(task.path / "task.toml"), path) if task.format == "harbor" else 0
+        )
     except TaskError:
         return 0
 
@@ -87,21 +101,37 @@ def load_harbor(folder: pathlib.Path, environ: Mapping[str, str]) -> HarborTask:
     version = table.values.get("schema_version", table.values.get("version", "1.0"))
     table.known |= {"schema_version", "version"}
     if not isinstance(version, str) or not re.fullmatch(r"1(\.\d+)*", version):
-        raise table.fault("schema_version" if "schema_version" in table.values else "version",
-                          f"{version!r} is no schema version that is known here (1.0 to 1.4)")
+        raise table.fault(
+            "schema_version" if "schema_version" in table.values else "version",
+            f"{version!r} is no schema version that is known here (1.0 to 1.4)",
+        )
     metadata, about = table.get("metadata", dict, {}), table.table("task")
     about.known |= {"description", "authors", "keywords"}
     step_tables = table.tables("steps")
     strategy = table.text("multi_step_reward_strategy") or "mean"
     if strategy not in ("mean", "final"):
-        raise table.fault("multi_step_reward_strategy", f'{strategy!r} is neither "mean" nor "final"')
-    defaults, environment = _Phases.of(table), _environment(folder / "environment", table.table("environment"))
+        raise table.fault(
+            "multi_step_reward_strategy", f'{strategy!r} is neither "mean" nor "final"'
+        )
+    defaults, environment = (
+        _Phases.of(table),
+        _environment(folder / "environment", table.table("environment")),
+    )
     task = HarborTask(
-        name=about.text("name") or folder.resolve().name, path=folder, format="harbor", schema_version=version,
-        environment=environment, steps=tuple(_steps(folder, table, step_tables, defaults, environment)), reward_strategy=strategy,
-        difficulty=_word(metadata, "difficulty"), category=_word(metadata, "category"),
-        tags=tuple(str(tag) for tag in metadata.get("tags", ())) if isinstance(metadata.get("tags", ()), list) else (),
-        metadata=metadata, artifacts=tuple(table.get("artifacts", list, [])),
+        name=about.text("name") or folder.resolve().name,
+        path=folder,
+        format="harbor",
+        schema_version=version,
+        environment=environment,
+        steps=tuple(_steps(folder, table, step_tables, defaults, environment)),
+        reward_strategy=strategy,
+        difficulty=_word(metadata, "difficulty"),
+        category=_word(metadata, "category"),
+        tags=tuple(str(tag) for tag in metadata.get("tags", ()))
+        if isinstance(metadata.get("tags", ()), list)
+        else (),
+        metadata=metadata,
+        artifacts=tuple(table.get("artifacts", list, [])),
     )
     table.known.add("source")
     return HarborTask(**{**vars(task), "unknown_keys": tuple(table.unknown())})
@@ -118,76 +148,155 @@ class _Phases:
     @classmethod
     def of(cls, table: Table, parent: "_Phases | None" = None) -> "_Phases":
         phases = cls()
-        agent, verifier, solution = table.table("agent"), table.table("verifier"), table.table("solution")
+        agent, verifier, solution = (
+            table.table("agent"),
+            table.table("verifier"),
+            table.table("solution"),
+        )
         networks = dict(parent.networks) if parent else {}
         for phase in (agent, verifier):
-            phase.known |= {"network_mode", "allowed_hosts"}  # not "user": commands run as the one user of a sandbox, and unknown_keys says so
+            phase.known |= {
+                "network_mode",
+                "allowed_hosts",
+            }  # not "user": commands run as the one user of a sandbox, and unknown_keys says so
             mode = phase.text("network_mode")
             _network(phase, mode)
             if mode is not None:
                 networks[phase.path[-1]] = (mode, phase.texts("allowed_hosts"))
         phases.networks = networks
-        phases.agent_timeout = agent.seconds("timeout_sec", parent.agent_timeout if parent else None)
-        phases.verifier_timeout = verifier.seconds("timeout_sec", parent.verifier_timeout if parent else 600.0)
+        phases.agent_timeout = agent.seconds(
+            "timeout_sec", parent.agent_timeout if parent else None
+        )
+        phases.verifier_timeout = verifier.seconds(
+            "timeout_sec", parent.verifier_timeout if parent else 600.0
+        )
         phases.verifier_env = (parent.verifier_env if parent else {}) | verifier.environment("env")
         phases.solution_env = (parent.solution_env if parent else {}) | solution.environment("env")
-        phases.collect = tuple(_collect_command(hook) for hook in verifier.tables("collect")) or (parent.collect if parent else ())
+        phases.collect = tuple(_collect_command(hook) for hook in verifier.tables("collect")) or (
+            parent.collect if parent else ()
+        )
         own = verifier.table("environment") if "environment" in verifier.values else None
-        mode = verifier.text("environment_mode", "separate" if own or parent and parent.separate else "shared")
+        mode = verifier.text(
+            "environment_mode", "separate" if own or parent and parent.separate else "shared"
+        )
         if mode not in ("shared", "separate"):
             raise verifier.fault("environment_mode", f'{mode!r} is neither "shared" nor "separate"')
         if own and mode == "shared":
-            raise verifier.fault("environment_mode", '"shared" beside a verifier.environment; leave one of them out')
-        phases.separate, phases.verifier_environment = mode == "separate", own or (parent.verifier_environment if parent else None)
+            raise verifier.fault(
+                "environment_mode", '"shared" beside a verifier.environment; leave one of them out'
+            )
+        phases.separate, phases.verifier_environment = (
+            mode == "separate",
+            own or (parent.verifier_environment if parent else None),
+        )
         return phases
 
 
-def _steps(folder: pathlib.Path, table: Table, step_tables: list[Table], defaults: _Phases, environment: Environment) -> list[Step]:
+def _steps(
+    folder: pathlib.Path,
+    table: Table,
+    step_tables: list[Table],
+    defaults: _Phases,
+    environment: Environment,
+) -> list[Step]:
     tests, solution = read_folder(folder / "tests"), read_folder(folder / "solution")
     artifacts = _artifacts(table)
     if not step_tables:
         instruction = _instruction(folder / "instruction.md")
         _need_test(folder / "tests" / "test.sh", tests)
-        return [Step("task", instruction, tests, solution=solution, solve_script=_solve(solution), artifacts=artifacts,
-                     verifier_environment=_verifier_environment(defaults, (folder / "tests",), environment), **_of_phases(defaults))]
+        return [
+            Step(
+                "task",
+                instruction,
+                tests,
+                solution=solution,
+                solve_script=_solve(solution),
+                artifacts=artifacts,
+                verifier_environment=_verifier_environment(
+                    defaults, (folder / "tests",), environment
+                ),
+                **_of_phases(defaults),
+            )
+        ]
     found: list[Step] = []
     for step in step_tables:
         name = step.text("name")
         if not name or not re.fullmatch(r"[\w][\w.-]*", name):
-            raise step.fault("name" if name else None, f"step {len(found) + 1} needs a name of letters, digits, '.', '_' and '-', and has {name!r}")
+            raise step.fault(
+                "name" if name else None,
+                f"step {len(found) + 1} needs a name of letters, digits, '.', '_' and '-', and has {name!r}",
+            )
         if any(other.name == name for other in found):
             raise step.fault("name", f"two steps are named {name!r}")
         place = folder / "steps" / name
-        step_tests, step_solution = {**tests, **read_folder(place / "tests")}, read_folder(place / "solution")
+        step_tests, step_solution = (
+            {**tests, **read_folder(place / "tests")},
+            read_folder(place / "solution"),
+        )
         _need_test(place / "tests" / "test.sh", step_tests)
         phases = _Phases.of(step, defaults)
-        found.append(Step(name, _instruction(place / "instruction.md"), step_tests, solution=step_solution, solve_script=_solve(step_solution),
-                          setup=read_folder(place / "workdir"), min_reward=_min_reward(step), healthcheck=_healthcheck(step), artifacts=(*artifacts, *_artifacts(step)),
-                          verifier_environment=_verifier_environment(phases, (place / "tests", folder / "tests"), environment), **_of_phases(phases)))
+        found.append(
+            Step(
+                name,
+                _instruction(place / "instruction.md"),
+                step_tests,
+                solution=step_solution,
+                solve_script=_solve(step_solution),
+                setup=read_folder(place / "workdir"),
+                min_reward=_min_reward(step),
+                healthcheck=_healthcheck(step),
+                artifacts=(*artifacts, *_artifacts(step)),
+                verifier_environment=_verifier_environment(
+                    phases, (place / "tests", folder / "tests"), environment
+                ),
+                **_of_phases(phases),
+            )
+        )
     return found
 
 
 def _of_phases(phases: _Phases) -> dict:
-    return dict(agent_timeout=phases.agent_timeout, verifier_timeout=phases.verifier_timeout, verifier_env=phases.verifier_env,
-                solution_env=phases.solution_env, networks=phases.networks, collect=phases.collect)
+    return dict(
+        agent_timeout=phases.agent_timeout,
+        verifier_timeout=phases.verifier_timeout,
+        verifier_env=phases.verifier_env,
+        solution_env=phases.solution_env,
+        networks=phases.networks,
+        collect=phases.collect,
+    )
 
 
 def _collect_command(hook: Table) -> str:
     command, service = hook.text("command"), hook.text("service", "main")
     if not command or service != "main":
-        raise hook.fault("command" if not command else "service", f"a hook of verifier.collect needs a command and runs in the service \"main\", not in {service!r}")
+        raise hook.fault(
+            "command" if not command else "service",
+            f'a hook of verifier.collect needs a command and runs in the service "main", not in {service!r}',
+        )
     return command
 
 
-def _verifier_environment(phases: _Phases, places: tuple[pathlib.Path, ...], agents: Environment) -> Environment | None:
+def _verifier_environment(
+    phases: _Phases, places: tuple[pathlib.Path, ...], agents: Environment
+) -> Environment | None:
     """Where the tests run, if that is not where the agent was: built from the Dockerfile in the first of these folders that has one, by the verifier's own settings or the agent's."""
     if not phases.separate:
         return None
     place = next((one for one in places if (one / "Dockerfile").exists()), places[-1])
     table = phases.verifier_environment
-    found = _environment(place, table) if table else dataclasses.replace(agents, **_definition(place), docker_image=None, healthcheck=None, mcp_servers=())
+    found = (
+        _environment(place, table)
+        if table
+        else dataclasses.replace(
+            agents, **_definition(place), docker_image=None, healthcheck=None, mcp_servers=()
+        )
+    )
     if found.dockerfile is None and found.docker_image is None:
-        raise TaskError(place / "Dockerfile", 0, "missing; a separate verifier is built from it, or has a docker_image in verifier.environment")
+        raise TaskError(
+            place / "Dockerfile",
+            0,
+            "missing; a separate verifier is built from it, or has a docker_image in verifier.environment",
+        )
     return found
 
 
@@ -205,7 +314,7 @@ def _artifacts(table: Table) -> tuple[str, ...]:
 def _instruction(path: pathlib.Path) -> str:
     text = read_text(path)
     while match := _CANARY.match(text):
-        text = text[match.end():]
+        text = text[match.end() :]
     if not text.strip():
         raise TaskError(path, 1, "the instruction is empty")
     return text.strip() + "\n"
@@ -234,8 +343,13 @@ def _healthcheck(table: Table) -> Healthcheck | None:
     command = check.text("command")
     if not command:
         raise check.fault("command", "a health check needs a command")
-    return Healthcheck(command, check.seconds("interval_sec", 5.0), check.seconds("timeout_sec", 30.0), check.number("start_period_sec", 0.0),
-                       check.integer("retries", 3))
+    return Healthcheck(
+        command,
+        check.seconds("interval_sec", 5.0),
+        check.seconds("timeout_sec", 30.0),
+        check.number("start_period_sec", 0.0),
+        check.integer("retries", 3),
+    )
 
 
 def _network(table: Table, mode: object) -> None:
@@ -246,8 +360,14 @@ def _network(table: Table, mode: object) -> None:
 def _definition(place: pathlib.Path) -> dict[str, Any]:
     """What a folder says of an environment that is built from it."""
     context = read_folder(place)
-    return dict(context=context, dockerfile=read_text(place / "Dockerfile", MAX_DOCKERFILE_BYTES) if "Dockerfile" in context else None,
-                dockerfile_path=place / "Dockerfile", compose_path=needed_compose(place))
+    return dict(
+        context=context,
+        dockerfile=read_text(place / "Dockerfile", MAX_DOCKERFILE_BYTES)
+        if "Dockerfile" in context
+        else None,
+        dockerfile_path=place / "Dockerfile",
+        compose_path=needed_compose(place),
+    )
 
 
 def _environment(place: pathlib.Path, table: Table) -> Environment:
@@ -261,9 +381,18 @@ def _environment(place: pathlib.Path, table: Table) -> Environment:
     if workdir is not None and not workdir.startswith("/"):
         raise table.fault("workdir", f"{workdir!r} is no absolute path")
     return Environment(
-        **_definition(place), docker_image=table.text("docker_image"), build_timeout=table.seconds("build_timeout_sec", 600.0), cpus=cpus,
-        memory_mb=table.megabytes("memory_mb", "memory"), storage_mb=table.megabytes("storage_mb", "storage"), gpus=table.integer("gpus", 0),
-        network_mode=mode, allowed_hosts=table.texts("allowed_hosts"), workdir=workdir, env=table.environment("env"), healthcheck=_healthcheck(table),
+        **_definition(place),
+        docker_image=table.text("docker_image"),
+        build_timeout=table.seconds("build_timeout_sec", 600.0),
+        cpus=cpus,
+        memory_mb=table.megabytes("memory_mb", "memory"),
+        storage_mb=table.megabytes("storage_mb", "storage"),
+        gpus=table.integer("gpus", 0),
+        network_mode=mode,
+        allowed_hosts=table.texts("allowed_hosts"),
+        workdir=workdir,
+        env=table.environment("env"),
+        healthcheck=_healthcheck(table),
         mcp_servers=tuple(_entries(table, "mcp_servers")),
     )
 
@@ -289,8 +418,14 @@ def parse_toml(file: pathlib.Path, text: str) -> dict:
         place = _TOML_LINE.search(str(error))
         line = int(place[1]) if place and place[1] else text.count("\n") + 1
         raise TaskError(file, line, f"not TOML: {error}") from error
-    except (RecursionError, ValueError, OverflowError) as error:  # nested beyond all measure; a date or an integer beyond all measure
-        raise TaskError(file, 1, f"not TOML that can be read: {type(error).__name__}: {str(error)[:80]}") from error
+    except (
+        RecursionError,
+        ValueError,
+        OverflowError,
+    ) as error:  # nested beyond all measure; a date or an integer beyond all measure
+        raise TaskError(
+            file, 1, f"not TOML that can be read: {type(error).__name__}: {str(error)[:80]}"
+        ) from error
 
 
 def _toml_line(text: str, path: tuple[str, ...]) -> int:
@@ -306,7 +441,9 @@ def _toml_line(text: str, path: tuple[str, ...]) -> int:
                 candidates.append((0, number))
         if re.match(rf"\s*[\"']?{re.escape(last)}[\"']?\s*[=.]", row):
             candidates.append((1 if header == table else 2, number))
-        elif len(path) > 1 and re.match(rf"\s*{re.escape(path[-2])}\s*=\s*\{{.*\b{re.escape(last)}\b", row):
+        elif len(path) > 1 and re.match(
+            rf"\s*{re.escape(path[-2])}\s*=\s*\{{.*\b{re.escape(last)}\b", row
+        ):
             candidates.append((3, number))
         elif header == table and table:
             candidates.append((9, number))

@@ -14,14 +14,32 @@ NEEDS_NETWORK = re.compile(
     r"|\bcargo\s+(?:install|fetch|add)\b|\bgo\s+(?:get|install)\b|\bgo\s+mod\s+download\b|\bgem\s+install\b|\b(?:conda|mamba)\s+(?:install|create)\b"
 )
 _LOOKED_AT, _ROW_LOOKED_AT = 1 << 18, 2000  # characters
-_APT_PART = re.compile(r"\s*(?:sudo\s+)?(?:DEBIAN_FRONTEND=\w+\s+)?apt(?:-get)?\s+(?P<rest>.*)", re.DOTALL)
+_APT_PART = re.compile(
+    r"\s*(?:sudo\s+)?(?:DEBIAN_FRONTEND=\w+\s+)?apt(?:-get)?\s+(?P<rest>.*)", re.DOTALL
+)
 _CLEANING = re.compile(r"\s*rm\s+-rf?\s+/var/(?:lib/apt/lists|cache/apt)\S*(?:\s+/var/\S+)*\s*|\s*")
-_NOT_NEEDED = frozenset("apt-utils asciinema ca-certificates locales tmux tzdata".split())  # of a recording harness, or without a program of their own
-_PROGRAMS = {"build-essential": ("gcc", "make"), "coreutils": ("ls",), "findutils": ("find",), "gawk": ("awk",), "mawk": ("awk",), "ripgrep": ("rg",),
-             "procps": ("ps",),
-             "python3-venv": (), "python3-minimal": ("python3",), "python-is-python3": ("python",), "nodejs": ("node",), "golang": ("go",),
-             "xz-utils": ("xz",), "bsdmainutils": ("column",),
-             "openssh-client": ("ssh",), "netcat-openbsd": ("nc",), "diffutils": ("diff",)}
+_NOT_NEEDED = frozenset(
+    "apt-utils asciinema ca-certificates locales tmux tzdata".split()
+)  # of a recording harness, or without a program of their own
+_PROGRAMS = {
+    "build-essential": ("gcc", "make"),
+    "coreutils": ("ls",),
+    "findutils": ("find",),
+    "gawk": ("awk",),
+    "mawk": ("awk",),
+    "ripgrep": ("rg",),
+    "procps": ("ps",),
+    "python3-venv": (),
+    "python3-minimal": ("python3",),
+    "python-is-python3": ("python",),
+    "nodejs": ("node",),
+    "golang": ("go",),
+    "xz-utils": ("xz",),
+    "bsdmainutils": ("column",),
+    "openssh-client": ("ssh",),
+    "netcat-openbsd": ("nc",),
+    "diffutils": ("diff",),
+}
 
 
 def network_need(text: str) -> tuple[int, str] | None:

@@ -17,9 +17,13 @@ from typing import Iterable
 from envs.tasks.harbor.task import Files
 
 ALWAYS = ("app", "logs", "tests", "solution", "root")
-SYSTEM = frozenset("bin boot dev etc lib lib32 lib64 libx32 proc run sbin sys usr".split())  # read-only here
+SYSTEM = frozenset(
+    "bin boot dev etc lib lib32 lib64 libx32 proc run sbin sys usr".split()
+)  # read-only here
 REAL = frozenset(("tmp",))  # there, and writable, as in any container
-SCRIPT_SUFFIXES = frozenset(".bash .c .cfg .conf .go .h .ini .js .mjs .mk .pl .py .rb .rs .sh .toml .ts .yaml .yml".split())
+SCRIPT_SUFFIXES = frozenset(
+    ".bash .c .cfg .conf .go .h .ini .js .mjs .mk .pl .py .rb .rs .sh .toml .ts .yaml .yml".split()
+)
 
 
 class PathMap:
@@ -27,7 +31,9 @@ class PathMap:
 
     def __init__(self, workspace: str, roots: Iterable[str] = ()) -> None:
         self.workspace = workspace
-        self._real = REAL if workspace == "/workspace" else frozenset()  # without mounts of its own the sandbox has no /tmp to itself
+        self._real = (
+            REAL if workspace == "/workspace" else frozenset()
+        )  # without mounts of its own the sandbox has no /tmp to itself
         self.roots = tuple(sorted({*ALWAYS, *roots, *REAL} - SYSTEM - self._real))
         names = "|".join(re.escape(name) for name in sorted(self.roots, key=len, reverse=True))
         # Not after a letter, a slash, a variable or a glob: "src/app", "$HOME/app", "*/tests/*" are no absolute paths. Not before a longer name.
@@ -46,15 +52,25 @@ class PathMap:
         top = normal.split("/")[1]
         if top in SYSTEM:
             raise ValueError(f"{path} lies in /{top}, which is read-only here")
-        return normal if top in self._real else f"{self.workspace}{normal}" if top else self.workspace
+        return (
+            normal if top in self._real else f"{self.workspace}{normal}" if top else self.workspace
+        )
 
     def scripts(self, files: Files, everything: bool = False) -> dict[str, tuple[bytes, int]]:
         """The files with paths rewritten in scripts and code; with `everything` in all that is text."""
-        return {name: (self._script(name, content, everything), mode) for name, (content, mode) in files.items()}
+        return {
+            name: (self._script(name, content, everything), mode)
+            for name, (content, mode) in files.items()
+        }
 
     def _script(self, name: str, content: bytes, everything: bool) -> bytes:
         suffix = pathlib.PurePosixPath(name).suffix
-        if not (everything or content.startswith(b"#!") or suffix in SCRIPT_SUFFIXES or pathlib.PurePosixPath(name).name in ("Makefile", "Dockerfile")):
+        if not (
+            everything
+            or content.startswith(b"#!")
+            or suffix in SCRIPT_SUFFIXES
+            or pathlib.PurePosixPath(name).name in ("Makefile", "Dockerfile")
+        ):
             return content
         try:
             return self.inward(content.decode()).encode()
@@ -65,4 +81,11 @@ class PathMap:
 def root_of(path: str) -> str | None:
     """The first component of an absolute path that may have to be mapped."""
     parts = pathlib.PurePosixPath(path).parts
-    return parts[1] if len(parts) > 1 and parts[0] == "/" and parts[1] not in SYSTEM | REAL and re.fullmatch(r"[\w][\w.-]*", parts[1]) else None
+    return (
+        parts[1]
+        if len(parts) > 1
+        and parts[0] == "/"
+        and parts[1] not in SYSTEM | REAL
+        and re.fullmatch(r"[\w][\w.-]*", parts[1])
+        else None
+    )

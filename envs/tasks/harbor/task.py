@@ -74,7 +74,9 @@ class Step:
     verifier_environment: Environment | None = None
     artifacts: tuple[str, ...] = ()
     collect: tuple[str, ...] = ()
-    networks: Mapping[str, tuple[str, tuple[str, ...]]] = dataclasses.field(default_factory=dict)  # "agent" or "verifier" -> (mode, hosts), where it has its own
+    networks: Mapping[str, tuple[str, tuple[str, ...]]] = dataclasses.field(
+        default_factory=dict
+    )  # "agent" or "verifier" -> (mode, hosts), where it has its own
     healthcheck: Healthcheck | None = None
 
 
@@ -104,9 +106,15 @@ class HarborTask:
     @property
     def notes(self) -> list[str]:
         """What its settings ask for and no sandbox of ours does."""
-        found = [f"{key}: commands run as the one user of the sandbox" for key in self.unknown_keys if key.endswith(".user")]
+        found = [
+            f"{key}: commands run as the one user of the sandbox"
+            for key in self.unknown_keys
+            if key.endswith(".user")
+        ]
         if self.metadata.get("run_tests_in_same_shell") is True:
-            found.append("run_tests_in_same_shell: the tests have a shell of their own, since no process of the agent outlives its episode")
+            found.append(
+                "run_tests_in_same_shell: the tests have a shell of their own, since no process of the agent outlives its episode"
+            )
         return found
 
     @property

@@ -12,10 +12,24 @@ from typing import Any
 import yaml
 
 from envs.tasks.harbor.errors import TaskError
-from envs.tasks.harbor.fields import MAX_DOCKERFILE_BYTES, Table, read_folder, read_text, with_script
+from envs.tasks.harbor.fields import (
+    MAX_DOCKERFILE_BYTES,
+    Table,
+    read_folder,
+    read_text,
+    with_script,
+)
 from envs.tasks.harbor.task import Environment, HarborTask, Step
 
-NOT_CONTEXT = ("task.yaml", "solution.sh", "solution.yaml", "run-tests.sh", "tests", "docker-compose.yaml", "docker-compose.yml")
+NOT_CONTEXT = (
+    "task.yaml",
+    "solution.sh",
+    "solution.yaml",
+    "run-tests.sh",
+    "tests",
+    "docker-compose.yaml",
+    "docker-compose.yml",
+)
 PARSERS = ("pytest",)
 
 
@@ -26,27 +40,69 @@ def load_terminal_bench_1(folder: pathlib.Path) -> HarborTask:
     parser = table.text("parser_name") or "pytest"
     if parser not in PARSERS:
         raise table.fault("parser_name", f"{parser!r} is not known here; {', '.join(PARSERS)} is")
-    table.known |= {"author_name", "author_email", "max_test_timeout_sec", "expert_time_estimate_min", "junior_time_estimate_min",
-                    "estimated_duration_sec"}
+    table.known |= {
+        "author_name",
+        "author_email",
+        "max_test_timeout_sec",
+        "expert_time_estimate_min",
+        "junior_time_estimate_min",
+        "estimated_duration_sec",
+    }
     shared_shell = table.get("run_tests_in_same_shell", bool, False)
-    tests = with_script(read_folder(folder / "tests"), "run-tests.sh", read_text(folder / "run-tests.sh"))
+    tests = with_script(
+        read_folder(folder / "tests"), "run-tests.sh", read_text(folder / "run-tests.sh")
+    )
     solution, script = _solution(folder)
-    category, difficulty, tags = table.text("category") or "", table.text("difficulty") or "", table.texts("tags")
+    category, difficulty, tags = (
+        table.text("category") or "",
+        table.text("difficulty") or "",
+        table.texts("tags"),
+    )
     context = read_folder(folder, leave_out=NOT_CONTEXT)
-    step = Step("task", instruction, tests, test_script="run-tests.sh", solution=solution, solve_script=script, parser=parser,
-                agent_timeout=table.seconds("max_agent_timeout_sec", 360.0), verifier_timeout=table.seconds("max_test_timeout_sec", 60.0))
+    step = Step(
+        "task",
+        instruction,
+        tests,
+        test_script="run-tests.sh",
+        solution=solution,
+        solve_script=script,
+        parser=parser,
+        agent_timeout=table.seconds("max_agent_timeout_sec", 360.0),
+        verifier_timeout=table.seconds("max_test_timeout_sec", 60.0),
+    )
     environment = Environment(
-        context=context, dockerfile=read_text(folder / "Dockerfile", MAX_DOCKERFILE_BYTES) if "Dockerfile" in context else None,
+        context=context,
+        dockerfile=read_text(folder / "Dockerfile", MAX_DOCKERFILE_BYTES)
+        if "Dockerfile" in context
+        else None,
         dockerfile_path=folder / "Dockerfile",
-        compose_path=needed_compose(folder))
+        compose_path=needed_compose(folder),
+    )
     return HarborTask(
-        name=folder.resolve().name, path=folder, format="terminal-bench-1", schema_version="terminal-bench-1", environment=environment, steps=(step,),
-        difficulty=difficulty, category=category, tags=tags, metadata={"run_tests_in_same_shell": shared_shell}, unknown_keys=tuple(table.unknown()))
+        name=folder.resolve().name,
+        path=folder,
+        format="terminal-bench-1",
+        schema_version="terminal-bench-1",
+        environment=environment,
+        steps=(step,),
+        difficulty=difficulty,
+        category=category,
+        tags=tags,
+        metadata={"run_tests_in_same_shell": shared_shell},
+        unknown_keys=tuple(table.unknown()),
+    )
 
 
 def needed_compose(folder: pathlib.Path) -> pathlib.Path | None:
     """The docker-compose file of a folder, where the Dockerfile beside it does not say all: there is none, or there are several services."""
-    file = next((folder / name for name in ("docker-compose.yaml", "docker-compose.yml") if (folder / name).exists()), None)
+    file = next(
+        (
+            folder / name
+            for name in ("docker-compose.yaml", "docker-compose.yml")
+            if (folder / name).exists()
+        ),
+        None,
+    )
     if file is None:
         return None
     value, _ = parse_yaml(file)
@@ -75,7 +131,9 @@ def _solution(folder: pathlib.Path) -> tuple[dict[str, tuple[bytes, int]], str |
     file = folder / "solution.yaml"
     commands, line_of = parse_yaml(file)
     if not isinstance(commands, list):
-        raise TaskError(file, 1, f"a list of commands is needed, and this is a {type(commands).__name__}")
+        raise TaskError(
+            file, 1, f"a list of commands is needed, and this is a {type(commands).__name__}"
+        )
     rows = []
     for index, entry in enumerate(commands):
         if not isinstance(entry, dict) or not isinstance(entry.get("command"), str):
@@ -92,7 +150,9 @@ def _solution(folder: pathlib.Path) -> tuple[dict[str, tuple[bytes, int]], str |
 def _load_yaml(file: pathlib.Path) -> Table:
     value, line_of = parse_yaml(file)
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise TaskError(file, 1, f"a mapping of settings is needed, and this is a {type(value).__name__}")
+        raise TaskError(
+            file, 1, f"a mapping of settings is needed, and this is a {type(value).__name__}"
+        )
     return Table(file, value, line_of)
 
 
@@ -105,8 +165,18 @@ def parse_yaml(file: pathlib.Path) -> tuple[Any, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise TaskError(file, mark.line + 1 if mark else 1, f"not YAML: {error.problem}") from error
-    except (yaml.YAMLError, RecursionError, ValueError, TypeError, OverflowError, AttributeError, LookupError) as error:  # PyYAML lets all of these out
-        raise TaskError(file, 1, f"not YAML that can be read: {type(error).__name__}: {str(error)[:80]}") from error
+    except (
+        yaml.YAMLError,
+        RecursionError,
+        ValueError,
+        TypeError,
+        OverflowError,
+        AttributeError,
+        LookupError,
+    ) as error:  # PyYAML lets all of these out
+        raise TaskError(
+            file, 1, f"not YAML that can be read: {type(error).__name__}: {str(error)[:80]}"
+        ) from error
     return value, lambda path: _line(node, path)
 
 

@@ -23,8 +23,19 @@ _TEST_SH = """\
 """
 
 
-def judge_files(framework: str, tests: Sequence[str], files: Files, *, targets: Sequence[str], control_folder: str, keep: Iterable[str] = (), remove: Iterable[str] = (),
-                timeout: float = 120.0, python: Sequence[str] = ("python3",), bring_pytest: bool = True) -> dict[str, tuple[bytes, int]]:
+def judge_files(
+    framework: str,
+    tests: Sequence[str],
+    files: Files,
+    *,
+    targets: Sequence[str],
+    control_folder: str,
+    keep: Iterable[str] = (),
+    remove: Iterable[str] = (),
+    timeout: float = 120.0,
+    python: Sequence[str] = ("python3",),
+    bring_pytest: bool = True,
+) -> dict[str, tuple[bytes, int]]:
     """The tests folder: test.sh and what it needs. It is run in the folder of the package, as the task's working directory.
 
     Args:
@@ -41,11 +52,24 @@ def judge_files(framework: str, tests: Sequence[str], files: Files, *, targets: 
     """
     if framework not in FRAMEWORKS:
         raise ValueError(f"framework {framework!r} is none of {', '.join(FRAMEWORKS)}")
-    spec = {"framework": framework, "tests": list(tests), "targets": list(targets), "control_folder": control_folder, "keep": sorted({*keep, *files}),
-            "remove": sorted(remove), "timeout": timeout, "python": list(python)}
+    spec = {
+        "framework": framework,
+        "tests": list(tests),
+        "targets": list(targets),
+        "control_folder": control_folder,
+        "keep": sorted({*keep, *files}),
+        "remove": sorted(remove),
+        "timeout": timeout,
+        "python": list(python),
+    }
     # Compressed: a script's or a text's paths would be rewritten on the way into a sandbox that keeps them elsewhere, and these must stay as they are.
-    found = {"test.sh": (_TEST_SH.encode(), 0o755), "judge.py": ((HERE / "inside.py").read_bytes(), 0o644), "runner.py": ((HERE / "runner.py").read_bytes(), 0o644),
-             "spec.json.gz": (gzip.compress(json.dumps(spec).encode(), mtime=0), 0o644), "files.tar.gz": (pack(files), 0o644)}
+    found = {
+        "test.sh": (_TEST_SH.encode(), 0o755),
+        "judge.py": ((HERE / "inside.py").read_bytes(), 0o644),
+        "runner.py": ((HERE / "runner.py").read_bytes(), 0o644),
+        "spec.json.gz": (gzip.compress(json.dumps(spec).encode(), mtime=0), 0o644),
+        "files.tar.gz": (pack(files), 0o644),
+    }
     if framework == "pytest" and bring_pytest:
         found["pytest.tar.gz"] = (pytest_archive(), 0o644)
     return found
@@ -54,7 +78,10 @@ def judge_files(framework: str, tests: Sequence[str], files: Files, *, targets: 
 def pack(files: Mapping[str, tuple[bytes, int]]) -> bytes:
     """A compressed tar; equal files give equal bytes."""
     buffer = io.BytesIO()
-    with gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0, compresslevel=6) as compressed, tarfile.open(fileobj=compressed, mode="w") as archive:
+    with (
+        gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0, compresslevel=6) as compressed,
+        tarfile.open(fileobj=compressed, mode="w") as archive,
+    ):
         for name, (content, mode) in sorted(files.items()):
             member = tarfile.TarInfo(name)
             member.size, member.mode = len(content), mode
@@ -69,10 +96,24 @@ def pytest_archive() -> bytes:
     for name in PYTEST_PARTS:
         found = importlib.util.find_spec(name)
         if found is None or found.origin is None:
-            raise ValueError(f"{name} cannot be imported here, and tests that need pytest bring it along; pip install pytest")
+            raise ValueError(
+                f"{name} cannot be imported here, and tests that need pytest bring it along; pip install pytest"
+            )
         root = pathlib.Path(found.origin).parent
-        for path in sorted(root.rglob("*.py")) if found.submodule_search_locations else [pathlib.Path(found.origin)]:
-            inner = path.relative_to(root.parent if found.submodule_search_locations else root).as_posix()
-            if not inner.startswith(("pygments/lexers/", "pygments/styles/")) or path.stem in ("__init__", "_mapping", "python", "diff", "default"):
+        for path in (
+            sorted(root.rglob("*.py"))
+            if found.submodule_search_locations
+            else [pathlib.Path(found.origin)]
+        ):
+            inner = path.relative_to(
+                root.parent if found.submodule_search_locations else root
+            ).as_posix()
+            if not inner.startswith(("pygments/lexers/", "pygments/styles/")) or path.stem in (
+                "__init__",
+                "_mapping",
+                "python",
+                "diff",
+                "default",
+            ):
                 files[inner] = (path.read_bytes(), 0o644)
     return pack(files)

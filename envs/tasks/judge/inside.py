@@ -28,15 +28,27 @@ import time
 HERE = pathlib.Path(__file__).resolve().parent
 REWARDS = HERE.parent / "logs" / "verifier"
 PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 4, 36
-END_SECONDS, POLL_SECONDS = 5.0, 0.02  # for processes that were killed to be gone; between looks at the tests' process
+END_SECONDS, POLL_SECONDS = (
+    5.0,
+    0.02,
+)  # for processes that were killed to be gone; between looks at the tests' process
 REPORT_BYTES, OUTPUT_BYTES = 64 << 20, 8192
 # What tells a test framework how to run: an agent's change to it is undone.
-RUNNER_FILES = ("conftest.py", "pytest.ini", ".pytest.ini", "tox.ini", "sitecustomize.py", "usercustomize.py")
+RUNNER_FILES = (
+    "conftest.py",
+    "pytest.ini",
+    ".pytest.ini",
+    "tox.ini",
+    "sitecustomize.py",
+    "usercustomize.py",
+)
 
 
 def main():
     prctl = ctypes.CDLL(None).prctl
-    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # whoever loses its parent becomes a child of this process, and cannot hide
+    prctl(
+        PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0
+    )  # whoever loses its parent becomes a child of this process, and cannot hide
     prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # nobody reads the key here
     spec = json.loads(gzip.decompress((HERE / "spec.json.gz").read_bytes()))
     root = pathlib.Path(os.getcwd())
@@ -96,13 +108,18 @@ def place(root, path):
 
 def write_controls(root, framework, folder):
     """{test id: outcome that it must have} of two tests that nobody could know before."""
-    name, good, bad = ("%s_%s" % (prefix, secrets.token_hex(6)) for prefix in ("test", "test", "test"))
+    name, good, bad = (
+        "%s_%s" % (prefix, secrets.token_hex(6)) for prefix in ("test", "test", "test")
+    )
     path = (folder + "/" if folder != "." else "") + name + ".py"
     # the failing one fails by the assertion that the tests of this framework use
     place(root, path).write_text(
         "import unittest\n\n\nclass T(unittest.TestCase):\n    def %s(self):\n        self.assertEqual(%r, %r)\n\n    def %s(self):\n        self.assertEqual(%r, %r)\n"
-        % (good, good, good, bad, good, bad) if framework == "unittest" else
-        "def %s():\n    value = %r\n    assert value == %r\n\n\ndef %s():\n    value = %r\n    assert value == %r\n" % (good, good, good, bad, good, bad))
+        % (good, good, good, bad, good, bad)
+        if framework == "unittest"
+        else "def %s():\n    value = %r\n    assert value == %r\n\n\ndef %s():\n    value = %r\n    assert value == %r\n"
+        % (good, good, good, bad, good, bad)
+    )
     if framework == "unittest":
         module = path[:-3].replace("/", ".")
         return {module + ".T." + good: "passed", module + ".T." + bad: "failed"}
@@ -117,11 +134,31 @@ def run_tests(root, spec, controls):
     key = secrets.token_bytes(32)
     read, write = os.pipe()
     with tempfile.TemporaryFile() as log:
-        order = json.dumps({"key": key.hex(), "fd": write, "framework": spec["framework"], "targets": spec["targets"], "controls": sorted(controls)})
-        environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TEST_DIR", "PYTHONSAFEPATH")}
+        order = json.dumps(
+            {
+                "key": key.hex(),
+                "fd": write,
+                "framework": spec["framework"],
+                "targets": spec["targets"],
+                "controls": sorted(controls),
+            }
+        )
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("PYTHONPATH", "TEST_DIR", "PYTHONSAFEPATH")
+        }
         environment["PYTHONHASHSEED"] = "0"
-        child = subprocess.Popen([*spec["python"], "-B", str(HERE / "runner.py")], cwd=str(root), stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=[write],
-                                 env=environment, start_new_session=True)
+        child = subprocess.Popen(
+            [*spec["python"], "-B", str(HERE / "runner.py")],
+            cwd=str(root),
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            pass_fds=[write],
+            env=environment,
+            start_new_session=True,
+        )
         os.close(write)
         with child.stdin:
             child.stdin.write(order.encode())
@@ -199,13 +236,19 @@ def read_reports(data, key):
     found = []
     for number, row in enumerate(data.split(b"\n")[:-1]):
         signature, _, body = row.partition(b" ")
-        if not hmac.compare_digest(hmac.new(key, body, hashlib.sha256).hexdigest().encode(), signature):
+        if not hmac.compare_digest(
+            hmac.new(key, body, hashlib.sha256).hexdigest().encode(), signature
+        ):
             return [], "report %d is not the runner's: something wrote into its pipe" % number
         place_, name, outcome = json.loads(body)
         if place_ != number:
             return [], "report %d is out of order" % number
         if name is None:
-            return (found, "") if number == data.count(b"\n") - 1 and data.endswith(b"\n") else ([], "reports follow the last one")
+            return (
+                (found, "")
+                if number == data.count(b"\n") - 1 and data.endswith(b"\n")
+                else ([], "reports follow the last one")
+            )
         found.append((name, outcome))
     return [], "the tests ended before they were done (%d reports)" % len(found)
 
@@ -219,11 +262,20 @@ def judge(reports, tests, controls):
     for name, outcome in reports:
         outcomes.setdefault(name, set()).add(outcome)
         if name.split() and name.split()[0] != name:
-            outcomes.setdefault(name.split()[0], set()).add(outcome)  # SWE-bench's own parser cuts names at the first space
+            outcomes.setdefault(name.split()[0], set()).add(
+                outcome
+            )  # SWE-bench's own parser cuts names at the first space
     for name, wanted in controls.items():
         if outcomes.get(name) != {wanted}:
-            return ["the outcomes cannot be believed: a test that must have %s was %s" % (wanted, " and ".join(sorted(outcomes.get(name, ["not run"]))))]
-    return ["%s: %s" % (name, " and ".join(sorted(outcomes.get(name, ["not run"])))) for name in tests if outcomes.get(name) != {"passed"}]
+            return [
+                "the outcomes cannot be believed: a test that must have %s was %s"
+                % (wanted, " and ".join(sorted(outcomes.get(name, ["not run"]))))
+            ]
+    return [
+        "%s: %s" % (name, " and ".join(sorted(outcomes.get(name, ["not run"]))))
+        for name in tests
+        if outcomes.get(name) != {"passed"}
+    ]
 
 
 if __name__ == "__main__":

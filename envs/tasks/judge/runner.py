@@ -25,7 +25,7 @@ def reporter(key, fd):
         number += 1
         line = sign(key, body, sha256).hexdigest().encode() + b" " + body + b"\n"
         while line:
-            line = line[write(fd, line):]
+            line = line[write(fd, line) :]
 
     return report
 
@@ -75,7 +75,9 @@ class Result(unittest.TestResult):
 
 def run_unittest(targets, report):
     loader = unittest.TestLoader()
-    suite = unittest.TestSuite(loader.discover(folder, pattern="test*.py", top_level_dir=os.getcwd()) for folder in targets)
+    suite = unittest.TestSuite(
+        loader.discover(folder, pattern="test*.py", top_level_dir=os.getcwd()) for folder in targets
+    )
     suite.run(Result(report))
 
 
@@ -86,7 +88,11 @@ class Plugin:
         self._report, self._outcomes = report, {}
 
     def pytest_runtest_logreport(self, report):
-        outcome = "passed" if report.passed or hasattr(report, "wasxfail") and report.skipped else report.outcome
+        outcome = (
+            "passed"
+            if report.passed or hasattr(report, "wasxfail") and report.skipped
+            else report.outcome
+        )
         if hasattr(report, "wasxfail") and report.when == "call" and report.passed:
             outcome = "failed"  # strict or not, it was expected to fail
         before = self._outcomes.get(report.nodeid, "passed")
@@ -96,7 +102,19 @@ class Plugin:
 
 
 def run_pytest(pytest, targets, report):
-    pytest.main(["-p", "no:cacheprovider", "-q", "--no-header", "-rN", "--tb=short", "--continue-on-collection-errors", *targets], plugins=[Plugin(report)])
+    pytest.main(
+        [
+            "-p",
+            "no:cacheprovider",
+            "-q",
+            "--no-header",
+            "-rN",
+            "--tb=short",
+            "--continue-on-collection-errors",
+            *targets,
+        ],
+        plugins=[Plugin(report)],
+    )
 
 
 def find_pytest():
@@ -120,11 +138,19 @@ def find_pytest():
 
 def main():
     if sys.argv[1:2] == ["--list"]:
-        framework, targets, report = sys.argv[2], sys.argv[3:], lambda name, outcome: print(json.dumps([name, outcome]), flush=True)
+        framework, targets, report = (
+            sys.argv[2],
+            sys.argv[3:],
+            lambda name, outcome: print(json.dumps([name, outcome]), flush=True),
+        )
     else:
         order = json.loads(sys.stdin.buffer.read())
         os.set_inheritable(order["fd"], False)  # what the tests start has no part in it
-        framework, targets, report = order["framework"], order["targets"], reporter(bytes.fromhex(order.pop("key")), order["fd"])
+        framework, targets, report = (
+            order["framework"],
+            order["targets"],
+            reporter(bytes.fromhex(order.pop("key")), order["fd"]),
+        )
         if framework == "pytest":
             targets = targets + sorted({name.split("::")[0] for name in order["controls"]})
     null = os.open(os.devnull, os.O_RDONLY)

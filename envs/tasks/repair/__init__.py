@@ -4,4 +4,14 @@ from envs.tasks.repair.mutate import OPERATORS, Edit, candidates_of, is_another_
 from envs.tasks.repair.package import Package, load_package, shipped
 from envs.tasks.repair.task import draw, repair_tasks
 
-__all__ = ["Edit", "OPERATORS", "Package", "candidates_of", "draw", "is_another_program", "load_package", "repair_tasks", "shipped"]
+__all__ = [
+    "Edit",
+    "OPERATORS",
+    "Package",
+    "candidates_of",
+    "draw",
+    "is_another_program",
+    "load_package",
+    "repair_tasks",
+    "shipped",
+]

@@ -43,13 +43,19 @@ def baseline(order, pytest):
     for result, _ in runs:
         for name, outcome in result["outcomes"]:
             seen.setdefault(name, []).append(outcome)
-    outcomes = [[name, found[0] if found == found[:1] * BASELINES else "flaky"] for name, found in seen.items()]
+    outcomes = [
+        [name, found[0] if found == found[:1] * BASELINES else "flaky"]
+        for name, found in seen.items()
+    ]
     # whole seconds: a mutant that is so much slower goes round in an endless loop
-    return {"outcomes": outcomes, "complete": all(result["complete"] for result, _ in runs)}, max(1, math.ceil(SLOWER * max(seconds for _, seconds in runs)))
+    return {"outcomes": outcomes, "complete": all(result["complete"] for result, _ in runs)}, max(
+        1, math.ceil(SLOWER * max(seconds for _, seconds in runs))
+    )
 
 
 def mutant(order, pytest, cpu, base):
     """One mutant: run twice where it differs from the package, and told as not complete unless both runs end alike but for flaky tests."""
+
     def steady(result):
         return {name: outcome for name, outcome in result["outcomes"] if name not in flaky}
 
@@ -91,7 +97,10 @@ def run(order, pytest, cpu):
     os.close(read)
     outcomes = [json.loads(line) for line in data.splitlines(True) if line.endswith(b"\n")]
     complete = status == 0 and outcomes[-1:] == [[None, "end"]]
-    return {"outcomes": [one for one in outcomes if one[0] is not None], "complete": complete}, seconds
+    return {
+        "outcomes": [one for one in outcomes if one[0] is not None],
+        "complete": complete,
+    }, seconds
 
 
 def drain(read, data):

@@ -11,9 +11,27 @@ import functools
 import re
 from collections.abc import Callable, Iterator
 
-_COMPARED = {ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"), ast.Eq: ("==", "!="), ast.NotEq: ("!=", "=="), ast.In: ("in", "not in"),
-             ast.NotIn: ("not in", "in"), ast.Is: ("is", "is not"), ast.IsNot: ("is not", "is")}
-_COMPUTED = {ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "+"), ast.FloorDiv: ("//", "*"), ast.Div: ("/", "//"), ast.Mod: ("%", "//"), ast.Pow: ("**", "*")}
+_COMPARED = {
+    ast.Lt: ("<", "<="),
+    ast.LtE: ("<=", "<"),
+    ast.Gt: (">", ">="),
+    ast.GtE: (">=", ">"),
+    ast.Eq: ("==", "!="),
+    ast.NotEq: ("!=", "=="),
+    ast.In: ("in", "not in"),
+    ast.NotIn: ("not in", "in"),
+    ast.Is: ("is", "is not"),
+    ast.IsNot: ("is not", "is"),
+}
+_COMPUTED = {
+    ast.Add: ("+", "-"),
+    ast.Sub: ("-", "+"),
+    ast.Mult: ("*", "+"),
+    ast.FloorDiv: ("//", "*"),
+    ast.Div: ("/", "//"),
+    ast.Mod: ("%", "//"),
+    ast.Pow: ("**", "*"),
+}
 MAX_SOURCE_BYTES = 1 << 20
 
 
@@ -27,7 +45,7 @@ class Edit:
     operator: str
 
     def apply(self, source: str) -> str:
-        return source[: self.start] + self.replacement + source[self.end:]
+        return source[: self.start] + self.replacement + source[self.end :]
 
 
 class Source:
@@ -40,7 +58,9 @@ class Source:
             self._starts.append(self._starts[-1] + len(line) + 1)
         self._bytes, self._ascii = text.encode(), text.isascii()
         self._names: dict[ast.AST, list[str]] = {}
-        self.parents = {child: node for node in ast.walk(self.tree) for child in ast.iter_child_nodes(node)}
+        self.parents = {
+            child: node for node in ast.walk(self.tree) for child in ast.iter_child_nodes(node)
+        }
 
     def start(self, node: ast.AST) -> int:
         return self._place(node.lineno, node.col_offset)
@@ -49,7 +69,7 @@ class Source:
         return self._place(node.end_lineno, node.end_col_offset)
 
     def of(self, node: ast.AST) -> str:
-        return self.text[self.start(node): self.end(node)]
+        return self.text[self.start(node) : self.end(node)]
 
     def _place(self, line: int, column: int) -> int:
         place = self._starts[line - 1] + column
@@ -58,9 +78,20 @@ class Source:
     def names(self, scope: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
         """What a function binds, in order."""
         if scope not in self._names:
-            arguments = [one.arg for one in (*scope.args.posonlyargs, *scope.args.args, *scope.args.kwonlyargs)]
-            stored = (inner.id for inner in ast.walk(scope) if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store))
-            self._names[scope] = [name for name in dict.fromkeys([*arguments, *stored]) if name not in ("self", "cls", "_")]
+            arguments = [
+                one.arg
+                for one in (*scope.args.posonlyargs, *scope.args.args, *scope.args.kwonlyargs)
+            ]
+            stored = (
+                inner.id
+                for inner in ast.walk(scope)
+                if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store)
+            )
+            self._names[scope] = [
+                name
+                for name in dict.fromkeys([*arguments, *stored])
+                if name not in ("self", "cls", "_")
+            ]
         return self._names[scope]
 
     def edit(self, operator: str, node: ast.AST, replacement: str) -> Edit:
@@ -68,7 +99,7 @@ class Source:
 
     def block(self, statements: list[ast.stmt], column: int) -> str:
         """The text of statements, moved left to a column."""
-        text = self.text[self.start(statements[0]): self.end(statements[-1])]
+        text = self.text[self.start(statements[0]) : self.end(statements[-1])]
         return re.sub(rf"\n {{{statements[0].col_offset - column}}}", "\n", text)
 
 
@@ -105,13 +136,24 @@ def _mutable(tree: ast.AST) -> Iterator[ast.AST]:
             if name in ("annotation", "returns", "decorator_list", "type_params", "type_comment"):
                 continue
             for child in value if isinstance(value, list) else [value]:
-                if not isinstance(child, ast.AST) or isinstance(child, (ast.JoinedStr, ast.Import, ast.ImportFrom)):
+                if not isinstance(child, ast.AST) or isinstance(
+                    child, (ast.JoinedStr, ast.Import, ast.ImportFrom)
+                ):
                     continue
                 if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
                     continue
-                if isinstance(child, ast.Assign) and isinstance(child.targets[0], ast.Name) and child.targets[0].id.startswith("__"):
+                if (
+                    isinstance(child, ast.Assign)
+                    and isinstance(child.targets[0], ast.Name)
+                    and child.targets[0].id.startswith("__")
+                ):
                     continue
-                if isinstance(child, ast.If) and isinstance(child.test, ast.Compare) and isinstance(child.test.left, ast.Name) and child.test.left.id == "__name__":
+                if (
+                    isinstance(child, ast.If)
+                    and isinstance(child.test, ast.Compare)
+                    and isinstance(child.test.left, ast.Name)
+                    and child.test.left.id == "__name__"
+                ):
                     continue
                 stack.append(child)
 
@@ -123,14 +165,18 @@ def _token(source: Source, left: ast.AST, right: ast.AST, old: str, new: str) ->
     """The operator between two operands."""
     start, end = source.end(left), source.start(right)
     gap = source.text[start:end]
-    pattern = r"\s+".join(rf"\b{word}\b" for word in old.split()) if old[0].isalpha() else re.escape(old)
+    pattern = (
+        r"\s+".join(rf"\b{word}\b" for word in old.split()) if old[0].isalpha() else re.escape(old)
+    )
     if "#" not in gap and (match := re.search(pattern, gap)):
         yield Edit(start + match.start(), start + match.end(), new, "")
 
 
 def comparison(source: Source, node: ast.AST) -> Iterator[Edit]:
     if isinstance(node, ast.Compare):
-        for left, operator, right in zip([node.left, *node.comparators], node.ops, node.comparators):
+        for left, operator, right in zip(
+            [node.left, *node.comparators], node.ops, node.comparators
+        ):
             yield from _token(source, left, right, *_COMPARED[type(operator)])
 
 
@@ -165,8 +211,20 @@ def off_by_one(source: Source, node: ast.AST) -> Iterator[Edit]:
         for change in (1, -1):
             if node.value + change >= 0:
                 yield source.edit("", node, str(node.value + change))
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("len", "range") and len(node.args) == 1 and not isinstance(node.args[0], ast.Starred):
-        yield source.edit("", node, f"{source.of(node)} - 1" if node.func.id == "len" else f"range(1, {source.of(node.args[0])})")
+    if (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in ("len", "range")
+        and len(node.args) == 1
+        and not isinstance(node.args[0], ast.Starred)
+    ):
+        yield source.edit(
+            "",
+            node,
+            f"{source.of(node)} - 1"
+            if node.func.id == "len"
+            else f"range(1, {source.of(node.args[0])})",
+        )
 
 
 def wrong_constant(source: Source, node: ast.AST) -> Iterator[Edit]:
@@ -174,7 +232,12 @@ def wrong_constant(source: Source, node: ast.AST) -> Iterator[Edit]:
         return
     if isinstance(node.value, bool):
         yield source.edit("", node, str(not node.value))
-    elif isinstance(node.value, str) and source.of(node)[:1] in "'\"" and len(node.value) <= 40 and node.value.isprintable():
+    elif (
+        isinstance(node.value, str)
+        and source.of(node)[:1] in "'\""
+        and len(node.value) <= 40
+        and node.value.isprintable()
+    ):
         yield source.edit("", node, repr(node.value[:-1] if node.value else " "))
     elif isinstance(node.value, float) and abs(node.value) < 1e9:
         yield source.edit("", node, repr(node.value + 1))
@@ -197,7 +260,11 @@ def wrong_variable(source: Source, node: ast.AST) -> Iterator[Edit]:
 
 
 def dropped_return(source: Source, node: ast.AST) -> Iterator[Edit]:
-    if isinstance(node, ast.Return) and node.value is not None and not isinstance(node.value, ast.Constant):
+    if (
+        isinstance(node, ast.Return)
+        and node.value is not None
+        and not isinstance(node.value, ast.Constant)
+    ):
         start = source.start(node)
         yield Edit(start, start + len("return") + (source.text[start + 6] == " "), "", "")
 
@@ -206,8 +273,13 @@ def swapped_arguments(source: Source, node: ast.AST) -> Iterator[Edit]:
     if isinstance(node, ast.Call):
         for first, second in zip(node.args, node.args[1:]):
             if not isinstance(first, ast.Starred) and not isinstance(second, ast.Starred):
-                between = source.text[source.end(first): source.start(second)]
-                yield Edit(source.start(first), source.end(second), source.of(second) + between + source.of(first), "")
+                between = source.text[source.end(first) : source.start(second)]
+                yield Edit(
+                    source.start(first),
+                    source.end(second),
+                    source.of(second) + between + source.of(first),
+                    "",
+                )
 
 
 def removed_branch(source: Source, node: ast.AST) -> Iterator[Edit]:
@@ -215,9 +287,15 @@ def removed_branch(source: Source, node: ast.AST) -> Iterator[Edit]:
         return
     elif_ = source.text.startswith("elif", source.start(node))
     if not node.orelse:
-        yield source.edit("", node, f"else:\n{' ' * (node.col_offset + 4)}pass" if elif_ else "pass")
-    elif isinstance(node.orelse[0], ast.If) and source.text.startswith("elif", source.start(node.orelse[0])):
-        yield Edit(source.start(node), source.start(node.orelse[0]) + (0 if elif_ else 2), "", "")  # `elif` goes on as it is, or becomes `if`
+        yield source.edit(
+            "", node, f"else:\n{' ' * (node.col_offset + 4)}pass" if elif_ else "pass"
+        )
+    elif isinstance(node.orelse[0], ast.If) and source.text.startswith(
+        "elif", source.start(node.orelse[0])
+    ):
+        yield Edit(
+            source.start(node), source.start(node.orelse[0]) + (0 if elif_ else 2), "", ""
+        )  # `elif` goes on as it is, or becomes `if`
     elif not elif_:
         yield source.edit("", node, source.block(node.orelse, node.col_offset))
 
@@ -228,7 +306,11 @@ def removed_handler(source: Source, node: ast.AST) -> Iterator[Edit]:
 
 
 def removed_statement(source: Source, node: ast.AST) -> Iterator[Edit]:
-    if isinstance(node, ast.AugAssign) or isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+    if (
+        isinstance(node, ast.AugAssign)
+        or isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Call)
+    ):
         yield source.edit("", node, "pass")
 
 
@@ -246,12 +328,34 @@ def lost_slice(source: Source, node: ast.AST) -> Iterator[Edit]:
 
 def keyword_lost(source: Source, node: ast.AST) -> Iterator[Edit]:
     """A call without its last argument, where that is a keyword."""
-    if isinstance(node, ast.Call) and node.keywords and node.keywords[-1].arg and (len(node.keywords) > 1 or node.args):
+    if (
+        isinstance(node, ast.Call)
+        and node.keywords
+        and node.keywords[-1].arg
+        and (len(node.keywords) > 1 or node.args)
+    ):
         before = node.keywords[-2] if len(node.keywords) > 1 else node.args[-1]
         if source.end(before) <= source.start(node.keywords[-1]):
             yield Edit(source.end(before), source.end(node.keywords[-1]), "", "")
 
 
 OPERATORS: dict[str, Callable[[Source, ast.AST], Iterator[Edit]]] = {
-    function.__name__: function for function in (comparison, arithmetic, connective, negation, off_by_one, wrong_constant, wrong_variable, dropped_return, swapped_arguments,
-                                                 removed_branch, removed_handler, removed_statement, loop_exit, lost_slice, keyword_lost)}
+    function.__name__: function
+    for function in (
+        comparison,
+        arithmetic,
+        connective,
+        negation,
+        off_by_one,
+        wrong_constant,
+        wrong_variable,
+        dropped_return,
+        swapped_arguments,
+        removed_branch,
+        removed_handler,
+        removed_statement,
+        loop_exit,
+        lost_slice,
+        keyword_lost,
+    )
+}

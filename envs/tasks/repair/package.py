@@ -13,7 +13,19 @@ from envs.tasks.judge.inside import RUNNER_FILES
 from envs.tasks.repair.mutate import MAX_SOURCE_BYTES
 
 SHIPPED = pathlib.Path(__file__).parent / "packages"
-LEFT_OUT = (".git", ".hg", ".tox", ".venv", "venv", "build", "dist", "node_modules", ".mypy_cache", ".pytest_cache", ".hypothesis")
+LEFT_OUT = (
+    ".git",
+    ".hg",
+    ".tox",
+    ".venv",
+    "venv",
+    "build",
+    "dist",
+    "node_modules",
+    ".mypy_cache",
+    ".pytest_cache",
+    ".hypothesis",
+)
 NOT_SOURCE = ("docs", "doc", "examples", "benchmarks", "scripts", "tools")
 _TEST_FOLDER, _TEST_FILE = re.compile(r"tests?"), re.compile(r"test_.*\.py|.*_test\.py|tests?\.py")
 
@@ -33,12 +45,20 @@ class Package:
 
     @property
     def control_folder(self) -> str:
-        return self.targets[0] if self.framework == "unittest" else self.tests[0].rpartition("/")[0] or "."
+        return (
+            self.targets[0]
+            if self.framework == "unittest"
+            else self.tests[0].rpartition("/")[0] or "."
+        )
 
     @property
     def command(self) -> str:
         """How a person runs the tests."""
-        return f"python3 -m unittest discover -s {self.targets[0]} -t ." if self.framework == "unittest" else "python3 -m pytest"
+        return (
+            f"python3 -m unittest discover -s {self.targets[0]} -t ."
+            if self.framework == "unittest"
+            else "python3 -m pytest"
+        )
 
 
 def shipped() -> tuple[str, ...]:
@@ -49,39 +69,84 @@ def load_package(name: str) -> Package:
     """One of those that ship here by name, or any folder by its path. Raises TaskError where it has no sources or no tests."""
     folder = SHIPPED / name if name in shipped() else pathlib.Path(name)
     if not folder.is_dir():
-        raise TaskError(folder, 0, f"neither a folder nor a package that ships here ({', '.join(shipped())})")
-    files = {path: content for path, content in read_folder(folder, leave_out=LEFT_OUT).items() if "__pycache__" not in path.split("/") and not path.endswith((".pyc", ".so"))}
+        raise TaskError(
+            folder, 0, f"neither a folder nor a package that ships here ({', '.join(shipped())})"
+        )
+    files = {
+        path: content
+        for path, content in read_folder(folder, leave_out=LEFT_OUT).items()
+        if "__pycache__" not in path.split("/") and not path.endswith((".pyc", ".so"))
+    }
     python = [path for path in files if path.endswith(".py")]
-    tests = tuple(path for path in python if any(_TEST_FOLDER.fullmatch(part) for part in path.split("/")[:-1]) or _TEST_FILE.fullmatch(path.split("/")[-1]))
-    sources = tuple(path for path in python if path not in tests and path.split("/")[0] not in NOT_SOURCE and path.split("/")[-1] not in (*RUNNER_FILES, "setup.py", "noxfile.py")
-                    and len(files[path][0]) <= MAX_SOURCE_BYTES)
+    tests = tuple(
+        path
+        for path in python
+        if any(_TEST_FOLDER.fullmatch(part) for part in path.split("/")[:-1])
+        or _TEST_FILE.fullmatch(path.split("/")[-1])
+    )
+    sources = tuple(
+        path
+        for path in python
+        if path not in tests
+        and path.split("/")[0] not in NOT_SOURCE
+        and path.split("/")[-1] not in (*RUNNER_FILES, "setup.py", "noxfile.py")
+        and len(files[path][0]) <= MAX_SOURCE_BYTES
+    )
     if not sources or not any(_TEST_FILE.fullmatch(path.split("/")[-1]) for path in tests):
-        raise TaskError(folder, 0, f"{len(sources)} Python sources and {len(tests)} files of tests; a package to be repaired needs both (tests are test_*.py, or lie in tests/)")
+        raise TaskError(
+            folder,
+            0,
+            f"{len(sources)} Python sources and {len(tests)} files of tests; a package to be repaired needs both (tests are test_*.py, or lie in tests/)",
+        )
     for path in sources:
         try:
             ast.parse(files[path][0])
         except (SyntaxError, ValueError, RecursionError) as error:
-            raise TaskError(folder / path, getattr(error, "lineno", 0) or 0, f"no Python that can be read: {error}") from error
+            raise TaskError(
+                folder / path,
+                getattr(error, "lineno", 0) or 0,
+                f"no Python that can be read: {error}",
+            ) from error
     framework, targets = _framework(files, tests)
-    return Package(folder.resolve().name, folder, files, sources, tests, framework, targets, _about(files, sources))
+    return Package(
+        folder.resolve().name,
+        folder,
+        files,
+        sources,
+        tests,
+        framework,
+        targets,
+        _about(files, sources),
+    )
 
 
-def _framework(files: dict[str, tuple[bytes, int]], tests: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+def _framework(
+    files: dict[str, tuple[bytes, int]], tests: tuple[str, ...]
+) -> tuple[str, tuple[str, ...]]:
     """unittest where all tests of one folder are its own and it can discover them; else pytest, which runs those too."""
     cases = [path for path in tests if _TEST_FILE.fullmatch(path.split("/")[-1])]
     folders = {path.rpartition("/")[0] for path in cases}
-    plain = all(b"unittest" in files[path][0] and b"pytest" not in files[path][0] and path.split("/")[-1].startswith("test") for path in cases)
+    plain = all(
+        b"unittest" in files[path][0]
+        and b"pytest" not in files[path][0]
+        and path.split("/")[-1].startswith("test")
+        for path in cases
+    )
     if plain and len(folders) == 1 and not any(path.endswith("conftest.py") for path in files):
         (folder,) = folders
         parts = folder.split("/") if folder else []
-        if all("/".join([*parts[: number + 1], "__init__.py"]) in files for number in range(len(parts))):
+        if all(
+            "/".join([*parts[: number + 1], "__init__.py"]) in files for number in range(len(parts))
+        ):
             return "unittest", (folder or ".",)
     return "pytest", tuple(cases)
 
 
 def _about(files: dict[str, tuple[bytes, int]], sources: tuple[str, ...]) -> str:
     """The first line of the package's docstring."""
-    for path in sorted(sources, key=lambda path: (not path.endswith("__init__.py"), path.count("/"), path)):
+    for path in sorted(
+        sources, key=lambda path: (not path.endswith("__init__.py"), path.count("/"), path)
+    ):
         text = ast.get_docstring(ast.parse(files[path][0]))
         if text:
             return text.strip().splitlines()[0]

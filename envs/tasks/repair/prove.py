@@ -14,9 +14,19 @@ from envs.tasks.judge import pytest_archive
 from envs.tasks.repair.mutate import Edit
 from envs.tasks.repair.package import Package
 
-CPU_SECONDS, WALL_SECONDS = 30, 60.0  # of the tests of the package as it is; driver.py limits mutants by what that took
+CPU_SECONDS, WALL_SECONDS = (
+    30,
+    60.0,
+)  # of the tests of the package as it is; driver.py limits mutants by what that took
 MAX_RESULT_BYTES = 64 << 20
-SANDBOX = SandboxConfig(isolation="best_available", memory_mb=1024, disk_mb=128, pids=128, inodes=16_384, label="proof of repair tasks")
+SANDBOX = SandboxConfig(
+    isolation="best_available",
+    memory_mb=1024,
+    disk_mb=128,
+    pids=128,
+    inodes=16_384,
+    label="proof of repair tasks",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,22 +43,43 @@ class Run:
 
 async def run_tests(package: Package, mutants: Sequence[tuple[str, Edit]]) -> list[Run]:
     """A Run of the package as it is, and then one for each mutant (path of the file, edit). SandboxError for the machine's faults."""
-    jobs = [{"path": path, "text": edit.apply(package.files[path][0].decode())} for path, edit in mutants]
-    order = {"framework": package.framework, "targets": package.targets, "jobs": jobs, "cpu": CPU_SECONDS, "wall": WALL_SECONDS}
+    jobs = [
+        {"path": path, "text": edit.apply(package.files[path][0].decode())}
+        for path, edit in mutants
+    ]
+    order = {
+        "framework": package.framework,
+        "targets": package.targets,
+        "jobs": jobs,
+        "cpu": CPU_SECONDS,
+        "wall": WALL_SECONDS,
+    }
     here = pathlib.Path(__file__).parent
-    files = {**{f"package/{path}": content for path, content in package.files.items()}, "order.json": json.dumps(order).encode(),
-             "driver.py": (here / "driver.py").read_bytes(), "runner.py": (judge_folder.HERE / "runner.py").read_bytes()}
+    files = {
+        **{f"package/{path}": content for path, content in package.files.items()},
+        "order.json": json.dumps(order).encode(),
+        "driver.py": (here / "driver.py").read_bytes(),
+        "runner.py": (judge_folder.HERE / "runner.py").read_bytes(),
+    }
     if package.framework == "pytest":
         files["pytest.tar.gz"] = pytest_archive()
     async with Sandbox(SANDBOX) as sandbox:
         await sandbox.write_files(files)
-        result = await sandbox.execute("exec python3 -B driver.py", timeout=60.0 + (len(jobs) + 1) * WALL_SECONDS, env={"PYTHONHASHSEED": "0"})
+        result = await sandbox.execute(
+            "exec python3 -B driver.py",
+            timeout=60.0 + (len(jobs) + 1) * WALL_SECONDS,
+            env={"PYTHONHASHSEED": "0"},
+        )
         if result.exit_code != 0:
-            raise SandboxError(f"the tests of {package.path} could not be run: exit {result.exit_code}, {(result.stdout + result.stderr)[-500:]}")
+            raise SandboxError(
+                f"the tests of {package.path} could not be run: exit {result.exit_code}, {(result.stdout + result.stderr)[-500:]}"
+            )
         content = await sandbox.read_file("results.jsonl", limit=MAX_RESULT_BYTES)
     rows = [json.loads(line) for line in content.splitlines()]
     if len(rows) != len(jobs) + 1:
-        raise SandboxError(f"the tests of {package.path} gave {len(rows)} results for {len(jobs) + 1} runs")
+        raise SandboxError(
+            f"the tests of {package.path} gave {len(rows)} results for {len(jobs) + 1} runs"
+        )
     return [Run(dict(map(tuple, row["outcomes"])), row["complete"]) for row in rows]
 
 
@@ -56,8 +87,17 @@ def check_baseline(package: Package, run: Run) -> None:
     """TaskError unless the tests of the package as it is all come to their end, and some pass."""
     if not run.complete or not run.passed:
         failed = sorted(set(run.outcomes) - run.passed)
-        raise TaskError(package.path, 0, f"its own tests do not run here with {package.framework}: {len(run.passed)} pass"
-                        + (f", and {failed[0]} {run.outcomes[failed[0]]}" if failed else "") + ("" if run.complete else f"; they did not end within {CPU_SECONDS} s of processor time"))
+        raise TaskError(
+            package.path,
+            0,
+            f"its own tests do not run here with {package.framework}: {len(run.passed)} pass"
+            + (f", and {failed[0]} {run.outcomes[failed[0]]}" if failed else "")
+            + (
+                ""
+                if run.complete
+                else f"; they did not end within {CPU_SECONDS} s of processor time"
+            ),
+        )
 
 
 def is_sound(before: Run, after: Run) -> bool:

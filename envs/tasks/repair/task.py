@@ -39,7 +39,9 @@ ADD package.tar.gz {root}/
 """
 
 
-def repair_tasks(packages: Sequence[str] = (), count: int | None = None, seed: int = 0) -> list[HarborTask]:
+def repair_tasks(
+    packages: Sequence[str] = (), count: int | None = None, seed: int = 0
+) -> list[HarborTask]:
     """`count` tasks spread evenly over packages, and within each over the kinds of bugs. Default: all that ship here, one task of each.
 
     Raises TaskError for a package whose own tests do not pass here, and where it has not so many bugs that its tests notice; SandboxError for the machine's faults.
@@ -48,18 +50,28 @@ def repair_tasks(packages: Sequence[str] = (), count: int | None = None, seed: i
     count = len(names) if count is None else count
     loaded = [load_package(name) for name in names]
     if len({package.name for package in loaded}) < len(loaded):
-        raise TaskError(loaded[0].path, 0, f"two packages have one name among {', '.join(package.name for package in loaded)}")
+        raise TaskError(
+            loaded[0].path,
+            0,
+            f"two packages have one name among {', '.join(package.name for package in loaded)}",
+        )
     share = [count // len(loaded) + (number < count % len(loaded)) for number in range(len(loaded))]
     found = run(_all(loaded, share, seed), PROOF_SECONDS)
     return [task for row in itertools.zip_longest(*found) for task in row if task is not None]
 
 
-async def _all(packages: Sequence[Package], share: Sequence[int], seed: int) -> list[list[HarborTask]]:
+async def _all(
+    packages: Sequence[Package], share: Sequence[int], seed: int
+) -> list[list[HarborTask]]:
     gate = asyncio.Semaphore(AT_ONCE)
-    return await asyncio.gather(*(_tasks(package, count, seed, gate) for package, count in zip(packages, share)))
+    return await asyncio.gather(
+        *(_tasks(package, count, seed, gate) for package, count in zip(packages, share))
+    )
 
 
-async def _tasks(package: Package, count: int, seed: int, gate: asyncio.Semaphore) -> list[HarborTask]:
+async def _tasks(
+    package: Package, count: int, seed: int, gate: asyncio.Semaphore
+) -> list[HarborTask]:
     """The first `count` sound mutants, in the order that the seed gives."""
     found: list[HarborTask] = []
     candidates = draw(package, seed)
@@ -67,12 +79,20 @@ async def _tasks(package: Package, count: int, seed: int, gate: asyncio.Semaphor
     while len(found) < count:
         batch = list(itertools.islice(candidates, min(BATCH, 2 * (count - len(found)) + 4)))
         if not batch:
-            raise TaskError(package.path, 0, f"{len(found)} of its {tried} possible bugs are noticed by its tests, and {count} tasks are asked for; ask for fewer, or give it more tests")
+            raise TaskError(
+                package.path,
+                0,
+                f"{len(found)} of its {tried} possible bugs are noticed by its tests, and {count} tasks are asked for; ask for fewer, or give it more tests",
+            )
         tried += len(batch)
         async with gate:
             before, *runs = await run_tests(package, batch)
         check_baseline(package, before)
-        found += [make_task(package, path, edit, before, after) for (path, edit), after in zip(batch, runs) if is_sound(before, after)]
+        found += [
+            make_task(package, path, edit, before, after)
+            for (path, edit), after in zip(batch, runs)
+            if is_sound(before, after)
+        ]
     return found[:count]
 
 
@@ -92,30 +112,78 @@ def draw(package: Package, seed: int) -> Iterator[tuple[str, Edit]]:
     for row in itertools.zip_longest(*(by_operator[name] for name in sorted(by_operator))):
         row = [one for one in row if one is not None]
         rng.shuffle(row)
-        yield from (one for one in row if is_another_program(package.files[one[0]][0].decode(), one[1]))
+        yield from (
+            one for one in row if is_another_program(package.files[one[0]][0].decode(), one[1])
+        )
 
 
 def make_task(package: Package, path: str, edit: Edit, before: Run, after: Run) -> HarborTask:
     """The Harbor form of one mutant. The reference solution puts the file back."""
     original, mode = package.files[path]
     broken = edit.apply(original.decode()).encode()
-    files = {name: content for name, content in package.files.items() if name in package.tests or name.rpartition("/")[2] in RUNNER_FILES}
-    tests = judge_files(package.framework, sorted(before.passed), files, targets=package.targets, control_folder=package.control_folder, timeout=TEST_SECONDS)
+    files = {
+        name: content
+        for name, content in package.files.items()
+        if name in package.tests or name.rpartition("/")[2] in RUNNER_FILES
+    }
+    tests = judge_files(
+        package.framework,
+        sorted(before.passed),
+        files,
+        targets=package.targets,
+        control_folder=package.control_folder,
+        timeout=TEST_SECONDS,
+    )
     dockerfile = _DOCKERFILE.format(root=ROOT)
-    context = {"Dockerfile": (dockerfile.encode(), 0o644), "package.tar.gz": (pack({**package.files, path: (broken, mode)}), 0o644)}
+    context = {
+        "Dockerfile": (dockerfile.encode(), 0o644),
+        "package.tar.gz": (pack({**package.files, path: (broken, mode)}), 0o644),
+    }
     if "pytest.tar.gz" in tests:
         context["pytest.tar.gz"] = tests["pytest.tar.gz"]
         dockerfile += "ENV PYTHONPATH=/opt/pytest\nADD pytest.tar.gz /opt/pytest/\n"
         context["Dockerfile"] = (dockerfile.encode(), 0o644)
     solve = f"#!/bin/bash\ngunzip -c /solution/original.gz > '{ROOT}/{path}'\n"
-    digest = hashlib.sha256(b"\0".join([path.encode(), str(edit.start).encode(), broken])).hexdigest()[:8]
-    about = f" ({package.about[:1].lower()}{package.about[1:].rstrip('.')})" if package.about else ""
-    step = Step("task", _INSTRUCTION.format(root=ROOT, name=package.name, about=about, command=package.command), tests,
-                solution={"solve.sh": (solve.encode(), 0o755), "original.gz": (gzip.compress(original, mtime=0), 0o644)}, solve_script="solve.sh",
-                agent_timeout=AGENT_SECONDS, verifier_timeout=TEST_SECONDS + 30.0)
-    environment = Environment(context=context, dockerfile=dockerfile, dockerfile_path=package.path / "Dockerfile", network_mode="no-network", memory_mb=512)
+    digest = hashlib.sha256(
+        b"\0".join([path.encode(), str(edit.start).encode(), broken])
+    ).hexdigest()[:8]
+    about = (
+        f" ({package.about[:1].lower()}{package.about[1:].rstrip('.')})" if package.about else ""
+    )
+    step = Step(
+        "task",
+        _INSTRUCTION.format(root=ROOT, name=package.name, about=about, command=package.command),
+        tests,
+        solution={
+            "solve.sh": (solve.encode(), 0o755),
+            "original.gz": (gzip.compress(original, mtime=0), 0o644),
+        },
+        solve_script="solve.sh",
+        agent_timeout=AGENT_SECONDS,
+        verifier_timeout=TEST_SECONDS + 30.0,
+    )
+    environment = Environment(
+        context=context,
+        dockerfile=dockerfile,
+        dockerfile_path=package.path / "Dockerfile",
+        network_mode="no-network",
+        memory_mb=512,
+    )
     return HarborTask(
-        name=f"repair/{package.name}/{edit.operator}/{digest}", path=package.path, format="repair", schema_version="", environment=environment, steps=(step,),
-        category=f"repair-{edit.operator}", tags=(package.name, edit.operator),
-        metadata={"package": package.name, "operator": edit.operator, "file": path, "line": original.decode().count("\n", 0, edit.start) + 1,
-                  "fail_to_pass": sorted(before.passed - after.passed), "pass_to_pass": sorted(before.passed & after.passed)})
+        name=f"repair/{package.name}/{edit.operator}/{digest}",
+        path=package.path,
+        format="repair",
+        schema_version="",
+        environment=environment,
+        steps=(step,),
+        category=f"repair-{edit.operator}",
+        tags=(package.name, edit.operator),
+        metadata={
+            "package": package.name,
+            "operator": edit.operator,
+            "file": path,
+            "line": original.decode().count("\n", 0, edit.start) + 1,
+            "fail_to_pass": sorted(before.passed - after.passed),
+            "pass_to_pass": sorted(before.passed & after.passed),
+        },
+    )

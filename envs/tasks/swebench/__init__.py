@@ -5,4 +5,16 @@ from envs.tasks.swebench.instance import Instance, is_instance, load_instances, 
 from envs.tasks.swebench.repository import Cut, cut, patched
 from envs.tasks.swebench.task import find_repository, load_swebench, make_task
 
-__all__ = ["Cut", "Instance", "RepositoryError", "cut", "find_repository", "is_instance", "load_instances", "load_swebench", "make_task", "parse_instance", "patched"]
+__all__ = [
+    "Cut",
+    "Instance",
+    "RepositoryError",
+    "cut",
+    "find_repository",
+    "is_instance",
+    "load_instances",
+    "load_swebench",
+    "make_task",
+    "parse_instance",
+    "patched",
+]

@@ -9,7 +9,16 @@ import re
 
 from envs.tasks.rows import Row, read_rows
 
-FIELDS = ("instance_id", "repo", "base_commit", "patch", "test_patch", "problem_statement", "FAIL_TO_PASS", "PASS_TO_PASS")
+FIELDS = (
+    "instance_id",
+    "repo",
+    "base_commit",
+    "patch",
+    "test_patch",
+    "problem_statement",
+    "FAIL_TO_PASS",
+    "PASS_TO_PASS",
+)
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _NAME = re.compile(r"[\w][\w.-]*")
 _REPO = re.compile(r"[\w.-]+(?:/[\w.-]+)*")
@@ -47,21 +56,32 @@ def load_instances(file: str | pathlib.Path) -> list[Instance]:
 def parse_instance(row: Row) -> Instance:
     """Raises TaskError, naming the field."""
     texts = {name: row.text(name) for name in FIELDS[:6]}
-    optional = {name: row.text(name, "") for name in ("hints_text", "version", "environment_setup_commit", "difficulty")}
+    optional = {
+        name: row.text(name, "")
+        for name in ("hints_text", "version", "environment_setup_commit", "difficulty")
+    }
     if not _NAME.fullmatch(texts["instance_id"]) or len(texts["instance_id"]) > 200:
-        raise row.fault(f"instance_id {texts['instance_id'][:60]!r} is no name of letters, digits, '.', '_' and '-'")
+        raise row.fault(
+            f"instance_id {texts['instance_id'][:60]!r} is no name of letters, digits, '.', '_' and '-'"
+        )
     if not _REPO.fullmatch(texts["repo"]) or ".." in texts["repo"].split("/"):
-        raise row.fault(f"repo {texts['repo'][:60]!r} is neither owner/name nor a folder below that of this file")
+        raise row.fault(
+            f"repo {texts['repo'][:60]!r} is neither owner/name nor a folder below that of this file"
+        )
     for name in ("base_commit", "environment_setup_commit"):
         value = texts.get(name, optional.get(name, ""))
         if (name == "base_commit" or value) and not _COMMIT.fullmatch(value):
-            raise row.fault(f"{name} {value[:60]!r} is no full commit id (40 or 64 hexadecimal digits)")
+            raise row.fault(
+                f"{name} {value[:60]!r} is no full commit id (40 or 64 hexadecimal digits)"
+            )
     for name in ("patch", "test_patch", "problem_statement"):
         if not texts[name].strip():
             raise row.fault(f"{name} is empty")
     failing, passing = _ids(row, "FAIL_TO_PASS"), _ids(row, "PASS_TO_PASS")
     if not failing:
-        raise row.fault("FAIL_TO_PASS is empty: nothing would tell a solved instance from an unsolved one")
+        raise row.fault(
+            "FAIL_TO_PASS is empty: nothing would tell a solved instance from an unsolved one"
+        )
     if both := sorted(set(failing) & set(passing)):
         raise row.fault(f"{both[0][:100]!r} is in FAIL_TO_PASS and in PASS_TO_PASS")
     return Instance(**texts, **optional, fail_to_pass=failing, pass_to_pass=passing, source=row)
@@ -74,13 +94,25 @@ def _ids(row: Row, name: str) -> tuple[str, ...]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise row.fault(f"{name} is text, but not the JSON of a list: {str(error)[:80]}") from error
+            raise row.fault(
+                f"{name} is text, but not the JSON of a list: {str(error)[:80]}"
+            ) from error
     if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-        raise row.fault(f"{name} is a {type(value).__name__}, and must be a list of test ids, or its JSON")
+        raise row.fault(
+            f"{name} is a {type(value).__name__}, and must be a list of test ids, or its JSON"
+        )
     for one in value:
         path, separator, _ = one.partition("::")
-        if not separator or not path.endswith(".py") or path.startswith("/") or ".." in path.split("/") or any(ord(letter) < 32 for letter in one):
-            raise row.fault(f"{name}: {one[:100]!r} is no node id of pytest (tests/test_x.py::test_y); instances with another test runner cannot be graded here")
+        if (
+            not separator
+            or not path.endswith(".py")
+            or path.startswith("/")
+            or ".." in path.split("/")
+            or any(ord(letter) < 32 for letter in one)
+        ):
+            raise row.fault(
+                f"{name}: {one[:100]!r} is no node id of pytest (tests/test_x.py::test_y); instances with another test runner cannot be graded here"
+            )
         try:
             one.encode()
         except UnicodeEncodeError:

@@ -40,9 +40,18 @@ def cut(source: pathlib.Path, commit: str) -> Cut:
         target = pathlib.Path(folder, "repository")
         target.mkdir()
         format_ = "sha256" if len(commit) == 64 else "sha1"
-        git(target, "init", "-q", "--template=", "--initial-branch=main", f"--object-format={format_}")
+        git(
+            target,
+            "init",
+            "-q",
+            "--template=",
+            "--initial-branch=main",
+            f"--object-format={format_}",
+        )
         pack = git(source, "pack-objects", "--revs", "--stdout", "-q", stdin=f"{commit}\n".encode())
-        shallow = len(pack) > MAX_HISTORY_BYTES or bool(git(source, "rev-parse", "--is-shallow-repository").strip() == b"true")
+        shallow = len(pack) > MAX_HISTORY_BYTES or bool(
+            git(source, "rev-parse", "--is-shallow-repository").strip() == b"true"
+        )
         if shallow:
             pack = git(source, "pack-objects", "--stdout", "-q", stdin=_objects_of(source, commit))
             (target / ".git" / "shallow").write_text(f"{commit}\n")
@@ -58,8 +67,19 @@ def cut(source: pathlib.Path, commit: str) -> Cut:
 def _objects_of(source: pathlib.Path, commit: str) -> bytes:
     """The ids of a commit, its trees and its files."""
     tree = git(source, "rev-parse", f"{commit}^{{tree}}").strip()
-    rows = git(source, "ls-tree", "-r", "-t", "--format=%(objecttype) %(objectname)", commit).splitlines()
-    return b"\n".join([commit.encode(), tree, *(row.split()[1] for row in rows if not row.startswith(b"commit"))]) + b"\n"  # commits: submodules
+    rows = git(
+        source, "ls-tree", "-r", "-t", "--format=%(objecttype) %(objectname)", commit
+    ).splitlines()
+    return (
+        b"\n".join(
+            [
+                commit.encode(),
+                tree,
+                *(row.split()[1] for row in rows if not row.startswith(b"commit")),
+            ]
+        )
+        + b"\n"
+    )  # commits: submodules
 
 
 def _remove(path: pathlib.Path) -> None:
@@ -74,7 +94,10 @@ def _remove(path: pathlib.Path) -> None:
 def _archive(folder: pathlib.Path) -> bytes:
     """Equal trees give equal bytes: no times, no owners."""
     buffer, size = io.BytesIO(), 0
-    with gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0, compresslevel=1) as compressed, tarfile.open(fileobj=compressed, mode="w") as archive:
+    with (
+        gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0, compresslevel=1) as compressed,
+        tarfile.open(fileobj=compressed, mode="w") as archive,
+    ):
         for path in sorted(folder.rglob("*")):
             status = path.lstat()
             member = tarfile.TarInfo(path.relative_to(folder).as_posix())
@@ -87,7 +110,9 @@ def _archive(folder: pathlib.Path) -> bytes:
                 size += status.st_size
                 member.size = status.st_size
                 if size > MAX_TREE_BYTES:
-                    raise RepositoryError(f"the repository has more than {MAX_TREE_BYTES} bytes at this commit: more than an embedded sandbox holds")
+                    raise RepositoryError(
+                        f"the repository has more than {MAX_TREE_BYTES} bytes at this commit: more than an embedded sandbox holds"
+                    )
                 with open(path, "rb") as content:
                     archive.addfile(member, content)
                 continue
@@ -95,14 +120,26 @@ def _archive(folder: pathlib.Path) -> bytes:
     return buffer.getvalue()
 
 
-def patched(source: pathlib.Path, commit: str, patch: str) -> tuple[dict[str, tuple[bytes, int]], set[str]]:
+def patched(
+    source: pathlib.Path, commit: str, patch: str
+) -> tuple[dict[str, tuple[bytes, int]], set[str]]:
     """(files that the patch adds or changes, as they are after it; paths that it removes). Nothing is checked out. Raises RepositoryError."""
     with tempfile.TemporaryDirectory(prefix="swebench-") as folder:
         scratch = pathlib.Path(folder)
         (scratch / "objects").mkdir()
         git(source, "read-tree", commit, scratch=scratch)
-        git(source, "apply", "--cached", "--whitespace=nowarn", "-", stdin=patch.encode(), scratch=scratch)
-        rows = git(source, "diff-index", "--cached", "-z", "--no-renames", commit, scratch=scratch).split(b"\0")
+        git(
+            source,
+            "apply",
+            "--cached",
+            "--whitespace=nowarn",
+            "-",
+            stdin=patch.encode(),
+            scratch=scratch,
+        )
+        rows = git(
+            source, "diff-index", "--cached", "-z", "--no-renames", commit, scratch=scratch
+        ).split(b"\0")
         files, removed = {}, set()
         for row, name in zip(rows[::2], rows[1::2]):
             _, mode, _, blob, status = row.split(b" ")
@@ -110,7 +147,12 @@ def patched(source: pathlib.Path, commit: str, patch: str) -> tuple[dict[str, tu
             if status == b"D":
                 removed.add(path)
             elif mode not in (b"100644", b"100755"):
-                raise RepositoryError(f"the patch makes {path} a link or a submodule; only regular files are taken")
+                raise RepositoryError(
+                    f"the patch makes {path} a link or a submodule; only regular files are taken"
+                )
             else:
-                files[path] = (content_of(source, blob.decode(), path, scratch), 0o755 if mode == b"100755" else 0o644)
+                files[path] = (
+                    content_of(source, blob.decode(), path, scratch),
+                    0o755 if mode == b"100755" else 0o644,
+                )
     return files, removed

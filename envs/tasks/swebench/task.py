@@ -25,8 +25,17 @@ from envs.tasks.swebench.repository import cut, patched
 
 ROOT, ARCHIVE = "/testbed", "repository.tar.gz"
 AGENT_SECONDS, TEST_SECONDS, BUILD_SECONDS = 1800.0, 1200.0, 600.0
-SETTINGS = (*RUNNER_FILES, "setup.cfg", "pyproject.toml")  # of the repository: as they were at base_commit, unless the reference solution changes them
-_DIFFICULTIES = {"<15 min fix": "easy", "15 min - 1 hour": "medium", "1-4 hours": "hard", ">4 hours": "very hard"}
+SETTINGS = (
+    *RUNNER_FILES,
+    "setup.cfg",
+    "pyproject.toml",
+)  # of the repository: as they were at base_commit, unless the reference solution changes them
+_DIFFICULTIES = {
+    "<15 min fix": "easy",
+    "15 min - 1 hour": "medium",
+    "1-4 hours": "hard",
+    ">4 hours": "very hard",
+}
 _INSTRUCTION = """\
 The git repository in {root} ({repo}) has the issue below. Change its code so that the issue is resolved and nothing else breaks. Your work is checked by tests
 that you do not see; changes to tests, and to how tests are run (conftest.py, pytest.ini and the like), are undone before they run. `python3 -m pytest` runs
@@ -50,9 +59,17 @@ cd {root} && gunzip -c /solution/patch.gz | git apply --whitespace=nowarn -
 """
 
 
-def load_swebench(file: str | pathlib.Path, faults: list[TaskError] | None = None) -> list[HarborTask]:
+def load_swebench(
+    file: str | pathlib.Path, faults: list[TaskError] | None = None
+) -> list[HarborTask]:
     """A task for each row of the file. With `faults` a list, malformed rows are put there instead of raised. Raises TaskError."""
-    return collect_tasks(faults, ((row.fault, lambda row=row: make_task(parse_instance(row))) for row in read_rows(pathlib.Path(file))))
+    return collect_tasks(
+        faults,
+        (
+            (row.fault, lambda row=row: make_task(parse_instance(row)))
+            for row in read_rows(pathlib.Path(file))
+        ),
+    )
 
 
 def make_task(instance: Instance, repository: pathlib.Path | None = None) -> HarborTask:
@@ -65,22 +82,57 @@ def make_task(instance: Instance, repository: pathlib.Path | None = None) -> Har
         if git(place, "cat-file", "-t", instance.base_commit).strip() != b"commit":
             raise RepositoryError(f"{instance.base_commit} in {place} is no commit")
         tests = _tests(instance, place)
-        patched(place, instance.base_commit, instance.patch)  # that it applies is known before anybody plays
+        patched(
+            place, instance.base_commit, instance.patch
+        )  # that it applies is known before anybody plays
     except RepositoryError as error:
         raise _fault(instance, str(error)) from error
     dockerfile = _DOCKERFILE.format(root=ROOT)
-    context = _Context(instance, place, {"Dockerfile": (dockerfile.encode(), 0o644), "pytest.tar.gz": (pytest_archive(), 0o644)})
-    step = Step("task", _INSTRUCTION.format(root=ROOT, repo=instance.repo, issue=instance.problem_statement.strip()), tests,
-                solution={"solve.sh": (_SOLVE.format(root=ROOT).encode(), 0o755), "patch.gz": (gzip.compress(instance.patch.encode(), mtime=0), 0o644)},
-                solve_script="solve.sh", agent_timeout=AGENT_SECONDS, verifier_timeout=TEST_SECONDS + 60.0)
+    context = _Context(
+        instance,
+        place,
+        {"Dockerfile": (dockerfile.encode(), 0o644), "pytest.tar.gz": (pytest_archive(), 0o644)},
+    )
+    step = Step(
+        "task",
+        _INSTRUCTION.format(
+            root=ROOT, repo=instance.repo, issue=instance.problem_statement.strip()
+        ),
+        tests,
+        solution={
+            "solve.sh": (_SOLVE.format(root=ROOT).encode(), 0o755),
+            "patch.gz": (gzip.compress(instance.patch.encode(), mtime=0), 0o644),
+        },
+        solve_script="solve.sh",
+        agent_timeout=AGENT_SECONDS,
+        verifier_timeout=TEST_SECONDS + 60.0,
+    )
     source = instance.source.file if instance.source else place
-    environment = Environment(context=context, dockerfile=dockerfile, dockerfile_path=source.parent / f"{instance.instance_id}.Dockerfile", build_timeout=BUILD_SECONDS,
-                              network_mode="no-network", memory_mb=2048)
+    environment = Environment(
+        context=context,
+        dockerfile=dockerfile,
+        dockerfile_path=source.parent / f"{instance.instance_id}.Dockerfile",
+        build_timeout=BUILD_SECONDS,
+        network_mode="no-network",
+        memory_mb=2048,
+    )
     return HarborTask(
-        name=instance.instance_id, path=source, format="swebench", schema_version="", environment=environment, steps=(step,), category="swebench",
-        difficulty=_DIFFICULTIES.get(instance.difficulty, instance.difficulty), tags=(instance.repo,),
-        metadata={"repo": instance.repo, "base_commit": instance.base_commit, "version": instance.version,
-                  "environment_setup_commit": instance.environment_setup_commit})
+        name=instance.instance_id,
+        path=source,
+        format="swebench",
+        schema_version="",
+        environment=environment,
+        steps=(step,),
+        category="swebench",
+        difficulty=_DIFFICULTIES.get(instance.difficulty, instance.difficulty),
+        tags=(instance.repo,),
+        metadata={
+            "repo": instance.repo,
+            "base_commit": instance.base_commit,
+            "version": instance.version,
+            "environment_setup_commit": instance.environment_setup_commit,
+        },
+    )
 
 
 class _Context(Mapping):
@@ -111,10 +163,19 @@ class _Context(Mapping):
 def find_repository(instance: Instance) -> pathlib.Path:
     """A clone beside the file: repos/OWNER/NAME, repos/OWNER__NAME, or the folder that `repo` names; each also as NAME.git."""
     if instance.source is None:
-        raise _fault(instance, "give make_task the repository: this instance is from no file, beside which it could lie")
+        raise _fault(
+            instance,
+            "give make_task the repository: this instance is from no file, beside which it could lie",
+        )
     folder = instance.source.file.parent
-    places = [folder / "repos" / instance.repo, folder / "repos" / instance.repo.replace("/", "__"), folder / instance.repo]
-    for place in (candidate for place in places for candidate in (place, place.with_name(f"{place.name}.git"))):
+    places = [
+        folder / "repos" / instance.repo,
+        folder / "repos" / instance.repo.replace("/", "__"),
+        folder / instance.repo,
+    ]
+    for place in (
+        candidate for place in places for candidate in (place, place.with_name(f"{place.name}.git"))
+    ):
         if is_repository(place):
             return place
     raise _fault(instance, f"no clone of {instance.repo!r} is here: git clone it to {places[0]}")
@@ -128,11 +189,32 @@ def _tests(instance: Instance, repository: pathlib.Path) -> dict[str, tuple[byte
     settings = [path for path in everything if path.rsplit("/", 1)[-1] in SETTINGS]
     ids = (*instance.fail_to_pass, *instance.pass_to_pass)
     paths = sorted({one.split("::")[0] for one in ids})
-    wanted = {path for path in (*settings, *paths) if path in everything and path not in solution_files and path not in removed and path not in files}
-    files |= {path: (content_of(repository, everything[path][0], path), everything[path][1]) for path in wanted}
+    wanted = {
+        path
+        for path in (*settings, *paths)
+        if path in everything
+        and path not in solution_files
+        and path not in removed
+        and path not in files
+    }
+    files |= {
+        path: (content_of(repository, everything[path][0], path), everything[path][1])
+        for path in wanted
+    }
     if absent := [path for path in paths if path not in files and path not in solution_files]:
-        raise RepositoryError(f"{absent[0]} is named by FAIL_TO_PASS or PASS_TO_PASS, and is neither in the repository nor made by a patch")
-    return judge_files("pytest", ids, files, targets=paths, control_folder=_folder(paths[0]), keep=[*settings, *solution_files], remove=removed, timeout=TEST_SECONDS)
+        raise RepositoryError(
+            f"{absent[0]} is named by FAIL_TO_PASS or PASS_TO_PASS, and is neither in the repository nor made by a patch"
+        )
+    return judge_files(
+        "pytest",
+        ids,
+        files,
+        targets=paths,
+        control_folder=_folder(paths[0]),
+        keep=[*settings, *solution_files],
+        remove=removed,
+        timeout=TEST_SECONDS,
+    )
 
 
 def _folder(path: str) -> str:
@@ -140,4 +222,8 @@ def _folder(path: str) -> str:
 
 
 def _fault(instance: Instance, message: str) -> TaskError:
-    return instance.source.fault(f"{instance.instance_id}: {message}") if instance.source else TaskError(instance.instance_id, 0, message)
+    return (
+        instance.source.fault(f"{instance.instance_id}: {message}")
+        if instance.source
+        else TaskError(instance.instance_id, 0, message)
+    )

@@ -11,7 +11,17 @@ WIDE_FAMILIES are for larger models. FAMILY_TABLE has the domain, the difficulty
 from envs.gem import register
 from envs.tasks.terminal import families  # noqa: F401  (registers them)
 from envs.tasks.terminal.registry import DOMAINS, FAMILY_TABLE, WIDE_LIMITS, FamilyInfo
-from envs.tasks.terminal.task import EVAL_SEED_START, WORDS, Task, eval_seed, held_out_families, make_task, train_seed, training_families, wide_families
+from envs.tasks.terminal.task import (
+    EVAL_SEED_START,
+    WORDS,
+    Task,
+    eval_seed,
+    held_out_families,
+    make_task,
+    train_seed,
+    training_families,
+    wide_families,
+)
 
 FAMILIES = training_families()
 HELD_OUT_FAMILIES = held_out_families()
@@ -20,7 +30,21 @@ WIDE_FAMILIES = wide_families()
 for _name in FAMILIES + HELD_OUT_FAMILIES:
     register(f"terminal/{_name}", "envs.tasks.terminal.env:TerminalEnv", family=_name)
 for _name in WIDE_FAMILIES:
-    register(f"terminal/{_name}", "envs.tasks.terminal.env:TerminalEnv", family=_name, **WIDE_LIMITS)
+    register(
+        f"terminal/{_name}", "envs.tasks.terminal.env:TerminalEnv", family=_name, **WIDE_LIMITS
+    )
 
-__all__ = ["DOMAINS", "EVAL_SEED_START", "FAMILIES", "FAMILY_TABLE", "FamilyInfo", "HELD_OUT_FAMILIES", "Task", "WIDE_FAMILIES", "WORDS", "eval_seed",
-           "make_task", "train_seed"]
+__all__ = [
+    "DOMAINS",
+    "EVAL_SEED_START",
+    "FAMILIES",
+    "FAMILY_TABLE",
+    "FamilyInfo",
+    "HELD_OUT_FAMILIES",
+    "Task",
+    "WIDE_FAMILIES",
+    "WORDS",
+    "eval_seed",
+    "make_task",
+    "train_seed",
+]

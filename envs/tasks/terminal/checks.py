@@ -62,7 +62,10 @@ def permissions(path: str, octal: int) -> str:
 
 def archive(path: str, files: dict[str, str]) -> list[str]:
     """A gzipped tar of exactly these files, name -> text."""
-    return [_call("archive", path, "\n".join(sorted(files))), *(_call("archived", path, name, text.rstrip("\n")) for name, text in files.items())]
+    return [
+        _call("archive", path, "\n".join(sorted(files))),
+        *(_call("archived", path, name, text.rstrip("\n")) for name, text in files.items()),
+    ]
 
 
 def json_holds(path: str, value: Any) -> str:

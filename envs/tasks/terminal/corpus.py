@@ -24,20 +24,30 @@ async def expert_episodes(families: tuple[str, ...], episodes: int) -> list[Expe
     """`episodes` expert episodes of each family on training seeds, some with mistakes."""
     config = SandboxConfig(isolation="best_available")
     return [
-        await run_expert(TerminalEnv(f"{family}/{seed}", config), random.Random(f"corpus/{family}/{seed}"), ERROR_RATE)
+        await run_expert(
+            TerminalEnv(f"{family}/{seed}", config),
+            random.Random(f"corpus/{family}/{seed}"),
+            ERROR_RATE,
+        )
         for family in families
         for seed in range(episodes)
     ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--episodes", type=int, default=60)
     arguments = parser.parse_args()
     episodes = asyncio.run(expert_episodes(FAMILIES + HELD_OUT_FAMILIES, arguments.episodes))
-    arguments.out.write_text("".join(json.dumps(dataclasses.asdict(episode)) + "\n" for episode in episodes))
-    print(f"{len(episodes)} episodes, mean reward {sum(episode.reward for episode in episodes) / len(episodes):.3f}, in {arguments.out}")
+    arguments.out.write_text(
+        "".join(json.dumps(dataclasses.asdict(episode)) + "\n" for episode in episodes)
+    )
+    print(
+        f"{len(episodes)} episodes, mean reward {sum(episode.reward for episode in episodes) / len(episodes):.3f}, in {arguments.out}"
+    )
 
 
 if __name__ == "__main__":

@@ -11,10 +11,22 @@ from envs.tasks.terminal.env import TerminalEnv
 
 FINAL_TURN = "done"
 MISSPELT = {
-    "cat": "cta", "grep": "gerp", "echo": "ehco", "sort": "srot", "sed": "sde", "find": "fidn", "chmod": "chomd", "mkdir": "mkidr",
-    "ls": "lls", "mv": "mvv", "rm": "rmm", "cp": "ccp",
+    "cat": "cta",
+    "grep": "gerp",
+    "echo": "ehco",
+    "sort": "srot",
+    "sed": "sde",
+    "find": "fidn",
+    "chmod": "chomd",
+    "mkdir": "mkidr",
+    "ls": "lls",
+    "mv": "mvv",
+    "rm": "rmm",
+    "cp": "ccp",
 }
-_READ_FILE = re.compile(r"(?<!> )\b(?P<name>[a-z]+)\.(?:txt|log|sh|conf)\b")  # a file that the command reads; "*.txt" and "> out.txt" are none
+_READ_FILE = re.compile(
+    r"(?<!> )\b(?P<name>[a-z]+)\.(?:txt|log|sh|conf)\b"
+)  # a file that the command reads; "*.txt" and "> out.txt" are none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,23 +51,29 @@ class ExpertEpisode:
 def mistaken(command: str, rng: random.Random) -> str:
     """The command as a hurried person types it: the program misspelt, or the extension of a file forgotten. It fails and harms nothing."""
     program = command.split()[0]
-    if program not in MISSPELT or re.search(r"[|;\n]|<<|\$\((?!\()", command):  # of a longer command just its beginning: the rest would still run
+    if program not in MISSPELT or re.search(
+        r"[|;\n]|<<|\$\((?!\()", command
+    ):  # of a longer command just its beginning: the rest would still run
         begin = re.split(r"[|;&<>\n]", command)[0].split()
         return " ".join([program + program[-1], *begin[1:]])
     candidates = [command.replace(program, MISSPELT[program], 1)]
     named = _READ_FILE.search(command)
     if named and program != "echo":
-        candidates.append(command[:named.start()] + named["name"] + command[named.end():])
+        candidates.append(command[: named.start()] + named["name"] + command[named.end() :])
     return rng.choice(candidates)
 
 
-async def run_expert(env: TerminalEnv, rng: random.Random, error_rate: float = 0.0, seed: int | None = None) -> ExpertEpisode:
+async def run_expert(
+    env: TerminalEnv, rng: random.Random, error_rate: float = 0.0, seed: int | None = None
+) -> ExpertEpisode:
     """Plays one episode. With probability `error_rate` one command, drawn at random, is first sent with a mistake.
 
     Raises SandboxError when the environment gives no sandbox; an episode that ends as infra_* comes back with this ending.
     """
     instruction, _ = await env.areset(seed=seed)
-    wrong_turn = rng.choice([1, 2]) if rng.random() < error_rate else 0  # every expert has two commands or more
+    wrong_turn = (
+        rng.choice([1, 2]) if rng.random() < error_rate else 0
+    )  # every expert has two commands or more
     turns: list[ExpertTurn] = []
 
     async def say(text: str) -> tuple[str, float, bool, str]:
@@ -64,7 +82,14 @@ async def run_expert(env: TerminalEnv, rng: random.Random, error_rate: float = 0
         return observation, reward, terminated or truncated, info.get("ending", "")
 
     try:
-        expert, observation, number, ended, reward, ending = env.task.expert(), None, 0, False, 0.0, ""
+        expert, observation, number, ended, reward, ending = (
+            env.task.expert(),
+            None,
+            0,
+            False,
+            0.0,
+            "",
+        )
         while not ended:
             try:
                 command = next(expert) if observation is None else expert.send(observation)
@@ -73,9 +98,13 @@ async def run_expert(env: TerminalEnv, rng: random.Random, error_rate: float = 0
                 break
             number += 1
             if number == wrong_turn:
-                _, reward, ended, ending = await say(format_tool_call("bash", {"command": mistaken(command, rng)}))
+                _, reward, ended, ending = await say(
+                    format_tool_call("bash", {"command": mistaken(command, rng)})
+                )
             if not ended:
-                observation, reward, ended, ending = await say(format_tool_call("bash", {"command": command}))
+                observation, reward, ended, ending = await say(
+                    format_tool_call("bash", {"command": command})
+                )
     finally:
         await env.aclose()
     return ExpertEpisode(env.task.name, env.task.family, instruction, turns, reward, ending)

@@ -11,12 +11,27 @@ from envs.gem import Info, StepResult, format_tool_call
 from envs.rock import Sandbox, SandboxConfig, SandboxError, Snapshot
 from envs.rock.sync import run
 from envs.tasks.terminal.reward import VerifierError, parse_reward
-from envs.tasks.terminal.shell import BASH_TOOL, CALL_TIMEOUT_S, MAX_COMMAND_BYTES, ShellEnv, read_command, tier_environment, trim
+from envs.tasks.terminal.shell import (
+    BASH_TOOL,
+    CALL_TIMEOUT_S,
+    MAX_COMMAND_BYTES,
+    ShellEnv,
+    read_command,
+    tier_environment,
+    trim,
+)
 from envs.tasks.terminal.task import Task, make_task
 
 VERIFIER_TIMEOUT_S = 10.0
 SETUP_TIMEOUT_S = 20.0
-__all__ = ["BASH_TOOL", "MAX_COMMAND_BYTES", "MissingProgramsError", "TerminalEnv", "read_command", "trim"]
+__all__ = [
+    "BASH_TOOL",
+    "MAX_COMMAND_BYTES",
+    "MissingProgramsError",
+    "TerminalEnv",
+    "read_command",
+    "trim",
+]
 
 
 class MissingProgramsError(SandboxError):
@@ -45,11 +60,21 @@ class TerminalEnv(ShellEnv):
     grading_seconds = VERIFIER_TIMEOUT_S
 
     def __init__(
-        self, task: Task | str | None = None, sandbox_config: SandboxConfig | None = None, *, family: str | None = None, seed: int = 0,
-        max_turns: int = 6, command_timeout: float = 5.0, max_observation_chars: int = 200, max_malformed: int = 3,
+        self,
+        task: Task | str | None = None,
+        sandbox_config: SandboxConfig | None = None,
+        *,
+        family: str | None = None,
+        seed: int = 0,
+        max_turns: int = 6,
+        command_timeout: float = 5.0,
+        max_observation_chars: int = 200,
+        max_malformed: int = 3,
     ) -> None:
         if (task is None) == (family is None):
-            raise ValueError(f"TerminalEnv got task={task!r} and family={family!r}; give exactly one of them")
+            raise ValueError(
+                f"TerminalEnv got task={task!r} and family={family!r}; give exactly one of them"
+            )
         if isinstance(task, str):
             family, seed = _split_name(task)
         self._fixed_task = task if isinstance(task, Task) else None
@@ -73,8 +98,14 @@ class TerminalEnv(ShellEnv):
         Raises SandboxError while a command of the episode runs, or where the backend keeps no snapshots.
         """
         settings: dict[str, Any] = dict(
-            task=self._fixed_task, family=self._family, seed=self._seed, sandbox_config=self._sandbox_config, max_turns=self._max_turns,
-            command_timeout=self._command_timeout, max_observation_chars=self._max_observation_chars, max_malformed=self._max_malformed,
+            task=self._fixed_task,
+            family=self._family,
+            seed=self._seed,
+            sandbox_config=self._sandbox_config,
+            max_turns=self._max_turns,
+            command_timeout=self._command_timeout,
+            max_observation_chars=self._max_observation_chars,
+            max_malformed=self._max_malformed,
         )
         copy = TerminalEnv(**{**settings, **kwargs})
         if same_state:
@@ -89,13 +120,19 @@ class TerminalEnv(ShellEnv):
         """The running episode as it is now; any number of environments of this task may go on from it. Raises SandboxError as `Sandbox.snapshot`."""
         if self._over:
             raise SandboxError(f"there is no running episode of {self.name} to keep; reset first")
-        return TerminalSnapshot(self.task, await self._sandbox.snapshot(), (self._turns, self._calls, self._good_calls, self._malformed_in_a_row))
+        return TerminalSnapshot(
+            self.task,
+            await self._sandbox.snapshot(),
+            (self._turns, self._calls, self._good_calls, self._malformed_in_a_row),
+        )
 
     async def arestore(self, snapshot: TerminalSnapshot) -> tuple[str, Info]:
         """As `areset`, but the episode goes on where `snapshot` was taken. Raises SandboxError when there is no sandbox to be had."""
         await self.aclose()
         self.task = snapshot.task
-        self._sandbox = Sandbox(dataclasses.replace(self._sandbox_config, label=self.task.name), snapshot.files)
+        self._sandbox = Sandbox(
+            dataclasses.replace(self._sandbox_config, label=self.task.name), snapshot.files
+        )
         try:
             await self._sandbox.start()
         except BaseException:
@@ -103,7 +140,12 @@ class TerminalEnv(ShellEnv):
             raise
         self._begin()
         self._turns, self._calls, self._good_calls, self._malformed_in_a_row = snapshot.counts
-        return self.task.instruction, {"task": self.task.name, "family": self.task.family, "seed": self.task.seed, "tools": self.tools}
+        return self.task.instruction, {
+            "task": self.task.name,
+            "family": self.task.family,
+            "seed": self.task.seed,
+            "tools": self.tools,
+        }
 
     # -- the episode ---------------------------------------------------------------------------------------------------------------
 
@@ -122,7 +164,12 @@ class TerminalEnv(ShellEnv):
             await self.aclose()
             raise
         self._begin()
-        return self.task.instruction, {"task": self.task.name, "family": self.task.family, "seed": self.task.seed, "tools": self.tools}
+        return self.task.instruction, {
+            "task": self.task.name,
+            "family": self.task.family,
+            "seed": self.task.seed,
+            "tools": self.tools,
+        }
 
     # -- grading -----------------------------------------------------------------------------------------------------------------------
 
@@ -130,13 +177,25 @@ class TerminalEnv(ShellEnv):
         """The verifier's word. Files that make it wait were made by the agent, so a timeout is a failure, not a fault of the house."""
         verdict = await self._sandbox.verify(self.task.verifier, timeout=VERIFIER_TIMEOUT_S)
         if verdict.timed_out:
-            return await self._end("failure", info, note=f"verifier of {self.task.name} was stopped after {VERIFIER_TIMEOUT_S:g} s")
+            return await self._end(
+                "failure",
+                info,
+                note=f"verifier of {self.task.name} was stopped after {VERIFIER_TIMEOUT_S:g} s",
+            )
         try:
             reward = parse_reward(verdict.stdout, self.task.name)
         except VerifierError as error:
-            if self.task.runs_agent_code:  # a program of the agent's that kills its grader must not hide the failure
-                return await self._end("failure", info, note=f"{error}; what the agent wrote ran inside it")
-            return await self._end("infra_verifier", info, note=f"{error} (exit {verdict.exit_code}, stderr {verdict.stderr[-200:]!r})")
+            if (
+                self.task.runs_agent_code
+            ):  # a program of the agent's that kills its grader must not hide the failure
+                return await self._end(
+                    "failure", info, note=f"{error}; what the agent wrote ran inside it"
+                )
+            return await self._end(
+                "infra_verifier",
+                info,
+                note=f"{error} (exit {verdict.exit_code}, stderr {verdict.stderr[-200:]!r})",
+            )
         return await self._end("success" if reward == 1.0 else "failure", info, reward=reward)
 
     def _next_task(self, seed: int | None) -> Task:
@@ -152,13 +211,21 @@ async def prepare(sandbox: Sandbox, task: Task) -> None:
     if not task.programs and not task.setup:
         return
     wanted = " ".join(shlex.quote(program) for program in task.programs)
-    result = await sandbox.execute(f"for p in {wanted}; do command -v $p > /dev/null || echo $p; done", timeout=SETUP_TIMEOUT_S)
+    result = await sandbox.execute(
+        f"for p in {wanted}; do command -v $p > /dev/null || echo $p; done", timeout=SETUP_TIMEOUT_S
+    )
     if missing := result.stdout.split():
-        raise MissingProgramsError(f"task {task.name} needs {', '.join(missing)}, which the sandbox lacks; install it or leave out family {task.family!r}")
+        raise MissingProgramsError(
+            f"task {task.name} needs {', '.join(missing)}, which the sandbox lacks; install it or leave out family {task.family!r}"
+        )
     if task.setup:
-        result = await sandbox.execute(f"set -e\n{task.setup}", timeout=SETUP_TIMEOUT_S, env=tier_environment(sandbox))
+        result = await sandbox.execute(
+            f"set -e\n{task.setup}", timeout=SETUP_TIMEOUT_S, env=tier_environment(sandbox)
+        )
         if result.exit_code != 0:
-            raise SandboxError(f"setup of task {task.name} ended with exit {result.exit_code}: {result.stderr[-300:]!r}")
+            raise SandboxError(
+                f"setup of task {task.name} ended with exit {result.exit_code}: {result.stderr[-300:]!r}"
+            )
 
 
 def _split_name(name: str) -> tuple[str, int]:

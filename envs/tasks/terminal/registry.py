@@ -13,7 +13,10 @@ from envs.tasks.terminal import checks
 from envs.tasks.terminal.task import Draw, Family, Plan, add_family
 
 DOMAINS = ("files", "text", "data", "debugging", "system", "software")
-WIDE_LIMITS = {"max_turns": 16, "max_observation_chars": 2000}  # of TerminalEnv, for families whose files are more than a few words
+WIDE_LIMITS = {
+    "max_turns": 16,
+    "max_observation_chars": 2000,
+}  # of TerminalEnv, for families whose files are more than a few words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +32,11 @@ FAMILY_TABLE: dict[str, FamilyInfo] = {
     name: FamilyInfo(domain, difficulty)
     for domain, difficulty, names in (
         ("files", 1, "find rename delete_named delete_empty move find_delete"),
-        ("text", 1, "line count filter replace append combine drop lookup note_count note_filter find_append"),
+        (
+            "text",
+            1,
+            "line count filter replace append combine drop lookup note_count note_filter find_append",
+        ),
         ("data", 1, "extreme sum largest_file"),
         ("debugging", 1, "typo path"),
         ("system", 1, "chmod config"),
@@ -39,14 +46,17 @@ FAMILY_TABLE: dict[str, FamilyInfo] = {
 }
 
 
-def wide_family(name: str, domain: str, difficulty: int, *programs: str, runs_agent_code: bool = False) -> Callable[[Callable[[Draw], Plan]],
-    Callable[[Draw], Plan]]:
+def wide_family(
+    name: str, domain: str, difficulty: int, *programs: str, runs_agent_code: bool = False
+) -> Callable[[Callable[[Draw], Plan]], Callable[[Draw], Plan]]:
     """Registers a wide family. `programs` are refused by name where the sandbox lacks them.
 
     runs_agent_code: its verifier runs what the agent wrote, so a verifier that dies counts as the agent's failure.
     """
     if domain not in DOMAINS or not 1 <= difficulty <= 5:
-        raise ValueError(f"family {name!r} has domain {domain!r} and difficulty {difficulty}; domains are {', '.join(DOMAINS)}, difficulties 1 to 5")
+        raise ValueError(
+            f"family {name!r} has domain {domain!r} and difficulty {difficulty}; domains are {', '.join(DOMAINS)}, difficulties 1 to 5"
+        )
 
     def add(build: Callable[[Draw], Plan]) -> Callable[[Draw], Plan]:
         def with_prelude(draw: Draw) -> Plan:

@@ -17,5 +17,7 @@ def parse_reward(text: str, task: str) -> float:
     except ValueError:
         reward = math.nan
     if not math.isfinite(reward) or not 0.0 <= reward <= 1.0:
-        raise VerifierError(f"verifier of {task} printed {printed[:60]!r}; its last line must be a number from 0 to 1")
+        raise VerifierError(
+            f"verifier of {task} printed {printed[:60]!r}; its last line must be a number from 0 to 1"
+        )
     return reward

@@ -9,12 +9,24 @@ from __future__ import annotations
 import abc
 import time
 
-from envs.gem import Env, Info, StepResult, ToolCall, ToolCallError, format_tool_call, parse_tool_calls
+from envs.gem import (
+    Env,
+    Info,
+    StepResult,
+    ToolCall,
+    ToolCallError,
+    format_tool_call,
+    parse_tool_calls,
+)
 from envs.rock import CommandResult, Sandbox, SandboxError
 from envs.rock.sync import run
 
-MAX_COMMAND_BYTES = 32_768  # Linux refuses a single argument of 128 KiB; a command this long is a mistake
-CALL_TIMEOUT_S = 60.0  # a synchronous reset, step or close beyond the time its command and verifier may take
+MAX_COMMAND_BYTES = (
+    32_768  # Linux refuses a single argument of 128 KiB; a command this long is a mistake
+)
+CALL_TIMEOUT_S = (
+    60.0  # a synchronous reset, step or close beyond the time its command and verifier may take
+)
 # Where commands may not read /etc at all (the landlock tier), git and node take that for an error unless they are told not to look.
 WITHOUT_ETC = {"GIT_CONFIG_NOSYSTEM": "1", "OPENSSL_CONF": "/dev/null"}
 BASH_TOOL = {
@@ -22,7 +34,11 @@ BASH_TOOL = {
     "function": {
         "name": "bash",
         "description": "Run a command in a shell and get its output. Each call starts a new shell in the workspace.",
-        "parameters": {"type": "object", "properties": {"command": {"type": "string", "description": "The command to run."}}, "required": ["command"]},
+        "parameters": {
+            "type": "object",
+            "properties": {"command": {"type": "string", "description": "The command to run."}},
+            "required": ["command"],
+        },
     },
 }
 
@@ -33,7 +49,9 @@ class ShellEnv(Env):
     tools = [BASH_TOOL]
     grading_seconds = 0.0  # that `_verify` may take
 
-    def __init__(self, max_turns: int, command_timeout: float, max_observation_chars: int, max_malformed: int) -> None:
+    def __init__(
+        self, max_turns: int, command_timeout: float, max_observation_chars: int, max_malformed: int
+    ) -> None:
         self._max_turns, self._command_timeout = max_turns, command_timeout
         self._max_observation_chars, self._max_malformed = max_observation_chars, max_malformed
         self._sandbox: Sandbox | None = None
@@ -57,7 +75,9 @@ class ShellEnv(Env):
         self._over = False
 
     async def _execute(self, command: str) -> CommandResult:
-        return await self._sandbox.execute(command, timeout=self._command_timeout, env=tier_environment(self._sandbox))
+        return await self._sandbox.execute(
+            command, timeout=self._command_timeout, env=tier_environment(self._sandbox)
+        )
 
     # -- the synchronous face ------------------------------------------------------------------------------------------------------
 
@@ -65,7 +85,9 @@ class ShellEnv(Env):
         return run(self.areset(seed), CALL_TIMEOUT_S)
 
     def step(self, action: str) -> StepResult:
-        return run(self.astep(action), CALL_TIMEOUT_S + self._command_timeout + self.grading_seconds)
+        return run(
+            self.astep(action), CALL_TIMEOUT_S + self._command_timeout + self.grading_seconds
+        )
 
     def close(self) -> None:
         run(self.aclose(), CALL_TIMEOUT_S)
@@ -80,14 +102,25 @@ class ShellEnv(Env):
             raise RuntimeError(f"episode of {self.name} is over or not begun; call reset()")
         began = time.monotonic()
         self._turns += 1
-        info: Info = {"step_counter": self._turns, "parsed_action": action, "tool_type": None, "use_tool": False, "status": "ok", "exit_code": None,
-                      "network_denials": 0}
+        info: Info = {
+            "step_counter": self._turns,
+            "parsed_action": action,
+            "tool_type": None,
+            "use_tool": False,
+            "status": "ok",
+            "exit_code": None,
+            "network_denials": 0,
+        }
         try:
             result = await self._turn(action, info)
         except SandboxError as error:
             info["status"] = "infra"
             result = await self._end("infra_sandbox", info, note=f"{type(error).__name__}: {error}")
-        info.update(seconds=time.monotonic() - began, tool_use_counter=self._calls, tool_success_counter=self._good_calls)
+        info.update(
+            seconds=time.monotonic() - began,
+            tool_use_counter=self._calls,
+            tool_success_counter=self._good_calls,
+        )
         return result
 
     async def aclose(self) -> None:
@@ -106,11 +139,18 @@ class ShellEnv(Env):
         self._malformed_in_a_row = 0
         if command is None:
             return await self._verify(info)
-        info.update(parsed_action=command, tool_type="bash", tool_arguments={"command": command}, use_tool=True)
+        info.update(
+            parsed_action=command,
+            tool_type="bash",
+            tool_arguments={"command": command},
+            use_tool=True,
+        )
         self._calls += 1
         result = await self._execute(command)
         info["exit_code"], info["network_denials"] = result.exit_code, result.network_denials
-        info["status"] = "timeout" if result.timed_out else "tool_error" if result.exit_code != 0 else "ok"
+        info["status"] = (
+            "timeout" if result.timed_out else "tool_error" if result.exit_code != 0 else "ok"
+        )
         self._good_calls += info["status"] == "ok"
         return await self._observe(self._describe(result), info)
 
@@ -118,7 +158,11 @@ class ShellEnv(Env):
         info["status"] = "malformed"
         self._malformed_in_a_row += 1
         if self._malformed_in_a_row >= self._max_malformed:
-            return await self._end("malformed", info, note=f"{self._malformed_in_a_row} malformed tool calls in a row; the last: {message}")
+            return await self._end(
+                "malformed",
+                info,
+                note=f"{self._malformed_in_a_row} malformed tool calls in a row; the last: {message}",
+            )
         return await self._observe(trim(message, self._max_observation_chars), info)
 
     async def _observe(self, observation: str, info: Info) -> StepResult:
@@ -129,7 +173,15 @@ class ShellEnv(Env):
     async def _out_of_turns(self, observation: str, info: Info) -> StepResult:
         return await self._end("truncated_turns", info, observation, truncated=True)
 
-    async def _end(self, ending: str, info: Info, observation: str = "", reward: float = 0.0, truncated: bool = False, note: str = "") -> StepResult:
+    async def _end(
+        self,
+        ending: str,
+        info: Info,
+        observation: str = "",
+        reward: float = 0.0,
+        truncated: bool = False,
+        note: str = "",
+    ) -> StepResult:
         info.update(ending=ending, note=note)
         await self.aclose()
         return observation, reward, not truncated, truncated, info
@@ -138,7 +190,11 @@ class ShellEnv(Env):
 
     def _describe(self, result: CommandResult) -> str:
         """What the model sees of a command: its output, cut to size, and how it ended where that was not well."""
-        output = trim((result.stdout + result.stderr).rstrip("\n"), self._max_observation_chars, sum(result.cut))
+        output = trim(
+            (result.stdout + result.stderr).rstrip("\n"),
+            self._max_observation_chars,
+            sum(result.cut),
+        )
         if result.timed_out:
             return f"{output}\n[timeout]".lstrip("\n")
         if result.exit_code != 0:

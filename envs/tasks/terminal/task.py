@@ -18,7 +18,12 @@ COLOURS = "red blue green gold pink gray black white brown".split()
 ANIMALS = "dog fox owl bear wolf frog duck goat lion crow deer hen bee pig horse sheep mouse tiger".split()
 THINGS = "apple lamp door book tree rock river cloud moon ship cup hat bell key leaf rain snow fire sand wind hill lake milk salt rice corn plum ring rope road table chair".split()
 WORDS = COLOURS + ANIMALS + THINGS
-INPUTS = ("data.txt", "list.txt", "log.txt", "items.txt")  # files that a task reads; the others are named by words
+INPUTS = (
+    "data.txt",
+    "list.txt",
+    "log.txt",
+    "items.txt",
+)  # files that a task reads; the others are named by words
 
 EVAL_SEED_START = 1_000_000  # seeds below are for training, seeds from here on for evaluation
 
@@ -50,14 +55,18 @@ class Task:
     expert: Callable[[], Expert] = dataclasses.field(compare=False, repr=False)
     setup: str = ""
     programs: tuple[str, ...] = ()  # what the sandbox must have beyond bash and coreutils
-    runs_agent_code: bool = False  # a verifier that is killed while it runs what the agent wrote was killed by that
+    runs_agent_code: bool = (
+        False  # a verifier that is killed while it runs what the agent wrote was killed by that
+    )
 
 
 class Draw:
     """Random choices of one task. Words are drawn without replacement: two names in one task never coincide."""
 
     def __init__(self, family: str, seed: int) -> None:
-        self.rng = random.Random(f"{family}/{seed}")  # a text seed goes through SHA-512, so it is the same in every process
+        self.rng = random.Random(
+            f"{family}/{seed}"
+        )  # a text seed goes through SHA-512, so it is the same in every process
         self._words = self.rng.sample(WORDS, len(WORDS))
         self._inputs = self.rng.sample(INPUTS, len(INPUTS))
 
@@ -126,6 +135,7 @@ def lines(*rows: str) -> str:
 
 # -- the families --------------------------------------------------------------------------------------------------------------------
 
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """A registered generator. `kind` is "training" or "held_out" for the tiny model's curriculum, "wide" for the families beyond it."""
@@ -145,7 +155,9 @@ def add_family(name: str, entry: Family) -> None:
     _families[name] = entry
 
 
-def family(name: str, held_out: bool = False) -> Callable[[Callable[[Draw], Plan]], Callable[[Draw], Plan]]:
+def family(
+    name: str, held_out: bool = False
+) -> Callable[[Callable[[Draw], Plan]], Callable[[Draw], Plan]]:
     """Registers a family. A held-out one is never trained on: it asks for a new composition of what the others teach."""
 
     def add(build: Callable[[Draw], Plan]) -> Callable[[Draw], Plan]:
@@ -174,7 +186,9 @@ def _of_kind(kind: str) -> tuple[str, ...]:
 def train_seed(index: int) -> int:
     """The index-th seed for training, 0 .. 999,999."""
     if not 0 <= index < EVAL_SEED_START:
-        raise ValueError(f"training seed {index} is outside 0..{EVAL_SEED_START - 1}; larger ones are kept for evaluation")
+        raise ValueError(
+            f"training seed {index} is outside 0..{EVAL_SEED_START - 1}; larger ones are kept for evaluation"
+        )
     return index
 
 
@@ -191,10 +205,19 @@ def make_task(family: str, seed: int) -> Task:
         raise ValueError(f"task family {family!r} is unknown; known: {', '.join(_families)}")
     entry = _families[family]
     plan = entry.build(Draw(family, seed))
-    files = {path: content if isinstance(content, tuple) else (content, 0o644) for path, content in plan.files.items()}
+    files = {
+        path: content if isinstance(content, tuple) else (content, 0o644)
+        for path, content in plan.files.items()
+    }
     return Task(
-        name=f"{family}/{seed}", family=family, seed=seed, instruction=plan.instruction,
+        name=f"{family}/{seed}",
+        family=family,
+        seed=seed,
+        instruction=plan.instruction,
         files={path: (text.encode(), permissions) for path, (text, permissions) in files.items()},
         verifier=_PRELUDE + lines(*plan.checks, "echo 1"),
-        expert=plan.expert, setup=plan.setup, programs=entry.programs, runs_agent_code=entry.runs_agent_code,
+        expert=plan.expert,
+        setup=plan.setup,
+        programs=entry.programs,
+        runs_agent_code=entry.runs_agent_code,
     )

@@ -23,8 +23,20 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from rome.model.hf import files as hf_files
 from rome.model.config import ModelConfig
-from rome.model.hf.files import MAX_SHARD_BYTES, CheckpointReader, CheckpointWriter, file_dtype, in_threads
-from rome.model.hf.names import Tensor, checkpoint_tensors, expected_tensors, leaf_at, parameter_shapes
+from rome.model.hf.files import (
+    MAX_SHARD_BYTES,
+    CheckpointReader,
+    CheckpointWriter,
+    file_dtype,
+    in_threads,
+)
+from rome.model.hf.names import (
+    Tensor,
+    checkpoint_tensors,
+    expected_tensors,
+    leaf_at,
+    parameter_shapes,
+)
 from rome.model.sharding import in_turn
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -32,11 +44,19 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 def read_config(directory: str | pathlib.Path, **overrides: Any) -> ModelConfig:
     """The model of a checkpoint directory. `overrides` are ModelConfig fields that config.json does not hold, such as remat="none"."""
-    return ModelConfig.from_hf(hf_files.read_json(pathlib.Path(directory) / "config.json"), **overrides)
+    return ModelConfig.from_hf(
+        hf_files.read_json(pathlib.Path(directory) / "config.json"), **overrides
+    )
 
 
-def load_hf(directory: str | pathlib.Path, dtype: Any = jnp.float32, shardings: Any = None, *, progress: Progress | None = None,
-            **overrides: Any) -> tuple[Any, ModelConfig]:
+def load_hf(
+    directory: str | pathlib.Path,
+    dtype: Any = jnp.float32,
+    shardings: Any = None,
+    *,
+    progress: Progress | None = None,
+    **overrides: Any,
+) -> tuple[Any, ModelConfig]:
     """Reads a checkpoint directory into parameters of `dtype`, stacked over layers.
 
     Missing, unknown and mis-shaped tensors are one error that lists them, before any is read.
@@ -51,7 +71,14 @@ def load_hf(directory: str | pathlib.Path, dtype: Any = jnp.float32, shardings: 
     config = read_config(directory, **overrides)
     with open_checkpoint(directory, config) as reader:
         arrays = _arrays(config, dtype, shardings)
-        jobs = sorted(_reads(config, arrays, reader), key=lambda job: (reader.tensors[job.tensor.name].path, reader.tensors[job.tensor.name].offset, job.start))
+        jobs = sorted(
+            _reads(config, arrays, reader),
+            key=lambda job: (
+                reader.tensors[job.tensor.name].path,
+                reader.tensors[job.tensor.name].offset,
+                job.start,
+            ),
+        )
         count = _Counter(progress, sum(job.bytes for job in jobs))
 
         def run(job: _Read) -> None:
@@ -68,8 +95,15 @@ def load_hf(directory: str | pathlib.Path, dtype: Any = jnp.float32, shardings: 
     return params, config
 
 
-def save_hf(params: Any, config: ModelConfig, directory: str | pathlib.Path, dtype: Any = None, max_shard_bytes: int = MAX_SHARD_BYTES, *,
-            progress: Progress | None = None) -> None:
+def save_hf(
+    params: Any,
+    config: ModelConfig,
+    directory: str | pathlib.Path,
+    dtype: Any = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    *,
+    progress: Progress | None = None,
+) -> None:
     """Writes config.json and model.safetensors, or several shards and their index where one would exceed max_shard_bytes.
 
     A checkpoint that is already in `directory` is removed first, and the new one is there only when all of it is: to publish while someone
@@ -84,16 +118,29 @@ def save_hf(params: Any, config: ModelConfig, directory: str | pathlib.Path, dty
     dtype = file_dtype(dtype or jnp.float32)
     tensors = checkpoint_tensors(config)
     _check_parameters(params, config)
-    writer = CheckpointWriter(pathlib.Path(directory), {tensor.name: tensor.shape for tensor in tensors}, dtype, max_shard_bytes,
-                              jax.process_index(), jax.process_count())
+    writer = CheckpointWriter(
+        pathlib.Path(directory),
+        {tensor.name: tensor.shape for tensor in tensors},
+        dtype,
+        max_shard_bytes,
+        jax.process_index(),
+        jax.process_count(),
+    )
     spelled = config.to_hf() | {"dtype": dtype.name, "torch_dtype": dtype.name}
     write_checkpoint(writer, _cut_all(params, tensors, writer), spelled, progress)
 
 
-Block = tuple[str, int, Callable[[], np.ndarray]]  # tensor, first row, what brings the rows to the host
+Block = tuple[
+    str, int, Callable[[], np.ndarray]
+]  # tensor, first row, what brings the rows to the host
 
 
-def write_checkpoint(writer: CheckpointWriter, blocks: Iterator[Block], config: dict[str, Any], progress: Progress | None = None) -> None:
+def write_checkpoint(
+    writer: CheckpointWriter,
+    blocks: Iterator[Block],
+    config: dict[str, Any],
+    progress: Progress | None = None,
+) -> None:
     """Takes a writer from an empty directory to a whole checkpoint. `blocks` is drawn in this thread, what it brings is called in others."""
     several = jax.process_count() > 1
     wait_for_all = multihost_utils.sync_global_devices if several else lambda name: None
@@ -120,7 +167,9 @@ def write_checkpoint(writer: CheckpointWriter, blocks: Iterator[Block], config: 
         writer.close()
 
 
-def named_tensors(params: Any, config: ModelConfig, only: str | None = None) -> Iterator[tuple[str, np.ndarray]]:
+def named_tensors(
+    params: Any, config: ModelConfig, only: str | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
     """Each tensor of a checkpoint with these parameters, or only the one of that name: its name and values, in the parameters' own type.
 
     One at a time is on the host. Parameters are as in `save_hf`.
@@ -140,12 +189,23 @@ def open_checkpoint(directory: pathlib.Path, config: ModelConfig) -> CheckpointR
     if config.tie_embeddings:
         extra.discard("lm_head.weight")  # some writers store the tied head a second time
     lists = {
-        "missing": [name for name in wanted if name not in found], "extra": sorted(extra),
-        "misshaped": [f"{name} is {found[name].shape}, not {shape}" for name, shape in wanted.items() if name in found and found[name].shape != shape],
+        "missing": [name for name in wanted if name not in found],
+        "extra": sorted(extra),
+        "misshaped": [
+            f"{name} is {found[name].shape}, not {shape}"
+            for name, shape in wanted.items()
+            if name in found and found[name].shape != shape
+        ],
     }
-    parts = [f"{len(names)} {kind}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" for kind, names in lists.items() if names]
+    parts = [
+        f"{len(names)} {kind}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+        for kind, names in lists.items()
+        if names
+    ]
     if parts:
-        raise ValueError(f"{directory} does not hold the tensors its config.json asks for. {'; '.join(parts)}")
+        raise ValueError(
+            f"{directory} does not hold the tensors its config.json asks for. {'; '.join(parts)}"
+        )
     return reader
 
 
@@ -158,17 +218,34 @@ class _Part:
     A small one is put together on the host. A large one is a buffer on each device, into which blocks are written in place.
     """
 
-    def __init__(self, starts: Sequence[int], stops: Sequence[int], dtype: np.dtype, devices: Sequence[jax.Device]) -> None:
-        self.starts, self.stops, self.dtype, self.devices = tuple(starts), tuple(stops), dtype, list(devices)
+    def __init__(
+        self,
+        starts: Sequence[int],
+        stops: Sequence[int],
+        dtype: np.dtype,
+        devices: Sequence[jax.Device],
+    ) -> None:
+        self.starts, self.stops, self.dtype, self.devices = (
+            tuple(starts),
+            tuple(stops),
+            dtype,
+            list(devices),
+        )
         shape = tuple(stop - start for start, stop in zip(starts, stops))
         self.on_host = not devices or math.prod(shape) * dtype.itemsize <= hf_files.BLOCK_BYTES
-        self.buffers = [np.empty(shape, dtype)] if self.on_host else [jnp.zeros(shape, dtype, device=device) for device in self.devices]
+        self.buffers = (
+            [np.empty(shape, dtype)]
+            if self.on_host
+            else [jnp.zeros(shape, dtype, device=device) for device in self.devices]
+        )
         self._lock = threading.Lock()
 
     def needs(self, tensor: Tensor) -> range | None:
         """Which indices of the tensor's row axis are here; None if nothing of it is."""
         stack = len(tensor.index)
-        if not all(start <= i < stop for i, start, stop in zip(tensor.index, self.starts, self.stops)):
+        if not all(
+            start <= i < stop for i, start, stop in zip(tensor.index, self.starts, self.stops)
+        ):
             return None
         return range(self.starts[stack + tensor.rows[0]], self.stops[stack + tensor.rows[0]])
 
@@ -180,26 +257,38 @@ class _Part:
             return
         stack, each = len(tensor.index), tensor.rows_each
         starts, stops = list(self.starts[stack:]), list(self.stops[stack:])
-        block = block[(first - start) * each:(last - start) * each]
+        block = block[(first - start) * each : (last - start) * each]
         if tensor.columns:
             axis = tensor.columns[0]
             width = block.shape[1] // tensor.sizes[axis]
-            block = block[:, starts[axis] * width:stops[axis] * width]
+            block = block[:, starts[axis] * width : stops[axis] * width]
         starts[tensor.rows[0]], stops[tensor.rows[0]] = first, last
-        piece = tensor.to_ours(block.astype(self.dtype, copy=False), tuple(stop - start for start, stop in zip(starts, stops)))
-        at = tuple(np.int32(start - origin) for start, origin in zip((*tensor.index, *starts), self.starts))
+        piece = tensor.to_ours(
+            block.astype(self.dtype, copy=False),
+            tuple(stop - start for start, stop in zip(starts, stops)),
+        )
+        at = tuple(
+            np.int32(start - origin) for start, origin in zip((*tensor.index, *starts), self.starts)
+        )
         piece = piece.reshape((1,) * stack + piece.shape)
         if self.on_host:
             self.buffers[0][tuple(slice(i, i + size) for i, size in zip(at, piece.shape))] = piece
             return
         with self._lock:
-            self.buffers = [_update(buffer, jax.device_put(piece, device), at) for buffer, device in zip(self.buffers, self.devices)]
-            jax.block_until_ready(self.buffers)  # the piece is free again: no more of them than threads
+            self.buffers = [
+                _update(buffer, jax.device_put(piece, device), at)
+                for buffer, device in zip(self.buffers, self.devices)
+            ]
+            jax.block_until_ready(
+                self.buffers
+            )  # the piece is free again: no more of them than threads
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _update(buffer: jax.Array, piece: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:
-    return _as_floats(jax.lax.dynamic_update_slice(_as_bits(buffer), _as_bits(piece), at), buffer.dtype)
+    return _as_floats(
+        jax.lax.dynamic_update_slice(_as_bits(buffer), _as_bits(piece), at), buffer.dtype
+    )
 
 
 def _as_bits(array: jax.Array) -> jax.Array:
@@ -225,10 +314,18 @@ class _Array:
             return self.parts[0].buffers[0]
         on_devices = []
         for part in self.parts:
-            on_devices += [jax.device_put(part.buffers[0], device) for device in part.devices] if part.on_host else part.buffers
+            on_devices += (
+                [jax.device_put(part.buffers[0], device) for device in part.devices]
+                if part.on_host
+                else part.buffers
+            )
             part.buffers = []
         array = jax.make_array_from_single_device_arrays(self.shape, self.read_as, on_devices)
-        return array if self.read_as is self.sharding else jax.jit(lambda array: array, out_shardings=self.sharding, donate_argnums=0)(array)
+        return (
+            array
+            if self.read_as is self.sharding
+            else jax.jit(lambda array: array, out_shardings=self.sharding, donate_argnums=0)(array)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,7 +342,9 @@ class _Read:
 def _arrays(config: ModelConfig, dtype: np.dtype, shardings: Any) -> dict[tuple[str, ...], _Array]:
     shapes = parameter_shapes(config)
     if shardings is not None and jax.tree.structure(shardings) != jax.tree.structure(shapes):
-        raise ValueError("shardings are not those of this checkpoint's parameters; make them with param_shardings(mesh, read_config(directory))")
+        raise ValueError(
+            "shardings are not those of this checkpoint's parameters; make them with param_shardings(mesh, read_config(directory))"
+        )
     arrays = {}
     for path, tensor in {tensor.path: tensor for tensor in checkpoint_tensors(config)}.items():
         shape, stack = tuple(leaf_at(shapes, path).shape), len(tensor.index)
@@ -259,19 +358,33 @@ def _arrays(config: ModelConfig, dtype: np.dtype, shardings: Any) -> dict[tuple[
             holders.setdefault(bounds, []).append(device)
         inner = [stack + axis for group in (tensor.rows, tensor.columns) for axis in group[1:]]
         if any(bounds[axis] != (0, shape[axis]) for bounds in holders for axis in inner):
-            raise ValueError(f"{'/'.join(path)} {shape} is sharded as {sharding}; of the axes that a checkpoint joins only the first may be split")
-        arrays[path] = _Array(shape, sharding, read_as, [_Part(*zip(*bounds), dtype, devices) for bounds, devices in holders.items()])
+            raise ValueError(
+                f"{'/'.join(path)} {shape} is sharded as {sharding}; of the axes that a checkpoint joins only the first may be split"
+            )
+        arrays[path] = _Array(
+            shape,
+            sharding,
+            read_as,
+            [_Part(*zip(*bounds), dtype, devices) for bounds, devices in holders.items()],
+        )
     return arrays
 
 
 def _by_rows(sharding: Sharding, tensor: Tensor, shape: tuple[int, ...]) -> Sharding:
     """The sharding to read a parameter in. Only rows of a tensor lie together in its file: where several processes split its columns, each
     would read all of them. Then the rows are split further instead, if they divide, and the devices exchange what they read."""
-    if not isinstance(sharding, NamedSharding) or sharding.is_fully_addressable or not tensor.columns:
+    if (
+        not isinstance(sharding, NamedSharding)
+        or sharding.is_fully_addressable
+        or not tensor.columns
+    ):
         return sharding
     row, column = (len(tensor.index) + group[0] for group in (tensor.rows, tensor.columns))
     axes = _axes(sharding, len(shape))
-    axes[row], axes[column] = axes[column] + axes[row], ()  # in this order a process's rows lie together
+    axes[row], axes[column] = (
+        axes[column] + axes[row],
+        (),
+    )  # in this order a process's rows lie together
     if shape[row] % math.prod(sharding.mesh.shape[name] for name in axes[row]):
         return sharding
     return NamedSharding(sharding.mesh, PartitionSpec(*axes))
@@ -279,14 +392,23 @@ def _by_rows(sharding: Sharding, tensor: Tensor, shape: tuple[int, ...]) -> Shar
 
 def _axes(sharding: NamedSharding, ndim: int) -> list[tuple[str, ...]]:
     """The mesh axes of each axis of an array."""
-    axes = [() if names is None else names if isinstance(names, tuple) else (names,) for names in sharding.spec]
+    axes = [
+        () if names is None else names if isinstance(names, tuple) else (names,)
+        for names in sharding.spec
+    ]
     return axes + [()] * (ndim - len(axes))
 
 
-def _reads(config: ModelConfig, arrays: dict[tuple[str, ...], _Array], reader: CheckpointReader) -> Iterator[_Read]:
+def _reads(
+    config: ModelConfig, arrays: dict[tuple[str, ...], _Array], reader: CheckpointReader
+) -> Iterator[_Read]:
     """What this process has to read: every row that some part needs, once, in blocks."""
     for tensor in checkpoint_tensors(config):
-        needs = [(part, rows) for part in arrays[tensor.path].parts if (rows := part.needs(tensor)) is not None]
+        needs = [
+            (part, rows)
+            for part in arrays[tensor.path].parts
+            if (rows := part.needs(tensor)) is not None
+        ]
         row_bytes = reader.tensors[tensor.name].row_bytes * tensor.rows_each
         step = max(1, hf_files.BLOCK_BYTES // row_bytes)
         for begin, end in _merged((rows.start, rows.stop) for _, rows in needs):
@@ -315,20 +437,28 @@ def _check_parameters(params: Any, config: ModelConfig) -> None:
     shapes = parameter_shapes(config)
     if isinstance(params.get("layers"), (tuple, list)):
         if len(params["layers"]) != config.num_layers:
-            raise ValueError(f"parameters have {len(params['layers'])} layers, the config says {config.num_layers}")
+            raise ValueError(
+                f"parameters have {len(params['layers'])} layers, the config says {config.num_layers}"
+            )
         return  # each slice is checked when it is cut
     for path in dict.fromkeys(tensor.path for tensor in checkpoint_tensors(config)):
         leaf, shape = leaf_at(params, path), tuple(leaf_at(shapes, path).shape)
         if leaf is None:
-            raise ValueError(f"parameters have no {'/'.join(path)}; expected the stacked pytree of init_params")
+            raise ValueError(
+                f"parameters have no {'/'.join(path)}; expected the stacked pytree of init_params"
+            )
         if tuple(leaf.shape) != shape:
-            raise ValueError(f"parameter {'/'.join(path)} has shape {tuple(leaf.shape)}, the config says {shape}")
+            raise ValueError(
+                f"parameter {'/'.join(path)} has shape {tuple(leaf.shape)}, the config says {shape}"
+            )
 
 
 def _cut_all(params: Any, tensors: list[Tensor], writer: CheckpointWriter) -> Iterator[Block]:
     for tensor in tensors:
         for start, stop in tensor.blocks(4, hf_files.BLOCK_BYTES):
-            fetch = _cut(params, tensor, start, stop)  # by every process, in one order: it may be a collective
+            fetch = _cut(
+                params, tensor, start, stop
+            )  # by every process, in one order: it may be a collective
             if writer.owns(tensor.name):
                 yield tensor.name, start * tensor.rows_each, fetch
 
@@ -341,8 +471,10 @@ def _cut(params: Any, tensor: Tensor, start: int, stop: int) -> Callable[[], np.
     else:
         leaf = leaf_at(params, tensor.path)
     starts, sizes = [0] * len(tensor.sizes), list(tensor.sizes)
-    if leaf is None or tuple(leaf.shape[len(index):]) != tensor.sizes:
-        raise ValueError(f"parameter {'/'.join(tensor.path)} of {tensor.name} is {getattr(leaf, 'shape', None)}, the config says {tensor.sizes}")
+    if leaf is None or tuple(leaf.shape[len(index) :]) != tensor.sizes:
+        raise ValueError(
+            f"parameter {'/'.join(tensor.path)} of {tensor.name} is {getattr(leaf, 'shape', None)}, the config says {tensor.sizes}"
+        )
     starts[tensor.rows[0]], sizes[tensor.rows[0]] = start, stop - start
     at, extent = (*index, *starts), (1,) * len(index) + tuple(sizes)
     if isinstance(leaf, jax.Array) and [device.platform for device in leaf.devices()] == ["cpu"]:
@@ -350,7 +482,11 @@ def _cut(params: Any, tensor: Tensor, start: int, stop: int) -> Callable[[], np.
     if isinstance(leaf, jax.Array):
         sharding = leaf.sharding
         split = isinstance(sharding, NamedSharding) and not sharding.is_fully_replicated
-        cut = in_turn(_cut_sharded(leaf, np.array(at, np.int32), extent, sharding) if split else _cut_whole(leaf, np.array(at, np.int32), extent))
+        cut = in_turn(
+            _cut_sharded(leaf, np.array(at, np.int32), extent, sharding)
+            if split
+            else _cut_whole(leaf, np.array(at, np.int32), extent)
+        )
         return lambda: tensor.to_hf(np.asarray(cut.addressable_data(0)).reshape(sizes))
     piece = leaf[tuple(slice(i, i + size) for i, size in zip(at, extent))]
     return lambda: tensor.to_hf(piece.reshape(sizes))
@@ -362,7 +498,9 @@ def _cut_whole(leaf: jax.Array, at: jax.Array, extent: tuple[int, ...]) -> jax.A
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _cut_sharded(leaf: jax.Array, at: jax.Array, extent: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
+def _cut_sharded(
+    leaf: jax.Array, at: jax.Array, extent: tuple[int, ...], sharding: NamedSharding
+) -> jax.Array:
     """leaf[at:at + extent], whole on every device. Left to itself the compiler would gather a split axis before it cuts it.
 
     Every device cuts what it has of the piece, and zeros elsewhere, and all add up; as integers, since -0.0 + 0.0 is not -0.0.
@@ -371,18 +509,32 @@ def _cut_sharded(leaf: jax.Array, at: jax.Array, extent: tuple[int, ...], shardi
 
     def local(shard: jax.Array, at: jax.Array) -> jax.Array:
         bits, here = _as_bits(shard), jnp.ones((1,) * shard.ndim, bool)
-        for axis in sorted(range(shard.ndim), key=lambda axis: bool(axes[axis])):  # whole axes first: less is left to gather from
+        for axis in sorted(
+            range(shard.ndim), key=lambda axis: bool(axes[axis])
+        ):  # whole axes first: less is left to gather from
             if not axes[axis]:
                 bits = jax.lax.dynamic_slice_in_dim(bits, at[axis], extent[axis], axis)
                 continue
             length = shard.shape[axis]
             wanted = at[axis] - jax.lax.axis_index(axes[axis]) * length + jnp.arange(extent[axis])
             bits = jnp.take(bits, jnp.clip(wanted, 0, length - 1), axis=axis)
-            here &= jnp.expand_dims((wanted >= 0) & (wanted < length), [other for other in range(shard.ndim) if other != axis])
-        total = jax.lax.psum(jnp.where(here, bits, 0).astype(jnp.uint32), tuple(name for names in axes for name in names))
+            here &= jnp.expand_dims(
+                (wanted >= 0) & (wanted < length),
+                [other for other in range(shard.ndim) if other != axis],
+            )
+        total = jax.lax.psum(
+            jnp.where(here, bits, 0).astype(jnp.uint32),
+            tuple(name for names in axes for name in names),
+        )
         return _as_floats(total.astype(bits.dtype), shard.dtype)
 
-    return jax.shard_map(local, mesh=sharding.mesh, in_specs=(sharding.spec, PartitionSpec()), out_specs=PartitionSpec(), check_vma=False)(leaf, at)
+    return jax.shard_map(
+        local,
+        mesh=sharding.mesh,
+        in_specs=(sharding.spec, PartitionSpec()),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )(leaf, at)
 
 
 class _Counter:

@@ -83,7 +83,11 @@ class Tensor:
     @property
     def shape(self) -> tuple[int, ...]:
         """The tensor's shape in the checkpoint."""
-        return tuple(math.prod(self.sizes[axis] for axis in group) for group in (self.rows, self.columns) if group)
+        return tuple(
+            math.prod(self.sizes[axis] for axis in group)
+            for group in (self.rows, self.columns)
+            if group
+        )
 
     @property
     def transposed(self) -> bool:
@@ -110,7 +114,9 @@ class Tensor:
         columns = math.prod(piece.shape[axis] for axis in self.columns)
         if self.transposed:
             return _transpose(piece.reshape(columns, -1))
-        return np.ascontiguousarray(piece.reshape(-1, columns) if self.columns else piece.reshape(-1))
+        return np.ascontiguousarray(
+            piece.reshape(-1, columns) if self.columns else piece.reshape(-1)
+        )
 
 
 def checkpoint_tensors(config: ModelConfig) -> list[Tensor]:
@@ -121,16 +127,29 @@ def checkpoint_tensors(config: ModelConfig) -> list[Tensor]:
         leaf = leaf_at(shapes, row.path)
         if leaf is None:  # a tied model has no head
             continue
-        sizes = tuple(leaf.shape[row.stacked:])
+        sizes = tuple(leaf.shape[row.stacked :])
         axes = tuple(range(len(sizes)))
-        rows, columns = (axes[row.inputs:], axes[:row.inputs]) if row.inputs else (axes, ()) if row.flat else (axes[:1], axes[1:])
-        layers = {"moe": config.sparse_layers, "mlp": config.dense_layers}.get(row.path[1], range(config.num_layers))
-        for index in np.ndindex(leaf.shape[:row.stacked]):
+        rows, columns = (
+            (axes[row.inputs :], axes[: row.inputs])
+            if row.inputs
+            else (axes, ())
+            if row.flat
+            else (axes[:1], axes[1:])
+        )
+        layers = {"moe": config.sparse_layers, "mlp": config.dense_layers}.get(
+            row.path[1], range(config.num_layers)
+        )
+        for index in np.ndindex(leaf.shape[: row.stacked]):
             layer = layers[index[0]] if index else None
             name = row.name.format(**dict(zip("ie", (layer, *index[1:]))))
             tensors.append(Tensor(name, row.path, index, layer, sizes, rows, columns))
-    before, after = [t for t in tensors if t.path[0] == "embed"], [t for t in tensors if t.path[0] in ("norm", "head")]
-    return before + sorted((t for t in tensors if t.layer is not None), key=lambda t: t.layer) + after
+    before, after = (
+        [t for t in tensors if t.path[0] == "embed"],
+        [t for t in tensors if t.path[0] in ("norm", "head")],
+    )
+    return (
+        before + sorted((t for t in tensors if t.layer is not None), key=lambda t: t.layer) + after
+    )
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -158,5 +177,5 @@ def _transpose(matrix: np.ndarray) -> np.ndarray:
     bits = matrix.view(f"u{matrix.dtype.itemsize}")
     out = np.empty(bits.shape[::-1], bits.dtype)
     for start in range(0, len(bits), STRIPE):
-        out[:, start:start + STRIPE] = bits[start:start + STRIPE].T
+        out[:, start : start + STRIPE] = bits[start : start + STRIPE].T
     return out.view(matrix.dtype)

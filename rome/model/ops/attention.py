@@ -19,8 +19,18 @@ IMPLEMENTATIONS = ("auto", "reference", "blocked", "splash", "cudnn")
 HIDDEN_SCORE = -1e30  # finite: (-inf) - (-inf) would be NaN, also in the gradient
 
 
-def attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, *, q_places_BT: Array, k_places_BS: Array, q_segments_BT: Array,
-              k_segments_BS: Array, ordered: bool = False, implementation: str = "auto") -> Array:
+def attention(
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    *,
+    q_places_BT: Array,
+    k_places_BS: Array,
+    q_segments_BT: Array,
+    k_segments_BS: Array,
+    ordered: bool = False,
+    implementation: str = "auto",
+) -> Array:
     """Causal grouped-query attention within segments; softmax in float32.
 
     Args:
@@ -34,35 +44,56 @@ def attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, *, q_places_BT: Array
       [B, T, N, H] in q's dtype.
     """
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"attention implementation {implementation!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
+        raise ValueError(
+            f"attention implementation {implementation!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}"
+        )
     if implementation in ("blocked", "splash", "cudnn") and not ordered:
-        raise ValueError(f"attention implementation {implementation!r} needs ordered places; choose 'reference'")
+        raise ValueError(
+            f"attention implementation {implementation!r} needs ordered places; choose 'reference'"
+        )
     if ordered and implementation in ("auto", "blocked"):
         return attention_blocked(q_BTNH, k_BSKH, v_BSKH, q_segments_BT)
     if implementation in ("splash", "cudnn"):
         kernel = {"splash": splash, "cudnn": cudnn}[implementation]
-        return kernel(q_BTNH * q_BTNH.shape[-1]**-0.5, k_BSKH, v_BSKH, q_segments_BT).astype(q_BTNH.dtype)
+        return kernel(q_BTNH * q_BTNH.shape[-1] ** -0.5, k_BSKH, v_BSKH, q_segments_BT).astype(
+            q_BTNH.dtype
+        )
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
-    q_BKTGH = jnp.transpose((q_BTNH * H**-0.5).reshape(B, T, K, N // K, H), (0, 2, 1, 3, 4))  # heads first: matmuls without copies
+    q_BKTGH = jnp.transpose(
+        (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H), (0, 2, 1, 3, 4)
+    )  # heads first: matmuls without copies
     k_BKSH, v_BKSH = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
-    out_BKTGH = _attend(q_BKTGH, k_BKSH, v_BKSH, _sees(q_places_BT, k_places_BS, q_segments_BT, k_segments_BS))
+    out_BKTGH = _attend(
+        q_BKTGH, k_BKSH, v_BKSH, _sees(q_places_BT, k_places_BS, q_segments_BT, k_segments_BS)
+    )
     return jnp.swapaxes(out_BKTGH, 1, 2).reshape(B, T, N, H)
 
 
-def _sees(q_places_BT: Array, k_places_BS: Array, q_segments_BT: Array, k_segments_BS: Array) -> Array:
-    same_BTS = (q_segments_BT[:, :, None] == k_segments_BS[:, None, :]) & (q_segments_BT[:, :, None] != 0)
+def _sees(
+    q_places_BT: Array, k_places_BS: Array, q_segments_BT: Array, k_segments_BS: Array
+) -> Array:
+    same_BTS = (q_segments_BT[:, :, None] == k_segments_BS[:, None, :]) & (
+        q_segments_BT[:, :, None] != 0
+    )
     return same_BTS & (k_places_BS[:, None, :] <= q_places_BT[:, :, None])
 
 
 def _attend(q_BKTGH: Array, k_BKSH: Array, v_BKSH: Array, sees_BTS: Array) -> Array:
     """Softmax is normalised after the values are summed: one pass less over the scores."""
-    scores_BKTGS = jnp.einsum("BKTGH,BKSH->BKTGS", q_BKTGH, k_BKSH, preferred_element_type=jnp.float32)
+    scores_BKTGS = jnp.einsum(
+        "BKTGH,BKSH->BKTGS", q_BKTGH, k_BKSH, preferred_element_type=jnp.float32
+    )
     scores_BKTGS = jnp.where(sees_BTS[:, None, :, None, :], scores_BKTGS, HIDDEN_SCORE)
     top_BKTG1 = jax.lax.stop_gradient(scores_BKTGS.max(axis=-1, keepdims=True))
     weights_BKTGS = jnp.exp(scores_BKTGS - top_BKTG1)
     total_BKTG1 = weights_BKTGS.sum(axis=-1, keepdims=True)
-    out_BKTGH = jnp.einsum("BKTGS,BKSH->BKTGH", weights_BKTGS.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)
+    out_BKTGH = jnp.einsum(
+        "BKTGS,BKSH->BKTGH",
+        weights_BKTGS.astype(v_BKSH.dtype),
+        v_BKSH,
+        preferred_element_type=jnp.float32,
+    )
     blind_BT = ~sees_BTS.any(axis=-1)  # all its scores are equal, so its weights are not zero
     out_BKTGH = jnp.where(blind_BT[:, None, :, None, None], 0.0, out_BKTGH / total_BKTG1)
     return out_BKTGH.astype(q_BKTGH.dtype)

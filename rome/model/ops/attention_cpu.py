@@ -15,7 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-QUERIES, MOST_RANGES = 128, 8  # of a block; of keys: each range is compiled on its own, blocks of one range share a loop
+QUERIES, MOST_RANGES = (
+    128,
+    8,
+)  # of a block; of keys: each range is compiled on its own, blocks of one range share a loop
 KEPT_WEIGHTS = 2**25  # of all rows and heads of a layer, counted as if nothing were hidden
 HIDDEN = -1e30  # finite: (-inf) - (-inf) would be NaN
 
@@ -29,7 +32,9 @@ def attention_blocked(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: 
     return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT)[0]
 
 
-def _forward(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array) -> tuple[Array, tuple]:
+def _forward(
+    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array
+) -> tuple[Array, tuple]:
     T, (B, _, K, H), dtype = q_BTNH.shape[1], k_BTKH.shape, q_BTNH.dtype
     q_BKTGH = _by_key_head(q_BTNH * H**-0.5, K)
     k_BKTH, v_BKTH = jnp.swapaxes(k_BTKH, 1, 2), jnp.swapaxes(v_BTKH, 1, 2)
@@ -59,18 +64,35 @@ def _backward(residuals: tuple, grad_BTNH: Array) -> tuple[Array | None, ...]:
     q_BKTGH, k_BKTH, v_BKTH, segments_BT, out_BTNH, sum_BKTG1, weights = residuals
     B, K, T, G, H = q_BKTGH.shape
     dtype = grad_BTNH.dtype
-    grad_BTNH = jnp.where(segments_BT[:, :, None, None] != 0, grad_BTNH, 0)  # a padding query's weights are not zero, they are even
-    along_BTN1 = jnp.sum(grad_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1, keepdims=True)
+    grad_BTNH = jnp.where(
+        segments_BT[:, :, None, None] != 0, grad_BTNH, 0
+    )  # a padding query's weights are not zero, they are even
+    along_BTN1 = jnp.sum(
+        grad_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1, keepdims=True
+    )
     grad_BKTGH, along_BKTG1 = _by_key_head(grad_BTNH, K), _by_key_head(along_BTN1, K)
 
-    def block(start: Array, rows: int, seen: int, weights_BKXS: Array | None, dk_BKHT: Array, dv_BKHT: Array) -> tuple[Array, Array, Array]:
-        q_BKXH, grad_BKXH, along_BKX1, sum_BKX1 = (_block(a, start, rows) for a in (q_BKTGH, grad_BKTGH, along_BKTG1, sum_BKTG1))
+    def block(
+        start: Array,
+        rows: int,
+        seen: int,
+        weights_BKXS: Array | None,
+        dk_BKHT: Array,
+        dv_BKHT: Array,
+    ) -> tuple[Array, Array, Array]:
+        q_BKXH, grad_BKXH, along_BKX1, sum_BKX1 = (
+            _block(a, start, rows) for a in (q_BKTGH, grad_BKTGH, along_BKTG1, sum_BKTG1)
+        )
         k_BKSH, v_BKSH = k_BKTH[:, :, :seen], v_BKTH[:, :, :seen]
         if weights_BKXS is None:
-            weights_BKXS = jnp.exp(_scores(q_BKXH, k_BKSH, _bias(segments_BT, start, rows, seen)) - sum_BKX1)
+            weights_BKXS = jnp.exp(
+                _scores(q_BKXH, k_BKSH, _bias(segments_BT, start, rows, seen)) - sum_BKX1
+            )
         else:  # sums are of the weights as they were kept
             weights_BKXS = weights_BKXS.astype(jnp.float32) / sum_BKX1
-        dscores_BKXS = (weights_BKXS * (_dot(grad_BKXH, v_BKSH, transposed=True) - along_BKX1)).astype(dtype)
+        dscores_BKXS = (
+            weights_BKXS * (_dot(grad_BKXH, v_BKSH, transposed=True) - along_BKX1)
+        ).astype(dtype)
         dq_BKXH = _dot(dscores_BKXS, k_BKSH) * H**-0.5
         dk_BKHT = dk_BKHT.at[..., :seen].add(_dot(_turned(q_BKXH), dscores_BKXS))
         dv_BKHT = dv_BKHT.at[..., :seen].add(_dot(_turned(grad_BKXH), weights_BKXS.astype(dtype)))
@@ -139,7 +161,9 @@ def _block(a_BKTGH: Array, start: Array | int, rows: int) -> Array:
 def _bias(segments_BT: Array, start: Array | int, rows: int, seen: int) -> Array:
     """[B, 1, Q, 1, S]: 0 where a query sees a key. Made once, behind a barrier: else it is computed anew for every head."""
     own_BQ = lax.dynamic_slice_in_dim(segments_BT, start, rows, axis=1)
-    sees_BQS = (own_BQ[:, :, None] == segments_BT[:, None, :seen]) & (jnp.arange(seen) <= start + jnp.arange(rows)[:, None])
+    sees_BQS = (own_BQ[:, :, None] == segments_BT[:, None, :seen]) & (
+        jnp.arange(seen) <= start + jnp.arange(rows)[:, None]
+    )
     return lax.optimization_barrier(jnp.where(sees_BQS, 0.0, HIDDEN)[:, None, :, None])
 
 
@@ -166,4 +190,9 @@ def _turned(a_BKXH: Array) -> Array:
 
 def _dot(a: Array, b: Array, transposed: bool = False) -> Array:
     """a @ b, or a @ b.T, over the last two axes, summed in float32."""
-    return lax.dot_general(a, b, (((3,), (3 if transposed else 2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+    return lax.dot_general(
+        a,
+        b,
+        (((3,), (3 if transposed else 2,)), ((0, 1), (0, 1))),
+        preferred_element_type=jnp.float32,
+    )

@@ -18,7 +18,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rome.model.sharding import RULES, is_split
 from rome.model.ops.balanced_time import query_places, swap_late_halves
 
-SPLASH_BLOCK = 512  # tokens of a tile; the largest that fits into a TPU core's memory beside its double buffer
+SPLASH_BLOCK = (
+    512  # tokens of a tile; the largest that fits into a TPU core's memory beside its double buffer
+)
 LEAST_BLOCK = 128  # the lanes of a TPU
 SPLASH_KEYS = 2048  # keys that the backward pass takes at a time, in tiles; the fused one holds a whole dq for each such part
 MOST_PARTS = 4  # beyond (T > 8192), dq is computed by a kernel of its own: seven matmuls instead of five, but memory does not grow with T * T
@@ -26,7 +28,9 @@ CUDNN_LONGEST = 16384  # tokens; cuDNN takes packed rows only by a [T, T] mask
 SAVED_OUTPUT = "attention_output"  # the name under which a remat policy finds what the kernel made
 
 
-def splash(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, segments_BT: Array, *, interpret: bool = False) -> Array:
+def splash(
+    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, segments_BT: Array, *, interpret: bool = False
+) -> Array:
     """TPU splash attention. On a mesh each device takes its rows and heads; where time is split, its queries see the keys of the whole row,
     gathered over the sequence axis: a few key heads are small beside the queries, so the transfer hides behind the matmuls. Half of the queries
     change places over that axis meanwhile, so that every device computes as many scores (`rome.model.ops.balanced_time`).
@@ -42,13 +46,31 @@ def splash(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, segments_BT: Array, *, i
     heads = PartitionSpec(RULES["batch"], RULES["time"], "tensor", None)
     by_token = PartitionSpec(RULES["batch"], RULES["time"])
 
-    def on_each_device(kernel, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, segments_BT: Array) -> Array:
-        k_BSKH, v_BSKH, key_segments_BS = (jax.lax.all_gather(x, "sequence", axis=1, tiled=True) for x in (k_BSKH, v_BSKH, segments_BT))
-        return swap_late_halves(_splash_rows(kernel, swap_late_halves(q_BTNH), k_BSKH, v_BSKH, swap_late_halves(segments_BT), key_segments_BS))
+    def on_each_device(
+        kernel, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, segments_BT: Array
+    ) -> Array:
+        k_BSKH, v_BSKH, key_segments_BS = (
+            jax.lax.all_gather(x, "sequence", axis=1, tiled=True)
+            for x in (k_BSKH, v_BSKH, segments_BT)
+        )
+        return swap_late_halves(
+            _splash_rows(
+                kernel,
+                swap_late_halves(q_BTNH),
+                k_BSKH,
+                v_BSKH,
+                swap_late_halves(segments_BT),
+                key_segments_BS,
+            )
+        )
 
     kernel_spec = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, "sequence")))
-    return jax.shard_map(on_each_device, in_specs=(kernel_spec, heads, heads, heads, by_token), out_specs=heads, check_vma=False)(
-        kernel, q_BTNH, k_BSKH, v_BSKH, segments_BT)
+    return jax.shard_map(
+        on_each_device,
+        in_specs=(kernel_spec, heads, heads, heads, by_token),
+        out_specs=heads,
+        check_vma=False,
+    )(kernel, q_BTNH, k_BSKH, v_BSKH, segments_BT)
 
 
 def _splash_kernel(T: int, G: int, time_shards: int, interpret: bool):
@@ -59,43 +81,80 @@ def _splash_kernel(T: int, G: int, time_shards: int, interpret: bool):
 
     block = _splash_block(T // time_shards, time_shards)
     if block < LEAST_BLOCK:
-        raise ValueError(f"attention 'splash' takes rows of a multiple of {LEAST_BLOCK} tokens a device, not {T} over {time_shards}; choose row_length so, or 'blocked'")
+        raise ValueError(
+            f"attention 'splash' takes rows of a multiple of {LEAST_BLOCK} tokens a device, not {T} over {time_shards}; choose row_length so, or 'blocked'"
+        )
     keys = math.gcd(SPLASH_KEYS, T)
     fused = T // keys <= MOST_PARTS
     separate = {} if fused else {"block_q_dq": block, "block_kv_dq": block}
-    sizes = kernels.BlockSizes(block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=keys, block_kv_dkv_compute=math.gcd(block, keys),
-                               use_fused_bwd_kernel=fused, **separate)
+    sizes = kernels.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=keys,
+        block_kv_dkv_compute=math.gcd(block, keys),
+        use_fused_bwd_kernel=fused,
+        **separate,
+    )
     mask = masks.MultiHeadMask([PlacedCausalMask(query_places(T, time_shards))] * G)
-    return kernels.make_splash_mqa(mask, block_sizes=sizes, head_shards=1, q_seq_shards=time_shards, residual_checkpoint_name=SAVED_OUTPUT,
-                                   interpret=interpret)
+    return kernels.make_splash_mqa(
+        mask,
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=time_shards,
+        residual_checkpoint_name=SAVED_OUTPUT,
+        interpret=interpret,
+    )
 
 
 def _splash_block(t: int, time_shards: int) -> int:
     """Queries of a tile where a device has t of them: of one half only, else the tile would see all that the later half sees. Where halves are too
     short for that (t < 256), it is so, and devices have unequal work."""
-    return math.gcd(SPLASH_BLOCK, t) if time_shards == 1 else max(math.gcd(SPLASH_BLOCK, t // 2), math.gcd(LEAST_BLOCK, t))
+    return (
+        math.gcd(SPLASH_BLOCK, t)
+        if time_shards == 1
+        else max(math.gcd(SPLASH_BLOCK, t // 2), math.gcd(LEAST_BLOCK, t))
+    )
 
 
-def _splash_rows(kernel, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, q_segments_BT: Array, k_segments_BS: Array) -> Array:
+def _splash_rows(
+    kernel, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, q_segments_BT: Array, k_segments_BS: Array
+) -> Array:
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
 
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     one_key_head = jax.vmap(kernel, in_axes=(0, 0, 0, None))
-    out_BKGTH = jax.vmap(one_key_head)(q_BKGTH, jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2), SegmentIds(q_segments_BT, k_segments_BS))
+    out_BKGTH = jax.vmap(one_key_head)(
+        q_BKGTH,
+        jnp.swapaxes(k_BSKH, 1, 2),
+        jnp.swapaxes(v_BSKH, 1, 2),
+        SegmentIds(q_segments_BT, k_segments_BS),
+    )
     out_BTNH = out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
-    return jnp.where(q_segments_BT[:, :, None, None] != 0, out_BTNH, 0)  # padding is a segment like others to the kernel
+    return jnp.where(
+        q_segments_BT[:, :, None, None] != 0, out_BTNH, 0
+    )  # padding is a segment like others to the kernel
 
 
 def cudnn(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, segments_BT: Array) -> Array:
     """cuDNN's fused attention, bfloat16 only, with the segments as a mask of one byte for each pair of tokens."""
     T = q_BTNH.shape[1]
     if q_BTNH.dtype != jnp.bfloat16:
-        raise ValueError(f"attention 'cudnn' computes in bfloat16, not {q_BTNH.dtype}; set the model's dtype, or choose 'blocked'")
+        raise ValueError(
+            f"attention 'cudnn' computes in bfloat16, not {q_BTNH.dtype}; set the model's dtype, or choose 'blocked'"
+        )
     if T > CUDNN_LONGEST:
-        raise ValueError(f"attention 'cudnn' needs a [T, T] mask for packed rows, too large at T={T} (limit {CUDNN_LONGEST}); split time over mesh.sequence or choose 'blocked'")
-    same_BTT = (segments_BT[:, :, None] == segments_BT[:, None, :]) | (segments_BT[:, :, None] == 0)  # a row of a mask must allow something
-    attend = functools.partial(jax.nn.dot_product_attention, scale=1.0, is_causal=True, implementation="cudnn")
+        raise ValueError(
+            f"attention 'cudnn' needs a [T, T] mask for packed rows, too large at T={T} (limit {CUDNN_LONGEST}); split time over mesh.sequence or choose 'blocked'"
+        )
+    same_BTT = (segments_BT[:, :, None] == segments_BT[:, None, :]) | (
+        segments_BT[:, :, None] == 0
+    )  # a row of a mask must allow something
+    attend = functools.partial(
+        jax.nn.dot_product_attention, scale=1.0, is_causal=True, implementation="cudnn"
+    )
     out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask=same_BTT[:, None])
     return jnp.where(segments_BT[:, :, None, None] != 0, out_BTNH, 0)

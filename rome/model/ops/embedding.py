@@ -25,12 +25,22 @@ def embed(table_VD: Array, tokens_BT: Array, dtype: str) -> Array:
 
     def on_each_device(table_vd: Array, tokens_BT: Array) -> Array:
         f, v = jax.lax.axis_size(WIDE), table_vd.shape[0]
-        tokens_fn = jax.lax.all_gather(tokens_BT.reshape(-1), WIDE) - jax.lax.axis_index("tensor") * v
-        tokens_fn = jnp.where((tokens_fn >= 0) & (tokens_fn < v), tokens_fn, v)  # another device's part of the vocabulary reads as zeros
+        tokens_fn = (
+            jax.lax.all_gather(tokens_BT.reshape(-1), WIDE) - jax.lax.axis_index("tensor") * v
+        )
+        tokens_fn = jnp.where(
+            (tokens_fn >= 0) & (tokens_fn < v), tokens_fn, v
+        )  # another device's part of the vocabulary reads as zeros
         x_fnd = jnp.take(table_vd, tokens_fn, axis=0, mode="fill", fill_value=0).astype(dtype)
-        x_nD = jax.lax.all_to_all(x_fnd, WIDE, split_axis=0, concat_axis=2, tiled=True).reshape(-1, table_vd.shape[1] * f)
+        x_nD = jax.lax.all_to_all(x_fnd, WIDE, split_axis=0, concat_axis=2, tiled=True).reshape(
+            -1, table_vd.shape[1] * f
+        )
         return jax.lax.psum(x_nD, "tensor").reshape(*tokens_BT.shape, -1)
 
     by_token = PartitionSpec(RULES["batch"], RULES["time"])
-    return jax.shard_map(on_each_device, in_specs=(PartitionSpec("tensor", WIDE), by_token),
-                         out_specs=PartitionSpec(RULES["batch"], RULES["time"], None), check_vma=False)(table_VD, tokens_BT)
+    return jax.shard_map(
+        on_each_device,
+        in_specs=(PartitionSpec("tensor", WIDE), by_token),
+        out_specs=PartitionSpec(RULES["batch"], RULES["time"], None),
+        check_vma=False,
+    )(table_VD, tokens_BT)

@@ -37,20 +37,44 @@ _IN_DF = PartitionSpec("expert", RULES["embed"], "tensor")
 _IN_FD = PartitionSpec("expert", "tensor", RULES["embed"])
 
 
-def experts_on_mesh(x_BTD: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, weights_BTk: Array, ids_BTk: Array,
-                    implementation: str, capacity_factor: float, form: str = "ring") -> tuple[Array, Array]:
+def experts_on_mesh(
+    x_BTD: Array,
+    gate_EDF: Array,
+    up_EDF: Array,
+    down_EFD: Array,
+    weights_BTk: Array,
+    ids_BTk: Array,
+    implementation: str,
+    capacity_factor: float,
+    form: str = "ring",
+) -> tuple[Array, Array]:
     """`rome.model.ops.experts.experts_within` over the current mesh; rows lie as RULES says, weights as PARAM_AXES does.
 
     form: "ring", or "all_to_all": each choice is sent to its expert's device alone (`rome.model.ops.expert_exchange`), on TPUs only.
     Without a capacity it equals one device's result. With one, each device's tokens have a share of every expert's capacity of their own.
     """
-    run = functools.partial(_on_each_device, implementation=implementation, capacity_factor=capacity_factor, form=form)
-    return jax.shard_map(run, in_specs=(_BY_TOKEN, _IN_DF, _IN_DF, _IN_FD, _BY_TOKEN, _BY_TOKEN), out_specs=(_BY_TOKEN, _BY_TOKEN), check_vma=False)(
-        x_BTD, gate_EDF, up_EDF, down_EFD, weights_BTk, ids_BTk)
+    run = functools.partial(
+        _on_each_device, implementation=implementation, capacity_factor=capacity_factor, form=form
+    )
+    return jax.shard_map(
+        run,
+        in_specs=(_BY_TOKEN, _IN_DF, _IN_DF, _IN_FD, _BY_TOKEN, _BY_TOKEN),
+        out_specs=(_BY_TOKEN, _BY_TOKEN),
+        check_vma=False,
+    )(x_BTD, gate_EDF, up_EDF, down_EFD, weights_BTk, ids_BTk)
 
 
-def _on_each_device(x_BTD: Array, gate_eDF: Array, up_eDF: Array, down_eFD: Array, weights_BTk: Array, ids_BTk: Array, implementation: str,
-                    capacity_factor: float, form: str) -> tuple[Array, Array]:
+def _on_each_device(
+    x_BTD: Array,
+    gate_eDF: Array,
+    up_eDF: Array,
+    down_eFD: Array,
+    weights_BTk: Array,
+    ids_BTk: Array,
+    implementation: str,
+    capacity_factor: float,
+    form: str,
+) -> tuple[Array, Array]:
     e, E = gate_eDF.shape[0], gate_eDF.shape[0] * jax.lax.axis_size("expert")
     gate_eDF, up_eDF = (gather(w, axis=1, over=RULES["embed"]) for w in (gate_eDF, up_eDF))
     down_eFD = gather(down_eFD, axis=2, over=RULES["embed"])
@@ -61,14 +85,35 @@ def _on_each_device(x_BTD: Array, gate_eDF: Array, up_eDF: Array, down_eFD: Arra
         ids_nk, rows = drop_beyond(ids_nk, each, E), e * each
 
     @jax.checkpoint  # the backward pass computes a round again: kept are the tokens that came by, not what the experts made of them
-    def local_sum(x_nD: Array, weights_nk: Array, ids_nk: Array, gate_eDF: Array, up_eDF: Array, down_eFD: Array) -> Array:
+    def local_sum(
+        x_nD: Array,
+        weights_nk: Array,
+        ids_nk: Array,
+        gate_eDF: Array,
+        up_eDF: Array,
+        down_eFD: Array,
+    ) -> Array:
         here_nk = ids_nk - jax.lax.axis_index("expert") * e
-        return experts(x_nD, gate_eDF, up_eDF, down_eFD, weights_nk, jnp.where(ids_nk < 0, NO_EXPERT, here_nk), implementation, rows)
+        return experts(
+            x_nD,
+            gate_eDF,
+            up_eDF,
+            down_eFD,
+            weights_nk,
+            jnp.where(ids_nk < 0, NO_EXPERT, here_nk),
+            implementation,
+            rows,
+        )
 
     if form == "all_to_all" and e < E:
-        out_nD = exchange(grouped_matmul(implementation), x_nD, weights_nk, ids_nk, gate_eDF, up_eDF, down_eFD)
+        out_nD = exchange(
+            grouped_matmul(implementation), x_nD, weights_nk, ids_nk, gate_eDF, up_eDF, down_eFD
+        )
     else:
-        out_nD = _round_the_ring(lambda tokens: local_sum(*tokens, gate_eDF, up_eDF, down_eFD), (x_nD, weights_nk, ids_nk))
+        out_nD = _round_the_ring(
+            lambda tokens: local_sum(*tokens, gate_eDF, up_eDF, down_eFD),
+            (x_nD, weights_nk, ids_nk),
+        )
     return jax.lax.psum(out_nD, "tensor").reshape(x_BTD.shape), ids_nk.reshape(ids_BTk.shape)
 
 
@@ -83,7 +128,16 @@ def _round_the_ring(local_sum, tokens: Tokens) -> Array:
         onward = [(d, (d + 1) % g) for d in range(g)]
         backward = [(d, (d - 1) % g) for d in range(g)]
         ways = ((slice(None, half), onward), (slice(half, None), backward))
-        return jax.tree.map(lambda a: jnp.concatenate([jax.lax.ppermute(a[part], "expert", way) for part, way in ways if half or way is backward]), values)
+        return jax.tree.map(
+            lambda a: jnp.concatenate(
+                [
+                    jax.lax.ppermute(a[part], "expert", way)
+                    for part, way in ways
+                    if half or way is backward
+                ]
+            ),
+            values,
+        )
 
     def round_(carry: tuple[Tokens, Array], _: None) -> tuple[tuple[Tokens, Array], None]:
         tokens, sum_nD = carry

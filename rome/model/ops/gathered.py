@@ -40,7 +40,12 @@ def to_heads(x_BTD: Array, w_DNH: Array) -> Array:
     if not is_split():
         return project(x_BTD, w_DNH)
     on_each_device = lambda x_BTD, w_dnH: project(x_BTD, gather(w_dnH, axis=0))
-    return jax.shard_map(on_each_device, in_specs=(_BY_TOKEN, PartitionSpec(WIDE, "tensor", None)), out_specs=_BY_HEAD, check_vma=False)(x_BTD, w_DNH)
+    return jax.shard_map(
+        on_each_device,
+        in_specs=(_BY_TOKEN, PartitionSpec(WIDE, "tensor", None)),
+        out_specs=_BY_HEAD,
+        check_vma=False,
+    )(x_BTD, w_DNH)
 
 
 def from_heads(x_BTNH: Array, w_NHD: Array) -> Array:
@@ -48,5 +53,12 @@ def from_heads(x_BTNH: Array, w_NHD: Array) -> Array:
     project = lambda x_BTNH, w_NHD: jnp.einsum("BTNH,NHD->BTD", x_BTNH, w_NHD)
     if not is_split():
         return project(x_BTNH, w_NHD)
-    on_each_device = lambda x_BTnH, w_nHd: jax.lax.psum(project(x_BTnH, gather(w_nHd, axis=2)), "tensor")
-    return jax.shard_map(on_each_device, in_specs=(_BY_HEAD, PartitionSpec("tensor", None, WIDE)), out_specs=_BY_TOKEN, check_vma=False)(x_BTNH, w_NHD)
+    on_each_device = lambda x_BTnH, w_nHd: jax.lax.psum(
+        project(x_BTnH, gather(w_nHd, axis=2)), "tensor"
+    )
+    return jax.shard_map(
+        on_each_device,
+        in_specs=(_BY_HEAD, PartitionSpec("tensor", None, WIDE)),
+        out_specs=_BY_TOKEN,
+        check_vma=False,
+    )(x_BTNH, w_NHD)

@@ -21,13 +21,21 @@ from rome.model.sharding import RULES, is_split
 from rome.model.ops.gathered import WIDE, gather, scatter_sum
 
 BLOCK = 512  # positions whose logits exist at one time
-MOST_WIDE = 20_000  # tokens of the vocabulary whose head and gradient the backward pass holds at one time
+MOST_WIDE = (
+    20_000  # tokens of the vocabulary whose head and gradient the backward pass holds at one time
+)
 KEPT_LOGITS = 2**26  # 256 MiB of float32; beyond, they are computed again
 
 
 def chunked_logprobs(
-    hidden_BTD: Array, kernel_DV: Array, tokens_BT: Array, segments_BT: Array, temperature: float = 1.0, *,
-    block: int | None = None, with_entropy: bool = False,
+    hidden_BTD: Array,
+    kernel_DV: Array,
+    tokens_BT: Array,
+    segments_BT: Array,
+    temperature: float = 1.0,
+    *,
+    block: int | None = None,
+    with_entropy: bool = False,
 ) -> Array | tuple[Array, Array]:
     """log p(tokens[t] | tokens before t of the same segment), as the sampler saw it.
 
@@ -44,27 +52,53 @@ def chunked_logprobs(
     target_BT = jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))
 
     def score(hidden_BTD: Array, kernel_dv: Array, target_BT: Array) -> tuple[Array, Array]:
-        scores_n = _taken_logprobs(hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), kernel_dv, target_BT.reshape(-1), temperature, block, is_split())
+        scores_n = _taken_logprobs(
+            hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
+            kernel_dv,
+            target_BT.reshape(-1),
+            temperature,
+            block,
+            is_split(),
+        )
         return tuple(score_n.reshape(target_BT.shape) for score_n in scores_n)
 
     if is_split():
         by_token = PartitionSpec(RULES["batch"], RULES["time"])
-        score = jax.shard_map(score, in_specs=(by_token, PartitionSpec(WIDE, "tensor"), by_token), out_specs=(by_token, by_token), check_vma=False)
+        score = jax.shard_map(
+            score,
+            in_specs=(by_token, PartitionSpec(WIDE, "tensor"), by_token),
+            out_specs=(by_token, by_token),
+            check_vma=False,
+        )
     predicted = score(hidden_BTD, kernel_DV, target_BT)
-    has_predecessor_BT = jnp.pad(segments_BT[:, 1:] == segments_BT[:, :-1], ((0, 0), (1, 0))) & (segments_BT > 0)
-    logp_BT, entropy_BT = (jnp.where(has_predecessor_BT, jnp.pad(score_BT[:, :-1], ((0, 0), (1, 0))), 0.0) for score_BT in predicted)
+    has_predecessor_BT = jnp.pad(segments_BT[:, 1:] == segments_BT[:, :-1], ((0, 0), (1, 0))) & (
+        segments_BT > 0
+    )
+    logp_BT, entropy_BT = (
+        jnp.where(has_predecessor_BT, jnp.pad(score_BT[:, :-1], ((0, 0), (1, 0))), 0.0)
+        for score_BT in predicted
+    )
     return (logp_BT, jax.lax.stop_gradient(entropy_BT)) if with_entropy else logp_BT
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _taken_logprobs(hidden_nD: Array, kernel_dv: Array, target_n: Array, temperature: float, block: int | None, on_mesh: bool) -> tuple[Array, Array]:
+def _taken_logprobs(
+    hidden_nD: Array,
+    kernel_dv: Array,
+    target_n: Array,
+    temperature: float,
+    block: int | None,
+    on_mesh: bool,
+) -> tuple[Array, Array]:
     """(log p(target), entropy) of each position."""
     return _forward(hidden_nD, kernel_dv, target_n, temperature, block, on_mesh)[0]
 
 
 def _forward(hidden_nD, kernel_dv, target_n, temperature, block, on_mesh):
     kernel_Dv = _gathered(kernel_dv, hidden_nD.dtype, on_mesh)
-    total = lambda x: jax.lax.psum(x, "tensor") if on_mesh else x  # over the parts of the vocabulary
+    total = lambda x: (
+        jax.lax.psum(x, "tensor") if on_mesh else x
+    )  # over the parts of the vocabulary
     keep = _keeps_logits(hidden_nD, kernel_dv, block)
 
     def score(hidden_and_target: tuple[Array, Array]) -> tuple[Array, ...]:
@@ -75,7 +109,15 @@ def _forward(hidden_nD, kernel_dv, target_n, temperature, block, on_mesh):
         weight_mv = jnp.exp(logits_mv - top_m1)
         sum_m = total(weight_mv.sum(axis=-1))
         log_sum_m = top_m1[:, 0] + jnp.log(sum_m)
-        taken_m = total(jnp.sum(jnp.where(_is_target(target_m, kernel_Dv.shape[1], on_mesh), logits_mv, 0.0), axis=-1)) - log_sum_m
+        taken_m = (
+            total(
+                jnp.sum(
+                    jnp.where(_is_target(target_m, kernel_Dv.shape[1], on_mesh), logits_mv, 0.0),
+                    axis=-1,
+                )
+            )
+            - log_sum_m
+        )
         entropy_m = log_sum_m - total(jnp.sum(weight_mv * logits_mv, axis=-1)) / sum_m
         return taken_m, entropy_m, log_sum_m, *([logits_mv] if keep else [])
 
@@ -83,7 +125,10 @@ def _forward(hidden_nD, kernel_dv, target_n, temperature, block, on_mesh):
         logp_n, entropy_n, log_sum_n, *logits = score((hidden_nD, target_n))
     else:
         scores = jax.lax.map(score, (_in_blocks(hidden_nD, block), _in_blocks(target_n, block)))
-        (logp_n, entropy_n, log_sum_n), logits = (score_km.reshape(-1)[:target_n.shape[0]] for score_km in scores), []
+        (logp_n, entropy_n, log_sum_n), logits = (
+            (score_km.reshape(-1)[: target_n.shape[0]] for score_km in scores),
+            [],
+        )
     return (logp_n, entropy_n), (hidden_nD, kernel_dv, target_n, log_sum_n, logits)
 
 
@@ -94,21 +139,46 @@ def _backward(temperature, block, on_mesh, residuals, gradients):
     """
     hidden_nD, kernel_dv, target_n, log_sum_n, logits = residuals
     gradient_n = gradients[0]
-    if on_mesh:  # shard_map hands each part of the vocabulary its share of a gradient that all of them need
+    if (
+        on_mesh
+    ):  # shard_map hands each part of the vocabulary its share of a gradient that all of them need
         gradient_n = jax.lax.psum(gradient_n, "tensor")
 
-    def pull_back(hidden_mD: Array, target_m: Array, log_sum_m: Array, gradient_m: Array, logits_mv: Array, kernel_Dv: Array, first: Array) -> tuple[Array, Array]:
+    def pull_back(
+        hidden_mD: Array,
+        target_m: Array,
+        log_sum_m: Array,
+        gradient_m: Array,
+        logits_mv: Array,
+        kernel_Dv: Array,
+        first: Array,
+    ) -> tuple[Array, Array]:
         is_target_mv = target_m[:, None] == first + jnp.arange(kernel_Dv.shape[1])
-        d_mv = ((is_target_mv - jnp.exp(logits_mv - log_sum_m[:, None])) * (gradient_m / temperature)[:, None]).astype(hidden_mD.dtype)
+        d_mv = (
+            (is_target_mv - jnp.exp(logits_mv - log_sum_m[:, None]))
+            * (gradient_m / temperature)[:, None]
+        ).astype(hidden_mD.dtype)
         # Turned behind a barrier: on a CPU a product whose left side is transposed leaves the fast matmuls.
         hidden_Dm = jax.lax.optimization_barrier(hidden_mD.T)
-        return (jnp.einsum("Dm,mv->Dv", hidden_Dm, d_mv, preferred_element_type=jnp.float32),
-                jnp.einsum("mv,Dv->mD", d_mv, kernel_Dv, preferred_element_type=jnp.float32))
+        return (
+            jnp.einsum("Dm,mv->Dv", hidden_Dm, d_mv, preferred_element_type=jnp.float32),
+            jnp.einsum("mv,Dv->mD", d_mv, kernel_Dv, preferred_element_type=jnp.float32),
+        )
 
     if logits:
         kernel_Dv = _gathered(kernel_dv, hidden_nD.dtype, on_mesh)
-        d_kernel_Dv, d_hidden_nD = pull_back(hidden_nD, target_n, log_sum_n, gradient_n, logits[0], kernel_Dv, _first(kernel_Dv.shape[1], on_mesh))
-        d_kernel_dv = scatter_sum(d_kernel_Dv.astype(hidden_nD.dtype), axis=0) if on_mesh else d_kernel_Dv
+        d_kernel_Dv, d_hidden_nD = pull_back(
+            hidden_nD,
+            target_n,
+            log_sum_n,
+            gradient_n,
+            logits[0],
+            kernel_Dv,
+            _first(kernel_Dv.shape[1], on_mesh),
+        )
+        d_kernel_dv = (
+            scatter_sum(d_kernel_Dv.astype(hidden_nD.dtype), axis=0) if on_mesh else d_kernel_Dv
+        )
         return d_hidden_nD.astype(hidden_nD.dtype), d_kernel_dv.astype(kernel_dv.dtype), None
 
     blocks = tuple(_in_blocks(x, block) for x in (hidden_nD, target_n, log_sum_n, gradient_n))
@@ -116,20 +186,32 @@ def _backward(temperature, block, on_mesh, residuals, gradients):
     width = kernel_dv.shape[1] // parts
 
     def one_part(d_hidden_kmD: Array, part: Array) -> tuple[Array, Array]:
-        kernel_Dw = _gathered(jax.lax.dynamic_slice_in_dim(kernel_dv, part * width, width, axis=1), hidden_nD.dtype, on_mesh)
+        kernel_Dw = _gathered(
+            jax.lax.dynamic_slice_in_dim(kernel_dv, part * width, width, axis=1),
+            hidden_nD.dtype,
+            on_mesh,
+        )
         first = _first(kernel_dv.shape[1], on_mesh) + part * width
 
         def add(sum_Dw: Array, blocks: tuple[Array, ...]) -> tuple[Array, Array]:
             *block, d_hidden_mD = blocks
-            more_Dw, more_mD = pull_back(*block, _logits(block[0], kernel_Dw, temperature), kernel_Dw, first)
+            more_Dw, more_mD = pull_back(
+                *block, _logits(block[0], kernel_Dw, temperature), kernel_Dw, first
+            )
             return sum_Dw + more_Dw, d_hidden_mD + more_mD
 
-        sum_Dw, d_hidden_kmD = jax.lax.scan(add, jnp.zeros(kernel_Dw.shape, jnp.float32), (*blocks, d_hidden_kmD))
+        sum_Dw, d_hidden_kmD = jax.lax.scan(
+            add, jnp.zeros(kernel_Dw.shape, jnp.float32), (*blocks, d_hidden_kmD)
+        )
         # In the compute type, as the gradients of all other matrices travel.
-        return d_hidden_kmD, scatter_sum(sum_Dw.astype(hidden_nD.dtype), axis=0) if on_mesh else sum_Dw
+        return d_hidden_kmD, scatter_sum(
+            sum_Dw.astype(hidden_nD.dtype), axis=0
+        ) if on_mesh else sum_Dw
 
-    d_hidden_kmD, d_kernel_pdw = jax.lax.scan(one_part, jnp.zeros(blocks[0].shape, jnp.float32), jnp.arange(parts))
-    d_hidden_nD = d_hidden_kmD.reshape(-1, hidden_nD.shape[-1])[:target_n.shape[0]]
+    d_hidden_kmD, d_kernel_pdw = jax.lax.scan(
+        one_part, jnp.zeros(blocks[0].shape, jnp.float32), jnp.arange(parts)
+    )
+    d_hidden_nD = d_hidden_kmD.reshape(-1, hidden_nD.shape[-1])[: target_n.shape[0]]
     d_kernel_dv = jnp.swapaxes(d_kernel_pdw, 0, 1).reshape(kernel_dv.shape)
     return d_hidden_nD.astype(hidden_nD.dtype), d_kernel_dv.astype(kernel_dv.dtype), None
 
@@ -148,7 +230,10 @@ def _keeps_logits(hidden_nD: Array, kernel_dv: Array, block: int | None) -> bool
 
 
 def _logits(hidden_mD: Array, kernel_Dv: Array, temperature: float) -> Array:
-    return jnp.einsum("mD,Dv->mv", hidden_mD, kernel_Dv, preferred_element_type=jnp.float32) / temperature
+    return (
+        jnp.einsum("mD,Dv->mv", hidden_mD, kernel_Dv, preferred_element_type=jnp.float32)
+        / temperature
+    )
 
 
 def _first(v: int, on_mesh: bool) -> Array | int:

@@ -21,16 +21,26 @@ from tokenizers import decoders, models, normalizers, trainers
 from rome.model.tokenizer.tokenizer import Chat, Tokenizer, byte_level
 
 VOCAB_SIZE = 768
-ADDED = {"<|endoftext|>": True, "<|im_start|>": True, "<|im_end|>": True, "<tool_call>": False, "</tool_call>": False, "<tool_response>": False, "</tool_response>": False}
-TINY_PATTERN = "|".join([
-    r'\n\{"name": "bash", "arguments": \{"command": "',  # the head of a call
-    r'"\}\}\n',                                          # its tail
-    r"\n?\[exit |(?:user|assistant)\n|(?:/bin/)?bash: line 1: |: command not found|: No such file or directory|\(no output\)",
-    r" (?:the|to|in|of|with|has|have|and|it|its|into|file|files|word|number|name|named|line|lines)(?!\p{L})",
-    r" (?:>>?|&&) | -\p{L}+ ?| ?\$\(\(|\)\)|\./",          # operators and flags of the shell
-    r"\.\p{L}+|\p{L}+|\p{N}",                            # extensions, words, single digits
-    r"[^\s\p{L}\p{N}]|\n+|\s",
-])
+ADDED = {
+    "<|endoftext|>": True,
+    "<|im_start|>": True,
+    "<|im_end|>": True,
+    "<tool_call>": False,
+    "</tool_call>": False,
+    "<tool_response>": False,
+    "</tool_response>": False,
+}
+TINY_PATTERN = "|".join(
+    [
+        r'\n\{"name": "bash", "arguments": \{"command": "',  # the head of a call
+        r'"\}\}\n',  # its tail
+        r"\n?\[exit |(?:user|assistant)\n|(?:/bin/)?bash: line 1: |: command not found|: No such file or directory|\(no output\)",
+        r" (?:the|to|in|of|with|has|have|and|it|its|into|file|files|word|number|name|named|line|lines)(?!\p{L})",
+        r" (?:>>?|&&) | -\p{L}+ ?| ?\$\(\(|\)\)|\./",  # operators and flags of the shell
+        r"\.\p{L}+|\p{L}+|\p{N}",  # extensions, words, single digits
+        r"[^\s\p{L}\p{N}]|\n+|\s",
+    ]
+)
 
 
 def render(episode: dict) -> str:
@@ -57,10 +67,20 @@ def train(episodes: list[dict], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
     backend.pre_tokenizer = byte_level(TINY_PATTERN)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(ADDED), min_frequency=2, show_progress=False, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=vocab_size - len(ADDED),
+        min_frequency=2,
+        show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     )
-    backend.train_from_iterator((piece for episode in episodes for piece in plain_pieces(render(episode))), trainer)
-    backend.add_tokens([tokenizers.AddedToken(content, special=special, normalized=False) for content, special in ADDED.items()])
+    backend.train_from_iterator(
+        (piece for episode in episodes for piece in plain_pieces(render(episode))), trainer
+    )
+    backend.add_tokens(
+        [
+            tokenizers.AddedToken(content, special=special, normalized=False)
+            for content, special in ADDED.items()
+        ]
+    )
     return Tokenizer(backend)
 
 
@@ -68,7 +88,11 @@ def episode_tokens(tokenizer: Tokenizer, episode: dict) -> int:
     """Tokens of a whole episode, as rollouts count them."""
     chat = Chat(tokenizer)
     observed = (len(chat.observe([turn["observation"]])) for turn in episode["turns"][:-1])
-    return len(chat.open(episode["instruction"])) + sum(len(chat.turn(turn["text"])) for turn in episode["turns"]) + sum(observed)
+    return (
+        len(chat.open(episode["instruction"]))
+        + sum(len(chat.turn(turn["text"])) for turn in episode["turns"])
+        + sum(observed)
+    )
 
 
 def report(tokenizer: Tokenizer, episodes: list[dict]) -> str:
@@ -76,11 +100,16 @@ def report(tokenizer: Tokenizer, episodes: list[dict]) -> str:
     by_family: dict[str, list[int]] = {}
     for episode in episodes:
         by_family.setdefault(episode["family"], []).append(episode_tokens(tokenizer, episode))
-    return "\n".join(f"{family:14s} mean {sum(counts) / len(counts):6.1f}  max {max(counts):4d}" for family, counts in by_family.items())
+    return "\n".join(
+        f"{family:14s} mean {sum(counts) / len(counts):6.1f}  max {max(counts):4d}"
+        for family, counts in by_family.items()
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--corpus", type=pathlib.Path, required=True)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     arguments = parser.parse_args()

@@ -36,7 +36,20 @@ import numpy as np
 
 from rome.rollout.simulator.distributions import Constant, Distribution, Lognormal, Recorded
 
-__all__ = ["Constant", "Distribution", "Lognormal", "Outcome", "Plan", "Recorded", "Speedup", "agentic", "bound", "simulate", "speedup", "with_train_share"]
+__all__ = [
+    "Constant",
+    "Distribution",
+    "Lognormal",
+    "Outcome",
+    "Plan",
+    "Recorded",
+    "Speedup",
+    "agentic",
+    "bound",
+    "simulate",
+    "speedup",
+    "with_train_share",
+]
 Late = Literal["wait", "keep", "drop"]
 
 
@@ -53,7 +66,9 @@ class Plan:
     latency: Distribution = Lognormal(1.0, 1.0)  # of the environment, a turn
     turns: Distribution = Constant(8)  # whole numbers from 1
     tokens: Distribution = Constant(50)  # sampled a turn
-    prompt_tokens: Distribution = Constant(0)  # read a turn: the prompt, then observations; the prefix before it is cached
+    prompt_tokens: Distribution = Constant(
+        0
+    )  # read a turn: the prompt, then observations; the prefix before it is cached
     group_size: int = 8
     redundancy: int = 0  # more episodes a group than are needed; the first group_size win, the others are cancelled
     groups_per_step: int = 8
@@ -67,13 +82,24 @@ class Plan:
         for name in ("engines", "slots", "concurrency", "group_size", "groups_per_step"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; set it to 1 or more")
-        for name in ("token_s", "token_s_a_request", "redundancy", "async_ratio", "train_s", "publish_s"):
+        for name in (
+            "token_s",
+            "token_s_a_request",
+            "redundancy",
+            "async_ratio",
+            "train_s",
+            "publish_s",
+        ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; set it to 0 or more")
         if not 0 <= self.lent_engines < self.engines:
-            raise ValueError(f"lent_engines is {self.lent_engines} of {self.engines}; some engine must go on while the others are lent")
+            raise ValueError(
+                f"lent_engines is {self.lent_engines} of {self.engines}; some engine must go on while the others are lent"
+            )
         if self.prefill_tokens_per_s <= 0:
-            raise ValueError(f"prefill_tokens_per_s is {self.prefill_tokens_per_s}; set it above 0 (inf: prefill costs nothing)")
+            raise ValueError(
+                f"prefill_tokens_per_s is {self.prefill_tokens_per_s}; set it above 0 (inf: prefill costs nothing)"
+            )
         if self.late not in ("wait", "keep", "drop"):
             raise ValueError(f"late {self.late!r} unknown; set it to wait, keep or drop")
 
@@ -133,7 +159,9 @@ class _Engine:
     episodes: int = 0
     clock: float = 0.0  # tokens that a request running from the beginning would have
     at: float = 0.0  # the time of `clock`
-    decoding: list[tuple[float, int, _Episode]] = dataclasses.field(default_factory=list)  # heap of (clock at which it is done, ...)
+    decoding: list[tuple[float, int, _Episode]] = dataclasses.field(
+        default_factory=list
+    )  # heap of (clock at which it is done, ...)
     waiting: collections.deque[_Episode] = dataclasses.field(default_factory=collections.deque)
     running: int = 0
     lent: bool = False
@@ -158,9 +186,22 @@ def bound(plan: Plan) -> float:
     The trainer trains and publishes; each trajectory occupies one of the `concurrency` places for as long as it takes alone; its tokens come from
     engines of which every slot is taken, and which stand still while weights are published.
     """
-    alone = plan.turns.mean * (plan.latency.mean + _alone_s(plan, plan.tokens.mean, plan.prompt_tokens.mean))
-    each = plan.turns.mean * (plan.tokens.mean * _token_s(plan, plan.slots) + plan.prompt_tokens.mean / plan.prefill_tokens_per_s) / plan.slots
-    return max(plan.train_s + plan.publish_s, plan.batch * alone / plan.concurrency, plan.batch * each / plan.engines + plan.publish_s)
+    alone = plan.turns.mean * (
+        plan.latency.mean + _alone_s(plan, plan.tokens.mean, plan.prompt_tokens.mean)
+    )
+    each = (
+        plan.turns.mean
+        * (
+            plan.tokens.mean * _token_s(plan, plan.slots)
+            + plan.prompt_tokens.mean / plan.prefill_tokens_per_s
+        )
+        / plan.slots
+    )
+    return max(
+        plan.train_s + plan.publish_s,
+        plan.batch * alone / plan.concurrency,
+        plan.batch * each / plan.engines + plan.publish_s,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,12 +217,22 @@ class Speedup:
 def speedup(plan: Plan, *, steps: int, seed: int = 0) -> Speedup:
     synchronous = simulate(dataclasses.replace(plan, async_ratio=0), steps=steps, seed=seed)
     asynchronous = simulate(plan, steps=steps, seed=seed)
-    return Speedup(synchronous.step_seconds / asynchronous.step_seconds, synchronous.step_seconds / bound(plan), synchronous, asynchronous)
+    return Speedup(
+        synchronous.step_seconds / asynchronous.step_seconds,
+        synchronous.step_seconds / bound(plan),
+        synchronous,
+        asynchronous,
+    )
 
 
 def with_train_share(plan: Plan, share: float, seed: int = 0, steps: int = 100) -> Plan:
     """The plan whose train step takes this share of the mean synchronous rollout time."""
-    rollout = simulate(dataclasses.replace(plan, async_ratio=0, train_s=0.0, publish_s=0.0), steps=steps, seed=seed, warm_up=0)
+    rollout = simulate(
+        dataclasses.replace(plan, async_ratio=0, train_s=0.0, publish_s=0.0),
+        steps=steps,
+        seed=seed,
+        warm_up=0,
+    )
     return dataclasses.replace(plan, train_s=share * rollout.step_seconds)
 
 
@@ -191,7 +242,9 @@ def agentic(async_ratio: int = 1, late: Late = "wait") -> Plan:
     The engine answers a turn of 50 tokens in 0.05 s and a little: environments and trainer are what matters. The train step is to be a quarter of the
     synchronous rollout time (`with_train_share`); the 5.5 s here are that, within 3 %.
     """
-    return Plan(token_s=0.001, token_s_a_request=4e-6, async_ratio=async_ratio, late=late, train_s=5.5)
+    return Plan(
+        token_s=0.001, token_s_a_request=4e-6, async_ratio=async_ratio, late=late, train_s=5.5
+    )
 
 
 def _token_s(plan: Plan, running: int) -> float:
@@ -213,22 +266,31 @@ class _Run:
         self.groups: dict[int, _Group] = {}  # begun and not yet trained on, in order
         self.complete_groups: list[int] = []  # of them, in order
         self.begun = 0  # groups
-        self.to_start: collections.deque[int] = collections.deque()  # a group's number for each episode that it still needs
+        self.to_start: collections.deque[int] = (
+            collections.deque()
+        )  # a group's number for each episode that it still needs
         self.open = 0
         self.paused = self.training = False
         self.started = self.trained = 0
         self.dropped: collections.Counter[str] = collections.Counter()
         self.staleness: collections.Counter[int] = collections.Counter()
-        self.lengths: dict[bool, list[float]] = {True: [], False: []}  # unhindered seconds of what was trained, and of what was dropped
+        self.lengths: dict[bool, list[float]] = {
+            True: [],
+            False: [],
+        }  # unhindered seconds of what was trained, and of what was dropped
         self.spans: list[float] = []
-        self.area = dict.fromkeys(("open", "idle", "slots", "waiting"), 0.0)  # integrals over time, since the warm-up
+        self.area = dict.fromkeys(
+            ("open", "idle", "slots", "waiting"), 0.0
+        )  # integrals over time, since the warm-up
         self.measured_from = 0.0
 
     def run(self) -> Outcome:
         self.begin_episodes()
         while self.version < self.steps:
             if not self.heap:
-                raise AssertionError(f"the simulation has nothing left to do at {self.now:.3f} s, in step {self.version}")
+                raise AssertionError(
+                    f"the simulation has nothing left to do at {self.now:.3f} s, in step {self.version}"
+                )
             time, _, happen, arguments = heapq.heappop(self.heap)
             self.pass_time(time)
             self.events += 1
@@ -265,10 +327,23 @@ class _Run:
         plan = self.plan
         rng = np.random.default_rng((self.seed, self.started))
         turns = max(1, round(float(plan.turns.draw(rng, 1)[0])))
-        latency, tokens, prompt = (distribution.draw(rng, turns) for distribution in (plan.latency, plan.tokens, plan.prompt_tokens))
-        unhindered = float(latency.sum() + sum(_alone_s(plan, *pair) for pair in zip(tokens, prompt)))
+        latency, tokens, prompt = (
+            distribution.draw(rng, turns)
+            for distribution in (plan.latency, plan.tokens, plan.prompt_tokens)
+        )
+        unhindered = float(
+            latency.sum() + sum(_alone_s(plan, *pair) for pair in zip(tokens, prompt))
+        )
         episode = _Episode(
-            self.started, group, self.version, self.now, latency.tolist(), tokens.tolist(), (prompt / plan.prefill_tokens_per_s).tolist(), unhindered)
+            self.started,
+            group,
+            self.version,
+            self.now,
+            latency.tolist(),
+            tokens.tolist(),
+            (prompt / plan.prefill_tokens_per_s).tolist(),
+            unhindered,
+        )
         self.settle(episode)
         self.started += 1
         self.open += 1
@@ -276,7 +351,10 @@ class _Run:
         self.ask(episode)
 
     def settle(self, episode: _Episode) -> None:
-        episode.engine = min((engine for engine in self.engines if not engine.lent), key=lambda engine: engine.episodes)
+        episode.engine = min(
+            (engine for engine in self.engines if not engine.lent),
+            key=lambda engine: engine.episodes,
+        )
         episode.engine.episodes += 1
 
     def ask(self, episode: _Episode) -> None:
@@ -299,20 +377,29 @@ class _Run:
                 self.ask(episode)
             return
         self.advance(engine)
-        heapq.heappush(engine.decoding, (engine.clock + episode.tokens[episode.turn], episode.number, episode))
+        heapq.heappush(
+            engine.decoding, (engine.clock + episode.tokens[episode.turn], episode.number, episode)
+        )
         self.reschedule(engine)
 
     def advance(self, engine: _Engine) -> None:
         """Brings the engine's clock to now; to be called before the number of its requests changes."""
         if engine.decoding and not self.paused:
-            engine.clock += (self.now - engine.at) / max(_token_s(self.plan, len(engine.decoding)), 1e-12)
+            engine.clock += (self.now - engine.at) / max(
+                _token_s(self.plan, len(engine.decoding)), 1e-12
+            )
         engine.at = self.now
 
     def reschedule(self, engine: _Engine) -> None:
         engine.schedule += 1
         if engine.decoding and not self.paused:
             left = max(0.0, engine.decoding[0][0] - engine.clock)
-            self.at(self.now + left * _token_s(self.plan, len(engine.decoding)), self.complete, engine, engine.schedule)
+            self.at(
+                self.now + left * _token_s(self.plan, len(engine.decoding)),
+                self.complete,
+                engine,
+                engine.schedule,
+            )
 
     def complete(self, engine: _Engine, schedule: int) -> None:
         """The turn nearest to its end is sampled; its call goes to the environment."""
@@ -331,7 +418,12 @@ class _Run:
         self.reschedule(engine)
 
     def admit(self, engine: _Engine) -> None:
-        while engine.waiting and not engine.lent and engine.running < self.plan.slots and not self.paused:
+        while (
+            engine.waiting
+            and not engine.lent
+            and engine.running < self.plan.slots
+            and not self.paused
+        ):
             episode = engine.waiting.popleft()
             if not episode.cancelled:
                 self.ask(episode)
@@ -353,7 +445,9 @@ class _Run:
             bisect.insort(self.complete_groups, episode.group)
             for late in list(group.open):
                 self.cancel(late, "redundant")
-            self.to_start = collections.deque(number for number in self.to_start if number != episode.group)
+            self.to_start = collections.deque(
+                number for number in self.to_start if number != episode.group
+            )
         self.train_if_ready()
         self.begin_episodes()
 
@@ -368,7 +462,14 @@ class _Run:
         self.drop(episode, reason)
         self.close(episode)
         engine = episode.engine
-        place = next((index for index, (_, number, _) in enumerate(engine.decoding) if number == episode.number), None)
+        place = next(
+            (
+                index
+                for index, (_, number, _) in enumerate(engine.decoding)
+                if number == episode.number
+            ),
+            None,
+        )
         if place is not None:
             self.advance(engine)
             del engine.decoding[place]
@@ -385,10 +486,10 @@ class _Run:
         plan = self.plan
         if self.training or len(self.complete_groups) < plan.groups_per_step:
             return
-        taken = self.complete_groups[:plan.groups_per_step]
+        taken = self.complete_groups[: plan.groups_per_step]
         if plan.late == "wait" and not self.others_can_follow(set(taken)):
             return
-        del self.complete_groups[:plan.groups_per_step]
+        del self.complete_groups[: plan.groups_per_step]
         for number in taken:
             for episode in self.groups.pop(number).finished:
                 self.trained += 1
@@ -396,7 +497,7 @@ class _Run:
                 self.lengths[True].append(episode.unhindered)
                 self.spans.append(episode.ended - episode.began)
         self.training = True
-        for engine in self.engines[:plan.lent_engines]:
+        for engine in self.engines[: plan.lent_engines]:
             self.lend(engine)
         self.at(self.now + plan.train_s, self.publish)
 
@@ -406,10 +507,15 @@ class _Run:
         Groups begin in order, so the oldest come first. The capacity rule lets so few begin that it holds whenever the oldest are taken.
         """
         others = (group for number, group in self.groups.items() if number not in taken)
-        return all(self.age(group) + 1 + place // self.plan.groups_per_step <= self.plan.async_ratio for place, group in enumerate(others))
+        return all(
+            self.age(group) + 1 + place // self.plan.groups_per_step <= self.plan.async_ratio
+            for place, group in enumerate(others)
+        )
 
     def age(self, group: _Group) -> int:
-        return max((self.version - episode.version for episode in group.open + group.finished), default=0)
+        return max(
+            (self.version - episode.version for episode in group.open + group.finished), default=0
+        )
 
     def lend(self, engine: _Engine) -> None:
         """Its requests go on elsewhere, from the tokens that they have; their prompts are read again there."""
@@ -455,10 +561,18 @@ class _Run:
     def drop_stale(self) -> None:
         """Whatever would be trained on beyond the bound from now on is replaced from the same task, before new tasks begin."""
         for number, group in self.groups.items():
-            for episode in [episode for episode in group.open if self.version - episode.version > self.plan.async_ratio]:
+            for episode in [
+                episode
+                for episode in group.open
+                if self.version - episode.version > self.plan.async_ratio
+            ]:
                 self.cancel(episode, "stale")
                 self.to_start.appendleft(number)
-            for episode in [episode for episode in group.finished if self.version - episode.version > self.plan.async_ratio]:
+            for episode in [
+                episode
+                for episode in group.finished
+                if self.version - episode.version > self.plan.async_ratio
+            ]:
                 group.finished.remove(episode)
                 if number in self.complete_groups:
                     self.complete_groups.remove(number)
@@ -472,13 +586,29 @@ class _Run:
         measured = self.steps - self.warm_up
         in_flight = sum(len(group.open) + len(group.finished) for group in self.groups.values())
         if self.started != self.trained + self.dropped.total() + in_flight:
-            raise AssertionError(f"sample accounting does not add up: {self.started} started, {self.trained} trained, {self.dropped} dropped, {in_flight} in flight")
-        trained, every = np.mean(self.lengths[True]), np.mean(self.lengths[True] + self.lengths[False])
+            raise AssertionError(
+                f"sample accounting does not add up: {self.started} started, {self.trained} trained, {self.dropped} dropped, {in_flight} in flight"
+            )
+        trained, every = (
+            np.mean(self.lengths[True]),
+            np.mean(self.lengths[True] + self.lengths[False]),
+        )
         per_s = lambda area: area / seconds if seconds else 0.0
         return Outcome(
-            steps=self.steps, seconds=self.now, step_seconds=seconds / measured, trajectories_per_s=per_s(measured * plan.batch),
-            trainer_wait=per_s(self.area["waiting"]), engine_idle=per_s(self.area["idle"]) / plan.engines,
-            slot_use=per_s(self.area["slots"]) / plan.engines / plan.slots, open_episodes=per_s(self.area["open"]),
-            staleness=dict(sorted(self.staleness.items())), started=self.started, trained=self.trained, dropped=dict(self.dropped), in_flight=in_flight,
-            short_bias=float(trained / every - 1) if every else 0.0, episode_seconds=float(np.mean(self.spans)), events=self.events,
+            steps=self.steps,
+            seconds=self.now,
+            step_seconds=seconds / measured,
+            trajectories_per_s=per_s(measured * plan.batch),
+            trainer_wait=per_s(self.area["waiting"]),
+            engine_idle=per_s(self.area["idle"]) / plan.engines,
+            slot_use=per_s(self.area["slots"]) / plan.engines / plan.slots,
+            open_episodes=per_s(self.area["open"]),
+            staleness=dict(sorted(self.staleness.items())),
+            started=self.started,
+            trained=self.trained,
+            dropped=dict(self.dropped),
+            in_flight=in_flight,
+            short_bias=float(trained / every - 1) if every else 0.0,
+            episode_seconds=float(np.mean(self.spans)),
+            events=self.events,
         )

@@ -12,8 +12,31 @@ from envs.gem import format_tool_call, make
 
 NAMES = sorted(GAMES)
 SLOW_EXPERTS = {"game/sokoban-10x10"}  # seconds of search in the worst case
-MARKUP = st.sampled_from(["<answer>", "</answer>", "\\boxed{", "}", "<tool_call>", "</tool_call>", "<think>", "</think>", "Up", "up", "42", "A C",
-                          "about", "<|im_end|>", '{"name": "move", "arguments": {"direction": "Up"}}', "<function=move>", "\ud800", "\0", "9" * 5000, "٣", "[" * 3000])
+MARKUP = st.sampled_from(
+    [
+        "<answer>",
+        "</answer>",
+        "\\boxed{",
+        "}",
+        "<tool_call>",
+        "</tool_call>",
+        "<think>",
+        "</think>",
+        "Up",
+        "up",
+        "42",
+        "A C",
+        "about",
+        "<|im_end|>",
+        '{"name": "move", "arguments": {"direction": "Up"}}',
+        "<function=move>",
+        "\ud800",
+        "\0",
+        "9" * 5000,
+        "٣",
+        "[" * 3000,
+    ]
+)
 TURNS = st.lists(st.one_of(MARKUP, st.text(max_size=6)), max_size=8).map("".join)
 
 
@@ -27,7 +50,9 @@ def play(env, seed=None, turns=10**9):
     return rewards, info.get("ending")
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in SLOW_EXPERTS and "slippery" not in name])
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name not in SLOW_EXPERTS and "slippery" not in name]
+)
 def test_the_expert_wins_every_game(name):
     env = make(name)
     assert [play(env, seed)[1] for seed in range(12)] == ["success"] * 12
@@ -37,13 +62,19 @@ def test_the_expert_wins_every_game(name):
 @pytest.mark.parametrize("name", [name for name in NAMES if "slippery" not in name])
 def test_the_expert_wins_hundreds_of_games(name):
     env = make(name)
-    lost = [seed for seed in range(300 if name not in SLOW_EXPERTS else 60) if play(env, seed)[1] != "success"]
+    lost = [
+        seed
+        for seed in range(300 if name not in SLOW_EXPERTS else 60)
+        if play(env, seed)[1] != "success"
+    ]
     assert lost == []
 
 
 def test_the_expert_wins_most_slippery_games():
     env = make("game/frozen_lake-slippery")
-    assert sum(play(env, seed)[1] == "success" for seed in range(30)) >= 24  # 91 of 100 when measured; the ice decides the rest
+    assert (
+        sum(play(env, seed)[1] == "success" for seed in range(30)) >= 24
+    )  # 91 of 100 when measured; the ice decides the rest
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -51,9 +82,14 @@ def test_a_seed_decides_the_episode(name):
     one, other = make(name), make(name, seed=99)
     assert one.reset(seed=5) == other.reset(5)
     actions = [one.sample_random_action() for _ in range(5)]
-    assert [one.step(action) for action in actions if not one._over] == [other.step(action) for action in actions if not other._over]
+    assert [one.step(action) for action in actions if not one._over] == [
+        other.step(action) for action in actions if not other._over
+    ]
     boards = {one.reset(seed)[1]["suffix"] for seed in range(20)}
-    assert len(boards) > 5 or name in ("game/guess_the_number", "game/wordle")  # those tell nothing at the beginning
+    assert len(boards) > 5 or name in (
+        "game/guess_the_number",
+        "game/wordle",
+    )  # those tell nothing at the beginning
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -82,7 +118,10 @@ def test_any_text_is_an_action(name, turns):
 
 
 @pytest.mark.parametrize("name", ["game/frozen_lake", "game/wordle"])
-@pytest.mark.parametrize("text", ["<answer>" * 200_000, "\\boxed{" * 200_000, "<think>" * 200_000 + "</answer>" * 200_000])
+@pytest.mark.parametrize(
+    "text",
+    ["<answer>" * 200_000, "\\boxed{" * 200_000, "<think>" * 200_000 + "</answer>" * 200_000],
+)
 def test_a_megabyte_of_markup_is_read_in_linear_time(name, text):
     env = make(name)
     env.reset()
@@ -140,35 +179,61 @@ def test_get_state_and_set_state_go_back():
     assert env.step(move) == first
 
 
-@pytest.mark.parametrize(("name", "arguments"), [
-    ("game/frozen_lake", {"size": 1}), ("game/frozen_lake", {"size": 33, "max_turns": 100}), ("game/frozen_lake", {"max_turns": 3}),
-    ("game/frozen_lake", {"p": 1.5}), ("game/sokoban", {"num_boxes": 9}), ("game/sokoban", {"dim_room": (4, 4)}), ("game/sokoban", {"max_turns": 0}),
-    ("game/guess_the_number", {"min_number": 5, "max_number": 5}), ("game/guess_the_number", {"max_turns": 6}), ("game/tower_of_hanoi", {"num_disks": 13}),
-    ("game/tower_of_hanoi", {"max_turns": 6}), ("game/wordle", {"state_in": "nowhere"}),
-])
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("game/frozen_lake", {"size": 1}),
+        ("game/frozen_lake", {"size": 33, "max_turns": 100}),
+        ("game/frozen_lake", {"max_turns": 3}),
+        ("game/frozen_lake", {"p": 1.5}),
+        ("game/sokoban", {"num_boxes": 9}),
+        ("game/sokoban", {"dim_room": (4, 4)}),
+        ("game/sokoban", {"max_turns": 0}),
+        ("game/guess_the_number", {"min_number": 5, "max_number": 5}),
+        ("game/guess_the_number", {"max_turns": 6}),
+        ("game/tower_of_hanoi", {"num_disks": 13}),
+        ("game/tower_of_hanoi", {"max_turns": 6}),
+        ("game/wordle", {"state_in": "nowhere"}),
+    ],
+)
 def test_settings_that_cannot_be_won_are_refused(name, arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         make(name, **arguments)
 
 
 def test_the_forms_of_an_action():
-    forms = {as_answer("down"): None, "\\boxed{Down}": None, "DOWN<|im_end|>": None, "<think>Up? <answer>Up</answer></think> so <answer>Down</answer>": None,
-             format_tool_call("move", {"direction": "Down"}): "move", "<function=move><parameter=direction>Down</parameter></function>": "move"}
+    forms = {
+        as_answer("down"): None,
+        "\\boxed{Down}": None,
+        "DOWN<|im_end|>": None,
+        "<think>Up? <answer>Up</answer></think> so <answer>Down</answer>": None,
+        format_tool_call("move", {"direction": "Down"}): "move",
+        "<function=move><parameter=direction>Down</parameter></function>": "move",
+    }
     for form, tool_name in forms.items():
         env = make("game/frozen_lake")
         env.reset(seed=0)
         info = env.step(form)[4]
-        assert (info["action"], info["tool_type"], info["use_tool"]) == ("Down", tool_name, tool_name is not None), form
+        assert (info["action"], info["tool_type"], info["use_tool"]) == (
+            "Down",
+            tool_name,
+            tool_name is not None,
+        ), form
         assert list(info["tool_arguments"].values()) == (["Down"] if tool_name else []), form
         assert info["parsed_action"] == ("Down" if tool_name else form)
     env.reset(seed=0)
     assert env.step("<think>go Up</think><answer>Down</answer>")[4]["think_content"] == "go Up"
 
 
-@pytest.mark.parametrize(("call", "says"), [
-    (format_tool_call("bash", {"command": "ls"}), "the tool is move(direction)"), (format_tool_call("move", {"direction": ["Up"]}), "the tool is move(direction)"),
-    (format_tool_call("move", {"direction": "Up"}) * 2, "2 tool calls"), ("<tool_call>{}", "no </tool_call>"),
-])
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (format_tool_call("bash", {"command": "ls"}), "the tool is move(direction)"),
+        (format_tool_call("move", {"direction": ["Up"]}), "the tool is move(direction)"),
+        (format_tool_call("move", {"direction": "Up"}) * 2, "2 tool calls"),
+        ("<tool_call>{}", "no </tool_call>"),
+    ],
+)
 def test_a_wrong_tool_call_is_told_what_is_wrong(call, says):
     env = make("game/sokoban")
     env.reset()

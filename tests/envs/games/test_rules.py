@@ -23,9 +23,19 @@ def test_frozen_lake_looks_and_pays_as_in_roll():
     env.ice = {(0, 0), (0, 1), (1, 1), (2, 2)}
     assert env._board() == "Here is the current state of the FrozenLake:\nP_O\nOGO\nOO_\n"
     observation, reward, terminated, _, info = env.step("<answer>Up</answer>")
-    assert observation == "At turn 1, you tried to move Up, which is not effective yet." and not terminated
-    assert info["metrics"] == {"action_is_effective": False, "action_is_valid": True, "success": False, "format_penalty": 0.0}
-    assert env.step("<answer>Right</answer>")[0] == "At turn 2, you moved Right, which is effective."
+    assert (
+        observation == "At turn 1, you tried to move Up, which is not effective yet."
+        and not terminated
+    )
+    assert info["metrics"] == {
+        "action_is_effective": False,
+        "action_is_valid": True,
+        "success": False,
+        "format_penalty": 0.0,
+    }
+    assert (
+        env.step("<answer>Right</answer>")[0] == "At turn 2, you moved Right, which is effective."
+    )
     _, reward, terminated, truncated, info = env.step("<answer>Down</answer>")
     assert (reward, terminated, truncated, info["ending"]) == (1.0, True, False, "success")
     assert info["suffix"].splitlines()[2] == "O√O"
@@ -49,7 +59,9 @@ def test_slippery_ice_goes_to_either_side_and_never_back():
         env.step("Right")
         went[{(2, 1): "Left", (3, 2): "Down", (2, 3): "Right", (1, 2): "Up"}[env.player]] += 1
     assert went["Left"] == 0
-    assert all(240 < went[name] < 360 for name in ("Down", "Right", "Up"))  # 300 each; 60 is more than 4 standard deviations
+    assert all(
+        240 < went[name] < 360 for name in ("Down", "Right", "Up")
+    )  # 300 each; 60 is more than 4 standard deviations
 
 
 def test_the_slippery_experts_chances_solve_bellmans_equation():
@@ -59,8 +71,19 @@ def test_the_slippery_experts_chances_solve_bellmans_equation():
     grid = np.array([[chances[row, column] for column in range(4)] for row in range(4)])
     padded = np.pad(grid, 1, mode="edge")  # the border throws one back
     left, right, up, down = padded[1:-1, :-2], padded[1:-1, 2:], padded[:-2, 1:-1], padded[2:, 1:-1]
-    best = 0.9999 * np.maximum.reduce([left + up + down, right + up + down, up + left + right, down + left + right]) / 3
-    inner = np.array([[(row, column) in env.ice and (row, column) != env.goal for column in range(4)] for row in range(4)])
+    best = (
+        0.9999
+        * np.maximum.reduce(
+            [left + up + down, right + up + down, up + left + right, down + left + right]
+        )
+        / 3
+    )
+    inner = np.array(
+        [
+            [(row, column) in env.ice and (row, column) != env.goal for column in range(4)]
+            for row in range(4)
+        ]
+    )
     np.testing.assert_allclose(grid[inner], best[inner], atol=1e-6)
 
 
@@ -74,8 +97,13 @@ def brute_force(room, player, boxes):
         if boxes == room.targets:
             return seen[state]
         for down, right in MOVES.values():
-            cell, behind = (player[0] + down, player[1] + right), (player[0] + 2 * down, player[1] + 2 * right)
-            if cell not in room.floor or (cell in boxes and (behind not in room.floor or behind in boxes)):
+            cell, behind = (
+                (player[0] + down, player[1] + right),
+                (player[0] + 2 * down, player[1] + 2 * right),
+            )
+            if cell not in room.floor or (
+                cell in boxes and (behind not in room.floor or behind in boxes)
+            ):
                 continue
             after = (cell, boxes - {cell} | {behind} if cell in boxes else boxes)
             if after not in seen:
@@ -96,7 +124,9 @@ def test_the_sokoban_solver_is_as_short_as_brute_force(seed):
 def test_a_dead_sokoban_position_has_no_plan():
     env = Sokoban(dim_room=(5, 5))
     env.reset(seed=0)
-    env.room = env.room._replace(floor=frozenset(itertools.product(range(1, 4), repeat=2)), targets=frozenset({(2, 2)}))
+    env.room = env.room._replace(
+        floor=frozenset(itertools.product(range(1, 4), repeat=2)), targets=frozenset({(2, 2)})
+    )
     env.player, env.boxes = (2, 2), {(1, 1)}
     assert solve(env.room, env.player, frozenset(env.boxes)) is None is env.expert_action()
 
@@ -104,15 +134,35 @@ def test_a_dead_sokoban_position_has_no_plan():
 def test_sokoban_looks_and_pays_as_gym_sokoban_does():
     env = Sokoban(dim_room=(5, 6), max_turns=30)
     env.reset(seed=0)
-    env.room = env.room._replace(floor=frozenset((2, column) for column in range(1, 5)), targets=frozenset({(2, 3)}))
+    env.room = env.room._replace(
+        floor=frozenset((2, column) for column in range(1, 5)), targets=frozenset({(2, 3)})
+    )
     env.player, env.boxes = (2, 1), {(2, 2)}
     assert env._board().splitlines()[3] == "#PXO_#"
-    env.room = env.room._replace(targets=frozenset({(2, 3), (2, 4)}))  # one target too many: the game goes on
-    rewards = [env.step("Right")[1], env.step("Right")[1], env.step("Right")[1], env.step("Left")[1], env.step("what?")[1]]
-    assert rewards == pytest.approx([0.9, -0.1, -0.1, -0.1, -0.1])  # onto a target; from one to the other; wall; back; no action
-    env.room, env.player, env.boxes = env.room._replace(targets=frozenset({(2, 2)})), (2, 1), {(2, 2)}
+    env.room = env.room._replace(
+        targets=frozenset({(2, 3), (2, 4)})
+    )  # one target too many: the game goes on
+    rewards = [
+        env.step("Right")[1],
+        env.step("Right")[1],
+        env.step("Right")[1],
+        env.step("Left")[1],
+        env.step("what?")[1],
+    ]
+    assert rewards == pytest.approx(
+        [0.9, -0.1, -0.1, -0.1, -0.1]
+    )  # onto a target; from one to the other; wall; back; no action
+    env.room, env.player, env.boxes = (
+        env.room._replace(targets=frozenset({(2, 2)})),
+        (2, 1),
+        {(2, 2)},
+    )
     assert env.step("Right")[1] == pytest.approx(-1.1)  # off the target
-    env.room, env.player, env.boxes = env.room._replace(targets=frozenset({(2, 3), (2, 1)})), (2, 1), {(2, 2)}
+    env.room, env.player, env.boxes = (
+        env.room._replace(targets=frozenset({(2, 3), (2, 1)})),
+        (2, 1),
+        {(2, 2)},
+    )
     assert env._board().splitlines()[3] == "#SXO_#"
     env.room = env.room._replace(targets=frozenset({(2, 3)}))
     _, reward, terminated, _, info = env.step("Right")
@@ -130,7 +180,12 @@ def test_sokoban_rewards_without_shaping_are_the_outcome():
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 10**6), rows=st.integers(5, 9), columns=st.integers(5, 9), boxes=st.integers(1, 2))
+@given(
+    seed=st.integers(0, 10**6),
+    rows=st.integers(5, 9),
+    columns=st.integers(5, 9),
+    boxes=st.integers(1, 2),
+)
 def test_sokoban_rooms_are_whole(seed, rows, columns, boxes):
     env = Sokoban(dim_room=(rows, columns), num_boxes=min(boxes, (rows - 2) * (columns - 2) // 6))
     env.reset(seed=seed)
@@ -141,19 +196,25 @@ def test_sokoban_rooms_are_whole(seed, rows, columns, boxes):
 
 
 def test_hanoi_experts_solution_is_a_shortest_one():
-    distance = {("C", "C", "C"): 0}  # towers of disks 1, 2, 3: breadth-first search from the goal, whose moves can all be taken back
+    distance = {
+        ("C", "C", "C"): 0
+    }  # towers of disks 1, 2, 3: breadth-first search from the goal, whose moves can all be taken back
     queue = deque(distance)
     while queue:
         state = queue.popleft()
         for disk, target in itertools.product(range(3), "ABC"):
-            if target != state[disk] and not any(state[smaller] in (state[disk], target) for smaller in range(disk)):
-                after = (*state[:disk], target, *state[disk + 1:])
+            if target != state[disk] and not any(
+                state[smaller] in (state[disk], target) for smaller in range(disk)
+            ):
+                after = (*state[:disk], target, *state[disk + 1 :])
                 if after not in distance:
                     distance[after] = distance[state] + 1
                     queue.append(after)
     assert len(distance) == 27
     for state, moves in distance.items():
-        towers = {tower: [disk for disk in (3, 2, 1) if state[disk - 1] == tower] for tower in "ABC"}
+        towers = {
+            tower: [disk for disk in (3, 2, 1) if state[disk - 1] == tower] for tower in "ABC"
+        }
         taken = 0
         while len(towers["C"]) < 3:
             source, target = next_move(towers)
@@ -167,7 +228,11 @@ def test_hanoi_refuses_what_the_rules_forbid():
     env = TowerOfHanoi()
     env.reset(seed=0)
     env.towers = {"A": [3, 1], "B": [2], "C": []}
-    for move, says in {"B A": "disk 2 is larger than disk 1", "C A": "tower C is empty", "A A": "the same"}.items():
+    for move, says in {
+        "B A": "disk 2 is larger than disk 1",
+        "C A": "tower C is empty",
+        "A A": "the same",
+    }.items():
         observation, reward, _, _, info = env.step(move)
         assert says in observation and reward == 0.0 and not info["metrics"]["action_is_effective"]
     assert env.step("a -> c")[4]["action"] == "A C" and env.towers == {"A": [3], "B": [2], "C": [1]}
@@ -180,7 +245,10 @@ def test_the_marks_of_a_guess():
     assert mark("world", "lllll") == "XXXGX"
 
 
-@given(secret=st.sampled_from(WORDS), guess=st.text("abcdefghijklmnopqrstuvwxyz", min_size=5, max_size=5))
+@given(
+    secret=st.sampled_from(WORDS),
+    guess=st.text("abcdefghijklmnopqrstuvwxyz", min_size=5, max_size=5),
+)
 def test_marks_count_each_letter_of_the_secret_once(secret, guess):
     marks = mark(secret, guess)
     for letter in set(guess):
@@ -200,7 +268,9 @@ def test_every_word_is_found_within_six_guesses():
         parts = {}
         for word in candidates:
             parts.setdefault(mark(word, guess), []).append(word)
-        return 1 + max((worst(tuple(part)) for marks, part in parts.items() if marks != "GGGGG"), default=0)
+        return 1 + max(
+            (worst(tuple(part)) for marks, part in parts.items() if marks != "GGGGG"), default=0
+        )
 
     assert worst(WORDS) <= 6
 
@@ -222,6 +292,8 @@ def test_hints_tell_the_truth():
         if guess == env.number:
             continue
         observation = env.step(f"<answer>{guess}</answer>")[0]
-        assert observation.endswith(f"the number is {'lower' if env.number < guess else 'higher'} than {guess}.")
+        assert observation.endswith(
+            f"the number is {'lower' if env.number < guess else 'higher'} than {guess}."
+        )
     assert "outside the range" in env.step("1000")[0]
     assert Wordle().max_turns == 6

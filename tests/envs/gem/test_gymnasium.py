@@ -21,7 +21,12 @@ from tests.envs.gem.worlds import Counter
 
 @pytest.mark.parametrize("name", sorted(GAMES))
 def test_our_games_pass_gymnasiums_checker(name):
-    gymnasium.register("gem-test-v0", entry_point=lambda render_mode=None: ToGymnasium(make(name, state_in="observation"), render_mode))
+    gymnasium.register(
+        "gem-test-v0",
+        entry_point=lambda render_mode=None: ToGymnasium(
+            make(name, state_in="observation"), render_mode
+        ),
+    )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -43,11 +48,20 @@ def builders(n=3):
     return [lambda: ToGymnasium(make("game/sokoban", state_in="observation")) for _ in range(n)]
 
 
-@pytest.mark.parametrize("build", [
-    lambda: gymnasium.vector.SyncVectorEnv(builders()),
-    pytest.param(lambda: gymnasium.vector.AsyncVectorEnv(builders(), shared_memory=True), marks=pytest.mark.slow),
-    pytest.param(lambda: gymnasium.vector.AsyncVectorEnv(builders(), shared_memory=False), marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: gymnasium.vector.SyncVectorEnv(builders()),
+        pytest.param(
+            lambda: gymnasium.vector.AsyncVectorEnv(builders(), shared_memory=True),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            lambda: gymnasium.vector.AsyncVectorEnv(builders(), shared_memory=False),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
 def test_gymnasiums_vectors_run_our_games(build):
     alone = [make("game/sokoban", state_in="observation") for _ in range(3)]
     with warnings.catch_warnings():
@@ -103,14 +117,24 @@ def test_text_spaces():
 
 def test_frozen_lake_of_gymnasium_is_a_gem_environment():
     reference = gymnasium.make("FrozenLake-v1", is_slippery=False)
-    env = FromGymnasium("FrozenLake-v1", action_names=["Left", "Down", "Right", "Up"], is_slippery=False)
+    env = FromGymnasium(
+        "FrozenLake-v1", action_names=["Left", "Down", "Right", "Up"], is_slippery=False
+    )
     observation, info = env.reset(seed=1)
     assert observation.endswith("\n0") and "Left, Down, Right, Up" in observation
     reference.reset(seed=1)
-    for text, action in {"<answer>down</answer>": 1, "\\boxed{1}": 1, "2": 2, "I say <answer>Right</answer><answer>Down</answer>": 1}.items():
+    for text, action in {
+        "<answer>down</answer>": 1,
+        "\\boxed{1}": 1,
+        "2": 2,
+        "I say <answer>Right</answer><answer>Down</answer>": 1,
+    }.items():
         observation, reward, terminated, truncated, info = env.step(text)
         there = reference.step(action)
-        assert (observation, reward, terminated, truncated) == (str(there[0]), *there[1:4]) and info["prob"] == there[4]["prob"]
+        assert (observation, reward, terminated, truncated) == (
+            str(there[0]),
+            *there[1:4],
+        ) and info["prob"] == there[4]["prob"]
     twin = env.spawn(same_state=True)
     *_, info = env.step("Down")
     assert twin.step("Down")[4] == info and "ending" not in info
@@ -119,18 +143,27 @@ def test_frozen_lake_of_gymnasium_is_a_gem_environment():
     env.close()
 
 
-@given(text=st.text() | st.sampled_from(["4", "-1", "9" * 5000, "٣", "<answer>", "</answer><answer>", "\\boxed{}", "1.0", "True"]))
+@given(
+    text=st.text()
+    | st.sampled_from(
+        ["4", "-1", "9" * 5000, "٣", "<answer>", "</answer><answer>", "\\boxed{}", "1.0", "True"]
+    )
+)
 def test_any_text_is_an_action_for_them_too(text):
     env = FromGymnasium(gymnasium.make("FrozenLake-v1", render_mode="ansi"), max_turns=3)
     env.reset(seed=0)
     observation, reward, terminated, truncated, info = env.step(text)
     valid = text.strip() in ("0", "1", "2", "3")
     assert info["metrics"]["action_is_valid"] is valid
-    assert valid or ("0 to 3" in observation and (reward, terminated, truncated) == (0.0, False, False))
+    assert valid or (
+        "0 to 3" in observation and (reward, terminated, truncated) == (0.0, False, False)
+    )
 
 
 def test_turns_without_an_action_end_at_max_turns():
-    env = FromGymnasium("CartPole-v1", max_turns=3, describe=lambda observation: f"{len(observation)} numbers")
+    env = FromGymnasium(
+        "CartPole-v1", max_turns=3, describe=lambda observation: f"{len(observation)} numbers"
+    )
     assert env.reset(seed=0)[0].endswith("4 numbers") and env.task.name == "CartPole-v1/0"
     assert [env.step("what?")[3] for _ in range(2)] == [False, False]
     *_, truncated, info = env.step("what?")

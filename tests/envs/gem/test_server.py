@@ -53,7 +53,9 @@ def ask(url, method, body=None, *, token=TOKEN, data=None, verb="POST", path=Non
     async def request():
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         async with aiohttp.ClientSession(headers=headers) as http:
-            async with http.request(verb, url + (path or f"{PREFIX}/{method}"), json=body, data=data) as response:
+            async with http.request(
+                verb, url + (path or f"{PREFIX}/{method}"), json=body, data=data
+            ) as response:
                 return response.status, json.loads(await response.read())
 
     return sync.run(request(), 60)
@@ -71,13 +73,28 @@ def test_an_episode_in_rocks_words():
         assert status == 200 and set(made) == {"sandbox_id"}
         local = make("game/tower_of_hanoi")
         observation, info = local.reset(seed=4)
-        assert ask(url, "reset", {**made, "seed": 4}) == (200, {"observation": observation, "info": json.loads(json.dumps(info))})
+        assert ask(url, "reset", {**made, "seed": 4}) == (
+            200,
+            {"observation": observation, "info": json.loads(json.dumps(info))},
+        )
         action = local.expert_action()
         observation, reward, terminated, truncated, info = local.step(action)
         assert ask(url, "step", {**made, "action": action}) == (
-            200, {"observation": observation, "reward": reward, "terminated": terminated, "truncated": truncated, "info": json.loads(json.dumps(info))})
+            200,
+            {
+                "observation": observation,
+                "reward": reward,
+                "terminated": terminated,
+                "truncated": truncated,
+                "info": json.loads(json.dumps(info)),
+            },
+        )
         assert ask(url, "close", made) == (200, made)
-        assert code(ask(url, "close", made)) == code(ask(url, "step", {**made, "action": "x"})) == "unknown_instance"
+        assert (
+            code(ask(url, "close", made))
+            == code(ask(url, "step", {**made, "action": "x"}))
+            == "unknown_instance"
+        )
         for verb in ("GET", "POST"):
             status, listed = ask(url, "list", verb=verb)
             assert status == 200 and {*GAMES, "test/odd"} <= set(listed["env_id"])
@@ -87,7 +104,9 @@ def test_nobody_gets_in_without_the_token():
     with serving() as (url, service):
         for token in (None, "", "wrong", TOKEN[:-1], TOKEN + "x", "tökén"):
             for method in ("make", "list", "nowhere"):
-                assert code(ask(url, method, {"env_id": "game/wordle"}, token=token)) == "unauthorized"
+                assert (
+                    code(ask(url, method, {"env_id": "game/wordle"}, token=token)) == "unauthorized"
+                )
         assert not service._instances
     with pytest.raises(ValueError, match="token"):
         GemService("")
@@ -95,17 +114,28 @@ def test_nobody_gets_in_without_the_token():
         assert ask(url, "make", {"env_id": "game/wordle"}, token=None)[0] == 200
 
 
-@pytest.mark.parametrize(("method", "body", "expected"), [
-    ("make", {"env_id": "no/such"}, "unknown_env"), ("make", {}, "bad_request"), ("make", {"env_id": 3}, "bad_request"), ("make", [], "bad_request"),
-    ("make", {"env_id": "game/wordle", "more": 1}, "bad_request"), ("make", {"env_id": "game/wordle", "kwargs": {"nonsense": 1}}, "bad_request"),
-    ("make", {"env_id": "game/wordle", "kwargs": {"env_id": 1}}, "bad_request"),
-    ("make", {"env_id": "game/wordle", "kwargs": {"max_turns": -1}}, "bad_request"),
-    ("make", {"env_id": "test/odd", "kwargs": {"refuse": True}}, "bad_request"), ("reset", {"sandbox_id": "x"}, "unknown_instance"),
-    ("reset", {"sandbox_id": None}, "bad_request"), ("reset", {"sandbox_id": "x", "seed": -1}, "bad_request"),
-    ("reset", {"sandbox_id": "x", "seed": True}, "bad_request"), ("reset", {"sandbox_id": "x", "seed": 1 << 63}, "bad_request"),
-    ("step", {"sandbox_id": "x"}, "bad_request"), ("step", {"sandbox_id": "x", "action": 1}, "bad_request"),
-    ("nowhere", {}, "not_found"),
-])
+@pytest.mark.parametrize(
+    ("method", "body", "expected"),
+    [
+        ("make", {"env_id": "no/such"}, "unknown_env"),
+        ("make", {}, "bad_request"),
+        ("make", {"env_id": 3}, "bad_request"),
+        ("make", [], "bad_request"),
+        ("make", {"env_id": "game/wordle", "more": 1}, "bad_request"),
+        ("make", {"env_id": "game/wordle", "kwargs": {"nonsense": 1}}, "bad_request"),
+        ("make", {"env_id": "game/wordle", "kwargs": {"env_id": 1}}, "bad_request"),
+        ("make", {"env_id": "game/wordle", "kwargs": {"max_turns": -1}}, "bad_request"),
+        ("make", {"env_id": "test/odd", "kwargs": {"refuse": True}}, "bad_request"),
+        ("reset", {"sandbox_id": "x"}, "unknown_instance"),
+        ("reset", {"sandbox_id": None}, "bad_request"),
+        ("reset", {"sandbox_id": "x", "seed": -1}, "bad_request"),
+        ("reset", {"sandbox_id": "x", "seed": True}, "bad_request"),
+        ("reset", {"sandbox_id": "x", "seed": 1 << 63}, "bad_request"),
+        ("step", {"sandbox_id": "x"}, "bad_request"),
+        ("step", {"sandbox_id": "x", "action": 1}, "bad_request"),
+        ("nowhere", {}, "not_found"),
+    ],
+)
 def test_wrong_requests_get_a_code(method, body, expected):
     with serving() as (url, _):
         assert code(ask(url, method, body)) == expected
@@ -113,14 +143,27 @@ def test_wrong_requests_get_a_code(method, body, expected):
 
 def test_requests_that_are_no_requests_get_a_code():
     with serving(max_body_bytes=10_000) as (url, _):
-        for data in (b"", b"\xff\xfe", b"{", b"[" * 5000, b'{"env_id": ' + b"9" * 9000 + b"}", b'{"env_id": "x"} more'):
+        for data in (
+            b"",
+            b"\xff\xfe",
+            b"{",
+            b"[" * 5000,
+            b'{"env_id": ' + b"9" * 9000 + b"}",
+            b'{"env_id": "x"} more',
+        ):
             assert code(ask(url, "make", data=data)) == "bad_request"
         assert code(ask(url, "make", data=b'{"env_id": "' + b"x" * 20_000 + b'"}')) == "too_large"
         assert code(ask(url, "make", verb="GET")) == "method_not_allowed"
 
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.text(max_size=8)
-JSON = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3), max_leaves=5)
+JSON = st.recursive(
+    LEAVES,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
 FIELDS = st.sampled_from(["env_id", "kwargs", "sandbox_id", "seed", "action", "call_id"])
 
 
@@ -130,8 +173,12 @@ def long_lived():
         yield url
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(method=st.sampled_from(["make", "reset", "step", "close"]), body=st.dictionaries(FIELDS, JSON))
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    method=st.sampled_from(["make", "reset", "step", "close"]), body=st.dictionaries(FIELDS, JSON)
+)
 def test_any_json_gets_an_answer(long_lived, method, body):
     assert code(ask(long_lived, method, body)) not in ("internal", "env_error")
 
@@ -144,7 +191,12 @@ def test_what_an_environment_does_wrong_has_a_code_and_the_next_call_works():
             assert code(ask(url, "step", {**made, "action": action})) == "env_error"
         assert "KeyError" in ask(url, "step", {**made, "action": "raise"})[1]["error"]["message"]
         assert ask(url, "step", {**made, "action": "numbers"})[1]["info"] == {"x": 1.5, "s": [1, 2]}
-        assert code(ask(url, "step", {**ask(url, "make", {"env_id": "game/wordle"})[1], "action": "x"})) == "env_error"  # not reset yet
+        assert (
+            code(
+                ask(url, "step", {**ask(url, "make", {"env_id": "game/wordle"})[1], "action": "x"})
+            )
+            == "env_error"
+        )  # not reset yet
 
 
 def test_lost_sandboxes_are_infrastructures_fault(monkeypatch):
@@ -153,7 +205,9 @@ def test_lost_sandboxes_are_infrastructures_fault(monkeypatch):
 
     monkeypatch.setattr("tests.envs.gem.worlds.Odd.reset", lost)
     with serving() as (url, _):
-        assert code(ask(url, "reset", ask(url, "make", {"env_id": "test/odd"})[1])) == "infrastructure"
+        assert (
+            code(ask(url, "reset", ask(url, "make", {"env_id": "test/odd"})[1])) == "infrastructure"
+        )
 
 
 def test_calls_of_one_environment_wait_for_each_other_and_those_of_others_do_not():
@@ -165,7 +219,9 @@ def test_calls_of_one_environment_wait_for_each_other_and_those_of_others_do_not
                 order = []
 
                 async def step(made, action, name):
-                    async with http.post(f"{url}{PREFIX}/step", json={**made, "action": action}) as response:
+                    async with http.post(
+                        f"{url}{PREFIX}/step", json={**made, "action": action}
+                    ) as response:
                         assert response.status == 200
                         order.append(name)
 
@@ -218,7 +274,9 @@ def test_a_repeated_call_is_no_second_turn():
         ask(url, "reset", made)
         first = ask(url, "step", {**made, "action": "a", "call_id": "1"})
         assert ask(url, "step", {**made, "action": "a", "call_id": "1"}) == first
-        assert ask(url, "step", {**made, "action": "a", "call_id": "2"})[1]["observation"] == "a at 2"
+        assert (
+            ask(url, "step", {**made, "action": "a", "call_id": "2"})[1]["observation"] == "a at 2"
+        )
 
 
 def test_it_stands_beside_other_routes():
@@ -229,7 +287,10 @@ def test_it_stands_beside_other_routes():
     app.router.add_post("/apis/envs/sandbox/v1/start", hello)
     GemService(TOKEN).mount(app)
     with serving(app=app) as (url, _):
-        assert ask(url, "", {}, path="/apis/envs/sandbox/v1/start", token=None) == (200, {"hello": 1})
+        assert ask(url, "", {}, path="/apis/envs/sandbox/v1/start", token=None) == (
+            200,
+            {"hello": 1},
+        )
         assert ask(url, "make", {"env_id": "game/wordle"})[0] == 200
 
 
@@ -259,18 +320,30 @@ def test_arguments_task_and_tools_come_along():
     with serving() as (url, _):
         remote = RemoteEnv(url, "game/sokoban", TOKEN, dim_room=[7, 7], num_boxes=2)
         _, info = remote.reset(seed=3)
-        assert info["suffix"].count("X") == 2 and remote.task.name == "sokoban/3" and remote.task.family == "sokoban" and remote.tools == info["tools"]
+        assert (
+            info["suffix"].count("X") == 2
+            and remote.task.name == "sokoban/3"
+            and remote.task.family == "sokoban"
+            and remote.tools == info["tools"]
+        )
         twin = remote.spawn(num_boxes=1)
         assert twin.reset(seed=3)[1]["suffix"].count("X") == 1
         remote.close(), twin.close()
 
 
 def test_a_sandboxed_task_behind_the_service():
-    register("test/terminal", "envs.tasks.terminal.env:TerminalEnv", family="count", sandbox_config=SandboxConfig(isolation="best_available"))
+    register(
+        "test/terminal",
+        "envs.tasks.terminal.env:TerminalEnv",
+        family="count",
+        sandbox_config=SandboxConfig(isolation="best_available"),
+    )
     with serving() as (url, service):
         remote = RemoteEnv(url, "test/terminal", TOKEN)
         remote.reset(seed=3)
-        observation, *_, info = remote.step(format_tool_call("bash", {"command": "echo $((6 * 7))"}))
+        observation, *_, info = remote.step(
+            format_tool_call("bash", {"command": "echo $((6 * 7))"})
+        )
         assert (observation, info["status"], remote.task.name) == ("42", "ok", "count/3")
         sandbox = next(iter(service._instances.values())).env._sandbox
         assert sandbox.is_alive()
@@ -281,7 +354,12 @@ def test_a_sandboxed_task_behind_the_service():
 def test_a_vector_of_remote_environments_runs_as_coroutines():
     with serving() as (url, _):
         register("test/remote", RemoteEnv, url=url, token=TOKEN)
-        vector = make_vec(["test/remote"] * 3, vec_kwargs=[{"remote_id": "game/wordle"}] * 3, async_mode=True, seed=1)
+        vector = make_vec(
+            ["test/remote"] * 3,
+            vec_kwargs=[{"remote_id": "game/wordle"}] * 3,
+            async_mode=True,
+            seed=1,
+        )
         assert type(vector).__name__ == "AsyncioVectorEnv"
         assert [info["seed"] for info in vector.reset(seed=5)[1]] == [5, 6, 7]
         assert len(vector.step(["about"] * 3)[0]) == 3
@@ -321,12 +399,22 @@ def test_a_broken_connection_is_tried_again_and_counts_once():
         remote.close()
 
 
-@pytest.mark.parametrize(("status", "body", "expected"), [
-    (200, b"no json", "protocol"), (200, b"[]", "protocol"), (200, b'{"sandbox_id": 5}', "protocol"), (200, b"[" * 100_000, "protocol"), (500, b"{}", "protocol"),
-    (503, b'{"error": {"code": "os.system", "message": "x"}}', "protocol"), (503, b'{"error": {"code": ["infrastructure"]}}', "protocol"),
-    (503, b'{"error": "infrastructure"}', "protocol"), (503, b'{"error": {"code": "infrastructure"}}', "infrastructure"), (302, b"{}", "protocol"),
-    (200, b'"' + b"x" * (17 << 20) + b'"', "protocol"),
-])
+@pytest.mark.parametrize(
+    ("status", "body", "expected"),
+    [
+        (200, b"no json", "protocol"),
+        (200, b"[]", "protocol"),
+        (200, b'{"sandbox_id": 5}', "protocol"),
+        (200, b"[" * 100_000, "protocol"),
+        (500, b"{}", "protocol"),
+        (503, b'{"error": {"code": "os.system", "message": "x"}}', "protocol"),
+        (503, b'{"error": {"code": ["infrastructure"]}}', "protocol"),
+        (503, b'{"error": "infrastructure"}', "protocol"),
+        (503, b'{"error": {"code": "infrastructure"}}', "infrastructure"),
+        (302, b"{}", "protocol"),
+        (200, b'"' + b"x" * (17 << 20) + b'"', "protocol"),
+    ],
+)
 def test_a_hostile_service_is_an_error_of_the_closed_set(status, body, expected):
     async def answer(request):
         return web.Response(status=status, body=body, headers={"Location": "http://127.0.0.1:9/"})

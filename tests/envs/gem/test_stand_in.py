@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-PROGRAM = '''
+PROGRAM = """
 from envs.gem import stand_in
 stand_in.install()
 import random
@@ -73,17 +73,23 @@ try:
     import gem.multiagent
 except ImportError:
     print("as it should be")
-'''
+"""
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gem") is not None, reason="gem-llm itself is installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("gem") is not None, reason="gem-llm itself is installed"
+)
 def test_a_program_for_gem_runs_on_the_stand_in():
-    ended = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60
+    )
     assert (ended.stdout, ended.returncode) == ("as it should be\n", 0), ended.stderr
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gem") is None, reason="gem-llm is not installed")
 def test_where_gem_is_installed_there_is_no_stand_in():
     program = "from envs.gem import stand_in\nstand_in.install()"
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
     assert "no stand-in is needed" in ended.stderr

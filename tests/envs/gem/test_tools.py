@@ -10,7 +10,15 @@ from aiohttp import web
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from envs.gem.tools import BaseTool, BM25Index, MCPTool, PythonCodeTool, SearchTool, ShellTool, ToolEnvWrapper
+from envs.gem.tools import (
+    BaseTool,
+    BM25Index,
+    MCPTool,
+    PythonCodeTool,
+    SearchTool,
+    ShellTool,
+    ToolEnvWrapper,
+)
 from envs.gem.tools.mcp import _first_call
 from envs.gem.tools.search import terms
 from envs.gem import ToolCall, ToolCallError
@@ -18,7 +26,11 @@ from envs.rock import SandboxConfig, SandboxError, sync
 from tests.envs.gem.worlds import Counter
 
 CONFIG = SandboxConfig(isolation="best_available")
-TOOLS = [PythonCodeTool(timeout=5, sandbox_config=CONFIG), ShellTool(timeout=5, sandbox_config=CONFIG), SearchTool(BM25Index([("title", "text")]))]
+TOOLS = [
+    PythonCodeTool(timeout=5, sandbox_config=CONFIG),
+    ShellTool(timeout=5, sandbox_config=CONFIG),
+    SearchTool(BM25Index([("title", "text")])),
+]
 
 
 @pytest.fixture
@@ -26,13 +38,41 @@ def python():
     return PythonCodeTool(timeout=5, sandbox_config=CONFIG)
 
 
-@pytest.mark.parametrize(("action", "observation", "failed", "parsed"), [
-    ("so <python>print(6*7)</python> then", "Code execution result: 42\n\n", False, "so <python>print(6*7)</python>"),
-    ("```python\nprint('a')\n``` and ```python\nprint('b')\n```", "Code execution result: a\n\n", False, "```python\nprint('a')\n```"),
-    ("```python\nprint(1)\n``` <python>print(2)</python>", "Code execution result: 1\n\n", False, "```python\nprint(1)\n```"),
-    ("<python>print(sqrt(16), Counter('aab')['a'])</python>", "Code execution result: 4.0 2\n\n", False, None),  # after the usual imports
-    ("<python>...</python>", "Code execution result: SyntaxError: invalid syntax\n", True, None),
-])
+@pytest.mark.parametrize(
+    ("action", "observation", "failed", "parsed"),
+    [
+        (
+            "so <python>print(6*7)</python> then",
+            "Code execution result: 42\n\n",
+            False,
+            "so <python>print(6*7)</python>",
+        ),
+        (
+            "```python\nprint('a')\n``` and ```python\nprint('b')\n```",
+            "Code execution result: a\n\n",
+            False,
+            "```python\nprint('a')\n```",
+        ),
+        (
+            "```python\nprint(1)\n``` <python>print(2)</python>",
+            "Code execution result: 1\n\n",
+            False,
+            "```python\nprint(1)\n```",
+        ),
+        (
+            "<python>print(sqrt(16), Counter('aab')['a'])</python>",
+            "Code execution result: 4.0 2\n\n",
+            False,
+            None,
+        ),  # after the usual imports
+        (
+            "<python>...</python>",
+            "Code execution result: SyntaxError: invalid syntax\n",
+            True,
+            None,
+        ),
+    ],
+)
 def test_python_runs_the_first_block(python, action, observation, failed, parsed):
     found, has_error, told, parsed_action = python.execute_action(action)
     assert found and has_error is failed and told == observation
@@ -42,17 +82,33 @@ def test_python_runs_the_first_block(python, action, observation, failed, parsed
 def test_a_python_error_is_told_whole_or_by_its_last_line(python):
     action = "<python>print('before')\n1/0</python>"
     found, has_error, told, _ = python.execute_action(action)
-    assert found and has_error and "before" in told and "Traceback" in told and told.endswith("ZeroDivisionError: division by zero\n")
-    short = PythonCodeTool(keep_error_last_line=True, sandbox_config=CONFIG).execute_action(action)[2]
+    assert (
+        found
+        and has_error
+        and "before" in told
+        and "Traceback" in told
+        and told.endswith("ZeroDivisionError: division by zero\n")
+    )
+    short = PythonCodeTool(keep_error_last_line=True, sandbox_config=CONFIG).execute_action(action)[
+        2
+    ]
     assert short == "Code execution result: before\n\nZeroDivisionError: division by zero\n"
 
 
 def test_a_program_that_does_not_end_is_stopped():
-    told = PythonCodeTool(timeout=0.5, sandbox_config=CONFIG).execute_action("<python>while True: pass</python>")
-    assert told[:3] == (True, True, "Code execution result: Execution timed out after 0.5 seconds.\n")
+    told = PythonCodeTool(timeout=0.5, sandbox_config=CONFIG).execute_action(
+        "<python>while True: pass</python>"
+    )
+    assert told[:3] == (
+        True,
+        True,
+        "Code execution result: Execution timed out after 0.5 seconds.\n",
+    )
 
 
-def test_python_leaves_nothing_to_the_next_call_and_does_not_run_here(python, tmp_path, monkeypatch):
+def test_python_leaves_nothing_to_the_next_call_and_does_not_run_here(
+    python, tmp_path, monkeypatch
+):
     monkeypatch.setenv("A_SECRET", "of this process")
     mark = tmp_path / "mark"
     code = f"""import os
@@ -64,7 +120,10 @@ except OSError:
     pass
 """
     for _ in range(2):
-        assert python.execute_action(f"<python>{code}</python>")[2] == "Code execution result: None False\n\n"
+        assert (
+            python.execute_action(f"<python>{code}</python>")[2]
+            == "Code execution result: None False\n\n"
+        )
     assert not mark.exists()
 
 
@@ -72,9 +131,16 @@ def test_the_shell_keeps_files_for_the_episode_and_no_longer():
     tool = ShellTool(timeout=5, max_output_chars=50, sandbox_config=CONFIG)
     other = tool.spawn()
     try:
-        assert tool.execute_action("<bash>echo hi > note; pwd</bash> done")[1:] == (False, "Command output: /workspace\n", "<bash>echo hi > note; pwd</bash>")
+        assert tool.execute_action("<bash>echo hi > note; pwd</bash> done")[1:] == (
+            False,
+            "Command output: /workspace\n",
+            "<bash>echo hi > note; pwd</bash>",
+        )
         assert tool.execute_action("```bash\ncat note\n```")[2] == "Command output: hi\n"
-        assert tool.execute_action("<bash>exit 3</bash>")[1:3] == (True, "Command output: (none)\n[exit 3]\n")
+        assert tool.execute_action("<bash>exit 3</bash>")[1:3] == (
+            True,
+            "Command output: (none)\n[exit 3]\n",
+        )
         assert tool.execute_action("<bash>seq 100</bash>")[2].endswith("... (241 more)\n")
         assert other.execute_action("<bash>cat note</bash>")[1] is True
         tool.reset()
@@ -84,15 +150,29 @@ def test_the_shell_keeps_files_for_the_episode_and_no_longer():
 
 
 @pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.tool_type)
-@given(text=st.lists(st.text(max_size=5) | st.sampled_from(["<python>", "</bash>", "<search>", "```python", "```bash\n"]), max_size=3).map("".join))
+@given(
+    text=st.lists(
+        st.text(max_size=5)
+        | st.sampled_from(["<python>", "</bash>", "<search>", "```python", "```bash\n"]),
+        max_size=3,
+    ).map("".join)
+)
 def test_text_without_a_complete_call_is_none(tool, text):
     if text.count("```") < 2:
         assert tool.execute_action(text)[:3] == (False, True, "")
 
 
 @pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.tool_type)
-@pytest.mark.parametrize("text", [
-    "<python>" * 100_000, "<bash>" * 100_000, "<search>" * 100_000, "```python\n" + "x" * 1_000_000, "<tool_call><tool_name>x</tool_name><arguments>" * 20_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<python>" * 100_000,
+        "<bash>" * 100_000,
+        "<search>" * 100_000,
+        "```python\n" + "x" * 1_000_000,
+        "<tool_call><tool_name>x</tool_name><arguments>" * 20_000,
+    ],
+)
 def test_a_megabyte_without_an_end_is_read_in_linear_time(tool, text):
     assert tool.execute_action(text)[0] is False  # the suite's time limit is the assertion
     try:
@@ -101,11 +181,24 @@ def test_a_megabyte_without_an_end_is_read_in_linear_time(tool, text):
         pass
 
 
-DOCUMENTS = [("cats", "the cat sat on the mat"), ("dogs", "the dog chased the cat, the cat ran"), ("physics", "energy equals mass"), ("empty", ""), ("cats", "cat")]
+DOCUMENTS = [
+    ("cats", "the cat sat on the mat"),
+    ("dogs", "the dog chased the cat, the cat ran"),
+    ("physics", "energy equals mass"),
+    ("empty", ""),
+    ("cats", "cat"),
+]
 
 
 @settings(deadline=None)
-@given(documents=st.lists(st.tuples(st.sampled_from(["a", "b c", ""]), st.text("abc ", max_size=12)), min_size=1, max_size=6), query=st.text("abcd ", max_size=8))
+@given(
+    documents=st.lists(
+        st.tuples(st.sampled_from(["a", "b c", ""]), st.text("abc ", max_size=12)),
+        min_size=1,
+        max_size=6,
+    ),
+    query=st.text("abcd ", max_size=8),
+)
 def test_scores_are_bm25(documents, query):
     bags = [terms(f"{title}\n{text}") for title, text in documents]
     mean = sum(map(len, bags)) / len(bags) or 1.0
@@ -115,21 +208,37 @@ def test_scores_are_bm25(documents, query):
         for term in terms(query):
             n = sum(term in other for other in bags)
             f = bag.count(term)
-            total += math.log(1 + (len(bags) - n + 0.5) / (n + 0.5)) * f * 2.2 / (f + 1.2 * (0.25 + 0.75 * len(bag) / mean)) if f else 0.0
+            total += (
+                math.log(1 + (len(bags) - n + 0.5) / (n + 0.5))
+                * f
+                * 2.2
+                / (f + 1.2 * (0.25 + 0.75 * len(bag) / mean))
+                if f
+                else 0.0
+            )
         return total
 
-    matching = [(index, score(bag)) for index, bag in enumerate(bags) if set(bag) & set(terms(query))]
+    matching = [
+        (index, score(bag)) for index, bag in enumerate(bags) if set(bag) & set(terms(query))
+    ]
     expected = sorted(matching, key=lambda item: (-round(item[1], 9), item[0]))
     found = BM25Index(documents).search(query, topk=10)
     assert sorted(index for index, _ in found) == sorted(index for index, _ in expected)
-    assert [round(value, 9) for _, value in found] == pytest.approx([round(value, 9) for _, value in expected])
+    assert [round(value, 9) for _, value in found] == pytest.approx(
+        [round(value, 9) for _, value in expected]
+    )
 
 
 def test_search_answers_in_gems_form():
     tool = SearchTool(BM25Index(DOCUMENTS), topk=2)
-    found, failed, observation, parsed = tool.execute_action("think <search> Dog CHASED </search> more")
+    found, failed, observation, parsed = tool.execute_action(
+        "think <search> Dog CHASED </search> more"
+    )
     assert (found, failed, parsed) == (True, False, "think <search> Dog CHASED </search>")
-    assert observation == "\n\n<information>Doc 1(Title: dogs) the dog chased the cat, the cat ran\n</information>\n\n"
+    assert (
+        observation
+        == "\n\n<information>Doc 1(Title: dogs) the dog chased the cat, the cat ran\n</information>\n\n"
+    )
     assert "No document matches." in tool.execute_action("<search>zebra</search>")[2]
     assert tool.execute_action("<search></search>")[0] is True
     assert BM25Index([]).search("anything") == []
@@ -146,21 +255,50 @@ class Echo(BaseTool):
         return f"write {self.mark}"
 
     def execute_action(self, action):
-        return (True, self.fails, f"{self.mark} ran", action.split(self.mark)[0] + self.mark) if self.mark in action else (False, True, "", action)
+        return (
+            (True, self.fails, f"{self.mark} ran", action.split(self.mark)[0] + self.mark)
+            if self.mark in action
+            else (False, True, "", action)
+        )
 
 
 def test_the_wrapper_counts_uses_pays_and_passes_on():
-    env = ToolEnvWrapper(Counter(), [Echo("!"), Echo("?", fails=True)], tool_reward=0.1, tool_success_reward=0.5, max_tool_uses=2)
+    env = ToolEnvWrapper(
+        Counter(),
+        [Echo("!"), Echo("?", fails=True)],
+        tool_reward=0.1,
+        tool_success_reward=0.5,
+        max_tool_uses=2,
+    )
     observation, info = env.reset(seed=1)
     assert observation == "start 1\nAvailable tools:\nwrite !\nwrite ?"
-    counts = {"tool_use_counter": 0, "tool_success_counter": 0, "prev_ep_tool_use_counter": 0, "prev_ep_tool_success_counter": 0}
+    counts = {
+        "tool_use_counter": 0,
+        "tool_success_counter": 0,
+        "prev_ep_tool_use_counter": 0,
+        "prev_ep_tool_success_counter": 0,
+    }
     assert info == {"suffix": "[0]", "use_tool": False, **counts}
-    used = {"parsed_action": "a!", "tool_type": "echo", "use_tool": True, "tool_use_counter": 1, "tool_success_counter": 1}
+    used = {
+        "parsed_action": "a!",
+        "tool_type": "echo",
+        "use_tool": True,
+        "tool_use_counter": 1,
+        "tool_success_counter": 1,
+    }
     assert env.step("a! b") == ("! ran", 0.6, False, False, used)
     observation, reward, *_ = env.step("b?")
-    assert observation == "? ran\n\nReached the maximum number of tool use. Please output final answer directly." and reward == 0.1
+    assert (
+        observation
+        == "? ran\n\nReached the maximum number of tool use. Please output final answer directly."
+        and reward == 0.1
+    )
     observation, *_, info = env.step("c!")  # no more tools
-    assert observation == "c! at 1" and info["tool_use_counter"] == 2 and info["tool_success_counter"] == 1
+    assert (
+        observation == "c! at 1"
+        and info["tool_use_counter"] == 2
+        and info["tool_success_counter"] == 1
+    )
     assert env.reset()[1]["prev_ep_tool_use_counter"] == 2
 
 
@@ -195,14 +333,17 @@ def test_each_environment_has_a_shell_of_its_own():
     one.reset(), other.reset()
     try:
         one.step("<bash>touch mine</bash>")
-        assert one.step("<bash>ls</bash>")[0] == "Command output: mine\n" and other.step("<bash>ls</bash>")[0] == "Command output: (none)\n"
+        assert (
+            one.step("<bash>ls</bash>")[0] == "Command output: mine\n"
+            and other.step("<bash>ls</bash>")[0] == "Command output: (none)\n"
+        )
         one.reset()
         assert one.step("<bash>ls</bash>")[0] == "Command output: (none)\n"
     finally:
         one.close(), other.close()
 
 
-SERVER = '''
+SERVER = """
 import json, sys
 TOOLS = [{"name": "add", "description": "adds", "inputSchema": {"type": "object", "properties": {"a": {"type": "number"}}}},
          *({"name": name, "inputSchema": {"type": "object"}} for name in ("fail", "die", "sleep"))]
@@ -223,7 +364,7 @@ for line in sys.stdin:
             continue
         result = {"content": [{"type": "text", "text": str(sum(arguments.values())) if name == "add" else "it broke"}], "isError": name == "fail"}
     print(json.dumps({"jsonrpc": "2.0", "id": call["id"], "result": result}), flush=True)
-'''
+"""
 
 
 def gem_call(name, **arguments):
@@ -232,17 +373,40 @@ def gem_call(name, **arguments):
 
 @pytest.mark.slow
 def test_mcp_tools_of_a_real_server_process(tmp_path):
-    pytest.importorskip("mcp", reason="the mcp package is optional; pip install -r tests/requirements-live.txt")
+    pytest.importorskip(
+        "mcp", reason="the mcp package is optional; pip install -r tests/requirements-live.txt"
+    )
     script = tmp_path / "server.py"
     script.write_text(SERVER)
-    tool = MCPTool({"mcpServers": {"test": {"command": sys.executable, "args": [str(script)]}}}, execution_timeout=3)
+    tool = MCPTool(
+        {"mcpServers": {"test": {"command": sys.executable, "args": [str(script)]}}},
+        execution_timeout=3,
+    )
     try:
-        assert [one["name"] for one in tool.get_available_tools()] == ["add", "fail", "die", "sleep"]
+        assert [one["name"] for one in tool.get_available_tools()] == [
+            "add",
+            "fail",
+            "die",
+            "sleep",
+        ]
         assert '"name": "add"' in tool.instruction_string()
         call = "so " + gem_call("add", a=1, b=2)
-        assert tool.execute_action(call + " x") == (True, False, "\n<tool_response>\n3\n</tool_response>\n", call)
-        assert "7" in tool.execute_action('<tool_call>{"name": "add", "arguments": {"a": 7}}</tool_call>')[2]
-        assert tool.execute_action(gem_call("fail"))[1:3] == (True, "\n<tool_response>\n[Tool execution error: it broke]\n</tool_response>\n")
+        assert tool.execute_action(call + " x") == (
+            True,
+            False,
+            "\n<tool_response>\n3\n</tool_response>\n",
+            call,
+        )
+        assert (
+            "7"
+            in tool.execute_action('<tool_call>{"name": "add", "arguments": {"a": 7}}</tool_call>')[
+                2
+            ]
+        )
+        assert tool.execute_action(gem_call("fail"))[1:3] == (
+            True,
+            "\n<tool_response>\n[Tool execution error: it broke]\n</tool_response>\n",
+        )
         assert "no tool 'nothing'" in tool.execute_action(gem_call("nothing"))[2]
         assert tool.execute_action("<tool_call>nonsense</tool_call>")[0] is False
         assert tool.execute_action(gem_call("sleep"))[1] is True
@@ -257,7 +421,9 @@ def test_mcp_tools_of_a_real_server_process(tmp_path):
 
 @pytest.mark.slow
 def test_mcp_tools_of_an_http_server():
-    pytest.importorskip("mcp", reason="the mcp package is optional; pip install -r tests/requirements-live.txt")
+    pytest.importorskip(
+        "mcp", reason="the mcp package is optional; pip install -r tests/requirements-live.txt"
+    )
     seen = []
 
     async def answer(request):
@@ -267,7 +433,11 @@ def test_mcp_tools_of_an_http_server():
             return web.Response(status=202)
         protocol = call.get("params", {}).get("protocolVersion")
         result = {
-            "initialize": {"protocolVersion": protocol, "capabilities": {"tools": {}}, "serverInfo": {"name": "t", "version": "1"}},
+            "initialize": {
+                "protocolVersion": protocol,
+                "capabilities": {"tools": {}},
+                "serverInfo": {"name": "t", "version": "1"},
+            },
             "tools/list": {"tools": [{"name": "hello", "inputSchema": {"type": "object"}}]},
             "tools/call": {"content": [{"type": "text", "text": "hello too"}]},
         }[call["method"]]
@@ -283,9 +453,15 @@ def test_mcp_tools_of_an_http_server():
 
     runner = sync.run(start(), 10)
     url = f"http://127.0.0.1:{runner.addresses[0][1]}/mcp"
-    tool = MCPTool({"mcpServers": {"test": {"url": url, "headers": {"Authorization": "Bearer x"}}}}, execution_timeout=10)
+    tool = MCPTool(
+        {"mcpServers": {"test": {"url": url, "headers": {"Authorization": "Bearer x"}}}},
+        execution_timeout=10,
+    )
     try:
-        assert tool.execute_action(gem_call("hello"))[1:3] == (False, "\n<tool_response>\nhello too\n</tool_response>\n")
+        assert tool.execute_action(gem_call("hello"))[1:3] == (
+            False,
+            "\n<tool_response>\nhello too\n</tool_response>\n",
+        )
         assert set(seen) == {"Bearer x"}
     finally:
         tool.close()
@@ -294,10 +470,18 @@ def test_mcp_tools_of_an_http_server():
         MCPTool("http://127.0.0.1:9/mcp", execution_timeout=10).get_available_tools()
 
 
-@pytest.mark.parametrize(("text", "call"), [
-    (gem_call("a", x=1), ToolCall("a", {"x": 1})), ("<tool_call><tool_name>a</tool_name><arguments></arguments></tool_call>", ToolCall("a", {})),
-    ("<function=a><parameter=x>1</parameter></function>", ToolCall("a", {"x": "1"})), ("words", None),
-])
+@pytest.mark.parametrize(
+    ("text", "call"),
+    [
+        (gem_call("a", x=1), ToolCall("a", {"x": 1})),
+        (
+            "<tool_call><tool_name>a</tool_name><arguments></arguments></tool_call>",
+            ToolCall("a", {}),
+        ),
+        ("<function=a><parameter=x>1</parameter></function>", ToolCall("a", {"x": "1"})),
+        ("words", None),
+    ],
+)
 def test_calls_are_read_in_gems_form_and_in_qwens(text, call):
     found = _first_call(text)
     assert (found and found[0]) == call

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from envs.games import FrozenLake
-from envs.gem import AsyncioVectorEnv, AsyncVectorEnv, AutoresetMode, EpisodeTrackingWrapper, SyncVectorEnv, make, make_vec
+from envs.gem import (
+    AsyncioVectorEnv,
+    AsyncVectorEnv,
+    AutoresetMode,
+    EpisodeTrackingWrapper,
+    SyncVectorEnv,
+    make,
+    make_vec,
+)
 from envs.gem.core import is_async
 from tests.envs.gem.worlds import AsyncCounter, Counter
 
@@ -28,7 +36,9 @@ def test_a_vector_of_games_plays_like_the_games_alone(kind):
     alone = [make("game/frozen_lake", seed=seed) for seed in seeds]
     together = vector(kind, [make("game/frozen_lake", seed=seed) for seed in seeds])
     observations, infos = together.reset(seed=seeds)
-    assert [(observation, info) for observation, info in zip(observations, infos)] == [env.reset(seed=seed) for env, seed in zip(alone, seeds)]
+    assert [(observation, info) for observation, info in zip(observations, infos)] == [
+        env.reset(seed=seed) for env, seed in zip(alone, seeds)
+    ]
     for turn in range(40):
         actions = [env.sample_random_action() for env in alone]
         observations, rewards, terminated, truncated, infos = together.step(actions)
@@ -36,7 +46,10 @@ def test_a_vector_of_games_plays_like_the_games_alone(kind):
             observation, reward, ended, cut, info = env.step(actions[i])
             assert (rewards[i], terminated[i], truncated[i]) == (reward, ended, cut)
             if ended or cut:
-                assert (infos[i].pop("final_obs"), infos[i].pop("final_info")) == (observation, info)
+                assert (infos[i].pop("final_obs"), infos[i].pop("final_info")) == (
+                    observation,
+                    info,
+                )
                 observation, info = env.reset()
             assert (observations[i], infos[i]) == (observation, info)
     together.close()
@@ -47,8 +60,17 @@ def test_same_step_keeps_the_end_of_the_episode(kind):
     together.reset(seed=10)
     together.step(["a", "a"])
     observations, rewards, terminated, truncated, infos = together.step(["b", "b"])
-    assert observations == ["start 10", "b at 2"] and rewards.tolist() == [1.0, 0.0] and terminated.tolist() == [True, False] and not truncated.any()
-    assert infos[0] == {"suffix": "[0]", "final_obs": "b at 2", "final_info": {"suffix": "[2]", "seed": 10, "last": True}}
+    assert (
+        observations == ["start 10", "b at 2"]
+        and rewards.tolist() == [1.0, 0.0]
+        and terminated.tolist() == [True, False]
+        and not truncated.any()
+    )
+    assert infos[0] == {
+        "suffix": "[0]",
+        "final_obs": "b at 2",
+        "final_info": {"suffix": "[2]", "seed": 10, "last": True},
+    }
     assert "final_obs" not in infos[1]
     assert (rewards.dtype, terminated.dtype) == (np.float64, np.bool_)
 
@@ -61,7 +83,11 @@ def test_next_step_resets_with_the_step_after_the_end(kind):
     second = together.step({1: "b"})  # the one that ended waits for its own turn
     assert second[0] == ["b at 2"]
     third = together.step(["ignored", "c"])
-    assert third[0] == ["start 0", "c at 3"] and third[1].tolist() == [0.0, 1.0] and third[2].tolist() == [False, True]
+    assert (
+        third[0] == ["start 0", "c at 3"]
+        and third[1].tolist() == [0.0, 1.0]
+        and third[2].tolist() == [False, True]
+    )
     assert together.autoreset_mode is AutoresetMode.NEXT_STEP
 
 
@@ -69,7 +95,11 @@ def test_some_of_the_environments_can_be_stepped_in_any_order(kind):
     together = vector(kind, [Counter(length=9) for _ in range(4)])
     together.reset(seed=0)
     observations, rewards, *_, infos = together.step({3: "x", 1: "y"})
-    assert observations == ["x at 1", "y at 1"] and [info["seed"] for info in infos] == [3, 1] and len(rewards) == 2
+    assert (
+        observations == ["x at 1", "y at 1"]
+        and [info["seed"] for info in infos] == [3, 1]
+        and len(rewards) == 2
+    )
     assert [env.turn for env in together.envs] == [0, 1, 0, 1]
     assert together.step({})[0] == []
 
@@ -136,11 +166,17 @@ def test_close_closes_each(kind):
 
 def test_make_vec_gives_each_its_seed_and_wraps_it():
     ids, own = ["game/wordle", "game/frozen_lake", "game/wordle"], [{}, {"seed": 90, "size": 5}, {}]
-    made = make_vec(ids, wrappers=[EpisodeTrackingWrapper], vec_kwargs=own, seed=7, state_in="observation")
+    made = make_vec(
+        ids, wrappers=[EpisodeTrackingWrapper], vec_kwargs=own, seed=7, state_in="observation"
+    )
     assert isinstance(made, SyncVectorEnv)
     _, infos = made.reset()
     assert [info["seed"] for info in infos] == [7, 90, 9]
-    assert isinstance(made.envs[1].unwrapped, FrozenLake) and made.envs[1].size == 5 and all(env.state_in == "observation" for env in made.envs)
+    assert (
+        isinstance(made.envs[1].unwrapped, FrozenLake)
+        and made.envs[1].size == 5
+        and all(env.state_in == "observation" for env in made.envs)
+    )
     assert made.step([env.sample_random_action() for env in made.envs])[4][0]["step_counter"] == 1
     with pytest.raises(ValueError, match="vec_kwargs"):
         make_vec("game/wordle", vec_kwargs=[{}, {}])

@@ -19,7 +19,10 @@ class Tokenizer:
 
     def apply_chat_template(self, conversation, *, tokenize, add_generation_prompt):
         assert tokenize is False and add_generation_prompt is True
-        return "".join(f"<{message['role']}>{message['content']}" for message in conversation) + "<assistant>"
+        return (
+            "".join(f"<{message['role']}>{message['content']}" for message in conversation)
+            + "<assistant>"
+        )
 
 
 def test_concat_puts_observations_on_lines():
@@ -42,7 +45,12 @@ def test_a_chat_has_the_roles_in_turn():
 
 
 def test_the_template_on_reset_only():
-    env = ObservationWrapper(Counter(), include_chat_template=False, apply_chat_template_on_reset=True, tokenizer=Tokenizer())
+    env = ObservationWrapper(
+        Counter(),
+        include_chat_template=False,
+        apply_chat_template_on_reset=True,
+        tokenizer=Tokenizer(),
+    )
     assert env.reset(seed=4)[0] == "<user>start 4<assistant>\n[0]"
     assert env.step("go")[0] == "<user>start 4<assistant>\ngo\ngo at 1\n[1]"
 
@@ -52,7 +60,11 @@ class Chatty(Counter):
 
     def step(self, action):
         observation, *rest, info = super().step(action)
-        return observation, *rest, {**info, "parsed_action": "PARSED", "use_tool": True, "prefix": ">>"}
+        return (
+            observation,
+            *rest,
+            {**info, "parsed_action": "PARSED", "use_tool": True, "prefix": ">>"},
+        )
 
 
 def test_the_history_has_parsed_actions_tool_turns_and_this_turns_prefix():
@@ -63,7 +75,9 @@ def test_the_history_has_parsed_actions_tool_turns_and_this_turns_prefix():
 
 @given(length=st.integers(1, 4), steps=st.integers(0, 8))
 def test_a_bounded_history_is_the_end_of_the_whole_one(length, steps):
-    short = ObservationWrapper(Counter(length=0), include_chat_template=False, max_history_length=length)
+    short = ObservationWrapper(
+        Counter(length=0), include_chat_template=False, max_history_length=length
+    )
     whole = ObservationWrapper(Counter(length=0), include_chat_template=False)
     seen = [short.reset(seed=1)[0], whole.reset(seed=1)[0]]
     for _ in range(steps):
@@ -72,8 +86,15 @@ def test_a_bounded_history_is_the_end_of_the_whole_one(length, steps):
     assert seen[0].count("\n") == 1 + 2 * min(length, steps)
 
 
-@pytest.mark.parametrize("options", [{}, {"tokenizer": None, "apply_chat_template_on_reset": True, "include_chat_template": False},
-                                     {"tokenizer": Tokenizer(), "apply_chat_template_on_reset": True}, {"tokenizer": Tokenizer(), "include_action": False}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"tokenizer": None, "apply_chat_template_on_reset": True, "include_chat_template": False},
+        {"tokenizer": Tokenizer(), "apply_chat_template_on_reset": True},
+        {"tokenizer": Tokenizer(), "include_action": False},
+    ],
+)
 def test_impossible_combinations_are_refused(options):
     with pytest.raises(ValueError):
         ObservationWrapper(Counter(), **options)
@@ -86,14 +107,23 @@ def test_episode_tracking_counts_and_remembers_the_last_episode():
     info = env.step("b")[4]
     assert (info["step_counter"], info["cumulative_rewards"]) == (2, 1.0)
     info = env.reset()[1]
-    assert (info["step_counter"], info["cumulative_rewards"], info["prev_ep_step_counter"], info["prev_ep_cumulative_rewards"]) == (0, 0.0, 2, 1.0)
+    assert (
+        info["step_counter"],
+        info["cumulative_rewards"],
+        info["prev_ep_step_counter"],
+        info["prev_ep_cumulative_rewards"],
+    ) == (0, 0.0, 2, 1.0)
 
 
 def test_a_wrapper_shows_the_environments_attributes_as_they_are_now():
     env = EpisodeTrackingWrapper(EnvWrapper(Counter()))
     env.reset(seed=1)
     env.step("a")
-    assert env.turn == 1 == env.unwrapped.turn and env.sample_random_action() == "go" and "turn" in dir(env)
+    assert (
+        env.turn == 1 == env.unwrapped.turn
+        and env.sample_random_action() == "go"
+        and "turn" in dir(env)
+    )
     with pytest.raises(AttributeError, match="nothing"):
         env.nothing
     env.close()
@@ -105,7 +135,12 @@ def test_wrapped_environments_can_be_copied_pickled_and_spawned():
     env.reset(seed=1)
     env.step("a")
     expected = copy.deepcopy(env).step("b")
-    assert copy.deepcopy(env).step("b") == expected == pickle.loads(pickle.dumps(env)).step("b") == env.spawn(same_state=True).step("b")
+    assert (
+        copy.deepcopy(env).step("b")
+        == expected
+        == pickle.loads(pickle.dumps(env)).step("b")
+        == env.spawn(same_state=True).step("b")
+    )
     assert env.spawn(seed=8).reset()[0] == "start 8\n[0]"
     assert env.step("b") == expected
 
@@ -126,7 +161,9 @@ def test_wrappers_by_name():
     index = BM25Index([("a", "b")])
     for name in [*WRAPPER_FACTORY, *INDEX_REQUIRED]:
         env = Counter()
-        for wrapper in get_wrapper_fns(f"{name},episode_tracking", tokenizer=Tokenizer(), index=index):
+        for wrapper in get_wrapper_fns(
+            f"{name},episode_tracking", tokenizer=Tokenizer(), index=index
+        ):
             env = wrapper(env)
         assert isinstance(env, EpisodeTrackingWrapper) and isinstance(env.env, EnvWrapper)
         env.reset(seed=0)

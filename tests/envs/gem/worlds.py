@@ -20,7 +20,13 @@ class Counter(Env):
     def step(self, action):
         self.turn += 1
         done = self.turn == self.length
-        return f"{action} at {self.turn}", float(done), done, False, {"suffix": f"[{self.turn}]", "seed": self.seed, "last": done}
+        return (
+            f"{action} at {self.turn}",
+            float(done),
+            done,
+            False,
+            {"suffix": f"[{self.turn}]", "seed": self.seed, "last": done},
+        )
 
     def sample_random_action(self):
         return "go"
@@ -44,7 +50,13 @@ class AsyncCounter(Counter):
     async def astep(self, action):
         await asyncio.sleep(0)
         observation, reward, terminated, truncated, info = super().step(action)
-        return observation, reward, terminated, truncated, {**info, "thread": threading.current_thread().name}
+        return (
+            observation,
+            reward,
+            terminated,
+            truncated,
+            {**info, "thread": threading.current_thread().name},
+        )
 
     async def aclose(self):
         super().close()
@@ -67,7 +79,11 @@ class Odd(Env):
             time.sleep(float(action.split()[1]))
         if action == "raise":
             raise KeyError("the environment's own")
-        info = {"nan": {"x": float("nan")}, "object": {"x": object()}, "numbers": {"x": __import__("numpy").float32(1.5), "s": {2, 1}}}.get(action, {})
+        info = {
+            "nan": {"x": float("nan")},
+            "object": {"x": object()},
+            "numbers": {"x": __import__("numpy").float32(1.5), "s": {2, 1}},
+        }.get(action, {})
         return "done", 0.0, False, False, info
 
     def close(self):

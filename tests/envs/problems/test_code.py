@@ -37,14 +37,25 @@ def expert(env):
 
 
 def test_every_reference_passes_its_hidden_inputs():
-    assert {one[:2] for one in submit_all([(family, "hard", 1, expert) for family in FAMILIES])} == {(1.0, "success")}
+    assert {
+        one[:2] for one in submit_all([(family, "hard", 1, expert) for family in FAMILIES])
+    } == {(1.0, "success")}
 
 
 @pytest.mark.slow
 def test_hundreds_of_references_pass_and_cheats_do_not():
-    jobs = [(family, level, seed, expert) for family in FAMILIES for level in LEVELS for seed in range(10)]
+    jobs = [
+        (family, level, seed, expert)
+        for family in FAMILIES
+        for level in LEVELS
+        for seed in range(10)
+    ]
     assert {one[:2] for one in submit_all(jobs)} == {(1.0, "success")}
-    tricks = [(family, level, seed, lambda env, number=number: list(env.cheats().values())[number][0]) for family, level, seed, _ in jobs for number in range(4)]
+    tricks = [
+        (family, level, seed, lambda env, number=number: list(env.cheats().values())[number][0])
+        for family, level, seed, _ in jobs
+        for number in range(4)
+    ]
     assert {one[:2] for one in submit_all(tricks)} == {(0.0, "failure")}
 
 
@@ -53,9 +64,9 @@ HACKS = {
     "hard exit": "import os\nos._exit(0)",
     "equals all": "class E(int):\n    __eq__ = lambda a, b: True\n    __hash__ = int.__hash__\ndef inversions(values):\n    return E(7)",
     "reports": "import os\nfor fd in range(1, 9):\n    try:\n        os.write(fd, b'{\"value\": 0}\\n' * 20)\n    except OSError:\n        pass\nos._exit(0)",
-    "replaces json": "import json\njson.dumps = lambda *a, **k: '{\"value\": 0, \"passed\": true}'\ndef inversions(values):\n    return 0",
+    "replaces json": 'import json\njson.dumps = lambda *a, **k: \'{"value": 0, "passed": true}\'\ndef inversions(values):\n    return 0',
     "reads the grader": "import gc, inspect, sys\ndef inversions(values):\n    for frame in inspect.stack():\n        for name in ('truths', 'truth', 'expected'):\n"
-                        "            if name in frame.frame.f_globals:\n                return frame.frame.f_globals[name]\n    return 0",
+    "            if name in frame.frame.f_globals:\n                return frame.frame.f_globals[name]\n    return 0",
     "looks for files": "import glob\ndef inversions(values):\n    found = [one for one in glob.glob('**', recursive=True) if 'truth' in one or 'expected' in one]\n    return len(found)",
     "not a number": "def inversions(values):\n    return float('nan')",
     "deep": "def inversions(values):\n    import os, sys\n    os.write(3, b'[' * 5000 + b'\\n')\n    os._exit(0)",
@@ -66,9 +77,19 @@ HACKS = {
 
 
 def test_hacks_earn_nothing_and_the_note_says_why():
-    outcomes = dict(zip(HACKS, submit_all([("inversions", "medium", 2, f"```python\n{code}\n```") for code in HACKS.values()])))
+    outcomes = dict(
+        zip(
+            HACKS,
+            submit_all(
+                [("inversions", "medium", 2, f"```python\n{code}\n```") for code in HACKS.values()]
+            ),
+        )
+    )
     assert {outcome[:2] for outcome in outcomes.values()} == {(0.0, "failure")}, outcomes
-    assert "0 results instead of 20" in outcomes["exits"][2] and "hidden inputs give another result" in outcomes["reads the grader"][2]
+    assert (
+        "0 results instead of 20" in outcomes["exits"][2]
+        and "hidden inputs give another result" in outcomes["reads the grader"][2]
+    )
 
 
 def test_a_run_past_its_time_is_a_timeout_and_a_lost_sandbox_no_ones_failure(monkeypatch):
@@ -93,16 +114,43 @@ def test_a_run_past_its_time_is_a_timeout_and_a_lost_sandbox_no_ones_failure(mon
 
 def test_a_value_counts_with_its_type():
     assert same({"value": [1, "a", None]}, [1, "a", None]) and same({"value": [1, 2]}, (1, 2))
-    assert not any(same(one, 1) for one in ({"value": True}, {"value": 1.0}, {"value": "1"}, {"error": "x"}, {"value": 1, "error": "x"}, {}, {"value": float("nan")}))
+    assert not any(
+        same(one, 1)
+        for one in (
+            {"value": True},
+            {"value": 1.0},
+            {"value": "1"},
+            {"error": "x"},
+            {"value": 1, "error": "x"},
+            {},
+            {"value": float("nan")},
+        )
+    )
 
 
 def test_where_the_code_stands():
-    assert read_code("so\n```python\na = 1\n```\nor\n```python\nb = 2\n```") == "b = 2\n" and read_code("```\nx\n```") == "x\n" and read_code("def f(): pass") == "def f(): pass"
-    assert read_code("done") is None and read_code("```python\nx") is None and read_code("```") is None and read_code("``````") is None
+    assert (
+        read_code("so\n```python\na = 1\n```\nor\n```python\nb = 2\n```") == "b = 2\n"
+        and read_code("```\nx\n```") == "x\n"
+        and read_code("def f(): pass") == "def f(): pass"
+    )
+    assert (
+        read_code("done") is None
+        and read_code("```python\nx") is None
+        and read_code("```") is None
+        and read_code("``````") is None
+    )
     assert read_code("<think>```python\nx\n```</think>done") is None
 
 
-@pytest.mark.parametrize("action, note", [("done", "no ```python"), (f"```python\n{'x' * 100_001}\n```", "100000 bytes"), ("```python\n\0\n```", "NUL")])
+@pytest.mark.parametrize(
+    "action, note",
+    [
+        ("done", "no ```python"),
+        (f"```python\n{'x' * 100_001}\n```", "100000 bytes"),
+        ("```python\n\0\n```", "NUL"),
+    ],
+)
 def test_what_is_no_code_is_malformed(action, note):
     env = make("rome:code/postfix-easy")
     env.reset(seed=1)
@@ -113,5 +161,9 @@ def test_what_is_no_code_is_malformed(action, note):
 def test_a_seed_decides_the_problem_and_its_inputs_are_hidden():
     for family in FAMILIES:
         env, twin = CodeEnv(family, "medium"), CodeEnv(family, "medium")
-        assert env.reset(3)[0] == twin.reset(3)[0] and env.inputs == twin.inputs and env.reset(4)[0] != twin.problem
+        assert (
+            env.reset(3)[0] == twin.reset(3)[0]
+            and env.inputs == twin.inputs
+            and env.reset(4)[0] != twin.problem
+        )
         assert len(env.inputs) == 20 and not any(shown in env.inputs for shown, _ in env.shown)

@@ -21,10 +21,54 @@ import pytest
 
 START_SECONDS, END_SECONDS, INSTALL_SECONDS = 30.0, 20.0, 180.0
 IMAGE = "rock-test/base:1"
-PERL = pathlib.Path(f"/usr/lib/{os.uname().machine}-linux-gnu/perl-base")  # what Debian's own perl needs; it can do any system call
-PROGRAMS = ("bash", "sh", "cat", "chmod", "cp", "cut", "df", "du", "env", "find", "grep", "head", "id", "kill", "ln", "ls", "mkdir", "mkfifo", "mv", "nohup", "printf", 
-            "readlink", "rm", "rmdir", "sed", "seq", "setsid", "sleep", "sort", "split", "stat", "tail", "tar", "touch", "tr", "truncate", "wc", "yes", "hostname", "unshare", "mount",
-            "mknod", "perl")
+PERL = pathlib.Path(
+    f"/usr/lib/{os.uname().machine}-linux-gnu/perl-base"
+)  # what Debian's own perl needs; it can do any system call
+PROGRAMS = (
+    "bash",
+    "sh",
+    "cat",
+    "chmod",
+    "cp",
+    "cut",
+    "df",
+    "du",
+    "env",
+    "find",
+    "grep",
+    "head",
+    "id",
+    "kill",
+    "ln",
+    "ls",
+    "mkdir",
+    "mkfifo",
+    "mv",
+    "nohup",
+    "printf",
+    "readlink",
+    "rm",
+    "rmdir",
+    "sed",
+    "seq",
+    "setsid",
+    "sleep",
+    "sort",
+    "split",
+    "stat",
+    "tail",
+    "tar",
+    "touch",
+    "tr",
+    "truncate",
+    "wc",
+    "yes",
+    "hostname",
+    "unshare",
+    "mount",
+    "mknod",
+    "perl",
+)
 
 
 class Engine:
@@ -51,12 +95,32 @@ def running_engine() -> collections.abc.Iterator[Engine]:
     before = os.environ.get("DOCKER_HOST")
     log = open(place / "log", "wb")
     # Neither a bridge nor firewall rules: sandboxes have no network, and the machine's own are left alone.
-    daemon = subprocess.Popen(["dockerd", "--data-root", str(place / "root"), "--exec-root", str(place / "exec"), "-p", str(place / "pid"), "-H", f"unix://{place}/docker.sock",
-                               "--bridge", "none", "--iptables=false"], stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+    daemon = subprocess.Popen(
+        [
+            "dockerd",
+            "--data-root",
+            str(place / "root"),
+            "--exec-root",
+            str(place / "exec"),
+            "-p",
+            str(place / "pid"),
+            "-H",
+            f"unix://{place}/docker.sock",
+            "--bridge",
+            "none",
+            "--iptables=false",
+        ],
+        stdout=log,
+        stderr=log,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
         host = f"unix://{place}/docker.sock"
         client = _wait_until_it_answers(docker, host, daemon, place / "log")
-        client.import_image_from_data(base_image(), repository=IMAGE.split(":")[0], tag=IMAGE.split(":")[1])
+        client.import_image_from_data(
+            base_image(), repository=IMAGE.split(":")[0], tag=IMAGE.split(":")[1]
+        )
         client.close()
         os.environ["DOCKER_HOST"] = host
         yield Engine(host, IMAGE, daemon.pid)
@@ -75,10 +139,23 @@ def _obstacle() -> str:
         return "no Docker engine: dockerd needs root"
     if not shutil.which("dockerd") and os.environ.get("CI") == "true" and shutil.which("apt-get"):
         environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-        for command in (["apt-get", "update", "-q"], ["apt-get", "install", "-q", "-y", "--no-install-recommends", "docker.io"]):
+        for command in (
+            ["apt-get", "update", "-q"],
+            ["apt-get", "install", "-q", "-y", "--no-install-recommends", "docker.io"],
+        ):
             with contextlib.suppress(subprocess.TimeoutExpired):
-                subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=INSTALL_SECONDS / 2)
-    return "" if shutil.which("dockerd") else "no Docker engine: dockerd is not installed (apt-get install docker.io)"
+                subprocess.run(
+                    command,
+                    env=environment,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    timeout=INSTALL_SECONDS / 2,
+                )
+    return (
+        ""
+        if shutil.which("dockerd")
+        else "no Docker engine: dockerd is not installed (apt-get install docker.io)"
+    )
 
 
 def _wait_until_it_answers(docker, host: str, daemon: subprocess.Popen, log: pathlib.Path):
@@ -113,7 +190,9 @@ def _remove(place: pathlib.Path) -> None:
     for _ in range(50):
         with open("/proc/self/mountinfo") as file:
             mounts = [line.split()[4] for line in file]
-        for mount in sorted((mount for mount in mounts if mount.startswith(f"{place}/")), key=len, reverse=True):
+        for mount in sorted(
+            (mount for mount in mounts if mount.startswith(f"{place}/")), key=len, reverse=True
+        ):
             subprocess.run(["umount", "-l", mount], stderr=subprocess.DEVNULL, timeout=10)
         shutil.rmtree(place, ignore_errors=True)
         if not place.exists():
@@ -128,9 +207,18 @@ def base_image() -> bytes:
         path = shutil.which(name, path="/usr/bin:/bin:/usr/sbin:/sbin")
         if path:
             files[f"usr/bin/{name}"] = os.path.realpath(path)
-    for library in set(re.findall(r"(/\S+) \(0x", subprocess.run(["ldd", *files.values()], capture_output=True, text=True, timeout=30).stdout)):
+    for library in set(
+        re.findall(
+            r"(/\S+) \(0x",
+            subprocess.run(
+                ["ldd", *files.values()], capture_output=True, text=True, timeout=30
+            ).stdout,
+        )
+    ):
         files[_below_usr(library)] = os.path.realpath(library)
-    files |= {str(path).lstrip("/"): str(path) for path in PERL.rglob("*") if path.is_file()} | _python()
+    files |= {
+        str(path).lstrip("/"): str(path) for path in PERL.rglob("*") if path.is_file()
+    } | _python()
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for name in ("usr", "usr/bin", "etc", "proc", "sys", "dev", "run", "root", "var", "home"):
@@ -139,7 +227,11 @@ def base_image() -> bytes:
             _add(tar, name, tarfile.DIRTYPE, 0o1777)
         for name in ("bin", "sbin", "lib", "lib64"):
             _add(tar, name, tarfile.SYMTYPE, link="usr/" + name.replace("sbin", "bin"))
-        _add(tar, "etc/passwd", content=b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/nonexistent:/bin/sh\n")
+        _add(
+            tar,
+            "etc/passwd",
+            content=b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/nonexistent:/bin/sh\n",
+        )
         for name, path in sorted(files.items()):
             _add(tar, name, mode=0o755, content=pathlib.Path(path).read_bytes())
     return buffer.getvalue()
@@ -151,18 +243,50 @@ def _python() -> dict[str, str]:
     library = pathlib.Path(f"/usr/lib/{program.name}")
     if not program.exists() or not library.exists():
         return {}
-    left_out = {"test", "idlelib", "tkinter", "lib2to3", "ensurepip", "distutils", "pydoc_data", "__pycache__", "dist-packages"}
-    modules = [path for path in library.rglob("*.*") if not left_out & set(path.relative_to(library).parts) and path.suffix in (".py", ".so") and not path.parent.name.startswith("config-")]
+    left_out = {
+        "test",
+        "idlelib",
+        "tkinter",
+        "lib2to3",
+        "ensurepip",
+        "distutils",
+        "pydoc_data",
+        "__pycache__",
+        "dist-packages",
+    }
+    modules = [
+        path
+        for path in library.rglob("*.*")
+        if not left_out & set(path.relative_to(library).parts)
+        and path.suffix in (".py", ".so")
+        and not path.parent.name.startswith("config-")
+    ]
     binaries = [str(program), *(str(path) for path in modules if path.suffix == ".so")]
-    needed = set(re.findall(r"(/\S+) \(0x", subprocess.run(["ldd", *binaries], capture_output=True, text=True, timeout=30).stdout))
-    return {"usr/bin/python3": str(program)} | {str(path).lstrip("/"): str(path) for path in modules} | {_below_usr(path): os.path.realpath(path) for path in needed}
+    needed = set(
+        re.findall(
+            r"(/\S+) \(0x",
+            subprocess.run(["ldd", *binaries], capture_output=True, text=True, timeout=30).stdout,
+        )
+    )
+    return (
+        {"usr/bin/python3": str(program)}
+        | {str(path).lstrip("/"): str(path) for path in modules}
+        | {_below_usr(path): os.path.realpath(path) for path in needed}
+    )
 
 
 def _below_usr(path: str) -> str:
     return path.lstrip("/") if path.startswith("/usr/") else f"usr{path}"
 
 
-def _add(tar: tarfile.TarFile, name: str, kind: bytes = tarfile.REGTYPE, mode: int = 0o644, link: str = "", content: bytes = b"") -> None:
+def _add(
+    tar: tarfile.TarFile,
+    name: str,
+    kind: bytes = tarfile.REGTYPE,
+    mode: int = 0o644,
+    link: str = "",
+    content: bytes = b"",
+) -> None:
     member = tarfile.TarInfo(name)
     member.type, member.mode, member.linkname, member.size = kind, mode, link, len(content)
     tar.addfile(member, io.BytesIO(content))

@@ -11,6 +11,7 @@ from tests.envs.rock.engine import Engine
 @pytest.fixture
 def inside(engine: Engine):
     """Run `work(sandbox)` in a sandbox of the engine's, and see that no container is left."""
+
     def run(work, **fields):
         async def steps():
             async with Sandbox(config(engine, **fields)) as sandbox:

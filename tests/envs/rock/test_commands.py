@@ -4,7 +4,14 @@ import asyncio
 
 import pytest
 
-from envs.rock import IsolationError, Sandbox, SandboxClosedError, SandboxConfig, SandboxError, probe
+from envs.rock import (
+    IsolationError,
+    Sandbox,
+    SandboxClosedError,
+    SandboxConfig,
+    SandboxError,
+    probe,
+)
 
 
 @pytest.fixture(params=["namespaces", "landlock"])
@@ -31,21 +38,39 @@ def execute(config: SandboxConfig, command: str, **options):
     return inside(config, lambda sandbox: sandbox.execute(command, **options))
 
 
-@pytest.mark.parametrize("command, code", [("true", 0), ("exit 7", 7), ("exit 255", 255), ("no-such-program", 127), ("kill -TERM $$", 143),
-                                           ("bash -c 'kill -KILL $$'", 137), ("sed", 1)])
+@pytest.mark.parametrize(
+    "command, code",
+    [
+        ("true", 0),
+        ("exit 7", 7),
+        ("exit 255", 255),
+        ("no-such-program", 127),
+        ("kill -TERM $$", 143),
+        ("bash -c 'kill -KILL $$'", 137),
+        ("sed", 1),
+    ],
+)
 def test_exit_codes_are_those_of_the_command(config, command, code):
     assert execute(config(), command).exit_code == code
 
 
 def test_output_streams_are_kept_apart(config):
     result = execute(config(), "echo out; echo err >&2")
-    assert (result.stdout, result.stderr, result.truncated, result.timed_out, result.limits_hit) == ("out\n", "err\n", False, False, ())
+    assert (
+        result.stdout,
+        result.stderr,
+        result.truncated,
+        result.timed_out,
+        result.limits_hit,
+    ) == ("out\n", "err\n", False, False, ())
 
 
 def test_files_stay_and_processes_directory_and_variables_do_not(config):
     async def work(sandbox):
         await sandbox.execute("echo kept > file; mkdir sub; cd sub; X=1; export X; sleep 1000 &")
-        return await sandbox.execute('cat file; basename "$PWD"; echo "[$X]"; cat /proc/[0-9]*/comm | grep sleep; jobs')
+        return await sandbox.execute(
+            'cat file; basename "$PWD"; echo "[$X]"; cat /proc/[0-9]*/comm | grep sleep; jobs'
+        )
 
     assert inside(config(), work).stdout == "kept\nworkspace\n[]\n"
 
@@ -57,10 +82,18 @@ def test_a_background_process_does_not_hold_the_command_open(config):
 
 def test_the_environment_holds_nothing_of_the_host(config, monkeypatch):
     monkeypatch.setenv("API_KEY", "secret-of-the-host")
-    result = execute(config(env={"COLOR": "red"}), "env; tr '\\0' '\\n' < /proc/1/environ", env={"SHAPE": "round"})
+    result = execute(
+        config(env={"COLOR": "red"}),
+        "env; tr '\\0' '\\n' < /proc/1/environ",
+        env={"SHAPE": "round"},
+    )
     assert "secret-of-the-host" not in result.stdout
     names = {line.split("=")[0] for line in result.stdout.splitlines()}
-    assert {"COLOR", "SHAPE", "PATH", "HOME"} <= names <= {"COLOR", "SHAPE", "PATH", "HOME", "LANG", "PWD", "SHLVL", "_", "TMPDIR", "OLDPWD"}
+    assert (
+        {"COLOR", "SHAPE", "PATH", "HOME"}
+        <= names
+        <= {"COLOR", "SHAPE", "PATH", "HOME", "LANG", "PWD", "SHLVL", "_", "TMPDIR", "OLDPWD"}
+    )
 
 
 def test_there_is_no_input_to_wait_for(config):
@@ -78,7 +111,11 @@ def test_a_command_that_cannot_be_passed_is_answered_like_a_failed_one(config, c
     assert result.exit_code == 126 and result.stderr.startswith("bash: the command")
 
 
-@pytest.mark.parametrize("text", ["\u00e9\u4e16\u754c" * 5000, "\x01" * 90_000, "line\n" * 15_000], ids=["unicode", "control", "lines"])
+@pytest.mark.parametrize(
+    "text",
+    ["\u00e9\u4e16\u754c" * 5000, "\x01" * 90_000, "line\n" * 15_000],
+    ids=["unicode", "control", "lines"],
+)
 def test_long_commands_of_any_characters_arrive_whole(config, text):
     result = execute(config(max_output_bytes=1 << 20), f"cat <<'END'\n{text}\nEND")
     assert result.stdout == text + "\n"
@@ -90,7 +127,9 @@ def test_output_that_is_not_text_is_kept_readable(config):
 
 
 def test_long_output_is_cut_and_said_to_be_while_the_exit_code_stays_true(config):
-    result = execute(config(max_output_bytes=1000), "head -c 5000000 /dev/zero | tr '\\0' x; exit 3")
+    result = execute(
+        config(max_output_bytes=1000), "head -c 5000000 /dev/zero | tr '\\0' x; exit 3"
+    )
     assert (result.stdout, result.truncated, result.exit_code) == ("x" * 1000, True, 3)
 
 
@@ -102,14 +141,21 @@ def test_ordinary_tools_work(config):
     diff <(echo a) <(echo a) && t=$(mktemp) && echo ok > $t && cat $t
     chmod 750 f && stat -c %a f && tar cf a.tar f && tar tf a.tar && sed -i s/x/y/ f && cat f && grep -c y f"""
     result = execute(config(), script)
-    assert (result.stdout.split(), result.stderr) == (["6", "[1]", "x", "1", "ok", "750", "f", "y", "1"], "")
+    assert (result.stdout.split(), result.stderr) == (
+        ["6", "[1]", "x", "1", "ok", "750", "f", "y", "1"],
+        "",
+    )
 
 
 def test_the_verifier_sees_the_files_in_a_clean_environment(config):
     async def work(sandbox):
-        await sandbox.execute("echo 42 > answer; echo 'echo hacked; exit 0' > .bashrc; echo 'raise SystemExit(9)' > json.py")
-        return await sandbox.verify('[ "$(cat answer)" = "$(cat $VERIFIER_FILES/want)" ] && echo "[$COLOR]" && python3 -c "import json; print(1)"; exit $((7 + $?))',
-                                    files={"want": b"42\n"})
+        await sandbox.execute(
+            "echo 42 > answer; echo 'echo hacked; exit 0' > .bashrc; echo 'raise SystemExit(9)' > json.py"
+        )
+        return await sandbox.verify(
+            '[ "$(cat answer)" = "$(cat $VERIFIER_FILES/want)" ] && echo "[$COLOR]" && python3 -c "import json; print(1)"; exit $((7 + $?))',
+            files={"want": b"42\n"},
+        )
 
     result = inside(config(env={"COLOR": "red"}), work)
     assert (result.stdout, result.exit_code) == ("[]\n1\n", 7)
@@ -122,7 +168,12 @@ def test_a_verifier_may_be_long_and_holds_all_its_lines(config):
 
 def test_the_time_limit_is_kept_and_said(config):
     result = execute(config(), "echo before; sleep 1000", timeout=0.3)
-    assert (result.stdout, result.exit_code, result.timed_out, result.limits_hit) == ("before\n", 137, True, ("timeout",))
+    assert (result.stdout, result.exit_code, result.timed_out, result.limits_hit) == (
+        "before\n",
+        137,
+        True,
+        ("timeout",),
+    )
 
 
 def test_kill_all_ends_a_running_command_and_keeps_the_files(config):
@@ -157,7 +208,12 @@ def test_a_cancelled_command_leaves_the_sandbox_usable(config):
 
 def test_commands_given_at_once_run_one_after_the_other(config):
     async def work(sandbox):
-        await asyncio.gather(*(sandbox.execute("x=$(cat n 2>/dev/null || echo 0); sleep 0.01; echo $((x + 1)) > n") for _ in range(8)))
+        await asyncio.gather(
+            *(
+                sandbox.execute("x=$(cat n 2>/dev/null || echo 0); sleep 0.01; echo $((x + 1)) > n")
+                for _ in range(8)
+            )
+        )
         return await sandbox.read_file("n")
 
     assert inside(config(), work) == b"8\n"
@@ -190,9 +246,17 @@ def test_stopping_ends_a_command_that_runs(config):
     assert isinstance(outcome, SandboxClosedError) or outcome.limits_hit == ("killed",)
 
 
-@pytest.mark.parametrize("fields, message", [({"isolation": "some"}, "required, best_available"), ({"tier": "docker"}, "namespaces, landlock"),
-                                             ({"isolation": "required", "tier": "landlock"}, "cannot be had"), ({"pids": 0}, "pids is 0"),
-                                             ({"disk_mb": 300}, "leaves no memory"), ({"env": {"A=B": "c"}}, "A=B")])
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"isolation": "some"}, "required, best_available"),
+        ({"tier": "docker"}, "namespaces, landlock"),
+        ({"isolation": "required", "tier": "landlock"}, "cannot be had"),
+        ({"pids": 0}, "pids is 0"),
+        ({"disk_mb": 300}, "leaves no memory"),
+        ({"env": {"A=B": "c"}}, "A=B"),
+    ],
+)
 def test_an_impossible_config_is_refused_before_anything_starts(fields, message):
     with pytest.raises(ValueError, match=message):
         SandboxConfig(**fields)
@@ -211,4 +275,7 @@ def test_required_isolation_is_never_silently_weaker():
             asyncio.run(start())
     else:
         tier, guarantees = asyncio.run(start())
-        assert tier == "namespaces" and {"memory", "pids", "network", "filesystem", "disk", "processes"} <= guarantees
+        assert (
+            tier == "namespaces"
+            and {"memory", "pids", "network", "filesystem", "disk", "processes"} <= guarantees
+        )

@@ -5,11 +5,26 @@ import os
 
 import pytest
 
-from envs.rock import Sandbox, SandboxClosedError, SandboxConfig, SandboxFileError, SandboxStartError, probe
+from envs.rock import (
+    Sandbox,
+    SandboxClosedError,
+    SandboxConfig,
+    SandboxFileError,
+    SandboxStartError,
+    probe,
+)
 from tests.envs.rock.service import running
 
 
-@pytest.fixture(params=["namespaces", "landlock", "remote", pytest.param("docker", marks=pytest.mark.slow), pytest.param("remote docker", marks=pytest.mark.slow)])
+@pytest.fixture(
+    params=[
+        "namespaces",
+        "landlock",
+        "remote",
+        pytest.param("docker", marks=pytest.mark.slow),
+        pytest.param("remote docker", marks=pytest.mark.slow),
+    ]
+)
 def inside(request, tmp_path):
     tier = {"remote": None}.get(request.param, request.param)
     engine = request.getfixturevalue("engine") if "docker" in request.param else None
@@ -21,30 +36,73 @@ def inside(request, tmp_path):
             fields = {"image": engine.image, "memory_mb": 128, **fields}
 
         async def local():
-            async with Sandbox(SandboxConfig(isolation="best_available", **({"backend": "docker"} if engine else {"tier": tier}), **fields)) as sandbox:
+            async with Sandbox(
+                SandboxConfig(
+                    isolation="best_available",
+                    **({"backend": "docker"} if engine else {"tier": tier}),
+                    **fields,
+                )
+            ) as sandbox:
                 return await work(sandbox)
 
         async def remote():
-            async with running.admin(tmp_path / "admin", backends=("embedded", "docker")) as site, Sandbox(site.config(**fields)) as sandbox:
+            async with (
+                running.admin(tmp_path / "admin", backends=("embedded", "docker")) as site,
+                Sandbox(site.config(**fields)) as sandbox,
+            ):
                 return await work(sandbox)
 
-        return asyncio.run(asyncio.wait_for(remote() if request.param.startswith("remote") else local(), 90))
+        return asyncio.run(
+            asyncio.wait_for(remote() if request.param.startswith("remote") else local(), 90)
+        )
 
     return run
 
 
 def test_commands_report_how_they_ended(inside):
     async def work(sandbox):
-        return [await sandbox.execute(command, timeout=timeout, env=env) for command, timeout, env in (
-            ("echo out; echo err >&2; exit 3", None, None), ("echo $X $HOME", None, {"X": "y"}), ("echo begun; sleep 30", 0.3, None),
-            ("yes | head -c 300000", None, None), ("printf '\\xff\\x00é'", None, None), ("kill -9 $$", None, None), ("a" * 200_000, None, None), ("echo 'é\ud800'", None, None))]
+        return [
+            await sandbox.execute(command, timeout=timeout, env=env)
+            for command, timeout, env in (
+                ("echo out; echo err >&2; exit 3", None, None),
+                ("echo $X $HOME", None, {"X": "y"}),
+                ("echo begun; sleep 30", 0.3, None),
+                ("yes | head -c 300000", None, None),
+                ("printf '\\xff\\x00é'", None, None),
+                ("kill -9 $$", None, None),
+                ("a" * 200_000, None, None),
+                ("echo 'é\ud800'", None, None),
+            )
+        ]
 
     plain, variable, slow, long, odd, killed, huge, surrogate = inside(work, max_output_bytes=1000)
-    assert (plain.stdout, plain.stderr, plain.exit_code, plain.limits_hit) == ("out\n", "err\n", 3, ())
+    assert (plain.stdout, plain.stderr, plain.exit_code, plain.limits_hit) == (
+        "out\n",
+        "err\n",
+        3,
+        (),
+    )
     assert variable.stdout.startswith("y /")
-    assert slow.timed_out and slow.exit_code == 137 and slow.stdout == "begun\n" and slow.seconds < 5 and slow.limits_hit == ("timeout",)
-    assert long.truncated and len(long.stdout) == 1000 and long.exit_code == 0 and long.cut == (299_000, 0) and plain.cut == (0, 0)
-    assert odd.stdout == "\ufffd\0é" and killed.exit_code == 137 and huge.exit_code == 126 and surrogate.stdout == "é?\n"
+    assert (
+        slow.timed_out
+        and slow.exit_code == 137
+        and slow.stdout == "begun\n"
+        and slow.seconds < 5
+        and slow.limits_hit == ("timeout",)
+    )
+    assert (
+        long.truncated
+        and len(long.stdout) == 1000
+        and long.exit_code == 0
+        and long.cut == (299_000, 0)
+        and plain.cut == (0, 0)
+    )
+    assert (
+        odd.stdout == "\ufffd\0é"
+        and killed.exit_code == 137
+        and huge.exit_code == 126
+        and surrogate.stdout == "é?\n"
+    )
 
 
 def test_files_survive_the_way_in_and_out_and_links_lead_nowhere(inside, tmp_path):
@@ -52,8 +110,14 @@ def test_files_survive_the_way_in_and_out_and_links_lead_nowhere(inside, tmp_pat
 
     async def work(sandbox):
         await sandbox.write_files({"a/b.bin": data, "run": ("echo ran", 0o755), "empty": b""})
-        await sandbox.execute("ln -s /etc/passwd link; ln -s / root; mkfifo pipe; printf x > $'odd \\xff\\nname'")
-        read = await sandbox.read_file("a/b.bin"), await sandbox.read_file("empty"), (await sandbox.execute("./run")).stdout
+        await sandbox.execute(
+            "ln -s /etc/passwd link; ln -s / root; mkfifo pipe; printf x > $'odd \\xff\\nname'"
+        )
+        read = (
+            await sandbox.read_file("a/b.bin"),
+            await sandbox.read_file("empty"),
+            (await sandbox.execute("./run")).stdout,
+        )
         reasons = []
         for path in ("link", "root/etc/passwd", "pipe", "a", "nothing", "../x", "/etc/passwd"):
             with pytest.raises(SandboxFileError) as caught:
@@ -66,17 +130,34 @@ def test_files_survive_the_way_in_and_out_and_links_lead_nowhere(inside, tmp_pat
             with pytest.raises(SandboxFileError) as caught:
                 await sandbox.write_file("big", b"x" * (20 << 20))
             full = caught.value.reason
-        names = sorted((entry.path, entry.kind, entry.size) for entry in await sandbox.list_files() if entry.path != "big")
+        names = sorted(
+            (entry.path, entry.kind, entry.size)
+            for entry in await sandbox.list_files()
+            if entry.path != "big"
+        )
         down = await sandbox.download(".", tmp_path / "target")
         return read, reasons, large.value.reason, full, names, down
 
     read, reasons, large, full, names, down = inside(work)
     assert read == (data, b"", "ran\n")
-    assert reasons[2:] == ["not_regular", "not_regular", "missing", "outside", "outside"] and set(reasons[:2]) <= {"outside", "denied"}
+    assert reasons[2:] == ["not_regular", "not_regular", "missing", "outside", "outside"] and set(
+        reasons[:2]
+    ) <= {"outside", "denied"}
     assert (large, full) == ("too_large", "no_space")
-    assert [(name, kind) for name, kind, _ in names] == [("a", "directory"), ("a/b.bin", "file"), ("empty", "file"), ("link", "link"), ("odd \udcff\nname", "file"),
-                                                         ("pipe", "special"), ("root", "link"), ("run", "file")]
-    assert sorted(down.skipped) == ["link", "pipe", "root"] and (tmp_path / "target/a/b.bin").read_bytes() == data
+    assert [(name, kind) for name, kind, _ in names] == [
+        ("a", "directory"),
+        ("a/b.bin", "file"),
+        ("empty", "file"),
+        ("link", "link"),
+        ("odd \udcff\nname", "file"),
+        ("pipe", "special"),
+        ("root", "link"),
+        ("run", "file"),
+    ]
+    assert (
+        sorted(down.skipped) == ["link", "pipe", "root"]
+        and (tmp_path / "target/a/b.bin").read_bytes() == data
+    )
 
 
 def test_sessions_keep_their_state_and_end_with_exit(inside):
@@ -94,18 +175,43 @@ def test_sessions_keep_their_state_and_end_with_exit(inside):
         return told, slow, after, gone
 
     told, slow, after, gone = inside(work)
-    assert told.stdout.endswith("5 z\n") and told.exit_code == 7 and slow.timed_out and after.stdout == "5\n" and gone.exit_code == 4
+    assert (
+        told.stdout.endswith("5 z\n")
+        and told.exit_code == 7
+        and slow.timed_out
+        and after.stdout == "5\n"
+        and gone.exit_code == 4
+    )
 
 
 def test_jobs_run_beside_and_can_be_interrupted_and_killed(inside):
     async def work(sandbox):
-        jobs = [await sandbox.spawn(command) for command in ("trap 'echo caught; exit 9' INT; while :; do sleep 0.02; done", "sleep 60", "exit 5")]
+        jobs = [
+            await sandbox.spawn(command)
+            for command in (
+                "trap 'echo caught; exit 9' INT; while :; do sleep 0.02; done",
+                "sleep 60",
+                "exit 5",
+            )
+        ]
         await asyncio.sleep(0.3)
         await jobs[0].interrupt()
-        return [await jobs[0].wait(), jobs[1].running, await jobs[1].kill(), await jobs[2].wait(), await jobs[2].wait(), jobs[1].running]
+        return [
+            await jobs[0].wait(),
+            jobs[1].running,
+            await jobs[1].kill(),
+            await jobs[2].wait(),
+            await jobs[2].wait(),
+            jobs[1].running,
+        ]
 
     caught, running_before, killed, ended, again, running_after = inside(work)
-    assert (caught.stdout, caught.exit_code) == ("caught\n", 9) and killed.exit_code == 137 and ended == again and ended.exit_code == 5
+    assert (
+        (caught.stdout, caught.exit_code) == ("caught\n", 9)
+        and killed.exit_code == 137
+        and ended == again
+        and ended.exit_code == 5
+    )
     assert running_before and not running_after
 
 
@@ -130,13 +236,21 @@ def test_snapshots_and_forks_hold_the_files_of_their_moment(inside):
 
 def test_verifiers_see_the_files_and_no_process_and_agents_see_no_verifier(inside):
     async def work(sandbox):
-        await sandbox.spawn("while :; do cat /proc/*/cmdline $VERIFIER_FILES/* /run/verifier/* >> seen 2> /dev/null; done", timeout=20)
+        await sandbox.spawn(
+            "while :; do cat /proc/*/cmdline $VERIFIER_FILES/* /run/verifier/* >> seen 2> /dev/null; done",
+            timeout=20,
+        )
         await sandbox.execute("until [ -e seen ]; do sleep 0.05; done; echo answer > f", timeout=20)
-        verdict = await sandbox.verify("cat f $VERIFIER_FILES/secret; exit 6", files={"secret": b"the secret\n"})
+        verdict = await sandbox.verify(
+            "cat f $VERIFIER_FILES/secret; exit 6", files={"secret": b"the secret\n"}
+        )
         return verdict, await sandbox.execute("grep -c 'the secret' seen; ls")
 
     verdict, after = inside(work)
-    assert (verdict.stdout, verdict.exit_code) == ("answer\nthe secret\n", 6) and after.stdout == "0\nf\nseen\n"
+    assert (verdict.stdout, verdict.exit_code) == (
+        "answer\nthe secret\n",
+        6,
+    ) and after.stdout == "0\nf\nseen\n"
 
 
 def test_what_has_ended_says_so_and_stopping_twice_is_fine(inside):
@@ -162,7 +276,9 @@ def test_a_caller_who_gives_up_leaves_nothing_running(inside):
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(sandbox.execute("sleep 60", timeout=100), 0.3)
         deadline = asyncio.get_running_loop().time() + 10
-        while (await sandbox.get_status()).commands and asyncio.get_running_loop().time() < deadline:
+        while (
+            await sandbox.get_status()
+        ).commands and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.02)
         return (await sandbox.get_status()).commands, (await sandbox.execute("echo well")).stdout
 
@@ -171,7 +287,12 @@ def test_a_caller_who_gives_up_leaves_nothing_running(inside):
 
 def test_what_makes_no_sense_is_a_value_error(inside):
     async def work(sandbox):
-        for call in (sandbox.spawn("a\0b"), sandbox.verify("true", files={"../x": b""}), sandbox.expose_port(0), sandbox.execute("true", env={"a=b": "c"})):
+        for call in (
+            sandbox.spawn("a\0b"),
+            sandbox.verify("true", files={"../x": b""}),
+            sandbox.expose_port(0),
+            sandbox.execute("true", env={"a=b": "c"}),
+        ):
             with pytest.raises(ValueError):
                 await call
         return True

@@ -38,7 +38,9 @@ def inside():
 
     def run(work, **fields):
         async def steps():
-            async with Sandbox(SandboxConfig(isolation="best_available", tier="namespaces", **fields)) as sandbox:
+            async with Sandbox(
+                SandboxConfig(isolation="best_available", tier="namespaces", **fields)
+            ) as sandbox:
                 return await work(sandbox)
 
         return asyncio.run(asyncio.wait_for(steps(), 60))
@@ -47,7 +49,9 @@ def inside():
 
 
 def _program(*attempts: tuple) -> str:
-    return f"python3 -c {shlex.quote(TRY + ''.join(f'attempt{attempt!r};' for attempt in attempts))}"
+    return (
+        f"python3 -c {shlex.quote(TRY + ''.join(f'attempt{attempt!r};' for attempt in attempts))}"
+    )
 
 
 def _wanted(denials: list[Denial]) -> list[tuple[str, str, int]]:
@@ -56,8 +60,17 @@ def _wanted(denials: list[Denial]) -> list[tuple[str, str, int]]:
 
 def test_every_attempt_is_refused_at_once_and_on_record(inside):
     """The incident of the paper: a reverse tunnel to an address outside, a mining pool by name, and what an intruder asks first."""
-    attempts = [("tcp", "203.0.113.7", 22), ("name", "pool.minexmr.example", 0), ("tcp", "169.254.169.254", 80), ("tcp", "10.0.0.1", 2375),
-                ("tcp", "2001:db8::7", 443), ("udp", "198.51.100.9", 123), ("udp", "2001:db8::8", 123), ("tcp", "127.0.0.1", 9), ("tcp", "::1", 9)]
+    attempts = [
+        ("tcp", "203.0.113.7", 22),
+        ("name", "pool.minexmr.example", 0),
+        ("tcp", "169.254.169.254", 80),
+        ("tcp", "10.0.0.1", 2375),
+        ("tcp", "2001:db8::7", 443),
+        ("udp", "198.51.100.9", 123),
+        ("udp", "2001:db8::8", 123),
+        ("tcp", "127.0.0.1", 9),
+        ("tcp", "::1", 9),
+    ]
 
     async def work(sandbox):
         before, began = await sandbox.get_status(), time.time()
@@ -65,12 +78,25 @@ def test_every_attempt_is_refused_at_once_and_on_record(inside):
         return before, began, result, await sandbox.denials(), await sandbox.get_status()
 
     before, began, result, denials, after = inside(work, label="episode 7")
-    assert result.stdout.count("ConnectionRefusedError 111") == 6 and "gaierror" in result.stdout and result.seconds < 5
+    assert (
+        result.stdout.count("ConnectionRefusedError 111") == 6
+        and "gaierror" in result.stdout
+        and result.seconds < 5
+    )
     assert sorted(_wanted(denials)) == [
-        ("dns", "pool.minexmr.example", 0), ("tcp", "10.0.0.1", 2375), ("tcp", "169.254.169.254", 80), ("tcp", "2001:db8::7", 443),
-        ("tcp", "203.0.113.7", 22), ("udp", "198.51.100.9", 123), ("udp", "2001:db8::8", 123)]
+        ("dns", "pool.minexmr.example", 0),
+        ("tcp", "10.0.0.1", 2375),
+        ("tcp", "169.254.169.254", 80),
+        ("tcp", "2001:db8::7", 443),
+        ("tcp", "203.0.113.7", 22),
+        ("udp", "198.51.100.9", 123),
+        ("udp", "2001:db8::8", 123),
+    ]
     assert before.network_denials == 0 and after.network_denials == 7
-    assert all(denial.label == "episode 7" and began - 1 < denial.time < time.time() + 1 for denial in denials)
+    assert all(
+        denial.label == "episode 7" and began - 1 < denial.time < time.time() + 1
+        for denial in denials
+    )
 
 
 def test_its_own_loopback_is_the_sandboxs_own(inside):
@@ -91,19 +117,39 @@ def test_what_is_granted_is_reached_and_nothing_beside_it(inside):
         writer.close()
 
     async def with_server():
-        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server, await asyncio.start_server(answer, "127.0.0.1", 0) as other:
+        async with (
+            await asyncio.start_server(answer, "127.0.0.1", 0) as server,
+            await asyncio.start_server(answer, "127.0.0.1", 0) as other,
+        ):
             port, closed = server.sockets[0].getsockname()[1], other.sockets[0].getsockname()[1]
-            config = SandboxConfig(tier="namespaces", egress=(f"model@127.0.0.1:{port}", f"10.9.9.9:{port}"))
+            config = SandboxConfig(
+                tier="namespaces", egress=(f"model@127.0.0.1:{port}", f"10.9.9.9:{port}")
+            )
             async with Sandbox(config) as sandbox:
-                attempts = [("tcp", "model", port, b"ask"), ("tcp", "MODEL", port, b"again"), ("tcp", "model", closed), ("tcp", "other", port), ("tcp", "127.0.0.1", port), ("tcp", "8.8.4.4", port)]
+                attempts = [
+                    ("tcp", "model", port, b"ask"),
+                    ("tcp", "MODEL", port, b"again"),
+                    ("tcp", "model", closed),
+                    ("tcp", "other", port),
+                    ("tcp", "127.0.0.1", port),
+                    ("tcp", "8.8.4.4", port),
+                ]
                 result = await sandbox.execute(_program(*attempts))
                 return port, closed, result.stdout.splitlines(), await sandbox.denials()
 
     port, closed, lines, denials = asyncio.run(asyncio.wait_for(with_server(), 60))
-    assert heard == [b"ask", b"again"] and lines[:2] == [f"model {port} b'reply'", f"MODEL {port} b'reply'"]
+    assert heard == [b"ask", b"again"] and lines[:2] == [
+        f"model {port} b'reply'",
+        f"MODEL {port} b'reply'",
+    ]
     assert all("error" in line.lower() for line in lines[2:])
-    assert [wanted for wanted in _wanted(denials) if wanted[1][:7] != "198.18."] == [("dns", "other", 0), ("tcp", "8.8.4.4", port)]
-    assert [wanted[2] for wanted in _wanted(denials) if wanted[1][:7] == "198.18."] == [closed]  # the granted name, another port
+    assert [wanted for wanted in _wanted(denials) if wanted[1][:7] != "198.18."] == [
+        ("dns", "other", 0),
+        ("tcp", "8.8.4.4", port),
+    ]
+    assert [wanted[2] for wanted in _wanted(denials) if wanted[1][:7] == "198.18."] == [
+        closed
+    ]  # the granted name, another port
 
 
 def test_a_granted_name_that_leads_to_a_private_address_is_refused(inside):
@@ -111,9 +157,13 @@ def test_a_granted_name_that_leads_to_a_private_address_is_refused(inside):
     reached = []
 
     async def with_server():
-        async with await asyncio.start_server(lambda reader, writer: reached.append(1), "127.0.0.1", 0) as server:
+        async with await asyncio.start_server(
+            lambda reader, writer: reached.append(1), "127.0.0.1", 0
+        ) as server:
             port = server.sockets[0].getsockname()[1]
-            async with Sandbox(SandboxConfig(tier="namespaces", egress=(f"localhost:{port}",))) as sandbox:
+            async with Sandbox(
+                SandboxConfig(tier="namespaces", egress=(f"localhost:{port}",))
+            ) as sandbox:
                 query = b"\0\7\1\0\0\1\0\0\0\0\0\0\x09localhost\0\0\1\0\1"
                 program = f"import socket\nu = socket.socket(2, 2); u.settimeout(5); u.sendto({query!r}, ('127.0.0.1', 53)); a = socket.inet_ntoa(u.recv(512)[-4:])\nprint(socket.create_connection((a, {port})).recv(9))"
                 result = await sandbox.execute(f"python3 -c {shlex.quote(program)}")
@@ -129,20 +179,50 @@ def test_a_flood_is_counted_but_not_kept_and_the_sandbox_goes_on(inside):
 
     async def work(sandbox):
         await sandbox.execute(f'python3 -c "{program}"', timeout=20)
-        return await sandbox.denials(), (await sandbox.get_status()).network_denials, (await sandbox.execute("echo well")).stdout
+        return (
+            await sandbox.denials(),
+            (await sandbox.get_status()).network_denials,
+            (await sandbox.execute("echo well")).stdout,
+        )
 
     denials, count, said = inside(work)
     assert len(denials) <= KEPT <= count and said == "well\n"
 
 
-@pytest.mark.parametrize("text", ["", "pypi.org", "pypi.org:0", "pypi.org:65536", ":443", "*:443", "a..b:1", "1.2.3:4", "1.2.3.400:4", "127.0.0.1:80", "x@:1", "@1.2.3.4:1", "x@host:1", "a b:1", "a*.b:1"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "pypi.org",
+        "pypi.org:0",
+        "pypi.org:65536",
+        ":443",
+        "*:443",
+        "a..b:1",
+        "1.2.3:4",
+        "1.2.3.400:4",
+        "127.0.0.1:80",
+        "x@:1",
+        "@1.2.3.4:1",
+        "x@host:1",
+        "a b:1",
+        "a*.b:1",
+    ],
+)
 def test_a_malformed_grant_is_an_error_that_names_it(text):
     with pytest.raises(ValueError, match="egress grant"):
         SandboxConfig(egress=(text,))
 
 
-@pytest.mark.parametrize("text, grant", [("PyPI.org:443", ("pypi.org", None, 443)), ("*.example.org:1", ("*.example.org", None, 1)), ("10.1.2.3:8080", (None, "10.1.2.3", 8080)),
-                                         ("model@127.0.0.1:3", ("model", "127.0.0.1", 3))])
+@pytest.mark.parametrize(
+    "text, grant",
+    [
+        ("PyPI.org:443", ("pypi.org", None, 443)),
+        ("*.example.org:1", ("*.example.org", None, 1)),
+        ("10.1.2.3:8080", (None, "10.1.2.3", 8080)),
+        ("model@127.0.0.1:3", ("model", "127.0.0.1", 3)),
+    ],
+)
 def test_grants_are_read(text, grant):
     assert parse_grant(text) == grant
 
@@ -151,26 +231,54 @@ def test_the_package_mirrors_are_grants():
     assert len(SandboxConfig(egress=PACKAGE_MIRRORS).grants()) == len(PACKAGE_MIRRORS)
 
 
-@pytest.mark.parametrize("grant, name, covered", [("a.org", "a.org", True), ("a.org", "b.a.org", False), ("*.a.org", "b.a.org", True), ("*.a.org", "c.b.a.org", True), ("*.a.org", "a.org", False),
-                                                  ("*.a.org", "xa.org", False), ("*.a.org", ".a.org", False), ("a.org", None, False), (None, "a.org", False)])
+@pytest.mark.parametrize(
+    "grant, name, covered",
+    [
+        ("a.org", "a.org", True),
+        ("a.org", "b.a.org", False),
+        ("*.a.org", "b.a.org", True),
+        ("*.a.org", "c.b.a.org", True),
+        ("*.a.org", "a.org", False),
+        ("*.a.org", "xa.org", False),
+        ("*.a.org", ".a.org", False),
+        ("a.org", None, False),
+        (None, "a.org", False),
+    ],
+)
 def test_what_a_grant_covers(grant, name, covered):
     assert Grant(grant, None, 1).covers(name) is covered
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.one_of(st.binary(max_size=80), st.lists(st.binary(min_size=1, max_size=63), min_size=1, max_size=5)))
+@given(
+    st.one_of(
+        st.binary(max_size=80), st.lists(st.binary(min_size=1, max_size=63), min_size=1, max_size=5)
+    )
+)
 def test_any_query_is_read_or_ignored(query):
     if isinstance(query, bytes):
         assert _question(query) is None or len(query) >= 17
         return
-    packed = b"\0\1\1\0\0\1\0\0\0\0\0\0" + b"".join(bytes([len(label)]) + label for label in query) + b"\0" + struct.pack(">HH", 28, 1)
+    packed = (
+        b"\0\1\1\0\0\1\0\0\0\0\0\0"
+        + b"".join(bytes([len(label)]) + label for label in query)
+        + b"\0"
+        + struct.pack(">HH", 28, 1)
+    )
     name, kind, end = _question(packed)
     assert kind == 28 and end == len(packed) and name.isascii() and len(name) <= 255
 
 
 def test_a_command_tells_how_many_attempts_were_its_own(inside):
     async def work(sandbox):
-        results = [await sandbox.execute(command) for command in (_program(("tcp", "9.9.9.9", 1), ("tcp", "9.9.9.8", 2)), "true", _program(("udp", "9.9.9.7", 3)))]
+        results = [
+            await sandbox.execute(command)
+            for command in (
+                _program(("tcp", "9.9.9.9", 1), ("tcp", "9.9.9.8", 2)),
+                "true",
+                _program(("udp", "9.9.9.7", 3)),
+            )
+        ]
         async with await sandbox.create_session() as session:
             results.append(await session.run(_program(("name", "example.org", 0))))
         return [result.network_denials for result in results]
@@ -183,10 +291,18 @@ def test_connections_that_a_busy_manager_does_not_take_do_not_stretch_the_time_l
     program = "import socket\nkept = []\nwhile True:\n  try:\n    s = socket.create_connection(('model', {port}), 1); kept = (kept + [s])[-40:]\n  except OSError: pass"
 
     async def with_server():
-        async with await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0) as server:
+        async with await asyncio.start_server(
+            lambda reader, writer: writer.close(), "127.0.0.1", 0
+        ) as server:
             port = server.sockets[0].getsockname()[1]
-            async with Sandbox(SandboxConfig(tier="namespaces", egress=(f"model@127.0.0.1:{port}",))) as sandbox:
-                running = asyncio.create_task(sandbox.execute(f"python3 -c {shlex.quote(program.format(port=port))}", timeout=1.5))
+            async with Sandbox(
+                SandboxConfig(tier="namespaces", egress=(f"model@127.0.0.1:{port}",))
+            ) as sandbox:
+                running = asyncio.create_task(
+                    sandbox.execute(
+                        f"python3 -c {shlex.quote(program.format(port=port))}", timeout=1.5
+                    )
+                )
                 await asyncio.sleep(0.1)
                 time.sleep(5)  # as a manager that compiles
                 return await running, (await sandbox.execute("echo well")).stdout
@@ -201,4 +317,8 @@ def test_the_landlock_tier_refuses_grants_that_it_cannot_give():
     if (report := probe("best_available", "landlock")).tier is None:
         pytest.skip(f"no landlock tier here: {report.missing[0].reason}")
     with pytest.raises(IsolationError, match="egress"):
-        asyncio.run(Sandbox(SandboxConfig(isolation="best_available", tier="landlock", egress=("pypi.org:443",))).start())
+        asyncio.run(
+            Sandbox(
+                SandboxConfig(isolation="best_available", tier="landlock", egress=("pypi.org:443",))
+            ).start()
+        )

@@ -16,7 +16,9 @@ def inside(request):
 
     def run(work, **fields):
         async def steps():
-            async with Sandbox(SandboxConfig(isolation="best_available", tier=request.param, **fields)) as sandbox:
+            async with Sandbox(
+                SandboxConfig(isolation="best_available", tier=request.param, **fields)
+            ) as sandbox:
                 return await work(sandbox)
 
         return asyncio.run(asyncio.wait_for(steps(), 60))
@@ -37,8 +39,14 @@ def test_bytes_survive_the_way_in_and_out(inside):
 
 def test_uploaded_files_have_their_modes_and_belong_to_the_agent(inside):
     async def work(sandbox):
-        await sandbox.write_files({"run.sh": (b"#!/bin/bash\necho ran\n", 0o755), "notes/n.txt": "text"})
-        return (await sandbox.execute("./run.sh && stat -c %a run.sh notes/n.txt && echo more >> notes/n.txt && cat notes/n.txt && rm -r notes run.sh && ls")).stdout
+        await sandbox.write_files(
+            {"run.sh": (b"#!/bin/bash\necho ran\n", 0o755), "notes/n.txt": "text"}
+        )
+        return (
+            await sandbox.execute(
+                "./run.sh && stat -c %a run.sh notes/n.txt && echo more >> notes/n.txt && cat notes/n.txt && rm -r notes run.sh && ls"
+            )
+        ).stdout
 
     assert inside(work) == "ran\n755\n644\ntextmore\n"
 
@@ -52,7 +60,20 @@ def test_writing_replaces_the_old_content(inside):
     assert inside(work) == b"new"
 
 
-@pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a/../../x", "/workspace/../x", "", ".", "/workspace", "a\0b", "/workspacex/f"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../x",
+        "/etc/passwd",
+        "a/../../x",
+        "/workspace/../x",
+        "",
+        ".",
+        "/workspace",
+        "a\0b",
+        "/workspacex/f",
+    ],
+)
 def test_paths_outside_are_refused(inside, path):
     async def work(sandbox):
         for call in (sandbox.read_file(path), sandbox.write_file(path, "x")):
@@ -63,13 +84,28 @@ def test_paths_outside_are_refused(inside, path):
     inside(work)
 
 
-@pytest.mark.parametrize("link", ["/etc/passwd", "../../../../../../../../etc/passwd", "/proc/self/root/etc/passwd", "/workspace/real"])
+@pytest.mark.parametrize(
+    "link",
+    [
+        "/etc/passwd",
+        "../../../../../../../../etc/passwd",
+        "/proc/self/root/etc/passwd",
+        "/workspace/real",
+    ],
+)
 def test_links_that_leave_the_workspace_are_not_followed(inside, link):
     async def work(sandbox):
-        await sandbox.execute(f"echo x > real; ln -s {link} leaf; ln -s {os.path.dirname(link)} directory")
+        await sandbox.execute(
+            f"echo x > real; ln -s {link} leaf; ln -s {os.path.dirname(link)} directory"
+        )
         name = os.path.basename(link)
-        for call in (sandbox.read_file("leaf"), sandbox.write_file("leaf", "x"), sandbox.read_file(f"directory/{name}"),
-                     sandbox.write_file(f"directory/{name}", "x"), sandbox.write_file("directory/new/f", "x")):
+        for call in (
+            sandbox.read_file("leaf"),
+            sandbox.write_file("leaf", "x"),
+            sandbox.read_file(f"directory/{name}"),
+            sandbox.write_file(f"directory/{name}", "x"),
+            sandbox.write_file("directory/new/f", "x"),
+        ):
             with pytest.raises(SandboxFileError) as caught:
                 await call
             assert caught.value.reason == "outside"
@@ -94,12 +130,25 @@ def test_an_agents_hard_link_to_a_host_file_gives_no_way_to_write_it(inside):
             except SandboxFileError as error:
                 assert error.reason == "denied"
 
-    before = [(os.stat(path).st_mtime_ns, os.stat(path).st_size) for path in ("/etc/passwd", "/usr/bin/env")]
+    before = [
+        (os.stat(path).st_mtime_ns, os.stat(path).st_size)
+        for path in ("/etc/passwd", "/usr/bin/env")
+    ]
     inside(work)
-    assert [(os.stat(path).st_mtime_ns, os.stat(path).st_size) for path in ("/etc/passwd", "/usr/bin/env")] == before
+    assert [
+        (os.stat(path).st_mtime_ns, os.stat(path).st_size)
+        for path in ("/etc/passwd", "/usr/bin/env")
+    ] == before
 
 
-@pytest.mark.parametrize("make", ["mkfifo odd", "mkdir odd", "python3 -c \"import socket; socket.socket(socket.AF_UNIX).bind('odd')\""])
+@pytest.mark.parametrize(
+    "make",
+    [
+        "mkfifo odd",
+        "mkdir odd",
+        "python3 -c \"import socket; socket.socket(socket.AF_UNIX).bind('odd')\"",
+    ],
+)
 def test_what_is_not_a_regular_file_neither_blocks_nor_passes(inside, make):
     async def work(sandbox):
         made = await sandbox.execute(make)
@@ -133,7 +182,9 @@ def test_odd_names_are_just_names(inside):
     async def work(sandbox):
         for name in names:
             await sandbox.write_file(name, name)
-        return [(await sandbox.read_file(name)).decode() for name in names], (await sandbox.execute("ls -A | wc -l")).stdout
+        return [(await sandbox.read_file(name)).decode() for name in names], (
+            await sandbox.execute("ls -A | wc -l")
+        ).stdout
 
     assert inside(work) == (names, "8\n")
 
@@ -148,7 +199,9 @@ def test_a_tree_survives_the_way_in_and_out(inside, tmp_path):
 
     async def work(sandbox):
         up = await sandbox.upload(source, "tree")
-        listed = (await sandbox.execute("cd tree && find . -type f -printf '%P %m\\n' | sort")).stdout
+        listed = (
+            await sandbox.execute("cd tree && find . -type f -printf '%P %m\\n' | sort")
+        ).stdout
         return up, listed, await sandbox.download("tree", tmp_path / "target")
 
     up, listed, down = inside(work)
@@ -161,19 +214,27 @@ def test_a_tree_survives_the_way_in_and_out(inside, tmp_path):
 
 def test_a_download_takes_nothing_but_files(inside, tmp_path):
     """Links, FIFOs, setuid bits and unreadable modes are the agent's; what arrives on the host has none of them."""
+
     async def work(sandbox):
-        await sandbox.execute("mkdir -p out/d && ln -s /etc/passwd out/l && ln -s .. out/d/up && mkfifo out/f && echo x > out/s && chmod 4755 out/s && ln out/s out/d/hard")
+        await sandbox.execute(
+            "mkdir -p out/d && ln -s /etc/passwd out/l && ln -s .. out/d/up && mkfifo out/f && echo x > out/s && chmod 4755 out/s && ln out/s out/d/hard"
+        )
         return await sandbox.download("out", tmp_path / "target")
 
     moved = inside(work)
     assert sorted(moved.skipped) == ["d/up", "f", "l"] and moved.files == 2
-    found = {path.relative_to(tmp_path / "target").as_posix(): path.lstat().st_mode & 0o7777 for path in (tmp_path / "target").rglob("*")}
+    found = {
+        path.relative_to(tmp_path / "target").as_posix(): path.lstat().st_mode & 0o7777
+        for path in (tmp_path / "target").rglob("*")
+    }
     assert found == {"d": 0o755, "s": 0o755, "d/hard": 0o755}
 
 
 def test_a_download_is_bounded_and_never_overwrites(inside, tmp_path):
     async def work(sandbox):
-        await sandbox.execute("mkdir out; head -c 3000000 /dev/zero > out/a; head -c 3000000 /dev/zero > out/b")
+        await sandbox.execute(
+            "mkdir out; head -c 3000000 /dev/zero > out/a; head -c 3000000 /dev/zero > out/b"
+        )
         with pytest.raises(SandboxFileError) as caught:
             await sandbox.download("out", tmp_path / "target", limit=4_000_000)
         (tmp_path / "there").write_text("mine")
@@ -182,13 +243,20 @@ def test_a_download_is_bounded_and_never_overwrites(inside, tmp_path):
         return caught.value.reason
 
     assert inside(work) == "too_large"
-    assert sum(path.stat().st_size for path in (tmp_path / "target").iterdir()) <= 4_000_000 and (tmp_path / "there").read_text() == "mine"
+    assert (
+        sum(path.stat().st_size for path in (tmp_path / "target").iterdir()) <= 4_000_000
+        and (tmp_path / "there").read_text() == "mine"
+    )
 
 
 def test_a_swap_of_directory_and_link_leads_nowhere(inside, tmp_path):
     """An agent that exchanges a directory with a link to /etc all the time gets nothing of the host into a download."""
+
     async def work(sandbox):
-        swap = await sandbox.spawn("mkdir -p out/a && echo inner > out/a/passwd; ln -s /etc out/b; while :; do mv out/a out/c; mv out/b out/a; mv out/c out/b; mv out/a out/c; mv out/b out/a; mv out/c out/b; done", timeout=20)
+        swap = await sandbox.spawn(
+            "mkdir -p out/a && echo inner > out/a/passwd; ln -s /etc out/b; while :; do mv out/a out/c; mv out/b out/a; mv out/c out/b; mv out/a out/c; mv out/b out/a; mv out/c out/b; done",
+            timeout=20,
+        )
         await asyncio.sleep(0.2)
         contents = set()
         for number in range(30):

@@ -16,7 +16,16 @@ import time
 
 import pytest
 
-from envs.rock import CommandResult, Sandbox, SandboxClosedError, SandboxConfig, SandboxError, SandboxStartError, probe, sync
+from envs.rock import (
+    CommandResult,
+    Sandbox,
+    SandboxClosedError,
+    SandboxConfig,
+    SandboxError,
+    SandboxStartError,
+    probe,
+    sync,
+)
 from envs.rock.embedded import zygote_client
 from envs.rock.host import cgroups
 from tests.paths import ROOT
@@ -36,7 +45,11 @@ def _zygote_pid() -> int:
 
 
 def _descendants(pid: int) -> list[int]:
-    children = [int(word) for path in glob.glob(f"/proc/{pid}/task/*/children") for word in pathlib.Path(path).read_text().split()]
+    children = [
+        int(word)
+        for path in glob.glob(f"/proc/{pid}/task/*/children")
+        for word in pathlib.Path(path).read_text().split()
+    ]
     return children + [grandchild for child in children for grandchild in _descendants(child)]
 
 
@@ -56,7 +69,15 @@ def _eventually(condition, seconds: float = 15.0) -> bool:
 
 def _groups() -> set[str]:
     place, _ = cgroups.find()
-    return {path for parent in set(place.parents.values()) for path in glob.glob(f"{parent}/rock-*-{_zygote_pid()}")} if place else set()
+    return (
+        {
+            path
+            for parent in set(place.parents.values())
+            for path in glob.glob(f"{parent}/rock-*-{_zygote_pid()}")
+        }
+        if place
+        else set()
+    )
 
 
 @pytest.mark.parametrize("tier", ["namespaces", "landlock"])
@@ -71,11 +92,26 @@ def test_many_sandboxes_leave_nothing_behind(tier):
         return [result for _ in range(4) for result in await asyncio.gather(*map(one, range(15)))]
 
     asyncio.run(one(0))
-    before = (len(os.listdir("/proc/self/fd")), len(os.listdir(f"/proc/{_zygote_pid()}/fd")), _descendants(_zygote_pid()), _groups(),
-              threading.active_count(), pathlib.Path("/proc/self/mountinfo").read_text().count("\n"))
-    assert asyncio.run(asyncio.wait_for(all_of_them(), 120)) == [f"{number}\n" for number in range(15)] * 4
-    after = (len(os.listdir("/proc/self/fd")), len(os.listdir(f"/proc/{_zygote_pid()}/fd")), _descendants(_zygote_pid()), _groups(),
-             threading.active_count(), pathlib.Path("/proc/self/mountinfo").read_text().count("\n"))
+    before = (
+        len(os.listdir("/proc/self/fd")),
+        len(os.listdir(f"/proc/{_zygote_pid()}/fd")),
+        _descendants(_zygote_pid()),
+        _groups(),
+        threading.active_count(),
+        pathlib.Path("/proc/self/mountinfo").read_text().count("\n"),
+    )
+    assert (
+        asyncio.run(asyncio.wait_for(all_of_them(), 120))
+        == [f"{number}\n" for number in range(15)] * 4
+    )
+    after = (
+        len(os.listdir("/proc/self/fd")),
+        len(os.listdir(f"/proc/{_zygote_pid()}/fd")),
+        _descendants(_zygote_pid()),
+        _groups(),
+        threading.active_count(),
+        pathlib.Path("/proc/self/mountinfo").read_text().count("\n"),
+    )
     assert after == before and before[2] == []
 
 
@@ -90,9 +126,17 @@ def test_starts_and_stops_that_race_leave_nothing_and_raise_nothing_of_their_own
         if number % 3 == 0:
             starting.cancel()
         running = asyncio.create_task(sandbox.execute("sleep 60"))
-        ends = await asyncio.gather(starting, running, sandbox.stop(), sandbox.stop(), return_exceptions=True)
+        ends = await asyncio.gather(
+            starting, running, sandbox.stop(), sandbox.stop(), return_exceptions=True
+        )
         await sandbox.stop()
-        return sandbox.is_alive(), [end for end in ends if not isinstance(end, (type(None), CommandResult, asyncio.CancelledError, SandboxError))]
+        return sandbox.is_alive(), [
+            end
+            for end in ends
+            if not isinstance(
+                end, (type(None), CommandResult, asyncio.CancelledError, SandboxError)
+            )
+        ]
 
     async def all_of_them():
         return [result for _ in range(3) for result in await asyncio.gather(*map(one, range(12)))]
@@ -101,7 +145,12 @@ def test_starts_and_stops_that_race_leave_nothing_and_raise_nothing_of_their_own
     before = len(os.listdir("/proc/self/fd")), len(os.listdir(f"/proc/{_zygote_pid()}/fd"))
     assert asyncio.run(asyncio.wait_for(all_of_them(), 60)) == [(False, [])] * 36
     assert _eventually(lambda: not _descendants(_zygote_pid()) and not _groups())
-    assert _eventually(lambda: (len(os.listdir("/proc/self/fd")), len(os.listdir(f"/proc/{_zygote_pid()}/fd"))) == before)
+    assert _eventually(
+        lambda: (
+            (len(os.listdir("/proc/self/fd")), len(os.listdir(f"/proc/{_zygote_pid()}/fd")))
+            == before
+        )
+    )
 
 
 @pytest.mark.slow
@@ -116,7 +165,10 @@ def test_a_thousand_sandboxes_leave_nothing_behind():
     asyncio.run(churn())
     before = len(os.listdir("/proc/self/fd")), len(os.listdir(f"/proc/{_zygote_pid()}/fd"))
     asyncio.run(churn())
-    assert (len(os.listdir("/proc/self/fd")), len(os.listdir(f"/proc/{_zygote_pid()}/fd"))) == before and not _descendants(_zygote_pid())
+    assert (
+        len(os.listdir("/proc/self/fd")),
+        len(os.listdir(f"/proc/{_zygote_pid()}/fd")),
+    ) == before and not _descendants(_zygote_pid())
 
 
 _MANAGER = """
@@ -151,7 +203,11 @@ def test_when_the_manager_is_killed_everything_ends_and_is_removed(tier):
     manager.kill()
     manager.wait()
     assert _eventually(lambda: not any(map(_alive, processes)))
-    assert not [path for parent in (place.parents.values() if place else ()) for path in glob.glob(f"{parent}/rock-*-{zygote}")]
+    assert not [
+        path
+        for parent in (place.parents.values() if place else ())
+        for path in glob.glob(f"{parent}/rock-*-{zygote}")
+    ]
     assert not {name for name in set(os.listdir(STATE)) - before if _owner(name) == zygote}
 
 
@@ -172,7 +228,11 @@ def test_when_the_zygote_is_killed_nothing_runs_on_and_the_next_start_sweeps():
     left = {name for name in os.listdir(STATE)}
     zygote_client.shut_down()  # so that the next sandbox brings a new zygote
     assert asyncio.run(_echo(_config())) == "hi\n"
-    assert not [path for parent in (place.parents.values() if place else ()) for path in glob.glob(f"{parent}/rock-*-{zygote}")]
+    assert not [
+        path
+        for parent in (place.parents.values() if place else ())
+        for path in glob.glob(f"{parent}/rock-*-{zygote}")
+    ]
     assert not left & {name for name in os.listdir(STATE) if _owner(name) == zygote}
 
 
@@ -185,7 +245,9 @@ async def _echo(config: SandboxConfig) -> str:
 def test_directories_without_permissions_are_removed_too(tier):
     async def work():
         async with Sandbox(_config(tier)) as sandbox:
-            await sandbox.execute("mkdir -p a/b; ln -s / a/b/root; touch a/b/f; chmod 0 a/b a; ln -s / l; cd $TMPDIR && mkdir -m 0 t")
+            await sandbox.execute(
+                "mkdir -p a/b; ln -s / a/b/root; touch a/b/f; chmod 0 a/b a; ln -s / l; cd $TMPDIR && mkdir -m 0 t"
+            )
             return str(sandbox._slot)
 
     slot = asyncio.run(work())  # others may run sandboxes here, too
@@ -197,7 +259,12 @@ def test_a_sandbox_whose_holder_is_killed_says_so():
         async with Sandbox(_config()) as sandbox:
             running = asyncio.create_task(sandbox.execute("sleep 1000"))
             await asyncio.sleep(0.1)
-            (holder,) = [int(word) for word in pathlib.Path(f"/proc/{_zygote_pid()}/task/{_zygote_pid()}/children").read_text().split()]
+            (holder,) = [
+                int(word)
+                for word in pathlib.Path(f"/proc/{_zygote_pid()}/task/{_zygote_pid()}/children")
+                .read_text()
+                .split()
+            ]
             children = _descendants(holder)
             os.kill(holder, signal.SIGKILL)
             with pytest.raises(SandboxClosedError):
@@ -232,7 +299,12 @@ def test_a_hundred_sandboxes_live_at_once():
     async def work():
         sandboxes = [Sandbox(config) for _ in range(100)]
         await asyncio.gather(*(sandbox.start() for sandbox in sandboxes))
-        results = await asyncio.gather(*(sandbox.execute(f"echo {number} > f; cat f") for number, sandbox in enumerate(sandboxes)))
+        results = await asyncio.gather(
+            *(
+                sandbox.execute(f"echo {number} > f; cat f")
+                for number, sandbox in enumerate(sandboxes)
+            )
+        )
         await asyncio.gather(*(sandbox.stop() for sandbox in sandboxes))
         return [result.stdout for result in results]
 
@@ -256,8 +328,27 @@ def test_synchronous_callers_share_a_background_loop():
 def test_the_zygote_loads_little():
     """Each sandbox and each command begins as a fork of it."""
     program = f"import sys; sys.path.insert(0, {REPOSITORY + '/envs/rock'!r}); from host import zygote; print(*sys.modules)"
-    loaded = set(subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True, check=True, timeout=60).stdout.split())
-    assert not loaded & {"typing", "pathlib", "shutil", "tempfile", "traceback", "contextlib", "dataclasses", "asyncio", "subprocess", "logging"}
+    loaded = set(
+        subprocess.run(
+            [sys.executable, "-I", "-S", "-c", program],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        ).stdout.split()
+    )
+    assert not loaded & {
+        "typing",
+        "pathlib",
+        "shutil",
+        "tempfile",
+        "traceback",
+        "contextlib",
+        "dataclasses",
+        "asyncio",
+        "subprocess",
+        "logging",
+    }
 
 
 def test_a_forked_process_starts_a_zygote_of_its_own():
@@ -281,7 +372,9 @@ def test_a_forked_process_starts_a_zygote_of_its_own():
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
-def test_a_tree_that_cannot_be_mounted_is_an_error_with_its_reason_and_never_a_weaker_sandbox(monkeypatch):
+def test_a_tree_that_cannot_be_mounted_is_an_error_with_its_reason_and_never_a_weaker_sandbox(
+    monkeypatch,
+):
     config = _config()
     broken = zygote_client.spec
 
@@ -298,11 +391,18 @@ def test_a_dead_init_ends_its_commands_and_the_next_one_is_an_error():
         async with Sandbox(_config()) as sandbox:
             await sandbox.execute("true")
             (holder,) = _descendants(_zygote_pid())[:1]
-            (init,) = [int(word) for word in pathlib.Path(f"/proc/{holder}/task/{holder}/children").read_text().split()]
+            (init,) = [
+                int(word)
+                for word in pathlib.Path(f"/proc/{holder}/task/{holder}/children")
+                .read_text()
+                .split()
+            ]
             running = asyncio.create_task(sandbox.execute("sleep 60"))
             await asyncio.sleep(0.3)
             os.kill(init, signal.SIGKILL)
-            return await running, await asyncio.gather(sandbox.execute("true"), return_exceptions=True)
+            return await running, await asyncio.gather(
+                sandbox.execute("true"), return_exceptions=True
+            )
 
     interrupted, (after,) = asyncio.run(run())
     assert interrupted.exit_code == 137 and isinstance(after, SandboxError)
@@ -315,7 +415,11 @@ def test_an_ordinary_user_has_sandboxes_too_and_is_told_what_is_missing(tier, tm
     code = tempfile.mkdtemp(prefix="rock-test-", dir="/tmp")  # a place that another user can read
     try:
         os.chmod(code, 0o755)
-        shutil.copytree(f"{REPOSITORY}/envs", f"{code}/envs", ignore=shutil.ignore_patterns("__pycache__", "tasks", "gem"))
+        shutil.copytree(
+            f"{REPOSITORY}/envs",
+            f"{code}/envs",
+            ignore=shutil.ignore_patterns("__pycache__", "tasks", "gem"),
+        )
         program = textwrap.dedent(f"""
             import asyncio, json, os
             from envs.rock import IsolationError, Sandbox, SandboxConfig, probe
@@ -337,16 +441,45 @@ def test_an_ordinary_user_has_sandboxes_too_and_is_told_what_is_missing(tier, tm
         pathlib.Path(code, "secret").write_text("SECRET")
         os.chown(f"{code}/secret", 64321, 64321)
         python = os.path.realpath("/usr/bin/python3")
-        done = subprocess.run(["setpriv", "--reuid", "64321", "--regid", "64321", "--clear-groups", python, "-c", program], cwd=code, timeout=90,
-                              env={"PATH": "/usr/bin:/bin", "TMPDIR": "/tmp"}, capture_output=True, text=True)
+        done = subprocess.run(
+            [
+                "setpriv",
+                "--reuid",
+                "64321",
+                "--regid",
+                "64321",
+                "--clear-groups",
+                python,
+                "-c",
+                program,
+            ],
+            cwd=code,
+            timeout=90,
+            env={"PATH": "/usr/bin:/bin", "TMPDIR": "/tmp"},
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
         (first, verified, timed_out), guarantees, banner, refusal = json.loads(done.stdout)
         assert first.split() == (["1000", "x"] if tier == "namespaces" else ["64321", "x"])
         assert verified == "x\nc!" and timed_out
         assert not os.listdir("/tmp/rock-64321")
         if cgroups.find()[0].version == 1:  # root's own groups: another user cannot write them
-            assert "memory" not in guarantees and "memory" in banner and "remedy" in banner and "memory" in refusal
-        assert _eventually(lambda: not [path for path in glob.glob("/proc/[0-9]*/cmdline") if _reads(path, b"sleep\x004242")])
+            assert (
+                "memory" not in guarantees
+                and "memory" in banner
+                and "remedy" in banner
+                and "memory" in refusal
+            )
+        assert _eventually(
+            lambda: (
+                not [
+                    path
+                    for path in glob.glob("/proc/[0-9]*/cmdline")
+                    if _reads(path, b"sleep\x004242")
+                ]
+            )
+        )
     finally:
         shutil.rmtree(code)
         shutil.rmtree("/tmp/rock-64321", ignore_errors=True)

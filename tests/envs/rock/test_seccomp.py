@@ -7,8 +7,32 @@ import pytest
 
 from envs.rock.host import seccomp
 
-NUMBERS = {"x86_64": {"read": 0, "clone": 56, "socket": 41, "socketpair": 53, "ioctl": 16, "kill": 62, "prlimit64": 302, "unshare": 272, "shmget": 29, "openat2": 437},
-           "aarch64": {"read": 63, "clone": 220, "socket": 198, "socketpair": 199, "ioctl": 29, "kill": 129, "prlimit64": 261, "unshare": 97, "shmget": 194, "openat2": 437}}
+NUMBERS = {
+    "x86_64": {
+        "read": 0,
+        "clone": 56,
+        "socket": 41,
+        "socketpair": 53,
+        "ioctl": 16,
+        "kill": 62,
+        "prlimit64": 302,
+        "unshare": 272,
+        "shmget": 29,
+        "openat2": 437,
+    },
+    "aarch64": {
+        "read": 63,
+        "clone": 220,
+        "socket": 198,
+        "socketpair": 199,
+        "ioctl": 29,
+        "kill": 129,
+        "prlimit64": 261,
+        "unshare": 97,
+        "shmget": 194,
+        "openat2": 437,
+    },
+}
 
 
 def decide(program: bytes, architecture: int, number: int, *arguments: int) -> int:
@@ -23,7 +47,11 @@ def decide(program: bytes, architecture: int, number: int, *arguments: int) -> i
         if code == 0x20:
             accumulator = struct.unpack_from("<I", data, value)[0]
         else:
-            taken = {0x15: accumulator == value, 0x25: accumulator > value, 0x45: bool(accumulator & value)}[code]
+            taken = {
+                0x15: accumulator == value,
+                0x25: accumulator > value,
+                0x45: bool(accumulator & value),
+            }[code]
             place += yes if taken else no
         place += 1
 
@@ -44,19 +72,34 @@ def call(request):
 
 
 def test_ordinary_calls_pass(call):
-    answers = {call("read"), call("openat2"), call("clone", 0x11), call("clone", 0x3D0F00), call("ioctl", 0, 0x5401), call("kill", 5, 9)}
+    answers = {
+        call("read"),
+        call("openat2"),
+        call("clone", 0x11),
+        call("clone", 0x3D0F00),
+        call("ioctl", 0, 0x5401),
+        call("kill", 5, 9),
+    }
     assert answers | {call("kill", 2**64 - 1, 9)} == {seccomp.ALLOW}
 
 
-@pytest.mark.parametrize("flag", [0x00020000, 0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000])
+@pytest.mark.parametrize(
+    "flag", [0x00020000, 0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000]
+)
 def test_no_clone_makes_a_namespace(call, flag):
-    assert call("clone", flag | 0x11) == call("clone", flag | 0x11 | (1 << 40)) == refused(errno.EPERM)
+    assert (
+        call("clone", flag | 0x11) == call("clone", flag | 0x11 | (1 << 40)) == refused(errno.EPERM)
+    )
 
 
 def test_socket_families_are_a_short_list(call):
     assert [family for family in range(60) if call("socket", family) == seccomp.ALLOW] == [1, 2, 10]
-    assert [family for family in range(60) if call("socket", family, network=False) == seccomp.ALLOW] == []
-    assert [family for family in range(60) if call("socketpair", family, network=False) == seccomp.ALLOW] == [1]
+    assert [
+        family for family in range(60) if call("socket", family, network=False) == seccomp.ALLOW
+    ] == []
+    assert [
+        family for family in range(60) if call("socketpair", family, network=False) == seccomp.ALLOW
+    ] == [1]
 
 
 def test_without_a_network_namespace_shared_ipc_is_refused_too(call):
@@ -64,25 +107,44 @@ def test_without_a_network_namespace_shared_ipc_is_refused_too(call):
 
 
 def test_killing_everyone_is_refused_where_it_would_reach_the_host(call):
-    assert call("kill", 2**64 - 1, 9, own_processes=False) == call("kill", 2**32 - 1, 9, own_processes=False) == refused(errno.EPERM)
+    assert (
+        call("kill", 2**64 - 1, 9, own_processes=False)
+        == call("kill", 2**32 - 1, 9, own_processes=False)
+        == refused(errno.EPERM)
+    )
     assert call("kill", 77, 9, own_processes=False) == seccomp.ALLOW
 
 
 def test_limits_of_another_process_cannot_be_set(call):
-    assert call("prlimit64", 0, 7) == seccomp.ALLOW and call("prlimit64", 1, 7) == refused(errno.EPERM)
+    assert call("prlimit64", 0, 7) == seccomp.ALLOW and call("prlimit64", 1, 7) == refused(
+        errno.EPERM
+    )
 
 
 def test_terminal_injection_is_refused_in_any_width(call):
-    assert call("ioctl", 0, 0x5412) == call("ioctl", 0, 0x5412 | (7 << 32)) == call("ioctl", 0, 0x541C) == refused(errno.EPERM)
+    assert (
+        call("ioctl", 0, 0x5412)
+        == call("ioctl", 0, 0x5412 | (7 << 32))
+        == call("ioctl", 0, 0x541C)
+        == refused(errno.EPERM)
+    )
 
 
 def test_calls_that_nobody_has_looked_at_do_not_exist(call):
-    assert call(seccomp.NEWEST_CALL + 1) == call(100_000) == call(0x40000000 | 41) == refused(errno.ENOSYS)
+    assert (
+        call(seccomp.NEWEST_CALL + 1)
+        == call(100_000)
+        == call(0x40000000 | 41)
+        == refused(errno.ENOSYS)
+    )
 
 
 def test_another_architecture_is_killed():
     for name, foreign in (("x86_64", "aarch64"), ("aarch64", "x86_64")):
-        assert decide(seccomp.build(name, network=True), seccomp.ARCHITECTURES[foreign], 0) == seccomp.KILL
+        assert (
+            decide(seccomp.build(name, network=True), seccomp.ARCHITECTURES[foreign], 0)
+            == seccomp.KILL
+        )
     assert decide(seccomp.build("x86_64", network=True), 0x40000003, 11) == seccomp.KILL  # i386
 
 
@@ -92,7 +154,9 @@ def test_every_denied_call_is_denied_and_the_filter_fits_a_pipe():
         assert len(program) < 4096
         for numbers in (*seccomp._DENIED.values(), *seccomp._SHARED_IPC.values()):
             if numbers[column] is not None:
-                assert decide(program, seccomp.ARCHITECTURES[name], numbers[column]) == refused(errno.EPERM)
+                assert decide(program, seccomp.ARCHITECTURES[name], numbers[column]) == refused(
+                    errno.EPERM
+                )
 
 
 def test_an_unknown_machine_is_an_error():

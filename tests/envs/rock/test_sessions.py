@@ -8,7 +8,14 @@ import signal
 
 import pytest
 
-from envs.rock import Sandbox, SandboxClosedError, SandboxConfig, SandboxFileError, SyncSandbox, probe
+from envs.rock import (
+    Sandbox,
+    SandboxClosedError,
+    SandboxConfig,
+    SandboxFileError,
+    SyncSandbox,
+    probe,
+)
 from envs.rock.embedded import zygote_client
 
 
@@ -20,7 +27,9 @@ def inside(request):
 
     def run(work, **fields):
         async def main():
-            async with Sandbox(SandboxConfig(isolation="best_available", tier=tier, **fields)) as sandbox:
+            async with Sandbox(
+                SandboxConfig(isolation="best_available", tier=tier, **fields)
+            ) as sandbox:
                 return await work(sandbox)
 
         return asyncio.run(asyncio.wait_for(main(), 60))
@@ -50,14 +59,33 @@ def in_session(inside, work, **fields):
 def test_directory_variables_functions_and_background_processes_stay(inside):
     async def work(sandbox, session):
         await session.run("mkdir -p d; cd d; x=5; f() { echo f$x; }; sleep 50 & export y=7")
-        return await session.run("pwd; f; bash -c 'echo $y'; jobs -p | wc -l; kill %1 && echo killed")
+        return await session.run(
+            "pwd; f; bash -c 'echo $y'; jobs -p | wc -l; kill %1 && echo killed"
+        )
 
     result = in_session(inside, work)
-    assert result.stdout.split()[0].endswith("/d") and result.stdout.split()[1:] == ["f5", "7", "1", "killed"] and result.exit_code == 0
+    assert (
+        result.stdout.split()[0].endswith("/d")
+        and result.stdout.split()[1:] == ["f5", "7", "1", "killed"]
+        and result.exit_code == 0
+    )
 
 
-@pytest.mark.parametrize("command, code", [("true", 0), ("false", 1), ("(exit 77)", 77), ("no_such_program", 127), ("if", 2), ("kill -9 $BASHPID", 137),
-                                           ("bash -c 'kill -9 $$'", 137), ("set -e; (exit 4) || true", 0), ("false\n\n# a remark", 1), ("printf '0\\0'; false", 1)])
+@pytest.mark.parametrize(
+    "command, code",
+    [
+        ("true", 0),
+        ("false", 1),
+        ("(exit 77)", 77),
+        ("no_such_program", 127),
+        ("if", 2),
+        ("kill -9 $BASHPID", 137),
+        ("bash -c 'kill -9 $$'", 137),
+        ("set -e; (exit 4) || true", 0),
+        ("false\n\n# a remark", 1),
+        ("printf '0\\0'; false", 1),
+    ],
+)
 def test_exit_codes_are_the_shells(inside, command, code):
     async def work(sandbox, session):
         return await session.run(command)
@@ -67,10 +95,22 @@ def test_exit_codes_are_the_shells(inside, command, code):
 
 def test_streams_are_kept_apart_and_cut_and_belong_to_their_command(inside):
     async def work(sandbox, session):
-        return [await session.run(command) for command in ("echo a; echo b >&2", "head -c 5000 /dev/zero | tr '\\0' x", "echo -n c", "")]
+        return [
+            await session.run(command)
+            for command in (
+                "echo a; echo b >&2",
+                "head -c 5000 /dev/zero | tr '\\0' x",
+                "echo -n c",
+                "",
+            )
+        ]
 
     first, long, third, nothing = in_session(inside, work, max_output_bytes=1000)
-    assert (first.stdout, first.stderr) == ("a\n", "b\n") and long.stdout == "x" * 1000 and long.truncated
+    assert (
+        (first.stdout, first.stderr) == ("a\n", "b\n")
+        and long.stdout == "x" * 1000
+        and long.truncated
+    )
     assert (third.stdout, third.truncated, nothing.stdout, nothing.exit_code) == ("c", False, "", 0)
 
 
@@ -89,7 +129,13 @@ def test_at_the_time_limit_the_command_dies_and_the_shell_and_its_older_jobs_sta
         return slow, await session.run("echo $x; jobs -r | wc -l")
 
     slow, after = in_session(inside, work)
-    assert slow.timed_out and slow.limits_hit == ("timeout",) and slow.stdout == "after 137\n" and slow.seconds < 10 and after.stdout.split() == ["1", "1"]
+    assert (
+        slow.timed_out
+        and slow.limits_hit == ("timeout",)
+        and slow.stdout == "after 137\n"
+        and slow.seconds < 10
+        and after.stdout.split() == ["1", "1"]
+    )
 
 
 def test_a_shell_that_does_not_come_back_ends_and_says_so(inside):
@@ -104,7 +150,15 @@ def test_a_shell_that_does_not_come_back_ends_and_says_so(inside):
     assert spinning.timed_out and spinning.exit_code == 137 and ended and after.stdout == "well\n"
 
 
-@pytest.mark.parametrize("command, code", [("echo bye; exit 3", 3), ("exec bash -c 'exit 9'", 9), ("kill -9 $$", 137), ("set -e; false", 1)])
+@pytest.mark.parametrize(
+    "command, code",
+    [
+        ("echo bye; exit 3", 3),
+        ("exec bash -c 'exit 9'", 9),
+        ("kill -9 $$", 137),
+        ("set -e; false", 1),
+    ],
+)
 def test_a_command_that_ends_the_shell_ends_the_session_with_its_code(inside, command, code):
     async def work(sandbox, session):
         result = await session.run(command)
@@ -173,7 +227,9 @@ def test_closing_a_session_ends_all_that_it_started(inside):
 
     async def work(sandbox):
         async with await sandbox.create_session() as session:
-            await session.run(f"sleep {seconds} & setsid sleep {seconds} & (setsid sleep {seconds} &); sleep 0.5")
+            await session.run(
+                f"sleep {seconds} & setsid sleep {seconds} & (setsid sleep {seconds} &); sleep 0.5"
+            )
             began = processes(f"sleep\0{seconds}")
         return began, (await sandbox.get_status()).sessions, processes(f"sleep\0{seconds}")
 
@@ -182,13 +238,34 @@ def test_closing_a_session_ends_all_that_it_started(inside):
 
 def test_background_jobs_tell_their_true_ends(inside):
     async def work(sandbox):
-        good, bad, slow, endless = [await sandbox.spawn(command, timeout=limit) for command, limit in
-                                    (("sleep 0.2; echo done", 30), ("exit 9", 30), ("sleep 60", 0.5), ("sleep 60", 60))]
-        assert endless.running and (await sandbox.execute("echo beside")).stdout == "beside\n" and (await sandbox.get_status()).commands >= 1
-        return [await good.wait(), await bad.wait(), await slow.wait(), await endless.kill(), await good.wait()]
+        good, bad, slow, endless = [
+            await sandbox.spawn(command, timeout=limit)
+            for command, limit in (
+                ("sleep 0.2; echo done", 30),
+                ("exit 9", 30),
+                ("sleep 60", 0.5),
+                ("sleep 60", 60),
+            )
+        ]
+        assert (
+            endless.running
+            and (await sandbox.execute("echo beside")).stdout == "beside\n"
+            and (await sandbox.get_status()).commands >= 1
+        )
+        return [
+            await good.wait(),
+            await bad.wait(),
+            await slow.wait(),
+            await endless.kill(),
+            await good.wait(),
+        ]
 
     good, bad, slow, killed, again = inside(work)
-    assert (good.stdout, good.exit_code, bad.exit_code) == ("done\n", 0, 9) and slow.timed_out and again == good
+    assert (
+        (good.stdout, good.exit_code, bad.exit_code) == ("done\n", 0, 9)
+        and slow.timed_out
+        and again == good
+    )
     assert killed.exit_code == 137 and killed.limits_hit == ("killed",)
 
 
@@ -212,18 +289,28 @@ def test_the_status_counts_what_is_used(inside):
         return before, await sandbox.get_status(), await job.kill(), sandbox.is_alive()
 
     before, after, _, alive = inside(work)
-    assert after.disk_bytes - before.disk_bytes >= 3_000_000 and after.inodes - before.inodes == 4 and after.cpu_seconds > before.cpu_seconds
-    assert (after.commands, after.sessions, alive) == (1, 0, True) and (after.pids is None or after.pids >= 2)
+    assert (
+        after.disk_bytes - before.disk_bytes >= 3_000_000
+        and after.inodes - before.inodes == 4
+        and after.cpu_seconds > before.cpu_seconds
+    )
+    assert (after.commands, after.sessions, alive) == (1, 0, True) and (
+        after.pids is None or after.pids >= 2
+    )
     assert after.memory_bytes is None or after.memory_bytes > 0
 
 
 def test_a_command_that_ended_as_the_verifier_began_is_not_taken_for_it(inside):
     """Its end and the request meet in one turn of the holder, and the verifier gets the descriptor that it had."""
+
     async def work(sandbox):
         job = await sandbox.spawn("sleep 0.5")
         await asyncio.sleep(0.2)  # it has begun
         zygote = zygote_client._zygote._process.pid
-        (holder,) = [int(word) for word in pathlib.Path(f"/proc/{zygote}/task/{zygote}/children").read_text().split()]
+        (holder,) = [
+            int(word)
+            for word in pathlib.Path(f"/proc/{zygote}/task/{zygote}/children").read_text().split()
+        ]
         os.kill(holder, signal.SIGSTOP)
         verifying = asyncio.create_task(sandbox.verify("sleep 5", timeout=0.3))
         await asyncio.sleep(0.8)
@@ -241,10 +328,19 @@ def test_more_than_a_sandbox_holds_is_an_error_and_harms_nothing(inside):
         jobs = [await sandbox.spawn("sleep 60") for _ in range(16)]
         too_many = await asyncio.gather(sandbox.execute("true"), return_exceptions=True)
         await jobs[0].kill()
-        return refused, too_many, await sandbox.execute("echo well"), [await session.run("echo $((1 + 1))") for session in sessions]
+        return (
+            refused,
+            too_many,
+            await sandbox.execute("echo well"),
+            [await session.run("echo $((1 + 1))") for session in sessions],
+        )
 
     (refused,), (too_many,), after, answers = inside(work)
-    assert "at most 8 sessions" in str(refused) and "16 commands are running" in str(too_many) and after.stdout == "well\n"
+    assert (
+        "at most 8 sessions" in str(refused)
+        and "16 commands are running" in str(too_many)
+        and after.stdout == "well\n"
+    )
     assert {answer.stdout for answer in answers} == {"2\n"}
 
 
@@ -281,9 +377,15 @@ def test_a_caller_without_an_event_loop_gets_the_same(tmp_path):
     if (report := probe()).tier is None:
         pytest.skip(f"no sandbox here: {report.missing[0].reason}")
     with SyncSandbox(SandboxConfig(isolation="best_available")) as sandbox:
-        assert sandbox.execute("echo hi", timeout=5).stdout == "hi\n" and sandbox.is_alive() and sandbox.tier
+        assert (
+            sandbox.execute("echo hi", timeout=5).stdout == "hi\n"
+            and sandbox.is_alive()
+            and sandbox.tier
+        )
         sandbox.write_files({"a/f": "text", "g": b"\0"})
-        assert sandbox.read_file("a/f") == b"text" and sandbox.download("a", tmp_path / "a").files == 1
+        assert (
+            sandbox.read_file("a/f") == b"text" and sandbox.download("a", tmp_path / "a").files == 1
+        )
         with sandbox.create_session() as session:
             session.run("x=5")
             assert session.run("echo $x").stdout == "5\n"

@@ -45,16 +45,32 @@ def test_a_sandbox_that_starts_from_a_snapshot_has_its_files_and_not_its_fifos(c
             snapshot = await first.snapshot()
             async with Sandbox(config, snapshot) as second:
                 shown = [await second.execute(SHOW), await first.execute("rm pipe; " + SHOW)]
-                return shown, await second.execute("echo more >> a/b/f; rm zeros; mkdir -p a/new; cat a/b/f; ls"), await first.execute("cat a/b/f; ls")
+                return (
+                    shown,
+                    await second.execute(
+                        "echo more >> a/b/f; rm zeros; mkdir -p a/new; cat a/b/f; ls"
+                    ),
+                    await first.execute("cat a/b/f; ls"),
+                )
 
     (second, first), changed, original = run(work)
     ours, theirs = second.stdout.replace("uid", "").splitlines(), first.stdout.splitlines()
     assert ours[:-1] == theirs[:-1] and second.stderr == first.stderr == "" and "ran" in ours
-    assert changed.stdout.startswith("one\nmore\n") and "zeros" not in changed.stdout and changed.stderr == ""
-    assert original.stdout.startswith("one\n") and "more" not in original.stdout and "zeros" in original.stdout
+    assert (
+        changed.stdout.startswith("one\nmore\n")
+        and "zeros" not in changed.stdout
+        and changed.stderr == ""
+    )
+    assert (
+        original.stdout.startswith("one\n")
+        and "more" not in original.stdout
+        and "zeros" in original.stdout
+    )
 
 
-def test_a_snapshot_outlives_its_sandbox_and_many_start_from_it_at_once_and_it_goes_when_it_is_deleted_and_unused(config):
+def test_a_snapshot_outlives_its_sandbox_and_many_start_from_it_at_once_and_it_goes_when_it_is_deleted_and_unused(
+    config,
+):
     before = snapshots()
 
     async def work():
@@ -63,7 +79,9 @@ def test_a_snapshot_outlives_its_sandbox_and_many_start_from_it_at_once_and_it_g
             snapshot = await first.snapshot()
         forks = [Sandbox(config, snapshot) for _ in range(8)]
         await asyncio.gather(*(fork.start() for fork in forks))
-        results = await asyncio.gather(*(fork.execute(f"echo {number} >> f; cat f") for number, fork in enumerate(forks)))
+        results = await asyncio.gather(
+            *(fork.execute(f"echo {number} >> f; cat f") for number, fork in enumerate(forks))
+        )
         deeper = await forks[0].snapshot()
         await snapshot.delete()
         with pytest.raises(SandboxStartError, match="was deleted"):
@@ -76,7 +94,9 @@ def test_a_snapshot_outlives_its_sandbox_and_many_start_from_it_at_once_and_it_g
         return [[one.stdout for one in some] for some in (results, late, [grandchild])], snapshots()
 
     (results, late, grandchild), left = run(work)
-    assert results == late == [f"kept\n{number}\n" for number in range(8)] and grandchild == ["kept\n0\n"]
+    assert results == late == [f"kept\n{number}\n" for number in range(8)] and grandchild == [
+        "kept\n0\n"
+    ]
     assert left == before
 
 
@@ -88,7 +108,11 @@ def test_restoring_goes_back_and_ends_what_runs(config):
             await sandbox.execute("echo two > f; touch more")
             session = await sandbox.create_session()
             await sandbox.restore(snapshot)
-            return (await sandbox.execute("cat f; ls")).stdout, session, await asyncio.gather(session.run("true"), return_exceptions=True)
+            return (
+                (await sandbox.execute("cat f; ls")).stdout,
+                session,
+                await asyncio.gather(session.run("true"), return_exceptions=True),
+            )
 
     text, _, (after,) = run(work)
     assert text == "one\nf\n" and isinstance(after, SandboxError)
@@ -101,8 +125,13 @@ def test_forks_are_limited_and_isolated_as_any_other(config):
             snapshot = await first.snapshot()
             job = await first.spawn("sleep 60")
             async with Sandbox(config, snapshot) as second:
-                seen = await second.execute("cat /proc/[0-9]*/cmdline | tr '\\0' ' ' | grep -c '[s]leep 60'; kill -9 -1", timeout=20)
-                full = await second.execute("head -c 100000000 /dev/zero > big; ls -s big | cut -d' ' -f1")
+                seen = await second.execute(
+                    "cat /proc/[0-9]*/cmdline | tr '\\0' ' ' | grep -c '[s]leep 60'; kill -9 -1",
+                    timeout=20,
+                )
+                full = await second.execute(
+                    "head -c 100000000 /dev/zero > big; ls -s big | cut -d' ' -f1"
+                )
                 return seen, full, job.running, (await second.get_status()).disk_bytes
 
     seen, full, running, used = run(work)
@@ -115,11 +144,17 @@ def test_forks_are_limited_and_isolated_as_any_other(config):
 def test_holes_stay_holes_on_the_hosts_disk(config):
     async def work():
         async with Sandbox(config) as sandbox:
-            await sandbox.execute("for n in $(seq 200); do truncate -s 15M hole$n; done; truncate -s 2M mixed; printf end | dd of=mixed bs=1 seek=1500000 conv=notrunc")
+            await sandbox.execute(
+                "for n in $(seq 200); do truncate -s 15M hole$n; done; truncate -s 2M mixed; printf end | dd of=mixed bs=1 seek=1500000 conv=notrunc"
+            )
             snapshot = await sandbox.snapshot()
-            used = sum(path.stat().st_blocks * 512 for path in pathlib.Path(snapshot.path).rglob("*"))
+            used = sum(
+                path.stat().st_blocks * 512 for path in pathlib.Path(snapshot.path).rglob("*")
+            )
             async with Sandbox(config, snapshot) as fork:
-                read = await fork.execute("stat -c %s hole7 mixed; tail -c +1500001 mixed | head -c 3; tr -d '\\0' < mixed | wc -c")
+                read = await fork.execute(
+                    "stat -c %s hole7 mixed; tail -c +1500001 mixed | head -c 3; tr -d '\\0' < mixed | wc -c"
+                )
             await snapshot.delete()
             return used, read.stdout
 
@@ -130,13 +165,26 @@ def test_holes_stay_holes_on_the_hosts_disk(config):
 def test_one_file_of_many_names_is_kept_once_however_often_it_is_forked(config):
     async def work():
         async with Sandbox(config) as sandbox:
-            await sandbox.execute("mkdir -p d; head -c 4M /dev/zero > d/one; for n in $(seq 300); do ln d/one name$n; done", timeout=60)
+            await sandbox.execute(
+                "mkdir -p d; head -c 4M /dev/zero > d/one; for n in $(seq 300); do ln d/one name$n; done",
+                timeout=60,
+            )
             snapshot = await sandbox.snapshot()
             async with Sandbox(config, snapshot) as fork:
                 await fork.execute("chmod 700 d; echo more >> small")
                 again = await fork.snapshot()
                 same = (await fork.execute("cmp d/one name300 && stat -c %s name7")).stdout
-        used = [len({(status.st_dev, status.st_ino) for path in pathlib.Path(one.path).rglob("*") for status in [path.stat()] if status.st_size == 4 << 20}) for one in (snapshot, again)]
+        used = [
+            len(
+                {
+                    (status.st_dev, status.st_ino)
+                    for path in pathlib.Path(one.path).rglob("*")
+                    for status in [path.stat()]
+                    if status.st_size == 4 << 20
+                }
+            )
+            for one in (snapshot, again)
+        ]
         await snapshot.delete(), await again.delete()
         return used, same
 
@@ -173,7 +221,9 @@ async def main():
 asyncio.run(main())
 """
     for end in ("ended", "killed"):
-        path = subprocess.run([sys.executable, "-c", program, end], stdout=subprocess.PIPE, text=True, timeout=60).stdout.strip()
+        path = subprocess.run(
+            [sys.executable, "-c", program, end], stdout=subprocess.PIPE, text=True, timeout=60
+        ).stdout.strip()
         ends = time.monotonic() + 15
         while os.path.exists(path) and time.monotonic() < ends:
             time.sleep(0.05)
@@ -200,10 +250,14 @@ def test_a_verifier_works_on_a_view_and_leaves_no_trace(config):
             return await grade(sandbox)
 
     async def grade(sandbox):
-        await sandbox.execute("echo mine > kept; echo mine > changed; mkdir d; echo x > d/removed; chmod 500 d")
+        await sandbox.execute(
+            "echo mine > kept; echo mine > changed; mkdir d; echo x > d/removed; chmod 500 d"
+        )
         deed = "cat kept changed; echo theirs > changed; chmod 700 d; rm d/removed; echo new > added; head -c 40M /dev/zero > big || echo full; cat changed added; ls d"
         first = await sandbox.verify(deed)
-        second = await sandbox.verify("cat kept changed; ls -a d; ls; grep -c ' /run/view ' /proc/self/mountinfo")
+        second = await sandbox.verify(
+            "cat kept changed; ls -a d; ls; grep -c ' /run/view ' /proc/self/mountinfo"
+        )
         after = await sandbox.execute("cat changed; ls . d; stat -c %a d; ls /run")
         return first.stdout, second.stdout, after.stdout
 

@@ -31,10 +31,15 @@ def no_user_namespaces(monkeypatch):
     monkeypatch.setattr(tiers, "_setting", lambda path: "")
 
 
-def test_refused_user_namespaces_are_named_with_their_remedy_and_refused_when_required(no_user_namespaces):
+def test_refused_user_namespaces_are_named_with_their_remedy_and_refused_when_required(
+    no_user_namespaces,
+):
     report = probe("required")
     assert report.tier is None
-    with pytest.raises(IsolationError, match="this machine refuses user namespaces .*Operation not permitted.*; remedy: leave the container"):
+    with pytest.raises(
+        IsolationError,
+        match="this machine refuses user namespaces .*Operation not permitted.*; remedy: leave the container",
+    ):
         report.require("required")
 
 
@@ -42,10 +47,16 @@ def test_best_available_falls_back_and_says_loudly_what_is_not_enforced(no_user_
     report = probe("best_available")
     if report.tier is None:
         pytest.skip("no landlock tier here")
-    assert report.tier == "landlock" and {"disk", "processes"} <= {item.guarantee for item in report.missing}
+    assert report.tier == "landlock" and {"disk", "processes"} <= {
+        item.guarantee for item in report.missing
+    }
     report.require("best_available")
     banner = report.banner()
-    assert "NOT enforced" in banner and "leave the container" in banner and all(item.guarantee in banner for item in report.missing)
+    assert (
+        "NOT enforced" in banner
+        and "leave the container" in banner
+        and all(item.guarantee in banner for item in report.missing)
+    )
     with pytest.raises(IsolationError):
         report.require("required")
 
@@ -56,14 +67,23 @@ def test_nothing_missing_needs_no_banner():
 
 
 def test_without_memory_limits_required_is_refused():
-    report = TierReport("namespaces", frozenset(GUARANTEES) - {"memory"}, (Missing("memory", "no cgroups", "run as root"),))
+    report = TierReport(
+        "namespaces",
+        frozenset(GUARANTEES) - {"memory"},
+        (Missing("memory", "no cgroups", "run as root"),),
+    )
     with pytest.raises(IsolationError, match="memory.*no cgroups; remedy: run as root"):
         report.require("required")
     report.require("best_available")
 
 
-@pytest.mark.parametrize("setting, value, words", [("/proc/sys/user/max_user_namespaces", "0", "sysctl user.max_user_namespaces"),
-                                                   ("/proc/sys/kernel/apparmor_restrict_unprivileged_userns", "1", "AppArmor")])
+@pytest.mark.parametrize(
+    "setting, value, words",
+    [
+        ("/proc/sys/user/max_user_namespaces", "0", "sysctl user.max_user_namespaces"),
+        ("/proc/sys/kernel/apparmor_restrict_unprivileged_userns", "1", "AppArmor"),
+    ],
+)
 def test_what_refuses_user_namespaces_is_named(monkeypatch, setting, value, words):
     monkeypatch.setattr(tiers, "_setting", lambda path: value if path == setting else "")
     assert words in " ".join(tiers._userns_obstacle("unshare: Operation not permitted"))
@@ -100,8 +120,15 @@ def test_version_2_limits_are_written_to_its_own_files(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "mkdir", mkdir)
         assert cgroups.create(place, "rock-1", 64 << 20, 32, 0.5) == [str(made)]
-    assert {name: (made / name).read_text() for name in ("memory.max", "memory.swap.max", "pids.max", "cpu.max")} == {
-        "memory.max": str(64 << 20), "memory.swap.max": "0", "pids.max": "32", "cpu.max": "50000 100000"}
+    assert {
+        name: (made / name).read_text()
+        for name in ("memory.max", "memory.swap.max", "pids.max", "cpu.max")
+    } == {
+        "memory.max": str(64 << 20),
+        "memory.swap.max": "0",
+        "pids.max": "32",
+        "cpu.max": "50000 100000",
+    }
     assert cgroups.Meters([str(made)]).events() == {"memory": 2, "pids": 5}
 
 

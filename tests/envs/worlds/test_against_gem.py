@@ -9,10 +9,14 @@ from envs.problems import PROBLEM_IDS
 from envs.worlds import WORLD_IDS
 
 pytestmark = pytest.mark.slow
-gem = pytest.importorskip("gem", reason="gem-llm is not installed; pip install -r tests/requirements-live.txt")
+gem = pytest.importorskip(
+    "gem", reason="gem-llm is not installed; pip install -r tests/requirements-live.txt"
+)
 
 
-@pytest.mark.parametrize("name", [*WORLD_IDS, *(one for one in PROBLEM_IDS if one.startswith("rome:math/"))])
+@pytest.mark.parametrize(
+    "name", [*WORLD_IDS, *(one for one in PROBLEM_IDS if one.startswith("rome:math/"))]
+)
 def test_gem_makes_and_wraps_them(name):
     from gem.wrappers.episode_tracking_wrapper import EpisodeTrackingWrapper
 

@@ -57,8 +57,15 @@ def test_the_expert_writes_only_with_ids_it_has_seen_and_words_it_was_told(name)
         seen += json.dumps(env.tools)
         for action in env.scenario.expert:
             for call in parse_tool_calls(action):
-                for value in (one for argument in call.arguments.values() for one in (argument if isinstance(argument, list) else [argument])):
-                    assert re.search(rf"(?<!\w){re.escape(str(value))}(?!\w)", seen), (env.task, call)
+                for value in (
+                    one
+                    for argument in call.arguments.values()
+                    for one in (argument if isinstance(argument, list) else [argument])
+                ):
+                    assert re.search(rf"(?<!\w){re.escape(str(value))}(?!\w)", seen), (
+                        env.task,
+                        call,
+                    )
             observation = env.step(action)[0]
             seen += f"\n{observation}"
 
@@ -70,10 +77,14 @@ def test_one_golden_action_less_or_one_write_more_is_a_failure(name):
         env.reset(seed)
         scenario = env.scenario
         writes = [format_call(call) for call in scenario.golden]
-        talk = [action for action in scenario.expert if not parse_tool_calls(action) and "?" not in action]
+        talk = [
+            action
+            for action in scenario.expert
+            if not parse_tool_calls(action) and "?" not in action
+        ]
         if writes and "gui" not in name:  # a click left out may be one too many
             for left_out in range(len(writes)):
-                assert play(env, writes[:left_out] + writes[left_out + 1:] + talk, seed)[0] == 0.0
+                assert play(env, writes[:left_out] + writes[left_out + 1 :] + talk, seed)[0] == 0.0
         if "gui" not in name:
             assert play(env, writes + talk, seed)[0] == 1.0
             assert play(env, [*writes, format_call(_valid_write(env, seed)), *talk], seed)[0] == 0.0
@@ -95,10 +106,20 @@ def _valid_write(env, seed):
 
 
 def test_another_process_with_another_hash_seed_draws_the_same_scenarios():
-    script = ("import hashlib\nfrom envs.gem import make\nfrom envs.worlds import WORLD_IDS\nwhole = hashlib.sha256()\nfor name in WORLD_IDS:\n    env = make(name)\n"
-              "    for seed in (0, 7, 123456789):\n        env.reset(seed)\n        whole.update(env.definition().encode() + repr(env.scenario.expert).encode())\nprint(whole.hexdigest())")
+    script = (
+        "import hashlib\nfrom envs.gem import make\nfrom envs.worlds import WORLD_IDS\nwhole = hashlib.sha256()\nfor name in WORLD_IDS:\n    env = make(name)\n"
+        "    for seed in (0, 7, 123456789):\n        env.reset(seed)\n        whole.update(env.definition().encode() + repr(env.scenario.expert).encode())\nprint(whole.hexdigest())"
+    )
     environment = os.environ | {"PYTHONHASHSEED": "1"}  # this process has another one
-    seen = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=True).stdout
+    seen = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout
     whole = hashlib.sha256()
     for name in WORLD_IDS:
         env = make(name)
@@ -117,9 +138,22 @@ def test_seeds_differ_and_resets_without_one_begin_with_the_constructors(name):
 
 
 def values():
-    return st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.just("9" * 5000), st.just("\ud800"),
-                                  st.sampled_from(["e1", "e2", "2031-06-30", "T123", "[]", "true", "NaN"])),
-                        lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner, max_size=2)), max_leaves=4)
+    return st.recursive(
+        st.one_of(
+            st.none(),
+            st.booleans(),
+            st.integers(),
+            st.floats(),
+            st.text(max_size=8),
+            st.just("9" * 5000),
+            st.just("\ud800"),
+            st.sampled_from(["e1", "e2", "2031-06-30", "T123", "[]", "true", "NaN"]),
+        ),
+        lambda inner: st.one_of(
+            st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner, max_size=2)
+        ),
+        max_leaves=4,
+    )
 
 
 @st.composite
@@ -127,13 +161,37 @@ def turn(draw, env):
     """A call of a tool with its arguments or others, a call of chance that is valid, markup, or speech."""
     kind = draw(st.integers(0, 5))
     if kind == 0:
-        return draw(st.one_of(st.text(max_size=30), st.sampled_from(["<tool_call>", "</tool_call>", "<tool_call>{}</tool_call>", "<think>?</think>", "", "?" * 3000,
-                                                                     "<function=look>", '<tool_call>{"name": "look", "arguments": ' + "[" * 5000 + "}</tool_call>"])))
+        return draw(
+            st.one_of(
+                st.text(max_size=30),
+                st.sampled_from(
+                    [
+                        "<tool_call>",
+                        "</tool_call>",
+                        "<tool_call>{}</tool_call>",
+                        "<think>?</think>",
+                        "",
+                        "?" * 3000,
+                        "<function=look>",
+                        '<tool_call>{"name": "look", "arguments": ' + "[" * 5000 + "}</tool_call>",
+                    ]
+                ),
+            )
+        )
     if kind < 3:
         tool = draw(st.sampled_from(env.world.tools))
-        return format_call(ToolCall(tool.name, draw(st.fixed_dictionaries({name: values() for name in tool.parameters}))))
+        return format_call(
+            ToolCall(
+                tool.name, draw(st.fixed_dictionaries({name: values() for name in tool.parameters}))
+            )
+        )
     if kind == 3:
-        return format_call(ToolCall(draw(st.sampled_from(["look", "rm", "get_product", "select"])), draw(st.dictionaries(st.sampled_from(["ref", "x", "email"]), values()))))
+        return format_call(
+            ToolCall(
+                draw(st.sampled_from(["look", "rm", "get_product", "select"])),
+                draw(st.dictionaries(st.sampled_from(["ref", "x", "email"]), values())),
+            )
+        )
     return env.sample_random_action()
 
 
@@ -149,7 +207,11 @@ def test_any_text_is_an_action_and_a_failed_call_changes_nothing(name, data):
         observation, reward, terminated, truncated, info = env.step(data.draw(turn(env)))
         over = terminated or truncated
         observation.encode()
-        assert info["status"] in STATUSES and reward in (0.0, 1.0) and (not over or info["ending"] in ENDINGS)
+        assert (
+            info["status"] in STATUSES
+            and reward in (0.0, 1.0)
+            and (not over or info["ending"] in ENDINGS)
+        )
         if info["status"] != "ok":
             assert json.dumps(env.database) == before and (over or observation.startswith("Error"))
         json.dumps(env.database, allow_nan=False)
@@ -181,9 +243,16 @@ def test_ends_are_typed():
 def test_several_calls_in_a_turn_are_answered_in_order_and_too_many_refused():
     env = make("rome:shop/easy")
     env.reset(seed=0)
-    both = format_tool_call("list_products", {}) + format_tool_call("list_orders", {"customer_id": "C1"})
+    both = format_tool_call("list_products", {}) + format_tool_call(
+        "list_orders", {"customer_id": "C1"}
+    )
     observation, *_, info = env.step(both)
-    assert observation.startswith("{") and "Error: customer \"C1\" does not exist" in observation and info["status"] == "tool_error" and info["tool_use_counter"] == 2
+    assert (
+        observation.startswith("{")
+        and 'Error: customer "C1" does not exist' in observation
+        and info["status"] == "tool_error"
+        and info["tool_use_counter"] == 2
+    )
     assert "at most 8" in env.step(format_tool_call("list_products", {}) * 9)[0]
 
 
@@ -195,7 +264,10 @@ def test_vectors_and_gymnasium_take_them():
 
     vector = make_vec(["rome:gui/easy", "rome:travel/easy"], seed=5)
     observations, _ = vector.reset()
-    assert observations[0] == make("rome:gui/easy", seed=5).reset()[0] and observations[1] == make("rome:travel/easy", seed=6).reset()[0]
+    assert (
+        observations[0] == make("rome:gui/easy", seed=5).reset()[0]
+        and observations[1] == make("rome:travel/easy", seed=6).reset()[0]
+    )
     assert vector.step(["Hello?", "Hello?"])[1].tolist() == [0.0, 0.0]
     vector.close()
     with warnings.catch_warnings():
@@ -209,7 +281,10 @@ def test_the_rest_service_serves_them():
     from tests.envs.gem.test_server import TOKEN, serving
 
     with serving() as (url, _):
-        remote, here = RemoteEnv(url, "rome:travel/easy", token=TOKEN, seed=4), make("rome:travel/easy", seed=4)
+        remote, here = (
+            RemoteEnv(url, "rome:travel/easy", token=TOKEN, seed=4),
+            make("rome:travel/easy", seed=4),
+        )
         assert remote.reset()[0] == here.reset()[0]
         for action in here.scenario.expert:
             theirs, ours = remote.step(action), here.step(action)
@@ -218,7 +293,9 @@ def test_the_rest_service_serves_them():
         remote.close()
 
 
-@pytest.mark.parametrize("arguments", [{"level": "extreme"}, {"max_turns": 0}, {"max_malformed": 0}])
+@pytest.mark.parametrize(
+    "arguments", [{"level": "extreme"}, {"max_turns": 0}, {"max_malformed": 0}]
+)
 def test_wrong_settings_are_refused(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         make("rome:shop/easy", **arguments)

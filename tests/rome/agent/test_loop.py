@@ -15,7 +15,9 @@ LIMITS = Limits(max_context=300, max_new_tokens=40, episode_seconds=5.0)
 
 
 def play(engine, env=None, limits=LIMITS, seed=7, **options):
-    return asyncio.run(run_episode(engine, env or EchoEnv("copy/1"), CHAT, limits, seed=seed, **options))
+    return asyncio.run(
+        run_episode(engine, env or EchoEnv("copy/1"), CHAT, limits, seed=seed, **options)
+    )
 
 
 def test_each_request_is_the_last_one_with_its_answer_and_the_observation_appended():
@@ -40,7 +42,10 @@ def test_routes_are_asked_for_once_a_token_and_kept_with_it():
     np.testing.assert_array_equal(routes[:-1], routes_of(ids)[:-1])
     assert len(routes) == len(ids) and not routes[-1].any()  # nothing was drawn from the last token
     starts = [sampling.routes_from for _, sampling in engine.requests]
-    assert starts == [0] + [len(asked) - len(chunk.prompt_ids) - 1 for (asked, _), chunk in list(zip(engine.requests, trajectory.chunks))[1:]]
+    assert starts == [0] + [
+        len(asked) - len(chunk.prompt_ids) - 1
+        for (asked, _), chunk in list(zip(engine.requests, trajectory.chunks))[1:]
+    ]
 
 
 def test_without_a_wish_for_routes_none_are_asked_for():
@@ -59,20 +64,41 @@ def test_turn_seeds_follow_from_the_episode_seed_and_the_turn_alone():
 
 def test_a_turn_without_an_end_is_truncated_and_keeps_its_tokens():
     trajectory = play(ScriptedEngine(["red red red"], finish_reason="length"))
-    assert (trajectory.ending, trajectory.reward, len(trajectory.chunks)) == ("truncated_tokens", 0.0, 1)
+    assert (trajectory.ending, trajectory.reward, len(trajectory.chunks)) == (
+        "truncated_tokens",
+        0.0,
+        1,
+    )
     assert trajectory.trainable
 
 
 def test_a_full_context_ends_the_episode():
-    trajectory = play(ScriptedEngine(["red"] * 50), limits=dataclasses.replace(LIMITS, max_context=60))
+    trajectory = play(
+        ScriptedEngine(["red"] * 50), limits=dataclasses.replace(LIMITS, max_context=60)
+    )
     assert trajectory.ending == "truncated_tokens" and trajectory.num_tokens <= 60
 
 
-@pytest.mark.parametrize("engine, env, ending", [
-    (ScriptedEngine(["done"], error=EngineError("http://x is dead")), EchoEnv("copy/1"), "infra_engine"),
-    (ScriptedEngine(["done"], delay=9.0), EchoEnv("copy/1"), "infra_engine"),  # a slow engine is not the policy's failure
-    (ScriptedEngine(["red", "done"]), EchoEnv("copy/1", delay=9.0), "timeout"),  # slow commands are
-])
+@pytest.mark.parametrize(
+    "engine, env, ending",
+    [
+        (
+            ScriptedEngine(["done"], error=EngineError("http://x is dead")),
+            EchoEnv("copy/1"),
+            "infra_engine",
+        ),
+        (
+            ScriptedEngine(["done"], delay=9.0),
+            EchoEnv("copy/1"),
+            "infra_engine",
+        ),  # a slow engine is not the policy's failure
+        (
+            ScriptedEngine(["red", "done"]),
+            EchoEnv("copy/1", delay=9.0),
+            "timeout",
+        ),  # slow commands are
+    ],
+)
 def test_faults_become_typed_endings_and_the_environment_is_closed(engine, env, ending):
     trajectory = play(engine, env, dataclasses.replace(LIMITS, episode_seconds=0.2))
     assert trajectory.ending == ending and trajectory.note and env.closed == 1

@@ -18,10 +18,23 @@ MESH = {"replica": 1, "fsdp": 8, "expert": 8, "sequence": 1, "tensor": 1}
 STATE = {"params": 2.0 * GIB, "optimizer": 4.0 * GIB, "gradients": 2.0 * GIB}
 
 
-def programs(temporaries: float = 6.0 * GIB, fits: bool = True, seconds: float = 0.01) -> dict[str, Program]:
+def programs(
+    temporaries: float = 6.0 * GIB, fits: bool = True, seconds: float = 0.01
+) -> dict[str, Program]:
     gather = Sent("all-gather", "fsdp", 48.0, 1e9, seconds, "jit(f)/gather")
     return {
-        "accumulate": Program("accumulate", 60.0, 4.0 * GIB + temporaries, 4.0 * GIB, temporaries, 1.5 * GIB, flops=2e14, traffic=1e11, sent=(gather,), fits=fits),
+        "accumulate": Program(
+            "accumulate",
+            60.0,
+            4.0 * GIB + temporaries,
+            4.0 * GIB,
+            temporaries,
+            1.5 * GIB,
+            flops=2e14,
+            traffic=1e11,
+            sent=(gather,),
+            fits=fits,
+        ),
         "apply": Program("apply", 5.0, 9.0 * GIB, 8.0 * GIB, 1.0 * GIB),
     }
 
@@ -32,22 +45,31 @@ def report_of(found: dict[str, Program], mesh=MESH, rows=64, chip="v5p", state=S
 
 def test_bytes_by_kind_add_up_to_the_peak_and_the_report_is_json():
     found = report_of(programs())
-    assert found["bytes_per_device"] == sum(found["bytes"].values()) == 14 * GIB  # accumulate with the optimizer beside it
+    assert (
+        found["bytes_per_device"] == sum(found["bytes"].values()) == 14 * GIB
+    )  # accumulate with the optimizer beside it
     assert found["bytes"]["activations"] == 1.5 * GIB and found["bytes"]["temporaries"] == 4.5 * GIB
     assert found["fits"] and found["peak_program"] == "accumulate" and found["advice"] == []
     assert {"params", "optimizer", "activations", "temporaries"} <= found["bytes"].keys()
-    assert {"bytes_per_device", "flops", "collective_bytes", "roofline_mfu"} <= json.loads(json.dumps(found)).keys()
+    assert {"bytes_per_device", "flops", "collective_bytes", "roofline_mfu"} <= json.loads(
+        json.dumps(found)
+    ).keys()
 
 
 def test_the_mfu_bound_falls_with_the_work_that_the_model_did_not_ask_for():
     found = report_of(programs())
-    assert found["roofline_mfu"] == pytest.approx(found["model_flops"] / found["flops"])  # bound by compute alone
+    assert found["roofline_mfu"] == pytest.approx(
+        found["model_flops"] / found["flops"]
+    )  # bound by compute alone
     assert found["roofline_mfu_serial"] < found["roofline_mfu"]
 
 
 def test_slow_collectives_are_named_with_a_remedy():
     (line,) = report_of(programs(seconds=1.0))["advice"]
-    assert "all-gather over fsdp" in line and "--config.rows_per_microbatch=192 does 3 times the work" in line
+    assert (
+        "all-gather over fsdp" in line
+        and "--config.rows_per_microbatch=192 does 3 times the work" in line
+    )
 
 
 def test_what_does_not_fit_says_how_much_and_what_would():
@@ -55,24 +77,44 @@ def test_what_does_not_fit_says_how_much_and_what_would():
     assert not found["fits"]
     first, *others = found["advice"]
     assert first.startswith("12.3 GiB too much; the largest part is temporaries")
-    assert others[0].startswith("--config.rows_per_microbatch=64: one row a device instead of 4, about 75.0 GiB less") and others[0].endswith("enough alone")
+    assert others[0].startswith(
+        "--config.rows_per_microbatch=64: one row a device instead of 4, about 75.0 GiB less"
+    ) and others[0].endswith("enough alone")
 
 
 def test_whole_copies_of_the_state_are_the_first_thing_to_give_up():
     state = {kind: 16 * size for kind, size in STATE.items()}
-    found = report_of(programs(temporaries=40.0 * GIB), mesh=MESH | {"replica": 4, "fsdp": 2}, state=state)
-    assert not found["fits"] and any(line.startswith("--config.mesh.replica=1 --config.mesh.fsdp=8") for line in found["advice"])
+    found = report_of(
+        programs(temporaries=40.0 * GIB), mesh=MESH | {"replica": 4, "fsdp": 2}, state=state
+    )
+    assert not found["fits"] and any(
+        line.startswith("--config.mesh.replica=1 --config.mesh.fsdp=8") for line in found["advice"]
+    )
 
 
-@pytest.mark.parametrize(("message", "needed"), [
-    ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (2.00T) exceeds available HBM (95.74G).", 2 * 2**40 + 4 * GIB),
-    ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 122.50G of 95.74G hbm. Exceeded hbm capacity by 26.76G.", 122.5 * GIB),
-])
+@pytest.mark.parametrize(
+    ("message", "needed"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (2.00T) exceeds available HBM (95.74G).",
+            2 * 2**40 + 4 * GIB,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 122.50G of 95.74G hbm. Exceeded hbm capacity by 26.76G.",
+            122.5 * GIB,
+        ),
+    ],
+)
 def test_a_refusal_for_memory_becomes_figures(message, needed):
     program = too_large("accumulate", RuntimeError(message), 3.0, STATE)
     assert program.needed == pytest.approx(needed) and not program.fits
     found = report_of({"accumulate": program})
-    assert not found["fits"] and found["bytes_per_device"] == pytest.approx(needed + 4 * GIB) and found["advice"] and "roofline_mfu" not in found
+    assert (
+        not found["fits"]
+        and found["bytes_per_device"] == pytest.approx(needed + 4 * GIB)
+        and found["advice"]
+        and "roofline_mfu" not in found
+    )
     assert sum(found["bytes"].values()) == pytest.approx(found["bytes_per_device"])
 
 
@@ -83,10 +125,20 @@ def test_any_other_failure_of_the_compiler_stays_what_it_is():
 
 def test_state_bytes_are_a_devices_share():
     config = PRESETS["tiny"]
-    optimizer = make_optimizer(learning_rate=1e-3, warmup_updates=0, decay_updates=0, weight_decay=0.0, clip=1.0)
-    learner = Learner(config, LOSSES["ipa"], LossConfig(), optimizer, make_mesh({"fsdp": 4, "expert": 2}, config))
-    found, weights = state_bytes(learner.state), sum(4 * math.prod(leaf.shape) for leaf in learner.state.params["layers"]["moe"].values())
-    assert found["optimizer"] == pytest.approx(2 * found["params"], rel=1e-4) and found["gradients"] == found["params"]
+    optimizer = make_optimizer(
+        learning_rate=1e-3, warmup_updates=0, decay_updates=0, weight_decay=0.0, clip=1.0
+    )
+    learner = Learner(
+        config, LOSSES["ipa"], LossConfig(), optimizer, make_mesh({"fsdp": 4, "expert": 2}, config)
+    )
+    found, weights = (
+        state_bytes(learner.state),
+        sum(4 * math.prod(leaf.shape) for leaf in learner.state.params["layers"]["moe"].values()),
+    )
+    assert (
+        found["optimizer"] == pytest.approx(2 * found["params"], rel=1e-4)
+        and found["gradients"] == found["params"]
+    )
     assert weights / 8 < found["params"] < weights / 6
 
 

@@ -29,7 +29,10 @@ def test_a_scanned_matmul_counts_once_a_layer_and_twice_more_backward():
     once = 2 * ROWS * WIDTH * WIDTH
     assert total_flops(compiled(stack, x, w)) == LAYERS * once
     backward = compiled(jax.grad(lambda x, w: stack(x, w).sum(), argnums=(0, 1)), x, w)
-    assert total_flops(backward) in (3 * LAYERS * once, 4 * LAYERS * once)  # with or without the recomputed forward, as the compiler likes
+    assert total_flops(backward) in (
+        3 * LAYERS * once,
+        4 * LAYERS * once,
+    )  # with or without the recomputed forward, as the compiler likes
 
 
 def test_what_a_rematerialised_stack_keeps_is_the_input_of_each_layer():
@@ -42,7 +45,10 @@ def test_what_a_rematerialised_stack_keeps_is_the_input_of_each_layer():
 def test_memory_traffic_of_a_large_addition_is_its_operands_and_its_result():
     x = jnp.ones((512, 512))
     module = compiled(lambda x, y: x + y, x, x)
-    assert sum(one.times * costs.traffic(module, one) for one in hlo.executed(module)) == 3 * 512 * 512 * 4
+    assert (
+        sum(one.times * costs.traffic(module, one) for one in hlo.executed(module))
+        == 3 * 512 * 512 * 4
+    )
 
 
 def test_a_slice_of_a_stack_moves_a_layer_not_the_stack():
@@ -66,7 +72,9 @@ ENTRY %main (stack: f32[8,64], i: s32[]) -> f32[1,64] {
   %i = s32[]{:S(1)} parameter(1)
   ROOT %out = f32[1,64]{1,0:T(8,128)S(1)} fusion(%stack, %i), kind=kLoop, calls=%doubled
 }""")
-    assert sum(costs.traffic(module, one) for one in hlo.executed(module)) == 64 * 4  # the result lies on chip
+    assert (
+        sum(costs.traffic(module, one) for one in hlo.executed(module)) == 64 * 4
+    )  # the result lies on chip
 
 
 def test_collectives_are_those_written_with_their_loops_and_payloads():
@@ -79,12 +87,21 @@ def test_collectives_are_those_written_with_their_loops_and_payloads():
         exchanged = jax.lax.all_to_all(passed, "b", 0, 0, tiled=True)
         return jnp.tanh(jax.lax.psum(exchanged, ("a", "b"))), None
 
-    body = jax.shard_map(lambda x: jax.lax.scan(step, x, None, length=3)[0], mesh=mesh, in_specs=PartitionSpec(("a", "b")), out_specs=PartitionSpec(("a", "b")), check_vma=False)
+    body = jax.shard_map(
+        lambda x: jax.lax.scan(step, x, None, length=3)[0],
+        mesh=mesh,
+        in_specs=PartitionSpec(("a", "b")),
+        out_specs=PartitionSpec(("a", "b")),
+        check_vma=False,
+    )
     found = costs.collectives(compiled(body, jnp.ones((64, 128))), 8)
     local = 8 * 128 * 4
     assert {(one.kind, one.payload, one.times, one.groups.shape) for one in found} == {
-        ("all-gather", 4 * local, 3, (2, 4)), ("reduce-scatter", 4 * local, 3, (2, 4)), ("collective-permute", local, 3, (8, 2)),
-        ("all-to-all", local, 3, (2, 4)), ("all-reduce", local, 3, (1, 8)),
+        ("all-gather", 4 * local, 3, (2, 4)),
+        ("reduce-scatter", 4 * local, 3, (2, 4)),
+        ("collective-permute", local, 3, (8, 2)),
+        ("all-to-all", local, 3, (2, 4)),
+        ("all-reduce", local, 3, (1, 8)),
     }
 
 
@@ -100,7 +117,10 @@ def test_a_gather_that_rides_along_in_two_fusions_is_one_and_its_buffers_are_no_
 }
 """
     kind = "(f32[2,2]{1,0}, f32[4,8]{1,0}, f32[16,8]{1,0})"
-    module = hlo.parse(piece.replace("NAME", "first") + piece.replace("NAME", "second") + f"""
+    module = hlo.parse(
+        piece.replace("NAME", "first")
+        + piece.replace("NAME", "second")
+        + f"""
 ENTRY %main (x: f32[4,8], y: f32[16,8], z: f32[2,2]) -> f32[2,2] {{
   %x = f32[4,8]{{1,0}} parameter(0)
   %y = f32[16,8]{{1,0}} parameter(1)
@@ -109,22 +129,31 @@ ENTRY %main (x: f32[4,8], y: f32[16,8], z: f32[2,2]) -> f32[2,2] {{
   %half = f32[2,2]{{1,0}} get-tuple-element(%begun), index=0
   %ended = {kind} fusion(%x, %y, %half), kind=kCustom, calls=%second
   ROOT %all = f32[2,2]{{1,0}} get-tuple-element(%ended), index=0
-}}""")
-    assert [(one.kind, one.payload) for one in costs.collectives(module, 4)] == [("all-gather", 16 * 8 * 4)]
+}}"""
+    )
+    assert [(one.kind, one.payload) for one in costs.collectives(module, 4)] == [
+        ("all-gather", 16 * 8 * 4)
+    ]
     assert sum(costs.traffic(module, one) for one in hlo.executed(module)) == 2 * (4 + 4) * 4
 
 
-@pytest.mark.parametrize(("text", "groups"), [
-    ("replica_groups={{0,2},{1,3}}, x", [[0, 2], [1, 3]]),
-    ("replica_groups=[2,2]<=[4], x", [[0, 1], [2, 3]]),
-    ("replica_groups=[2,2]<=[2,2]T(1,0), x", [[0, 2], [1, 3]]),
-    ("replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=2] {'axis_0'}, x", [[0, 2], [1, 3]]),
-    ("replica_groups=mesh['axis_0'=2,'axis_1'=2], device_ids=([2,2]T(1,0)) {'axis_1'}, x", [[0, 2], [1, 3]]),
-    ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0','axis_1'}, x", [[0, 1, 2, 3]]),
-    ("replica_groups=mesh['a'=8] {'a':(2)2}, x", [[0, 2], [1, 3], [4, 6], [5, 7]]),
-    ("source_target_pairs={{0,1},{1,0}}, x", [[0, 1], [1, 0]]),
-    ("replica_groups={}, x", [[0, 1, 2, 3]]),
-])
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("replica_groups={{0,2},{1,3}}, x", [[0, 2], [1, 3]]),
+        ("replica_groups=[2,2]<=[4], x", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[2,2]T(1,0), x", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=2] {'axis_0'}, x", [[0, 2], [1, 3]]),
+        (
+            "replica_groups=mesh['axis_0'=2,'axis_1'=2], device_ids=([2,2]T(1,0)) {'axis_1'}, x",
+            [[0, 2], [1, 3]],
+        ),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0','axis_1'}, x", [[0, 1, 2, 3]]),
+        ("replica_groups=mesh['a'=8] {'a':(2)2}, x", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        ("source_target_pairs={{0,1},{1,0}}, x", [[0, 1], [1, 0]]),
+        ("replica_groups={}, x", [[0, 1, 2, 3]]),
+    ],
+)
 def test_every_spelling_of_a_group_is_read(text, groups):
     read = costs.replica_groups(text, 4).tolist()
     assert sorted(read) == sorted(groups)
@@ -174,10 +203,18 @@ ENTRY %main (q: bf16[4,8,256,64], k: bf16[4,256,64]) -> bf16[4,8,256,64] {
 }"""
     area = 2 * 4 * 8 * 256 * 256 * 64 / 2
     one, three = "bf16[4,8,256,64]{3,2,1,0}", ", ".join(["bf16[4,256,64]{2,1,0}"] * 3)
-    for kind, results, matmuls in (("fwd", one, 2), ("dq", one, 3), ("dkv", f"{one}, {one}", 4), ("dkv", three, 5)):
+    for kind, results, matmuls in (
+        ("fwd", one, 2),
+        ("dq", one, 3),
+        ("dkv", f"{one}, {one}", 4),
+        ("dkv", three, 5),
+    ):
         module = hlo.parse(text.replace("KIND", kind).replace("RESULTS", results))
         assert total_flops(module) == matmuls * area
-        assert sum(costs.flops(one, score_share=0.75) for one in hlo.executed(module)) == 1.5 * matmuls * area  # where time is split unevenly
+        assert (
+            sum(costs.flops(one, score_share=0.75) for one in hlo.executed(module))
+            == 1.5 * matmuls * area
+        )  # where time is split unevenly
 
 
 def test_a_collective_that_another_core_carries_out_is_counted():
@@ -192,7 +229,9 @@ ENTRY %main (x: f32[4,8]) -> f32[16,8] {
   %begun = ((f32[4,8]{1,0}), f32[16,8]{1,0}) call-start(%x), async_execution_thread="sparsecore", to_apply=%offloaded
   ROOT %ended = f32[16,8]{1,0} call-done(%begun)
 }""")
-    assert [(one.kind, one.payload, one.times) for one in costs.collectives(module, 4)] == [("all-gather", 16 * 8 * 4, 1)]
+    assert [(one.kind, one.payload, one.times) for one in costs.collectives(module, 4)] == [
+        ("all-gather", 16 * 8 * 4, 1)
+    ]
     assert sum(costs.traffic(module, one) for one in hlo.executed(module)) == 0
 
 
@@ -206,7 +245,9 @@ ENTRY %main (x: bf16[FROM,8], out: bf16[TO,8], at: s32[4]) -> bf16[TO,8] {
 }"""
     for sizes in ((64, 96), (96, 64)):
         module = hlo.parse(text.replace("FROM", str(sizes[0])).replace("TO", str(sizes[1])))
-        assert [(one.kind, one.payload) for one in costs.collectives(module, 4)] == [("ragged-all-to-all", 64 * 8 * 2)]
+        assert [(one.kind, one.payload) for one in costs.collectives(module, 4)] == [
+            ("ragged-all-to-all", 64 * 8 * 2)
+        ]
 
 
 def test_computations_of_other_threads_end_where_they_end():

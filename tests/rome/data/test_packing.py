@@ -19,27 +19,49 @@ MODEL = dataclasses.replace(PRESETS["tiny"], num_layers=3, num_experts=7, expert
 def trajectory(*turns, reward=1.0, ending="success", group=0, **chunk_fields):
     """One chunk for each (prompt length, action length)."""
     chunks = [
-        Chunk(list(range(10, 10 + read)), list(range(20, 20 + acted)), [-0.25 * (i + 1) for i in range(acted)], versions=[(3, 0, acted)] if acted else [], **chunk_fields)
+        Chunk(
+            list(range(10, 10 + read)),
+            list(range(20, 20 + acted)),
+            [-0.25 * (i + 1) for i in range(acted)],
+            versions=[(3, 0, acted)] if acted else [],
+            **chunk_fields,
+        )
         for read, acted in turns
     ]
     return Trajectory("count/1", "count", chunks, reward, ending, group=group)
 
 
 def packed(trajectories, **changes):
-    return pack(trajectories, **{"row_length": 24, "chunks_per_row": 5, "gamma": 0.5, "failure_reward": -1.0} | changes)
+    return pack(
+        trajectories,
+        **{"row_length": 24, "chunks_per_row": 5, "gamma": 0.5, "failure_reward": -1.0} | changes,
+    )
 
 
 @st.composite
 def steps(draw):
     turns = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=4)
-    lists = draw(st.lists(st.tuples(turns, st.sampled_from([0.0, 1.0, 0.5]), st.sampled_from(["success", "failure", "infra_engine"])), max_size=12))
+    lists = draw(
+        st.lists(
+            st.tuples(
+                turns,
+                st.sampled_from([0.0, 1.0, 0.5]),
+                st.sampled_from(["success", "failure", "infra_engine"]),
+            ),
+            max_size=12,
+        )
+    )
     made, next_token = [], iter(range(1, 10_000))
     for number, (shape, reward, ending) in enumerate(lists):
         chunks = []
         for read, acted in shape:
             chunk_ids = [[next(next_token) for _ in range(n)] for n in (read, acted)]
-            chunks.append(Chunk(*chunk_ids, [-float(i) for i in chunk_ids[1]], versions=[(number, 0, acted)]))
-        made.append(Trajectory(f"t{number}", "f", chunks, reward, ending, group=number % 3, episode=number))
+            chunks.append(
+                Chunk(*chunk_ids, [-float(i) for i in chunk_ids[1]], versions=[(number, 0, acted)])
+            )
+        made.append(
+            Trajectory(f"t{number}", "f", chunks, reward, ending, group=number % 3, episode=number)
+        )
     return made
 
 
@@ -53,12 +75,18 @@ def unpack(batch):
             assert (np.diff(np.flatnonzero(at)) == 1).all(), "a segment is not in one piece"
             np.testing.assert_array_equal(batch.positions_BT[b][at], np.arange(at.sum()))
             np.testing.assert_array_equal(np.unique(ids[ids >= 0]), np.flatnonzero(chunks))
-            found.append({
-                "tokens": batch.tokens_BT[b][at].tolist(), "mask": batch.action_mask_BT[b][at].tolist(),
-                "chunk": (ids - ids[ids >= 0].min() * (ids >= 0)).tolist(), "rollout": batch.logp_rollout_BT[b][at].tolist(),
-                "version": batch.version_BT[b][at].tolist(), "returns": batch.return_BC[b][chunks].tolist(), "sign": batch.sign_BC[b][chunks].tolist(),
-                "reward": batch.reward_BC[b][chunks].tolist(),
-            })
+            found.append(
+                {
+                    "tokens": batch.tokens_BT[b][at].tolist(),
+                    "mask": batch.action_mask_BT[b][at].tolist(),
+                    "chunk": (ids - ids[ids >= 0].min() * (ids >= 0)).tolist(),
+                    "rollout": batch.logp_rollout_BT[b][at].tolist(),
+                    "version": batch.version_BT[b][at].tolist(),
+                    "returns": batch.return_BC[b][chunks].tolist(),
+                    "sign": batch.sign_BC[b][chunks].tolist(),
+                    "reward": batch.reward_BC[b][chunks].tolist(),
+                }
+            )
     return sorted(found, key=lambda one: one["tokens"])
 
 
@@ -74,7 +102,8 @@ def expected(trajectory, number):
         one["version"] += [0] * read + [number] * acted
     count = len(trajectory.chunks)
     return one | {
-        "returns": [reward * 0.5 ** (count - 1 - k) for k in range(count)], "sign": [1.0 if trajectory.reward > 0 else -1.0] * count,
+        "returns": [reward * 0.5 ** (count - 1 - k) for k in range(count)],
+        "sign": [1.0 if trajectory.reward > 0 else -1.0] * count,
         "reward": [reward] * count,
     }
 
@@ -83,7 +112,9 @@ def expected(trajectory, number):
 @quickly
 def test_what_is_packed_can_be_unpacked_nothing_lost_nothing_twice(made):
     batch = packed(made)
-    assert unpack(batch) == sorted((expected(t, n) for n, t in enumerate(made) if t.trainable), key=lambda one: one["tokens"])
+    assert unpack(batch) == sorted(
+        (expected(t, n) for n, t in enumerate(made) if t.trainable), key=lambda one: one["tokens"]
+    )
     padding_BT, padding_BC = batch.segments_BT == 0, ~batch.valid_BC
     assert batch.routes_BTLk is None
     for name, field in list(batch._asdict().items())[:-1]:
@@ -111,7 +142,9 @@ def test_routes_lie_where_their_tokens_lie_and_padding_has_none(made, rows):
     for part in microbatches(batch, rows):
         assert part.routes_BTLk.shape == (rows, 24, 3, 2) and part.routes_BTLk.dtype == np.uint8
         real_BT = part.segments_BT > 0
-        np.testing.assert_array_equal(part.routes_BTLk, routes_of(part.tokens_BT) * real_BT[:, :, None, None])
+        np.testing.assert_array_equal(
+            part.routes_BTLk, routes_of(part.tokens_BT) * real_BT[:, :, None, None]
+        )
     for field, plain in zip(batch._replace(routes_BTLk=None), packed(made)):
         np.testing.assert_array_equal(field, plain)
 
@@ -125,11 +158,23 @@ def test_tokens_that_no_engine_was_asked_about_have_no_routes():
     assert has_BT[0, :10].tolist() == [True] * 7 + [False] * 3 and not has_BT[0, 10:].any()
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (lambda chunk: setattr(chunk, "routes", None), r"trajectory count/1 .* was sampled without routes.*--enable-return-routed-experts"),
-    (lambda chunk: chunk.routes.__setitem__((0, 0, 0), 8), "trajectory count/1 .*: routes name expert 7; this model has experts 0 to 6; it was sampled by another model"),
-    (lambda chunk: setattr(chunk, "routes", chunk.routes.astype(np.uint16)), "trajectory count/1 .*: routes are uint16"),
-])
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (
+            lambda chunk: setattr(chunk, "routes", None),
+            r"trajectory count/1 .* was sampled without routes.*--enable-return-routed-experts",
+        ),
+        (
+            lambda chunk: chunk.routes.__setitem__((0, 0, 0), 8),
+            "trajectory count/1 .*: routes name expert 7; this model has experts 0 to 6; it was sampled by another model",
+        ),
+        (
+            lambda chunk: setattr(chunk, "routes", chunk.routes.astype(np.uint16)),
+            "trajectory count/1 .*: routes are uint16",
+        ),
+    ],
+)
 def test_routes_that_this_model_cannot_replay_are_refused_by_name(spoil, message):
     bad = routed([trajectory((1, 2))])[0]
     spoil(bad.chunks[0])
@@ -143,8 +188,12 @@ def test_micro_batches_have_one_shape_and_all_rows(made, rows):
     batch = packed(made)
     parts = microbatches(batch, rows)
     assert len(parts) == -(-batch.num_rows // rows)
-    assert all(part.tokens_BT.shape == (rows, 24) and part.valid_BC.shape == (rows, 5) for part in parts)
-    assert sorted((one for part in parts for one in unpack(part)), key=lambda one: one["tokens"]) == unpack(batch)
+    assert all(
+        part.tokens_BT.shape == (rows, 24) and part.valid_BC.shape == (rows, 5) for part in parts
+    )
+    assert sorted(
+        (one for part in parts for one in unpack(part)), key=lambda one: one["tokens"]
+    ) == unpack(batch)
 
 
 @given(steps())
@@ -155,7 +204,9 @@ def test_packing_is_deterministic(made):
 
 
 def test_the_longest_go_first_so_that_rows_are_full():
-    assert packed([trajectory((acted, 5)) for acted in (5, 5, 9, 9)]).num_rows == 2  # 10 + 14 twice; in the order given it takes 3
+    assert (
+        packed([trajectory((acted, 5)) for acted in (5, 5, 9, 9)]).num_rows == 2
+    )  # 10 + 14 twice; in the order given it takes 3
 
 
 def test_a_row_is_full_when_its_chunks_are():
@@ -166,7 +217,10 @@ def test_a_row_is_full_when_its_chunks_are():
 def test_a_chunk_without_a_sampled_token_is_context_of_the_next():
     batch = packed([trajectory((2, 2), (3, 0), (1, 1), (4, 0))])
     assert batch.valid_BC.sum() == 2
-    assert batch.chunk_ids_BT[0, :8].tolist() == [-1, -1, 0, 0, -1, -1, -1, -1] and batch.chunk_ids_BT[0, 8] == 1
+    assert (
+        batch.chunk_ids_BT[0, :8].tolist() == [-1, -1, 0, 0, -1, -1, -1, -1]
+        and batch.chunk_ids_BT[0, 8] == 1
+    )
     assert (batch.segments_BT > 0).sum() == 9  # what nobody answered is left out
     assert batch.return_BC[0, :2].tolist() == [0.5, 1.0]
 
@@ -205,10 +259,21 @@ def test_a_turn_that_spans_weight_updates_keeps_a_version_for_each_token():
 
 
 def test_rl_learns_from_every_action_and_sft_from_sound_ones_only():
-    turns = [trajectory((1, 1), kind=kind, status=status) for kind, status in (
-        ("rl", "ok"), ("rl", "tool_error"), ("rl", "malformed"), ("imitation", "ok"), ("imitation", "timeout"), ("context", "ok"),
-    )]
-    kinds = {purpose: [packed([turn], purpose=purpose).kind_BC[0, 0] for turn in turns] for purpose in ("rl", "sft")}
+    turns = [
+        trajectory((1, 1), kind=kind, status=status)
+        for kind, status in (
+            ("rl", "ok"),
+            ("rl", "tool_error"),
+            ("rl", "malformed"),
+            ("imitation", "ok"),
+            ("imitation", "timeout"),
+            ("context", "ok"),
+        )
+    ]
+    kinds = {
+        purpose: [packed([turn], purpose=purpose).kind_BC[0, 0] for turn in turns]
+        for purpose in ("rl", "sft")
+    }
     assert kinds["rl"] == [RL, RL, RL, IMITATION, IMITATION, CONTEXT]
     assert kinds["sft"] == [IMITATION, CONTEXT, CONTEXT, IMITATION, CONTEXT, CONTEXT]
     with pytest.raises(ValueError, match="'dpo' unknown"):
@@ -225,9 +290,13 @@ def test_negatives_weigh_less_and_too_long_ones_are_only_read():
         assert before[failed].all()
         np.testing.assert_allclose(after[failed], 0.25 * before[failed])
         np.testing.assert_array_equal(after[~failed], before[~failed])
-    assert (packed([won, lost], failure_reward=-1.0, negative_tokens=3).kind_BC == plain.kind_BC).all()
+    assert (
+        packed([won, lost], failure_reward=-1.0, negative_tokens=3).kind_BC == plain.kind_BC
+    ).all()
     short = packed([won, lost], failure_reward=-1.0, negative_tokens=2)
-    assert set(short.kind_BC[failed]) == {CONTEXT} and set(short.kind_BC[short.valid_BC & ~failed]) == {RL}
+    assert set(short.kind_BC[failed]) == {CONTEXT} and set(
+        short.kind_BC[short.valid_BC & ~failed]
+    ) == {RL}
     np.testing.assert_array_equal(short.tokens_BT, plain.tokens_BT)
 
 
@@ -242,5 +311,9 @@ def test_infrastructure_failures_enter_no_row_and_no_group_statistic():
 def test_batch_is_a_pytree_of_arrays():
     import jax
 
-    assert len(jax.tree.leaves(packed([trajectory((1, 1))]))) == len(Batch._fields) - 1  # without routes
-    assert len(jax.tree.leaves(packed(routed([trajectory((1, 1))]), routes_for=MODEL))) == len(Batch._fields)
+    assert (
+        len(jax.tree.leaves(packed([trajectory((1, 1))]))) == len(Batch._fields) - 1
+    )  # without routes
+    assert len(jax.tree.leaves(packed(routed([trajectory((1, 1))]), routes_for=MODEL))) == len(
+        Batch._fields
+    )

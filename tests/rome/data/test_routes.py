@@ -8,17 +8,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rome.data.routes import check_routes, encode_routes, extend_routes, join_routes, route_dtype, routes_from_json, routes_to_json
+from rome.data.routes import (
+    check_routes,
+    encode_routes,
+    extend_routes,
+    join_routes,
+    route_dtype,
+    routes_from_json,
+    routes_to_json,
+)
 from rome.model.config import PRESETS
 
 CONFIG = dataclasses.replace(PRESETS["tiny"], num_layers=3, num_experts=5, experts_per_token=2)
-PARTLY_DENSE = dataclasses.replace(CONFIG, dense_layers=(1,), intermediate_size=8, scan_layers=False)
+PARTLY_DENSE = dataclasses.replace(
+    CONFIG, dense_layers=(1,), intermediate_size=8, scan_layers=False
+)
 
 
 def random_ids(tokens, config=CONFIG, seed=0):
     """Different experts for each token and layer, as a router chooses."""
-    order = np.random.default_rng(seed).permuted(np.tile(np.arange(config.num_experts), (tokens, config.num_layers, 1)), axis=-1)
-    return order[..., :config.experts_per_token].astype(np.int32)
+    order = np.random.default_rng(seed).permuted(
+        np.tile(np.arange(config.num_experts), (tokens, config.num_layers, 1)), axis=-1
+    )
+    return order[..., : config.experts_per_token].astype(np.int32)
 
 
 def test_routes_are_ids_plus_one_in_the_smallest_type_that_has_a_zero_left():
@@ -27,7 +39,9 @@ def test_routes_are_ids_plus_one_in_the_smallest_type_that_has_a_zero_left():
     assert routes_PLk.dtype == np.uint8
     np.testing.assert_array_equal(routes_PLk.astype(int) - 1, ids_PLk)
     check_routes(routes_PLk, CONFIG)
-    assert [route_dtype(dataclasses.replace(CONFIG, num_experts=e)).name for e in (2, 255, 256, 512)] == ["uint8", "uint8", "uint16", "uint16"]
+    assert [
+        route_dtype(dataclasses.replace(CONFIG, num_experts=e)).name for e in (2, 255, 256, 512)
+    ] == ["uint8", "uint8", "uint16", "uint16"]
 
 
 def test_the_last_expert_survives_a_wire_of_bytes():
@@ -48,11 +62,14 @@ def test_layers_without_experts_have_no_routes_whatever_an_engine_leaves_there(f
         encode_routes(ids_PLk, CONFIG)  # where all layers have experts the same ids are an error
 
 
-@pytest.mark.parametrize("place, value, message", [
-    ((2, 1), [0, 5], "from 0 to 5; this model has experts 0 to 4"),
-    ((2, 1), [-1, 3], "from -1 to 4; this model"),
-    ((3, 0), [0, 0], "one expert twice"),
-])
+@pytest.mark.parametrize(
+    "place, value, message",
+    [
+        ((2, 1), [0, 5], "from 0 to 5; this model has experts 0 to 4"),
+        ((2, 1), [-1, 3], "from -1 to 4; this model"),
+        ((3, 0), [0, 0], "one expert twice"),
+    ],
+)
 def test_ids_that_no_router_of_this_model_chose_are_refused(place, value, message):
     ids_PLk = random_ids(6)
     ids_PLk[place] = value
@@ -67,14 +84,31 @@ def test_an_engine_that_recorded_nothing_is_noticed():
         encode_routes(np.zeros((4, 3, 2), np.int32), CONFIG)
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (lambda routes: routes.astype(np.uint16), "routes are uint16"),
-    (lambda routes: routes[:, :2], r"this model's are uint8 \[tokens, layers, k\] = \(6, 3, 2\)"),
-    (lambda routes: np.where(np.arange(6)[:, None, None] == 4, [[[6, 1]]], routes).astype(np.uint8), "name expert 5; this model has experts 0 to 4"),
-    (lambda routes: routes * (np.arange(3) != 1)[:, None].astype(np.uint8), "whole or not at all"),  # a layer is missing
-    (lambda routes: routes * np.array([0, 1], np.uint8), "whole or not at all"),  # one of the k is missing
-    (lambda routes: np.maximum(routes, 1) // np.maximum(routes, 1), "one expert twice"),
-])
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda routes: routes.astype(np.uint16), "routes are uint16"),
+        (
+            lambda routes: routes[:, :2],
+            r"this model's are uint8 \[tokens, layers, k\] = \(6, 3, 2\)",
+        ),
+        (
+            lambda routes: np.where(np.arange(6)[:, None, None] == 4, [[[6, 1]]], routes).astype(
+                np.uint8
+            ),
+            "name expert 5; this model has experts 0 to 4",
+        ),
+        (
+            lambda routes: routes * (np.arange(3) != 1)[:, None].astype(np.uint8),
+            "whole or not at all",
+        ),  # a layer is missing
+        (
+            lambda routes: routes * np.array([0, 1], np.uint8),
+            "whole or not at all",
+        ),  # one of the k is missing
+        (lambda routes: np.maximum(routes, 1) // np.maximum(routes, 1), "one expert twice"),
+    ],
+)
 def test_routes_that_would_be_replayed_wrongly_are_refused(spoil, message):
     with pytest.raises(ValueError, match=message):
         check_routes(spoil(encode_routes(random_ids(6), CONFIG)), CONFIG)
@@ -94,12 +128,18 @@ def test_each_token_keeps_the_route_of_the_first_turn_that_ran_it(turns):
     chunks, expected, ran, length = [], [], 0, 0
     for n, (read, acted) in enumerate(turns):
         length += read + acted
-        chunks.append(extend_routes(chunks[-1] if chunks else None, in_turn[n][ran:length - 1], read + acted))
-        expected.append(in_turn[n][ran:length - 1])
+        chunks.append(
+            extend_routes(
+                chunks[-1] if chunks else None, in_turn[n][ran : length - 1], read + acted
+            )
+        )
+        expected.append(in_turn[n][ran : length - 1])
         ran = length - 1
     joined = join_routes([(routes, len(routes)) for routes in chunks], CONFIG)
     np.testing.assert_array_equal(joined[:-1], np.concatenate(expected))
-    assert not joined[-1].any() and [len(routes) for routes in chunks] == [read + acted for read, acted in turns]
+    assert not joined[-1].any() and [len(routes) for routes in chunks] == [
+        read + acted for read, acted in turns
+    ]
 
 
 def test_a_turn_that_brings_another_number_of_routes_than_it_has_tokens_is_refused():
@@ -117,7 +157,9 @@ def test_pieces_without_routes_choose_for_themselves():
 @given(st.integers(0, 5), st.sampled_from(["uint8", "uint16"]), st.randoms(use_true_random=False))
 @settings(max_examples=30, deadline=None, derandomize=True)
 def test_routes_come_back_from_json_with_type_and_shape(tokens, dtype, random):
-    routes_PLk = np.array([random.randrange(2**(8 * np.dtype(dtype).itemsize)) for _ in range(tokens * 6)], dtype).reshape(tokens, 3, 2)
+    routes_PLk = np.array(
+        [random.randrange(2 ** (8 * np.dtype(dtype).itemsize)) for _ in range(tokens * 6)], dtype
+    ).reshape(tokens, 3, 2)
     again = routes_from_json(json.loads(json.dumps(routes_to_json(routes_PLk))))
     assert again.dtype == routes_PLk.dtype and again.flags.writeable
     np.testing.assert_array_equal(again, routes_PLk)
@@ -126,13 +168,24 @@ def test_routes_come_back_from_json_with_type_and_shape(tokens, dtype, random):
 def test_routes_in_a_file_take_less_than_a_number_of_json_each():
     many = dataclasses.replace(CONFIG, num_layers=48, num_experts=128, experts_per_token=8)
     routes_PLk = encode_routes(random_ids(200, many), many)
-    assert len(json.dumps(routes_to_json(routes_PLk))) < 1.34 * routes_PLk.nbytes < 0.5 * len(json.dumps(routes_PLk.tolist()))
+    assert (
+        len(json.dumps(routes_to_json(routes_PLk)))
+        < 1.34 * routes_PLk.nbytes
+        < 0.5 * len(json.dumps(routes_PLk.tolist()))
+    )
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"encoding": "zstd"}, "expected zlib"), ({"dtype": "object"}, "uint8 or uint16"), ({"shape": [3, 6]}, r"\[tokens, layers, k\]"),
-    ({"shape": [4, 3, 2]}, "unpack to 18 bytes"), ({"data": "!"}, "cannot be unpacked"), ({"data": "AAAA"}, "cannot be unpacked"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"encoding": "zstd"}, "expected zlib"),
+        ({"dtype": "object"}, "uint8 or uint16"),
+        ({"shape": [3, 6]}, r"\[tokens, layers, k\]"),
+        ({"shape": [4, 3, 2]}, "unpack to 18 bytes"),
+        ({"data": "!"}, "cannot be unpacked"),
+        ({"data": "AAAA"}, "cannot be unpacked"),
+    ],
+)
 def test_a_damaged_record_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         routes_from_json(routes_to_json(encode_routes(random_ids(3), CONFIG)) | change)

@@ -75,7 +75,9 @@ def test_files_give_what_was_saved_in_the_order_of_their_names(experts, tmp_path
     for trajectory in experts:
         save_trajectory(trajectory, tmp_path / f"{trajectory.task}.json")
     files = TrajectoryFiles(tmp_path)
-    assert len(files) == len(experts) and list(files) == sorted(experts, key=lambda t: f"{t.task}.json")
+    assert len(files) == len(experts) and list(files) == sorted(
+        experts, key=lambda t: f"{t.task}.json"
+    )
     assert same(next(stream(files)), next(stream(list(files))))
 
 

@@ -20,7 +20,9 @@ quickly = settings(max_examples=30, deadline=None, derandomize=True)
 
 
 def text_of(number, words=30):
-    return f"document {number} says " + " ".join(f"w{number}x{place}" for place in range(words * (number % 4 + 1)))
+    return f"document {number} says " + " ".join(
+        f"w{number}x{place}" for place in range(words * (number % 4 + 1))
+    )
 
 
 @pytest.fixture
@@ -28,8 +30,14 @@ def folder(tmp_path):
     """Sixty documents in files of three kinds and two folders."""
     (tmp_path / "deep").mkdir()
     for number in range(40):
-        (tmp_path / ("deep" if number % 2 else ".") / f"{number}.{'md' if number % 3 else 'py'}").write_text(text_of(number))
-    (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"text": text_of(number), "id": number}) + "\n\n" for number in range(40, 60)))
+        (
+            tmp_path / ("deep" if number % 2 else ".") / f"{number}.{'md' if number % 3 else 'py'}"
+        ).write_text(text_of(number))
+    (tmp_path / "lines.jsonl").write_text(
+        "".join(
+            json.dumps({"text": text_of(number), "id": number}) + "\n\n" for number in range(40, 60)
+        )
+    )
     return tmp_path
 
 
@@ -38,7 +46,11 @@ def all_of(documents):
 
 
 def stream(documents, seed=0, rows=2, row_length=24):
-    return iter(text_batches(documents, TOKENIZER, rows=rows, row_length=row_length, chunks_per_row=4, seed=seed))
+    return iter(
+        text_batches(
+            documents, TOKENIZER, rows=rows, row_length=row_length, chunks_per_row=4, seed=seed
+        )
+    )
 
 
 def take(iterator, count):
@@ -66,7 +78,9 @@ def pieces_of(batch):
 
 @quickly
 @given(length=st.integers(2, 200), row_length=st.integers(2, 50))
-def test_every_token_but_the_first_is_predicted_exactly_once_after_the_one_before_it(length, row_length):
+def test_every_token_but_the_first_is_predicted_exactly_once_after_the_one_before_it(
+    length, row_length
+):
     ids = np.arange(length, dtype=np.int32)  # a token's value is its place
     predicted = []
     for piece in cut(ids, row_length):
@@ -77,9 +91,14 @@ def test_every_token_but_the_first_is_predicted_exactly_once_after_the_one_befor
 
 
 @quickly
-@given(texts=st.lists(st.text(min_size=1, max_size=80).filter(str.strip), min_size=1, max_size=8), seed=st.integers(0, 99))
+@given(
+    texts=st.lists(st.text(min_size=1, max_size=80).filter(str.strip), min_size=1, max_size=8),
+    seed=st.integers(0, 99),
+)
 def test_an_epoch_of_rows_predicts_each_token_of_each_document_once(texts, seed):
-    expected = collections.Counter(piece for text in texts for piece in tokens_of(cut(document_ids(TOKENIZER, text), 16)))
+    expected = collections.Counter(
+        piece for text in texts for piece in tokens_of(cut(document_ids(TOKENIZER, text), 16))
+    )
     found, rows = [], stream(texts, seed, rows=1, row_length=16)
     while len(found) < 3 * expected.total():
         batch = next(rows)
@@ -88,13 +107,21 @@ def test_an_epoch_of_rows_predicts_each_token_of_each_document_once(texts, seed)
             assert learnt.tolist() == [False] + [True] * (len(tokens) - 1)
             found.append(tuple(tokens.tolist()))
     for epoch in range(3):
-        assert collections.Counter(found[epoch * expected.total() : (epoch + 1) * expected.total()]) == expected
+        assert (
+            collections.Counter(found[epoch * expected.total() : (epoch + 1) * expected.total()])
+            == expected
+        )
 
 
 def test_each_epoch_of_many_documents_has_every_one_once_and_another_order():
     texts = [text_of(number) for number in range(100)]
-    expected = collections.Counter(piece for text in texts for piece in tokens_of(cut(document_ids(TOKENIZER, text), 512)))
-    found, rows = [], iter(text_batches(texts, TOKENIZER, rows=1, row_length=512, chunks_per_row=8, seed=3))
+    expected = collections.Counter(
+        piece for text in texts for piece in tokens_of(cut(document_ids(TOKENIZER, text), 512))
+    )
+    found, rows = (
+        [],
+        iter(text_batches(texts, TOKENIZER, rows=1, row_length=512, chunks_per_row=8, seed=3)),
+    )
     while len(found) < 2 * expected.total():
         found += [tuple(tokens.tolist()) for tokens, _ in pieces_of(next(rows))]
     first, second = found[: expected.total()], found[expected.total() : 2 * expected.total()]
@@ -120,7 +147,10 @@ def test_a_document_ends_with_the_end_token_and_control_tokens_in_it_are_letters
     text = "see <|endoftext|> and <|im_start|>user\n<tool_call>"
     ids = document_ids(TOKENIZER, text)
     assert ids[-1] == TOKENIZER.id_of("<|endoftext|>")
-    control = {TOKENIZER.id_of(name) for name in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>")}
+    control = {
+        TOKENIZER.id_of(name)
+        for name in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>")
+    }
     assert not control & set(ids[:-1].tolist()) and TOKENIZER.decode(ids[:-1].tolist()) == text
 
 
@@ -148,7 +178,15 @@ def test_seed_and_epoch_decide_the_order(folder):
 def test_pieces_of_one_document_do_not_fill_a_batch():
     texts = [" ".join([f"z{number}"] * 600) for number in range(6)]
     batch = next(stream(texts, rows=8))
-    assert len({TOKENIZER.decode(tokens.tolist()).replace("z", "").split()[1] for tokens, _ in pieces_of(batch)}) > 2
+    assert (
+        len(
+            {
+                TOKENIZER.decode(tokens.tolist()).replace("z", "").split()[1]
+                for tokens, _ in pieces_of(batch)
+            }
+        )
+        > 2
+    )
 
 
 # -- documents -----------------------------------------------------------------------------------------------------------------------
@@ -168,15 +206,26 @@ def test_held_out_documents_are_never_trained_on_wherever_they_lie(folder, tmp_p
         (other / f"{number}.txt").write_text(text)
     moved = read_corpus(str(other), 0.2)
     assert all_of(moved.held_out) == all_of(corpus.held_out)
-    held_out = {piece for text in all_of(corpus.held_out) for piece in tokens_of(cut(document_ids(TOKENIZER, text), 512))}
-    rows = iter(text_batches(moved.training, TOKENIZER, rows=2, row_length=512, chunks_per_row=8, seed=0))
-    assert not held_out & {tuple(tokens.tolist()) for batch in take(rows, 80) for tokens, _ in pieces_of(batch)}
+    held_out = {
+        piece
+        for text in all_of(corpus.held_out)
+        for piece in tokens_of(cut(document_ids(TOKENIZER, text), 512))
+    }
+    rows = iter(
+        text_batches(moved.training, TOKENIZER, rows=2, row_length=512, chunks_per_row=8, seed=0)
+    )
+    assert not held_out & {
+        tuple(tokens.tolist()) for batch in take(rows, 80) for tokens, _ in pieces_of(batch)
+    }
 
 
 def test_the_standard_library_is_there_without_tests_and_packages():
     corpus = read_corpus("", 0.02)
     names = [corpus.training.name(number) for number in range(len(corpus.training))]
-    assert any(name.endswith("json/decoder.py") for name in names + [corpus.held_out.name(number) for number in range(len(corpus.held_out))])
+    assert any(
+        name.endswith("json/decoder.py")
+        for name in names + [corpus.held_out.name(number) for number in range(len(corpus.held_out))]
+    )
     assert not any("site-packages" in name or "/test/" in name for name in names)
 
 
@@ -193,10 +242,29 @@ def test_what_is_no_text_is_skipped_and_counted(folder):
     os.mkfifo(folder / "pipe")
     after = read_corpus(str(folder), 0.2)
     assert all_of(after.training) == all_of(before.training) and after.digest == before.digest
-    assert sorted(os.path.basename(name) for name in after.skipped) == ["binary", "blank.md", "empty.py", "latin.txt", "odd.jsonl, byte 0", "odd.jsonl, byte 13"]
+    assert sorted(os.path.basename(name) for name in after.skipped) == [
+        "binary",
+        "blank.md",
+        "empty.py",
+        "latin.txt",
+        "odd.jsonl, byte 0",
+        "odd.jsonl, byte 13",
+    ]
 
 
-@pytest.mark.parametrize("line", ['{"text": "cut', '{"title": "x"}', '["text"]', "7", '{"text": 7}', "[" * 100_000, "\x80\ufffd", '{"text": null}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"text": "cut',
+        '{"title": "x"}',
+        '["text"]',
+        "7",
+        '{"text": 7}',
+        "[" * 100_000,
+        "\x80\ufffd",
+        '{"text": null}',
+    ],
+)
 def test_a_malformed_line_is_named_with_its_file(tmp_path, line):
     (tmp_path / "some.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
     with pytest.raises(ValueError, match="some.jsonl line 2.*Mend or delete") as caught:

@@ -36,7 +36,16 @@ def logprobs_of(value: int, ids: list[int]) -> list[float]:
 
 
 def _logprob(value: int, place: int, token: int) -> float:
-    return -(int.from_bytes(hashlib.blake2b(f"{value}/{place}/{token}".encode(), digest_size=4).digest()) % 997) / 100 - 0.01
+    return (
+        -(
+            int.from_bytes(
+                hashlib.blake2b(f"{value}/{place}/{token}".encode(), digest_size=4).digest()
+            )
+            % 997
+        )
+        / 100
+        - 0.01
+    )
 
 
 def make_weights(directory: pathlib.Path, value: int) -> pathlib.Path:
@@ -48,7 +57,9 @@ def make_weights(directory: pathlib.Path, value: int) -> pathlib.Path:
 class FakeSGLang:
     """One server. `bodies`: everything that was sent, (route, body), in order."""
 
-    def __init__(self, version: str = "0.5.23", traps: tuple[str, ...] = (), value: int = 1, **info):
+    def __init__(
+        self, version: str = "0.5.23", traps: tuple[str, ...] = (), value: int = 1, **info
+    ):
         self.sglang_version, self.traps, self.value, self.info = version, set(traps), value, info
         self.weight_version, self.model_path = "default", "start"
         self.paused: str | None = None
@@ -63,8 +74,19 @@ class FakeSGLang:
 
     async def start(self) -> "FakeSGLang":
         app = web.Application()
-        for name in ("generate", "pause_generation", "continue_generation", "abort_request", "update_weights_from_disk", "server_info", "model_info",
-                     "health_generate", "release_memory_occupation", "resume_memory_occupation", "update_weight_version"):
+        for name in (
+            "generate",
+            "pause_generation",
+            "continue_generation",
+            "abort_request",
+            "update_weights_from_disk",
+            "server_info",
+            "model_info",
+            "health_generate",
+            "release_memory_occupation",
+            "resume_memory_occupation",
+            "update_weight_version",
+        ):
             app.router.add_route("*", "/" + name, self._guarded(getattr(self, name)))
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.0)
         await self._runner.setup()
@@ -76,7 +98,13 @@ class FakeSGLang:
 
     async def crash(self) -> None:
         """The process is gone, and with it everything in memory. `start` takes the same port."""
-        self.running, self.cache, self.paused, self.weight_version, self.value = {}, {}, None, "default", 1
+        self.running, self.cache, self.paused, self.weight_version, self.value = (
+            {},
+            {},
+            None,
+            "default",
+            1,
+        )
         runner, self._runner = self._runner, None
         if runner is not None:
             for connection in list(runner.server.connections):
@@ -99,10 +127,18 @@ class FakeSGLang:
     # -- routes ----------------------------------------------------------------------------------------------------------------------
 
     async def server_info(self, body):
-        return web.json_response({"version": self.sglang_version, "tokenizer_worker_num": 1, **self.info})
+        return web.json_response(
+            {"version": self.sglang_version, "tokenizer_worker_num": 1, **self.info}
+        )
 
     async def model_info(self, body):
-        return web.json_response({"weight_version": self.weight_version, "model_path": self.model_path, "served_model_name": self.model_path})
+        return web.json_response(
+            {
+                "weight_version": self.weight_version,
+                "model_path": self.model_path,
+                "served_model_name": self.model_path,
+            }
+        )
 
     async def health_generate(self, body):
         if "slow_health" in self.traps:
@@ -112,7 +148,9 @@ class FakeSGLang:
     async def generate(self, body):
         generated = [route for route, _ in self.bodies].count("/generate")
         if "busy_health" in self.traps and generated % 3:
-            return web.json_response({"error": {"message": "queue full"}}, status=503, headers={"Retry-After": "0.05"})
+            return web.json_response(
+                {"error": {"message": "queue full"}}, status=503, headers={"Retry-After": "0.05"}
+            )
         while self.paused or self.released:
             await asyncio.sleep(0.005)
         ids, params, rid = body["input_ids"], body["sampling_params"], body["rid"]
@@ -128,17 +166,26 @@ class FakeSGLang:
                     place = len(ids) + len(request["ids"])
                     token = self.value % 1000 + place
                     request["ids"].append(token)
-                    request["logprobs"].append(_logprob(self.value if computed is None else computed, place, token))
+                    request["logprobs"].append(
+                        _logprob(self.value if computed is None else computed, place, token)
+                    )
                     request["versions"].append(self.weight_version)
             self.cache[body.get("extra_key"), tuple(ids)] = self.value
-            return web.json_response(self._answer(request, ids, request["finish"] or {"type": "length", "length": params["max_new_tokens"]}, score_from >= 0))
+            return web.json_response(
+                self._answer(
+                    request,
+                    ids,
+                    request["finish"] or {"type": "length", "length": params["max_new_tokens"]},
+                    score_from >= 0,
+                )
+            )
         finally:
             self.running.pop(rid, None)
 
     def _computed_by(self, body, ids):
         """The weights that the cached prefix was computed by; None when there is none. This is how a stale cache poisons what follows."""
         for (key, held), value in self.cache.items():
-            if key == body.get("extra_key") and held and tuple(ids[:len(held)]) == held:
+            if key == body.get("extra_key") and held and tuple(ids[: len(held)]) == held:
                 self.stale_hits += value != self.value
                 return value
         return None
@@ -146,15 +193,26 @@ class FakeSGLang:
     def _answer(self, request, ids, finish, scored):
         versions = request["versions"]
         meta = {
-            "finish_reason": finish, "weight_version": self.weight_version, "cached_tokens": 0,
-            "output_token_logprobs": [[logprob, token, None] for logprob, token in zip(request["logprobs"], request["ids"])],
+            "finish_reason": finish,
+            "weight_version": self.weight_version,
+            "cached_tokens": 0,
+            "output_token_logprobs": [
+                [logprob, token, None]
+                for logprob, token in zip(request["logprobs"], request["ids"])
+            ],
         }
         if scored:
             logprobs = logprobs_of(self.value, ids)
-            meta["input_token_logprobs"] = [[None, ids[0], None], *([one, token, None] for one, token in zip(logprobs[1:], ids[1:]))]
+            meta["input_token_logprobs"] = [
+                [None, ids[0], None],
+                *([one, token, None] for one, token in zip(logprobs[1:], ids[1:])),
+            ]
         if self.sglang_version >= "0.5.23":
             borders = [i for i in range(len(versions)) if i == 0 or versions[i] != versions[i - 1]]
-            meta["weight_versions"] = [{"version": versions[a], "start": a, "end": b} for a, b in zip(borders, [*borders[1:], len(versions)])]
+            meta["weight_versions"] = [
+                {"version": versions[a], "start": a, "end": b}
+                for a, b in zip(borders, [*borders[1:], len(versions)])
+            ]
         return {"text": "", "output_ids": request["ids"], "meta_info": meta}
 
     async def pause_generation(self, body):
@@ -182,7 +240,9 @@ class FakeSGLang:
         while self.running and self.paused is None:  # trap 1: it waits for all of them
             await asyncio.sleep(0.005)
         if "weights" in self.released:
-            return web.json_response({"success": False, "message": "memory is released"}, status=400)
+            return web.json_response(
+                {"success": False, "message": "memory is released"}, status=400
+            )
         if "retract_crashes" in self.traps and self.paused == "retract" and body["flush_cache"]:
             asyncio.ensure_future(self.crash())
             await asyncio.sleep(3600)
@@ -191,12 +251,21 @@ class FakeSGLang:
             return web.json_response({"success": False, "message": "size mismatch"}, status=400)
         if "update_says_yes" not in self.traps:
             self.value = int((pathlib.Path(body["model_path"]) / "value.txt").read_text())
-        if "in_place_flush" in self.traps and self.paused == "in_place" and body["flush_cache"] and self.running:
-            return web.json_response({"success": False, "message": "cannot flush: requests are running"}, status=400)
+        if (
+            "in_place_flush" in self.traps
+            and self.paused == "in_place"
+            and body["flush_cache"]
+            and self.running
+        ):
+            return web.json_response(
+                {"success": False, "message": "cannot flush: requests are running"}, status=400
+            )
         if body["flush_cache"] and "flush_lies" not in self.traps:
             self.cache.clear()
         self.weight_version, self.model_path = body["weight_version"], body["model_path"]
-        return web.json_response({"success": True, "message": "ok", "num_paused_requests": len(self.running)})
+        return web.json_response(
+            {"success": True, "message": "ok", "num_paused_requests": len(self.running)}
+        )
 
     async def update_weight_version(self, body):
         self._abort("")
@@ -207,7 +276,9 @@ class FakeSGLang:
         if self.running:
             return web.json_response({"error": {"message": "not idle"}}, status=400)
         self.released |= set(body["tags"])
-        self.value = -9 if "weights" in body["tags"] else self.value  # what the memory holds afterwards is undefined
+        self.value = (
+            -9 if "weights" in body["tags"] else self.value
+        )  # what the memory holds afterwards is undefined
         return web.json_response(None)
 
     async def resume_memory_occupation(self, body):
@@ -223,5 +294,9 @@ async def fakes(*servers: FakeSGLang, **options):
         for server in servers:
             await server.start()
             stack.push_async_callback(server.crash)
-            engines.append(await stack.enter_async_context(Engine(server.url, **{"dead_after_s": 0.2} | options)))
+            engines.append(
+                await stack.enter_async_context(
+                    Engine(server.url, **{"dead_after_s": 0.2} | options)
+                )
+            )
         yield engines

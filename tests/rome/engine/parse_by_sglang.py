@@ -14,15 +14,37 @@ import sys
 import types
 
 REAL = (
-    "sglang.srt.managers.io_struct", "sglang.srt.sampling", "sglang.srt.utils.msgspec_utils", "sglang.srt.utils.field_validators",
-    "sglang.srt.utils.weight_versions", "sglang.srt.entrypoints.api_contract", "sglang.api", "sglang.srt.beam_search.types", "sglang.srt.managers.kv_hints",
-    "sglang.srt.managers.embed_types", "sglang.srt.lora.lora_registry", "sglang.srt.utils.aio_rwlock",
+    "sglang.srt.managers.io_struct",
+    "sglang.srt.sampling",
+    "sglang.srt.utils.msgspec_utils",
+    "sglang.srt.utils.field_validators",
+    "sglang.srt.utils.weight_versions",
+    "sglang.srt.entrypoints.api_contract",
+    "sglang.api",
+    "sglang.srt.beam_search.types",
+    "sglang.srt.managers.kv_hints",
+    "sglang.srt.managers.embed_types",
+    "sglang.srt.lora.lora_registry",
+    "sglang.srt.utils.aio_rwlock",
 )
-PACKAGES = ("sglang", "sglang.srt", "sglang.srt.managers", "sglang.srt.utils", "sglang.srt.entrypoints", "sglang.srt.beam_search", "sglang.srt.lora")
+PACKAGES = (
+    "sglang",
+    "sglang.srt",
+    "sglang.srt.managers",
+    "sglang.srt.utils",
+    "sglang.srt.entrypoints",
+    "sglang.srt.beam_search",
+    "sglang.srt.lora",
+)
 CLASSES = {
-    "/generate": "GenerateReqInput", "/pause_generation": "PauseGenerationReqInput", "/continue_generation": "ContinueGenerationReqInput",
-    "/update_weights_from_disk": "UpdateWeightFromDiskReqInput", "/abort_request": "AbortReq", "/release_memory_occupation": "ReleaseMemoryOccupationReqInput",
-    "/resume_memory_occupation": "ResumeMemoryOccupationReqInput", "/weights_checker": "CheckWeightsReqInput",
+    "/generate": "GenerateReqInput",
+    "/pause_generation": "PauseGenerationReqInput",
+    "/continue_generation": "ContinueGenerationReqInput",
+    "/update_weights_from_disk": "UpdateWeightFromDiskReqInput",
+    "/abort_request": "AbortReq",
+    "/release_memory_occupation": "ReleaseMemoryOccupationReqInput",
+    "/resume_memory_occupation": "ResumeMemoryOccupationReqInput",
+    "/weights_checker": "CheckWeightsReqInput",
 }
 
 
@@ -62,7 +84,11 @@ class Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name, path=None, target=None):
         top = name.partition(".")[0]
         if self.last:
-            return importlib.machinery.ModuleSpec(name, self, is_package=True) if top in ("torch", "zmq", "PIL", "pybase64", "triton", "sgl_kernel") else None
+            return (
+                importlib.machinery.ModuleSpec(name, self, is_package=True)
+                if top in ("torch", "zmq", "PIL", "pybase64", "triton", "sgl_kernel")
+                else None
+            )
         if top != "sglang" or any(name == real or name.startswith(real + ".") for real in REAL):
             return None
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
@@ -83,7 +109,9 @@ def main():
     sys.meta_path.append(Stubs(last=True))
     import pydantic
 
-    io_struct = importlib.import_module("sglang.srt.managers.io_struct")  # `from ... import` would take the stub's attribute
+    io_struct = importlib.import_module(
+        "sglang.srt.managers.io_struct"
+    )  # `from ... import` would take the stub's attribute
     from sglang.srt.sampling.sampling_params import SamplingParams
 
     try:
@@ -96,15 +124,39 @@ def main():
         if cls is None:
             results.append({"route": route, "absent": True})
             continue
-        fields = {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set(cls.__struct_fields__)
-        cls.__pydantic_config__ = {"arbitrary_types_allowed": True} if dataclasses.is_dataclass(cls) else {}
-        parsed = pydantic.TypeAdapter(cls).validate_json(json.dumps(body)) if route != "/generate" else cls(**body)
-        result = {"route": route, "unknown": sorted(body.keys() - fields), "values": {name: getattr(parsed, name) for name in body.keys() & fields}}
+        fields = (
+            {field.name for field in dataclasses.fields(cls)}
+            if dataclasses.is_dataclass(cls)
+            else set(cls.__struct_fields__)
+        )
+        cls.__pydantic_config__ = (
+            {"arbitrary_types_allowed": True} if dataclasses.is_dataclass(cls) else {}
+        )
+        parsed = (
+            pydantic.TypeAdapter(cls).validate_json(json.dumps(body))
+            if route != "/generate"
+            else cls(**body)
+        )
+        result = {
+            "route": route,
+            "unknown": sorted(body.keys() - fields),
+            "values": {name: getattr(parsed, name) for name in body.keys() & fields},
+        }
         if route == "/generate":
             parsed.normalize_batch_and_arguments()
             params = SamplingParams(**parsed.sampling_params)
             params.verify(vocab_size=1000)
-            result["sampling"] = {name: getattr(params, name) for name in ("max_new_tokens", "temperature", "top_p", "min_p", "sampling_seed", "no_stop_trim")}
+            result["sampling"] = {
+                name: getattr(params, name)
+                for name in (
+                    "max_new_tokens",
+                    "temperature",
+                    "top_p",
+                    "min_p",
+                    "sampling_seed",
+                    "no_stop_trim",
+                )
+            }
             result["contract"] = generate_contract_error(body) if generate_contract_error else None
             result["values"] |= {"is_single": parsed.is_single}
         results.append(result)

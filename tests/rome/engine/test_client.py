@@ -53,11 +53,19 @@ async def until_running(engine, requests=1):
 
 def test_a_completion_has_the_plain_forward_passes_logprobs_and_routes(server, checkpoints):
     sampling = Sampling(30, temperature=0.9, seed=3, routes_from=0)
-    completion = talk(server, lambda engine: engine.generate(PROMPT, sampling, 60), model=make_config())
+    completion = talk(
+        server, lambda engine: engine.generate(PROMPT, sampling, 60), model=make_config()
+    )
     oracle, ids = Oracle.load(checkpoints[0]), PROMPT + completion.output_ids
-    np.testing.assert_allclose(completion.logprobs, oracle.logprobs(ids, 0.9)[len(PROMPT) - 1:], atol=1e-4)
+    np.testing.assert_allclose(
+        completion.logprobs, oracle.logprobs(ids, 0.9)[len(PROMPT) - 1 :], atol=1e-4
+    )
     assert np.array_equal(completion.routes, oracle.logits_and_routes(ids)[1][:-1] + 1)
-    rest = talk(server, lambda engine: engine.generate(PROMPT, dataclasses.replace(sampling, routes_from=17), 60), model=make_config())
+    rest = talk(
+        server,
+        lambda engine: engine.generate(PROMPT, dataclasses.replace(sampling, routes_from=17), 60),
+        model=make_config(),
+    )
     assert np.array_equal(rest.routes, completion.routes[17:])
     assert completion.versions == [(0, 0, len(completion.output_ids))]
 
@@ -71,11 +79,13 @@ def test_a_score_is_the_plain_forward_passes(server, checkpoints):
 def test_finish_reasons_are_stop_and_length(server):
     async def conversation(engine):
         free = await engine.generate(PROMPT, Sampling(10, seed=1), 60)
-        return free, await engine.generate(PROMPT, Sampling(10, seed=1, stop_token_ids=(free.output_ids[4],)), 60)
+        return free, await engine.generate(
+            PROMPT, Sampling(10, seed=1, stop_token_ids=(free.output_ids[4],)), 60
+        )
 
     free, stopped = talk(server, conversation)
     assert free.finish_reason == "length" and stopped.finish_reason == "stop"
-    assert stopped.output_ids == free.output_ids[:free.output_ids.index(free.output_ids[4]) + 1]
+    assert stopped.output_ids == free.output_ids[: free.output_ids.index(free.output_ids[4]) + 1]
 
 
 @pytest.mark.parametrize("mode", ["abort", "retract", "in_place"])
@@ -94,12 +104,19 @@ def test_an_update_amid_a_completion_is_told_by_its_spans(server, checkpoints, m
     completion = talk(server, conversation)
     (old, begin, border), (new, border_again, end) = completion.versions
     assert (old, new, begin, border, end) == (0, 5, 0, border_again, 480) and border > 0
-    assert len(completion.output_ids) == len(completion.logprobs) == 480 and completion.finish_reason == "length"
+    assert (
+        len(completion.output_ids) == len(completion.logprobs) == 480
+        and completion.finish_reason == "length"
+    )
     ids = (PROMPT + completion.output_ids)[:128]
-    expected = [Oracle.load(checkpoint).logprobs(ids)[len(PROMPT) - 1:] for checkpoint in checkpoints]
+    expected = [
+        Oracle.load(checkpoint).logprobs(ids)[len(PROMPT) - 1 :] for checkpoint in checkpoints
+    ]
     border = min(border, len(expected[0]))
     np.testing.assert_allclose(completion.logprobs[:border], expected[0][:border], atol=1e-4)
-    np.testing.assert_allclose(completion.logprobs[border:len(expected[1])], expected[1][border:], atol=1e-4)
+    np.testing.assert_allclose(
+        completion.logprobs[border : len(expected[1])], expected[1][border:], atol=1e-4
+    )
 
 
 def test_an_aborted_completion_is_taken_up_again_to_the_same_tokens(server):
@@ -127,7 +144,9 @@ def test_a_held_engine_sends_nothing_until_it_is_released(server):
 
 
 def test_a_refused_request_says_why_with_the_url(server):
-    with pytest.raises(EngineError, match=f"{server.url}/generate answered 400: .*outside the vocabulary"):
+    with pytest.raises(
+        EngineError, match=f"{server.url}/generate answered 400: .*outside the vocabulary"
+    ):
         talk(server, lambda engine: engine.generate([V], Sampling(5), 60))
 
 
@@ -152,12 +171,17 @@ def test_a_deadline_ends_the_wait_and_the_request_on_the_server(server):
 
 def test_one_client_serves_several_event_loops_in_turn(server):
     engine = Engine(server.url)
-    first, second = (asyncio.run(engine.generate(PROMPT, Sampling(5, seed=2), 60)) for _ in range(2))
+    first, second = (
+        asyncio.run(engine.generate(PROMPT, Sampling(5, seed=2), 60)) for _ in range(2)
+    )
     assert first.output_ids == second.output_ids
 
 
-def test_a_server_killed_amid_a_completion_is_an_error_that_names_it_in_bounded_time(checkpoints, tmp_path):
+def test_a_server_killed_amid_a_completion_is_an_error_that_names_it_in_bounded_time(
+    checkpoints, tmp_path
+):
     with serve(checkpoints[0], tmp_path / "serve.log") as doomed:
+
         async def conversation(engine):
             task = asyncio.ensure_future(engine.generate(PROMPT, LONG, 600))
             await until_running(engine)
@@ -174,8 +198,15 @@ def test_a_server_killed_amid_a_completion_is_an_error_that_names_it_in_bounded_
 
 
 def answer(ids, finish="length", version="default", **meta):
-    return {"output_ids": ids, "meta_info": {
-        "finish_reason": {"type": finish}, "output_token_logprobs": [[-0.5, one, None] for one in ids], "weight_version": version, **meta}}
+    return {
+        "output_ids": ids,
+        "meta_info": {
+            "finish_reason": {"type": finish},
+            "output_token_logprobs": [[-0.5, one, None] for one in ids],
+            "weight_version": version,
+            **meta,
+        },
+    }
 
 
 @contextlib.asynccontextmanager
@@ -189,7 +220,9 @@ async def small_server(model=None, **routes):
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     try:
-        async with Engine(f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}", model=model) as engine:
+        async with Engine(
+            f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}", model=model
+        ) as engine:
             yield engine
     finally:
         await runner.cleanup()
@@ -200,7 +233,11 @@ def test_back_pressure_is_waited_out():
 
     async def generate(request):
         calls.append(await request.json())
-        return web.json_response({"error": "queue full"}, status=[503, 429, 200][len(calls) - 1]) if len(calls) < 3 else web.json_response(answer([4, 5]))
+        return (
+            web.json_response({"error": "queue full"}, status=[503, 429, 200][len(calls) - 1])
+            if len(calls) < 3
+            else web.json_response(answer([4, 5]))
+        )
 
     async def run():
         async with small_server(generate=generate) as engine:
@@ -210,13 +247,26 @@ def test_back_pressure_is_waited_out():
     assert calls[0] == calls[1] | {"rid": calls[0]["rid"]} and len(calls) == 3
 
 
-@pytest.mark.parametrize("header, least, most", [("7", 7, 10.5), ("1e9", 30, 45), ("Wed, 21 Oct 2037 07:28:00 GMT", 0.1, 0.15), ("-3", 0.1, 0.15), (None, 0.1, 0.15)])
-def test_a_server_is_asked_again_when_it_said_to_and_not_all_clients_at_once(monkeypatch, header, least, most):
+@pytest.mark.parametrize(
+    "header, least, most",
+    [
+        ("7", 7, 10.5),
+        ("1e9", 30, 45),
+        ("Wed, 21 Oct 2037 07:28:00 GMT", 0.1, 0.15),
+        ("-3", 0.1, 0.15),
+        (None, 0.1, 0.15),
+    ],
+)
+def test_a_server_is_asked_again_when_it_said_to_and_not_all_clients_at_once(
+    monkeypatch, header, least, most
+):
     calls, waits, sleep = [], [], asyncio.sleep
 
     async def generate(request):
         calls.append(1)
-        refused = web.json_response({"error": "queue full"}, status=429, headers={"Retry-After": header} if header else {})
+        refused = web.json_response(
+            {"error": "queue full"}, status=429, headers={"Retry-After": header} if header else {}
+        )
         return refused if len(calls) % 2 else web.json_response(answer([4]))
 
     async def remember(seconds, *rest):
@@ -231,7 +281,11 @@ def test_a_server_is_asked_again_when_it_said_to_and_not_all_clients_at_once(mon
             monkeypatch.setattr(asyncio, "sleep", sleep)
 
     asyncio.run(run())
-    assert len(calls) == 8 and len(waits) == 4 == len(set(waits)) and all(least <= wait <= most for wait in waits)
+    assert (
+        len(calls) == 8
+        and len(waits) == 4 == len(set(waits))
+        and all(least <= wait <= most for wait in waits)
+    )
 
 
 def test_all_sampling_fields_are_sent_so_that_no_default_of_the_server_slips_in():
@@ -247,13 +301,29 @@ def test_all_sampling_fields_are_sent_so_that_no_default_of_the_server_slips_in(
 
     asyncio.run(run())
     params = bodies[0]["sampling_params"]
-    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
-    assert params | neutral == params and "sampling_seed" not in params and bodies[0]["logprob_start_len"] == -1
+    neutral = {
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0.0,
+    }
+    assert (
+        params | neutral == params
+        and "sampling_seed" not in params
+        and bodies[0]["logprob_start_len"] == -1
+    )
 
 
 def test_partial_answers_are_joined_and_the_rest_is_asked_for():
     bodies = []
-    parts = [answer([], "abort", "1"), answer([4, 5], "abort", "1", cached_tokens=3), answer([6], "stop", "2")]
+    parts = [
+        answer([], "abort", "1"),
+        answer([4, 5], "abort", "1", cached_tokens=3),
+        answer([6], "stop", "2"),
+    ]
 
     async def generate(request):
         bodies.append(await request.json())
@@ -264,13 +334,17 @@ def test_partial_answers_are_joined_and_the_rest_is_asked_for():
             return await engine.generate([1, 2], Sampling(9, seed=7), 30)
 
     completion = asyncio.run(run())
-    assert completion == Completion([4, 5, 6], [-0.5] * 3, "stop", [(1, 0, 2), (2, 2, 3)], cached_tokens=3)
+    assert completion == Completion(
+        [4, 5, 6], [-0.5] * 3, "stop", [(1, 0, 2), (2, 2, 3)], cached_tokens=3
+    )
     assert [body["input_ids"] for body in bodies] == [[1, 2], [1, 2], [1, 2, 4, 5]]
     assert [body["sampling_params"]["max_new_tokens"] for body in bodies] == [9, 9, 7]
     assert {body["sampling_params"]["sampling_seed"] for body in bodies} == {7}
 
 
-IDS = np.array([[[token % 4, (token + 1) % 4]] * LAYERS for token in range(9)], np.int32)  # of the tokens at places 0 to 8
+IDS = np.array(
+    [[[token % 4, (token + 1) % 4]] * LAYERS for token in range(9)], np.int32
+)  # of the tokens at places 0 to 8
 
 
 def routed(first, end, ids=IDS, **meta):
@@ -292,10 +366,15 @@ def generate_with_routes(parts, prompt=(1, 2, 3), routes_from=0):
     return asyncio.run(run()), bodies
 
 
-@pytest.mark.parametrize("meta", [
-    routed(2, 4), routed(0, 4),  # newer servers send what was asked for, older ones the whole sequence
-    routed(2, 4, IDS.astype(np.uint8), routed_experts_dtype="uint8"),
-], ids=["from", "whole", "bytes"])
+@pytest.mark.parametrize(
+    "meta",
+    [
+        routed(2, 4),
+        routed(0, 4),  # newer servers send what was asked for, older ones the whole sequence
+        routed(2, 4, IDS.astype(np.uint8), routed_experts_dtype="uint8"),
+    ],
+    ids=["from", "whole", "bytes"],
+)
 def test_routes_of_every_kind_of_server_are_understood(meta):
     completion, bodies = generate_with_routes([answer([4, 5], "stop", **meta)], routes_from=2)
     assert np.array_equal(completion.routes, IDS[2:4] + 1) and completion.routes.dtype == np.uint8
@@ -304,7 +383,11 @@ def test_routes_of_every_kind_of_server_are_understood(meta):
 
 def test_a_token_that_is_run_again_after_an_abort_keeps_the_route_that_it_was_sampled_by():
     again = IDS[:, :, ::-1] ^ 1  # other experts for the same tokens
-    parts = [answer([], "abort"), answer([4, 5], "abort", **routed(0, 4)), answer([6, 7], "stop", **routed(4, 6)), ]
+    parts = [
+        answer([], "abort"),
+        answer([4, 5], "abort", **routed(0, 4)),
+        answer([6, 7], "stop", **routed(4, 6)),
+    ]
     late = [parts[0], parts[1], answer([6, 7], "stop", **routed(0, 6, again))]
     completion, bodies = generate_with_routes(parts)
     assert np.array_equal(completion.routes, IDS[:6] + 1)
@@ -315,15 +398,28 @@ def test_a_token_that_is_run_again_after_an_abort_keeps_the_route_that_it_was_sa
 
 def test_routes_are_asked_for_only_where_they_are_wanted():
     completion, bodies = generate_with_routes([answer([4], "stop")], routes_from=None)
-    assert completion.routes is None and "return_routed_experts" not in bodies[0] and "routed_experts_start_len" not in bodies[0]
+    assert (
+        completion.routes is None
+        and "return_routed_experts" not in bodies[0]
+        and "routed_experts_start_len" not in bodies[0]
+    )
 
 
-@pytest.mark.parametrize("meta, message", [
-    ({}, "returned no routes; start the SGLang server with --enable-return-routed-experts"),
-    (routed(0, 3), "12 expert ids; 4 tokens in 2 layers with 2 experts each have another number. Does it serve another model"),
-    (routed(0, 4, IDS + 1), "expert ids go from 1 to 4; this model has experts 0 to 3. Does it serve another model"),
-    (routed(0, 4, IDS * 0), "one expert twice in a layer: the engine did not record"),
-])
+@pytest.mark.parametrize(
+    "meta, message",
+    [
+        ({}, "returned no routes; start the SGLang server with --enable-return-routed-experts"),
+        (
+            routed(0, 3),
+            "12 expert ids; 4 tokens in 2 layers with 2 experts each have another number. Does it serve another model",
+        ),
+        (
+            routed(0, 4, IDS + 1),
+            "expert ids go from 1 to 4; this model has experts 0 to 3. Does it serve another model",
+        ),
+        (routed(0, 4, IDS * 0), "one expert twice in a layer: the engine did not record"),
+    ],
+)
 def test_routes_that_cannot_be_replayed_are_an_error_with_the_remedy(meta, message):
     with pytest.raises(EngineError, match=message):
         generate_with_routes([answer([4, 5], "stop", **meta)])
@@ -340,7 +436,14 @@ def test_old_servers_are_asked_by_their_old_routes():
     assert asyncio.run(run()) == [{"weight_version": "3"}] * 2
 
 
-@pytest.mark.parametrize("body", [{"error": "no such path"}, {"error": {"message": "no such path"}}, {"success": False, "message": "no such path"}])
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": "no such path"},
+        {"error": {"message": "no such path"}},
+        {"success": False, "message": "no such path"},
+    ],
+)
 def test_every_shape_of_error_is_understood(body):
     async def update(request):
         return web.json_response(body, status=400)
@@ -365,10 +468,13 @@ def test_an_update_that_says_200_without_success_is_an_error():
         asyncio.run(run())
 
 
-@pytest.mark.parametrize("reply, words", [
-    (answer([4], version="step-3"), "weight_version 'step-3', not a number"),
-    (answer([4]) | {"output_ids": [5]}, "cannot be trained on"),
-])
+@pytest.mark.parametrize(
+    "reply, words",
+    [
+        (answer([4], version="step-3"), "weight_version 'step-3', not a number"),
+        (answer([4]) | {"output_ids": [5]}, "cannot be trained on"),
+    ],
+)
 def test_an_answer_that_cannot_be_trained_on_is_an_error(reply, words):
     async def generate(request):
         return web.json_response(reply)

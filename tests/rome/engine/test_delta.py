@@ -19,7 +19,14 @@ from hypothesis import strategies as st
 from launch.mirror import make_app
 from rome.engine import delta as delta_module
 from rome.engine.client import Engine, EngineError
-from rome.engine.delta import BrokenChain, apply_delta, copy_checkpoint, directory_digest, read_header, write_delta
+from rome.engine.delta import (
+    BrokenChain,
+    apply_delta,
+    copy_checkpoint,
+    directory_digest,
+    read_header,
+    write_delta,
+)
 from rome.engine.mirror import Mirror, MirrorClient
 from rome.engine.pool import EnginePool
 from rome.engine.process import ROOT
@@ -53,13 +60,18 @@ def test_a_delta_leads_from_any_directory_to_any_other(tmp_path_factory, before,
     root = tmp_path_factory.mktemp("delta")
     for name, place in flips.items():
         if len(before.get(name, b"")) > place:
-            after[name] = before[name][:place] + bytes([before[name][place] ^ 1]) + before[name][place + 1:]
+            after[name] = (
+                before[name][:place] + bytes([before[name][place] ^ 1]) + before[name][place + 1 :]
+            )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(delta_module, "BLOCK_BYTES", 64)  # several blocks a file
         base, result = make(root / "base", **before), make(root / "result", **after)
         write_delta(base, result, root / "delta")
         header = read_header(root / "delta")
-        assert (header["base"], header["result"]) == (directory_digest(base), directory_digest(result))
+        assert (header["base"], header["result"]) == (
+            directory_digest(base),
+            directory_digest(result),
+        )
         assert apply_delta(base, root / "delta", root / "made") == directory_digest(result)
         assert contents(root / "made") == after
     assert sorted(path.name for path in root.iterdir()) == ["base", "delta", "made", "result"]
@@ -69,13 +81,22 @@ def test_a_delta_holds_little_more_than_what_changed(tmp_path):
     weights = np.frombuffer(random_bytes(1, 4 << 20), np.uint16)
     changed = weights.copy()
     changed[np.random.default_rng(2).choice(weights.size, weights.size // 100, replace=False)] ^= 1
-    base, result = make(tmp_path / "a", w=weights.tobytes()), make(tmp_path / "b", w=changed.tobytes())
+    base, result = (
+        make(tmp_path / "a", w=weights.tobytes()),
+        make(tmp_path / "b", w=changed.tobytes()),
+    )
     assert write_delta(base, result, tmp_path / "delta") < 0.05 * weights.nbytes
 
 
-@pytest.mark.parametrize("harm", ["base_changed", "base_short", "cut", "bit", "not_a_delta", "empty", "wrong_promise", "path"])
+@pytest.mark.parametrize(
+    "harm",
+    ["base_changed", "base_short", "cut", "bit", "not_a_delta", "empty", "wrong_promise", "path"],
+)
 def test_what_does_not_fit_is_a_broken_chain_and_leaves_nothing(tmp_path, harm):
-    base, result = make(tmp_path / "a", w=random_bytes(1, 5000), c=b"config"), make(tmp_path / "b", w=random_bytes(2, 5000), c=b"config")
+    base, result = (
+        make(tmp_path / "a", w=random_bytes(1, 5000), c=b"config"),
+        make(tmp_path / "b", w=random_bytes(2, 5000), c=b"config"),
+    )
     delta = tmp_path / "delta"
     write_delta(base, result, delta)
     data = delta.read_bytes()
@@ -87,7 +108,9 @@ def test_what_does_not_fit_is_a_broken_chain_and_leaves_nothing(tmp_path, harm):
     elif harm == "cut":
         delta.write_bytes(data[:-100])
     elif harm == "bit":
-        delta.write_bytes(data[:line + 2000] + bytes([data[line + 2000] ^ 4]) + data[line + 2001:])
+        delta.write_bytes(
+            data[: line + 2000] + bytes([data[line + 2000] ^ 4]) + data[line + 2001 :]
+        )
     elif harm in ("wrong_promise", "path"):
         header = json.loads(data[:line])
         if harm == "path":
@@ -120,8 +143,16 @@ def test_a_mirror_goes_by_delta_where_it_can_and_in_full_where_the_chain_is_brok
         full = sum(file.stat().st_size for file in path.iterdir())
         assert transfer.bytes < 0.2 * full if transfer.way == "delta" else transfer.bytes == full
     assert ways == ["full", "delta", "full", "full"]
-    assert sorted(path.name for path in (tmp_path / "local").iterdir()) == ["step_000004", "step_000005"]
-    assert sorted(path.name for path in source.iterdir()) == ["step_000004", "step_000004.delta", "step_000005", "step_000005.delta"]
+    assert sorted(path.name for path in (tmp_path / "local").iterdir()) == [
+        "step_000004",
+        "step_000005",
+    ]
+    assert sorted(path.name for path in source.iterdir()) == [
+        "step_000004",
+        "step_000004.delta",
+        "step_000005",
+        "step_000005.delta",
+    ]
 
 
 def test_a_copy_is_used_again_after_a_restart_only_if_its_bytes_are_still_right(tmp_path):
@@ -141,11 +172,18 @@ def test_a_copy_is_used_again_after_a_restart_only_if_its_bytes_are_still_right(
 
 def test_a_mirror_killed_while_it_writes_leaves_nothing_that_is_taken_for_weights(tmp_path):
     """By kill -9 amid a copy, several times at different moments."""
-    source = make(tmp_path / "source" / "step_000001", **{f"model-{i}.safetensors": random_bytes(i, 4 << 20) for i in range(12)})
+    source = make(
+        tmp_path / "source" / "step_000001",
+        **{f"model-{i}.safetensors": random_bytes(i, 4 << 20) for i in range(12)},
+    )
     local, torn = tmp_path / "local", 0
     script = "import pathlib, sys\nfrom rome.engine.mirror import Mirror\nmirror = Mirror(pathlib.Path(sys.argv[1]))\nprint(flush=True)\nmirror.fetch(pathlib.Path(sys.argv[2]))\nprint(flush=True)"
     for attempt in range(3):
-        process = subprocess.Popen([sys.executable, "-c", script, str(local), str(source)], cwd=ROOT, stdout=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, str(local), str(source)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+        )
         process.stdout.readline()
         while process.poll() is None and not list(local.glob("*.tmp/*")):
             time.sleep(0.001)
@@ -154,7 +192,9 @@ def test_a_mirror_killed_while_it_writes_leaves_nothing_that_is_taken_for_weight
         process.wait()
         process.stdout.close()
         torn += bool(list(local.glob("*.tmp")))
-        assert not (local / source.name).exists() or contents(local / source.name) == contents(source)
+        assert not (local / source.name).exists() or contents(local / source.name) == contents(
+            source
+        )
         shutil.rmtree(local / source.name, ignore_errors=True)
     assert torn  # it was really killed amid its work
     mirror = Mirror(local)
@@ -176,7 +216,11 @@ def test_an_engine_loads_its_mirrors_copy_and_a_bad_copy_is_replaced(tmp_path):
                 probe = list(range(9))
                 path = make_weights(source / "step_000001", 5)
                 published = await publish_weights(path, 1, pool, probe, logprobs_of(5, probe))
-                assert server.model_path == str(tmp_path / "local" / "step_000001") and published.bytes_transfer == 1 and published.seconds_transfer > 0
+                assert (
+                    server.model_path == str(tmp_path / "local" / "step_000001")
+                    and published.bytes_transfer == 1
+                    and published.seconds_transfer > 0
+                )
                 (tmp_path / "local" / "step_000001" / "value.txt").write_text("6")  # the disk lies
                 with pytest.raises(EngineError, match="probe logprobs differ"):
                     write = client.fetch
@@ -185,8 +229,14 @@ def test_an_engine_loads_its_mirrors_copy_and_a_bad_copy_is_replaced(tmp_path):
                 client.fetch = write
                 await publish_weights(path, 1, pool, probe, logprobs_of(5, probe))
                 assert server.value == 5 and client.last.way == "full"
-                for outside in (tmp_path / "other" / "step_000001", source / "a" / "step_000001", pathlib.Path("/etc")):
-                    with pytest.raises(EngineError, match="answered 403: .*does not lie directly in --source"):
+                for outside in (
+                    tmp_path / "other" / "step_000001",
+                    source / "a" / "step_000001",
+                    pathlib.Path("/etc"),
+                ):
+                    with pytest.raises(
+                        EngineError, match="answered 403: .*does not lie directly in --source"
+                    ):
                         await client.fetch(outside)
         await app.cleanup()
         with pytest.raises(EngineError, match="start launch.mirror on the engine's host"):
@@ -197,4 +247,8 @@ def test_an_engine_loads_its_mirrors_copy_and_a_bad_copy_is_replaced(tmp_path):
 
 def test_a_full_copy_is_the_same_bytes_and_has_the_digest_of_its_source(tmp_path):
     source = make(tmp_path / "a", w=random_bytes(1, 70000), c=b"")
-    assert copy_checkpoint(source, tmp_path / "b") == directory_digest(source) == directory_digest(tmp_path / "b")
+    assert (
+        copy_checkpoint(source, tmp_path / "b")
+        == directory_digest(source)
+        == directory_digest(tmp_path / "b")
+    )

@@ -74,7 +74,9 @@ def test_with_no_engine_left_every_request_fails_at_once_with_the_cause():
         a.error = EngineDead("engine http://a:1 is dead: start it again")
         a.done.set()
         for _ in range(2):
-            with pytest.raises(EngineError, match="no engine is left: engine http://a:1 is dead: start it again"):
+            with pytest.raises(
+                EngineError, match="no engine is left: engine http://a:1 is dead: start it again"
+            ):
                 await pool.generate([1], Sampling(1), 3600)
         assert a.started == 1
 

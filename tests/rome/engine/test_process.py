@@ -23,12 +23,20 @@ def checkpoint(tmp_path_factory):
 
 
 def launch(*flags):
-    return subprocess.run([sys.executable, "-m", "launch.serve", *map(str, flags)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", "launch.serve", *map(str, flags)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def status_of(url, headers=None, data=None):
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, data=data, headers=headers or {}), timeout=60) as response:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, data=data, headers=headers or {}), timeout=60
+        ) as response:
             return response.status
     except urllib.error.HTTPError as error:
         return error.code
@@ -51,7 +59,9 @@ def test_a_port_in_use_is_one_clear_line(checkpoint):
         port = taken.getsockname()[1]
         result = launch("--model_path", checkpoint, "--port", port)
     assert result.returncode == PORT_IN_USE
-    assert result.stderr.splitlines() == [f"launch.serve: cannot listen on 127.0.0.1:{port}: Address already in use. Choose another --port, or end who has it."]
+    assert result.stderr.splitlines() == [
+        f"launch.serve: cannot listen on 127.0.0.1:{port}: Address already in use. Choose another --port, or end who has it."
+    ]
 
 
 def test_a_port_in_use_is_told_by_start_server_too(checkpoint, tmp_path):
@@ -62,11 +72,17 @@ def test_a_port_in_use_is_told_by_start_server_too(checkpoint, tmp_path):
             start_server(checkpoint, tmp_path / "log", port=taken.getsockname()[1])
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--model_path", "/nowhere"], "cannot read /nowhere/config.json"),
-    (["--model_path", "MODEL", "--max_context", "100000"], "--max_context 100000 exceeds the model's 512 positions"),
-    (["--model_path", "MODEL", "--slots", "0"], "--slots must be at least 1, got 0"),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--model_path", "/nowhere"], "cannot read /nowhere/config.json"),
+        (
+            ["--model_path", "MODEL", "--max_context", "100000"],
+            "--max_context 100000 exceeds the model's 512 positions",
+        ),
+        (["--model_path", "MODEL", "--slots", "0"], "--slots must be at least 1, got 0"),
+    ],
+)
 def test_a_wrong_command_line_is_one_clear_line(checkpoint, flags, words):
     result = launch("--port", 0, *(str(checkpoint) if flag == "MODEL" else flag for flag in flags))
     assert result.returncode == 1
@@ -76,20 +92,34 @@ def test_a_wrong_command_line_is_one_clear_line(checkpoint, flags, words):
 def test_a_server_that_cannot_start_shows_the_end_of_its_log(checkpoint, tmp_path):
     broken = make_checkpoint(tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"x" * 100)
-    with pytest.raises(EngineError, match="(?s)ended with status 1 before it was ready.*scheduler ended"):
+    with pytest.raises(
+        EngineError, match="(?s)ended with status 1 before it was ready.*scheduler ended"
+    ):
         serve(broken, tmp_path / "log")
 
 
 def test_a_key_guards_everything_but_health_and_the_server_ends_on_demand(checkpoint, tmp_path):
-    with serve(checkpoint, tmp_path / "log", "--api_key", "secret", "--skip_tokenizer_init") as server:
+    with serve(
+        checkpoint, tmp_path / "log", "--api_key", "secret", "--skip_tokenizer_init"
+    ) as server:
         assert status_of(server.url + "/health") == 200
         assert status_of(server.url + "/model_info") == 401
         assert status_of(server.url + "/model_info", {"Authorization": "Bearer wrong"}) == 401
         assert status_of(server.url + "/model_info", {"Authorization": "Bearer secret"}) == 200
-        with urllib.request.urlopen(urllib.request.Request(server.url + "/server_info", headers={"Authorization": "Bearer secret"}), timeout=60) as response:
+        with urllib.request.urlopen(
+            urllib.request.Request(
+                server.url + "/server_info", headers={"Authorization": "Bearer secret"}
+            ),
+            timeout=60,
+        ) as response:
             assert b"secret" not in response.read()
-        for body in (b'{"text": "a"}', b'{"input_ids": [1], "sampling_params": {"stop": "a"}}'):  # there is no tokenizer
-            assert status_of(server.url + "/generate", {"Authorization": "Bearer secret"}, body) == 400
+        for body in (
+            b'{"text": "a"}',
+            b'{"input_ids": [1], "sampling_params": {"stop": "a"}}',
+        ):  # there is no tokenizer
+            assert (
+                status_of(server.url + "/generate", {"Authorization": "Bearer secret"}, body) == 400
+            )
         server.stop()
         assert server.process.returncode == 0 and not server.alive()
 
@@ -102,7 +132,9 @@ server = serve({str(checkpoint)!r}, {str(tmp_path / "log")!r})
 print(server.process.pid, flush=True)
 time.sleep(600)
 """
-    parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     try:
         server = int(parent.stdout.readline())
     finally:
@@ -130,7 +162,11 @@ def test_a_server_that_was_stopped_for_good_is_not_started_again(tmp_path):
 
 def test_a_restart_that_does_not_answer_is_an_error_with_the_log(tmp_path):
     (tmp_path / "log").write_text("out of memory")
-    start = lambda: subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"], start_new_session=True)
+    start = lambda: subprocess.Popen(
+        [sys.executable, "-c", "raise SystemExit(7)"], start_new_session=True
+    )
     server = ServerProcess("http://127.0.0.1:9", start(), tmp_path / "log", start)
-    with pytest.raises(EngineError, match="(?s)ended with status 7 when it was started again.*out of memory"):
+    with pytest.raises(
+        EngineError, match="(?s)ended with status 7 when it was started again.*out of memory"
+    ):
         server.restart(60)

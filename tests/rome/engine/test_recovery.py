@@ -40,25 +40,49 @@ async def until_running(engine):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
-def test_requests_of_an_engine_that_is_killed_or_stopped_finish_elsewhere_and_it_comes_back_proven(start, tmp_path, number):
+def test_requests_of_an_engine_that_is_killed_or_stopped_finish_elsewhere_and_it_comes_back_proven(
+    start, tmp_path, number
+):
     with serve(start, tmp_path / "a.log") as a, serve(start, tmp_path / "b.log") as b:
+
         async def run():
-            pool = EnginePool([Engine(server.url, dead_after_s=0.5) for server in (a, b)], restart={a.url: a.restart, b.url: b.restart})
+            pool = EnginePool(
+                [Engine(server.url, dead_after_s=0.5) for server in (a, b)],
+                restart={a.url: a.restart, b.url: b.restart},
+            )
             async with pool:
                 params = make_params(4)
                 supervisor = asyncio.create_task(supervise(pool, interval_s=0.3, probe_s=3.0))
-                await publish_weights(write_checkpoint(params, make_config(), tmp_path / "weights", 7), 7, pool, PROBE, expected(params))
-                tasks = [asyncio.ensure_future(pool.generate(PROBE, Sampling(400, seed=i), 120)) for i in range(16)]
+                await publish_weights(
+                    write_checkpoint(params, make_config(), tmp_path / "weights", 7),
+                    7,
+                    pool,
+                    PROBE,
+                    expected(params),
+                )
+                tasks = [
+                    asyncio.ensure_future(pool.generate(PROBE, Sampling(400, seed=i), 120))
+                    for i in range(16)
+                ]
                 await until_running(pool.engines[0])
                 first = a.process.pid
                 os.kill(first, number)
                 completions = await asyncio.gather(*tasks)
                 assert {len(completion.output_ids) for completion in completions} == {400}
-                assert {version for completion in completions for version, _, _ in completion.versions} == {7}
+                assert {
+                    version for completion in completions for version, _, _ in completion.versions
+                } == {7}
                 ids = (PROBE + completions[0].output_ids)[:128]
-                np.testing.assert_allclose(completions[0].logprobs[:128 - len(PROBE)], Oracle(make_config(), params).logprobs(ids)[len(PROBE) - 1:], atol=1e-4)
+                np.testing.assert_allclose(
+                    completions[0].logprobs[: 128 - len(PROBE)],
+                    Oracle(make_config(), params).logprobs(ids)[len(PROBE) - 1 :],
+                    atol=1e-4,
+                )
                 await until(lambda: pool.states[a.url] == "ready")
-                assert a.process.pid != first and (await pool.engines[0].model_info())["weight_version"] == "7"
+                assert (
+                    a.process.pid != first
+                    and (await pool.engines[0].model_info())["weight_version"] == "7"
+                )
                 again = await pool.engines[0].generate(PROBE, Sampling(400, seed=0), 60)
                 assert again.output_ids == completions[0].output_ids
                 supervisor.cancel()
@@ -68,10 +92,15 @@ def test_requests_of_an_engine_that_is_killed_or_stopped_finish_elsewhere_and_it
 
 
 @pytest.mark.slow
-def test_a_lone_engine_that_is_killed_during_a_publication_is_started_again_and_the_run_goes_on(start, tmp_path):
+def test_a_lone_engine_that_is_killed_during_a_publication_is_started_again_and_the_run_goes_on(
+    start, tmp_path
+):
     with serve(start, tmp_path / "a.log") as server:
+
         async def run():
-            async with EnginePool([Engine(server.url, dead_after_s=0.5)], restart={server.url: server.restart}) as pool:
+            async with EnginePool(
+                [Engine(server.url, dead_after_s=0.5)], restart={server.url: server.restart}
+            ) as pool:
                 supervisor = asyncio.create_task(supervise(pool, interval_s=0.3))
                 await asyncio.sleep(0)
                 params = make_params(5)
@@ -86,9 +115,12 @@ def test_a_lone_engine_that_is_killed_during_a_publication_is_started_again_and_
         asyncio.run(asyncio.wait_for(run(), 240))
 
 
-def test_the_embedded_engine_lends_its_memory_and_samples_again_only_from_new_weights(start, tmp_path):
+def test_the_embedded_engine_lends_its_memory_and_samples_again_only_from_new_weights(
+    start, tmp_path
+):
     params = make_params(6)
     with serve(start, tmp_path / "a.log") as server:
+
         async def run():
             async with EnginePool([Engine(server.url)]) as pool, supervised(pool):
                 engine = pool.engines[0]
@@ -100,16 +132,28 @@ def test_the_embedded_engine_lends_its_memory_and_samples_again_only_from_new_we
                     await engine.release_memory()
                 await pool.lend(1)
                 empty = figures(await engine.server_info())
-                assert empty["released"] == ["kv_cache", "weights"] and empty["device_bytes"] == 0 < full
-                for act, words in ((engine.resume(), "cannot continue: .*resume_memory_occupation"), (engine.checksum(), "is released"),
-                                   (engine.update_weights(str(start), 9), "call /resume_memory_occupation first")):
+                assert (
+                    empty["released"] == ["kv_cache", "weights"]
+                    and empty["device_bytes"] == 0 < full
+                )
+                for act, words in (
+                    (engine.resume(), "cannot continue: .*resume_memory_occupation"),
+                    (engine.checksum(), "is released"),
+                    (engine.update_weights(str(start), 9), "call /resume_memory_occupation first"),
+                ):
                     with pytest.raises(EngineError, match=words):
                         await act
                 assert await engine.health() == "well"
                 await pool.take_back()
                 with pytest.raises(EngineError, match="load them by /update_weights_from_disk"):
                     await engine.resume()
-                await publish_weights(write_checkpoint(params, make_config(), tmp_path / "weights", 2), 2, pool, PROBE, expected(params))
+                await publish_weights(
+                    write_checkpoint(params, make_config(), tmp_path / "weights", 2),
+                    2,
+                    pool,
+                    PROBE,
+                    expected(params),
+                )
                 completion = await task
                 assert completion.versions[-1][0] == 2 and len(completion.output_ids) == 300
                 assert figures(await engine.server_info())["device_bytes"] == full
@@ -118,6 +162,12 @@ def test_the_embedded_engine_lends_its_memory_and_samples_again_only_from_new_we
                 await engine.resume_memory()
                 await engine.resume()  # the weights were not given away
                 after = await pool.generate(PROBE, Sampling(10, seed=2), 60)
-                np.testing.assert_allclose(after.logprobs, Oracle(make_config(), params).logprobs(PROBE + after.output_ids)[len(PROBE) - 1:], atol=1e-4)
+                np.testing.assert_allclose(
+                    after.logprobs,
+                    Oracle(make_config(), params).logprobs(PROBE + after.output_ids)[
+                        len(PROBE) - 1 :
+                    ],
+                    atol=1e-4,
+                )
 
         asyncio.run(asyncio.wait_for(run(), 120))

@@ -52,16 +52,32 @@ def assert_by_one_version_each(completion, prompt, value_of=lambda version: vers
         for place in range(start, end):
             value, token = value_of(version), completion.output_ids[place]
             assert token == value % 1000 + len(prompt) + place
-            assert completion.logprobs[place] == logprobs_of(value, (prompt + completion.output_ids)[:len(prompt) + place + 1])[-1]
+            assert (
+                completion.logprobs[place]
+                == logprobs_of(value, (prompt + completion.output_ids)[: len(prompt) + place + 1])[
+                    -1
+                ]
+            )
 
 
-@pytest.mark.parametrize("version, mode", [
-    ("0.5.9", "abort"), ("0.5.15", "retract"), ("0.5.23", "retract"), ("0.5.23", "in_place"), ("0.5.9", "in_place"),
-])
-def test_an_update_amid_requests_labels_every_token_whatever_the_version_and_mode(tmp_path, version, mode):
+@pytest.mark.parametrize(
+    "version, mode",
+    [
+        ("0.5.9", "abort"),
+        ("0.5.15", "retract"),
+        ("0.5.23", "retract"),
+        ("0.5.23", "in_place"),
+        ("0.5.9", "in_place"),
+    ],
+)
+def test_an_update_amid_requests_labels_every_token_whatever_the_version_and_mode(
+    tmp_path, version, mode
+):
     """Traps 1, 2 and 3: an update that waits for running requests, the crash by retract, the refusal amid frozen requests; and versions that do not
     tell which token is by which weights."""
-    server = FakeSGLang(version, ("retract_crashes",) if version == "0.5.15" else ("in_place_flush",))
+    server = FakeSGLang(
+        version, ("retract_crashes",) if version == "0.5.15" else ("in_place_flush",)
+    )
 
     async def conversation():
         async with fakes(server) as engines:
@@ -71,7 +87,9 @@ def test_an_update_amid_requests_labels_every_token_whatever_the_version_and_mod
             published = await bring(pool, tmp_path, 4, value=44, mode=mode)
             assert published.engines == 1 and published.failed == ()
             completion = await task
-            assert [version for version, _, _ in completion.versions] == [0, 4] and len(completion.output_ids) == 60
+            assert [version for version, _, _ in completion.versions] == [0, 4] and len(
+                completion.output_ids
+            ) == 60
             assert_by_one_version_each(completion, PROMPT, {0: 1, 4: 44}.get)
 
     run(conversation())
@@ -82,7 +100,9 @@ def test_an_update_amid_requests_labels_every_token_whatever_the_version_and_mod
 
 @pytest.mark.parametrize("mode", ["in_place", "retract"])
 @pytest.mark.parametrize("proven", [True, False])
-def test_what_frozen_requests_sample_before_the_proof_counts_only_if_the_proof_succeeds(tmp_path, mode, proven):
+def test_what_frozen_requests_sample_before_the_proof_counts_only_if_the_proof_succeeds(
+    tmp_path, mode, proven
+):
     """They go on as soon as the server does, and the probe needs a running server: such a request may end before the proof."""
     server, other = FakeSGLang(traps=("slow_probe",)), FakeSGLang()
 
@@ -100,24 +120,40 @@ def test_what_frozen_requests_sample_before_the_proof_counts_only_if_the_proof_s
             assert_by_one_version_each(completion, PROMPT)
             assert pool.states[server.url] == ("ready" if proven else "suspect")
             assert proven or "probe logprobs differ" in pool.causes[server.url]
-            moved = any(body["sampling_params"]["max_new_tokens"] > 1 for route, body in other.bodies if route == "/generate")
+            moved = any(
+                body["sampling_params"]["max_new_tokens"] > 1
+                for route, body in other.bodies
+                if route == "/generate"
+            )
             assert moved != proven
 
     run(conversation())
 
 
-@pytest.mark.parametrize("trap, cause", [("update_half", "answered 400: size mismatch"), ("update_says_yes", "probe logprobs differ")])
-def test_an_engine_whose_update_is_not_proven_is_left_alone_while_another_one_goes_on(tmp_path, trap, cause):
+@pytest.mark.parametrize(
+    "trap, cause",
+    [("update_half", "answered 400: size mismatch"), ("update_says_yes", "probe logprobs differ")],
+)
+def test_an_engine_whose_update_is_not_proven_is_left_alone_while_another_one_goes_on(
+    tmp_path, trap, cause
+):
     """Traps 4 and 5: a failed update does not roll back, and one that says success may have kept the old weights."""
     bad, good = FakeSGLang(traps=(trap,)), FakeSGLang()
 
     async def conversation():
         async with fakes(bad, good) as engines:
             pool = EnginePool(engines)
-            tasks = [asyncio.ensure_future(pool.generate(PROMPT, Sampling(40), 30)) for _ in range(6)]
+            tasks = [
+                asyncio.ensure_future(pool.generate(PROMPT, Sampling(40), 30)) for _ in range(6)
+            ]
             await until(lambda: bad.running and good.running)
             published = await bring(pool, tmp_path, 7)
-            assert published.engines == 1 and len(published.failed) == 1 and cause in published.failed[0] and bad.url in published.failed[0]
+            assert (
+                published.engines == 1
+                and len(published.failed) == 1
+                and cause in published.failed[0]
+                and bad.url in published.failed[0]
+            )
             assert pool.states == {bad.url: "suspect", good.url: "ready"}
             for completion in await asyncio.gather(*tasks):
                 assert len(completion.output_ids) == 40
@@ -137,15 +173,21 @@ def test_an_engine_whose_update_is_not_proven_is_left_alone_while_another_one_go
 
 def test_with_no_proven_engine_left_a_publication_fails_with_every_cause(tmp_path):
     async def conversation():
-        async with fakes(FakeSGLang(traps=("update_half",)), FakeSGLang(traps=("update_says_yes",))) as engines:
-            with pytest.raises(EngineError, match="(?s)no engine is left: .*size mismatch.*probe logprobs differ"):
+        async with fakes(
+            FakeSGLang(traps=("update_half",)), FakeSGLang(traps=("update_says_yes",))
+        ) as engines:
+            with pytest.raises(
+                EngineError, match="(?s)no engine is left: .*size mismatch.*probe logprobs differ"
+            ):
                 await bring(EnginePool(engines), tmp_path, 7)
 
     run(conversation())
 
 
 @pytest.mark.parametrize("salted", [True, False])
-def test_a_prefix_that_old_weights_computed_is_not_found_even_if_the_cache_was_not_flushed(tmp_path, monkeypatch, salted):
+def test_a_prefix_that_old_weights_computed_is_not_found_even_if_the_cache_was_not_flushed(
+    tmp_path, monkeypatch, salted
+):
     """Trap 8. The second half shows that the first one can fail: without the salt the stale prefix is hit."""
     server = FakeSGLang(traps=("flush_lies",))
     if not salted:
@@ -172,7 +214,9 @@ def test_several_tokenizer_workers_are_refused_by_name(tmp_path):
 
     async def conversation():
         async with fakes(FakeSGLang(tokenizer_worker_num=4)) as engines:
-            with pytest.raises(EngineError, match="runs 4 tokenizer workers.*--tokenizer-worker-num 1"):
+            with pytest.raises(
+                EngineError, match="runs 4 tokenizer workers.*--tokenizer-worker-num 1"
+            ):
                 await bring(EnginePool(engines), tmp_path, 1)
 
     run(conversation())
@@ -192,8 +236,12 @@ def test_back_pressure_and_slow_health_are_not_death(tmp_path):
                 assert pool.states[server.url] == "ready"
             server.traps = {"busy_health"}
             async with supervised(pool, interval_s=3.0):
-                completions = await asyncio.gather(*(pool.generate(PROMPT, Sampling(2), 30) for _ in range(4)))
-                assert {len(completion.output_ids) for completion in completions} == {2} and pool.states[server.url] == "ready"
+                completions = await asyncio.gather(
+                    *(pool.generate(PROMPT, Sampling(2), 30) for _ in range(4))
+                )
+                assert {len(completion.output_ids) for completion in completions} == {
+                    2
+                } and pool.states[server.url] == "ready"
                 assert probes() > 2
 
     run(conversation())
@@ -216,7 +264,9 @@ def test_an_engine_that_is_busy_for_ever_is_left_and_taken_back(tmp_path):
     run(conversation())
 
 
-def test_rids_are_unique_hexadecimal_numbers_of_one_length_so_that_no_prefix_matches_another(tmp_path):
+def test_rids_are_unique_hexadecimal_numbers_of_one_length_so_that_no_prefix_matches_another(
+    tmp_path,
+):
     server = FakeSGLang()
 
     async def conversation():
@@ -225,7 +275,11 @@ def test_rids_are_unique_hexadecimal_numbers_of_one_length_so_that_no_prefix_mat
 
     run(conversation())
     rids = [body["rid"] for route, body in server.bodies if route == "/generate"]
-    assert len(set(rids)) == 20 and {len(rid) for rid in rids} == {32} and all(int(rid, 16) >= 0 for rid in rids)
+    assert (
+        len(set(rids)) == 20
+        and {len(rid) for rid in rids} == {32}
+        and all(int(rid, 16) >= 0 for rid in rids)
+    )
 
 
 @pytest.mark.parametrize("version", ["0.5.8", "0.4.10.post2", "", "main"])
@@ -234,14 +288,27 @@ def test_a_server_that_is_too_old_or_unknown_is_refused_by_name(tmp_path, versio
 
     async def conversation():
         async with fakes(server) as engines:
-            with pytest.raises(EngineError, match=f"{server.url} runs SGLang {version or 'of unknown version'}; weight updates need 0.5.9 or newer"):
+            with pytest.raises(
+                EngineError,
+                match=f"{server.url} runs SGLang {version or 'of unknown version'}; weight updates need 0.5.9 or newer",
+            ):
                 await bring(EnginePool(engines), tmp_path, 1)
 
     run(conversation())
     assert {route for route, _ in server.bodies} == {"/server_info"}  # nothing was changed there
 
 
-@pytest.mark.parametrize("version, spans", [("0.5.9", False), ("0.5.15", False), ("0.5.23", True), ("0.5.24.dev1+g12", True), ("0.6.0", True), ("1.0.0", True)])
+@pytest.mark.parametrize(
+    "version, spans",
+    [
+        ("0.5.9", False),
+        ("0.5.15", False),
+        ("0.5.23", True),
+        ("0.5.24.dev1+g12", True),
+        ("0.6.0", True),
+        ("1.0.0", True),
+    ],
+)
 def test_dialects(version, spans):
     assert dialect_of("http://a", version).spans is spans
 
@@ -249,7 +316,9 @@ def test_dialects(version, spans):
 # -- the pool's states -----------------------------------------------------------------------------------------------------------
 
 
-def test_an_engine_that_hangs_is_noticed_and_its_requests_go_on_elsewhere_from_what_they_had(tmp_path):
+def test_an_engine_that_hangs_is_noticed_and_its_requests_go_on_elsewhere_from_what_they_had(
+    tmp_path,
+):
     hanging, good = FakeSGLang(), FakeSGLang()
 
     async def conversation():
@@ -257,7 +326,10 @@ def test_an_engine_that_hangs_is_noticed_and_its_requests_go_on_elsewhere_from_w
             pool = EnginePool(engines)
             await bring(pool, tmp_path, 3)
             async with supervised(pool, probe_s=0.5):
-                tasks = [asyncio.ensure_future(pool.generate(PROMPT, Sampling(100), 30)) for _ in range(4)]
+                tasks = [
+                    asyncio.ensure_future(pool.generate(PROMPT, Sampling(100), 30))
+                    for _ in range(4)
+                ]
                 await until(lambda: hanging.running and good.running)
                 for request in hanging.running.values():  # frozen, as by SIGSTOP
                     request["finish"] = None
@@ -266,7 +338,10 @@ def test_an_engine_that_hangs_is_noticed_and_its_requests_go_on_elsewhere_from_w
                 for completion in await asyncio.gather(*tasks):
                     assert len(completion.output_ids) == 100
                     assert_by_one_version_each(completion, PROMPT)
-                assert pool.states[hanging.url] in ("suspect", "starting") and "did not answer its health probe within 0.5 s" in pool.causes[hanging.url]
+                assert (
+                    pool.states[hanging.url] in ("suspect", "starting")
+                    and "did not answer its health probe within 0.5 s" in pool.causes[hanging.url]
+                )
                 hanging.traps.clear()
                 await until(lambda: pool.states[hanging.url] == "ready")
 
@@ -285,15 +360,26 @@ def test_a_partial_answer_of_one_engine_is_gone_on_with_by_another_one(tmp_path)
             bad.traps.add("update_half")
             await bring(pool, tmp_path, 9)
             completion = await task
-            assert [version for version, _, _ in completion.versions] == [0, 9] and completion.versions[0][2] > 5
+            assert [version for version, _, _ in completion.versions] == [
+                0,
+                9,
+            ] and completion.versions[0][2] > 5
             assert_by_one_version_each(completion, PROMPT)
-            second = [body for route, body in good.bodies if route == "/generate" and body["sampling_params"]["max_new_tokens"] > 1][0]
-            assert second["input_ids"] == PROMPT + completion.output_ids[:completion.versions[0][2]]
+            second = [
+                body
+                for route, body in good.bodies
+                if route == "/generate" and body["sampling_params"]["max_new_tokens"] > 1
+            ][0]
+            assert (
+                second["input_ids"] == PROMPT + completion.output_ids[: completion.versions[0][2]]
+            )
 
     run(conversation())
 
 
-def test_an_engine_that_was_started_anew_unseen_is_found_out_by_its_versions_and_brought_back(tmp_path):
+def test_an_engine_that_was_started_anew_unseen_is_found_out_by_its_versions_and_brought_back(
+    tmp_path,
+):
     """Between two health probes: its answers carry weights that were not proven there, and none of them is used."""
     server, other = FakeSGLang(), FakeSGLang()
 
@@ -303,9 +389,15 @@ def test_an_engine_that_was_started_anew_unseen_is_found_out_by_its_versions_and
             await bring(pool, tmp_path, 5)
             await server.crash()
             await server.start()
-            completions = await asyncio.gather(*(pool.generate(PROMPT, Sampling(3), 30) for _ in range(6)))
+            completions = await asyncio.gather(
+                *(pool.generate(PROMPT, Sampling(3), 30) for _ in range(6))
+            )
             assert {completion.versions[0][0] for completion in completions} == {5}
-            assert pool.states[server.url] == "suspect" and "answered with weights 'default'; proven there were 5" in pool.causes[server.url]
+            assert (
+                pool.states[server.url] == "suspect"
+                and "answered with weights 'default'; proven there were 5"
+                in pool.causes[server.url]
+            )
             async with supervised(pool):
                 await until(lambda: pool.states[server.url] == "ready")
             assert server.weight_version == "5"
@@ -328,13 +420,19 @@ def test_a_late_joiner_serves_only_when_it_has_the_current_weights(tmp_path):
             async with supervised(pool):
                 await until(lambda: pool.states[late.url] == "ready")
             assert late.weight_version == "5"
-            completions = await asyncio.gather(*(pool.generate(PROMPT, Sampling(2), 30) for _ in range(4)))
-            assert {completion.versions[0][0] for completion in completions} == {5} and "/generate" in dict(late.bodies)
+            completions = await asyncio.gather(
+                *(pool.generate(PROMPT, Sampling(2), 30) for _ in range(4))
+            )
+            assert {completion.versions[0][0] for completion in completions} == {
+                5
+            } and "/generate" in dict(late.bodies)
 
     run(conversation())
 
 
-def test_a_url_engine_that_died_is_taken_back_when_it_answers_again_and_requests_wait_for_it(tmp_path):
+def test_a_url_engine_that_died_is_taken_back_when_it_answers_again_and_requests_wait_for_it(
+    tmp_path,
+):
     server = FakeSGLang()
 
     async def conversation():
@@ -347,7 +445,9 @@ def test_a_url_engine_that_died_is_taken_back_when_it_answers_again_and_requests
                 await server.crash()
                 await until(lambda: pool.states[server.url] == "dead")
                 waiting = asyncio.ensure_future(pool.generate(PROMPT, Sampling(2), 30))
-                with pytest.raises(EngineError, match="no engine came back within 0 s: .*" + server.url):
+                with pytest.raises(
+                    EngineError, match="no engine came back within 0 s: .*" + server.url
+                ):
                     await pool.generate(PROMPT, Sampling(2), 0.1)
                 await server.start()
                 for completion in await asyncio.gather(task, waiting):
@@ -365,7 +465,9 @@ def test_a_straggler_does_not_stop_the_others(tmp_path, monkeypatch):
             pool = EnginePool(engines)
             hanging.traps.add("hangs")
             published = await bring(pool, tmp_path, 2)
-            assert published.engines == 1 and "did not take weights 2 in time" in published.failed[0]
+            assert (
+                published.engines == 1 and "did not take weights 2 in time" in published.failed[0]
+            )
             assert (await pool.generate(PROMPT, Sampling(2), 30)).versions == [(2, 0, 2)]
 
     run(conversation())
@@ -378,8 +480,12 @@ def test_a_slow_engine_gets_fewer_requests(tmp_path):
         async with fakes(slow, fast) as engines:
             pool = EnginePool(engines)
             slow.traps.add("hangs")
-            stuck = [asyncio.ensure_future(pool.generate(PROMPT, Sampling(1), 30)) for _ in range(4)]
-            await until(lambda: sum(pool.in_flight.values()) == 2)  # the fast one has answered its two
+            stuck = [
+                asyncio.ensure_future(pool.generate(PROMPT, Sampling(1), 30)) for _ in range(4)
+            ]
+            await until(
+                lambda: sum(pool.in_flight.values()) == 2
+            )  # the fast one has answered its two
             for _ in range(10):
                 await pool.generate(PROMPT, Sampling(1), 30)
             assert len([1 for route, _ in slow.bodies if route == "/generate"]) == 2
@@ -390,7 +496,9 @@ def test_a_slow_engine_gets_fewer_requests(tmp_path):
     run(conversation())
 
 
-def test_memory_is_lent_to_the_learner_and_nothing_is_sampled_before_weights_are_proven_again(tmp_path):
+def test_memory_is_lent_to_the_learner_and_nothing_is_sampled_before_weights_are_proven_again(
+    tmp_path,
+):
     servers = [FakeSGLang(), FakeSGLang()]
 
     async def conversation():
@@ -416,7 +524,9 @@ def test_memory_is_lent_to_the_learner_and_nothing_is_sampled_before_weights_are
     run(conversation())
 
 
-def test_what_an_engine_was_sampling_when_it_is_lent_goes_on_on_another_one_from_its_tokens(tmp_path):
+def test_what_an_engine_was_sampling_when_it_is_lent_goes_on_on_another_one_from_its_tokens(
+    tmp_path,
+):
     servers = [FakeSGLang(), FakeSGLang()]
 
     async def conversation():
@@ -424,10 +534,18 @@ def test_what_an_engine_was_sampling_when_it_is_lent_goes_on_on_another_one_from
             pool = EnginePool(engines)
             await bring(pool, tmp_path, 1)
             async with supervised(pool):
-                tasks = [asyncio.ensure_future(pool.generate(PROMPT, Sampling(30), 30, affinity=str(number))) for number in range(4)]
+                tasks = [
+                    asyncio.ensure_future(
+                        pool.generate(PROMPT, Sampling(30), 30, affinity=str(number))
+                    )
+                    for number in range(4)
+                ]
                 await until(lambda: servers[0].running and servers[1].running)
                 await pool.lend(1)
-                assert (pool.states[engines[0].url], pool.states[engines[1].url]) == ("ready", "lent")
+                assert (pool.states[engines[0].url], pool.states[engines[1].url]) == (
+                    "ready",
+                    "lent",
+                )
                 assert servers[1].released == {"weights", "kv_cache"} and not servers[0].released
                 for completion in await asyncio.gather(*tasks):
                     assert_by_one_version_each(completion, PROMPT)

@@ -8,15 +8,29 @@ from rome.evals.tasks import load_tasks
 from tests.envs.tasks.harbor.conftest import PASSES, write
 
 CONFIG = SandboxConfig(isolation="best_available")
-GUARDED = "#!/bin/bash\nif [ \"$(cat /app/out.txt)\" = hello ]; then echo 1 > /logs/verifier/reward.txt; else echo 0 > /logs/verifier/reward.txt; fi\n"
+GUARDED = '#!/bin/bash\nif [ "$(cat /app/out.txt)" = hello ]; then echo 1 > /logs/verifier/reward.txt; else echo 0 > /logs/verifier/reward.txt; fi\n'
 
 
 def write_task(folder, name, **files):
     """A task that is passed by writing hello into /app/out.txt; files by key replace or add, None leaves one out."""
-    plain = {"task_toml": ("task.toml", 'version = "1.0"\n[metadata]\ndifficulty = "easy"\ncategory = "files"\n'), "instruction": ("instruction.md", "Write hello into /app/out.txt.\n"),
-             "dockerfile": ("environment/Dockerfile", "FROM ubuntu:24.04\nWORKDIR /app\n"), "test": ("tests/test.sh", GUARDED),
-             "solve": ("solution/solve.sh", "echo hello > /app/out.txt\n")}
-    return write(folder / name, {path: files.get(key, content) for key, (path, content) in plain.items() if files.get(key, content) is not None})
+    plain = {
+        "task_toml": (
+            "task.toml",
+            'version = "1.0"\n[metadata]\ndifficulty = "easy"\ncategory = "files"\n',
+        ),
+        "instruction": ("instruction.md", "Write hello into /app/out.txt.\n"),
+        "dockerfile": ("environment/Dockerfile", "FROM ubuntu:24.04\nWORKDIR /app\n"),
+        "test": ("tests/test.sh", GUARDED),
+        "solve": ("solution/solve.sh", "echo hello > /app/out.txt\n"),
+    }
+    return write(
+        folder / name,
+        {
+            path: files.get(key, content)
+            for key, (path, content) in plain.items()
+            if files.get(key, content) is not None
+        },
+    )
 
 
 def terminal(count=4):

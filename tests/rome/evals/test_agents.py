@@ -27,8 +27,17 @@ def scripted(name):
 @pytest.fixture(scope="module")
 def played():
     """(agent, attempt, task) -> outcome, of a terminal family and two examples, one of them in two steps; side by side."""
-    tasks = [*load_tasks("terminal:git_merge"), *load_tasks("harbor/tidy-downloads"), *load_tasks("harbor/inventory-steps")]
-    jobs = [(name, attempt, task) for task in tasks for name, attempts in (("oracle", 1), ("noop", 1), ("cheat", len(CHEATS))) for attempt in range(attempts)]
+    tasks = [
+        *load_tasks("terminal:git_merge"),
+        *load_tasks("harbor/tidy-downloads"),
+        *load_tasks("harbor/inventory-steps"),
+    ]
+    jobs = [
+        (name, attempt, task)
+        for task in tasks
+        for name, attempts in (("oracle", 1), ("noop", 1), ("cheat", len(CHEATS)))
+        for attempt in range(attempts)
+    ]
 
     async def everything():
         gate = asyncio.Semaphore(4)
@@ -39,17 +48,31 @@ def played():
 
         return await asyncio.gather(*(one(*job) for job in jobs))
 
-    return {(name, attempt, task.name): outcome for (name, attempt, task), outcome in zip(jobs, asyncio.run(everything()))}
+    return {
+        (name, attempt, task.name): outcome
+        for (name, attempt, task), outcome in zip(jobs, asyncio.run(everything()))
+    }
 
 
-@pytest.mark.parametrize("agent, reward, ending", [("oracle", 1.0, "success"), ("noop", 0.0, "failure"), ("cheat", 0.0, "failure")])
+@pytest.mark.parametrize(
+    "agent, reward, ending",
+    [("oracle", 1.0, "success"), ("noop", 0.0, "failure"), ("cheat", 0.0, "failure")],
+)
 def test_what_each_scripted_agent_earns(played, agent, reward, ending):
-    found = {key: (outcome.reward, outcome.ending) for key, outcome in played.items() if key[0] == agent}
-    assert len(found) == (12 if agent == "cheat" else 3) and set(found.values()) == {(reward, ending)}, found
+    found = {
+        key: (outcome.reward, outcome.ending) for key, outcome in played.items() if key[0] == agent
+    }
+    assert len(found) == (12 if agent == "cheat" else 3) and set(found.values()) == {
+        (reward, ending)
+    }, found
 
 
 def test_every_trick_is_played_and_named(played):
-    notes = {outcome.note for (agent, _, task), outcome in played.items() if agent == "cheat" and task == "tidy-downloads"}
+    notes = {
+        outcome.note
+        for (agent, _, task), outcome in played.items()
+        if agent == "cheat" and task == "tidy-downloads"
+    }
     assert {note.split(";")[0] for note in notes} == {f"trick: {name}" for name in CHEATS}
 
 
@@ -60,19 +83,33 @@ def test_a_policy_plays_a_task_folder_and_its_tokens_are_counted(tmp_path):
     outcome = play(Policy(engine, CHAT, LIMITS, CONFIG), task)
     assert (outcome.reward, outcome.ending, outcome.turns) == (1.0, "success", 2)
     asked = engine.requests[-1][0]
-    assert sum(outcome.tokens.values()) == len(asked) + len(CHAT.turn("done")) and outcome.tokens["completion"] == sum(len(CHAT.turn(turn)) for turn in engine.turns)
+    assert sum(outcome.tokens.values()) == len(asked) + len(CHAT.turn("done")) and outcome.tokens[
+        "completion"
+    ] == sum(len(CHAT.turn(turn)) for turn in engine.turns)
 
 
 def test_a_dead_engine_spoils_the_attempt(tmp_path):
     write_task(tmp_path, "task")
-    outcome = play(Policy(ScriptedEngine([], error=EngineError("nobody there")), CHAT, LIMITS, CONFIG), *load_tasks(str(tmp_path)))
+    outcome = play(
+        Policy(ScriptedEngine([], error=EngineError("nobody there")), CHAT, LIMITS, CONFIG),
+        *load_tasks(str(tmp_path)),
+    )
     assert (outcome.reward, outcome.ending, outcome.note) == (None, "infra_engine", "nobody there")
 
 
 def test_what_the_backend_cannot_build_is_no_ones_failure_and_names_its_file(tmp_path):
-    write_task(tmp_path, "task", dockerfile="FROM ubuntu:24.04\nFROM scratch\nWORKDIR /app\nHEALTHCHECK CMD true\nVOLUME /x\nRUN apt-get install -y cowsay\n")
+    write_task(
+        tmp_path,
+        "task",
+        dockerfile="FROM ubuntu:24.04\nFROM scratch\nWORKDIR /app\nHEALTHCHECK CMD true\nVOLUME /x\nRUN apt-get install -y cowsay\n",
+    )
     outcome = play(scripted("noop"), *load_tasks(str(tmp_path)))
-    assert outcome.reward is None and outcome.ending == "infra_sandbox" and outcome.permanent and "Dockerfile" in outcome.note
+    assert (
+        outcome.reward is None
+        and outcome.ending == "infra_sandbox"
+        and outcome.permanent
+        and "Dockerfile" in outcome.note
+    )
 
 
 def test_a_build_step_that_fails_may_be_tried_again(tmp_path):
@@ -90,4 +127,8 @@ def test_a_task_without_a_reference_solution_gives_the_oracle_no_reward(tmp_path
 def test_a_wrong_reference_solution_is_a_failure_that_says_why(tmp_path):
     write_task(tmp_path, "task", solve="echo wrong > /app/out.txt\necho oops >&2\nexit 7\n")
     outcome = play(scripted("oracle"), *load_tasks(str(tmp_path)))
-    assert (outcome.reward, outcome.ending) == (0.0, "failure") and "exit 7" in outcome.note and "oops" in outcome.note
+    assert (
+        (outcome.reward, outcome.ending) == (0.0, "failure")
+        and "exit 7" in outcome.note
+        and "oops" in outcome.note
+    )

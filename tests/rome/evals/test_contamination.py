@@ -15,8 +15,14 @@ TEXT = "Sort the fourteen lines of the café's ledger by date, drop each duplica
 
 @pytest.fixture
 def tasks(tmp_path):
-    write_task(tmp_path / "tasks", "ledger", instruction=f"<!-- harbor-canary GUID {GUID} -->\n{TEXT}\n")
-    write_task(tmp_path / "tasks", "other", instruction="Count the words of every book on the long wooden shelf and tell me only the largest number.\n")
+    write_task(
+        tmp_path / "tasks", "ledger", instruction=f"<!-- harbor-canary GUID {GUID} -->\n{TEXT}\n"
+    )
+    write_task(
+        tmp_path / "tasks",
+        "other",
+        instruction="Count the words of every book on the long wooden shelf and tell me only the largest number.\n",
+    )
     write_task(tmp_path / "tasks", "short", instruction="Say hello.\n")
     return load_tasks(str(tmp_path / "tasks"))
 
@@ -26,28 +32,53 @@ def search(tmp_path, tasks, **files):
     return find_contamination(tasks, tmp_path / "corpus")
 
 
-@pytest.mark.parametrize("layout", [TEXT, TEXT.upper(), TEXT.replace(" ", "\n> * "), "x " * 50 + TEXT.replace("é", "e\u0301") + " y" * 50, TEXT.replace("file", "ﬁle")])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        TEXT,
+        TEXT.upper(),
+        TEXT.replace(" ", "\n> * "),
+        "x " * 50 + TEXT.replace("é", "e\u0301") + " y" * 50,
+        TEXT.replace("file", "ﬁle"),
+    ],
+)
 def test_an_instruction_is_found_in_any_layout(tmp_path, tasks, layout):
-    found = search(tmp_path, tasks, a_txt="nothing here\n", b_md=f"first line\n{layout}\nlast line\n")
+    found = search(
+        tmp_path, tasks, a_txt="nothing here\n", b_md=f"first line\n{layout}\nlast line\n"
+    )
     assert [(hit["task"], hit["share"]) for hit in found["hits"]] == [("ledger", 1.0)]
     assert found["hits"][0]["places"][0]["file"] == "b.md" and found["unchecked"] == ["short"]
 
 
 def test_a_part_counts_for_its_share_and_fewer_than_13_words_for_nothing(tmp_path, tasks):
     words = words_of(TEXT)
-    assert search(tmp_path, tasks, a_txt=" ".join(words[:N - 1]))["hits"] == []
-    (hit,) = search(tmp_path, tasks, a_txt="\n" + " ".join(words[:N + 1]))["hits"]
-    assert hit["ngrams"] == 2 and hit["share"] == pytest.approx(2 / (len(words) - N + 1), abs=1e-4) and hit["places"][0]["line"] == 2
+    assert search(tmp_path, tasks, a_txt=" ".join(words[: N - 1]))["hits"] == []
+    (hit,) = search(tmp_path, tasks, a_txt="\n" + " ".join(words[: N + 1]))["hits"]
+    assert (
+        hit["ngrams"] == 2
+        and hit["share"] == pytest.approx(2 / (len(words) - N + 1), abs=1e-4)
+        and hit["places"][0]["line"] == 2
+    )
 
 
 def test_a_canary_is_found_though_the_agent_never_sees_it(tmp_path, tasks):
     assert GUID not in tasks[0].instruction
     (hit,) = search(tmp_path, tasks, a_txt=f"one\ntwo {GUID.upper()}\n")["hits"]
-    assert (hit["task"], hit["canaries"], hit["share"], hit["places"][0]["line"]) == ("ledger", [GUID], 0.0, 2)
+    assert (hit["task"], hit["canaries"], hit["share"], hit["places"][0]["line"]) == (
+        "ledger",
+        [GUID],
+        0.0,
+        2,
+    )
 
 
 def test_a_clean_corpus_and_one_of_bytes_have_no_hit_and_an_empty_one_is_refused(tmp_path, tasks):
-    assert search(tmp_path, tasks, a_txt="the quick brown fox " * 100, b_bin=bytes(range(256)) * 20)["hits"] == []
+    assert (
+        search(tmp_path, tasks, a_txt="the quick brown fox " * 100, b_bin=bytes(range(256)) * 20)[
+            "hits"
+        ]
+        == []
+    )
     (tmp_path / "empty").mkdir()
     for place in ("empty", "nowhere"):
         with pytest.raises(ValueError, match=place):

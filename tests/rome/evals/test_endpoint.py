@@ -18,14 +18,40 @@ KEY = "sk-very-secret"
 
 
 def says(text=None, *commands, reason="stop", arguments=None):
-    calls = [{"id": f"c{number}", "type": "function", "function": {"name": "bash", "arguments": arguments or json.dumps({"command": command})}}
-             for number, command in enumerate(commands)]
-    return web.json_response({"choices": [{"finish_reason": reason, "message": {"role": "assistant", "content": text, **({"tool_calls": calls} if calls else {})}}],
-                              "usage": {"prompt_tokens": 10, "completion_tokens": 3}})
+    calls = [
+        {
+            "id": f"c{number}",
+            "type": "function",
+            "function": {
+                "name": "bash",
+                "arguments": arguments or json.dumps({"command": command}),
+            },
+        }
+        for number, command in enumerate(commands)
+    ]
+    return web.json_response(
+        {
+            "choices": [
+                {
+                    "finish_reason": reason,
+                    "message": {
+                        "role": "assistant",
+                        "content": text,
+                        **({"tool_calls": calls} if calls else {}),
+                    },
+                }
+            ],
+            "usage": {"prompt_tokens": 10, "completion_tokens": 3},
+        }
+    )
 
 
 def fails(status, text="", **headers):
-    return web.Response(status=status, text=text, headers={name.replace("_", "-"): value for name, value in headers.items()})
+    return web.Response(
+        status=status,
+        text=text,
+        headers={name.replace("_", "-"): value for name, value in headers.items()},
+    )
 
 
 class Answers:
@@ -57,7 +83,12 @@ def play(task, answers, **options):
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         port = runner.addresses[0][1]
-        agent = Endpoint(f"http://127.0.0.1:{port}/v1/", "m", CONFIG, **{"api_key": KEY, "first_wait_s": 0.01, **options})
+        agent = Endpoint(
+            f"http://127.0.0.1:{port}/v1/",
+            "m",
+            CONFIG,
+            **{"api_key": KEY, "first_wait_s": 0.01, **options},
+        )
         try:
             return await agent.play(task, 0, seed=5)
         finally:
@@ -70,10 +101,23 @@ def play(task, answers, **options):
 def test_it_solves_a_task_by_tool_calls_and_what_it_cost_is_counted(task):
     answers = Answers(lambda: says("I look", "ls", "echo hello > out.txt"), lambda: says("done"))
     outcome = play(task, answers, temperature=0.5)
-    assert (outcome.reward, outcome.ending, outcome.turns, outcome.tokens) == (1.0, "success", 3, {"prompt": 20, "completion": 6})
+    assert (outcome.reward, outcome.ending, outcome.turns, outcome.tokens) == (
+        1.0,
+        "success",
+        3,
+        {"prompt": 20, "completion": 6},
+    )
     first, second = answers.bodies
-    assert first["model"] == "m" and first["temperature"] == 0.5 and first["seed"] == 5 and first["tools"][0]["function"]["name"] == "bash" and "max_tokens" not in first
-    assert second["messages"][:2] == first["messages"] and [message.get("tool_call_id") for message in second["messages"][2:]] == [None, "c0", "c1"]
+    assert (
+        first["model"] == "m"
+        and first["temperature"] == 0.5
+        and first["seed"] == 5
+        and first["tools"][0]["function"]["name"] == "bash"
+        and "max_tokens" not in first
+    )
+    assert second["messages"][:2] == first["messages"] and [
+        message.get("tool_call_id") for message in second["messages"][2:]
+    ] == [None, "c0", "c1"]
     assert answers.headers[0]["Authorization"] == f"Bearer {KEY}"
 
 
@@ -89,14 +133,23 @@ def test_back_pressure_without_end_spoils_the_attempt_in_bounded_requests(task, 
     monkeypatch.setattr("rome.evals.endpoint.LONGEST_WAIT_S", 0.02)
     answers = Answers(lambda: fails(429, "busy"))
     outcome = play(task, answers)
-    assert (outcome.reward, outcome.ending, outcome.permanent, len(answers.bodies)) == (None, "infra_engine", False, 8) and "429" in outcome.note
+    assert (outcome.reward, outcome.ending, outcome.permanent, len(answers.bodies)) == (
+        None,
+        "infra_engine",
+        False,
+        8,
+    ) and "429" in outcome.note
 
 
 def test_a_refused_key_is_tried_once_and_never_repeated(task):
     answers = Answers(lambda: fails(401, f"Incorrect API key provided: {KEY}"))
     outcome = play(task, answers)
     assert outcome.reward is None and outcome.permanent and len(answers.bodies) == 1
-    assert KEY not in repr(outcome) and "[key]" in outcome.note and KEY not in repr(Endpoint("http://h", "m", CONFIG, api_key=KEY))
+    assert (
+        KEY not in repr(outcome)
+        and "[key]" in outcome.note
+        and KEY not in repr(Endpoint("http://h", "m", CONFIG, api_key=KEY))
+    )
 
 
 def test_a_redirect_does_not_carry_the_key_away(task):
@@ -117,29 +170,47 @@ def test_slow_commands_are(task):
     assert (outcome.reward, outcome.ending) == (0.0, "timeout")
 
 
-@pytest.mark.parametrize("answer, ending", [
-    (lambda: says("a", reason="length"), "truncated_tokens"),
-    (lambda: fails(400, '{"error": {"code": "context_length_exceeded"}}'), "truncated_tokens"),
-    (lambda: says(None, "x", arguments="{not json"), "malformed"),
-    (lambda: says(None, "x", arguments="[]"), "malformed"),
-    (lambda: says(None, "x", arguments='{"cmd": "ls"}'), "malformed"),
-])
+@pytest.mark.parametrize(
+    "answer, ending",
+    [
+        (lambda: says("a", reason="length"), "truncated_tokens"),
+        (lambda: fails(400, '{"error": {"code": "context_length_exceeded"}}'), "truncated_tokens"),
+        (lambda: says(None, "x", arguments="{not json"), "malformed"),
+        (lambda: says(None, "x", arguments="[]"), "malformed"),
+        (lambda: says(None, "x", arguments='{"cmd": "ls"}'), "malformed"),
+    ],
+)
 def test_the_models_own_failures_earn_0(task, answer, ending):
     outcome = play(task, Answers(answer))
     assert (outcome.reward, outcome.ending) == (0.0, ending)
 
 
-@pytest.mark.parametrize("text", ["no json", "[]", '{"choices": []}', '{"choices": [{"message": {"tool_calls": [{"id": 1}]}}]}', '{"choices": [{"message": null}]}', "[" * 5000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no json",
+        "[]",
+        '{"choices": []}',
+        '{"choices": [{"message": {"tool_calls": [{"id": 1}]}}]}',
+        '{"choices": [{"message": null}]}',
+        "[" * 5000,
+    ],
+)
 def test_an_answer_that_is_none_spoils_the_attempt(task, text):
     outcome = play(task, Answers(lambda: fails(200, text)))
-    assert (outcome.reward, outcome.ending) == (None, "infra_engine") and "no chat completion" in outcome.note
+    assert (outcome.reward, outcome.ending) == (
+        None,
+        "infra_engine",
+    ) and "no chat completion" in outcome.note
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.text(max_size=60), st.text(min_size=1, max_size=20))
 def test_a_command_reaches_the_environment_as_it_was_said(command, tail):
     command += "</tool_call>" + tail
-    (call,) = parse_tool_calls(action_of({"function": {"name": "bash", "arguments": json.dumps({"command": command})}}))
+    (call,) = parse_tool_calls(
+        action_of({"function": {"name": "bash", "arguments": json.dumps({"command": command})}})
+    )
     assert (call.name, call.arguments) == ("bash", {"command": command})
 
 
@@ -148,7 +219,10 @@ def test_any_retry_after_is_a_bounded_wait(value):
     assert 0.0 <= retry_after(value) <= LONGEST_WAIT_S
 
 
-@pytest.mark.parametrize("url", ["ftp://h/v1", "http://", "h:80/v1", "https://user:secret@h/v1", "http://h/v1?key=secret"])
+@pytest.mark.parametrize(
+    "url",
+    ["ftp://h/v1", "http://", "h:80/v1", "https://user:secret@h/v1", "http://h/v1?key=secret"],
+)
 def test_an_address_that_is_none_or_holds_a_secret_is_refused_without_repeating_it(url):
     with pytest.raises(ValueError, match="endpoint is not") as error:
         Endpoint(url, "m", CONFIG)

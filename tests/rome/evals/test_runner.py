@@ -20,7 +20,9 @@ def no_waits(monkeypatch):
 
 def run(out, agent, attempts=2, tasks=None, concurrency=3, seed=0):
     """(records by key, how many were played)."""
-    jobs = [Job(agent, task, attempt) for task in tasks or terminal() for attempt in range(attempts)]
+    jobs = [
+        Job(agent, task, attempt) for task in tasks or terminal() for attempt in range(attempts)
+    ]
     with open_results(out, IDENTITY) as results:
         played = asyncio.run(run_jobs(jobs, results, concurrency=concurrency, seed=seed))
         return dict(results.records), played
@@ -34,7 +36,9 @@ def test_every_attempt_is_kept_once_and_not_played_again(tmp_path):
     first, second = Played(won), Played(won)
     assert run(tmp_path, first)[1] == 8 and len(lines(tmp_path)) == 8
     assert run(tmp_path, second)[1] == 0 and not second.calls
-    assert run(tmp_path, second, attempts=3)[1] == 4 and {attempt for _, attempt in second.calls} == {2}
+    assert run(tmp_path, second, attempts=3)[1] == 4 and {
+        attempt for _, attempt in second.calls
+    } == {2}
 
 
 def test_no_more_play_at_once_than_allowed(tmp_path):
@@ -52,16 +56,26 @@ def test_each_attempt_samples_with_a_seed_of_its_own_that_depends_on_the_run(tmp
 
 
 def test_what_infrastructure_spoils_is_tried_again_and_then_succeeds(tmp_path):
-    agent = Played(lambda task, attempt, tries: spoiled("infra_engine", "down") if tries < 3 else Outcome(1.0, "success"))
+    agent = Played(
+        lambda task, attempt, tries: (
+            spoiled("infra_engine", "down") if tries < 3 else Outcome(1.0, "success")
+        )
+    )
     records, _ = run(tmp_path, agent, attempts=1)
-    assert {(one["reward"], one["ending"], one["tries"]) for one in records.values()} == {(1.0, "success", 3)}
+    assert {(one["reward"], one["ending"], one["tries"]) for one in records.values()} == {
+        (1.0, "success", 3)
+    }
     assert len(set(agent.seeds)) == 12  # another seed for each try
 
 
-def test_after_bounded_tries_it_stands_there_as_its_ending_without_a_reward_and_the_next_command_tries_again(tmp_path):
+def test_after_bounded_tries_it_stands_there_as_its_ending_without_a_reward_and_the_next_command_tries_again(
+    tmp_path,
+):
     broken = Played(lambda *_: spoiled("infra_sandbox", "no room"))
     records, _ = run(tmp_path, broken, attempts=1)
-    assert {(one["reward"], one["ending"], one["tries"], one["note"]) for one in records.values()} == {(None, "infra_sandbox", 3, "no room")}
+    assert {
+        (one["reward"], one["ending"], one["tries"], one["note"]) for one in records.values()
+    } == {(None, "infra_sandbox", 3, "no room")}
     records, played = run(tmp_path, Played(won), attempts=1)
     assert played == 4 and {one["reward"] for one in records.values()} == {1.0}
     assert run(tmp_path, Played(won), attempts=1)[1] == 0  # and the later record counts
@@ -94,16 +108,26 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path):
 def test_another_evaluation_in_the_same_folder_is_refused_and_told_what_differs(tmp_path):
     run(tmp_path, Played(won))
     before = (tmp_path / "results.jsonl").read_bytes()
-    with pytest.raises(EvalError, match="seed is '0' there and '1' now") as error, open_results(tmp_path, IDENTITY | {"seed": 1}):
+    with (
+        pytest.raises(EvalError, match="seed is '0' there and '1' now") as error,
+        open_results(tmp_path, IDENTITY | {"seed": 1}),
+    ):
         pass
     assert "dataset" not in str(error.value)
-    with pytest.raises(EvalError, match="model is 'None' there"), open_results(tmp_path, IDENTITY | {"model": "m"}):
+    with (
+        pytest.raises(EvalError, match="model is 'None' there"),
+        open_results(tmp_path, IDENTITY | {"model": "m"}),
+    ):
         pass
     assert (tmp_path / "results.jsonl").read_bytes() == before
 
 
 def test_two_processes_do_not_write_into_one_folder(tmp_path):
-    with open_results(tmp_path, IDENTITY), pytest.raises(EvalError, match="another process"), open_results(tmp_path, IDENTITY):
+    with (
+        open_results(tmp_path, IDENTITY),
+        pytest.raises(EvalError, match="another process"),
+        open_results(tmp_path, IDENTITY),
+    ):
         pass
 
 

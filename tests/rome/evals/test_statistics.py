@@ -12,15 +12,25 @@ from rome.train.report import wilson
 
 
 def record(task, attempt, reward, ending=None, **more):
-    return {"task": task, "attempt": attempt, "reward": reward, "ending": ending or ("success" if reward == 1.0 else "failure"), **more}
+    return {
+        "task": task,
+        "attempt": attempt,
+        "reward": reward,
+        "ending": ending or ("success" if reward == 1.0 else "failure"),
+        **more,
+    }
 
 
-@given(st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
+@given(
+    st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n)))
+)
 def test_pass_at_k_is_the_share_of_subsets_with_a_success(case):
     n, successes, k = case
     outcomes = [1] * successes + [0] * (n - successes)
     subsets = list(itertools.combinations(outcomes, k))
-    assert pass_at_k(n, successes, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
+    assert pass_at_k(n, successes, k) == pytest.approx(
+        sum(map(any, subsets)) / len(subsets), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("n, successes, k", [(2, 1, 3), (2, 3, 1), (2, -1, 1), (2, 1, 0)])
@@ -30,44 +40,85 @@ def test_pass_at_k_that_is_not_defined_is_refused(n, successes, k):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.dictionaries(st.sampled_from("abcdefghijkl"), st.lists(st.sampled_from([0.0, 0.5, 1.0, None]), min_size=3, max_size=3), min_size=1))
+@given(
+    st.dictionaries(
+        st.sampled_from("abcdefghijkl"),
+        st.lists(st.sampled_from([0.0, 0.5, 1.0, None]), min_size=3, max_size=3),
+        min_size=1,
+    )
+)
 def test_the_figures_are_means_over_tasks_of_what_counts(rewards):
-    records = [record(task, attempt, reward, "infra_sandbox" if reward is None else None) for task, values in rewards.items() for attempt, reward in enumerate(values)]
+    records = [
+        record(task, attempt, reward, "infra_sandbox" if reward is None else None)
+        for task, values in rewards.items()
+        for attempt, reward in enumerate(values)
+    ]
     found = summarise(records, 3)
-    left = {task: [reward for reward in values if reward is not None] for task, values in rewards.items()}
-    tried, whole = [values for values in left.values() if values], [values for values in left.values() if len(values) == 3]
+    left = {
+        task: [reward for reward in values if reward is not None]
+        for task, values in rewards.items()
+    }
+    tried, whole = (
+        [values for values in left.values() if values],
+        [values for values in left.values() if len(values) == 3],
+    )
     expected = {
-        "mean_reward": np.mean([np.mean(values) for values in tried]) if tried else None, "avg_at_k": np.mean(whole) if whole else None,
-        "pass_at_1": np.mean([np.mean(np.asarray(values) == 1.0) for values in tried]) if tried else None,
+        "mean_reward": np.mean([np.mean(values) for values in tried]) if tried else None,
+        "avg_at_k": np.mean(whole) if whole else None,
+        "pass_at_1": np.mean([np.mean(np.asarray(values) == 1.0) for values in tried])
+        if tried
+        else None,
         "pass_at_k": np.mean([1.0 in values for values in whole]) if whole else None,
     }
     for name, value in expected.items():
         assert found[name] == (None if value is None else pytest.approx(value, abs=1e-12)), name
         if value is not None:
             bounds = found["intervals"][name]
-            assert -1e-12 <= bounds["low"] <= value + 1e-12 and value - 1e-12 <= bounds["high"] <= 1 + 1e-12
-    assert found["attempts"] - found["attempts_counted"] == sum(values.count(None) for values in rewards.values())
+            assert (
+                -1e-12 <= bounds["low"] <= value + 1e-12
+                and value - 1e-12 <= bounds["high"] <= 1 + 1e-12
+            )
+    assert found["attempts"] - found["attempts_counted"] == sum(
+        values.count(None) for values in rewards.values()
+    )
 
 
 def test_a_reward_short_of_1_is_no_success():
     assert summarise([record("a", 0, 0.999)], 1)["pass_at_1"] == 0.0
 
 
-@pytest.mark.parametrize("ending, counts", [("success", True), ("timeout", True), ("malformed", True), ("infra_engine", False), ("infra_verifier", False), ("cancelled", False)])
+@pytest.mark.parametrize(
+    "ending, counts",
+    [
+        ("success", True),
+        ("timeout", True),
+        ("malformed", True),
+        ("infra_engine", False),
+        ("infra_verifier", False),
+        ("cancelled", False),
+    ],
+)
 def test_which_endings_count(ending, counts):
     assert counted(record("a", 0, 0.0, ending)) is counts
 
 
 def test_one_value_a_task_of_0_or_1_has_wilsons_interval():
     found = interval([1.0] * 30 + [0.0] * 10)
-    assert (found["low"], found["high"]) == wilson(30, 40) and found["method"] == "wilson over tasks"
+    assert (found["low"], found["high"]) == wilson(30, 40) and found[
+        "method"
+    ] == "wilson over tasks"
 
 
 def test_more_attempts_at_the_same_tasks_do_not_pretend_to_be_more_tasks():
     """20 tasks, each always solved or never: with 1 or with 50 attempts the interval is that of 20 outcomes, not of 1,000."""
     once = [record(f"t{task}", 0, float(task % 2)) for task in range(20)]
-    often = [record(f"t{task}", attempt, float(task % 2)) for task in range(20) for attempt in range(50)]
-    assert summarise(once, 1)["intervals"]["pass_at_1"] == summarise(often, 50)["intervals"]["pass_at_1"]
+    often = [
+        record(f"t{task}", attempt, float(task % 2)) for task in range(20) for attempt in range(50)
+    ]
+    assert (
+        summarise(once, 1)["intervals"]["pass_at_1"]
+        == summarise(often, 50)["intervals"]["pass_at_1"]
+    )
 
 
 def test_the_bootstrap_is_as_wide_as_the_normal_theory_of_the_tasks_means():
@@ -75,7 +126,9 @@ def test_the_bootstrap_is_as_wide_as_the_normal_theory_of_the_tasks_means():
     found = interval(values.tolist())
     half = 1.96 * values.std(ddof=1) / np.sqrt(len(values))
     assert found["method"] == "bootstrap over tasks"
-    assert found["low"] == pytest.approx(values.mean() - half, abs=0.15 * half) and found["high"] == pytest.approx(values.mean() + half, abs=0.15 * half)
+    assert found["low"] == pytest.approx(values.mean() - half, abs=0.15 * half) and found[
+        "high"
+    ] == pytest.approx(values.mean() + half, abs=0.15 * half)
 
 
 def test_equal_values_are_not_taken_for_certainty():
@@ -84,6 +137,17 @@ def test_equal_values_are_not_taken_for_certainty():
 
 
 def test_groups_keep_their_spoiled_attempts_apart():
-    found = grouped([record("a", 0, 1.0, domain="x"), record("b", 0, None, "infra_engine", domain="x"), record("c", 0, None, "infra_engine", domain="y")], "domain")
-    assert found["x"]["pass_at_1"] == 1.0 and found["x"]["attempts"] == 2 and found["x"]["attempts_counted"] == 1
+    found = grouped(
+        [
+            record("a", 0, 1.0, domain="x"),
+            record("b", 0, None, "infra_engine", domain="x"),
+            record("c", 0, None, "infra_engine", domain="y"),
+        ],
+        "domain",
+    )
+    assert (
+        found["x"]["pass_at_1"] == 1.0
+        and found["x"]["attempts"] == 2
+        and found["x"]["attempts_counted"] == 1
+    )
     assert found["y"]["pass_at_1"] is None and found["y"]["interval"] is None

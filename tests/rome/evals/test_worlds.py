@@ -28,11 +28,22 @@ def proof_of(task):
     for name, attempts in (("oracle", 1), ("noop", 1), ("cheat", len(CHEATS))):
         for attempt in range(attempts):
             outcome = play(Scripted(name, CONFIG), task, attempt)
-            records.append({"agent": name, "attempt": attempt, "reward": outcome.reward, "ending": outcome.ending, "note": outcome.note, "seconds": 0.0})
+            records.append(
+                {
+                    "agent": name,
+                    "attempt": attempt,
+                    "reward": outcome.reward,
+                    "ending": outcome.ending,
+                    "note": outcome.note,
+                    "seconds": 0.0,
+                }
+            )
     return judge(task.name, records)
 
 
-@pytest.mark.parametrize("dataset", ["worlds", "problems:math:14", "problems:code/postfix-easy", "games"])
+@pytest.mark.parametrize(
+    "dataset", ["worlds", "problems:math:14", "problems:code/postfix-easy", "games"]
+)
 def test_generated_datasets_are_sound(dataset):
     tasks = load_tasks(dataset)
     assert tasks and [proof_of(task)["reasons"] for task in tasks] == [[] for _ in tasks]
@@ -40,21 +51,51 @@ def test_generated_datasets_are_sound(dataset):
 
 def test_published_files_are_sound(tmp_path):
     domain, _ = write_tau2(tmp_path)
-    for dataset, name in ((f"bfcl:{write_bfcl(tmp_path)}", "multi_turn_base_0"), (f"tau2:{domain}", "shop/0")):
+    for dataset, name in (
+        (f"bfcl:{write_bfcl(tmp_path)}", "multi_turn_base_0"),
+        (f"tau2:{domain}", "shop/0"),
+    ):
         (task,) = load_tasks(dataset)
         assert task.name == name and proof_of(task)["reasons"] == []
 
 
 def test_instances_are_spread_and_chosen_by_the_seed():
     tasks = load_tasks("worlds:shop/hard,gui:8")
-    assert {task.name.rsplit("/", 1)[0] for task in tasks} == {"shop/hard", "gui/easy", "gui/medium", "gui/hard"} and len({task.name for task in tasks}) == 8
-    assert {(task.domain, task.difficulty) for task in tasks} == {("shop", "hard"), ("gui", "easy"), ("gui", "medium"), ("gui", "hard")}
-    assert dataset_digest(load_tasks("worlds:travel:6")) == dataset_digest(load_tasks("worlds:travel:6"))
-    assert not {task.name for task in load_tasks("worlds:travel:6")} & {task.name for task in load_tasks("worlds:travel:6", seed=1)}
-    assert "policy" not in tasks[0].instruction.lower()  # which many tasks share, and no corpus is contaminated by
+    assert {task.name.rsplit("/", 1)[0] for task in tasks} == {
+        "shop/hard",
+        "gui/easy",
+        "gui/medium",
+        "gui/hard",
+    } and len({task.name for task in tasks}) == 8
+    assert {(task.domain, task.difficulty) for task in tasks} == {
+        ("shop", "hard"),
+        ("gui", "easy"),
+        ("gui", "medium"),
+        ("gui", "hard"),
+    }
+    assert dataset_digest(load_tasks("worlds:travel:6")) == dataset_digest(
+        load_tasks("worlds:travel:6")
+    )
+    assert not {task.name for task in load_tasks("worlds:travel:6")} & {
+        task.name for task in load_tasks("worlds:travel:6", seed=1)
+    }
+    assert (
+        "policy" not in tasks[0].instruction.lower()
+    )  # which many tasks share, and no corpus is contaminated by
 
 
-@pytest.mark.parametrize("name", ["worlds:nosuch", "worlds:shop:0", "worlds:shop:x", "problems:math/nosuch", "games:shop", "bfcl:nosuch.json", "tau2:nosuch"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "worlds:nosuch",
+        "worlds:shop:0",
+        "worlds:shop:x",
+        "problems:math/nosuch",
+        "games:shop",
+        "bfcl:nosuch.json",
+        "tau2:nosuch",
+    ],
+)
 def test_what_is_no_dataset_is_refused_by_name(name):
     with pytest.raises(ValueError, match="nosuch|worlds:shop|'shop'"):
         load_tasks(name)
@@ -66,10 +107,27 @@ def test_a_policy_plays_a_dialogue_with_the_worlds_own_tools():
     script.reset()
     for tell_tools in (False, True):
         engine = ScriptedEngine(list(script.scenario.expert))
-        outcome = play(Policy(engine, CHAT, Limits(max_context=50_000, max_new_tokens=400, episode_seconds=30.0), CONFIG, tell_tools=tell_tools), task)
-        assert (outcome.reward, outcome.ending, outcome.turns) == (1.0, "success", len(script.scenario.expert))
+        outcome = play(
+            Policy(
+                engine,
+                CHAT,
+                Limits(max_context=50_000, max_new_tokens=400, episode_seconds=30.0),
+                CONFIG,
+                tell_tools=tell_tools,
+            ),
+            task,
+        )
+        assert (outcome.reward, outcome.ending, outcome.turns) == (
+            1.0,
+            "success",
+            len(script.scenario.expert),
+        )
         told = CHAT.tokenizer.decode(engine.requests[0][0])
-        assert ('"find_traveller"' in told) is tell_tools and ("by means of tools" in told) is tell_tools and "You are the agent of a travel desk" in told
+        assert (
+            ('"find_traveller"' in told) is tell_tools
+            and ("by means of tools" in told) is tell_tools
+            and "You are the agent of a travel desk" in told
+        )
 
 
 def as_answer(action):
@@ -77,8 +135,17 @@ def as_answer(action):
     made = parse_tool_calls(action)
     message = {"role": "assistant", "content": None if made else action}
     if made:
-        message["tool_calls"] = [{"id": f"c{number}", "type": "function", "function": {"name": call.name, "arguments": json.dumps(call.arguments)}} for number, call in enumerate(made)]
-    return lambda: web.json_response({"choices": [{"finish_reason": "stop", "message": message}], "usage": {}})
+        message["tool_calls"] = [
+            {
+                "id": f"c{number}",
+                "type": "function",
+                "function": {"name": call.name, "arguments": json.dumps(call.arguments)},
+            }
+            for number, call in enumerate(made)
+        ]
+    return lambda: web.json_response(
+        {"choices": [{"finish_reason": "stop", "message": message}], "usage": {}}
+    )
 
 
 @pytest.mark.parametrize("dataset", ["worlds:gui/medium:1", "problems:math/dice-easy:1", "bfcl"])
@@ -89,10 +156,16 @@ def test_an_endpoint_is_told_what_it_plays_and_plays_it_by_http(tmp_path, datase
     (task,) = load_tasks(f"bfcl:{write_bfcl(tmp_path, later)}" if dataset == "bfcl" else dataset)
     script = task.make_env(CONFIG)
     _, info = script.reset()
-    turns = [script.expert_action()] if dataset.startswith("problems") else list(script.scenario.expert)
+    turns = (
+        [script.expert_action()] if dataset.startswith("problems") else list(script.scenario.expert)
+    )
     answers = Answers(*map(as_answer, turns))
     assert http(task, answers).reward == 1.0
     first, last = answers.bodies[0], answers.bodies[-1]
-    assert first.get("tools", []) == info["tools"] and first["messages"][0]["content"] == script.system
+    assert (
+        first.get("tools", []) == info["tools"] and first["messages"][0]["content"] == script.system
+    )
     named = [[tool["function"]["name"] for tool in body.get("tools", [])] for body in (first, last)]
-    assert ["list_products" in names for names in named] == ([False, True] if dataset == "bfcl" else [False, False])
+    assert ["list_products" in names for names in named] == (
+        [False, True] if dataset == "bfcl" else [False, False]
+    )

@@ -12,11 +12,19 @@ import numpy as np
 
 def returns(trajectory, gamma, failure_reward):
     reward = trajectory.reward if trajectory.reward > 0 else failure_reward
-    return [gamma ** (len(trajectory.chunks) - 1 - k) * reward for k in range(len(trajectory.chunks))]
+    return [
+        gamma ** (len(trajectory.chunks) - 1 - k) * reward for k in range(len(trajectory.chunks))
+    ]
 
 
 def of_kind(trajectories, kind):
-    return [(t, k, c) for t in trajectories if t.trainable for k, c in enumerate(t.chunks) if c.kind == kind]
+    return [
+        (t, k, c)
+        for t in trajectories
+        if t.trainable
+        for k, c in enumerate(t.chunks)
+        if c.kind == kind
+    ]
 
 
 def counts(trajectories):
@@ -26,7 +34,13 @@ def counts(trajectories):
         "chunks": len(rl),
         "trajectories": len({id(t) for t, _, _ in rl}),
         "imitation": sum(len(c.action_ids) for _, _, c in of_kind(trajectories, "imitation")),
-        "sft": sum(len(c.action_ids) for t in trajectories if t.trainable for c in t.chunks if c.kind != "context"),
+        "sft": sum(
+            len(c.action_ids)
+            for t in trajectories
+            if t.trainable
+            for c in t.chunks
+            if c.kind != "context"
+        ),
     }
 
 
@@ -58,9 +72,15 @@ def finish(rows, rollout, logp, old, total):
     for i, ratio, clipped, masked in rows:
         drift, mismatch = logp[i] - old[i], old[i] - rollout[i]
         figures = {
-            "logp": logp[i], "ratio": ratio, "clipped": clipped, "masked": masked, "kl_old": math.exp(drift) - drift - 1,
-            "mismatch": mismatch, "mismatch_kl": math.exp(mismatch) - mismatch - 1,
-            "mismatch_weight": math.exp(mismatch), "mismatch_weight2": math.exp(2 * mismatch),
+            "logp": logp[i],
+            "ratio": ratio,
+            "clipped": clipped,
+            "masked": masked,
+            "kl_old": math.exp(drift) - drift - 1,
+            "mismatch": mismatch,
+            "mismatch_kl": math.exp(mismatch) - mismatch - 1,
+            "mismatch_weight": math.exp(mismatch),
+            "mismatch_weight2": math.exp(2 * mismatch),
         }
         for name, figure in figures.items():
             metrics[name] += figure / total
@@ -77,8 +97,16 @@ def ipa(trajectories, logp, old, config, gamma, failure_reward):
         success = trajectory.reward > 0
         chunk_kept = math.exp(np.mean([old[i] - rollout[i] for i in ids])) <= config.mismatch_limit
         for i in ids:
-            kept = chunk_kept if config.mismatch_mask == "chunk" else math.exp(old[i] - rollout[i]) <= config.mismatch_limit
-            weight = kept * (1.0 if success else min(ratio, 1.0)) * returns(trajectory, gamma, failure_reward)[k]
+            kept = (
+                chunk_kept
+                if config.mismatch_mask == "chunk"
+                else math.exp(old[i] - rollout[i]) <= config.mismatch_limit
+            )
+            weight = (
+                kept
+                * (1.0 if success else min(ratio, 1.0))
+                * returns(trajectory, gamma, failure_reward)[k]
+            )
             weight *= config.lambda_rl / total[config.norm]
             value -= weight * logp[i]
             gradient[i] -= weight
@@ -116,7 +144,11 @@ def peers_of(trajectory, usable, failure_reward):
 def clipped(ratio, advantage, config):
     """(value, d value / d ratio, clipped) of min(r A, clip(r) A), bounded below by c A where A < 0 and a dual clip is set."""
     bounded = min(max(ratio, 1 - config.clip_low), 1 + config.clip_high)
-    value, slope = (bounded * advantage, 0.0) if bounded * advantage < ratio * advantage else (ratio * advantage, advantage)
+    value, slope = (
+        (bounded * advantage, 0.0)
+        if bounded * advantage < ratio * advantage
+        else (ratio * advantage, advantage)
+    )
     if config.dual_clip and advantage < 0 and value < config.dual_clip * advantage:
         value, slope = config.dual_clip * advantage, 0.0
     return value, slope, slope == 0.0 and advantage != 0.0
@@ -132,9 +164,15 @@ def by_token(trajectories, logp, old, config, gamma, failure_reward, term, advan
         for k, chunk in enumerate(trajectory.chunks):
             if chunk.kind != "rl":
                 continue
-            advantage = advantage_of(trajectory, k, peers) if advantage_of else normalised(loss_reward(trajectory, failure_reward), peers)
+            advantage = (
+                advantage_of(trajectory, k, peers)
+                if advantage_of
+                else normalised(loss_reward(trajectory, failure_reward), peers)
+            )
             for i in chunk.action_ids:
-                more, slope, ratio, is_clipped, masked = term(i, chunk, trajectory, advantage, total)
+                more, slope, ratio, is_clipped, masked = term(
+                    i, chunk, trajectory, advantage, total
+                )
                 value -= config.lambda_rl * more
                 gradient[i] -= config.lambda_rl * slope
                 rows.append((i, ratio, is_clipped, masked))
@@ -142,7 +180,9 @@ def by_token(trajectories, logp, old, config, gamma, failure_reward, term, advan
     return value, gradient, finish(rows, rollout, logp, old, total["tokens"])
 
 
-def clipped_tokens(trajectories, logp, old, config, gamma, failure_reward, weight, advantage_of=None):
+def clipped_tokens(
+    trajectories, logp, old, config, gamma, failure_reward, weight, advantage_of=None
+):
     """weight(id, chunk, trajectory, counts) times the clipped surrogate of each token."""
 
     def term(i, chunk, trajectory, advantage, total):
@@ -155,25 +195,56 @@ def clipped_tokens(trajectories, logp, old, config, gamma, failure_reward, weigh
 
 
 def grpo(trajectories, logp, old, config, gamma, failure_reward):
-    return clipped_tokens(trajectories, logp, old, config, gamma, failure_reward, lambda i, chunk, t, total: 1 / len(rl_ids(t)) / total["trajectories"])
+    return clipped_tokens(
+        trajectories,
+        logp,
+        old,
+        config,
+        gamma,
+        failure_reward,
+        lambda i, chunk, t, total: 1 / len(rl_ids(t)) / total["trajectories"],
+    )
 
 
 def dr_grpo(trajectories, logp, old, config, gamma, failure_reward):
     return clipped_tokens(
-        trajectories, logp, old, config, gamma, failure_reward, lambda i, chunk, t, total: 1 / config.token_constant / total["trajectories"],
+        trajectories,
+        logp,
+        old,
+        config,
+        gamma,
+        failure_reward,
+        lambda i, chunk, t, total: 1 / config.token_constant / total["trajectories"],
         lambda t, k, peers: loss_reward(t, failure_reward) - np.mean(peers),
     )
 
 
 def dapo(trajectories, logp, old, config, gamma, failure_reward):
-    return clipped_tokens(trajectories, logp, old, config, gamma, failure_reward, lambda i, chunk, t, total: 1 / total["tokens"])
+    return clipped_tokens(
+        trajectories,
+        logp,
+        old,
+        config,
+        gamma,
+        failure_reward,
+        lambda i, chunk, t, total: 1 / total["tokens"],
+    )
 
 
 def tis(trajectories, logp, old, config, gamma, failure_reward):
     rollout = rollout_of(trajectories)
     return clipped_tokens(
-        trajectories, logp, old, config, gamma, failure_reward,
-        lambda i, chunk, t, total: min(math.exp(old[i] - rollout[i]), config.mismatch_limit) / len(rl_ids(t)) / total["trajectories"],
+        trajectories,
+        logp,
+        old,
+        config,
+        gamma,
+        failure_reward,
+        lambda i, chunk, t, total: (
+            min(math.exp(old[i] - rollout[i]), config.mismatch_limit)
+            / len(rl_ids(t))
+            / total["trajectories"]
+        ),
     )
 
 
@@ -194,18 +265,32 @@ def gigpo(trajectories, logp, old, config, gamma, failure_reward):
     usable = [t for t in trajectories if t.trainable]
 
     def history(trajectory, k):
-        return [(c.prompt_ids, c.tool_call if n < k else None) for n, c in enumerate(trajectory.chunks[: k + 1])]
+        return [
+            (c.prompt_ids, c.tool_call if n < k else None)
+            for n, c in enumerate(trajectory.chunks[: k + 1])
+        ]
 
     def advantage(trajectory, k, peers):
         same = [
             returns(t, gamma, 0.0)[n]
-            for t in usable if t.group == trajectory.group
-            for n, c in enumerate(t.chunks) if c.kind == "rl" and history(t, n) == history(trajectory, k)
+            for t in usable
+            if t.group == trajectory.group
+            for n, c in enumerate(t.chunks)
+            if c.kind == "rl" and history(t, n) == history(trajectory, k)
         ]
-        return normalised(loss_reward(trajectory, failure_reward), peers) + normalised(returns(trajectory, gamma, 0.0)[k], same)
+        return normalised(loss_reward(trajectory, failure_reward), peers) + normalised(
+            returns(trajectory, gamma, 0.0)[k], same
+        )
 
     return clipped_tokens(
-        trajectories, logp, old, config, gamma, failure_reward, lambda i, chunk, t, total: 1 / len(chunk.action_ids) / total["chunks"], advantage,
+        trajectories,
+        logp,
+        old,
+        config,
+        gamma,
+        failure_reward,
+        lambda i, chunk, t, total: 1 / len(chunk.action_ids) / total["chunks"],
+        advantage,
     )
 
 
@@ -214,7 +299,9 @@ def gspo(trajectories, logp, old, config, gamma, failure_reward):
         ids = rl_ids(trajectory)
         ratio = math.exp(np.mean([logp[j] - old[j] for j in ids]))
         value, slope, is_clipped = clipped(ratio, advantage, config)
-        share = 1 / len(ids) / total["trajectories"]  # each token has its part of the trajectory's one term
+        share = (
+            1 / len(ids) / total["trajectories"]
+        )  # each token has its part of the trajectory's one term
         return share * value, share * slope * ratio, ratio, is_clipped, False
 
     return by_token(trajectories, logp, old, config, gamma, failure_reward, term)
@@ -248,7 +335,11 @@ def topr(trajectories, logp, old, config, gamma, failure_reward):
     def term(i, chunk, trajectory, advantage, total):
         ratio = math.exp(sum(logp[j] - rollout[j] for j in rl_ids(trajectory)))
         success = trajectory.reward > 0
-        w = (1.0 if success else min(ratio, 1.0)) * loss_reward(trajectory, failure_reward) / total["trajectories"]
+        w = (
+            (1.0 if success else min(ratio, 1.0))
+            * loss_reward(trajectory, failure_reward)
+            / total["trajectories"]
+        )
         return w * logp[i], w, ratio, not success and ratio > 1, False
 
     return by_token(trajectories, logp, old, config, gamma, failure_reward, term)
@@ -256,7 +347,12 @@ def topr(trajectories, logp, old, config, gamma, failure_reward):
 
 def sft(trajectories, logp, old, config, gamma, failure_reward):
     learned = [
-        i for t in trajectories if t.trainable for c in t.chunks if c.kind != "context" and c.status == "ok" for i in c.action_ids
+        i
+        for t in trajectories
+        if t.trainable
+        for c in t.chunks
+        if c.kind != "context" and c.status == "ok"
+        for i in c.action_ids
     ]
     share = 1.0 / max(len(learned), 1)
     value = -sum(logp[i] for i in learned) * share

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rome.losses import ADVANTAGES, LIKELIHOODS, LOSSES, PUBLISHED, LossConfig, count_denominators, unbounded_weight
+from rome.losses import (
+    ADVANTAGES,
+    LIKELIHOODS,
+    LOSSES,
+    PUBLISHED,
+    LossConfig,
+    count_denominators,
+    unbounded_weight,
+)
 from rome.losses.ipa import chunk_returns
 from tests.rome.losses import loss_oracle
 from tests.rome.losses.random_step import GAMMA, MAX_IDS, Step, evaluate, packed, random_step
@@ -23,11 +31,23 @@ IPA_CONFIGS = [
     LossConfig(mismatch_limit=0.8, norm="trajectories", lambda_rl=0.5, lambda_il=2.0),
 ]
 CASES = [("ipa", config) for config in IPA_CONFIGS] + [
-    ("token_level", IPA_CONFIGS[0]), ("token_level", IPA_CONFIGS[2]), ("grpo", LossConfig()), ("grpo", LossConfig(clip_high=0.28, lambda_il=0.0)),
-    ("sft", LossConfig()), ("dr_grpo", LossConfig(token_constant=7.0, lambda_rl=0.5)), ("rloo", LossConfig(lambda_il=2.0)),
-    ("gspo", LossConfig(**PUBLISHED["gspo"])), ("gspo", LossConfig(dual_clip=1.3)), ("dapo", LossConfig(**PUBLISHED["dapo"])),
-    ("dapo", LossConfig(dual_clip=1.5)), ("cispo", LossConfig(clip_low=1.0, clip_high=0.5)), ("cispo", LossConfig(**PUBLISHED["cispo"])), ("topr", LossConfig()),
-    ("tis", LossConfig(mismatch_limit=1.2)), ("tis", LossConfig(mismatch_limit=1.2, dual_clip=1.3)), ("icepop", LossConfig(mismatch_low=0.7, mismatch_limit=1.5)),
+    ("token_level", IPA_CONFIGS[0]),
+    ("token_level", IPA_CONFIGS[2]),
+    ("grpo", LossConfig()),
+    ("grpo", LossConfig(clip_high=0.28, lambda_il=0.0)),
+    ("sft", LossConfig()),
+    ("dr_grpo", LossConfig(token_constant=7.0, lambda_rl=0.5)),
+    ("rloo", LossConfig(lambda_il=2.0)),
+    ("gspo", LossConfig(**PUBLISHED["gspo"])),
+    ("gspo", LossConfig(dual_clip=1.3)),
+    ("dapo", LossConfig(**PUBLISHED["dapo"])),
+    ("dapo", LossConfig(dual_clip=1.5)),
+    ("cispo", LossConfig(clip_low=1.0, clip_high=0.5)),
+    ("cispo", LossConfig(**PUBLISHED["cispo"])),
+    ("topr", LossConfig()),
+    ("tis", LossConfig(mismatch_limit=1.2)),
+    ("tis", LossConfig(mismatch_limit=1.2, dual_clip=1.3)),
+    ("icepop", LossConfig(mismatch_low=0.7, mismatch_limit=1.5)),
     ("gigpo", LossConfig(clip_high=0.3)),
 ]
 quickly = settings(max_examples=6, deadline=None, derandomize=True)
@@ -39,7 +59,9 @@ def assert_same(left, right, rtol=2e-5):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=2e-6)
     assert left[2].keys() == right[2].keys()
     for name in left[2]:
-        np.testing.assert_allclose(left[2][name], right[2][name], rtol=rtol, atol=2e-6, err_msg=name)
+        np.testing.assert_allclose(
+            left[2][name], right[2][name], rtol=rtol, atol=2e-6, err_msg=name
+        )
 
 
 @pytest.mark.parametrize(("name", "config"), CASES)
@@ -49,10 +71,17 @@ def test_value_gradient_and_metrics_equal_the_float64_loop(name, config, seed, f
     step = random_step(seed, failure_reward=failure_reward, meeting=name == "gigpo")
     value, gradient, metrics = evaluate(name, packed(step, name), step.logp, config)
     expected, expected_gradient, expected_metrics = getattr(loss_oracle, name)(
-        step.trajectories, step.logp.astype(np.float64), step.old.astype(np.float64), config, GAMMA, failure_reward,
+        step.trajectories,
+        step.logp.astype(np.float64),
+        step.old.astype(np.float64),
+        config,
+        GAMMA,
+        failure_reward,
     )
     np.testing.assert_allclose(value, expected, rtol=2e-5, atol=2e-6)
-    np.testing.assert_allclose(gradient, [expected_gradient[i] for i in range(MAX_IDS)], rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(
+        gradient, [expected_gradient[i] for i in range(MAX_IDS)], rtol=2e-5, atol=2e-6
+    )
     for key, figure in expected_metrics.items():
         np.testing.assert_allclose(metrics[key], figure, rtol=1e-4, atol=1e-5, err_msg=key)
 
@@ -63,8 +92,11 @@ def test_denominators_equal_the_loop(seed):
     step = random_step(seed)
     counted, expected = count_denominators(packed(step)), loss_oracle.counts(step.trajectories)
     assert counted._asdict() == {
-        "rl_tokens": expected["tokens"], "rl_chunks": expected["chunks"], "rl_trajectories": expected["trajectories"],
-        "imitation_tokens": expected["imitation"], "sft_tokens": expected["sft"],
+        "rl_tokens": expected["tokens"],
+        "rl_chunks": expected["chunks"],
+        "rl_trajectories": expected["trajectories"],
+        "imitation_tokens": expected["imitation"],
+        "sft_tokens": expected["sft"],
     }
 
 
@@ -80,17 +112,25 @@ def test_packing_order_micro_batches_and_padding_rows_change_nothing(name, seed,
     assert_same(once, again)
 
 
-@pytest.mark.parametrize("name", ["ipa", "grpo", "gspo", "gigpo"])  # sums over chunks and over trajectories, with and without a gradient through them
+@pytest.mark.parametrize(
+    "name", ["ipa", "grpo", "gspo", "gigpo"]
+)  # sums over chunks and over trajectories, with and without a gradient through them
 def test_the_number_of_devices_changes_nothing(name):
     step = random_step(5, trajectories=16)
     (batch,) = packed(step, name, rows=8)
     denominators = count_denominators([batch])
     logp_BT = np.where(batch.action_mask_BT, step.logp[batch.tokens_BT], 0)
-    run = jax.jit(lambda logp_BT, batch: jax.value_and_grad(LOSSES[name], has_aux=True)(logp_BT, batch, LossConfig(), denominators))
+    run = jax.jit(
+        lambda logp_BT, batch: jax.value_and_grad(LOSSES[name], has_aux=True)(
+            logp_BT, batch, LossConfig(), denominators
+        )
+    )
     assert jax.device_count() >= 8
 
     def on(devices):
-        rows = NamedSharding(Mesh(np.array(jax.devices()[:devices]), ("row",)), PartitionSpec("row"))
+        rows = NamedSharding(
+            Mesh(np.array(jax.devices()[:devices]), ("row",)), PartitionSpec("row")
+        )
         (value, metrics), gradient_BT = run(*jax.device_put((logp_BT, batch), rows))
         return float(value), np.asarray(gradient_BT), jax.tree.map(float, metrics)
 
@@ -105,7 +145,11 @@ def test_gradients_stay_finite_when_the_policies_disagree_wildly(name, extreme):
     step.logp = np.float32(-extreme * rng.random(MAX_IDS) * rng.integers(0, 2, MAX_IDS))
     step.old = np.float32(-extreme * rng.random(MAX_IDS) * rng.integers(0, 2, MAX_IDS))
     value, gradient, metrics = evaluate(name, packed(step, name), step.logp, LossConfig())
-    assert np.isfinite(value) and np.isfinite(gradient).all() and np.isfinite(list(metrics.values())).all()
+    assert (
+        np.isfinite(value)
+        and np.isfinite(gradient).all()
+        and np.isfinite(list(metrics.values())).all()
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -117,8 +161,16 @@ def test_what_stands_outside_action_tokens_is_never_read(name):
     def run(rubbish):
         results = []
         for batch in batches:
-            dirty = [np.where(batch.action_mask_BT, a, rubbish) for a in (step.logp[batch.tokens_BT], batch.logp_old_BT, batch.logp_rollout_BT)]
-            loss = lambda logp_BT: LOSSES[name](logp_BT, batch._replace(logp_old_BT=dirty[1], logp_rollout_BT=dirty[2]), LossConfig(), denominators)  # noqa: E731, B023
+            dirty = [
+                np.where(batch.action_mask_BT, a, rubbish)
+                for a in (step.logp[batch.tokens_BT], batch.logp_old_BT, batch.logp_rollout_BT)
+            ]
+            loss = lambda logp_BT: LOSSES[name](
+                logp_BT,
+                batch._replace(logp_old_BT=dirty[1], logp_rollout_BT=dirty[2]),
+                LossConfig(),
+                denominators,
+            )  # noqa: E731, B023
             results.append(jax.value_and_grad(loss, has_aux=True)(jnp.asarray(dirty[0])))
         return results
 
@@ -132,7 +184,12 @@ def test_failures_contribute_exactly_nothing_at_failure_reward_zero(name):
     failed = [i for t in step.trajectories if t.reward <= 0 for c in t.chunks for i in c.action_ids]
     _, gradient, metrics = evaluate(name, packed(step, name), step.logp, LossConfig())
     assert failed and not gradient[failed].any() and gradient.any()
-    without_term = evaluate(name, packed(step, name), np.where(np.isin(np.arange(MAX_IDS), failed), -7.0, step.logp), LossConfig())
+    without_term = evaluate(
+        name,
+        packed(step, name),
+        np.where(np.isin(np.arange(MAX_IDS), failed), -7.0, step.logp),
+        LossConfig(),
+    )
     assert without_term[0] == evaluate(name, packed(step, name), step.logp, LossConfig())[0]
     assert metrics["clipped"] > 0  # failures were there
 
@@ -141,7 +198,11 @@ def test_failures_contribute_exactly_nothing_at_failure_reward_zero(name):
 def test_ratios_are_one_where_the_policy_has_not_moved(name):
     step = random_step(12)
     _, _, metrics = evaluate(name, packed(step, name), step.old, LossConfig())
-    assert metrics["ratio"] == pytest.approx(1, rel=1e-6) and metrics["clipped"] == 0 and metrics["kl_old"] == pytest.approx(0, abs=1e-7)
+    assert (
+        metrics["ratio"] == pytest.approx(1, rel=1e-6)
+        and metrics["clipped"] == 0
+        and metrics["kl_old"] == pytest.approx(0, abs=1e-7)
+    )
 
 
 @given(seed=seeds)
@@ -157,7 +218,11 @@ def test_the_tokens_of_a_chunk_share_one_weight_in_ipa(seed):
 def test_a_success_is_learned_at_full_weight_and_a_failure_fades_with_its_ratio():
     step = random_step(1, trajectories=2, kinds=("rl",), spread=0.0)
     for trajectory, reward in zip(step.trajectories, (1.0, 0.0)):
-        trajectory.chunks, trajectory.reward, trajectory.ending = trajectory.chunks[:1], reward, "failure"
+        trajectory.chunks, trajectory.reward, trajectory.ending = (
+            trajectory.chunks[:1],
+            reward,
+            "failure",
+        )
     win, loss = ([*t.chunks[0].action_ids] for t in step.trajectories)
     n = len(win) + len(loss)
     moved = step.old.copy()
@@ -170,7 +235,11 @@ def test_a_success_is_learned_at_full_weight_and_a_failure_fades_with_its_ratio(
 def test_the_mismatch_mask_is_one_sided_and_counts_in_the_denominator():
     step = random_step(1, trajectories=2, kinds=("rl",), spread=0.0)
     for trajectory in step.trajectories:
-        trajectory.chunks, trajectory.reward, trajectory.ending = trajectory.chunks[:1], 1.0, "success"
+        trajectory.chunks, trajectory.reward, trajectory.ending = (
+            trajectory.chunks[:1],
+            1.0,
+            "success",
+        )
     above, below = ([*t.chunks[0].action_ids] for t in step.trajectories)
     n = len(above) + len(below)
     step.old[above] += np.log(5.1)
@@ -187,7 +256,10 @@ def test_infrastructure_failures_change_nothing(name):
     lost = copy.deepcopy(step.trajectories[0])
     lost.ending, lost.reward, lost.group = "infra_sandbox", 0.0, step.trajectories[1].group
     with_lost = Step([*step.trajectories, lost], step.logp, step.old)
-    assert_same(evaluate(name, packed(step, name), step.logp, LossConfig()), evaluate(name, packed(with_lost, name), step.logp, LossConfig()))
+    assert_same(
+        evaluate(name, packed(step, name), step.logp, LossConfig()),
+        evaluate(name, packed(with_lost, name), step.logp, LossConfig()),
+    )
 
 
 def test_a_step_of_empty_rows_has_loss_and_gradient_zero():
@@ -203,7 +275,12 @@ def one_step_of(rewards, group=0, drift=0.0, mismatch=0.0):
     """One RL chunk a trajectory; every token's log r and log rho are the same."""
     step = random_step(1, trajectories=len(rewards), kinds=("rl",), spread=0.0)
     for trajectory, reward in zip(step.trajectories, rewards):
-        trajectory.chunks, trajectory.reward, trajectory.ending, trajectory.group = trajectory.chunks[:1], reward, "failure", group
+        trajectory.chunks, trajectory.reward, trajectory.ending, trajectory.group = (
+            trajectory.chunks[:1],
+            reward,
+            "failure",
+            group,
+        )
     step.old = step.old + np.float32(mismatch)
     step.logp = step.old + np.float32(drift)
     return step, [list(t.chunks[0].action_ids) for t in step.trajectories]
@@ -213,14 +290,22 @@ def weight_per_token(name, config, rewards=(1.0, 0.0), **moved):
     """(of the success' tokens, of the failure's): minus the gradient, where every token has the same ratio."""
     step, (win, lose) = one_step_of(rewards, **moved)
     _, gradient, _ = evaluate(name, packed(step, name), step.logp, config)
-    assert np.allclose(gradient[win], gradient[win[0]]) and np.allclose(gradient[lose], gradient[lose[0]])
+    assert np.allclose(gradient[win], gradient[win[0]]) and np.allclose(
+        gradient[lose], gradient[lose[0]]
+    )
     return -gradient[win[0]], -gradient[lose[0]]
 
 
 def test_the_step_of_a_stale_failure_is_bounded_by_a_dual_clip_and_by_it_alone():
     for name in (name for name in POLICIES if "dual_clip" in PUBLISHED[name]):
-        open_, shut = LossConfig(**PUBLISHED[name]), LossConfig(**PUBLISHED[name] | {"dual_clip": 3.0})
-        fresh, stale, bounded = (weight_per_token(name, c, drift=d)[1] for c, d in ((open_, 0.0), (open_, 5.0), (shut, 5.0)))
+        open_, shut = (
+            LossConfig(**PUBLISHED[name]),
+            LossConfig(**PUBLISHED[name] | {"dual_clip": 3.0}),
+        )
+        fresh, stale, bounded = (
+            weight_per_token(name, c, drift=d)[1]
+            for c, d in ((open_, 0.0), (open_, 5.0), (shut, 5.0))
+        )
         assert stale / fresh == pytest.approx(np.exp(5.0), rel=1e-4) and bounded == 0, name
         assert unbounded_weight(name, 0.0) and unbounded_weight(name, 3.0) is None
 
@@ -228,17 +313,27 @@ def test_the_step_of_a_stale_failure_is_bounded_by_a_dual_clip_and_by_it_alone()
 def test_losses_with_bounded_weights_have_them():
     for name in POLICIES:
         if unbounded_weight(name, 0.0) is None:
-            fresh, stale = (np.abs(weight_per_token(name, LossConfig(**PUBLISHED[name]), drift=drift)) for drift in (0.0, 12.0))
+            fresh, stale = (
+                np.abs(weight_per_token(name, LossConfig(**PUBLISHED[name]), drift=drift))
+                for drift in (0.0, 12.0)
+            )
             assert (stale <= 5.0001 * fresh).all(), name
     assert "older weights" in unbounded_weight("rloo", 3.0)
 
 
 def test_an_engine_that_sampled_otherwise_is_corrected_by_tis_and_dropped_by_icepop():
     grpo, tis, icepop = (
-        lambda m, n=name: weight_per_token(n, LossConfig(**PUBLISHED[n]), mismatch=np.log(m))[0] for name in ("grpo", "tis", "icepop")
+        lambda m, n=name: weight_per_token(n, LossConfig(**PUBLISHED[n]), mismatch=np.log(m))[0]
+        for name in ("grpo", "tis", "icepop")
     )
-    assert grpo(1.5) == pytest.approx(grpo(1.0)) and tis(1.5) == pytest.approx(1.5 * grpo(1.0), rel=1e-5) and tis(4.0) == pytest.approx(2.0 * grpo(1.0), rel=1e-5)
-    assert icepop(4.0) == pytest.approx(4.0 * grpo(1.0), rel=1e-5) and icepop(0.6) == pytest.approx(0.6 * grpo(1.0), rel=1e-5)
+    assert (
+        grpo(1.5) == pytest.approx(grpo(1.0))
+        and tis(1.5) == pytest.approx(1.5 * grpo(1.0), rel=1e-5)
+        and tis(4.0) == pytest.approx(2.0 * grpo(1.0), rel=1e-5)
+    )
+    assert icepop(4.0) == pytest.approx(4.0 * grpo(1.0), rel=1e-5) and icepop(0.6) == pytest.approx(
+        0.6 * grpo(1.0), rel=1e-5
+    )
     assert icepop(5.1) == 0 and icepop(0.49) == 0
 
 
@@ -251,7 +346,11 @@ def test_dr_grpo_weighs_the_tokens_of_long_and_short_trajectories_alike_and_grpo
 
 
 def test_every_loss_has_a_name_an_oracle_and_its_switches():
-    assert set(PUBLISHED) == set(POLICIES) and set(ADVANTAGES) < set(POLICIES) and all(hasattr(loss_oracle, name) for name in NAMES)
+    assert (
+        set(PUBLISHED) == set(POLICIES)
+        and set(ADVANTAGES) < set(POLICIES)
+        and all(hasattr(loss_oracle, name) for name in NAMES)
+    )
     assert {name for name, _ in CASES} == set(NAMES)
 
 
@@ -262,8 +361,14 @@ def test_returns_discount_per_chunk_and_end_with_the_reward_itself():
 
 @pytest.mark.parametrize(
     ("wrong", "named"),
-    [({"norm": "mean"}, "mean"), ({"mismatch_mask": "row"}, "row"), ({"mismatch_limit": 0.0}, "mismatch_limit"), ({"lambda_il": -1.0}, "lambda_il"),
-     ({"dual_clip": 1.1}, "dual_clip 1.1"), ({"token_constant": 0.0}, "token_constant")],
+    [
+        ({"norm": "mean"}, "mean"),
+        ({"mismatch_mask": "row"}, "row"),
+        ({"mismatch_limit": 0.0}, "mismatch_limit"),
+        ({"lambda_il": -1.0}, "lambda_il"),
+        ({"dual_clip": 1.1}, "dual_clip 1.1"),
+        ({"token_constant": 0.0}, "token_constant"),
+    ],
 )
 def test_an_impossible_switch_is_refused_by_name(wrong, named):
     with pytest.raises(ValueError, match=named):

@@ -8,9 +8,26 @@ import numpy as np
 from rome.model.config import PRESETS
 from rome.model.qwen3 import init_params
 
-CONFIG = dataclasses.replace(PRESETS["tiny"], vocab_size=40, hidden_size=16, num_layers=2, num_experts=4, moe_intermediate_size=8, head_dim=4,
-                             scan_layers=True, eos_token_id=1, pad_token_id=0)
-MIXED = dataclasses.replace(CONFIG, num_layers=4, dense_layers=(0, 2), intermediate_size=12, attention_bias=True, scan_layers=False)
+CONFIG = dataclasses.replace(
+    PRESETS["tiny"],
+    vocab_size=40,
+    hidden_size=16,
+    num_layers=2,
+    num_experts=4,
+    moe_intermediate_size=8,
+    head_dim=4,
+    scan_layers=True,
+    eos_token_id=1,
+    pad_token_id=0,
+)
+MIXED = dataclasses.replace(
+    CONFIG,
+    num_layers=4,
+    dense_layers=(0, 2),
+    intermediate_size=12,
+    attention_bias=True,
+    scan_layers=False,
+)
 
 
 def random_params(config, seed=0, scale=0.3):

@@ -14,11 +14,15 @@ from rome.model.ops.experts_cpu import TILES
 from rome.model.moe import MoE, RouterStats, load_figures, route, router_loss
 
 N, D, E, F, K = 150, 12, 5, 20, 2
-CONFIG = dataclasses.replace(PRESETS["tiny"], hidden_size=D, num_experts=E, moe_intermediate_size=F, experts_per_token=K)
+CONFIG = dataclasses.replace(
+    PRESETS["tiny"], hidden_size=D, num_experts=E, moe_intermediate_size=F, experts_per_token=K
+)
 LOADS = {
     "random": lambda random: np.stack([random.permutation(E)[:K] for _ in range(N)]),
     "everyone_to_two": lambda random: np.tile([3, 1], (N, 1)),
-    "one_expert_idle": lambda random: np.stack([1 + random.permutation(E - 1)[:K] for _ in range(N)]),
+    "one_expert_idle": lambda random: np.stack(
+        [1 + random.permutation(E - 1)[:K] for _ in range(N)]
+    ),
     "one_token_alone": lambda random: np.concatenate([[[4, 0]], np.tile([1, 2], (N - 1, 1))]),
 }
 
@@ -26,11 +30,18 @@ LOADS = {
 def arrays(load, seed=0):
     random = np.random.RandomState(seed)
     shapes = ((N, D), (E, D, F), (E, D, F), (E, F, D), (N, K))
-    return [random.standard_normal(shape).astype(np.float32) for shape in shapes] + [jnp.asarray(LOADS[load](random), jnp.int32)]
+    return [random.standard_normal(shape).astype(np.float32) for shape in shapes] + [
+        jnp.asarray(LOADS[load](random), jnp.int32)
+    ]
 
 
-FORMS = {name: functools.partial(experts, implementation=name) for name in ("dense", "sorted", "ragged", "auto")}
-FORMS["megablox"] = functools.partial(experts_megablox, interpret=True)  # the kernel's program, run by the CPU
+FORMS = {
+    name: functools.partial(experts, implementation=name)
+    for name in ("dense", "sorted", "ragged", "auto")
+}
+FORMS["megablox"] = functools.partial(
+    experts_megablox, interpret=True
+)  # the kernel's program, run by the CPU
 
 
 def experts_by_loop(x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk):
@@ -38,7 +49,10 @@ def experts_by_loop(x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk):
     out_ND = np.zeros((N, D))
     for n in range(N):
         for weight, e in zip(weights_Nk[n].astype(np.float64), ids_Nk[n]):
-            gate_F, up_F = x_ND[n].astype(np.float64) @ gate_EDF[e], x_ND[n].astype(np.float64) @ up_EDF[e]
+            gate_F, up_F = (
+                x_ND[n].astype(np.float64) @ gate_EDF[e],
+                x_ND[n].astype(np.float64) @ up_EDF[e],
+            )
             out_ND[n] += weight * (gate_F / (1 + np.exp(-gate_F)) * up_F) @ down_EFD[e]
     return out_ND
 
@@ -47,7 +61,9 @@ def experts_by_loop(x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk):
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_equals_a_loop_over_tokens_whatever_the_load(form, load):
     inputs = arrays(load)
-    np.testing.assert_allclose(jax.jit(FORMS[form])(*inputs), experts_by_loop(*inputs), rtol=1e-4, atol=2e-4)
+    np.testing.assert_allclose(
+        jax.jit(FORMS[form])(*inputs), experts_by_loop(*inputs), rtol=1e-4, atol=2e-4
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -56,10 +72,18 @@ def test_an_expert_that_is_not_here_adds_nothing(form):
     *floats, ids_Nk = arrays("random")
     x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk = floats
     here_Nk = (ids_Nk >= 1) & (ids_Nk < 4)
-    some = lambda *floats: FORMS[form](floats[0], *(w[1:4] for w in floats[1:4]), floats[4], ids_Nk - 1)
-    oracle = lambda *floats: experts(*floats[:4], jnp.where(here_Nk, floats[4], 0.0), ids_Nk, "dense")
+    some = lambda *floats: FORMS[form](
+        floats[0], *(w[1:4] for w in floats[1:4]), floats[4], ids_Nk - 1
+    )
+    oracle = lambda *floats: experts(
+        *floats[:4], jnp.where(here_Nk, floats[4], 0.0), ids_Nk, "dense"
+    )
     np.testing.assert_allclose(jax.jit(some)(*floats), oracle(*floats), rtol=1e-4, atol=2e-4)
-    summed = lambda function: jax.jit(jax.grad(lambda *floats: jnp.sum(function(*floats) * jnp.cos(x_ND)), argnums=(0, 1, 2, 3, 4)))(*floats)
+    summed = lambda function: jax.jit(
+        jax.grad(
+            lambda *floats: jnp.sum(function(*floats) * jnp.cos(x_ND)), argnums=(0, 1, 2, 3, 4)
+        )
+    )(*floats)
     for one, other in zip(summed(some), summed(oracle)):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
 
@@ -97,7 +121,12 @@ def test_loads_at_the_edges_of_the_tiles_give_the_numbers_and_gradients_of_the_d
         x, gate, up, down, weights, _ = arrays("random")
         ids = jnp.asarray(np.where(np.arange(N)[:, None] < rows, [[0, 4]], [[2, 3]]), jnp.int32)
         value = lambda form, *floats: jnp.sum(jnp.sin(experts(*floats, ids, form)))  # noqa: B023, E731
-        both = [jax.jit(jax.value_and_grad(functools.partial(value, form), argnums=(0, 1, 2, 3, 4)))(x, gate, up, down, weights) for form in ("sorted", "dense")]
+        both = [
+            jax.jit(jax.value_and_grad(functools.partial(value, form), argnums=(0, 1, 2, 3, 4)))(
+                x, gate, up, down, weights
+            )
+            for form in ("sorted", "dense")
+        ]
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-3), *both)
 
 
@@ -105,9 +134,18 @@ def test_loads_at_the_edges_of_the_tiles_give_the_numbers_and_gradients_of_the_d
 def test_a_sorted_row_does_not_depend_on_its_neighbours_nor_on_where_they_are_sent(dtype):
     x, gate, up, down, weights, ids = arrays("random")
     ids = np.array(ids)
-    run = jax.jit(lambda x, ids: experts(*(jnp.asarray(a, dtype) for a in (x, gate, up, down)), weights, ids, "sorted"))
+    run = jax.jit(
+        lambda x, ids: experts(
+            *(jnp.asarray(a, dtype) for a in (x, gate, up, down)), weights, ids, "sorted"
+        )
+    )
     before = run(x, ids)[7]
-    x[:7], x[8:], ids[:7], ids[8:60] = 1.0, x[8:] * 3, [ids[7, 0], (ids[7, 0] + 1) % E], [ids[7, 1], (ids[7, 1] + 1) % E]
+    x[:7], x[8:], ids[:7], ids[8:60] = (
+        1.0,
+        x[8:] * 3,
+        [ids[7, 0], (ids[7, 0] + 1) % E],
+        [ids[7, 1], (ids[7, 1] + 1) % E],
+    )
     np.testing.assert_array_equal(run(x, ids)[7], before)
 
 
@@ -123,7 +161,9 @@ def test_fewer_choices_than_a_tile_and_more_experts_than_choices_work():
     x, gate, up, down, weights, ids = arrays("random")
     few = [x[:1], gate, up, down, weights[:1], ids[:1]]
     assert min(TILES) > K
-    np.testing.assert_allclose(experts(*few, "sorted"), experts(*few, "dense"), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        experts(*few, "sorted"), experts(*few, "dense"), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("load", LOADS)
@@ -131,8 +171,17 @@ def test_fewer_choices_than_a_tile_and_more_experts_than_choices_work():
 def test_a_grouped_matmul_in_several_passes_gives_the_numbers_and_gradients_of_one(form, load):
     *floats, ids_Nk = arrays(load)
     passes = functools.partial(FORMS[form], rows=40)  # of 300 choices
-    value = lambda form: jax.jit(jax.value_and_grad(lambda *floats: jnp.sum(jnp.cos(floats[0]) * form(*floats, ids_Nk)), argnums=(0, 1, 2, 3, 4)))(*floats)  # noqa: E731
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3), value(passes), value(FORMS["dense"]))
+    value = lambda form: jax.jit(
+        jax.value_and_grad(
+            lambda *floats: jnp.sum(jnp.cos(floats[0]) * form(*floats, ids_Nk)),
+            argnums=(0, 1, 2, 3, 4),
+        )
+    )(*floats)  # noqa: E731
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3),
+        value(passes),
+        value(FORMS["dense"]),
+    )
 
 
 def test_an_unknown_form_is_refused_by_name():
@@ -149,7 +198,11 @@ def test_the_router_takes_the_most_probable_experts_and_weighs_them_by_softmax(r
     probs = np.exp(logits_NE) / np.exp(logits_NE).sum(axis=1, keepdims=True)
     np.testing.assert_array_equal(ids_Nk, np.argsort(-logits_NE, axis=1)[:, :K])
     expected = -np.sort(-probs, axis=1)[:, :K]
-    np.testing.assert_allclose(weights_Nk, expected / expected.sum(axis=1, keepdims=True) if renormalise else expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        weights_Nk,
+        expected / expected.sum(axis=1, keepdims=True) if renormalise else expected,
+        rtol=1e-5,
+    )
     np.testing.assert_allclose(probs_NE, probs, rtol=1e-5)
 
 
@@ -173,11 +226,15 @@ def test_router_statistics_count_real_tokens_only():
     real_BT = jnp.arange(7)[None] < jnp.array([[4], [6]])
     params = MoE(CONFIG).init(jax.random.key(1), x_BTD, real_BT)
     out_BTD, ids_BTk, router = MoE(CONFIG).apply(params, x_BTD, real_BT)
-    np.testing.assert_array_equal(router.counts_E, np.bincount(np.asarray(ids_BTk)[np.asarray(real_BT)].ravel(), minlength=E))
+    np.testing.assert_array_equal(
+        router.counts_E, np.bincount(np.asarray(ids_BTk)[np.asarray(real_BT)].ravel(), minlength=E)
+    )
     assert router.counts_E.sum() == K * 10 and router.dropped == 0
     np.testing.assert_allclose(router.prob_sum_E.sum(), 10, rtol=1e-6)
     assert not np.any(np.asarray(out_BTD)[~np.asarray(real_BT)])  # padding is given to no expert
-    logits = np.asarray(x_BTD, np.float64)[np.asarray(real_BT)] @ np.asarray(params["params"]["router"], np.float64)
+    logits = np.asarray(x_BTD, np.float64)[np.asarray(real_BT)] @ np.asarray(
+        params["params"]["router"], np.float64
+    )
     log_sum = np.log(np.exp(logits).sum(axis=1))
     probs = np.exp(logits - log_sum[:, None])
     np.testing.assert_allclose(router.z, (log_sum**2).sum(), rtol=1e-5)
@@ -186,28 +243,43 @@ def test_router_statistics_count_real_tokens_only():
 
 def stats(counts_LE, prob_sum_LE, tokens):
     zeros_L = jnp.zeros(len(counts_LE))
-    return RouterStats(jnp.asarray(counts_LE), jnp.asarray(prob_sum_LE), zeros_L, zeros_L, zeros_L, jnp.float32(tokens))
+    return RouterStats(
+        jnp.asarray(counts_LE),
+        jnp.asarray(prob_sum_LE),
+        zeros_L,
+        zeros_L,
+        zeros_L,
+        jnp.float32(tokens),
+    )
 
 
 def test_loads_of_a_layer_are_summed_up_by_maximum_and_gini():
     config = dataclasses.replace(CONFIG, num_layers=2)
     even = load_figures(jnp.full((2, E), 4.0), config)
-    np.testing.assert_allclose([even["router_load_max"], even["router_gini"]], [1.0, 0.0], atol=1e-6)
+    np.testing.assert_allclose(
+        [even["router_load_max"], even["router_gini"]], [1.0, 0.0], atol=1e-6
+    )
     counts = np.array([[1.0, 2, 3, 4, 10], [20.0, 0, 0, 0, 0]])
     skewed = load_figures(jnp.asarray(counts), config)
-    pairs = [np.abs(row[:, None] - row[None]).sum() / (2 * E * row.sum()) for row in counts]  # Gini's own definition
+    pairs = [
+        np.abs(row[:, None] - row[None]).sum() / (2 * E * row.sum()) for row in counts
+    ]  # Gini's own definition
     np.testing.assert_allclose(skewed["router_gini"], np.mean(pairs), rtol=1e-6)
     np.testing.assert_allclose(skewed["router_load_max"], (2.5 + 5) / 2, rtol=1e-6)
 
 
 def test_an_expert_takes_its_capacity_and_the_rest_is_dropped_and_reported():
     ids_Nk = jnp.array([[0, 1], [0, 2], [0, 1], [3, 0], [NO_EXPERT, 1]])
-    np.testing.assert_array_equal(drop_beyond(ids_Nk, 2, E), [[0, 1], [0, 2], [-1, 1], [3, -1], [-1, -1]])
+    np.testing.assert_array_equal(
+        drop_beyond(ids_Nk, 2, E), [[0, 1], [0, 2], [-1, 1], [3, -1], [-1, -1]]
+    )
     config = dataclasses.replace(CONFIG, capacity_factor=0.5)
     x_BTD, real_BT = jax.random.normal(jax.random.key(0), (1, 40, D)), jnp.arange(40)[None] < 30
     params = MoE(config).init(jax.random.key(1), x_BTD, real_BT)
     _, own_BTk, router = MoE(config).apply(params, x_BTD, real_BT)
-    taken = np.minimum(np.bincount(np.asarray(own_BTk)[0, :30].ravel(), minlength=E), capacity(40 * K, E, 0.5)).sum()
+    taken = np.minimum(
+        np.bincount(np.asarray(own_BTk)[0, :30].ravel(), minlength=E), capacity(40 * K, E, 0.5)
+    ).sum()
     assert 0 < router.dropped == 30 * K - taken
 
 
@@ -221,7 +293,9 @@ def test_the_router_loss_is_k_when_balanced_and_more_otherwise():
 
 def test_the_router_loss_pushes_probability_away_from_the_busy_expert_and_is_finite_without_tokens():
     config = dataclasses.replace(CONFIG, num_layers=1)
-    gradient_LE = jax.grad(lambda prob_LE: router_loss(stats(np.array([[9.0, 1, 0, 0, 0]]), prob_LE, 5), config))(jnp.ones((1, E)))
+    gradient_LE = jax.grad(
+        lambda prob_LE: router_loss(stats(np.array([[9.0, 1, 0, 0, 0]]), prob_LE, 5), config)
+    )(jnp.ones((1, E)))
     assert gradient_LE[0, 0] > gradient_LE[0, 1] > gradient_LE[0, 2] == 0
     nothing = stats(np.zeros((1, E)), np.zeros((1, E)), 0)
     assert router_loss(nothing, config) == 0

@@ -10,7 +10,14 @@ import pytest
 
 from rome.model.ops import attention_cpu
 from rome.model.ops.attention import attention
-from rome.model.qwen3 import Qwen3, head_kernel, init_cache, init_params, stack_layers, unstack_layers
+from rome.model.qwen3 import (
+    Qwen3,
+    head_kernel,
+    init_cache,
+    init_params,
+    stack_layers,
+    unstack_layers,
+)
 from tests.rome.model.small import CONFIG, random_params
 
 
@@ -28,55 +35,87 @@ def jitted(config, scan):
     return jax.jit(Qwen3(config, scan=scan).apply)
 
 
-def apply(params, tokens_BT, positions_BT=None, segments_BT=None, *, config=CONFIG, scan=True, **inputs):
+def apply(
+    params, tokens_BT, positions_BT=None, segments_BT=None, *, config=CONFIG, scan=True, **inputs
+):
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     segments_BT = jnp.ones_like(tokens_BT) if segments_BT is None else jnp.asarray(segments_BT)
-    return jitted(config, scan)({"params": params}, tokens_BT, jnp.asarray(positions_BT), segments_BT, **inputs)
+    return jitted(config, scan)(
+        {"params": params}, tokens_BT, jnp.asarray(positions_BT), segments_BT, **inputs
+    )
 
 
 def weigh(hidden_BTD):
     """A scalar that depends on all outputs in different ways."""
-    return jnp.sum(hidden_BTD * jnp.cos(jnp.arange(hidden_BTD.size, dtype=jnp.float32)).reshape(hidden_BTD.shape))
+    return jnp.sum(
+        hidden_BTD
+        * jnp.cos(jnp.arange(hidden_BTD.size, dtype=jnp.float32)).reshape(hidden_BTD.shape)
+    )
 
 
 def assert_close(one, other, tolerance=2e-5):
     one, other = jax.device_get((one, other))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), one, other)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), one, other
+    )
 
 
 @jax.jit
 def influence_of_inputs(params, tokens_BT, segments_BT, positions_BT):
     """|d hidden[t] / d embedding of token s|, [T, S], for a row of distinct tokens: each row of the embedding is then one input place."""
+
     def hidden(embedding_VD):
-        return Qwen3(CONFIG).apply({"params": params | {"embed": {"embedding": embedding_VD}}}, tokens_BT, positions_BT, segments_BT).hidden_BTD[0]
+        return (
+            Qwen3(CONFIG)
+            .apply(
+                {"params": params | {"embed": {"embedding": embedding_VD}}},
+                tokens_BT,
+                positions_BT,
+                segments_BT,
+            )
+            .hidden_BTD[0]
+        )
 
     influence_TDVD = jax.jacobian(hidden)(params["embed"]["embedding"])
     return jnp.abs(influence_TDVD[:, :, tokens_BT[0]]).sum(axis=(1, 3))
 
 
-@pytest.mark.parametrize("segments, positions", [
-    ([1, 1, 1, 1, 1, 1, 1, 1, 1], [0, 1, 2, 3, 4, 5, 6, 7, 8]), ([1, 1, 1, 2, 2, 2, 2, 0, 0], [0, 1, 2, 0, 1, 2, 3, 0, 0]),
-], ids=["one_segment", "two_segments_and_padding"])
+@pytest.mark.parametrize(
+    "segments, positions",
+    [
+        ([1, 1, 1, 1, 1, 1, 1, 1, 1], [0, 1, 2, 3, 4, 5, 6, 7, 8]),
+        ([1, 1, 1, 2, 2, 2, 2, 0, 0], [0, 1, 2, 0, 1, 2, 3, 0, 0]),
+    ],
+    ids=["one_segment", "two_segments_and_padding"],
+)
 def test_a_token_sees_exactly_the_tokens_of_its_segment_up_to_itself(params, segments, positions):
     segments_T, positions_T = np.array(segments), np.array(positions)
-    influence_TS = influence_of_inputs(params, jnp.arange(9)[None], segments_T[None], positions_T[None])
+    influence_TS = influence_of_inputs(
+        params, jnp.arange(9)[None], segments_T[None], positions_T[None]
+    )
     expected_TS = np.tril(segments_T[:, None] == segments_T[None]) & (segments_T != 0)[:, None]
-    expected_TS |= np.eye(9, dtype=bool)  # every place sees itself through the residual stream, padding too
+    expected_TS |= np.eye(
+        9, dtype=bool
+    )  # every place sees itself through the residual stream, padding too
     np.testing.assert_array_equal(np.asarray(influence_TS) > 0, expected_TS)
 
 
 def test_a_packed_row_equals_its_segments_alone(params):
     tokens_BT = random_tokens(1, 14)
     lengths = (5, 2, 5)
-    segments_BT = np.concatenate([np.full(n, i + 1) for i, n in enumerate(lengths)] + [np.zeros(2, int)])[None]
+    segments_BT = np.concatenate(
+        [np.full(n, i + 1) for i, n in enumerate(lengths)] + [np.zeros(2, int)]
+    )[None]
     positions_BT = np.concatenate([np.arange(n) for n in lengths] + [np.zeros(2, int)])[None]
     packed = apply(params, tokens_BT, positions_BT, segments_BT)
     start, counts = 0, 0
     for n in lengths:
-        alone = apply(params, tokens_BT[:, start:start + n])
-        assert_close(packed.hidden_BTD[:, start:start + n], alone.hidden_BTD)
-        np.testing.assert_array_equal(packed.routes_LBTK[:, :, start:start + n], alone.routes_LBTK)
+        alone = apply(params, tokens_BT[:, start : start + n])
+        assert_close(packed.hidden_BTD[:, start : start + n], alone.hidden_BTD)
+        np.testing.assert_array_equal(
+            packed.routes_LBTK[:, :, start : start + n], alone.routes_LBTK
+        )
         counts, start = counts + alone.router.counts_LE, start + n
     np.testing.assert_array_equal(packed.router.counts_LE, counts)
     assert packed.router.tokens == sum(lengths)
@@ -102,19 +141,34 @@ def test_rows_of_different_length_share_a_cache_and_their_padding_is_not_written
     tokens_BT = random_tokens(2, 9)
     real_BT = np.arange(9)[None] < np.array([[5], [8]])
     positions_BT = np.broadcast_to(np.arange(9), (2, 9))
-    cache = apply(params, tokens_BT, positions_BT, real_BT.astype(int), cache=init_cache(CONFIG, 2, 12, False), scan=False).cache
-    assert all((np.asarray(layer)[0, 5:] == 0).all() and (np.asarray(layer)[1, :8] != 0).any(axis=(1, 2)).all() for layer in (*cache.k, *cache.v))
+    cache = apply(
+        params,
+        tokens_BT,
+        positions_BT,
+        real_BT.astype(int),
+        cache=init_cache(CONFIG, 2, 12, False),
+        scan=False,
+    ).cache
+    assert all(
+        (np.asarray(layer)[0, 5:] == 0).all()
+        and (np.asarray(layer)[1, :8] != 0).any(axis=(1, 2)).all()
+        for layer in (*cache.k, *cache.v)
+    )
     next_B1 = random_tokens(2, 1, seed=2)
     decoded = apply(params, next_B1, np.array([[5], [8]]), cache=cache, scan=False)
     both = jnp.stack([tokens_BT[0].at[5].set(next_B1[0, 0]), tokens_BT[1].at[8].set(next_B1[1, 0])])
     full = apply(params, both)
-    assert_close(decoded.hidden_BTD[:, 0], jnp.stack([full.hidden_BTD[0, 5], full.hidden_BTD[1, 8]]))
+    assert_close(
+        decoded.hidden_BTD[:, 0], jnp.stack([full.hidden_BTD[0, 5], full.hidden_BTD[1, 8]])
+    )
 
 
 def test_what_an_earlier_sequence_left_in_a_cache_is_not_seen(params):
     tokens_BT = random_tokens(2, 9)
     dirty = jax.tree.map(lambda x: x + 100.0, init_cache(CONFIG, 2, 12, True))
-    assert_close(apply(params, tokens_BT, cache=dirty).hidden_BTD, apply(params, tokens_BT).hidden_BTD)
+    assert_close(
+        apply(params, tokens_BT, cache=dirty).hidden_BTD, apply(params, tokens_BT).hidden_BTD
+    )
 
 
 @pytest.mark.parametrize("layers", ["stacked", "tuple"])
@@ -127,18 +181,30 @@ def test_the_unrolled_model_equals_the_scanned_one(params, layers):
 
 
 def test_stacking_undoes_unstacking(params):
-    jax.tree.map(np.testing.assert_array_equal, stack_layers(unstack_layers(params, CONFIG)), params)
+    jax.tree.map(
+        np.testing.assert_array_equal, stack_layers(unstack_layers(params, CONFIG)), params
+    )
 
 
 def gradients(params, config, scan):
     tokens_BT = random_tokens(2, 9)
-    return jax.jit(jax.grad(lambda p: weigh(apply(p, tokens_BT, config=config, scan=scan).hidden_BTD)))(params)
+    return jax.jit(
+        jax.grad(lambda p: weigh(apply(p, tokens_BT, config=config, scan=scan).hidden_BTD))
+    )(params)
 
 
 def test_gradients_are_the_same_with_and_without_remat_scanned_or_unrolled(params):
     expected = gradients(params, dataclasses.replace(CONFIG, remat="none"), scan=True)
-    for remat, scan in (("full", True), ("full", False), ("attention", True), ("offload", True), ("offload", False)):
-        assert_close(gradients(params, dataclasses.replace(CONFIG, remat=remat), scan), expected, 1e-4)
+    for remat, scan in (
+        ("full", True),
+        ("full", False),
+        ("attention", True),
+        ("offload", True),
+        ("offload", False),
+    ):
+        assert_close(
+            gradients(params, dataclasses.replace(CONFIG, remat=remat), scan), expected, 1e-4
+        )
 
 
 def test_padding_has_finite_outputs_and_changes_no_gradient(params):
@@ -161,9 +227,14 @@ def test_padding_has_finite_outputs_and_changes_no_gradient(params):
 def test_attention_of_a_query_that_sees_nothing_is_zero_with_a_zero_gradient():
     q = k = v = jax.random.normal(jax.random.key(0), (1, 4, 2, 4))
     places, nobody = jnp.arange(4)[None], jnp.zeros((1, 4), jnp.int32)
-    run = lambda q, k, v: attention(q, k, v, q_places_BT=places, k_places_BS=places, q_segments_BT=nobody, k_segments_BS=nobody)
+    run = lambda q, k, v: attention(
+        q, k, v, q_places_BT=places, k_places_BS=places, q_segments_BT=nobody, k_segments_BS=nobody
+    )
     assert (run(q, k, v) == 0).all()
-    assert all((g == 0).all() for g in jax.jit(jax.grad(lambda *qkv: jnp.sum(run(*qkv)), argnums=(0, 1, 2)))(q, k, v))
+    assert all(
+        (g == 0).all()
+        for g in jax.jit(jax.grad(lambda *qkv: jnp.sum(run(*qkv)), argnums=(0, 1, 2)))(q, k, v)
+    )
 
 
 @pytest.mark.parametrize("kept", [0, attention_cpu.KEPT_WEIGHTS])
@@ -175,14 +246,26 @@ def test_blocked_attention_equals_the_reference_with_its_gradients(length, kept,
     keys = jax.random.split(jax.random.key(0), 3)
     qkv = [jax.random.normal(key, (2, length, heads, 4)) for key, heads in zip(keys, (4, 2, 2))]
     places = jnp.broadcast_to(jnp.arange(length), (2, length))
-    segments = jnp.asarray(np.stack([np.arange(length) // 30 + 1, np.where(np.arange(length) < length - 5, 1, 0)]))
+    segments = jnp.asarray(
+        np.stack([np.arange(length) // 30 + 1, np.where(np.arange(length) < length - 5, 1, 0)])
+    )
 
     def run(qkv, implementation):
-        out = attention(*qkv, q_places_BT=places, k_places_BS=places, q_segments_BT=segments, k_segments_BS=segments,
-                        implementation=implementation, ordered=True)
+        out = attention(
+            *qkv,
+            q_places_BT=places,
+            k_places_BS=places,
+            q_segments_BT=segments,
+            k_segments_BS=segments,
+            implementation=implementation,
+            ordered=True,
+        )
         return weigh(out), out
 
-    outcomes = [jax.jit(jax.grad(run, has_aux=True), static_argnums=1)(qkv, implementation) for implementation in ("blocked", "reference")]
+    outcomes = [
+        jax.jit(jax.grad(run, has_aux=True), static_argnums=1)(qkv, implementation)
+        for implementation in ("blocked", "reference")
+    ]
     assert_close(*outcomes, 1e-4)
 
 
@@ -193,16 +276,29 @@ def test_replayed_routes_give_the_same_output_and_other_routes_another(params):
     assert_close(replayed.hidden_BTD, free.hidden_BTD, 1e-6)
     other_LBTK = (free.routes_LBTK + 1) % CONFIG.num_experts
     forced = apply(params, tokens_BT, routes_LBTK=other_LBTK)
-    np.testing.assert_array_equal(forced.routes_LBTK[0], free.routes_LBTK[0])  # what the first router would choose does not depend on it
-    np.testing.assert_array_equal(forced.router.counts_LE, [np.bincount(np.ravel(ids), minlength=CONFIG.num_experts) for ids in other_LBTK])
+    np.testing.assert_array_equal(
+        forced.routes_LBTK[0], free.routes_LBTK[0]
+    )  # what the first router would choose does not depend on it
+    np.testing.assert_array_equal(
+        forced.router.counts_LE,
+        [np.bincount(np.ravel(ids), minlength=CONFIG.num_experts) for ids in other_LBTK],
+    )
     assert np.abs(forced.hidden_BTD - free.hidden_BTD).max() > 1e-2
 
 
 def test_tokens_without_a_recorded_route_choose_for_themselves(params):
     tokens_BT = random_tokens(2, 9)
     free = apply(params, tokens_BT)
-    assert_close(apply(params, tokens_BT, routes_LBTK=jnp.full_like(free.routes_LBTK, -1)).hidden_BTD, free.hidden_BTD, 1e-6)
-    changed_LBTK = jnp.full_like(free.routes_LBTK, -1).at[:, :, -1].set((free.routes_LBTK[:, :, -1] + 1) % CONFIG.num_experts)
+    assert_close(
+        apply(params, tokens_BT, routes_LBTK=jnp.full_like(free.routes_LBTK, -1)).hidden_BTD,
+        free.hidden_BTD,
+        1e-6,
+    )
+    changed_LBTK = (
+        jnp.full_like(free.routes_LBTK, -1)
+        .at[:, :, -1]
+        .set((free.routes_LBTK[:, :, -1] + 1) % CONFIG.num_experts)
+    )
     partly = apply(params, tokens_BT, routes_LBTK=changed_LBTK)
     assert_close(partly.hidden_BTD[:, :-1], free.hidden_BTD[:, :-1], 1e-6)
     assert np.abs(partly.hidden_BTD[:, -1] - free.hidden_BTD[:, -1]).min(axis=-1).max() > 1e-4
@@ -211,7 +307,9 @@ def test_tokens_without_a_recorded_route_choose_for_themselves(params):
 def test_the_router_learns_from_replayed_routes(params):
     tokens_BT = random_tokens(2, 9)
     routes_LBTK = (apply(params, tokens_BT).routes_LBTK + 1) % CONFIG.num_experts
-    gradient = jax.jit(jax.grad(lambda p: weigh(apply(p, tokens_BT, routes_LBTK=routes_LBTK).hidden_BTD)))(params)
+    gradient = jax.jit(
+        jax.grad(lambda p: weigh(apply(p, tokens_BT, routes_LBTK=routes_LBTK).hidden_BTD))
+    )(params)
     assert (np.abs(gradient["layers"]["moe"]["router"]).max(axis=(1, 2)) > 0).all()
 
 

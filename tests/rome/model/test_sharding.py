@@ -14,20 +14,40 @@ from rome.model import sharding
 from rome.model.config import PRESETS
 from rome.model.moe import router_loss
 from rome.model.qwen3 import Qwen3, head_kernel, init_params
-from rome.model.sharding import batch_sharding, check_mesh, extent, logical_axes, make_mesh, param_shardings, partition_spec, row_shards
+from rome.model.sharding import (
+    batch_sharding,
+    check_mesh,
+    extent,
+    logical_axes,
+    make_mesh,
+    param_shardings,
+    partition_spec,
+    row_shards,
+)
 from tests.rome.model import small
 from tests.rome.model.small import random_params
 
 CONFIG = dataclasses.replace(small.CONFIG, vocab_size=48, remat="full")
-SWITCHES = dataclasses.replace(CONFIG, num_layers=3, dense_layers=(1,), intermediate_size=12, attention_bias=True, scan_layers=False)
+SWITCHES = dataclasses.replace(
+    CONFIG,
+    num_layers=3,
+    dense_layers=(1,),
+    intermediate_size=12,
+    attention_bias=True,
+    scan_layers=False,
+)
 QWEN3 = PRESETS["qwen3_30b_a3b"]
 
 
 def objective(params, tokens_BT, positions_BT, segments_BT, config, experts):
-    out = Qwen3(config, scan=config.scan_layers, experts=experts).apply({"params": params}, tokens_BT, positions_BT, segments_BT)
+    out = Qwen3(config, scan=config.scan_layers, experts=experts).apply(
+        {"params": params}, tokens_BT, positions_BT, segments_BT
+    )
     logp_BTV = jax.nn.log_softmax(out.hidden_BTD @ head_kernel(params, config))
     logp_BT = jnp.take_along_axis(logp_BTV[:, :-1], tokens_BT[:, 1:, None], axis=-1)[..., 0]
-    return -jnp.sum(logp_BT * (segments_BT[:, 1:] != 0)) / 100 + router_loss(out.router, config), out.hidden_BTD
+    return -jnp.sum(logp_BT * (segments_BT[:, 1:] != 0)) / 100 + router_loss(
+        out.router, config
+    ), out.hidden_BTD
 
 
 step = jax.value_and_grad(objective, has_aux=True)
@@ -36,7 +56,12 @@ step = jax.value_and_grad(objective, has_aux=True)
 def inputs(config):
     tokens_BT = jax.random.randint(jax.random.key(1), (8, 16), 0, CONFIG.vocab_size)
     positions_BT = jnp.broadcast_to(jnp.arange(16), (8, 16))
-    return random_params(config, scale=0.2), tokens_BT, positions_BT, jnp.where(positions_BT < 13, 1, 0)
+    return (
+        random_params(config, scale=0.2),
+        tokens_BT,
+        positions_BT,
+        jnp.where(positions_BT < 13, 1, 0),
+    )
 
 
 @functools.cache
@@ -44,22 +69,36 @@ def on_one_device(config):
     return jax.device_get(jax.jit(step, static_argnums=(4, 5))(*inputs(config), config, "dense"))
 
 
-@pytest.mark.parametrize("config, shape, experts, current", [  # current: whether the model knows the mesh, or only its inputs are sharded
-    (CONFIG, {"fsdp": 2, "expert": 2, "tensor": 2}, "sorted", True), (CONFIG, {"fsdp": 2, "expert": 2, "tensor": 2}, "dense", False),
-    (CONFIG, {"replica": 2, "fsdp": 4}, "sorted", False), (CONFIG, {"expert": 4, "sequence": 2}, "dense", True),
-    (SWITCHES, {"fsdp": 2, "expert": 2, "tensor": 2}, "sorted", True),
-])
+@pytest.mark.parametrize(
+    "config, shape, experts, current",
+    [  # current: whether the model knows the mesh, or only its inputs are sharded
+        (CONFIG, {"fsdp": 2, "expert": 2, "tensor": 2}, "sorted", True),
+        (CONFIG, {"fsdp": 2, "expert": 2, "tensor": 2}, "dense", False),
+        (CONFIG, {"replica": 2, "fsdp": 4}, "sorted", False),
+        (CONFIG, {"expert": 4, "sequence": 2}, "dense", True),
+        (SWITCHES, {"fsdp": 2, "expert": 2, "tensor": 2}, "sorted", True),
+    ],
+)
 def test_forward_and_gradients_on_a_mesh_equal_one_device(config, shape, experts, current):
     mesh = make_mesh(shape, config)
     shardings, rows = param_shardings(mesh, config), batch_sharding(mesh)
-    sharded = jax.jit(step, static_argnums=(4, 5), in_shardings=(shardings, rows, rows, rows), out_shardings=(None, shardings))
+    sharded = jax.jit(
+        step,
+        static_argnums=(4, 5),
+        in_shardings=(shardings, rows, rows, rows),
+        out_shardings=(None, shardings),
+    )
     placed = jax.device_put(inputs(config), (shardings, rows, rows, rows))
     with jax.set_mesh(mesh) if current else contextlib.nullcontext():
         (loss, hidden), gradients = sharded(*placed, config, experts)
     (expected_loss, expected_hidden), expected = on_one_device(config)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     np.testing.assert_allclose(hidden, expected_hidden, atol=1e-5)
-    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5), jax.device_get(gradients), expected)
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5),
+        jax.device_get(gradients),
+        expected,
+    )
 
 
 def test_every_parameter_has_a_sharding_and_the_large_ones_are_spread_over_the_whole_mesh():
@@ -67,7 +106,9 @@ def test_every_parameter_has_a_sharding_and_the_large_ones_are_spread_over_the_w
     shapes = jax.eval_shape(lambda key: init_params(QWEN3, key), jax.random.key(0))
     shardings = param_shardings(mesh, QWEN3)
     assert jax.tree.structure(shardings) == jax.tree.structure(shapes)
-    held = jax.tree.map(lambda leaf, place: np.prod(place.shard_shape(leaf.shape)), shapes, shardings)
+    held = jax.tree.map(
+        lambda leaf, place: np.prod(place.shard_shape(leaf.shape)), shapes, shardings
+    )
     assert held["layers"]["moe"]["gate"] * 8 == np.prod(shapes["layers"]["moe"]["gate"].shape)
     assert held["layers"]["attention"]["q"] * 8 == np.prod(shapes["layers"]["attention"]["q"].shape)
 
@@ -86,7 +127,9 @@ def test_every_axis_is_in_every_mesh_and_minus_one_takes_what_is_left():
     assert dict(make_mesh({}).shape) == dict.fromkeys(sharding.AXES, 1)
     mesh = make_mesh({"fsdp": -1, "tensor": 2})
     assert dict(mesh.shape) == {"replica": 1, "fsdp": 4, "expert": 1, "sequence": 1, "tensor": 2}
-    assert row_shards(mesh) == 4 and batch_sharding(mesh).spec == PartitionSpec(("replica", "fsdp", "expert"))
+    assert row_shards(mesh) == 4 and batch_sharding(mesh).spec == PartitionSpec(
+        ("replica", "fsdp", "expert")
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,27 +146,45 @@ class Chip:
 
 
 def torus(x: int, y: int, z: int, slices: int = 1) -> list[Chip]:
-    places = [(i, j, k, s) for s in range(slices) for k in range(z) for j in range(y) for i in range(x)]
+    places = [
+        (i, j, k, s) for s in range(slices) for k in range(z) for j in range(y) for i in range(x)
+    ]
     return [Chip(number, place[:3], place[3]) for number, place in enumerate(places)]
 
 
 def test_an_axis_may_be_a_part_of_a_ring_and_neighbours_on_it_are_neighbours_on_the_torus():
     mesh = make_mesh({"fsdp": 8, "expert": 8}, devices=torus(4, 4, 4))
-    spans = [sorted(len({device.coords[dim] for device in group}) for dim in range(3)) for group in np.squeeze(mesh.devices)]
+    spans = [
+        sorted(len({device.coords[dim] for device in group}) for dim in range(3))
+        for group in np.squeeze(mesh.devices)
+    ]
     assert spans == [[1, 2, 4]] * 8  # the eight of an expert group: a whole ring, two deep
 
 
 def test_the_extent_of_an_axis_is_what_its_groups_take_of_each_dimension_of_the_torus():
-    on_cube = {g: sorted(extent(make_mesh({"fsdp": 64 // g, "expert": g}, devices=torus(4, 4, 4)), "expert")) for g in (1, 4, 8, 16, 64)}
+    on_cube = {
+        g: sorted(
+            extent(make_mesh({"fsdp": 64 // g, "expert": g}, devices=torus(4, 4, 4)), "expert")
+        )
+        for g in (1, 4, 8, 16, 64)
+    }
     assert on_cube == {1: [], 4: [4], 8: [2, 4], 16: [4, 4], 64: [4, 4, 4]}
     assert extent(make_mesh({"fsdp": 8, "expert": 8}, devices=torus(8, 8, 1)), "expert") == (8,)
-    assert extent(make_mesh({"expert": 8}), "expert") == (8,) and extent(make_mesh({"fsdp": 8}), "expert") == ()  # CPUs lie nowhere
+    assert (
+        extent(make_mesh({"expert": 8}), "expert") == (8,)
+        and extent(make_mesh({"fsdp": 8}), "expert") == ()
+    )  # CPUs lie nowhere
 
 
 def test_slices_are_parts_of_the_replica_axis():
     mesh = make_mesh({"replica": 4, "fsdp": 4, "expert": 8}, devices=torus(4, 4, 4, slices=2))
-    assert [len({device.slice_index for device in replica.flat}) for replica in mesh.devices] == [1] * 4
-    with pytest.raises(ValueError, match="2 slices, which do not divide replica=1. Set --config.mesh.replica to a multiple of 2"):
+    assert [len({device.slice_index for device in replica.flat}) for replica in mesh.devices] == [
+        1
+    ] * 4
+    with pytest.raises(
+        ValueError,
+        match="2 slices, which do not divide replica=1. Set --config.mesh.replica to a multiple of 2",
+    ):
         make_mesh({"fsdp": 16, "expert": 8}, devices=torus(4, 4, 4, slices=2))
 
 
@@ -137,16 +198,25 @@ def test_two_axes_of_one_array_on_the_same_mesh_axis_are_refused():
 def test_a_mesh_that_does_not_fit_says_what_and_which_sizes_would():
     with pytest.raises(ValueError) as error:
         make_mesh({"fsdp": 4, "expert": 3}, QWEN3)
-    assert str(error.value) == ("mesh (fsdp=4, expert=3) needs 12 devices, 8 are there; and 3 does not divide the 128 experts. "
-                                "Set --config.mesh.expert to 1, 2, 4 or 8.")
+    assert str(error.value) == (
+        "mesh (fsdp=4, expert=3) needs 12 devices, 8 are there; and 3 does not divide the 128 experts. "
+        "Set --config.mesh.expert to 1, 2, 4 or 8."
+    )
 
 
-@pytest.mark.parametrize("shape, message", [
-    ({"fsdp": 16}, r"mesh \(fsdp=16\) needs 16 devices, 8 are there\. Lower an axis until their product is at most 8\."),
-    ({"pipeline": 2}, "mesh axis 'pipeline' is unknown; choose from replica, fsdp"),
-    ({"fsdp": 0}, r"mesh \(fsdp=0\): sizes are positive"), ({"fsdp": -1, "expert": -1}, "at most one is -1"),
-    ({"fsdp": -1, "expert": 3}, "3 does not divide the 8 devices"),
-])
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        (
+            {"fsdp": 16},
+            r"mesh \(fsdp=16\) needs 16 devices, 8 are there\. Lower an axis until their product is at most 8\.",
+        ),
+        ({"pipeline": 2}, "mesh axis 'pipeline' is unknown; choose from replica, fsdp"),
+        ({"fsdp": 0}, r"mesh \(fsdp=0\): sizes are positive"),
+        ({"fsdp": -1, "expert": -1}, "at most one is -1"),
+        ({"fsdp": -1, "expert": 3}, "3 does not divide the 8 devices"),
+    ],
+)
 def test_meshes_that_cannot_be_are_refused_in_one_line(shape, message):
     with pytest.raises(ValueError, match=message) as error:
         make_mesh(shape, QWEN3)
@@ -162,7 +232,15 @@ def test_a_dense_layers_hidden_size_must_divide_too():
 def test_check_mesh_names_everything_that_does_not_divide():
     check_mesh(QWEN3, {"fsdp": 8, "expert": 16, "tensor": 4}, batch=128, length=4096)
     with pytest.raises(ValueError) as error:
-        check_mesh(QWEN3, {"fsdp": 3, "expert": 5, "sequence": 7, "tensor": 8}, batch=8, length=4096)
-    for part in ("3 does not divide the hidden size 2048", "5 does not divide the 128 experts", "7 does not divide the 4096 tokens of a row",
-                 "8 does not divide the 4 key heads", "--config.mesh.tensor to 1, 2 or 4", "the 15 devices of replica, fsdp, expert do not divide the 8 rows"):
+        check_mesh(
+            QWEN3, {"fsdp": 3, "expert": 5, "sequence": 7, "tensor": 8}, batch=8, length=4096
+        )
+    for part in (
+        "3 does not divide the hidden size 2048",
+        "5 does not divide the 128 experts",
+        "7 does not divide the 4096 tokens of a row",
+        "8 does not divide the 4 key heads",
+        "--config.mesh.tensor to 1, 2 or 4",
+        "the 15 devices of replica, fsdp, expert do not divide the 8 rows",
+    ):
         assert part in str(error.value)

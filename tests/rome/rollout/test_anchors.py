@@ -13,7 +13,13 @@ from rome.rollout.anchors import Anchors, anchor_of, crucial_chunks, fisher_less
 
 def played(task, chunks, anchor=0, reward=0.0):
     kinds = ["context"] * anchor + ["rl"] * (chunks - anchor)
-    return Trajectory(task, "f", [Chunk([1], [2], [-0.5], [(1, 0, 1)], kind=kind) for kind in kinds], reward, "success" if reward else "failure")
+    return Trajectory(
+        task,
+        "f",
+        [Chunk([1], [2], [-0.5], [(1, 0, 1)], kind=kind) for kind in kinds],
+        reward,
+        "success" if reward else "failure",
+    )
 
 
 def source_of(trajectory):
@@ -27,14 +33,22 @@ def observe(anchors, group):
 
 @given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 30), st.integers(0, 30))
 def test_fishers_test_is_scipys(wins, losses, other_wins, other_losses):
-    expected = scipy.stats.fisher_exact([[wins, losses], [other_wins, other_losses]], alternative="less").pvalue
-    assert fisher_less(wins, wins + losses, other_wins, other_wins + other_losses) == pytest.approx(expected, rel=1e-9)
+    expected = scipy.stats.fisher_exact(
+        [[wins, losses], [other_wins, other_losses]], alternative="less"
+    ).pvalue
+    assert fisher_less(wins, wins + losses, other_wins, other_wins + other_losses) == pytest.approx(
+        expected, rel=1e-9
+    )
 
 
 def test_a_chunk_is_crucial_where_success_jumps_and_not_where_chance_explains_it():
-    assert crucial_chunks({0: [False] * 8, 1: [False] * 8, 2: [True] * 7 + [False], 3: [True] * 8}) == [1]
+    assert crucial_chunks(
+        {0: [False] * 8, 1: [False] * 8, 2: [True] * 7 + [False], 3: [True] * 8}
+    ) == [1]
     assert crucial_chunks({0: [False, False], 1: [True, False]}) == []
-    assert crucial_chunks({0: [True] * 8, 1: [False] * 8}) == []  # worse afterwards is no reason to begin before it
+    assert (
+        crucial_chunks({0: [True] * 8, 1: [False] * 8}) == []
+    )  # worse afterwards is no reason to begin before it
     assert crucial_chunks({}) == []
 
 
@@ -45,7 +59,10 @@ def test_parallel_anchors_are_spread_and_half_of_them_go_before_a_crucial_chunk(
     anchors.tasks["a/1"].outcomes = {0: [False] * 8, 1: [False] * 8, 2: [False] * 8, 3: [True] * 8}
     assert anchors.choose(1, random.Random(0))[0][2] == (0, 2, 2, 2)
     anchors.enter("b/1", "x", 9)
-    assert {anchors for _, _, anchors in anchors.choose(2, random.Random(0))} == {(0, 2, 2, 2), (0, 2, 4, 6)}
+    assert {anchors for _, _, anchors in anchors.choose(2, random.Random(0))} == {
+        (0, 2, 2, 2),
+        (0, 2, 4, 6),
+    }
 
 
 def test_rollback_begins_at_the_last_chunk_and_goes_back_as_success_recovers():
@@ -53,7 +70,7 @@ def test_rollback_begins_at_the_last_chunk_and_goes_back_as_success_recovers():
     anchors.enter("a/1", "expert.json", 3)
     seen = []
     for rewards in ([0, 0], [1, 0], [0, 0], [1, 1], [1, 1]):
-        (_, _, begin), = anchors.choose(1, random.Random(0))
+        ((_, _, begin),) = anchors.choose(1, random.Random(0))
         seen.append(begin)
         observe(anchors, [played("a/1", 3, begin[0], reward) for reward in rewards])
     assert seen == [(2, 2), (2, 2), (1, 1), (1, 1), (0, 0)]
@@ -91,14 +108,27 @@ def test_what_is_known_survives_json():
     assert again.tasks == anchors.tasks
 
 
-@pytest.mark.parametrize("rewards, shown", [({0: 0, 1: 0, 2: 1}, 2), ({0: 1, 1: 0, 2: 0}, 3), ({0: 0, 1: 1, 2: 1}, 1), ({0: 0, 1: 1, 2: 0}, 3), ({0: 1, 1: 1}, None)])
+@pytest.mark.parametrize(
+    "rewards, shown",
+    [
+        ({0: 0, 1: 0, 2: 1}, 2),
+        ({0: 1, 1: 0, 2: 0}, 3),
+        ({0: 0, 1: 1, 2: 1}, 1),
+        ({0: 0, 1: 1, 2: 0}, 3),
+        ({0: 1, 1: 1}, None),
+    ],
+)
 def test_imitation_reaches_to_the_last_fork_without_a_success(rewards, shown):
     source = played("a/1", 4, reward=1.0)
-    imitated = fork_imitation(source, [played("a/1", 4, anchor, float(reward)) for anchor, reward in rewards.items()])
+    imitated = fork_imitation(
+        source, [played("a/1", 4, anchor, float(reward)) for anchor, reward in rewards.items()]
+    )
     if shown is None:
         assert imitated is None
     else:
-        assert [chunk.kind for chunk in imitated.chunks] == ["imitation"] * shown + ["context"] * (4 - shown)
+        assert [chunk.kind for chunk in imitated.chunks] == ["imitation"] * shown + ["context"] * (
+            4 - shown
+        )
         assert all(not chunk.versions for chunk in imitated.chunks) and imitated.reward == 1.0
 
 
@@ -110,10 +140,18 @@ def test_a_group_that_was_led_along_an_earlier_source_says_nothing_about_the_anc
     anchors = Anchors("parallel", 8)
     anchors.enter("a/1", "expert.json", 6)
     observe(anchors, [played("a/1", 3, 1, 1.0)])  # three chunks are enough
-    late = [played("a/1", 6, 4) for _ in range(8)] + [played("a/1", 6, 5, 1.0) for _ in range(8)] + [played("a/1", 6)]
+    late = (
+        [played("a/1", 6, 4) for _ in range(8)]
+        + [played("a/1", 6, 5, 1.0) for _ in range(8)]
+        + [played("a/1", 6)]
+    )
     anchors.observe(late, "expert.json", source_of)
     assert anchors.tasks["a/1"].outcomes == {0: [False]}
-    assert max(anchors.choose(1, random.Random(0))[0][2]) < 3  # the whole source would leave nothing to play
+    assert (
+        max(anchors.choose(1, random.Random(0))[0][2]) < 3
+    )  # the whole source would leave nothing to play
     observe(anchors, [played("a/1", 3, 2, 1.0)])
-    anchors.observe([played("a/1", 3, 2)], "file 3", source_of)  # as long, and newer ones took its place meanwhile
+    anchors.observe(
+        [played("a/1", 3, 2)], "file 3", source_of
+    )  # as long, and newer ones took its place meanwhile
     assert anchors.tasks["a/1"].outcomes[2] == [True, False]

@@ -25,7 +25,16 @@ class Losing(TerminalEnv):
 
 def collect(tmp_path):
     make_env = lambda task: Losing(task, SandboxConfig(isolation="best_available"))
-    return asyncio.run(demonstrations.collect_experts(["count/3"], make_env, CHAT, error_rate=0.0, concurrency=1, record=lambda number: tmp_path / f"{number}.json"))
+    return asyncio.run(
+        demonstrations.collect_experts(
+            ["count/3"],
+            make_env,
+            CHAT,
+            error_rate=0.0,
+            concurrency=1,
+            record=lambda number: tmp_path / f"{number}.json",
+        )
+    )
 
 
 def test_an_expert_whose_sandbox_is_lost_plays_again(tmp_path):

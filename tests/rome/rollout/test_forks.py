@@ -34,7 +34,11 @@ class Continues:
         number = input_ids.count(CHAT.tokenizer.im_start) // 2 - 1
         self.requests.append((list(input_ids), sampling))
         inner = ScriptedEngine([chunk.text for chunk in self.source.chunks])
-        return await inner.generate(input_ids, sampling, deadline_s) if number < len(self.source.chunks) else None
+        return (
+            await inner.generate(input_ids, sampling, deadline_s)
+            if number < len(self.source.chunks)
+            else None
+        )
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +47,9 @@ def source():
 
 
 @pytest.mark.parametrize("by_fork", [True, False])
-def test_what_comes_before_the_anchor_is_context_and_the_policy_sees_and_finishes_it(source, by_fork):
+def test_what_comes_before_the_anchor_is_context_and_the_policy_sees_and_finishes_it(
+    source, by_fork
+):
     async def play():
         prefixes = [source.chunks[:anchor] for anchor in range(len(source.chunks))]
         forks = Forks(make_env, prefixes)
@@ -52,17 +58,34 @@ def test_what_comes_before_the_anchor_is_context_and_the_policy_sees_and_finishe
             env = await forks.env_at(prefix) if by_fork else make_env()
             assert isinstance(env, Forked) == (by_fork and bool(prefix))
             engine = Continues(source)
-            played.append((await run_episode(engine, env, CHAT, LIMITS, seed=1, prefix=prefix, routes=False), engine))
+            played.append(
+                (
+                    await run_episode(
+                        engine, env, CHAT, LIMITS, seed=1, prefix=prefix, routes=False
+                    ),
+                    engine,
+                )
+            )
         await forks.aclose()
         return played
 
     for anchor, (trajectory, engine) in enumerate(asyncio.run(play())):
         assert (trajectory.ending, trajectory.reward) == ("success", 1.0), trajectory.note
-        assert [chunk.kind for chunk in trajectory.chunks] == ["context"] * anchor + ["rl"] * (len(source.chunks) - anchor)
-        tokens = lambda t: [token for chunk in t.chunks for token in (*chunk.prompt_ids, *chunk.action_ids)]
-        assert tokens(trajectory) == tokens(source)  # token in, token out: as if it had said all of it
+        assert [chunk.kind for chunk in trajectory.chunks] == ["context"] * anchor + ["rl"] * (
+            len(source.chunks) - anchor
+        )
+        tokens = lambda t: [
+            token for chunk in t.chunks for token in (*chunk.prompt_ids, *chunk.action_ids)
+        ]
+        assert tokens(trajectory) == tokens(
+            source
+        )  # token in, token out: as if it had said all of it
         assert all(not chunk.versions for chunk in trajectory.chunks[:anchor])
-        assert engine.requests[0][0] == tokens(dataclasses.replace(source, chunks=source.chunks[:anchor])) + source.chunks[anchor].prompt_ids
+        assert (
+            engine.requests[0][0]
+            == tokens(dataclasses.replace(source, chunks=source.chunks[:anchor]))
+            + source.chunks[anchor].prompt_ids
+        )
 
 
 def test_copies_do_not_see_each_other_and_their_origin_may_end(source):
@@ -75,7 +98,10 @@ def test_copies_do_not_see_each_other_and_their_origin_may_end(source):
             await env.astep(prefix[0].text)
         await forks.aclose()
         await one.astep(format_tool_call("bash", {"command": "touch mine"}))
-        seen = [(await env.astep(format_tool_call("bash", {"command": "ls mine 2>&1"})))[0] for env in (one, other)]
+        seen = [
+            (await env.astep(format_tool_call("bash", {"command": "ls mine 2>&1"})))[0]
+            for env in (one, other)
+        ]
         await one.aclose(), await other.aclose()
         return seen
 
@@ -84,9 +110,18 @@ def test_copies_do_not_see_each_other_and_their_origin_may_end(source):
 
 
 def test_a_replay_that_is_answered_otherwise_is_infrastructure_and_no_failure_of_the_policy(source):
-    tampered = [dataclasses.replace(source.chunks[0], observation="something else"), *source.chunks[1:]]
-    trajectory = asyncio.run(run_episode(Continues(source), make_env(), CHAT, LIMITS, seed=1, prefix=tampered[:1]))
-    assert trajectory.ending == "infra_sandbox" and "not deterministic" in trajectory.note and not trajectory.trainable
+    tampered = [
+        dataclasses.replace(source.chunks[0], observation="something else"),
+        *source.chunks[1:],
+    ]
+    trajectory = asyncio.run(
+        run_episode(Continues(source), make_env(), CHAT, LIMITS, seed=1, prefix=tampered[:1])
+    )
+    assert (
+        trajectory.ending == "infra_sandbox"
+        and "not deterministic" in trajectory.note
+        and not trajectory.trainable
+    )
 
     async def by_fork():  # the one replay fails: each episode replays for itself and says why
         forks = Forks(make_env, [tampered[:1]])
@@ -98,7 +133,11 @@ def test_a_replay_that_is_answered_otherwise_is_infrastructure_and_no_failure_of
 
 
 def test_an_environment_that_cannot_be_kept_is_replayed_by_each_episode():
-    source = asyncio.run(run_episode(ScriptedEngine(["red", "blue", "done"]), EchoEnv("copy/1"), CHAT, LIMITS, seed=1))
+    source = asyncio.run(
+        run_episode(
+            ScriptedEngine(["red", "blue", "done"]), EchoEnv("copy/1"), CHAT, LIMITS, seed=1
+        )
+    )
     scheduler = EpisodePlayer(ScriptedEngine(["red", "blue", "done"]), EchoEnv, CHAT, LIMITS, 1)
 
     async def play():
@@ -106,12 +145,18 @@ def test_an_environment_that_cannot_be_kept_is_replayed_by_each_episode():
         forks = Forks(lambda: EchoEnv("copy/1"), [prefix])
         accounting = Accounting()
         accounting.begin()
-        trajectory = await scheduler.play_one(Episode("copy/1", 0, 0, 1, "x", prefix, forks), temperature=1.0, accounting=accounting)
+        trajectory = await scheduler.play_one(
+            Episode("copy/1", 0, 0, 1, "x", prefix, forks), temperature=1.0, accounting=accounting
+        )
         await forks.aclose()
         return trajectory
 
     trajectory = asyncio.run(play())
-    assert [chunk.kind for chunk in trajectory.chunks] == ["context", "context", "rl"] and trajectory.ending == "success"
+    assert [chunk.kind for chunk in trajectory.chunks] == [
+        "context",
+        "context",
+        "rl",
+    ] and trajectory.ending == "success"
 
 
 def test_a_spawned_environment_goes_on_in_the_same_state():

@@ -8,11 +8,21 @@ from rome.rollout.outcomes import mixed_groups, rollout_figures, unsolved_tasks
 
 def trajectory(group=0, reward=0.0, chunks=()):
     chunks = list(chunks) or [chunk()]
-    return Trajectory("copy/1", "copy", chunks, reward, "success" if reward else "failure", group, 0, 0)
+    return Trajectory(
+        "copy/1", "copy", chunks, reward, "success" if reward else "failure", group, 0, 0
+    )
 
 
 def chunk(prompt=3, action=2, cached=0, status="ok"):
-    return Chunk(prompt_ids=[1] * prompt, action_ids=[2] * action, logprobs=[-0.5] * action, versions=[(4, 0, action)], text="", cached_tokens=cached, status=status)
+    return Chunk(
+        prompt_ids=[1] * prompt,
+        action_ids=[2] * action,
+        logprobs=[-0.5] * action,
+        versions=[(4, 0, action)],
+        text="",
+        cached_tokens=cached,
+        status=status,
+    )
 
 
 def test_a_cached_share_of_one_is_everything_that_was_sent():
@@ -22,23 +32,46 @@ def test_a_cached_share_of_one_is_everything_that_was_sent():
 
 
 def test_figures_of_a_step():
-    played = [trajectory(reward=1.0), trajectory(chunks=[chunk(action=6, status="malformed"), chunk(action=4, status="tool_error")])]
+    played = [
+        trajectory(reward=1.0),
+        trajectory(
+            chunks=[chunk(action=6, status="malformed"), chunk(action=4, status="tool_error")]
+        ),
+    ]
     figures = rollout_figures(played, 6, 2.0)
     expected = {
-        "reward": 0.5, "success": 0.5, "turns": 1.5, "tokens": 6.0, "staleness": 2.0, "tokens_per_s": 6.0, "malformed_share": 1 / 3,
-        "tool_error_share": 1 / 3, "tokens_success": 2.0, "tokens_failure": 10.0,
+        "reward": 0.5,
+        "success": 0.5,
+        "turns": 1.5,
+        "tokens": 6.0,
+        "staleness": 2.0,
+        "tokens_per_s": 6.0,
+        "malformed_share": 1 / 3,
+        "tool_error_share": 1 / 3,
+        "tokens_success": 2.0,
+        "tokens_failure": 10.0,
     }
     assert {name: figures[name] for name in expected} == expected
     assert "tokens_success" not in rollout_figures([trajectory()], 4, 1.0)
 
 
 def test_groups_that_ended_alike_are_left_out_unless_there_is_no_other():
-    won, lost, mixed = [trajectory(0, 1.0)] * 2, [trajectory(1)] * 2, [trajectory(2, 1.0), trajectory(2)]
+    won, lost, mixed = (
+        [trajectory(0, 1.0)] * 2,
+        [trajectory(1)] * 2,
+        [trajectory(2, 1.0), trajectory(2)],
+    )
     assert mixed_groups(won + lost + mixed) == mixed
     assert mixed_groups(won + lost) == won + lost
 
 
 def test_a_task_is_unsolved_when_no_episode_of_its_group_won():
     named = lambda group, reward, task: dataclasses.replace(trajectory(group, reward), task=task)
-    played = [named(0, 1.0, "copy/1"), named(0, 0.0, "copy/1"), named(1, 0.0, "copy/2"), named(1, 0.0, "copy/2"), named(2, 0.0, "copy/2")]
+    played = [
+        named(0, 1.0, "copy/1"),
+        named(0, 0.0, "copy/1"),
+        named(1, 0.0, "copy/2"),
+        named(1, 0.0, "copy/2"),
+        named(2, 0.0, "copy/2"),
+    ]
     assert unsolved_tasks(played) == ["copy/2", "copy/2"]  # one for each group

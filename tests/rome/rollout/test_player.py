@@ -12,11 +12,20 @@ from rome.agent.loop import Limits
 from rome.rollout.player import Accounting, Episode, RolloutError, EpisodePlayer, Stopped
 from tests.rome.rollout.worlds import CHAT, EchoEnv, ScriptedEngine
 
-EPISODES = [Episode(f"copy/{number // 4}", number // 4, number % 4, seed=number) for number in range(12)]
+EPISODES = [
+    Episode(f"copy/{number // 4}", number // 4, number % 4, seed=number) for number in range(12)
+]
 
 
 def make(engine=None, make_env=EchoEnv, **options):
-    return EpisodePlayer(engine or ScriptedEngine(["red", "done"]), make_env, CHAT, Limits(300, 40, 5.0), options.pop("concurrency", 4), **options)
+    return EpisodePlayer(
+        engine or ScriptedEngine(["red", "done"]),
+        make_env,
+        CHAT,
+        Limits(300, 40, 5.0),
+        options.pop("concurrency", 4),
+        **options,
+    )
 
 
 def play(scheduler, episodes=EPISODES, **options):
@@ -26,7 +35,9 @@ def play(scheduler, episodes=EPISODES, **options):
 def test_trajectories_come_in_the_order_asked_for_and_under_the_limit():
     engine = ScriptedEngine(["red", "done"], delay=0.01)
     trajectories = play(make(engine))
-    assert [(t.task, t.group, t.episode, t.seed) for t in trajectories] == [(e.task, e.group, e.episode, e.seed) for e in EPISODES]
+    assert [(t.task, t.group, t.episode, t.seed) for t in trajectories] == [
+        (e.task, e.group, e.episode, e.seed) for e in EPISODES
+    ]
     assert engine.most_running == 4
 
 
@@ -51,14 +62,26 @@ def test_an_infrastructure_fault_is_replaced_with_another_seed_and_counted():
     accounting = Accounting()
     trajectories = play(make(make_env=make_env), accounting=accounting)
     assert all(t.ending == "success" for t in trajectories)
-    assert accounting.dropped == {"infra_sandbox": 1} and accounting.started == 13 and accounting.in_flight == 12
+    assert (
+        accounting.dropped == {"infra_sandbox": 1}
+        and accounting.started == 13
+        and accounting.in_flight == 12
+    )
     assert sum(t.seed != e.seed for t, e in zip(trajectories, EPISODES)) == 1
     accounting.check()
 
 
 def test_a_task_that_is_always_spoiled_stops_the_run_with_its_cause():
-    with pytest.raises(RolloutError, match="copy/2 was spoiled 3 times in a row, last as infra_verifier: why"):
-        play(make(make_env=lambda name: EchoEnv(name, "infra_verifier" if name == "copy/2" else "success")))
+    with pytest.raises(
+        RolloutError, match="copy/2 was spoiled 3 times in a row, last as infra_verifier: why"
+    ):
+        play(
+            make(
+                make_env=lambda name: EchoEnv(
+                    name, "infra_verifier" if name == "copy/2" else "success"
+                )
+            )
+        )
 
 
 def test_a_stop_comes_soon_and_keeps_what_was_finished(tmp_path):
@@ -75,7 +98,10 @@ def test_a_stop_comes_soon_and_keeps_what_was_finished(tmp_path):
     engine.generate = some_hang
     began = time.monotonic()
     with pytest.raises(Stopped):
-        play(make(engine, should_stop=stop.is_set, concurrency=12), record=lambda episode: tmp_path / f"{episode.seed}.json")
+        play(
+            make(engine, should_stop=stop.is_set, concurrency=12),
+            record=lambda episode: tmp_path / f"{episode.seed}.json",
+        )
     assert time.monotonic() - began < 4.5  # well before the episodes' own deadline
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.json", "1.json"]
 
@@ -84,7 +110,12 @@ def test_accounting_survives_json_and_forgets_what_was_in_flight():
     accounting = Accounting(10, 6, collections.Counter(timeout=1), 3)
     accounting.check()
     again = Accounting.from_json(accounting.to_json())
-    assert (again.started, again.trained, again.dropped, again.in_flight) == (7, 6, {"timeout": 1}, 0)
+    assert (again.started, again.trained, again.dropped, again.in_flight) == (
+        7,
+        6,
+        {"timeout": 1},
+        0,
+    )
     again.check()
     again.trained += 1
     with pytest.raises(AssertionError, match="does not add up"):
@@ -93,21 +124,39 @@ def test_accounting_survives_json_and_forgets_what_was_in_flight():
 
 def test_a_file_of_another_task_or_anchor_or_one_that_was_cut_off_is_played_again(tmp_path):
     """A resumed run may give a name to another task: which comes next depends on what was finished when."""
+
     async def play(task, prefix=()):
         accounting = Accounting()
         accounting.begin()
-        return await make().play_one(Episode(task, 0, 0, 1, "name", tuple(prefix)), temperature=1.0, accounting=accounting, path=tmp_path / "name.json")
+        return await make().play_one(
+            Episode(task, 0, 0, 1, "name", tuple(prefix)),
+            temperature=1.0,
+            accounting=accounting,
+            path=tmp_path / "name.json",
+        )
 
     first = asyncio.run(play("copy/1"))
     assert asyncio.run(play("copy/1")) == first
-    other = [dataclasses.replace(first.chunks[0], action_ids=CHAT.turn("blue"), text="blue", observation="echo blue", logprobs=[0.0] * len(CHAT.turn("blue")))]
-    assert [chunk.text for chunk in asyncio.run(play("copy/1", other)).chunks] == [chunk.text for chunk in first.chunks]  # one from the beginning will do
+    other = [
+        dataclasses.replace(
+            first.chunks[0],
+            action_ids=CHAT.turn("blue"),
+            text="blue",
+            observation="echo blue",
+            logprobs=[0.0] * len(CHAT.turn("blue")),
+        )
+    ]
+    assert [chunk.text for chunk in asyncio.run(play("copy/1", other)).chunks] == [
+        chunk.text for chunk in first.chunks
+    ]  # one from the beginning will do
     (tmp_path / "name.json").unlink()
     led = asyncio.run(play("copy/1", other))
     assert led.chunks[0].text == "blue"
     assert asyncio.run(play("copy/1", first.chunks[:1])).chunks[0].text == "red"
     led = asyncio.run(play("copy/1", first.chunks[:1]))
-    assert [chunk.kind for chunk in led.chunks] == ["context", "rl"] and asyncio.run(play("copy/1", first.chunks[:1])) == led
+    assert [chunk.kind for chunk in led.chunks] == ["context", "rl"] and asyncio.run(
+        play("copy/1", first.chunks[:1])
+    ) == led
     assert asyncio.run(play("copy/2")).task == "copy/2"
     (tmp_path / "name.json").write_text((tmp_path / "name.json").read_text()[:100])
     assert asyncio.run(play("copy/2")).task == "copy/2"
@@ -126,17 +175,33 @@ def test_two_threads_may_count():
         thread.start()
     while any(thread.is_alive() for thread in threads):
         accounting.check()
-    assert (accounting.started, accounting.in_flight, sum(accounting.dropped.values())) == (40_000, 0, 40_000)
+    assert (accounting.started, accounting.in_flight, sum(accounting.dropped.values())) == (
+        40_000,
+        0,
+        40_000,
+    )
 
 
 def test_a_prefix_that_is_answered_otherwise_each_time_does_not_end_the_run_but_is_left_out():
     async def play():
-        source = await make().play_one(Episode("copy/1", 0, 0, 1), temperature=1.0, accounting=Accounting())
+        source = await make().play_one(
+            Episode("copy/1", 0, 0, 1), temperature=1.0, accounting=Accounting()
+        )
         told = [dataclasses.replace(source.chunks[0], observation="Wed Nov 25 16:00:00 UTC")]
         accounting = Accounting()
         accounting.begin()
-        return await make().play_one(Episode("copy/1", 0, 0, 1, prefix=tuple(told)), temperature=1.0, accounting=accounting), accounting
+        return await make().play_one(
+            Episode("copy/1", 0, 0, 1, prefix=tuple(told)), temperature=1.0, accounting=accounting
+        ), accounting
 
     trajectory, accounting = asyncio.run(play())
-    assert [chunk.kind for chunk in trajectory.chunks] == ["rl", "rl"] and trajectory.ending == "success"
-    assert accounting.to_json() == {"started": 3, "trained": 0, "dropped": {"infra_sandbox": 2}, "in_flight": 1}
+    assert [chunk.kind for chunk in trajectory.chunks] == [
+        "rl",
+        "rl",
+    ] and trajectory.ending == "success"
+    assert accounting.to_json() == {
+        "started": 3,
+        "trained": 0,
+        "dropped": {"infra_sandbox": 2},
+        "in_flight": 1,
+    }

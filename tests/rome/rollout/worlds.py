@@ -14,7 +14,13 @@ CHAT = Chat(Tokenizer.load(TINY))
 
 def routes_of(ids):
     """[tokens, 1 layer, 2 experts], other ones for every place and token."""
-    return np.array([[[(place + token) % 250 + 1, (place + token) % 250 + 2]] for place, token in enumerate(ids)], np.uint8)
+    return np.array(
+        [
+            [[(place + token) % 250 + 1, (place + token) % 250 + 2]]
+            for place, token in enumerate(ids)
+        ],
+        np.uint8,
+    )
 
 
 @dataclasses.dataclass
@@ -39,10 +45,18 @@ class ScriptedEngine:
             self.running -= 1
         if self.error is not None:
             raise self.error
-        number = input_ids.count(CHAT.tokenizer.im_start) // 2 - 1  # each turn opened a user's and an assistant's header
+        number = (
+            input_ids.count(CHAT.tokenizer.im_start) // 2 - 1
+        )  # each turn opened a user's and an assistant's header
         ids = CHAT.turn(self.turns[number])
-        routes = None if sampling.routes_from is None else routes_of(input_ids + ids)[sampling.routes_from:-1]
-        return Completion(ids, [-0.5] * len(ids), self.finish_reason, [(3, 0, len(ids))], routes=routes)
+        routes = (
+            None
+            if sampling.routes_from is None
+            else routes_of(input_ids + ids)[sampling.routes_from : -1]
+        )
+        return Completion(
+            ids, [-0.5] * len(ids), self.finish_reason, [(3, 0, len(ids))], routes=routes
+        )
 
 
 @dataclasses.dataclass
@@ -70,7 +84,13 @@ class EchoEnv(Env):
         await asyncio.sleep(self.delay)
         info = {"status": "ok", "use_tool": False, "parsed_action": action, "tool_type": None}
         if action == "done":
-            return "", float(self.ending == "success"), True, False, info | {"ending": self.ending, "note": "why"}
+            return (
+                "",
+                float(self.ending == "success"),
+                True,
+                False,
+                info | {"ending": self.ending, "note": "why"},
+            )
         return f"echo {action}", 0.0, False, False, info
 
     async def aclose(self):

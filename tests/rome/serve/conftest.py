@@ -19,7 +19,11 @@ def other_checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="package")
 def server(checkpoint, tmp_path_factory):
-    with serve(checkpoint, tmp_path_factory.mktemp("log") / "serve.log", environment={"JAX_LOG_COMPILES": "1"}) as running:
+    with serve(
+        checkpoint,
+        tmp_path_factory.mktemp("log") / "serve.log",
+        environment={"JAX_LOG_COMPILES": "1"},
+    ) as running:
         running.compilations = compilations(running)
         yield running
 

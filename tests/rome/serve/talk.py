@@ -32,16 +32,33 @@ class Http:
     async def ask(self, method, route, body=None):
         async with self.session.request(method, self.url + route, json=body) as response:
             text = await response.text()
-            return response.status, json.loads(text) if response.content_type == "application/json" else text
+            return response.status, json.loads(
+                text
+            ) if response.content_type == "application/json" else text
 
     async def post(self, route, body=None):
         return await self.ask("POST", route, body or {})
 
     async def generate(self, ids=PROMPT, **sampling):
-        fields = {name: sampling.pop(name) for name in ("rid", "logprob_start_len", "return_routed_experts", "routed_experts_start_len") if name in sampling}
-        status, answer = await self.post("/generate", {
-            "input_ids": ids, "return_logprob": True, "sampling_params": {"max_new_tokens": 12, "ignore_eos": True} | sampling, **fields,
-        })
+        fields = {
+            name: sampling.pop(name)
+            for name in (
+                "rid",
+                "logprob_start_len",
+                "return_routed_experts",
+                "routed_experts_start_len",
+            )
+            if name in sampling
+        }
+        status, answer = await self.post(
+            "/generate",
+            {
+                "input_ids": ids,
+                "return_logprob": True,
+                "sampling_params": {"max_new_tokens": 12, "ignore_eos": True} | sampling,
+                **fields,
+            },
+        )
         assert status == 200, answer
         return answer
 
@@ -54,7 +71,11 @@ class Http:
             figures = await self.figures()
             if condition(figures):
                 return figures
-            idle = idle + 1 if figures["running"] == figures["waiting"] == figures["prefilling"] == 0 else 0
+            idle = (
+                idle + 1
+                if figures["running"] == figures["waiting"] == figures["prefilling"] == 0
+                else 0
+            )
             if idle > 50:
                 raise Missed
             await asyncio.sleep(0.003)
@@ -63,6 +84,7 @@ class Http:
 
 def talk(server, conversation):
     """What the conversation returns; begun anew where it missed its moment."""
+
     async def run():
         async with Http(server) as http:
             return await conversation(http)

@@ -16,25 +16,36 @@ V = make_config().vocab_size
 
 def test_abort_ends_the_requests_whose_id_begins_so_with_what_they_have(server):
     async def conversation(http):
-        tasks = {rid: asyncio.ensure_future(http.generate([5, 6], rid=rid, max_new_tokens=400)) for rid in ("aa1", "aa2", "ab1")}
+        tasks = {
+            rid: asyncio.ensure_future(http.generate([5, 6], rid=rid, max_new_tokens=400))
+            for rid in ("aa1", "aa2", "ab1")
+        }
         await http.until(lambda figures: figures["running"] == 3)
         await http.post("/abort_request", {"rid": "aa"})
         return {rid: await task for rid, task in tasks.items()}
 
     answers = talk(server, conversation)
     for rid in ("aa1", "aa2"):
-        assert answers[rid]["meta_info"]["finish_reason"]["type"] == "abort" and 0 < len(answers[rid]["output_ids"]) < 400
+        assert (
+            answers[rid]["meta_info"]["finish_reason"]["type"] == "abort"
+            and 0 < len(answers[rid]["output_ids"]) < 400
+        )
     assert len(answers["ab1"]["output_ids"]) == 400
 
 
 def test_abort_all_also_ends_requests_in_line(server):
     async def conversation(http):
-        tasks = [asyncio.ensure_future(http.generate([5, 6], max_new_tokens=400)) for _ in range(SLOTS + 3)]
+        tasks = [
+            asyncio.ensure_future(http.generate([5, 6], max_new_tokens=400))
+            for _ in range(SLOTS + 3)
+        ]
         await http.until(lambda figures: figures["running"] == SLOTS and figures["waiting"] == 3)
         await http.post("/abort_request", {"abort_all": True})
         return await asyncio.gather(*tasks)
 
-    assert {answer["meta_info"]["finish_reason"]["type"] for answer in talk(server, conversation)} == {"abort"}
+    assert {
+        answer["meta_info"]["finish_reason"]["type"] for answer in talk(server, conversation)
+    } == {"abort"}
 
 
 def test_a_client_that_goes_away_frees_its_slot(server):
@@ -65,7 +76,9 @@ async def pause_amid_a_request(http, mode, **sampling):
 def test_a_paused_request_goes_on_to_the_same_tokens(server, mode):
     async def conversation(http):
         undisturbed = await http.generate(sampling_seed=6, max_new_tokens=300, temperature=0.8)
-        task = await pause_amid_a_request(http, mode, sampling_seed=6, max_new_tokens=300, temperature=0.8)
+        task = await pause_amid_a_request(
+            http, mode, sampling_seed=6, max_new_tokens=300, temperature=0.8
+        )
         stopped = (await http.figures())["generated_tokens"]
         late = asyncio.ensure_future(http.generate([1, 2, 3]))
         await asyncio.sleep(0.1)
@@ -92,7 +105,10 @@ def test_pause_by_abort_returns_partial_output_and_holds_new_requests(server):
         return partial, await late
 
     partial, late = talk(server, conversation)
-    assert partial["meta_info"]["finish_reason"]["type"] == "abort" and 0 < len(partial["output_ids"]) < 400
+    assert (
+        partial["meta_info"]["finish_reason"]["type"] == "abort"
+        and 0 < len(partial["output_ids"]) < 400
+    )
     assert len(late["output_ids"]) == 12
 
 
@@ -111,25 +127,43 @@ def test_the_cache_is_not_flushed_under_a_running_request(server):
 # -- bad input -----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("body, words", [
-    ({"input_ids": [1] * (CONTEXT + 1)}, f"{CONTEXT + 1} tokens is longer than the context of {CONTEXT}"),
-    ({"input_ids": [1] * 500, "sampling_params": {"max_new_tokens": 20}}, "ask for at most 12"),
-    ({"input_ids": [V]}, f"token id {V} is outside the vocabulary of {V}"),
-    ({"input_ids": []}, "must not be empty"),
-    ({"input_ids": [[1], []]}, "the prompt is empty"),
-    ({"input_ids": [1.5]}, "integers only"),
-    ({"input_ids": [1], "text": "a"}, "not both"),
-    ({}, "either input_ids or text"),
-    ({"input_ids": [1], "sampling_params": {"temprature": 1.0}}, "'temprature' = 1.0 is not supported"),
-    ({"input_ids": [1], "sampling_params": {"repetition_penalty": 1.2}}, "'repetition_penalty' = 1.2 is not supported"),
-    ({"input_ids": [1], "sampling_params": {"n": 2}}, "'n' = 2 is not supported"),
-    ({"input_ids": [1], "routed_experts_start_len": 2}, "routed_experts_start_len must be from 0 to the 1 tokens of the prompt, got 2"),
-    ({"input_ids": [1], "sampling_params": {"temperature": -1}}, "temperature must be 0"),
-    ({"input_ids": [1], "sampling_params": {"top_p": 0}}, "top_p must be in (0, 1]"),
-    ({"input_ids": [1], "sampling_params": {"stop_token_ids": ["a"]}}, "stop_token_ids must be an integer"),
-    ({"input_ids": [1], "lora_path": "x"}, "'lora_path' = 'x' is not supported"),
-    ({"input_ids": [[1], [2]], "sampling_params": [{}]}, "1 entries for 2 prompts"),
-])
+@pytest.mark.parametrize(
+    "body, words",
+    [
+        (
+            {"input_ids": [1] * (CONTEXT + 1)},
+            f"{CONTEXT + 1} tokens is longer than the context of {CONTEXT}",
+        ),
+        ({"input_ids": [1] * 500, "sampling_params": {"max_new_tokens": 20}}, "ask for at most 12"),
+        ({"input_ids": [V]}, f"token id {V} is outside the vocabulary of {V}"),
+        ({"input_ids": []}, "must not be empty"),
+        ({"input_ids": [[1], []]}, "the prompt is empty"),
+        ({"input_ids": [1.5]}, "integers only"),
+        ({"input_ids": [1], "text": "a"}, "not both"),
+        ({}, "either input_ids or text"),
+        (
+            {"input_ids": [1], "sampling_params": {"temprature": 1.0}},
+            "'temprature' = 1.0 is not supported",
+        ),
+        (
+            {"input_ids": [1], "sampling_params": {"repetition_penalty": 1.2}},
+            "'repetition_penalty' = 1.2 is not supported",
+        ),
+        ({"input_ids": [1], "sampling_params": {"n": 2}}, "'n' = 2 is not supported"),
+        (
+            {"input_ids": [1], "routed_experts_start_len": 2},
+            "routed_experts_start_len must be from 0 to the 1 tokens of the prompt, got 2",
+        ),
+        ({"input_ids": [1], "sampling_params": {"temperature": -1}}, "temperature must be 0"),
+        ({"input_ids": [1], "sampling_params": {"top_p": 0}}, "top_p must be in (0, 1]"),
+        (
+            {"input_ids": [1], "sampling_params": {"stop_token_ids": ["a"]}},
+            "stop_token_ids must be an integer",
+        ),
+        ({"input_ids": [1], "lora_path": "x"}, "'lora_path' = 'x' is not supported"),
+        ({"input_ids": [[1], [2]], "sampling_params": [{}]}, "1 entries for 2 prompts"),
+    ],
+)
 def test_a_bad_request_is_refused_with_its_reason(server, body, words):
     status, answer = talk(server, lambda http: http.post("/generate", body))
     assert status == 400 and words in answer["error"]["message"]
@@ -150,20 +184,38 @@ def test_what_is_not_json_or_no_route_gets_an_error_in_the_same_shape(server):
 
 def test_information_under_its_new_and_old_names(server, checkpoint):
     async def conversation(http):
-        return {route: await http.ask("GET", route) for route in (
-            "/health", "/health_generate", "/model_info", "/get_model_info", "/server_info", "/get_server_info", "/v1/models")}
+        return {
+            route: await http.ask("GET", route)
+            for route in (
+                "/health",
+                "/health_generate",
+                "/model_info",
+                "/get_model_info",
+                "/server_info",
+                "/get_server_info",
+                "/v1/models",
+            )
+        }
 
     answers = talk(server, conversation)
     assert {status for status, _ in answers.values()} == {200}
     assert answers["/model_info"] == answers["/get_model_info"]
-    assert answers["/model_info"][1]["model_path"] == str(checkpoint) and answers["/model_info"][1]["is_generation"] is True
-    assert answers["/server_info"][1]["version"] and answers["/v1/models"][1]["data"][0]["max_model_len"] == CONTEXT
+    assert (
+        answers["/model_info"][1]["model_path"] == str(checkpoint)
+        and answers["/model_info"][1]["is_generation"] is True
+    )
+    assert (
+        answers["/server_info"][1]["version"]
+        and answers["/v1/models"][1]["data"][0]["max_model_len"] == CONTEXT
+    )
 
 
 def test_a_weight_is_given_by_its_checkpoint_name(server):
     async def conversation(http):
         name = "model.layers.1.mlp.experts.2.down_proj.weight"
-        return (await http.post("/get_weights_by_name", {"name": name, "truncate_size": 3}))[1], await http.post("/get_weights_by_name", {"name": "x"})
+        return (await http.post("/get_weights_by_name", {"name": name, "truncate_size": 3}))[
+            1
+        ], await http.post("/get_weights_by_name", {"name": "x"})
 
     rows, (status, _) = talk(server, conversation)
     np.testing.assert_allclose(rows, make_params(0)["layers"]["moe"]["down"][1, 2].T[:3], rtol=1e-6)
@@ -179,8 +231,15 @@ def broken_checkpoints(directory):
     params["norm"]["scale"] = params["norm"]["scale"] * np.nan
     save_hf(params, config, directory / "nan")
     make_checkpoint(directory / "theta", seed=1)
-    (directory / "theta" / "config.json").write_text((directory / "theta" / "config.json").read_text().replace("10000.0", "20000.0"))
-    return {"absent": "missing", "truncated": "", "nan": "not finite", "theta": "rope_theta 20000.0 (was 10000.0)"}
+    (directory / "theta" / "config.json").write_text(
+        (directory / "theta" / "config.json").read_text().replace("10000.0", "20000.0")
+    )
+    return {
+        "absent": "missing",
+        "truncated": "",
+        "nan": "not finite",
+        "theta": "rope_theta 20000.0 (was 10000.0)",
+    }
 
 
 def test_a_failed_update_keeps_the_old_weights(server, tmp_path):
@@ -189,20 +248,34 @@ def test_a_failed_update_keeps_the_old_weights(server, tmp_path):
     async def conversation(http):
         before = await http.generate(sampling_seed=9)
         for name, words in reasons.items():
-            status, answer = await http.post("/update_weights_from_disk", {"model_path": str(tmp_path / name), "weight_version": "99"})
-            assert status == 400 and answer["success"] is False and words in answer["message"], (name, answer)
-        return before, await http.generate(sampling_seed=9), (await http.ask("GET", "/model_info"))[1]
+            status, answer = await http.post(
+                "/update_weights_from_disk",
+                {"model_path": str(tmp_path / name), "weight_version": "99"},
+            )
+            assert status == 400 and answer["success"] is False and words in answer["message"], (
+                name,
+                answer,
+            )
+        return (
+            before,
+            await http.generate(sampling_seed=9),
+            (await http.ask("GET", "/model_info"))[1],
+        )
 
     before, after, info = talk(server, conversation)
     assert before["output_ids"] == after["output_ids"] and logprobs_of(before) == logprobs_of(after)
     assert info["weight_version"] == after["meta_info"]["weight_version"] == "0"
 
 
-def test_an_update_changes_version_checksum_and_outputs_and_forgets_the_cached_prefix(server, checkpoint, other_checkpoint):
+def test_an_update_changes_version_checksum_and_outputs_and_forgets_the_cached_prefix(
+    server, checkpoint, other_checkpoint
+):
     new = Oracle.load(other_checkpoint)
 
     async def update(http, path, version):
-        status, answer = await http.post("/update_weights_from_disk", {"model_path": str(path), "weight_version": version})
+        status, answer = await http.post(
+            "/update_weights_from_disk", {"model_path": str(path), "weight_version": version}
+        )
         assert status == 200 and answer["success"] is True
         return (await http.post("/weights_checker", {"action": "checksum"}))[1]["ranks"]
 
@@ -210,18 +283,38 @@ def test_an_update_changes_version_checksum_and_outputs_and_forgets_the_cached_p
         old_sums = (await http.post("/weights_checker", {"action": "checksum"}))[1]["ranks"]
         before = await http.generate(sampling_seed=9)
         new_sums = await update(http, other_checkpoint, "7")
-        after, version = await http.generate(sampling_seed=9), (await http.ask("GET", "/model_info"))[1]["weight_version"]
-        return old_sums, before, new_sums, after, version, await update(http, checkpoint, "0"), await http.generate(sampling_seed=9)
+        after, version = (
+            await http.generate(sampling_seed=9),
+            (await http.ask("GET", "/model_info"))[1]["weight_version"],
+        )
+        return (
+            old_sums,
+            before,
+            new_sums,
+            after,
+            version,
+            await update(http, checkpoint, "0"),
+            await http.generate(sampling_seed=9),
+        )
 
     old_sums, before, new_sums, after, version, restored_sums, restored = talk(server, conversation)
-    assert version == after["meta_info"]["weight_version"] == "7" and after["meta_info"]["cached_tokens"] == 0
-    np.testing.assert_allclose(logprobs_of(after), new.logprobs(PROMPT + after["output_ids"])[len(PROMPT) - 1:], atol=1e-4)
+    assert (
+        version == after["meta_info"]["weight_version"] == "7"
+        and after["meta_info"]["cached_tokens"] == 0
+    )
+    np.testing.assert_allclose(
+        logprobs_of(after), new.logprobs(PROMPT + after["output_ids"])[len(PROMPT) - 1 :], atol=1e-4
+    )
     assert old_sums == restored_sums != new_sums
     assert before["output_ids"] == restored["output_ids"] != after["output_ids"]
 
 
-@pytest.mark.parametrize("mode, flush", [("in_place", False), ("in_place", True), ("retract", True), (None, True)])
-def test_an_update_amid_a_request_is_told_by_spans_and_fresh_caches_give_the_new_weights_logprobs(server, checkpoint, other_checkpoint, oracle, mode, flush):
+@pytest.mark.parametrize(
+    "mode, flush", [("in_place", False), ("in_place", True), ("retract", True), (None, True)]
+)
+def test_an_update_amid_a_request_is_told_by_spans_and_fresh_caches_give_the_new_weights_logprobs(
+    server, checkpoint, other_checkpoint, oracle, mode, flush
+):
     new = Oracle.load(other_checkpoint)
 
     async def conversation(http):
@@ -229,11 +322,16 @@ def test_an_update_amid_a_request_is_told_by_spans_and_fresh_caches_give_the_new
         await http.until(lambda figures: figures["running"] == 1)
         if mode:
             await http.post("/pause_generation", {"mode": mode})
-        await http.post("/update_weights_from_disk", {"model_path": str(other_checkpoint), "weight_version": "1", "flush_cache": flush})
+        await http.post(
+            "/update_weights_from_disk",
+            {"model_path": str(other_checkpoint), "weight_version": "1", "flush_cache": flush},
+        )
         if mode:
             await http.post("/continue_generation")
         answer = await task
-        await http.post("/update_weights_from_disk", {"model_path": str(checkpoint), "weight_version": "0"})
+        await http.post(
+            "/update_weights_from_disk", {"model_path": str(checkpoint), "weight_version": "0"}
+        )
         return answer
 
     meta = (answer := talk(server, conversation))["meta_info"]
@@ -242,9 +340,15 @@ def test_an_update_amid_a_request_is_told_by_spans_and_fresh_caches_give_the_new
     assert first["start"] == 0 and 0 < first["end"] == second["start"] and second["end"] == 480
     ids = (PROMPT[:8] + answer["output_ids"])[:128]
     border = min(first["end"], 100)
-    np.testing.assert_allclose(logprobs_of(answer)[:border], oracle.logprobs(ids)[7:7 + border], atol=1e-4)
+    np.testing.assert_allclose(
+        logprobs_of(answer)[:border], oracle.logprobs(ids)[7 : 7 + border], atol=1e-4
+    )
     if flush and first["end"] < 100:
-        np.testing.assert_allclose(logprobs_of(answer)[first["end"]:100], new.logprobs(ids)[7 + first["end"]:107], atol=1e-4)
+        np.testing.assert_allclose(
+            logprobs_of(answer)[first["end"] : 100],
+            new.logprobs(ids)[7 + first["end"] : 107],
+            atol=1e-4,
+        )
 
 
 def test_nothing_was_compiled_after_the_start(server):

@@ -18,17 +18,37 @@ from tests.paths import ROOT
 TOKENIZER = ROOT / "rome" / "model" / "tiny_tokenizer"
 SLOTS, CONTEXT, CHUNK, LAYERS, TOP_K = 8, 512, 16, 2, 2
 FLAGS = (
-    "--slots", str(SLOTS), "--max_context", str(CONTEXT), "--prefill_rows", "4", "--prefill_chunk", str(CHUNK),
-    "--decode_rows", "3",  # fewer than slots: running requests take turns
+    "--slots",
+    str(SLOTS),
+    "--max_context",
+    str(CONTEXT),
+    "--prefill_rows",
+    "4",
+    "--prefill_chunk",
+    str(CHUNK),
+    "--decode_rows",
+    "3",  # fewer than slots: running requests take turns
 )
 
 
 def make_config() -> ModelConfig:
     tokenizer = Tokenizer.load(TOKENIZER)
     return ModelConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=32, num_layers=LAYERS, num_heads=4, num_kv_heads=2, head_dim=16, num_experts=4,
-        experts_per_token=TOP_K, moe_intermediate_size=32, rope_theta=1e4, max_position=512, initializer_range=0.3, remat="none",
-        eos_token_id=tokenizer.im_end, pad_token_id=tokenizer.pad,
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=32,
+        num_layers=LAYERS,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        num_experts=4,
+        experts_per_token=TOP_K,
+        moe_intermediate_size=32,
+        rope_theta=1e4,
+        max_position=512,
+        initializer_range=0.3,
+        remat="none",
+        eos_token_id=tokenizer.im_end,
+        pad_token_id=tokenizer.pad,
     )
 
 
@@ -40,7 +60,11 @@ def make_params(seed: int) -> dict:
 def make_checkpoint(directory: pathlib.Path, seed: int = 0, endless: bool = False) -> pathlib.Path:
     """A directory for the server. `endless`: its end token lies outside the vocabulary, so that sampling goes on to its full length."""
     config = make_config()
-    save_hf(make_params(seed), dataclasses.replace(config, eos_token_id=config.vocab_size) if endless else config, directory)
+    save_hf(
+        make_params(seed),
+        dataclasses.replace(config, eos_token_id=config.vocab_size) if endless else config,
+        directory,
+    )
     Tokenizer.load(TOKENIZER).save(directory)
     return directory
 
@@ -64,19 +88,29 @@ class Oracle:
     def logits_and_routes(self, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """Logits [T, V] (row t predicts token t + 1) and routes [T, layers, k]. Padded to one shape: compiled once."""
         padded = np.zeros((1, 128), np.int32)
-        padded[0, :len(ids)] = ids
-        logits_TV, routes_LTk = _forward(self.config, self.params, padded, (np.arange(128)[None] < len(ids)).astype(np.int32))
-        return np.asarray(logits_TV)[:len(ids)], np.asarray(routes_LTk)[:, :len(ids)].transpose(1, 0, 2)
+        padded[0, : len(ids)] = ids
+        logits_TV, routes_LTk = _forward(
+            self.config, self.params, padded, (np.arange(128)[None] < len(ids)).astype(np.int32)
+        )
+        return np.asarray(logits_TV)[: len(ids)], np.asarray(routes_LTk)[:, : len(ids)].transpose(
+            1, 0, 2
+        )
 
     def logprobs(self, ids: list[int], temperature: float = 1.0) -> np.ndarray:
         """log p(ids[t] | before), for t from 1."""
         logits_TV = self.logits_and_routes(ids)[0].astype(np.float64) / temperature
-        logp_TV = logits_TV - np.log(np.exp(logits_TV - logits_TV.max(-1, keepdims=True)).sum(-1, keepdims=True)) - logits_TV.max(-1, keepdims=True)
+        logp_TV = (
+            logits_TV
+            - np.log(np.exp(logits_TV - logits_TV.max(-1, keepdims=True)).sum(-1, keepdims=True))
+            - logits_TV.max(-1, keepdims=True)
+        )
         return logp_TV[np.arange(len(ids) - 1), ids[1:]]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(config: ModelConfig, params: dict, tokens_BT: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _forward(
+    config: ModelConfig, params: dict, tokens_BT: jax.Array, segments_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     positions_BT = jnp.arange(tokens_BT.shape[1])[None]
     out = Qwen3(config).apply({"params": params}, tokens_BT, positions_BT, segments_BT)
     return jnp.matmul(out.hidden_BTD[0], head_kernel(params, config)), out.routes_LBTK[:, 0]

@@ -11,10 +11,25 @@ from rome.train.alarms import TrainingAlarm, check_figures, check_mismatch
 def batches(difference, kind="rl"):
     """Two micro-batches whose pi_old is `difference` above what the engine says."""
     trajectories = [
-        Trajectory("t/1", "t", [Chunk([5, 6], [7, 8, 9], [-1.0, -2.0, -3.0], [(1, 0, 3)], kind=kind)], 1.0, "success", group=number) for number in range(4)
+        Trajectory(
+            "t/1",
+            "t",
+            [Chunk([5, 6], [7, 8, 9], [-1.0, -2.0, -3.0], [(1, 0, 3)], kind=kind)],
+            1.0,
+            "success",
+            group=number,
+        )
+        for number in range(4)
     ]
-    packed = microbatches(pack(trajectories, row_length=8, chunks_per_row=2, gamma=1.0, failure_reward=0.0), 2)
-    return [batch._replace(logp_old_BT=np.where(batch.action_mask_BT, batch.logp_rollout_BT + difference, 0.0)) for batch in packed]
+    packed = microbatches(
+        pack(trajectories, row_length=8, chunks_per_row=2, gamma=1.0, failure_reward=0.0), 2
+    )
+    return [
+        batch._replace(
+            logp_old_BT=np.where(batch.action_mask_BT, batch.logp_rollout_BT + difference, 0.0)
+        )
+        for batch in packed
+    ]
 
 
 @pytest.mark.parametrize("difference", [0.0, 0.1, -0.1])
@@ -24,7 +39,9 @@ def test_small_differences_pass(difference):
 
 @pytest.mark.parametrize("difference", [1.0, -1.0, 200.0, np.nan])
 def test_another_distribution_stops_the_run_and_names_the_figure(difference):
-    with pytest.raises(TrainingAlarm, match=r"mismatch_kl is .* over 12 tokens, above alarm_kl=0.1"):
+    with pytest.raises(
+        TrainingAlarm, match=r"mismatch_kl is .* over 12 tokens, above alarm_kl=0.1"
+    ):
         check_mismatch(batches(difference), 0.1)
 
 
@@ -36,8 +53,13 @@ def test_the_figure_is_k3_of_rollout_against_old():
 
 
 def test_what_nobody_can_score_does_not_hide_what_the_rest_shows():
-    apart, lost = batches(0.6)  # of one version; in the other half the engine's own logprobs stand for pi_old
-    lost = lost._replace(logp_old_BT=np.where(lost.action_mask_BT, lost.logp_rollout_BT, 0.0), version_BT=np.where(lost.action_mask_BT, 0, lost.version_BT))
+    apart, lost = batches(
+        0.6
+    )  # of one version; in the other half the engine's own logprobs stand for pi_old
+    lost = lost._replace(
+        logp_old_BT=np.where(lost.action_mask_BT, lost.logp_rollout_BT, 0.0),
+        version_BT=np.where(lost.action_mask_BT, 0, lost.version_BT),
+    )
     check_mismatch([apart, lost], 0.15)
     with pytest.raises(TrainingAlarm, match="over 6 tokens"):
         check_mismatch([apart, lost], 0.15, {0})

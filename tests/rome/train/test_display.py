@@ -27,13 +27,22 @@ with Display("ipa", 3) as display:
 
 def plain(total_steps, interval=0.0):
     text = io.StringIO()
-    return Display("ipa", total_steps, Console(file=text, width=80, highlight=False), plain_interval_s=interval), text
+    return Display(
+        "ipa", total_steps, Console(file=text, width=80, highlight=False), plain_interval_s=interval
+    ), text
 
 
 def run_in_terminal(environment):
     """Runs PROGRAM on a pseudo-terminal of 80 columns; returns what it wrote there."""
     leader, follower = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM], cwd=ROOT, stdout=follower, stderr=follower, stdin=follower, env=environment)
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM],
+        cwd=ROOT,
+        stdout=follower,
+        stderr=follower,
+        stdin=follower,
+        env=environment,
+    )
     os.close(follower)
     output, deadline = b"", time.monotonic() + 60
     try:
@@ -55,7 +64,11 @@ def run_in_terminal(environment):
 
 
 def terminal_environment(**extra):
-    kept = {name: value for name, value in os.environ.items() if name not in ("JPY_PARENT_PID", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "CI")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("JPY_PARENT_PID", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "CI")
+    }
     return {**kept, "TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24", **extra}
 
 
@@ -63,7 +76,9 @@ def test_a_terminal_shows_one_panel_that_is_redrawn_in_place():
     output = run_in_terminal(terminal_environment())
     assert "\x1b[1A" in output or "\x1b[2K" in output  # the cursor goes back over the old panel
     last = output[output.rindex("╭") :]
-    assert "step 3/3" in last and "+0.30" in last and "42 %" in last and "gradient_norm" not in output
+    assert (
+        "step 3/3" in last and "+0.30" in last and "42 %" in last and "gradient_norm" not in output
+    )
     assert all(f"weights {step} published" in output for step in (1, 2, 3))
 
 
@@ -80,7 +95,9 @@ def test_plain_output_has_one_line_a_step_with_what_is_known_about_it():
         display.update(2, {"reward": 0.75})
     lines = text.getvalue().splitlines()
     assert len(lines) == 2
-    assert lines[0].startswith("ipa   1/2  reward +0.50  staleness 0.25") and "unknown" not in lines[0]
+    assert (
+        lines[0].startswith("ipa   1/2  reward +0.50  staleness 0.25") and "unknown" not in lines[0]
+    )
 
 
 def test_plain_lines_are_spaced_but_the_first_and_the_last_are_always_there(monkeypatch):
@@ -91,7 +108,12 @@ def test_plain_lines_are_spaced_but_the_first_and_the_last_are_always_there(monk
         for step in range(1, 11):
             now[0] += 2.0
             display.update(step, {"reward": 0.0})
-    assert [int(line.split()[1].split("/")[0]) for line in text.getvalue().splitlines()] == [1, 4, 7, 10]
+    assert [int(line.split()[1].split("/")[0]) for line in text.getvalue().splitlines()] == [
+        1,
+        4,
+        7,
+        10,
+    ]
 
 
 def test_an_interrupted_run_still_ends_with_the_line_of_its_last_step():
@@ -127,7 +149,10 @@ def test_a_second_update_of_a_step_adds_figures_without_a_second_line():
 
 def test_an_evaluation_is_said_with_its_interval_and_its_size():
     display, text = plain(5)
-    tasks = [{"task": f"find/{seed}", "family": "find", "success": seed < 30, "unseen_family": False} for seed in range(50)]
+    tasks = [
+        {"task": f"find/{seed}", "family": "find", "success": seed < 30, "unseen_family": False}
+        for seed in range(50)
+    ]
     display.evaluated(EvalResult.from_tasks("ipa", 10, tasks))
     assert "evaluation at step 10: 60 % (46 to 72) of 50 tasks" in text.getvalue()
 
@@ -137,9 +162,20 @@ def test_the_panel_fits_its_terminal(width):
     console = Console(file=io.StringIO(), width=width, force_terminal=True, highlight=False)
     display = Display("ipa", 60, console)
     for step in (1, 2, 3):
-        figures = {"reward": 0.1 * step, "success": 0.5, "turns": 3.0, "tokens": 250.0, "staleness": 0.5, "mismatch": 1e-5, "tokens_per_s": 12345.0}
+        figures = {
+            "reward": 0.1 * step,
+            "success": 0.5,
+            "turns": 3.0,
+            "tokens": 250.0,
+            "staleness": 0.5,
+            "mismatch": 1e-5,
+            "tokens_per_s": 12345.0,
+        }
         display.update(step, figures)
-    lines = ["".join(segment.text for segment in line) for line in console.render_lines(display._panel(), pad=False)]
+    lines = [
+        "".join(segment.text for segment in line)
+        for line in console.render_lines(display._panel(), pad=False)
+    ]
     assert all(len(line) <= width for line in lines) and len(lines) < 12
     assert "12,345 tok/s" in "".join(lines)
 
@@ -151,5 +187,10 @@ def test_markup_in_a_note_is_text():
 
 
 def test_durations_and_curves_read_well():
-    assert [duration(s) for s in (0.4, 59.6, 185, 7620)] == ["0 s", "1 min 00 s", "3 min 05 s", "2 h 07 min"]
+    assert [duration(s) for s in (0.4, 59.6, 185, 7620)] == [
+        "0 s",
+        "1 min 00 s",
+        "3 min 05 s",
+        "2 h 07 min",
+    ]
     assert sparkline([0, 1, 2, 7]) == "▁▂▃█" and sparkline([3, 3]) == "▁▁"

@@ -10,8 +10,14 @@ from rome.train.distributed import DistributedError, Plan, choose
 from tests.distributed.processes import ROOT
 
 SLURM = {
-    "SLURM_JOB_ID": "71", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "node[1-4]",
-    "SLURM_NTASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "1(x4)",
+    "SLURM_JOB_ID": "71",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_PROCID": "2",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_NODELIST": "node[1-4]",
+    "SLURM_NTASKS": "4",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x4)",
 }
 NO_TPU = lambda: 1  # noqa: E731
 
@@ -21,18 +27,32 @@ def test_without_any_sign_this_is_one_process():
 
 
 def test_flags_win_over_the_environment_and_the_cluster():
-    environ = SLURM | {"JAX_COORDINATOR_ADDRESS": "other:1", "JAX_NUM_PROCESSES": "9", "JAX_PROCESS_ID": "8"}
+    environ = SLURM | {
+        "JAX_COORDINATOR_ADDRESS": "other:1",
+        "JAX_NUM_PROCESSES": "9",
+        "JAX_PROCESS_ID": "8",
+    }
     assert choose("node-0:1234", 2, 1, environ) == Plan("flags", "by flags", "node-0:1234", 2, 1)
     by_environment = choose("", -1, -1, environ)
-    assert (by_environment.coordinator, by_environment.count, by_environment.index) == ("other:1", 9, 8)
+    assert (by_environment.coordinator, by_environment.count, by_environment.index) == (
+        "other:1",
+        9,
+        8,
+    )
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (("node-0:1234", -1, -1), "coordinator=node-0:1234 without --num_processes and --process_id"),
-    (("", 2, 0), "num_processes=2, process_id=0 without --coordinator"),
-    (("node-0", 2, 0), "coordinator='node-0' is no HOST:PORT"),
-    (("node-0:1234", 2, 2), "process_id=2 does not fit num_processes=2"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ("node-0:1234", -1, -1),
+            "coordinator=node-0:1234 without --num_processes and --process_id",
+        ),
+        (("", 2, 0), "num_processes=2, process_id=0 without --coordinator"),
+        (("node-0", 2, 0), "coordinator='node-0' is no HOST:PORT"),
+        (("node-0:1234", 2, 2), "process_id=2 does not fit num_processes=2"),
+    ],
+)
 def test_flags_that_do_not_fit_are_refused_with_the_remedy(arguments, message):
     with pytest.raises(DistributedError, match=re.escape(message)):
         choose(*arguments, {})
@@ -40,35 +60,60 @@ def test_flags_that_do_not_fit_are_refused_with_the_remedy(arguments, message):
 
 def test_a_number_that_is_none_is_refused():
     with pytest.raises(DistributedError, match="num_processes='two' is no number"):
-        choose("", -1, -1, {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"})
+        choose(
+            "",
+            -1,
+            -1,
+            {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"},
+        )
 
 
 def test_a_slurm_step_of_several_tasks_is_taken_and_a_batch_script_is_not():
     plan = choose("", -1, -1, SLURM)
-    assert (plan.kind, plan.count, plan.index, plan.why) == ("slurm", 4, 2, "SLURM step 71.0 of 4 tasks")
+    assert (plan.kind, plan.count, plan.index, plan.why) == (
+        "slurm",
+        4,
+        2,
+        "SLURM step 71.0 of 4 tasks",
+    )
     batch_script = {name: value for name, value in SLURM.items() if "STEP" not in name}
     assert choose("", -1, -1, batch_script, NO_TPU).kind == "alone"
 
 
-@pytest.mark.parametrize("change, devices", [
-    ({"SLURM_GPUS_ON_NODE": "8"}, tuple(range(8))),  # one task a node has all of it: JAX's own rule would leave seven idle
-    ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, (0, 1, 2, 3)),
-    ({"SLURM_STEP_TASKS_PER_NODE": "8(x4)", "SLURM_GPUS_ON_NODE": "8"}, None),  # one each: JAX's rule
-    ({"SLURM_STEP_TASKS_PER_NODE": "8(x4)", "CUDA_VISIBLE_DEVICES": "5"}, (0,)),  # bound by SLURM: the only one it sees
-    ({}, None),
-])
+@pytest.mark.parametrize(
+    "change, devices",
+    [
+        (
+            {"SLURM_GPUS_ON_NODE": "8"},
+            tuple(range(8)),
+        ),  # one task a node has all of it: JAX's own rule would leave seven idle
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, (0, 1, 2, 3)),
+        (
+            {"SLURM_STEP_TASKS_PER_NODE": "8(x4)", "SLURM_GPUS_ON_NODE": "8"},
+            None,
+        ),  # one each: JAX's rule
+        (
+            {"SLURM_STEP_TASKS_PER_NODE": "8(x4)", "CUDA_VISIBLE_DEVICES": "5"},
+            (0,),
+        ),  # bound by SLURM: the only one it sees
+        ({}, None),
+    ],
+)
 def test_slurm_tasks_take_the_gpus_that_are_theirs(change, devices):
     assert choose("", -1, -1, SLURM | change).local_devices == devices
 
 
-@pytest.mark.parametrize("environ, workers, kind", [
-    ({"TPU_WORKER_HOSTNAMES": "a,b,c,d"}, 1, "tpu"),
-    ({"TPU_WORKER_HOSTNAMES": "localhost"}, 1, "alone"),
-    ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, 1, "tpu"),
-    ({}, 16, "tpu"),
-    ({}, 1, "alone"),
-    ({"JAX_PLATFORMS": "cpu", "TPU_WORKER_HOSTNAMES": "a,b"}, 16, "alone"),
-])
+@pytest.mark.parametrize(
+    "environ, workers, kind",
+    [
+        ({"TPU_WORKER_HOSTNAMES": "a,b,c,d"}, 1, "tpu"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, 1, "alone"),
+        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, 1, "tpu"),
+        ({}, 16, "tpu"),
+        ({}, 1, "alone"),
+        ({"JAX_PLATFORMS": "cpu", "TPU_WORKER_HOSTNAMES": "a,b"}, 16, "alone"),
+    ],
+)
 def test_a_tpu_pod_is_known_by_its_hosts(environ, workers, kind):
     assert choose("", -1, -1, environ, lambda: workers).kind == kind
 
@@ -80,14 +125,31 @@ start(choose(sys.argv[1], 2, int(sys.argv[2])), stop=lambda: False, errors=(), d
 """
 
 
-@pytest.mark.parametrize("index, message", [(1, "nobody answers at the coordinator"), (0, "answers, but not all 2 processes came within 2 s")])
+@pytest.mark.parametrize(
+    "index, message",
+    [
+        (1, "nobody answers at the coordinator"),
+        (0, "answers, but not all 2 processes came within 2 s"),
+    ],
+)
 def test_processes_that_do_not_find_each_other_end_in_time_with_one_line(index, message):
     import socket
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    done = subprocess.run([sys.executable, "-c", START, address, str(index)], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-c", START, address, str(index)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     lines = [line for line in done.stderr.splitlines() if line.startswith("launch.train: ")]
-    assert done.returncode == 1 and len(lines) == 1 and message in lines[0] and f"process {index} of 2" in lines[0]
+    assert (
+        done.returncode == 1
+        and len(lines) == 1
+        and message in lines[0]
+        and f"process {index} of 2" in lines[0]
+    )
     assert "Check failure" not in done.stderr

@@ -21,7 +21,14 @@ class Around:
     """Learner, checkpoints, metrics and display at once."""
 
     def __init__(self, success=lambda step: 0.0, kl=0.0):
-        self.success, self.kl, self.saved, self.written, self.shown, self.updates = success, kl, [], [], [], 0
+        self.success, self.kl, self.saved, self.written, self.shown, self.updates = (
+            success,
+            kl,
+            [],
+            [],
+            [],
+            0,
+        )
 
     def update(self, state, microbatches, denominators):
         self.updates += 1
@@ -41,13 +48,29 @@ class Around:
         self.shown.append(result.step)
 
     def run(self, step=0, **changes):
-        stage = Stage(**{
-            "name": "s", "steps": 9, "updates_per_step": 2, "evaluate_every": 2, "checkpoint_every": 100, "collect": lambda step, state: StepData([], None, {}),
-            "publish": lambda state: None, "evaluate": lambda step, state: Result(step, self.success(step)), "enough": lambda result: result.success >= 0.5,
-            "host_state": dict, "should_stop": lambda: False, "before_update": lambda: None, "check": lambda step, figures: None, "team": Team(),
-        } | changes)
+        stage = Stage(
+            **{
+                "name": "s",
+                "steps": 9,
+                "updates_per_step": 2,
+                "evaluate_every": 2,
+                "checkpoint_every": 100,
+                "collect": lambda step, state: StepData([], None, {}),
+                "publish": lambda state: None,
+                "evaluate": lambda step, state: Result(step, self.success(step)),
+                "enough": lambda result: result.success >= 0.5,
+                "host_state": dict,
+                "should_stop": lambda: False,
+                "before_update": lambda: None,
+                "check": lambda step, figures: None,
+                "team": Team(),
+            }
+            | changes
+        )
         self.stage = stage
-        return run_stage(stage, self, TrainState(jnp.int32(step), {}, ()), self, _Metrics(self), _Display(self))
+        return run_stage(
+            stage, self, TrainState(jnp.int32(step), {}, ()), self, _Metrics(self), _Display(self)
+        )
 
 
 @dataclasses.dataclass
@@ -79,7 +102,11 @@ def test_a_stage_evaluates_on_its_way_and_once_at_its_end_and_is_saved():
 def test_a_stage_ends_where_it_has_come_far_enough_and_is_whole_there():
     around = Around(lambda step: 0.6 if step >= 4 else 0.1)
     assert int(around.run().step) == around.stage.steps == 4
-    assert around.shown == [0, 2, 4] and around.saved == [4] and [step for step, _ in around.written] == [1, 2, 3, 4]
+    assert (
+        around.shown == [0, 2, 4]
+        and around.saved == [4]
+        and [step for step, _ in around.written] == [1, 2, 3, 4]
+    )
 
 
 def test_a_start_that_is_good_already_is_no_end():

@@ -23,10 +23,23 @@ print(int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library, which has no such setting")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="another C library, which has no such setting"
+)
 def test_what_a_step_frees_stays_with_the_process():
-    kept, given_back = (int(subprocess.run([sys.executable, "-c", STEPS, *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120).stdout)
-                        for arguments in (["keep"], []))
+    kept, given_back = (
+        int(
+            subprocess.run(
+                [sys.executable, "-c", STEPS, *arguments],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=120,
+            ).stdout
+        )
+        for arguments in (["keep"], [])
+    )
     assert kept > given_back + 48, (kept, given_back)
 
 
@@ -46,5 +59,7 @@ train.main(train.parse(["launch.train", "--config=experiments/ipa.py:smoke"])[:1
 
 
 def test_training_asks_for_it_before_jax_looks_for_devices_and_starts_threads():
-    ended = subprocess.run([sys.executable, "-c", TRAINING], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(
+        [sys.executable, "-c", TRAINING], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert ended.stdout == "devices were looked for: False\n", ended.stderr

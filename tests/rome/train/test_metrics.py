@@ -19,9 +19,18 @@ def steps_of(workdir, stage):
 
 
 def test_a_line_is_flat_json_with_stage_step_and_plain_numbers(tmp_path):
-    write_steps(tmp_path, "ipa", [1], reward=np.float32(0.5), count=np.int64(3), array=np.array(2.0))
+    write_steps(
+        tmp_path, "ipa", [1], reward=np.float32(0.5), count=np.int64(3), array=np.array(2.0)
+    )
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(line) == {"stage": "ipa", "step": 1, "loss": 0.1, "reward": 0.5, "count": 3, "array": 2.0}
+    assert json.loads(line) == {
+        "stage": "ipa",
+        "step": 1,
+        "loss": 0.1,
+        "reward": 0.5,
+        "count": 3,
+        "array": 2.0,
+    }
 
 
 def test_a_line_is_on_disk_before_the_next_step(tmp_path):
@@ -66,25 +75,37 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float32("nan")])
 def test_a_figure_that_is_not_finite_is_refused_by_name_and_nothing_is_written(tmp_path, value):
-    with MetricsWriter(tmp_path, "ipa", tensorboard=False) as metrics, pytest.raises(ValueError, match="'entropy'.*step 3"):
+    with (
+        MetricsWriter(tmp_path, "ipa", tensorboard=False) as metrics,
+        pytest.raises(ValueError, match="'entropy'.*step 3"),
+    ):
         metrics.write(3, {"loss": 1.0, "entropy": value})
     assert read_metrics(tmp_path) == []
 
 
 @pytest.mark.parametrize("value", ["high", None, True, [1.0]])
 def test_what_is_no_number_is_refused(tmp_path, value):
-    with MetricsWriter(tmp_path, "ipa", tensorboard=False) as metrics, pytest.raises(TypeError, match="'entropy'"):
+    with (
+        MetricsWriter(tmp_path, "ipa", tensorboard=False) as metrics,
+        pytest.raises(TypeError, match="'entropy'"),
+    ):
         metrics.write(1, {"entropy": value})
 
 
 def test_no_figure_may_shadow_the_step(tmp_path):
-    with MetricsWriter(tmp_path, "ipa", tensorboard=False) as metrics, pytest.raises(ValueError, match="'step'"):
+    with (
+        MetricsWriter(tmp_path, "ipa", tensorboard=False) as metrics,
+        pytest.raises(ValueError, match="'step'"),
+    ):
         metrics.write(1, {"step": 2})
 
 
 def test_a_step_cannot_be_written_twice(tmp_path):
     write_steps(tmp_path, "ipa", [1, 2])
-    with MetricsWriter(tmp_path, "ipa", tensorboard=False) as metrics, pytest.raises(ValueError, match="step 2 of stage ipa"):
+    with (
+        MetricsWriter(tmp_path, "ipa", tensorboard=False) as metrics,
+        pytest.raises(ValueError, match="step 2 of stage ipa"),
+    ):
         metrics.write(2, {"loss": 1.0})
 
 

@@ -27,14 +27,26 @@ def batch_with(routes_BTLk):
 @pytest.mark.parametrize("seed", range(4))
 def test_agreement_is_the_share_of_equal_sets_and_of_common_experts(seed):
     replayed, own = random_routes(seed), random_routes(seed + 100)
-    own[1, 2:] = random_routes(seed + 200)[0, 2:]  # those tokens choose for themselves, and do not count
-    pairs = [(set(replayed[b, t, l]), set(own[b, t, l])) for b in range(B) for t in range(T) for l in range(L) if replayed[b, t, l, 0]]
+    own[1, 2:] = random_routes(seed + 200)[
+        0, 2:
+    ]  # those tokens choose for themselves, and do not count
+    pairs = [
+        (set(replayed[b, t, l]), set(own[b, t, l]))
+        for b in range(B)
+        for t in range(T)
+        for l in range(L)
+        if replayed[b, t, l, 0]
+    ]
     config = dataclasses.replace(PRESETS["tiny"], num_layers=L, num_experts=E, experts_per_token=K)
     count = count_replayed(batch_with(replayed), config)
     assert count == len(pairs) == 7 * L
     metrics = route_agreement(replayed, np.asarray(replayed_ids(own)), float(count))
-    np.testing.assert_allclose(metrics["route_agreement"], np.mean([a == b for a, b in pairs]), rtol=1e-6)
-    np.testing.assert_allclose(metrics["route_overlap"], np.mean([len(a & b) / K for a, b in pairs]), rtol=1e-6)
+    np.testing.assert_allclose(
+        metrics["route_agreement"], np.mean([a == b for a, b in pairs]), rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        metrics["route_overlap"], np.mean([len(a & b) / K for a, b in pairs]), rtol=1e-6
+    )
 
 
 def test_the_order_of_the_experts_does_not_matter():
@@ -44,7 +56,15 @@ def test_the_order_of_the_experts_does_not_matter():
 
 
 def test_layers_without_experts_do_not_count():
-    config = dataclasses.replace(PRESETS["tiny"], num_layers=L, num_experts=E, experts_per_token=K, dense_layers=(0,), intermediate_size=8, scan_layers=False)
+    config = dataclasses.replace(
+        PRESETS["tiny"],
+        num_layers=L,
+        num_experts=E,
+        experts_per_token=K,
+        dense_layers=(0,),
+        intermediate_size=8,
+        scan_layers=False,
+    )
     replayed = random_routes(0)
     replayed[:, :, 0] = 0
     own_LBTk = np.asarray(replayed_ids(replayed))

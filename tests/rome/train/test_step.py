@@ -17,7 +17,15 @@ from rome.train.state import make_optimizer
 from rome.train.step import Learner
 
 MODEL = dataclasses.replace(
-    PRESETS["tiny"], vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, moe_intermediate_size=16, router_aux_loss_coef=0.0,
+    PRESETS["tiny"],
+    vocab_size=64,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    moe_intermediate_size=16,
+    router_aux_loss_coef=0.0,
 )
 
 
@@ -27,57 +35,106 @@ def random_trajectories(count: int, seed: int = 0) -> list[Trajectory]:
     def chunk() -> Chunk:
         length = rng.randint(1, 6)
         ids = lambda n: [rng.randrange(64) for _ in range(n)]
-        return Chunk(ids(rng.randint(1, 6)), ids(length), [-rng.random() for _ in range(length)], versions=[(0, 0, length)])
+        return Chunk(
+            ids(rng.randint(1, 6)),
+            ids(length),
+            [-rng.random() for _ in range(length)],
+            versions=[(0, 0, length)],
+        )
 
     return [
-        Trajectory(f"count/{number}", "count", [chunk() for _ in range(rng.randint(1, 3))], float(number % 2), "success" if number % 2 else "failure", group=number // 4)
+        Trajectory(
+            f"count/{number}",
+            "count",
+            [chunk() for _ in range(rng.randint(1, 3))],
+            float(number % 2),
+            "success" if number % 2 else "failure",
+            group=number // 4,
+        )
         for number in range(count)
     ]
 
 
 def make_learner(loss: str = "ipa", mesh: dict | None = None, **model) -> Learner:
     config = dataclasses.replace(MODEL, **model)
-    optimizer = make_optimizer(learning_rate=1e-2, warmup_updates=0, decay_updates=0, weight_decay=0.0, clip=1.0)
+    optimizer = make_optimizer(
+        learning_rate=1e-2, warmup_updates=0, decay_updates=0, weight_decay=0.0, clip=1.0
+    )
     return Learner(config, LOSSES[loss], LossConfig(), optimizer, make_mesh(mesh or {}, config))
 
 
 def packed(rows_per_microbatch: int, purpose: str = "rl"):
-    batch = pack(random_trajectories(24), row_length=64, chunks_per_row=16, gamma=0.95, failure_reward=-1.0, purpose=purpose)
+    batch = pack(
+        random_trajectories(24),
+        row_length=64,
+        chunks_per_row=16,
+        gamma=0.95,
+        failure_reward=-1.0,
+        purpose=purpose,
+    )
     return microbatches(batch, rows_per_microbatch)
 
 
 def one_update(learner: Learner, batches) -> tuple[dict, dict]:
     state = learner.init(seed=0)
     # A little off the scores, so that no ratio lies on the edge of a clip, where rounding would decide.
-    old = lambda batch, logp_BT: logp_BT + 0.05 * np.sin(1.0 + 7.0 * batch.tokens_BT + batch.positions_BT).astype(np.float32)
-    batches = [batch._replace(logp_old_BT=old(batch, logp_BT)) for batch, logp_BT in zip(batches, learner.score(state.params, batches))]
+    old = lambda batch, logp_BT: (
+        logp_BT + 0.05 * np.sin(1.0 + 7.0 * batch.tokens_BT + batch.positions_BT).astype(np.float32)
+    )
+    batches = [
+        batch._replace(logp_old_BT=old(batch, logp_BT))
+        for batch, logp_BT in zip(batches, learner.score(state.params, batches))
+    ]
     state, metrics = learner.update(state, batches, count_denominators(batches))
     return jax.device_get(state.params), jax.device_get(metrics)
 
 
-@pytest.mark.parametrize("loss, router", [
-    ("ipa", {}), pytest.param("token_level", {}, marks=pytest.mark.slow), pytest.param("grpo", {}, marks=pytest.mark.slow), ("ipa", {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.5}),
-])
+@pytest.mark.parametrize(
+    "loss, router",
+    [
+        ("ipa", {}),
+        pytest.param("token_level", {}, marks=pytest.mark.slow),
+        pytest.param("grpo", {}, marks=pytest.mark.slow),
+        ("ipa", {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.5}),
+    ],
+)
 def test_the_micro_batch_split_does_not_change_gradient_or_metrics(loss, router):
     whole, split = (one_update(make_learner(loss, **router), packed(rows)) for rows in (8, 2))
-    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-3, atol=5e-4), split[0], whole[0])  # Adam divides by tiny gradients
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-3, atol=5e-4),
+        split[0],
+        whole[0],
+    )  # Adam divides by tiny gradients
     assert whole[1].keys() == split[1].keys()
     for name in whole[1]:
-        np.testing.assert_allclose(split[1][name], whole[1][name], rtol=2e-4, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(
+            split[1][name], whole[1][name], rtol=2e-4, atol=1e-6, err_msg=name
+        )
 
 
-@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"replica": 2, "fsdp": 2, "expert": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}])
+@pytest.mark.parametrize(
+    "mesh",
+    [{"fsdp": 8}, {"replica": 2, "fsdp": 2, "expert": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}],
+)
 def test_the_mesh_does_not_change_gradient_or_metrics(mesh):
     single, sharded = (one_update(make_learner("ipa", shape), packed(8)) for shape in ({}, mesh))
     for name in single[1]:
-        np.testing.assert_allclose(sharded[1][name], single[1][name], rtol=2e-4, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(
+            sharded[1][name], single[1][name], rtol=2e-4, atol=1e-6, err_msg=name
+        )
 
 
 def test_moments_lie_as_their_parameters_before_and_after_an_update():
     learner, batches = make_learner("ipa", {"fsdp": 4, "expert": 2}), packed(8)
     state = learner.init(seed=0)
     for state in (state, learner.update(state, batches, count_denominators(batches))[0]):
-        places = [[leaf.sharding.spec for leaf in jax.tree.leaves(tree)] for tree in (state.params, *(getattr(state.opt_state[1][0], name) for name in ("mu", "nu")))]
+        places = [
+            [leaf.sharding.spec for leaf in jax.tree.leaves(tree)]
+            for tree in (
+                state.params,
+                *(getattr(state.opt_state[1][0], name) for name in ("mu", "nu")),
+            )
+        ]
         assert places[0] == places[1] == places[2]
         assert sum(spec != jax.sharding.PartitionSpec() for spec in places[0]) > len(places[0]) / 2
 
@@ -108,16 +165,27 @@ def test_two_runs_of_one_seed_are_bitwise_equal():
 def test_moments_in_the_hosts_memory_give_the_same_update():
     learner = make_learner("ipa", {"fsdp": 2, "expert": 2})
     away = dataclasses.replace(learner, offload_moments=True)
-    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(away.init(seed=0).opt_state) if leaf.ndim}
+    kinds = {
+        leaf.sharding.memory_kind
+        for leaf in jax.tree.leaves(away.init(seed=0).opt_state)
+        if leaf.ndim
+    }
     assert kinds == {"pinned_host"}
     one, other = one_update(learner, packed(8)), one_update(away, packed(8))
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other)))
 
 
 def test_norms_do_not_decay():
-    optimizer = make_optimizer(learning_rate=0.1, warmup_updates=0, decay_updates=0, weight_decay=0.5, clip=1.0)
-    params = {"norm": {"scale": np.ones(3, np.float32)}, "head": {"kernel": np.ones((2, 2), np.float32)}}
-    updates, _ = optimizer.update(jax.tree.map(np.zeros_like, params), optimizer.init(params), params)
+    optimizer = make_optimizer(
+        learning_rate=0.1, warmup_updates=0, decay_updates=0, weight_decay=0.5, clip=1.0
+    )
+    params = {
+        "norm": {"scale": np.ones(3, np.float32)},
+        "head": {"kernel": np.ones((2, 2), np.float32)},
+    }
+    updates, _ = optimizer.update(
+        jax.tree.map(np.zeros_like, params), optimizer.init(params), params
+    )
     after = optax.apply_updates(params, updates)
     np.testing.assert_array_equal(after["norm"]["scale"], 1.0)
     np.testing.assert_allclose(after["head"]["kernel"], 0.95, rtol=1e-6)

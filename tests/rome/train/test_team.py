@@ -31,7 +31,9 @@ class Store:
         with self.changed:
             self.arrived[name] = self.arrived.get(name, 0) + 1
             self.changed.notify_all()
-            assert self.changed.wait_for(lambda: self.arrived[name] == self.count, timeout_ms / 1000)
+            assert self.changed.wait_for(
+                lambda: self.arrived[name] == self.count, timeout_ms / 1000
+            )
 
     def key_value_dir_get(self, prefix):
         with self.changed:
@@ -48,11 +50,18 @@ def teams(monkeypatch):
     monkeypatch.setattr(team_module, "WATCH_SECONDS", 0.01)
     monkeypatch.setattr(team_module, "WAIT_MS", 20)
     made, left = [], []
-    monkeypatch.setattr(Team, "_leave", lambda self, reason: (left.append(reason), time.sleep(0.05)))
+    monkeypatch.setattr(
+        Team, "_leave", lambda self, reason: (left.append(reason), time.sleep(0.05))
+    )
 
     def make(count, stops=None):
         store = Store(count)
-        made.extend(Team(index, count, store, stop=(stops or {}).get(index, lambda: False), errors=(Refused,)) for index in range(count))
+        made.extend(
+            Team(
+                index, count, store, stop=(stops or {}).get(index, lambda: False), errors=(Refused,)
+            )
+            for index in range(count)
+        )
         return made
 
     make.left = left
@@ -72,7 +81,10 @@ def test_the_leader_names_those_that_said_nothing_when_all_leave(monkeypatch, ca
         teams[index]._leave("a collective broke")
     said = capfd.readouterr().err
     assert said.count("a collective broke; all processes end") == 2
-    assert [number for number in range(4) if f"process {number} gave no sign of life" in said] == [1, 3]
+    assert [number for number in range(4) if f"process {number} gave no sign of life" in said] == [
+        1,
+        3,
+    ]
 
 
 def in_each(teams, call):
@@ -111,7 +123,10 @@ def test_alone_nothing_is_sent_and_the_value_is_the_makers_own():
 
 
 def test_followers_wait_as_long_as_the_leader_takes(teams):
-    assert in_each(teams(2), lambda team: team.share("slow", lambda: time.sleep(0.2) or 7)) == [7, 7]
+    assert in_each(teams(2), lambda team: team.share("slow", lambda: time.sleep(0.2) or 7)) == [
+        7,
+        7,
+    ]
 
 
 def test_what_the_leader_raises_all_raise_and_go_on_to_their_ends(teams):
@@ -148,13 +163,19 @@ def test_those_who_meet_go_on_together(teams):
 
 def test_processes_at_different_places_are_an_error(teams):
     _, error = in_each(teams(2), lambda team: team.share(f"place {team.index}", lambda: 1))
-    assert isinstance(error, LeaderError) and "process 0 is at 'place 0', process 1 at 'place 1'" in str(error)
+    assert isinstance(
+        error, LeaderError
+    ) and "process 0 is at 'place 0', process 1 at 'place 1'" in str(error)
 
 
 def test_other_rows_than_the_leaders_are_an_error_in_the_process_that_has_them(teams):
-    results = in_each(teams(3), lambda team: team.require_same("rows of step 3", "b" if team.index == 2 else "a"))
+    results = in_each(
+        teams(3), lambda team: team.require_same("rows of step 3", "b" if team.index == 2 else "a")
+    )
     assert results[:2] == [None, None]
-    assert isinstance(results[2], LeaderError) and "rows of step 3: process 2 has b, process 0 a" in str(results[2])
+    assert isinstance(
+        results[2], LeaderError
+    ) and "rows of step 3: process 2 has b, process 0 a" in str(results[2])
 
 
 @pytest.mark.parametrize("asked", [0, 1, 2])

@@ -6,7 +6,14 @@ import sys
 
 import pytest
 
-from rome.train.xla_flags import GPU_XLA_FLAGS, LIBTPU_ARGS, apply_flags, environment_of, find_chip, merge
+from rome.train.xla_flags import (
+    GPU_XLA_FLAGS,
+    LIBTPU_ARGS,
+    apply_flags,
+    environment_of,
+    find_chip,
+    merge,
+)
 
 
 def test_flags_of_the_user_win_one_by_one():
@@ -17,15 +24,26 @@ def test_flags_of_the_user_win_one_by_one():
 
 @pytest.mark.parametrize("chip", LIBTPU_ARGS)
 def test_a_tpu_gets_its_flags_through_libtpu_and_keeps_xla_flags(chip):
-    (name, value), = environment_of(chip, {"XLA_FLAGS": "--mine=1", "LIBTPU_INIT_ARGS": "--xla_tpu_scoped_vmem_limit_kib=7"}).items()
-    assert name == "LIBTPU_INIT_ARGS" and value.split()[0] == "--xla_tpu_scoped_vmem_limit_kib=7" and value.count("scoped_vmem") == 1
+    ((name, value),) = environment_of(
+        chip, {"XLA_FLAGS": "--mine=1", "LIBTPU_INIT_ARGS": "--xla_tpu_scoped_vmem_limit_kib=7"}
+    ).items()
+    assert (
+        name == "LIBTPU_INIT_ARGS"
+        and value.split()[0] == "--xla_tpu_scoped_vmem_limit_kib=7"
+        and value.count("scoped_vmem") == 1
+    )
     assert set(flag.split("=")[0] for flag in value.split()) >= set(LIBTPU_ARGS[chip])
 
 
 def test_a_gpu_gets_xla_flags_and_what_the_user_left_open():
-    variables = environment_of("gpu", {"NCCL_BUFFSIZE": "1", "XLA_FLAGS": "--xla_gpu_triton_gemm_any=false"})
+    variables = environment_of(
+        "gpu", {"NCCL_BUFFSIZE": "1", "XLA_FLAGS": "--xla_gpu_triton_gemm_any=false"}
+    )
     assert "NCCL_BUFFSIZE" not in variables and "XLA_PYTHON_CLIENT_MEM_FRACTION" in variables
-    assert variables["XLA_FLAGS"].startswith("--xla_gpu_triton_gemm_any=false ") and variables["XLA_FLAGS"].count("triton") == 1
+    assert (
+        variables["XLA_FLAGS"].startswith("--xla_gpu_triton_gemm_any=false ")
+        and variables["XLA_FLAGS"].count("triton") == 1
+    )
 
 
 def test_on_a_cpu_nothing_is_set():
@@ -34,10 +52,16 @@ def test_on_a_cpu_nothing_is_set():
     assert environment_of(None, {}) == {}
 
 
-@pytest.mark.parametrize("vendor, device, node, chip", [
-    ("0x1ae0", "0x0062", "accel0", "v5p"), ("0x1ae0", "0x006f", "vfio", "v6e"), ("0x1ae0", "0x0042", "nvme0", None),  # Google's disks are no TPU
-    ("0x10de", "0x2330", "nvidia0", "gpu"), ("0x10de", "0x2330", "null", None),  # a GPU without a driver is none
-])
+@pytest.mark.parametrize(
+    "vendor, device, node, chip",
+    [
+        ("0x1ae0", "0x0062", "accel0", "v5p"),
+        ("0x1ae0", "0x006f", "vfio", "v6e"),
+        ("0x1ae0", "0x0042", "nvme0", None),  # Google's disks are no TPU
+        ("0x10de", "0x2330", "nvidia0", "gpu"),
+        ("0x10de", "0x2330", "null", None),  # a GPU without a driver is none
+    ],
+)
 def test_the_chip_is_read_from_the_bus(tmp_path, vendor, device, node, chip):
     (tmp_path / "pci" / "0000:00:05.0").mkdir(parents=True)
     (tmp_path / "pci" / "0000:00:05.0" / "vendor").write_text(vendor + "\n")
@@ -51,6 +75,10 @@ def test_jaxlib_knows_every_gpu_flag():
     """It ends the process at a flag that it does not know, on any backend."""
     flags = merge("", GPU_XLA_FLAGS)
     done = subprocess.run(
-        [sys.executable, "-c", "import jax; jax.devices()"], env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=200,
+        [sys.executable, "-c", "import jax; jax.devices()"],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr[-500:]

@@ -61,7 +61,10 @@ asyncio.run(main())
 
 def test_a_killed_manager_leaves_no_container(engine):
     root = str(ROOT)
-    manager = subprocess.Popen([sys.executable, "-c", MANAGER.format(root=root, image=engine.image)], stdout=subprocess.PIPE)
+    manager = subprocess.Popen(
+        [sys.executable, "-c", MANAGER.format(root=root, image=engine.image)],
+        stdout=subprocess.PIPE,
+    )
     assert manager.stdout.readline() == b"up\n" and len(containers()) == 1
     manager.kill()
     manager.wait()
@@ -78,7 +81,10 @@ def test_the_sweeper_removes_what_dead_managers_left_and_nothing_else(engine):
     dead = container._identity(os.getpid()) | {"started": "1"}
     other_boot = container._identity(os.getpid()) | {"boot": "an earlier one"}
     elsewhere = dead | {"namespace": "pid:[1]"}
-    labels = [{container.OWNER: json.dumps(who)} for who in (dead, other_boot, elsewhere, container._identity(os.getpid()))] + [{container.OWNER: "no json"}, {}]
+    labels = [
+        {container.OWNER: json.dumps(who)}
+        for who in (dead, other_boot, elsewhere, container._identity(os.getpid()))
+    ] + [{container.OWNER: "no json"}, {}]
     made = [client.create_container(engine.image, ["sh"], labels=label)["Id"] for label in labels]
     try:
         container.engine()._sweep()

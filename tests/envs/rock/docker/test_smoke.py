@@ -10,13 +10,25 @@ pytestmark = pytest.mark.slow
 def test_a_container_works_enforces_all_and_tells_of_what_it_refused(inside):
     async def work(sandbox):
         await sandbox.write_file("f", "kept")
-        result = await sandbox.execute("cat f; echo x > /usr/x; (echo > /dev/tcp/169.254.169.254/80) && echo REACHED; exit 3")
+        result = await sandbox.execute(
+            "cat f; echo x > /usr/x; (echo > /dev/tcp/169.254.169.254/80) && echo REACHED; exit 3"
+        )
         async with await sandbox.create_session() as session:
             state = [(await session.run(command)).stdout for command in ("cd /tmp", "pwd")]
-        verdict = await sandbox.verify("cat f $VERIFIER_FILES/secret", files={"secret": b" and graded"})
+        verdict = await sandbox.verify(
+            "cat f $VERIFIER_FILES/secret", files={"secret": b" and graded"}
+        )
         return sandbox.guarantees, result, state, verdict, await sandbox.denials()
 
     guarantees, result, state, verdict, denials = inside(work)
     assert guarantees == set(GUARANTEES)
-    assert (result.stdout, result.exit_code, result.network_denials) == ("kept", 3, 1) and "Read-only file system" in result.stderr
-    assert state == ["", "/tmp\n"] and verdict.stdout == "kept and graded" and [(one.destination, one.port) for one in denials] == [("169.254.169.254", 80)]
+    assert (result.stdout, result.exit_code, result.network_denials) == (
+        "kept",
+        3,
+        1,
+    ) and "Read-only file system" in result.stderr
+    assert (
+        state == ["", "/tmp\n"]
+        and verdict.stdout == "kept and graded"
+        and [(one.destination, one.port) for one in denials] == [("169.254.169.254", 80)]
+    )

@@ -32,22 +32,37 @@ def test_an_image_is_built_once_and_a_sandbox_runs_in_it(engine: Engine, tmp_pat
     from envs.rock.images import build as images
 
     dockerfile = f"FROM {engine.image}\nARG WORD=none\nENV KIND=built PATH=/opt:/usr/bin\nCOPY dir /srv/dir\nRUN echo $WORD > /word; cat /proc/net/dev | wc -l > /interfaces\nUSER 1234\n"
-    place = context(tmp_path / "c", dockerfile, {"dir/f": "copied", "dir/secret": "s", ".dockerignore": "# none of these\ndir/secret\n"})
+    place = context(
+        tmp_path / "c",
+        dockerfile,
+        {"dir/f": "copied", "dir/secret": "s", ".dockerignore": "# none of these\ndir/secret\n"},
+    )
     (place / "dir/link").symlink_to("/etc/passwd")
 
     async def twice_at_once():
-        return await asyncio.gather(*(images.build(place, args={"WORD": "x"}, timeout=60) for _ in range(2)))
+        return await asyncio.gather(
+            *(images.build(place, args={"WORD": "x"}, timeout=60) for _ in range(2))
+        )
 
     first, second = asyncio.run(twice_at_once())
     began = time.perf_counter()
     third = build(place, args={"WORD": "x"})
-    assert first == second == third and first.startswith("rock/env:") and time.perf_counter() - began < 30
+    assert (
+        first == second == third
+        and first.startswith("rock/env:")
+        and time.perf_counter() - began < 30
+    )
 
     async def look():
         async with Sandbox(SandboxConfig(backend="docker", image=first)) as sandbox:
-            return await sandbox.execute("cat /word /interfaces /srv/dir/f; echo; echo $KIND $PATH; ls -A /srv/dir; readlink /srv/dir/link; [ $(id -u) != 1234 ] && echo other")
+            return await sandbox.execute(
+                "cat /word /interfaces /srv/dir/f; echo; echo $KIND $PATH; ls -A /srv/dir; readlink /srv/dir/link; [ $(id -u) != 1234 ] && echo other"
+            )
 
-    assert asyncio.run(look()).stdout == "x\n3\ncopied\nbuilt /opt:/usr/bin\nf\nlink\n/etc/passwd\nother\n"  # three lines: a head of two, and lo
+    assert (
+        asyncio.run(look()).stdout
+        == "x\n3\ncopied\nbuilt /opt:/usr/bin\nf\nlink\n/etc/passwd\nother\n"
+    )  # three lines: a head of two, and lo
 
 
 def test_the_name_changes_with_the_content_and_with_nothing_else(tmp_path):
@@ -57,21 +72,37 @@ def test_the_name_changes_with_the_content_and_with_nothing_else(tmp_path):
         with open(tmp_path / "tar", "w+b") as file:
             return images._pack(place, dockerfile, file)
 
-    one, two = (context(tmp_path / name, "FROM x\n", {"a": "1", "d/b": "2"}) for name in ("one", "two"))
+    one, two = (
+        context(tmp_path / name, "FROM x\n", {"a": "1", "d/b": "2"}) for name in ("one", "two")
+    )
     (two / "a").touch()
     (two / "d").chmod(0o700)
     assert digest(one) == digest(two)
     seen = {digest(one)}
-    for change in (lambda: (one / "a").write_text("3"), lambda: (one / "a").chmod(0o755), lambda: (one / "d/b").rename(one / "d/c"), lambda: (one / "Dockerfile").write_text("FROM y\n"),
-                   lambda: (one / "l").symlink_to("a"), lambda: (one / "empty").mkdir()):
+    for change in (
+        lambda: (one / "a").write_text("3"),
+        lambda: (one / "a").chmod(0o755),
+        lambda: (one / "d/b").rename(one / "d/c"),
+        lambda: (one / "Dockerfile").write_text("FROM y\n"),
+        lambda: (one / "l").symlink_to("a"),
+        lambda: (one / "empty").mkdir(),
+    ):
         change()
         seen.add(digest(one))
     assert len(seen) == 7
-    assert len({images._name("d", "Dockerfile", args) for args in ({}, {"A": "b"}, {"A": "c"})} | {images._name("d", "other", {})}) == 4
+    assert (
+        len(
+            {images._name("d", "Dockerfile", args) for args in ({}, {"A": "b"}, {"A": "c"})}
+            | {images._name("d", "other", {})}
+        )
+        == 4
+    )
 
 
 def test_a_failed_build_says_why_with_the_end_of_its_log(engine: Engine, tmp_path):
-    place = context(tmp_path / "c", f"FROM {engine.image}\nRUN seq 100000; echo the last word; exit 3\n")
+    place = context(
+        tmp_path / "c", f"FROM {engine.image}\nRUN seq 100000; echo the last word; exit 3\n"
+    )
     with pytest.raises(ImageError, match="returned a non-zero code: 3") as caught:
         build(place)
     assert "the last word" in caught.value.log and len(caught.value.log) <= 32 << 10
@@ -84,7 +115,10 @@ def test_a_failed_build_says_why_with_the_end_of_its_log(engine: Engine, tmp_pat
 def test_a_build_has_no_network_and_ends_at_its_time_limit(engine: Engine, tmp_path):
     from envs.rock.docker import container
 
-    silent = context(tmp_path / "c", f"FROM {engine.image}\nRUN bash -c '! echo > /dev/tcp/1.1.1.1/80' && sleep 61.5\n")
+    silent = context(
+        tmp_path / "c",
+        f"FROM {engine.image}\nRUN bash -c '! echo > /dev/tcp/1.1.1.1/80' && sleep 61.5\n",
+    )
     began = time.monotonic()
     with pytest.raises(ImageError, match="was not built .* within 2 s"):
         build(silent, timeout=2)

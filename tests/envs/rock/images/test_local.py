@@ -33,13 +33,18 @@ def test_a_committed_workspace_is_an_image_for_others_and_stays_as_it_was(config
 
     assert asyncio.run(asyncio.wait_for(work(), 60)) == ("ran\nonea\nrun\n", "three\n", "three\n")
     hub = EnvHub(tmp_path / ".rock")
-    assert [entry.name for entry in hub.list()] == ["team/env"] and len(list((tmp_path / ".rock/blobs").iterdir())) == 1  # what it was before is gone
+    assert [entry.name for entry in hub.list()] == ["team/env"] and len(
+        list((tmp_path / ".rock/blobs").iterdir())
+    ) == 1  # what it was before is gone
     hub.close()
 
 
 def test_an_image_that_is_not_there_or_does_not_fit_is_an_error_of_the_start(config):
     async def work():
-        with pytest.raises(SandboxStartError, match="no image 'nothing' on this machine; commit a sandbox to it first"):
+        with pytest.raises(
+            SandboxStartError,
+            match="no image 'nothing' on this machine; commit a sandbox to it first",
+        ):
             await Sandbox(config(image="nothing")).start()
         with pytest.raises(ValueError, match="is not made of letters"):
             async with Sandbox(config()) as sandbox:

@@ -14,7 +14,11 @@ from envs.rock.service.server import RUNNER
 from envs.rock.service.worker import Worker
 from launch.rock import make_admin
 
-TOKENS = {"default": "token-of-the-default-user", "other": "token-of-another-user", "worker": "token-of-the-workers"}
+TOKENS = {
+    "default": "token-of-the-default-user",
+    "other": "token-of-another-user",
+    "worker": "token-of-the-workers",
+}
 
 
 class Site:
@@ -24,7 +28,12 @@ class Site:
         self.url, self.app = url, app
 
     def config(self, user: str = "default", **fields: object) -> SandboxConfig:
-        return SandboxConfig(backend="remote", url=self.url, token=TOKENS[user], **{"isolation": "best_available", **fields})
+        return SandboxConfig(
+            backend="remote",
+            url=self.url,
+            token=TOKENS[user],
+            **{"isolation": "best_available", **fields},
+        )
 
     def headers(self, user: str = "default") -> dict[str, str]:
         return {"Authorization": f"Bearer {TOKENS[user]}"}
@@ -43,16 +52,31 @@ async def site(app: web.Application) -> AsyncIterator[Site]:
 
 
 @contextlib.asynccontextmanager
-async def admin(data: pathlib.Path, worker: bool = True, auto_clear: float = 300.0, resources: tuple = (), backends: tuple[str, ...] = ("embedded",)) -> AsyncIterator[Site]:
-    async with site(make_admin(data, TOKENS, Worker(backends) if worker else None, auto_clear, resources)) as running:
+async def admin(
+    data: pathlib.Path,
+    worker: bool = True,
+    auto_clear: float = 300.0,
+    resources: tuple = (),
+    backends: tuple[str, ...] = ("embedded",),
+) -> AsyncIterator[Site]:
+    async with site(
+        make_admin(data, TOKENS, Worker(backends) if worker else None, auto_clear, resources)
+    ) as running:
         yield running
 
 
 @contextlib.asynccontextmanager
-async def worker_of(admin_url: str, name: str, resources: Resources = Resources(4096, 8.0, 1000, 50), worker: Worker | None = None) -> AsyncIterator[Site]:
+async def worker_of(
+    admin_url: str,
+    name: str,
+    resources: Resources = Resources(4096, 8.0, 1000, 50),
+    worker: Worker | None = None,
+) -> AsyncIterator[Site]:
     """A worker with a port of its own, known to the admin when this returns."""
     worker = worker or Worker()
-    listener = socket.create_server(("127.0.0.1", 0))  # before the worker registers: it says where it is
+    listener = socket.create_server(
+        ("127.0.0.1", 0)
+    )  # before the worker registers: it says where it is
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     app = make_worker(worker, TOKENS, admin_url, {"name": name, "url": url, **resources._asdict()})
     runner = web.AppRunner(app, **RUNNER)

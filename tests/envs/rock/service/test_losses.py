@@ -28,9 +28,16 @@ async def eventually(condition, seconds: float = 10.0) -> bool:
 
 async def states(site) -> dict[str, int]:
     """Sandboxes by state, as the admin's metrics have them."""
-    async with aiohttp.ClientSession(headers=site.headers()) as http, http.get(f"{site.url}/metrics") as answer:
+    async with (
+        aiohttp.ClientSession(headers=site.headers()) as http,
+        http.get(f"{site.url}/metrics") as answer,
+    ):
         lines = (await answer.text()).splitlines()
-    return {connection.split('"')[1]: int(float(connection.split()[-1])) for line in lines if connection.startswith("rock_sandboxes{")}
+    return {
+        connection.split('"')[1]: int(float(connection.split()[-1]))
+        for line in lines
+        if connection.startswith("rock_sandboxes{")
+    }
 
 
 def test_two_who_stop_it_at_once_both_succeed(tmp_path):
@@ -61,15 +68,25 @@ async def has(site, **wanted: int) -> bool:
 
 def test_a_caller_without_a_key_who_leaves_ends_what_it_asked_for(tmp_path):
     """curl and Ctrl-C: the command dies, and the start in the queue too."""
+
     async def work():
         async with admin(tmp_path, resources=ONE_PLACE) as site, Sandbox(site.config()) as sandbox:
             async with aiohttp.ClientSession(headers=site.headers()) as http:
-                for op, body in (("execute", {"sandbox": sandbox.id, "command": "sleep 50", "timeout": 60}), ("start", {"config": {"isolation": "best_available"}})):
+                for op, body in (
+                    ("execute", {"sandbox": sandbox.id, "command": "sleep 50", "timeout": 60}),
+                    ("start", {"config": {"isolation": "best_available"}}),
+                ):
                     with contextlib.suppress(asyncio.TimeoutError):
-                        await http.post(f"{site.url}/apis/envs/sandbox/v1/{op}", json=body, timeout=aiohttp.ClientTimeout(total=0.5))
+                        await http.post(
+                            f"{site.url}/apis/envs/sandbox/v1/{op}",
+                            json=body,
+                            timeout=aiohttp.ClientTimeout(total=0.5),
+                        )
 
             async def quiet() -> bool:
-                return (await sandbox.get_status()).commands == 0 and await has(site, queued=0, starting=0)
+                return (await sandbox.get_status()).commands == 0 and await has(
+                    site, queued=0, starting=0
+                )
 
             return await eventually(quiet)
 
@@ -83,16 +100,33 @@ def test_a_caller_who_leaves_during_a_fork_or_a_snapshot_leaves_none_that_nobody
             async with aiohttp.ClientSession(headers=site.headers()) as http:
                 for op, seconds in (("fork", 0.005), ("fork", 0.03), ("snapshot", 0.005)):
                     with contextlib.suppress(asyncio.TimeoutError):
-                        await http.post(f"{site.url}/apis/envs/sandbox/v1/{op}", json={"sandbox": sandbox.id}, timeout=aiohttp.ClientTimeout(total=seconds))
+                        await http.post(
+                            f"{site.url}/apis/envs/sandbox/v1/{op}",
+                            json={"sandbox": sandbox.id},
+                            timeout=aiohttp.ClientTimeout(total=seconds),
+                        )
             await asyncio.sleep(0.5)
             alone = await eventually(lambda: has(site, queued=0, starting=0, running=1))
-            async with aiohttp.ClientSession(headers=site.headers()) as http, http.get(f"{site.url}/metrics") as answer:
-                known = int(float(next(line for line in (await answer.text()).splitlines() if connection.startswith("rock_snapshots ")).split()[-1]))
+            async with (
+                aiohttp.ClientSession(headers=site.headers()) as http,
+                http.get(f"{site.url}/metrics") as answer,
+            ):
+                known = int(
+                    float(
+                        next(
+                            line
+                            for line in (await answer.text()).splitlines()
+                            if connection.startswith("rock_snapshots ")
+                        ).split()[-1]
+                    )
+                )
             return alone, known, len(made[0]._snapshots)
 
     made, original = [], Worker.__init__
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Worker, "__init__", lambda self, *given: (original(self, *given), made.append(self))[0])
+        patch.setattr(
+            Worker, "__init__", lambda self, *given: (original(self, *given), made.append(self))[0]
+        )
         alone, known, kept = run(work())
     assert alone and known == kept
 
@@ -122,16 +156,24 @@ def test_a_lost_sandbox_leaves_no_connection_open(tmp_path):
             sandbox = Sandbox(site.config())
             async with sandbox:
                 async with aiohttp.ClientSession(headers=site.headers()) as http:
-                    await http.post(f"{site.url}/apis/envs/sandbox/v1/stop", json={"sandbox": sandbox.id})
+                    await http.post(
+                        f"{site.url}/apis/envs/sandbox/v1/stop", json={"sandbox": sandbox.id}
+                    )
                 with pytest.raises(SandboxClosedError):
                     await sandbox.execute("true")
                 sandbox._alive = False  # as when its worker was lost
-            return sandbox._client.closed, len(sandbox._background), dict(connection._lines[asyncio.get_running_loop()])
+            return (
+                sandbox._client.closed,
+                len(sandbox._background),
+                dict(connection._lines[asyncio.get_running_loop()]),
+            )
 
     assert run(work()) == (True, 0, {})
 
 
-def test_all_sandboxes_at_one_admin_share_its_connections_and_one_sign_of_life(tmp_path, monkeypatch):
+def test_all_sandboxes_at_one_admin_share_its_connections_and_one_sign_of_life(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(connection, "KEEP_ALIVE_SECONDS", 0.1)
 
     async def work():
@@ -143,7 +185,12 @@ def test_all_sandboxes_at_one_admin_share_its_connections_and_one_sign_of_life(t
                     await asyncio.sleep(2.5)  # without use, and yet kept
                     await first._client.call("stop", {"sandbox": second.id})
                     noticed = await eventually(lambda: _is(not second.is_alive()), 5)
-                return shared, noticed, (await first.execute("echo well")).stdout, first._client.closed
+                return (
+                    shared,
+                    noticed,
+                    (await first.execute("echo well")).stdout,
+                    first._client.closed,
+                )
 
     assert run(work()) == (True, True, "well\n", False)
 

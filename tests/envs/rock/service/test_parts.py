@@ -9,10 +9,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from envs.rock import CommandResult, SandboxClosedError, SandboxConfig, SandboxError, SandboxFileError
+from envs.rock import (
+    CommandResult,
+    SandboxClosedError,
+    SandboxConfig,
+    SandboxError,
+    SandboxFileError,
+)
 from envs.rock.config import FileEntry
 from envs.rock.wire import archive
-from envs.rock.wire.api import CODES, CONFIG, Refusal, check, config_from_json, config_to_json, decode_error, encode_error, parse_json, result_from_json, result_to_json
+from envs.rock.wire.api import (
+    CODES,
+    CONFIG,
+    Refusal,
+    check,
+    config_from_json,
+    config_to_json,
+    decode_error,
+    encode_error,
+    parse_json,
+    result_from_json,
+    result_to_json,
+)
 from envs.rock.service.auth import Tokens, load_or_make_tokens, load_tokens
 from envs.rock.service.fair import FairQueue
 from envs.rock.service.hub import EnvHub
@@ -33,7 +51,11 @@ def test_a_user_with_five_thousand_waiting_does_not_starve_one_with_three():
     drain(queue, 100)
     for number in range(3):
         queue.add(("few", number), "few", "", 256)
-    assert [item for item in drain(queue, 8) if item[0] == "few"] == [("few", 0), ("few", 1), ("few", 2)]
+    assert [item for item in drain(queue, 8) if item[0] == "few"] == [
+        ("few", 0),
+        ("few", 1),
+        ("few", 2),
+    ]
 
 
 def test_experiments_of_one_user_share_its_turns_and_large_ones_cost_more():
@@ -43,11 +65,18 @@ def test_experiments_of_one_user_share_its_turns_and_large_ones_cost_more():
         queue.add(("b", number), "u", "b", 100)
     first = drain(queue, 40)
     assert 8 <= sum(item[0] == "a" for item in first) <= 12  # a third of the cost of b's each
-    assert [number for name, number in first if name == "a"] == list(range(sum(item[0] == "a" for item in first)))
+    assert [number for name, number in first if name == "a"] == list(
+        range(sum(item[0] == "a" for item in first))
+    )
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from("uvw"), st.sampled_from("xy"), st.integers(1, 9), st.booleans()), max_size=60))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("uvw"), st.sampled_from("xy"), st.integers(1, 9), st.booleans()),
+        max_size=60,
+    )
+)
 def test_nothing_is_lost_doubled_or_out_of_turn_within_an_experiment(steps):
     queue, waiting, taken = FairQueue(), [], []
     for number, (user, experiment, cost, take) in enumerate(steps):
@@ -67,14 +96,26 @@ def test_nothing_is_lost_doubled_or_out_of_turn_within_an_experiment(steps):
 def test_tokens_are_made_once_kept_private_and_never_shown(tmp_path):
     path = tmp_path / "deep/tokens"
     made = load_or_make_tokens(path)
-    assert set(made) == {"default", "worker"} and load_or_make_tokens(path) == made and path.stat().st_mode & 0o777 == 0o600
+    assert (
+        set(made) == {"default", "worker"}
+        and load_or_make_tokens(path) == made
+        and path.stat().st_mode & 0o777 == 0o600
+    )
     tokens = Tokens(made)
-    assert tokens.user(made["default"]) == "default" and tokens.user("") is tokens.user(None) is tokens.user(made["default"][:-1]) is None
+    assert (
+        tokens.user(made["default"]) == "default"
+        and tokens.user("") is tokens.user(None) is tokens.user(made["default"][:-1]) is None
+    )
     assert not any(token in repr(vars(tokens)) for token in made.values())
     path.chmod(0o640)
     with pytest.raises(PermissionError, match="chmod 600"):
         load_tokens(path)
-    for text, message in (("a b c\n", "not \"name token\""), ("a short\n", "16 printable"), (f"a {'x' * 20}\nb {'x' * 20}\n", "the same token"), (f"ä {'x' * 20}\n", "user name")):
+    for text, message in (
+        ("a b c\n", 'not "name token"'),
+        ("a short\n", "16 printable"),
+        (f"a {'x' * 20}\nb {'x' * 20}\n", "the same token"),
+        (f"ä {'x' * 20}\n", "user name"),
+    ):
         path.write_text(text)
         path.chmod(0o600)
         with pytest.raises(ValueError, match=message):
@@ -96,10 +137,16 @@ def test_the_hub_keeps_content_by_digest_and_names_by_owner(tmp_path):
     hub.register("team/env:1", "environment", digest, "ada", tags=("t",))
     hub.register("copy", "environment", digest, "bob")
     hub.register("image", "image", f"sha256:{'0' * 64}", "bob", reference="debian:12")
-    assert hub.get("team/env:1").digest == hub.get(digest).digest == digest and [entry.name for entry in hub.list(tag="t")] == ["team/env:1"]
+    assert hub.get("team/env:1").digest == hub.get(digest).digest == digest and [
+        entry.name for entry in hub.list(tag="t")
+    ] == ["team/env:1"]
     assert [entry.name for entry in hub.list(owner="bob")] == ["copy", "image"]
-    for deed, code in ((lambda: hub.register("copy", "environment", digest, "ada"), "forbidden"), (lambda: hub.delete("copy", "ada"), "forbidden"),
-                       (lambda: hub.get("nothing"), "not_found"), (lambda: hub.register("x", "environment", f"sha256:{'1' * 64}", "ada"), "not_found")):
+    for deed, code in (
+        (lambda: hub.register("copy", "environment", digest, "ada"), "forbidden"),
+        (lambda: hub.delete("copy", "ada"), "forbidden"),
+        (lambda: hub.get("nothing"), "not_found"),
+        (lambda: hub.register("x", "environment", f"sha256:{'1' * 64}", "ada"), "not_found"),
+    ):
         with pytest.raises(Refusal) as caught:
             deed()
         assert caught.value.code == code
@@ -117,8 +164,16 @@ def test_metrics_are_prometheus_text():
     metrics.count("rock_x_total", "Things.", route='a"b\nc')
     metrics.observe("rock_s_seconds", "Times.", 0.02)
     metrics.gauge("rock_g", "Now.", lambda: {(): 2.5})
-    assert metrics.text().splitlines()[:3] == ["# HELP rock_g Now.", "# TYPE rock_g gauge", "rock_g 2.5"]
-    assert 'rock_s_seconds_bucket{le="0.025"} 1' in metrics.text() and "rock_s_seconds_count 1" in metrics.text() and 'rock_x_total{route="a\\"b\\nc"} 1' in metrics.text()
+    assert metrics.text().splitlines()[:3] == [
+        "# HELP rock_g Now.",
+        "# TYPE rock_g gauge",
+        "rock_g 2.5",
+    ]
+    assert (
+        'rock_s_seconds_bucket{le="0.025"} 1' in metrics.text()
+        and "rock_s_seconds_count 1" in metrics.text()
+        and 'rock_x_total{route="a\\"b\\nc"} 1' in metrics.text()
+    )
 
 
 class Memory:
@@ -128,7 +183,9 @@ class Memory:
         self.files = dict(files)
 
     async def list_files(self, path):
-        return [FileEntry(name, "file", len(content), 0o644) for name, content in self.files.items()]
+        return [
+            FileEntry(name, "file", len(content), 0o644) for name, content in self.files.items()
+        ]
 
     async def read_stream(self, path):
         yield self.files[path.removeprefix("./")]
@@ -139,11 +196,22 @@ class Memory:
 
 async def _in_pieces(data, size):
     for start in range(0, len(data), size):
-        yield data[start:start + size]
+        yield data[start : start + size]
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.dictionaries(st.text("abé/x", min_size=1, max_size=150).filter(lambda name: ".." not in name.split("/") and not name.startswith("/") and not name.endswith("/")), st.binary(max_size=1500), max_size=5), st.integers(1, 2000))
+@given(
+    st.dictionaries(
+        st.text("abé/x", min_size=1, max_size=150).filter(
+            lambda name: (
+                ".." not in name.split("/") and not name.startswith("/") and not name.endswith("/")
+            )
+        ),
+        st.binary(max_size=1500),
+        max_size=5,
+    ),
+    st.integers(1, 2000),
+)
 def test_an_archive_survives_both_ways_and_is_tars(files, size):
     async def steps():
         data = b"".join([piece async for piece in archive.pack(Memory(files), ".")])
@@ -154,7 +222,10 @@ def test_an_archive_survives_both_ways_and_is_tars(files, size):
         return target.files, moved
 
     back, moved = asyncio.run(steps())
-    assert back == files and (moved.files, moved.bytes) == (len(files), sum(map(len, files.values())))
+    assert back == files and (moved.files, moved.bytes) == (
+        len(files),
+        sum(map(len, files.values())),
+    )
 
 
 def test_hostile_archives_are_refused_or_skipped():
@@ -186,7 +257,7 @@ def test_no_archive_brings_down_the_unpacking(data, change, at):
         await archive.unpack(Memory(), ".", _in_pieces(data, 500))
 
     valid = b"".join(asyncio.run(_collect(archive.pack(Memory({"f": b"abc" * 40}), "."))))
-    for attempt in (data, valid[:at] + change + valid[at + len(change):]):
+    for attempt in (data, valid[:at] + change + valid[at + len(change) :]):
         try:
             asyncio.run(unpack(attempt))
         except (ValueError, SandboxError):
@@ -199,37 +270,81 @@ async def _collect(pieces):
 
 def test_errors_travel_by_code_and_what_is_said_never_names_a_type():
     for code, (status, kind) in CODES.items():
-        told = decode_error(status, {"error": {"code": code, "message": "why", "reason": "missing"}})
+        told = decode_error(
+            status, {"error": {"code": code, "message": "why", "reason": "missing"}}
+        )
         assert isinstance(told, kind) and "why" in str(told)
-    assert decode_error(409, encode_error(SandboxFileError("missing", "no f"))[1]).reason == "missing"
-    assert isinstance(decode_error(410, encode_error(SandboxClosedError("gone"))[1]), SandboxClosedError)
-    for body in (None, [], {"error": 5}, {"error": {"code": "os.system", "message": 7}}, {"error": {"code": ["x"]}}, {"error": {"code": "file", "reason": "evil"}}):
+    assert (
+        decode_error(409, encode_error(SandboxFileError("missing", "no f"))[1]).reason == "missing"
+    )
+    assert isinstance(
+        decode_error(410, encode_error(SandboxClosedError("gone"))[1]), SandboxClosedError
+    )
+    for body in (
+        None,
+        [],
+        {"error": 5},
+        {"error": {"code": "os.system", "message": 7}},
+        {"error": {"code": ["x"]}},
+        {"error": {"code": "file", "reason": "evil"}},
+    ):
         assert type(decode_error(500, body)) is SandboxError
     assert "secret" not in str(encode_error(RuntimeError("secret"))[1])
 
 
-json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=8)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
 
 
 @settings(max_examples=80, deadline=None)
 @given(json_values, st.binary(max_size=60))
 def test_anything_is_accepted_or_a_value_error(value, data):
-    for attempt in (lambda: check(CONFIG, value), lambda: config_from_json(value), lambda: parse_json(data), lambda: check(CONFIG, {"memory_mb": value})):
+    for attempt in (
+        lambda: check(CONFIG, value),
+        lambda: config_from_json(value),
+        lambda: parse_json(data),
+        lambda: check(CONFIG, {"memory_mb": value}),
+    ):
         try:
             attempt()
         except ValueError:
             pass
     told = result_to_json(CommandResult("o", "", 0, False, False, 0.1, ("disk",), 2, (3, 4)))
-    assert result_from_json(json.loads(json.dumps(told))) == CommandResult("o", "", 0, False, False, 0.1, ("disk",), 2, (3, 4))
-    for answer in (value, told | {"cut": [value]}, told | {"cut": [1, None]}, {name: told[name] for name in told if name != "cut"}):
+    assert result_from_json(json.loads(json.dumps(told))) == CommandResult(
+        "o", "", 0, False, False, 0.1, ("disk",), 2, (3, 4)
+    )
+    for answer in (
+        value,
+        told | {"cut": [value]},
+        told | {"cut": [1, None]},
+        {name: told[name] for name in told if name != "cut"},
+    ):
         with pytest.raises(SandboxError):
             result_from_json(answer)
 
 
 def test_a_config_travels_without_our_secrets():
-    config = SandboxConfig(backend="remote", url="http://a:1", token="the secret token", memory_mb=300, egress=("a.org:443",), label="l", env={"KEY": "the secret key"})
+    config = SandboxConfig(
+        backend="remote",
+        url="http://a:1",
+        token="the secret token",
+        memory_mb=300,
+        egress=("a.org:443",),
+        label="l",
+        env={"KEY": "the secret key"},
+    )
     wire = config_to_json(config)
     assert "secret" not in str(wire) and "secret token" not in repr(config)
     there = config_from_json(wire)
-    assert (there.memory_mb, there.egress, there.label, there.backend) == (300, ("a.org:443",), "l", "embedded")
+    assert (there.memory_mb, there.egress, there.label, there.backend) == (
+        300,
+        ("a.org:443",),
+        "l",
+        "embedded",
+    )
     assert "http" not in str(wire)

@@ -14,7 +14,9 @@ from tests.envs.rock.service.running import TOKENS, Site
 from tests.processes import host_processes
 
 pytestmark = pytest.mark.slow  # a cluster takes 20 s to come and to go
-ray = pytest.importorskip("ray", reason="Ray is not installed (pip install -r requirements-ray.txt)")
+ray = pytest.importorskip(
+    "ray", reason="Ray is not installed (pip install -r requirements-ray.txt)"
+)
 
 
 @pytest.fixture
@@ -23,7 +25,9 @@ def cluster():
         pytest.skip(f"no sandbox here: {report.missing[0].reason}")
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})  # no processor: no worker there
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+    )  # no processor: no worker there
     try:
         yield cluster
     finally:
@@ -42,7 +46,14 @@ async def admin_over(cluster, data):
 
     listener = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    app = make_admin(data, TOKENS, None, 300.0, (), lambda admin: RayFleet(admin, url, {"worker": TOKENS["worker"]}, cluster.address))
+    app = make_admin(
+        data,
+        TOKENS,
+        None,
+        300.0,
+        (),
+        lambda admin: RayFleet(admin, url, {"worker": TOKENS["worker"]}, cluster.address),
+    )
     runner = web.AppRunner(app, **RUNNER)
     await runner.setup()
     try:
@@ -56,9 +67,16 @@ async def workers(site) -> dict[str, int]:
     """Sandboxes on each worker, as the admin's metrics have them."""
     import aiohttp
 
-    async with aiohttp.ClientSession(headers=site.headers()) as http, http.get(f"{site.url}/metrics") as answer:
+    async with (
+        aiohttp.ClientSession(headers=site.headers()) as http,
+        http.get(f"{site.url}/metrics") as answer,
+    ):
         lines = (await answer.text()).splitlines()
-    return {line.split('"')[1]: int(float(line.split()[-1])) for line in lines if line.startswith("rock_worker_sandboxes_used{")}
+    return {
+        line.split('"')[1]: int(float(line.split()[-1]))
+        for line in lines
+        if line.startswith("rock_worker_sandboxes_used{")
+    }
 
 
 async def until(condition, seconds: float = 60.0):
@@ -69,44 +87,60 @@ async def until(condition, seconds: float = 60.0):
     return found
 
 
-def test_sandboxes_go_where_there_is_room_and_a_dead_nodes_are_told_of_and_replaced(cluster, tmp_path):
+def test_sandboxes_go_where_there_is_room_and_a_dead_nodes_are_told_of_and_replaced(
+    cluster, tmp_path
+):
     small, large = add_node(cluster, 400), add_node(cluster, 1000)  # MiB: 320 and 800 are given out
     names = {node: f"ray-{node.node_id[:16]}" for node in (small, large)}
 
     async def work():
         async with admin_over(cluster, tmp_path) as site:
+
             async def there(*nodes):
                 return set(await workers(site)) == {names[node] for node in nodes}
 
             await until(lambda: there(small, large))
             async with contextlib.AsyncExitStack() as stack:
+
                 def config(memory_mb, **fields):
                     return site.config(memory_mb=memory_mb, disk_mb=8, **fields)
 
                 big = Sandbox(config(500))
                 await big.start()  # fits on the large one alone
                 placed = [await workers(site)]
-                second = await stack.enter_async_context(Sandbox(config(200)))  # the small one is emptier
-                third = await stack.enter_async_context(Sandbox(config(250)))  # only the large one has room for it now
+                second = await stack.enter_async_context(
+                    Sandbox(config(200))
+                )  # the small one is emptier
+                third = await stack.enter_async_context(
+                    Sandbox(config(250))
+                )  # only the large one has room for it now
                 placed.append(await workers(site))
-                said = (await second.execute("echo two")).stdout + (await third.execute("echo three")).stdout
+                said = (await second.execute("echo two")).stdout + (
+                    await third.execute("echo three")
+                ).stdout
                 with pytest.raises(SandboxStartError, match="fits nowhere"):
                     await Sandbox(config(900)).start()
                 await second.stop()
 
                 mark = "97531" + str(site.url.rpartition(":")[2])
                 running = asyncio.create_task(third.execute(f"sleep {mark}", timeout=100))
-                waiting = asyncio.create_task(stack.enter_async_context(Sandbox(config(300, start_timeout=90))))  # it fits, the small one is free
+                waiting = asyncio.create_task(
+                    stack.enter_async_context(Sandbox(config(300, start_timeout=90)))
+                )  # it fits, the small one is free
                 await until(lambda: _true(host_processes(mark)))
                 cluster.remove_node(large, allow_graceful=False)
                 with pytest.raises(SandboxClosedError) as lost:
                     await running
                 with pytest.raises(SandboxClosedError):
                     await big.execute("true")
-                await until(lambda: _true(not host_processes(mark)))  # nothing of a dead node runs on
+                await until(
+                    lambda: _true(not host_processes(mark))
+                )  # nothing of a dead node runs on
                 elsewhere = await waiting
                 replaced = (await elsewhere.execute("echo elsewhere")).stdout
-                late = asyncio.create_task(stack.enter_async_context(Sandbox(config(310, start_timeout=90))))  # in the queue until a node comes
+                late = asyncio.create_task(
+                    stack.enter_async_context(Sandbox(config(310, start_timeout=90)))
+                )  # in the queue until a node comes
                 await until(lambda: there(small))
                 names["new"] = f"ray-{add_node(cluster, 1000).node_id[:16]}"
                 await until(lambda: there(small, "new"))
@@ -115,8 +149,15 @@ def test_sandboxes_go_where_there_is_room_and_a_dead_nodes_are_told_of_and_repla
                 return placed, said, lost.value.code, replaced, await workers(site)
 
     placed, said, code, replaced, after = asyncio.run(asyncio.wait_for(work(), 200))
-    assert placed == [{names[small]: 0, names[large]: 1}, {names[small]: 1, names[large]: 2}] and said == "two\nthree\n"
-    assert code in ("worker_lost", "ended", "closed") and replaced == "elsewhere\n" and after == {names[small]: 1, names["new"]: 1}
+    assert (
+        placed == [{names[small]: 0, names[large]: 1}, {names[small]: 1, names[large]: 2}]
+        and said == "two\nthree\n"
+    )
+    assert (
+        code in ("worker_lost", "ended", "closed")
+        and replaced == "elsewhere\n"
+        and after == {names[small]: 1, names["new"]: 1}
+    )
 
 
 async def _true(value) -> bool:

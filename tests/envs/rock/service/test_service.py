@@ -34,40 +34,89 @@ def run(work, seconds=60):
 def test_tokens_decide_who_may_what(tmp_path):
     async def work():
         answers = {}
-        async with running.admin(tmp_path) as site, aiohttp.ClientSession() as http, Sandbox(site.config()) as sandbox:
+        async with (
+            running.admin(tmp_path) as site,
+            aiohttp.ClientSession() as http,
+            Sandbox(site.config()) as sandbox,
+        ):
+
             async def ask(path, method="POST", headers=None, body=None):
-                async with http.request(method, site.url + path, headers=headers or {}, json=body if body is not None else {}) as answer:
-                    return answer.status, (await answer.json())["error"]["code"] if answer.status >= 400 and path.startswith(SANDBOX) else ""
+                async with http.request(
+                    method,
+                    site.url + path,
+                    headers=headers or {},
+                    json=body if body is not None else {},
+                ) as answer:
+                    return answer.status, (await answer.json())["error"][
+                        "code"
+                    ] if answer.status >= 400 and path.startswith(SANDBOX) else ""
 
             mine = {"sandbox": sandbox.id, "command": "true"}
             answers["none"] = await ask(SANDBOX + "execute", body=mine)
-            answers["wrong"] = await ask(SANDBOX + "execute", headers={"Authorization": "Bearer wrong"}, body=mine)
-            answers["other"] = await ask(SANDBOX + "execute", headers=site.headers("other"), body=mine)
-            answers["key"] = await ask(SANDBOX + "execute", headers={"X-API-Key": TOKENS["default"]}, body=mine)
-            answers["worker"] = await ask(SANDBOX + "execute", headers=site.headers("worker"), body=mine)
-            answers["heartbeat"] = (await ask("/apis/envs/worker/v1/heartbeat", headers=site.headers(), body={"incarnation": "x" * 10}))[0]
-            answers["gem"] = (await ask(GEM + "/list", "GET"))[0], (await ask(GEM + "/list", "GET", site.headers()))[0]
-            answers["open"] = [(await ask(path, "GET"))[0] for path in ("/health", "/openapi.json", "/metrics")]
+            answers["wrong"] = await ask(
+                SANDBOX + "execute", headers={"Authorization": "Bearer wrong"}, body=mine
+            )
+            answers["other"] = await ask(
+                SANDBOX + "execute", headers=site.headers("other"), body=mine
+            )
+            answers["key"] = await ask(
+                SANDBOX + "execute", headers={"X-API-Key": TOKENS["default"]}, body=mine
+            )
+            answers["worker"] = await ask(
+                SANDBOX + "execute", headers=site.headers("worker"), body=mine
+            )
+            answers["heartbeat"] = (
+                await ask(
+                    "/apis/envs/worker/v1/heartbeat",
+                    headers=site.headers(),
+                    body={"incarnation": "x" * 10},
+                )
+            )[0]
+            answers["gem"] = (
+                (await ask(GEM + "/list", "GET"))[0],
+                (await ask(GEM + "/list", "GET", site.headers()))[0],
+            )
+            answers["open"] = [
+                (await ask(path, "GET"))[0] for path in ("/health", "/openapi.json", "/metrics")
+            ]
         return answers
 
-    assert run(work()) == {"none": (401, "unauthorized"), "wrong": (401, "unauthorized"), "other": (404, "unknown_sandbox"), "key": (200, ""), "worker": (403, "forbidden"),
-                           "heartbeat": 403, "gem": (401, 200), "open": [200, 200, 401]}
+    assert run(work()) == {
+        "none": (401, "unauthorized"),
+        "wrong": (401, "unauthorized"),
+        "other": (404, "unknown_sandbox"),
+        "key": (200, ""),
+        "worker": (403, "forbidden"),
+        "heartbeat": 403,
+        "gem": (401, 200),
+        "open": [200, 200, 401],
+    }
 
 
 def test_no_secret_is_ever_logged(tmp_path, caplog):
     async def work():
-        async with running.admin(tmp_path) as site, Sandbox(site.config(env={"KEY": "the-secret-key"})) as sandbox:
+        async with (
+            running.admin(tmp_path) as site,
+            Sandbox(site.config(env={"KEY": "the-secret-key"})) as sandbox,
+        ):
             await sandbox.execute("echo the-secret-command; echo $KEY")
             await sandbox.write_file("the-secret-file", b"the-secret-content")
             with pytest.raises(SandboxError):
                 await sandbox.read_file("the-secret-missing")
             async with aiohttp.ClientSession() as http:
-                async with http.post(site.url + SANDBOX + "execute?token=the-secret-query", headers={"Authorization": "Bearer the-secret-token"}):
+                async with http.post(
+                    site.url + SANDBOX + "execute?token=the-secret-query",
+                    headers={"Authorization": "Bearer the-secret-token"},
+                ):
                     pass
 
     with caplog.at_level(logging.DEBUG):
         run(work())
-    assert "execute" in caplog.text and "the-secret" not in caplog.text and not any(token in caplog.text for token in TOKENS.values())
+    assert (
+        "execute" in caplog.text
+        and "the-secret" not in caplog.text
+        and not any(token in caplog.text for token in TOKENS.values())
+    )
 
 
 def test_starts_wait_for_room_in_fair_order_and_are_told_when_it_is_too_late(tmp_path):
@@ -103,21 +152,33 @@ def test_starts_wait_for_room_in_fair_order_and_are_told_when_it_is_too_late(tmp
     assert len(order) == 7 and order.index(("other", 0)) <= 2  # six waited before it
 
 
-def test_a_worker_whose_admin_is_silent_and_one_that_holds_forgotten_sandboxes_end_them(tmp_path, monkeypatch):
+def test_a_worker_whose_admin_is_silent_and_one_that_holds_forgotten_sandboxes_end_them(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(worker_module, "HEARTBEAT_SECONDS", 0.05)
     monkeypatch.setattr(worker_module, "DEAD_SECONDS", 0.3)
 
     async def work():
         worker = worker_module.Worker()
         arguments = {"backend": "embedded", "config": {"isolation": "best_available"}}
-        async with running.admin(tmp_path, worker=False) as site, running.worker_of(site.url, "one", worker=worker):
+        async with (
+            running.admin(tmp_path, worker=False) as site,
+            running.worker_of(site.url, "one", worker=worker),
+        ):
             with contextlib.suppress(SandboxError):  # it may be ended before it is there
-                await worker.call("worker/create", arguments | {"sandbox": "sb-forgotten"})  # the admin knows of none
+                await worker.call(
+                    "worker/create", arguments | {"sandbox": "sb-forgotten"}
+                )  # the admin knows of none
             await _until(lambda: not worker.held())
             async with Sandbox(site.config()) as sandbox:
                 await asyncio.sleep(0.3)
                 assert worker.held() == [sandbox.id]  # what it knows stays
-        registration = {"name": "two", "url": "http://127.0.0.1:1", "kinds": [], **Resources(1, 1.0, 1, 1)._asdict()}
+        registration = {
+            "name": "two",
+            "url": "http://127.0.0.1:1",
+            "kinds": [],
+            **Resources(1, 1.0, 1, 1)._asdict(),
+        }
         async with running.admin(tmp_path, worker=False) as site:
             client = Client(site.url, TOKENS["worker"])
             signs = asyncio.create_task(worker_module.report(worker, client, registration))
@@ -150,7 +211,10 @@ def test_what_nobody_uses_is_cleared_and_what_is_used_is_not(tmp_path):
             for _ in range(9):
                 await asyncio.sleep(0.25)
                 await client.call("execute", {"sandbox": used, "command": "true"})
-            states = [(await client.call("is_alive", {"sandbox": name}))["is_alive"] for name in (idle, used)]
+            states = [
+                (await client.call("is_alive", {"sandbox": name}))["is_alive"]
+                for name in (idle, used)
+            ]
             with pytest.raises(SandboxClosedError, match="without use"):
                 await client.call("execute", {"sandbox": idle, "command": "true"})
             await client.close()
@@ -166,15 +230,31 @@ def test_templates_are_kept_ready_and_environments_of_the_hub_start_with_their_f
             async with Sandbox(site.config()) as sandbox:
                 await sandbox.write_files({"data/f": "kept", "run": ("echo ran", 0o755)})
                 await sandbox.commit("team/env")
-            await client.call("template/register", {"name": "warm", "config": {"isolation": "best_available", "memory_mb": 128, "disk_mb": 8}, "environment": "team/env", "ready": 2})
+            await client.call(
+                "template/register",
+                {
+                    "name": "warm",
+                    "config": {"isolation": "best_available", "memory_mb": 128, "disk_mb": 8},
+                    "environment": "team/env",
+                    "ready": 2,
+                },
+            )
             for _ in range(200):
                 if (await client.call("template/list", {}))["templates"][0]["ready"] == 2:
                     break
                 await asyncio.sleep(0.05)
-            async with Sandbox(site.config(image="warm")) as warm, Sandbox(site.config(image="team/env")) as cold:
-                found = [(await sandbox.execute("cat data/f; ./run")).stdout for sandbox in (warm, cold)]
+            async with (
+                Sandbox(site.config(image="warm")) as warm,
+                Sandbox(site.config(image="team/env")) as cold,
+            ):
+                found = [
+                    (await sandbox.execute("cat data/f; ./run")).stdout for sandbox in (warm, cold)
+                ]
             text = ""
-            async with aiohttp.ClientSession() as http, http.get(site.url + "/metrics", headers=site.headers()) as answer:
+            async with (
+                aiohttp.ClientSession() as http,
+                http.get(site.url + "/metrics", headers=site.headers()) as answer,
+            ):
                 text = await answer.text()
             await client.call("template/delete", {"name": "warm"})
             with pytest.raises(SandboxError):
@@ -188,12 +268,21 @@ def test_templates_are_kept_ready_and_environments_of_the_hub_start_with_their_f
 
 def test_e2bs_routes_make_list_and_end_sandboxes(tmp_path):
     async def work():
-        async with running.admin(tmp_path) as site, aiohttp.ClientSession(headers={"X-API-Key": TOKENS["default"]}) as http:
+        async with (
+            running.admin(tmp_path) as site,
+            aiohttp.ClientSession(headers={"X-API-Key": TOKENS["default"]}) as http,
+        ):
+
             async def ask(method, path, body=None):
                 async with http.request(method, site.url + path, json=body) as answer:
-                    return answer.status, await answer.json() if answer.content_type == "application/json" else None
+                    return (
+                        answer.status,
+                        await answer.json() if answer.content_type == "application/json" else None,
+                    )
 
-            made = await ask("POST", "/sandboxes", {"templateID": "base", "timeout": 60, "metadata": {"a": "b"}})
+            made = await ask(
+                "POST", "/sandboxes", {"templateID": "base", "timeout": 60, "metadata": {"a": "b"}}
+            )
             name = made[1]["sandboxID"]
             listed, one = await ask("GET", "/sandboxes"), await ask("GET", f"/sandboxes/{name}")
             later, gone = await ask("POST", f"/sandboxes/{name}/timeout", {"timeout": 1}), None
@@ -203,42 +292,122 @@ def test_e2bs_routes_make_list_and_end_sandboxes(tmp_path):
                     break
                 await asyncio.sleep(0.1)
             again = (await ask("POST", "/sandboxes", {"templateID": "base"}))[1]["sandboxID"]
-            return made, listed, one, later, gone, [(await ask("DELETE", f"/sandboxes/{again}"))[0] for _ in range(2)], await ask("POST", "/sandboxes", {})
+            return (
+                made,
+                listed,
+                one,
+                later,
+                gone,
+                [(await ask("DELETE", f"/sandboxes/{again}"))[0] for _ in range(2)],
+                await ask("POST", "/sandboxes", {}),
+            )
 
     made, listed, one, later, gone, deleted, malformed = run(work())
-    assert made[0] == 201 and set(made[1]) == {"sandboxID", "clientID", "templateID", "envdVersion"} and listed[1] == [one[1]] and one[1]["metadata"] == {"a": "b"}
+    assert (
+        made[0] == 201
+        and set(made[1]) == {"sandboxID", "clientID", "templateID", "envdVersion"}
+        and listed[1] == [one[1]]
+        and one[1]["metadata"] == {"a": "b"}
+    )
     assert later[0] == 204 and gone[0] == 404 and deleted == [204, 404] and malformed[0] == 400
 
 
 def test_the_document_describes_what_is_served(tmp_path):
     async def work():
-        async with running.admin(tmp_path, worker=False) as site, aiohttp.ClientSession() as http, http.get(site.url + "/openapi.json") as answer:
-            routes = {(route.method.lower(), route.resource.canonical) for route in site.app.router.routes() if route.method != "HEAD" and not route.resource.canonical.startswith(GEM)}
+        async with (
+            running.admin(tmp_path, worker=False) as site,
+            aiohttp.ClientSession() as http,
+            http.get(site.url + "/openapi.json") as answer,
+        ):
+            routes = {
+                (route.method.lower(), route.resource.canonical)
+                for route in site.app.router.routes()
+                if route.method != "HEAD" and not route.resource.canonical.startswith(GEM)
+            }
             return await answer.json(), routes
 
     document, routes = run(work())
-    described = {(method, path) for path, item in document["paths"].items() for method in item if method in ("get", "post", "delete", "put")}
+    described = {
+        (method, path)
+        for path, item in document["paths"].items()
+        for method in item
+        if method in ("get", "post", "delete", "put")
+    }
     assert described == routes
     assert document["openapi"].startswith("3.")
 
 
-paths = st.sampled_from(sorted({operation.path for operation in TO_ADMIN.values() if operation.shape != "connect"} | {"/sandboxes", "/nothing", SANDBOX}))
-bodies = st.one_of(st.binary(max_size=60), st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=8), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-    st.sampled_from(["sandbox", "command", "timeout", "env", "config", "wait", "path", "call", "name", "ids", "x"]), inner, max_size=4), max_leaves=8).map(lambda value: json.dumps(value).encode()))
+paths = st.sampled_from(
+    sorted(
+        {operation.path for operation in TO_ADMIN.values() if operation.shape != "connect"}
+        | {"/sandboxes", "/nothing", SANDBOX}
+    )
+)
+bodies = st.one_of(
+    st.binary(max_size=60),
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(
+                    [
+                        "sandbox",
+                        "command",
+                        "timeout",
+                        "env",
+                        "config",
+                        "wait",
+                        "path",
+                        "call",
+                        "name",
+                        "ids",
+                        "x",
+                    ]
+                ),
+                inner,
+                max_size=4,
+            )
+        ),
+        max_leaves=8,
+    ).map(lambda value: json.dumps(value).encode()),
+)
 
 
 def test_any_request_is_answered_with_a_code_and_never_with_a_fault_of_ours(tmp_path):
     """Random bodies, truncated ones and wrong types, on every route and method."""
     loop = asyncio.new_event_loop()
-    entered = running.admin(tmp_path, resources=(1, 1.0, 0, 1))  # room for nothing: what happens to be a valid start is refused
+    entered = running.admin(
+        tmp_path, resources=(1, 1.0, 0, 1)
+    )  # room for nothing: what happens to be a valid start is refused
     site = loop.run_until_complete(entered.__aenter__())
     http = loop.run_until_complete(_session())
     try:
+
         @settings(max_examples=120, deadline=None)
-        @given(paths, st.sampled_from(["POST", "GET", "PUT", "DELETE"]), bodies, st.sampled_from(["application/json", "multipart/form-data", "multipart/form-data; boundary=x", "text/plain", "a/b/c"]), st.text("a=&%\xff/", max_size=12))
+        @given(
+            paths,
+            st.sampled_from(["POST", "GET", "PUT", "DELETE"]),
+            bodies,
+            st.sampled_from(
+                [
+                    "application/json",
+                    "multipart/form-data",
+                    "multipart/form-data; boundary=x",
+                    "text/plain",
+                    "a/b/c",
+                ]
+            ),
+            st.text("a=&%\xff/", max_size=12),
+        )
         def attack(path, method, body, kind, query):
             async def ask():
-                async with http.request(method, f"{site.url}{path}?{query}", data=body, headers={**site.headers(), "Content-Type": kind}) as answer:
+                async with http.request(
+                    method,
+                    f"{site.url}{path}?{query}",
+                    data=body,
+                    headers={**site.headers(), "Content-Type": kind},
+                ) as answer:
                     return answer.status, await answer.read()
 
             status, answer = loop.run_until_complete(asyncio.wait_for(ask(), 10))
@@ -263,8 +432,17 @@ async def _raw(url, headers):
     host, port = url.removeprefix("http://").split(":")
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     statuses = []
-    for text, close in (("\0\1\2 nonsense\r\n\r\n", False), (f"POST {SANDBOX}execute HTTP/1.1\r\nHost: x\r\n{lines}Transfer-Encoding: chunked\r\n\r\nZZ\r\n", False),
-                        (f"POST {SANDBOX}execute HTTP/1.1\r\nHost: x\r\n{lines}Content-Length: 99999999\r\n\r\n", False)):
+    for text, close in (
+        ("\0\1\2 nonsense\r\n\r\n", False),
+        (
+            f"POST {SANDBOX}execute HTTP/1.1\r\nHost: x\r\n{lines}Transfer-Encoding: chunked\r\n\r\nZZ\r\n",
+            False,
+        ),
+        (
+            f"POST {SANDBOX}execute HTTP/1.1\r\nHost: x\r\n{lines}Content-Length: 99999999\r\n\r\n",
+            False,
+        ),
+    ):
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(text.encode())
         if "99999999" in text:
@@ -277,8 +455,10 @@ async def _raw(url, headers):
 
 def test_resources_are_given_back(tmp_path):
     """Forty sandboxes through room for three, some of whose callers leave: in the end all room is free."""
+
     async def work():
         async with running.admin(tmp_path, resources=(3 * 64, 64.0, 0, 3)) as site:
+
             async def one(number):
                 sandbox = Sandbox(site.config(memory_mb=64, disk_mb=8, start_timeout=50))
                 starting = asyncio.create_task(sandbox.start())
@@ -304,4 +484,7 @@ def test_resources_are_given_back(tmp_path):
             return text
 
     text = run(work())
-    assert 'rock_worker_sandboxes_used{worker="local"} 0' in text and 'rock_worker_memory_mb_used{worker="local"} 0' in text
+    assert (
+        'rock_worker_sandboxes_used{worker="local"} 0' in text
+        and 'rock_worker_memory_mb_used{worker="local"} 0' in text
+    )

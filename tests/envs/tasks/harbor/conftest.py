@@ -26,12 +26,20 @@ def write(folder: pathlib.Path, files: dict[str, str | bytes]) -> pathlib.Path:
 def harbor(tmp_path):
     """Writes a task that is passed by making /app/out.txt; keyword arguments replace or add files (None: leave out)."""
 
-    def make(files: dict[str, str | bytes | None] | None = None, name: str = "task") -> pathlib.Path:
+    def make(
+        files: dict[str, str | bytes | None] | None = None, name: str = "task"
+    ) -> pathlib.Path:
         plain = {
-            "task.toml": 'version = "1.0"\n', "instruction.md": "Make /app/out.txt.\n", "environment/Dockerfile": "FROM ubuntu:24.04\nWORKDIR /app\n",
-            "tests/test.sh": PASSES, "solution/solve.sh": "echo x > /app/out.txt\n",
+            "task.toml": 'version = "1.0"\n',
+            "instruction.md": "Make /app/out.txt.\n",
+            "environment/Dockerfile": "FROM ubuntu:24.04\nWORKDIR /app\n",
+            "tests/test.sh": PASSES,
+            "solution/solve.sh": "echo x > /app/out.txt\n",
         }
-        return write(tmp_path / name, {key: value for key, value in {**plain, **(files or {})}.items() if value is not None})
+        return write(
+            tmp_path / name,
+            {key: value for key, value in {**plain, **(files or {})}.items() if value is not None},
+        )
 
     return make
 

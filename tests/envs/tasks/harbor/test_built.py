@@ -36,10 +36,25 @@ async def episode(task, *commands):
 
 
 def test_episodes_of_one_task_build_once_and_see_nothing_of_each_other(harbor, run, builds):
-    task = load_task(harbor({"environment/Dockerfile": "FROM ubuntu\nWORKDIR /app\nRUN echo made > made.txt; echo t > /tmp/t\nENV A=b\n"}))
+    task = load_task(
+        harbor(
+            {
+                "environment/Dockerfile": "FROM ubuntu\nWORKDIR /app\nRUN echo made > made.txt; echo t > /tmp/t\nENV A=b\n"
+            }
+        )
+    )
 
     async def several():
-        together = await asyncio.gather(*(episode(task, f"echo {number} > mine.txt; cat made.txt *.txt /tmp/t; echo $A", "rm made.txt; echo bad > /tmp/t; ls") for number in range(4)))
+        together = await asyncio.gather(
+            *(
+                episode(
+                    task,
+                    f"echo {number} > mine.txt; cat made.txt *.txt /tmp/t; echo $A",
+                    "rm made.txt; echo bad > /tmp/t; ls",
+                )
+                for number in range(4)
+            )
+        )
         return together, await episode(task, "ls; cat made.txt /tmp/t; pwd")
 
     together, after = run(several())
@@ -47,7 +62,9 @@ def test_episodes_of_one_task_build_once_and_see_nothing_of_each_other(harbor, r
     assert after == ["made.txt\nmade\nt\n/app"] and builds == [task.name]
 
 
-def test_another_task_of_that_name_is_built_itself_and_a_failed_build_is_tried_again(harbor, run, builds):
+def test_another_task_of_that_name_is_built_itself_and_a_failed_build_is_tried_again(
+    harbor, run, builds
+):
     one, two = load_task(harbor()), load_task(harbor())
     bad = load_task(harbor({"environment/Dockerfile": "FROM ubuntu\nRUN false\n"}, name="bad"))
 

@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from envs.tasks.harbor import TaskError
-from envs.tasks.repair import OPERATORS, candidates_of, draw, is_another_program, load_package, repair_tasks, shipped
+from envs.tasks.repair import (
+    OPERATORS,
+    candidates_of,
+    draw,
+    is_another_program,
+    load_package,
+    repair_tasks,
+    shipped,
+)
 from envs.tasks.repair.prove import Run, check_baseline, is_sound, run_tests
 from tests.envs.tasks.harbor.conftest import CONFIG
 from tests.envs.tasks.harbor.test_env import oracle, play
@@ -50,7 +58,11 @@ def test_every_operator_finds_its_place_and_each_edit_is_another_program_that_di
     for edit in edits:
         text = edit.apply(EVERYTHING)
         assert ast.dump(ast.parse(text)) != whole
-        changed = [row for row in difflib.ndiff(EVERYTHING.splitlines(), text.splitlines()) if row[0] in "+-"]
+        changed = [
+            row
+            for row in difflib.ndiff(EVERYTHING.splitlines(), text.splitlines())
+            if row[0] in "+-"
+        ]
         assert len(changed) <= 8 and "# é 1 + 1" in text  # comments and layout stay
         assert not any(word in row for row in changed for word in ("Docstring", "__all__", '"""'))
 
@@ -59,20 +71,45 @@ def edits_of(text):
     return [edit for edit in candidates_of(text) if is_another_program(text, edit)]
 
 
-@pytest.mark.parametrize("operator, text, mutants", [
-    ("comparison", "x = a < b", ["x = a <= b"]), ("comparison", "x = a not in b", ["x = a in b"]), ("comparison", "x = a == b != c", ["x = a != b != c", "x = a == b == c"]),
-    ("arithmetic", "x = a + (b)", ["x = a - (b)"]), ("arithmetic", "x += 1", ["x -= 1"]), ("connective", "x = a and b", ["x = a or b"]),
-    ("negation", "if a:\n    b()\n", ["if not a:\n    b()\n"]), ("negation", "x = 1 if not a else 2", ["x = 1 if a else 2"]), ("off_by_one", "x = a[0]", ["x = a[1]"]),
-    ("off_by_one", "x = a[3]", ["x = a[2]", "x = a[4]"]), ("wrong_constant", "x = True", ["x = False"]), ("wrong_constant", "x = 'ab'", ["x = 'a'"]),
-    ("wrong_variable", "def f(a, b):\n    return a\n", ["def f(a, b):\n    return b\n"]), ("dropped_return", "def f(a):\n    return a()\n", ["def f(a):\n    a()\n"]),
-    ("swapped_arguments", "f(a, b)", ["f(b, a)"]), ("removed_branch", "if a:\n    b()\nelse:\n    c()\n    d()\n", ["c()\nd()\n"]),
-    ("removed_branch", "if a:\n    b()\nelif c:\n    d()\n", ["if a:\n    b()\nelse:\n    pass\n", "if c:\n    d()\n"]),
-    ("removed_handler", "try:\n    a()\nexcept E:\n    b()\n", ["a()\n"]), ("removed_statement", "a()", ["pass"]), ("loop_exit", "while a:\n    break\n", ["while a:\n    continue\n"]),
-    ("lost_slice", "x = a[b:c]", ["x = a[:c]", "x = a[b:]"]), ("keyword_lost", "x = f(a, k=1)", ["x = f(a)"]),
-    ("arithmetic", "x = f'{a + b}'", []), ("wrong_constant", "def f():\n    'doc'\n", []), ("comparison", "if __name__ == '__main__':\n    a()\n", []), ("off_by_one", "x: Literal[1] = y", []),
-])
+@pytest.mark.parametrize(
+    "operator, text, mutants",
+    [
+        ("comparison", "x = a < b", ["x = a <= b"]),
+        ("comparison", "x = a not in b", ["x = a in b"]),
+        ("comparison", "x = a == b != c", ["x = a != b != c", "x = a == b == c"]),
+        ("arithmetic", "x = a + (b)", ["x = a - (b)"]),
+        ("arithmetic", "x += 1", ["x -= 1"]),
+        ("connective", "x = a and b", ["x = a or b"]),
+        ("negation", "if a:\n    b()\n", ["if not a:\n    b()\n"]),
+        ("negation", "x = 1 if not a else 2", ["x = 1 if a else 2"]),
+        ("off_by_one", "x = a[0]", ["x = a[1]"]),
+        ("off_by_one", "x = a[3]", ["x = a[2]", "x = a[4]"]),
+        ("wrong_constant", "x = True", ["x = False"]),
+        ("wrong_constant", "x = 'ab'", ["x = 'a'"]),
+        ("wrong_variable", "def f(a, b):\n    return a\n", ["def f(a, b):\n    return b\n"]),
+        ("dropped_return", "def f(a):\n    return a()\n", ["def f(a):\n    a()\n"]),
+        ("swapped_arguments", "f(a, b)", ["f(b, a)"]),
+        ("removed_branch", "if a:\n    b()\nelse:\n    c()\n    d()\n", ["c()\nd()\n"]),
+        (
+            "removed_branch",
+            "if a:\n    b()\nelif c:\n    d()\n",
+            ["if a:\n    b()\nelse:\n    pass\n", "if c:\n    d()\n"],
+        ),
+        ("removed_handler", "try:\n    a()\nexcept E:\n    b()\n", ["a()\n"]),
+        ("removed_statement", "a()", ["pass"]),
+        ("loop_exit", "while a:\n    break\n", ["while a:\n    continue\n"]),
+        ("lost_slice", "x = a[b:c]", ["x = a[:c]", "x = a[b:]"]),
+        ("keyword_lost", "x = f(a, k=1)", ["x = f(a)"]),
+        ("arithmetic", "x = f'{a + b}'", []),
+        ("wrong_constant", "def f():\n    'doc'\n", []),
+        ("comparison", "if __name__ == '__main__':\n    a()\n", []),
+        ("off_by_one", "x: Literal[1] = y", []),
+    ],
+)
 def test_what_an_operator_does(operator, text, mutants):
-    assert sorted(edit.apply(text) for edit in edits_of(text) if edit.operator == operator) == sorted(mutants)
+    assert sorted(
+        edit.apply(text) for edit in edits_of(text) if edit.operator == operator
+    ) == sorted(mutants)
 
 
 @settings(max_examples=100, deadline=None)
@@ -97,20 +134,35 @@ def test_the_same_seed_draws_the_same_and_another_seed_another_order_with_all_ki
 
 
 def write_package(folder, name="small", **files):
-    for path, text in {f"{name}__init__": "def double(a):\n    return a * 2\n\n\ndef unused(a):\n    return a - 1\n",
-                       "tests__test_it": f"from {name} import double\n\n\ndef test_double():\n    assert double(3) == 6\n\n\ndef test_true():\n    pass\n", **files}.items():
-        place = folder / (path.replace(f"{name}__init__", f"{name}/__init__").replace("tests__", "tests/") + ".py")
+    for path, text in {
+        f"{name}__init__": "def double(a):\n    return a * 2\n\n\ndef unused(a):\n    return a - 1\n",
+        "tests__test_it": f"from {name} import double\n\n\ndef test_double():\n    assert double(3) == 6\n\n\ndef test_true():\n    pass\n",
+        **files,
+    }.items():
+        place = folder / (
+            path.replace(f"{name}__init__", f"{name}/__init__").replace("tests__", "tests/") + ".py"
+        )
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(text)
     return folder
 
 
-def test_a_package_of_ones_own_is_judged_by_pytest_and_bugs_that_nobody_notices_are_no_tasks(tmp_path):
+def test_a_package_of_ones_own_is_judged_by_pytest_and_bugs_that_nobody_notices_are_no_tasks(
+    tmp_path,
+):
     folder = write_package(tmp_path / "mine")
     package = load_package(str(folder))
-    assert (package.framework, package.sources, package.targets) == ("pytest", ("small/__init__.py",), ("tests/test_it.py",))
+    assert (package.framework, package.sources, package.targets) == (
+        "pytest",
+        ("small/__init__.py",),
+        ("tests/test_it.py",),
+    )
     tasks = repair_tasks([str(folder)], 1)
-    assert all(task.metadata["line"] == 2 and task.metadata["fail_to_pass"] == ["tests/test_it.py::test_double"] for task in tasks)  # never in `unused`
+    assert all(
+        task.metadata["line"] == 2
+        and task.metadata["fail_to_pass"] == ["tests/test_it.py::test_double"]
+        for task in tasks
+    )  # never in `unused`
     assert asyncio.run(oracle(tasks[0])) == (1.0, "success")
 
 
@@ -122,11 +174,21 @@ def test_a_package_with_fewer_bugs_than_are_asked_for_is_refused(tmp_path):
         repair_tasks([str(folder)], 50)
 
 
-@pytest.mark.parametrize("files, message", [
-    ({"tests__test_it": "def test_no():\n    assert False\n"}, "own tests do not run"), ({"small__init__": "def f(:\n"}, "no Python that can be read"),
-    pytest.param({"tests__test_it": "import nosuch_package\n"}, "own tests do not run", marks=pytest.mark.slow),
-    pytest.param({"small__init__": "while True: pass\n"}, "own tests do not run", marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({"tests__test_it": "def test_no():\n    assert False\n"}, "own tests do not run"),
+        ({"small__init__": "def f(:\n"}, "no Python that can be read"),
+        pytest.param(
+            {"tests__test_it": "import nosuch_package\n"},
+            "own tests do not run",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"small__init__": "while True: pass\n"}, "own tests do not run", marks=pytest.mark.slow
+        ),
+    ],
+)
 def test_a_package_that_cannot_be_used_is_refused_by_name(tmp_path, files, message, monkeypatch):
     monkeypatch.setattr("envs.tasks.repair.prove.CPU_SECONDS", 1)
     with pytest.raises(TaskError, match=message) as caught:
@@ -172,18 +234,39 @@ class T(unittest.TestCase):
 
 
 def test_a_test_that_fails_now_and_then_proves_nothing(tmp_path):
-    package = load_package(str(write_package(tmp_path / "mine", tests__test_it=FLAKY, tests____init__="")))
-    bugs = {edit.apply("def double(a):\n    return a * 2\n\n\ndef unused(a):\n    return a - 1\n"): (path, edit) for path, edit in draw(package, 0)}
-    noticed, unnoticed = (next(bug for text, bug in bugs.items() if part in text) for part in ("a + 2", "a + 1"))
+    package = load_package(
+        str(write_package(tmp_path / "mine", tests__test_it=FLAKY, tests____init__=""))
+    )
+    bugs = {
+        edit.apply("def double(a):\n    return a * 2\n\n\ndef unused(a):\n    return a - 1\n"): (
+            path,
+            edit,
+        )
+        for path, edit in draw(package, 0)
+    }
+    noticed, unnoticed = (
+        next(bug for text, bug in bugs.items() if part in text) for part in ("a + 2", "a + 1")
+    )
     before, one, other = asyncio.run(run_tests(package, [noticed, unnoticed]))
-    assert before.outcomes == {"tests.test_it.T.test_double": "passed", "tests.test_it.T.test_every_other_time": "flaky", "tests.test_it.T.test_true": "passed"}
+    assert before.outcomes == {
+        "tests.test_it.T.test_double": "passed",
+        "tests.test_it.T.test_every_other_time": "flaky",
+        "tests.test_it.T.test_true": "passed",
+    }
     assert is_sound(before, one) and not is_sound(before, other) and other.passed >= before.passed
 
 
 def test_what_is_sound():
     before = Run({"a": "passed", "b": "passed", "c": "skipped"}, True)
-    assert is_sound(before, Run({"a": "passed", "b": "failed", "c": "skipped"}, True)) and is_sound(before, Run({"a": "passed"}, True))
-    for after in (before, Run({"a": "passed", "b": "failed"}, False), Run({"a": "failed", "b": "failed"}, True), Run({}, True)):
+    assert is_sound(before, Run({"a": "passed", "b": "failed", "c": "skipped"}, True)) and is_sound(
+        before, Run({"a": "passed"}, True)
+    )
+    for after in (
+        before,
+        Run({"a": "passed", "b": "failed"}, False),
+        Run({"a": "failed", "b": "failed"}, True),
+        Run({}, True),
+    ):
         assert not is_sound(before, after)
 
 
@@ -196,15 +279,32 @@ def tasks():
 
 
 def test_tasks_are_the_same_again_and_spread_over_packages_and_kinds(tasks):
-    assert [task.name for task in repair_tasks(["rational", "csvlite"], 2)] == [task.name for task in tasks]
-    assert [task.tags[0] for task in tasks] == ["rational", "csvlite"] and len({task.tags for task in tasks}) == 2
-    assert all(task.metadata["fail_to_pass"] and task.metadata["pass_to_pass"] and task.family == task.category for task in tasks)
+    assert [task.name for task in repair_tasks(["rational", "csvlite"], 2)] == [
+        task.name for task in tasks
+    ]
+    assert [task.tags[0] for task in tasks] == ["rational", "csvlite"] and len(
+        {task.tags for task in tasks}
+    ) == 2
+    assert all(
+        task.metadata["fail_to_pass"]
+        and task.metadata["pass_to_pass"]
+        and task.family == task.category
+        for task in tasks
+    )
 
 
 def test_the_oracle_earns_1_and_nothing_or_tampering_with_the_tests_0(tasks):
     async def all_of_them():
-        return await asyncio.gather(oracle(tasks[0]), oracle(tasks[1]), play(tasks[0]), play(tasks[0], "rm -r tests; mkdir tests; touch tests/__init__.py"),
-                                    play(tasks[1], "printf 'import unittest\\nunittest.TestCase.assertEqual = lambda *a, **k: None\\nunittest.TestCase.assertRaises = None\\n' >> csvlite/__init__.py"))
+        return await asyncio.gather(
+            oracle(tasks[0]),
+            oracle(tasks[1]),
+            play(tasks[0]),
+            play(tasks[0], "rm -r tests; mkdir tests; touch tests/__init__.py"),
+            play(
+                tasks[1],
+                "printf 'import unittest\\nunittest.TestCase.assertEqual = lambda *a, **k: None\\nunittest.TestCase.assertRaises = None\\n' >> csvlite/__init__.py",
+            ),
+        )
 
     first, second, *others = asyncio.run(all_of_them())
     assert first == second == (1.0, "success") and [reward for reward, _ in others] == [0.0] * 3
@@ -220,7 +320,9 @@ def test_a_hundred_tasks_are_sound():
             async with gate:
                 return await coroutine
 
-        return await asyncio.gather(*(limited(one) for task in tasks for one in (oracle(task), play(task))))
+        return await asyncio.gather(
+            *(limited(one) for task in tasks for one in (oracle(task), play(task)))
+        )
 
     results = asyncio.run(prove(repair_tasks(count=100, seed=7)))
     assert [reward for reward, _ in results] == [1.0, 0.0] * 100
@@ -229,4 +331,7 @@ def test_a_hundred_tasks_are_sound():
 @pytest.mark.slow
 def test_tasks_are_graded_in_the_landlock_tier_too(tasks):
     weak = dataclasses.replace(CONFIG, tier="landlock")
-    assert asyncio.run(oracle(tasks[0], weak)) == (1.0, "success") and asyncio.run(play(tasks[0], config=weak))[0] == 0.0
+    assert (
+        asyncio.run(oracle(tasks[0], weak)) == (1.0, "success")
+        and asyncio.run(play(tasks[0], config=weak))[0] == 0.0
+    )

@@ -16,7 +16,9 @@ from envs.tasks.swebench import RepositoryError, cut, load_swebench, parse_insta
 from tests.envs.tasks.harbor.test_env import observe, oracle, play
 from tests.envs.tasks.swebench.repositories import ENVIRONMENT, MENDED, commit, git, make
 
-SAFELY = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python 3.11.2, which Debian 12 has, knows no filter
+SAFELY = (
+    {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+)  # Python 3.11.2, which Debian 12 has, knows no filter
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +47,38 @@ def unpacked(made, tmp_path):
 
 def test_nothing_after_the_base_commit_can_be_found(made, unpacked):
     past = set(git(made.path, "rev-list", "--objects", made.base).split("\n"))
-    there = {row.split()[0] for row in git(unpacked, "cat-file", "--batch-all-objects", "--batch-check", "--unordered").splitlines()}
-    assert there == {row.split()[0] for row in past if row}  # every object, packed or loose, is of the past, and all of the past is there
+    there = {
+        row.split()[0]
+        for row in git(
+            unpacked, "cat-file", "--batch-all-objects", "--batch-check", "--unordered"
+        ).splitlines()
+    }
+    assert there == {
+        row.split()[0] for row in past if row
+    }  # every object, packed or loose, is of the past, and all of the past is there
     assert made.later not in there and made.later in git(made.path, "rev-list", "--all")
-    assert set(git(unpacked, "log", "--all", "--reflog", "--format=%H").split()) == set(git(made.path, "rev-list", made.base).split())
+    assert set(git(unpacked, "log", "--all", "--reflog", "--format=%H").split()) == set(
+        git(made.path, "rev-list", made.base).split()
+    )
     assert git(unpacked, "fsck", "--full", "--lost-found", "--no-progress").strip() == ""
-    assert git(unpacked, "for-each-ref", "--format=%(refname) %(objectname)").strip() == f"refs/heads/main {made.base}"
-    assert git(unpacked, "remote") == git(unpacked, "stash", "list") == git(unpacked, "status", "--short") == ""
-    assert not {path.name for path in (unpacked / ".git").iterdir()} & {"logs", "packed-refs", "ORIG_HEAD", "FETCH_HEAD", "hooks", "shallow"}
+    assert (
+        git(unpacked, "for-each-ref", "--format=%(refname) %(objectname)").strip()
+        == f"refs/heads/main {made.base}"
+    )
+    assert (
+        git(unpacked, "remote")
+        == git(unpacked, "stash", "list")
+        == git(unpacked, "status", "--short")
+        == ""
+    )
+    assert not {path.name for path in (unpacked / ".git").iterdir()} & {
+        "logs",
+        "packed-refs",
+        "ORIG_HEAD",
+        "FETCH_HEAD",
+        "hooks",
+        "shallow",
+    }
     assert not list((unpacked / ".git").rglob("alternates"))
     everything = b"".join(path.read_bytes() for path in unpacked.rglob("*") if path.is_file())
     assert b"future" not in everything and made.later.encode() not in everything
@@ -60,7 +86,9 @@ def test_nothing_after_the_base_commit_can_be_found(made, unpacked):
 
 def test_a_dangling_commit_and_a_reflog_of_the_source_do_not_come_along(tmp_path):
     made = make(tmp_path)
-    git(made.path, "commit", "-q", "--amend", "-m", "amended")  # the commit before it is now in the reflog alone
+    git(
+        made.path, "commit", "-q", "--amend", "-m", "amended"
+    )  # the commit before it is now in the reflog alone
     dangling = git(made.path, "hash-object", "-w", "--stdin")
     with tarfile.open(fileobj=io.BytesIO(cut(made.path, made.base).archive)) as archive:
         archive.extractall(tmp_path / "cut", **SAFELY)
@@ -90,16 +118,27 @@ def test_the_source_is_left_as_it_was_and_its_hooks_and_settings_do_not_act(tmp_
     before = sorted(path for path in made.path.rglob("*"))
     cut.__wrapped__(made.path, made.base)
     patched(made.path, made.base, made.row["test_patch"])
-    assert sorted(path for path in made.path.rglob("*")) == before and not (tmp_path / "acted").exists()
+    assert (
+        sorted(path for path in made.path.rglob("*")) == before
+        and not (tmp_path / "acted").exists()
+    )
 
 
-def test_a_patch_gives_files_and_removals_and_one_that_does_not_apply_or_leaves_the_repository_is_refused(made):
+def test_a_patch_gives_files_and_removals_and_one_that_does_not_apply_or_leaves_the_repository_is_refused(
+    made,
+):
     files, removed = patched(made.path, made.base, made.row["patch"])
     assert files == {"stats.py": (MENDED.encode(), 0o644)} and removed == set()
     gone = git(made.path, "diff", "--no-renames", made.base, f"{made.base}~1")
     assert patched(made.path, made.base, gone)[1] == {"tests/test_stats.py", "conftest.py"}
-    for patch in (made.row["patch"].replace("max(values) - max", "nothing"), "no patch\n", made.row["patch"].replace("b/stats.py", "b/../../stats.py").replace("a/stats.py", "a/../../stats.py"),
-                  "diff --git a/l b/l\nnew file mode 120000\nindex 0000000..1\n--- /dev/null\n+++ b/l\n@@ -0,0 +1 @@\n+/etc/passwd\n\\ No newline at end of file\n"):
+    for patch in (
+        made.row["patch"].replace("max(values) - max", "nothing"),
+        "no patch\n",
+        made.row["patch"]
+        .replace("b/stats.py", "b/../../stats.py")
+        .replace("a/stats.py", "a/../../stats.py"),
+        "diff --git a/l b/l\nnew file mode 120000\nindex 0000000..1\n--- /dev/null\n+++ b/l\n@@ -0,0 +1 @@\n+/etc/passwd\n\\ No newline at end of file\n",
+    ):
         with pytest.raises(RepositoryError, match="git apply|a link"):
             patched(made.path, made.base, patch)
 
@@ -107,14 +146,29 @@ def test_a_patch_gives_files_and_removals_and_one_that_does_not_apply_or_leaves_
 # -- instances -----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"base_commit": "main"}, "base_commit 'main' is no full commit id"), ({"patch": " "}, "patch is empty"), ({"instance_id": "../x"}, "instance_id '../x'"),
-    ({"FAIL_TO_PASS": "[]"}, "FAIL_TO_PASS is empty"), ({"FAIL_TO_PASS": "[1"}, "not the JSON of a list"), ({"repo": "../../etc"}, "neither owner/name"),
-    ({"PASS_TO_PASS": ["test_mean (tests.T)"]}, "no node id of pytest"), ({"PASS_TO_PASS": ["/etc/x.py::y"]}, "no node id"), ({"problem_statement": None}, "'problem_statement' is missing"),
-    ({"test_patch": 3}, "test_patch is a int"), ({"PASS_TO_PASS": ["tests/test_stats.py::test_spread"]}, "is in FAIL_TO_PASS and in PASS_TO_PASS"),
-    ({"repo": "owner/nowhere"}, "git clone it to"), ({"base_commit": "0" * 40}, "cat-file"), ({"patch": "nonsense\n"}, "git apply"),
-    ({"FAIL_TO_PASS": ["tests/test_none.py::test_x"]}, "tests/test_none.py is named by"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"base_commit": "main"}, "base_commit 'main' is no full commit id"),
+        ({"patch": " "}, "patch is empty"),
+        ({"instance_id": "../x"}, "instance_id '../x'"),
+        ({"FAIL_TO_PASS": "[]"}, "FAIL_TO_PASS is empty"),
+        ({"FAIL_TO_PASS": "[1"}, "not the JSON of a list"),
+        ({"repo": "../../etc"}, "neither owner/name"),
+        ({"PASS_TO_PASS": ["test_mean (tests.T)"]}, "no node id of pytest"),
+        ({"PASS_TO_PASS": ["/etc/x.py::y"]}, "no node id"),
+        ({"problem_statement": None}, "'problem_statement' is missing"),
+        ({"test_patch": 3}, "test_patch is a int"),
+        (
+            {"PASS_TO_PASS": ["tests/test_stats.py::test_spread"]},
+            "is in FAIL_TO_PASS and in PASS_TO_PASS",
+        ),
+        ({"repo": "owner/nowhere"}, "git clone it to"),
+        ({"base_commit": "0" * 40}, "cat-file"),
+        ({"patch": "nonsense\n"}, "git apply"),
+        ({"FAIL_TO_PASS": ["tests/test_none.py::test_x"]}, "tests/test_none.py is named by"),
+    ],
+)
 def test_a_malformed_instance_is_refused_with_file_line_and_row(made, change, message):
     file = made.path.parents[2] / "bad.jsonl"
     file.write_text("\n" + json.dumps({**made.row, **change}) + "\n")
@@ -123,12 +177,36 @@ def test_a_malformed_instance_is_refused_with_file_line_and_row(made, change, me
     assert str(caught.value).startswith(f"{file}:2: row 1:")
 
 
-VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=8) | st.binary(max_size=4), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2), max_leaves=5)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8) | st.binary(max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+    ),
+    max_leaves=5,
+)
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.dictionaries(st.sampled_from(["instance_id", "repo", "base_commit", "patch", "test_patch", "problem_statement", "FAIL_TO_PASS", "PASS_TO_PASS", "version", "hints_text"]),
-                       VALUES | st.sampled_from(["a__b-1", "a/b", "0" * 40, '["t.py::x"]']), max_size=10))
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            [
+                "instance_id",
+                "repo",
+                "base_commit",
+                "patch",
+                "test_patch",
+                "problem_statement",
+                "FAIL_TO_PASS",
+                "PASS_TO_PASS",
+                "version",
+                "hints_text",
+            ]
+        ),
+        VALUES | st.sampled_from(["a__b-1", "a/b", "0" * 40, '["t.py::x"]']),
+        max_size=10,
+    )
+)
 def test_whatever_a_row_holds_is_an_instance_or_a_task_error(made_row, values):
     import pathlib
 
@@ -143,11 +221,25 @@ def made_row(made):
     return made.row
 
 
-def test_the_tests_and_the_solution_do_not_enter_before_grading_and_the_instruction_has_no_hint(task):
+def test_the_tests_and_the_solution_do_not_enter_before_grading_and_the_instruction_has_no_hint(
+    task,
+):
     assert set(task.environment.context) == {"Dockerfile", "pytest.tar.gz", "repository.tar.gz"}
-    assert "spread([1, 5]) is 0." in task.steps[0].instruction and "min" not in task.steps[0].instruction.split("<issue>")[1]
-    seen = observe(task, "grep -rc test_spread . ; git log --all --oneline; ls -a; python3 -m pytest -q 2>&1 | tail -n 1")[0]
-    assert "test_stats.py:0" in seen and "test_stats.py:1" not in seen and "spread\n" in seen and "future" not in seen and "2 passed" in seen
+    assert (
+        "spread([1, 5]) is 0." in task.steps[0].instruction
+        and "min" not in task.steps[0].instruction.split("<issue>")[1]
+    )
+    seen = observe(
+        task,
+        "grep -rc test_spread . ; git log --all --oneline; ls -a; python3 -m pytest -q 2>&1 | tail -n 1",
+    )[0]
+    assert (
+        "test_stats.py:0" in seen
+        and "test_stats.py:1" not in seen
+        and "spread\n" in seen
+        and "future" not in seen
+        and "2 passed" in seen
+    )
 
 
 # -- grading -------------------------------------------------------------------------------------------------------------------------
@@ -170,6 +262,7 @@ FAST = ("conftest", "exit", "pipe")
 
 def play_all(games):
     """What each game earned: name -> (reward, info or ending). `games`: name -> a function that begins it."""
+
     async def all_of_them():
         gate = asyncio.Semaphore(3)
 
@@ -183,13 +276,28 @@ def play_all(games):
 
 
 def test_a_mending_earns_1_whatever_else_was_done_to_tests_and_history(task):
-    rewards = play_all({"mended": lambda: play(task, MEND, "rm -rf .git; printf 'x = 1\\n' > conftest.py; rm -r tests"), "oracle": lambda: oracle(task)})
-    assert {name: result[0] for name, result in rewards.items()} == {"mended": 1.0, "oracle": 1.0}, rewards
+    rewards = play_all(
+        {
+            "mended": lambda: play(
+                task, MEND, "rm -rf .git; printf 'x = 1\\n' > conftest.py; rm -r tests"
+            ),
+            "oracle": lambda: oracle(task),
+        }
+    )
+    assert {name: result[0] for name, result in rewards.items()} == {
+        "mended": 1.0,
+        "oracle": 1.0,
+    }, rewards
 
 
 @pytest.mark.parametrize("names", [FAST, pytest.param(tuple(CHEATS), marks=pytest.mark.slow)])
 def test_nothing_and_no_cheat_does(task, names):
-    rewards = play_all({"noop": lambda: play(task), **{name: lambda name=name: play(task, CHEATS[name]) for name in names}})
+    rewards = play_all(
+        {
+            "noop": lambda: play(task),
+            **{name: lambda name=name: play(task, CHEATS[name]) for name in names},
+        }
+    )
     for name, (reward, info) in rewards.items():
         assert reward == 0.0 and info["ending"] == "failure", (name, info)
 
@@ -198,7 +306,26 @@ def test_all_of_a_file_is_loaded_and_faults_are_kept_apart(made, tmp_path):
     commit_ = commit(made.path, "later still", other_py="x = 1\n")
     assert commit_ not in git(made.path, "rev-list", made.base)
     file = made.path.parents[2] / "many.json"
-    file.write_text(json.dumps([made.row, {**made.row, "instance_id": "two"}, {**made.row, "instance_id": "two"}, {"instance_id": "three"}]))
+    file.write_text(
+        json.dumps(
+            [
+                made.row,
+                {**made.row, "instance_id": "two"},
+                {**made.row, "instance_id": "two"},
+                {"instance_id": "three"},
+            ]
+        )
+    )
     faults = []
-    assert [task.name for task in load_swebench(file, faults)] == ["owner__stats-1", "two"] and ["row 3" in str(fault) or "row 4" in str(fault) for fault in faults] == [True, True]
-    assert subprocess.run(["git", "-C", str(made.path), "status", "--short"], env=ENVIRONMENT, capture_output=True, text=True).stdout == ""
+    assert [task.name for task in load_swebench(file, faults)] == ["owner__stats-1", "two"] and [
+        "row 3" in str(fault) or "row 4" in str(fault) for fault in faults
+    ] == [True, True]
+    assert (
+        subprocess.run(
+            ["git", "-C", str(made.path), "status", "--short"],
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+        ).stdout
+        == ""
+    )

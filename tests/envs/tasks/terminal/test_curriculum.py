@@ -9,7 +9,15 @@ import pytest
 
 from envs.gem import format_tool_call
 from envs.rock import SandboxConfig
-from envs.tasks.terminal import EVAL_SEED_START, FAMILIES, HELD_OUT_FAMILIES, WORDS, eval_seed, make_task, train_seed
+from envs.tasks.terminal import (
+    EVAL_SEED_START,
+    FAMILIES,
+    HELD_OUT_FAMILIES,
+    WORDS,
+    eval_seed,
+    make_task,
+    train_seed,
+)
 from envs.tasks.terminal.env import TerminalEnv
 from envs.tasks.terminal.demonstrator import run_expert
 
@@ -19,7 +27,11 @@ CONFIG = SandboxConfig(isolation="best_available")
 
 
 def expert_episode(family, seed, error_rate=0.0):
-    return asyncio.run(run_expert(TerminalEnv(f"{family}/{seed}", CONFIG), random.Random(f"{family}{seed}"), error_rate))
+    return asyncio.run(
+        run_expert(
+            TerminalEnv(f"{family}/{seed}", CONFIG), random.Random(f"{family}{seed}"), error_rate
+        )
+    )
 
 
 def play(family, seed, *commands):
@@ -70,8 +82,13 @@ def test_doing_nothing_earns_0(family):
 def test_the_expert_of_another_seed_earns_0(family):
     """The answer lies in the sandbox: commands that solve one task of a family do not solve the next ones, but for luck with a small number."""
     other = expert_episode(family, 10)
-    commands = [turn.text.split('"command": "')[1].removesuffix('"}}\n</tool_call>') for turn in other.turns[:-1]]
-    assert sum(play(family, seed, *commands)[0] for seed in SEEDS) <= (1 if family in ("count", "note_count", "sum") else 0)
+    commands = [
+        turn.text.split('"command": "')[1].removesuffix('"}}\n</tool_call>')
+        for turn in other.turns[:-1]
+    ]
+    assert sum(play(family, seed, *commands)[0] for seed in SEEDS) <= (
+        1 if family in ("count", "note_count", "sum") else 0
+    )
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -91,7 +108,10 @@ def test_odd_files_in_place_of_the_answer_earn_0_and_no_excuse(family):
     """A pipe, a link to an endless file, a folder: the verifier neither waits nor breaks, so no agent gets its failures masked."""
     for make in ("mkfifo", "ln -s /dev/zero", "mkdir"):
         targets = f"out.txt {' '.join(make_task(family, 0).files)}"
-        assert play(family, 0, f"for f in {targets}; do rm -rf $f; {make} $f; done") == (0.0, "failure"), make
+        assert play(family, 0, f"for f in {targets}; do rm -rf $f; {make} $f; done") == (
+            0.0,
+            "failure",
+        ), make
 
 
 # -- generation ----------------------------------------------------------------------------------------------------------------------
@@ -111,7 +131,15 @@ def test_a_task_is_the_same_in_every_process(family):
 
 def test_tasks_do_not_depend_on_pythons_hash_seed():
     script = "from envs.tasks.terminal import *\nprint([make_task(f, 3) for f in FAMILIES + HELD_OUT_FAMILIES])"
-    outputs = {subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, env={"PYTHONHASHSEED": seed}).stdout for seed in ("1", "2")}
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            capture_output=True,
+            check=True,
+            env={"PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("1", "2")
+    }
     assert len(outputs) == 1
 
 
@@ -125,7 +153,10 @@ def test_files_are_small_and_the_task_enters_the_sandbox_without_its_answer(fami
     for seed in range(20):
         task = make_task(family, seed)
         assert 1 <= len(task.files) <= 6
-        assert all(len(content) <= 200 and len(content.splitlines()) <= 9 for content, _ in task.files.values())
+        assert all(
+            len(content) <= 200 and len(content.splitlines()) <= 9
+            for content, _ in task.files.values()
+        )
         assert "out.txt" not in task.files
         assert len(task.instruction.split()) <= 20
 
@@ -146,7 +177,22 @@ def test_an_unknown_family_is_refused_by_name():
 
 def test_no_word_hides_in_another_word_or_in_a_file_that_tasks_name():
     """`grep red` must not find `bread`, and `sed s/list/...` must not meet `list.txt`."""
-    names = ["data", "list", "log", "items", "note", "out", "run", "app", "txt", "conf", "echo", "sort", "head", "tail"]
+    names = [
+        "data",
+        "list",
+        "log",
+        "items",
+        "note",
+        "out",
+        "run",
+        "app",
+        "txt",
+        "conf",
+        "echo",
+        "sort",
+        "head",
+        "tail",
+    ]
     assert len(set(WORDS)) == len(WORDS)
     for word in WORDS:
         assert not [other for other in [*WORDS, *names] if word in other and word != other], word

@@ -15,11 +15,27 @@ from envs.tasks.terminal.env import MAX_COMMAND_BYTES, TerminalEnv, read_command
 from envs.tasks.terminal.reward import VerifierError, parse_reward
 
 CONFIG = SandboxConfig(isolation="best_available")
-PIECES = st.sampled_from([
-    "<tool_call>", "</tool_call>", '\n{"name": "bash", "arguments": {"command": "', '"}}\n', "<function=bash>", "</function>", "<parameter=command>", "</parameter>",
-    "\\ud800", "\\u0000", "\0", "ls", "exit 3", "kill -9 $$",
-])
-TURNS = st.one_of(st.text(), st.lists(st.one_of(PIECES, st.text(max_size=4)), max_size=10).map("".join))
+PIECES = st.sampled_from(
+    [
+        "<tool_call>",
+        "</tool_call>",
+        '\n{"name": "bash", "arguments": {"command": "',
+        '"}}\n',
+        "<function=bash>",
+        "</function>",
+        "<parameter=command>",
+        "</parameter>",
+        "\\ud800",
+        "\\u0000",
+        "\0",
+        "ls",
+        "exit 3",
+        "kill -9 $$",
+    ]
+)
+TURNS = st.one_of(
+    st.text(), st.lists(st.one_of(PIECES, st.text(max_size=4)), max_size=10).map("".join)
+)
 
 
 def bash(command):
@@ -44,22 +60,34 @@ def test_reset_gives_the_instruction(env):
 
 def test_a_command_runs_among_the_tasks_files_and_its_output_is_the_observation(env):
     env.reset()
-    (path, (content, _)), = make_task("count", 3).files.items()
+    ((path, (content, _)),) = make_task("count", 3).files.items()
     observation, reward, terminated, truncated, info = env.step(bash(f"head -n 1 {path}"))
     assert observation == content.decode().splitlines()[0]
     assert (reward, terminated, truncated) == (0.0, False, False)
-    assert info["status"] == "ok" and info["exit_code"] == 0 and info["use_tool"] and info["tool_type"] == "bash"
-    assert info["parsed_action"] == f"head -n 1 {path}" and info["step_counter"] == 1 and info["seconds"] > 0
+    assert (
+        info["status"] == "ok"
+        and info["exit_code"] == 0
+        and info["use_tool"]
+        and info["tool_type"] == "bash"
+    )
+    assert (
+        info["parsed_action"] == f"head -n 1 {path}"
+        and info["step_counter"] == 1
+        and info["seconds"] > 0
+    )
     assert "ending" not in info
 
 
-@pytest.mark.parametrize(("command", "observation", "status"), [
-    ("true", "(no output)", "ok"),
-    ("exit 3", "[exit 3]", "tool_error"),
-    ("echo a; echo b >&2; false", "a\nb\n[exit 1]", "tool_error"),
-    ("printf 'x%.0s' {1..60}", "x" * 50 + "... (10 more)", "ok"),
-    ("printf '\\377\\n'", "\N{REPLACEMENT CHARACTER}", "ok"),
-])
+@pytest.mark.parametrize(
+    ("command", "observation", "status"),
+    [
+        ("true", "(no output)", "ok"),
+        ("exit 3", "[exit 3]", "tool_error"),
+        ("echo a; echo b >&2; false", "a\nb\n[exit 1]", "tool_error"),
+        ("printf 'x%.0s' {1..60}", "x" * 50 + "... (10 more)", "ok"),
+        ("printf '\\377\\n'", "\N{REPLACEMENT CHARACTER}", "ok"),
+    ],
+)
 def test_what_the_model_sees_of_a_command(env, command, observation, status):
     env.reset()
     seen, _, terminated, _, info = env.step(bash(command))
@@ -70,7 +98,12 @@ def test_a_command_that_takes_too_long_is_an_observation(env):
     env._command_timeout = 0.3
     env.reset()
     observation, _, terminated, truncated, info = env.step(bash("echo begun; sleep 60"))
-    assert info["status"] == "timeout" and observation.endswith("[timeout]") and not terminated and not truncated
+    assert (
+        info["status"] == "timeout"
+        and observation.endswith("[timeout]")
+        and not terminated
+        and not truncated
+    )
     assert env.step(bash("echo still here"))[0] == "still here"
 
 
@@ -80,17 +113,20 @@ def test_files_persist_between_commands_and_the_working_directory_does_not(env):
     assert env.step(bash("cat d/f"))[0] == "x"
 
 
-@pytest.mark.parametrize(("action", "says"), [
-    ("<tool_call>\n{\"name\": \"bash\"", "no </tool_call>"),
-    (format_tool_call("python", {"command": "1"}), "unknown tool 'python'"),
-    (format_tool_call("bash", {}), "one argument"),
-    (format_tool_call("bash", {"command": 3}), "one argument"),
-    (format_tool_call("bash", {"command": "ls", "cwd": "/"}), "one argument"),
-    (bash("ls") + bash("ls"), "2 tool calls"),
-    (bash("a\0b"), "NUL"),
-    (bash("x" * (MAX_COMMAND_BYTES + 1)), "longer than"),
-    ('<tool_call>{"name": "bash", "arguments": {"command": "\\ud800"}}</tool_call>', "Unicode"),
-])
+@pytest.mark.parametrize(
+    ("action", "says"),
+    [
+        ('<tool_call>\n{"name": "bash"', "no </tool_call>"),
+        (format_tool_call("python", {"command": "1"}), "unknown tool 'python'"),
+        (format_tool_call("bash", {}), "one argument"),
+        (format_tool_call("bash", {"command": 3}), "one argument"),
+        (format_tool_call("bash", {"command": "ls", "cwd": "/"}), "one argument"),
+        (bash("ls") + bash("ls"), "2 tool calls"),
+        (bash("a\0b"), "NUL"),
+        (bash("x" * (MAX_COMMAND_BYTES + 1)), "longer than"),
+        ('<tool_call>{"name": "bash", "arguments": {"command": "\\ud800"}}</tool_call>', "Unicode"),
+    ],
+)
 def test_a_malformed_call_is_an_observation_that_says_why(action, says):
     env = TerminalEnv("count/3", CONFIG)
     env.reset()
@@ -105,10 +141,16 @@ def test_a_malformed_call_is_an_observation_that_says_why(action, says):
 
 def test_a_turn_without_a_call_ends_the_episode_and_the_verifier_decides(env):
     env.reset()
-    (path, (content, _)), = env.task.files.items()
+    ((path, (content, _)),) = env.task.files.items()
     env.step(bash(f"grep -c {env.task.expert().send(None).split()[2]} {path} > out.txt"))
     observation, reward, terminated, truncated, info = env.step("done")
-    assert (observation, reward, terminated, truncated, info["ending"]) == ("", 1.0, True, False, "success")
+    assert (observation, reward, terminated, truncated, info["ending"]) == (
+        "",
+        1.0,
+        True,
+        False,
+        "success",
+    )
 
 
 def test_the_turn_limit_truncates_without_reward():
@@ -116,7 +158,13 @@ def test_the_turn_limit_truncates_without_reward():
     env.reset()
     env.step(bash("true"))
     observation, reward, terminated, truncated, info = env.step(bash("echo x"))
-    assert (observation, reward, terminated, truncated, info["ending"]) == ("x", 0.0, False, True, "truncated_turns")
+    assert (observation, reward, terminated, truncated, info["ending"]) == (
+        "x",
+        0.0,
+        False,
+        True,
+        "truncated_turns",
+    )
 
 
 def test_three_malformed_calls_in_a_row_end_the_episode(env):
@@ -126,12 +174,19 @@ def test_three_malformed_calls_in_a_row_end_the_episode(env):
     env.step(bash("true"))  # a good call begins the count anew
     assert [env.step("<tool_call>")[2] for _ in range(2)] == [False, False]
     _, reward, terminated, _, info = env.step("<tool_call>")
-    assert (reward, terminated, info["ending"], info["status"]) == (0.0, True, "malformed", "malformed")
+    assert (reward, terminated, info["ending"], info["status"]) == (
+        0.0,
+        True,
+        "malformed",
+        "malformed",
+    )
 
 
 @pytest.mark.parametrize("printed", ["nan", "inf", "-1", "2", "1e9", "yes", ""])
 def test_a_verifier_without_a_usable_reward_ends_as_infra_verifier(printed):
-    task = dataclasses.replace(make_task("count", 17), verifier=f"echo 1; echo '{printed}'" if printed else "true")
+    task = dataclasses.replace(
+        make_task("count", 17), verifier=f"echo 1; echo '{printed}'" if printed else "true"
+    )
     env = TerminalEnv(task, CONFIG)
     env.reset()
     _, reward, terminated, _, info = env.step("done")
@@ -141,7 +196,9 @@ def test_a_verifier_without_a_usable_reward_ends_as_infra_verifier(printed):
 
 def test_a_verifier_that_waits_for_the_agents_files_is_a_failure(monkeypatch):
     monkeypatch.setattr("envs.tasks.terminal.env.VERIFIER_TIMEOUT_S", 0.5)
-    env = TerminalEnv(dataclasses.replace(make_task("count", 17), verifier="cat trap; echo 1"), CONFIG)
+    env = TerminalEnv(
+        dataclasses.replace(make_task("count", 17), verifier="cat trap; echo 1"), CONFIG
+    )
     env.reset()
     env.step(bash("mkfifo trap"))
     _, reward, _, _, info = env.step("done")
@@ -155,14 +212,29 @@ def test_a_sandbox_that_fails_ends_the_episode_as_infra_sandbox(env, monkeypatch
     env.reset()
     monkeypatch.setattr(type(env._sandbox), "execute", broken)
     _, reward, terminated, _, info = env.step(bash("ls"))
-    assert (reward, terminated, info["ending"], info["status"]) == (0.0, True, "infra_sandbox", "infra")
+    assert (reward, terminated, info["ending"], info["status"]) == (
+        0.0,
+        True,
+        "infra_sandbox",
+        "infra",
+    )
     assert "the machine is gone" in info["note"]
 
 
-@pytest.mark.parametrize("command", [
-    "kill -9 -1", "chmod 000 .", "rm -rf /workspace/* /workspace/.[!.]* /workspace", "yes > big", "exec 1>&- 2>&-", "setsid sleep 100 & disown", "(sleep 100 &) ; exit 0",
-    "echo 'exit 7' > /tmp/.bashrc; kill -STOP $$", "mkdir -p a; chmod 000 a; cd a",
-])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "kill -9 -1",
+        "chmod 000 .",
+        "rm -rf /workspace/* /workspace/.[!.]* /workspace",
+        "yes > big",
+        "exec 1>&- 2>&-",
+        "setsid sleep 100 & disown",
+        "(sleep 100 &) ; exit 0",
+        "echo 'exit 7' > /tmp/.bashrc; kill -STOP $$",
+        "mkdir -p a; chmod 000 a; cd a",
+    ],
+)
 def test_no_command_turns_a_failure_into_infrastructure(command):
     """infra_* is masked from the loss: an agent that could cause it could hide its failures."""
     env = TerminalEnv("count/3", CONFIG, command_timeout=1.0)

@@ -10,7 +10,15 @@ import pytest
 from envs.gem import format_tool_call, make
 from envs.rock import SandboxConfig
 from envs.rock.embedded.sandbox import EmbeddedSandbox
-from envs.tasks.terminal import DOMAINS, FAMILIES, FAMILY_TABLE, HELD_OUT_FAMILIES, WIDE_FAMILIES, eval_seed, make_task
+from envs.tasks.terminal import (
+    DOMAINS,
+    FAMILIES,
+    FAMILY_TABLE,
+    HELD_OUT_FAMILIES,
+    WIDE_FAMILIES,
+    eval_seed,
+    make_task,
+)
 from envs.tasks.terminal.env import MissingProgramsError, TerminalEnv
 from envs.tasks.terminal.demonstrator import run_expert
 from envs.tasks.terminal.families.wide.programs import PROGRAMS
@@ -19,7 +27,11 @@ from envs.tasks.terminal.task import Plan
 
 CONFIG = SandboxConfig(isolation="best_available")
 AT_ONCE = 6
-HERE = tuple(name for name in WIDE_FAMILIES if all(shutil.which(program, path="/usr/bin:/bin") for program in FAMILY_TABLE[name].programs))
+HERE = tuple(
+    name
+    for name in WIDE_FAMILIES
+    if all(shutil.which(program, path="/usr/bin:/bin") for program in FAMILY_TABLE[name].programs)
+)
 RUNS_CODE = tuple(name for name in HERE if make_task(name, 0).runs_agent_code)
 
 GUESSES = (
@@ -49,7 +61,12 @@ async def _play(name, seed, *commands):
 
 
 async def _expert(name, seed, error_rate=0.0, config=CONFIG):
-    return await run_expert(make(f"terminal/{name}", sandbox_config=config), random.Random(f"{name}/{seed}"), error_rate, seed=seed)
+    return await run_expert(
+        make(f"terminal/{name}", sandbox_config=config),
+        random.Random(f"{name}/{seed}"),
+        error_rate,
+        seed=seed,
+    )
 
 
 def at_once(coroutines):
@@ -69,7 +86,11 @@ def at_once(coroutines):
 def _episodes(name, count_only=False):
     """Expert, no-op and one cheat: the second, stronger one where a verifier runs programs of the agent's. All cheats play in the slow test."""
     cheat = KILLER if name in RUNS_CODE else GUESSES
-    return range(3) if count_only else [_expert(name, eval_seed(3)), _play(name, 1), _play(name, 2, cheat)]
+    return (
+        range(3)
+        if count_only
+        else [_expert(name, eval_seed(3)), _play(name, 1), _play(name, 2, cheat)]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +117,23 @@ def test_doing_nothing_earns_0(played, name):
 
 
 @pytest.mark.parametrize("name", HERE)
-def test_guessing_replacing_programs_and_killing_the_grader_earn_0_and_are_no_fault_of_the_house(played, name):
+def test_guessing_replacing_programs_and_killing_the_grader_earn_0_and_are_no_fault_of_the_house(
+    played, name
+):
     assert played[name][2] == (0.0, "failure")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_cheat_on_several_seeds_of_each_family():
-    results = at_once([_play(name, seed, cheat) for name in HERE for seed in range(4) for cheat in (GUESSES, KILLER, f"{GUESSES}; {KILLER}")])
+    results = at_once(
+        [
+            _play(name, seed, cheat)
+            for name in HERE
+            for seed in range(4)
+            for cheat in (GUESSES, KILLER, f"{GUESSES}; {KILLER}")
+        ]
+    )
     assert [result for result in results if result != (0.0, "failure")] == []
 
 
@@ -121,22 +151,37 @@ def test_experts_earn_1_in_the_landlock_tier_too():
 def test_25_seeds_of_each_family():
     episodes = at_once([_expert(name, seed) for name in HERE for seed in range(25)])
     assert [episode.task for episode in episodes if episode.reward != 1.0] == []
-    assert [result for result in at_once([_play(name, seed) for name in HERE for seed in range(25)]) if result != (0.0, "failure")] == []
+    assert [
+        result
+        for result in at_once([_play(name, seed) for name in HERE for seed in range(25)])
+        if result != (0.0, "failure")
+    ] == []
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_an_expert_that_errs_still_earns_1():
     episodes = at_once([_expert(name, seed, error_rate=1.0) for name in HERE for seed in range(4)])
-    assert [episode for episode in episodes if episode.reward != 1.0 or "tool_error" not in {turn.status for turn in episode.turns}] == []
+    assert [
+        episode
+        for episode in episodes
+        if episode.reward != 1.0 or "tool_error" not in {turn.status for turn in episode.turns}
+    ] == []
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_odd_files_in_place_of_answers_earn_0_and_no_excuse():
-    odd = ("for f in out.txt out.csv good.csv rows.csv table.csv letter.txt whole.txt current backup.sh package.json {}; do rm -rf -- \"$f\"; mkdir -p \"$(dirname -- \"$f\")\"; {} \"$f\"; done")
-    plays = [_play(name, 0, odd.format(" ".join(f"'./{path}'" for path in make_task(name, 0).files), make_it)) for name in HERE
-             for make_it in ("mkfifo", "ln -s /dev/zero", "mkdir")]
+    odd = 'for f in out.txt out.csv good.csv rows.csv table.csv letter.txt whole.txt current backup.sh package.json {}; do rm -rf -- "$f"; mkdir -p "$(dirname -- "$f")"; {} "$f"; done'
+    plays = [
+        _play(
+            name,
+            0,
+            odd.format(" ".join(f"'./{path}'" for path in make_task(name, 0).files), make_it),
+        )
+        for name in HERE
+        for make_it in ("mkfifo", "ln -s /dev/zero", "mkdir")
+    ]
     assert [result for result in at_once(plays) if result != (0.0, "failure")] == []
 
 
@@ -146,7 +191,10 @@ def test_odd_files_in_place_of_answers_earn_0_and_no_excuse():
 def test_at_least_40_families_in_6_domains_and_every_difficulty_and_all_are_in_the_table():
     assert set(FAMILY_TABLE) == {*FAMILIES, *HELD_OUT_FAMILIES, *WIDE_FAMILIES}
     assert len(WIDE_FAMILIES) >= 40 and not set(WIDE_FAMILIES) & {*FAMILIES, *HELD_OUT_FAMILIES}
-    by_domain = {domain: [name for name in WIDE_FAMILIES if FAMILY_TABLE[name].domain == domain] for domain in DOMAINS}
+    by_domain = {
+        domain: [name for name in WIDE_FAMILIES if FAMILY_TABLE[name].domain == domain]
+        for domain in DOMAINS
+    }
     assert len(by_domain) == 6 and min(map(len, by_domain.values())) >= 6, by_domain
     assert {info.difficulty for info in FAMILY_TABLE.values()} == {1, 2, 3, 4, 5}
 
@@ -157,7 +205,11 @@ def test_the_tiny_models_curriculum_did_not_change():
     for name in (*FAMILIES, *HELD_OUT_FAMILIES):
         for seed in [*range(40), *(eval_seed(index) for index in range(10))]:
             task = make_task(name, seed)
-            digest.update(repr((task.name, task.family, task.seed, task.instruction, task.files, task.verifier)).encode())
+            digest.update(
+                repr(
+                    (task.name, task.family, task.seed, task.instruction, task.files, task.verifier)
+                ).encode()
+            )
             assert not task.setup and not task.programs and not task.runs_agent_code
     assert digest.hexdigest() == "6aae4f93f4064e06ace2d8553a7bf0812a3f66be997325d717a40b32af86c7e2"
     assert (len(FAMILIES), len(HELD_OUT_FAMILIES)) == (22, 4)
@@ -168,7 +220,10 @@ def test_a_task_is_reproducible_and_seeds_differ(name):
     tasks = [make_task(name, seed) for seed in range(60)]
     assert tasks[7] == make_task(name, 7)
     assert len({(task.instruction, task.setup, tuple(task.files.items())) for task in tasks}) >= 55
-    assert all(len(task.instruction) <= 400 and sum(len(text) for text, _ in task.files.values()) <= 16_000 for task in tasks)
+    assert all(
+        len(task.instruction) <= 400 and sum(len(text) for text, _ in task.files.values()) <= 16_000
+        for task in tasks
+    )
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
@@ -184,7 +239,10 @@ def test_every_bug_shows_on_the_hidden_inputs_of_every_seed(program):
     for bug in program.bugs:
         for seed in range(20):
             inputs = program.inputs(random.Random(seed))
-            assert any(output(program.broken(bug), arguments) != program.expected(arguments) for arguments in inputs), (bug, inputs)
+            assert any(
+                output(program.broken(bug), arguments) != program.expected(arguments)
+                for arguments in inputs
+            ), (bug, inputs)
 
 
 def test_a_bug_that_matches_nothing_is_refused():
@@ -199,7 +257,12 @@ def test_a_family_whose_program_is_missing_is_refused_by_name(monkeypatch):
     real = EmbeddedSandbox.execute
 
     async def without_git(self, command, *args, **kwargs):
-        return await real(self, f"command() {{ [ \"$2\" != git ] && builtin command \"$@\"; }}\n{command}", *args, **kwargs)
+        return await real(
+            self,
+            f'command() {{ [ "$2" != git ] && builtin command "$@"; }}\n{command}',
+            *args,
+            **kwargs,
+        )
 
     monkeypatch.setattr(EmbeddedSandbox, "execute", without_git)
 

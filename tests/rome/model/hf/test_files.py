@@ -22,7 +22,9 @@ def params():
 
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 8_000], ids=["one_file", "shards"])
 @pytest.mark.parametrize("calls", [0, 20])
-def test_a_writer_that_dies_leaves_nothing_that_passes_for_a_checkpoint(params, max_shard_bytes, calls, tmp_path, monkeypatch):
+def test_a_writer_that_dies_leaves_nothing_that_passes_for_a_checkpoint(
+    params, max_shard_bytes, calls, tmp_path, monkeypatch
+):
     save_hf(params, SMALL, tmp_path, max_shard_bytes=max_shard_bytes)
     write, left = CheckpointWriter.write, iter(range(calls))
 
@@ -34,7 +36,12 @@ def test_a_writer_that_dies_leaves_nothing_that_passes_for_a_checkpoint(params, 
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointWriter, "write", dies)
         with pytest.raises(OSError, match="the disk is gone"):
-            save_hf(jax.tree.map(lambda w: w + 1, params), SMALL, tmp_path, max_shard_bytes=max_shard_bytes)
+            save_hf(
+                jax.tree.map(lambda w: w + 1, params),
+                SMALL,
+                tmp_path,
+                max_shard_bytes=max_shard_bytes,
+            )
     with pytest.raises(FileNotFoundError, match="neither model.safetensors nor"):
         load_hf(tmp_path)
     save_hf(params, SMALL, tmp_path, max_shard_bytes=max_shard_bytes)
@@ -54,10 +61,14 @@ def test_a_crash_before_the_commit_leaves_no_checkpoint(params, step, tmp_path, 
         load_hf(tmp_path)
 
 
-def test_a_full_disk_is_found_out_before_the_old_checkpoint_is_touched(params, tmp_path, monkeypatch):
+def test_a_full_disk_is_found_out_before_the_old_checkpoint_is_touched(
+    params, tmp_path, monkeypatch
+):
     save_hf(params, SMALL, tmp_path)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    monkeypatch.setattr(hf_files.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=size // 4))
+    monkeypatch.setattr(
+        hf_files.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=size // 4)
+    )
     with pytest.raises(OSError, match="GB free, and the checkpoint takes .* make room") as error:
         save_hf(params, SMALL, tmp_path / "new")
     assert "\n" not in str(error.value)
@@ -68,17 +79,31 @@ def test_a_full_disk_is_found_out_before_the_old_checkpoint_is_touched(params, t
 def broken_header(path, change):
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
-    header = change(json.loads(content[8:8 + length]))
+    header = change(json.loads(content[8 : 8 + length]))
     text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length:])
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda header: header | {"model.norm.weight": header["model.norm.weight"] | {"dtype": "F8_E4M3"}}, "model.norm.weight is F8_E4M3"),
-    (lambda header: header | {"model.norm.weight": header["model.norm.weight"] | {"data_offsets": [0, 8]}}, "not a whole safetensors file"),
-    (lambda header: header | {"model.norm.weight": {}}, "not a whole safetensors file"),
-    (lambda header: [], "not a whole safetensors file"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda header: (
+                header | {"model.norm.weight": header["model.norm.weight"] | {"dtype": "F8_E4M3"}}
+            ),
+            "model.norm.weight is F8_E4M3",
+        ),
+        (
+            lambda header: (
+                header
+                | {"model.norm.weight": header["model.norm.weight"] | {"data_offsets": [0, 8]}}
+            ),
+            "not a whole safetensors file",
+        ),
+        (lambda header: header | {"model.norm.weight": {}}, "not a whole safetensors file"),
+        (lambda header: [], "not a whole safetensors file"),
+    ],
+)
 def test_a_header_that_makes_no_sense_is_one_clear_line(params, change, message, tmp_path):
     save_hf(params, SMALL, tmp_path)
     broken_header(tmp_path / "model.safetensors", change)
@@ -93,7 +118,9 @@ def test_an_index_that_lies_about_its_files_is_found_out(params, tmp_path):
     index = json.loads(path.read_text())
     index["weight_map"]["model.norm.weight"] = index["weight_map"]["model.embed_tokens.weight"]
     path.write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="says that model-00001-of-.* holds model.norm.weight, but it does not"):
+    with pytest.raises(
+        ValueError, match="says that model-00001-of-.* holds model.norm.weight, but it does not"
+    ):
         load_hf(tmp_path)
     path.write_text("{}")
     with pytest.raises(ValueError, match="has no weight_map"):

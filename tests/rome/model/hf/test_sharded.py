@@ -30,8 +30,15 @@ from tests.paths import ROOT
 SMALL = small.CONFIG
 MESHED = dataclasses.replace(SMALL, vocab_size=48)
 MESHED_MIXED = dataclasses.replace(small.MIXED, vocab_size=48)
-MESHES = [{"fsdp": 2, "expert": 2, "tensor": 2}, {"replica": 2, "fsdp": 4}, {"expert": 4, "tensor": 2}]
-ODD_BITS = {"float32": [0x80000000, 1, 0x7f800000, 0x7fc00001, 0x7f800001, 0xffabcdef], "bfloat16": [0x8000, 1, 0x7f80, 0x7fc1, 0x7f81, 0xffab]}  # -0.0, denormal, inf, NaNs
+MESHES = [
+    {"fsdp": 2, "expert": 2, "tensor": 2},
+    {"replica": 2, "fsdp": 4},
+    {"expert": 4, "tensor": 2},
+]
+ODD_BITS = {
+    "float32": [0x80000000, 1, 0x7F800000, 0x7FC00001, 0x7F800001, 0xFFABCDEF],
+    "bfloat16": [0x8000, 1, 0x7F80, 0x7FC1, 0x7F81, 0xFFAB],
+}  # -0.0, denormal, inf, NaNs
 
 
 @pytest.fixture(scope="module")
@@ -39,41 +46,75 @@ def params():
     return small.random_params(SMALL)
 
 
-@pytest.mark.parametrize("config, mesh_shape, dtype", [
-    (MESHED, MESHES[0], "float32"), (MESHED_MIXED, MESHES[0], "bfloat16"), (MESHED, MESHES[1], "bfloat16"), (MESHED, MESHES[2], "float32"),
-], ids=["split_three_ways", "two_kinds_of_layers", "copies", "experts"])
-def test_arrays_on_any_mesh_are_written_and_read_bitwise(config, mesh_shape, dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(hf_files, "BLOCK_BYTES", 128)  # so that parameters are put together on the devices, tensors cut into several blocks
+@pytest.mark.parametrize(
+    "config, mesh_shape, dtype",
+    [
+        (MESHED, MESHES[0], "float32"),
+        (MESHED_MIXED, MESHES[0], "bfloat16"),
+        (MESHED, MESHES[1], "bfloat16"),
+        (MESHED, MESHES[2], "float32"),
+    ],
+    ids=["split_three_ways", "two_kinds_of_layers", "copies", "experts"],
+)
+def test_arrays_on_any_mesh_are_written_and_read_bitwise(
+    config, mesh_shape, dtype, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        hf_files, "BLOCK_BYTES", 128
+    )  # so that parameters are put together on the devices, tensors cut into several blocks
     params = jax.tree.map(lambda w: w.astype(dtype), small.random_params(config))
     for leaf in jax.tree.leaves(params):
         bits = leaf.reshape(-1).view(f"u{leaf.dtype.itemsize}")
-        bits[:6] = ODD_BITS[dtype][:len(bits)]
+        bits[:6] = ODD_BITS[dtype][: len(bits)]
     shardings = param_shardings(make_mesh(mesh_shape, config), config)
     save_hf(params, config, tmp_path / "host", dtype=dtype, max_shard_bytes=8_000)
-    save_hf(jax.device_put(params, shardings), config, tmp_path / "mesh", dtype=dtype, max_shard_bytes=8_000)
+    save_hf(
+        jax.device_put(params, shardings),
+        config,
+        tmp_path / "mesh",
+        dtype=dtype,
+        max_shard_bytes=8_000,
+    )
     for file in (tmp_path / "host").iterdir():
         assert file.read_bytes() == (tmp_path / "mesh" / file.name).read_bytes()
     loaded, _ = load_hf(tmp_path / "mesh", dtype, shardings)
     bits = lambda tree: jax.tree.map(lambda w: np.asarray(w).view(f"u{w.dtype.itemsize}"), tree)
     assert_trees_equal(bits(loaded), bits(params))
-    jax.tree.map(lambda array, sharding: pytest.fail(f"{array.sharding}") if array.sharding != sharding else None, loaded, shardings)
+    jax.tree.map(
+        lambda array, sharding: (
+            pytest.fail(f"{array.sharding}") if array.sharding != sharding else None
+        ),
+        loaded,
+        shardings,
+    )
     for leaf in jax.tree.leaves(loaded):  # every copy, not only the one that NumPy looks at
         for shard in leaf.addressable_shards:
-            np.testing.assert_array_equal(np.asarray(shard.data).view(f"u{leaf.dtype.itemsize}"), np.asarray(leaf)[shard.index].view(f"u{leaf.dtype.itemsize}"))
+            np.testing.assert_array_equal(
+                np.asarray(shard.data).view(f"u{leaf.dtype.itemsize}"),
+                np.asarray(leaf)[shard.index].view(f"u{leaf.dtype.itemsize}"),
+            )
 
 
 def test_widened_and_narrowed_weights_are_the_same_on_devices_as_on_the_host(params, tmp_path):
     shardings = param_shardings(make_mesh({"fsdp": 2}, SMALL), SMALL)
     for stored, wanted in (("float32", "bfloat16"), ("bfloat16", "float32")):
         save_hf(params, SMALL, tmp_path, dtype=stored)
-        assert_trees_equal(jax.device_get(load_hf(tmp_path, wanted, shardings)[0]), load_hf(tmp_path, wanted)[0])
+        assert_trees_equal(
+            jax.device_get(load_hf(tmp_path, wanted, shardings)[0]), load_hf(tmp_path, wanted)[0]
+        )
 
 
 def test_unstacked_layers_on_a_device_are_written_as_the_stack_is(tmp_path):
     params = small.random_params(small.MIXED)
     save_hf(params, small.MIXED, tmp_path / "stacked")
-    save_hf(jax.device_put(unstack_layers(params, small.MIXED), jax.devices()[1]), small.MIXED, tmp_path / "unstacked")
-    assert (tmp_path / "stacked" / "model.safetensors").read_bytes() == (tmp_path / "unstacked" / "model.safetensors").read_bytes()
+    save_hf(
+        jax.device_put(unstack_layers(params, small.MIXED), jax.devices()[1]),
+        small.MIXED,
+        tmp_path / "unstacked",
+    )
+    assert (tmp_path / "stacked" / "model.safetensors").read_bytes() == (
+        tmp_path / "unstacked" / "model.safetensors"
+    ).read_bytes()
     name = "model.layers.2.mlp.down_proj.weight"
     (found,) = named_tensors(unstack_layers(params, small.MIXED), small.MIXED, only=name)
     assert found[0] == name
@@ -82,9 +123,15 @@ def test_unstacked_layers_on_a_device_are_written_as_the_stack_is(tmp_path):
 
 def test_float16_checkpoints_are_read(params, tmp_path):
     save_hf(params, SMALL, tmp_path)
-    half = {name: tensor.astype(np.float16) for name, tensor in safetensors.numpy.load_file(tmp_path / "model.safetensors").items()}
+    half = {
+        name: tensor.astype(np.float16)
+        for name, tensor in safetensors.numpy.load_file(tmp_path / "model.safetensors").items()
+    }
     safetensors.numpy.save_file(half, tmp_path / "model.safetensors")
-    assert_trees_equal(load_hf(tmp_path)[0], jax.tree.map(lambda w: w.astype(np.float16).astype(np.float32), params))
+    assert_trees_equal(
+        load_hf(tmp_path)[0],
+        jax.tree.map(lambda w: w.astype(np.float16).astype(np.float32), params),
+    )
 
 
 def test_shardings_that_do_not_fit_are_refused(params, tmp_path):
@@ -93,7 +140,9 @@ def test_shardings_that_do_not_fit_are_refused(params, tmp_path):
     with pytest.raises(ValueError, match="shardings are not those of this checkpoint"):
         load_hf(tmp_path, shardings=shardings["layers"])
     mesh = shardings["norm"]["scale"].mesh
-    shardings["layers"]["attention"]["q"] = NamedSharding(mesh, PartitionSpec(None, None, None, "tensor"))
+    shardings["layers"]["attention"]["q"] = NamedSharding(
+        mesh, PartitionSpec(None, None, None, "tensor")
+    )
     with pytest.raises(ValueError, match="layers/attention/q .* only the first may be split"):
         load_hf(tmp_path, shardings=shardings)
 
@@ -116,25 +165,39 @@ def reads(monkeypatch):
 
 
 @pytest.mark.parametrize("mesh_shape", [{}, {"replica": 4, "fsdp": 2}], ids=str)
-def test_every_byte_is_read_once_however_many_devices_hold_it(mesh_shape, reads, tmp_path, monkeypatch):
+def test_every_byte_is_read_once_however_many_devices_hold_it(
+    mesh_shape, reads, tmp_path, monkeypatch
+):
     monkeypatch.setattr(hf_files, "BLOCK_BYTES", 256)
     save_hf(small.random_params(MESHED), MESHED, tmp_path, dtype="bfloat16")
     total, told = sum(map(math.prod, expected_tensors(MESHED).values())) * 2, []
-    load_hf(tmp_path, shardings=param_shardings(make_mesh(mesh_shape, MESHED), MESHED), progress=lambda done, total: told.append((done, total)))
+    load_hf(
+        tmp_path,
+        shardings=param_shardings(make_mesh(mesh_shape, MESHED), MESHED),
+        progress=lambda done, total: told.append((done, total)),
+    )
     assert sum(size for *_, size in reads) == total and max(size for *_, size in reads) <= 256
-    assert len({(name, row) for name, start, stop, _ in reads for row in range(start, stop)}) == sum(shape[0] for shape in expected_tensors(MESHED).values())
+    assert len(
+        {(name, row) for name, start, stop, _ in reads for row in range(start, stop)}
+    ) == sum(shape[0] for shape in expected_tensors(MESHED).values())
     assert told == sorted(told) and told[-1] == (total, total) and len(told) == len(reads)
 
 
-def test_a_process_reads_only_the_experts_and_rows_that_its_devices_hold(reads, tmp_path, monkeypatch):
+def test_a_process_reads_only_the_experts_and_rows_that_its_devices_hold(
+    reads, tmp_path, monkeypatch
+):
     """A sharding whose other half belongs to another process: what it asks of the files, until the arrays would be put together."""
     save_hf(small.random_params(MESHED), MESHED, tmp_path)
     mesh = make_mesh({"expert": 2, "tensor": 2}, MESHED)
-    mine = mesh.devices.reshape(-1)[3]  # second half of the experts, second half of heads, hidden units and vocabulary
+    mine = mesh.devices.reshape(-1)[
+        3
+    ]  # second half of the experts, second half of heads, hidden units and vocabulary
 
     def partial(sharding):
         whole = sharding.addressable_devices_indices_map
-        return types.SimpleNamespace(addressable_devices_indices_map=lambda shape: {mine: whole(shape)[mine]})
+        return types.SimpleNamespace(
+            addressable_devices_indices_map=lambda shape: {mine: whole(shape)[mine]}
+        )
 
     class Done(Exception):
         pass
@@ -146,9 +209,17 @@ def test_a_process_reads_only_the_experts_and_rows_that_its_devices_hold(reads, 
     with pytest.raises(Done):
         load_hf(tmp_path, shardings=jax.tree.map(partial, param_shardings(mesh, MESHED)))
     read = {name: (start, stop) for name, start, stop, _ in reads}
-    assert {name for name in read if ".experts." in name} == {name for name in expected_tensors(MESHED) if ".experts.2." in name or ".experts.3." in name}
-    assert read["model.layers.1.mlp.experts.2.up_proj.weight"] == (4, 8) and read["model.layers.1.mlp.experts.2.down_proj.weight"] == (0, 16)
-    assert read["model.layers.0.self_attn.q_proj.weight"] == (8, 16) and read["lm_head.weight"] == (24, 48) and read["model.norm.weight"] == (0, 16)
+    assert {name for name in read if ".experts." in name} == {
+        name for name in expected_tensors(MESHED) if ".experts.2." in name or ".experts.3." in name
+    }
+    assert read["model.layers.1.mlp.experts.2.up_proj.weight"] == (4, 8) and read[
+        "model.layers.1.mlp.experts.2.down_proj.weight"
+    ] == (0, 16)
+    assert (
+        read["model.layers.0.self_attn.q_proj.weight"] == (8, 16)
+        and read["lm_head.weight"] == (24, 48)
+        and read["model.norm.weight"] == (0, 16)
+    )
 
 
 @pytest.mark.slow
@@ -158,9 +229,20 @@ def test_two_processes_read_their_halves_and_write_their_shards(tmp_path):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(ROOT)}
-    started = [subprocess.Popen([sys.executable, "-c", TWO_PROCESSES, str(port), str(number), str(tmp_path)], env=environment, stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT, text=True) for number in range(2)]
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "PYTHONPATH": str(ROOT),
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, str(port), str(number), str(tmp_path)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in range(2)
+    ]
     try:
         said = [process.communicate(timeout=250)[0] for process in started]
     finally:
@@ -169,8 +251,13 @@ def test_two_processes_read_their_halves_and_write_their_shards(tmp_path):
     assert [process.returncode for process in started] == [0, 0], said[0][-3000:] + said[1][-3000:]
     figures = [json.loads(text.splitlines()[-1]) for text in said]
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    assert all(total / 2 <= figure["read"] < 0.6 * total for figure in figures), figures  # norms, and two key heads that four do not divide, are read twice
-    assert all(0 < figure["written"] < total for figure in figures) and sum(figure["written"] for figure in figures) == total
+    assert all(total / 2 <= figure["read"] < 0.6 * total for figure in figures), (
+        figures
+    )  # norms, and two key heads that four do not divide, are read twice
+    assert (
+        all(0 < figure["written"] < total for figure in figures)
+        and sum(figure["written"] for figure in figures) == total
+    )
     for file in (tmp_path / "source").iterdir():
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
 
@@ -197,7 +284,9 @@ save_hf(params, config, directory / "out", max_shard_bytes=8_000, progress=watch
 print(json.dumps(totals))
 """
 
-LARGER = dataclasses.replace(SMALL, hidden_size=128, num_layers=2, num_experts=16, moe_intermediate_size=512, vocab_size=4096)  # 18 million parameters
+LARGER = dataclasses.replace(
+    SMALL, hidden_size=128, num_layers=2, num_experts=16, moe_intermediate_size=512, vocab_size=4096
+)  # 18 million parameters
 
 
 @pytest.fixture(scope="module")
@@ -217,10 +306,14 @@ def traced_peak(run):
 
 
 @pytest.mark.parametrize("mesh_shape", [{}, {"expert": 2}], ids=str)
-def test_host_memory_holds_blocks_and_neither_parameters_nor_shards(mesh_shape, larger, tmp_path, monkeypatch):
+def test_host_memory_holds_blocks_and_neither_parameters_nor_shards(
+    mesh_shape, larger, tmp_path, monkeypatch
+):
     monkeypatch.setattr(hf_files, "BLOCK_BYTES", 2**17)
     shardings = param_shardings(make_mesh(mesh_shape, LARGER), LARGER)
-    bound = 4 * hf_files.THREADS * 2**17 + 2 * 10**6  # blocks as read, as turned and as cut; names and plans
+    bound = (
+        4 * hf_files.THREADS * 2**17 + 2 * 10**6
+    )  # blocks as read, as turned and as cut; names and plans
     assert 4 * math.prod(parameter_shapes(LARGER)["layers"]["moe"]["gate"].shape) > 1.2 * bound
     load_peak, (params, _) = traced_peak(lambda: load_hf(larger, shardings=shardings))
     save_peak, _ = traced_peak(lambda: save_hf(params, LARGER, tmp_path / "out", dtype="bfloat16"))
@@ -251,12 +344,42 @@ print(json.dumps({"size": size, "extra": peak() - before - size}))
 @pytest.mark.parametrize("mesh_shape", [{}, {"fsdp": 2, "expert": 2, "tensor": 2}], ids=str)
 def test_resident_memory_exceeds_the_arrays_by_about_one_shard_and_one_tensor(mesh_shape, tmp_path):
     """On CPU devices the arrays themselves are host memory: what is bounded is what comes on top, the compiler's own share included."""
-    config = dataclasses.replace(SMALL, hidden_size=1024, num_heads=8, num_kv_heads=4, head_dim=128, num_layers=4, num_experts=16, moe_intermediate_size=2048,
-                                 vocab_size=32_000, experts_per_token=2)
-    save_hf(jax.tree.map(lambda leaf: np.zeros(leaf.shape, jnp.bfloat16), parameter_shapes(config)), config, tmp_path / "source", dtype="bfloat16",
-            max_shard_bytes=3 * 10**8)
+    config = dataclasses.replace(
+        SMALL,
+        hidden_size=1024,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=128,
+        num_layers=4,
+        num_experts=16,
+        moe_intermediate_size=2048,
+        vocab_size=32_000,
+        experts_per_token=2,
+    )
+    save_hf(
+        jax.tree.map(lambda leaf: np.zeros(leaf.shape, jnp.bfloat16), parameter_shapes(config)),
+        config,
+        tmp_path / "source",
+        dtype="bfloat16",
+        max_shard_bytes=3 * 10**8,
+    )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", RESIDENT, str(tmp_path / "source"), str(tmp_path / "out"), json.dumps(mesh_shape)], env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            RESIDENT,
+            str(tmp_path / "source"),
+            str(tmp_path / "out"),
+            json.dumps(mesh_shape),
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     figures = json.loads(done.stdout.splitlines()[-1])
-    assert figures["size"] > 9 * 10**8 and figures["extra"] < 3 * 10**8 + 2 * 32_000 * 1024 + 10**8, figures
+    assert (
+        figures["size"] > 9 * 10**8 and figures["extra"] < 3 * 10**8 + 2 * 32_000 * 1024 + 10**8
+    ), figures

@@ -22,7 +22,11 @@ B, T, D, E, F, K = 8, 16, 8, 8, 6, 2
 LOADS = {
     "random": lambda random: np.stack([random.permutation(E)[:K] for _ in range(B * T)]),
     "all_to_one_device": lambda random: np.tile([6, 7], (B * T, 1)),
-    "some_padding": lambda random: np.where(random.rand(B * T, 1) < 0.4, NO_EXPERT, np.stack([random.permutation(E)[:K] for _ in range(B * T)])),
+    "some_padding": lambda random: np.where(
+        random.rand(B * T, 1) < 0.4,
+        NO_EXPERT,
+        np.stack([random.permutation(E)[:K] for _ in range(B * T)]),
+    ),
     "nothing": lambda random: np.full((B * T, K), NO_EXPERT),
 }
 
@@ -36,7 +40,9 @@ def send_rows(rows, into, at_sender, sent, at_receiver, received):
         for j in range(e):
             begin, size, at = (a[jax.lax.axis_index("expert") * e + j] for a in blocks)
             here = (place >= at) & (place < at + size)
-            into = jnp.where(here[:, None], jnp.take(theirs, begin + place - at, axis=0, mode="clip"), into)
+            into = jnp.where(
+                here[:, None], jnp.take(theirs, begin + place - at, axis=0, mode="clip"), into
+            )
             wrong |= (size != received[s * e + j]) | (at < 0) | (at + size > into.shape[0])
     return jnp.where(wrong, jnp.nan, into)
 
@@ -49,7 +55,9 @@ def exchange_on_cpu(monkeypatch):
 def arrays(load, seed=0):
     random = np.random.RandomState(seed)
     shapes = ((B, T, D), (E, D, F), (E, D, F), (E, F, D), (B, T, K))
-    return *(jnp.asarray(0.5 * random.standard_normal(shape), jnp.float32) for shape in shapes), jnp.asarray(LOADS[load](random).reshape(B, T, K), jnp.int32)
+    return *(
+        jnp.asarray(0.5 * random.standard_normal(shape), jnp.float32) for shape in shapes
+    ), jnp.asarray(LOADS[load](random).reshape(B, T, K), jnp.int32)
 
 
 def by_exchange(x, gate, up, down, weights, ids, capacity_factor=0.0):
@@ -65,14 +73,24 @@ def value_and_gradients(form, *floats, ids):
     def objective(*floats):
         out = form(*floats, ids)
         return jnp.sum(jnp.sin(out) * jnp.cos(floats[0])), out
+
     return jax.jit(jax.value_and_grad(objective, argnums=(0, 1, 2, 3, 4), has_aux=True))(*floats)
 
 
-@pytest.mark.parametrize("shape, load, rows, chunk", [  # rows that a device makes room for: of 32 choices on average
-    ({"expert": 8}, "random", 64, 2048), ({"fsdp": 2, "expert": 4}, "random", 24, 2048), ({"fsdp": 2, "expert": 4}, "all_to_one_device", 24, 8),
-    ({"expert": 4, "tensor": 2}, "some_padding", 24, 16), ({"expert": 2, "sequence": 2, "tensor": 2}, "random", 64, 8), ({"expert": 8}, "nothing", 16, 2048),
-])
-def test_exchanged_choices_give_the_numbers_and_gradients_of_the_dense_oracle(shape, load, rows, chunk, monkeypatch):
+@pytest.mark.parametrize(
+    "shape, load, rows, chunk",
+    [  # rows that a device makes room for: of 32 choices on average
+        ({"expert": 8}, "random", 64, 2048),
+        ({"fsdp": 2, "expert": 4}, "random", 24, 2048),
+        ({"fsdp": 2, "expert": 4}, "all_to_one_device", 24, 8),
+        ({"expert": 4, "tensor": 2}, "some_padding", 24, 16),
+        ({"expert": 2, "sequence": 2, "tensor": 2}, "random", 64, 8),
+        ({"expert": 8}, "nothing", 16, 2048),
+    ],
+)
+def test_exchanged_choices_give_the_numbers_and_gradients_of_the_dense_oracle(
+    shape, load, rows, chunk, monkeypatch
+):
     monkeypatch.setattr(expert_exchange, "room", lambda share: rows)
     monkeypatch.setattr(expert_exchange, "CHUNK", chunk)
     *floats, ids = arrays(load)
@@ -86,7 +104,9 @@ def test_a_capacity_drops_what_the_ring_drops_and_the_rest_is_right():
     *floats, ids = arrays("all_to_one_device")
     with jax.set_mesh(make_mesh({"fsdp": 2, "expert": 4})):
         out, ran = jax.jit(functools.partial(by_exchange, capacity_factor=1.5))(*floats, ids)
-        _, ran_on_ring = jax.jit(lambda *inputs: experts_on_mesh(*inputs, "ragged", 1.5, "ring"))(*floats, ids)
+        _, ran_on_ring = jax.jit(lambda *inputs: experts_on_mesh(*inputs, "ragged", 1.5, "ring"))(
+            *floats, ids
+        )
     assert 0 < np.sum(ran == NO_EXPERT) < ran.size
     np.testing.assert_array_equal(ran, ran_on_ring)
     np.testing.assert_allclose(out, oracle(*floats, ran), rtol=1e-4, atol=1e-4)
@@ -99,7 +119,9 @@ def test_in_bfloat16_choices_are_added_up_in_float32():
     with jax.set_mesh(make_mesh({"expert": 8})):
         got = jax.jit(by_exchange)(*low, ids)[0]
     assert got.dtype == jnp.bfloat16
-    np.testing.assert_allclose(got.astype(jnp.float32), exact, rtol=0.03, atol=0.03 * np.abs(exact).max())
+    np.testing.assert_allclose(
+        got.astype(jnp.float32), exact, rtol=0.03, atol=0.03 * np.abs(exact).max()
+    )
 
 
 def test_tokens_go_in_the_fewest_equal_chunks():
@@ -108,7 +130,9 @@ def test_tokens_go_in_the_fewest_equal_chunks():
 
 def test_the_model_hands_the_form_down_to_its_experts(monkeypatch):
     sent = []
-    monkeypatch.setattr(expert_exchange, "send_rows", lambda rows, into, *_: sent.append(rows.shape) or into)
+    monkeypatch.setattr(
+        expert_exchange, "send_rows", lambda rows, into, *_: sent.append(rows.shape) or into
+    )
     tokens_BT, params = jnp.ones((8, 16), jnp.int32), small.random_params(small.CONFIG)
     with jax.set_mesh(make_mesh({"fsdp": 2, "expert": 2})):
         for form in ("ring", "all_to_all"):
@@ -120,15 +144,33 @@ def test_the_model_hands_the_form_down_to_its_experts(monkeypatch):
 def test_tpus_exchange_where_a_group_is_large_and_compact_and_all_others_use_the_ring():
     config = PRESETS["qwen3_30b_a3b"]
     extents = ((), (4,), (8,), (2, 4), (16,), (4, 4), (2, 8), (4, 4, 4))
-    exchanging = [extent for extent in extents if choose_kernels("tpu", config, group=math.prod(extent), extent=extent).exchange == "all_to_all"]
+    exchanging = [
+        extent
+        for extent in extents
+        if choose_kernels("tpu", config, group=math.prod(extent), extent=extent).exchange
+        == "all_to_all"
+    ]
     assert exchanging == [(2, 4), (4, 4), (2, 8), (4, 4, 4)]
-    assert choose_kernels("cpu", config, group=8, extent=(2, 4)).exchange == choose_kernels("gpu", config, group=8, extent=(2, 4)).exchange == "ring"
-    assert choose_kernels("tpu", config, Kernels(experts="dense"), group=64, extent=(4, 4, 4)).exchange == "ring"
+    assert (
+        choose_kernels("cpu", config, group=8, extent=(2, 4)).exchange
+        == choose_kernels("gpu", config, group=8, extent=(2, 4)).exchange
+        == "ring"
+    )
+    assert (
+        choose_kernels("tpu", config, Kernels(experts="dense"), group=64, extent=(4, 4, 4)).exchange
+        == "ring"
+    )
 
 
 def test_an_exchange_that_cannot_be_is_refused_with_the_reason():
     config = PRESETS["qwen3_30b_a3b"]
-    with pytest.raises(ValueError, match="learner.exchange='all_to_all' runs on tpu only, and the mesh's devices are cpu"):
+    with pytest.raises(
+        ValueError,
+        match="learner.exchange='all_to_all' runs on tpu only, and the mesh's devices are cpu",
+    ):
         choose_kernels("cpu", config, Kernels(exchange="all_to_all"))
-    with pytest.raises(ValueError, match="'all_to_all' needs a grouped matmul, and learner.experts='sorted' has none. Set that to one of ragged, megablox"):
+    with pytest.raises(
+        ValueError,
+        match="'all_to_all' needs a grouped matmul, and learner.experts='sorted' has none. Set that to one of ragged, megablox",
+    ):
         choose_kernels("tpu", config, Kernels(experts="sorted", exchange="all_to_all"))

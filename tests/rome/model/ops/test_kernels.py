@@ -22,19 +22,39 @@ B, T, N, K, H = 2, 256, 4, 2, 128
 
 def packed_row(seed=0, rows=B, T=T):
     random = np.random.RandomState(seed)
-    q, k, v = (jnp.asarray(random.standard_normal((rows, T, heads, H)), jnp.float32) for heads in (N, K, K))
-    segments_BT = jnp.asarray(np.stack([np.repeat([1, 2, 3, 0], [T - 156, 90, 50, 16]), np.repeat([1, 0], [T - 6, 6])] * (rows // 2)), jnp.int32)
+    q, k, v = (
+        jnp.asarray(random.standard_normal((rows, T, heads, H)), jnp.float32) for heads in (N, K, K)
+    )
+    segments_BT = jnp.asarray(
+        np.stack(
+            [np.repeat([1, 2, 3, 0], [T - 156, 90, 50, 16]), np.repeat([1, 0], [T - 6, 6])]
+            * (rows // 2)
+        ),
+        jnp.int32,
+    )
     return q, k, v, segments_BT
 
 
 def reference(q, k, v, segments_BT):
     places_BT = jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2])
-    return attention(q, k, v, q_places_BT=places_BT, k_places_BS=places_BT, q_segments_BT=segments_BT, k_segments_BS=segments_BT, ordered=True,
-                     implementation="reference")
+    return attention(
+        q,
+        k,
+        v,
+        q_places_BT=places_BT,
+        k_places_BS=places_BT,
+        q_segments_BT=segments_BT,
+        k_segments_BS=segments_BT,
+        ordered=True,
+        implementation="reference",
+    )
 
 
 def value_and_gradients(form, q, k, v, segments_BT):
-    objective = lambda *qkv: (jnp.sum(form(*qkv, segments_BT) * jnp.sin(qkv[0])), form(*qkv, segments_BT))  # noqa: E731
+    objective = lambda *qkv: (
+        jnp.sum(form(*qkv, segments_BT) * jnp.sin(qkv[0])),
+        form(*qkv, segments_BT),
+    )  # noqa: E731
     return jax.jit(jax.value_and_grad(objective, argnums=(0, 1, 2), has_aux=True))(q, k, v)
 
 
@@ -43,7 +63,11 @@ def interpreted(q, k, v, segments_BT):
 
 
 def assert_same(got, expected):
-    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-3, atol=2e-4), got, expected)
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-3, atol=2e-4),
+        got,
+        expected,
+    )
 
 
 def test_splash_equals_the_reference_over_packed_rows_forward_and_backward():
@@ -53,11 +77,18 @@ def test_splash_equals_the_reference_over_packed_rows_forward_and_backward():
     assert not np.any(got[0][1][0, -16:])  # padding
 
 
-@pytest.mark.parametrize("shape, T, one_backward_kernel", [
-    ({"fsdp": 2, "tensor": 2}, 256, True), ({"sequence": 2, "tensor": 2}, 512, False), ({"fsdp": 2, "sequence": 4}, 1024, True),
-    pytest.param({"sequence": 4, "tensor": 2}, 1024, False, marks=pytest.mark.slow),
-    pytest.param({"fsdp": 2, "sequence": 4}, 512, True, marks=pytest.mark.slow),  # a tile has queries of both halves
-])
+@pytest.mark.parametrize(
+    "shape, T, one_backward_kernel",
+    [
+        ({"fsdp": 2, "tensor": 2}, 256, True),
+        ({"sequence": 2, "tensor": 2}, 512, False),
+        ({"fsdp": 2, "sequence": 4}, 1024, True),
+        pytest.param({"sequence": 4, "tensor": 2}, 1024, False, marks=pytest.mark.slow),
+        pytest.param(
+            {"fsdp": 2, "sequence": 4}, 512, True, marks=pytest.mark.slow
+        ),  # a tile has queries of both halves
+    ],
+)
 def test_splash_on_a_mesh_equals_the_reference(shape, T, one_backward_kernel, monkeypatch):
     monkeypatch.setattr(attention_kernels, "MOST_PARTS", 4 if one_backward_kernel else 0)
     inputs = packed_row(T=T)
@@ -80,7 +111,9 @@ def test_a_long_rows_mask_is_the_causal_one_of_its_places_block_by_block():
     whole_TT = places_T[:, None] >= np.arange(512)[None, :]
     for start in range(0, 512, 64):
         for keys in (slice(0, 64), slice(64, 192), slice(448, 512)):
-            np.testing.assert_array_equal(mask[slice(start, start + 64), keys], whole_TT[start:start + 64, keys])
+            np.testing.assert_array_equal(
+                mask[slice(start, start + 64), keys], whole_TT[start : start + 64, keys]
+            )
 
 
 def test_splash_refuses_rows_that_its_tiles_do_not_divide():
@@ -95,7 +128,9 @@ def test_swapped_halves_stand_where_their_places_say_and_come_home(g):
     there_and_back = lambda x_BT: (swap_late_halves(x_BT), swap_late_halves(swap_late_halves(x_BT)))  # noqa: E731
     by_time = jax.sharding.PartitionSpec(None, "sequence")
     with jax.set_mesh(make_mesh({"sequence": g})):
-        there, back = jax.jit(jax.shard_map(there_and_back, in_specs=by_time, out_specs=by_time))(jnp.arange(T)[None, :])
+        there, back = jax.jit(jax.shard_map(there_and_back, in_specs=by_time, out_specs=by_time))(
+            jnp.arange(T)[None, :]
+        )
     np.testing.assert_array_equal(there[0], query_places(T, g))
     np.testing.assert_array_equal(back[0], np.arange(T))
 
@@ -105,31 +140,56 @@ def test_even_work_is_half_of_the_scores_and_work_in_order_nearly_all_of_them_at
     assert busiest_share(np.arange(4096), 8) == pytest.approx(1 - 1 / 16, abs=1e-3)
 
 
-@pytest.mark.parametrize("shape", [{"fsdp": 4, "tensor": 2}, {"replica": 2, "fsdp": 2, "sequence": 2}])
+@pytest.mark.parametrize(
+    "shape", [{"fsdp": 4, "tensor": 2}, {"replica": 2, "fsdp": 2, "sequence": 2}]
+)
 def test_the_embedding_on_a_mesh_equals_one_device_forward_and_backward(shape):
     table_VD = jax.random.normal(jax.random.key(0), (12, 8))
     tokens_BT = jax.random.randint(jax.random.key(1), (8, 6), 0, 12)
-    step = lambda: jax.jit(jax.value_and_grad(lambda table: (jnp.sum(jnp.sin(embed(table, tokens_BT, "float32"))), embed(table, tokens_BT, "float32")), has_aux=True))(table_VD)  # noqa: E731
+    step = lambda: jax.jit(
+        jax.value_and_grad(
+            lambda table: (
+                jnp.sum(jnp.sin(embed(table, tokens_BT, "float32"))),
+                embed(table, tokens_BT, "float32"),
+            ),
+            has_aux=True,
+        )
+    )(table_VD)  # noqa: E731
     expected = step()
     with jax.set_mesh(make_mesh(shape)):
         got = step()
-    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6), got, expected)
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6),
+        got,
+        expected,
+    )
 
 
 def test_each_platform_gets_its_kernels_and_a_name_wins():
     config = PRESETS["qwen3_30b_a3b"]
     assert choose_kernels("tpu", config) == ("splash", "megablox", "ring")
-    assert choose_kernels("tpu", PRESETS["tiny"]).attention == "blocked"  # its heads are narrower than a TPU's lanes
+    assert (
+        choose_kernels("tpu", PRESETS["tiny"]).attention == "blocked"
+    )  # its heads are narrower than a TPU's lanes
     assert choose_kernels("gpu", config).attention == "cudnn"
-    assert choose_kernels("gpu", dataclasses.replace(config, dtype="float32")).attention == "blocked"
+    assert (
+        choose_kernels("gpu", dataclasses.replace(config, dtype="float32")).attention == "blocked"
+    )
     assert choose_kernels("tpu", config, Kernels(experts="ragged")) == ("splash", "ragged", "ring")
 
 
-@pytest.mark.parametrize("platform, wanted, complaint", [
-    ("cpu", Kernels(attention="splash"), "learner.attention='splash' runs on tpu only.*devices are cpu"),
-    ("tpu", Kernels(experts="tokamax"), "learner.experts='tokamax' runs on gpu only"),
-    ("gpu", Kernels(experts="gshard"), "learner.experts='gshard' is unknown.*megablox"),
-])
+@pytest.mark.parametrize(
+    "platform, wanted, complaint",
+    [
+        (
+            "cpu",
+            Kernels(attention="splash"),
+            "learner.attention='splash' runs on tpu only.*devices are cpu",
+        ),
+        ("tpu", Kernels(experts="tokamax"), "learner.experts='tokamax' runs on gpu only"),
+        ("gpu", Kernels(experts="gshard"), "learner.experts='gshard' is unknown.*megablox"),
+    ],
+)
 def test_a_kernel_that_cannot_run_is_refused_with_the_reason(platform, wanted, complaint):
     with pytest.raises(ValueError, match=complaint):
         choose_kernels(platform, PRESETS["qwen3_30b_a3b"], wanted)

@@ -16,10 +16,25 @@ from rome.model.tokenizer.tokenizer import TINY, Chat, Tokenizer
 from rome.model.tokenizer.train import ADDED, train
 from tests.paths import ROOT
 
-SHARED = pathlib.Path(os.environ.get("SHARED_DATA", ROOT.parent / "shared" / "data")) / "qwen3_tokenizer"
-needs_qwen3 = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no {SHARED}; set SHARED_DATA to the folder that holds qwen3_tokenizer")
-HOSTILE = st.lists(st.one_of(st.sampled_from([*ADDED, "user\n", "\n", "<|", "|>", "im_end"]), st.text(max_size=8)), max_size=10).map("".join)
-TOOL = {"type": "function", "function": {"name": "bash", "description": "Läuft.", "parameters": {"type": "object", "properties": {"command": {"type": "string"}}}}}
+SHARED = (
+    pathlib.Path(os.environ.get("SHARED_DATA", ROOT.parent / "shared" / "data")) / "qwen3_tokenizer"
+)
+needs_qwen3 = pytest.mark.skipif(
+    not SHARED.is_dir(),
+    reason=f"no {SHARED}; set SHARED_DATA to the folder that holds qwen3_tokenizer",
+)
+HOSTILE = st.lists(
+    st.one_of(st.sampled_from([*ADDED, "user\n", "\n", "<|", "|>", "im_end"]), st.text(max_size=8)),
+    max_size=10,
+).map("".join)
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "bash",
+        "description": "Läuft.",
+        "parameters": {"type": "object", "properties": {"command": {"type": "string"}}},
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +77,13 @@ def test_control_tokens_are_one_id_each_where_allowed(tiny):
 def test_each_curriculum_word_is_one_and_the_same_id_wherever_it_stands(tiny):
     for word in WORDS:
         (number,) = tiny.encode(word)
-        for text in (f"grep {word} data.txt", f"{word}.txt", f"sed -i s/{word}/x/ data.txt", f"a\n{word} b", f"echo {word} > out.txt"):
+        for text in (
+            f"grep {word} data.txt",
+            f"{word}.txt",
+            f"sed -i s/{word}/x/ data.txt",
+            f"a\n{word} b",
+            f"echo {word} > out.txt",
+        ):
             assert tiny.encode(text).count(number) == 1, text
 
 
@@ -76,8 +97,21 @@ def test_the_vocabulary_fits_the_tiny_preset(tiny):
 
 def test_a_tool_call_costs_five_ids_more_than_its_command(tiny):
     for command in ("cat note.txt", "grep -c red data.txt", "echo $((3+5)) > out.txt"):
-        assert len(tiny.encode_turn(format_tool_call("bash", {"command": command}))) <= len(tiny.encode(command)) + 4
-    assert 10 <= len(Chat(tiny).turn(format_tool_call("bash", {"command": "mv fox.txt t && mv owl.txt fox.txt && mv t owl.txt"}))) <= 30
+        assert (
+            len(tiny.encode_turn(format_tool_call("bash", {"command": command})))
+            <= len(tiny.encode(command)) + 4
+        )
+    assert (
+        10
+        <= len(
+            Chat(tiny).turn(
+                format_tool_call(
+                    "bash", {"command": "mv fox.txt t && mv owl.txt fox.txt && mv t owl.txt"}
+                )
+            )
+        )
+        <= 30
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES + HELD_OUT_FAMILIES)
@@ -86,7 +120,10 @@ def test_instructions_are_short(tiny, family):
 
 
 def test_an_id_of_the_models_padding_reads_as_a_replacement_character(tiny):
-    assert tiny.decode([*tiny.encode("red fox"), tiny.vocab_size, *tiny.encode("bee")]) == "red fox\N{REPLACEMENT CHARACTER}bee"
+    assert (
+        tiny.decode([*tiny.encode("red fox"), tiny.vocab_size, *tiny.encode("bee")])
+        == "red fox\N{REPLACEMENT CHARACTER}bee"
+    )
 
 
 def test_a_folder_without_tokenizer_is_named(tmp_path):
@@ -97,12 +134,21 @@ def test_a_folder_without_tokenizer_is_named(tmp_path):
 def test_a_saved_tokenizer_is_the_same(tiny, tmp_path):
     tiny.save(tmp_path)
     text = "<tool_call>\nWrite line 3 of data.txt\n<|im_end|>"
-    assert Tokenizer.load(tmp_path).encode(text, allow_special=True) == tiny.encode(text, allow_special=True)
+    assert Tokenizer.load(tmp_path).encode(text, allow_special=True) == tiny.encode(
+        text, allow_special=True
+    )
 
 
 def test_training_is_deterministic_and_keeps_its_limit():
-    turn = {"text": format_tool_call("bash", {"command": "cat note.txt"}), "observation": "red fox", "status": "ok"}
-    episodes = [{"family": "x", "instruction": make_task("find", seed).instruction, "turns": [turn]} for seed in range(30)]
+    turn = {
+        "text": format_tool_call("bash", {"command": "cat note.txt"}),
+        "observation": "red fox",
+        "status": "ok",
+    }
+    episodes = [
+        {"family": "x", "instruction": make_task("find", seed).instruction, "turns": [turn]}
+        for seed in range(30)
+    ]
     one, two = train(episodes, vocab_size=300), train(episodes, vocab_size=300)
     assert one.vocab_size == 300
     assert one.encode(episodes[0]["instruction"]) == two.encode(episodes[0]["instruction"])
@@ -112,7 +158,10 @@ def test_training_is_deterministic_and_keeps_its_limit():
 
 
 def test_a_chat_without_tools_starts_with_the_user(tiny):
-    assert tiny.decode(Chat(tiny).open("Hi")) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        tiny.decode(Chat(tiny).open("Hi"))
+        == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 @given(user=HOSTILE, result=HOSTILE)
@@ -122,7 +171,9 @@ def test_no_text_can_open_or_close_a_turn(tiny, user, result):
     assert (ids.count(tiny.im_start), ids.count(tiny.im_end)) == (3, 2)
     ids = chat.observe([result, result])
     assert (ids.count(tiny.im_start), ids.count(tiny.im_end)) == (2, 1)
-    assert ids.count(tiny.id_of("<tool_response>")) == ids.count(tiny.id_of("</tool_response>")) == 2
+    assert (
+        ids.count(tiny.id_of("<tool_response>")) == ids.count(tiny.id_of("</tool_response>")) == 2
+    )
 
 
 @needs_qwen3
@@ -130,18 +181,36 @@ def test_appended_chats_equal_the_rendered_template(qwen3):
     """Qwen3's own template and one encoding of the whole text, against turns appended one by one."""
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
-    template = environment.from_string(json.loads((SHARED / "tokenizer_config.json").read_text())["chat_template"])
+    template = environment.from_string(
+        json.loads((SHARED / "tokenizer_config.json").read_text())["chat_template"]
+    )
     call = format_tool_call("bash", {"command": "echo 'ä' \"b\" && ls"})
-    for tools, system in ((None, None), (None, "Be brief."), ([TOOL], None), ([TOOL, TOOL], "Be brief.\n")):
+    for tools, system in (
+        (None, None),
+        (None, "Be brief."),
+        ([TOOL], None),
+        ([TOOL, TOOL], "Be brief.\n"),
+    ):
         messages = ([{"role": "system", "content": system}] if system is not None else []) + [
             {"role": "user", "content": "\n Look  here.\n\n"},
             {"role": "assistant", "content": "Well.\n" + call},
-            {"role": "tool", "content": "\nä\n"}, {"role": "tool", "content": "b"},
-            {"role": "assistant", "content": "", "tool_calls": [{"name": "bash", "arguments": {"command": "echo 'ä' \"b\" && ls"}}]},
+            {"role": "tool", "content": "\nä\n"},
+            {"role": "tool", "content": "b"},
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"name": "bash", "arguments": {"command": "echo 'ä' \"b\" && ls"}}],
+            },
             {"role": "tool", "content": ""},
         ]
         chat = Chat(qwen3, tools, system)
-        ids = chat.open("\n Look  here.\n\n") + chat.turn("Well.\n" + call) + chat.observe(["\nä\n", "b"]) + chat.turn(call) + chat.observe([""])
+        ids = (
+            chat.open("\n Look  here.\n\n")
+            + chat.turn("Well.\n" + call)
+            + chat.observe(["\nä\n", "b"])
+            + chat.turn(call)
+            + chat.observe([""])
+        )
         rendered = template.render(messages=messages, tools=tools, add_generation_prompt=True)
         assert qwen3.decode(ids) == rendered
         assert ids == qwen3.encode(rendered, allow_special=True)
@@ -153,8 +222,20 @@ def test_appended_chats_equal_the_rendered_template(qwen3):
 @needs_qwen3
 def test_qwen3_ids_are_the_published_ones(qwen3):
     assert qwen3.encode("Hello world\n") == [9707, 1879, 198]
-    assert qwen3.encode("<|im_start|>user\nHi<|im_end|>", allow_special=True) == [151644, 872, 198, 13048, 151645]
-    assert (qwen3.vocab_size, qwen3.im_start, qwen3.im_end, qwen3.eos, qwen3.pad) == (151669, 151644, 151645, 151645, 151643)
+    assert qwen3.encode("<|im_start|>user\nHi<|im_end|>", allow_special=True) == [
+        151644,
+        872,
+        198,
+        13048,
+        151645,
+    ]
+    assert (qwen3.vocab_size, qwen3.im_start, qwen3.im_end, qwen3.eos, qwen3.pad) == (
+        151669,
+        151644,
+        151645,
+        151645,
+        151643,
+    )
 
 
 @needs_qwen3
@@ -162,11 +243,19 @@ def test_a_real_tool_prompt_is_reproduced_by_appending(qwen3):
     expected = json.loads((SHARED / "tool_prompt_457_ids.json").read_text())["template_token_ids"]
     text = qwen3.decode(expected)
     assert len(expected) == 457
-    between = lambda opening, closing, start=0: text[text.index(opening, start) + len(opening):text.index(closing, text.index(opening, start) + len(opening))]
+    between = lambda opening, closing, start=0: text[
+        text.index(opening, start) + len(opening) : text.index(
+            closing, text.index(opening, start) + len(opening)
+        )
+    ]
     tools = [json.loads(line) for line in between("<tools>\n", "\n</tools>").splitlines()]
     chat = Chat(qwen3, tools)
     spoken = between("<|im_start|>assistant\n", "<|im_end|>")
-    ids = chat.open(between("<|im_start|>user\n", "<|im_end|>")) + chat.turn(spoken) + chat.observe([between("<tool_response>\n", "\n</tool_response>")])
+    ids = (
+        chat.open(between("<|im_start|>user\n", "<|im_end|>"))
+        + chat.turn(spoken)
+        + chat.observe([between("<tool_response>\n", "\n</tool_response>")])
+    )
     assert ids == expected
 
 
@@ -176,8 +265,12 @@ def test_appending_keeps_sampled_ids_that_encoding_would_change(qwen3):
     sampled = json.loads((SHARED / "merged_tokens_drift.json").read_text())["seen_token_ids"]
     assert qwen3.encode(qwen3.decode(sampled), allow_special=True) != sampled
     history = sampled + Chat(qwen3).observe(["7"])
-    assert history[:len(sampled)] == sampled
-    assert qwen3.decode(history) == qwen3.decode(sampled) + "\n<|im_start|>user\n<tool_response>\n7\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    assert history[: len(sampled)] == sampled
+    assert (
+        qwen3.decode(history)
+        == qwen3.decode(sampled)
+        + "\n<|im_start|>user\n<tool_response>\n7\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 @needs_qwen3
@@ -190,6 +283,8 @@ def test_untrusted_text_never_gives_a_control_id_of_qwen3(qwen3, text):
 def test_a_damaged_ranks_file_is_refused(tmp_path):
     ranks = (SHARED / "qwen.tiktoken").read_bytes().splitlines()[:2000]
     (tmp_path / "qwen.tiktoken").write_bytes(b"\n".join(ranks))
-    (tmp_path / "tokenizer_config.json").write_bytes((SHARED / "tokenizer_config.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_bytes(
+        (SHARED / "tokenizer_config.json").read_bytes()
+    )
     with pytest.raises(ValueError, match="does not belong"):
         Tokenizer.load(tmp_path)

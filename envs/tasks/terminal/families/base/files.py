@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from envs.tasks.terminal.task import Draw, Expert, Plan, family, folder, gone, holds, lines, mode, unchanged
+from envs.tasks.terminal.task import (
+    Draw,
+    Expert,
+    Plan,
+    family,
+    folder,
+    gone,
+    holds,
+    lines,
+    mode,
+    unchanged,
+)
 
 
 def _folder_of_words(draw: Draw, files: int = 4, rows: int = 2) -> dict[str, str]:
@@ -19,7 +30,10 @@ def find(draw: Draw) -> Plan:
         found = yield f"grep -l {word} *.txt"
         yield f"echo {found} > out.txt"
 
-    instruction = draw.choose(f"Which file has the word {word}? Write its name to out.txt.", f"Write the name of the file with {word} to out.txt.")
+    instruction = draw.choose(
+        f"Which file has the word {word}? Write its name to out.txt.",
+        f"Write the name of the file with {word} to out.txt.",
+    )
     return Plan(instruction, files, [holds("out.txt", name)], expert)
 
 
@@ -46,8 +60,15 @@ def delete_named(draw: Draw) -> Plan:
         named = yield "cat note.txt"
         yield f"rm {named}"
 
-    instruction = draw.choose("Delete the file named in note.txt.", "Remove the file named in note.txt.")
-    return Plan(instruction, {**files, "note.txt": lines(name)}, [gone(name), *unchanged(files, name)], expert)
+    instruction = draw.choose(
+        "Delete the file named in note.txt.", "Remove the file named in note.txt."
+    )
+    return Plan(
+        instruction,
+        {**files, "note.txt": lines(name)},
+        [gone(name), *unchanged(files, name)],
+        expert,
+    )
 
 
 @family("delete_empty")
@@ -73,8 +94,16 @@ def move(draw: Draw) -> Plan:
         named = yield "cat note.txt"
         yield f"mkdir {named} && mv *.log {named}"
 
-    checks = [folder(target), *(holds(f"{target}/{name}", text) for name, text in logs.items()), *map(gone, logs), *unchanged(others)]
-    instruction = draw.choose("Make the folder named in note.txt and move the log files into it.", "Move the log files into a new folder. Its name is in note.txt.")
+    checks = [
+        folder(target),
+        *(holds(f"{target}/{name}", text) for name, text in logs.items()),
+        *map(gone, logs),
+        *unchanged(others),
+    ]
+    instruction = draw.choose(
+        "Make the folder named in note.txt and move the log files into it.",
+        "Move the log files into a new folder. Its name is in note.txt.",
+    )
     return Plan(instruction, {**logs, **others, "note.txt": lines(target)}, checks, expert)
 
 
@@ -82,11 +111,18 @@ def move(draw: Draw) -> Plan:
 def chmod(draw: Draw) -> Plan:
     files = {name: lines(f"echo {draw.word()}") for name in draw.names(3, ".sh")}
     name = draw.choose(*files)
-    change, pattern, meaning = draw.rng.choice([("+x", "-rwx*", "executable"), ("-w", "-r--*", "read only")])
+    change, pattern, meaning = draw.rng.choice(
+        [("+x", "-rwx*", "executable"), ("-w", "-r--*", "read only")]
+    )
 
     def expert() -> Expert:
         named = yield "cat note.txt"
         yield f"chmod {change} {named}"
 
     checks = [mode(path, pattern if path == name else "-rw-*") for path in files]
-    return Plan(f"Make the script named in note.txt {meaning}.", {**files, "note.txt": lines(name)}, [*checks, *unchanged(files)], expert)
+    return Plan(
+        f"Make the script named in note.txt {meaning}.",
+        {**files, "note.txt": lines(name)},
+        [*checks, *unchanged(files)],
+        expert,
+    )

@@ -12,7 +12,12 @@ def obey(draw: Draw) -> Plan:
     note, command, checks, changed = {
         "write": (f"write {word} to {new}", f"echo {word} > {new}", [holds(new, word)], ()),
         "delete": (f"delete {name}", f"rm {name}", [gone(name)], (name,)),
-        "rename": (f"rename {name} to {new}", f"mv {name} {new}", [gone(name), holds(new, files[name])], (name,)),
+        "rename": (
+            f"rename {name} to {new}",
+            f"mv {name} {new}",
+            [gone(name), holds(new, files[name])],
+            (name,),
+        ),
         "copy": (f"copy {name} to {new}", f"cp {name} {new}", [holds(new, files[name])], ()),
     }[draw.choose("write", "delete", "rename", "copy")]
 
@@ -21,7 +26,12 @@ def obey(draw: Draw) -> Plan:
         yield command
 
     instruction = draw.choose("Do what note.txt says.", "Read note.txt and do what it says.")
-    return Plan(instruction, {**files, "note.txt": lines(note)}, [*checks, *unchanged(files, *changed)], expert)
+    return Plan(
+        instruction,
+        {**files, "note.txt": lines(note)},
+        [*checks, *unchanged(files, *changed)],
+        expert,
+    )
 
 
 @family("chain")

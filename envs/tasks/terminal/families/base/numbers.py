@@ -20,8 +20,13 @@ def extreme(draw: Draw) -> Plan:
         ordered = yield f"sort {'-nr' if which == 'largest' else '-n'} {source}"
         yield f"echo {ordered.split()[0]} > out.txt"
 
-    instruction = draw.choose(f"Write the {which} number in {source} to out.txt.", f"Which number in {source} is the {which}? Write it to out.txt.")
-    return Plan(instruction, {source: lines(*map(str, numbers))}, [holds("out.txt", str(answer))], expert)
+    instruction = draw.choose(
+        f"Write the {which} number in {source} to out.txt.",
+        f"Which number in {source} is the {which}? Write it to out.txt.",
+    )
+    return Plan(
+        instruction, {source: lines(*map(str, numbers))}, [holds("out.txt", str(answer))], expert
+    )
 
 
 @family("sum")
@@ -32,8 +37,16 @@ def add(draw: Draw) -> Plan:
         first, second = (yield f"cat {one} {two}").split()[:2]
         yield f"echo $(({first}+{second})) > out.txt"
 
-    instruction = draw.choose(f"Add the numbers in {one} and {two}. Write the sum to out.txt.", f"Write the sum of the numbers in {one} and {two} to out.txt.")
-    return Plan(instruction, {one: lines(str(a)), two: lines(str(b))}, [holds("out.txt", str(a + b))], expert)
+    instruction = draw.choose(
+        f"Add the numbers in {one} and {two}. Write the sum to out.txt.",
+        f"Write the sum of the numbers in {one} and {two} to out.txt.",
+    )
+    return Plan(
+        instruction,
+        {one: lines(str(a)), two: lines(str(b))},
+        [holds("out.txt", str(a + b))],
+        expert,
+    )
 
 
 @family("largest_file")
@@ -46,5 +59,8 @@ def largest_file(draw: Draw) -> Plan:
         found = yield f"grep -l {ordered.split()[0]} *.txt"
         yield f"echo {found} > out.txt"
 
-    instruction = draw.choose("Which file has the largest number? Write its name to out.txt.", "Write the name of the file with the largest number to out.txt.")
+    instruction = draw.choose(
+        "Which file has the largest number? Write its name to out.txt.",
+        "Write the name of the file with the largest number to out.txt.",
+    )
     return Plan(instruction, files, [holds("out.txt", answer)], expert)

@@ -24,8 +24,16 @@ def typo(draw: Draw) -> Plan:
         yield f"sed -i s/{wrong}/{right}/ run.sh && bash run.sh"
 
     files = {source: lines(*rows), "run.sh": lines(broken)}
-    instruction = draw.choose("run.sh has a typo. Fix it and run it.", "There is a typo in run.sh. Fix the script and run it.")
-    return Plan(instruction, files, [holds("run.sh", command), holds("out.txt", lines(*output)), *unchanged(files, "run.sh")], expert)
+    instruction = draw.choose(
+        "run.sh has a typo. Fix it and run it.",
+        "There is a typo in run.sh. Fix the script and run it.",
+    )
+    return Plan(
+        instruction,
+        files,
+        [holds("run.sh", command), holds("out.txt", lines(*output)), *unchanged(files, "run.sh")],
+        expert,
+    )
 
 
 @family("path")
@@ -40,8 +48,14 @@ def path(draw: Draw) -> Plan:
         found = next(name for name in listed if name.endswith(".txt")).removesuffix(".txt")
         yield f"sed -i s/{named}/{found}/ run.sh && bash run.sh"
 
-    checks = [holds("run.sh", command.format(real)), holds("out.txt", lines(*sorted(rows))), *unchanged(files, "run.sh")]
-    return Plan("run.sh reads a missing file. Fix the name in it and run it.", files, checks, expert)
+    checks = [
+        holds("run.sh", command.format(real)),
+        holds("out.txt", lines(*sorted(rows))),
+        *unchanged(files, "run.sh"),
+    ]
+    return Plan(
+        "run.sh reads a missing file. Fix the name in it and run it.", files, checks, expert
+    )
 
 
 @family("config")
@@ -56,5 +70,12 @@ def config(draw: Draw) -> Plan:
         setting = yield f"grep {key} app.conf"
         yield f"sed -i s/{setting}/{key}={new}/ app.conf"
 
-    instruction = draw.choose(f"Set {key} in app.conf to {new}.", f"Change {key} in app.conf to {new}.")
-    return Plan(instruction, {"app.conf": text}, [holds("app.conf", text.replace(f"{key}={old}", f"{key}={new}"))], expert)
+    instruction = draw.choose(
+        f"Set {key} in app.conf to {new}.", f"Change {key} in app.conf to {new}."
+    )
+    return Plan(
+        instruction,
+        {"app.conf": text},
+        [holds("app.conf", text.replace(f"{key}={old}", f"{key}={new}"))],
+        expert,
+    )

@@ -7,7 +7,10 @@ from envs.tasks.terminal.task import Draw, Expert, Plan, family, holds, lines, u
 
 def _rows_with(draw: Draw, word: str, hits: int, others: int) -> list[str]:
     """Lines of two words, `hits` of them beginning with the word."""
-    return draw.shuffled([f"{word} {draw.word()}" for _ in range(hits)] + [f"{draw.word()} {draw.word()}" for _ in range(others)])
+    return draw.shuffled(
+        [f"{word} {draw.word()}" for _ in range(hits)]
+        + [f"{draw.word()} {draw.word()}" for _ in range(others)]
+    )
 
 
 @family("line")
@@ -19,7 +22,10 @@ def line(draw: Draw) -> Plan:
         row = yield f"sed -n {number}p {source}"
         yield f"echo {row} > out.txt"
 
-    instruction = draw.choose(f"Write line {number} of {source} to out.txt.", f"Copy line {number} of {source} to out.txt.")
+    instruction = draw.choose(
+        f"Write line {number} of {source} to out.txt.",
+        f"Copy line {number} of {source} to out.txt.",
+    )
     return Plan(instruction, {source: lines(*rows)}, [holds("out.txt", rows[number - 1])], expert)
 
 
@@ -32,7 +38,10 @@ def count(draw: Draw) -> Plan:
         found = yield f"grep -c {word} {source}"
         yield f"echo {found} > out.txt"
 
-    instruction = draw.choose(f"How many lines of {source} have {word}? Write the number to out.txt.", f"Count the lines of {source} with {word}. Write the number to out.txt.")
+    instruction = draw.choose(
+        f"How many lines of {source} have {word}? Write the number to out.txt.",
+        f"Count the lines of {source} with {word}. Write the number to out.txt.",
+    )
     return Plan(instruction, {source: lines(*rows)}, [holds("out.txt", str(hits))], expert)
 
 
@@ -45,8 +54,16 @@ def filter_lines(draw: Draw) -> Plan:
         yield f"grep {word} {source}"
         yield f"grep {word} {source} > out.txt"
 
-    instruction = draw.choose(f"Put the lines of {source} with {word} into out.txt.", f"Copy the lines of {source} that have {word} to out.txt.")
-    return Plan(instruction, {source: lines(*rows)}, [holds("out.txt", lines(*(row for row in rows if word in row)))], expert)
+    instruction = draw.choose(
+        f"Put the lines of {source} with {word} into out.txt.",
+        f"Copy the lines of {source} that have {word} to out.txt.",
+    )
+    return Plan(
+        instruction,
+        {source: lines(*rows)},
+        [holds("out.txt", lines(*(row for row in rows if word in row)))],
+        expert,
+    )
 
 
 @family("replace")
@@ -58,8 +75,16 @@ def replace(draw: Draw) -> Plan:
         word = yield "cat note.txt"
         yield f"sed -i s/{old}/{word}/ {source}"
 
-    instruction = draw.choose(f"Replace {old} in {source} by the word in note.txt.", f"Change {old} in {source} to the word in note.txt.")
-    return Plan(instruction, {source: text, "note.txt": lines(new)}, [holds(source, text.replace(old, new))], expert)
+    instruction = draw.choose(
+        f"Replace {old} in {source} by the word in note.txt.",
+        f"Change {old} in {source} to the word in note.txt.",
+    )
+    return Plan(
+        instruction,
+        {source: text, "note.txt": lines(new)},
+        [holds(source, text.replace(old, new))],
+        expert,
+    )
 
 
 @family("append")
@@ -72,7 +97,12 @@ def append(draw: Draw) -> Plan:
         yield f"echo {found} >> {target}"
 
     files = {source: lines(word), target: text}
-    return Plan(f"Append the word in {source} to {target}.", files, [holds(target, text + word), *unchanged(files, target)], expert)
+    return Plan(
+        f"Append the word in {source} to {target}.",
+        files,
+        [holds(target, text + word), *unchanged(files, target)],
+        expert,
+    )
 
 
 @family("combine")
@@ -84,8 +114,16 @@ def combine(draw: Draw) -> Plan:
         names = (yield "cat list.txt").split()
         yield f"cat {' '.join(names)} > out.txt"
 
-    instruction = draw.choose("Join the files named in list.txt, in that order, into out.txt.", "Write the files named in list.txt one after another to out.txt.")
-    return Plan(instruction, {**files, "list.txt": lines(*chosen)}, [holds("out.txt", "".join(files[name] for name in chosen))], expert)
+    instruction = draw.choose(
+        "Join the files named in list.txt, in that order, into out.txt.",
+        "Write the files named in list.txt one after another to out.txt.",
+    )
+    return Plan(
+        instruction,
+        {**files, "list.txt": lines(*chosen)},
+        [holds("out.txt", "".join(files[name] for name in chosen))],
+        expert,
+    )
 
 
 @family("drop")
@@ -97,8 +135,16 @@ def drop(draw: Draw) -> Plan:
         named = yield "cat note.txt"
         yield f"sed -i /{named}/d {source}"
 
-    instruction = draw.choose(f"Delete the lines of {source} that have the word in note.txt.", f"Remove from {source} the lines with the word in note.txt.")
-    return Plan(instruction, {source: lines(*rows), "note.txt": lines(word)}, [holds(source, lines(*(row for row in rows if word not in row)))], expert)
+    instruction = draw.choose(
+        f"Delete the lines of {source} that have the word in note.txt.",
+        f"Remove from {source} the lines with the word in note.txt.",
+    )
+    return Plan(
+        instruction,
+        {source: lines(*rows), "note.txt": lines(word)},
+        [holds(source, lines(*(row for row in rows if word not in row)))],
+        expert,
+    )
 
 
 @family("lookup")
@@ -110,5 +156,8 @@ def lookup(draw: Draw) -> Plan:
         row = yield f"grep {key} {source}"
         yield f"echo {row.split()[-1]} > out.txt"
 
-    instruction = draw.choose(f"Which word comes after {key} in {source}? Write it to out.txt.", f"Write the word after {key} in {source} to out.txt.")
+    instruction = draw.choose(
+        f"Which word comes after {key} in {source}? Write it to out.txt.",
+        f"Write the word after {key} in {source} to out.txt.",
+    )
     return Plan(instruction, {source: lines(*rows)}, [holds("out.txt", value)], expert)

@@ -15,7 +15,12 @@ def find_delete(draw: Draw) -> Plan:
         found = yield f"grep -l {word} *.txt"
         yield f"rm {found}"
 
-    return Plan(f"Delete the file with the word {word}.", files, [gone(name), *unchanged(files, name)], expert)
+    return Plan(
+        f"Delete the file with the word {word}.",
+        files,
+        [gone(name), *unchanged(files, name)],
+        expert,
+    )
 
 
 @family("find_append", held_out=True)
@@ -28,31 +33,54 @@ def find_append(draw: Draw) -> Plan:
         found = yield f"grep -l {word} *.txt"
         yield f"echo {new} >> {found}"
 
-    return Plan(f"Append {new} to the file with the word {word}.", files, [holds(name, files[name] + new), *unchanged(files, name)], expert)
+    return Plan(
+        f"Append {new} to the file with the word {word}.",
+        files,
+        [holds(name, files[name] + new), *unchanged(files, name)],
+        expert,
+    )
 
 
 @family("note_count", held_out=True)
 def note_count(draw: Draw) -> Plan:
     source, word, hits = draw.input(), draw.word(), draw.number(2, 7)
-    rows = draw.shuffled([f"{word} {draw.word()}" for _ in range(hits)] + [f"{draw.word()} {draw.word()}" for _ in range(2)])
+    rows = draw.shuffled(
+        [f"{word} {draw.word()}" for _ in range(hits)]
+        + [f"{draw.word()} {draw.word()}" for _ in range(2)]
+    )
 
     def expert() -> Expert:
         named = yield "cat note.txt"
         found = yield f"grep -c {named} {source}"
         yield f"echo {found} > out.txt"
 
-    instruction = f"How many lines of {source} have the word in note.txt? Write the number to out.txt."
-    return Plan(instruction, {source: lines(*rows), "note.txt": lines(word)}, [holds("out.txt", str(hits))], expert)
+    instruction = (
+        f"How many lines of {source} have the word in note.txt? Write the number to out.txt."
+    )
+    return Plan(
+        instruction,
+        {source: lines(*rows), "note.txt": lines(word)},
+        [holds("out.txt", str(hits))],
+        expert,
+    )
 
 
 @family("note_filter", held_out=True)
 def note_filter(draw: Draw) -> Plan:
     source, word = draw.input(), draw.word()
-    rows = draw.shuffled([f"{word} {draw.word()}" for _ in range(2)] + [f"{draw.word()} {draw.word()}" for _ in range(3)])
+    rows = draw.shuffled(
+        [f"{word} {draw.word()}" for _ in range(2)]
+        + [f"{draw.word()} {draw.word()}" for _ in range(3)]
+    )
 
     def expert() -> Expert:
         named = yield "cat note.txt"
         yield f"grep {named} {source} > out.txt"
 
     instruction = f"Put the lines of {source} that have the word in note.txt into out.txt."
-    return Plan(instruction, {source: lines(*rows), "note.txt": lines(word)}, [holds("out.txt", lines(*(row for row in rows if word in row)))], expert)
+    return Plan(
+        instruction,
+        {source: lines(*rows), "note.txt": lines(word)},
+        [holds("out.txt", lines(*(row for row in rows if word in row)))],
+        expert,
+    )

@@ -29,8 +29,12 @@ def crash(draw: Draw) -> Plan:
         yield f"cat {module}.py"
         yield write_file(f"{module}.py", program.source)
 
-    return Plan(f"{module}.py cannot be imported. Mend it. Its function {program.signature} shall {program.spec}.", {f"{module}.py": broken},
-                [checks.python_prints(expected, code)], expert)
+    return Plan(
+        f"{module}.py cannot be imported. Mend it. Its function {program.signature} shall {program.spec}.",
+        {f"{module}.py": broken},
+        [checks.python_prints(expected, code)],
+        expert,
+    )
 
 
 @wide_family("wrong_result", "debugging", 3, "python3", runs_agent_code=True)
@@ -43,17 +47,34 @@ def wrong_result(draw: Draw) -> Plan:
         yield f"cat {module}.py"
         yield write_file(f"{module}.py", program.source)
 
-    return Plan(f"{program.signature} in {module}.py has a bug. It shall {program.spec}. Mend it.", {f"{module}.py": program.broken(bug)},
-                [checks.python_prints(expected, code)], expert)
+    return Plan(
+        f"{program.signature} in {module}.py has a bug. It shall {program.spec}. Mend it.",
+        {f"{module}.py": program.broken(bug)},
+        [checks.python_prints(expected, code)],
+        expert,
+    )
 
 
 @wide_family("shell_quotes", "debugging", 3, runs_agent_code=True)
 def shell_quotes(draw: Draw) -> Plan:
-    folder, one, plain = f"{draw.word()} {draw.word()}", f"{draw.word()} {draw.word()}.txt", draw.names(1)[0]
-    files = {f"{folder}/{one}": lines(*draw.words(draw.number(2, 4))), f"{folder}/{plain}": lines(*draw.words(2))}
-    broken, mended = ("for file in {}; do\n    printf '%s %s\\n' \"$(basename {})\" $(wc -l < {})\ndone\n".format(*names)
-                      for names in (("$(ls $1/*)", "$file", "$file"), ('"$1"/*', '"$file"', '"$file"')))
-    answer = lines(*(f"{name} {files[f'{folder}/{name}'].count(chr(10))}" for name in sorted((one, plain))))
+    folder, one, plain = (
+        f"{draw.word()} {draw.word()}",
+        f"{draw.word()} {draw.word()}.txt",
+        draw.names(1)[0],
+    )
+    files = {
+        f"{folder}/{one}": lines(*draw.words(draw.number(2, 4))),
+        f"{folder}/{plain}": lines(*draw.words(2)),
+    }
+    broken, mended = (
+        "for file in {}; do\n    printf '%s %s\\n' \"$(basename {})\" $(wc -l < {})\ndone\n".format(
+            *names
+        )
+        for names in (("$(ls $1/*)", "$file", "$file"), ('"$1"/*', '"$file"', '"$file"'))
+    )
+    answer = lines(
+        *(f"{name} {files[f'{folder}/{name}'].count(chr(10))}" for name in sorted((one, plain)))
+    )
 
     def expert() -> Expert:
         yield f"cat count.sh; ls '{folder}'"
@@ -61,7 +82,12 @@ def shell_quotes(draw: Draw) -> Plan:
         yield f"bash count.sh '{folder}'"
 
     instruction = "count.sh prints the name of each file in the folder that it is given, and how many lines it has. It fails where names have spaces. Mend it."
-    return Plan(instruction, {"count.sh": broken, **files}, [*unchanged(files), checks.prints(answer, "/bin/bash", "count.sh", folder)], expert)
+    return Plan(
+        instruction,
+        {"count.sh": broken, **files},
+        [*unchanged(files), checks.prints(answer, "/bin/bash", "count.sh", folder)],
+        expert,
+    )
 
 
 @wide_family("makefile", "debugging", 3, "make", runs_agent_code=True)
@@ -69,8 +95,11 @@ def makefile(draw: Draw) -> Plan:
     one, two, target, fresh = draw.word(), draw.word(), draw.word(), draw.word()
     files = {f"{one}.txt": lines(draw.word()), f"{two}.txt": lines(draw.word())}
     good = f"{target}.txt: {one}.txt {two}.txt\n\tcat {one}.txt {two}.txt > {target}.txt\n"
-    broken = draw.choose(good.replace("\t", "    "), good.replace(f": {one}.txt {two}.txt", f": {one}.txt {two}.text"),
-                         good.replace(f" {two}.txt\n", "\n", 1))
+    broken = draw.choose(
+        good.replace("\t", "    "),
+        good.replace(f": {one}.txt {two}.txt", f": {one}.txt {two}.text"),
+        good.replace(f" {two}.txt\n", "\n", 1),
+    )
 
     def expert() -> Expert:
         yield f"make {target}.txt 2>&1 || true; cat Makefile"
@@ -78,8 +107,17 @@ def makefile(draw: Draw) -> Plan:
         yield f"make {target}.txt && cat {target}.txt"
 
     # The rule counts, not the file: one input changes and the target must follow, by its dependencies.
-    rebuild = [f"printf '{fresh}\\n' > {two}.txt", f"touch -d '2001-01-01' {target}.txt {one}.txt", f"clean /usr/bin/make -s {target}.txt > /dev/null"]
-    found = [*unchanged(files), holds(f"{target}.txt", "".join(files.values())), *rebuild, holds(f"{target}.txt", files[f"{one}.txt"] + fresh)]
+    rebuild = [
+        f"printf '{fresh}\\n' > {two}.txt",
+        f"touch -d '2001-01-01' {target}.txt {one}.txt",
+        f"clean /usr/bin/make -s {target}.txt > /dev/null",
+    ]
+    found = [
+        *unchanged(files),
+        holds(f"{target}.txt", "".join(files.values())),
+        *rebuild,
+        holds(f"{target}.txt", files[f"{one}.txt"] + fresh),
+    ]
     instruction = f"`make {target}.txt` shall join {one}.txt and {two}.txt, in this order, into {target}.txt, and again whenever one of them changes. Mend the Makefile and run it."
     return Plan(instruction, {"Makefile": broken, **files}, found, expert)
 
@@ -87,19 +125,31 @@ def makefile(draw: Draw) -> Plan:
 @wide_family("broken_json", "debugging", 2, "python3")
 def broken_json(draw: Draw) -> Plan:
     source, keys = draw.word() + ".json", draw.words(4)
-    value = {keys[0]: draw.number(1, 99), keys[1]: [draw.word(), draw.word()], keys[2]: {keys[3]: draw.word()}}
+    value = {
+        keys[0]: draw.number(1, 99),
+        keys[1]: [draw.word(), draw.word()],
+        keys[2]: {keys[3]: draw.word()},
+    }
     text = json.dumps(value, indent=2) + "\n"
-    broken = draw.choose(text.replace('",', '"', 1), text.replace(f'"{keys[2]}"', keys[2]), text.replace("],", "],,"),
-                         text.replace(f'"{keys[3]}":', f'"{keys[3]}" ='),
-                         text.replace(f'"{keys[0]}"', f"'{keys[0]}'"))
+    broken = draw.choose(
+        text.replace('",', '"', 1),
+        text.replace(f'"{keys[2]}"', keys[2]),
+        text.replace("],", "],,"),
+        text.replace(f'"{keys[3]}":', f'"{keys[3]}" ='),
+        text.replace(f'"{keys[0]}"', f"'{keys[0]}'"),
+    )
 
     def expert() -> Expert:
         yield f"python3 -m json.tool {source} 2>&1 || true"
         yield f"cat {source}"
         yield write_file(source, text)
 
-    return Plan(f"{source} is not valid JSON any more. Mend it without changing what it means.", {source: broken}, [checks.json_holds(source, value)],
-                expert)
+    return Plan(
+        f"{source} is not valid JSON any more. Mend it without changing what it means.",
+        {source: broken},
+        [checks.json_holds(source, value)],
+        expert,
+    )
 
 
 @wide_family("import_cycle", "debugging", 4, "python3", runs_agent_code=True)
@@ -115,14 +165,25 @@ def import_cycle(draw: Draw) -> Plan:
     def expert() -> Expert:
         yield f"python3 -c 'import {one}' 2>&1 | tail -n 1"
         yield f"cat {one}.py {two}.py"
-        yield write_file("base.py", f"RATE = {rate}\n\n\ndef {price}(amount):\n    return amount * RATE\n")
+        yield write_file(
+            "base.py", f"RATE = {rate}\n\n\ndef {price}(amount):\n    return amount * RATE\n"
+        )
         yield f"sed -i '/^RATE/d; /^def {price}/,/return/d; 1i from base import RATE, {price}' {one}.py && sed -i 's/^from {one} import/from base import/' {two}.py"
         yield f"python3 -c 'import {one}, {two}'"
 
-    found = [checks.python_prints(f"{result} {rate} {10 * rate} {rate * 3}",
-                                  f"from {first} import *\nimport {one}, {two}\nprint({one}.total({amounts}), {one}.RATE, {two}.LIMIT, {one}.{price}(3))")
-             for first in (one, two)]
-    return Plan(f"{one}.py and {two}.py import each other, and neither can be imported. Mend that; every name stays where it can be imported from now.", files, found, expert)
+    found = [
+        checks.python_prints(
+            f"{result} {rate} {10 * rate} {rate * 3}",
+            f"from {first} import *\nimport {one}, {two}\nprint({one}.total({amounts}), {one}.RATE, {two}.LIMIT, {one}.{price}(3))",
+        )
+        for first in (one, two)
+    ]
+    return Plan(
+        f"{one}.py and {two}.py import each other, and neither can be imported. Mend that; every name stays where it can be imported from now.",
+        files,
+        found,
+        expert,
+    )
 
 
 @wide_family("first_cause", "debugging", 3)
@@ -132,15 +193,23 @@ def first_cause(draw: Draw) -> Plan:
     order = draw.shuffled(services)
     files = {}
     for service, minute in zip(order, times):
-        rows = [(draw.number(0, 9), f"INFO {draw.word()} started"), (minute, f"ERROR {draw.word()} failed"), (minute, "INFO retry")]
+        rows = [
+            (draw.number(0, 9), f"INFO {draw.word()} started"),
+            (minute, f"ERROR {draw.word()} failed"),
+            (minute, "INFO retry"),
+        ]
         files[f"{service}.log"] = lines(*(f"2024-03-05 10:{at:02d}:00 {text}" for at, text in rows))
 
     def expert() -> Expert:
         rows = (yield "grep ERROR *.log | sort -t: -k2 | head -n 2").split("\n")
         yield f"echo {rows[0].split('.log:')[0]} > out.txt"
 
-    return Plan("Each service has a log here. Which service was the first to report an ERROR? Write its name, without .log, to out.txt.", files,
-                [holds("out.txt", order[0]), *unchanged(files)], expert)
+    return Plan(
+        "Each service has a log here. Which service was the first to report an ERROR? Write its name, without .log, to out.txt.",
+        files,
+        [holds("out.txt", order[0]), *unchanged(files)],
+        expert,
+    )
 
 
 @wide_family("two_modules", "debugging", 4, "python3", runs_agent_code=True)
@@ -149,9 +218,13 @@ def two_modules(draw: Draw) -> Plan:
     programs, modules = draw.rng.sample(PROGRAMS, 3), draw.words(3)
     bugs = [draw.rng.choice(program.bugs) for program in programs]
     order = draw.rng.sample(range(3), 3)
-    files = {f"lib/{module}.py": program.broken(bug) if place else program.source for module, program, bug,
-             place in zip(modules, programs, bugs, order)}
-    hidden = [calls(program, draw.rng, f"lib.{module}") for program, module in zip(programs, modules)]
+    files = {
+        f"lib/{module}.py": program.broken(bug) if place else program.source
+        for module, program, bug, place in zip(modules, programs, bugs, order)
+    }
+    hidden = [
+        calls(program, draw.rng, f"lib.{module}") for program, module in zip(programs, modules)
+    ]
 
     def expert() -> Expert:
         yield "tail -n +1 lib/*.py"
@@ -159,7 +232,18 @@ def two_modules(draw: Draw) -> Plan:
             if place:
                 yield write_file(f"lib/{module}.py", program.source)
 
-    spec = lines(*(f"lib/{module}.py: {program.signature} shall {program.spec}." for module, program in zip(modules, programs)))
-    return Plan("SPEC.txt says what the modules in lib shall do. Two of the three are wrong. Mend them.",
-                {"SPEC.txt": spec, "lib/__init__.py": "", **files},
-                [holds("SPEC.txt", spec), *(checks.python_prints(expected, code) for code, expected in hidden)], expert)
+    spec = lines(
+        *(
+            f"lib/{module}.py: {program.signature} shall {program.spec}."
+            for module, program in zip(modules, programs)
+        )
+    )
+    return Plan(
+        "SPEC.txt says what the modules in lib shall do. Two of the three are wrong. Mend them.",
+        {"SPEC.txt": spec, "lib/__init__.py": "", **files},
+        [
+            holds("SPEC.txt", spec),
+            *(checks.python_prints(expected, code) for code, expected in hidden),
+        ],
+        expert,
+    )

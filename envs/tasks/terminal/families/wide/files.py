@@ -8,7 +8,10 @@ from envs.tasks.terminal.task import Draw, Expert, Plan, gone, holds, lines, unc
 
 
 def _texts(draw: Draw, names: list[str], rows: int = 1) -> dict[str, str]:
-    return {name: lines(*(f"{draw.word()} {draw.number(10, 99)}" for _ in range(rows))) for name in names}
+    return {
+        name: lines(*(f"{draw.word()} {draw.number(10, 99)}" for _ in range(rows)))
+        for name in names
+    }
 
 
 @wide_family("flatten", "files", 2)
@@ -22,9 +25,18 @@ def flatten(draw: Draw) -> Plan:
         yield f"mkdir -p {target} && find . -name '*.log' -exec mv -t {target} {{}} +"
 
     moved = {path.split("/")[1]: text for path, text in logs.items()}
-    found = [checks.tree(target, moved), *(holds(f"{target}/{name}", text) for name, text in moved.items()), *map(gone, logs), *unchanged(others)]
-    return Plan(f"Move every .log file, in whatever folder it lies, into a new folder {target}. Leave the other files.", {**logs, **others}, found,
-                expert)
+    found = [
+        checks.tree(target, moved),
+        *(holds(f"{target}/{name}", text) for name, text in moved.items()),
+        *map(gone, logs),
+        *unchanged(others),
+    ]
+    return Plan(
+        f"Move every .log file, in whatever folder it lies, into a new folder {target}. Leave the other files.",
+        {**logs, **others},
+        found,
+        expert,
+    )
 
 
 @wide_family("unpack_one", "files", 2, "tar", "gzip")
@@ -38,15 +50,30 @@ def unpack_one(draw: Draw) -> Plan:
         named = yield "cat note.txt"
         yield f"mkdir -p {target} && tar -xzf {source} -C {target} {named}"
 
-    found = [checks.tree(target, [name]), holds(f"{target}/{name}", members[name]), *map(gone, others), *checks.archive(source, members)]
+    found = [
+        checks.tree(target, [name]),
+        holds(f"{target}/{name}", members[name]),
+        *map(gone, others),
+        *checks.archive(source, members),
+    ]
     instruction = f"Unpack the file named in note.txt, and no other, from {source} into a new folder {target}."
-    return Plan(instruction, files, found, expert, setup=f"tar -czf {source} -C pack {' '.join(members)}; rm -r pack")
+    return Plan(
+        instruction,
+        files,
+        found,
+        expert,
+        setup=f"tar -czf {source} -C pack {' '.join(members)}; rm -r pack",
+    )
 
 
 @wide_family("pack", "files", 3, "tar", "gzip")
 def pack(draw: Draw) -> Plan:
     root, inner = draw.words(2)
-    wanted = _texts(draw, [f"{root}/{name}" for name in draw.names(2)] + [f"{root}/{inner}/{name}" for name in draw.names(2)])
+    wanted = _texts(
+        draw,
+        [f"{root}/{name}" for name in draw.names(2)]
+        + [f"{root}/{inner}/{name}" for name in draw.names(2)],
+    )
     others = _texts(draw, [f"{root}/{name}" for name in draw.names(2, ".log")])
 
     def expert() -> Expert:
@@ -55,14 +82,22 @@ def pack(draw: Draw) -> Plan:
         yield f"tar -tzf {root}.tar.gz"
 
     instruction = f"Pack all .txt files below {root}, and nothing else, into {root}.tar.gz. Their names in it begin with {root}/."
-    return Plan(instruction, {**wanted, **others}, [*unchanged({**wanted, **others}), *checks.archive(f"{root}.tar.gz", wanted)], expert)
+    return Plan(
+        instruction,
+        {**wanted, **others},
+        [*unchanged({**wanted, **others}), *checks.archive(f"{root}.tar.gz", wanted)],
+        expert,
+    )
 
 
 @wide_family("duplicates", "files", 3)
 def duplicates(draw: Draw) -> Plan:
     texts = [lines(f"{draw.word()} {draw.word()}") for _ in range(3)]
     names = draw.names(7)
-    files = {name: texts[index] if index < 3 else draw.rng.choice(texts) for index, name in enumerate(names)}
+    files = {
+        name: texts[index] if index < 3 else draw.rng.choice(texts)
+        for index, name in enumerate(names)
+    }
     kept = {text: min(name for name in names if files[name] == text) for text in texts}
     removed = [name for name in names if name not in kept.values()]
 
@@ -82,21 +117,38 @@ def mirror(draw: Draw) -> Plan:
     names = [*draw.names(3), f"{inner}/{draw.names(1)[0]}"]
     original = _texts(draw, names)
     stale, extra = names[0], draw.names(1)[0]
-    old = {name: text for name, text in original.items() if name not in (names[1], names[3])} | {stale: lines(draw.word()), extra: lines(draw.word())}
-    files = {f"{source}/{name}": text for name, text in original.items()} | {f"{copy}/{name}": text for name, text in old.items()}
+    old = {name: text for name, text in original.items() if name not in (names[1], names[3])} | {
+        stale: lines(draw.word()),
+        extra: lines(draw.word()),
+    }
+    files = {f"{source}/{name}": text for name, text in original.items()} | {
+        f"{copy}/{name}": text for name, text in old.items()
+    }
 
     def expert() -> Expert:
         yield f"diff -r {source} {copy} || true"
         yield f"rm -r {copy} && cp -r {source} {copy}"
 
-    found = [checks.tree(copy, original, [inner]), *(holds(f"{copy}/{name}", text) for name, text in original.items())]
+    found = [
+        checks.tree(copy, original, [inner]),
+        *(holds(f"{copy}/{name}", text) for name, text in original.items()),
+    ]
     found += [holds(f"{source}/{name}", text) for name, text in original.items()]
-    return Plan(f"Make the folder {copy} an exact copy of the folder {source}: nothing missing, nothing old, nothing more.", files, found, expert)
+    return Plan(
+        f"Make the folder {copy} an exact copy of the folder {source}: nothing missing, nothing old, nothing more.",
+        files,
+        found,
+        expert,
+    )
 
 
 @wide_family("odd_names", "files", 3)
 def odd_names(draw: Draw) -> Plan:
-    odd = [f"{draw.word()} {draw.word()}.txt", f"-{draw.word()} {draw.word()}.txt", f"{draw.word()} {draw.word()} {draw.word()}.txt"]
+    odd = [
+        f"{draw.word()} {draw.word()}.txt",
+        f"-{draw.word()} {draw.word()}.txt",
+        f"{draw.word()} {draw.word()} {draw.word()}.txt",
+    ]
     files = _texts(draw, odd + draw.names(2))
 
     def expert() -> Expert:
@@ -104,9 +156,13 @@ def odd_names(draw: Draw) -> Plan:
         yield 'for f in *" "*; do mv -- "$f" "${f// /_}"; done'
         yield "ls -Q"
 
-    found = [checks.tree(".", [name.replace(" ", "_") for name in files]),
-             *(holds(f"./{name.replace(' ', '_')}", text) for name, text in files.items())]
-    return Plan("Replace every space in the names of the files here by an underscore.", files, found, expert)
+    found = [
+        checks.tree(".", [name.replace(" ", "_") for name in files]),
+        *(holds(f"./{name.replace(' ', '_')}", text) for name, text in files.items()),
+    ]
+    return Plan(
+        "Replace every space in the names of the files here by an underscore.", files, found, expert
+    )
 
 
 @wide_family("newest", "files", 2)
@@ -123,33 +179,63 @@ def newest(draw: Draw) -> Plan:
         yield f"echo {rows[0]} > out.txt"
 
     setup = lines(*(f"touch -d '2024-03-{day:02d} 10:00' {name}" for name, day in zip(files, days)))
-    return Plan(f"Which .log file is the {which} by its time of change? Write its name to out.txt.", files, [holds("out.txt", answer)], expert,
-                setup=setup)
+    return Plan(
+        f"Which .log file is the {which} by its time of change? Write its name to out.txt.",
+        files,
+        [holds("out.txt", answer)],
+        expert,
+        setup=setup,
+    )
 
 
 @wide_family("parts", "files", 2)
 def parts(draw: Draw) -> Plan:
     stem, count = draw.word(), draw.number(11, 14)
-    files = {f"{stem}.{number}": lines(f"{draw.word()} {draw.number(100, 999)}") for number in range(1, count + 1)}
+    files = {
+        f"{stem}.{number}": lines(f"{draw.word()} {draw.number(100, 999)}")
+        for number in range(1, count + 1)
+    }
 
     def expert() -> Expert:
         yield "ls"
         yield f"cat $(ls {stem}.* | sort -V) > whole.txt"
         yield "wc -l whole.txt"
 
-    instruction = f"Join the parts {stem}.1, {stem}.2, ... in the order of their numbers into whole.txt."
-    return Plan(instruction, files, [holds("whole.txt", "".join(files.values())), *unchanged(files)], expert)
+    instruction = (
+        f"Join the parts {stem}.1, {stem}.2, ... in the order of their numbers into whole.txt."
+    )
+    return Plan(
+        instruction, files, [holds("whole.txt", "".join(files.values())), *unchanged(files)], expert
+    )
 
 
 @wide_family("by_extension", "files", 2)
 def by_extension(draw: Draw) -> Plan:
     extensions = draw.rng.sample(["csv", "log", "md", "txt", "conf"], 3)
-    files = _texts(draw, [f"{draw.word()}.{extension}" for extension in extensions for _ in range(draw.number(1, 3))])
+    files = _texts(
+        draw,
+        [
+            f"{draw.word()}.{extension}"
+            for extension in extensions
+            for _ in range(draw.number(1, 3))
+        ],
+    )
 
     def expert() -> Expert:
         listed = (yield "ls").split()
         found = sorted({name.rsplit(".", 1)[1] for name in listed})
-        yield f"mkdir -p {' '.join(found)} && " + " && ".join(f"mv *.{extension} {extension}" for extension in found)
+        yield f"mkdir -p {' '.join(found)} && " + " && ".join(
+            f"mv *.{extension} {extension}" for extension in found
+        )
 
-    found = [check for name, text in files.items() for check in (holds(f"{name.rsplit('.', 1)[1]}/{name}", text), gone(name))]
-    return Plan("Sort the files into folders named by their extensions: a.csv goes to csv/a.csv.", files, found, expert)
+    found = [
+        check
+        for name, text in files.items()
+        for check in (holds(f"{name.rsplit('.', 1)[1]}/{name}", text), gone(name))
+    ]
+    return Plan(
+        "Sort the files into folders named by their extensions: a.csv goes to csv/a.csv.",
+        files,
+        found,
+        expert,
+    )

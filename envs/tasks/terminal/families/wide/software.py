@@ -24,7 +24,12 @@ def write_function(draw: Draw) -> Plan:
         yield write_file(f"{module}.py", program.source)
 
     spec = lines(f"{module}.py: {program.signature} shall {program.spec}.")
-    return Plan(f"Write {module}.py as SPEC.txt says.", {"SPEC.txt": spec}, [holds("SPEC.txt", spec), checks.python_prints(expected, code)], expert)
+    return Plan(
+        f"Write {module}.py as SPEC.txt says.",
+        {"SPEC.txt": spec},
+        [holds("SPEC.txt", spec), checks.python_prints(expected, code)],
+        expert,
+    )
 
 
 @wide_family("failing_tests", "software", 4, "python3", runs_agent_code=True)
@@ -34,13 +39,28 @@ def failing_tests(draw: Draw) -> Plan:
     wrong = draw.number(0, 2)
     files = {f"{package}/__init__.py": ""}
     for index, (program, module) in enumerate(zip(programs, modules)):
-        files[f"{package}/{module}.py"] = program.broken(draw.rng.choice(program.bugs)) if index == wrong else program.source
-        rows = [f"        self.assertEqual({program.name}(*{arguments!r}), {program.expected(arguments)})" for arguments in program.inputs(draw.rng)]
-        files[f"tests/test_{module}.py"] = lines("import unittest", "", f"from {package}.{module} import {program.name}", "", "",
-                                                 "class Test(unittest.TestCase):",
-                                                 "    def test_it(self):", *rows)
+        files[f"{package}/{module}.py"] = (
+            program.broken(draw.rng.choice(program.bugs)) if index == wrong else program.source
+        )
+        rows = [
+            f"        self.assertEqual({program.name}(*{arguments!r}), {program.expected(arguments)})"
+            for arguments in program.inputs(draw.rng)
+        ]
+        files[f"tests/test_{module}.py"] = lines(
+            "import unittest",
+            "",
+            f"from {package}.{module} import {program.name}",
+            "",
+            "",
+            "class Test(unittest.TestCase):",
+            "    def test_it(self):",
+            *rows,
+        )
     files["tests/__init__.py"] = ""
-    hidden = [calls(program, draw.rng, f"{package}.{module}") for program, module in zip(programs, modules)]
+    hidden = [
+        calls(program, draw.rng, f"{package}.{module}")
+        for program, module in zip(programs, modules)
+    ]
 
     def expert() -> Expert:
         yield "python3 -m unittest 2>&1 | tail -n 25"
@@ -49,8 +69,12 @@ def failing_tests(draw: Draw) -> Plan:
         yield "python3 -m unittest 2>&1 | tail -n 3"
 
     tests = {path: text for path, text in files.items() if path.startswith("tests/")}
-    return Plan("`python3 -m unittest` fails. Mend the package so that its tests pass; leave the tests as they are.", files,
-                [*unchanged(tests), *(checks.python_prints(expected, code) for code, expected in hidden)], expert)
+    return Plan(
+        "`python3 -m unittest` fails. Mend the package so that its tests pass; leave the tests as they are.",
+        files,
+        [*unchanged(tests), *(checks.python_prints(expected, code) for code, expected in hidden)],
+        expert,
+    )
 
 
 @wide_family("rename_function", "software", 3)
@@ -69,36 +93,71 @@ def rename_function(draw: Draw) -> Plan:
         yield f"sed -i 's/\\b{old}\\b/{new}/g' *.py"
         yield f"grep -n {old} *"
 
-    renamed = {path: text.replace(f"{old}(", f"{new}(").replace(f"import {old},", f"import {new},").replace(f"# {old}", f"# {new}") for path,
-               text in files.items() if path.endswith(".py")}
+    renamed = {
+        path: text.replace(f"{old}(", f"{new}(")
+        .replace(f"import {old},", f"import {new},")
+        .replace(f"# {old}", f"# {new}")
+        for path, text in files.items()
+        if path.endswith(".py")
+    }
     instruction = f"Rename the function {old} to {new} in all .py files, comments included. {old}s is another function and keeps its name."
-    return Plan(instruction, files, [*unchanged(renamed), holds("notes.txt", files["notes.txt"])], expert)
+    return Plan(
+        instruction, files, [*unchanged(renamed), holds("notes.txt", files["notes.txt"])], expert
+    )
 
 
 @wide_family("add_option", "software", 4, "python3", runs_agent_code=True)
 def add_option(draw: Draw) -> Plan:
     name, words, option = draw.word(), draw.words(3), draw.word()
-    effect, apply, expression = draw.rng.choice([
-        ("prints the words in reverse order", lambda rows: list(reversed(rows)), "words[::-1]"),
-        ("prints the words in capitals", lambda rows: [row.upper() for row in rows], "[word.upper() for word in words]"),
-        ("prints the words in alphabetical order", sorted, "sorted(words)"),
-        ("leaves out words that came before", lambda rows: list(dict.fromkeys(rows)), "list(dict.fromkeys(words))"),
-    ])
-    source = ("import argparse\n\n\ndef main():\n    parser = argparse.ArgumentParser()\n    parser.add_argument('words', nargs='+')\n    arguments = parser.parse_args()\n"
-              "    words = arguments.words\n    print(*words, sep='\\n')\n\n\nif __name__ == '__main__':\n    main()\n")
+    effect, apply, expression = draw.rng.choice(
+        [
+            ("prints the words in reverse order", lambda rows: list(reversed(rows)), "words[::-1]"),
+            (
+                "prints the words in capitals",
+                lambda rows: [row.upper() for row in rows],
+                "[word.upper() for word in words]",
+            ),
+            ("prints the words in alphabetical order", sorted, "sorted(words)"),
+            (
+                "leaves out words that came before",
+                lambda rows: list(dict.fromkeys(rows)),
+                "list(dict.fromkeys(words))",
+            ),
+        ]
+    )
+    source = (
+        "import argparse\n\n\ndef main():\n    parser = argparse.ArgumentParser()\n    parser.add_argument('words', nargs='+')\n    arguments = parser.parse_args()\n"
+        "    words = arguments.words\n    print(*words, sep='\\n')\n\n\nif __name__ == '__main__':\n    main()\n"
+    )
 
     def expert() -> Expert:
         yield f"cat {name}.py"
-        with_option = source.replace("nargs='+')\n", f"nargs='+')\n    parser.add_argument('--{option}', action='store_true')\n")
-        yield write_file(f"{name}.py", with_option.replace("    print", f"    if arguments.{option}:\n        words = {expression}\n    print"))
+        with_option = source.replace(
+            "nargs='+')\n",
+            f"nargs='+')\n    parser.add_argument('--{option}', action='store_true')\n",
+        )
+        yield write_file(
+            f"{name}.py",
+            with_option.replace(
+                "    print", f"    if arguments.{option}:\n        words = {expression}\n    print"
+            ),
+        )
         yield f"python3 {name}.py --{option} b a"
 
     arguments = [*words, words[0], words[2]]
     run = (*checks.PYTHON, f"{name}.py")
-    found = [checks.prints(lines(*apply(arguments)), *run, f"--{option}", *arguments), checks.prints(lines(*arguments), *run, *arguments),
-             checks.prints(lines(*apply(arguments[1:])), *run, *arguments[1:], f"--{option}"), f"refuses {' '.join(run)} --no-such-option {words[0]}"]
-    return Plan(f"Give the program {name}.py an option --{option}: with it, it {effect}. Without it nothing changes.", {f"{name}.py": source}, found,
-                expert)
+    found = [
+        checks.prints(lines(*apply(arguments)), *run, f"--{option}", *arguments),
+        checks.prints(lines(*arguments), *run, *arguments),
+        checks.prints(lines(*apply(arguments[1:])), *run, *arguments[1:], f"--{option}"),
+        f"refuses {' '.join(run)} --no-such-option {words[0]}",
+    ]
+    return Plan(
+        f"Give the program {name}.py an option --{option}: with it, it {effect}. Without it nothing changes.",
+        {f"{name}.py": source},
+        found,
+        expert,
+    )
 
 
 @wide_family("write_test", "software", 5, "python3", runs_agent_code=True)
@@ -112,51 +171,95 @@ def write_test(draw: Draw) -> Plan:
     def expert() -> Expert:
         yield f"cat {module}.py"
         cases = [row for _ in range(2) for row in program.inputs(draw.rng)]
-        yield write_file(test, lines(f"from {module} import {program.name}",
-                                     *(f"assert {program.name}(*{case!r}) == {program.expected(case)}" for case in cases)))
+        yield write_file(
+            test,
+            lines(
+                f"from {module} import {program.name}",
+                *(
+                    f"assert {program.name}(*{case!r}) == {program.expected(case)}"
+                    for case in cases
+                ),
+            ),
+        )
         yield f"python3 {test}"
 
-    command = f"{' '.join(checks.PYTHON)} -c 'import sys, runpy; sys.path.insert(0, \".\"); runpy.run_path(\"{test}\", run_name=\"__main__\")'"
+    command = f'{" ".join(checks.PYTHON)} -c \'import sys, runpy; sys.path.insert(0, "."); runpy.run_path("{test}", run_name="__main__")\''
     found = [holds(f"{module}.py", source), f"file {test}", f"accepts {command}"]
-    for text, verdict in [(anew, "accepts"), *((program.broken(bug), "refuses") for bug in program.bugs)]:
+    for text, verdict in [
+        (anew, "accepts"),
+        *((program.broken(bug), "refuses") for bug in program.bugs),
+    ]:
         found += [write_file(f"{module}.py", text), f"{verdict} {command}"]
-    instruction = (f"Write {test}, a Python program that ends with an error unless {program.signature} in {module}.py is right: it shall {program.spec}. "
-                   f"It is right now; the test will also be run on wrong versions of {module}.py.")
+    instruction = (
+        f"Write {test}, a Python program that ends with an error unless {program.signature} in {module}.py is right: it shall {program.spec}. "
+        f"It is right now; the test will also be run on wrong versions of {module}.py."
+    )
     return Plan(instruction, {f"{module}.py": source}, found, expert)
 
 
 @wide_family("version_bump", "software", 3, "python3")
 def version_bump(draw: Draw) -> Plan:
-    package, (major, minor, patch) = draw.word(), (draw.number(0, 3), draw.number(0, 20), draw.number(1, 20))
+    package, (major, minor, patch) = (
+        draw.word(),
+        (draw.number(0, 3), draw.number(0, 20), draw.number(1, 20)),
+    )
     part = draw.choose("major", "minor", "patch")
-    new = {"major": f"{major + 1}.0.0", "minor": f"{major}.{minor + 1}.0", "patch": f"{major}.{minor}.{patch + 1}"}[part]
-    old, day, change = f"{major}.{minor}.{patch}", f"2024-0{draw.number(1, 9)}-1{draw.number(0, 9)}", f"- {draw.word()} {draw.word()}"
+    new = {
+        "major": f"{major + 1}.0.0",
+        "minor": f"{major}.{minor + 1}.0",
+        "patch": f"{major}.{minor}.{patch + 1}",
+    }[part]
+    old, day, change = (
+        f"{major}.{minor}.{patch}",
+        f"2024-0{draw.number(1, 9)}-1{draw.number(0, 9)}",
+        f"- {draw.word()} {draw.word()}",
+    )
     files = {
-        "pyproject.toml": f'[project]\nname = "{package}"\nversion = "{old}"\n', f"{package}/__init__.py": f'__version__ = "{old}"\n',
+        "pyproject.toml": f'[project]\nname = "{package}"\nversion = "{old}"\n',
+        f"{package}/__init__.py": f'__version__ = "{old}"\n',
         "CHANGELOG.md": f"# Changes\n\n## Unreleased\n\n{change}\n\n## {old} (2023-12-01)\n\n- first\n",
     }
-    released = {path: text.replace(f'"{old}"', f'"{new}"').replace("## Unreleased", f"## {new} ({day})") for path, text in files.items()}
+    released = {
+        path: text.replace(f'"{old}"', f'"{new}"').replace("## Unreleased", f"## {new} ({day})")
+        for path, text in files.items()
+    }
 
     def expert() -> Expert:
         yield f"cat pyproject.toml {package}/__init__.py CHANGELOG.md"
         yield f"sed -i 's/\"{old}\"/\"{new}\"/' pyproject.toml {package}/__init__.py && sed -i 's/^## Unreleased$/## {new} ({day})/' CHANGELOG.md"
 
-    instruction = (f"Make a {part} release: raise the {part} version by semantic versioning in pyproject.toml and {package}/__init__.py, and in CHANGELOG.md turn the heading "
-                   f"Unreleased into the new version with the date {day} in brackets.")
+    instruction = (
+        f"Make a {part} release: raise the {part} version by semantic versioning in pyproject.toml and {package}/__init__.py, and in CHANGELOG.md turn the heading "
+        f"Unreleased into the new version with the date {day} in brackets."
+    )
     return Plan(instruction, files, unchanged(released), expert)
 
 
 _SCRIPTS = {
-    "sumEven": ("the sum of the even numbers of an array",
-                "  let total = 0;\n  for (const value of input) {\n    if (value % 2 === 0) total += value;\n  }\n  return total;\n",
-                (("=== 0", "=== 1"), ("+= value", "= value")), lambda xs: sum(x for x in xs if x % 2 == 0)),
-    "countAbove": ("how many numbers of an array are larger than 10", "  return input.filter((value) => value > 10).length;\n",
-                   (("> 10", ">= 10"), ("> 10", "< 10")), lambda xs: sum(x > 10 for x in xs)),
-    "sortedUnique": ("the different numbers of an array in ascending order", "  return [...new Set(input)].sort((a, b) => a - b);\n",
-                     ((".sort((a, b) => a - b)", ".sort()"), ("[...new Set(input)]", "[...input]")), lambda xs: sorted(set(xs))),
-    "runningSum": ("the array whose i-th entry is the sum of the first i+1 numbers",
-                   "  let total = 0;\n  return input.map((value) => (total += value));\n",
-                   (("total += value", "total + value"), ("total = 0", "total = 1")), lambda xs: [sum(xs[: i + 1]) for i in range(len(xs))]),
+    "sumEven": (
+        "the sum of the even numbers of an array",
+        "  let total = 0;\n  for (const value of input) {\n    if (value % 2 === 0) total += value;\n  }\n  return total;\n",
+        (("=== 0", "=== 1"), ("+= value", "= value")),
+        lambda xs: sum(x for x in xs if x % 2 == 0),
+    ),
+    "countAbove": (
+        "how many numbers of an array are larger than 10",
+        "  return input.filter((value) => value > 10).length;\n",
+        (("> 10", ">= 10"), ("> 10", "< 10")),
+        lambda xs: sum(x > 10 for x in xs),
+    ),
+    "sortedUnique": (
+        "the different numbers of an array in ascending order",
+        "  return [...new Set(input)].sort((a, b) => a - b);\n",
+        ((".sort((a, b) => a - b)", ".sort()"), ("[...new Set(input)]", "[...input]")),
+        lambda xs: sorted(set(xs)),
+    ),
+    "runningSum": (
+        "the array whose i-th entry is the sum of the first i+1 numbers",
+        "  let total = 0;\n  return input.map((value) => (total += value));\n",
+        (("total += value", "total + value"), ("total = 0", "total = 1")),
+        lambda xs: [sum(xs[: i + 1]) for i in range(len(xs))],
+    ),
 }
 
 
@@ -170,7 +273,11 @@ def _javascript(draw: Draw) -> tuple[str, str, str, str, list[str]]:
     found = []
     for values in ([], [10, 9, 9, 2, 100, 11, 3, 4], [draw.number(1, 30) for _ in range(6)]):
         code = f"console.log(JSON.stringify(require('./{module}.js').{name}({json.dumps(values)})))"
-        found.append(checks.prints(json.dumps(reference(values), separators=(",", ":")), "/usr/bin/node", "-e", code))
+        found.append(
+            checks.prints(
+                json.dumps(reference(values), separators=(",", ":")), "/usr/bin/node", "-e", code
+            )
+        )
     return module, f"{name}(input) returns {spec}", source, source.replace(right, wrong), found
 
 
@@ -182,18 +289,31 @@ def js_mend(draw: Draw) -> Plan:
         yield f"cat {module}.js"
         yield write_file(f"{module}.js", source)
 
-    return Plan(f"{module}.js has a bug. It is right when {spec}. Mend it.", {f"{module}.js": broken}, found, expert)
+    return Plan(
+        f"{module}.js has a bug. It is right when {spec}. Mend it.",
+        {f"{module}.js": broken},
+        found,
+        expert,
+    )
 
 
 @wide_family("js_write", "software", 4, "node", runs_agent_code=True)
 def js_write(draw: Draw) -> Plan:
     module, spec, source, _, found = _javascript(draw)
-    text = json.dumps({"name": draw.word(), "version": f"1.0.{draw.number(0, 99)}", "main": f"{module}.js"}, indent=2) + "\n"
+    text = (
+        json.dumps(
+            {"name": draw.word(), "version": f"1.0.{draw.number(0, 99)}", "main": f"{module}.js"},
+            indent=2,
+        )
+        + "\n"
+    )
 
     def expert() -> Expert:
         yield "cat package.json"
         yield write_file(f"{module}.js", source)
         yield f"node -e \"console.log(Object.keys(require('./{module}.js')))\""
 
-    instruction = f"Write the CommonJS module that package.json names as its main file. Its export {spec}."
+    instruction = (
+        f"Write the CommonJS module that package.json names as its main file. Its export {spec}."
+    )
     return Plan(instruction, {"package.json": text}, [holds("package.json", text), *found], expert)

@@ -12,7 +12,10 @@ from envs.tasks.terminal.task import Draw, Expert, Plan, holds, lines, unchanged
 @wide_family("unique_field", "text", 2)
 def unique_field(draw: Draw) -> Plan:
     source, kinds, number = draw.input(), draw.words(4), draw.number(2, 3)
-    rows = [[draw.word(), draw.rng.choice(kinds), draw.rng.choice(kinds), str(draw.number(1, 99))] for _ in range(10)]
+    rows = [
+        [draw.word(), draw.rng.choice(kinds), draw.rng.choice(kinds), str(draw.number(1, 99))]
+        for _ in range(10)
+    ]
     answer = sorted({row[number - 1] for row in rows})
 
     def expert() -> Expert:
@@ -20,7 +23,12 @@ def unique_field(draw: Draw) -> Plan:
         yield f"cut -d: -f{number} {source} | sort -u > out.txt"
 
     instruction = f"The fields of {source} are separated by colons. Write the different values of field {number} to out.txt, in alphabetical order, each once."
-    return Plan(instruction, {source: lines(*map(":".join, rows))}, [holds("out.txt", lines(*answer))], expert)
+    return Plan(
+        instruction,
+        {source: lines(*map(":".join, rows))},
+        [holds("out.txt", lines(*answer))],
+        expert,
+    )
 
 
 @wide_family("most_frequent", "text", 3)
@@ -43,15 +51,29 @@ def iso_dates(draw: Draw) -> Plan:
     source = draw.input()
     dates = [(draw.number(1, 28), draw.number(1, 12), draw.number(1990, 2030)) for _ in range(5)]
     words = draw.words(10)
-    old = lines(*(f"{a} {day:02d}.{month:02d}.{year} {b} 1.5" for (day, month, year), a, b in zip(dates, words, words[5:])))
-    new = lines(*(f"{a} {year}-{month:02d}-{day:02d} {b} 1.5" for (day, month, year), a, b in zip(dates, words, words[5:])))
+    old = lines(
+        *(
+            f"{a} {day:02d}.{month:02d}.{year} {b} 1.5"
+            for (day, month, year), a, b in zip(dates, words, words[5:])
+        )
+    )
+    new = lines(
+        *(
+            f"{a} {year}-{month:02d}-{day:02d} {b} 1.5"
+            for (day, month, year), a, b in zip(dates, words, words[5:])
+        )
+    )
 
     def expert() -> Expert:
         yield f"cat {source}"
         yield f"sed -E -i 's/([0-9]{{2}})\\.([0-9]{{2}})\\.([0-9]{{4}})/\\3-\\2-\\1/g' {source}"
 
-    return Plan(f"The dates in {source} are written as DD.MM.YYYY. Write them as YYYY-MM-DD, and change nothing else.", {source: old},
-                [holds(source, new)], expert)
+    return Plan(
+        f"The dates in {source} are written as DD.MM.YYYY. Write them as YYYY-MM-DD, and change nothing else.",
+        {source: old},
+        [holds(source, new)],
+        expert,
+    )
 
 
 @wide_family("template", "text", 3)
@@ -61,7 +83,10 @@ def template(draw: Draw) -> Plan:
     filled = lines(*row)
     for key, value in zip(keys, values):
         filled = filled.replace(f"{{{{{key}}}}}", value)
-    files = {"letter.tmpl": lines(*row), "values.txt": lines(*(f"{key}={value}" for key, value in zip(keys, values)))}
+    files = {
+        "letter.tmpl": lines(*row),
+        "values.txt": lines(*(f"{key}={value}" for key, value in zip(keys, values))),
+    }
 
     def expert() -> Expert:
         found = dict(pair.split("=") for pair in (yield "cat values.txt").split())
@@ -75,7 +100,10 @@ def template(draw: Draw) -> Plan:
 @wide_family("section", "text", 3)
 def section(draw: Draw) -> Plan:
     source, names = draw.word() + ".ini", draw.words(4)
-    bodies = {name: [f"{draw.word()}={draw.number(1, 99)}" for _ in range(draw.number(2, 4))] for name in names}
+    bodies = {
+        name: [f"{draw.word()}={draw.number(1, 99)}" for _ in range(draw.number(2, 4))]
+        for name in names
+    }
     name = draw.choose(*names)
 
     def expert() -> Expert:
@@ -83,8 +111,12 @@ def section(draw: Draw) -> Plan:
         yield f"awk '/^\\[/ {{ on = ($0 == \"[{name}]\"); next }} on' {source} > out.txt"
 
     text = lines(*(row for title, rows in bodies.items() for row in (f"[{title}]", *rows)))
-    return Plan(f"Copy the lines of section [{name}] of {source}, without its title, to out.txt.", {source: text},
-                [holds("out.txt", lines(*bodies[name]))], expert)
+    return Plan(
+        f"Copy the lines of section [{name}] of {source}, without its title, to out.txt.",
+        {source: text},
+        [holds("out.txt", lines(*bodies[name]))],
+        expert,
+    )
 
 
 @wide_family("missing_lines", "text", 2)
@@ -98,17 +130,23 @@ def missing_lines(draw: Draw) -> Plan:
         yield f"wc -l {one} {two}"
         yield f"grep -vxFf {two} {one} > out.txt"
 
-    return Plan(f"Write the lines of {one} that {two} lacks to out.txt, in the order of {one}.", files,
-                [holds("out.txt", lines(*answer)), *unchanged(files)], expert)
+    return Plan(
+        f"Write the lines of {one} that {two} lacks to out.txt, in the order of {one}.",
+        files,
+        [holds("out.txt", lines(*answer)), *unchanged(files)],
+        expert,
+    )
 
 
 @wide_family("decode", "text", 2)
 def decode(draw: Draw) -> Plan:
     plain = f"{draw.word()} {draw.word()} {draw.number(100, 999)}"
-    kind, encoded, command = draw.rng.choice([
-        ("base64", base64.b64encode(plain.encode()).decode(), "base64 -d"),
-        ("rot13 (every letter moved by 13)", codecs.encode(plain, "rot13"), "tr a-z n-za-m <"),
-    ])
+    kind, encoded, command = draw.rng.choice(
+        [
+            ("base64", base64.b64encode(plain.encode()).decode(), "base64 -d"),
+            ("rot13 (every letter moved by 13)", codecs.encode(plain, "rot13"), "tr a-z n-za-m <"),
+        ]
+    )
     source = draw.word() + ".enc"
 
     def expert() -> Expert:
@@ -116,7 +154,12 @@ def decode(draw: Draw) -> Plan:
         yield f"{command} {source} > out.txt"
         yield "cat out.txt"
 
-    return Plan(f"{source} is encoded as {kind}. Write the plain text to out.txt.", {source: lines(encoded)}, [holds("out.txt", plain)], expert)
+    return Plan(
+        f"{source} is encoded as {kind}. Write the plain text to out.txt.",
+        {source: lines(encoded)},
+        [holds("out.txt", plain)],
+        expert,
+    )
 
 
 @wide_family("swap_columns", "text", 2, "awk")
@@ -133,8 +176,12 @@ def swap_columns(draw: Draw) -> Plan:
     for row in swapped:
         row[first - 1], row[second - 1] = row[second - 1], row[first - 1]
     checks = [holds("out.txt", lines(*map(" ".join, swapped)))]
-    return Plan(f"Write {source} to out.txt with columns {first} and {second} exchanged. Columns are separated by spaces.",
-                {source: lines(*map(" ".join, rows))}, checks, expert)
+    return Plan(
+        f"Write {source} to out.txt with columns {first} and {second} exchanged. Columns are separated by spaces.",
+        {source: lines(*map(" ".join, rows))},
+        checks,
+        expert,
+    )
 
 
 @wide_family("links", "text", 3)
@@ -149,7 +196,12 @@ def links(draw: Draw) -> Plan:
         yield f"grep -oE '\\]\\([^)]*\\)' {source} | tr -d '()]' | sort -u > out.txt"
 
     instruction = f"Write the target of every link in the Markdown file {source} to out.txt: each once, in alphabetical order, one a line."
-    return Plan(instruction, {source: lines(*draw.shuffled(rows))}, [holds("out.txt", lines(*sorted(targets)))], expert)
+    return Plan(
+        instruction,
+        {source: lines(*draw.shuffled(rows))},
+        [holds("out.txt", lines(*sorted(targets)))],
+        expert,
+    )
 
 
 @wide_family("number_headings", "text", 4, "awk")
@@ -166,7 +218,7 @@ def number_headings(draw: Draw) -> Plan:
 
     def expert() -> Expert:
         yield f"grep -n '^#' {source}"
-        program = "/^# / { a++; b = 0; $1 = \"# \" a } /^## / { b++; $1 = \"## \" a \".\" b } { print }"
+        program = '/^# / { a++; b = 0; $1 = "# " a } /^## / { b++; $1 = "## " a "." b } { print }'
         yield f"awk '{program}' {source} > out.txt && mv out.txt {source}"
 
     instruction = f"Number the headings of {source}: `# a` becomes `# 1 a`, the `## b` after it `## 1.1 b`, and so on. Leave the other lines."
