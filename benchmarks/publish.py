@@ -1,11 +1,15 @@
-r"""Seconds and bytes that weights take to an engine's host, in full and by delta, after AdamW steps with the learning rate of RL.
+r"""Seconds and bytes that weights take to an engine's host, in full and by delta, after AdamW steps
+with the learning rate of RL.
 
 python -m benchmarks.publish --json publish.json [--megabytes 90] [--steps 4] [--learning_rate 1e-6]
 
-Both ways begin with the same bfloat16 checkpoint directory on the trainer's disk (`write_checkpoint`) and end with a verified directory on the
-mirror's disk; the two disks are one here, so seconds are of hashing, differencing, zstd and writing, and `bytes` is what a network would carry.
-Gradients are random and large against AdamW's epsilon: each weight moves by about the learning rate, as in a real step. `ratio_bytes` and `ratio_seconds`
-are full over delta, medians over the steps; seconds of delta count making and applying it. After each step both copies are compared byte by byte.
+Both ways begin with the same bfloat16 checkpoint directory on the trainer's disk
+(`write_checkpoint`) and end with a verified directory on the mirror's disk; the two disks are one
+here, so seconds are of hashing, differencing, zstd and writing, and `bytes` is what a network would
+carry. Gradients are random and large against AdamW's epsilon: each weight moves by about the
+learning rate, as in a real step. `ratio_bytes` and `ratio_seconds` are full over delta, medians
+over the steps; seconds of delta count making and applying it. After each step both copies are
+compared byte by byte.
 """
 
 from __future__ import annotations
@@ -128,8 +132,9 @@ def main() -> None:
     median = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
     result = median | {
         "ratio_bytes": median["bytes_full"] / median["bytes_delta"],
-        "ratio_seconds": median["seconds_full"]
-        / (median["seconds_make_delta"] + median["seconds_apply_delta"]),
+        "ratio_seconds": (
+            median["seconds_full"] / (median["seconds_make_delta"] + median["seconds_apply_delta"])
+        ),
         "learning_rate": arguments.learning_rate,
         "steps": rows,
     }

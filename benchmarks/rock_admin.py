@@ -2,8 +2,9 @@
 
     python -m benchmarks.rock_admin [--requests 5000] [--json FILE]
 
-Every request asks for a sandbox, and gives it back as soon as it runs. Beside it, in the same run, the same number of sandboxes made directly
-by this process: what the admin adds is the difference. Goal: 100 creations a second, with the queue's p50 and p99 shown.
+Every request asks for a sandbox, and gives it back as soon as it runs. Beside it, in the same run,
+the same number of sandboxes made directly by this process: what the admin adds is the difference.
+Goal: 100 creations a second, with the queue's p50 and p99 shown.
 """
 
 import argparse
@@ -21,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from envs.rock import Sandbox, SandboxConfig
-from envs.rock.wire.client import Client
 from envs.rock.service.worker import Worker
+from envs.rock.wire.client import Client
 from launch.rock import make_admin
 from rome.train.metrics import write_atomically
 
@@ -127,7 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(highlight=False)
     console.print(table)
     console.print(
-        f"without a service: {result['direct_per_second']:.0f} a second; goal: {GOAL_PER_SECOND:.0f}"
+        f"without a service: {result['direct_per_second']:.0f} a second; goal:"
+        f" {GOAL_PER_SECOND:.0f}"
     )
     if options.json:
         write_atomically(options.json, json.dumps(result, indent=1) + "\n")

@@ -1,18 +1,23 @@
-r"""How much does asynchrony bring, on identical samples, with the scheduler that trains: and what does the scheduler itself cost.
+r"""How much does asynchrony bring, on identical samples, with the scheduler that trains: and what
+does the scheduler itself cost.
 
 python -m benchmarks.rollout --json rollout.json [--scale 0.05] [--steps 40] [--latencies lognormal,terminal]
 
-64 episodes at once in groups of 8, 8 turns each; an environment that takes a lognormal latency a turn (mean 1 s, sigma 1), or one drawn from what
-terminal commands were recorded to take here, brought to the same mean; an engine that answers in 0.05 s; 64 trajectories a step; a train step of a
-quarter of the synchronous rollout time. Engine, environment and trainer are sleeps, multiplied by --scale; agent loop, scheduler and trajectories
-are those of training. The n-th episode has the same latencies in every row.
+64 episodes at once in groups of 8, 8 turns each; an environment that takes a lognormal latency a
+turn (mean 1 s, sigma 1), or one drawn from what terminal commands were recorded to take here,
+brought to the same mean; an engine that answers in 0.05 s; 64 trajectories a step; a train step of
+a quarter of the synchronous rollout time. Engine, environment and trainer are sleeps, multiplied by
+--scale; agent loop, scheduler and trajectories are those of training. The n-th episode has the same
+latencies in every row.
 
-Each row prints its speed-up over the synchronous row of the same run, what `rome.rollout.simulator.simulate` predicts for it, and the bound: all slots full at
-all times. `speedup_alpha1` is the row in which nothing is dropped and steps take single episodes as they finish; the shares of samples by staleness
-stand beside it, because such a step trains on a few that are older than alpha. The rows with "wait" never do, and pay for it.
+Each row prints its speed-up over the synchronous row of the same run, what
+`rome.rollout.simulator.simulate` predicts for it, and the bound: all slots full at all times.
+`speedup_alpha1` is the row in which nothing is dropped and steps take single episodes as they
+finish; the shares of samples by staleness stand beside it, because such a step trains on a few that
+are older than alpha. The rows with "wait" never do, and pay for it.
 
-Overhead: 10,000 episodes at once, 8 turns of a second each; CPU seconds with the scheduler less those of the same sleeps without it, as a share of
-one core.
+Overhead: 10,000 episodes at once, 8 turns of a second each; CPU seconds with the scheduler less
+those of the same sleeps without it, as a share of one core.
 """
 
 from __future__ import annotations
@@ -36,9 +41,9 @@ from rome.agent.loop import Limits, derive_seed
 from rome.data.trajectory import Chunk, Trajectory
 from rome.engine.client import Completion
 from rome.model.tokenizer import TINY, Chat, Tokenizer
-from rome.rollout.simulator import simulate
-from rome.rollout.scheduler import GroupPlan, RolloutScheduler, Rules
 from rome.rollout.player import Accounting, Episode, EpisodePlayer
+from rome.rollout.scheduler import GroupPlan, RolloutScheduler, Rules
+from rome.rollout.simulator import simulate
 
 GROUPS, GROUP_SIZE, CONCURRENCY, TURNS, ENGINE_S, TRAIN_SHARE = 8, 8, 64, 8, 0.05, 0.25
 ROWS = {  # name: what differs from synchronous training
@@ -109,7 +114,9 @@ class Row:
     trainer_wait: float
     staleness: dict[int, int]
     dropped: dict[str, int]
-    short_bias: float  # mean unhindered length of what was trained on, against that of all that began; below 0: batches lean towards short episodes
+    # mean unhindered length of what was trained on, against that of all that began; below 0:
+    # batches lean towards short episodes
+    short_bias: float
 
 
 async def play(
@@ -123,7 +130,10 @@ async def play(
     redundancy: int = 0,
     apart: bool = False,
 ) -> Row:
-    """`steps` steps; seconds as if scale were 1. The first async_ratio + 1 steps fill the pipeline and are not timed."""
+    """`steps` steps; seconds as if scale were 1.
+
+    The first async_ratio + 1 steps fill the pipeline and are not timed.
+    """
     chat, warm_up = Chat(Tokenizer.load(TINY)), async_ratio + 1
     engine, accounting, lengths = (
         SleepingEngine(ENGINE_S * scale, said=tuple(chat.turn("go"))),
@@ -196,8 +206,8 @@ async def record_terminal(episodes: int = 60) -> tuple[float, ...]:
     """Seconds that the commands of expert episodes take in real sandboxes here."""
     from envs.rock import SandboxConfig
     from envs.tasks.terminal import FAMILIES, train_seed
-    from envs.tasks.terminal.env import TerminalEnv
     from envs.tasks.terminal.demonstrator import run_expert
+    from envs.tasks.terminal.env import TerminalEnv
 
     seconds: list[float] = []
 
@@ -261,7 +271,9 @@ async def measure(latency: simulate.Distribution, scale: float, steps: int) -> d
 async def measure_overhead(
     episodes: int = 10_000, turns: int = 8, turn_s: float = 1.0
 ) -> dict[str, float]:
-    """CPU seconds, as shares of the wall clock, of 10,000 sleeping episodes: with the scheduler, and bare."""
+    """CPU seconds, as shares of the wall clock, of 10,000 sleeping episodes: with the scheduler,
+    and bare.
+    """
     rules = Rules(episodes // GROUP_SIZE // 2, GROUP_SIZE, episodes, 2, async_ratio=1)
     spent = {}
 
@@ -313,8 +325,11 @@ async def measure_overhead(
 
 def show(name: str, found: dict[str, Any]) -> None:
     table = Table(
-        title=f"{name}: rollout {found['rollout_seconds']:.1f} s, train step {found['train_seconds']:.1f} s, synchronous step "
-        f"{found['synchronous']['step_seconds']:.1f} s; bound {found['bound']:.2f}x"
+        title=(
+            f"{name}: rollout {found['rollout_seconds']:.1f} s, train step"
+            f" {found['train_seconds']:.1f} s, synchronous step"
+            f" {found['synchronous']['step_seconds']:.1f} s; bound {found['bound']:.2f}x"
+        )
     )
     for column in (
         "row",
@@ -372,8 +387,9 @@ def main() -> None:
         show(name, found[name])
     overhead = asyncio.run(measure_overhead())
     print(
-        f"10,000 episodes at once: {100 * overhead['with_scheduler']:.1f} % of a core, {100 * overhead['bare']:.1f} % of it the sleeps; "
-        f"the scheduler's share {100 * overhead['share']:.1f} %"
+        f"10,000 episodes at once: {100 * overhead['with_scheduler']:.1f} % of a core,"
+        f" {100 * overhead['bare']:.1f} % of it the sleeps; the scheduler's share"
+        f" {100 * overhead['share']:.1f} %"
     )
     headline = found.get("lognormal") or next(iter(found.values()))
     if options.json:

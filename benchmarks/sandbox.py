@@ -1,15 +1,19 @@
-r"""How long does a sandbox take: to be made, to run a command, to be forked; what 200 of them weigh; and what they leave behind.
+r"""How long does a sandbox take: to be made, to run a command, to be forked; what 200 of them
+weigh; and what they leave behind.
 
 python -m benchmarks.sandbox --json sandbox.json [--cycles 1000] [--live 200] [--docker_image IMAGE] [--swerex_image IMAGE]
 
-Medians in milliseconds, of one after the other on this machine. `floor` is bash itself, started and waited for without any sandbox: no command
-in a process of its own can take less. With --docker_image (one that is there already and has a shell) `docker run --rm --network none ...`,
-limited as our sandboxes are, and `docker exec` are timed between ours, and `ratio_docker` is the median of the pairs' ratios of creation; then the
-Docker backend. Without, or where no engine answers, `ratio_docker` is null and `docker_none` says why.
+Medians in milliseconds, of one after the other on this machine. `floor` is bash itself, started and
+waited for without any sandbox: no command in a process of its own can take less. With
+--docker_image (one that is there already and has a shell) `docker run --rm --network none ...`,
+limited as our sandboxes are, and `docker exec` are timed between ours, and `ratio_docker` is the
+median of the pairs' ratios of creation; then the Docker backend. Without, or where no engine
+answers, `ratio_docker` is null and `docker_none` says why.
 
-Where SWE-ReX is installed (pip install swe-rex) its local deployment, which isolates nothing, is timed between ours: creation to the first output of a shell, and
-a command in that shell. With --swerex_image (one that has swerex-remote in it) its Docker deployment too, on the host's network and without limits. Else
-`ratio_swerex_*` are null and `swerex_none` says why.
+Where SWE-ReX is installed (pip install swe-rex) its local deployment, which isolates nothing, is
+timed between ours: creation to the first output of a shell, and a command in that shell. With
+--swerex_image (one that has swerex-remote in it) its Docker deployment too, on the host's network
+and without limits. Else `ratio_swerex_*` are null and `swerex_none` says why.
 """
 
 from __future__ import annotations
@@ -115,7 +119,9 @@ async def measure_commands(repeats: int) -> dict[str, list[float]]:
 
 
 async def measure_live(number: int) -> dict[str, float]:
-    """That many at once: seconds until all have answered, and MiB each that they add to the machine (proportional set size)."""
+    """That many at once: seconds until all have answered, and MiB each that they add to the machine
+    (proportional set size).
+    """
     async with Sandbox(CONFIG) as first:
         await first.execute("true")
         before, began = _proportional_bytes(), time.perf_counter()
@@ -128,7 +134,9 @@ async def measure_live(number: int) -> dict[str, float]:
 
 
 async def measure_leaks(cycles: int) -> dict[str, Any]:
-    """Creates and ends many, and counts what was not there before: descriptors, processes, cgroups, files."""
+    """Creates and ends many, and counts what was not there before: descriptors, processes, cgroups,
+    files.
+    """
     await (await create_and_echo()).stop()
     before, began = _possessions(), time.perf_counter()
 
@@ -151,18 +159,24 @@ def _possessions() -> dict[str, set[str]]:
     zygote = zygote_client._zygote._process.pid
     state = pathlib.Path(tempfile.gettempdir(), f"rock-{os.getuid()}")
     return {
-        "descriptors": set(os.listdir("/proc/self/fd"))
-        | {f"zygote {name}" for name in os.listdir(f"/proc/{zygote}/fd")},
+        "descriptors": (
+            set(os.listdir("/proc/self/fd"))
+            | {f"zygote {name}" for name in os.listdir(f"/proc/{zygote}/fd")}
+        ),
         "processes": {str(pid) for pid in _descendants(zygote)},
-        "files": {path.name for path in state.iterdir() if _is_of(path, zygote)}
-        if state.exists()
-        else set(),
+        "files": (
+            {path.name for path in state.iterdir() if _is_of(path, zygote)}
+            if state.exists()
+            else set()
+        ),
         "cgroups": {str(path) for path in pathlib.Path("/sys/fs/cgroup").rglob(f"rock-*-{zygote}")},
     }
 
 
 def _is_of(path: pathlib.Path, zygote: int) -> bool:
-    """Whether a file of the state directory, which all processes of this user share, was written by this zygote."""
+    """Whether a file of the state directory, which all processes of this user share, was written by
+    this zygote.
+    """
     try:
         return path.suffix != ".lock" or f'"zygote": {zygote},' in path.read_text()
     except FileNotFoundError:
@@ -193,7 +207,9 @@ def _proportional_bytes() -> int:
 
 
 async def measure_beside_docker(image: str, repeats: int) -> dict[str, Any]:
-    """Creation to first output, and a command in one that runs, ours and Docker's in turn; and both of our Docker backend."""
+    """Creation to first output, and a command in one that runs, ours and Docker's in turn; and both
+    of our Docker backend.
+    """
     report = await asyncio.to_thread(probe_docker)
     if not image or report.tier is None:
         return {
@@ -242,7 +258,9 @@ async def measure_beside_docker(image: str, repeats: int) -> dict[str, Any]:
 
 
 async def measure_beside_swerex(image: str, repeats: int) -> dict[str, Any]:
-    """A shell in a new place until its first output, and a command in it, ours and SWE-ReX's in turn."""
+    """A shell in a new place until its first output, and a command in it, ours and SWE-ReX's in
+    turn.
+    """
     try:
         from swerex.deployment.docker import DockerDeployment
         from swerex.deployment.local import LocalDeployment
@@ -359,22 +377,27 @@ def show(found: dict[str, Any]) -> None:
     console = Console(highlight=False)
     console.print(table)
     console.print(
-        f"{found['live']} at once: {found['live_seconds']:.1f} s, {found['live_mib_each']:.2f} MiB each. "
-        f"{found['cycles']} made and ended, 8 at a time: {found['cycles_per_s']:.0f} a second, {found['leaks']} things left behind."
+        f"{found['live']} at once: {found['live_seconds']:.1f} s, {found['live_mib_each']:.2f} MiB"
+        f" each. {found['cycles']} made and ended, 8 at a time: {found['cycles_per_s']:.0f} a"
+        f" second, {found['leaks']} things left behind."
     )
     if found["ratio_docker"]:
         console.print(
-            f"Docker: {found['docker_create_ms_p50']:.0f} ms to the first output, {found['ratio_docker']:.0f} times ours; "
-            f"{found['docker_exec_ms_p50']:.0f} ms for a command. Our Docker backend: {found['docker_backend_create_ms_p50']:.0f} ms, "
-            f"{found['docker_backend_execute_ms_p50']:.0f} ms, {found['docker_backend_session_command_ms_p50']:.1f} ms in a session."
+            f"Docker: {found['docker_create_ms_p50']:.0f} ms to the first output,"
+            f" {found['ratio_docker']:.0f} times ours; {found['docker_exec_ms_p50']:.0f} ms for a"
+            f" command. Our Docker backend: {found['docker_backend_create_ms_p50']:.0f} ms,"
+            f" {found['docker_backend_execute_ms_p50']:.0f} ms,"
+            f" {found['docker_backend_session_command_ms_p50']:.1f} ms in a session."
         )
     else:
         console.print(f"Docker: not measured, {found['docker_none']}.")
     if found["ratio_swerex_local"]:
         for name in [name for name in ("local", "docker") if f"ratio_swerex_{name}" in found]:
             console.print(
-                f"SWE-ReX, {name}: {found[f'swerex_{name}_create_ms_p50']:.0f} ms to the first output of a shell, {found[f'ratio_swerex_{name}']:.0f} times ours "
-                f"({found['shell_first_output_ms_p50']:.0f} ms); {found[f'swerex_{name}_session_command_ms_p50']:.1f} ms for a command in it."
+                f"SWE-ReX, {name}: {found[f'swerex_{name}_create_ms_p50']:.0f} ms to the first"
+                f" output of a shell, {found[f'ratio_swerex_{name}']:.0f} times ours"
+                f" ({found['shell_first_output_ms_p50']:.0f} ms);"
+                f" {found[f'swerex_{name}_session_command_ms_p50']:.1f} ms for a command in it."
             )
     else:
         console.print(f"SWE-ReX: not measured, {found['swerex_none']}.")

@@ -2,9 +2,10 @@ r"""Did training help on every seed, and did any family get worse?
 
 python -m benchmarks.seeds runs/seed0 runs/seed1 runs/seed2 --json seeds.json
 
-Reads each run's report.json and evals/, compares the first with the last evaluation of the stage trained last. By family, the same task
-before and after makes a pair (pooled over seeds); the pairs that changed are tested by McNemar's exact test, two-sided, and Holm's method
-corrects over the families. The figures are success in percent and gains in points.
+Reads each run's report.json and evals/, compares the first with the last evaluation of the stage
+trained last. By family, the same task before and after makes a pair (pooled over seeds); the pairs
+that changed are tested by McNemar's exact test, two-sided, and Holm's method corrects over the
+families. The figures are success in percent and gains in points.
 """
 
 from __future__ import annotations
@@ -28,14 +29,18 @@ FEWEST_PAIRS = 50  # fewer in a family say little: a loss of ten points would pa
 
 
 def mcnemar(better: int, worse: int) -> float:
-    """Two-sided exact p of `better` pairs that went from failure to success and `worse` the other way; unchanged pairs do not count."""
+    """Two-sided exact p of `better` pairs that went from failure to success and `worse` the other
+    way; unchanged pairs do not count.
+    """
     changed = better + worse
     tail = sum(math.comb(changed, k) for k in range(min(better, worse) + 1))
     return min(1.0, 2 * tail / 2**changed)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values in the order given: below a level together with no more than that chance of any false alarm."""
+    """Adjusted p-values in the order given: below a level together with no more than that chance of
+    any false alarm.
+    """
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
@@ -44,12 +49,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def read_run(directory: pathlib.Path | str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The run's own gain, and its pairs: {family, unseen_family, before, after} of each task that both evaluations have."""
+    """The run's own gain, and its pairs: {family, unseen_family, before, after} of each task that
+    both evaluations have.
+    """
     report = read_report(directory)
     before, after = before_and_after(report["evals"])
     if before.step == after.step:
         raise ValueError(
-            f"{directory} has one evaluation of stage {after.stage} only (step {after.step}); let the run end first"
+            f"{directory} has one evaluation of stage {after.stage} only (step {after.step}); let"
+            " the run end first"
         )
     first = {
         task["task"]: task for task in read_outcomes(directory, before.stage, before.step)["tasks"]
@@ -60,7 +68,8 @@ def read_run(directory: pathlib.Path | str) -> tuple[dict[str, Any], list[dict[s
     if first.keys() != last.keys():
         odd = sorted(first.keys() ^ last.keys())
         raise ValueError(
-            f"{directory}: {len(odd)} tasks stand in only one of its two evaluations ({odd[0]}, ...); pairs need the same tasks in both"
+            f"{directory}: {len(odd)} tasks stand in only one of its two evaluations ({odd[0]},"
+            " ...); pairs need the same tasks in both"
         )
     pairs = [
         {
@@ -85,13 +94,16 @@ def read_run(directory: pathlib.Path | str) -> tuple[dict[str, Any], list[dict[s
 
 
 def compare(directories: Iterable[pathlib.Path | str]) -> dict[str, Any]:
-    """What --json writes: seeds, families (with p and p_holm), smallest_gain, significantly_worse, too_few_pairs."""
+    """What --json writes: seeds, families (with p and p_holm), smallest_gain, significantly_worse,
+    too_few_pairs.
+    """
     runs = [read_run(directory) for directory in directories]
     seeds = [seed for seed, _ in runs]
     numbers = [seed["seed"] for seed in seeds]
     if len(set(numbers)) != len(numbers):
         raise ValueError(
-            f"the runs have the seeds {numbers}; the same seed twice adds no evidence: give one run of each seed"
+            f"the runs have the seeds {numbers}; the same seed twice adds no evidence: give one run"
+            " of each seed"
         )
     pairs = [pair for _, run_pairs in runs for pair in run_pairs]
     families = []
@@ -99,18 +111,32 @@ def compare(directories: Iterable[pathlib.Path | str]) -> dict[str, Any]:
         own = [pair for pair in pairs if pair["family"] == name and pair["unseen_family"] == unseen]
         better = sum(pair["after"] > pair["before"] for pair in own)
         worse = sum(pair["after"] < pair["before"] for pair in own)
-        families.append({
-            "family": name, "unseen_family": unseen, "pairs": len(own), "before": _percent(own, "before"), "after": _percent(own, "after"),
-            "better": better, "worse": worse, "p": mcnemar(better, worse),
-        })  # fmt: skip
+        families.append(
+            {
+                "family": name,
+                "unseen_family": unseen,
+                "pairs": len(own),
+                "before": _percent(own, "before"),
+                "after": _percent(own, "after"),
+                "better": better,
+                "worse": worse,
+                "p": mcnemar(better, worse),
+            }
+        )
     for family, adjusted in zip(families, holm([family["p"] for family in families])):
         family["p_holm"] = adjusted
         family["significantly_worse"] = family["worse"] > family["better"] and adjusted < LEVEL
     return {
-        "seeds": seeds, "families": families, "smallest_gain": min(seed["gain"] for seed in seeds),
-        "significantly_worse": [family["family"] for family in families if family["significantly_worse"]],
-        "too_few_pairs": [family["family"] for family in families if family["pairs"] < FEWEST_PAIRS],
-    }  # fmt: skip
+        "seeds": seeds,
+        "families": families,
+        "smallest_gain": min(seed["gain"] for seed in seeds),
+        "significantly_worse": [
+            family["family"] for family in families if family["significantly_worse"]
+        ],
+        "too_few_pairs": [
+            family["family"] for family in families if family["pairs"] < FEWEST_PAIRS
+        ],
+    }
 
 
 def print_comparison(result: dict[str, Any], console: Console) -> None:

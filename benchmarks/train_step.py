@@ -1,18 +1,24 @@
-r"""How fast is a whole update (forward, loss, backward, clip, AdamW) beside Hugging Face transformers on torch?
+r"""How fast is a whole update (forward, loss, backward, clip, AdamW) beside Hugging Face
+transformers on torch?
 
 python -m benchmarks.train_step --json step.json [--sizes small,medium] [--precisions float32,bfloat16] [--rival_python DIR/bin/python] [--scaling]
 
-Ours is `Learner.update` as training runs it: float32 weights and moments, layers in the precision of the row. The rival has the same weights
-(through rome.model.hf.checkpoint), tokens, learning rate and clip, the precision's fastest form that it has, and a process of its own; its first losses must
-equal ours before anything is timed, the later of which also prove backward pass and optimizer. Then the two take turns, and `ratio` is the
-median over the pairs. On a CPU the sizes are small and medium, batches of 8 rows of 512; where JAX has a GPU there is one, a slice of
-Qwen3-30B-A3B (its widths, experts and vocabulary, two layers), for which `share_of_peak` is the MFU.
+Ours is `Learner.update` as training runs it: float32 weights and moments, layers in the precision
+of the row. The rival has the same weights (through rome.model.hf.checkpoint), tokens, learning rate
+and clip, the precision's fastest form that it has, and a process of its own; its first losses must
+equal ours before anything is timed, the later of which also prove backward pass and optimizer. Then
+the two take turns, and `ratio` is the median over the pairs. On a CPU the sizes are small and
+medium, batches of 8 rows of 512; where JAX has a GPU there is one, a slice of Qwen3-30B-A3B (its
+widths, experts and vocabulary, two layers), for which `share_of_peak` is the MFU.
 
-`share_of_peak` counts the step's useful FLOPs (6 per active matmul parameter and token, and causal attention) against the best matmul that this
-run measured in the precision. `floor` says what the FLOPs of each piece and the optimizer's bytes take at peak, `alone` what the piece takes by itself,
-forward and backward; so the gap explains itself. On the CPU it is made of three things: products too thin for the peak (attention
-heads of 32 or 64, an expert's few hundred rows), what lies between the products (softmax, SiLU, norms and gathers are bound by memory or by exp, and in
-bfloat16 they cost what they cost in float32, which is why its share is lower), and the sum over a weight's gradients in float32.
+`share_of_peak` counts the step's useful FLOPs (6 per active matmul parameter and token, and causal
+attention) against the best matmul that this run measured in the precision. `floor` says what the
+FLOPs of each piece and the optimizer's bytes take at peak, `alone` what the piece takes by itself,
+forward and backward; so the gap explains itself. On the CPU it is made of three things: products
+too thin for the peak (attention heads of 32 or 64, an expert's few hundred rows), what lies between
+the products (softmax, SiLU, norms and gathers are bound by memory or by exp, and in bfloat16 they
+cost what they cost in float32, which is why its share is lower), and the sum over a weight's
+gradients in float32.
 """
 
 from __future__ import annotations
@@ -40,13 +46,13 @@ from rich.console import Console
 from rich.table import Table
 
 from rome.data.batch import IMITATION, Batch
-from rome.model.ops.logprobs import chunked_logprobs
 from rome.losses.sft import sft_loss
 from rome.losses.types import LossConfig, count_denominators
-from rome.model.ops.attention import attention
 from rome.model.config import PRESETS, ModelConfig
-from rome.model.ops.experts import experts
 from rome.model.hf.checkpoint import save_hf
+from rome.model.ops.attention import attention
+from rome.model.ops.experts import experts
+from rome.model.ops.logprobs import chunked_logprobs
 from rome.model.sharding import make_mesh
 from rome.train.memory import keep_freed_memory
 from rome.train.metrics import write_atomically
@@ -57,12 +63,44 @@ LEARNING_RATE, PROVING_STEPS = 1e-3, 3
 TOLERANCE = {"float32": 2e-4, "bfloat16": 2e-2}  # of losses, relative
 _CPU = dataclasses.replace(PRESETS["small"], router_aux_loss_coef=0.0)
 SIZES: dict[str, tuple[ModelConfig, int, int]] = {  # config, rows, length
-    "toy": (dataclasses.replace(_CPU, num_layers=1, hidden_size=32, num_heads=2, num_kv_heads=1, head_dim=16, num_experts=4,
-                                moe_intermediate_size=16, vocab_size=768, max_position=64), 2, 32),
+    "toy": (
+        dataclasses.replace(
+            _CPU,
+            num_layers=1,
+            hidden_size=32,
+            num_heads=2,
+            num_kv_heads=1,
+            head_dim=16,
+            num_experts=4,
+            moe_intermediate_size=16,
+            vocab_size=768,
+            max_position=64,
+        ),
+        2,
+        32,
+    ),
     "small": (_CPU, 8, 512),
-    "medium": (dataclasses.replace(_CPU, num_layers=8, hidden_size=512, head_dim=64, num_experts=32, moe_intermediate_size=256, vocab_size=8192), 8, 512),
-    "slice": (dataclasses.replace(PRESETS["qwen3_30b_a3b"], num_layers=2, router_aux_loss_coef=0.0, remat="none"), 2, 4096),
-}  # fmt: skip
+    "medium": (
+        dataclasses.replace(
+            _CPU,
+            num_layers=8,
+            hidden_size=512,
+            head_dim=64,
+            num_experts=32,
+            moe_intermediate_size=256,
+            vocab_size=8192,
+        ),
+        8,
+        512,
+    ),
+    "slice": (
+        dataclasses.replace(
+            PRESETS["qwen3_30b_a3b"], num_layers=2, router_aux_loss_coef=0.0, remat="none"
+        ),
+        2,
+        4096,
+    ),
+}
 
 
 def random_batch(config: ModelConfig, rows: int, length: int, seed: int = 0) -> Batch:
@@ -73,11 +111,22 @@ def random_batch(config: ModelConfig, rows: int, length: int, seed: int = 0) -> 
     learned_BT = np.broadcast_to(np.arange(length) > 0, tokens_BT.shape)
     numbers_BT, numbers_BC = np.zeros(tokens_BT.shape, np.float32), np.zeros((rows, 1), np.float32)
     return Batch(
-        tokens_BT=tokens_BT, positions_BT=np.tile(np.arange(length, dtype=np.int32), (rows, 1)), segments_BT=np.ones_like(tokens_BT),
-        action_mask_BT=learned_BT, chunk_ids_BT=np.where(learned_BT, 0, -1).astype(np.int32), version_BT=np.zeros_like(tokens_BT),
-        logp_rollout_BT=numbers_BT, logp_old_BT=numbers_BT, return_BC=numbers_BC, reward_BC=numbers_BC, sign_BC=numbers_BC, advantage_BC=numbers_BC,
-        trajectory_BC=np.ones((rows, 1), np.int32), kind_BC=np.full((rows, 1), IMITATION, np.int8), valid_BC=np.ones((rows, 1), bool),
-    )  # fmt: skip
+        tokens_BT=tokens_BT,
+        positions_BT=np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+        segments_BT=np.ones_like(tokens_BT),
+        action_mask_BT=learned_BT,
+        chunk_ids_BT=np.where(learned_BT, 0, -1).astype(np.int32),
+        version_BT=np.zeros_like(tokens_BT),
+        logp_rollout_BT=numbers_BT,
+        logp_old_BT=numbers_BT,
+        return_BC=numbers_BC,
+        reward_BC=numbers_BC,
+        sign_BC=numbers_BC,
+        advantage_BC=numbers_BC,
+        trajectory_BC=np.ones((rows, 1), np.int32),
+        kind_BC=np.full((rows, 1), IMITATION, np.int8),
+        valid_BC=np.ones((rows, 1), bool),
+    )
 
 
 class Ours:
@@ -112,8 +161,14 @@ def rival(
         save_hf(ours.state.params, config, directory)
         tokens = pathlib.Path(directory, "tokens.npy")
         np.save(tokens, ours.batch.tokens_BT)
-        settings = {"weights": directory, "tokens": str(tokens), "precision": config.dtype, "learning_rate": LEARNING_RATE,
-                    "threads": len(os.sched_getaffinity(0)), "device": "cuda" if jax.default_backend() == "gpu" else "cpu"}  # fmt: skip
+        settings = {
+            "weights": directory,
+            "tokens": str(tokens),
+            "precision": config.dtype,
+            "learning_rate": LEARNING_RATE,
+            "threads": len(os.sched_getaffinity(0)),
+            "device": "cuda" if jax.default_backend() == "gpu" else "cpu",
+        }
         command = [
             python,
             str(pathlib.Path(__file__).with_name("train_step_rival.py")),
@@ -127,7 +182,8 @@ def rival(
             line = process.stdout.readline()
             if not line:
                 raise RuntimeError(
-                    f"the rival's process ended with status {process.wait()}; its own message stands above"
+                    f"the rival's process ended with status {process.wait()}; its own message"
+                    " stands above"
                 )
             return json.loads(line)
 
@@ -159,17 +215,26 @@ def compare(name: str, precision: str, python: str, pairs: int, peak: float) -> 
         for own, other in losses:
             if not abs(own - other) <= TOLERANCE[precision] * abs(other):
                 raise RuntimeError(
-                    f"{name} {precision}: losses of the first steps differ, ours and the rival's: {losses}; the timing would compare two things"
+                    f"{name} {precision}: losses of the first steps differ, ours and the rival's:"
+                    f" {losses}; the timing would compare two things"
                 )
         times = [(ours.step()["seconds"], rival_step()["seconds"]) for _ in range(pairs)]
     tokens = rows * length
     own_seconds, rival_seconds = (statistics.median(side) for side in zip(*times))
     floor = floor_seconds(config, rows, length, peak)
     return {
-        "name": name, "precision": precision, "tokens_per_s": tokens / own_seconds, "rival": rival_name, "rival_tokens_per_s": tokens / rival_seconds,
-        "ratio": statistics.median(other / own for own, other in times), "share_of_peak": floor["flops"] / own_seconds / peak,
-        "pairs": times, "losses": losses, "floor": floor, "alone": pieces_alone(config, rows, length),
-    }  # fmt: skip
+        "name": name,
+        "precision": precision,
+        "tokens_per_s": tokens / own_seconds,
+        "rival": rival_name,
+        "rival_tokens_per_s": tokens / rival_seconds,
+        "ratio": statistics.median(other / own for own, other in times),
+        "share_of_peak": floor["flops"] / own_seconds / peak,
+        "pairs": times,
+        "losses": losses,
+        "floor": floor,
+        "alone": pieces_alone(config, rows, length),
+    }
 
 
 def count_flops(config: ModelConfig, rows: int, length: int) -> dict[str, float]:
@@ -178,9 +243,11 @@ def count_flops(config: ModelConfig, rows: int, length: int) -> dict[str, float]
     weights = {
         "head": D * config.vocab_size,
         "projections": L * (2 * D * heads + 2 * D * config.num_kv_heads * config.head_dim),
-        "experts": L
-        * D
-        * (3 * config.experts_per_token * config.moe_intermediate_size + config.num_experts),
+        "experts": (
+            L
+            * D
+            * (3 * config.experts_per_token * config.moe_intermediate_size + config.num_experts)
+        ),
     }
     return {piece: 6.0 * rows * length * count for piece, count in weights.items()} | {
         "attention": 6.0 * rows * length**2 * heads * L
@@ -188,7 +255,9 @@ def count_flops(config: ModelConfig, rows: int, length: int) -> dict[str, float]
 
 
 def floor_seconds(config: ModelConfig, rows: int, length: int, peak: float) -> dict[str, Any]:
-    """What the step would take if every product ran at the measured peak and the optimizer at the measured memory speed."""
+    """What the step would take if every product ran at the measured peak and the optimizer at the
+    measured memory speed.
+    """
     flops = count_flops(config, rows, length)
     shapes = jax.eval_shape(lambda: init_state(config, optimizer=_NO_OPTIMIZER, seed=0).params)
     optimizer_bytes = (
@@ -225,7 +294,9 @@ def memory_speed() -> float:
 
 
 def pieces_alone(config: ModelConfig, rows: int, length: int) -> dict[str, float]:
-    """Seconds a step that attention, experts (all layers) and the head take by themselves, forward and backward."""
+    """Seconds a step that attention, experts (all layers) and the head take by themselves, forward
+    and backward.
+    """
     D, E, F, k, dtype = (
         config.hidden_size,
         config.num_experts,
@@ -263,11 +334,29 @@ def pieces_alone(config: ModelConfig, rows: int, length: int) -> dict[str, float
     )
     kv_shape = (rows, length, config.num_kv_heads, config.head_dim)
     return {
-        "attention": config.num_layers * backward(attend, low(rows, length, config.num_heads, config.head_dim), low(*kv_shape), low(*kv_shape)),
-        "experts": config.num_layers * backward(
-            lambda *a: experts(*a), low(rows * length, D), low(E, D, F), low(E, D, F), low(E, F, D), normal(rows * length, k), fixed=(ids_Nk,)),
-        "head": backward(lambda h, w: chunked_logprobs(h, w, tokens_BT, ones_BT), low(rows, length, D), normal(D, config.vocab_size)),
-    }  # fmt: skip
+        "attention": config.num_layers
+        * backward(
+            attend,
+            low(rows, length, config.num_heads, config.head_dim),
+            low(*kv_shape),
+            low(*kv_shape),
+        ),
+        "experts": config.num_layers
+        * backward(
+            lambda *a: experts(*a),
+            low(rows * length, D),
+            low(E, D, F),
+            low(E, D, F),
+            low(E, F, D),
+            normal(rows * length, k),
+            fixed=(ids_Nk,),
+        ),
+        "head": backward(
+            lambda h, w: chunked_logprobs(h, w, tokens_BT, ones_BT),
+            low(rows, length, D),
+            normal(D, config.vocab_size),
+        ),
+    }
 
 
 def _best_seconds(function: Callable, *arguments: Any, repeats: int) -> float:
@@ -281,7 +370,9 @@ def _best_seconds(function: Callable, *arguments: Any, repeats: int) -> float:
 
 
 def measure_scaling(precision: str = "float32") -> list[dict[str, Any]]:
-    """Ours alone, size small: 16,384 tokens a step in ever longer rows, then ever more experts in rows of 512."""
+    """Ours alone, size small: 16,384 tokens a step in ever longer rows, then ever more experts in
+    rows of 512.
+    """
     config = dataclasses.replace(SIZES["small"][0], dtype=precision, max_position=16384)
     cases = [(config, 16384 // length, length) for length in (512, 1024, 2048, 4096, 8192, 16384)]
     cases += [
@@ -312,14 +403,22 @@ def print_result(result: dict[str, Any], console: Console) -> None:
         table.add_column(name, justify="left" if name in ("size", "precision") else "right")
     for row in result["sizes"]:
         floor = result_tokens(row) / row["floor"]["total_seconds"]
-        table.add_row(row["name"], row["precision"], f"{row['tokens_per_s']:,.0f}", f"{row['rival_tokens_per_s']:,.0f}", f"{row['ratio']:.2f}",
-                      f"{row['share_of_peak']:.1%}", f"{floor:,.0f}")  # fmt: skip
+        table.add_row(
+            row["name"],
+            row["precision"],
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['rival_tokens_per_s']:,.0f}",
+            f"{row['ratio']:.2f}",
+            f"{row['share_of_peak']:.1%}",
+            f"{floor:,.0f}",
+        )
     console.print(table)
     for row in result["sizes"]:
         console.print(f"{row['name']} {row['precision']}: {row['rival']}", soft_wrap=True)
     for row in result["scaling"]:
         console.print(
-            f"rows of {row['length']}, {row['experts']} experts: {row['tokens_per_s']:,.0f} tokens/s",
+            f"rows of {row['length']}, {row['experts']} experts: {row['tokens_per_s']:,.0f}"
+            " tokens/s",
             soft_wrap=True,
         )
 
@@ -333,13 +432,16 @@ def rival_python(given: str | None) -> str:
         importlib.util.find_spec(name) for name in ("torch", "transformers")
     ):
         raise ValueError(
-            "this Python has no torch and transformers to compare with; pip install -r tests/requirements-live.txt, or name one that has by --rival_python"
+            "this Python has no torch and transformers to compare with; pip install -r"
+            " tests/requirements-live.txt, or name one that has by --rival_python"
         )
     return given or sys.executable
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    keep_freed_memory()  # before anything asks for a device: the threads that this starts keep the arenas they begin with
+    # before anything asks for a device: the threads that this starts keep the arenas they begin
+    # with
+    keep_freed_memory()
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.train_step",
         description="The train step beside transformers on torch.",
@@ -375,7 +477,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         unknown = [name for name in (*sizes, *precisions) if name not in (*SIZES, *TOLERANCE)]
         if unknown:
             raise ValueError(
-                f"{unknown[0]!r} is no size or precision; choose from {', '.join((*SIZES, *TOLERANCE))}"
+                f"{unknown[0]!r} is no size or precision; choose from"
+                f" {', '.join((*SIZES, *TOLERANCE))}"
             )
         python = rival_python(options.rival_python)
     except ValueError as error:

@@ -1,7 +1,11 @@
-"""The other side of benchmarks.train_step: Hugging Face transformers on torch, in a process of its own. Needs torch and transformers only.
+"""The other side of benchmarks.train_step: Hugging Face transformers on torch, in a process of its
+own.
 
-Started with a JSON of settings; reads one word a line ("step", "end") and answers each with one line of JSON. Of the ways in which transformers can
-run this model, the fastest is chosen by trial: first one step of each on a quarter of the rows, then the near ones on all of them.
+Needs torch and transformers only.
+
+Started with a JSON of settings; reads one word a line ("step", "end") and answers each with one
+line of JSON. Of the ways in which transformers can run this model, the fastest is chosen by trial:
+first one step of each on a quarter of the rows, then the near ones on all of them.
 """
 
 from __future__ import annotations
@@ -21,7 +25,9 @@ NEAR, TRIALS = 1.6, 2  # a candidate this many times slower than the best is not
 
 
 class Side:
-    """One way of running the model: attention, experts and the precision's form, from the same weights each time."""
+    """One way of running the model: attention, experts and the precision's form, from the same
+    weights each time.
+    """
 
     def __init__(
         self, model: Any, settings: dict[str, Any], attention: str, experts: str, form: str

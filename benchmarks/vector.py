@@ -1,11 +1,15 @@
-r"""How many steps a second does a vector of terminal environments make, beside a loop of `docker exec`s?
+r"""How many steps a second does a vector of terminal environments make, beside a loop of `docker
+exec`s?
 
 python -m benchmarks.vector --json vector.json [--envs 256] [--rounds 5] [--docker_image IMAGE] [--docker_containers 32]
 
-A step is one command of an agent in the sandbox of its episode: parsed out of the turn's text, run as a process of its own, its output cut to size. All
-environments are stepped together (AsyncioVectorEnv, one event loop). With --docker_image (one that is there and has a shell and a `sleep`) rounds of the same command by the
-engine's API, in containers that run already and from as many threads as there are processors, are timed between ours; `ratio_docker` is the median of the
-pairs' ratios. Also: what a Harbor task's environment costs to build, and to start again from the snapshot of the first one.
+A step is one command of an agent in the sandbox of its episode: parsed out of the turn's text, run
+as a process of its own, its output cut to size. All environments are stepped together
+(AsyncioVectorEnv, one event loop). With --docker_image (one that is there and has a shell and a
+`sleep`) rounds of the same command by the engine's API, in containers that run already and from as
+many threads as there are processors, are timed between ours; `ratio_docker` is the median of the
+pairs' ratios. Also: what a Harbor task's environment costs to build, and to start again from the
+snapshot of the first one.
 """
 
 from __future__ import annotations
@@ -59,7 +63,9 @@ def make_vector(envs: int, turns: int) -> AsyncioVectorEnv:
 
 @contextlib.contextmanager
 def docker_round(image: str, containers: int) -> Iterator[Any]:
-    """A function that runs the command so many times, spread over containers, and gives executions a second; None where no engine answers."""
+    """A function that runs the command so many times, spread over containers, and gives executions
+    a second; None where no engine answers.
+    """
     if not image or probe_docker().tier is None:
         yield None
         return
@@ -129,7 +135,8 @@ def measure(envs: int, rounds: int, image: str, containers: int) -> dict[str, An
                     or any(info["status"] != "ok" for info in infos)
                 ):
                     raise RuntimeError(
-                        f"a step did not end well: {next(info for info in infos if info['status'] != 'ok')}"
+                        "a step did not end well:"
+                        f" {next(info for info in infos if info['status'] != 'ok')}"
                     )
                 if docker:
                     theirs.append(docker(2 * containers))
@@ -145,7 +152,9 @@ def measure(envs: int, rounds: int, image: str, containers: int) -> dict[str, An
 
 
 async def measure_builds() -> dict[str, float]:
-    """Milliseconds until an agent could begin in each Harbor example, built anew and started from a snapshot; medians over the examples of the median of five."""
+    """Milliseconds until an agent could begin in each Harbor example, built anew and started from a
+    snapshot; medians over the examples of the median of five.
+    """
     fresh, forked = [], []
     for task in load_dataset(EXAMPLES):
         config = sandbox_for(task, SandboxConfig(isolation="best_available"))
@@ -185,16 +194,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = measure(flags.envs, flags.rounds, flags.docker_image, flags.docker_containers)
     console = Console(highlight=False)
     console.print(
-        f"{found['envs']} terminal environments on {found['cpus']} processors, tier {found['tier']}: {found['steps_per_s']:.0f} steps/s; reset {found['reset_seconds']:.1f} s"
+        f"{found['envs']} terminal environments on {found['cpus']} processors, tier"
+        f" {found['tier']}: {found['steps_per_s']:.0f} steps/s; reset"
+        f" {found['reset_seconds']:.1f} s"
     )
     console.print(
-        f"docker exec in {found['docker_containers']} running containers: {found['docker_execs_per_s']:.0f} a second; ratio {found['ratio_docker']:.1f}"
+        f"docker exec in {found['docker_containers']} running containers:"
+        f" {found['docker_execs_per_s']:.0f} a second; ratio {found['ratio_docker']:.1f}"
         if found["ratio_docker"]
         else "docker exec: not measured (no --docker_image, or no engine answers)"
     )
     console.print(
-        f"Harbor examples: built in {found['harbor_build_ms']:.0f} ms (at most {found['harbor_build_ms_most']:.0f}), from a snapshot in {found['harbor_fork_ms']:.0f} ms, "
-        f"{found['harbor_fork_ratio']:.1f} times as fast"
+        f"Harbor examples: built in {found['harbor_build_ms']:.0f} ms (at most"
+        f" {found['harbor_build_ms_most']:.0f}), from a snapshot in {found['harbor_fork_ms']:.0f}"
+        f" ms, {found['harbor_fork_ratio']:.1f} times as fast"
     )
     if flags.json:
         flags.json.write_text(json.dumps(found, indent=1))

@@ -4,8 +4,9 @@ python -m launch.train --config=experiments/cpt.py --config.text=DIR     # tiny:
 python -m launch.train --config=experiments/cpt.py:smoke                 # seconds; without a text it reads Python's own library
 python -m launch.train --config=experiments/sft.py --config.init_from=experiments/cpt.py     # SFT from its result
 
-DIR holds .jsonl files (a document a line, under "text") and text files of any kind, each a document. Held-out documents tell the bits a byte:
-on Python's library the tiny preset goes from 8.1 to 2.4.
+DIR holds .jsonl files (a document a line, under "text") and text files of any kind, each a
+document. Held-out documents tell the bits a byte: on Python's library the tiny preset goes from 8.1
+to 2.4.
 """
 
 import ml_collections
@@ -41,7 +42,9 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.checkpoints_kept = 2
     config.learner = ml_collections.ConfigDict(
         {
-            "remat": "none",  # what the backward pass computes again: none, full, attention, offload (rome/model/config.py)
+            "remat": (
+                "none"
+            ),  # what the backward pass computes again: none, full, attention, offload (rome/model/config.py)
             "attention": "auto",
             "experts": "auto",
             "exchange": "auto",  # kernels by name (rome/model/ops/kernels.py)

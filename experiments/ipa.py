@@ -4,10 +4,12 @@ python -m launch.train --config=experiments/ipa.py            # tiny: 20 min on 
 python -m launch.train --config=experiments/ipa.py:smoke      # under a minute, checks that the way is open
 python -m launch.train --config=experiments/ipa.py:qwen3_30b_a3b --config.engines=http://a:30000,http://b:30000   # a pod; not run
 
-Baselines: --config.loss=token_level (the paper's Eq. 4-6) or --config.loss=grpo, dr_grpo, rloo, gspo, dapo, cispo, topr, tis, icepop, gigpo
-(rome/losses/policy.py says what each is). DAPO's dynamic sampling is --config.replace_equal.
+Baselines: --config.loss=token_level (the paper's Eq. 4-6) or --config.loss=grpo, dr_grpo, rloo,
+gspo, dapo, cispo, topr, tis, icepop, gigpo (rome/losses/policy.py says what each is). DAPO's
+dynamic sampling is --config.replace_equal.
 
-Asynchronous: --config.async_ratio=1. Resampling from anchors: --config.resampling=parallel (IPA's Parallelized Initialization) or rollback.
+Asynchronous: --config.async_ratio=1. Resampling from anchors: --config.resampling=parallel (IPA's
+Parallelized Initialization) or rollback.
 """
 
 from typing import NamedTuple
@@ -34,55 +36,61 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.experiment = "ipa"
     config.preset = preset
     config.seed = 0
-    config.init_from = (
-        "experiments/sft.py"  # run first where its result is missing; or a Hugging Face directory
+    config.init_from = (  # run first where its result is missing; or a Hugging Face directory
+        "experiments/sft.py"
     )
     config.model = "tiny"  # a preset of rome/model/config.py
     config.tokenizer = "rome/model/tokenizer/tiny"
     config.loss = "ipa"  # or a baseline, see above
     config.gamma = 0.95  # per chunk; the paper gives no value
-    config.mismatch_threshold = 0.0  # of pi_old / mu: H of ipa and token_level, C of tis, upper bound of icepop; 0: 5, of tis 2
+    # of pi_old / mu: H of ipa and token_level, C of tis, upper bound of icepop; 0: 5, of tis 2
+    config.mismatch_threshold = 0.0
     config.mismatch_low = 0.0  # icepop: tokens below it are dropped; 0: 0.5
     config.mismatch_mask = "chunk"  # ipa: chunk (Eq. 9) or token (Eq. 6)
     config.lambda_rl = 1.0
     config.lambda_il = 1.0
-    config.norm = (
-        "tokens"  # ipa, token_level: the loss is divided by tokens, chunks or trajectories
+    config.norm = (  # ipa, token_level: the loss is divided by tokens, chunks or trajectories
+        "tokens"
     )
     config.failure_reward = -1.0  # 0.0 learns from successes only
     config.negative_weight = 1.0  # of failures beside successes
-    config.negative_tokens = (
-        0  # failures with more sampled tokens are only read; 0: all are learnt from
-    )
-    config.denial_penalty = (
-        0.0  # what an episode loses that reached for a network which its sandbox does not grant
-    )
+    # failures with more sampled tokens are only read; 0: all are learnt from
+    config.negative_tokens = 0
+    # what an episode loses that reached for a network which its sandbox does not grant
+    config.denial_penalty = 0.0
     config.clip_low = 0.0  # losses that clip: to [1 - clip_low, 1 + clip_high]; 0: as published
     config.clip_high = 0.0
-    config.dual_clip = 0.0  # losses that clip: bound of a failure's ratio; 0: none, as published, and refused where samples may be stale
-    config.anchor = "history"  # gigpo: turns are compared after equal history, or where the last observation is equal
+    # losses that clip: bound of a failure's ratio; 0: none, as published, and refused where samples
+    # may be stale
+    config.dual_clip = 0.0
+    # gigpo: turns are compared after equal history, or where the last observation is equal
+    config.anchor = "history"
     config.old = "trainer"  # pi_old scored by the trainer, or "rollout": the engine's own logprobs
-    config.routing_replay = "off"  # "rollout": train through the experts that the engine chose; "recompute": that pi_old chose
+    # "rollout": train through the experts that the engine chose; "recompute": that pi_old chose
+    config.routing_replay = "off"
     config.steps = 180
     config.groups = 32  # tasks a step, more of them from families whose outcome is open
     config.group_size = 4  # episodes a task
-    config.filter_groups = (
-        True  # groups that all won or all failed compare nothing and are left out
-    )
-    config.replace_equal = False  # such a group is replaced by another task at once, up to four times (DAPO's dynamic sampling)
-    config.async_ratio = 0  # alpha: a step trains on samples that were begun at most so many versions ago; 0: synchronous
-    config.late = "wait"  # samples beyond that bound: wait (there are none), keep, drop (rome/rollout/scheduler.py)
-    config.whole_groups = (
-        True  # False: a step takes single episodes, whatever the others of their group do
-    )
+    # groups that all won or all failed compare nothing and are left out
+    config.filter_groups = True
+    # such a group is replaced by another task at once, up to four times (DAPO's dynamic sampling)
+    config.replace_equal = False
+    # alpha: a step trains on samples that were begun at most so many versions ago; 0: synchronous
+    config.async_ratio = 0
+    # samples beyond that bound: wait (there are none), keep, drop (rome/rollout/scheduler.py)
+    config.late = "wait"
+    # False: a step takes single episodes, whatever the others of their group do
+    config.whole_groups = True
     config.redundancy = 0  # further episodes of a group: the first group_size results count
     config.redundant_groups = 0  # further groups a step: the first `groups` complete ones count
-    config.keep_redundant = (
-        False  # what is too late plays on for its file instead of being cancelled
-    )
-    config.resampling = "off"  # parallel or rollback: hard tasks begin inside a trajectory that solved them (rome/rollout/anchors.py)
+    # what is too late plays on for its file instead of being cancelled
+    config.keep_redundant = False
+    # parallel or rollback: hard tasks begin inside a trajectory that solved them
+    # (rome/rollout/anchors.py)
+    config.resampling = "off"
     config.resample_share = 0.25  # of a step's groups, at most
-    config.alarm_kl = 0.1  # k3 of engine against trainer, or of a fresh sample's first update, at which the run stops
+    # k3 of engine against trainer, or of a fresh sample's first update, at which the run stops
+    config.alarm_kl = 0.1
     config.updates_per_step = 2  # optimizer updates on one step's data, so that ratios act
     config.row_length = 160  # tokens a row
     config.chunks_per_row = 16
@@ -103,19 +111,16 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.eval_temperature = 1.0
     config.checkpoint_every = 10
     config.checkpoints_kept = 2
-    config.engines = (
-        ""  # comma-separated URLs of SGLang servers; empty: the embedded engine is started
-    )
+    # comma-separated URLs of SGLang servers; empty: the embedded engine is started
+    config.engines = ""
     config.embedded_engines = 1  # how many are started where `engines` names none
-    config.mirrors = (
-        ""  # URLs of launch.mirror, one an engine: weights travel to its host as deltas
+    config.mirrors = (  # URLs of launch.mirror, one an engine: weights travel to its host as deltas
+        ""
     )
-    config.engine_slots = (
-        64  # of the embedded engine; fewer than `concurrency` would cost cached prefixes
-    )
-    config.lend_engines = (
-        0  # so many engines give their devices to the learner while it updates (time division)
-    )
+    # of the embedded engine; fewer than `concurrency` would cost cached prefixes
+    config.engine_slots = 64
+    # so many engines give their devices to the learner while it updates (time division)
+    config.lend_engines = 0
     config.sandbox = ml_collections.ConfigDict(
         {
             "isolation": "best_available",
@@ -123,15 +128,21 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
             "pids": 64,
             "disk_mb": 8,
             "command_timeout": 5.0,
-            "egress": "",  # what agents may reach, as in "pypi.org:443 model@127.0.0.1:30000"; nothing by default
-            "backend": "embedded",  # docker: containers of `image`; remote: sandboxes of the ROCK admin at `url`, whose token is in $ROCK_TOKEN
+            "egress": (
+                ""
+            ),  # what agents may reach, as in "pypi.org:443 model@127.0.0.1:30000"; nothing by default
+            "backend": (
+                "embedded"
+            ),  # docker: containers of `image`; remote: sandboxes of the ROCK admin at `url`, whose token is in $ROCK_TOKEN
             "image": "",
             "url": "",
         }
     )
     config.learner = ml_collections.ConfigDict(
         {
-            "remat": "none",  # what the backward pass computes again: none, full, attention, offload (rome/model/config.py)
+            "remat": (
+                "none"
+            ),  # what the backward pass computes again: none, full, attention, offload (rome/model/config.py)
             "attention": "auto",
             "experts": "auto",
             "exchange": "auto",  # kernels by name (rome/model/ops/kernels.py)
@@ -175,5 +186,6 @@ def _pod(config: ml_collections.ConfigDict, preset: str) -> None:
     config.sandbox.isolation = "required"
     config.learner.remat = "full"
     config.async_ratio = 1
-    config.routing_replay = "rollout"  # in bfloat16 two programs choose different experts; SGLang: --enable-return-routed-experts
+    # in bfloat16 two programs choose different experts; SGLang: --enable-return-routed-experts
+    config.routing_replay = "rollout"
     config.mesh.update(PODS[preset].mesh)

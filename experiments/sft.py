@@ -3,7 +3,8 @@ r"""SFT on expert trajectories of the terminal curriculum: the start of experime
 python -m launch.train --config=experiments/sft.py            # tiny: 4 to 8 min on 2 CPU cores, until a quarter of the held-out tasks is solved
 python -m launch.train --config=experiments/sft.py:smoke      # under a minute, checks that the way is open
 
-The scripted experts play in real sandboxes and sometimes err; their erroneous turns are read but not learnt (Eq. 1-2 of "Let It Flow").
+The scripted experts play in real sandboxes and sometimes err; their erroneous turns are read but
+not learnt (Eq. 1-2 of "Let It Flow").
 """
 
 from typing import NamedTuple
@@ -30,14 +31,15 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.experiment = "sft"
     config.preset = preset
     config.seed = 0
-    config.init_from = (
-        ""  # a Hugging Face directory, or the path of an experiment; empty: random weights
-    )
+    # a Hugging Face directory, or the path of an experiment; empty: random weights
+    config.init_from = ""
     config.model = "tiny"  # a preset of rome/model/config.py
     config.tokenizer = "rome/model/tokenizer/tiny"
     config.loss = "sft"
     config.steps = 2400  # at most
-    config.until_success = 0.25  # held-out success at which the stage ends: IPA starts where many outcomes are open; 0: all steps are run
+    # held-out success at which the stage ends: IPA starts where many outcomes are open; 0: all
+    # steps are run
+    config.until_success = 0.25
     config.updates_per_step = 1
     config.rows = 8  # rows a step
     config.row_length = 160  # tokens a row
@@ -61,16 +63,14 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.eval_temperature = 1.0
     config.checkpoint_every = 100
     config.checkpoints_kept = 2
-    config.engines = (
-        ""  # comma-separated URLs of SGLang servers; empty: the embedded engine is started
-    )
+    # comma-separated URLs of SGLang servers; empty: the embedded engine is started
+    config.engines = ""
     config.embedded_engines = 1  # how many are started where `engines` names none
-    config.mirrors = (
-        ""  # URLs of launch.mirror, one an engine: weights travel to its host as deltas
+    config.mirrors = (  # URLs of launch.mirror, one an engine: weights travel to its host as deltas
+        ""
     )
-    config.engine_slots = (
-        64  # of the embedded engine; fewer than `concurrency` would cost cached prefixes
-    )
+    # of the embedded engine; fewer than `concurrency` would cost cached prefixes
+    config.engine_slots = 64
     config.sandbox = ml_collections.ConfigDict(
         {
             "isolation": "best_available",
@@ -78,15 +78,21 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
             "pids": 64,
             "disk_mb": 8,
             "command_timeout": 5.0,
-            "egress": "",  # what agents may reach, as in "pypi.org:443 model@127.0.0.1:30000"; nothing by default
-            "backend": "embedded",  # docker: containers of `image`; remote: sandboxes of the ROCK admin at `url`, whose token is in $ROCK_TOKEN
+            "egress": (
+                ""
+            ),  # what agents may reach, as in "pypi.org:443 model@127.0.0.1:30000"; nothing by default
+            "backend": (
+                "embedded"
+            ),  # docker: containers of `image`; remote: sandboxes of the ROCK admin at `url`, whose token is in $ROCK_TOKEN
             "image": "",
             "url": "",
         }
     )
     config.learner = ml_collections.ConfigDict(
         {
-            "remat": "none",  # what the backward pass computes again: none, full, attention, offload (rome/model/config.py)
+            "remat": (
+                "none"
+            ),  # what the backward pass computes again: none, full, attention, offload (rome/model/config.py)
             "attention": "auto",
             "experts": "auto",
             "exchange": "auto",  # kernels by name (rome/model/ops/kernels.py)

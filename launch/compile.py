@@ -2,8 +2,9 @@
 
 python -m launch.compile --config=experiments/ipa.py:qwen3_30b_a3b --topology=v5p:4x4x4 [--json=FILE] [--save=DIR] [--config.key=value ...]
 
-Needs libtpu, not a TPU: pip install "jax[tpu]==VERSION OF JAX". Prints bytes a device by kind, FLOPs, collectives by mesh axis, the time that
-each bounds, the MFU that is left, and what to change where it does not fit (exit status 1). `--save` keeps the executables.
+Needs libtpu, not a TPU: pip install "jax[tpu]==VERSION OF JAX". Prints bytes a device by kind,
+FLOPs, collectives by mesh axis, the time that each bounds, the MFU that is left, and what to change
+where it does not fit (exit status 1). `--save` keeps the executables.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def topology_devices(topology: str) -> list[Any]:
 
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"no topology {topology!r}: {reason}. It takes libtpu (pip install 'jax[tpu]=={jax.__version__}') and a shape that exists, such as v5p:4x4x4."
+            f"no topology {topology!r}: {reason}. It takes libtpu (pip install"
+            f" 'jax[tpu]=={jax.__version__}') and a shape that exists, such as v5p:4x4x4."
         ) from error
 
 
@@ -132,8 +134,10 @@ def batch_shapes(config, model_config):
 
 
 def grouped_rows(learner, batch) -> float:
-    """Choices of experts that one device computes at a time when they are even: its tokens' choices, shared by the ring of the expert axis, or as many
-    as a chunk of its tokens has where choices are exchanged."""
+    """Choices of experts that one device computes at a time when they are even: its tokens'
+    choices, shared by the ring of the expert axis, or as many as a chunk of its tokens has where
+    choices are exchanged.
+    """
     from rome.model.ops.expert_exchange import chunks_of
 
     tokens = batch.tokens_BT.size // learner.mesh.size * learner.mesh.shape["tensor"]
@@ -149,10 +153,10 @@ def compile_experiment(config, topology: str, layers: int = 0) -> tuple[dict[str
     """(the report, the executables) of an experiment's step on a topology."""
     import jax
 
-    from rome.stages.config import ConfigError, check_config
     from rome.cost.estimate import find_chip, report, state_bytes
-    from rome.stages.base import make_learner, model_of
     from rome.model.sharding import check_mesh
+    from rome.stages.base import make_learner, model_of
+    from rome.stages.config import ConfigError, check_config
 
     check_config(config)
     chip = find_chip(topology)
@@ -163,7 +167,9 @@ def compile_experiment(config, topology: str, layers: int = 0) -> tuple[dict[str
     mesh = config.mesh.to_dict()
     if math.prod(mesh.values()) != len(devices):
         raise ConfigError(
-            f"mesh ({', '.join(f'{axis}={size}' for axis, size in mesh.items())}) has {math.prod(mesh.values())} devices, {topology} has {len(devices)}. Change --config.mesh."
+            f"mesh ({', '.join(f'{axis}={size}' for axis, size in mesh.items())}) has"
+            f" {math.prod(mesh.values())} devices, {topology} has {len(devices)}. Change"
+            " --config.mesh."
         )
     check_mesh(model_config, mesh, batch=config.rows_per_microbatch, length=config.row_length)
     learner = make_learner(config, model_config, devices)
@@ -184,15 +190,19 @@ def compile_experiment(config, topology: str, layers: int = 0) -> tuple[dict[str
         "remat": model_config.remat,
         "jax": jax.__version__,
     }
-    return found | report(
-        programs,
-        state_bytes(learner.state),
-        chip,
-        config=model_config,
-        mesh=mesh,
-        rows=config.rows_per_microbatch,
-        length=config.row_length,
-    ), executables
+    return (
+        found
+        | report(
+            programs,
+            state_bytes(learner.state),
+            chip,
+            config=model_config,
+            mesh=mesh,
+            rows=config.rows_per_microbatch,
+            length=config.row_length,
+        ),
+        executables,
+    )
 
 
 def save_programs(directory: pathlib.Path, executables: dict, topology: str) -> None:
@@ -211,7 +221,10 @@ def save_programs(directory: pathlib.Path, executables: dict, topology: str) -> 
 
 
 def load_programs(directory: str | pathlib.Path) -> dict[str, Any]:
-    """name -> callable, on the machine that the programs were compiled for. The files are pickles: load none that you do not trust."""
+    """name -> callable, on the machine that the programs were compiled for.
+
+    The files are pickles: load none that you do not trust.
+    """
     from jax.experimental import serialize_executable
 
     paths = sorted(pathlib.Path(directory).glob("*.pickle"))
@@ -230,18 +243,22 @@ def show(found: dict[str, Any]) -> None:
     gib = lambda size: f"{size / 2**30:8.2f} GiB"
     mesh = " ".join(f"{axis}={size}" for axis, size in found["mesh"].items() if size > 1)
     print(
-        f"{found['experiment']} of {found['model']} ({found['layers']} layers) on {found['topology']}: {found['devices']} devices, {mesh}; "
-        f"{found['rows_per_microbatch']} rows of {found['row_length']} tokens a micro-batch"
+        f"{found['experiment']} of {found['model']} ({found['layers']} layers) on"
+        f" {found['topology']}: {found['devices']} devices, {mesh}; {found['rows_per_microbatch']}"
+        f" rows of {found['row_length']} tokens a micro-batch"
     )
     verdict = "fits" if found["fits"] else "DOES NOT FIT"
     print(
-        f"\nbytes a device{gib(found['bytes_per_device'])} of{gib(found['usable_bytes'])}: {verdict} (peak in {found['peak_program']})"
+        f"\nbytes a device{gib(found['bytes_per_device'])} of{gib(found['usable_bytes'])}:"
+        f" {verdict} (peak in {found['peak_program']})"
     )
     for kind, size in found["bytes"].items():
         print(f"  {kind:<12}{gib(size)}")
     for name, program in found["programs"].items():
         print(
-            f"  program {name:<11}{gib(program['peak_bytes'])}, temporaries{gib(program['temporary_bytes'])}, compiled in {program['compile_seconds']:.0f} s"
+            f"  program {name:<11}{gib(program['peak_bytes'])},"
+            f" temporaries{gib(program['temporary_bytes'])}, compiled in"
+            f" {program['compile_seconds']:.0f} s"
         )
     if "seconds" in found:
         _show_speed(found)
@@ -253,17 +270,20 @@ def show(found: dict[str, Any]) -> None:
 def _show_speed(found: dict[str, Any]) -> None:
     seconds = found["seconds"]
     print(
-        f"\none micro-batch, one device (a bound: no latency, every rate at its peak)\n"
-        f"  compute     {seconds['compute']:9.4f} s  {found['flops'] / 1e12:.1f} TFLOP, of which the model's own {found['model_flops'] / 1e12:.1f}\n"
-        f"  HBM         {seconds['memory']:9.4f} s  {found['hbm_bytes'] / 2**30:.1f} GiB (estimate)\n"
-        f"  collectives {seconds['collectives']:9.4f} s  {found['collective_bytes'] / 2**30:.1f} GiB sent"
+        "\none micro-batch, one device (a bound: no latency, every rate at its peak)\n  compute   "
+        f"  {seconds['compute']:9.4f} s  {found['flops'] / 1e12:.1f} TFLOP, of which the model's"
+        f" own {found['model_flops'] / 1e12:.1f}\n  HBM         {seconds['memory']:9.4f} s "
+        f" {found['hbm_bytes'] / 2**30:.1f} GiB (estimate)\n  collectives"
+        f" {seconds['collectives']:9.4f} s  {found['collective_bytes'] / 2**30:.1f} GiB sent"
     )
     for one in found["collectives"][:8]:
         print(
-            f"    {one['kind']:<20}{one['axes']:<16}{one['seconds']:9.4f} s {one['bytes'] / 2**30:8.2f} GiB in {one['runs']:6.0f} runs  {one['largest'][-60:]}"
+            f"    {one['kind']:<20}{one['axes']:<16}{one['seconds']:9.4f} s"
+            f" {one['bytes'] / 2**30:8.2f} GiB in {one['runs']:6.0f} runs  {one['largest'][-60:]}"
         )
     print(
-        f"  MFU bound   {100 * found['roofline_mfu']:.1f} % where collectives hide behind compute, {100 * found['roofline_mfu_serial']:.1f} % where none does"
+        f"  MFU bound   {100 * found['roofline_mfu']:.1f} % where collectives hide behind compute,"
+        f" {100 * found['roofline_mfu_serial']:.1f} % where none does"
     )
     if found["kernels_not_counted"]:
         print(f"  kernels whose FLOPs are not counted: {', '.join(found['kernels_not_counted'])}")
@@ -306,7 +326,8 @@ def run_main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    # Before JAX is imported: no TPU is looked for, and several compilations may run beside each other.
+    # Before JAX is imported: no TPU is looked for, and several compilations may run beside each
+    # other.
     os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     app.run(run_main)

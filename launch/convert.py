@@ -1,11 +1,13 @@
-r"""Checkpoints from one form into the other: Hugging Face safetensors, and the orbax checkpoints that training keeps.
+r"""Checkpoints from one form into the other: Hugging Face safetensors, and the orbax checkpoints
+that training keeps.
 
 python -m launch.convert --input=RUN --output=DIR --dtype=bfloat16     # a training workdir (or its checkpoints/) -> Hugging Face
 python -m launch.convert --input=DIR --output=DIR2                     # Hugging Face -> orbax, which --config.init_from takes too
 python -m launch.convert --input=DIR --output=DIR2 --to=hf --dtype=bfloat16   # Hugging Face -> Hugging Face in another type
 
-The tokenizer comes along. Towards Hugging Face it works in a few gigabytes of memory whatever the model's size, and only parameters are read,
-not the optimizer's moments. Towards orbax the parameters are held by the devices that JAX finds: on a CPU, by its memory.
+The tokenizer comes along. Towards Hugging Face it works in a few gigabytes of memory whatever the
+model's size, and only parameters are read, not the optimizer's moments. Towards orbax the
+parameters are held by the devices that JAX finds: on a CPU, by its memory.
 """
 
 from __future__ import annotations
@@ -61,9 +63,12 @@ LINE_SECONDS = 5.0  # without a terminal, one line of progress in so many second
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What the input turned out to be. `checkpoints` is None for a Hugging Face directory; otherwise `step` is the one to take.
+    """What the input turned out to be.
 
-    `hf_config` is the config.json to write, of which `model` is the reading; `tokenizer` is the directory that has one, if any has.
+    `checkpoints` is None for a Hugging Face directory; otherwise `step` is the one to take.
+
+    `hf_config` is the config.json to write, of which `model` is the reading; `tokenizer` is the
+    directory that has one, if any has.
     """
 
     directory: pathlib.Path
@@ -82,28 +87,33 @@ def find_source(directory: pathlib.Path, step: int | None) -> Source:
 
     if not directory.is_dir():
         raise FileNotFoundError(
-            f"--input={directory} is not a directory; give a Hugging Face checkpoint or a training workdir"
+            f"--input={directory} is not a directory; give a Hugging Face checkpoint or a training"
+            " workdir"
         )
     if not (directory / "checkpoints").is_dir() and (directory / "config.json").exists():
         if step is not None:
             raise ValueError(
-                f"--step={step}, but {directory} is a Hugging Face checkpoint and has no steps; leave it out"
+                f"--step={step}, but {directory} is a Hugging Face checkpoint and has no steps;"
+                " leave it out"
             )
         spelled = read_json(directory / "config.json")
         if "experiment" in spelled:
             raise FileNotFoundError(
-                f"{directory} is the workdir of a run without checkpoints; let it train to its first one"
+                f"{directory} is the workdir of a run without checkpoints; let it train to its"
+                " first one"
             )
         return Source(directory, None, 0, spelled, ModelConfig.from_hf(spelled), directory)
     checkpoints = directory if directory.name == "checkpoints" else directory / "checkpoints"
     steps = saved_steps(checkpoints) if checkpoints.is_dir() else []
     if not steps:
         raise FileNotFoundError(
-            f"{directory} holds neither a Hugging Face checkpoint (config.json) nor a training checkpoint (checkpoints/STEP)"
+            f"{directory} holds neither a Hugging Face checkpoint (config.json) nor a training"
+            " checkpoint (checkpoints/STEP)"
         )
     if step is not None and step not in steps:
         raise ValueError(
-            f"--step={step} is not in {checkpoints}, which holds {', '.join(map(str, steps))}; choose one of them"
+            f"--step={step} is not in {checkpoints}, which holds {', '.join(map(str, steps))};"
+            " choose one of them"
         )
     workdir = checkpoints.absolute().parent
     spelled, tokenizer = _model_of(read_json(workdir / "config.json"), workdir)
@@ -120,7 +130,9 @@ def find_source(directory: pathlib.Path, step: int | None) -> Source:
 def _model_of(
     document: dict[str, Any], workdir: pathlib.Path
 ) -> tuple[dict[str, Any], pathlib.Path]:
-    """config.json for Hugging Face and the tokenizer of what trained in `workdir`, whose own config.json is `document`."""
+    """config.json for Hugging Face and the tokenizer of what trained in `workdir`, whose own
+    config.json is `document`.
+    """
     from rome.model.config import PRESETS
     from rome.model.tokenizer import Tokenizer
 
@@ -130,7 +142,8 @@ def _model_of(
         return document, workdir
     if document.get("model") not in PRESETS:
         raise ValueError(
-            f"{workdir / 'config.json'} has model={document.get('model')!r}; known are {', '.join(PRESETS)}"
+            f"{workdir / 'config.json'} has model={document.get('model')!r}; known are"
+            f" {', '.join(PRESETS)}"
         )
     tokenizer = Tokenizer.load(document["tokenizer"])
     config = dataclasses.replace(
@@ -165,7 +178,9 @@ def write_hf(
 def write_orbax(
     source: Source, directory: pathlib.Path, dtype: str | None, progress: Callable[[int, int], None]
 ) -> None:
-    """Loads the source onto the devices that are there, split as far as they divide the model, and writes parameters only."""
+    """Loads the source onto the devices that are there, split as far as they divide the model, and
+    writes parameters only.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -197,7 +212,9 @@ def write_orbax(
 
 
 def _check_room(model: ModelConfig, dtype: Any, directory: pathlib.Path) -> None:
-    """Fails before a long job that could not end well: on the disk, and in memory where the devices are this machine's CPU."""
+    """Fails before a long job that could not end well: on the disk, and in memory where the devices
+    are this machine's CPU.
+    """
     import jax
 
     from rome.model.hf.files import check_space
@@ -215,13 +232,16 @@ def _check_room(model: ModelConfig, dtype: Any, directory: pathlib.Path) -> None
     )
     if needed > free:
         raise ValueError(
-            f"the parameters take {needed / 1e9:.1f} GB as {dtype.name}, and {free / 1e9:.1f} GB of memory are free; "
-            "run it where there is more, or on accelerators (JAX_PLATFORMS)"
+            f"the parameters take {needed / 1e9:.1f} GB as {dtype.name}, and {free / 1e9:.1f} GB of"
+            " memory are free; run it where there is more, or on accelerators (JAX_PLATFORMS)"
         )
 
 
 class ProgressBar:
-    """Bytes done: a bar in a terminal, otherwise a line now and then. Called from several threads, one at a time."""
+    """Bytes done: a bar in a terminal, otherwise a line now and then.
+
+    Called from several threads, one at a time.
+    """
 
     def __init__(self, label: str) -> None:
         from rich.console import Console

@@ -1,9 +1,11 @@
-"""What this machine can do for training: tries each mechanism, says what it gives, and what to do for more.
+"""What this machine can do for training: tries each mechanism, says what it gives, and what to do
+for more.
 
 python -m launch.doctor [--quick] [--json FILE]
 
-Ends with one expert episode played in a sandbox from task to verdict. Exit status 1 where that fails, since then nothing can be trained. `--quick`
-plays only that and says something only when it fails: `make train` begins with it.
+Ends with one expert episode played in a sandbox from task to verdict. Exit status 1 where that
+fails, since then nothing can be trained. `--quick` plays only that and says something only when it
+fails: `make train` begins with it.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from envs.rock import Sandbox, SandboxConfig, SandboxError, probe
 from envs.rock.host import cgroups
 from envs.rock.tiers import TIERS, probe_docker
 from envs.tasks.terminal import FAMILIES, train_seed
-from envs.tasks.terminal.env import TerminalEnv
 from envs.tasks.terminal.demonstrator import run_expert
+from envs.tasks.terminal.env import TerminalEnv
 
 SECONDS = 60.0
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
@@ -74,8 +76,14 @@ def _version(package: str) -> str:
 
 
 def _devices() -> Finding:
-    """In a process of its own: a chip that is looked at is held. The engine's module is imported there too."""
-    program = "import jax, rome.serve.server; print(jax.default_backend(), len(jax.devices()), jax.devices()[0].device_kind)"
+    """In a process of its own: a chip that is looked at is held.
+
+    The engine's module is imported there too.
+    """
+    program = (
+        "import jax, rome.serve.server; print(jax.default_backend(), len(jax.devices()),"
+        " jax.devices()[0].device_kind)"
+    )
     chips = [
         kind
         for kind, pattern in (("GPU", "/dev/nvidia[0-9]*"), ("TPU", "/dev/accel*"))
@@ -102,14 +110,16 @@ def _devices() -> Finding:
     backend, count, kind = done.stdout.split(maxsplit=2)
     unused = chips if backend == "cpu" else []
     remedy = (
-        f"there is a {unused[0]}, and this JAX has no backend for it: `make clean`, then `make environment ACCELERATOR={'cuda' if unused[0] == 'GPU' else 'tpu'}`"
+        f"there is a {unused[0]}, and this JAX has no backend for it: `make clean`, then `make"
+        f" environment ACCELERATOR={'cuda' if unused[0] == 'GPU' else 'tpu'}`"
         if unused
         else ""
     )
     return Finding(
         "accelerator, engine",
         not unused,
-        f"{count} {backend} device{'s' if count != '1' else ''} ({kind.strip()}); the embedded engine runs there too",
+        f"{count} {backend} device{'s' if count != '1' else ''} ({kind.strip()}); the embedded"
+        " engine runs there too",
         remedy,
     )
 
@@ -123,9 +133,11 @@ def _tokenizer() -> Finding:
     return Finding(
         "tokenizer",
         works,
-        f"{tokenizer.vocab_size} tokens, text comes back as it went in"
-        if works
-        else "a text does not come back",
+        (
+            f"{tokenizer.vocab_size} tokens, text comes back as it went in"
+            if works
+            else "a text does not come back"
+        ),
         "" if works else "the package tokenizers is damaged: `make clean environment`",
     )
 
@@ -162,7 +174,8 @@ def _choice() -> Finding:
         return Finding(
             "sandboxes",
             True,
-            f"the embedded backend's tier {report.tier}, and only under isolation='best_available': not enforced are {lost}",
+            f"the embedded backend's tier {report.tier}, and only under isolation='best_available':"
+            f" not enforced are {lost}",
             report.missing[0].remedy,
         )
     return Finding(
@@ -200,7 +213,7 @@ def _forks() -> Finding:
 
     try:
         kept, mounts = asyncio.run(asyncio.wait_for(fork(), SECONDS))
-    except (SandboxError, asyncio.TimeoutError) as error:
+    except (TimeoutError, SandboxError) as error:
         return Finding("snapshots", False, str(error) or "no answer", "see the sandbox tiers above")
     over = any(" /workspace " in line and " overlay " in line for line in mounts.splitlines())
     return Finding(
@@ -231,7 +244,7 @@ def _episode() -> Finding:
     env = TerminalEnv(f"{FAMILIES[0]}/{train_seed(1)}", SandboxConfig(isolation="best_available"))
     try:
         played = asyncio.run(asyncio.wait_for(run_expert(env, random.Random(0), 0.0), SECONDS))
-    except (SandboxError, OSError, asyncio.TimeoutError) as error:
+    except (TimeoutError, SandboxError, OSError) as error:
         return Finding(
             "an episode",
             False,

@@ -9,7 +9,8 @@
     python -m launch.eval --dataset DIR --validate --out OUT                # exit status 1 where a task is not sound
     python -m launch.eval --dataset DIR --decontaminate CORPUS --out OUT    # exit status 1 where a task is found
 
-Leaves OUT/results.json, report.md, report.html (validation.*, contamination.*). Killed, the same command plays only what is missing.
+Leaves OUT/results.json, report.md, report.html (validation.*, contamination.*). Killed, the same
+command plays only what is missing.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ SHOW_EVERY_S = 10.0
 _DATASET = flags.DEFINE_string(
     "dataset",
     None,
-    "A folder of Harbor or Terminal-Bench tasks; a registry (FILE.json[:NAME[@VERSION]]); a .parquet, .jsonl or .json file of "
-    "SWE-bench instances or of archived tasks; harbor, harbor/TASK, terminal[:FAMILIES[:N]], repair[:PACKAGES[:N]], worlds[:NAMES[:N]], "
-    "problems[:NAMES[:N]], games[:NAMES[:N]], bfcl:FILE or tau2:FOLDER.",
+    "A folder of Harbor or Terminal-Bench tasks; a registry (FILE.json[:NAME[@VERSION]]); a"
+    " .parquet, .jsonl or .json file of SWE-bench instances or of archived tasks; harbor,"
+    " harbor/TASK, terminal[:FAMILIES[:N]], repair[:PACKAGES[:N]], worlds[:NAMES[:N]],"
+    " problems[:NAMES[:N]], games[:NAMES[:N]], bfcl:FILE or tau2:FOLDER.",
     required=True,
 )
 _FETCH = flags.DEFINE_bool(
@@ -62,8 +64,8 @@ _ISOLATION = flags.DEFINE_enum(
 _DOCKER_IMAGE = flags.DEFINE_string(
     "docker_image",
     "",
-    "Play in containers of this machine's Docker engine, where Harbor tasks have their real Dockerfile built; the image is for tasks "
-    "that name none. Default: embedded sandboxes.",
+    "Play in containers of this machine's Docker engine, where Harbor tasks have their real"
+    " Dockerfile built; the image is for tasks that name none. Default: embedded sandboxes.",
 )
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
@@ -73,7 +75,8 @@ _CHECKPOINT = flags.DEFINE_string(
 _ENGINES = flags.DEFINE_string(
     "engines",
     "",
-    "policy: URLs of SGLang servers with commas between them. Default: an embedded engine is started.",
+    "policy: URLs of SGLang servers with commas between them. Default: an embedded engine is"
+    " started.",
 )
 _MAX_CONTEXT = flags.DEFINE_integer(
     "max_context",
@@ -100,14 +103,14 @@ _API_KEY_ENV = flags.DEFINE_string(
 _STANDS_FOR = flags.DEFINE_multi_string(
     "stands_for",
     [],
-    "IMAGE=PROGRAM,PROGRAM: a base image that cannot be had; this machine's system stands for it, if it "
-    "has these programs.",
+    "IMAGE=PROGRAM,PROGRAM: a base image that cannot be had; this machine's system stands for it,"
+    " if it has these programs.",
 )
 _BUILD_EGRESS = flags.DEFINE_multi_string(
     "build_egress",
     None,
-    "HOST:PORT that the steps of a task's build reach, agent and tests not; none: nothing. Default: containers "
-    "all of the network, embedded sandboxes what the task grants.",
+    "HOST:PORT that the steps of a task's build reach, agent and tests not; none: nothing. Default:"
+    " containers all of the network, embedded sandboxes what the task grants.",
 )
 _VALIDATE = flags.DEFINE_bool("validate", False, "Prove the dataset: oracle 1, no-op 0, cheats 0.")
 _DECONTAMINATE = flags.DEFINE_string(
@@ -149,7 +152,8 @@ def read_alias(text: str) -> tuple[str, tuple[str, ...]]:
     image, equals, programs = text.partition("=")
     if not image or not equals:
         raise ValueError(
-            f"--stands_for={text!r} is not IMAGE=PROGRAM,PROGRAM, such as python:3.13-slim=python3,pip"
+            f"--stands_for={text!r} is not IMAGE=PROGRAM,PROGRAM, such as"
+            " python:3.13-slim=python3,pip"
         )
     return image, tuple(program for program in programs.split(",") if program)
 
@@ -181,11 +185,14 @@ def check_flags() -> None:
     ]
     if unread:
         raise ValueError(
-            f"--{unread[0]} is not read by {f'--agent {player()}' if player() else '--validate or --decontaminate'}; leave it out"
+            f"--{unread[0]} is not read by"
+            f" {f'--agent {player()}' if player() else '--validate or --decontaminate'}; leave"
+            " it out"
         )
     if player() == "policy" and not _CHECKPOINT.value:
         raise ValueError(
-            "--agent policy needs --checkpoint, a Hugging Face directory; with --engines its tokenizer is read"
+            "--agent policy needs --checkpoint, a Hugging Face directory; with --engines its"
+            " tokenizer is read"
         )
     if player() == "endpoint" and not (_ENDPOINT.value and _MODEL.value):
         raise ValueError("--agent endpoint needs --endpoint URL and --model NAME")
@@ -197,7 +204,9 @@ def player() -> str:
 
 
 def agent_identity() -> dict[str, Any]:
-    """What else makes an evaluation this one: figures of another checkpoint or temperature must not be mixed with it."""
+    """What else makes an evaluation this one: figures of another checkpoint or temperature must not
+    be mixed with it.
+    """
     if player() == "policy":
         folder = pathlib.Path(_CHECKPOINT.value)
         return {
@@ -224,7 +233,8 @@ def files_digest(folder: pathlib.Path) -> str:
     """Of names, sizes and times of the files: weights are too large to be read for this."""
     if not folder.is_dir():
         raise ValueError(
-            f"--checkpoint {str(folder)!r} is no folder; give a Hugging Face directory, such as runs/X/final"
+            f"--checkpoint {str(folder)!r} is no folder; give a Hugging Face directory, such as"
+            " runs/X/final"
         )
     entries = sorted(
         (path.name, path.stat().st_size, path.stat().st_mtime_ns)
@@ -235,7 +245,10 @@ def files_digest(folder: pathlib.Path) -> str:
 
 
 def find_isolation(wanted: str) -> str:
-    """The tier of sandboxes that this machine gives; says what it lacks. Raises where `wanted` is not to be had."""
+    """The tier of sandboxes that this machine gives; says what it lacks.
+
+    Raises where `wanted` is not to be had.
+    """
     from envs.rock import probe
     from envs.rock.tiers import probe_docker
 
@@ -256,7 +269,8 @@ def sandbox_config() -> Any:
     )
 
 
-# -- the three jobs ------------------------------------------------------------------------------------------------------------------
+# -- the three jobs
+# -------------------------------------------------------------------------------------------------
 
 
 def evaluate(tasks: list, identity: dict[str, Any]) -> int:
@@ -289,8 +303,10 @@ def evaluate(tasks: list, identity: dict[str, Any]) -> int:
         ]
     ]
     print(
-        f"{identity['agent']} on {identity['dataset']}: {', '.join(shown)}; {report['attempts_counted']} of {report['attempts']} attempts count; "
-        f"endings: {', '.join(f'{name} {count}' for name, count in report['by_ending'].items())}\nreport: {out / 'report.md'}",
+        f"{identity['agent']} on {identity['dataset']}: {', '.join(shown)};"
+        f" {report['attempts_counted']} of {report['attempts']} attempts count; endings:"
+        f" {', '.join(f'{name} {count}' for name, count in report['by_ending'].items())}\nreport:"
+        f" {out / 'report.md'}",
         flush=True,
     )
     return 0 if report["attempts_counted"] else 1
@@ -310,7 +326,8 @@ def validate(tasks: list, faults: list, identity: dict[str, Any]) -> int:
         for reason in verdict["reasons"]:
             print(f"{verdict['task']}: {reason}", flush=True)
     print(
-        f"{proof['sound']} of {proof['total']} tasks are sound, {proof['flaky']} flaky, {proof['runs']} runs\nreport: {out / 'validation.md'}",
+        f"{proof['sound']} of {proof['total']} tasks are sound, {proof['flaky']} flaky,"
+        f" {proof['runs']} runs\nreport: {out / 'validation.md'}",
         flush=True,
     )
     return 0 if proof["valid"] else 1
@@ -325,19 +342,24 @@ def decontaminate(tasks: list) -> int:
     for hit in found["hits"]:
         canaries = f", canary {', '.join(hit['canaries'])}" if hit["canaries"] else ""
         print(
-            f"{hit['task']}: {100 * hit['share']:.0f} % of its word runs{canaries}; {hit['places'][0]['file']}:{hit['places'][0]['line']}",
+            f"{hit['task']}: {100 * hit['share']:.0f} % of its word runs{canaries};"
+            f" {hit['places'][0]['file']}:{hit['places'][0]['line']}",
             flush=True,
         )
     print(
-        f"{len(hits) if (hits := found['hits']) else 'none'} of {len(tasks)} tasks found in {found['files']} files of {found['words']:,} words; "
-        f"{len(found['unchecked'])} are too short to check\nreport: {out / 'contamination.md'}",
+        f"{len(hits) if (hits := found['hits']) else 'none'} of {len(tasks)} tasks found in"
+        f" {found['files']} files of {found['words']:,} words; {len(found['unchecked'])} are too"
+        f" short to check\nreport: {out / 'contamination.md'}",
         flush=True,
     )
     return 1 if found["hits"] else 0
 
 
 async def play_all(jobs: list, results: Any) -> None:
-    """Plays what is missing and says from time to time how far it is. SIGTERM ends it as Ctrl-C does: sandboxes are closed, records are kept."""
+    """Plays what is missing and says from time to time how far it is.
+
+    SIGTERM ends it as Ctrl-C does: sandboxes are closed, records are kept.
+    """
     from rome.evals.runner import run_jobs
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)
@@ -364,12 +386,14 @@ async def play_all(jobs: list, results: Any) -> None:
         for agent in agents.values():
             await agent.close()
     print(
-        f"{missing} attempts played in {time.monotonic() - began:.1f} s, {len(jobs) - missing} were there already",
+        f"{missing} attempts played in {time.monotonic() - began:.1f} s, {len(jobs) - missing} were"
+        " there already",
         flush=True,
     )
 
 
-# -- agents --------------------------------------------------------------------------------------------------------------------------
+# -- agents
+# -------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -409,7 +433,8 @@ def make_policy(out: pathlib.Path, config: Any) -> Iterator[Any]:
 
     model, tokenizer = read_config(_CHECKPOINT.value), Tokenizer.load(_CHECKPOINT.value)
     context = _MAX_CONTEXT.value or min(model.max_position, 4096)
-    # the models of the tiny tokenizer learn the form of a call from their data: they never saw a tool's description
+    # the models of the tiny tokenizer learn the form of a call from their data: they never saw a
+    # tool's description
     tell_tools = tokenizer.vocab_size != Tokenizer.load(TINY).vocab_size
     temperature = 1.0 if _TEMPERATURE.value is None else _TEMPERATURE.value
     limits = Limits(context, _MAX_TOKENS.value or min(512, context), _EPISODE_SECONDS.value)
@@ -441,7 +466,8 @@ def make_policy(out: pathlib.Path, config: Any) -> Iterator[Any]:
         )
 
 
-# -- starting ------------------------------------------------------------------------------------------------------------------------
+# -- starting
+# -------------------------------------------------------------------------------------------------
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -453,7 +479,10 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def run_main(argv: list[str]) -> int:
-    """`main`; a known kind of failure becomes one line, and so does a stop. ROME_DEBUG=1 keeps the traceback."""
+    """`main`; a known kind of failure becomes one line, and so does a stop.
+
+    ROME_DEBUG=1 keeps the traceback.
+    """
     from envs.rock import SandboxError
     from rome.engine.client import EngineError
 

@@ -1,10 +1,13 @@
-"""Keeps copies of the trainer's newest weights on the disk of an engine's host, brought there by deltas.
+"""Keeps copies of the trainer's newest weights on the disk of an engine's host, brought there by
+deltas.
 
     python -m launch.mirror --source /shared/run/weights --local /nvme/weights --port 30100        (on the engine's host)
 
-The trainer's side is `Engine(url, mirror=MirrorClient("http://host:30100"))` and `write_checkpoint(..., delta=True)`.
+The trainer's side is `Engine(url, mirror=MirrorClient("http://host:30100"))` and
+`write_checkpoint(..., delta=True)`.
 
-POST /fetch {"path": DIRECTORY under --source} answers {"path": the copy, "way": "delta" | "full" | "held", "bytes", "seconds"}.
+POST /fetch {"path": DIRECTORY under --source} answers {"path": the copy, "way": "delta" | "full" |
+"held", "bytes", "seconds"}.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ from rome.engine.mirror import Mirror
 
 
 def make_app(mirror: Mirror, source: pathlib.Path) -> web.Application:
-    """Only what lies under `source` is fetched: whoever reaches this port must not read the host's other files."""
+    """Only what lies under `source` is fetched: whoever reaches this port must not read the host's
+    other files.
+    """
     one_at_a_time, source = asyncio.Lock(), source.resolve()
 
     async def fetch(http: web.Request) -> web.Response:
@@ -43,7 +48,10 @@ def make_app(mirror: Mirror, source: pathlib.Path) -> web.Application:
             except OSError as error:
                 return web.json_response(
                     {
-                        "error": f"{error}; is the trainer's storage mounted here, and is there room in {mirror.local}?"
+                        "error": (
+                            f"{error}; is the trainer's storage mounted here, and is there room in"
+                            f" {mirror.local}?"
+                        )
                     },
                     status=500,
                 )

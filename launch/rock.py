@@ -5,9 +5,11 @@
     python -m launch.rock worker --admin=http://10.0.0.5:8730 --host=10.0.0.6 --public --token_file=tokens
     python -m launch.rock admin --host=10.0.0.5 --public --token_file=tokens --ray_address=auto    a worker on every node of a Ray cluster (requirements-ray.txt)
 
-Tokens: one file, "name token" a line, mode 600; made at the first start, with --public by hand (the same for admin and workers). The name "worker" is the workers' own. Callers use
-SandboxConfig(backend="remote", url=..., token=...). The admin also serves environments (/apis/v1/envs/gem), E2B's /sandboxes, /metrics and /openapi.json.
-The connection is not encrypted: between machines put it behind a proxy with TLS, or into a network that is yours alone.
+Tokens: one file, "name token" a line, mode 600; made at the first start, with --public by hand (the
+same for admin and workers). The name "worker" is the workers' own. Callers use
+SandboxConfig(backend="remote", url=..., token=...). The admin also serves environments
+(/apis/v1/envs/gem), E2B's /sandboxes, /metrics and /openapi.json. The connection is not encrypted:
+between machines put it behind a proxy with TLS, or into a network that is yours alone.
 """
 
 import asyncio
@@ -23,15 +25,14 @@ from typing import Any
 from absl import app, flags
 from aiohttp import web
 
-import envs.games  # noqa: F401  (these register what is served)
-import envs.problems  # noqa: F401
-import envs.tasks.harbor  # noqa: F401
-import envs.tasks.terminal  # noqa: F401
+import envs.games
+import envs.problems
+import envs.tasks.harbor
+import envs.tasks.terminal
 import envs.worlds  # noqa: F401
 from envs.gem.server import GemService
 from envs.rock.service import e2b
 from envs.rock.service.admin import Admin
-from envs.rock.wire.api import TO_ADMIN, WORKER_USER
 from envs.rock.service.apps import make_worker
 from envs.rock.service.auth import Tokens, load_or_make_tokens, load_tokens
 from envs.rock.service.fleet import machine_resources
@@ -39,6 +40,7 @@ from envs.rock.service.hub import EnvHub
 from envs.rock.service.metrics import Metrics
 from envs.rock.service.server import RUNNER, Server
 from envs.rock.service.worker import Worker
+from envs.rock.wire.api import TO_ADMIN, WORKER_USER
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string(
@@ -71,7 +73,8 @@ flags.DEFINE_float(
 flags.DEFINE_string(
     "ray_address",
     None,
-    "admin: a Ray cluster (auto, HOST:PORT) whose nodes get a worker each; none in the admin's own process then.",
+    "admin: a Ray cluster (auto, HOST:PORT) whose nodes get a worker each; none in the admin's own"
+    " process then.",
 )
 flags.DEFINE_string(
     "ray_resource", "", "admin: only nodes that offer this resource of Ray's; empty: all."
@@ -81,7 +84,8 @@ flags.DEFINE_string("name", socket.gethostname(), "worker: its name.")
 flags.DEFINE_string(
     "advertise",
     None,
-    "worker: where the admin reaches it; admin with --ray_address: where its workers do; by default http://HOST:PORT.",
+    "worker: where the admin reaches it; admin with --ray_address: where its workers do; by default"
+    " http://HOST:PORT.",
 )
 flags.DEFINE_integer("memory_mb", 0, "Memory to give out; 0: four fifths of what is free.")
 flags.DEFINE_float("cpus", 0.0, "Processors to give out; 0: 32 times this machine's.")
@@ -96,7 +100,9 @@ def make_admin(
     resources: tuple = (),
     make_fleet: Callable[[Admin], Any] | None = None,
 ) -> web.Application:
-    """The admin's application; its life is the application's. make_fleet: what brings workers by itself (ray_fleet.RayFleet)."""
+    """The admin's application; its life is the application's. make_fleet: what brings workers by
+    itself (ray_fleet.RayFleet).
+    """
     metrics = Metrics()
     admin = Admin(EnvHub(data), tokens[WORKER_USER], metrics, auto_clear_seconds)
     server = Server(admin, TO_ADMIN, Tokens(tokens), "ROCK admin", metrics=metrics)
@@ -137,7 +143,8 @@ async def serve(make: Callable[[str], web.Application], host: str, port: int, wh
         )
     except OSError as error:
         sys.exit(
-            f"launch.rock: cannot listen on {host}:{port} ({error}); choose another --host or --port"
+            f"launch.rock: cannot listen on {host}:{port} ({error}); choose another --host or"
+            " --port"
         )
     url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
     runner = web.AppRunner(make(url), **RUNNER)
@@ -159,7 +166,8 @@ async def serve(make: Callable[[str], web.Application], host: str, port: int, wh
 def main(argv: list[str]) -> None:
     if len(argv) != 2 or argv[1] not in ("admin", "worker"):
         sys.exit(
-            "launch.rock: say what to start: python -m launch.rock admin|worker (--help shows the flags)"
+            "launch.rock: say what to start: python -m launch.rock admin|worker (--help shows the"
+            " flags)"
         )
     if unknown := [name for name in FLAGS.backends if name not in ("embedded", "docker")]:
         sys.exit(
@@ -167,15 +175,18 @@ def main(argv: list[str]) -> None:
         )
     if argv[1] == "worker" and not (FLAGS.admin or "").startswith(("http://", "https://")):
         sys.exit(
-            f"launch.rock: a worker needs --admin, the address of the admin that it works for, as http://HOST:PORT{f'; not {FLAGS.admin!r}' if FLAGS.admin else ''}"
+            "launch.rock: a worker needs --admin, the address of the admin that it works for, as"
+            f" http://HOST:PORT{f'; not {FLAGS.admin!r}' if FLAGS.admin else ''}"
         )
     if FLAGS.public and not FLAGS.token_file:
         sys.exit(
-            "launch.rock: with --public name the file of names and tokens by --token_file=FILE, the same on every machine: one that is made up here no other would know"
+            "launch.rock: with --public name the file of names and tokens by --token_file=FILE, the"
+            " same on every machine: one that is made up here no other would know"
         )
     if not FLAGS.public and not _is_loopback(FLAGS.host):
         sys.exit(
-            f"launch.rock: --host={FLAGS.host} can be reached from other machines; add --public if that is meant"
+            f"launch.rock: --host={FLAGS.host} can be reached from other machines; add --public if"
+            " that is meant"
         )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     data = pathlib.Path(FLAGS.data).expanduser()
@@ -186,7 +197,8 @@ def main(argv: list[str]) -> None:
         tokens = load_tokens(token_file) if FLAGS.public else load_or_make_tokens(token_file)
         if WORKER_USER not in tokens:
             raise ValueError(
-                f'{token_file} has no token of the name "{WORKER_USER}", by which admin and workers know each other'
+                f'{token_file} has no token of the name "{WORKER_USER}", by which admin and workers'
+                " know each other"
             )
     except (OSError, ValueError) as error:
         sys.exit(f"launch.rock: {error}")
@@ -220,7 +232,8 @@ def _ray_fleet(url: str, tokens: dict[str, str]) -> Callable[[Admin], Any] | Non
         return None
     if not FLAGS.advertise and FLAGS.host in ("0.0.0.0", "::"):
         sys.exit(
-            f"launch.rock: with --ray_address and --host={FLAGS.host} say by --advertise=http://HOST:PORT where the nodes reach this admin"
+            f"launch.rock: with --ray_address and --host={FLAGS.host} say by"
+            " --advertise=http://HOST:PORT where the nodes reach this admin"
         )
     try:
         from envs.rock.service.ray_fleet import RayFleet  # here: Ray is nobody else's requirement

@@ -2,7 +2,8 @@
 
     python -m launch.serve --model_path DIR --port 30000 [--skip_tokenizer_init]
 
-It listens at once; /health answers 200 when everything is loaded and compiled. It runs where JAX runs, which JAX_PLATFORMS decides.
+It listens at once; /health answers 200 when everything is loaded and compiled. It runs where JAX
+runs, which JAX_PLATFORMS decides.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ def listen(host: str, port: int) -> socket.socket:
         listener.listen(1024)
     except OSError as error:
         print(
-            f"launch.serve: cannot listen on {host}:{port}: {error.strerror}. Choose another --port, or end who has it.",
+            f"launch.serve: cannot listen on {host}:{port}: {error.strerror}. Choose another"
+            " --port, or end who has it.",
             file=sys.stderr,
         )
         sys.exit(PORT_IN_USE if error.errno == errno.EADDRINUSE else 1)
@@ -120,7 +122,8 @@ def read_config(model_path: str) -> dict:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         sys.exit(
-            f"launch.serve: cannot read {path} ({error}); --model_path must be a Hugging Face checkpoint directory"
+            f"launch.serve: cannot read {path} ({error}); --model_path must be a Hugging Face"
+            " checkpoint directory"
         )
 
 
@@ -151,7 +154,8 @@ async def serve(arguments: argparse.Namespace, listener: socket.socket) -> None:
         )
         if arguments.max_context > config.max_position:
             raise ValueError(
-                f"--max_context {arguments.max_context} exceeds the model's {config.max_position} positions"
+                f"--max_context {arguments.max_context} exceeds the model's {config.max_position}"
+                " positions"
             )
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"launch.serve: {error}")

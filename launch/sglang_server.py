@@ -1,10 +1,13 @@
-"""Starts an SGLang server with the flags that RL needs. Runs in SGLang's own environment (requirements-sglang.txt); imports nothing of this repository.
+"""Starts an SGLang server with the flags that RL needs.
+
+Runs in SGLang's own environment (requirements-sglang.txt); imports nothing of this repository.
 
     python launch/sglang_server.py --model_path /models/Qwen3-30B-A3B --port 30000 --tensor_parallel 4
     python launch/sglang_server.py --model_path ... --dry-run            prints each flag with its reason, and the command
     python launch/sglang_server.py --model_path ... -- --attention-backend fa3       flags after -- go to SGLang as they are
 
-Then give the trainer its URL: --config.engines=http://host:30000. The trainer's weights directory must be seen by the server under the same path.
+Then give the trainer its URL: --config.engines=http://host:30000. The trainer's weights directory
+must be seen by the server under the same path.
 """
 
 from __future__ import annotations
@@ -47,7 +50,10 @@ def flags_of(arguments: argparse.Namespace) -> list[tuple[list[str], str]]:
         ),
         (
             ["--sampling-defaults", "openai"],
-            "the model's generation_config.json must not change the distribution that is trained on",
+            (
+                "the model's generation_config.json must not change the distribution that is"
+                " trained on"
+            ),
         ),
         (
             ["--enable-return-routed-experts"],
@@ -67,7 +73,10 @@ def flags_of(arguments: argparse.Namespace) -> list[tuple[list[str], str]]:
         flags.append(
             (
                 ["--enable-deterministic-inference"],
-                "batch-invariant kernels: a request's tokens depend on its seed, not on its neighbours; slower",
+                (
+                    "batch-invariant kernels: a request's tokens depend on its seed, not on its"
+                    " neighbours; slower"
+                ),
             )
         )
     if arguments.memory_saver:
@@ -85,10 +94,16 @@ def check_version() -> str | None:
     try:
         version = importlib.metadata.version("sglang")
     except importlib.metadata.PackageNotFoundError:
-        return "sglang is not installed in this environment: pip install -r requirements-sglang.txt, in an environment of its own"
+        return (
+            "sglang is not installed in this environment: pip install -r requirements-sglang.txt,"
+            " in an environment of its own"
+        )
     number = tuple(map(int, re.findall(r"\d+", version)[:3]))
     if number < OLDEST:
-        return f"sglang {version} is too old: updates, pauses and routed experts as the trainer uses them need {'.'.join(map(str, OLDEST))}; pip install -r requirements-sglang.txt"
+        return (
+            f"sglang {version} is too old: updates, pauses and routed experts as the trainer uses"
+            f" them need {'.'.join(map(str, OLDEST))}; pip install -r requirements-sglang.txt"
+        )
     return None
 
 

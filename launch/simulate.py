@@ -1,11 +1,14 @@
-r"""Predicts a pod's rollouts before it is rented: throughput, idle time and staleness by async_ratio, beside the bound.
+r"""Predicts a pod's rollouts before it is rented: throughput, idle time and staleness by
+async_ratio, beside the bound.
 
 python -m launch.simulate                                        # 64 episodes of 8 turns, latency lognormal (mean 1 s, sigma 1)
 python -m launch.simulate --late=drop --async_ratio=0,1,2,4      # what dropping late samples would bring, and cost
 python -m launch.simulate --latencies=FILE --set engines=4 --set slots=128 --set token_s=0.02 --set concurrency=512 --set groups_per_step=64 --set train_s=90
 
-FILE has recorded seconds of environment turns, one a line. The fields of --set are those of rome.rollout.simulator.simulate.Plan; turns, tokens, prompt_tokens
-and latency take NUMBER, or MEAN:SIGMA for a lognormal. A train step takes a quarter of the synchronous rollout unless train_s is set.
+FILE has recorded seconds of environment turns, one a line. The fields of --set are those of
+rome.rollout.simulator.simulate.Plan; turns, tokens, prompt_tokens and latency take NUMBER, or
+MEAN:SIGMA for a lognormal. A train step takes a quarter of the synchronous rollout unless train_s
+is set.
 """
 
 from __future__ import annotations
@@ -63,13 +66,16 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     print(f"train step {plan.train_s:.2f} s; bound of the speedup {rows[0].bound:.2f}")
     print(
-        "async_ratio  s/step  trajectories/s  speedup  trainer waits  engines idle  open  short bias  staleness: trajectories"
+        "async_ratio  s/step  trajectories/s  speedup  trainer waits  engines idle  open  short"
+        " bias  staleness: trajectories"
     )
     for ratio, row in zip(flags.async_ratio.split(","), rows):
         found = row.asynchronous
         print(
-            f"{ratio:>11}  {found.step_seconds:6.2f}  {found.trajectories_per_s:14.2f}  {row.predicted:7.2f}  {found.trainer_wait:13.0%}  {found.engine_idle:12.0%}"
-            f"  {found.open_episodes:4.0f}  {found.short_bias:10.1%}  {found.staleness} {found.dropped or ''}"
+            f"{ratio:>11}  {found.step_seconds:6.2f}  {found.trajectories_per_s:14.2f} "
+            f" {row.predicted:7.2f}  {found.trainer_wait:13.0%}  {found.engine_idle:12.0%} "
+            f" {found.open_episodes:4.0f}  {found.short_bias:10.1%}  {found.staleness}"
+            f" {found.dropped or ''}"
         )
     if flags.json:
         flags.json.write_text(
@@ -100,11 +106,13 @@ def planned(changes: list[str], latencies: pathlib.Path | None, late: str, seed:
         values[name] = (
             _distribution(text)
             if kinds[name] == "Distribution"
-            else int(text)
-            if kinds[name] == "int"
-            else float(text)
-            if kinds[name] == "float"
-            else text
+            else (
+                int(text)
+                if kinds[name] == "int"
+                else float(text)
+                if kinds[name] == "float"
+                else text
+            )
         )
     if latencies is not None:
         values["latency"] = Recorded(tuple(map(float, latencies.read_text().split())))

@@ -1,8 +1,11 @@
-"""Trains an experiment: python -m launch.train --config=experiments/ipa.py[:PRESET] [--workdir=DIR] [--config.key=value ...]
+"""Trains an experiment: python -m launch.train --config=experiments/ipa.py[:PRESET] [--workdir=DIR]
+[--config.key=value ...]
 
-The same command again resumes where a run stopped. Ctrl-C once: saves and says how to go on; twice: leaves at once.
+The same command again resumes where a run stopped. Ctrl-C once: saves and says how to go on; twice:
+leaves at once.
 
-On a pod the same command runs in every process (rome/train/distributed.py says how they find each other; `python -m launch.pod` starts them).
+On a pod the same command runs in every process (rome/train/distributed.py says how they find each
+other; `python -m launch.pod` starts them).
 """
 
 from __future__ import annotations
@@ -64,10 +67,13 @@ class StopRequest:
 
 
 def run_experiment(config, workdir: pathlib.Path, isolation: str, team):
-    """Runs one experiment, first the one that it starts from where its result is missing. Returns False when the user stopped it."""
-    from rome.stages.config import check_config, default_workdir, init_config
-    from rome.stages.base import start_run, train
+    """Runs one experiment, first the one that it starts from where its result is missing.
+
+    Returns False when the user stopped it.
+    """
     from rome.rollout.player import Stopped
+    from rome.stages.base import start_run, train
+    from rome.stages.config import check_config, default_workdir, init_config
     from rome.train.display import Display
     from rome.train.report import read_report
 
@@ -83,7 +89,8 @@ def run_experiment(config, workdir: pathlib.Path, isolation: str, team):
         if not team.share(f"start {start}", start.exists):
             if team.leads:
                 print(
-                    f"{config.experiment} starts from {config.init_from}, which has no result in {workdir / 'init'} yet: running it first",
+                    f"{config.experiment} starts from {config.init_from}, which has no result in"
+                    f" {workdir / 'init'} yet: running it first",
                     flush=True,
                 )
             if not run_experiment(init_config(config), workdir / "init", isolation, team):
@@ -111,12 +118,12 @@ def open_workdir(workdir: pathlib.Path, config) -> bool:
 def start_team(stop: StopRequest):
     """This process among those of the job, which is one where nothing says otherwise."""
     from envs.rock import SandboxError
-    from rome.stages.config import ConfigError
-    from rome.train.distributed import choose, start
     from rome.engine.client import EngineError
     from rome.rollout.player import RolloutError, Stopped
+    from rome.stages.config import ConfigError
     from rome.train.alarms import TrainingAlarm
     from rome.train.checkpoint import CheckpointError
+    from rome.train.distributed import choose, start
 
     plan = choose(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     team = start(
@@ -144,7 +151,8 @@ def show_result(workdir: pathlib.Path) -> None:
     print_table(*before_and_after(report["evals"]))
     paths = [os.path.relpath(path) for path in plot_curves(workdir)]
     print(
-        f"{report['steps']} steps in {report['wall_seconds'] / 60:.1f} min, isolation: {report['isolation']}"
+        f"{report['steps']} steps in {report['wall_seconds'] / 60:.1f} min, isolation:"
+        f" {report['isolation']}"
     )
     print(f"report: {workdir / 'report.json'}   curves: {' '.join(paths)}")
 
@@ -157,8 +165,8 @@ def main(argv: list[str]) -> int:
     logging.set_verbosity(logging.WARNING)  # orbax narrates every save
     stop = StopRequest()  # before JAX and all else is imported: an early Ctrl-C is heard too
     from rome.stages.config import default_workdir, sandbox_config
-    from rome.train.xla_flags import apply_flags
     from rome.train.memory import keep_freed_memory
+    from rome.train.xla_flags import apply_flags
 
     keep_freed_memory()  # before JAX starts its threads
     apply_flags()
@@ -191,7 +199,9 @@ def main(argv: list[str]) -> int:
 
 
 def find_isolation(config: SandboxConfig) -> str:
-    """The tier of sandboxes that are to be had; says what a weaker one lacks, raises where what is wanted is not to be had."""
+    """The tier of sandboxes that are to be had; says what a weaker one lacks, raises where what is
+    wanted is not to be had.
+    """
     from envs.rock import probe
     from envs.rock.sync import SyncSandbox
     from envs.rock.tiers import probe_docker
@@ -224,11 +234,11 @@ def parse(argv: list[str]) -> list[str]:
 def run_main(argv: list[str]) -> int:
     """`main`; a known kind of failure becomes one line. ROME_DEBUG=1 keeps the traceback."""
     from envs.rock import SandboxError
-    from rome.train.distributed import DistributedError
     from rome.engine.client import EngineError
     from rome.rollout.player import RolloutError
     from rome.train.alarms import TrainingAlarm
     from rome.train.checkpoint import CheckpointError
+    from rome.train.distributed import DistributedError
     from rome.train.team import LeaderError
 
     try:

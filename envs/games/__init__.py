@@ -30,8 +30,8 @@ for _name, (_kind, _settings) in GAMES.items():
     register(_name, f"{_kind.__module__}:{_kind.__name__}", **_settings)
 
 __all__ = [
-    "FrozenLake",
     "GAMES",
+    "FrozenLake",
     "GameTask",
     "GuessTheNumber",
     "Sokoban",

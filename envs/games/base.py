@@ -1,10 +1,14 @@
-"""What all text games share: seeds, turns, reading an action out of any text, and the infos that trainers read.
+"""What all text games share: seeds, turns, reading an action out of any text, and the infos that
+trainers read.
 
-An action is a turn of text. Read, in this order: one tool call; the last <answer>...</answer> (ROLL's form); the last \\boxed{...} (gem's form); the whole
-text, thoughts and chat marks removed. What names no action of the game costs a turn and `format_penalty`, and the observation says what an action is.
+An action is a turn of text. Read, in this order: one tool call; the last <answer>...</answer>
+(ROLL's form); the last \\boxed{...} (gem's form); the whole text, thoughts and chat marks removed.
+What names no action of the game costs a turn and `format_penalty`, and the observation says what an
+action is.
 
-The board is told in `info["suffix"]`, as ROLL and gem do (their observation wrappers put the newest board last and keep no older ones), or with
-state_in="observation" at the end of each observation, for loops that only append.
+The board is told in `info["suffix"]`, as ROLL and gem do (their observation wrappers put the newest
+board last and keep no older ones), or with state_in="observation" at the end of each observation,
+for loops that only append.
 """
 
 from __future__ import annotations
@@ -51,10 +55,12 @@ def tool(name: str, description: str, **parameters: dict[str, Any]) -> dict[str,
 
 
 class TextGame(Env):
-    """A seeded game. reset(seed) plays that seed; reset() plays the constructor's seed first, then seeds drawn from it.
+    """A seeded game. reset(seed) plays that seed; reset() plays the constructor's seed first, then
+    seeds drawn from it.
 
-    Rewards: what the game documents, `format_penalty` for a turn without an action, 0 otherwise. `terminated` is a won or lost game, `truncated`
-    the end of `max_turns`; `info["ending"]` is success, failure or truncated_turns. Every game that reset makes can be won within max_turns.
+    Rewards: what the game documents, `format_penalty` for a turn without an action, 0 otherwise.
+    `terminated` is a won or lost game, `truncated` the end of `max_turns`; `info["ending"]` is
+    success, failure or truncated_turns. Every game that reset makes can be won within max_turns.
     """
 
     family = ""
@@ -78,7 +84,8 @@ class TextGame(Env):
         self._rng = random.Random()
         self.task = GameTask(f"{self.family}/{seed}", self.family, seed)
 
-    # -- what a game brings --------------------------------------------------------------------------------------------------------
+    # -- what a game brings
+    # ---------------------------------------------------------------------------------------------
 
     def _new_game(self, rng: random.Random) -> None:
         raise NotImplementedError
@@ -105,7 +112,8 @@ class TextGame(Env):
         """What a planner does next, as a turn; None where the game cannot be won any more."""
         raise NotImplementedError
 
-    # -- GEM -----------------------------------------------------------------------------------------------------------------------
+    # -- GEM
+    # ---------------------------------------------------------------------------------------------
 
     def reset(self, seed: int | None = None) -> tuple[str, Info]:
         if seed is None:
@@ -148,11 +156,11 @@ class TextGame(Env):
             "parsed_action": meant if tool_name and meant is not None else action,
             "tool_type": tool_name,
             "use_tool": tool_name is not None,
-            "tool_arguments": dict(
-                zip(self.tools[0]["function"]["parameters"]["required"], content.split(" "))
-            )
-            if tool_name and content
-            else {},
+            "tool_arguments": (
+                dict(zip(self.tools[0]["function"]["parameters"]["required"], content.split(" ")))
+                if tool_name and content
+                else {}
+            ),
             "status": "ok" if meant is not None else "malformed",
             "step_counter": self._turns,
         }
@@ -177,12 +185,15 @@ class TextGame(Env):
         return as_answer(self._random_actions.choice(self.legal_actions()))
 
     def spawn(self, same_state: bool = False, **kwargs: Any) -> TextGame:
-        """same_state: a copy that goes on from the same position, and as the original would; the arguments then change the rules only."""
+        """same_state: a copy that goes on from the same position, and as the original would; the
+        arguments then change the rules only.
+        """
         if not same_state:
             return type(self)(**{**self._settings(), **kwargs})
         if unknown := set(kwargs) - {"max_turns", "format_penalty", "state_in"}:
             raise ValueError(
-                f"spawn(same_state=True) cannot change {', '.join(sorted(unknown))}: the game is going on"
+                f"spawn(same_state=True) cannot change {', '.join(sorted(unknown))}: the game is"
+                " going on"
             )
         twin = copy.deepcopy(self)
         for name, value in kwargs.items():
@@ -196,7 +207,8 @@ class TextGame(Env):
     def set_state(self, state: dict[str, Any]) -> None:
         vars(self).update(copy.deepcopy(state))
 
-    # -- small helpers -------------------------------------------------------------------------------------------------------------
+    # -- small helpers
+    # ---------------------------------------------------------------------------------------------
 
     def _settings(self) -> dict[str, Any]:
         """The constructor's arguments; games with more of them add theirs."""
@@ -218,12 +230,15 @@ class TextGame(Env):
         """A turn without an action; time passes all the same."""
         known = ", ".join(self.legal_actions()[:4])
         return Move(
-            f"At turn {self._turns}, you did not provide a valid action{complaint}. Valid are for example: {known}.",
+            f"At turn {self._turns}, you did not provide a valid action{complaint}. Valid are for"
+            f" example: {known}.",
             effective=False,
         )
 
     def _content(self, action: str) -> tuple[str | None, str, str | None, str]:
-        """(what is said to be the action, thoughts, the tool that was called, a complaint about the form)."""
+        """(what is said to be the action, thoughts, the tool that was called, a complaint about the
+        form).
+        """
         for mark in CHAT_MARKS:
             action = action.replace(mark, "")
         thoughts, spoken = "", action

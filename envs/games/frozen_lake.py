@@ -1,7 +1,8 @@
 """FrozenLake as in ROLL's agentic pipeline: cross a random lake without falling into a hole.
 
-Symbols: P player, _ ice, O hole, G goal, X player in a hole, √ player on the goal. Reward: 1 on the goal, 0 otherwise. On slippery ice a move goes as
-meant, or to either side, with probability 1/3 each (gymnasium's rule).
+Symbols: P player, _ ice, O hole, G goal, X player in a hole, √ player on the goal. Reward: 1 on the
+goal, 0 otherwise. On slippery ice a move goes as meant, or to either side, with probability 1/3
+each (gymnasium's rule).
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ _SWEEPS = 2_000  # of value iteration; a 16 x 16 lake needs fewer
 
 
 class FrozenLake(TextGame):
-    """A square lake of `size`; each cell but start and goal is ice with probability `p`, and the goal can be reached within max_turns."""
+    """A square lake of `size`; each cell but start and goal is ice with probability `p`, and the
+    goal can be reached within max_turns.
+    """
 
     family = "frozen_lake"
     tools = [tool("move", "Move one cell.", direction={"type": "string", "enum": _NAMES})]
@@ -44,12 +47,15 @@ class FrozenLake(TextGame):
             raise ValueError(f"size={size}, p={p}: size is between 2 and 32, p between 0 and 1")
         if max_turns < 2 * (size - 1):
             raise ValueError(
-                f"max_turns={max_turns} may be too few to cross a lake of size {size}; give at least {2 * (size - 1)}"
+                f"max_turns={max_turns} may be too few to cross a lake of size {size}; give at"
+                f" least {2 * (size - 1)}"
             )
         self.size, self.p, self.is_slippery = size, p, is_slippery
 
     def expert_action(self) -> str | None:
-        """The shortest way; on slippery ice the move with the best chance of ever reaching the goal."""
+        """The shortest way; on slippery ice the move with the best chance of ever reaching the
+        goal.
+        """
         if self.is_slippery:
             chances = self._chances = self._chances or self._best_chances()
             if chances[self.player] == 0.0:
@@ -91,9 +97,10 @@ class FrozenLake(TextGame):
         return (
             "You are solving the FrozenLake puzzle. Avoid the holes and reach the goal. "
             + slippery
-            + f"You have {self.max_turns} turns. Give one action in a turn, in the format <answer>Right</answer>.\n"
-            "The meaning of each symbol in the state is:\nP: player, _: empty, O: hole, G: goal, X: player in hole, √: player on goal\n"
-            f"Your available actions are:\n{', '.join(_NAMES)}"
+            + f"You have {self.max_turns} turns. Give one action in a turn, in the format"
+            " <answer>Right</answer>.\nThe meaning of each symbol in the state is:\nP: player,"
+            " _: empty, O: hole, G: goal, X: player in hole, √: player on goal\nYour available"
+            f" actions are:\n{', '.join(_NAMES)}"
         )
 
     def _board(self) -> str:
@@ -132,7 +139,9 @@ class FrozenLake(TextGame):
         return (row, column) if 0 <= row < self.size and 0 <= column < self.size else cell
 
     def _best_chances(self) -> dict[Cell, float]:
-        """By value iteration: the probability of ever reaching the goal under the best policy (slightly discounted, so that standing still is worse)."""
+        """By value iteration: the probability of ever reaching the goal under the best policy
+        (slightly discounted, so that standing still is worse).
+        """
         chances = {(row, column): 0.0 for row in range(self.size) for column in range(self.size)}
         chances[self.goal] = 1.0
         for _ in range(_SWEEPS):

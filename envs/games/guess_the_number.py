@@ -1,4 +1,7 @@
-"""Guess the number: each guess is answered with "higher" or "lower". Reward: 1 for the number, 0 otherwise."""
+"""Guess the number: each guess is answered with "higher" or "lower".
+
+Reward: 1 for the number, 0 otherwise.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ _INTEGER = re.compile(r"[+-]?[0-9]{1,12}")
 
 
 class GuessTheNumber(TextGame):
-    """A number between min_number and max_number, both included. max_turns defaults to what halving needs at worst."""
+    """A number between min_number and max_number, both included. max_turns defaults to what halving
+    needs at worst.
+    """
 
     family = "guess_the_number"
     tools = [tool("guess", "Guess the number.", number={"type": "integer"})]
@@ -27,13 +32,15 @@ class GuessTheNumber(TextGame):
     ) -> None:
         if not -(10**9) <= min_number < max_number <= 10**9:
             raise ValueError(
-                f"min_number={min_number}, max_number={max_number}: the first is smaller, and both are within a billion"
+                f"min_number={min_number}, max_number={max_number}: the first is smaller, and both"
+                " are within a billion"
             )
         needed = (max_number - min_number + 1).bit_length()
         super().__init__(seed, needed if max_turns is None else max_turns, **settings)
         if self.max_turns < needed:
             raise ValueError(
-                f"max_turns={max_turns} may be too few for {max_number - min_number + 1} numbers; give at least {needed}"
+                f"max_turns={max_turns} may be too few for {max_number - min_number + 1} numbers;"
+                f" give at least {needed}"
             )
         self.min_number, self.max_number = min_number, max_number
 
@@ -62,8 +69,10 @@ class GuessTheNumber(TextGame):
 
     def _instructions(self) -> str:
         return (
-            f"You are playing Guess The Number. Guess the number between {self.min_number} and {self.max_number} (inclusive) within {self.max_turns} "
-            "turns. After each guess you are told whether the number is higher or lower. Give one guess in a turn, in the format <answer>42</answer>."
+            f"You are playing Guess The Number. Guess the number between {self.min_number} and"
+            f" {self.max_number} (inclusive) within {self.max_turns} turns. After each guess you"
+            " are told whether the number is higher or lower. Give one guess in a turn, in the"
+            " format <answer>42</answer>."
         )
 
     def _board(self) -> str:
@@ -83,7 +92,8 @@ class GuessTheNumber(TextGame):
             )
         if not self.min_number <= guess <= self.max_number:
             return Move(
-                f"At turn {self._turns}, you guessed {guess}, which is outside the range {self.min_number} to {self.max_number}.",
+                f"At turn {self._turns}, you guessed {guess}, which is outside the range"
+                f" {self.min_number} to {self.max_number}.",
                 effective=False,
             )
         answer = "lower" if guess > self.number else "higher"

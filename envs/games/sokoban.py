@@ -1,7 +1,8 @@
 """Sokoban as in ROLL's agentic pipeline: push every box onto a target.
 
-Symbols: # wall, _ floor, O target, X box, √ box on a target, P player, S player on a target. Rewards are gym-sokoban's, which ROLL uses: -0.1 for each
-turn, +1 for a box pushed onto a target, -1 for one pushed off, +10 when all boxes are on targets. shaped=False: 1 when solved, 0 otherwise.
+Symbols: # wall, _ floor, O target, X box, √ box on a target, P player, S player on a target.
+Rewards are gym-sokoban's, which ROLL uses: -0.1 for each turn, +1 for a box pushed onto a target,
+-1 for one pushed off, +10 when all boxes are on targets. shaped=False: 1 when solved, 0 otherwise.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ _NAMES = list(MOVES)
 
 
 class Sokoban(TextGame):
-    """A room of dim_room (rows, columns, outer walls included) with num_boxes boxes, solvable within max_turns."""
+    """A room of dim_room (rows, columns, outer walls included) with num_boxes boxes, solvable
+    within max_turns.
+    """
 
     family = "sokoban"
     tools = [
@@ -44,19 +47,22 @@ class Sokoban(TextGame):
             raise ValueError(f"dim_room is {dim_room}; rows and columns are between 5 and 16")
         if not 1 <= num_boxes <= min(6, (rows - 2) * (columns - 2) // 6):
             raise ValueError(
-                f"num_boxes is {num_boxes}; a room of {rows} x {columns} takes 1 to {min(6, (rows - 2) * (columns - 2) // 6)}"
+                f"num_boxes is {num_boxes}; a room of {rows} x {columns} takes 1 to"
+                f" {min(6, (rows - 2) * (columns - 2) // 6)}"
             )
         if max_turns < 3 * num_boxes:
             raise ValueError(
-                f"max_turns={max_turns} may be too few for {num_boxes} boxes; give at least {3 * num_boxes}"
+                f"max_turns={max_turns} may be too few for {num_boxes} boxes; give at least"
+                f" {3 * num_boxes}"
             )
         self.dim_room, self.num_boxes, self.shaped = (rows, columns), num_boxes, shaped
-        self._plan: tuple[Cell, frozenset[Cell], list[str]] | None = (
-            None  # the expert's, and the position that it is for
-        )
+        # the expert's, and the position that it is for
+        self._plan: tuple[Cell, frozenset[Cell], list[str]] | None = None
 
     def expert_action(self) -> str | None:
-        """The first move of a shortest solution, or of a solution where the position is too large to prove that (see solve)."""
+        """The first move of a shortest solution, or of a solution where the position is too large
+        to prove that (see solve).
+        """
         position = (self.player, frozenset(self.boxes))
         if self._plan is None or self._plan[:2] != position:
             moves = solve(self.room, *position)
@@ -84,11 +90,13 @@ class Sokoban(TextGame):
 
     def _instructions(self) -> str:
         return (
-            "You are solving the Sokoban puzzle. You are the player and you need to push all boxes to targets. When you are right next to a box, you "
-            "can push it by moving in the same direction. You cannot push a box through a wall or another box, and you cannot pull a box. "
-            f"You have {self.max_turns} turns. Give one action in a turn, in the format <answer>Right</answer>.\n"
-            "The meaning of each symbol in the state is:\n#: wall, _: empty, O: target, √: box on target, X: box, P: player, S: player on target\n"
-            f"Your available actions are:\n{', '.join(_NAMES)}"
+            "You are solving the Sokoban puzzle. You are the player and you need to push all boxes"
+            " to targets. When you are right next to a box, you can push it by moving in the same"
+            " direction. You cannot push a box through a wall or another box, and you cannot pull"
+            f" a box. You have {self.max_turns} turns. Give one action in a turn, in the format"
+            " <answer>Right</answer>.\nThe meaning of each symbol in the state is:\n#: wall, _:"
+            " empty, O: target, √: box on target, X: box, P: player, S: player on target\nYour"
+            f" available actions are:\n{', '.join(_NAMES)}"
         )
 
     def _board(self) -> str:

@@ -1,6 +1,8 @@
-"""Sokoban rooms, made by playing backwards: boxes start on the targets and are pulled away, so that pushing them back is a solution.
+"""Sokoban rooms, made by playing backwards: boxes start on the targets and are pulled away, so that
+pushing them back is a solution.
 
-The number of backward moves is bounded by the turns that a player has, which bounds the shortest solution too.
+The number of backward moves is bounded by the turns that a player has, which bounds the shortest
+solution too.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class Room(NamedTuple):
 def make_room(
     rng: random.Random, dim: tuple[int, int], num_boxes: int, max_moves: int
 ) -> tuple[Room, Cell, frozenset[Cell]]:
-    """(room, player, boxes) with no box on a target and a solution of at most max_moves moves; of several the one with the longest pulls.
+    """(room, player, boxes) with no box on a target and a solution of at most max_moves moves; of
+    several the one with the longest pulls.
 
     Raises RuntimeError where none is found, which takes very few turns for very many boxes.
     """
@@ -52,13 +55,16 @@ def make_room(
             break
     if best is None:
         raise RuntimeError(
-            f"no room of {dim} with {num_boxes} boxes and a solution of {max_moves} moves was found; allow more turns or fewer boxes"
+            f"no room of {dim} with {num_boxes} boxes and a solution of {max_moves} moves was"
+            " found; allow more turns or fewer boxes"
         )
     return best[1:]
 
 
 def _dig(rng: random.Random, dim: tuple[int, int], num_boxes: int) -> frozenset[Cell]:
-    """A connected floor inside the outer walls, left behind by a digger that walks straight and sometimes turns."""
+    """A connected floor inside the outer walls, left behind by a digger that walks straight and
+    sometimes turns.
+    """
     rows, columns = dim
     floor: set[Cell] = set()
     cell = (rng.randrange(1, rows - 1), rng.randrange(1, columns - 1))
@@ -83,7 +89,11 @@ def _dig(rng: random.Random, dim: tuple[int, int], num_boxes: int) -> frozenset[
 def _pull_apart(
     rng: random.Random, room: Room, max_moves: int
 ) -> tuple[int, Cell, frozenset[Cell] | None]:
-    """Random pulls from the solved room. Of the positions on the way: the one with no box on a target and the largest displacement, or None."""
+    """Random pulls from the solved room.
+
+    Of the positions on the way: the one with no box on a target and the largest displacement, or
+    None.
+    """
     boxes = {target: target for target in room.targets}  # where a box is -> where it began
     free = sorted(room.floor - room.targets)
     player = rng.choice(free)

@@ -1,7 +1,8 @@
-"""A* for Sokoban: states are (player, boxes), one push is one step of the search, its cost the moves that it takes.
+"""A* for Sokoban: states are (player, boxes), one push is one step of the search, its cost the
+moves that it takes.
 
-The lower bound is the cheapest assignment of boxes to targets, in pushes of a lone box on the empty floor; a position in which there is no such assignment
-is a dead end.
+The lower bound is the cheapest assignment of boxes to targets, in pushes of a lone box on the empty
+floor; a position in which there is no such assignment is a dead end.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ HASTE = 4  # weight of the lower bound in it: a solution is found soon, and need
 
 
 def solve(room: Room, player: Cell, boxes: frozenset[Cell]) -> list[str] | None:
-    """Moves that bring all boxes onto targets, a shortest list unless that takes too long to prove; None where none was found."""
+    """Moves that bring all boxes onto targets, a shortest list unless that takes too long to prove;
+    None where none was found.
+    """
     proven, moves = _search(room, player, boxes, weight=1)
     return moves if proven else _search(room, player, boxes, weight=HASTE)[1]
 
@@ -63,7 +66,9 @@ def _search(
 
 
 def lower_bound(room: Room) -> Callable[[frozenset[Cell]], int]:
-    """A function of the boxes: pushes that are needed at least, _FAR where a box can reach no target that is left for it."""
+    """A function of the boxes: pushes that are needed at least, _FAR where a box can reach no
+    target that is left for it.
+    """
     to_target = [_pushes_to(target, room.floor) for target in sorted(room.targets)]
     known: dict[frozenset[Cell], int] = {}
 
@@ -78,7 +83,9 @@ def lower_bound(room: Room) -> Callable[[frozenset[Cell]], int]:
 
 
 def _cheapest(costs: list[list[int]]) -> int:
-    """The least sum with one entry of each row, no column twice (dynamic programming over the columns taken)."""
+    """The least sum with one entry of each row, no column twice (dynamic programming over the
+    columns taken).
+    """
     sums = {0: 0}
     for row in costs:
         longer: dict[int, int] = {}

@@ -1,4 +1,6 @@
-"""Tower of Hanoi from a random legal position: all disks to tower C. Reward: 1 when they are there, 0 otherwise."""
+"""Tower of Hanoi from a random legal position: all disks to tower C. Reward: 1 when they are there,
+0 otherwise.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,10 @@ _MOVE = re.compile(r"([A-Ca-c])\s*(?:,|->|to)?\s*([A-Ca-c])")
 
 
 class TowerOfHanoi(TextGame):
-    """`num_disks` disks, 1 the smallest. From any position 2 ** num_disks - 1 moves are enough; max_turns defaults to twice that."""
+    """`num_disks` disks, 1 the smallest.
+
+    From any position 2 ** num_disks - 1 moves are enough; max_turns defaults to twice that.
+    """
 
     family = "tower_of_hanoi"
     _tower = {"type": "string", "enum": list(TOWERS)}
@@ -30,7 +35,8 @@ class TowerOfHanoi(TextGame):
         super().__init__(seed, 2 * needed if max_turns is None else max_turns, **settings)
         if self.max_turns < needed:
             raise ValueError(
-                f"max_turns={max_turns} may be too few for {num_disks} disks; give at least {needed}"
+                f"max_turns={max_turns} may be too few for {num_disks} disks; give at least"
+                f" {needed}"
             )
         self.num_disks = num_disks
 
@@ -61,9 +67,10 @@ class TowerOfHanoi(TextGame):
 
     def _instructions(self) -> str:
         return (
-            f"You are playing Tower of Hanoi with {self.num_disks} disks; disk 1 is the smallest. Move all disks to tower C within {self.max_turns} "
-            "turns. Only the top disk of a tower can be moved (the last of its list), never onto a smaller one. Give one move in a turn, source and "
-            "target, in the format <answer>A C</answer>."
+            f"You are playing Tower of Hanoi with {self.num_disks} disks; disk 1 is the smallest."
+            f" Move all disks to tower C within {self.max_turns} turns. Only the top disk of a"
+            " tower can be moved (the last of its list), never onto a smaller one. Give one move"
+            " in a turn, source and target, in the format <answer>A C</answer>."
         )
 
     def _board(self) -> str:
@@ -103,7 +110,9 @@ class TowerOfHanoi(TextGame):
 
 
 def next_move(towers: dict[str, list[int]]) -> tuple[str, str]:
-    """The largest disk that is not where it belongs must move there; for that, the next smaller ones belong on the third tower, and so on down."""
+    """The largest disk that is not where it belongs must move there; for that, the next smaller
+    ones belong on the third tower, and so on down.
+    """
     place = {disk: tower for tower, disks in towers.items() for disk in disks}
     goal, chosen = "C", None
     for disk in range(len(place), 0, -1):

@@ -1,6 +1,7 @@
 """A wordle-like game: find a five-letter word by guesses that are marked letter by letter.
 
-G: right letter in the right place; Y: the word has that letter elsewhere; X: it has no (further) such letter. Reward: 1 for the word, 0 otherwise.
+G: right letter in the right place; Y: the word has that letter elsewhere; X: it has no (further)
+such letter. Reward: 1 for the word, 0 otherwise.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ class Wordle(TextGame):
         super().__init__(seed, max_turns, **settings)
 
     def expert_action(self) -> str | None:
-        """Of the words that fit all marks so far, the one that splits them best; knows no more than the player who knows WORDS."""
+        """Of the words that fit all marks so far, the one that splits them best; knows no more than
+        the player who knows WORDS.
+        """
         return as_answer(
             best_guess(
                 tuple(
@@ -46,9 +49,10 @@ class Wordle(TextGame):
 
     def _instructions(self) -> str:
         return (
-            f"You are playing Wordle. Guess the secret {LENGTH}-letter word within {self.max_turns} turns. Each guess is marked letter by letter:\n"
-            "G: correct letter in the correct position\nY: letter exists in the word but in another position\nX: letter is not in the word\n"
-            f"Give one guess in a turn, in the format <answer>{WORDS[0]}</answer>."
+            f"You are playing Wordle. Guess the secret {LENGTH}-letter word within {self.max_turns}"
+            " turns. Each guess is marked letter by letter:\nG: correct letter in the correct"
+            " position\nY: letter exists in the word but in another position\nX: letter is not in"
+            f" the word\nGive one guess in a turn, in the format <answer>{WORDS[0]}</answer>."
         )
 
     def _board(self) -> str:
@@ -76,7 +80,9 @@ class Wordle(TextGame):
 
 
 def mark(secret: str, guess: str) -> str:
-    """G, Y or X for each letter; a letter is marked as often as the secret has it, right places first."""
+    """G, Y or X for each letter; a letter is marked as often as the secret has it, right places
+    first.
+    """
     left = Counter(letter for letter, guessed in zip(secret, guess) if letter != guessed)
     marks = []
     for letter, guessed in zip(secret, guess):

@@ -1,7 +1,9 @@
-"""GEM: environments that talk in text, a registry of them, vectors, wrappers, and the parsing of tool calls.
+"""GEM: environments that talk in text, a registry of them, vectors, wrappers, and the parsing of
+tool calls.
 
-`import envs.gem as gem` serves code written for gem-llm 0.1.0. Tools are in envs.gem.tools, names of wrappers in envs.gem.wrapper_factory, gymnasium in
-envs.gem.gymnasium, the REST service in envs.gem.server and its client in envs.gem.remote.
+`import envs.gem as gem` serves code written for gem-llm 0.1.0. Tools are in envs.gem.tools, names
+of wrappers in envs.gem.wrapper_factory, gymnasium in envs.gem.gymnasium, the REST service in
+envs.gem.server and its client in envs.gem.remote.
 """
 
 from envs.gem.core import Env, Info, StepResult, make, print_envs, register, registered

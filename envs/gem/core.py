@@ -1,8 +1,10 @@
 """GEM's environment interface: Env, register, make.
 
-Code written for gem (axon-rl's gem-llm 0.1.0) runs on these unchanged: `reset(seed) -> (obs, info)`, `step(action) -> (obs, reward, terminated,
-truncated, info)`, and a registry of names. Where gem is installed our Env is one of gem's, registrations are told to gem too, and `make` also
-knows gem's own names. An environment whose work is asynchronous (a sandbox) overrides `areset`, `astep` and `aclose`.
+Code written for gem (axon-rl's gem-llm 0.1.0) runs on these unchanged: `reset(seed) -> (obs,
+info)`, `step(action) -> (obs, reward, terminated, truncated, info)`, and a registry of names. Where
+gem is installed our Env is one of gem's, registrations are told to gem too, and `make` also knows
+gem's own names. An environment whose work is asynchronous (a sandbox) overrides `areset`, `astep`
+and `aclose`.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ import dataclasses
 import importlib
 import logging
 import random
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +26,10 @@ StepResult = tuple[str, float, bool, bool, Info]
 
 
 def _import_gem() -> ModuleType | None:
-    """The gem package if it can be imported. Its import gives the root logger a handler; the caller's logging is put back."""
+    """The gem package if it can be imported.
+
+    Its import gives the root logger a handler; the caller's logging is put back.
+    """
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     try:
@@ -41,10 +47,12 @@ _TWINS = (("reset", "areset"), ("step", "astep"), ("close", "aclose"))
 
 
 class Env(_Base):
-    """One world that talks in text. Observations and infos are plain data, so they can be deep-copied.
+    """One world that talks in text.
 
-    The asynchronous twins run the synchronous method in a thread, unless a class brings its own; a subclass that overrides only one of a pair
-    never inherits the other one of its parent.
+    Observations and infos are plain data, so they can be deep-copied.
+
+    The asynchronous twins run the synchronous method in a thread, unless a class brings its own; a
+    subclass that overrides only one of a pair never inherits the other one of its parent.
     """
 
     env_id: str = ""
@@ -59,7 +67,8 @@ class Env(_Base):
     def reset(self, seed: int | None = None) -> tuple[str, Info]:
         """Begins an episode. Called with the seed both by position and by keyword.
 
-        `super().reset(seed)` seeds the global `random` and `numpy.random`, as gem's does; an environment with a generator of its own does not need it.
+        `super().reset(seed)` seeds the global `random` and `numpy.random`, as gem's does; an
+        environment with a generator of its own does not need it.
         """
         if seed is not None:
             random.seed(seed)
@@ -67,14 +76,19 @@ class Env(_Base):
 
     @abc.abstractmethod
     def step(self, action: str) -> StepResult:
-        """One turn: (observation, reward, terminated, truncated, info). Any text is an action; none makes it raise."""
+        """One turn: (observation, reward, terminated, truncated, info).
+
+        Any text is an action; none makes it raise.
+        """
 
     def sample_random_action(self) -> str:
         """Some action that the environment accepts, for tests of wrappers and vectors."""
         raise NotImplementedError(f"{type(self).__name__} has no random action")
 
     def spawn(self, same_state: bool = False, **kwargs: Any) -> Env:
-        """A second environment of the same kind; `same_state` asks for a copy of the running episode."""
+        """A second environment of the same kind; `same_state` asks for a copy of the running
+        episode.
+        """
         raise NotImplementedError(
             f"{type(self).__name__} cannot be spawned (same_state={same_state})"
         )
@@ -99,7 +113,8 @@ class Env(_Base):
         return self
 
 
-# Twins are looked up on the class: gem's wrappers copy an environment's `astep` onto themselves, and calling that would go past the wrapper.
+# Twins are looked up on the class: gem's wrappers copy an environment's `astep` onto themselves,
+# and calling that would go past the wrapper.
 
 
 async def reset_async(env: Any, seed: int | None = None) -> tuple[str, Info]:
@@ -133,7 +148,9 @@ def is_async(env: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class EnvSpec:
-    """What `make` needs: a class (or function), or the text "package.module:Name" of one, and its keyword arguments."""
+    """What `make` needs: a class (or function), or the text "package.module:Name" of one, and its
+    keyword arguments.
+    """
 
     env_id: str
     entry_point: str | Callable[..., Env]
@@ -144,7 +161,10 @@ _registry: dict[str, EnvSpec] = {}
 
 
 def register(env_id: str, entry_point: str | Callable[..., Env], **kwargs: Any) -> None:
-    """Gives an environment a name. The module of a textual entry point is imported by `make`, not here."""
+    """Gives an environment a name.
+
+    The module of a textual entry point is imported by `make`, not here.
+    """
     if env_id in _registry:
         raise ValueError(f"environment id {env_id!r} is registered already; choose another id")
     if isinstance(entry_point, str) and entry_point.count(":") != 1:
@@ -178,7 +198,8 @@ def make(env_id: str, **kwargs: Any) -> Env:
             known for known in registered() if known.split("/")[0] == env_id.split("/")[0]
         ] or registered()
         raise ValueError(
-            f"environment id {env_id!r} is unknown; registered: {', '.join(near) or 'none (import the module that registers it)'}"
+            f"environment id {env_id!r} is unknown; registered:"
+            f" {', '.join(near) or 'none (import the module that registers it)'}"
         )
     spec = _registry[env_id]
     env = _load(spec)(**{**spec.kwargs, **kwargs})
@@ -194,5 +215,6 @@ def _load(spec: EnvSpec) -> Callable[..., Env]:
         return getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
         raise ImportError(
-            f"entry point {spec.entry_point!r} of environment {spec.env_id!r} cannot be imported: {error}"
+            f"entry point {spec.entry_point!r} of environment {spec.env_id!r} cannot be imported:"
+            f" {error}"
         ) from error

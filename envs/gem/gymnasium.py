@@ -1,7 +1,8 @@
 """GEM and gymnasium, both ways.
 
-FromGymnasium makes a GEM environment of any gymnasium environment whose actions are text or one of a few (Discrete). ToGymnasium makes a gymnasium
-environment of any GEM environment: it passes gymnasium's env_checker, and runs in gymnasium.vector, shared memory and processes included.
+FromGymnasium makes a GEM environment of any gymnasium environment whose actions are text or one of
+a few (Discrete). ToGymnasium makes a gymnasium environment of any GEM environment: it passes
+gymnasium's env_checker, and runs in gymnasium.vector, shared memory and processes included.
 """
 
 from __future__ import annotations
@@ -23,18 +24,19 @@ from gymnasium.vector.utils import (
 
 from envs.gem.core import Env, Info, StepResult
 
-MAX_TEXT = (
-    16_384  # characters of an observation or action; longer observations are cut (see ToGymnasium)
-)
+# characters of an observation or action; longer observations are cut (see ToGymnasium)
+MAX_TEXT = 16_384
 WALL_CLOCK = (
     "seconds",
 )  # infos that differ between two runs of the same episode; gymnasium's checker wants those that do not
 
 
 class AnyText(spaces.Text):
-    """Any text of up to max_length characters. gymnasium's Text knows a closed set of characters only; samples are of printable ASCII.
+    """Any text of up to max_length characters. gymnasium's Text knows a closed set of characters
+    only; samples are of printable ASCII.
 
-    In shared memory a text is its UTF-8 bytes behind their number. Texts that would not fit are cut by the environment, not here.
+    In shared memory a text is its UTF-8 bytes behind their number. Texts that would not fit are cut
+    by the environment, not here.
     """
 
     def __init__(
@@ -84,7 +86,9 @@ def _write(space: AnyText, index: int, value: str, shared_memory: Any) -> None:
 
 
 class _SharedTexts(Sequence[str]):
-    """The texts that stand in shared memory now. gymnasium asks once for the observations and copies them at each step: a copy is a plain tuple."""
+    """The texts that stand in shared memory now. gymnasium asks once for the observations and
+    copies them at each step: a copy is a plain tuple.
+    """
 
     def __init__(self, space: AnyText, shared_memory: Any, n: int) -> None:
         self._slot, self._memory, self._n = _slot(space), shared_memory, n
@@ -110,12 +114,17 @@ def _read(space: AnyText, shared_memory: Any, n: int = 1) -> _SharedTexts:
 
 
 class ToGymnasium(gymnasium.Env):
-    """A GEM environment as a gymnasium one. Texts are observations and actions; `render` (mode "ansi") is the last observation."""
+    """A GEM environment as a gymnasium one.
+
+    Texts are observations and actions; `render` (mode "ansi") is the last observation.
+    """
 
     metadata = {"render_modes": ["ansi"], "render_fps": 1}
 
     def __init__(self, env: Env, render_mode: str | None = None, max_text: int = MAX_TEXT) -> None:
-        """max_text: length of the longest text; what is longer is cut at the front, since the newest stands at the end."""
+        """max_text: length of the longest text; what is longer is cut at the front, since the
+        newest stands at the end.
+        """
         self.gem_env, self.render_mode = env, render_mode
         self.observation_space, self.action_space = AnyText(max_text), AnyText(max_text)
         self._shown = ""
@@ -123,7 +132,9 @@ class ToGymnasium(gymnasium.Env):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[str, Info]:
-        """Without a seed the GEM environment chooses; once there was one, a generator seeded by it does, as gymnasium wants."""
+        """Without a seed the GEM environment chooses; once there was one, a generator seeded by it
+        does, as gymnasium wants.
+        """
         super().reset(seed=seed)
         drawn = (
             seed
@@ -170,9 +181,11 @@ class GymnasiumTask:
 class FromGymnasium(Env):
     """A gymnasium environment as a GEM one.
 
-    An action's text: the last <answer>...</answer> or \\boxed{...}, or the whole turn; for Discrete actions a name from `action_names`, or the number. Text
-    that is no action costs a turn: the environment does not move, the observation says what is valid. Observations are text: the environment's own, or
-    its "ansi" rendering, or what `describe` makes of them, or else their repr.
+    An action's text: the last <answer>...</answer> or \\boxed{...}, or the whole turn; for Discrete
+    actions a name from `action_names`, or the number. Text that is no action costs a turn: the
+    environment does not move, the observation says what is valid. Observations are text: the
+    environment's own, or its "ansi" rendering, or what `describe` makes of them, or else their
+    repr.
     """
 
     def __init__(
@@ -185,18 +198,22 @@ class FromGymnasium(Env):
         seed: int | None = None,
         **make_kwargs: Any,
     ) -> None:
-        """env: an environment, or an id for gymnasium.make, which gets make_kwargs. seed: of the first reset that names none."""
+        """env: an environment, or an id for gymnasium.make, which gets make_kwargs. seed: of the
+        first reset that names none.
+        """
         self.gymnasium_env = gymnasium.make(env, **make_kwargs) if isinstance(env, str) else env
         space = self.gymnasium_env.action_space
         if not isinstance(space, (spaces.Discrete, spaces.Text)):
             raise ValueError(
-                f"actions of {self.gymnasium_env} are {space}; a text can name only those of Discrete and Text spaces"
+                f"actions of {self.gymnasium_env} are {space}; a text can name only those of"
+                " Discrete and Text spaces"
             )
         if action_names is not None and (
             not isinstance(space, spaces.Discrete) or len(action_names) != space.n
         ):
             raise ValueError(
-                f"{len(action_names)} action_names for {space}; give one for each of its actions, in their order"
+                f"{len(action_names)} action_names for {space}; give one for each of its actions,"
+                " in their order"
             )
         self.action_names = list(action_names) if action_names else None
         self._describe, self._max_turns, self._turns, self._seed = describe, max_turns, 0, seed
@@ -261,7 +278,9 @@ class FromGymnasium(Env):
         return f"<answer>{self._name(int(sample))}</answer>"
 
     def spawn(self, same_state: bool = False, **kwargs: Any) -> FromGymnasium:
-        """A copy of the running environment (deep copy); without same_state it waits for its reset, and kwargs may set max_turns and seed."""
+        """A copy of the running environment (deep copy); without same_state it waits for its reset,
+        and kwargs may set max_turns and seed.
+        """
         if unknown := set(kwargs) - {"max_turns", "seed"}:
             raise ValueError(f"spawn cannot change {', '.join(sorted(unknown))}")
         twin = copy.deepcopy(self)

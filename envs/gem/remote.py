@@ -1,4 +1,5 @@
-"""A GEM environment on another machine, behind envs.gem.server (or any service that speaks ROCK's REST interface for GEM).
+"""A GEM environment on another machine, behind envs.gem.server (or any service that speaks ROCK's
+REST interface for GEM).
 
 env = RemoteEnv("http://host:8080", "game/sokoban", token, num_boxes=2)
 """
@@ -26,7 +27,10 @@ CODES = frozenset(ERRORS) | {"connection", "protocol"}
 
 
 class RemoteEnvError(SandboxError):
-    """A call that gave no result: infrastructure's fault or the caller's, never the policy's. `code` is one of CODES."""
+    """A call that gave no result: infrastructure's fault or the caller's, never the policy's.
+
+    `code` is one of CODES.
+    """
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(f"{code}: {message}")
@@ -43,7 +47,10 @@ class RemoteTask:
 
 
 class RemoteEnv(Env):
-    """Made on the server at the first reset. After the server closed it for idleness, reset makes it anew; a step then fails."""
+    """Made on the server at the first reset.
+
+    After the server closed it for idleness, reset makes it anew; a step then fails.
+    """
 
     def __init__(
         self,
@@ -112,7 +119,8 @@ class RemoteEnv(Env):
         ):
             raise RemoteEnvError(
                 "protocol",
-                f"the answer to step has reward {reward!r}, terminated {answer.get('terminated')!r}",
+                f"the answer to step has reward {reward!r}, terminated"
+                f" {answer.get('terminated')!r}",
             )
         return (
             self._text(answer, "observation"),
@@ -139,7 +147,10 @@ class RemoteEnv(Env):
                 await http.close()
 
     def spawn(self, same_state: bool = False, **kwargs: Any) -> RemoteEnv:
-        """Another environment on the same server. The running episode cannot be copied: same_state is refused."""
+        """Another environment on the same server.
+
+        The running episode cannot be copied: same_state is refused.
+        """
         if same_state:
             raise NotImplementedError(
                 "a remote episode cannot be copied; spawn(same_state=False) and reset"
@@ -152,7 +163,8 @@ class RemoteEnv(Env):
             **{**self._kwargs, **kwargs},
         )
 
-    # -- the wire ------------------------------------------------------------------------------------------------------------------
+    # -- the wire
+    # ---------------------------------------------------------------------------------------------
 
     async def _turn(self, method: str, fields: dict[str, Any]) -> dict[str, Any]:
         """A reset or step, repeated with the same call_id while the connection breaks."""
@@ -217,7 +229,8 @@ class RemoteEnv(Env):
             self._loop = loop
         if loop is not self._loop:
             raise RuntimeError(
-                "a remote environment is used from one event loop: either reset and step, or areset and astep; not both"
+                "a remote environment is used from one event loop: either reset and step, or areset"
+                " and astep; not both"
             )
         return self._http
 

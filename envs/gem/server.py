@@ -1,11 +1,13 @@
-"""ROCK's REST interface for GEM: make, reset, step, close and list under /apis/v1/envs/gem, for any registered environment.
+"""ROCK's REST interface for GEM: make, reset, step, close and list under /apis/v1/envs/gem, for any
+registered environment.
 
     service = GemService(token)
     service.mount(application)        # an aiohttp application that serves more; or web.run_app(service.standalone(), host=..., port=...)
 
-Requests and answers are ROCK's (a running environment is named by `sandbox_id`), with three additions: make takes constructor arguments as `kwargs`; reset
-and step take a `call_id`, and a repeated call with the id of the last one gets the last answer instead of a second turn; and every failure is
-{"error": {"code", "message"}} with a code of ERRORS.
+Requests and answers are ROCK's (a running environment is named by `sandbox_id`), with three
+additions: make takes constructor arguments as `kwargs`; reset and step take a `call_id`, and a
+repeated call with the id of the last one gets the last answer instead of a second turn; and every
+failure is {"error": {"code", "message"}} with a code of ERRORS.
 """
 
 from __future__ import annotations
@@ -57,7 +59,10 @@ class GemError(Exception):
 
 @dataclasses.dataclass
 class _Instance:
-    """One running environment. The lock is held while it works, so its calls come one after the other."""
+    """One running environment.
+
+    The lock is held while it works, so its calls come one after the other.
+    """
 
     env_id: str
     env: Any
@@ -67,7 +72,10 @@ class _Instance:
 
 
 class GemService:
-    """Serves environments to whoever knows the token. Environments with `astep` run on the server's loop, others each in a thread."""
+    """Serves environments to whoever knows the token.
+
+    Environments with `astep` run on the server's loop, others each in a thread.
+    """
 
     def __init__(
         self,
@@ -82,14 +90,17 @@ class GemService:
     ) -> None:
         """
         Args:
-          token: what clients send as "Authorization: Bearer token". None only together with anonymous=True.
+          token: what clients send as "Authorization: Bearer token". None only together with
+            anonymous=True.
           allow: the ids that may be made; None: all that are registered.
           idle_seconds: an environment that was not called for so long is closed.
-          call_seconds: bound of one call, waiting for the environment's earlier call included. An environment that works longer is given up.
+          call_seconds: bound of one call, waiting for the environment's earlier call included. An
+            environment that works longer is given up.
         """
         if not token and not anonymous:
             raise ValueError(
-                "GemService got no token; pass one, or anonymous=True where everyone who reaches the port may use it"
+                "GemService got no token; pass one, or anonymous=True where everyone who reaches"
+                " the port may use it"
             )
         self._token = None if anonymous else token.encode()
         self._allow, self._max_envs, self._idle_seconds = allow, max_envs, idle_seconds
@@ -98,7 +109,8 @@ class GemService:
         self._being_made = 0
         self._farewells: set[asyncio.Task[None]] = set()
 
-    # -- as an aiohttp application -------------------------------------------------------------------------------------------------
+    # -- as an aiohttp application
+    # ---------------------------------------------------------------------------------------------
 
     def app(self) -> web.Application:
         """The routes without their prefix, for `add_subapp`."""
@@ -173,7 +185,8 @@ class GemService:
                 ERRORS["internal"],
             )
 
-    # -- the calls -----------------------------------------------------------------------------------------------------------------
+    # -- the calls
+    # ---------------------------------------------------------------------------------------------
 
     async def _make(self, http: web.Request) -> web.Response:
         body = await self._body(http, env_id=str, kwargs=(dict, {}))
@@ -181,7 +194,8 @@ class GemService:
         if env_id not in self._ids():
             raise GemError(
                 "unknown_env",
-                f"environment id {env_id[:100]!r} is unknown here; GET {PREFIX}/list tells those that are known",
+                f"environment id {env_id[:100]!r} is unknown here; GET {PREFIX}/list tells those"
+                " that are known",
             )
         if len(self._instances) + self._being_made >= self._max_envs:
             raise GemError("too_many", f"{self._max_envs} environments are running; close one")
@@ -238,7 +252,8 @@ class GemService:
     async def _list(self, _: web.Request) -> web.Response:
         return _answer({"env_id": self._ids()})
 
-    # -- instances -----------------------------------------------------------------------------------------------------------------
+    # -- instances
+    # ---------------------------------------------------------------------------------------------
 
     async def _call(
         self,
@@ -248,7 +263,10 @@ class GemService:
         argument: Any,
         told: Callable[[Any], dict[str, Any]],
     ) -> web.Response:
-        """One reset or step, when the environment's earlier calls are done. What takes too long costs the client its environment."""
+        """One reset or step, when the environment's earlier calls are done.
+
+        What takes too long costs the client its environment.
+        """
         sandbox_id, call_id = body["sandbox_id"], body["call_id"]
         instance = self._find(sandbox_id)
         deadline = time.monotonic() + self._call_seconds
@@ -271,7 +289,8 @@ class GemService:
                 self._dismiss(sandbox_id, after=work)
                 raise GemError(
                     "timeout",
-                    f"{method} took more than {self._call_seconds:g} s; the environment was given up",
+                    f"{method} took more than {self._call_seconds:g} s; the environment was"
+                    " given up",
                 )
             try:
                 data = _encode(told(_result(work)))
@@ -295,7 +314,8 @@ class GemService:
         if sandbox_id not in self._instances:
             raise GemError(
                 "unknown_instance",
-                f"environment {sandbox_id[:64]!r} is not running: it was never made, was closed, or was idle for too long",
+                f"environment {sandbox_id[:64]!r} is not running: it was never made, was closed, or"
+                " was idle for too long",
             )
         return self._instances[sandbox_id]
 
@@ -317,7 +337,9 @@ class GemService:
         return self._keep(farewell())
 
     def _keep(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """A task that runs on behind the answers; the service ends after it, or after CLOSE_SECONDS."""
+        """A task that runs on behind the answers; the service ends after it, or after
+        CLOSE_SECONDS.
+        """
         task = asyncio.create_task(coroutine)
         self._farewells.add(task)
         task.add_done_callback(self._farewells.discard)
@@ -382,7 +404,9 @@ async def _work(env: Any, method: str, twin: str, *arguments: Any) -> Any:
 
 
 async def _in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Runs it in a daemon thread of its own: an environment that never returns takes no pool's place and does not keep the process alive."""
+    """Runs it in a daemon thread of its own: an environment that never returns takes no pool's
+    place and does not keep the process alive.
+    """
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[Any] = loop.create_future()
 

@@ -1,4 +1,5 @@
-"""`import gem` for programs written for gem-llm, where gem-llm is not installed: the names of the package, served by envs.gem.
+"""`import gem` for programs written for gem-llm, where gem-llm is not installed: the names of the
+package, served by envs.gem.
 
     from envs.gem import stand_in
     stand_in.install()      # once, before the program's own `import gem`
@@ -64,10 +65,14 @@ def _modules() -> dict[str, dict[str, Any]]:
 
 
 def install() -> None:
-    """Makes `import gem` find envs.gem. ImportError where gem-llm itself is installed: it then works, and knows our environments."""
+    """Makes `import gem` find envs.gem.
+
+    ImportError where gem-llm itself is installed: it then works, and knows our environments.
+    """
     if core._gem is not None:
         raise ImportError(
-            "gem-llm is installed, and its `import gem` works with our environments; no stand-in is needed"
+            "gem-llm is installed, and its `import gem` works with our environments; no stand-in is"
+            " needed"
         )
     built = {
         name: types.ModuleType(name, f"Served by envs.gem (see {__name__}).") for name in _modules()

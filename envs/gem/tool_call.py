@@ -3,7 +3,8 @@
 Qwen3:        <tool_call>\n{"name": "bash", "arguments": {"command": "ls"}}\n</tool_call>
 Qwen3-Coder:  <tool_call>\n<function=bash>\n<parameter=command>\nls\n</parameter>\n</function>\n</tool_call>   (the outer tag is sometimes missing)
 
-The text is untrusted. What cannot be read raises ToolCallError, whose message is written for the model: it says what to change.
+The text is untrusted. What cannot be read raises ToolCallError, whose message is written for the
+model: it says what to change.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ class ToolCall:
 
 def format_tool_call(name: str, arguments: dict[str, Any]) -> str:
     """The call as Qwen3's chat template writes it."""
-    return f'{OPEN}\n{{"name": "{name}", "arguments": {json.dumps(arguments, ensure_ascii=False)}}}\n{CLOSE}'
+    return (
+        f'{OPEN}\n{{"name": "{name}", "arguments":'
+        f" {json.dumps(arguments, ensure_ascii=False)}}}\n{CLOSE}"
+    )
 
 
 def parse_tool_calls(text: str) -> list[ToolCall]:

@@ -1,10 +1,13 @@
 """Many environments stepped as one: in a loop, in threads, or as coroutines; and make_vec.
 
-As in gem: actions are a list (one for each environment) or a dict {index: action} for some of them, results are lists and arrays in that order, and an
-environment that ended is reset in the same step (SAME_STEP) or by the next one (NEXT_STEP). Unlike gem, a same-step reset loses nothing: the last
-observation and info of the episode that ended are `info["final_obs"]` and `info["final_info"]` (gymnasium's names).
+As in gem: actions are a list (one for each environment) or a dict {index: action} for some of them,
+results are lists and arrays in that order, and an environment that ended is reset in the same step
+(SAME_STEP) or by the next one (NEXT_STEP). Unlike gem, a same-step reset loses nothing: the last
+observation and info of the episode that ended are `info["final_obs"]` and `info["final_info"]`
+(gymnasium's names).
 
-64 text games run fastest in SyncVectorEnv; threads and coroutines are for environments that wait (sandboxes, servers).
+64 text games run fastest in SyncVectorEnv; threads and coroutines are for environments that wait
+(sandboxes, servers).
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ Batch = tuple[list[Any], np.ndarray, np.ndarray, np.ndarray, list[Info]]
 class AutoresetMode(enum.Enum):
     """When an environment that ended begins its next episode."""
 
-    NEXT_STEP = "NextStep"  # its next step ignores the action and returns the reset's observation with reward 0
+    # its next step ignores the action and returns the reset's observation with reward 0
+    NEXT_STEP = "NextStep"
     SAME_STEP = "SameStep"  # the step that ends it returns the next episode's first observation
 
 
@@ -50,7 +54,10 @@ class VectorEnv(Env):
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
         timeout_s: float = 600.0,
     ) -> None:
-        """timeout_s: bound of one reset or step of all environments together; then TimeoutError. A loop in this thread cannot be cut short."""
+        """timeout_s: bound of one reset or step of all environments together; then TimeoutError.
+
+        A loop in this thread cannot be cut short.
+        """
         self.env_ids, self.env_fns = list(env_ids), list(env_fns)
         self.envs = [env_fn() for env_fn in env_fns]
         self.num_envs = len(self.envs)
@@ -69,7 +76,9 @@ class VectorEnv(Env):
         return self._begin(results)
 
     def step(self, actions: Sequence[Any] | Mapping[int, Any]) -> Batch:
-        """Observations, rewards (float64), terminated and truncated (bool) and infos, in the order of the actions."""
+        """Observations, rewards (float64), terminated and truncated (bool) and infos, in the order
+        of the actions.
+        """
         chosen = self._choose(actions)
         calls = [
             functools.partial(self._advance, index, action) for index, action in chosen.items()
@@ -83,12 +92,14 @@ class VectorEnv(Env):
     def sample_random_action(self) -> list[Any]:
         return [env.sample_random_action() for env in self.envs]
 
-    # -- what a kind brings --------------------------------------------------------------------------------------------------------
+    # -- what a kind brings
+    # ---------------------------------------------------------------------------------------------
 
     def _call_all(self, calls: list[Callable[[], Any]]) -> list[Any]:
         raise NotImplementedError
 
-    # -- shared parts --------------------------------------------------------------------------------------------------------------
+    # -- shared parts
+    # ---------------------------------------------------------------------------------------------
 
     def _seeds(self, seed: int | Sequence[int | None] | None) -> list[int | None]:
         if seed is None:
@@ -114,7 +125,8 @@ class VectorEnv(Env):
             return dict(actions)
         if isinstance(actions, str) or len(actions) != self.num_envs:
             raise ValueError(
-                f"{len(actions)} actions for {self.num_envs} environments; give one for each, or a dict of index to action"
+                f"{len(actions)} actions for {self.num_envs} environments; give one for each, or a"
+                " dict of index to action"
             )
         return dict(enumerate(actions))
 
@@ -148,7 +160,10 @@ class SyncVectorEnv(VectorEnv):
 
 
 class AsyncVectorEnv(VectorEnv):
-    """Each environment in a thread of its own (gem's name for it). An environment's error is raised when all others are done."""
+    """Each environment in a thread of its own (gem's name for it).
+
+    An environment's error is raised when all others are done.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -161,7 +176,8 @@ class AsyncVectorEnv(VectorEnv):
         _, waiting = wait(futures, self.timeout_s, ALL_COMPLETED)
         if waiting:
             raise TimeoutError(
-                f"{len(waiting)} of {len(calls)} environments did not answer within {self.timeout_s:g} s; close the vector"
+                f"{len(waiting)} of {len(calls)} environments did not answer within"
+                f" {self.timeout_s:g} s; close the vector"
             )
         return [future.result() for future in futures]
 
@@ -171,9 +187,12 @@ class AsyncVectorEnv(VectorEnv):
 
 
 class AsyncioVectorEnv(VectorEnv):
-    """Coroutines on one event loop, for environments with `astep`. The synchronous methods use ROCK's background loop.
+    """Coroutines on one event loop, for environments with `astep`.
 
-    A sandbox belongs to the loop that started it: use either `reset` and `step` or `areset` and `astep`, not both.
+    The synchronous methods use ROCK's background loop.
+
+    A sandbox belongs to the loop that started it: use either `reset` and `step` or `areset` and
+    `astep`, not both.
     """
 
     def reset(self, seed: int | Sequence[int | None] | None = None) -> tuple[list[Any], list[Info]]:
@@ -211,7 +230,9 @@ class AsyncioVectorEnv(VectorEnv):
 
 
 async def _gather(coroutines: list[Any]) -> list[Any]:
-    """All of them to their end, then the first error if there was one: no environment is left in the middle of a step."""
+    """All of them to their end, then the first error if there was one: no environment is left in
+    the middle of a step.
+    """
     results = await asyncio.gather(*coroutines, return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):
@@ -247,7 +268,8 @@ def make_vec(
 
     Args:
       vec_kwargs: constructor arguments for each environment; `kwargs` are for all and win.
-      async_mode: coroutines where every environment and wrapper has them, else threads; False: one after the other.
+      async_mode: coroutines where every environment and wrapper has them, else threads; False: one
+        after the other.
       seed: environment i is constructed with seed + i, unless its vec_kwargs name one.
     """
     env_ids = [env_ids] if isinstance(env_ids, str) else list(env_ids)

@@ -1,4 +1,6 @@
-"""Wrappers by name, as gem's training scripts ask for them: `get_wrapper_fns("python_tool,concat,episode_tracking")`."""
+"""Wrappers by name, as gem's training scripts ask for them:
+`get_wrapper_fns("python_tool,concat,episode_tracking")`.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ def _python(reward: float, success: float, last_line: bool = False) -> WrapperFn
     )
 
 
-# First a tool wrapper, then an observation wrapper, last episode tracking. Rewards and numbers of uses are gem's.
+# First a tool wrapper, then an observation wrapper, last episode tracking. Rewards and numbers of
+# uses are gem's.
 WRAPPER_FACTORY: dict[str, WrapperFn] = {
     "python_tool": _python(0.05, 0.25),
     "python_tool_no_int_reward": _python(0.0, 0.0),
@@ -52,7 +55,10 @@ INDEX_REQUIRED = {
 def get_wrapper_fns(
     wrappers: str, tokenizer: Tokenizer | None = None, index: BM25Index | None = None
 ) -> list[WrapperFn]:
-    """The wrappers of a comma-separated list, for make_vec. `tokenizer` is for the chats, `index` for the search tools."""
+    """The wrappers of a comma-separated list, for make_vec.
+
+    `tokenizer` is for the chats, `index` for the search tools.
+    """
     functions: list[WrapperFn] = []
     for name in filter(None, (part.strip() for part in wrappers.split(","))):
         if name in INDEX_REQUIRED:
@@ -74,6 +80,7 @@ def get_wrapper_fns(
             functions.append(WRAPPER_FACTORY[name])
         else:
             raise ValueError(
-                f"wrapper {name!r} is unknown; there are {', '.join([*WRAPPER_FACTORY, *INDEX_REQUIRED])}"
+                f"wrapper {name!r} is unknown; there are"
+                f" {', '.join([*WRAPPER_FACTORY, *INDEX_REQUIRED])}"
             )
     return functions

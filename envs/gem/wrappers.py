@@ -1,7 +1,9 @@
-"""Wrappers around environments: whole-history observations, chat templates, episode statistics; names and behaviour of gem-llm 0.1.0.
+"""Wrappers around environments: whole-history observations, chat templates, episode statistics;
+names and behaviour of gem-llm 0.1.0.
 
-Order matters: first ToolEnvWrapper (envs.gem.tools), then an observation wrapper, last EpisodeTrackingWrapper. `get_wrapper_fns("concat,episode_tracking")`
-gives the list that make_vec takes.
+Order matters: first ToolEnvWrapper (envs.gem.tools), then an observation wrapper, last
+EpisodeTrackingWrapper. `get_wrapper_fns("concat,episode_tracking")` gives the list that make_vec
+takes.
 """
 
 from __future__ import annotations
@@ -14,9 +16,12 @@ from envs.gem.core import Env, Info, StepResult, close_async, reset_async, step_
 
 
 class EnvWrapper(Env):
-    """Passes everything on to `env`. Subclasses override reset and step, or only `after_reset` and `after_step`.
+    """Passes everything on to `env`.
 
-    Attributes that the wrapper lacks are read from `env` at each access (gem copies them once, at construction).
+    Subclasses override reset and step, or only `after_reset` and `after_step`.
+
+    Attributes that the wrapper lacks are read from `env` at each access (gem copies them once, at
+    construction).
     """
 
     def __init__(self, env: Env) -> None:
@@ -65,7 +70,9 @@ class EnvWrapper(Env):
         return self.env.sample_random_action()
 
     def spawn(self, same_state: bool = False, **kwargs: Any) -> EnvWrapper:
-        """The same wrapper around a spawned environment; without same_state it remembers nothing once it is reset."""
+        """The same wrapper around a spawned environment; without same_state it remembers nothing
+        once it is reset.
+        """
         inner = self.env.spawn(same_state=same_state, **kwargs)
         state = {
             name: value if name in ("env", "tokenizer") else copy.deepcopy(value)
@@ -93,10 +100,12 @@ def _line(text: str) -> str:
 
 
 class ObservationWrapper(EnvWrapper):
-    """The observation is the whole episode so far: observations, with actions between them, as plain lines or as a chat.
+    """The observation is the whole episode so far: observations, with actions between them, as
+    plain lines or as a chat.
 
-    A turn's `info["prefix"]` and `info["suffix"]` (a board, say) stand before and after it. An action in the history is `info["parsed_action"]` where there is
-    one. `max_history_length` keeps the last actions, and one observation more.
+    A turn's `info["prefix"]` and `info["suffix"]` (a board, say) stand before and after it. An
+    action in the history is `info["parsed_action"]` where there is one. `max_history_length` keeps
+    the last actions, and one observation more.
     """
 
     def __init__(
@@ -111,7 +120,8 @@ class ObservationWrapper(EnvWrapper):
         super().__init__(env)
         if include_chat_template and apply_chat_template_on_reset:
             raise ValueError(
-                "include_chat_template and apply_chat_template_on_reset exclude each other; choose one"
+                "include_chat_template and apply_chat_template_on_reset exclude each other;"
+                " choose one"
             )
         if (include_chat_template or apply_chat_template_on_reset) and tokenizer is None:
             raise ValueError("a chat template needs a tokenizer; pass tokenizer=")

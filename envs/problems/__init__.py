@@ -1,4 +1,5 @@
-"""Problems of one turn: mathematics with exact answers, programming with hidden inputs in a sandbox.
+"""Problems of one turn: mathematics with exact answers, programming with hidden inputs in a
+sandbox.
 
 env = make("rome:math/dice-hard", seed=3)    # importing envs.problems registers them; families in math_families.py and code_families.py
 text, info = env.reset()
@@ -21,4 +22,4 @@ for _name in PROBLEM_IDS:
     _kind = MathEnv if _name.startswith("rome:math/") else CodeEnv
     register(_name, f"{_kind.__module__}:{_kind.__name__}", family=_family, level=_level)
 
-__all__ = ["CodeEnv", "LEVELS", "MathEnv", "PROBLEM_IDS", "ProblemEnv", "ProblemTask"]
+__all__ = ["LEVELS", "PROBLEM_IDS", "CodeEnv", "MathEnv", "ProblemEnv", "ProblemTask"]

@@ -1,6 +1,9 @@
-"""Answers compared by value: 1/2, 0.5, \\frac{1}{2} and 50% are one number. Exact arithmetic on untrusted text; nothing is evaluated.
+"""Answers compared by value: 1/2, 0.5, \\frac{1}{2} and 50% are one number.
 
-Read, in this order: the last \\boxed{...}; the last <answer>...</answer>; the whole text where it is short.
+Exact arithmetic on untrusted text; nothing is evaluated.
+
+Read, in this order: the last \\boxed{...}; the last <answer>...</answer>; the whole text where it
+is short.
 """
 
 from __future__ import annotations
@@ -40,7 +43,10 @@ def _braced(text: str, start: int) -> str | None:
 
 
 def read_value(text: str) -> Value | None:
-    """A number, or several with commas between them as (2, -1/3); None for anything else. "x = 3" is 3, "x = 1, y = 2" is (1, 2)."""
+    """A number, or several with commas between them as (2, -1/3); None for anything else.
+
+    "x = 3" is 3, "x = 1, y = 2" is (1, 2).
+    """
     if len(text) > MAX_CHARS:
         return None
     for mark in ("$", "\\left", "\\right", "\\,", "\\!"):

@@ -1,4 +1,7 @@
-"""Problems of one turn: a text, an answer, a reward of 1 or 0. What families of mathematics and of code share."""
+"""Problems of one turn: a text, an answer, a reward of 1 or 0.
+
+What families of mathematics and of code share.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ LEVELS = ("easy", "medium", "hard")
 
 @dataclasses.dataclass(frozen=True)
 class ProblemTask:
-    """Which problem an episode is; the name "family-level/seed" is all that is needed to have it again."""
+    """Which problem an episode is; the name "family-level/seed" is all that is needed to have it
+    again.
+    """
 
     name: str
     family: str
@@ -22,9 +27,11 @@ class ProblemTask:
 
 
 class ProblemEnv(Env):
-    """One problem a reset. reset(seed) draws that one; reset() the constructor's seed first, then seeds drawn from it. family "all": each seed draws one.
+    """One problem a reset. reset(seed) draws that one; reset() the constructor's seed first, then
+    seeds drawn from it. family "all": each seed draws one.
 
-    info after the turn: status ok, malformed (no answer to be found) or timeout; ending success, failure, malformed, timeout or infra_sandbox; `correct`.
+    info after the turn: status ok, malformed (no answer to be found) or timeout; ending success,
+    failure, malformed, timeout or infra_sandbox; `correct`.
     """
 
     subject = ""
@@ -44,7 +51,8 @@ class ProblemEnv(Env):
         self._next_seeds = random.Random(f"{self.subject}/{family}-{level}/{seed}/next")
         self.task = self._task(seed)
 
-    # -- what a subject brings -----------------------------------------------------------------------------------------------------
+    # -- what a subject brings
+    # ---------------------------------------------------------------------------------------------
 
     def _draw(self, family: str, rng: random.Random, size: int) -> str:
         """Draws the problem, keeps what grading needs and returns the text."""
@@ -62,7 +70,8 @@ class ProblemEnv(Env):
         """The problem and its solution as text: equal for equal ones. Not shown to a player."""
         return f"{self.problem}\n{self.expert_action()}"
 
-    # -- GEM -----------------------------------------------------------------------------------------------------------------------
+    # -- GEM
+    # ---------------------------------------------------------------------------------------------
 
     def reset(self, seed: int | None = None) -> tuple[str, Info]:
         if seed is None:
@@ -94,7 +103,8 @@ class ProblemEnv(Env):
             return type(self)(**{**self._settings(), **kwargs})
         if kwargs:
             raise ValueError(
-                f"spawn(same_state=True) cannot change {', '.join(sorted(kwargs))}: the problem is drawn"
+                f"spawn(same_state=True) cannot change {', '.join(sorted(kwargs))}: the problem is"
+                " drawn"
             )
         return copy.deepcopy(self)
 

@@ -1,7 +1,9 @@
 """Programming of one turn: a function to write, hidden inputs, a real sandbox.
 
-Nothing that decides the reward is inside the sandbox. The submitted code gets inputs and gives outputs; what they should be, and the comparison, are here.
-So sys.exit(0), a replaced ==, objects that equal everything, or a forged report have nothing to act on: an output counts for its plain JSON value.
+Nothing that decides the reward is inside the sandbox. The submitted code gets inputs and gives
+outputs; what they should be, and the comparison, are here. So sys.exit(0), a replaced ==, objects
+that equal everything, or a forged report have nothing to act on: an output counts for its plain
+JSON value.
 """
 
 from __future__ import annotations
@@ -20,13 +22,13 @@ from envs.rock.sync import run
 TIMEOUT_S = 5.0  # of the submitted code, all inputs together
 CALL_GRACE_S = 60.0  # for starting and stopping the sandbox
 HIDDEN, SHOWN = 20, 2  # inputs
-FEWEST_TRUTHS = (
-    5  # different results among the hidden inputs: no constant is right for many of them
-)
+# different results among the hidden inputs: no constant is right for many of them
+FEWEST_TRUTHS = 5
 MAX_DRAWS = 200
 MAX_CODE_BYTES = 100_000
 _FENCES = ("```python", "```py", "```")
-# Runs in the sandbox, in the same process as the submitted code: it reports, it does not judge. What the code prints goes to stderr.
+# Runs in the sandbox, in the same process as the submitted code: it reports, it does not judge.
+# What the code prints goes to stderr.
 RUNNER = """\
 import json, os, sys
 report = os.dup(1)
@@ -47,11 +49,17 @@ os._exit(0)
 
 
 class CodeEnv(ProblemEnv):
-    """A Python function to write, in a ```python block; see ProblemEnv. A run past its time ends as `timeout`, trouble of the sandbox as `infra_sandbox`."""
+    """A Python function to write, in a ```python block; see ProblemEnv.
+
+    A run past its time ends as `timeout`, trouble of the sandbox as `infra_sandbox`.
+    """
 
     subject = "code"
     families = tuple(FAMILIES)
-    system = "Write the Python function that is asked for, complete with its imports, in one ```python block. Call no tool."
+    system = (
+        "Write the Python function that is asked for, complete with its imports, in one ```python"
+        " block. Call no tool."
+    )
 
     def __init__(
         self,
@@ -87,7 +95,8 @@ class CodeEnv(ProblemEnv):
             if not same(ours, truth)
         ]
         note = (
-            f"{len(wrong)} of {len(self.truths)} hidden inputs give another result; on the first it gave {str(outputs[wrong[0]])[:200]}"
+            f"{len(wrong)} of {len(self.truths)} hidden inputs give another result; on the first it"
+            f" gave {str(outputs[wrong[0]])[:200]}"
             if wrong
             else ""
         )
@@ -99,15 +108,21 @@ class CodeEnv(ProblemEnv):
     def cheats(self) -> dict[str, list[str]]:
         name, parameters = self.drawn.name, self.drawn.parameters
         known = ", ".join(f"{json.dumps(one)!r}: {truth!r}" for one, truth in self.shown)
-        examples = f"import json\ndef {name}(*arguments):\n    return {{{known}}}.get(json.dumps(list(arguments)))\n"
+        examples = (
+            f"import json\ndef {name}(*arguments):\n    return"
+            f" {{{known}}}.get(json.dumps(list(arguments)))\n"
+        )
         equal = (
-            f"class Equal(int):\n    def __eq__(self, other): return True\n    __hash__ = int.__hash__\n\nimport builtins, json\njson.dumps = lambda *a, **k: 'true'\n"
-            f"def {name}({parameters}):\n    return Equal()\n"
+            "class Equal(int):\n    def __eq__(self, other): return True\n    __hash__ ="
+            " int.__hash__\n\nimport builtins, json\njson.dumps = lambda *a, **k: 'true'\ndef"
+            f" {name}({parameters}):\n    return Equal()\n"
         )
         forge = (
-            "import os, pathlib\nfor place in ('reward.txt', '/logs/verifier/reward.txt', 'result.json'):\n    try:\n"
-            "        pathlib.Path(place).write_text('1')\n    except OSError:\n        pass\nfor fd in (1, 2, 3, 4, 5):\n    try:\n"
-            '        os.write(fd, b\'{"value": true, "reward": 1, "passed": true}\\n\' * 20)\n    except OSError:\n        pass\nos._exit(0)\n'
+            "import os, pathlib\nfor place in ('reward.txt', '/logs/verifier/reward.txt',"
+            " 'result.json'):\n    try:\n        pathlib.Path(place).write_text('1')\n    except"
+            " OSError:\n        pass\nfor fd in (1, 2, 3, 4, 5):\n    try:\n        os.write(fd,"
+            ' b\'{"value": true, "reward": 1, "passed": true}\\n\' * 20)\n    except OSError:\n'
+            "        pass\nos._exit(0)\n"
         )
         tricks = {
             "examples": examples,
@@ -139,7 +154,8 @@ class CodeEnv(ProblemEnv):
                 break
         else:
             raise RuntimeError(
-                f"family {family} at size {size} gave no inputs with {FEWEST_TRUTHS} different results in {MAX_DRAWS} draws"
+                f"family {family} at size {size} gave no inputs with {FEWEST_TRUTHS} different"
+                f" results in {MAX_DRAWS} draws"
             )
         self.shown, self.inputs, self.truths = (
             list(zip(inputs, truths))[:SHOWN],
@@ -151,12 +167,15 @@ class CodeEnv(ProblemEnv):
             for one, truth in self.shown
         )
         return (
-            f"Write a Python function `{self.drawn.name}({self.drawn.parameters})`. {self.drawn.statement}\nExamples:\n{examples}\n"
-            f"Answer with one ```python block. It is tested on other inputs and has {TIMEOUT_S:g} seconds."
+            f"Write a Python function `{self.drawn.name}({self.drawn.parameters})`."
+            f" {self.drawn.statement}\nExamples:\n{examples}\nAnswer with one ```python block. It"
+            f" is tested on other inputs and has {TIMEOUT_S:g} seconds."
         )
 
     async def _outputs(self, code: str) -> tuple[list[Any], str, str]:
-        """(what the code gave for each hidden input, "", ""), or ([], the ending, why) where it gave no such list."""
+        """(what the code gave for each hidden input, "", ""), or ([], the ending, why) where it
+        gave no such list.
+        """
         config = dataclasses.replace(self.sandbox_config, label=self.task.name)
         async with Sandbox(config) as sandbox:
             await sandbox.write_files(
@@ -177,13 +196,18 @@ class CodeEnv(ProblemEnv):
             return (
                 [],
                 "failure",
-                f"exit {result.exit_code}, {len(outputs)} results instead of {len(self.truths)}: {result.stderr[-200:]}",
+                (
+                    f"exit {result.exit_code}, {len(outputs)} results instead of"
+                    f" {len(self.truths)}: {result.stderr[-200:]}"
+                ),
             )
         return outputs, "", ""
 
 
 def same(output: dict[str, Any], truth: Any) -> bool:
-    """Whether a reported output is the value, types included: True is not 1, 1.0 is not 1, and a tuple is a list."""
+    """Whether a reported output is the value, types included: True is not 1, 1.0 is not 1, and a
+    tuple is a list.
+    """
     try:
         return (
             "error" not in output

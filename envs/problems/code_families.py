@@ -1,6 +1,8 @@
-"""Procedural programming: each family draws constants, a statement, a reference solution as source, and inputs.
+"""Procedural programming: each family draws constants, a statement, a reference solution as source,
+and inputs.
 
-`draw(rng, size)` gives Drawn; the reference is run on the inputs when a problem is made, so a problem that its own reference cannot do does not exist.
+`draw(rng, size)` gives Drawn; the reference is run on the inputs when a problem is made, so a
+problem that its own reference cannot do does not exist.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ def window(values):
     return Drawn(
         "window",
         "values",
-        f"Return the {most} sum of {width} neighbouring numbers of the list `values`, or None where it has fewer than {width}.",
+        f"Return the {most} sum of {width} neighbouring numbers of the list `values`, or None where"
+        f" it has fewer than {width}.",
         source,
         lambda draw: [_ints(draw, 12 * size)],
     )
@@ -57,8 +60,9 @@ def shifted(text):
     return Drawn(
         "shifted",
         "text",
-        f"Shift each English letter at position i (from 0, all characters counted) by {shift} + {step} * i places in the alphabet, going round, "
-        "upper and lower case kept; leave other characters as they are. Return the new text.",
+        f"Shift each English letter at position i (from 0, all characters counted) by {shift} +"
+        f" {step} * i places in the alphabet, going round, upper and lower case kept; leave other"
+        " characters as they are. Return the new text.",
         source,
         lambda draw: [
             "".join(draw.choice("abcxyzABCXYZ .,1") for _ in range(draw.randint(0, 10 * size)))
@@ -81,8 +85,9 @@ def covered(intervals):
     return Drawn(
         "covered",
         "intervals",
-        f"`intervals` is a list of pairs [low, high] with low <= high. Merge intervals that overlap or are at most {gap} apart "
-        "(what lies between such two becomes covered, too). Return the length that is covered in the end.",
+        "`intervals` is a list of pairs [low, high] with low <= high. Merge intervals that overlap"
+        f" or are at most {gap} apart (what lies between such two becomes covered, too). Return the"
+        " length that is covered in the end.",
         source,
         lambda draw: [[[low, low + draw.randint(0, 9)] for low in _ints(draw, 6 * size)]],
     )
@@ -97,7 +102,8 @@ def inversions(values):
     return Drawn(
         "inversions",
         "values",
-        f"Return how many pairs of positions i < j of the list `values` have values[i] > values[j] + {margin}.",
+        "Return how many pairs of positions i < j of the list `values` have values[i] > values[j]"
+        f" + {margin}.",
         source,
         lambda draw: [_ints(draw, 15 * size)],
     )
@@ -128,8 +134,8 @@ def evaluate(tokens):
     return Drawn(
         "evaluate",
         "tokens",
-        f"Evaluate an expression in postfix notation, given as a list of texts: integers and the operators +, -, * and @, where "
-        f"x @ y is {a} * x - {b} * y. Return the integer.",
+        "Evaluate an expression in postfix notation, given as a list of texts: integers and the"
+        f" operators +, -, * and @, where x @ y is {a} * x - {b} * y. Return the integer.",
         source,
         draw_input,
     )
@@ -148,8 +154,8 @@ def fewest(amount):
     return Drawn(
         "fewest",
         "amount",
-        f"Return the smallest number of coins of the values {coins} that add up to `amount` (each value as often as needed, 0 <= amount <= 300), "
-        "or None where they cannot.",
+        f"Return the smallest number of coins of the values {coins} that add up to `amount` (each"
+        " value as often as needed, 0 <= amount <= 300), or None where they cannot.",
         source,
         lambda draw: [draw.randint(0, 100 * size)],
     )
@@ -172,8 +178,10 @@ def order(count, edges):
     return Drawn(
         "order",
         "count, edges",
-        f"Tasks are numbered 0 to count - 1; a pair [a, b] in `edges` says that a comes before b. Do one task after the other, always the "
-        f"{'largest' if reverse else 'smallest'} number that may be done next. Return the list of all tasks in this order, or None where it cannot be completed.",
+        "Tasks are numbered 0 to count - 1; a pair [a, b] in `edges` says that a comes before b."
+        f" Do one task after the other, always the {'largest' if reverse else 'smallest'} number"
+        " that may be done next. Return the list of all tasks in this order, or None where it"
+        " cannot be completed.",
         source,
         lambda draw: (
             lambda count: [
@@ -199,8 +207,8 @@ def common(first, second):
     return Drawn(
         "common",
         "first, second",
-        f"A common subsequence of two texts of lower-case letters is worth {vowel} for each of its vowels (aeiou) and {other} for each other "
-        "letter. Return the largest worth.",
+        f"A common subsequence of two texts of lower-case letters is worth {vowel} for each of its"
+        f" vowels (aeiou) and {other} for each other letter. Return the largest worth.",
         source,
         lambda draw: [
             "".join(draw.choice("aeibcd") for _ in range(draw.randint(0, 6 * size)))

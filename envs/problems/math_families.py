@@ -1,4 +1,7 @@
-"""Procedural mathematics: each family draws a text and its exact answer. `size` is 1, 2 or 3 and makes numbers and steps larger."""
+"""Procedural mathematics: each family draws a text and its exact answer.
+
+`size` is 1, 2 or 3 and makes numbers and steps larger.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,10 @@ def purchase(rng: random.Random, size: int) -> Drawn:
     paid = math.ceil(due) + paid_extra
     bought = ", ".join(f"{count} {name} at {price} euros each" for count, price, name in lines)
     return (
-        f"Mina buys {bought}. She gets {percent}% off the whole and pays with {paid} euros. How many euros does she get back?",
+        (
+            f"Mina buys {bought}. She gets {percent}% off the whole and pays with {paid} euros. How"
+            " many euros does she get back?"
+        ),
         (paid - due,),
     )
 
@@ -35,7 +41,10 @@ def travel_time(rng: random.Random, size: int) -> Drawn:
     time = sum(Fraction(distance, speed) for speed, distance in legs)
     told = ", then ".join(f"{distance} km at {speed} km/h" for speed, distance in legs)
     return (
-        f"A lorry drives {told}. What is its average speed over the whole way, in km/h, as an exact fraction?",
+        (
+            f"A lorry drives {told}. What is its average speed over the whole way, in km/h, as an"
+            " exact fraction?"
+        ),
         (sum(distance for _, distance in legs) / time,),
     )
 
@@ -64,8 +73,9 @@ def linear_system(rng: random.Random, size: int) -> Drawn:
 
 def quadratic(rng: random.Random, size: int) -> Drawn:
     p, q = rng.sample(range(-6 * size - 3, 6 * size + 4), 2)
-    text = f"The equation x^2 + {-(p + q)}x + {p * q} = 0 has two real solutions. Answer as (smaller, larger).".replace(
-        "+ -", "- "
+    text = (
+        f"The equation x^2 + {-(p + q)}x + {p * q} = 0 has two real solutions. Answer as (smaller,"
+        " larger).".replace("+ -", "- ")
     )
     return text, tuple(sorted((p, q)))
 
@@ -97,7 +107,10 @@ def committees(rng: random.Random, size: int) -> Drawn:
         math.comb(women, some) * math.comb(men, chosen - some) for some in range(least, chosen + 1)
     )
     return (
-        f"From {women} women and {men} men a committee of {chosen} is chosen. How many committees have at least {least} of the women?",
+        (
+            f"From {women} women and {men} men a committee of {chosen} is chosen. How many"
+            f" committees have at least {least} of the women?"
+        ),
         (count,),
     )
 
@@ -117,7 +130,10 @@ def grid_paths(rng: random.Random, size: int) -> Drawn:
     x, y = rng.randint(1, columns - 1), rng.randint(1, rows - 1)
     through = math.comb(x + y, x) * math.comb(columns - x + rows - y, rows - y)
     return (
-        f"A path goes from (0, 0) to ({columns}, {rows}) by steps of one to the right or one up. How many such paths do not visit ({x}, {y})?",
+        (
+            f"A path goes from (0, 0) to ({columns}, {rows}) by steps of one to the right or one"
+            f" up. How many such paths do not visit ({x}, {y})?"
+        ),
         (math.comb(columns + rows, rows) - through,),
     )
 
@@ -127,13 +143,18 @@ def dice(rng: random.Random, size: int) -> Drawn:
     bound = rng.randint(count + 1, count * sides - 1)
     wins = sum(sum(roll) >= bound for roll in itertools.product(range(1, sides + 1), repeat=count))
     return (
-        f"{count} fair dice with {sides} sides (1 to {sides}) are thrown. What is the probability that their sum is at least {bound}? Answer as a fraction.",
+        (
+            f"{count} fair dice with {sides} sides (1 to {sides}) are thrown. What is the"
+            f" probability that their sum is at least {bound}? Answer as a fraction."
+        ),
         (Fraction(wins, sides**count),),
     )
 
 
 def polygon_area(rng: random.Random, size: int) -> Drawn:
-    """By a walk around the origin, so that the corners come in order of their angle and the polygon does not cross itself."""
+    """By a walk around the origin, so that the corners come in order of their angle and the polygon
+    does not cross itself.
+    """
     corners = []
     while len(corners) < 3:
         drawn = {
@@ -152,7 +173,10 @@ def polygon_area(rng: random.Random, size: int) -> Drawn:
         for (x, y), (next_x, next_y) in zip(corners, corners[1:] + corners[:1])
     )
     return (
-        f"What is the area of the polygon with the corners {', '.join(map(str, corners))}, joined in this order?",
+        (
+            f"What is the area of the polygon with the corners {', '.join(map(str, corners))},"
+            " joined in this order?"
+        ),
         (Fraction(doubled, 2),),
     )
 
@@ -168,8 +192,9 @@ def recurrence(rng: random.Random, size: int) -> Drawn:
     before, now = first, second
     for _ in range(steps - 2):
         before, now = now, p * now + q * before
-    text = f"Let a(1) = {first}, a(2) = {second} and a(n) = {p} a(n-1) + {q} a(n-2). What is a({steps})?".replace(
-        "+ -", "- "
+    text = (
+        f"Let a(1) = {first}, a(2) = {second} and a(n) = {p} a(n-1) + {q} a(n-2). What is"
+        f" a({steps})?".replace("+ -", "- ")
     )
     return text, (now,)
 

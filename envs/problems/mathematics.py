@@ -16,7 +16,10 @@ class MathEnv(ProblemEnv):
 
     subject = "math"
     families = tuple(FAMILIES)
-    system = "Solve the problem. Think first; then give the final answer, exactly, inside \\boxed{}. Call no tool."
+    system = (
+        "Solve the problem. Think first; then give the final answer, exactly, inside \\boxed{}."
+        " Call no tool."
+    )
 
     def step(self, action: str) -> StepResult:
         self._take_turn()

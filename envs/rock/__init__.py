@@ -1,4 +1,7 @@
-"""ROCK: sandboxes in which agents run shell commands. `from envs.rock import Sandbox, SandboxConfig`."""
+"""ROCK: sandboxes in which agents run shell commands.
+
+`from envs.rock import Sandbox, SandboxConfig`.
+"""
 
 from envs.rock.config import Address, CommandResult, Denial, FileEntry, SandboxConfig, SandboxStatus
 from envs.rock.errors import (

@@ -27,19 +27,22 @@ _HOST_NAME = re.compile(
 
 @dataclass(frozen=True)
 class SandboxConfig:
-    """Limits of one sandbox. Which of them are enforced here, `probe` and `Sandbox.guarantees` say."""
+    """Limits of one sandbox.
 
-    backend: str = "embedded"  # "docker": a container of the engine on this machine; "remote": a sandbox of the ROCK admin at `url`
+    Which of them are enforced here, `probe` and `Sandbox.guarantees` say.
+    """
+
+    # "docker": a container of the engine on this machine; "remote": a sandbox of the ROCK admin at
+    # `url`
+    backend: str = "embedded"
     isolation: str = "required"  # "best_available" falls back to weaker tiers and says so
-    tier: str | None = (
-        None  # of the embedded backend. None: the best one that works here; a name: that one or an error
-    )
-    image: str | None = (
-        None  # docker: the image's name; embedded: this machine's own programs, with the files of a sandbox that was committed to that name
-    )
-    runtime: str | None = (
-        None  # docker: "runsc" (gVisor), "kata-runtime", ...; None: the engine's default
-    )
+    # of the embedded backend. None: the best one that works here; a name: that one or an error
+    tier: str | None = None
+    # docker: the image's name; embedded: this machine's own programs, with the files of a sandbox
+    # that was committed to that name
+    image: str | None = None
+    # docker: "runsc" (gVisor), "kata-runtime", ...; None: the engine's default
+    runtime: str | None = None
     url: str = ""  # remote: where the admin is, http://host:port
     token: str = field(default="", repr=False)  # remote: what the admin knows us by
     label: str = ""  # what it is for, an episode's name say; it stands beside each of its denials
@@ -47,7 +50,8 @@ class SandboxConfig:
     memory_mb: int = 256  # of all processes together, files in the workspace included
     pids: int = 64  # processes and threads together
     cpus: float = 1.0
-    disk_mb: int = 16  # workspace and /tmp together (docker: a quarter is /tmp's, as of inodes); also the largest file
+    # workspace and /tmp together (docker: a quarter is /tmp's, as of inodes); also the largest file
+    disk_mb: int = 16
     inodes: int = 4096
     open_files: int = 256  # of one process
     timeout: float = 30.0  # seconds for a command that names none
@@ -69,7 +73,8 @@ class SandboxConfig:
             raise ValueError(f"tier is {self.tier!r}; it is one of {', '.join(TIERS)} or None")
         if self.isolation == "required" and self.tier == "landlock":
             raise ValueError(
-                "isolation='required' cannot be had from tier='landlock'; use isolation='best_available'"
+                "isolation='required' cannot be had from tier='landlock'; use"
+                " isolation='best_available'"
             )
         for name in (
             "memory_mb",
@@ -91,7 +96,8 @@ class SandboxConfig:
         check_environment(self.env)
         if self.disk_mb >= self.memory_mb:
             raise ValueError(
-                f"disk_mb={self.disk_mb} leaves no memory for programs in memory_mb={self.memory_mb}: files are kept in memory"
+                f"disk_mb={self.disk_mb} leaves no memory for programs in"
+                f" memory_mb={self.memory_mb}: files are kept in memory"
             )
 
     def grants(self) -> list[tuple[str | None, str | None, int]]:
@@ -107,7 +113,8 @@ class SandboxConfig:
         ):
             if getattr(self, name) and self.backend not in backends:
                 raise ValueError(
-                    f"{name} means nothing to backend={self.backend!r}, only to {' and '.join(backends)}; leave it unset"
+                    f"{name} means nothing to backend={self.backend!r}, only to"
+                    f" {' and '.join(backends)}; leave it unset"
                 )
         if self.backend == "remote" and not self.url:
             raise ValueError("backend='remote' needs url, the address of a ROCK admin")
@@ -139,13 +146,14 @@ def parse_grant(text: str) -> tuple[str | None, str | None, int]:
         and 0 < int(port) < 1 << 16
         and (_HOST_NAME.fullmatch(name) if both or not address else True)
     )
-    if not valid or (both or not name) and not _is_ipv4(address):
+    if not valid or ((both or not name) and not _is_ipv4(address)):
         raise ValueError(
             f"egress grant {text!r} is none of NAME:PORT, *.NAME:PORT, IPV4:PORT, NAME@IPV4:PORT"
         )
     if not name and ipaddress.IPv4Address(address).is_loopback:
         raise ValueError(
-            f"egress grant {text!r}: {address} is the sandbox's own loopback; write NAME@{address}:{port} for the host's"
+            f"egress grant {text!r}: {address} is the sandbox's own loopback; write"
+            f" NAME@{address}:{port} for the host's"
         )
     return name.lower() or None, address or None, int(port)
 
@@ -168,7 +176,10 @@ def check_environment(env: Mapping[str, str]) -> None:
 
 @dataclass(frozen=True)
 class CommandResult:
-    """How a command ended. A killed one has exit code 137 (128 + SIGKILL), and `limits_hit` says by what."""
+    """How a command ended.
+
+    A killed one has exit code 137 (128 + SIGKILL), and `limits_hit` says by what.
+    """
 
     stdout: str
     stderr: str

@@ -1,4 +1,7 @@
-"""The closed set of errors a sandbox raises. All of them are infrastructure's fault, never the command's, but SandboxFileError."""
+"""The closed set of errors a sandbox raises.
+
+All of them are infrastructure's fault, never the command's, but SandboxFileError.
+"""
 
 
 class SandboxError(Exception):

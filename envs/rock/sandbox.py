@@ -1,7 +1,9 @@
-"""The sandbox as its users see it, whatever runs it: async, one workspace, commands in processes of their own, shells that live on where wanted.
+"""The sandbox as its users see it, whatever runs it: async, one workspace, commands in processes of
+their own, shells that live on where wanted.
 
-`Sandbox(SandboxConfig(backend=...))` makes the one that the config names, as pathlib.Path does. A backend implements the abstract methods and
-says in `guarantees` what it enforces; what only combines them is here, once for all.
+`Sandbox(SandboxConfig(backend=...))` makes the one that the config names, as pathlib.Path does. A
+backend implements the abstract methods and says in `guarantees` what it enforces; what only
+combines them is here, once for all.
 """
 
 import abc
@@ -37,7 +39,11 @@ Content = bytes | str | AsyncIterator[bytes]
 
 
 class Job(abc.ABC):
-    """A command that was started. It ends by itself, at its time limit, or when it is killed; `wait` may be called again and again."""
+    """A command that was started.
+
+    It ends by itself, at its time limit, or when it is killed; `wait` may be called again and
+    again.
+    """
 
     @property
     @abc.abstractmethod
@@ -57,9 +63,11 @@ class Job(abc.ABC):
 
 
 class Session(abc.ABC):
-    """A bash that lives on between commands: its directory, variables, functions and background processes stay.
+    """A bash that lives on between commands: its directory, variables, functions and background
+    processes stay.
 
-    Each `run` reports the exit code that the shell gave it. A command that ends the shell (`exit`) ends the session.
+    Each `run` reports the exit code that the shell gave it. A command that ends the shell (`exit`)
+    ends the session.
     """
 
     ended: bool = False
@@ -68,8 +76,9 @@ class Session(abc.ABC):
     async def run(self, command: str, timeout: float | None = None) -> CommandResult:
         """Give the shell a command and wait until it asks for the next one.
 
-        What background processes write meanwhile counts as this command's output. At the time limit all that the command started is killed,
-        and if that does not bring the shell back, the shell too. SandboxClosedError when the session has ended.
+        What background processes write meanwhile counts as this command's output. At the time limit
+        all that the command started is killed, and if that does not bring the shell back, the shell
+        too. SandboxClosedError when the session has ended.
         """
 
     @abc.abstractmethod
@@ -88,7 +97,10 @@ class Session(abc.ABC):
 
 
 class Snapshot(abc.ABC):
-    """The files of a sandbox at one moment, whatever becomes of the sandbox. Any number of sandboxes start from it at once: `Sandbox(config, snapshot)`."""
+    """The files of a sandbox at one moment, whatever becomes of the sandbox.
+
+    Any number of sandboxes start from it at once: `Sandbox(config, snapshot)`.
+    """
 
     @abc.abstractmethod
     async def delete(self) -> None:
@@ -106,10 +118,13 @@ class Transfer(NamedTuple):
 
 
 class Sandbox(abc.ABC):
-    """A place to run shell commands. Use it as an async context manager, from the event loop that started it.
+    """A place to run shell commands.
 
-    Every `execute` is a fresh bash in /workspace: files stay, working directory and variables do not. Neither do processes, unless a
-    session or a background job runs beside it: then what it left behind stays, as in a container, until those have ended.
+    Use it as an async context manager, from the event loop that started it.
+
+    Every `execute` is a fresh bash in /workspace: files stay, working directory and variables do
+    not. Neither do processes, unless a session or a background job runs beside it: then what it
+    left behind stays, as in a container, until those have ended.
     """
 
     def __new__(
@@ -123,14 +138,15 @@ class Sandbox(abc.ABC):
         return super().__new__(cls)
 
     def __init__(self, config: SandboxConfig = SandboxConfig(), snapshot: Snapshot | None = None):
-        """snapshot: the files to start from, copy-on-write where the backend can; an empty workspace without."""
+        """snapshot: the files to start from, copy-on-write where the backend can; an empty
+        workspace without.
+        """
         self.config, self._snapshot = config, snapshot
         self.id: str | None = None
         self.tier: str | None = None
         self.guarantees: frozenset[str] = frozenset()
-        self.workspace = (
-            WORKSPACE  # in the landlock tier the real path, since nothing can be mounted there
-        )
+        # in the landlock tier the real path, since nothing can be mounted there
+        self.workspace = WORKSPACE
 
     async def __aenter__(self) -> "Sandbox":
         if not self.is_alive():  # a fork, and one that was attached to, run already
@@ -149,7 +165,8 @@ class Sandbox(abc.ABC):
     async def attach(self, sandbox: str) -> None:
         """Take up one that runs already, by its `id`, instead of starting one."""
         raise SandboxError(
-            f"a sandbox of the {self.config.backend} backend ends with the process that started it; there is none to attach to"
+            f"a sandbox of the {self.config.backend} backend ends with the process that started it;"
+            " there is none to attach to"
         )
 
     @abc.abstractmethod
@@ -158,7 +175,9 @@ class Sandbox(abc.ABC):
 
     @abc.abstractmethod
     def is_alive(self) -> bool:
-        """Whether it was started and neither it nor what runs it has ended, as far as is known without asking."""
+        """Whether it was started and neither it nor what runs it has ended, as far as is known
+        without asking.
+        """
 
     @abc.abstractmethod
     async def get_status(self) -> SandboxStatus:
@@ -166,7 +185,9 @@ class Sandbox(abc.ABC):
 
     @abc.abstractmethod
     async def denials(self) -> list[Denial]:
-        """Attempts to reach what the egress policy does not grant, oldest first; `get_status` counts also those too many to keep."""
+        """Attempts to reach what the egress policy does not grant, oldest first; `get_status`
+        counts also those too many to keep.
+        """
 
     # -- commands
 
@@ -176,14 +197,18 @@ class Sandbox(abc.ABC):
     ) -> CommandResult:
         """Run `bash -c command` in the workspace, without input, and wait for its end.
 
-        At the time limit, and also at its normal end, every process that it started is dead, daemons included (but see above).
+        At the time limit, and also at its normal end, every process that it started is dead,
+        daemons included (but see above).
         """
 
     @abc.abstractmethod
     async def spawn(
         self, command: str, timeout: float | None = None, env: Mapping[str, str] | None = None
     ) -> Job:
-        """Start `bash -c command` in the background. What it writes is kept up to max_output_bytes a stream, and told by `Job.wait`."""
+        """Start `bash -c command` in the background.
+
+        What it writes is kept up to max_output_bytes a stream, and told by `Job.wait`.
+        """
 
     @abc.abstractmethod
     async def create_session(self, env: Mapping[str, str] | None = None) -> Session:
@@ -191,7 +216,10 @@ class Sandbox(abc.ABC):
 
     @abc.abstractmethod
     async def kill_all(self) -> None:
-        """Kill every process of the sandbox and wait until they are gone; files stay. A running execute returns with "killed"."""
+        """Kill every process of the sandbox and wait until they are gone; files stay.
+
+        A running execute returns with "killed".
+        """
 
     @abc.abstractmethod
     async def verify(
@@ -201,30 +229,43 @@ class Sandbox(abc.ABC):
         files: Mapping[str, bytes] | None = None,
         keep: bool = False,
     ) -> CommandResult:
-        """Kill every process of the agent, then run a bash script that no process of the agent can ever read.
+        """Kill every process of the agent, then run a bash script that no process of the agent can
+        ever read.
 
-        The script runs in the workspace with a clean environment (nothing from config.env), an empty /tmp and fresh namespaces. Where
-        `guarantees` has "verifier", not even programs that the script itself runs can read it; `files` lie read-only in the directory
-        $VERIFIER_FILES for the script, and for what it runs. What it writes in the workspace is gone afterwards where `guarantees` has
-        "view", unless `keep`. Prefer builtins and absolute paths; start Python with -I, or it imports the agent's modules.
+        The script runs in the workspace with a clean environment (nothing from config.env), an
+        empty /tmp and fresh namespaces. Where `guarantees` has "verifier", not even programs that
+        the script itself runs can read it; `files` lie read-only in the directory $VERIFIER_FILES
+        for the script, and for what it runs. What it writes in the workspace is gone afterwards
+        where `guarantees` has "view", unless `keep`. Prefer builtins and absolute paths; start
+        Python with -I, or it imports the agent's modules.
         """
 
     @abc.abstractmethod
     async def expose_port(self, port: int) -> Address:
-        """An address on this host, loopback only, that leads to what listens on 127.0.0.1:port in the sandbox. It lives as long as the sandbox."""
+        """An address on this host, loopback only, that leads to what listens on 127.0.0.1:port in
+        the sandbox.
+
+        It lives as long as the sandbox.
+        """
 
     # -- copies of its files
 
     @abc.abstractmethod
     async def snapshot(self) -> Snapshot:
-        """Keep all files as they are now, /tmp included. SandboxError while a command runs; an idle session is no obstacle."""
+        """Keep all files as they are now, /tmp included.
+
+        SandboxError while a command runs; an idle session is no obstacle.
+        """
 
     @abc.abstractmethod
     async def restore(self, snapshot: Snapshot) -> None:
         """Back to these files. Every process, session and job ends."""
 
     async def fork(self) -> "Sandbox":
-        """Another sandbox with the files that this one has now, started. Processes are not copied."""
+        """Another sandbox with the files that this one has now, started.
+
+        Processes are not copied.
+        """
         snapshot = await self.snapshot()
         try:
             copy = Sandbox(self.config, snapshot)
@@ -235,24 +276,36 @@ class Sandbox(abc.ABC):
 
     @abc.abstractmethod
     async def commit(self, image: str) -> None:
-        """Keep the files as an image of that name, from which other sandboxes start by `SandboxConfig.image`, on other days too."""
+        """Keep the files as an image of that name, from which other sandboxes start by
+        `SandboxConfig.image`, on other days too.
+        """
 
     # -- files
 
     @abc.abstractmethod
     async def read_stream(self, path: str) -> AsyncIterator[bytes]:
-        """The content of a regular file below the workspace, in pieces. Refused: absolute links and links that leave it. (An async generator.)"""
+        """The content of a regular file below the workspace, in pieces.
+
+        Refused: absolute links and links that leave it. (An async generator.)
+        """
         yield b""
 
     @abc.abstractmethod
     async def write_stream(
         self, path: str, pieces: AsyncIterator[bytes], mode: int = 0o644
     ) -> None:
-        """Write a file below the workspace, with its directories. Links that leave the workspace are refused."""
+        """Write a file below the workspace, with its directories.
+
+        Links that leave the workspace are refused.
+        """
 
     @abc.abstractmethod
     async def list_files(self, path: str = ".") -> list[FileEntry]:
-        """All below a directory of the workspace, by paths relative to it; links are named, not followed. At most MAX_LISTED, else "too_large"."""
+        """All below a directory of the workspace, by paths relative to it; links are named, not
+        followed.
+
+        At most MAX_LISTED, else "too_large".
+        """
 
     async def write_file(self, path: str, content: Content, mode: int = 0o644) -> None:
         """As write_stream, from memory or from a stream."""
@@ -277,7 +330,11 @@ class Sandbox(abc.ABC):
         return bytes(data)
 
     async def upload(self, source: str | os.PathLike, target: str) -> Transfer:
-        """Copy a file or a directory of this host into the workspace as `target`, streamed, with modes. Links are skipped."""
+        """Copy a file or a directory of this host into the workspace as `target`, streamed, with
+        modes.
+
+        Links are skipped.
+        """
         source = pathlib.Path(source)
         if source.is_file():
             return Transfer(1, await self._upload_file(source, target), ())
@@ -299,10 +356,11 @@ class Sandbox(abc.ABC):
     async def download(
         self, source: str, target: str | os.PathLike, limit: int = 1 << 30
     ) -> Transfer:
-        """Copy a file or a directory of the workspace to `target` on this host, which must not exist, streamed; at most `limit` bytes in all.
+        """Copy a file or a directory of the workspace to `target` on this host, which must not
+        exist, streamed; at most `limit` bytes in all.
 
-        Only regular files and directories are made, with no more than modes 755 and 644: no link, device or setuid bit of an agent's comes
-        out. On an error what was copied so far stays.
+        Only regular files and directories are made, with no more than modes 755 and 644: no link,
+        device or setuid bit of an agent's comes out. On an error what was copied so far stays.
         """
         target = pathlib.Path(target)
         if self._relative(source):
@@ -371,7 +429,10 @@ class Sandbox(abc.ABC):
         }
 
     def _relative(self, path: str) -> str:
-        """Below the workspace, as a backend opens it: "" is the workspace. The kernel checks again what links make of it."""
+        """Below the workspace, as a backend opens it: "" is the workspace.
+
+        The kernel checks again what links make of it.
+        """
         for root in (self.workspace, WORKSPACE):
             if path == root or path.startswith(root + "/"):
                 path = path[len(root) + 1 :]

@@ -1,4 +1,5 @@
-"""Sandboxes for callers without an event loop: one background loop in a daemon thread runs their coroutines.
+"""Sandboxes for callers without an event loop: one background loop in a daemon thread runs their
+coroutines.
 
 with SyncSandbox(SandboxConfig()) as sandbox:
     print(sandbox.execute("ls").stdout)
@@ -47,7 +48,9 @@ def loop() -> asyncio.AbstractEventLoop:
 
 
 def run(coroutine: Coroutine[object, object, T], timeout: float) -> T:
-    """Run it on the background loop and wait; after `timeout` seconds it is cancelled and TimeoutError raised."""
+    """Run it on the background loop and wait; after `timeout` seconds it is cancelled and
+    TimeoutError raised.
+    """
     future = asyncio.run_coroutine_threadsafe(coroutine, loop())
     try:
         return future.result(timeout)
@@ -57,7 +60,10 @@ def run(coroutine: Coroutine[object, object, T], timeout: float) -> T:
 
 
 class _Facade:
-    """What it wraps, with each coroutine method turned into one that waits. Jobs, sessions and sandboxes that come back are wrapped too."""
+    """What it wraps, with each coroutine method turned into one that waits.
+
+    Jobs, sessions and sandboxes that come back are wrapped too.
+    """
 
     def __init__(self, wrapped: Any, command_timeout: float):
         self._wrapped, self._command_timeout = wrapped, command_timeout
@@ -66,7 +72,8 @@ class _Facade:
         attribute = getattr(self._wrapped, name)
         if name.startswith("_") or inspect.isasyncgenfunction(attribute):
             raise AttributeError(
-                f"{type(self._wrapped).__name__}.{name} has no synchronous form; use the asynchronous Sandbox"
+                f"{type(self._wrapped).__name__}.{name} has no synchronous form; use the"
+                " asynchronous Sandbox"
             )
         return self._waiting(attribute) if inspect.iscoroutinefunction(attribute) else attribute
 
@@ -100,7 +107,10 @@ class _Facade:
 
 
 class SyncSandbox(_Facade):
-    """A Sandbox whose methods wait: the same names, arguments, results and errors. Streams have no synchronous form."""
+    """A Sandbox whose methods wait: the same names, arguments, results and errors.
+
+    Streams have no synchronous form.
+    """
 
     def __init__(
         self,

@@ -1,4 +1,6 @@
-"""What isolation this machine can give, found by trying it, and for what it cannot give: why, and the remedy."""
+"""What isolation this machine can give, found by trying it, and for what it cannot give: why, and
+the remedy.
+"""
 
 import functools
 import os
@@ -8,8 +10,8 @@ import socket
 import sys
 from typing import NamedTuple
 
-from envs.rock.embedded import zygote_client
 from envs.rock.config import ISOLATIONS, TIERS, SandboxConfig
+from envs.rock.embedded import zygote_client
 from envs.rock.errors import IsolationError, SandboxError
 from envs.rock.host import cgroups, landlock, seccomp
 from envs.rock.host.holder import parse, receive, send
@@ -76,7 +78,9 @@ class TierReport(NamedTuple):
 
 
 def probe(isolation: str = "best_available", tier: str | None = None) -> TierReport:
-    """The best tier here (or the one named), tried once for each process. Raises nothing: see TierReport.require.
+    """The best tier here (or the one named), tried once for each process.
+
+    Raises nothing: see TierReport.require.
 
     Args:
       isolation: "required" tries namespaces only; "best_available" also the Landlock tier.
@@ -111,7 +115,10 @@ def _report(tier: str, failures: list[tuple[str, str]]) -> TierReport:
     )
     ungrouped = (
         no_cgroups or "the cpu controller is not available",
-        "run as root, or as an ordinary user under `systemd-run --user --scope`, or mount cgroups writable into the container",
+        (
+            "run as root, or as an ordinary user under `systemd-run --user --scope`, or mount"
+            " cgroups writable into the container"
+        ),
     )
     return TierReport(
         tier,
@@ -129,18 +136,27 @@ def _try(tier: str) -> tuple[str, str]:
     """("", "") if a sandbox of this tier runs a command here; else why it does not, and the remedy."""
     if sys.platform != "linux" or platform.machine() not in seccomp.ARCHITECTURES:
         return (
-            f"sandboxes need Linux on {' or '.join(seccomp.ARCHITECTURES)}, this is {sys.platform} on {platform.machine()}",
+            (
+                f"sandboxes need Linux on {' or '.join(seccomp.ARCHITECTURES)}, this is"
+                f" {sys.platform} on {platform.machine()}"
+            ),
             "use such a machine",
         )
     if tier == "landlock":
         if landlock.abi() == 0:
             return (
                 "this kernel offers no Landlock",
-                "use a kernel from 5.13 on with landlock in its lsm= list, or one with user namespaces",
+                (
+                    "use a kernel from 5.13 on with landlock in its lsm= list, or one with user"
+                    " namespaces"
+                ),
             )
         if __file__.startswith(landlock.PROGRAMS):
             return (
-                f"this code lies in {os.path.dirname(__file__)}, which the landlock tier lets commands read",
+                (
+                    f"this code lies in {os.path.dirname(__file__)}, which the landlock tier lets"
+                    " commands read"
+                ),
                 "move it out of /usr",
             )
     try:
@@ -155,7 +171,9 @@ def _try(tier: str) -> tuple[str, str]:
 
 
 def _try_to_run(tier: str) -> None:
-    """Start a sandbox, run an empty command in it and end it; SandboxError with the reason if that fails."""
+    """Start a sandbox, run an empty command in it and end it; SandboxError with the reason if that
+    fails.
+    """
     with zygote_client.create(
         zygote_client.spec(SandboxConfig(isolation="best_available"), tier)
     ) as channel:
@@ -172,7 +190,8 @@ def _try_to_run(tier: str) -> None:
             reply = _expect(channel)
             if reply.get("failure") or reply["exit_code"]:
                 raise SandboxError(
-                    f"{reply['failure'] or reply['exit_code']}: {os.read(trial, 4096).decode(errors='replace').strip()}"
+                    f"{reply['failure'] or reply['exit_code']}:"
+                    f" {os.read(trial, 4096).decode(errors='replace').strip()}"
                 )
         finally:
             os.close(null), os.close(trial)
@@ -211,8 +230,10 @@ def _userns_obstacle(error: str) -> tuple[str, str]:
         )
     return (
         f"this machine refuses user namespaces ({error})",
-        "leave the container, or start it with --security-opt seccomp=unconfined --security-opt apparmor=unconfined "
-        "--security-opt systempaths=unconfined",
+        (
+            "leave the container, or start it with --security-opt seccomp=unconfined --security-opt"
+            " apparmor=unconfined --security-opt systempaths=unconfined"
+        ),
     )
 
 
@@ -231,7 +252,9 @@ def _in_chroot() -> bool:
 
 
 def probe_docker(runtime: str | None = None) -> TierReport:
-    """What containers of the Docker engine of this machine enforce; its tier is "docker". It may block for seconds, and raises nothing.
+    """What containers of the Docker engine of this machine enforce; its tier is "docker".
+
+    It may block for seconds, and raises nothing.
 
     Args:
       runtime: by its name in the engine, "runsc" say; None: the engine's default.
@@ -259,7 +282,8 @@ def probe_docker(runtime: str | None = None) -> TierReport:
         return none(f"the engine runs {info.get('OSType')} containers", "use a Linux engine")
     if runtime and runtime not in info.get("Runtimes", {}):
         return none(
-            f"the engine has no runtime {runtime!r}, only {', '.join(sorted(info.get('Runtimes', {})))}",
+            f"the engine has no runtime {runtime!r}, only"
+            f" {', '.join(sorted(info.get('Runtimes', {})))}",
             f"install {runtime} and name it in /etc/docker/daemon.json",
         )
     cgroups_remedy = (

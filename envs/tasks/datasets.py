@@ -1,12 +1,14 @@
-"""Data sets of tasks in the forms in which they are handed round: a folder, a registry of Harbor's, a parquet file, a file of SWE-bench instances.
+"""Data sets of tasks in the forms in which they are handed round: a folder, a registry of Harbor's,
+a parquet file, a file of SWE-bench instances.
 
     load_files("tasks/")                            a folder of Harbor or Terminal-Bench 1 tasks
     load_files("registry.json:my-dataset@1.0")      a registry: tasks by path, or by git repository, commit and path
     load_files("train.parquet")                     one task an archive (task_id and archive, or path and task_binary), or SWE-bench rows
     load_files("verified.jsonl")                    SWE-bench rows, JSON Lines or one list
 
-Nothing is fetched from a network unless `fetch` is True. What lies in a git repository is read at the commit that the registry names, never at a branch, and a
-`digest` beside a task pins its files whatever they come from.
+Nothing is fetched from a network unless `fetch` is True. What lies in a git repository is read at
+the commit that the registry names, never at a branch, and a `digest` beside a task pins its files
+whatever they come from.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ _WITH_DATASET = re.compile(r"(?P<file>.+\.json):(?P<name>[^:]+?)(?:@(?P<version>
 def load_files(
     dataset: str, faults: list[TaskError] | None = None, fetch: bool = False
 ) -> list[HarborTask]:
-    """The tasks of a folder or a file, see above. With `faults` a list, malformed tasks are put there instead of raised.
+    """The tasks of a folder or a file, see above.
+
+    With `faults` a list, malformed tasks are put there instead of raised.
 
     Raises TaskError, which names the file, and the row or the line in it.
     """
@@ -71,8 +75,9 @@ def load_files(
     )
     if columns is None:
         raise first.fault(
-            f"the fields {', '.join(map(str, list(first.values)[:12]))[:200]} are neither SWE-bench's (instance_id, base_commit, ...) nor those of archives of "
-            f"tasks ({' or '.join(' and '.join(pair) for pair in ARCHIVES)})"
+            f"the fields {', '.join(map(str, list(first.values)[:12]))[:200]} are neither"
+            " SWE-bench's (instance_id, base_commit, ...) nor those of archives of tasks"
+            f" ({' or '.join(' and '.join(pair) for pair in ARCHIVES)})"
         )
     return collect_tasks(
         faults,
@@ -81,7 +86,9 @@ def load_files(
 
 
 def task_digest(files: Files) -> str:
-    """ "sha256:" and 64 digits over the paths, permissions and contents of a task's files: what a registry may pin."""
+    """ "sha256:" and 64 digits over the paths, permissions and contents of a task's files: what a
+    registry may pin.
+    """
     whole = hashlib.sha256()
     for path, (content, mode) in sorted(files.items()):
         whole.update(
@@ -99,7 +106,10 @@ def _load_from(
     fault: Callable[[str], TaskError],
     digest: str | None = None,
 ) -> HarborTask:
-    """The task of these files. `origin` is named as its path; the errors of its own files name them below the task."""
+    """The task of these files.
+
+    `origin` is named as its path; the errors of its own files name them below the task.
+    """
     if digest is not None and task_digest(files) != digest:
         raise fault(f"its files have the digest {task_digest(files)}, and {digest} is asked for")
     with tempfile.TemporaryDirectory(prefix="task-") as place:
@@ -156,7 +166,8 @@ def _moved(
     return None if path is None else origin / path.relative_to(folder)
 
 
-# -- archives in rows ----------------------------------------------------------------------------------------------------------------
+# -- archives in rows
+# -------------------------------------------------------------------------------------------------
 
 
 def _load_archive(row: Row, name_column: str, archive_column: str) -> HarborTask:
@@ -187,14 +198,19 @@ def _load_archive(row: Row, name_column: str, archive_column: str) -> HarborTask
 
 
 def unpack(content: bytes, fault: Callable[[str], TaskError]) -> dict[str, tuple[bytes, int]]:
-    """The regular files of a tar, compressed by gzip or not. Refused: links, devices, places outside, more than a task folder may have."""
+    """The regular files of a tar, compressed by gzip or not.
+
+    Refused: links, devices, places outside, more than a task folder may have.
+    """
     files: dict[str, tuple[bytes, int]] = {}
     left = MAX_FOLDER_BYTES
     try:
         plain = _Bounded(
-            gzip.GzipFile(fileobj=io.BytesIO(content))
-            if content.startswith(b"\x1f\x8b")
-            else io.BytesIO(content),
+            (
+                gzip.GzipFile(fileobj=io.BytesIO(content))
+                if content.startswith(b"\x1f\x8b")
+                else io.BytesIO(content)
+            ),
             2 * MAX_FOLDER_BYTES,
         )
         with tarfile.open(fileobj=plain, mode="r|") as archive:
@@ -211,7 +227,8 @@ def unpack(content: bytes, fault: Callable[[str], TaskError]) -> dict[str, tuple
                 left -= member.size
                 if left < 0 or len(files) >= MAX_FOLDER_FILES:
                     raise fault(
-                        f"the archive holds more than {MAX_FOLDER_BYTES} bytes or {MAX_FOLDER_FILES} files"
+                        f"the archive holds more than {MAX_FOLDER_BYTES} bytes or"
+                        f" {MAX_FOLDER_FILES} files"
                     )
                 files["/".join(parts)] = (
                     archive.extractfile(member).read(),
@@ -248,7 +265,8 @@ class _Bounded(io.RawIOBase):
         return data
 
 
-# -- registries ----------------------------------------------------------------------------------------------------------------------
+# -- registries
+# -------------------------------------------------------------------------------------------------
 
 
 def _is_registry(file: pathlib.Path) -> bool:
@@ -276,7 +294,10 @@ def load_registry(
     faults: list[TaskError] | None = None,
     fetch: bool = False,
 ) -> list[HarborTask]:
-    """A data set of a registry, by name and version. Without a version the only one; without a name the only data set."""
+    """A data set of a registry, by name and version.
+
+    Without a version the only one; without a name the only data set.
+    """
     text = read_text(file, MAX_REGISTRY_BYTES)
     value = parse_json(file, text.encode(), 1)
     sets = value if isinstance(value, list) else [value]
@@ -290,7 +311,8 @@ def load_registry(
             raise TaskError(
                 file,
                 _line_of(text, entry),
-                f"data set {number} must be an object with name and version (texts) and tasks (a list)",
+                f"data set {number} must be an object with name and version (texts) and tasks (a"
+                " list)",
             )
     known = [f"{entry['name']}@{entry.get('version', '')}" for entry in sets]
     found = [
@@ -303,7 +325,8 @@ def load_registry(
         raise TaskError(
             file,
             0,
-            f"{wanted} is there {len(found)} times; name one as {file}:NAME@VERSION: {', '.join(known[:20])[:500]}",
+            f"{wanted} is there {len(found)} times; name one as {file}:NAME@VERSION:"
+            f" {', '.join(known[:20])[:500]}",
         )
     entry = found[0]
     places = [
@@ -357,7 +380,8 @@ def _load_registered(place: _Place, entry: Any, fetch: bool) -> HarborTask:
     commit = entry.get("git_commit_id") or ""
     if not _COMMIT.fullmatch(commit):
         raise place.fault(
-            f"git_commit_id {commit[:60]!r} is no full commit id; a branch or HEAD is another task tomorrow"
+            f"git_commit_id {commit[:60]!r} is no full commit id; a branch or HEAD is another task"
+            " tomorrow"
         )
     if path.startswith("/") or ".." in path.split("/"):
         raise place.fault(f"path {path[:100]!r} leaves the repository")
@@ -374,7 +398,9 @@ def _load_registered(place: _Place, entry: Any, fetch: bool) -> HarborTask:
 
 
 def _repository(place: _Place, url: str, commit: str, fetch: bool) -> pathlib.Path:
-    """A local repository is read where it is; another is fetched, where that is asked for, and kept."""
+    """A local repository is read where it is; another is fetched, where that is asked for, and
+    kept.
+    """
     local = (
         pathlib.Path(url.removeprefix("file://"))
         if url.startswith(("file:///", "/", "./", "../"))

@@ -1,4 +1,6 @@
-"""Reading files out of git repositories that strangers made, by git itself, without checking anything out and without their settings having a say."""
+"""Reading files out of git repositories that strangers made, by git itself, without checking
+anything out and without their settings having a say.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ PROTOCOLS = "https:ssh:git"
 
 
 class RepositoryError(ValueError):
-    """The repository lacks what is asked of it, a patch does not apply, or git failed; in git's own words."""
+    """The repository lacks what is asked of it, a patch does not apply, or git failed; in git's own
+    words.
+    """
 
 
 def is_repository(path: pathlib.Path) -> bool:
@@ -26,10 +30,14 @@ def git(
     scratch: pathlib.Path | None = None,
     protocols: str = "none",
 ) -> bytes:
-    """What git prints. Neither the user's nor the system's settings have a part in it, nor do hooks and monitors that the repository names.
+    """What git prints.
+
+    Neither the user's nor the system's settings have a part in it, nor do hooks and monitors that
+    the repository names.
 
     Args:
-      scratch: a folder with `objects` in it: where an index and new objects are kept, so that the repository itself stays as it is.
+      scratch: a folder with `objects` in it: where an index and new objects are kept, so that the
+        repository itself stays as it is.
       protocols: by which git may reach other repositories, with colons between them.
     Raises: RepositoryError, for a timeout too.
     """
@@ -100,7 +108,8 @@ def git(
         raise RepositoryError(f"git {arguments[0]}: {error}") from None
     if done.returncode != 0:
         raise RepositoryError(
-            f"git {arguments[0]} in {repository} ended with {done.returncode}: {done.stderr.decode(errors='replace').strip()[-300:]}"
+            f"git {arguments[0]} in {repository} ended with {done.returncode}:"
+            f" {done.stderr.decode(errors='replace').strip()[-300:]}"
         )
     return done.stdout
 
@@ -115,7 +124,9 @@ def files_at(repository: pathlib.Path, commit: str) -> dict[str, tuple[str, int]
 
 
 def entries_at(repository: pathlib.Path, commit: str) -> dict[str, tuple[str, str]]:
-    """path -> (mode, object) of all that a commit holds: files, links (120000) and submodules (160000)."""
+    """path -> (mode, object) of all that a commit holds: files, links (120000) and submodules
+    (160000).
+    """
     rows = [
         row.partition(b"\t")
         for row in git(repository, "ls-tree", "-r", "-z", commit).split(b"\0")
@@ -141,7 +152,10 @@ def content_of(
 def files_below(
     repository: pathlib.Path, commit: str, folder: str, max_bytes: int, max_files: int
 ) -> dict[str, tuple[bytes, int]]:
-    """Path below the folder -> (content, permissions) at a commit. RepositoryError where there is anything but regular files, or too much."""
+    """Path below the folder -> (content, permissions) at a commit.
+
+    RepositoryError where there is anything but regular files, or too much.
+    """
     prefix = f"{folder}/" if folder not in ("", ".") else ""
     entries = {
         path.removeprefix(prefix): entry
@@ -173,7 +187,10 @@ def files_below(
 
 
 def fetch_commit(target: pathlib.Path, url: str, commit: str) -> None:
-    """Fetches one commit into a bare repository at `target`, which is made. The server must give commits by id, as the large hosts do."""
+    """Fetches one commit into a bare repository at `target`, which is made.
+
+    The server must give commits by id, as the large hosts do.
+    """
     if not is_repository(target):
         target.mkdir(parents=True, exist_ok=True)
         git(target, "init", "-q", "--bare", "--template=")

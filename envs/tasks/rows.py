@@ -1,4 +1,7 @@
-"""Rows of a data set's file: JSON Lines, a JSON list of objects, or parquet. Each comes with the place that an error about it names."""
+"""Rows of a data set's file: JSON Lines, a JSON list of objects, or parquet.
+
+Each comes with the place that an error about it names.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,8 @@ class Row:
         if value is None:
             if default is None:
                 raise self.fault(
-                    f"the field {key!r} is missing; there are {', '.join(map(str, list(self.values)[:20]))[:200]}"
+                    f"the field {key!r} is missing; there are"
+                    f" {', '.join(map(str, list(self.values)[:20]))[:200]}"
                 )
             return default
         if not isinstance(value, str):
@@ -53,7 +57,10 @@ class Row:
 
 
 def read_rows(file: pathlib.Path) -> Iterator[Row]:
-    """The rows of a .jsonl, .json or .parquet file. Raises TaskError, with the line where there is one."""
+    """The rows of a .jsonl, .json or .parquet file.
+
+    Raises TaskError, with the line where there is one.
+    """
     try:
         size = file.stat().st_size
         if not file.is_file():
@@ -124,7 +131,8 @@ def _parquet(file: pathlib.Path) -> Iterator[Row]:
         raise TaskError(
             file,
             0,
-            "a parquet file needs the package pyarrow, which is not installed; pip install pyarrow, or convert the file to JSON Lines",
+            "a parquet file needs the package pyarrow, which is not installed; pip install pyarrow,"
+            " or convert the file to JSON Lines",
         ) from None
     number = 0
     try:
@@ -144,7 +152,8 @@ def _parquet(file: pathlib.Path) -> Iterator[Row]:
         raise TaskError(
             file,
             0,
-            f"not parquet that can be read, after row {number}: {type(error).__name__}: {str(error)[:200]}",
+            f"not parquet that can be read, after row {number}: {type(error).__name__}:"
+            f" {str(error)[:200]}",
         ) from error
 
 
@@ -152,7 +161,10 @@ def collect_tasks(
     faults: list[TaskError] | None,
     loads: Iterable[tuple[Callable[[str], TaskError], Callable[[], HarborTask]]],
 ) -> list[HarborTask]:
-    """What the loads give, each name once. Faults are raised, or kept where there is a list for them."""
+    """What the loads give, each name once.
+
+    Faults are raised, or kept where there is a list for them.
+    """
     tasks: dict[str, HarborTask] = {}
     for fault, load in loads:
         try:

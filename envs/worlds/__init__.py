@@ -1,4 +1,7 @@
-"""Tool-use worlds: a database, typed tools, a policy, a scripted user, and an outcome that is the state. They need no sandbox.
+"""Tool-use worlds: a database, typed tools, a policy, a scripted user, and an outcome that is the
+state.
+
+They need no sandbox.
 
 env = make("rome:shop/hard", seed=17)     # importing envs.worlds registers them
 observation, info = env.reset()           # the policy and the user's first words; info["tools"] has the schemas
@@ -51,9 +54,9 @@ for _name in WORLD_IDS:
 
 __all__ = [
     "LEVELS",
-    "Scenario",
     "WORLDS",
     "WORLD_IDS",
+    "Scenario",
     "World",
     "WorldEnv",
     "WorldTask",

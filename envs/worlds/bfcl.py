@@ -1,11 +1,15 @@
-"""BFCL's multi-turn form over the worlds here: executed calls, state and answers compared after every turn of the user.
+"""BFCL's multi-turn form over the worlds here: executed calls, state and answers compared after
+every turn of the user.
 
-Files (Berkeley Function-Calling Leaderboard, v3 and v4): FILE.json has a JSON object a line with id, question (a list of turns, each a list of messages),
-initial_config (a state for each class), involved_classes, and perhaps excluded_function and missed_function; possible_answer/FILE.json has id and
-ground_truth, for each turn a list of calls written in Python. A turn of the user is over when the agent answers without a call.
+Files (Berkeley Function-Calling Leaderboard, v3 and v4): FILE.json has a JSON object a line with
+id, question (a list of turns, each a list of messages), initial_config (a state for each class),
+involved_classes, and perhaps excluded_function and missed_function; possible_answer/FILE.json has
+id and ground_truth, for each turn a list of calls written in Python. A turn of the user is over
+when the agent answers without a call.
 
-A turn is right (their multi_turn_checker) if the state of every class equals the state after the true calls, private parts left out, and each answer of
-the true calls of this turn is among all answers that the agent got so far. A turn without true calls is not checked.
+A turn is right (their multi_turn_checker) if the state of every class equals the state after the
+true calls, private parts left out, and each answer of the true calls of this turn is among all
+answers that the agent got so far. A turn without true calls is not checked.
 """
 
 from __future__ import annotations
@@ -32,7 +36,10 @@ MORE_FUNCTIONS = "More functions are available to you now; please go on with the
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One line of a file with its true calls. `missed`: tools that come into being with that turn."""
+    """One line of a file with its true calls.
+
+    `missed`: tools that come into being with that turn.
+    """
 
     name: str
     questions: tuple[str, ...]
@@ -46,7 +53,10 @@ class Entry:
 
 
 def load(path: pathlib.Path) -> list[Entry]:
-    """The entries of a file, with the answers of possible_answer/ beside it. Raises FormatError, for an unknown class too."""
+    """The entries of a file, with the answers of possible_answer/ beside it.
+
+    Raises FormatError, for an unknown class too.
+    """
     truths = read_lines(path.parent / "possible_answer" / path.name)
     answers = {
         field(entry, "id", str, where): (where, field(entry, "ground_truth", list, where))
@@ -70,7 +80,8 @@ def _entry(entry: Any, name: str, where: str, truth_where: str, ground_truth: li
     questions = [_question(turn, where) for turn in field(entry, "question", list, where)]
     if len(questions) != len(ground_truth) or not questions:
         raise FormatError(
-            f"{truth_where}: ground_truth has {len(ground_truth)} turns and the question {len(questions)}"
+            f"{truth_where}: ground_truth has {len(ground_truth)} turns and the question"
+            f" {len(questions)}"
         )
     missed = {
         int(turn): tuple(names)
@@ -98,7 +109,8 @@ def _entry(entry: Any, name: str, where: str, truth_where: str, ground_truth: li
         )
     except (ValueError, *BROKEN) as error:  # a config of another shape breaks a tool anywhere
         raise FormatError(
-            f"{truth_where}: the true calls do not run on initial_config: {type(error).__name__}: {error}"
+            f"{truth_where}: the true calls do not run on initial_config: {type(error).__name__}:"
+            f" {error}"
         ) from error
     return made
 
@@ -113,7 +125,10 @@ def _question(turn: Any, where: str) -> str:
 
 
 def parse_call(text: Any, parameters: dict[str, list[str]], where: str) -> ToolCall:
-    """A call written in Python, "book_flight(traveller_id='T1', flight_id='F2')", as data. Nothing is evaluated but literals."""
+    """A call written in Python, "book_flight(traveller_id='T1', flight_id='F2')", as data.
+
+    Nothing is evaluated but literals.
+    """
     try:
         node = ast.parse(text, mode="eval").body
         name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
@@ -132,7 +147,8 @@ def parse_call(text: Any, parameters: dict[str, list[str]], where: str) -> ToolC
         ) from error
     if name not in parameters or None in arguments or len(given) > len(parameters[name]):
         raise FormatError(
-            f"{where}: {str(text)[:100]!r} calls no known function; there are {', '.join(parameters)}"
+            f"{where}: {str(text)[:100]!r} calls no known function; there are"
+            f" {', '.join(parameters)}"
         )
     return ToolCall(name, {**dict(zip(parameters[name], given)), **arguments})
 
@@ -152,7 +168,10 @@ def composite(entry: Entry) -> World:
         name = rng.choice(names)
         return known_world(name, entry.name).random_write(rng, database[name])
 
-    policy = "You serve a user by calling functions. When a request is done, or cannot be, answer without a call; the next request may follow."
+    policy = (
+        "You serve a user by calling functions. When a request is done, or cannot be, answer"
+        " without a call; the next request may follow."
+    )
     return World(
         "bfcl",
         policy,
@@ -168,7 +187,10 @@ def _in_part(tool: Tool, part: str, database: Database, **arguments: Any) -> Any
 
 
 class BfclEnv(WorldEnv):
-    """One entry; the seed changes nothing. Ends with the last turn of the user, or as a failure where one takes more than 20 steps."""
+    """One entry; the seed changes nothing.
+
+    Ends with the last turn of the user, or as a failure where one takes more than 20 steps.
+    """
 
     unexpected = BROKEN
 
@@ -245,14 +267,16 @@ class BfclEnv(WorldEnv):
         for name, state in self._true_state.items():
             if outcome(self.database[name]) != outcome(state):
                 self._faults.append(
-                    f"turn {turn}: the state of {name} differs in {', '.join(differences(outcome(self.database[name]), outcome(state))[:3])}"
+                    f"turn {turn}: the state of {name} differs in"
+                    f" {', '.join(differences(outcome(self.database[name]), outcome(state))[:3])}"
                 )
         missing = collections.Counter(map(told, answers)) - collections.Counter(
             answer for _, answer in self.calls
         )
         if missing:
             self._faults.append(
-                f"turn {turn}: {missing.total()} answers of the true calls were never seen, such as {next(iter(missing))[:80]}"
+                f"turn {turn}: {missing.total()} answers of the true calls were never seen, such as"
+                f" {next(iter(missing))[:80]}"
             )
 
     def faults(self) -> list[str]:

@@ -1,7 +1,9 @@
-"""The GUI world's system: an organiser as a text DOM. Contacts, a calendar and settings, with lists, forms, dialogs and pages.
+"""The GUI world's system: an organiser as a text DOM. Contacts, a calendar and settings, with
+lists, forms, dialogs and pages.
 
-A page is a list of elements with references e1, e2, ... that hold until the next action. What is on the screen lives in the database's "_ui", which does
-not count; a change counts once its form is saved. A dialog is modal: while it is open the page has only its buttons.
+A page is a list of elements with references e1, e2, ... that hold until the next action. What is on
+the screen lives in the database's "_ui", which does not count; a change counts once its form is
+saved. A dialog is modal: while it is open the page has only its buttons.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ _NOT_A_NAME = re.compile(r"[^\w .,'&+-]")
 
 @dataclasses.dataclass(frozen=True)
 class Element:
-    """role: button, link, row, textbox, select or text. act: what a click does, a name and its argument; for fields the name of the field."""
+    """role: button, link, row, textbox, select or text. act: what a click does, a name and its
+    argument; for fields the name of the field.
+    """
 
     role: str
     label: str
@@ -66,7 +70,8 @@ def new_ui() -> dict[str, Any]:
     return {"page": "home", "of": "", "form": {}, "dialog": None, "first": 0, "query": ""}
 
 
-# -- pages: what is on the screen ----------------------------------------------------------------------------------------------------
+# -- pages: what is on the screen
+# -------------------------------------------------------------------------------------------------
 
 
 def page(database: Database) -> tuple[str, list[Element]]:
@@ -179,7 +184,8 @@ def shown(database: Database) -> str:
     return "\n".join([f"Page: {title}", *lines])
 
 
-# -- actions -------------------------------------------------------------------------------------------------------------------------
+# -- actions
+# -------------------------------------------------------------------------------------------------
 
 
 def look(database: Database) -> str:
@@ -212,7 +218,8 @@ def select(database: Database, ref: str, option: str) -> str:
         raise ToolRefusal(f"{ref} is a {element.role}; an option is chosen in a select")
     if option not in element.options:
         raise ToolRefusal(
-            f"{option[:40]!r} is no option of {element.label}; they are {', '.join(element.options)}"
+            f"{option[:40]!r} is no option of {element.label}; they are"
+            f" {', '.join(element.options)}"
         )
     database["_ui"]["form"][element.act[1]] = option
     return shown(database)
@@ -293,24 +300,32 @@ def _save(database: Database, ui: dict) -> None:
 
 
 def _key(kind: str, form: dict[str, str]) -> tuple[str, str]:
-    """(the entry's name, what is wrong with the form or ""). The name says what the entry is, so that equal entries are the same entry."""
+    """(the entry's name, what is wrong with the form or "").
+
+    The name says what the entry is, so that equal entries are the same entry.
+    """
     main = form["Name" if kind == "contact" else "Title"]
     if not main or len(main) > 60 or _NOT_A_NAME.search(main):
         return (
             "",
-            f"{'Name' if kind == 'contact' else 'Title'} must have 1 to 60 letters, digits, spaces or . , ' & + -",
+            (
+                f"{'Name' if kind == 'contact' else 'Title'} must have 1 to 60 letters, digits,"
+                " spaces or . , ' & + -"
+            ),
         )
     if kind == "contact":
-        return main, "" if re.fullmatch(
-            r"[0-9]{3,12}", form["Phone"]
-        ) else "Phone must have 3 to 12 digits and nothing else"
+        return main, (
+            ""
+            if re.fullmatch(r"[0-9]{3,12}", form["Phone"])
+            else "Phone must have 3 to 12 digits and nothing else"
+        )
     try:
         date = datetime.date.fromisoformat(form["Date"]).isoformat()
     except ValueError:
         return "", "Date must be a date as YYYY-MM-DD"
-    return f"{date} {form['Time']} {main}", "" if date == form[
-        "Date"
-    ] else "Date must be a date as YYYY-MM-DD"
+    return f"{date} {form['Time']} {main}", (
+        "" if date == form["Date"] else "Date must be a date as YYYY-MM-DD"
+    )
 
 
 _REF = text("Reference of the element, such as e3.")

@@ -1,7 +1,8 @@
-"""Scenarios of the GUI world: one to four requests to an organiser, each done by a driver that finds its elements by their labels.
+"""Scenarios of the GUI world: one to four requests to an organiser, each done by a driver that
+finds its elements by their labels.
 
-easy: a change of a setting or of a contact. medium: two requests, new entries and deletions among them. hard: three or four, with moved events and
-questions whose answer has to be told.
+easy: a change of a setting or of a contact. medium: two requests, new entries and deletions among
+them. hard: three or four, with moved events and questions whose answer has to be told.
 """
 
 from __future__ import annotations
@@ -149,7 +150,8 @@ def _new_organiser(rng: random.Random) -> Database:
     return {"contact": contacts, "event": events, "settings": settings, "_ui": new_ui()}
 
 
-# -- kinds of requests: each acts through the driver, so that the next one starts where it ended --------------------------------------
+# -- kinds of requests: each acts through the driver, so that the next one starts where it ended
+# -------------------------------------------------------------------------------------------------
 
 
 def _setting(rng: random.Random, driver: Driver, used: set[str]) -> Request:
@@ -184,7 +186,8 @@ def _contact(rng: random.Random, driver: Driver, used: set[str]) -> Request:
     if field != "Phone":
         return _done(
             driver,
-            f"{entry} {'has moved to' if field == 'City' else 'belongs to the group'} {value}. Please correct the contact.",
+            f"{entry} {'has moved to' if field == 'City' else 'belongs to the group'} {value}."
+            " Please correct the contact.",
         )
     known = Fact(_ASKS["Phone"], f"{entry}'s new number is {value}.")
     return _done(
@@ -237,7 +240,8 @@ def _new_event(rng: random.Random, driver: Driver, used: set[str]) -> Request:
     used.add(f"{date} {time} {title}")
     return _done(
         driver,
-        f'Please put "{title}" with {guest} into my calendar, {"with the reminder " + reminder if reminder != "none" else "without a reminder"}.',
+        f'Please put "{title}" with {guest} into my calendar,'
+        f" {'with the reminder ' + reminder if reminder != 'none' else 'without a reminder'}.",
         (Fact(("date", "day", "when", "time"), f"It is on {date} at {time}."),),
         f"When is {title}?",
     )
@@ -253,7 +257,8 @@ def _moved_event(rng: random.Random, driver: Driver, used: set[str]) -> Request:
     used.add(f"{event['Date']} {time} {event['Title']}")
     return _done(
         driver,
-        f"{event['Title']} on {event['Date']} is at {time} now; all else stays. Please correct the calendar.",
+        f"{event['Title']} on {event['Date']} is at {time} now; all else stays. Please correct the"
+        " calendar.",
     )
 
 

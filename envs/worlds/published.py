@@ -1,4 +1,6 @@
-"""What the readers of published formats share: JSON lines with places in their errors, and the worlds here by the names that files use."""
+"""What the readers of published formats share: JSON lines with places in their errors, and the
+worlds here by the names that files use.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,6 @@ from typing import Any
 
 from envs.worlds.base import World
 
-
 BROKEN = (
     LookupError,
     TypeError,
@@ -17,7 +18,10 @@ BROKEN = (
 
 
 class FormatError(ValueError):
-    """A file that does not say what its format says, or that needs a backend which is not here. The message names file and entry."""
+    """A file that does not say what its format says, or that needs a backend which is not here.
+
+    The message names file and entry.
+    """
 
 
 def read_json(path: pathlib.Path) -> Any:
@@ -46,7 +50,10 @@ def read_lines(path: pathlib.Path) -> list[tuple[str, Any]]:
 def field(
     entry: Any, name: str, kind: type | tuple[type, ...], where: str, default: Any = ...
 ) -> Any:
-    """entry[name], of a kind or one of several. A default makes it optional; null counts as absent."""
+    """entry[name], of a kind or one of several.
+
+    A default makes it optional; null counts as absent.
+    """
     value = entry.get(name) if isinstance(entry, dict) else None
     if value is None and default is not ...:
         return default

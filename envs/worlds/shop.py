@@ -1,6 +1,10 @@
-"""The shop world's system: customers and their payment methods, products with variants and stock, orders. Money is in whole euros.
+"""The shop world's system: customers and their payment methods, products with variants and stock,
+orders.
 
-`paid` of a payment method is what the shop has from it: charges add, refunds subtract. A gift card has a balance besides, which cannot go below 0.
+Money is in whole euros.
+
+`paid` of a payment method is what the shop has from it: charges add, refunds subtract. A gift card
+has a balance besides, which cannot go below 0.
 """
 
 from __future__ import annotations

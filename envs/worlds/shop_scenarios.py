@@ -1,7 +1,9 @@
-"""Scenarios of the shop world: one to four requests of one customer, each about an order of its own.
+"""Scenarios of the shop world: one to four requests of one customer, each about an order of its
+own.
 
-A request is drawn from seven kinds; in three of them the policy forbids what the user asks for, and the right answer is to say why and change nothing.
-easy: one request that may be granted. medium: two. hard: three or four, some of them refused.
+A request is drawn from seven kinds; in three of them the policy forbids what the user asks for, and
+the right answer is to say why and change nothing. easy: one request that may be granted. medium:
+two. hard: three or four, some of them refused.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ class Request:
 
 @dataclasses.dataclass
 class Counter:
-    """The shop while a scenario is drawn: whose order it is, and products that no order of theirs has yet."""
+    """The shop while a scenario is drawn: whose order it is, and products that no order of theirs
+    has yet.
+    """
 
     rng: random.Random
     database: Database
@@ -61,9 +65,10 @@ class Counter:
             self.rng.choice(sorted(self.database["products"][self.unused.pop()]["variants"]))
             for _ in range(items)
         ]
-        return add_order(
-            self.rng, self.database, self.customer, variants, status, days_ago
-        ), variants
+        return (
+            add_order(self.rng, self.database, self.customer, variants, status, days_ago),
+            variants,
+        )
 
     def named(self, sku: str) -> str:
         """As the customer calls it: the blue medium shirt."""
@@ -125,7 +130,8 @@ def _joined(counter: Counter, requests: list[Request]) -> Scenario:
     )
 
 
-# -- the shop ------------------------------------------------------------------------------------------------------------------------
+# -- the shop
+# -------------------------------------------------------------------------------------------------
 
 
 def _open_shop(rng: random.Random) -> Counter:
@@ -218,7 +224,8 @@ def add_order(
     return identity
 
 
-# -- kinds of requests ---------------------------------------------------------------------------------------------------------------
+# -- kinds of requests
+# -------------------------------------------------------------------------------------------------
 
 
 def _cancel(counter: Counter) -> Request:
@@ -249,7 +256,8 @@ def _return(counter: Counter) -> Request:
     refund = str(sum(counter.database["orders"][order]["items"][sku]["price"] for sku in chosen))
     call = calling("return_items", order_id=order, skus=chosen, refund_to=method)
     return Request(
-        f"I want to return {' and '.join(map(counter.named, chosen))}{', with the refund on my gift card' if to_card else ''}.",
+        "I want to return"
+        f" {' and '.join(map(counter.named, chosen))}{', with the refund on my gift card' if to_card else ''}.",
         (call,),
         (refund,),
         (
@@ -261,7 +269,9 @@ def _return(counter: Counter) -> Request:
 
 
 def _exchange(counter: Counter) -> Request | None:
-    """For the cheapest variant of a wanted size that is in stock; paid by a method that is told when asked for."""
+    """For the cheapest variant of a wanted size that is in stock; paid by a method that is told
+    when asked for.
+    """
     order, (sku,) = counter.new_order("delivered", 1, counter.rng.randrange(1, RETURN_DAYS))
     product_id, product = next(
         (one, product)
@@ -274,7 +284,7 @@ def _exchange(counter: Counter) -> Request | None:
         for one, variant in product["variants"].items()
         if variant["size"] == size and variant["stock"] > 0
     )
-    if not fit or len(fit) > 1 and fit[0][0] == fit[1][0]:
+    if not fit or (len(fit) > 1 and fit[0][0] == fit[1][0]):
         return None
     price, new = fit[0]
     kind = counter.rng.choice(["credit card", "PayPal", "gift card"])
@@ -285,7 +295,8 @@ def _exchange(counter: Counter) -> Request | None:
         f"The difference of the exchange goes to my {kind}.",
     )
     return Request(
-        f"I want to exchange {counter.named(sku)} for a {size} one, the cheapest that is in stock, of whatever colour.",
+        f"I want to exchange {counter.named(sku)} for a {size} one, the cheapest that is in stock,"
+        " of whatever colour.",
         (call,),
         (str(price),),
         (

@@ -1,16 +1,20 @@
-"""tau2-bench's form over the worlds here: the database after the dialogue, facts communicated, assertions, actions.
+"""tau2-bench's form over the worlds here: the database after the dialogue, facts communicated,
+assertions, actions.
 
-A domain is a folder named as its backend, with db.json, policy.md and tasks.json: a list of tasks with id, user_scenario.instructions, initial_state
-(initialization_data.agent_data, initialization_actions, message_history) and evaluation_criteria (actions, env_assertions, communicate_info, reward_basis).
-The reward is the product of the parts named in reward_basis (default DB, COMMUNICATE):
+A domain is a folder named as its backend, with db.json, policy.md and tasks.json: a list of tasks
+with id, user_scenario.instructions, initial_state (initialization_data.agent_data,
+initialization_actions, message_history) and evaluation_criteria (actions, env_assertions,
+communicate_info, reward_basis). The reward is the product of the parts named in reward_basis
+(default DB, COMMUNICATE):
 
     DB               the hash of the database equals that of a fresh one after the actions
     COMMUNICATE      each communicate_info is part of a message to the user, case and the message's commas aside (tau2's substring rule)
     ENV_ASSERTION    each env_assertion holds at the end; here `assert_state(path, value)`, on every world
     ACTION           the share of the actions that a call of the agent matches, by compare_args
 
-NL_ASSERTION needs a judging model and is refused. tau2's user is a model, too; here it is a script that states reason_for_call, answers each question with
-all that it knows, and ends with the first message that asks nothing: figures are not comparable with those of tau2's leaderboard.
+NL_ASSERTION needs a judging model and is refused. tau2's user is a model, too; here it is a script
+that states reason_for_call, answers each question with all that it knows, and ends with the first
+message that asks nothing: figures are not comparable with those of tau2's leaderboard.
 """
 
 from __future__ import annotations
@@ -32,7 +36,9 @@ BASES = ("DB", "COMMUNICATE", "ENV_ASSERTION", "ACTION")
 
 @dataclasses.dataclass(frozen=True)
 class Action:
-    """A golden action. compare: the arguments that ACTION looks at; None: those of the call that is compared."""
+    """A golden action. compare: the arguments that ACTION looks at; None: those of the call that is
+    compared.
+    """
 
     call: ToolCall
     compare: tuple[str, ...] | None
@@ -91,7 +97,8 @@ def _task(entry: Any, where: str, world: World, database: Database, policy: str)
     basis = tuple(field(criteria, "reward_basis", list, where, ["DB", "COMMUNICATE"]))
     if unknown := [one for one in basis if one not in BASES]:
         raise FormatError(
-            f"{where}: reward_basis {unknown[0]!r} cannot be computed here; it is one of {', '.join(BASES)} (NL_ASSERTION needs a judging model)"
+            f"{where}: reward_basis {unknown[0]!r} cannot be computed here; it is one of"
+            f" {', '.join(BASES)} (NL_ASSERTION needs a judging model)"
         )
     assertions = tuple(
         _assertion(one, where) for one in field(criteria, "env_assertions", list, where, [])
@@ -188,7 +195,8 @@ def _assertion(entry: Any, where: str) -> Assertion:
         or not isinstance(call.arguments["path"], list)
     ):
         raise FormatError(
-            f"{where}: the assertion {call.name!r} is unknown; there is assert_state(path: list of keys, value)"
+            f"{where}: the assertion {call.name!r} is unknown; there is assert_state(path: list of"
+            " keys, value)"
         )
     return Assertion(
         tuple(map(str, call.arguments["path"])),
@@ -198,7 +206,11 @@ def _assertion(entry: Any, where: str) -> Assertion:
 
 
 def wanted_state(task: Task, where: str = "") -> Database:
-    """A fresh database after the golden actions. A read that fails changes nothing and is passed over, as in tau2; a write that fails is a FormatError."""
+    """A fresh database after the golden actions.
+
+    A read that fails changes nothing and is passed over, as in tau2; a write that fails is a
+    FormatError.
+    """
     world = known_world(task.domain, where)
     box, state = Toolbox(world.tools), copy.deepcopy(task.database)
     for action in task.actions:
@@ -208,7 +220,8 @@ def wanted_state(task: Task, where: str = "") -> Database:
             tool = box.by_name.get(action.call.name)
             if tool is None or tool.writes:
                 raise FormatError(
-                    f"{where}: the golden action {action.call.name}({json.dumps(action.call.arguments)}) fails: {error}"
+                    f"{where}: the golden action"
+                    f" {action.call.name}({json.dumps(action.call.arguments)}) fails: {error}"
                 ) from error
     return state
 

@@ -1,7 +1,9 @@
 """Typed tools over a database: JSON schemas, the checking of arguments, and what a call answers.
 
-A tool is a function (database, **arguments) -> plain data. It changes the database only when it succeeds: what it refuses it refuses with ToolRefusal
-before the first change. Arguments are untrusted; they are checked against the schema here, so that tools see values of the declared types only.
+A tool is a function (database, **arguments) -> plain data. It changes the database only when it
+succeeds: what it refuses it refuses with ToolRefusal before the first change. Arguments are
+untrusted; they are checked against the schema here, so that tools see values of the declared types
+only.
 """
 
 from __future__ import annotations
@@ -23,18 +25,25 @@ _TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": bool
 
 
 class ArgumentError(ValueError):
-    """The call does not fit the tool's schema. The message is the observation that the model gets."""
+    """The call does not fit the tool's schema.
+
+    The message is the observation that the model gets.
+    """
 
 
 class ToolRefusal(Exception):
-    """The tool's own no: no such id, out of stock, against the rules of the system. The message is the observation."""
+    """The tool's own no: no such id, out of stock, against the rules of the system.
+
+    The message is the observation.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class Tool:
     """One function that the model can call. `writes`: it may change the database.
 
-    parameters: JSON schemas by name, of the types string, integer, number, boolean and array, with enum, minimum and maximum; `optional` may be left out.
+    parameters: JSON schemas by name, of the types string, integer, number, boolean and array, with
+    enum, minimum and maximum; `optional` may be left out.
     """
 
     name: str
@@ -61,13 +70,15 @@ class Tool:
         """The arguments in the declared types. Raises ArgumentError."""
         if unknown := [name for name in arguments if name not in self.parameters]:
             raise ArgumentError(
-                f"{self.name} has no argument {_shown(unknown[0])}; it takes {', '.join(self.parameters) or 'none'}"
+                f"{self.name} has no argument {_shown(unknown[0])}; it takes"
+                f" {', '.join(self.parameters) or 'none'}"
             )
         if missing := [
             name for name in self.parameters if name not in arguments and name not in self.optional
         ]:
             raise ArgumentError(
-                f"{self.name} needs the argument {missing[0]!r} ({self.parameters[missing[0]]['type']})"
+                f"{self.name} needs the argument {missing[0]!r}"
+                f" ({self.parameters[missing[0]]['type']})"
             )
         return {
             name: _checked(f"{self.name}: {name}", value, self.parameters[name])
@@ -99,7 +110,8 @@ def _checked(where: str, value: Any, schema: Mapping[str, Any]) -> Any:
             )
         if not schema.get("minimum", -math.inf) <= value <= schema.get("maximum", math.inf):
             raise ArgumentError(
-                f"{where} is {_shown(value)}; it must be from {schema.get('minimum', 'any')} to {schema.get('maximum', 'any')}"
+                f"{where} is {_shown(value)}; it must be from {schema.get('minimum', 'any')} to"
+                f" {schema.get('maximum', 'any')}"
             )
     if "enum" in schema and value not in schema["enum"]:
         raise ArgumentError(
@@ -133,7 +145,10 @@ class Toolbox:
         return [tool.schema() for tool in self.by_name.values()]
 
     def call(self, database: Database, call: ToolCall) -> Any:
-        """What the tool answers, as plain data. Raises ArgumentError, ToolRefusal; the database is then as it was."""
+        """What the tool answers, as plain data.
+
+        Raises ArgumentError, ToolRefusal; the database is then as it was.
+        """
         tool = self.by_name.get(call.name)
         if tool is None:
             raise ArgumentError(
@@ -160,7 +175,9 @@ def told(answer: Any) -> str:
 
 
 def outcome(database: Database) -> Database:
-    """What counts of a state: all but keys that begin with an underscore (which page is open, say), as BFCL leaves out private attributes."""
+    """What counts of a state: all but keys that begin with an underscore (which page is open, say),
+    as BFCL leaves out private attributes.
+    """
     return {name: value for name, value in database.items() if not name.startswith("_")}
 
 

@@ -1,4 +1,7 @@
-"""The travel world's system: flights, hotels, travellers with a balance, bookings. Money is in whole euros."""
+"""The travel world's system: flights, hotels, travellers with a balance, bookings.
+
+Money is in whole euros.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Scenarios of the travel world: a trip with conditions that exactly one choice of flights and hotels fulfils.
+"""Scenarios of the travel world: a trip with conditions that exactly one choice of flights and
+hotels fulfils.
 
-easy: one flight. medium: there and back with a hotel, within a budget. hard: two cities, the budget told only when asked for, then an old booking that
-may or may not be cancelled.
+easy: one flight. medium: there and back with a hotel, within a budget. hard: two cities, the budget
+told only when asked for, then an old booking that may or may not be cancelled.
 """
 
 from __future__ import annotations
@@ -89,7 +90,9 @@ def _add_flights(
 def _draw_leg(
     rng: random.Random, database: Database, origin: str, destination: str, date: str
 ) -> Leg | None:
-    """Adds flights of a day and draws a wish; None where no flight fulfils it or two do equally well."""
+    """Adds flights of a day and draws a wish; None where no flight fulfils it or two do equally
+    well.
+    """
     ids = _add_flights(rng, database, origin, destination, date)
     _add_flights(rng, database, origin, destination, day(date, 1))  # of the wrong day
     flights = {identity: database["flights"][identity] for identity in ids}
@@ -137,7 +140,9 @@ def _draw_leg(
 def _only_best(
     table: dict[str, dict], condition: Callable[[dict], bool], order: Callable
 ) -> str | None:
-    """The entry that comes first among those that fulfil the condition; None where there is none, or no single one."""
+    """The entry that comes first among those that fulfil the condition; None where there is none,
+    or no single one.
+    """
     fit = sorted((order(entry), identity) for identity, entry in table.items() if condition(entry))
     return fit[0][1] if fit and (len(fit) == 1 or fit[0][0] != fit[1][0]) else None
 
@@ -161,7 +166,9 @@ def _add_hotels(rng: random.Random, database: Database, city: str) -> dict[str, 
 def _within_budget(
     rng: random.Random, hotels: dict[str, dict], stars: int, nights: int, rest: int
 ) -> tuple[str, int] | None:
-    """(hotel, budget) so that this hotel is the best rated one with these stars that keeps the whole within the budget; None where the draw fails."""
+    """(hotel, budget) so that this hotel is the best rated one with these stars that keeps the
+    whole within the budget; None where the draw fails.
+    """
     fit = {identity: hotel for identity, hotel in hotels.items() if hotel["stars"] >= stars}
     if len(fit) < 2:
         return None
@@ -178,7 +185,8 @@ def _within_budget(
     return (chosen, rest + price + rng.randrange(min(room, 40))) if room > 0 else None
 
 
-# -- the levels ----------------------------------------------------------------------------------------------------------------------
+# -- the levels
+# -------------------------------------------------------------------------------------------------
 
 
 def _easy(rng: random.Random) -> Scenario | None:
@@ -189,7 +197,10 @@ def _easy(rng: random.Random) -> Scenario | None:
         return None
     _add_hotels(rng, database, destination)
     email = database["travellers"][traveller]["email"]
-    request = f"Hello, I need to fly from {origin} to {destination} on {leg.date}. Please book {leg.wish}."
+    request = (
+        f"Hello, I need to fly from {origin} to {destination} on {leg.date}. Please book"
+        f" {leg.wish}."
+    )
     booking = calling("book_flight", traveller_id=traveller, flight_id=leg.flight_id)
     expert = turns(
         *_identify(email),
@@ -221,8 +232,10 @@ def _medium(rng: random.Random) -> Scenario | None:
     total = out.price + back.price + database["hotels"][hotel]["price_per_night"] * nights
     email = database["travellers"][traveller]["email"]
     request = (
-        f"Hi, please plan my trip from {home} to {city}. I fly there on {date}: {out.wish}. I fly back on {back.date}: {back.wish}. For the {nights} nights "
-        f"I want the best rated hotel with at least {stars} stars that keeps the whole trip within my budget of {budget} euros."
+        f"Hi, please plan my trip from {home} to {city}. I fly there on {date}: {out.wish}. I fly"
+        f" back on {back.date}: {back.wish}. For the {nights} nights I want the best rated hotel"
+        f" with at least {stars} stars that keeps the whole trip within my budget of {budget}"
+        " euros."
     )
     golden = (
         *_book_legs(traveller, out, back),
@@ -269,11 +282,17 @@ def _hard(rng: random.Random) -> Scenario | None:
     email = database["travellers"][traveller]["email"]
     old, fare, price = _old_booking(rng, database, traveller, home)
     request = (
-        f"Good morning. I travel from {home} to {first} on {date}, on to {second} on {legs[1].date} and home on {legs[2].date}. Flights: first {legs[0].wish}; "
-        f"then {legs[1].wish}; last {legs[2].wish}. In {second} I want the cheapest hotel with breakfast and at least 3 stars, in {first} the best rated hotel "
-        f"with at least {stars} stars that keeps the whole trip within my budget."
+        f"Good morning. I travel from {home} to {first} on {date}, on to {second} on {legs[1].date}"
+        f" and home on {legs[2].date}. Flights: first {legs[0].wish}; then {legs[1].wish}; last"
+        f" {legs[2].wish}. In {second} I want the cheapest hotel with breakfast and at least 3"
+        f" stars, in {first} the best rated hotel with at least {stars} stars that keeps the whole"
+        " trip within my budget."
     )
-    then = f"Good. I also have an old booking of a flight to {database['flights'][old.split('-')[1]]['destination']}. Please cancel it and tell me the refund."
+    then = (
+        "Good. I also have an old booking of a flight to"
+        f" {database['flights'][old.split('-')[1]]['destination']}. Please cancel it and tell me"
+        " the refund."
+    )
     booked = (
         *_book_legs(traveller, *legs),
         calling(
@@ -326,7 +345,9 @@ def _hard(rng: random.Random) -> Scenario | None:
 def _old_booking(
     rng: random.Random, database: Database, traveller: str, home: str
 ) -> tuple[str, str, int]:
-    """Adds a booked flight to a city that the trip does not touch, and a booking of somebody else; (booking id, fare, price)."""
+    """Adds a booked flight to a city that the trip does not touch, and a booking of somebody else;
+    (booking id, fare, price).
+    """
     touched = {
         flight[end] for flight in database["flights"].values() for end in ("origin", "destination")
     }

@@ -1,7 +1,8 @@
 """The user of a dialogue: a script that answers, deterministic, so that an episode can be replayed.
 
-It states one request after another, says a fact only when it is asked for it, and ends the dialogue when its requests are through. What it hears is any
-text; what it understands is words. There is no model behind it: two agents who say the same get the same answers.
+It states one request after another, says a fact only when it is asked for it, and ends the dialogue
+when its requests are through. What it hears is any text; what it understands is words. There is no
+model behind it: two agents who say the same get the same answers.
 """
 
 from __future__ import annotations
@@ -9,17 +10,20 @@ from __future__ import annotations
 import dataclasses
 import re
 
-MAX_MESSAGE_CHARS = (
-    600  # a longer message is not read: pouring the whole database over the user tells nothing
-)
-MAX_DATES = 12  # that an agent may name in a dialogue: one that names more is guessing, and has told no date
+# a longer message is not read: pouring the whole database over the user tells nothing
+MAX_MESSAGE_CHARS = 600
+# that an agent may name in a dialogue: one that names more is guessing, and has told no date
+MAX_DATES = 12
 _WORD = re.compile(r"[a-z]+")
 _QUESTION = re.compile(r"[^.!?\n]*\?")
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _CLOSING = re.compile(
-    r"\b(any|some)thing else\b|\b(further|more) (help|assistance|questions?)\b|\bhelp you with\b|\bassist you\b"
+    r"\b(any|some)thing else\b|\b(further|more) (help|assistance|questions?)\b|\bhelp you"
+    r" with\b|\bassist you\b"
 )
-_CONSENT = frozenset("confirm confirmed proceed agree ok okay shall should may want".split())
+_CONSENT = frozenset(
+    ["confirm", "confirmed", "proceed", "agree", "ok", "okay", "shall", "should", "may", "want"]
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +36,8 @@ class Fact:
 
 @dataclasses.dataclass(frozen=True)
 class UserScript:
-    """requests: what the user says, one after the other; the first opens the dialogue. facts: what it says only when asked.
-    consent: what it says to a request for consent.
+    """requests: what the user says, one after the other; the first opens the dialogue. facts: what
+    it says only when asked. consent: what it says to a request for consent.
     """
 
     requests: tuple[str, ...]
@@ -43,7 +47,10 @@ class UserScript:
 
 @dataclasses.dataclass
 class User:
-    """A user in the middle of a dialogue. `heard`: the messages that it read, which is where facts have to be told."""
+    """A user in the middle of a dialogue.
+
+    `heard`: the messages that it read, which is where facts have to be told.
+    """
 
     script: UserScript
     stage: int = 0
@@ -53,11 +60,15 @@ class User:
     def hear(self, message: str) -> str:
         """The answer to a message; "" where the dialogue is over.
 
-        A question is answered: with the facts that its words ask for, else with consent where it asks for that, else with not knowing. Anything else,
-        and the question whether there is anything else, is taken for "done": the next request comes, or the end.
+        A question is answered: with the facts that its words ask for, else with consent where it
+        asks for that, else with not knowing. Anything else, and the question whether there is
+        anything else, is taken for "done": the next request comes, or the end.
         """
         if len(message) > MAX_MESSAGE_CHARS:
-            return f"That is too long for me ({len(message)} characters). Please tell me in at most {MAX_MESSAGE_CHARS}."
+            return (
+                f"That is too long for me ({len(message)} characters). Please tell me in at most"
+                f" {MAX_MESSAGE_CHARS}."
+            )
         self.heard.append(message)
         asked = " ".join(_QUESTION.findall(message.lower()))
         words = set(_WORD.findall(asked))
@@ -77,9 +88,13 @@ class User:
 
 
 def is_told(fact: str, messages: list[str]) -> bool:
-    """Whether a message has the fact as whole words or numbers: 12 is not told by 2012, 112 or 12.5. Case, commas and currency signs do not matter.
+    """Whether a message has the fact as whole words or numbers: 12 is not told by 2012, 112 or
+    12.5.
 
-    tau2's communicate_info is a plain substring of the message without commas; this asks for more, so that no year tells a price.
+    Case, commas and currency signs do not matter.
+
+    tau2's communicate_info is a plain substring of the message without commas; this asks for more,
+    so that no year tells a price.
     """
     if (
         _DATE.fullmatch(fact)
@@ -99,4 +114,4 @@ def facts(**answers: tuple[str, str]) -> tuple[Fact, ...]:
     return tuple(Fact(tuple(words.split()), answer) for words, answer in answers.values())
 
 
-__all__ = ["Fact", "MAX_MESSAGE_CHARS", "User", "UserScript", "facts", "is_told"]
+__all__ = ["MAX_MESSAGE_CHARS", "Fact", "User", "UserScript", "facts", "is_told"]

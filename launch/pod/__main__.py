@@ -1,13 +1,17 @@
-r"""Starts launch.train on every host of a pod. Each command writes one bash script: --dry-run prints it, to read or to paste; without, it runs.
+r"""Starts launch.train on every host of a pod.
+
+Each command writes one bash script: --dry-run prints it, to read or to paste; without, it runs.
 
 python -m launch.pod tpu-vm --name=rome --zone=us-east5-a --accelerator-type=v5p-128 --mount='sudo mount -t nfs 10.0.0.2:/share /mnt/rome' --dry-run \
-    -- --config=experiments/ipa.py:qwen3_30b_a3b --workdir=/mnt/rome/run --config.engines=http://a:30000
+    -- --config=experiments/ipa.py:qwen3_30b_a3b --workdir=/mnt/rome/run
+    --config.engines=http://a:30000
 python -m launch.pod queued ... --slices=2 --spot         # the same, waiting in Google's queue for it; several slices
 python -m launch.pod xpk --cluster=CLUSTER --accelerator-type=v5p-128 --storage=rome-share --dry-run -- --config=... --workdir=...    # GKE
 python -m launch.pod slurm --nodes=4 --gpus-per-node=8 --partition=h100 --dry-run -- --config=... --workdir=...
 
-What stands behind `--` is launch.train's. Its --workdir must lie on a file system that all hosts share. The code that runs is the commit that is
-checked out here (tpu-vm, queued), or this folder (xpk, slurm). The processes find each other as rome/train/distributed.py says.
+What stands behind `--` is launch.train's. Its --workdir must lie on a file system that all hosts
+share. The code that runs is the commit that is checked out here (tpu-vm, queued), or this folder
+(xpk, slurm). The processes find each other as rome/train/distributed.py says.
 """
 
 from __future__ import annotations
@@ -60,7 +64,8 @@ def main(argv: list[str] | None = None) -> int:
         for tool in arguments.tools:
             if shutil.which(tool) is None:
                 raise PodError(
-                    f"{tool} is not on this machine's PATH. {TOOLS[tool]} With --dry-run the commands are only printed."
+                    f"{tool} is not on this machine's PATH. {TOOLS[tool]} With --dry-run the"
+                    " commands are only printed."
                 )
     except PodError as error:
         print(f"launch.pod: {error}", file=sys.stderr)
@@ -72,7 +77,8 @@ def check_train(train: list[str]) -> None:
     for flag in ("--config", "--workdir"):
         if not any(argument.startswith(f"{flag}=") for argument in train):
             raise PodError(
-                f"launch.train's {flag} is missing. Add it behind `--`, such as: -- --config=experiments/ipa.py:qwen3_30b_a3b --workdir=/mnt/rome/run"
+                f"launch.train's {flag} is missing. Add it behind `--`, such as: --"
+                " --config=experiments/ipa.py:qwen3_30b_a3b --workdir=/mnt/rome/run"
             )
 
 
@@ -82,11 +88,13 @@ def find_chip(accelerator: str) -> str:
         if accelerator.startswith(prefix):
             return chip
     raise PodError(
-        f"accelerator type {accelerator!r} is unknown; types look like {', '.join(f'{prefix}16' for prefix in PREFIXES)}."
+        f"accelerator type {accelerator!r} is unknown; types look like"
+        f" {', '.join(f'{prefix}16' for prefix in PREFIXES)}."
     )
 
 
-# -- the scripts -----------------------------------------------------------------------------------------------------------------------
+# -- the scripts
+# -------------------------------------------------------------------------------------------------
 
 
 def tpu_vm(arguments: argparse.Namespace, train: list[str]) -> str:
@@ -140,11 +148,13 @@ def queued(arguments: argparse.Namespace, train: list[str]) -> str:
         else [f"{arguments.name}-{number}" for number in range(arguments.slices)]
     )
     return _script(
-        f"# {arguments.name}: {arguments.slices} x {arguments.accelerator_type} in Google's queue; asked for unless it is there already",
+        f"# {arguments.name}: {arguments.slices} x {arguments.accelerator_type} in Google's queue;"
+        " asked for unless it is there already",
         f"{describe} >/dev/null 2>&1 || {create}",
         "# wait for it, for hours or days; stopping this and starting it again does no harm",
         f'while state=$({describe}) && [ "$state" != ACTIVE ]; do',
-        f'  case "$state" in FAILED|SUSPENDED|SUSPENDING) echo "queued resource {arguments.name} is $state" >&2; exit 1;; esac',
+        f'  case "$state" in FAILED|SUSPENDED|SUSPENDING) echo "queued resource {arguments.name} is'
+        ' $state" >&2; exit 1;; esac',
         '  echo "$(date +%T) $state"',
         "  sleep 30",
         "done",
@@ -159,7 +169,10 @@ def queued(arguments: argparse.Namespace, train: list[str]) -> str:
 
 def xpk(arguments: argparse.Namespace, train: list[str]) -> str:
     chip = find_chip(arguments.accelerator_type)
-    inside = f"ACCELERATOR=tpu bash launch/setup.sh requirements.txt && exec .venv/bin/python -m launch.train {shlex.join(train)}"
+    inside = (
+        "ACCELERATOR=tpu bash launch/setup.sh requirements.txt && exec .venv/bin/python -m"
+        f" launch.train {shlex.join(train)}"
+    )
     environment = [f"--env={name}={value}" for name, value in environment_of(chip, {}).items()]
     optional = [
         f"--{name}={value}"
@@ -171,7 +184,8 @@ def xpk(arguments: argparse.Namespace, train: list[str]) -> str:
         if value
     ]
     return _script(
-        f"# {arguments.slices} x {arguments.accelerator_type} on GKE; this folder is put on top of the base image",
+        f"# {arguments.slices} x {arguments.accelerator_type} on GKE; this folder is put on top of"
+        " the base image",
         _command(
             "xpk workload create",
             f"--cluster={arguments.cluster}",
@@ -214,7 +228,8 @@ def slurm(arguments: argparse.Namespace, train: list[str]) -> str:
     ]
     gpus = [f"--gpus-per-node={arguments.gpus_per_node}"] if arguments.gpus_per_node else []
     return _script(
-        f"# {arguments.nodes} nodes, {tasks} process{'es' * (tasks > 1)} on each; the packages are installed here, in this folder, which the nodes share",
+        f"# {arguments.nodes} nodes, {tasks} process{'es' * (tasks > 1)} on each; the packages are"
+        " installed here, in this folder, which the nodes share",
         _command(f"ACCELERATOR={accelerator} bash launch/setup.sh", "requirements.txt"),
         *(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
         _command(
@@ -240,12 +255,17 @@ def slurm(arguments: argparse.Namespace, train: list[str]) -> str:
 def _start_on_hosts(
     names: list[str], arguments: argparse.Namespace, chip: str, train: list[str]
 ) -> list[str]:
-    """Copies the commit to every host of every slice and starts it there. launch.train is detached: closing this terminal does not end it."""
+    """Copies the commit to every host of every slice and starts it there. launch.train is detached:
+    closing this terminal does not end it.
+    """
     where = _where(arguments)
     flags = " ".join(
         f"{name}={shlex.quote(value)}" for name, value in environment_of(chip, {}).items()
     )
-    remote = f"tar -xzf rome.tar.gz && cd rome && {flags} bash launch/pod/host.sh {shlex.quote(arguments.mount)} {shlex.join(train)}"
+    remote = (
+        f"tar -xzf rome.tar.gz && cd rome && {flags} bash launch/pod/host.sh"
+        f" {shlex.quote(arguments.mount)} {shlex.join(train)}"
+    )
     lines = [
         "# the commit that is checked out here, to every host",
         "git archive --format=tar.gz --prefix=rome/ --output=rome.tar.gz HEAD",
@@ -298,7 +318,8 @@ def _cloud_chip(accelerator: str) -> str:
     chip = find_chip(accelerator)
     if chip not in RUNTIMES:
         raise PodError(
-            f"{accelerator} is not served by the Cloud TPU API that tpu-vm and queued use. Start it on GKE: python -m launch.pod xpk."
+            f"{accelerator} is not served by the Cloud TPU API that tpu-vm and queued use. Start it"
+            " on GKE: python -m launch.pod xpk."
         )
     return chip
 
@@ -314,7 +335,10 @@ def _capacity(arguments: argparse.Namespace) -> list[str]:
 
 
 def _command(program: str, *arguments: str) -> str:
-    """One shell command. `program` is ours and may be several words; each argument is quoted where it must be."""
+    """One shell command.
+
+    `program` is ours and may be several words; each argument is quoted where it must be.
+    """
     return " ".join([program, *map(shlex.quote, arguments)])
 
 
@@ -322,7 +346,8 @@ def _script(*lines: str) -> str:
     return "\n".join(["set -euo pipefail", *lines])
 
 
-# -- the command line --------------------------------------------------------------------------------------------------------------------
+# -- the command line
+# -------------------------------------------------------------------------------------------------
 
 
 def make_parser() -> argparse.ArgumentParser:

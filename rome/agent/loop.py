@@ -1,7 +1,8 @@
 """The agent loop: one episode of (Engine, Env), the same in training, evaluation and production.
 
-Tokens are only ever appended: the engine is asked with all ids so far, its ids are kept as they came, and the environment's answer is
-tokenised once and appended. What was sampled is what is trained on.
+Tokens are only ever appended: the engine is asked with all ids so far, its ids are kept as they
+came, and the environment's answer is tokenised once and appended. What was sampled is what is
+trained on.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from rome.data.routes import extend_routes
 from rome.data.trajectory import Chunk, Trajectory
 from rome.engine.client import Completion, EngineError, Sampling
 from rome.model.tokenizer import Chat
-
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,10 @@ class Generator(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Bounds of one episode. Tokens count prompt and action; seconds are wall clock for the whole episode."""
+    """Bounds of one episode.
+
+    Tokens count prompt and action; seconds are wall clock for the whole episode.
+    """
 
     max_context: int
     max_new_tokens: int
@@ -67,7 +70,9 @@ class _Timed:
 
 
 def derive_seed(*parts: Any) -> int:
-    """A 31-bit seed that depends on all parts and on nothing else (no process-wide hash seed, no global state)."""
+    """A 31-bit seed that depends on all parts and on nothing else (no process-wide hash seed, no
+    global state).
+    """
     digest = hashlib.blake2s("\x1f".join(map(str, parts)).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -85,14 +90,16 @@ async def run_episode(
     routes: bool = False,
     prefix: Sequence[Chunk] = (),
 ) -> Trajectory:
-    """Plays one episode to its typed ending; returns what happened, never raises for what a policy, tool or server did.
+    """Plays one episode to its typed ending; returns what happened, never raises for what a policy,
+    tool or server did.
 
     Args:
       env: a GEM environment with async twins (`areset`, `astep`, `aclose`); closed here.
       seed: of the episode; the seed of turn k derives from (seed, k).
       routes: the engine is asked for the experts of each token, and the chunks keep them.
-      prefix: chunks of an earlier trajectory of this task. Their turns are taken again in the environment, which must answer as it did then, and
-        stand in the trajectory as context; the policy plays from there. Where it answers otherwise the episode ends as infra_sandbox.
+      prefix: chunks of an earlier trajectory of this task. Their turns are taken again in the
+        environment, which must answer as it did then, and stand in the trajectory as context; the
+        policy plays from there. Where it answers otherwise the episode ends as infra_sandbox.
     """
     started, engine = time.monotonic(), _Timed(engine)
     chunks: list[Chunk] = []
@@ -107,9 +114,13 @@ async def run_episode(
     except ReplayError as error:
         ending, note = "infra_sandbox", str(error)
     except TimeoutError:
-        # Slow commands are the policy's doing; a slow engine is not, and must not become a reward of 0.
+        # Slow commands are the policy's doing; a slow engine is not, and must not become a reward
+        # of 0.
         ending = "infra_engine" if engine.seconds > limits.episode_seconds / 2 else "timeout"
-        note = f"the episode passed its {limits.episode_seconds:g} s, {engine.seconds:.1f} s of them waiting for the engine"
+        note = (
+            f"the episode passed its {limits.episode_seconds:g} s, {engine.seconds:.1f} s of them"
+            " waiting for the engine"
+        )
     except EngineError as error:
         ending, note = "infra_engine", str(error)
     except (
@@ -139,17 +150,22 @@ async def run_episode(
 
 
 async def replay(env: Env, prefix: Sequence[Chunk], chunks: list[Chunk]) -> None:
-    """Takes the turns of `prefix` again and appends them to `chunks` as context. Raises ReplayError where the environment answers otherwise."""
+    """Takes the turns of `prefix` again and appends them to `chunks` as context.
+
+    Raises ReplayError where the environment answers otherwise.
+    """
     for number, chunk in enumerate(prefix, 1):
         observation, _, terminated, truncated, info = await env.astep(chunk.text)
         if terminated or truncated:
             raise ReplayError(
-                f"the replay ended in turn {number} of {len(prefix)} as {info['ending']}: {info.get('note') or 'no detail'}"
+                f"the replay ended in turn {number} of {len(prefix)} as {info['ending']}:"
+                f" {info.get('note') or 'no detail'}"
             )
         if observation != chunk.observation:
             raise ReplayError(
-                f"turn {number} of {len(prefix)} was replayed, and {env.task.name} answered {observation[:100]!r} where it had answered "
-                f"{chunk.observation[:100]!r}; a task that is not deterministic cannot be resampled from its middle"
+                f"turn {number} of {len(prefix)} was replayed, and {env.task.name} answered"
+                f" {observation[:100]!r} where it had answered {chunk.observation[:100]!r}; a task"
+                " that is not deterministic cannot be resampled from its middle"
             )
         chunks.append(
             dataclasses.replace(
@@ -174,7 +190,10 @@ async def _play(
     temperature: float,
     routes: bool,
 ) -> tuple[float, str, str]:
-    """Turn after turn until the environment or a limit ends the episode. Appends to `chunks`; returns (reward, ending, note)."""
+    """Turn after turn until the environment or a limit ends the episode.
+
+    Appends to `chunks`; returns (reward, ending, note).
+    """
     tokenizer = chat.tokenizer
     context = [token for chunk in chunks for token in (*chunk.prompt_ids, *chunk.action_ids)]
     ran = len(

@@ -1,8 +1,9 @@
 """What a compiled program computes, moves and sends on one device.
 
-FLOPs are those of matmuls, convolutions and kernels, whose cost compilers report as nothing. Bytes of memory traffic are an estimate: every
-array that an instruction outside of fusions reads or writes in HBM, once; of an array that a fusion only slices or updates in place, the
-slice. Arrays that the compiler placed in on-chip memory cost nothing.
+FLOPs are those of matmuls, convolutions and kernels, whose cost compilers report as nothing. Bytes
+of memory traffic are an estimate: every array that an instruction outside of fusions reads or
+writes in HBM, once; of an array that a fusion only slices or updates in place, the slice. Arrays
+that the compiler placed in on-chip memory cost nothing.
 """
 
 from __future__ import annotations
@@ -50,16 +51,19 @@ FREE = {
     "rng-get-and-update-state",
 }
 
-# -- computing ---------------------------------------------------------------------------------------------------------------------------
+# -- computing
+# -------------------------------------------------------------------------------------------------
 
 
 def flops(one: Executed, grouped_rows: float = math.inf, score_share: float = 0.5) -> float:
-    """Of one run of a matmul, a convolution or a kernel that states its cost; 0 of all else. A multiplication and an addition are two.
+    """Of one run of a matmul, a convolution or a kernel that states its cost; 0 of all else.
 
-    grouped_rows: rows that a grouped matmul really has. Its kernel (gmm, tgmm) states the work of every row of its operand, but leaves out
-    those that belong to none of its groups.
-    score_share: of the scores of a device's queries with all keys, those that attention kernels compute on the busiest device; causality leaves
-    a half where all devices have as much.
+    A multiplication and an addition are two.
+
+    grouped_rows: rows that a grouped matmul really has. Its kernel (gmm, tgmm) states the work of
+    every row of its operand, but leaves out those that belong to none of its groups. score_share:
+    of the scores of a device's queries with all keys, those that attention kernels compute on the
+    busiest device; causality leaves a half where all devices have as much.
     """
     instruction = one.instruction
     if instruction.opcode == "dot":
@@ -81,12 +85,15 @@ def flops(one: Executed, grouped_rows: float = math.inf, score_share: float = 0.
     return 0.0
 
 
-# Matmuls over the scores' area: of the forward kernel, of one for dq, of one for dk and dv (which may make dq too, by one more).
+# Matmuls over the scores' area: of the forward kernel, of one for dq, of one for dk and dv (which
+# may make dq too, by one more).
 _ATTENTION_MATMULS = {"_fwd": 2, "_dq": 3, "_dkv": 4}
 
 
 def _attention_flops(one: Executed, score_share: float) -> float:
-    """A splash attention kernel states no cost: a share of the matmuls over [query heads, T, S], from the shapes of q and k."""
+    """A splash attention kernel states no cost: a share of the matmuls over [query heads, T, S],
+    from the shapes of q and k.
+    """
     found = re.search(
         r"splash_\w*?(_fwd|_dq|_dkv)", f"{one.instruction.name} {one.instruction.op_name}"
     )
@@ -104,7 +111,9 @@ def _attention_flops(one: Executed, score_share: float) -> float:
 
 
 def _grouped_matmul_rows(one: Executed) -> int:
-    """Rows of the left operand of megablox's gmm and tgmm, the first matrix among their operands; 0 for other kernels."""
+    """Rows of the left operand of megablox's gmm and tgmm, the first matrix among their operands; 0
+    for other kernels.
+    """
     if not re.search(r"\bt?gmm\b", f"{one.instruction.name} {one.instruction.op_name}"):
         return 0
     return next(
@@ -130,7 +139,9 @@ def hidden_kernels(module: Module) -> list[str]:
 
 
 def _convolution_flops(one: Executed) -> float:
-    """2 * outputs * input features * window positions that lie on real inputs: a TPU writes batched matmuls as dilated convolutions."""
+    """2 * outputs * input features * window positions that lie on real inputs: a TPU writes batched
+    matmuls as dilated convolutions.
+    """
     instruction = one.instruction
     left, right = (shape.shapes[0] for shape in one.computation.operands_of(instruction)[:2])
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
@@ -174,18 +185,23 @@ def _valid_positions(
     base_dilation: int,
     window_dilation: int,
 ) -> int:
-    """Pairs (output, window element) that meet an input and not padding or the holes of a dilated base."""
+    """Pairs (output, window element) that meet an input and not padding or the holes of a dilated
+    base.
+    """
     place = np.arange(out)[:, None] * stride - pad + np.arange(window)[None, :] * window_dilation
     return int(
         ((place >= 0) & (place <= (size - 1) * base_dilation) & (place % base_dilation == 0)).sum()
     )
 
 
-# -- memory ------------------------------------------------------------------------------------------------------------------------------
+# -- memory
+# -------------------------------------------------------------------------------------------------
 
 
 def traffic(module: Module, one: Executed, grouped_rows: float = math.inf) -> float:
-    """Bytes of HBM that one run reads and writes; 0 inside fusions, whose edges count. grouped_rows: as for `flops`."""
+    """Bytes of HBM that one run reads and writes; 0 inside fusions, whose edges count.
+    grouped_rows: as for `flops`.
+    """
     instruction = one.instruction
     if one.fused or instruction.opcode in FREE or _is_collective(instruction):
         return 0.0
@@ -237,7 +253,9 @@ def _fusion_traffic(
 def _read(
     module: Module, computation: Computation, value: Instruction, size: float
 ) -> tuple[float, float]:
-    """(bytes that a fused computation reads of one of its values, bytes of it that come out updated in place)."""
+    """(bytes that a fused computation reads of one of its values, bytes of it that come out updated
+    in place).
+    """
     read, updated = 0.0, 0.0
     for user in computation.users.get(value.name, []):
         if user.opcode == "tuple" or _is_collective(user):
@@ -282,7 +300,9 @@ def largest_traffic(
 
 
 def largest_arrays(module: Module, count: int) -> list[tuple[float, str, str]]:
-    """(bytes, shape, what makes it) of the largest arrays in HBM that are not arguments, each shape and maker once."""
+    """(bytes, shape, what makes it) of the largest arrays in HBM that are not arguments, each shape
+    and maker once.
+    """
     found: dict[tuple[str, str], float] = {}
     for one in executed(module):
         if (
@@ -300,7 +320,9 @@ def largest_arrays(module: Module, count: int) -> list[tuple[float, str, str]]:
 
 
 def kept_for_backward(module: Module) -> float:
-    """Bytes that forward loops hand to backward loops: what a step keeps of its activations (with full remat, the input of each block)."""
+    """Bytes that forward loops hand to backward loops: what a step keeps of its activations (with
+    full remat, the input of each block).
+    """
     kept: dict[tuple[str, int], float] = {}
     for computation in {
         one.computation.name: one.computation for one in executed(module) if not one.fused
@@ -317,7 +339,9 @@ def kept_for_backward(module: Module) -> float:
 
 
 def _source(computation: Computation, instruction: Instruction) -> tuple[Instruction, int]:
-    """The instruction (and element of its result) whose value this is, through copies and casts of layout."""
+    """The instruction (and element of its result) whose value this is, through copies and casts of
+    layout.
+    """
     while (
         instruction.opcode in ("copy", "bitcast", "copy-start", "copy-done")
         and instruction.operands
@@ -330,12 +354,14 @@ def _source(computation: Computation, instruction: Instruction) -> tuple[Instruc
     return instruction, 0
 
 
-# -- sending -----------------------------------------------------------------------------------------------------------------------------
+# -- sending
+# -------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """`payload` is the whole array that one device ends or begins with: gathered, to be scattered, reduced, exchanged, passed on.
+    """`payload` is the whole array that one device ends or begins with: gathered, to be scattered,
+    reduced, exchanged, passed on.
 
     groups: device numbers, [groups, members]; for a collective-permute [pairs, 2].
     """
@@ -348,7 +374,9 @@ class Collective:
 
 
 def collectives(module: Module, devices: int) -> list[Collective]:
-    """Every collective that runs; start and done are one, and so are the pieces in which one rides along in several fusions."""
+    """Every collective that runs; start and done are one, and so are the pieces in which one rides
+    along in several fusions.
+    """
     found, riding = [], set()
     for one in executed(module):
         kind = one.instruction.opcode.removesuffix("-start")
@@ -361,7 +389,8 @@ def collectives(module: Module, devices: int) -> list[Collective]:
             riding.add((kind, channel[1]))
         groups = replica_groups(one.instruction.attributes, devices)
         operands = one.computation.operands_of(one.instruction)
-        # Rows and where they go, one of the two with room to spare; offsets are nothing beside them.
+        # Rows and where they go, one of the two with room to spare; offsets are nothing beside
+        # them.
         payload = (
             min(operand.bytes for operand in operands[:2])
             if kind == "ragged-all-to-all"
@@ -377,13 +406,17 @@ def collectives(module: Module, devices: int) -> list[Collective]:
 
 
 def _is_scattered(one: Executed) -> bool:
-    """An all-reduce inside a fusion of which each device keeps its slice: a reduce-scatter as a TPU spells it."""
+    """An all-reduce inside a fusion of which each device keeps its slice: a reduce-scatter as a TPU
+    spells it.
+    """
     users = one.computation.users.get(one.instruction.name, [])
     return one.fused and bool(users) and all(user.opcode == "dynamic-slice" for user in users)
 
 
 def replica_groups(attributes: str, devices: int) -> np.ndarray:
-    """Device numbers [groups, members] from any of the spellings of XLA; all devices together where none is given."""
+    """Device numbers [groups, members] from any of the spellings of XLA; all devices together where
+    none is given.
+    """
     pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes)
     listed = re.search(r"replica_groups=\{((?:\{[\d,]+\},?)+)\}", attributes)
     if pairs or listed:
@@ -398,7 +431,8 @@ def replica_groups(attributes: str, devices: int) -> np.ndarray:
     if iota:
         return _iota(iota[2], iota[3]).reshape(_numbers(iota[1]))
     mesh = re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}",
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
+        r" \{([^}]*)\}",
         attributes,
     )
     if mesh:

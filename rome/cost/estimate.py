@@ -1,8 +1,11 @@
-"""From compiled programs to a report: bytes a device by kind, FLOPs, collectives, the time they bound and what to change.
+"""From compiled programs to a report: bytes a device by kind, FLOPs, collectives, the time they
+bound and what to change.
 
-A step of training runs three programs (rome.train.step): `score`, once a micro-batch where the trainer scores pi_old; `accumulate`, a
-micro-batch's loss and gradient, which is where the time goes; `apply`, once an update. Memory is the largest of the three, each with what stays
-on the device meanwhile without being handed to it. FLOPs, collectives and MFU are those of `accumulate`, for one micro-batch.
+A step of training runs three programs (rome.train.step): `score`, once a micro-batch where the
+trainer scores pi_old; `accumulate`, a micro-batch's loss and gradient, which is where the time
+goes; `apply`, once an update. Memory is the largest of the three, each with what stays on the
+device meanwhile without being handed to it. FLOPs, collectives and MFU are those of `accumulate`,
+for one micro-batch.
 """
 
 from __future__ import annotations
@@ -16,11 +19,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from rome.cost import hlo
-from rome.cost import costs
+from rome.cost import costs, hlo
+from rome.cost.flops import forward_flops
 from rome.cost.roofline import CHIPS, GIB, Bound, Chip, Sent, sent
 from rome.model.config import ModelConfig
-from rome.cost.flops import forward_flops
 from rome.train.state import TrainState
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -38,7 +40,10 @@ STAYS = {
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled program on one device: bytes, FLOPs, seconds to compile. One that did not fit has only `needed`."""
+    """A compiled program on one device: bytes, FLOPs, seconds to compile.
+
+    One that did not fit has only `needed`.
+    """
 
     name: str
     compile_seconds: float
@@ -64,8 +69,9 @@ def measure(
     grouped_rows: float,
     score_share: float,
 ) -> Program:
-    """grouped_rows: those that one device's grouped matmul has at a time where every expert gets the same share. score_share: as in
-    `costs.flops`."""
+    """grouped_rows: those that one device's grouped matmul has at a time where every expert gets
+    the same share. score_share: as in `costs.flops`.
+    """
     memory, module = compiled.memory_analysis(), hlo.parse(compiled.as_text())
     temporaries = memory.temp_size_in_bytes
     runs = list(hlo.executed(module))
@@ -94,7 +100,10 @@ def measure(
 def too_large(
     name: str, error: Exception, compile_seconds: float, state: Mapping[str, float]
 ) -> Program:
-    """The program that a compiler refused for memory, with what it would need as its message says. Any other error is raised again."""
+    """The program that a compiler refused for memory, with what it would need as its message says.
+
+    Any other error is raised again.
+    """
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text and "Ran out of memory" not in text:
         raise error
@@ -112,8 +121,11 @@ def too_large(
 
 
 def state_bytes(state: TrainState) -> dict[str, float]:
-    """Bytes a device of what training holds between programs: parameters, optimizer, the gradients of an update under way. Moments in the host's
-    memory are no bytes of the device."""
+    """Bytes a device of what training holds between programs: parameters, optimizer, the gradients
+    of an update under way.
+
+    Moments in the host's memory are no bytes of the device.
+    """
     here = lambda tree: [
         leaf for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind != "pinned_host"
     ]
@@ -140,7 +152,10 @@ def report(
     rows: int,
     length: int,
 ) -> dict[str, Any]:
-    """The figures as `--json` writes them. Those of `accumulate` are left out where it did not compile."""
+    """The figures as `--json` writes them.
+
+    Those of `accumulate` are left out where it did not compile.
+    """
     peaks = {
         name: program.needed + sum(state[kind] for kind in STAYS[name])
         for name, program in programs.items()
@@ -160,7 +175,10 @@ def report(
             name: round(size)
             for name, size in (
                 kinds
-                | {"activations": kept, "temporaries": peaks[top] - sum(kinds.values()) - kept}
+                | {
+                    "activations": kept,
+                    "temporaries": peaks[top] - sum(kinds.values()) - kept,
+                }
             ).items()
         },
         "programs": {
@@ -231,8 +249,9 @@ def advice(
     if seconds and seconds["memory"] > seconds["compute"] and found["largest_traffic"]:
         most = found["largest_traffic"][0]
         lines.append(
-            f"HBM traffic ({seconds['memory']:.3f} s, an estimate) takes longer than compute ({seconds['compute']:.3f} s); the most is {most['bytes'] / GIB:.0f} GiB "
-            f"for {most['shape']} of {most['made_by'][-90:]}"
+            f"HBM traffic ({seconds['memory']:.3f} s, an estimate) takes longer than compute"
+            f" ({seconds['compute']:.3f} s); the most is {most['bytes'] / GIB:.0f} GiB for"
+            f" {most['shape']} of {most['made_by'][-90:]}"
         )
     return lines
 
@@ -258,7 +277,10 @@ def _to_fit(
         options.append(
             (
                 saved,
-                f"--config.rows_per_microbatch={rows // rows_here}: one row a device instead of {rows_here}, about {gib(saved)} less of what passes through",
+                (
+                    f"--config.rows_per_microbatch={rows // rows_here}: one row a device instead of"
+                    f" {rows_here}, about {gib(saved)} less of what passes through"
+                ),
             )
         )
     if replica > 1:
@@ -266,22 +288,33 @@ def _to_fit(
         options.append(
             (
                 saved,
-                f"--config.mesh.replica=1 --config.mesh.fsdp={mesh['fsdp'] * replica}: no whole copies, {gib(saved)} less state",
+                (
+                    f"--config.mesh.replica=1 --config.mesh.fsdp={mesh['fsdp'] * replica}: no whole"
+                    f" copies, {gib(saved)} less state"
+                ),
             )
         )
     if config.remat == "none":
         options.append(
             (
                 kinds["activations"],
-                f"remat full: keeps one input a block, {config.num_layers * length * rows_here * config.hidden_size * 2 / GIB:.1f} GiB in all",
+                (
+                    "remat full: keeps one input a block,"
+                    f" {config.num_layers * length * rows_here * config.hidden_size * 2 / GIB:.1f}"
+                    " GiB in all"
+                ),
             )
         )
     if rows_here <= 1:
         options.append(
             (
                 passing / 2,
-                f"a sequence axis: --config.mesh.sequence={2 * mesh['sequence']} with half the fsdp or expert halves what passes through, "
-                f"about {gib(passing / 2)} less, but each half of those axes doubles its share of the state ({gib(state)} now)",
+                (
+                    f"a sequence axis: --config.mesh.sequence={2 * mesh['sequence']} with half the"
+                    f" fsdp or expert halves what passes through, about {gib(passing / 2)} less,"
+                    f" but each half of those axes doubles its share of the state ({gib(state)}"
+                    " now)"
+                ),
             )
         )
         options.append(
@@ -293,7 +326,11 @@ def _to_fit(
         options.append(
             (
                 state * (1 - 1 / factor),
-                f"{factor} times the devices ({devices * factor}) with --config.mesh.fsdp={mesh['fsdp'] * factor}: {gib(state)} of state become {gib(state / factor)}",
+                (
+                    f"{factor} times the devices ({devices * factor}) with"
+                    f" --config.mesh.fsdp={mesh['fsdp'] * factor}: {gib(state)} of state become"
+                    f" {gib(state / factor)}"
+                ),
             )
         )
     options.sort(key=lambda option: (option[0] < excess, -option[0] if option[0] < excess else 0))
@@ -310,16 +347,19 @@ def _to_hide(found: Mapping[str, Any], mesh: Mapping[str, int], rows: int) -> st
     seconds = found["seconds"]
     more = math.ceil(seconds["collectives"] / max(seconds["compute"], seconds["memory"]))
     text = (
-        f"collectives ({seconds['collectives']:.3f} s) take longer than compute ({seconds['compute']:.3f} s); the longest is {longest['kind']} over "
-        f"{longest['axes']}, {longest['seconds']:.3f} s in {longest['runs']:.0f} runs, from {longest['largest'][-90:]}."
+        f"collectives ({seconds['collectives']:.3f} s) take longer than compute"
+        f" ({seconds['compute']:.3f} s); the longest is {longest['kind']} over {longest['axes']},"
+        f" {longest['seconds']:.3f} s in {longest['runs']:.0f} runs, from"
+        f" {longest['largest'][-90:]}."
     )
     if (
         longest["kind"] in ("all-gather", "reduce-scatter", "all-reduce")
         and "fsdp" in longest["axes"]
     ):
         text += (
-            f" Weights are gathered once a micro-batch whatever its size: --config.rows_per_microbatch={rows * more} does {more} times the work for them, "
-            f"memory permitting; or a smaller fsdp ({mesh['fsdp']} now)."
+            " Weights are gathered once a micro-batch whatever its size:"
+            f" --config.rows_per_microbatch={rows * more} does {more} times the work for them,"
+            f" memory permitting; or a smaller fsdp ({mesh['fsdp']} now)."
         )
     return text
 
@@ -328,6 +368,7 @@ def find_chip(topology: str) -> Chip:
     name = topology.partition(":")[0]
     if name not in CHIPS:
         raise ValueError(
-            f"topology {topology!r} is of no known chip; choose one of {', '.join(f'{chip}:SHAPE' for chip in CHIPS)}, such as v5p:4x4x4"
+            f"topology {topology!r} is of no known chip; choose one of"
+            f" {', '.join(f'{chip}:SHAPE' for chip in CHIPS)}, such as v5p:4x4x4"
         )
     return CHIPS[name]

@@ -1,4 +1,7 @@
-"""Floating-point operations of the model by formula: what MFU counts. Recomputation and padding of kernels do not."""
+"""Floating-point operations of the model by formula: what MFU counts.
+
+Recomputation and padding of kernels do not.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ from rome.model.config import ModelConfig
 
 
 def active_matmul_params(config: ModelConfig) -> int:
-    """Weights that one token is multiplied with, head included, embedding not (a lookup): 3.04e9 of Qwen3-30B-A3B."""
+    """Weights that one token is multiplied with, head included, embedding not (a lookup): 3.04e9 of
+    Qwen3-30B-A3B.
+    """
     D, H = config.hidden_size, config.head_dim
     attention = D * H * (2 * config.num_heads + 2 * config.num_kv_heads)
     experts = (
@@ -18,8 +23,11 @@ def active_matmul_params(config: ModelConfig) -> int:
 
 
 def forward_flops(config: ModelConfig, length: int) -> float:
-    """Of a token, in rows of one sequence of `length`: 2 a weight, and causal attention over half the row on average. A step (backward too)
-    takes three times as many."""
+    """Of a token, in rows of one sequence of `length`: 2 a weight, and causal attention over half
+    the row on average.
+
+    A step (backward too) takes three times as many.
+    """
     return 2.0 * active_matmul_params(config) + attention_flops(config, length)
 
 

@@ -1,7 +1,9 @@
-"""Reads a compiled program's text, and walks through what one device runs, loops counted as often as they run.
+"""Reads a compiled program's text, and walks through what one device runs, loops counted as often
+as they run.
 
-A compiler's own totals count a loop's body once. Here the optimized HLO is walked from its entry; the body of a `while` counts as often as
-its condition lets it, and what lies in called computations and fusions counts where it is called. rome/cost/costs.py says what it costs.
+A compiler's own totals count a loop's body once. Here the optimized HLO is walked from its entry;
+the body of a `while` counts as often as its condition lets it, and what lies in called computations
+and fusions counts where it is called. rome/cost/costs.py says what it costs.
 """
 
 from __future__ import annotations
@@ -59,7 +61,9 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """`shapes` are the arrays of its result, a tuple's one after the other; `operands` name instructions of the same computation."""
+    """`shapes` are the arrays of its result, a tuple's one after the other; `operands` name
+    instructions of the same computation.
+    """
 
     name: str
     opcode: str
@@ -124,7 +128,9 @@ class Module:
 
 @dataclasses.dataclass(frozen=True)
 class Executed:
-    """An instruction, how often it runs, and whether it is part of a fusion (then its operands are not in memory)."""
+    """An instruction, how often it runs, and whether it is part of a fusion (then its operands are
+    not in memory).
+    """
 
     instruction: Instruction
     computation: Computation
@@ -132,7 +138,8 @@ class Executed:
     fused: bool
 
 
-# -- reading -----------------------------------------------------------------------------------------------------------------------------
+# -- reading
+# -------------------------------------------------------------------------------------------------
 
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<= ]*)\](\{[^}]*\})?")
 _BEGINS = re.compile(r"^\s+(ROOT )?%?[\w.\-]+ = ")
@@ -203,11 +210,14 @@ def _shapes(text: str) -> tuple[Shape, ...]:
     return tuple(shapes)
 
 
-# -- walking -----------------------------------------------------------------------------------------------------------------------------
+# -- walking
+# -------------------------------------------------------------------------------------------------
 
 
 def executed(module: Module) -> Iterator[Executed]:
-    """Every instruction that runs, with how often; of a conditional's branches all are counted once (an upper bound)."""
+    """Every instruction that runs, with how often; of a conditional's branches all are counted once
+    (an upper bound).
+    """
     yield from _walk(module, module.entry, 1.0, fused=False)
 
 
@@ -239,7 +249,11 @@ def _branches(instruction: Instruction) -> list[str]:
 
 
 def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:
-    """How often a loop's body runs: as the compiler noted it, or (bound - start) / step of its counter. None: not to be seen."""
+    """How often a loop's body runs: as the compiler noted it, or (bound - start) / step of its
+    counter.
+
+    None: not to be seen.
+    """
     noted = re.search(r'known_trip_count":?\s*\{"?n"?:\s*"?(\d+)', loop.attributes)
     if noted:
         return int(noted[1])
@@ -264,7 +278,9 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
 
 
 def _counter_start(condition: Computation, computation: Computation, loop: Instruction) -> int:
-    """The first value of the element of the loop's tuple that its condition reads; JAX counts from 0 by 1."""
+    """The first value of the element of the loop's tuple that its condition reads; JAX counts from
+    0 by 1.
+    """
     index = next(
         (
             re.search(r"index=(\d+)", one.attributes)

@@ -1,16 +1,22 @@
 """What chips can do, and how long a compiled program must take on them at least.
 
-Three times a program cannot beat: its matmuls at the peak rate, its HBM traffic at the memory's bandwidth, its collectives at the
-interconnect's. The model of the interconnect, chosen to be simple and a little optimistic (no latency, no contention but the stated one):
+Three times a program cannot beat: its matmuls at the peak rate, its HBM traffic at the memory's
+bandwidth, its collectives at the interconnect's. The model of the interconnect, chosen to be simple
+and a little optimistic (no latency, no contention but the stated one):
 
-- A chip has a link in each direction of each dimension of its torus. A dimension is a ring where the slice wraps around, else a line.
-- A group of devices uses every dimension that it extends over at once. Data enters a device over 2 links a ring, 1 a line (its ends have
-  one). A group that takes every s-th chip of a dimension shares its links with s - 1 others.
-- Collectives run one after the other; only a permutation and its inverse share the two directions of a link.
-- all-gather and reduce-scatter: each device takes in (n - 1) / n of the whole; all-reduce: both. all-to-all: half of all bytes cross the
+- A chip has a link in each direction of each dimension of its torus. A dimension is a ring where
+  the slice wraps around, else a line.
+- A group of devices uses every dimension that it extends over at once. Data enters a device over 2
+  links a ring, 1 a line (its ends have one). A group that takes every s-th chip of a dimension
+  shares its links with s - 1 others.
+- Collectives run one after the other; only a permutation and its inverse share the two directions
+  of a link.
+- all-gather and reduce-scatter: each device takes in (n - 1) / n of the whole; all-reduce: both.
+all-to-all: half of all bytes cross the
   middle of each dimension. collective-permute: the longest way that a message goes.
-- A chip of two devices (tpu7x) has one set of links: groups that hold one device of each chip get half of it; between the two of a chip
-  there are 6 links' worth. Between slices there is the data-centre network.
+- A chip of two devices (tpu7x) has one set of links: groups that hold one device of each chip get
+  half of it; between the two of a chip there are 6 links' worth. Between slices there is the
+  data-centre network.
 """
 
 from __future__ import annotations
@@ -30,10 +36,12 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Rates are per chip and second; `usable` is the HBM bytes that the compiler lets one device have.
+    """Rates are per chip and second; `usable` is the HBM bytes that the compiler lets one device
+    have.
 
-    Peaks and HBM bandwidths: cloud.google.com/tpu/docs. Links: 90 % of the nominal rate there (1200 GB/s over 12 directions on v5p and tpu7x,
-    800 over 8 on v6e, 400 over 8 on v5e). `usable`: the limit that libtpu 0.0.42.1 names when a program exceeds it.
+    Peaks and HBM bandwidths: cloud.google.com/tpu/docs. Links: 90 % of the nominal rate there (1200
+    GB/s over 12 directions on v5p and tpu7x, 800 over 8 on v6e, 400 over 8 on v5e). `usable`: the
+    limit that libtpu 0.0.42.1 names when a program exceeds it.
     """
 
     name: str
@@ -100,7 +108,9 @@ def sent(found: Sequence[Collective], mesh: Mesh, chip: Chip) -> list[Sent]:
 
 
 def _together(members: list[tuple[Collective, float, float]]) -> float:
-    """Seconds of all runs, one after the other; but a permutation and its inverse use the two directions of the same links at once."""
+    """Seconds of all runs, one after the other; but a permutation and its inverse use the two
+    directions of the same links at once.
+    """
     by_way: dict[bytes, float] = {}
     for one, _, seconds in members:
         way = np.array(sorted(one.groups.tolist())).tobytes()
@@ -108,9 +118,9 @@ def _together(members: list[tuple[Collective, float, float]]) -> float:
     if members[0][0].kind != "collective-permute":
         return sum(by_way.values())
     back = {
-        np.array(sorted(one.groups.tolist())).tobytes(): np.array(
-            sorted(one.groups[:, ::-1].tolist())
-        ).tobytes()
+        np.array(sorted(one.groups.tolist())).tobytes(): (
+            np.array(sorted(one.groups[:, ::-1].tolist())).tobytes()
+        )
         for one, _, _ in members
     }
     return sum(
@@ -137,7 +147,9 @@ def place(device: Any) -> tuple[int, ...]:
 
 
 def cost(one: Collective, places: np.ndarray, chip: Chip) -> tuple[float, float]:
-    """(bytes that one device sends, seconds) of one run. places: `place` of every device of the mesh."""
+    """(bytes that one device sends, seconds) of one run. places: `place` of every device of the
+    mesh.
+    """
     n, extent = one.groups.shape[1], places.max(axis=0) + 1
     if one.kind == "collective-permute":
         ways = [_way(places[a], places[b], extent, chip) for a, b in one.groups if a != b]
@@ -152,7 +164,9 @@ def cost(one: Collective, places: np.ndarray, chip: Chip) -> tuple[float, float]
 
 
 def bandwidth(group: np.ndarray, extent: np.ndarray, chip: Chip) -> float:
-    """Bytes a second that enter each device of a group (rows of `place`) when all its dimensions work at once."""
+    """Bytes a second that enter each device of a group (rows of `place`) when all its dimensions
+    work at once.
+    """
     links = sum((2 if ring else 1) / stride for _, stride, ring in _dimensions(group, extent, chip))
     if not links:
         return CORE_LINKS * chip.link
@@ -160,7 +174,9 @@ def bandwidth(group: np.ndarray, extent: np.ndarray, chip: Chip) -> float:
 
 
 def _dimensions(group: np.ndarray, extent: np.ndarray, chip: Chip) -> list[tuple[int, int, bool]]:
-    """Of each torus dimension that a group extends over: (members along it, chips from one to the next, whether it closes to a ring)."""
+    """Of each torus dimension that a group extends over: (members along it, chips from one to the
+    next, whether it closes to a ring).
+    """
     found = []
     for dimension in range(2, group.shape[1]):
         taken = sorted(set(group[:, dimension].tolist()))
@@ -176,7 +192,9 @@ def _dimensions(group: np.ndarray, extent: np.ndarray, chip: Chip) -> list[tuple
 
 
 def _exchange_seconds(payload: float, group: np.ndarray, extent: np.ndarray, chip: Chip) -> float:
-    """Every device sends an equal part of its payload to every other one: half of all bytes cross the middle of each dimension."""
+    """Every device sends an equal part of its payload to every other one: half of all bytes cross
+    the middle of each dimension.
+    """
     dimensions = _dimensions(group, extent, chip)
     if not dimensions:
         return payload / 2 / (CORE_LINKS * chip.link)
@@ -188,7 +206,9 @@ def _exchange_seconds(payload: float, group: np.ndarray, extent: np.ndarray, chi
 
 
 def _way(a: np.ndarray, b: np.ndarray, extent: np.ndarray, chip: Chip) -> float:
-    """How often a message from a to b, and those that share its links, pass a link, in runs of one link."""
+    """How often a message from a to b, and those that share its links, pass a link, in runs of one
+    link.
+    """
     if a[0] != b[0]:
         return chip.link / (chip.dcn / chip.devices)
     steps = 0
@@ -200,7 +220,9 @@ def _way(a: np.ndarray, b: np.ndarray, extent: np.ndarray, chip: Chip) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """Seconds that one device needs at least, by what it waits for, and the model's own FLOPs that it is given."""
+    """Seconds that one device needs at least, by what it waits for, and the model's own FLOPs that
+    it is given.
+    """
 
     compute: float
     memory: float

@@ -1,15 +1,20 @@
-"""What an episode, or one turn of it, is worth beside the others of its group. NumPy, on the host, before trajectories are packed.
+"""What an episode, or one turn of it, is worth beside the others of its group.
 
-R is the reward that losses see, n the episodes of a group, K the turns of an episode. The standard deviation is that of a sample (ddof 1).
+NumPy, on the host, before trajectories are packed.
+
+R is the reward that losses see, n the episodes of a group, K the turns of an episode. The standard
+deviation is that of a sample (ddof 1).
 
     normalised     A = (R - mean) / (std + 1e-6)                     GRPO (arXiv 2402.03300, Sec. 4.1)
     centred        A = R - mean                                      Dr. GRPO (arXiv 2503.20783, Sec. 3.2)
     leave_one_out  A = R - mean of the others = n / (n - 1) (R - mean)   RLOO (arXiv 2402.14740)
     steps          A_k = normalised R + normalised gamma^(K-k) R     GiGPO (arXiv 2505.10978, Eq. 5-8), omega = 1
 
-In the last, the first term compares episodes, the second the turns that were taken in the same state, by whichever episodes of the group:
-its returns are normalised within that step-level group. Who has nobody to be compared with gets 0 from the term. In its returns a failure counts 0,
-as in the paper, whatever `failure_reward` is: discounted, -1 would make the early turns of a failure the better the longer it took.
+In the last, the first term compares episodes, the second the turns that were taken in the same
+state, by whichever episodes of the group: its returns are normalised within that step-level group.
+Who has nobody to be compared with gets 0 from the term. In its returns a failure counts 0, as in
+the paper, whatever `failure_reward` is: discounted, -1 would make the early turns of a failure the
+better the longer it took.
 """
 
 from __future__ import annotations
@@ -40,7 +45,8 @@ def group_advantages(
 ) -> list[np.ndarray]:
     """[K] advantages of every trajectory's turns, one number for all of them but with "steps".
 
-    Groups are those of `Trajectory.group` over what is given: give whole groups, and only what is trained on.
+    Groups are those of `Trajectory.group` over what is given: give whole groups, and only what is
+    trained on.
 
     Args:
       gamma: discount a turn, read by "steps".
@@ -48,7 +54,8 @@ def group_advantages(
     """
     if estimator not in get_args(Estimator) or anchor not in get_args(Anchor):
         raise ValueError(
-            f"advantage {estimator!r} or anchor {anchor!r} unknown; known: {', '.join(get_args(Estimator))}; {', '.join(get_args(Anchor))}"
+            f"advantage {estimator!r} or anchor {anchor!r} unknown; known:"
+            f" {', '.join(get_args(Estimator))}; {', '.join(get_args(Anchor))}"
         )
     groups = [trajectory.group for trajectory in trajectories]
     rewards = [
@@ -91,11 +98,13 @@ def group_advantages(
 
 
 def anchor_states(trajectory: Trajectory, anchor: Anchor) -> list[Hashable]:
-    """For each turn a key that is equal where two turns of a group were taken in the same state of the environment.
+    """For each turn a key that is equal where two turns of a group were taken in the same state of
+    the environment.
 
-    "observation": the tokens that the environment has just appended, as GiGPO does it where the observation is the state (a game's screen).
-    "history": all that it appended so far and every call that was carried out, but not the policy's words between them. A terminal does not
-    show its state; the same commands with the same outputs from the same start lead to the same one.
+    "observation": the tokens that the environment has just appended, as GiGPO does it where the
+    observation is the state (a game's screen). "history": all that it appended so far and every
+    call that was carried out, but not the policy's words between them. A terminal does not show its
+    state; the same commands with the same outputs from the same start lead to the same one.
     """
     states: list[Hashable] = []
     digest = hashlib.blake2b(digest_size=16)
@@ -112,7 +121,9 @@ def anchor_states(trajectory: Trajectory, anchor: Anchor) -> list[Hashable]:
 def loss_reward(
     trajectory: Trajectory, failure_reward: float, denial_penalty: float = 0.0
 ) -> float:
-    """The reward that losses see: the verifier's for a success, `failure_reward` otherwise; less the penalty if it reached for an ungranted network."""
+    """The reward that losses see: the verifier's for a success, `failure_reward` otherwise; less
+    the penalty if it reached for an ungranted network.
+    """
     return (trajectory.reward if trajectory.reward > 0 else failure_reward) - denial_penalty * (
         trajectory.network_denials > 0
     )
@@ -130,7 +141,9 @@ def _compare(grouped: Iterable[tuple[Hashable, float]], estimator: Estimator) ->
 
 
 def _scale(values: np.ndarray, estimator: Estimator) -> float:
-    """What a group's distances from its mean are multiplied by; 0 for a group of one, which compares nothing."""
+    """What a group's distances from its mean are multiplied by; 0 for a group of one, which
+    compares nothing.
+    """
     n = len(values)
     if n == 1:
         return 0.0

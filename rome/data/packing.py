@@ -1,8 +1,12 @@
-"""From trajectories to rows of fixed shape, and from rows to micro-batches. NumPy arrays; grain does the bin packing.
+"""From trajectories to rows of fixed shape, and from rows to micro-batches.
 
-B rows, T tokens a row, C chunks a row, L layers, k experts a token. A row packs several whole trajectories.
+NumPy arrays; grain does the bin packing.
 
-A chunk without a sampled token is no decision: its prompt is context of the next chunk, and it is not counted among the chunks.
+B rows, T tokens a row, C chunks a row, L layers, k experts a token. A row packs several whole
+trajectories.
+
+A chunk without a sampled token is no decision: its prompt is context of the next chunk, and it is
+not counted among the chunks.
 """
 
 from __future__ import annotations
@@ -55,20 +59,27 @@ def pack(
     negative_weight: float = 1.0,
     negative_tokens: int = 0,
 ) -> Batch:
-    """All trainable trajectories, each once and whole, in as few rows as best-fit finds; the longest first.
+    """All trainable trajectories, each once and whole, in as few rows as best-fit finds; the
+    longest first.
 
-    Infrastructure failures and cancelled episodes are left out, here and in the group statistics. Give a whole step, or whole groups:
-    advantages are taken within `Trajectory.group` over what is given.
+    Infrastructure failures and cancelled episodes are left out, here and in the group statistics.
+    Give a whole step, or whole groups: advantages are taken within `Trajectory.group` over what is
+    given.
 
     Args:
       gamma: discount per chunk (Eq. 7).
       failure_reward: stands for every reward <= 0; 0.0 learns from successes only.
-      purpose: "sft" learns from chunks of status "ok" that are not context; "rl" from every action the policy took.
-      routes_for: the model that is to replay the chunks' routes; they are checked against it. None: the batch has no routes.
-      denial_penalty: what an episode loses that reached for a network which its sandbox does not grant.
+      purpose: "sft" learns from chunks of status "ok" that are not context; "rl" from every action
+        the policy took.
+      routes_for: the model that is to replay the chunks' routes; they are checked against it. None:
+        the batch has no routes.
+      denial_penalty: what an episode loses that reached for a network which its sandbox does not
+        grant.
       advantage, anchor: how a group is compared (`rome.data.advantages`).
-      negative_weight: what failures count beside successes: it multiplies their return and reward, and advantages below 0.
-      negative_tokens: failures with more action tokens than this are only read; 0: all are learnt from. Negatives that grow longer come before a collapse.
+      negative_weight: what failures count beside successes: it multiplies their return and reward,
+        and advantages below 0.
+      negative_tokens: failures with more action tokens than this are only read; 0: all are learnt
+        from. Negatives that grow longer come before a collapse.
     Returns:
       As many rows as were needed, none if nothing is trainable. The same list gives the same rows.
     """
@@ -124,7 +135,9 @@ def pack_examples(
 
 
 def microbatches(batch: Batch, rows_per_microbatch: int) -> list[Batch]:
-    """Cuts the rows into batches of one shape; the last one is filled up with empty rows, which carry no loss."""
+    """Cuts the rows into batches of one shape; the last one is filled up with empty rows, which
+    carry no loss.
+    """
     if rows_per_microbatch < 1:
         raise ValueError(f"rows_per_microbatch is {rows_per_microbatch}; set it to 1 or more")
     missing = -batch.num_rows % rows_per_microbatch
@@ -154,7 +167,9 @@ def to_example(
     negative_weight: float = 1.0,
     negative_tokens: int = 0,
 ) -> dict[str, np.ndarray]:
-    """One trajectory as features of two lengths, its tokens and its chunks. Raises ValueError if a row cannot hold it.
+    """One trajectory as features of two lengths, its tokens and its chunks.
+
+    Raises ValueError if a row cannot hold it.
 
     advantage: of the trajectory, or of each of its turns.
     """
@@ -189,7 +204,9 @@ def to_example(
 
 
 def text_example(tokens: Sequence[int]) -> dict[str, np.ndarray]:
-    """A piece of plain text of two tokens or more, every one but the first to be learnt: one chunk, as if a policy had said it."""
+    """A piece of plain text of two tokens or more, every one but the first to be learnt: one chunk,
+    as if a policy had said it.
+    """
     zeros = {name: np.zeros(len(tokens), dtype) for name, dtype in _TOKEN_FEATURES.items()}
     places = np.arange(len(tokens))
     chunk = {name: np.zeros(1, dtype) for name, dtype in _CHUNK_FEATURES.items()}
@@ -212,13 +229,17 @@ def pack_stream(
     bins: int,
     routes: bool = False,
 ) -> grain.IterDataset:
-    """Best-fit over `bins` open rows at a time; for `to_batch`. Its iterator's get_state/set_state resume at an exact row."""
+    """Best-fit over `bins` open rows at a time; for `to_batch`.
+
+    Its iterator's get_state/set_state resume at an exact row.
+    """
     lengths = (
         dict.fromkeys(_TOKEN_FEATURES, row_length)
         | dict.fromkeys(_CHUNK_FEATURES, chunks_per_row)
         | ({"routes": row_length} if routes else {})
     )
-    # grain adds segments and positions to every feature that is not called meta: one of each length is enough.
+    # grain adds segments and positions to every feature that is not called meta: one of each length
+    # is enough.
     meta = [name for name in lengths if name not in ("tokens", "kind")]
     return grain.experimental.BestFitPackIterDataset(
         examples,
@@ -232,7 +253,8 @@ def pack_stream(
 def to_batch(rows: Sequence[dict[str, np.ndarray]]) -> Batch:
     """Stacks rows of `pack_stream`."""
     row = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    # Chunks lie in the row in the order of their tokens, so the n-th start belongs to the row's n-th chunk.
+    # Chunks lie in the row in the order of their tokens, so the n-th start belongs to the row's
+    # n-th chunk.
     chunk_ids_BT = np.where(
         row["action_mask"], np.cumsum(row["chunk_start"], axis=1) - 1, -1
     ).astype(np.int32)
@@ -301,8 +323,9 @@ def _routes(trajectory: Trajectory, config: ModelConfig) -> np.ndarray:
     """[tokens, L, k]; 0 for the chunks that no engine sampled."""
     if any(chunk.versions and chunk.routes is None for chunk in trajectory.chunks):
         raise ValueError(
-            f"{_name(trajectory)} was sampled without routes, so there is nothing to replay; play it again with an engine that returns them "
-            "(SGLang: --enable-return-routed-experts), or set routing_replay to off or recompute"
+            f"{_name(trajectory)} was sampled without routes, so there is nothing to replay; play"
+            " it again with an engine that returns them (SGLang: --enable-return-routed-experts),"
+            " or set routing_replay to off or recompute"
         )
     try:
         return join_routes(
@@ -319,7 +342,9 @@ def _routes(trajectory: Trajectory, config: ModelConfig) -> np.ndarray:
 
 
 def _versions(trajectory: Trajectory, chunk: Chunk) -> np.ndarray:
-    """The weight version of each action token; 0 throughout for a chunk that no engine sampled (an expert's)."""
+    """The weight version of each action token; 0 throughout for a chunk that no engine sampled (an
+    expert's).
+    """
     if not chunk.versions:
         return np.zeros(len(chunk.action_ids), np.int32)
     versions = np.full(len(chunk.action_ids), -1, np.int32)
@@ -327,8 +352,8 @@ def _versions(trajectory: Trajectory, chunk: Chunk) -> np.ndarray:
         versions[start:end] = version
     if (versions < 0).any():
         raise ValueError(
-            f"version spans {chunk.versions} of {_name(trajectory)} leave some of {len(versions)} action tokens without a weight version; "
-            "record one for every token"
+            f"version spans {chunk.versions} of {_name(trajectory)} leave some of {len(versions)}"
+            " action tokens without a weight version; record one for every token"
         )
     return versions
 
@@ -342,20 +367,24 @@ def _check_fits(
     name = _name(trajectory)
     if not trajectory.trainable or not turns:
         raise ValueError(
-            f"{name} ended as {trajectory.ending} with {trajectory.num_action_tokens} action tokens: nothing to train; leave it out"
+            f"{name} ended as {trajectory.ending} with {trajectory.num_action_tokens} action"
+            " tokens: nothing to train; leave it out"
         )
     tokens = sum(len(prompt_ids) + len(chunk.action_ids) for prompt_ids, chunk in turns)
     if tokens > row_length:
         raise ValueError(
-            f"{name} has {tokens} tokens but row_length is {row_length}; raise row_length or lower the episode's max_context"
+            f"{name} has {tokens} tokens but row_length is {row_length}; raise row_length or lower"
+            " the episode's max_context"
         )
     if len(turns) > chunks_per_row:
         raise ValueError(
-            f"{name} has {len(turns)} chunks but chunks_per_row is {chunks_per_row}; raise chunks_per_row or lower the episode's turns"
+            f"{name} has {len(turns)} chunks but chunks_per_row is {chunks_per_row}; raise"
+            " chunks_per_row or lower the episode's turns"
         )
     if not turns[0][0]:
         raise ValueError(
-            f"{name} begins with a sampled token, which nothing predicts; its first chunk needs prompt_ids"
+            f"{name} begins with a sampled token, which nothing predicts; its first chunk needs"
+            " prompt_ids"
         )
     if not all(np.isfinite(chunk.logprobs).all() for _, chunk in turns):
         raise ValueError(
@@ -364,4 +393,7 @@ def _check_fits(
 
 
 def _name(trajectory: Trajectory) -> str:
-    return f"trajectory {trajectory.task} (group {trajectory.group}, episode {trajectory.episode}, seed {trajectory.seed})"
+    return (
+        f"trajectory {trajectory.task} (group {trajectory.group}, episode {trajectory.episode},"
+        f" seed {trajectory.seed})"
+    )

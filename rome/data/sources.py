@@ -1,7 +1,8 @@
-"""Recorded trajectories as an endless stream of SFT batches whose position can be saved and restored.
+"""Recorded trajectories as an endless stream of SFT batches whose position can be saved and
+restored.
 
-stream = iter(sft_batches(TrajectoryFiles("run/trajectories"), rows=8, row_length=512, chunks_per_row=32, seed=0))
-batch = next(stream)
+stream = iter(sft_batches(TrajectoryFiles("run/trajectories"), rows=8, row_length=512,
+chunks_per_row=32, seed=0)) batch = next(stream)
 position = stream.get_state()      # small and JSON-serialisable; goes into the checkpoint
 stream.set_state(position)         # the next batch is the one after `batch`
 """
@@ -20,13 +21,16 @@ from rome.data.trajectory import Trajectory, load_trajectory
 
 
 class TrajectoryFiles(Sequence):
-    """The ATIF files of a directory, in the order of their names; each is read when it is asked for."""
+    """The ATIF files of a directory, in the order of their names; each is read when it is asked
+    for.
+    """
 
     def __init__(self, directory: str | os.PathLike[str]):
         self.paths = sorted(pathlib.Path(directory).glob("*.json"))
         if not self.paths:
             raise ValueError(
-                f"no trajectory (*.json) in {directory}; record some first or name another directory"
+                f"no trajectory (*.json) in {directory}; record some first or name another"
+                " directory"
             )
 
     def __len__(self) -> int:
@@ -47,10 +51,13 @@ def sft_batches(
     chunks_per_row: int,
     seed: int,
 ) -> grain.IterDataset:
-    """Batches of `rows` rows for ever. Each epoch has every trajectory once, in an order that depends on (seed, epoch) only.
+    """Batches of `rows` rows for ever.
+
+    Each epoch has every trajectory once, in an order that depends on (seed, epoch) only.
 
     Args:
-      trajectories: all trainable (an episode that infrastructure ended is an error here); a list or TrajectoryFiles.
+      trajectories: all trainable (an episode that infrastructure ended is an error here); a list or
+        TrajectoryFiles.
     """
     if not len(trajectories):
         raise ValueError("no trajectories to learn from; an endless stream needs at least one")

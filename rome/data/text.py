@@ -1,9 +1,11 @@
-"""Documents for continual pre-training: read where they lie, cut into pieces of a row, packed as everything else is.
+"""Documents for continual pre-training: read where they lie, cut into pieces of a row, packed as
+everything else is.
 
 Every token of a document but its first is predicted exactly once: pieces overlap by one token.
 
-A document is a line of a .jsonl file (its "text"), or any other file that is UTF-8 text. Only places are kept in memory; a document is read when it
-is asked for. Whether it is held out is decided by a hash of its content alone: a copy of it under another name falls on the same side.
+A document is a line of a .jsonl file (its "text"), or any other file that is UTF-8 text. Only
+places are kept in memory; a document is read when it is asked for. Whether it is held out is
+decided by a hash of its content alone: a copy of it under another name falls on the same side.
 """
 
 from __future__ import annotations
@@ -25,9 +27,8 @@ from rome.data.batch import Batch
 from rome.data.packing import pack_examples, pack_stream, text_example, to_batch
 from rome.model.tokenizer import Tokenizer
 
-MIXED_DOCUMENTS = (
-    32  # whose pieces are shuffled together; those of one long document would fill a whole batch
-)
+# whose pieces are shuffled together; those of one long document would fill a whole batch
+MIXED_DOCUMENTS = 32
 NOT_LIBRARY = {
     "site-packages",
     "dist-packages",
@@ -59,7 +60,8 @@ class Documents(Sequence):
             text = _read(self._files[file], opened.read(size), self.name(index))
         if text is None:
             raise ValueError(
-                f"{self.name(index)} is no text any more: it was changed while it is trained on. Train on a copy that stays."
+                f"{self.name(index)} is no text any more: it was changed while it is trained on."
+                " Train on a copy that stays."
             )
         return text
 
@@ -74,7 +76,8 @@ class Documents(Sequence):
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Documents to train on and held-out ones, the latter in an order that only their content decides.
+    """Documents to train on and held-out ones, the latter in an order that only their content
+    decides.
 
     Args:
       skipped: names of what is no document: empty, or not UTF-8 text.
@@ -91,7 +94,8 @@ def read_corpus(place: str, held_out_share: float) -> Corpus:
     """Looks at every document once.
 
     Args:
-      place: a directory, walked in sorted order without hidden files and folders; or one file; or "" for the source of Python's standard library.
+      place: a directory, walked in sorted order without hidden files and folders; or one file; or
+        "" for the source of Python's standard library.
       held_out_share: of the documents, on average.
     """
     files = _library_files() if not place else _files(pathlib.Path(place))
@@ -113,7 +117,8 @@ def read_corpus(place: str, held_out_share: float) -> Corpus:
         if not side:
             count = (len(training) + len(held_out)) // 3
             raise ValueError(
-                f"{where} has {count} documents and none {name} (held_out_share={held_out_share}). Give more text or another share."
+                f"{where} has {count} documents and none {name} (held_out_share={held_out_share})."
+                " Give more text or another share."
             )
     order = np.argsort(np.array(held_out_keys, np.uint64), kind="stable")
     return Corpus(
@@ -133,8 +138,12 @@ def text_batches(
     chunks_per_row: int,
     seed: int,
 ) -> grain.IterDataset:
-    """Batches of `rows` rows for ever, with a position as `rome.data.sources.sft_batches` has. Each epoch has every document once, in an order that
-    depends on (seed, epoch) only, and the pieces of a few documents that follow each other mixed. A document is tokenised when its turn comes."""
+    """Batches of `rows` rows for ever, with a position as `rome.data.sources.sft_batches` has.
+
+    Each epoch has every document once, in an order that depends on (seed, epoch) only, and the
+    pieces of a few documents that follow each other mixed. A document is tokenised when its turn
+    comes.
+    """
 
     def pieces(texts: list[str], rng: np.random.Generator) -> list[dict[str, np.ndarray]]:
         examples = [
@@ -168,12 +177,19 @@ def text_rows(
 
 
 def document_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """Ids of a text and the token that ends a document, which is Qwen's padding token too. Control tokens that the text spells are letters."""
+    """Ids of a text and the token that ends a document, which is Qwen's padding token too.
+
+    Control tokens that the text spells are letters.
+    """
     return np.asarray([*tokenizer.encode(text), tokenizer.pad], np.int32)
 
 
 def cut(ids: np.ndarray, row_length: int) -> list[dict[str, np.ndarray]]:
-    """Examples of at most a row. Each begins with the last token of the one before it, so that all tokens but the document's first are predicted."""
+    """Examples of at most a row.
+
+    Each begins with the last token of the one before it, so that all tokens but the document's
+    first are predicted.
+    """
     return [
         text_example(ids[start : start + row_length])
         for start in range(0, len(ids) - 1, row_length - 1)
@@ -231,7 +247,10 @@ def _scan(path: pathlib.Path) -> Iterator[tuple[int, int, str | None]]:
 
 
 def _read(path: pathlib.Path, content: bytes, where: str) -> str | None:
-    """The text of a document; None where it is blank or no text. Raises ValueError for a line that is not JSON with a "text"."""
+    """The text of a document; None where it is blank or no text.
+
+    Raises ValueError for a line that is not JSON with a "text".
+    """
     if not _has_lines(path):
         try:
             text = content.decode()
@@ -242,11 +261,13 @@ def _read(path: pathlib.Path, content: bytes, where: str) -> str | None:
             text = json.loads(content)["text"]
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise ValueError(
-                f'{where} is no JSON object with a "text" ({type(error).__name__}): {content[:60]!r}. Mend or delete that line.'
+                f'{where} is no JSON object with a "text" ({type(error).__name__}):'
+                f" {content[:60]!r}. Mend or delete that line."
             ) from error
         if not isinstance(text, str):
             raise ValueError(
-                f'{where}: "text" is a {type(text).__name__}, not a string. Mend or delete that line.'
+                f'{where}: "text" is a {type(text).__name__}, not a string. Mend or delete that'
+                " line."
             )
     if not text.strip() or "\0" in text or not _encodes(text):
         return None

@@ -1,10 +1,12 @@
 """Trajectory and Chunk: the one currency of the house, and its ATIF record.
 
-A trajectory is what one episode left behind. Its tokens are `prompt_ids + action_ids` of every chunk in order: prompt ids came from the
-environment (task, tool results, turn headers), action ids were sampled by the policy, stop token included. Nothing is ever re-tokenised:
-the ids kept here are the ids the engine was given and gave back.
+A trajectory is what one episode left behind. Its tokens are `prompt_ids + action_ids` of every
+chunk in order: prompt ids came from the environment (task, tool results, turn headers), action ids
+were sampled by the policy, stop token included. Nothing is ever re-tokenised: the ids kept here are
+the ids the engine was given and gave back.
 
-On disk a trajectory is one JSON file in ATIF (agent trajectory interchange format); what ATIF has no field for goes into `extra`.
+On disk a trajectory is one JSON file in ATIF (agent trajectory interchange format); what ATIF has
+no field for goes into `extra`.
 """
 
 from __future__ import annotations
@@ -46,8 +48,9 @@ KINDS = (
 class Chunk:
     """One interaction: what the environment appended, then one assistant turn up to its stop token.
 
-    `versions` are the weight versions that sampled the turn, as (version, start, end) over action_ids.
-    `routes` [tokens, layers, k] are those of prompt and action tokens (`rome.data.routes`), where the engine was asked for them.
+    `versions` are the weight versions that sampled the turn, as (version, start, end) over
+    action_ids. `routes` [tokens, layers, k] are those of prompt and action tokens
+    (`rome.data.routes`), where the engine was asked for them.
     """
 
     prompt_ids: list[int]
@@ -60,19 +63,20 @@ class Chunk:
     status: str = "ok"
     kind: str = "rl"
     cached_tokens: int = 0
-    network_denials: int = (
-        0  # attempts of the turn's command to reach what the sandbox does not grant
-    )
+    # attempts of the turn's command to reach what the sandbox does not grant
+    network_denials: int = 0
     routes: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if len(self.logprobs) != len(self.action_ids):
             raise ValueError(
-                f"chunk has {len(self.action_ids)} action tokens but {len(self.logprobs)} logprobs; keep one logprob for each sampled token"
+                f"chunk has {len(self.action_ids)} action tokens but {len(self.logprobs)} logprobs;"
+                " keep one logprob for each sampled token"
             )
         if self.status not in STATUSES or self.kind not in KINDS:
             raise ValueError(
-                f"chunk status {self.status!r} / kind {self.kind!r} unknown; known: {STATUSES} / {KINDS}"
+                f"chunk status {self.status!r} / kind {self.kind!r} unknown; known: {STATUSES} /"
+                f" {KINDS}"
             )
         tokens = len(self.prompt_ids) + len(self.action_ids)
         if self.routes is not None and (
@@ -81,7 +85,8 @@ class Chunk:
             or self.routes.dtype not in (np.uint8, np.uint16)
         ):
             raise ValueError(
-                f"chunk has {tokens} tokens but routes {self.routes.dtype} {self.routes.shape}; they are uint8 or uint16 [tokens, layers, k]"
+                f"chunk has {tokens} tokens but routes {self.routes.dtype} {self.routes.shape};"
+                " they are uint8 or uint16 [tokens, layers, k]"
             )
 
 
@@ -89,7 +94,8 @@ class Chunk:
 class Trajectory:
     """One episode: its task, its chunks, its reward and how it ended.
 
-    `group` and `episode` number it inside a training step; `seed` is the sampling seed of the episode; `reward` is the verifier's.
+    `group` and `episode` number it inside a training step; `seed` is the sampling seed of the
+    episode; `reward` is the verifier's.
     """
 
     task: str
@@ -111,12 +117,15 @@ class Trajectory:
             )
         if not math.isfinite(self.reward):
             raise ValueError(
-                f"reward {self.reward} of {self.task} is not finite; an unreliable verifier ends the episode as infra_verifier"
+                f"reward {self.reward} of {self.task} is not finite; an unreliable verifier ends"
+                " the episode as infra_verifier"
             )
 
     @property
     def trainable(self) -> bool:
-        """Infrastructure failures and cancelled episodes say nothing about the policy: they enter no loss and no group statistic."""
+        """Infrastructure failures and cancelled episodes say nothing about the policy: they enter
+        no loss and no group statistic.
+        """
         return (
             bool(self.chunks)
             and not self.ending.startswith("infra_")
@@ -137,7 +146,9 @@ class Trajectory:
 
     @property
     def turns(self) -> list[tuple[list[int], Chunk]]:
-        """(tokens read since the turn before, chunk) of every chunk that sampled something: one without a sampled token is no decision."""
+        """(tokens read since the turn before, chunk) of every chunk that sampled something: one
+        without a sampled token is no decision.
+        """
         turns, pending = [], []
         for chunk in self.chunks:
             pending = pending + list(chunk.prompt_ids)
@@ -153,7 +164,10 @@ class Trajectory:
 
 
 def to_atif(trajectory: Trajectory) -> dict[str, Any]:
-    """The trajectory as an ATIF document. `from_atif(to_atif(t))` equals t, logprobs bit for bit."""
+    """The trajectory as an ATIF document.
+
+    `from_atif(to_atif(t))` equals t, logprobs bit for bit.
+    """
     steps: list[dict[str, Any]] = [
         {"step_id": 1, "source": "user", "message": trajectory.instruction}
     ]
@@ -219,7 +233,10 @@ def to_atif(trajectory: Trajectory) -> dict[str, Any]:
 
 
 def from_atif(document: dict[str, Any]) -> Trajectory:
-    """Reads a document that `to_atif` wrote. Raises ValueError naming the missing part for anything else."""
+    """Reads a document that `to_atif` wrote.
+
+    Raises ValueError naming the missing part for anything else.
+    """
     try:
         steps = [step for step in document["steps"] if step["source"] == "agent"]
         chunks = []

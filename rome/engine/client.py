@@ -1,8 +1,10 @@
 """The engine seen from outside: a client of SGLang's HTTP protocol.
 
-It works unchanged with real SGLang servers and with the embedded one (`rome.serve`). Every wait has a deadline. Back-pressure (429, 503) is
-waited out, a refused connection for a short while only; an answer that was cut by a pause is taken up again from its partial output. What differs
-between SGLang's versions is asked of the server (`dialect`), and a server that is too old is refused by name.
+It works unchanged with real SGLang servers and with the embedded one (`rome.serve`). Every wait has
+a deadline. Back-pressure (429, 503) is waited out, a refused connection for a short while only; an
+answer that was cut by a pause is taken up again from its partial output. What differs between
+SGLang's versions is asked of the server (`dialect`), and a server that is too old is refused by
+name.
 """
 
 from __future__ import annotations
@@ -49,11 +51,15 @@ class EngineDead(EngineError):
 
 
 class EngineRefused(EngineError):
-    """The engine was taken out of service while a request waited for it: another engine may go on with the request."""
+    """The engine was taken out of service while a request waited for it: another engine may go on
+    with the request.
+    """
 
 
 class EngineUnproven(EngineError):
-    """The engine answered with weights that were never proven there: it was started anew, or somebody else changed them."""
+    """The engine answered with weights that were never proven there: it was started anew, or
+    somebody else changed them.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +68,8 @@ class Dialect:
 
     Args:
       embedded: it is `rome.serve`, which can hash its tensors by the names of the checkpoint.
-      spans: it tells the weight version of each token, so that a request may live through an update. (Where it does not, "retract" with a flush
-        also crashed servers.)
+      spans: it tells the weight version of each token, so that a request may live through an
+        update. (Where it does not, "retract" with a flush also crashed servers.)
     """
 
     name: str
@@ -72,7 +78,10 @@ class Dialect:
 
 
 class Mirror(Protocol):
-    """Brings a checkpoint directory to the engine's host. `last`: seconds and bytes of the last time, or None."""
+    """Brings a checkpoint directory to the engine's host.
+
+    `last`: seconds and bytes of the last time, or None.
+    """
 
     last: Any
 
@@ -86,8 +95,10 @@ class Engine:
       url: such as http://127.0.0.1:30000.
       api_key: sent as a bearer token.
       model: what the server runs; needed to understand its routes.
-      dead_after_s: how long refused or broken connections are tried again before the server counts as dead.
-      mirror: what brings weights to the server's host (`launch.mirror`); None: the server reads the trainer's directory.
+      dead_after_s: how long refused or broken connections are tried again before the server counts
+        as dead.
+      mirror: what brings weights to the server's host (`launch.mirror`); None: the server reads the
+        trainer's directory.
     """
 
     def __init__(
@@ -131,7 +142,10 @@ class Engine:
         affinity: str | None = None,
         begun: Completion | None = None,
     ) -> Completion:
-        """Samples a continuation of input_ids. An answer that a pause aborted is re-sent as prompt + partial output until it ends by itself.
+        """Samples a continuation of input_ids.
+
+        An answer that a pause aborted is re-sent as prompt + partial output until it ends by
+        itself.
 
         Args:
           deadline_s: for all of it; afterwards the request is dropped on the server too.
@@ -180,7 +194,9 @@ class Engine:
         return completion
 
     async def _post_or_leave(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
-        """As `_post`, but ends at once when the engine is refused: a server that hangs is not waited for."""
+        """As `_post`, but ends at once when the engine is refused: a server that hangs is not
+        waited for.
+        """
         if self._refused is not None:
             raise EngineRefused(self._refused)
         post = asyncio.ensure_future(self._post(route, body))
@@ -192,14 +208,19 @@ class Engine:
             return post.result()
         finally:
             self._posts.discard(post)
-            post.cancel()  # where the caller was cancelled; the server drops a request whose connection ends
+            # where the caller was cancelled; the server drops a request whose connection ends
+            post.cancel()
 
     def _salt(self) -> dict[str, str]:
-        """SGLang's prefix cache is keyed by tokens and by this, not by weights: a prefix that other weights computed must not be found."""
+        """SGLang's prefix cache is keyed by tokens and by this, not by weights: a prefix that other
+        weights computed must not be found.
+        """
         return {"extra_key": f"weights-{self._proven[-1]}"} if self._proven else {}
 
     def hold(self) -> None:
-        """Makes `generate` wait before it sends anything, until `release`: new weights are not sampled from before they are proven."""
+        """Makes `generate` wait before it sends anything, until `release`: new weights are not
+        sampled from before they are proven.
+        """
         self._held = self._held or asyncio.Event()
 
     def release(self) -> None:
@@ -208,7 +229,9 @@ class Engine:
         self._held = None
 
     def refuse(self, cause: str) -> None:
-        """From now on `generate` raises EngineRefused at once, also where it was waiting, until `accept`."""
+        """From now on `generate` raises EngineRefused at once, also where it was waiting, until
+        `accept`.
+        """
         self._refused = cause
         self.release()
         for post in self._posts:
@@ -224,7 +247,9 @@ class Engine:
         self._refused = None
 
     def prove(self, version: int) -> None:
-        """From now on requests must be answered by these weights, or by those that are proven while they run."""
+        """From now on requests must be answered by these weights, or by those that are proven while
+        they run.
+        """
         if self._proven[-1:] != [version]:
             self._proven.append(version)
 
@@ -239,19 +264,26 @@ class Engine:
                     "stream": False,
                     "return_logprob": True,
                     "logprob_start_len": 0,
-                    "extra_key": f"probe-{uuid.uuid4().hex}",  # nothing cached has it: all of it is computed by the weights of now
+                    "extra_key": (
+                        f"probe-{uuid.uuid4().hex}"
+                    ),  # nothing cached has it: all of it is computed by the weights of now
                     "sampling_params": Sampling(max_new_tokens=1, temperature=0.0).to_json(),
                 },
             )
         entries = answer["meta_info"]["input_token_logprobs"]
         if len(entries) != len(input_ids):
             raise EngineError(
-                f"{self.url} returned {len(entries)} input logprobs for a prompt of {len(input_ids)} tokens; its cache must be flushed before scoring"
+                f"{self.url} returned {len(entries)} input logprobs for a prompt of"
+                f" {len(input_ids)} tokens; its cache must be flushed before scoring"
             )
         return [0.0] + [float(entry[0]) for entry in entries[1:]]
 
     async def pause(self, mode: str = "abort") -> None:
-        """Stops sampling. Running requests: "abort" returns them as they are, "retract" starts them over later, "in_place" freezes them."""
+        """Stops sampling.
+
+        Running requests: "abort" returns them as they are, "retract" starts them over later,
+        "in_place" freezes them.
+        """
         async with self._deadline(CONTROL_SECONDS, f"pause({mode})"):
             await self._post("/pause_generation", {"mode": mode})
 
@@ -260,10 +292,13 @@ class Engine:
             await self._post("/continue_generation", {})
 
     async def update_weights(self, path: str, version: int, *, flush: bool = True) -> None:
-        """Loads an HF-layout directory that the server can read. Check it (`model_info`, `score`) before resuming.
+        """Loads an HF-layout directory that the server can read.
+
+        Check it (`model_info`, `score`) before resuming.
 
         Args:
-          flush: forget cached prefixes. Frozen requests (pause "in_place") forbid it: SGLang 0.5.23 then answers 400 although the weights changed.
+          flush: forget cached prefixes. Frozen requests (pause "in_place") forbid it: SGLang 0.5.23
+            then answers 400 although the weights changed.
         """
         async with self._deadline(UPDATE_SECONDS, "a weight update"):
             answer = await self._post(
@@ -301,22 +336,31 @@ class Engine:
         return await self._info("server_info")
 
     async def release_memory(self, tags: tuple[str, ...] = ("weights", "kv_cache")) -> None:
-        """Frees the device for somebody else. The engine must be idle and stays paused; SGLang needs --enable-memory-saver."""
+        """Frees the device for somebody else.
+
+        The engine must be idle and stays paused; SGLang needs --enable-memory-saver.
+        """
         async with self._deadline(CONTROL_SECONDS, "release_memory_occupation"):
             await self._post("/release_memory_occupation", {"tags": list(tags)})
 
     async def resume_memory(self, tags: tuple[str, ...] = ("weights", "kv_cache")) -> None:
-        """Takes the memory back. What it holds is undefined: weights must be loaded and proven before anything is sampled."""
+        """Takes the memory back.
+
+        What it holds is undefined: weights must be loaded and proven before anything is sampled.
+        """
         async with self._deadline(CONTROL_SECONDS, "resume_memory_occupation"):
             await self._post("/resume_memory_occupation", {"tags": list(tags)})
 
     async def dialect(self) -> Dialect:
-        """Asked anew each time: a server may have been replaced by another version. Raises EngineError for one that is too old."""
+        """Asked anew each time: a server may have been replaced by another version.
+
+        Raises EngineError for one that is too old.
+        """
         info = await self.server_info()
         if int(info.get("tokenizer_worker_num") or 1) > 1:
             raise EngineError(
-                f"{self.url} runs {info['tokenizer_worker_num']} tokenizer workers: a pause and an update may meet different ones; "
-                "start it with --tokenizer-worker-num 1"
+                f"{self.url} runs {info['tokenizer_worker_num']} tokenizer workers: a pause and an"
+                " update may meet different ones; start it with --tokenizer-worker-num 1"
             )
         return dialect_of(
             self.url, str(info.get("version", "")), info.get("engine") == "rome.serve"
@@ -326,7 +370,8 @@ class Engine:
         """How the server is. Never raises for one that is not well.
 
         Args:
-          seconds: before it counts as hung. SGLang generates a token to answer and may need 20 s; a shorter wait condemns busy servers.
+          seconds: before it counts as hung. SGLang generates a token to answer and may need 20 s; a
+            shorter wait condemns busy servers.
         """
         try:
             async with asyncio.timeout(seconds):
@@ -346,7 +391,9 @@ class Engine:
             return "gone"
 
     async def _info(self, name: str) -> dict[str, Any]:
-        """New servers call it /model_info, old ones /get_model_info: whichever is there is remembered."""
+        """New servers call it /model_info, old ones /get_model_info: whichever is there is
+        remembered.
+        """
         async with self._deadline(CONTROL_SECONDS, name):
             if name not in self._info_routes:
                 status, answer, _ = await self._request("GET", f"/{name}", None)
@@ -357,12 +404,16 @@ class Engine:
             status, answer, _ = await self._request("GET", self._info_routes[name], None)
             if status != 200:
                 raise EngineError(
-                    f"{self.url}{self._info_routes.pop(name)} answered {status}: {_error_text(answer)}; is this an SGLang server?"
+                    f"{self.url}{self._info_routes.pop(name)} answered {status}:"
+                    f" {_error_text(answer)}; is this an SGLang server?"
                 )
             return answer
 
     async def _post(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
-        """One answer, after as many attempts as back-pressure asks for. Ends by success, EngineError, or the caller's deadline."""
+        """One answer, after as many attempts as back-pressure asks for.
+
+        Ends by success, EngineError, or the caller's deadline.
+        """
         wait = 0.1
         while True:
             status, answer, retry_after_s = await self._request("POST", route, body)
@@ -378,7 +429,10 @@ class Engine:
     async def _request(
         self, method: str, route: str, body: dict[str, Any] | None
     ) -> tuple[int, Any, float]:
-        """(status, parsed body, seconds of Retry-After). Broken connections are tried again for `dead_after_s`, then the server is dead."""
+        """(status, parsed body, seconds of Retry-After).
+
+        Broken connections are tried again for `dead_after_s`, then the server is dead.
+        """
         give_up, wait = time.monotonic() + self.dead_after_s, 0.1
         while True:
             try:
@@ -394,17 +448,22 @@ class Engine:
             except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError) as error:
                 if time.monotonic() + wait > give_up:
                     raise EngineDead(
-                        f"engine {self.url} is dead: {type(error).__name__} {error}; see its log, start it again, and resume"
+                        f"engine {self.url} is dead: {type(error).__name__} {error}; see its log,"
+                        " start it again, and resume"
                     ) from error
             except (aiohttp.ClientError, ValueError) as error:
                 raise EngineError(
-                    f"{self.url}{route} did not answer in HTTP and JSON ({type(error).__name__} {error}); is this an SGLang server?"
+                    f"{self.url}{route} did not answer in HTTP and JSON ({type(error).__name__}"
+                    f" {error}); is this an SGLang server?"
                 ) from error
             await asyncio.sleep(wait * random.uniform(0.5, 1.0))
             wait = min(2 * wait, 2.0)
 
     def _client(self) -> aiohttp.ClientSession:
-        """The session of the running event loop. One of an earlier, finished loop is forgotten: its sockets went with it."""
+        """The session of the running event loop.
+
+        One of an earlier, finished loop is forgotten: its sockets went with it.
+        """
         loop = asyncio.get_running_loop()
         if self._session is None or self._loop is not loop or self._session.closed:
             if self._session is not None and not self._session.closed:
@@ -421,11 +480,14 @@ class Engine:
     def _deadline(self, seconds: float, what: str) -> _Deadline:
         return _Deadline(
             seconds,
-            f"{self.url} did not give {what} within {seconds:g} s; is it paused, overloaded or stuck? See its log",
+            f"{self.url} did not give {what} within {seconds:g} s; is it paused, overloaded or"
+            " stuck? See its log",
         )
 
     def _require_proven(self, meta: dict[str, Any], known: list[int]) -> None:
-        """Raises EngineUnproven for an answer by other weights than those that were proven last when it was asked for, or since."""
+        """Raises EngineUnproven for an answer by other weights than those that were proven last
+        when it was asked for, or since.
+        """
         if not known or not meta.get("output_token_logprobs"):
             return
         allowed = self._proven[len(self._proven) - 1 - self._proven[::-1].index(known[0]) :]
@@ -434,7 +496,8 @@ class Engine:
                 if self._refused is not None:  # known already
                     raise EngineRefused(self._refused)
                 raise EngineUnproven(
-                    f"{self.url} answered with weights {span['version']!r}; proven there were {', '.join(map(str, allowed))}"
+                    f"{self.url} answered with weights {span['version']!r}; proven there were"
+                    f" {', '.join(map(str, allowed))}"
                 )
 
     def _append(self, completion: Completion, answer: dict[str, Any]) -> None:
@@ -444,7 +507,8 @@ class Engine:
         entries = meta["output_token_logprobs"] if ids else []
         if [entry[1] for entry in entries] != ids:
             raise EngineError(
-                f"{self.url} returned {len(entries)} logprobs for {len(ids)} tokens, or of other tokens; this engine cannot be trained on"
+                f"{self.url} returned {len(entries)} logprobs for {len(ids)} tokens, or of other"
+                " tokens; this engine cannot be trained on"
             )
         spans = meta.get("weight_versions") or [
             {"version": meta["weight_version"], "start": 0, "end": len(ids)}
@@ -464,7 +528,10 @@ class Engine:
             )
 
     def _route_fields(self, completion: Completion, sampling: Sampling) -> dict[str, Any]:
-        """Asks for the routes that are not known yet. Servers that do not know the second field send those of the whole sequence."""
+        """Asks for the routes that are not known yet.
+
+        Servers that do not know the second field send those of the whole sequence.
+        """
         if sampling.routes_from is None:
             return {}
         known = 0 if completion.routes is None else len(completion.routes)
@@ -476,8 +543,9 @@ class Engine:
     def _append_routes(
         self, completion: Completion, meta: dict[str, Any], start: int, prompt_length: int
     ) -> None:
-        """Adds the routes of the tokens that have none yet: a token keeps those of the pass that its successor was sampled from, also when an
-        abort made the server run it again."""
+        """Adds the routes of the tokens that have none yet: a token keeps those of the pass that
+        its successor was sampled from, also when an abort made the server run it again.
+        """
         config, known = self.model, 0 if completion.routes is None else len(completion.routes)
         if config is None:
             raise ValueError(
@@ -485,8 +553,9 @@ class Engine:
             )
         if not meta.get("routed_experts"):
             raise EngineError(
-                f"{self.url} returned no routes; start the SGLang server with --enable-return-routed-experts (and no gateway before it that "
-                "drops the field), or set routing_replay to off or recompute"
+                f"{self.url} returned no routes; start the SGLang server with"
+                " --enable-return-routed-experts (and no gateway before it that drops the field),"
+                " or set routing_replay to off or recompute"
             )
         ids = np.frombuffer(
             base64.b64decode(meta["routed_experts"]),
@@ -499,8 +568,9 @@ class Engine:
         wanted = total - start - known
         if ids.size not in (wanted * each, total * each):
             raise EngineError(
-                f"{self.url} returned {ids.size} expert ids; {wanted} tokens in {config.num_layers} layers with {config.experts_per_token} "
-                "experts each have another number. Does it serve another model?"
+                f"{self.url} returned {ids.size} expert ids; {wanted} tokens in {config.num_layers}"
+                f" layers with {config.experts_per_token} experts each have another number. Does it"
+                " serve another model?"
             )
         try:
             routes = encode_routes(
@@ -515,12 +585,15 @@ class Engine:
         )
 
     def _version(self, text: str) -> int:
-        """SGLang's versions are strings; ours are numbers, and a server that was never updated says "default": version 0."""
+        """SGLang's versions are strings; ours are numbers, and a server that was never updated says
+        "default": version 0.
+        """
         try:
             return 0 if text == "default" else int(text)
         except ValueError:
             raise EngineError(
-                f"{self.url} has weight_version {text!r}, not a number; start it with --weight-version 0"
+                f"{self.url} has weight_version {text!r}, not a number; start it with"
+                " --weight-version 0"
             ) from None
 
 
@@ -553,14 +626,16 @@ def _append_span(spans: list[tuple[int, int, int]], version: int, start: int, en
 
 
 def dialect_of(url: str, version: str, embedded: bool = False) -> Dialect:
-    """Raises EngineError, with what to install, for versions before OLDEST and for what is no version."""
+    """Raises EngineError, with what to install, for versions before OLDEST and for what is no
+    version.
+    """
     if embedded:
         return Dialect(version, True, True)
     match = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
     if match is None or (number := tuple(map(int, match.groups()))) < OLDEST:
         raise EngineError(
-            f"{url} runs SGLang {version or 'of unknown version'}; weight updates need {'.'.join(map(str, OLDEST))} or newer "
-            "(requirements-sglang.txt)"
+            f"{url} runs SGLang {version or 'of unknown version'}; weight updates need"
+            f" {'.'.join(map(str, OLDEST))} or newer (requirements-sglang.txt)"
         )
     return Dialect(version, False, number >= TELLS_SPANS)
 
@@ -574,7 +649,9 @@ def _retry_after(header: str | None) -> float:
 
 
 def _error_text(answer: Any) -> str:
-    """Both shapes of error bodies: {"error": "text"} and {"error": {"message": ...}}; updates answer {"message": ...}."""
+    """Both shapes of error bodies: {"error": "text"} and {"error": {"message": ...}}; updates
+    answer {"message": ...}.
+    """
     if not isinstance(answer, dict):
         return str(answer)[:500] or "no text"
     error = answer.get("error", answer)

@@ -1,4 +1,6 @@
-"""What an engine is asked for and what it gives: sampling parameters in SGLang's form, and a completion with the versions that made it."""
+"""What an engine is asked for and what it gives: sampling parameters in SGLang's form, and a
+completion with the versions that made it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,10 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How to sample. The defaults are what RL needs: the plain distribution at temperature 1, every token of which has a logprob.
+    """How to sample.
+
+    The defaults are what RL needs: the plain distribution at temperature 1, every token of which
+    has a logprob.
 
     Args:
       temperature: 0 is greedy.
@@ -30,7 +35,9 @@ class Sampling:
     routes_from: int | None = None
 
     def to_json(self, already: int = 0) -> dict[str, Any]:
-        """SGLang's sampling_params, all of them: a server's own defaults would slip into every field that is left out."""
+        """SGLang's sampling_params, all of them: a server's own defaults would slip into every
+        field that is left out.
+        """
         fields = {
             "max_new_tokens": self.max_new_tokens - already,
             "temperature": self.temperature,
@@ -60,8 +67,8 @@ class Completion:
       finish_reason: "stop" or "length".
       versions: (weight version, start, end) over output_ids, in order and without gaps.
       cached_tokens: prompt tokens whose keys and values were in the engine's cache.
-      routes: [prompt + output - 1 - routes_from, layers, k] as in `rome.data.routes`, where they were asked for. The last token has none: it was
-        drawn, but not run.
+      routes: [prompt + output - 1 - routes_from, layers, k] as in `rome.data.routes`, where they
+        were asked for. The last token has none: it was drawn, but not run.
     """
 
     output_ids: list[int]

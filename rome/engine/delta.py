@@ -1,11 +1,15 @@
-"""Weights as differences: what of a checkpoint's bytes changed since the one before, for hosts that have that one.
+"""Weights as differences: what of a checkpoint's bytes changed since the one before, for hosts that
+have that one.
 
-An RL step with a small learning rate leaves most bfloat16 weights as they were (the update is below half of their last digit), so the exclusive or
-of two checkpoints is mostly zeros, and zstd makes little of it.
+An RL step with a small learning rate leaves most bfloat16 weights as they were (the update is below
+half of their last digit), so the exclusive or of two checkpoints is mostly zeros, and zstd makes
+little of it.
 
-A delta is one file: a line of JSON, then records, one a block. It names the digest of the directory that it begins from and of the one that it results in. Who
-applies it starts from a directory of just that digest, hashes every byte that he writes, and shows the result under its name only when its digest is
-the promised one. Whatever does not fit is a `BrokenChain`, whose remedy is the full checkpoint.
+A delta is one file: a line of JSON, then records, one a block. It names the digest of the directory
+that it begins from and of the one that it results in. Who applies it starts from a directory of
+just that digest, hashes every byte that he writes, and shows the result under its name only when
+its digest is the promised one. Whatever does not fit is a `BrokenChain`, whose remedy is the full
+checkpoint.
 """
 
 from __future__ import annotations
@@ -40,7 +44,9 @@ class BrokenChain(ValueError):
 
 
 def directory_digest(directory: pathlib.Path) -> str:
-    """Of names and bytes of all files in it: 64 hexadecimal digits, a hash over the files' hashes, which are over their blocks'."""
+    """Of names and bytes of all files in it: 64 hexadecimal digits, a hash over the files' hashes,
+    which are over their blocks'.
+    """
     files = _files(directory)
     sums = _Sums(files)
 
@@ -54,10 +60,14 @@ def directory_digest(directory: pathlib.Path) -> str:
 def write_delta(
     base: pathlib.Path, result: pathlib.Path, delta: pathlib.Path, base_digest: str | None = None
 ) -> int:
-    """Writes what leads from one checkpoint directory to the other; it is there whole or not at all. Returns its bytes.
+    """Writes what leads from one checkpoint directory to the other; it is there whole or not at
+    all.
+
+    Returns its bytes.
 
     Args:
-      base_digest: where it is known already (the result of the delta before); it saves hashing the base.
+      base_digest: where it is known already (the result of the delta before); it saves hashing the
+        base.
     """
     before, after = {path.name: path for path in _files(base)}, _files(result)
     sizes = [path.stat().st_size for path in after]
@@ -125,9 +135,12 @@ def read_header(delta: pathlib.Path) -> dict:
 
 
 def apply_delta(base: pathlib.Path, delta: pathlib.Path, target: pathlib.Path) -> str:
-    """Makes `target` out of `base`, whose digest the caller has compared with the header's. Returns the digest of target.
+    """Makes `target` out of `base`, whose digest the caller has compared with the header's.
 
-    It is there whole or not at all, also after a power cut. Raises BrokenChain, and leaves nothing, when it would not be what the delta promises.
+    Returns the digest of target.
+
+    It is there whole or not at all, also after a power cut. Raises BrokenChain, and leaves nothing,
+    when it would not be what the delta promises.
     """
     header = read_header(delta)
     files = header["files"]
@@ -165,13 +178,17 @@ def apply_delta(base: pathlib.Path, delta: pathlib.Path, target: pathlib.Path) -
             raise BrokenChain(f"{delta}: {error}; fetch the full checkpoint") from None
         if sums.digest() != header["result"]:
             raise BrokenChain(
-                f"{delta} promises {header['result']}, but leads to {sums.digest()} from here; fetch the full checkpoint"
+                f"{delta} promises {header['result']}, but leads to {sums.digest()} from here;"
+                " fetch the full checkpoint"
             )
     return header["result"]
 
 
 def copy_checkpoint(source: pathlib.Path, target: pathlib.Path) -> str:
-    """The full way: copies the directory, whole or not at all. Returns its digest, that of the bytes as they were read."""
+    """The full way: copies the directory, whole or not at all.
+
+    Returns its digest, that of the bytes as they were read.
+    """
     files = _files(source)
     sizes = [path.stat().st_size for path in files]
     sums = _Sums(files)
@@ -190,7 +207,10 @@ def copy_checkpoint(source: pathlib.Path, target: pathlib.Path) -> str:
 
 
 class _Sums:
-    """SHA-256 of blocks, of files over their blocks, of a directory over its files. Blocks may come in any order, from any thread."""
+    """SHA-256 of blocks, of files over their blocks, of a directory over its files.
+
+    Blocks may come in any order, from any thread.
+    """
 
     def __init__(self, files: list[pathlib.Path]):
         self._blocks: dict[str, dict[int, bytes]] = {path.name: {} for path in files}
@@ -211,7 +231,9 @@ class _Sums:
 
 @contextlib.contextmanager
 def _made_whole(target: pathlib.Path, size: int) -> Iterator[pathlib.Path]:
-    """A directory to write to, which becomes `target` when all is on the disk, and vanishes when anything fails."""
+    """A directory to write to, which becomes `target` when all is on the disk, and vanishes when
+    anything fails.
+    """
     check_space(target.parent, size)
     partial = target.with_name(target.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)

@@ -1,6 +1,8 @@
-"""Brings checkpoints from the trainer's storage to the disk of an engine's host: by delta where the chain holds, else in full.
+"""Brings checkpoints from the trainer's storage to the disk of an engine's host: by delta where the
+chain holds, else in full.
 
-`Mirror` does it on the host (`python -m launch.mirror` serves it); `MirrorClient` is what the trainer's `Engine` has to ask it.
+`Mirror` does it on the host (`python -m launch.mirror` serves it); `MirrorClient` is what the
+trainer's `Engine` has to ask it.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-    """How a checkpoint came. bytes: what was read from the trainer's storage; seconds: until it lay on the host's disk, verified."""
+    """How a checkpoint came. bytes: what was read from the trainer's storage; seconds: until it lay
+    on the host's disk, verified.
+    """
 
     path: pathlib.Path
     way: Literal["held", "delta", "full"]
@@ -43,7 +47,8 @@ class Mirror:
     """One host's copies. Not for several threads at once.
 
     Args:
-      local: its directory, which nobody else writes to. What a killed predecessor left unfinished there is removed; whole copies are used again.
+      local: its directory, which nobody else writes to. What a killed predecessor left unfinished
+        there is removed; whole copies are used again.
     """
 
     def __init__(self, local: pathlib.Path):
@@ -56,7 +61,8 @@ class Mirror:
         }  # hashed anew: a power cut may have torn them
 
     def fetch(self, source: pathlib.Path, fresh: bool = False) -> Transfer:
-        """The copy of the checkpoint directory `source`; SOURCE.delta beside it is used where it begins from a copy that is here.
+        """The copy of the checkpoint directory `source`; SOURCE.delta beside it is used where it
+        begins from a copy that is here.
 
         Args:
           fresh: copy all of it, whatever is here.
@@ -82,7 +88,9 @@ class Mirror:
     def _by_delta(
         self, delta: pathlib.Path, target: pathlib.Path
     ) -> Literal["held", "delta"] | None:
-        """None when the chain does not hold, whatever the reason: the full checkpoint is always a remedy."""
+        """None when the chain does not hold, whatever the reason: the full checkpoint is always a
+        remedy.
+        """
         if not delta.exists():
             return None
         try:
@@ -118,7 +126,10 @@ class MirrorClient:
         self._asked: pathlib.Path | None = None
 
     async def fetch(self, path: pathlib.Path) -> pathlib.Path:
-        """Where the engine finds the checkpoint. One that is asked for again did not prove itself, so it is copied anew. Raises EngineError."""
+        """Where the engine finds the checkpoint.
+
+        One that is asked for again did not prove itself, so it is copied anew. Raises EngineError.
+        """
         path, fresh = path.resolve(), self._asked == path.resolve()
         self._asked = path
         try:
@@ -142,7 +153,8 @@ class MirrorClient:
             ) from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise EngineError(
-                f"mirror {self.url} does not answer ({error!r}); start launch.mirror on the engine's host"
+                f"mirror {self.url} does not answer ({error!r}); start launch.mirror on the"
+                " engine's host"
             ) from error
         self.last = Transfer(
             pathlib.Path(answer["path"]), answer["way"], answer["bytes"], answer["seconds"]

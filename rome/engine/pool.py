@@ -7,8 +7,8 @@
     dead        nobody answers at its URL
     lent        the learner has its devices (`lend`)
 
-What ran on an engine that is taken out goes on elsewhere, from the tokens that it had. Taking out is done here and by whoever meets an error; bringing
-back is `rome.engine.supervise`'s.
+What ran on an engine that is taken out goes on elsewhere, from the tokens that it had. Taking out
+is done here and by whoever meets an error; bringing back is `rome.engine.supervise`'s.
 """
 
 from __future__ import annotations
@@ -33,21 +33,25 @@ from rome.engine.proof import Weights, load_and_prove
 
 State = Literal["starting", "ready", "updating", "suspect", "dead", "lent"]
 KEPT_AFFINITIES = 100_000
-DRAIN_SECONDS = (
-    2.0  # for answers that a pause cut to arrive; later ones are sampled again elsewhere
-)
+# for answers that a pause cut to arrive; later ones are sampled again elsewhere
+DRAIN_SECONDS = 2.0
 MOST_MOVES = 8  # a request that was on so many engines when they failed may be the reason
-CROWDED = 16  # in flight at an episode's engine, beyond twice the least elsewhere: the cached prefix is not worth the wait any more
+# in flight at an episode's engine, beyond twice the least elsewhere: the cached prefix is not worth
+# the wait any more
+CROWDED = 16
 log = logging.getLogger(__name__)
 
 
 class EnginePool:
-    """Routes an episode to the engine that has its prefix cached, and new episodes to the engine with the least in flight.
+    """Routes an episode to the engine that has its prefix cached, and new episodes to the engine
+    with the least in flight.
 
     Args:
-      engines: they count as ready: whoever hands them over has started them with the weights that are wanted.
-      restart: by URL, what starts a dead engine of our own again, at the same URL; it blocks until the engine answers, and raises EngineError when
-        it does not. The others are somebody else's to start, and are taken back when they answer again.
+      engines: they count as ready: whoever hands them over has started them with the weights that
+        are wanted.
+      restart: by URL, what starts a dead engine of our own again, at the same URL; it blocks until
+        the engine answers, and raises EngineError when it does not. The others are somebody else's
+        to start, and are taken back when they answer again.
     """
 
     def __init__(
@@ -55,7 +59,8 @@ class EnginePool:
     ):
         if not engines:
             raise ValueError(
-                "a pool needs at least one engine; give --config.engines=URL[,URL...] or let launch.train start one"
+                "a pool needs at least one engine; give --config.engines=URL[,URL...] or let"
+                " launch.train start one"
             )
         self.engines: list[Engine] = []
         self.states: dict[str, State] = {}
@@ -81,7 +86,10 @@ class EnginePool:
             await engine.close()
 
     def join(self, engine: Engine, state: State = "starting") -> None:
-        """Adds an engine at any time. It serves when a publication or the supervisor has brought it to the current weights."""
+        """Adds an engine at any time.
+
+        It serves when a publication or the supervisor has brought it to the current weights.
+        """
         if engine.url in self.states:
             raise ValueError(
                 f"the pool has an engine at {engine.url} already; each needs a URL of its own"
@@ -104,7 +112,9 @@ class EnginePool:
         *,
         affinity: str | None = None,
     ) -> Completion:
-        """As `Engine.generate`, on the engine of this affinity. An engine that is taken out hands its request, as far as it came, to another one.
+        """As `Engine.generate`, on the engine of this affinity.
+
+        An engine that is taken out hands its request, as far as it came, to another one.
 
         Raises: EngineError; at once when no engine is left and nobody brings one back.
         """
@@ -130,7 +140,8 @@ class EnginePool:
             moves += 1
             if moves == MOST_MOVES:
                 raise EngineError(
-                    f"{moves} engines failed while they had this request, {engine.url} last: {self.causes.get(engine.url)}"
+                    f"{moves} engines failed while they had this request, {engine.url} last:"
+                    f" {self.causes.get(engine.url)}"
                 )
 
     def engines_in(self, *states: State) -> list[Engine]:
@@ -141,7 +152,9 @@ class EnginePool:
         self._take_out(engine, "dead", cause)
 
     def quarantine(self, engine: Engine, cause: str) -> None:
-        """As `mark_dead`, of an engine that may answer, but is not to be trusted until it has proven the current weights."""
+        """As `mark_dead`, of an engine that may answer, but is not to be trusted until it has
+        proven the current weights.
+        """
         self._take_out(engine, "suspect", cause)
 
     def admit(self, engine: Engine) -> None:
@@ -161,14 +174,18 @@ class EnginePool:
             self._opened = None
 
     async def bring(self, engine: Engine, mode: str = "abort") -> float:
-        """Brings one engine to the pool's current weights and admits it. Returns the largest error of its probe, in nats.
+        """Brings one engine to the pool's current weights and admits it.
 
-        Raises: EngineError; the engine is then suspect or dead, and so it is when this is cancelled.
+        Returns the largest error of its probe, in nats.
+
+        Raises: EngineError; the engine is then suspect or dead, and so it is when this is
+        cancelled.
         """
         async with self._bringing[engine.url]:
             if self.weights is None:
                 raise EngineError(
-                    f"{engine.url} cannot be brought to the current weights: nothing was published yet"
+                    f"{engine.url} cannot be brought to the current weights: nothing was"
+                    " published yet"
                 )
             weights = None
             try:
@@ -189,7 +206,8 @@ class EnginePool:
             except (LookupError, TypeError, ValueError, OSError) as failure:
                 self.quarantine(
                     engine,
-                    f"{engine.url} answered an update unlike an SGLang server, or its checkpoint cannot be read: {failure!r}",
+                    f"{engine.url} answered an update unlike an SGLang server, or its checkpoint"
+                    f" cannot be read: {failure!r}",
                 )
                 raise EngineError(self.causes[engine.url]) from failure
             except asyncio.CancelledError:
@@ -203,7 +221,11 @@ class EnginePool:
             return error
 
     async def wait_ready(self, seconds: float) -> None:
-        """Returns when an engine serves. Raises EngineError, with every cause, when none does within `seconds` or nobody brings one back."""
+        """Returns when an engine serves.
+
+        Raises EngineError, with every cause, when none does within `seconds` or nobody brings one
+        back.
+        """
         ends = time.monotonic() + seconds
         while not self.engines_in("ready", "updating"):
             if not self.supervised:
@@ -219,9 +241,12 @@ class EnginePool:
                 ) from None
 
     async def lend(self, count: int) -> None:
-        """Time division: frees the devices of `count` engines for the learner, always of the last ones. What ran there goes on on the others, from the
-        tokens that it had; where all are lent, it waits. `take_back`, then a publication, ends it: what the memory holds afterwards is undefined. One
-        that cannot be lent goes into quarantine.
+        """Time division: frees the devices of `count` engines for the learner, always of the last
+        ones.
+
+        What ran there goes on on the others, from the tokens that it had; where all are lent, it
+        waits. `take_back`, then a publication, ends it: what the memory holds afterwards is
+        undefined. One that cannot be lent goes into quarantine.
         """
 
         async def lend(engine: Engine) -> None:
@@ -242,7 +267,10 @@ class EnginePool:
         )
 
     async def take_back(self) -> None:
-        """The engines that were lent have their memory again. They hold requests until a publication has brought weights there."""
+        """The engines that were lent have their memory again.
+
+        They hold requests until a publication has brought weights there.
+        """
 
         async def take(engine: Engine) -> None:
             await engine.resume_memory()

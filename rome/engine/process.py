@@ -19,9 +19,8 @@ from collections.abc import Callable, Sequence
 from rome.engine.client import EngineError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-PORT_IN_USE = (
-    98  # exit status of launch.serve when it cannot have its port (the number of EADDRINUSE)
-)
+# exit status of launch.serve when it cannot have its port (the number of EADDRINUSE)
+PORT_IN_USE = 98
 PORT_ATTEMPTS = 3
 KILL_SECONDS = 30.0
 START_SECONDS = 180.0
@@ -47,7 +46,10 @@ class ServerProcess:
         return self.process.poll() is None
 
     def restart(self, deadline_s: float = START_SECONDS) -> None:
-        """Ends the process, however it stands, and starts it anew at the same URL with the weights of its first start. Returns when it answers.
+        """Ends the process, however it stands, and starts it anew at the same URL with the weights
+        of its first start.
+
+        Returns when it answers.
 
         Raises: EngineError with the end of the log when it does not within deadline_s.
         """
@@ -60,11 +62,15 @@ class ServerProcess:
         status = _wait_until_ready(self, time.monotonic() + deadline_s)
         if status is not None:
             raise EngineError(
-                f"the engine ended with status {status} when it was started again; the end of {self.log_path}:\n{_tail(self.log_path)}"
+                f"the engine ended with status {status} when it was started again; the end of"
+                f" {self.log_path}:\n{_tail(self.log_path)}"
             )
 
     def stop(self, grace_s: float = 5.0) -> None:
-        """SIGTERM, then SIGKILL to its whole process group, for good. Does nothing when it is gone already."""
+        """SIGTERM, then SIGKILL to its whole process group, for good.
+
+        Does nothing when it is gone already.
+        """
         self.stopped = True
         self._end(grace_s)
 
@@ -92,7 +98,8 @@ def start_server(
 ) -> ServerProcess:
     """Starts `python -m launch.serve` and returns when it is ready to answer.
 
-    The server ends with this process, even when this process is killed. It gets one CPU device, whatever XLA_FLAGS says here.
+    The server ends with this process, even when this process is killed. It gets one CPU device,
+    whatever XLA_FLAGS says here.
 
     Args:
       port: None takes a free one, and another when somebody else was faster.
@@ -115,7 +122,8 @@ def start_server(
         if status != PORT_IN_USE or port is not None:
             break
     raise EngineError(
-        f"the engine ended with status {status} before it was ready; the end of {log_path}:\n{_tail(log_path)}"
+        f"the engine ended with status {status} before it was ready; the end of"
+        f" {log_path}:\n{_tail(log_path)}"
     )
 
 
@@ -163,7 +171,10 @@ def _launch(
 
 
 def _wait_until_ready(server: ServerProcess, ends: float) -> int | None:
-    """None when /health says 200, the exit status when the process ended instead. Raises EngineError at `ends`."""
+    """None when /health says 200, the exit status when the process ended instead.
+
+    Raises EngineError at `ends`.
+    """
     while time.monotonic() < ends:
         if not server.alive():
             return server.process.returncode
@@ -175,7 +186,8 @@ def _wait_until_ready(server: ServerProcess, ends: float) -> int | None:
             pass
         time.sleep(0.1)
     raise EngineError(
-        f"the engine was not ready in time; raise the deadline, or see the end of {server.log_path}:\n{_tail(server.log_path)}"
+        "the engine was not ready in time; raise the deadline, or see the end of"
+        f" {server.log_path}:\n{_tail(server.log_path)}"
     )
 
 

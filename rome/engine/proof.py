@@ -1,7 +1,9 @@
-"""What makes an engine fit to serve: it has loaded the weights, and has proven that it samples from them.
+"""What makes an engine fit to serve: it has loaded the weights, and has proven that it samples from
+them.
 
-Load, compare the version (and, on the embedded engine, a hash of every tensor), compare the logprobs of a probe prompt with the trainer's. SGLang
-says success for a checkpoint that lacks tensors, and says failure for updates that it did make, so its own word proves nothing.
+Load, compare the version (and, on the embedded engine, a hash of every tensor), compare the
+logprobs of a probe prompt with the trainer's. SGLang says success for a checkpoint that lacks
+tensors, and says failure for updates that it did make, so its own word proves nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ class Weights:
 
     Args:
       path: a Hugging Face directory where the engines can read it.
-      expected_logprobs: the trainer's log p(probe_ids[t] | before t) at temperature 1; the entry of the first id is ignored.
+      expected_logprobs: the trainer's log p(probe_ids[t] | before t) at temperature 1; the entry of
+        the first id is ignored.
       tolerance: largest error of a probe's logprob, in nats.
     """
 
@@ -38,15 +41,19 @@ class Weights:
     def __post_init__(self) -> None:
         if len(self.probe_ids) != len(self.expected_logprobs) or len(self.probe_ids) < 2:
             raise ValueError(
-                f"{len(self.probe_ids)} probe ids and {len(self.expected_logprobs)} logprobs; give one logprob for each of at least two ids"
+                f"{len(self.probe_ids)} probe ids and {len(self.expected_logprobs)} logprobs; give"
+                " one logprob for each of at least two ids"
             )
 
 
 async def load_and_prove(engine: Engine, weights: Weights, mode: str = "abort") -> float:
-    """Pauses the engine, loads, proves and lets it go on. Returns the largest error of the probe's logprobs, in nats.
+    """Pauses the engine, loads, proves and lets it go on.
+
+    Returns the largest error of the probe's logprobs, in nats.
 
     Args:
-      mode: what happens to running requests; "abort" is taken where the server cannot tell which tokens are by which weights.
+      mode: what happens to running requests; "abort" is taken where the server cannot tell which
+        tokens are by which weights.
     Raises: EngineError. The engine then stands paused, or nobody knows how it stands.
     """
     dialect = await engine.dialect()
@@ -58,8 +65,8 @@ async def load_and_prove(engine: Engine, weights: Weights, mode: str = "abort") 
     info = await engine.model_info()
     if info.get("weight_version") != str(weights.version):
         raise EngineError(
-            f"{engine.url} says weight_version {info.get('weight_version')!r} after the update to {weights.version}; "
-            "start it again and publish again"
+            f"{engine.url} says weight_version {info.get('weight_version')!r} after the update to"
+            f" {weights.version}; start it again and publish again"
         )
     if dialect.embedded:
         await _compare_checksums(engine, weights.path, (await engine.server_info())["dtype"])
@@ -73,8 +80,9 @@ async def load_and_prove(engine: Engine, weights: Weights, mode: str = "abort") 
     if not error <= weights.tolerance:  # also when it is NaN
         await engine.pause("abort")
         raise EngineError(
-            f"{engine.url} has weights {weights.version}, but its probe logprobs differ by {error:.3g} from the trainer's "
-            f"(tolerance {weights.tolerance:g}); compare dtypes and model code, or start it again and publish again"
+            f"{engine.url} has weights {weights.version}, but its probe logprobs differ by"
+            f" {error:.3g} from the trainer's (tolerance {weights.tolerance:g}); compare dtypes and"
+            " model code, or start it again and publish again"
         )
     return error
 
@@ -87,7 +95,8 @@ async def _compare_checksums(engine: Engine, path: pathlib.Path, dtype: str) -> 
     )
     if differing:
         raise EngineError(
-            f"{engine.url} holds other bytes than {path} in {len(differing)} tensors ({', '.join(differing[:3])}, ...); start it again and publish again"
+            f"{engine.url} holds other bytes than {path} in {len(differing)} tensors"
+            f" ({', '.join(differing[:3])}, ...); start it again and publish again"
         )
 
 

@@ -1,6 +1,8 @@
-"""Brings the trainer's weights to every engine of a pool, and lets an engine go on only when it has proven that it has them (`rome.engine.proof`).
+"""Brings the trainer's weights to every engine of a pool, and lets an engine go on only when it has
+proven that it has them (`rome.engine.proof`).
 
-Requests of this process wait until the proof is there. An engine that fails goes into quarantine and the run goes on with the others.
+Requests of this process wait until the proof is there. An engine that fails goes into quarantine
+and the run goes on with the others.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from rome.model.hf.checkpoint import save_hf
 from rome.model.hf.files import sync
 
 KEPT_DIRECTORIES = 2  # the newest, and the one that a server may still be reading
-STRAGGLER_SECONDS = 60.0  # what a slow engine gets after the first one has proven itself; then it is left to the supervisor
+# what a slow engine gets after the first one has proven itself; then it is left to the supervisor
+STRAGGLER_SECONDS = 60.0
 RECOVERY_SECONDS = 300.0  # when all have failed: until the supervisor must have brought one back
 
 
@@ -40,7 +43,8 @@ class Published:
       probe_error: largest error of the probe's logprobs, in nats.
       engines: how many serve the new weights.
       failed: why each of the others does not.
-      seconds_transfer, bytes_transfer: of the slowest mirror and of all mirrors; 0 where engines read the trainer's directory themselves.
+      seconds_transfer, bytes_transfer: of the slowest mirror and of all mirrors; 0 where engines
+        read the trainer's directory themselves.
     """
 
     path: pathlib.Path
@@ -65,12 +69,16 @@ async def publish_weights(
     """Brings the checkpoint at `path` to every engine of the pool, as weight version `version`.
 
     Args:
-      path: from `write_checkpoint`, where the engines (or their mirrors) can read it. It must stay until the next publication: engines that join or
-        come back load it too.
-      expected_logprobs: the trainer's log p(probe_ids[t] | before t) at temperature 1 with these weights; the entry of the first id is ignored.
-      tolerance: largest error of the probe. About 1e-4 in float32; bfloat16 engines need about 5e-2.
-      mode: how running requests are paused; "abort" works with every SGLang version, and `Engine` takes the requests up again.
-    Raises: EngineError when no engine has proven itself. Those that failed stay in quarantine, since nobody knows their weights.
+      path: from `write_checkpoint`, where the engines (or their mirrors) can read it. It must stay
+        until the next publication: engines that join or come back load it too.
+      expected_logprobs: the trainer's log p(probe_ids[t] | before t) at temperature 1 with these
+        weights; the entry of the first id is ignored.
+      tolerance: largest error of the probe. About 1e-4 in float32; bfloat16 engines need about
+        5e-2.
+      mode: how running requests are paused; "abort" works with every SGLang version, and `Engine`
+        takes the requests up again.
+    Raises: EngineError when no engine has proven itself. Those that failed stay in quarantine,
+    since nobody knows their weights.
     """
     weights = Weights(path, version, probe_ids, expected_logprobs, tolerance)
     started = time.monotonic()
@@ -97,7 +105,10 @@ async def publish_weights(
 
 
 async def _bring_all(pool: EnginePool, engines: Sequence[Engine], mode: str) -> dict[str, float]:
-    """The probe's error of each engine that has proven itself. The rest is in quarantine: those that failed, and those that were too slow."""
+    """The probe's error of each engine that has proven itself.
+
+    The rest is in quarantine: those that failed, and those that were too slow.
+    """
     tasks = {asyncio.create_task(pool.bring(engine, mode)): engine for engine in engines}
     pending, left_s = set(tasks), None
     try:
@@ -134,11 +145,15 @@ def write_checkpoint(
     *,
     delta: bool = False,
 ) -> pathlib.Path:
-    """Writes directory/step_N: a reader sees all of it or nothing, also after a power cut. Only the last two versions stay, and those of `needed`.
+    """Writes directory/step_N: a reader sees all of it or nothing, also after a power cut.
 
-    `delta`: beside it stands step_N.delta, which leads there from the version before (`rome.engine.mirror`).
+    Only the last two versions stay, and those of `needed`.
 
-    Of several processes each calls this with the same shared directory and writes its share; it is whole when process 0 returns.
+    `delta`: beside it stands step_N.delta, which leads there from the version before
+    (`rome.engine.mirror`).
+
+    Of several processes each calls this with the same shared directory and writes its share; it is
+    whole when process 0 returns.
     """
     path = pathlib.Path(directory) / f"step_{version:06d}"
     partial = path.with_name(path.name + ".tmp")

@@ -1,4 +1,5 @@
-"""Watches over a pool of engines: finds those that do not answer, starts dead ones again, and brings all of them back with proven weights.
+"""Watches over a pool of engines: finds those that do not answer, starts dead ones again, and
+brings all of them back with proven weights.
 
     task = asyncio.create_task(supervise(pool))     cancel it to end it
 
@@ -27,8 +28,10 @@ async def supervise(
     """Runs until it is cancelled.
 
     Args:
-      interval_s: between two probes of an engine. One that hangs is found after at most interval_s + probe_s.
-      probe_s: how long an engine may take to answer; real SGLang servers need more than 20 s when they are busy.
+      interval_s: between two probes of an engine. One that hangs is found after at most interval_s
+        + probe_s.
+      probe_s: how long an engine may take to answer; real SGLang servers need more than 20 s when
+        they are busy.
     """
     pool.supervised = True
     caring: dict[str, asyncio.Task[None]] = {}
@@ -88,7 +91,10 @@ async def _care(pool: EnginePool, engine: Engine, interval_s: float, probe_s: fl
 
 
 async def _recover(pool: EnginePool, engine: Engine, failures: int, probe_s: float) -> bool:
-    """One attempt to bring a starting, suspect or dead engine back. Returns whether it serves again."""
+    """One attempt to bring a starting, suspect or dead engine back.
+
+    Returns whether it serves again.
+    """
     restart = pool.restart.get(engine.url)
     try:
         health = await engine.health(probe_s)
@@ -97,7 +103,7 @@ async def _recover(pool: EnginePool, engine: Engine, failures: int, probe_s: flo
         if health == "busy":  # 503 also while it still loads: it will be well, or gone
             return False
         if restart is not None and (
-            health == "gone" or health == "hung" and failures + 1 >= SILENT_PROBES
+            health == "gone" or (health == "hung" and failures + 1 >= SILENT_PROBES)
         ):
             pool.states[engine.url] = "starting"
             log.warning("starting engine %s again", engine.url)

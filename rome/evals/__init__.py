@@ -1,4 +1,5 @@
-"""Benchmarks that can be trusted: a dataset, an agent, k attempts at each task, and figures with intervals.
+"""Benchmarks that can be trusted: a dataset, an agent, k attempts at each task, and figures with
+intervals.
 
     tasks.py          what is played: Harbor and Terminal-Bench folders, generated terminal families
     agents.py         who plays: the reference solution, nobody, a cheat, a policy; endpoint.py: a model behind a chat-completions URL

@@ -1,7 +1,9 @@
-"""Who plays: the reference solution, nobody, a cheat, or a policy behind engines. Each plays one attempt in a sandbox of its own.
+"""Who plays: the reference solution, nobody, a cheat, or a policy behind engines.
 
-An agent never raises for what a task, a sandbox or an engine did: it returns the typed ending. An attempt that the infrastructure spoiled has no
-reward at all, so that nobody can take it for a 0.
+Each plays one attempt in a sandbox of its own.
+
+An agent never raises for what a task, a sandbox or an engine did: it returns the typed ending. An
+attempt that the infrastructure spoiled has no reward at all, so that nobody can take it for a 0.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from typing import Any, Protocol
 from envs.gem import Env, Info, StepResult
 from envs.rock import SandboxConfig, SandboxError
 from envs.tasks.harbor import BuildError, HarborEnv, TaskError
-from envs.tasks.terminal.env import MissingProgramsError
 from envs.tasks.terminal.demonstrator import FINAL_TURN, run_expert
+from envs.tasks.terminal.env import MissingProgramsError
 from rome.agent.loop import Generator, Limits, run_episode
 from rome.evals.cheats import tricks_of
 from rome.evals.tasks import EvalTask
@@ -29,9 +31,13 @@ NOTE_CHARS = 500
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How one attempt ended. `reward` is None where the infrastructure spoiled it; `permanent`: trying again would end the same way.
+    """How one attempt ended.
 
-    tokens: {prompt, completion}, where a model played. Prompt tokens are counted as they were billed or read anew: see the agent.
+    `reward` is None where the infrastructure spoiled it; `permanent`: trying again would end the
+    same way.
+
+    tokens: {prompt, completion}, where a model played. Prompt tokens are counted as they were
+    billed or read anew: see the agent.
     """
 
     reward: float | None
@@ -62,7 +68,11 @@ class Agent(Protocol):
 
 
 class Started:
-    """A started environment for code that would start it itself: `areset` gives the opening that is there. Remembers turns and the last answer."""
+    """A started environment for code that would start it itself: `areset` gives the opening that is
+    there.
+
+    Remembers turns and the last answer.
+    """
 
     def __init__(self, env: Env, task: EvalTask, opening: tuple[str, Info]) -> None:
         self.env, self.task, self.opening = env, task, opening
@@ -92,7 +102,9 @@ async def with_environment(
     play: Callable[[Started], Awaitable[Outcome]],
     seconds: float | None = None,
 ) -> Outcome:
-    """Starts the task's environment, lets `play` play there and closes it. Faults of starting are the infrastructure's, whoever plays.
+    """Starts the task's environment, lets `play` play there and closes it.
+
+    Faults of starting are the infrastructure's, whoever plays.
 
     Args:
       seconds: for playing; None: what the task's own limits add up to.
@@ -138,7 +150,10 @@ def spoiled(ending: str, note: str, permanent: bool = False) -> Outcome:
 
 @dataclasses.dataclass
 class Scripted:
-    """oracle (the reference solution or the environment's expert), noop or cheat. The n-th attempt of the cheat is its n-th trick; the note says which."""
+    """oracle (the reference solution or the environment's expert), noop or cheat.
+
+    The n-th attempt of the cheat is its n-th trick; the note says which.
+    """
 
     name: str
     config: SandboxConfig
@@ -192,7 +207,8 @@ async def _solve(started: Started) -> Outcome:
         AssertionError,
         RuntimeError,
     ) as error:
-        # an expert that meets what it did not expect: the task's fault, and one task must not end the evaluation of all
+        # an expert that meets what it did not expect: the task's fault, and one task must not end
+        # the evaluation of all
         return started.outcome(
             0.0, "failure", f"the reference solution raised {type(error).__name__}: {error}"
         )
@@ -211,7 +227,9 @@ async def _follow(started: Started, env: Any) -> Outcome:
 
 
 async def _hand_in(started: Started, attempt: int | None) -> Outcome:
-    """Says that it is done, in every step of the task, after a trick where an attempt's number chooses one."""
+    """Says that it is done, in every step of the task, after a trick where an attempt's number
+    chooses one.
+    """
     trick, turns = (
         (None, [])
         if attempt is None
@@ -231,9 +249,12 @@ async def _hand_in(started: Started, attempt: int | None) -> Outcome:
 
 @dataclasses.dataclass
 class Policy:
-    """A model behind our engines, played by `rome.agent.loop`. Of its tokens, `prompt` are those that the environment appended.
+    """A model behind our engines, played by `rome.agent.loop`.
 
-    tell_tools: the model is told the tools and the system text of the environment that it plays; False: what `chat` says, and nothing else.
+    Of its tokens, `prompt` are those that the environment appended.
+
+    tell_tools: the model is told the tools and the system text of the environment that it plays;
+    False: what `chat` says, and nothing else.
     """
 
     engine: Generator

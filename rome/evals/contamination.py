@@ -1,8 +1,10 @@
 """Whether tasks stand in a text corpus: shared runs of 13 words, and canary strings.
 
-Words are runs of letters and digits, compatibility-normalised (NFKC) and case-folded, so that markup, punctuation and line breaks hide nothing. An
-instruction of fewer than 13 words is looked for as a whole, down to 8; a shorter one says too little and is reported as not checked. A canary is
-the GUID of a line that has the word "canary"; the loader hides it from the agent, so it is read from the task's files.
+Words are runs of letters and digits, compatibility-normalised (NFKC) and case-folded, so that
+markup, punctuation and line breaks hide nothing. An instruction of fewer than 13 words is looked
+for as a whole, down to 8; a shorter one says too little and is reported as not checked. A canary is
+the GUID of a line that has the word "canary"; the loader hides it from the agent, so it is read
+from the task's files.
 """
 
 from __future__ import annotations
@@ -87,9 +89,11 @@ class _Hits:
 
 
 def find_contamination(tasks: Sequence[EvalTask], corpus: pathlib.Path) -> dict[str, Any]:
-    """Reads every regular file below `corpus` once, in chunks. {hits: [{task, share, ngrams, canaries, places}], unchecked, files, words, unreadable}.
+    """Reads every regular file below `corpus` once, in chunks. {hits: [{task, share, ngrams,
+    canaries, places}], unchecked, files, words, unreadable}.
 
-    share: of the task's n-grams that are in the corpus. Raises ValueError where the corpus is no folder with files.
+    share: of the task's n-grams that are in the corpus. Raises ValueError where the corpus is no
+    folder with files.
     """
     if not corpus.is_dir():
         raise ValueError(f"corpus {str(corpus)!r} is no folder; give the folder of its text files")
@@ -149,7 +153,10 @@ def _scan(
     guids: Mapping[str, list[str]],
     hits: dict[str, _Hits],
 ) -> int:
-    """Looks for everything in one file; returns how many words it has. A run of words may cross the chunks."""
+    """Looks for everything in one file; returns how many words it has.
+
+    A run of words may cross the chunks.
+    """
     sizes = sorted({len(gram) for gram in owners})
     window: collections.deque[str] = collections.deque(maxlen=N)
     count, line = 0, 1

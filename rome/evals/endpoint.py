@@ -1,8 +1,10 @@
 """A model behind an OpenAI-compatible chat-completions URL plays with the environment's tools.
 
-The conversation is kept here as messages and sent whole each turn; `prompt` tokens are therefore as the endpoint bills them, turn by turn. Every
-request has a deadline; back-pressure (429, 5xx) and broken connections are tried again with growing, random waits, as `Retry-After` asks where it does.
-The API key comes from an environment variable, goes into one header and into no message, record or log.
+The conversation is kept here as messages and sent whole each turn; `prompt` tokens are therefore as
+the endpoint bills them, turn by turn. Every request has a deadline; back-pressure (429, 5xx) and
+broken connections are tried again with growing, random waits, as `Retry-After` asks where it does.
+The API key comes from an environment variable, goes into one header and into no message, record or
+log.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ LONGEST_WAIT_S = 60.0
 MAX_ANSWER_BYTES = 8 << 20
 MAX_CALLS = 16  # of one turn
 SYSTEM = (
-    "You solve a task in a Linux shell. Call the tool `bash` to look and to act: each call starts a new shell in the working directory. "
-    "When the work is done, answer without a tool call; then it is graded."
+    "You solve a task in a Linux shell. Call the tool `bash` to look and to act: each call starts a"
+    " new shell in the working directory. When the work is done, answer without a tool call; then"
+    " it is graded."
 )
 
 
@@ -47,7 +50,8 @@ class ContextFull(Exception):
 
 @dataclasses.dataclass
 class Endpoint:
-    """url: up to and without /chat/completions, such as http://127.0.0.1:8000/v1. request_seconds: for one answer, with all its retries.
+    """url: up to and without /chat/completions, such as http://127.0.0.1:8000/v1. request_seconds:
+    for one answer, with all its retries.
 
     temperature, max_tokens: not sent where None, for some models refuse them.
     """
@@ -73,8 +77,9 @@ class Endpoint:
             or parts.query
         ):
             raise ValueError(
-                "endpoint is not http(s)://HOST[:PORT][/PATH] without user, password and query "
-                f"(scheme {parts.scheme!r}, host {parts.hostname!r}); a key goes into the environment variable of --api_key_env"
+                "endpoint is not http(s)://HOST[:PORT][/PATH] without user, password and query"
+                f" (scheme {parts.scheme!r}, host {parts.hostname!r}); a key goes into the"
+                " environment variable of --api_key_env"
             )
         self.url = self.url.rstrip("/").removesuffix("/chat/completions")
 
@@ -230,7 +235,10 @@ class Endpoint:
 
 
 def action_of(call: dict[str, Any]) -> str:
-    """A tool call of the protocol as the turn that the environment reads. Arguments that are no JSON become the malformed call that they are."""
+    """A tool call of the protocol as the turn that the environment reads.
+
+    Arguments that are no JSON become the malformed call that they are.
+    """
     function = call["function"]
     try:
         arguments = json.loads(function["arguments"] or "{}")
@@ -241,7 +249,9 @@ def action_of(call: dict[str, Any]) -> str:
         if not isinstance(arguments, dict)
         else json.dumps({"name": function["name"], "arguments": arguments})
     )
-    return f"<tool_call>\n{body.replace('<', chr(92) + 'u003c')}\n</tool_call>"  # a command may spell </tool_call> itself
+    return (  # a command may spell </tool_call> itself
+        f"<tool_call>\n{body.replace('<', chr(92) + 'u003c')}\n</tool_call>"
+    )
 
 
 def read_answer(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -275,7 +285,11 @@ def is_context_full(text: str) -> bool:
 
 
 def retry_after(value: str | None) -> float:
-    """Seconds that the header asks for, at most LONGEST_WAIT_S; 0 where there is none or it is unreadable. A number or an HTTP date."""
+    """Seconds that the header asks for, at most LONGEST_WAIT_S; 0 where there is none or it is
+    unreadable.
+
+    A number or an HTTP date.
+    """
     if not value:
         return 0.0
     try:

@@ -1,7 +1,7 @@
 """What an evaluation leaves: results.json for programs, report.md and report.html for people.
 
-Names, notes and instructions come from task folders, agents and servers: hostile text. Both pages escape all of it, and the HTML page loads nothing
-and runs nothing, by its own policy too.
+Names, notes and instructions come from task folders, agents and servers: hostile text. Both pages
+escape all of it, and the HTML page loads nothing and runs nothing, by its own policy too.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ NAMES = {
     "avg_at_k": "avg@{k}",
 }
 _STYLE = (
-    "body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em;color:#222}table{border-collapse:collapse;margin:.5em 0 1.5em}"
-    "td,th{padding:.2em .8em;border-bottom:1px solid #ddd;text-align:left;vertical-align:top;overflow-wrap:anywhere}th{background:#f5f5f5}"
+    "body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0"
+    " 1em;color:#222}table{border-collapse:collapse;margin:.5em 0 1.5em}td,th{padding:.2em"
+    " .8em;border-bottom:1px solid"
+    " #ddd;text-align:left;vertical-align:top;overflow-wrap:anywhere}th{background:#f5f5f5}"
 )
 Table = tuple[str, list[str], list[list[str]]]  # title, head, rows
 
@@ -35,7 +37,9 @@ Table = tuple[str, list[str], list[list[str]]]  # title, head, rows
 def build_results(
     identity: Mapping[str, Any], records: Sequence[Mapping[str, Any]], k: int
 ) -> dict[str, Any]:
-    """results.json: what was evaluated, every attempt, the figures of `summarise`, and the same by domain, difficulty and ending."""
+    """results.json: what was evaluated, every attempt, the figures of `summarise`, and the same by
+    domain, difficulty and ending.
+    """
     tokens = [record["tokens"] for record in records if record.get("tokens")]
     seconds = sorted(record["seconds"] for record in records)
     return {
@@ -47,9 +51,11 @@ def build_results(
             sorted(collections.Counter(record["ending"] for record in records).items())
         ),
         "cost": {
-            "tokens": {name: sum(one[name] for one in tokens) for name in ("prompt", "completion")}
-            if tokens
-            else None,
+            "tokens": (
+                {name: sum(one[name] for one in tokens) for name in ("prompt", "completion")}
+                if tokens
+                else None
+            ),
             "seconds_of_attempts": round(sum(seconds), 3),
             "seconds_median": seconds[len(seconds) // 2] if seconds else None,
             "seconds_longest": seconds[-1] if seconds else None,
@@ -82,11 +88,17 @@ def result_tables(results: Mapping[str, Any]) -> list[Table]:
     about += [
         [
             "tasks",
-            f"{results['tasks_total']}, {tried} of them with an attempt that counts, {whole} with all {k}",
+            (
+                f"{results['tasks_total']}, {tried} of them with an attempt that counts, {whole}"
+                f" with all {k}"
+            ),
         ],
         [
             "attempts",
-            f"{results['attempts']}, of which {spoiled} spoiled by the infrastructure and in no figure",
+            (
+                f"{results['attempts']}, of which {spoiled} spoiled by the infrastructure and in no"
+                " figure"
+            ),
         ],
     ]
     intervals = results["intervals"]
@@ -187,11 +199,14 @@ def bounds(one: Mapping[str, Any] | None) -> str:
     return "" if one is None else f"{one['low']:.3f} to {one['high']:.3f}"
 
 
-# -- pages ---------------------------------------------------------------------------------------------------------------------------
+# -- pages
+# -------------------------------------------------------------------------------------------------
 
 
 def plain(text: str) -> str:
-    """One line without control characters, directional marks and lone surrogates: what is left can be shown and encoded."""
+    """One line without control characters, directional marks and lone surrogates: what is left can
+    be shown and encoded.
+    """
     return re.sub(
         r"[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff\ufffe\uffff]",
         " ",
@@ -200,7 +215,10 @@ def plain(text: str) -> str:
 
 
 def markdown(title: str, tables: Sequence[Table]) -> str:
-    """Tables of GitHub's Markdown. What has a meaning in it, or in HTML, is escaped; so are addresses, mentions and issue numbers."""
+    """Tables of GitHub's Markdown.
+
+    What has a meaning in it, or in HTML, is escaped; so are addresses, mentions and issue numbers.
+    """
 
     def cell(text: str) -> str:
         escaped = re.sub(
@@ -249,7 +267,8 @@ def page(title: str, tables: Sequence[Table]) -> str:
         )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src'
+        " 'unsafe-inline'\">"
         f"<title>{html.escape(plain(title))}</title><style>{_STYLE}</style></head>\n<body>\n"
         + "\n".join(body)
         + "\n</body></html>\n"

@@ -1,7 +1,10 @@
-"""Plays attempts side by side and keeps each as it ends: OUT/results.jsonl, one line an attempt, on the disk before the next begins there.
+"""Plays attempts side by side and keeps each as it ends: OUT/results.jsonl, one line an attempt, on
+the disk before the next begins there.
 
-After a kill the same command plays only what is missing. OUT/run.json says what is evaluated; something else in the same OUT is refused. An attempt
-that the infrastructure spoiled is tried again, a few times now and once more by the next command; until then it stands there with its ending.
+After a kill the same command plays only what is missing. OUT/run.json says what is evaluated;
+something else in the same OUT is refused. An attempt that the infrastructure spoiled is tried
+again, a few times now and once more by the next command; until then it stands there with its
+ending.
 """
 
 from __future__ import annotations
@@ -47,7 +50,9 @@ class Job:
 
 
 class Results:
-    """OUT/results.jsonl and the lock of OUT. A line that a kill cut off is dropped when the file is opened."""
+    """OUT/results.jsonl and the lock of OUT. A line that a kill cut off is dropped when the file is
+    opened.
+    """
 
     def __init__(self, out: pathlib.Path, file: BinaryIO) -> None:
         self.path, self._file = out / "results.jsonl", file
@@ -70,13 +75,17 @@ class Results:
                 )
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise EvalError(
-                    f"{self.path}:{number}: not a record of an attempt ({error}); remove the line, and its attempt is played again"
+                    f"{self.path}:{number}: not a record of an attempt ({error}); remove the line,"
+                    " and its attempt is played again"
                 ) from error
         if len(whole) < len(content):
             self._file.truncate(len(whole))
 
     def add(self, record: dict[str, Any]) -> None:
-        """Appends; the record is on the disk when this returns. A later record of an attempt takes the place of an earlier one."""
+        """Appends; the record is on the disk when this returns.
+
+        A later record of an attempt takes the place of an earlier one.
+        """
         self._file.write(json.dumps(record).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -85,7 +94,11 @@ class Results:
 
 @contextlib.contextmanager
 def open_results(out: pathlib.Path, identity: Mapping[str, Any]) -> Iterator[Results]:
-    """Claims OUT for this evaluation. Raises EvalError where it holds another one (naming what differs) or another process works there."""
+    """Claims OUT for this evaluation.
+
+    Raises EvalError where it holds another one (naming what differs) or another process works
+    there.
+    """
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "results.jsonl", "ab") as file:
         try:
@@ -103,7 +116,8 @@ def _claim(out: pathlib.Path, identity: Mapping[str, Any]) -> None:
     if not path.exists():
         if (out / "results.jsonl").stat().st_size:
             raise EvalError(
-                f"{out} holds results without a run.json, so nobody knows of what; give another --out"
+                f"{out} holds results without a run.json, so nobody knows of what; give another"
+                " --out"
             )
         write_atomically(path, json.dumps(identity, indent=1) + "\n")
         return
@@ -129,7 +143,10 @@ async def run_jobs(
     seed: int,
     on_finish: Callable[[dict[str, Any]], None] | None = None,
 ) -> int:
-    """Plays what is missing, `concurrency` attempts at once. Returns how many were played. The first error that is a bug ends all of them."""
+    """Plays what is missing, `concurrency` attempts at once.
+
+    Returns how many were played. The first error that is a bug ends all of them.
+    """
     missing = [
         job
         for job in jobs
@@ -151,7 +168,9 @@ async def run_jobs(
 
 
 async def play(job: Job, seed: int) -> dict[str, Any]:
-    """One attempt as its record; one that the infrastructure spoiled is tried again with another seed, TRIES times in all."""
+    """One attempt as its record; one that the infrastructure spoiled is tried again with another
+    seed, TRIES times in all.
+    """
     began = time.monotonic()
     for number in range(TRIES):
         first = time.monotonic()

@@ -1,7 +1,8 @@
 """Figures of an evaluation and how sure they are.
 
-Attempts at one task resemble each other, so the task is the unit: every figure is the mean over tasks of one value for each task, and its 95 %
-interval says what other tasks of the same kind would have given. Attempts that the infrastructure spoiled are in no figure.
+Attempts at one task resemble each other, so the task is the unit: every figure is the mean over
+tasks of one value for each task, and its 95 % interval says what other tasks of the same kind would
+have given. Attempts that the infrastructure spoiled are in no figure.
 """
 
 from __future__ import annotations
@@ -26,13 +27,16 @@ def counted(record: Record) -> bool:
 
 
 def pass_at_k(n: int, successes: int, k: int) -> float:
-    """The probability that k attempts, drawn without replacement from n of which `successes` succeeded, hold a success (Chen et al. 2021, Eq. 1).
+    """The probability that k attempts, drawn without replacement from n of which `successes`
+    succeeded, hold a success (Chen et al. 2021, Eq. 1).
 
-    Unbiased for the probability that k fresh attempts do. Raises ValueError unless 0 <= successes <= n and 1 <= k <= n.
+    Unbiased for the probability that k fresh attempts do. Raises ValueError unless 0 <= successes
+    <= n and 1 <= k <= n.
     """
     if not (0 <= successes <= n and 1 <= k <= n):
         raise ValueError(
-            f"pass@{k} of {successes} successes in {n} attempts is not defined; it takes 1 <= k <= n and 0 <= successes <= n"
+            f"pass@{k} of {successes} successes in {n} attempts is not defined; it takes 1 <= k <="
+            " n and 0 <= successes <= n"
         )
     return 1.0 - math.comb(n - successes, k) / math.comb(n, k)
 
@@ -40,8 +44,10 @@ def pass_at_k(n: int, successes: int, k: int) -> float:
 def interval(values: Sequence[float], seed: int = 0) -> dict[str, Any]:
     """95 % interval of the mean of values from 0 to 1, one for each task: {low, high, method}.
 
-    Wilson's over tasks where every value is 0 or 1. It is also taken where a bootstrap would claim too much (fewer than 10 tasks, or no two values
-    differ): values between 0 and 1 vary less than that, so it is then too long rather than too short. Otherwise the percentile bootstrap over tasks.
+    Wilson's over tasks where every value is 0 or 1. It is also taken where a bootstrap would claim
+    too much (fewer than 10 tasks, or no two values differ): values between 0 and 1 vary less than
+    that, so it is then too long rather than too short. Otherwise the percentile bootstrap over
+    tasks.
     """
     if set(values) <= {0.0, 1.0} or len(values) < FEWEST_TASKS or len(set(values)) == 1:
         low, high = wilson(min(math.fsum(values), len(values)), len(values))
@@ -56,10 +62,12 @@ def interval(values: Sequence[float], seed: int = 0) -> dict[str, Any]:
 
 
 def summarise(records: Iterable[Record], k: int) -> dict[str, Any]:
-    """mean_reward, pass_at_1, pass_at_k and avg_at_k with their intervals, and how many tasks and attempts they rest on; None where none is left.
+    """mean_reward, pass_at_1, pass_at_k and avg_at_k with their intervals, and how many tasks and
+    attempts they rest on; None where none is left.
 
-    mean_reward: each task's mean over the attempts that count. avg_at_k: the same, over the tasks all of whose k attempts count.
-    pass_at: k' -> pass@k' for powers of two up to k, and k. A success is a reward of 1. pass@k' is over the tasks with k' attempts that count.
+    mean_reward: each task's mean over the attempts that count. avg_at_k: the same, over the tasks
+    all of whose k attempts count. pass_at: k' -> pass@k' for powers of two up to k, and k. A
+    success is a reward of 1. pass@k' is over the tasks with k' attempts that count.
     """
     records = list(records)
     rewards: dict[str, list[float]] = {}
@@ -100,7 +108,9 @@ def summarise(records: Iterable[Record], k: int) -> dict[str, Any]:
 
 
 def grouped(records: Sequence[Record], key: str) -> dict[str, dict[str, Any]]:
-    """Group -> tasks, attempts, mean_reward and pass_at_1 with its interval, for one of the records' keys."""
+    """Group -> tasks, attempts, mean_reward and pass_at_1 with its interval, for one of the
+    records' keys.
+    """
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(record[key], []).append(record)

@@ -1,4 +1,5 @@
-"""What an evaluation plays: a dataset's name or folder becomes a list of tasks, each of which can make its environment.
+"""What an evaluation plays: a dataset's name or folder becomes a list of tasks, each of which can
+make its environment.
 
 load_tasks("envs/tasks/harbor/examples")     a folder of Harbor or Terminal-Bench 1 tasks, or one such task
 load_tasks("harbor")                         the examples that ship here; "harbor/word-report" is one of them
@@ -42,20 +43,23 @@ GROUPS = {
     "wide": WIDE_FAMILIES,
     "all": FAMILIES + HELD_OUT_FAMILIES + WIDE_FAMILIES,
 }
-SEEDS_APART = (
-    100_000  # instances of a family that one --seed may have before they would be those of the next
-)
+# instances of a family that one --seed may have before they would be those of the next
+SEEDS_APART = 100_000
 MARGIN_S = 60.0  # beyond what a task's own limits add up to: a busy machine
 TERMINAL_PLAY_S = 16 * 5.0 + VERIFIER_TIMEOUT_S
-MADE_PLAY_S = 60.0  # of a world, a problem or a game: a scripted dialogue takes milliseconds, submitted code seconds
+# of a world, a problem or a game: a scripted dialogue takes milliseconds, submitted code seconds
+MADE_PLAY_S = 60.0
 UNGROUPED = "(none)"
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalTask:
-    """One task of a dataset. `domain` and `difficulty` are what reports group by; texts of Harbor tasks come from strangers.
+    """One task of a dataset.
 
-    start_seconds, play_seconds: the most that starting the environment, and a scripted agent with its grading, may take. images, build_egress: see `load_tasks`.
+    `domain` and `difficulty` are what reports group by; texts of Harbor tasks come from strangers.
+
+    start_seconds, play_seconds: the most that starting the environment, and a scripted agent with
+    its grading, may take. images, build_egress: see `load_tasks`.
     """
 
     name: str
@@ -101,14 +105,18 @@ def load_tasks(
     images: Mapping[str, tuple[str, ...]] | None = None,
     build_egress: tuple[str, ...] | None = None,
 ) -> list[EvalTask]:
-    """The tasks of a dataset. `seed` chooses the instances of what is generated, and nothing of a folder or a file.
+    """The tasks of a dataset.
+
+    `seed` chooses the instances of what is generated, and nothing of a folder or a file.
 
     Args:
       faults: where a list, malformed tasks are put there instead of raised.
       fetch: whether git may fetch the repositories that a registry names.
-      images: base images that cannot be had and for which this machine stands, with the programs that must be there (`envs.tasks.harbor.build`).
+      images: base images that cannot be had and for which this machine stands, with the programs
+        that must be there (`envs.tasks.harbor.build`).
       build_egress: what the build of a task's environment reaches (`envs.tasks.harbor.HarborEnv`).
-    Raises: TaskError (file, row and line) for a malformed task, ValueError for a dataset that is none.
+    Raises: TaskError (file, row and line) for a malformed task, ValueError for a dataset that is
+    none.
     """
     if dataset == "terminal" or dataset.startswith("terminal:"):
         return terminal_tasks(dataset, seed)
@@ -119,41 +127,48 @@ def load_tasks(
     name = (
         str(EXAMPLES)
         if dataset == "harbor"
-        else str(EXAMPLES / dataset.removeprefix("harbor/"))
-        if dataset.startswith("harbor/")
-        else dataset
+        else (
+            str(EXAMPLES / dataset.removeprefix("harbor/"))
+            if dataset.startswith("harbor/")
+            else dataset
+        )
     )
     file = pathlib.Path(
         name if pathlib.Path(name).suffix in SUFFIXES else name.rpartition(":")[0] or name
     )
-    if not (pathlib.Path(name).is_dir() or file.suffix in SUFFIXES and file.is_file()):
+    if not (pathlib.Path(name).is_dir() or (file.suffix in SUFFIXES and file.is_file())):
         raise ValueError(
-            f"dataset {dataset!r} is neither a folder, nor a {', '.join(SUFFIXES)} file, nor known by name. Names: harbor, harbor/TASK, "
-            f"terminal[:FAMILIES[:N]] with FAMILIES one of {', '.join(GROUPS)} or family names with commas between them, repair[:PACKAGES[:N]], "
-            "worlds[:NAMES[:N]], problems[:NAMES[:N]], games[:NAMES[:N]], bfcl:FILE, tau2:FOLDER"
+            f"dataset {dataset!r} is neither a folder, nor a {', '.join(SUFFIXES)} file, nor known"
+            " by name. Names: harbor, harbor/TASK, terminal[:FAMILIES[:N]] with FAMILIES one of"
+            f" {', '.join(GROUPS)} or family names with commas between them, repair[:PACKAGES[:N]],"
+            " worlds[:NAMES[:N]], problems[:NAMES[:N]], games[:NAMES[:N]], bfcl:FILE, tau2:FOLDER"
         )
     return [_of_harbor(task, images, build_egress) for task in load_files(name, faults, fetch)]
 
 
 def _repair(dataset: str, seed: int) -> list[HarborTask]:
-    """repair[:PACKAGES[:N]]: N bugs (default: one for each package) in packages that ship here or lie in the folders named; none named: all that ship."""
+    """repair[:PACKAGES[:N]]: N bugs (default: one for each package) in packages that ship here or
+    lie in the folders named; none named: all that ship.
+    """
     parts = dataset.split(":")
     names = [name for name in (parts[1] if len(parts) > 1 else "").split(",") if name]
     count = parts[2] if len(parts) > 2 else None
-    if (
-        len(parts) > 3
-        or count is not None
+    if len(parts) > 3 or (
+        count is not None
         and not (count.isascii() and count.isdecimal() and 0 < int(count) <= SEEDS_APART)
     ):
         raise ValueError(
-            f"dataset {dataset!r} is not repair[:PACKAGES[:N]] with N from 1 to {SEEDS_APART}, for example repair:csvlite:20 or repair::100; packages that ship "
-            f"here: {', '.join(shipped())}"
+            f"dataset {dataset!r} is not repair[:PACKAGES[:N]] with N from 1 to {SEEDS_APART}, for"
+            " example repair:csvlite:20 or repair::100; packages that ship here:"
+            f" {', '.join(shipped())}"
         )
     return repair_tasks(names, None if count is None else int(count), seed)
 
 
 def terminal_tasks(dataset: str, seed: int) -> list[EvalTask]:
-    """terminal[:FAMILIES[:N]]: N instances (default: one of each family) with evaluation seeds, which training never uses."""
+    """terminal[:FAMILIES[:N]]: N instances (default: one of each family) with evaluation seeds,
+    which training never uses.
+    """
     parts = dataset.split(":")
     families = _families(parts[1]) if len(parts) > 1 else GROUPS["all"]
     count = parts[2] if len(parts) > 2 else str(len(families))
@@ -164,7 +179,8 @@ def terminal_tasks(dataset: str, seed: int) -> list[EvalTask]:
         or not 0 < int(count) <= SEEDS_APART * len(families)
     ):
         raise ValueError(
-            f"dataset {dataset!r} is not terminal[:FAMILIES[:N]] with N from 1 to {SEEDS_APART * len(families)}, for example terminal:wide:1000"
+            f"dataset {dataset!r} is not terminal[:FAMILIES[:N]] with N from 1 to"
+            f" {SEEDS_APART * len(families)}, for example terminal:wide:1000"
         )
     if seed < 0:
         raise ValueError(f"seed {seed} is negative; instances are drawn from seeds of 0 and more")
@@ -190,7 +206,8 @@ def _families(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(text.split(",")))
     if unknown := [name for name in names if name not in GROUPS["all"]]:
         raise ValueError(
-            f"terminal family {unknown[0]!r} is unknown; known: {', '.join(GROUPS)}, {', '.join(GROUPS['all'])}"
+            f"terminal family {unknown[0]!r} is unknown; known: {', '.join(GROUPS)},"
+            f" {', '.join(GROUPS['all'])}"
         )
     return names
 

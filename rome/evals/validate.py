@@ -1,7 +1,9 @@
-"""Proves a dataset: the reference solution earns 1 every time, doing nothing earns 0, and so does every cheat.
+"""Proves a dataset: the reference solution earns 1 every time, doing nothing earns 0, and so does
+every cheat.
 
-A task that fails one of them measures something else than its agents: it is listed with each reason. What the infrastructure spoiled proves nothing,
-so it is a reason too; a cheat that gets its attempt masked as a fault of the infrastructure has escaped its failure.
+A task that fails one of them measures something else than its agents: it is listed with each
+reason. What the infrastructure spoiled proves nothing, so it is a reason too; a cheat that gets its
+attempt masked as a fault of the infrastructure has escaped its failure.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ Record = Mapping[str, Any]
 
 
 def proof_jobs(tasks: Sequence[EvalTask], config: SandboxConfig, oracle_runs: int) -> list[Job]:
-    """The attempts that a proof takes: `oracle_runs` of the oracle, one no-op, one of each cheat, for every task."""
+    """The attempts that a proof takes: `oracle_runs` of the oracle, one no-op, one of each cheat,
+    for every task.
+    """
     runs = (("oracle", oracle_runs), ("noop", 1), ("cheat", len(CHEATS)))
     return [
         Job(Scripted(name, config), task, attempt)
@@ -36,7 +40,9 @@ def proof_jobs(tasks: Sequence[EvalTask], config: SandboxConfig, oracle_runs: in
 
 
 def judge(task: str, records: Sequence[Record]) -> dict[str, Any]:
-    """What the attempts prove of one task: {task, ok, reasons, flaky, rewards by agent, seconds of the oracle}."""
+    """What the attempts prove of one task: {task, ok, reasons, flaky, rewards by agent, seconds of
+    the oracle}.
+    """
     by_agent: dict[str, list[Record]] = {name: [] for name in ("oracle", "noop", "cheat")}
     for record in sorted(records, key=lambda one: one["attempt"]):
         by_agent[record["agent"]].append(record)
@@ -57,7 +63,8 @@ def judge(task: str, records: Sequence[Record]) -> dict[str, Any]:
     if flaky := len(seen) > 1:
         reasons.insert(
             0,
-            f"flaky: the same solution earned {' and '.join(f'{reward:g}' for reward in sorted(seen))}",
+            "flaky: the same solution earned"
+            f" {' and '.join(f'{reward:g}' for reward in sorted(seen))}",
         )
     seconds = [record["seconds"] for record in by_agent["oracle"]]
     return {
@@ -124,15 +131,20 @@ def proof_tables(proof: Mapping[str, Any]) -> list[Table]:
             verdict["task"],
             "yes" if verdict["ok"] else "NO",
             *(rewards(verdict, agent) for agent in ("oracle", "noop", "cheat")),
-            "{least:.2f} to {most:.2f}".format(**verdict["oracle_seconds"])
-            if verdict["oracle_seconds"]
-            else "",
+            (
+                "{least:.2f} to {most:.2f}".format(**verdict["oracle_seconds"])
+                if verdict["oracle_seconds"]
+                else ""
+            ),
         ]
         for verdict in proof["tasks"]
     ]
     return [
         (
-            f"{proof['sound']} of {proof['total']} tasks are sound, {proof['flaky']} flaky, {proof['runs']} runs",
+            (
+                f"{proof['sound']} of {proof['total']} tasks are sound, {proof['flaky']} flaky,"
+                f" {proof['runs']} runs"
+            ),
             ["task", "why it fails"],
             failed,
         ),

@@ -1,4 +1,5 @@
-"""Datasets of environments that need no task folder: tool-use worlds, one-turn problems, text games, and the published formats over the worlds.
+"""Datasets of environments that need no task folder: tool-use worlds, one-turn problems, text
+games, and the published formats over the worlds.
 
 worlds[:NAMES[:N]]       travel, shop, gui; a name is a world or a world and a level (shop/hard)
 problems[:NAMES[:N]]     math, code, math/dice, code/postfix-hard
@@ -21,7 +22,8 @@ from envs.rock import SandboxConfig
 from envs.tasks.terminal import eval_seed
 from envs.worlds import WORLD_IDS, bfcl, tau2
 
-SEEDS_APART = 100_000  # instances of an environment that one --seed may have before they would be those of the next
+# instances of an environment that one --seed may have before they would be those of the next
+SEEDS_APART = 100_000
 KINDS = {
     "worlds": tuple(WORLD_IDS),
     "problems": tuple(one for one in PROBLEM_IDS if "/all-" not in one),
@@ -33,7 +35,9 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """An instance: either of a registered environment with a seed, or of an entry of a published file."""
+    """An instance: either of a registered environment with a seed, or of an entry of a published
+    file.
+    """
 
     name: str
     family: str
@@ -56,11 +60,14 @@ class Made:
 def is_made(dataset: str) -> bool:
     """Whether the name is one of this module's."""
     kind = dataset.split(":")[0]
-    return kind in KINDS or kind in ("bfcl", "tau2") and ":" in dataset
+    return kind in KINDS or (kind in ("bfcl", "tau2") and ":" in dataset)
 
 
 def load_made(dataset: str, seed: int) -> list[Made]:
-    """The instances of a dataset. Raises ValueError for a name that is none, FormatError (a ValueError) for a faulty file."""
+    """The instances of a dataset.
+
+    Raises ValueError for a name that is none, FormatError (a ValueError) for a faulty file.
+    """
     kind, _, rest = dataset.partition(":")
     if kind == "bfcl":
         return [_published(entry, "bfcl") for entry in bfcl.load(pathlib.Path(rest))]
@@ -68,13 +75,13 @@ def load_made(dataset: str, seed: int) -> list[Made]:
         return [_published(task, f"tau2-{task.domain}") for task in tau2.load(pathlib.Path(rest))]
     names, _, count = rest.partition(":")
     ids = _chosen(kind, names)
-    if (
-        seed < 0
-        or count
+    if seed < 0 or (
+        count
         and not (count.isascii() and count.isdecimal() and 0 < int(count) <= SEEDS_APART * len(ids))
     ):
         raise ValueError(
-            f"dataset {dataset!r} with seed {seed} is not {kind}[:NAMES[:N]] with N from 1 to {SEEDS_APART * len(ids)} and a seed of 0 or more"
+            f"dataset {dataset!r} with seed {seed} is not {kind}[:NAMES[:N]] with N from 1 to"
+            f" {SEEDS_APART * len(ids)} and a seed of 0 or more"
         )
     total = int(count) if count else len(ids)
     return [
@@ -95,7 +102,8 @@ def _chosen(kind: str, names: str) -> list[str]:
         ]
         if not found:
             raise ValueError(
-                f"{kind} has nothing named {name!r}; known: {', '.join(sorted({brief.split('-')[0] for brief in short.values()}))}"
+                f"{kind} has nothing named {name!r}; known:"
+                f" {', '.join(sorted({brief.split('-')[0] for brief in short.values()}))}"
             )
         chosen += found
     return list(dict.fromkeys(chosen))
@@ -103,7 +111,8 @@ def _chosen(kind: str, names: str) -> list[str]:
 
 def _instance(kind: str, env_id: str, seed: int) -> Made:
     def new_env(config: SandboxConfig) -> Env:
-        # sokoban unshaped: 1 for the solved room and nothing else; boards in the observation, which is all that agents are shown
+        # sokoban unshaped: 1 for the solved room and nothing else; boards in the observation, which
+        # is all that agents are shown
         settings = (
             {"sandbox_config": config}
             if env_id.startswith("rome:code/")

@@ -1,4 +1,8 @@
-"""Losses: pure functions `loss(logp_BT, batch, config, denominators) -> (value, metrics)` on arrays. No model, no I/O."""
+"""Losses: pure functions `loss(logp_BT, batch, config, denominators) -> (value, metrics)` on
+arrays.
+
+No model, no I/O.
+"""
 
 from rome.losses.ipa import ipa_loss
 from rome.losses.policy import (
@@ -65,11 +69,19 @@ PUBLISHED: dict[str, dict[str, float]] = {
 
 
 def unbounded_weight(loss: str, dual_clip: float) -> str | None:
-    """Why samples of older weights must not be trained on with this loss; None where every one of them has a bounded weight."""
+    """Why samples of older weights must not be trained on with this loss; None where every one of
+    them has a bounded weight.
+    """
     if loss == "rloo":
-        return "rloo weighs a sample of older weights as if it were fresh. Choose ipa, cispo or topr, or sample at the weights of the step"
+        return (
+            "rloo weighs a sample of older weights as if it were fresh. Choose ipa, cispo or topr,"
+            " or sample at the weights of the step"
+        )
     if "dual_clip" in PUBLISHED.get(loss, {}) and not dual_clip:
-        return f"{loss} has no upper bound for the ratio of a failure. Set dual_clip=3, or choose ipa, cispo or topr"
+        return (
+            f"{loss} has no upper bound for the ratio of a failure. Set dual_clip=3, or choose ipa,"
+            " cispo or topr"
+        )
     return None
 
 

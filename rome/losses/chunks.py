@@ -1,6 +1,8 @@
-"""Sums and means over chunks and trajectories of packed rows, and the diagnostics that all policy losses share.
+"""Sums and means over chunks and trajectories of packed rows, and the diagnostics that all policy
+losses share.
 
-B rows, T tokens, C chunks a row. Masked sums instead of scatters: they fuse, they shard over B, and padding cannot leak.
+B rows, T tokens, C chunks a row. Masked sums instead of scatters: they fuse, they shard over B, and
+padding cannot leak.
 """
 
 from __future__ import annotations
@@ -11,9 +13,8 @@ from jax import Array
 from rome.data.batch import Batch
 from rome.losses.types import Denominators, Metrics
 
-MAX_LOG_RATIO = (
-    20.0  # exp(20) = 5e8: beyond every ratio that means something, far below float32's overflow
-)
+# exp(20) = 5e8: beyond every ratio that means something, far below float32's overflow
+MAX_LOG_RATIO = 20.0
 
 
 def sum_per_chunk(values_BT: Array, batch: Batch) -> Array:
@@ -61,9 +62,12 @@ def policy_metrics(
     batch: Batch,
     denominators: Denominators,
 ) -> Metrics:
-    """Token means over the step's RL tokens. Three policies: current, old (`logp_old`), rollout (the engine's).
+    """Token means over the step's RL tokens.
 
-    `mismatch_weight`, `mismatch_weight2` are moments of old / rollout; weight ** 2 / weight2 is the effective sample size's share.
+    Three policies: current, old (`logp_old`), rollout (the engine's).
+
+    `mismatch_weight`, `mismatch_weight2` are moments of old / rollout; weight ** 2 / weight2 is the
+    effective sample size's share.
     """
 
     def mean(values_BT: Array) -> Array:

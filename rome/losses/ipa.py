@@ -1,7 +1,8 @@
 """Interaction-Perceptive Agentic Policy Optimization: Eq. 7-10 of "Let It Flow" (arXiv 2512.24873).
 
-The unit of credit is the chunk c_k, one turn of the policy between two observations. Three policies meet in every action token: the
-current one (logp), the trainer's at the weights that sampled the token (logp_old), and the rollout engine's (logp_rollout).
+The unit of credit is the chunk c_k, one turn of the policy between two observations. Three policies
+meet in every action token: the current one (logp), the trainer's at the weights that sampled the
+token (logp_old), and the rollout engine's (logp_rollout).
 
     G_k   = gamma^(K-k) R                                               Eq. 7   return
     rho_k = exp(mean over c_k of logp - logp_old)                       Eq. 8   ratio: how far the policy moved since sampling
@@ -12,7 +13,8 @@ current one (logp), the trainer's at the weights that sampled the token (logp_ol
 
     lambda_rl (Eq. 9 on RL chunks) + lambda_il (sum of G_k logp_t on imitation chunks)    Eq. 10
 
-B rows, T tokens, C chunks a row. Every weight is a constant to the gradient, so d loss / d logp_t is minus the weight of token t.
+B rows, T tokens, C chunks a row. Every weight is a constant to the gradient, so d loss / d logp_t
+is minus the weight of token t.
 """
 
 from __future__ import annotations
@@ -57,13 +59,17 @@ def ipa_loss(
         ratio_BT=at_tokens(exp_bounded(log_ratio_BC), batch),
         clipped_BT=at_tokens((batch.sign_BC < 0) & (log_ratio_BC > 0), batch),
     )
-    return -(
-        config.lambda_rl * objective + config.lambda_il * imitation
-    ), metrics | imitation_metrics
+    return (
+        -(config.lambda_rl * objective + config.lambda_il * imitation),
+        metrics | imitation_metrics,
+    )
 
 
 def chunk_returns(reward: float, num_chunks: int, gamma: float) -> np.ndarray:
-    """Eq. 7: G_k = gamma^(K-k) R for k = 1..K; the last chunk gets R itself. Used on the host, when trajectories are packed."""
+    """Eq. 7: G_k = gamma^(K-k) R for k = 1..K; the last chunk gets R itself.
+
+    Used on the host, when trajectories are packed.
+    """
     return reward * np.power(float(gamma), np.arange(num_chunks - 1, -1, -1))
 
 
@@ -73,7 +79,9 @@ def topr_weight(log_ratio_BC: Array, sign_BC: Array) -> Array:
 
 
 def mismatch_mask(batch: Batch, config: LossConfig) -> Array:
-    """m: [B, T] float32. 0 where old / rollout is above H, for the whole chunk at once or for single tokens."""
+    """m: [B, T] float32. 0 where old / rollout is above H, for the whole chunk at once or for
+    single tokens.
+    """
     mismatch_BT = batch.logp_old_BT - batch.logp_rollout_BT
     if config.mismatch_mask == "chunk":
         mismatch_BT = at_tokens(mean_per_chunk(mismatch_BT, batch), batch)
@@ -85,7 +93,9 @@ def mismatch_mask(batch: Batch, config: LossConfig) -> Array:
 def imitation_term(
     logp_BT: Array, batch: Batch, denominators: Denominators
 ) -> tuple[Array, Metrics]:
-    """The first term of Eq. 10, with pi(c*) read as a data weight: G-weighted log-likelihood of the expert's chunks, per token."""
+    """The first term of Eq. 10, with pi(c*) read as a data weight: G-weighted log-likelihood of the
+    expert's chunks, per token.
+    """
     expert_BT = tokens_of_kind(IMITATION, batch)
     count = jnp.maximum(denominators.imitation_tokens, 1.0)
     logp = weighted_sum(jnp.ones_like(logp_BT), logp_BT, expert_BT) / count
@@ -105,7 +115,8 @@ def rl_denominator(config: LossConfig, denominators: Denominators) -> Array:
 
 
 def weighted_sum(weight_BT: Array, logp_BT: Array, mask_BT: Array) -> Array:
-    """Sum of weight * logp where the mask is set; what lies elsewhere, even a NaN, touches neither value nor gradient.
+    """Sum of weight * logp where the mask is set; what lies elsewhere, even a NaN, touches neither
+    value nor gradient.
 
     The weight is a constant: here, and only here, the gradient through ratios and masks is cut.
     """

@@ -1,7 +1,8 @@
 """The policy losses that IPA is compared with, in the form of their papers.
 
-r = pi / pi_old of a token, rho = pi_old / mu (the trainer against the engine at the same weights), A = advantage (rome.data.advantages), R = reward,
-y a trajectory's n RL tokens. Sums and means run over the whole step: over trajectories, or over tokens where a line says so.
+r = pi / pi_old of a token, rho = pi_old / mu (the trainer against the engine at the same weights),
+A = advantage (rome.data.advantages), R = reward, y a trajectory's n RL tokens. Sums and means run
+over the whole step: over trajectories, or over tokens where a line says so.
 
     token_level  the paper's baseline, Eq. 4-6 of "Let It Flow": TOPR's split with exp(mean log r) and a mask for each token
     grpo      mean_y 1/n sum_t min(r A, clip(r, 1 - e, 1 + e) A)                     arXiv 2402.03300, Eq. 3; no KL term
@@ -15,11 +16,13 @@ y a trajectory's n RL tokens. Sums and means run over the whole step: over traje
     cispo     token mean of sg(clip(r, 1 - e_low, 1 + e_high)) A log pi              arXiv 2506.13585, Eq. 4-5
     topr      mean_y R sum_t log pi; failures times sg([prod_t pi / mu]_0^1)         arXiv 2503.14286, Eq. 8
 
-All maximised, so a loss is minus this. DAPO's dynamic sampling and overlong penalty are not here: which groups are kept and replaced is the scheduler's
-affair, what an episode is rewarded the verifier's. dual_clip c bounds min(r A, clip(r) A) below by c A where A < 0 (arXiv 1912.09729): without it
-the ratio of a failure has no upper bound, which asynchronous training cannot afford.
+All maximised, so a loss is minus this. DAPO's dynamic sampling and overlong penalty are not here:
+which groups are kept and replaced is the scheduler's affair, what an episode is rewarded the
+verifier's. dual_clip c bounds min(r A, clip(r) A) below by c A where A < 0 (arXiv 1912.09729):
+without it the ratio of a failure has no upper bound, which asynchronous training cannot afford.
 
-B rows, T tokens, C chunks a row. A turn is a chunk. Imitation chunks (Eq. 10) are learned as in IPA.
+B rows, T tokens, C chunks a row. A turn is a chunk. Imitation chunks (Eq. 10) are learned as in
+IPA.
 """
 
 from __future__ import annotations
@@ -46,7 +49,9 @@ from rome.losses.types import Denominators, LossConfig, Metrics
 def token_level_loss(
     logp_BT: Array, batch: Batch, config: LossConfig, denominators: Denominators
 ) -> tuple[Array, Metrics]:
-    """Eq. 4-6: the split of TOPR with one ratio and one reward a trajectory, undiscounted, and a mask for each token."""
+    """Eq. 4-6: the split of TOPR with one ratio and one reward a trajectory, undiscounted, and a
+    mask for each token.
+    """
     rl_BT = tokens_of_kind(RL, batch)
     log_ratio_BC = _trajectory_sum(
         _log_ratio(logp_BT, batch, rl_BT), batch
@@ -73,14 +78,19 @@ def token_level_loss(
 def grpo_loss(
     logp_BT: Array, batch: Batch, config: LossConfig, denominators: Denominators
 ) -> tuple[Array, Metrics]:
-    """GRPO: clipped token ratios times the group advantage; a mean over each trajectory's tokens, then over trajectories."""
+    """GRPO: clipped token ratios times the group advantage; a mean over each trajectory's tokens,
+    then over trajectories.
+    """
     return _clipped_loss(logp_BT, batch, config, denominators, per_trajectory=True)
 
 
 def dr_grpo_loss(
     logp_BT: Array, batch: Batch, config: LossConfig, denominators: Denominators
 ) -> tuple[Array, Metrics]:
-    """Dr. GRPO: GRPO whose token sums are divided by a constant, so that the length of a trajectory does not weaken its tokens.
+    """Dr.
+
+    GRPO: GRPO whose token sums are divided by a constant, so that the length of a trajectory does
+    not weaken its tokens.
 
     The advantages are to be "centred" ones.
     """
@@ -93,7 +103,8 @@ def dapo_loss(
 ) -> tuple[Array, Metrics]:
     """DAPO: a wider clip upwards than downwards, and every token of the step counts the same.
 
-    The paper divides by the tokens of a group and averages over groups; here as in its code, by the tokens of the step.
+    The paper divides by the tokens of a group and averages over groups; here as in its code, by the
+    tokens of the step.
     """
     return _clipped_loss(
         logp_BT, batch, config, denominators, count=jnp.maximum(denominators.rl_tokens, 1.0)
@@ -103,7 +114,9 @@ def dapo_loss(
 def tis_loss(
     logp_BT: Array, batch: Batch, config: LossConfig, denominators: Denominators
 ) -> tuple[Array, Metrics]:
-    """Truncated importance sampling: GRPO corrected for what the engine sampled otherwise than the trainer would have, up to a weight of C."""
+    """Truncated importance sampling: GRPO corrected for what the engine sampled otherwise than the
+    trainer would have, up to a weight of C.
+    """
     rho_BT = exp_bounded(batch.logp_old_BT - batch.logp_rollout_BT)
     return _clipped_loss(
         logp_BT,
@@ -118,7 +131,9 @@ def tis_loss(
 def icepop_loss(
     logp_BT: Array, batch: Batch, config: LossConfig, denominators: Denominators
 ) -> tuple[Array, Metrics]:
-    """IcePop: GRPO corrected as in TIS, but a token on which engine and trainer disagree too much, either way, is dropped."""
+    """IcePop: GRPO corrected as in TIS, but a token on which engine and trainer disagree too much,
+    either way, is dropped.
+    """
     rho_BT = exp_bounded(batch.logp_old_BT - batch.logp_rollout_BT)
     kept_BT = (rho_BT >= config.mismatch_low) & (rho_BT <= config.mismatch_limit)
     return _clipped_loss(
@@ -135,7 +150,8 @@ def icepop_loss(
 def gigpo_loss(
     logp_BT: Array, batch: Batch, config: LossConfig, denominators: Denominators
 ) -> tuple[Array, Metrics]:
-    """GiGPO: each turn is a sample with an advantage of its own; a mean over its tokens, then over the turns of the step.
+    """GiGPO: each turn is a sample with an advantage of its own; a mean over its tokens, then over
+    the turns of the step.
 
     The advantages are to be those of "steps".
     """
@@ -153,14 +169,18 @@ def gigpo_loss(
 def gspo_loss(
     logp_BT: Array, batch: Batch, config: LossConfig, denominators: Denominators
 ) -> tuple[Array, Metrics]:
-    """GSPO: one ratio a trajectory, the geometric mean of its tokens', clipped as a whole; the gradient goes through it."""
+    """GSPO: one ratio a trajectory, the geometric mean of its tokens', clipped as a whole; the
+    gradient goes through it.
+    """
     rl_BT = tokens_of_kind(RL, batch)
     tokens_BC = _rl_tokens_per_trajectory(rl_BT, batch)
     ratio_BC = exp_bounded(_trajectory_sum(_log_ratio(logp_BT, batch, rl_BT), batch) / tokens_BC)
-    # A trajectory's advantage is one number; in a row of several kinds of chunk each still carries it.
+    # A trajectory's advantage is one number; in a row of several kinds of chunk each still carries
+    # it.
     surrogate_BC, clipped_BC = _clipped_surrogate(ratio_BC, batch.advantage_BC, config)
 
-    # The surrogate stands at each of the trajectory's n tokens, so that 1/n of each adds up to it once.
+    # The surrogate stands at each of the trajectory's n tokens, so that 1/n of each adds up to it
+    # once.
     objective = weighted_sum(
         at_tokens(1.0 / tokens_BC, batch), at_tokens(surrogate_BC, batch), rl_BT
     ) / jnp.maximum(denominators.rl_trajectories, 1.0)
@@ -179,7 +199,9 @@ def gspo_loss(
 def rloo_loss(
     logp_BT: Array, batch: Batch, config: LossConfig, denominators: Denominators
 ) -> tuple[Array, Metrics]:
-    """RLOO: REINFORCE on whole trajectories. No ratio corrects for the age of a sample: it wants fresh ones and one update a step.
+    """RLOO: REINFORCE on whole trajectories.
+
+    No ratio corrects for the age of a sample: it wants fresh ones and one update a step.
 
     The advantages are to be those of "leave_one_out".
     """
@@ -203,7 +225,9 @@ def rloo_loss(
 def cispo_loss(
     logp_BT: Array, batch: Batch, config: LossConfig, denominators: Denominators
 ) -> tuple[Array, Metrics]:
-    """CISPO: REINFORCE with clipped token ratios as weights, so that no token loses its gradient; every token of the step counts the same."""
+    """CISPO: REINFORCE with clipped token ratios as weights, so that no token loses its gradient;
+    every token of the step counts the same.
+    """
     rl_BT = tokens_of_kind(RL, batch)
     ratio_BT = exp_bounded(_log_ratio(logp_BT, batch, rl_BT))
     clipped_ratio_BT = jnp.clip(ratio_BT, 1.0 - config.clip_low, 1.0 + config.clip_high)
@@ -225,9 +249,11 @@ def cispo_loss(
 def topr_loss(
     logp_BT: Array, batch: Batch, config: LossConfig, denominators: Denominators
 ) -> tuple[Array, Metrics]:
-    """TOPR: successes plain; failures weighted by the probability ratio of the whole trajectory to the policy that sampled it, at most 1.
+    """TOPR: successes plain; failures weighted by the probability ratio of the whole trajectory to
+    the policy that sampled it, at most 1.
 
-    The ratio is a product over all tokens, against the engine: of a long failure that has become less likely little is left.
+    The ratio is a product over all tokens, against the engine: of a long failure that has become
+    less likely little is left.
     """
     rl_BT = tokens_of_kind(RL, batch)
     log_ratio_BC = _trajectory_sum(jnp.where(rl_BT, logp_BT - batch.logp_rollout_BT, 0.0), batch)
@@ -258,7 +284,9 @@ def _clipped_loss(
     weight_BT: Array | float = 1.0,
     masked_BT: Array | None = None,
 ) -> tuple[Array, Metrics]:
-    """Minus the weighted sum over tokens of min(r A, clip(r) A) / count; per_trajectory: over the mean of each trajectory, instead."""
+    """Minus the weighted sum over tokens of min(r A, clip(r) A) / count; per_trajectory: over the
+    mean of each trajectory, instead.
+    """
     rl_BT = tokens_of_kind(RL, batch)
     ratio_BT = exp_bounded(_log_ratio(logp_BT, batch, rl_BT))
     surrogate_BT, clipped_BT = _clipped_surrogate(
@@ -306,7 +334,9 @@ def _finish(
     clipped_BT: Array,
     masked_BT: Array | None = None,
 ) -> tuple[Array, Metrics]:
-    """Adds the imitation term of Eq. 10 to what is to be maximised, and the figures that all policy losses share."""
+    """Adds the imitation term of Eq. 10 to what is to be maximised, and the figures that all policy
+    losses share.
+    """
     imitation, imitation_metrics = imitation_term(logp_BT, batch, denominators)
     metrics = policy_metrics(
         logp_BT,
@@ -317,9 +347,10 @@ def _finish(
         clipped_BT=clipped_BT,
         masked_BT=jnp.zeros_like(logp_BT) if masked_BT is None else masked_BT,
     )
-    return -(
-        config.lambda_rl * objective + config.lambda_il * imitation
-    ), metrics | imitation_metrics
+    return (
+        -(config.lambda_rl * objective + config.lambda_il * imitation),
+        metrics | imitation_metrics,
+    )
 
 
 def _log_ratio(logp_BT: Array, batch: Batch, rl_BT: Array) -> Array:

@@ -1,7 +1,8 @@
 """What every loss takes and returns.
 
-A loss sees one micro-batch but divides by counts of the whole step, so that values, gradients and metrics of the micro-batches of a step
-simply add up, whatever their number, their padding and the devices they lie on. Metrics whose name starts with `max_` combine by maximum.
+A loss sees one micro-batch but divides by counts of the whole step, so that values, gradients and
+metrics of the micro-batches of a step simply add up, whatever their number, their padding and the
+devices they lie on. Metrics whose name starts with `max_` combine by maximum.
 """
 
 from __future__ import annotations
@@ -30,20 +31,30 @@ class Denominators(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Switches of the losses; defaults are IPA's and GRPO's, those of the others are PUBLISHED in rome.losses. `sft` reads none of them."""
+    """Switches of the losses; defaults are IPA's and GRPO's, those of the others are PUBLISHED in
+    rome.losses.
 
-    norm: str = "tokens"  # ipa, token_level: the step's RL "tokens", "chunks" or "trajectories" divide the sum
-    mismatch_mask: str = (
-        "chunk"  # ipa: what m_k drops, a "chunk" or a "token"; token_level always drops tokens
-    )
-    mismatch_limit: float = 5.0  # of pi_old / mu. ipa, token_level: H, dropped above it; icepop: beta, dropped above it; tis: C, truncated to it
+    `sft` reads none of them.
+    """
+
+    # ipa, token_level: the step's RL "tokens", "chunks" or "trajectories" divide the sum
+    norm: str = "tokens"
+    # ipa: what m_k drops, a "chunk" or a "token"; token_level always drops tokens
+    mismatch_mask: str = "chunk"
+    # of pi_old / mu. ipa, token_level: H, dropped above it; icepop: beta, dropped above it; tis: C,
+    # truncated to it
+    mismatch_limit: float = 5.0
     mismatch_low: float = 0.5  # icepop: alpha, dropped below it
     lambda_rl: float = 1.0
     lambda_il: float = 1.0
     clip_low: float = 0.2  # ratios are clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = 0.2
-    dual_clip: float = 0.0  # where the advantage is negative the clipped losses count a ratio as at most this; 0: without such a bound
-    token_constant: float = 1.0  # dr_grpo: what a trajectory's token sum is divided by, the same for all; the token budget of an episode
+    # where the advantage is negative the clipped losses count a ratio as at most this; 0: without
+    # such a bound
+    dual_clip: float = 0.0
+    # dr_grpo: what a trajectory's token sum is divided by, the same for all; the token budget of an
+    # episode
+    token_constant: float = 1.0
 
     def __post_init__(self) -> None:
         if self.norm not in ("tokens", "chunks", "trajectories"):
@@ -56,7 +67,8 @@ class LossConfig:
             )
         if not self.mismatch_limit > 0:
             raise ValueError(
-                f"mismatch_limit {self.mismatch_limit} drops everything; set a ratio above 0, such as 5 (inf keeps everything)"
+                f"mismatch_limit {self.mismatch_limit} drops everything; set a ratio above 0, such"
+                " as 5 (inf keeps everything)"
             )
         for name in (
             "lambda_rl",
@@ -70,7 +82,8 @@ class LossConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; set it to 0 or more")
         if self.dual_clip and not self.dual_clip > 1 + self.clip_high:
             raise ValueError(
-                f"dual_clip {self.dual_clip} is within the clip range that ends at {1 + self.clip_high}; set it above, such as to 3, or to 0 for none"
+                f"dual_clip {self.dual_clip} is within the clip range that ends at"
+                f" {1 + self.clip_high}; set it above, such as to 3, or to 0 for none"
             )
         if not self.token_constant > 0:
             raise ValueError(

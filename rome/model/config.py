@@ -1,7 +1,9 @@
-"""What a Qwen3-MoE is, in numbers: one frozen dataclass, the presets, and Hugging Face's config.json both ways.
+"""What a Qwen3-MoE is, in numbers: one frozen dataclass, the presets, and Hugging Face's
+config.json both ways.
 
-Values of the Qwen3 presets are those of the published checkpoints. `rope_theta` belongs to a checkpoint (the 2507 releases raised it): a
-model that is loaded takes it from its own config.json through `from_hf`.
+Values of the Qwen3 presets are those of the published checkpoints. `rope_theta` belongs to a
+checkpoint (the 2507 releases raised it): a model that is loaded takes it from its own config.json
+through `from_hf`.
 """
 
 from __future__ import annotations
@@ -28,10 +30,12 @@ SIZES = (
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched beyond the length that a model was trained on: "linear", or "yarn" (arXiv 2309.00071).
+    """How rotary frequencies are stretched beyond the length that a model was trained on: "linear",
+    or "yarn" (arXiv 2309.00071).
 
-    `attention_factor` multiplies cos and sin. The betas are rotations over `original_max_position`: faster frequencies stay, slower ones are
-    divided by `factor`, those between are mixed. `truncate` rounds the borders of that range outwards.
+    `attention_factor` multiplies cos and sin. The betas are rotations over `original_max_position`:
+    faster frequencies stay, slower ones are divided by `factor`, those between are mixed.
+    `truncate` rounds the borders of that range outwards.
     """
 
     kind: str
@@ -44,13 +48,18 @@ class RopeScaling:
 
     @classmethod
     def from_hf(cls, rope: dict[str, Any], max_position: int) -> RopeScaling | None:
-        """`rope_scaling` or `rope_parameters` of a config.json, with transformers' defaults for what is absent. None: not stretched."""
+        """`rope_scaling` or `rope_parameters` of a config.json, with transformers' defaults for
+        what is absent.
+
+        None: not stretched.
+        """
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind == "default":
             return None
         if not isinstance(rope.get("factor"), (int, float)) or rope["factor"] < 1:
             raise ValueError(
-                f"config.json has a {kind} rope without a factor of at least 1 ({rope.get('factor')!r}); take it from the model card"
+                f"config.json has a {kind} rope without a factor of at least 1"
+                f" ({rope.get('factor')!r}); take it from the model card"
             )
         factor = float(rope["factor"])
         if kind == "linear":
@@ -85,14 +94,18 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and numerics of one model. Parameters are float32 in training; `dtype` is what the layers compute in.
+    """Sizes and numerics of one model.
+
+    Parameters are float32 in training; `dtype` is what the layers compute in.
 
     Router, norms, softmax and rotary angles are float32 whatever `dtype` says. `remat`, what the
-    backward pass finds kept: "none" all, "full" only the input of each block (the rest is computed again), "attention" also what attention made,
-    "offload" the inputs, in the host's memory. `scan_layers`: training loops over the stacked layers, which compiles once for
-    any depth; False unrolls them, which is a fifth faster for a shallow model on a CPU. `dense_layers` have one gated MLP of
-    `intermediate_size` instead of experts; a model that has some is never scanned. `capacity_factor`: an expert takes at most this many times its
-    even share of a device's choices, and the rest are dropped and reported; 0 drops nothing.
+    backward pass finds kept: "none" all, "full" only the input of each block (the rest is computed
+    again), "attention" also what attention made, "offload" the inputs, in the host's memory.
+    `scan_layers`: training loops over the stacked layers, which compiles once for any depth; False
+    unrolls them, which is a fifth faster for a shallow model on a CPU. `dense_layers` have one
+    gated MLP of `intermediate_size` instead of experts; a model that has some is never scanned.
+    `capacity_factor`: an expert takes at most this many times its even share of a device's choices,
+    and the rest are dropped and reported; 0 drops nothing.
     """
 
     vocab_size: int
@@ -129,7 +142,8 @@ class ModelConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r}; it must be a positive integer")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}; choose a divisor"
+                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads};"
+                " choose a divisor"
             )
         if self.head_dim % 2:
             raise ValueError(
@@ -137,22 +151,26 @@ class ModelConfig:
             )
         if self.experts_per_token > self.num_experts:
             raise ValueError(
-                f"experts_per_token={self.experts_per_token} exceeds num_experts={self.num_experts}; lower it"
+                f"experts_per_token={self.experts_per_token} exceeds"
+                f" num_experts={self.num_experts}; lower it"
             )
         if (
             any(not 0 <= i < self.num_layers for i in self.dense_layers)
             or len(self.dense_layers) >= self.num_layers
         ):
             raise ValueError(
-                f"dense_layers={self.dense_layers} of {self.num_layers} layers; at least one layer needs experts"
+                f"dense_layers={self.dense_layers} of {self.num_layers} layers; at least one layer"
+                " needs experts"
             )
         if self.dense_layers and (self.scan_layers or self.intermediate_size < 1):
             raise ValueError(
-                f"dense_layers={self.dense_layers} need intermediate_size={self.intermediate_size} above 0 and scan_layers=False"
+                f"dense_layers={self.dense_layers} need intermediate_size={self.intermediate_size}"
+                " above 0 and scan_layers=False"
             )
         if self.capacity_factor < 0 or self.router_z_loss_coef < 0:
             raise ValueError(
-                f"capacity_factor={self.capacity_factor}, router_z_loss_coef={self.router_z_loss_coef}; both are 0 or more"
+                f"capacity_factor={self.capacity_factor},"
+                f" router_z_loss_coef={self.router_z_loss_coef}; both are 0 or more"
             )
         if self.dtype not in DTYPES or self.remat not in REMATS:
             raise ValueError(
@@ -166,9 +184,12 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], **overrides: Any) -> ModelConfig:
-        """Reads a config.json's dict in the spelling of transformers 4 or 5. A switch that this model does not have is refused by name.
+        """Reads a config.json's dict in the spelling of transformers 4 or 5.
 
-        `overrides` are fields that config.json does not hold, such as dtype="bfloat16" or remat="none".
+        A switch that this model does not have is refused by name.
+
+        `overrides` are fields that config.json does not hold, such as dtype="bfloat16" or
+        remat="none".
         """
         _refuse_unsupported(hf)
         fields = {ours: _required(hf, names) for ours, names in _SIZE_NAMES.items()}
@@ -193,7 +214,10 @@ class ModelConfig:
         return cls(**(fields | overrides))
 
     def to_hf(self) -> dict[str, Any]:
-        """config.json's dict. Renamed keys are there in both spellings, so that transformers 4 and 5 and SGLang read it."""
+        """config.json's dict.
+
+        Renamed keys are there in both spellings, so that transformers 4 and 5 and SGLang read it.
+        """
         scaling = self.rope_scaling and self.rope_scaling.to_hf()
         return {
             "architectures": ["Qwen3MoeForCausalLM"],
@@ -211,8 +235,9 @@ class ModelConfig:
             "intermediate_size": self.intermediate_size or self.moe_intermediate_size,
             "rope_theta": self.rope_theta,
             "rope_scaling": scaling,
-            "rope_parameters": {"rope_theta": self.rope_theta}
-            | (scaling or {"rope_type": "default"}),
+            "rope_parameters": (
+                {"rope_theta": self.rope_theta} | (scaling or {"rope_type": "default"})
+            ),
             "rms_norm_eps": self.rms_norm_eps,
             "max_position_embeddings": self.max_position,
             "norm_topk_prob": self.norm_topk_prob,
@@ -285,7 +310,8 @@ def _refuse_unsupported(hf: dict[str, Any]) -> None:
             )
     if refused:
         raise ValueError(
-            f"config.json asks for what rome.model does not do: {'; '.join(refused)}. Choose another checkpoint."
+            f"config.json asks for what rome.model does not do: {'; '.join(refused)}. Choose"
+            " another checkpoint."
         )
 
 
@@ -299,7 +325,9 @@ def _required(hf: dict[str, Any], names: tuple[str, ...]) -> int:
 
 
 def _dense_layers(hf: dict[str, Any], num_layers: int) -> tuple[int, ...]:
-    """transformers' rule: layer i has experts if it is not in mlp_only_layers and decoder_sparse_step divides i + 1."""
+    """transformers' rule: layer i has experts if it is not in mlp_only_layers and
+    decoder_sparse_step divides i + 1.
+    """
     only, step = hf.get("mlp_only_layers") or [], hf.get("decoder_sparse_step") or 1
     return tuple(i for i in range(num_layers) if i in only or (i + 1) % step)
 
@@ -322,11 +350,13 @@ def _rope_theta(hf: dict[str, Any]) -> float:
     found = {place.get("rope_theta") for place in (hf, hf.get("rope_parameters") or {})} - {None}
     if not found:
         raise ValueError(
-            "config.json has neither rope_theta nor rope_parameters.rope_theta; take it from the checkpoint's model card"
+            "config.json has neither rope_theta nor rope_parameters.rope_theta; take it from the"
+            " checkpoint's model card"
         )
     if len(found) > 1:
         raise ValueError(
-            f"config.json gives rope_theta twice, as {sorted(found)}; keep the checkpoint's own value"
+            f"config.json gives rope_theta twice, as {sorted(found)}; keep the checkpoint's own"
+            " value"
         )
     return float(found.pop())
 
@@ -345,7 +375,8 @@ _QWEN3 = ModelConfig(
 )
 
 PRESETS: dict[str, ModelConfig] = {
-    # ids are those of rome/model/tokenizer/tiny; a model this narrow would spend its first hundred steps growing weights drawn at 0.02
+    # ids are those of rome/model/tokenizer/tiny; a model this narrow would spend its first hundred
+    # steps growing weights drawn at 0.02
     "tiny": ModelConfig(
         vocab_size=768,
         hidden_size=128,

@@ -1,4 +1,5 @@
-"""The mixture of experts: a float32 router over the experts of `rome.model.ops.experts`, and the losses and figures of the router.
+"""The mixture of experts: a float32 router over the experts of `rome.model.ops.experts`, and the
+losses and figures of the router.
 
 N tokens (flattened rows), D model, E experts, k experts a token, F expert hidden, L layers.
 """
@@ -14,16 +15,18 @@ import numpy as np
 from jax import Array
 
 from rome.model.config import ModelConfig
-from rome.model.ops.experts_on_mesh import experts_on_mesh
 from rome.model.ops.experts import NO_EXPERT, experts_within
+from rome.model.ops.experts_on_mesh import experts_on_mesh
 from rome.model.sharding import is_split
 
 
 class RouterStats(NamedTuple):
-    """Sums over the tokens that are not padding, so that they add up over micro-batches; a layer without experts has zeros.
+    """Sums over the tokens that are not padding, so that they add up over micro-batches; a layer
+    without experts has zeros.
 
-    counts_LE: how often each expert was chosen, k * tokens in a layer. prob_sum_LE, z_L: router probabilities and squared log-partition
-    functions, differentiable. entropy_L: of the router's distribution, nats. dropped_L: choices beyond an expert's capacity.
+    counts_LE: how often each expert was chosen, k * tokens in a layer. prob_sum_LE, z_L: router
+    probabilities and squared log-partition functions, differentiable. entropy_L: of the router's
+    distribution, nats. dropped_L: choices beyond an expert's capacity.
     """
 
     counts_LE: Array
@@ -40,12 +43,15 @@ def router_loss(
     counts_LE: Array | None = None,
     tokens: Array | None = None,
 ) -> Array:
-    """Load balancing as transformers computes it: E * sum_e f_e * P_e, both averaged over the tokens of all layers together.
+    """Load balancing as transformers computes it: E * sum_e f_e * P_e, both averaged over the
+    tokens of all layers together.
 
-    k when every expert gets the same share, which is the least. Not yet multiplied by config.router_aux_loss_coef.
+    k when every expert gets the same share, which is the least. Not yet multiplied by
+    config.router_aux_loss_coef.
 
     Args:
-      counts_LE, tokens: of the whole step where `stats` are those of one micro-batch; the micro-batches' losses then add up to the step's.
+      counts_LE, tokens: of the whole step where `stats` are those of one micro-batch; the
+        micro-batches' losses then add up to the step's.
     """
     counts_LE, tokens = (
         (stats.counts_LE, stats.tokens) if counts_LE is None else (counts_LE, tokens)
@@ -56,14 +62,17 @@ def router_loss(
 
 
 def router_z_loss(stats: RouterStats, config: ModelConfig, tokens: Array) -> Array:
-    """Mean over the step's `tokens` and all layers of log(sum_e exp(logit_e)) ** 2 (arXiv 2202.08906): logits stay where float32 is exact."""
+    """Mean over the step's `tokens` and all layers of log(sum_e exp(logit_e)) ** 2 (arXiv
+    2202.08906): logits stay where float32 is exact.
+    """
     return stats.z_L.sum() / jnp.maximum(tokens * len(config.sparse_layers), 1.0)
 
 
 def router_figures(stats: RouterStats, config: ModelConfig, tokens: Array) -> dict[str, Array]:
     """This micro-batch's share of the step's means, so that those of a step add up.
 
-    `router_entropy` in nats, over tokens and layers. `router_dropped`: share of the choices that were beyond an expert's capacity.
+    `router_entropy` in nats, over tokens and layers. `router_dropped`: share of the choices that
+    were beyond an expert's capacity.
     """
     rows = jnp.maximum(tokens * len(config.sparse_layers), 1.0)
     return {
@@ -75,7 +84,8 @@ def router_figures(stats: RouterStats, config: ModelConfig, tokens: Array) -> di
 def load_figures(counts_LE: Array, config: ModelConfig) -> dict[str, Array]:
     """How evenly a whole step's choices lie, as means over layers.
 
-    `router_load_max`: the busiest expert's load over the mean, 1 at best. `router_gini` of the loads: 0 even, near 1 all on one.
+    `router_load_max`: the busiest expert's load over the mean, 1 at best. `router_gini` of the
+    loads: 0 even, near 1 all on one.
     """
     counts_LE = counts_LE[np.array(config.sparse_layers)]
     loads_LE = counts_LE / jnp.maximum(counts_LE.mean(axis=1, keepdims=True), 1e-9)
@@ -93,10 +103,11 @@ def route(
 
     Args:
       logits_NE: float32.
-      forced_Nk: expert ids to replay. Their weights come from the same logits, so the router still learns. A token whose ids are negative
-        has no recorded route and chooses for itself.
+      forced_Nk: expert ids to replay. Their weights come from the same logits, so the router still
+        learns. A token whose ids are negative has no recorded route and chooses for itself.
     Returns:
-      ids_Nk int32, weights_Nk float32, probs_NE float32, and own_Nk int32: what the router would choose. It is ids_Nk where nothing is replayed.
+      ids_Nk int32, weights_Nk float32, probs_NE float32, and own_Nk int32: what the router would
+      choose. It is ids_Nk where nothing is replayed.
     """
     probs_NE = jax.nn.softmax(logits_NE, axis=-1)
     _, own_Nk = jax.lax.top_k(jax.lax.stop_gradient(probs_NE), config.experts_per_token)
@@ -134,9 +145,11 @@ class MoE(nn.Module):
     def __call__(
         self, x_BTD: Array, real_BT: Array, forced_BTk: Array | None = None
     ) -> tuple[Array, Array, LayerRouter]:
-        """Returns out_BTD, own_BTk and the router's sums over the tokens where real_BT. Padding is given to no expert.
+        """Returns out_BTD, own_BTk and the router's sums over the tokens where real_BT. Padding is
+        given to no expert.
 
-        own_BTk is the router's own choice, also where others are replayed; the sums count the experts that were asked for, dropped choices included.
+        own_BTk is the router's own choice, also where others are replayed; the sums count the
+        experts that were asked for, dropped choices included.
         """
         config = self.config
         (B, T, D), E, F, k = (

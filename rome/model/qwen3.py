@@ -1,13 +1,18 @@
-"""Qwen3-MoE in functional Flax: embedding, blocks of attention and experts, final norm. The head is left to whoever needs logits.
+"""Qwen3-MoE in functional Flax: embedding, blocks of attention and experts, final norm.
 
-B rows, T time, S cache slots, D model, N query heads, K key heads, H head dim, L layers, k experts a token, V vocabulary.
+The head is left to whoever needs logits.
+
+B rows, T time, S cache slots, D model, N query heads, K key heads, H head dim, L layers, k experts
+a token, V vocabulary.
 
 Parameters are an explicit pytree of float32 arrays; layers are stacked on a leading L axis:
 
-    {"embed": {"embedding" [V, D]}, "layers": {"attention_norm", "attention", "moe_norm", "moe"}, "norm": {"scale"}, "head": {"kernel" [D, V]}}
+    {"embed": {"embedding" [V, D]}, "layers": {"attention_norm", "attention", "moe_norm", "moe"},
+    "norm": {"scale"}, "head": {"kernel" [D, V]}}
 
-`Qwen3(config)` scans over the stack, which compiles once for any depth. `Qwen3(config, scan=False)` runs the same parameters, stacked or as a
-tuple of layers (`unstack_layers`), one after the other: several times faster for decoding on a CPU. Both give the same numbers.
+`Qwen3(config)` scans over the stack, which compiles once for any depth. `Qwen3(config, scan=False)`
+runs the same parameters, stacked or as a tuple of layers (`unstack_layers`), one after the other:
+several times faster for decoding on a CPU. Both give the same numbers.
 """
 
 from __future__ import annotations
@@ -25,11 +30,11 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from rome.model import sharding
+from rome.model.config import ModelConfig
+from rome.model.moe import LayerRouter, MoE, RouterStats
 from rome.model.ops.attention import attention
 from rome.model.ops.attention_kernels import SAVED_OUTPUT
-from rome.model.config import ModelConfig
 from rome.model.ops.embedding import embed
-from rome.model.moe import LayerRouter, MoE, RouterStats
 from rome.model.ops.gathered import from_heads, to_heads
 
 Params = dict[str, Any]
@@ -37,7 +42,10 @@ BLOCK_INPUT = "block_input"  # the name under which a remat policy finds it
 
 
 class Cache(NamedTuple):
-    """Keys and values by position. Scanned: arrays [L, B, S, K, H]. Unrolled: tuples of L arrays [B, S, K, H]."""
+    """Keys and values by position.
+
+    Scanned: arrays [L, B, S, K, H]. Unrolled: tuples of L arrays [B, S, K, H].
+    """
 
     k: Any
     v: Any
@@ -46,7 +54,8 @@ class Cache(NamedTuple):
 class Output(NamedTuple):
     """hidden_BTD is after the final norm: logits are hidden_BTD @ head_kernel(params, config).
 
-    routes_LBTK: the expert ids that each router chooses by itself. Where others were replayed, comparing the two shows how far it is from them.
+    routes_LBTK: the expert ids that each router chooses by itself. Where others were replayed,
+    comparing the two shows how far it is from them.
     """
 
     hidden_BTD: Array
@@ -87,7 +96,10 @@ def rotary_angles(positions_BT: Array, config: ModelConfig) -> tuple[Array, Arra
 
 
 def rotary_frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians a position, [H / 2] float64. YaRN as in arXiv 2309.00071, section 3.2, and transformers' reading of it."""
+    """Radians a position, [H / 2] float64.
+
+    YaRN as in arXiv 2309.00071, section 3.2, and transformers' reading of it.
+    """
     H, scaling = config.head_dim, config.rope_scaling
     frequency_h = config.rope_theta ** (-np.arange(0, H, 2) / H)
     if scaling is None or scaling.kind == "linear":
@@ -114,7 +126,9 @@ def rotate(x_BTNH: Array, cos_BT1h: Array, sin_BT1h: Array) -> Array:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with normed queries and keys, over the row itself or over a cache that it extends."""
+    """Grouped-query attention with normed queries and keys, over the row itself or over a cache
+    that it extends.
+    """
 
     config: ModelConfig
     form: str = "auto"
@@ -136,9 +150,11 @@ class Attention(nn.Module):
             )
         )
         q_NH, k_KH, v_KH, o_D = (
-            self.param(name, nn.initializers.zeros, shape).astype(x_BTD.dtype)
-            if config.attention_bias
-            else 0
+            (
+                self.param(name, nn.initializers.zeros, shape).astype(x_BTD.dtype)
+                if config.attention_bias
+                else 0
+            )
             for name, shape in (
                 ("q_bias", (N, H)),
                 ("k_bias", (K, H)),
@@ -164,17 +180,20 @@ def _attend_row(
     q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, places: Places, form: str
 ) -> tuple[Array, None]:
     order_BT = jnp.broadcast_to(jnp.arange(q_BTNH.shape[1]), q_BTNH.shape[:2])
-    return attention(
-        q_BTNH,
-        k_BTKH,
-        v_BTKH,
-        q_places_BT=order_BT,
-        k_places_BS=order_BT,
-        q_segments_BT=places.segments_BT,
-        k_segments_BS=places.segments_BT,
-        ordered=True,
-        implementation=form,
-    ), None
+    return (
+        attention(
+            q_BTNH,
+            k_BTKH,
+            v_BTKH,
+            q_places_BT=order_BT,
+            k_places_BS=order_BT,
+            q_segments_BT=places.segments_BT,
+            k_segments_BS=places.segments_BT,
+            ordered=True,
+            implementation=form,
+        ),
+        None,
+    )
 
 
 def _attend_cache(
@@ -220,8 +239,11 @@ class DenseMLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + experts(norm(x)), or the one MLP of a dense layer. Returns scan's form: the carry, then what is stacked
-    over layers. A dense layer's expert ids are -1 and its counts 0."""
+    """x + attention(norm(x)), then x + experts(norm(x)), or the one MLP of a dense layer.
+
+    Returns scan's form: the carry, then what is stacked over layers. A dense layer's expert ids are
+    -1 and its counts 0.
+    """
 
     config: ModelConfig
     experts: str = "auto"
@@ -258,7 +280,8 @@ class Qwen3(nn.Module):
       scan: loop over stacked layers (True) or unroll them (False); see the module's docstring.
       experts: form of the experts, as in `rome.model.ops.experts.experts`.
       attention_form: form of attention over whole rows, as in `rome.model.ops.attention.attention`.
-      exchange: how tokens reach their experts on a mesh, as in `rome.model.ops.experts_on_mesh.experts_on_mesh`.
+      exchange: how tokens reach their experts on a mesh, as in
+        `rome.model.ops.experts_on_mesh.experts_on_mesh`.
     """
 
     config: ModelConfig
@@ -279,10 +302,13 @@ class Qwen3(nn.Module):
         """Runs the model.
 
         Args:
-          positions_BT: rotary positions; with a cache also the slot that a token is written to, below the cache's length.
-          segments_BT: 0 is padding; tokens of one number attend causally to each other. With a cache a row is one sequence and only
-            zero or not matters: padding is not written, and a query sees the slots up to its position.
-          routes_LBTK: expert ids to replay; gate weights still come from the router. Negative where a token chooses for itself.
+          positions_BT: rotary positions; with a cache also the slot that a token is written to,
+            below the cache's length.
+          segments_BT: 0 is padding; tokens of one number attend causally to each other. With a
+            cache a row is one sequence and only zero or not matters: padding is not written, and a
+            query sees the slots up to its position.
+          routes_LBTK: expert ids to replay; gate weights still come from the router. Negative where
+            a token chooses for itself.
         """
         config = self.config
         self._check(tokens_BT, positions_BT, segments_BT, cache, routes_LBTK)
@@ -385,20 +411,24 @@ class Qwen3(nn.Module):
         config, shape = self.config, tuple(tokens_BT.shape)
         if len(shape) != 2 or positions_BT.shape != shape or segments_BT.shape != shape:
             raise ValueError(
-                f"tokens {shape}, positions {positions_BT.shape} and segments {segments_BT.shape} must have one shape [B, T]"
+                f"tokens {shape}, positions {positions_BT.shape} and segments {segments_BT.shape}"
+                " must have one shape [B, T]"
             )
         routes_shape = (config.num_layers, *shape, config.experts_per_token)
         if routes_LBTK is not None and tuple(routes_LBTK.shape) != routes_shape:
             raise ValueError(
-                f"routes have shape {tuple(routes_LBTK.shape)}; these tokens need [layers, B, T, k] = {routes_shape}"
+                f"routes have shape {tuple(routes_LBTK.shape)}; these tokens need [layers, B, T, k]"
+                f" = {routes_shape}"
             )
         if cache is not None and isinstance(cache.k, tuple) == self.scan:
             raise ValueError(
-                f"this cache is not for scan={self.scan}; make it with init_cache(config, batch, length, scan={self.scan})"
+                f"this cache is not for scan={self.scan}; make it with init_cache(config, batch,"
+                f" length, scan={self.scan})"
             )
         if self.scan and config.dense_layers:
             raise ValueError(
-                f"dense_layers={config.dense_layers}: layers of two kinds are not scanned; use Qwen3(config, scan=False)"
+                f"dense_layers={config.dense_layers}: layers of two kinds are not scanned; use"
+                " Qwen3(config, scan=False)"
             )
         if self.is_initializing() and not self.scan:
             raise ValueError("Qwen3(scan=False) makes no parameters; use init_params(config, key)")
@@ -408,7 +438,8 @@ class Qwen3(nn.Module):
             and isinstance(self.get_variable("params", "layers"), tuple)
         ):
             raise ValueError(
-                "layers are a tuple, but this model scans over a stack; use Qwen3(config, scan=False) or stack_layers(params)"
+                "layers are a tuple, but this model scans over a stack; use Qwen3(config,"
+                " scan=False) or stack_layers(params)"
             )
 
 
@@ -443,9 +474,11 @@ class _Matrix(nn.Module):
 
 @functools.partial(jax.jit, static_argnums=0)
 def init_params(config: ModelConfig, key: Array) -> Params:
-    """Fresh float32 parameters, stacked over layers: normal(initializer_range), norms at 1, biases at 0.
+    """Fresh float32 parameters, stacked over layers: normal(initializer_range), norms at 1, biases
+    at 0.
 
-    Layers of two kinds are two stacks: "moe" over the sparse layers, "mlp" over the dense ones; what both have is stacked over all.
+    Layers of two kinds are two stacks: "moe" over the sparse layers, "mlp" over the dense ones;
+    what both have is stacked over all.
     """
     one = jnp.ones((1, 1), jnp.int32)
     if not config.dense_layers:
@@ -476,7 +509,8 @@ def init_cache(config: ModelConfig, batch: int, length: int, scan: bool = True) 
 def cast_layers(params: Params, config: ModelConfig) -> Params:
     """The layers' matrices in the compute type; norms, router, embedding and head stay float32.
 
-    The layers would cast them anyway. Cast here, once, their gradients come out of the loop over layers in that type, half as large.
+    The layers would cast them anyway. Cast here, once, their gradients come out of the loop over
+    layers in that type, half as large.
     """
     matrices = ("q", "k", "v", "o", "gate", "up", "down")
     cast = lambda path, w: w.astype(config.dtype) if path[-1].key in matrices else w
@@ -489,7 +523,9 @@ def head_kernel(params: Params, config: ModelConfig) -> Array:
 
 
 def unstack_layers(params: Params, config: ModelConfig) -> Params:
-    """The same parameters with layers as a tuple, for Qwen3(config, scan=False): no slicing at each step."""
+    """The same parameters with layers as a tuple, for Qwen3(config, scan=False): no slicing at each
+    step.
+    """
 
     def split(w: Array) -> list[Array]:
         return (
@@ -510,7 +546,7 @@ def unstack_layers(params: Params, config: ModelConfig) -> Params:
         place = {own: members.index(i)}
         layers.append(
             {
-                name: jax.tree.map(lambda parts: parts[place.get(name, i)], stack, is_leaf=is_parts)  # noqa: B023
+                name: jax.tree.map(lambda parts: parts[place.get(name, i)], stack, is_leaf=is_parts)
                 for name, stack in stacks.items()
                 if name != other
             }

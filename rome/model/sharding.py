@@ -1,7 +1,9 @@
-"""Which axis of which array lies on which axis of the mesh: one table of logical names, for parameters and activations.
+"""Which axis of which array lies on which axis of the mesh: one table of logical names, for
+parameters and activations.
 
-Mesh axes: replica (whole copies, across slices), fsdp (parameters split, rows split), expert (experts split, rows split), sequence (time
-split, parameters split), tensor (heads, expert hidden and vocabulary split). Every mesh has all five; an axis of size 1 costs nothing.
+Mesh axes: replica (whole copies, across slices), fsdp (parameters split, rows split), expert
+(experts split, rows split), sequence (time split, parameters split), tensor (heads, expert hidden
+and vocabulary split). Every mesh has all five; an axis of size 1 costs nothing.
 """
 
 from __future__ import annotations
@@ -69,7 +71,10 @@ PARAM_AXES: dict[
 def partition_spec(
     logical: Sequence[str | None], rules: Mapping[str, tuple[str, ...]] = RULES
 ) -> PartitionSpec:
-    """The mesh axes of an array whose axes have these logical names. Two of its axes on one mesh axis are an error."""
+    """The mesh axes of an array whose axes have these logical names.
+
+    Two of its axes on one mesh axis are an error.
+    """
     unknown = [name for name in logical if name is not None and name not in rules]
     if unknown:
         raise ValueError(f"logical axis {unknown[0]!r} has no rule; known: {', '.join(rules)}")
@@ -77,29 +82,37 @@ def partition_spec(
     twice = sorted({axis for axis in used if used.count(axis) > 1})
     if twice:
         raise ValueError(
-            f"logical axes {tuple(logical)} put mesh axis {twice[0]!r} on two dimensions of one array; change RULES"
+            f"logical axes {tuple(logical)} put mesh axis {twice[0]!r} on two dimensions of one"
+            " array; change RULES"
         )
     return PartitionSpec(*(rules[name] if name else None for name in logical))
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-    """Pins an activation to its place on the mesh that `jax.set_mesh` made current; without one it does nothing."""
+    """Pins an activation to its place on the mesh that `jax.set_mesh` made current; without one it
+    does nothing.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(logical))
 
 
 def is_split() -> bool:
-    """Whether a mesh of more than one device is current, so that parts of the model say themselves what each device does."""
+    """Whether a mesh of more than one device is current, so that parts of the model say themselves
+    what each device does.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1
 
 
 def in_turn(x: jax.Array) -> jax.Array:
-    """x itself; on CPU devices of several processes it is waited for first. For computations that do not need each other's results.
+    """x itself; on CPU devices of several processes it is waited for first.
 
-    Collectives that are under way at once share a CPU backend's few threads: two processes that give them to different ones wait for each
-    other for ever. Accelerators run what they are given in order.
+    For computations that do not need each other's results.
+
+    Collectives that are under way at once share a CPU backend's few threads: two processes that
+    give them to different ones wait for each other for ever. Accelerators run what they are given
+    in order.
     """
     return (
         x.block_until_ready() if jax.default_backend() == "cpu" and jax.process_count() > 1 else x
@@ -111,7 +124,8 @@ def make_mesh(
     config: ModelConfig | None = None,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """A mesh of all five axes; those that `shape` leaves out have size 1, and one may be -1: all devices that are left.
+    """A mesh of all five axes; those that `shape` leaves out have size 1, and one may be -1: all
+    devices that are left.
 
     With a config it is also checked that the model divides. Every problem is named in one error.
     """
@@ -128,8 +142,11 @@ def make_mesh(
 
 
 def _arrange(sizes: Mapping[str, int], devices: list[Any]) -> np.ndarray:
-    """Devices so that the last axes, which talk most, lie on whole rings of the interconnect; an axis may be a part of a ring, unlike in
-    jax.make_mesh. Of several slices each is one part of the replica axis: only gradients cross between them."""
+    """Devices so that the last axes, which talk most, lie on whole rings of the interconnect; an
+    axis may be a part of a ring, unlike in jax.make_mesh.
+
+    Of several slices each is one part of the replica axis: only gradients cross between them.
+    """
     shape, slices = (
         tuple(sizes.values()),
         len({getattr(device, "slice_index", 0) for device in devices}),
@@ -138,7 +155,8 @@ def _arrange(sizes: Mapping[str, int], devices: list[Any]) -> np.ndarray:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     if sizes["replica"] % slices:
         raise ValueError(
-            f"the devices are {slices} slices, which do not divide replica={sizes['replica']}. Set --config.mesh.replica to a multiple of {slices}."
+            f"the devices are {slices} slices, which do not divide replica={sizes['replica']}. Set"
+            f" --config.mesh.replica to a multiple of {slices}."
         )
     inside = (sizes["replica"] // slices, *shape[1:])
     return mesh_utils.create_hybrid_device_mesh(
@@ -152,19 +170,25 @@ def check_mesh(
     batch: int | None = None,
     length: int | None = None,
 ) -> None:
-    """Raises a ValueError that names everything which this mesh does not divide: model sizes, and rows and time where they are given."""
+    """Raises a ValueError that names everything which this mesh does not divide: model sizes, and
+    rows and time where they are given.
+    """
     sizes = {axis: mesh_shape.get(axis, 1) for axis in AXES}
     problems, remedies = _indivisible(
         config, sizes, batch, length, at_most=math.prod(sizes.values())
     )
     if problems:
         raise ValueError(
-            f"mesh ({_spell(mesh_shape)}) does not fit: {'; and '.join(problems)}. {' '.join(remedies)}"
+            f"mesh ({_spell(mesh_shape)}) does not fit: {'; and '.join(problems)}."
+            f" {' '.join(remedies)}"
         )
 
 
 def extent(mesh: Mesh, axis: str) -> tuple[int, ...]:
-    """Of each dimension of the torus that the devices of an axis extend over: how many chips. Devices without coordinates lie in a line."""
+    """Of each dimension of the torus that the devices of an axis extend over: how many chips.
+
+    Devices without coordinates lie in a line.
+    """
     group = np.moveaxis(mesh.devices, AXES.index(axis), -1).reshape(-1, mesh.shape[axis])[0]
     places = [getattr(device, "coords", (number,)) for number, device in enumerate(group)]
     return tuple(chips for chips in (len(set(line)) for line in zip(*places)) if chips > 1)
@@ -181,7 +205,10 @@ def row_shards(mesh: Mesh) -> int:
 
 
 def logical_axes(params: Any) -> Any:
-    """The logical axis names of each parameter, in a pytree of params' structure (stacked layers). Each leaf is a tuple of names."""
+    """The logical axis names of each parameter, in a pytree of params' structure (stacked layers).
+
+    Each leaf is a tuple of names.
+    """
     return jax.tree_util.tree_map_with_path(_axes_of, params)
 
 
@@ -201,7 +228,8 @@ def _axes_of(path: tuple[Any, ...], leaf: Any) -> tuple[str | None, ...]:
         raise ValueError(f"parameter {name!r} has no entry in PARAM_AXES; add its logical axes")
     if len(PARAM_AXES[name]) != len(leaf.shape):
         raise ValueError(
-            f"parameter {name!r} has shape {leaf.shape}, but PARAM_AXES names {len(PARAM_AXES[name])} axes"
+            f"parameter {name!r} has shape {leaf.shape}, but PARAM_AXES names"
+            f" {len(PARAM_AXES[name])} axes"
         )
     return PARAM_AXES[name]
 
@@ -213,12 +241,14 @@ def _fill_sizes(shape: Mapping[str, int], devices: int) -> dict[str, int]:
     bad = [f"{axis}={size}" for axis, size in shape.items() if size != -1 and size < 1]
     if bad or list(shape.values()).count(-1) > 1:
         raise ValueError(
-            f"mesh ({_spell(shape)}): sizes are positive, and at most one is -1 (all devices that are left)"
+            f"mesh ({_spell(shape)}): sizes are positive, and at most one is -1 (all devices that"
+            " are left)"
         )
     rest = math.prod(size for size in shape.values() if size != -1)
     if -1 in shape.values() and devices % rest:
         raise ValueError(
-            f"mesh ({_spell(shape)}): {rest} does not divide the {devices} devices. Choose axes whose product divides them."
+            f"mesh ({_spell(shape)}): {rest} does not divide the {devices} devices. Choose axes"
+            " whose product divides them."
         )
     return {axis: devices // rest if shape.get(axis) == -1 else shape.get(axis, 1) for axis in AXES}
 
@@ -236,16 +266,24 @@ def _indivisible(
         "fsdp": {f"the hidden size {config.hidden_size}": config.hidden_size},
         "expert": {f"the {config.num_experts} experts": config.num_experts},
         "sequence": {} if length is None else {f"the {length} tokens of a row": length},
-        "tensor": {
-            f"the {config.num_heads} query heads": config.num_heads,
-            f"the {config.num_kv_heads} key heads": config.num_kv_heads,
-            f"the expert hidden size {config.moe_intermediate_size}": config.moe_intermediate_size,
-            f"the vocabulary of {config.vocab_size}": config.vocab_size,
-        }
-        | (
-            {f"the dense layers' hidden size {config.intermediate_size}": config.intermediate_size}
-            if config.dense_layers
-            else {}
+        "tensor": (
+            {
+                f"the {config.num_heads} query heads": config.num_heads,
+                f"the {config.num_kv_heads} key heads": config.num_kv_heads,
+                f"the expert hidden size {config.moe_intermediate_size}": (
+                    config.moe_intermediate_size
+                ),
+                f"the vocabulary of {config.vocab_size}": config.vocab_size,
+            }
+            | (
+                {
+                    f"the dense layers' hidden size {config.intermediate_size}": (
+                        config.intermediate_size
+                    )
+                }
+                if config.dense_layers
+                else {}
+            )
         ),
     }
     problems, remedies = [], []
@@ -259,13 +297,15 @@ def _indivisible(
     wide = math.prod(sizes[axis] for axis in RULES["embed_wide"])
     if config.hidden_size % wide and not problems:
         problems.append(
-            f"fsdp * expert * sequence = {wide} does not divide the hidden size {config.hidden_size}"
+            f"fsdp * expert * sequence = {wide} does not divide the hidden size"
+            f" {config.hidden_size}"
         )
         remedies.append("Lower one of them until their product divides it.")
     rows = math.prod(sizes[axis] for axis in RULES["batch"])
     if batch is not None and batch % rows:
         problems.append(
-            f"the {rows} devices of {', '.join(RULES['batch'])} do not divide the {batch} rows of a batch"
+            f"the {rows} devices of {', '.join(RULES['batch'])} do not divide the {batch} rows of a"
+            " batch"
         )
         remedies.append(f"Make the rows a multiple of {rows}.")
     return problems, remedies

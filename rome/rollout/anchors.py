@@ -1,12 +1,14 @@
-"""Resampling from anchors (IPA, Sec. 3.2 of "Let It Flow"): hard tasks are begun in the middle of a trajectory that solved them.
+"""Resampling from anchors (IPA, Sec. 3.2 of "Let It Flow"): hard tasks are begun in the middle of a
+trajectory that solved them.
 
     source    an expert-like trajectory c*_1 .. c*_K of a task: a success of the policy's own, else a teacher's; newer and not longer ones take its place
     anchor f  f chunks of the source are replayed in the environment, then the policy plays; 0 is the beginning
     parallel  Parallelized Initialization: the episodes of a group begin at anchors spread over the source, half of them before a crucial chunk
     rollback  Sequential Rollback: all begin before the last chunk, and one chunk earlier whenever the group's success rate reaches RECOVERED
 
-A chunk is crucial when episodes that begin before it succeed less often than those that begin after it: Fisher's exact test, one-sided, P_CRUCIAL.
-A task is entered when a group of it had no success, and is done with when the policy solves it from the beginning.
+A chunk is crucial when episodes that begin before it succeed less often than those that begin after
+it: Fisher's exact test, one-sided, P_CRUCIAL. A task is entered when a group of it had no success,
+and is done with when the policy solves it from the beginning.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from typing import Any, Literal
 from rome.data.trajectory import Trajectory
 
 Resampling = Literal["off", "parallel", "rollback"]
-RECOVERED = 0.5  # success rate at which a rollback moves on, and from the beginning at which a task is done with
+# success rate at which a rollback moves on, and from the beginning at which a task is done with
+RECOVERED = 0.5
 P_CRUCIAL = 0.05
 MEMORY = 64  # outcomes of an anchor that count; older ones are of another policy
 MOST_TASKS = 256
@@ -30,8 +33,11 @@ MOST_EARLIER = 8  # sources of a task that groups may still be led along
 
 @dataclasses.dataclass
 class Hard:
-    """A task that is resampled. `outcomes`: wins and losses by anchor, the newest last; `position`: the rollback's anchor; `earlier`: sources as long as this
-    one that it took the place of."""
+    """A task that is resampled.
+
+    `outcomes`: wins and losses by anchor, the newest last; `position`: the rollback's anchor;
+    `earlier`: sources as long as this one that it took the place of.
+    """
 
     source: str
     chunks: int
@@ -45,7 +51,10 @@ class Hard:
 
 
 class Anchors:
-    """The hard tasks of a run and where their next episodes begin. Deterministic: what it is told, in order, decides."""
+    """The hard tasks of a run and where their next episodes begin.
+
+    Deterministic: what it is told, in order, decides.
+    """
 
     def __init__(self, mode: Resampling, group_size: int) -> None:
         self.mode, self.group_size = mode, group_size
@@ -57,7 +66,10 @@ class Anchors:
         return [(task, self.tasks[task].source, self._anchors(self.tasks[task])) for task in chosen]
 
     def enter(self, task: str, source: str, chunks: int) -> None:
-        """A group of `task` had no success, and `source` solves it in `chunks` turns. The oldest task makes room."""
+        """A group of `task` had no success, and `source` solves it in `chunks` turns.
+
+        The oldest task makes room.
+        """
         if task in self.tasks or chunks < 2:
             return
         if len(self.tasks) == MOST_TASKS:
@@ -67,9 +79,12 @@ class Anchors:
     def observe(
         self, group: Sequence[Trajectory], source: str, source_of: Callable[[Trajectory], str]
     ) -> None:
-        """Takes in what a group of one task did. `source`: what it was led along; `source_of` names the file of a trajectory.
+        """Takes in what a group of one task did.
 
-        A group that was begun before its task had another source says nothing about the anchors of this one, which may have fewer chunks.
+        `source`: what it was led along; `source_of` names the file of a trajectory.
+
+        A group that was begun before its task had another source says nothing about the anchors of
+        this one, which may have fewer chunks.
         """
         hard = self.tasks.get(group[0].task) if group else None
         if hard is None:
@@ -138,8 +153,11 @@ def anchor_of(trajectory: Trajectory) -> int:
 
 
 def crucial_chunks(outcomes: Mapping[int, Sequence[bool]]) -> list[int]:
-    """The chunks (counted from 0) that change the outlook. Chunk f lies between the anchors f and f + 1; where an anchor was not played, between it
-    and the next that was, and then the first chunk of that stretch is named."""
+    """The chunks (counted from 0) that change the outlook.
+
+    Chunk f lies between the anchors f and f + 1; where an anchor was not played, between it and the
+    next that was, and then the first chunk of that stretch is named.
+    """
     played = sorted(outcomes)
     return [
         before
@@ -152,7 +170,9 @@ def crucial_chunks(outcomes: Mapping[int, Sequence[bool]]) -> list[int]:
 
 
 def fisher_less(wins: int, tries: int, other_wins: int, other_tries: int) -> float:
-    """P(at most `wins` of the wins fall to the first sample) where both have one success rate: Fisher's exact test, one-sided."""
+    """P(at most `wins` of the wins fall to the first sample) where both have one success rate:
+    Fisher's exact test, one-sided.
+    """
     total = wins + other_wins
     ways = lambda k: (
         math.comb(tries, k) * math.comb(other_tries, total - k)
@@ -163,9 +183,11 @@ def fisher_less(wins: int, tries: int, other_wins: int, other_tries: int) -> flo
 
 
 def fork_imitation(source: Trajectory, group: Iterable[Trajectory]) -> Trajectory | None:
-    """Eq. 10's imitation for a group that was resampled from `source`: its chunks up to the last fork from which nobody succeeded, c*_1 .. c*_f.
+    """Eq. 10's imitation for a group that was resampled from `source`: its chunks up to the last
+    fork from which nobody succeeded, c*_1 .. c*_f.
 
-    The chunks after them stay as context, so that G of those before counts the whole way. None where every fork had a success.
+    The chunks after them stay as context, so that G of those before counts the whole way. None
+    where every fork had a success.
     """
     won: dict[int, bool] = collections.defaultdict(bool)
     for trajectory in group:

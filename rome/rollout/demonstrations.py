@@ -1,7 +1,9 @@
-"""Expert trajectories: scripted experts play their tasks in real sandboxes, and what they said becomes token ids.
+"""Expert trajectories: scripted experts play their tasks in real sandboxes, and what they said
+becomes token ids.
 
-For SFT the experts sometimes err and recover. Such turns keep their status (`tool_error`) and are context only: the recovery is learnt, the
-mistake is not. For IPA they show the tasks that no sampled episode of a step solved: the imitation term of Eq. 10.
+For SFT the experts sometimes err and recover. Such turns keep their status (`tool_error`) and are
+context only: the recovery is learnt, the mistake is not. For IPA they show the tasks that no
+sampled episode of a step solved: the imitation term of Eq. 10.
 """
 
 from __future__ import annotations
@@ -12,12 +14,11 @@ import random
 from collections.abc import Callable, Sequence
 
 from envs.rock import SandboxError
-from envs.tasks.terminal.env import TerminalEnv
 from envs.tasks.terminal.demonstrator import run_expert
+from envs.tasks.terminal.env import TerminalEnv
 from rome.data.trajectory import Chunk, Trajectory, load_trajectory, save_trajectory
 from rome.model.tokenizer import Chat
 from rome.rollout.player import RolloutError
-
 
 ATTEMPTS = 3  # at an expert episode that infrastructure spoils
 
@@ -36,12 +37,15 @@ async def collect_experts(
     record: Callable[[int], pathlib.Path],
     first_group: int = 0,
 ) -> list[Trajectory]:
-    """One solved trajectory for each task, in the order asked for. `record` says where the n-th is kept: one of its task that is there already is
-    taken.
+    """One solved trajectory for each task, in the order asked for.
 
-    Each is a group of its own, from `first_group` on, so that it stays out of the statistics of groups that were sampled.
+    `record` says where the n-th is kept: one of its task that is there already is taken.
 
-    Raises: RolloutError where an expert fails its own task: then the task is wrong, or the sandbox is.
+    Each is a group of its own, from `first_group` on, so that it stays out of the statistics of
+    groups that were sampled.
+
+    Raises: RolloutError where an expert fails its own task: then the task is wrong, or the sandbox
+    is.
     """
     gate = asyncio.Semaphore(concurrency)
 
@@ -71,11 +75,14 @@ async def collect_experts(
 async def expert_trajectory(
     env: TerminalEnv, chat: Chat, rng: random.Random, error_rate: float
 ) -> Trajectory:
-    """Plays one expert episode; its turns become tokens exactly as a policy's would stand in the context."""
+    """Plays one expert episode; its turns become tokens exactly as a policy's would stand in the
+    context.
+    """
     played = await run_expert(env, rng, error_rate)
     if played.ending != "success":
         raise (Spoiled if played.ending.startswith("infra_") else RolloutError)(
-            f"the expert of {played.task} ended as {played.ending}, not as a success; its last observation: {played.turns[-1].observation!r}"
+            f"the expert of {played.task} ended as {played.ending}, not as a success; its last"
+            f" observation: {played.turns[-1].observation!r}"
         )
     chunks, prompt_ids = [], chat.open(played.instruction)
     for turn in played.turns:

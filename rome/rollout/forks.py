@@ -1,7 +1,9 @@
-"""Environments that begin at an anchor: a source is replayed once for a group, and its episodes go on from copies of what that left.
+"""Environments that begin at an anchor: a source is replayed once for a group, and its episodes go
+on from copies of what that left.
 
-A copy is a copy-on-write snapshot of the sandbox's files. Where an environment cannot be kept (no snapshots, a process still running), each episode
-replays the actions itself (`rome.agent.loop`), which takes as long as the source's commands do.
+A copy is a copy-on-write snapshot of the sandbox's files. Where an environment cannot be kept (no
+snapshots, a process still running), each episode replays the actions itself (`rome.agent.loop`),
+which takes as long as the source's commands do.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ SECONDS = 600.0  # for the one replay
 
 
 class Forks:
-    """The anchors of one source. `env_at(prefix)` is an environment whose first turns, those of `prefix`, are taken already."""
+    """The anchors of one source.
+
+    `env_at(prefix)` is an environment whose first turns, those of `prefix`, are taken already.
+    """
 
     def __init__(self, make_env: Callable[[], Env], prefixes: Sequence[Sequence[Chunk]]) -> None:
         self._make_env = make_env
@@ -73,7 +78,10 @@ class Forks:
 
 
 class Forked(Env):
-    """An environment that goes on where a snapshot was taken. The turns before it are answered as they were then."""
+    """An environment that goes on where a snapshot was taken.
+
+    The turns before it are answered as they were then.
+    """
 
     def __init__(self, env: Env, snapshot: Any, prefix: Sequence[Chunk]) -> None:
         self._env, self._snapshot, self._prefix, self._turn = env, snapshot, prefix, 0

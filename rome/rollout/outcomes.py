@@ -8,7 +8,9 @@ from rome.data.trajectory import Trajectory
 
 
 def mixed_groups(trajectories: list[Trajectory]) -> list[Trajectory]:
-    """The episodes of groups that have both a success and a failure; all of them where no group has."""
+    """The episodes of groups that have both a success and a failure; all of them where no group
+    has.
+    """
     won: dict[int, set[bool]] = {}
     for trajectory in trajectories:
         won.setdefault(trajectory.group, set()).add(trajectory.reward > 0)
@@ -18,7 +20,9 @@ def mixed_groups(trajectories: list[Trajectory]) -> list[Trajectory]:
 
 
 def unsolved_tasks(trajectories: list[Trajectory]) -> list[str]:
-    """The tasks of groups without a single success, in the order of their groups: what Eq. 10's imitation term falls back to."""
+    """The tasks of groups without a single success, in the order of their groups: what Eq. 10's
+    imitation term falls back to.
+    """
     tasks = {trajectory.group: trajectory.task for trajectory in trajectories}
     solved = {trajectory.group for trajectory in trajectories if trajectory.reward > 0}
     return [task for group, task in tasks.items() if group not in solved]
@@ -45,8 +49,10 @@ def rollout_figures(
         "network_denial_share": float(
             np.mean([trajectory.network_denials > 0 for trajectory in trajectories])
         ),
-        "cached_token_share": sum(chunk.cached_tokens for t in trajectories for chunk in t.chunks)
-        / max(1, sum(map(_asked, trajectories))),
+        "cached_token_share": (
+            sum(chunk.cached_tokens for t in trajectories for chunk in t.chunks)
+            / max(1, sum(map(_asked, trajectories)))
+        ),
     }
     for name, chosen in (
         ("tokens_success", won),

@@ -1,8 +1,10 @@
-"""ROLL's player: one episode until it counts, or a list of them at once; `groups.py` decides which of them training plays, and when.
+"""ROLL's player: one episode until it counts, or a list of them at once; `groups.py` decides which
+of them training plays, and when.
 
-Each episode moves alone (generation, commands and grading of different episodes overlap) under one limit of episodes at once. A finished
-trajectory is on disk before it is counted, so a killed run takes it up again instead of paying for it twice. An episode that the
-infrastructure spoiled is replaced from the same initial state with another seed; it never becomes a reward of 0.
+Each episode moves alone (generation, commands and grading of different episodes overlap) under one
+limit of episodes at once. A finished trajectory is on disk before it is counted, so a killed run
+takes it up again instead of paying for it twice. An episode that the infrastructure spoiled is
+replaced from the same initial state with another seed; it never becomes a reward of 0.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ from rome.rollout.forks import Forks
 
 
 class Stopped(Exception):
-    """The user asked the run to stop while episodes were in flight. Those that had finished are on disk."""
+    """The user asked the run to stop while episodes were in flight.
+
+    Those that had finished are on disk.
+    """
 
 
 class RolloutError(RuntimeError):
@@ -35,7 +40,8 @@ class RolloutError(RuntimeError):
 class Episode:
     """What to play: a task by name, its place among the groups, the seed of its sampling.
 
-    name: of its file. prefix: an expert's chunks that are replayed before the policy takes over. forks: environments in which they were replayed already.
+    name: of its file. prefix: an expert's chunks that are replayed before the policy takes over.
+    forks: environments in which they were replayed already.
     """
 
     task: str
@@ -49,7 +55,10 @@ class Episode:
 
 @dataclasses.dataclass
 class Accounting:
-    """started = trained + dropped (by reason) + in_flight, at every moment. The trainer counts in its own thread, the rollouts in theirs."""
+    """started = trained + dropped (by reason) + in_flight, at every moment.
+
+    The trainer counts in its own thread, the rollouts in theirs.
+    """
 
     started: int = 0
     trained: int = 0
@@ -132,10 +141,12 @@ class EpisodePlayer:
         on_finish: Callable[[Trajectory], None] | None = None,
         routes: bool = False,
     ) -> list[Trajectory]:
-        """Plays all episodes; returns their trajectories in the order asked for, each of them trainable.
+        """Plays all episodes; returns their trajectories in the order asked for, each of them
+        trainable.
 
         Args:
-          record: where an episode's trajectory is kept. One that is there already is taken, not played again.
+          record: where an episode's trajectory is kept. One that is there already is taken, not
+            played again.
           accounting: counts of training samples; evaluations pass none.
           routes: trajectories keep the experts of their tokens, as the engine returns them.
         Raises: Stopped; RolloutError when one episode is spoiled `attempts` times.
@@ -189,14 +200,17 @@ class EpisodePlayer:
         path: pathlib.Path | None = None,
         routes: bool = False,
     ) -> Trajectory:
-        """One trainable trajectory, from `path` where it is kept already. The caller has counted its beginning; here only replacements are.
+        """One trainable trajectory, from `path` where it is kept already.
+
+        The caller has counted its beginning; here only replacements are.
 
         Raises: RolloutError.
         """
         if path is not None and (kept := _kept(path, episode)) is not None:
             return kept
         for attempt in range(self.attempts):
-            # A command may answer otherwise each time (the date, a process id). Then its turns cannot be taken again: the last attempt is from the beginning.
+            # A command may answer otherwise each time (the date, a process id). Then its turns
+            # cannot be taken again: the last attempt is from the beginning.
             prefix = episode.prefix if attempt == 0 or attempt + 1 < self.attempts else ()
             env = (
                 await episode.forks.env_at(prefix)
@@ -209,9 +223,9 @@ class EpisodePlayer:
                 self.chat,
                 self.limits,
                 temperature=temperature,
-                seed=episode.seed
-                if attempt == 0
-                else derive_seed(episode.seed, "attempt", attempt),
+                seed=(
+                    episode.seed if attempt == 0 else derive_seed(episode.seed, "attempt", attempt)
+                ),
                 group=episode.group,
                 episode=episode.episode,
                 routes=routes,
@@ -225,14 +239,19 @@ class EpisodePlayer:
             if attempt + 1 < self.attempts:
                 accounting.begin()
         raise RolloutError(
-            f"{episode.task} was spoiled {self.attempts} times in a row, last as {trajectory.ending}: {trajectory.note or 'no detail'}. "
-            "Finished trajectories are kept; mend the cause and run the same command again."
+            f"{episode.task} was spoiled {self.attempts} times in a row, last as"
+            f" {trajectory.ending}: {trajectory.note or 'no detail'}. Finished trajectories are"
+            " kept; mend the cause and run the same command again."
         )
 
 
 def _kept(path: pathlib.Path, episode: Episode) -> Trajectory | None:
-    """The episode's trajectory, None where it must be played. A run that resumes may give the name to another task, or to another anchor of it, than the
-    run before it did: which task comes next depends on what was finished when. A file that cannot be read was cut off by a power failure."""
+    """The episode's trajectory, None where it must be played.
+
+    A run that resumes may give the name to another task, or to another anchor of it, than the run
+    before it did: which task comes next depends on what was finished when. A file that cannot be
+    read was cut off by a power failure.
+    """
     if not path.exists():
         return None
     try:

@@ -1,24 +1,28 @@
-"""Asynchronous rollouts: groups of episodes that are played beside the trainer, under a bound on how stale a sample may be.
+"""Asynchronous rollouts: groups of episodes that are played beside the trainer, under a bound on
+how stale a sample may be.
 
     wave      the groups that were planned for one training step: `groups_per_step` of them, and `redundant_groups` more
     version   of the weights: how many steps have been trained. A sample's staleness is the version that it is trained at less the one that began it
     alpha     `async_ratio`, the bound of staleness. Waves 0 to version + alpha may be begun (the capacity rule of AReaL, arXiv 2505.24298, Eq. 3,
               in groups); with alpha = 0 that is exactly synchronous training
 
-Episodes begin in the order of their groups and each moves alone, also across an update of the weights: its tokens carry their versions. A group is
-complete when `group_size` of its episodes are; a step takes complete groups, the oldest first. Waves alone bound how far rollouts run ahead, not how
-old the slowest sample gets. `late` says what becomes of a sample that would be trained on beyond the bound:
+Episodes begin in the order of their groups and each moves alone, also across an update of the
+weights: its tokens carry their versions. A group is complete when `group_size` of its episodes are;
+a step takes complete groups, the oldest first. Waves alone bound how far rollouts run ahead, not
+how old the slowest sample gets. `late` says what becomes of a sample that would be trained on
+beyond the bound:
 
     wait   there is none: a step takes its groups only when all that remain can still be taken within the bound by later steps
     keep   it is trained on, and the figure of staleness shows it; losses bound the weight of such samples
     drop   it is dropped, or cancelled while it runs, and played again from the same initial state: batches lean towards short episodes
 
-What is spoiled is played again from the same initial state at once (`scheduler.py`); a group whose episodes all won or all lost may be replaced by
-another task.
+What is spoiled is played again from the same initial state at once (`scheduler.py`); a group whose
+episodes all won or all lost may be replaced by another task.
 
-Which groups and episodes a step took is on disk before it is trained on. A run that resumes from a checkpoint takes the same again in the steps
-that it repeats, with their trajectories: it reaches the same weights, nothing finished is lost, and nothing is trained on twice. What those steps do
-not take begins after them: begun before, it would be older than it was the first time.
+Which groups and episodes a step took is on disk before it is trained on. A run that resumes from a
+checkpoint takes the same again in the steps that it repeats, with their trajectories: it reaches
+the same weights, nothing finished is lost, and nothing is trained on twice. What those steps do not
+take begins after them: begun before, it would be older than it was the first time.
 """
 
 from __future__ import annotations
@@ -50,7 +54,8 @@ class Rules:
 
     Args:
       redundancy: further episodes of a group; the first group_size results count.
-      siblings: so many groups in a row are episodes of one task. With group_size 1 a step takes single episodes, whatever their siblings do.
+      siblings: so many groups in a row are episodes of one task. With group_size 1 a step takes
+        single episodes, whatever their siblings do.
     """
 
     groups_per_step: int
@@ -60,9 +65,8 @@ class Rules:
     async_ratio: int = 0
     redundancy: int = 0
     redundant_groups: int = 0
-    keep_redundant: bool = (
-        False  # they play on, and their trajectories are kept as files, untrained
-    )
+    # they play on, and their trajectories are kept as files, untrained
+    keep_redundant: bool = False
     replace_equal: bool = False
     late: Late = "wait"
     siblings: int = 1
@@ -77,8 +81,8 @@ class Rules:
 class GroupPlan:
     """What a group plays.
 
-    prefixes: what the n-th episode replays first, () for all from the beginning. source: names the file they are from. forks: where they were
-    replayed; closed with the group.
+    prefixes: what the n-th episode replays first, () for all from the beginning. source: names the
+    file they are from. forks: where they were replayed; closed with the group.
     """
 
     task: str
@@ -89,7 +93,10 @@ class GroupPlan:
 
 @dataclasses.dataclass(eq=False)
 class Group:
-    """One that is begun and not yet trained on. `attempt`: how many groups without spread it replaces."""
+    """One that is begun and not yet trained on.
+
+    `attempt`: how many groups without spread it replaces.
+    """
 
     number: int
     plan: GroupPlan
@@ -113,8 +120,8 @@ class Group:
 class Taken:
     """What a step trains on, and what it cost.
 
-    names: of the episodes. sources: what each group was resampled from, "" for those from the beginning. replaced: trajectories of groups without
-    spread, in the order of their groups.
+    names: of the episodes. sources: what each group was resampled from, "" for those from the
+    beginning. replaced: trajectories of groups without spread, in the order of their groups.
     """
 
     groups: list[list[Trajectory]]
@@ -127,7 +134,9 @@ class Taken:
 
 
 class Journal:
-    """Which groups each step took, which episodes of them, and which groups it gave up; one JSON line a step, on disk before the step is trained."""
+    """Which groups each step took, which episodes of them, and which groups it gave up; one JSON
+    line a step, on disk before the step is trained.
+    """
 
     def __init__(self, path: pathlib.Path | None) -> None:
         self._path, self._steps, self._given_up = path, {}, {}
@@ -155,7 +164,9 @@ class Journal:
         }
 
     def episodes(self, number: int, attempt: int) -> list[int] | None:
-        """Of a group that some step took or that was replaced: with redundant ones, others of it may be on disk as well."""
+        """Of a group that some step took or that was replaced: with redundant ones, others of it
+        may be on disk as well.
+        """
         return self._episodes.get((number, attempt))
 
     def given_up(self, step: int) -> list[int]:
@@ -202,8 +213,10 @@ class RolloutScheduler:
     """Plays groups on the event loop that calls it; every coroutine of it is to be called there.
 
     Args:
-      play: one episode to a trainable trajectory. It counts the replacements of what is spoiled, not the beginning.
-      plan: (wave) -> the plans of its groups; asked when the wave may begin, so it knows what was trained on until then.
+      play: one episode to a trainable trajectory. It counts the replacements of what is spoiled,
+        not the beginning.
+      plan: (wave) -> the plans of its groups; asked when the wave may begin, so it knows what was
+        trained on until then.
       replan: (number, attempt) -> the plan of a group that takes the place of one without spread.
       forget: (episode) removes its file, so that it is played anew.
       should_stop: True makes `take` raise Stopped.
@@ -236,9 +249,8 @@ class RolloutScheduler:
         self._waiting: list[
             tuple[int, int, int, Group]
         ] = []  # a heap of (group number, -attempt, episode number, group): what is to begin
-        self._repeats: set[int] | None = (
-            None  # numbers of the groups that the record names, while its steps are repeated
-        )
+        # numbers of the groups that the record names, while its steps are repeated
+        self._repeats: set[int] | None = None
         self._held: list[tuple[int, int, int, Group]] = []  # what waits until they are
         self._complete: list[int] = []  # numbers, in order
         self._replaced: list[Group] = []  # since a step took its groups
@@ -252,7 +264,8 @@ class RolloutScheduler:
         self._forks_closing: set[asyncio.Task] = set()
         self._closing = False
 
-    # -- what the trainer calls ----------------------------------------------------------------------------------------------------------
+    # -- what the trainer calls
+    # ---------------------------------------------------------------------------------------------
 
     async def advance(self, version: int) -> None:
         """Weights of `version` are on the engines: more waves may begin."""
@@ -270,7 +283,10 @@ class RolloutScheduler:
         self._fill()
 
     async def take(self, step: int) -> Taken:
-        """The groups of a step, as soon as they may be taken. Raises Stopped, or what ended an episode for good (RolloutError)."""
+        """The groups of a step, as soon as they may be taken.
+
+        Raises Stopped, or what ended an episode for good (RolloutError).
+        """
         began = asyncio.get_running_loop().time()
         self._taken_at = began if self._taken_at is None else self._taken_at
         while True:
@@ -314,7 +330,11 @@ class RolloutScheduler:
         return taken
 
     async def check(self) -> None:
-        """Raises AssertionError where the accounting is not what is here: begun, and neither trained nor dropped. Between two steps."""
+        """Raises AssertionError where the accounting is not what is here: begun, and neither
+        trained nor dropped.
+
+        Between two steps.
+        """
         self.accounting.check()
         here = sum(len(group.finished) for group in self._groups.values()) + sum(
             group.open.get(number) is task for task, (group, number) in self._playing.items()
@@ -327,7 +347,10 @@ class RolloutScheduler:
             )
 
     async def close(self) -> None:
-        """Cancels what is in flight and waits until its sandboxes are gone. It stays in flight in the accounting: a resumed run begins it again."""
+        """Cancels what is in flight and waits until its sandboxes are gone.
+
+        It stays in flight in the accounting: a resumed run begins it again.
+        """
         self._closing = True
         for task in self._playing:
             task.cancel()
@@ -339,9 +362,12 @@ class RolloutScheduler:
         await asyncio.gather(*self._playing, *self._forks_closing, *forks, return_exceptions=True)
 
     async def get_state(self) -> dict[str, Any]:
-        """What a resumed run must know. Finished trajectories are files; their groups are begun again and find them.
+        """What a resumed run must know.
 
-        A group whose replaced trajectories no step has handed on yet is there as it was before it was replaced, so that they will be.
+        Finished trajectories are files; their groups are begun again and find them.
+
+        A group whose replaced trajectories no step has handed on yet is there as it was before it
+        was replaced, so that they will be.
         """
         replaced: dict[int, Group] = {}
         for group in self._replaced:
@@ -372,12 +398,16 @@ class RolloutScheduler:
     def set_state(
         self, state: dict[str, Any], plan_of: Callable[[dict[str, Any]], GroupPlan]
     ) -> None:
-        """To be called before the first `advance`. `plan_of` makes a plan of a group's entry in the state."""
+        """To be called before the first `advance`.
+
+        `plan_of` makes a plan of a group's entry in the state.
+        """
         self._waves = state["waves"]
         for entry in sorted(state["groups"], key=lambda entry: entry["number"]):
             self._open(Group(entry["number"], plan_of(entry), entry["attempt"]))
 
-    # -- episodes ------------------------------------------------------------------------------------------------------------------------
+    # -- episodes
+    # ---------------------------------------------------------------------------------------------
 
     def episode(self, group: Group, number: int) -> Episode:
         """The n-th episode of a group: the same, whoever asks and when."""
@@ -405,7 +435,9 @@ class RolloutScheduler:
             heapq.heappush(self._waiting, (group.number, -group.attempt, number, group))
 
     def _hold_back(self, repeats: set[int] | None) -> None:
-        """From now on only groups of these numbers begin, and those that were replaced; None for all."""
+        """From now on only groups of these numbers begin, and those that were replaced; None for
+        all.
+        """
         self._repeats = repeats
         for entry in self._held:
             heapq.heappush(self._waiting, entry)
@@ -449,11 +481,14 @@ class RolloutScheduler:
             self._finished(group, number, trajectory)
 
     def _failed(self, group: Group, number: int, error: BaseException) -> None:
-        """What ends an episode for good ends the run, but for a redundant one that nobody waits for."""
+        """What ends an episode for good ends the run, but for a redundant one that nobody waits
+        for.
+        """
         del group.open[number]
         if isinstance(error, asyncio.CancelledError):
             error = RolloutError(
-                f"episode {self.episode(group, number).name} of {group.plan.task} was cancelled, and not by the rollouts: an error of the program"
+                f"episode {self.episode(group, number).name} of {group.plan.task} was cancelled,"
+                " and not by the rollouts: an error of the program"
             )
         if not (group.closed and isinstance(error, RolloutError)):
             self._failure = self._failure or error
@@ -480,7 +515,9 @@ class RolloutScheduler:
                 self._finish(group)
 
     def _too_old(self, began: int) -> bool:
-        """With "wait" only in a run that was resumed without the record of what its steps took: `_choose` lets nothing grow too old."""
+        """With "wait" only in a run that was resumed without the record of what its steps took:
+        `_choose` lets nothing grow too old.
+        """
         return self.rules.late != "keep" and self.version - began > self.rules.async_ratio
 
     def _begin_again(self, group: Group, number: int, reason: str) -> None:
@@ -504,7 +541,8 @@ class RolloutScheduler:
                     group.closed = False
                     self._complete.remove(group.number)
 
-    # -- groups --------------------------------------------------------------------------------------------------------------------------
+    # -- groups
+    # ---------------------------------------------------------------------------------------------
 
     def _finish(self, group: Group) -> None:
         """All that it needs is there."""
@@ -542,7 +580,9 @@ class RolloutScheduler:
         group.open.clear()
 
     def _choose(self, step: int) -> tuple[list[Group], list[Group]] | None:
-        """The groups that the step takes, and those that redundancy allows to give up with it; None as long as it cannot be taken."""
+        """The groups that the step takes, and those that redundancy allows to give up with it; None
+        as long as it cannot be taken.
+        """
         recorded = self._recorded(step)
         if recorded is not None:
             given_up = [
@@ -571,8 +611,11 @@ class RolloutScheduler:
         return chosen, late
 
     def _recorded(self, step: int) -> list[Group | None] | None:
-        """The groups that this step took once, each None as long as it is not complete. None where there is no record, or where it cannot come true any
-        more: files were lost, and it went otherwise."""
+        """The groups that this step took once, each None as long as it is not complete.
+
+        None where there is no record, or where it cannot come true any more: files were lost, and
+        it went otherwise.
+        """
         if (wanted := self._journal.get(step)) is None:
             return None
         groups = []
@@ -584,7 +627,9 @@ class RolloutScheduler:
         return groups
 
     def _late(self, chosen: list[Group]) -> list[Group]:
-        """Those of the other groups that could not be taken within the bound any more, if these were taken now."""
+        """Those of the other groups that could not be taken within the bound any more, if these
+        were taken now.
+        """
         if self.rules.late != "wait":
             return []
         numbers, late, place, allowed = {group.number for group in chosen}, [], 0, self._spare()

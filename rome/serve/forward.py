@@ -1,9 +1,11 @@
 """The engine's forward pass: `rome.model`'s own layers, with a cache laid out for decoding.
 
-B rows, T tokens of a row in this call, S context length, D model, N query heads, K key heads, G query heads a key head, H head dim, k experts.
+B rows, T tokens of a row in this call, S context length, D model, N query heads, K key heads, G
+query heads a key head, H head dim, k experts.
 
-Keys lie as [B, K, H, S] and values as [B, K, S, H], so that both products of attention read the cache as it lies; with the model's own
-[B, S, K, H] most of a decode step on a CPU went into transposing it. Tests compare this pass with `Qwen3`'s.
+Keys lie as [B, K, H, S] and values as [B, K, S, H], so that both products of attention read the
+cache as it lies; with the model's own [B, S, K, H] most of a decode step on a CPU went into
+transposing it. Tests compare this pass with `Qwen3`'s.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ def forward(
     Args:
       params: layers unstacked.
       real_BT: False for padding, which is not written and whose results mean nothing.
-      experts: form of the experts, "dense" or "sorted" (`rome.model.ops.experts.experts`): those whose rows do not depend on each other.
+      experts: form of the experts, "dense" or "sorted" (`rome.model.ops.experts.experts`): those
+        whose rows do not depend on each other.
     Returns:
       hidden_BTD after the final norm, the cache, and the chosen experts [L, B, T, k].
     """
@@ -95,7 +98,10 @@ def _attend(
     angles: tuple[Array, Array],
     cache: LayerCache,
 ) -> tuple[Array, LayerCache]:
-    """Attention over the cache, after this call's keys and values have been written to it. A token sees positions up to its own."""
+    """Attention over the cache, after this call's keys and values have been written to it.
+
+    A token sees positions up to its own.
+    """
     B, T, D = x_BTD.shape
     N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
     S, G = cache.k_BKHS.shape[-1], N // K
@@ -130,9 +136,9 @@ def _attend(
     out_BKQH = jnp.matmul(weights_BKGTS.reshape(B, K, G * T, S), cache.v_BKSH)
     out_BTX = out_BKQH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N * H)
     out_BTD = out_BTX @ params["o"].astype(x_BTD.dtype).reshape(N * H, D)
-    return out_BTD + params["o_bias"].astype(
-        x_BTD.dtype
-    ) if config.attention_bias else out_BTD, cache
+    return (
+        out_BTD + params["o_bias"].astype(x_BTD.dtype) if config.attention_bias else out_BTD
+    ), cache
 
 
 def _norm(config: ModelConfig, params: Params, x: Array) -> Array:

@@ -1,10 +1,15 @@
-"""The two compiled programs of the engine: prefill some rows of a chunk, decode some rows a few steps. Shapes never vary.
+"""The two compiled programs of the engine: prefill some rows of a chunk, decode some rows a few
+steps.
 
-S slots, T context length, R rows of a call, P tokens of a chunk, Q decode steps of a call, V vocabulary, L layers, k experts a token.
+Shapes never vary.
 
-A row's numbers depend on that row only: the forms of the experts that are used here compute each row by itself, and whatever a row asks for
-chooses a branch, not another program. A slot is a place in the cache, not a row: an episode keeps its slot while its command runs, and most slots
-wait so at any moment, so a call takes the few that have work.
+S slots, T context length, R rows of a call, P tokens of a chunk, Q decode steps of a call, V
+vocabulary, L layers, k experts a token.
+
+A row's numbers depend on that row only: the forms of the experts that are used here compute each
+row by itself, and whatever a row asks for chooses a branch, not another program. A slot is a place
+in the cache, not a row: an episode keeps its slot while its command runs, and most slots wait so at
+any moment, so a call takes the few that have work.
 """
 
 from __future__ import annotations
@@ -44,8 +49,8 @@ class Shapes:
 class Chunks(NamedTuple):
     """One prefill call. A row without work has slot S, which no write reaches, and length 0.
 
-    source_R: slot whose cache the row starts from (its own, or one that holds the same prefix). target_RP: the token after each token, for
-    scoring; anything where there is none.
+    source_R: slot whose cache the row starts from (its own, or one that holds the same prefix).
+    target_RP: the token after each token, for scoring; anything where there is none.
     """
 
     token_RP: Array
@@ -57,7 +62,9 @@ class Chunks(NamedTuple):
 
 
 class Prefilled(NamedTuple):
-    """token_R, logprob_R: drawn after the last token of each row. target_logprob_RP: all 0 unless scores were asked for."""
+    """token_R, logprob_R: drawn after the last token of each row. target_logprob_RP: all 0 unless
+    scores were asked for.
+    """
 
     token_R: Array
     logprob_R: Array
@@ -66,7 +73,9 @@ class Prefilled(NamedTuple):
 
 
 class Next(NamedTuple):
-    """One decode call: the token that each row has drawn last, its position and the slot of the row's cache (S for a row without work)."""
+    """One decode call: the token that each row has drawn last, its position and the slot of the
+    row's cache (S for a row without work).
+    """
 
     token_R: Array
     position_R: Array
@@ -98,7 +107,10 @@ def _prefill(
     rows: RowSampling,
     scores: Array,
 ) -> tuple[Cache, Prefilled]:
-    """Runs a chunk of each row's prompt, and draws the token after it. `scores`: whether target logprobs are wanted."""
+    """Runs a chunk of each row's prompt, and draws the token after it.
+
+    `scores`: whether target logprobs are wanted.
+    """
     R, P = chunks.token_RP.shape
     column_P = jnp.arange(P)
     real_RP = column_P[None] < chunks.length_R[:, None]
@@ -128,9 +140,11 @@ def _prefill(
 def _decode(
     config: ModelConfig, steps: int, params: Params, cache: Cache, ahead: Next, rows: RowSampling
 ) -> tuple[Cache, Decoded]:
-    """A few steps of each row, on a copy of its slot's cache; then what the steps wrote there goes back.
+    """A few steps of each row, on a copy of its slot's cache; then what the steps wrote there goes
+    back.
 
-    A row that meets its end goes on to the last step; the caller cuts what is too much, and writes past the context are dropped.
+    A row that meets its end goes on to the last step; the caller cuts what is too much, and writes
+    past the context are dropped.
     """
     kernel_DV = head_kernel(params, config)
     works_R1 = ahead.slot_R[:, None] < cache[0].k_BKHS.shape[0]
@@ -152,13 +166,18 @@ def _decode(
         ahead.slot_R[:, None],
         ahead.position_R[:, None] + jnp.arange(steps),
     )
-    return tuple(
-        LayerCache(
-            layer.k_BKHS.at[slot_R1, :, :, at_RQ].set(new.k_BKHS[row_R1, :, :, at_RQ], mode="drop"),
-            layer.v_BKSH.at[slot_R1, :, at_RQ].set(new.v_BKSH[row_R1, :, at_RQ], mode="drop"),
-        )
-        for layer, new in zip(cache, own)
-    ), decoded
+    return (
+        tuple(
+            LayerCache(
+                layer.k_BKHS.at[slot_R1, :, :, at_RQ].set(
+                    new.k_BKHS[row_R1, :, :, at_RQ], mode="drop"
+                ),
+                layer.v_BKSH.at[slot_R1, :, at_RQ].set(new.v_BKSH[row_R1, :, at_RQ], mode="drop"),
+            )
+            for layer, new in zip(cache, own)
+        ),
+        decoded,
+    )
 
 
 def _logits(hidden_ND: Array, kernel_DV: Array) -> Array:

@@ -1,6 +1,7 @@
 """What a client may ask of /generate: SGLang's fields, checked and put into words of our own.
 
-A field that this engine does not know is refused, unless it is null, false, zero or empty: then it asks for nothing.
+A field that this engine does not know is refused, unless it is null, false, zero or empty: then it
+asks for nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class Bounds:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """SGLang's sampling_params. temperature 0 is greedy; top_k -1 keeps all; seed is 64 bits, drawn at random when none was given."""
+    """SGLang's sampling_params. temperature 0 is greedy; top_k -1 keeps all; seed is 64 bits, drawn
+    at random when none was given.
+    """
 
     max_new_tokens: int = 128
     temperature: float = 1.0
@@ -54,12 +57,15 @@ class SamplingParams:
 
 @dataclasses.dataclass
 class Request:
-    """One sequence and its way through the scheduler, which alone changes it after it was submitted.
+    """One sequence and its way through the scheduler, which alone changes it after it was
+    submitted.
 
     Args:
-      score_from: the logprobs of prompt_ids[score_from:] are wanted too (its prefix is then never taken from the cache); None: they are not.
+      score_from: the logprobs of prompt_ids[score_from:] are wanted too (its prefix is then never
+        taken from the cache); None: they are not.
       salt: requests share cached prefixes only with requests of the same salt.
-      notify: called from the scheduler's thread with the request, at its end and, for `stream`, after each step that brought tokens.
+      notify: called from the scheduler's thread with the request, at its end and, for `stream`,
+        after each step that brought tokens.
     """
 
     rid: str
@@ -138,7 +144,10 @@ _BODY_FIELDS = {
 def parse_generate(
     body: Any, bounds: Bounds, tokenizer: TextCodec | None
 ) -> tuple[list[Request], bool]:
-    """The requests of a /generate body, and whether it was a batch (and is answered by a list). Raises BadRequest."""
+    """The requests of a /generate body, and whether it was a batch (and is answered by a list).
+
+    Raises BadRequest.
+    """
     if not isinstance(body, dict):
         raise BadRequest(f"the body must be a JSON object, got {type(body).__name__}")
     for name in body.keys() - _BODY_FIELDS:
@@ -193,7 +202,8 @@ def _prompts(body: dict, tokenizer: TextCodec | None) -> tuple[list[list[int]], 
     if text is not None:
         if tokenizer is None:
             raise BadRequest(
-                "this server has no tokenizer (--skip_tokenizer_init): send input_ids instead of text"
+                "this server has no tokenizer (--skip_tokenizer_init): send input_ids instead of"
+                " text"
             )
         is_batch = isinstance(text, list)
         texts = text if is_batch else [text]
@@ -218,19 +228,22 @@ def _check_fits(request: Request, bounds: Bounds) -> None:
         raise BadRequest("the prompt is empty; this engine needs at least one token")
     if not 0 <= request.routes_from <= length:
         raise BadRequest(
-            f"routed_experts_start_len must be from 0 to the {length} tokens of the prompt, got {request.routes_from}"
+            f"routed_experts_start_len must be from 0 to the {length} tokens of the prompt, got"
+            f" {request.routes_from}"
         )
     for one in request.prompt_ids:
         if not 0 <= one < bounds.vocab_size:
             raise BadRequest(f"token id {one} is outside the vocabulary of {bounds.vocab_size}")
-    if length >= bounds.max_context and new or length > bounds.max_context:
+    if (length >= bounds.max_context and new) or length > bounds.max_context:
         raise BadRequest(
-            f"the input of {length} tokens is longer than the context of {bounds.max_context}; shorten it or start the server with a larger --max_context"
+            f"the input of {length} tokens is longer than the context of {bounds.max_context};"
+            " shorten it or start the server with a larger --max_context"
         )
     if length + new > bounds.max_context:
         raise BadRequest(
-            f"the input of {length} tokens and max_new_tokens={new} exceed the context of {bounds.max_context}; "
-            f"ask for at most {bounds.max_context - length} or start the server with a larger --max_context"
+            f"the input of {length} tokens and max_new_tokens={new} exceed the context of"
+            f" {bounds.max_context}; ask for at most {bounds.max_context - length} or start the"
+            " server with a larger --max_context"
         )
 
 
@@ -241,7 +254,8 @@ def _sampling(given: Any, bounds: Bounds, tokenizer: TextCodec | None) -> Sampli
         neutral = value in (None, False, 0, "", [], {}, _NEUTRAL.get(name))
         if (name not in _SAMPLING_FIELDS or name in _NEUTRAL) and not neutral:
             raise BadRequest(
-                f"sampling parameter {name!r} = {value!r} is not supported by this engine; leave it out"
+                f"sampling parameter {name!r} = {value!r} is not supported by this engine; leave"
+                " it out"
             )
 
     def get(name: str, default: Any) -> Any:
@@ -255,7 +269,8 @@ def _sampling(given: Any, bounds: Bounds, tokenizer: TextCodec | None) -> Sampli
         )
     if stop and tokenizer is None:
         raise BadRequest(
-            "this server has no tokenizer (--skip_tokenizer_init): use stop_token_ids instead of stop"
+            "this server has no tokenizer (--skip_tokenizer_init): use stop_token_ids instead of"
+            " stop"
         )
     stop_ids = {_integer("stop_token_ids", one) for one in get("stop_token_ids", [])}
     params = SamplingParams(

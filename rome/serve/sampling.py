@@ -1,4 +1,6 @@
-"""Sampling on the device. Each row is sampled by itself: its noise depends on its seed and the token's position only.
+"""Sampling on the device.
+
+Each row is sampled by itself: its noise depends on its seed and the token's position only.
 
 B rows, V vocabulary.
 """
@@ -13,7 +15,9 @@ from jax import Array
 
 
 class RowSampling(NamedTuple):
-    """How each row is sampled. temperature 0 is greedy, top_k 0 keeps all; seed_B2 are the two words of a 64-bit seed."""
+    """How each row is sampled. temperature 0 is greedy, top_k 0 keeps all; seed_B2 are the two
+    words of a 64-bit seed.
+    """
 
     seed_B2: Array
     temperature_B: Array
@@ -29,7 +33,8 @@ def sample(logits_BV: Array, position_B: Array, rows: RowSampling) -> tuple[Arra
       logits_BV: float32.
       position_B: absolute position that the drawn token will have.
     Returns:
-      tokens [B] int32, and their logprobs [B] under softmax(logits / temperature), before top_p, top_k and min_p.
+      tokens [B] int32, and their logprobs [B] under softmax(logits / temperature), before top_p,
+      top_k and min_p.
     """
     greedy_B = rows.temperature_B <= 0
     scaled_BV = logits_BV / jnp.where(greedy_B, 1.0, rows.temperature_B)[:, None]
@@ -38,7 +43,8 @@ def sample(logits_BV: Array, position_B: Array, rows: RowSampling) -> tuple[Arra
     )
     noisy_BV = jnp.where(greedy_B[:, None], scaled_BV, scaled_BV + noise_BV)
     filtered_B = (rows.top_p_B < 1) | (rows.top_k_B > 0) | (rows.min_p_B > 0)
-    # One program with a branch, not two programs: the layers before it must not depend on what the others in the batch ask for.
+    # One program with a branch, not two programs: the layers before it must not depend on what the
+    # others in the batch ask for.
     noisy_BV = jax.lax.cond(
         jnp.any(filtered_B),
         lambda: jnp.where(_allowed(scaled_BV, rows), noisy_BV, -jnp.inf),
@@ -61,7 +67,9 @@ def _noise(seed_2: Array, position: Array, size: int) -> Array:
 
 
 def _allowed(scaled_BV: Array, rows: RowSampling) -> Array:
-    """Which tokens top_k, top_p and min_p keep, all judged on the full distribution; the likeliest token always stays."""
+    """Which tokens top_k, top_p and min_p keep, all judged on the full distribution; the likeliest
+    token always stays.
+    """
     size = scaled_BV.shape[-1]
     order_BV = jnp.argsort(-scaled_BV, axis=-1, stable=True)
     probs_BV = jnp.take_along_axis(jax.nn.softmax(scaled_BV, axis=-1), order_BV, axis=-1)

@@ -1,4 +1,5 @@
-"""Continuous batching: one thread that owns the device, the cache and the weights, and takes everything else's wishes between two steps.
+"""Continuous batching: one thread that owns the device, the cache and the weights, and takes
+everything else's wishes between two steps.
 
 engine.submit(request)          any thread; the request's `notify` is called when it has ended
 engine.call(function)           any thread; runs function() between two steps and returns its result as a future
@@ -26,7 +27,8 @@ from rome.serve.sampling import RowSampling
 from rome.serve.slots import SlotTable, chunk_keys
 from rome.serve.stopping import find_end
 
-# A burst of new prompts fills the rows soon, yet running requests never wait for more than this many prefill calls.
+# A burst of new prompts fills the rows soon, yet running requests never wait for more than this
+# many prefill calls.
 PREFILL_CALLS_PER_DECODE = 4
 GATHER_CALLS = 4  # full decode calls for which a prefill call waits until all of its rows have work
 PAUSE_MODES = ("abort", "retract", "in_place")
@@ -35,7 +37,9 @@ Answer = TypeVar("Answer")
 
 
 class Scheduler:
-    """The engine's one thread. Methods without underscore may be called from any thread unless they say otherwise.
+    """The engine's one thread.
+
+    Methods without underscore may be called from any thread unless they say otherwise.
 
     Args:
       load: gives the parameters (layers unstacked) and config; called once, in the thread.
@@ -109,7 +113,8 @@ class Scheduler:
         self._post(run)
         return future
 
-    # -- by `call` only: these run in the thread -------------------------------------------------------------------------------------
+    # -- by `call` only: these run in the thread
+    # ---------------------------------------------------------------------------------------------
 
     def pause(self, mode: str) -> None:
         self.paused = True
@@ -128,7 +133,10 @@ class Scheduler:
         return bool(self._waiting or self._prefilling or self._decoding)
 
     def release_memory(self, tags: Sequence[str]) -> None:
-        """Deletes the device's arrays behind these tags. Raises ValueError while requests are in flight."""
+        """Deletes the device's arrays behind these tags.
+
+        Raises ValueError while requests are in flight.
+        """
         if self.busy():
             raise ValueError("requests are in flight; pause with mode abort first")
         for tag in tags:
@@ -166,7 +174,10 @@ class Scheduler:
         return True
 
     def swap(self, params: Params, version: str, fresh: bool) -> int:
-        """New weights from the next step on. `fresh`: running requests compute their cache anew, by them. Returns how many were running."""
+        """New weights from the next step on.
+
+        `fresh`: running requests compute their cache anew, by them. Returns how many were running.
+        """
         running = len(self._prefilling) + len(self._decoding)
         self.lent.pop("weights", None)
         self.params, self.version = params, version
@@ -192,7 +203,8 @@ class Scheduler:
             **self.stats,
         }
 
-    # -- the thread ------------------------------------------------------------------------------------------------------------------
+    # -- the thread
+    # ---------------------------------------------------------------------------------------------
 
     def _post(self, command: Callable[[], None]) -> None:
         with self._wake:
@@ -236,7 +248,10 @@ class Scheduler:
         logging.info("compiled in %.1f s", time.monotonic() - started)
 
     def _take_commands(self) -> bool:
-        """Runs what was asked for. Sleeps while there is nothing to do, so that a trainer gets the cores. False at the end."""
+        """Runs what was asked for.
+
+        Sleeps while there is nothing to do, so that a trainer gets the cores. False at the end.
+        """
         while True:
             with self._wake:
                 if not (self._commands or self._may_run() or self._stopping):
@@ -269,7 +284,9 @@ class Scheduler:
             self._prefilling.append(request)
 
     def _lets_gather(self) -> bool:
-        """Whether prompts wait for others: a call costs the same however many rows it has, and the next decode call is full without them."""
+        """Whether prompts wait for others: a call costs the same however many rows it has, and the
+        next decode call is full without them.
+        """
         full = (
             len(self._decoding) >= self.shapes.decode_rows
             and len(self._prefilling) < self.shapes.prefill_rows
@@ -280,7 +297,10 @@ class Scheduler:
         return self._gathered > 0
 
     def _prefill_once(self) -> int:
-        """One call for the next chunks of the first prompts in line. Returns how many rows it had."""
+        """One call for the next chunks of the first prompts in line.
+
+        Returns how many rows it had.
+        """
         batch: list[Request] = []
         sources: list[int] = []
         computing: set[bytes] = set()
@@ -297,7 +317,8 @@ class Scheduler:
         if not batch:
             return 0
         result = self._run_prefill(batch, sources)
-        # Only now do the slots hold what they were given: until here, rows of this call copied from what slots held before it.
+        # Only now do the slots hold what they were given: until here, rows of this call copied from
+        # what slots held before it.
         for row, request in enumerate(batch):
             self._finish_chunk(request, row, *result)
         return len(batch)
@@ -321,7 +342,10 @@ class Scheduler:
             request.cached_tokens += 0 if request.output_ids else skipped
 
     def _usable(self, request: Request) -> int:
-        """How many chunks it may take from others. Not the last one: the first token is drawn from its logits."""
+        """How many chunks it may take from others.
+
+        Not the last one: the first token is drawn from its logits.
+        """
         return min(len(request.keys), (len(request.ids) - 1) // self.shapes.prefill_chunk)
 
     def _run_prefill(self, batch: list[Request], sources: list[int]) -> tuple[np.ndarray, ...]:
@@ -427,7 +451,10 @@ class Scheduler:
         logprobs: list[float],
         routes_QLk: np.ndarray | None,
     ) -> None:
-        """Appends drawn tokens up to the request's end, and ends it there. Routes are those of the tokens before each; a prefill has noted its own."""
+        """Appends drawn tokens up to the request's end, and ends it there.
+
+        Routes are those of the tokens before each; a prefill has noted its own.
+        """
         before = len(request.output_ids)
         if not np.all(np.isfinite(logprobs)):
             self._end(
@@ -472,7 +499,9 @@ class Scheduler:
                 self._end(request, {"type": "abort", "message": message, **more})
 
     def _retract_all(self) -> None:
-        """Running requests go back to the head of the line, in their order, with the tokens they have."""
+        """Running requests go back to the head of the line, in their order, with the tokens they
+        have.
+        """
         for request in reversed([*self._decoding.values(), *self._prefilling]):
             self._drop_from_queues(request)
             self._leave_slot(request)
@@ -485,7 +514,9 @@ class Scheduler:
 
 
 def _sampling_of(batch: list[Request], rows: int) -> RowSampling:
-    """How each row of a call is sampled; those without a request plainly, since one filter costs all rows its sorting."""
+    """How each row of a call is sampled; those without a request plainly, since one filter costs
+    all rows its sorting.
+    """
     sampling = RowSampling(
         np.zeros((rows, 2), np.uint32),
         np.ones(rows, np.float32),

@@ -1,4 +1,7 @@
-"""SGLang's HTTP routes over the scheduler. One process, one event loop; everything that touches the device runs in the scheduler's thread."""
+"""SGLang's HTTP routes over the scheduler.
+
+One process, one event loop; everything that touches the device runs in the scheduler's thread.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +84,8 @@ class Server:
         get("/get_weights_by_name", self.get_weights_by_name)
         return app
 
-    # -- generation ------------------------------------------------------------------------------------------------------------------
+    # -- generation
+    # ---------------------------------------------------------------------------------------------
 
     async def generate(self, http: web.Request) -> web.StreamResponse:
         requests, is_batch = parse_generate(await _body(http), self.bounds, self.tokenizer)
@@ -182,7 +186,8 @@ class Server:
         self.scheduler.abort(rid, everything)
         return web.Response()
 
-    # -- control ---------------------------------------------------------------------------------------------------------------------
+    # -- control
+    # ---------------------------------------------------------------------------------------------
 
     async def pause_generation(self, http: web.Request) -> web.Response:
         mode = (await _body(http)).get("mode", "abort")
@@ -203,9 +208,11 @@ class Server:
         return web.Response(text="Cache flushed.\n")
 
     async def update_weights_from_disk(self, http: web.Request) -> web.Response:
-        """Loads beside the old weights and swaps between two steps: a directory that cannot be used changes nothing.
+        """Loads beside the old weights and swaps between two steps: a directory that cannot be used
+        changes nothing.
 
-        With flush_cache (the default) running requests compute their cache anew by the new weights; without it they go on as they are.
+        With flush_cache (the default) running requests compute their cache anew by the new weights;
+        without it they go on as they are.
         """
         body = await _body(http)
         path = body.get("model_path")
@@ -247,7 +254,9 @@ class Server:
         )
 
     async def release_memory_occupation(self, http: web.Request) -> web.Response:
-        """Deletes the arrays of the given tags (all by default), so that another process can have the device's memory."""
+        """Deletes the arrays of the given tags (all by default), so that another process can have
+        the device's memory.
+        """
         tags = _memory_tags(await _body(http))
         async with self._updating:
             await self._in_thread(lambda: self.scheduler.release_memory(tags), refused=ValueError)
@@ -255,7 +264,11 @@ class Server:
         return web.json_response(None)
 
     async def resume_memory_occupation(self, http: web.Request) -> web.Response:
-        """The cache is allocated again. Weights must be loaded by /update_weights_from_disk before anything runs: nothing is sampled from old ones."""
+        """The cache is allocated again.
+
+        Weights must be loaded by /update_weights_from_disk before anything runs: nothing is sampled
+        from old ones.
+        """
         tags = _memory_tags(await _body(http))
         async with self._updating:
             await self._in_thread(lambda: self.scheduler.take_back_memory(tags))
@@ -286,13 +299,15 @@ class Server:
         )
         if tensor is None:
             raise BadRequest(
-                f"no weight is named {body.get('name')!r}; names are those of the checkpoint's tensors"
+                f"no weight is named {body.get('name')!r}; names are those of the checkpoint's"
+                " tensors"
             )
         return web.json_response(
             np.asarray(tensor, np.float32)[: int(body.get("truncate_size", 100))].tolist()
         )
 
-    # -- information -----------------------------------------------------------------------------------------------------------------
+    # -- information
+    # ---------------------------------------------------------------------------------------------
 
     async def health(self, http: web.Request) -> web.Response:
         return web.Response(
@@ -300,7 +315,11 @@ class Server:
         )
 
     async def health_generate(self, http: web.Request) -> web.Response:
-        """Generates a token. An engine that is paused or at work is well if its thread answers: a probe would wait behind everybody else."""
+        """Generates a token.
+
+        An engine that is paused or at work is well if its thread answers: a probe would wait behind
+        everybody else.
+        """
         if not self.scheduler.ready.is_set() or self.scheduler.failure is not None:
             return web.Response(status=503)
         try:

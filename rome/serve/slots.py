@@ -1,8 +1,9 @@
 """Which slot of the cache holds which prefix.
 
-A prompt is prefilled in chunks that begin at multiples of the chunk length. A chunk that was computed so, whole, is kept under a key that
-stands for all tokens up to its end; another request with the same beginning copies it. Only such chunks are shared, never what decoding wrote:
-a request's numbers are then the same whether its prefix was cached or not.
+A prompt is prefilled in chunks that begin at multiples of the chunk length. A chunk that was
+computed so, whole, is kept under a key that stands for all tokens up to its end; another request
+with the same beginning copies it. Only such chunks are shared, never what decoding wrote: a
+request's numbers are then the same whether its prefix was cached or not.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ import numpy as np
 
 
 def chunk_keys(ids: list[int], chunk: int, root: str) -> list[bytes]:
-    """One key for each whole chunk of ids. `root` sets apart what must not be shared (weights, salt)."""
+    """One key for each whole chunk of ids.
+
+    `root` sets apart what must not be shared (weights, salt).
+    """
     digest = hashlib.blake2b(root.encode(), digest_size=16)
     keys = []
     for start in range(0, len(ids) - chunk + 1, chunk):
@@ -25,7 +29,9 @@ def chunk_keys(ids: list[int], chunk: int, root: str) -> list[bytes]:
 
 
 class SlotTable:
-    """Free slots, and the prefix that each slot, free or taken, holds: keys of its chunks in order, with a note for each (their routes)."""
+    """Free slots, and the prefix that each slot, free or taken, holds: keys of its chunks in order,
+    with a note for each (their routes).
+    """
 
     def __init__(self, count: int):
         self._free: collections.OrderedDict[int, None] = collections.OrderedDict.fromkeys(
@@ -40,7 +46,9 @@ class SlotTable:
         return len(self._free)
 
     def acquire(self, keys: list[bytes]) -> int:
-        """Takes a free slot: the one that holds most of this prefix and nothing beyond it, or else the least recently used one."""
+        """Takes a free slot: the one that holds most of this prefix and nothing beyond it, or else
+        the least recently used one.
+        """
 
         def worth(slot: int) -> int:
             held = self._keys[slot]

@@ -33,7 +33,10 @@ def find_end(
 
 
 def decode(ids: list[int], tokenizer: TextCodec, skip_special: bool = False) -> str:
-    """Text of sampled ids. A model's vocabulary may be padded beyond the tokenizer's; such ids have no text."""
+    """Text of sampled ids.
+
+    A model's vocabulary may be padded beyond the tokenizer's; such ids have no text.
+    """
     return tokenizer.decode(
         [one for one in ids if one < tokenizer.vocab_size], skip_special=skip_special
     )

@@ -1,4 +1,6 @@
-"""The engine's weights: from a Hugging Face directory, whole or not at all, and what can be asked about them."""
+"""The engine's weights: from a Hugging Face directory, whole or not at all, and what can be asked
+about them.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rome.model.hf import checkpoint as hf
 from rome.model.config import ModelConfig
+from rome.model.hf import checkpoint as hf
 from rome.model.qwen3 import Params, unstack_layers
 
 # What a forward pass does not read may differ between two checkpoints of one model.
@@ -33,7 +35,8 @@ def load_weights(
 
     Args:
       like: config of the weights that these shall replace.
-    Raises: ValueError or OSError, in one sentence, for a directory that is incomplete, of another model, or not finite.
+    Raises: ValueError or OSError, in one sentence, for a directory that is incomplete, of another
+    model, or not finite.
     """
     params, config = hf.load_hf(directory, dtype=jnp.dtype(dtype))
     config = dataclasses.replace(config, dtype=dtype, remat="none")
@@ -46,18 +49,22 @@ def load_weights(
         ]
         if differences:
             raise ValueError(
-                f"{directory} holds another model: {', '.join(differences)}; start a server of its own for it"
+                f"{directory} holds another model: {', '.join(differences)}; start a server of its"
+                " own for it"
             )
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not np.isfinite(leaf.astype(np.float32, copy=False)).all():
             raise ValueError(
-                f"{directory}: {jax.tree_util.keystr(path)} is not finite; publish the weights again"
+                f"{directory}: {jax.tree_util.keystr(path)} is not finite; publish the weights"
+                " again"
             )
     return jax.block_until_ready(jax.device_put(unstack_layers(params, config))), config
 
 
 def checksums(params: Params, config: ModelConfig) -> dict[str, str]:
-    """SHA-256 of the bytes of every tensor as it would stand in a checkpoint of the server's dtype, by its Hugging Face name."""
+    """SHA-256 of the bytes of every tensor as it would stand in a checkpoint of the server's dtype,
+    by its Hugging Face name.
+    """
     return {
         name: hashlib.sha256(tensor.tobytes()).hexdigest()
         for name, tensor in hf.named_tensors(params, config)

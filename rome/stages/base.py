@@ -1,10 +1,11 @@
-"""One run of one experiment in one workdir: wires the learner to engines, sandboxes and files, and leaves the outcome for programs.
+"""One run of one experiment in one workdir: wires the learner to engines, sandboxes and files, and
+leaves the outcome for programs.
 
-WORKDIR/report.json, metrics.jsonl, trajectories/, checkpoints/, evals/, final/ (a Hugging Face directory), engine.log, init/ (the run that
-this one started from).
+WORKDIR/report.json, metrics.jsonl, trajectories/, checkpoints/, evals/, final/ (a Hugging Face
+directory), engine.log, init/ (the run that this one started from).
 
-Of several processes only the leader has engines and sandboxes and writes; what it found out the others learn by `team.share`, and the step's
-trajectories they read from the workdir.
+Of several processes only the leader has engines and sandboxes and writes; what it found out the
+others learn by `team.share`, and the step's trajectories they read from the workdir.
 """
 
 from __future__ import annotations
@@ -33,9 +34,6 @@ from envs.rock.sync import loop
 from envs.rock.sync import run as run_async
 from envs.tasks.terminal import FAMILIES, HELD_OUT_FAMILIES, eval_seed, train_seed
 from envs.tasks.terminal.env import BASH_TOOL, TerminalEnv
-from rome.stages.collect import EXPERT_CONCURRENCY, Collector, load_when_visible, own_settings
-from rome.stages.config import loss_config, sandbox_config
-from rome.train.distributed import check_mesh_spans
 from rome.agent.loop import Limits, derive_seed
 from rome.data.batch import Batch
 from rome.data.packing import microbatches
@@ -56,9 +54,12 @@ from rome.model.sharding import make_mesh, param_shardings
 from rome.model.tokenizer import Chat, Tokenizer
 from rome.rollout.demonstrations import collect_experts
 from rome.rollout.player import Accounting, Episode, EpisodePlayer
+from rome.stages.collect import EXPERT_CONCURRENCY, Collector, load_when_visible, own_settings
+from rome.stages.config import loss_config, sandbox_config
 from rome.train.alarms import check_figures
 from rome.train.checkpoint import Checkpoints
 from rome.train.display import Display
+from rome.train.distributed import check_mesh_spans
 from rome.train.loop import Stage, StepData, run_stage
 from rome.train.metrics import MetricsWriter
 from rome.train.parameters import StoredParameters, saved_steps
@@ -74,7 +75,9 @@ from rome.train.state import TrainState, make_optimizer
 from rome.train.step import Learner
 from rome.train.team import Team
 
-PROBE = "Read the note and do what it says."  # any text does: the engine's logprobs of it must be the trainer's
+PROBE = (  # any text does: the engine's logprobs of it must be the trainer's
+    "Read the note and do what it says."
+)
 PUBLISH_SECONDS = 900.0
 PROBE_TOLERANCE = {
     "float32": 1e-3,
@@ -124,10 +127,14 @@ class Run:
         """Where engines find what was published."""
         return self.workdir / "weights"
 
-    # -- engines -------------------------------------------------------------------------------------------------------------------
+    # -- engines
+    # ---------------------------------------------------------------------------------------------
 
     def start_engines(self, state: TrainState) -> None:
-        """The servers of the config, or embedded ones of our own that start with these weights. Plain text needs none."""
+        """The servers of the config, or embedded ones of our own that start with these weights.
+
+        Plain text needs none.
+        """
         config = self.config
         if config.loss == "cpt":
             return
@@ -169,14 +176,16 @@ class Run:
         self.supervisor = asyncio.run_coroutine_threadsafe(supervise(self.pool), loop())
 
     def publish(self, state: TrainState) -> None:
-        """Brings the weights of `state` to every engine and proves that they are there. Nothing to do if they are."""
+        """Brings the weights of `state` to every engine and proves that they are there.
+
+        Nothing to do if they are.
+        """
         version = int(state.step)
         if version == self.published:
             return
         if self.plays:
-            self.collector.before = (
-                None  # that step is trained, whatever becomes of its publication
-            )
+            # that step is trained, whatever becomes of its publication
+            self.collector.before = None
         ids = self.chat.open(PROBE)
         expected = self.learner.score_one(state.params, ids)
         path = write_checkpoint(
@@ -254,14 +263,17 @@ class Run:
         )
 
     def play(self, episodes: list[Episode], temperature: float, **options: Any) -> list[Trajectory]:
-        """Plays episodes on the background loop; the deadline is what they may take at worst, one wave after the other."""
+        """Plays episodes on the background loop; the deadline is what they may take at worst, one
+        wave after the other.
+        """
         waves = -(-len(episodes) // self.config.concurrency)
         return run_async(
             self.scheduler.play(episodes, temperature=temperature, **options),
             60.0 + waves * self.scheduler.attempts * self.config.episode_seconds,
         )
 
-    # -- what the loop asks for ----------------------------------------------------------------------------------------------------
+    # -- what the loop asks for
+    # ---------------------------------------------------------------------------------------------
 
     def collect_batches(self, step: int, state: TrainState) -> StepData:
         if self.stream is None:
@@ -273,14 +285,19 @@ class Run:
         return StepData(batches, count_denominators(batches), {"tokens": tokens})
 
     def require_same_rows(self, step: int, batch: Batch) -> None:
-        """Each process packs for itself and feeds only its own rows: that they are parts of one batch is checked, not assumed."""
+        """Each process packs for itself and feeds only its own rows: that they are parts of one
+        batch is checked, not assumed.
+        """
         if self.team.count > 1:
             digest = hashlib.sha256()
             batch.map(lambda field: digest.update(np.ascontiguousarray(field).tobytes()))
             self.team.require_same(f"rows of step {step}", digest.hexdigest())
 
     def evaluate(self, step: int, state: TrainState) -> Evaluation:
-        """Held-out tasks, the same ones at every evaluation and with the same sampling seeds. Kept: a resumed run reads it again."""
+        """Held-out tasks, the same ones at every evaluation and with the same sampling seeds.
+
+        Kept: a resumed run reads it again.
+        """
         stage = self.config.experiment
         path = outcomes_path(self.workdir, stage, step)
         if not self.team.share(f"evaluated at {step}", path.exists):
@@ -309,7 +326,9 @@ class Run:
         return self.config.loss == "sft" and 0 < self.config.until_success <= result.success
 
     def _score_held_out_text(self, state: TrainState) -> dict[str, float]:
-        """Bits that the model takes for a byte of held-out documents, the same ones at every evaluation."""
+        """Bits that the model takes for a byte of held-out documents, the same ones at every
+        evaluation.
+        """
         config, documents = self.config, self.corpus.held_out
         texts = [documents[index] for index in range(min(config.eval_documents, len(documents)))]
         batches = microbatches(
@@ -371,7 +390,9 @@ class Run:
             "text"
         ):  # a position in another text would mean nothing
             raise ValueError(
-                f"the text under {self.config.text or 'the standard library'} is not what the checkpoint of step {step} was trained on. Bring it back, or give another --workdir."
+                f"the text under {self.config.text or 'the standard library'} is not what the"
+                f" checkpoint of step {step} was trained on. Bring it back, or give another"
+                " --workdir."
             )
         self.seconds_before = host["seconds"]
         if self.plays:
@@ -390,7 +411,8 @@ class Run:
             self.stream = self._open_stream()
             self.stream.set_state(host["stream"])
 
-    # -- the end -------------------------------------------------------------------------------------------------------------------
+    # -- the end
+    # ---------------------------------------------------------------------------------------------
 
     def seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.started
@@ -416,7 +438,11 @@ class Run:
         )
 
     def export(self, state: TrainState) -> None:
-        """WORKDIR/final: the trained weights for launch.serve and for the experiment that starts here. There, or not at all."""
+        """WORKDIR/final: the trained weights for launch.serve and for the experiment that starts
+        here.
+
+        There, or not at all.
+        """
         partial, final = self.workdir / "final.tmp", self.workdir / "final"
         save_hf(state.params, self.model_config, partial)
 
@@ -441,7 +467,9 @@ class Run:
                 ends.callback(self.collector.close)
 
     def _open_stream(self):
-        """Documents, or expert trajectories, played where they are not on disk yet, as an endless stream of batches."""
+        """Documents, or expert trajectories, played where they are not on disk yet, as an endless
+        stream of batches.
+        """
         config = self.config
         shape = {
             "rows": config.rows,
@@ -498,14 +526,16 @@ def start_run(
     model_config = model_of(config)
     if tokenizer.vocab_size > model_config.vocab_size:
         raise ValueError(
-            f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} tokens, model {config.model} a vocabulary of {model_config.vocab_size}. Choose ones that fit."
+            f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} tokens, model {config.model}"
+            f" a vocabulary of {model_config.vocab_size}. Choose ones that fit."
         )
     model_config = dataclasses.replace(
         model_config, eos_token_id=tokenizer.im_end, pad_token_id=tokenizer.pad
     )
     corpus = open_corpus(config, display) if config.loss == "cpt" else None
     learner = make_learner(config, model_config)
-    # The tiny model learns the form of a tool call from the experts; a real one is told the tools as in its own chat template.
+    # The tiny model learns the form of a tool call from the experts; a real one is told the tools
+    # as in its own chat template.
     chat = Chat(tokenizer, tools=None if config.model == "tiny" else [BASH_TOOL])
     (workdir / "trajectories").mkdir(parents=True, exist_ok=True)
     return Run(
@@ -525,12 +555,14 @@ def start_run(
 def open_corpus(config: ml_collections.ConfigDict, display: Display) -> Corpus:
     corpus = read_corpus(config.text, config.held_out_share)
     skipped = (
-        f"; {len(corpus.skipped)} skipped, empty or not UTF-8 text ({corpus.skipped[0]}{', ...' if len(corpus.skipped) > 1 else ''})"
+        f"; {len(corpus.skipped)} skipped, empty or not UTF-8 text"
+        f" ({corpus.skipped[0]}{', ...' if len(corpus.skipped) > 1 else ''})"
         if corpus.skipped
         else ""
     )
     display.note(
-        f"text: {len(corpus.training)} documents to train on, {len(corpus.held_out)} held out{skipped}"
+        f"text: {len(corpus.training)} documents to train on, {len(corpus.held_out)} held"
+        f" out{skipped}"
     )
     return corpus
 
@@ -578,7 +610,9 @@ def make_learner(
 
 
 def train(run: Run, init_directory: pathlib.Path | None) -> TrainState:
-    """Starts or resumes the run and trains to its end, or to the step at which the user asked to stop."""
+    """Starts or resumes the run and trains to its end, or to the step at which the user asked to
+    stop.
+    """
     config, learner = run.config, run.learner
     checkpoints = run.checkpoints = Checkpoints(
         run.workdir / "checkpoints", config.checkpoints_kept
@@ -636,12 +670,15 @@ def train(run: Run, init_directory: pathlib.Path | None) -> TrainState:
 
 
 def load_start(directory: pathlib.Path, model_config: ModelConfig, mesh: Mesh) -> dict:
-    """float32 parameters of a Hugging Face directory, or of what launch.convert made of one, straight to their places on the mesh."""
+    """float32 parameters of a Hugging Face directory, or of what launch.convert made of one,
+    straight to their places on the mesh.
+    """
     ours = own_settings(model_config)
     loaded, shardings = read_config(directory, **ours), param_shardings(mesh, model_config)
     if loaded != model_config:
         raise ValueError(
-            f"{directory} holds another model than --config.model asks for: {loaded}, not {model_config}"
+            f"{directory} holds another model than --config.model asks for: {loaded}, not"
+            f" {model_config}"
         )
     if (directory / "checkpoints").is_dir():
         return StoredParameters(

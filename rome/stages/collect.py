@@ -1,7 +1,10 @@
-"""What a training step of reinforcement learning trains on: wires rollouts, curriculum, anchors and experts to the learner's batches.
+"""What a training step of reinforcement learning trains on: wires rollouts, curriculum, anchors and
+experts to the learner's batches.
 
-Process 0 plays; the others learn from it which files of the workdir the step is made of, and pack the same rows. WORKDIR/steps.jsonl says which
-groups each step took, WORKDIR/trajectories/ holds them: NAME_WAVE_gGROUP_eEPISODE.json, and for what was shown NAME_STEP_expert_N.json, NAME_STEP_fork_N.json.
+Process 0 plays; the others learn from it which files of the workdir the step is made of, and pack
+the same rows. WORKDIR/steps.jsonl says which groups each step took, WORKDIR/trajectories/ holds
+them: NAME_WAVE_gGROUP_eEPISODE.json, and for what was shown NAME_STEP_expert_N.json,
+NAME_STEP_fork_N.json.
 """
 
 from __future__ import annotations
@@ -30,9 +33,9 @@ from rome.rollout.curriculum import Curriculum
 from rome.rollout.demonstrations import collect_experts
 from rome.rollout.forks import SECONDS as REPLAY_SECONDS
 from rome.rollout.forks import Forks
-from rome.rollout.scheduler import MOST_REPLACEMENTS, GroupPlan, RolloutScheduler, Rules, Taken
 from rome.rollout.outcomes import mixed_groups, rollout_figures
 from rome.rollout.player import Accounting, Episode, RolloutError
+from rome.rollout.scheduler import MOST_REPLACEMENTS, GroupPlan, RolloutScheduler, Rules, Taken
 from rome.train.alarms import check_mismatch
 from rome.train.loop import StepData
 from rome.train.state import TrainState
@@ -40,11 +43,12 @@ from rome.train.state import TrainState
 if TYPE_CHECKING:
     from rome.stages.base import Run
 
-VISIBLE_SECONDS = 120.0  # in which a file that one host wrote is seen by the others (NFS and buckets keep old listings for a while)
+# in which a file that one host wrote is seen by the others (NFS and buckets keep old listings for a
+# while)
+VISIBLE_SECONDS = 120.0
 EXPERT_CONCURRENCY = 16
-CONTROL_SECONDS = (
-    60.0  # for the rollouts to begin, to be asked for their state, to close their sandboxes
-)
+# for the rollouts to begin, to be asked for their state, to close their sandboxes
+CONTROL_SECONDS = 60.0
 
 
 class Collector:
@@ -58,9 +62,9 @@ class Collector:
         self.past: dict[
             int, Any
         ] = {}  # version -> parameters, of the last async_ratio versions and this one
-        self.before: dict[str, Any] | None = (
-            None  # the state before the step that is being collected or trained; a step that fails is repeated from there
-        )
+        # the state before the step that is being collected or trained; a step that fails is
+        # repeated from there
+        self.before: dict[str, Any] | None = None
 
     @functools.cached_property
     def rollouts(self) -> RolloutScheduler:
@@ -90,7 +94,8 @@ class Collector:
             journal=self.run.workdir / "steps.jsonl",
         )
 
-    # -- what the run calls ----------------------------------------------------------------------------------------------------------------
+    # -- what the run calls
+    # ---------------------------------------------------------------------------------------------
 
     def advance(self, state: TrainState) -> None:
         """The weights of `state` are on the engines."""
@@ -104,7 +109,9 @@ class Collector:
             run_async(self.rollouts.advance(version), CONTROL_SECONDS)
 
     def collect(self, step: int, state: TrainState) -> StepData:
-        """groups x group_size episodes, packed, with logp_old of the weights that sampled each token."""
+        """groups x group_size episodes, packed, with logp_old of the weights that sampled each
+        token.
+        """
         config, run, self.before = self.config, self.run, self.get_state()
         learnt: list[Trajectory] = []  # the leader's own; the others read theirs
         shared = run.team.share(f"episodes of step {step}", lambda: self._take(step, learnt))
@@ -134,7 +141,9 @@ class Collector:
         return StepData(batches, count_denominators(batches), shared["figures"] | run.publication)
 
     def get_state(self) -> dict[str, Any]:
-        """As it is between two steps: groups that were taken by a step that was not trained are still to be taken."""
+        """As it is between two steps: groups that were taken by a step that was not trained are
+        still to be taken.
+        """
         if self.before is not None:
             return self.before
         rollouts = (
@@ -163,7 +172,8 @@ class Collector:
         if self.run.team.leads and "rollouts" in self.__dict__:
             run_async(self.rollouts.close(), CONTROL_SECONDS)
 
-    # -- what the rollouts ask for -----------------------------------------------------------------------------------------------------------
+    # -- what the rollouts ask for
+    # ---------------------------------------------------------------------------------------------
 
     def path(self, episode: Episode) -> pathlib.Path:
         return self.files / f"{self.config.experiment}_{episode.name}.json"
@@ -178,7 +188,9 @@ class Collector:
         )
 
     def plan(self, wave: int) -> list[GroupPlan]:
-        """Hard tasks from their anchors, as many as `resample_share` allows and there are; else what the curriculum draws."""
+        """Hard tasks from their anchors, as many as `resample_share` allows and there are; else
+        what the curriculum draws.
+        """
         config, rng = self.config, random.Random(f"tasks/{self.config.seed}/{wave}")
         groups = config.groups + config.redundant_groups
         hard = (
@@ -213,17 +225,23 @@ class Collector:
         prefixes = tuple(tuple(chunks[:anchor]) for anchor in anchors)
         return GroupPlan(task, prefixes, source, Forks(lambda: self.run.make_env(task), prefixes))
 
-    # -- one step ----------------------------------------------------------------------------------------------------------------------------
+    # -- one step
+    # ---------------------------------------------------------------------------------------------
 
     def _take(self, step: int, learnt: list[Trajectory]) -> dict[str, Any]:
-        """The leader's part of a step: puts into `learnt` what is trained on. Returns what the others need."""
+        """The leader's part of a step: puts into `learnt` what is trained on.
+
+        Returns what the others need.
+        """
         config = self.config
         try:
             taken = run_async(self.rollouts.take(step), seconds := self._take_seconds())
         except TimeoutError:
             raise RolloutError(
-                f"step {step} had no {config.groups} complete groups within {seconds:.0f} s, more than their episodes may take by episode_seconds="
-                f"{config.episode_seconds:g}: a sandbox or an engine hangs; see its log. Finished trajectories are kept; run the same command again."
+                f"step {step} had no {config.groups} complete groups within {seconds:.0f} s, more"
+                f" than their episodes may take by episode_seconds={config.episode_seconds:g}: a"
+                " sandbox or an engine hangs; see its log. Finished trajectories are kept; run the"
+                " same command again."
             ) from None
         trajectories = [trajectory for group in taken.groups for trajectory in group]
         file_of = {
@@ -252,12 +270,16 @@ class Collector:
             "taken": len(trajectories),
             "kept": [file_of[id(one)] for one in kept],
             "shown": [name for name, _ in shown.values()],
-            "figures": rollout_figures(trajectories, step, taken.seconds)
-            | self._figures(step, taken, trajectories, len(shown)),
+            "figures": (
+                rollout_figures(trajectories, step, taken.seconds)
+                | self._figures(step, taken, trajectories, len(shown))
+            ),
         }
 
     def _take_seconds(self) -> float:
-        """What the groups of a step may take at worst: all that may be in flight, one wave after the other, each episode as often as it may be replaced."""
+        """What the groups of a step may take at worst: all that may be in flight, one wave after
+        the other, each episode as often as it may be replaced.
+        """
         config = self.config
         episodes = (
             (config.async_ratio + 1)
@@ -296,8 +318,12 @@ class Collector:
     def _demonstrations(
         self, step: int, groups: dict[int, list[Trajectory]], sources: dict[int, str]
     ) -> dict[int, tuple[str, Trajectory]]:
-        """Eq. 10's imitation, (file, trajectory) by group: of forks without a success what their source did there, of other tasks without one what an
-        expert does. Each is a group of its own, so that it stays out of the statistics of groups that were sampled."""
+        """Eq. 10's imitation, (file, trajectory) by group: of forks without a success what their
+        source did there, of other tasks without one what an expert does.
+
+        Each is a group of its own, so that it stays out of the statistics of groups that were
+        sampled.
+        """
         config, first = (
             self.config,
             self.config.steps * (self.config.groups + self.config.redundant_groups),
@@ -339,11 +365,16 @@ class Collector:
                 shown[number] = path(len(shown), "fork").name, imitated
         return shown
 
-    # -- pi_old ------------------------------------------------------------------------------------------------------------------------------
+    # -- pi_old
+    # ---------------------------------------------------------------------------------------------
 
     def _with_old(self, batches: list[Batch], state: TrainState) -> tuple[list[Batch], set[int]]:
-        """logp_old of every micro-batch, each token's at the weights that sampled it, and, where the trainer is to replay its own routes, the routes
-        of the pass that scored it. What is not a sample of the policy is scored at the weights of `state`. And the versions that nobody can score."""
+        """logp_old of every micro-batch, each token's at the weights that sampled it, and, where
+        the trainer is to replay its own routes, the routes of the pass that scored it.
+
+        What is not a sample of the policy is scored at the weights of `state`. And the versions
+        that nobody can score.
+        """
         config, version = self.config, int(state.step)
         if config.old == "rollout":
             return [batch._replace(logp_old_BT=batch.logp_rollout_BT) for batch in batches], set()
@@ -404,7 +435,9 @@ class Collector:
         routes_BTLk: np.ndarray | None,
         where_BT: np.ndarray | None = None,
     ) -> Batch:
-        """`filled` with what one pass over `batch` found at `where_BT`; everywhere, where that is None."""
+        """`filled` with what one pass over `batch` found at `where_BT`; everywhere, where that is
+        None.
+        """
         if where_BT is None:
             return filled._replace(
                 logp_old_BT=np.where(batch.action_mask_BT, logp_BT, 0.0), routes_BTLk=routes_BTLk
@@ -419,8 +452,11 @@ class Collector:
         )
 
     def _past_params(self, version: int) -> dict | None:
-        """Of an earlier version; a resumed run reads them from what engines were given. None where nobody has them any more (a sample beyond the
-        bound, with late=keep): then the engine's own logprobs stand for pi_old."""
+        """Of an earlier version; a resumed run reads them from what engines were given.
+
+        None where nobody has them any more (a sample beyond the bound, with late=keep): then the
+        engine's own logprobs stand for pi_old.
+        """
         if version in self.past:
             return self.run.learner.recall(self.past[version])
         directory = self.run.weights / f"step_{version:06d}"
@@ -451,6 +487,7 @@ def load_when_visible(path: pathlib.Path) -> Trajectory:
         time.sleep(0.2)
     if not path.exists():
         raise FileNotFoundError(
-            f"{path}, written by process 0, is not seen here within {VISIBLE_SECONDS:.0f} s; is --workdir on a file system that all hosts share?"
+            f"{path}, written by process 0, is not seen here within {VISIBLE_SECONDS:.0f} s; is"
+            " --workdir on a file system that all hosts share?"
         )
     return load_trajectory(path)

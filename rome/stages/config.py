@@ -1,4 +1,6 @@
-"""Configs before anything starts: every key is known, every combination possible, every run has a folder of its own."""
+"""Configs before anything starts: every key is known, every combination possible, every run has a
+folder of its own.
+"""
 
 from __future__ import annotations
 
@@ -121,7 +123,8 @@ RL_KEYS = AGENT_KEYS | {
     "alarm_kl": float,
 }
 KEYS = {"cpt": CPT_KEYS, "sft": SFT_KEYS}  # of a loss; the others are RL's
-# Switches that some losses read; 0 stands for the value of the loss' paper (PUBLISHED, where the first is called mismatch_limit).
+# Switches that some losses read; 0 stands for the value of the loss' paper (PUBLISHED, where the
+# first is called mismatch_limit).
 OF_SOME_LOSSES = ("mismatch_threshold", "mismatch_low", "clip_low", "clip_high", "dual_clip")
 # What the experiment that a run starts from takes over from it: the model, the machine, the seed.
 INHERITED = (
@@ -184,7 +187,8 @@ def load_config(path: str, preset: str) -> ml_collections.ConfigDict:
     file = pathlib.Path(path)
     if not file.is_file():
         raise ConfigError(
-            f"there is no experiment file {path}; experiments/ holds {', '.join(sorted(p.name for p in pathlib.Path('experiments').glob('*.py') if p.name != '__init__.py'))}"
+            f"there is no experiment file {path}; experiments/ holds"
+            f" {', '.join(sorted(p.name for p in pathlib.Path('experiments').glob('*.py') if p.name != '__init__.py'))}"
         )
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
@@ -193,7 +197,9 @@ def load_config(path: str, preset: str) -> ml_collections.ConfigDict:
 
 
 def init_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The config of the experiment that `config` starts from: its file at the same preset, for the same model, machine and seed."""
+    """The config of the experiment that `config` starts from: its file at the same preset, for the
+    same model, machine and seed.
+    """
     start = load_config(config.init_from, config.preset)
     for key in INHERITED:
         if key in start and key in config:
@@ -202,20 +208,25 @@ def init_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
-    """Raises ConfigError for a key that nobody reads, a missing one, a wrong type or an impossible combination."""
+    """Raises ConfigError for a key that nobody reads, a missing one, a wrong type or an impossible
+    combination.
+    """
     _check_keys(config.to_dict(), KEYS.get(config.get("loss"), RL_KEYS), "")
     if config.loss in LIKELIHOODS and config.rows % config.rows_per_microbatch:
         raise ConfigError(
-            f"rows={config.rows} is not a multiple of rows_per_microbatch={config.rows_per_microbatch}. Change one of them."
+            f"rows={config.rows} is not a multiple of"
+            f" rows_per_microbatch={config.rows_per_microbatch}. Change one of them."
         )
     if config.loss == "cpt":
         if config.row_length < 2 or config.held_out_share >= 1:
             raise ConfigError(
-                f"row_length={config.row_length} must be 2 or more, held_out_share={config.held_out_share} below 1. Change them."
+                f"row_length={config.row_length} must be 2 or more,"
+                f" held_out_share={config.held_out_share} below 1. Change them."
             )
         if config.init_from.endswith(".py"):
             raise ConfigError(
-                f"init_from={config.init_from!r}: CPT is the first stage and runs no other before it. Name a Hugging Face directory (a run leaves one in final/), or nothing."
+                f"init_from={config.init_from!r}: CPT is the first stage and runs no other before"
+                " it. Name a Hugging Face directory (a run leaves one in final/), or nothing."
             )
         return
     try:
@@ -224,27 +235,33 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(f"config.sandbox: {error}.") from None
     if config.max_context > config.row_length:
         raise ConfigError(
-            f"max_context={config.max_context} is longer than a row of row_length={config.row_length} tokens, and no trajectory is cut. Raise row_length."
+            f"max_context={config.max_context} is longer than a row of"
+            f" row_length={config.row_length} tokens, and no trajectory is cut. Raise row_length."
         )
     if config.max_new_tokens >= config.max_context:
         raise ConfigError(
-            f"max_new_tokens={config.max_new_tokens} leaves no room for a prompt in max_context={config.max_context}. Lower it."
+            f"max_new_tokens={config.max_new_tokens} leaves no room for a prompt in"
+            f" max_context={config.max_context}. Lower it."
         )
     if config.max_turns > config.chunks_per_row:
         raise ConfigError(
-            f"max_turns={config.max_turns} is more than chunks_per_row={config.chunks_per_row} holds. Raise chunks_per_row."
+            f"max_turns={config.max_turns} is more than chunks_per_row={config.chunks_per_row}"
+            " holds. Raise chunks_per_row."
         )
     urls, mirrors = (
         [part for part in config[key].split(",") if part.strip()] for key in ("engines", "mirrors")
     )
     if mirrors and len(mirrors) != len(urls):
         raise ConfigError(
-            f"mirrors names {len(mirrors)} URLs and engines {len(urls)}: each engine's host has a mirror of its own, or none has."
+            f"mirrors names {len(mirrors)} URLs and engines {len(urls)}: each engine's host has a"
+            " mirror of its own, or none has."
         )
     if config.loss == "sft" and config.until_success:
         if config.until_success > 1 or not config.eval_every or config.decay:
             raise ConfigError(
-                f"until_success={config.until_success} ends the stage at an evaluation, at a step that is not known before. It is a share; it needs eval_every above 0 and decay=False."
+                f"until_success={config.until_success} ends the stage at an evaluation, at a step"
+                " that is not known before. It is a share; it needs eval_every above 0 and"
+                " decay=False."
             )
     if config.loss != "sft":
         _check_rl(config)
@@ -252,20 +269,23 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             count := len(urls) or config.embedded_engines
         ):
             raise ConfigError(
-                f"lend_engines={config.lend_engines} of {count} engines leaves none to go on sampling while async_ratio={config.async_ratio}. Lower it, or set async_ratio=0."
+                f"lend_engines={config.lend_engines} of {count} engines leaves none to go on"
+                f" sampling while async_ratio={config.async_ratio}. Lower it, or set async_ratio=0."
             )
 
 
 def _check_rl(config: ml_collections.ConfigDict) -> None:
     if config.loss in ADVANTAGES and config.group_size < 2:
         raise ConfigError(
-            f"loss={config.loss} compares the episodes of a group, and group_size={config.group_size}. Set it to 2 or more."
+            f"loss={config.loss} compares the episodes of a group, and"
+            f" group_size={config.group_size}. Set it to 2 or more."
         )
     for key, name in zip(OF_SOME_LOSSES, _switches(config)):
         if config[key] and name not in PUBLISHED[config.loss]:
             readers = ", ".join(loss for loss, values in PUBLISHED.items() if name in values)
             raise ConfigError(
-                f"{key}={config[key]} is not read by loss={config.loss}. Set it to 0; {readers} read it."
+                f"{key}={config[key]} is not read by loss={config.loss}. Set it to 0; {readers}"
+                " read it."
             )
     try:
         loss_config(config)
@@ -273,7 +293,8 @@ def _check_rl(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(f"loss={config.loss}: {error}.") from None
     if config.async_ratio and (reason := unbounded_weight(config.loss, config.dual_clip)):
         raise ConfigError(
-            f"async_ratio={config.async_ratio} trains on samples of older weights, but {reason}, with async_ratio=0."
+            f"async_ratio={config.async_ratio} trains on samples of older weights, but {reason},"
+            " with async_ratio=0."
         )
     _check_rollouts(config)
     if config.temperature == 0:
@@ -282,7 +303,8 @@ def _check_rl(config: ml_collections.ConfigDict) -> None:
         )
     if config.routing_replay == "recompute" and config.old == "rollout":
         raise ConfigError(
-            "routing_replay=recompute records routes while logp_old is scored, and old=rollout scores nothing. Set old=trainer, or routing_replay=rollout."
+            "routing_replay=recompute records routes while logp_old is scored, and old=rollout"
+            " scores nothing. Set old=trainer, or routing_replay=rollout."
         )
 
 
@@ -293,32 +315,42 @@ def _check_rollouts(config: ml_collections.ConfigDict) -> None:
         )
     ):
         raise ConfigError(
-            f"whole_groups=False takes episodes without the others of their group, and {needs}={config[needs]!r} looks at groups. Turn one of them off."
+            "whole_groups=False takes episodes without the others of their group, and"
+            f" {needs}={config[needs]!r} looks at groups. Turn one of them off."
         )
     if config.whole_groups is False and config.loss in ADVANTAGES:
         raise ConfigError(
-            f"whole_groups=False takes episodes without the others of their group, which loss={config.loss} compares them with. Choose ipa, token_level or topr."
+            "whole_groups=False takes episodes without the others of their group, which"
+            f" loss={config.loss} compares them with. Choose ipa, token_level or topr."
         )
     if config.resampling != "off" and not config.lambda_il:
         raise ConfigError(
-            f"resampling={config.resampling} begins inside what an expert showed, and lambda_il=0 shows nothing. Set it above 0."
+            f"resampling={config.resampling} begins inside what an expert showed, and lambda_il=0"
+            " shows nothing. Set it above 0."
         )
     if config.resampling != "off" and config.replace_equal:
         raise ConfigError(
-            f"replace_equal=True replaces the groups without a success, from which resampling={config.resampling} takes its tasks. Turn one of them off."
+            "replace_equal=True replaces the groups without a success, from which"
+            f" resampling={config.resampling} takes its tasks. Turn one of them off."
         )
     if config.resampling == "parallel" and config.loss in ADVANTAGES:
         raise ConfigError(
-            f"resampling=parallel begins the episodes of a group at different places, and loss={config.loss} compares them as equals. Choose rollback, or loss=ipa."
+            "resampling=parallel begins the episodes of a group at different places, and"
+            f" loss={config.loss} compares them as equals. Choose rollback, or loss=ipa."
         )
     if config.resample_share > 1:
         raise ConfigError(
-            f"resample_share={config.resample_share} is a share of the groups. Set it between 0 and 1."
+            f"resample_share={config.resample_share} is a share of the groups. Set it between 0"
+            " and 1."
         )
 
 
 def sandbox_config(config: ml_collections.ConfigDict) -> SandboxConfig:
-    """What an episode's sandbox is. The token of a ROCK admin comes from the environment, so that it is in no file of a run. ValueError for what makes no sense."""
+    """What an episode's sandbox is.
+
+    The token of a ROCK admin comes from the environment, so that it is in no file of a run.
+    ValueError for what makes no sense.
+    """
     sandbox, token = config.sandbox, ""
     if sandbox.backend == "remote" and not (token := os.environ.get(TOKEN, "")):
         raise ValueError(
@@ -338,7 +370,9 @@ def sandbox_config(config: ml_collections.ConfigDict) -> SandboxConfig:
 
 
 def loss_config(config: ml_collections.ConfigDict) -> LossConfig:
-    """The switches of the config's loss: what is 0 in OF_SOME_LOSSES has the value of the loss' paper."""
+    """The switches of the config's loss: what is 0 in OF_SOME_LOSSES has the value of the loss'
+    paper.
+    """
     if config.loss in LIKELIHOODS:
         return LossConfig()
     given, published = _switches(config), PUBLISHED[config.loss]
@@ -369,7 +403,8 @@ def _check_keys(values: dict[str, Any], schema: dict[str, Any], prefix: str) -> 
         if key not in schema:
             near = difflib.get_close_matches(key, schema, 1)
             raise ConfigError(
-                f"config key {prefix}{key!r} is read by nobody{f'; did you mean {near[0]!r}?' if near else '. Remove it.'}"
+                f"config key {prefix}{key!r} is read by"
+                f" nobody{f'; did you mean {near[0]!r}?' if near else '. Remove it.'}"
             )
     for key, kind in schema.items():
         if key not in values:
@@ -379,17 +414,17 @@ def _check_keys(values: dict[str, Any], schema: dict[str, Any], prefix: str) -> 
         value = values[key]
         if isinstance(kind, dict):
             _check_keys(value, kind, f"{prefix}{key}.")
-        elif (
-            kind is float
-            and isinstance(value, bool)
-            or not isinstance(value, (int, float) if kind is float else kind)
+        elif (kind is float and isinstance(value, bool)) or not isinstance(
+            value, (int, float) if kind is float else kind
         ):
             raise ConfigError(
-                f"config.{prefix}{key}={value!r} is a {type(value).__name__}; it takes a {kind.__name__}."
+                f"config.{prefix}{key}={value!r} is a {type(value).__name__}; it takes a"
+                f" {kind.__name__}."
             )
         elif key in CHOICES and value not in CHOICES[key]:
             raise ConfigError(
-                f"config.{prefix}{key}={value!r} is unknown. Choose one of {', '.join(CHOICES[key])}."
+                f"config.{prefix}{key}={value!r} is unknown. Choose one of"
+                f" {', '.join(CHOICES[key])}."
             )
         elif kind in (int, float) and kind is not bool and not isinstance(value, bool):
             if (
@@ -398,7 +433,8 @@ def _check_keys(values: dict[str, Any], schema: dict[str, Any], prefix: str) -> 
                 or (value < 0 and key != "failure_reward")
             ):
                 raise ConfigError(
-                    f"config.{prefix}{key}={value!r} must be {'at least 0' if key in MAY_BE_ZERO else 'above 0'}."
+                    f"config.{prefix}{key}={value!r} must be"
+                    f" {'at least 0' if key in MAY_BE_ZERO else 'above 0'}."
                 )
 
 
@@ -409,7 +445,10 @@ def default_workdir(config: ml_collections.ConfigDict) -> pathlib.Path:
 
 
 def claim_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Writes the config into a new workdir, or compares it with the one there. Raises ConfigError naming what differs."""
+    """Writes the config into a new workdir, or compares it with the one there.
+
+    Raises ConfigError naming what differs.
+    """
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "config.json"
     text = _canonical(config)
@@ -428,7 +467,8 @@ def claim_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> N
     ]
     if different:
         raise ConfigError(
-            f"{workdir} belongs to another config: {'; '.join(different)[:300]}. Give another --workdir, or none."
+            f"{workdir} belongs to another config: {'; '.join(different)[:300]}. Give another"
+            " --workdir, or none."
         )
 
 

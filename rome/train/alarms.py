@@ -1,4 +1,6 @@
-"""Alarms: figures at which a run stops before it is ruined, each with what it means and what to look at."""
+"""Alarms: figures at which a run stops before it is ruined, each with what it means and what to
+look at.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,12 @@ class TrainingAlarm(RuntimeError):
 def check_mismatch(
     microbatches: Sequence[Batch], limit: float, unscored: Collection[int] = ()
 ) -> None:
-    """Raises TrainingAlarm where engine and trainer disagree about what was sampled: mean k3 of KL(rollout || old) over the step's RL tokens.
+    """Raises TrainingAlarm where engine and trainer disagree about what was sampled: mean k3 of
+    KL(rollout || old) over the step's RL tokens.
 
-    It is asked before the step's first update, so the weights are unharmed. `unscored`: versions whose weights are lost. Their tokens count the engine's
-    own word as pi_old, which agrees with itself: they would hide what the others show.
+    It is asked before the step's first update, so the weights are unharmed. `unscored`: versions
+    whose weights are lost. Their tokens count the engine's own word as pi_old, which agrees with
+    itself: they would hide what the others show.
     """
     kl = tokens = 0.0
     for batch in microbatches:
@@ -32,15 +36,21 @@ def check_mismatch(
         tokens += len(difference_n)
     if tokens and not kl / tokens <= limit:  # also when it is NaN
         raise TrainingAlarm(
-            f"mismatch_kl is {kl / tokens:.3g} over {int(tokens)} tokens, above alarm_kl={limit:g}: the engine samples from another distribution than the "
-            "trainer computes. Compare weights, dtypes, temperature and chat template; routing_replay=rollout if experts flip; or raise --config.alarm_kl"
+            f"mismatch_kl is {kl / tokens:.3g} over {int(tokens)} tokens, above alarm_kl={limit:g}:"
+            " the engine samples from another distribution than the trainer computes. Compare"
+            " weights, dtypes, temperature and chat template; routing_replay=rollout if experts"
+            " flip; or raise --config.alarm_kl"
         )
 
 
 def check_figures(step: int, figures: Mapping[str, float], limit: float) -> None:
-    """Raises TrainingAlarm where the first update of a step already sees another policy than pi_old although all samples are fresh."""
+    """Raises TrainingAlarm where the first update of a step already sees another policy than pi_old
+    although all samples are fresh.
+    """
     if figures.get("max_staleness") == 0 and figures.get("first_kl", 0.0) > limit:
         raise TrainingAlarm(
-            f"first_kl is {figures['first_kl']:.3g} at step {step}, above alarm_kl={limit:g}: before any update the trainer disagrees with its own scores. "
-            "Is the forward pass deterministic, and scored with the same kernels and routes? Or raise --config.alarm_kl"
+            f"first_kl is {figures['first_kl']:.3g} at step {step}, above alarm_kl={limit:g}:"
+            " before any update the trainer disagrees with its own scores. Is the forward pass"
+            " deterministic, and scored with the same kernels and routes? Or raise"
+            " --config.alarm_kl"
         )

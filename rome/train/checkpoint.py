@@ -1,6 +1,8 @@
-"""Checkpoints of a stage (orbax): the training state, and a JSON document of everything else that a resumed run must know.
+"""Checkpoints of a stage (orbax): the training state, and a JSON document of everything else that a
+resumed run must know.
 
-A checkpoint is either whole or not there: orbax writes beside and renames. Saving is asynchronous; `close` waits for the last one.
+A checkpoint is either whole or not there: orbax writes beside and renames. Saving is asynchronous;
+`close` waits for the last one.
 """
 
 from __future__ import annotations
@@ -37,7 +39,10 @@ class Checkpoints:
         return list(self._manager.all_steps())
 
     def save(self, step: int, state: TrainState, host: dict[str, Any]) -> None:
-        """Starts to write; returns once the device arrays may be reused. Saving a step twice does nothing."""
+        """Starts to write; returns once the device arrays may be reused.
+
+        Saving a step twice does nothing.
+        """
         if step != self._manager.latest_step():
             self._manager.save(
                 step,
@@ -50,7 +55,9 @@ class Checkpoints:
     def restore(
         self, like: TrainState, step: int | None = None
     ) -> tuple[TrainState, dict[str, Any]]:
-        """The state of `step` (the newest by default) with the shapes and shardings of `like`, and its host document."""
+        """The state of `step` (the newest by default) with the shapes and shardings of `like`, and
+        its host document.
+        """
         step = self._manager.latest_step() if step is None else step
         path = self.directory / str(step)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
@@ -68,7 +75,8 @@ class Checkpoints:
                 str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             )
             raise CheckpointError(
-                f"checkpoint {path} cannot be read ({reason[:200]}). Delete that folder to go on from the one before it."
+                f"checkpoint {path} cannot be read ({reason[:200]}). Delete that folder to go on"
+                " from the one before it."
             ) from error
         return restored["state"], restored["host"]
 
@@ -81,7 +89,9 @@ class Checkpoints:
 
 
 def save_options(state: Any) -> Any:
-    """How each array lies on disk: a large stack of layers in one chunk a layer and device, so that a layer can be read without the others."""
+    """How each array lies on disk: a large stack of layers in one chunk a layer and device, so that
+    a layer can be read without the others.
+    """
 
     def options(path: tuple[Any, ...], leaf: Any) -> ocp.SaveArgs:
         in_layers = any(getattr(key, "key", None) == "layers" for key in path)

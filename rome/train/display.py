@@ -1,4 +1,6 @@
-"""What a person sees while a stage runs: one live panel in a terminal, plain lines in a log file or a notebook."""
+"""What a person sees while a stage runs: one live panel in a terminal, plain lines in a log file or
+a notebook.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,8 @@ if TYPE_CHECKING:
     from rome.train.report import Evaluation
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-TREND_STEPS = (
-    24  # how many past steps the little curve shows, and how many the pace is measured over
-)
+# how many past steps the little curve shows, and how many the pace is measured over
+TREND_STEPS = 24
 
 
 class Display:
@@ -32,7 +33,8 @@ class Display:
     Args:
       total_steps: steps of the stage; after a resume the first `update` may well be step 40 of 60.
       quiet: shows nothing; for all processes of a team but the leader.
-      plain_interval_s: without a terminal, at most one line in this many seconds (and always one for the last step).
+      plain_interval_s: without a terminal, at most one line in this many seconds (and always one
+        for the last step).
     """
 
     def __init__(
@@ -45,7 +47,8 @@ class Display:
     ) -> None:
         self.stage, self.total_steps, self.plain_interval_s = stage, total_steps, plain_interval_s
         self.console = console or Console(highlight=False, quiet=quiet)
-        # A notebook gives commands a terminal that cannot move its cursor: every refresh would stay there as one more panel.
+        # A notebook gives commands a terminal that cannot move its cursor: every refresh would stay
+        # there as one more panel.
         self.is_live = (
             not quiet
             and self.console.is_terminal
@@ -56,8 +59,8 @@ class Display:
         self.figures: dict[str, float] = {}
         self.evaluation = ""
         self._started = time.monotonic()
-        self._times: collections.deque[tuple[float, int]] = collections.deque([], TREND_STEPS)
-        self._trend: collections.deque[float] = collections.deque([], TREND_STEPS)
+        self._times: collections.deque[tuple[float, int]] = collections.deque(maxlen=TREND_STEPS)
+        self._trend: collections.deque[float] = collections.deque(maxlen=TREND_STEPS)
         self._printed_step, self._printed_at = None, float("-inf")
         self._live = (
             Live(get_renderable=self._panel, console=self.console, refresh_per_second=2)
@@ -77,7 +80,10 @@ class Display:
             self._print_line()
 
     def update(self, step: int, figures: Mapping[str, float]) -> None:
-        """Step `step` is done; those of its figures that FIGURES names are shown. Called again for the same step, it adds to them."""
+        """Step `step` is done; those of its figures that FIGURES names are shown.
+
+        Called again for the same step, it adds to them.
+        """
         now = time.monotonic()
         known = {name: float(value) for name, value in figures.items() if name in FIGURES}
         is_new, self.step = step != self.step, step

@@ -1,4 +1,7 @@
-"""Starts this process's part of a job of several: by flags, by SLURM, or by what a TPU pod says of itself. Alone, nothing happens.
+"""Starts this process's part of a job of several: by flags, by SLURM, or by what a TPU pod says of
+itself.
+
+Alone, nothing happens.
 
 | how | chosen when | who says which process this is |
 |---|---|---|
@@ -6,7 +9,8 @@
 | SLURM | a step of several tasks (srun) | SLURM_PROCID |
 | TPU | a slice of several hosts, or several slices | GKE's environment, or the VM's metadata server |
 
-Nothing here imports JAX before the choice is made, and `start` must come before anything that touches a device.
+Nothing here imports JAX before the choice is made, and `start` must come before anything that
+touches a device.
 """
 
 from __future__ import annotations
@@ -32,12 +36,16 @@ METADATA = "http://{host}/computeMetadata/v1/instance/attributes/{name}"
 
 
 class DistributedError(RuntimeError):
-    """The processes did not find each other, or do not fit the config: what is wrong and what to do."""
+    """The processes did not find each other, or do not fit the config: what is wrong and what to
+    do.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How the processes will find each other. kind: alone, flags, slurm or tpu; coordinator, count and index are None where JAX asks the cluster."""
+    """How the processes will find each other. kind: alone, flags, slurm or tpu; coordinator, count
+    and index are None where JAX asks the cluster.
+    """
 
     kind: str
     why: str
@@ -54,7 +62,9 @@ def choose(
     environ: Mapping[str, str] = os.environ,
     tpu_workers: Callable[[], int] | None = None,
 ) -> Plan:
-    """The plan, from the flags ("" and -1: not given), the environment, and on a TPU VM the number of workers that its metadata names."""
+    """The plan, from the flags ("" and -1: not given), the environment, and on a TPU VM the number
+    of workers that its metadata names.
+    """
     given = {
         "coordinator": coordinator or environ.get("JAX_COORDINATOR_ADDRESS", ""),
         "num_processes": str(count) if count >= 0 else environ.get("JAX_NUM_PROCESSES", ""),
@@ -64,7 +74,10 @@ def choose(
         return _by_flags(given)
     tasks = int(environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if tasks > 1:
-        why = f"SLURM step {environ['SLURM_JOB_ID']}.{environ.get('SLURM_STEP_ID', '0')} of {tasks} tasks"
+        why = (
+            f"SLURM step {environ['SLURM_JOB_ID']}.{environ.get('SLURM_STEP_ID', '0')} of {tasks}"
+            " tasks"
+        )
         return Plan(
             "slurm",
             why,
@@ -95,7 +108,10 @@ def start(
     deadline_s: int = START_SECONDS,
     heartbeat_s: int = HEARTBEAT_SECONDS,
 ) -> Team:
-    """Brings jax.distributed up as planned and says so in one line. Raises DistributedError when the processes do not find each other."""
+    """Brings jax.distributed up as planned and says so in one line.
+
+    Raises DistributedError when the processes do not find each other.
+    """
     if plan.kind == "alone":
         return Team(stop=stop, errors=errors)
     import jax
@@ -104,7 +120,8 @@ def start(
     )  # the one door to the coordinator's key-value store; orbax takes it too
 
     method = {"flags": "deactivate", "slurm": "slurm", "tpu": None}[plan.kind]
-    # JAX answers a start that fails with an abort and a stack of C++; this thread is there a moment earlier, with a sentence.
+    # JAX answers a start that fails with an abort and a stack of C++; this thread is there a moment
+    # earlier, with a sentence.
     overdue = threading.Timer(deadline_s, _give_up, (plan, deadline_s))
     overdue.daemon = True
     overdue.start()
@@ -128,15 +145,18 @@ def start(
     state = distributed.global_state
     team = Team(state.process_id, state.num_processes, state.client, stop=stop, errors=errors)
     print(
-        f"process {team.index} of {team.count} ({plan.why}; coordinator {state.coordinator_address}): "
-        f"{jax.local_device_count()} of {jax.device_count()} {jax.default_backend()} devices",
+        f"process {team.index} of {team.count} ({plan.why}; coordinator"
+        f" {state.coordinator_address}): {jax.local_device_count()} of {jax.device_count()}"
+        f" {jax.default_backend()} devices",
         flush=True,
     )
     return team
 
 
 def check_mesh_spans(mesh: Any) -> None:
-    """Raises DistributedError for a mesh that leaves a process without devices: its part of every step would be missing."""
+    """Raises DistributedError for a mesh that leaves a process without devices: its part of every
+    step would be missing.
+    """
     import jax
 
     used = {device.process_index for device in mesh.devices.flat}
@@ -147,8 +167,9 @@ def check_mesh_spans(mesh: Any) -> None:
             or "one device"
         )
         raise DistributedError(
-            f"mesh ({sizes}) takes {mesh.size} of the {jax.device_count()} devices and none of process {', '.join(map(str, idle))}. "
-            f"Set --config.mesh.fsdp=-1 (all devices that are left), or start fewer processes."
+            f"mesh ({sizes}) takes {mesh.size} of the {jax.device_count()} devices and none of"
+            f" process {', '.join(map(str, idle))}. Set --config.mesh.fsdp=-1 (all devices that are"
+            " left), or start fewer processes."
         )
 
 
@@ -157,7 +178,8 @@ def _by_flags(given: Mapping[str, str]) -> Plan:
     if missing:
         there = ", ".join(f"{name}={value}" for name, value in given.items() if value)
         raise DistributedError(
-            f"{there} without {' and '.join(missing)}: several processes need all three. Add {' and '.join(missing)}."
+            f"{there} without {' and '.join(missing)}: several processes need all three. Add"
+            f" {' and '.join(missing)}."
         )
     for name in ("num_processes", "process_id"):
         if not given[name].isdecimal():
@@ -165,11 +187,13 @@ def _by_flags(given: Mapping[str, str]) -> Plan:
     count, index = int(given["num_processes"]), int(given["process_id"])
     if not re.fullmatch(r"\S+:\d+", given["coordinator"]):
         raise DistributedError(
-            f"coordinator={given['coordinator']!r} is no HOST:PORT. Name process 0's host and a free port there, such as node-0:1234."
+            f"coordinator={given['coordinator']!r} is no HOST:PORT. Name process 0's host and a"
+            " free port there, such as node-0:1234."
         )
     if count < 1 or index >= count:
         raise DistributedError(
-            f"process_id={index} does not fit num_processes={count}. Ids run from 0 to num_processes - 1."
+            f"process_id={index} does not fit num_processes={count}. Ids run from 0 to"
+            " num_processes - 1."
         )
     if count == 1:
         return Plan("alone", "one process by flags")
@@ -177,7 +201,9 @@ def _by_flags(given: Mapping[str, str]) -> Plan:
 
 
 def _slurm_devices(environ: Mapping[str, str]) -> tuple[int, ...] | None:
-    """All GPUs that this task sees when it has its node, or a binding of its own, for itself; JAX's own rule is one GPU a task."""
+    """All GPUs that this task sees when it has its node, or a binding of its own, for itself; JAX's
+    own rule is one GPU a task.
+    """
     visible = environ.get("CUDA_VISIBLE_DEVICES", "")
     gpus = len(visible.split(",")) if visible else int(environ.get("SLURM_GPUS_ON_NODE") or 0)
     alone_on_node = (
@@ -191,11 +217,11 @@ def _slurm_devices(environ: Mapping[str, str]) -> tuple[int, ...] | None:
 
 
 def _metadata_workers() -> int:
-    """How many hosts this TPU VM's slices have together; 1 where there is no TPU, or no metadata server."""
-    if (
-        not glob.glob("/dev/accel*")
-        and not glob.glob("/dev/vfio/[0-9]*")
-        or os.environ.get("TPU_SKIP_MDS_QUERY")
+    """How many hosts this TPU VM's slices have together; 1 where there is no TPU, or no metadata
+    server.
+    """
+    if (not glob.glob("/dev/accel*") and not glob.glob("/dev/vfio/[0-9]*")) or os.environ.get(
+        "TPU_SKIP_MDS_QUERY"
     ):
         return 1
     hosts = len(_metadata("worker-network-endpoints").split(","))
@@ -225,13 +251,20 @@ def _overdue(plan: Plan, seconds: int) -> str:
     """Why the processes have not found each other, as far as this one can tell."""
     who = f"process {plan.index} of {plan.count}" if plan.count else "this process"
     if plan.coordinator is None:
-        return f"{who} ({plan.why}): not all processes met within {seconds} s. Are all of them started, and may the hosts reach each other?"
+        return (
+            f"{who} ({plan.why}): not all processes met within {seconds} s. Are all of them"
+            " started, and may the hosts reach each other?"
+        )
     host, _, port = plan.coordinator.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except OSError as error:
-        return f"{who}: nobody answers at the coordinator {plan.coordinator} within {seconds} s ({error}). Start process 0 there, or correct --coordinator."
+        return (
+            f"{who}: nobody answers at the coordinator {plan.coordinator} within {seconds} s"
+            f" ({error}). Start process 0 there, or correct --coordinator."
+        )
     return (
-        f"{who}: the coordinator {plan.coordinator} answers, but not all {plan.count} processes came within {seconds} s. "
-        f"Start each of the ids 0 to {plan.count - 1} once, all with the same --num_processes."
+        f"{who}: the coordinator {plan.coordinator} answers, but not all {plan.count} processes"
+        f" came within {seconds} s. Start each of the ids 0 to {plan.count - 1} once, all with the"
+        " same --num_processes."
     )

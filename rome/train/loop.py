@@ -1,7 +1,9 @@
-"""The training loop, top to bottom: evaluate, then steps of collect, update, publish, write, evaluate, save.
+"""The training loop, top to bottom: evaluate, then steps of collect, update, publish, write,
+evaluate, save.
 
-Everything outside the learner is handed in as a function, so that this file knows neither engines nor environments; SFT and IPA run
-through the same lines. So do the processes of a team: each calls the same functions in the same order, and only the leader's have effects outside.
+Everything outside the learner is handed in as a function, so that this file knows neither engines
+nor environments; SFT and IPA run through the same lines. So do the processes of a team: each calls
+the same functions in the same order, and only the leader's have effects outside.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from rome.train.team import Team
 
 @dataclasses.dataclass
 class StepData:
-    """What one step trains on: its micro-batches, the denominators over all of them, and what collecting them showed."""
+    """What one step trains on: its micro-batches, the denominators over all of them, and what
+    collecting them showed.
+    """
 
     microbatches: list[Batch]
     denominators: Denominators
@@ -41,8 +45,10 @@ class Stage:
     Args:
       collect: (step, state) -> the step's data; may raise the caller's own exception to stop.
       publish: (state) brings the weights to whoever samples with them; called after every step.
-      evaluate: (step, state) -> result; called at step 0, every `evaluate_every` steps (0: never) and at the end. Done before: returns the kept result.
-      enough: whether a result after the first step ends the stage before its last step; `steps` then becomes the step that was reached.
+      evaluate: (step, state) -> result; called at step 0, every `evaluate_every` steps (0: never)
+        and at the end. Done before: returns the kept result.
+      enough: whether a result after the first step ends the stage before its last step; `steps`
+        then becomes the step that was reached.
       host_state: what else a checkpoint carries, asked at the moment of saving.
       before_update: called between collecting and updating.
       check: (step, figures) raises TrainingAlarm where training on would do harm.
@@ -73,11 +79,13 @@ def run_stage(
     metrics: MetricsWriter,
     display: Display,
 ) -> TrainState:
-    """Runs the stage from `state.step` to its end, or to the step at which the user asked to stop. Returns the state reached; it is saved."""
+    """Runs the stage from `state.step` to its end, or to the step at which the user asked to stop.
+
+    Returns the state reached; it is saved.
+    """
     step, evaluated, harmed = int(state.step), -1, False
-    unwritten: tuple[int, dict[str, Any]] | None = (
-        None  # figures of step k are fetched and written while step k + 1 runs
-    )
+    # figures of step k are fetched and written while step k + 1 runs
+    unwritten: tuple[int, dict[str, Any]] | None = None
 
     def write_figures() -> None:
         nonlocal unwritten
@@ -111,8 +119,8 @@ def run_stage(
 
     try:
         stage.publish(state)
-        if (
-            step == 0 or stage.evaluate_every and step % stage.evaluate_every == 0
+        if step == 0 or (
+            stage.evaluate_every and step % stage.evaluate_every == 0
         ):  # of a run that was killed meanwhile: it may have been the last
             evaluate()
         while step < stage.steps and not stage.should_stop():
@@ -155,8 +163,9 @@ def run_stage(
         )  # saving takes all processes: where the others know nothing of the error, this is the end
         raise
     finally:
-        # Whatever the reason to leave, the last whole step is kept, but what an alarm was raised about. An update that failed half-way has
-        # consumed its state: then, too, the newest checkpoint is the one before.
+        # Whatever the reason to leave, the last whole step is kept, but what an alarm was raised
+        # about. An update that failed half-way has consumed its state: then, too, the newest
+        # checkpoint is the one before.
         if step and not harmed and not any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
             save()
         checkpoints.wait()

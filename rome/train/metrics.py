@@ -1,7 +1,9 @@
-"""The figures of every step: one flat JSON object a line in WORKDIR/metrics.jsonl, and the same in TensorBoard.
+"""The figures of every step: one flat JSON object a line in WORKDIR/metrics.jsonl, and the same in
+TensorBoard.
 
-A step stands there once for each stage, also after a run was killed and resumed: what a lost step had written is dropped before it is redone.
-Of several processes only the leader writes; the others check their figures all the same, so that a run that diverges ends everywhere.
+A step stands there once for each stage, also after a run was killed and resumed: what a lost step
+had written is dropped before it is redone. Of several processes only the leader writes; the others
+check their figures all the same, so that a run that diverges ends everywhere.
 """
 
 from __future__ import annotations
@@ -57,7 +59,10 @@ def write_atomically(path: pathlib.Path | str, text: str) -> None:
 
 
 def read_metrics(workdir: pathlib.Path | str) -> list[dict[str, Any]]:
-    """All lines in the order they were written; [] where there are none yet. A last line cut off by a kill is left out."""
+    """All lines in the order they were written; [] where there are none yet.
+
+    A last line cut off by a kill is left out.
+    """
     path = pathlib.Path(workdir) / "metrics.jsonl"
     if not path.exists():
         return []
@@ -70,7 +75,8 @@ def read_metrics(workdir: pathlib.Path | str) -> list[dict[str, Any]]:
             records.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"{path} line {number} is no JSON ({error.msg}): {line[:60]!r}. Delete that line and run again."
+                f"{path} line {number} is no JSON ({error.msg}): {line[:60]!r}. Delete that line"
+                " and run again."
             ) from error
     return records
 
@@ -79,8 +85,8 @@ class MetricsWriter:
     """Appends the figures of one stage's steps.
 
     Args:
-      resume_step: the last step that the restored checkpoint holds; lines of this stage beyond it are dropped. -1 starts the stage anew,
-        None keeps every line.
+      resume_step: the last step that the restored checkpoint holds; lines of this stage beyond it
+        are dropped. -1 starts the stage anew, None keeps every line.
       writes: False touches no file.
     """
 
@@ -120,7 +126,8 @@ class MetricsWriter:
         """One line. Figures are numbers (or arrays of one number); steps rise."""
         if step <= self.last_step:
             raise ValueError(
-                f"step {step} of stage {self.stage} is written already (last: {self.last_step}); pass resume_step when resuming"
+                f"step {step} of stage {self.stage} is written already (last: {self.last_step});"
+                " pass resume_step when resuming"
             )
         values = {name: _number(name, step, value) for name, value in figures.items()}
         self.last_step = step
@@ -158,7 +165,9 @@ class MetricsWriter:
         self.close()
 
     def _keep_until(self, workdir: pathlib.Path, resume_step: int | None) -> int:
-        """Drops this stage's lines beyond resume_step and an unfinished last line; returns the stage's last step, -1 without one."""
+        """Drops this stage's lines beyond resume_step and an unfinished last line; returns the
+        stage's last step, -1 without one.
+        """
         records = read_metrics(workdir)
         kept = [
             record
@@ -178,10 +187,12 @@ def _number(name: str, step: int, value: Any) -> float | int:
     value = value.item() if hasattr(value, "item") else value  # NumPy and JAX scalars
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(
-            f"figure {name!r} of step {step} is {value!r}, no number; metrics.jsonl holds one flat number for each name"
+            f"figure {name!r} of step {step} is {value!r}, no number; metrics.jsonl holds one flat"
+            " number for each name"
         )
     if not math.isfinite(value):
         raise ValueError(
-            f"figure {name!r} is {value} at step {step}; training has diverged or it divides by zero: look at the step before in metrics.jsonl"
+            f"figure {name!r} is {value} at step {step}; training has diverged or it divides by"
+            " zero: look at the step before in metrics.jsonl"
         )
     return value

@@ -1,7 +1,8 @@
-"""The parameters of a training checkpoint (orbax) without the rest of its state: read slice by slice or onto a mesh, and written alone.
+"""The parameters of a training checkpoint (orbax) without the rest of its state: read slice by
+slice or onto a mesh, and written alone.
 
-`Checkpoints` keeps whole training states. What is written here is a checkpoint of the same layout that holds parameters only: a place to start
-from, not to resume.
+`Checkpoints` keeps whole training states. What is written here is a checkpoint of the same layout
+that holds parameters only: a place to start from, not to resume.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class StoredParameters:
             tree = ocp.PyTreeCheckpointHandler().metadata(self.path).tree["params"]
         except Exception as error:  # orbax raises many kinds; each means the same to the user
             raise CheckpointError(
-                f"{self.path} holds no parameters that can be read ({_first_line(error)}). Choose another --step."
+                f"{self.path} holds no parameters that can be read ({_first_line(error)}). Choose"
+                " another --step."
             ) from error
         self._tree = tree
         shapes = {
@@ -56,13 +58,15 @@ class StoredParameters:
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         }
         wrong = [
-            f"{'/'.join(path)} is {stored.get(path, 'missing')}, not {shapes.get(path, 'one of its parameters')}"
+            f"{'/'.join(path)} is {stored.get(path, 'missing')}, not"
+            f" {shapes.get(path, 'one of its parameters')}"
             for path in sorted(shapes.keys() | stored.keys())
             if shapes.get(path) != stored.get(path)
         ]
         if wrong:
             raise CheckpointError(
-                f"{self.path} is of another model than its config.json says: {'; '.join(wrong[:4])}{'; ...' if len(wrong) > 4 else ''}"
+                f"{self.path} is of another model than its config.json says:"
+                f" {'; '.join(wrong[:4])}{'; ...' if len(wrong) > 4 else ''}"
             )
         self.dtype = np.dtype(leaf_at(tree, ("embed", "embedding")).dtype)
 
@@ -90,7 +94,10 @@ class StoredParameters:
             ) from error
 
     def blocks(self) -> Iterator[Block]:
-        """Every tensor of a Hugging Face checkpoint, as `write_checkpoint` takes them. Memory holds a few boxes of BOX_BYTES."""
+        """Every tensor of a Hugging Face checkpoint, as `write_checkpoint` takes them.
+
+        Memory holds a few boxes of BOX_BYTES.
+        """
         tensors = checkpoint_tensors(self.config)
         for path in dict.fromkeys(tensor.path for tensor in tensors):
             array = self._open(path)
@@ -128,7 +135,9 @@ class StoredParameters:
 
 
 class _Box:
-    """A part of a stored array: read once, by the first thread that asks, and freed with the last that holds it."""
+    """A part of a stored array: read once, by the first thread that asks, and freed with the last
+    that holds it.
+    """
 
     def __init__(
         self, array: tensorstore.TensorStore, where: tuple[slice, ...], path: pathlib.Path
@@ -143,7 +152,8 @@ class _Box:
                     self._values = self._array[self._where].read().result()
                 except ValueError as error:
                     raise CheckpointError(
-                        f"{self._path} cannot be read ({_first_line(error)}). Choose another --step."
+                        f"{self._path} cannot be read ({_first_line(error)}). Choose another"
+                        " --step."
                     ) from error
             return self._values
 
@@ -163,7 +173,9 @@ def save_parameters(directory: pathlib.Path, params: Any) -> None:
 def _boxes(
     shape: tuple[int, ...], chunk: tuple[int, ...], itemsize: int, split: tuple[int, ...]
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Starts and stops of boxes of about BOX_BYTES that make up an array; only the axes in `split` are divided, between chunks if that fits."""
+    """Starts and stops of boxes of about BOX_BYTES that make up an array; only the axes in `split`
+    are divided, between chunks if that fits.
+    """
     steps = list(shape)
     for axis in split:
         rest = math.prod(steps) // steps[axis] * itemsize

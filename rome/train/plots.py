@@ -19,14 +19,28 @@ from rome.train.report import EvalResult, before_and_after, read_report, wilson
 
 BEFORE, AFTER, UNSEEN, GRID = "#9aa5b1", "#1f6fb2", "#d9822b", "#e4e7eb"
 STYLE = {
-    "font.size": 11, "axes.titlesize": 13, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 10, "figure.dpi": 130,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#7b8794", "axes.axisbelow": True,
-    "axes.grid": True, "grid.color": GRID, "legend.frameon": False, "savefig.bbox": "tight", "savefig.facecolor": "white",
-}  # fmt: skip
+    "font.size": 11,
+    "axes.titlesize": 13,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "figure.dpi": 130,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#7b8794",
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "legend.frameon": False,
+    "savefig.bbox": "tight",
+    "savefig.facecolor": "white",
+}
 
 
 def plot_curves(workdir: pathlib.Path | str) -> list[pathlib.Path]:
-    """Writes WORKDIR/plots/*.png, as many as the run has figures for, and returns their paths in reading order."""
+    """Writes WORKDIR/plots/*.png, as many as the run has figures for, and returns their paths in
+    reading order.
+    """
     workdir = pathlib.Path(workdir)
     records, evals = _records_of_run(workdir), read_report(workdir)["evals"]
     stages = list(dict.fromkeys(record["stage"] for record in records))
@@ -112,9 +126,11 @@ def _reward(stage: str, records: list[dict[str, Any]], evals: list[EvalResult]) 
 def _episodes(stage: str, records: list[dict[str, Any]]) -> Figure:
     """Small panels of what tells a healthy run from a sick one."""
     panels = [
-        ("turns", "Turns of an episode", "mean turns"), ("tokens", "Length of an episode", "mean tokens"),
-        ("staleness", "Staleness of the trained tokens", "weight versions behind"), ("mismatch", "Engine against trainer", "mean Δ log p"),
-    ]  # fmt: skip
+        ("turns", "Turns of an episode", "mean turns"),
+        ("tokens", "Length of an episode", "mean tokens"),
+        ("staleness", "Staleness of the trained tokens", "weight versions behind"),
+        ("mismatch", "Engine against trainer", "mean Δ log p"),
+    ]
     panels = [panel for panel in panels if any(panel[0] in record for record in records)] or [
         ("loss", "Loss", "loss")
     ]
@@ -153,7 +169,9 @@ def _loss(stage: str, records: list[dict[str, Any]]) -> Figure:
 
 
 def _families(before: EvalResult, after: EvalResult) -> Figure:
-    """Two bars for each family with their intervals, the largest gain on top, unseen families below in their own group."""
+    """Two bars for each family with their intervals, the largest gain on top, unseen families below
+    in their own group.
+    """
     groups = [
         (before.by_family, after.by_family, AFTER),
         (before.unseen_by_family, after.unseen_by_family, UNSEEN),

@@ -20,12 +20,17 @@ def replayed_ids(routes_BTLk: Array) -> Array:
 
 
 def recorded_routes(own_LBTk: Array, real_BT: Array, dtype: np.dtype) -> Array:
-    """The inverse of `replayed_ids`: a forward pass' own choices, 0 on padding and in layers without experts."""
+    """The inverse of `replayed_ids`: a forward pass' own choices, 0 on padding and in layers
+    without experts.
+    """
     return jnp.where(real_BT[:, :, None, None], own_LBTk.transpose(1, 2, 0, 3) + 1, 0).astype(dtype)
 
 
 def count_replayed(batch: Batch, config: ModelConfig) -> int:
-    """Pairs of a token and a layer whose experts are replayed, in a NumPy batch. A token has them in all layers with experts or in none."""
+    """Pairs of a token and a layer whose experts are replayed, in a NumPy batch.
+
+    A token has them in all layers with experts or in none.
+    """
     sparse = config.sparse_layers
     return (
         0
@@ -35,9 +40,11 @@ def count_replayed(batch: Batch, config: ModelConfig) -> int:
 
 
 def route_agreement(routes_BTLk: Array, own_LBTk: Array, replayed: Array) -> Metrics:
-    """What the routers would choose now against what is replayed, over every token, prompts included, and layer that have a replayed route.
+    """What the routers would choose now against what is replayed, over every token, prompts
+    included, and layer that have a replayed route.
 
-    `route_agreement`: share of pairs (token, layer) whose k experts are the same, in any order. `route_overlap`: share of single experts.
+    `route_agreement`: share of pairs (token, layer) whose k experts are the same, in any order.
+    `route_overlap`: share of single experts.
 
     Args:
       replayed: pairs in the whole step (`count_replayed`); the metrics of its micro-batches add up.

@@ -1,6 +1,10 @@
-"""What a run leaves for people and programs: evaluation results, report.json and the table of before and after. Curves: plots.py.
+"""What a run leaves for people and programs: evaluation results, report.json and the table of
+before and after.
 
-A success rate is always a share between 0 and 1 here; `n` says of how many tasks; the interval is Wilson's at 95 %.
+Curves: plots.py.
+
+A success rate is always a share between 0 and 1 here; `n` says of how many tasks; the interval is
+Wilson's at 95 %.
 """
 
 from __future__ import annotations
@@ -43,9 +47,11 @@ class EvalResult:
     """One evaluation: an entry of `evals` in report.json.
 
     Args:
-      success: over unseen seeds of the trained families, `n` tasks, with its interval from `low` to `high`.
+      success: over unseen seeds of the trained families, `n` tasks, with its interval from `low` to
+        `high`.
       by_family: trained family -> (success, n).
-      unseen_families: success over all tasks of families that training never saw; None where none were tried.
+      unseen_families: success over all tasks of families that training never saw; None where none
+        were tried.
       unseen_by_family: the same split, as by_family.
     """
 
@@ -66,14 +72,23 @@ class EvalResult:
         names = [task["task"] for task in tasks]
         if len(set(names)) != len(names):
             raise ValueError(
-                f"task {next(name for name in names if names.count(name) > 1)!r} is counted twice in the evaluation of {stage} at step {step}"
+                f"task {next(name for name in names if names.count(name) > 1)!r} is counted twice"
+                f" in the evaluation of {stage} at step {step}"
             )
         seen = [task for task in tasks if not task["unseen_family"]]
         unseen = [task for task in tasks if task["unseen_family"]]
         low, high = wilson(sum(task["success"] for task in seen), len(seen))
         return cls(
-            stage, step, _rate(seen) or 0.0, len(seen), low, high, _by_family(seen), _rate(unseen), _by_family(unseen),
-        )  # fmt: skip
+            stage,
+            step,
+            _rate(seen) or 0.0,
+            len(seen),
+            low,
+            high,
+            _by_family(seen),
+            _rate(unseen),
+            _by_family(unseen),
+        )
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> EvalResult:
@@ -89,7 +104,10 @@ class EvalResult:
 
     def summary(self) -> str:
         """One line, for the display."""
-        text = f"{percent(self.success)} % ({percent(self.low)} to {percent(self.high)}) of {self.n} tasks"
+        text = (
+            f"{percent(self.success)} % ({percent(self.low)} to {percent(self.high)}) of {self.n}"
+            " tasks"
+        )
         return (
             text
             if self.unseen_families is None
@@ -99,7 +117,9 @@ class EvalResult:
 
 @dataclasses.dataclass(frozen=True)
 class TextEval:
-    """One evaluation of a stage that learns from plain text: the bits that the model takes for a byte of `bytes` held-out bytes."""
+    """One evaluation of a stage that learns from plain text: the bits that the model takes for a
+    byte of `bytes` held-out bytes.
+    """
 
     stage: str
     step: int
@@ -140,7 +160,10 @@ def percent(rate: float) -> str:
 
 
 def write_report(workdir: pathlib.Path | str, report: Mapping[str, Any]) -> None:
-    """WORKDIR/report.json, whole or not at all. Evaluations in `evals` are written as the entries they are."""
+    """WORKDIR/report.json, whole or not at all.
+
+    Evaluations in `evals` are written as the entries they are.
+    """
     entries = [
         entry.to_json() if isinstance(entry, Evaluation) else entry for entry in report["evals"]
     ]
@@ -155,7 +178,8 @@ def read_report(workdir: pathlib.Path | str) -> dict[str, Any]:
     path = pathlib.Path(workdir) / "report.json"
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} is not there; a run writes it when it is evaluated: is {workdir} the run's --workdir?"
+            f"{path} is not there; a run writes it when it is evaluated: is {workdir} the run's"
+            " --workdir?"
         )
     report = json.loads(path.read_text(encoding="utf-8"))
     return {
@@ -174,7 +198,9 @@ def outcomes_path(workdir: pathlib.Path | str, stage: str, step: int) -> pathlib
 def write_outcomes(
     workdir: pathlib.Path | str, stage: str, step: int, outcomes: Mapping[str, Any]
 ) -> None:
-    """What one evaluation found: {"tasks": every task's outcome}, from which runs are compared task by task, or the figures of a TextEval."""
+    """What one evaluation found: {"tasks": every task's outcome}, from which runs are compared task
+    by task, or the figures of a TextEval.
+    """
     write_atomically(outcomes_path(workdir, stage, step), json.dumps(outcomes) + "\n")
 
 
@@ -182,7 +208,8 @@ def read_outcomes(workdir: pathlib.Path | str, stage: str, step: int) -> dict[st
     path = outcomes_path(workdir, stage, step)
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} is not there; every evaluation of a run writes one: was {workdir} copied without its evals folder?"
+            f"{path} is not there; every evaluation of a run writes one: was {workdir} copied"
+            " without its evals folder?"
         )
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -197,10 +224,15 @@ def before_and_after(evals: Iterable[Evaluation]) -> tuple[Evaluation, Evaluatio
 
 
 def print_table(before: Evaluation, after: Evaluation, console: Console | None = None) -> None:
-    """Success by family, before and after, in percent with 95 % intervals; families that training never saw stand apart. A line for text."""
+    """Success by family, before and after, in percent with 95 % intervals; families that training
+    never saw stand apart.
+
+    A line for text.
+    """
     if isinstance(after, TextEval):
         (console or Console(highlight=False)).print(
-            f"{after.stage}: {before.summary()} at step {before.step}, {after.bits_per_byte:.3f} at step {after.step}"
+            f"{after.stage}: {before.summary()} at step {before.step}, {after.bits_per_byte:.3f} at"
+            f" step {after.step}"
         )
         return
     title = f"{after.stage}: success on held-out tasks, step {before.step} and step {after.step}"

@@ -13,7 +13,10 @@ from rome.model.qwen3 import init_params
 
 
 class TrainState(NamedTuple):
-    """`step` counts training steps (the weight version), not optimizer updates. Parameters are the float32 master copy."""
+    """`step` counts training steps (the weight version), not optimizer updates.
+
+    Parameters are the float32 master copy.
+    """
 
     step: jax.Array  # int32 []
     params: dict
@@ -29,9 +32,12 @@ def make_optimizer(
     clip: float,
     b2: float = 0.95,
 ) -> optax.GradientTransformation:
-    """AdamW behind a global-norm clip. The rate warms up linearly, then (decay_updates > 0) falls to a tenth by a cosine.
+    """AdamW behind a global-norm clip.
 
-    The schedule counts optimizer updates, whatever a step consumes. Only matrices decay: norms do not.
+    The rate warms up linearly, then (decay_updates > 0) falls to a tenth by a cosine.
+
+    The schedule counts optimizer updates, whatever a step consumes. Only matrices decay: norms do
+    not.
     """
     if decay_updates:
         rate = optax.warmup_cosine_decay_schedule(

@@ -1,9 +1,12 @@
-"""The jitted train step: score, gradients, update. The model, the loss and the optimizer are arguments; no host, file or engine is known here.
+"""The jitted train step: score, gradients, update.
+
+The model, the loss and the optimizer are arguments; no host, file or engine is known here.
 
 B rows, T tokens, D model, V vocabulary, L layers, E experts, k experts a token.
 
-A step takes as many fixed-shape micro-batches as its trajectories need, under one compilation. Each micro-batch's loss is already divided by
-the denominators of the whole step, so sums over micro-batches are the step's own loss, gradient and metrics, however it was split.
+A step takes as many fixed-shape micro-batches as its trajectories need, under one compilation. Each
+micro-batch's loss is already divided by the denominators of the whole step, so sums over
+micro-batches are the step's own loss, gradient and metrics, however it was split.
 """
 
 from __future__ import annotations
@@ -20,17 +23,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rome.data.batch import Batch
 from rome.data.routes import route_dtype
 from rome.losses import Denominators, Loss, LossConfig
-from rome.model.ops.logprobs import chunked_logprobs
-from rome.train.replay import count_replayed, recorded_routes, replayed_ids, route_agreement
 from rome.model.config import ModelConfig
-from rome.model.ops.kernels import Kernels, choose_kernels
 from rome.model.moe import load_figures, router_figures, router_loss, router_z_loss
+from rome.model.ops.kernels import Kernels, choose_kernels
+from rome.model.ops.logprobs import chunked_logprobs
 from rome.model.qwen3 import Output, Qwen3, cast_layers, head_kernel, init_params
 from rome.model.sharding import batch_sharding, extent, in_turn, param_shardings, row_shards
 from rome.train.feed import feed, put
+from rome.train.replay import count_replayed, recorded_routes, replayed_ids, route_agreement
 from rome.train.state import TrainState, init_state
 
-PROBE_MULTIPLE = 128  # tokens; the length of a single scored sequence is filled up to it, as kernels and a split time axis want
+# tokens; the length of a single scored sequence is filled up to it, as kernels and a split time
+# axis want
+PROBE_MULTIPLE = 128
 
 
 @dataclasses.dataclass
@@ -41,7 +46,8 @@ class Learner:
       loss: (logp_BT, batch, loss_config, denominators) -> (value, metrics), as in rome.losses.
       temperature: of the sampling; the trainer divides its logits by it.
       kernels: by name, "auto" for the mesh's own.
-      offload_moments: the optimizer's moments live in the host's memory and come to the device for the update only.
+      offload_moments: the optimizer's moments live in the host's memory and come to the device for
+        the update only.
     """
 
     model_config: ModelConfig
@@ -115,7 +121,10 @@ class Learner:
         )
 
     def _abstract_state(self, params: dict) -> TrainState:
-        """Shape, dtype and place of each array of a state. Moments lie as the parameters that they belong to, all else is everywhere."""
+        """Shape, dtype and place of each array of a state.
+
+        Moments lie as the parameters that they belong to, all else is everywhere.
+        """
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         state = jax.eval_shape(lambda: init_state(self.model_config, self.optimizer, seed=0))
         at_rest = lambda place: (
@@ -132,7 +141,9 @@ class Learner:
         return jax.tree.map(on_mesh, state, TrainState(everywhere, params, moments))
 
     def start(self, params: dict) -> TrainState:
-        """Given parameters, on the host or on devices, at step 0 of a new stage: moments and schedule start anew, made where they lie."""
+        """Given parameters, on the host or on devices, at step 0 of a new stage: moments and
+        schedule start anew, made where they lie.
+        """
         places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         params = jax.tree.map(put, params, places.params)
         in_memory = jax.tree.map(lambda place: place.with_memory_kind("device"), places.opt_state)
@@ -142,7 +153,9 @@ class Learner:
         return TrainState(put(np.zeros((), np.int32), places.step), params, moments)
 
     def keep(self, params: dict) -> dict:
-        """A copy of the parameters as engines get them (in the compute type), in the host's memory: to score samples of this version with, later."""
+        """A copy of the parameters as engines get them (in the compute type), in the host's memory:
+        to score samples of this version with, later.
+        """
         places = jax.tree.map(
             lambda leaf: leaf.sharding.with_memory_kind("pinned_host"), self.state.params
         )
@@ -163,7 +176,8 @@ class Learner:
         )
 
     def lower(self, batch: Batch) -> dict[str, jax.stages.Lowered]:
-        """The programs of a step, from shapes alone, for the platform of the mesh's devices, which need not be there: what launch.compile looks at.
+        """The programs of a step, from shapes alone, for the platform of the mesh's devices, which
+        need not be there: what launch.compile looks at.
 
         batch: one micro-batch; only shapes and dtypes are read.
         """
@@ -197,7 +211,9 @@ class Learner:
     def score_and_record(
         self, params: dict, microbatches: Sequence[Batch]
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(logp_BT, routes_BTLk) of every micro-batch: each token chooses its experts itself, and the choices are there to be replayed."""
+        """(logp_BT, routes_BTLk) of every micro-batch: each token chooses its experts itself, and
+        the choices are there to be replayed.
+        """
         with jax.set_mesh(self.mesh):
             return [
                 jax.device_get(self._record(params, *self._fed(batch)[:3]))
@@ -205,7 +221,11 @@ class Learner:
             ]
 
     def score_one(self, params: dict, ids: Sequence[int]) -> np.ndarray:
-        """log p(token | those before it) at temperature 1 of one sequence, [tokens]; 0 for the first. What an engine is compared with."""
+        """log p(token | those before it) at temperature 1 of one sequence, [tokens]; 0 for the
+        first.
+
+        What an engine is compared with.
+        """
         length = len(ids) + -len(ids) % (PROBE_MULTIPLE * self.mesh.shape["sequence"])
         tokens_BT, segments_BT = np.zeros((2, self._rows, length), np.int32)
         tokens_BT[:, : len(ids)], segments_BT[:, : len(ids)] = ids, 1
@@ -220,7 +240,10 @@ class Learner:
     def update(
         self, state: TrainState, microbatches: Sequence[Batch], denominators: Denominators
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One optimizer update over all micro-batches. `state.step` stays: a step may take several updates. The old state is consumed."""
+        """One optimizer update over all micro-batches.
+
+        `state.step` stays: a step may take several updates. The old state is consumed.
+        """
         metrics: dict[str, jax.Array] = {}
         tokens = float(sum((batch.segments_BT > 0).sum() for batch in microbatches))
         replayed = float(sum(count_replayed(batch, self.model_config) for batch in microbatches))
@@ -247,8 +270,12 @@ class Learner:
         return feed((*_inputs(batch), batch.routes_BTLk), self._row_sharding)
 
     def _count_choices(self, params: dict, microbatches: Sequence[Batch]) -> jax.Array | None:
-        """How often the step's tokens choose each expert, [L, E]: balance is a property of the whole step, so a forward pass over all of it
-        comes first. None where one micro-batch is the whole step and counts itself, or where nothing is balanced."""
+        """How often the step's tokens choose each expert, [L, E]: balance is a property of the
+        whole step, so a forward pass over all of it comes first.
+
+        None where one micro-batch is the whole step and counts itself, or where nothing is
+        balanced.
+        """
         if len(microbatches) == 1 or not self.model_config.router_aux_loss_coef:
             return None
         return sum(in_turn(self._count(params, *self._fed(batch))) for batch in microbatches)
@@ -334,7 +361,9 @@ class Learner:
         replayed: jax.Array,
         counts_LE: jax.Array | None,
     ) -> tuple[dict, dict[str, jax.Array]]:
-        """Adds one micro-batch's gradients to those before it, in place: at no time are there two whole sets of them."""
+        """Adds one micro-batch's gradients to those before it, in place: at no time are there two
+        whole sets of them.
+        """
         more, figures = jax.grad(self._objective, has_aux=True)(
             params, batch, denominators, tokens, replayed, counts_LE
         )
@@ -367,8 +396,10 @@ def combine_metrics(
 ) -> dict[str, jax.Array]:
     """Over micro-batches: `max_` figures by maximum, all others by sum."""
     return {
-        name: (jnp.maximum if name.startswith("max_") else jnp.add)(total[name], value)
-        if name in total
-        else value
+        name: (
+            (jnp.maximum if name.startswith("max_") else jnp.add)(total[name], value)
+            if name in total
+            else value
+        )
         for name, value in more.items()
     }

@@ -1,11 +1,13 @@
 """Several processes that train one model: what one of them does or decides, all of them know.
 
-Process 0 leads: it alone plays episodes, evaluates and writes. The others take part in every jitted function and learn everything else by
-`share`. Small JSON documents travel through the key-value store of jax.distributed's coordinator, so no device waits while a step's episodes
-are played; arrays never do.
+Process 0 leads: it alone plays episodes, evaluates and writes. The others take part in every jitted
+function and learn everything else by `share`. Small JSON documents travel through the key-value
+store of jax.distributed's coordinator, so no device waits while a step's episodes are played;
+arrays never do.
 
-An error that every process raises is an error as in one process. One that only some can know of ends all processes within seconds: whoever
-went on would wait in a collective for ever. A process that is killed is missed by jax.distributed's heartbeat, which ends the others.
+An error that every process raises is an error as in one process. One that only some can know of
+ends all processes within seconds: whoever went on would wait in a collective for ever. A process
+that is killed is missed by jax.distributed's heartbeat, which ends the others.
 """
 
 from __future__ import annotations
@@ -33,12 +35,15 @@ class LeaderError(RuntimeError):
 
 
 class Team:
-    """This process among `count`. One process is a team too: then `share` is a call and nothing is sent.
+    """This process among `count`.
+
+    One process is a team too: then `share` is a call and nothing is sent.
 
     Args:
       client: the key-value store of jax.distributed; None in a single process.
       stop: whether this process was asked to stop (a signal).
-      errors: kinds that followers raise as the leader did, each made from its message alone; others become LeaderError.
+      errors: kinds that followers raise as the leader did, each made from its message alone; others
+        become LeaderError.
     """
 
     def __init__(
@@ -61,9 +66,11 @@ class Team:
             threading.Thread(target=self._watch, name="team", daemon=True).start()
 
     def share(self, what: str, make: Callable[[], Any]) -> Any:
-        """What `make` returns in process 0 (a JSON document), in every process; what it raises there is raised in all.
+        """What `make` returns in process 0 (a JSON document), in every process; what it raises
+        there is raised in all.
 
-        All processes call it in the same order; `what` names the turn, and a process that is elsewhere is an error.
+        All processes call it in the same order; `what` names the turn, and a process that is
+        elsewhere is an error.
         """
         if self.count == 1:
             return make()
@@ -72,7 +79,10 @@ class Team:
         return self._lead(key, what, make) if self.leads else self._follow(key, what)
 
     def meet(self, what: str) -> None:
-        """Returns when all processes have come here. Before the first collective after a stretch that takes some of them longer than others."""
+        """Returns when all processes have come here.
+
+        Before the first collective after a stretch that takes some of them longer than others.
+        """
         if self.count > 1:
             self._meetings += 1
             self._client.wait_at_barrier(
@@ -84,11 +94,15 @@ class Team:
         theirs = self.share(what, lambda: value)
         if theirs != value:
             raise LeaderError(
-                f"{what}: process {self.index} has {value[-16:]}, process 0 {theirs[-16:]}; do all hosts see one workdir, one code and one config?"
+                f"{what}: process {self.index} has {value[-16:]}, process 0 {theirs[-16:]}; do all"
+                " hosts see one workdir, one code and one config?"
             )
 
     def wants_to_stop(self) -> bool:
-        """Whether this process, or in process 0 any process, was asked to stop. Not agreed on: for waits that only process 0 does."""
+        """Whether this process, or in process 0 any process, was asked to stop.
+
+        Not agreed on: for waits that only process 0 does.
+        """
         return self._stop() or self._others_stop is not None
 
     def should_stop(self) -> bool:
@@ -96,7 +110,10 @@ class Team:
         return self.share("stop", self.wants_to_stop)
 
     def part(self, error: BaseException) -> None:
-        """Returns where all processes raise `error`. Otherwise says it here and to the others, and ends this process: it cannot go on alone."""
+        """Returns where all processes raise `error`.
+
+        Otherwise says it here and to the others, and ends this process: it cannot go on alone.
+        """
         if self.count == 1 or error is self._raised_by_all:
             return
         reason = " ".join(
@@ -137,7 +154,8 @@ class Team:
                     raise
         if document["what"] != what:
             raise LeaderError(
-                f"process 0 is at {document['what']!r}, process {self.index} at {what!r}; do they run the same code and config?"
+                f"process 0 is at {document['what']!r}, process {self.index} at {what!r}; do they"
+                " run the same code and config?"
             )
         if "error" in document:
             kind, message = document["error"]
@@ -151,7 +169,9 @@ class Team:
         return document["value"]
 
     def _watch(self) -> None:
-        """Carries a stop request of this process to process 0, and ends this process when another has failed."""
+        """Carries a stop request of this process to process 0, and ends this process when another
+        has failed.
+        """
         told = False
         while not self._closed.wait(WATCH_SECONDS):
             try:
@@ -174,13 +194,15 @@ class Team:
                 )
 
     def _leave(self, reason: str) -> None:
-        """Ends the process without the exit handlers: they would wait for processes that are stuck in a collective.
+        """Ends the process without the exit handlers: they would wait for processes that are stuck
+        in a collective.
 
-        The others say that they leave too, so process 0, which stays a little longer, can name those that said nothing: a collective that broke
-        tells only that some connection is lost.
+        The others say that they leave too, so process 0, which stays a little longer, can name
+        those that said nothing: a collective that broke tells only that some connection is lost.
         """
         print(
-            f"launch.train: {reason}; all processes end. The same command goes on from the last checkpoint.",
+            f"launch.train: {reason}; all processes end. The same command goes on from the last"
+            " checkpoint.",
             file=sys.stderr,
             flush=True,
         )
@@ -194,7 +216,8 @@ class Team:
                 }
                 for silent in sorted(set(range(self.count)) - left):
                     print(
-                        f"launch.train: process {silent} gave no sign of life; its own log may say why.",
+                        f"launch.train: process {silent} gave no sign of life; its own log may say"
+                        " why.",
                         file=sys.stderr,
                         flush=True,
                     )

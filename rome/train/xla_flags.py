@@ -1,7 +1,10 @@
-"""Compiler flags by chip, each with its reason. `launch.train` sets them before JAX is imported, where the machine says which chip it has.
+"""Compiler flags by chip, each with its reason.
 
-What the user has put into LIBTPU_INIT_ARGS, XLA_FLAGS or the environment wins, flag by flag. A flag that the library does not know ends the process
-at start, so each is checked: those for TPU by compiling a step with libtpu 0.0.42 (jax 0.10.2) for every topology named here, those for GPU by
+`launch.train` sets them before JAX is imported, where the machine says which chip it has.
+
+What the user has put into LIBTPU_INIT_ARGS, XLA_FLAGS or the environment wins, flag by flag. A flag
+that the library does not know ends the process at start, so each is checked: those for TPU by
+compiling a step with libtpu 0.0.42 (jax 0.10.2) for every topology named here, those for GPU by
 jaxlib's own parser. No gain is claimed: they were not timed on these chips.
 """
 
@@ -16,19 +19,22 @@ _TPU = {
     # A weight's all-gather for layer k + 1 runs while layer k multiplies, instead of before it.
     "--xla_enable_async_all_gather": "true",
     "--xla_enable_async_all_reduce": "true",
-    # Such a collective is cut into pieces that ride along inside matmul fusions; several steps of it, so that a long one finds enough work to hide in.
+    # Such a collective is cut into pieces that ride along inside matmul fusions; several steps of
+    # it, so that a long one finds enough work to hide in.
     "--xla_tpu_enable_async_collective_fusion": "true",
     "--xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
     "--xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
     # The tensor core itself may drive the collective while it computes.
     "--xla_tpu_overlap_compute_collective_tc": "true",
-    # Several slices: the gradients' all-reduce over the data-centre network starts as soon as a layer's gradient is there, whatever its size.
+    # Several slices: the gradients' all-reduce over the data-centre network starts as soon as a
+    # layer's gradient is there, whatever its size.
     "--xla_tpu_enable_data_parallel_all_reduce_opt": "true",
     "--xla_tpu_data_parallel_opt_different_sized_ops": "true",
 }
 LIBTPU_ARGS: dict[str, dict[str, str]] = {  # chip -> flags for LIBTPU_INIT_ARGS
-    # A kernel may take 16 MiB of VMEM unless told otherwise, which is all that a v4 core has. Where there is more, grouped matmuls can hold larger
-    # tiles; the rest stays for weights that are fetched ahead. VMEM a core, as Pallas' table of TPUs has it:
+    # A kernel may take 16 MiB of VMEM unless told otherwise, which is all that a v4 core has. Where
+    # there is more, grouped matmuls can hold larger tiles; the rest stays for weights that are
+    # fetched ahead. VMEM a core, as Pallas' table of TPUs has it:
     "v4": _TPU,  # 16 MiB
     "v5e": _TPU | {"--xla_tpu_scoped_vmem_limit_kib": "81920"},  # 128 MiB
     "v5p": _TPU | {"--xla_tpu_scoped_vmem_limit_kib": "49152"},  # 64 MiB
@@ -38,21 +44,27 @@ LIBTPU_ARGS: dict[str, dict[str, str]] = {  # chip -> flags for LIBTPU_INIT_ARGS
 GPU_XLA_FLAGS = {
     # Collectives start early and end late, with matmuls in between.
     "--xla_gpu_enable_latency_hiding_scheduler": "true",
-    # Any matmul may use Triton where autotuning finds it faster than cuBLAS: the experts' odd shapes are its case.
+    # Any matmul may use Triton where autotuning finds it faster than cuBLAS: the experts' odd
+    # shapes are its case.
     "--xla_gpu_triton_gemm_any": "true",
-    # FSDP under a scan over layers: the gather of the next layer and the scatter of the last one cross the loop's edge, and unrolling it once
-    # saves the copies between its buffers.
+    # FSDP under a scan over layers: the gather of the next layer and the scatter of the last one
+    # cross the loop's edge, and unrolling it once saves the copies between its buffers.
     "--xla_gpu_enable_pipelined_all_gather": "true",
     "--xla_gpu_enable_pipelined_reduce_scatter": "true",
     "--xla_gpu_enable_while_loop_double_buffering": "true",
-    # Small collectives are joined up to this size: NCCL reaches its bandwidth only with tens of megabytes.
+    # Small collectives are joined up to this size: NCCL reaches its bandwidth only with tens of
+    # megabytes.
     "--xla_gpu_all_gather_combine_threshold_bytes": "134217728",
     "--xla_gpu_reduce_scatter_combine_threshold_bytes": "134217728",
     "--xla_gpu_all_reduce_combine_threshold_bytes": "134217728",
 }
 GPU_ENVIRONMENT = {
-    "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",  # JAX takes three quarters by default; the rest of this is NCCL's and cuBLAS's
-    "NCCL_BUFFSIZE": "8388608",  # twice the default a channel: fewer rounds over InfiniBand and RoCE
+    "XLA_PYTHON_CLIENT_MEM_FRACTION": (
+        "0.92"
+    ),  # JAX takes three quarters by default; the rest of this is NCCL's and cuBLAS's
+    "NCCL_BUFFSIZE": (
+        "8388608"
+    ),  # twice the default a channel: fewer rounds over InfiniBand and RoCE
 }
 _PCI_CHIPS = {
     "0x005e": "v4",
@@ -65,7 +77,10 @@ _GOOGLE, _NVIDIA = "0x1ae0", "0x10de"
 
 
 def apply_flags(environ: MutableMapping[str, str] = os.environ) -> str | None:
-    """Sets the flags of this machine's chip; returns its name. Nothing to do on a CPU, or where JAX_PLATFORMS says cpu."""
+    """Sets the flags of this machine's chip; returns its name.
+
+    Nothing to do on a CPU, or where JAX_PLATFORMS says cpu.
+    """
     chip = None if environ.get("JAX_PLATFORMS", "").split(",")[0] == "cpu" else find_chip()
     for name, value in environment_of(chip, environ).items():
         environ[name] = value
@@ -91,7 +106,10 @@ def merge(given: str, flags: Mapping[str, str]) -> str:
 
 
 def find_chip(devices: str = "/sys/bus/pci/devices", nodes: str = "/dev") -> str | None:
-    """The accelerator on the PCI bus: a TPU's name, "gpu", or None. Reads files only: importing JAX would fix the flags."""
+    """The accelerator on the PCI bus: a TPU's name, "gpu", or None.
+
+    Reads files only: importing JAX would fix the flags.
+    """
     gpu = None
     for vendor in sorted(glob.glob(f"{devices}/*/vendor")):
         maker, model = (

@@ -85,7 +85,8 @@ def test_gains_are_in_points_for_each_seed_over_trained_families(tmp_path):
 
 def test_a_family_is_worse_only_when_the_correction_still_says_so(tmp_path):
     steady = {f"steady{number}": (40, 10, 0, 0) for number in range(11)}
-    # 9 lost, 1 gained: p = 0.021 alone, 0.021 x 1 after eleven clear gains before it; the same loss among unclear families is not significant
+    # 9 lost, 1 gained: p = 0.021 alone, 0.021 x 1 after eleven clear gains before it; the same loss
+    # among unclear families is not significant
     alone = compare([make_run(tmp_path / "a", 0, {**steady, "rename": (30, 1, 9, 10)})])
     assert alone["significantly_worse"] == ["rename"] and alone["too_few_pairs"] == []
     unclear = {f"unclear{number}": (40, 1, 1, 8) for number in range(11)}

@@ -1,4 +1,6 @@
-"""The benchmark of the train step at a toy size, against a rival that answers from our own model, and its counting against numbers by hand."""
+"""The benchmark of the train step at a toy size, against a rival that answers from our own model,
+and its counting against numbers by hand.
+"""
 
 import dataclasses
 import importlib.util
@@ -27,7 +29,9 @@ for number, line in enumerate(sys.stdin):
 
 @pytest.fixture
 def rival_with_losses(monkeypatch, tmp_path):
-    """Makes the rival a script that answers with these losses, and is otherwise as talkative as the real one."""
+    """Makes the rival a script that answers with these losses, and is otherwise as talkative as the
+    real one.
+    """
 
     def install(losses):
         script = tmp_path / "train_step_rival.py"
@@ -110,7 +114,7 @@ def test_the_sizes_are_those_that_the_figures_are_promised_for():
         c.experts_per_token,
         c.moe_intermediate_size,
         c.vocab_size,
-    )  # noqa: E731
+    )
     assert shape(small) == (4, 256, 8, 4, 32, 16, 2, 128, 4096) and shape(medium) == (
         8,
         512,

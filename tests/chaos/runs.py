@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+
 from tests.paths import ROOT
 
 SFT = [

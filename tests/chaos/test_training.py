@@ -1,4 +1,6 @@
-"""What a run survives, on real processes: it goes on, or says in one line what is wrong and resumes; nothing is trained on twice or lost."""
+"""What a run survives, on real processes: it goes on, or says in one line what is wrong and
+resumes; nothing is trained on twice or lost.
+"""
 
 import contextlib
 import os

@@ -11,16 +11,18 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rome.train.distributed import check_mesh_spans, choose, start
 from rome.losses import LOSSES, LossConfig, count_denominators
 from rome.model.sharding import make_mesh
+from rome.train.distributed import check_mesh_spans, choose, start
 from rome.train.step import Learner
 from rome.train.team import Team
 from tests.rome.train.test_step import MODEL, packed
 
 
 def one_update(mesh_shape: dict[str, int], team: Team) -> dict[str, np.ndarray]:
-    """By name: the scores, the metrics, and the parameters after one step of plain SGD, which shows the whole gradient."""
+    """By name: the scores, the metrics, and the parameters after one step of plain SGD, which shows
+    the whole gradient.
+    """
     mesh = make_mesh(mesh_shape, MODEL)
     check_mesh_spans(mesh)
     learner = Learner(MODEL, LOSSES["ipa"], LossConfig(), optax.sgd(1.0), mesh)
@@ -28,7 +30,8 @@ def one_update(mesh_shape: dict[str, int], team: Team) -> dict[str, np.ndarray]:
     batches = packed(8)
     team.meet("state")
     scores = learner.score(state.params, batches)
-    # A little off the scores, so that no ratio lies on the edge of a clip, where rounding would decide.
+    # A little off the scores, so that no ratio lies on the edge of a clip, where rounding would
+    # decide.
     off = [
         (score + 0.05 * np.sin(1.0 + batch.positions_BT)).astype(np.float32)
         for batch, score in zip(batches, scores)

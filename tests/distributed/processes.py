@@ -1,4 +1,6 @@
-"""Several Python processes on this machine that stand for the hosts of a pod: jax.distributed over gloo, some CPU devices each."""
+"""Several Python processes on this machine that stand for the hosts of a pod: jax.distributed over
+gloo, some CPU devices each.
+"""
 
 import os
 import pathlib
@@ -7,11 +9,14 @@ import socket
 import subprocess
 import sys
 import time
+
 from tests.paths import ROOT
 
 
 class Job:
-    """`count` processes of one command, found by the environment. Leave it by `wait`, or as a context manager: nothing stays behind.
+    """`count` processes of one command, found by the environment.
+
+    Leave it by `wait`, or as a context manager: nothing stays behind.
 
     last: arguments that only the last process gets.
     """
@@ -97,8 +102,11 @@ class Job:
 def run_job(
     count: int, devices: int, command: list[str], logs: pathlib.Path, seconds: float
 ) -> Job:
-    """A job that has come to its end. It begins anew where a busy machine let one process compile 30 s longer than another: gloo, which only
-    CPUs use, gives them no longer to meet in their first collective."""
+    """A job that has come to its end.
+
+    It begins anew where a busy machine let one process compile 30 s longer than another: gloo,
+    which only CPUs use, gives them no longer to meet in their first collective.
+    """
     for attempt in range(4):
         job = Job(count, devices, command, logs / str(attempt))
         job.wait(seconds)

@@ -1,4 +1,6 @@
-"""A train step whose mesh spans several processes is the step of one process: any mix of FSDP, experts, tensor and sequence."""
+"""A train step whose mesh spans several processes is the step of one process: any mix of FSDP,
+experts, tensor and sequence.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""launch.train in several processes: the run of one process with the same mesh, stopped by any, resumed, and ended together by a death."""
+"""launch.train in several processes: the run of one process with the same mesh, stopped by any,
+resumed, and ended together by a death.
+"""
 
 import json
 import os
@@ -175,7 +177,8 @@ def test_a_process_with_another_config_ends_all_with_its_words(tmp_path):
             line for line in run.text(index).splitlines() if line.startswith("launch.train: ")
         ]
         assert re.search(
-            r"process 1 of 2 failed: LeaderError: config: process 1 has \S+, process 0 \S+; do all hosts see one workdir",
+            r"process 1 of 2 failed: LeaderError: config: process 1 has \S+, process 0 \S+; do all"
+            r" hosts see one workdir",
             line,
         )
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

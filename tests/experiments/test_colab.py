@@ -38,7 +38,10 @@ def environment(monkeypatch, tmp_path):
 
 
 def load(workdir, **replaced):
-    """The notebook with its WORKDIR moved, and cells `replaced` by id. A line to replace must be there."""
+    """The notebook with its WORKDIR moved, and cells `replaced` by id.
+
+    A line to replace must be there.
+    """
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     cells = {cell["id"]: cell for cell in notebook.cells}
     assert 'WORKDIR = "runs/colab"' in cells["settings"].source

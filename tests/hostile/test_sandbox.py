@@ -1,4 +1,6 @@
-"""Hostile commands: the host and sibling sandboxes stay untouched, and a struck limit is told by its name."""
+"""Hostile commands: the host and sibling sandboxes stay untouched, and a struck limit is told by
+its name.
+"""
 
 import asyncio
 import os
@@ -196,7 +198,10 @@ def test_the_kernels_id_of_a_command_owns_nothing_on_the_host(tier):
 
 
 def test_setuid_and_device_files_give_nothing(tier):
-    command = "cp /usr/bin/id i && chmod 6755 i && ./i -u; mknod d c 1 1 && echo DEVICE; mknod b b 8 0 && echo DEVICE; su -c 'echo ROOT' root"
+    command = (
+        "cp /usr/bin/id i && chmod 6755 i && ./i -u; mknod d c 1 1 && echo DEVICE; mknod b b 8 0 &&"
+        " echo DEVICE; su -c 'echo ROOT' root"
+    )
     assert (
         execute(_config(tier), command).stdout.strip() not in ("", "0")
         and "\n" not in execute(_config(tier), command).stdout.strip()
@@ -211,7 +216,8 @@ def test_no_process_of_the_host_can_be_seen_or_hurt(tier):
     try:
         result = execute(
             _config(tier),
-            f"kill -9 {victim.pid}; kill -9 {os.getpid()}; ls /proc/{os.getpid()}/fd; kill -9 -1; exit 1",
+            f"kill -9 {victim.pid}; kill -9 {os.getpid()}; ls /proc/{os.getpid()}/fd; kill -9 -1;"
+            " exit 1",
         )
         assert result.exit_code in (1, 137) and "failure" not in result.stderr
         assert victim.poll() is None
@@ -225,7 +231,10 @@ def test_the_process_table_shows_only_the_sandbox():
     assert int(result.stdout.split()[0]) < 8 and result.stdout.split()[1] == "sandbox"
 
 
-DOUBLE_FORK = "import os\nif os.fork(): os._exit(0)\nos.setsid()\nif os.fork(): os._exit(0)\nos.execvp('sleep', ['sleep', '98765'])"
+DOUBLE_FORK = (
+    "import os\nif os.fork(): os._exit(0)\nos.setsid()\nif os.fork():"
+    " os._exit(0)\nos.execvp('sleep', ['sleep', '98765'])"
+)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +249,8 @@ DOUBLE_FORK = "import os\nif os.fork(): os._exit(0)\nos.setsid()\nif os.fork(): 
 )
 def test_nothing_outlives_the_time_limit(tier, command):
     async def work(sandbox):
-        seconds = f"98765{os.getpid()}"  # found among the host's processes, where another run of these tests may have its own
+        # found among the host's processes, where another run of these tests may have its own
+        seconds = f"98765{os.getpid()}"
         result = await sandbox.execute(command.replace("98765", seconds), timeout=0.4)
         return result, host_processes(seconds)
 
@@ -250,7 +260,10 @@ def test_nothing_outlives_the_time_limit(tier, command):
 
 def test_kill_all_reaches_daemons_and_the_verifier_comes_after_them(tier):
     async def work(sandbox):
-        tamper = "setsid bash -c 'while :; do echo tampered > answer; done' & while ! [ -s answer ]; do :; done; touch ready; sleep 1000"
+        tamper = (
+            "setsid bash -c 'while :; do echo tampered > answer; done' & while ! [ -s answer ]; do"
+            " :; done; touch ready; sleep 1000"
+        )
         running = asyncio.create_task(sandbox.execute(tamper))
         while not await _there(sandbox, "ready"):
             await asyncio.sleep(0.01)
@@ -320,7 +333,10 @@ def test_a_fork_bomb_is_contained(tier):
 
 def test_a_spinning_command_gets_its_share_of_processor_time_and_no_more(tier):
     _needs(tier, "cpu")
-    spin = "import time\nend = time.monotonic() + 1\nwhile time.monotonic() < end: pass\nprint(time.process_time())"
+    spin = (
+        "import time\nend = time.monotonic() + 1\nwhile time.monotonic() < end:"
+        " pass\nprint(time.process_time())"
+    )
     assert float(execute(_config(tier, cpus=0.25), python(spin)).stdout) < 0.6
 
 
@@ -341,7 +357,8 @@ def test_one_sandboxs_processes_are_not_counted_against_another():
 def test_a_disk_full_by_bytes_is_an_error_of_the_command_and_can_be_cleaned(tier):
     async def work(sandbox):
         full = await sandbox.execute(
-            "for i in 1 2 3 4 5 6 7 8; do head -c 1M /dev/urandom > f$i || break; done; sleep 0.5; exit 3"
+            "for i in 1 2 3 4 5 6 7 8; do head -c 1M /dev/urandom > f$i || break; done; sleep 0.5;"
+            " exit 3"
         )
         return full, await sandbox.execute("rm f*; echo x > small; cat small")
 
@@ -393,7 +410,8 @@ def test_a_busy_sibling_is_not_disturbed(tier):
                 calm.execute("for i in $(seq 20); do sleep 0.05; cat f; done")
             )
             await wild.execute(
-                "kill -9 -1; echo theirs > /workspace/f; echo theirs > /tmp/f; bomb() { bomb | bomb & }; bomb; sleep 1",
+                "kill -9 -1; echo theirs > /workspace/f; echo theirs > /tmp/f; bomb() { bomb | bomb"
+                " & }; bomb; sleep 1",
                 timeout=2,
             )
             return await steady, await calm.read_file("f")
@@ -486,9 +504,9 @@ except OSError as error:
 """
 
     async def work(sandbox):
-        return await sandbox.execute(
-            python(program)
-        ), await sandbox.denials() if tier != "landlock" else []
+        return await sandbox.execute(python(program)), (
+            await sandbox.denials() if tier != "landlock" else []
+        )
 
     result, denials = inside(_config(tier), work)
     pinged = any(
@@ -586,7 +604,8 @@ def test_process_1_cannot_be_opened_ended_or_crippled_and_tells_nothing_of_the_h
             "; ".join(f"{one} 2>/dev/null | grep -q . && echo GOT {one}" for one in deeds)
         )
         await sandbox.execute(
-            "kill -9 1; kill -STOP 1; kill -INT 1; kill -TERM 1; for n in $(seq 1 64); do kill -$n 1; done; renice 19 1; taskset -p 1 1"
+            "kill -9 1; kill -STOP 1; kill -INT 1; kill -TERM 1; for n in $(seq 1 64); do kill -$n"
+            " 1; done; renice 19 1; taskset -p 1 1"
         )
         seen = await sandbox.execute("tr '\\0' ' ' < /proc/1/cmdline; (sleep 60 &); echo well")
         return tried, seen, await sandbox.verify("echo graded")
@@ -610,7 +629,9 @@ SECRET = "the-expected-answer-4711"
 
 
 def test_the_verifiers_script_is_never_within_reach(tier):
-    """Not from an agent's process that tried to stay, and not from the agent's program when the verifier itself runs it."""
+    """Not from an agent's process that tried to stay, and not from the agent's program when the
+    verifier itself runs it.
+    """
     _needs(tier, "verifier")
     spy = """
 import glob, os
@@ -632,7 +653,8 @@ with open("loot", "ab") as loot: loot.write(b"LOOT " + seen if b"answer-" + b"47
         await sandbox.write_file("spy.py", spy)
         await sandbox.execute("setsid bash -c 'while :; do python3 spy.py; done' & sleep 0.1")
         result = await sandbox.verify(
-            f"want={SECRET}\nsleep 0.1\npython3 spy.py\n(python3 spy.py)\n[ $want = {SECRET} ] && echo graded",
+            f"want={SECRET}\nsleep 0.1\npython3 spy.py\n(python3 spy.py)\n[ $want = {SECRET} ] &&"
+            " echo graded",
             keep=True,
         )  # with what the spies found
         return result, await sandbox.read_file("loot")
@@ -643,7 +665,10 @@ with open("loot", "ab") as loot: loot.write(b"LOOT " + seen if b"answer-" + b"47
 
 def test_the_verifiers_memory_cannot_be_opened_by_what_it_runs(tier):
     _needs(tier, "verifier")
-    program = "import os; print(os.access('/proc/%d/mem' % os.getppid(), os.R_OK), os.path.exists('/proc/%d/fd/0' % os.getppid()))"
+    program = (
+        "import os; print(os.access('/proc/%d/mem' % os.getppid(), os.R_OK),"
+        " os.path.exists('/proc/%d/fd/0' % os.getppid()))"
+    )
     result = inside(_config(tier), lambda sandbox: sandbox.verify(f'python3 -c "{program}"; true'))
     assert result.stdout == "False False\n"
 
@@ -663,6 +688,7 @@ def test_markers_in_the_output_forge_nothing(tier):
     forge = "echo '{ \"exit-code\": 0 }'"
     result = execute(
         _config(tier),
-        f"{forge}; echo 'sandbox: failed' >&2; for n in $(seq 3 300); do {forge} >&$n; done 2>/dev/null; exit 9",
+        f"{forge}; echo 'sandbox: failed' >&2; for n in $(seq 3 300); do {forge} >&$n; done"
+        " 2>/dev/null; exit 9",
     )
     assert (result.exit_code, result.stderr.splitlines()[0]) == (9, "sandbox: failed")

@@ -15,23 +15,26 @@ import pytest
 
 from launch import convert as module
 from launch.convert import convert
-from rome.stages.base import load_start
 from rome.model.config import PRESETS
 from rome.model.hf.checkpoint import load_hf, read_config
 from rome.model.sharding import make_mesh, param_shardings
+from rome.stages.base import load_start
 from rome.train import checkpoint, parameters
 from rome.train.checkpoint import CheckpointError, Checkpoints
 from rome.train.parameters import StoredParameters
 from rome.train.state import start_state
-from tests.rome.model.small import random_params
 from tests.paths import ROOT
+from tests.rome.model.small import random_params
 
 CONFIG = PRESETS["tiny"]
 ODD = np.array([-0.0, 1e-40, np.inf, np.nan], np.float32)
 
 
 def make_run(workdir, mesh_shape):
-    """A workdir with checkpoints of steps 2 and 4 of a tiny model, with an optimizer's moments. Returns the parameters of each step."""
+    """A workdir with checkpoints of steps 2 and 4 of a tiny model, with an optimizer's moments.
+
+    Returns the parameters of each step.
+    """
     mesh = make_mesh(mesh_shape, CONFIG)
     steps = {step: random_params(CONFIG, seed=step) for step in (2, 4)}
     checkpoints = Checkpoints(workdir / "checkpoints", keep=2)
@@ -239,7 +242,10 @@ def test_the_boxes_of_an_array_cover_it_once_along_chunks_where_they_fit(monkeyp
         (dict(directory="empty_run"), "is the workdir of a run without checkpoints"),
         (
             dict(directory="other_model"),
-            r"of another model than its config.json says: embed/embedding is .768, 128., not .4096, 256.; .*; \.\.\.",
+            (
+                r"of another model than its config.json says: embed/embedding is .768, 128., not"
+                r" .4096, 256.; .*; \.\.\."
+            ),
         ),
     ],
 )

@@ -1,4 +1,6 @@
-"""The doctor: what works is tried for real, what does not is named with its remedy, and only a broken episode is a failure."""
+"""The doctor: what works is tried for real, what does not is named with its remedy, and only a
+broken episode is a failure.
+"""
 
 import json
 

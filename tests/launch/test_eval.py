@@ -1,4 +1,6 @@
-"""launch.eval as a process: what programs read is there, a killed run is taken up again, and a wrong command is one clear line."""
+"""launch.eval as a process: what programs read is there, a killed run is taken up again, and a
+wrong command is one clear line.
+"""
 
 import json
 import os
@@ -9,8 +11,8 @@ import time
 
 import pytest
 
-from tests.rome.evals.tasks import write_task
 from tests.paths import ROOT
+from tests.rome.evals.tasks import write_task
 
 DEADLINE = 60.0
 
@@ -117,11 +119,15 @@ def test_contamination_is_an_exit_status(tmp_path):
     write_task(
         tmp_path / "tasks",
         "known",
-        instruction="Write the word hello into the file out.txt which lies in the folder named app, and nothing else.\n",
+        instruction=(
+            "Write the word hello into the file out.txt which lies in the folder named app, and"
+            " nothing else.\n"
+        ),
     )
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.txt").write_text(
-        "> WRITE the word *hello* into the\nfile out.txt, which lies in the folder named app and nothing"
+        "> WRITE the word *hello* into the\nfile out.txt, which lies in the folder named app and"
+        " nothing"
     )
     status, said, error = run(
         "--dataset",
@@ -153,7 +159,9 @@ def test_a_wrong_command_is_one_line_and_leaves_nothing(tmp_path, arguments, sai
 
 @pytest.mark.slow
 def test_a_checkpoint_plays_through_the_engine_that_is_started_for_it(tmp_path):
-    """A model of random weights: it solves nothing, every attempt counts, and the figures say what it sampled."""
+    """A model of random weights: it solves nothing, every attempt counts, and the figures say what
+    it sampled.
+    """
     from tests.rome.serve.tiny import make_checkpoint
 
     status, said, error = run(

@@ -1,4 +1,6 @@
-"""python -m launch.pod: what --dry-run prints is a bash script that means what was asked for; without it the tools must be there."""
+"""python -m launch.pod: what --dry-run prints is a bash script that means what was asked for;
+without it the tools must be there.
+"""
 
 import os
 import shlex
@@ -25,7 +27,9 @@ CLOUD = [
 
 
 def dry_run(capsys, *arguments: str) -> list[list[str]]:
-    """The words of every command that --dry-run prints, comments left out. bash must be able to read the script."""
+    """The words of every command that --dry-run prints, comments left out. bash must be able to
+    read the script.
+    """
     assert main([*arguments, "--dry-run", "--", *TRAIN]) == 0
     script = capsys.readouterr().out
     subprocess.run(["bash", "-n", "-c", script], check=True)

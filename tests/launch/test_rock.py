@@ -1,4 +1,6 @@
-"""The command line of ROCK's services: what it prints, where it listens, and what a killed admin or worker leaves."""
+"""The command line of ROCK's services: what it prints, where it listens, and what a killed admin or
+worker leaves.
+"""
 
 import asyncio
 import contextlib
@@ -12,8 +14,8 @@ import time
 import pytest
 
 from envs.rock import Sandbox, SandboxClosedError, SandboxConfig, probe
-from tests.processes import host_processes
 from tests.paths import ROOT
+from tests.processes import host_processes
 
 
 @contextlib.contextmanager

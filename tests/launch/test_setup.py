@@ -1,4 +1,6 @@
-"""The Makefile and launch/setup.sh in a small project of their own: what a user meets before any of our Python runs."""
+"""The Makefile and launch/setup.sh in a small project of their own: what a user meets before any of
+our Python runs.
+"""
 
 import os
 import pathlib
@@ -12,6 +14,7 @@ import time
 
 import pip
 import pytest
+
 from tests.paths import ROOT
 
 OLD_PYTHON = """#!/bin/sh
@@ -34,7 +37,9 @@ sys.exit(3 if "--fail" in sys.argv else 0)
 
 @pytest.fixture
 def project(tmp_path):
-    """The Makefile and the setup over an empty requirements file, a .venv that has nothing to install, and a job that reports signals."""
+    """The Makefile and the setup over an empty requirements file, a .venv that has nothing to
+    install, and a job that reports signals.
+    """
     (tmp_path / "launch").mkdir()
     shutil.copy(ROOT / "Makefile", tmp_path)
     shutil.copy(ROOT / "launch" / "setup.sh", tmp_path / "launch")
@@ -102,8 +107,8 @@ def test_when_all_is_there_nothing_is_said_and_the_job_gets_its_arguments(projec
         "ARGS=--config.seed=3",
     )
     assert (
-        result.stdout
-        == "arguments ['--config=experiments/ipa.py:smoke', '--workdir=runs/my run', '--config.seed=3']\n"
+        result.stdout == "arguments ['--config=experiments/ipa.py:smoke', '--workdir=runs/my run',"
+        " '--config.seed=3']\n"
     )
     assert (result.returncode, result.stderr) == (0, "")
 

@@ -97,7 +97,10 @@ def test_the_oldest_version_is_one_and_the_same_everywhere():
     "python", [name for name in os.environ.get("SGLANG_PYTHON", "").split(":") if name]
 )
 def test_every_flag_is_one_that_the_wheel_knows(python):
-    find = "import importlib.util; print(importlib.util.find_spec('sglang').submodule_search_locations[0])"
+    find = (
+        "import importlib.util;"
+        " print(importlib.util.find_spec('sglang').submodule_search_locations[0])"
+    )
     root = (
         pathlib.Path(
             subprocess.run(

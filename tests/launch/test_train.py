@@ -1,4 +1,6 @@
-"""launch.train end to end on real processes: real engine, real sandboxes; killed, resumed, repeated."""
+"""launch.train end to end on real processes: real engine, real sandboxes; killed, resumed,
+repeated.
+"""
 
 import collections
 import json
@@ -12,6 +14,7 @@ import sys
 import time
 
 import pytest
+
 from tests.paths import ROOT
 
 SFT = [
@@ -58,7 +61,10 @@ def train(flags: list[str], workdir: pathlib.Path) -> str:
 def train_and_interrupt(
     flags: list[str], workdir: pathlib.Path, number: int, after_steps: int
 ) -> int:
-    """Starts the run and sends it a signal at some moment after its first steps. Returns its exit status."""
+    """Starts the run and sends it a signal at some moment after its first steps.
+
+    Returns its exit status.
+    """
     process = subprocess.Popen(
         command(flags, workdir),
         cwd=ROOT,
@@ -221,7 +227,8 @@ def test_asynchronous_training_with_resampling_is_killed_resumed_and_never_train
     train(flags, workdir)
     lines, accounting = metrics(workdir), report(workdir)["accounting"]
     assert [line["step"] for line in lines] == list(range(1, 7))
-    # What old samples are compared with are the weights that sampled them, also where those were read from the disk again.
+    # What old samples are compared with are the weights that sampled them, also where those were
+    # read from the disk again.
     assert all(line["max_staleness"] <= 1 and line["max_mismatch"] < 1e-3 for line in lines)
     assert (
         sum(line["staleness"] for line in lines) > 0

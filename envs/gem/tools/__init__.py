@@ -1,4 +1,6 @@
-"""Tools that a GEM environment can be given: Python, a shell, search, MCP servers; and the wrapper that gives them."""
+"""Tools that a GEM environment can be given: Python, a shell, search, MCP servers; and the wrapper
+that gives them.
+"""
 
 from envs.gem.tools.base import BaseTool, ToolEnvWrapper, ToolResult
 from envs.gem.tools.mcp import MCPTool

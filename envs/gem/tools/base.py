@@ -1,4 +1,6 @@
-"""What a tool is, and the wrapper that lets a model use tools before it acts on the environment (gem-llm 0.1.0's protocol)."""
+"""What a tool is, and the wrapper that lets a model use tools before it acts on the environment
+(gem-llm 0.1.0's protocol).
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,12 @@ ToolResult = tuple[
 
 
 class BaseTool:
-    """One tool. It reads its calls out of the model's text; any text is fine, and none makes it raise.
+    """One tool.
 
-    Only trouble with the infrastructure (SandboxError) is raised: it must not become a bad observation or a reward of 0.
+    It reads its calls out of the model's text; any text is fine, and none makes it raise.
+
+    Only trouble with the infrastructure (SandboxError) is raised: it must not become a bad
+    observation or a reward of 0.
     """
 
     tool_type = "base"
@@ -34,7 +39,10 @@ class BaseTool:
         raise NotImplementedError(f"{type(self).__name__} cannot run")
 
     def spawn(self) -> BaseTool:
-        """A tool of the same settings for another environment. One without state of its own is its own copy."""
+        """A tool of the same settings for another environment.
+
+        One without state of its own is its own copy.
+        """
         return self
 
     def reset(self) -> None:
@@ -47,8 +55,9 @@ class BaseTool:
 class ToolEnvWrapper(EnvWrapper):
     """A step that calls a tool returns the tool's output; any other goes to the environment.
 
-    Differences from gem: a call that failed stays that tool's call when the tools after it find none of theirs (gem then hands it to the
-    environment), and each wrapper has its own copy of tools that keep state.
+    Differences from gem: a call that failed stays that tool's call when the tools after it find
+    none of theirs (gem then hands it to the environment), and each wrapper has its own copy of
+    tools that keep state.
     """
 
     def __init__(
@@ -59,7 +68,10 @@ class ToolEnvWrapper(EnvWrapper):
         tool_success_reward: float = 0.0,
         max_tool_uses: int | None = 10,
     ) -> None:
-        """tool_reward: for each call; tool_success_reward: on top for one that did not fail. Past max_tool_uses the tools are not asked."""
+        """tool_reward: for each call; tool_success_reward: on top for one that did not fail.
+
+        Past max_tool_uses the tools are not asked.
+        """
         super().__init__(env)
         self.tools = [tool.spawn() if hasattr(tool, "spawn") else tool for tool in tools]
         self._own_tools = [
@@ -102,9 +114,12 @@ class ToolEnvWrapper(EnvWrapper):
         info["use_tool"] = False
         self._count(info)
         instructions = "\n".join(tool.instruction_string() for tool in self.tools)
-        return f"{observation}\n" + (
-            "Available tools:\n" if len(self.tools) > 1 else ""
-        ) + instructions, info
+        return (
+            f"{observation}\n"
+            + ("Available tools:\n" if len(self.tools) > 1 else "")
+            + instructions,
+            info,
+        )
 
     def after_step(self, action: str, result: StepResult) -> StepResult:
         result[4]["use_tool"] = True  # as gem does
@@ -162,7 +177,10 @@ class ToolEnvWrapper(EnvWrapper):
         failed, observation, parsed_action = answer
         self.tool_use_counter += 1
         if self.tool_use_counter == self.max_tool_uses:
-            observation = f"{observation}\n\nReached the maximum number of tool use. Please output final answer directly."
+            observation = (
+                f"{observation}\n\nReached the maximum number of tool use. Please output final"
+                " answer directly."
+            )
         reward = self.tool_reward
         if not failed:
             self.tool_success_counter += 1

@@ -1,7 +1,8 @@
 """Tools of MCP servers (Model Context Protocol), through the `mcp` package where it is installed.
 
-A server is a local command that the caller trusts (it runs on this machine, with an environment of its own and nothing of ours) or an HTTP address. One
-session for each server stays open on ROCK's background loop until `close`.
+A server is a local command that the caller trusts (it runs on this machine, with an environment of
+its own and nothing of ours) or an HTTP address. One session for each server stays open on ROCK's
+background loop until `close`.
 """
 
 from __future__ import annotations
@@ -27,12 +28,17 @@ CONNECTION_CLOSED = (
 
 
 class MCPTool(BaseTool):
-    """All tools of the configured servers. A call is read in gem's form (`<tool_name>`, `<arguments>`) and in both of Qwen's."""
+    """All tools of the configured servers.
+
+    A call is read in gem's form (`<tool_name>`, `<arguments>`) and in both of Qwen's.
+    """
 
     tool_type = "mcp"
 
     def __init__(self, config: str | Mapping[str, Any], execution_timeout: float = 30.0) -> None:
-        """config: an URL, or {"mcpServers": {name: {"url", "headers"?} or {"command", "args"?, "env"?}}}. execution_timeout: seconds for one call."""
+        """config: an URL, or {"mcpServers": {name: {"url", "headers"?} or {"command", "args"?,
+        "env"?}}}. execution_timeout: seconds for one call.
+        """
         super().__init__()
         if importlib.util.find_spec("mcp") is None:
             raise ImportError("MCPTool needs the mcp package; pip install mcp")
@@ -43,7 +49,8 @@ class MCPTool(BaseTool):
         )
         if not servers:
             raise ValueError(
-                f"MCP configuration {config!r} names no server; it is an URL or {{'mcpServers': {{name: ...}}}}"
+                f"MCP configuration {config!r} names no server; it is an URL or {{'mcpServers':"
+                " {name: ...}}"
             )
         for name, server in servers.items():
             if ("url" in server) == ("command" in server):
@@ -54,7 +61,10 @@ class MCPTool(BaseTool):
         self._servers = [_Server(name, server) for name, server in servers.items()]
 
     def get_available_tools(self) -> list[dict[str, Any]]:
-        """[{"name", "description", "parameters": JSON schema}] of all servers. Of two tools of one name the first server's is called."""
+        """[{"name", "description", "parameters": JSON schema}] of all servers.
+
+        Of two tools of one name the first server's is called.
+        """
         return run(self._tools(), self.execution_timeout)
 
     def instruction_string(self) -> str:
@@ -63,9 +73,12 @@ class MCPTool(BaseTool):
             for tool in sorted(self.get_available_tools(), key=lambda tool: tool["name"])
         ]
         return (
-            "You can call the functions between <tools> and </tools>, one in a turn. Write\n<tool_call>\n<tool_name>its name</tool_name>\n<arguments>\n"
-            "{a JSON object of its parameters}\n</arguments>\n</tool_call>\nand its result comes back between <tool_response> and </tool_response>.\n"
-            "<tools>\n" + "\n".join(functions) + "\n</tools>"
+            "You can call the functions between <tools> and </tools>, one in a turn."
+            " Write\n<tool_call>\n<tool_name>its name</tool_name>\n<arguments>\n{a JSON object of"
+            " its parameters}\n</arguments>\n</tool_call>\nand its result comes back between"
+            " <tool_response> and </tool_response>.\n<tools>\n"
+            + "\n".join(functions)
+            + "\n</tools>"
         )
 
     def execute_action(self, action: str) -> ToolResult:
@@ -123,7 +136,11 @@ def _first_call(action: str) -> tuple[ToolCall, str] | None:
 
 
 class _Server:
-    """One server's session. It is opened by the first request and lives in a task of its own, which alone may open and close it."""
+    """One server's session.
+
+    It is opened by the first request and lives in a task of its own, which alone may open and close
+    it.
+    """
 
     def __init__(self, name: str, config: Mapping[str, Any]) -> None:
         self.name, self._config = name, config

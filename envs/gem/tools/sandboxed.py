@@ -22,7 +22,11 @@ except ImportError:
 
 
 def first_block(action: str, fences: tuple[tuple[str, str], ...]) -> tuple[str, str] | None:
-    """The content of the (opening, closing) block that ends first, and the action up to its end; None where none is complete. Takes linear time."""
+    """The content of the (opening, closing) block that ends first, and the action up to its end;
+    None where none is complete.
+
+    Takes linear time.
+    """
     found: tuple[int, int, int] | None = None
     for opening, closing in fences:
         start = action.find(opening)
@@ -33,9 +37,11 @@ def first_block(action: str, fences: tuple[tuple[str, str], ...]) -> tuple[str, 
 
 
 class PythonCodeTool(BaseTool):
-    """Runs the first `<python>...</python>` or ```python block of a turn in a fresh sandbox, as a program with nothing but its output.
+    """Runs the first `<python>...</python>` or ```python block of a turn in a fresh sandbox, as a
+    program with nothing but its output.
 
-    A name that is not defined gets the program a second run after imports of the standard library's usual names, as in gem.
+    A name that is not defined gets the program a second run after imports of the standard library's
+    usual names, as in gem.
     """
 
     tool_type = "python_code"
@@ -48,7 +54,9 @@ class PythonCodeTool(BaseTool):
         keep_error_last_line: bool = False,
         sandbox_config: SandboxConfig = SandboxConfig(),
     ) -> None:
-        """timeout: seconds for a run. sandbox_type: gem's argument, accepted and not used: every program runs in a ROCK sandbox."""
+        """timeout: seconds for a run. sandbox_type: gem's argument, accepted and not used: every
+        program runs in a ROCK sandbox.
+        """
         super().__init__()
         self.timeout, self.sandbox_type, self.keep_error_last_line, self.sandbox_config = (
             timeout,
@@ -59,9 +67,10 @@ class PythonCodeTool(BaseTool):
 
     def instruction_string(self) -> str:
         return (
-            "You can run Python before you answer. Write a complete program, with its imports and print(), between <python> and </python> or in a "
-            '```python block. It runs in a sandbox, and its output comes back after "Code execution result: ". '
-            "Return your final answer within \\boxed{}."
+            "You can run Python before you answer. Write a complete program, with its imports and"
+            " print(), between <python> and </python> or in a ```python block. It runs in a"
+            ' sandbox, and its output comes back after "Code execution result: ". Return your final'
+            " answer within \\boxed{}."
         )
 
     def execute_action(self, action: str) -> ToolResult:
@@ -92,7 +101,10 @@ class PythonCodeTool(BaseTool):
 
 
 class ShellTool(BaseTool):
-    """Runs the first `<bash>...</bash>` or ```bash block of a turn. Files stay for the episode; the next one starts in an empty workspace."""
+    """Runs the first `<bash>...</bash>` or ```bash block of a turn.
+
+    Files stay for the episode; the next one starts in an empty workspace.
+    """
 
     tool_type = "bash"
     _blocks = (("<bash>", "</bash>"), ("```bash\n", "```"), ("```sh\n", "```"))
@@ -103,7 +115,9 @@ class ShellTool(BaseTool):
         max_output_chars: int = 4000,
         sandbox_config: SandboxConfig = SandboxConfig(),
     ) -> None:
-        """timeout: seconds for a command. max_output_chars: what the model sees of an output; the rest is counted."""
+        """timeout: seconds for a command. max_output_chars: what the model sees of an output; the
+        rest is counted.
+        """
         super().__init__()
         self.timeout, self.max_output_chars, self.sandbox_config = (
             timeout,
@@ -114,8 +128,9 @@ class ShellTool(BaseTool):
 
     def instruction_string(self) -> str:
         return (
-            "You can run shell commands before you answer. Write them between <bash> and </bash> or in a ```bash block. Each call starts a new "
-            'shell in the same workspace, and its output comes back after "Command output: ".'
+            "You can run shell commands before you answer. Write them between <bash> and </bash> or"
+            " in a ```bash block. Each call starts a new shell in the same workspace, and its"
+            ' output comes back after "Command output: ".'
         )
 
     def execute_action(self, action: str) -> ToolResult:

@@ -25,7 +25,10 @@ def terms(text: str) -> list[str]:
 
 
 class BM25Index:
-    """An inverted index over (title, text) pairs; a title's words count like the text's. Read-only once built, so threads may share it."""
+    """An inverted index over (title, text) pairs; a title's words count like the text's.
+
+    Read-only once built, so threads may share it.
+    """
 
     def __init__(
         self, documents: Iterable[tuple[str, str]], k1: float = 1.2, b: float = 0.75
@@ -44,7 +47,11 @@ class BM25Index:
                 self._postings[term].append((index, idf * f * (k1 + 1) / (f + norm)))
 
     def search(self, query: str, topk: int = 3) -> list[tuple[int, float]]:
-        """(position of the document, score) of the best, best first; only documents that share a term. Equal scores: the earlier one first."""
+        """(position of the document, score) of the best, best first; only documents that share a
+        term.
+
+        Equal scores: the earlier one first.
+        """
         scores: dict[int, float] = defaultdict(float)
         for term in terms(query)[:MAX_QUERY_TERMS]:
             for index, score in self._postings.get(term, ()):
@@ -53,7 +60,9 @@ class BM25Index:
 
 
 class SearchTool(BaseTool):
-    """Answers the first `<search>query</search>` of a turn with the best documents between <information> tags."""
+    """Answers the first `<search>query</search>` of a turn with the best documents between
+    <information> tags.
+    """
 
     tool_type = "search"
 
@@ -63,8 +72,9 @@ class SearchTool(BaseTool):
 
     def instruction_string(self) -> str:
         return (
-            "You can search a collection of documents before you answer. Write <search> your query </search>; the results come back between "
-            "<information> and </information>. Search as often as you need, then give your final answer as <answer> your answer </answer>."
+            "You can search a collection of documents before you answer. Write <search> your query"
+            " </search>; the results come back between <information> and </information>. Search as"
+            " often as you need, then give your final answer as <answer> your answer </answer>."
         )
 
     def execute_action(self, action: str) -> ToolResult:

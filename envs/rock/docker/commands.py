@@ -1,4 +1,5 @@
-"""What a sandbox of the Docker backend runs: a job (one exec) and a session (a bash that lives on in an exec).
+"""What a sandbox of the Docker backend runs: a job (one exec) and a session (a bash that lives on
+in an exec).
 
 A job's exit code is the engine's word. A session's is the shell's: see inside.SESSION.
 """
@@ -10,9 +11,9 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
-from envs.rock.embedded.commands import DRAINED_BYTES, unspeakable
 from envs.rock.config import CommandResult
 from envs.rock.docker.container import END_SECONDS, STDERR, STDOUT, Exec
+from envs.rock.embedded.commands import DRAINED_BYTES, unspeakable
 from envs.rock.errors import SandboxClosedError, SandboxError, SandboxStartError
 from envs.rock.sandbox import Job, Session
 
@@ -52,7 +53,9 @@ class Capture:
         self._mark = mark
 
     def take(self) -> tuple[str, int]:
-        """(text, bytes that were cut); what came after the mark is the beginning of the next command's."""
+        """(text, bytes that were cut); what came after the mark is the beginning of the next
+        command's.
+        """
         text, cut, rest = (
             bytes(self._data).decode(errors="replace"),
             max(0, self.total - self._limit),
@@ -123,7 +126,9 @@ class DockerJob(Job):
             await self._tidy(self)
         seconds = time.monotonic() - began
         if code == KILLED and not reason:
-            await container.check()  # which takes long enough for the news of a process that the memory limit killed to come, by another way
+            # which takes long enough for the news of a process that the memory limit killed to
+            # come, by another way
+            await container.check()
         limits = ((reason,) if reason else ()) + (
             ("memory",) if container.memory_kills > kills else ()
         )
@@ -254,7 +259,9 @@ class DockerSession(Session):
         await self._release()
 
     async def _code(self, timeout: float) -> int:
-        """The exit code of the command that runs; at its time limit, or a flood, that of what is left of it."""
+        """The exit code of the command that runs; at its time limit, or a flood, that of what is
+        left of it.
+        """
         status = asyncio.create_task(self._said.get())
         try:
             await asyncio.wait(
@@ -296,11 +303,15 @@ class DockerSession(Session):
         return code
 
     async def _signal(self, name: str) -> None:
-        """To all that the running command started, and not to the shell nor to what earlier commands left."""
+        """To all that the running command started, and not to the shell nor to what earlier
+        commands left.
+        """
         await self._shell.signal(name, whole=False, spared=self._older)
 
     async def _all_output(self) -> None:
-        """Wait until what the command wrote has arrived: a new word, which the shell writes after it, ends both streams."""
+        """Wait until what the command wrote has arrived: a new word, which the shell writes after
+        it, ends both streams.
+        """
         mark = f"<{secrets.token_hex(16)}>".encode()
         for capture in self._captures.values():
             capture.expect(mark)

@@ -1,6 +1,8 @@
-"""Containers of the Docker engine of this machine: made with every limit on, entered by execs, ended by id.
+"""Containers of the Docker engine of this machine: made with every limit on, entered by execs,
+ended by id.
 
-The calls of the docker SDK block, so they run in threads, each with a deadline; the streams of execs are read by the event loop itself.
+The calls of the docker SDK block, so they run in threads, each with a deadline; the streams of
+execs are read by the event loop itself.
 """
 
 import asyncio
@@ -22,8 +24,8 @@ from typing import IO, TypeVar
 import docker
 import requests
 
-from envs.rock.docker import scripts
 from envs.rock.config import SandboxConfig
+from envs.rock.docker import scripts
 from envs.rock.docker.network import RUNC, ContainerNetwork, obstacle
 from envs.rock.errors import SandboxClosedError, SandboxError, SandboxStartError
 from envs.rock.host import seccomp
@@ -33,7 +35,9 @@ T = TypeVar("T")
 CALL_SECONDS = 30.0  # for one answer of the engine
 END_SECONDS = 5.0  # in which what was killed must be gone
 CALLS_AT_ONCE = 16
-RESERVED_PIDS = 64  # above the agent's own, which RLIMIT_NPROC counts: our execs, which have many threads while they begin
+# above the agent's own, which RLIMIT_NPROC counts: our execs, which have many threads while they
+# begin
+RESERVED_PIDS = 64
 PLACE_BYTES = 16 << 20
 OWNER, MANAGER = "rock.owner", "rock.manager"
 STDOUT, STDERR = 1, 2
@@ -45,7 +49,8 @@ class Engine:
     def __init__(self, host: str):
         if not host.startswith("unix://"):
             raise SandboxStartError(
-                f"DOCKER_HOST is {host}: sandboxes are containers of this machine's own engine, at a unix:// socket; on other machines run a ROCK worker"
+                f"DOCKER_HOST is {host}: sandboxes are containers of this machine's own engine, at"
+                " a unix:// socket; on other machines run a ROCK worker"
             )
         if not os.path.exists(host.removeprefix("unix://")):
             raise SandboxStartError(f"there is no Docker engine: nothing is at {host}")
@@ -93,7 +98,10 @@ class Engine:
         seconds: float = CALL_SECONDS,
         **options: object,
     ) -> T:
-        """A blocking call of the SDK, in a thread. SandboxError where the engine refuses or does not answer in time."""
+        """A blocking call of the SDK, in a thread.
+
+        SandboxError where the engine refuses or does not answer in time.
+        """
         call = asyncio.get_running_loop().run_in_executor(
             self._calls, functools.partial(function, *arguments, **options)
         )
@@ -128,7 +136,10 @@ class Engine:
         return {OWNER: json.dumps(_identity(os.getpid())), MANAGER: self.manager}
 
     def _sweep(self) -> None:
-        """Remove what managers left that have died. (Their containers also end by themselves: see scripts.KEEP.)"""
+        """Remove what managers left that have died.
+
+        (Their containers also end by themselves: see scripts.KEEP.)
+        """
         for container in self.client.containers(all=True, filters={"label": OWNER}):
             if _is_dead(container["Labels"][OWNER]):
                 with contextlib.suppress(docker.errors.APIError):
@@ -149,7 +160,10 @@ _lock = threading.Lock()
 
 
 def engine() -> Engine:
-    """The engine at DOCKER_HOST; one connection for this process. SandboxStartError where none answers. It may block: call it in a thread."""
+    """The engine at DOCKER_HOST; one connection for this process.
+
+    SandboxStartError where none answers. It may block: call it in a thread.
+    """
     host = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
     with _lock:
         if host not in _engines:
@@ -166,7 +180,9 @@ os.register_at_fork(after_in_child=_forget_after_fork)
 
 
 def _identity(pid: int) -> dict[str, str | int]:
-    """What tells a process from all others, those of other containers and of earlier boots included."""
+    """What tells a process from all others, those of other containers and of earlier boots
+    included.
+    """
     with open(f"/proc/{pid}/stat") as file, open("/proc/sys/kernel/random/boot_id") as boot:
         started = file.read().rpartition(")")[2].split()[19]
         return {
@@ -178,7 +194,10 @@ def _identity(pid: int) -> dict[str, str | int]:
 
 
 def _is_dead(label: str) -> bool:
-    """Whether the manager of this label is known to have died. One of another pid namespace cannot be judged from here."""
+    """Whether the manager of this label is known to have died.
+
+    One of another pid namespace cannot be judged from here.
+    """
     try:
         owner = json.loads(label)
         here = _identity(os.getpid())
@@ -192,7 +211,9 @@ def _is_dead(label: str) -> bool:
 
 
 def seccomp_profile() -> str:
-    """The system calls that the embedded backend refuses, as Docker's JSON. Its own profile leaves AF_VSOCK and io_uring open."""
+    """The system calls that the embedded backend refuses, as Docker's JSON. Its own profile leaves
+    AF_VSOCK and io_uring open.
+    """
     eperm, enosys, eafnosupport = 1, 38, 97
 
     def rule(names: list[str], answer: int, *arguments: tuple[int, str, int, int]) -> dict:
@@ -241,7 +262,10 @@ def seccomp_profile() -> str:
 def host_config(
     client: docker.APIClient, config: SandboxConfig, user: int, place_bytes: int
 ) -> dict:
-    """Every limit. Of disk_mb and inodes a quarter is /tmp's: Docker cannot let two mounts share one limit."""
+    """Every limit.
+
+    Of disk_mb and inodes a quarter is /tmp's: Docker cannot let two mounts share one limit.
+    """
 
     def tmpfs(size: int, inodes: int, mode: str, owner: int = 0) -> str:
         return f"rw,exec,nosuid,nodev,size={size},nr_inodes={inodes},mode={mode},uid={owner},gid={owner}"
@@ -316,7 +340,11 @@ def host_config(
 
 
 class Container:
-    """One container. Commands in it have a user id that no other sandbox's have, so that limits by user id count them alone."""
+    """One container.
+
+    Commands in it have a user id that no other sandbox's have, so that limits by user id count them
+    alone.
+    """
 
     def __init__(self, engine: Engine, config: SandboxConfig, image: dict):
         self.engine, self.config = engine, config
@@ -338,7 +366,9 @@ class Container:
         self.network: ContainerNetwork | None = None  # None: nobody sees what is tried in it
 
     async def start(self, place_bytes: int = PLACE_BYTES) -> None:
-        """SandboxStartError with the engine's words, or the image's, where it does not come up within config.start_timeout."""
+        """SandboxStartError with the engine's words, or the image's, where it does not come up
+        within config.start_timeout.
+        """
         try:
             async with asyncio.timeout(self.config.start_timeout):
                 await self._start(place_bytes)
@@ -406,7 +436,8 @@ class Container:
                 break
         else:
             raise SandboxStartError(
-                f"image {self.config.image} has not what a sandbox needs (sh, cp, chmod, rm): {said.decode(errors='replace').strip()[-500:] or 'its shell ended'}"
+                f"image {self.config.image} has not what a sandbox needs (sh, cp, chmod, rm):"
+                f" {said.decode(errors='replace').strip()[-500:] or 'its shell ended'}"
             )
         self._watcher = asyncio.create_task(self._watch())
         await self._guard_network()
@@ -421,7 +452,8 @@ class Container:
             code, words = await self.ask(scripts.SURVEY)
             if code or "ok" not in words.split():
                 raise SandboxStartError(
-                    f"image {self.config.image} has not what a sandbox needs (sh, cat, find, tar, stat): {words.strip()[-500:]}"
+                    f"image {self.config.image} has not what a sandbox needs (sh, cat, find, tar,"
+                    f" stat): {words.strip()[-500:]}"
                 )
             self.engine.surveys[key] = frozenset(words.split())
         self.tools = self.engine.surveys[key]
@@ -523,7 +555,9 @@ class Container:
             ) from None
 
     async def check(self) -> None:
-        """SandboxClosedError if it has ended, whether or not the engine has noticed yet: a program of the keeper's must run in it."""
+        """SandboxClosedError if it has ended, whether or not the engine has noticed yet: a program
+        of the keeper's must run in it.
+        """
         try:
             code, _ = await self.ask(":", user=scripts.KEEPER)
         except SandboxError as error:
@@ -532,7 +566,10 @@ class Container:
             raise SandboxClosedError("the container of the sandbox is ending")
 
     async def kill_all(self) -> None:
-        """Kill every process of the agent and wait until they are gone. SandboxError, and the end of the container, if one stays."""
+        """Kill every process of the agent and wait until they are gone.
+
+        SandboxError, and the end of the container, if one stays.
+        """
         for pause in (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 1.0, 1.0):
             await self.engine.call(self.engine.client.kill, self.id, scripts.KILL_ALL)
             await asyncio.sleep(pause)
@@ -542,7 +579,9 @@ class Container:
         raise SandboxError("a process of the sandbox could not be killed, so its container was")
 
     async def agents_processes(self) -> int:
-        """How many there are beside process 1, zombies not counted, as the engine sees it from outside."""
+        """How many there are beside process 1, zombies not counted, as the engine sees it from
+        outside.
+        """
         if (
             self.engine.runtime(self.config) not in RUNC
         ):  # whose processes the engine does not see one by one
@@ -613,7 +652,9 @@ def _fetch_workspace(client: docker.APIClient, container: str) -> IO[bytes] | No
 
 
 class Stream:
-    """A hijacked connection of the engine's: what we write is the stdin of a program, and frames of its stdout and stderr come back."""
+    """A hijacked connection of the engine's: what we write is the stdin of a program, and frames of
+    its stdout and stderr come back.
+    """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
         self._reader, self.writer = reader, writer
@@ -648,7 +689,9 @@ class Stream:
 
 
 def _take_socket(call: Callable[[], socket.SocketIO]) -> tuple[socket.socket, bytes]:
-    """The socket of a hijacked connection, and what came on it before it was ours: http.client reads the headers through a buffer."""
+    """The socket of a hijacked connection, and what came on it before it was ours: http.client
+    reads the headers through a buffer.
+    """
     raw = call()
     response = raw._response
     taken = socket.socket(fileno=os.dup(raw.fileno()))
@@ -689,7 +732,10 @@ class Exec:
                 self.stream.writer.write_eof()
 
     async def exit_code(self, seconds: float = CALL_SECONDS) -> int:
-        """Once its streams have ended, or a little later. SandboxClosedError if the container ended with it."""
+        """Once its streams have ended, or a little later.
+
+        SandboxClosedError if the container ended with it.
+        """
         client, pause = self.container.engine.client, 0.005
         async with asyncio.timeout(seconds):
             while (state := await self.container.engine.call(client.exec_inspect, self.name))[
@@ -710,7 +756,9 @@ class Exec:
         )
 
     async def give_up(self) -> None:
-        """Kill it while its stream is read on: one that nobody reads makes the engine wait, and whoever asks it for something else of the container."""
+        """Kill it while its stream is read on: one that nobody reads makes the engine wait, and
+        whoever asks it for something else of the container.
+        """
         draining = asyncio.create_task(self.stream.drain())
         with contextlib.suppress(SandboxError):
             await self.signal("KILL", whole=True)

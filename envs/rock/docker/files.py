@@ -1,4 +1,6 @@
-"""Files of a Docker sandbox on their way: tars out of a container and into one, images that carry them, and the streams they travel in."""
+"""Files of a Docker sandbox on their way: tars out of a container and into one, images that carry
+them, and the streams they travel in.
+"""
 
 import asyncio
 import contextlib
@@ -21,7 +23,9 @@ COMMITTED = "rock.committed"  # the label of an image with files in scripts.COMM
 
 
 class DockerSnapshot(Snapshot):
-    """A tar in a file without a name: it goes with the last sandbox that reads it, or with this process."""
+    """A tar in a file without a name: it goes with the last sandbox that reads it, or with this
+    process.
+    """
 
     def __init__(self, file: IO[bytes]):
         self.file = file
@@ -31,7 +35,10 @@ class DockerSnapshot(Snapshot):
 
 
 async def pack(container: Container, directories: str) -> DockerSnapshot:
-    """What is in these directories of the root. SandboxError where it cannot be read, or is more than the sandbox may have."""
+    """What is in these directories of the root.
+
+    SandboxError where it cannot be read, or is more than the sandbox may have.
+    """
     config = container.config
     limit = (
         (config.disk_mb << 20) + 4096 * config.inodes + (1 << 20)
@@ -47,7 +54,8 @@ async def pack(container: Container, directories: str) -> DockerSnapshot:
                     if snapshot.file.tell() > limit:
                         await exec_.give_up()
                         raise SandboxError(
-                            f"no snapshot: the files have more than {limit} bytes when they are read, holes included"
+                            f"no snapshot: the files have more than {limit} bytes when they are"
+                            " read, holes included"
                         )
                 if (code := await exec_.exit_code()) > 1:  # 1: a file changed meanwhile
                     raise SandboxError(f"no snapshot: tar ended with {code}")
@@ -62,7 +70,10 @@ async def pack(container: Container, directories: str) -> DockerSnapshot:
 
 
 async def unpack(container: Container, file: IO[bytes]) -> None:
-    """A tar of paths below the root, as the agent's user. SandboxStartError where that cannot be done."""
+    """A tar of paths below the root, as the agent's user.
+
+    SandboxStartError where that cannot be done.
+    """
     try:
         descriptor = os.dup(file.fileno())
     except ValueError:
@@ -85,7 +96,8 @@ async def unpack(container: Container, file: IO[bytes]) -> None:
         os.close(descriptor)
     if code:
         raise SandboxStartError(
-            f"the files do not fit in or cannot be made (tar ended with {code}): {said.decode(errors='replace').strip()[-300:]}"
+            f"the files do not fit in or cannot be made (tar ended with {code}):"
+            f" {said.decode(errors='replace').strip()[-300:]}"
         )
 
 

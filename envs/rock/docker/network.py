@@ -1,10 +1,13 @@
 """The network of a container, from outside: the guard of host/egress.py in its network namespace.
 
-A container of ours has nothing but its loopback (network_mode none). A thread of this process steps into that namespace, makes the guard's sockets there
-and ends; a socket stays where it was made, so the process itself never leaves its own network. One more thread serves the guards of all containers,
-however busy the event loops are; what is granted is handed to the container's loop, which makes the outer connection.
+A container of ours has nothing but its loopback (network_mode none). A thread of this process steps
+into that namespace, makes the guard's sockets there and ends; a socket stays where it was made, so
+the process itself never leaves its own network. One more thread serves the guards of all
+containers, however busy the event loops are; what is granted is handed to the container's loop,
+which makes the outer connection.
 
-It takes root on the engine's own machine, and a runtime whose containers use the kernel's network. What is missing is told by `obstacle`.
+It takes root on the engine's own machine, and a runtime whose containers use the kernel's network.
+What is missing is told by `obstacle`.
 """
 
 import asyncio
@@ -46,7 +49,9 @@ def obstacle(runtime: str) -> str:
 
 
 class ContainerNetwork:
-    """One container's guard and the ways that it lets out. Make it in a thread (it waits for the kernel), with the event loop of the sandbox.
+    """One container's guard and the ways that it lets out.
+
+    Make it in a thread (it waits for the kernel), with the event loop of the sandbox.
 
     Raises: SandboxError where the namespace cannot be entered or guarded.
     """
@@ -86,7 +91,9 @@ class ContainerNetwork:
         )
 
     async def adopt(self, other: "ContainerNetwork") -> None:
-        """What was tried in the container of a verifier was tried by the sandbox; the verifier's result has told of it."""
+        """What was tried in the container of a verifier was tried by the sandbox; the verifier's
+        result has told of it.
+        """
         denials = await other.denials()
         self._ways.denials += denials
         self._told += len(denials)
@@ -127,7 +134,10 @@ class ContainerNetwork:
 
 
 def _switch_ipv6_on() -> None:
-    """Docker switches it off where there is no network, and then what is tried over it is not seen. (/proc/sys/net is that of the thread's namespace.)"""
+    """Docker switches it off where there is no network, and then what is tried over it is not seen.
+
+    (/proc/sys/net is that of the thread's namespace.)
+    """
     with contextlib.suppress(
         OSError
     ):  # a kernel without it, or one that lets nobody: it leads nowhere then
@@ -140,16 +150,20 @@ async def _no_way_in(port: int) -> socket.socket:
 
 
 def _inside(pid: int, container: str, work: Callable[[], T]) -> T:
-    """What `work` returns when it is done in the network namespace of process `pid`, which must be of that container and must not be our own."""
+    """What `work` returns when it is done in the network namespace of process `pid`, which must be
+    of that container and must not be our own.
+    """
     outcome: list = []
 
     def step_in() -> None:
         try:
             with open(f"/proc/{pid}/ns/net") as namespace:
-                # Looked at after the open: a process id that has passed to another process is noticed.
+                # Looked at after the open: a process id that has passed to another process is
+                # noticed.
                 if container not in pathlib.Path(f"/proc/{pid}/cgroup").read_text():
                     raise SandboxClosedError(
-                        f"process {pid} is not of the container; does the engine run in another pid namespace than this process?"
+                        f"process {pid} is not of the container; does the engine run in another pid"
+                        " namespace than this process?"
                     )
                 if os.fstat(namespace.fileno()).st_ino == os.stat("/proc/self/ns/net").st_ino:
                     raise SandboxError("the container has this machine's own network")
@@ -197,7 +211,7 @@ class _Watchman:
                 if network := self._networks.get(descriptor):
                     try:
                         network.serve(descriptor)
-                    except Exception as error:  # noqa: B902 - one guard's fault must not leave the others without a watchman; nothing more is let out there
+                    except Exception as error:
                         log.error("the guard of a container failed", exc_info=error)
                         self.remove([descriptor])
 

@@ -1,8 +1,10 @@
 """The Docker backend: a sandbox is a container of this machine's engine, entered by execs.
 
-Never privileged, no capability, no network but what `egress` grants (docker_network.py), a read-only image; /workspace and /tmp are tmpfs and share
-disk_mb and inodes three to one. Process 1 cannot be ended, opened or stopped by the agent, and kills all of the agent's processes when the engine tells it to;
-it ends by itself when this process dies. A command costs an exec (about 50 ms), a session's command none.
+Never privileged, no capability, no network but what `egress` grants (docker_network.py), a
+read-only image; /workspace and /tmp are tmpfs and share disk_mb and inodes three to one. Process 1
+cannot be ended, opened or stopped by the agent, and kills all of the agent's processes when the
+engine tells it to; it ends by itself when this process dies. A command costs an exec (about 50 ms),
+a session's command none.
 """
 
 import asyncio
@@ -12,11 +14,10 @@ from collections.abc import AsyncIterator, Mapping
 
 from docker.utils import parse_repository_tag
 
-from envs.rock.docker import scripts
-from envs.rock.embedded.commands import unspeakable
 from envs.rock.config import Address, CommandResult, Denial, FileEntry, SandboxConfig, SandboxStatus
-from envs.rock.docker.container import CALL_SECONDS, PLACE_BYTES, STDOUT, Container, Exec, engine
+from envs.rock.docker import scripts
 from envs.rock.docker.commands import KILLED, DockerJob, DockerSession
+from envs.rock.docker.container import CALL_SECONDS, PLACE_BYTES, STDOUT, Container, Exec, engine
 from envs.rock.docker.files import (
     COMMITTED,
     SNAPSHOT_SECONDS,
@@ -30,6 +31,8 @@ from envs.rock.docker.files import (
     within,
 )
 from envs.rock.docker.network import obstacle
+from envs.rock.embedded.commands import unspeakable
+from envs.rock.embedded.zygote_client import Gate
 from envs.rock.errors import (
     IsolationError,
     SandboxClosedError,
@@ -37,7 +40,6 @@ from envs.rock.errors import (
     SandboxFileError,
     SandboxStartError,
 )
-from envs.rock.embedded.zygote_client import Gate
 from envs.rock.sandbox import MAX_LISTED, PIECE_BYTES, Sandbox, Snapshot, check_verifier_files
 from envs.rock.tiers import REQUIRED, probe_docker
 
@@ -47,7 +49,11 @@ _start_gate = Gate(8)
 
 
 class DockerSandbox(Sandbox):
-    """See Sandbox. The image must be there already (`docker pull`, or images.build) and have sh and the usual programs; sessions need bash."""
+    """See Sandbox.
+
+    The image must be there already (`docker pull`, or images.build) and have sh and the usual
+    programs; sessions need bash.
+    """
 
     def __init__(self, config: SandboxConfig, snapshot: Snapshot | None = None):
         super().__init__(config, snapshot)
@@ -77,7 +83,8 @@ class DockerSandbox(Sandbox):
         host = await asyncio.to_thread(engine)
         if self.config.egress and (reason := obstacle(host.runtime(self.config))):
             raise IsolationError(
-                f"egress={self.config.egress}: no guard can let these through and no others here, since {reason}; leave egress empty, or run as root with runc"
+                f"egress={self.config.egress}: no guard can let these through and no others here,"
+                f" since {reason}; leave egress empty, or run as root with runc"
             )
         try:
             image = await host.call(host.client.inspect_image, self.config.image)
@@ -95,8 +102,9 @@ class DockerSandbox(Sandbox):
         if self.config.isolation == "required" and (lost := REQUIRED - guarantees):
             await self.stop()
             raise IsolationError(
-                f"isolation='required' cannot be enforced with image {self.config.image} and runtime {host.runtime(self.config)} ({', '.join(sorted(lost))}): "
-                "its kernel lets a program look into the one that started it; remedy: the default runtime"
+                f"isolation='required' cannot be enforced with image {self.config.image} and"
+                f" runtime {host.runtime(self.config)} ({', '.join(sorted(lost))}): its kernel lets"
+                " a program look into the one that started it; remedy: the default runtime"
             )
         try:
             await self._bring_files(container)
@@ -117,14 +125,17 @@ class DockerSandbox(Sandbox):
             await asyncio.wait({job._task for job in self._jobs}, timeout=CALL_SECONDS)
 
     async def _bring_files(self, container: Container) -> None:
-        """Those of the snapshot; else those that were committed with the image; else what the image has in /workspace, below the mount."""
+        """Those of the snapshot; else those that were committed with the image; else what the image
+        has in /workspace, below the mount.
+        """
         if self._snapshot:
             await unpack(container, self._snapshot.file)
         elif COMMITTED in (container.image["Config"].get("Labels") or {}):
             code, said = await container.ask(scripts.BRING_COMMITTED, seconds=SNAPSHOT_SECONDS)
             if code:
                 raise SandboxStartError(
-                    f"the files committed with image {self.config.image} do not fit in: {said.strip()[-300:]}"
+                    f"the files committed with image {self.config.image} do not fit in:"
+                    f" {said.strip()[-300:]}"
                 )
         elif (content := container.engine.workspaces[container.image["Id"]]) is not None:
             await unpack(container, content)
@@ -251,7 +262,9 @@ class DockerSandbox(Sandbox):
         files: Mapping[str, bytes] | None = None,
         keep: bool = False,
     ) -> CommandResult:
-        """See Sandbox.verify: in a new container of the same image, which gets a copy of the workspace (and gives it back, to `keep`) and then goes."""
+        """See Sandbox.verify: in a new container of the same image, which gets a copy of the
+        workspace (and gives it back, to `keep`) and then goes.
+        """
         files = files or {}
         check_verifier_files(files)
         environment = {
@@ -378,7 +391,9 @@ class DockerSandbox(Sandbox):
         await self.start()
 
     async def commit(self, image: str) -> None:
-        """The image of this sandbox and, in one file of it, a tar of the workspace and /tmp, which sandboxes that start from it unpack."""
+        """The image of this sandbox and, in one file of it, a tar of the workspace and /tmp, which
+        sandboxes that start from it unpack.
+        """
         repository, tag = parse_repository_tag(image)
         snapshot = await self.snapshot()
         try:
@@ -401,7 +416,10 @@ class DockerSandbox(Sandbox):
     # -- a port
 
     async def expose_port(self, port: int) -> Address:
-        """Each connection is an exec that joins the sandbox's loopback (by bash's /dev/tcp) to it. A client that closes its half is not heard."""
+        """Each connection is an exec that joins the sandbox's loopback (by bash's /dev/tcp) to it.
+
+        A client that closes its half is not heard.
+        """
         if not 0 < port < 1 << 16:
             raise ValueError(f"port {port} is not between 1 and 65535")
         self._check_open()
@@ -522,11 +540,13 @@ class DockerSandbox(Sandbox):
     def _check_open(self) -> None:
         if not self.is_alive():
             raise SandboxClosedError(
-                "the sandbox is not running: it was not started, was stopped, or its container ended"
+                "the sandbox is not running: it was not started, was stopped, or its container"
+                " ended"
             )
         if asyncio.get_running_loop() is not self._loop:
             raise SandboxError(
-                "a sandbox is used from the event loop that started it; from elsewhere use envs.rock.sync.run"
+                "a sandbox is used from the event loop that started it; from elsewhere use"
+                " envs.rock.sync.run"
             )
 
 

@@ -1,8 +1,11 @@
-"""What is run inside a container: small scripts for its own sh, which must have cat, chmod, cp, mkdir, mkfifo, readlink, rm, find, stat and tar (GNU's or busybox's).
+"""What is run inside a container: small scripts for its own sh, which must have cat, chmod, cp,
+mkdir, mkfifo, readlink, rm, find, stat and tar (GNU's or busybox's).
 
-They are run by copies of the image's shells in /run/rock, which belong to the keeper (a user id that is not the agent's) and may be executed but not
-read. The kernel makes a process of such a program undumpable: no process of the agent, which has the same user id, can open its memory, environment
-or descriptors. Each script says its process id first, in a line on stdout, before anything of the agent's runs.
+They are run by copies of the image's shells in /run/rock, which belong to the keeper (a user id
+that is not the agent's) and may be executed but not read. The kernel makes a process of such a
+program undumpable: no process of the agent, which has the same user id, can open its memory,
+environment or descriptors. Each script says its process id first, in a line on stdout, before
+anything of the agent's runs.
 """
 
 import os
@@ -19,10 +22,12 @@ REASONS = {
     153: "no_space",
 }  # 153: 128 + SIGXFSZ
 
-# Process 1 has the agent's user id, so that it may kill all of the agent's processes, and does when the engine sends it KILL_ALL: in one system
-# call, from which no fork escapes, and which no process can forestall. (An exec that kills can be killed first.) It is undumpable too; the kernel
-# keeps from it every signal of its own container that it does not handle, and it ignores those that shells handle. It reaps orphans by ignoring
-# their ends. It ends, and the container with it, as soon as nobody holds the other end of its input: when its manager dies, say. A signal makes dash's
+# Process 1 has the agent's user id, so that it may kill all of the agent's processes, and does when
+# the engine sends it KILL_ALL: in one system call, from which no fork escapes, and which no process
+# can forestall. (An exec that kills can be killed first.) It is undumpable too; the kernel keeps
+# from it every signal of its own container that it does not handle, and it ignores those that
+# shells handle. It reaps orphans by ignoring their ends. It ends, and the container with it, as
+# soon as nobody holds the other end of its input: when its manager dies, say. A signal makes dash's
 # `read` fail once, sometimes before the trap is run, so only many failures in a row are the end.
 KILL_ALL = "SIGUSR1"
 INIT = """cd /workspace && mkdir .init && cp /bin/sh .init/sh && chmod 111 .init/sh && exec .init/sh -c '
@@ -32,22 +37,30 @@ rm -rf .init
 cd /
 echo ready
 while read -r line || [ $((failed += 1)) -lt 50 ]; do :; done 2>/dev/null'"""
-KEEP = f'cd {PLACE} && umask 022 && cp /bin/sh sh && chmod 711 sh && bash=$(command -v bash) && cp "$bash" bash && chmod 711 bash; echo "$bash"; [ -e sh ]'
-COUNT = "count=0; for one in /proc/[0-9]*; do count=$((count + 1)); done; echo $count"  # processes, this one and process 1 included
+KEEP = (
+    f"cd {PLACE} && umask 022 && cp /bin/sh sh && chmod 711 sh && bash=$(command -v bash) && cp"
+    ' "$bash" bash && chmod 711 bash; echo "$bash"; [ -e sh ]'
+)
+COUNT = (  # processes, this one and process 1 included
+    "count=0; for one in /proc/[0-9]*; do count=$((count + 1)); done; echo $count"
+)
 
-# Which way of a tool the image has, and whether the kernel keeps a child out of its undumpable parent.
+# Which way of a tool the image has, and whether the kernel keeps a child out of its undumpable
+# parent.
 SURVEY = """
 find / -maxdepth 0 -printf '%y\\0' >/dev/null 2>&1 && echo printf
 tar --version 2>/dev/null | { read -r line; case $line in *GNU*) echo gnu_tar;; esac; }
 { cat /proc/$$/environ || cat /proc/$$/maps; } >/dev/null 2>&1 || echo undumpable
 [ -e /proc/self/task ] && echo ok"""
 
-# The agent's reserve: at the limit of its own processes, ours can still be started. dash calls that limit -p.
+# The agent's reserve: at the limit of its own processes, ours can still be started. dash calls that
+# limit -p.
 _LIMIT = "{ ulimit -u %d || ulimit -p %d; } 2>/dev/null"
 _HOME = "cd /workspace 2>/dev/null || { chmod 700 /workspace; cd /workspace; }"
 
-# $1: the shell, $2: the command. When it has ended and no other program was started from outside the container (those have no parent in it),
-# all that is left is killed: at once, since a process that holds a stream open would keep the engine waiting.
+# $1: the shell, $2: the command. When it has ended and no other program was started from outside
+# the container (those have no parent in it), all that is left is killed: at once, since a process
+# that holds a stream open would keep the engine waiting.
 _RUN = """
 trap : INT
 exec 7>&2 2>/dev/null
@@ -62,7 +75,8 @@ done 2>/dev/null
 [ "$others" ] || kill -9 -1
 exit $code"""
 
-# $1: the signal, $2: a process, $3: "whole" to take it and its session too, $4: children of it to leave alone with all below them.
+# $1: the signal, $2: a process, $3: "whole" to take it and its session too, $4: children of it to
+# leave alone with all below them.
 SIGNAL = """
 signal=$1 root=$2 whole=$3 older=" $4 " all= found=" "
 for stat in /proc/[0-9]*/stat; do
@@ -85,9 +99,10 @@ done
 [ "$found" = " " ] || kill -s $signal $found 2>/dev/null
 :"""
 
-# A session: bash (needed for `read -d`) takes commands from descriptor 3, and says on 4, a pipe to a reader of another user id, how each ended
-# and which children it has. Then it takes a word, new each time, and writes it on both streams, so that their reader knows how far the
-# command's output goes; the exit code never travels there. 3 to 6 are closed to what a command starts.
+# A session: bash (needed for `read -d`) takes commands from descriptor 3, and says on 4, a pipe to
+# a reader of another user id, how each ended and which children it has. Then it takes a word, new
+# each time, and writes it on both streams, so that their reader knows how far the command's output
+# goes; the exit code never travels there. 3 to 6 are closed to what a command starts.
 SESSION = """
 exec 3<&0 </dev/null 5>&1 6>&2
 IFS= read -r -u 3 ROCK_DOOR
@@ -103,13 +118,18 @@ while IFS= read -r -d '' -u 3 ROCK_COMMAND; do
   printf '%s' "$ROCK_COMMAND" >&5
   printf '%s' "$ROCK_COMMAND" >&6
 done"""
-# The name comes by stdin: a command line can be seen by everybody. It is gone before the first command of the session begins.
-DOOR = 'IFS= read -r door && umask 0 && mkfifo -m 622 "$door" && echo there && exec 3<"$door" && rm "$door" && exec cat <&3'
+# The name comes by stdin: a command line can be seen by everybody. It is gone before the first
+# command of the session begins.
+DOOR = (
+    'IFS= read -r door && umask 0 && mkfifo -m 622 "$door" && echo there && exec 3<"$door" && rm'
+    ' "$door" && exec cat <&3'
+)
 
 # The verifier's script comes by stdin and is kept in the shell's memory alone.
 VERIFY = 'ROCK_SCRIPT=$(cat); exec </dev/null; eval "$ROCK_SCRIPT"'
 
-# Follows links by hand: an absolute one, or one that leads out, is refused. $1: the path (see `spelled`), $2: "make" to make directories on the way.
+# Follows links by hand: an absolute one, or one that leads out, is refused. $1: the path (see
+# `spelled`), $2: "make" to make directories on the way.
 _RESOLVE = f"""
 resolve() {{
   left=$(printf '%bx' "$1") at=. hops=0; left=${{left%x}}
@@ -159,7 +179,8 @@ _LIST_PLAIN = """exec find . ! -name . -exec sh -c 'for f do
   about=$(stat -c "%s %a" "$f") && printf "%s %s %s\\0" $kind "$about" "${f#./}"
 done' sh {} + 2>/dev/null"""
 
-# What its owner cannot read becomes readable by it: nobody in here has the power to read it otherwise.
+# What its owner cannot read becomes readable by it: nobody in here has the power to read it
+# otherwise.
 _KEEP_TREE = """cd / && find %s -type d ! -perm -500 -exec chmod u+rx {} ';' 2>/dev/null
 find %s -type f ! -perm -400 -exec chmod u+r {} + 2>/dev/null
 """
@@ -167,7 +188,10 @@ find %s -type f ! -perm -400 -exec chmod u+r {} + 2>/dev/null
 UNPACK = "exec tar -xpf - -C / 2>&1"
 COMMITTED_FILES = "/.rock.tar"  # of an image, see DockerSandbox.commit
 BRING_COMMITTED = f"exec tar -xpf {COMMITTED_FILES} -C / 2>&1"
-EMPTY = "cd / && find workspace -type d ! -perm -700 -exec chmod u+rwx {} ';' ; find workspace -mindepth 1 -delete"
+EMPTY = (
+    "cd / && find workspace -type d ! -perm -700 -exec chmod u+rwx {} ';' ; find workspace"
+    " -mindepth 1 -delete"
+)
 
 STATUS = """
 read -r memory < /sys/fs/cgroup/memory/memory.usage_in_bytes || read -r memory < /sys/fs/cgroup/memory.current
@@ -206,7 +230,10 @@ def list_files(tools: frozenset[str]) -> str:
 
 
 def pack(tools: frozenset[str], directories: str) -> str:
-    """The script that writes a tar of what is in these directories of the root. GNU's would also want to set the modes of the directories themselves."""
+    """The script that writes a tar of what is in these directories of the root.
+
+    GNU's would also want to set the modes of the directories themselves.
+    """
     names = f"find {directories} -mindepth 1 -maxdepth 1 -print0"
     return _KEEP_TREE % (directories, directories) + (
         f"{names} | tar -S --null -T - -cf - 2>/dev/null"
@@ -216,7 +243,9 @@ def pack(tools: frozenset[str], directories: str) -> str:
 
 
 def spelled(path: str) -> str:
-    """A path as printf's %b reads it: the engine takes texts only, and a file's name may be any bytes."""
+    """A path as printf's %b reads it: the engine takes texts only, and a file's name may be any
+    bytes.
+    """
     return "".join(
         chr(byte) if 32 <= byte < 127 and byte != ord("\\") else f"\\0{byte:03o}"
         for byte in os.fsencode(path)

@@ -1,4 +1,6 @@
-"""What an embedded sandbox runs, seen from outside: a job (one command, perhaps in the background) and a session (a shell that lives on)."""
+"""What an embedded sandbox runs, seen from outside: a job (one command, perhaps in the background)
+and a session (a shell that lives on).
+"""
 
 import asyncio
 import contextlib
@@ -120,7 +122,9 @@ class EmbeddedSession(Session):
 
 
 class Output:
-    """The reading end of one stream: keeps the first `limit` bytes of a command, reads on without keeping, reports a flood."""
+    """The reading end of one stream: keeps the first `limit` bytes of a command, reads on without
+    keeping, reports a flood.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, limit: int):
         self._loop, self._limit = loop, limit
@@ -131,7 +135,10 @@ class Output:
         loop.add_reader(self._read_end, self._read)
 
     def take(self) -> tuple[str, int, bool]:
-        """(text, bytes that were cut, whether it was a flood) of what was written so far. Whoever wrote it may have ended: it is in the pipe."""
+        """(text, bytes that were cut, whether it was a flood) of what was written so far.
+
+        Whoever wrote it may have ended: it is in the pipe.
+        """
         while self._read_end is not None and self._dropped <= DRAINED_BYTES and self._read():
             pass
         taken = bytes(self._data).decode(errors="replace"), self._dropped, self.flooded
@@ -172,7 +179,10 @@ class Output:
 
 
 def result_of(reply: dict, outputs: list[Output]) -> CommandResult:
-    """A holder's last word on a command, with what was written. SandboxStartError for one that never began."""
+    """A holder's last word on a command, with what was written.
+
+    SandboxStartError for one that never began.
+    """
     (stdout, cut_out, flood_out), (stderr, cut_err, flood_err) = (
         output.take() for output in outputs
     )
@@ -212,7 +222,8 @@ def unspeakable(command: str) -> str:
         return "bash: the command contains a NUL character\n"
     size = len(command.encode(errors="replace"))
     return (
-        f"bash: the command has {size} bytes, the limit is {MAX_COMMAND_BYTES}; write a file in parts\n"
+        f"bash: the command has {size} bytes, the limit is {MAX_COMMAND_BYTES}; write a file in"
+        " parts\n"
         if size > MAX_COMMAND_BYTES
         else ""
     )

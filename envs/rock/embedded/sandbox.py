@@ -1,4 +1,6 @@
-"""The embedded backend: a sandbox whose holder (host/) runs on this machine, as a descendant of this process, and ends with it at the latest."""
+"""The embedded backend: a sandbox whose holder (host/) runs on this machine, as a descendant of
+this process, and ends with it at the latest.
+"""
 
 import asyncio
 import contextlib
@@ -8,6 +10,7 @@ import socket
 import stat
 from collections.abc import AsyncIterator, Mapping
 
+from envs.rock.config import Address, CommandResult, Denial, FileEntry, SandboxConfig, SandboxStatus
 from envs.rock.embedded import zygote_client
 from envs.rock.embedded.commands import (
     REPLY_GRACE,
@@ -18,7 +21,6 @@ from envs.rock.embedded.commands import (
     unspeakable,
     within,
 )
-from envs.rock.config import Address, CommandResult, Denial, FileEntry, SandboxConfig, SandboxStatus
 from envs.rock.errors import (
     IsolationError,
     SandboxClosedError,
@@ -49,13 +51,17 @@ _FILE_REASONS = {
 
 
 class EmbeddedSandbox(Sandbox):
-    """See Sandbox. Tiers: namespaces, or landlock where the machine refuses those and the config allows it."""
+    """See Sandbox.
+
+    Tiers: namespaces, or landlock where the machine refuses those and the config allows it.
+    """
 
     def __init__(self, config: SandboxConfig = SandboxConfig(), snapshot: Snapshot | None = None):
         super().__init__(config, snapshot)
         if snapshot is not None and not isinstance(snapshot, EmbeddedSnapshot):
             raise SandboxError(
-                f"an embedded sandbox starts from an EmbeddedSnapshot, not from {type(snapshot).__name__}"
+                "an embedded sandbox starts from an EmbeddedSnapshot, not from"
+                f" {type(snapshot).__name__}"
             )
         self._channel = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -73,8 +79,9 @@ class EmbeddedSandbox(Sandbox):
         report.require(self.config.isolation)
         if self.config.egress and report.tier == "landlock":
             raise IsolationError(
-                f"egress={self.config.egress}: the landlock tier refuses all sockets of a network and can grant none; leave egress empty, or use a "
-                "machine that gives the namespaces tier"
+                f"egress={self.config.egress}: the landlock tier refuses all sockets of a network"
+                " and can grant none; leave egress empty, or use a machine that gives the"
+                " namespaces tier"
             )
         if image := self.config.image if not self._snapshot else None:
             from envs.rock.images import (
@@ -84,7 +91,8 @@ class EmbeddedSandbox(Sandbox):
             await asyncio.to_thread(local.check, image)
         if self._snapshot and self._snapshot.tier != report.tier:
             raise SandboxStartError(
-                f"the snapshot is of tier {self._snapshot.tier}, and this sandbox would be of tier {report.tier}"
+                f"the snapshot is of tier {self._snapshot.tier}, and this sandbox would be of tier"
+                f" {report.tier}"
             )
         self._loop = asyncio.get_running_loop()
         async with zygote_client.start_gate:
@@ -217,7 +225,8 @@ class EmbeddedSandbox(Sandbox):
             raise ValueError(f"port {port} is not between 1 and 65535")
         if self.tier == "landlock":
             raise SandboxError(
-                "the landlock tier has no network of its own, so nothing can listen in it; the namespaces tier has one"
+                "the landlock tier has no network of its own, so nothing can listen in it; the"
+                " namespaces tier has one"
             )
         self._check_open()
         return await self._ways.expose(port)
@@ -366,7 +375,8 @@ class EmbeddedSandbox(Sandbox):
             )
         if asyncio.get_running_loop() is not self._loop:
             raise SandboxError(
-                "a sandbox is used from the event loop that started it; from elsewhere use envs.rock.sync.run"
+                "a sandbox is used from the event loop that started it; from elsewhere use"
+                " envs.rock.sync.run"
             )
 
     def _receive(self) -> None:
@@ -413,7 +423,10 @@ class EmbeddedSandbox(Sandbox):
 
 
 class EmbeddedSnapshot(Snapshot):
-    """It lives until `delete` or until this process ends. The sandboxes that start from it share a user id on the host, and nothing else."""
+    """It lives until `delete` or until this process ends.
+
+    The sandboxes that start from it share a user id on the host, and nothing else.
+    """
 
     def __init__(self, path: str, tier: str):
         self.path, self.tier = path, tier
@@ -423,7 +436,9 @@ class EmbeddedSnapshot(Snapshot):
 
 
 def _list(directory: int) -> list[FileEntry]:
-    """Everything below a directory, never through a link: each directory is opened beneath the first one, whatever is moved meanwhile."""
+    """Everything below a directory, never through a link: each directory is opened beneath the
+    first one, whatever is moved meanwhile.
+    """
     found, left = [], [""]
     while left:
         path = left.pop()
@@ -444,11 +459,13 @@ def _list(directory: int) -> list[FileEntry]:
                 kind = (
                     "directory"
                     if stat.S_ISDIR(status.st_mode)
-                    else "file"
-                    if stat.S_ISREG(status.st_mode)
-                    else "link"
-                    if stat.S_ISLNK(status.st_mode)
-                    else "special"
+                    else (
+                        "file"
+                        if stat.S_ISREG(status.st_mode)
+                        else "link"
+                        if stat.S_ISLNK(status.st_mode)
+                        else "special"
+                    )
                 )
                 found.append(FileEntry(inner, kind, status.st_size, stat.S_IMODE(status.st_mode)))
                 if kind == "directory":

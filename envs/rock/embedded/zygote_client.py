@@ -1,4 +1,6 @@
-"""The manager's end of the zygote (host/zygote.py): one for each process, started on first use, from any thread."""
+"""The manager's end of the zygote (host/zygote.py): one for each process, started on first use,
+from any thread.
+"""
 
 import asyncio
 import atexit
@@ -15,7 +17,10 @@ from envs.rock.config import SandboxConfig
 from envs.rock.errors import SandboxStartError
 from envs.rock.host.holder import parse, receive, send
 
-_BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from host import zygote; zygote.main(int(sys.argv[2]), int(sys.argv[3]))"
+_BOOT = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from host import zygote;"
+    " zygote.main(int(sys.argv[2]), int(sys.argv[3]))"
+)
 _HERE = str(pathlib.Path(__file__).parents[1])
 _END_SECONDS = 10.0
 STARTS_AT_ONCE = 16
@@ -71,8 +76,9 @@ class _Zygote:
     def __init__(self):
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.settimeout(_END_SECONDS)
-        # No preexec_fn, so Python uses vfork: a copy of this process's page tables would take longer than a sandbox. The environment
-        # is empty, so that no key of ours is in /proc of anything a sandbox descends from.
+        # No preexec_fn, so Python uses vfork: a copy of this process's page tables would take
+        # longer than a sandbox. The environment is empty, so that no key of ours is in /proc of
+        # anything a sandbox descends from.
         command = [
             sys.executable,
             "-I",

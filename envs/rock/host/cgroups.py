@@ -1,6 +1,8 @@
-"""Memory, process and CPU limits of one sandbox, in cgroups version 1 or 2, below the group that this process is in.
+"""Memory, process and CPU limits of one sandbox, in cgroups version 1 or 2, below the group that
+this process is in.
 
-Nothing is moved but the sandbox's own processes, and the limits that the machine set on us stay above theirs.
+Nothing is moved but the sandbox's own processes, and the limits that the machine set on us stay
+above theirs.
 """
 
 import os
@@ -39,7 +41,10 @@ def find() -> tuple[Place | None, str]:
             return Place(2, {name: parent for name in enabled}), ""
     return (
         None,
-        f"the cgroup {own_directory} (version 2) does not let this process limit memory and pids below it",
+        (
+            f"the cgroup {own_directory} (version 2) does not let this process limit memory and"
+            " pids below it"
+        ),
     )
 
 
@@ -77,7 +82,9 @@ def _own_directory(mount: tuple[str, str], path: str) -> str:
 
 
 def _enable(parent: str) -> list[str]:
-    """Version 2: the wanted controllers that children of `parent` can use, switched on where that is allowed."""
+    """Version 2: the wanted controllers that children of `parent` can use, switched on where that
+    is allowed.
+    """
     try:
         with open(f"{parent}/cgroup.controllers") as file:
             offered = file.read().split()
@@ -157,7 +164,9 @@ _USAGE = (
 
 
 class Meters:
-    """What a sandbox uses and how often its limits struck, through descriptors that stay valid when the files go out of sight."""
+    """What a sandbox uses and how often its limits struck, through descriptors that stay valid when
+    the files go out of sight.
+    """
 
     def __init__(self, directories: list[str]):
         self._events = {
@@ -196,7 +205,10 @@ def _counter(text: bytes, key: bytes) -> int:
 
 
 def remove(directories: list[str], kill: bool = False) -> list[str]:
-    """Remove groups; with `kill` their processes first. What still holds dying processes is returned, to be tried again."""
+    """Remove groups; with `kill` their processes first.
+
+    What still holds dying processes is returned, to be tried again.
+    """
     left = []
     for directory in directories:
         try:

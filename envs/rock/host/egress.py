@@ -1,9 +1,12 @@
-"""The guard of a sandbox's network namespace: it sees what looks for a way out, and lets through what is granted.
+"""The guard of a sandbox's network namespace: it sees what looks for a way out, and lets through
+what is granted.
 
-The namespace has no interface but loopback, and every address in the world is made local to it. So a packet to 8.8.8.8 arrives here, on
-loopback: nobody listens, the connection is refused at once, and a raw socket has told the guard who was wanted. For a granted port the guard listens
-itself. Names are resolved by the guard too, to addresses of its own choosing, so that a connection to one of them says which name was meant;
-nothing about a name that is not granted leaves the sandbox. The outer connection is made by the manager, outside.
+The namespace has no interface but loopback, and every address in the world is made local to it. So
+a packet to 8.8.8.8 arrives here, on loopback: nobody listens, the connection is refused at once,
+and a raw socket has told the guard who was wanted. For a granted port the guard listens itself.
+Names are resolved by the guard too, to addresses of its own choosing, so that a connection to one
+of them says which name was meant; nothing about a name that is not granted leaves the sandbox. The
+outer connection is made by the manager, outside.
 """
 
 import errno
@@ -60,9 +63,11 @@ Way = namedtuple(
 
 
 class Guard:
-    """Made and used inside the network namespace, with its capabilities, before anything of an agent runs there.
+    """Made and used inside the network namespace, with its capabilities, before anything of an
+    agent runs there.
 
-    Raises: OSError where the kernel refuses. Its sockets stay in that namespace, wherever they are served from.
+    Raises: OSError where the kernel refuses. Its sockets stay in that namespace, wherever they are
+    served from.
     """
 
     def __init__(self, grants: list[Grant]):
@@ -71,7 +76,8 @@ class Guard:
         self._uncounted = 0
         self._names: dict[str, str] = {}  # address inside -> name
         _make_every_address_local()
-        # Not one packet socket for all: its end would wait for every processor of the host (10 ms), that of a raw socket for none.
+        # Not one packet socket for all: its end would wait for every processor of the host (10 ms),
+        # that of a raw socket for none.
         self._ears = {
             ear.fileno(): ear for ear in (_listen_for(*kind) for kind in _PROTOCOLS) if ear
         }
@@ -122,7 +128,9 @@ class Guard:
         return connections
 
     def close(self) -> None:
-        """Where the guard lives on without its namespace's sockets (the Docker backend); a holder's end with it."""
+        """Where the guard lives on without its namespace's sockets (the Docker backend); a holder's
+        end with it.
+        """
         for one in (*self._ears.values(), self._resolver, *self._doors.values()):
             one.close()
 
@@ -150,7 +158,7 @@ class Guard:
             if protocol != "icmp" and len(data) >= start + 4
             else (0, 0)
         )
-        if protocol == "udp" and (source == 53 or port == 53 and ear.family == socket.AF_INET):
+        if protocol == "udp" and (source == 53 or (port == 53 and ear.family == socket.AF_INET)):
             return  # the guard's own answers, and what it is asked
         if protocol != "tcp" or not any(
             grant.port == port for grant in self._grants
@@ -163,7 +171,7 @@ class Guard:
         name = self._names.get(address)
         for grant in self._grants:
             if grant.port == port and (
-                grant.covers(name) or grant.name is None and grant.address == address
+                grant.covers(name) or (grant.name is None and grant.address == address)
             ):
                 return [(Way(name, grant.address, port), connection)]
         if not address.startswith("127."):
@@ -206,7 +214,8 @@ class Guard:
             else b""
         )
         header = query[:2] + struct.pack(">HHHHH", 0x8180 | code, 1, bool(answer), 0, 0)
-        # From the address that was asked: a program may ask 8.8.8.8 itself, and takes no other's answer.
+        # From the address that was asked: a program may ask 8.8.8.8 itself, and takes no other's
+        # answer.
         source = struct.pack("i4s4s", 0, socket.inet_aton(asked), b"\0" * 4)
         self._resolver.sendmsg(
             [header + query[12:end] + answer], [(socket.IPPROTO_IP, _IP_PKTINFO, source)], 0, asker
@@ -254,7 +263,9 @@ def _listen(port: int) -> socket.socket:
 
 
 def _listen_for(family: int, protocol: int) -> socket.socket | None:
-    """A raw socket that gets a copy of what comes for others than loopback's own addresses; None where the kernel has no such family."""
+    """A raw socket that gets a copy of what comes for others than loopback's own addresses; None
+    where the kernel has no such family.
+    """
     try:
         ear = socket.socket(family, socket.SOCK_RAW | socket.SOCK_NONBLOCK, protocol)
     except OSError as error:
@@ -268,7 +279,8 @@ def _listen_for(family: int, protocol: int) -> socket.socket | None:
 
 
 def _filter(four: bool, protocol: str) -> bytes:
-    """A classic BPF program: keep what goes elsewhere than to loopback; of TCP only openings (SYN without ACK), of ICMP only echo requests.
+    """A classic BPF program: keep what goes elsewhere than to loopback; of TCP only openings (SYN
+    without ACK), of ICMP only echo requests.
 
     The kernel hands it an IPv4 packet from its IP header on, an IPv6 packet from what follows that.
     """
@@ -300,7 +312,9 @@ def _filter(four: bool, protocol: str) -> bytes:
 
 
 def _assembled(program: list) -> bytes:
-    """Instructions (operation, value[, label if true, label if false]) and labels, as the kernel wants them."""
+    """Instructions (operation, value[, label if true, label if false]) and labels, as the kernel
+    wants them.
+    """
     places, instructions = {}, []
     for item in program:
         if isinstance(item, str):
@@ -319,7 +333,9 @@ def _assembled(program: list) -> bytes:
 
 
 def _question(query: bytes) -> tuple[str, int, int] | None:
-    """(name, type, where it ends) of a DNS query with one question (RFC 1035, 4.1); None for anything else."""
+    """(name, type, where it ends) of a DNS query with one question (RFC 1035, 4.1); None for
+    anything else.
+    """
     if len(query) < 17 or query[2] & 0xF8 or query[4:6] != b"\0\1":
         return None
     labels, place = [], 12

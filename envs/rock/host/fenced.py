@@ -1,8 +1,10 @@
-"""The Landlock tier, inside a holder: for machines that refuse user namespaces (ordinary containers, Colab).
+"""The Landlock tier, inside a holder: for machines that refuse user namespaces (ordinary
+containers, Colab).
 
-Landlock fences files, seccomp refuses sockets, rlimits bound each process, and as root every sandbox has a user id of its own, by
-which all it left behind can be killed. There is no private /proc, no total memory limit without cgroups, and the disk limit is a
-watchdog's: envs.rock.tiers names what is missing.
+Landlock fences files, seccomp refuses sockets, rlimits bound each process, and as root every
+sandbox has a user id of its own, by which all it left behind can be killed. There is no private
+/proc, no total memory limit without cgroups, and the disk limit is a watchdog's: envs.rock.tiers
+names what is missing.
 """
 
 import os
@@ -92,7 +94,11 @@ class Tier:
         err: int,
         keep: bool,
     ) -> Started:
-        """The grader. As root its bash is execute-only, so that its children cannot look into it (see namespaces.py). What it writes is kept always."""
+        """The grader.
+
+        As root its bash is execute-only, so that its children cannot look into it (see
+        namespaces.py). What it writes is kept always.
+        """
         for name, content in files.items():
             linux.write_file(f"{self._hidden}/{name}", content)
         bash = self._spec["verifier_bash"] if self._own_uid else "/bin/bash"
@@ -129,7 +135,8 @@ class Tier:
 
     def _limit_resources(self) -> None:
         memory = self._spec["memory_bytes"]
-        # DATA bounds heaps; AS, wider because threads and runtimes reserve address space that they never touch, the rest.
+        # DATA bounds heaps; AS, wider because threads and runtimes reserve address space that they
+        # never touch, the rest.
         linux.lower_limit(resource.RLIMIT_DATA, memory)
         linux.lower_limit(resource.RLIMIT_AS, memory + (2 << 30))
         linux.lower_limit(
@@ -147,7 +154,9 @@ class Tier:
             os.unlink(entry.path)
 
     def kill_leftovers(self) -> int:
-        """Kill and collect every process of this sandbox, which lost its parent to us; returns how many resisted."""
+        """Kill and collect every process of this sandbox, which lost its parent to us; returns how
+        many resisted.
+        """
         deadline = time.monotonic() + KILL_SECONDS
         self._kill_all()
         while children := linux.children_of(os.getpid()):
@@ -188,7 +197,8 @@ class Tier:
                         if stat.S_ISDIR(status.st_mode):
                             pending.append(entry.path)
             except OSError:
-                continue  # it vanished, or an ordinary user may not look: the watchdog counts what it can see
+                # it vanished, or an ordinary user may not look: the watchdog counts what it can see
+                continue
             if count > self._spec["inodes"]:
                 break
         return total, count

@@ -1,7 +1,8 @@
 """One holder for each sandbox: owns its file tree, starts its commands, and outlives none of them.
 
-It is forked from the zygote and speaks with the manager over one SOCK_SEQPACKET socket: a JSON request with descriptors, a JSON reply.
-Time limits are kept here, so a manager that is busy compiling does not stretch them.
+It is forked from the zygote and speaks with the manager over one SOCK_SEQPACKET socket: a JSON
+request with descriptors, a JSON reply. Time limits are kept here, so a manager that is busy
+compiling does not stretch them.
 """
 
 import array
@@ -61,7 +62,10 @@ class Running:
         )
 
     def kill(self, reason: str) -> None:
-        """Its end is noticed, and told, in `serve`. A shell that does not survive its command's death by SHELL_GRACE dies at the second call."""
+        """Its end is noticed, and told, in `serve`.
+
+        A shell that does not survive its command's death by SHELL_GRACE dies at the second call.
+        """
         again = reason in self.limits_hit
         self.limits_hit.append(reason)
         self.deadline = time.monotonic() + KILL_SECONDS
@@ -97,7 +101,8 @@ class Holder:
     def set_up(self) -> str:
         """Enter the tier; returns the path of the workspace."""
         self._root = self._tier.set_up()
-        # CORE is 1, not 0: a core_pattern that is a pipe ignores 0, and the host's crash handler would run.
+        # CORE is 1, not 0: a core_pattern that is a pipe ignores 0, and the host's crash handler
+        # would run.
         for kind, value in (
             (resource.RLIMIT_CORE, 1),
             (resource.RLIMIT_FSIZE, self._spec["disk_bytes"]),
@@ -113,7 +118,10 @@ class Holder:
         return self._tier.workspace
 
     def serve(self) -> None:
-        """Until the manager closes the socket or dies. Nothing of the sandbox runs when this returns."""
+        """Until the manager closes the socket or dies.
+
+        Nothing of the sandbox runs when this returns.
+        """
         self._poller.register(self._channel, select.POLLIN)
         guarded = self._tier.guard.descriptors() if self._tier.guard else ()
         for descriptor in guarded:
@@ -124,7 +132,8 @@ class Holder:
                 descriptor
                 for descriptor, _ in self._poller.poll(self._milliseconds_to_next_check())
             ]
-            # What an event is about is looked up before any is served: a request may end a command and start one under the same number.
+            # What an event is about is looked up before any is served: a request may end a command
+            # and start one under the same number.
             seen = [
                 (descriptor, self._running.get(descriptor), self._sessions.get(descriptor))
                 for descriptor in ready
@@ -210,7 +219,9 @@ class Holder:
         )
 
     def _serve_verify(self, request: dict, descriptors: list[int]) -> None:
-        """Grade: everything of the agent dies before the script is within reach of any process of the sandbox."""
+        """Grade: everything of the agent dies before the script is within reach of any process of
+        the sandbox.
+        """
         self._kill_everything()
         out, err, script, content = descriptors
         files, offset = {}, 0
@@ -245,9 +256,8 @@ class Holder:
                 session.pass_pipes,
             )
         )
-        self._sessions[session.pidfd] = (
-            session  # a shell that could not be executed ends at once, and its first command says so
-        )
+        # a shell that could not be executed ends at once, and its first command says so
+        self._sessions[session.pidfd] = session
         self._poller.register(session.pidfd, select.POLLIN)
         self._reply(request["id"], session=session.name)
 
@@ -306,8 +316,11 @@ class Holder:
         self._reply(request["id"], denials=self._tier.guard.records if self._tier.guard else [])
 
     def _let_out(self, connections: list[tuple[Way, socket.socket]]) -> None:
-        """Hand granted connections to the manager, which makes their outer ends. What it has no room for at this moment is closed: an agent must
-        not hold us up, nor bring us down, by connections that a busy manager does not take."""
+        """Hand granted connections to the manager, which makes their outer ends.
+
+        What it has no room for at this moment is closed: an agent must not hold us up, nor bring us
+        down, by connections that a busy manager does not take.
+        """
         for way, connection in connections:
             with connection:
                 try:
@@ -321,7 +334,9 @@ class Holder:
                             socket.MSG_DONTWAIT,
                         )
                 except OSError:
-                    pass  # too many descriptors on their way; a manager that is gone is noticed by the next receive
+                    # too many descriptors on their way; a manager that is gone is noticed by the
+                    # next receive
+                    pass
 
     def _denials(self) -> int | None:
         if self._tier.guard is None:
@@ -330,7 +345,9 @@ class Holder:
         return self._tier.guard.denials()
 
     def _serve_connect(self, request: dict, descriptors: list[int]) -> None:
-        """A connection to something that listens in the sandbox: its loopback answers at once, with yes, no, or a full queue."""
+        """A connection to something that listens in the sandbox: its loopback answers at once, with
+        yes, no, or a full queue.
+        """
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as inner:
             inner.settimeout(CONNECT_SECONDS)
             inner.connect(("127.0.0.1", request["port"]))
@@ -383,7 +400,10 @@ class Holder:
         session.close()
 
     def _tell_end(self, running: Running, code: int, shell_ended: bool) -> None:
-        """The command ended. All that it left dies with it, unless a session or another command is there that may own it."""
+        """The command ended.
+
+        All that it left dies with it, unless a session or another command is there that may own it.
+        """
         seconds = time.monotonic() - running.began
         survivors = 0 if self._sessions or self._running else self._tier.kill_leftovers()
         self._tier.finished()
@@ -436,7 +456,9 @@ class Holder:
         self._reply(request["id"])
 
     def _serve_open(self, request: dict, descriptors: list[int]) -> None:
-        """Open a regular file of the workspace for the manager, or a directory to list, following no link out of it."""
+        """Open a regular file of the workspace for the manager, or a directory to list, following
+        no link out of it.
+        """
         with self._tier.as_owner():
             descriptor = self._open(request)
         try:

@@ -1,6 +1,7 @@
 """Landlock: the file-system fence of the tier that needs no namespaces. ABI 1 (Linux 5.13) to 7.
 
-Read and execute below the system's program directories, everything below the workspace, a few devices; nothing else opens.
+Read and execute below the system's program directories, everything below the workspace, a few
+devices; nothing else opens.
 """
 
 import ctypes
@@ -49,13 +50,19 @@ def abi() -> int:
 
 
 def _file_rights(version: int) -> int:
-    """Every file-system right that this version knows. A right not handled would stay allowed everywhere."""
+    """Every file-system right that this version knows.
+
+    A right not handled would stay allowed everywhere.
+    """
     newest = {1: 12, 2: 13, 3: 14, 4: 14}.get(version, 15)
     return (1 << (newest + 1)) - 1
 
 
 def ruleset(writable: tuple[str, ...], readable: tuple[str, ...]) -> int:
-    """A descriptor for `restrict`. Below the writable directories everything is allowed but making devices."""
+    """A descriptor for `restrict`.
+
+    Below the writable directories everything is allowed but making devices.
+    """
     version = abi()
     if version < 1:
         raise OSError("this kernel offers no Landlock")

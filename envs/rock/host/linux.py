@@ -1,4 +1,7 @@
-"""The few system calls that the standard library lacks, through ctypes. Linux on x86_64 and aarch64."""
+"""The few system calls that the standard library lacks, through ctypes.
+
+Linux on x86_64 and aarch64.
+"""
 
 import ctypes
 import errno
@@ -46,9 +49,8 @@ RESOLVE_NO_MAGICLINKS, RESOLVE_BENEATH = 0x02, 0x08
 AT_FDCWD, AT_RECURSIVE, MNT_DETACH = -100, 0x8000, 2
 SIOCSIFFLAGS, SIOCOUTQ, IFF_UP, SO_ATTACH_FILTER = 0x8914, 0x5411, 1, 26
 
-FIRST_PASSED_FD = (
-    80  # descriptors handed to a new program lie from here on; a holder's own ones below
-)
+# descriptors handed to a new program lie from here on; a holder's own ones below
+FIRST_PASSED_FD = 80
 ARCHITECTURE = platform.machine()
 
 
@@ -80,7 +82,9 @@ def mount(source: str, target: str, kind: str | None, flags: int, data: str | No
 
 
 def restrict_mount(path: str, flags: int, recursive: bool = False) -> None:
-    """Add MS_RDONLY, MS_NOSUID, ... to the mount at `path` (and those below it), keeping what it has."""
+    """Add MS_RDONLY, MS_NOSUID, ... to the mount at `path` (and those below it), keeping what it
+    has.
+    """
     attributes = (ctypes.c_uint64 * 4)(flags, 0, 0, 0)
     syscall(
         f"mount_setattr {path}",
@@ -147,7 +151,10 @@ def prctl(option: int, value: int, pointer: object = None) -> None:
 
 
 def install_filter(program: bytes) -> None:
-    """Load a seccomp filter (seccomp.build) into this process, for good. Needs no_new_privs or root."""
+    """Load a seccomp filter (seccomp.build) into this process, for good.
+
+    Needs no_new_privs or root.
+    """
     instructions = ctypes.create_string_buffer(program, len(program))
     prctl(
         PR_SET_SECCOMP,
@@ -177,7 +184,9 @@ def syscall(what: str, number: int, *arguments: object) -> int:
 
 
 def set_filesystem_ids(uid: int, gid: int) -> None:
-    """From here on this process creates and opens files as (uid, gid), without root's right to pass over permissions."""
+    """From here on this process creates and opens files as (uid, gid), without root's right to pass
+    over permissions.
+    """
     _libc.setfsgid(ctypes.c_uint(gid))
     _libc.setfsuid(ctypes.c_uint(uid))
     if _libc.setfsuid(ctypes.c_int(-1)) != uid:  # the call reports the previous value and no error
@@ -185,7 +194,9 @@ def set_filesystem_ids(uid: int, gid: int) -> None:
 
 
 def open_beneath(directory_fd: int, path: str, flags: int, mode: int = 0) -> int:
-    """openat2 that follows links only while they stay below directory_fd: `..`, absolute links and /proc magic links raise EXDEV."""
+    """openat2 that follows links only while they stay below directory_fd: `..`, absolute links and
+    /proc magic links raise EXDEV.
+    """
     how = _OpenHow(flags | os.O_CLOEXEC, mode, RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS)
     for _ in range(100):
         try:
@@ -242,7 +253,10 @@ def descendants_of(roots: set[int]) -> set[int]:
 
 
 def kill_trees(find: Callable[[], set[int]]) -> None:
-    """SIGKILL for the processes that `find` returns. They are stopped first, or they would fork while they are killed."""
+    """SIGKILL for the processes that `find` returns.
+
+    They are stopped first, or they would fork while they are killed.
+    """
     stopped: set[int] = set()
     while fresh := find() - stopped:
         for pid in fresh:
@@ -261,7 +275,9 @@ def signal_process(pid: int, number: int) -> None:
 
 
 def kill_all_of(uid: int | None = None) -> None:
-    """SIGKILL for every process of a sandbox's user id; without one, for all of the pid namespace that our children are in, but its init."""
+    """SIGKILL for every process of a sandbox's user id; without one, for all of the pid namespace
+    that our children are in, but its init.
+    """
     killer = os.fork()
     if killer == 0:
         try:
@@ -281,7 +297,9 @@ def lower_limit(kind: int, value: int) -> None:
 
 
 def restore_access(directory: str) -> None:
-    """Give a directory back to its owner: after `chmod 0 .` no command could start, and a failure would look like ours."""
+    """Give a directory back to its owner: after `chmod 0 .` no command could start, and a failure
+    would look like ours.
+    """
     mode = stat.S_IMODE(os.stat(directory).st_mode)
     if mode & 0o700 != 0o700:
         os.chmod(directory, mode | 0o700)

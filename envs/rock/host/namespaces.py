@@ -1,4 +1,5 @@
-"""The namespaces tier, inside a holder: a private machine made once, and a fork of the holder for each command.
+"""The namespaces tier, inside a holder: a private machine made once, and a fork of the holder for
+each command.
 
     holder      has all capabilities in user, mount, network, IPC, UTS and cgroup namespaces of its own, none outside them
       init      process 1 of the sandbox's pid namespace: makes the mounts that commands see, then becomes a program that only waits
@@ -66,7 +67,9 @@ _KERNEL_SETTINGS = (
 
 
 class Mapping:
-    """Only a process outside a new user namespace may map an id that is not its own: the zygote does it for its holder."""
+    """Only a process outside a new user namespace may map an id that is not its own: the zygote
+    does it for its holder.
+    """
 
     def __init__(self):
         self._unshared, self._mapped = os.pipe(), os.pipe()
@@ -84,7 +87,10 @@ class Mapping:
             os.close(descriptor)
 
     def serve(self, pid: int, uid: int, gid: int) -> None:
-        """In the zygote, after fork: map INNER_ID to (uid, gid) outside. A holder that failed before is noticed by its silence."""
+        """In the zygote, after fork: map INNER_ID to (uid, gid) outside.
+
+        A holder that failed before is noticed by its silence.
+        """
         os.close(self._unshared[1])
         try:
             if select.select([self._unshared[0]], [], [], START_SECONDS)[0] and os.read(
@@ -114,13 +120,16 @@ class Tier:
         self._filter = seccomp.build(linux.ARCHITECTURE, network=True)
 
     def set_up(self) -> int:
-        """Enter the namespaces, build the tree and start init; returns a descriptor of the workspace."""
+        """Enter the namespaces, build the tree and start init; returns a descriptor of the
+        workspace.
+        """
         _enter_namespaces(self._spec["mapping"])
         self.guard = egress.Guard([egress.Grant(*fields) for fields in self._spec["egress"]])
         _build_tree(self._spec["disk_bytes"], self._spec["inodes"], self._spec["snapshot"])
         self._first_inodes = _inodes()
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
-        linux.drop_bounding_set()  # a program can never get a capability; the holder keeps those it has
+        # a program can never get a capability; the holder keeps those it has
+        linux.drop_bounding_set()
         self._start_init()
         return os.open(f"{TREE}/workspace", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
@@ -163,11 +172,12 @@ class Tier:
         err: int,
         keep: bool,
     ) -> Started:
-        """The grader: a view of the workspace that nobody sees but it, its own empty /tmp, shared memory and IPC, its files in /run/verifier,
-        and a bash that its children cannot look into.
+        """The grader: a view of the workspace that nobody sees but it, its own empty /tmp, shared
+        memory and IPC, its files in /run/verifier, and a bash that its children cannot look into.
 
-        That bash is execute-only, so the kernel marks the process undumpable: what the verifier runs (the agent's program, say) cannot
-        read its memory, environment or descriptors through /proc. The script is a descriptor, never a file.
+        That bash is execute-only, so the kernel marks the process undumpable: what the verifier
+        runs (the agent's program, say) cannot read its memory, environment or descriptors through
+        /proc. The script is a descriptor, never a file.
         """
 
         def become() -> None:
@@ -197,7 +207,9 @@ class Tier:
         return self._start(become, out, err)
 
     def _cover_workspace(self) -> None:
-        """In a verifier's own mounts: what is written in /workspace from here on lies in a file system of its own, which ends with them."""
+        """In a verifier's own mounts: what is written in /workspace from here on lies in a file
+        system of its own, which ends with them.
+        """
         os.mkdir("/run/view")
         linux.mount(
             "tmpfs",
@@ -224,8 +236,9 @@ class Tier:
         os.chdir(self.workspace)
 
     def _execute(self, program: str | int, arguments: list[str], environment: dict) -> None:
-        # Counted inside this sandbox's own user namespace, so siblings do not eat each other's share. Set here and not in the holder, whose
-        # forks must not fail when a bomb has filled it.
+        # Counted inside this sandbox's own user namespace, so siblings do not eat each other's
+        # share. Set here and not in the holder, whose forks must not fail when a bomb has filled
+        # it.
         linux.lower_limit(resource.RLIMIT_NPROC, self._spec["pids"] + 2)  # the holder and init
         linux.drop_capabilities()
         linux.install_filter(self._filter)
@@ -237,7 +250,8 @@ class Tier:
     def kill_leftovers(self) -> int:
         """Kill what a command left, and wait until it is gone; returns how many resisted.
 
-        Whoever lost its parent in the pid namespace is a child of init, which collects the dead without being asked.
+        Whoever lost its parent in the pid namespace is a child of init, which collects the dead
+        without being asked.
         """
         deadline = time.monotonic() + KILL_SECONDS
         while left := linux.children_of(self._init):
@@ -279,10 +293,12 @@ class _Already:
 
 
 def _enter_namespaces(mapping: Mapping) -> None:
-    """New namespaces in which this process has every capability, while the kernel knows it by an id that owns nothing.
+    """New namespaces in which this process has every capability, while the kernel knows it by an id
+    that owns nothing.
 
-    As real root the namespace is made first and the id dropped after it: systems that restrict user namespaces of ordinary ids
-    allow that, and no process of a sandbox ever runs with the kernel's id 0 (which could write /proc/sys).
+    As real root the namespace is made first and the id dropped after it: systems that restrict user
+    namespaces of ordinary ids allow that, and no process of a sandbox ever runs with the kernel's
+    id 0 (which could write /proc/sys).
     """
     if os.geteuid() == 0:
         os.setgroups([])
@@ -342,7 +358,9 @@ def _make_writable_part() -> None:
 
 
 def _stack(lower: int, disk: str, place: str) -> None:
-    """Mount at `place` an overlay of a directory and what is written on `disk`; a copy where the kernel cannot (before 6.6: no user attributes in a tmpfs)."""
+    """Mount at `place` an overlay of a directory and what is written on `disk`; a copy where the
+    kernel cannot (before 6.6: no user attributes in a tmpfs).
+    """
     os.mkdir(f"{disk}/upper", 0o755)
     os.mkdir(f"{disk}/work")
     try:
@@ -389,8 +407,9 @@ def _write_settings(etc: str) -> None:
 def _be_init(lifeline: socket.socket, waiting_program: int) -> None:
     """The life of process 1. Never returns.
 
-    In the end it is a program that reads until the holder's end of the lifeline closes: a tenth of this process's memory. It has the
-    commands' own id, but they cannot open it, for it may only be executed, nor end it.
+    In the end it is a program that reads until the holder's end of the lifeline closes: a tenth of
+    this process's memory. It has the commands' own id, but they cannot open it, for it may only be
+    executed, nor end it.
     """
     try:
         linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -410,7 +429,9 @@ def _be_init(lifeline: socket.socket, waiting_program: int) -> None:
 
 
 def _make_view() -> None:
-    """A second mount namespace whose root is ROOT: what commands see, and nothing of the host beneath it."""
+    """A second mount namespace whose root is ROOT: what commands see, and nothing of the host
+    beneath it.
+    """
     linux.unshare(linux.CLONE_NEWNS)
     linux.mount(ROOT, ROOT, None, linux.MS_BIND | linux.MS_REC)
     linux.restrict_mount(ROOT, linux.MS_RDONLY | _SAFE, recursive=True)

@@ -1,10 +1,13 @@
-"""One command's first process: forked from the holder, put into its limits, and turned into the command."""
+"""One command's first process: forked from the holder, put into its limits, and turned into the
+command.
+"""
 
 import os
 import signal
 from collections.abc import Callable
 
-# Python ignores these for itself, and a new program would inherit that: `yes | head` would never end.
+# Python ignores these for itself, and a new program would inherit that: `yes | head` would never
+# end.
 RESTORED_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT)
 COULD_NOT_START = 125
 
@@ -17,10 +20,12 @@ class Started:
 
 
 def start(become: Callable[[], None], cgroup_entries: list[int], out: int, err: int) -> Started:
-    """Fork a process with no input, output to `out` and `err`, in its cgroups and a session of its own, that calls `become`.
+    """Fork a process with no input, output to `out` and `err`, in its cgroups and a session of its
+    own, that calls `become`.
 
     Args:
-      become: fences the process and executes the program; an exception in it is the returned failure.
+      become: fences the process and executes the program; an exception in it is the returned
+        failure.
       cgroup_entries: descriptors of cgroup.procs files.
     """
     failure_read, failure_write = os.pipe()
@@ -34,7 +39,7 @@ def start(become: Callable[[], None], cgroup_entries: list[int], out: int, err: 
             for number in RESTORED_SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
             become()
-        except BaseException as error:  # noqa: B036 - whatever it was, this fork must not go on as a second holder
+        except BaseException as error:
             os.write(failure_write, str(error).encode()[:2000])
         finally:
             os._exit(COULD_NOT_START)

@@ -1,7 +1,8 @@
 """The system-call filter of every sandbox: a small assembler for classic BPF, x86_64 and aarch64.
 
-A deny list: what a shell task needs stays open; what enlarges the kernel's surface (io_uring, bpf, odd socket families, new user
-namespaces, keyrings, ...) answers EPERM. Calls newer than this file answer ENOSYS. A foreign architecture kills the process.
+A deny list: what a shell task needs stays open; what enlarges the kernel's surface (io_uring, bpf,
+odd socket families, new user namespaces, keyrings, ...) answers EPERM. Calls newer than this file
+answer ENOSYS. A foreign architecture kills the process.
 """
 
 import errno
@@ -9,7 +10,8 @@ import functools
 import struct
 
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-NEWEST_CALL = 472  # calls from 424 on have one number everywhere; above this one nobody has looked at them here
+# calls from 424 on have one number everywhere; above this one nobody has looked at them here
+NEWEST_CALL = 472
 X32_BIT = 0x40000000
 
 # name: (x86_64, aarch64); None where the architecture never had the call.
@@ -103,9 +105,8 @@ _SOCKET, _SOCKETPAIR, _IOCTL, _CLONE, _KILL, _PRLIMIT = (
     (302, 261),
 )
 
-_NEW_NAMESPACES = (
-    0x7E020000  # CLONE_NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET
-)
+# CLONE_NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET
+_NEW_NAMESPACES = 0x7E020000
 _TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
 _AF_UNIX, _AF_INET, _AF_INET6 = 1, 2, 10
 
@@ -128,9 +129,11 @@ def build(architecture: str, *, network: bool, own_processes: bool = True) -> by
 
     Args:
       architecture: as platform.machine() says it.
-      network: the sandbox has its own network and IPC namespaces, so internet and unix sockets and System V IPC are harmless.
-        False: no sockets but socketpair(AF_UNIX), since nothing else would keep a process from the host's.
-      own_processes: False where kill(-1) would reach processes outside the sandbox; it is then refused.
+      network: the sandbox has its own network and IPC namespaces, so internet and unix sockets and
+        System V IPC are harmless. False: no sockets but socketpair(AF_UNIX), since nothing else
+        would keep a process from the host's.
+      own_processes: False where kill(-1) would reach processes outside the sandbox; it is then
+        refused.
     """
     if architecture not in ARCHITECTURES:
         raise ValueError(
@@ -173,7 +176,9 @@ def build(architecture: str, *, network: bool, own_processes: bool = True) -> by
 def _only(
     number: int, argument: int, allowed: tuple[int, ...], answer: int
 ) -> list[tuple[int, int, int, int]]:
-    """Call `number` passes only with one of these values; any other call goes on to the next instruction."""
+    """Call `number` passes only with one of these values; any other call goes on to the next
+    instruction.
+    """
     body = [(_LOAD, 0, 0, _ARGUMENT[argument])]
     for value in allowed:
         body += [(_JUMP_EQUAL, 0, 1, value), (_RETURN, 0, 0, ALLOW)]
@@ -182,7 +187,9 @@ def _only(
 
 
 def _never(number: int, argument: int, refused: tuple[int, ...]) -> list[tuple[int, int, int, int]]:
-    """Call `number` fails with one of these values and passes otherwise; any other call goes on to the next instruction."""
+    """Call `number` fails with one of these values and passes otherwise; any other call goes on to
+    the next instruction.
+    """
     body = [(_LOAD, 0, 0, _ARGUMENT[argument])]
     for value in refused:
         body += [(_JUMP_EQUAL, 0, 1, value), (_RETURN, 0, 0, _refuse(errno.EPERM))]

@@ -1,7 +1,8 @@
-"""A persistent shell in a sandbox: bash reads commands from one pipe and says how each ended on another.
+"""A persistent shell in a sandbox: bash reads commands from one pipe and says how each ended on
+another.
 
-Both pipes are closed while a command runs, so nothing that it starts can forge an exit code; what the shell itself is made to do is
-the shell's own affair, and its end is seen by its pidfd.
+Both pipes are closed while a command runs, so nothing that it starts can forge an exit code; what
+the shell itself is made to do is the shell's own affair, and its end is seen by its pidfd.
 """
 
 import fcntl

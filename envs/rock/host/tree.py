@@ -1,4 +1,6 @@
-"""Copies of a sandbox's files, made inside its holder: what a snapshot is, and how a tier without overlays starts from one."""
+"""Copies of a sandbox's files, made inside its holder: what a snapshot is, and how a tier without
+overlays starts from one.
+"""
 
 import errno
 import os
@@ -9,10 +11,12 @@ _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 def copy_tree(source: int, target: int, owner: tuple[int, int] | None = None) -> None:
-    """Copy the directories, regular files and links below one directory into another, with modes and times; symbolic links are not followed.
+    """Copy the directories, regular files and links below one directory into another, with modes
+    and times; symbolic links are not followed.
 
-    What is none of these is left out, and so are setuid bits. Holes stay holes and hard links stay links: else thousands of files of
-    nothing, or names of one file, would fill the host's disk. Nothing may be written below `source` meanwhile.
+    What is none of these is left out, and so are setuid bits. Holes stay holes and hard links stay
+    links: else thousands of files of nothing, or names of one file, would fill the host's disk.
+    Nothing may be written below `source` meanwhile.
 
     Args:
       source, target: descriptors of directories.

@@ -2,9 +2,10 @@
 
     manager (JAX, large) -- zygote (10 MB) -- holder (one a sandbox) -- command
 
-Forking from here costs a millisecond whatever the manager's size. Every link dies with the one before it: the zygote watches the
-manager, holders die with the zygote, commands with their holder. The zygote also makes and removes what lies outside a sandbox (cgroups,
-directories, the user id it runs under), and at its start sweeps what a killed zygote left.
+Forking from here costs a millisecond whatever the manager's size. Every link dies with the one
+before it: the zygote watches the manager, holders die with the zygote, commands with their holder.
+The zygote also makes and removes what lies outside a sandbox (cgroups, directories, the user id it
+runs under), and at its start sweeps what a killed zygote left.
 """
 
 import fcntl
@@ -21,9 +22,8 @@ import time
 from . import cgroups, fenced, linux, namespaces, seccomp
 from .holder import Holder, receive, send
 
-FIRST_ID = (
-    200_000  # user ids of sandboxes when the manager is root: one each, far from any real user's
-)
+# user ids of sandboxes when the manager is root: one each, far from any real user's
+FIRST_ID = 200_000
 SLOTS = 20_000
 RECORD_BYTES = 4096
 RETRY_SECONDS = 0.02
@@ -31,10 +31,11 @@ REMOVE_SECONDS = 10.0
 
 
 class Slot:
-    """A number that no other sandbox on this machine has while it lives, and the record of what to clean up after it.
+    """A number that no other sandbox on this machine has while it lives, and the record of what to
+    clean up after it.
 
-    From it comes the user id that owns the sandbox's files. Snapshots of them, and sandboxes that start from those, have the same id:
-    they hold the slot too, and the last one lets go of it.
+    From it comes the user id that owns the sandbox's files. Snapshots of them, and sandboxes that
+    start from those, have the same id: they hold the slot too, and the last one lets go of it.
     """
 
     def __init__(self, base: str, number: int, lock: int):
@@ -64,7 +65,9 @@ class Slot:
         )
 
     def clean(self) -> bool:
-        """End and remove what the sandbox had outside itself; False while something still holds a part of it."""
+        """End and remove what the sandbox had outside itself; False while something still holds a
+        part of it.
+        """
         if self.fenced and os.geteuid() == 0:  # a pid namespace dies with its holder
             linux.kill_all_of(self.uid)
         self.cgroups = cgroups.remove(self.cgroups, kill=True)
@@ -86,7 +89,10 @@ class Slot:
 
 
 class Snapshot:
-    """A directory with a copy of one sandbox's files. It goes when it is deleted and no sandbox that started from it is left."""
+    """A directory with a copy of one sandbox's files.
+
+    It goes when it is deleted and no sandbox that started from it is left.
+    """
 
     def __init__(self, path: str, owner: Slot):
         self.path, self.owner = path, owner.hold()
@@ -104,8 +110,13 @@ class Snapshot:
 
 
 def _remove_tree(directory: str) -> bool:
-    """Remove it whatever permissions the agent took from its directories. Links are removed, not followed."""
-    import shutil  # here, like nothing else: every sandbox is a fork of this process, and pays for what it has loaded
+    """Remove it whatever permissions the agent took from its directories.
+
+    Links are removed, not followed.
+    """
+    # here, like nothing else: every sandbox is a fork of this process, and pays for what it has
+    # loaded
+    import shutil
 
     shutil.rmtree(directory, ignore_errors=True)
     if os.path.isdir(directory):
@@ -118,7 +129,10 @@ def _remove_tree(directory: str) -> bool:
 
 
 def state_directory() -> str:
-    """Where slots lie. Made by this user alone: a directory that someone else put there is refused."""
+    """Where slots lie.
+
+    Made by this user alone: a directory that someone else put there is refused.
+    """
     path = os.path.join(os.environ["TMPDIR"], f"rock-{os.getuid()}")
     try:
         os.mkdir(path, 0o711)
@@ -295,7 +309,9 @@ class Zygote:
         raise OSError(f"all {SLOTS} sandbox slots of this machine are taken")
 
     def _bury(self, pidfd: int) -> None:
-        """A holder ended: clean up, and only then close the channel, which tells the manager that nothing is left."""
+        """A holder ended: clean up, and only then close the channel, which tells the manager that
+        nothing is left.
+        """
         pid, slot, channel = self._holders.pop(pidfd)
         self._poller.unregister(pidfd)
         os.close(pidfd)
@@ -303,7 +319,10 @@ class Zygote:
         self._dirty.append((time.monotonic() + REMOVE_SECONDS, slot, channel))
 
     def _orphans(self) -> bool:
-        """Whether a holder that was killed left processes that are not gone yet. Not waited for one by one: an init ends after all others."""
+        """Whether a holder that was killed left processes that are not gone yet.
+
+        Not waited for one by one: an init ends after all others.
+        """
         orphans = set(linux.children_of(os.getpid())) - {
             holder for holder, _, _ in self._holders.values()
         }
@@ -316,7 +335,7 @@ class Zygote:
             return
         waiting, orphans = [], self._orphans()
         for deadline, slot, channel in self._dirty:
-            if not orphans and slot.clean() or time.monotonic() > deadline:
+            if (not orphans and slot.clean()) or time.monotonic() > deadline:
                 channel.close()
             else:
                 waiting.append((deadline, slot, channel))
@@ -341,7 +360,9 @@ class Zygote:
 
 
 def execute_only(program: str) -> int:
-    """A copy of it, as a descriptor, that can be executed and not read: the kernel lets nobody look into such a process."""
+    """A copy of it, as a descriptor, that can be executed and not read: the kernel lets nobody look
+    into such a process.
+    """
     descriptor = os.memfd_create(os.path.basename(program), os.MFD_CLOEXEC)
     with open(program, "rb") as file:
         while os.sendfile(descriptor, file.fileno(), None, 1 << 24):
@@ -382,7 +403,7 @@ def _run_holder(channel: socket.socket, spec: dict) -> None:
                 },
             )
             holder.serve()
-    except BaseException:  # noqa: B036 - reported below, and this process must end here
+    except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
         os._exit(0)

@@ -1,8 +1,11 @@
-"""Images from Dockerfiles, built once: the tag is a digest of the Dockerfile, its context and its build arguments.
+"""Images from Dockerfiles, built once: the tag is a digest of the Dockerfile, its context and its
+build arguments.
 
-A build runs as root in the engine's ordinary build container, with a memory limit and without a network unless that is asked for; a base image that
-the engine lacks is pulled by the engine itself all the same. Base images count by their names: name one by digest (FROM debian@sha256:...) where it
-must not change. The engine's classic builder is spoken to, which knows neither RUN --mount nor here-documents.
+A build runs as root in the engine's ordinary build container, with a memory limit and without a
+network unless that is asked for; a base image that the engine lacks is pulled by the engine itself
+all the same. Base images count by their names: name one by digest (FROM debian@sha256:...) where it
+must not change. The engine's classic builder is spoken to, which knows neither RUN --mount nor
+here-documents.
 """
 
 import asyncio
@@ -41,7 +44,8 @@ async def build(
     memory_mb: int = 2048,
     timeout: float = 600.0,
 ) -> str:
-    """The image's name, for SandboxConfig.image: at once where it is there already, else when it is built.
+    """The image's name, for SandboxConfig.image: at once where it is there already, else when it is
+    built.
 
     Args:
       context: the directory that the Dockerfile may copy from, less what its .dockerignore names.
@@ -50,7 +54,8 @@ async def build(
       network: whether RUN lines reach the network (the engine's default one).
       timeout: seconds; then the engine is told to give the build up.
     Raises:
-      ImageError: what was wrong, with the end of the log. SandboxStartError where no engine answers.
+      ImageError: what was wrong, with the end of the log. SandboxStartError where no engine
+        answers.
     """
     deadline = time.monotonic() + timeout
     host = await asyncio.to_thread(engine)
@@ -73,12 +78,14 @@ async def build(
         building = asyncio.ensure_future(asyncio.to_thread(builder.run, host, file, options))
         try:
             await asyncio.wait_for(asyncio.shield(building), max(0.0, deadline - time.monotonic()))
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise ImageError(
                 f"{name} was not built from {context} within {timeout:g} s", builder.log()
             ) from None
         finally:
-            while not building.done():  # the file is the thread's until it has ended; giving up ends it, but there may be nothing to give up yet
+            # the file is the thread's until it has ended; giving up ends it, but there may be
+            # nothing to give up yet
+            while not building.done():
                 builder.give_up()
                 await asyncio.wait({building}, timeout=0.1)
             building.cancelled() or building.exception()
@@ -92,7 +99,9 @@ def _name(digest: str, dockerfile: str, args: Mapping[str, str]) -> str:
 
 
 def _pack(context: pathlib.Path, dockerfile: str, file: IO[bytes]) -> str:
-    """Write the context as a tar without times and owners, so that equal contexts are equal bytes; the digest of those."""
+    """Write the context as a tar without times and owners, so that equal contexts are equal bytes;
+    the digest of those.
+    """
     if not (context / dockerfile).is_file():
         raise ImageError(f"there is no {dockerfile} in {context}")
     try:
@@ -109,7 +118,8 @@ def _pack(context: pathlib.Path, dockerfile: str, file: IO[bytes]) -> str:
             _add(tar, context / name, name)
             if file.tell() > MAX_CONTEXT_BYTES:
                 raise ImageError(
-                    f"the context {context} has more than {MAX_CONTEXT_BYTES} bytes; name in .dockerignore what the build does not need"
+                    f"the context {context} has more than {MAX_CONTEXT_BYTES} bytes; name in"
+                    " .dockerignore what the build does not need"
                 )
     file.seek(0)
     digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -138,7 +148,9 @@ def _add(tar: tarfile.TarFile, path: pathlib.Path, name: str) -> None:
 
 
 class _Builder:
-    """One build, in a thread, over a connection of its own: when that is shut the engine gives the build up."""
+    """One build, in a thread, over a connection of its own: when that is shut the engine gives the
+    build up.
+    """
 
     def __init__(self, host: str, deadline: float):
         self._host, self._deadline = host, deadline
@@ -180,7 +192,8 @@ class _Builder:
                     )
         except (docker.errors.DockerException, requests.RequestException, OSError) as error:
             raise ImageError(
-                f"the build of {options['tag']} failed: {getattr(error, 'explanation', None) or error}",
+                f"the build of {options['tag']} failed:"
+                f" {getattr(error, 'explanation', None) or error}",
                 self.log(),
             ) from error
         finally:

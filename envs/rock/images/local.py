@@ -1,13 +1,17 @@
-"""Names of images on this machine. Images of the embedded backend: the files of a workspace under a name, kept on this machine in an EnvHub of its own (~/.rock, where launch.rock's admin keeps its too)."""
+"""Names of images on this machine.
+
+Images of the embedded backend: the files of a workspace under a name, kept on this machine in an
+EnvHub of its own (~/.rock, where launch.rock's admin keeps its too).
+"""
 
 import contextlib
 import pathlib
 
 from envs.rock.errors import SandboxStartError
 from envs.rock.sandbox import Sandbox, Transfer
+from envs.rock.service.hub import EnvHub
 from envs.rock.wire import archive
 from envs.rock.wire.api import Refusal
-from envs.rock.service.hub import EnvHub
 
 OWNER = "default"  # as the first user of an admin is called
 
@@ -22,7 +26,10 @@ def hub():
 
 
 async def keep(sandbox: Sandbox, image: str) -> None:
-    """Regular files of the workspace, with their modes. SandboxError (Refusal) for a name that is another's, ValueError for one that makes no sense."""
+    """Regular files of the workspace, with their modes.
+
+    SandboxError (Refusal) for a name that is another's, ValueError for one that makes no sense.
+    """
     with hub() as place:
         digest, _ = await place.store(archive.pack(sandbox, "."))
         place.register(image, "environment", digest, OWNER)
@@ -35,7 +42,8 @@ def check(image: str) -> None:
             entry = place.get(image)
         except Refusal as error:
             raise SandboxStartError(
-                f"there is no image {image!r} on this machine; commit a sandbox to it first, or use backend='docker' for Docker's images"
+                f"there is no image {image!r} on this machine; commit a sandbox to it first, or use"
+                " backend='docker' for Docker's images"
             ) from error
     if entry.kind != "environment":
         raise SandboxStartError(
@@ -44,7 +52,9 @@ def check(image: str) -> None:
 
 
 def alias(image: str) -> str | None:
-    """The Docker image that is registered here under another image's name (EnvHub.register(name, "image", digest, owner, reference)): it stands for one that cannot be pulled."""
+    """The Docker image that is registered here under another image's name (EnvHub.register(name,
+    "image", digest, owner, reference)): it stands for one that cannot be pulled.
+    """
     with hub() as place:
         try:
             entry = place.get(image)

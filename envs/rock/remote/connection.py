@@ -1,4 +1,6 @@
-"""What the remote sandboxes of one event loop share at one admin: the connections, and the signs that they are still wanted."""
+"""What the remote sandboxes of one event loop share at one admin: the connections, and the signs
+that they are still wanted.
+"""
 
 import asyncio
 import contextlib
@@ -43,7 +45,9 @@ class Line:
         await self.client.close()
 
     def keep_alive(self, sandbox: str, gone: Callable[[], None]) -> None:
-        """From now on the admin hears that it is wanted. gone: called once if the admin does not know it any more."""
+        """From now on the admin hears that it is wanted. gone: called once if the admin does not
+        know it any more.
+        """
         self._wanted[sandbox] = gone
         self._signs = self._signs or asyncio.ensure_future(self._give_signs())
 

@@ -1,6 +1,8 @@
-"""The remote backend: the same Sandbox over HTTP to a ROCK admin (service/), which finds it a place on one of its workers.
+"""The remote backend: the same Sandbox over HTTP to a ROCK admin (service/), which finds it a place
+on one of its workers.
 
-What takes long is asked for by a key and waited for in rounds, so a connection that breaks costs a round and never runs a command twice.
+What takes long is asked for by a key and waited for in rounds, so a connection that breaks costs a
+round and never runs a command twice.
 """
 
 import asyncio
@@ -9,7 +11,6 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
-from envs.rock.embedded.commands import unspeakable
 from envs.rock.config import (
     Address,
     CommandResult,
@@ -19,7 +20,9 @@ from envs.rock.config import (
     SandboxStatus,
     check_environment,
 )
+from envs.rock.embedded.commands import unspeakable
 from envs.rock.errors import SandboxClosedError, SandboxError, SandboxStartError
+from envs.rock.remote.connection import Line
 from envs.rock.sandbox import Job, Sandbox, Session, Snapshot, check_verifier_files
 from envs.rock.wire.api import (
     GRACE,
@@ -30,13 +33,14 @@ from envs.rock.wire.api import (
     status_from_json,
 )
 from envs.rock.wire.client import Client, StreamPipe, join
-from envs.rock.remote.connection import Line
 
 ROUND_SECONDS = 20.0  # one request waits at most so long
 RETRY_SECONDS = 0.2
 STOP_SECONDS = 60.0
 ABANDON_SECONDS = 10.0  # what is not ended by then is cleared over there for want of use
-RESEND_SECONDS = 10.0  # a request that may have been lost is sent again only while its end would still be known (worker.KEPT_SECONDS)
+# a request that may have been lost is sent again only while its end would still be known
+# (worker.KEPT_SECONDS)
+RESEND_SECONDS = 10.0
 
 
 class RemoteSandbox(Sandbox):
@@ -71,7 +75,8 @@ class RemoteSandbox(Sandbox):
                 self.id = answer["sandbox"]
                 if _now() > deadline:
                     raise SandboxStartError(
-                        f"no sandbox within {self.config.start_timeout:.0f} s; the admin says it is {answer['state']}"
+                        f"no sandbox within {self.config.start_timeout:.0f} s; the admin says it is"
+                        f" {answer['state']}"
                     )
                 answer = await self._persist(
                     lambda: self._client.call(
@@ -99,7 +104,7 @@ class RemoteSandbox(Sandbox):
             raise
 
     async def stop(self) -> None:
-        if self._client is None or self._ending and self._ending.done():
+        if self._client is None or (self._ending and self._ending.done()):
             return
         self._ending = self._ending or asyncio.ensure_future(self._end())
         await asyncio.shield(self._ending)  # two who stop it at once both wait for the one end
@@ -276,7 +281,11 @@ class RemoteSandbox(Sandbox):
         return task
 
     async def _abandon(self, request: Mapping[str, Any], refused: bool) -> None:
-        """A start that failed or was given up. Its key tells which sandbox it is, or would be, where no answer ever came; one that was refused is none."""
+        """A start that failed or was given up.
+
+        Its key tells which sandbox it is, or would be, where no answer ever came; one that was
+        refused is none.
+        """
 
         async def end() -> None:
             name = self.id or (await self._client.call("start", {**request, "wait": 0}))["sandbox"]
@@ -342,7 +351,8 @@ class RemoteSandbox(Sandbox):
                             and _now() > sent + RESEND_SECONDS
                         ):
                             raise SandboxError(
-                                f"the connection broke under {op}, and whether it was carried out is not known: {error}"
+                                f"the connection broke under {op}, and whether it was carried out"
+                                f" is not known: {error}"
                             ) from error
                         await asyncio.sleep(RETRY_SECONDS)
                         continue

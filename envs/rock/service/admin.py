@@ -1,7 +1,9 @@
-"""The admin: gives sandboxes out, fairly and where there is room, knows where each is, and passes on what is done in them.
+"""The admin: gives sandboxes out, fairly and where there is room, knows where each is, and passes
+on what is done in them.
 
-Requests go through the admin to the worker that has the sandbox. So callers know one address, users' tokens never reach a worker, workers need not
-be reachable for callers, and the admin sees what idles; the price is one hop on the machine room's network (about a millisecond), none to the
+Requests go through the admin to the worker that has the sandbox. So callers know one address,
+users' tokens never reach a worker, workers need not be reachable for callers, and the admin sees
+what idles; the price is one hop on the machine room's network (about a millisecond), none to the
 worker in its own process.
 """
 
@@ -15,8 +17,6 @@ from typing import Any
 
 from envs.rock.errors import SandboxClosedError, SandboxError, SandboxStartError
 from envs.rock.service import fleet, gauges
-from envs.rock.wire.api import IN_SANDBOX, MAX_WAIT, Disconnected, Refusal
-from envs.rock.wire.client import Client, Pipe, patiently
 from envs.rock.service.fair import FairQueue
 from envs.rock.service.fleet import PING_SECONDS, Member, Resources
 from envs.rock.service.hub import EnvHub
@@ -24,6 +24,8 @@ from envs.rock.service.metrics import Metrics
 from envs.rock.service.records import AUTO_CLEAR_SECONDS, ENDED, WAITING, Plan, Record
 from envs.rock.service.snapshots import Snapshots
 from envs.rock.service.templates import POOL_USER, Templates
+from envs.rock.wire.api import IN_SANDBOX, MAX_WAIT, Disconnected, Refusal
+from envs.rock.wire.client import Client, Pipe, patiently
 
 log = logging.getLogger("rock.admin")
 SWEEP_SECONDS, COLLECT_SECONDS = 1.0, 3600.0
@@ -184,7 +186,10 @@ class Admin:
 
     @contextlib.asynccontextmanager
     async def _using(self, name: str, user: str) -> AsyncIterator[Record]:
-        """The sandbox, if it runs and is the user's. It does not idle meanwhile, and if it was lost, that is found out and told."""
+        """The sandbox, if it runs and is the user's.
+
+        It does not idle meanwhile, and if it was lost, that is found out and told.
+        """
         record = self._mine(name, user)
         if record.state != "running":
             raise (
@@ -207,7 +212,9 @@ class Admin:
     # -- provisioning
 
     async def _start(self, arguments: dict[str, Any], user: str) -> dict[str, Any]:
-        """`start` without `wait` holds its caller until the end of it; a caller that leaves then wants none."""
+        """`start` without `wait` holds its caller until the end of it; a caller that leaves then
+        wants none.
+        """
         key = arguments.get("key")
         record = self._keys.get((user, key)) if key else None
         if record is None:
@@ -268,7 +275,8 @@ class Admin:
         if len(self.queue) >= MAX_WAITING or self.queue.waiting(user) >= MAX_WAITING_EACH:
             raise Refusal(
                 "queue_full",
-                f"{len(self.queue)} starts wait, {self.queue.waiting(user)} of them {user}'s; come again later",
+                f"{len(self.queue)} starts wait, {self.queue.waiting(user)} of them {user}'s; come"
+                " again later",
             )
         record = Record(f"sb-{secrets.token_hex(12)}", user, plan, arguments, self._auto_clear)
         self.records[record.name] = record
@@ -280,7 +288,11 @@ class Admin:
         return record
 
     def _schedule(self) -> None:
-        """Start what fits, in fair order. What does not fit yet holds the workers that could take it: a large one is not passed for ever by small ones."""
+        """Start what fits, in fair order.
+
+        What does not fit yet holds the workers that could take it: a large one is not passed for
+        ever by small ones.
+        """
         held: set[Member] = set()
         chosen: Member | None = None
         members = list(self.members.values())
@@ -340,7 +352,7 @@ class Admin:
                     "failed",
                     Refusal("start_failed", f"worker {member.name} did not answer: {error}"),
                 )
-        except Exception as error:  # noqa: B902 - whatever it is, it is the caller's answer
+        except Exception as error:
             if record.member is not member:  # lost meanwhile: it is started anew elsewhere
                 return
             if not isinstance(error, SandboxError):
@@ -351,9 +363,11 @@ class Admin:
             self._settle(
                 record,
                 "failed",
-                error
-                if not isinstance(error, SandboxClosedError)
-                else SandboxStartError(str(error)),
+                (
+                    error
+                    if not isinstance(error, SandboxClosedError)
+                    else SandboxStartError(str(error))
+                ),
             )
         else:
             if record.state == "starting" and record.member is member:
@@ -374,7 +388,8 @@ class Admin:
                     "failed",
                     Refusal(
                         "start_timeout",
-                        f"no sandbox within {record.plan.config.start_timeout:g} s: the time ran out {where}",
+                        f"no sandbox within {record.plan.config.start_timeout:g} s: the time ran"
+                        f" out {where}",
                     ),
                 )
             )
@@ -447,7 +462,9 @@ class Admin:
         return {}
 
     async def _to_its_end(self, record: Record, why: str) -> None:
-        """Whoever asked may leave meanwhile: a place is free only when nothing of the sandbox is left."""
+        """Whoever asked may leave meanwhile: a place is free only when nothing of the sandbox is
+        left.
+        """
         await asyncio.shield(self._background(self._end(record, "stopped", Refusal("ended", why))))
 
     async def _fork(self, arguments: dict[str, Any], user: str) -> dict[str, Any]:
@@ -565,7 +582,8 @@ class Admin:
         if member is None:
             raise Refusal(
                 "not_found",
-                "this worker is not known here, or was given up: end all sandboxes and register again",
+                "this worker is not known here, or was given up: end all sandboxes and register"
+                " again",
             )
         member.seen = time.monotonic()
         self._note_ended(arguments.get("ended", []), member)
@@ -581,8 +599,7 @@ class Admin:
         return (
             record is None
             or record.member is not member
-            or record.state in ENDED
-            and not record.holds_place
+            or (record.state in ENDED and not record.holds_place)
         )
 
     def _note_ended(self, names: list[str], member: Member) -> None:
@@ -609,7 +626,10 @@ class Admin:
         self._bury(member, "it does not answer")
 
     def _bury(self, member: Member, why: str) -> None:
-        """A worker is lost, and with it what ran there. What was only being started is started elsewhere."""
+        """A worker is lost, and with it what ran there.
+
+        What was only being started is started elsewhere.
+        """
         if not member.alive:
             return
         member.alive = False
@@ -644,7 +664,7 @@ class Admin:
             await asyncio.sleep(SWEEP_SECONDS)
             try:
                 self._sweep(time.monotonic())
-            except Exception as error:  # noqa: B902 - the next sweep comes all the same
+            except Exception as error:
                 log.error("a sweep failed", exc_info=error)
 
     def _sweep(self, now: float) -> None:

@@ -1,4 +1,6 @@
-"""The application of a worker: the machine's sandboxes served over HTTP, and signs of life to the admin as long as it is served."""
+"""The application of a worker: the machine's sandboxes served over HTTP, and signs of life to the
+admin as long as it is served.
+"""
 
 import asyncio
 import logging
@@ -7,17 +9,19 @@ from typing import Any
 
 from aiohttp import web
 
-from envs.rock.wire.api import TO_WORKER, WORKER_USER
 from envs.rock.service.auth import Tokens
-from envs.rock.wire.client import Client
 from envs.rock.service.server import Server
 from envs.rock.service.worker import Worker, report
+from envs.rock.wire.api import TO_WORKER, WORKER_USER
+from envs.rock.wire.client import Client
 
 
 def make_worker(
     worker: Worker, tokens: Mapping[str, str], admin_url: str, registration: Mapping[str, Any]
 ) -> web.Application:
-    """registration: the worker's name, the url at which the admin reaches it, and what it gives out (fleet.Resources)."""
+    """registration: the worker's name, the url at which the admin reaches it, and what it gives out
+    (fleet.Resources).
+    """
     application = Server(
         worker, TO_WORKER, Tokens(tokens), "ROCK worker", only_for=WORKER_USER
     ).app()
@@ -30,8 +34,10 @@ def make_worker(
         signs.add_done_callback(
             lambda task: (
                 task.cancelled()
-                or task.exception()
-                and logging.error("the admin refused this worker", exc_info=task.exception())
+                or (
+                    task.exception()
+                    and logging.error("the admin refused this worker", exc_info=task.exception())
+                )
             )
         )
         yield

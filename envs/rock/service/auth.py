@@ -16,13 +16,17 @@ MIN_TOKEN = 16  # characters
 
 
 class Tokens:
-    """Names by token. Only hashes are kept, so that no message, log or dump of memory shows a token."""
+    """Names by token.
+
+    Only hashes are kept, so that no message, log or dump of memory shows a token.
+    """
 
     def __init__(self, tokens: Mapping[str, str]):
         for name, token in tokens.items():
             if not _NAME.fullmatch(name):
                 raise ValueError(
-                    f"the user name {name[:70]!r} is not made of 1 to 64 letters, digits, '_', '.' and '-'"
+                    f"the user name {name[:70]!r} is not made of 1 to 64 letters, digits, '_', '.'"
+                    " and '-'"
                 )
             if (
                 len(token) < MIN_TOKEN
@@ -31,7 +35,8 @@ class Tokens:
                 or " " in token
             ):
                 raise ValueError(
-                    f"the token of {name!r} is not made of at least {MIN_TOKEN} printable ASCII characters without spaces"
+                    f"the token of {name!r} is not made of at least {MIN_TOKEN} printable ASCII"
+                    " characters without spaces"
                 )
         self._hashes = {
             name: hashlib.sha256(token.encode()).digest() for name, token in tokens.items()
@@ -49,12 +54,16 @@ class Tokens:
 
 
 def load_tokens(path: pathlib.Path) -> dict[str, str]:
-    """The file's names and tokens. PermissionError where others could read or change it, ValueError where it makes no sense."""
+    """The file's names and tokens.
+
+    PermissionError where others could read or change it, ValueError where it makes no sense.
+    """
     with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC)) as file:
         status = os.fstat(file.fileno())
         if status.st_uid not in (0, os.geteuid()) or stat.S_IMODE(status.st_mode) & 0o077:
             raise PermissionError(
-                f"{path} can be read or changed by others than its owner; chmod 600 it, and make new tokens if anyone has read it"
+                f"{path} can be read or changed by others than its owner; chmod 600 it, and make"
+                " new tokens if anyone has read it"
             )
         lines = [line.split() for line in file if line.strip() and not line.startswith("#")]
     if bad := [number for number, words in enumerate(lines, 1) if len(words) != 2]:
@@ -67,7 +76,9 @@ def load_tokens(path: pathlib.Path) -> dict[str, str]:
 
 
 def load_or_make_tokens(path: pathlib.Path) -> dict[str, str]:
-    """As load_tokens; where there is no file, one with tokens for the user "default" and for workers is made first."""
+    """As load_tokens; where there is no file, one with tokens for the user "default" and for
+    workers is made first.
+    """
     try:
         return load_tokens(path)
     except FileNotFoundError:

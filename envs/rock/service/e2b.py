@@ -1,7 +1,8 @@
-"""The part of E2B's REST interface that makes, lists and ends sandboxes (its OpenAPI, "sandboxes"), for programs that were written for it.
+"""The part of E2B's REST interface that makes, lists and ends sandboxes (its OpenAPI, "sandboxes"),
+for programs that were written for it.
 
-A `templateID` is what `image` is elsewhere: a template, an environment of the hub, or "base". What runs inside a sandbox is asked for by the other
-routes: E2B's own in-sandbox server is not imitated.
+A `templateID` is what `image` is elsewhere: a template, an environment of the hub, or "base". What
+runs inside a sandbox is asked for by the other routes: E2B's own in-sandbox server is not imitated.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from aiohttp import web
 
 from envs.rock.errors import SandboxClosedError
 from envs.rock.service.admin import Admin
-from envs.rock.wire.api import Field, Refusal, check, parse_json
 from envs.rock.service.records import Record
 from envs.rock.service.server import USER, Server
+from envs.rock.wire.api import Field, Refusal, check, parse_json
 
 VERSION = "0.1.0"  # of the in-sandbox server, which E2B's answers name
 TIMEOUT_SECONDS = 15.0  # E2B's default time to live

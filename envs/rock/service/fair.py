@@ -1,8 +1,10 @@
-"""A queue that is fair to users, and among a user's experiments: whoever has been given the least is next.
+"""A queue that is fair to users, and among a user's experiments: whoever has been given the least
+is next.
 
-Start-time fair queueing in two levels: each user has a virtual time, the cost it was given so far, and the lowest goes first; within a user each
-experiment likewise; within an experiment the first that came. Who comes back after a pause starts at the time of those that waited, so a pause
-saves nothing up.
+Start-time fair queueing in two levels: each user has a virtual time, the cost it was given so far,
+and the lowest goes first; within a user each experiment likewise; within an experiment the first
+that came. Who comes back after a pause starts at the time of those that waited, so a pause saves
+nothing up.
 """
 
 import heapq
@@ -59,7 +61,9 @@ class FairQueue(Generic[T]):
         return dict(self._waiting)
 
     def add(self, item: T, user: str, experiment: str, cost: float, first: bool = False) -> None:
-        """first: before the others of its experiment, for what was turned away through no fault of its own."""
+        """first: before the others of its experiment, for what was turned away through no fault of
+        its own.
+        """
         experiments = self._users.flows.get(user)
         if experiments is None:
             experiments = _Level()
@@ -72,7 +76,11 @@ class FairQueue(Generic[T]):
         self._waiting[user] = self._waiting.get(user, 0) + 1
 
     def take(self, suits: Callable[[T], bool | None]) -> T | None:
-        """The next in turn that suits, removed. Each experiment's first is asked for; those behind it wait for it. None from `suits`: none will."""
+        """The next in turn that suits, removed.
+
+        Each experiment's first is asked for; those behind it wait for it. None from `suits`: none
+        will.
+        """
         for user in self._users.in_turn():
             experiments = self._users.flows[user]
             for experiment in experiments.in_turn():

@@ -15,7 +15,10 @@ PING_SECONDS = 3.0  # in which a worker must answer
 
 
 class Resources(NamedTuple):
-    """What a sandbox needs at most, and what a worker gives out. Limits, not use: a worker is never promised away twice."""
+    """What a sandbox needs at most, and what a worker gives out.
+
+    Limits, not use: a worker is never promised away twice.
+    """
 
     memory_mb: int
     cpus: float
@@ -36,8 +39,10 @@ def need(config: SandboxConfig) -> Resources:
 def machine_resources(
     memory_mb: int = 0, cpus: float = 0, pids: int = 0, sandboxes: int = 0
 ) -> Resources:
-    """What this machine gives out, where 0 leaves it to us: 80 % of the memory that is free and half of the processes, since those run out for all;
-    processors 32 times over, since they only get slower, and agents mostly think."""
+    """What this machine gives out, where 0 leaves it to us: 80 % of the memory that is free and
+    half of the processes, since those run out for all; processors 32 times over, since they only
+    get slower, and agents mostly think.
+    """
     if not memory_mb:
         fields = dict(
             line.split(":") for line in pathlib.Path("/proc/meminfo").read_text().splitlines()

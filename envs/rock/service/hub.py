@@ -1,4 +1,7 @@
-"""EnvHub: names for images and for task environments, each by the digest of its content. SQLite for the names, files for the content."""
+"""EnvHub: names for images and for task environments, each by the digest of its content.
+
+SQLite for the names, files for the content.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,9 @@ class EnvHub:
         self.collect()
 
     def collect(self) -> int:
-        """Remove blobs that are a day old and have no name (never registered, or of a process that was killed); returns how many."""
+        """Remove blobs that are a day old and have no name (never registered, or of a process that
+        was killed); returns how many.
+        """
         removed = 0
         with self._lock, self._database:
             self._database.execute("BEGIN IMMEDIATE")  # nobody registers one meanwhile
@@ -121,7 +126,11 @@ class EnvHub:
         reference: str = "",
         tags: tuple[str, ...] = (),
     ) -> Entry:
-        """Give the name to that content. Its owner may move it to other content; ValueError for what makes no sense, Refusal for another's name."""
+        """Give the name to that content.
+
+        Its owner may move it to other content; ValueError for what makes no sense, Refusal for
+        another's name.
+        """
         if not _NAME.fullmatch(name) or _DIGEST.fullmatch(name):
             raise ValueError(f"the name {name[:200]!r} is not made of letters, digits and '_./:-'")
         if kind not in KINDS:

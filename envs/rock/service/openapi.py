@@ -74,15 +74,19 @@ def _operation(name: str, operation: Operation) -> dict[str, Any]:
         "operationId": name.replace("/", "_"),
         "summary": operation.says,
         "responses": {
-            "101" if operation.shape == "connect" else "200": {"description": operation.answers}
-            | (
-                {}
-                if operation.shape == "connect"
-                else {
-                    "content": OCTETS
-                    if operation.shape == "read"
-                    else {"application/json": {"schema": {"type": "object"}}}
-                }
+            "101" if operation.shape == "connect" else "200": (
+                {"description": operation.answers}
+                | (
+                    {}
+                    if operation.shape == "connect"
+                    else {
+                        "content": (
+                            OCTETS
+                            if operation.shape == "read"
+                            else {"application/json": {"schema": {"type": "object"}}}
+                        )
+                    }
+                )
             ),
             **(
                 {"202": {"description": "Not finished: the same request again joins it."}}

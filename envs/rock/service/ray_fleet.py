@@ -1,12 +1,16 @@
-"""Workers over a Ray cluster: one actor on each node, which serves the sandboxes of that node as a worker of its own process would.
+"""Workers over a Ray cluster: one actor on each node, which serves the sandboxes of that node as a
+worker of its own process would.
 
-Ray finds the nodes, starts the workers, and tells at once when one is lost. It does not see single sandboxes: an actor for each would cost half a second and
-90 MiB, a sandbox costs ten milliseconds and half a MiB. So a worker takes its memory from Ray's books in one piece, and the admin places sandboxes in it by
-memory, processors and processes (fleet.py), as with any other worker; requests go straight from the admin to the worker, never through Ray.
+Ray finds the nodes, starts the workers, and tells at once when one is lost. It does not see single
+sandboxes: an actor for each would cost half a second and 90 MiB, a sandbox costs ten milliseconds
+and half a MiB. So a worker takes its memory from Ray's books in one piece, and the admin places
+sandboxes in it by memory, processors and processes (fleet.py), as with any other worker; requests
+go straight from the admin to the worker, never through Ray.
 
-Every node needs this repository and its Python packages at the same path. What is lost with a node is told to its users as "worker_lost"
-(SandboxClosedError, an infrastructure failure); what was only being started is started elsewhere, and a node that comes gets a worker.
-Ray's own cluster is trusted with the workers' token.
+Every node needs this repository and its Python packages at the same path. What is lost with a node
+is told to its users as "worker_lost" (SandboxClosedError, an infrastructure failure); what was only
+being started is started elsewhere, and a node that comes gets a worker. Ray's own cluster is
+trusted with the workers' token.
 """
 
 import asyncio
@@ -65,12 +69,16 @@ class NodeWorker:
 
 
 class RayFleet:
-    """Keeps a worker on every node of a cluster, for one admin. `start` and `close` it in the admin's event loop.
+    """Keeps a worker on every node of a cluster, for one admin.
+
+    `start` and `close` it in the admin's event loop.
 
     Args:
-      address: of the cluster, "auto" for the one that this machine is of. ConnectionError from `ray.init` where there is none.
+      address: of the cluster, "auto" for the one that this machine is of. ConnectionError from
+        `ray.init` where there is none.
       resource: only nodes that offer this resource of Ray's get a worker; "": all.
-      limits: (memory_mb, cpus, sandboxes) of each worker; 0: MEMORY_SHARE of the node's memory, 32 times its processors, as descriptors allow.
+      limits: (memory_mb, cpus, sandboxes) of each worker; 0: MEMORY_SHARE of the node's memory, 32
+        times its processors, as descriptors allow.
     """
 
     def __init__(
@@ -131,7 +139,7 @@ class RayFleet:
                         if node["Alive"]
                     }
                 )
-            except Exception as error:  # noqa: B902 - the cluster's head may be restarting; the next look comes all the same
+            except Exception as error:
                 log.error("the cluster cannot be looked at", exc_info=error)
             await asyncio.sleep(LOOK_SECONDS)
 

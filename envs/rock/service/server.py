@@ -1,4 +1,6 @@
-"""The other end of the protocol: an aiohttp application that checks who asks and what, and hands it to a service (a worker or an admin)."""
+"""The other end of the protocol: an aiohttp application that checks who asks and what, and hands it
+to a service (a worker or an admin).
+"""
 
 import asyncio
 import contextlib
@@ -13,6 +15,8 @@ from aiohttp import web
 
 from envs.rock.sandbox import PIECE_BYTES
 from envs.rock.service import openapi
+from envs.rock.service.auth import Tokens
+from envs.rock.service.metrics import CONTENT_TYPE, Metrics
 from envs.rock.wire.api import (
     MAX_FILES_BYTES,
     MAX_JSON_BYTES,
@@ -25,16 +29,15 @@ from envs.rock.wire.api import (
     parse_json,
     parse_query,
 )
-from envs.rock.service.auth import Tokens
 from envs.rock.wire.client import Pipe, WebSocketPipe, join
-from envs.rock.service.metrics import CONTENT_TYPE, Metrics
 
 log = logging.getLogger("rock.service")
 OPEN = ("/health", "/openapi.json")  # to anybody
 BODY_SECONDS = 30.0  # for all of a JSON body
 STALL_SECONDS = 60.0  # between two pieces of a file
 MAX_REQUESTS = 20_000  # served at once; starts that wait in the queue hold one each
-# For web.AppRunner. A caller that leaves cancels what it asked for, those that wait in rounds come again after a shutdown, and a path of 4096 bytes fits in a query.
+# For web.AppRunner. A caller that leaves cancels what it asked for, those that wait in rounds come
+# again after a shutdown, and a path of 4096 bytes fits in a query.
 RUNNER = {
     "access_log": None,
     "shutdown_timeout": 2.0,
@@ -64,7 +67,8 @@ class Server:
 
     Args:
       tokens: None lets everybody in as "anyone"; for tests of a service alone.
-      only_for: the one user that this is for; None: all but workers, who have the routes below WORKER to themselves.
+      only_for: the one user that this is for; None: all but workers, who have the routes below
+        WORKER to themselves.
     """
 
     def __init__(
@@ -114,7 +118,10 @@ class Server:
     async def _guard(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        """Who may, how many at once, and every error in its shape. Nothing of a request but its route and its user's name is ever logged."""
+        """Who may, how many at once, and every error in its shape.
+
+        Nothing of a request but its route and its user's name is ever logged.
+        """
         began, code = time.monotonic(), "ok"
         route = (
             request.match_info.route.resource.canonical
@@ -140,7 +147,7 @@ class Server:
             return self._refuse(
                 request, Refusal(code, f"{request.method} {request.path[:200]}: {error.reason}")
             )
-        except Exception as error:  # noqa: B902 - told to the caller as a code, and logged where it is ours
+        except Exception as error:
             status, body = encode_error(error)
             code = body["error"]["code"]
             if code == "internal":
@@ -171,11 +178,14 @@ class Server:
             )
         request[USER] = user
         only_for = self.only_for or (WORKER_USER if request.path.startswith(WORKER) else None)
-        if only_for and user != only_for or only_for is None and user == WORKER_USER:
+        if (only_for and user != only_for) or (only_for is None and user == WORKER_USER):
             raise Refusal("forbidden", f"{request.path[:200]} is not for {user}")
 
     def _refuse(self, request: web.Request, error: Exception) -> web.Response:
-        """An error as an answer. Routes that speak another protocol (E2B's) tell it in their way."""
+        """An error as an answer.
+
+        Routes that speak another protocol (E2B's) tell it in their way.
+        """
         status, body = encode_error(error)
         shape = request.match_info.route.handler
         response = web.json_response(
@@ -228,7 +238,7 @@ class Server:
                         await response.write(piece)
                     piece = await anext(pieces, b"")
                 await response.write_eof()
-            except Exception as error:  # noqa: B902 - the status was sent: all that is left is to break off, which the caller sees
+            except Exception as error:
                 log.debug("%s broke off: %s", name, type(error).__name__)
                 if request.transport:
                     request.transport.abort()
@@ -324,7 +334,8 @@ async def _parts(request: web.Request) -> tuple[Any, list[bytes]]:
                 if len(data) > (left if part.name == "file" else MAX_JSON_BYTES):
                     raise Refusal(
                         "too_large",
-                        f"a request has at most {MAX_JSON_BYTES} bytes and its files {MAX_FILES_BYTES}",
+                        f"a request has at most {MAX_JSON_BYTES} bytes and its files"
+                        f" {MAX_FILES_BYTES}",
                     )
             if part.name == "request":
                 given = parse_json(bytes(data))

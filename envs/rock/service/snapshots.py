@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from envs.rock.service.fleet import PING_SECONDS, Member
 from envs.rock.wire.api import Refusal
 from envs.rock.wire.client import patiently
-from envs.rock.service.fleet import PING_SECONDS, Member
 
 MAX_SNAPSHOTS = 1000  # of one user
 SNAPSHOT_SECONDS = 24 * 3600.0  # without a sign of its user

@@ -1,4 +1,7 @@
-"""What `image` may name: templates, environments and images of the hub, Docker images. And the sandboxes that are kept ready for templates."""
+"""What `image` may name: templates, environments and images of the hub, Docker images.
+
+And the sandboxes that are kept ready for templates.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ from typing import Any
 
 from envs.rock.config import SandboxConfig
 from envs.rock.errors import IsolationError
-from envs.rock.wire.api import CONFIG, Refusal, check, config_from_json
 from envs.rock.service.fleet import need
 from envs.rock.service.hub import EnvHub
 from envs.rock.service.records import ENDED, Plan, Record
+from envs.rock.wire.api import CONFIG, Refusal, check, config_from_json
 
 log = logging.getLogger("rock.templates")
 POOL_USER = "@ready"  # no name that a token can have
@@ -45,7 +48,10 @@ class Templates:
         self._templates: dict[str, _Template] = {}
 
     def plan(self, config: Mapping[str, Any]) -> Plan:
-        """What a start with that config means. A template brings its own limits; the caller's isolation is at least kept."""
+        """What a start with that config means.
+
+        A template brings its own limits; the caller's isolation is at least kept.
+        """
         given = check(CONFIG, config)
         image = given.pop("image", None)
         if image is None or image == BASE:
@@ -79,9 +85,11 @@ class Templates:
         if name == BASE or len(self._templates) >= MAX_TEMPLATES:
             raise Refusal(
                 "conflict",
-                f"the name {BASE!r} is taken"
-                if name == BASE
-                else f"there are {MAX_TEMPLATES} templates; delete some",
+                (
+                    f"the name {BASE!r} is taken"
+                    if name == BASE
+                    else f"there are {MAX_TEMPLATES} templates; delete some"
+                ),
             )
         plan = self.plan(arguments["config"])
         if environment := arguments.get("environment"):
@@ -175,5 +183,6 @@ def _require(given: Mapping[str, Any], config: SandboxConfig, name: str) -> None
         and config.isolation != "required"
     ):
         raise IsolationError(
-            f"the template {name} isolates as well as it can, and isolation='required' was asked for"
+            f"the template {name} isolates as well as it can, and isolation='required' was"
+            " asked for"
         )

@@ -1,4 +1,7 @@
-"""A worker: the sandboxes of one machine, and what is done in them. Whether there is room for one more is for the admin to know."""
+"""A worker: the sandboxes of one machine, and what is done in them.
+
+Whether there is room for one more is for the admin to know.
+"""
 
 import asyncio
 import contextlib
@@ -10,11 +13,11 @@ from typing import Any
 
 from envs.rock.errors import SandboxClosedError, SandboxError
 from envs.rock.sandbox import Job, Sandbox, Session, Snapshot
+from envs.rock.service.fleet import DEAD_SECONDS, HEARTBEAT_SECONDS
+from envs.rock.tiers import probe, probe_docker
 from envs.rock.wire import archive
 from envs.rock.wire.api import Disconnected, Refusal, config_from_json, result_to_json
 from envs.rock.wire.client import Client, Pipe, StreamPipe
-from envs.rock.service.fleet import DEAD_SECONDS, HEARTBEAT_SECONDS
-from envs.rock.tiers import probe, probe_docker
 
 log = logging.getLogger("rock.worker")
 LEFT_WITH_CALLER = (
@@ -83,7 +86,9 @@ class _Held:
             raise Refusal("not_found", f"there is no job {arguments.get('job')!r}") from None
 
     def tidy(self) -> None:
-        """Forget the ends of calls and jobs that nobody will ask for, and give up what nobody asks for."""
+        """Forget the ends of calls and jobs that nobody will ask for, and give up what nobody asks
+        for.
+        """
         now = time.monotonic()
         ended = [name for name, call in self.calls.items() if call.task.done()]
         for number, name in enumerate(ended):
@@ -265,7 +270,8 @@ class Worker:
         if name not in self._held:
             if arguments["backend"] not in self.backends:
                 raise ValueError(
-                    f"backend {arguments['backend']!r} is not among this worker's: {', '.join(self.backends)}"
+                    f"backend {arguments['backend']!r} is not among this worker's:"
+                    f" {', '.join(self.backends)}"
                 )
             config = config_from_json(arguments["config"], arguments["backend"])
             snapshot = None
@@ -306,7 +312,8 @@ class Worker:
             return self._held[arguments["sandbox"]]
         except KeyError:
             raise SandboxClosedError(
-                f"there is no sandbox {arguments['sandbox']!r}; it was stopped, cleared, or never here"
+                f"there is no sandbox {arguments['sandbox']!r}; it was stopped, cleared, or never"
+                " here"
             ) from None
 
     def _make_room(self, held: _Held) -> None:
@@ -415,9 +422,12 @@ class Worker:
 
 
 async def report(worker: Worker, admin: Client, registration: Mapping[str, Any]) -> None:
-    """Register with an admin and give signs of life, for ever. An admin that gave the worker up, or began anew, gets an empty one.
+    """Register with an admin and give signs of life, for ever.
 
-    An admin that is silent for DEAD_SECONDS is dead, or takes this worker for dead: then nobody will end the sandboxes but we.
+    An admin that gave the worker up, or began anew, gets an empty one.
+
+    An admin that is silent for DEAD_SECONDS is dead, or takes this worker for dead: then nobody
+    will end the sandboxes but we.
     """
     known, heard = False, time.monotonic()
     while True:

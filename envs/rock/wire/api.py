@@ -1,8 +1,11 @@
-"""The protocol between the remote backend, the admin and its workers: one table of operations, and the closed set of error codes.
+"""The protocol between the remote backend, the admin and its workers: one table of operations, and
+the closed set of error codes.
 
-Every operation is a row of OPERATIONS: the servers check requests by it, and /openapi.json is written from it. Requests and answers are JSON but
-for the bodies of files, which are raw octets of any length. What takes long takes a `call`, a key of the caller's making: the same request again
-joins the one that runs, "202" means "not finished, come again", so that a broken connection costs nothing.
+Every operation is a row of OPERATIONS: the servers check requests by it, and /openapi.json is
+written from it. Requests and answers are JSON but for the bodies of files, which are raw octets of
+any length. What takes long takes a `call`, a key of the caller's making: the same request again
+joins the one that runs, "202" means "not finished, come again", so that a broken connection costs
+nothing.
 """
 
 import json
@@ -43,7 +46,10 @@ class Refusal(SandboxError):
 
 
 class Disconnected(SandboxError):
-    """No answer: the other end cannot be reached, or the connection broke. Whether the request was carried out is not known."""
+    """No answer: the other end cannot be reached, or the connection broke.
+
+    Whether the request was carried out is not known.
+    """
 
 
 CODES: dict[
@@ -83,7 +89,10 @@ _CODE_OF = (
 
 
 def encode_error(error: Exception) -> tuple[int, dict[str, Any]]:
-    """(HTTP status, body). What is no error of ours is told as "internal", without its text: that is for the log."""
+    """(HTTP status, body).
+
+    What is no error of ours is told as "internal", without its text: that is for the log.
+    """
     code = getattr(error, "code", None) if isinstance(error, SandboxError) else None
     code = (
         code
@@ -92,9 +101,9 @@ def encode_error(error: Exception) -> tuple[int, dict[str, Any]]:
     )
     body = {
         "code": code,
-        "message": str(error)[:2000]
-        if code != "internal"
-        else "the service failed; its log says how",
+        "message": (
+            str(error)[:2000] if code != "internal" else "the service failed; its log says how"
+        ),
     }
     if isinstance(error, SandboxFileError):
         body["reason"] = error.reason
@@ -102,7 +111,10 @@ def encode_error(error: Exception) -> tuple[int, dict[str, Any]]:
 
 
 def decode_error(status: int, body: Any) -> Exception:
-    """The exception for an answer that is an error. What the other end says chooses among known types and never names one."""
+    """The exception for an answer that is an error.
+
+    What the other end says chooses among known types and never names one.
+    """
     told = body.get("error") if isinstance(body, dict) else None
     code, message, reason = (
         told.get(name) if isinstance(told, dict) else None for name in ("code", "message", "reason")
@@ -126,7 +138,10 @@ def decode_error(status: int, body: Any) -> Exception:
 
 
 class Field(NamedTuple):
-    """One member of a request. `low` and `high` bound a number, or the length of a string or the number of items."""
+    """One member of a request.
+
+    `low` and `high` bound a number, or the length of a string or the number of items.
+    """
 
     kind: str  # of KINDS
     says: str
@@ -137,11 +152,15 @@ class Field(NamedTuple):
 
 class Operation(NamedTuple):
     path: str
-    shape: str  # "json": JSON both ways; "read": query in, octets out; "write": query and octets in, JSON out; "connect": a WebSocket
+    # "json": JSON both ways; "read": query in, octets out; "write": query and octets in, JSON out;
+    # "connect": a WebSocket
+    shape: str
     says: str
     fields: dict[str, Field]
     answers: str
-    takes_files: bool = False  # also as multipart/form-data: "request" (the JSON), then one part "file" for each name in its "files"
+    # also as multipart/form-data: "request" (the JSON), then one part "file" for each name in its
+    # "files"
+    takes_files: bool = False
 
     @property
     def method(self) -> str:
@@ -160,7 +179,10 @@ KINDS = {
 
 
 def check(fields: Mapping[str, Field], given: Any) -> dict[str, Any]:
-    """The members of a request as they should be. ValueError names the first that is missing, unknown or wrong."""
+    """The members of a request as they should be.
+
+    ValueError names the first that is missing, unknown or wrong.
+    """
     if not isinstance(given, dict):
         raise ValueError(f"the request is a JSON object, not {type(given).__name__}")
     if unknown := [name for name in given if name not in fields]:
@@ -192,18 +214,21 @@ def _check_value(name: str, field: Field, value: Any) -> None:
     if field.kind == "boolean":
         return
     size = value if number else len(value)
-    if number and not math.isfinite(value) or not field.low <= size <= field.high:
+    if (number and not math.isfinite(value)) or not field.low <= size <= field.high:
         raise ValueError(
-            f"{name!r} is {'' if number else 'of length '}{size}; it is between {field.low:g} and {field.high:g}"
+            f"{name!r} is {'' if number else 'of length '}{size}; it is between {field.low:g} and"
+            f" {field.high:g}"
         )
     for text in (
         [value]
         if field.kind == "string"
-        else value
-        if field.kind == "strings"
-        else [*value, *value.values()]
-        if field.kind == "map"
-        else []
+        else (
+            value
+            if field.kind == "strings"
+            else [*value, *value.values()]
+            if field.kind == "map"
+            else []
+        )
     ):
         try:
             text.encode("utf-8", "surrogateescape")  # the way of file names that are not UTF-8
@@ -245,7 +270,8 @@ CONFIG = {
     "tier": Field("string", "of the embedded backend", high=20),
     "image": Field(
         "string",
-        "a template, an environment of the hub by name or digest, or a Docker image; none: the worker's own programs",
+        "a template, an environment of the hub by name or digest, or a Docker image; none: the"
+        " worker's own programs",
         low=1,
         high=400,
     ),
@@ -272,7 +298,10 @@ CONFIG = {
 
 
 def config_to_json(config: SandboxConfig) -> dict[str, Any]:
-    """What differs from the defaults. Where the admin is, our token and our variables stay here: variables travel with each command."""
+    """What differs from the defaults.
+
+    Where the admin is, our token and our variables stay here: variables travel with each command.
+    """
     plain = SandboxConfig(backend="remote", url="http://unused")
     return {
         name: list(value) if isinstance(value, tuple) else value

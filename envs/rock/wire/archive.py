@@ -1,4 +1,7 @@
-"""A tree of a sandbox as a tar archive, streamed both ways in bounded memory. Regular files only; empty directories do not travel."""
+"""A tree of a sandbox as a tar archive, streamed both ways in bounded memory.
+
+Regular files only; empty directories do not travel.
+"""
 
 import contextlib
 import tarfile
@@ -13,7 +16,10 @@ MAX_SKIPPED = 10_000
 
 
 async def pack(sandbox: Sandbox, path: str) -> AsyncIterator[bytes]:
-    """The files below a directory of the workspace. One that changes its length meanwhile is cut, or filled with zeros, to what it was at first."""
+    """The files below a directory of the workspace.
+
+    One that changes its length meanwhile is cut, or filled with zeros, to what it was at first.
+    """
     for entry in await sandbox.list_files(path):
         if entry.kind != "file":
             continue
@@ -44,9 +50,12 @@ async def pack(sandbox: Sandbox, path: str) -> AsyncIterator[bytes]:
 
 
 async def unpack(sandbox: Sandbox, target: str, pieces: AsyncIterator[bytes]) -> Transfer:
-    """Write the regular files of an archive below `target`. Names that leave it are refused, whatever else is no file is skipped.
+    """Write the regular files of an archive below `target`.
 
-    Raises: ValueError for what is no tar archive (ustar, GNU or pax, not compressed); what was written so far stays.
+    Names that leave it are refused, whatever else is no file is skipped.
+
+    Raises: ValueError for what is no tar archive (ustar, GNU or pax, not compressed); what was
+    written so far stays.
     """
     blocks = _Blocks(pieces)
     files = size = 0

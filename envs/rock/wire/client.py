@@ -1,4 +1,6 @@
-"""One end of the protocol: asks an admin or a worker over HTTP. Errors come back as the typed ones of envs.rock."""
+"""One end of the protocol: asks an admin or a worker over HTTP. Errors come back as the typed ones
+of envs.rock.
+"""
 
 import asyncio
 import contextlib
@@ -59,7 +61,10 @@ class Client:
         files: Mapping[str, bytes] | None = None,
         user: str = "",
     ) -> dict[str, Any] | None:
-        """The answer; None: not finished, ask again (the same, or "wait"). Disconnected: nobody knows, ask again."""
+        """The answer; None: not finished, ask again (the same, or "wait").
+
+        Disconnected: nobody knows, ask again.
+        """
         del user  # the token says who we are
         body: dict[str, Any] = {
             "data": json.dumps(arguments).encode(),
@@ -82,7 +87,7 @@ class Client:
                 allow_redirects=False,
             ) as answer:
                 return await _answer(answer)
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise self._lost(error) from error
 
     async def read(
@@ -96,7 +101,7 @@ class Client:
                     await _answer(answer)
                 async for piece in answer.content.iter_chunked(PIECE_BYTES):
                     yield piece
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise self._lost(error) from error
 
     async def write(
@@ -113,7 +118,7 @@ class Client:
                         0, len(piece), PIECE_BYTES
                     ):  # one large piece would fill the socket's buffer whole
                         yield piece[start : start + PIECE_BYTES]
-            except Exception as error:  # noqa: B902 - whatever its source raises is its user's
+            except Exception as error:
                 own.append(error)
                 raise
 
@@ -125,7 +130,7 @@ class Client:
                 allow_redirects=False,
             ) as answer:
                 return await _answer(answer) or {}
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
             if own:
                 raise own[0] from None
             raise self._lost(error) from error
@@ -146,7 +151,7 @@ class Client:
             raise SandboxError(
                 f"no connection to port {arguments.get('port')}: HTTP status {error.status}"
             ) from error
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise self._lost(error) from error
 
     def _url(self, op: str, query: Mapping[str, Any] | None = None) -> yarl.URL:
@@ -263,7 +268,10 @@ async def _answer(answer: aiohttp.ClientResponse) -> dict[str, Any] | None:
 
 
 async def patiently(ask: Callable[[], Awaitable[Any]], seconds: float) -> Any:
-    """Ask again where no answer came, for that long. For requests that may be carried out twice, or have a key."""
+    """Ask again where no answer came, for that long.
+
+    For requests that may be carried out twice, or have a key.
+    """
     deadline, pause = asyncio.get_running_loop().time() + seconds, 0.05
     while True:
         try:

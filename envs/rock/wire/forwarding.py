@@ -1,4 +1,6 @@
-"""The outer ends of a sandbox's connections: doors through which this host reaches it, and the ways out that its egress policy grants."""
+"""The outer ends of a sandbox's connections: doors through which this host reaches it, and the ways
+out that its egress policy grants.
+"""
 
 import asyncio
 import contextlib
@@ -19,7 +21,9 @@ class Ways:
     """All connections of one sandbox that lead in or out, on the event loop of the sandbox."""
 
     def __init__(self, connect_inside: Callable[[int], Awaitable[socket.socket]], label: str):
-        """connect_inside: makes a connection to a port on the sandbox's loopback; OSError or SandboxError if nobody listens."""
+        """connect_inside: makes a connection to a port on the sandbox's loopback; OSError or
+        SandboxError if nobody listens.
+        """
         self._connect_inside, self._label = connect_inside, label
         self._doors: list[asyncio.Server] = []
         self._passing: set[asyncio.Task] = set()
@@ -40,7 +44,9 @@ class Ways:
     def let_out(
         self, name: str | None, address: str | None, port: int, inner: socket.socket
     ) -> None:
-        """Go on outside with a connection that the policy grants: to `address`, else to where `name` leads."""
+        """Go on outside with a connection that the policy grants: to `address`, else to where
+        `name` leads.
+        """
         self._keep(self._pass_out(name, address, port, inner), inner.close)
 
     def close(self) -> None:
@@ -85,7 +91,11 @@ class Ways:
                 )
 
     async def _public_address(self, name: str, port: int) -> str | None:
-        """Where a name leads. None, and a denial, where that is a private address: whoever owns a granted name must not reach our own network by it."""
+        """Where a name leads.
+
+        None, and a denial, where that is a private address: whoever owns a granted name must not
+        reach our own network by it.
+        """
         loop = asyncio.get_running_loop()
         found = await asyncio.wait_for(
             loop.getaddrinfo(name, port, type=socket.SOCK_STREAM), CONNECT_SECONDS

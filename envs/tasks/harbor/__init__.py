@@ -1,4 +1,5 @@
-"""Real task formats: Harbor (Terminal-Bench 2.x) and Terminal-Bench 1 task folders, played in embedded sandboxes.
+"""Real task formats: Harbor (Terminal-Bench 2.x) and Terminal-Bench 1 task folders, played in
+embedded sandboxes.
 
 env = HarborEnv("path/to/task")                 # GEM: reset, step, close
 env = make("harbor/word-report")                # one of the examples that lie here
@@ -20,8 +21,8 @@ for _folder in sorted(EXAMPLES.iterdir()) if EXAMPLES.is_dir() else ():
     register(f"harbor/{_folder.name}", "envs.tasks.harbor.env:HarborEnv", task=_folder)
 
 __all__ = [
-    "BuildError",
     "EXAMPLES",
+    "BuildError",
     "HarborEnv",
     "HarborTask",
     "RewardError",

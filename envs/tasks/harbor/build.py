@@ -1,7 +1,9 @@
-"""Builds a task's environment in an embedded sandbox: interprets the common subset of its Dockerfile against the machine's own programs.
+"""Builds a task's environment in an embedded sandbox: interprets the common subset of its
+Dockerfile against the machine's own programs.
 
-FROM names an image that cannot be had here: the bases of BASES stand for what the machine has in /usr, and what is missing is named.
-WORKDIR, ENV, ARG, COPY, ADD, RUN, USER and SHELL act; LABEL, EXPOSE and the like have no effect; everything else is refused with file and line.
+FROM names an image that cannot be had here: the bases of BASES stand for what the machine has in
+/usr, and what is missing is named. WORKDIR, ENV, ARG, COPY, ADD, RUN, USER and SHELL act; LABEL,
+EXPOSE and the like have no effect; everything else is refused with file and line.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import pathlib
 import re
 import shlex
 import time
-from typing import Mapping
+from collections.abc import Mapping
 
 from envs.rock import CommandResult, Sandbox, SandboxFileError
 from envs.rock.config import parse_grant
@@ -70,7 +72,11 @@ _NOT_RUN = {"CMD", "ENTRYPOINT", "HEALTHCHECK"}
 
 @dataclasses.dataclass
 class Built:
-    """What the build left beside files: paths, variables (as the task writes them) and the working directory. `notes` say what was only approximated."""
+    """What the build left beside files: paths, variables (as the task writes them) and the working
+    directory.
+
+    `notes` say what was only approximated.
+    """
 
     paths: PathMap
     env: dict[str, str]
@@ -86,8 +92,13 @@ class Built:
         }
 
     def command(self, text: str) -> str:
-        """A command of the agent's, as it runs in the sandbox: in the working directory, wherever it went."""
-        return f"cd -- {shlex.quote(self.paths.place(self.workdir))} 2> /dev/null\n{self.paths.inward(text)}"
+        """A command of the agent's, as it runs in the sandbox: in the working directory, wherever
+        it went.
+        """
+        return (
+            f"cd -- {shlex.quote(self.paths.place(self.workdir))} 2>"
+            f" /dev/null\n{self.paths.inward(text)}"
+        )
 
 
 async def build(
@@ -96,10 +107,12 @@ async def build(
     images: Mapping[str, tuple[str, ...]] | None = None,
     egress: tuple[str, ...] | None = None,
 ) -> Built:
-    """Raises UnsupportedError, BuildError or TaskError, with file and line; SandboxError for the machine's faults.
+    """Raises UnsupportedError, BuildError or TaskError, with file and line; SandboxError for the
+    machine's faults.
 
-    images: more names of images for which this machine can stand, with the programs that must be there: an alias of an image that cannot be had.
-    egress: what agent and tests will reach, where that is not what this sandbox does.
+    images: more names of images for which this machine can stand, with the programs that must be
+    there: an alias of an image that cannot be had. egress: what agent and tests will reach, where
+    that is not what this sandbox does.
     """
     refuse_what_no_sandbox_has(task)
     environment, egress = task.environment, sandbox.config.egress if egress is None else egress
@@ -136,7 +149,9 @@ async def build(
 
 
 def refuse_what_no_sandbox_has(task: HarborTask) -> None:
-    """UnsupportedError for what a task's settings ask for and one sandbox of ours cannot give, on whatever backend."""
+    """UnsupportedError for what a task's settings ask for and one sandbox of ours cannot give, on
+    whatever backend.
+    """
     settings = task.path / ("task.toml" if task.format == "harbor" else "task.yaml")
     environment = task.environment
     if environment.compose_path is not None:
@@ -166,15 +181,18 @@ def refuse_what_no_sandbox_has(task: HarborTask) -> None:
                 raise UnsupportedError(
                     settings,
                     line_of(task, phase, "network_mode"),
-                    f"{phase}.network_mode = {network[0]!r} beside environment.network_mode = "
-                    f"{environment.network_mode!r}; a sandbox has one network policy for its whole life",
+                    f"{phase}.network_mode = {network[0]!r} beside environment.network_mode ="
+                    f" {environment.network_mode!r}; a sandbox has one network policy for its whole"
+                    " life",
                 )
 
 
 def egress_of(task: HarborTask, given: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """What the sandbox may reach, as SandboxConfig.egress has it: the task's allowed_hosts, at their ports or at 80 and 443; nothing for no-network.
+    """What the sandbox may reach, as SandboxConfig.egress has it: the task's allowed_hosts, at
+    their ports or at 80 and 443; nothing for no-network.
 
-    A public task reaches what `given` grants: a sandbox has no grant for the whole world. Raises TaskError for a host that no grant can name.
+    A public task reaches what `given` grants: a sandbox has no grant for the whole world. Raises
+    TaskError for a host that no grant can name.
     """
     environment = task.environment
     if environment.network_mode == "public":
@@ -246,11 +264,13 @@ class _Builder:
         roots = [name for name in (*_IN_EVERY_IMAGE, "tmp") if name in self._paths.roots]
         await self._check(
             None,
-            f"mkdir -p {' '.join(self._quoted(f'/{name}') for name in [*roots, 'logs/agent', 'logs/verifier', 'logs/artifacts'])}",
+            "mkdir -p"
+            f" {' '.join(self._quoted(f'/{name}') for name in [*roots, 'logs/agent', 'logs/verifier', 'logs/artifacts'])}",
         )
         if self._task.environment.network_mode == "public" and not self._egress:
             self._notes.append(
-                "network_mode is public, and the sandbox reaches nothing; SandboxConfig.egress can grant hosts"
+                "network_mode is public, and the sandbox reaches nothing; SandboxConfig.egress can"
+                " grant hosts"
             )
         for instruction in instructions:
             await self._instruction(instruction)
@@ -288,7 +308,8 @@ class _Builder:
         }[keyword]
         await act(instruction)
 
-    # -- instructions --------------------------------------------------------------------------------------------------------------
+    # -- instructions
+    # ---------------------------------------------------------------------------------------------
 
     async def _from(self, instruction: Instruction) -> None:
         if self._based:
@@ -306,8 +327,9 @@ class _Builder:
         if known is None:
             raise self._refused(
                 instruction,
-                f"the image {words[0]!r} (known are {', '.join(image for image in self._images if '/' not in image)}; "
-                "name what can stand for it with images={...: (programs,)})",
+                f"the image {words[0]!r} (known are"
+                f" {', '.join(image for image in self._images if '/' not in image)}; name what can"
+                " stand for it with images={...: (programs,)})",
             )
         if missing := await self._missing(self._images[known]):
             raise self._refused(
@@ -365,7 +387,7 @@ class _Builder:
                 f"`{account[0]}`; the embedded sandbox has one unprivileged user",
             )
         listed = dockerfile.json_list(command)
-        inner = [self._paths.inward(word) for word in (listed or [*self._shell, command])]
+        inner = [self._paths.inward(word) for word in listed or [*self._shell, command]]
         await self._check(
             instruction, f"cd -- {self._quoted(self._workdir)} && exec {shlex.join(inner)}"
         )
@@ -394,7 +416,8 @@ class _Builder:
         for name, folder in found:
             await self._lay(instruction, name, folder, place, into, mode)
 
-    # -- COPY and ADD --------------------------------------------------------------------------------------------------------------
+    # -- COPY and ADD
+    # ---------------------------------------------------------------------------------------------
 
     async def _lay(
         self,
@@ -405,7 +428,10 @@ class _Builder:
         into: bool,
         mode: int | None,
     ) -> None:
-        """One source. A folder's content goes into the target; a file becomes the target, or goes into it."""
+        """One source.
+
+        A folder's content goes into the target; a file becomes the target, or goes into it.
+        """
         if folder:
             prefix = f"{name}/" if name else ""
             files = {
@@ -421,7 +447,8 @@ class _Builder:
                 )
                 await self._check(
                     instruction,
-                    f"mkdir -p {shlex.quote(place)} && tar -xf {self._paths.workspace}/.archive -C {shlex.quote(place)} && rm {self._paths.workspace}/.archive",
+                    f"mkdir -p {shlex.quote(place)} && tar -xf {self._paths.workspace}/.archive -C"
+                    f" {shlex.quote(place)} && rm {self._paths.workspace}/.archive",
                 )
                 return
             files = {
@@ -436,7 +463,9 @@ class _Builder:
         )
 
     async def _put(self, instruction: Instruction, files: Mapping[str, tuple[bytes, int]]) -> None:
-        """Writes files at places in the sandbox; the SDK writes below the workspace only, so others are moved."""
+        """Writes files at places in the sandbox; the SDK writes below the workspace only, so others
+        are moved.
+        """
         inner = {
             path: content
             for path, content in files.items()
@@ -449,7 +478,8 @@ class _Builder:
                     await self._sandbox.write_files({".moved": content})
                     await self._check(
                         instruction,
-                        f"mkdir -p {shlex.quote(path.rsplit('/', 1)[0])} && mv {self._paths.workspace}/.moved {shlex.quote(path)}",
+                        f"mkdir -p {shlex.quote(path.rsplit('/', 1)[0])} && mv"
+                        f" {self._paths.workspace}/.moved {shlex.quote(path)}",
                     )
         except SandboxFileError as error:
             raise BuildError(
@@ -486,10 +516,13 @@ class _Builder:
             )
         return int(flags["chmod"], 8)
 
-    # -- packages that are there already -------------------------------------------------------------------------------------------
+    # -- packages that are there already
+    # ---------------------------------------------------------------------------------------------
 
     async def _is_installed(self, instruction: Instruction, command: str) -> bool:
-        """Whether the command only installs Debian packages whose programs the machine has: then there is nothing to do."""
+        """Whether the command only installs Debian packages whose programs the machine has: then
+        there is nothing to do.
+        """
         names = offline.packages(command)
         if not names:
             return names == [] and bool(command.strip())
@@ -502,7 +535,8 @@ class _Builder:
             raise UnsupportedError(
                 self._file,
                 line,
-                f"`apt-get install {' '.join(lacking)}` needs the network, and this machine lacks {', '.join(missing)}",
+                f"`apt-get install {' '.join(lacking)}` needs the network, and this machine lacks"
+                f" {', '.join(missing)}",
             )
         self._note(instruction, f"{' '.join(names)}: taken from this machine")
         return True
@@ -511,11 +545,13 @@ class _Builder:
         if not programs:
             return []
         result = await self._execute(
-            f'for p in {" ".join(map(shlex.quote, programs))}; do command -v "$p" > /dev/null || echo "$p"; done'
+            f'for p in {" ".join(map(shlex.quote, programs))}; do command -v "$p" > /dev/null ||'
+            ' echo "$p"; done'
         )
         return result.stdout.split()
 
-    # -- small helpers -------------------------------------------------------------------------------------------------------------
+    # -- small helpers
+    # ---------------------------------------------------------------------------------------------
 
     async def _make_workdir(self, instruction: Instruction | None) -> None:
         await self._check(
@@ -583,7 +619,9 @@ def _is_archive(content: bytes) -> bool:
 
 
 def _find(files: Mapping[str, object], pattern: str) -> list[tuple[str, bool]]:
-    """(path, whether a folder) of the files and folders that a pattern names, component by component."""
+    """(path, whether a folder) of the files and folders that a pattern names, component by
+    component.
+    """
     if pattern == "":
         return [("", True)]
     wanted = pattern.split("/")

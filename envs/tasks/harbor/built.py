@@ -1,7 +1,9 @@
-"""Environments that were built already: later episodes of a task start from a snapshot of the first one, copy-on-write.
+"""Environments that were built already: later episodes of a task start from a snapshot of the first
+one, copy-on-write.
 
-What a build leaves is files alone (no process outlives a command of its own), so a snapshot of it is the same as building anew. Episodes of one task that begin
-together wait for the first of them to build. The newest KEPT environments of an event loop are kept, on disk, until the process ends.
+What a build leaves is files alone (no process outlives a command of its own), so a snapshot of it
+is the same as building anew. Episodes of one task that begin together wait for the first of them to
+build. The newest KEPT environments of an event loop are kept, on disk, until the process ends.
 """
 
 from __future__ import annotations
@@ -41,9 +43,12 @@ async def start_built(
     images: Mapping[str, tuple[str, ...]] | None,
     build_egress: tuple[str, ...] | None = None,
 ) -> tuple[Sandbox, Built]:
-    """A started sandbox in which the task's environment is built. Raises what `build` and Sandbox.start raise, and leaves no sandbox then.
+    """A started sandbox in which the task's environment is built.
 
-    build_egress: what the build reaches; None: what the sandbox does. What is built by another policy than that of the episode is left before it begins.
+    Raises what `build` and Sandbox.start raise, and leaves no sandbox then.
+
+    build_egress: what the build reaches; None: what the sandbox does. What is built by another
+    policy than that of the episode is left before it begins.
     """
     entries = _entries.setdefault(asyncio.get_running_loop(), collections.OrderedDict())
     key = (id(task), repr(dataclasses.replace(config, label="")), repr((images, build_egress)))

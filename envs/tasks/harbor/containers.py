@@ -1,8 +1,12 @@
-"""A task's environment on the Docker backend: its real Dockerfile, built by the engine, once for each content.
+"""A task's environment on the Docker backend: its real Dockerfile, built by the engine, once for
+each content.
 
-The container's image is read-only there, so the task's own folders (/app, and what its Dockerfile names) are copied from the image into the workspace when an episode
-begins, and paths are rewritten as for the embedded backend (paths.py). What lies elsewhere in the image is used where it is, and cannot be changed by the agent.
-A base image that the engine lacks is what EnvHub (~/.rock) has under its name, if it has, and is pulled else. The build reaches the network, as Harbor's does, unless it is told not to; the sandbox reaches what the task's network_mode grants.
+The container's image is read-only there, so the task's own folders (/app, and what its Dockerfile
+names) are copied from the image into the workspace when an episode begins, and paths are rewritten
+as for the embedded backend (paths.py). What lies elsewhere in the image is used where it is, and
+cannot be changed by the agent. A base image that the engine lacks is what EnvHub (~/.rock) has
+under its name, if it has, and is pulled else. The build reaches the network, as Harbor's does,
+unless it is told not to; the sandbox reaches what the task's network_mode grants.
 """
 
 from __future__ import annotations
@@ -38,9 +42,13 @@ chmod -R u+rwX {workspace} && mkdir -p {places}
 async def build_image(
     task: HarborTask, config: SandboxConfig, build_egress: tuple[str, ...] | None = None
 ) -> str:
-    """The name of the task's image: built from its Dockerfile, or its docker_image, or else the config's. Raises UnsupportedError or BuildError.
+    """The name of the task's image: built from its Dockerfile, or its docker_image, or else the
+    config's.
 
-    build_egress: () keeps the network from RUN lines; grants are refused, since an engine's build has all of the network or none.
+    Raises UnsupportedError or BuildError.
+
+    build_egress: () keeps the network from RUN lines; grants are refused, since an engine's build
+    has all of the network or none.
     """
     refuse_what_no_sandbox_has(task)
     environment = task.environment
@@ -48,8 +56,8 @@ async def build_image(
         raise UnsupportedError(
             environment.dockerfile_path or task.path,
             0,
-            f"build_egress = {', '.join(build_egress)[:200]}; a build of the Docker engine has all of the network or "
-            "none: leave it unset, or use the embedded backend",
+            f"build_egress = {', '.join(build_egress)[:200]}; a build of the Docker engine has all"
+            " of the network or none: leave it unset, or use the embedded backend",
         )
     if environment.dockerfile is None:
         return await _local(environment.docker_image) if environment.docker_image else config.image
@@ -79,7 +87,9 @@ async def build_image(
 
 
 async def _local(image: str) -> str:
-    """The name itself where the engine has it or this machine's EnvHub has no alias for it; else what stands for it."""
+    """The name itself where the engine has it or this machine's EnvHub has no alias for it; else
+    what stands for it.
+    """
     from envs.rock.docker.container import engine
     from envs.rock.images.local import alias
 
@@ -111,7 +121,10 @@ def _write(folder: pathlib.Path, files: Files) -> None:
 async def enter(
     sandbox: Sandbox, task: HarborTask, own: tuple[str, ...] = ("logs", "tests", "solution", "root")
 ) -> Built:
-    """Copies the task's folders into the workspace of a sandbox that runs its image, and says where all is (a Built). Raises BuildError.
+    """Copies the task's folders into the workspace of a sandbox that runs its image, and says where
+    all is (a Built).
+
+    Raises BuildError.
 
     own: folders that are not the image's affair.
     """
@@ -147,12 +160,14 @@ async def enter(
         raise BuildError(
             environment.dockerfile_path or task.path,
             0,
-            f"its folders {', '.join(copied)} could not be copied into the sandbox: {result.stderr.strip()[-300:]}",
+            f"its folders {', '.join(copied)} could not be copied into the sandbox:"
+            f" {result.stderr.strip()[-300:]}",
         )
     notes = [f"/{name} is a copy in the sandbox's memory" for name in copied]
     if environment.network_mode == "public" and not sandbox.config.egress:
         notes.append(
-            "network_mode is public, and the sandbox reaches nothing; SandboxConfig.egress can grant hosts"
+            "network_mode is public, and the sandbox reaches nothing; SandboxConfig.egress can"
+            " grant hosts"
         )
     return Built(
         paths,

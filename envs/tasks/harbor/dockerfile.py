@@ -1,7 +1,10 @@
-"""Reads a Dockerfile into instructions with their lines. Says by name what is no Dockerfile, and what this reader does not take.
+"""Reads a Dockerfile into instructions with their lines.
 
-Reference: https://docs.docker.com/reference/dockerfile/. Taken: comments, line continuation, flags, the JSON form, variables
-($NAME, ${NAME}, ${NAME:-default}, ${NAME:+other}). Not taken: here-documents, another escape character than the backslash.
+Says by name what is no Dockerfile, and what this reader does not take.
+
+Reference: https://docs.docker.com/reference/dockerfile/. Taken: comments, line continuation, flags,
+the JSON form, variables ($NAME, ${NAME}, ${NAME:-default}, ${NAME:+other}). Not taken:
+here-documents, another escape character than the backslash.
 """
 
 from __future__ import annotations
@@ -11,12 +14,31 @@ import json
 import pathlib
 import re
 import shlex
-from typing import Mapping
+from collections.abc import Mapping
 
 from envs.tasks.harbor.errors import TaskError, UnsupportedError
 
 KEYWORDS = frozenset(
-    "ADD ARG CMD COPY ENTRYPOINT ENV EXPOSE FROM HEALTHCHECK LABEL MAINTAINER ONBUILD RUN SHELL STOPSIGNAL USER VOLUME WORKDIR".split()
+    [
+        "ADD",
+        "ARG",
+        "CMD",
+        "COPY",
+        "ENTRYPOINT",
+        "ENV",
+        "EXPOSE",
+        "FROM",
+        "HEALTHCHECK",
+        "LABEL",
+        "MAINTAINER",
+        "ONBUILD",
+        "RUN",
+        "SHELL",
+        "STOPSIGNAL",
+        "USER",
+        "VOLUME",
+        "WORKDIR",
+    ]
 )
 _HEREDOC = re.compile(r"(?:^|\s)\d*<<-?[\"']?[A-Za-z_]")  # as Docker sees one: a word of its own
 _FLAG = re.compile(r"--([a-z][a-z-]*)(?:=(\S+))?(?:\s+|$)")
@@ -27,7 +49,10 @@ _VARIABLE = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One instruction. `rows` are its lines with their numbers, to say where in a long RUN something is."""
+    """One instruction.
+
+    `rows` are its lines with their numbers, to say where in a long RUN something is.
+    """
 
     keyword: str
     arguments: str
@@ -93,7 +118,8 @@ def _instruction(rows: list[tuple[int, str]], file: pathlib.Path) -> Instruction
         raise UnsupportedError(
             file,
             line,
-            f"{keyword.upper()} with a here-document; write the text to a file of the build context and COPY it",
+            f"{keyword.upper()} with a here-document; write the text to a file of the build context"
+            " and COPY it",
         )
     return Instruction(keyword.upper(), arguments.strip(), line, tuple(rows))
 
@@ -132,7 +158,10 @@ def substitute(text: str, variables: Mapping[str, str]) -> str:
 
 
 def assignments(instruction: Instruction, file: pathlib.Path) -> dict[str, str]:
-    """NAME=value pairs of ENV; also its old form `ENV NAME value`. Variables are not filled in yet."""
+    """NAME=value pairs of ENV; also its old form `ENV NAME value`.
+
+    Variables are not filled in yet.
+    """
     text = instruction.arguments
     old = re.match(r"([A-Za-z_]\w*)\s+([^=\s].*|[^=\s]*=.*)\Z", text, re.DOTALL)
     if old and "=" not in text.split()[0]:
@@ -159,7 +188,9 @@ def words(instruction: Instruction, file: pathlib.Path, text: str) -> list[str]:
 
 
 def json_list(text: str) -> list[str] | None:
-    """The entries of a JSON list of texts, None if it is none: then Docker takes it for a shell command."""
+    """The entries of a JSON list of texts, None if it is none: then Docker takes it for a shell
+    command.
+    """
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):

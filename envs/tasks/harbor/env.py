@@ -1,7 +1,11 @@
-"""A Harbor or Terminal-Bench 1 task as a GEM environment over a sandbox, embedded or of the Docker backend. A turn is what it is in the terminal curriculum.
+"""A Harbor or Terminal-Bench 1 task as a GEM environment over a sandbox, embedded or of the Docker
+backend.
 
-The model sees the task's own paths (/app, /tests); `paths.py` says how they are kept below the workspace. Handing in (a turn without a tool
-call) has the current step graded: then comes the next step's instruction, or the end with the reward of all steps.
+A turn is what it is in the terminal curriculum.
+
+The model sees the task's own paths (/app, /tests); `paths.py` says how they are kept below the
+workspace. Handing in (a turn without a tool call) has the current step graded: then comes the next
+step's instruction, or the end with the reward of all steps.
 """
 
 from __future__ import annotations
@@ -11,7 +15,8 @@ import dataclasses
 import pathlib
 import shlex
 import time
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 from envs.gem import Info, StepResult
 from envs.rock import CommandResult, Sandbox, SandboxConfig, SandboxFileError
@@ -34,7 +39,10 @@ FINAL_TURN = "done"
 
 
 class HarborEnv(ShellEnv):
-    """Plays one task folder, whatever the seed. Its agent's time limit counts from reset, or from a step's instruction."""
+    """Plays one task folder, whatever the seed.
+
+    Its agent's time limit counts from reset, or from a step's instruction.
+    """
 
     def __init__(
         self,
@@ -49,10 +57,12 @@ class HarborEnv(ShellEnv):
         max_observation_chars: int = 4000,
         max_malformed: int = 3,
     ) -> None:
-        """max_turns: of each step. images: see `build`. seed is taken because GEM's vectors give one.
+        """max_turns: of each step. images: see `build`. seed is taken because GEM's vectors give
+        one.
 
-        build_egress: what the steps of the build reach, as SandboxConfig.egress; () nothing. None: in containers all of the network, as in Harbor, and
-        elsewhere what the task may. The agent and the tests never have more than the task grants.
+        build_egress: what the steps of the build reach, as SandboxConfig.egress; () nothing. None:
+        in containers all of the network, as in Harbor, and elsewhere what the task may. The agent
+        and the tests never have more than the task grants.
         """
         self.task = task if isinstance(task, HarborTask) else load_task(task)
         super().__init__(max_turns, command_timeout, max_observation_chars, max_malformed)
@@ -92,17 +102,24 @@ class HarborEnv(ShellEnv):
         return run(self.areset(seed), self.task.environment.build_timeout + 120.0)
 
     def spawn(self, same_state: bool = False, **kwargs: Any) -> HarborEnv:
-        """A new environment of the same task and settings. A running episode cannot be copied yet: same_state is refused."""
+        """A new environment of the same task and settings.
+
+        A running episode cannot be copied yet: same_state is refused.
+        """
         if same_state:
             raise NotImplementedError(
                 "a running episode cannot be copied; spawn(same_state=False) and reset"
             )
         return HarborEnv(**{"task": self.task, **self._settings, **kwargs})
 
-    # -- the episode ---------------------------------------------------------------------------------------------------------------
+    # -- the episode
+    # ---------------------------------------------------------------------------------------------
 
     async def areset(self, seed: int | None = None) -> tuple[str, Info]:
-        """Builds the task's environment in a fresh sandbox. Raises SandboxError, or a TaskError (UnsupportedError, BuildError) that names file and line."""
+        """Builds the task's environment in a fresh sandbox.
+
+        Raises SandboxError, or a TaskError (UnsupportedError, BuildError) that names file and line.
+        """
         await self.aclose()
         config = dataclasses.replace(self._sandbox_config, label=self.task.name)
         self._step_index, self._grades = 0, []
@@ -134,7 +151,10 @@ class HarborEnv(ShellEnv):
         }
 
     async def asolve(self) -> StepResult:
-        """Plays the reference solution from here to the end, as the oracle. TaskError where the task has none."""
+        """Plays the reference solution from here to the end, as the oracle.
+
+        TaskError where the task has none.
+        """
         while True:
             await self._run_solution(self._step)
             result = await self.astep(FINAL_TURN)
@@ -146,7 +166,10 @@ class HarborEnv(ShellEnv):
         return self.task.steps[self._step_index if self._sandbox else 0]
 
     async def _enter_step(self) -> str:
-        """The step's files and its instruction. Its setup.sh runs in the working directory, and does not stay there."""
+        """The step's files and its instruction.
+
+        Its setup.sh runs in the working directory, and does not stay there.
+        """
         step = self._step
         if step.setup:
             workdir = self.built.paths.place(self.built.workdir)
@@ -215,7 +238,8 @@ class HarborEnv(ShellEnv):
         """What the agent did counts, though it did not hand it in."""
         return await self._finish(await self._grade(), info, "truncated_turns", observation)
 
-    # -- grading -------------------------------------------------------------------------------------------------------------------
+    # -- grading
+    # ---------------------------------------------------------------------------------------------
 
     async def _verify(self, info: Info) -> StepResult:
         graded = await self._grade()
@@ -317,7 +341,9 @@ class HarborEnv(ShellEnv):
 
 
 def sandbox_for(task: HarborTask, config: SandboxConfig | None) -> SandboxConfig:
-    """The limits that the task asks for, in a sandbox isolated as the config says; all of the config where it sets its own limits."""
+    """The limits that the task asks for, in a sandbox isolated as the config says; all of the
+    config where it sets its own limits.
+    """
     config, plain = config or SandboxConfig(), SandboxConfig()
     config = dataclasses.replace(config, egress=egress_of(task, config.egress))
     if (config.memory_mb, config.disk_mb, config.pids) != (
@@ -350,6 +376,9 @@ def reaches(graded: Grade, least: float | Mapping[str, float] | None) -> bool:
 
 
 def combine(rewards: list[float], steps: int, strategy: str) -> float:
-    """The episode's reward. A step that was not reached counts 0, so that giving up early never pays."""
+    """The episode's reward.
+
+    A step that was not reached counts 0, so that giving up early never pays.
+    """
     filled = rewards + [0.0] * (steps - len(rewards))
     return filled[-1] if strategy == "final" else sum(filled) / steps

@@ -1,4 +1,7 @@
-"""Why a task cannot be used: it is malformed, or this backend cannot give what it asks for. Both name file and line."""
+"""Why a task cannot be used: it is malformed, or this backend cannot give what it asks for.
+
+Both name file and line.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ class TaskError(ValueError):
 
 
 class UnsupportedError(TaskError):
-    """The task is well formed, and the embedded backend cannot do what it asks for. The message says what, and the remedy where there is one."""
+    """The task is well formed, and the embedded backend cannot do what it asks for.
+
+    The message says what, and the remedy where there is one.
+    """
 
 
 class BuildError(TaskError):

@@ -9,7 +9,8 @@ import pathlib
 import re
 import reprlib
 import stat
-from typing import Any, Callable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from envs.tasks.harbor.errors import TaskError
 from envs.tasks.harbor.task import Files
@@ -24,7 +25,9 @@ _TEMPLATE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 @dataclasses.dataclass
 class Table:
-    """A table of settings. `get` marks a key as known; what is left in the end is unknown, and accepted.
+    """A table of settings.
+
+    `get` marks a key as known; what is left in the end is unknown, and accepted.
 
     line_of: the line of a key, given the path to it.
     """
@@ -37,7 +40,7 @@ class Table:
     )  # what ${NAME} may be filled in from
     path: tuple[str, ...] = ()
     known: set[str] = dataclasses.field(default_factory=set)
-    children: list["Table"] = dataclasses.field(default_factory=list)
+    children: list[Table] = dataclasses.field(default_factory=list)
 
     def fault(self, key: str | None, message: str, inner: str | None = None) -> TaskError:
         """About a key of this table, or about a key of the table at this key."""
@@ -46,14 +49,14 @@ class Table:
             self.file, self.line_of(path), f"{'.'.join(path) or 'the file'}: {message}"
         )
 
-    def table(self, key: str) -> "Table":
+    def table(self, key: str) -> Table:
         """The table below this key, an empty one where there is none."""
         value = self.get(key, dict, {})
         child = Table(self.file, value, self.line_of, self.environ, (*self.path, key))
         self.children.append(child)
         return child
 
-    def tables(self, key: str) -> list["Table"]:
+    def tables(self, key: str) -> list[Table]:
         found = []
         for index, value in enumerate(self.get(key, list, [])):
             if not isinstance(value, dict):
@@ -123,7 +126,9 @@ class Table:
         return tuple(values)
 
     def environment(self, key: str) -> dict[str, str]:
-        """Variables, with ${NAME} and ${NAME:-default} filled in from `environ`: never from this process's environment, which may hold secrets."""
+        """Variables, with ${NAME} and ${NAME:-default} filled in from `environ`: never from this
+        process's environment, which may hold secrets.
+        """
         variables = {}
         for name, value in self.get(key, dict, {}).items():
             if isinstance(value, bool) or not isinstance(value, (str, int, float)):
@@ -140,7 +145,8 @@ class Table:
         if value is None:
             raise self.fault(
                 key,
-                f"{match[0]} has no value and no default; pass environ={{{match[1]!r}: ...}} to load_task",
+                f"{match[0]} has no value and no default; pass environ={{{match[1]!r}: ...}} to"
+                " load_task",
                 name,
             )
         return value
@@ -177,7 +183,9 @@ def read_text(path: pathlib.Path, limit: int = MAX_SETTINGS_BYTES) -> str:
 def read_folder(
     folder: pathlib.Path, leave_out: tuple[str, ...] = ()
 ) -> dict[str, tuple[bytes, int]]:
-    """All regular files below a folder; {} where it is missing. A link or a device is refused: it could name any file of this machine.
+    """All regular files below a folder; {} where it is missing.
+
+    A link or a device is refused: it could name any file of this machine.
 
     leave_out: names at the top of the folder.
     """

@@ -2,12 +2,16 @@
 
 1. Every process of the agent is dead before anything of the tests enters the sandbox.
 2. /logs/verifier and /tests are emptied first: a reward that lay there, or a link, is gone.
-3. The script runs in fresh namespaces with an empty /tmp, with the variables of the task and none of the agent's, and system programs first in PATH.
-4. It works in place, not on a view: the steps of a task follow each other in one world, and rule 5 reads what it left.
-5. When it has ended every process is dead again, and only then is the reward read: a regular file of /logs/verifier, one answer, finite, from 0 to 1.
+3. The script runs in fresh namespaces with an empty /tmp, with the variables of the task and none
+   of the agent's, and system programs first in PATH.
+4. It works in place, not on a view: the steps of a task follow each other in one world, and rule 5
+                                     reads what it left.
+5. When it has ended every process is dead again, and only then is the reward read: a regular file
+   of /logs/verifier, one answer, finite, from 0 to 1.
 
-What the script starts of the agent's programs runs beside it with the same rights, as in Harbor's shared mode: such a program could write a reward.
-A task whose tests run the agent's programs must check their output from outside, and write its reward when none of them lives any more:
+What the script starts of the agent's programs runs beside it with the same rights, as in Harbor's
+shared mode: such a program could write a reward. A task whose tests run the agent's programs must
+check their output from outside, and write its reward when none of them lives any more:
 examples/rpn-calculator/tests shows how.
 """
 
@@ -56,7 +60,10 @@ for name in reward.txt reward.json; do
     fi
 done
 """
-_CLEAN = "for d in {workspace}/tests {workspace}/logs/verifier; do chmod -R u+rwX -- $d; rm -rf -- $d; done 2> /dev/null; mkdir -p {workspace}/logs/verifier; true"
+_CLEAN = (
+    "for d in {workspace}/tests {workspace}/logs/verifier; do chmod -R u+rwX -- $d; rm -rf -- $d;"
+    " done 2> /dev/null; mkdir -p {workspace}/logs/verifier; true"
+)
 _OUTCOME = re.compile(
     r"^(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b[ \t]+(?:\[\d+\][ \t]+)?(\S+)", re.MULTILINE
 )
@@ -69,7 +76,10 @@ class RewardError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Grade:
-    """`rewards` has several entries where reward.json has; `reward` is the one that counts. `note` says why it is 0 for another reason than a verdict."""
+    """`rewards` has several entries where reward.json has; `reward` is the one that counts.
+
+    `note` says why it is 0 for another reason than a verdict.
+    """
 
     reward: float
     rewards: dict[str, float]
@@ -78,10 +88,13 @@ class Grade:
 
 
 async def grade(sandbox: Sandbox, step: Step, built: Built) -> Grade:
-    """Runs the step's tests in the sandbox. Raises SandboxError for the machine's faults, and only for those.
+    """Runs the step's tests in the sandbox.
 
-    A script that left no valid reward, or did not end, earns 0: the agent shares its world and could have brought that about. That the tests are
-    sound is for the oracle to prove, which must earn 1.
+    Raises SandboxError for the machine's faults, and only for those.
+
+    A script that left no valid reward, or did not end, earns 0: the agent shares its world and
+    could have brought that about. That the tests are sound is for the oracle to prove, which must
+    earn 1.
     """
     result = await sandbox.verify(
         _script(sandbox, step, built),
@@ -171,7 +184,8 @@ def _tar(files: Files) -> bytes:
     return buffer.getvalue()
 
 
-# -- rewards -------------------------------------------------------------------------------------------------------------------------
+# -- rewards
+# -------------------------------------------------------------------------------------------------
 
 
 async def _read_rewards(sandbox: Sandbox, built: Built) -> dict[str, float]:
@@ -192,7 +206,9 @@ async def _read_rewards(sandbox: Sandbox, built: Built) -> dict[str, float]:
 
 
 def read_rewards(files: dict[str, bytes | None]) -> dict[str, float]:
-    """The rewards in reward.txt and reward.json (None: there, but no regular file). RewardError unless they are one valid answer.
+    """The rewards in reward.txt and reward.json (None: there, but no regular file).
+
+    RewardError unless they are one valid answer.
 
     Both files may be there only if they say the same.
     """
@@ -208,7 +224,8 @@ def read_rewards(files: dict[str, bytes | None]) -> dict[str, float]:
     }
     if len(answers) > 1 and pick(answers["reward.txt"]) != pick(answers["reward.json"]):
         raise RewardError(
-            f"reward.txt says {pick(answers['reward.txt']):g} and reward.json says {pick(answers['reward.json']):g}"
+            f"reward.txt says {pick(answers['reward.txt']):g} and reward.json says"
+            f" {pick(answers['reward.json']):g}"
         )
     return answers.get("reward.json", answers.get("reward.txt"))
 
@@ -220,7 +237,8 @@ def pick(rewards: dict[str, float]) -> float:
     if len(rewards) == 1:
         return next(iter(rewards.values()))
     raise RewardError(
-        f'reward.json has {len(rewards)} entries ({", ".join(sorted(rewards))[:80]}), and none is named "reward"'
+        f"reward.json has {len(rewards)} entries ({', '.join(sorted(rewards))[:80]}), and none is"
+        ' named "reward"'
     )
 
 
@@ -259,7 +277,9 @@ def _checked(name: str, number: float | int) -> float:
 
 
 def pytest_reward(result: CommandResult) -> float:
-    """1 if the script ended well and its last summary of pytest (`-rA`) lists tests that all passed; Terminal-Bench 1's rule."""
+    """1 if the script ended well and its last summary of pytest (`-rA`) lists tests that all
+    passed; Terminal-Bench 1's rule.
+    """
     parts = _SUMMARY.split(result.stdout)
     outcomes = _OUTCOME.findall(parts[-1]) if len(parts) > 1 else []
     if not outcomes:

@@ -1,9 +1,11 @@
-"""Reads task folders: Harbor's task.toml (schema 1.0 to 1.4, several steps), Terminal-Bench 1's task.yaml, and datasets, which are folders of them.
+"""Reads task folders: Harbor's task.toml (schema 1.0 to 1.4, several steps), Terminal-Bench 1's
+task.yaml, and datasets, which are folders of them.
 
     tasks = load_dataset("envs/tasks/harbor/examples")
     task = load_task("some/task")           # TaskError names file and line of what is wrong
 
-Unknown keys are accepted and listed in the record, for the format grows. A missing [environment] is accepted too.
+Unknown keys are accepted and listed in the record, for the format grows. A missing [environment] is
+accepted too.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ import dataclasses
 import pathlib
 import re
 import tomllib
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 from envs.tasks.harbor.errors import TaskError
 from envs.tasks.harbor.fields import MAX_DOCKERFILE_BYTES, Table, read_folder, read_text
@@ -28,7 +31,8 @@ _CANARY = re.compile(r"\A\s*(?:<!--[^>]*canary[^>]*-->|#[^\n]*canary[^\n]*)\n", 
 def load_task(path: str | pathlib.Path, environ: Mapping[str, str] | None = None) -> HarborTask:
     """The task in this folder, of whichever format its settings file says it is. Raises TaskError.
 
-    environ: what ${NAME} in the settings' env tables is filled in from. The environment of this process is never looked at.
+    environ: what ${NAME} in the settings' env tables is filled in from. The environment of this
+    process is never looked at.
     """
     folder = pathlib.Path(path)
     if (folder / "task.toml").exists():
@@ -45,7 +49,9 @@ def load_dataset(
     skip_malformed: list[TaskError] | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> list[HarborTask]:
-    """Every task below a folder, by name. With `skip_malformed` a list, faults are put there instead of raised.
+    """Every task below a folder, by name.
+
+    With `skip_malformed` a list, faults are put there instead of raised.
 
     Raises TaskError for a malformed task, a folder without tasks, or two tasks of one name.
     """
@@ -82,7 +88,9 @@ def _task_folders(folder: pathlib.Path, depth: int) -> list[pathlib.Path]:
 
 
 def line_of(task: HarborTask, *path: str) -> int:
-    """The line of a task's settings file where this key is set; 0 where that cannot be seen (the file is in an archive, or another process's)."""
+    """The line of a task's settings file where this key is set; 0 where that cannot be seen (the
+    file is in an archive, or another process's).
+    """
     try:
         return (
             _toml_line(read_text(task.path / "task.toml"), path) if task.format == "harbor" else 0
@@ -91,7 +99,8 @@ def line_of(task: HarborTask, *path: str) -> int:
         return 0
 
 
-# -- Harbor --------------------------------------------------------------------------------------------------------------------------
+# -- Harbor
+# -------------------------------------------------------------------------------------------------
 
 
 def load_harbor(folder: pathlib.Path, environ: Mapping[str, str]) -> HarborTask:
@@ -127,9 +136,11 @@ def load_harbor(folder: pathlib.Path, environ: Mapping[str, str]) -> HarborTask:
         reward_strategy=strategy,
         difficulty=_word(metadata, "difficulty"),
         category=_word(metadata, "category"),
-        tags=tuple(str(tag) for tag in metadata.get("tags", ()))
-        if isinstance(metadata.get("tags", ()), list)
-        else (),
+        tags=(
+            tuple(str(tag) for tag in metadata.get("tags", ()))
+            if isinstance(metadata.get("tags", ()), list)
+            else ()
+        ),
         metadata=metadata,
         artifacts=tuple(table.get("artifacts", list, [])),
     )
@@ -146,7 +157,7 @@ class _Phases:
     """The settings of the agent, the verifier and the solution that steps inherit."""
 
     @classmethod
-    def of(cls, table: Table, parent: "_Phases | None" = None) -> "_Phases":
+    def of(cls, table: Table, parent: _Phases | None = None) -> _Phases:
         phases = cls()
         agent, verifier, solution = (
             table.table("agent"),
@@ -177,7 +188,7 @@ class _Phases:
         )
         own = verifier.table("environment") if "environment" in verifier.values else None
         mode = verifier.text(
-            "environment_mode", "separate" if own or parent and parent.separate else "shared"
+            "environment_mode", "separate" if own or (parent and parent.separate) else "shared"
         )
         if mode not in ("shared", "separate"):
             raise verifier.fault("environment_mode", f'{mode!r} is neither "shared" nor "separate"')
@@ -224,7 +235,8 @@ def _steps(
         if not name or not re.fullmatch(r"[\w][\w.-]*", name):
             raise step.fault(
                 "name" if name else None,
-                f"step {len(found) + 1} needs a name of letters, digits, '.', '_' and '-', and has {name!r}",
+                f"step {len(found) + 1} needs a name of letters, digits, '.', '_' and '-', and has"
+                f" {name!r}",
             )
         if any(other.name == name for other in found):
             raise step.fault("name", f"two steps are named {name!r}")
@@ -271,7 +283,8 @@ def _collect_command(hook: Table) -> str:
     if not command or service != "main":
         raise hook.fault(
             "command" if not command else "service",
-            f'a hook of verifier.collect needs a command and runs in the service "main", not in {service!r}',
+            'a hook of verifier.collect needs a command and runs in the service "main", not in'
+            f" {service!r}",
         )
     return command
 
@@ -279,7 +292,9 @@ def _collect_command(hook: Table) -> str:
 def _verifier_environment(
     phases: _Phases, places: tuple[pathlib.Path, ...], agents: Environment
 ) -> Environment | None:
-    """Where the tests run, if that is not where the agent was: built from the Dockerfile in the first of these folders that has one, by the verifier's own settings or the agent's."""
+    """Where the tests run, if that is not where the agent was: built from the Dockerfile in the
+    first of these folders that has one, by the verifier's own settings or the agent's.
+    """
     if not phases.separate:
         return None
     place = next((one for one in places if (one / "Dockerfile").exists()), places[-1])
@@ -295,13 +310,16 @@ def _verifier_environment(
         raise TaskError(
             place / "Dockerfile",
             0,
-            "missing; a separate verifier is built from it, or has a docker_image in verifier.environment",
+            "missing; a separate verifier is built from it, or has a docker_image in"
+            " verifier.environment",
         )
     return found
 
 
 def _artifacts(table: Table) -> tuple[str, ...]:
-    """Where they lie, for the agent and for a separate verifier; the `destination` of an entry names a place in Harbor's reports."""
+    """Where they lie, for the agent and for a separate verifier; the `destination` of an entry
+    names a place in Harbor's reports.
+    """
     found = []
     for entry in table.get("artifacts", list, []):
         source = entry.get("source") if isinstance(entry, dict) else entry
@@ -362,9 +380,11 @@ def _definition(place: pathlib.Path) -> dict[str, Any]:
     context = read_folder(place)
     return dict(
         context=context,
-        dockerfile=read_text(place / "Dockerfile", MAX_DOCKERFILE_BYTES)
-        if "Dockerfile" in context
-        else None,
+        dockerfile=(
+            read_text(place / "Dockerfile", MAX_DOCKERFILE_BYTES)
+            if "Dockerfile" in context
+            else None
+        ),
         dockerfile_path=place / "Dockerfile",
         compose_path=needed_compose(place),
     )
@@ -405,7 +425,8 @@ def _entries(table: Table, key: str) -> list:
     return [entry.values for entry in found]
 
 
-# -- TOML ----------------------------------------------------------------------------------------------------------------------------
+# -- TOML
+# -------------------------------------------------------------------------------------------------
 
 
 def parse_toml(file: pathlib.Path, text: str) -> dict:
@@ -429,7 +450,9 @@ def parse_toml(file: pathlib.Path, text: str) -> dict:
 
 
 def _toml_line(text: str, path: tuple[str, ...]) -> int:
-    """Where a key is set, as well as it can be seen without a parser that keeps lines: first in its own table, then anywhere."""
+    """Where a key is set, as well as it can be seen without a parser that keeps lines: first in its
+    own table, then anywhere.
+    """
     if not path:
         return 1
     header, last, table = "", path[-1], ".".join(path[:-1])

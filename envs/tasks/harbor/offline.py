@@ -1,9 +1,11 @@
-"""What an embedded sandbox has no network for: found in a script before it runs, so that the task is refused by name and not failed."""
+"""What an embedded sandbox has no network for: found in a script before it runs, so that the task
+is refused by name and not failed.
+"""
 
 from __future__ import annotations
 
 import re
-from typing import Iterable
+from collections.abc import Iterable
 
 _HERE = r"(?!localhost|127\.|0\.0\.0\.0|\[::1\]|\$)"
 NEEDS_NETWORK = re.compile(
@@ -19,7 +21,7 @@ _APT_PART = re.compile(
 )
 _CLEANING = re.compile(r"\s*rm\s+-rf?\s+/var/(?:lib/apt/lists|cache/apt)\S*(?:\s+/var/\S+)*\s*|\s*")
 _NOT_NEEDED = frozenset(
-    "apt-utils asciinema ca-certificates locales tmux tzdata".split()
+    ["apt-utils", "asciinema", "ca-certificates", "locales", "tmux", "tzdata"]
 )  # of a recording harness, or without a program of their own
 _PROGRAMS = {
     "build-essential": ("gcc", "make"),
@@ -43,12 +45,17 @@ _PROGRAMS = {
 
 
 def network_need(text: str) -> tuple[int, str] | None:
-    """(line, what) of the first command in a shell script that asks for the network; comments do not count."""
+    """(line, what) of the first command in a shell script that asks for the network; comments do
+    not count.
+    """
     return need_in_rows(list(enumerate(text[:_LOOKED_AT].splitlines(), 1)))
 
 
 def need_in_rows(rows: Iterable[tuple[int, str]]) -> tuple[int, str] | None:
-    """The same for lines with their numbers. Only the beginning of a very long line is looked at, so that no script can make this take long."""
+    """The same for lines with their numbers.
+
+    Only the beginning of a very long line is looked at, so that no script can make this take long.
+    """
     for number, row in rows:
         if match := NEEDS_NETWORK.search(re.sub(r"(^|\s)#.*", "", row[:_ROW_LOOKED_AT])):
             return number, match[0].strip()
@@ -56,7 +63,9 @@ def need_in_rows(rows: Iterable[tuple[int, str]]) -> tuple[int, str] | None:
 
 
 def packages(command: str) -> list[str] | None:
-    """The Debian packages that a command installs, where it does nothing but this and cleaning up; None for any other command."""
+    """The Debian packages that a command installs, where it does nothing but this and cleaning up;
+    None for any other command.
+    """
     found: list[str] = []
     for part in re.split(r"&&|;", command):
         if _CLEANING.fullmatch(part):
@@ -72,5 +81,7 @@ def packages(command: str) -> list[str] | None:
 
 
 def programs_of(names: list[str]) -> dict[str, tuple[str, ...]]:
-    """Package -> programs that stand for it: where all of them are there, the package counts as installed."""
+    """Package -> programs that stand for it: where all of them are there, the package counts as
+    installed.
+    """
     return {name: () if name in _NOT_NEEDED else _PROGRAMS.get(name, (name,)) for name in names}

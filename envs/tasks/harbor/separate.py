@@ -1,8 +1,11 @@
-"""A verifier in an environment of its own (environment_mode = "separate"): nothing of the agent's reaches it but what the task calls artifacts.
+"""A verifier in an environment of its own (environment_mode = "separate"): nothing of the agent's
+reaches it but what the task calls artifacts.
 
-tests/ defines that environment as environment/ does the agent's, and its image brings /tests/test.sh. Each grading has a fresh sandbox with limits and a
-network policy of its own. Of the agent's sandbox, whose processes are dead, regular files and directories are taken by way of this process: /logs/artifacts
-and the declared paths. A path that is not there, a link or something else is not taken, and the tests find it missing.
+tests/ defines that environment as environment/ does the agent's, and its image brings
+/tests/test.sh. Each grading has a fresh sandbox with limits and a network policy of its own. Of the
+agent's sandbox, whose processes are dead, regular files and directories are taken by way of this
+process: /logs/artifacts and the declared paths. A path that is not there, a link or something else
+is not taken, and the tests find it missing.
 """
 
 from __future__ import annotations
@@ -42,9 +45,12 @@ async def grade_apart(
     images: Mapping[str, tuple[str, ...]] | None,
     build_egress: tuple[str, ...] | None,
 ) -> Grade:
-    """As grade.grade, over there. Raises SandboxError also where the verifier's environment cannot be had: that is no verdict.
+    """As grade.grade, over there.
 
-    agents, built: the agent's sandbox, whose processes are dead, and where its files are. config_of: the limits and the network of a task.
+    Raises SandboxError also where the verifier's environment cannot be had: that is no verdict.
+
+    agents, built: the agent's sandbox, whose processes are dead, and where its files are.
+    config_of: the limits and the network of a task.
     """
     apart = _as_task(task, step)
     with tempfile.TemporaryDirectory(prefix="artifacts-") as folder:
@@ -62,7 +68,8 @@ async def grade_apart(
                         return Grade(
                             0.0,
                             {},
-                            f"{step.name}: the artifact {path} cannot be laid into the verifier's sandbox: {fault}",
+                            f"{step.name}: the artifact {path} cannot be laid into the verifier's"
+                            f" sandbox: {fault}",
                         )  # the agent made it so
                 return await _run(sandbox, step, there)
         except TaskError as error:
@@ -70,7 +77,9 @@ async def grade_apart(
 
 
 def _as_task(task: HarborTask, step: Step) -> HarborTask:
-    """The verifier's environment as that of a task, with the network policy of the verifier's phase."""
+    """The verifier's environment as that of a task, with the network policy of the verifier's
+    phase.
+    """
     mode, hosts = step.networks.get(
         "verifier",
         (step.verifier_environment.network_mode, step.verifier_environment.allowed_hosts),
@@ -172,7 +181,10 @@ async def _put(sandbox: Sandbox, built: Built, path: str, local: pathlib.Path) -
 
 
 async def _run(sandbox: Sandbox, step: Step, built: Built) -> Grade:
-    """The tests, in a sandbox where no agent was. What they start of its programs has its rights, as in grade.py."""
+    """The tests, in a sandbox where no agent was.
+
+    What they start of its programs has its rights, as in grade.py.
+    """
     script = _RUN.format(
         workspace=shlex.quote(sandbox.workspace),
         workdir=shlex.quote(built.paths.place(built.workdir)),

@@ -1,13 +1,16 @@
-"""The one record that every real task format is read into: Harbor (Terminal-Bench 2.x) and Terminal-Bench 1.
+"""The one record that every real task format is read into: Harbor (Terminal-Bench 2.x) and
+Terminal-Bench 1.
 
-Only bytes and numbers: nothing here runs, and nothing of `tests` and `solution` enters a sandbox but through the grader and the oracle.
+Only bytes and numbers: nothing here runs, and nothing of `tests` and `solution` enters a sandbox
+but through the grader and the oracle.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 Files = Mapping[str, tuple[bytes, int]]  # path below its folder -> (content, permissions)
 NETWORK_MODES = ("public", "no-network", "allowlist")
@@ -26,7 +29,11 @@ class Healthcheck:
 
 @dataclasses.dataclass(frozen=True)
 class Environment:
-    """What the agent works in. `context` is the build context, the Dockerfile included; without one `docker_image` is used as it is."""
+    """What the agent works in.
+
+    `context` is the build context, the Dockerfile included; without one `docker_image` is used as
+    it is.
+    """
 
     context: Files = dataclasses.field(default_factory=dict, repr=False)
     dockerfile: str | None = None  # its text
@@ -50,12 +57,13 @@ class Environment:
 class Step:
     """One instruction, and how it is graded. A task of one step has its files at the task's root.
 
-    setup: files that are laid into the working directory before the step; a setup.sh among them is run there.
-    parser: "reward" reads /logs/verifier, "pytest" reads the summary that the script prints.
-    min_reward: below it the task ends and later steps count 0; by key where the reward has several.
-    verifier_environment: the tests run in this one, with nothing of the agent's but `artifacts`; None: where the agent was.
-    collect: commands that run in the agent's world when the agent is dead, before the tests do.
-    artifacts: absolute paths that such a verifier gets from the agent's world, beside /logs/artifacts.
+    setup: files that are laid into the working directory before the step; a setup.sh among them is
+    run there. parser: "reward" reads /logs/verifier, "pytest" reads the summary that the script
+    prints. min_reward: below it the task ends and later steps count 0; by key where the reward has
+    several. verifier_environment: the tests run in this one, with nothing of the agent's but
+    `artifacts`; None: where the agent was. collect: commands that run in the agent's world when the
+    agent is dead, before the tests do. artifacts: absolute paths that such a verifier gets from the
+    agent's world, beside /logs/artifacts.
     """
 
     name: str
@@ -100,7 +108,9 @@ class HarborTask:
 
     @property
     def family(self) -> str:
-        """What tasks of one kind have in common, as of a generated task its family: the category, or else the format."""
+        """What tasks of one kind have in common, as of a generated task its family: the category,
+        or else the format.
+        """
         return self.category or self.format
 
     @property
@@ -113,7 +123,8 @@ class HarborTask:
         ]
         if self.metadata.get("run_tests_in_same_shell") is True:
             found.append(
-                "run_tests_in_same_shell: the tests have a shell of their own, since no process of the agent outlives its episode"
+                "run_tests_in_same_shell: the tests have a shell of their own, since no process of"
+                " the agent outlives its episode"
             )
         return found
 

@@ -1,7 +1,9 @@
-"""Terminal-Bench 1 task folders: task.yaml, Dockerfile, run-tests.sh, solution.sh or solution.yaml, tests/. They become the record of a Harbor task.
+"""Terminal-Bench 1 task folders: task.yaml, Dockerfile, run-tests.sh, solution.sh or solution.yaml,
+tests/. They become the record of a Harbor task.
 
-A task passes when every test that the parser finds has passed. Its solution.yaml is keys for a terminal; where each entry is a whole command
-it becomes a script, and where it is not (a command without Enter, keys for an editor) the task counts as one without a reference solution.
+A task passes when every test that the parser finds has passed. Its solution.yaml is keys for a
+terminal; where each entry is a whole command it becomes a script, and where it is not (a command
+without Enter, keys for an editor) the task counts as one without a reference solution.
 """
 
 from __future__ import annotations
@@ -72,9 +74,11 @@ def load_terminal_bench_1(folder: pathlib.Path) -> HarborTask:
     )
     environment = Environment(
         context=context,
-        dockerfile=read_text(folder / "Dockerfile", MAX_DOCKERFILE_BYTES)
-        if "Dockerfile" in context
-        else None,
+        dockerfile=(
+            read_text(folder / "Dockerfile", MAX_DOCKERFILE_BYTES)
+            if "Dockerfile" in context
+            else None
+        ),
         dockerfile_path=folder / "Dockerfile",
         compose_path=needed_compose(folder),
     )
@@ -94,7 +98,9 @@ def load_terminal_bench_1(folder: pathlib.Path) -> HarborTask:
 
 
 def needed_compose(folder: pathlib.Path) -> pathlib.Path | None:
-    """The docker-compose file of a folder, where the Dockerfile beside it does not say all: there is none, or there are several services."""
+    """The docker-compose file of a folder, where the Dockerfile beside it does not say all: there
+    is none, or there are several services.
+    """
     file = next(
         (
             folder / name
@@ -144,7 +150,8 @@ def _solution(folder: pathlib.Path) -> tuple[dict[str, tuple[bytes, int]], str |
     return with_script({}, "solution.sh", "\n".join(rows) + "\n"), "solution.sh"
 
 
-# -- YAML ----------------------------------------------------------------------------------------------------------------------------
+# -- YAML
+# -------------------------------------------------------------------------------------------------
 
 
 def _load_yaml(file: pathlib.Path) -> Table:

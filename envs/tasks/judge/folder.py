@@ -1,4 +1,6 @@
-"""Makes the tests folder of a task that is graded by Python tests: the judge, its runner, what must pass, and the tests themselves."""
+"""Makes the tests folder of a task that is graded by Python tests: the judge, its runner, what must
+pass, and the tests themselves.
+"""
 
 from __future__ import annotations
 
@@ -36,19 +38,24 @@ def judge_files(
     python: Sequence[str] = ("python3",),
     bring_pytest: bool = True,
 ) -> dict[str, tuple[bytes, int]]:
-    """The tests folder: test.sh and what it needs. It is run in the folder of the package, as the task's working directory.
+    """The tests folder: test.sh and what it needs.
+
+    It is run in the folder of the package, as the task's working directory.
 
     Args:
       framework: of FRAMEWORKS.
       tests: ids that must be run and pass: node ids of pytest, dotted names of unittest.
-      files: laid over the agent's before the tests run: the tests themselves and what configures them.
+      files: laid over the agent's before the tests run: the tests themselves and what configures
+        them.
       targets: what is run: folders to discover (unittest), files or node ids (pytest).
       control_folder: of the tests, where the two control tests are put for the time of the grading.
-      keep: paths of files that configure tests (conftest.py and the like) and are the package's own; others are removed. Those of `files` are kept anyway.
+      keep: paths of files that configure tests (conftest.py and the like) and are the package's
+        own; others are removed. Those of `files` are kept anyway.
       remove: paths that the tests need gone.
       timeout: seconds for all tests.
       python: the command that runs them; the judge itself is run by the first python3 of the image.
-      bring_pytest: carry the pytest of this process's environment along, for an interpreter that has none.
+      bring_pytest: carry the pytest of this process's environment along, for an interpreter that
+        has none.
     """
     if framework not in FRAMEWORKS:
         raise ValueError(f"framework {framework!r} is none of {', '.join(FRAMEWORKS)}")
@@ -62,7 +69,8 @@ def judge_files(
         "timeout": timeout,
         "python": list(python),
     }
-    # Compressed: a script's or a text's paths would be rewritten on the way into a sandbox that keeps them elsewhere, and these must stay as they are.
+    # Compressed: a script's or a text's paths would be rewritten on the way into a sandbox that
+    # keeps them elsewhere, and these must stay as they are.
     found = {
         "test.sh": (_TEST_SH.encode(), 0o755),
         "judge.py": ((HERE / "inside.py").read_bytes(), 0o644),
@@ -97,7 +105,8 @@ def pytest_archive() -> bytes:
         found = importlib.util.find_spec(name)
         if found is None or found.origin is None:
             raise ValueError(
-                f"{name} cannot be imported here, and tests that need pytest bring it along; pip install pytest"
+                f"{name} cannot be imported here, and tests that need pytest bring it along; pip"
+                " install pytest"
             )
         root = pathlib.Path(found.origin).parent
         for path in (

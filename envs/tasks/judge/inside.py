@@ -1,11 +1,15 @@
-"""Runs inside the sandbox, as /tests/judge.py: brings the tests back, runs them in a process of their own and writes the reward when none of it lives.
+"""Runs inside the sandbox, as /tests/judge.py: brings the tests back, runs them in a process of
+their own and writes the reward when none of it lives.
 
-The code under test is the agent's and shares the tests' process, so nothing that it prints, and no exit code, counts. Counted is what runner.py reports by a
-pipe, each line signed with a key that is gone from its standard input before the agent's code is imported; and of it only what is complete. Two tests with
-names drawn now, one that must pass and one that must fail, run among the others: who changes the outcome of tests (a conftest, a patched assert, a hook)
-changes theirs. What is left: code written against this very file could look for the key in its own process's memory.
+The code under test is the agent's and shares the tests' process, so nothing that it prints, and no
+exit code, counts. Counted is what runner.py reports by a pipe, each line signed with a key that is
+gone from its standard input before the agent's code is imported; and of it only what is complete.
+Two tests with names drawn now, one that must pass and one that must fail, run among the others: who
+changes the outcome of tests (a conftest, a patched assert, a hook) changes theirs. What is left:
+code written against this very file could look for the key in its own process's memory.
 
-Only the standard library; Python 3.8 and newer. Exit code 0 whatever the verdict; anything else is this judge's own death.
+Only the standard library; Python 3.8 and newer. Exit code 0 whatever the verdict; anything else is
+this judge's own death.
 """
 
 import ctypes
@@ -65,11 +69,14 @@ def main():
     print("\n".join(faults[:20]))
 
 
-# -- the files of the tests -----------------------------------------------------------------------------------------------------------
+# -- the files of the tests
+# -------------------------------------------------------------------------------------------------
 
 
 def bring_back(root, spec):
-    """The tests and what configures them as the task has them, whatever lies there now; what the agent added of the latter is removed."""
+    """The tests and what configures them as the task has them, whatever lies there now; what the
+    agent added of the latter is removed.
+    """
     keep = set(spec["keep"])
     for folder, names, files in os.walk(str(root)):
         names[:] = [name for name in names if name not in (".git", "node_modules")]
@@ -95,7 +102,9 @@ def bring_back(root, spec):
 
 
 def place(root, path):
-    """Where a file lies below the root; links and files in its way, which could lead elsewhere, are removed, and its folders made."""
+    """Where a file lies below the root; links and files in its way, which could lead elsewhere, are
+    removed, and its folders made.
+    """
     target = root
     for part in pathlib.PurePosixPath(path).parts[:-1]:
         target = target / part
@@ -114,10 +123,14 @@ def write_controls(root, framework, folder):
     path = (folder + "/" if folder != "." else "") + name + ".py"
     # the failing one fails by the assertion that the tests of this framework use
     place(root, path).write_text(
-        "import unittest\n\n\nclass T(unittest.TestCase):\n    def %s(self):\n        self.assertEqual(%r, %r)\n\n    def %s(self):\n        self.assertEqual(%r, %r)\n"
+        "import unittest\n\n\nclass T(unittest.TestCase):\n    def %s(self):\n       "
+        " self.assertEqual(%r, %r)\n\n    def %s(self):\n        self.assertEqual(%r, %r)\n"
         % (good, good, good, bad, good, bad)
         if framework == "unittest"
-        else "def %s():\n    value = %r\n    assert value == %r\n\n\ndef %s():\n    value = %r\n    assert value == %r\n"
+        else (
+            "def %s():\n    value = %r\n    assert value == %r\n\n\ndef %s():\n    value = %r\n   "
+            " assert value == %r\n"
+        )
         % (good, good, good, bad, good, bad)
     )
     if framework == "unittest":
@@ -126,7 +139,8 @@ def write_controls(root, framework, folder):
     return {path + "::" + good: "passed", path + "::" + bad: "failed"}
 
 
-# -- running -------------------------------------------------------------------------------------------------------------------------
+# -- running
+# -------------------------------------------------------------------------------------------------
 
 
 def run_tests(root, spec, controls):
@@ -174,7 +188,9 @@ def run_tests(root, spec, controls):
 
 
 def collect(read, child, deadline):
-    """(what came by the pipe until it was closed or the tests' process ended, whether the deadline passed first)."""
+    """(what came by the pipe until it was closed or the tests' process ended, whether the deadline
+    passed first).
+    """
     data = bytearray()
     with os.fdopen(read, "rb", 0) as pipe:
         while len(data) <= REPORT_BYTES:
@@ -193,7 +209,9 @@ def collect(read, child, deadline):
 
 
 def end_all(child):
-    """Kills whatever the tests started and waits for its end; what cannot be ended ends this grading."""
+    """Kills whatever the tests started and waits for its end; what cannot be ended ends this
+    grading.
+    """
     deadline = time.monotonic() + END_SECONDS
     while time.monotonic() < deadline:
         for kill, pid in [(os.killpg, child.pid), *((os.kill, pid) for pid in children())]:
@@ -213,7 +231,9 @@ def end_all(child):
 
 
 def children():
-    """Process ids of all that have this process as parent; none where /proc cannot be read (the landlock tier)."""
+    """Process ids of all that have this process as parent; none where /proc cannot be read (the
+    landlock tier).
+    """
     found = []
     try:
         entries = os.listdir("/proc")
@@ -232,7 +252,11 @@ def children():
 
 
 def read_reports(data, key):
-    """([(test id, outcome)], fault or ""). Each line is its signature, a space and JSON [number, id, outcome]; the last one is [number, null, "end"]."""
+    """([(test id, outcome)], fault or "").
+
+    Each line is its signature, a space and JSON [number, id, outcome]; the last one is [number,
+    null, "end"].
+    """
     found = []
     for number, row in enumerate(data.split(b"\n")[:-1]):
         signature, _, body = row.partition(b" ")
@@ -253,11 +277,14 @@ def read_reports(data, key):
     return [], "the tests ended before they were done (%d reports)" % len(found)
 
 
-# -- the verdict ---------------------------------------------------------------------------------------------------------------------
+# -- the verdict
+# -------------------------------------------------------------------------------------------------
 
 
 def judge(reports, tests, controls):
-    """Faults, none where every test of `tests` was run and passed, and the controls ended as they must."""
+    """Faults, none where every test of `tests` was run and passed, and the controls ended as they
+    must.
+    """
     outcomes = {}
     for name, outcome in reports:
         outcomes.setdefault(name, set()).add(outcome)

@@ -1,7 +1,9 @@
-"""Runs inside the sandbox, as /tests/runner.py, in the process that also runs the agent's code: runs the tests and reports each outcome by a pipe.
+"""Runs inside the sandbox, as /tests/runner.py, in the process that also runs the agent's code:
+runs the tests and reports each outcome by a pipe.
 
-Everything that is needed here is imported before the agent's folder is on the path, so that a json.py, a pytest.py or a unittest.py there stands for nothing.
-`python runner.py --list FRAMEWORK TARGET...` prints each test and its outcome instead, unsigned: how a task's author learns them.
+Everything that is needed here is imported before the agent's folder is on the path, so that a
+json.py, a pytest.py or a unittest.py there stands for nothing. `python runner.py --list FRAMEWORK
+TARGET...` prints each test and its outcome instead, unsigned: how a task's author learns them.
 """
 
 import hashlib
@@ -15,7 +17,10 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def reporter(key, fd):
-    """A function (test id, outcome) -> None that signs and sends. The key is in its closure and nowhere else."""
+    """A function (test id, outcome) -> None that signs and sends.
+
+    The key is in its closure and nowhere else.
+    """
     number = 0
     sign, dumps, write, sha256 = hmac.new, json.dumps, os.write, hashlib.sha256
 
@@ -90,7 +95,7 @@ class Plugin:
     def pytest_runtest_logreport(self, report):
         outcome = (
             "passed"
-            if report.passed or hasattr(report, "wasxfail") and report.skipped
+            if report.passed or (hasattr(report, "wasxfail") and report.skipped)
             else report.outcome
         )
         if hasattr(report, "wasxfail") and report.when == "call" and report.passed:

@@ -1,12 +1,14 @@
-"""Program repair, generated from Python packages: one small bug each, proven by the package's own tests."""
+"""Program repair, generated from Python packages: one small bug each, proven by the package's own
+tests.
+"""
 
 from envs.tasks.repair.mutate import OPERATORS, Edit, candidates_of, is_another_program
 from envs.tasks.repair.package import Package, load_package, shipped
 from envs.tasks.repair.task import draw, repair_tasks
 
 __all__ = [
-    "Edit",
     "OPERATORS",
+    "Edit",
     "Package",
     "candidates_of",
     "draw",

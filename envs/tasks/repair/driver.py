@@ -1,6 +1,8 @@
-"""Runs inside the proof's sandbox: the tests of the package as it is, then of each mutant, each run in a fork of this process.
+"""Runs inside the proof's sandbox: the tests of the package as it is, then of each mutant, each run
+in a fork of this process.
 
-Reads order.json, writes results.jsonl: {"outcomes": [[test id, outcome]], "complete": bool} for each run.
+Reads order.json, writes results.jsonl: {"outcomes": [[test id, outcome]], "complete": bool} for
+each run.
 """
 
 import json
@@ -37,7 +39,10 @@ def main():
 
 
 def baseline(order, pytest):
-    """(the package as it is, seconds of processor time that a mutant gets). A test with two outcomes in BASELINES runs is "flaky", and proves nothing."""
+    """(the package as it is, seconds of processor time that a mutant gets).
+
+    A test with two outcomes in BASELINES runs is "flaky", and proves nothing.
+    """
     runs = [run(order, pytest, order["cpu"]) for _ in range(BASELINES)]
     seen = {}
     for result, _ in runs:
@@ -54,7 +59,9 @@ def baseline(order, pytest):
 
 
 def mutant(order, pytest, cpu, base):
-    """One mutant: run twice where it differs from the package, and told as not complete unless both runs end alike but for flaky tests."""
+    """One mutant: run twice where it differs from the package, and told as not complete unless both
+    runs end alike but for flaky tests.
+    """
 
     def steady(result):
         return {name: outcome for name, outcome in result["outcomes"] if name not in flaky}

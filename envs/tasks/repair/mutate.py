@@ -1,6 +1,8 @@
-"""Small, plausible bugs in Python source: each operator names the places of a syntax tree where it could put one, as an edit of the text.
+"""Small, plausible bugs in Python source: each operator names the places of a syntax tree where it
+could put one, as an edit of the text.
 
-The rest of the file stays as it was written, comments and layout too. Whether an edit changes what the program does is for its tests to say (prove.py).
+The rest of the file stays as it was written, comments and layout too. Whether an edit changes what
+the program does is for its tests to say (prove.py).
 """
 
 from __future__ import annotations
@@ -104,7 +106,11 @@ class Source:
 
 
 def candidates_of(text: str) -> list[Edit]:
-    """All edits that every operator finds, in the order of the text; some may give no Python, or the same program. Raises SyntaxError."""
+    """All edits that every operator finds, in the order of the text; some may give no Python, or
+    the same program.
+
+    Raises SyntaxError.
+    """
     source, found = Source(text), set()
     for node in _mutable(source.tree):
         for operator, places in OPERATORS.items():
@@ -114,7 +120,9 @@ def candidates_of(text: str) -> list[Edit]:
 
 
 def is_another_program(text: str, edit: Edit) -> bool:
-    """Whether the edit gives a module that can be parsed, and that is not the same but for its layout."""
+    """Whether the edit gives a module that can be parsed, and that is not the same but for its
+    layout.
+    """
     try:
         return ast.dump(ast.parse(edit.apply(text))) != _dump(text)
     except (SyntaxError, ValueError, RecursionError):
@@ -127,7 +135,9 @@ def _dump(text: str) -> str:
 
 
 def _mutable(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes but those that say nothing of what runs (docstrings, annotations, imports) or whose place is not known exactly (inside f-strings)."""
+    """All nodes but those that say nothing of what runs (docstrings, annotations, imports) or whose
+    place is not known exactly (inside f-strings).
+    """
     stack: list[ast.AST] = [tree]
     while stack:
         node = stack.pop()
@@ -158,7 +168,8 @@ def _mutable(tree: ast.AST) -> Iterator[ast.AST]:
                 stack.append(child)
 
 
-# -- the operators: (source, node) -> edits, none where they do not apply -------------------------------------------------------------
+# -- the operators: (source, node) -> edits, none where they do not apply
+# -------------------------------------------------------------------------------------------------
 
 
 def _token(source: Source, left: ast.AST, right: ast.AST, old: str, new: str) -> Iterator[Edit]:
@@ -221,9 +232,11 @@ def off_by_one(source: Source, node: ast.AST) -> Iterator[Edit]:
         yield source.edit(
             "",
             node,
-            f"{source.of(node)} - 1"
-            if node.func.id == "len"
-            else f"range(1, {source.of(node.args[0])})",
+            (
+                f"{source.of(node)} - 1"
+                if node.func.id == "len"
+                else f"range(1, {source.of(node.args[0])})"
+            ),
         )
 
 
@@ -306,10 +319,8 @@ def removed_handler(source: Source, node: ast.AST) -> Iterator[Edit]:
 
 
 def removed_statement(source: Source, node: ast.AST) -> Iterator[Edit]:
-    if (
-        isinstance(node, ast.AugAssign)
-        or isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Call)
+    if isinstance(node, ast.AugAssign) or (
+        isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
     ):
         yield source.edit("", node, "pass")
 

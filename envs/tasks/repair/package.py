@@ -1,4 +1,6 @@
-"""A Python package with its tests, as a folder: what of it is source, what is tests, and which framework runs them."""
+"""A Python package with its tests, as a folder: what of it is source, what is tests, and which
+framework runs them.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,11 @@ _TEST_FOLDER, _TEST_FILE = re.compile(r"tests?"), re.compile(r"test_.*\.py|.*_te
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """`files` are all of the folder, by path; `sources` may be mutated, `tests` are put back before they judge. `targets`: what the framework is given."""
+    """`files` are all of the folder, by path; `sources` may be mutated, `tests` are put back before
+    they judge.
+
+    `targets`: what the framework is given.
+    """
 
     name: str
     path: pathlib.Path
@@ -66,7 +72,10 @@ def shipped() -> tuple[str, ...]:
 
 
 def load_package(name: str) -> Package:
-    """One of those that ship here by name, or any folder by its path. Raises TaskError where it has no sources or no tests."""
+    """One of those that ship here by name, or any folder by its path.
+
+    Raises TaskError where it has no sources or no tests.
+    """
     folder = SHIPPED / name if name in shipped() else pathlib.Path(name)
     if not folder.is_dir():
         raise TaskError(
@@ -96,7 +105,8 @@ def load_package(name: str) -> Package:
         raise TaskError(
             folder,
             0,
-            f"{len(sources)} Python sources and {len(tests)} files of tests; a package to be repaired needs both (tests are test_*.py, or lie in tests/)",
+            f"{len(sources)} Python sources and {len(tests)} files of tests; a package to be"
+            " repaired needs both (tests are test_*.py, or lie in tests/)",
         )
     for path in sources:
         try:
@@ -123,7 +133,9 @@ def load_package(name: str) -> Package:
 def _framework(
     files: dict[str, tuple[bytes, int]], tests: tuple[str, ...]
 ) -> tuple[str, tuple[str, ...]]:
-    """unittest where all tests of one folder are its own and it can discover them; else pytest, which runs those too."""
+    """unittest where all tests of one folder are its own and it can discover them; else pytest,
+    which runs those too.
+    """
     cases = [path for path in tests if _TEST_FILE.fullmatch(path.split("/")[-1])]
     folders = {path.rpartition("/")[0] for path in cases}
     plain = all(

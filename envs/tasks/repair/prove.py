@@ -1,4 +1,6 @@
-"""Runs a package's tests on many mutants in a sandbox, and says of each which tests fail: only a mutant that some test notices is a task."""
+"""Runs a package's tests on many mutants in a sandbox, and says of each which tests fail: only a
+mutant that some test notices is a task.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,10 @@ SANDBOX = SandboxConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """`outcomes`: test id -> outcome. `complete` is False where the tests did not come to their end."""
+    """`outcomes`: test id -> outcome.
+
+    `complete` is False where the tests did not come to their end.
+    """
 
     outcomes: dict[str, str]
     complete: bool
@@ -42,7 +47,10 @@ class Run:
 
 
 async def run_tests(package: Package, mutants: Sequence[tuple[str, Edit]]) -> list[Run]:
-    """A Run of the package as it is, and then one for each mutant (path of the file, edit). SandboxError for the machine's faults."""
+    """A Run of the package as it is, and then one for each mutant (path of the file, edit).
+
+    SandboxError for the machine's faults.
+    """
     jobs = [
         {"path": path, "text": edit.apply(package.files[path][0].decode())}
         for path, edit in mutants
@@ -72,7 +80,8 @@ async def run_tests(package: Package, mutants: Sequence[tuple[str, Edit]]) -> li
         )
         if result.exit_code != 0:
             raise SandboxError(
-                f"the tests of {package.path} could not be run: exit {result.exit_code}, {(result.stdout + result.stderr)[-500:]}"
+                f"the tests of {package.path} could not be run: exit {result.exit_code},"
+                f" {(result.stdout + result.stderr)[-500:]}"
             )
         content = await sandbox.read_file("results.jsonl", limit=MAX_RESULT_BYTES)
     rows = [json.loads(line) for line in content.splitlines()]
@@ -101,6 +110,8 @@ def check_baseline(package: Package, run: Run) -> None:
 
 
 def is_sound(before: Run, after: Run) -> bool:
-    """Whether a mutant is a task: its tests came to their end, some that passed fail now, and some still pass."""
+    """Whether a mutant is a task: its tests came to their end, some that passed fail now, and some
+    still pass.
+    """
     lost = before.passed - after.passed
     return after.complete and bool(lost) and bool(after.passed & before.passed)

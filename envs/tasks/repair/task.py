@@ -2,7 +2,8 @@
 
     tasks = repair_tasks(["csvlite", "path/to/my_package"], count=100, seed=0)
 
-Each task is proven before it is given out: with the bug some tests fail, without it they pass. The same seed gives the same tasks.
+Each task is proven before it is given out: with the bug some tests fail, without it they pass. The
+same seed gives the same tasks.
 """
 
 from __future__ import annotations
@@ -42,9 +43,12 @@ ADD package.tar.gz {root}/
 def repair_tasks(
     packages: Sequence[str] = (), count: int | None = None, seed: int = 0
 ) -> list[HarborTask]:
-    """`count` tasks spread evenly over packages, and within each over the kinds of bugs. Default: all that ship here, one task of each.
+    """`count` tasks spread evenly over packages, and within each over the kinds of bugs.
 
-    Raises TaskError for a package whose own tests do not pass here, and where it has not so many bugs that its tests notice; SandboxError for the machine's faults.
+    Default: all that ship here, one task of each.
+
+    Raises TaskError for a package whose own tests do not pass here, and where it has not so many
+    bugs that its tests notice; SandboxError for the machine's faults.
     """
     names = list(packages) or list(shipped())
     count = len(names) if count is None else count
@@ -82,7 +86,8 @@ async def _tasks(
             raise TaskError(
                 package.path,
                 0,
-                f"{len(found)} of its {tried} possible bugs are noticed by its tests, and {count} tasks are asked for; ask for fewer, or give it more tests",
+                f"{len(found)} of its {tried} possible bugs are noticed by its tests, and {count}"
+                " tasks are asked for; ask for fewer, or give it more tests",
             )
         tried += len(batch)
         async with gate:
@@ -97,7 +102,9 @@ async def _tasks(
 
 
 def draw(package: Package, seed: int) -> Iterator[tuple[str, Edit]]:
-    """All edits of all sources, in an order that the seed gives: each round takes one of every operator, so that rare kinds are not drowned."""
+    """All edits of all sources, in an order that the seed gives: each round takes one of every
+    operator, so that rare kinds are not drowned.
+    """
     rng = random.Random(f"repair/{package.name}/{seed}")
     by_operator: dict[str, list[tuple[str, Edit]]] = {}
     for path in sorted(package.sources):

@@ -1,4 +1,6 @@
-"""SWE-bench and SWE-bench Verified: instances from JSON Lines, JSON or parquet, repositories from local clones, graded by pytest in embedded sandboxes."""
+"""SWE-bench and SWE-bench Verified: instances from JSON Lines, JSON or parquet, repositories from
+local clones, graded by pytest in embedded sandboxes.
+"""
 
 from envs.tasks.git import RepositoryError
 from envs.tasks.swebench.instance import Instance, is_instance, load_instances, parse_instance

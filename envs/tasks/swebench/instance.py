@@ -1,4 +1,7 @@
-"""An instance of SWE-bench or SWE-bench Verified: its fields, read and checked. Field names are the data set's (princeton-nlp/SWE-bench)."""
+"""An instance of SWE-bench or SWE-bench Verified: its fields, read and checked.
+
+Field names are the data set's (princeton-nlp/SWE-bench).
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,9 @@ _REPO = re.compile(r"[\w.-]+(?:/[\w.-]+)*")
 
 @dataclasses.dataclass(frozen=True)
 class Instance:
-    """`fail_to_pass` fail before the patch and pass after it, `pass_to_pass` pass before and after; node ids of pytest."""
+    """`fail_to_pass` fail before the patch and pass after it, `pass_to_pass` pass before and after;
+    node ids of pytest.
+    """
 
     instance_id: str
     repo: str  # owner/name, or a folder beside the data set's file
@@ -49,7 +54,10 @@ def is_instance(row: Row) -> bool:
 
 
 def load_instances(file: str | pathlib.Path) -> list[Instance]:
-    """All instances of a .jsonl, .json or .parquet file. Raises TaskError with file, row and line."""
+    """All instances of a .jsonl, .json or .parquet file.
+
+    Raises TaskError with file, row and line.
+    """
     return [parse_instance(row) for row in read_rows(pathlib.Path(file))]
 
 
@@ -62,11 +70,13 @@ def parse_instance(row: Row) -> Instance:
     }
     if not _NAME.fullmatch(texts["instance_id"]) or len(texts["instance_id"]) > 200:
         raise row.fault(
-            f"instance_id {texts['instance_id'][:60]!r} is no name of letters, digits, '.', '_' and '-'"
+            f"instance_id {texts['instance_id'][:60]!r} is no name of letters, digits, '.', '_'"
+            " and '-'"
         )
     if not _REPO.fullmatch(texts["repo"]) or ".." in texts["repo"].split("/"):
         raise row.fault(
-            f"repo {texts['repo'][:60]!r} is neither owner/name nor a folder below that of this file"
+            f"repo {texts['repo'][:60]!r} is neither owner/name nor a folder below that of this"
+            " file"
         )
     for name in ("base_commit", "environment_setup_commit"):
         value = texts.get(name, optional.get(name, ""))
@@ -88,7 +98,9 @@ def parse_instance(row: Row) -> Instance:
 
 
 def _ids(row: Row, name: str) -> tuple[str, ...]:
-    """A list of node ids: as a list, or as the JSON text of one, which is how the data set is stored."""
+    """A list of node ids: as a list, or as the JSON text of one, which is how the data set is
+    stored.
+    """
     value = row.values.get(name)
     if isinstance(value, str):
         try:
@@ -111,7 +123,8 @@ def _ids(row: Row, name: str) -> tuple[str, ...]:
             or any(ord(letter) < 32 for letter in one)
         ):
             raise row.fault(
-                f"{name}: {one[:100]!r} is no node id of pytest (tests/test_x.py::test_y); instances with another test runner cannot be graded here"
+                f"{name}: {one[:100]!r} is no node id of pytest (tests/test_x.py::test_y);"
+                " instances with another test runner cannot be graded here"
             )
         try:
             one.encode()

@@ -1,7 +1,9 @@
-"""A repository as it was at one commit, with nothing of what came later: out of any local git repository, by git itself.
+"""A repository as it was at one commit, with nothing of what came later: out of any local git
+repository, by git itself.
 
-What is kept is a new repository: one branch, one pack of the objects that the commit reaches, no remote, tag, reflog, hook, alternate or config of the source.
-Where that pack is larger than a sandbox holds, the commit alone is kept, as git's own shallow clones are.
+What is kept is a new repository: one branch, one pack of the objects that the commit reaches, no
+remote, tag, reflog, hook, alternate or config of the source. Where that pack is larger than a
+sandbox holds, the commit alone is kept, as git's own shallow clones are.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ MAX_TREE_BYTES = 160 << 20  # of the working tree and the pack together
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """`archive`: a compressed tar of the working tree and its .git, without an index (git read-tree HEAD makes it)."""
+    """`archive`: a compressed tar of the working tree and its .git, without an index (git read-tree
+    HEAD makes it).
+    """
 
     archive: bytes = dataclasses.field(repr=False)
     commits: int
@@ -111,7 +115,8 @@ def _archive(folder: pathlib.Path) -> bytes:
                 member.size = status.st_size
                 if size > MAX_TREE_BYTES:
                     raise RepositoryError(
-                        f"the repository has more than {MAX_TREE_BYTES} bytes at this commit: more than an embedded sandbox holds"
+                        f"the repository has more than {MAX_TREE_BYTES} bytes at this commit: more"
+                        " than an embedded sandbox holds"
                     )
                 with open(path, "rb") as content:
                     archive.addfile(member, content)
@@ -123,7 +128,10 @@ def _archive(folder: pathlib.Path) -> bytes:
 def patched(
     source: pathlib.Path, commit: str, patch: str
 ) -> tuple[dict[str, tuple[bytes, int]], set[str]]:
-    """(files that the patch adds or changes, as they are after it; paths that it removes). Nothing is checked out. Raises RepositoryError."""
+    """(files that the patch adds or changes, as they are after it; paths that it removes).
+
+    Nothing is checked out. Raises RepositoryError.
+    """
     with tempfile.TemporaryDirectory(prefix="swebench-") as folder:
         scratch = pathlib.Path(folder)
         (scratch / "objects").mkdir()

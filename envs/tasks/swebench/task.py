@@ -1,6 +1,8 @@
-"""SWE-bench instances as tasks of the Harbor form: the repository at /testbed, cut off after base_commit; the tests brought in only to grade.
+"""SWE-bench instances as tasks of the Harbor form: the repository at /testbed, cut off after
+base_commit; the tests brought in only to grade.
 
-Reward 1 where every test of FAIL_TO_PASS and PASS_TO_PASS was run and passed. The reference solution is the instance's patch.
+Reward 1 where every test of FAIL_TO_PASS and PASS_TO_PASS was run and passed. The reference
+solution is the instance's patch.
 
     tasks = load_swebench("verified.parquet")           # repositories in repos/OWNER/NAME beside the file, as any clone of git
     tasks = load_swebench("mine.jsonl")                 # "repo": "my-project", a folder beside the file
@@ -62,7 +64,10 @@ cd {root} && gunzip -c /solution/patch.gz | git apply --whitespace=nowarn -
 def load_swebench(
     file: str | pathlib.Path, faults: list[TaskError] | None = None
 ) -> list[HarborTask]:
-    """A task for each row of the file. With `faults` a list, malformed rows are put there instead of raised. Raises TaskError."""
+    """A task for each row of the file.
+
+    With `faults` a list, malformed rows are put there instead of raised. Raises TaskError.
+    """
     return collect_tasks(
         faults,
         (
@@ -73,7 +78,8 @@ def load_swebench(
 
 
 def make_task(instance: Instance, repository: pathlib.Path | None = None) -> HarborTask:
-    """Raises TaskError, with the row's place, where there is no such repository or commit, or a patch does not apply.
+    """Raises TaskError, with the row's place, where there is no such repository or commit, or a
+    patch does not apply.
 
     repository: a local clone; None: looked for beside the file that the instance is from.
     """
@@ -136,7 +142,9 @@ def make_task(instance: Instance, repository: pathlib.Path | None = None) -> Har
 
 
 class _Context(Mapping):
-    """A build context whose repository is made when it is asked for: hundreds of them would not fit in memory at once."""
+    """A build context whose repository is made when it is asked for: hundreds of them would not fit
+    in memory at once.
+    """
 
     def __init__(self, instance: Instance, repository: pathlib.Path, files: Files) -> None:
         self._instance, self._repository, self._files = instance, repository, files
@@ -161,11 +169,14 @@ class _Context(Mapping):
 
 
 def find_repository(instance: Instance) -> pathlib.Path:
-    """A clone beside the file: repos/OWNER/NAME, repos/OWNER__NAME, or the folder that `repo` names; each also as NAME.git."""
+    """A clone beside the file: repos/OWNER/NAME, repos/OWNER__NAME, or the folder that `repo`
+    names; each also as NAME.git.
+    """
     if instance.source is None:
         raise _fault(
             instance,
-            "give make_task the repository: this instance is from no file, beside which it could lie",
+            "give make_task the repository: this instance is from no file, beside which it"
+            " could lie",
         )
     folder = instance.source.file.parent
     places = [
@@ -182,7 +193,9 @@ def find_repository(instance: Instance) -> pathlib.Path:
 
 
 def _tests(instance: Instance, repository: pathlib.Path) -> dict[str, tuple[bytes, int]]:
-    """The tests folder: the files of the tests as they are after test_patch, and what configures them as it was."""
+    """The tests folder: the files of the tests as they are after test_patch, and what configures
+    them as it was.
+    """
     files, removed = patched(repository, instance.base_commit, instance.test_patch)
     solution_files, _ = patched(repository, instance.base_commit, instance.patch)
     everything = files_at(repository, instance.base_commit)
@@ -203,7 +216,8 @@ def _tests(instance: Instance, repository: pathlib.Path) -> dict[str, tuple[byte
     }
     if absent := [path for path in paths if path not in files and path not in solution_files]:
         raise RepositoryError(
-            f"{absent[0]} is named by FAIL_TO_PASS or PASS_TO_PASS, and is neither in the repository nor made by a patch"
+            f"{absent[0]} is named by FAIL_TO_PASS or PASS_TO_PASS, and is neither in the"
+            " repository nor made by a patch"
         )
     return judge_files(
         "pytest",

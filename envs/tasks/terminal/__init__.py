@@ -1,11 +1,13 @@
-"""The procedural terminal curriculum: families of shell tasks, each with a generator, a verifier and a scripted expert.
+"""The procedural terminal curriculum: families of shell tasks, each with a generator, a verifier
+and a scripted expert.
 
     task = make_task("count", train_seed(17))
     env = make("terminal/count", seed=17)          # envs.gem.make
     env = make("terminal/git_merge", seed=3)       # a wide family: see FAMILY_TABLE
 
-FAMILIES and HELD_OUT_FAMILIES are what the tiny model is trained and measured on, small enough for a context of a few hundred tokens.
-WIDE_FAMILIES are for larger models. FAMILY_TABLE has the domain, the difficulty (1 to 5) and the needed programs of all.
+FAMILIES and HELD_OUT_FAMILIES are what the tiny model is trained and measured on, small enough for
+a context of a few hundred tokens. WIDE_FAMILIES are for larger models. FAMILY_TABLE has the domain,
+the difficulty (1 to 5) and the needed programs of all.
 """
 
 from envs.gem import register
@@ -39,11 +41,11 @@ __all__ = [
     "EVAL_SEED_START",
     "FAMILIES",
     "FAMILY_TABLE",
-    "FamilyInfo",
     "HELD_OUT_FAMILIES",
-    "Task",
     "WIDE_FAMILIES",
     "WORDS",
+    "FamilyInfo",
+    "Task",
     "eval_seed",
     "make_task",
     "train_seed",

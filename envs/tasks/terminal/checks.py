@@ -1,15 +1,18 @@
-"""Checks of the wide families: links, trees, archives, JSON, git, and programs that the agent wrote.
+"""Checks of the wide families: links, trees, archives, JSON, git, and programs that the agent
+wrote.
 
-They extend the checks of `task.py` and keep their rule: nothing the agent left can make them wait, break or lie. Where a program of the
-agent's must run, it gets hidden input and only its output counts, compared by bash itself: the program can neither read the script (see
-Sandbox.verify) nor the expected value. A plan lists such checks last, for what it starts may change files.
+They extend the checks of `task.py` and keep their rule: nothing the agent left can make them wait,
+break or lie. Where a program of the agent's must run, it gets hidden input and only its output
+counts, compared by bash itself: the program can neither read the script (see Sandbox.verify) nor
+the expected value. A plan lists such checks last, for what it starts may change files.
 """
 
 from __future__ import annotations
 
 import json
 import shlex
-from typing import Any, Iterable
+from collections.abc import Iterable
+from typing import Any
 
 PRELUDE = r"""
 clean() { /usr/bin/env -i PATH=/usr/bin:/bin HOME=/nonexistent LANG=C.UTF-8 PYTHONDONTWRITEBYTECODE=1 OPENSSL_CONF=/dev/null "$@" 2>/dev/null < /dev/null; }
@@ -37,7 +40,8 @@ head_is() { [ "$(git symbolic-ref HEAD)" = "refs/heads/$1" ] || fail; }
 """
 
 
-# Without cached bytecode: what lies in __pycache__ is the agent's, and after a change of equal length within a second Python takes it for new.
+# Without cached bytecode: what lies in __pycache__ is the agent's, and after a change of equal
+# length within a second Python takes it for new.
 PYTHON = ("/usr/bin/python3", "-I", "-B", "-X", "pycache_prefix=/dev/null/none")
 
 
@@ -79,7 +83,9 @@ def ini_holds(path: str, value: dict[str, dict[str, str]]) -> str:
 
 
 def prints(expected: str, *command: str) -> str:
-    """The agent's program, run with a clean environment and without input, writes exactly this to its standard output."""
+    """The agent's program, run with a clean environment and without input, writes exactly this to
+    its standard output.
+    """
     return _call("prints", expected.rstrip("\n"), *command)
 
 
@@ -98,7 +104,9 @@ def uncommitted(revision: str, path: str) -> str:
 
 
 def subjects(revision: str, *newest_first: str) -> str:
-    """The history of the revision has exactly these commits, named by the first line of their messages."""
+    """The history of the revision has exactly these commits, named by the first line of their
+    messages.
+    """
     return _call("subjects", revision, "\n".join(newest_first))
 
 

@@ -1,4 +1,5 @@
-r"""Writes expert episodes as JSON lines, the text from which a tokenizer for the curriculum is trained.
+r"""Writes expert episodes as JSON lines, the text from which a tokenizer for the curriculum is
+trained.
 
 python -m envs.tasks.terminal.corpus --out=corpus.jsonl --episodes=60      # 60 of each family
 """
@@ -14,8 +15,8 @@ import random
 
 from envs.rock import SandboxConfig
 from envs.tasks.terminal import FAMILIES, HELD_OUT_FAMILIES
-from envs.tasks.terminal.env import TerminalEnv
 from envs.tasks.terminal.demonstrator import ExpertEpisode, run_expert
+from envs.tasks.terminal.env import TerminalEnv
 
 ERROR_RATE = 0.3
 
@@ -46,7 +47,8 @@ def main() -> None:
         "".join(json.dumps(dataclasses.asdict(episode)) + "\n" for episode in episodes)
     )
     print(
-        f"{len(episodes)} episodes, mean reward {sum(episode.reward for episode in episodes) / len(episodes):.3f}, in {arguments.out}"
+        f"{len(episodes)} episodes, mean reward"
+        f" {sum(episode.reward for episode in episodes) / len(episodes):.3f}, in {arguments.out}"
     )
 
 

@@ -1,4 +1,6 @@
-"""Expert episodes: the scripted solution of a task, played in its environment, sometimes with a mistake and its recovery."""
+"""Expert episodes: the scripted solution of a task, played in its environment, sometimes with a
+mistake and its recovery.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,11 @@ class ExpertEpisode:
 
 
 def mistaken(command: str, rng: random.Random) -> str:
-    """The command as a hurried person types it: the program misspelt, or the extension of a file forgotten. It fails and harms nothing."""
+    """The command as a hurried person types it: the program misspelt, or the extension of a file
+    forgotten.
+
+    It fails and harms nothing.
+    """
     program = command.split()[0]
     if program not in MISSPELT or re.search(
         r"[|;\n]|<<|\$\((?!\()", command
@@ -66,9 +72,12 @@ def mistaken(command: str, rng: random.Random) -> str:
 async def run_expert(
     env: TerminalEnv, rng: random.Random, error_rate: float = 0.0, seed: int | None = None
 ) -> ExpertEpisode:
-    """Plays one episode. With probability `error_rate` one command, drawn at random, is first sent with a mistake.
+    """Plays one episode.
 
-    Raises SandboxError when the environment gives no sandbox; an episode that ends as infra_* comes back with this ending.
+    With probability `error_rate` one command, drawn at random, is first sent with a mistake.
+
+    Raises SandboxError when the environment gives no sandbox; an episode that ends as infra_* comes
+    back with this ending.
     """
     instruction, _ = await env.areset(seed=seed)
     wrong_turn = (

@@ -1,4 +1,6 @@
-"""A task of the terminal curriculum as a GEM environment over a sandbox; what a turn is, `shell.py` says."""
+"""A task of the terminal curriculum as a GEM environment over a sandbox; what a turn is, `shell.py`
+says.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +37,17 @@ __all__ = [
 
 
 class MissingProgramsError(SandboxError):
-    """The sandbox lacks a program that the task's family declares. Says nothing about the policy."""
+    """The sandbox lacks a program that the task's family declares.
+
+    Says nothing about the policy.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class TerminalSnapshot:
-    """A running episode at one moment: its files, and its counts of turns, calls, good calls and malformed ones in a row."""
+    """A running episode at one moment: its files, and its counts of turns, calls, good calls and
+    malformed ones in a row.
+    """
 
     task: Task
     files: Snapshot
@@ -51,10 +58,11 @@ class TerminalSnapshot:
 
 
 class TerminalEnv(ShellEnv):
-    """One task at a time: a Task, a name "family/seed", or a family whose seeds come from `seed` and `reset`.
+    """One task at a time: a Task, a name "family/seed", or a family whose seeds come from `seed`
+    and `reset`.
 
-    reset(seed) plays that seed of the family; reset() plays the constructor's seed first and then seeds drawn from it. An environment made
-    from a Task plays only this task, whatever the seed.
+    reset(seed) plays that seed of the family; reset() plays the constructor's seed first and then
+    seeds drawn from it. An environment made from a Task plays only this task, whatever the seed.
     """
 
     grading_seconds = VERIFIER_TIMEOUT_S
@@ -93,9 +101,11 @@ class TerminalEnv(ShellEnv):
         return format_tool_call("bash", {"command": self._draw.choice(["ls", "cat *", "pwd"])})
 
     def spawn(self, same_state: bool = False, **kwargs: Any) -> TerminalEnv:
-        """A new environment of the same task and settings; with same_state in the middle of the same episode, its files copied on write.
+        """A new environment of the same task and settings; with same_state in the middle of the
+        same episode, its files copied on write.
 
-        Raises SandboxError while a command of the episode runs, or where the backend keeps no snapshots.
+        Raises SandboxError while a command of the episode runs, or where the backend keeps no
+        snapshots.
         """
         settings: dict[str, Any] = dict(
             task=self._fixed_task,
@@ -117,7 +127,11 @@ class TerminalEnv(ShellEnv):
         return copy
 
     async def asnapshot(self) -> TerminalSnapshot:
-        """The running episode as it is now; any number of environments of this task may go on from it. Raises SandboxError as `Sandbox.snapshot`."""
+        """The running episode as it is now; any number of environments of this task may go on from
+        it.
+
+        Raises SandboxError as `Sandbox.snapshot`.
+        """
         if self._over:
             raise SandboxError(f"there is no running episode of {self.name} to keep; reset first")
         return TerminalSnapshot(
@@ -127,7 +141,10 @@ class TerminalEnv(ShellEnv):
         )
 
     async def arestore(self, snapshot: TerminalSnapshot) -> tuple[str, Info]:
-        """As `areset`, but the episode goes on where `snapshot` was taken. Raises SandboxError when there is no sandbox to be had."""
+        """As `areset`, but the episode goes on where `snapshot` was taken.
+
+        Raises SandboxError when there is no sandbox to be had.
+        """
         await self.aclose()
         self.task = snapshot.task
         self._sandbox = Sandbox(
@@ -147,10 +164,14 @@ class TerminalEnv(ShellEnv):
             "tools": self.tools,
         }
 
-    # -- the episode ---------------------------------------------------------------------------------------------------------------
+    # -- the episode
+    # ---------------------------------------------------------------------------------------------
 
     async def areset(self, seed: int | None = None) -> tuple[str, Info]:
-        """Starts a fresh sandbox with the task's files. Raises SandboxError when there is none to be had."""
+        """Starts a fresh sandbox with the task's files.
+
+        Raises SandboxError when there is none to be had.
+        """
         await self.aclose()
         if seed is not None or self._resets:
             self.task = self._next_task(seed)
@@ -171,10 +192,15 @@ class TerminalEnv(ShellEnv):
             "tools": self.tools,
         }
 
-    # -- grading -----------------------------------------------------------------------------------------------------------------------
+    # -- grading
+    # ---------------------------------------------------------------------------------------------
 
     async def _verify(self, info: Info) -> StepResult:
-        """The verifier's word. Files that make it wait were made by the agent, so a timeout is a failure, not a fault of the house."""
+        """The verifier's word.
+
+        Files that make it wait were made by the agent, so a timeout is a failure, not a fault of
+        the house.
+        """
         verdict = await self._sandbox.verify(self.task.verifier, timeout=VERIFIER_TIMEOUT_S)
         if verdict.timed_out:
             return await self._end(
@@ -207,7 +233,10 @@ class TerminalEnv(ShellEnv):
 
 
 async def prepare(sandbox: Sandbox, task: Task) -> None:
-    """Sees that the task's programs are there, and runs its setup. MissingProgramsError or SandboxError where that fails."""
+    """Sees that the task's programs are there, and runs its setup.
+
+    MissingProgramsError or SandboxError where that fails.
+    """
     if not task.programs and not task.setup:
         return
     wanted = " ".join(shlex.quote(program) for program in task.programs)
@@ -216,7 +245,8 @@ async def prepare(sandbox: Sandbox, task: Task) -> None:
     )
     if missing := result.stdout.split():
         raise MissingProgramsError(
-            f"task {task.name} needs {', '.join(missing)}, which the sandbox lacks; install it or leave out family {task.family!r}"
+            f"task {task.name} needs {', '.join(missing)}, which the sandbox lacks; install it or"
+            f" leave out family {task.family!r}"
         )
     if task.setup:
         result = await sandbox.execute(
@@ -224,7 +254,8 @@ async def prepare(sandbox: Sandbox, task: Task) -> None:
         )
         if result.exit_code != 0:
             raise SandboxError(
-                f"setup of task {task.name} ended with exit {result.exit_code}: {result.stderr[-300:]!r}"
+                f"setup of task {task.name} ended with exit {result.exit_code}:"
+                f" {result.stderr[-300:]!r}"
             )
 
 

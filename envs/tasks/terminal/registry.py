@@ -1,13 +1,14 @@
 """The table of all families: domain, difficulty and the programs that a sandbox must have.
 
-The families of the tiny model's curriculum stand here by name. The wide ones, which larger models are trained and measured on, are entered by
-`wide_family` where they are defined; `FAMILIES` of the package, which the experiments train on, does not grow by them.
+The families of the tiny model's curriculum stand here by name. The wide ones, which larger models
+are trained and measured on, are entered by `wide_family` where they are defined; `FAMILIES` of the
+package, which the experiments train on, does not grow by them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Callable
+from collections.abc import Callable
 
 from envs.tasks.terminal import checks
 from envs.tasks.terminal.task import Draw, Family, Plan, add_family
@@ -21,7 +22,9 @@ WIDE_LIMITS = {
 
 @dataclasses.dataclass(frozen=True)
 class FamilyInfo:
-    """difficulty: 1 (one look, one command) to 5 (several files, a plan, and a result that must be checked)."""
+    """difficulty: 1 (one look, one command) to 5 (several files, a plan, and a result that must be
+    checked).
+    """
 
     domain: str
     difficulty: int
@@ -35,7 +38,10 @@ FAMILY_TABLE: dict[str, FamilyInfo] = {
         (
             "text",
             1,
-            "line count filter replace append combine drop lookup note_count note_filter find_append",
+            (
+                "line count filter replace append combine drop lookup note_count note_filter"
+                " find_append"
+            ),
         ),
         ("data", 1, "extreme sum largest_file"),
         ("debugging", 1, "typo path"),
@@ -51,11 +57,13 @@ def wide_family(
 ) -> Callable[[Callable[[Draw], Plan]], Callable[[Draw], Plan]]:
     """Registers a wide family. `programs` are refused by name where the sandbox lacks them.
 
-    runs_agent_code: its verifier runs what the agent wrote, so a verifier that dies counts as the agent's failure.
+    runs_agent_code: its verifier runs what the agent wrote, so a verifier that dies counts as the
+    agent's failure.
     """
     if domain not in DOMAINS or not 1 <= difficulty <= 5:
         raise ValueError(
-            f"family {name!r} has domain {domain!r} and difficulty {difficulty}; domains are {', '.join(DOMAINS)}, difficulties 1 to 5"
+            f"family {name!r} has domain {domain!r} and difficulty {difficulty}; domains are"
+            f" {', '.join(DOMAINS)}, difficulties 1 to 5"
         )
 
     def add(build: Callable[[Draw], Plan]) -> Callable[[Draw], Plan]:

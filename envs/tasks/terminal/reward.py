@@ -10,7 +10,10 @@ class VerifierError(ValueError):
 
 
 def parse_reward(text: str, task: str) -> float:
-    """The last line that is not empty, as a finite number in [0, 1]. Raises VerifierError that names the task and the value."""
+    """The last line that is not empty, as a finite number in [0, 1].
+
+    Raises VerifierError that names the task and the value.
+    """
     printed = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
     try:
         reward = float(printed)
@@ -18,6 +21,7 @@ def parse_reward(text: str, task: str) -> float:
         reward = math.nan
     if not math.isfinite(reward) or not 0.0 <= reward <= 1.0:
         raise VerifierError(
-            f"verifier of {task} printed {printed[:60]!r}; its last line must be a number from 0 to 1"
+            f"verifier of {task} printed {printed[:60]!r}; its last line must be a number from 0"
+            " to 1"
         )
     return reward

@@ -1,7 +1,9 @@
-"""What every environment over a shell in a sandbox shares: turns, tool calls, observations, endings.
+"""What every environment over a shell in a sandbox shares: turns, tool calls, observations,
+endings.
 
-An action is one turn of the model. A turn with a tool call runs a command in the sandbox and its output is the observation; a turn without
-one hands in the work, and the subclass has it graded. Whatever the turn says, `step` returns: a malformed call is an observation for the model.
+An action is one turn of the model. A turn with a tool call runs a command in the sandbox and its
+output is the observation; a turn without one hands in the work, and the subclass has it graded.
+Whatever the turn says, `step` returns: a malformed call is an observation for the model.
 """
 
 from __future__ import annotations
@@ -21,19 +23,21 @@ from envs.gem import (
 from envs.rock import CommandResult, Sandbox, SandboxError
 from envs.rock.sync import run
 
-MAX_COMMAND_BYTES = (
-    32_768  # Linux refuses a single argument of 128 KiB; a command this long is a mistake
-)
-CALL_TIMEOUT_S = (
-    60.0  # a synchronous reset, step or close beyond the time its command and verifier may take
-)
-# Where commands may not read /etc at all (the landlock tier), git and node take that for an error unless they are told not to look.
+# Linux refuses a single argument of 128 KiB; a command this long is a mistake
+MAX_COMMAND_BYTES = 32_768
+# a synchronous reset, step or close beyond the time its command and verifier may take
+CALL_TIMEOUT_S = 60.0
+# Where commands may not read /etc at all (the landlock tier), git and node take that for an error
+# unless they are told not to look.
 WITHOUT_ETC = {"GIT_CONFIG_NOSYSTEM": "1", "OPENSSL_CONF": "/dev/null"}
 BASH_TOOL = {
     "type": "function",
     "function": {
         "name": "bash",
-        "description": "Run a command in a shell and get its output. Each call starts a new shell in the workspace.",
+        "description": (
+            "Run a command in a shell and get its output. Each call starts a new shell in the"
+            " workspace."
+        ),
         "parameters": {
             "type": "object",
             "properties": {"command": {"type": "string", "description": "The command to run."}},
@@ -44,7 +48,11 @@ BASH_TOOL = {
 
 
 class ShellEnv(Env):
-    """One episode at a time in one sandbox. A subclass gives `areset`, which sets `_sandbox` and calls `_begin`, and `_verify`, which ends it."""
+    """One episode at a time in one sandbox.
+
+    A subclass gives `areset`, which sets `_sandbox` and calls `_begin`, and `_verify`, which ends
+    it.
+    """
 
     tools = [BASH_TOOL]
     grading_seconds = 0.0  # that `_verify` may take
@@ -64,7 +72,10 @@ class ShellEnv(Env):
 
     @abc.abstractmethod
     async def areset(self, seed: int | None = None) -> tuple[str, Info]:
-        """Starts a fresh sandbox and gives the instruction. Raises SandboxError when there is none to be had."""
+        """Starts a fresh sandbox and gives the instruction.
+
+        Raises SandboxError when there is none to be had.
+        """
 
     @abc.abstractmethod
     async def _verify(self, info: Info) -> StepResult:
@@ -79,7 +90,8 @@ class ShellEnv(Env):
             command, timeout=self._command_timeout, env=tier_environment(self._sandbox)
         )
 
-    # -- the synchronous face ------------------------------------------------------------------------------------------------------
+    # -- the synchronous face
+    # ---------------------------------------------------------------------------------------------
 
     def reset(self, seed: int | None = None) -> tuple[str, Info]:
         return run(self.areset(seed), CALL_TIMEOUT_S)
@@ -95,7 +107,8 @@ class ShellEnv(Env):
     def sample_random_action(self) -> str:
         return format_tool_call("bash", {"command": "ls"})
 
-    # -- the episode ---------------------------------------------------------------------------------------------------------------
+    # -- the episode
+    # ---------------------------------------------------------------------------------------------
 
     async def astep(self, action: str) -> StepResult:
         if self._over:
@@ -129,7 +142,8 @@ class ShellEnv(Env):
         if sandbox is not None:
             await sandbox.stop()
 
-    # -- one turn ------------------------------------------------------------------------------------------------------------------
+    # -- one turn
+    # ---------------------------------------------------------------------------------------------
 
     async def _turn(self, action: str, info: Info) -> StepResult:
         try:
@@ -161,7 +175,9 @@ class ShellEnv(Env):
             return await self._end(
                 "malformed",
                 info,
-                note=f"{self._malformed_in_a_row} malformed tool calls in a row; the last: {message}",
+                note=(
+                    f"{self._malformed_in_a_row} malformed tool calls in a row; the last: {message}"
+                ),
             )
         return await self._observe(trim(message, self._max_observation_chars), info)
 
@@ -186,10 +202,13 @@ class ShellEnv(Env):
         await self.aclose()
         return observation, reward, not truncated, truncated, info
 
-    # -- small helpers -------------------------------------------------------------------------------------------------------------
+    # -- small helpers
+    # ---------------------------------------------------------------------------------------------
 
     def _describe(self, result: CommandResult) -> str:
-        """What the model sees of a command: its output, cut to size, and how it ended where that was not well."""
+        """What the model sees of a command: its output, cut to size, and how it ended where that
+        was not well.
+        """
         output = trim(
             (result.stdout + result.stderr).rstrip("\n"),
             self._max_observation_chars,
@@ -208,7 +227,10 @@ def tier_environment(sandbox: Sandbox) -> dict[str, str]:
 
 
 def read_command(action: str) -> str | None:
-    """The command of the turn's one tool call, None for a turn without a call. Raises ToolCallError with a message for the model."""
+    """The command of the turn's one tool call, None for a turn without a call.
+
+    Raises ToolCallError with a message for the model.
+    """
     calls: list[ToolCall] = parse_tool_calls(action)
     if not calls:
         return None
@@ -230,6 +252,8 @@ def read_command(action: str) -> str | None:
 
 
 def trim(text: str, limit: int, beyond: int = 0) -> str:
-    """The first `limit` characters, and how many more there were. beyond: how many bytes were cut off already."""
+    """The first `limit` characters, and how many more there were. beyond: how many bytes were cut
+    off already.
+    """
     more = max(0, len(text) - limit) + beyond
     return f"{text[:limit]}... ({more} more)" if more else text

@@ -1,10 +1,13 @@
-"""What a task of the terminal curriculum is, and the small language in which its families are written.
+"""What a task of the terminal curriculum is, and the small language in which its families are
+written.
 
-A family is a function `Draw -> Plan`, registered by `@family(name)`. A plan has the instruction, the files, the checks of the final state
-and the expert. `make_task(family, seed)` turns it into a Task: the same name and seed give the same task on every machine.
+A family is a function `Draw -> Plan`, registered by `@family(name)`. A plan has the instruction,
+the files, the checks of the final state and the expert. `make_task(family, seed)` turns it into a
+Task: the same name and seed give the same task on every machine.
 
-The checks become one bash script that only reads: it runs when every process of the agent is dead, and prints 1 or 0 as its last line.
-Whatever lies where an answer should be (a link, a pipe, a folder, a gigabyte) makes a check fail; it cannot make it wait.
+The checks become one bash script that only reads: it runs when every process of the agent is dead,
+and prints 1 or 0 as its last line. Whatever lies where an answer should be (a link, a pipe, a
+folder, a gigabyte) makes a check fail; it cannot make it wait.
 """
 
 from __future__ import annotations
@@ -12,11 +15,63 @@ from __future__ import annotations
 import dataclasses
 import random
 import shlex
-from typing import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 
-COLOURS = "red blue green gold pink gray black white brown".split()
-ANIMALS = "dog fox owl bear wolf frog duck goat lion crow deer hen bee pig horse sheep mouse tiger".split()
-THINGS = "apple lamp door book tree rock river cloud moon ship cup hat bell key leaf rain snow fire sand wind hill lake milk salt rice corn plum ring rope road table chair".split()
+COLOURS = ["red", "blue", "green", "gold", "pink", "gray", "black", "white", "brown"]
+ANIMALS = [
+    "dog",
+    "fox",
+    "owl",
+    "bear",
+    "wolf",
+    "frog",
+    "duck",
+    "goat",
+    "lion",
+    "crow",
+    "deer",
+    "hen",
+    "bee",
+    "pig",
+    "horse",
+    "sheep",
+    "mouse",
+    "tiger",
+]
+THINGS = [
+    "apple",
+    "lamp",
+    "door",
+    "book",
+    "tree",
+    "rock",
+    "river",
+    "cloud",
+    "moon",
+    "ship",
+    "cup",
+    "hat",
+    "bell",
+    "key",
+    "leaf",
+    "rain",
+    "snow",
+    "fire",
+    "sand",
+    "wind",
+    "hill",
+    "lake",
+    "milk",
+    "salt",
+    "rice",
+    "corn",
+    "plum",
+    "ring",
+    "rope",
+    "road",
+    "table",
+    "chair",
+]
 WORDS = COLOURS + ANIMALS + THINGS
 INPUTS = (
     "data.txt",
@@ -39,12 +94,17 @@ class Plan:
     files: Mapping[str, str | tuple[str, int]]
     checks: list[str]
     expert: Callable[[], Expert]
-    setup: str = ""  # a bash script that prepares the sandbox once the files are there (a git repository, an archive)
+    # a bash script that prepares the sandbox once the files are there (a git repository, an
+    # archive)
+    setup: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One exercise. `files` and `setup` enter the sandbox; `verifier` and `expert` never do while the agent lives."""
+    """One exercise.
+
+    `files` and `setup` enter the sandbox; `verifier` and `expert` never do while the agent lives.
+    """
 
     name: str
     family: str
@@ -55,13 +115,15 @@ class Task:
     expert: Callable[[], Expert] = dataclasses.field(compare=False, repr=False)
     setup: str = ""
     programs: tuple[str, ...] = ()  # what the sandbox must have beyond bash and coreutils
-    runs_agent_code: bool = (
-        False  # a verifier that is killed while it runs what the agent wrote was killed by that
-    )
+    # a verifier that is killed while it runs what the agent wrote was killed by that
+    runs_agent_code: bool = False
 
 
 class Draw:
-    """Random choices of one task. Words are drawn without replacement: two names in one task never coincide."""
+    """Random choices of one task.
+
+    Words are drawn without replacement: two names in one task never coincide.
+    """
 
     def __init__(self, family: str, seed: int) -> None:
         self.rng = random.Random(
@@ -93,7 +155,8 @@ class Draw:
         return self.rng.sample(items, len(items))
 
 
-# -- checks of the final state -------------------------------------------------------------------------------------------------------
+# -- checks of the final state
+# -------------------------------------------------------------------------------------------------
 
 _PRELUDE = """\
 export PATH=/usr/bin:/bin LC_ALL=C
@@ -120,7 +183,9 @@ def folder(path: str) -> str:
 
 
 def mode(path: str, pattern: str) -> str:
-    """A regular file whose mode, as `ls -l` writes it, matches the pattern: "-??x*" is executable by its owner."""
+    """A regular file whose mode, as `ls -l` writes it, matches the pattern: "-??x*" is executable
+    by its owner.
+    """
     return f"mode {shlex.quote(path)} {shlex.quote(pattern)}"
 
 
@@ -133,12 +198,17 @@ def lines(*rows: str) -> str:
     return "".join(f"{row}\n" for row in rows)
 
 
-# -- the families --------------------------------------------------------------------------------------------------------------------
+# -- the families
+# -------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A registered generator. `kind` is "training" or "held_out" for the tiny model's curriculum, "wide" for the families beyond it."""
+    """A registered generator.
+
+    `kind` is "training" or "held_out" for the tiny model's curriculum, "wide" for the families
+    beyond it.
+    """
 
     build: Callable[[Draw], Plan]
     kind: str
@@ -158,7 +228,10 @@ def add_family(name: str, entry: Family) -> None:
 def family(
     name: str, held_out: bool = False
 ) -> Callable[[Callable[[Draw], Plan]], Callable[[Draw], Plan]]:
-    """Registers a family. A held-out one is never trained on: it asks for a new composition of what the others teach."""
+    """Registers a family.
+
+    A held-out one is never trained on: it asks for a new composition of what the others teach.
+    """
 
     def add(build: Callable[[Draw], Plan]) -> Callable[[Draw], Plan]:
         add_family(name, Family(build, "held_out" if held_out else "training"))
@@ -187,7 +260,8 @@ def train_seed(index: int) -> int:
     """The index-th seed for training, 0 .. 999,999."""
     if not 0 <= index < EVAL_SEED_START:
         raise ValueError(
-            f"training seed {index} is outside 0..{EVAL_SEED_START - 1}; larger ones are kept for evaluation"
+            f"training seed {index} is outside 0..{EVAL_SEED_START - 1}; larger ones are kept for"
+            " evaluation"
         )
     return index
 

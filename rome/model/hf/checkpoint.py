@@ -1,8 +1,11 @@
-"""Hugging Face checkpoints, in and out: safetensors and config.json, streamed between files and arrays that may lie on any number of devices.
+"""Hugging Face checkpoints, in and out: safetensors and config.json, streamed between files and
+arrays that may lie on any number of devices.
 
-A checkpoint directory is exactly what `transformers` writes for Qwen3MoeForCausalLM. Both directions move one block of one tensor at a time, on
-several threads: a range of its rows, at most BLOCK_BYTES. So host memory holds some hundred megabytes whatever the model's size, and the
-stacked parameters exist on their devices only. `hf_names` says which tensor is which slice of ours, `hf_files` how bytes lie in the files.
+A checkpoint directory is exactly what `transformers` writes for Qwen3MoeForCausalLM. Both
+directions move one block of one tensor at a time, on several threads: a range of its rows, at most
+BLOCK_BYTES. So host memory holds some hundred megabytes whatever the model's size, and the stacked
+parameters exist on their devices only. `hf_names` says which tensor is which slice of ours,
+`hf_files` how bytes lie in the files.
 """
 
 from __future__ import annotations
@@ -21,8 +24,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from rome.model.hf import files as hf_files
 from rome.model.config import ModelConfig
+from rome.model.hf import files as hf_files
 from rome.model.hf.files import (
     MAX_SHARD_BYTES,
     CheckpointReader,
@@ -43,7 +46,10 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 def read_config(directory: str | pathlib.Path, **overrides: Any) -> ModelConfig:
-    """The model of a checkpoint directory. `overrides` are ModelConfig fields that config.json does not hold, such as remat="none"."""
+    """The model of a checkpoint directory.
+
+    `overrides` are ModelConfig fields that config.json does not hold, such as remat="none".
+    """
     return ModelConfig.from_hf(
         hf_files.read_json(pathlib.Path(directory) / "config.json"), **overrides
     )
@@ -62,9 +68,11 @@ def load_hf(
     Missing, unknown and mis-shaped tensors are one error that lists them, before any is read.
 
     Args:
-      shardings: a sharding for each parameter, as param_shardings gives. Parameters then go straight to their devices, and each process
-        reads only its own part, once, however many devices hold it. With several processes all of them call this. None: NumPy arrays.
-      progress: told the bytes of the files that are read so far, and how many this process will read; called from several threads.
+      shardings: a sharding for each parameter, as param_shardings gives. Parameters then go
+        straight to their devices, and each process reads only its own part, once, however many
+        devices hold it. With several processes all of them call this. None: NumPy arrays.
+      progress: told the bytes of the files that are read so far, and how many this process will
+        read; called from several threads.
       overrides: as in `read_config`.
     """
     directory, dtype = pathlib.Path(directory), np.dtype(dtype)
@@ -104,16 +112,20 @@ def save_hf(
     *,
     progress: Progress | None = None,
 ) -> None:
-    """Writes config.json and model.safetensors, or several shards and their index where one would exceed max_shard_bytes.
+    """Writes config.json and model.safetensors, or several shards and their index where one would
+    exceed max_shard_bytes.
 
-    A checkpoint that is already in `directory` is removed first, and the new one is there only when all of it is: to publish while someone
-    watches, write beside the place and rename. Where parameters lie on the devices of several processes, all of them call this with one shared
+    A checkpoint that is already in `directory` is removed first, and the new one is there only when
+    all of it is: to publish while someone watches, write beside the place and rename. Where
+    parameters lie on the devices of several processes, all of them call this with one shared
     directory; each writes its share of the shards.
 
     Args:
-      params: stacked over layers, or unstacked (`unstack_layers`); NumPy arrays or on devices, in any sharding.
+      params: stacked over layers, or unstacked (`unstack_layers`); NumPy arrays or on devices, in
+        any sharding.
       dtype: float32 unless bfloat16 is asked for.
-      progress: told the bytes written so far by this process, and how many it will write; called from several threads.
+      progress: told the bytes written so far by this process, and how many it will write; called
+        from several threads.
     """
     dtype = file_dtype(dtype or jnp.float32)
     tensors = checkpoint_tensors(config)
@@ -141,7 +153,10 @@ def write_checkpoint(
     config: dict[str, Any],
     progress: Progress | None = None,
 ) -> None:
-    """Takes a writer from an empty directory to a whole checkpoint. `blocks` is drawn in this thread, what it brings is called in others."""
+    """Takes a writer from an empty directory to a whole checkpoint.
+
+    `blocks` is drawn in this thread, what it brings is called in others.
+    """
     several = jax.process_count() > 1
     wait_for_all = multihost_utils.sync_global_devices if several else lambda name: None
     count = _Counter(progress, writer.own_bytes)
@@ -170,7 +185,8 @@ def write_checkpoint(
 def named_tensors(
     params: Any, config: ModelConfig, only: str | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Each tensor of a checkpoint with these parameters, or only the one of that name: its name and values, in the parameters' own type.
+    """Each tensor of a checkpoint with these parameters, or only the one of that name: its name and
+    values, in the parameters' own type.
 
     One at a time is on the host. Parameters are as in `save_hf`.
     """
@@ -209,13 +225,16 @@ def open_checkpoint(directory: pathlib.Path, config: ModelConfig) -> CheckpointR
     return reader
 
 
-# -- in ----------------------------------------------------------------------------------------------------------------------------------
+# -- in
+# -------------------------------------------------------------------------------------------------
 
 
 class _Part:
-    """One distinct piece of a parameter: index `starts` to `stops` of each axis, on the devices that hold it (none: in host memory).
+    """One distinct piece of a parameter: index `starts` to `stops` of each axis, on the devices
+    that hold it (none: in host memory).
 
-    A small one is put together on the host. A large one is a buffer on each device, into which blocks are written in place.
+    A small one is put together on the host. A large one is a buffer on each device, into which
+    blocks are written in place.
     """
 
     def __init__(
@@ -250,7 +269,9 @@ class _Part:
         return range(self.starts[stack + tensor.rows[0]], self.stops[stack + tensor.rows[0]])
 
     def write(self, tensor: Tensor, start: int, stop: int, block: np.ndarray) -> None:
-        """Takes what is here of `block`: indices start to stop of the tensor's row axis, all columns."""
+        """Takes what is here of `block`: indices start to stop of the tensor's row axis, all
+        columns.
+        """
         rows = self.needs(tensor)
         first, last = max(start, rows.start), min(stop, rows.stop)
         if first >= last:
@@ -292,7 +313,9 @@ def _update(buffer: jax.Array, piece: jax.Array, at: tuple[jax.Array, ...]) -> j
 
 
 def _as_bits(array: jax.Array) -> jax.Array:
-    """Unsigned integers: a backend that computes bfloat16 in float32 would change the bits of a NaN even where it only moves it."""
+    """Unsigned integers: a backend that computes bfloat16 in float32 would change the bits of a NaN
+    even where it only moves it.
+    """
     return jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}")
 
 
@@ -302,7 +325,9 @@ def _as_floats(bits: jax.Array, dtype: Any) -> jax.Array:
 
 @dataclasses.dataclass
 class _Array:
-    """A parameter that is being read: its distinct parts of this process in the sharding `read_as`, and the sharding that it gets."""
+    """A parameter that is being read: its distinct parts of this process in the sharding `read_as`,
+    and the sharding that it gets.
+    """
 
     shape: tuple[int, ...]
     sharding: Sharding | None
@@ -343,7 +368,8 @@ def _arrays(config: ModelConfig, dtype: np.dtype, shardings: Any) -> dict[tuple[
     shapes = parameter_shapes(config)
     if shardings is not None and jax.tree.structure(shardings) != jax.tree.structure(shapes):
         raise ValueError(
-            "shardings are not those of this checkpoint's parameters; make them with param_shardings(mesh, read_config(directory))"
+            "shardings are not those of this checkpoint's parameters; make them with"
+            " param_shardings(mesh, read_config(directory))"
         )
     arrays = {}
     for path, tensor in {tensor.path: tensor for tensor in checkpoint_tensors(config)}.items():
@@ -359,7 +385,8 @@ def _arrays(config: ModelConfig, dtype: np.dtype, shardings: Any) -> dict[tuple[
         inner = [stack + axis for group in (tensor.rows, tensor.columns) for axis in group[1:]]
         if any(bounds[axis] != (0, shape[axis]) for bounds in holders for axis in inner):
             raise ValueError(
-                f"{'/'.join(path)} {shape} is sharded as {sharding}; of the axes that a checkpoint joins only the first may be split"
+                f"{'/'.join(path)} {shape} is sharded as {sharding}; of the axes that a checkpoint"
+                " joins only the first may be split"
             )
         arrays[path] = _Array(
             shape,
@@ -371,8 +398,12 @@ def _arrays(config: ModelConfig, dtype: np.dtype, shardings: Any) -> dict[tuple[
 
 
 def _by_rows(sharding: Sharding, tensor: Tensor, shape: tuple[int, ...]) -> Sharding:
-    """The sharding to read a parameter in. Only rows of a tensor lie together in its file: where several processes split its columns, each
-    would read all of them. Then the rows are split further instead, if they divide, and the devices exchange what they read."""
+    """The sharding to read a parameter in.
+
+    Only rows of a tensor lie together in its file: where several processes split its columns, each
+    would read all of them. Then the rows are split further instead, if they divide, and the devices
+    exchange what they read.
+    """
     if (
         not isinstance(sharding, NamedSharding)
         or sharding.is_fully_addressable
@@ -429,7 +460,8 @@ def _merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return merged
 
 
-# -- out ---------------------------------------------------------------------------------------------------------------------------------
+# -- out
+# -------------------------------------------------------------------------------------------------
 
 
 def _check_parameters(params: Any, config: ModelConfig) -> None:
@@ -438,7 +470,8 @@ def _check_parameters(params: Any, config: ModelConfig) -> None:
     if isinstance(params.get("layers"), (tuple, list)):
         if len(params["layers"]) != config.num_layers:
             raise ValueError(
-                f"parameters have {len(params['layers'])} layers, the config says {config.num_layers}"
+                f"parameters have {len(params['layers'])} layers, the config says"
+                f" {config.num_layers}"
             )
         return  # each slice is checked when it is cut
     for path in dict.fromkeys(tensor.path for tensor in checkpoint_tensors(config)):
@@ -464,7 +497,9 @@ def _cut_all(params: Any, tensors: list[Tensor], writer: CheckpointWriter) -> It
 
 
 def _cut(params: Any, tensor: Tensor, start: int, stop: int) -> Callable[[], np.ndarray]:
-    """Starts to cut indices start to stop of the tensor's row axis out of its parameter; what is returned brings them, in checkpoint layout."""
+    """Starts to cut indices start to stop of the tensor's row axis out of its parameter; what is
+    returned brings them, in checkpoint layout.
+    """
     index = tensor.index
     if isinstance(params["layers"], (tuple, list)) and tensor.layer is not None:
         leaf, index = leaf_at(params["layers"][tensor.layer], tensor.path[1:]), index[1:]
@@ -473,7 +508,8 @@ def _cut(params: Any, tensor: Tensor, start: int, stop: int) -> Callable[[], np.
     starts, sizes = [0] * len(tensor.sizes), list(tensor.sizes)
     if leaf is None or tuple(leaf.shape[len(index) :]) != tensor.sizes:
         raise ValueError(
-            f"parameter {'/'.join(tensor.path)} of {tensor.name} is {getattr(leaf, 'shape', None)}, the config says {tensor.sizes}"
+            f"parameter {'/'.join(tensor.path)} of {tensor.name} is {getattr(leaf, 'shape', None)},"
+            f" the config says {tensor.sizes}"
         )
     starts[tensor.rows[0]], sizes[tensor.rows[0]] = start, stop - start
     at, extent = (*index, *starts), (1,) * len(index) + tuple(sizes)
@@ -501,9 +537,12 @@ def _cut_whole(leaf: jax.Array, at: jax.Array, extent: tuple[int, ...]) -> jax.A
 def _cut_sharded(
     leaf: jax.Array, at: jax.Array, extent: tuple[int, ...], sharding: NamedSharding
 ) -> jax.Array:
-    """leaf[at:at + extent], whole on every device. Left to itself the compiler would gather a split axis before it cuts it.
+    """leaf[at:at + extent], whole on every device.
 
-    Every device cuts what it has of the piece, and zeros elsewhere, and all add up; as integers, since -0.0 + 0.0 is not -0.0.
+    Left to itself the compiler would gather a split axis before it cuts it.
+
+    Every device cuts what it has of the piece, and zeros elsewhere, and all add up; as integers,
+    since -0.0 + 0.0 is not -0.0.
     """
     axes = _axes(sharding, leaf.ndim)
 

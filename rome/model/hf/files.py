@@ -1,7 +1,9 @@
-"""The files of a Hugging Face checkpoint: safetensors read and written by position, so that no tensor need be whole in memory.
+"""The files of a Hugging Face checkpoint: safetensors read and written by position, so that no
+tensor need be whole in memory.
 
-A safetensors file is the length of its header (8 bytes), the header (JSON: type, shape and byte range of each tensor), then the bytes. Ranges
-are read and written with pread and pwrite, from as many threads as there are; nothing is mapped, so memory holds what was asked for and no more.
+A safetensors file is the length of its header (8 bytes), the header (JSON: type, shape and byte
+range of each tensor), then the bytes. Ranges are read and written with pread and pwrite, from as
+many threads as there are; nothing is mapped, so memory holds what was asked for and no more.
 """
 
 from __future__ import annotations
@@ -57,7 +59,10 @@ class Stored:
 
 
 class CheckpointReader:
-    """The tensors of a checkpoint directory, by name. Headers are read at once and checked against the files' lengths; bytes when asked for."""
+    """The tensors of a checkpoint directory, by name.
+
+    Headers are read at once and checked against the files' lengths; bytes when asked for.
+    """
 
     def __init__(self, directory: pathlib.Path) -> None:
         index, single = directory / INDEX, directory / SINGLE
@@ -78,7 +83,8 @@ class CheckpointReader:
         absent = [name for name, path in named.items() if name not in headers[path]]
         if absent:
             raise ValueError(
-                f"{index} says that {named[absent[0]].name} holds {absent[0]}, but it does not; fetch or write the checkpoint again"
+                f"{index} says that {named[absent[0]].name} holds {absent[0]}, but it does not;"
+                " fetch or write the checkpoint again"
             )
         self.tensors = {name: headers[path][name] for name, path in named.items()}
 
@@ -107,7 +113,8 @@ class CheckpointReader:
             )
             if count == 0:
                 raise ValueError(
-                    f"{stored.path} ends amid {name}: it was cut off while it was read; fetch or write the checkpoint again"
+                    f"{stored.path} ends amid {name}: it was cut off while it was read; fetch or"
+                    " write the checkpoint again"
                 )
             done += count
         return into.view(stored.dtype).reshape(stop - start, *stored.shape[1:])
@@ -115,7 +122,9 @@ class CheckpointReader:
     def blocks(
         self, names: Iterable[str], limit: int = BLOCK_BYTES
     ) -> Iterator[tuple[str, int, Callable[[], np.ndarray]]]:
-        """Those tensors in pieces of at most `limit` bytes (or one row): name, first row, what reads it."""
+        """Those tensors in pieces of at most `limit` bytes (or one row): name, first row, what
+        reads it.
+        """
         for name in names:
             stored = self.tensors[name]
             step = max(1, limit // stored.row_bytes)
@@ -128,7 +137,10 @@ class CheckpointReader:
 
 
 def read_header(path: pathlib.Path) -> dict[str, Stored]:
-    """What a safetensors file holds. Raises a ValueError where the file is not whole, or holds types that are not read."""
+    """What a safetensors file holds.
+
+    Raises a ValueError where the file is not whole, or holds types that are not read.
+    """
     broken = lambda reason: ValueError(
         f"{path} is not a whole safetensors file ({reason}); fetch or write the checkpoint again"
     )
@@ -153,7 +165,8 @@ def read_header(path: pathlib.Path) -> dict[str, Stored]:
     unknown = [f"{name} is {dtype}" for name, (dtype, *_) in found.items() if dtype not in _DTYPES]
     if unknown:
         raise ValueError(
-            f"{path}: {', '.join(unknown[:3])}; read are {', '.join(_DTYPES)}. Take the checkpoint's bfloat16 release."
+            f"{path}: {', '.join(unknown[:3])}; read are {', '.join(_DTYPES)}. Take the"
+            " checkpoint's bfloat16 release."
         )
     data = 8 + length
     for name, (dtype, shape, start, stop) in found.items():
@@ -179,14 +192,17 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 class CheckpointWriter:
-    """Writes the tensors of a checkpoint in any order and from any thread; the files appear under their names only when all is there.
+    """Writes the tensors of a checkpoint in any order and from any thread; the files appear under
+    their names only when all is there.
 
-    Which tensor stands where is decided beforehand, from names and shapes. Until `commit` the directory holds no index and no single file, so
-    nothing takes it for a checkpoint; whatever an earlier one left there is removed first.
+    Which tensor stands where is decided beforehand, from names and shapes. Until `commit` the
+    directory holds no index and no single file, so nothing takes it for a checkpoint; whatever an
+    earlier one left there is removed first.
 
     Args:
       shapes: of the tensors, in the order in which shards are filled.
-      owner, owners: this process writes every owners-th shard, beginning with `owner`. Process 0 clears the directory and commits.
+      owner, owners: this process writes every owners-th shard, beginning with `owner`. Process 0
+        clears the directory and commits.
     """
 
     def __init__(
@@ -218,7 +234,10 @@ class CheckpointWriter:
         self._handles: dict[str, int] = {}
 
     def clear(self) -> None:
-        """Makes room: the directory is there, and no checkpoint is in it. An index goes before the shards that it names."""
+        """Makes room: the directory is there, and no checkpoint is in it.
+
+        An index goes before the shards that it names.
+        """
         self.directory.mkdir(parents=True, exist_ok=True)
         stale = [
             self.directory / INDEX,
@@ -269,20 +288,27 @@ class CheckpointWriter:
             view, offset = view[count:], offset + count
 
     def finish(self) -> None:
-        """Everything of this process is written: its files reach the disk. All but a single file get their names."""
+        """Everything of this process is written: its files reach the disk.
+
+        All but a single file get their names.
+        """
         for name, handle in self._handles.items():
             os.fsync(handle)
             if name != SINGLE:
                 os.replace(self.directory / (name + PARTIAL), self.directory / name)
 
     def commit(self, config: dict[str, Any]) -> None:
-        """Every process has finished: config.json, then what makes the directory a checkpoint. Raises where a shard is not there."""
+        """Every process has finished: config.json, then what makes the directory a checkpoint.
+
+        Raises where a shard is not there.
+        """
         absent = [
             name for name in self._shards if name != SINGLE and not (self.directory / name).exists()
         ]
         if absent:
             raise OSError(
-                f"{self.directory} lacks {', '.join(absent[:3])}, which another process wrote; all processes need one shared directory"
+                f"{self.directory} lacks {', '.join(absent[:3])}, which another process wrote; all"
+                " processes need one shared directory"
             )
         write_json(self.directory / "config.json", config)
         if SINGLE in self._shards:
@@ -324,7 +350,8 @@ def check_space(directory: pathlib.Path, needed: int) -> None:
     if free < needed:
         raise OSError(
             errno.ENOSPC,
-            f"{directory} has {free / 1e9:.1f} GB free, and the checkpoint takes {needed / 1e9:.1f} GB; make room, or write elsewhere",
+            f"{directory} has {free / 1e9:.1f} GB free, and the checkpoint takes {needed / 1e9:.1f}"
+            " GB; make room, or write elsewhere",
         )
 
 
@@ -333,7 +360,8 @@ def file_dtype(dtype: Any) -> np.dtype:
     dtype = np.dtype(dtype)
     if dtype not in _SPELLED:
         raise ValueError(
-            f"dtype={dtype.name!r}; checkpoints are written as {' or '.join(known.name for known in _SPELLED)}"
+            f"dtype={dtype.name!r}; checkpoints are written as"
+            f" {' or '.join(known.name for known in _SPELLED)}"
         )
     return dtype
 
@@ -356,7 +384,10 @@ def sync(path: pathlib.Path) -> None:
 
 
 def in_threads(function: Callable[[T], None], items: Iterable[T]) -> None:
-    """Calls function(item) for each, THREADS at a time. `items` is drawn no further ahead than twice that; the first error is raised."""
+    """Calls function(item) for each, THREADS at a time.
+
+    `items` is drawn no further ahead than twice that; the first error is raised.
+    """
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         pending: deque[concurrent.futures.Future[None]] = deque()
         for item in items:

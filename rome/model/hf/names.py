@@ -1,7 +1,9 @@
-"""One table: where each parameter of ours lies in a Hugging Face checkpoint of Qwen3MoeForCausalLM, and how one tensor there is laid out.
+"""One table: where each parameter of ours lies in a Hugging Face checkpoint of Qwen3MoeForCausalLM,
+and how one tensor there is laid out.
 
-A checkpoint holds one tensor per layer, expert and projection, linear weights as [out, in]. Ours are [in, ...], stacked over layers (and
-experts). Reading, writing and naming all go through `checkpoint_tensors`, so that the two directions cannot disagree.
+A checkpoint holds one tensor per layer, expert and projection, linear weights as [out, in]. Ours
+are [in, ...], stacked over layers (and experts). Reading, writing and naming all go through
+`checkpoint_tensors`, so that the two directions cannot disagree.
 """
 
 from __future__ import annotations
@@ -18,14 +20,18 @@ import numpy as np
 from rome.model.config import ModelConfig
 from rome.model.qwen3 import init_params
 
-STRIPE = 32  # rows transposed at a time: a whole matrix at once strides through memory and takes several times as long
+# rows transposed at a time: a whole matrix at once strides through memory and takes several times
+# as long
+STRIPE = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One parameter of ours and the tensors that hold it: `name` has {i} for the layer and {e} for the expert where it is split.
+    """One parameter of ours and the tensors that hold it: `name` has {i} for the layer and {e} for
+    the expert where it is split.
 
-    `inputs` is how many of a slice's first axes are the linear map's input; 0 where the layout is the same on both sides. `flat`: one axis there.
+    `inputs` is how many of a slice's first axes are the linear map's input; 0 where the layout is
+    the same on both sides. `flat`: one axis there.
     """
 
     path: tuple[str, ...]
@@ -67,9 +73,11 @@ TABLE = (
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor of a checkpoint: slice `index` of the parameter at `path`, which is of layer `layer` (None outside the layers).
+    """One tensor of a checkpoint: slice `index` of the parameter at `path`, which is of layer
+    `layer` (None outside the layers).
 
-    `sizes` are our axes of that slice. `rows` and `columns` are those of them which make up the two axes of the tensor.
+    `sizes` are our axes of that slice. `rows` and `columns` are those of them which make up the two
+    axes of the tensor.
     """
 
     name: str
@@ -94,7 +102,9 @@ class Tensor:
         return bool(self.columns) and self.columns < self.rows
 
     def blocks(self, itemsize: int, limit: int) -> Iterator[tuple[int, int]]:
-        """Ranges of the first of our axes that make up the tensor's rows, each of at most `limit` bytes (but at least one index long)."""
+        """Ranges of the first of our axes that make up the tensor's rows, each of at most `limit`
+        bytes (but at least one index long).
+        """
         size = self.sizes[self.rows[0]]
         step = max(1, limit // (math.prod(self.sizes) // size * itemsize))
         for start in range(0, size, step):
@@ -106,7 +116,9 @@ class Tensor:
         return math.prod(self.sizes[axis] for axis in self.rows[1:])
 
     def to_ours(self, block: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
-        """A block of the tensor, whole or cut at row and column groups, as the slice of `sizes` that it is in our layout."""
+        """A block of the tensor, whole or cut at row and column groups, as the slice of `sizes`
+        that it is in our layout.
+        """
         return (_transpose(block) if self.transposed else block).reshape(sizes)
 
     def to_hf(self, piece: np.ndarray) -> np.ndarray:
@@ -173,7 +185,10 @@ def leaf_at(tree: Any, path: tuple[str, ...]) -> Any:
 
 
 def _transpose(matrix: np.ndarray) -> np.ndarray:
-    """matrix.T as a new contiguous array. Floats move as integers: NumPy copies bfloat16 element by element otherwise."""
+    """matrix.T as a new contiguous array.
+
+    Floats move as integers: NumPy copies bfloat16 element by element otherwise.
+    """
     bits = matrix.view(f"u{matrix.dtype.itemsize}")
     out = np.empty(bits.shape[::-1], bits.dtype)
     for start in range(0, len(bits), STRIPE):

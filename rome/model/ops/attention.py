@@ -1,9 +1,11 @@
 """Attention over packed rows or a cache: one function, implementations behind it.
 
-B rows, T query time, S key time, N query heads, K key heads, G query heads per key head (N = K * G), H head dim.
+B rows, T query time, S key time, N query heads, K key heads, G query heads per key head (N = K *
+G), H head dim.
 
-Who sees whom is said by places and segments, never by a [T, S] mask that is handed in, so that kernels which take segment ids fit behind
-the same function: a query sees the keys of its own segment (0 is padding) whose place is not after its own.
+Who sees whom is said by places and segments, never by a [T, S] mask that is handed in, so that
+kernels which take segment ids fit behind the same function: a query sees the keys of its own
+segment (0 is padding) whose place is not after its own.
 """
 
 from __future__ import annotations
@@ -34,18 +36,24 @@ def attention(
     """Causal grouped-query attention within segments; softmax in float32.
 
     Args:
-      q_places_BT, k_places_BS: where each query and key stands in its row; a query sees places up to its own.
-      q_segments_BT, k_segments_BS: 0 is padding. A padding query sees nothing and gets zeros, with zero gradients.
-      ordered: places are 0, 1, 2, ... and segments the same on both sides, as in a packed row that attends to itself.
-      implementation: "reference" scores every query against every key. The others take ordered places only: "blocked" takes queries in
-        blocks, leaves out the keys that lie in a block's future, nearly half of the work, and computes the scores again in its backward pass;
-        "splash" is a kernel of TPUs, "cudnn" of NVIDIA GPUs. "auto" is "blocked" where places are ordered.
+      q_places_BT, k_places_BS: where each query and key stands in its row; a query sees places up
+        to its own.
+      q_segments_BT, k_segments_BS: 0 is padding. A padding query sees nothing and gets zeros, with
+        zero gradients.
+      ordered: places are 0, 1, 2, ... and segments the same on both sides, as in a packed row that
+        attends to itself.
+      implementation: "reference" scores every query against every key. The others take ordered
+        places only: "blocked" takes queries in blocks, leaves out the keys that lie in a block's
+        future, nearly half of the work, and computes the scores again in its backward pass;
+        "splash" is a kernel of TPUs, "cudnn" of NVIDIA GPUs. "auto" is "blocked" where places are
+        ordered.
     Returns:
       [B, T, N, H] in q's dtype.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
-            f"attention implementation {implementation!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}"
+            f"attention implementation {implementation!r} is unknown; choose one of"
+            f" {', '.join(IMPLEMENTATIONS)}"
         )
     if implementation in ("blocked", "splash", "cudnn") and not ordered:
         raise ValueError(

@@ -1,9 +1,13 @@
-"""Causal attention within segments on a CPU: blocks of queries, each against the keys that it may see, and a backward pass by hand.
+"""Causal attention within segments on a CPU: blocks of queries, each against the keys that it may
+see, and a backward pass by hand.
 
-B rows, T time, N query heads, K key heads, G query heads per key head (N = K * G), H head dim, Q queries of a block, X = Q * G, S keys seen.
+B rows, T time, N query heads, K key heads, G query heads per key head (N = K * G), H head dim, Q
+queries of a block, X = Q * G, S keys seen.
 
-The backward pass keeps the sums of the softmax and computes the scores again, so memory grows with T and not with its square; the weights of short
-rows are few and are kept. Gradients of keys and values are summed transposed, [H, S]: then every product has its left side as it lies, without which XLA on a CPU leaves its fast matmuls.
+The backward pass keeps the sums of the softmax and computes the scores again, so memory grows with
+T and not with its square; the weights of short rows are few and are kept. Gradients of keys and
+values are summed transposed, [H, S]: then every product has its left side as it lies, without which
+XLA on a CPU leaves its fast matmuls.
 """
 
 from __future__ import annotations
@@ -25,7 +29,8 @@ HIDDEN = -1e30  # finite: (-inf) - (-inf) would be NaN
 
 @jax.custom_vjp
 def attention_blocked(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array) -> Array:
-    """Attention of a packed row to itself, [B, T, N, H] in q's dtype: token t sees those of its segment up to t; segment 0 is padding.
+    """Attention of a packed row to itself, [B, T, N, H] in q's dtype: token t sees those of its
+    segment up to t; segment 0 is padding.
 
     Softmax and sums are float32. A padding query sees nothing and gets zeros, with zero gradients.
     """
@@ -119,7 +124,9 @@ def _keeps(shape: tuple[int, ...]) -> bool:
 
 
 def _ranges(T: int) -> Iterator[tuple[list[int], int, int]]:
-    """(starts of blocks, queries in each, keys that they see): at most MOST_RANGES of full blocks, and the rest of the row."""
+    """(starts of blocks, queries in each, keys that they see): at most MOST_RANGES of full blocks,
+    and the rest of the row.
+    """
     full = T // QUERIES
     step = max(1, -(-full // MOST_RANGES))
     for first in range(0, full, step):
@@ -159,7 +166,10 @@ def _block(a_BKTGH: Array, start: Array | int, rows: int) -> Array:
 
 
 def _bias(segments_BT: Array, start: Array | int, rows: int, seen: int) -> Array:
-    """[B, 1, Q, 1, S]: 0 where a query sees a key. Made once, behind a barrier: else it is computed anew for every head."""
+    """[B, 1, Q, 1, S]: 0 where a query sees a key.
+
+    Made once, behind a barrier: else it is computed anew for every head.
+    """
     own_BQ = lax.dynamic_slice_in_dim(segments_BT, start, rows, axis=1)
     sees_BQS = (own_BQ[:, :, None] == segments_BT[:, None, :seen]) & (
         jnp.arange(seen) <= start + jnp.arange(rows)[:, None]

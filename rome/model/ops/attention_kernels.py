@@ -1,6 +1,8 @@
-"""Attention by kernels that only an accelerator has, each equal to `rome.model.ops.attention`'s reference over packed rows.
+"""Attention by kernels that only an accelerator has, each equal to `rome.model.ops.attention`'s
+reference over packed rows.
 
-B rows, T query time, S key time, N query heads, K key heads, G query heads per key head (N = K * G), H head dim.
+B rows, T query time, S key time, N query heads, K key heads, G query heads per key head (N = K *
+G), H head dim.
 
 Both take rows whose places are 0, 1, 2, ...: causality is order. Queries come scaled.
 """
@@ -15,15 +17,18 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rome.model.sharding import RULES, is_split
 from rome.model.ops.balanced_time import query_places, swap_late_halves
+from rome.model.sharding import RULES, is_split
 
-SPLASH_BLOCK = (
-    512  # tokens of a tile; the largest that fits into a TPU core's memory beside its double buffer
-)
+# tokens of a tile; the largest that fits into a TPU core's memory beside its double buffer
+SPLASH_BLOCK = 512
 LEAST_BLOCK = 128  # the lanes of a TPU
-SPLASH_KEYS = 2048  # keys that the backward pass takes at a time, in tiles; the fused one holds a whole dq for each such part
-MOST_PARTS = 4  # beyond (T > 8192), dq is computed by a kernel of its own: seven matmuls instead of five, but memory does not grow with T * T
+# keys that the backward pass takes at a time, in tiles; the fused one holds a whole dq for each
+# such part
+SPLASH_KEYS = 2048
+# beyond (T > 8192), dq is computed by a kernel of its own: seven matmuls instead of five, but
+# memory does not grow with T * T
+MOST_PARTS = 4
 CUDNN_LONGEST = 16384  # tokens; cuDNN takes packed rows only by a [T, T] mask
 SAVED_OUTPUT = "attention_output"  # the name under which a remat policy finds what the kernel made
 
@@ -31,9 +36,12 @@ SAVED_OUTPUT = "attention_output"  # the name under which a remat policy finds w
 def splash(
     q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, segments_BT: Array, *, interpret: bool = False
 ) -> Array:
-    """TPU splash attention. On a mesh each device takes its rows and heads; where time is split, its queries see the keys of the whole row,
-    gathered over the sequence axis: a few key heads are small beside the queries, so the transfer hides behind the matmuls. Half of the queries
-    change places over that axis meanwhile, so that every device computes as many scores (`rome.model.ops.balanced_time`).
+    """TPU splash attention.
+
+    On a mesh each device takes its rows and heads; where time is split, its queries see the keys of
+    the whole row, gathered over the sequence axis: a few key heads are small beside the queries, so
+    the transfer hides behind the matmuls. Half of the queries change places over that axis
+    meanwhile, so that every device computes as many scores (`rome.model.ops.balanced_time`).
 
     interpret: run the kernel's program on any device, slowly, for tests.
     """
@@ -82,7 +90,8 @@ def _splash_kernel(T: int, G: int, time_shards: int, interpret: bool):
     block = _splash_block(T // time_shards, time_shards)
     if block < LEAST_BLOCK:
         raise ValueError(
-            f"attention 'splash' takes rows of a multiple of {LEAST_BLOCK} tokens a device, not {T} over {time_shards}; choose row_length so, or 'blocked'"
+            f"attention 'splash' takes rows of a multiple of {LEAST_BLOCK} tokens a device, not {T}"
+            f" over {time_shards}; choose row_length so, or 'blocked'"
         )
     keys = math.gcd(SPLASH_KEYS, T)
     fused = T // keys <= MOST_PARTS
@@ -109,8 +118,11 @@ def _splash_kernel(T: int, G: int, time_shards: int, interpret: bool):
 
 
 def _splash_block(t: int, time_shards: int) -> int:
-    """Queries of a tile where a device has t of them: of one half only, else the tile would see all that the later half sees. Where halves are too
-    short for that (t < 256), it is so, and devices have unequal work."""
+    """Queries of a tile where a device has t of them: of one half only, else the tile would see all
+    that the later half sees.
+
+    Where halves are too short for that (t < 256), it is so, and devices have unequal work.
+    """
     return (
         math.gcd(SPLASH_BLOCK, t)
         if time_shards == 1
@@ -140,15 +152,19 @@ def _splash_rows(
 
 
 def cudnn(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, segments_BT: Array) -> Array:
-    """cuDNN's fused attention, bfloat16 only, with the segments as a mask of one byte for each pair of tokens."""
+    """cuDNN's fused attention, bfloat16 only, with the segments as a mask of one byte for each pair
+    of tokens.
+    """
     T = q_BTNH.shape[1]
     if q_BTNH.dtype != jnp.bfloat16:
         raise ValueError(
-            f"attention 'cudnn' computes in bfloat16, not {q_BTNH.dtype}; set the model's dtype, or choose 'blocked'"
+            f"attention 'cudnn' computes in bfloat16, not {q_BTNH.dtype}; set the model's dtype, or"
+            " choose 'blocked'"
         )
     if T > CUDNN_LONGEST:
         raise ValueError(
-            f"attention 'cudnn' needs a [T, T] mask for packed rows, too large at T={T} (limit {CUDNN_LONGEST}); split time over mesh.sequence or choose 'blocked'"
+            f"attention 'cudnn' needs a [T, T] mask for packed rows, too large at T={T} (limit"
+            f" {CUDNN_LONGEST}); split time over mesh.sequence or choose 'blocked'"
         )
     same_BTT = (segments_BT[:, :, None] == segments_BT[:, None, :]) | (
         segments_BT[:, :, None] == 0

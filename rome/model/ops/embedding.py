@@ -1,10 +1,11 @@
 """The embedding of tokens on a mesh, without moving the table.
 
-B rows, T time, V vocabulary, D model; v and d are one device's part of V and D; n tokens of one device, f devices of a group, along the mesh axes that
-split D.
+B rows, T time, V vocabulary, D model; v and d are one device's part of V and D; n tokens of one
+device, f devices of a group, along the mesh axes that split D.
 
-The table lies split over V and D. Gathering it would move gigabytes for the few rows that are read; here the devices of a group tell each other
-their tokens, each looks up its columns for all of them, and the columns go to whoever asked.
+The table lies split over V and D. Gathering it would move gigabytes for the few rows that are read;
+here the devices of a group tell each other their tokens, each looks up its columns for all of them,
+and the columns go to whoever asked.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from rome.model.sharding import RULES, is_split
 from rome.model.ops.gathered import WIDE
+from rome.model.sharding import RULES, is_split
 
 
 def embed(table_VD: Array, tokens_BT: Array, dtype: str) -> Array:

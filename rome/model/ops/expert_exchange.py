@@ -1,21 +1,29 @@
-"""Experts on a mesh by exchange: each choice of a token travels to the device that holds its expert, and its result comes back.
+"""Experts on a mesh by exchange: each choice of a token travels to the device that holds its
+expert, and its result comes back.
 
-m tokens of a chunk, D model, F expert hidden, E experts of all, e experts of one device (E = g * e), g devices of the expert axis, s of them as
-senders, k experts a token, A = m * k choices of a chunk, R rows that a device makes room for in a pass.
+m tokens of a chunk, D model, F expert hidden, E experts of all, e experts of one device (E = g *
+e), g devices of the expert axis, s of them as senders, k experts a token, A = m * k choices of a
+chunk, R rows that a device makes room for in a pass.
 
-The ring (`rome.model.ops.experts_on_mesh`) moves every token past every device: each device sends g * n * D numbers for tokens and as many for sums, of
-n tokens. Here it sends at most k * n * D * (g - 1) / g each way, k / g of that. What passes a link is another matter. Let the group extend over c
-dimensions of the torus that close to rings, at most r chips of one. A hop of the ring is c links long where the next device stands in another row, and
-goes both ways: c * g / 2 times n * D pass a link in all. An exchange crosses the torus: k * r / 8 times n * D. That is k * r / (4 * c * g) of the ring's.
-At k = 8: twice on one ring (g = r), half at 4 x 2, a quarter at 4 x 4, 1/24 at 4 x 4 x 4.
+The ring (`rome.model.ops.experts_on_mesh`) moves every token past every device: each device sends g
+* n * D numbers for tokens and as many for sums, of n tokens. Here it sends at most k * n * D * (g -
+1) / g each way, k / g of that. What passes a link is another matter. Let the group extend over c
+dimensions of the torus that close to rings, at most r chips of one. A hop of the ring is c links
+long where the next device stands in another row, and goes both ways: c * g / 2 times n * D pass a
+link in all. An exchange crosses the torus: k * r / 8 times n * D. That is k * r / (4 * c * g) of
+the ring's. At k = 8: twice on one ring (g = r), half at 4 x 2, a quarter at 4 x 4, 1/24 at 4 x 4 x
+4.
 
-A device's tokens go in chunks, so that memory does not grow with their number. Choices are sorted by expert and counted; from the counts of all devices
-each knows where every block of one expert and one sender lies, and rows arrive in the order of experts, ready for a grouped matmul. A device makes room
-for half as much again as its even share. Should more be on their way to any device, another pass brings the rest: nothing is dropped, whatever the
-load. The worst, everything to one device, takes g / 1.5 passes and no more memory.
+A device's tokens go in chunks, so that memory does not grow with their number. Choices are sorted
+by expert and counted; from the counts of all devices each knows where every block of one expert and
+one sender lies, and rows arrive in the order of experts, ready for a grouped matmul. A device makes
+room for half as much again as its even share. Should more be on their way to any device, another
+pass brings the rest: nothing is dropped, whatever the load. The worst, everything to one device,
+takes g / 1.5 passes and no more memory.
 
-Gate weights multiply at the expert, in float32, and choices are added up at home, in float32. So the backward pass, which sends tokens out again and
-gradients with them, needs no results back: three exchanges.
+Gate weights multiply at the expert, in float32, and choices are added up at home, in float32. So
+the backward pass, which sends tokens out again and gradients with them, needs no results back:
+three exchanges.
 """
 
 from __future__ import annotations
@@ -34,7 +42,9 @@ CHUNK = 2048  # tokens of a device that are under way at a time
 
 
 def is_worthwhile(k: int, g: int, extent: tuple[int, ...]) -> bool:
-    """Whether an exchange takes at most half of the ring's time by the bytes that pass the busiest link. extent: as of `rome.model.sharding.extent`."""
+    """Whether an exchange takes at most half of the ring's time by the bytes that pass the busiest
+    link. extent: as of `rome.model.sharding.extent`.
+    """
     return bool(extent) and k * max(extent) <= 2 * len(extent) * g
 
 
@@ -47,7 +57,8 @@ def exchange(
     up_eDF: Array,
     down_eFD: Array,
 ) -> Array:
-    """On one device of a shard_map, [n, D]: what the experts of the whole group make of this device's tokens.
+    """On one device of a shard_map, [n, D]: what the experts of the whole group make of this
+    device's tokens.
 
     ids_nk: of all E experts; one outside of them adds nothing.
     """
@@ -76,8 +87,10 @@ def send_rows(
     at_receiver_E: Array,
     received_E: Array,
 ) -> Array:
-    """The exchange itself, of e blocks with each device: of block i, for device i // e, `sent_E[i]` rows from `at_sender_E[i]` on are written over
-    those of that device's `into` from `at_receiver_E[i]` on."""
+    """The exchange itself, of e blocks with each device: of block i, for device i // e, `sent_E[i]`
+    rows from `at_sender_E[i]` on are written over those of that device's `into` from
+    `at_receiver_E[i]` on.
+    """
     return jax.lax.ragged_all_to_all(
         rows, into, at_sender_E, sent_E, at_receiver_E, received_E, axis_name="expert"
     )
@@ -86,9 +99,10 @@ def send_rows(
 class _Plan(NamedTuple):
     """What every device of the group knows about a chunk of each.
 
-    choice_A: own choices by expert, absent ones last, with A for those. place_mk: where each choice stands there, A for absent ones.
-    count_sE: choices. first_sE: where in the sender's order those of an expert begin. row_sE: where they begin in the order of the rows of the
-    expert's device, which is by expert and then by sender.
+    choice_A: own choices by expert, absent ones last, with A for those. place_mk: where each choice
+    stands there, A for absent ones. count_sE: choices. first_sE: where in the sender's order those
+    of an expert begin. row_sE: where they begin in the order of the rows of the expert's device,
+    which is by expert and then by sender.
     """
 
     choice_A: Array
@@ -182,7 +196,10 @@ def _spread(x_mD: Array, plan: _Plan) -> Array:
 
 
 def _add_up(rows_AD: Array, plan: _Plan) -> Array:
-    """[m, D]: the sum of each token's choices, in float32 until the end. One after the other: [m, k, D] never exists."""
+    """[m, D]: the sum of each token's choices, in float32 until the end.
+
+    One after the other: [m, k, D] never exists.
+    """
     taken = (
         jnp.take(rows_AD, plan.place_mk[:, j], axis=0, mode="fill", fill_value=0).astype(
             jnp.float32
@@ -193,7 +210,10 @@ def _add_up(rows_AD: Array, plan: _Plan) -> Array:
 
 
 def _all_weights(weights_mk: Array, plan: _Plan) -> Array:
-    """[s * A] float32: the gate weights of all devices' choices, each by expert. A few bytes a choice: gathered whole."""
+    """[s * A] float32: the gate weights of all devices' choices, each by expert.
+
+    A few bytes a choice: gathered whole.
+    """
     weights_A = jnp.take(
         weights_mk.astype(jnp.float32).reshape(-1), plan.choice_A, mode="fill", fill_value=0
     )
@@ -217,7 +237,10 @@ def _arrived(plan: _Plan, p: Array, R: int) -> Array:
 def _weighted(
     matmul: GroupedMatmul, sizes_e: Array, x_RD: Array, weight_R: Array, *matrices: Array
 ) -> Array:
-    """What the experts make of the rows that arrived. Behind those may be anything: it is never sent."""
+    """What the experts make of the rows that arrived.
+
+    Behind those may be anything: it is never sent.
+    """
     return (
         grouped_mlp(matmul, sizes_e, x_RD, *matrices).astype(jnp.float32) * weight_R[:, None]
     ).astype(x_RD.dtype)

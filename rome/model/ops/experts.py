@@ -1,7 +1,10 @@
-"""The experts themselves: one function, forms behind it that are equal in value and differ in speed. Dropless in every form.
+"""The experts themselves: one function, forms behind it that are equal in value and differ in
+speed.
 
-N tokens, D model, E experts, k experts a token, F expert hidden; A = N * k choices (token n, its j-th expert), R rows of
-a pass of a grouped matmul, P rows of all passes.
+Dropless in every form.
+
+N tokens, D model, E experts, k experts a token, F expert hidden; A = N * k choices (token n, its
+j-th expert), R rows of a pass of a grouped matmul, P rows of all passes.
 """
 
 from __future__ import annotations
@@ -46,7 +49,9 @@ def experts_within(
     implementation: str,
     capacity_factor: float,
 ) -> tuple[Array, Array]:
-    """`experts` with a capacity of capacity_factor * N * k / E choices for each of them, 0 for none; and the ids that ran."""
+    """`experts` with a capacity of capacity_factor * N * k / E choices for each of them, 0 for
+    none; and the ids that ran.
+    """
     if capacity_factor:
         ids_Nk = drop_beyond(
             ids_Nk, capacity(ids_Nk.size, gate_EDF.shape[0], capacity_factor), gate_EDF.shape[0]
@@ -65,7 +70,10 @@ def room(share: float) -> int:
 
 
 def drop_beyond(ids_Nk: Array, most: int, E: int) -> Array:
-    """ids with NO_EXPERT where an expert has `most` choices already; earlier tokens go first. What is dropped adds nothing to its token."""
+    """ids with NO_EXPERT where an expert has `most` choices already; earlier tokens go first.
+
+    What is dropped adds nothing to its token.
+    """
     ids_A = absent_last(ids_Nk, E)
     order_A = jnp.argsort(ids_A, stable=True)
     start_E = jnp.cumsum(jnp.bincount(ids_A, length=E + 1)) - jnp.bincount(ids_A, length=E + 1)
@@ -84,17 +92,22 @@ def experts(
     implementation: str = "auto",
     rows: int | None = None,
 ) -> Array:
-    """sum_k weight_k * down(silu(gate(x)) * up(x)), each by the expert that its id names; an id outside 0..E-1 names one that is not here and adds
-    nothing. Dropless in every form.
+    """sum_k weight_k * down(silu(gate(x)) * up(x)), each by the expert that its id names; an id
+    outside 0..E-1 names one that is not here and adds nothing.
 
-    implementation: "dense" runs every expert on every token; "sorted" is the fast one for many tokens on CPU, where `lax.ragged_dot`
-    ("ragged") costs as much as dense; "megablox" is the kernel of TPUs, "tokamax" of GPUs; "auto" chooses by the number of tokens and the platform.
-    rows: of one pass, for the forms with a grouped matmul, where fewer than N * k choices are likely to be here. Memory is bounded by it; should more
+    Dropless in every form.
+
+    implementation: "dense" runs every expert on every token; "sorted" is the fast one for many
+    tokens on CPU, where `lax.ragged_dot` ("ragged") costs as much as dense; "megablox" is the
+    kernel of TPUs, "tokamax" of GPUs; "auto" chooses by the number of tokens and the platform.
+    rows: of one pass, for the forms with a grouped matmul, where fewer than N * k choices are
+    likely to be here. Memory is bounded by it; should more
       be here, there are more passes.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
-            f"experts implementation {implementation!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}"
+            f"experts implementation {implementation!r} is unknown; choose one of"
+            f" {', '.join(IMPLEMENTATIONS)}"
         )
     if implementation == "auto":
         many = "sorted" if jax.default_backend() == "cpu" else "ragged"
@@ -112,7 +125,10 @@ def experts(
 def experts_dense(
     x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, weights_Nk: Array, ids_Nk: Array
 ) -> Array:
-    """Every expert on every token, times 0 where not chosen. The oracle; also what the engine decodes with: rows stay apart."""
+    """Every expert on every token, times 0 where not chosen.
+
+    The oracle; also what the engine decodes with: rows stay apart.
+    """
     E = gate_EDF.shape[0]
     weights_EN = jnp.sum(
         jax.nn.one_hot(ids_Nk, E, dtype=weights_Nk.dtype) * weights_Nk[..., None], axis=1
@@ -152,7 +168,8 @@ def experts_megablox(
     rows: int | None = None,
     interpret: bool = False,
 ) -> Array:
-    """Choices sorted by expert, multiplied by the Pallas kernel of TPUs: it visits only the tiles that belong to an expert.
+    """Choices sorted by expert, multiplied by the Pallas kernel of TPUs: it visits only the tiles
+    that belong to an expert.
 
     interpret: run the kernel's program on any device, slowly, for tests.
     """
@@ -193,20 +210,25 @@ def experts_tokamax(
 
 
 def grouped_matmul(implementation: str) -> GroupedMatmul:
-    """The product that a form of the experts is made of; an error for a form that is made otherwise."""
+    """The product that a form of the experts is made of; an error for a form that is made
+    otherwise.
+    """
     if implementation == "tokamax":
         import tokamax  # in requirements-cuda.txt only
 
         return tokamax.ragged_dot
     if implementation not in GROUPED:
         raise ValueError(
-            f"experts implementation {implementation!r} has no grouped matmul; choose one of {', '.join(GROUPED)}"
+            f"experts implementation {implementation!r} has no grouped matmul; choose one of"
+            f" {', '.join(GROUPED)}"
         )
     return {"ragged": jax.lax.ragged_dot, "megablox": _megablox}[implementation]
 
 
 class _Plan(NamedTuple):
-    """choice_P: choices in the order of their experts, absent ones last, filled up with A to whole passes. place_Nk: where each choice stands there."""
+    """choice_P: choices in the order of their experts, absent ones last, filled up with A to whole
+    passes. place_Nk: where each choice stands there.
+    """
 
     choice_P: Array
     place_Nk: Array
@@ -238,8 +260,11 @@ def _grouped(
     weights_Nk: Array,
     ids_Nk: Array,
 ) -> Array:
-    """The experts by a grouped matmul, R rows at a time, in as many passes as the choices that are here need: nothing is dropped, and an
-    array of all N * k rows never exists. The backward pass computes each pass again."""
+    """The experts by a grouped matmul, R rows at a time, in as many passes as the choices that are
+    here need: nothing is dropped, and an array of all N * k rows never exists.
+
+    The backward pass computes each pass again.
+    """
     return _grouped_forward(matmul, R, x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk)[0]
 
 
@@ -305,7 +330,9 @@ def grouped_mlp(
     up_EDF: Array,
     down_EFD: Array,
 ) -> Array:
-    """Rows behind the last expert's are left to the kernel, which may leave anything there: they are never read."""
+    """Rows behind the last expert's are left to the kernel, which may leave anything there: they
+    are never read.
+    """
     return matmul(
         jax.nn.silu(matmul(x_RD, gate_EDF, sizes_E)) * matmul(x_RD, up_EDF, sizes_E),
         down_EFD,
@@ -355,7 +382,10 @@ def _rows_of(x_ND: Array, choice_R: Array, k: int) -> Array:
 
 
 def _home(y_RD: Array, plan: _Plan, p: Array, weights_Nk: Array) -> Array:
-    """[N, D] float32: for each token the weighted rows of its choices in pass p. One choice after the other: [N, k, D] never exists."""
+    """[N, D] float32: for each token the weighted rows of its choices in pass p.
+
+    One choice after the other: [N, k, D] never exists.
+    """
     place_Nk = _place_in(plan, p, y_RD.shape[0])
     taken = (
         jnp.take(y_RD, place_Nk[:, j], axis=0, mode="fill", fill_value=0).astype(jnp.float32)

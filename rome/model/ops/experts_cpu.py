@@ -1,13 +1,17 @@
-"""The experts on a CPU: choices sorted by expert, matmuls over tiles of rows that start wherever an expert's rows start.
+"""The experts on a CPU: choices sorted by expert, matmuls over tiles of rows that start wherever an
+expert's rows start.
 
-N tokens, D model, E experts, k experts a token, F expert hidden; A = N * k choices (token n, its j-th expert), R = A + the largest tile.
+N tokens, D model, E experts, k experts a token, F expert hidden; A = N * k choices (token n, its
+j-th expert), R = A + the largest tile.
 
-No slot is padded and no weight is copied per block: a loop over the experts takes their rows in tiles of a few sizes. The last tile of an
-expert reaches into the rows of the next, which are written over when their own turn comes. The backward pass is written by
-hand: it keeps the gate's and the up projection's outputs, and sums an expert's weight gradients where it loops over its rows.
+No slot is padded and no weight is copied per block: a loop over the experts takes their rows in
+tiles of a few sizes. The last tile of an expert reaches into the rows of the next, which are
+written over when their own turn comes. The backward pass is written by hand: it keeps the gate's
+and the up projection's outputs, and sums an expert's weight gradients where it loops over its rows.
 
-What XLA does on a CPU shaped this: a product whose left side is transposed leaves the fast matmuls, so rows are transposed first, behind a
-barrier; bfloat16 slices of a carried array are turned into float32 and back as a whole, so they are carried as their bits.
+What XLA does on a CPU shaped this: a product whose left side is transposed leaves the fast matmuls,
+so rows are transposed first, behind a barrier; bfloat16 slices of a carried array are turned into
+float32 and back as a whole, so they are carried as their bits.
 """
 
 from __future__ import annotations
@@ -28,7 +32,9 @@ TILES = (
 
 
 class Plan(NamedTuple):
-    """Where each choice went: choice_A lists the choices by expert, place_Nk inverts it; an expert's rows are start_E to end_E."""
+    """Where each choice went: choice_A lists the choices by expert, place_Nk inverts it; an
+    expert's rows are start_E to end_E.
+    """
 
     choice_A: Array
     place_Nk: Array
@@ -59,7 +65,9 @@ def plan_rows(ids_Nk: Array, E: int) -> Plan:
 def experts_sorted(
     x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, weights_Nk: Array, ids_Nk: Array
 ) -> Array:
-    """sum_k weight_k * down(silu(gate(x)) * up(x)), each by the expert that its id names; sums in float32, operands in x's dtype."""
+    """sum_k weight_k * down(silu(gate(x)) * up(x)), each by the expert that its id names; sums in
+    float32, operands in x's dtype.
+    """
     return _forward(x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk)[0]
 
 
@@ -174,7 +182,9 @@ experts_sorted.defvjp(_forward, _backward)
 def _over_tiles(
     tile: Callable[[int, Array, Any], Any], start: Array, end: Array, choices: int, carry: Any
 ) -> Any:
-    """Calls tile(rows, at, carry) over the rows from start to end, of `choices` in all; the last may reach beyond the end."""
+    """Calls tile(rows, at, carry) over the rows from start to end, of `choices` in all; the last
+    may reach beyond the end.
+    """
     state = (start, carry)
     for rows, smaller in zip(TILES, (*TILES[1:], 0)):
         if smaller >= choices:

@@ -1,17 +1,21 @@
-"""Experts on a mesh: each device holds its share of them, and the tokens of a group travel round the ring of the `expert` axis.
+"""Experts on a mesh: each device holds its share of them, and the tokens of a group travel round
+the ring of the `expert` axis.
 
-B rows, T time, D model, E experts of all, e experts of one device (E = g * e), g devices of the expert axis, F expert hidden, k experts a
-token, n tokens of one device.
+B rows, T time, D model, E experts of all, e experts of one device (E = g * e), g devices of the
+expert axis, F expert hidden, k experts a token, n tokens of one device.
 
-Every device starts with its own tokens. A round adds to their sum what this device's experts make of the tokens that are here now, while
-those tokens are already on the way to the neighbour; after g rounds and one more hop the sums are home. That moves what gathering the
-group's tokens and scattering the sums back (all_gather, psum_scatter) would move, but holds the tokens of one device at a time, so that memory does
-not grow with the group, and it hides the transfer behind the matmuls. One half of the tokens goes round each way: both directions of a link
-are in use. Nothing is dropped, whatever the load, unless the config sets a capacity. Large groups of TPUs send each choice to its expert's device
-alone instead (`rome.model.ops.expert_exchange`, which says when that is less).
+Every device starts with its own tokens. A round adds to their sum what this device's experts make
+of the tokens that are here now, while those tokens are already on the way to the neighbour; after g
+rounds and one more hop the sums are home. That moves what gathering the group's tokens and
+scattering the sums back (all_gather, psum_scatter) would move, but holds the tokens of one device
+at a time, so that memory does not grow with the group, and it hides the transfer behind the
+matmuls. One half of the tokens goes round each way: both directions of a link are in use. Nothing
+is dropped, whatever the load, unless the config sets a capacity. Large groups of TPUs send each
+choice to its expert's device alone instead (`rome.model.ops.expert_exchange`, which says when that
+is less).
 
-Weights lie split over fsdp, sequence and tensor too: gathered over the first two before use (their gradients are summed and split again on the way back), partial
-sums over tensor added at the end.
+Weights lie split over fsdp, sequence and tensor too: gathered over the first two before use (their
+gradients are summed and split again on the way back), partial sums over tensor added at the end.
 """
 
 from __future__ import annotations
@@ -25,8 +29,8 @@ from jax.sharding import PartitionSpec
 
 from rome.model.ops.expert_exchange import exchange
 from rome.model.ops.experts import NO_EXPERT, capacity, drop_beyond, experts, grouped_matmul, room
-from rome.model.sharding import RULES
 from rome.model.ops.gathered import gather
+from rome.model.sharding import RULES
 
 Tokens = tuple[Array, Array, Array]  # x_nD, weights_nk, ids_nk (of all E experts)
 
@@ -48,10 +52,12 @@ def experts_on_mesh(
     capacity_factor: float,
     form: str = "ring",
 ) -> tuple[Array, Array]:
-    """`rome.model.ops.experts.experts_within` over the current mesh; rows lie as RULES says, weights as PARAM_AXES does.
+    """`rome.model.ops.experts.experts_within` over the current mesh; rows lie as RULES says,
+    weights as PARAM_AXES does.
 
-    form: "ring", or "all_to_all": each choice is sent to its expert's device alone (`rome.model.ops.expert_exchange`), on TPUs only.
-    Without a capacity it equals one device's result. With one, each device's tokens have a share of every expert's capacity of their own.
+    form: "ring", or "all_to_all": each choice is sent to its expert's device alone
+    (`rome.model.ops.expert_exchange`), on TPUs only. Without a capacity it equals one device's
+    result. With one, each device's tokens have a share of every expert's capacity of their own.
     """
     run = functools.partial(
         _on_each_device, implementation=implementation, capacity_factor=capacity_factor, form=form
@@ -84,7 +90,9 @@ def _on_each_device(
         each = capacity(ids_nk.size, E, capacity_factor)
         ids_nk, rows = drop_beyond(ids_nk, each, E), e * each
 
-    @jax.checkpoint  # the backward pass computes a round again: kept are the tokens that came by, not what the experts made of them
+    # the backward pass computes a round again: kept are the tokens that came by, not what the
+    # experts made of them
+    @jax.checkpoint
     def local_sum(
         x_nD: Array,
         weights_nk: Array,
@@ -118,7 +126,9 @@ def _on_each_device(
 
 
 def _round_the_ring(local_sum, tokens: Tokens) -> Array:
-    """The sum over the devices of the expert axis of local_sum(tokens), for each device's own tokens."""
+    """The sum over the devices of the expert axis of local_sum(tokens), for each device's own
+    tokens.
+    """
     g = jax.lax.axis_size("expert")
     if g == 1:
         return local_sum(tokens)

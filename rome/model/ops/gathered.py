@@ -1,9 +1,11 @@
-"""Matrices that lie split over several mesh axes, and their use: gathered where they are multiplied, gradients summed and split on the way back.
+"""Matrices that lie split over several mesh axes, and their use: gathered where they are
+multiplied, gradients summed and split on the way back.
 
 B rows, T time, D model, N heads, H head dim; d and n are one device's part of D and N.
 
-Only an explicit gather has an explicit scatter as its gradient: left to the partitioner, each layer's gradients are summed whole on every device before
-all but one part of them is thrown away. Gathers of one mesh axis each are rings of the interconnect; one over all of them is not.
+Only an explicit gather has an explicit scatter as its gradient: left to the partitioner, each
+layer's gradients are summed whole on every device before all but one part of them is thrown away.
+Gathers of one mesh axis each are rings of the interconnect; one over all of them is not.
 """
 
 from __future__ import annotations
@@ -21,7 +23,11 @@ _BY_HEAD = PartitionSpec(RULES["batch"], RULES["time"], "tensor", None)
 
 
 def gather(w: Array, axis: int, over: tuple[str, ...] = WIDE) -> Array:
-    """On one device of a shard_map: the whole of an array whose `axis` is split over these mesh axes. Its gradient is a sum that is split again."""
+    """On one device of a shard_map: the whole of an array whose `axis` is split over these mesh
+    axes.
+
+    Its gradient is a sum that is split again.
+    """
     for name in reversed(over):
         w = jax.lax.all_gather(w, name, axis=axis, tiled=True)
     return w

@@ -1,11 +1,13 @@
 """Log-probabilities of the tokens that were taken, without ever holding [B, T, V].
 
-B rows, T tokens, D model, V vocabulary; n positions of one device (rows and time flattened), m positions of a block; d and v are one device's
-part of D and V.
+B rows, T tokens, D model, V vocabulary; n positions of one device (rows and time flattened), m
+positions of a block; d and v are one device's part of D and V.
 
-The head is applied to a block of positions at a time, forward and, once more, backward; kept between the two is one number a position. Where all
-logits together are few they are one block and are kept: one product of four less. On a mesh every device scores its own positions: the head is
-gathered forward once, backward a part of the vocabulary at a time, and its gradient summed over blocks in float32 and brought home once.
+The head is applied to a block of positions at a time, forward and, once more, backward; kept
+between the two is one number a position. Where all logits together are few they are one block and
+are kept: one product of four less. On a mesh every device scores its own positions: the head is
+gathered forward once, backward a part of the vocabulary at a time, and its gradient summed over
+blocks in float32 and brought home once.
 """
 
 from __future__ import annotations
@@ -17,13 +19,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from rome.model.sharding import RULES, is_split
 from rome.model.ops.gathered import WIDE, gather, scatter_sum
+from rome.model.sharding import RULES, is_split
 
 BLOCK = 512  # positions whose logits exist at one time
-MOST_WIDE = (
-    20_000  # tokens of the vocabulary whose head and gradient the backward pass holds at one time
-)
+# tokens of the vocabulary whose head and gradient the backward pass holds at one time
+MOST_WIDE = 20_000
 KEPT_LOGITS = 2**26  # 256 MiB of float32; beyond, they are computed again
 
 
@@ -40,14 +41,18 @@ def chunked_logprobs(
     """log p(tokens[t] | tokens before t of the same segment), as the sampler saw it.
 
     Args:
-      hidden_BTD: after the final norm; the vector at t - 1 predicts token t. Its type is the one that the head computes in.
+      hidden_BTD: after the final norm; the vector at t - 1 predicts token t. Its type is the one
+        that the head computes in.
       kernel_DV: on a mesh laid out as PARAM_AXES says.
       segments_BT: 0 is padding.
       temperature: divides the logits, as it did while sampling.
-      block: positions whose logits exist at one time; by default all of them where they are at most KEPT_LOGITS, else BLOCK.
-      with_entropy: also return the entropy of the distribution that token t was drawn from, a constant to the gradient.
+      block: positions whose logits exist at one time; by default all of them where they are at most
+        KEPT_LOGITS, else BLOCK.
+      with_entropy: also return the entropy of the distribution that token t was drawn from, a
+        constant to the gradient.
     Returns:
-      [B, T] float32 (and the same again for the entropy); 0 at the first token of a segment and on padding.
+      [B, T] float32 (and the same again for the entropy); 0 at the first token of a segment and on
+      padding.
     """
     target_BT = jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))
 
@@ -135,7 +140,8 @@ def _forward(hidden_nD, kernel_dv, target_n, temperature, block, on_mesh):
 def _backward(temperature, block, on_mesh, residuals, gradients):
     """d logits = (one_hot(target) - p) * d logp / temperature; the entropy is a constant.
 
-    Where logits are computed again, a part of the vocabulary at a time: neither the whole head nor its whole float32 gradient is there at once.
+    Where logits are computed again, a part of the vocabulary at a time: neither the whole head nor
+    its whole float32 gradient is there at once.
     """
     hidden_nD, kernel_dv, target_n, log_sum_n, logits = residuals
     gradient_n = gradients[0]
@@ -158,7 +164,8 @@ def _backward(temperature, block, on_mesh, residuals, gradients):
             (is_target_mv - jnp.exp(logits_mv - log_sum_m[:, None]))
             * (gradient_m / temperature)[:, None]
         ).astype(hidden_mD.dtype)
-        # Turned behind a barrier: on a CPU a product whose left side is transposed leaves the fast matmuls.
+        # Turned behind a barrier: on a CPU a product whose left side is transposed leaves the fast
+        # matmuls.
         hidden_Dm = jax.lax.optimization_barrier(hidden_mD.T)
         return (
             jnp.einsum("Dm,mv->Dv", hidden_Dm, d_mv, preferred_element_type=jnp.float32),
@@ -204,9 +211,9 @@ def _backward(temperature, block, on_mesh, residuals, gradients):
             add, jnp.zeros(kernel_Dw.shape, jnp.float32), (*blocks, d_hidden_kmD)
         )
         # In the compute type, as the gradients of all other matrices travel.
-        return d_hidden_kmD, scatter_sum(
-            sum_Dw.astype(hidden_nD.dtype), axis=0
-        ) if on_mesh else sum_Dw
+        return d_hidden_kmD, (
+            scatter_sum(sum_Dw.astype(hidden_nD.dtype), axis=0) if on_mesh else sum_Dw
+        )
 
     d_hidden_kmD, d_kernel_pdw = jax.lax.scan(
         one_part, jnp.zeros(blocks[0].shape, jnp.float32), jnp.arange(parts)
@@ -242,7 +249,9 @@ def _first(v: int, on_mesh: bool) -> Array | int:
 
 
 def _is_target(target_m: Array, v: int, on_mesh: bool) -> Array:
-    """Where each row's target lies, [m, v]: a mask, not an index, so that it stays local and its gradient is no scatter."""
+    """Where each row's target lies, [m, v]: a mask, not an index, so that it stays local and its
+    gradient is no scatter.
+    """
     return target_m[:, None] == _first(v, on_mesh) + jnp.arange(v)
 
 

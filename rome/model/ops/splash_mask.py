@@ -10,14 +10,20 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 
 class PlacedCausalMask(masks.CausalMask):
-    """A query sees the keys up to its own place. The kernel computes the mask from the places: a [T, T] array never exists."""
+    """A query sees the keys up to its own place.
+
+    The kernel computes the mask from the places: a [T, T] array never exists.
+    """
 
     def __init__(self, places_T: np.ndarray):
         super().__init__((places_T.size, places_T.size))
         self.q_sequence = places_T  # the name under which the kernel looks for it
 
     def __getitem__(self, idx: tuple[slice, slice]) -> np.ndarray:
-        """A block of the mask. Blocks that are all alike, nearly all of a long row's, are not compared place by place."""
+        """A block of the mask.
+
+        Blocks that are all alike, nearly all of a long row's, are not compared place by place.
+        """
         places, keys = self.q_sequence[idx[0]], range(*idx[1].indices(self.shape[1]))
         if keys.start > places.max():
             return np.zeros((places.size, len(keys)), bool)

@@ -1,10 +1,11 @@
 """Text to ids and back, and Qwen3's chat format built by appending ids.
 
-Two kinds of directory load: one with a tokenizer.json (Hugging Face `tokenizers`), or one with Qwen's own `qwen.tiktoken` (byte-pair ranks)
-and tokenizer_config.json (the added tokens).
+Two kinds of directory load: one with a tokenizer.json (Hugging Face `tokenizers`), or one with
+Qwen's own `qwen.tiktoken` (byte-pair ranks) and tokenizer_config.json (the added tokens).
 
-Control tokens (`<|im_start|>`, `<tool_call>`, ...) come from this file's templates, never from text of others: `encode` spells them out
-letter by letter unless it is told that the text may hold them. A rollout is never rendered again: `Chat` gives the ids to append.
+Control tokens (`<|im_start|>`, `<tool_call>`, ...) come from this file's templates, never from text
+of others: `encode` spells them out letter by letter unless it is told that the text may hold them.
+A rollout is never rendered again: `Chat` gives the ids to append.
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ import json
 import os
 import pathlib
 import re
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 TINY = pathlib.Path(__file__).parent / "tiny"  # ships with the tiny preset; made by train.py
-QWEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 class Tokenizer:
@@ -51,7 +56,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Tokenizer:
-        """Reads tokenizer.json, or qwen.tiktoken with tokenizer_config.json. Raises FileNotFoundError when neither is there."""
+        """Reads tokenizer.json, or qwen.tiktoken with tokenizer_config.json.
+
+        Raises FileNotFoundError when neither is there.
+        """
         directory = pathlib.Path(directory)
         if (directory / "tokenizer.json").is_file():
             return cls(tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")))
@@ -62,7 +70,8 @@ class Tokenizer:
                 _from_tiktoken(directory / "qwen.tiktoken", directory / "tokenizer_config.json")
             )
         raise FileNotFoundError(
-            f"no tokenizer in {directory}; expected tokenizer.json, or qwen.tiktoken and tokenizer_config.json"
+            f"no tokenizer in {directory}; expected tokenizer.json, or qwen.tiktoken and"
+            " tokenizer_config.json"
         )
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -73,12 +82,16 @@ class Tokenizer:
         """The id of an added token. Raises ValueError when this tokenizer has none of that name."""
         if content not in self._added:
             raise ValueError(
-                f"tokenizer has no added token {content!r}; it has {', '.join(sorted(self._added)) or 'none'}"
+                f"tokenizer has no added token {content!r}; it has"
+                f" {', '.join(sorted(self._added)) or 'none'}"
             )
         return self._added[content]
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """Ids of a text. Without `allow_special` no id is a control token's, whatever the text spells."""
+        """Ids of a text.
+
+        Without `allow_special` no id is a control token's, whatever the text spells.
+        """
         return (
             self.join(self._split(text))
             if allow_special
@@ -86,13 +99,16 @@ class Tokenizer:
         )
 
     def encode_turn(self, text: str) -> list[int]:
-        """Ids of an assistant's turn, as the model would have sampled it: `<tool_call>` and its kind are tokens, `<|im_end|>` is not."""
+        """Ids of an assistant's turn, as the model would have sampled it: `<tool_call>` and its
+        kind are tokens, `<|im_end|>` is not.
+        """
         return self.join(self._split(text, keep=self._special))
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """The text of ids. `skip_special` leaves out `<|im_end|>` and its kind, not `<tool_call>`.
 
-        A model's vocabulary is often padded beyond the tokenizer's, and an untrained model samples there: such an id reads as U+FFFD.
+        A model's vocabulary is often padded beyond the tokenizer's, and an untrained model samples
+        there: such an id reads as U+FFFD.
         """
         text = []
         for known, run in itertools.groupby(ids, lambda number: 0 <= number < self.vocab_size):
@@ -105,7 +121,10 @@ class Tokenizer:
         return "".join(text)
 
     def join(self, parts: Sequence[str | int]) -> list[int]:
-        """Ids of plain texts and control ids in order. Neighbouring texts are encoded as one: merges may cross their border."""
+        """Ids of plain texts and control ids in order.
+
+        Neighbouring texts are encoded as one: merges may cross their border.
+        """
         ids: list[int] = []
         text = ""
         for part in [*parts, -1]:
@@ -129,10 +148,13 @@ class Tokenizer:
 
 
 class Chat:
-    """Qwen3's chat format. Each method gives ids to append to what is there; nothing is rendered twice.
+    """Qwen3's chat format.
 
-    With `tools` the first turn tells the model their schemas and the form of a call, as Qwen3's template does. Without tools and system text
-    there is no system turn: a small model learns the form from its training data instead.
+    Each method gives ids to append to what is there; nothing is rendered twice.
+
+    With `tools` the first turn tells the model their schemas and the form of a call, as Qwen3's
+    template does. Without tools and system text there is no system turn: a small model learns the
+    form from its training data instead.
     """
 
     def __init__(
@@ -145,17 +167,23 @@ class Chat:
         self._tools, self._system = tools, system
 
     def open(self, user: str) -> list[int]:
-        """From nothing through `<|im_start|>assistant` and its newline, where the model begins to write."""
+        """From nothing through `<|im_start|>assistant` and its newline, where the model begins to
+        write.
+        """
         return self.tokenizer.join(
             [*self._system_turn(), self.tokenizer.im_start, "user\n", user, *self._hand_over()]
         )
 
     def turn(self, text: str) -> list[int]:
-        """An assistant's turn that was not sampled here (an expert's), with the `<|im_end|>` that the model would sample."""
+        """An assistant's turn that was not sampled here (an expert's), with the `<|im_end|>` that
+        the model would sample.
+        """
         return [*self.tokenizer.encode_turn(text), self.tokenizer.im_end]
 
     def observe(self, results: Sequence[str]) -> list[int]:
-        """After a sampled `<|im_end|>`: its newline, the tool results in one user turn, the next assistant header."""
+        """After a sampled `<|im_end|>`: its newline, the tool results in one user turn, the next
+        assistant header.
+        """
         opening, closing = (
             self.tokenizer.id_of("<tool_response>"),
             self.tokenizer.id_of("</tool_response>"),
@@ -180,10 +208,16 @@ class Chat:
             self.tokenizer.im_start,
             "system\n",
             f"{self._system}\n\n" if self._system is not None else "",
-            "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
-            "You are provided with function signatures within <tools></tools> XML tags:\n<tools>",
+            (
+                "# Tools\n\nYou may call one or more functions to assist with the user"
+                " query.\n\nYou are provided with function signatures within <tools></tools> XML"
+                " tags:\n<tools>"
+            ),
             *(f"\n{json.dumps(tool, ensure_ascii=False)}" for tool in self._tools),
-            "\n</tools>\n\nFor each function call, return a json object with function name and arguments within ",
+            (
+                "\n</tools>\n\nFor each function call, return a json object with function name and"
+                " arguments within "
+            ),
             begin,
             end,
             " XML tags:\n",
@@ -195,11 +229,14 @@ class Chat:
         ]
 
 
-# -- Qwen's own file -----------------------------------------------------------------------------------------------------------------
+# -- Qwen's own file
+# -------------------------------------------------------------------------------------------------
 
 
 def _from_tiktoken(ranks_file: pathlib.Path, config_file: pathlib.Path) -> tokenizers.Tokenizer:
-    """The byte-pair merges are not in a tiktoken file, only the order of the tokens: each token's last merge is found again from that order."""
+    """The byte-pair merges are not in a tiktoken file, only the order of the tokens: each token's
+    last merge is found again from that order.
+    """
     ranks = {
         base64.b64decode(token): int(rank)
         for token, rank in (line.split() for line in ranks_file.read_bytes().splitlines() if line)
@@ -228,13 +265,16 @@ def _from_tiktoken(ranks_file: pathlib.Path, config_file: pathlib.Path) -> token
     for number, entry in added.items():
         if backend.token_to_id(entry["content"]) != int(number):
             raise ValueError(
-                f"added token {entry['content']!r} got id {backend.token_to_id(entry['content'])}, {config_file} says {number}: {ranks_file} does not belong to it"
+                f"added token {entry['content']!r} got id {backend.token_to_id(entry['content'])},"
+                f" {config_file} says {number}: {ranks_file} does not belong to it"
             )
     return backend
 
 
 def byte_level(pattern: str) -> pre_tokenizers.PreTokenizer:
-    """Cuts the text by the pattern, then spells each piece in byte letters; merges stay inside a piece."""
+    """Cuts the text by the pattern, then spells each piece in byte letters; merges stay inside a
+    piece.
+    """
     return pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated"),
@@ -244,21 +284,26 @@ def byte_level(pattern: str) -> pre_tokenizers.PreTokenizer:
 
 
 def _last_merge(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two parts that BPE joins last to make the token: merge the bytes in order of rank, with ranks below the token's own."""
+    """The two parts that BPE joins last to make the token: merge the bytes in order of rank, with
+    ranks below the token's own.
+    """
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         candidates = [(ranks.get(parts[i] + parts[i + 1], rank), i) for i in range(len(parts) - 1)]
         best, i = min(candidates)
         if best >= rank:
             raise ValueError(
-                f"token {token!r} of rank {rank} cannot be made from tokens of lower rank; the ranks file is damaged"
+                f"token {token!r} of rank {rank} cannot be made from tokens of lower rank; the"
+                " ranks file is damaged"
             )
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts[0], parts[1]
 
 
 def _byte_letters() -> dict[int, str]:
-    """GPT-2's printable letter for each byte: printable ones stand for themselves, the others follow from U+0100."""
+    """GPT-2's printable letter for each byte: printable ones stand for themselves, the others
+    follow from U+0100.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {

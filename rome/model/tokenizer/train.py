@@ -3,9 +3,10 @@ r"""Trains the tiny preset's byte-level BPE from the curriculum's own text.
 python -m envs.tasks.terminal.corpus --out=corpus.jsonl
 python -m rome.model.tokenizer.train --corpus=corpus.jsonl --out=rome/model/tokenizer/tiny
 
-What a tiny model must copy from an observation into a command is the same id in both places: words do not swallow the space before them
-(only the function words of instructions do), digits stand alone, operators and flags take their spaces along. The head and tail of a tool
-call and the shell's usual complaints are one token each. The added tokens and their kinds (special or not) are Qwen3's.
+What a tiny model must copy from an observation into a command is the same id in both places: words
+do not swallow the space before them (only the function words of instructions do), digits stand
+alone, operators and flags take their spaces along. The head and tail of a tool call and the shell's
+usual complaints are one token each. The added tokens and their kinds (special or not) are Qwen3's.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-from typing import Iterator
+from collections.abc import Iterator
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, trainers
@@ -34,8 +35,13 @@ TINY_PATTERN = "|".join(
     [
         r'\n\{"name": "bash", "arguments": \{"command": "',  # the head of a call
         r'"\}\}\n',  # its tail
-        r"\n?\[exit |(?:user|assistant)\n|(?:/bin/)?bash: line 1: |: command not found|: No such file or directory|\(no output\)",
-        r" (?:the|to|in|of|with|has|have|and|it|its|into|file|files|word|number|name|named|line|lines)(?!\p{L})",
+        (
+            r"\n?\[exit |(?:user|assistant)\n|(?:/bin/)?bash: line 1: |: command not found|: No"
+            r" such file or directory|\(no output\)"
+        ),
+        (
+            r" (?:the|to|in|of|with|has|have|and|it|its|into|file|files|word|number|name|named|line|lines)(?!\p{L})"
+        ),
         r" (?:>>?|&&) | -\p{L}+ ?| ?\$\(\(|\)\)|\./",  # operators and flags of the shell
         r"\.\p{L}+|\p{L}+|\p{N}",  # extensions, words, single digits
         r"[^\s\p{L}\p{N}]|\n+|\s",
@@ -61,7 +67,10 @@ def plain_pieces(text: str) -> Iterator[str]:
 
 
 def train(episodes: list[dict], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
-    """A tokenizer of at most `vocab_size` ids, control tokens last. Fewer when every piece of the text is one token before that."""
+    """A tokenizer of at most `vocab_size` ids, control tokens last.
+
+    Fewer when every piece of the text is one token before that.
+    """
     backend = tokenizers.Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = byte_level(TINY_PATTERN)

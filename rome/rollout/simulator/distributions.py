@@ -1,4 +1,7 @@
-"""Distributions of what a simulated pod does: seconds, tokens, turns. Fixed, lognormal, or recorded."""
+"""Distributions of what a simulated pod does: seconds, tokens, turns.
+
+Fixed, lognormal, or recorded.
+"""
 
 from __future__ import annotations
 

@@ -1,25 +1,31 @@
-"""A discrete-event simulator of asynchronous rollouts: plans a pod before anyone rents it. NumPy and a heap; no real time, no thread.
+"""A discrete-event simulator of asynchronous rollouts: plans a pod before anyone rents it.
+
+NumPy and a heap; no real time, no thread.
 
     engines       each has slots; with n requests decoding, each gets a token every token_s + token_s_a_request * n seconds (a step reads the
-                  weights once, and each request's cache). A new turn first prefills, beside them; without a free slot it waits.
+                  weights once, and each request's cache). A new turn first prefills, beside them;
+                  without a free slot it waits.
     environments  a turn takes a latency drawn from a distribution; `concurrency` episodes are open at once
     episodes      turns of (generate, act); an episode stays with one engine, the one with the fewest episodes when it began
     groups        group_size episodes (and `redundancy` more) of one task; a group is trainable when group_size of them have finished
     trainer       takes groups_per_step groups, trains for train_s, publishes for publish_s while the engines stand still; then version += 1
 
-An episode may start while accepted + running < (async_ratio + version + 1) * batch, the capacity rule of AReaL (arXiv 2505.24298, Eq. 3). Groups begin
-in order, and what is dropped is replaced in its group, so group g may begin when g < (async_ratio + version + 1) * groups_per_step. With async_ratio 0
-that is synchronous training: nothing of the next step begins before the weights of this one are there. In-flight episodes go on across an update.
+An episode may start while accepted + running < (async_ratio + version + 1) * batch, the capacity
+rule of AReaL (arXiv 2505.24298, Eq. 3). Groups begin in order, and what is dropped is replaced in
+its group, so group g may begin when g < (async_ratio + version + 1) * groups_per_step. With
+async_ratio 0 that is synchronous training: nothing of the next step begins before the weights of
+this one are there. In-flight episodes go on across an update.
 
-The capacity rule bounds how many samples are ahead, not how old each one gets: short episodes overtake, and a late one is trained on when it is
-there. `late` says what happens to a sample whose staleness (trainer's version minus the version that began it) would exceed async_ratio:
+The capacity rule bounds how many samples are ahead, not how old each one gets: short episodes
+overtake, and a late one is trained on when it is there. `late` says what happens to a sample whose
+staleness (trainer's version minus the version that began it) would exceed async_ratio:
 
     wait   the trainer takes complete groups, the oldest first, but waits for a late one rather than go on where some would become too old
     keep   it takes whichever groups are complete; nothing is lost, but the histogram has a tail
     drop   as keep, and samples beyond the bound are dropped, or cancelled while they run, and replaced from the same task
 
-Seconds are simulated. The same seed gives the same episodes (turns, tokens, latencies of the n-th episode) whatever the other numbers are, so that
-two plans are compared on the same samples.
+Seconds are simulated. The same seed gives the same episodes (turns, tokens, latencies of the n-th
+episode) whatever the other numbers are, so that two plans are compared on the same samples.
 """
 
 from __future__ import annotations
@@ -55,7 +61,10 @@ Late = Literal["wait", "keep", "drop"]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A pod and what runs on it. Seconds and tokens; `batch`, the trajectories of a step, is groups_per_step * group_size."""
+    """A pod and what runs on it.
+
+    Seconds and tokens; `batch`, the trajectories of a step, is groups_per_step * group_size.
+    """
 
     engines: int = 1
     slots: int = 64  # requests that an engine runs at once
@@ -70,13 +79,16 @@ class Plan:
         0
     )  # read a turn: the prompt, then observations; the prefix before it is cached
     group_size: int = 8
-    redundancy: int = 0  # more episodes a group than are needed; the first group_size win, the others are cancelled
+    # more episodes a group than are needed; the first group_size win, the others are cancelled
+    redundancy: int = 0
     groups_per_step: int = 8
     async_ratio: int = 1
     late: Late = "wait"
     train_s: float = 1.0
     publish_s: float = 0.0
-    lent_engines: int = 0  # stand still while the trainer trains, which takes their devices; what ran there goes on elsewhere
+    # stand still while the trainer trains, which takes their devices; what ran there goes on
+    # elsewhere
+    lent_engines: int = 0
 
     def __post_init__(self) -> None:
         for name in ("engines", "slots", "concurrency", "group_size", "groups_per_step"):
@@ -94,11 +106,13 @@ class Plan:
                 raise ValueError(f"{name} is {getattr(self, name)}; set it to 0 or more")
         if not 0 <= self.lent_engines < self.engines:
             raise ValueError(
-                f"lent_engines is {self.lent_engines} of {self.engines}; some engine must go on while the others are lent"
+                f"lent_engines is {self.lent_engines} of {self.engines}; some engine must go on"
+                " while the others are lent"
             )
         if self.prefill_tokens_per_s <= 0:
             raise ValueError(
-                f"prefill_tokens_per_s is {self.prefill_tokens_per_s}; set it above 0 (inf: prefill costs nothing)"
+                f"prefill_tokens_per_s is {self.prefill_tokens_per_s}; set it above 0 (inf: prefill"
+                " costs nothing)"
             )
         if self.late not in ("wait", "keep", "drop"):
             raise ValueError(f"late {self.late!r} unknown; set it to wait, keep or drop")
@@ -110,7 +124,10 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a simulated run showed. Rates and shares leave out the warm-up; counts and the histogram are of the whole run."""
+    """What a simulated run showed.
+
+    Rates and shares leave out the warm-up; counts and the histogram are of the whole run.
+    """
 
     steps: int
     seconds: float  # of the whole run
@@ -125,7 +142,9 @@ class Outcome:
     trained: int
     dropped: dict[str, int]
     in_flight: int  # running, or finished and not yet trained on
-    short_bias: float  # mean unhindered seconds of a trained episode / of all that were trained or dropped, minus 1; below 0: the long ones are missing
+    # mean unhindered seconds of a trained episode / of all that were trained or dropped, minus 1;
+    # below 0: the long ones are missing
+    short_bias: float
     episode_seconds: float  # mean time from start to finish of what was trained
     events: int
 
@@ -154,7 +173,9 @@ class _Group:
 
 @dataclasses.dataclass
 class _Engine:
-    """Processor sharing, exactly: every running request is as many tokens further as `clock` has grown since it began to decode."""
+    """Processor sharing, exactly: every running request is as many tokens further as `clock` has
+    grown since it began to decode.
+    """
 
     episodes: int = 0
     clock: float = 0.0  # tokens that a request running from the beginning would have
@@ -181,10 +202,12 @@ def simulate(plan: Plan, *, steps: int, seed: int = 0, warm_up: int | None = Non
 
 
 def bound(plan: Plan) -> float:
-    """Seconds that a step must take at least in the long run, however asynchronous: the busiest of trainer, environments and engines.
+    """Seconds that a step must take at least in the long run, however asynchronous: the busiest of
+    trainer, environments and engines.
 
-    The trainer trains and publishes; each trajectory occupies one of the `concurrency` places for as long as it takes alone; its tokens come from
-    engines of which every slot is taken, and which stand still while weights are published.
+    The trainer trains and publishes; each trajectory occupies one of the `concurrency` places for
+    as long as it takes alone; its tokens come from engines of which every slot is taken, and which
+    stand still while weights are published.
     """
     alone = plan.turns.mean * (
         plan.latency.mean + _alone_s(plan, plan.tokens.mean, plan.prompt_tokens.mean)
@@ -206,7 +229,9 @@ def bound(plan: Plan) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Speedup:
-    """Of asynchronous over synchronous training on the same samples, and the most that any async_ratio could give (`bound`)."""
+    """Of asynchronous over synchronous training on the same samples, and the most that any
+    async_ratio could give (`bound`).
+    """
 
     predicted: float
     bound: float
@@ -237,10 +262,12 @@ def with_train_share(plan: Plan, share: float, seed: int = 0, steps: int = 100) 
 
 
 def agentic(async_ratio: int = 1, late: Late = "wait") -> Plan:
-    """64 episodes at once in groups of 8, 8 turns, latency lognormal with mean 1 s and sigma 1, 64 trajectories a step.
+    """64 episodes at once in groups of 8, 8 turns, latency lognormal with mean 1 s and sigma 1, 64
+    trajectories a step.
 
-    The engine answers a turn of 50 tokens in 0.05 s and a little: environments and trainer are what matters. The train step is to be a quarter of the
-    synchronous rollout time (`with_train_share`); the 5.5 s here are that, within 3 %.
+    The engine answers a turn of 50 tokens in 0.05 s and a little: environments and trainer are what
+    matters. The train step is to be a quarter of the synchronous rollout time (`with_train_share`);
+    the 5.5 s here are that, within 3 %.
     """
     return Plan(
         token_s=0.001, token_s_a_request=4e-6, async_ratio=async_ratio, late=late, train_s=5.5
@@ -256,7 +283,9 @@ def _alone_s(plan: Plan, tokens: float, prompt_tokens: float) -> float:
 
 
 class _Run:
-    """The state of one simulation and its events, each a method: what happens, and what it lets begin."""
+    """The state of one simulation and its events, each a method: what happens, and what it lets
+    begin.
+    """
 
     def __init__(self, plan: Plan, seed: int, steps: int, warm_up: int) -> None:
         self.plan, self.seed, self.steps, self.warm_up = plan, seed, steps, warm_up
@@ -289,7 +318,8 @@ class _Run:
         while self.version < self.steps:
             if not self.heap:
                 raise AssertionError(
-                    f"the simulation has nothing left to do at {self.now:.3f} s, in step {self.version}"
+                    f"the simulation has nothing left to do at {self.now:.3f} s, in step"
+                    f" {self.version}"
                 )
             time, _, happen, arguments = heapq.heappop(self.heap)
             self.pass_time(time)
@@ -309,7 +339,8 @@ class _Run:
         self.area["waiting"] += spent * (not self.training)
         self.now = time
 
-    # -- episodes ------------------------------------------------------------------------------------------------------------------
+    # -- episodes
+    # ---------------------------------------------------------------------------------------------
 
     def begin_episodes(self) -> None:
         """Starts what capacity and concurrency allow."""
@@ -480,7 +511,8 @@ class _Run:
         self.dropped[reason] += 1
         self.lengths[False].append(episode.unhindered)
 
-    # -- the trainer ---------------------------------------------------------------------------------------------------------------
+    # -- the trainer
+    # ---------------------------------------------------------------------------------------------
 
     def train_if_ready(self) -> None:
         plan = self.plan
@@ -502,9 +534,11 @@ class _Run:
         self.at(self.now + plan.train_s, self.publish)
 
     def others_can_follow(self, taken: set[int]) -> bool:
-        """Whether all other groups can still be trained on within the bound, groups_per_step of them in each step after this one.
+        """Whether all other groups can still be trained on within the bound, groups_per_step of
+        them in each step after this one.
 
-        Groups begin in order, so the oldest come first. The capacity rule lets so few begin that it holds whenever the oldest are taken.
+        Groups begin in order, so the oldest come first. The capacity rule lets so few begin that it
+        holds whenever the oldest are taken.
         """
         others = (group for number, group in self.groups.items() if number not in taken)
         return all(
@@ -518,7 +552,9 @@ class _Run:
         )
 
     def lend(self, engine: _Engine) -> None:
-        """Its requests go on elsewhere, from the tokens that they have; their prompts are read again there."""
+        """Its requests go on elsewhere, from the tokens that they have; their prompts are read
+        again there.
+        """
         self.advance(engine)
         engine.lent, moved, engine.decoding = True, engine.decoding, []
         engine.running -= len(moved)
@@ -559,7 +595,9 @@ class _Run:
         self.begin_episodes()
 
     def drop_stale(self) -> None:
-        """Whatever would be trained on beyond the bound from now on is replaced from the same task, before new tasks begin."""
+        """Whatever would be trained on beyond the bound from now on is replaced from the same task,
+        before new tasks begin.
+        """
         for number, group in self.groups.items():
             for episode in [
                 episode
@@ -579,7 +617,8 @@ class _Run:
                 self.drop(episode, "stale")
                 self.to_start.appendleft(number)
 
-    # -- the end -------------------------------------------------------------------------------------------------------------------
+    # -- the end
+    # ---------------------------------------------------------------------------------------------
 
     def outcome(self) -> Outcome:
         plan, seconds = self.plan, self.now - self.measured_from
@@ -587,7 +626,8 @@ class _Run:
         in_flight = sum(len(group.open) + len(group.finished) for group in self.groups.values())
         if self.started != self.trained + self.dropped.total() + in_flight:
             raise AssertionError(
-                f"sample accounting does not add up: {self.started} started, {self.trained} trained, {self.dropped} dropped, {in_flight} in flight"
+                f"sample accounting does not add up: {self.started} started, {self.trained}"
+                f" trained, {self.dropped} dropped, {in_flight} in flight"
             )
         trained, every = (
             np.mean(self.lengths[True]),

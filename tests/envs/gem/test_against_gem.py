@@ -1,4 +1,6 @@
-"""Against gem-llm 0.1.0 itself: its wrappers, vectors and loops over our environments, and ours over its, word for word."""
+"""Against gem-llm 0.1.0 itself: its wrappers, vectors and loops over our environments, and ours
+over its, word for word.
+"""
 
 import contextlib
 import copy
@@ -53,7 +55,9 @@ class Tokenizer:
 
 
 def episode(env, seed=5, turns=6):
-    """Everything that a trainer sees of some turns of chance; gem's games draw from the global generator."""
+    """Everything that a trainer sees of some turns of chance; gem's games draw from the global
+    generator.
+    """
     random.seed(seed)
     np.random.seed(seed)
     seen = [copy.deepcopy(env.reset(seed=seed))]

@@ -2,8 +2,7 @@
 
 import pytest
 
-from envs.gem import Env, make, register, registered
-from envs.gem import core
+from envs.gem import Env, core, make, register, registered
 
 
 class Echo(Env):

@@ -1,4 +1,6 @@
-"""gymnasium both ways: its own checker and vectors over our environments, and its environments as ours."""
+"""gymnasium both ways: its own checker and vectors over our environments, and its environments as
+ours.
+"""
 
 import copy
 import warnings
@@ -14,8 +16,8 @@ from hypothesis import strategies as st
 import envs.tasks.terminal  # noqa: F401  (registers the terminal families)
 from envs.games import GAMES
 from envs.gem import make
-from envs.rock import SandboxConfig
 from envs.gem.gymnasium import AnyText, FromGymnasium, ToGymnasium, _create, _read, _write
+from envs.rock import SandboxConfig
 from tests.envs.gem.worlds import Counter
 
 

@@ -1,4 +1,6 @@
-"""The service over real HTTP: ROCK's calls, its closed set of errors, its limits; and the remote environment behind it."""
+"""The service over real HTTP: ROCK's calls, its closed set of errors, its limits; and the remote
+environment behind it.
+"""
 
 import asyncio
 import contextlib
@@ -294,7 +296,8 @@ def test_it_stands_beside_other_routes():
         assert ask(url, "make", {"env_id": "game/wordle"})[0] == 200
 
 
-# -- the remote environment -----------------------------------------------------------------------------------------------------------
+# -- the remote environment
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["game/sokoban", "test/async"])

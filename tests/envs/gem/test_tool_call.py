@@ -1,4 +1,6 @@
-"""Tool calls are read in both of Qwen's forms; what cannot be read says why, in words for the model."""
+"""Tool calls are read in both of Qwen's forms; what cannot be read says why, in words for the
+model.
+"""
 
 import json
 
@@ -58,7 +60,10 @@ def test_a_call_written_as_qwen3_does_is_read_back(name, arguments):
 
 
 def test_a_call_written_as_qwen3_coder_does_is_read():
-    text = "<tool_call>\n<function=bash>\n<parameter=command>\ncat <<X\na\n\nX\n</parameter>\n<parameter=other>1</parameter>\n</function>\n</tool_call>"
+    text = (
+        "<tool_call>\n<function=bash>\n<parameter=command>\ncat"
+        " <<X\na\n\nX\n</parameter>\n<parameter=other>1</parameter>\n</function>\n</tool_call>"
+    )
     assert parse_tool_calls(text) == [
         ToolCall("bash", {"command": "cat <<X\na\n\nX", "other": "1"})
     ]

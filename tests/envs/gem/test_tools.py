@@ -1,4 +1,6 @@
-"""Tools: Python and shell in real sandboxes, search against BM25 computed otherwise, and the wrapper's bookkeeping."""
+"""Tools: Python and shell in real sandboxes, search against BM25 computed otherwise, and the
+wrapper's bookkeeping.
+"""
 
 import asyncio
 import json
@@ -10,6 +12,7 @@ from aiohttp import web
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from envs.gem import ToolCall, ToolCallError
 from envs.gem.tools import (
     BaseTool,
     BM25Index,
@@ -21,7 +24,6 @@ from envs.gem.tools import (
 )
 from envs.gem.tools.mcp import _first_call
 from envs.gem.tools.search import terms
-from envs.gem import ToolCall, ToolCallError
 from envs.rock import SandboxConfig, SandboxError, sync
 from tests.envs.gem.worlds import Counter
 
@@ -236,8 +238,8 @@ def test_search_answers_in_gems_form():
     )
     assert (found, failed, parsed) == (True, False, "think <search> Dog CHASED </search>")
     assert (
-        observation
-        == "\n\n<information>Doc 1(Title: dogs) the dog chased the cat, the cat ran\n</information>\n\n"
+        observation == "\n\n<information>Doc 1(Title: dogs) the dog chased the cat, the cat"
+        " ran\n</information>\n\n"
     )
     assert "No document matches." in tool.execute_action("<search>zebra</search>")[2]
     assert tool.execute_action("<search></search>")[0] is True

@@ -1,4 +1,6 @@
-"""Vectors do what their environments do one by one, in a loop, in threads and as coroutines, and lose no episode's end."""
+"""Vectors do what their environments do one by one, in a loop, in threads and as coroutines, and
+lose no episode's end.
+"""
 
 import asyncio
 import threading

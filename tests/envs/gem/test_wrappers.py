@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from envs.gem import EnvWrapper, EpisodeTrackingWrapper, ObservationWrapper
-from envs.gem.wrapper_factory import INDEX_REQUIRED, WRAPPER_FACTORY, get_wrapper_fns
 from envs.gem.tools import BM25Index
+from envs.gem.wrapper_factory import INDEX_REQUIRED, WRAPPER_FACTORY, get_wrapper_fns
 from tests.envs.gem.worlds import AsyncCounter, Counter
 
 

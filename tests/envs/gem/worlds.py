@@ -8,7 +8,10 @@ from envs.gem import Env
 
 
 class Counter(Env):
-    """Ends after `length` steps, the last one with reward 1; tells its seed and turn. `length` 0: never ends."""
+    """Ends after `length` steps, the last one with reward 1; tells its seed and turn.
+
+    `length` 0: never ends.
+    """
 
     def __init__(self, length=3, seed=0):
         self.length, self.seed, self.turn, self.closed = length, seed, 0, 0

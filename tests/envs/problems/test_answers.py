@@ -1,4 +1,6 @@
-"""Answers are compared by exact value, whatever way they are written; no text makes it raise, hang or compute."""
+"""Answers are compared by exact value, whatever way they are written; no text makes it raise, hang
+or compute.
+"""
 
 from fractions import Fraction
 

@@ -1,4 +1,6 @@
-"""Programming, in real sandboxes: the reference passes, and no code passes that does not compute the values."""
+"""Programming, in real sandboxes: the reference passes, and no code passes that does not compute
+the values.
+"""
 
 import asyncio
 
@@ -15,7 +17,9 @@ CONFIG = SandboxConfig(isolation="best_available")
 
 
 def submit_all(jobs):
-    """(reward, ending, note) of each (family, level, seed, turn or a function of the environment), four sandboxes at once."""
+    """(reward, ending, note) of each (family, level, seed, turn or a function of the environment),
+    four sandboxes at once.
+    """
 
     async def everything():
         gate = asyncio.Semaphore(4)
@@ -62,14 +66,32 @@ def test_hundreds_of_references_pass_and_cheats_do_not():
 HACKS = {
     "exits": "import sys\nsys.exit(0)",
     "hard exit": "import os\nos._exit(0)",
-    "equals all": "class E(int):\n    __eq__ = lambda a, b: True\n    __hash__ = int.__hash__\ndef inversions(values):\n    return E(7)",
-    "reports": "import os\nfor fd in range(1, 9):\n    try:\n        os.write(fd, b'{\"value\": 0}\\n' * 20)\n    except OSError:\n        pass\nos._exit(0)",
-    "replaces json": 'import json\njson.dumps = lambda *a, **k: \'{"value": 0, "passed": true}\'\ndef inversions(values):\n    return 0',
-    "reads the grader": "import gc, inspect, sys\ndef inversions(values):\n    for frame in inspect.stack():\n        for name in ('truths', 'truth', 'expected'):\n"
-    "            if name in frame.frame.f_globals:\n                return frame.frame.f_globals[name]\n    return 0",
-    "looks for files": "import glob\ndef inversions(values):\n    found = [one for one in glob.glob('**', recursive=True) if 'truth' in one or 'expected' in one]\n    return len(found)",
+    "equals all": (
+        "class E(int):\n    __eq__ = lambda a, b: True\n    __hash__ = int.__hash__\ndef"
+        " inversions(values):\n    return E(7)"
+    ),
+    "reports": (
+        "import os\nfor fd in range(1, 9):\n    try:\n        os.write(fd, b'{\"value\": 0}\\n' *"
+        " 20)\n    except OSError:\n        pass\nos._exit(0)"
+    ),
+    "replaces json": (
+        'import json\njson.dumps = lambda *a, **k: \'{"value": 0, "passed": true}\'\ndef'
+        " inversions(values):\n    return 0"
+    ),
+    "reads the grader": (
+        "import gc, inspect, sys\ndef inversions(values):\n    for frame in inspect.stack():\n     "
+        "   for name in ('truths', 'truth', 'expected'):\n            if name in"
+        " frame.frame.f_globals:\n                return frame.frame.f_globals[name]\n    return 0"
+    ),
+    "looks for files": (
+        "import glob\ndef inversions(values):\n    found = [one for one in glob.glob('**',"
+        " recursive=True) if 'truth' in one or 'expected' in one]\n    return len(found)"
+    ),
     "not a number": "def inversions(values):\n    return float('nan')",
-    "deep": "def inversions(values):\n    import os, sys\n    os.write(3, b'[' * 5000 + b'\\n')\n    os._exit(0)",
+    "deep": (
+        "def inversions(values):\n    import os, sys\n    os.write(3, b'[' * 5000 + b'\\n')\n   "
+        " os._exit(0)"
+    ),
     "another name": "def other(values):\n    return 0",
     "truth as bool": "def inversions(values):\n    return True",
     "raises": "def inversions(values):\n    raise BaseException('x')",

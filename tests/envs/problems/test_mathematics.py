@@ -1,4 +1,6 @@
-"""Mathematics: each family's answer against an oracle that reads the text alone; every problem is solved by its answer and by nothing cheaper."""
+"""Mathematics: each family's answer against an oracle that reads the text alone; every problem is
+solved by its answer and by nothing cheaper.
+"""
 
 import itertools
 import math
@@ -130,7 +132,8 @@ def check_recurrence(text, answer):
     first, second, p, q, steps = [
         int(one)
         for one in re.search(
-            r"a\(1\) = (-?\d+), a\(2\) = (-?\d+) and a\(n\) = (\d+) a\(n-1\) \+ (-?\d+) a\(n-2\)\. What is a\((\d+)\)",
+            r"a\(1\) = (-?\d+), a\(2\) = (-?\d+) and a\(n\) = (\d+) a\(n-1\) \+ (-?\d+) a\(n-2\)\."
+            r" What is a\((\d+)\)",
             signed(text),
         ).groups()
     ]

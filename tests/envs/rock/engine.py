@@ -1,7 +1,9 @@
-"""A Docker engine of the tests' own: a dockerd with its own socket and state, and a base image made without a registry.
+"""A Docker engine of the tests' own: a dockerd with its own socket and state, and a base image made
+without a registry.
 
-`engine` is the fixture, of the whole session (conftest.py). Where none can run, its tests are skipped with the reason; with CI=true and as root the fixture first
-tries to install Debian's docker.io.
+`engine` is the fixture, of the whole session (conftest.py). Where none can run, its tests are
+skipped with the reason; with CI=true and as root the fixture first tries to install Debian's
+docker.io.
 """
 
 import collections.abc
@@ -94,7 +96,8 @@ def running_engine() -> collections.abc.Iterator[Engine]:
     place = pathlib.Path(tempfile.mkdtemp(prefix="rock-engine-"))
     before = os.environ.get("DOCKER_HOST")
     log = open(place / "log", "wb")
-    # Neither a bridge nor firewall rules: sandboxes have no network, and the machine's own are left alone.
+    # Neither a bridge nor firewall rules: sandboxes have no network, and the machine's own are left
+    # alone.
     daemon = subprocess.Popen(
         [
             "dockerd",
@@ -171,7 +174,9 @@ def _wait_until_it_answers(docker, host: str, daemon: subprocess.Popen, log: pat
 
 
 def _end(daemon: subprocess.Popen, place: pathlib.Path) -> None:
-    """dockerd ends its containers and its containerd; what is left of them after a while, known by the folder in its command line, is killed."""
+    """dockerd ends its containers and its containerd; what is left of them after a while, known by
+    the folder in its command line, is killed.
+    """
     if daemon.poll() is None:
         daemon.send_signal(signal.SIGTERM)
         try:
@@ -186,7 +191,9 @@ def _end(daemon: subprocess.Popen, place: pathlib.Path) -> None:
 
 
 def _remove(place: pathlib.Path) -> None:
-    """With what is still mounted below it; more than once, since what was killed a moment ago may hold or write a file yet."""
+    """With what is still mounted below it; more than once, since what was killed a moment ago may
+    hold or write a file yet.
+    """
     for _ in range(50):
         with open("/proc/self/mountinfo") as file:
             mounts = [line.split()[4] for line in file]

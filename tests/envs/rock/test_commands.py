@@ -1,4 +1,6 @@
-"""What a command sees, how its end is told, and what stays of it: the same in both tiers unless a test says otherwise."""
+"""What a command sees, how its end is told, and what stays of it: the same in both tiers unless a
+test says otherwise.
+"""
 
 import asyncio
 
@@ -150,10 +152,12 @@ def test_ordinary_tools_work(config):
 def test_the_verifier_sees_the_files_in_a_clean_environment(config):
     async def work(sandbox):
         await sandbox.execute(
-            "echo 42 > answer; echo 'echo hacked; exit 0' > .bashrc; echo 'raise SystemExit(9)' > json.py"
+            "echo 42 > answer; echo 'echo hacked; exit 0' > .bashrc; echo 'raise SystemExit(9)' >"
+            " json.py"
         )
         return await sandbox.verify(
-            '[ "$(cat answer)" = "$(cat $VERIFIER_FILES/want)" ] && echo "[$COLOR]" && python3 -c "import json; print(1)"; exit $((7 + $?))',
+            '[ "$(cat answer)" = "$(cat $VERIFIER_FILES/want)" ] && echo "[$COLOR]" && python3 -c'
+            ' "import json; print(1)"; exit $((7 + $?))',
             files={"want": b"42\n"},
         )
 

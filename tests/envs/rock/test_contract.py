@@ -237,7 +237,8 @@ def test_snapshots_and_forks_hold_the_files_of_their_moment(inside):
 def test_verifiers_see_the_files_and_no_process_and_agents_see_no_verifier(inside):
     async def work(sandbox):
         await sandbox.spawn(
-            "while :; do cat /proc/*/cmdline $VERIFIER_FILES/* /run/verifier/* >> seen 2> /dev/null; done",
+            "while :; do cat /proc/*/cmdline $VERIFIER_FILES/* /run/verifier/* >> seen 2>"
+            " /dev/null; done",
             timeout=20,
         )
         await sandbox.execute("until [ -e seen ]; do sleep 0.05; done; echo answer > f", timeout=20)

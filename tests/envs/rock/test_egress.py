@@ -1,4 +1,6 @@
-"""What leaves a sandbox: nothing that is not granted, each attempt on record, and what is granted goes where it was granted to."""
+"""What leaves a sandbox: nothing that is not granted, each attempt on record, and what is granted
+goes where it was granted to.
+"""
 
 import asyncio
 import shlex
@@ -59,7 +61,9 @@ def _wanted(denials: list[Denial]) -> list[tuple[str, str, int]]:
 
 
 def test_every_attempt_is_refused_at_once_and_on_record(inside):
-    """The incident of the paper: a reverse tunnel to an address outside, a mining pool by name, and what an intruder asks first."""
+    """The incident of the paper: a reverse tunnel to an address outside, a mining pool by name, and
+    what an intruder asks first.
+    """
     attempts = [
         ("tcp", "203.0.113.7", 22),
         ("name", "pool.minexmr.example", 0),
@@ -100,7 +104,11 @@ def test_every_attempt_is_refused_at_once_and_on_record(inside):
 
 
 def test_its_own_loopback_is_the_sandboxs_own(inside):
-    program = "import socket; s = socket.create_server(('127.0.0.1', 8000)); c = socket.create_connection(('127.0.0.1', 8000)); s.accept()[0].send(b'in'); print(c.recv(9))"
+    program = (
+        "import socket; s = socket.create_server(('127.0.0.1', 8000)); c ="
+        " socket.create_connection(('127.0.0.1', 8000)); s.accept()[0].send(b'in');"
+        " print(c.recv(9))"
+    )
 
     async def work(sandbox):
         return (await sandbox.execute(f'python3 -c "{program}"')).stdout, await sandbox.denials()
@@ -153,7 +161,10 @@ def test_what_is_granted_is_reached_and_nothing_beside_it(inside):
 
 
 def test_a_granted_name_that_leads_to_a_private_address_is_refused(inside):
-    """Whoever owns a granted name decides where it leads. The host's own network must not be among the choices."""
+    """Whoever owns a granted name decides where it leads.
+
+    The host's own network must not be among the choices.
+    """
     reached = []
 
     async def with_server():
@@ -165,7 +176,12 @@ def test_a_granted_name_that_leads_to_a_private_address_is_refused(inside):
                 SandboxConfig(tier="namespaces", egress=(f"localhost:{port}",))
             ) as sandbox:
                 query = b"\0\7\1\0\0\1\0\0\0\0\0\0\x09localhost\0\0\1\0\1"
-                program = f"import socket\nu = socket.socket(2, 2); u.settimeout(5); u.sendto({query!r}, ('127.0.0.1', 53)); a = socket.inet_ntoa(u.recv(512)[-4:])\nprint(socket.create_connection((a, {port})).recv(9))"
+                program = (
+                    f"import socket\nu = socket.socket(2, 2); u.settimeout(5); u.sendto({query!r},"
+                    " ('127.0.0.1', 53)); a ="
+                    " socket.inet_ntoa(u.recv(512)[-4:])\nprint(socket.create_connection((a,"
+                    f" {port})).recv(9))"
+                )
                 result = await sandbox.execute(f"python3 -c {shlex.quote(program)}")
                 return result.stdout, await sandbox.denials(), await sandbox.get_status()
 
@@ -175,7 +191,10 @@ def test_a_granted_name_that_leads_to_a_private_address_is_refused(inside):
 
 
 def test_a_flood_is_counted_but_not_kept_and_the_sandbox_goes_on(inside):
-    program = "import socket; u = socket.socket(2, 2)\nfor n in range(20000):\n  try: u.sendto(b'x', ('9.9.9.9', 5))\n  except OSError: pass"
+    program = (
+        "import socket; u = socket.socket(2, 2)\nfor n in range(20000):\n  try: u.sendto(b'x',"
+        " ('9.9.9.9', 5))\n  except OSError: pass"
+    )
 
     async def work(sandbox):
         await sandbox.execute(f'python3 -c "{program}"', timeout=20)
@@ -288,7 +307,10 @@ def test_a_command_tells_how_many_attempts_were_its_own(inside):
 
 def test_connections_that_a_busy_manager_does_not_take_do_not_stretch_the_time_limit():
     """The holder keeps the limits. What it hands over must neither hold it up nor bring it down."""
-    program = "import socket\nkept = []\nwhile True:\n  try:\n    s = socket.create_connection(('model', {port}), 1); kept = (kept + [s])[-40:]\n  except OSError: pass"
+    program = (
+        "import socket\nkept = []\nwhile True:\n  try:\n    s = socket.create_connection(('model',"
+        " {port}), 1); kept = (kept + [s])[-40:]\n  except OSError: pass"
+    )
 
     async def with_server():
         async with await asyncio.start_server(

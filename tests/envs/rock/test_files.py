@@ -44,7 +44,8 @@ def test_uploaded_files_have_their_modes_and_belong_to_the_agent(inside):
         )
         return (
             await sandbox.execute(
-                "./run.sh && stat -c %a run.sh notes/n.txt && echo more >> notes/n.txt && cat notes/n.txt && rm -r notes run.sh && ls"
+                "./run.sh && stat -c %a run.sh notes/n.txt && echo more >> notes/n.txt && cat"
+                " notes/n.txt && rm -r notes run.sh && ls"
             )
         ).stdout
 
@@ -213,11 +214,14 @@ def test_a_tree_survives_the_way_in_and_out(inside, tmp_path):
 
 
 def test_a_download_takes_nothing_but_files(inside, tmp_path):
-    """Links, FIFOs, setuid bits and unreadable modes are the agent's; what arrives on the host has none of them."""
+    """Links, FIFOs, setuid bits and unreadable modes are the agent's; what arrives on the host has
+    none of them.
+    """
 
     async def work(sandbox):
         await sandbox.execute(
-            "mkdir -p out/d && ln -s /etc/passwd out/l && ln -s .. out/d/up && mkfifo out/f && echo x > out/s && chmod 4755 out/s && ln out/s out/d/hard"
+            "mkdir -p out/d && ln -s /etc/passwd out/l && ln -s .. out/d/up && mkfifo out/f && echo"
+            " x > out/s && chmod 4755 out/s && ln out/s out/d/hard"
         )
         return await sandbox.download("out", tmp_path / "target")
 
@@ -250,11 +254,15 @@ def test_a_download_is_bounded_and_never_overwrites(inside, tmp_path):
 
 
 def test_a_swap_of_directory_and_link_leads_nowhere(inside, tmp_path):
-    """An agent that exchanges a directory with a link to /etc all the time gets nothing of the host into a download."""
+    """An agent that exchanges a directory with a link to /etc all the time gets nothing of the host
+    into a download.
+    """
 
     async def work(sandbox):
         swap = await sandbox.spawn(
-            "mkdir -p out/a && echo inner > out/a/passwd; ln -s /etc out/b; while :; do mv out/a out/c; mv out/b out/a; mv out/c out/b; mv out/a out/c; mv out/b out/a; mv out/c out/b; done",
+            "mkdir -p out/a && echo inner > out/a/passwd; ln -s /etc out/b; while :; do mv out/a"
+            " out/c; mv out/b out/a; mv out/c out/b; mv out/a out/c; mv out/b out/a; mv out/c"
+            " out/b; done",
             timeout=20,
         )
         await asyncio.sleep(0.2)

@@ -246,7 +246,8 @@ def test_directories_without_permissions_are_removed_too(tier):
     async def work():
         async with Sandbox(_config(tier)) as sandbox:
             await sandbox.execute(
-                "mkdir -p a/b; ln -s / a/b/root; touch a/b/f; chmod 0 a/b a; ln -s / l; cd $TMPDIR && mkdir -m 0 t"
+                "mkdir -p a/b; ln -s / a/b/root; touch a/b/f; chmod 0 a/b a; ln -s / l; cd $TMPDIR"
+                " && mkdir -m 0 t"
             )
             return str(sandbox._slot)
 
@@ -261,9 +262,11 @@ def test_a_sandbox_whose_holder_is_killed_says_so():
             await asyncio.sleep(0.1)
             (holder,) = [
                 int(word)
-                for word in pathlib.Path(f"/proc/{_zygote_pid()}/task/{_zygote_pid()}/children")
-                .read_text()
-                .split()
+                for word in (
+                    pathlib.Path(f"/proc/{_zygote_pid()}/task/{_zygote_pid()}/children")
+                    .read_text()
+                    .split()
+                )
             ]
             children = _descendants(holder)
             os.kill(holder, signal.SIGKILL)
@@ -327,7 +330,10 @@ def test_synchronous_callers_share_a_background_loop():
 
 def test_the_zygote_loads_little():
     """Each sandbox and each command begins as a fork of it."""
-    program = f"import sys; sys.path.insert(0, {REPOSITORY + '/envs/rock'!r}); from host import zygote; print(*sys.modules)"
+    program = (
+        f"import sys; sys.path.insert(0, {REPOSITORY + '/envs/rock'!r}); from host import zygote;"
+        " print(*sys.modules)"
+    )
     loaded = set(
         subprocess.run(
             [sys.executable, "-I", "-S", "-c", program],
@@ -393,9 +399,9 @@ def test_a_dead_init_ends_its_commands_and_the_next_one_is_an_error():
             (holder,) = _descendants(_zygote_pid())[:1]
             (init,) = [
                 int(word)
-                for word in pathlib.Path(f"/proc/{holder}/task/{holder}/children")
-                .read_text()
-                .split()
+                for word in (
+                    pathlib.Path(f"/proc/{holder}/task/{holder}/children").read_text().split()
+                )
             ]
             running = asyncio.create_task(sandbox.execute("sleep 60"))
             await asyncio.sleep(0.3)

@@ -180,7 +180,10 @@ def test_an_interrupt_ends_what_runs_and_nothing_else(inside):
 
 
 def test_no_process_of_a_session_finds_the_pipe_that_carries_exit_codes(inside):
-    program = "import os\nfor n in range(3, 256):\n    try: os.write(n, b'0\\\\0')\n    except OSError: continue\n    print(n)"
+    program = (
+        "import os\nfor n in range(3, 256):\n    try: os.write(n, b'0\\\\0')\n    except OSError:"
+        " continue\n    print(n)"
+    )
 
     async def work(sandbox, session):
         return await session.run(f"python3 -c {shlex.quote(program)}; (exit 6)")
@@ -301,7 +304,9 @@ def test_the_status_counts_what_is_used(inside):
 
 
 def test_a_command_that_ended_as_the_verifier_began_is_not_taken_for_it(inside):
-    """Its end and the request meet in one turn of the holder, and the verifier gets the descriptor that it had."""
+    """Its end and the request meet in one turn of the holder, and the verifier gets the descriptor
+    that it had.
+    """
 
     async def work(sandbox):
         job = await sandbox.spawn("sleep 0.5")
@@ -347,7 +352,10 @@ def test_more_than_a_sandbox_holds_is_an_error_and_harms_nothing(inside):
 def test_a_port_of_the_sandbox_can_be_reached_from_here():
     if (report := probe(tier="namespaces")).tier is None:
         pytest.skip(f"no namespaces tier here: {report.missing[0].reason}")
-    server = "import socket\ns = socket.create_server(('127.0.0.1', 7777))\nprint('up', flush=True)\nwhile True:\n c, _ = s.accept()\n c.sendall(c.recv(100)[::-1]); c.close()"
+    server = (
+        "import socket\ns = socket.create_server(('127.0.0.1', 7777))\nprint('up',"
+        " flush=True)\nwhile True:\n c, _ = s.accept()\n c.sendall(c.recv(100)[::-1]); c.close()"
+    )
 
     async def work():
         async with Sandbox(SandboxConfig(isolation="best_available")) as sandbox:

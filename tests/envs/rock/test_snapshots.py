@@ -35,7 +35,10 @@ def run(work):
 MAKE = """mkdir -p a/b; echo one > a/b/f; ln -s a/b/f link; ln -s /nowhere dangling; printf 'x' > 'odd name
 '; chmod 640 a/b/f; chmod 0 a; touch -d 2001-02-03 old; echo t > ${TMPDIR:-/tmp}/t; mkfifo pipe; head -c 2000000 /dev/zero > zeros; echo '#!/bin/sh
 echo ran' > tool; chmod +x tool"""
-SHOW = "chmod 700 a; stat -c '%n %a %Y' a/b/f old tool | sed 's/f 640 .*/f 640/'; cat link; readlink dangling; ls -b; cat ${TMPDIR:-/tmp}/t; wc -c < zeros; ./tool; id -u"
+SHOW = (
+    "chmod 700 a; stat -c '%n %a %Y' a/b/f old tool | sed 's/f 640 .*/f 640/'; cat link; readlink"
+    " dangling; ls -b; cat ${TMPDIR:-/tmp}/t; wc -c < zeros; ./tool; id -u"
+)
 
 
 def test_a_sandbox_that_starts_from_a_snapshot_has_its_files_and_not_its_fifos(config):
@@ -145,7 +148,8 @@ def test_holes_stay_holes_on_the_hosts_disk(config):
     async def work():
         async with Sandbox(config) as sandbox:
             await sandbox.execute(
-                "for n in $(seq 200); do truncate -s 15M hole$n; done; truncate -s 2M mixed; printf end | dd of=mixed bs=1 seek=1500000 conv=notrunc"
+                "for n in $(seq 200); do truncate -s 15M hole$n; done; truncate -s 2M mixed; printf"
+                " end | dd of=mixed bs=1 seek=1500000 conv=notrunc"
             )
             snapshot = await sandbox.snapshot()
             used = sum(
@@ -153,7 +157,8 @@ def test_holes_stay_holes_on_the_hosts_disk(config):
             )
             async with Sandbox(config, snapshot) as fork:
                 read = await fork.execute(
-                    "stat -c %s hole7 mixed; tail -c +1500001 mixed | head -c 3; tr -d '\\0' < mixed | wc -c"
+                    "stat -c %s hole7 mixed; tail -c +1500001 mixed | head -c 3; tr -d '\\0' <"
+                    " mixed | wc -c"
                 )
             await snapshot.delete()
             return used, read.stdout
@@ -166,7 +171,8 @@ def test_one_file_of_many_names_is_kept_once_however_often_it_is_forked(config):
     async def work():
         async with Sandbox(config) as sandbox:
             await sandbox.execute(
-                "mkdir -p d; head -c 4M /dev/zero > d/one; for n in $(seq 300); do ln d/one name$n; done",
+                "mkdir -p d; head -c 4M /dev/zero > d/one; for n in $(seq 300); do ln d/one name$n;"
+                " done",
                 timeout=60,
             )
             snapshot = await sandbox.snapshot()
@@ -241,7 +247,9 @@ def test_a_snapshot_of_another_tier_is_refused(config):
 
 
 def test_a_verifier_works_on_a_view_and_leaves_no_trace(config):
-    """What it writes, overwrites and removes is gone when it ends: grading twice is grading the same."""
+    """What it writes, overwrites and removes is gone when it ends: grading twice is grading the
+    same.
+    """
     if config.tier == "landlock":
         pytest.skip("this tier grades in place, and its guarantees say so")
 
@@ -253,7 +261,10 @@ def test_a_verifier_works_on_a_view_and_leaves_no_trace(config):
         await sandbox.execute(
             "echo mine > kept; echo mine > changed; mkdir d; echo x > d/removed; chmod 500 d"
         )
-        deed = "cat kept changed; echo theirs > changed; chmod 700 d; rm d/removed; echo new > added; head -c 40M /dev/zero > big || echo full; cat changed added; ls d"
+        deed = (
+            "cat kept changed; echo theirs > changed; chmod 700 d; rm d/removed; echo new > added;"
+            " head -c 40M /dev/zero > big || echo full; cat changed added; ls d"
+        )
         first = await sandbox.verify(deed)
         second = await sandbox.verify(
             "cat kept changed; ls -a d; ls; grep -c ' /run/view ' /proc/self/mountinfo"

@@ -38,7 +38,10 @@ def test_refused_user_namespaces_are_named_with_their_remedy_and_refused_when_re
     assert report.tier is None
     with pytest.raises(
         IsolationError,
-        match="this machine refuses user namespaces .*Operation not permitted.*; remedy: leave the container",
+        match=(
+            "this machine refuses user namespaces .*Operation not permitted.*; remedy: leave the"
+            " container"
+        ),
     ):
         report.require("required")
 
@@ -101,7 +104,9 @@ def test_an_unknown_isolation_is_an_error():
 
 
 def test_version_2_limits_are_written_to_its_own_files(tmp_path):
-    """A directory stands in for cgroup2, which this kernel may not offer: what is checked is which files get which values."""
+    """A directory stands in for cgroup2, which this kernel may not offer: what is checked is which
+    files get which values.
+    """
     parent = tmp_path / "app.slice"
     parent.mkdir()
     place = cgroups.Place(2, {"memory": str(parent), "pids": str(parent), "cpu": str(parent)})

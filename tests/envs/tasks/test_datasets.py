@@ -1,4 +1,6 @@
-"""Data sets in every form: what is read, what is pinned, and that anything malformed is an error that names file, row and line."""
+"""Data sets in every form: what is read, what is pinned, and that anything malformed is an error
+that names file, row and line.
+"""
 
 import copy
 import gzip
@@ -49,12 +51,15 @@ def archive(files=PLAIN, prefix="", compress=True, members=()):
     return buffer.getvalue()
 
 
-# -- registries ----------------------------------------------------------------------------------------------------------------------
+# -- registries
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def registry(tmp_path):
-    """Writes registry.json beside a folder `tasks/one` and a repository `repo` that has it too, later changed; gives a function of changes."""
+    """Writes registry.json beside a folder `tasks/one` and a repository `repo` that has it too,
+    later changed; gives a function of changes.
+    """
     write_task(tmp_path / "tasks" / "one")
     write_task(tmp_path / "repo" / "tasks" / "two")
     git(tmp_path / "repo", "init", "-q")
@@ -190,7 +195,8 @@ def test_what_is_fetched_is_kept_and_read_at_its_commit(registry, tmp_path, monk
     assert len(load_files(path)) == 2  # kept
 
 
-# -- archives ------------------------------------------------------------------------------------------------------------------------
+# -- archives
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prefix, compress", [("", True), ("some/folder/", True), ("./", False)])
@@ -281,7 +287,8 @@ def test_a_damaged_archive_gives_files_or_a_task_error(noise, place, compress):
         pass
 
 
-# -- files -------------------------------------------------------------------------------------------------------------------------
+# -- files
+# -------------------------------------------------------------------------------------------------
 
 
 def test_parquet_files_of_archives_and_of_instances(tmp_path):

@@ -1,4 +1,6 @@
-"""The published formats over the worlds here: their fields are read, their rules are applied, and what is not here is refused by name."""
+"""The published formats over the worlds here: their fields are read, their rules are applied, and
+what is not here is refused by name.
+"""
 
 import copy
 import json
@@ -18,7 +20,9 @@ def python_call(call):
 
 
 def write_bfcl(folder, change=lambda entry, truth: None, parts=("travel", "shop")):
-    """A file of one entry: a flight is booked, a product looked up, an order changed or cancelled; each a turn."""
+    """A file of one entry: a flight is booked, a product looked up, an order changed or cancelled;
+    each a turn.
+    """
     trip, order = make("rome:travel/easy", seed=1), make("rome:shop/easy", seed=4)
     trip.reset(), order.reset()
     (book,) = trip.scenario.golden
@@ -182,7 +186,8 @@ def test_a_database_of_another_shape_breaks_no_episode(tmp_path):
     assert [play(env, actions)[0] for actions in env.cheats().values()] == [0.0] * 4
 
 
-# -- tau2 ----------------------------------------------------------------------------------------------------------------------------------
+# -- tau2
+# -------------------------------------------------------------------------------------------------
 
 
 def write_tau2(folder, change=lambda task: None, name="shop"):

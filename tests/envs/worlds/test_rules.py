@@ -1,4 +1,6 @@
-"""The rules of each world: independent oracles for what is best, laws that no sequence of writes breaks, the user, argument checking."""
+"""The rules of each world: independent oracles for what is best, laws that no sequence of writes
+breaks, the user, argument checking.
+"""
 
 import copy
 import json
@@ -18,7 +20,8 @@ from envs.worlds.user import Fact, User, UserScript, is_told
 SEEDS = st.integers(0, 10**9)
 
 
-# -- travel: an oracle that reads only the user's words -------------------------------------------------------------------------------
+# -- travel: an oracle that reads only the user's words
+# -------------------------------------------------------------------------------------------------
 
 
 def best_flight(flights, words):
@@ -58,7 +61,8 @@ def test_the_golden_trip_is_the_only_best_one_by_the_users_words(seed):
     scenario = make_scenario(random.Random(seed), "medium")
     words = scenario.user.requests[0]
     home, city, there, wish_there, back, wish_back, nights, stars, budget = re.search(
-        r"from (\w+) to (\w+)\. I fly there on (\S+): (.*?) \(it must.*?back on (\S+): (.*?) \(it must.*? the (\d) nights .*at least (\d) stars .*budget of (\d+) euros",
+        r"from (\w+) to (\w+)\. I fly there on (\S+): (.*?) \(it must.*?back on (\S+): (.*?) \(it"
+        r" must.*? the (\d) nights .*at least (\d) stars .*budget of (\d+) euros",
         words,
     ).groups()
     flights = scenario.database["flights"].items()
@@ -102,7 +106,8 @@ def test_the_order_of_bookings_does_not_matter(seed, order):
     assert digest(states[0]) == digest(states[1])
 
 
-# -- laws --------------------------------------------------------------------------------------------------------------------------------
+# -- laws
+# -------------------------------------------------------------------------------------------------
 
 
 def after_writes(world, seed, count):
@@ -120,7 +125,9 @@ def after_writes(world, seed, count):
 @settings(max_examples=40, deadline=None)
 @given(seed=SEEDS)
 def test_a_shop_keeps_its_books(seed):
-    """What the shop has from a customer is what the items cost that the customer keeps; stock and gift cards never go below 0."""
+    """What the shop has from a customer is what the items cost that the customer keeps; stock and
+    gift cards never go below 0.
+    """
     _, database = after_writes("shop", seed, 60)
     for identity, customer in database["customers"].items():
         kept = sum(
@@ -175,7 +182,8 @@ def test_a_travel_desk_keeps_its_books(seed):
     assert all(flight["seats"] >= 0 for flight in database["flights"].values())
 
 
-# -- GUI -----------------------------------------------------------------------------------------------------------------------------------
+# -- GUI
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -247,7 +255,8 @@ def test_two_entries_of_one_name_are_refused_and_lists_turn_pages(organiser):
     assert "already" in gui.submit(organiser)
 
 
-# -- the user ------------------------------------------------------------------------------------------------------------------------------
+# -- the user
+# -------------------------------------------------------------------------------------------------
 
 
 def test_the_user_says_a_fact_only_when_asked_and_ends_after_its_requests():
@@ -316,7 +325,8 @@ def test_a_fact_is_told_as_a_whole(fact, message, told):
     assert is_told(fact, ["nothing", message]) is told
 
 
-# -- arguments -------------------------------------------------------------------------------------------------------------------------------
+# -- arguments
+# -------------------------------------------------------------------------------------------------
 
 TOOL = Tool(
     "t",

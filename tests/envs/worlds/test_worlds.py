@@ -1,4 +1,6 @@
-"""Every world: solvable by its expert, not by doing nothing, claiming or guessing; deterministic; deaf to no text; a failed call changes nothing."""
+"""Every world: solvable by its expert, not by doing nothing, claiming or guessing; deterministic;
+deaf to no text; a failed call changes nothing.
+"""
 
 import copy
 import hashlib
@@ -107,8 +109,10 @@ def _valid_write(env, seed):
 
 def test_another_process_with_another_hash_seed_draws_the_same_scenarios():
     script = (
-        "import hashlib\nfrom envs.gem import make\nfrom envs.worlds import WORLD_IDS\nwhole = hashlib.sha256()\nfor name in WORLD_IDS:\n    env = make(name)\n"
-        "    for seed in (0, 7, 123456789):\n        env.reset(seed)\n        whole.update(env.definition().encode() + repr(env.scenario.expert).encode())\nprint(whole.hexdigest())"
+        "import hashlib\nfrom envs.gem import make\nfrom envs.worlds import WORLD_IDS\nwhole ="
+        " hashlib.sha256()\nfor name in WORLD_IDS:\n    env = make(name)\n    for seed in (0, 7,"
+        " 123456789):\n        env.reset(seed)\n        whole.update(env.definition().encode() +"
+        " repr(env.scenario.expert).encode())\nprint(whole.hexdigest())"
     )
     environment = os.environ | {"PYTHONHASHSEED": "1"}  # this process has another one
     seen = subprocess.run(
@@ -158,7 +162,9 @@ def values():
 
 @st.composite
 def turn(draw, env):
-    """A call of a tool with its arguments or others, a call of chance that is valid, markup, or speech."""
+    """A call of a tool with its arguments or others, a call of chance that is valid, markup, or
+    speech.
+    """
     kind = draw(st.integers(0, 5))
     if kind == 0:
         return draw(

@@ -96,11 +96,17 @@ def test_whole_copies_of_the_state_are_the_first_thing_to_give_up():
     ("message", "needed"),
     [
         (
-            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (2.00T) exceeds available HBM (95.74G).",
+            (
+                "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO"
+                " temporaries (2.00T) exceeds available HBM (95.74G)."
+            ),
             2 * 2**40 + 4 * GIB,
         ),
         (
-            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 122.50G of 95.74G hbm. Exceeded hbm capacity by 26.76G.",
+            (
+                "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory"
+                " space hbm. Used 122.50G of 95.74G hbm. Exceeded hbm capacity by 26.76G."
+            ),
             122.5 * GIB,
         ),
     ],

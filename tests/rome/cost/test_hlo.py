@@ -1,12 +1,13 @@
-"""Reading compiled programs: loops count as often as they run, collectives by hand, and every spelling of a replica group."""
+"""Reading compiled programs: loops count as often as they run, collectives by hand, and every
+spelling of a replica group.
+"""
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from rome.cost import hlo
-from rome.cost import costs
+from rome.cost import costs, hlo
 
 LAYERS, ROWS, WIDTH = 5, 16, 32
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from rome.cost.costs import Collective
+from rome.cost.flops import active_matmul_params, forward_flops
 from rome.cost.roofline import CHIPS, Bound, cost, mesh_axes, sent
 from rome.model.config import PRESETS
-from rome.cost.flops import active_matmul_params, forward_flops
 from rome.model.sharding import make_mesh
 from tests.rome.model.test_sharding import torus
 

@@ -60,7 +60,9 @@ def test_advantages_of_a_group_add_up_to_nothing_and_leave_one_out_leaves_one_ou
 
 
 def test_turns_taken_in_the_same_state_are_compared_by_their_discounted_returns():
-    """Both begin alike; they part after the first call, so that the second turn of each stands alone."""
+    """Both begin alike; they part after the first call, so that the second turn of each stands
+    alone.
+    """
     won = episode(([1], LIST), ([2], MAKE), ([3], None), reward=1.0)
     lost = episode(([1], MAKE), ([2], MAKE), reward=0.0, ending="failure")
     advantages = group_advantages([won, lost], -1.0, "steps", gamma=0.5)
@@ -129,7 +131,9 @@ def test_each_turn_carries_its_own_advantage_into_its_row():
 
 
 def test_an_episode_that_reached_for_the_network_is_worth_less():
-    """The penalty is taken once, whatever the number of attempts, and a success that it costs more than it earned is a failure."""
+    """The penalty is taken once, whatever the number of attempts, and a success that it costs more
+    than it earned is a failure.
+    """
     step = [episode(([1], LIST), reward=reward, group=0) for reward in (1.0, 1.0, 0.0)]
     step[1].chunks[0].network_denials = 3
     np.testing.assert_allclose(

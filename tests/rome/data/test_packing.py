@@ -167,7 +167,10 @@ def test_tokens_that_no_engine_was_asked_about_have_no_routes():
         ),
         (
             lambda chunk: chunk.routes.__setitem__((0, 0, 0), 8),
-            "trajectory count/1 .*: routes name expert 7; this model has experts 0 to 6; it was sampled by another model",
+            (
+                "trajectory count/1 .*: routes name expert 7; this model has experts 0 to 6; it was"
+                " sampled by another model"
+            ),
         ),
         (
             lambda chunk: setattr(chunk, "routes", chunk.routes.astype(np.uint16)),

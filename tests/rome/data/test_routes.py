@@ -1,4 +1,6 @@
-"""Routes: what an engine says is checked, kept compactly, and each token keeps the route of the pass that made its logprobs."""
+"""Routes: what an engine says is checked, kept compactly, and each token keeps the route of the
+pass that made its logprobs.
+"""
 
 import dataclasses
 import json
@@ -122,7 +124,9 @@ def test_a_route_in_a_layer_without_experts_is_refused():
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=6))
 @settings(max_examples=50, deadline=None, derandomize=True)
 def test_each_token_keeps_the_route_of_the_first_turn_that_ran_it(turns):
-    """An engine that routes the same token differently in every turn: turn n runs all but the last token there is when it ends."""
+    """An engine that routes the same token differently in every turn: turn n runs all but the last
+    token there is when it ends.
+    """
     total = sum(read + acted for read, acted in turns)
     in_turn = [encode_routes(random_ids(total, seed=n), CONFIG) for n in range(len(turns))]
     chunks, expected, ran, length = [], [], 0, 0

@@ -73,7 +73,8 @@ def pieces_of(batch):
             yield batch.tokens_BT[row][here], batch.action_mask_BT[row][here]
 
 
-# -- pieces and rows -----------------------------------------------------------------------------------------------------------------
+# -- pieces and rows
+# -------------------------------------------------------------------------------------------------
 
 
 @quickly
@@ -154,7 +155,8 @@ def test_a_document_ends_with_the_end_token_and_control_tokens_in_it_are_letters
     assert not control & set(ids[:-1].tolist()) and TOKENIZER.decode(ids[:-1].tolist()) == text
 
 
-# -- the stream ----------------------------------------------------------------------------------------------------------------------
+# -- the stream
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("consumed", [0, 1, 7, 40, 300])
@@ -189,7 +191,8 @@ def test_pieces_of_one_document_do_not_fill_a_batch():
     )
 
 
-# -- documents -----------------------------------------------------------------------------------------------------------------------
+# -- documents
+# -------------------------------------------------------------------------------------------------
 
 
 def test_files_and_lines_are_documents_and_each_is_on_one_side(folder):

@@ -47,11 +47,13 @@ def chunks(draw):
         status=draw(st.sampled_from(STATUSES)),
         kind=draw(st.sampled_from(KINDS)),
         cached_tokens=draw(st.integers(0, 99)),
-        routes=np.arange(tokens * 6)
-        .astype(draw(st.sampled_from([np.uint8, np.uint16])))
-        .reshape(tokens, 3, 2)
-        if with_routes
-        else None,
+        routes=(
+            np.arange(tokens * 6)
+            .astype(draw(st.sampled_from([np.uint8, np.uint16])))
+            .reshape(tokens, 3, 2)
+            if with_routes
+            else None
+        ),
     )
 
 

@@ -1,7 +1,9 @@
-"""An SGLang server without a model, which behaves as real ones were seen to, each documented trap selectable.
+"""An SGLang server without a model, which behaves as real ones were seen to, each documented trap
+selectable.
 
-Its "weights" are one number, read from PATH/value.txt. Token t of a sequence is that number modulo 1000 plus t; the logprob of a token is a hash of
-(number, position, token), so what was computed by which weights can be told afterwards. The prefix cache keeps those numbers.
+Its "weights" are one number, read from PATH/value.txt. Token t of a sequence is that number modulo
+1000 plus t; the logprob of a token is a hash of (number, position, token), so what was computed by
+which weights can be told afterwards. The prefix cache keeps those numbers.
 
 Traps:
   retract_crashes      a retract pause, then a flushing update: the process is gone (0.5.15)
@@ -13,8 +15,9 @@ Traps:
   slow_probe           a prompt is scored in 0.3 s, while other requests go on
   busy_health          /health_generate says 503, and so do two requests in three, with Retry-After
   hangs                everything but /server_info is accepted and never answered
-Always so, as in SGLang: an unpaused update waits for all running requests; a request during a pause is held; abort matches rids by prefix;
-/update_weight_version aborts everything; after an update served_model_name is the new path; no weight_versions before 0.5.23.
+Always so, as in SGLang: an unpaused update waits for all running requests; a request during a pause
+is held; abort matches rids by prefix; /update_weight_version aborts everything; after an update
+served_model_name is the new path; no weight_versions before 0.5.23.
 """
 
 import asyncio
@@ -31,7 +34,9 @@ TOKEN_SECONDS = 0.004
 
 
 def logprobs_of(value: int, ids: list[int]) -> list[float]:
-    """What a server with weights `value` says of these ids; None never appears: entry 0 is the trainer's placeholder."""
+    """What a server with weights `value` says of these ids; None never appears: entry 0 is the
+    trainer's placeholder.
+    """
     return [0.0] + [_logprob(value, place, token) for place, token in enumerate(ids) if place]
 
 
@@ -124,7 +129,8 @@ class FakeSGLang:
 
         return handle
 
-    # -- routes ----------------------------------------------------------------------------------------------------------------------
+    # -- routes
+    # ---------------------------------------------------------------------------------------------
 
     async def server_info(self, body):
         return web.json_response(
@@ -183,7 +189,10 @@ class FakeSGLang:
             self.running.pop(rid, None)
 
     def _computed_by(self, body, ids):
-        """The weights that the cached prefix was computed by; None when there is none. This is how a stale cache poisons what follows."""
+        """The weights that the cached prefix was computed by; None when there is none.
+
+        This is how a stale cache poisons what follows.
+        """
         for (key, held), value in self.cache.items():
             if key == body.get("extra_key") and held and tuple(ids[: len(held)]) == held:
                 self.stale_hits += value != self.value

@@ -1,7 +1,9 @@
-"""Runs in an environment that has the sglang wheel: parses the bodies on stdin by SGLang's own request classes, and says what it made of them.
+"""Runs in an environment that has the sglang wheel: parses the bodies on stdin by SGLang's own
+request classes, and says what it made of them.
 
-The wheel is installed without its dependencies. What its request classes do not need (torch, kernels, models) is replaced by empty modules; the
-request classes, the sampling parameters, their validators and the contract of /generate are SGLang's own.
+The wheel is installed without its dependencies. What its request classes do not need (torch,
+kernels, models) is replaced by empty modules; the request classes, the sampling parameters, their
+validators and the contract of /generate are SGLang's own.
 """
 
 import dataclasses
@@ -49,7 +51,9 @@ CLASSES = {
 
 
 class Anything(type):
-    """A class that stands for whatever a stubbed module would define: also called, subscripted or asked for an attribute."""
+    """A class that stands for whatever a stubbed module would define: also called, subscripted or
+    asked for an attribute.
+    """
 
     def __getattr__(cls, name):
         if name.startswith("__"):
@@ -75,8 +79,11 @@ class Stub(types.ModuleType):
 
 
 class Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Before all other finders: empty packages for SGLang's parents (their __init__ would import everything), stubs for its other modules.
-    `last`: after all others, stubs for packages that are not installed."""
+    """Before all other finders: empty packages for SGLang's parents (their __init__ would import
+    everything), stubs for its other modules.
+
+    `last`: after all others, stubs for packages that are not installed.
+    """
 
     def __init__(self, last):
         self.last = last

@@ -1,4 +1,6 @@
-"""The client against the embedded engine, and against small servers that behave as real ones were seen to."""
+"""The client against the embedded engine, and against small servers that behave as real ones were
+seen to.
+"""
 
 import asyncio
 import base64
@@ -48,7 +50,8 @@ async def until_running(engine, requests=1):
     raise AssertionError("the request never started")
 
 
-# -- with the embedded engine ----------------------------------------------------------------------------------------------------
+# -- with the embedded engine
+# -------------------------------------------------------------------------------------------------
 
 
 def test_a_completion_has_the_plain_forward_passes_logprobs_and_routes(server, checkpoints):
@@ -194,7 +197,8 @@ def test_a_server_killed_amid_a_completion_is_an_error_that_names_it_in_bounded_
         assert talk(doomed, conversation, dead_after_s=1.0) == "gone"
 
 
-# -- with servers that behave as real ones were seen to ----------------------------------------------------------------------------
+# -- with servers that behave as real ones were seen to
+# -------------------------------------------------------------------------------------------------
 
 
 def answer(ids, finish="length", version="default", **meta):
@@ -211,7 +215,10 @@ def answer(ids, finish="length", version="default", **meta):
 
 @contextlib.asynccontextmanager
 async def small_server(model=None, **routes):
-    """Routes by name; GET and POST alike. `model` is what the client believes the server to have."""
+    """Routes by name; GET and POST alike.
+
+    `model` is what the client believes the server to have.
+    """
     app = web.Application()
     for name, handler in routes.items():
         app.router.add_route("*", "/" + name, handler)
@@ -411,7 +418,10 @@ def test_routes_are_asked_for_only_where_they_are_wanted():
         ({}, "returned no routes; start the SGLang server with --enable-return-routed-experts"),
         (
             routed(0, 3),
-            "12 expert ids; 4 tokens in 2 layers with 2 experts each have another number. Does it serve another model",
+            (
+                "12 expert ids; 4 tokens in 2 layers with 2 experts each have another number. Does"
+                " it serve another model"
+            ),
         ),
         (
             routed(0, 4, IDS + 1),

@@ -177,7 +177,10 @@ def test_a_mirror_killed_while_it_writes_leaves_nothing_that_is_taken_for_weight
         **{f"model-{i}.safetensors": random_bytes(i, 4 << 20) for i in range(12)},
     )
     local, torn = tmp_path / "local", 0
-    script = "import pathlib, sys\nfrom rome.engine.mirror import Mirror\nmirror = Mirror(pathlib.Path(sys.argv[1]))\nprint(flush=True)\nmirror.fetch(pathlib.Path(sys.argv[2]))\nprint(flush=True)"
+    script = (
+        "import pathlib, sys\nfrom rome.engine.mirror import Mirror\nmirror ="
+        " Mirror(pathlib.Path(sys.argv[1]))\nprint(flush=True)\nmirror.fetch(pathlib.Path(sys.argv[2]))\nprint(flush=True)"
+    )
     for attempt in range(3):
         process = subprocess.Popen(
             [sys.executable, "-c", script, str(local), str(source)],

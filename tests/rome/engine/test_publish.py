@@ -88,7 +88,9 @@ def test_weights_that_do_not_give_the_trainers_logprobs_are_not_sampled_from(ser
     async def conversation(pool, engine):
         with pytest.raises(
             EngineError,
-            match=f"{engine.url} has weights 20, but its probe logprobs differ by .* start it again",
+            match=(
+                f"{engine.url} has weights 20, but its probe logprobs differ by .* start it again"
+            ),
         ):
             await publish_weights(
                 write_checkpoint(make_params(6), make_config(), tmp_path, 20),
@@ -109,7 +111,9 @@ def test_weights_that_do_not_give_the_trainers_logprobs_are_not_sampled_from(ser
 def test_an_engine_that_holds_other_bytes_than_were_written_is_found_out(
     server, tmp_path, monkeypatch
 ):
-    """A probe can miss a change in an expert that it does not route to; the hash of every tensor cannot."""
+    """A probe can miss a change in an expert that it does not route to; the hash of every tensor
+    cannot.
+    """
     params = make_params(8)
     update = Engine.update_weights
 

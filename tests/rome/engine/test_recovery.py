@@ -1,4 +1,6 @@
-"""Real engine processes that are killed and stopped while requests run, and that lend their memory out."""
+"""Real engine processes that are killed and stopped while requests run, and that lend their memory
+out.
+"""
 
 import asyncio
 import os

@@ -1,6 +1,8 @@
-"""The real sglang-router before the embedded engine: what our client sends passes through it, and weights go to the workers behind its back.
+"""The real sglang-router before the embedded engine: what our client sends passes through it, and
+weights go to the workers behind its back.
 
-pip install sglang-router into an environment of its own, and name its interpreter: SGLANG_ROUTER_PYTHON=DIR/bin/python.
+pip install sglang-router into an environment of its own, and name its interpreter:
+SGLANG_ROUTER_PYTHON=DIR/bin/python.
 """
 
 import asyncio
@@ -28,7 +30,10 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         not PYTHON,
-        reason="SGLANG_ROUTER_PYTHON is not set: pip install sglang-router into an environment of its own and name its interpreter",
+        reason=(
+            "SGLANG_ROUTER_PYTHON is not set: pip install sglang-router into an environment of its"
+            " own and name its interpreter"
+        ),
     ),
 ]
 

@@ -1,6 +1,7 @@
 """SGLang's own request classes parse every body that the client sends.
 
-SGLANG_PYTHON=DIR/bin/python[:DIR/bin/python...] names environments with `pip install --no-deps sglang==VERSION` and msgspec, pydantic, orjson, numpy.
+SGLANG_PYTHON=DIR/bin/python[:DIR/bin/python...] names environments with `pip install --no-deps
+sglang==VERSION` and msgspec, pydantic, orjson, numpy.
 """
 
 import asyncio
@@ -19,7 +20,10 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         not PYTHONS,
-        reason="SGLANG_PYTHON is not set: pip install --no-deps sglang into an environment of its own and name its interpreter",
+        reason=(
+            "SGLANG_PYTHON is not set: pip install --no-deps sglang into an environment of its own"
+            " and name its interpreter"
+        ),
     ),
 ]
 

@@ -1,13 +1,15 @@
-"""Each trap of SGLang that is known, on a server that has it: what the client and the pool do there."""
+"""Each trap of SGLang that is known, on a server that has it: what the client and the pool do
+there.
+"""
 
 import asyncio
 import contextlib
 
 import pytest
 
+from rome.engine import publish
 from rome.engine.client import Engine, EngineError, Sampling, dialect_of
 from rome.engine.pool import EnginePool
-from rome.engine import publish
 from rome.engine.publish import publish_weights
 from rome.engine.supervise import supervise
 from tests.rome.engine.fake_sglang import FakeSGLang, fakes, logprobs_of, make_weights
@@ -45,7 +47,9 @@ async def until(claim, seconds=10.0):
 
 
 def assert_by_one_version_each(completion, prompt, value_of=lambda version: version or 1):
-    """Every token and its logprob come from the weights that its span names: no stale cache, no stale weights, nothing lost."""
+    """Every token and its logprob come from the weights that its span names: no stale cache, no
+    stale weights, nothing lost.
+    """
     places = [place for _, start, end in completion.versions for place in range(start, end)]
     assert places == list(range(len(completion.output_ids)))
     for version, start, end in completion.versions:
@@ -73,8 +77,9 @@ def assert_by_one_version_each(completion, prompt, value_of=lambda version: vers
 def test_an_update_amid_requests_labels_every_token_whatever_the_version_and_mode(
     tmp_path, version, mode
 ):
-    """Traps 1, 2 and 3: an update that waits for running requests, the crash by retract, the refusal amid frozen requests; and versions that do not
-    tell which token is by which weights."""
+    """Traps 1, 2 and 3: an update that waits for running requests, the crash by retract, the
+    refusal amid frozen requests; and versions that do not tell which token is by which weights.
+    """
     server = FakeSGLang(
         version, ("retract_crashes",) if version == "0.5.15" else ("in_place_flush",)
     )
@@ -103,7 +108,9 @@ def test_an_update_amid_requests_labels_every_token_whatever_the_version_and_mod
 def test_what_frozen_requests_sample_before_the_proof_counts_only_if_the_proof_succeeds(
     tmp_path, mode, proven
 ):
-    """They go on as soon as the server does, and the probe needs a running server: such a request may end before the proof."""
+    """They go on as soon as the server does, and the probe needs a running server: such a request
+    may end before the proof.
+    """
     server, other = FakeSGLang(traps=("slow_probe",)), FakeSGLang()
 
     async def conversation():
@@ -137,7 +144,9 @@ def test_what_frozen_requests_sample_before_the_proof_counts_only_if_the_proof_s
 def test_an_engine_whose_update_is_not_proven_is_left_alone_while_another_one_goes_on(
     tmp_path, trap, cause
 ):
-    """Traps 4 and 5: a failed update does not roll back, and one that says success may have kept the old weights."""
+    """Traps 4 and 5: a failed update does not roll back, and one that says success may have kept
+    the old weights.
+    """
     bad, good = FakeSGLang(traps=(trap,)), FakeSGLang()
 
     async def conversation():
@@ -188,7 +197,10 @@ def test_with_no_proven_engine_left_a_publication_fails_with_every_cause(tmp_pat
 def test_a_prefix_that_old_weights_computed_is_not_found_even_if_the_cache_was_not_flushed(
     tmp_path, monkeypatch, salted
 ):
-    """Trap 8. The second half shows that the first one can fail: without the salt the stale prefix is hit."""
+    """Trap 8.
+
+    The second half shows that the first one can fail: without the salt the stale prefix is hit.
+    """
     server = FakeSGLang(traps=("flush_lies",))
     if not salted:
         monkeypatch.setattr(Engine, "_salt", lambda self: {})
@@ -290,7 +302,10 @@ def test_a_server_that_is_too_old_or_unknown_is_refused_by_name(tmp_path, versio
         async with fakes(server) as engines:
             with pytest.raises(
                 EngineError,
-                match=f"{server.url} runs SGLang {version or 'of unknown version'}; weight updates need 0.5.9 or newer",
+                match=(
+                    f"{server.url} runs SGLang {version or 'of unknown version'}; weight updates"
+                    " need 0.5.9 or newer"
+                ),
             ):
                 await bring(EnginePool(engines), tmp_path, 1)
 
@@ -313,7 +328,8 @@ def test_dialects(version, spans):
     assert dialect_of("http://a", version).spans is spans
 
 
-# -- the pool's states -----------------------------------------------------------------------------------------------------------
+# -- the pool's states
+# -------------------------------------------------------------------------------------------------
 
 
 def test_an_engine_that_hangs_is_noticed_and_its_requests_go_on_elsewhere_from_what_they_had(
@@ -349,7 +365,9 @@ def test_an_engine_that_hangs_is_noticed_and_its_requests_go_on_elsewhere_from_w
 
 
 def test_a_partial_answer_of_one_engine_is_gone_on_with_by_another_one(tmp_path):
-    """The first part comes from the engine that then fails its update; its tokens stay, with their version."""
+    """The first part comes from the engine that then fails its update; its tokens stay, with their
+    version.
+    """
     bad, good = FakeSGLang(), FakeSGLang()
 
     async def conversation():
@@ -380,7 +398,9 @@ def test_a_partial_answer_of_one_engine_is_gone_on_with_by_another_one(tmp_path)
 def test_an_engine_that_was_started_anew_unseen_is_found_out_by_its_versions_and_brought_back(
     tmp_path,
 ):
-    """Between two health probes: its answers carry weights that were not proven there, and none of them is used."""
+    """Between two health probes: its answers carry weights that were not proven there, and none of
+    them is used.
+    """
     server, other = FakeSGLang(), FakeSGLang()
 
     async def conversation():

@@ -8,11 +8,16 @@ from rome.evals.tasks import load_tasks
 from tests.envs.tasks.harbor.conftest import PASSES, write
 
 CONFIG = SandboxConfig(isolation="best_available")
-GUARDED = '#!/bin/bash\nif [ "$(cat /app/out.txt)" = hello ]; then echo 1 > /logs/verifier/reward.txt; else echo 0 > /logs/verifier/reward.txt; fi\n'
+GUARDED = (
+    '#!/bin/bash\nif [ "$(cat /app/out.txt)" = hello ]; then echo 1 > /logs/verifier/reward.txt;'
+    " else echo 0 > /logs/verifier/reward.txt; fi\n"
+)
 
 
 def write_task(folder, name, **files):
-    """A task that is passed by writing hello into /app/out.txt; files by key replace or add, None leaves one out."""
+    """A task that is passed by writing hello into /app/out.txt; files by key replace or add, None
+    leaves one out.
+    """
     plain = {
         "task_toml": (
             "task.toml",
@@ -38,7 +43,11 @@ def terminal(count=4):
 
 
 class Played:
-    """An agent whose attempts end as told: a function of (task name, attempt, how often it was tried). Counts how many play at once."""
+    """An agent whose attempts end as told: a function of (task name, attempt, how often it was
+    tried).
+
+    Counts how many play at once.
+    """
 
     def __init__(self, end, name="played", seconds=0.0):
         self.end, self.name, self.seconds = end, name, seconds

@@ -1,4 +1,6 @@
-"""Agents in real sandboxes: the reference solution earns 1, nobody and cheats earn 0, and what no agent did is no agent's failure."""
+"""Agents in real sandboxes: the reference solution earns 1, nobody and cheats earn 0, and what no
+agent did is no agent's failure.
+"""
 
 import asyncio
 
@@ -26,7 +28,9 @@ def scripted(name):
 
 @pytest.fixture(scope="module")
 def played():
-    """(agent, attempt, task) -> outcome, of a terminal family and two examples, one of them in two steps; side by side."""
+    """(agent, attempt, task) -> outcome, of a terminal family and two examples, one of them in two
+    steps; side by side.
+    """
     tasks = [
         *load_tasks("terminal:git_merge"),
         *load_tasks("harbor/tidy-downloads"),
@@ -101,7 +105,10 @@ def test_what_the_backend_cannot_build_is_no_ones_failure_and_names_its_file(tmp
     write_task(
         tmp_path,
         "task",
-        dockerfile="FROM ubuntu:24.04\nFROM scratch\nWORKDIR /app\nHEALTHCHECK CMD true\nVOLUME /x\nRUN apt-get install -y cowsay\n",
+        dockerfile=(
+            "FROM ubuntu:24.04\nFROM scratch\nWORKDIR /app\nHEALTHCHECK CMD true\nVOLUME /x\nRUN"
+            " apt-get install -y cowsay\n"
+        ),
     )
     outcome = play(scripted("noop"), *load_tasks(str(tmp_path)))
     assert (

@@ -1,4 +1,6 @@
-"""A task in a corpus is found however it is laid out, across any reading border; a clean corpus has none."""
+"""A task in a corpus is found however it is laid out, across any reading border; a clean corpus has
+none.
+"""
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +12,10 @@ from rome.evals.tasks import load_tasks
 from tests.rome.evals.tasks import write, write_task
 
 GUID = "5a0ce1b4-3f4c-4f0e-9b8e-0123456789ab"
-TEXT = "Sort the fourteen lines of the café's ledger by date, drop each duplicate entry, and write them to a fresh file."
+TEXT = (
+    "Sort the fourteen lines of the café's ledger by date, drop each duplicate entry, and write"
+    " them to a fresh file."
+)
 
 
 @pytest.fixture
@@ -21,7 +26,10 @@ def tasks(tmp_path):
     write_task(
         tmp_path / "tasks",
         "other",
-        instruction="Count the words of every book on the long wooden shelf and tell me only the largest number.\n",
+        instruction=(
+            "Count the words of every book on the long wooden shelf and tell me only the largest"
+            " number.\n"
+        ),
     )
     write_task(tmp_path / "tasks", "short", instruction="Say hello.\n")
     return load_tasks(str(tmp_path / "tasks"))
@@ -94,7 +102,9 @@ def test_every_step_of_a_task_is_looked_for_by_itself():
 @settings(max_examples=40, deadline=None)
 @given(st.integers(20, 90), st.text(st.sampled_from("ab \n.\u0301é"), min_size=1, max_size=300))
 def test_reading_in_chunks_changes_nothing(tmp_path_factory, size, text):
-    """Each run of 13 words of the text is found again in its own file, whatever the chunks; an oracle reads the whole at once."""
+    """Each run of 13 words of the text is found again in its own file, whatever the chunks; an
+    oracle reads the whole at once.
+    """
     path = tmp_path_factory.mktemp("corpus") / "a.txt"
     path.write_text(text, newline="")
     owners = {gram: ["t"] for gram in ngrams_of(text)}

@@ -1,4 +1,6 @@
-"""An OpenAI-compatible server, a real one on this machine, that behaves and misbehaves: the model's failures are its own, the server's are not."""
+"""An OpenAI-compatible server, a real one on this machine, that behaves and misbehaves: the model's
+failures are its own, the server's are not.
+"""
 
 import asyncio
 import json

@@ -24,7 +24,10 @@ TAGS = {
     "td",
     "p",
 }
-HOSTILE = "</td><script src=//x.y/z>alert(1)</script><img src=x onerror='a()'>\"& | `a` [b](http://c) \u202e\x1b[31m\ud800\n| new | row |"
+HOSTILE = (
+    "</td><script src=//x.y/z>alert(1)</script><img src=x onerror='a()'>\"& | `a` [b](http://c)"
+    " \u202e\x1b[31m\ud800\n| new | row |"
+)
 
 
 def record(task, reward=0.0, ending="failure", **more):

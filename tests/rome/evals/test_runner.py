@@ -1,4 +1,6 @@
-"""Nothing that ended is played again, nothing is lost, and what the infrastructure spoiled never becomes a 0."""
+"""Nothing that ended is played again, nothing is lost, and what the infrastructure spoiled never
+becomes a 0.
+"""
 
 import asyncio
 import json

@@ -1,4 +1,6 @@
-"""pass@k against counting, intervals against their definitions; what the infrastructure spoiled is in no figure."""
+"""pass@k against counting, intervals against their definitions; what the infrastructure spoiled is
+in no figure.
+"""
 
 import itertools
 
@@ -65,9 +67,9 @@ def test_the_figures_are_means_over_tasks_of_what_counts(rewards):
     expected = {
         "mean_reward": np.mean([np.mean(values) for values in tried]) if tried else None,
         "avg_at_k": np.mean(whole) if whole else None,
-        "pass_at_1": np.mean([np.mean(np.asarray(values) == 1.0) for values in tried])
-        if tried
-        else None,
+        "pass_at_1": (
+            np.mean([np.mean(np.asarray(values) == 1.0) for values in tried]) if tried else None
+        ),
         "pass_at_k": np.mean([1.0 in values for values in whole]) if whole else None,
     }
     for name, value in expected.items():
@@ -110,7 +112,9 @@ def test_one_value_a_task_of_0_or_1_has_wilsons_interval():
 
 
 def test_more_attempts_at_the_same_tasks_do_not_pretend_to_be_more_tasks():
-    """20 tasks, each always solved or never: with 1 or with 50 attempts the interval is that of 20 outcomes, not of 1,000."""
+    """20 tasks, each always solved or never: with 1 or with 50 attempts the interval is that of 20
+    outcomes, not of 1,000.
+    """
     once = [record(f"t{task}", 0, float(task % 2)) for task in range(20)]
     often = [
         record(f"t{task}", attempt, float(task % 2)) for task in range(20) for attempt in range(50)

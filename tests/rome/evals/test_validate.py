@@ -9,8 +9,14 @@ from rome.evals.tasks import load_tasks
 from rome.evals.validate import build_proof, judge, proof_jobs, write_proof
 from tests.rome.evals.tasks import CONFIG, write_task
 
-PAYS_FOR_NOTHING = "#!/bin/bash\nif [ -e /app/out.txt ]; then echo 0; else echo 1; fi > /logs/verifier/reward.txt\n"
-PAYS_FOR_A_FILE = '#!/bin/bash\nif [ -e /app/reward.txt ] || [ "$(cat /app/out.txt)" = hello ]; then echo 1; else echo 0; fi > /logs/verifier/reward.txt\n'
+PAYS_FOR_NOTHING = (
+    "#!/bin/bash\nif [ -e /app/out.txt ]; then echo 0; else echo 1; fi >"
+    " /logs/verifier/reward.txt\n"
+)
+PAYS_FOR_A_FILE = (
+    '#!/bin/bash\nif [ -e /app/reward.txt ] || [ "$(cat /app/out.txt)" = hello ]; then echo 1; else'
+    " echo 0; fi > /logs/verifier/reward.txt\n"
+)
 
 
 def record(agent, attempt, reward, ending="failure"):

@@ -1,4 +1,6 @@
-"""Worlds, problems, games and published files as datasets: named, spread, evaluated by the same agents and proven by the same proof."""
+"""Worlds, problems, games and published files as datasets: named, spread, evaluated by the same
+agents and proven by the same proof.
+"""
 
 import asyncio
 import json

@@ -1,7 +1,9 @@
-"""The losses once more, in float64 NumPy, as loops over trajectories, chunks and tokens: no rows, no segments, no padding.
+"""The losses once more, in float64 NumPy, as loops over trajectories, chunks and tokens: no rows,
+no segments, no padding.
 
-Shares nothing with rome.losses. Tokens are known by their id: every action token of a step has an id of its own, and `logp`, `old` are
-tables from that id. Each loss returns (value, {id: d value / d logp}, metrics).
+Shares nothing with rome.losses. Tokens are known by their id: every action token of a step has an
+id of its own, and `logp`, `old` are tables from that id. Each loss returns (value, {id: d value / d
+logp}, metrics).
 """
 
 import math
@@ -142,7 +144,9 @@ def peers_of(trajectory, usable, failure_reward):
 
 
 def clipped(ratio, advantage, config):
-    """(value, d value / d ratio, clipped) of min(r A, clip(r) A), bounded below by c A where A < 0 and a dual clip is set."""
+    """(value, d value / d ratio, clipped) of min(r A, clip(r) A), bounded below by c A where A < 0
+    and a dual clip is set.
+    """
     bounded = min(max(ratio, 1 - config.clip_low), 1 + config.clip_high)
     value, slope = (
         (bounded * advantage, 0.0)
@@ -155,7 +159,9 @@ def clipped(ratio, advantage, config):
 
 
 def by_token(trajectories, logp, old, config, gamma, failure_reward, term, advantage_of=None):
-    """A sum over RL tokens of term(id, chunk, trajectory, A, counts) -> (value, d value / d logp, ratio, clipped, masked)."""
+    """A sum over RL tokens of term(id, chunk, trajectory, A, counts) -> (value, d value / d logp,
+    ratio, clipped, masked).
+    """
     rollout, total = rollout_of(trajectories), counts(trajectories)
     value, gradient, rows = 0.0, defaultdict(float), []
     usable = [t for t in trajectories if t.trainable]

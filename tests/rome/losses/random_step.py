@@ -1,4 +1,6 @@
-"""A random step of trajectories whose action tokens all have an id of their own, so that arrays can follow a token into any packing."""
+"""A random step of trajectories whose action tokens all have an id of their own, so that arrays can
+follow a token into any packing.
+"""
 
 import dataclasses
 
@@ -31,7 +33,9 @@ def random_step(
     failure_reward=-1.0,
     meeting=False,
 ):
-    """meeting: few calls and few outputs are possible, so that trajectories of a group come into the same states."""
+    """meeting: few calls and few outputs are possible, so that trajectories of a group come into
+    the same states.
+    """
     rng = np.random.default_rng(seed)
     next_id = iter(range(1, MAX_IDS))
 

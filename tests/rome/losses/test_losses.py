@@ -170,7 +170,7 @@ def test_what_stands_outside_action_tokens_is_never_read(name):
                 batch._replace(logp_old_BT=dirty[1], logp_rollout_BT=dirty[2]),
                 LossConfig(),
                 denominators,
-            )  # noqa: E731, B023
+            )
             results.append(jax.value_and_grad(loss, has_aux=True)(jnp.asarray(dirty[0])))
         return results
 
@@ -264,7 +264,7 @@ def test_infrastructure_failures_change_nothing(name):
 
 def test_a_step_of_empty_rows_has_loss_and_gradient_zero():
     step = random_step(2)
-    (batch, *_) = packed(step)
+    batch, *_ = packed(step)
     empty = batch.map(np.zeros_like)._replace(chunk_ids_BT=np.full_like(batch.chunk_ids_BT, -1))
     for name in NAMES:
         value, gradient, metrics = evaluate(name, [empty], step.logp, LossConfig())
@@ -287,7 +287,9 @@ def one_step_of(rewards, group=0, drift=0.0, mismatch=0.0):
 
 
 def weight_per_token(name, config, rewards=(1.0, 0.0), **moved):
-    """(of the success' tokens, of the failure's): minus the gradient, where every token has the same ratio."""
+    """(of the success' tokens, of the failure's): minus the gradient, where every token has the
+    same ratio.
+    """
     step, (win, lose) = one_step_of(rewards, **moved)
     _, gradient, _ = evaluate(name, packed(step, name), step.logp, config)
     assert np.allclose(gradient[win], gradient[win[0]]) and np.allclose(

@@ -1,9 +1,11 @@
-"""Records what transformers' Qwen3MoeForCausalLM computes for a few small random models, into golden_qwen3_moe.npz beside this file.
+"""Records what transformers' Qwen3MoeForCausalLM computes for a few small random models, into
+golden_qwen3_moe.npz beside this file.
 
     pip install torch transformers && python -m tests.rome.model.record_golden
 
-`make test` compares with the record and needs neither. Weights are not recorded: `hf_weights` draws them from a seed with NumPy's frozen
-RandomState, under Hugging Face's own names, so that the comparison also covers rome/model/hf/checkpoint.py.
+`make test` compares with the record and needs neither. Weights are not recorded: `hf_weights` draws
+them from a seed with NumPy's frozen RandomState, under Hugging Face's own names, so that the
+comparison also covers rome/model/hf/checkpoint.py.
 """
 
 from __future__ import annotations
@@ -35,77 +37,85 @@ COMMON = dict(
     pad_token_id=0,
 )
 CASES: dict[str, dict[str, Any]] = {
-    "grouped": COMMON
-    | dict(
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_experts=6,
-        num_experts_per_tok=2,
-        moe_intermediate_size=8,
-        norm_topk_prob=True,
-        tie_word_embeddings=False,
-        rope_theta=1e4,
+    "grouped": (
+        COMMON
+        | dict(
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            num_experts=6,
+            num_experts_per_tok=2,
+            moe_intermediate_size=8,
+            norm_topk_prob=True,
+            tie_word_embeddings=False,
+            rope_theta=1e4,
+        )
     ),
-    "one_key_head": COMMON
-    | dict(
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        head_dim=4,
-        num_experts=8,
-        num_experts_per_tok=3,
-        moe_intermediate_size=4,
-        norm_topk_prob=False,
-        tie_word_embeddings=True,
-        rope_theta=1e6,
-        rope_scaling=dict(rope_type="linear", factor=3.0),
+    "one_key_head": (
+        COMMON
+        | dict(
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            head_dim=4,
+            num_experts=8,
+            num_experts_per_tok=3,
+            moe_intermediate_size=4,
+            norm_topk_prob=False,
+            tie_word_embeddings=True,
+            rope_theta=1e6,
+            rope_scaling=dict(rope_type="linear", factor=3.0),
+        )
     ),
-    "all_heads": COMMON
-    | dict(
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=6,
-        num_experts=4,
-        num_experts_per_tok=1,
-        moe_intermediate_size=12,
-        norm_topk_prob=False,
-        tie_word_embeddings=False,
-        rope_theta=1e7,
-        max_position_embeddings=8,
-        rope_scaling=dict(
-            rope_type="yarn",
-            factor=4.0,
-            mscale=0.7,
-            mscale_all_dim=0.9,
-            beta_fast=2.0,
-            beta_slow=0.1,
-            truncate=False,
-        ),
+    "all_heads": (
+        COMMON
+        | dict(
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=6,
+            num_experts=4,
+            num_experts_per_tok=1,
+            moe_intermediate_size=12,
+            norm_topk_prob=False,
+            tie_word_embeddings=False,
+            rope_theta=1e7,
+            max_position_embeddings=8,
+            rope_scaling=dict(
+                rope_type="yarn",
+                factor=4.0,
+                mscale=0.7,
+                mscale_all_dim=0.9,
+                beta_fast=2.0,
+                beta_slow=0.1,
+                truncate=False,
+            ),
+        )
     ),
-    "switches": COMMON
-    | dict(
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=8,
-        intermediate_size=12,
-        norm_topk_prob=True,
-        tie_word_embeddings=False,
-        rope_theta=1e4,
-        attention_bias=True,
-        decoder_sparse_step=2,
-        mlp_only_layers=[3],
-        max_position_embeddings=8,
-        rope_scaling=dict(
-            rope_type="yarn",
-            factor=4.0,
-            original_max_position_embeddings=8,
-            beta_fast=2.0,
-            beta_slow=0.5,
-        ),
+    "switches": (
+        COMMON
+        | dict(
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=8,
+            intermediate_size=12,
+            norm_topk_prob=True,
+            tie_word_embeddings=False,
+            rope_theta=1e4,
+            attention_bias=True,
+            decoder_sparse_step=2,
+            mlp_only_layers=[3],
+            max_position_embeddings=8,
+            rope_scaling=dict(
+                rope_type="yarn",
+                factor=4.0,
+                original_max_position_embeddings=8,
+                beta_fast=2.0,
+                beta_slow=0.5,
+            ),
+        )
     ),
 }
 
@@ -121,7 +131,9 @@ def tokens_of(case: str) -> np.ndarray:
 
 
 def hf_weights(hf: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
-    """Every tensor of a checkpoint by its Hugging Face name; large enough that attention and routing are far from uniform."""
+    """Every tensor of a checkpoint by its Hugging Face name; large enough that attention and
+    routing are far from uniform.
+    """
     random = np.random.RandomState(seed)
     D, H, F = hf["hidden_size"], hf["head_dim"], hf["moe_intermediate_size"]
     q, kv = hf["num_attention_heads"] * H, hf["num_key_value_heads"] * H
@@ -182,7 +194,9 @@ def write_checkpoint(
 
 
 def run_transformers(directory: pathlib.Path, tokens_BT: np.ndarray) -> dict[str, np.ndarray]:
-    """Logits, router loss, and gradients of (mean next-token cross entropy + AUX_COEFFICIENT * router loss) by checkpoint name."""
+    """Logits, router loss, and gradients of (mean next-token cross entropy + AUX_COEFFICIENT *
+    router loss) by checkpoint name.
+    """
     import torch
     import transformers
 
@@ -208,7 +222,9 @@ def run_transformers(directory: pathlib.Path, tokens_BT: np.ndarray) -> dict[str
 
 
 def _split_experts(name: str, gradient: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """transformers 5 holds all experts of a layer in one tensor in memory; checkpoints hold them one by one."""
+    """transformers 5 holds all experts of a layer in one tensor in memory; checkpoints hold them
+    one by one.
+    """
     base, _, leaf = name.rpartition(".")
     if leaf == "gate_up_proj":
         return [
@@ -238,7 +254,8 @@ def main() -> None:
             [outcome[name].ravel() for name in gradients]
         )  # one array: zip headers cost more
         print(
-            f"{case}: logits up to {np.abs(outcome['logits']).max():.2f}, loss {outcome['loss']:.4f}, router loss {outcome['aux_loss']:.4f}"
+            f"{case}: logits up to {np.abs(outcome['logits']).max():.2f}, loss"
+            f" {outcome['loss']:.4f}, router loss {outcome['aux_loss']:.4f}"
         )
     np.savez_compressed(GOLDEN, **record)
     print(f"{GOLDEN}: {GOLDEN.stat().st_size / 1000:.0f} kB")

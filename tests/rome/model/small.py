@@ -31,7 +31,10 @@ MIXED = dataclasses.replace(
 
 
 def random_params(config, seed=0, scale=0.3):
-    """Normal weights far enough from 0 that a wrong mask or route shows; norms near 1. Drawn by NumPy: init_params compiles for seconds."""
+    """Normal weights far enough from 0 that a wrong mask or route shows; norms near 1.
+
+    Drawn by NumPy: init_params compiles for seconds.
+    """
     random = np.random.RandomState(seed)
     shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
 

@@ -114,7 +114,10 @@ def test_stretched_rotary_angles_survive_a_config_json_in_either_spelling(rope):
     old = ModelConfig.from_hf(TINY.to_hf() | {"rope_scaling": rope, "rope_parameters": None})
     new = ModelConfig.from_hf(
         TINY.to_hf()
-        | {"rope_scaling": None, "rope_parameters": rope | {"rope_theta": TINY.rope_theta}}
+        | {
+            "rope_scaling": None,
+            "rope_parameters": rope | {"rope_theta": TINY.rope_theta},
+        }
     )
     assert (
         old

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from rome.model.config import PRESETS
+from rome.model.moe import MoE, RouterStats, load_figures, route, router_loss
 from rome.model.ops.experts import NO_EXPERT, capacity, drop_beyond, experts, experts_megablox
 from rome.model.ops.experts_cpu import TILES
-from rome.model.moe import MoE, RouterStats, load_figures, route, router_loss
 
 N, D, E, F, K = 150, 12, 5, 20, 2
 CONFIG = dataclasses.replace(
@@ -68,7 +68,9 @@ def test_every_form_equals_a_loop_over_tokens_whatever_the_load(form, load):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_an_expert_that_is_not_here_adds_nothing(form):
-    """What a device of an expert-parallel mesh computes: its own experts, on tokens that chose others too."""
+    """What a device of an expert-parallel mesh computes: its own experts, on tokens that chose
+    others too.
+    """
     *floats, ids_Nk = arrays("random")
     x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk = floats
     here_Nk = (ids_Nk >= 1) & (ids_Nk < 4)
@@ -120,7 +122,7 @@ def test_loads_at_the_edges_of_the_tiles_give_the_numbers_and_gradients_of_the_d
     for rows in (size - 1, size, size + 1):
         x, gate, up, down, weights, _ = arrays("random")
         ids = jnp.asarray(np.where(np.arange(N)[:, None] < rows, [[0, 4]], [[2, 3]]), jnp.int32)
-        value = lambda form, *floats: jnp.sum(jnp.sin(experts(*floats, ids, form)))  # noqa: B023, E731
+        value = lambda form, *floats: jnp.sum(jnp.sin(experts(*floats, ids, form)))
         both = [
             jax.jit(jax.value_and_grad(functools.partial(value, form), argnums=(0, 1, 2, 3, 4)))(
                 x, gate, up, down, weights
@@ -151,8 +153,8 @@ def test_a_sorted_row_does_not_depend_on_its_neighbours_nor_on_where_they_are_se
 
 def test_a_token_of_weight_nothing_and_gradient_nothing_leaves_the_weights_alone():
     x, gate, up, down, weights, ids = arrays("random")
-    value = lambda x, *ws: jnp.sum(experts(x, *ws, weights, ids, "sorted")[1:])  # noqa: E731
-    gradients = lambda x: jax.jit(jax.grad(value, argnums=(1, 2, 3)))(x, gate, up, down)  # noqa: E731
+    value = lambda x, *ws: jnp.sum(experts(x, *ws, weights, ids, "sorted")[1:])
+    gradients = lambda x: jax.jit(jax.grad(value, argnums=(1, 2, 3)))(x, gate, up, down)
     before = gradients(jnp.asarray(x))
     jax.tree.map(np.testing.assert_array_equal, before, gradients(jnp.asarray(x).at[0].set(50.0)))
 
@@ -176,7 +178,7 @@ def test_a_grouped_matmul_in_several_passes_gives_the_numbers_and_gradients_of_o
             lambda *floats: jnp.sum(jnp.cos(floats[0]) * form(*floats, ids_Nk)),
             argnums=(0, 1, 2, 3, 4),
         )
-    )(*floats)  # noqa: E731
+    )(*floats)
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3),
         value(passes),

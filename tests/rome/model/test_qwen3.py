@@ -63,7 +63,9 @@ def assert_close(one, other, tolerance=2e-5):
 
 @jax.jit
 def influence_of_inputs(params, tokens_BT, segments_BT, positions_BT):
-    """|d hidden[t] / d embedding of token s|, [T, S], for a row of distinct tokens: each row of the embedding is then one input place."""
+    """|d hidden[t] / d embedding of token s|, [T, S], for a row of distinct tokens: each row of the
+    embedding is then one input place.
+    """
 
     def hidden(embedding_VD):
         return (

@@ -45,9 +45,10 @@ def objective(params, tokens_BT, positions_BT, segments_BT, config, experts):
     )
     logp_BTV = jax.nn.log_softmax(out.hidden_BTD @ head_kernel(params, config))
     logp_BT = jnp.take_along_axis(logp_BTV[:, :-1], tokens_BT[:, 1:, None], axis=-1)[..., 0]
-    return -jnp.sum(logp_BT * (segments_BT[:, 1:] != 0)) / 100 + router_loss(
-        out.router, config
-    ), out.hidden_BTD
+    return (
+        -jnp.sum(logp_BT * (segments_BT[:, 1:] != 0)) / 100 + router_loss(out.router, config),
+        out.hidden_BTD,
+    )
 
 
 step = jax.value_and_grad(objective, has_aux=True)
@@ -183,7 +184,9 @@ def test_slices_are_parts_of_the_replica_axis():
     ] * 4
     with pytest.raises(
         ValueError,
-        match="2 slices, which do not divide replica=1. Set --config.mesh.replica to a multiple of 2",
+        match=(
+            "2 slices, which do not divide replica=1. Set --config.mesh.replica to a multiple of 2"
+        ),
     ):
         make_mesh({"fsdp": 16, "expert": 8}, devices=torus(4, 4, 4, slices=2))
 
@@ -198,9 +201,10 @@ def test_two_axes_of_one_array_on_the_same_mesh_axis_are_refused():
 def test_a_mesh_that_does_not_fit_says_what_and_which_sizes_would():
     with pytest.raises(ValueError) as error:
         make_mesh({"fsdp": 4, "expert": 3}, QWEN3)
-    assert str(error.value) == (
-        "mesh (fsdp=4, expert=3) needs 12 devices, 8 are there; and 3 does not divide the 128 experts. "
-        "Set --config.mesh.expert to 1, 2, 4 or 8."
+    assert (
+        str(error.value)
+        == "mesh (fsdp=4, expert=3) needs 12 devices, 8 are there; and 3 does not divide the 128"
+        " experts. Set --config.mesh.expert to 1, 2, 4 or 8."
     )
 
 
@@ -209,7 +213,10 @@ def test_a_mesh_that_does_not_fit_says_what_and_which_sizes_would():
     [
         (
             {"fsdp": 16},
-            r"mesh \(fsdp=16\) needs 16 devices, 8 are there\. Lower an axis until their product is at most 8\.",
+            (
+                r"mesh \(fsdp=16\) needs 16 devices, 8 are there\. Lower an axis until their"
+                r" product is at most 8\."
+            ),
         ),
         ({"pipeline": 2}, "mesh axis 'pipeline' is unknown; choose from replica, fsdp"),
         ({"fsdp": 0}, r"mesh \(fsdp=0\): sizes are positive"),

@@ -1,4 +1,6 @@
-"""Expert episodes: what the infrastructure spoils is played again, what the expert fails is an error at once."""
+"""Expert episodes: what the infrastructure spoils is played again, what the expert fails is an
+error at once.
+"""
 
 import asyncio
 

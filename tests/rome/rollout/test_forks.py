@@ -1,4 +1,6 @@
-"""Episodes that begin inside an earlier trajectory: by copies of one replay or by replays of their own, in real sandboxes; the same either way."""
+"""Episodes that begin inside an earlier trajectory: by copies of one replay or by replays of their
+own, in real sandboxes; the same either way.
+"""
 
 import asyncio
 import dataclasses

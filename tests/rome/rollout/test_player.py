@@ -1,4 +1,6 @@
-"""The scheduler: exact counts, nothing played twice, infrastructure faults replaced, a stop keeps what is finished."""
+"""The scheduler: exact counts, nothing played twice, infrastructure faults replaced, a stop keeps
+what is finished.
+"""
 
 import asyncio
 import collections
@@ -9,7 +11,7 @@ import time
 import pytest
 
 from rome.agent.loop import Limits
-from rome.rollout.player import Accounting, Episode, RolloutError, EpisodePlayer, Stopped
+from rome.rollout.player import Accounting, Episode, EpisodePlayer, RolloutError, Stopped
 from tests.rome.rollout.worlds import CHAT, EchoEnv, ScriptedEngine
 
 EPISODES = [
@@ -123,7 +125,9 @@ def test_accounting_survives_json_and_forgets_what_was_in_flight():
 
 
 def test_a_file_of_another_task_or_anchor_or_one_that_was_cut_off_is_played_again(tmp_path):
-    """A resumed run may give a name to another task: which comes next depends on what was finished when."""
+    """A resumed run may give a name to another task: which comes next depends on what was finished
+    when.
+    """
 
     async def play(task, prefix=()):
         accounting = Accounting()
@@ -190,9 +194,14 @@ def test_a_prefix_that_is_answered_otherwise_each_time_does_not_end_the_run_but_
         told = [dataclasses.replace(source.chunks[0], observation="Wed Nov 25 16:00:00 UTC")]
         accounting = Accounting()
         accounting.begin()
-        return await make().play_one(
-            Episode("copy/1", 0, 0, 1, prefix=tuple(told)), temperature=1.0, accounting=accounting
-        ), accounting
+        return (
+            await make().play_one(
+                Episode("copy/1", 0, 0, 1, prefix=tuple(told)),
+                temperature=1.0,
+                accounting=accounting,
+            ),
+            accounting,
+        )
 
     trajectory, accounting = asyncio.run(play())
     assert [chunk.kind for chunk in trajectory.chunks] == [

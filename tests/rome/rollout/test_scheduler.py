@@ -1,4 +1,6 @@
-"""Asynchronous rollouts: staleness is bounded, nothing is lost or taken twice, and a resumed run takes what the killed one took."""
+"""Asynchronous rollouts: staleness is bounded, nothing is lost or taken twice, and a resumed run
+takes what the killed one took.
+"""
 
 import asyncio
 import collections
@@ -11,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rome.data.trajectory import Chunk, Trajectory
-from rome.rollout.scheduler import GroupPlan, RolloutScheduler, Rules
 from rome.rollout.player import Accounting, RolloutError, Stopped
+from rome.rollout.scheduler import GroupPlan, RolloutScheduler, Rules
 from tests.rome.rollout.virtual import run
 
 RULES = Rules(groups_per_step=3, group_size=2, concurrency=4, steps=6)
@@ -20,7 +22,10 @@ RULES = Rules(groups_per_step=3, group_size=2, concurrency=4, steps=6)
 
 @dataclasses.dataclass
 class World:
-    """Plays an episode in a time that follows from its seed; a second attempt is another length. Keeps what it played, as files would."""
+    """Plays an episode in a time that follows from its seed; a second attempt is another length.
+
+    Keeps what it played, as files would.
+    """
 
     rules: Rules
     seed: int = 0
@@ -383,7 +388,9 @@ def test_a_stop_is_heard_while_waiting_and_what_runs_is_closed():
 
 
 def killed_and_resumed(rules, tmp_path, *, save_at, kill_at, seed=0, reward=None, late_save=0.0):
-    """(first, second) of a run whose checkpoint is taken `late_save` seconds after step `save_at` - 1 and that is killed in step `kill_at`."""
+    """(first, second) of a run whose checkpoint is taken `late_save` seconds after step `save_at` -
+    1 and that is killed in step `kill_at`.
+    """
     first = World(rules, seed=seed, reward=reward, journal=tmp_path / "steps.jsonl")
     saved = {}
 

@@ -121,7 +121,8 @@ def test_engines_stand_still_while_weights_are_published_and_environments_do_not
         publish_s=7.0,
         late="keep",
     )
-    # Ends at 4, trained on until 5, published until 12. The second was 5 tokens far when everything stopped.
+    # Ends at 4, trained on until 5, published until 12. The second was 5 tokens far when everything
+    # stopped.
     assert simulate(plan, steps=2, warm_up=0).seconds == pytest.approx(12 + 5 + 1 + 7)
 
 
@@ -141,7 +142,8 @@ def test_a_prompt_read_while_weights_are_published_does_not_move_the_others():
         publish_s=4.0,
         late="keep",
     )
-    # Ends at 2, trained on until 4, published until 8; the third's prompt is read at 6. At 4 the second was 4 tokens far.
+    # Ends at 2, trained on until 4, published until 8; the third's prompt is read at 6. At 4 the
+    # second was 4 tokens far.
     assert simulate(plan, steps=2, warm_up=0).seconds == pytest.approx(8 + 6 + 2 + 4)
 
 
@@ -195,7 +197,9 @@ def test_async_ratio_zero_is_synchronous_training_whatever_happens_to_late_sampl
 def test_without_contention_it_equals_a_queue_of_several_servers(
     seed, concurrency, async_ratio, train_s
 ):
-    """Groups of one: batch b of episodes begins where places get free, after step b - async_ratio - 1; step k, when k + 1 batches have ended."""
+    """Groups of one: batch b of episodes begins where places get free, after step b - async_ratio -
+    1; step k, when k + 1 batches have ended.
+    """
     plan = dataclasses.replace(
         FREE,
         group_size=1,
@@ -390,7 +394,9 @@ def test_the_command_prints_a_row_for_each_ratio_and_takes_recorded_latencies(tm
 
 
 def test_engines_that_are_lent_while_the_trainer_trains_beat_a_fixed_split_and_lose_nothing():
-    """Time division: all devices sample, some of them stop to train; against devices that only train and wait otherwise."""
+    """Time division: all devices sample, some of them stop to train; against devices that only
+    train and wait otherwise.
+    """
     busy = Plan(
         engines=4,
         slots=32,

@@ -1,4 +1,6 @@
-"""An event loop whose clock jumps to the next timer: seconds of waiting take none, and the same program has the same order of events every time."""
+"""An event loop whose clock jumps to the next timer: seconds of waiting take none, and the same
+program has the same order of events every time.
+"""
 
 import asyncio
 import selectors

@@ -1,4 +1,6 @@
-"""Small stand-ins for tests of the agent loop and the scheduler: an engine that speaks from a script, a world of one rule."""
+"""Small stand-ins for tests of the agent loop and the scheduler: an engine that speaks from a
+script, a world of one rule.
+"""
 
 import asyncio
 import dataclasses
@@ -66,7 +68,10 @@ class Task:
 
 
 class EchoEnv(Env):
-    """Answers each turn with its own text, after `delay` seconds; "done" ends it. The ending is what it was made with."""
+    """Answers each turn with its own text, after `delay` seconds; "done" ends it.
+
+    The ending is what it was made with.
+    """
 
     def __init__(self, name: str, ending: str = "success", delay: float = 0.0):
         self.task, self.ending, self.delay, self.closed = Task(name), ending, delay, 0

@@ -1,4 +1,6 @@
-"""Conversations with an engine over plain HTTP: what the tests of its protocol say and how long they wait."""
+"""Conversations with an engine over plain HTTP: what the tests of its protocol say and how long
+they wait.
+"""
 
 import asyncio
 import json
@@ -13,7 +15,9 @@ def compilations(server) -> int:
 
 
 class Missed(Exception):
-    """The request that a conversation wanted to disturb had ended before: this process got no turn on a busy machine."""
+    """The request that a conversation wanted to disturb had ended before: this process got no turn
+    on a busy machine.
+    """
 
 
 class Http:
@@ -32,9 +36,9 @@ class Http:
     async def ask(self, method, route, body=None):
         async with self.session.request(method, self.url + route, json=body) as response:
             text = await response.text()
-            return response.status, json.loads(
-                text
-            ) if response.content_type == "application/json" else text
+            return response.status, (
+                json.loads(text) if response.content_type == "application/json" else text
+            )
 
     async def post(self, route, body=None):
         return await self.ask("POST", route, body or {})

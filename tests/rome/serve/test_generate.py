@@ -1,4 +1,6 @@
-"""Generation in SGLang's protocol, by a real `launch.serve` process; numbers against the plain forward pass."""
+"""Generation in SGLang's protocol, by a real `launch.serve` process; numbers against the plain
+forward pass.
+"""
 
 import asyncio
 import base64
@@ -14,7 +16,8 @@ from tests.rome.serve.tiny import CHUNK, CONTEXT, LAYERS, SLOTS, TOP_K, make_con
 V = make_config().vocab_size
 EOS = make_config().eos_token_id
 
-# -- numbers -------------------------------------------------------------------------------------------------------------------------
+# -- numbers
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -103,9 +106,11 @@ def test_a_seeded_request_gives_the_same_bits_alone_in_a_crowd_and_with_a_warm_c
         await http.post("/flush_cache")
         answers = await asyncio.gather(
             *(
-                http.generate(sampling_seed=11, max_new_tokens=60)
-                if number in (0, 17, 29)
-                else crowd_member(http, number)
+                (
+                    http.generate(sampling_seed=11, max_new_tokens=60)
+                    if number in (0, 17, 29)
+                    else crowd_member(http, number)
+                )
                 for number in range(30)
             )
         )
@@ -179,7 +184,8 @@ def test_requests_that_arrive_together_share_the_work_of_their_common_prompt(ser
         )
 
 
-# -- ends ----------------------------------------------------------------------------------------------------------------------------
+# -- ends
+# -------------------------------------------------------------------------------------------------
 
 
 def test_a_stop_token_ends_the_output_and_belongs_to_it(server):

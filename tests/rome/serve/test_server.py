@@ -1,4 +1,6 @@
-"""The control plane of SGLang's protocol: aborts, pauses, bad requests, information and weight updates, on a real `launch.serve` process."""
+"""The control plane of SGLang's protocol: aborts, pauses, bad requests, information and weight
+updates, on a real `launch.serve` process.
+"""
 
 import asyncio
 
@@ -11,7 +13,8 @@ from tests.rome.serve.tiny import CONTEXT, SLOTS, Oracle, make_checkpoint, make_
 
 V = make_config().vocab_size
 
-# -- abort and pause -----------------------------------------------------------------------------------------------------------------
+# -- abort and pause
+# -------------------------------------------------------------------------------------------------
 
 
 def test_abort_ends_the_requests_whose_id_begins_so_with_what_they_have(server):
@@ -124,7 +127,8 @@ def test_the_cache_is_not_flushed_under_a_running_request(server):
     assert status == 400 and "in flight" in answer["error"]["message"] and idle_status == 200
 
 
-# -- bad input -----------------------------------------------------------------------------------------------------------------------
+# -- bad input
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -179,7 +183,8 @@ def test_what_is_not_json_or_no_route_gets_an_error_in_the_same_shape(server):
     assert missing_status == 404 and missing["error"]["message"]
 
 
-# -- information and weights ---------------------------------------------------------------------------------------------------------
+# -- information and weights
+# -------------------------------------------------------------------------------------------------
 
 
 def test_information_under_its_new_and_old_names(server, checkpoint):
@@ -335,7 +340,7 @@ def test_an_update_amid_a_request_is_told_by_spans_and_fresh_caches_give_the_new
         return answer
 
     meta = (answer := talk(server, conversation))["meta_info"]
-    (first, second) = meta["weight_versions"]
+    first, second = meta["weight_versions"]
     assert (first["version"], second["version"]) == ("0", "1") and meta["weight_version"] == "1"
     assert first["start"] == 0 and 0 < first["end"] == second["start"] and second["end"] == 480
     ids = (PROMPT[:8] + answer["output_ids"])[:128]

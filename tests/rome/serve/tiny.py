@@ -58,7 +58,11 @@ def make_params(seed: int) -> dict:
 
 
 def make_checkpoint(directory: pathlib.Path, seed: int = 0, endless: bool = False) -> pathlib.Path:
-    """A directory for the server. `endless`: its end token lies outside the vocabulary, so that sampling goes on to its full length."""
+    """A directory for the server.
+
+    `endless`: its end token lies outside the vocabulary, so that sampling goes on to its full
+    length.
+    """
     config = make_config()
     save_hf(
         make_params(seed),
@@ -86,7 +90,10 @@ class Oracle:
         return cls(dataclasses.replace(config, remat="none"), params)
 
     def logits_and_routes(self, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Logits [T, V] (row t predicts token t + 1) and routes [T, layers, k]. Padded to one shape: compiled once."""
+        """Logits [T, V] (row t predicts token t + 1) and routes [T, layers, k].
+
+        Padded to one shape: compiled once.
+        """
         padded = np.zeros((1, 128), np.int32)
         padded[0, : len(ids)] = ids
         logits_TV, routes_LTk = _forward(

@@ -1,4 +1,6 @@
-"""What a training step takes survives an error between taking and training, and what a repeated step shows is of its own tasks."""
+"""What a training step takes survives an error between taking and training, and what a repeated
+step shows is of its own tasks.
+"""
 
 import asyncio
 import dataclasses
@@ -9,13 +11,13 @@ import numpy as np
 import pytest
 
 import rome.stages.collect
-from rome.stages.collect import Collector
-from rome.stages.config import load_config
-from rome.stages.base import Run
 from rome.data.packing import pack
 from rome.data.trajectory import Chunk, Trajectory, load_trajectory, save_trajectory
 from rome.rollout.demonstrations import collect_experts
 from rome.rollout.player import RolloutError
+from rome.stages.base import Run
+from rome.stages.collect import Collector
+from rome.stages.config import load_config
 from rome.train.team import Team
 
 

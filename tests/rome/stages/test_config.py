@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from rome.losses import PUBLISHED
 from rome.stages.config import (
     CPT_KEYS,
     RL_KEYS,
@@ -21,7 +22,6 @@ from rome.stages.config import (
     loss_config,
     sandbox_config,
 )
-from rome.losses import PUBLISHED
 from tests.paths import ROOT
 
 PRESETS = ("tiny", "smoke", "qwen3_30b_a3b", "qwen3_235b_a22b")
@@ -52,7 +52,10 @@ def test_every_config_key_is_read_by_the_launcher():
         ({"late": "never"}, "late='never' is unknown. Choose one of wait, keep, drop"),
         (
             {"whole_groups": False},
-            "whole_groups=False takes episodes without the others of their group, and filter_groups=True",
+            (
+                "whole_groups=False takes episodes without the others of their group, and"
+                " filter_groups=True"
+            ),
         ),
         (
             {"whole_groups": False, "filter_groups": False, "loss": "grpo"},
@@ -278,7 +281,10 @@ def test_the_sandboxes_backend_is_the_configs_and_the_admins_token_the_environme
     monkeypatch.delenv(TOKEN, raising=False)
     with pytest.raises(
         ConfigError,
-        match="config.sandbox: backend='remote' needs the admin's token in the environment variable ROCK_TOKEN",
+        match=(
+            "config.sandbox: backend='remote' needs the admin's token in the environment variable"
+            " ROCK_TOKEN"
+        ),
     ):
         check_config(config)
     monkeypatch.setenv(TOKEN, "the-secret-token")

@@ -1,4 +1,6 @@
-"""Episodes of several turns with a real engine process and a random model, for tests of what the trainer makes of them."""
+"""Episodes of several turns with a real engine process and a random model, for tests of what the
+trainer makes of them.
+"""
 
 import asyncio
 import dataclasses
@@ -66,7 +68,9 @@ def serve(params: dict, config: ModelConfig, directory: pathlib.Path) -> ServerP
 
 @dataclasses.dataclass
 class ShortTurns:
-    """An engine whose turns end where their tokens do: a random model hardly ever says that it has finished."""
+    """An engine whose turns end where their tokens do: a random model hardly ever says that it has
+    finished.
+    """
 
     engine: Engine
 
@@ -109,7 +113,9 @@ def make_learner(config: ModelConfig, loss: str = "ipa", mesh: dict | None = Non
 
 
 def mismatch(batch, logp_BT: np.ndarray) -> dict[str, float]:
-    """Trainer against engine over the sampled tokens: k3 of KL(engine || trainer), and the largest difference of one logprob."""
+    """Trainer against engine over the sampled tokens: k3 of KL(engine || trainer), and the largest
+    difference of one logprob.
+    """
     difference = (logp_BT - batch.logp_rollout_BT)[batch.action_mask_BT]
     return {
         "kl": float(np.mean(np.exp(difference) - difference - 1)),

@@ -1,4 +1,6 @@
-"""Alarms go off for a mismatch that would ruin the run, before its update, and not for what is harmless."""
+"""Alarms go off for a mismatch that would ruin the run, before its update, and not for what is
+harmless.
+"""
 
 import numpy as np
 import pytest

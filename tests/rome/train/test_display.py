@@ -27,9 +27,15 @@ with Display("ipa", 3) as display:
 
 def plain(total_steps, interval=0.0):
     text = io.StringIO()
-    return Display(
-        "ipa", total_steps, Console(file=text, width=80, highlight=False), plain_interval_s=interval
-    ), text
+    return (
+        Display(
+            "ipa",
+            total_steps,
+            Console(file=text, width=80, highlight=False),
+            plain_interval_s=interval,
+        ),
+        text,
+    )
 
 
 def run_in_terminal(environment):

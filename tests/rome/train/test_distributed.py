@@ -1,4 +1,6 @@
-"""How the processes of a job find each other: flags, SLURM, TPU pods; and what is said when they do not."""
+"""How the processes of a job find each other: flags, SLURM, TPU pods; and what is said when they do
+not.
+"""
 
 import re
 import subprocess
@@ -19,7 +21,7 @@ SLURM = {
     "SLURM_NTASKS": "4",
     "SLURM_STEP_TASKS_PER_NODE": "1(x4)",
 }
-NO_TPU = lambda: 1  # noqa: E731
+NO_TPU = lambda: 1
 
 
 def test_without_any_sign_this_is_one_process():

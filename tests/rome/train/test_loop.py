@@ -1,4 +1,6 @@
-"""The loop: when it evaluates, saves and ends, seen with everything around it replaced by notes of what was called."""
+"""The loop: when it evaluates, saves and ends, seen with everything around it replaced by notes of
+what was called.
+"""
 
 import dataclasses
 

@@ -49,8 +49,8 @@ def test_resuming_leaves_each_step_once_and_other_stages_alone(tmp_path):
 
 
 def test_starting_a_stage_anew_drops_all_its_lines(tmp_path):
-    write_steps(tmp_path, "ipa", range(0, 4))
-    write_steps(tmp_path, "ipa", range(0, 2), resume_step=-1)
+    write_steps(tmp_path, "ipa", range(4))
+    write_steps(tmp_path, "ipa", range(2), resume_step=-1)
     assert steps_of(tmp_path, "ipa") == [0, 1]
 
 

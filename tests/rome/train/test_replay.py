@@ -1,4 +1,6 @@
-"""Routing replay end to end: a real engine process, episodes of several turns, the trainer's own forward pass."""
+"""Routing replay end to end: a real engine process, episodes of several turns, the trainer's own
+forward pass.
+"""
 
 import dataclasses
 
@@ -43,7 +45,8 @@ def packed(trajectories, routes_for=CONFIG):
 
 def updated(learner, params, batch, rows=8):
     """The metrics of one update, in micro-batches of so many rows."""
-    # A little off the rollout's logprobs, so that no ratio lies on the edge of a clip, where rounding would decide.
+    # A little off the rollout's logprobs, so that no ratio lies on the edge of a clip, where
+    # rounding would decide.
     shift_BT = 0.05 * np.sin(1.0 + 7.0 * batch.tokens_BT + batch.positions_BT).astype(np.float32)
     batches = microbatches(
         batch._replace(
@@ -123,7 +126,9 @@ def test_recorded_routes_replayed_at_the_same_weights_give_the_same_logprobs(
 def test_replay_follows_a_router_that_has_moved_and_removes_the_mismatch_it_makes(
     trajectories, params, learner
 ):
-    """The engine's router and the trainer's differ as two precisions do, only more: without replay logprobs jump, with it they drift."""
+    """The engine's router and the trainer's differ as two precisions do, only more: without replay
+    logprobs jump, with it they drift.
+    """
     noise = (
         np.random.default_rng(0)
         .standard_normal(params["layers"]["moe"]["router"].shape)

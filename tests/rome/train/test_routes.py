@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from rome.data.batch import Batch
-from rome.train.replay import count_replayed, recorded_routes, replayed_ids, route_agreement
 from rome.model.config import PRESETS
+from rome.train.replay import count_replayed, recorded_routes, replayed_ids, route_agreement
 
 L, B, T, K, E = 3, 2, 5, 2, 4
 

@@ -1,4 +1,6 @@
-"""The train step: invariant to how a step is cut into micro-batches and to how many devices it runs on; it learns."""
+"""The train step: invariant to how a step is cut into micro-batches and to how many devices it runs
+on; it learns.
+"""
 
 import dataclasses
 import random
@@ -77,7 +79,8 @@ def packed(rows_per_microbatch: int, purpose: str = "rl"):
 
 def one_update(learner: Learner, batches) -> tuple[dict, dict]:
     state = learner.init(seed=0)
-    # A little off the scores, so that no ratio lies on the edge of a clip, where rounding would decide.
+    # A little off the scores, so that no ratio lies on the edge of a clip, where rounding would
+    # decide.
     old = lambda batch, logp_BT: (
         logp_BT + 0.05 * np.sin(1.0 + 7.0 * batch.tokens_BT + batch.positions_BT).astype(np.float32)
     )

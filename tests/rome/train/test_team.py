@@ -1,4 +1,7 @@
-"""A team shares what its leader finds out, agrees on stopping, and ends together. Threads stand for processes, a dictionary for the coordinator."""
+"""A team shares what its leader finds out, agrees on stopping, and ends together.
+
+Threads stand for processes, a dictionary for the coordinator.
+"""
 
 import threading
 import time
@@ -46,7 +49,9 @@ class Refused(Exception):
 
 @pytest.fixture
 def teams(monkeypatch):
-    """Makes the teams of `count` processes; whoever would end its process is noted in `left` instead."""
+    """Makes the teams of `count` processes; whoever would end its process is noted in `left`
+    instead.
+    """
     monkeypatch.setattr(team_module, "WATCH_SECONDS", 0.01)
     monkeypatch.setattr(team_module, "WAIT_MS", 20)
     made, left = [], []
@@ -88,7 +93,9 @@ def test_the_leader_names_those_that_said_nothing_when_all_leave(monkeypatch, ca
 
 
 def in_each(teams, call):
-    """call(team) in a thread for each process: what it returned or raised, in the order of the processes."""
+    """call(team) in a thread for each process: what it returned or raised, in the order of the
+    processes.
+    """
     results = [None] * len(teams)
 
     def run(number):

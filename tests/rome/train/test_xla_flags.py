@@ -1,4 +1,6 @@
-"""Compiler flags by chip: the user's win, nothing is set on a CPU, and every GPU flag is one that jaxlib knows."""
+"""Compiler flags by chip: the user's win, nothing is set on a CPU, and every GPU flag is one that
+jaxlib knows.
+"""
 
 import os
 import subprocess

@@ -1,4 +1,6 @@
-"""The Docker backend's way with death, on an engine of the tests' own (engine.py): doors, killed managers, sweeping, what is given up."""
+"""The Docker backend's way with death, on an engine of the tests' own (engine.py): doors, killed
+managers, sweeping, what is given up.
+"""
 
 import asyncio
 import json
@@ -11,8 +13,8 @@ import pytest
 
 from envs.rock import Sandbox, SandboxClosedError, SandboxStartError
 from tests.envs.rock.in_docker import config, containers
-from tests.processes import host_processes
 from tests.paths import ROOT
+from tests.processes import host_processes
 
 pytestmark = pytest.mark.slow  # an engine of their own, and a minute on two idle cores
 

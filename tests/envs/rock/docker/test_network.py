@@ -1,4 +1,6 @@
-"""What leaves a container: nothing that is not granted, each attempt on record, as in the embedded backend (test_egress.py)."""
+"""What leaves a container: nothing that is not granted, each attempt on record, as in the embedded
+backend (test_egress.py).
+"""
 
 import asyncio
 import os
@@ -18,7 +20,9 @@ def _wanted(denials) -> list[tuple[str, str, int]]:
 
 
 def test_every_attempt_is_refused_at_once_and_on_record(inside):
-    """The incident of the paper: a reverse tunnel to an address outside, a mining pool by name, and what an intruder asks first."""
+    """The incident of the paper: a reverse tunnel to an address outside, a mining pool by name, and
+    what an intruder asks first.
+    """
     tries = (
         "tcp/203.0.113.7/22",
         "tcp/pool.minexmr.example/3333",
@@ -90,7 +94,8 @@ def test_what_is_granted_is_reached_and_nothing_beside_it(engine):
             ):
                 result = await sandbox.execute(
                     ask
-                    + f"ask model {port} one; ask MODEL {port} two; ask model {closed} x; ask other {port} x; ask 127.0.0.1 {port} x; ask 8.8.4.4 {port} x"
+                    + f"ask model {port} one; ask MODEL {port} two; ask model {closed} x; ask other"
+                    f" {port} x; ask 127.0.0.1 {port} x; ask 8.8.4.4 {port} x"
                 )
                 verified = await sandbox.verify(ask + f"ask model {port} three; ask 9.9.9.9 1 x")
                 beside = await sibling.execute(ask + f"ask model {port} x; ask 10.9.9.9 {port} x")
@@ -132,10 +137,17 @@ def test_a_granted_name_that_leads_to_a_private_address_is_refused(engine):
         ) as server:
             port = server.sockets[0].getsockname()[1]
             async with Sandbox(config(engine, egress=(f"localhost:{port}",))) as sandbox:
-                query = "\\0\\7\\1\\0\\0\\1\\0\\0\\0\\0\\0\\0\\11localhost\\0\\0\\1\\0\\1"  # not by the C library, which knows localhost
-                program = f'use Socket; socket(S, 2, 2, 0); send(S, "{query}", 0, pack_sockaddr_in(53, inet_aton("127.0.0.1"))); recv(S, $a, 512, 0); print join ".", unpack("C4", substr $a, -4)'
+                query = (  # not by the C library, which knows localhost
+                    "\\0\\7\\1\\0\\0\\1\\0\\0\\0\\0\\0\\0\\11localhost\\0\\0\\1\\0\\1"
+                )
+                program = (
+                    f'use Socket; socket(S, 2, 2, 0); send(S, "{query}", 0, pack_sockaddr_in(53,'
+                    ' inet_aton("127.0.0.1"))); recv(S, $a, 512, 0); print join ".", unpack("C4",'
+                    " substr $a, -4)"
+                )
                 result = await sandbox.execute(
-                    f"a=$(perl -e {shlex.quote(program)}); echo $a; exec 3<>/dev/tcp/$a/{port} && cat <&3"
+                    f"a=$(perl -e {shlex.quote(program)}); echo $a; exec 3<>/dev/tcp/$a/{port} &&"
+                    " cat <&3"
                 )
                 return result.stdout, await sandbox.denials(), await sandbox.get_status()
 
@@ -145,7 +157,10 @@ def test_a_granted_name_that_leads_to_a_private_address_is_refused(engine):
 
 
 def test_a_flood_is_counted_but_not_kept_and_the_guards_go_with_their_containers(engine):
-    program = 'use Socket; socket(S, 2, 2, 0); $to = pack_sockaddr_in(5, inet_aton("9.9.9.9")); send(S, "x", 0, $to) for 1..20000'
+    program = (
+        'use Socket; socket(S, 2, 2, 0); $to = pack_sockaddr_in(5, inet_aton("9.9.9.9")); send(S,'
+        ' "x", 0, $to) for 1..20000'
+    )
 
     async def work():
         async with Sandbox(config(engine)) as first:

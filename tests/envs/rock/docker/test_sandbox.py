@@ -1,4 +1,6 @@
-"""The Docker backend, on an engine of the tests' own (engine.py): what it enforces, its commands, sessions, files and copies."""
+"""The Docker backend, on an engine of the tests' own (engine.py): what it enforces, its commands,
+sessions, files and copies.
+"""
 
 import asyncio
 import io
@@ -34,7 +36,8 @@ def test_every_limit_is_on_and_the_engine_says_so(inside):
         engine = container.engine()
         about = await engine.call(engine.client.inspect_container, sandbox._container.id)
         seen = await sandbox.execute(
-            "cat /proc/self/status; ulimit -n -c -u; id -u; cat /proc/net/route | wc -l; echo x > /etc/x; echo x > /usr/x; ls -A /root /home"
+            "cat /proc/self/status; ulimit -n -c -u; id -u; cat /proc/net/route | wc -l; echo x >"
+            " /etc/x; echo x > /usr/x; ls -A /root /home"
         )
         return about, seen, sandbox.guarantees, sandbox.tier
 
@@ -139,16 +142,42 @@ def test_the_system_call_filter_refuses_what_the_embedded_one_refuses(inside):
         f"$r = syscall({numbers[name]},{arguments}); print '{name} ', $r < 0 ? $!+0 : 'GOT', ' '"
         for name, arguments in calls
     )
-    allowed = f"; print syscall({numbers['socket']},1,1,0) > 0, syscall({numbers['socket']},2,1,0) > 0, syscall({numbers['socket']},10,2,0) > 0"
+    allowed = (
+        f"; print syscall({numbers['socket']},1,1,0) > 0, syscall({numbers['socket']},2,1,0) > 0,"
+        f" syscall({numbers['socket']},10,2,0) > 0"
+    )
     refused = inside(
         lambda sandbox: sandbox.execute(
             f"perl -e {shlex.quote(program + allowed)}; echo > /dev/tcp/1.1.1.1/53 && echo GOT"
         )
     )
-    assert (
-        refused.stdout.split()
-        == "unshare 1 clone 1 bpf 1 io_uring 38 keyctl 1 ptrace 1 socket 97 socket 97 socket 97 socketpair 97 ioctl 1 ioctl 1 111".split()
-    )
+    assert refused.stdout.split() == [
+        "unshare",
+        "1",
+        "clone",
+        "1",
+        "bpf",
+        "1",
+        "io_uring",
+        "38",
+        "keyctl",
+        "1",
+        "ptrace",
+        "1",
+        "socket",
+        "97",
+        "socket",
+        "97",
+        "socket",
+        "97",
+        "socketpair",
+        "97",
+        "ioctl",
+        "1",
+        "ioctl",
+        "1",
+        "111",
+    ]
     assert "Connection refused" in refused.stderr
 
 
@@ -258,7 +287,8 @@ def test_a_flood_is_cut_and_ended(inside):
 def test_disks_are_limited_in_bytes_and_files(inside):
     async def work(sandbox):
         big = await sandbox.execute(
-            "head -c 100M /dev/zero | split -b 1M - f; head -c 100M /dev/zero | split -b 1M - /tmp/f; du -scm . /tmp | tail -1 | cut -f1; rm -f f* /tmp/f*"
+            "head -c 100M /dev/zero | split -b 1M - f; head -c 100M /dev/zero | split -b 1M -"
+            " /tmp/f; du -scm . /tmp | tail -1 | cut -f1; rm -f f* /tmp/f*"
         )
         many = await sandbox.execute("for i in $(seq 300); do : > i$i || exit 4; done; echo all")
         return int(big.stdout), big.stderr, many.exit_code
@@ -272,10 +302,19 @@ def test_disks_are_limited_in_bytes_and_files(inside):
     [
         "chmod 0 . /tmp; ln -sfn /nowhere /workspace",
         "rm -rf /workspace /tmp . ..; mkdir -p run/rock; mkfifo sh bash",
-        "head -c 1G /dev/zero > full; head -c 1G /dev/zero > /tmp/full; head -c 1G /dev/zero > /dev/shm/full; chmod 0 .",
+        (
+            "head -c 1G /dev/zero > full; head -c 1G /dev/zero > /tmp/full; head -c 1G /dev/zero >"
+            " /dev/shm/full; chmod 0 ."
+        ),
         "for n in $(seq 64); do kill -$n 1; done; kill -9 $PPID; kill -9 -1",
-        "echo x > /proc/1/mem; echo x > /proc/$PPID/mem; cat /proc/$PPID/environ; while :; do kill -9 -1; done",
-        "ulimit -n 4; ulimit -u 1; mkdir -m 0 -p a/b; b() { while :; do kill -USR1 1; done; }; b & b & b",
+        (
+            "echo x > /proc/1/mem; echo x > /proc/$PPID/mem; cat /proc/$PPID/environ; while :; do"
+            " kill -9 -1; done"
+        ),
+        (
+            "ulimit -n 4; ulimit -u 1; mkdir -m 0 -p a/b; b() { while :; do kill -USR1 1; done; };"
+            " b & b & b"
+        ),
     ],
 )
 def test_no_deed_of_the_agent_makes_the_next_command_or_the_verifier_fail(inside, deed):
@@ -414,7 +453,11 @@ def test_the_channel_of_a_sessions_exit_codes_is_out_of_reach_for_what_it_runs(i
 
     async def work(sandbox):
         async with await sandbox.create_session() as session:
-            forge = "for n in $(seq 3 255); do echo -ne '0 \\0' >&$n; done; for f in /proc/$PPID/fd/* /proc/[0-9]*/fd/*; do echo -ne '0 \\0' > $f; done; ls /proc/$PPID/fd/; ls /run/rock; exit 6"
+            forge = (
+                "for n in $(seq 3 255); do echo -ne '0 \\0' >&$n; done; for f in /proc/$PPID/fd/*"
+                " /proc/[0-9]*/fd/*; do echo -ne '0 \\0' > $f; done; ls /proc/$PPID/fd/; ls"
+                " /run/rock; exit 6"
+            )
             return await session.run(
                 f"bash -c {shlex.quote('{ ' + forge + '; } 2>/dev/null')}"
             ), await session.run("(exit 8)")
@@ -499,7 +542,8 @@ def test_files_survive_the_way_in_and_out_with_modes_and_odd_names(inside, tmp_p
         await sandbox.write_file("/workspace/tree/run.sh.old", "long content")
         await sandbox.write_file("tree/run.sh.old", "new")
         ran = await sandbox.execute(
-            "cd tree; ./run.sh && find . -type f -printf '%P %m\\n' | sort; cat run.sh.old; ln -s /etc/passwd l; mkfifo p; chmod 4755 run.sh; rm run.sh.old"
+            "cd tree; ./run.sh && find . -type f -printf '%P %m\\n' | sort; cat run.sh.old; ln -s"
+            " /etc/passwd l; mkfifo p; chmod 4755 run.sh; rm run.sh.old"
         )
         down = await sandbox.download("tree", tmp_path / "target")
         listed = {entry.path: entry.kind for entry in await sandbox.list_files("tree")}
@@ -527,8 +571,9 @@ def test_files_survive_the_way_in_and_out_with_modes_and_odd_names(inside, tmp_p
 def test_only_regular_files_below_the_workspace_are_read_and_written(inside):
     async def work(sandbox):
         await sandbox.execute(
-            "echo x > real; mkdir d; echo y > d/f; ln -s d/f in; ln -s d e; ln -s /workspace/real absolute; ln -s ../etc/passwd out; ln -s /etc etc; ln -s loop loop; "
-            "mkfifo fifo; truncate -s 4M sparse; echo z > closed; chmod 0 closed"
+            "echo x > real; mkdir d; echo y > d/f; ln -s d/f in; ln -s d e; ln -s /workspace/real"
+            " absolute; ln -s ../etc/passwd out; ln -s /etc etc; ln -s loop loop; mkfifo fifo;"
+            " truncate -s 4M sparse; echo z > closed; chmod 0 closed"
         )
         good = await sandbox.read_file("in"), await sandbox.read_file("e/f")
         await sandbox.write_file("e/new/g", "written")
@@ -617,8 +662,9 @@ def test_a_snapshot_outlives_its_sandbox_and_many_start_from_it(engine):
     async def work():
         async with Sandbox(config(engine)) as first:
             await first.execute(
-                "mkdir -p a/b; echo one > a/b/f; ln -s a/b/f link; ln a/b/f hard; chmod 640 a/b/f; mkdir c; echo deep > c/g; chmod 0 c/g c; touch -d 2001-02-03 old; "
-                "echo t > /tmp/t; truncate -s 5M sparse; echo odd > 'odd\nname'"
+                "mkdir -p a/b; echo one > a/b/f; ln -s a/b/f link; ln a/b/f hard; chmod 640 a/b/f;"
+                " mkdir c; echo deep > c/g; chmod 0 c/g c; touch -d 2001-02-03 old; echo t >"
+                " /tmp/t; truncate -s 5M sparse; echo odd > 'odd\nname'"
             )
             job = await first.spawn("sleep 60")
             with pytest.raises(SandboxError, match="a command is running"):
@@ -633,7 +679,8 @@ def test_a_snapshot_outlives_its_sandbox_and_many_start_from_it(engine):
         await asyncio.gather(*(fork.start() for fork in forks))
         seen = [
             await fork.execute(
-                "cat link hard /tmp/t; stat -c '%a %Y' a/b/f old | tr '\\n' ' '; wc -c < sparse; cat odd*; chmod 700 c; cat c/g; echo more >> a/b/f; cat link"
+                "cat link hard /tmp/t; stat -c '%a %Y' a/b/f old | tr '\\n' ' '; wc -c < sparse;"
+                " cat odd*; chmod 700 c; cat c/g; echo more >> a/b/f; cat link"
             )
             for fork in forks
         ]
@@ -667,7 +714,9 @@ SECRET = "the-expected-answer-4711"
 
 
 def test_the_verifier_comes_after_the_agent_in_a_place_of_its_own(inside):
-    """Programs of the agent's that the verifier runs can read neither its script, from its memory or its descriptors, nor change its files or the agent's."""
+    """Programs of the agent's that the verifier runs can read neither its script, from its memory
+    or its descriptors, nor change its files or the agent's.
+    """
     spy = f"""
 for f in /proc/[0-9]*/cmdline /proc/[0-9]*/environ /proc/[0-9]*/mem /proc/$PPID/fd/* /workspace/answer /tmp/* /run/rock/*; do
   head -c 100000 "$f" 2>/dev/null
@@ -677,10 +726,12 @@ cat; echo x > $VERIFIER_FILES/f; rm -f $VERIFIER_FILES/f; echo tampered > answer
     async def work(sandbox):
         await sandbox.write_files({"spy": spy, "answer": "right"})
         await sandbox.execute(
-            "setsid bash -c 'while :; do echo tampered > /tmp/x; done' & cat > /tmp/bashrc; echo done"
+            "setsid bash -c 'while :; do echo tampered > /tmp/x; done' & cat > /tmp/bashrc; echo"
+            " done"
         )
         result = await sandbox.verify(
-            f"want={SECRET}; bash spy 2>/dev/null; (bash spy 2>/dev/null); [ $want = {SECRET} ] && cat $VERIFIER_FILES/f answer; ls -A /tmp; exit 4",
+            f"want={SECRET}; bash spy 2>/dev/null; (bash spy 2>/dev/null); [ $want = {SECRET} ] &&"
+            " cat $VERIFIER_FILES/f answer; ls -A /tmp; exit 4",
             files={"f": b"graded "},
         )
         slow = await sandbox.verify("sleep 60", timeout=0.3)

@@ -1,4 +1,7 @@
-"""One Docker sandbox from its start to its end: what .ci/run does wherever a dockerd can be had. The engine's other tests take minutes (make test-all)."""
+"""One Docker sandbox from its start to its end: what .ci/run does wherever a dockerd can be had.
+
+The engine's other tests take minutes (make test-all).
+"""
 
 import pytest
 

@@ -1,4 +1,6 @@
-"""Images from Dockerfiles: built once for each content, without a network, in bounded time, with the log where it fails."""
+"""Images from Dockerfiles: built once for each content, without a network, in bounded time, with
+the log where it fails.
+"""
 
 import asyncio
 import pathlib
@@ -31,7 +33,10 @@ def build(path: pathlib.Path, **options) -> str:
 def test_an_image_is_built_once_and_a_sandbox_runs_in_it(engine: Engine, tmp_path):
     from envs.rock.images import build as images
 
-    dockerfile = f"FROM {engine.image}\nARG WORD=none\nENV KIND=built PATH=/opt:/usr/bin\nCOPY dir /srv/dir\nRUN echo $WORD > /word; cat /proc/net/dev | wc -l > /interfaces\nUSER 1234\n"
+    dockerfile = (
+        f"FROM {engine.image}\nARG WORD=none\nENV KIND=built PATH=/opt:/usr/bin\nCOPY dir"
+        " /srv/dir\nRUN echo $WORD > /word; cat /proc/net/dev | wc -l > /interfaces\nUSER 1234\n"
+    )
     place = context(
         tmp_path / "c",
         dockerfile,
@@ -56,7 +61,8 @@ def test_an_image_is_built_once_and_a_sandbox_runs_in_it(engine: Engine, tmp_pat
     async def look():
         async with Sandbox(SandboxConfig(backend="docker", image=first)) as sandbox:
             return await sandbox.execute(
-                "cat /word /interfaces /srv/dir/f; echo; echo $KIND $PATH; ls -A /srv/dir; readlink /srv/dir/link; [ $(id -u) != 1234 ] && echo other"
+                "cat /word /interfaces /srv/dir/f; echo; echo $KIND $PATH; ls -A /srv/dir; readlink"
+                " /srv/dir/link; [ $(id -u) != 1234 ] && echo other"
             )
 
     assert (

@@ -1,4 +1,6 @@
-"""What is left when one side goes away in the middle: nothing that runs, nothing that holds a place, and no descriptor."""
+"""What is left when one side goes away in the middle: nothing that runs, nothing that holds a
+place, and no descriptor.
+"""
 
 import asyncio
 import contextlib

@@ -1,4 +1,6 @@
-"""The parts of ROCK's services that need no sandbox: fair queueing, tokens, the hub, metrics, archives, the shape of requests."""
+"""The parts of ROCK's services that need no sandbox: fair queueing, tokens, the hub, metrics,
+archives, the shape of requests.
+"""
 
 import asyncio
 import io
@@ -17,6 +19,10 @@ from envs.rock import (
     SandboxFileError,
 )
 from envs.rock.config import FileEntry
+from envs.rock.service.auth import Tokens, load_or_make_tokens, load_tokens
+from envs.rock.service.fair import FairQueue
+from envs.rock.service.hub import EnvHub
+from envs.rock.service.metrics import Metrics
 from envs.rock.wire import archive
 from envs.rock.wire.api import (
     CODES,
@@ -31,10 +37,6 @@ from envs.rock.wire.api import (
     result_from_json,
     result_to_json,
 )
-from envs.rock.service.auth import Tokens, load_or_make_tokens, load_tokens
-from envs.rock.service.fair import FairQueue
-from envs.rock.service.hub import EnvHub
-from envs.rock.service.metrics import Metrics
 
 
 def drain(queue, number=10**6):

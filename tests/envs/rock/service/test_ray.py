@@ -1,4 +1,6 @@
-"""Workers over a Ray cluster of several nodes, simulated on this machine: placement by resources, a node that dies, a node that comes."""
+"""Workers over a Ray cluster of several nodes, simulated on this machine: placement by resources, a
+node that dies, a node that comes.
+"""
 
 import asyncio
 import contextlib

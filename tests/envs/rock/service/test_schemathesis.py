@@ -1,4 +1,6 @@
-"""The admin against its own OpenAPI document: what schemathesis makes of it, right and wrong, is answered as the document says."""
+"""The admin against its own OpenAPI document: what schemathesis makes of it, right and wrong, is
+answered as the document says.
+"""
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -43,9 +45,11 @@ def test_every_route_answers_as_its_document_says(site):
         )
         @given(
             operation.as_strategy(),
-            operation.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE)
-            if operation.body or operation.query
-            else st.none(),
+            (
+                operation.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE)
+                if operation.body or operation.query
+                else st.none()
+            ),
         )
         def attack(right, wrong):
             for case in filter(None, (right, wrong)):

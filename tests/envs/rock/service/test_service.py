@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from envs.gem.server import PREFIX as GEM
 from envs.rock import Sandbox, SandboxClosedError, SandboxError, SandboxStartError, probe
-from envs.rock.wire.api import SANDBOX, TO_ADMIN
 from envs.rock.service import worker as worker_module
-from envs.rock.wire.client import Client
 from envs.rock.service.fleet import Resources
+from envs.rock.wire.api import SANDBOX, TO_ADMIN
+from envs.rock.wire.client import Client
 from tests.envs.rock.service import running
 from tests.envs.rock.service.running import TOKENS
 
@@ -47,9 +47,11 @@ def test_tokens_decide_who_may_what(tmp_path):
                     headers=headers or {},
                     json=body if body is not None else {},
                 ) as answer:
-                    return answer.status, (await answer.json())["error"][
-                        "code"
-                    ] if answer.status >= 400 and path.startswith(SANDBOX) else ""
+                    return answer.status, (
+                        (await answer.json())["error"]["code"]
+                        if answer.status >= 400 and path.startswith(SANDBOX)
+                        else ""
+                    )
 
             mine = {"sandbox": sandbox.id, "command": "true"}
             answers["none"] = await ask(SANDBOX + "execute", body=mine)
@@ -428,14 +430,19 @@ async def _session():
 
 
 async def _raw(url, headers):
-    """Statuses of requests that no client library makes: no HTTP, a body that is cut, one that is far too long."""
+    """Statuses of requests that no client library makes: no HTTP, a body that is cut, one that is
+    far too long.
+    """
     host, port = url.removeprefix("http://").split(":")
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     statuses = []
     for text, close in (
         ("\0\1\2 nonsense\r\n\r\n", False),
         (
-            f"POST {SANDBOX}execute HTTP/1.1\r\nHost: x\r\n{lines}Transfer-Encoding: chunked\r\n\r\nZZ\r\n",
+            (
+                f"POST {SANDBOX}execute HTTP/1.1\r\nHost: x\r\n{lines}Transfer-Encoding:"
+                " chunked\r\n\r\nZZ\r\n"
+            ),
             False,
         ),
         (
@@ -454,7 +461,9 @@ async def _raw(url, headers):
 
 
 def test_resources_are_given_back(tmp_path):
-    """Forty sandboxes through room for three, some of whose callers leave: in the end all room is free."""
+    """Forty sandboxes through room for three, some of whose callers leave: in the end all room is
+    free.
+    """
 
     async def work():
         async with running.admin(tmp_path, resources=(3 * 64, 64.0, 0, 3)) as site:

@@ -11,7 +11,10 @@ from tests.envs.rock.engine import engine
 __all__ = ["CONFIG", "PASSES", "engine", "harbor", "run", "write"]
 
 CONFIG = SandboxConfig(isolation="best_available")
-PASSES = "#!/bin/bash\nif [ -f /app/out.txt ]; then echo 1 > /logs/verifier/reward.txt; else echo 0 > /logs/verifier/reward.txt; fi\n"
+PASSES = (
+    "#!/bin/bash\nif [ -f /app/out.txt ]; then echo 1 > /logs/verifier/reward.txt; else echo 0 >"
+    " /logs/verifier/reward.txt; fi\n"
+)
 
 
 def write(folder: pathlib.Path, files: dict[str, str | bytes]) -> pathlib.Path:
@@ -24,7 +27,9 @@ def write(folder: pathlib.Path, files: dict[str, str | bytes]) -> pathlib.Path:
 
 @pytest.fixture
 def harbor(tmp_path):
-    """Writes a task that is passed by making /app/out.txt; keyword arguments replace or add files (None: leave out)."""
+    """Writes a task that is passed by making /app/out.txt; keyword arguments replace or add files
+    (None: leave out).
+    """
 
     def make(
         files: dict[str, str | bytes | None] | None = None, name: str = "task"

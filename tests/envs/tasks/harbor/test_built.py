@@ -39,7 +39,10 @@ def test_episodes_of_one_task_build_once_and_see_nothing_of_each_other(harbor, r
     task = load_task(
         harbor(
             {
-                "environment/Dockerfile": "FROM ubuntu\nWORKDIR /app\nRUN echo made > made.txt; echo t > /tmp/t\nENV A=b\n"
+                "environment/Dockerfile": (
+                    "FROM ubuntu\nWORKDIR /app\nRUN echo made > made.txt; echo t > /tmp/t\nENV"
+                    " A=b\n"
+                )
             }
         )
     )

@@ -30,7 +30,8 @@ def test_a_tasks_network_mode_becomes_the_sandboxes_egress(harbor):
     )
     listed = with_network(
         harbor,
-        '[environment]\nnetwork_mode = "allowlist"\nallowed_hosts = ["pypi.org", "*.example.org:8443"]',
+        '[environment]\nnetwork_mode = "allowlist"\nallowed_hosts = ["pypi.org",'
+        ' "*.example.org:8443"]',
         "c",
     )
     given = SandboxConfig(egress=("pypi.org:443",))
@@ -92,7 +93,9 @@ def test_a_host_that_is_not_allowed_is_denied_and_one_that_is_allowed_is_not(har
                 pytest.skip("only the namespaces tier has a guard")
             await env.astep(
                 bash(
-                    "timeout 5 bash -c ': < /dev/tcp/192.0.2.1/443'; timeout 5 bash -c ': < /dev/tcp/other.invalid/443'; timeout 5 bash -c ': < /dev/tcp/allowed.invalid/443'"
+                    "timeout 5 bash -c ': < /dev/tcp/192.0.2.1/443'; timeout 5 bash -c ': <"
+                    " /dev/tcp/other.invalid/443'; timeout 5 bash -c ': <"
+                    " /dev/tcp/allowed.invalid/443'"
                 )
             )
             return [denial.destination for denial in await env._sandbox.denials()]
@@ -131,7 +134,10 @@ def test_build_steps_reach_what_the_config_grants_them_and_the_agent_and_the_tes
         {
             "task.toml": 'version = "1.0"\n[environment]\nnetwork_mode = "no-network"\n',
             "environment/Dockerfile": f"FROM ubuntu\nWORKDIR /app\nRUN {fetch} > got\n",
-            "tests/test.sh": f'{fetch} > /app/graded; [ -s /app/graded ]; echo "$? != 0" | grep -c "^1" > /logs/verifier/reward.txt\n',
+            "tests/test.sh": (
+                f'{fetch} > /app/graded; [ -s /app/graded ]; echo "$? != 0" | grep -c "^1" >'
+                " /logs/verifier/reward.txt\n"
+            ),
         }
     )
 
@@ -167,8 +173,11 @@ def test_build_steps_reach_what_the_config_grants_them_and_the_agent_and_the_tes
 def test_a_real_dockerfile_is_built_once_and_the_oracle_earns_1_there(harbor, run, engine):
     config = SandboxConfig(backend="docker", image=engine.image, isolation="best_available")
     files = {
-        "environment/Dockerfile": f"FROM {engine.image}\nCOPY mktemp base64 /usr/bin/\nRUN chmod 755 /usr/bin/mktemp /usr/bin/base64\n"
-        "ENV GREETING=hello\nWORKDIR /app\nCOPY a.txt b/\nRUN echo made > made.txt && mkdir -p /srv/data && echo x > /srv/data/x\n",
+        "environment/Dockerfile": (
+            f"FROM {engine.image}\nCOPY mktemp base64 /usr/bin/\nRUN chmod 755 /usr/bin/mktemp"
+            " /usr/bin/base64\nENV GREETING=hello\nWORKDIR /app\nCOPY a.txt b/\nRUN echo made >"
+            " made.txt && mkdir -p /srv/data && echo x > /srv/data/x\n"
+        ),
         "environment/a.txt": "a\n",
         **{
             f"environment/{name}": pathlib.Path(f"/usr/bin/{name}").read_bytes()
@@ -204,7 +213,8 @@ def test_a_real_dockerfile_is_built_once_and_the_oracle_earns_1_there(harbor, ru
         run(
             play(
                 folder,
-                "mkdir -p /logs/verifier; echo 1 > /logs/verifier/reward.txt; (while :; do echo 1 > /logs/verifier/reward.txt; done) &",
+                "mkdir -p /logs/verifier; echo 1 > /logs/verifier/reward.txt; (while :; do echo 1 >"
+                " /logs/verifier/reward.txt; done) &",
                 config=config,
             )
         )[0]
@@ -220,7 +230,10 @@ def test_allowed_hosts_are_all_that_a_container_reaches(harbor, run, engine, fil
     config = SandboxConfig(backend="docker", image=engine.image, isolation="best_available")
     folder = harbor(
         {
-            "task.toml": f'version = "1.0"\n[environment]\nnetwork_mode = "allowlist"\nallowed_hosts = ["files@127.0.0.1:{files_server}"]\n',
+            "task.toml": (
+                'version = "1.0"\n[environment]\nnetwork_mode = "allowlist"\nallowed_hosts ='
+                f' ["files@127.0.0.1:{files_server}"]\n'
+            ),
             "environment/Dockerfile": None,
         }
     )
@@ -249,7 +262,10 @@ def test_a_base_image_that_cannot_be_pulled_is_what_the_hub_has_under_its_name(
     config = SandboxConfig(backend="docker", image=engine.image, isolation="best_available")
     built = harbor(
         {
-            "environment/Dockerfile": "# syntax\nfrom registry.invalid/python:3.13-slim as base\nWORKDIR /app\nRUN echo made > made\n"
+            "environment/Dockerfile": (
+                "# syntax\nfrom registry.invalid/python:3.13-slim as base\nWORKDIR /app\nRUN echo"
+                " made > made\n"
+            )
         }
     )
     plain = load_task(
@@ -289,7 +305,10 @@ def test_a_dockerfile_that_fails_is_a_build_error_with_the_engines_words(harbor,
     config = SandboxConfig(backend="docker", image=engine.image, isolation="best_available")
     folder = harbor(
         {
-            "environment/Dockerfile": f"FROM {engine.image}\n# a remark\nENV A=1 \\\n  B=2\nRUN echo this is why >&2; exit 3\n"
+            "environment/Dockerfile": (
+                f"FROM {engine.image}\n# a remark\nENV A=1 \\\n  B=2\nRUN echo this is why >&2;"
+                " exit 3\n"
+            )
         }
     )
     with pytest.raises(BuildError, match="exit 3|returned a non-zero code: 3") as caught:
@@ -302,7 +321,9 @@ def test_a_dockerfile_that_fails_is_a_build_error_with_the_engines_words(harbor,
                     harbor(
                         {
                             "environment/Dockerfile": None,
-                            "task.toml": 'version = "1.0"\n[environment]\ndocker_image = "some:1"\n',
+                            "task.toml": (
+                                'version = "1.0"\n[environment]\ndocker_image = "some:1"\n'
+                            ),
                         },
                         name="other",
                     )

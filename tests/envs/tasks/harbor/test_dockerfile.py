@@ -1,4 +1,6 @@
-"""Dockerfiles: what is read, what is refused by name and line, and any text at all; and what paths become."""
+"""Dockerfiles: what is read, what is refused by name and line, and any text at all; and what paths
+become.
+"""
 
 import pathlib
 import time
@@ -20,7 +22,10 @@ def read(text):
 
 
 def test_comments_continuations_and_lines():
-    text = "# syntax=docker/dockerfile:1\n\nARG V=1\nfrom ubuntu:$V as base\nRUN a \\\n  # inside\n\n  && b \\\n  && c\nWORKDIR /app\n"
+    text = (
+        "# syntax=docker/dockerfile:1\n\nARG V=1\nfrom ubuntu:$V as base\nRUN a \\\n  # inside\n\n "
+        " && b \\\n  && c\nWORKDIR /app\n"
+    )
     assert read(text) == [
         ("ARG", "V=1", 3),
         ("FROM", "ubuntu:$V as base", 4),
@@ -31,7 +36,7 @@ def test_comments_continuations_and_lines():
 
 
 def test_flags_are_taken_off():
-    (_, copy) = parse("FROM a\nCOPY --chmod=755 --link a b\n", FILE)
+    _, copy = parse("FROM a\nCOPY --chmod=755 --link a b\n", FILE)
     assert copy.flags() == ({"chmod": "755", "link": ""}, "a b")
 
 
@@ -161,14 +166,15 @@ def test_any_text_is_a_dockerfile_or_a_typed_error(text):
 )
 def test_no_text_takes_long(text):
     began = time.process_time()
-    (_, instruction) = parse(f"FROM a\n{text}\n", FILE)
+    _, instruction = parse(f"FROM a\n{text}\n", FILE)
     substitute(instruction.arguments, {})
     network_need(instruction.arguments)
     packages(instruction.arguments)
     assert time.process_time() - began < 5  # the square of the length would be minutes
 
 
-# -- the network ---------------------------------------------------------------------------------------------------------------------
+# -- the network
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -211,7 +217,10 @@ def test_commands_that_do_not(command):
     ("command", "found"),
     [
         (
-            "apt-get update && apt-get install -y --no-install-recommends git=1 tmux && rm -rf /var/lib/apt/lists/*",
+            (
+                "apt-get update && apt-get install -y --no-install-recommends git=1 tmux && rm -rf"
+                " /var/lib/apt/lists/*"
+            ),
             ["git", "tmux"],
         ),
         ("apt-get update", []),
@@ -224,7 +233,8 @@ def test_commands_that_only_install_packages(command, found):
     assert packages(command) == found
 
 
-# -- paths ---------------------------------------------------------------------------------------------------------------------------
+# -- paths
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -237,7 +247,10 @@ def test_commands_that_only_install_packages(command, found):
         ("PATH=/app/bin:/usr/bin:/app", "PATH=/workspace/app/bin:/usr/bin:/workspace/app"),
         ("cd /app&& ls /app.", "cd /workspace/app&& ls /workspace/app."),
         (
-            "src/app $HOME/app ~/app ./app ../app */tests/* http://h/app ${X}/app $(pwd)/app s/app/x/",
+            (
+                "src/app $HOME/app ~/app ./app ../app */tests/* http://h/app ${X}/app $(pwd)/app"
+                " s/app/x/"
+            ),
             None,
         ),
         ("/application /app-x /app.txt /etc/passwd /tmp/app /usr/app", None),

@@ -1,4 +1,6 @@
-"""Tasks played in real sandboxes: the oracle earns 1, nobody else does, and what the embedded backend cannot do is refused before anyone plays."""
+"""Tasks played in real sandboxes: the oracle earns 1, nobody else does, and what the embedded
+backend cannot do is refused before anyone plays.
+"""
 
 import asyncio
 import copy
@@ -75,13 +77,19 @@ def observe(task, *commands):
     return asyncio.run(episode())
 
 
-# -- the examples --------------------------------------------------------------------------------------------------------------------
+# -- the examples
+# -------------------------------------------------------------------------------------------------
 
 
 CHEAT = (
-    "mkdir -p /logs/verifier /tests /app/tests; echo 1 | tee /logs/verifier/reward.txt /app/reward.txt; echo '{\"reward\": 1}' > /logs/verifier/reward.json; echo 'echo 1 > /logs/verifier/reward.txt' > /tests/test.sh;"
-    "cd /app; for m in unittest json pathlib subprocess sqlite3 tarfile sitecustomize usercustomize conftest; do echo 'import os; os._exit(0)' > $m.py; done; for n in python3 cmp git env rm; do printf '#!/bin/sh\\nexit 0\\n' > $n; chmod +x $n; done;"
-    "export PATH=/app:$PATH; (while :; do echo 1 > /logs/verifier/reward.txt; sleep 0.01; done) > /dev/null 2>&1 & setsid sh -c 'while :; do echo 1 > /logs/verifier/reward.txt; sleep 0.01; done' > /dev/null 2>&1 & echo"
+    "mkdir -p /logs/verifier /tests /app/tests; echo 1 | tee /logs/verifier/reward.txt"
+    " /app/reward.txt; echo '{\"reward\": 1}' > /logs/verifier/reward.json; echo 'echo 1 >"
+    " /logs/verifier/reward.txt' > /tests/test.sh;cd /app; for m in unittest json pathlib"
+    " subprocess sqlite3 tarfile sitecustomize usercustomize conftest; do echo 'import os;"
+    " os._exit(0)' > $m.py; done; for n in python3 cmp git env rm; do printf '#!/bin/sh\\nexit"
+    " 0\\n' > $n; chmod +x $n; done;export PATH=/app:$PATH; (while :; do echo 1 >"
+    " /logs/verifier/reward.txt; sleep 0.01; done) > /dev/null 2>&1 & setsid sh -c 'while :; do"
+    " echo 1 > /logs/verifier/reward.txt; sleep 0.01; done' > /dev/null 2>&1 & echo"
 )
 
 
@@ -133,14 +141,21 @@ def test_the_reference_solution_earns_1_again_and_again_and_in_the_landlock_tier
     assert run(play(EXAMPLES / name, config=weak))[0] == 0.0
 
 
-# -- what agent and task see ---------------------------------------------------------------------------------------------------------
+# -- what agent and task see
+# -------------------------------------------------------------------------------------------------
 
 
 def test_the_agent_works_among_the_tasks_files_under_the_tasks_paths(harbor):
     folder = harbor(
         {
-            "environment/Dockerfile": "FROM python:3.12\nARG WHERE=/srv/data\nENV GREETING='hello you' TOOLS=/opt/tools\nENV PATH=$TOOLS:$PATH\nWORKDIR $WHERE\nWORKDIR inner\nCOPY a*.txt sub/ ./\nCOPY --chmod=700 b.txt c\nADD b.txt /opt/tools/\n"
-            'RUN ["sh", "-c", "echo made > made.txt"]\nSHELL ["/bin/bash", "-c"]\nRUN echo {1..3} > seen.txt && \\\n    printf \'#!/bin/sh\\necho tool\\n\' > $TOOLS/tool && chmod +x /opt/tools/tool\n',
+            "environment/Dockerfile": (
+                "FROM python:3.12\nARG WHERE=/srv/data\nENV GREETING='hello you'"
+                " TOOLS=/opt/tools\nENV PATH=$TOOLS:$PATH\nWORKDIR $WHERE\nWORKDIR inner\nCOPY"
+                ' a*.txt sub/ ./\nCOPY --chmod=700 b.txt c\nADD b.txt /opt/tools/\nRUN ["sh", "-c",'
+                ' "echo made > made.txt"]\nSHELL ["/bin/bash", "-c"]\nRUN echo {1..3} > seen.txt &&'
+                " \\\n    printf '#!/bin/sh\\necho tool\\n' > $TOOLS/tool && chmod +x"
+                " /opt/tools/tool\n"
+            ),
             "environment/a1.txt": "1\n",
             "environment/a2.txt": "2\n",
             "environment/b.txt": "b\n",
@@ -182,7 +197,9 @@ def test_an_archive_is_unpacked_by_add_and_a_docker_ignored_file_is_not_there(ha
         archive.addfile(entry, io.BytesIO(b"x"))
     folder = harbor(
         {
-            "environment/Dockerfile": "FROM debian\nWORKDIR /app\nADD pack.tgz /app/un/\nCOPY . .\n",
+            "environment/Dockerfile": (
+                "FROM debian\nWORKDIR /app\nADD pack.tgz /app/un/\nCOPY . .\n"
+            ),
             "environment/pack.tgz": buffer.getvalue(),
             "environment/secret.txt": "s",
             "environment/.dockerignore": "# no\nsecret*\nDockerfile\n",
@@ -194,7 +211,11 @@ def test_an_archive_is_unpacked_by_add_and_a_docker_ignored_file_is_not_there(ha
 def test_a_health_check_a_settings_file_and_env_hold_in_the_world(harbor):
     folder = harbor(
         {
-            "task.toml": '[environment]\nworkdir = "/work"\n[environment.env]\nWHERE = "/work/x"\n[environment.healthcheck]\ncommand = "test -d /work && test -n $WHERE"\ninterval_sec = 0.01\n'
+            "task.toml": (
+                '[environment]\nworkdir = "/work"\n[environment.env]\nWHERE ='
+                ' "/work/x"\n[environment.healthcheck]\ncommand = "test -d /work && test -n'
+                ' $WHERE"\ninterval_sec = 0.01\n'
+            )
         }
     )
     assert observe(folder, "pwd; echo $WHERE")[0] == "/work\n/work/x"
@@ -202,14 +223,18 @@ def test_a_health_check_a_settings_file_and_env_hold_in_the_world(harbor):
         observe(
             harbor(
                 {
-                    "task.toml": '[environment.healthcheck]\ncommand = "false"\ninterval_sec = 0.01\nretries = 1\n'
+                    "task.toml": (
+                        '[environment.healthcheck]\ncommand = "false"\ninterval_sec = 0.01\nretries'
+                        " = 1\n"
+                    )
                 },
                 name="sick",
             )
         )
 
 
-# -- what is refused -----------------------------------------------------------------------------------------------------------------
+# -- what is refused
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -219,14 +244,19 @@ def test_a_health_check_a_settings_file_and_env_hold_in_the_world(harbor):
         ({"environment/Dockerfile": "FROM ubuntu AS a\nFROM a\n"}, 2, "in stages"),
         (
             {
-                "environment/Dockerfile": "FROM ubuntu\nRUN true && \\\n  apt-get install -y libfoo-dev\n"
+                "environment/Dockerfile": (
+                    "FROM ubuntu\nRUN true && \\\n  apt-get install -y libfoo-dev\n"
+                )
             },
             3,
             "`apt-get install` needs the network",
         ),
         (
             {
-                "environment/Dockerfile": "FROM ubuntu\nRUN apt-get update && apt-get install -y \\\n  git \\\n  no-such-program\n"
+                "environment/Dockerfile": (
+                    "FROM ubuntu\nRUN apt-get update && apt-get install -y \\\n  git \\\n "
+                    " no-such-program\n"
+                )
             },
             4,
             "lacks no-such-program",
@@ -263,7 +293,9 @@ def test_a_health_check_a_settings_file_and_env_hold_in_the_world(harbor):
         ({"task.toml": '[[environment.mcp_servers]]\nname = "x"\n'}, 1, "mcp_servers"),
         (
             {
-                "task.toml": '[environment]\nnetwork_mode = "no-network"\n[agent]\nnetwork_mode = "public"\n'
+                "task.toml": (
+                    '[environment]\nnetwork_mode = "no-network"\n[agent]\nnetwork_mode = "public"\n'
+                )
             },
             4,
             "one network policy",
@@ -278,7 +310,9 @@ def test_a_health_check_a_settings_file_and_env_hold_in_the_world(harbor):
         ),
         (
             {
-                "tests/test.sh": "#!/bin/bash\n\ncurl -LsSf https://astral.sh/uv/install.sh | sh\nuvx pytest\n"
+                "tests/test.sh": (
+                    "#!/bin/bash\n\ncurl -LsSf https://astral.sh/uv/install.sh | sh\nuvx pytest\n"
+                )
             },
             3,
             "needs the network",
@@ -422,16 +456,24 @@ def test_any_dockerfile_is_built_or_refused_by_a_typed_error_with_its_line(text)
         )
 
 
-# -- grading -------------------------------------------------------------------------------------------------------------------------
+# -- grading
+# -------------------------------------------------------------------------------------------------
 
 
 def test_tests_come_only_when_the_agent_is_dead_and_the_solution_never(harbor, run):
     folder = harbor(
         {
-            "tests/test.sh": "cp /tests/test.sh /app/copy; grep -l SECRET /app/* > /app/found; [ -s /app/seen ] && echo 0 > /logs/verifier/reward.txt || echo 1 > /logs/verifier/reward.txt # SECRET\n"
+            "tests/test.sh": (
+                "cp /tests/test.sh /app/copy; grep -l SECRET /app/* > /app/found; [ -s /app/seen ]"
+                " && echo 0 > /logs/verifier/reward.txt || echo 1 > /logs/verifier/reward.txt #"
+                " SECRET\n"
+            )
         }
     )
-    spy = "(while :; do cat /tests/* /solution/* >> /app/seen 2> /dev/null; done) > /dev/null 2>&1 & setsid sh -c 'while :; do cat /tests/* >> /app/seen; done' > /dev/null 2>&1 & echo"
+    spy = (
+        "(while :; do cat /tests/* /solution/* >> /app/seen 2> /dev/null; done) > /dev/null 2>&1 &"
+        " setsid sh -c 'while :; do cat /tests/* >> /app/seen; done' > /dev/null 2>&1 & echo"
+    )
     assert run(play(folder, spy, "sleep 0.2; ls /tests /solution"))[0] == 1.0
 
 
@@ -448,11 +490,17 @@ def test_tests_come_only_when_the_agent_is_dead_and_the_solution_never(harbor, r
         ("mkdir /logs/verifier/reward.json", "no regular file"),
         ("mkfifo /logs/verifier/reward.txt", "no regular file"),
         (
-            "rm -rf /logs/verifier; mkdir /app/v; echo 1 > /app/v/reward.txt; ln -s /app/v /logs/verifier",
+            (
+                "rm -rf /logs/verifier; mkdir /app/v; echo 1 > /app/v/reward.txt; ln -s /app/v"
+                " /logs/verifier"
+            ),
             "no regular file",
         ),
         (
-            "echo 1 > /logs/verifier/reward.txt; echo '{\"reward\": 0}' > /logs/verifier/reward.json",
+            (
+                "echo 1 > /logs/verifier/reward.txt; echo '{\"reward\": 0}' >"
+                " /logs/verifier/reward.json"
+            ),
             "reward.txt says 1 and reward.json says 0",
         ),
         ('echo \'{"a": 1, "b": 1}\' > /logs/verifier/reward.json', "none is named"),
@@ -473,7 +521,10 @@ def test_what_is_no_valid_reward_is_0_with_the_reason(harbor, run, script, note)
         "rm -rf /logs; ln -s /app /logs; mkdir /app/verifier; echo 1 > /app/verifier/reward.txt",
         "rm -rf /logs; echo 1 > /logs",
         "mkdir -p /tests/test.sh /tests/x; chmod 000 /tests/x",
-        "ln -s / /tests/root; rm -rf /logs/verifier; ln -s /app /logs/verifier; echo 1 > reward.txt",
+        (
+            "ln -s / /tests/root; rm -rf /logs/verifier; ln -s /app /logs/verifier; echo 1 >"
+            " reward.txt"
+        ),
         "mkfifo /logs/verifier/reward.txt",
         "cd /; chmod 000 /app; chmod 555 /logs",
         "mkdir /logs/verifier/reward.txt",
@@ -503,7 +554,11 @@ if os.fork() == 0:
 %s
 print(42)
 """
-KILL_PARENTS = "import signal\nppid = os.getppid()\nfor _ in range(%d):\n    up = int(open(f'/proc/{ppid}/stat').read().rpartition(')')[2].split()[1])\n    ppid = up if up > 1 else ppid\nos.kill(ppid, signal.%s)"
+KILL_PARENTS = (
+    "import signal\nppid = os.getppid()\nfor _ in range(%d):\n    up ="
+    " int(open(f'/proc/{ppid}/stat').read().rpartition(')')[2].split()[1])\n    ppid = up if up > 1"
+    " else ppid\nos.kill(ppid, signal.%s)"
+)
 
 
 @pytest.mark.parametrize(
@@ -618,7 +673,8 @@ def test_a_partial_reward_is_no_success(run):
     assert 0.0 < reward < 1.0 and info["ending"] == "failure" and info["step_rewards"] == [reward]
 
 
-# -- limits and steps ----------------------------------------------------------------------------------------------------------------
+# -- limits and steps
+# -------------------------------------------------------------------------------------------------
 
 
 def test_what_was_done_counts_when_the_turns_or_the_time_are_over(harbor, run):
@@ -676,7 +732,8 @@ def test_a_step_that_was_not_reached_counts_0(rewards, strategy, total):
     assert combine(rewards, 2, strategy) == total
 
 
-# -- Terminal-Bench 1 ----------------------------------------------------------------------------------------------------------------
+# -- Terminal-Bench 1
+# -------------------------------------------------------------------------------------------------
 
 
 RUNNER = """\
@@ -698,7 +755,11 @@ print("=========================== short test summary info =====================
 sys.exit(any(line.startswith("FAILED") for line in lines))
 END
 """
-TB1_TESTS = "import pathlib\n\n\ndef test_there():\n    assert pathlib.Path('/app/out.txt').exists()\n\n\ndef test_data():\n    assert pathlib.Path('/app/data.txt').read_text() == 'd\\n'\n"
+TB1_TESTS = (
+    "import pathlib\n\n\ndef test_there():\n    assert"
+    " pathlib.Path('/app/out.txt').exists()\n\n\ndef test_data():\n    assert"
+    " pathlib.Path('/app/data.txt').read_text() == 'd\\n'\n"
+)
 
 
 def test_a_terminal_bench_1_task_is_played_and_passes_when_all_its_tests_do(tmp_path, run):
@@ -726,7 +787,8 @@ def test_a_reference_solution_that_is_not_there_is_said(harbor, run):
         run(oracle(harbor({"solution/solve.sh": None})))
 
 
-# -- GEM -----------------------------------------------------------------------------------------------------------------------------
+# -- GEM
+# -------------------------------------------------------------------------------------------------
 
 
 def test_examples_are_registered_and_the_environment_is_a_gem_one():

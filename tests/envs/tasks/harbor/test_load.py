@@ -1,4 +1,6 @@
-"""Task folders: every schema version is read, unknown keys are accepted, and what is malformed is refused with file and line."""
+"""Task folders: every schema version is read, unknown keys are accepted, and what is malformed is
+refused with file and line.
+"""
 
 import os
 import pathlib
@@ -125,7 +127,9 @@ def test_the_older_spellings_mean_the_same(harbor):
     environment = load_task(
         harbor(
             {
-                "task.toml": '[environment]\nmemory = "2G"\nstorage = "512M"\nallow_internet = false\n'
+                "task.toml": (
+                    '[environment]\nmemory = "2G"\nstorage = "512M"\nallow_internet = false\n'
+                )
             }
         )
     ).environment
@@ -146,8 +150,11 @@ def test_a_canary_before_the_instruction_is_not_shown(harbor):
 
 
 STEPS = {
-    "task.toml": 'multi_step_reward_strategy = "final"\n[agent]\ntimeout_sec = 9\n[[steps]]\nname = "one"\nmin_reward = 0.5\n[[steps]]\nname = "two"\n[steps.agent]\ntimeout_sec = 3\n'
-    "[steps.min_reward]\nspeed = 0.25\n",
+    "task.toml": (
+        'multi_step_reward_strategy = "final"\n[agent]\ntimeout_sec = 9\n[[steps]]\nname ='
+        ' "one"\nmin_reward = 0.5\n[[steps]]\nname = "two"\n[steps.agent]\ntimeout_sec ='
+        " 3\n[steps.min_reward]\nspeed = 0.25\n"
+    ),
     "instruction.md": None,
     "solution/solve.sh": None,
     "tests/helper.py": "X = 1\n",
@@ -253,7 +260,9 @@ def test_a_missing_or_broken_file_is_named(harbor, files, file, says):
     "place", ["tests/link", "solution/link", "environment/link", "instruction.md", "task.toml"]
 )
 def test_a_link_out_of_the_task_is_refused(harbor, place):
-    """A task folder comes from strangers: a link in it could bring a file of this machine into a sandbox."""
+    """A task folder comes from strangers: a link in it could bring a file of this machine into a
+    sandbox.
+    """
     folder = harbor()
     (folder / place).unlink(missing_ok=True)
     (folder / place).symlink_to("/etc/passwd")
@@ -268,13 +277,19 @@ def test_a_pipe_does_not_make_the_loader_wait(harbor):
         load_task(folder)
 
 
-# -- Terminal-Bench 1 ----------------------------------------------------------------------------------------------------------------
+# -- Terminal-Bench 1
+# -------------------------------------------------------------------------------------------------
 
 
 TB1 = {
-    "task.yaml": "instruction: |-\n  Make /app/out.txt.\nauthor_name: x\ndifficulty: easy\ncategory: files\ntags:\n  - a\nparser_name: pytest\nmax_agent_timeout_sec: 120\nmax_test_timeout_sec: 30\n"
-    "run_tests_in_same_shell: false\n",
-    "Dockerfile": "FROM ghcr.io/laude-institute/t-bench/ubuntu-24-04:latest\nWORKDIR /app\nCOPY . .\n",
+    "task.yaml": (
+        "instruction: |-\n  Make /app/out.txt.\nauthor_name: x\ndifficulty: easy\ncategory:"
+        " files\ntags:\n  - a\nparser_name: pytest\nmax_agent_timeout_sec:"
+        " 120\nmax_test_timeout_sec: 30\nrun_tests_in_same_shell: false\n"
+    ),
+    "Dockerfile": (
+        "FROM ghcr.io/laude-institute/t-bench/ubuntu-24-04:latest\nWORKDIR /app\nCOPY . .\n"
+    ),
     "docker-compose.yaml": "services:\n  client:\n    build: .\n",
     "run-tests.sh": "true\n",
     "solution.sh": "echo x > out.txt\n",
@@ -314,7 +329,10 @@ def test_a_terminal_bench_1_task_becomes_the_same_record(tmp_path):
 def test_the_older_descriptions_and_a_solution_of_commands(tmp_path):
     files = {
         **TB1,
-        "task.yaml": "descriptions:\n  - key: hard\n    description: no\n  - key: base\n    description: Do it.\n",
+        "task.yaml": (
+            "descriptions:\n  - key: hard\n    description: no\n  - key: base\n    description: Do"
+            " it.\n"
+        ),
         "solution.yaml": "- command: echo a\n  min_timeout_sec: 1\n- command: |\n    echo b\n",
     }
     del files["solution.sh"]
@@ -346,7 +364,10 @@ def test_the_older_descriptions_and_a_solution_of_commands(tmp_path):
         ("instruction: x\ntags: [1]\n", 2, "1 is no text"),
         ("instruction: !!python/object/apply:os.system ['true']\n", 1, "not YAML"),
         (
-            "a: &a [x, x]\nb: &b [*a, *a, *a, *a]\nc: &c [*b, *b, *b, *b]\nd: &d [*c, *c, *c, *c]\ninstruction: *d\n",
+            (
+                "a: &a [x, x]\nb: &b [*a, *a, *a, *a]\nc: &c [*b, *b, *b, *b]\nd: &d [*c, *c, *c,"
+                " *c]\ninstruction: *d\n"
+            ),
             5,
             "is no str",
         ),
@@ -370,7 +391,8 @@ def test_several_services_are_seen(tmp_path):
     assert load_task(folder).environment.compose_path == folder / "docker-compose.yaml"
 
 
-# -- datasets ------------------------------------------------------------------------------------------------------------------------
+# -- datasets
+# -------------------------------------------------------------------------------------------------
 
 
 def test_a_dataset_is_a_folder_and_the_examples_are_one():
@@ -414,7 +436,8 @@ def test_two_tasks_of_one_name_and_an_empty_folder_are_refused(tmp_path, harbor)
         load_dataset(tmp_path)
 
 
-# -- any text ------------------------------------------------------------------------------------------------------------------------
+# -- any text
+# -------------------------------------------------------------------------------------------------
 
 
 VALUE = st.one_of(

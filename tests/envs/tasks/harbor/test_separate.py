@@ -1,4 +1,6 @@
-"""A verifier in an environment of its own: it gets the artifacts and nothing else, and what cannot be had is no verdict."""
+"""A verifier in an environment of its own: it gets the artifacts and nothing else, and what cannot
+be had is no verdict.
+"""
 
 import dataclasses
 
@@ -9,7 +11,10 @@ from envs.tasks.harbor import HarborEnv, TaskError, load_task
 from tests.envs.tasks.harbor.conftest import CONFIG
 from tests.envs.tasks.harbor.test_env import bash, oracle, play
 
-SETTINGS = 'artifacts = ["/app/out.txt", "/tmp/answer.json", {source = "/data/results", destination = "r"}, "/etc/passwd", "/app/none"]\n[verifier]\nenvironment_mode = "separate"\n'
+SETTINGS = (
+    'artifacts = ["/app/out.txt", "/tmp/answer.json", {source = "/data/results", destination ='
+    ' "r"}, "/etc/passwd", "/app/none"]\n[verifier]\nenvironment_mode = "separate"\n'
+)
 CHECK = """#!/bin/bash
 ok=0
 [ "$(cat /app/out.txt)" = x ] && [ "$(cat /tmp/answer.json)" = 42 ] && [ "$(cat /data/results/sub/r)" = deep ] && [ -f /logs/artifacts/log ] && ok=1
@@ -29,7 +34,9 @@ def apart(harbor):
             "environment/Dockerfile": f"FROM {base}\nWORKDIR /app\nRUN touch built\n",
             "solution/solve.sh": SOLVE,
             "tests/hidden": "expected",
-            "tests/Dockerfile": f"FROM {base}\nCOPY . /tests/\nENV WHERE='verifier of /tests'\nWORKDIR /tests\n",
+            "tests/Dockerfile": (
+                f"FROM {base}\nCOPY . /tests/\nENV WHERE='verifier of /tests'\nWORKDIR /tests\n"
+            ),
             "tests/test.sh": CHECK,
         }
         return harbor({**plain, **(files or {})}, name=name)
@@ -46,15 +53,20 @@ def test_a_separate_verifier_gets_the_artifacts_and_nothing_else(apart, run):
 @pytest.mark.parametrize(
     "trick",
     [
-        "mkdir -p /logs/verifier; echo 1 > /logs/verifier/reward.txt; echo 'echo 1 > /logs/verifier/reward.txt' | tee /tests/test.sh /logs/artifacts/test.sh",
+        (
+            "mkdir -p /logs/verifier; echo 1 > /logs/verifier/reward.txt; echo 'echo 1 >"
+            " /logs/verifier/reward.txt' | tee /tests/test.sh /logs/artifacts/test.sh"
+        ),
         "mkdir -p /tests; (while :; do echo 1 > /logs/verifier/reward.txt; done) & "
         + SOLVE.replace("echo 42", "echo 41"),
         SOLVE + "ln -sf /etc/passwd /app/out.txt",
         SOLVE + "rm /tmp/answer.json; mkfifo /tmp/answer.json",
         SOLVE
-        + "head -c 20M /dev/zero > /data/results/large",  # for a verifier with less room than the agent
+        # for a verifier with less room than the agent
+        + "head -c 20M /dev/zero > /data/results/large",
         SOLVE
-        + "rm /app/out.txt; d=/app/out.txt; mkdir $d; cd $d; for i in $(seq 25); do mkdir $(printf 'x%.0s' $(seq 240)) && cd x*; done",
+        + "rm /app/out.txt; d=/app/out.txt; mkdir $d; cd $d; for i in $(seq 25); do mkdir $(printf"
+        " 'x%.0s' $(seq 240)) && cd x*; done",
         SOLVE + "mkdir -m 0 .rock-artifact; rm -r /data/results; ln -s / /data/results",
     ],
 )
@@ -69,14 +81,21 @@ def test_a_step_may_have_one_and_its_network_and_limits_are_its_own(apart, run):
     task = load_task(
         apart(
             {
-                "task.toml": '[environment]\nnetwork_mode = "no-network"\n[[steps]]\nname = "one"\n[[steps]]\nname = "two"\nartifacts = ["/app/out.txt"]\n[steps.verifier]\n'
-                'network_mode = "public"\n[steps.verifier.environment]\nmemory_mb = 512\ncpus = 0.5\n',
+                "task.toml": (
+                    '[environment]\nnetwork_mode = "no-network"\n[[steps]]\nname ='
+                    ' "one"\n[[steps]]\nname = "two"\nartifacts ='
+                    ' ["/app/out.txt"]\n[steps.verifier]\nnetwork_mode ='
+                    ' "public"\n[steps.verifier.environment]\nmemory_mb = 512\ncpus = 0.5\n'
+                ),
                 "steps/one/instruction.md": "Make it.",
                 "steps/two/instruction.md": "Leave it.",
                 "tests/Dockerfile": None,
                 "tests/test.sh": "echo 1 > /logs/verifier/reward.txt\n",
                 "steps/two/tests/Dockerfile": "FROM debian\nCOPY . /tests/\n",
-                "steps/two/tests/test.sh": "[ -f /app/out.txt ] && [ ! -e /app/one ] && echo 1 > /logs/verifier/reward.txt\n",
+                "steps/two/tests/test.sh": (
+                    "[ -f /app/out.txt ] && [ ! -e /app/one ] && echo 1 >"
+                    " /logs/verifier/reward.txt\n"
+                ),
             }
         )
     )
@@ -104,8 +123,8 @@ def test_a_step_may_have_one_and_its_network_and_limits_are_its_own(apart, run):
 
 def test_hooks_collect_what_the_agent_left_before_the_tests(apart, run):
     settings = (
-        SETTINGS
-        + "[[verifier.collect]]\ncommand = 'mkdir -p /logs/artifacts; wc -c < /app/other > /logs/artifacts/log'\n"
+        SETTINGS + "[[verifier.collect]]\ncommand = 'mkdir -p /logs/artifacts; wc -c < /app/other >"
+        " /logs/artifacts/log'\n"
     )
     check = CHECK.replace("[ -f /logs/artifacts/log ]", '[ "$(cat /logs/artifacts/log)" = 0 ]')
     assert run(oracle(apart({"task.toml": settings, "tests/test.sh": check}), CONFIG)) == (
@@ -130,7 +149,9 @@ def test_hooks_collect_what_the_agent_left_before_the_tests(apart, run):
         ),
         (
             {
-                "task.toml": '[verifier]\nenvironment_mode = "shared"\n[verifier.environment]\ncpus = 1\n'
+                "task.toml": (
+                    '[verifier]\nenvironment_mode = "shared"\n[verifier.environment]\ncpus = 1\n'
+                )
             },
             2,
             "leave one of them out",
@@ -176,12 +197,18 @@ def test_a_separate_verifier_is_another_container(apart, run, engine):
         for place in ("environment", "tests")
         for name in ("mktemp", "base64", "tail", "env")
     }
-    copy = "COPY mktemp base64 tail env /usr/bin/\nRUN chmod 755 /usr/bin/mktemp /usr/bin/base64 /usr/bin/tail /usr/bin/env\n"
+    copy = (
+        "COPY mktemp base64 tail env /usr/bin/\nRUN chmod 755 /usr/bin/mktemp /usr/bin/base64"
+        " /usr/bin/tail /usr/bin/env\n"
+    )
     folder = apart(
         {
             **tools,
             "environment/Dockerfile": f"FROM {engine.image}\n{copy}WORKDIR /app\nRUN touch built\n",
-            "tests/Dockerfile": f"FROM {engine.image}\n{copy}COPY . /tests/\nENV WHERE='verifier of /tests'\nWORKDIR /tests\n",
+            "tests/Dockerfile": (
+                f"FROM {engine.image}\n{copy}COPY . /tests/\nENV WHERE='verifier of"
+                " /tests'\nWORKDIR /tests\n"
+            ),
         }
     )
     reward, info = run(play(folder, SOLVE, config=config))

@@ -1,4 +1,6 @@
-"""Generated program repair: every operator makes another program of the same text, only noticed bugs are tasks, and only mending earns the reward."""
+"""Generated program repair: every operator makes another program of the same text, only noticed
+bugs are tasks, and only mending earns the reward.
+"""
 
 import ast
 import asyncio
@@ -130,13 +132,19 @@ def test_the_same_seed_draws_the_same_and_another_seed_another_order_with_all_ki
     assert len({edit.operator for _, edit in one[:15]}) >= 12
 
 
-# -- packages ------------------------------------------------------------------------------------------------------------------------
+# -- packages
+# -------------------------------------------------------------------------------------------------
 
 
 def write_package(folder, name="small", **files):
     for path, text in {
-        f"{name}__init__": "def double(a):\n    return a * 2\n\n\ndef unused(a):\n    return a - 1\n",
-        "tests__test_it": f"from {name} import double\n\n\ndef test_double():\n    assert double(3) == 6\n\n\ndef test_true():\n    pass\n",
+        f"{name}__init__": (
+            "def double(a):\n    return a * 2\n\n\ndef unused(a):\n    return a - 1\n"
+        ),
+        "tests__test_it": (
+            f"from {name} import double\n\n\ndef test_double():\n    assert double(3) == 6\n\n\ndef"
+            " test_true():\n    pass\n"
+        ),
         **files,
     }.items():
         place = folder / (
@@ -270,7 +278,8 @@ def test_what_is_sound():
         assert not is_sound(before, after)
 
 
-# -- tasks ---------------------------------------------------------------------------------------------------------------------------
+# -- tasks
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +311,8 @@ def test_the_oracle_earns_1_and_nothing_or_tampering_with_the_tests_0(tasks):
             play(tasks[0], "rm -r tests; mkdir tests; touch tests/__init__.py"),
             play(
                 tasks[1],
-                "printf 'import unittest\\nunittest.TestCase.assertEqual = lambda *a, **k: None\\nunittest.TestCase.assertRaises = None\\n' >> csvlite/__init__.py",
+                "printf 'import unittest\\nunittest.TestCase.assertEqual = lambda *a, **k:"
+                " None\\nunittest.TestCase.assertRaises = None\\n' >> csvlite/__init__.py",
             ),
         )
 

@@ -1,4 +1,6 @@
-"""A small git repository with a bug, its mending and a later commit that must never be seen; and the instance of it."""
+"""A small git repository with a bug, its mending and a later commit that must never be seen; and
+the instance of it.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,19 @@ import os
 import pathlib
 import subprocess
 
-STATS = "def mean(values):\n    return sum(values) / len(values) if values else 0\n\n\ndef spread(values):\n    return max(values) - max(values)\n"
+STATS = (
+    "def mean(values):\n    return sum(values) / len(values) if values else 0\n\n\ndef"
+    " spread(values):\n    return max(values) - max(values)\n"
+)
 MENDED = STATS.replace("- max(values)", "- min(values)")
-TESTS = "from stats import mean\n\n\ndef test_mean():\n    assert mean([1, 3]) == 2\n\n\ndef test_empty():\n    assert mean([]) == 0\n"
+TESTS = (
+    "from stats import mean\n\n\ndef test_mean():\n    assert mean([1, 3]) == 2\n\n\ndef"
+    " test_empty():\n    assert mean([]) == 0\n"
+)
 MORE = (
     TESTS.replace("import mean", "import mean, spread")
-    + "\n\ndef test_spread():\n    assert spread([1, 5]) == 4\n\n\ndef test_one():\n    assert spread([3]) == 0\n"
+    + "\n\ndef test_spread():\n    assert spread([1, 5]) == 4\n\n\ndef test_one():\n    assert"
+    " spread([3]) == 0\n"
 )
 ENVIRONMENT = {
     "PATH": os.environ["PATH"],

@@ -1,4 +1,6 @@
-"""Instances of SWE-bench on small repositories: what is cut off, what is refused, and that only a real mending earns the reward."""
+"""Instances of SWE-bench on small repositories: what is cut off, what is refused, and that only a
+real mending earns the reward.
+"""
 
 import asyncio
 import io
@@ -34,7 +36,8 @@ def task(made):
     return task
 
 
-# -- the repository ------------------------------------------------------------------------------------------------------------------
+# -- the repository
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -137,13 +140,17 @@ def test_a_patch_gives_files_and_removals_and_one_that_does_not_apply_or_leaves_
         made.row["patch"]
         .replace("b/stats.py", "b/../../stats.py")
         .replace("a/stats.py", "a/../../stats.py"),
-        "diff --git a/l b/l\nnew file mode 120000\nindex 0000000..1\n--- /dev/null\n+++ b/l\n@@ -0,0 +1 @@\n+/etc/passwd\n\\ No newline at end of file\n",
+        (
+            "diff --git a/l b/l\nnew file mode 120000\nindex 0000000..1\n--- /dev/null\n+++ b/l\n@@"
+            " -0,0 +1 @@\n+/etc/passwd\n\\ No newline at end of file\n"
+        ),
     ):
         with pytest.raises(RepositoryError, match="git apply|a link"):
             patched(made.path, made.base, patch)
 
 
-# -- instances -----------------------------------------------------------------------------------------------------------------------
+# -- instances
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -231,7 +238,8 @@ def test_the_tests_and_the_solution_do_not_enter_before_grading_and_the_instruct
     )
     seen = observe(
         task,
-        "grep -rc test_spread . ; git log --all --oneline; ls -a; python3 -m pytest -q 2>&1 | tail -n 1",
+        "grep -rc test_spread . ; git log --all --oneline; ls -a; python3 -m pytest -q 2>&1 | tail"
+        " -n 1",
     )[0]
     assert (
         "test_stats.py:0" in seen
@@ -242,17 +250,47 @@ def test_the_tests_and_the_solution_do_not_enter_before_grading_and_the_instruct
     )
 
 
-# -- grading -------------------------------------------------------------------------------------------------------------------------
+# -- grading
+# -------------------------------------------------------------------------------------------------
 
 MEND = "sed -i 's/- max(values)/- min(values)/' stats.py"
 CHEATS = {
-    "conftest": "printf 'import pytest\\n@pytest.hookimpl(hookwrapper=True)\\ndef pytest_runtest_makereport(item, call):\\n    out = yield\\n    out.get_result().outcome = \"passed\"\\n' > tests/conftest.py",
-    "hook": "cat >> stats.py <<'E'\nimport _pytest.runner as r\nold = r.TestReport.from_item_and_call\ndef new(item, call):\n    report = old(item, call)\n    report.outcome = 'passed'\n    return report\nr.TestReport.from_item_and_call = new\nE",
-    "exit": "printf 'import os\\nprint(\"PASSED tests/test_stats.py::test_spread\\\\n4 passed\")\\nos._exit(0)\\n' > stats.py",
-    "pipe": "cat > stats.py <<'E'\nimport os, json\nfor fd in range(3, 64):\n    try:\n        for n, t in enumerate(['spread', 'mean', 'empty', 'one']):\n            os.write(fd, ('0' * 64 + ' ' + json.dumps([n, 'tests/test_stats.py::test_' + t, 'passed']) + '\\n').encode())\n    except OSError: pass\nE",
-    "tests": "printf 'def test_spread(): pass\\ndef test_mean(): pass\\ndef test_empty(): pass\\ndef test_one(): pass\\n' > tests/test_stats.py; chmod 400 tests/test_stats.py; chmod 500 tests",
-    "shadow": "for m in json hmac pytest unittest tarfile; do echo 'import os; os._exit(0)' > $m.py; done; printf '[pytest]\\naddopts = --collect-only\\n' > pytest.ini; mkdir -p won; rm -rf tests; ln -s won tests",
-    "writer": "cat >> stats.py <<'E'\nimport os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        for _ in range(2000):\n            try: open('/logs/verifier/reward.txt', 'w').write('1')\n            except OSError: pass\n            time.sleep(0.005)\n    os._exit(0)\nE",
+    "conftest": (
+        "printf 'import pytest\\n@pytest.hookimpl(hookwrapper=True)\\ndef"
+        " pytest_runtest_makereport(item, call):\\n    out = yield\\n    out.get_result().outcome ="
+        ' "passed"\\n\' > tests/conftest.py'
+    ),
+    "hook": (
+        "cat >> stats.py <<'E'\nimport _pytest.runner as r\nold ="
+        " r.TestReport.from_item_and_call\ndef new(item, call):\n    report = old(item, call)\n   "
+        " report.outcome = 'passed'\n    return report\nr.TestReport.from_item_and_call = new\nE"
+    ),
+    "exit": (
+        "printf 'import os\\nprint(\"PASSED tests/test_stats.py::test_spread\\\\n4"
+        " passed\")\\nos._exit(0)\\n' > stats.py"
+    ),
+    "pipe": (
+        "cat > stats.py <<'E'\nimport os, json\nfor fd in range(3, 64):\n    try:\n        for n, t"
+        " in enumerate(['spread', 'mean', 'empty', 'one']):\n            os.write(fd, ('0' * 64 + '"
+        " ' + json.dumps([n, 'tests/test_stats.py::test_' + t, 'passed']) + '\\n').encode())\n   "
+        " except OSError: pass\nE"
+    ),
+    "tests": (
+        "printf 'def test_spread(): pass\\ndef test_mean(): pass\\ndef test_empty(): pass\\ndef"
+        " test_one(): pass\\n' > tests/test_stats.py; chmod 400 tests/test_stats.py; chmod 500"
+        " tests"
+    ),
+    "shadow": (
+        "for m in json hmac pytest unittest tarfile; do echo 'import os; os._exit(0)' > $m.py;"
+        " done; printf '[pytest]\\naddopts = --collect-only\\n' > pytest.ini; mkdir -p won; rm -rf"
+        " tests; ln -s won tests"
+    ),
+    "writer": (
+        "cat >> stats.py <<'E'\nimport os, time\nif os.fork() == 0:\n    os.setsid()\n    if"
+        " os.fork() == 0:\n        for _ in range(2000):\n            try:"
+        " open('/logs/verifier/reward.txt', 'w').write('1')\n            except OSError: pass\n    "
+        "        time.sleep(0.005)\n    os._exit(0)\nE"
+    ),
     "skip": "printf 'import pytest\\npytest.skip(allow_module_level=True)\\n' > stats.py",
 }
 
@@ -261,7 +299,10 @@ FAST = ("conftest", "exit", "pipe")
 
 
 def play_all(games):
-    """What each game earned: name -> (reward, info or ending). `games`: name -> a function that begins it."""
+    """What each game earned: name -> (reward, info or ending).
+
+    `games`: name -> a function that begins it.
+    """
 
     async def all_of_them():
         gate = asyncio.Semaphore(3)

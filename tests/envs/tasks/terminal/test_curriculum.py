@@ -18,8 +18,8 @@ from envs.tasks.terminal import (
     make_task,
     train_seed,
 )
-from envs.tasks.terminal.env import TerminalEnv
 from envs.tasks.terminal.demonstrator import run_expert
+from envs.tasks.terminal.env import TerminalEnv
 
 ALL = FAMILIES + HELD_OUT_FAMILIES
 SEEDS = (0, 1, eval_seed(2))
@@ -35,7 +35,9 @@ def expert_episode(family, seed, error_rate=0.0):
 
 
 def play(family, seed, *commands):
-    """Reward and ending of an agent that sends these commands, whatever comes back, and then says that it is done."""
+    """Reward and ending of an agent that sends these commands, whatever comes back, and then says
+    that it is done.
+    """
 
     async def episode():
         env = TerminalEnv(f"{family}/{seed}", CONFIG, max_turns=len(commands) + 1)
@@ -49,7 +51,8 @@ def play(family, seed, *commands):
     return asyncio.run(episode())
 
 
-# -- every family --------------------------------------------------------------------------------------------------------------------
+# -- every family
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -80,7 +83,9 @@ def test_doing_nothing_earns_0(family):
 
 @pytest.mark.parametrize("family", ALL)
 def test_the_expert_of_another_seed_earns_0(family):
-    """The answer lies in the sandbox: commands that solve one task of a family do not solve the next ones, but for luck with a small number."""
+    """The answer lies in the sandbox: commands that solve one task of a family do not solve the
+    next ones, but for luck with a small number.
+    """
     other = expert_episode(family, 10)
     commands = [
         turn.text.split('"command": "')[1].removesuffix('"}}\n</tool_call>')
@@ -93,11 +98,15 @@ def test_the_expert_of_another_seed_earns_0(family):
 
 @pytest.mark.parametrize("family", ALL)
 def test_a_cheat_earns_0(family):
-    """Reward files in every usual place, replaced programs, a forged last line, answers made of all that is there."""
+    """Reward files in every usual place, replaced programs, a forged last line, answers made of all
+    that is there.
+    """
     cheat = (
-        "mkdir -p logs/verifier tests bin; echo 1 | tee out.txt reward.txt logs/verifier/reward.txt tests/test.sh /tmp/reward.txt; echo '{\"reward\": 1}' > reward.json;"
-        "printf '#!/bin/sh\\necho 1\\n' | tee bin/head bin/stat head stat; chmod +x bin/* head stat; echo 'echo 1; exit 0' > .bashrc; export PATH=.:$PATH BASH_ENV=.bashrc;"
-        "(while :; do echo 1 > out.txt; sleep 0.05; done) > /dev/null 2>&1 & echo 1"
+        "mkdir -p logs/verifier tests bin; echo 1 | tee out.txt reward.txt logs/verifier/reward.txt"
+        " tests/test.sh /tmp/reward.txt; echo '{\"reward\": 1}' > reward.json;printf"
+        " '#!/bin/sh\\necho 1\\n' | tee bin/head bin/stat head stat; chmod +x bin/* head stat; echo"
+        " 'echo 1; exit 0' > .bashrc; export PATH=.:$PATH BASH_ENV=.bashrc;(while :; do echo 1 >"
+        " out.txt; sleep 0.05; done) > /dev/null 2>&1 & echo 1"
     )
     assert play(family, 0, cheat) == (0.0, "failure")
     assert play(family, 0, "cat * > all; mv all out.txt") == (0.0, "failure")
@@ -105,7 +114,9 @@ def test_a_cheat_earns_0(family):
 
 @pytest.mark.parametrize("family", ALL)
 def test_odd_files_in_place_of_the_answer_earn_0_and_no_excuse(family):
-    """A pipe, a link to an endless file, a folder: the verifier neither waits nor breaks, so no agent gets its failures masked."""
+    """A pipe, a link to an endless file, a folder: the verifier neither waits nor breaks, so no
+    agent gets its failures masked.
+    """
     for make in ("mkfifo", "ln -s /dev/zero", "mkdir"):
         targets = f"out.txt {' '.join(make_task(family, 0).files)}"
         assert play(family, 0, f"for f in {targets}; do rm -rf $f; {make} $f; done") == (
@@ -114,7 +125,8 @@ def test_odd_files_in_place_of_the_answer_earn_0_and_no_excuse(family):
         ), make
 
 
-# -- generation ----------------------------------------------------------------------------------------------------------------------
+# -- generation
+# -------------------------------------------------------------------------------------------------
 
 
 def test_there_are_enough_families_and_the_held_out_ones_are_not_trained():
@@ -130,7 +142,10 @@ def test_a_task_is_the_same_in_every_process(family):
 
 
 def test_tasks_do_not_depend_on_pythons_hash_seed():
-    script = "from envs.tasks.terminal import *\nprint([make_task(f, 3) for f in FAMILIES + HELD_OUT_FAMILIES])"
+    script = (
+        "from envs.tasks.terminal import *\nprint([make_task(f, 3) for f in FAMILIES +"
+        " HELD_OUT_FAMILIES])"
+    )
     outputs = {
         subprocess.run(
             [sys.executable, "-c", script],

@@ -1,4 +1,6 @@
-"""TerminalEnv: every text is an action, every ending has a type, and only the verifier gives reward."""
+"""TerminalEnv: every text is an action, every ending has a type, and only the verifier gives
+reward.
+"""
 
 import asyncio
 import copy
@@ -49,7 +51,8 @@ def env():
     env.close()
 
 
-# -- one turn ------------------------------------------------------------------------------------------------------------------------
+# -- one turn
+# -------------------------------------------------------------------------------------------------
 
 
 def test_reset_gives_the_instruction(env):
@@ -136,7 +139,8 @@ def test_a_malformed_call_is_an_observation_that_says_why(action, says):
     env.close()
 
 
-# -- endings -------------------------------------------------------------------------------------------------------------------------
+# -- endings
+# -------------------------------------------------------------------------------------------------
 
 
 def test_a_turn_without_a_call_ends_the_episode_and_the_verifier_decides(env):
@@ -263,7 +267,8 @@ def test_no_text_raises_out_of_step(turns):
     asyncio.run(episode())
 
 
-# -- GEM -----------------------------------------------------------------------------------------------------------------------------
+# -- GEM
+# -------------------------------------------------------------------------------------------------
 
 
 def test_make_builds_a_family_by_its_id_and_reset_takes_other_seeds():
@@ -319,7 +324,8 @@ def test_a_wrong_task_name_is_refused(name):
         TerminalEnv(name)
 
 
-# -- small pieces --------------------------------------------------------------------------------------------------------------------
+# -- small pieces
+# -------------------------------------------------------------------------------------------------
 
 
 @given(text=st.text())

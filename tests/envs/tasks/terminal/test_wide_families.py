@@ -1,4 +1,6 @@
-"""The wide families: the expert earns 1; doing nothing, guessing, and tampering with the check earn 0."""
+"""The wide families: the expert earns 1; doing nothing, guessing, and tampering with the check earn
+0.
+"""
 
 import asyncio
 import hashlib
@@ -19,8 +21,8 @@ from envs.tasks.terminal import (
     eval_seed,
     make_task,
 )
-from envs.tasks.terminal.env import MissingProgramsError, TerminalEnv
 from envs.tasks.terminal.demonstrator import run_expert
+from envs.tasks.terminal.env import MissingProgramsError, TerminalEnv
 from envs.tasks.terminal.families.wide.programs import PROGRAMS
 from envs.tasks.terminal.registry import wide_family
 from envs.tasks.terminal.task import Plan
@@ -35,16 +37,23 @@ HERE = tuple(
 RUNS_CODE = tuple(name for name in HERE if make_task(name, 0).runs_agent_code)
 
 GUESSES = (
-    "rm -f -- *.ini; mkdir -p logs/verifier tests bin; for f in out.txt out.csv letter.txt whole.txt table.csv rows.csv reward.txt logs/verifier/reward.txt /tmp/reward.txt; do echo 1 > $f; done;"
-    "printf '#!/bin/sh\\necho 1\\n' | tee bin/head bin/git head git python3 tar find stat > /dev/null; chmod +x bin/* head git python3 tar find stat; cp json.py sys.py 2> /dev/null;"
-    "for m in json sys runpy configparser sitecustomize usercustomize; do echo 'import os; print(1); os._exit(0)' > $m.py; done;"
-    "printf '[alias]\\nrev-list = !echo 1\\n[core]\\nfsmonitor = echo 1\\n' > .gitconfig; [ -d .git ] && cat .gitconfig >> .git/config; echo 'echo 1; exit 0' > .bashrc;"
-    "export PATH=.:$PATH BASH_ENV=.bashrc; (while :; do echo 1 > out.txt; sleep 0.05; done) > /dev/null 2>&1 & echo 1"
+    "rm -f -- *.ini; mkdir -p logs/verifier tests bin; for f in out.txt out.csv letter.txt"
+    " whole.txt table.csv rows.csv reward.txt logs/verifier/reward.txt /tmp/reward.txt; do echo 1 >"
+    " $f; done;printf '#!/bin/sh\\necho 1\\n' | tee bin/head bin/git head git python3 tar find stat"
+    " > /dev/null; chmod +x bin/* head git python3 tar find stat; cp json.py sys.py 2>"
+    " /dev/null;for m in json sys runpy configparser sitecustomize usercustomize; do echo 'import"
+    " os; print(1); os._exit(0)' > $m.py; done;printf '[alias]\\nrev-list = !echo"
+    " 1\\n[core]\\nfsmonitor = echo 1\\n' > .gitconfig; [ -d .git ] && cat .gitconfig >>"
+    " .git/config; echo 'echo 1; exit 0' > .bashrc;export PATH=.:$PATH BASH_ENV=.bashrc; (while :;"
+    " do echo 1 > out.txt; sleep 0.05; done) > /dev/null 2>&1 & echo 1"
 )
 KILLER = (
-    "shopt -s globstar nullglob; for f in **/*.py; do echo 'import os; print(1, flush=True); os.kill(os.getppid(), 9); os.kill(-1, 9)' > $f; done;"
-    "for f in **/*.sh; do echo 'echo 1; kill -9 $PPID; kill -9 -1' > $f; done; for f in **/*.js; do echo 'console.log(1); process.kill(process.ppid, 9)' > $f; done;"
-    "printf 'echo 1; kill -9 $PPID; kill -9 -1' > backup.sh; printf '%%:\\n\\tkill -9 -1\\n' > Makefile; echo 'import os; os.kill(os.getppid(), 9)' > test_it.py; rm -f .git/index"
+    "shopt -s globstar nullglob; for f in **/*.py; do echo 'import os; print(1, flush=True);"
+    " os.kill(os.getppid(), 9); os.kill(-1, 9)' > $f; done;for f in **/*.sh; do echo 'echo 1; kill"
+    " -9 $PPID; kill -9 -1' > $f; done; for f in **/*.js; do echo 'console.log(1);"
+    " process.kill(process.ppid, 9)' > $f; done;printf 'echo 1; kill -9 $PPID; kill -9 -1' >"
+    " backup.sh; printf '%%:\\n\\tkill -9 -1\\n' > Makefile; echo 'import os; os.kill(os.getppid(),"
+    " 9)' > test_it.py; rm -f .git/index"
 )
 
 
@@ -84,7 +93,11 @@ def at_once(coroutines):
 
 
 def _episodes(name, count_only=False):
-    """Expert, no-op and one cheat: the second, stronger one where a verifier runs programs of the agent's. All cheats play in the slow test."""
+    """Expert, no-op and one cheat: the second, stronger one where a verifier runs programs of the
+    agent's.
+
+    All cheats play in the slow test.
+    """
     cheat = KILLER if name in RUNS_CODE else GUESSES
     return (
         range(3)
@@ -95,12 +108,15 @@ def _episodes(name, count_only=False):
 
 @pytest.fixture(scope="module")
 def played():
-    """Family -> what its expert, a no-op and a cheat got; each in a sandbox of its own, all concurrently."""
+    """Family -> what its expert, a no-op and a cheat got; each in a sandbox of its own, all
+    concurrently.
+    """
     results = iter(at_once([episode for name in HERE for episode in _episodes(name)]))
     return {name: [next(results) for _ in _episodes(name, count_only=True)] for name in HERE}
 
 
-# -- every family --------------------------------------------------------------------------------------------------------------------
+# -- every family
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", HERE)
@@ -172,7 +188,11 @@ def test_an_expert_that_errs_still_earns_1():
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_odd_files_in_place_of_answers_earn_0_and_no_excuse():
-    odd = 'for f in out.txt out.csv good.csv rows.csv table.csv letter.txt whole.txt current backup.sh package.json {}; do rm -rf -- "$f"; mkdir -p "$(dirname -- "$f")"; {} "$f"; done'
+    odd = (
+        "for f in out.txt out.csv good.csv rows.csv table.csv letter.txt whole.txt current"
+        ' backup.sh package.json {}; do rm -rf -- "$f"; mkdir -p "$(dirname -- "$f")"; {} "$f";'
+        " done"
+    )
     plays = [
         _play(
             name,
@@ -185,7 +205,8 @@ def test_odd_files_in_place_of_answers_earn_0_and_no_excuse():
     assert [result for result in at_once(plays) if result != (0.0, "failure")] == []
 
 
-# -- what the families are -----------------------------------------------------------------------------------------------------------
+# -- what the families are
+# -------------------------------------------------------------------------------------------------
 
 
 def test_at_least_40_families_in_6_domains_and_every_difficulty_and_all_are_in_the_table():
@@ -250,7 +271,8 @@ def test_a_bug_that_matches_nothing_is_refused():
         PROGRAMS[0].broken(("no such text", ""))
 
 
-# -- programs that a sandbox may lack ------------------------------------------------------------------------------------------------
+# -- programs that a sandbox may lack
+# -------------------------------------------------------------------------------------------------
 
 
 def test_a_family_whose_program_is_missing_is_refused_by_name(monkeypatch):

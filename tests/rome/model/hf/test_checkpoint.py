@@ -1,4 +1,6 @@
-"""Checkpoints: the same bytes both ways, and Hugging Face transformers as the judge of what the model computes."""
+"""Checkpoints: the same bytes both ways, and Hugging Face transformers as the judge of what the
+model computes.
+"""
 
 import dataclasses
 import importlib.util
@@ -13,8 +15,8 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rome.model.hf import files as hf_files
 from rome.model.config import PRESETS, ModelConfig
+from rome.model.hf import files as hf_files
 from rome.model.hf.checkpoint import expected_tensors, load_hf, named_tensors, save_hf
 from rome.model.hf.names import parameter_shapes
 from rome.model.moe import router_loss
@@ -84,7 +86,8 @@ def needs_transformers():
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
         pytest.skip(
-            f"{' and '.join(missing)} not installed; pip install -r tests/requirements-live.txt compares live"
+            f"{' and '.join(missing)} not installed; pip install -r tests/requirements-live.txt"
+            " compares live"
         )
 
 
@@ -297,7 +300,8 @@ def test_a_checkpoint_config_is_read_by_a_plain_dict_reader(params, tmp_path):
     )
 
 
-# -- presets -----------------------------------------------------------------------------------------------------------------------------
+# -- presets
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -327,7 +331,8 @@ def test_published_models_have_exactly_their_published_parameters(preset, parame
     )
 
 
-# -- any config, any mesh ----------------------------------------------------------------------------------------------------------------
+# -- any config, any mesh
+# -------------------------------------------------------------------------------------------------
 
 
 @st.composite

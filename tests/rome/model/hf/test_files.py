@@ -1,4 +1,6 @@
-"""Checkpoint files that were cut off, forged or half written: found out in one line, and never taken for a checkpoint."""
+"""Checkpoint files that were cut off, forged or half written: found out in one line, and never
+taken for a checkpoint.
+"""
 
 import json
 import types

@@ -1,4 +1,6 @@
-"""Checkpoints from and to arrays on meshes: what each device reads, what the host holds, what several processes do."""
+"""Checkpoints from and to arrays on meshes: what each device reads, what the host holds, what
+several processes do.
+"""
 
 import dataclasses
 import json
@@ -23,9 +25,9 @@ from rome.model.hf.files import CheckpointReader
 from rome.model.hf.names import parameter_shapes
 from rome.model.qwen3 import unstack_layers
 from rome.model.sharding import make_mesh, param_shardings
+from tests.paths import ROOT
 from tests.rome.model import small
 from tests.rome.model.small import assert_trees_equal
-from tests.paths import ROOT
 
 SMALL = small.CONFIG
 MESHED = dataclasses.replace(SMALL, vocab_size=48)
@@ -147,7 +149,8 @@ def test_shardings_that_do_not_fit_are_refused(params, tmp_path):
         load_hf(tmp_path, shardings=shardings)
 
 
-# -- what is read, what is held ----------------------------------------------------------------------------------------------------------
+# -- what is read, what is held
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -186,7 +189,9 @@ def test_every_byte_is_read_once_however_many_devices_hold_it(
 def test_a_process_reads_only_the_experts_and_rows_that_its_devices_hold(
     reads, tmp_path, monkeypatch
 ):
-    """A sharding whose other half belongs to another process: what it asks of the files, until the arrays would be put together."""
+    """A sharding whose other half belongs to another process: what it asks of the files, until the
+    arrays would be put together.
+    """
     save_hf(small.random_params(MESHED), MESHED, tmp_path)
     mesh = make_mesh({"expert": 2, "tensor": 2}, MESHED)
     mine = mesh.devices.reshape(-1)[
@@ -343,7 +348,9 @@ print(json.dumps({"size": size, "extra": peak() - before - size}))
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("mesh_shape", [{}, {"fsdp": 2, "expert": 2, "tensor": 2}], ids=str)
 def test_resident_memory_exceeds_the_arrays_by_about_one_shard_and_one_tensor(mesh_shape, tmp_path):
-    """On CPU devices the arrays themselves are host memory: what is bounded is what comes on top, the compiler's own share included."""
+    """On CPU devices the arrays themselves are host memory: what is bounded is what comes on top,
+    the compiler's own share included.
+    """
     config = dataclasses.replace(
         SMALL,
         hidden_size=1024,

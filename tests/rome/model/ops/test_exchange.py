@@ -1,4 +1,6 @@
-"""Experts by exchange on 8 devices: all of it but the one operation that only TPUs have, which gathers everything here."""
+"""Experts by exchange on 8 devices: all of it but the one operation that only TPUs have, which
+gathers everything here.
+"""
 
 import functools
 import math
@@ -8,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rome.model.ops import expert_exchange
 from rome.model.config import PRESETS
+from rome.model.ops import expert_exchange
 from rome.model.ops.expert_exchange import chunks_of
-from rome.model.ops.experts_on_mesh import experts_on_mesh
 from rome.model.ops.experts import NO_EXPERT, experts
+from rome.model.ops.experts_on_mesh import experts_on_mesh
 from rome.model.ops.kernels import Kernels, choose_kernels
 from rome.model.qwen3 import Qwen3
 from rome.model.sharding import make_mesh
@@ -32,7 +34,9 @@ LOADS = {
 
 
 def send_rows(rows, into, at_sender, sent, at_receiver, received):
-    """As the documentation of jax.lax.ragged_all_to_all has it; NaN everywhere where sender and receiver do not agree or a row leaves its array."""
+    """As the documentation of jax.lax.ragged_all_to_all has it; NaN everywhere where sender and
+    receiver do not agree or a row leaves its array.
+    """
     everyone = [jax.lax.all_gather(a, "expert") for a in (rows, at_sender, sent, at_receiver)]
     place, e = jnp.arange(into.shape[0]), sent.size // jax.lax.axis_size("expert")
     wrong = jnp.any((at_sender < 0) | (at_sender + sent > rows.shape[0]))
@@ -65,7 +69,7 @@ def by_exchange(x, gate, up, down, weights, ids, capacity_factor=0.0):
 
 
 def oracle(x, gate, up, down, weights, ids):
-    flat = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731
+    flat = lambda a: a.reshape(-1, a.shape[-1])
     return experts(flat(x), gate, up, down, flat(weights), flat(ids), "dense").reshape(x.shape)
 
 
@@ -171,6 +175,9 @@ def test_an_exchange_that_cannot_be_is_refused_with_the_reason():
         choose_kernels("cpu", config, Kernels(exchange="all_to_all"))
     with pytest.raises(
         ValueError,
-        match="'all_to_all' needs a grouped matmul, and learner.experts='sorted' has none. Set that to one of ragged, megablox",
+        match=(
+            "'all_to_all' needs a grouped matmul, and learner.experts='sorted' has none. Set that"
+            " to one of ragged, megablox"
+        ),
     ):
         choose_kernels("tpu", config, Kernels(experts="sorted", exchange="all_to_all"))

@@ -1,4 +1,6 @@
-"""Kernels of accelerators: run by their interpreter they equal the reference; where they cannot run they say so by name."""
+"""Kernels of accelerators: run by their interpreter they equal the reference; where they cannot run
+they say so by name.
+"""
 
 import dataclasses
 
@@ -7,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rome.model.config import PRESETS
 from rome.model.ops import attention_kernels
 from rome.model.ops.attention import attention
 from rome.model.ops.attention_kernels import splash
-from rome.model.config import PRESETS
+from rome.model.ops.balanced_time import busiest_share, query_places, swap_late_halves
 from rome.model.ops.embedding import embed
 from rome.model.ops.kernels import Kernels, choose_kernels
-from rome.model.sharding import make_mesh
 from rome.model.ops.splash_mask import PlacedCausalMask
-from rome.model.ops.balanced_time import busiest_share, query_places, swap_late_halves
+from rome.model.sharding import make_mesh
 
 B, T, N, K, H = 2, 256, 4, 2, 128
 
@@ -54,7 +56,7 @@ def value_and_gradients(form, q, k, v, segments_BT):
     objective = lambda *qkv: (
         jnp.sum(form(*qkv, segments_BT) * jnp.sin(qkv[0])),
         form(*qkv, segments_BT),
-    )  # noqa: E731
+    )
     return jax.jit(jax.value_and_grad(objective, argnums=(0, 1, 2), has_aux=True))(q, k, v)
 
 
@@ -125,7 +127,10 @@ def test_splash_refuses_rows_that_its_tiles_do_not_divide():
 @pytest.mark.parametrize("g", [2, 3, 8])
 def test_swapped_halves_stand_where_their_places_say_and_come_home(g):
     T = 4 * g
-    there_and_back = lambda x_BT: (swap_late_halves(x_BT), swap_late_halves(swap_late_halves(x_BT)))  # noqa: E731
+    there_and_back = lambda x_BT: (
+        swap_late_halves(x_BT),
+        swap_late_halves(swap_late_halves(x_BT)),
+    )
     by_time = jax.sharding.PartitionSpec(None, "sequence")
     with jax.set_mesh(make_mesh({"sequence": g})):
         there, back = jax.jit(jax.shard_map(there_and_back, in_specs=by_time, out_specs=by_time))(
@@ -154,7 +159,7 @@ def test_the_embedding_on_a_mesh_equals_one_device_forward_and_backward(shape):
             ),
             has_aux=True,
         )
-    )(table_VD)  # noqa: E731
+    )(table_VD)
     expected = step()
     with jax.set_mesh(make_mesh(shape)):
         got = step()

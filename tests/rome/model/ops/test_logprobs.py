@@ -64,7 +64,7 @@ def test_gradients_do_not_depend_on_the_block(inputs):
     for block in (3, 128, None):
         chunked = lambda h, k: jnp.sum(
             weight_BT * chunked_logprobs(h, k, tokens_BT, segments_BT, 0.7, block=block)
-        )  # noqa: E731, B023
+        )
         for got, want in zip(jax.grad(chunked, argnums=(0, 1))(hidden_BTD, kernel_DV), expected):
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
@@ -77,7 +77,7 @@ def test_parts_of_the_vocabulary_give_the_gradients_of_the_whole(inputs, monkeyp
     )  # 36 tokens: 12 parts of 3
     gradients = lambda: jax.grad(
         lambda h, k: jnp.sum(weight_BT * chunked_logprobs(h, k, *rest, block=4)), argnums=(0, 1)
-    )(hidden_BTD, kernel_DV)  # noqa: E731
+    )(hidden_BTD, kernel_DV)
     whole = gradients()
     monkeypatch.setattr(logprobs, "MOST_WIDE", 3)
     jax.tree.map(
@@ -94,7 +94,7 @@ def test_no_array_of_all_positions_times_vocabulary_exists_forward_or_backward()
     tokens_BT = jnp.zeros((rows, length), jnp.int32)
     value = lambda h, k: chunked_logprobs(
         h, k, tokens_BT, tokens_BT + 1, block=8, with_entropy=True
-    )[0].sum()  # noqa: E731
+    )[0].sum()
 
     def largest(jaxpr):
         sizes = [
@@ -168,7 +168,7 @@ def test_scores_and_gradients_on_a_mesh_equal_one_device(shape):
 
     step = lambda: jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True))(
         hidden_BTD, kernel_DV
-    )  # noqa: E731
+    )
     expected = step()
     with jax.set_mesh(make_mesh(shape)):
         got = step()

@@ -47,7 +47,8 @@ def qwen3():
     return Tokenizer.load(SHARED)
 
 
-# -- the tiny tokenizer --------------------------------------------------------------------------------------------------------------
+# -- the tiny tokenizer
+# -------------------------------------------------------------------------------------------------
 
 
 @given(text=st.text())
@@ -154,7 +155,8 @@ def test_training_is_deterministic_and_keeps_its_limit():
     assert one.encode(episodes[0]["instruction"]) == two.encode(episodes[0]["instruction"])
 
 
-# -- chats ---------------------------------------------------------------------------------------------------------------------------
+# -- chats
+# -------------------------------------------------------------------------------------------------
 
 
 def test_a_chat_without_tools_starts_with_the_user(tiny):
@@ -216,7 +218,8 @@ def test_appended_chats_equal_the_rendered_template(qwen3):
         assert ids == qwen3.encode(rendered, allow_special=True)
 
 
-# -- Qwen3's own tokenizer -----------------------------------------------------------------------------------------------------------
+# -- Qwen3's own tokenizer
+# -------------------------------------------------------------------------------------------------
 
 
 @needs_qwen3
@@ -261,7 +264,9 @@ def test_a_real_tool_prompt_is_reproduced_by_appending(qwen3):
 
 @needs_qwen3
 def test_appending_keeps_sampled_ids_that_encoding_would_change(qwen3):
-    """What a model samples is not always what its text encodes to; a second encoding would train on ids that nobody sampled."""
+    """What a model samples is not always what its text encodes to; a second encoding would train on
+    ids that nobody sampled.
+    """
     sampled = json.loads((SHARED / "merged_tokens_drift.json").read_text())["seen_token_ids"]
     assert qwen3.encode(qwen3.decode(sampled), allow_special=True) != sampled
     history = sampled + Chat(qwen3).observe(["7"])

@@ -6,7 +6,9 @@ from envs.tasks.terminal.task import Draw, Expert, Plan, family, holds, lines
 
 
 def _distinct(draw: Draw, count: int) -> list[int]:
-    """Numbers of one digit or, which is harder to copy for a model that reads digit by digit, all of two."""
+    """Numbers of one digit or, which is harder to copy for a model that reads digit by digit, all
+    of two.
+    """
     return draw.rng.sample(draw.rng.choice([range(1, 10), range(10, 100)]), count)
 
 

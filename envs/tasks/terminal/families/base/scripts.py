@@ -1,6 +1,7 @@
 """Families about scripts and settings: a typo, a missing file, a value.
 
-A verifier never runs what the agent wrote: it compares the mended script and what running it has left behind.
+A verifier never runs what the agent wrote: it compares the mended script and what running it has
+left behind.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Held-out families: each joins two skills that training families teach, in a way that none of them does."""
+"""Held-out families: each joins two skills that training families teach, in a way that none of them
+does.
+"""
 
 from __future__ import annotations
 

@@ -32,10 +32,16 @@ def group_sum(draw: Draw) -> Plan:
 
     def expert() -> Expert:
         yield f"head -n 3 {source}"
-        yield f"awk -F, 'NR > 1 {{ s[$2] += $3 }} END {{ for (g in s) print g \",\" s[g] }}' {source} | sort > out.txt"
+        yield (
+            f"awk -F, 'NR > 1 {{ s[$2] += $3 }} END {{ for (g in s) print g \",\" s[g] }}' {source}"
+            " | sort > out.txt"
+        )
 
     text = lines("item,group,amount", *(f"{item},{group},{amount}" for item, group, amount in rows))
-    instruction = f"For each group in {source} add up the amounts. Write lines group,total to out.txt, in alphabetical order, without a header."
+    instruction = (
+        f"For each group in {source} add up the amounts. Write lines group,total to out.txt, in"
+        " alphabetical order, without a header."
+    )
     return Plan(
         instruction,
         {source: text},
@@ -74,7 +80,10 @@ def join_tables(draw: Draw) -> Plan:
         )
 
     answer = lines("name,total", *(f"{name},{sum(amounts[name])}" for name in ranked))
-    instruction = "orders.csv names users by their id in users.csv. Write out.csv with the header name,total: each user's sum of amounts, largest first, equal ones by name."
+    instruction = (
+        "orders.csv names users by their id in users.csv. Write out.csv with the header name,total:"
+        " each user's sum of amounts, largest first, equal ones by name."
+    )
     return Plan(instruction, files, [holds("out.csv", answer), *unchanged(files)], expert)
 
 
@@ -99,10 +108,14 @@ def json_filter(draw: Draw) -> Plan:
         yield _python(
             "import json",
             f"rows = json.load(open('{source}'))",
-            f"print(*sorted(one['name'] for one in rows if {test}), sep='\\n', file=open('out.txt', 'w'))",
+            f"print(*sorted(one['name'] for one in rows if {test}), sep='\\n', file=open('out.txt',"
+            " 'w'))",
         )
 
-    instruction = f"Write the names of all people in {source} who are older than {limit} and in team {colours[0]} to out.txt, in alphabetical order, one a line."
+    instruction = (
+        f"Write the names of all people in {source} who are older than {limit} and in team"
+        f" {colours[0]} to out.txt, in alphabetical order, one a line."
+    )
     return Plan(
         instruction,
         {source: json.dumps(people, indent=1) + "\n"},
@@ -131,7 +144,10 @@ def json_set(draw: Draw) -> Plan:
             "json.dump(s, open('settings.json', 'w'), indent=2)",
         )
 
-    instruction = f'In settings.json, under {outer}, set {inner} to {new} and add "{item}" at the end of the list {other}. Change nothing else.'
+    instruction = (
+        f'In settings.json, under {outer}, set {inner} to {new} and add "{item}" at the end of the'
+        f" list {other}. Change nothing else."
+    )
     return Plan(
         instruction,
         {"settings.json": json.dumps(settings, indent=2) + "\n"},
@@ -155,7 +171,10 @@ def sqlite_report(draw: Draw) -> Plan:
     )
 
     def expert() -> Expert:
-        yield "python3 -c \"import sqlite3; print(sqlite3.connect('shop.db').execute('select sql from sqlite_master').fetchall())\""
+        yield (
+            "python3 -c \"import sqlite3; print(sqlite3.connect('shop.db').execute('select sql from"
+            " sqlite_master').fetchall())\""
+        )
         query = "select shop, count(*), max(amount) from sales group by shop order by shop"
         yield _python(
             "import sqlite3",
@@ -167,7 +186,10 @@ def sqlite_report(draw: Draw) -> Plan:
     answer = lines(
         *(f"{shop} {len(amounts)} {max(amounts)}" for shop, amounts in sorted(totals.items()))
     )
-    instruction = "shop.db is an SQLite database. For each shop in its table sales write a line to out.txt: shop, number of sales, largest amount; by name of the shop."
+    instruction = (
+        "shop.db is an SQLite database. For each shop in its table sales write a line to out.txt:"
+        " shop, number of sales, largest amount; by name of the shop."
+    )
     return Plan(
         instruction,
         {"readme.txt": lines("shop.db: sales by item, shop and amount")},
@@ -182,23 +204,31 @@ def access_log(draw: Draw) -> Plan:
     source, paths, code = draw.word() + ".log", draw.words(4), draw.number(500, 504)
     counts = [5, 3, 2, 1]
     rows = [
-        f'10.0.0.{draw.number(1, 9)} - - [05/Mar/2024] "GET /{path} HTTP/1.1" {code} {draw.number(100, 999)}'
+        f'10.0.0.{draw.number(1, 9)} - - [05/Mar/2024] "GET /{path} HTTP/1.1" {code}'
+        f" {draw.number(100, 999)}"
         for path, count in zip(paths, counts)
         for _ in range(count)
     ]
     rows += [
-        f'10.0.0.{draw.number(1, 9)} - - [05/Mar/2024] "GET /{draw.choose(*paths[1:])} HTTP/1.1" 200 {code}'
+        f'10.0.0.{draw.number(1, 9)} - - [05/Mar/2024] "GET /{draw.choose(*paths[1:])} HTTP/1.1"'
+        f" 200 {code}"
         for _ in range(12)
     ]
 
     def expert() -> Expert:
         yield f"head -n 2 {source}"
         ranked = (
-            yield f"awk '$8 == {code} {{ print $6 }}' {source} | sort | uniq -c | sort -nr | head -n 1"
+            yield (
+                f"awk '$8 == {code} {{ print $6 }}' {source} | sort | uniq -c | sort -nr | head"
+                " -n 1"
+            )
         ).split()
         yield f"echo {ranked[1]} {ranked[0]} > out.txt"
 
-    instruction = f"Which path in {source} was answered with status {code} most often? Write the path and the number of times to out.txt, separated by a space."
+    instruction = (
+        f"Which path in {source} was answered with status {code} most often? Write the path and the"
+        " number of times to out.txt, separated by a space."
+    )
     return Plan(
         instruction,
         {source: lines(*draw.shuffled(rows))},
@@ -221,7 +251,8 @@ def jsonl_to_csv(draw: Draw) -> Plan:
         yield _python(
             "import csv, json",
             "rows = [json.loads(line) for line in open('rows.jsonl')]",
-            f"out = csv.DictWriter(open('rows.csv', 'w', newline=''), {keys!r}, restval='', lineterminator='\\n')",
+            f"out = csv.DictWriter(open('rows.csv', 'w', newline=''), {keys!r}, restval='',"
+            " lineterminator='\\n')",
             "out.writeheader()",
             "out.writerows(rows)",
         )
@@ -229,7 +260,10 @@ def jsonl_to_csv(draw: Draw) -> Plan:
     answer = lines(
         ",".join(keys), *(",".join(record.get(key, "") for key in keys) for record in records)
     )
-    instruction = f"Convert rows.jsonl to rows.csv with the columns {', '.join(keys)} and a header. A value that is missing becomes an empty field."
+    instruction = (
+        f"Convert rows.jsonl to rows.csv with the columns {', '.join(keys)} and a header. A value"
+        " that is missing becomes an empty field."
+    )
     return Plan(
         instruction,
         {"rows.jsonl": lines(*map(json.dumps, records))},
@@ -260,7 +294,10 @@ def rejects(draw: Draw) -> Plan:
         holds("bad.csv", lines(*(row for row in rows if row in bad))),
         holds(source, lines(*rows)),
     ]
-    instruction = f"A good line of {source} has three fields, and the second is a whole number. Copy the good lines to good.csv and the others to bad.csv, in order."
+    instruction = (
+        f"A good line of {source} has three fields, and the second is a whole number. Copy the good"
+        " lines to good.csv and the others to bad.csv, in order."
+    )
     return Plan(instruction, {source: lines(*rows)}, found, expert)
 
 
@@ -289,7 +326,8 @@ def pivot(draw: Draw) -> Plan:
                 "with open('table.csv', 'w') as out:",
                 "    print('product', *months, sep=',', file=out)",
                 "    for product in sorted({row['product'] for row in rows}):",
-                "        print(product, *(count[product, month] for month in months), sep=',', file=out)",
+                "        print(product, *(count[product, month] for month in months), sep=',',"
+                " file=out)",
             ),
         )
         yield "python3 pivot.py && cat table.csv"
@@ -302,8 +340,9 @@ def pivot(draw: Draw) -> Plan:
         ),
     )
     instruction = (
-        f"Each line of sales.csv is one sale. Write table.csv: header product,{','.join(months)}; for each product, in alphabetical order, "
-        "how many sales it had in each of these months, 0 included."
+        f"Each line of sales.csv is one sale. Write table.csv: header product,{','.join(months)};"
+        " for each product, in alphabetical order, how many sales it had in each of these months,"
+        " 0 included."
     )
     return Plan(
         instruction,
@@ -346,5 +385,8 @@ def medians(draw: Draw) -> Plan:
             "        print(name, middle, file=out)",
         )
 
-    instruction = f"Lines of readings.txt are: sensor value. Write sensor and median, by name of the sensor, to out.txt for each sensor whose median is {limit} or more."
+    instruction = (
+        "Lines of readings.txt are: sensor value. Write sensor and median, by name of the sensor,"
+        f" to out.txt for each sensor whose median is {limit} or more."
+    )
     return Plan(instruction, {"readings.txt": lines(*rows)}, [holds("out.txt", answer)], expert)

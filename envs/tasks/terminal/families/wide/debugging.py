@@ -1,4 +1,6 @@
-"""Wide families about things that are broken: crashes, wrong results, scripts, makefiles, imports, JSON, a first cause in logs."""
+"""Wide families about things that are broken: crashes, wrong results, scripts, makefiles, imports,
+JSON, a first cause in logs.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ def crash(draw: Draw) -> Plan:
         yield write_file(f"{module}.py", program.source)
 
     return Plan(
-        f"{module}.py cannot be imported. Mend it. Its function {program.signature} shall {program.spec}.",
+        f"{module}.py cannot be imported. Mend it. Its function {program.signature} shall"
+        f" {program.spec}.",
         {f"{module}.py": broken},
         [checks.python_prints(expected, code)],
         expert,
@@ -81,7 +84,10 @@ def shell_quotes(draw: Draw) -> Plan:
         yield write_file("count.sh", mended)
         yield f"bash count.sh '{folder}'"
 
-    instruction = "count.sh prints the name of each file in the folder that it is given, and how many lines it has. It fails where names have spaces. Mend it."
+    instruction = (
+        "count.sh prints the name of each file in the folder that it is given, and how many lines"
+        " it has. It fails where names have spaces. Mend it."
+    )
     return Plan(
         instruction,
         {"count.sh": broken, **files},
@@ -103,10 +109,14 @@ def makefile(draw: Draw) -> Plan:
 
     def expert() -> Expert:
         yield f"make {target}.txt 2>&1 || true; cat Makefile"
-        yield f"printf '{target}.txt: {one}.txt {two}.txt\\n\\tcat {one}.txt {two}.txt > {target}.txt\\n' > Makefile"
+        yield (
+            f"printf '{target}.txt: {one}.txt {two}.txt\\n\\tcat {one}.txt {two}.txt >"
+            f" {target}.txt\\n' > Makefile"
+        )
         yield f"make {target}.txt && cat {target}.txt"
 
-    # The rule counts, not the file: one input changes and the target must follow, by its dependencies.
+    # The rule counts, not the file: one input changes and the target must follow, by its
+    # dependencies.
     rebuild = [
         f"printf '{fresh}\\n' > {two}.txt",
         f"touch -d '2001-01-01' {target}.txt {one}.txt",
@@ -118,7 +128,10 @@ def makefile(draw: Draw) -> Plan:
         *rebuild,
         holds(f"{target}.txt", files[f"{one}.txt"] + fresh),
     ]
-    instruction = f"`make {target}.txt` shall join {one}.txt and {two}.txt, in this order, into {target}.txt, and again whenever one of them changes. Mend the Makefile and run it."
+    instruction = (
+        f"`make {target}.txt` shall join {one}.txt and {two}.txt, in this order, into {target}.txt,"
+        " and again whenever one of them changes. Mend the Makefile and run it."
+    )
     return Plan(instruction, {"Makefile": broken, **files}, found, expert)
 
 
@@ -156,8 +169,15 @@ def broken_json(draw: Draw) -> Plan:
 def import_cycle(draw: Draw) -> Plan:
     (one, two), (price, order), rate = draw.words(2), draw.words(2), draw.number(2, 9)
     files = {
-        f"{one}.py": f"from {two} import {order}\n\nRATE = {rate}\n\n\ndef {price}(amount):\n    return amount * RATE\n\n\ndef total(amounts):\n    return sum({order}(one) for one in amounts)\n",
-        f"{two}.py": f"from {one} import RATE, {price}\n\nLIMIT = 10 * RATE\n\n\ndef {order}(amount):\n    return min({price}(amount), LIMIT)\n",
+        f"{one}.py": (
+            f"from {two} import {order}\n\nRATE = {rate}\n\n\ndef {price}(amount):\n    return"
+            f" amount * RATE\n\n\ndef total(amounts):\n    return sum({order}(one) for one in"
+            " amounts)\n"
+        ),
+        f"{two}.py": (
+            f"from {one} import RATE, {price}\n\nLIMIT = 10 * RATE\n\n\ndef {order}(amount):\n   "
+            f" return min({price}(amount), LIMIT)\n"
+        ),
     }
     amounts = [draw.number(1, 30) for _ in range(4)]
     result = sum(min(amount * rate, 10 * rate) for amount in amounts)
@@ -168,18 +188,23 @@ def import_cycle(draw: Draw) -> Plan:
         yield write_file(
             "base.py", f"RATE = {rate}\n\n\ndef {price}(amount):\n    return amount * RATE\n"
         )
-        yield f"sed -i '/^RATE/d; /^def {price}/,/return/d; 1i from base import RATE, {price}' {one}.py && sed -i 's/^from {one} import/from base import/' {two}.py"
+        yield (
+            f"sed -i '/^RATE/d; /^def {price}/,/return/d; 1i from base import RATE, {price}'"
+            f" {one}.py && sed -i 's/^from {one} import/from base import/' {two}.py"
+        )
         yield f"python3 -c 'import {one}, {two}'"
 
     found = [
         checks.python_prints(
             f"{result} {rate} {10 * rate} {rate * 3}",
-            f"from {first} import *\nimport {one}, {two}\nprint({one}.total({amounts}), {one}.RATE, {two}.LIMIT, {one}.{price}(3))",
+            f"from {first} import *\nimport {one}, {two}\nprint({one}.total({amounts}), {one}.RATE,"
+            f" {two}.LIMIT, {one}.{price}(3))",
         )
         for first in (one, two)
     ]
     return Plan(
-        f"{one}.py and {two}.py import each other, and neither can be imported. Mend that; every name stays where it can be imported from now.",
+        f"{one}.py and {two}.py import each other, and neither can be imported. Mend that; every"
+        " name stays where it can be imported from now.",
         files,
         found,
         expert,
@@ -205,7 +230,8 @@ def first_cause(draw: Draw) -> Plan:
         yield f"echo {rows[0].split('.log:')[0]} > out.txt"
 
     return Plan(
-        "Each service has a log here. Which service was the first to report an ERROR? Write its name, without .log, to out.txt.",
+        "Each service has a log here. Which service was the first to report an ERROR? Write its"
+        " name, without .log, to out.txt.",
         files,
         [holds("out.txt", order[0]), *unchanged(files)],
         expert,

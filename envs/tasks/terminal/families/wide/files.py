@@ -32,7 +32,8 @@ def flatten(draw: Draw) -> Plan:
         *unchanged(others),
     ]
     return Plan(
-        f"Move every .log file, in whatever folder it lies, into a new folder {target}. Leave the other files.",
+        f"Move every .log file, in whatever folder it lies, into a new folder {target}. Leave the"
+        " other files.",
         {**logs, **others},
         found,
         expert,
@@ -56,7 +57,10 @@ def unpack_one(draw: Draw) -> Plan:
         *map(gone, others),
         *checks.archive(source, members),
     ]
-    instruction = f"Unpack the file named in note.txt, and no other, from {source} into a new folder {target}."
+    instruction = (
+        f"Unpack the file named in note.txt, and no other, from {source} into a new folder"
+        f" {target}."
+    )
     return Plan(
         instruction,
         files,
@@ -81,7 +85,10 @@ def pack(draw: Draw) -> Plan:
         yield f"find {root} -name '*.txt' | tar -czf {root}.tar.gz -T -"
         yield f"tar -tzf {root}.tar.gz"
 
-    instruction = f"Pack all .txt files below {root}, and nothing else, into {root}.tar.gz. Their names in it begin with {root}/."
+    instruction = (
+        f"Pack all .txt files below {root}, and nothing else, into {root}.tar.gz. Their names in it"
+        f" begin with {root}/."
+    )
     return Plan(
         instruction,
         {**wanted, **others},
@@ -104,10 +111,15 @@ def duplicates(draw: Draw) -> Plan:
     def expert() -> Expert:
         rows = sorted((yield "md5sum *.txt").split("\n"))
         first = {row.split()[0]: row.split()[1] for row in reversed(rows)}
-        yield f"rm {' '.join(row.split()[1] for row in rows if row.split()[1] not in first.values())}"
+        yield (
+            f"rm {' '.join(row.split()[1] for row in rows if row.split()[1] not in first.values())}"
+        )
         yield "md5sum *.txt"
 
-    instruction = "Some files have the same content. Of each such group keep the file whose name comes first in the alphabet, and delete the others."
+    instruction = (
+        "Some files have the same content. Of each such group keep the file whose name comes first"
+        " in the alphabet, and delete the others."
+    )
     return Plan(instruction, files, [*map(gone, removed), *unchanged(files, *removed)], expert)
 
 
@@ -135,7 +147,8 @@ def mirror(draw: Draw) -> Plan:
     ]
     found += [holds(f"{source}/{name}", text) for name, text in original.items()]
     return Plan(
-        f"Make the folder {copy} an exact copy of the folder {source}: nothing missing, nothing old, nothing more.",
+        f"Make the folder {copy} an exact copy of the folder {source}: nothing missing, nothing"
+        " old, nothing more.",
         files,
         found,
         expert,

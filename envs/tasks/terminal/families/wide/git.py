@@ -1,11 +1,13 @@
-"""Wide families about git: commit, ignore, recover, revert, cherry-pick, merge with a conflict, find the commit that broke something.
+"""Wide families about git: commit, ignore, recover, revert, cherry-pick, merge with a conflict,
+find the commit that broke something.
 
-Commits are made by the setup with fixed names and dates. Verifiers read by plumbing commands without the repository's hooks or settings.
+Commits are made by the setup with fixed names and dates. Verifiers read by plumbing commands
+without the repository's hooks or settings.
 """
 
 from __future__ import annotations
 
-from typing import Mapping
+from collections.abc import Mapping
 
 from envs.tasks.terminal import checks
 from envs.tasks.terminal.registry import wide_family, write_file
@@ -54,7 +56,8 @@ def git_commit(draw: Draw) -> Plan:
         checks.committed("main", two, kept),
     ]
     return Plan(
-        f"Append the line {new} to {one} and commit this change, and no other, with the message `{subject}`.",
+        f"Append the line {new} to {one} and commit this change, and no other, with the message"
+        f" `{subject}`.",
         {"todo.txt": lines(subject)},
         found,
         expert,
@@ -69,7 +72,10 @@ def git_ignore(draw: Draw) -> Plan:
 
     def expert() -> Expert:
         yield "git ls-files"
-        yield f"echo '*.log' > .gitignore && git rm -q --cached {log} && git add .gitignore && git commit -q -m 'ignore logs'"
+        yield (
+            f"echo '*.log' > .gitignore && git rm -q --cached {log} && git add .gitignore && git"
+            " commit -q -m 'ignore logs'"
+        )
         yield "git ls-files; ls"
 
     found = [
@@ -79,7 +85,10 @@ def git_ignore(draw: Draw) -> Plan:
         checks.committed("main", ".gitignore", "*.log"),
         checks.subjects("main", "ignore logs", first),
     ]
-    instruction = f"{log} was committed by mistake. Take it out of the repository but keep the file; make a .gitignore with the line *.log; commit both with the message `ignore logs`."
+    instruction = (
+        f"{log} was committed by mistake. Take it out of the repository but keep the file; make a"
+        " .gitignore with the line *.log; commit both with the message `ignore logs`."
+    )
     return Plan(
         instruction, {}, found, expert, setup=_START + _commit(first, {source: text, log: noise})
     )
@@ -112,7 +121,8 @@ def git_recover(draw: Draw) -> Plan:
         ),
     ]
     return Plan(
-        f"{names[0]} was deleted in an earlier commit. Bring it back as it was just before. No commit is needed.",
+        f"{names[0]} was deleted in an earlier commit. Bring it back as it was just before. No"
+        " commit is needed.",
         {},
         found,
         expert,
@@ -131,7 +141,10 @@ def git_revert(draw: Draw) -> Plan:
 
     def expert() -> Expert:
         rows = (yield "git log --format='%h %s'").split("\n")
-        yield f"git revert --no-edit {next(row.split()[0] for row in rows if row.endswith(subjects[1]))}"
+        yield (
+            "git revert --no-edit"
+            f" {next(row.split()[0] for row in rows if row.endswith(subjects[1]))}"
+        )
         yield "git log --format=%s; git status --short"
 
     setup = (
@@ -187,7 +200,8 @@ def git_pick(draw: Draw) -> Plan:
         holds(names[0], texts[4]),
     ]
     return Plan(
-        f"Of the commits on branch {branch}, main needs `{subjects[2]}` and no other. Bring it to main, with its message.",
+        f"Of the commits on branch {branch}, main needs `{subjects[2]}` and no other. Bring it to"
+        " main, with its message.",
         {},
         found,
         expert,
@@ -207,7 +221,9 @@ def git_merge(draw: Draw) -> Plan:
         yield f"git merge {branch} || true"
         yield f"cat {name}"
         side = "--ours" if kept == "main" else "--theirs"
-        yield f"git checkout -q {side} {name} && git add {name} && git commit -q -m 'merge {branch}'"
+        yield (
+            f"git checkout -q {side} {name} && git add {name} && git commit -q -m 'merge {branch}'"
+        )
 
     setup = (
         _START
@@ -230,7 +246,8 @@ def git_merge(draw: Draw) -> Plan:
         checks.subjects("main^2", "theirs", "start"),
     ]
     return Plan(
-        f"Merge branch {branch} into main. Where they disagree, what {kept} has counts. Commit the merge.",
+        f"Merge branch {branch} into main. Where they disagree, what {kept} has counts. Commit the"
+        " merge.",
         {},
         found,
         expert,
@@ -261,13 +278,23 @@ def git_bisect(draw: Draw) -> Plan:
 
     def expert() -> Expert:
         yield f"git log --format=%s; cat {module}.py check.py"
-        loop = f"T=${{TMPDIR:-/tmp}}; for c in $(git rev-list --reverse main); do git show $c:{module}.py > $T/{module}.py; (cd $T && python3 /workspace/check.py) || break; done; git log -1 --format=%s $c"
+        loop = (
+            "T=${TMPDIR:-/tmp}; for c in $(git rev-list --reverse main); do git show"
+            f" $c:{module}.py > $T/{module}.py; (cd $T && python3 /workspace/check.py) || break;"
+            " done; git log -1 --format=%s $c"
+        )
         yield write_file("find.sh", loop.replace("/workspace/", '"$OLDPWD"/'))
         subject = (yield "bash find.sh; rm find.sh").split("\n")[-1]
         yield f"echo {subject} > out.txt"
 
-    check = f"import os, sys\nsys.path.insert(0, os.getcwd())\nfrom {module} import scale\nsys.exit(any(scale(x) != {factor} * x for x in range(9)))\n"
-    instruction = f"check.py ends with 0 where {module}.py is right. It was right at first. Write the subject of the first commit at which it fails to out.txt."
+    check = (
+        f"import os, sys\nsys.path.insert(0, os.getcwd())\nfrom {module} import"
+        f" scale\nsys.exit(any(scale(x) != {factor} * x for x in range(9)))\n"
+    )
+    instruction = (
+        f"check.py ends with 0 where {module}.py is right. It was right at first. Write the subject"
+        " of the first commit at which it fails to out.txt."
+    )
     return Plan(
         instruction,
         {"check.py": check},

@@ -1,7 +1,9 @@
-"""Small Python functions from which the programming families draw: source, what it computes, ways in which it can be wrong, hidden inputs.
+"""Small Python functions from which the programming families draw: source, what it computes, ways
+in which it can be wrong, hidden inputs.
 
-The source here is the only definition: the expected output of a hidden input is what this source gives on it. A bug is a pair of texts, and
-`tests/envs/tasks` proves that each one changes the output of some hidden input.
+The source here is the only definition: the expected output of a hidden input is what this source
+gives on it. A bug is a pair of texts, and `tests/envs/tasks` proves that each one changes the
+output of some hidden input.
 """
 
 from __future__ import annotations
@@ -9,12 +11,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A module with one function of its name. `spec` is what an instruction says of it; `inputs` draws arguments, the odd cases always among them."""
+    """A module with one function of its name.
+
+    `spec` is what an instruction says of it; `inputs` draws arguments, the odd cases always among
+    them.
+    """
 
     name: str
     signature: str
@@ -30,7 +37,8 @@ class Program:
         right, wrong = bug
         if self.source.count(right) != 1:
             raise ValueError(
-                f"bug {bug} of {self.name} must match its source once, and matches {self.source.count(right)} times"
+                f"bug {bug} of {self.name} must match its source once, and matches"
+                f" {self.source.count(right)} times"
             )
         return self.source.replace(right, wrong)
 
@@ -57,8 +65,9 @@ PROGRAMS = (
         "running_max",
         "running_max(values)",
         "return the list whose i-th entry is the largest of values[0..i]; [] for []",
-        "def running_max(values):\n    result = []\n    best = None\n    for value in values:\n        if best is None or value > best:\n            best = value\n"
-        "        result.append(best)\n    return result\n",
+        "def running_max(values):\n    result = []\n    best = None\n    for value in values:\n    "
+        "    if best is None or value > best:\n            best = value\n       "
+        " result.append(best)\n    return result\n",
         (
             ("value > best", "value < best"),
             ("best = None\n", "best = 0\n"),
@@ -70,7 +79,8 @@ PROGRAMS = (
         "digit_sum",
         "digit_sum(number)",
         "return the sum of the decimal digits of an integer, without its sign",
-        "def digit_sum(number):\n    number = abs(number)\n    total = 0\n    while number > 0:\n        total += number % 10\n        number //= 10\n    return total\n",
+        "def digit_sum(number):\n    number = abs(number)\n    total = 0\n    while number > 0:\n  "
+        "      total += number % 10\n        number //= 10\n    return total\n",
         (
             ("number > 0", "number > 9"),
             ("number % 10", "number % 9"),
@@ -82,16 +92,20 @@ PROGRAMS = (
         "count_vowels",
         "count_vowels(text)",
         "return how many characters of the text are vowels (a, e, i, o, u), of either case",
-        "VOWELS = 'aeiou'\n\n\ndef count_vowels(text):\n    count = 0\n    for letter in text.lower():\n        if letter in VOWELS:\n            count += 1\n    return count\n",
+        "VOWELS = 'aeiou'\n\n\ndef count_vowels(text):\n    count = 0\n    for letter in"
+        " text.lower():\n        if letter in VOWELS:\n            count += 1\n    return count\n",
         (("'aeiou'", "'aeio'"), ("text.lower()", "text"), ("count += 1", "count = 1")),
         lambda rng: [("",), ("AUTUMN",), (_word(rng) + " U " + _word(rng),), (_word(rng) * 3,)],
     ),
     Program(
         "caesar",
         "caesar(text, shift)",
-        "move every lower-case letter a-z by `shift` places, around the end of the alphabet, and leave other characters",
-        "def caesar(text, shift):\n    result = ''\n    for letter in text:\n        if 'a' <= letter <= 'z':\n            place = (ord(letter) - ord('a') + shift) % 26\n"
-        "            result += chr(ord('a') + place)\n        else:\n            result += letter\n    return result\n",
+        "move every lower-case letter a-z by `shift` places, around the end of the alphabet, and"
+        " leave other characters",
+        "def caesar(text, shift):\n    result = ''\n    for letter in text:\n        if 'a' <="
+        " letter <= 'z':\n            place = (ord(letter) - ord('a') + shift) % 26\n           "
+        " result += chr(ord('a') + place)\n        else:\n            result += letter\n    return"
+        " result\n",
         (
             (") % 26", ")"),
             ("+ shift", "- shift"),
@@ -107,7 +121,8 @@ PROGRAMS = (
         "chunks",
         "chunks(items, size)",
         "cut a list into lists of `size` items; the last one may be shorter",
-        "def chunks(items, size):\n    result = []\n    for start in range(0, len(items), size):\n        result.append(items[start:start + size])\n    return result\n",
+        "def chunks(items, size):\n    result = []\n    for start in range(0, len(items), size):\n "
+        "       result.append(items[start:start + size])\n    return result\n",
         (
             ("len(items), size", "len(items) - 1, size"),
             ("start + size]", "start + size - 1]"),
@@ -124,8 +139,10 @@ PROGRAMS = (
         "merge_intervals",
         "merge_intervals(intervals)",
         "merge intervals [start, end] that overlap or touch; return them sorted, as lists",
-        "def merge_intervals(intervals):\n    result = []\n    for start, end in sorted(intervals):\n        if result and start <= result[-1][1]:\n"
-        "            result[-1][1] = max(result[-1][1], end)\n        else:\n            result.append([start, end])\n    return result\n",
+        "def merge_intervals(intervals):\n    result = []\n    for start, end in"
+        " sorted(intervals):\n        if result and start <= result[-1][1]:\n           "
+        " result[-1][1] = max(result[-1][1], end)\n        else:\n            result.append([start,"
+        " end])\n    return result\n",
         (
             ("start <= result", "start < result"),
             ("max(result[-1][1], end)", "end"),
@@ -141,8 +158,10 @@ PROGRAMS = (
     Program(
         "word_counts",
         "word_counts(text)",
-        "return a dict from each word of the text, in lower case, to how often it occurs; words are separated by white space",
-        "def word_counts(text):\n    counts = {}\n    for word in text.lower().split():\n        counts[word] = counts.get(word, 0) + 1\n    return counts\n",
+        "return a dict from each word of the text, in lower case, to how often it occurs; words are"
+        " separated by white space",
+        "def word_counts(text):\n    counts = {}\n    for word in text.lower().split():\n       "
+        " counts[word] = counts.get(word, 0) + 1\n    return counts\n",
         (
             ("counts.get(word, 0)", "counts.get(word, 1)"),
             (".lower()", ""),
@@ -158,9 +177,12 @@ PROGRAMS = (
     Program(
         "balanced",
         "balanced(text)",
-        "return whether the brackets (), [] and {} in the text are balanced; other characters do not count",
-        "PAIRS = {')': '(', ']': '[', '}': '{'}\n\n\ndef balanced(text):\n    stack = []\n    for letter in text:\n        if letter in PAIRS.values():\n            stack.append(letter)\n"
-        "        elif letter in PAIRS:\n            if not stack or stack.pop() != PAIRS[letter]:\n                return False\n    return not stack\n",
+        "return whether the brackets (), [] and {} in the text are balanced; other characters do"
+        " not count",
+        "PAIRS = {')': '(', ']': '[', '}': '{'}\n\n\ndef balanced(text):\n    stack = []\n    for"
+        " letter in text:\n        if letter in PAIRS.values():\n            stack.append(letter)\n"
+        "        elif letter in PAIRS:\n            if not stack or stack.pop() != PAIRS[letter]:\n"
+        "                return False\n    return not stack\n",
         (
             ("return not stack", "return True"),
             ("not stack or stack.pop()", "stack and stack.pop()"),
@@ -180,7 +202,8 @@ PROGRAMS = (
         "transpose",
         "transpose(rows)",
         "return the columns of a table (a list of rows of equal length) as a list of lists",
-        "def transpose(rows):\n    if not rows:\n        return []\n    width = len(rows[0])\n    return [[row[column] for row in rows] for column in range(width)]\n",
+        "def transpose(rows):\n    if not rows:\n        return []\n    width = len(rows[0])\n   "
+        " return [[row[column] for row in rows] for column in range(width)]\n",
         (
             ("len(rows[0])", "len(rows)"),
             ("    if not rows:\n        return []\n", ""),
@@ -196,8 +219,10 @@ PROGRAMS = (
         "roman",
         "roman(number)",
         "write an integer from 1 to 3999 as a Roman numeral",
-        "STEPS = [(1000, 'M'), (900, 'CM'), (500, 'D'), (400, 'CD'), (100, 'C'), (90, 'XC'), (50, 'L'), (40, 'XL'), (10, 'X'), (9, 'IX'), (5, 'V'), (4, 'IV'), (1, 'I')]\n\n\n"
-        "def roman(number):\n    text = ''\n    for value, letters in STEPS:\n        while number >= value:\n            text += letters\n            number -= value\n    return text\n",
+        "STEPS = [(1000, 'M'), (900, 'CM'), (500, 'D'), (400, 'CD'), (100, 'C'), (90, 'XC'), (50,"
+        " 'L'), (40, 'XL'), (10, 'X'), (9, 'IX'), (5, 'V'), (4, 'IV'), (1, 'I')]\n\n\ndef"
+        " roman(number):\n    text = ''\n    for value, letters in STEPS:\n        while number >="
+        " value:\n            text += letters\n            number -= value\n    return text\n",
         (
             ("(90, 'XC'), ", ""),
             ("number >= value", "number > value"),
@@ -209,7 +234,8 @@ PROGRAMS = (
         "second_largest",
         "second_largest(values)",
         "return the second largest of the different values; None where there are fewer than two",
-        "def second_largest(values):\n    ordered = sorted(set(values))\n    if len(ordered) < 2:\n        return None\n    return ordered[-2]\n",
+        "def second_largest(values):\n    ordered = sorted(set(values))\n    if len(ordered) < 2:\n"
+        "        return None\n    return ordered[-2]\n",
         (("set(values)", "values"), ("< 2", "< 1"), ("[-2]", "[1]")),
         lambda rng: [([],), ([4],), ([5, 5, 3],), ([1, 2, 3, 4],), (_numbers(rng, 4, 7),)],
     ),
@@ -217,8 +243,9 @@ PROGRAMS = (
         "flatten",
         "flatten(nested)",
         "return all numbers of a list that holds numbers and such lists, to any depth, in order",
-        "def flatten(nested):\n    result = []\n    for item in nested:\n        if isinstance(item, list):\n            result.extend(flatten(item))\n        else:\n            result.append(item)\n"
-        "    return result\n",
+        "def flatten(nested):\n    result = []\n    for item in nested:\n        if"
+        " isinstance(item, list):\n            result.extend(flatten(item))\n        else:\n       "
+        "     result.append(item)\n    return result\n",
         (
             ("result.extend(flatten(item))", "result.extend(item)"),
             ("result.append(item)", "result = [item]"),

@@ -1,4 +1,6 @@
-"""Wide families about small code bases in Python and JavaScript: write, mend, rename, extend, test, release."""
+"""Wide families about small code bases in Python and JavaScript: write, mend, rename, extend, test,
+release.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def write_function(draw: Draw) -> Plan:
 
 @wide_family("failing_tests", "software", 4, "python3", runs_agent_code=True)
 def failing_tests(draw: Draw) -> Plan:
-    """A package with a test suite of which one module's tests fail; hidden inputs of all three functions decide."""
+    """A package with a test suite of which one module's tests fail; hidden inputs of all three
+    functions decide.
+    """
     programs, modules, package = draw.rng.sample(PROGRAMS, 3), draw.words(3), draw.word()
     wrong = draw.number(0, 2)
     files = {f"{package}/__init__.py": ""}
@@ -43,7 +47,8 @@ def failing_tests(draw: Draw) -> Plan:
             program.broken(draw.rng.choice(program.bugs)) if index == wrong else program.source
         )
         rows = [
-            f"        self.assertEqual({program.name}(*{arguments!r}), {program.expected(arguments)})"
+            f"        self.assertEqual({program.name}(*{arguments!r}),"
+            f" {program.expected(arguments)})"
             for arguments in program.inputs(draw.rng)
         ]
         files[f"tests/test_{module}.py"] = lines(
@@ -70,7 +75,8 @@ def failing_tests(draw: Draw) -> Plan:
 
     tests = {path: text for path, text in files.items() if path.startswith("tests/")}
     return Plan(
-        "`python3 -m unittest` fails. Mend the package so that its tests pass; leave the tests as they are.",
+        "`python3 -m unittest` fails. Mend the package so that its tests pass; leave the tests as"
+        " they are.",
         files,
         [*unchanged(tests), *(checks.python_prints(expected, code) for code, expected in hidden)],
         expert,
@@ -82,7 +88,10 @@ def rename_function(draw: Draw) -> Plan:
     old, (lib, app, test), value = draw.word(), draw.words(3), draw.number(2, 9)
     new = f"{old}_{draw.word()}"
     files = {
-        f"{lib}.py": f"def {old}(x):\n    return x * {value}\n\n\ndef {old}s(xs):\n    return [{old}(x) for x in xs]\n",
+        f"{lib}.py": (
+            f"def {old}(x):\n    return x * {value}\n\n\ndef {old}s(xs):\n    return [{old}(x) for"
+            " x in xs]\n"
+        ),
         f"{app}.py": f"from {lib} import {old}, {old}s\n\nprint({old}(3), {old}s([1, 2]))\n",
         f"test_{test}.py": f"import {lib}\n\nassert {lib}.{old}(2) == {2 * value}  # {old}\n",
         "notes.txt": lines(f"the {old} is a fine thing"),
@@ -94,13 +103,18 @@ def rename_function(draw: Draw) -> Plan:
         yield f"grep -n {old} *"
 
     renamed = {
-        path: text.replace(f"{old}(", f"{new}(")
-        .replace(f"import {old},", f"import {new},")
-        .replace(f"# {old}", f"# {new}")
+        path: (
+            text.replace(f"{old}(", f"{new}(")
+            .replace(f"import {old},", f"import {new},")
+            .replace(f"# {old}", f"# {new}")
+        )
         for path, text in files.items()
         if path.endswith(".py")
     }
-    instruction = f"Rename the function {old} to {new} in all .py files, comments included. {old}s is another function and keeps its name."
+    instruction = (
+        f"Rename the function {old} to {new} in all .py files, comments included. {old}s is another"
+        " function and keeps its name."
+    )
     return Plan(
         instruction, files, [*unchanged(renamed), holds("notes.txt", files["notes.txt"])], expert
     )
@@ -126,8 +140,10 @@ def add_option(draw: Draw) -> Plan:
         ]
     )
     source = (
-        "import argparse\n\n\ndef main():\n    parser = argparse.ArgumentParser()\n    parser.add_argument('words', nargs='+')\n    arguments = parser.parse_args()\n"
-        "    words = arguments.words\n    print(*words, sep='\\n')\n\n\nif __name__ == '__main__':\n    main()\n"
+        "import argparse\n\n\ndef main():\n    parser = argparse.ArgumentParser()\n   "
+        " parser.add_argument('words', nargs='+')\n    arguments = parser.parse_args()\n    words ="
+        " arguments.words\n    print(*words, sep='\\n')\n\n\nif __name__ == '__main__':\n   "
+        " main()\n"
     )
 
     def expert() -> Expert:
@@ -153,7 +169,8 @@ def add_option(draw: Draw) -> Plan:
         f"refuses {' '.join(run)} --no-such-option {words[0]}",
     ]
     return Plan(
-        f"Give the program {name}.py an option --{option}: with it, it {effect}. Without it nothing changes.",
+        f"Give the program {name}.py an option --{option}: with it, it {effect}. Without it nothing"
+        " changes.",
         {f"{name}.py": source},
         found,
         expert,
@@ -183,7 +200,10 @@ def write_test(draw: Draw) -> Plan:
         )
         yield f"python3 {test}"
 
-    command = f'{" ".join(checks.PYTHON)} -c \'import sys, runpy; sys.path.insert(0, "."); runpy.run_path("{test}", run_name="__main__")\''
+    command = (
+        f'{" ".join(checks.PYTHON)} -c \'import sys, runpy; sys.path.insert(0, ".");'
+        f' runpy.run_path("{test}", run_name="__main__")\''
+    )
     found = [holds(f"{module}.py", source), f"file {test}", f"accepts {command}"]
     for text, verdict in [
         (anew, "accepts"),
@@ -191,8 +211,9 @@ def write_test(draw: Draw) -> Plan:
     ]:
         found += [write_file(f"{module}.py", text), f"{verdict} {command}"]
     instruction = (
-        f"Write {test}, a Python program that ends with an error unless {program.signature} in {module}.py is right: it shall {program.spec}. "
-        f"It is right now; the test will also be run on wrong versions of {module}.py."
+        f"Write {test}, a Python program that ends with an error unless {program.signature} in"
+        f" {module}.py is right: it shall {program.spec}. It is right now; the test will also be"
+        f" run on wrong versions of {module}.py."
     )
     return Plan(instruction, {f"{module}.py": source}, found, expert)
 
@@ -217,7 +238,9 @@ def version_bump(draw: Draw) -> Plan:
     files = {
         "pyproject.toml": f'[project]\nname = "{package}"\nversion = "{old}"\n',
         f"{package}/__init__.py": f'__version__ = "{old}"\n',
-        "CHANGELOG.md": f"# Changes\n\n## Unreleased\n\n{change}\n\n## {old} (2023-12-01)\n\n- first\n",
+        "CHANGELOG.md": (
+            f"# Changes\n\n## Unreleased\n\n{change}\n\n## {old} (2023-12-01)\n\n- first\n"
+        ),
     }
     released = {
         path: text.replace(f'"{old}"', f'"{new}"').replace("## Unreleased", f"## {new} ({day})")
@@ -226,11 +249,15 @@ def version_bump(draw: Draw) -> Plan:
 
     def expert() -> Expert:
         yield f"cat pyproject.toml {package}/__init__.py CHANGELOG.md"
-        yield f"sed -i 's/\"{old}\"/\"{new}\"/' pyproject.toml {package}/__init__.py && sed -i 's/^## Unreleased$/## {new} ({day})/' CHANGELOG.md"
+        yield (
+            f'sed -i \'s/"{old}"/"{new}"/\' pyproject.toml {package}/__init__.py && sed -i \'s/^##'
+            f" Unreleased$/## {new} ({day})/' CHANGELOG.md"
+        )
 
     instruction = (
-        f"Make a {part} release: raise the {part} version by semantic versioning in pyproject.toml and {package}/__init__.py, and in CHANGELOG.md turn the heading "
-        f"Unreleased into the new version with the date {day} in brackets."
+        f"Make a {part} release: raise the {part} version by semantic versioning in pyproject.toml"
+        f" and {package}/__init__.py, and in CHANGELOG.md turn the heading Unreleased into the new"
+        f" version with the date {day} in brackets."
     )
     return Plan(instruction, files, unchanged(released), expert)
 
@@ -238,7 +265,10 @@ def version_bump(draw: Draw) -> Plan:
 _SCRIPTS = {
     "sumEven": (
         "the sum of the even numbers of an array",
-        "  let total = 0;\n  for (const value of input) {\n    if (value % 2 === 0) total += value;\n  }\n  return total;\n",
+        (
+            "  let total = 0;\n  for (const value of input) {\n    if (value % 2 === 0) total +="
+            " value;\n  }\n  return total;\n"
+        ),
         (("=== 0", "=== 1"), ("+= value", "= value")),
         lambda xs: sum(x for x in xs if x % 2 == 0),
     ),
@@ -264,7 +294,9 @@ _SCRIPTS = {
 
 
 def _javascript(draw: Draw) -> tuple[str, str, str, str, list[str]]:
-    """(function, spec, right source, wrong source, checks); the inputs have duplicates, a 10, and numbers that sort differently as text."""
+    """(function, spec, right source, wrong source, checks); the inputs have duplicates, a 10, and
+    numbers that sort differently as text.
+    """
     name = draw.choose(*_SCRIPTS)
     spec, body, bugs, reference = _SCRIPTS[name]
     source = f"function {name}(input) {{\n{body}}}\n\nmodule.exports = {{ {name} }};\n"

@@ -1,4 +1,6 @@
-"""Wide families about the administration of a machine: permissions, settings, schedules, units, rotation, accounts, ports, backups."""
+"""Wide families about the administration of a machine: permissions, settings, schedules, units,
+rotation, accounts, ports, backups.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ def open_permissions(draw: Draw) -> Plan:
         *unchanged(files),
     ]
     return Plan(
-        f"Some files below {root} can be written by everyone (others). Take that right away, and change no other permission.",
+        f"Some files below {root} can be written by everyone (others). Take that right away, and"
+        " change no other permission.",
         files,
         found,
         expert,
@@ -49,7 +52,8 @@ def release_link(draw: Draw) -> Plan:
 
     found = [checks.link("current", f"releases/{newest}"), *unchanged(files)]
     return Plan(
-        "`current` is a link to one of the folders in releases. Make it a link to the one with the highest version.",
+        "`current` is a link to one of the folders in releases. Make it a link to the one with the"
+        " highest version.",
         files,
         found,
         expert,
@@ -72,7 +76,8 @@ def biggest_file(draw: Draw) -> Plan:
         yield f"echo {rows[1]} > out.txt"
 
     return Plan(
-        f"Which file below {root} is the largest? Write its path, beginning with {root}/, to out.txt.",
+        f"Which file below {root} is the largest? Write its path, beginning with {root}/, to"
+        " out.txt.",
         files,
         [holds("out.txt", answer)],
         expert,
@@ -107,8 +112,9 @@ def daemon_setting(draw: Draw) -> Plan:
         yield f"sed -i '{row.split(':')[0]}s/.*/{key} {value}/' daemon.conf && cat daemon.conf"
 
     instruction = (
-        f"Set {key} to {value} in daemon.conf, where a line is `Name value`. A line of the form `#{key} value` is the default that is switched off: "
-        "put the setting in its place. Leave the other lines."
+        f"Set {key} to {value} in daemon.conf, where a line is `Name value`. A line of the form"
+        f" `#{key} value` is the default that is switched off: put the setting in its place. Leave"
+        " the other lines."
     )
     return Plan(
         instruction,
@@ -143,8 +149,9 @@ def rotate(draw: Draw) -> Plan:
         for number in range(1, count)
     ]
     instruction = (
-        f"Rotate {stem}.log by hand: number n becomes n+1, {stem}.log becomes {stem}.log.1, and a new empty {stem}.log takes its place. "
-        f"At most {count} old logs are kept: the oldest goes."
+        f"Rotate {stem}.log by hand: number n becomes n+1, {stem}.log becomes {stem}.log.1, and a"
+        f" new empty {stem}.log takes its place. At most {count} old logs are kept: the oldest"
+        " goes."
     )
     return Plan(instruction, files, [*found, gone(f"{stem}.log.{count + 1}")], expert)
 
@@ -180,7 +187,10 @@ def login_users(draw: Draw) -> Plan:
             for name, number, shell in draw.rng.sample(people, 8)
         )
     )
-    instruction = "passwd is a copy of /etc/passwd. Write the names of the users with an id of 1000 or more whose shell is bash or sh to out.txt, in alphabetical order."
+    instruction = (
+        "passwd is a copy of /etc/passwd. Write the names of the users with an id of 1000 or more"
+        " whose shell is bash or sh to out.txt, in alphabetical order."
+    )
     return Plan(
         instruction,
         {"passwd": text},
@@ -213,7 +223,10 @@ def schedule(draw: Draw) -> Plan:
         yield "cat crontab"
         yield f"echo '{fields} /opt/{script}' >> crontab"
 
-    instruction = f"Add a line to the file crontab that runs /opt/{script} {when}. Use plain numbers without leading zeros."
+    instruction = (
+        f"Add a line to the file crontab that runs /opt/{script} {when}. Use plain numbers without"
+        " leading zeros."
+    )
     return Plan(
         instruction, {"crontab": old}, [holds("crontab", old + f"{fields} /opt/{script}")], expert
     )
@@ -254,7 +267,10 @@ def service_unit(draw: Draw) -> Plan:
         f"restart: {unit['Service']['Restart']}",
         "wanted by: multi-user.target",
     )
-    instruction = f"Write the systemd unit {name}.service that request.txt asks for, with sections Unit, Service and Install and only the keys that are needed."
+    instruction = (
+        f"Write the systemd unit {name}.service that request.txt asks for, with sections Unit,"
+        " Service and Install and only the keys that are needed."
+    )
     return Plan(
         instruction,
         {"request.txt": request},
@@ -290,7 +306,8 @@ def heaviest_process(draw: Draw) -> Plan:
         ),
     )
     return Plan(
-        f"ps.txt lists processes. Write the PID of the process of user {users[0]} that uses the most memory to out.txt.",
+        f"ps.txt lists processes. Write the PID of the process of user {users[0]} that uses the"
+        " most memory to out.txt.",
         {"ps.txt": text},
         [holds("out.txt", str(answer))],
         expert,
@@ -329,7 +346,10 @@ def port_conflict(draw: Draw) -> Plan:
         free_port = next(number for number in range(used + 1, used + 30) if number not in seen)
         yield f"sed -i s/^port=.*/port={free_port}/ {clash}"
 
-    instruction = "Two services in conf use the same port. Give the one whose name comes later in the alphabet the next higher port that no service uses."
+    instruction = (
+        "Two services in conf use the same port. Give the one whose name comes later in the"
+        " alphabet the next higher port that no service uses."
+    )
     return Plan(
         instruction,
         files,
@@ -350,7 +370,8 @@ def backup_script(draw: Draw) -> Plan:
         yield f"find {source} -type f"
         yield write_file(
             "backup.sh",
-            'set -e\n[ -d "$1" ] || { echo "no folder $1" >&2; exit 2; }\nmkdir -p "$2"\ncp -r "$1"/. "$2"\necho "$(find "$1" -type f | wc -l) files"\n',
+            'set -e\n[ -d "$1" ] || { echo "no folder $1" >&2; exit 2; }\nmkdir -p "$2"\ncp -r'
+            ' "$1"/. "$2"\necho "$(find "$1" -type f | wc -l) files"\n',
         )
         yield f"bash backup.sh {source} ${{TMPDIR:-/tmp}}/trial"
 
@@ -365,7 +386,8 @@ def backup_script(draw: Draw) -> Plan:
         "refuses /bin/bash backup.sh no-such-folder /tmp/none",
     ]
     instruction = (
-        f"Write backup.sh: `bash backup.sh FROM TO` copies all that is in the folder FROM into the folder TO, which it makes, and prints how many files FROM has, "
-        f"for example `3 files`. It ends with an error where FROM is missing. Do not leave a folder {target} behind."
+        "Write backup.sh: `bash backup.sh FROM TO` copies all that is in the folder FROM into the"
+        " folder TO, which it makes, and prints how many files FROM has, for example `3 files`. It"
+        f" ends with an error where FROM is missing. Do not leave a folder {target} behind."
     )
     return Plan(instruction, files, found, expert)

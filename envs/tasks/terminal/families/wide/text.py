@@ -1,4 +1,6 @@
-"""Wide families about text: fields, words, dates, templates, sections, sets of lines, encodings, links."""
+"""Wide families about text: fields, words, dates, templates, sections, sets of lines, encodings,
+links.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,10 @@ def unique_field(draw: Draw) -> Plan:
         yield f"head -n 2 {source}"
         yield f"cut -d: -f{number} {source} | sort -u > out.txt"
 
-    instruction = f"The fields of {source} are separated by colons. Write the different values of field {number} to out.txt, in alphabetical order, each once."
+    instruction = (
+        f"The fields of {source} are separated by colons. Write the different values of field"
+        f" {number} to out.txt, in alphabetical order, each once."
+    )
     return Plan(
         instruction,
         {source: lines(*map(":".join, rows))},
@@ -42,7 +47,10 @@ def most_frequent(draw: Draw) -> Plan:
         ranked = (yield f"tr ' ' '\\n' < {source} | sort | uniq -c | sort -nr | head -n 2").split()
         yield f"echo {ranked[1]} {ranked[0]} > out.txt"
 
-    instruction = f"Which word occurs most often in {source}? Write the word and how often it occurs, separated by a space, to out.txt."
+    instruction = (
+        f"Which word occurs most often in {source}? Write the word and how often it occurs,"
+        " separated by a space, to out.txt."
+    )
     return Plan(instruction, {source: lines(*rows)}, [holds("out.txt", f"{words[0]} 7")], expert)
 
 
@@ -69,7 +77,8 @@ def iso_dates(draw: Draw) -> Plan:
         yield f"sed -E -i 's/([0-9]{{2}})\\.([0-9]{{2}})\\.([0-9]{{4}})/\\3-\\2-\\1/g' {source}"
 
     return Plan(
-        f"The dates in {source} are written as DD.MM.YYYY. Write them as YYYY-MM-DD, and change nothing else.",
+        f"The dates in {source} are written as DD.MM.YYYY. Write them as YYYY-MM-DD, and change"
+        " nothing else.",
         {source: old},
         [holds(source, new)],
         expert,
@@ -93,7 +102,10 @@ def template(draw: Draw) -> Plan:
         script = ";".join(f"s,{{{{{key}}}}},{value},g" for key, value in found.items())
         yield f"sed '{script}' letter.tmpl > letter.txt"
 
-    instruction = "Fill letter.tmpl: replace each {{name}} by the value that values.txt gives it, and write the result to letter.txt."
+    instruction = (
+        "Fill letter.tmpl: replace each {{name}} by the value that values.txt gives it, and write"
+        " the result to letter.txt."
+    )
     return Plan(instruction, files, [holds("letter.txt", filled), *unchanged(files)], expert)
 
 
@@ -170,14 +182,18 @@ def swap_columns(draw: Draw) -> Plan:
 
     def expert() -> Expert:
         yield f"head -n 2 {source}"
-        yield f"awk '{{ t = ${first}; ${first} = ${second}; ${second} = t; print }}' {source} > out.txt"
+        yield (
+            f"awk '{{ t = ${first}; ${first} = ${second}; ${second} = t; print }}' {source} >"
+            " out.txt"
+        )
 
     swapped = [list(row) for row in rows]
     for row in swapped:
         row[first - 1], row[second - 1] = row[second - 1], row[first - 1]
     checks = [holds("out.txt", lines(*map(" ".join, swapped)))]
     return Plan(
-        f"Write {source} to out.txt with columns {first} and {second} exchanged. Columns are separated by spaces.",
+        f"Write {source} to out.txt with columns {first} and {second} exchanged. Columns are"
+        " separated by spaces.",
         {source: lines(*map(" ".join, rows))},
         checks,
         expert,
@@ -195,7 +211,10 @@ def links(draw: Draw) -> Plan:
         yield f"cat {source}"
         yield f"grep -oE '\\]\\([^)]*\\)' {source} | tr -d '()]' | sort -u > out.txt"
 
-    instruction = f"Write the target of every link in the Markdown file {source} to out.txt: each once, in alphabetical order, one a line."
+    instruction = (
+        f"Write the target of every link in the Markdown file {source} to out.txt: each once, in"
+        " alphabetical order, one a line."
+    )
     return Plan(
         instruction,
         {source: lines(*draw.shuffled(rows))},
@@ -221,5 +240,8 @@ def number_headings(draw: Draw) -> Plan:
         program = '/^# / { a++; b = 0; $1 = "# " a } /^## / { b++; $1 = "## " a "." b } { print }'
         yield f"awk '{program}' {source} > out.txt && mv out.txt {source}"
 
-    instruction = f"Number the headings of {source}: `# a` becomes `# 1 a`, the `## b` after it `## 1.1 b`, and so on. Leave the other lines."
+    instruction = (
+        f"Number the headings of {source}: `# a` becomes `# 1 a`, the `## b` after it `## 1.1 b`,"
+        " and so on. Leave the other lines."
+    )
     return Plan(instruction, {source: lines(*rows)}, [holds(source, lines(*numbered))], expert)
