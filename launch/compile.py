@@ -174,7 +174,7 @@ def compile_experiment(config, topology: str, layers: int = 0) -> tuple[dict[str
     check_mesh(model_config, mesh, batch=config.rows_per_microbatch, length=config.row_length)
     learner = make_learner(config, model_config, devices)
     batch = batch_shapes(config, model_config)
-    scored = config.get("old") == "trainer"
+    scored = config.get("logp_old_from") == "trainer"
     programs, executables = compile_programs(
         learner, batch, chip, None if scored else ("accumulate", "apply")
     )

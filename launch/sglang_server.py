@@ -6,7 +6,7 @@ Runs in SGLang's own environment (requirements-sglang.txt); imports nothing of t
     python launch/sglang_server.py --model_path ... --dry-run            prints each flag with its reason, and the command
     python launch/sglang_server.py --model_path ... -- --attention-backend fa3       flags after -- go to SGLang as they are
 
-Then give the trainer its URL: --config.engines=http://host:30000. The trainer's weights directory
+Then give the trainer its URL: --config.engine.urls=http://host:30000. The trainer's weights directory
 must be seen by the server under the same path.
 """
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from rome.evals.agents import is_spoiled
-from rome.train.report import wilson
+from rome.train.intervals import wilson
 
 RESAMPLES = 2000
 FEWEST_TASKS = 10  # for the bootstrap; of fewer values it makes intervals that are too short

@@ -18,7 +18,7 @@ from launch.convert import convert
 from rome.model.config import PRESETS
 from rome.model.hf.checkpoint import load_hf, read_config
 from rome.model.sharding import make_mesh, param_shardings
-from rome.stages.base import load_start
+from rome.stages.weights import load_start
 from rome.train import checkpoint, parameters
 from rome.train.checkpoint import CheckpointError, Checkpoints
 from rome.train.parameters import StoredParameters

@@ -9,13 +9,13 @@ from rich.console import Console
 
 from rome.train.metrics import MetricsWriter
 from rome.train.plots import plot_curves
+from rome.train.intervals import wilson
 from rome.train.report import (
     EvalResult,
     before_and_after,
     print_table,
     read_outcomes,
     read_report,
-    wilson,
     write_outcomes,
     write_report,
 )
