@@ -71,6 +71,8 @@ MAY_BE_ZERO = {
 MAY_BE_NEGATIVE = {"failure_reward"}
 MAY_BE_MINUS_ONE = {f"mesh.{axis}" for axis in ("replica", "fsdp", "expert", "sequence", "tensor")}
 
+TYPE_NAMES = {bool: "True or False", int: "an integer", float: "a number", str: "a text"}
+
 # Keys that a stage hands on to the stage that it starts from: the model, the machine, the seed.
 INHERITED = ("seed", "model", "tokenizer", "engine", "sandbox", "mesh")
 TOKEN = "ROCK_TOKEN"  # environment variable with the token of a ROCK admin
@@ -216,7 +218,7 @@ def _check_type(name: str, value: Any, expected: type) -> None:
     is_wrong_bool = isinstance(value, bool) and expected is not bool
     if is_wrong_bool or not isinstance(value, accepted):
         raise ConfigError(
-            f"config.{name}={value!r} is a {type(value).__name__}; it takes a {expected.__name__}."
+            f"config.{name}={value!r} is a {type(value).__name__}. Give {TYPE_NAMES[expected]}."
         )
 
 
