@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from rome.train.distributed import DistributedError, Plan, choose
+from rome.train.distributed import DistributedError, ProcessLayout, choose
 from tests.distributed.processes import ROOT
 
 SLURM = {
@@ -34,7 +34,7 @@ def test_flags_win_over_the_environment_and_the_cluster():
         "JAX_NUM_PROCESSES": "9",
         "JAX_PROCESS_ID": "8",
     }
-    assert choose("node-0:1234", 2, 1, environ) == Plan("flags", "by flags", "node-0:1234", 2, 1)
+    assert choose("node-0:1234", 2, 1, environ) == ProcessLayout("flags", "by flags", "node-0:1234", 2, 1)
     by_environment = choose("", -1, -1, environ)
     assert (by_environment.coordinator, by_environment.count, by_environment.index) == (
         "other:1",
@@ -123,14 +123,14 @@ def test_a_tpu_pod_is_known_by_its_hosts(environ, workers, kind):
 START = """
 import sys
 from rome.train.distributed import choose, start
-start(choose(sys.argv[1], 2, int(sys.argv[2])), stop=lambda: False, errors=(), deadline_s=2)
+start(choose(sys.argv[1], 2, int(sys.argv[2])), stop=lambda: False, errors=(), deadline_seconds=2)
 """
 
 
 @pytest.mark.parametrize(
     "index, message",
     [
-        (1, "nobody answers at the coordinator"),
+        (1, "no answer from the coordinator"),
         (0, "answers, but not all 2 processes came within 2 s"),
     ],
 )
