@@ -147,7 +147,7 @@ async def play(
         steps + warm_up,
         async_ratio,
         redundancy,
-        late=late,
+        stale_samples=late,
         siblings=GROUP_SIZE if apart else 1,
     )
 
@@ -170,7 +170,7 @@ async def play(
         play_one,
         lambda wave: [
             GroupPlan(f"sleep/{wave}_{index // rules.siblings}")
-            for index in range(rules.groups_per_wave)
+            for index in range(rules.groups_per_step)
         ],
         accounting=accounting,
     )
@@ -296,7 +296,7 @@ async def measure_overhead(
             rules,
             sleep,
             lambda wave: [
-                GroupPlan(f"sleep/{wave}_{index}") for index in range(rules.groups_per_wave)
+                GroupPlan(f"sleep/{wave}_{index}") for index in range(rules.groups_per_step)
             ],
             accounting=accounting,
         )

@@ -19,15 +19,6 @@ def mixed_groups(trajectories: list[Trajectory]) -> list[Trajectory]:
     ] or trajectories
 
 
-def unsolved_tasks(trajectories: list[Trajectory]) -> list[str]:
-    """The tasks of groups without a single success, in the order of their groups: what Eq. 10's
-    imitation term falls back to.
-    """
-    tasks = {trajectory.group: trajectory.task for trajectory in trajectories}
-    solved = {trajectory.group for trajectory in trajectories if trajectory.reward > 0}
-    return [task for group, task in tasks.items() if group not in solved]
-
-
 def rollout_figures(
     trajectories: list[Trajectory], version: int, seconds: float
 ) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Asynchronous rollouts: groups of episodes that are played beside the trainer, under a bound on
 how stale a sample may be.
 
-    wave      the groups that were planned for one training step: `groups_per_step` of them, and `redundant_groups` more
+    wave      the groups that were planned for one training step: `groups_per_step` of them
     version   of the weights: how many steps have been trained. A sample's staleness is the version that it is trained at less the one that began it
     alpha     `async_ratio`, the bound of staleness. Waves 0 to version + alpha may be begun (the capacity rule of AReaL, arXiv 2505.24298, Eq. 3,
               in groups); with alpha = 0 that is exactly synchronous training
@@ -9,7 +9,7 @@ how stale a sample may be.
 Episodes begin in the order of their groups and each moves alone, also across an update of the
 weights: its tokens carry their versions. A group is complete when `group_size` of its episodes are;
 a step takes complete groups, the oldest first. Waves alone bound how far rollouts run ahead, not
-how old the slowest sample gets. `late` says what becomes of a sample that would be trained on
+how old the slowest sample gets. `stale_samples` says what becomes of a sample that would be trained on
 beyond the bound:
 
     wait   there is none: a step takes its groups only when all that remain can still be taken within the bound by later steps
@@ -43,7 +43,7 @@ from rome.data.trajectory import Chunk, Trajectory
 from rome.rollout.forks import Forks
 from rome.rollout.player import Accounting, Episode, RolloutError, Stopped
 
-Late = Literal["wait", "keep", "drop"]
+StaleSamples = Literal["wait", "keep", "drop"]
 POLL_SECONDS = 0.5  # between two looks at whether the user wants to stop
 MOST_REPLACEMENTS = 4  # of a group without spread; then it is taken as it is
 
@@ -64,17 +64,10 @@ class Rules:
     steps: int
     async_ratio: int = 0
     redundancy: int = 0
-    redundant_groups: int = 0
-    # they play on, and their trajectories are kept as files, untrained
-    keep_redundant: bool = False
     replace_equal: bool = False
-    late: Late = "wait"
+    stale_samples: StaleSamples = "wait"
     siblings: int = 1
     seed: int = 0
-
-    @property
-    def groups_per_wave(self) -> int:
-        return self.groups_per_step + self.redundant_groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,12 +127,12 @@ class Taken:
 
 
 class Journal:
-    """Which groups each step took, which episodes of them, and which groups it gave up; one JSON
-    line a step, on disk before the step is trained.
+    """Which groups each step took and which episodes of them; one JSON line a step, on disk before
+    the step is trained.
     """
 
     def __init__(self, path: pathlib.Path | None) -> None:
-        self._path, self._steps, self._given_up = path, {}, {}
+        self._path, self._steps = path, {}
         self._episodes: dict[tuple[int, int], list[int]] = {}
         if path is not None and path.exists():
             for line in path.read_text().splitlines():
@@ -169,17 +162,11 @@ class Journal:
         """
         return self._episodes.get((number, attempt))
 
-    def given_up(self, step: int) -> list[int]:
-        return self._given_up.get(step, [])
-
-    def add(
-        self, step: int, groups: list[Group], given_up: list[Group], replaced: list[Group]
-    ) -> None:
+    def add(self, step: int, groups: list[Group], replaced: list[Group]) -> None:
         entry = {
             "step": step,
             "groups": [(group.number, group.attempt) for group in groups],
             "episodes": [sorted(group.finished) for group in groups],
-            "given_up": [group.number for group in given_up],
             "replaced": [
                 (group.number, group.attempt, sorted(group.finished)) for group in replaced
             ],
@@ -202,7 +189,7 @@ class Journal:
 
     def _keep(self, entry: dict[str, Any]) -> None:
         groups = [tuple(pair) for pair in entry["groups"]]
-        self._steps[entry["step"]], self._given_up[entry["step"]] = groups, entry["given_up"]
+        self._steps[entry["step"]] = groups
         self._episodes.update(zip(groups, entry["episodes"]))
         self._episodes.update(
             {(number, attempt): episodes for number, attempt, episodes in entry["replaced"]}
@@ -273,10 +260,10 @@ class RolloutScheduler:
         self._hold_back(
             None if self._journal.get(version) is None else self._journal.after(version - 1)
         )
-        if self.rules.late == "drop":
+        if self.rules.stale_samples == "drop":
             self._drop_stale()
         while self._waves < min(version + self.rules.async_ratio + 1, self.rules.steps):
-            first = self._waves * self.rules.groups_per_wave
+            first = self._waves * self.rules.groups_per_step
             self._waves += 1
             for index, plan in enumerate(self._plan(self._waves - 1)):
                 self._open(Group(first + index, plan))
@@ -295,8 +282,7 @@ class RolloutScheduler:
             if self._should_stop():
                 raise Stopped
             self._changed.clear()
-            if (choice := self._choose(step)) is not None:
-                chosen, given_up = choice
+            if (chosen := self._choose(step)) is not None:
                 break
             try:
                 async with asyncio.timeout(POLL_SECONDS):
@@ -304,12 +290,9 @@ class RolloutScheduler:
             except TimeoutError:
                 pass
         self._replaced.sort(key=lambda group: (group.number, group.attempt))
-        self._journal.add(step, chosen, given_up, self._replaced)
+        self._journal.add(step, chosen, self._replaced)
         for group in chosen:
             self._remove(group)
-        self._give_up(
-            given_up if step < self.rules.steps - 1 else list(self._groups.values())
-        )  # after the last nobody will want the rest
         replaced = [trajectory for group in self._replaced for trajectory in group.trajectories()]
         self._replaced.clear()
         now = asyncio.get_running_loop().time()
@@ -412,7 +395,7 @@ class RolloutScheduler:
     def episode(self, group: Group, number: int) -> Episode:
         """The n-th episode of a group: the same, whoever asks and when."""
         rules, plan = self.rules, group.plan
-        wave, index = divmod(group.number, rules.groups_per_wave)
+        wave, index = divmod(group.number, rules.groups_per_step)
         again = (("again", group.attempt) if group.attempt else ()) + (
             ("stale", group.retries[number]) if group.retries[number] else ()
         )
@@ -481,18 +464,15 @@ class RolloutScheduler:
             self._finished(group, number, trajectory)
 
     def _failed(self, group: Group, number: int, error: BaseException) -> None:
-        """What ends an episode for good ends the run, but for a redundant one that nobody waits
-        for.
-        """
+        """What ends an episode for good ends the run."""
         del group.open[number]
         if isinstance(error, asyncio.CancelledError):
             error = RolloutError(
                 f"episode {self.episode(group, number).name} of {group.plan.task} was cancelled,"
                 " and not by the rollouts: an error of the program"
             )
-        if not (group.closed and isinstance(error, RolloutError)):
-            self._failure = self._failure or error
-            self._changed.set()
+        self._failure = self._failure or error
+        self._changed.set()
 
     def _ended(self, task: asyncio.Task) -> None:
         del self._playing[task]
@@ -504,9 +484,7 @@ class RolloutScheduler:
             (span[0] for chunk in trajectory.chunks for span in chunk.versions),
             default=self.version,
         )
-        if group.closed:
-            self.accounting.drop("redundant")
-        elif self._too_old(began):
+        if self._too_old(began):
             self._begin_again(group, number, "stale")
         else:
             group.versions[number] = began
@@ -518,7 +496,7 @@ class RolloutScheduler:
         """With "wait" only in a run that was resumed without the record of what its steps took:
         `_choose` lets nothing grow too old.
         """
-        return self.rules.late != "keep" and self.version - began > self.rules.async_ratio
+        return self.rules.stale_samples != "keep" and self.version - began > self.rules.async_ratio
 
     def _begin_again(self, group: Group, number: int, reason: str) -> None:
         """Its sample is dropped, and its file with it."""
@@ -567,48 +545,28 @@ class RolloutScheduler:
         self._changed.set()
 
     def _close_group(self, group: Group) -> None:
-        """Nothing more of it counts: what runs is cancelled, or plays on for its file alone."""
+        """Cancels the episodes of a complete group that still run."""
         group.closed = True
         group.versions = {
             number: began for number, began in group.versions.items() if number in group.finished
         }
-        if self.rules.keep_redundant:
-            return
         for task in list(group.open.values()):
             self.accounting.drop("redundant")
             task.cancel()
         group.open.clear()
 
-    def _choose(self, step: int) -> tuple[list[Group], list[Group]] | None:
-        """The groups that the step takes, and those that redundancy allows to give up with it; None
-        as long as it cannot be taken.
-        """
+    def _choose(self, step: int) -> list[Group] | None:
+        """The groups that the step takes; None as long as it cannot be taken."""
         recorded = self._recorded(step)
         if recorded is not None:
-            given_up = [
-                self._groups[number]
-                for number in self._journal.given_up(step)
-                if number in self._groups
-            ]
-            return (recorded, given_up) if all(recorded) else None
+            return recorded if all(recorded) else None
         if self._repeats is not None:
             self._hold_back(None)
             self._fill()
         if len(self._complete) < self.rules.groups_per_step:
             return None
         chosen = [self._groups[number] for number in self._complete[: self.rules.groups_per_step]]
-        late, spare = self._late(chosen), self._spare()
-        if len(late) > spare:
-            return None
-        surplus = spare - len(late) - self.rules.async_ratio * self.rules.redundant_groups
-        if surplus > 0:  # the slowest go
-            others = [
-                group
-                for group in self._groups.values()
-                if group not in chosen and group not in late
-            ]
-            late += sorted(others, key=lambda group: (group.closed, group.number))[:surplus]
-        return chosen, late
+        return None if self._any_late(chosen) else chosen
 
     def _recorded(self, step: int) -> list[Group | None] | None:
         """The groups that this step took once, each None as long as it is not complete.
@@ -626,40 +584,19 @@ class RolloutScheduler:
             groups.append(group if group.attempt == attempt and complete else None)
         return groups
 
-    def _late(self, chosen: list[Group]) -> list[Group]:
-        """Those of the other groups that could not be taken within the bound any more, if these
-        were taken now.
+    def _any_late(self, chosen: list[Group]) -> bool:
+        """Whether another group could not be taken within the bound any more, if these were taken
+        now.
         """
-        if self.rules.late != "wait":
-            return []
-        numbers, late, place, allowed = {group.number for group in chosen}, [], 0, self._spare()
-        for number, group in self._groups.items():
-            if number in numbers:
-                continue
-            if (
-                group.age(self.version) + 1 + place // self.rules.groups_per_step
-                > self.rules.async_ratio
-            ):
-                late.append(group)
-                if len(late) > allowed:  # no need to know how many more
-                    break
-            else:
-                place += 1
-        return late
-
-    def _spare(self) -> int:
-        """How many of the groups that are there were begun beyond what the steps take."""
-        return (
-            max(0, len(self._groups) - (self._waves - self.version) * self.rules.groups_per_step)
-            if self.rules.redundant_groups
-            else 0
+        if self.rules.stale_samples != "wait":
+            return False
+        numbers = {group.number for group in chosen}
+        others = [group for number, group in self._groups.items() if number not in numbers]
+        return any(
+            group.age(self.version) + 1 + place // self.rules.groups_per_step
+            > self.rules.async_ratio
+            for place, group in enumerate(others)
         )
-
-    def _give_up(self, groups: list[Group]) -> None:
-        for group in groups:
-            self.accounting.drop("redundant", len(group.finished))
-            self._close_group(group)
-            self._remove(group)
 
     def _remove(self, group: Group) -> None:
         del self._groups[group.number]

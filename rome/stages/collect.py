@@ -77,10 +77,8 @@ class Collector:
             steps=config.steps,
             async_ratio=config.async_ratio,
             redundancy=config.redundancy,
-            redundant_groups=config.redundant_groups * (config.group_size if apart else 1),
-            keep_redundant=config.keep_redundant,
             replace_equal=config.replace_equal,
-            late=config.late,
+            stale_samples=config.late,
             seed=config.seed,
         )
         return RolloutScheduler(

@@ -1,9 +1,7 @@
 """What a step's episodes show: figures that mean what they are called, and groups that can teach."""
 
-import dataclasses
-
 from rome.data.trajectory import Chunk, Trajectory
-from rome.rollout.outcomes import mixed_groups, rollout_figures, unsolved_tasks
+from rome.rollout.outcomes import mixed_groups, rollout_figures
 
 
 def trajectory(group=0, reward=0.0, chunks=()):
@@ -63,15 +61,3 @@ def test_groups_that_ended_alike_are_left_out_unless_there_is_no_other():
     )
     assert mixed_groups(won + lost + mixed) == mixed
     assert mixed_groups(won + lost) == won + lost
-
-
-def test_a_task_is_unsolved_when_no_episode_of_its_group_won():
-    named = lambda group, reward, task: dataclasses.replace(trajectory(group, reward), task=task)
-    played = [
-        named(0, 1.0, "copy/1"),
-        named(0, 0.0, "copy/1"),
-        named(1, 0.0, "copy/2"),
-        named(1, 0.0, "copy/2"),
-        named(2, 0.0, "copy/2"),
-    ]
-    assert unsolved_tasks(played) == ["copy/2", "copy/2"]  # one for each group

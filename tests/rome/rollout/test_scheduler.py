@@ -41,6 +41,7 @@ class World:
     journal: object = None
     steps: list = dataclasses.field(default_factory=list)
     stop: bool = False
+    saves_cancelled: bool = False  # a cancelled episode leaves its file, as if it had just ended
 
     def make(self):
         self.rollouts = RolloutScheduler(
@@ -58,7 +59,7 @@ class World:
     def plan(self, wave):
         return [
             GroupPlan(f"task/{wave}_{index // self.rules.siblings}")
-            for index in range(self.rules.groups_per_wave)
+            for index in range(self.rules.groups_per_step)
         ]
 
     def replan(self, number, attempt):
@@ -74,23 +75,31 @@ class World:
             began = self.rollouts.version
             if self.fault is not None and (error := self.fault(episode)) is not None:
                 raise error
-            await asyncio.sleep(random.Random(f"{self.seed}/{episode.seed}").lognormvariate(0, 1))
-            chunk = Chunk([1], [2, 3], [-0.5, -0.5], [(began, 0, 1), (self.rollouts.version, 1, 2)])
-            reward = float(episode.seed % 2) if self.reward is None else self.reward(episode)
-            trajectory = Trajectory(
-                episode.task,
-                "f",
-                [chunk],
-                reward,
-                "success" if reward else "failure",
-                episode.group,
-                episode.episode,
-                episode.seed,
-            )
-            self.files[episode.name] = trajectory
-            return trajectory
+            length = random.Random(f"{self.seed}/{episode.seed}").lognormvariate(0, 1)
+            try:
+                await asyncio.sleep(length)
+            except asyncio.CancelledError:
+                if self.saves_cancelled:
+                    self.files[episode.name] = self.trajectory(episode, began)
+                raise
+            self.files[episode.name] = self.trajectory(episode, began)
+            return self.files[episode.name]
         finally:
             self.running -= 1
+
+    def trajectory(self, episode, began):
+        chunk = Chunk([1], [2, 3], [-0.5, -0.5], [(began, 0, 1), (self.rollouts.version, 1, 2)])
+        reward = float(episode.seed % 2) if self.reward is None else self.reward(episode)
+        return Trajectory(
+            episode.task,
+            "f",
+            [chunk],
+            reward,
+            "success" if reward else "failure",
+            episode.group,
+            episode.episode,
+            episode.seed,
+        )
 
     async def train(self, first=0, last=None):
         """Steps first to last, as the trainer runs them; returns what each took."""
@@ -152,8 +161,6 @@ def test_without_asynchrony_each_step_takes_its_own_wave_in_order_and_all_of_it_
     st.integers(1, 12),
     st.sampled_from(["wait", "drop", "keep"]),
     st.integers(0, 2),
-    st.integers(0, 1),
-    st.booleans(),
     st.booleans(),
     st.floats(0, 5),
     st.integers(0, 10**6),
@@ -163,28 +170,36 @@ def test_whatever_the_numbers_nothing_is_lost_taken_twice_or_staler_than_allowed
     groups,
     size,
     concurrency,
-    late,
+    stale_samples,
     redundancy,
-    redundant_groups,
-    keep,
     replace,
     train_s,
     seed,
 ):
     rules = Rules(
-        groups, size, concurrency, 7, alpha, redundancy, redundant_groups, keep, replace, late
+        groups_per_step=groups,
+        group_size=size,
+        concurrency=concurrency,
+        steps=7,
+        async_ratio=alpha,
+        redundancy=redundancy,
+        replace_equal=replace,
+        stale_samples=stale_samples,
     )
     world = play_all(rules, seed=seed, train_s=train_s)
     assert [step for step, _ in world.steps] == list(range(7))
     taken = [name for step in names(world.steps) for name in step]
     assert len(taken) == len(set(taken)) == 7 * groups * size
     assert all(len(group) == size for _, taken in world.steps for group in taken.groups)
-    assert late == "keep" or max(staleness(world.steps)) <= alpha
+    assert stale_samples == "keep" or max(staleness(world.steps)) <= alpha
     assert min(staleness(world.steps)) >= 0
     dropped = set(world.accounting.dropped)
-    assert dropped <= ({"redundant"} if redundancy or redundant_groups else set()) | (
-        {"equal_group"} if replace else set()
-    ) | ({"stale"} if late == "drop" else set())
+    possible = {
+        "redundant": redundancy > 0,
+        "equal_group": replace,
+        "stale": stale_samples == "drop",
+    }
+    assert dropped <= {reason for reason, can_occur in possible.items() if can_occur}
     assert world.most_running <= concurrency and not world.running
     world.accounting.check()
 
@@ -205,13 +220,9 @@ def test_with_waiting_alone_nothing_is_dropped_and_steps_overlap_with_rollouts()
     )
 
 
-def test_the_slowest_of_a_group_are_cancelled_or_play_on_for_their_files():
-    rules = dataclasses.replace(RULES, redundancy=2, concurrency=12)
-    cancelled, kept = play_all(rules), play_all(dataclasses.replace(rules, keep_redundant=True))
-    assert cancelled.accounting.dropped == {"redundant": 36} and len(cancelled.files) == 36
-    assert (
-        36 < len(kept.files) <= 72 and kept.accounting.dropped["redundant"] == len(kept.files) - 36
-    )
+def test_the_slowest_of_a_group_are_cancelled():
+    world = play_all(dataclasses.replace(RULES, redundancy=2, concurrency=12))
+    assert world.accounting.dropped == {"redundant": 36} and len(world.files) == 36
 
 
 def test_a_group_without_spread_is_replaced_at_once_by_another_task_and_seen_by_the_curriculum():
@@ -249,7 +260,7 @@ def test_a_task_that_never_has_spread_is_taken_in_the_end():
 
 
 def test_single_episodes_are_taken_without_their_siblings_and_still_know_their_group():
-    rules = Rules(6, 1, 6, 4, async_ratio=1, siblings=2, late="keep")
+    rules = Rules(6, 1, 6, 4, async_ratio=1, siblings=2, stale_samples="keep")
     world = play_all(rules)
     groups = [[t.group for group in taken.groups for t in group] for _, taken in world.steps]
     assert any(step.count(group) == 1 for step in groups for group in step)
@@ -387,11 +398,11 @@ def test_a_stop_is_heard_while_waiting_and_what_runs_is_closed():
     world.accounting.check()
 
 
-def killed_and_resumed(rules, tmp_path, *, save_at, kill_at, seed=0, reward=None, late_save=0.0):
+def killed_and_resumed(rules, tmp_path, *, save_at, kill_at, late_save=0.0, **options):
     """(first, second) of a run whose checkpoint is taken `late_save` seconds after step `save_at` -
     1 and that is killed in step `kill_at`.
     """
-    first = World(rules, seed=seed, reward=reward, journal=tmp_path / "steps.jsonl")
+    first = World(rules, journal=tmp_path / "steps.jsonl", **options)
     saved = {}
 
     async def until_killed():
@@ -406,11 +417,10 @@ def killed_and_resumed(rules, tmp_path, *, save_at, kill_at, seed=0, reward=None
     run(until_killed())
     second = World(
         rules,
-        seed=seed,
-        reward=reward,
         journal=tmp_path / "steps.jsonl",
         files=first.files,
         accounting=Accounting.from_json(saved["accounting"]),
+        **options,
     )
 
     async def resume():
@@ -430,8 +440,6 @@ def killed_and_resumed(rules, tmp_path, *, save_at, kill_at, seed=0, reward=None
     st.integers(1, 8),
     st.sampled_from(["wait", "keep", "drop"]),
     st.integers(0, 2),
-    st.integers(0, 1),
-    st.booleans(),
     st.booleans(),
     st.integers(0, 3),
     st.integers(0, 3),
@@ -444,10 +452,8 @@ def test_whatever_the_rules_a_resumed_run_repeats_its_steps_and_reaches_its_end(
     groups,
     size,
     concurrency,
-    late,
+    stale_samples,
     redundancy,
-    redundant_groups,
-    keep,
     replace,
     save_at,
     more,
@@ -455,7 +461,14 @@ def test_whatever_the_rules_a_resumed_run_repeats_its_steps_and_reaches_its_end(
     seed,
 ):
     rules = Rules(
-        groups, size, concurrency, 7, alpha, redundancy, redundant_groups, keep, replace, late
+        groups_per_step=groups,
+        group_size=size,
+        concurrency=concurrency,
+        steps=7,
+        async_ratio=alpha,
+        redundancy=redundancy,
+        replace_equal=replace,
+        stale_samples=stale_samples,
     )
     first, second = killed_and_resumed(
         rules,
@@ -472,17 +485,18 @@ def test_whatever_the_rules_a_resumed_run_repeats_its_steps_and_reaches_its_end(
         name for step in names(first.steps[:save_at]) + names(second.steps) for name in step
     ]
     assert len(everything) == len(set(everything)) == 7 * groups * size
-    assert late == "keep" or max(staleness(second.steps)) <= alpha
+    assert stale_samples == "keep" or max(staleness(second.steps)) <= alpha
     assert (
-        late == "drop" or not second.accounting.dropped["stale"]
+        stale_samples == "drop" or not second.accounting.dropped["stale"]
     ) and second.accounting.trained == 7 * groups * size
 
 
 def test_a_repeated_step_takes_the_episodes_that_it_took_although_redundant_ones_are_on_disk_too(
     tmp_path,
 ):
-    rules = dataclasses.replace(RULES, redundancy=2, concurrency=20, keep_redundant=True)
-    first, second = killed_and_resumed(rules, tmp_path, save_at=1, kill_at=4)
+    rules = dataclasses.replace(RULES, redundancy=2, concurrency=20)
+    first, second = killed_and_resumed(rules, tmp_path, save_at=1, kill_at=4, saves_cancelled=True)
+    assert len(first.files) > first.accounting.trained
     assert any(
         t.episode >= RULES.group_size
         for _, taken in first.steps[1:]
@@ -511,7 +525,8 @@ def test_what_was_replaced_before_a_checkpoint_is_still_handed_on_after_it(tmp_p
 
 def test_a_record_that_cannot_come_true_any_more_does_not_hold_the_run(tmp_path):
     (tmp_path / "steps.jsonl").write_text(
-        '{"step": 0, "groups": [[0, 1], [1, 0], [2, 0]]}\n'
+        '{"step": 0, "groups": [[0, 1], [1, 0], [2, 0]], "episodes": [[0, 1], [0, 1], [0, 1]],'
+        ' "replaced": []}\n'
     )  # the first was replaced; its files are lost, and now it has spread
     world = World(
         dataclasses.replace(RULES, replace_equal=True, steps=1),
@@ -526,49 +541,6 @@ def test_a_record_that_cannot_come_true_any_more_does_not_hold_the_run(tmp_path)
 
     run(main())
     assert names(world.steps) == [[(group, number) for group in range(3) for number in range(2)]]
-
-
-def test_redundant_episodes_that_play_on_are_ended_with_the_run_and_count_once():
-    rules = dataclasses.replace(RULES, redundancy=3, concurrency=30, keep_redundant=True, steps=2)
-    world = World(rules)
-
-    async def main():
-        world.make()
-        await world.train()
-        assert world.running
-        ends = asyncio.get_running_loop().time()
-        await world.rollouts.close()
-        assert asyncio.get_running_loop().time() == ends
-
-    run(main())
-    assert not world.running
-    world.accounting.check()
-
-
-def test_a_redundant_episode_that_is_spoiled_for_good_harms_nobody():
-    rules = dataclasses.replace(RULES, redundancy=1, concurrency=30, keep_redundant=True, steps=2)
-    world = World(rules)
-    play = world.play
-
-    async def spoiled(episode):
-        if episode.episode == 2:
-            await asyncio.sleep(100)
-            world.accounting.drop("infra_sandbox")
-            raise RolloutError("spoiled")
-        return await play(episode)
-
-    world.play = spoiled
-
-    async def main():
-        world.make()
-        await world.train(0, 1)
-        await asyncio.sleep(200)
-        await world.train(1)
-        await world.rollouts.check()
-        await world.rollouts.close()
-
-    run(main())
-    assert world.accounting.dropped["infra_sandbox"] == 6 and world.accounting.trained == 12
 
 
 def test_an_episode_that_something_else_cancels_ends_the_step_with_its_name_instead_of_a_wait_for_ever():
@@ -649,9 +621,7 @@ def test_forks_of_siblings_are_closed_with_the_last_of_them():
 def test_a_run_that_is_killed_twice_after_one_checkpoint_still_repeats_what_either_took(
     alpha, seed, tmp_path
 ):
-    rules = dataclasses.replace(
-        RULES, async_ratio=alpha, steps=8, redundancy=1, redundant_groups=1, replace_equal=True
-    )
+    rules = dataclasses.replace(RULES, async_ratio=alpha, steps=8, redundancy=1, replace_equal=True)
     lives, files, saved = [], {}, {}
 
     async def live(world, first, last):
