@@ -21,95 +21,9 @@ from envs.gem.core import Env
 from rome.agent.loop import Generator, Limits, derive_seed, run_episode
 from rome.data.trajectory import Chunk, Trajectory, load_trajectory, save_trajectory
 from rome.model.tokenizer import Chat
+from rome.rollout.accounting import Accounting
 from rome.rollout.anchors import anchor_of
-from rome.rollout.forks import Forks
-
-
-class Stopped(Exception):
-    """The user asked the run to stop while episodes were in flight.
-
-    Those that had finished are on disk.
-    """
-
-
-class RolloutError(RuntimeError):
-    """The infrastructure spoiled one episode several times over."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Episode:
-    """What to play: a task by name, its place among the groups, the seed of its sampling.
-
-    name: of its file. prefix: an expert's chunks that are replayed before the policy takes over.
-    forks: environments in which they were replayed already.
-    """
-
-    task: str
-    group: int
-    episode: int
-    seed: int
-    name: str = ""
-    prefix: tuple[Chunk, ...] = ()
-    forks: Forks | None = dataclasses.field(default=None, compare=False)
-
-
-@dataclasses.dataclass
-class Accounting:
-    """started = trained + dropped (by reason) + in_flight, at every moment.
-
-    The trainer counts in its own thread, the rollouts in theirs.
-    """
-
-    started: int = 0
-    trained: int = 0
-    dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    in_flight: int = 0
-    _lock: threading.Lock = dataclasses.field(
-        default_factory=threading.Lock, init=False, repr=False, compare=False
-    )
-
-    def begin(self) -> None:
-        with self._lock:
-            self.started += 1
-            self.in_flight += 1
-
-    def drop(self, reason: str, number: int = 1) -> None:
-        if number:
-            with self._lock:
-                self.in_flight -= number
-                self.dropped[reason] += number
-
-    def train(self, number: int) -> None:
-        with self._lock:
-            self.in_flight -= number
-            self.trained += number
-
-    def check(self) -> None:
-        counts = self.to_json()
-        if (
-            counts["started"]
-            != counts["trained"] + sum(counts["dropped"].values()) + counts["in_flight"]
-            or counts["in_flight"] < 0
-        ):
-            raise AssertionError(f"sample accounting does not add up: {counts}")
-
-    def to_json(self) -> dict:
-        with self._lock:
-            return {
-                "started": self.started,
-                "trained": self.trained,
-                "dropped": dict(self.dropped),
-                "in_flight": self.in_flight,
-            }
-
-    @classmethod
-    def from_json(cls, document: dict) -> Accounting:
-        """As of a checkpoint: what was in flight then is started anew."""
-        counts = cls(
-            document["started"], document["trained"], collections.Counter(document["dropped"]), 0
-        )
-        counts.started -= document["in_flight"]
-        return counts
+from rome.rollout.episode import Episode, RolloutError, Stopped
 
 
 @dataclasses.dataclass

@@ -35,7 +35,8 @@ from rome.rollout.forks import SECONDS as REPLAY_SECONDS
 from rome.rollout.forks import Forks
 from rome.rollout.outcomes import mixed_groups, rollout_figures
 from rome.rollout.player import Accounting, Episode, RolloutError
-from rome.rollout.scheduler import MOST_REPLACEMENTS, GroupPlan, RolloutScheduler, Rules, Taken
+from rome.rollout.group import GroupPlan, Taken
+from rome.rollout.scheduler import MAX_REPLACEMENTS, RolloutScheduler, Rules
 from rome.train.alarms import check_mismatch
 from rome.train.loop import StepData
 from rome.train.state import TrainState
@@ -284,7 +285,7 @@ class Collector:
             * (config.groups + config.redundant_groups)
             * (config.group_size + config.redundancy)
         )
-        times = self.run.scheduler.attempts * (1 + MOST_REPLACEMENTS if config.replace_equal else 1)
+        times = self.run.scheduler.attempts * (1 + MAX_REPLACEMENTS if config.replace_equal else 1)
         replays = (
             REPLAY_SECONDS if config.resampling != "off" else 0.0
         )  # of a source; its group waits for it

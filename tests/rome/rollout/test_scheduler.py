@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rome.data.trajectory import Chunk, Trajectory
-from rome.rollout.player import Accounting, RolloutError, Stopped
-from rome.rollout.scheduler import GroupPlan, RolloutScheduler, Rules
+from rome.rollout.accounting import Accounting
+from rome.rollout.episode import RolloutError, Stopped
+from rome.rollout.group import GroupPlan
+from rome.rollout.scheduler import RolloutScheduler, Rules
 from tests.rome.rollout.virtual import run
 
 RULES = Rules(groups_per_step=3, group_size=2, concurrency=4, steps=6)
