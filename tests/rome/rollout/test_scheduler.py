@@ -17,7 +17,7 @@ from rome.rollout.accounting import Accounting
 from rome.rollout.episode import RolloutError, Stopped
 from rome.rollout.group import GroupPlan
 from rome.rollout.scheduler import RolloutScheduler, Rules
-from tests.rome.rollout.virtual import run
+from rome.rollout.simulator.clock import run
 
 RULES = Rules(groups_per_step=3, group_size=2, concurrency=4, steps=6)
 
