@@ -30,10 +30,9 @@ from rome.model.hf.checkpoint import load_hf
 from rome.model.sharding import param_shardings
 from rome.rollout.anchors import Anchors, anchor_of, fork_imitation
 from rome.rollout.curriculum import Curriculum
-from rome.rollout.demonstrations import collect_experts
-from rome.rollout.forks import SECONDS as REPLAY_SECONDS
-from rome.rollout.forks import Forks
-from rome.rollout.outcomes import mixed_groups, rollout_figures
+from rome.rollout.demonstrations import collect_demonstrations
+from rome.rollout.forks import REPLAY_SECONDS, Forks
+from rome.rollout.outcomes import mixed_groups, rollout_metrics
 from rome.rollout.player import Accounting, Episode, RolloutError
 from rome.rollout.group import GroupPlan, Taken
 from rome.rollout.scheduler import MAX_REPLACEMENTS, RolloutScheduler, Rules
@@ -270,7 +269,7 @@ class Collector:
             "kept": [file_of[id(one)] for one in kept],
             "shown": [name for name, _ in shown.values()],
             "figures": (
-                rollout_figures(trajectories, step, taken.seconds)
+                rollout_metrics(trajectories, step, taken.seconds)
                 | self._figures(step, taken, trajectories, len(shown))
             ),
         }
@@ -336,7 +335,7 @@ class Collector:
             if not sources[number] and not any(t.reward > 0 for t in members)
         ]
         played = run_async(
-            collect_experts(
+            collect_demonstrations(
                 [groups[number][0].task for number in unsolved],
                 self.run.make_env,
                 self.run.chat,

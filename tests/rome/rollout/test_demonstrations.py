@@ -28,7 +28,7 @@ class Losing(TerminalEnv):
 def collect(tmp_path):
     make_env = lambda task: Losing(task, SandboxConfig(isolation="best_available"))
     return asyncio.run(
-        demonstrations.collect_experts(
+        demonstrations.collect_demonstrations(
             ["count/3"],
             make_env,
             CHAT,

@@ -12,7 +12,7 @@ from envs.gem import format_tool_call
 from envs.rock import SandboxConfig, SandboxError
 from envs.tasks.terminal.env import TerminalEnv
 from rome.agent.loop import Limits, run_episode
-from rome.rollout.demonstrations import expert_trajectory
+from rome.rollout.demonstrations import demonstrate
 from rome.rollout.forks import Forked, Forks
 from rome.rollout.player import Accounting, Episode, EpisodePlayer
 from tests.rome.rollout.worlds import CHAT, EchoEnv, ScriptedEngine
@@ -45,7 +45,7 @@ class Continues:
 
 @pytest.fixture(scope="module")
 def source():
-    return asyncio.run(expert_trajectory(make_env(), CHAT, random.Random(0), 0.0))
+    return asyncio.run(demonstrate(make_env(), CHAT, random.Random(0), 0.0))
 
 
 @pytest.mark.parametrize("by_fork", [True, False])

@@ -1,7 +1,7 @@
 """What a step's episodes show: figures that mean what they are called, and groups that can teach."""
 
 from rome.data.trajectory import Chunk, Trajectory
-from rome.rollout.outcomes import mixed_groups, rollout_figures
+from rome.rollout.outcomes import mixed_groups, rollout_metrics
 
 
 def trajectory(group=0, reward=0.0, chunks=()):
@@ -26,7 +26,7 @@ def chunk(prompt=3, action=2, cached=0, status="ok"):
 def test_a_cached_share_of_one_is_everything_that_was_sent():
     # 3 tokens are sent, 2 come back; then 3 + 2 + 4 are sent, of which 5 were there.
     played = [trajectory(chunks=[chunk(cached=0), chunk(prompt=4, cached=5)])]
-    assert rollout_figures(played, 4, 1.0)["cached_token_share"] == 5 / 12
+    assert rollout_metrics(played, 4, 1.0)["cached_token_share"] == 5 / 12
 
 
 def test_figures_of_a_step():
@@ -36,7 +36,7 @@ def test_figures_of_a_step():
             chunks=[chunk(action=6, status="malformed"), chunk(action=4, status="tool_error")]
         ),
     ]
-    figures = rollout_figures(played, 6, 2.0)
+    figures = rollout_metrics(played, 6, 2.0)
     expected = {
         "reward": 0.5,
         "success": 0.5,
@@ -50,7 +50,7 @@ def test_figures_of_a_step():
         "tokens_failure": 10.0,
     }
     assert {name: figures[name] for name in expected} == expected
-    assert "tokens_success" not in rollout_figures([trajectory()], 4, 1.0)
+    assert "tokens_success" not in rollout_metrics([trajectory()], 4, 1.0)
 
 
 def test_groups_that_ended_alike_are_left_out_unless_there_is_no_other():
