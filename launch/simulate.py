@@ -1,7 +1,7 @@
 r"""Predict the throughput, idle time and staleness of a pod's rollouts before it is rented.
 
 python -m launch.simulate                                           # 64 episodes of 8 turns
-python -m launch.simulate --stale_samples=drop --async_ratio=1,2    # what dropping brings, and costs
+python -m launch.simulate --stale_samples=drop --async_ratio=1,2    # what dropping brings, costs
 python -m launch.simulate --latencies=FILE --set engines=4 --set slots=128 --set token_s=0.02 \
     --set concurrency=512 --set groups_per_step=64 --set train_s=90
 

@@ -84,11 +84,12 @@ class Journal:
                 continue  # a kill cut the line off, so its step was not trained
 
     def _keep(self, entry: dict[str, Any]) -> None:
+        step = entry["step"]
         groups = [(number, attempt) for number, attempt in entry["groups"]]
-        episodes = dict(zip(groups, entry["episodes"], strict=True))
-        for number, attempt, taken in entry["replaced"]:
-            episodes[number, attempt] = taken
-        self._groups[entry["step"]] = groups
+        taken = zip(groups, entry["episodes"], strict=True)
+        replaced = [((number, attempt), played) for number, attempt, played in entry["replaced"]]
+        episodes = dict([*taken, *replaced])  # complete before anything is kept
+        self._groups[step] = groups
         self._episodes.update(episodes)
 
 

@@ -17,8 +17,10 @@ def mixed_groups(trajectories: list[Trajectory]) -> list[Trajectory]:
     outcomes: dict[int, set[bool]] = collections.defaultdict(set)
     for trajectory in trajectories:
         outcomes[trajectory.group].add(trajectory.reward > 0)
-    mixed = [trajectory for trajectory in trajectories if len(outcomes[trajectory.group]) == 2]
-    return mixed or trajectories
+    mixed = {group for group, seen in outcomes.items() if len(seen) == 2}
+    if not mixed:
+        return trajectories
+    return [trajectory for trajectory in trajectories if trajectory.group in mixed]
 
 
 def rollout_metrics(

@@ -7,14 +7,16 @@ timers and itself therefore runs as fast as its code, with the same order of eve
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextvars
 import heapq
 import itertools
 import selectors
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, TypeVarTuple
 
 Result = TypeVar("Result")
+Arguments = TypeVarTuple("Arguments")
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
@@ -24,6 +26,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     which they were set; between two of them, every task goes on as far as it can. Sockets, pipes
     and other threads cannot wake the loop.
     """
+
+    _ready: collections.deque[asyncio.Handle]  # of the base class: callbacks that are due
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -38,8 +42,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def call_at(
         self,
         when: float,
-        callback: Callable[..., object],
-        *args: Any,
+        callback: Callable[[*Arguments], object],
+        *args: *Arguments,
         context: contextvars.Context | None = None,
     ) -> asyncio.TimerHandle:
         """Set a timer. The base class keeps timers in a heap that is slow and not stable."""

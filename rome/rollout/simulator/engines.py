@@ -1,4 +1,4 @@
-"""Simulated episodes and engines: slots, prefill, and decoding in which requests share the speed."""
+"""Simulated episodes and engines: slots, prefill, and decoding that requests slow down."""
 
 from __future__ import annotations
 

@@ -123,13 +123,20 @@ def step_seconds_bound(model: PodModel) -> float:
     environments, where each trajectory occupies one of the `concurrency` places for as long as it
     takes alone; and the engines, with every slot in use except while weights are published.
     """
+    turns = model.batch * model.turns.mean
+    tokens = model.tokens.mean
+    prompt_tokens = model.prompt_tokens.mean
+
     trainer = model.train_s + model.publish_s
-    mean_turn = model.turn_seconds(model.latency.mean, model.tokens.mean, model.prompt_tokens.mean)
-    environments = model.batch * model.turns.mean * mean_turn / model.concurrency
-    decoding = model.tokens.mean * model.token_seconds(model.slots)
-    prefill = model.prefill_seconds(model.prompt_tokens.mean)
-    slot_seconds = model.batch * model.turns.mean * (decoding + prefill)
-    engines = slot_seconds / model.slots / model.engines + model.publish_s
+
+    turn_alone = model.turn_seconds(model.latency.mean, tokens, prompt_tokens)
+    environments = turns * turn_alone / model.concurrency
+
+    decoding = tokens * model.token_seconds(model.slots)
+    slot_seconds = turns * (decoding + model.prefill_seconds(prompt_tokens))
+    slots = model.engines * model.slots
+    engines = slot_seconds / slots + model.publish_s
+
     return max(trainer, environments, engines)
 
 

@@ -260,8 +260,10 @@ class _Simulation:
         self.waited += taken.waited
         for group, names in zip(taken.groups, taken.names, strict=True):
             self.accounting.train(len(group))
-            self.staleness.update(step - trajectory.oldest_version for trajectory in group)
-            self.trained.extend(self.finished.pop(name) for name in names)
+            for trajectory in group:
+                self.staleness[step - trajectory.oldest_version] += 1
+            for name in names:
+                self.trained.append(self.finished.pop(name))
 
     def _prediction(self) -> Prediction:
         self.accounting.check()
@@ -294,7 +296,7 @@ class _Simulation:
 
 
 def _rules(model: PodModel, steps: int) -> Rules:
-    """Return the scheduler's rules. Rollouts go on beyond the last step, as in the middle of a run."""
+    """Return the scheduler's rules, under which rollouts do not end with the last step."""
     return Rules(
         groups_per_step=model.groups_per_step,
         group_size=model.group_size,

@@ -1,4 +1,4 @@
-"""What a step's episodes show: figures that mean what they are called, and groups that can teach."""
+"""Metrics of a step's episodes mean what they are called, and groups that teach are found."""
 
 from rome.data.trajectory import Chunk, Trajectory
 from rome.rollout.outcomes import mixed_groups, rollout_metrics
@@ -29,14 +29,14 @@ def test_a_cached_share_of_one_is_everything_that_was_sent():
     assert rollout_metrics(played, 4, 1.0)["cached_token_share"] == 5 / 12
 
 
-def test_figures_of_a_step():
+def test_metrics_of_a_step():
     played = [
         trajectory(reward=1.0),
         trajectory(
             chunks=[chunk(action=6, status="malformed"), chunk(action=4, status="tool_error")]
         ),
     ]
-    figures = rollout_metrics(played, 6, 2.0)
+    metrics = rollout_metrics(played, 6, 2.0)
     expected = {
         "reward": 0.5,
         "success": 0.5,
@@ -49,7 +49,7 @@ def test_figures_of_a_step():
         "tokens_success": 2.0,
         "tokens_failure": 10.0,
     }
-    assert {name: figures[name] for name in expected} == expected
+    assert {name: metrics[name] for name in expected} == expected
     assert "tokens_success" not in rollout_metrics([trajectory()], 4, 1.0)
 
 

@@ -1,7 +1,8 @@
-"""The simulator against what can be worked out by hand, and against laws that hold for every queue."""
+"""The simulator against values worked out by hand and laws that hold for every queue."""
 
 import dataclasses
 import heapq
+import itertools
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from launch import simulate as command
 from rome.rollout.simulator.distributions import Constant, Lognormal, Recorded
 from rome.rollout.simulator.pod import PodModel, agentic_pod, step_seconds_bound
-from rome.rollout.simulator.simulate import simulate, speedup, speedups, with_train_share
+from rome.rollout.simulator.simulate import simulate, speedup, with_train_share
 
 quickly = settings(max_examples=20, deadline=None, derandomize=True)
 STEADY = PodModel(
@@ -227,12 +228,14 @@ def test_more_asynchrony_never_takes_longer_and_never_beats_the_bound(seed, late
         simulate(dataclasses.replace(model, async_ratio=ratio), steps=12, seed=seed).seconds
         for ratio in (0, 1, 2, 4, 8)
     ]
-    assert all(later <= sooner + 1e-9 for sooner, later in zip(seconds, seconds[1:]))
+    assert all(later <= sooner + 1e-9 for sooner, later in itertools.pairwise(seconds))
     assert seconds[-1] >= 12 * model.train_s
 
 
 def random_model(draw_int, stale_samples):
-    pick = lambda *values: values[draw_int(len(values))]
+    def pick(*values):
+        return values[draw_int(len(values))]
+
     return PodModel(
         engines=pick(1, 3),
         slots=pick(1, 4, 64),
@@ -313,7 +316,7 @@ def test_boundless_asynchrony_reaches_the_bound_of_whatever_is_busiest():
 def test_dropping_late_samples_and_taking_the_first_of_many_teaches_short_episodes():
     model = dataclasses.replace(agentic_pod(), train_s=1.0)
     bias = {
-        name: simulate(dataclasses.replace(model, **changes), steps=30).short_bias
+        name: simulate(dataclasses.replace(model, **changes), steps=16).short_bias
         for name, changes in {
             "none": {"stale_samples": "keep"},
             "wait": {},
@@ -407,9 +410,9 @@ def test_engines_that_are_lent_while_the_trainer_trains_beat_a_fixed_split_and_l
         async_ratio=1,
         train_s=4.0,
     )
-    split = simulate(dataclasses.replace(busy, engines=2), steps=40)
-    lent = simulate(dataclasses.replace(busy, lent_engines=2), steps=40)
-    both = simulate(busy, steps=40)
+    split = simulate(dataclasses.replace(busy, engines=2), steps=16)
+    lent = simulate(dataclasses.replace(busy, lent_engines=2), steps=16)
+    both = simulate(busy, steps=16)
     assert both.step_seconds < lent.step_seconds < split.step_seconds
     assert lent.trained == split.trained and not lent.dropped and max(lent.staleness) <= 1
 
