@@ -86,9 +86,10 @@ class Journal:
     def _keep(self, entry: dict[str, Any]) -> None:
         step = entry["step"]
         groups = [(number, attempt) for number, attempt in entry["groups"]]
-        taken = zip(groups, entry["episodes"], strict=True)
-        replaced = [((number, attempt), played) for number, attempt, played in entry["replaced"]]
-        episodes = dict([*taken, *replaced])  # complete before anything is kept
+        episodes = dict(zip(groups, entry["episodes"], strict=True))
+        for number, attempt, played in entry["replaced"]:
+            episodes[number, attempt] = played
+        # Nothing was kept so far, so nothing is kept of an entry that is incomplete.
         self._groups[step] = groups
         self._episodes.update(episodes)
 

@@ -40,7 +40,6 @@ from __future__ import annotations
 import asyncio
 import bisect
 import dataclasses
-import heapq
 import pathlib
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal
@@ -52,6 +51,7 @@ from rome.rollout.episode import Episode, RolloutError, Stopped
 from rome.rollout.forks import Forks
 from rome.rollout.group import Group, GroupPlan, Taken
 from rome.rollout.journal import Journal
+from rome.rollout.pending import PendingEpisodes
 
 StaleSamples = Literal["wait", "keep", "drop"]
 POLL_SECONDS = 0.5  # between two calls of should_stop while a step waits for its groups
@@ -87,16 +87,6 @@ class Rules:
     stale_samples: StaleSamples = "wait"
     siblings: int = 1
     seed: int = 0
-
-
-@dataclasses.dataclass(order=True)
-class _Pending:
-    """An episode that is to start, ordered by when it may: older groups first."""
-
-    group_number: int
-    negative_attempt: int
-    number: int
-    group: Group = dataclasses.field(compare=False)
 
 
 class RolloutScheduler:
@@ -139,15 +129,12 @@ class RolloutScheduler:
         self._forget = forget
         self._should_stop = should_stop
         self._journal = Journal(journal)
+        self._pending = PendingEpisodes(self._journal)
 
         self._started_waves = 0
         self._groups: dict[int, Group] = {}  # started and not yet taken, in order of their numbers
         self._complete: list[int] = []  # numbers of the complete groups among them, in order
         self._replaced: list[Group] = []  # groups without spread, since the last step took its own
-
-        self._pending: list[_Pending] = []  # a heap
-        self._held: list[_Pending] = []  # what waits until the recorded steps are repeated
-        self._only: set[int] | None = None  # groups that may start meanwhile; None: all may
 
         self._playing: dict[asyncio.Task, tuple[Group, int]] = {}  # cancelled ones until they end
         self._closing_forks: set[asyncio.Task] = set()
@@ -163,7 +150,7 @@ class RolloutScheduler:
         """Start the waves that may start now that the engines serve weights of `version`."""
         self.version = version
         step_is_repeated = self._journal.groups(version) is not None
-        self._restrict_to(self._journal.groups_from(version) if step_is_repeated else None)
+        self._pending.restrict_to(self._journal.groups_from(version) if step_is_repeated else None)
         if self.rules.stale_samples == "drop":
             self._drop_stale()
         allowed_waves = min(version + self.rules.async_ratio + 1, self.rules.steps)
@@ -308,31 +295,13 @@ class RolloutScheduler:
     def _episode_names(self, group: Group) -> list[str]:
         return [self.episode(group, number).name for number in sorted(group.finished)]
 
-    def _push(self, group: Group, number: int) -> None:
-        heapq.heappush(self._pending, _Pending(group.number, -group.attempt, number, group))
-
-    def _restrict_to(self, numbers: set[int] | None) -> None:
-        """Start only these groups (and their replacements) until called with None."""
-        self._only = numbers
-        for pending in self._held:
-            heapq.heappush(self._pending, pending)
-        self._held.clear()
-
-    def _may_start(self, group: Group) -> bool:
-        if self._only is None or group.number in self._only:
-            return True
-        return self._journal.episodes(group) is not None
-
     def _start_pending(self) -> None:
         """Start pending episodes as far as concurrency allows."""
-        while self._pending and len(self._playing) < self.rules.concurrency and not self._closing:
-            pending = heapq.heappop(self._pending)
-            if pending.group.closed:
-                continue
-            if self._may_start(pending.group):
-                self._start_episode(pending.group, pending.number)
-            else:
-                self._held.append(pending)
+        while len(self._playing) < self.rules.concurrency and not self._closing:
+            pending = self._pending.pop()
+            if pending is None:
+                return
+            self._start_episode(*pending)
 
     def _start_episode(self, group: Group, number: int) -> None:
         self.accounting.begin()
@@ -397,7 +366,7 @@ class RolloutScheduler:
         self._forget(self.episode(group, number))
         group.retries[number] += 1
         group.versions.pop(number, None)
-        self._push(group, number)
+        self._pending.push(group, number)
 
     def _drop_stale(self) -> None:
         """Replay every sample of the open groups that is too old, running or finished."""
@@ -428,7 +397,7 @@ class RolloutScheduler:
         self._groups[group.number] = group
         recorded = self._journal.episodes(group)
         for number in recorded or range(self.rules.group_size + self.rules.redundancy):
-            self._push(group, number)
+            self._pending.push(group, number)
 
     def _complete_group(self, group: Group) -> None:
         self._close_group(group)
@@ -478,8 +447,8 @@ class RolloutScheduler:
         recorded = self._journal.groups(step)
         if recorded is not None and self._can_repeat(recorded):
             return self._find_recorded(recorded)
-        if self._only is not None:
-            self._restrict_to(None)
+        if self._pending.is_restricted:
+            self._pending.restrict_to(None)
             self._start_pending()
         if len(self._complete) < self.rules.groups_per_step:
             return None
