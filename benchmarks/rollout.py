@@ -1,4 +1,4 @@
-r"""How much does asynchrony bring, and what does the scheduler cost?
+r"""Measure the speed-up of asynchronous rollouts and the overhead of the scheduler.
 
 python -m benchmarks.rollout --json rollout.json [--scale 0.05] [--steps 40] \
     [--latencies lognormal,terminal]
@@ -102,6 +102,8 @@ HEADLINE = "alpha 1, episodes, keep"
 
 @dataclasses.dataclass
 class Task:
+    """The name and family that trajectories keep."""
+
     name: str
     family: str = "sleep"
 
@@ -170,6 +172,7 @@ class Workload:
         self._scale = scale
 
     async def play(self, episode: Episode) -> Trajectory:
+        """Play one episode with the player that training uses."""
         # An episode has the same seed in every row.
         rng = np.random.default_rng(episode.seed)
         latencies = self._latency.draw(rng, TURNS)

@@ -103,6 +103,7 @@ class Forked(Env):
 
     @property
     def task(self) -> Any:
+        """The task of the environment."""
         return self._env.task
 
     def reset(self, seed: int | None = None) -> Any:

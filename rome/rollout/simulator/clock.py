@@ -23,7 +23,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     """An event loop whose `time()` is virtual seconds since its creation.
 
     Timers fire one at a time, in the order of their times and, at the same time, in the order in
-    which they were set; between two of them, every task goes on as far as it can. Sockets, pipes
+    which they were set; between two of them, every task continues as far as it can. Sockets, pipes
     and other threads cannot wake the loop.
     """
 

@@ -13,7 +13,8 @@ class Distribution(Protocol):
     """A distribution of numbers from 0: seconds, tokens or turns."""
 
     @property
-    def mean(self) -> float: ...
+    def mean(self) -> float:
+        """The expected value of a draw."""
 
     def draw(self, rng: np.random.Generator, size: int) -> np.ndarray:
         """Return `size` independent draws, [size] float64."""

@@ -52,6 +52,7 @@ class SimulatedEpisode:
 
     @property
     def is_cancelled(self) -> bool:
+        """Whether the scheduler cancelled the episode."""
         return self.done.cancelled()
 
     @property

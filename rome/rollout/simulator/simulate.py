@@ -176,7 +176,7 @@ class _Simulation:
             accounting=self.accounting,
             forget=self.forget,
         )
-        self.drawn = 0  # episodes
+        self.drawn = 0  # samples
         self.playing = Level(loop)
         self.finished: dict[str, _Finished] = {}  # episodes that no step has taken yet, by name
         self.trained: list[_Finished] = []
@@ -189,9 +189,11 @@ class _Simulation:
     # ---------------------------------------------------------------------------------------------
 
     def plan(self, wave: int) -> list[GroupPlan]:
+        """Return the plans of a wave; tasks do not matter to the simulation."""
         return [GroupPlan("task")] * self.model.groups_per_step
 
     async def play(self, episode: Episode) -> Trajectory:
+        """Play the next sample and return a trajectory that says which version started it."""
         sample = self._draw()
         version = self.scheduler.version
         started_at = self.loop.now
@@ -210,6 +212,7 @@ class _Simulation:
         )
 
     def forget(self, episode: Episode) -> None:
+        """Count a finished sample as dropped: the scheduler plays its episode again."""
         finished = self.finished.pop(episode.name, None)
         if finished is not None:
             self.dropped.append(finished.sample)
@@ -234,6 +237,7 @@ class _Simulation:
     # ---------------------------------------------------------------------------------------------
 
     async def train(self) -> Prediction:
+        """Run all training steps and return what was measured."""
         for step in range(self.steps):
             if step == self.warm_up:
                 self._start_measuring()
