@@ -44,7 +44,7 @@ import pathlib
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
-from rome.agent.loop import derive_seed
+from rome.data.seeds import derive_seed
 from rome.data.trajectory import Trajectory
 from rome.rollout.accounting import Accounting
 from rome.rollout.episode import Episode, RolloutError, Stopped
