@@ -270,7 +270,7 @@ async def record_terminal(episodes: int = 60) -> tuple[float, ...]:
     """Return the seconds that the commands of demonstrations take in real sandboxes here."""
     from envs.rock import SandboxConfig
     from envs.tasks.terminal import FAMILIES, train_seed
-    from envs.tasks.terminal.demonstrator import run_expert
+    from envs.tasks.terminal.demonstrator import play_demonstration
     from envs.tasks.terminal.env import TerminalEnv
 
     seconds: list[float] = []
@@ -285,7 +285,7 @@ async def record_terminal(episodes: int = 60) -> tuple[float, ...]:
     for number in range(episodes):
         family = FAMILIES[number % len(FAMILIES)]
         env = TimedEnv(f"{family}/{train_seed(number)}", SandboxConfig(isolation="best_available"))
-        await run_expert(env, random.Random(number))
+        await play_demonstration(env, random.Random(number))
     return tuple(seconds)
 
 

@@ -108,7 +108,7 @@ class TextGame(Env):
         """Actions that the game understands at this moment; for endless ones, some."""
         raise NotImplementedError
 
-    def expert_action(self) -> str | None:
+    def demonstrator_action(self) -> str | None:
         """What a planner does next, as a turn; None where the game cannot be won any more."""
         raise NotImplementedError
 

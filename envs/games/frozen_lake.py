@@ -52,7 +52,7 @@ class FrozenLake(TextGame):
             )
         self.size, self.p, self.is_slippery = size, p, is_slippery
 
-    def expert_action(self) -> str | None:
+    def demonstrator_action(self) -> str | None:
         """The shortest way; on slippery ice the move with the best chance of ever reaching the
         goal.
         """
@@ -78,7 +78,7 @@ class FrozenLake(TextGame):
         }
 
     def _new_game(self, rng: random.Random) -> None:
-        self._chances: dict[Cell, float] | None = None  # the expert's, of this lake
+        self._chances: dict[Cell, float] | None = None  # the demonstrator's, of this lake
         cells = [(row, column) for row in range(self.size) for column in range(self.size)]
         for _ in range(_TRIES):
             self.player, self.goal = rng.sample(cells, 2)

@@ -44,7 +44,7 @@ class GuessTheNumber(TextGame):
             )
         self.min_number, self.max_number = min_number, max_number
 
-    def expert_action(self) -> str | None:
+    def demonstrator_action(self) -> str | None:
         """Halves what the answers so far leave; knows no more than the player."""
         return as_answer(str((self.low + self.high) // 2))
 

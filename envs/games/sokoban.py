@@ -56,10 +56,10 @@ class Sokoban(TextGame):
                 f" {3 * num_boxes}"
             )
         self.dim_room, self.num_boxes, self.shaped = (rows, columns), num_boxes, shaped
-        # the expert's, and the position that it is for
+        # the demonstrator's, and the position that it is for
         self._plan: tuple[Cell, frozenset[Cell], list[str]] | None = None
 
-    def expert_action(self) -> str | None:
+    def demonstrator_action(self) -> str | None:
         """The first move of a shortest solution, or of a solution where the position is too large
         to prove that (see solve).
         """
@@ -153,7 +153,7 @@ class Sokoban(TextGame):
         )
 
     def _follow_plan(self, action: str) -> None:
-        """What is left of the expert's plan, if that was its next move."""
+        """What is left of the demonstrator's plan, if that was its next move."""
         if self._plan is not None:
             moves = self._plan[2]
             self._plan = (

@@ -40,7 +40,7 @@ class TowerOfHanoi(TextGame):
             )
         self.num_disks = num_disks
 
-    def expert_action(self) -> str | None:
+    def demonstrator_action(self) -> str | None:
         """The first move of a shortest solution."""
         source, target = next_move(self.towers)
         return as_answer(f"{source} {target}")

@@ -26,7 +26,7 @@ class Wordle(TextGame):
     def __init__(self, seed: int = 0, max_turns: int = 6, **settings: Any) -> None:
         super().__init__(seed, max_turns, **settings)
 
-    def expert_action(self) -> str | None:
+    def demonstrator_action(self) -> str | None:
         """Of the words that fit all marks so far, the one that splits them best; knows no more than
         the player who knows WORDS.
         """

@@ -58,7 +58,7 @@ class ProblemEnv(Env):
         """Draws the problem, keeps what grading needs and returns the text."""
         raise NotImplementedError
 
-    def expert_action(self) -> str | None:
+    def demonstrator_action(self) -> str | None:
         """The reference solution as a turn."""
         raise NotImplementedError
 
@@ -68,7 +68,7 @@ class ProblemEnv(Env):
 
     def definition(self) -> str:
         """The problem and its solution as text: equal for equal ones. Not shown to a player."""
-        return f"{self.problem}\n{self.expert_action()}"
+        return f"{self.problem}\n{self.demonstrator_action()}"
 
     # -- GEM
     # ---------------------------------------------------------------------------------------------

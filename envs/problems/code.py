@@ -102,7 +102,7 @@ class CodeEnv(ProblemEnv):
         )
         return self._graded(action, "failure" if wrong else "success", note)
 
-    def expert_action(self) -> str | None:
+    def demonstrator_action(self) -> str | None:
         return f"```python\n{self.drawn.source}```"
 
     def cheats(self) -> dict[str, list[str]]:

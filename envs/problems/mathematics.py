@@ -39,7 +39,7 @@ class MathEnv(ProblemEnv):
     async def astep(self, action: str) -> StepResult:
         return self.step(action)
 
-    def expert_action(self) -> str | None:
+    def demonstrator_action(self) -> str | None:
         return f"\\boxed{{{written(self.truth)}}}"
 
     def cheats(self) -> dict[str, list[str]]:

@@ -58,7 +58,7 @@ class Scenario:
     """One dialogue to be had: the state before, the user, the golden actions, the facts to tell,
     and the turns of one who knows how.
 
-    expert: turns as text. It holds what an able agent does, reads and questions included, so that
+    demonstration: turns as text. It holds what an able agent does, reads and questions included, so that
     each id it writes with was seen before.
     """
 
@@ -66,7 +66,7 @@ class Scenario:
     user: UserScript
     golden: tuple[ToolCall, ...]
     tell: tuple[str, ...]
-    expert: tuple[str, ...]
+    demonstration: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,10 +244,12 @@ class WorldEnv(Env):
     # -- who plays by script
     # ---------------------------------------------------------------------------------------------
 
-    def expert_action(self) -> str | None:
-        """The expert's next turn, if all turns so far were the expert's; None where there is none."""
+    def demonstrator_action(self) -> str | None:
+        """The demonstration's next turn, if all turns so far were the demonstration's; None where there is none."""
         return (
-            self.scenario.expert[self._turns] if self._turns < len(self.scenario.expert) else None
+            self.scenario.demonstration[self._turns]
+            if self._turns < len(self.scenario.demonstration)
+            else None
         )
 
     def cheats(self) -> dict[str, list[str]]:
@@ -419,7 +421,7 @@ def calling(name: str, **arguments: Any) -> ToolCall:
 
 
 def turns(*steps: ToolCall | str) -> tuple[str, ...]:
-    """An expert's turns: calls as such, texts as messages."""
+    """An demonstration's turns: calls as such, texts as messages."""
     return tuple(step if isinstance(step, str) else format_call(step) for step in steps)
 
 

@@ -203,10 +203,16 @@ class BfclEnv(WorldEnv):
 
     def reset(self, seed: int | None = None) -> tuple[str, Info]:
         golden = tuple(call for turn in self.entry.truth for call in turn)
-        expert = turns(*(step for turn in self.entry.truth for step in (*turn, "That is done.")))
+        demonstration = turns(
+            *(step for turn in self.entry.truth for step in (*turn, "That is done."))
+        )
         self._begin(
             Scenario(
-                self.entry.initial_config, UserScript(self.entry.questions), golden, (), expert
+                self.entry.initial_config,
+                UserScript(self.entry.questions),
+                golden,
+                (),
+                demonstration,
             )
         )
         self._true_state, self._faults, self._began_turn, self._called = (

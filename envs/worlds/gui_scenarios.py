@@ -118,7 +118,10 @@ def make_scenario(rng: random.Random, level: str) -> Scenario:
                 UserScript(says, known),
                 tuple(call for request in requests for call in request.golden),
                 tuple(fact for request in requests for fact in request.tell),
-                turns(calling("look"), *(step for request in requests for step in request.expert)),
+                turns(
+                    calling("look"),
+                    *(step for request in requests for step in request.demonstration),
+                ),
             ),
         )
 

@@ -44,7 +44,7 @@ class Request:
     says: str
     golden: tuple[ToolCall, ...]
     tell: tuple[str, ...]
-    expert: tuple[ToolCall | str, ...]
+    demonstration: tuple[ToolCall | str, ...]
     facts: tuple[Fact, ...] = ()
 
 
@@ -126,7 +126,7 @@ def _joined(counter: Counter, requests: list[Request]) -> Scenario:
         UserScript(tuple(says), known),
         tuple(call for request in requests for call in request.golden),
         tuple(fact for request in requests for fact in request.tell),
-        turns(*begin, *(step for request in requests for step in request.expert)),
+        turns(*begin, *(step for request in requests for step in request.demonstration)),
     )
 
 

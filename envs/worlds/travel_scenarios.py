@@ -202,14 +202,18 @@ def _easy(rng: random.Random) -> Scenario | None:
         f" {leg.wish}."
     )
     booking = calling("book_flight", traveller_id=traveller, flight_id=leg.flight_id)
-    expert = turns(
+    demonstration = turns(
         *_identify(email),
         _look(leg),
         booking,
         f"Your flight {leg.flight_id} is booked. The sum is {leg.price} euros.",
     )
     return Scenario(
-        database, UserScript((request,), _facts(email)), (booking,), (str(leg.price),), expert
+        database,
+        UserScript((request,), _facts(email)),
+        (booking,),
+        (str(leg.price),),
+        demonstration,
     )
 
 
@@ -241,7 +245,7 @@ def _medium(rng: random.Random) -> Scenario | None:
         *_book_legs(traveller, out, back),
         calling("book_hotel", traveller_id=traveller, hotel_id=hotel, check_in=date, nights=nights),
     )
-    expert = turns(
+    demonstration = turns(
         *_identify(email),
         _look(out),
         _look(back),
@@ -249,7 +253,9 @@ def _medium(rng: random.Random) -> Scenario | None:
         *golden,
         f"Both flights and the hotel are booked. The sum is {total} euros.",
     )
-    return Scenario(database, UserScript((request,), _facts(email)), golden, (str(total),), expert)
+    return Scenario(
+        database, UserScript((request,), _facts(email)), golden, (str(total),), demonstration
+    )
 
 
 def _hard(rng: random.Random) -> Scenario | None:
@@ -312,7 +318,7 @@ def _hard(rng: random.Random) -> Scenario | None:
         if fare == "flex"
         else f"I cannot cancel booking {old}: its fare is saver."
     )
-    expert = turns(
+    demonstration = turns(
         "Could you tell me your email and your budget?",
         calling("find_traveller", email=email),
         *map(_look, legs),
@@ -338,7 +344,7 @@ def _hard(rng: random.Random) -> Scenario | None:
         UserScript((request, then), known),
         booked + cancel,
         (str(total), *((str(price),) if cancel else ("saver", old))),
-        expert,
+        demonstration,
     )
 
 

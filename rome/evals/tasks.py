@@ -34,7 +34,7 @@ from envs.tasks.terminal import (
     make_task,
 )
 from envs.tasks.terminal.env import SETUP_TIMEOUT_S, VERIFIER_TIMEOUT_S, TerminalEnv
-from envs.tasks.terminal.task import Expert
+from envs.tasks.terminal.task import Demonstration
 from rome.evals.worlds import Made, is_made, load_made
 
 GROUPS = {
@@ -85,9 +85,9 @@ class EvalTask:
             self.source, config, **(WIDE_LIMITS if self.family in WIDE_FAMILIES else {})
         )
 
-    def expert(self) -> Expert:
-        """The scripted solution of a terminal task."""
-        return self.source.expert()
+    def demonstrator(self) -> Demonstration:
+        """Start the scripted solution of a terminal task."""
+        return self.source.demonstrator()
 
     def digest(self) -> bytes:
         """Of all that makes the task what it is: a changed task is another task."""

@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Sequence
 
 from envs.rock import SandboxError
-from envs.tasks.terminal.demonstrator import run_expert
+from envs.tasks.terminal.demonstrator import play_demonstration
 from envs.tasks.terminal.env import TerminalEnv
 from rome.data.trajectory import Chunk, Trajectory, load_trajectory, save_trajectory
 from rome.model.tokenizer import Chat
@@ -101,7 +101,7 @@ async def demonstrate(
       SpoiledDemonstration: the infrastructure failed.
       RolloutError: the demonstrator did not solve its task.
     """
-    played = await run_expert(env, rng, error_rate)
+    played = await play_demonstration(env, rng, error_rate)
     if played.ending != "success":
         is_spoiled = played.ending.startswith("infra_")
         error_type = SpoiledDemonstration if is_spoiled else RolloutError

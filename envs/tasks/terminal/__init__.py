@@ -1,5 +1,5 @@
 """The procedural terminal curriculum: families of shell tasks, each with a generator, a verifier
-and a scripted expert.
+and a scripted demonstrator.
 
     task = make_task("count", train_seed(17))
     env = make("terminal/count", seed=17)          # envs.gem.make

@@ -1,4 +1,4 @@
-r"""Writes expert episodes as JSON lines, the text from which a tokenizer for the curriculum is
+r"""Writes demonstrator episodes as JSON lines, the text from which a tokenizer for the curriculum is
 trained.
 
 python -m envs.tasks.terminal.corpus --out=corpus.jsonl --episodes=60      # 60 of each family
@@ -15,17 +15,19 @@ import random
 
 from envs.rock import SandboxConfig
 from envs.tasks.terminal import FAMILIES, HELD_OUT_FAMILIES
-from envs.tasks.terminal.demonstrator import ExpertEpisode, run_expert
+from envs.tasks.terminal.demonstrator import DemonstrationEpisode, play_demonstration
 from envs.tasks.terminal.env import TerminalEnv
 
 ERROR_RATE = 0.3
 
 
-async def expert_episodes(families: tuple[str, ...], episodes: int) -> list[ExpertEpisode]:
-    """`episodes` expert episodes of each family on training seeds, some with mistakes."""
+async def demonstration_episodes(
+    families: tuple[str, ...], episodes: int
+) -> list[DemonstrationEpisode]:
+    """`episodes` demonstrator episodes of each family on training seeds, some with mistakes."""
     config = SandboxConfig(isolation="best_available")
     return [
-        await run_expert(
+        await play_demonstration(
             TerminalEnv(f"{family}/{seed}", config),
             random.Random(f"corpus/{family}/{seed}"),
             ERROR_RATE,
@@ -42,7 +44,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--episodes", type=int, default=60)
     arguments = parser.parse_args()
-    episodes = asyncio.run(expert_episodes(FAMILIES + HELD_OUT_FAMILIES, arguments.episodes))
+    episodes = asyncio.run(demonstration_episodes(FAMILIES + HELD_OUT_FAMILIES, arguments.episodes))
     arguments.out.write_text(
         "".join(json.dumps(dataclasses.asdict(episode)) + "\n" for episode in episodes)
     )

@@ -1,4 +1,4 @@
-"""Expert episodes: the scripted solution of a task, played in its environment, sometimes with a
+"""Demonstration episodes: the scripted solution of a task, played in its environment, sometimes with a
 mistake and its recovery.
 """
 
@@ -32,7 +32,7 @@ _READ_FILE = re.compile(
 
 
 @dataclasses.dataclass(frozen=True)
-class ExpertTurn:
+class DemonstrationTurn:
     """What the model would have said, what came back, and the environment's status for it."""
 
     text: str
@@ -41,11 +41,11 @@ class ExpertTurn:
 
 
 @dataclasses.dataclass(frozen=True)
-class ExpertEpisode:
+class DemonstrationEpisode:
     task: str
     family: str
     instruction: str
-    turns: list[ExpertTurn]
+    turns: list[DemonstrationTurn]
     reward: float
     ending: str
 
@@ -69,9 +69,9 @@ def mistaken(command: str, rng: random.Random) -> str:
     return rng.choice(candidates)
 
 
-async def run_expert(
+async def play_demonstration(
     env: TerminalEnv, rng: random.Random, error_rate: float = 0.0, seed: int | None = None
-) -> ExpertEpisode:
+) -> DemonstrationEpisode:
     """Plays one episode.
 
     With probability `error_rate` one command, drawn at random, is first sent with a mistake.
@@ -82,17 +82,17 @@ async def run_expert(
     instruction, _ = await env.areset(seed=seed)
     wrong_turn = (
         rng.choice([1, 2]) if rng.random() < error_rate else 0
-    )  # every expert has two commands or more
-    turns: list[ExpertTurn] = []
+    )  # every demonstrator has two commands or more
+    turns: list[DemonstrationTurn] = []
 
     async def say(text: str) -> tuple[str, float, bool, str]:
         observation, reward, terminated, truncated, info = await env.astep(text)
-        turns.append(ExpertTurn(text, observation, info["status"]))
+        turns.append(DemonstrationTurn(text, observation, info["status"]))
         return observation, reward, terminated or truncated, info.get("ending", "")
 
     try:
-        expert, observation, number, ended, reward, ending = (
-            env.task.expert(),
+        demonstrator, observation, number, ended, reward, ending = (
+            env.task.demonstrator(),
             None,
             0,
             False,
@@ -101,7 +101,9 @@ async def run_expert(
         )
         while not ended:
             try:
-                command = next(expert) if observation is None else expert.send(observation)
+                command = (
+                    next(demonstrator) if observation is None else demonstrator.send(observation)
+                )
             except StopIteration:
                 _, reward, ended, ending = await say(FINAL_TURN)
                 break
@@ -116,4 +118,4 @@ async def run_expert(
                 )
     finally:
         await env.aclose()
-    return ExpertEpisode(env.task.name, env.task.family, instruction, turns, reward, ending)
+    return DemonstrationEpisode(env.task.name, env.task.family, instruction, turns, reward, ending)

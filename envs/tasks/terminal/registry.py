@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable
 
 from envs.tasks.terminal import checks
-from envs.tasks.terminal.task import Draw, Family, Plan, add_family
+from envs.tasks.terminal.task import Draw, Family, TaskDraft, add_family
 
 DOMAINS = ("files", "text", "data", "debugging", "system", "software")
 WIDE_LIMITS = {
@@ -54,7 +54,7 @@ FAMILY_TABLE: dict[str, FamilyInfo] = {
 
 def wide_family(
     name: str, domain: str, difficulty: int, *programs: str, runs_agent_code: bool = False
-) -> Callable[[Callable[[Draw], Plan]], Callable[[Draw], Plan]]:
+) -> Callable[[Callable[[Draw], TaskDraft]], Callable[[Draw], TaskDraft]]:
     """Registers a wide family. `programs` are refused by name where the sandbox lacks them.
 
     runs_agent_code: its verifier runs what the agent wrote, so a verifier that dies counts as the
@@ -66,8 +66,8 @@ def wide_family(
             f" {', '.join(DOMAINS)}, difficulties 1 to 5"
         )
 
-    def add(build: Callable[[Draw], Plan]) -> Callable[[Draw], Plan]:
-        def with_prelude(draw: Draw) -> Plan:
+    def add(build: Callable[[Draw], TaskDraft]) -> Callable[[Draw], TaskDraft]:
+        def with_prelude(draw: Draw) -> TaskDraft:
             plan = build(draw)
             return dataclasses.replace(plan, checks=[checks.PRELUDE, *plan.checks])
 
@@ -79,5 +79,5 @@ def wide_family(
 
 
 def write_file(path: str, text: str) -> str:
-    """The command by which an expert writes a file."""
+    """The command by which an demonstrator writes a file."""
     return f"cat > {path} <<'END'\n{text.rstrip(chr(10))}\nEND"

@@ -1,8 +1,8 @@
 """What a task of the terminal curriculum is, and the small language in which its families are
 written.
 
-A family is a function `Draw -> Plan`, registered by `@family(name)`. A plan has the instruction,
-the files, the checks of the final state and the expert. `make_task(family, seed)` turns it into a
+A family is a function `Draw -> TaskDraft`, registered by `@family(name)`. A plan has the instruction,
+the files, the checks of the final state and the demonstrator. `make_task(family, seed)` turns it into a
 Task: the same name and seed give the same task on every machine.
 
 The checks become one bash script that only reads: it runs when every process of the agent is dead,
@@ -83,17 +83,17 @@ INPUTS = (
 EVAL_SEED_START = 1_000_000  # seeds below are for training, seeds from here on for evaluation
 
 # Sends a command, receives the observation. It ends when the work is done.
-Expert = Generator[str, str, None]
+Demonstration = Generator[str, str, None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class TaskDraft:
     """What a family draws. A file is its text, or (text, mode)."""
 
     instruction: str
     files: Mapping[str, str | tuple[str, int]]
     checks: list[str]
-    expert: Callable[[], Expert]
+    demonstrator: Callable[[], Demonstration]
     # a bash script that prepares the sandbox once the files are there (a git repository, an
     # archive)
     setup: str = ""
@@ -103,7 +103,7 @@ class Plan:
 class Task:
     """One exercise.
 
-    `files` and `setup` enter the sandbox; `verifier` and `expert` never do while the agent lives.
+    `files` and `setup` enter the sandbox; `verifier` and `demonstrator` never do while the agent lives.
     """
 
     name: str
@@ -112,7 +112,7 @@ class Task:
     instruction: str
     files: dict[str, tuple[bytes, int]]
     verifier: str
-    expert: Callable[[], Expert] = dataclasses.field(compare=False, repr=False)
+    demonstrator: Callable[[], Demonstration] = dataclasses.field(compare=False, repr=False)
     setup: str = ""
     programs: tuple[str, ...] = ()  # what the sandbox must have beyond bash and coreutils
     # a verifier that is killed while it runs what the agent wrote was killed by that
@@ -210,7 +210,7 @@ class Family:
     beyond it.
     """
 
-    build: Callable[[Draw], Plan]
+    build: Callable[[Draw], TaskDraft]
     kind: str
     programs: tuple[str, ...] = ()
     runs_agent_code: bool = False
@@ -227,13 +227,13 @@ def add_family(name: str, entry: Family) -> None:
 
 def family(
     name: str, held_out: bool = False
-) -> Callable[[Callable[[Draw], Plan]], Callable[[Draw], Plan]]:
+) -> Callable[[Callable[[Draw], TaskDraft]], Callable[[Draw], TaskDraft]]:
     """Registers a family.
 
     A held-out one is never trained on: it asks for a new composition of what the others teach.
     """
 
-    def add(build: Callable[[Draw], Plan]) -> Callable[[Draw], Plan]:
+    def add(build: Callable[[Draw], TaskDraft]) -> Callable[[Draw], TaskDraft]:
         add_family(name, Family(build, "held_out" if held_out else "training"))
         return build
 
@@ -290,7 +290,7 @@ def make_task(family: str, seed: int) -> Task:
         instruction=plan.instruction,
         files={path: (text.encode(), permissions) for path, (text, permissions) in files.items()},
         verifier=_PRELUDE + lines(*plan.checks, "echo 1"),
-        expert=plan.expert,
+        demonstrator=plan.demonstrator,
         setup=plan.setup,
         programs=entry.programs,
         runs_agent_code=entry.runs_agent_code,

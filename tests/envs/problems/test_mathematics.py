@@ -162,14 +162,14 @@ def test_the_answer_is_right_by_another_way(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_expert_earns_1_and_nothing_and_cheats_earn_0(family):
+def test_the_demonstrator_earns_1_and_nothing_and_cheats_earn_0(family):
     for level in LEVELS:
         env = make(f"rome:math/{family}-{level}")
         texts = set()
         for seed in range(8):
             texts.add(env.reset(seed)[0])
             observation, reward, terminated, truncated, info = env.step(
-                f"So the answer is {env.expert_action()}"
+                f"So the answer is {env.demonstrator_action()}"
             )
             assert (reward, terminated, truncated, info["ending"], info["correct"]) == (
                 1.0,
@@ -197,6 +197,6 @@ def test_endings_and_settings():
         MathEnv(family="x")
     env.reset(seed=5)
     assert (
-        env.spawn(same_state=True).step(env.expert_action())[1] == 1.0
+        env.spawn(same_state=True).step(env.demonstrator_action())[1] == 1.0
         and env.spawn(seed=5).reset()[0] == env.problem
     )

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from envs.tasks.terminal.task import Draw, Expert, Plan, family, gone, holds, lines, unchanged
+from envs.tasks.terminal.task import (
+    Demonstration,
+    Draw,
+    TaskDraft,
+    family,
+    gone,
+    holds,
+    lines,
+    unchanged,
+)
 
 
 @family("obey")
-def obey(draw: Draw) -> Plan:
+def obey(draw: Draw) -> TaskDraft:
     files = {name: lines(draw.word()) for name in draw.names(3)}
     (name, _, _), word, new = draw.shuffled(list(files)), draw.word(), draw.word() + ".txt"
     note, command, checks, changed = {
@@ -21,30 +30,30 @@ def obey(draw: Draw) -> Plan:
         "copy": (f"copy {name} to {new}", f"cp {name} {new}", [holds(new, files[name])], ()),
     }[draw.choose("write", "delete", "rename", "copy")]
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield "cat note.txt"
         yield command
 
     instruction = draw.choose("Do what note.txt says.", "Read note.txt and do what it says.")
-    return Plan(
+    return TaskDraft(
         instruction,
         {**files, "note.txt": lines(note)},
         [*checks, *unchanged(files, *changed)],
-        expert,
+        demonstrator,
     )
 
 
 @family("chain")
-def chain(draw: Draw) -> Plan:
+def chain(draw: Draw) -> TaskDraft:
     names, word = draw.names(draw.number(2, 3)), draw.word()
     files = {name: lines(following) for name, following in zip(names, [*names[1:], word])}
     decoy = {draw.names(1)[0]: lines(draw.word())}
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         found = yield f"cat {names[0]}"
         while found.endswith(".txt"):
             found = yield f"cat {found}"
         yield f"echo {found} > out.txt"
 
     instruction = f"Start at {names[0]} and follow the file names. Write the last word to out.txt."
-    return Plan(instruction, {**files, **decoy}, [holds("out.txt", word)], expert)
+    return TaskDraft(instruction, {**files, **decoy}, [holds("out.txt", word)], demonstrator)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from envs.tasks.terminal import checks
 from envs.tasks.terminal.registry import wide_family, write_file
-from envs.tasks.terminal.task import Draw, Expert, Plan, gone, holds, lines
+from envs.tasks.terminal.task import Demonstration, Draw, TaskDraft, gone, holds, lines
 
 _START = """\
 export GIT_AUTHOR_DATE='2024-03-05T10:00:00Z' GIT_COMMITTER_DATE='2024-03-05T10:00:00Z'
@@ -35,7 +35,7 @@ def _text(draw: Draw, rows: int = 2) -> str:
 
 
 @wide_family("git_commit", "software", 2, "git")
-def git_commit(draw: Draw) -> Plan:
+def git_commit(draw: Draw) -> TaskDraft:
     (one, two), subject, first = (
         draw.names(2),
         f"{draw.word()} {draw.word()}",
@@ -43,7 +43,7 @@ def git_commit(draw: Draw) -> Plan:
     )
     old, kept, new = _text(draw), _text(draw), draw.word()
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield "git status --short; git log --oneline"
         yield f"echo {new} >> {one} && git add {one} && git commit -q -m '{subject}'"
         yield "git status --short; git log --oneline"
@@ -55,22 +55,22 @@ def git_commit(draw: Draw) -> Plan:
         checks.committed("main", one, old + new),
         checks.committed("main", two, kept),
     ]
-    return Plan(
+    return TaskDraft(
         f"Append the line {new} to {one} and commit this change, and no other, with the message"
         f" `{subject}`.",
         {"todo.txt": lines(subject)},
         found,
-        expert,
+        demonstrator,
         setup=setup.replace("git add -A", f"git add {one} {two}"),
     )
 
 
 @wide_family("git_ignore", "software", 3, "git")
-def git_ignore(draw: Draw) -> Plan:
+def git_ignore(draw: Draw) -> TaskDraft:
     source, log = draw.names(1)[0], draw.word() + ".log"
     text, noise, first = _text(draw), _text(draw), f"start {draw.word()}"
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield "git ls-files"
         yield (
             f"echo '*.log' > .gitignore && git rm -q --cached {log} && git add .gitignore && git"
@@ -89,18 +89,22 @@ def git_ignore(draw: Draw) -> Plan:
         f"{log} was committed by mistake. Take it out of the repository but keep the file; make a"
         " .gitignore with the line *.log; commit both with the message `ignore logs`."
     )
-    return Plan(
-        instruction, {}, found, expert, setup=_START + _commit(first, {source: text, log: noise})
+    return TaskDraft(
+        instruction,
+        {},
+        found,
+        demonstrator,
+        setup=_START + _commit(first, {source: text, log: noise}),
     )
 
 
 @wide_family("git_recover", "software", 3, "git")
-def git_recover(draw: Draw) -> Plan:
+def git_recover(draw: Draw) -> TaskDraft:
     names, words = draw.names(3), draw.words(4)
     texts = [_text(draw) for _ in range(3)]
     lost, later = texts[0] + lines(draw.word()), _text(draw)
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         found = (yield f"git log --format=%h --diff-filter=D -- {names[0]}").split()
         yield f"git checkout -q {found[0]}~1 -- {names[0]} && cat {names[0]}"
 
@@ -120,18 +124,18 @@ def git_recover(draw: Draw) -> Plan:
             *(f"{a} {b}" for a, b in zip(("more", "drop", "change", "add"), reversed(words))),
         ),
     ]
-    return Plan(
+    return TaskDraft(
         f"{names[0]} was deleted in an earlier commit. Bring it back as it was just before. No"
         " commit is needed.",
         {},
         found,
-        expert,
+        demonstrator,
         setup=setup,
     )
 
 
 @wide_family("git_revert", "software", 3, "git")
-def git_revert(draw: Draw) -> Plan:
+def git_revert(draw: Draw) -> TaskDraft:
     names, subjects = (
         draw.names(3),
         [f"{verb} {draw.word()}" for verb in ("start", "tune", "change", "extend")],
@@ -139,7 +143,7 @@ def git_revert(draw: Draw) -> Plan:
     texts = [_text(draw) for _ in range(3)]
     bad, good = texts[0] + lines(draw.word()), texts[1] + lines(draw.word())
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         rows = (yield "git log --format='%h %s'").split("\n")
         yield (
             "git revert --no-edit"
@@ -161,22 +165,22 @@ def git_revert(draw: Draw) -> Plan:
         holds(names[0], texts[0]),
         checks.subjects("main", f'Revert "{subjects[1]}"', *reversed(subjects)),
     ]
-    return Plan(
+    return TaskDraft(
         f"Undo the commit `{subjects[1]}` by a new commit, with git's own message for this.",
         {},
         found,
-        expert,
+        demonstrator,
         setup=setup,
     )
 
 
 @wide_family("git_pick", "software", 4, "git")
-def git_pick(draw: Draw) -> Plan:
+def git_pick(draw: Draw) -> TaskDraft:
     branch, names = draw.word(), draw.names(3)
     subjects = [f"{verb} {draw.word()}" for verb in ("start", "try", "mend", "break")]
     texts = [_text(draw) for _ in range(5)]
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         rows = (yield f"git log --format='%h %s' {branch}").split("\n")
         yield f"git cherry-pick {next(row.split()[0] for row in rows if row.endswith(subjects[2]))}"
 
@@ -199,25 +203,25 @@ def git_pick(draw: Draw) -> Plan:
         checks.subjects(branch, *reversed(subjects)),
         holds(names[0], texts[4]),
     ]
-    return Plan(
+    return TaskDraft(
         f"Of the commits on branch {branch}, main needs `{subjects[2]}` and no other. Bring it to"
         " main, with its message.",
         {},
         found,
-        expert,
+        demonstrator,
         setup=setup,
     )
 
 
 @wide_family("git_merge", "software", 5, "git")
-def git_merge(draw: Draw) -> Plan:
+def git_merge(draw: Draw) -> TaskDraft:
     branch, (name, other, third), (key, second) = draw.word(), draw.names(3), draw.words(2)
     numbers = draw.rng.sample(range(10, 99), 3)
     base, ours, theirs = (lines(f"{key}={number}", f"{second}=1") for number in numbers)
     mine, added, kept = _text(draw), _text(draw), draw.choose("main", branch)
     merged = ours if kept == "main" else theirs
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield f"git merge {branch} || true"
         yield f"cat {name}"
         side = "--ours" if kept == "main" else "--theirs"
@@ -245,18 +249,18 @@ def git_merge(draw: Draw) -> Plan:
         checks.subjects("main^1", "ours", "start"),
         checks.subjects("main^2", "theirs", "start"),
     ]
-    return Plan(
+    return TaskDraft(
         f"Merge branch {branch} into main. Where they disagree, what {kept} has counts. Commit the"
         " merge.",
         {},
         found,
-        expert,
+        demonstrator,
         setup=setup,
     )
 
 
 @wide_family("git_bisect", "debugging", 5, "git", "python3")
-def git_bisect(draw: Draw) -> Plan:
+def git_bisect(draw: Draw) -> TaskDraft:
     module, subjects, count = (
         draw.word(),
         [
@@ -276,7 +280,7 @@ def git_bisect(draw: Draw) -> Plan:
             )
         )
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield f"git log --format=%s; cat {module}.py check.py"
         loop = (
             "T=${TMPDIR:-/tmp}; for c in $(git rev-list --reverse main); do git show"
@@ -295,7 +299,7 @@ def git_bisect(draw: Draw) -> Plan:
         f"check.py ends with 0 where {module}.py is right. It was right at first. Write the subject"
         " of the first commit at which it fails to out.txt."
     )
-    return Plan(
+    return TaskDraft(
         instruction,
         {"check.py": check},
         [
@@ -304,6 +308,6 @@ def git_bisect(draw: Draw) -> Plan:
             checks.head_is("main"),
             holds("check.py", check),
         ],
-        expert,
+        demonstrator,
         setup=_START + "echo check.py > .git/info/exclude\n" + "".join(steps),
     )

@@ -9,7 +9,7 @@ import json
 from envs.tasks.terminal import checks
 from envs.tasks.terminal.families.wide.programs import NAMES, PROGRAMS, Program, calls
 from envs.tasks.terminal.registry import wide_family, write_file
-from envs.tasks.terminal.task import Draw, Expert, Plan, holds, lines, unchanged
+from envs.tasks.terminal.task import Demonstration, Draw, TaskDraft, holds, lines, unchanged
 
 
 def _program(draw: Draw) -> Program:
@@ -17,25 +17,25 @@ def _program(draw: Draw) -> Program:
 
 
 @wide_family("write_function", "software", 3, "python3", runs_agent_code=True)
-def write_function(draw: Draw) -> Plan:
+def write_function(draw: Draw) -> TaskDraft:
     program, module = _program(draw), draw.word()
     code, expected = calls(program, draw.rng, module)
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield "cat SPEC.txt"
         yield write_file(f"{module}.py", program.source)
 
     spec = lines(f"{module}.py: {program.signature} shall {program.spec}.")
-    return Plan(
+    return TaskDraft(
         f"Write {module}.py as SPEC.txt says.",
         {"SPEC.txt": spec},
         [holds("SPEC.txt", spec), checks.python_prints(expected, code)],
-        expert,
+        demonstrator,
     )
 
 
 @wide_family("failing_tests", "software", 4, "python3", runs_agent_code=True)
-def failing_tests(draw: Draw) -> Plan:
+def failing_tests(draw: Draw) -> TaskDraft:
     """A package with a test suite of which one module's tests fail; hidden inputs of all three
     functions decide.
     """
@@ -67,24 +67,24 @@ def failing_tests(draw: Draw) -> Plan:
         for program, module in zip(programs, modules)
     ]
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield "python3 -m unittest 2>&1 | tail -n 25"
         yield f"cat {package}/{modules[wrong]}.py"
         yield write_file(f"{package}/{modules[wrong]}.py", programs[wrong].source)
         yield "python3 -m unittest 2>&1 | tail -n 3"
 
     tests = {path: text for path, text in files.items() if path.startswith("tests/")}
-    return Plan(
+    return TaskDraft(
         "`python3 -m unittest` fails. Mend the package so that its tests pass; leave the tests as"
         " they are.",
         files,
         [*unchanged(tests), *(checks.python_prints(expected, code) for code, expected in hidden)],
-        expert,
+        demonstrator,
     )
 
 
 @wide_family("rename_function", "software", 3)
-def rename_function(draw: Draw) -> Plan:
+def rename_function(draw: Draw) -> TaskDraft:
     old, (lib, app, test), value = draw.word(), draw.words(3), draw.number(2, 9)
     new = f"{old}_{draw.word()}"
     files = {
@@ -97,7 +97,7 @@ def rename_function(draw: Draw) -> Plan:
         "notes.txt": lines(f"the {old} is a fine thing"),
     }
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield f"grep -n {old} *"
         yield f"sed -i 's/\\b{old}\\b/{new}/g' *.py"
         yield f"grep -n {old} *"
@@ -115,13 +115,16 @@ def rename_function(draw: Draw) -> Plan:
         f"Rename the function {old} to {new} in all .py files, comments included. {old}s is another"
         " function and keeps its name."
     )
-    return Plan(
-        instruction, files, [*unchanged(renamed), holds("notes.txt", files["notes.txt"])], expert
+    return TaskDraft(
+        instruction,
+        files,
+        [*unchanged(renamed), holds("notes.txt", files["notes.txt"])],
+        demonstrator,
     )
 
 
 @wide_family("add_option", "software", 4, "python3", runs_agent_code=True)
-def add_option(draw: Draw) -> Plan:
+def add_option(draw: Draw) -> TaskDraft:
     name, words, option = draw.word(), draw.words(3), draw.word()
     effect, apply, expression = draw.rng.choice(
         [
@@ -146,7 +149,7 @@ def add_option(draw: Draw) -> Plan:
         " main()\n"
     )
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield f"cat {name}.py"
         with_option = source.replace(
             "nargs='+')\n",
@@ -168,24 +171,24 @@ def add_option(draw: Draw) -> Plan:
         checks.prints(lines(*apply(arguments[1:])), *run, *arguments[1:], f"--{option}"),
         f"refuses {' '.join(run)} --no-such-option {words[0]}",
     ]
-    return Plan(
+    return TaskDraft(
         f"Give the program {name}.py an option --{option}: with it, it {effect}. Without it nothing"
         " changes.",
         {f"{name}.py": source},
         found,
-        expert,
+        demonstrator,
     )
 
 
 @wide_family("write_test", "software", 5, "python3", runs_agent_code=True)
-def write_test(draw: Draw) -> Plan:
+def write_test(draw: Draw) -> TaskDraft:
     """The agent's test must accept the right module, also laid out anew, and refuse each wrong one."""
     program = _program(draw)
     module, test = draw.word(), f"test_{draw.word()}.py"
     source = program.source
     anew = f"# {draw.word()}\n{source}\n\n_unused = {draw.number(1, 99)}\n"
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield f"cat {module}.py"
         cases = [row for _ in range(2) for row in program.inputs(draw.rng)]
         yield write_file(
@@ -215,11 +218,11 @@ def write_test(draw: Draw) -> Plan:
         f" {module}.py is right: it shall {program.spec}. It is right now; the test will also be"
         f" run on wrong versions of {module}.py."
     )
-    return Plan(instruction, {f"{module}.py": source}, found, expert)
+    return TaskDraft(instruction, {f"{module}.py": source}, found, demonstrator)
 
 
 @wide_family("version_bump", "software", 3, "python3")
-def version_bump(draw: Draw) -> Plan:
+def version_bump(draw: Draw) -> TaskDraft:
     package, (major, minor, patch) = (
         draw.word(),
         (draw.number(0, 3), draw.number(0, 20), draw.number(1, 20)),
@@ -247,7 +250,7 @@ def version_bump(draw: Draw) -> Plan:
         for path, text in files.items()
     }
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield f"cat pyproject.toml {package}/__init__.py CHANGELOG.md"
         yield (
             f'sed -i \'s/"{old}"/"{new}"/\' pyproject.toml {package}/__init__.py && sed -i \'s/^##'
@@ -259,7 +262,7 @@ def version_bump(draw: Draw) -> Plan:
         f" and {package}/__init__.py, and in CHANGELOG.md turn the heading Unreleased into the new"
         f" version with the date {day} in brackets."
     )
-    return Plan(instruction, files, unchanged(released), expert)
+    return TaskDraft(instruction, files, unchanged(released), demonstrator)
 
 
 _SCRIPTS = {
@@ -314,23 +317,23 @@ def _javascript(draw: Draw) -> tuple[str, str, str, str, list[str]]:
 
 
 @wide_family("js_mend", "software", 3, "node", runs_agent_code=True)
-def js_mend(draw: Draw) -> Plan:
+def js_mend(draw: Draw) -> TaskDraft:
     module, spec, source, broken, found = _javascript(draw)
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield f"cat {module}.js"
         yield write_file(f"{module}.js", source)
 
-    return Plan(
+    return TaskDraft(
         f"{module}.js has a bug. It is right when {spec}. Mend it.",
         {f"{module}.js": broken},
         found,
-        expert,
+        demonstrator,
     )
 
 
 @wide_family("js_write", "software", 4, "node", runs_agent_code=True)
-def js_write(draw: Draw) -> Plan:
+def js_write(draw: Draw) -> TaskDraft:
     module, spec, source, _, found = _javascript(draw)
     text = (
         json.dumps(
@@ -340,7 +343,7 @@ def js_write(draw: Draw) -> Plan:
         + "\n"
     )
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield "cat package.json"
         yield write_file(f"{module}.js", source)
         yield f"node -e \"console.log(Object.keys(require('./{module}.js')))\""
@@ -348,4 +351,6 @@ def js_write(draw: Draw) -> Plan:
     instruction = (
         f"Write the CommonJS module that package.json names as its main file. Its export {spec}."
     )
-    return Plan(instruction, {"package.json": text}, [holds("package.json", text), *found], expert)
+    return TaskDraft(
+        instruction, {"package.json": text}, [holds("package.json", text), *found], demonstrator
+    )
