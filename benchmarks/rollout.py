@@ -39,7 +39,7 @@ from rich.table import Table
 from envs.gem.core import Env
 from rome.agent.loop import Limits, derive_seed
 from rome.data.trajectory import Chunk, Trajectory
-from rome.engine.client import Completion
+from rome.engine.completion import Completion
 from rome.model.tokenizer import TINY, Chat, Tokenizer
 from rome.rollout.player import Accounting, Episode, EpisodePlayer
 from rome.rollout.scheduler import GroupPlan, RolloutScheduler, Rules

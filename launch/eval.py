@@ -484,7 +484,7 @@ def run_main(argv: list[str]) -> int:
     ROME_DEBUG=1 keeps the traceback.
     """
     from envs.rock import SandboxError
-    from rome.engine.client import EngineError
+    from rome.engine.errors import EngineError
 
     try:
         return main(argv)

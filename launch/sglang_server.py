@@ -19,7 +19,7 @@ import re
 import shlex
 import sys
 
-OLDEST = (0, 5, 9)  # rome.engine.client refuses older ones too
+MIN_SGLANG = (0, 5, 9)  # rome.engine.dialect refuses older ones too
 
 
 def flags_of(arguments: argparse.Namespace) -> list[tuple[list[str], str]]:
@@ -99,10 +99,10 @@ def check_version() -> str | None:
             " in an environment of its own"
         )
     number = tuple(map(int, re.findall(r"\d+", version)[:3]))
-    if number < OLDEST:
+    if number < MIN_SGLANG:
         return (
             f"sglang {version} is too old: updates, pauses and routed experts as the trainer uses"
-            f" them need {'.'.join(map(str, OLDEST))}; pip install -r requirements-sglang.txt"
+            f" them need {'.'.join(map(str, MIN_SGLANG))}; pip install -r requirements-sglang.txt"
         )
     return None
 

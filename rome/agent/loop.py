@@ -19,7 +19,8 @@ from envs.gem.core import Env
 from envs.rock import SandboxError
 from rome.data.routes import extend_routes
 from rome.data.trajectory import Chunk, Trajectory
-from rome.engine.client import Completion, EngineError, Sampling
+from rome.engine.completion import Completion, Sampling
+from rome.engine.errors import EngineError
 from rome.model.tokenizer import Chat
 
 log = logging.getLogger(__name__)

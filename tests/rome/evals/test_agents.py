@@ -8,7 +8,7 @@ import pytest
 
 from envs.gem import format_tool_call
 from rome.agent.loop import Limits
-from rome.engine.client import EngineError
+from rome.engine.errors import EngineError
 from rome.evals.agents import Policy, Scripted
 from rome.evals.cheats import CHEATS
 from rome.evals.tasks import load_tasks
@@ -54,7 +54,7 @@ def played():
 
     return {
         (name, attempt, task.name): outcome
-        for (name, attempt, task), outcome in zip(jobs, asyncio.run(everything()))
+        for (name, attempt, task), outcome in zip(jobs, asyncio.run(everything()), strict=True)
     }
 
 

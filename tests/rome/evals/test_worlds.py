@@ -99,7 +99,7 @@ def test_instances_are_spread_and_chosen_by_the_seed():
     ],
 )
 def test_what_is_no_dataset_is_refused_by_name(name):
-    with pytest.raises(ValueError, match="nosuch|worlds:shop|'shop'"):
+    with pytest.raises(ValueError, match=r"nosuch|worlds:shop|'shop'"):
         load_tasks(name)
 
 
