@@ -61,7 +61,7 @@ def test_a_port_in_use_is_one_clear_line(checkpoint):
     assert result.returncode == PORT_IN_USE
     assert result.stderr.splitlines() == [
         f"launch.serve: cannot listen on 127.0.0.1:{port}: Address already in use. Choose another"
-        " --port, or end who has it."
+        " --port, or stop the program that uses it."
     ]
 
 
