@@ -37,7 +37,8 @@ from rich.console import Console
 from rich.table import Table
 
 from envs.gem.core import Env
-from rome.agent.loop import Limits, derive_seed
+from rome.agent.loop import Limits
+from rome.data.seeds import derive_seed
 from rome.data.trajectory import Chunk, Trajectory
 from rome.engine.completion import Completion
 from rome.model.tokenizer import TINY, Chat, Tokenizer

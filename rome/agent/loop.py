@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import hashlib
 import logging
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from envs.gem.core import Env
 from envs.rock import SandboxError
 from rome.data.routes import extend_routes
+from rome.data.seeds import derive_seed
 from rome.data.trajectory import Chunk, Trajectory
 from rome.engine.completion import Completion, Sampling
 from rome.engine.errors import EngineError
@@ -71,14 +71,6 @@ class _Timed:
             return await self.engine.generate(*args, **options)
         finally:
             self.seconds += time.monotonic() - began
-
-
-def derive_seed(*parts: Any) -> int:
-    """A 31-bit seed that depends on all parts and on nothing else (no process-wide hash seed, no
-    global state).
-    """
-    digest = hashlib.blake2s("\x1f".join(map(str, parts)).encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 class _Result(NamedTuple):

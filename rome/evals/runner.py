@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
-from rome.agent.loop import derive_seed
+from rome.data.seeds import derive_seed
 from rome.evals.agents import Agent, Outcome
 from rome.evals.statistics import counted
 from rome.evals.tasks import EvalTask

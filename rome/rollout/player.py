@@ -18,7 +18,8 @@ import threading
 from collections.abc import Callable, Sequence
 
 from envs.gem.core import Env
-from rome.agent.loop import Generator, Limits, derive_seed, run_episode
+from rome.agent.loop import Generator, Limits, run_episode
+from rome.data.seeds import derive_seed
 from rome.data.trajectory import Chunk, Trajectory, load_trajectory, save_trajectory
 from rome.model.tokenizer import Chat
 from rome.rollout.anchors import anchor_of

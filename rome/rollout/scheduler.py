@@ -38,7 +38,7 @@ import pathlib
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
-from rome.agent.loop import derive_seed
+from rome.data.seeds import derive_seed
 from rome.data.trajectory import Chunk, Trajectory
 from rome.rollout.forks import Forks
 from rome.rollout.player import Accounting, Episode, RolloutError, Stopped

@@ -34,9 +34,10 @@ from envs.rock.sync import loop
 from envs.rock.sync import run as run_async
 from envs.tasks.terminal import FAMILIES, HELD_OUT_FAMILIES, eval_seed, train_seed
 from envs.tasks.terminal.env import BASH_TOOL, TerminalEnv
-from rome.agent.loop import Limits, derive_seed
+from rome.agent.loop import Limits
 from rome.data.batch import Batch
 from rome.data.packing import microbatches
+from rome.data.seeds import derive_seed
 from rome.data.sources import sft_batches
 from rome.data.text import Corpus, read_corpus, text_batches, text_rows
 from rome.data.trajectory import Trajectory

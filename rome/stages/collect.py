@@ -476,8 +476,7 @@ def own_settings(model_config: ModelConfig) -> dict[str, Any]:
 
 def _sampled(batch: Batch) -> np.ndarray:
     """[B, T] bool: tokens of RL chunks, whose version counts."""
-    kind_BT = np.take_along_axis(batch.kind_BC, np.maximum(batch.chunk_ids_BT, 0), axis=1)
-    return batch.action_mask_BT & (kind_BT == RL)
+    return batch.kind_BT() == RL
 
 
 def load_when_visible(path: pathlib.Path) -> Trajectory:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rome.data.advantages import anchor_states, group_advantages
+from rome.data.advantages import anchor_states, chunk_returns, group_advantages
 from rome.data.packing import pack
 from rome.data.trajectory import Chunk, Trajectory
 
@@ -151,3 +151,8 @@ def test_an_episode_that_reached_for_the_network_is_worth_less():
     assert sorted(
         pack(step, row_length=2, chunks_per_row=1, gamma=1.0, failure_reward=-1.0).reward_BC.ravel()
     ) == [-1, 1, 1]
+
+
+def test_returns_discount_per_chunk_and_end_with_the_reward_itself():
+    np.testing.assert_allclose(chunk_returns(2.0, 3, 0.5), [0.5, 1.0, 2.0])
+    np.testing.assert_allclose(chunk_returns(-1.0, 2, 1.0), [-1.0, -1.0])

@@ -19,7 +19,6 @@ from rome.losses import (
     count_denominators,
     unbounded_weight,
 )
-from rome.losses.ipa import chunk_returns
 from tests.rome.losses import loss_oracle
 from tests.rome.losses.random_step import GAMMA, MAX_IDS, Step, evaluate, packed, random_step
 
@@ -354,11 +353,6 @@ def test_every_loss_has_a_name_an_oracle_and_its_switches():
         and all(hasattr(loss_oracle, name) for name in NAMES)
     )
     assert {name for name, _ in CASES} == set(NAMES)
-
-
-def test_returns_discount_per_chunk_and_end_with_the_reward_itself():
-    np.testing.assert_allclose(chunk_returns(2.0, 3, 0.5), [0.5, 1.0, 2.0])
-    np.testing.assert_allclose(chunk_returns(-1.0, 2, 1.0), [-1.0, -1.0])
 
 
 @pytest.mark.parametrize(
