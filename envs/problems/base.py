@@ -46,8 +46,12 @@ class ProblemEnv(Env):
             )
         if level not in LEVELS:
             raise ValueError(f"level is {level!r}; it is one of {', '.join(LEVELS)}")
-        self.family, self.level, self.difficulty = family, level, level
-        self._seed, self._resets, self._over = seed, 0, True
+        self.family = family
+        self.level = level
+        self.difficulty = level
+        self._seed = seed
+        self._resets = 0
+        self._over = True
         self._next_seeds = random.Random(f"{self.subject}/{family}-{level}/{seed}/next")
         self.task = self._task(seed)
 
@@ -76,7 +80,8 @@ class ProblemEnv(Env):
     def reset(self, seed: int | None = None) -> tuple[str, Info]:
         if seed is None:
             seed = self._next_seeds.randrange(1 << 31) if self._resets else self._seed
-        self._resets, self._over = self._resets + 1, False
+        self._resets = self._resets + 1
+        self._over = False
         self.task = self._task(seed)
         rng = random.Random(f"{self.subject}/{self.task.name}")
         family = rng.choice(self.families) if self.family == "all" else self.family

@@ -19,11 +19,11 @@ from envs.problems.code_families import FAMILIES
 from envs.rock import Sandbox, SandboxConfig, SandboxError
 from envs.rock.sync import run
 
-TIMEOUT_S = 5.0  # of the submitted code, all inputs together
-CALL_GRACE_S = 60.0  # for starting and stopping the sandbox
+TIMEOUT_SECONDS = 5.0  # of the submitted code, all inputs together
+CALL_GRACE_SECONDS = 60.0  # for starting and stopping the sandbox
 HIDDEN, SHOWN = 20, 2  # inputs
 # different results among the hidden inputs: no constant is right for many of them
-FEWEST_TRUTHS = 5
+MIN_DISTINCT_RESULTS = 5
 MAX_DRAWS = 200
 MAX_CODE_BYTES = 100_000
 _FENCES = ("```python", "```py", "```")
@@ -72,7 +72,7 @@ class CodeEnv(ProblemEnv):
         self.sandbox_config = sandbox_config or SandboxConfig()
 
     def step(self, action: str) -> StepResult:
-        return run(self.astep(action), TIMEOUT_S + CALL_GRACE_S)
+        return run(self.astep(action), TIMEOUT_SECONDS + CALL_GRACE_SECONDS)
 
     async def astep(self, action: str) -> StepResult:
         self._take_turn()
@@ -91,7 +91,7 @@ class CodeEnv(ProblemEnv):
             return self._graded(action, ending, note)
         wrong = [
             number
-            for number, (ours, truth) in enumerate(zip(outputs, self.truths))
+            for number, (ours, truth) in enumerate(zip(outputs, self.truths, strict=True))
             if not same(ours, truth)
         ]
         note = (
@@ -106,7 +106,8 @@ class CodeEnv(ProblemEnv):
         return f"```python\n{self.drawn.source}```"
 
     def cheats(self) -> dict[str, list[str]]:
-        name, parameters = self.drawn.name, self.drawn.parameters
+        name = self.drawn.name
+        parameters = self.drawn.parameters
         known = ", ".join(f"{json.dumps(one)!r}: {truth!r}" for one, truth in self.shown)
         examples = (
             f"import json\ndef {name}(*arguments):\n    return"
@@ -149,19 +150,17 @@ class CodeEnv(ProblemEnv):
             truths = [space[self.drawn.name](*json.loads(json.dumps(one))) for one in inputs]
             if (
                 len(inputs) == HIDDEN + SHOWN
-                and len(set(map(json.dumps, truths[SHOWN:]))) >= FEWEST_TRUTHS
+                and len(set(map(json.dumps, truths[SHOWN:]))) >= MIN_DISTINCT_RESULTS
             ):
                 break
         else:
             raise RuntimeError(
-                f"family {family} at size {size} gave no inputs with {FEWEST_TRUTHS} different"
+                f"family {family} at size {size} gave no inputs with {MIN_DISTINCT_RESULTS} different"
                 f" results in {MAX_DRAWS} draws"
             )
-        self.shown, self.inputs, self.truths = (
-            list(zip(inputs, truths))[:SHOWN],
-            inputs[SHOWN:],
-            truths[SHOWN:],
-        )
+        self.shown = list(zip(inputs, truths, strict=True))[:SHOWN]
+        self.inputs = inputs[SHOWN:]
+        self.truths = truths[SHOWN:]
         examples = "\n".join(
             f"{self.drawn.name}({', '.join(map(repr, one))}) == {truth!r}"
             for one, truth in self.shown
@@ -169,7 +168,7 @@ class CodeEnv(ProblemEnv):
         return (
             f"Write a Python function `{self.drawn.name}({self.drawn.parameters})`."
             f" {self.drawn.statement}\nExamples:\n{examples}\nAnswer with one ```python block. It"
-            f" is tested on other inputs and has {TIMEOUT_S:g} seconds."
+            f" is tested on other inputs and has {TIMEOUT_SECONDS:g} seconds."
         )
 
     async def _outputs(self, code: str) -> tuple[list[Any], str, str]:
@@ -185,9 +184,9 @@ class CodeEnv(ProblemEnv):
                     "inputs.json": json.dumps([self.drawn.name, self.inputs]).encode(),
                 }
             )
-            result = await sandbox.execute("exec python3 -I runner.py", timeout=TIMEOUT_S)
+            result = await sandbox.execute("exec python3 -I runner.py", timeout=TIMEOUT_SECONDS)
         if result.timed_out:
-            return [], "timeout", f"the code did not end within {TIMEOUT_S:g} s"
+            return [], "timeout", f"the code did not end within {TIMEOUT_SECONDS:g} s"
         try:
             outputs = [json.loads(line) for line in result.stdout.splitlines()]
         except (ValueError, RecursionError):

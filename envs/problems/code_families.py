@@ -29,7 +29,8 @@ def _ints(rng: random.Random, most: int, low: int = -50, high: int = 50) -> list
 
 
 def window_sum(rng: random.Random, size: int) -> Drawn:
-    width, most = rng.randint(2, 2 + size), rng.choice(["largest", "smallest"])
+    width = rng.randint(2, 2 + size)
+    most = rng.choice(["largest", "smallest"])
     source = f"""\
 def window(values):
     sums = [sum(values[i:i + {width}]) for i in range(len(values) - {width} + 1)]
@@ -46,7 +47,8 @@ def window(values):
 
 
 def shifted_text(rng: random.Random, size: int) -> Drawn:
-    shift, step = rng.randint(1, 25), rng.randint(0, size)
+    shift = rng.randint(1, 25)
+    step = rng.randint(0, size)
     source = f"""\
 def shifted(text):
     result = []
@@ -110,7 +112,8 @@ def inversions(values):
 
 
 def postfix(rng: random.Random, size: int) -> Drawn:
-    a, b = rng.randint(2, 9), rng.randint(1, 9)
+    a = rng.randint(2, 9)
+    b = rng.randint(1, 9)
     source = f"""\
 def evaluate(tokens):
     stack = []
@@ -193,7 +196,8 @@ def order(count, edges):
 
 
 def common_subsequence(rng: random.Random, size: int) -> Drawn:
-    vowel, other = rng.randint(1, 5), rng.randint(1, 5)
+    vowel = rng.randint(1, 5)
+    other = rng.randint(1, 5)
     source = f"""\
 def common(first, second):
     table = [[0] * (len(second) + 1) for _ in range(len(first) + 1)]

@@ -22,7 +22,8 @@ def purchase(rng: random.Random, size: int) -> Drawn:
         ["pens", "books", "apples", "tickets", "cups", "lamps", "chairs", "maps"], size + 1
     )
     lines = [(rng.randint(2, 12 * size), rng.randint(1, 40 * size), name) for name in goods]
-    percent, paid_extra = rng.choice([5, 10, 20, 25, 50]), rng.randint(1, 90)
+    percent = rng.choice([5, 10, 20, 25, 50])
+    paid_extra = rng.randint(1, 90)
     total = sum(count * price for count, price, _ in lines)
     due = Fraction(total * (100 - percent), 100)
     paid = math.ceil(due) + paid_extra
@@ -52,7 +53,8 @@ def travel_time(rng: random.Random, size: int) -> Drawn:
 def linear_equation(rng: random.Random, size: int) -> Drawn:
     top = 9 * 10 ** (size - 1)
     a, c = rng.sample([one for one in range(-top, top) if one], 2)
-    b, d = rng.randint(-top, top), rng.randint(-top, top)
+    b = rng.randint(-top, top)
+    d = rng.randint(-top, top)
     return f"Solve for x: {a}x + {b} = {c}x + {d}. Give x exactly.".replace("+ -", "- "), (
         Fraction(d - b, a - c),
     )
@@ -64,7 +66,8 @@ def linear_system(rng: random.Random, size: int) -> Drawn:
         a, b, c, d = (rng.choice([one for one in range(-top, top + 1) if one]) for _ in range(4))
         if determinant := a * d - b * c:
             break
-    e, f = rng.randint(-9 * size, 9 * size), rng.randint(-9 * size, 9 * size)
+    e = rng.randint(-9 * size, 9 * size)
+    f = rng.randint(-9 * size, 9 * size)
     text = f"Solve the system {a}x + {b}y = {e}, {c}x + {d}y = {f}. Answer as (x, y), exactly.".replace(
         "+ -", "- "
     )
@@ -81,11 +84,9 @@ def quadratic(rng: random.Random, size: int) -> Drawn:
 
 
 def modular_power(rng: random.Random, size: int) -> Drawn:
-    base, exponent, modulus = (
-        rng.randint(2, 10**size),
-        rng.randint(10, 10 ** (size + 1)),
-        rng.randint(5, 40 * size**2),
-    )
+    base = rng.randint(2, 10**size)
+    exponent = rng.randint(10, 10 ** (size + 1))
+    modulus = rng.randint(5, 40 * size**2)
     return f"What is the remainder of {base}^{exponent} divided by {modulus}?", (
         pow(base, exponent, modulus),
     )
@@ -100,7 +101,8 @@ def congruences(rng: random.Random, size: int) -> Drawn:
 
 
 def committees(rng: random.Random, size: int) -> Drawn:
-    women, men = rng.randint(3, 4 + 2 * size), rng.randint(3, 4 + 2 * size)
+    women = rng.randint(3, 4 + 2 * size)
+    men = rng.randint(3, 4 + 2 * size)
     chosen = rng.randint(2, min(women, men) + size - 1)
     least = rng.randint(1, min(chosen, women))
     count = sum(
@@ -126,8 +128,10 @@ def arrangements(rng: random.Random, size: int) -> Drawn:
 
 
 def grid_paths(rng: random.Random, size: int) -> Drawn:
-    columns, rows = rng.randint(3, 3 + 2 * size), rng.randint(3, 3 + 2 * size)
-    x, y = rng.randint(1, columns - 1), rng.randint(1, rows - 1)
+    columns = rng.randint(3, 3 + 2 * size)
+    rows = rng.randint(3, 3 + 2 * size)
+    x = rng.randint(1, columns - 1)
+    y = rng.randint(1, rows - 1)
     through = math.comb(x + y, x) * math.comb(columns - x + rows - y, rows - y)
     return (
         (
@@ -139,7 +143,8 @@ def grid_paths(rng: random.Random, size: int) -> Drawn:
 
 
 def dice(rng: random.Random, size: int) -> Drawn:
-    count, sides = rng.randint(2, 1 + size), rng.choice([4, 6, 8])
+    count = rng.randint(2, 1 + size)
+    sides = rng.choice([4, 6, 8])
     bound = rng.randint(count + 1, count * sides - 1)
     wins = sum(sum(roll) >= bound for roll in itertools.product(range(1, sides + 1), repeat=count))
     return (
@@ -165,12 +170,12 @@ def polygon_area(rng: random.Random, size: int) -> Drawn:
         angles = [math.atan2(y, x) for x, y in corners]
         gaps = [
             (after - before) % (2 * math.pi)
-            for before, after in zip(angles, angles[1:] + angles[:1])
+            for before, after in zip(angles, angles[1:] + angles[:1], strict=True)
         ]
         corners = corners if gaps and min(gaps) > 1e-9 and max(gaps) < math.pi - 1e-9 else []
     doubled = sum(
         x * next_y - next_x * y
-        for (x, y), (next_x, next_y) in zip(corners, corners[1:] + corners[:1])
+        for (x, y), (next_x, next_y) in zip(corners, corners[1:] + corners[:1], strict=True)
     )
     return (
         (
@@ -182,14 +187,13 @@ def polygon_area(rng: random.Random, size: int) -> Drawn:
 
 
 def recurrence(rng: random.Random, size: int) -> Drawn:
-    p, q, first, second, steps = (
-        rng.randint(1, 3),
-        rng.randint(-2, 3),
-        rng.randint(-4, 5),
-        rng.randint(-4, 5),
-        rng.randint(4, 4 + 3 * size),
-    )
-    before, now = first, second
+    p = rng.randint(1, 3)
+    q = rng.randint(-2, 3)
+    first = rng.randint(-4, 5)
+    second = rng.randint(-4, 5)
+    steps = rng.randint(4, 4 + 3 * size)
+    before = first
+    now = second
     for _ in range(steps - 2):
         before, now = now, p * now + q * before
     text = (
