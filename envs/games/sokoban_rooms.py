@@ -85,16 +85,18 @@ def _dig(rng: random.Random, dim: tuple[int, int], num_boxes: int) -> frozenset[
     """
     rows, columns = dim
     inner = {(row, column) for row in range(1, rows - 1) for column in range(1, columns - 1)}
+    directions = list(MOVES.values())
     floor: set[Cell] = set()
     cell = (rng.randrange(1, rows - 1), rng.randrange(1, columns - 1))
-    direction = rng.choice(list(MOVES.values()))
+    direction = rng.choice(directions)
     for _ in range(int(1.7 * (rows + columns)) + 2 * num_boxes):
         if rng.random() < 0.35:
-            direction = rng.choice(list(MOVES.values()))
+            direction = rng.choice(directions)
         opened = [moved(cell, offset) for offset in rng.choice(_STAMPS)]
         floor.update(one for one in opened if one in inner)
-        row, column = moved(cell, direction)
-        cell = (min(max(row, 1), rows - 2), min(max(column, 1), columns - 2))
+        ahead = moved(cell, direction)
+        if ahead in inner:
+            cell = ahead
         floor.add(cell)
     return frozenset(floor)
 

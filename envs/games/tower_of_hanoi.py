@@ -59,9 +59,10 @@ class TowerOfHanoi(TextGame):
         return {**super()._settings(), "num_disks": self.num_disks}
 
     def _new_game(self, rng: random.Random) -> None:
-        places = ["C"] * self.num_disks
-        while set(places) == {"C"}:
-            places = [rng.choice(TOWERS) for _ in places]
+        solved = ["C"] * self.num_disks
+        places = solved
+        while places == solved:
+            places = [rng.choice(TOWERS) for _ in solved]
         self.towers: dict[str, list[int]] = {tower: [] for tower in TOWERS}
         for disk in range(self.num_disks, 0, -1):
             self.towers[places[disk - 1]].append(disk)
