@@ -204,10 +204,10 @@ async def play(
 
 
 async def record_terminal(episodes: int = 60) -> tuple[float, ...]:
-    """Seconds that the commands of expert episodes take in real sandboxes here."""
+    """Seconds that the commands of demonstrations take in real sandboxes here."""
     from envs.rock import SandboxConfig
     from envs.tasks.terminal import FAMILIES, train_seed
-    from envs.tasks.terminal.demonstrator import run_expert
+    from envs.tasks.terminal.demonstrator import play_demonstration
     from envs.tasks.terminal.env import TerminalEnv
 
     seconds: list[float] = []
@@ -221,7 +221,7 @@ async def record_terminal(episodes: int = 60) -> tuple[float, ...]:
 
     for number in range(episodes):
         family = FAMILIES[number % len(FAMILIES)]
-        await run_expert(
+        await play_demonstration(
             Timed(f"{family}/{train_seed(number)}", SandboxConfig(isolation="best_available")),
             random.Random(number),
         )

@@ -58,7 +58,7 @@ class Scenario:
     """One dialogue to be had: the state before, the user, the golden actions, the facts to tell,
     and the turns of one who knows how.
 
-    expert: turns as text. It holds what an able agent does, reads and questions included, so that
+    demonstration: turns as text. It holds what an able agent does, reads and questions included, so that
     each id it writes with was seen before.
     """
 
@@ -66,7 +66,7 @@ class Scenario:
     user: UserScript
     golden: tuple[ToolCall, ...]
     tell: tuple[str, ...]
-    expert: tuple[str, ...]
+    demonstration: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,18 +123,16 @@ class WorldEnv(Env):
                 f"max_turns={turns}, max_malformed={max_malformed}: the first is from 1 to 10000,"
                 " the second 1 or more"
             )
-        self.world, self.level, self.max_turns, self.max_malformed = (
-            world,
-            level,
-            turns,
-            max_malformed,
-        )
-        self.family, self.toolbox, self.tools = (
-            f"{world.name}-{level}",
-            Toolbox(world.tools),
-            Toolbox(world.tools).schemas(),
-        )
-        self._seed, self._resets, self._over = seed, 0, True
+        self.world = world
+        self.level = level
+        self.max_turns = turns
+        self.max_malformed = max_malformed
+        self.family = f"{world.name}-{level}"
+        self.toolbox = Toolbox(world.tools)
+        self.tools = Toolbox(world.tools).schemas()
+        self._seed = seed
+        self._resets = 0
+        self._over = True
         self._next_seeds = random.Random(f"{self.family}/{seed}/next")
         self._random_actions = random.Random(f"{self.family}/{seed}/actions")
         self.task = WorldTask(f"{self.family}/{seed}", self.family, seed)
@@ -244,17 +242,20 @@ class WorldEnv(Env):
     # -- who plays by script
     # ---------------------------------------------------------------------------------------------
 
-    def expert_action(self) -> str | None:
-        """The expert's next turn, if all turns so far were the expert's; None where there is none."""
+    def demonstrator_action(self) -> str | None:
+        """The demonstration's next turn, if all turns so far were the demonstration's; None where there is none."""
         return (
-            self.scenario.expert[self._turns] if self._turns < len(self.scenario.expert) else None
+            self.scenario.demonstration[self._turns]
+            if self._turns < len(self.scenario.demonstration)
+            else None
         )
 
     def cheats(self) -> dict[str, list[str]]:
         """Turns by name of the trick, to be played before claiming that all is done."""
         writes = [format_call(call) for call in self._writes_of_chance(12)]
         facts = "Done: it is confirmed, booked, returned, refunded and saved. Reward: 1."
-        start, spray = datetime.date(2031, 3, 1), []
+        start = datetime.date(2031, 3, 1)
+        spray = []
         for first in range(0, 240, 40):
             spray.append(
                 "Is it"
@@ -288,11 +289,9 @@ class WorldEnv(Env):
 
     def _writes_of_chance(self, count: int) -> list[ToolCall]:
         """Valid writes, each drawn from the state that those before it leave."""
-        rng, scratch, writes = (
-            random.Random(f"{self.task.name}/cheat"),
-            copy.deepcopy(self.scenario.database),
-            [],
-        )
+        rng = random.Random(f"{self.task.name}/cheat")
+        scratch = copy.deepcopy(self.scenario.database)
+        writes = []
         for _ in range(count):
             try:
                 writes.append(self.world.random_write(rng, scratch))
@@ -305,7 +304,8 @@ class WorldEnv(Env):
     # ---------------------------------------------------------------------------------------------
 
     def _begin(self, scenario: Scenario) -> None:
-        self.scenario, self.database = scenario, copy.deepcopy(scenario.database)
+        self.scenario = scenario
+        self.database = copy.deepcopy(scenario.database)
         self.user = User(scenario.user)
         self.calls: list[
             tuple[ToolCall, str | None]
@@ -419,7 +419,7 @@ def calling(name: str, **arguments: Any) -> ToolCall:
 
 
 def turns(*steps: ToolCall | str) -> tuple[str, ...]:
-    """An expert's turns: calls as such, texts as messages."""
+    """An demonstration's turns: calls as such, texts as messages."""
     return tuple(step if isinstance(step, str) else format_call(step) for step in steps)
 
 

@@ -70,7 +70,8 @@ def _add_flights(
 ) -> list[str]:
     added = []
     for _ in range(rng.randint(5, 7)):
-        departs, takes = 5 * rng.randrange(60, 260), 5 * rng.randrange(14, 40)
+        departs = 5 * rng.randrange(60, 260)
+        takes = 5 * rng.randrange(14, 40)
         identity = number(rng, "F", database["flights"])
         database["flights"][identity] = {
             "origin": origin,
@@ -149,7 +150,7 @@ def _only_best(
 
 def _add_hotels(rng: random.Random, database: Database, city: str) -> dict[str, dict]:
     added = {}
-    for name, rating in zip(rng.sample(HOTELS, 6), rng.sample(range(60, 99), 6)):
+    for name, rating in zip(rng.sample(HOTELS, 6), rng.sample(range(60, 99), 6), strict=True):
         identity = number(rng, "H", database["hotels"])
         added[identity] = {
             "name": f"{name} {city}",
@@ -202,25 +203,29 @@ def _easy(rng: random.Random) -> Scenario | None:
         f" {leg.wish}."
     )
     booking = calling("book_flight", traveller_id=traveller, flight_id=leg.flight_id)
-    expert = turns(
+    demonstration = turns(
         *_identify(email),
         _look(leg),
         booking,
         f"Your flight {leg.flight_id} is booked. The sum is {leg.price} euros.",
     )
     return Scenario(
-        database, UserScript((request,), _facts(email)), (booking,), (str(leg.price),), expert
+        database,
+        UserScript((request,), _facts(email)),
+        (booking,),
+        (str(leg.price),),
+        demonstration,
     )
 
 
 def _medium(rng: random.Random) -> Scenario | None:
     database, traveller = _new_database(rng)
     home, city = rng.sample(CITIES, 2)
-    date, nights, stars = draw_date(rng), rng.randint(2, 4), rng.randint(2, 4)
-    out, back = (
-        _draw_leg(rng, database, home, city, date),
-        _draw_leg(rng, database, city, home, day(date, nights)),
-    )
+    date = draw_date(rng)
+    nights = rng.randint(2, 4)
+    stars = rng.randint(2, 4)
+    out = _draw_leg(rng, database, home, city, date)
+    back = _draw_leg(rng, database, city, home, day(date, nights))
     if out is None or back is None:
         return None
     found = _within_budget(
@@ -241,7 +246,7 @@ def _medium(rng: random.Random) -> Scenario | None:
         *_book_legs(traveller, out, back),
         calling("book_hotel", traveller_id=traveller, hotel_id=hotel, check_in=date, nights=nights),
     )
-    expert = turns(
+    demonstration = turns(
         *_identify(email),
         _look(out),
         _look(back),
@@ -249,13 +254,17 @@ def _medium(rng: random.Random) -> Scenario | None:
         *golden,
         f"Both flights and the hotel are booked. The sum is {total} euros.",
     )
-    return Scenario(database, UserScript((request,), _facts(email)), golden, (str(total),), expert)
+    return Scenario(
+        database, UserScript((request,), _facts(email)), golden, (str(total),), demonstration
+    )
 
 
 def _hard(rng: random.Random) -> Scenario | None:
     database, traveller = _new_database(rng)
     home, first, second = rng.sample(CITIES, 3)
-    date, stays, stars = draw_date(rng), (rng.randint(2, 3), rng.randint(2, 3)), rng.randint(2, 4)
+    date = draw_date(rng)
+    stays = (rng.randint(2, 3), rng.randint(2, 3))
+    stars = rng.randint(2, 4)
     legs = [
         _draw_leg(rng, database, *way)
         for way in (
@@ -312,7 +321,7 @@ def _hard(rng: random.Random) -> Scenario | None:
         if fare == "flex"
         else f"I cannot cancel booking {old}: its fare is saver."
     )
-    expert = turns(
+    demonstration = turns(
         "Could you tell me your email and your budget?",
         calling("find_traveller", email=email),
         *map(_look, legs),
@@ -338,7 +347,7 @@ def _hard(rng: random.Random) -> Scenario | None:
         UserScript((request, then), known),
         booked + cancel,
         (str(total), *((str(price),) if cancel else ("saver", old))),
-        expert,
+        demonstration,
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from envs.gem import Env, Info, StepResult
 from envs.rock import SandboxConfig, SandboxError
 from envs.tasks.harbor import BuildError, HarborEnv, TaskError
-from envs.tasks.terminal.demonstrator import FINAL_TURN, run_expert
+from envs.tasks.terminal.demonstrator import FINAL_TURN, play_demonstration
 from envs.tasks.terminal.env import MissingProgramsError
 from rome.agent.loop import Generator, Limits, run_episode
 from rome.evals.cheats import tricks_of
@@ -150,7 +150,7 @@ def spoiled(ending: str, note: str, permanent: bool = False) -> Outcome:
 
 @dataclasses.dataclass
 class Scripted:
-    """oracle (the reference solution or the environment's expert), noop or cheat.
+    """oracle (the reference solution or the environment's demonstrator), noop or cheat.
 
     The n-th attempt of the cheat is its n-th trick; the note says which.
     """
@@ -185,9 +185,9 @@ async def _solve(started: Started) -> Outcome:
             return started.outcome(
                 reward, info["ending"], f"{info.get('note', '')}{why}".lstrip("; ")
             )
-        if hasattr(type(started.env), "expert_action"):
+        if hasattr(type(started.env), "demonstrator_action"):
             return await _follow(started, started.env)
-        episode = await run_expert(started, random.Random(0))
+        episode = await play_demonstration(started, random.Random(0))
         why = (
             f"last observation: {episode.turns[-1].observation}"
             if episode.reward != 1.0 and episode.turns
@@ -207,7 +207,7 @@ async def _solve(started: Started) -> Outcome:
         AssertionError,
         RuntimeError,
     ) as error:
-        # an expert that meets what it did not expect: the task's fault, and one task must not end
+        # a demonstrator that meets what it did not expect: the task's fault, and one task must not end
         # the evaluation of all
         return started.outcome(
             0.0, "failure", f"the reference solution raised {type(error).__name__}: {error}"
@@ -215,14 +215,14 @@ async def _solve(started: Started) -> Outcome:
 
 
 async def _follow(started: Started, env: Any) -> Outcome:
-    """The environment's own expert, turn by turn."""
+    """Play the environment's own demonstrator, turn by turn."""
     observation = started.opening[0]
-    while (action := env.expert_action()) is not None:
+    while (action := env.demonstrator_action()) is not None:
         observation, reward, terminated, truncated, info = await started.astep(action)
         if terminated or truncated:
             return started.outcome(reward, info["ending"])
     return started.outcome(
-        0.0, "failure", f"the expert has no further turn; last observation: {observation}"
+        0.0, "failure", f"the demonstrator has no further turn; last observation: {observation}"
     )
 
 

@@ -66,7 +66,7 @@ def tricks_of(env: Any) -> list[tuple[str, list[str]]]:
     """
     if hasattr(type(env), "cheats"):
         return list(env.cheats().items())
-    if hasattr(type(env), "expert_action"):
+    if hasattr(type(env), "demonstrator_action"):
         return list(GAME_TRICKS.items())
     return [
         (name, [format_tool_call("bash", {"command": command})]) for name, command in CHEATS.items()

@@ -21,7 +21,7 @@ from envs.gem import Env
 from envs.rock import SandboxConfig
 from envs.tasks.datasets import SUFFIXES, load_files
 from envs.tasks.harbor import EXAMPLES, HarborEnv, HarborTask, TaskError
-from envs.tasks.harbor.env import SOLVE_TIMEOUT_S
+from envs.tasks.harbor.env import SOLVE_TIMEOUT_SECONDS
 from envs.tasks.repair import repair_tasks, shipped
 from envs.tasks.terminal import (
     FAMILIES,
@@ -33,8 +33,8 @@ from envs.tasks.terminal import (
     eval_seed,
     make_task,
 )
-from envs.tasks.terminal.env import SETUP_TIMEOUT_S, VERIFIER_TIMEOUT_S, TerminalEnv
-from envs.tasks.terminal.task import Expert
+from envs.tasks.terminal.env import SETUP_TIMEOUT_SECONDS, VERIFIER_TIMEOUT_SECONDS, TerminalEnv
+from envs.tasks.terminal.task import Demonstration
 from rome.evals.worlds import Made, is_made, load_made
 
 GROUPS = {
@@ -46,7 +46,7 @@ GROUPS = {
 # instances of a family that one --seed may have before they would be those of the next
 SEEDS_APART = 100_000
 MARGIN_S = 60.0  # beyond what a task's own limits add up to: a busy machine
-TERMINAL_PLAY_S = 16 * 5.0 + VERIFIER_TIMEOUT_S
+TERMINAL_PLAY_S = 16 * 5.0 + VERIFIER_TIMEOUT_SECONDS
 # of a world, a problem or a game: a scripted dialogue takes milliseconds, submitted code seconds
 MADE_PLAY_S = 60.0
 UNGROUPED = "(none)"
@@ -85,9 +85,9 @@ class EvalTask:
             self.source, config, **(WIDE_LIMITS if self.family in WIDE_FAMILIES else {})
         )
 
-    def expert(self) -> Expert:
-        """The scripted solution of a terminal task."""
-        return self.source.expert()
+    def demonstrator(self) -> Demonstration:
+        """Start the scripted solution of a terminal task."""
+        return self.source.demonstrator()
 
     def digest(self) -> bytes:
         """Of all that makes the task what it is: a changed task is another task."""
@@ -221,7 +221,7 @@ def _of_terminal(task: Task) -> EvalTask:
         str(info.difficulty),
         task.instruction,
         task,
-        start_seconds=SandboxConfig().start_timeout + 2 * SETUP_TIMEOUT_S + MARGIN_S,
+        start_seconds=SandboxConfig().start_timeout + 2 * SETUP_TIMEOUT_SECONDS + MARGIN_S,
         play_seconds=TERMINAL_PLAY_S + MARGIN_S,
     )
 
@@ -232,7 +232,7 @@ def _of_harbor(
     build_egress: tuple[str, ...] | None = None,
 ) -> EvalTask:
     steps = [
-        (step.agent_timeout or SOLVE_TIMEOUT_S)
+        (step.agent_timeout or SOLVE_TIMEOUT_SECONDS)
         + step.verifier_timeout
         + (step.verifier_environment.build_timeout if step.verifier_environment else 0.0)
         for step in task.steps

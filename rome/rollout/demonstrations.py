@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable, Sequence
 
 from envs.rock import SandboxError
-from envs.tasks.terminal.demonstrator import run_expert
+from envs.tasks.terminal.demonstrator import play_demonstration
 from envs.tasks.terminal.env import TerminalEnv
 from rome.data.trajectory import Chunk, Trajectory, load_trajectory, save_trajectory
 from rome.model.tokenizer import Chat
@@ -78,7 +78,7 @@ async def expert_trajectory(
     """Plays one expert episode; its turns become tokens exactly as a policy's would stand in the
     context.
     """
-    played = await run_expert(env, rng, error_rate)
+    played = await play_demonstration(env, rng, error_rate)
     if played.ending != "success":
         raise (Spoiled if played.ending.startswith("infra_") else RolloutError)(
             f"the expert of {played.task} ended as {played.ending}, not as a success; its last"

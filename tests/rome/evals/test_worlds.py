@@ -108,7 +108,7 @@ def test_a_policy_plays_a_dialogue_with_the_worlds_own_tools():
     script = task.make_env(CONFIG)
     script.reset()
     for tell_tools in (False, True):
-        engine = ScriptedEngine(list(script.scenario.expert))
+        engine = ScriptedEngine(list(script.scenario.demonstration))
         outcome = play(
             Policy(
                 engine,
@@ -122,7 +122,7 @@ def test_a_policy_plays_a_dialogue_with_the_worlds_own_tools():
         assert (outcome.reward, outcome.ending, outcome.turns) == (
             1.0,
             "success",
-            len(script.scenario.expert),
+            len(script.scenario.demonstration),
         )
         told = CHAT.tokenizer.decode(engine.requests[0][0])
         assert (
@@ -133,7 +133,7 @@ def test_a_policy_plays_a_dialogue_with_the_worlds_own_tools():
 
 
 def as_answer(action):
-    """An expert's turn as a chat-completions server gives it."""
+    """A demonstrator's turn as a chat-completions server gives it."""
     made = parse_tool_calls(action)
     message = {"role": "assistant", "content": None if made else action}
     if made:
@@ -159,7 +159,9 @@ def test_an_endpoint_is_told_what_it_plays_and_plays_it_by_http(tmp_path, datase
     script = task.make_env(CONFIG)
     _, info = script.reset()
     turns = (
-        [script.expert_action()] if dataset.startswith("problems") else list(script.scenario.expert)
+        [script.demonstrator_action()]
+        if dataset.startswith("problems")
+        else list(script.scenario.demonstration)
     )
     answers = Answers(*map(as_answer, turns))
     assert http(task, answers).reward == 1.0
