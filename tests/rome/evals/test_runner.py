@@ -17,7 +17,7 @@ IDENTITY = {"dataset": "d", "agent": "played", "seed": 0}
 
 @pytest.fixture(autouse=True)
 def no_waits(monkeypatch):
-    monkeypatch.setattr(runner, "RETRY_WAIT_S", 0.0)
+    monkeypatch.setattr(runner, "RETRY_WAIT_SECONDS", 0.0)
 
 
 def run(out, agent, attempts=2, tasks=None, concurrency=3, seed=0):
