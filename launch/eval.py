@@ -168,7 +168,7 @@ def run_evaluation(tasks: list[EvalTask]) -> int:
 
     out = pathlib.Path(_OUT.value)
     attempts = _ATTEMPTS.value or (len(CHEATS) if _AGENT.value == "cheat" else 1)
-    settings = {"isolation": find_isolation(), **docker_settings(), **agent_settings()}
+    settings = {**sandbox_settings(), **agent_settings()}
     progress = Progress()
     identity = make_identity(_DATASET.value, tasks, _AGENT.value, _SEED.value, settings)
     with open_results(out, identity):
@@ -206,7 +206,7 @@ def run_validation(tasks: list[EvalTask], faults: list[TaskError]) -> int:
         seed=_SEED.value,
         tasks=tasks,
         faults=faults,
-        settings={"isolation": find_isolation(), **docker_settings()},
+        settings=sandbox_settings(),
         on_finish=progress,
     )
     proof = asyncio.run(until_sigterm(job))
@@ -315,24 +315,14 @@ def agent_settings() -> dict[str, Any]:
     return {}
 
 
-def docker_settings() -> dict[str, Any]:
-    return {"docker_image": _DOCKER_IMAGE.value} if _DOCKER_IMAGE.value else {}
+def sandbox_settings() -> dict[str, Any]:
+    """Return the tier of the sandboxes, and the image of containers."""
+    from rome.stages.isolation import find_isolation
 
-
-def find_isolation() -> str:
-    """Return the tier of sandboxes that this machine gives, and print what it lacks.
-
-    Raises:
-      SandboxError: --isolation asks for more.
-    """
-    from envs.rock import probe
-    from envs.rock.tiers import probe_docker
-
-    tier = probe_docker() if _DOCKER_IMAGE.value else probe(_ISOLATION.value)
-    tier.require(_ISOLATION.value)
-    if tier.missing:
-        print(tier.banner(), flush=True)
-    return tier.tier
+    settings = {"isolation": find_isolation(sandbox_config())}
+    if _DOCKER_IMAGE.value:
+        settings["docker_image"] = _DOCKER_IMAGE.value
+    return settings
 
 
 def sandbox_config() -> SandboxConfig:

@@ -118,7 +118,7 @@ def open_workdir(workdir: pathlib.Path, config) -> bool:
 def start_team(stop: StopRequest):
     """This process among those of the job, which is one where nothing says otherwise."""
     from envs.rock import SandboxError
-    from rome.engine.errors import EngineError
+    from rome.engine.client import EngineError
     from rome.rollout.player import RolloutError, Stopped
     from rome.stages.config import ConfigError
     from rome.train.alarms import TrainingAlarm
@@ -234,7 +234,7 @@ def parse(argv: list[str]) -> list[str]:
 def run_main(argv: list[str]) -> int:
     """`main`; a known kind of failure becomes one line. ROME_DEBUG=1 keeps the traceback."""
     from envs.rock import SandboxError
-    from rome.engine.errors import EngineError
+    from rome.engine.client import EngineError
     from rome.rollout.player import RolloutError
     from rome.train.alarms import TrainingAlarm
     from rome.train.checkpoint import CheckpointError

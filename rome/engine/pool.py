@@ -56,7 +56,7 @@ class EnginePool:
     ):
         if not engines:
             raise ValueError(
-                "a pool needs at least one engine; give --config.engines=URL[,URL...] or let"
+                "a pool needs at least one engine; give --config.engine.urls=URL[,URL...] or let"
                 " launch.train start one"
             )
         self.engines: list[Engine] = []

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from rome.evals.agents import is_spoiled
-from rome.train.report import wilson
+from rome.train.intervals import wilson
 
 RESAMPLES = 2000
 MIN_TASKS = 10  # for the bootstrap; fewer values make its intervals too short
@@ -103,7 +103,7 @@ def summarise(records: Iterable[Record], k: int) -> dict[str, Any]:
         "pass_at_k": pass_at[k],
         "avg_at_k": [_mean(values) for values in complete],
     }
-    summary = {
+    summary: dict[str, Any] = {
         "tasks_total": len(rewards),
         "tasks_counted": len(tried),
         "tasks_with_k_attempts": len(complete),

@@ -75,6 +75,7 @@ class Device:
         scores = np.asarray(any(request.score_from is not None for request in batch))
         sampling = _row_sampling(batch, self.shapes.prefill_rows)
         started = time.monotonic()
+        assert self.params is not None and self._cache is not None
         self._cache, result = self._prefill(self.params, self._cache, chunks, sampling, scores)
         result = Prefilled(*map(np.asarray, result))
         self._count(
@@ -89,6 +90,7 @@ class Device:
         inputs = _decode_inputs(batch, self.shapes)
         sampling = _row_sampling(batch, self.shapes.decode_rows)
         started = time.monotonic()
+        assert self.params is not None and self._cache is not None
         self._cache, result = self._decode(self.params, self._cache, inputs, sampling)
         result = Decoded(*map(np.asarray, result))
         self._count(

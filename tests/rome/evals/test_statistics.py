@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rome.evals.statistics import grouped, interval, is_counted, pass_at_k, summarise
-from rome.train.report import wilson
+from rome.train.intervals import wilson
 
 
 def record(task, attempt, reward, ending=None, **more):
