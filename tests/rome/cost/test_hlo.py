@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from rome.cost import costs, hlo
+from rome.cost import collectives, costs, hlo
 
 LAYERS, ROWS, WIDTH = 5, 16, 32
 
@@ -95,7 +95,7 @@ def test_collectives_are_those_written_with_their_loops_and_payloads():
         out_specs=PartitionSpec(("a", "b")),
         check_vma=False,
     )
-    found = costs.collectives(compiled(body, jnp.ones((64, 128))), 8)
+    found = collectives.collectives(compiled(body, jnp.ones((64, 128))), 8)
     local = 8 * 128 * 4
     assert {(one.kind, one.payload, one.times, one.groups.shape) for one in found} == {
         ("all-gather", 4 * local, 3, (2, 4)),
@@ -132,7 +132,7 @@ ENTRY %main (x: f32[4,8], y: f32[16,8], z: f32[2,2]) -> f32[2,2] {{
   ROOT %all = f32[2,2]{{1,0}} get-tuple-element(%ended), index=0
 }}"""
     )
-    assert [(one.kind, one.payload) for one in costs.collectives(module, 4)] == [
+    assert [(one.kind, one.payload) for one in collectives.collectives(module, 4)] == [
         ("all-gather", 16 * 8 * 4)
     ]
     assert sum(costs.traffic(module, one) for one in hlo.executed(module)) == 2 * (4 + 4) * 4
@@ -156,7 +156,7 @@ ENTRY %main (x: f32[4,8], y: f32[16,8], z: f32[2,2]) -> f32[2,2] {{
     ],
 )
 def test_every_spelling_of_a_group_is_read(text, groups):
-    read = costs.replica_groups(text, 4).tolist()
+    read = collectives.replica_groups(text, 4).tolist()
     assert sorted(read) == sorted(groups)
 
 
@@ -230,7 +230,7 @@ ENTRY %main (x: f32[4,8]) -> f32[16,8] {
   %begun = ((f32[4,8]{1,0}), f32[16,8]{1,0}) call-start(%x), async_execution_thread="sparsecore", to_apply=%offloaded
   ROOT %ended = f32[16,8]{1,0} call-done(%begun)
 }""")
-    assert [(one.kind, one.payload, one.times) for one in costs.collectives(module, 4)] == [
+    assert [(one.kind, one.payload, one.times) for one in collectives.collectives(module, 4)] == [
         ("all-gather", 16 * 8 * 4, 1)
     ]
     assert sum(costs.traffic(module, one) for one in hlo.executed(module)) == 0
@@ -246,7 +246,7 @@ ENTRY %main (x: bf16[FROM,8], out: bf16[TO,8], at: s32[4]) -> bf16[TO,8] {
 }"""
     for sizes in ((64, 96), (96, 64)):
         module = hlo.parse(text.replace("FROM", str(sizes[0])).replace("TO", str(sizes[1])))
-        assert [(one.kind, one.payload) for one in costs.collectives(module, 4)] == [
+        assert [(one.kind, one.payload) for one in collectives.collectives(module, 4)] == [
             ("ragged-all-to-all", 64 * 8 * 2)
         ]
 

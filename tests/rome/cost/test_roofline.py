@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from rome.cost.costs import Collective
+from rome.cost.collectives import Collective
 from rome.cost.flops import active_matmul_params, forward_flops
 from rome.cost.roofline import CHIPS, Bound, cost, mesh_axes, sent
 from rome.model.config import PRESETS
