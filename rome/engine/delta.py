@@ -27,7 +27,8 @@ from collections.abc import Iterator
 import numpy as np
 import zstandard
 
-from rome.model.hf.files import check_space, in_threads, sync
+from rome.data.files import sync
+from rome.model.hf.files import check_space, in_threads
 
 LEVEL = 1  # of zstd: zeros compress as well at the fastest one
 BLOCK_BYTES = (

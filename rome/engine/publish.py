@@ -20,13 +20,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rome.data.files import sync
 from rome.engine.client import Engine, EngineError
 from rome.engine.delta import read_header, write_delta
 from rome.engine.pool import EnginePool
 from rome.engine.proof import Weights
 from rome.model.config import ModelConfig
 from rome.model.hf.checkpoint import save_hf
-from rome.model.hf.files import sync
 
 KEPT_DIRECTORIES = 2  # the newest, and the one that a server may still be reading
 # what a slow engine gets after the first one has proven itself; then it is left to the supervisor

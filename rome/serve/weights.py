@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rome.model.config import ModelConfig
-from rome.model.hf import checkpoint as hf
-from rome.model.qwen3 import Params, unstack_layers
+from rome.model.hf.checkpoint import load_hf, named_tensors
+from rome.model.qwen3 import Params
+from rome.model.stacking import unstack_layers
 
 # What a forward pass does not read may differ between two checkpoints of one model.
 _UNREAD = {
@@ -38,7 +39,7 @@ def load_weights(
     Raises: ValueError or OSError, in one sentence, for a directory that is incomplete, of another
     model, or not finite.
     """
-    params, config = hf.load_hf(directory, dtype=jnp.dtype(dtype))
+    params, config = load_hf(directory, dtype=jnp.dtype(dtype))
     config = dataclasses.replace(config, dtype=dtype, remat="none")
     if like is not None:
         differences = [
@@ -67,9 +68,9 @@ def checksums(params: Params, config: ModelConfig) -> dict[str, str]:
     """
     return {
         name: hashlib.sha256(tensor.tobytes()).hexdigest()
-        for name, tensor in hf.named_tensors(params, config)
+        for name, tensor in named_tensors(params, config)
     }
 
 
 def find_tensor(params: Params, config: ModelConfig, name: str) -> np.ndarray | None:
-    return next((tensor for _, tensor in hf.named_tensors(params, config, only=name)), None)
+    return next((tensor for _, tensor in named_tensors(params, config, only=name)), None)

@@ -1,4 +1,4 @@
-"""launch.convert: the same weights in every form, and one clear line for what cannot be converted."""
+"""launch.convert: the same weights in every form, and one clear line for what it refuses."""
 
 import dataclasses
 import json
@@ -13,14 +13,15 @@ import numpy as np
 import optax
 import pytest
 
-from launch import convert as module
-from launch.convert import convert
 from rome.model.config import PRESETS
 from rome.model.hf.checkpoint import load_hf, read_config
-from rome.model.sharding import make_mesh, param_shardings
+from rome.model.params import param_shardings
+from rome.model.sharding import make_mesh
 from rome.stages.base import load_start
 from rome.train import checkpoint, parameters
+from rome.train import convert as conversion
 from rome.train.checkpoint import CheckpointError, Checkpoints
+from rome.train.convert import convert
 from rome.train.parameters import StoredParameters
 from rome.train.state import start_state
 from tests.paths import ROOT
@@ -280,19 +281,21 @@ def test_too_little_memory_or_disk_is_found_out_before_anything_is_read(
 ):
     monkeypatch.setattr(pathlib.Path, "exists", lambda self: True)
     monkeypatch.setattr(
-        module.pathlib.Path, "read_text", lambda self: "MemTotal: 9 kB\nMemAvailable:    1000 kB\n"
+        conversion.pathlib.Path,
+        "read_text",
+        lambda self: "MemTotal: 9 kB\nMemAvailable:    1000 kB\n",
     )
     with pytest.raises(
         ValueError, match="the parameters take 0.0 GB as float32, and 0.0 GB of memory are free"
     ):
-        module._check_room(CONFIG, np.dtype(np.float32), tmp_path / "out")
+        conversion._check_room(CONFIG, np.dtype(np.float32), tmp_path / "out")
 
 
 def test_a_conversion_that_is_interrupted_leaves_nothing(exported, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "copy_tokenizer", interrupted)
+    monkeypatch.setattr(conversion, "copy_tokenizer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert(exported, tmp_path / "out", "hf", None, None)
     assert not list(tmp_path.iterdir())

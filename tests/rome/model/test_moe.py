@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rome.model.config import PRESETS
-from rome.model.moe import MoE, RouterStats, load_figures, route, router_loss
+from rome.model.moe import MoE, RouterStats, load_metrics, route, router_loss
 from rome.model.ops.experts import NO_EXPERT, capacity, drop_beyond, experts, experts_megablox
 from rome.model.ops.experts_cpu import TILES
 
@@ -257,12 +257,12 @@ def stats(counts_LE, prob_sum_LE, tokens):
 
 def test_loads_of_a_layer_are_summed_up_by_maximum_and_gini():
     config = dataclasses.replace(CONFIG, num_layers=2)
-    even = load_figures(jnp.full((2, E), 4.0), config)
+    even = load_metrics(jnp.full((2, E), 4.0), config)
     np.testing.assert_allclose(
         [even["router_load_max"], even["router_gini"]], [1.0, 0.0], atol=1e-6
     )
     counts = np.array([[1.0, 2, 3, 4, 10], [20.0, 0, 0, 0, 0]])
-    skewed = load_figures(jnp.asarray(counts), config)
+    skewed = load_metrics(jnp.asarray(counts), config)
     pairs = [
         np.abs(row[:, None] - row[None]).sum() / (2 * E * row.sum()) for row in counts
     ]  # Gini's own definition

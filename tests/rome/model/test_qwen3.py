@@ -15,9 +15,8 @@ from rome.model.qwen3 import (
     head_kernel,
     init_cache,
     init_params,
-    stack_layers,
-    unstack_layers,
 )
+from rome.model.stacking import stack_layers, unstack_layers
 from tests.rome.model.small import CONFIG, random_params
 
 
@@ -244,7 +243,7 @@ def test_attention_of_a_query_that_sees_nothing_is_zero_with_a_zero_gradient():
 def test_blocked_attention_equals_the_reference_with_its_gradients(length, kept, monkeypatch):
     monkeypatch.setattr(attention_cpu, "KEPT_WEIGHTS", kept)
     monkeypatch.setattr(attention_cpu, "QUERIES", 8)
-    assert 64 <= attention_cpu.MOST_RANGES * 8 < 69  # the longest has ranges of several blocks
+    assert 64 <= attention_cpu.MAX_RANGES * 8 < 69  # the longest has ranges of several blocks
     keys = jax.random.split(jax.random.key(0), 3)
     qkv = [jax.random.normal(key, (2, length, heads, 4)) for key, heads in zip(keys, (4, 2, 2))]
     places = jnp.broadcast_to(jnp.arange(length), (2, length))

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rome.model.config import PRESETS, ModelConfig
-from rome.model.hf import files as hf_files
-from rome.model.hf.checkpoint import expected_tensors, load_hf, named_tensors, save_hf
-from rome.model.hf.names import parameter_shapes
+from rome.model.hf import files
+from rome.model.hf.checkpoint import load_hf, named_tensors, save_hf
+from rome.model.hf.names import expected_tensors, parameter_shapes
 from rome.model.moe import router_loss
 from rome.model.qwen3 import Qwen3, head_kernel
 from tests.rome.model import record_golden, small
@@ -372,7 +372,7 @@ def test_any_config_comes_back_bitwise_and_the_library_reads_our_files(
     directory = tmp_path_factory.mktemp("any")
     params = jax.tree.map(lambda w: w.astype(dtype), small.random_params(config))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hf_files, "BLOCK_BYTES", block)
+        patch.setattr(files, "BLOCK_BYTES", block)
         save_hf(params, config, directory, dtype=dtype, max_shard_bytes=limit)
         loaded, same = load_hf(
             directory, dtype=dtype, remat=config.remat, scan_layers=config.scan_layers

@@ -8,9 +8,9 @@ import types
 import jax
 import pytest
 
-from rome.model.hf import files as hf_files
+from rome.model.hf import files
 from rome.model.hf.checkpoint import load_hf, save_hf
-from rome.model.hf.files import CheckpointWriter
+from rome.model.hf.writer import CheckpointWriter
 from tests.rome.model import small
 from tests.rome.model.small import assert_trees_equal
 
@@ -69,7 +69,7 @@ def test_a_full_disk_is_found_out_before_the_old_checkpoint_is_touched(
     save_hf(params, SMALL, tmp_path)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     monkeypatch.setattr(
-        hf_files.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=size // 4)
+        files.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=size // 4)
     )
     with pytest.raises(OSError, match="GB free, and the checkpoint takes .* make room") as error:
         save_hf(params, SMALL, tmp_path / "new")

@@ -92,7 +92,7 @@ def test_splash_equals_the_reference_over_packed_rows_forward_and_backward():
     ],
 )
 def test_splash_on_a_mesh_equals_the_reference(shape, T, one_backward_kernel, monkeypatch):
-    monkeypatch.setattr(attention_kernels, "MOST_PARTS", 4 if one_backward_kernel else 0)
+    monkeypatch.setattr(attention_kernels, "MAX_PARTS", 4 if one_backward_kernel else 0)
     inputs = packed_row(T=T)
     expected = value_and_gradients(reference, *inputs)
     with jax.set_mesh(make_mesh(shape)):

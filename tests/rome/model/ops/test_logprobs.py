@@ -79,7 +79,7 @@ def test_parts_of_the_vocabulary_give_the_gradients_of_the_whole(inputs, monkeyp
         lambda h, k: jnp.sum(weight_BT * chunked_logprobs(h, k, *rest, block=4)), argnums=(0, 1)
     )(hidden_BTD, kernel_DV)
     whole = gradients()
-    monkeypatch.setattr(logprobs, "MOST_WIDE", 3)
+    monkeypatch.setattr(logprobs, "MAX_PART", 3)
     jax.tree.map(
         lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5),
         gradients(),
