@@ -104,7 +104,10 @@ def measure(
       score_share: as in `costs.flops`.
     """
     memory = compiled.memory_analysis()
-    module = hlo.parse(compiled.as_text())
+    text = compiled.as_text()
+    if memory is None or text is None:
+        raise ValueError(f"the compiler of {chip.name} reports no memory or no text of {name}")
+    module = hlo.parse(text)
     temporaries = memory.temp_size_in_bytes
     new_results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     needed = memory.argument_size_in_bytes + new_results

@@ -60,7 +60,7 @@ def router_loss(
         None: `stats` are those of the whole step.
       tokens: tokens of the whole step, given with counts_LE.
     """
-    if counts_LE is None:
+    if counts_LE is None or tokens is None:
         counts_LE = stats.counts_LE
         tokens = stats.tokens
     rows = jnp.maximum(tokens * len(config.sparse_layers), 1.0)

@@ -320,7 +320,7 @@ class Qwen3(nn.Module):
     def _unrolled(
         self, x_BTD: Array, places: Places, cache: Cache | None, forced_LBTk: Array | None
     ) -> tuple[Array, tuple[Cache | None, Array, LayerRouter]]:
-        layers = self.get_variable("params", "layers")
+        layers: Any = self.get_variable("params", "layers")
         if not isinstance(layers, tuple):
             layers = unstack_layers({"layers": layers}, self.config)["layers"]
         outs = []

@@ -143,7 +143,7 @@ class PartialArray:
 
     def result(self) -> np.ndarray | jax.Array:
         """Return the parameter; every part has been written."""
-        if self.sharding is None:
+        if self.read_as is None:
             return self.parts[0].buffers[0]
         on_devices: list[jax.Array] = []
         for part in self.parts:
@@ -250,8 +250,9 @@ def _by_rows(sharding: Sharding, tensor: Tensor, shape: tuple[int, ...]) -> Shar
     would read all of them. Then the rows are split further instead, if they divide, and the devices
     exchange what they read.
     """
-    is_local = not isinstance(sharding, NamedSharding) or sharding.is_fully_addressable
-    if is_local or not tensor.columns:
+    if not isinstance(sharding, NamedSharding) or sharding.is_fully_addressable:
+        return sharding
+    if not tensor.columns:
         return sharding
     row = len(tensor.index) + tensor.rows[0]
     column = len(tensor.index) + tensor.columns[0]

@@ -112,7 +112,7 @@ class CheckpointReader:
         handle = self._handles[stored.path]
         first_byte = stored.offset + start * stored.row_bytes
         into = np.empty((stop - start) * stored.row_bytes, np.uint8)
-        view = memoryview(into)
+        view = into.data
         done = 0
         while done < into.nbytes:
             count = os.preadv(handle, [view[done:]], first_byte + done)

@@ -137,7 +137,7 @@ class CheckpointWriter:
         handle, offset = self._places[tensor]
         offset += start * math.prod(self._shapes[tensor][1:]) * self.dtype.itemsize
         typed = np.ascontiguousarray(rows.astype(self.dtype, copy=False))
-        view = memoryview(typed.reshape(-1).view(np.uint8))
+        view = typed.reshape(-1).view(np.uint8).data
         while view:
             count = os.pwrite(handle, view, offset)
             view = view[count:]

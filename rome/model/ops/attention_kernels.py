@@ -99,7 +99,6 @@ def _splash_kernel(T: int, G: int, time_shards: int, interpret: bool) -> Any:
         )
     keys = math.gcd(SPLASH_KEYS, T)
     fused = T // keys <= MAX_PARTS
-    separate = {} if fused else {"block_q_dq": block, "block_kv_dq": block}
     sizes = kernels.BlockSizes(
         block_q=block,
         block_kv=block,
@@ -107,8 +106,9 @@ def _splash_kernel(T: int, G: int, time_shards: int, interpret: bool) -> Any:
         block_q_dkv=block,
         block_kv_dkv=keys,
         block_kv_dkv_compute=math.gcd(block, keys),
+        block_q_dq=None if fused else block,
+        block_kv_dq=None if fused else block,
         use_fused_bwd_kernel=fused,
-        **separate,
     )
     one_head = PlacedCausalMask(query_places(T, time_shards))
     return kernels.make_splash_mqa(

@@ -266,7 +266,9 @@ def _exchanged(
     return _forward(matmul, R, x_mD, weights_mk, ids_mk, *matrices)[0]
 
 
-def _forward(matmul, R, x_mD, weights_mk, ids_mk, *matrices):
+def _forward(
+    matmul: GroupedMatmul, R: int, x_mD: Array, weights_mk: Array, ids_mk: Array, *matrices: Array
+) -> tuple[Array, tuple[Array, ...]]:
     plan = _make_plan(ids_mk, matrices[0].shape[0], R)
     x_AD = _spread(x_mD, plan)
     weights_sA = _all_weights(weights_mk, plan)
@@ -282,7 +284,9 @@ def _forward(matmul, R, x_mD, weights_mk, ids_mk, *matrices):
     return _add_up(y_AD, plan), (x_mD, weights_mk, ids_mk, *matrices)
 
 
-def _backward(matmul, R, residuals, grad_mD):
+def _backward(
+    matmul: GroupedMatmul, R: int, residuals: tuple[Array, ...], grad_mD: Array
+) -> tuple[Array | None, ...]:
     x_mD, weights_mk, ids_mk, *matrices = residuals
     plan = _make_plan(ids_mk, matrices[0].shape[0], R)
     x_AD = _spread(x_mD, plan)

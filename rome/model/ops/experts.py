@@ -295,7 +295,16 @@ def _grouped(
     return _grouped_forward(matmul, R, x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk)[0]
 
 
-def _grouped_forward(matmul, R, x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk):
+def _grouped_forward(
+    matmul: GroupedMatmul,
+    R: int,
+    x_ND: Array,
+    gate_EDF: Array,
+    up_EDF: Array,
+    down_EFD: Array,
+    weights_Nk: Array,
+    ids_Nk: Array,
+) -> tuple[Array, tuple[Array, ...]]:
     plan = _plan(ids_Nk, gate_EDF.shape[0], R)
 
     def one_pass(p: Array, out_ND: Array) -> Array:
@@ -308,7 +317,9 @@ def _grouped_forward(matmul, R, x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, id
     return out_ND.astype(x_ND.dtype), (x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk)
 
 
-def _grouped_backward(matmul, R, residuals, grad_ND):
+def _grouped_backward(
+    matmul: GroupedMatmul, R: int, residuals: tuple[Array, ...], grad_ND: Array
+) -> tuple[Array | None, ...]:
     x_ND, *weights, weights_Nk, ids_Nk = residuals
     k = ids_Nk.shape[1]
     plan = _plan(ids_Nk, weights[0].shape[0], R)

@@ -155,9 +155,8 @@ def _backward(residuals: tuple, grad_ND: Array) -> tuple[Array | None, ...]:
 
         dx_RD, dweight_R, dgate_EDF, dup_EDF, ddown_EFD = carry
         nothing_DF = jnp.zeros((D, F), jnp.float32)
-        nothing2_DF = jnp.zeros((D, F), jnp.float32)
         nothing_FD = jnp.zeros((F, D), jnp.float32)
-        own_carry = (dx_RD, dweight_R, nothing_DF, nothing2_DF, nothing_FD)
+        own_carry = (dx_RD, dweight_R, nothing_DF, nothing_DF, nothing_FD)
         dx_RD, dweight_R, dgate_DF, dup_DF, ddown_FD = _over_tiles(
             tile, plan.start_E[e], plan.end_E[e], weights_Nk.size, own_carry
         )
@@ -221,7 +220,8 @@ def _by_expert(x_ND: Array, plan: Sorting) -> Array:
 
 def _sum_choices(out_RD: Array, plan: Sorting) -> Array:
     k = plan.place_Nk.shape[1]
-    return sum(jnp.take(out_RD, plan.place_Nk[:, j], axis=0, mode="clip") for j in range(k))
+    rows = [jnp.take(out_RD, plan.place_Nk[:, j], axis=0, mode="clip") for j in range(k)]
+    return jnp.asarray(sum(rows))
 
 
 def _pad(values_A: Array) -> Array:

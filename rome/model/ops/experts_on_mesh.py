@@ -142,19 +142,19 @@ def _round_the_ring(local_sum: Callable[[Tokens], Array], tokens: Tokens) -> Arr
     onward = [(device, (device + 1) % g) for device in range(g)]
     backward = [(device, (device - 1) % g) for device in range(g)]
 
-    def hop_one(a: Array) -> Array:
+    def hop(a: Array) -> Array:
         moved = []
         if half:
             moved.append(jax.lax.ppermute(a[:half], "expert", onward))
         moved.append(jax.lax.ppermute(a[half:], "expert", backward))
         return jnp.concatenate(moved)
 
-    def hop(values: Tokens | Array) -> Tokens | Array:
-        return jax.tree.map(hop_one, values)
+    def hop_all(tokens: Tokens) -> Tokens:
+        return jax.tree.map(hop, tokens)
 
     def round_(carry: tuple[Tokens, Array], _: None) -> tuple[tuple[Tokens, Array], None]:
         tokens, sum_nD = carry
-        return (hop(tokens), hop(sum_nD) + local_sum(tokens)), None
+        return (hop_all(tokens), hop(sum_nD) + local_sum(tokens)), None
 
     (_, sum_nD), _ = jax.lax.scan(round_, (tokens, jnp.zeros_like(tokens[0])), length=g)
     return hop(sum_nD)

@@ -13,7 +13,7 @@ blocks in float32 and brought home once.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -83,6 +83,15 @@ def chunked_logprobs(
     return (logp_BT, jax.lax.stop_gradient(entropy_BT)) if with_entropy else logp_BT
 
 
+class _Positions(NamedTuple):
+    """Positions to score, n of them or b blocks of m."""
+
+    hidden_nD: Array
+    target_n: Array
+    log_sum_n: Array
+    gradient_n: Array
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _taken_logprobs(
     hidden_nD: Array,
@@ -96,7 +105,14 @@ def _taken_logprobs(
     return _forward(hidden_nD, kernel_dv, target_n, temperature, block, on_mesh)[0]
 
 
-def _forward(hidden_nD, kernel_dv, target_n, temperature, block, on_mesh):
+def _forward(
+    hidden_nD: Array,
+    kernel_dv: Array,
+    target_n: Array,
+    temperature: float,
+    block: int | None,
+    on_mesh: bool,
+) -> tuple[tuple[Array, Array], tuple]:
     kernel_Dv = _gathered(kernel_dv, hidden_nD.dtype, on_mesh)
     keep = _keeps_logits(hidden_nD, kernel_dv, block)
 
@@ -130,7 +146,9 @@ def _forward(hidden_nD, kernel_dv, target_n, temperature, block, on_mesh):
     return (logp_n, entropy_n), (hidden_nD, kernel_dv, target_n, log_sum_n, logits)
 
 
-def _backward(temperature, block, on_mesh, residuals, gradients):
+def _backward(
+    temperature: float, block: int | None, on_mesh: bool, residuals: tuple, gradients: tuple
+) -> tuple[Array | None, ...]:
     """Return the gradients of the hidden states and the head.
 
     d logits = (one_hot(target) - p) * d logp / temperature; the entropy is a constant. Where logits
@@ -142,7 +160,7 @@ def _backward(temperature, block, on_mesh, residuals, gradients):
     if on_mesh:
         # shard_map hands each part of the vocabulary its share of a gradient that all of them need
         gradient_n = jax.lax.psum(gradient_n, "tensor")
-    positions = (hidden_nD, target_n, log_sum_n, gradient_n)
+    positions = _Positions(hidden_nD, target_n, log_sum_n, gradient_n)
     if logits:
         d_hidden_nD, d_kernel_dv = _pull_back_kept(
             positions, kernel_dv, logits[0], temperature, on_mesh
@@ -158,34 +176,34 @@ _taken_logprobs.defvjp(_forward, _backward)
 
 
 def _pull_back_kept(
-    positions: tuple[Array, ...],
+    positions: _Positions,
     kernel_dv: Array,
     logits_nv: Array,
     temperature: float,
     on_mesh: bool,
 ) -> tuple[Array, Array]:
     """Return both gradients from logits that were kept."""
-    dtype = positions[0].dtype
+    dtype = positions.hidden_nD.dtype
     kernel_Dv = _gathered(kernel_dv, dtype, on_mesh)
     first = _first(kernel_Dv.shape[1], on_mesh)
-    d_kernel_Dv, d_hidden_nD = _pull_back(*positions, logits_nv, kernel_Dv, first, temperature)
+    d_kernel_Dv, d_hidden_nD = _pull_back(positions, logits_nv, kernel_Dv, first, temperature)
     if on_mesh:
         return d_hidden_nD, scatter_sum(d_kernel_Dv.astype(dtype), axis=0)
     return d_hidden_nD, d_kernel_Dv
 
 
 def _pull_back_in_parts(
-    positions: tuple[Array, ...],
+    positions: _Positions,
     kernel_dv: Array,
     temperature: float,
     block: int | None,
     on_mesh: bool,
 ) -> tuple[Array, Array]:
     """Return both gradients, computing the logits of a part of the vocabulary at a time."""
-    n, D = positions[0].shape
-    dtype = positions[0].dtype
+    n, D = positions.hidden_nD.shape
+    dtype = positions.hidden_nD.dtype
     v = kernel_dv.shape[1]
-    blocks = tuple(_in_blocks(x, block) for x in positions)
+    blocks = _Positions(*(_in_blocks(x, block) for x in positions))
     parts = _vocabulary_parts(v)
     width = v // parts
 
@@ -194,19 +212,19 @@ def _pull_back_in_parts(
         kernel_Dw = _gathered(kernel_dw, dtype, on_mesh)
         first = _first(v, on_mesh) + part * width
 
-        def add(sum_Dw: Array, blocks: tuple[Array, ...]) -> tuple[Array, Array]:
-            *block, d_hidden_mD = blocks
-            logits_mw = _logits(block[0], kernel_Dw, temperature)
-            more_Dw, more_mD = _pull_back(*block, logits_mw, kernel_Dw, first, temperature)
+        def add(sum_Dw: Array, part: tuple[_Positions, Array]) -> tuple[Array, Array]:
+            block, d_hidden_mD = part
+            logits_mw = _logits(block.hidden_nD, kernel_Dw, temperature)
+            more_Dw, more_mD = _pull_back(block, logits_mw, kernel_Dw, first, temperature)
             return sum_Dw + more_Dw, d_hidden_mD + more_mD
 
         nothing_Dw = jnp.zeros(kernel_Dw.shape, jnp.float32)
-        sum_Dw, d_hidden_bmD = jax.lax.scan(add, nothing_Dw, (*blocks, d_hidden_bmD))
+        sum_Dw, d_hidden_bmD = jax.lax.scan(add, nothing_Dw, (blocks, d_hidden_bmD))
         if on_mesh:  # in the compute type, as the gradients of all other matrices travel
             return d_hidden_bmD, scatter_sum(sum_Dw.astype(dtype), axis=0)
         return d_hidden_bmD, sum_Dw
 
-    nothing_bmD = jnp.zeros(blocks[0].shape, jnp.float32)
+    nothing_bmD = jnp.zeros(blocks.hidden_nD.shape, jnp.float32)
     d_hidden_bmD, d_kernel_pdw = jax.lax.scan(one_part, nothing_bmD, jnp.arange(parts))
     d_hidden_nD = d_hidden_bmD.reshape(-1, D)[:n]
     d_kernel_dv = jnp.swapaxes(d_kernel_pdw, 0, 1).reshape(kernel_dv.shape)
@@ -214,16 +232,14 @@ def _pull_back_in_parts(
 
 
 def _pull_back(
-    hidden_mD: Array,
-    target_m: Array,
-    log_sum_m: Array,
-    gradient_m: Array,
+    block: _Positions,
     logits_mv: Array,
     kernel_Dv: Array,
     first: Array | int,
     temperature: float,
 ) -> tuple[Array, Array]:
     """Return a block's gradients [D, v] of the head and [m, D] of the hidden states, in float32."""
+    hidden_mD, target_m, log_sum_m, gradient_m = block
     is_target_mv = target_m[:, None] == first + jnp.arange(kernel_Dv.shape[1])
     error_mv = is_target_mv - jnp.exp(logits_mv - log_sum_m[:, None])
     d_mv = (error_mv * (gradient_m / temperature)[:, None]).astype(hidden_mD.dtype)

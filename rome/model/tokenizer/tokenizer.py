@@ -190,7 +190,7 @@ class Chat:
 
         There the model begins to write.
         """
-        user_turn = [self.tokenizer.im_start, "user\n", user]
+        user_turn: list[str | int] = [self.tokenizer.im_start, "user\n", user]
         return self.tokenizer.join([*self._system_turn(), *user_turn, *self._hand_over()])
 
     def turn(self, text: str) -> list[int]:
@@ -277,8 +277,8 @@ def _from_tiktoken(ranks_file: pathlib.Path, config_file: pathlib.Path) -> token
     added_tokens = []
     for _, entry in sorted(added.items(), key=lambda item: int(item[0])):
         special = entry["special"]
-        token = tokenizers.AddedToken(entry["content"], special=special, normalized=False)
-        added_tokens.append(token)
+        added_token = tokenizers.AddedToken(entry["content"], special=special, normalized=False)
+        added_tokens.append(added_token)
     backend.add_tokens(added_tokens)
     for number, entry in added.items():
         if backend.token_to_id(entry["content"]) != int(number):

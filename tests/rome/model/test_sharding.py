@@ -117,10 +117,10 @@ def test_logical_axes_name_every_axis_of_every_parameter():
     params = jax.eval_shape(lambda key: init_params(CONFIG, key), jax.random.key(0))
     axes = jax.tree_util.tree_map_with_path(axes_of, params)
     assert axes["layers"]["moe"]["down"] == (None, "experts", "expert_hidden", "embed")
-    with pytest.raises(ValueError, match="'layers/bias'.*PARAM_AXES"):
+    with pytest.raises(ValueError, match=r"'layers/bias'.*PARAM_AXES"):
         unknown = {"layers": {"bias": params["norm"]["scale"]}}
         jax.tree_util.tree_map_with_path(axes_of, unknown)
-    with pytest.raises(ValueError, match="embed/embedding.*names 2 axes"):
+    with pytest.raises(ValueError, match=r"embed/embedding.*names 2 axes"):
         misshaped = {"embed": {"embedding": params["norm"]["scale"]}}
         jax.tree_util.tree_map_with_path(axes_of, misshaped)
 
@@ -186,7 +186,7 @@ def test_slices_are_parts_of_the_replica_axis():
     with pytest.raises(
         ValueError,
         match=(
-            "2 slices, which do not divide replica=1. Set --config.mesh.replica to a multiple of 2"
+            r"2 slices, which do not divide replica=1. Set --config.mesh.replica to a multiple of 2"
         ),
     ):
         make_mesh({"fsdp": 16, "expert": 8}, devices=torus(4, 4, 4, slices=2))

@@ -81,7 +81,10 @@ def test_arrays_on_any_mesh_are_written_and_read_bitwise(
     for file in (tmp_path / "host").iterdir():
         assert file.read_bytes() == (tmp_path / "mesh" / file.name).read_bytes()
     loaded, _ = load_hf(tmp_path / "mesh", dtype, shardings)
-    bits = lambda tree: jax.tree.map(lambda w: np.asarray(w).view(f"u{w.dtype.itemsize}"), tree)
+
+    def bits(tree):
+        return jax.tree.map(lambda w: np.asarray(w).view(f"u{w.dtype.itemsize}"), tree)
+
     assert_trees_equal(bits(loaded), bits(params))
     jax.tree.map(
         lambda array, sharding: (
@@ -146,7 +149,7 @@ def test_shardings_that_do_not_fit_are_refused(params, tmp_path):
     shardings["layers"]["attention"]["q"] = NamedSharding(
         mesh, PartitionSpec(None, None, None, "tensor")
     )
-    with pytest.raises(ValueError, match="layers/attention/q .* only the first may be split"):
+    with pytest.raises(ValueError, match=r"layers/attention/q .* only the first may be split"):
         load_hf(tmp_path, shardings=shardings)
 
 
@@ -283,7 +286,9 @@ config = read_config(directory / "source")
 whole, _ = load_hf(directory / "source")
 totals = {}
 watch = lambda name: lambda done, total: totals.update({name: done})
-params, _ = load_hf(directory / "source", shardings=param_shardings(make_mesh({"expert": 2, "fsdp": 2, "tensor": 2}, config), config), progress=watch("read"))
+mesh = make_mesh({"expert": 2, "fsdp": 2, "tensor": 2}, config)
+shardings = param_shardings(mesh, config)
+params, _ = load_hf(directory / "source", shardings=shardings, progress=watch("read"))
 for array, expected in zip(jax.tree.leaves(params), jax.tree.leaves(whole)):
     for shard in array.addressable_shards:
         np.testing.assert_array_equal(np.asarray(shard.data), expected[shard.index])
@@ -336,7 +341,9 @@ from rome.model.sharding import make_mesh
 source, out, shape = sys.argv[1:]
 config = read_config(source)
 shardings = param_shardings(make_mesh(json.loads(shape), config), config)
-now = lambda: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmRSS"))
+def now():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = now()
 params, _ = load_hf(source, "bfloat16", shardings)
