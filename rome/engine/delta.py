@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 import zstandard
 
-from rome.model.hf.files import check_space, in_threads, sync
+from rome.data.files import sync
+from rome.model.hf.files import check_space, in_threads
 
 LEVEL = 1  # of zstd: zeros compress as well at the fastest level
 # Each block is read, compared, hashed and written by itself, so that all cores have work even where

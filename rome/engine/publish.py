@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rome.data.files import sync
 from rome.engine.client import Engine
 from rome.engine.delta import read_header, write_delta
 from rome.engine.errors import EngineError
@@ -27,7 +28,6 @@ from rome.engine.pool import EnginePool
 from rome.engine.proof import Weights
 from rome.model.config import ModelConfig
 from rome.model.hf.checkpoint import save_hf
-from rome.model.hf.files import sync
 
 # Checkpoints that stay: the newest, and the one that a server may still be reading.
 KEPT_DIRECTORIES = 2

@@ -82,7 +82,7 @@ async def _watch(
                 if pool.states[engine.url] != "ready":  # changed during the probe
                     continue
                 if health == "gone":
-                    pool.mark_dead(engine, f"nobody answers at {engine.url}; see its log")
+                    pool.mark_dead(engine, f"nothing answers at {engine.url}; see its log")
                     continue  # recovery begins at once
                 if health == "hung":
                     why = f"did not answer its health probe within {probe_seconds:g} s"
@@ -121,7 +121,7 @@ async def _recover(pool: EnginePool, engine: Engine, failures: int, probe_second
     try:
         health = await engine.health(probe_seconds)
         if health == "gone" and pool.states[engine.url] != "dead":
-            pool.mark_dead(engine, f"nobody answers at {engine.url}; see its log")
+            pool.mark_dead(engine, f"nothing answers at {engine.url}; see its log")
         if health == "busy":  # also while it still loads: it will become well, or gone
             return False
         is_silent = health == "hung" and failures + 1 >= SILENT_PROBES

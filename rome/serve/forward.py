@@ -18,7 +18,8 @@ from jax import Array
 
 from rome.model.config import ModelConfig
 from rome.model.moe import MoE
-from rome.model.qwen3 import DenseMLP, Params, RMSNorm, rotary_angles, rotate
+from rome.model.ops.rotary import rotary_angles, rotate
+from rome.model.qwen3 import DenseMLP, Params, RMSNorm
 
 
 class LayerCache(NamedTuple):

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rome.model.config import ModelConfig
-from rome.model.hf import checkpoint as hf
-from rome.model.qwen3 import Params, unstack_layers
+from rome.model.hf.checkpoint import load_hf, named_tensors
+from rome.model.qwen3 import Params
+from rome.model.stacking import unstack_layers
 
 # Fields that a forward pass does not read; they may differ between checkpoints of one model.
 _UNREAD = {
@@ -40,7 +41,7 @@ def load_weights(
       ValueError, OSError: the directory is incomplete, holds another model, or numbers that are not
         finite. The message is one sentence.
     """
-    params, config = hf.load_hf(directory, dtype=jnp.dtype(dtype))
+    params, config = load_hf(directory, dtype=jnp.dtype(dtype))
     config = dataclasses.replace(config, dtype=dtype, remat="none")
     if like is not None:
         differences = _list_differences(config, like)
@@ -77,10 +78,10 @@ def checksums(params: Params, config: ModelConfig) -> dict[str, str]:
     """
     return {
         name: hashlib.sha256(tensor.tobytes()).hexdigest()
-        for name, tensor in hf.named_tensors(params, config)
+        for name, tensor in named_tensors(params, config)
     }
 
 
 def find_tensor(params: Params, config: ModelConfig, name: str) -> np.ndarray | None:
     """Return the tensor with this name in a Hugging Face checkpoint, or None."""
-    return next((tensor for _, tensor in hf.named_tensors(params, config, only=name)), None)
+    return next((tensor for _, tensor in named_tensors(params, config, only=name)), None)
