@@ -41,7 +41,7 @@ from envs.gem.core import Env
 from rome.agent.loop import Limits
 from rome.data.seeds import derive_seed
 from rome.data.trajectory import Chunk, Trajectory
-from rome.engine.client import Completion
+from rome.engine.completion import Completion
 from rome.model.tokenizer import TINY, Chat, Tokenizer
 from rome.rollout.accounting import Accounting
 from rome.rollout.episode import Episode

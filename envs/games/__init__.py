@@ -1,4 +1,4 @@
-"""Text games: small worlds that need no sandbox. Each is seeded, and a scripted demonstrator wins it.
+"""Text games: small seeded worlds without a sandbox, each of which a scripted demonstrator wins.
 
 env = make("game/frozen_lake", seed=17)     # importing envs.games registers them
 observation, info = env.reset()

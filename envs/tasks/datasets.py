@@ -171,7 +171,8 @@ def _moved(
 
 
 def _load_archive(row: Row, name_column: str, archive_column: str) -> HarborTask:
-    name, content = row.text(name_column), row.binary(archive_column)
+    name = row.text(name_column)
+    content = row.binary(archive_column)
     wanted = row.values.get("tar_sha256")
     if wanted is not None and wanted != (found := hashlib.sha256(content).hexdigest()):
         raise row.fault(
@@ -255,7 +256,8 @@ class _Bounded(io.RawIOBase):
     """Reads no more than so many bytes: a small archive can stand for a huge one."""
 
     def __init__(self, inner: Any, limit: int) -> None:
-        self._inner, self._left = inner, limit
+        self._inner = inner
+        self._left = limit
 
     def read(self, size: int = -1) -> bytes:
         data = self._inner.read(self._left + 1 if size < 0 else min(size, self._left + 1))
@@ -335,7 +337,7 @@ def load_registry(
     ]
     loads = [
         (place.fault, lambda place=place, task=task: _load_registered(place, task, fetch))
-        for place, task in zip(places, entry["tasks"])
+        for place, task in zip(places, entry["tasks"], strict=True)
     ]
     tasks = collect_tasks(faults, loads)
     if not tasks and not faults:
@@ -367,7 +369,9 @@ def _load_registered(place: _Place, entry: Any, fetch: bool) -> HarborTask:
             or any(ord(letter) < 32 or "\ud800" <= letter <= "\udfff" for letter in value)
         ):
             raise place.fault(f"{key} must be a text of one line, and is {str(value)[:60]!r}")
-    name, path, digest = entry["name"], entry["path"], entry.get("digest")
+    name = entry["name"]
+    path = entry["path"]
+    digest = entry.get("digest")
     if digest is not None and not _DIGEST.fullmatch(digest):
         raise place.fault(f'digest {digest[:80]!r} is not "sha256:" and 64 hexadecimal digits')
     if not entry.get("git_url"):

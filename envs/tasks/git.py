@@ -178,8 +178,9 @@ def files_below(
     content = git(
         repository, "cat-file", "--batch=", stdin=names
     )  # an empty line, the content and a newline for each
-    files, place = {}, 0
-    for (path, (mode, _)), size in zip(entries.items(), sizes):
+    files = {}
+    place = 0
+    for (path, (mode, _)), size in zip(entries.items(), sizes, strict=True):
         place += 1
         files[path] = (content[place : place + size], 0o755 if mode == "100755" else 0o644)
         place += size + 1

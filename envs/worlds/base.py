@@ -123,18 +123,16 @@ class WorldEnv(Env):
                 f"max_turns={turns}, max_malformed={max_malformed}: the first is from 1 to 10000,"
                 " the second 1 or more"
             )
-        self.world, self.level, self.max_turns, self.max_malformed = (
-            world,
-            level,
-            turns,
-            max_malformed,
-        )
-        self.family, self.toolbox, self.tools = (
-            f"{world.name}-{level}",
-            Toolbox(world.tools),
-            Toolbox(world.tools).schemas(),
-        )
-        self._seed, self._resets, self._over = seed, 0, True
+        self.world = world
+        self.level = level
+        self.max_turns = turns
+        self.max_malformed = max_malformed
+        self.family = f"{world.name}-{level}"
+        self.toolbox = Toolbox(world.tools)
+        self.tools = Toolbox(world.tools).schemas()
+        self._seed = seed
+        self._resets = 0
+        self._over = True
         self._next_seeds = random.Random(f"{self.family}/{seed}/next")
         self._random_actions = random.Random(f"{self.family}/{seed}/actions")
         self.task = WorldTask(f"{self.family}/{seed}", self.family, seed)
@@ -256,7 +254,8 @@ class WorldEnv(Env):
         """Turns by name of the trick, to be played before claiming that all is done."""
         writes = [format_call(call) for call in self._writes_of_chance(12)]
         facts = "Done: it is confirmed, booked, returned, refunded and saved. Reward: 1."
-        start, spray = datetime.date(2031, 3, 1), []
+        start = datetime.date(2031, 3, 1)
+        spray = []
         for first in range(0, 240, 40):
             spray.append(
                 "Is it"
@@ -290,11 +289,9 @@ class WorldEnv(Env):
 
     def _writes_of_chance(self, count: int) -> list[ToolCall]:
         """Valid writes, each drawn from the state that those before it leave."""
-        rng, scratch, writes = (
-            random.Random(f"{self.task.name}/cheat"),
-            copy.deepcopy(self.scenario.database),
-            [],
-        )
+        rng = random.Random(f"{self.task.name}/cheat")
+        scratch = copy.deepcopy(self.scenario.database)
+        writes = []
         for _ in range(count):
             try:
                 writes.append(self.world.random_write(rng, scratch))
@@ -307,7 +304,8 @@ class WorldEnv(Env):
     # ---------------------------------------------------------------------------------------------
 
     def _begin(self, scenario: Scenario) -> None:
-        self.scenario, self.database = scenario, copy.deepcopy(scenario.database)
+        self.scenario = scenario
+        self.database = copy.deepcopy(scenario.database)
         self.user = User(scenario.user)
         self.calls: list[
             tuple[ToolCall, str | None]

@@ -150,7 +150,7 @@ def parse_call(text: Any, parameters: dict[str, list[str]], where: str) -> ToolC
             f"{where}: {str(text)[:100]!r} calls no known function; there are"
             f" {', '.join(parameters)}"
         )
-    return ToolCall(name, {**dict(zip(parameters[name], given)), **arguments})
+    return ToolCall(name, {**dict(zip(parameters[name], given, strict=False)), **arguments})
 
 
 def composite(entry: Entry) -> World:
@@ -196,7 +196,9 @@ class BfclEnv(WorldEnv):
 
     def __init__(self, entry: Entry) -> None:
         super().__init__(composite(entry))
-        self.entry, self.family, self.difficulty = entry, "bfcl", entry.name.rsplit("_", 1)[0]
+        self.entry = entry
+        self.family = "bfcl"
+        self.difficulty = entry.name.rsplit("_", 1)[0]
         self.task = WorldTask(entry.name, "bfcl", 0)
         self._all = Toolbox(self.world.tools)
         self._limit_tools()
@@ -215,12 +217,10 @@ class BfclEnv(WorldEnv):
                 demonstration,
             )
         )
-        self._true_state, self._faults, self._began_turn, self._called = (
-            copy.deepcopy(self.entry.initial_config),
-            [],
-            0,
-            0,
-        )
+        self._true_state = copy.deepcopy(self.entry.initial_config)
+        self._faults = []
+        self._began_turn = 0
+        self._called = 0
         self._limit_tools()
         return f"{self.world.policy}\n\nUser: {self.entry.questions[0]}", {
             "task": self.task.name,

@@ -202,7 +202,8 @@ def click(database: Database, ref: str) -> str:
 
 def type_text(database: Database, ref: str, text: str) -> str:
     """What was in the box is replaced."""
-    element, text = _element(database, ref), " ".join(text.split())[:120]
+    element = _element(database, ref)
+    text = " ".join(text.split())[:120]
     if element.role != "textbox":
         raise ToolRefusal(f"{ref} is a {element.role}; text is typed into a textbox")
     if element.act == ("query",):

@@ -45,7 +45,9 @@ class Driver:
     """Somebody at the screen: acts by label on a copy of the database, and keeps the calls."""
 
     def __init__(self, database: Database) -> None:
-        self.database, self.calls, self._box = copy.deepcopy(database), [], Toolbox(TOOLS)
+        self.database = copy.deepcopy(database)
+        self.calls = []
+        self._box = Toolbox(TOOLS)
 
     def do(self, name: str, label: str, **arguments: str) -> None:
         _, elements = page(self.database)
@@ -87,7 +89,8 @@ class Driver:
         self.act(calling("submit"))
 
     def taken(self) -> tuple[ToolCall, ...]:
-        calls, self.calls = tuple(self.calls), []
+        calls = tuple(self.calls)
+        self.calls = []
         return calls
 
 
@@ -101,7 +104,8 @@ def make_scenario(rng: random.Random, level: str) -> Scenario:
                 draw.sample(EASY, 1) + draw.sample(MORE, draw.randint(1, 2)) + [_question]
             ),
         }[level]()
-        driver, used = Driver(database), set()
+        driver = Driver(database)
+        used = set()
         requests = [kind(draw, driver, used) for kind in kinds]
         known = tuple(fact for request in requests for fact in request.facts)
         words = [word for fact in known for word in fact.words]
@@ -138,7 +142,8 @@ def _new_organiser(rng: random.Random) -> Database:
     }
     events = {}
     for title in rng.sample(TITLES, 9):
-        date, time = draw_date(rng), rng.choice(TIMES)
+        date = draw_date(rng)
+        time = rng.choice(TIMES)
         events[f"{date} {time} {title}"] = {
             "Title": title,
             "Date": date,
@@ -205,12 +210,10 @@ def _new_contact(rng: random.Random, driver: Driver, used: set[str]) -> Request:
     first, last, _ = rng.choice(
         [one for one in people(rng, 30) if f"{one[0]} {one[1]}" not in driver.database["contact"]]
     )
-    name, phone, city, group = (
-        f"{first} {last}",
-        f"{rng.randrange(10**6, 10**7)}",
-        rng.choice(CITIES),
-        rng.choice(GROUPS),
-    )
+    name = f"{first} {last}"
+    phone = f"{rng.randrange(10**6, 10**7)}"
+    city = rng.choice(CITIES)
+    group = rng.choice(GROUPS)
     used.add(name)
     driver.home()
     driver.click("Contacts", "New contact")
@@ -231,12 +234,10 @@ def _new_event(rng: random.Random, driver: Driver, used: set[str]) -> Request:
             if all(event["Title"] != one for event in driver.database["event"].values())
         ]
     )
-    date, time, guest, reminder = (
-        draw_date(rng),
-        rng.choice(TIMES),
-        _draw(rng, driver.database["contact"], used),
-        rng.choice(REMINDERS),
-    )
+    date = draw_date(rng)
+    time = rng.choice(TIMES)
+    guest = _draw(rng, driver.database["contact"], used)
+    reminder = rng.choice(REMINDERS)
     driver.home()
     driver.click("Calendar", "New event")
     driver.fill(Title=title, Date=date, Time=time, Guest=guest, Reminder=reminder)

@@ -91,13 +91,15 @@ def exchange_item(
     database: Database, order_id: str, sku: str, new_sku: str, payment_method: str
 ) -> dict:
     order = _with_status(database, order_id, "delivered")
-    item, new = _bought(order, order_id, sku), _variant(database, new_sku)
+    item = _bought(order, order_id, sku)
+    new = _variant(database, new_sku)
     if new_sku not in _product_of(database, sku)["variants"] or new_sku in order["items"]:
         raise ToolRefusal(f"{new_sku} is no other variant of the product of {sku}")
     if new["stock"] < 1:
         raise ToolRefusal(f"{new_sku} is out of stock")
     _pay(database, order["customer_id"], payment_method, new["price"] - item["price"])
-    item["status"], new["stock"] = "exchanged", new["stock"] - 1
+    item["status"] = "exchanged"
+    new["stock"] = new["stock"] - 1
     order["items"][new_sku] = {"price": new["price"], "status": "bought"}
     return {
         "order_id": order_id,
@@ -149,11 +151,9 @@ def _pay(database: Database, customer_id: str, method_id: str, amount: int) -> N
     method["paid"] += amount
 
 
-_ORDER, _SKU, _METHOD = (
-    text("Id of the order, such as W1234."),
-    "Id of an item, such as S12345.",
-    text("Id of a payment method of the customer."),
-)
+_ORDER = text("Id of the order, such as W1234.")
+_SKU = "Id of an item, such as S12345."
+_METHOD = text("Id of a payment method of the customer.")
 TOOLS = (
     Tool(
         "find_customer",

@@ -107,7 +107,8 @@ def make_scenario(rng: random.Random, level: str) -> Scenario:
 
 def _joined(counter: Counter, requests: list[Request]) -> Scenario:
     customer = counter.database["customers"][counter.customer]
-    name, code = customer["last_name"], customer["zip"]
+    name = customer["last_name"]
+    code = customer["zip"]
     says = [
         f"Hello. {requests[0].says}",
         *(f"Thank you. Another thing: {request.says}" for request in requests[1:]),
@@ -313,10 +314,8 @@ def _exchange(counter: Counter) -> Request | None:
 
 def _address(counter: Counter) -> Request:
     order, skus = counter.new_order("pending")
-    road, code = (
-        counter.rng.choice(["Lake", "Hill", "Garden", "Station"]),
-        counter.rng.randrange(10000, 99999),
-    )
+    road = counter.rng.choice(["Lake", "Hill", "Garden", "Station"])
+    code = counter.rng.randrange(10000, 99999)
     street = f"{road} Road {counter.rng.randrange(1, 99)}, {code} {counter.rng.choice(CITIES)}"
     call = calling("change_address", order_id=order, address=street)
     known = Fact(

@@ -74,7 +74,8 @@ class Task:
 def load(folder: pathlib.Path) -> list[Task]:
     """The tasks of a domain's folder. Raises FormatError, for a domain without a backend too."""
     world = known_world(folder.name, str(folder))
-    database, policy = read_json(folder / "db.json"), (folder / "policy.md")
+    database = read_json(folder / "db.json")
+    policy = folder / "policy.md"
     text = policy.read_text(encoding="utf-8") if policy.is_file() else world.policy
     tasks = read_json(folder / "tasks.json")
     if not isinstance(tasks, list) or not isinstance(database, dict):
@@ -87,7 +88,8 @@ def load(folder: pathlib.Path) -> list[Task]:
 
 def _task(entry: Any, where: str, world: World, database: Database, policy: str) -> Task:
     name = str(field(entry, "id", (str, int), where))
-    where, box = f"{where} ({name})", Toolbox(world.tools)
+    where = f"{where} ({name})"
+    box = Toolbox(world.tools)
     request, knows = _scenario(field(entry, "user_scenario", dict, where), where)
     state, history = _initial_state(
         field(entry, "initial_state", dict, where, {}), where, box, database
@@ -212,7 +214,8 @@ def wanted_state(task: Task, where: str = "") -> Database:
     FormatError.
     """
     world = known_world(task.domain, where)
-    box, state = Toolbox(world.tools), copy.deepcopy(task.database)
+    box = Toolbox(world.tools)
+    state = copy.deepcopy(task.database)
     for action in task.actions:
         try:
             box.call(state, action.call)
@@ -235,7 +238,9 @@ class Tau2Env(WorldEnv):
         super().__init__(
             dataclasses.replace(known_world(task.domain, task.name), policy=task.policy)
         )
-        self.published, self.family, self.difficulty = task, f"tau2-{task.domain}", "(none)"
+        self.published = task
+        self.family = f"tau2-{task.domain}"
+        self.difficulty = "(none)"
         self.task = WorldTask(f"{task.domain}/{task.name}", self.family, 0)
 
     def reset(self, seed: int | None = None) -> tuple[str, Info]:
@@ -270,10 +275,8 @@ class Tau2Env(WorldEnv):
 
     def parts(self) -> dict[str, float]:
         """The reward's parts, those of the basis only."""
-        task, said = (
-            self.published,
-            [message.lower().replace(",", "") for message in self.user.heard],
-        )
+        task = self.published
+        said = [message.lower().replace(",", "") for message in self.user.heard]
         compute = {
             "DB": lambda: float(digest(self.database) == digest(wanted_state(task))),
             "COMMUNICATE": lambda: float(
@@ -294,7 +297,8 @@ class Tau2Env(WorldEnv):
         return {name: compute[name]() for name in task.basis}
 
     def _grade(self, info: Info) -> StepResult:
-        reward, parts = 1.0, self.parts()
+        reward = 1.0
+        parts = self.parts()
         for part in parts.values():
             reward *= part
         info["reward_parts"] = parts

@@ -57,10 +57,8 @@ def list_bookings(database: Database, traveller_id: str) -> list[dict]:
 
 
 def book_flight(database: Database, traveller_id: str, flight_id: str) -> dict:
-    traveller, flight = (
-        find(database["travellers"], traveller_id, "traveller"),
-        find(database["flights"], flight_id, "flight"),
-    )
+    traveller = find(database["travellers"], traveller_id, "traveller")
+    flight = find(database["flights"], flight_id, "flight")
     if flight["seats"] < 1:
         raise ToolRefusal(f"flight {flight_id} is full")
     booking = {
@@ -78,10 +76,8 @@ def book_flight(database: Database, traveller_id: str, flight_id: str) -> dict:
 def book_hotel(
     database: Database, traveller_id: str, hotel_id: str, check_in: str, nights: int
 ) -> dict:
-    traveller, hotel = (
-        find(database["travellers"], traveller_id, "traveller"),
-        find(database["hotels"], hotel_id, "hotel"),
-    )
+    traveller = find(database["travellers"], traveller_id, "traveller")
+    hotel = find(database["hotels"], hotel_id, "hotel")
     try:
         check_in = datetime.date.fromisoformat(check_in).isoformat()
     except ValueError:
@@ -123,7 +119,8 @@ def cancel_booking(database: Database, booking_id: str) -> dict:
     return {"booking_id": booking_id, "refund": refund}
 
 
-_TRAVELLER, _DATE = text("Id of the traveller, such as T123."), "Date as YYYY-MM-DD."
+_TRAVELLER = text("Id of the traveller, such as T123.")
+_DATE = "Date as YYYY-MM-DD."
 TOOLS = (
     Tool(
         "find_traveller",

@@ -70,7 +70,8 @@ def _add_flights(
 ) -> list[str]:
     added = []
     for _ in range(rng.randint(5, 7)):
-        departs, takes = 5 * rng.randrange(60, 260), 5 * rng.randrange(14, 40)
+        departs = 5 * rng.randrange(60, 260)
+        takes = 5 * rng.randrange(14, 40)
         identity = number(rng, "F", database["flights"])
         database["flights"][identity] = {
             "origin": origin,
@@ -149,7 +150,7 @@ def _only_best(
 
 def _add_hotels(rng: random.Random, database: Database, city: str) -> dict[str, dict]:
     added = {}
-    for name, rating in zip(rng.sample(HOTELS, 6), rng.sample(range(60, 99), 6)):
+    for name, rating in zip(rng.sample(HOTELS, 6), rng.sample(range(60, 99), 6), strict=True):
         identity = number(rng, "H", database["hotels"])
         added[identity] = {
             "name": f"{name} {city}",
@@ -220,11 +221,11 @@ def _easy(rng: random.Random) -> Scenario | None:
 def _medium(rng: random.Random) -> Scenario | None:
     database, traveller = _new_database(rng)
     home, city = rng.sample(CITIES, 2)
-    date, nights, stars = draw_date(rng), rng.randint(2, 4), rng.randint(2, 4)
-    out, back = (
-        _draw_leg(rng, database, home, city, date),
-        _draw_leg(rng, database, city, home, day(date, nights)),
-    )
+    date = draw_date(rng)
+    nights = rng.randint(2, 4)
+    stars = rng.randint(2, 4)
+    out = _draw_leg(rng, database, home, city, date)
+    back = _draw_leg(rng, database, city, home, day(date, nights))
     if out is None or back is None:
         return None
     found = _within_budget(
@@ -261,7 +262,9 @@ def _medium(rng: random.Random) -> Scenario | None:
 def _hard(rng: random.Random) -> Scenario | None:
     database, traveller = _new_database(rng)
     home, first, second = rng.sample(CITIES, 3)
-    date, stays, stars = draw_date(rng), (rng.randint(2, 3), rng.randint(2, 3)), rng.randint(2, 4)
+    date = draw_date(rng)
+    stays = (rng.randint(2, 3), rng.randint(2, 3))
+    stars = rng.randint(2, 4)
     legs = [
         _draw_leg(rng, database, *way)
         for way in (

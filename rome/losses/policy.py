@@ -316,8 +316,8 @@ def _clipped_surrogate(ratio: Array, advantage: Array, config: LossConfig) -> tu
     if not config.dual_clip:
         return surrogate, clipped
     floor = jnp.where(advantage < 0, config.dual_clip * advantage, -jnp.inf)
-    below_floor = surrogate < floor
-    return jnp.maximum(surrogate, floor), clipped | below_floor
+    floored = jnp.maximum(surrogate, floor)
+    return floored, clipped | (surrogate < floor)
 
 
 def _finish(

@@ -51,7 +51,8 @@ from rome.losses import LIKELIHOODS, LOSSES, count_denominators
 from rome.model.config import PRESETS, ModelConfig
 from rome.model.hf.checkpoint import load_hf, read_config, save_hf
 from rome.model.ops.kernels import Kernels
-from rome.model.sharding import make_mesh, param_shardings
+from rome.model.params import param_shardings
+from rome.model.sharding import make_mesh
 from rome.model.tokenizer import Chat, Tokenizer
 from rome.rollout.demonstrations import collect_demonstrations
 from rome.rollout.player import Accounting, Episode, EpisodePlayer

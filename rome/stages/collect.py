@@ -27,7 +27,7 @@ from rome.data.trajectory import Trajectory, load_trajectory, save_trajectory
 from rome.losses import ADVANTAGES, count_denominators
 from rome.model.config import ModelConfig
 from rome.model.hf.checkpoint import load_hf
-from rome.model.sharding import param_shardings
+from rome.model.params import param_shardings
 from rome.rollout.anchors import Anchors, anchor_of, fork_imitation
 from rome.rollout.curriculum import Curriculum
 from rome.rollout.demonstrations import collect_demonstrations

@@ -115,7 +115,8 @@ async def build(
     that is not what this sandbox does.
     """
     refuse_what_no_sandbox_has(task)
-    environment, egress = task.environment, sandbox.config.egress if egress is None else egress
+    environment = task.environment
+    egress = sandbox.config.egress if egress is None else egress
     for step in (
         () if egress else [step for step in task.steps if step.verifier_environment is None]
     ):
@@ -245,18 +246,18 @@ class _Builder:
         images: Mapping[str, tuple[str, ...]],
         egress: tuple[str, ...],
     ) -> None:
-        self._sandbox, self._task, self._file, self._paths, self._images, self._egress = (
-            sandbox,
-            task,
-            file,
-            paths,
-            images,
-            egress,
-        )
+        self._sandbox = sandbox
+        self._task = task
+        self._file = file
+        self._paths = paths
+        self._images = images
+        self._egress = egress
         self._context = _without_ignored(task)
         self._env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/root"}
         self._arguments: dict[str, str] = {}
-        self._workdir, self._shell, self._based = "/", ["/bin/sh", "-c"], False
+        self._workdir = "/"
+        self._shell = ["/bin/sh", "-c"]
+        self._based = False
         self._notes: list[str] = []
         self._deadline = time.monotonic() + task.environment.build_timeout
 
@@ -629,7 +630,7 @@ def _find(files: Mapping[str, object], pattern: str) -> list[tuple[str, bool]]:
     for path in files:
         parts = path.split("/")
         if len(parts) >= len(wanted) and all(
-            fnmatch.fnmatchcase(part, want) for part, want in zip(parts, wanted)
+            fnmatch.fnmatchcase(part, want) for part, want in zip(parts, wanted, strict=False)
         ):
             found["/".join(parts[: len(wanted)])] = len(parts) > len(wanted)
     return list(found.items())

@@ -86,7 +86,8 @@ async def _build(
         if (
             sandbox.tier == "namespaces"
         ):  # elsewhere a sandbox's paths are its own, and a snapshot's would be another's
-            entry.snapshot, entry.built = await sandbox.snapshot(), built
+            entry.snapshot = await sandbox.snapshot()
+            entry.built = built
         return sandbox, built
     except BaseException:
         await asyncio.shield(sandbox.stop())

@@ -61,7 +61,8 @@ class Instruction:
 
     def flags(self) -> tuple[dict[str, str], str]:
         """(flags, what follows them)."""
-        rest, found = self.arguments, {}
+        rest = self.arguments
+        found = {}
         while match := _FLAG.match(rest):
             found[match[1]] = match[2] or ""
             rest = rest[match.end() :]
@@ -106,7 +107,8 @@ def parse(text: str, file: pathlib.Path) -> list[Instruction]:
 
 
 def _instruction(rows: list[tuple[int, str]], file: pathlib.Path) -> Instruction:
-    line, text = rows[0][0], "".join(row for _, row in rows).strip()
+    line = rows[0][0]
+    text = "".join(row for _, row in rows).strip()
     keyword, _, arguments = re.sub(r"\A(\S+)\s*", r"\1 ", text, count=1).partition(" ")
     if keyword.upper() not in KEYWORDS:
         raise TaskError(file, line, f"unknown instruction {keyword[:40]!r}")
@@ -126,7 +128,9 @@ def _instruction(rows: list[tuple[int, str]], file: pathlib.Path) -> Instruction
 
 def _outside_quotes(text: str) -> str:
     """The text without what stands in quotes, but for the quotes of a here-document's mark itself."""
-    kept, quote, escaped = [], "", False
+    kept = []
+    quote = ""
+    escaped = False
     for index, letter in enumerate(text):
         if escaped or letter == "\\":
             escaped = not escaped

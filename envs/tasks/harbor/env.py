@@ -26,7 +26,7 @@ from envs.tasks.harbor.build import Built, egress_of
 from envs.tasks.harbor.built import start_built
 from envs.tasks.harbor.containers import build_image, enter
 from envs.tasks.harbor.errors import BuildError, TaskError, UnsupportedError
-from envs.tasks.harbor.grade import READ_TIMEOUT_S, Grade, clean_up, grade
+from envs.tasks.harbor.grade import READ_TIMEOUT_SECONDS, Grade, clean_up, grade
 from envs.tasks.harbor.load import line_of, load_task
 from envs.tasks.harbor.separate import grade_apart
 from envs.tasks.harbor.task import HarborTask, Healthcheck, Step
@@ -34,7 +34,7 @@ from envs.tasks.terminal.shell import ShellEnv
 
 DEFAULT_MEMORY_MB = 1024
 DEFAULT_DISK_MB = 256
-SOLVE_TIMEOUT_S = 600.0  # for a reference solution where the agent's time is not limited
+SOLVE_TIMEOUT_SECONDS = 600.0  # for a reference solution where the agent's time is not limited
 FINAL_TURN = "done"
 
 
@@ -77,7 +77,8 @@ class HarborEnv(ShellEnv):
             max_observation_chars=max_observation_chars,
             max_malformed=max_malformed,
         )
-        self._images, self._build_egress = images, build_egress
+        self._images = images
+        self._build_egress = build_egress
         self.built: Built | None = None
 
     @property
@@ -93,7 +94,7 @@ class HarborEnv(ShellEnv):
         )
         return (
             self._step.verifier_timeout
-            + 3 * READ_TIMEOUT_S
+            + 3 * READ_TIMEOUT_SECONDS
             + sum(step.verifier_timeout for step in self.task.steps)
             + builds
         )
@@ -122,7 +123,8 @@ class HarborEnv(ShellEnv):
         """
         await self.aclose()
         config = dataclasses.replace(self._sandbox_config, label=self.task.name)
-        self._step_index, self._grades = 0, []
+        self._step_index = 0
+        self._grades = []
         try:
             if config.backend == "docker":
                 self._sandbox = Sandbox(
@@ -333,7 +335,7 @@ class HarborEnv(ShellEnv):
         }
         result = await self._sandbox.execute(
             self.built.command(f"bash /solution/{shlex.quote(step.solve_script)}"),
-            timeout=step.agent_timeout or SOLVE_TIMEOUT_S,
+            timeout=step.agent_timeout or SOLVE_TIMEOUT_SECONDS,
             env=env,
         )
         await self._sandbox.execute(f"rm -rf {shlex.quote(place)}")
@@ -344,7 +346,8 @@ def sandbox_for(task: HarborTask, config: SandboxConfig | None) -> SandboxConfig
     """The limits that the task asks for, in a sandbox isolated as the config says; all of the
     config where it sets its own limits.
     """
-    config, plain = config or SandboxConfig(), SandboxConfig()
+    config = config or SandboxConfig()
+    plain = SandboxConfig()
     config = dataclasses.replace(config, egress=egress_of(task, config.egress))
     if (config.memory_mb, config.disk_mb, config.pids) != (
         plain.memory_mb,

@@ -13,7 +13,9 @@ class TaskError(ValueError):
 
     def __init__(self, file: pathlib.Path | str, line: int, message: str) -> None:
         super().__init__(f"{file}:{line}: {message}" if line else f"{file}: {message}")
-        self.file, self.line, self.message = pathlib.Path(file), line, message
+        self.file = pathlib.Path(file)
+        self.line = line
+        self.message = message
 
 
 class UnsupportedError(TaskError):

@@ -31,7 +31,7 @@ from envs.rock import CommandResult, Sandbox
 from envs.tasks.harbor.build import Built
 from envs.tasks.harbor.task import Files, Step
 
-READ_TIMEOUT_S = 20.0
+READ_TIMEOUT_SECONDS = 20.0
 SUMMARY_BYTES = 48 * 1024  # of the script's output, from its end
 MAX_REWARD_BYTES = 65_536
 
@@ -139,7 +139,9 @@ async def clean_up(sandbox: Sandbox) -> None:
     """Between two steps: nothing of the tests stays for the agent to read."""
     await sandbox.kill_all()
     await sandbox.verify(
-        _CLEAN.format(workspace=shlex.quote(sandbox.workspace)), timeout=READ_TIMEOUT_S, keep=True
+        _CLEAN.format(workspace=shlex.quote(sandbox.workspace)),
+        timeout=READ_TIMEOUT_SECONDS,
+        keep=True,
     )
 
 
@@ -179,7 +181,8 @@ def _tar(files: Files) -> bytes:
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for name, (content, mode) in files.items():
             entry = tarfile.TarInfo(name)
-            entry.size, entry.mode = len(content), mode
+            entry.size = len(content)
+            entry.mode = mode
             archive.addfile(entry, io.BytesIO(content))
     return buffer.getvalue()
 
@@ -192,7 +195,7 @@ async def _read_rewards(sandbox: Sandbox, built: Built) -> dict[str, float]:
     """Reads once every process that the tests started is dead."""
     result = await sandbox.verify(
         _READ.format(workspace=shlex.quote(sandbox.workspace), bytes=MAX_REWARD_BYTES + 1),
-        timeout=READ_TIMEOUT_S,
+        timeout=READ_TIMEOUT_SECONDS,
         keep=True,
     )
     found: dict[str, bytes | None] = {}

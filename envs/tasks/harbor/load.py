@@ -114,7 +114,8 @@ def load_harbor(folder: pathlib.Path, environ: Mapping[str, str]) -> HarborTask:
             "schema_version" if "schema_version" in table.values else "version",
             f"{version!r} is no schema version that is known here (1.0 to 1.4)",
         )
-    metadata, about = table.get("metadata", dict, {}), table.table("task")
+    metadata = table.get("metadata", dict, {})
+    about = table.table("task")
     about.known |= {"description", "authors", "keywords"}
     step_tables = table.tables("steps")
     strategy = table.text("multi_step_reward_strategy") or "mean"
@@ -122,10 +123,8 @@ def load_harbor(folder: pathlib.Path, environ: Mapping[str, str]) -> HarborTask:
         raise table.fault(
             "multi_step_reward_strategy", f'{strategy!r} is neither "mean" nor "final"'
         )
-    defaults, environment = (
-        _Phases.of(table),
-        _environment(folder / "environment", table.table("environment")),
-    )
+    defaults = _Phases.of(table)
+    environment = _environment(folder / "environment", table.table("environment"))
     task = HarborTask(
         name=about.text("name") or folder.resolve().name,
         path=folder,
@@ -159,11 +158,9 @@ class _Phases:
     @classmethod
     def of(cls, table: Table, parent: _Phases | None = None) -> _Phases:
         phases = cls()
-        agent, verifier, solution = (
-            table.table("agent"),
-            table.table("verifier"),
-            table.table("solution"),
-        )
+        agent = table.table("agent")
+        verifier = table.table("verifier")
+        solution = table.table("solution")
         networks = dict(parent.networks) if parent else {}
         for phase in (agent, verifier):
             phase.known |= {
@@ -196,10 +193,8 @@ class _Phases:
             raise verifier.fault(
                 "environment_mode", '"shared" beside a verifier.environment; leave one of them out'
             )
-        phases.separate, phases.verifier_environment = (
-            mode == "separate",
-            own or (parent.verifier_environment if parent else None),
-        )
+        phases.separate = mode == "separate"
+        phases.verifier_environment = own or (parent.verifier_environment if parent else None)
         return phases
 
 
@@ -210,7 +205,8 @@ def _steps(
     defaults: _Phases,
     environment: Environment,
 ) -> list[Step]:
-    tests, solution = read_folder(folder / "tests"), read_folder(folder / "solution")
+    tests = read_folder(folder / "tests")
+    solution = read_folder(folder / "solution")
     artifacts = _artifacts(table)
     if not step_tables:
         instruction = _instruction(folder / "instruction.md")
@@ -241,10 +237,8 @@ def _steps(
         if any(other.name == name for other in found):
             raise step.fault("name", f"two steps are named {name!r}")
         place = folder / "steps" / name
-        step_tests, step_solution = (
-            {**tests, **read_folder(place / "tests")},
-            read_folder(place / "solution"),
-        )
+        step_tests = {**tests, **read_folder(place / "tests")}
+        step_solution = read_folder(place / "solution")
         _need_test(place / "tests" / "test.sh", step_tests)
         phases = _Phases.of(step, defaults)
         found.append(
@@ -279,7 +273,8 @@ def _of_phases(phases: _Phases) -> dict:
 
 
 def _collect_command(hook: Table) -> str:
-    command, service = hook.text("command"), hook.text("service", "main")
+    command = hook.text("command")
+    service = hook.text("service", "main")
     if not command or service != "main":
         raise hook.fault(
             "command" if not command else "service",
@@ -455,7 +450,9 @@ def _toml_line(text: str, path: tuple[str, ...]) -> int:
     """
     if not path:
         return 1
-    header, last, table = "", path[-1], ".".join(path[:-1])
+    header = ""
+    last = path[-1]
+    table = ".".join(path[:-1])
     candidates = []
     for number, row in enumerate(text.splitlines(), 1):
         if match := re.match(r"\s*\[\[?\s*([^\]]+?)\s*\]\]?", row):

@@ -21,7 +21,7 @@ from envs.rock import Sandbox, SandboxConfig, SandboxError, SandboxFileError
 from envs.tasks.harbor.build import Built, build
 from envs.tasks.harbor.containers import build_image, enter
 from envs.tasks.harbor.errors import BuildError, TaskError
-from envs.tasks.harbor.grade import READ_TIMEOUT_S, SUMMARY_BYTES, Grade, assignments, judge
+from envs.tasks.harbor.grade import READ_TIMEOUT_SECONDS, SUMMARY_BYTES, Grade, assignments, judge
 from envs.tasks.harbor.task import HarborTask, Step
 
 MAX_ARTIFACT_BYTES = 256 << 20  # of one artifact
@@ -118,7 +118,8 @@ async def _environment(
             snapshot = await sandbox.snapshot()
             stack.push_async_callback(snapshot.delete)
             sandbox = await stack.enter_async_context(Sandbox(config, snapshot))
-        step, place = task.steps[0], there.paths.place("/tests")
+        step = task.steps[0]
+        place = there.paths.place("/tests")
         with contextlib.suppress(SandboxFileError):
             laid = {entry.path for entry in await sandbox.list_files(place) if entry.kind == "file"}
             rewritten = there.paths.scripts(
@@ -129,7 +130,7 @@ async def _environment(
             )
         if (
             await sandbox.execute(
-                f"[ -f {shlex.quote(f'{place}/{step.test_script}')} ]", timeout=READ_TIMEOUT_S
+                f"[ -f {shlex.quote(f'{place}/{step.test_script}')} ]", timeout=READ_TIMEOUT_SECONDS
             )
         ).exit_code:
             raise BuildError(
@@ -148,12 +149,13 @@ async def _take(
         place = built.paths.place(path)
         if not place.startswith(f"{sandbox.workspace}/"):
             await sandbox.execute(
-                f"rm -rf {_MOVED}; cp -RP -- {shlex.quote(place)} {_MOVED}", timeout=READ_TIMEOUT_S
+                f"rm -rf {_MOVED}; cp -RP -- {shlex.quote(place)} {_MOVED}",
+                timeout=READ_TIMEOUT_SECONDS,
             )
             place = _MOVED
         await sandbox.download(place, local, MAX_ARTIFACT_BYTES)
         if place == _MOVED:
-            await sandbox.execute(f"rm -rf {_MOVED}", timeout=READ_TIMEOUT_S)
+            await sandbox.execute(f"rm -rf {_MOVED}", timeout=READ_TIMEOUT_SECONDS)
         return local
     except (
         SandboxFileError,
@@ -175,7 +177,7 @@ async def _put(sandbox: Sandbox, built: Built, path: str, local: pathlib.Path) -
         return ""
     parent = shlex.quote(place.rpartition("/")[0])
     moved = await sandbox.execute(
-        f"mkdir -p {parent} && mv -T {_MOVED} {shlex.quote(place)}", timeout=READ_TIMEOUT_S
+        f"mkdir -p {parent} && mv -T {_MOVED} {shlex.quote(place)}", timeout=READ_TIMEOUT_SECONDS
     )
     return moved.stderr.strip()[-300:] if moved.exit_code else ""
 

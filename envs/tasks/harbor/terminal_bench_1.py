@@ -55,11 +55,9 @@ def load_terminal_bench_1(folder: pathlib.Path) -> HarborTask:
         read_folder(folder / "tests"), "run-tests.sh", read_text(folder / "run-tests.sh")
     )
     solution, script = _solution(folder)
-    category, difficulty, tags = (
-        table.text("category") or "",
-        table.text("difficulty") or "",
-        table.texts("tags"),
-    )
+    category = table.text("category") or ""
+    difficulty = table.text("difficulty") or ""
+    tags = table.texts("tags")
     context = read_folder(folder, leave_out=NOT_CONTEXT)
     step = Step(
         "task",
@@ -198,5 +196,6 @@ def _line(node: yaml.Node | None, path: tuple[str, ...]) -> int:
             inner = None
         if inner is None:
             return line
-        line, node = inner[0].start_mark.line + 1, inner[1]
+        line = inner[0].start_mark.line + 1
+        node = inner[1]
     return line

@@ -92,7 +92,8 @@ def pack(files: Mapping[str, tuple[bytes, int]]) -> bytes:
     ):
         for name, (content, mode) in sorted(files.items()):
             member = tarfile.TarInfo(name)
-            member.size, member.mode = len(content), mode
+            member.size = len(content)
+            member.mode = mode
             archive.addfile(member, io.BytesIO(content))
     return buffer.getvalue()
 

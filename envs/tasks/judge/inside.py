@@ -31,12 +31,14 @@ import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 REWARDS = HERE.parent / "logs" / "verifier"
-PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 4, 36
+PR_SET_DUMPABLE = 4
+PR_SET_CHILD_SUBREAPER = 36
 END_SECONDS, POLL_SECONDS = (
     5.0,
     0.02,
 )  # for processes that were killed to be gone; between looks at the tests' process
-REPORT_BYTES, OUTPUT_BYTES = 64 << 20, 8192
+REPORT_BYTES = 64 << 20
+OUTPUT_BYTES = 8192
 # What tells a test framework how to run: an agent's change to it is undone.
 RUNNER_FILES = (
     "conftest.py",

@@ -22,7 +22,10 @@ def reporter(key, fd):
     The key is in its closure and nowhere else.
     """
     number = 0
-    sign, dumps, write, sha256 = hmac.new, json.dumps, os.write, hashlib.sha256
+    sign = hmac.new
+    dumps = json.dumps
+    write = os.write
+    sha256 = hashlib.sha256
 
     def report(name, outcome):
         nonlocal number
@@ -40,7 +43,8 @@ class Result(unittest.TestResult):
 
     def __init__(self, report):
         super().__init__()
-        self._report, self._outcome = report, None
+        self._report = report
+        self._outcome = None
 
     def startTest(self, test):
         super().startTest(test)
@@ -90,7 +94,8 @@ class Plugin:
     """Of pytest: one outcome for each test, from its three phases."""
 
     def __init__(self, report):
-        self._report, self._outcomes = report, {}
+        self._report = report
+        self._outcomes = {}
 
     def pytest_runtest_logreport(self, report):
         outcome = (
@@ -143,19 +148,15 @@ def find_pytest():
 
 def main():
     if sys.argv[1:2] == ["--list"]:
-        framework, targets, report = (
-            sys.argv[2],
-            sys.argv[3:],
-            lambda name, outcome: print(json.dumps([name, outcome]), flush=True),
-        )
+        framework = sys.argv[2]
+        targets = sys.argv[3:]
+        report = lambda name, outcome: print(json.dumps([name, outcome]), flush=True)
     else:
         order = json.loads(sys.stdin.buffer.read())
         os.set_inheritable(order["fd"], False)  # what the tests start has no part in it
-        framework, targets, report = (
-            order["framework"],
-            order["targets"],
-            reporter(bytes.fromhex(order.pop("key")), order["fd"]),
-        )
+        framework = order["framework"]
+        targets = order["targets"]
+        report = reporter(bytes.fromhex(order.pop("key")), order["fd"])
         if framework == "pytest":
             targets = targets + sorted({name.split("::")[0] for name in order["controls"]})
     null = os.open(os.devnull, os.O_RDONLY)

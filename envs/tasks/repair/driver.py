@@ -85,13 +85,15 @@ def run(order, pytest, cpu):
         finally:
             os._exit(1)
     os.close(write)
-    deadline, data = time.monotonic() + order["wall"], bytearray()
+    deadline = time.monotonic() + order["wall"]
+    data = bytearray()
     os.set_blocking(read, False)
     status = None
     while status is None:
         ended, code, usage = os.wait4(child, os.WNOHANG)
         if ended:
-            status, seconds = code, usage.ru_utime + usage.ru_stime
+            status = code
+            seconds = usage.ru_utime + usage.ru_stime
         elif time.monotonic() > deadline:
             os.kill(child, signal.SIGKILL)
         drain(read, data)

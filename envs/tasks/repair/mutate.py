@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterator
 
@@ -54,11 +55,13 @@ class Source:
     """A module's text and tree, and where each node stands in the text."""
 
     def __init__(self, text: str) -> None:
-        self.text, self.tree = text, ast.parse(text)
+        self.text = text
+        self.tree = ast.parse(text)
         self._starts = [0]
         for line in text.encode().split(b"\n"):
             self._starts.append(self._starts[-1] + len(line) + 1)
-        self._bytes, self._ascii = text.encode(), text.isascii()
+        self._bytes = text.encode()
+        self._ascii = text.isascii()
         self._names: dict[ast.AST, list[str]] = {}
         self.parents = {
             child: node for node in ast.walk(self.tree) for child in ast.iter_child_nodes(node)
@@ -111,7 +114,8 @@ def candidates_of(text: str) -> list[Edit]:
 
     Raises SyntaxError.
     """
-    source, found = Source(text), set()
+    source = Source(text)
+    found = set()
     for node in _mutable(source.tree):
         for operator, places in OPERATORS.items():
             for edit in places(source, node):
@@ -174,7 +178,8 @@ def _mutable(tree: ast.AST) -> Iterator[ast.AST]:
 
 def _token(source: Source, left: ast.AST, right: ast.AST, old: str, new: str) -> Iterator[Edit]:
     """The operator between two operands."""
-    start, end = source.end(left), source.start(right)
+    start = source.end(left)
+    end = source.start(right)
     gap = source.text[start:end]
     pattern = (
         r"\s+".join(rf"\b{word}\b" for word in old.split()) if old[0].isalpha() else re.escape(old)
@@ -186,7 +191,7 @@ def _token(source: Source, left: ast.AST, right: ast.AST, old: str, new: str) ->
 def comparison(source: Source, node: ast.AST) -> Iterator[Edit]:
     if isinstance(node, ast.Compare):
         for left, operator, right in zip(
-            [node.left, *node.comparators], node.ops, node.comparators
+            [node.left, *node.comparators], node.ops, node.comparators, strict=False
         ):
             yield from _token(source, left, right, *_COMPARED[type(operator)])
 
@@ -284,7 +289,7 @@ def dropped_return(source: Source, node: ast.AST) -> Iterator[Edit]:
 
 def swapped_arguments(source: Source, node: ast.AST) -> Iterator[Edit]:
     if isinstance(node, ast.Call):
-        for first, second in zip(node.args, node.args[1:]):
+        for first, second in itertools.pairwise(node.args):
             if not isinstance(first, ast.Starred) and not isinstance(second, ast.Starred):
                 between = source.text[source.end(first) : source.start(second)]
                 yield Edit(

@@ -29,7 +29,8 @@ LEFT_OUT = (
     ".hypothesis",
 )
 NOT_SOURCE = ("docs", "doc", "examples", "benchmarks", "scripts", "tools")
-_TEST_FOLDER, _TEST_FILE = re.compile(r"tests?"), re.compile(r"test_.*\.py|.*_test\.py|tests?\.py")
+_TEST_FOLDER = re.compile(r"tests?")
+_TEST_FILE = re.compile(r"test_.*\.py|.*_test\.py|tests?\.py")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,8 @@ from envs.tasks.repair.prove import Run, check_baseline, is_sound, run_tests
 
 ROOT = "/app"
 BATCH, AT_ONCE = 24, 2  # mutants of one sandbox; sandboxes at once
-AGENT_SECONDS, TEST_SECONDS = 600.0, 60.0
+AGENT_SECONDS = 600.0
+TEST_SECONDS = 60.0
 PROOF_SECONDS = 3600.0
 _INSTRUCTION = """\
 The Python package in {root}, {name}{about}, has a bug: some of its tests fail. Run them in {root} with `{command}`, find the fault in the package's code and mend it.
@@ -69,7 +70,10 @@ async def _all(
 ) -> list[list[HarborTask]]:
     gate = asyncio.Semaphore(AT_ONCE)
     return await asyncio.gather(
-        *(_tasks(package, count, seed, gate) for package, count in zip(packages, share))
+        *(
+            _tasks(package, count, seed, gate)
+            for package, count in zip(packages, share, strict=True)
+        )
     )
 
 
@@ -95,7 +99,7 @@ async def _tasks(
         check_baseline(package, before)
         found += [
             make_task(package, path, edit, before, after)
-            for (path, edit), after in zip(batch, runs)
+            for (path, edit), after in zip(batch, runs, strict=True)
             if is_sound(before, after)
         ]
     return found[:count]

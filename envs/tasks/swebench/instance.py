@@ -87,7 +87,8 @@ def parse_instance(row: Row) -> Instance:
     for name in ("patch", "test_patch", "problem_statement"):
         if not texts[name].strip():
             raise row.fault(f"{name} is empty")
-    failing, passing = _ids(row, "FAIL_TO_PASS"), _ids(row, "PASS_TO_PASS")
+    failing = _ids(row, "FAIL_TO_PASS")
+    passing = _ids(row, "PASS_TO_PASS")
     if not failing:
         raise row.fault(
             "FAIL_TO_PASS is empty: nothing would tell a solved instance from an unsolved one"

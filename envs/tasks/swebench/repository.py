@@ -97,7 +97,8 @@ def _remove(path: pathlib.Path) -> None:
 
 def _archive(folder: pathlib.Path) -> bytes:
     """Equal trees give equal bytes: no times, no owners."""
-    buffer, size = io.BytesIO(), 0
+    buffer = io.BytesIO()
+    size = 0
     with (
         gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0, compresslevel=1) as compressed,
         tarfile.open(fileobj=compressed, mode="w") as archive,
@@ -107,7 +108,8 @@ def _archive(folder: pathlib.Path) -> bytes:
             member = tarfile.TarInfo(path.relative_to(folder).as_posix())
             member.mode = 0o755 if stat.S_ISDIR(status.st_mode) or status.st_mode & 0o100 else 0o644
             if stat.S_ISLNK(status.st_mode):
-                member.type, member.linkname = tarfile.SYMTYPE, os.readlink(path)
+                member.type = tarfile.SYMTYPE
+                member.linkname = os.readlink(path)
             elif stat.S_ISDIR(status.st_mode):
                 member.type = tarfile.DIRTYPE
             else:
@@ -148,8 +150,9 @@ def patched(
         rows = git(
             source, "diff-index", "--cached", "-z", "--no-renames", commit, scratch=scratch
         ).split(b"\0")
-        files, removed = {}, set()
-        for row, name in zip(rows[::2], rows[1::2]):
+        files = {}
+        removed = set()
+        for row, name in zip(rows[::2], rows[1::2], strict=False):
             _, mode, _, blob, status = row.split(b" ")
             path = os.fsdecode(name)
             if status == b"D":

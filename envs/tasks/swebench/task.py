@@ -25,8 +25,11 @@ from envs.tasks.rows import collect_tasks, read_rows
 from envs.tasks.swebench.instance import Instance, parse_instance
 from envs.tasks.swebench.repository import cut, patched
 
-ROOT, ARCHIVE = "/testbed", "repository.tar.gz"
-AGENT_SECONDS, TEST_SECONDS, BUILD_SECONDS = 1800.0, 1200.0, 600.0
+ROOT = "/testbed"
+ARCHIVE = "repository.tar.gz"
+AGENT_SECONDS = 1800.0
+TEST_SECONDS = 1200.0
+BUILD_SECONDS = 600.0
 SETTINGS = (
     *RUNNER_FILES,
     "setup.cfg",
@@ -147,7 +150,9 @@ class _Context(Mapping):
     """
 
     def __init__(self, instance: Instance, repository: pathlib.Path, files: Files) -> None:
-        self._instance, self._repository, self._files = instance, repository, files
+        self._instance = instance
+        self._repository = repository
+        self._files = files
         self.identity = instance.base_commit  # a commit's id is a digest of all that it holds
 
     def __getitem__(self, name: str) -> tuple[bytes, int]:

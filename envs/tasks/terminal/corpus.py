@@ -1,5 +1,4 @@
-r"""Writes demonstrator episodes as JSON lines, the text from which a tokenizer for the curriculum is
-trained.
+r"""Write demonstrations as JSON lines: the corpus that the curriculum's tokenizer is trained on.
 
 python -m envs.tasks.terminal.corpus --out=corpus.jsonl --episodes=60      # 60 of each family
 """
@@ -24,20 +23,19 @@ ERROR_RATE = 0.3
 async def demonstration_episodes(
     families: tuple[str, ...], episodes: int
 ) -> list[DemonstrationEpisode]:
-    """`episodes` demonstrator episodes of each family on training seeds, some with mistakes."""
+    """Play `episodes` demonstrations of each family on training seeds, some with mistakes."""
     config = SandboxConfig(isolation="best_available")
-    return [
-        await play_demonstration(
-            TerminalEnv(f"{family}/{seed}", config),
-            random.Random(f"corpus/{family}/{seed}"),
-            ERROR_RATE,
-        )
-        for family in families
-        for seed in range(episodes)
-    ]
+    played = []
+    for family in families:
+        for seed in range(episodes):
+            env = TerminalEnv(f"{family}/{seed}", config)
+            rng = random.Random(f"corpus/{family}/{seed}")
+            played.append(await play_demonstration(env, rng, ERROR_RATE))
+    return played
 
 
 def main() -> None:
+    """Parse the arguments, play the demonstrations and write them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -45,13 +43,10 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=60)
     arguments = parser.parse_args()
     episodes = asyncio.run(demonstration_episodes(FAMILIES + HELD_OUT_FAMILIES, arguments.episodes))
-    arguments.out.write_text(
-        "".join(json.dumps(dataclasses.asdict(episode)) + "\n" for episode in episodes)
-    )
-    print(
-        f"{len(episodes)} episodes, mean reward"
-        f" {sum(episode.reward for episode in episodes) / len(episodes):.3f}, in {arguments.out}"
-    )
+    rows = [json.dumps(dataclasses.asdict(episode)) for episode in episodes]
+    arguments.out.write_text("".join(f"{row}\n" for row in rows))
+    mean_reward = sum(episode.reward for episode in episodes) / len(episodes)
+    print(f"{len(episodes)} episodes, mean reward {mean_reward:.3f}, in {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -252,9 +252,9 @@ def test_the_marks_of_a_guess():
 def test_marks_count_each_letter_of_the_secret_once(secret, guess):
     marks = mark(secret, guess)
     for letter in set(guess):
-        marked = sum(m != "X" for m, guessed in zip(marks, guess) if guessed == letter)
+        marked = sum(m != "X" for m, guessed in zip(marks, guess, strict=True) if guessed == letter)
         assert marked == min(secret.count(letter), guess.count(letter))
-    assert all((m == "G") == (a == b) for m, a, b in zip(marks, secret, guess))
+    assert all((m == "G") == (a == b) for m, a, b in zip(marks, secret, guess, strict=True))
 
 
 def test_the_word_list_is_one():

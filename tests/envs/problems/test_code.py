@@ -105,6 +105,7 @@ def test_hacks_earn_nothing_and_the_note_says_why():
             submit_all(
                 [("inversions", "medium", 2, f"```python\n{code}\n```") for code in HACKS.values()]
             ),
+            strict=True,
         )
     )
     assert {outcome[:2] for outcome in outcomes.values()} == {(0.0, "failure")}, outcomes
@@ -115,7 +116,7 @@ def test_hacks_earn_nothing_and_the_note_says_why():
 
 
 def test_a_run_past_its_time_is_a_timeout_and_a_lost_sandbox_no_ones_failure(monkeypatch):
-    monkeypatch.setattr(code_module, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr(code_module, "TIMEOUT_SECONDS", 0.5)
     (outcome,) = submit_all([("inversions", "easy", 0, "```python\nwhile True: pass\n```")])
     assert outcome[:2] == (0.0, "timeout")
 

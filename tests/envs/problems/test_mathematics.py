@@ -123,7 +123,8 @@ def check_dice(text, answer):
 def check_polygon_area(text, answer):
     corners = [(int(x), int(y)) for x, y in re.findall(r"\((-?\d+), (-?\d+)\)", text)]
     triangles = [
-        abs(a[0] * b[1] - a[1] * b[0]) for a, b in zip(corners, corners[1:] + corners[:1])
+        abs(a[0] * b[1] - a[1] * b[0])
+        for a, b in zip(corners, corners[1:] + corners[:1], strict=True)
     ]  # with the origin, which lies inside
     assert F(sum(triangles), 2) == answer[0] > 0
 

@@ -10,8 +10,9 @@ from aiohttp import web
 
 from envs.gem import parse_tool_calls
 from rome.agent.loop import Limits
-from rome.evals.agents import Policy, Scripted
+from rome.evals.agents import Scripted
 from rome.evals.cheats import CHEATS
+from rome.evals.policy import Policy
 from rome.evals.tasks import dataset_digest, load_tasks
 from rome.evals.validate import judge
 from tests.envs.worlds.test_published import write_bfcl, write_tau2
@@ -99,7 +100,7 @@ def test_instances_are_spread_and_chosen_by_the_seed():
     ],
 )
 def test_what_is_no_dataset_is_refused_by_name(name):
-    with pytest.raises(ValueError, match="nosuch|worlds:shop|'shop'"):
+    with pytest.raises(ValueError, match=r"nosuch|worlds:shop|'shop'"):
         load_tasks(name)
 
 

@@ -218,7 +218,7 @@ def test_every_package_that_ships_passes_its_tests_by_unittest():
         return packages, await asyncio.gather(*(run_tests(package, []) for package in packages))
 
     packages, runs = asyncio.run(all_of_them())
-    for package, (run,) in zip(packages, runs):
+    for package, (run,) in zip(packages, runs, strict=True):
         check_baseline(package, run)
         assert package.framework == "unittest" and len(run.passed) == len(run.outcomes) >= 10
 

@@ -199,7 +199,7 @@ def test_a_verifier_without_a_usable_reward_ends_as_infra_verifier(printed):
 
 
 def test_a_verifier_that_waits_for_the_agents_files_is_a_failure(monkeypatch):
-    monkeypatch.setattr("envs.tasks.terminal.env.VERIFIER_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("envs.tasks.terminal.env.VERIFIER_TIMEOUT_SECONDS", 0.5)
     env = TerminalEnv(
         dataclasses.replace(make_task("count", 17), verifier="cat trap; echo 1"), CONFIG
     )

@@ -40,7 +40,8 @@ def find(draw: Draw) -> TaskDraft:
 @family("rename")
 def rename(draw: Draw) -> TaskDraft:
     files = _folder_of_words(draw)
-    name, new = draw.choose(*files), draw.word() + ".txt"
+    name = draw.choose(*files)
+    new = draw.word() + ".txt"
     word = draw.choose(*files[name].split())
 
     def demonstrator() -> Demonstration:

@@ -1,4 +1,4 @@
-"""Families whose instruction lies in the sandbox: a note that says what to do, a chain of names."""
+"""Families whose instruction is in the sandbox: a note, or a chain of file names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from envs.tasks.terminal.task import (
 @family("obey")
 def obey(draw: Draw) -> TaskDraft:
     files = {name: lines(draw.word()) for name in draw.names(3)}
-    (name, _, _), word, new = draw.shuffled(list(files)), draw.word(), draw.word() + ".txt"
+    name, _, _ = draw.shuffled(list(files))
+    word = draw.word()
+    new = draw.word() + ".txt"
     note, command, checks, changed = {
         "write": (f"write {word} to {new}", f"echo {word} > {new}", [holds(new, word)], ()),
         "delete": (f"delete {name}", f"rm {name}", [gone(name)], (name,)),
@@ -45,8 +47,11 @@ def obey(draw: Draw) -> TaskDraft:
 
 @family("chain")
 def chain(draw: Draw) -> TaskDraft:
-    names, word = draw.names(draw.number(2, 3)), draw.word()
-    files = {name: lines(following) for name, following in zip(names, [*names[1:], word])}
+    names = draw.names(draw.number(2, 3))
+    word = draw.word()
+    files = {
+        name: lines(following) for name, following in zip(names, [*names[1:], word], strict=True)
+    }
     decoy = {draw.names(1)[0]: lines(draw.word())}
 
     def demonstrator() -> Demonstration:

@@ -1,4 +1,4 @@
-"""Families about numbers in files: the largest or smallest, a sum, the file with the largest one."""
+"""Families about numbers in files: the largest or smallest, a sum, the file with the largest."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from envs.tasks.terminal.task import Demonstration, Draw, TaskDraft, family, hol
 
 
 def _distinct(draw: Draw, count: int) -> list[int]:
-    """Numbers of one digit or, which is harder to copy for a model that reads digit by digit, all
-    of two.
+    """Draw different numbers, either all of one digit or all of two.
+
+    Numbers of two digits are harder to copy for a model that reads digit by digit.
     """
     return draw.rng.sample(draw.rng.choice([range(1, 10), range(10, 100)]), count)
 
 
 @family("extreme")
 def extreme(draw: Draw) -> TaskDraft:
-    source, which = draw.input(), draw.choose("largest", "smallest")
+    source = draw.input()
+    which = draw.choose("largest", "smallest")
     numbers = _distinct(draw, 4)
     answer = max(numbers) if which == "largest" else min(numbers)
 
@@ -36,7 +38,8 @@ def extreme(draw: Draw) -> TaskDraft:
 
 @family("sum")
 def add(draw: Draw) -> TaskDraft:
-    (one, two), (a, b) = draw.names(2), (draw.number(1, 9), draw.number(2, 9))
+    one, two = draw.names(2)
+    a, b = (draw.number(1, 9), draw.number(2, 9))
 
     def demonstrator() -> Demonstration:
         first, second = (yield f"cat {one} {two}").split()[:2]
@@ -56,7 +59,10 @@ def add(draw: Draw) -> TaskDraft:
 
 @family("largest_file")
 def largest_file(draw: Draw) -> TaskDraft:
-    files = {name: lines(str(number)) for name, number in zip(draw.names(3), _distinct(draw, 3))}
+    files = {
+        name: lines(str(number))
+        for name, number in zip(draw.names(3), _distinct(draw, 3), strict=True)
+    }
     answer = max(files, key=lambda name: int(files[name]))
 
     def demonstrator() -> Demonstration:

@@ -1,7 +1,7 @@
 """Families about scripts and settings: a typo, a missing file, a value.
 
-A verifier never runs what the agent wrote: it compares the mended script and what running it has
-left behind.
+A verifier never runs what the agent wrote. It compares the repaired script, and the file that
+running it left behind.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ TYPOS = {"cat": "cta", "sort": "srot", "tail": "tial", "head": "haed"}
 
 @family("typo")
 def typo(draw: Draw) -> TaskDraft:
-    source, rows = draw.names(1)[0], draw.words(3)
+    source = draw.names(1)[0]
+    rows = draw.words(3)
     program = draw.choose(*TYPOS)
     output = {"cat": rows, "sort": sorted(rows), "tail": rows[-1:], "head": rows[:1]}[program]
     command = f"{program}{' -n 1' if program in ('tail', 'head') else ''} {source} > out.txt"
@@ -39,7 +40,8 @@ def typo(draw: Draw) -> TaskDraft:
 
 @family("path")
 def path(draw: Draw) -> TaskDraft:
-    (real, wrong), rows = draw.words(2), draw.words(2)
+    real, wrong = draw.words(2)
+    rows = draw.words(2)
     command = "sort {}.txt > out.txt"
     files = {f"{real}.txt": lines(*rows), "run.sh": lines(command.format(wrong))}
 
@@ -61,11 +63,13 @@ def path(draw: Draw) -> TaskDraft:
 
 @family("config")
 def config(draw: Draw) -> TaskDraft:
-    keys, values = draw.words(3), draw.rng.sample(range(1, 10), 3)
-    key, new = draw.choose(*keys), draw.number(1, 9)
+    keys = draw.words(3)
+    values = draw.rng.sample(range(1, 10), 3)
+    key = draw.choose(*keys)
+    new = draw.number(1, 9)
     old = values[keys.index(key)]
     new = new if new != old else new % 9 + 1
-    text = lines(*(f"{name}={value}" for name, value in zip(keys, values)))
+    text = lines(*(f"{name}={value}" for name, value in zip(keys, values, strict=True)))
 
     def demonstrator() -> Demonstration:
         setting = yield f"grep {key} app.conf"

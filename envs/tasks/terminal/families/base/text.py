@@ -6,7 +6,7 @@ from envs.tasks.terminal.task import Demonstration, Draw, TaskDraft, family, hol
 
 
 def _rows_with(draw: Draw, word: str, hits: int, others: int) -> list[str]:
-    """Lines of two words, `hits` of them beginning with the word."""
+    """Draw lines of two words, `hits` of which begin with the given word."""
     return draw.shuffled(
         [f"{word} {draw.word()}" for _ in range(hits)]
         + [f"{draw.word()} {draw.word()}" for _ in range(others)]
@@ -15,7 +15,8 @@ def _rows_with(draw: Draw, word: str, hits: int, others: int) -> list[str]:
 
 @family("line")
 def line(draw: Draw) -> TaskDraft:
-    source, rows = draw.input(), [f"{draw.word()} {draw.word()}" for _ in range(5)]
+    source = draw.input()
+    rows = [f"{draw.word()} {draw.word()}" for _ in range(5)]
     number = draw.number(2, 5)
 
     def demonstrator() -> Demonstration:
@@ -33,7 +34,9 @@ def line(draw: Draw) -> TaskDraft:
 
 @family("count")
 def count(draw: Draw) -> TaskDraft:
-    source, word, hits = draw.input(), draw.word(), draw.number(2, 7)
+    source = draw.input()
+    word = draw.word()
+    hits = draw.number(2, 7)
     rows = _rows_with(draw, word, hits, others=2)
 
     def demonstrator() -> Demonstration:
@@ -51,7 +54,8 @@ def count(draw: Draw) -> TaskDraft:
 
 @family("filter")
 def filter_lines(draw: Draw) -> TaskDraft:
-    source, word = draw.input(), draw.word()
+    source = draw.input()
+    word = draw.word()
     rows = _rows_with(draw, word, hits=2, others=3)
 
     def demonstrator() -> Demonstration:
@@ -72,7 +76,9 @@ def filter_lines(draw: Draw) -> TaskDraft:
 
 @family("replace")
 def replace(draw: Draw) -> TaskDraft:
-    source, old, new = draw.input(), draw.word(), draw.word()
+    source = draw.input()
+    old = draw.word()
+    new = draw.word()
     text = lines(*_rows_with(draw, old, hits=2, others=2))
 
     def demonstrator() -> Demonstration:
@@ -93,7 +99,9 @@ def replace(draw: Draw) -> TaskDraft:
 
 @family("append")
 def append(draw: Draw) -> TaskDraft:
-    source, target, word = draw.word() + ".txt", draw.input(), draw.word()
+    source = draw.word() + ".txt"
+    target = draw.input()
+    word = draw.word()
     text = lines(*draw.words(2))
 
     def demonstrator() -> Demonstration:
@@ -132,7 +140,8 @@ def combine(draw: Draw) -> TaskDraft:
 
 @family("drop")
 def drop(draw: Draw) -> TaskDraft:
-    source, word = draw.input(), draw.word()
+    source = draw.input()
+    word = draw.word()
     rows = _rows_with(draw, word, hits=2, others=3)
 
     def demonstrator() -> Demonstration:
@@ -153,7 +162,8 @@ def drop(draw: Draw) -> TaskDraft:
 
 @family("lookup")
 def lookup(draw: Draw) -> TaskDraft:
-    source, rows = draw.input(), [f"{draw.word()} {draw.word()}" for _ in range(5)]
+    source = draw.input()
+    rows = [f"{draw.word()} {draw.word()}" for _ in range(5)]
     key, value = draw.choose(*rows).split()
 
     def demonstrator() -> Demonstration:

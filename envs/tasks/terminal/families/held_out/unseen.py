@@ -1,6 +1,4 @@
-"""Held-out families: each joins two skills that training families teach, in a way that none of them
-does.
-"""
+"""Held-out families: each combines two skills of the training families in a new way."""
 
 from __future__ import annotations
 
@@ -37,7 +35,8 @@ def find_delete(draw: Draw) -> TaskDraft:
 @family("find_append", held_out=True)
 def find_append(draw: Draw) -> TaskDraft:
     files = {name: lines(*draw.words(2)) for name in draw.names(4)}
-    name, new = draw.choose(*files), draw.word()
+    name = draw.choose(*files)
+    new = draw.word()
     word = draw.choose(*files[name].split())
 
     def demonstrator() -> Demonstration:
@@ -54,7 +53,9 @@ def find_append(draw: Draw) -> TaskDraft:
 
 @family("note_count", held_out=True)
 def note_count(draw: Draw) -> TaskDraft:
-    source, word, hits = draw.input(), draw.word(), draw.number(2, 7)
+    source = draw.input()
+    word = draw.word()
+    hits = draw.number(2, 7)
     rows = draw.shuffled(
         [f"{word} {draw.word()}" for _ in range(hits)]
         + [f"{draw.word()} {draw.word()}" for _ in range(2)]
@@ -78,7 +79,8 @@ def note_count(draw: Draw) -> TaskDraft:
 
 @family("note_filter", held_out=True)
 def note_filter(draw: Draw) -> TaskDraft:
-    source, word = draw.input(), draw.word()
+    source = draw.input()
+    word = draw.word()
     rows = draw.shuffled(
         [f"{word} {draw.word()}" for _ in range(2)]
         + [f"{draw.word()} {draw.word()}" for _ in range(3)]

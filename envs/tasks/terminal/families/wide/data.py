@@ -15,7 +15,7 @@ def _python(*rows: str) -> str:
 
 
 def _records(draw: Draw, count: int) -> list[tuple[str, str, int]]:
-    """(item, group, amount), groups repeated."""
+    """Draw records (item, group, amount) in which groups repeat."""
     groups = draw.words(3)
     return [
         (draw.word(), group, draw.number(2, 60))
@@ -25,7 +25,8 @@ def _records(draw: Draw, count: int) -> list[tuple[str, str, int]]:
 
 @wide_family("group_sum", "data", 2, "awk")
 def group_sum(draw: Draw) -> TaskDraft:
-    source, rows = draw.word() + ".csv", _records(draw, 9)
+    source = draw.word() + ".csv"
+    rows = _records(draw, 9)
     totals: dict[str, int] = {}
     for _, group, amount in rows:
         totals[group] = totals.get(group, 0) + amount
@@ -56,11 +57,15 @@ def join_tables(draw: Draw) -> TaskDraft:
     ids = draw.rng.sample(range(100, 999), 4)
     amounts = {name: draw.rng.sample(range(1, 50), draw.number(1, 3)) for name in names}
     orders = draw.shuffled(
-        [f"{identity},{amount}" for identity, name in zip(ids, names) for amount in amounts[name]]
+        [
+            f"{identity},{amount}"
+            for identity, name in zip(ids, names, strict=True)
+            for amount in amounts[name]
+        ]
     )
     ranked = sorted(names, key=lambda name: (-sum(amounts[name]), name))
     files = {
-        "users.csv": lines("id,name", *(f"{i},{n}" for i, n in zip(ids, names))),
+        "users.csv": lines("id,name", *(f"{i},{n}" for i, n in zip(ids, names, strict=True))),
         "orders.csv": lines("user,amount", *orders),
     }
 
@@ -91,7 +96,9 @@ def join_tables(draw: Draw) -> TaskDraft:
 
 @wide_family("json_filter", "data", 3, "python3")
 def json_filter(draw: Draw) -> TaskDraft:
-    source, colours, limit = draw.word() + ".json", draw.words(2), draw.number(30, 60)
+    source = draw.word() + ".json"
+    colours = draw.words(2)
+    limit = draw.number(30, 60)
     people = [
         {"name": draw.word(), "team": {"name": draw.choose(*colours)}, "age": draw.number(20, 70)}
         for _ in range(7)
@@ -133,7 +140,8 @@ def json_set(draw: Draw) -> TaskDraft:
         outer: {inner: draw.number(1, 50), other: [draw.word(), draw.word()]},
         other: {inner: draw.number(1, 50)},
     }
-    new, item = draw.number(51, 99), draw.word()
+    new = draw.number(51, 99)
+    item = draw.word()
     changed = {outer: {inner: new, other: [*settings[outer][other], item]}, other: settings[other]}
 
     def demonstrator() -> Demonstration:
@@ -203,12 +211,14 @@ def sqlite_report(draw: Draw) -> TaskDraft:
 
 @wide_family("access_log", "data", 3, "awk")
 def access_log(draw: Draw) -> TaskDraft:
-    source, paths, code = draw.word() + ".log", draw.words(4), draw.number(500, 504)
+    source = draw.word() + ".log"
+    paths = draw.words(4)
+    code = draw.number(500, 504)
     counts = [5, 3, 2, 1]
     rows = [
         f'10.0.0.{draw.number(1, 9)} - - [05/Mar/2024] "GET /{path} HTTP/1.1" {code}'
         f" {draw.number(100, 999)}"
-        for path, count in zip(paths, counts)
+        for path, count in zip(paths, counts, strict=True)
         for _ in range(count)
     ]
     rows += [
@@ -305,7 +315,8 @@ def rejects(draw: Draw) -> TaskDraft:
 
 @wide_family("pivot", "data", 5, "python3")
 def pivot(draw: Draw) -> TaskDraft:
-    products, months = sorted(draw.words(3)), ["2024-01", "2024-02", "2024-03"]
+    products = sorted(draw.words(3))
+    months = ["2024-01", "2024-02", "2024-03"]
     cells = {(product, month): draw.number(0, 3) for product in products for month in months}
     rows = [
         f"{month}-{draw.number(1, 28):02d},{product}"

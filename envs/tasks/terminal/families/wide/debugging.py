@@ -19,7 +19,8 @@ def _program(draw: Draw) -> Program:
 @wide_family("crash", "debugging", 2, "python3", runs_agent_code=True)
 def crash(draw: Draw) -> TaskDraft:
     """A misspelt name, a missing colon, a missing import: the interpreter says where."""
-    program, module = _program(draw), draw.word()
+    program = _program(draw)
+    module = draw.word()
     code, expected = calls(program, draw.rng, module)
     inner = program.source.split(f"def {program.name}")[1]
     breaks = {"    return ": "    retrun ", "def ": "dfe ", "):\n": ")\n", "    for ": "    fro "}
@@ -42,7 +43,8 @@ def crash(draw: Draw) -> TaskDraft:
 
 @wide_family("wrong_result", "debugging", 3, "python3", runs_agent_code=True)
 def wrong_result(draw: Draw) -> TaskDraft:
-    program, module = _program(draw), draw.word()
+    program = _program(draw)
+    module = draw.word()
     code, expected = calls(program, draw.rng, module)
     bug = draw.rng.choice(program.bugs)
 
@@ -60,11 +62,9 @@ def wrong_result(draw: Draw) -> TaskDraft:
 
 @wide_family("shell_quotes", "debugging", 3, runs_agent_code=True)
 def shell_quotes(draw: Draw) -> TaskDraft:
-    folder, one, plain = (
-        f"{draw.word()} {draw.word()}",
-        f"{draw.word()} {draw.word()}.txt",
-        draw.names(1)[0],
-    )
+    folder = f"{draw.word()} {draw.word()}"
+    one = f"{draw.word()} {draw.word()}.txt"
+    plain = draw.names(1)[0]
     files = {
         f"{folder}/{one}": lines(*draw.words(draw.number(2, 4))),
         f"{folder}/{plain}": lines(*draw.words(2)),
@@ -98,7 +98,10 @@ def shell_quotes(draw: Draw) -> TaskDraft:
 
 @wide_family("makefile", "debugging", 3, "make", runs_agent_code=True)
 def makefile(draw: Draw) -> TaskDraft:
-    one, two, target, fresh = draw.word(), draw.word(), draw.word(), draw.word()
+    one = draw.word()
+    two = draw.word()
+    target = draw.word()
+    fresh = draw.word()
     files = {f"{one}.txt": lines(draw.word()), f"{two}.txt": lines(draw.word())}
     good = f"{target}.txt: {one}.txt {two}.txt\n\tcat {one}.txt {two}.txt > {target}.txt\n"
     broken = draw.choose(
@@ -137,7 +140,8 @@ def makefile(draw: Draw) -> TaskDraft:
 
 @wide_family("broken_json", "debugging", 2, "python3")
 def broken_json(draw: Draw) -> TaskDraft:
-    source, keys = draw.word() + ".json", draw.words(4)
+    source = draw.word() + ".json"
+    keys = draw.words(4)
     value = {
         keys[0]: draw.number(1, 99),
         keys[1]: [draw.word(), draw.word()],
@@ -167,7 +171,9 @@ def broken_json(draw: Draw) -> TaskDraft:
 
 @wide_family("import_cycle", "debugging", 4, "python3", runs_agent_code=True)
 def import_cycle(draw: Draw) -> TaskDraft:
-    (one, two), (price, order), rate = draw.words(2), draw.words(2), draw.number(2, 9)
+    one, two = draw.words(2)
+    price, order = draw.words(2)
+    rate = draw.number(2, 9)
     files = {
         f"{one}.py": (
             f"from {two} import {order}\n\nRATE = {rate}\n\n\ndef {price}(amount):\n    return"
@@ -217,7 +223,7 @@ def first_cause(draw: Draw) -> TaskDraft:
     times = sorted(draw.rng.sample(range(10, 60), 4))
     order = draw.shuffled(services)
     files = {}
-    for service, minute in zip(order, times):
+    for service, minute in zip(order, times, strict=True):
         rows = [
             (draw.number(0, 9), f"INFO {draw.word()} started"),
             (minute, f"ERROR {draw.word()} failed"),
@@ -241,27 +247,29 @@ def first_cause(draw: Draw) -> TaskDraft:
 @wide_family("two_modules", "debugging", 4, "python3", runs_agent_code=True)
 def two_modules(draw: Draw) -> TaskDraft:
     """Two bugs in two modules, and a third module that is right."""
-    programs, modules = draw.rng.sample(PROGRAMS, 3), draw.words(3)
+    programs = draw.rng.sample(PROGRAMS, 3)
+    modules = draw.words(3)
     bugs = [draw.rng.choice(program.bugs) for program in programs]
     order = draw.rng.sample(range(3), 3)
     files = {
         f"lib/{module}.py": program.broken(bug) if place else program.source
-        for module, program, bug, place in zip(modules, programs, bugs, order)
+        for module, program, bug, place in zip(modules, programs, bugs, order, strict=True)
     }
     hidden = [
-        calls(program, draw.rng, f"lib.{module}") for program, module in zip(programs, modules)
+        calls(program, draw.rng, f"lib.{module}")
+        for program, module in zip(programs, modules, strict=True)
     ]
 
     def demonstrator() -> Demonstration:
         yield "tail -n +1 lib/*.py"
-        for module, program, place in zip(modules, programs, order):
+        for module, program, place in zip(modules, programs, order, strict=True):
             if place:
                 yield write_file(f"lib/{module}.py", program.source)
 
     spec = lines(
         *(
             f"lib/{module}.py: {program.signature} shall {program.spec}."
-            for module, program in zip(modules, programs)
+            for module, program in zip(modules, programs, strict=True)
         )
     )
     return TaskDraft(

@@ -16,9 +16,12 @@ def _texts(draw: Draw, names: list[str], rows: int = 1) -> dict[str, str]:
 
 @wide_family("flatten", "files", 2)
 def flatten(draw: Draw) -> TaskDraft:
-    folders, target = draw.words(3), draw.word()
+    folders = draw.words(3)
+    target = draw.word()
     logs = _texts(draw, [f"{draw.rng.choice(folders)}/{name}" for name in draw.names(4, ".log")])
-    others = _texts(draw, [f"{folder}/{name}" for folder, name in zip(folders, draw.names(3))])
+    others = _texts(
+        draw, [f"{folder}/{name}" for folder, name in zip(folders, draw.names(3), strict=True)]
+    )
 
     def demonstrator() -> Demonstration:
         yield "find . -name '*.log'"
@@ -43,7 +46,9 @@ def flatten(draw: Draw) -> TaskDraft:
 @wide_family("unpack_one", "files", 2, "tar", "gzip")
 def unpack_one(draw: Draw) -> TaskDraft:
     members = _texts(draw, draw.names(5))
-    name, target, source = draw.choose(*members), draw.word(), draw.word() + ".tar.gz"
+    name = draw.choose(*members)
+    target = draw.word()
+    source = draw.word() + ".tar.gz"
     others = [other for other in members if other != name]
     files = {f"pack/{member}": text for member, text in members.items()} | {"note.txt": lines(name)}
 
@@ -130,7 +135,8 @@ def mirror(draw: Draw) -> TaskDraft:
     source, copy, inner = draw.words(3)
     names = [*draw.names(3), f"{inner}/{draw.names(1)[0]}"]
     original = _texts(draw, names)
-    stale, extra = names[0], draw.names(1)[0]
+    stale = names[0]
+    extra = draw.names(1)[0]
     old = {name: text for name, text in original.items() if name not in (names[1], names[3])} | {
         stale: lines(draw.word()),
         extra: lines(draw.word()),
@@ -196,7 +202,12 @@ def newest(draw: Draw) -> TaskDraft:
         rows = (yield f"ls -t{'' if which == 'newest' else 'r'} *.log").split()
         yield f"echo {rows[0]} > out.txt"
 
-    setup = lines(*(f"touch -d '2024-03-{day:02d} 10:00' {name}" for name, day in zip(files, days)))
+    setup = lines(
+        *(
+            f"touch -d '2024-03-{day:02d} 10:00' {name}"
+            for name, day in zip(files, days, strict=True)
+        )
+    )
     return TaskDraft(
         f"Which .log file is the {which} by its time of change? Write its name to out.txt.",
         files,
@@ -208,7 +219,8 @@ def newest(draw: Draw) -> TaskDraft:
 
 @wide_family("parts", "files", 2)
 def parts(draw: Draw) -> TaskDraft:
-    stem, count = draw.word(), draw.number(11, 14)
+    stem = draw.word()
+    count = draw.number(11, 14)
     files = {
         f"{stem}.{number}": lines(f"{draw.word()} {draw.number(100, 999)}")
         for number in range(1, count + 1)

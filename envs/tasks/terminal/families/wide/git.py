@@ -1,8 +1,7 @@
-"""Wide families about git: commit, ignore, recover, revert, cherry-pick, merge with a conflict,
-find the commit that broke something.
+"""Wide families about git: commit, ignore, recover, revert, cherry-pick, merge, bisect.
 
-Commits are made by the setup with fixed names and dates. Verifiers read by plumbing commands
-without the repository's hooks or settings.
+The setup makes commits with fixed names and dates. Verifiers read with plumbing commands and ignore
+the repository's hooks and settings.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ git config user.email agent@example.org
 
 
 def _commit(subject: str, files: Mapping[str, str | None]) -> str:
-    """Shell lines that write files (None: delete) and commit them."""
+    """Return shell lines that write files (None deletes one) and commit them."""
     steps = [
         f"git rm -q {path}" if text is None else write_file(path, text)
         for path, text in files.items()
@@ -36,12 +35,12 @@ def _text(draw: Draw, rows: int = 2) -> str:
 
 @wide_family("git_commit", "software", 2, "git")
 def git_commit(draw: Draw) -> TaskDraft:
-    (one, two), subject, first = (
-        draw.names(2),
-        f"{draw.word()} {draw.word()}",
-        f"start {draw.word()}",
-    )
-    old, kept, new = _text(draw), _text(draw), draw.word()
+    one, two = draw.names(2)
+    subject = f"{draw.word()} {draw.word()}"
+    first = f"start {draw.word()}"
+    old = _text(draw)
+    kept = _text(draw)
+    new = draw.word()
 
     def demonstrator() -> Demonstration:
         yield "git status --short; git log --oneline"
@@ -67,8 +66,11 @@ def git_commit(draw: Draw) -> TaskDraft:
 
 @wide_family("git_ignore", "software", 3, "git")
 def git_ignore(draw: Draw) -> TaskDraft:
-    source, log = draw.names(1)[0], draw.word() + ".log"
-    text, noise, first = _text(draw), _text(draw), f"start {draw.word()}"
+    source = draw.names(1)[0]
+    log = draw.word() + ".log"
+    text = _text(draw)
+    noise = _text(draw)
+    first = f"start {draw.word()}"
 
     def demonstrator() -> Demonstration:
         yield "git ls-files"
@@ -100,9 +102,11 @@ def git_ignore(draw: Draw) -> TaskDraft:
 
 @wide_family("git_recover", "software", 3, "git")
 def git_recover(draw: Draw) -> TaskDraft:
-    names, words = draw.names(3), draw.words(4)
+    names = draw.names(3)
+    words = draw.words(4)
     texts = [_text(draw) for _ in range(3)]
-    lost, later = texts[0] + lines(draw.word()), _text(draw)
+    lost = texts[0] + lines(draw.word())
+    later = _text(draw)
 
     def demonstrator() -> Demonstration:
         found = (yield f"git log --format=%h --diff-filter=D -- {names[0]}").split()
@@ -110,7 +114,7 @@ def git_recover(draw: Draw) -> TaskDraft:
 
     setup = (
         _START
-        + _commit(f"add {words[0]}", dict(zip(names, texts)))
+        + _commit(f"add {words[0]}", dict(zip(names, texts, strict=True)))
         + _commit(f"change {words[1]}", {names[0]: lost})
         + _commit(f"drop {words[2]}", {names[0]: None})
         + _commit(f"more {words[3]}", {names[1]: later})
@@ -121,7 +125,10 @@ def git_recover(draw: Draw) -> TaskDraft:
         holds(names[2], texts[2]),
         checks.subjects(
             "main",
-            *(f"{a} {b}" for a, b in zip(("more", "drop", "change", "add"), reversed(words))),
+            *(
+                f"{a} {b}"
+                for a, b in zip(("more", "drop", "change", "add"), reversed(words), strict=True)
+            ),
         ),
     ]
     return TaskDraft(
@@ -136,12 +143,11 @@ def git_recover(draw: Draw) -> TaskDraft:
 
 @wide_family("git_revert", "software", 3, "git")
 def git_revert(draw: Draw) -> TaskDraft:
-    names, subjects = (
-        draw.names(3),
-        [f"{verb} {draw.word()}" for verb in ("start", "tune", "change", "extend")],
-    )
+    names = draw.names(3)
+    subjects = [f"{verb} {draw.word()}" for verb in ("start", "tune", "change", "extend")]
     texts = [_text(draw) for _ in range(3)]
-    bad, good = texts[0] + lines(draw.word()), texts[1] + lines(draw.word())
+    bad = texts[0] + lines(draw.word())
+    good = texts[1] + lines(draw.word())
 
     def demonstrator() -> Demonstration:
         rows = (yield "git log --format='%h %s'").split("\n")
@@ -153,7 +159,7 @@ def git_revert(draw: Draw) -> TaskDraft:
 
     setup = (
         _START
-        + _commit(subjects[0], dict(zip(names, texts)))
+        + _commit(subjects[0], dict(zip(names, texts, strict=True)))
         + _commit(subjects[1], {names[0]: bad})
         + _commit(subjects[2], {names[1]: good})
         + _commit(subjects[3], {names[2]: bad})
@@ -176,7 +182,8 @@ def git_revert(draw: Draw) -> TaskDraft:
 
 @wide_family("git_pick", "software", 4, "git")
 def git_pick(draw: Draw) -> TaskDraft:
-    branch, names = draw.word(), draw.names(3)
+    branch = draw.word()
+    names = draw.names(3)
     subjects = [f"{verb} {draw.word()}" for verb in ("start", "try", "mend", "break")]
     texts = [_text(draw) for _ in range(5)]
 
@@ -186,7 +193,7 @@ def git_pick(draw: Draw) -> TaskDraft:
 
     setup = (
         _START
-        + _commit(subjects[0], dict(zip(names, texts)))
+        + _commit(subjects[0], dict(zip(names, texts[:3], strict=True)))
         + f"git checkout -q -b {branch}\n"
         + _commit(subjects[1], {names[1]: texts[3]})
         + _commit(subjects[2], {names[0]: texts[4]})
@@ -215,10 +222,14 @@ def git_pick(draw: Draw) -> TaskDraft:
 
 @wide_family("git_merge", "software", 5, "git")
 def git_merge(draw: Draw) -> TaskDraft:
-    branch, (name, other, third), (key, second) = draw.word(), draw.names(3), draw.words(2)
+    branch = draw.word()
+    name, other, third = draw.names(3)
+    key, second = draw.words(2)
     numbers = draw.rng.sample(range(10, 99), 3)
     base, ours, theirs = (lines(f"{key}={number}", f"{second}=1") for number in numbers)
-    mine, added, kept = _text(draw), _text(draw), draw.choose("main", branch)
+    mine = _text(draw)
+    added = _text(draw)
+    kept = draw.choose("main", branch)
     merged = ours if kept == "main" else theirs
 
     def demonstrator() -> Demonstration:
@@ -261,15 +272,14 @@ def git_merge(draw: Draw) -> TaskDraft:
 
 @wide_family("git_bisect", "debugging", 5, "git", "python3")
 def git_bisect(draw: Draw) -> TaskDraft:
-    module, subjects, count = (
-        draw.word(),
-        [
-            f"{verb} {draw.word()}"
-            for verb in ("add", "move", "tidy", "speed", "trim", "name", "sort", "fold")
-        ],
-        8,
-    )
-    bad, factor = draw.number(2, 6), draw.number(2, 9)
+    module = draw.word()
+    subjects = [
+        f"{verb} {draw.word()}"
+        for verb in ("add", "move", "tidy", "speed", "trim", "name", "sort", "fold")
+    ]
+    count = 8
+    bad = draw.number(2, 6)
+    factor = draw.number(2, 9)
     steps = []
     for index in range(count):
         wrong = f"{factor} * x" if index < bad else f"{factor} * x + (x > {draw.number(3, 6)})"

@@ -1,5 +1,6 @@
-"""Wide families about small code bases in Python and JavaScript: write, mend, rename, extend, test,
-release.
+"""Wide families about small code bases in Python and JavaScript.
+
+The tasks: write, repair, rename, extend, test and release.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ def _program(draw: Draw) -> Program:
 
 @wide_family("write_function", "software", 3, "python3", runs_agent_code=True)
 def write_function(draw: Draw) -> TaskDraft:
-    program, module = _program(draw), draw.word()
+    program = _program(draw)
+    module = draw.word()
     code, expected = calls(program, draw.rng, module)
 
     def demonstrator() -> Demonstration:
@@ -36,13 +38,13 @@ def write_function(draw: Draw) -> TaskDraft:
 
 @wide_family("failing_tests", "software", 4, "python3", runs_agent_code=True)
 def failing_tests(draw: Draw) -> TaskDraft:
-    """A package with a test suite of which one module's tests fail; hidden inputs of all three
-    functions decide.
-    """
-    programs, modules, package = draw.rng.sample(PROGRAMS, 3), draw.words(3), draw.word()
+    """Draw a package in which one module's tests fail; hidden inputs of all functions decide."""
+    programs = draw.rng.sample(PROGRAMS, 3)
+    modules = draw.words(3)
+    package = draw.word()
     wrong = draw.number(0, 2)
     files = {f"{package}/__init__.py": ""}
-    for index, (program, module) in enumerate(zip(programs, modules)):
+    for index, (program, module) in enumerate(zip(programs, modules, strict=True)):
         files[f"{package}/{module}.py"] = (
             program.broken(draw.rng.choice(program.bugs)) if index == wrong else program.source
         )
@@ -64,7 +66,7 @@ def failing_tests(draw: Draw) -> TaskDraft:
     files["tests/__init__.py"] = ""
     hidden = [
         calls(program, draw.rng, f"{package}.{module}")
-        for program, module in zip(programs, modules)
+        for program, module in zip(programs, modules, strict=True)
     ]
 
     def demonstrator() -> Demonstration:
@@ -85,7 +87,9 @@ def failing_tests(draw: Draw) -> TaskDraft:
 
 @wide_family("rename_function", "software", 3)
 def rename_function(draw: Draw) -> TaskDraft:
-    old, (lib, app, test), value = draw.word(), draw.words(3), draw.number(2, 9)
+    old = draw.word()
+    lib, app, test = draw.words(3)
+    value = draw.number(2, 9)
     new = f"{old}_{draw.word()}"
     files = {
         f"{lib}.py": (
@@ -125,7 +129,9 @@ def rename_function(draw: Draw) -> TaskDraft:
 
 @wide_family("add_option", "software", 4, "python3", runs_agent_code=True)
 def add_option(draw: Draw) -> TaskDraft:
-    name, words, option = draw.word(), draw.words(3), draw.word()
+    name = draw.word()
+    words = draw.words(3)
+    option = draw.word()
     effect, apply, expression = draw.rng.choice(
         [
             ("prints the words in reverse order", lambda rows: list(reversed(rows)), "words[::-1]"),
@@ -182,9 +188,13 @@ def add_option(draw: Draw) -> TaskDraft:
 
 @wide_family("write_test", "software", 5, "python3", runs_agent_code=True)
 def write_test(draw: Draw) -> TaskDraft:
-    """The agent's test must accept the right module, also laid out anew, and refuse each wrong one."""
+    """Draw a task to write a test that accepts the right module and refuses each wrong one.
+
+    The test must also accept the right module in another layout.
+    """
     program = _program(draw)
-    module, test = draw.word(), f"test_{draw.word()}.py"
+    module = draw.word()
+    test = f"test_{draw.word()}.py"
     source = program.source
     anew = f"# {draw.word()}\n{source}\n\n_unused = {draw.number(1, 99)}\n"
 
@@ -223,21 +233,17 @@ def write_test(draw: Draw) -> TaskDraft:
 
 @wide_family("version_bump", "software", 3, "python3")
 def version_bump(draw: Draw) -> TaskDraft:
-    package, (major, minor, patch) = (
-        draw.word(),
-        (draw.number(0, 3), draw.number(0, 20), draw.number(1, 20)),
-    )
+    package = draw.word()
+    major, minor, patch = (draw.number(0, 3), draw.number(0, 20), draw.number(1, 20))
     part = draw.choose("major", "minor", "patch")
     new = {
         "major": f"{major + 1}.0.0",
         "minor": f"{major}.{minor + 1}.0",
         "patch": f"{major}.{minor}.{patch + 1}",
     }[part]
-    old, day, change = (
-        f"{major}.{minor}.{patch}",
-        f"2024-0{draw.number(1, 9)}-1{draw.number(0, 9)}",
-        f"- {draw.word()} {draw.word()}",
-    )
+    old = f"{major}.{minor}.{patch}"
+    day = f"2024-0{draw.number(1, 9)}-1{draw.number(0, 9)}"
+    change = f"- {draw.word()} {draw.word()}"
     files = {
         "pyproject.toml": f'[project]\nname = "{package}"\nversion = "{old}"\n',
         f"{package}/__init__.py": f'__version__ = "{old}"\n',
@@ -297,8 +303,9 @@ _SCRIPTS = {
 
 
 def _javascript(draw: Draw) -> tuple[str, str, str, str, list[str]]:
-    """(function, spec, right source, wrong source, checks); the inputs have duplicates, a 10, and
-    numbers that sort differently as text.
+    """Draw a module: (name, specification, right source, wrong source, checks).
+
+    The inputs have duplicates, a 10, and numbers that sort differently as text.
     """
     name = draw.choose(*_SCRIPTS)
     spec, body, bugs, reference = _SCRIPTS[name]

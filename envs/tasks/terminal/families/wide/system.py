@@ -1,5 +1,6 @@
-"""Wide families about the administration of a machine: permissions, settings, schedules, units,
-rotation, accounts, ports, backups.
+"""Wide families about the administration of a machine.
+
+The subjects: permissions, settings, schedules, units, log rotation, accounts, ports and backups.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ def open_permissions(draw: Draw) -> TaskDraft:
         yield f"find {root} -type f -perm -o=w -exec chmod o-w {{}} +"
         yield f"find {root} -type f -printf '%m %p\\n'"
 
-    setup = lines(*(f"chmod {mode:o} {path}" for path, mode in zip(files, modes)))
+    setup = lines(*(f"chmod {mode:o} {path}" for path, mode in zip(files, modes, strict=True)))
     found = [
-        *(checks.permissions(path, mode & ~0o002) for path, mode in zip(files, modes)),
+        *(checks.permissions(path, mode & ~0o002) for path, mode in zip(files, modes, strict=True)),
         *unchanged(files),
     ]
     return TaskDraft(
@@ -48,7 +49,8 @@ def open_permissions(draw: Draw) -> TaskDraft:
 
 @wide_family("release_link", "system", 3)
 def release_link(draw: Draw) -> TaskDraft:
-    stem, major = draw.word(), draw.number(1, 4)
+    stem = draw.word()
+    major = draw.number(1, 4)
     minors = [*draw.rng.sample(range(2, 10), 2), *draw.rng.sample(range(10, 30), 2)]
     versions = draw.shuffled([f"{major}.{minor}.{draw.number(0, 9)}" for minor in minors])
     newest = max(versions, key=lambda version: [int(part) for part in version.split(".")])
@@ -72,11 +74,14 @@ def release_link(draw: Draw) -> TaskDraft:
 
 @wide_family("biggest_file", "system", 2)
 def biggest_file(draw: Draw) -> TaskDraft:
-    root, folders = draw.word(), draw.words(3)
+    root = draw.word()
+    folders = draw.words(3)
     sizes = draw.rng.sample(range(100, 4000), 5)
+    places = [*folders, *folders[:2]]
+    names = draw.names(5, ".log")
     files = {
         f"{root}/{folder}/{name}": "x" * size + "\n"
-        for folder, name, size in zip([*folders, *folders], draw.names(5, ".log"), sizes)
+        for folder, name, size in zip(places, names, sizes, strict=True)
     }
     answer = max(files, key=lambda path: len(files[path]))
 
@@ -96,7 +101,8 @@ def biggest_file(draw: Draw) -> TaskDraft:
 @wide_family("daemon_setting", "system", 3)
 def daemon_setting(draw: Draw) -> TaskDraft:
     keys = [word.capitalize() for word in draw.words(4)]
-    key, value = keys[0], str(draw.number(100, 999))
+    key = keys[0]
+    value = str(draw.number(100, 999))
     style = draw.choose("commented", "active", "both")
     old = {
         "commented": [f"#{key} yes"],
@@ -108,10 +114,8 @@ def daemon_setting(draw: Draw) -> TaskDraft:
         "active": [f"{key} {value}"],
         "both": [old[0], f"{key} {value}"],
     }[style]
-    before, after = (
-        [f"{keys[1]} {draw.number(1, 9)}", f"#{keys[2]} {draw.word()}"],
-        [f"{keys[3]}{key} {draw.number(1, 9)}"],
-    )
+    before = [f"{keys[1]} {draw.number(1, 9)}", f"#{keys[2]} {draw.word()}"]
+    after = [f"{keys[3]}{key} {draw.number(1, 9)}"]
 
     def demonstrator() -> Demonstration:
         found = (yield f"grep -n '{key} ' daemon.conf").split("\n")
@@ -135,7 +139,8 @@ def daemon_setting(draw: Draw) -> TaskDraft:
 
 @wide_family("rotate", "system", 3)
 def rotate(draw: Draw) -> TaskDraft:
-    stem, count = draw.word(), draw.number(2, 4)
+    stem = draw.word()
+    count = draw.number(2, 4)
     files = {
         f"{stem}.log": lines(draw.word()),
         **{
@@ -210,7 +215,9 @@ def login_users(draw: Draw) -> TaskDraft:
 
 @wide_family("schedule", "system", 3)
 def schedule(draw: Draw) -> TaskDraft:
-    script, minute, hour = draw.word() + ".sh", draw.number(0, 59), draw.number(0, 23)
+    script = draw.word() + ".sh"
+    minute = draw.number(0, 59)
+    hour = draw.number(0, 23)
     when, fields = draw.rng.choice(
         [
             (f"every day at {hour:02d}:{minute:02d}", f"{minute} {hour} * * *"),
@@ -293,11 +300,12 @@ def service_unit(draw: Draw) -> TaskDraft:
 
 @wide_family("heaviest_process", "system", 2, "awk")
 def heaviest_process(draw: Draw) -> TaskDraft:
-    users, numbers = draw.words(3), draw.rng.sample(range(100, 9999), 8)
+    users = draw.words(3)
+    numbers = draw.rng.sample(range(100, 9999), 8)
     memory = draw.rng.sample(range(10, 900), 8)
     rows = [
         (draw.choose(*users[:2]), number, size / 10, draw.word())
-        for number, size in zip(numbers, memory)
+        for number, size in zip(numbers, memory, strict=True)
     ]
     rows[0] = (users[0], *rows[0][1:])
     rows.append((users[2], 99, 95.0, draw.word()))  # the heaviest of all is another user's
@@ -332,7 +340,7 @@ def port_conflict(draw: Draw) -> TaskDraft:
     base = draw.number(2000, 8000)
     ports = {
         service: base + offset
-        for service, offset in zip(services, draw.rng.sample([0, 1, 3, 20], 4))
+        for service, offset in zip(services, draw.rng.sample([0, 1, 3, 20], 4), strict=True)
     }
     first, second = sorted(draw.rng.sample(services, 2))
     ports[second] = ports[first]
@@ -353,7 +361,8 @@ def port_conflict(draw: Draw) -> TaskDraft:
         for row in sorted(rows):
             path, port = row.split(":port=")
             if int(port) in seen:
-                clash, used = path, int(port)
+                clash = path
+                used = int(port)
             seen[int(port)] = path
         free_port = next(number for number in range(used + 1, used + 30) if number not in seen)
         yield f"sed -i s/^port=.*/port={free_port}/ {clash}"

@@ -1,6 +1,4 @@
-"""Wide families about text: fields, words, dates, templates, sections, sets of lines, encodings,
-links.
-"""
+"""Wide families about text: fields, words, dates, templates, sections, lines, encodings, links."""
 
 from __future__ import annotations
 
@@ -13,7 +11,9 @@ from envs.tasks.terminal.task import Demonstration, Draw, TaskDraft, holds, line
 
 @wide_family("unique_field", "text", 2)
 def unique_field(draw: Draw) -> TaskDraft:
-    source, kinds, number = draw.input(), draw.words(4), draw.number(2, 3)
+    source = draw.input()
+    kinds = draw.words(4)
+    number = draw.number(2, 3)
     rows = [
         [draw.word(), draw.rng.choice(kinds), draw.rng.choice(kinds), str(draw.number(1, 99))]
         for _ in range(10)
@@ -38,9 +38,12 @@ def unique_field(draw: Draw) -> TaskDraft:
 
 @wide_family("most_frequent", "text", 3)
 def most_frequent(draw: Draw) -> TaskDraft:
-    source, words = draw.input(), draw.words(8)
+    source = draw.input()
+    words = draw.words(8)
     counts = [7, 5, *(draw.number(1, 4) for _ in range(6))]
-    text = draw.shuffled([word for word, count in zip(words, counts) for _ in range(count)])
+    text = draw.shuffled(
+        [word for word, count in zip(words, counts, strict=True) for _ in range(count)]
+    )
     rows = [" ".join(text[start : start + 6]) for start in range(0, len(text), 6)]
 
     def demonstrator() -> Demonstration:
@@ -64,13 +67,13 @@ def iso_dates(draw: Draw) -> TaskDraft:
     old = lines(
         *(
             f"{a} {day:02d}.{month:02d}.{year} {b} 1.5"
-            for (day, month, year), a, b in zip(dates, words, words[5:])
+            for (day, month, year), a, b in zip(dates, words[:5], words[5:], strict=True)
         )
     )
     new = lines(
         *(
             f"{a} {year}-{month:02d}-{day:02d} {b} 1.5"
-            for (day, month, year), a, b in zip(dates, words, words[5:])
+            for (day, month, year), a, b in zip(dates, words[:5], words[5:], strict=True)
         )
     )
 
@@ -89,14 +92,15 @@ def iso_dates(draw: Draw) -> TaskDraft:
 
 @wide_family("template", "text", 3)
 def template(draw: Draw) -> TaskDraft:
-    keys, values = draw.words(3), [f"{draw.word()}/{draw.number(10, 99)}" for _ in range(3)]
+    keys = draw.words(3)
+    values = [f"{draw.word()}/{draw.number(10, 99)}" for _ in range(3)]
     row = [f"{draw.word()} {{{{{key}}}}} {draw.word()}" for key in (*keys, keys[0])]
     filled = lines(*row)
-    for key, value in zip(keys, values):
+    for key, value in zip(keys, values, strict=True):
         filled = filled.replace(f"{{{{{key}}}}}", value)
     files = {
         "letter.tmpl": lines(*row),
-        "values.txt": lines(*(f"{key}={value}" for key, value in zip(keys, values))),
+        "values.txt": lines(*(f"{key}={value}" for key, value in zip(keys, values, strict=True))),
     }
 
     def demonstrator() -> Demonstration:
@@ -115,7 +119,8 @@ def template(draw: Draw) -> TaskDraft:
 
 @wide_family("section", "text", 3)
 def section(draw: Draw) -> TaskDraft:
-    source, names = draw.word() + ".ini", draw.words(4)
+    source = draw.word() + ".ini"
+    names = draw.words(4)
     bodies = {
         name: [f"{draw.word()}={draw.number(1, 99)}" for _ in range(draw.number(2, 4))]
         for name in names
@@ -137,7 +142,8 @@ def section(draw: Draw) -> TaskDraft:
 
 @wide_family("missing_lines", "text", 2)
 def missing_lines(draw: Draw) -> TaskDraft:
-    (one, two), rows = draw.names(2), [f"{draw.word()} {draw.number(10, 99)}" for _ in range(10)]
+    one, two = draw.names(2)
+    rows = [f"{draw.word()} {draw.number(10, 99)}" for _ in range(10)]
     kept = draw.rng.sample(rows, 6)
     answer = [row for row in rows if row not in kept]
     files = {one: lines(*rows), two: lines(*kept, f"{draw.word()} {draw.number(10, 99)}")}
@@ -229,13 +235,18 @@ def links(draw: Draw) -> TaskDraft:
 
 @wide_family("number_headings", "text", 4, "awk")
 def number_headings(draw: Draw) -> TaskDraft:
-    source, rows, numbered, chapter = draw.word() + ".md", [], [], 0
+    source = draw.word() + ".md"
+    rows = []
+    numbered = []
+    chapter = 0
     for _ in range(3):
-        chapter, title = chapter + 1, draw.word()
+        chapter = chapter + 1
+        title = draw.word()
         rows.append(f"# {title}")
         numbered.append(f"# {chapter} {title}")
         for part in range(1, draw.number(1, 3) + 1):
-            title, body = draw.word(), f"{draw.word()} {draw.number(10, 99)}"
+            title = draw.word()
+            body = f"{draw.word()} {draw.number(10, 99)}"
             rows += [f"## {title}", body]
             numbered += [f"## {chapter}.{part} {title}", body]
 
