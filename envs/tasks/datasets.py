@@ -1,14 +1,14 @@
-"""Data sets of tasks in the forms in which they are handed round: a folder, a registry of Harbor's,
-a parquet file, a file of SWE-bench instances.
+"""Data sets of tasks in the published forms.
 
-    load_files("tasks/")                            a folder of Harbor or Terminal-Bench 1 tasks
-    load_files("registry.json:my-dataset@1.0")      a registry: tasks by path, or by git repository, commit and path
-    load_files("train.parquet")                     one task an archive (task_id and archive, or path and task_binary), or SWE-bench rows
-    load_files("verified.jsonl")                    SWE-bench rows, JSON Lines or one list
+   load_files("tasks/")                            a folder of Harbor or Terminal-Bench 1 tasks
+    load_files("registry.json:my-dataset@1.0")      a registry of Harbor's: tasks by path, or by git
+    repository, commit and path load_files("train.parquet")                     SWE-bench rows, or
+    one archive a task (task_id and archive, or path and task_binary) load_files("verified.jsonl")
+    SWE-bench rows, JSON Lines or one list
 
-Nothing is fetched from a network unless `fetch` is True. What lies in a git repository is read at
-the commit that the registry names, never at a branch, and a `digest` beside a task pins its files
-whatever they come from.
+Nothing is fetched from a network unless `fetch` is True. Tasks in a git repository are read at the
+commit that the registry names, never at a branch. A `digest` beside a task pins its files, wherever
+they come from.
 """
 
 from __future__ import annotations
@@ -50,11 +50,15 @@ _WITH_DATASET = re.compile(r"(?P<file>.+\.json):(?P<name>[^:]+?)(?:@(?P<version>
 def load_files(
     dataset: str, faults: list[TaskError] | None = None, fetch: bool = False
 ) -> list[HarborTask]:
-    """The tasks of a folder or a file, see above.
+    """Load the tasks of a folder or a file; the module describes the forms.
 
-    With `faults` a list, malformed tasks are put there instead of raised.
+    Args:
+      dataset: the path; for a registry with the data set's name and version.
+      faults: a list to which malformed tasks are added as errors instead of being raised.
+      fetch: whether git may fetch repositories.
 
-    Raises TaskError, which names the file, and the row or the line in it.
+    Raises:
+      TaskError: a task or the file is malformed; names the file, and the row or line in it.
     """
     match = _WITH_DATASET.fullmatch(dataset)
     file = pathlib.Path(match["file"] if match else dataset)
@@ -86,8 +90,9 @@ def load_files(
 
 
 def task_digest(files: Files) -> str:
-    """ "sha256:" and 64 digits over the paths, permissions and contents of a task's files: what a
-    registry may pin.
+    """Return "sha256:" and a digest over the paths, permissions and contents of a task's files.
+
+    A registry may pin a task by it.
     """
     whole = hashlib.sha256()
     for path, (content, mode) in sorted(files.items()):
@@ -106,9 +111,9 @@ def _load_from(
     fault: Callable[[str], TaskError],
     digest: str | None = None,
 ) -> HarborTask:
-    """The task of these files.
+    """Load the task in these files.
 
-    `origin` is named as its path; the errors of its own files name them below the task.
+    `origin` becomes the task's path. Errors about its files name them relative to the task.
     """
     if digest is not None and task_digest(files) != digest:
         raise fault(f"its files have the digest {task_digest(files)}, and {digest} is asked for")
@@ -199,9 +204,10 @@ def _load_archive(row: Row, name_column: str, archive_column: str) -> HarborTask
 
 
 def unpack(content: bytes, fault: Callable[[str], TaskError]) -> dict[str, tuple[bytes, int]]:
-    """The regular files of a tar, compressed by gzip or not.
+    """Return the regular files of a tar, which may be compressed by gzip.
 
-    Refused: links, devices, places outside, more than a task folder may have.
+    Raises:
+      TaskError: a link, a device, a path outside the archive, or more than a task folder may hold.
     """
     files: dict[str, tuple[bytes, int]] = {}
     left = MAX_FOLDER_BYTES
@@ -253,13 +259,14 @@ def _above(path: str) -> set[str]:
 
 
 class _Bounded(io.RawIOBase):
-    """Reads no more than so many bytes: a small archive can stand for a huge one."""
+    """A reader that fails after so many bytes, because a small archive can unpack to a huge one."""
 
     def __init__(self, inner: Any, limit: int) -> None:
         self._inner = inner
         self._left = limit
 
     def read(self, size: int = -1) -> bytes:
+        """Read like the inner file. Raises ValueError beyond the limit."""
         data = self._inner.read(self._left + 1 if size < 0 else min(size, self._left + 1))
         self._left -= len(data)
         if self._left < 0:
@@ -279,13 +286,14 @@ def _is_registry(file: pathlib.Path) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Where something of a registry stands, for messages."""
+    """The place of something in a registry, for messages."""
 
     file: pathlib.Path
     line: int
     name: str
 
     def fault(self, message: str) -> TaskError:
+        """Return an error about this place."""
         return TaskError(self.file, self.line, f"{self.name}: {message}")
 
 
@@ -296,9 +304,10 @@ def load_registry(
     faults: list[TaskError] | None = None,
     fetch: bool = False,
 ) -> list[HarborTask]:
-    """A data set of a registry, by name and version.
+    """Load a data set of a registry.
 
-    Without a version the only one; without a name the only data set.
+    Without a version the data set must have only one, and without a name it must be the only one.
+    The other arguments are those of `load_files`.
     """
     text = read_text(file, MAX_REGISTRY_BYTES)
     value = parse_json(file, text.encode(), 1)
@@ -346,7 +355,7 @@ def load_registry(
 
 
 def _line_of(text: str, entry: Any) -> int:
-    """Where an entry's name is first written; JSON's parser keeps no lines."""
+    """Return the line where an entry's name is first written; the JSON parser keeps no lines."""
     name = entry.get("name") if isinstance(entry, Mapping) else None
     match = (
         re.search(r'"name"\s*:\s*' + re.escape(f'"{name}"'), text)
@@ -402,8 +411,9 @@ def _load_registered(place: _Place, entry: Any, fetch: bool) -> HarborTask:
 
 
 def _repository(place: _Place, url: str, commit: str, fetch: bool) -> pathlib.Path:
-    """A local repository is read where it is; another is fetched, where that is asked for, and
-    kept.
+    """Return a local copy of a repository.
+
+    A local one is read in place. Another one is fetched if `fetch` allows it, and kept.
     """
     local = (
         pathlib.Path(url.removeprefix("file://"))

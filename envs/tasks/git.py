@@ -1,5 +1,6 @@
-"""Reading files out of git repositories that strangers made, by git itself, without checking
-anything out and without their settings having a say.
+"""Reading of files from untrusted git repositories, with git itself and without a checkout.
+
+The repositories' settings have no effect.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ PROTOCOLS = "https:ssh:git"
 
 
 class RepositoryError(ValueError):
-    """The repository lacks what is asked of it, a patch does not apply, or git failed; in git's own
-    words.
+    """The repository lacks something, a patch does not apply, or git failed.
+
+    The message is git's own.
     """
 
 
 def is_repository(path: pathlib.Path) -> bool:
+    """Return whether a path is a git repository, bare or with a working tree."""
     return (path / ".git").exists() or (path / "objects").is_dir()
 
 
@@ -30,16 +33,21 @@ def git(
     scratch: pathlib.Path | None = None,
     protocols: str = "none",
 ) -> bytes:
-    """What git prints.
+    """Run git and return its output.
 
-    Neither the user's nor the system's settings have a part in it, nor do hooks and monitors that
-    the repository names.
+    The user's and the system's settings, and hooks and monitors that the repository names, have no
+    effect.
 
     Args:
-      scratch: a folder with `objects` in it: where an index and new objects are kept, so that the
-        repository itself stays as it is.
-      protocols: by which git may reach other repositories, with colons between them.
-    Raises: RepositoryError, for a timeout too.
+      repository: the folder in which git runs.
+      *arguments: the command and its arguments.
+      stdin: the input.
+      scratch: a folder with `objects` in it for an index and new objects, so that the repository
+        itself stays unchanged.
+      protocols: the protocols by which git may reach other repositories, separated by colons.
+
+    Raises:
+      RepositoryError: git is missing, failed or did not end in time.
     """
     environment = {
         "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
@@ -115,7 +123,7 @@ def git(
 
 
 def files_at(repository: pathlib.Path, commit: str) -> dict[str, tuple[str, int]]:
-    """path -> (blob, permissions) of the regular files of a commit."""
+    """Return path -> (blob, permissions) of the regular files of a commit."""
     return {
         path: (blob, 0o755 if mode == "100755" else 0o644)
         for path, (mode, blob) in entries_at(repository, commit).items()
@@ -124,8 +132,9 @@ def files_at(repository: pathlib.Path, commit: str) -> dict[str, tuple[str, int]
 
 
 def entries_at(repository: pathlib.Path, commit: str) -> dict[str, tuple[str, str]]:
-    """path -> (mode, object) of all that a commit holds: files, links (120000) and submodules
-    (160000).
+    """Return path -> (mode, object) of all entries of a commit.
+
+    These are files, links (mode 120000) and submodules (160000).
     """
     rows = [
         row.partition(b"\t")
@@ -141,6 +150,7 @@ def entries_at(repository: pathlib.Path, commit: str) -> dict[str, tuple[str, st
 def content_of(
     repository: pathlib.Path, blob: str, path: str, scratch: pathlib.Path | None = None
 ) -> bytes:
+    """Return the content of a blob. Raises RepositoryError if it is too large."""
     size = int(git(repository, "cat-file", "-s", blob, scratch=scratch))
     if size > MAX_FILE_BYTES:
         raise RepositoryError(
@@ -152,9 +162,10 @@ def content_of(
 def files_below(
     repository: pathlib.Path, commit: str, folder: str, max_bytes: int, max_files: int
 ) -> dict[str, tuple[bytes, int]]:
-    """Path below the folder -> (content, permissions) at a commit.
+    """Return the files below a folder at a commit: path below the folder -> (content, permissions).
 
-    RepositoryError where there is anything but regular files, or too much.
+    Raises:
+      RepositoryError: there is anything but regular files, or too much.
     """
     prefix = f"{folder}/" if folder not in ("", ".") else ""
     entries = {
@@ -188,9 +199,9 @@ def files_below(
 
 
 def fetch_commit(target: pathlib.Path, url: str, commit: str) -> None:
-    """Fetches one commit into a bare repository at `target`, which is made.
+    """Fetch one commit into a bare repository at `target`, which is created if missing.
 
-    The server must give commits by id, as the large hosts do.
+    The server must provide commits by id, as the large hosts do.
     """
     if not is_repository(target):
         target.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """Rows of a data set's file: JSON Lines, a JSON list of objects, or parquet.
 
-Each comes with the place that an error about it names.
+Each row knows its place, which errors about it name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ BATCH_ROWS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """`line` counts from 1, and is 0 where rows have none (parquet); `number` counts rows from 1."""
+    """One row of a file.
+
+    `line` counts from 1 and is 0 where rows have no lines (parquet); `number` counts rows from 1.
+    """
 
     file: pathlib.Path
     number: int
@@ -29,10 +32,11 @@ class Row:
     values: Mapping[str, Any]
 
     def fault(self, message: str) -> TaskError:
+        """Return an error about this row."""
         return TaskError(self.file, self.line, f"row {self.number}: {message}")
 
     def text(self, key: str, default: str | None = None) -> str:
-        """A field of text; required unless it has a default. TaskError otherwise."""
+        """Return a text field. Raises TaskError if it is no text, or missing without a default."""
         value = self.values.get(key)
         if value is None:
             if default is None:
@@ -50,6 +54,7 @@ class Row:
         return value
 
     def binary(self, key: str) -> bytes:
+        """Return a field of bytes. Raises TaskError."""
         value = self.values.get(key)
         if not isinstance(value, bytes):
             raise self.fault(f"{key} is a {type(value).__name__}, and must be bytes")
@@ -57,9 +62,10 @@ class Row:
 
 
 def read_rows(file: pathlib.Path) -> Iterator[Row]:
-    """The rows of a .jsonl, .json or .parquet file.
+    """Yield the rows of a .jsonl, .json or .parquet file.
 
-    Raises TaskError, with the line where there is one.
+    Raises:
+      TaskError: the file cannot be read; names the line where there is one.
     """
     try:
         size = file.stat().st_size
@@ -103,7 +109,7 @@ def _row(file: pathlib.Path, number: int, line: int, value: Any) -> Row:
 
 
 def parse_json(file: pathlib.Path, content: bytes, line: int) -> Any:
-    """`line`: where the content begins in its file. TaskError where it is not JSON."""
+    """Parse JSON that begins at `line` of a file. Raises TaskError."""
     try:
         return json.loads(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -161,9 +167,11 @@ def collect_tasks(
     faults: list[TaskError] | None,
     loads: Iterable[tuple[Callable[[str], TaskError], Callable[[], HarborTask]]],
 ) -> list[HarborTask]:
-    """What the loads give, each name once.
+    """Load tasks, of which no two may have the same name.
 
-    Faults are raised, or kept where there is a list for them.
+    Args:
+      faults: a list to which faults are added instead of being raised.
+      loads: for each task a function that makes errors about it, and one that loads it.
     """
     tasks: dict[str, HarborTask] = {}
     for fault, load in loads:

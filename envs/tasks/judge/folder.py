@@ -1,5 +1,6 @@
-"""Makes the tests folder of a task that is graded by Python tests: the judge, its runner, what must
-pass, and the tests themselves.
+"""The tests folder of a task that is graded by Python tests.
+
+It holds the judge, its runner, the ids of the tests that must pass, and the tests themselves.
 """
 
 from __future__ import annotations
@@ -38,24 +39,30 @@ def judge_files(
     python: Sequence[str] = ("python3",),
     bring_pytest: bool = True,
 ) -> dict[str, tuple[bytes, int]]:
-    """The tests folder: test.sh and what it needs.
+    """Return the tests folder: test.sh and the files that it needs.
 
-    It is run in the folder of the package, as the task's working directory.
+    test.sh runs in the folder of the package, which must be the task's working directory.
 
     Args:
-      framework: of FRAMEWORKS.
-      tests: ids that must be run and pass: node ids of pytest, dotted names of unittest.
-      files: laid over the agent's before the tests run: the tests themselves and what configures
-        them.
-      targets: what is run: folders to discover (unittest), files or node ids (pytest).
-      control_folder: of the tests, where the two control tests are put for the time of the grading.
-      keep: paths of files that configure tests (conftest.py and the like) and are the package's
-        own; others are removed. Those of `files` are kept anyway.
-      remove: paths that the tests need gone.
+      framework: one of FRAMEWORKS.
+      tests: the ids of the tests that must run and pass: node ids of pytest, dotted names of
+        unittest.
+      files: files that replace the agent's before the tests run: the tests themselves and what
+        configures them.
+      targets: the arguments of the framework: folders to discover (unittest), files or node ids
+        (pytest).
+      control_folder: a folder of the tests, which gets the two control tests during grading.
+      keep: files that configure tests (conftest.py and the like) and belong to the package; other
+        such files are removed. Those of `files` are kept anyway.
+      remove: paths that must not exist for the tests.
       timeout: seconds for all tests.
-      python: the command that runs them; the judge itself is run by the first python3 of the image.
-      bring_pytest: carry the pytest of this process's environment along, for an interpreter that
-        has none.
+      python: the command that runs the tests; the judge itself runs with the first python3 of the
+        image.
+      bring_pytest: include the pytest of this process's environment, for an interpreter without
+        one.
+
+    Raises:
+      ValueError: the framework is unknown.
     """
     if framework not in FRAMEWORKS:
         raise ValueError(f"framework {framework!r} is none of {', '.join(FRAMEWORKS)}")
@@ -84,7 +91,7 @@ def judge_files(
 
 
 def pack(files: Mapping[str, tuple[bytes, int]]) -> bytes:
-    """A compressed tar; equal files give equal bytes."""
+    """Return a compressed tar of the files; equal files give equal bytes."""
     buffer = io.BytesIO()
     with (
         gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0, compresslevel=6) as compressed,
@@ -100,7 +107,10 @@ def pack(files: Mapping[str, tuple[bytes, int]]) -> bytes:
 
 @functools.cache
 def pytest_archive() -> bytes:
-    """pytest and what it imports, out of this process's environment: pure Python all of it."""
+    """Return an archive of pytest and its dependencies from this process's environment.
+
+    All of them are pure Python.
+    """
     files = {}
     for name in PYTEST_PARTS:
         found = importlib.util.find_spec(name)

@@ -1,15 +1,17 @@
-"""Runs inside the sandbox, as /tests/judge.py: brings the tests back, runs them in a process of
-their own and writes the reward when none of it lives.
+"""The judge; runs inside the sandbox as /tests/judge.py.
 
-The code under test is the agent's and shares the tests' process, so nothing that it prints, and no
-exit code, counts. Counted is what runner.py reports by a pipe, each line signed with a key that is
-gone from its standard input before the agent's code is imported; and of it only what is complete.
-Two tests with names drawn now, one that must pass and one that must fail, run among the others: who
-changes the outcome of tests (a conftest, a patched assert, a hook) changes theirs. What is left:
-code written against this very file could look for the key in its own process's memory.
+It restores the tests, runs them in another process, and writes the reward when none of their
+processes lives any more.
 
-Only the standard library; Python 3.8 and newer. Exit code 0 whatever the verdict; anything else is
-this judge's own death.
+The code under test belongs to the agent and shares the tests' process, so neither its output nor an
+exit code counts. Only complete reports of runner.py count: it sends them through a pipe, each line
+signed with a key that is removed from its standard input before the agent's code is imported. Two
+control tests with random names run among the others; one must pass and one must fail. Whatever
+changes the outcomes of tests (a conftest, a patched assert, a hook) changes theirs too. One way
+remains: code written against this very file could search its own process's memory for the key.
+
+Only the standard library; Python 3.8 and newer. The exit code is 0 whatever the verdict; any other
+exit code means that the judge itself died.
 """
 
 import ctypes
@@ -51,6 +53,7 @@ RUNNER_FILES = (
 
 
 def main():
+    """Grade the package in the working directory and write the reward."""
     prctl = ctypes.CDLL(None).prctl
     prctl(
         PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0
@@ -76,8 +79,9 @@ def main():
 
 
 def bring_back(root, spec):
-    """The tests and what configures them as the task has them, whatever lies there now; what the
-    agent added of the latter is removed.
+    """Restore the tests and the files that configure them, whatever lies there now.
+
+    Configuration files that the agent added are removed.
     """
     keep = set(spec["keep"])
     for folder, names, files in os.walk(str(root)):
@@ -104,8 +108,9 @@ def bring_back(root, spec):
 
 
 def place(root, path):
-    """Where a file lies below the root; links and files in its way, which could lead elsewhere, are
-    removed, and its folders made.
+    """Return the location of a file below the root, and make its folders.
+
+    Links and files in its way, which could lead elsewhere, are removed.
     """
     target = root
     for part in pathlib.PurePosixPath(path).parts[:-1]:
@@ -118,7 +123,7 @@ def place(root, path):
 
 
 def write_controls(root, framework, folder):
-    """{test id: outcome that it must have} of two tests that nobody could know before."""
+    """Write two tests with unpredictable names; return {test id: outcome that it must have}."""
     name, good, bad = (
         "%s_%s" % (prefix, secrets.token_hex(6)) for prefix in ("test", "test", "test")
     )
@@ -146,7 +151,11 @@ def write_controls(root, framework, folder):
 
 
 def run_tests(root, spec, controls):
-    """([(test id, outcome)], the end of what was printed, why it does not count or "")."""
+    """Run the tests.
+
+    Returns:
+      ([(test id, outcome)], the end of the output, why the run does not count or "").
+    """
     key = secrets.token_bytes(32)
     read, write = os.pipe()
     with tempfile.TemporaryFile() as log:
@@ -190,8 +199,10 @@ def run_tests(root, spec, controls):
 
 
 def collect(read, child, deadline):
-    """(what came by the pipe until it was closed or the tests' process ended, whether the deadline
-    passed first).
+    """Read the pipe until it is closed or the tests' process has ended.
+
+    Returns:
+      (the data, whether the deadline passed first).
     """
     data = bytearray()
     with os.fdopen(read, "rb", 0) as pipe:
@@ -211,8 +222,9 @@ def collect(read, child, deadline):
 
 
 def end_all(child):
-    """Kills whatever the tests started and waits for its end; what cannot be ended ends this
-    grading.
+    """Kill every process that the tests started, and wait for their end.
+
+    A process that cannot be killed ends this grading.
     """
     deadline = time.monotonic() + END_SECONDS
     while time.monotonic() < deadline:
@@ -233,8 +245,9 @@ def end_all(child):
 
 
 def children():
-    """Process ids of all that have this process as parent; none where /proc cannot be read (the
-    landlock tier).
+    """Return the ids of this process's children, or [] where /proc cannot be read.
+
+    That is the case in the landlock tier.
     """
     found = []
     try:
@@ -254,10 +267,12 @@ def children():
 
 
 def read_reports(data, key):
-    """([(test id, outcome)], fault or "").
+    """Check the reports: each line is its signature, a space and JSON [number, id, outcome].
 
-    Each line is its signature, a space and JSON [number, id, outcome]; the last one is [number,
-    null, "end"].
+    The last one is [number, null, "end"].
+
+    Returns:
+      ([(test id, outcome)], fault or "").
     """
     found = []
     for number, row in enumerate(data.split(b"\n")[:-1]):
@@ -284,9 +299,7 @@ def read_reports(data, key):
 
 
 def judge(reports, tests, controls):
-    """Faults, none where every test of `tests` was run and passed, and the controls ended as they
-    must.
-    """
+    """Return the faults: tests that were not run or did not pass, and wrong controls."""
     outcomes = {}
     for name, outcome in reports:
         outcomes.setdefault(name, set()).add(outcome)

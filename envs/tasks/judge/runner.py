@@ -1,9 +1,9 @@
-"""Runs inside the sandbox, as /tests/runner.py, in the process that also runs the agent's code:
-runs the tests and reports each outcome by a pipe.
+"""The test runner of the judge; runs inside the sandbox as /tests/runner.py.
 
-Everything that is needed here is imported before the agent's folder is on the path, so that a
-json.py, a pytest.py or a unittest.py there stands for nothing. `python runner.py --list FRAMEWORK
-TARGET...` prints each test and its outcome instead, unsigned: how a task's author learns them.
+It shares its process with the agent's code, runs the tests and reports each outcome through a pipe.
+All modules that it needs are imported before the agent's folder is on the path, so a json.py, a
+pytest.py or a unittest.py there has no effect. `python runner.py --list FRAMEWORK TARGET...` prints
+each test and its outcome instead, unsigned, for the author of a task.
 """
 
 import hashlib
@@ -17,9 +17,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def reporter(key, fd):
-    """A function (test id, outcome) -> None that signs and sends.
+    """Return a function (test id, outcome) -> None that signs and sends an outcome.
 
-    The key is in its closure and nowhere else.
+    The key exists only in its closure.
     """
     number = 0
     sign = hmac.new
@@ -39,7 +39,7 @@ def reporter(key, fd):
 
 
 class Result(unittest.TestResult):
-    """Reports each test once, when it has stopped."""
+    """A result that reports each test once, when it has stopped."""
 
     def __init__(self, report):
         super().__init__()
@@ -83,6 +83,7 @@ class Result(unittest.TestResult):
 
 
 def run_unittest(targets, report):
+    """Discover and run the tests below the target folders."""
     loader = unittest.TestLoader()
     suite = unittest.TestSuite(
         loader.discover(folder, pattern="test*.py", top_level_dir=os.getcwd()) for folder in targets
@@ -91,7 +92,7 @@ def run_unittest(targets, report):
 
 
 class Plugin:
-    """Of pytest: one outcome for each test, from its three phases."""
+    """A plugin of pytest that reports one outcome for each test, from its three phases."""
 
     def __init__(self, report):
         self._report = report
@@ -112,6 +113,7 @@ class Plugin:
 
 
 def run_pytest(pytest, targets, report):
+    """Run the targets with pytest."""
     pytest.main(
         [
             "-p",
@@ -128,7 +130,7 @@ def run_pytest(pytest, targets, report):
 
 
 def find_pytest():
-    """The interpreter's own pytest, else the one that the task brings."""
+    """Import the interpreter's own pytest, or else the one that the task includes."""
     try:
         import pytest
     except ImportError:
@@ -147,6 +149,7 @@ def find_pytest():
 
 
 def main():
+    """Run the tests that the order on standard input, or the command line, asks for."""
     if sys.argv[1:2] == ["--list"]:
         framework = sys.argv[2]
         targets = sys.argv[3:]

@@ -1,8 +1,8 @@
-"""Runs inside the proof's sandbox: the tests of the package as it is, then of each mutant, each run
-in a fork of this process.
+"""The driver of the proof; runs inside its sandbox.
 
-Reads order.json, writes results.jsonl: {"outcomes": [[test id, outcome]], "complete": bool} for
-each run.
+It runs the tests of the unchanged package and then of each mutant, each run in a fork of this
+process. It reads order.json and writes results.jsonl: {"outcomes": [[test id, outcome]],
+"complete": bool} for each run.
 """
 
 import json
@@ -21,6 +21,7 @@ SLOWER, BASELINES = 10.0, 3  # times the package as it is; runs of that
 
 
 def main():
+    """Run the order's jobs and write their results."""
     with open("order.json", "rb") as file:
         order = json.load(file)
     pytest = runner.find_pytest() if order["framework"] == "pytest" else None
@@ -39,9 +40,12 @@ def main():
 
 
 def baseline(order, pytest):
-    """(the package as it is, seconds of processor time that a mutant gets).
+    """Run the tests of the unchanged package.
 
-    A test with two outcomes in BASELINES runs is "flaky", and proves nothing.
+    A test with two outcomes in BASELINES runs is "flaky" and proves nothing.
+
+    Returns:
+      (the result, seconds of processor time that a mutant gets).
     """
     runs = [run(order, pytest, order["cpu"]) for _ in range(BASELINES)]
     seen = {}
@@ -59,8 +63,9 @@ def baseline(order, pytest):
 
 
 def mutant(order, pytest, cpu, base):
-    """One mutant: run twice where it differs from the package, and told as not complete unless both
-    runs end alike but for flaky tests.
+    """Run the tests of one mutant, twice if it differs from the package.
+
+    It counts as not complete unless both runs agree, flaky tests aside.
     """
 
     def steady(result):
@@ -75,7 +80,10 @@ def mutant(order, pytest, cpu, base):
 
 
 def run(order, pytest, cpu):
-    """One run, and its seconds of processor time. What the tests start is killed with it."""
+    """Run the tests once; return the result and the seconds of processor time.
+
+    Processes that the tests started are killed at the end.
+    """
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -113,6 +121,7 @@ def run(order, pytest, cpu):
 
 
 def drain(read, data):
+    """Read everything that the pipe holds now."""
     try:
         while True:
             piece = os.read(read, 1 << 16)
@@ -124,6 +133,7 @@ def drain(read, data):
 
 
 def play(order, pytest, write, cpu):
+    """Run the tests in this process, report their outcomes through the pipe, and exit."""
     os.setsid()
     resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))

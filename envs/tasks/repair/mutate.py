@@ -1,8 +1,8 @@
-"""Small, plausible bugs in Python source: each operator names the places of a syntax tree where it
-could put one, as an edit of the text.
+"""Small, plausible bugs in Python source.
 
-The rest of the file stays as it was written, comments and layout too. Whether an edit changes what
-the program does is for its tests to say (prove.py).
+Each operator finds the places in a syntax tree where it could put a bug, as edits of the text. The
+rest of the file stays as it was, comments and layout included. Whether an edit changes the
+program's behaviour is decided by its tests (prove.py).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MAX_SOURCE_BYTES = 1 << 20
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Edit:
-    """`operator` replaces text[start:end]. Characters, from 0."""
+    """A replacement of text[start:end], in characters from 0; `operator` names the kind of bug."""
 
     start: int
     end: int
@@ -48,11 +48,12 @@ class Edit:
     operator: str
 
     def apply(self, source: str) -> str:
+        """Return the source with this edit."""
         return source[: self.start] + self.replacement + source[self.end :]
 
 
 class Source:
-    """A module's text and tree, and where each node stands in the text."""
+    """A module's text and tree, and the place of each node in the text."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -68,12 +69,15 @@ class Source:
         }
 
     def start(self, node: ast.AST) -> int:
+        """Return the place where a node begins."""
         return self._place(node.lineno, node.col_offset)
 
     def end(self, node: ast.AST) -> int:
+        """Return the place where a node ends."""
         return self._place(node.end_lineno, node.end_col_offset)
 
     def of(self, node: ast.AST) -> str:
+        """Return the text of a node."""
         return self.text[self.start(node) : self.end(node)]
 
     def _place(self, line: int, column: int) -> int:
@@ -81,7 +85,7 @@ class Source:
         return place if self._ascii else len(self._bytes[:place].decode())
 
     def names(self, scope: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
-        """What a function binds, in order."""
+        """Return the names that a function binds, in order."""
         if scope not in self._names:
             arguments = [
                 one.arg
@@ -100,19 +104,19 @@ class Source:
         return self._names[scope]
 
     def edit(self, operator: str, node: ast.AST, replacement: str) -> Edit:
+        """Return the edit that replaces a node."""
         return Edit(self.start(node), self.end(node), replacement, operator)
 
     def block(self, statements: list[ast.stmt], column: int) -> str:
-        """The text of statements, moved left to a column."""
+        """Return the text of statements, moved left to a column."""
         text = self.text[self.start(statements[0]) : self.end(statements[-1])]
         return re.sub(rf"\n {{{statements[0].col_offset - column}}}", "\n", text)
 
 
 def candidates_of(text: str) -> list[Edit]:
-    """All edits that every operator finds, in the order of the text; some may give no Python, or
-    the same program.
+    """Return the edits of all operators in the order of the text.
 
-    Raises SyntaxError.
+    Some may give no valid Python, or the same program. Raises SyntaxError.
     """
     source = Source(text)
     found = set()
@@ -124,9 +128,7 @@ def candidates_of(text: str) -> list[Edit]:
 
 
 def is_another_program(text: str, edit: Edit) -> bool:
-    """Whether the edit gives a module that can be parsed, and that is not the same but for its
-    layout.
-    """
+    """Return whether the edit gives a module that parses and differs in more than its layout."""
     try:
         return ast.dump(ast.parse(edit.apply(text))) != _dump(text)
     except (SyntaxError, ValueError, RecursionError):
@@ -139,8 +141,10 @@ def _dump(text: str) -> str:
 
 
 def _mutable(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes but those that say nothing of what runs (docstrings, annotations, imports) or whose
-    place is not known exactly (inside f-strings).
+    """Yield the nodes that a bug may be put into.
+
+    Left out are nodes without an effect at run time (docstrings, annotations, imports) and nodes
+    without an exact place (inside f-strings).
     """
     stack: list[ast.AST] = [tree]
     while stack:
@@ -177,7 +181,7 @@ def _mutable(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def _token(source: Source, left: ast.AST, right: ast.AST, old: str, new: str) -> Iterator[Edit]:
-    """The operator between two operands."""
+    """Yield the edit of the operator between two operands."""
     start = source.end(left)
     end = source.start(right)
     gap = source.text[start:end]
@@ -189,6 +193,7 @@ def _token(source: Source, left: ast.AST, right: ast.AST, old: str, new: str) ->
 
 
 def comparison(source: Source, node: ast.AST) -> Iterator[Edit]:
+    """Change a comparison: < to <=, == to !=, and so on."""
     if isinstance(node, ast.Compare):
         for left, operator, right in zip(
             [node.left, *node.comparators], node.ops, node.comparators, strict=False
@@ -197,6 +202,7 @@ def comparison(source: Source, node: ast.AST) -> Iterator[Edit]:
 
 
 def arithmetic(source: Source, node: ast.AST) -> Iterator[Edit]:
+    """Change an arithmetic operator."""
     if isinstance(node, ast.BinOp) and type(node.op) in _COMPUTED:
         yield from _token(source, node.left, node.right, *_COMPUTED[type(node.op)])
     if isinstance(node, ast.AugAssign) and type(node.op) in _COMPUTED:
@@ -205,13 +211,14 @@ def arithmetic(source: Source, node: ast.AST) -> Iterator[Edit]:
 
 
 def connective(source: Source, node: ast.AST) -> Iterator[Edit]:
-    """`and` for `or`, and the other way round."""
+    """Exchange `and` and `or`."""
     if isinstance(node, ast.BoolOp):
         old, new = ("and", "or") if isinstance(node.op, ast.And) else ("or", "and")
         yield from _token(source, node.values[-2], node.values[-1], old, new)
 
 
 def negation(source: Source, node: ast.AST) -> Iterator[Edit]:
+    """Negate a condition, or remove its negation."""
     if isinstance(node, (ast.If, ast.IfExp)):
         test = node.test
         if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
@@ -223,6 +230,7 @@ def negation(source: Source, node: ast.AST) -> Iterator[Edit]:
 
 
 def off_by_one(source: Source, node: ast.AST) -> Iterator[Edit]:
+    """Change a small integer, a length or a range by one."""
     if isinstance(node, ast.Constant) and type(node.value) is int and abs(node.value) < 1000:
         for change in (1, -1):
             if node.value + change >= 0:
@@ -246,6 +254,7 @@ def off_by_one(source: Source, node: ast.AST) -> Iterator[Edit]:
 
 
 def wrong_constant(source: Source, node: ast.AST) -> Iterator[Edit]:
+    """Change a constant: negate a boolean, shorten a text, increase a float."""
     if not isinstance(node, ast.Constant):
         return
     if isinstance(node.value, bool):
@@ -262,7 +271,7 @@ def wrong_constant(source: Source, node: ast.AST) -> Iterator[Edit]:
 
 
 def wrong_variable(source: Source, node: ast.AST) -> Iterator[Edit]:
-    """Another name of the same function: the one that was bound before this one, and the one after."""
+    """Use another variable of the same function: the one bound before or after this one."""
     if not isinstance(node, ast.Name) or not isinstance(node.ctx, ast.Load):
         return
     scope = source.parents.get(node)
@@ -278,6 +287,7 @@ def wrong_variable(source: Source, node: ast.AST) -> Iterator[Edit]:
 
 
 def dropped_return(source: Source, node: ast.AST) -> Iterator[Edit]:
+    """Drop the `return` of a returned value."""
     if (
         isinstance(node, ast.Return)
         and node.value is not None
@@ -288,6 +298,7 @@ def dropped_return(source: Source, node: ast.AST) -> Iterator[Edit]:
 
 
 def swapped_arguments(source: Source, node: ast.AST) -> Iterator[Edit]:
+    """Swap two neighbouring arguments of a call."""
     if isinstance(node, ast.Call):
         for first, second in itertools.pairwise(node.args):
             if not isinstance(first, ast.Starred) and not isinstance(second, ast.Starred):
@@ -301,6 +312,7 @@ def swapped_arguments(source: Source, node: ast.AST) -> Iterator[Edit]:
 
 
 def removed_branch(source: Source, node: ast.AST) -> Iterator[Edit]:
+    """Remove a branch of an `if`."""
     if not isinstance(node, ast.If):
         return
     elif_ = source.text.startswith("elif", source.start(node))
@@ -319,11 +331,13 @@ def removed_branch(source: Source, node: ast.AST) -> Iterator[Edit]:
 
 
 def removed_handler(source: Source, node: ast.AST) -> Iterator[Edit]:
+    """Remove the exception handlers of a `try`."""
     if isinstance(node, ast.Try) and node.handlers and not node.finalbody and not node.orelse:
         yield source.edit("", node, source.block(node.body, node.col_offset))
 
 
 def removed_statement(source: Source, node: ast.AST) -> Iterator[Edit]:
+    """Remove an augmented assignment or a call."""
     if isinstance(node, ast.AugAssign) or (
         isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
     ):
@@ -331,11 +345,13 @@ def removed_statement(source: Source, node: ast.AST) -> Iterator[Edit]:
 
 
 def loop_exit(source: Source, node: ast.AST) -> Iterator[Edit]:
+    """Exchange `break` and `continue`."""
     if isinstance(node, (ast.Break, ast.Continue)):
         yield source.edit("", node, "continue" if isinstance(node, ast.Break) else "break")
 
 
 def lost_slice(source: Source, node: ast.AST) -> Iterator[Edit]:
+    """Drop a bound of a slice."""
     if isinstance(node, ast.Slice):
         for bound in (node.lower, node.upper):
             if bound is not None:
@@ -343,7 +359,7 @@ def lost_slice(source: Source, node: ast.AST) -> Iterator[Edit]:
 
 
 def keyword_lost(source: Source, node: ast.AST) -> Iterator[Edit]:
-    """A call without its last argument, where that is a keyword."""
+    """Drop the last argument of a call if it is a keyword."""
     if (
         isinstance(node, ast.Call)
         and node.keywords

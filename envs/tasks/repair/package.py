@@ -1,5 +1,6 @@
-"""A Python package with its tests, as a folder: what of it is source, what is tests, and which
-framework runs them.
+"""A Python package with its tests, as a folder.
+
+It is split into sources and tests, and the framework that runs the tests is determined.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ _TEST_FILE = re.compile(r"test_.*\.py|.*_test\.py|tests?\.py")
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """`files` are all of the folder, by path; `sources` may be mutated, `tests` are put back before
-    they judge.
+    """A package.
 
-    `targets`: what the framework is given.
+    `files` are all files of the folder by path. `sources` may be mutated. `tests` are restored
+    before they judge. `targets` are the arguments of the framework.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Package:
 
     @property
     def control_folder(self) -> str:
+        """Return the folder of the tests that gets the judge's control tests."""
         return (
             self.targets[0]
             if self.framework == "unittest"
@@ -60,7 +62,7 @@ class Package:
 
     @property
     def command(self) -> str:
-        """How a person runs the tests."""
+        """Return the command by which a person runs the tests."""
         return (
             f"python3 -m unittest discover -s {self.targets[0]} -t ."
             if self.framework == "unittest"
@@ -69,13 +71,15 @@ class Package:
 
 
 def shipped() -> tuple[str, ...]:
+    """Return the names of the packages in this repository."""
     return tuple(sorted(folder.name for folder in SHIPPED.iterdir() if folder.is_dir()))
 
 
 def load_package(name: str) -> Package:
-    """One of those that ship here by name, or any folder by its path.
+    """Load a package of this repository by name, or any folder by its path.
 
-    Raises TaskError where it has no sources or no tests.
+    Raises:
+      TaskError: it has no sources or no tests, or a source is no Python.
     """
     folder = SHIPPED / name if name in shipped() else pathlib.Path(name)
     if not folder.is_dir():
@@ -134,8 +138,10 @@ def load_package(name: str) -> Package:
 def _framework(
     files: dict[str, tuple[bytes, int]], tests: tuple[str, ...]
 ) -> tuple[str, tuple[str, ...]]:
-    """unittest where all tests of one folder are its own and it can discover them; else pytest,
-    which runs those too.
+    """Return (framework, targets).
+
+    unittest is used if all tests lie in one folder, are its own, and can be discovered; else
+    pytest, which runs those too.
     """
     cases = [path for path in tests if _TEST_FILE.fullmatch(path.split("/")[-1])]
     folders = {path.rpartition("/")[0] for path in cases}
@@ -156,7 +162,7 @@ def _framework(
 
 
 def _about(files: dict[str, tuple[bytes, int]], sources: tuple[str, ...]) -> str:
-    """The first line of the package's docstring."""
+    """Return the first line of the package's docstring."""
     for path in sorted(
         sources, key=lambda path: (not path.endswith("__init__.py"), path.count("/"), path)
     ):

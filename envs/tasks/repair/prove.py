@@ -1,5 +1,6 @@
-"""Runs a package's tests on many mutants in a sandbox, and says of each which tests fail: only a
-mutant that some test notices is a task.
+"""The proof of repair tasks: runs a package's tests on many mutants in a sandbox.
+
+A mutant is a task only if some test detects it.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ SANDBOX = SandboxConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """`outcomes`: test id -> outcome.
+    """The outcomes of one run of the tests, by test id.
 
-    `complete` is False where the tests did not come to their end.
+    `complete` is False if the tests did not finish.
     """
 
     outcomes: dict[str, str]
@@ -43,13 +44,15 @@ class Run:
 
     @property
     def passed(self) -> frozenset[str]:
+        """Return the tests that passed."""
         return frozenset(name for name, outcome in self.outcomes.items() if outcome == "passed")
 
 
 async def run_tests(package: Package, mutants: Sequence[tuple[str, Edit]]) -> list[Run]:
-    """A Run of the package as it is, and then one for each mutant (path of the file, edit).
+    """Run the tests of the package as it is, and then of each mutant (path of the file, edit).
 
-    SandboxError for the machine's faults.
+    Raises:
+      SandboxError: a fault of the machine.
     """
     jobs = [
         {"path": path, "text": edit.apply(package.files[path][0].decode())}
@@ -93,7 +96,7 @@ async def run_tests(package: Package, mutants: Sequence[tuple[str, Edit]]) -> li
 
 
 def check_baseline(package: Package, run: Run) -> None:
-    """TaskError unless the tests of the package as it is all come to their end, and some pass."""
+    """Check that the tests of the unchanged package finish and that some pass. Raises TaskError."""
     if not run.complete or not run.passed:
         failed = sorted(set(run.outcomes) - run.passed)
         raise TaskError(
@@ -110,8 +113,9 @@ def check_baseline(package: Package, run: Run) -> None:
 
 
 def is_sound(before: Run, after: Run) -> bool:
-    """Whether a mutant is a task: its tests came to their end, some that passed fail now, and some
-    still pass.
+    """Return whether a mutant is a task.
+
+    Its tests must finish, some that passed must fail now, and some must still pass.
     """
     lost = before.passed - after.passed
     return after.complete and bool(lost) and bool(after.passed & before.passed)

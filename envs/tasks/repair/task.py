@@ -1,8 +1,8 @@
-"""Program repair, generated: a package with one small bug, judged by the package's own tests.
+"""Generated program repair: a package with one small bug, judged by the package's own tests.
 
     tasks = repair_tasks(["csvlite", "path/to/my_package"], count=100, seed=0)
 
-Each task is proven before it is given out: with the bug some tests fail, without it they pass. The
+Each task is proven before it is returned: with the bug some tests fail, without it they pass. The
 same seed gives the same tasks.
 """
 
@@ -44,12 +44,16 @@ ADD package.tar.gz {root}/
 def repair_tasks(
     packages: Sequence[str] = (), count: int | None = None, seed: int = 0
 ) -> list[HarborTask]:
-    """`count` tasks spread evenly over packages, and within each over the kinds of bugs.
+    """Return `count` tasks, spread evenly over packages, and in each over the kinds of bugs.
 
-    Default: all that ship here, one task of each.
+    Args:
+      packages: names of the packages in this repository, or paths; none for all in this repository.
+      count: the number of tasks; None for one of each package.
+      seed: the seed of the draws.
 
-    Raises TaskError for a package whose own tests do not pass here, and where it has not so many
-    bugs that its tests notice; SandboxError for the machine's faults.
+    Raises:
+      TaskError: a package's own tests fail here, or they detect fewer bugs than asked for.
+      SandboxError: a fault of the machine.
     """
     names = list(packages) or list(shipped())
     count = len(names) if count is None else count
@@ -80,7 +84,7 @@ async def _all(
 async def _tasks(
     package: Package, count: int, seed: int, gate: asyncio.Semaphore
 ) -> list[HarborTask]:
-    """The first `count` sound mutants, in the order that the seed gives."""
+    """Return the first `count` sound mutants, in the order of the seed."""
     found: list[HarborTask] = []
     candidates = draw(package, seed)
     tried = 0
@@ -106,8 +110,9 @@ async def _tasks(
 
 
 def draw(package: Package, seed: int) -> Iterator[tuple[str, Edit]]:
-    """All edits of all sources, in an order that the seed gives: each round takes one of every
-    operator, so that rare kinds are not drowned.
+    """Yield all edits of all sources in an order given by the seed.
+
+    Each round takes one edit of every operator, so that rare kinds are not drowned out.
     """
     rng = random.Random(f"repair/{package.name}/{seed}")
     by_operator: dict[str, list[tuple[str, Edit]]] = {}
@@ -129,7 +134,7 @@ def draw(package: Package, seed: int) -> Iterator[tuple[str, Edit]]:
 
 
 def make_task(package: Package, path: str, edit: Edit, before: Run, after: Run) -> HarborTask:
-    """The Harbor form of one mutant. The reference solution puts the file back."""
+    """Return the Harbor task of one mutant. Its reference solution restores the file."""
     original, mode = package.files[path]
     broken = edit.apply(original.decode()).encode()
     files = {

@@ -1,6 +1,6 @@
 """An instance of SWE-bench or SWE-bench Verified: its fields, read and checked.
 
-Field names are the data set's (princeton-nlp/SWE-bench).
+Field names are those of the data set (princeton-nlp/SWE-bench).
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ _REPO = re.compile(r"[\w.-]+(?:/[\w.-]+)*")
 
 @dataclasses.dataclass(frozen=True)
 class Instance:
-    """`fail_to_pass` fail before the patch and pass after it, `pass_to_pass` pass before and after;
-    node ids of pytest.
+    """One instance.
+
+    Tests in `fail_to_pass` fail before the patch and pass after it; those in `pass_to_pass` pass
+    before and after. Both are node ids of pytest.
     """
 
     instance_id: str
@@ -49,20 +51,21 @@ class Instance:
 
 
 def is_instance(row: Row) -> bool:
-    """Whether a row means to be one."""
+    """Return whether a row has the fields of an instance."""
     return "instance_id" in row.values and "base_commit" in row.values
 
 
 def load_instances(file: str | pathlib.Path) -> list[Instance]:
-    """All instances of a .jsonl, .json or .parquet file.
+    """Read all instances of a .jsonl, .json or .parquet file.
 
-    Raises TaskError with file, row and line.
+    Raises:
+      TaskError: an instance is malformed; names file, row and line.
     """
     return [parse_instance(row) for row in read_rows(pathlib.Path(file))]
 
 
 def parse_instance(row: Row) -> Instance:
-    """Raises TaskError, naming the field."""
+    """Read an instance. Raises TaskError, which names the field."""
     texts = {name: row.text(name) for name in FIELDS[:6]}
     optional = {
         name: row.text(name, "")
@@ -99,9 +102,7 @@ def parse_instance(row: Row) -> Instance:
 
 
 def _ids(row: Row, name: str) -> tuple[str, ...]:
-    """A list of node ids: as a list, or as the JSON text of one, which is how the data set is
-    stored.
-    """
+    """Return a list of node ids, stored as a list or as its JSON text (the data set's form)."""
     value = row.values.get(name)
     if isinstance(value, str):
         try:

@@ -1,9 +1,8 @@
-"""A repository as it was at one commit, with nothing of what came later: out of any local git
-repository, by git itself.
+"""A repository as of one commit, without anything later, made from any local git repository.
 
-What is kept is a new repository: one branch, one pack of the objects that the commit reaches, no
-remote, tag, reflog, hook, alternate or config of the source. Where that pack is larger than a
-sandbox holds, the commit alone is kept, as git's own shallow clones are.
+The result is a new repository: one branch, one pack of the objects that the commit reaches, and no
+remote, tag, reflog, hook, alternate or config of the source. If the pack is larger than a sandbox
+can hold, only the commit itself is kept, as in git's shallow clones.
 """
 
 from __future__ import annotations
@@ -26,8 +25,10 @@ MAX_TREE_BYTES = 160 << 20  # of the working tree and the pack together
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """`archive`: a compressed tar of the working tree and its .git, without an index (git read-tree
-    HEAD makes it).
+    """A repository as of one commit.
+
+    `archive` is a compressed tar of the working tree and its .git, without an index (`git read-tree
+    HEAD` makes one).
     """
 
     archive: bytes = dataclasses.field(repr=False)
@@ -37,7 +38,7 @@ class Cut:
 
 @functools.lru_cache(maxsize=4)  # attempts at one task follow each other
 def cut(source: pathlib.Path, commit: str) -> Cut:
-    """The repository at `source` as it was at this commit. Raises RepositoryError."""
+    """Return the repository at `source` as of a commit. Raises RepositoryError."""
     if git(source, "cat-file", "-t", commit).strip() != b"commit":
         raise RepositoryError(f"{commit} in {source} is no commit")
     with tempfile.TemporaryDirectory(prefix="swebench-") as folder:
@@ -69,7 +70,7 @@ def cut(source: pathlib.Path, commit: str) -> Cut:
 
 
 def _objects_of(source: pathlib.Path, commit: str) -> bytes:
-    """The ids of a commit, its trees and its files."""
+    """Return the ids of a commit, its trees and its files."""
     tree = git(source, "rev-parse", f"{commit}^{{tree}}").strip()
     rows = git(
         source, "ls-tree", "-r", "-t", "--format=%(objecttype) %(objectname)", commit
@@ -96,7 +97,7 @@ def _remove(path: pathlib.Path) -> None:
 
 
 def _archive(folder: pathlib.Path) -> bytes:
-    """Equal trees give equal bytes: no times, no owners."""
+    """Pack a folder; equal trees give equal bytes, because times and owners are left out."""
     buffer = io.BytesIO()
     size = 0
     with (
@@ -130,9 +131,13 @@ def _archive(folder: pathlib.Path) -> bytes:
 def patched(
     source: pathlib.Path, commit: str, patch: str
 ) -> tuple[dict[str, tuple[bytes, int]], set[str]]:
-    """(files that the patch adds or changes, as they are after it; paths that it removes).
+    """Apply a patch to a commit without checking anything out.
 
-    Nothing is checked out. Raises RepositoryError.
+    Returns:
+      (files that the patch adds or changes, as they are after it; paths that it removes).
+
+    Raises:
+      RepositoryError: the patch does not apply, or makes a link or a submodule.
     """
     with tempfile.TemporaryDirectory(prefix="swebench-") as folder:
         scratch = pathlib.Path(folder)

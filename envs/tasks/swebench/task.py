@@ -1,11 +1,11 @@
-"""SWE-bench instances as tasks of the Harbor form: the repository at /testbed, cut off after
-base_commit; the tests brought in only to grade.
+"""SWE-bench instances as tasks in Harbor's form.
 
-Reward 1 where every test of FAIL_TO_PASS and PASS_TO_PASS was run and passed. The reference
-solution is the instance's patch.
+The repository is at /testbed, with no history after base_commit; the tests enter the sandbox only
+for grading. The reward is 1 if every test of FAIL_TO_PASS and PASS_TO_PASS ran and passed. The
+reference solution is the instance's patch.
 
-    tasks = load_swebench("verified.parquet")           # repositories in repos/OWNER/NAME beside the file, as any clone of git
-    tasks = load_swebench("mine.jsonl")                 # "repo": "my-project", a folder beside the file
+    tasks = load_swebench("verified.parquet")   # repositories: repos/OWNER/NAME beside the file
+    tasks = load_swebench("mine.jsonl")         # "repo": "my-project", a folder beside the file
 """
 
 from __future__ import annotations
@@ -67,9 +67,14 @@ cd {root} && gunzip -c /solution/patch.gz | git apply --whitespace=nowarn -
 def load_swebench(
     file: str | pathlib.Path, faults: list[TaskError] | None = None
 ) -> list[HarborTask]:
-    """A task for each row of the file.
+    """Make a task of each row of a file.
 
-    With `faults` a list, malformed rows are put there instead of raised. Raises TaskError.
+    Args:
+      file: a .jsonl, .json or .parquet file.
+      faults: a list to which malformed rows are added as errors instead of being raised.
+
+    Raises:
+      TaskError: a row is malformed, or its repository cannot be used.
     """
     return collect_tasks(
         faults,
@@ -81,10 +86,14 @@ def load_swebench(
 
 
 def make_task(instance: Instance, repository: pathlib.Path | None = None) -> HarborTask:
-    """Raises TaskError, with the row's place, where there is no such repository or commit, or a
-    patch does not apply.
+    """Make the task of an instance.
 
-    repository: a local clone; None: looked for beside the file that the instance is from.
+    Args:
+      instance: the instance.
+      repository: a local clone; None: it is looked for beside the instance's file.
+
+    Raises:
+      TaskError: the repository or the commit is missing, or a patch does not apply; names the row.
     """
     place = repository or find_repository(instance)
     try:
@@ -145,9 +154,7 @@ def make_task(instance: Instance, repository: pathlib.Path | None = None) -> Har
 
 
 class _Context(Mapping):
-    """A build context whose repository is made when it is asked for: hundreds of them would not fit
-    in memory at once.
-    """
+    """A build context that makes its repository on demand: hundreds would not fit in memory."""
 
     def __init__(self, instance: Instance, repository: pathlib.Path, files: Files) -> None:
         self._instance = instance
@@ -174,8 +181,13 @@ class _Context(Mapping):
 
 
 def find_repository(instance: Instance) -> pathlib.Path:
-    """A clone beside the file: repos/OWNER/NAME, repos/OWNER__NAME, or the folder that `repo`
-    names; each also as NAME.git.
+    """Return the clone of an instance's repository beside its file.
+
+    The candidates are repos/OWNER/NAME, repos/OWNER__NAME, and the folder that `repo` names; each
+    of them also as NAME.git.
+
+    Raises:
+      TaskError: there is no clone.
     """
     if instance.source is None:
         raise _fault(
@@ -198,9 +210,7 @@ def find_repository(instance: Instance) -> pathlib.Path:
 
 
 def _tests(instance: Instance, repository: pathlib.Path) -> dict[str, tuple[bytes, int]]:
-    """The tests folder: the files of the tests as they are after test_patch, and what configures
-    them as it was.
-    """
+    """Return the tests folder: the tests after test_patch, with their original configuration."""
     files, removed = patched(repository, instance.base_commit, instance.test_patch)
     solution_files, _ = patched(repository, instance.base_commit, instance.patch)
     everything = files_at(repository, instance.base_commit)

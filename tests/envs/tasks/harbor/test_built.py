@@ -83,7 +83,7 @@ def test_another_task_of_that_name_is_built_itself_and_a_failed_build_is_tried_a
 
 
 def test_only_so_many_are_kept(harbor, run, builds, monkeypatch):
-    monkeypatch.setattr(module, "KEPT", 2)
+    monkeypatch.setattr(module, "MAX_KEPT", 2)
     tasks = [load_task(harbor(name=f"task{number}")) for number in range(3)]
 
     async def several():

@@ -12,9 +12,9 @@ import pytest
 from envs.rock import SandboxConfig
 from envs.rock.images import local
 from envs.tasks.harbor import BuildError, HarborEnv, TaskError, UnsupportedError, load_task
-from envs.tasks.harbor.build import egress_of
 from envs.tasks.harbor.containers import build_image
 from envs.tasks.harbor.env import sandbox_for
+from envs.tasks.harbor.environment import egress_of
 from tests.envs.tasks.harbor.conftest import CONFIG
 from tests.envs.tasks.harbor.test_env import bash, oracle, play
 
