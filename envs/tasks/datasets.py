@@ -14,6 +14,7 @@ they come from.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import hashlib
 import io
@@ -35,10 +36,8 @@ from envs.tasks.rows import Row, collect_tasks, parse_json, read_rows
 from envs.tasks.swebench import is_instance, load_swebench
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
-ARCHIVES = (
-    ("task_id", "archive"),
-    ("path", "task_binary"),
-)  # of Terminal-Bench's exports, and of Harbor's converter
+# Columns (name, archive) of Terminal-Bench's exports, and of Harbor's converter.
+ARCHIVES = (("task_id", "archive"), ("path", "task_binary"))
 MAX_REGISTRY_BYTES = 64 << 20
 CACHE = pathlib.Path(".cache/datasets")
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -73,20 +72,19 @@ def load_files(
         raise TaskError(file, 0, "no rows are in it")
     if is_instance(first):
         return load_swebench(file, faults)
-    columns = next(
-        ((name, archive) for name, archive in ARCHIVES if {name, archive} <= set(first.values)),
-        None,
-    )
-    if columns is None:
+    columns = [pair for pair in ARCHIVES if set(pair) <= set(first.values)]
+    if not columns:
+        fields = ", ".join(map(str, list(first.values)[:12]))[:200]
+        archives = " or ".join(" and ".join(pair) for pair in ARCHIVES)
         raise first.fault(
-            f"the fields {', '.join(map(str, list(first.values)[:12]))[:200]} are neither"
-            " SWE-bench's (instance_id, base_commit, ...) nor those of archives of tasks"
-            f" ({' or '.join(' and '.join(pair) for pair in ARCHIVES)})"
+            f"the fields {fields} are neither SWE-bench's (instance_id, base_commit, ...) nor those"
+            f" of archives of tasks ({archives})"
         )
-    return collect_tasks(
-        faults,
-        [(row.fault, lambda row=row: _load_archive(row, *columns)) for row in read_rows(file)],
-    )
+    name, archive = columns[0]
+    loads = []
+    for row in read_rows(file):
+        loads.append((row.fault, functools.partial(_load_archive, row, name, archive)))
+    return collect_tasks(faults, loads)
 
 
 def task_digest(files: Files) -> str:
@@ -96,11 +94,8 @@ def task_digest(files: Files) -> str:
     """
     whole = hashlib.sha256()
     for path, (content, mode) in sorted(files.items()):
-        whole.update(
-            f"{path}\0{mode:o}\0{hashlib.sha256(content).hexdigest()}\n".encode(
-                errors="surrogateescape"
-            )
-        )
+        row = f"{path}\0{mode:o}\0{hashlib.sha256(content).hexdigest()}\n"
+        whole.update(row.encode(errors="surrogateescape"))
     return f"sha256:{whole.hexdigest()}"
 
 
@@ -119,36 +114,32 @@ def _load_from(
         raise fault(f"its files have the digest {task_digest(files)}, and {digest} is asked for")
     with tempfile.TemporaryDirectory(prefix="task-") as place:
         folder = pathlib.Path(place, re.sub(r"[^\w.-]", "-", name).lstrip(".") or "task")
-        for path, (content, mode) in files.items():
-            target = folder / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content)
-            target.chmod(mode)
-        folder.mkdir(exist_ok=True)
+        _lay_out(folder, files)
         try:
             task = load_task(folder)
         except TaskError as error:
-            inner = (
-                error.file.relative_to(folder) if error.file.is_relative_to(folder) else error.file
-            )
-            raise fault(
-                f"{inner}{f':{error.line}' if error.line else ''}: {error.message}"
-            ) from error
+            inner = error.file
+            if inner.is_relative_to(folder):
+                inner = inner.relative_to(folder)
+            where = f"{inner}:{error.line}" if error.line else f"{inner}"
+            raise fault(f"{where}: {error.message}") from error
         except (OSError, ValueError) as error:  # a name that no file can have
             raise fault(f"its files cannot be laid out: {error}") from error
-        steps = tuple(
-            dataclasses.replace(
-                step,
-                verifier_environment=_environment_at(step.verifier_environment, folder, origin),
-            )
-            for step in task.steps
-        )
-        return dataclasses.replace(
-            task,
-            path=origin,
-            environment=_environment_at(task.environment, folder, origin),
-            steps=steps,
-        )
+        steps = []
+        for step in task.steps:
+            environment = _environment_at(step.verifier_environment, folder, origin)
+            steps.append(dataclasses.replace(step, verifier_environment=environment))
+        environment = _environment_at(task.environment, folder, origin)
+        return dataclasses.replace(task, path=origin, environment=environment, steps=tuple(steps))
+
+
+def _lay_out(folder: pathlib.Path, files: Files) -> None:
+    for path, (content, mode) in files.items():
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+        target.chmod(mode)
+    folder.mkdir(exist_ok=True)
 
 
 def _environment_at(
@@ -158,10 +149,8 @@ def _environment_at(
         return None
     return dataclasses.replace(
         environment,
-        **{
-            field: _moved(getattr(environment, field), folder, origin)
-            for field in ("dockerfile_path", "compose_path")
-        },
+        dockerfile_path=_moved(environment.dockerfile_path, folder, origin),
+        compose_path=_moved(environment.compose_path, folder, origin),
     )
 
 
@@ -171,7 +160,7 @@ def _moved(
     return None if path is None else origin / path.relative_to(folder)
 
 
-# -- archives in rows
+# -- Archives in rows
 # -------------------------------------------------------------------------------------------------
 
 
@@ -179,28 +168,26 @@ def _load_archive(row: Row, name_column: str, archive_column: str) -> HarborTask
     name = row.text(name_column)
     content = row.binary(archive_column)
     wanted = row.values.get("tar_sha256")
-    if wanted is not None and wanted != (found := hashlib.sha256(content).hexdigest()):
+    found = hashlib.sha256(content).hexdigest()
+    if wanted is not None and wanted != found:
         raise row.fault(
             f"the archive has the digest {found}, and tar_sha256 is {str(wanted)[:80]!r}"
         )
     files = unpack(content, row.fault)
-    roots = sorted(
-        (
-            path.rpartition("/")[0]
-            for path in files
-            if path.rpartition("/")[2] in ("task.toml", "task.yaml")
-        ),
-        key=len,
-    )
+    roots = []
+    for path in files:
+        folder, _, file = path.rpartition("/")
+        if file in ("task.toml", "task.yaml"):
+            roots.append(folder)
     if not roots:
         raise row.fault("neither task.toml nor task.yaml is in the archive")
-    prefix = f"{roots[0]}/" if roots[0] else ""
+    root = min(roots, key=len)
+    prefix = f"{root}/" if root else ""
     below = {
         path.removeprefix(prefix): file for path, file in files.items() if path.startswith(prefix)
     }
-    return _load_from(
-        below, name.rstrip("/").rpartition("/")[2], row.file / f"row {row.number}", row.fault
-    )
+    last_name = name.rstrip("/").rpartition("/")[2]
+    return _load_from(below, last_name, row.file / f"row {row.number}", row.fault)
 
 
 def unpack(content: bytes, fault: Callable[[str], TaskError]) -> dict[str, tuple[bytes, int]]:
@@ -212,14 +199,10 @@ def unpack(content: bytes, fault: Callable[[str], TaskError]) -> dict[str, tuple
     files: dict[str, tuple[bytes, int]] = {}
     left = MAX_FOLDER_BYTES
     try:
-        plain = _Bounded(
-            (
-                gzip.GzipFile(fileobj=io.BytesIO(content))
-                if content.startswith(b"\x1f\x8b")
-                else io.BytesIO(content)
-            ),
-            2 * MAX_FOLDER_BYTES,
-        )
+        inner: Any = io.BytesIO(content)
+        if content.startswith(b"\x1f\x8b"):
+            inner = gzip.GzipFile(fileobj=inner)
+        plain = _Bounded(inner, 2 * MAX_FOLDER_BYTES)
         with tarfile.open(fileobj=plain, mode="r|") as archive:
             for member in archive:
                 parts = [part for part in member.name.split("/") if part not in ("", ".")]
@@ -237,10 +220,8 @@ def unpack(content: bytes, fault: Callable[[str], TaskError]) -> dict[str, tuple
                         f"the archive holds more than {MAX_FOLDER_BYTES} bytes or"
                         f" {MAX_FOLDER_FILES} files"
                     )
-                files["/".join(parts)] = (
-                    archive.extractfile(member).read(),
-                    0o755 if member.mode & 0o100 else 0o644,
-                )
+                mode = 0o755 if member.mode & 0o100 else 0o644
+                files["/".join(parts)] = (archive.extractfile(member).read(), mode)
     except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, OverflowError) as error:
         if isinstance(error, TaskError):
             raise
@@ -274,7 +255,7 @@ class _Bounded(io.RawIOBase):
         return data
 
 
-# -- registries
+# -- Registries
 # -------------------------------------------------------------------------------------------------
 
 
@@ -313,12 +294,7 @@ def load_registry(
     value = parse_json(file, text.encode(), 1)
     sets = value if isinstance(value, list) else [value]
     for number, entry in enumerate(sets, 1):
-        if (
-            not isinstance(entry, dict)
-            or not isinstance(entry.get("name"), str)
-            or not isinstance(entry.get("tasks"), list)
-            or not isinstance(entry.get("version", ""), str)
-        ):
+        if not _is_data_set(entry):
             raise TaskError(
                 file,
                 _line_of(text, entry),
@@ -332,36 +308,41 @@ def load_registry(
         if name in (None, entry["name"]) and version in (None, entry.get("version", ""))
     ]
     if len(found) != 1:
-        wanted = f"{name or 'the data set'}{f'@{version}' if version else ''}"
+        wanted = name or "the data set"
+        if version:
+            wanted += f"@{version}"
+        listed = ", ".join(known[:20])[:500]
         raise TaskError(
             file,
             0,
-            f"{wanted} is there {len(found)} times; name one as {file}:NAME@VERSION:"
-            f" {', '.join(known[:20])[:500]}",
+            f"{wanted} is there {len(found)} times; name one as {file}:NAME@VERSION: {listed}",
         )
     entry = found[0]
-    places = [
-        _Place(file, _line_of(text, task), f"data set {entry['name']!r}, task {number}")
-        for number, task in enumerate(entry["tasks"], 1)
-    ]
-    loads = [
-        (place.fault, lambda place=place, task=task: _load_registered(place, task, fetch))
-        for place, task in zip(places, entry["tasks"], strict=True)
-    ]
+    loads = []
+    for number, task in enumerate(entry["tasks"], 1):
+        place = _Place(file, _line_of(text, task), f"data set {entry['name']!r}, task {number}")
+        loads.append((place.fault, functools.partial(_load_registered, place, task, fetch)))
     tasks = collect_tasks(faults, loads)
     if not tasks and not faults:
         raise TaskError(file, 0, f"data set {entry['name']!r} has no tasks")
     return tasks
 
 
+def _is_data_set(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("name"), str)
+        and isinstance(entry.get("tasks"), list)
+        and isinstance(entry.get("version", ""), str)
+    )
+
+
 def _line_of(text: str, entry: Any) -> int:
     """Return the line where an entry's name is first written; the JSON parser keeps no lines."""
     name = entry.get("name") if isinstance(entry, Mapping) else None
-    match = (
-        re.search(r'"name"\s*:\s*' + re.escape(f'"{name}"'), text)
-        if isinstance(name, str)
-        else None
-    )
+    if not isinstance(name, str):
+        return 0
+    match = re.search(r'"name"\s*:\s*' + re.escape(f'"{name}"'), text)
     return text.count("\n", 0, match.start()) + 1 if match else 0
 
 
@@ -372,11 +353,7 @@ def _load_registered(place: _Place, entry: Any, fetch: bool) -> HarborTask:
         value = entry.get(key)
         if value is None and key in ("name", "path"):
             raise place.fault(f"{key} is missing")
-        if value is not None and (
-            not isinstance(value, str)
-            or not value
-            or any(ord(letter) < 32 or "\ud800" <= letter <= "\udfff" for letter in value)
-        ):
+        if value is not None and not _is_line(value):
             raise place.fault(f"{key} must be a text of one line, and is {str(value)[:60]!r}")
     name = entry["name"]
     path = entry["path"]
@@ -405,9 +382,15 @@ def _load_registered(place: _Place, entry: Any, fetch: bool) -> HarborTask:
         raise place.fault(str(error)) from error
     if not files:
         raise place.fault(f"no files are below {path!r} at {commit} of {entry['git_url']}")
-    return _load_from(
-        files, name, pathlib.Path(f"{entry['git_url']}@{commit[:12]}") / path, place.fault, digest
-    )
+    origin = pathlib.Path(f"{entry['git_url']}@{commit[:12]}") / path
+    return _load_from(files, name, origin, place.fault, digest)
+
+
+def _is_line(value: Any) -> bool:
+    """Return whether a value is a non-empty text of one line that can be encoded."""
+    if not isinstance(value, str) or not value:
+        return False
+    return not any(ord(letter) < 32 or "\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _repository(place: _Place, url: str, commit: str, fetch: bool) -> pathlib.Path:
@@ -415,13 +398,8 @@ def _repository(place: _Place, url: str, commit: str, fetch: bool) -> pathlib.Pa
 
     A local one is read in place. Another one is fetched if `fetch` allows it, and kept.
     """
-    local = (
-        pathlib.Path(url.removeprefix("file://"))
-        if url.startswith(("file:///", "/", "./", "../"))
-        else None
-    )
-    if local is not None:
-        local = local if local.is_absolute() else place.file.parent / local
+    if url.startswith(("file:///", "/", "./", "../")):
+        local = place.file.parent / url.removeprefix("file://")
         if not is_repository(local):
             raise place.fault(f"git_url {url!r}: no git repository is at {local}")
         return local

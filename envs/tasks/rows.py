@@ -40,10 +40,8 @@ class Row:
         value = self.values.get(key)
         if value is None:
             if default is None:
-                raise self.fault(
-                    f"the field {key!r} is missing; there are"
-                    f" {', '.join(map(str, list(self.values)[:20]))[:200]}"
-                )
+                there = ", ".join(map(str, list(self.values)[:20]))[:200]
+                raise self.fault(f"the field {key!r} is missing; there are {there}")
             return default
         if not isinstance(value, str):
             raise self.fault(f"{key} is a {type(value).__name__}, and must be text")
@@ -71,7 +69,8 @@ def read_rows(file: pathlib.Path) -> Iterator[Row]:
         size = file.stat().st_size
         if not file.is_file():
             raise TaskError(file, 0, "not a regular file")
-        if size > (limit := MAX_FILE_BYTES if file.suffix == ".parquet" else MAX_JSON_BYTES):
+        limit = MAX_FILE_BYTES if file.suffix == ".parquet" else MAX_JSON_BYTES
+        if size > limit:
             raise TaskError(file, 0, f"{size} bytes, and at most {limit} are read")
         readers = {".jsonl": _json_lines, ".json": _json_list, ".parquet": _parquet}
         if file.suffix not in readers:
@@ -120,10 +119,7 @@ def parse_json(file: pathlib.Path, content: bytes, line: int) -> Any:
         raise TaskError(
             file, line + content[: error.start].count(b"\n"), f"not UTF-8 text ({error.reason})"
         ) from error
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # a number of thousands of digits; nested beyond all measure
+    except (ValueError, RecursionError) as error:  # thousands of digits; nested too deeply
         raise TaskError(
             file, line, f"not JSON that can be read: {type(error).__name__}: {str(error)[:80]}"
         ) from error
@@ -147,12 +143,8 @@ def _parquet(file: pathlib.Path) -> Iterator[Row]:
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(file, number, 0, values)
-    except (
-        pyarrow.ArrowException,
-        OSError,
-        ValueError,
-        OverflowError,
-    ) as error:  # a damaged file; text that is none
+    # A damaged file; text that is no text.
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         if isinstance(error, TaskError):
             raise
         raise TaskError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import importlib.machinery
 import importlib.util
 import io
 import json
@@ -19,9 +20,11 @@ from envs.tasks.harbor.task import Files
 FRAMEWORKS = ("unittest", "pytest")
 HERE = pathlib.Path(__file__).parent
 PYTEST_PARTS = ("pytest", "_pytest", "py", "pluggy", "iniconfig", "packaging", "pygments")
+_PYGMENTS_PARTS = ("__init__", "_mapping", "python", "diff", "default")
 _TEST_SH = """\
 #!/bin/bash
-# The judge writes the reward when nothing that the tests started lives any more. If it died itself, everything here ends, this grading too.
+# The judge writes the reward when no process of the tests lives any more. If the judge itself died,
+# every process here is killed, and with them this grading.
 /usr/bin/env python3 -I /tests/judge.py || kill -9 -1
 """
 
@@ -76,8 +79,7 @@ def judge_files(
         "timeout": timeout,
         "python": list(python),
     }
-    # Compressed: a script's or a text's paths would be rewritten on the way into a sandbox that
-    # keeps them elsewhere, and these must stay as they are.
+    # Compressed, so that their paths are not rewritten on the way into a sandbox.
     found = {
         "test.sh": (_TEST_SH.encode(), 0o755),
         "judge.py": ((HERE / "inside.py").read_bytes(), 0o644),
@@ -119,21 +121,24 @@ def pytest_archive() -> bytes:
                 f"{name} cannot be imported here, and tests that need pytest bring it along; pip"
                 " install pytest"
             )
-        root = pathlib.Path(found.origin).parent
-        for path in (
-            sorted(root.rglob("*.py"))
-            if found.submodule_search_locations
-            else [pathlib.Path(found.origin)]
-        ):
-            inner = path.relative_to(
-                root.parent if found.submodule_search_locations else root
-            ).as_posix()
-            if not inner.startswith(("pygments/lexers/", "pygments/styles/")) or path.stem in (
-                "__init__",
-                "_mapping",
-                "python",
-                "diff",
-                "default",
-            ):
+        for path, inner in _modules(found):
+            if _is_needed(inner):
                 files[inner] = (path.read_bytes(), 0o644)
     return pack(files)
+
+
+def _modules(found: importlib.machinery.ModuleSpec) -> list[tuple[pathlib.Path, str]]:
+    """Return the source files of a module or a package, with their paths in the archive."""
+    origin = pathlib.Path(found.origin)
+    if not found.submodule_search_locations:
+        return [(origin, origin.name)]
+    package = origin.parent
+    paths = sorted(package.rglob("*.py"))
+    return [(path, path.relative_to(package.parent).as_posix()) for path in paths]
+
+
+def _is_needed(path: str) -> bool:
+    """Leave out most of Pygments' lexers and styles, which are large."""
+    if not path.startswith(("pygments/lexers/", "pygments/styles/")):
+        return True
+    return pathlib.PurePosixPath(path).stem in _PYGMENTS_PARTS

@@ -14,6 +14,7 @@ Only the standard library; Python 3.8 and newer. The exit code is 0 whatever the
 exit code means that the judge itself died.
 """
 
+import contextlib
 import ctypes
 import gzip
 import hashlib
@@ -35,13 +36,11 @@ HERE = pathlib.Path(__file__).resolve().parent
 REWARDS = HERE.parent / "logs" / "verifier"
 PR_SET_DUMPABLE = 4
 PR_SET_CHILD_SUBREAPER = 36
-END_SECONDS, POLL_SECONDS = (
-    5.0,
-    0.02,
-)  # for processes that were killed to be gone; between looks at the tests' process
+END_SECONDS = 5.0  # for processes that were killed to be gone
+POLL_SECONDS = 0.02  # between checks of the tests' process
 REPORT_BYTES = 64 << 20
 OUTPUT_BYTES = 8192
-# What tells a test framework how to run: an agent's change to it is undone.
+# Files that tell a test framework how to run; an agent's changes to them are undone.
 RUNNER_FILES = (
     "conftest.py",
     "pytest.ini",
@@ -50,15 +49,36 @@ RUNNER_FILES = (
     "sitecustomize.py",
     "usercustomize.py",
 )
+# Two control tests, of which the first must pass and the second must fail by an assertion.
+CONTROL_UNITTEST = """\
+import unittest
+
+
+class T(unittest.TestCase):
+    def {good}(self):
+        self.assertEqual({good!r}, {good!r})
+
+    def {bad}(self):
+        self.assertEqual({good!r}, {bad!r})
+"""
+CONTROL_PYTEST = """\
+def {good}():
+    value = {good!r}
+    assert value == {good!r}
+
+
+def {bad}():
+    value = {good!r}
+    assert value == {bad!r}
+"""
 
 
 def main():
     """Grade the package in the working directory and write the reward."""
     prctl = ctypes.CDLL(None).prctl
-    prctl(
-        PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0
-    )  # whoever loses its parent becomes a child of this process, and cannot hide
-    prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # nobody reads the key here
+    # Orphans of the tests become children of this process, so none of them can hide.
+    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # no other process can read the key from this one's memory
     spec = json.loads(gzip.decompress((HERE / "spec.json.gz").read_bytes()))
     root = pathlib.Path(os.getcwd())
     bring_back(root, spec)
@@ -66,15 +86,14 @@ def main():
     reports, output, problem = run_tests(root, spec, controls)
     faults = [problem] if problem else judge(reports, spec["tests"], controls)
     for entry in os.listdir(REWARDS):
-        path = REWARDS / entry
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        remove(REWARDS / entry)
     (REWARDS / "reward.txt").write_text("0\n" if faults else "1\n")
     print(output)
-    print("%d tests must pass; %d faults" % (len(spec["tests"]), len(faults)))
+    print(f"{len(spec['tests'])} tests must pass; {len(faults)} faults")
     print("\n".join(faults[:20]))
 
 
-# -- the files of the tests
+# -- Files of the tests
 # -------------------------------------------------------------------------------------------------
 
 
@@ -83,28 +102,33 @@ def bring_back(root, spec):
 
     Configuration files that the agent added are removed.
     """
-    keep = set(spec["keep"])
-    for folder, names, files in os.walk(str(root)):
-        names[:] = [name for name in names if name not in (".git", "node_modules")]
-        for name in files:
-            path = os.path.relpath(os.path.join(folder, name), str(root))
-            if name in RUNNER_FILES and path not in keep:
-                os.unlink(os.path.join(folder, name))
+    remove_settings(root, set(spec["keep"]))
     for path in spec["remove"]:
-        target = place(root, path)
-        if target.is_dir() and not target.is_symlink():
-            shutil.rmtree(str(target))
-        elif target.exists() or target.is_symlink():
-            target.unlink()
+        remove(place(root, path))
     with tarfile.open(str(HERE / "files.tar.gz")) as archive:
         for member in archive:
             target = place(root, member.name)
-            if target.is_dir() and not target.is_symlink():
-                shutil.rmtree(str(target))
-            elif target.exists() or target.is_symlink():
-                target.unlink()
+            remove(target)
             target.write_bytes(archive.extractfile(member).read())
             target.chmod(member.mode)
+
+
+def remove_settings(root, keep):
+    """Remove files that configure tests, except for those to keep."""
+    for folder, names, files in os.walk(str(root)):
+        names[:] = [name for name in names if name not in (".git", "node_modules")]
+        for name in files:
+            file = os.path.join(folder, name)
+            if name in RUNNER_FILES and os.path.relpath(file, str(root)) not in keep:
+                os.unlink(file)
+
+
+def remove(path):
+    """Remove a file, a link or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(str(path))
+    elif path.exists() or path.is_symlink():
+        path.unlink()
 
 
 def place(root, path):
@@ -124,29 +148,24 @@ def place(root, path):
 
 def write_controls(root, framework, folder):
     """Write two tests with unpredictable names; return {test id: outcome that it must have}."""
-    name, good, bad = (
-        "%s_%s" % (prefix, secrets.token_hex(6)) for prefix in ("test", "test", "test")
-    )
-    path = (folder + "/" if folder != "." else "") + name + ".py"
-    # the failing one fails by the assertion that the tests of this framework use
-    place(root, path).write_text(
-        "import unittest\n\n\nclass T(unittest.TestCase):\n    def %s(self):\n       "
-        " self.assertEqual(%r, %r)\n\n    def %s(self):\n        self.assertEqual(%r, %r)\n"
-        % (good, good, good, bad, good, bad)
-        if framework == "unittest"
-        else (
-            "def %s():\n    value = %r\n    assert value == %r\n\n\ndef %s():\n    value = %r\n   "
-            " assert value == %r\n"
-        )
-        % (good, good, good, bad, good, bad)
-    )
+    name = random_name()
+    good = random_name()
+    bad = random_name()
+    path = f"{name}.py" if folder == "." else f"{folder}/{name}.py"
+    template = CONTROL_UNITTEST if framework == "unittest" else CONTROL_PYTEST
+    place(root, path).write_text(template.format(good=good, bad=bad))
     if framework == "unittest":
-        module = path[:-3].replace("/", ".")
-        return {module + ".T." + good: "passed", module + ".T." + bad: "failed"}
-    return {path + "::" + good: "passed", path + "::" + bad: "failed"}
+        module = path[: -len(".py")].replace("/", ".")
+        return {f"{module}.T.{good}": "passed", f"{module}.T.{bad}": "failed"}
+    return {f"{path}::{good}": "passed", f"{path}::{bad}": "failed"}
 
 
-# -- running
+def random_name():
+    """Return a name of a test that no one can predict."""
+    return f"test_{secrets.token_hex(6)}"
+
+
+# -- Running
 # -------------------------------------------------------------------------------------------------
 
 
@@ -159,21 +178,16 @@ def run_tests(root, spec, controls):
     key = secrets.token_bytes(32)
     read, write = os.pipe()
     with tempfile.TemporaryFile() as log:
-        order = json.dumps(
-            {
-                "key": key.hex(),
-                "fd": write,
-                "framework": spec["framework"],
-                "targets": spec["targets"],
-                "controls": sorted(controls),
-            }
-        )
-        environment = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in ("PYTHONPATH", "TEST_DIR", "PYTHONSAFEPATH")
+        order = {
+            "key": key.hex(),
+            "fd": write,
+            "framework": spec["framework"],
+            "targets": spec["targets"],
+            "controls": sorted(controls),
         }
-        environment["PYTHONHASHSEED"] = "0"
+        environment = dict(os.environ, PYTHONHASHSEED="0")
+        for name in ("PYTHONPATH", "TEST_DIR", "PYTHONSAFEPATH"):
+            environment.pop(name, None)
         child = subprocess.Popen(
             [*spec["python"], "-B", str(HERE / "runner.py")],
             cwd=str(root),
@@ -186,14 +200,14 @@ def run_tests(root, spec, controls):
         )
         os.close(write)
         with child.stdin:
-            child.stdin.write(order.encode())
+            child.stdin.write(json.dumps(order).encode())
         data, late = collect(read, child, time.monotonic() + spec["timeout"])
         end_all(child)
         size = log.seek(0, os.SEEK_END)
         log.seek(max(0, size - OUTPUT_BYTES))
         output = log.read().decode(errors="replace")
     if late:
-        return [], output, "the tests did not end within %g s" % spec["timeout"]
+        return [], output, f"the tests did not end within {spec['timeout']:g} s"
     reports, fault = read_reports(data, key)
     return reports, output, fault
 
@@ -228,11 +242,11 @@ def end_all(child):
     """
     deadline = time.monotonic() + END_SECONDS
     while time.monotonic() < deadline:
-        for kill, pid in [(os.killpg, child.pid), *((os.kill, pid) for pid in children())]:
-            try:
-                kill(pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                pass
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
+        for pid in children():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
@@ -255,15 +269,19 @@ def children():
     except OSError:
         return []
     for entry in entries:
-        if entry.isdigit():
-            try:
-                with open("/proc/%s/stat" % entry, "rb") as file:
-                    fields = file.read().rpartition(b")")[2].split()
-            except OSError:
-                continue
-            if int(fields[1]) == os.getpid():
-                found.append(int(entry))
+        if entry.isdigit() and parent_of(entry) == os.getpid():
+            found.append(int(entry))
     return found
+
+
+def parent_of(pid):
+    """Return the parent's id of a process, or None where the process is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return int(fields[1])
 
 
 def read_reports(data, key):
@@ -275,26 +293,23 @@ def read_reports(data, key):
       ([(test id, outcome)], fault or "").
     """
     found = []
-    for number, row in enumerate(data.split(b"\n")[:-1]):
+    lines = data.split(b"\n")
+    for number, row in enumerate(lines[:-1]):
         signature, _, body = row.partition(b" ")
-        if not hmac.compare_digest(
-            hmac.new(key, body, hashlib.sha256).hexdigest().encode(), signature
-        ):
-            return [], "report %d is not the runner's: something wrote into its pipe" % number
-        place_, name, outcome = json.loads(body)
-        if place_ != number:
-            return [], "report %d is out of order" % number
+        expected = hmac.new(key, body, hashlib.sha256).hexdigest().encode()
+        if not hmac.compare_digest(expected, signature):
+            return [], f"report {number} is not the runner's: something wrote into its pipe"
+        position, name, outcome = json.loads(body)
+        if position != number:
+            return [], f"report {number} is out of order"
         if name is None:
-            return (
-                (found, "")
-                if number == data.count(b"\n") - 1 and data.endswith(b"\n")
-                else ([], "reports follow the last one")
-            )
+            is_last = number == len(lines) - 2 and not lines[-1]
+            return (found, "") if is_last else ([], "reports follow the last one")
         found.append((name, outcome))
-    return [], "the tests ended before they were done (%d reports)" % len(found)
+    return [], f"the tests ended before they were done ({len(found)} reports)"
 
 
-# -- the verdict
+# -- Verdict
 # -------------------------------------------------------------------------------------------------
 
 
@@ -303,21 +318,21 @@ def judge(reports, tests, controls):
     outcomes = {}
     for name, outcome in reports:
         outcomes.setdefault(name, set()).add(outcome)
-        if name.split() and name.split()[0] != name:
-            outcomes.setdefault(name.split()[0], set()).add(
-                outcome
-            )  # SWE-bench's own parser cuts names at the first space
+        words = name.split()
+        if words and words[0] != name:  # SWE-bench's own parser cuts names at the first space
+            outcomes.setdefault(words[0], set()).add(outcome)
     for name, wanted in controls.items():
         if outcomes.get(name) != {wanted}:
             return [
-                "the outcomes cannot be believed: a test that must have %s was %s"
-                % (wanted, " and ".join(sorted(outcomes.get(name, ["not run"]))))
+                "the outcomes cannot be believed: a test that must have"
+                f" {wanted} was {told(outcomes, name)}"
             ]
-    return [
-        "%s: %s" % (name, " and ".join(sorted(outcomes.get(name, ["not run"]))))
-        for name in tests
-        if outcomes.get(name) != {"passed"}
-    ]
+    return [f"{name}: {told(outcomes, name)}" for name in tests if outcomes.get(name) != {"passed"}]
+
+
+def told(outcomes, name):
+    """Return a test's outcomes as text."""
+    return " and ".join(sorted(outcomes.get(name, ["not run"])))
 
 
 if __name__ == "__main__":

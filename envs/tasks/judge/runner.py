@@ -38,6 +38,11 @@ def reporter(key, fd):
     return report
 
 
+def print_outcome(name, outcome):
+    """Print a test's outcome as a line of JSON."""
+    print(json.dumps([name, outcome]), flush=True)
+
+
 class Result(unittest.TestResult):
     """A result that reports each test once, when it has stopped."""
 
@@ -79,15 +84,15 @@ class Result(unittest.TestResult):
         if isinstance(test, unittest.TestCase) and self._outcome is not None:
             self._outcome = "failed"
         else:
-            self._report(str(test), "failed")  # a setUpClass, a module
+            self._report(str(test), "failed")  # of a setUpClass or a module
 
 
 def run_unittest(targets, report):
     """Discover and run the tests below the target folders."""
     loader = unittest.TestLoader()
-    suite = unittest.TestSuite(
-        loader.discover(folder, pattern="test*.py", top_level_dir=os.getcwd()) for folder in targets
-    )
+    suite = unittest.TestSuite()
+    for folder in targets:
+        suite.addTest(loader.discover(folder, pattern="test*.py", top_level_dir=os.getcwd()))
     suite.run(Result(report))
 
 
@@ -99,13 +104,13 @@ class Plugin:
         self._outcomes = {}
 
     def pytest_runtest_logreport(self, report):
-        outcome = (
-            "passed"
-            if report.passed or (hasattr(report, "wasxfail") and report.skipped)
-            else report.outcome
-        )
-        if hasattr(report, "wasxfail") and report.when == "call" and report.passed:
-            outcome = "failed"  # strict or not, it was expected to fail
+        expected_to_fail = hasattr(report, "wasxfail")
+        if report.passed or (expected_to_fail and report.skipped):
+            outcome = "passed"
+        else:
+            outcome = report.outcome
+        if expected_to_fail and report.when == "call" and report.passed:
+            outcome = "failed"  # whether xfail is strict or not
         before = self._outcomes.get(report.nodeid, "passed")
         self._outcomes[report.nodeid] = before if before != "passed" else outcome
         if report.when == "teardown":
@@ -114,19 +119,8 @@ class Plugin:
 
 def run_pytest(pytest, targets, report):
     """Run the targets with pytest."""
-    pytest.main(
-        [
-            "-p",
-            "no:cacheprovider",
-            "-q",
-            "--no-header",
-            "-rN",
-            "--tb=short",
-            "--continue-on-collection-errors",
-            *targets,
-        ],
-        plugins=[Plugin(report)],
-    )
+    options = ["-p", "no:cacheprovider", "-q", "--no-header", "-rN", "--tb=short"]
+    pytest.main([*options, "--continue-on-collection-errors", *targets], plugins=[Plugin(report)])
 
 
 def find_pytest():
@@ -153,10 +147,10 @@ def main():
     if sys.argv[1:2] == ["--list"]:
         framework = sys.argv[2]
         targets = sys.argv[3:]
-        report = lambda name, outcome: print(json.dumps([name, outcome]), flush=True)
+        report = print_outcome
     else:
         order = json.loads(sys.stdin.buffer.read())
-        os.set_inheritable(order["fd"], False)  # what the tests start has no part in it
+        os.set_inheritable(order["fd"], False)  # processes that the tests start do not get the pipe
         framework = order["framework"]
         targets = order["targets"]
         report = reporter(bytes.fromhex(order.pop("key")), order["fd"])
@@ -172,7 +166,7 @@ def main():
         run_unittest(targets, report)
     report(None, "end")
     sys.stdout.flush()
-    os._exit(0)  # what the tests left to be done at exit is not waited for
+    os._exit(0)  # without waiting for anything that the tests registered for the exit
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ process. It reads order.json and writes results.jsonl: {"outcomes": [[test id, o
 "complete": bool} for each run.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -17,7 +18,8 @@ import runner  # beside this file; it imports unittest, which every fork then ha
 
 PACKAGE = os.path.abspath("package")
 MEMORY_BYTES = 768 << 20
-SLOWER, BASELINES = 10.0, 3  # times the package as it is; runs of that
+SLOWER = 10.0  # how many times the package's processor time a mutant may take
+BASELINES = 3  # runs of the unchanged package
 
 
 def main():
@@ -30,13 +32,22 @@ def main():
         results.write(json.dumps(base) + "\n")
         for job in order["jobs"]:
             path = os.path.join(PACKAGE, job["path"])
-            with open(path, "rb") as file:
-                original = file.read()
-            with open(path, "wb") as file:
-                file.write(job["text"].encode())
+            original = read_file(path)
+            write_file(path, job["text"].encode())
             results.write(json.dumps(mutant(order, pytest, cpu, base)) + "\n")
-            with open(path, "wb") as file:
-                file.write(original)
+            write_file(path, original)
+
+
+def read_file(path):
+    """Return the content of a file."""
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def write_file(path, content):
+    """Replace the content of a file."""
+    with open(path, "wb") as file:
+        file.write(content)
 
 
 def baseline(order, pytest):
@@ -52,14 +63,15 @@ def baseline(order, pytest):
     for result, _ in runs:
         for name, outcome in result["outcomes"]:
             seen.setdefault(name, []).append(outcome)
-    outcomes = [
-        [name, found[0] if found == found[:1] * BASELINES else "flaky"]
-        for name, found in seen.items()
-    ]
-    # whole seconds: a mutant that is so much slower goes round in an endless loop
-    return {"outcomes": outcomes, "complete": all(result["complete"] for result, _ in runs)}, max(
-        1, math.ceil(SLOWER * max(seconds for _, seconds in runs))
-    )
+    outcomes = []
+    for name, found in seen.items():
+        is_steady = found == found[:1] * BASELINES
+        outcomes.append([name, found[0] if is_steady else "flaky"])
+    complete = all(result["complete"] for result, _ in runs)
+    # Whole seconds; a mutant that is slower than this is in an endless loop.
+    slowest = max(seconds for _, seconds in runs)
+    cpu = max(1, math.ceil(SLOWER * slowest))
+    return {"outcomes": outcomes, "complete": complete}, cpu
 
 
 def mutant(order, pytest, cpu, base):
@@ -106,10 +118,8 @@ def run(order, pytest, cpu):
             os.kill(child, signal.SIGKILL)
         drain(read, data)
         time.sleep(0 if ended else 0.002)
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     drain(read, data)
     os.close(read)
     outcomes = [json.loads(line) for line in data.splitlines(True) if line.endswith(b"\n")]

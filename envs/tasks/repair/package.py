@@ -16,19 +16,10 @@ from envs.tasks.judge.inside import RUNNER_FILES
 from envs.tasks.repair.mutate import MAX_SOURCE_BYTES
 
 SHIPPED = pathlib.Path(__file__).parent / "packages"
-LEFT_OUT = (
-    ".git",
-    ".hg",
-    ".tox",
-    ".venv",
-    "venv",
-    "build",
-    "dist",
-    "node_modules",
-    ".mypy_cache",
-    ".pytest_cache",
-    ".hypothesis",
-)
+_LEFT_OUT = """
+.git .hg .tox .venv venv build dist node_modules .mypy_cache .pytest_cache .hypothesis
+"""
+LEFT_OUT = tuple(_LEFT_OUT.split())
 NOT_SOURCE = ("docs", "doc", "examples", "benchmarks", "scripts", "tools")
 _TEST_FOLDER = re.compile(r"tests?")
 _TEST_FILE = re.compile(r"test_.*\.py|.*_test\.py|tests?\.py")
@@ -54,20 +45,16 @@ class Package:
     @property
     def control_folder(self) -> str:
         """Return the folder of the tests that gets the judge's control tests."""
-        return (
-            self.targets[0]
-            if self.framework == "unittest"
-            else self.tests[0].rpartition("/")[0] or "."
-        )
+        if self.framework == "unittest":
+            return self.targets[0]
+        return self.tests[0].rpartition("/")[0] or "."
 
     @property
     def command(self) -> str:
         """Return the command by which a person runs the tests."""
-        return (
-            f"python3 -m unittest discover -s {self.targets[0]} -t ."
-            if self.framework == "unittest"
-            else "python3 -m pytest"
-        )
+        if self.framework == "unittest":
+            return f"python3 -m unittest discover -s {self.targets[0]} -t ."
+        return "python3 -m pytest"
 
 
 def shipped() -> tuple[str, ...]:
@@ -86,26 +73,13 @@ def load_package(name: str) -> Package:
         raise TaskError(
             folder, 0, f"neither a folder nor a package that ships here ({', '.join(shipped())})"
         )
-    files = {
-        path: content
-        for path, content in read_folder(folder, leave_out=LEFT_OUT).items()
-        if "__pycache__" not in path.split("/") and not path.endswith((".pyc", ".so"))
-    }
+    files = {}
+    for path, content in read_folder(folder, leave_out=LEFT_OUT).items():
+        if "__pycache__" not in path.split("/") and not path.endswith((".pyc", ".so")):
+            files[path] = content
     python = [path for path in files if path.endswith(".py")]
-    tests = tuple(
-        path
-        for path in python
-        if any(_TEST_FOLDER.fullmatch(part) for part in path.split("/")[:-1])
-        or _TEST_FILE.fullmatch(path.split("/")[-1])
-    )
-    sources = tuple(
-        path
-        for path in python
-        if path not in tests
-        and path.split("/")[0] not in NOT_SOURCE
-        and path.split("/")[-1] not in (*RUNNER_FILES, "setup.py", "noxfile.py")
-        and len(files[path][0]) <= MAX_SOURCE_BYTES
-    )
+    tests = tuple(path for path in python if _is_test(path))
+    sources = tuple(path for path in python if path not in tests and _is_source(path, files[path]))
     if not sources or not any(_TEST_FILE.fullmatch(path.split("/")[-1]) for path in tests):
         raise TaskError(
             folder,
@@ -124,14 +98,29 @@ def load_package(name: str) -> Package:
             ) from error
     framework, targets = _framework(files, tests)
     return Package(
-        folder.resolve().name,
-        folder,
-        files,
-        sources,
-        tests,
-        framework,
-        targets,
-        _about(files, sources),
+        name=folder.resolve().name,
+        path=folder,
+        files=files,
+        sources=sources,
+        tests=tests,
+        framework=framework,
+        targets=targets,
+        about=_about(files, sources),
+    )
+
+
+def _is_test(path: str) -> bool:
+    *folders, name = path.split("/")
+    in_test_folder = any(_TEST_FOLDER.fullmatch(folder) for folder in folders)
+    return in_test_folder or _TEST_FILE.fullmatch(name) is not None
+
+
+def _is_source(path: str, file: tuple[bytes, int]) -> bool:
+    parts = path.split("/")
+    return (
+        parts[0] not in NOT_SOURCE
+        and parts[-1] not in (*RUNNER_FILES, "setup.py", "noxfile.py")
+        and len(file[0]) <= MAX_SOURCE_BYTES
     )
 
 
@@ -145,27 +134,36 @@ def _framework(
     """
     cases = [path for path in tests if _TEST_FILE.fullmatch(path.split("/")[-1])]
     folders = {path.rpartition("/")[0] for path in cases}
-    plain = all(
-        b"unittest" in files[path][0]
-        and b"pytest" not in files[path][0]
-        and path.split("/")[-1].startswith("test")
-        for path in cases
-    )
-    if plain and len(folders) == 1 and not any(path.endswith("conftest.py") for path in files):
+    has_conftest = any(path.endswith("conftest.py") for path in files)
+    if len(folders) == 1 and not has_conftest and all(_is_unittest(path, files) for path in cases):
         (folder,) = folders
-        parts = folder.split("/") if folder else []
-        if all(
-            "/".join([*parts[: number + 1], "__init__.py"]) in files for number in range(len(parts))
-        ):
+        if _is_package(folder, files):
             return "unittest", (folder or ".",)
     return "pytest", tuple(cases)
 
 
+def _is_unittest(path: str, files: dict[str, tuple[bytes, int]]) -> bool:
+    content, _ = files[path]
+    has_name = path.split("/")[-1].startswith("test")
+    return has_name and b"unittest" in content and b"pytest" not in content
+
+
+def _is_package(folder: str, files: dict[str, tuple[bytes, int]]) -> bool:
+    """Return whether a folder and those above it can be imported, as discovery needs it."""
+    parts = folder.split("/") if folder else []
+    for depth in range(1, len(parts) + 1):
+        if "/".join([*parts[:depth], "__init__.py"]) not in files:
+            return False
+    return True
+
+
 def _about(files: dict[str, tuple[bytes, int]], sources: tuple[str, ...]) -> str:
     """Return the first line of the package's docstring."""
-    for path in sorted(
-        sources, key=lambda path: (not path.endswith("__init__.py"), path.count("/"), path)
-    ):
+
+    def closeness(path: str) -> tuple[bool, int, str]:
+        return not path.endswith("__init__.py"), path.count("/"), path
+
+    for path in sorted(sources, key=closeness):
         text = ast.get_docstring(ast.parse(files[path][0]))
         if text:
             return text.strip().splitlines()[0]

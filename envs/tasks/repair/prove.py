@@ -17,10 +17,9 @@ from envs.tasks.judge import pytest_archive
 from envs.tasks.repair.mutate import Edit
 from envs.tasks.repair.package import Package
 
-CPU_SECONDS, WALL_SECONDS = (
-    30,
-    60.0,
-)  # of the tests of the package as it is; driver.py limits mutants by what that took
+# For the tests of the unchanged package; driver.py limits mutants by the time that these took.
+CPU_SECONDS = 30
+WALL_SECONDS = 60.0
 MAX_RESULT_BYTES = 64 << 20
 SANDBOX = SandboxConfig(
     isolation="best_available",
@@ -54,10 +53,10 @@ async def run_tests(package: Package, mutants: Sequence[tuple[str, Edit]]) -> li
     Raises:
       SandboxError: a fault of the machine.
     """
-    jobs = [
-        {"path": path, "text": edit.apply(package.files[path][0].decode())}
-        for path, edit in mutants
-    ]
+    jobs = []
+    for path, edit in mutants:
+        content, _ = package.files[path]
+        jobs.append({"path": path, "text": edit.apply(content.decode())})
     order = {
         "framework": package.framework,
         "targets": package.targets,
@@ -97,19 +96,15 @@ async def run_tests(package: Package, mutants: Sequence[tuple[str, Edit]]) -> li
 
 def check_baseline(package: Package, run: Run) -> None:
     """Check that the tests of the unchanged package finish and that some pass. Raises TaskError."""
-    if not run.complete or not run.passed:
-        failed = sorted(set(run.outcomes) - run.passed)
-        raise TaskError(
-            package.path,
-            0,
-            f"its own tests do not run here with {package.framework}: {len(run.passed)} pass"
-            + (f", and {failed[0]} {run.outcomes[failed[0]]}" if failed else "")
-            + (
-                ""
-                if run.complete
-                else f"; they did not end within {CPU_SECONDS} s of processor time"
-            ),
-        )
+    if run.complete and run.passed:
+        return
+    message = f"its own tests do not run here with {package.framework}: {len(run.passed)} pass"
+    failed = sorted(set(run.outcomes) - run.passed)
+    if failed:
+        message += f", and {failed[0]} {run.outcomes[failed[0]]}"
+    if not run.complete:
+        message += f"; they did not end within {CPU_SECONDS} s of processor time"
+    raise TaskError(package.path, 0, message)
 
 
 def is_sound(before: Run, after: Run) -> bool:
@@ -118,4 +113,5 @@ def is_sound(before: Run, after: Run) -> bool:
     Its tests must finish, some that passed must fail now, and some must still pass.
     """
     lost = before.passed - after.passed
-    return after.complete and bool(lost) and bool(after.passed & before.passed)
+    kept = before.passed & after.passed
+    return after.complete and bool(lost) and bool(kept)

@@ -116,14 +116,7 @@ def _ids(row: Row, name: str) -> tuple[str, ...]:
             f"{name} is a {type(value).__name__}, and must be a list of test ids, or its JSON"
         )
     for one in value:
-        path, separator, _ = one.partition("::")
-        if (
-            not separator
-            or not path.endswith(".py")
-            or path.startswith("/")
-            or ".." in path.split("/")
-            or any(ord(letter) < 32 for letter in one)
-        ):
+        if not _is_node_id(one):
             raise row.fault(
                 f"{name}: {one[:100]!r} is no node id of pytest (tests/test_x.py::test_y);"
                 " instances with another test runner cannot be graded here"
@@ -133,3 +126,11 @@ def _ids(row: Row, name: str) -> tuple[str, ...]:
         except UnicodeEncodeError:
             raise row.fault(f"{name}: {one[:100]!r} holds half a surrogate pair") from None
     return tuple(dict.fromkeys(value))
+
+
+def _is_node_id(text: str) -> bool:
+    path, separator, _ = text.partition("::")
+    if not separator or not path.endswith(".py"):
+        return False
+    leaves_repository = path.startswith("/") or ".." in path.split("/")
+    return not leaves_repository and all(ord(letter) >= 32 for letter in text)

@@ -19,8 +19,8 @@ import tempfile
 
 from envs.tasks.git import RepositoryError, content_of, git
 
-MAX_HISTORY_BYTES = 48 << 20  # of the pack of all history; more is cut to the one commit
-MAX_TREE_BYTES = 160 << 20  # of the working tree and the pack together
+MAX_HISTORY_BYTES = 48 << 20  # pack of all history; a larger one is cut to the one commit
+MAX_TREE_BYTES = 160 << 20  # working tree and pack together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +54,8 @@ def cut(source: pathlib.Path, commit: str) -> Cut:
             f"--object-format={format_}",
         )
         pack = git(source, "pack-objects", "--revs", "--stdout", "-q", stdin=f"{commit}\n".encode())
-        shallow = len(pack) > MAX_HISTORY_BYTES or bool(
-            git(source, "rev-parse", "--is-shallow-repository").strip() == b"true"
-        )
+        source_is_shallow = git(source, "rev-parse", "--is-shallow-repository").strip() == b"true"
+        shallow = len(pack) > MAX_HISTORY_BYTES or source_is_shallow
         if shallow:
             pack = git(source, "pack-objects", "--stdout", "-q", stdin=_objects_of(source, commit))
             (target / ".git" / "shallow").write_text(f"{commit}\n")
@@ -75,16 +74,12 @@ def _objects_of(source: pathlib.Path, commit: str) -> bytes:
     rows = git(
         source, "ls-tree", "-r", "-t", "--format=%(objecttype) %(objectname)", commit
     ).splitlines()
-    return (
-        b"\n".join(
-            [
-                commit.encode(),
-                tree,
-                *(row.split()[1] for row in rows if not row.startswith(b"commit")),
-            ]
-        )
-        + b"\n"
-    )  # commits: submodules
+    ids = [commit.encode(), tree]
+    for row in rows:
+        kind, identity = row.split()
+        if kind != b"commit":  # a submodule
+            ids.append(identity)
+    return b"\n".join(ids) + b"\n"
 
 
 def _remove(path: pathlib.Path) -> None:
@@ -107,24 +102,25 @@ def _archive(folder: pathlib.Path) -> bytes:
         for path in sorted(folder.rglob("*")):
             status = path.lstat()
             member = tarfile.TarInfo(path.relative_to(folder).as_posix())
-            member.mode = 0o755 if stat.S_ISDIR(status.st_mode) or status.st_mode & 0o100 else 0o644
+            executable = stat.S_ISDIR(status.st_mode) or status.st_mode & 0o100
+            member.mode = 0o755 if executable else 0o644
             if stat.S_ISLNK(status.st_mode):
                 member.type = tarfile.SYMTYPE
                 member.linkname = os.readlink(path)
+                archive.addfile(member)
             elif stat.S_ISDIR(status.st_mode):
                 member.type = tarfile.DIRTYPE
+                archive.addfile(member)
             else:
                 size += status.st_size
-                member.size = status.st_size
                 if size > MAX_TREE_BYTES:
                     raise RepositoryError(
                         f"the repository has more than {MAX_TREE_BYTES} bytes at this commit: more"
                         " than an embedded sandbox holds"
                     )
+                member.size = status.st_size
                 with open(path, "rb") as content:
                     archive.addfile(member, content)
-                continue
-            archive.addfile(member)
     return buffer.getvalue()
 
 
@@ -167,8 +163,6 @@ def patched(
                     f"the patch makes {path} a link or a submodule; only regular files are taken"
                 )
             else:
-                files[path] = (
-                    content_of(source, blob.decode(), path, scratch),
-                    0o755 if mode == b"100755" else 0o644,
-                )
+                content = content_of(source, blob.decode(), path, scratch)
+                files[path] = (content, 0o755 if mode == b"100755" else 0o644)
     return files, removed

@@ -1,4 +1,4 @@
-"""Later episodes of a task start from what the first one built, and from nothing that an agent did."""
+"""Later episodes of a task start from the build of the first one, without traces of an agent."""
 
 import asyncio
 
@@ -8,7 +8,7 @@ from envs.tasks.harbor import BuildError, HarborEnv, load_task
 from envs.tasks.harbor import built as module
 from envs.tasks.harbor.build import build
 from tests.envs.tasks.harbor.conftest import CONFIG
-from tests.envs.tasks.harbor.test_env import bash
+from tests.envs.tasks.harbor.playing import bash
 
 
 @pytest.fixture

@@ -3,15 +3,12 @@ refused with file and line.
 """
 
 import os
-import pathlib
 import shutil
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from envs.tasks.harbor import EXAMPLES, TaskError, load_dataset, load_task
-from tests.envs.tasks.harbor.conftest import write
+from tests.envs.tasks.harbor.conftest import TB1, write
 
 LATEST = """\
 schema_version = "1.4"
@@ -270,7 +267,7 @@ def test_a_link_out_of_the_task_is_refused(harbor, place):
     folder = harbor()
     (folder / place).unlink(missing_ok=True)
     (folder / place).symlink_to("/etc/passwd")
-    with pytest.raises(TaskError, match="symbolic link|not a regular file"):
+    with pytest.raises(TaskError, match=r"symbolic link|not a regular file"):
         load_task(folder)
 
 
@@ -283,23 +280,6 @@ def test_a_pipe_does_not_make_the_loader_wait(harbor):
 
 # -- Terminal-Bench 1
 # -------------------------------------------------------------------------------------------------
-
-
-TB1 = {
-    "task.yaml": (
-        "instruction: |-\n  Make /app/out.txt.\nauthor_name: x\ndifficulty: easy\ncategory:"
-        " files\ntags:\n  - a\nparser_name: pytest\nmax_agent_timeout_sec:"
-        " 120\nmax_test_timeout_sec: 30\nrun_tests_in_same_shell: false\n"
-    ),
-    "Dockerfile": (
-        "FROM ghcr.io/laude-institute/t-bench/ubuntu-24-04:latest\nWORKDIR /app\nCOPY . .\n"
-    ),
-    "docker-compose.yaml": "services:\n  client:\n    build: .\n",
-    "run-tests.sh": "true\n",
-    "solution.sh": "echo x > out.txt\n",
-    "tests/test_outputs.py": "def test_it(): pass\n",
-    "data.txt": "d\n",
-}
 
 
 def test_a_terminal_bench_1_task_becomes_the_same_record(tmp_path):
@@ -424,7 +404,7 @@ def test_a_malformed_task_in_a_dataset_is_raised_or_collected(tmp_path, harbor):
     write(tmp_path / "deep" / "er" / "tb", TB1)
     harbor({"task.toml": "a = "}, name="broken")
     harbor(name="good")
-    with pytest.raises(TaskError, match="broken/task.toml:1"):
+    with pytest.raises(TaskError, match=r"broken/task.toml:1"):
         load_dataset(tmp_path)
     faults: list[TaskError] = []
     assert [task.name for task in load_dataset(tmp_path, skip_malformed=faults)] == ["good", "tb"]
@@ -432,155 +412,9 @@ def test_a_malformed_task_in_a_dataset_is_raised_or_collected(tmp_path, harbor):
 
 
 def test_two_tasks_of_one_name_and_an_empty_folder_are_refused(tmp_path, harbor):
-    with pytest.raises(TaskError, match="no task.toml and no task.yaml"):
+    with pytest.raises(TaskError, match=r"no task.toml and no task.yaml"):
         load_dataset(tmp_path)
     folder = harbor()
     shutil.copytree(folder, tmp_path / "other" / "task")
     with pytest.raises(TaskError, match="'task' is also in"):
         load_dataset(tmp_path)
-
-
-# -- any text
-# -------------------------------------------------------------------------------------------------
-
-
-VALUE = st.one_of(
-    st.text(max_size=8),
-    st.sampled_from(
-        [
-            "1",
-            "-1",
-            "nan",
-            "inf",
-            "true",
-            "[]",
-            "{}",
-            '"x"',
-            "[1]",
-            '"${A}"',
-            "1979-05-27",
-            "9" * 400,
-            "[" * 2000,
-            "{a=1}",
-            '"2G"',
-            "0x10",
-            "1e400",
-        ]
-    ),
-)
-KEY = st.sampled_from(
-    [
-        "version",
-        "schema_version",
-        "timeout_sec",
-        "name",
-        "env",
-        "memory",
-        "memory_mb",
-        "cpus",
-        "gpus",
-        "network_mode",
-        "command",
-        "min_reward",
-        "workdir",
-        "tags",
-        "artifacts",
-        "healthcheck",
-        "instruction",
-        "parser_name",
-        "descriptions",
-        "max_agent_timeout_sec",
-        "multi_step_reward_strategy",
-        "&a",
-        "*a",
-        "<<",
-        "? ",
-        "!!binary",
-    ]
-)
-HEADER = st.sampled_from(
-    [
-        "[agent]",
-        "[verifier]",
-        "[environment]",
-        "[environment.env]",
-        "[environment.healthcheck]",
-        "[[steps]]",
-        "[steps.agent]",
-        "[metadata]",
-        "[task]",
-        "[[environment.mcp_servers]]",
-        "[",
-    ]
-)
-TOML = st.lists(
-    st.one_of(HEADER, st.tuples(KEY, VALUE).map(" = ".join), st.text(max_size=10)), max_size=8
-).map("\n".join)
-YAML = st.lists(
-    st.one_of(
-        st.tuples(KEY, VALUE).map(": ".join),
-        st.text(max_size=10),
-        st.sampled_from(["- a", "  b: c", "---", "...", "instruction: do"]),
-    ),
-    max_size=8,
-).map("\n".join)
-
-
-@pytest.fixture(scope="module")
-def fuzzed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fuzz")
-    write(folder / "tb", TB1)
-    return write(
-        folder / "task",
-        {
-            "task.toml": "",
-            "instruction.md": "x",
-            "tests/test.sh": "true",
-            "steps/a/instruction.md": "y",
-        },
-    ).parent
-
-
-def _loads_or_says_why(folder: pathlib.Path, name: str, text: str) -> None:
-    (folder / name).write_bytes(
-        text.encode(errors="surrogateescape")
-        if text.isascii()
-        else text.encode("utf-8", errors="replace")
-    )
-    try:
-        assert load_task(folder).steps
-    except TaskError as error:
-        assert str(folder) in str(error) and error.line >= 0 and len(str(error)) < 600
-
-
-@settings(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(text=TOML)
-def test_any_task_toml_gives_a_task_or_a_typed_error(fuzzed, text):
-    _loads_or_says_why(fuzzed / "task", "task.toml", text)
-
-
-@settings(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(text=YAML)
-def test_any_task_yaml_gives_a_task_or_a_typed_error(fuzzed, text):
-    _loads_or_says_why(fuzzed / "tb", "task.yaml", text)
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("task.toml", "a = " + "[" * 20_000),
-        ("task.toml", "a." * 20_000 + "b = 1"),
-        ("task.yaml", "[" * 3_000),
-        ("task.yaml", "a: 2024-99-99\ninstruction: x"),
-        ("task.yaml", "instruction: x\n? [a, {b: c}]\n: d"),
-        ("task.yaml", "a: 0x"),
-        ("task.yaml", "&a a: *a"),
-        ("task.yaml", "<<: 3"),
-    ],
-)
-def test_texts_that_break_parsers_are_typed_errors_or_tasks(fuzzed, name, text):
-    _loads_or_says_why(fuzzed / ("tb" if name == "task.yaml" else "task"), name, text)
