@@ -212,7 +212,7 @@ def unpack(content: bytes, fault: Callable[[str], TaskError]) -> dict[str, tuple
                     continue
                 if not member.isreg() or not parts:
                     raise fault(
-                        f"the archive holds {member.name[:100]!r}, which is no regular file"
+                        f"the archive holds {member.name[:100]!r}, which is not a regular file"
                     )
                 left -= member.size
                 if left < 0 or len(files) >= MAX_FOLDER_FILES:
@@ -348,7 +348,7 @@ def _line_of(text: str, entry: Any) -> int:
 
 def _load_registered(place: _Place, entry: Any, fetch: bool) -> HarborTask:
     if not isinstance(entry, dict):
-        raise place.fault(f"a {type(entry).__name__}, and must be an object")
+        raise place.fault(f"a {type(entry).__name__}, but must be an object")
     for key in ("name", "path", "git_url", "git_commit_id", "digest"):
         value = entry.get(key)
         if value is None and key in ("name", "path"):
@@ -365,13 +365,13 @@ def _load_registered(place: _Place, entry: Any, fetch: bool) -> HarborTask:
             raise place.fault("git_commit_id without git_url")
         folder = place.file.parent / path
         if not folder.is_dir():
-            raise place.fault(f"{folder} is no folder")
+            raise place.fault(f"{folder} is not a folder")
         return _load_from(read_folder(folder), name, folder, place.fault, digest)
     commit = entry.get("git_commit_id") or ""
     if not _COMMIT.fullmatch(commit):
         raise place.fault(
-            f"git_commit_id {commit[:60]!r} is no full commit id; a branch or HEAD is another task"
-            " tomorrow"
+            f"git_commit_id {commit[:60]!r} is not a full commit id; a branch or HEAD may name"
+            " another task tomorrow"
         )
     if path.startswith("/") or ".." in path.split("/"):
         raise place.fault(f"path {path[:100]!r} leaves the repository")
@@ -404,7 +404,9 @@ def _repository(place: _Place, url: str, commit: str, fetch: bool) -> pathlib.Pa
             raise place.fault(f"git_url {url!r}: no git repository is at {local}")
         return local
     if not _URL.fullmatch(url) or url.startswith("-"):
-        raise place.fault(f"git_url {url[:100]!r} is no https, ssh, git or file URL, and no path")
+        raise place.fault(
+            f"git_url {url[:100]!r} is neither an https, ssh, git or file URL nor a path"
+        )
     kept = CACHE / "git" / hashlib.sha256(url.encode()).hexdigest()[:32]
     if is_repository(kept) and os.path.exists(kept / f"fetched-{commit}"):
         return kept

@@ -217,4 +217,4 @@ def fetch_commit(target: pathlib.Path, url: str, commit: str) -> None:
         protocols=PROTOCOLS,
     )
     if git(target, "cat-file", "-t", commit).strip() != b"commit":
-        raise RepositoryError(f"{commit} of {url} is no commit")
+        raise RepositoryError(f"{commit} of {url} is not a commit")

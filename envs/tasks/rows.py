@@ -44,7 +44,7 @@ class Row:
                 raise self.fault(f"the field {key!r} is missing; there are {there}")
             return default
         if not isinstance(value, str):
-            raise self.fault(f"{key} is a {type(value).__name__}, and must be text")
+            raise self.fault(f"{key} is a {type(value).__name__}, but must be text")
         if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
             raise self.fault(
                 f"{key} holds a NUL or half a surrogate pair, which no text file holds"
@@ -55,7 +55,7 @@ class Row:
         """Return a field of bytes. Raises TaskError."""
         value = self.values.get(key)
         if not isinstance(value, bytes):
-            raise self.fault(f"{key} is a {type(value).__name__}, and must be bytes")
+            raise self.fault(f"{key} is a {type(value).__name__}, but must be bytes")
         return value
 
 
@@ -74,7 +74,9 @@ def read_rows(file: pathlib.Path) -> Iterator[Row]:
             raise TaskError(file, 0, f"{size} bytes, and at most {limit} are read")
         readers = {".jsonl": _json_lines, ".json": _json_list, ".parquet": _parquet}
         if file.suffix not in readers:
-            raise TaskError(file, 0, f"the suffix {file.suffix!r} is none of {', '.join(readers)}")
+            raise TaskError(
+                file, 0, f"the suffix {file.suffix!r} is not one of {', '.join(readers)}"
+            )
         yield from readers[file.suffix](file)
     except OSError as error:
         raise TaskError(file, 0, f"cannot be read: {error}") from error
@@ -102,7 +104,7 @@ def _json_list(file: pathlib.Path) -> Iterator[Row]:
 def _row(file: pathlib.Path, number: int, line: int, value: Any) -> Row:
     if not isinstance(value, dict):
         raise TaskError(
-            file, line, f"row {number} is a {type(value).__name__}, and must be an object"
+            file, line, f"row {number} is a {type(value).__name__}, but must be an object"
         )
     return Row(file, number, line, value)
 
@@ -143,7 +145,7 @@ def _parquet(file: pathlib.Path) -> Iterator[Row]:
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(file, number, 0, values)
-    # A damaged file; text that is no text.
+    # A damaged file, or text that cannot be decoded.
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         if isinstance(error, TaskError):
             raise

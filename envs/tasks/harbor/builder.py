@@ -159,7 +159,7 @@ class Builder:
         for word in dockerfile.words(instruction, self._file, instruction.arguments):
             name, equals, value = word.partition("=")
             if not re.fullmatch(r"[A-Za-z_]\w*", name):
-                raise TaskError(self._file, instruction.line, f"ARG {word[:40]!r} is no name")
+                raise TaskError(self._file, instruction.line, f"ARG {word[:40]!r} is not a name")
             if equals:
                 self._arguments[name] = self._filled(value)
             else:

@@ -58,7 +58,7 @@ def parse(text: str, file: pathlib.Path) -> list[Instruction]:
     """Parse a Dockerfile.
 
     Raises:
-      TaskError: the text is no Dockerfile.
+      TaskError: the text is not a Dockerfile.
       UnsupportedError: it uses a feature that this reader does not support.
     """
     instructions = [_instruction(rows, file) for rows in _joined_lines(text, file)]
@@ -198,5 +198,7 @@ def json_list(text: str) -> list[str] | None:
 
 def _no_list(instruction: Instruction, file: pathlib.Path) -> list[str]:
     raise TaskError(
-        file, instruction.line, f"{instruction.keyword} begins with [ and is no JSON list of texts"
+        file,
+        instruction.line,
+        f"{instruction.keyword} begins with [ and is not a JSON list of texts",
     )

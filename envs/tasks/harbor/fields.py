@@ -71,7 +71,7 @@ class Table:
         if value is None:
             return default
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise self.fault(key, f"{_short(value)} is no {kind.__name__}")
+            raise self.fault(key, f"{_short(value)} is not a {kind.__name__}")
         return value
 
     def text(self, key: str, default: str | None = None) -> str | None:
@@ -90,7 +90,7 @@ class Table:
             return default
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number or not math.isfinite(_as_float(value)):
-            raise self.fault(key, f"{_short(value)} is no finite number")
+            raise self.fault(key, f"{_short(value)} is not a finite number")
         if above is not None and not value > above:
             raise self.fault(key, f"{_short(value)} must be above {above:g}")
         return float(value)
@@ -101,7 +101,9 @@ class Table:
         if value is None:
             return default
         if value != int(value) or value < least:
-            raise self.fault(key, f"{_short(self.values[key])} is no whole number from {least} on")
+            raise self.fault(
+                key, f"{_short(self.values[key])} is not a whole number of at least {least}"
+            )
         return int(value)
 
     def megabytes(self, key: str, old: str) -> int | None:
@@ -113,7 +115,7 @@ class Table:
             return None
         match = _SIZE.fullmatch(text)
         if not match:
-            raise self.fault(old, f'{_short(text)} is no size such as "2G" or "512M"')
+            raise self.fault(old, f'{_short(text)} is not a size such as "2G" or "512M"')
         size = float(match[1]) * _MEGABYTES[match[2].upper()]
         return max(1, int(size))
 
@@ -121,7 +123,7 @@ class Table:
         """Return a list of texts, or an empty one."""
         values = self.get(key, list, [])
         if bad := [value for value in values if not isinstance(value, str)]:
-            raise self.fault(key, f"{_short(bad[0])} is no text")
+            raise self.fault(key, f"{_short(bad[0])} is not a text")
         return tuple(values)
 
     def environment(self, key: str) -> dict[str, str]:
@@ -132,7 +134,7 @@ class Table:
         variables = {}
         for name, value in self.get(key, dict, {}).items():
             if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-                raise self.fault(key, f"{_short(value)} is no text", name)
+                raise self.fault(key, f"{_short(value)} is not a text", name)
             if not _can_be_variable(name, value):
                 raise self.fault(key, f"{_short(name)} cannot be an environment variable", name)
             variables[name] = self._filled(key, name, str(value))

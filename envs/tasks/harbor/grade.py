@@ -207,13 +207,13 @@ async def _read_rewards(sandbox: Sandbox, built: Built) -> dict[str, float]:
 def read_rewards(files: dict[str, bytes | None]) -> dict[str, float]:
     """Return the rewards in reward.txt and reward.json.
 
-    Both files may exist only if they agree. None stands for something that is no regular file.
+    Both files may exist only if they agree. None stands for something that is not a regular file.
 
     Raises:
       RewardError: the files are not one valid answer.
     """
     if odd := [name for name, content in files.items() if content is None]:
-        raise RewardError(f"/logs/verifier/{odd[0]} is no regular file")
+        raise RewardError(f"/logs/verifier/{odd[0]} is not a regular file")
     if not files:
         raise RewardError("the tests left neither reward.txt nor reward.json in /logs/verifier")
     if large := [name for name, content in files.items() if len(content) > MAX_REWARD_BYTES]:
@@ -264,11 +264,11 @@ def _json_rewards(content: bytes) -> dict[str, float]:
         raise RewardError(f"reward.json is not JSON: {str(error)[:80]}") from error
     if not isinstance(value, dict):
         raise RewardError(
-            f"reward.json is a {type(value).__name__}, and must be an object of numbers"
+            f"reward.json is a {type(value).__name__}, but must be an object of numbers"
         )
     for key, number in value.items():
         if isinstance(number, bool) or not isinstance(number, (int, float)):
-            raise RewardError(f"reward.json: {key[:40]!r} is no number")
+            raise RewardError(f"reward.json: {key[:40]!r} is not a number")
     return {key: _checked("reward.json", number) for key, number in value.items()}
 
 
@@ -278,7 +278,7 @@ def _checked(name: str, number: float | int) -> float:
     except OverflowError:
         value = math.inf
     if not math.isfinite(value) or not 0.0 <= value <= 1.0:
-        raise RewardError(f"{name} says {value}, which is no finite number from 0 to 1")
+        raise RewardError(f"{name} says {value}, which is not a finite number from 0 to 1")
     return value
 
 

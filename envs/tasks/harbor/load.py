@@ -121,7 +121,7 @@ def load_harbor(folder: pathlib.Path, environ: Mapping[str, str]) -> HarborTask:
     if not isinstance(version, str) or not re.fullmatch(r"1(\.\d+)*", version):
         raise table.fault(
             "schema_version" if "schema_version" in table.values else "version",
-            f"{version!r} is no schema version that is known here (1.0 to 1.4)",
+            f"{version!r} is not a known schema version (1.0 to 1.4)",
         )
     metadata = table.get("metadata", dict, {})
     about = table.table("task")
@@ -352,7 +352,7 @@ def _artifacts(table: Table) -> tuple[str, ...]:
     for entry in table.get("artifacts", list, []):
         source = entry.get("source") if isinstance(entry, dict) else entry
         if not isinstance(source, str) or not source.startswith("/") or "\0" in source:
-            raise table.fault("artifacts", f"{str(entry)[:60]!r} names no absolute path")
+            raise table.fault("artifacts", f"{str(entry)[:60]!r} does not name an absolute path")
         found.append(source)
     return tuple(found)
 
@@ -400,7 +400,7 @@ def _healthcheck(table: Table) -> Healthcheck | None:
 
 def _check_network(table: Table, mode: object) -> None:
     if mode is not None and mode not in NETWORK_MODES:
-        raise table.fault("network_mode", f"{mode!r} is none of {', '.join(NETWORK_MODES)}")
+        raise table.fault("network_mode", f"{mode!r} is not one of {', '.join(NETWORK_MODES)}")
 
 
 def _definition(place: pathlib.Path) -> dict[str, Any]:
@@ -426,7 +426,7 @@ def _environment(place: pathlib.Path, table: Table) -> Environment:
         table.known.add(key)
     workdir = table.text("workdir")
     if workdir is not None and not workdir.startswith("/"):
-        raise table.fault("workdir", f"{workdir!r} is no absolute path")
+        raise table.fault("workdir", f"{workdir!r} is not an absolute path")
     return Environment(
         **_definition(place),
         docker_image=table.text("docker_image"),

@@ -68,7 +68,7 @@ def judge_files(
       ValueError: the framework is unknown.
     """
     if framework not in FRAMEWORKS:
-        raise ValueError(f"framework {framework!r} is none of {', '.join(FRAMEWORKS)}")
+        raise ValueError(f"framework {framework!r} is not one of {', '.join(FRAMEWORKS)}")
     spec = {
         "framework": framework,
         "tests": list(tests),

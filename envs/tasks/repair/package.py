@@ -66,7 +66,7 @@ def load_package(name: str) -> Package:
     """Load a package of this repository by name, or any folder by its path.
 
     Raises:
-      TaskError: it has no sources or no tests, or a source is no Python.
+      TaskError: it has no sources or no tests, or a source is not valid Python.
     """
     folder = SHIPPED / name if name in shipped() else pathlib.Path(name)
     if not folder.is_dir():
@@ -94,7 +94,7 @@ def load_package(name: str) -> Package:
             raise TaskError(
                 folder / path,
                 getattr(error, "lineno", 0) or 0,
-                f"no Python that can be read: {error}",
+                f"not valid Python: {error}",
             ) from error
     framework, targets = _framework(files, tests)
     return Package(

@@ -73,7 +73,7 @@ def parse_instance(row: Row) -> Instance:
     }
     if not _NAME.fullmatch(texts["instance_id"]) or len(texts["instance_id"]) > 200:
         raise row.fault(
-            f"instance_id {texts['instance_id'][:60]!r} is no name of letters, digits, '.', '_'"
+            f"instance_id {texts['instance_id'][:60]!r} is not a name of letters, digits, '.', '_'"
             " and '-'"
         )
     if not _REPO.fullmatch(texts["repo"]) or ".." in texts["repo"].split("/"):
@@ -85,7 +85,7 @@ def parse_instance(row: Row) -> Instance:
         value = texts.get(name, optional.get(name, ""))
         if (name == "base_commit" or value) and not _COMMIT.fullmatch(value):
             raise row.fault(
-                f"{name} {value[:60]!r} is no full commit id (40 or 64 hexadecimal digits)"
+                f"{name} {value[:60]!r} is not a full commit id (40 or 64 hexadecimal digits)"
             )
     for name in ("patch", "test_patch", "problem_statement"):
         if not texts[name].strip():
@@ -113,12 +113,12 @@ def _ids(row: Row, name: str) -> tuple[str, ...]:
             ) from error
     if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
         raise row.fault(
-            f"{name} is a {type(value).__name__}, and must be a list of test ids, or its JSON"
+            f"{name} is a {type(value).__name__}, but must be a list of test ids, or its JSON"
         )
     for one in value:
         if not _is_node_id(one):
             raise row.fault(
-                f"{name}: {one[:100]!r} is no node id of pytest (tests/test_x.py::test_y);"
+                f"{name}: {one[:100]!r} is not a node id of pytest (tests/test_x.py::test_y);"
                 " instances with another test runner cannot be graded here"
             )
         try:

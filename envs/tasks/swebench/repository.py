@@ -40,7 +40,7 @@ class Cut:
 def cut(source: pathlib.Path, commit: str) -> Cut:
     """Return the repository at `source` as of a commit. Raises RepositoryError."""
     if git(source, "cat-file", "-t", commit).strip() != b"commit":
-        raise RepositoryError(f"{commit} in {source} is no commit")
+        raise RepositoryError(f"{commit} in {source} is not a commit")
     with tempfile.TemporaryDirectory(prefix="swebench-") as folder:
         target = pathlib.Path(folder, "repository")
         target.mkdir()

@@ -98,7 +98,7 @@ def make_task(instance: Instance, repository: pathlib.Path | None = None) -> Har
     place = repository or find_repository(instance)
     try:
         if git(place, "cat-file", "-t", instance.base_commit).strip() != b"commit":
-            raise RepositoryError(f"{instance.base_commit} in {place} is no commit")
+            raise RepositoryError(f"{instance.base_commit} in {place} is not a commit")
         tests = _tests(instance, place)
         patched(place, instance.base_commit, instance.patch)  # fails early if it does not apply
     except RepositoryError as error:

@@ -40,16 +40,16 @@ def test_tests_come_only_when_the_agent_is_dead_and_the_solution_never(harbor, r
         ("echo 1e9 > /logs/verifier/reward.txt", "from 0 to 1"),
         ("echo yes > /logs/verifier/reward.txt", "not one number"),
         ("true", "neither reward.txt nor reward.json"),
-        ("echo 1 > /app/one; ln -s /app/one /logs/verifier/reward.txt", "no regular file"),
-        ("echo 1 > /app/one; ln /app/one /logs/verifier/reward.txt", "no regular file"),
-        ("mkdir /logs/verifier/reward.json", "no regular file"),
-        ("mkfifo /logs/verifier/reward.txt", "no regular file"),
+        ("echo 1 > /app/one; ln -s /app/one /logs/verifier/reward.txt", "not a regular file"),
+        ("echo 1 > /app/one; ln /app/one /logs/verifier/reward.txt", "not a regular file"),
+        ("mkdir /logs/verifier/reward.json", "not a regular file"),
+        ("mkfifo /logs/verifier/reward.txt", "not a regular file"),
         (
             (
                 "rm -rf /logs/verifier; mkdir /app/v; echo 1 > /app/v/reward.txt; ln -s /app/v"
                 " /logs/verifier"
             ),
-            "no regular file",
+            "not a regular file",
         ),
         (
             (

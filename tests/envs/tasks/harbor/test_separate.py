@@ -165,7 +165,7 @@ def test_hooks_collect_what_the_agent_left_before_the_tests(apart, run):
             2,
             "leave one of them out",
         ),
-        ({"task.toml": 'artifacts = ["out.txt"]\n'}, 1, "names no absolute path"),
+        ({"task.toml": 'artifacts = ["out.txt"]\n'}, 1, "does not name an absolute path"),
     ],
 )
 def test_a_malformed_one_is_refused_with_file_and_line(apart, files, line, says):

@@ -186,7 +186,7 @@ def test_a_package_with_fewer_bugs_than_are_asked_for_is_refused(tmp_path):
     "files, message",
     [
         ({"tests__test_it": "def test_no():\n    assert False\n"}, "own tests do not run"),
-        ({"small__init__": "def f(:\n"}, "no Python that can be read"),
+        ({"small__init__": "def f(:\n"}, "not valid Python"),
         pytest.param(
             {"tests__test_it": "import nosuch_package\n"},
             "own tests do not run",

@@ -156,14 +156,14 @@ def test_a_patch_gives_files_and_removals_and_a_bad_one_is_refused(made):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"base_commit": "main"}, "base_commit 'main' is no full commit id"),
+        ({"base_commit": "main"}, "base_commit 'main' is not a full commit id"),
         ({"patch": " "}, "patch is empty"),
         ({"instance_id": "../x"}, "instance_id '../x'"),
         ({"FAIL_TO_PASS": "[]"}, "FAIL_TO_PASS is empty"),
         ({"FAIL_TO_PASS": "[1"}, "not the JSON of a list"),
         ({"repo": "../../etc"}, "neither owner/name"),
-        ({"PASS_TO_PASS": ["test_mean (tests.T)"]}, "no node id of pytest"),
-        ({"PASS_TO_PASS": ["/etc/x.py::y"]}, "no node id"),
+        ({"PASS_TO_PASS": ["test_mean (tests.T)"]}, "not a node id of pytest"),
+        ({"PASS_TO_PASS": ["/etc/x.py::y"]}, "not a node id"),
         ({"problem_statement": None}, "'problem_statement' is missing"),
         ({"test_patch": 3}, "test_patch is a int"),
         (
