@@ -1,6 +1,4 @@
-"""The wide families: the demonstrator earns 1; doing nothing, guessing, and tampering with the check earn
-0.
-"""
+"""The wide families: the demonstrator earns 1; doing nothing, guessing and tampering earn 0."""
 
 import asyncio
 import hashlib
@@ -93,8 +91,9 @@ def at_once(coroutines):
 
 
 def _episodes(name, count_only=False):
-    """Demonstration, no-op and one cheat: the second, stronger one where a verifier runs programs of the
-    agent's.
+    """Play a demonstration, no-op and one cheat.
+
+    The cheat is the second, stronger one where a verifier runs programs of the agent's.
 
     All cheats play in the slow test.
     """
