@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: pages from the repository's root, and links to files outside docs/.
+"""Hooks of mkdocs: pages from the repository's root, links to files outside docs/, formulas.
 
 Pages link to source files as a code host does (`../rome/losses/ipa.py`). The site has no
 such files: with `repo_url` in mkdocs.yml these links lead to the repository; without it only their
@@ -7,10 +7,12 @@ text stays.
 
 from __future__ import annotations
 
+import html
 import pathlib
 import re
 from typing import Any
 
+import latex2mathml.converter
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -22,6 +24,7 @@ ROOT_PAGES = {
 }
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)")
 BRANCH = "main"
+FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -54,7 +57,9 @@ def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> st
             return f"[{text}]({ROOT_PAGES[inside]}{hash_sign}{anchor})"
         if is_root_page and inside.startswith("docs/") and inside.endswith(".md"):
             return f"[{text}]({inside.removeprefix('docs/')}{hash_sign}{anchor})"
-        is_page = inside.startswith("docs/") and not inside.startswith("docs/results")
+        is_page = inside.startswith("docs/") and not inside.startswith(
+            ("docs/results/", "docs/figures/")
+        )
         if is_page and not is_root_page:
             return match.group(0)
         if config.repo_url:
@@ -63,3 +68,15 @@ def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> st
         return text
 
     return LINK.sub(rewrite, markdown)
+
+
+def on_page_content(html_text: str, page: Page, config: Any, files: Files) -> str:
+    """Turn formulas into MathML, which browsers show without scripts."""
+
+    def convert(match: re.Match[str]) -> str:
+        is_block = match.group(1) == "div"
+        latex = html.unescape(match.group(2)).strip()[2:-2]
+        display = "block" if is_block else "inline"
+        return latex2mathml.converter.convert(latex, display=display)
+
+    return FORMULA.sub(convert, html_text)
