@@ -13,16 +13,19 @@ import datetime
 import json
 import pathlib
 import platform
-import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+from rome.version import describe
+
 RUNS = pathlib.Path(__file__).parent.parent / "results" / "runs"
 
 
-def read_run(workdir: pathlib.Path, machine: str, commit: str) -> dict[str, Any]:
+def read_run(workdir: pathlib.Path, machine: str, commit: str = "") -> dict[str, Any]:
     """Return the record of a finished run.
+
+    The commit is the one that the run's report names; `commit` replaces it.
 
     Raises FileNotFoundError where the directory has no report.json, and ValueError where the run
     has not reached its last step.
@@ -50,7 +53,7 @@ def read_run(workdir: pathlib.Path, machine: str, commit: str) -> dict[str, Any]
         "start_wall_seconds": _start_seconds(workdir),
         "isolation": report["isolation"],
         "command": command_of(report),
-        "commit": commit,
+        "commit": commit or report.get("version") or describe(),
         "date": finished.date().isoformat(),
         "machine": machine,
     }
@@ -87,18 +90,6 @@ def command_of(report: dict[str, Any]) -> str:
     return f"{command} --config.seed={report['seed']}"
 
 
-def current_commit() -> str:
-    """Return the commit that is checked out, marked where files differ from it."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=7"],
-        cwd=pathlib.Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stdout.strip()
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write a record for each workdir."""
     parser = argparse.ArgumentParser(
@@ -108,12 +99,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("workdirs", nargs="+", type=pathlib.Path, metavar="WORKDIR")
     parser.add_argument("--machine", default=platform.platform(), help="where the runs were made")
-    parser.add_argument("--commit", help="what they were made with; default: what is checked out")
+    parser.add_argument("--commit", default="", help="default: what their reports name")
     parser.add_argument("--out", type=pathlib.Path, default=RUNS)
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     for workdir in options.workdirs:
-        record = read_run(workdir, options.machine, options.commit or current_commit())
+        record = read_run(workdir, options.machine, options.commit)
         path = options.out / f"{record['loss']}_seed{record['seed']}.json"
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         print(path)
