@@ -47,21 +47,22 @@ def draw() -> None:
     arrow(axes, side("updating", 0, 0.25), side("ready", 1, 0.25), "proven", shift=(0, -0.11))
     arrow(
         axes,
-        side("ready", 0.35, 0),
-        side("suspect", 0.35, 1),
-        "hangs, or answers\nwith unproven weights",
-        shift=(-0.1, 0),
-        align="right",
+        side("ready", 0.6, 0),
+        side("suspect", 0.6, 1),
+        "hangs, or\nanswers with\nunproven weights",
+        at=0.62,
+        shift=(0.1, 0),
+        align="left",
         colour=ORANGE,
     )
     arrow(
         axes,
-        side("suspect", 0.65, 1),
-        side("ready", 0.65, 0),
-        "proven again",
-        shift=(0.1, -0.3),
-        align="left",
-        colour=GREEN,
+        side("suspect", 0.05, 1),
+        side("starting", 0.95, 0),
+        "supervisor\ntries again",
+        at=0.3,
+        shift=(-0.12, -0.16),
+        align="right",
     )
     arrow(
         axes,
@@ -78,8 +79,8 @@ def draw() -> None:
         axes,
         side("dead", 0.5, 1),
         side("starting", 0.5, 0),
-        "supervisor\nrestarts it",
-        shift=(0.1, 0),
+        "restarted",
+        shift=(0.1, 0.2),
         align="left",
     )
     arrow(

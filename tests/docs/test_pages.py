@@ -7,6 +7,8 @@ import functools
 import importlib.util
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -15,6 +17,10 @@ from tests.docs.pages import PAGES, ROOT, blocks, commands, name_of
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 CONFIG_KEY = re.compile(r"--config\.([a-z_.0-9]+)|`config\.([a-z_.0-9]+)(?:=[^`]*)?`")
+MODULES = sorted(
+    {words[2] for path in PAGES for words in commands(path) if words[2].startswith("launch.")}
+    - {"launch.X", "launch.pod"}  # the latter has a --help for each of its subcommands
+)
 pages = pytest.mark.parametrize("path", PAGES, ids=name_of)
 
 
@@ -62,18 +68,13 @@ def flags_of(module: str) -> frozenset[str]:
 
 
 def _flags_of_call(node: ast.Call) -> set[str]:
+    """Return the flags that a call of argparse or absl defines."""
     called = node.func.attr if isinstance(node.func, ast.Attribute) else ""
-    texts = {
-        argument.value
-        for argument in node.args
-        if isinstance(argument, ast.Constant) and isinstance(argument.value, str)
-    }
-    if called == "add_argument":
-        return {text.lstrip("-") for text in texts if text.startswith("--")}
+    first = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+    texts = [value for value in first if isinstance(value, str)]
     if called.startswith("DEFINE_"):
-        first = node.args[0]
-        return {first.value} if isinstance(first, ast.Constant) else set()
-    return set()
+        return set(texts[:1])
+    return {text[2:] for text in texts if text.startswith("--")}
 
 
 def _flags_of_import(module: str) -> set[str]:
@@ -103,6 +104,28 @@ def test_every_command_names_a_module_and_flags_that_it_has(path):
             known = flags_of(words[2])
             unknown += [f"{words[2]} --{flag}" for flag in flags_in(words[3:]) if flag not in known]
     assert not unknown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", MODULES)
+def test_a_command_explains_the_flags_that_the_documents_use(module):
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    used = {
+        flag
+        for path in PAGES
+        for words in commands(path)
+        if words[2] == module
+        for flag in flags_in(words[3:])
+    }
+    text = done.stdout + done.stderr
+    missing = [flag for flag in used if f"--{flag}" not in text and f"--[no]{flag}" not in text]
+    assert not missing, text[-2000:]
 
 
 @functools.cache
