@@ -31,6 +31,42 @@ SECTIONS = {
     "learner": "Learner: `config.learner`",
     "mesh": "Mesh: `config.mesh`",
 }
+# Keys that the experiments leave without a comment, because their name says enough there.
+EVIDENT = {
+    "checkpoint_every": "steps",
+    "checkpoints_kept": "the newest ones",
+    "clip": "global norm of the gradient",
+    "clip_high": "see `clip_low`",
+    "episode_seconds": "wall clock of a whole episode",
+    "eval_temperature": "of sampling in evaluations",
+    "experiment": "name of the stage in reports",
+    "lambda_il": "weight of the imitation term of Eq. 10",
+    "lambda_rl": "weight of the reinforcement term of Eq. 10",
+    "learning_rate": "of AdamW, after the warm-up",
+    "max_turns": "of an episode",
+    "preset": "the part of `--config` after the colon",
+    "rows_per_microbatch": "rows whose gradient is computed at once, over all devices",
+    "seed": "of the run; every other seed is derived from it",
+    "temperature": "of sampling in training",
+    "tokenizer": "a directory with tokenizer.json",
+    "warmup_updates": "optimizer updates over which the learning rate rises",
+    "weight_decay": "of AdamW",
+    "learner.attention": "attention kernel by name (rome/model/ops/kernels.py)",
+    "learner.experts": "kernel of the experts by name",
+    "learner.exchange": "ring or all_to_all, for experts on several devices",
+    "learner.router_z_loss_coef": "weight of the router's z-loss",
+    "mesh.replica": "whole copies of the parameters, across slices",
+    "mesh.fsdp": "splits parameters and rows",
+    "mesh.expert": "splits experts and rows",
+    "mesh.sequence": "splits the tokens of a row",
+    "mesh.tensor": "splits heads, hidden width and vocabulary",
+    "sandbox.command_timeout": "seconds of one command",
+    "sandbox.disk_mb": "of workspace and /tmp together",
+    "sandbox.image": "name of the image, for the docker backend",
+    "sandbox.memory_mb": "of all processes and files together",
+    "sandbox.pids": "processes and threads",
+    "sandbox.url": "of the ROCK admin, for the remote backend",
+}
 INTRODUCTION = """\
 # Configuration
 
@@ -102,8 +138,18 @@ def comments_of(path: pathlib.Path) -> dict[str, str]:
         while line in alone:
             above.insert(0, alone[line])
             line -= 1
+        if above and not source.splitlines()[line - 1].strip():
+            above = _without_heading(above)
         comments[key] = " ".join(above + beside)
     return comments
+
+
+def _without_heading(lines: list[str]) -> list[str]:
+    """Return a comment that begins a paragraph without the sentence that is its heading."""
+    if not lines[0][:1].isupper():
+        return lines
+    ends = [number for number, line in enumerate(lines) if line.endswith(".")]
+    return lines[ends[0] + 1 :] if ends else lines
 
 
 def _comments_by_line(source: str) -> tuple[dict[int, str], dict[int, str]]:
@@ -143,8 +189,8 @@ def _dotted(node: ast.expr) -> str:
 
 
 def describe(key: str, experiments: Sequence[str]) -> str:
-    """Return the comment of a key, from the first experiment that explains it."""
-    names = (key, key.rpartition(".")[2])
+    """Return the comment of a key, from the first experiment that explains it, or EVIDENT's."""
+    names = _names(key)
     for file in (*experiments, "common"):
         path = ROOT / "experiments" / f"{file}.py"
         if not path.exists():
@@ -153,7 +199,12 @@ def describe(key: str, experiments: Sequence[str]) -> str:
         for name in names:
             if comments.get(name):
                 return comments[name]
-    return ""
+    return EVIDENT.get(key, "")
+
+
+def _names(key: str) -> tuple[str, str]:
+    """Return the names by which a key may stand in a file: with its block, and alone."""
+    return key, key.rpartition(".")[2]
 
 
 def cell(value: Any) -> str:
@@ -173,7 +224,9 @@ def escape(text: str) -> str:
 def make_page() -> str:
     """Return the whole page."""
     defaults = {name: load(name, "tiny") for name in EXPERIMENTS}
+    order = _source_order()
     keys = list(dict.fromkeys(key for config in defaults.values() for key in config))
+    keys.sort(key=lambda key: min(order.get(name, len(order)) for name in _names(key)))
     lines = [INTRODUCTION]
     blocks = list(dict.fromkeys(key.rpartition(".")[0] for key in keys))
     for block in sorted(blocks, key=lambda block: list(SECTIONS).index(block)):
@@ -185,6 +238,16 @@ def make_page() -> str:
         lines.append("")
     lines += _preset_tables()
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _source_order() -> dict[str, int]:
+    """Return the place of every key, as it is written, in the order of the experiments' files."""
+    names: dict[str, str] = {}
+    for file in (*EXPERIMENTS, "common"):
+        path = ROOT / "experiments" / f"{file}.py"
+        if path.exists():
+            names |= {name: "" for name in comments_of(path) if name not in names}
+    return {name: place for place, name in enumerate(names)}
 
 
 def _row(key: str, defaults: dict[str, dict[str, Any]]) -> str:
