@@ -12,6 +12,7 @@ PAGES = sorted(
     for path in (
         ROOT / "README.md",
         *ROOT.glob("*.md"),
+        ROOT / "examples" / "README.md",
         *(ROOT / "docs").glob("**/*.md"),
     )
 )
