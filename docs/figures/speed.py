@@ -121,7 +121,12 @@ def draw_rollout_speedup() -> None:
     save(figure, "rollout_speedup.png")
 
 
-if __name__ == "__main__":
+def draw() -> None:
+    """Draw all three pictures."""
     draw_train_speed()
     draw_sandbox_speed()
     draw_rollout_speedup()
+
+
+if __name__ == "__main__":
+    draw()

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from docs.figures import collect, learning_curve, style
+from docs.figures import collect, configuration, learning_curve, style
 from rome.train.report import wilson
 
 
@@ -79,6 +79,17 @@ def test_the_curve_and_its_table_come_from_recorded_runs(tmp_path, monkeypatch):
 def test_without_runs_nothing_is_drawn(tmp_path, capsys):
     assert learning_curve.main(["--runs", str(tmp_path)]) == 1
     assert "docs.figures.collect" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_scripts_draw_every_picture_that_the_pages_show(tmp_path, monkeypatch):
+    from docs.figures import __main__ as all_figures
+
+    shown = {path.name for path in style.IMAGES.iterdir()}
+    monkeypatch.setattr(style, "IMAGES", tmp_path)
+    monkeypatch.setattr(configuration, "PAGE", tmp_path / "configuration.md")
+    all_figures.main()
+    assert {path.name for path in tmp_path.glob("*.png")} == shown
 
 
 @pytest.mark.parametrize("successes, n", [(0, 5), (3, 7), (200, 396), (5, 5)])
