@@ -5,12 +5,13 @@ Without a URL, it starts a tiny endpoint that knows one command.
 
 import asyncio
 import sys
+import tempfile
 
 from aiohttp import web
 
 from envs.rock import SandboxConfig
 from rome.evals.endpoint import Endpoint
-from rome.evals.tasks import load_tasks
+from rome.evals.run import evaluate
 
 COMMAND = r'{"command": "rm $(cat note.txt)"}'
 
@@ -30,10 +31,12 @@ async def main(url: str = "", model: str = "tiny") -> None:
     await web.TCPSite(server, "127.0.0.1", 0).start()
     url = url or f"http://127.0.0.1:{server.addresses[0][1]}/v1"
     agent = Endpoint(url, model, SandboxConfig(isolation="best_available"))
-    for task in load_tasks("terminal:delete_named,count:4"):
-        outcome = await agent.play(task, attempt=0, seed=0)
-        print(f"{task.name}: {outcome.ending}, reward {outcome.reward}, {outcome.turns} turns")
-    await asyncio.gather(agent.close(), server.cleanup())
+    with tempfile.TemporaryDirectory() as out:  # a lasting folder makes the evaluation resumable
+        results = await evaluate("terminal:delete_named,count:4", agent, out)
+    await server.cleanup()
+    for task in results["tasks"]:
+        print(f"{task['task']}: {task['ending']}, reward {task['reward']}")
+    print("pass@1:", results["pass_at_1"], results["intervals"]["pass_at_1"])
 
 
 if __name__ == "__main__":
