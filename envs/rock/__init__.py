@@ -3,6 +3,7 @@
 `from envs.rock import Sandbox, SandboxConfig`.
 """
 
+from envs.rock.backend import Job, Session, Snapshot
 from envs.rock.config import Address, CommandResult, Denial, FileEntry, SandboxConfig, SandboxStatus
 from envs.rock.errors import (
     IsolationError,
@@ -11,9 +12,10 @@ from envs.rock.errors import (
     SandboxFileError,
     SandboxStartError,
 )
-from envs.rock.sandbox import Job, Sandbox, Session, Snapshot, Transfer
+from envs.rock.sandbox import Sandbox
 from envs.rock.sync import SyncSandbox
 from envs.rock.tiers import TierReport, probe
+from envs.rock.transfer import Transfer
 
 __all__ = [
     "Address",

@@ -12,8 +12,9 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from envs.rock.backend import Job, Session, Snapshot
 from envs.rock.config import SandboxConfig
-from envs.rock.sandbox import Job, Sandbox, Session, Snapshot
+from envs.rock.sandbox import Sandbox
 
 T = TypeVar("T")
 GRACE_SECONDS = 60.0  # beyond the time that a call may take by its own arguments
@@ -114,12 +115,13 @@ class SyncSandbox(_Facade):
 
     def __init__(
         self,
-        config: SandboxConfig = SandboxConfig(),
+        config: SandboxConfig | None = None,
         snapshot: Snapshot | None = None,
         *,
         _started: Sandbox | None = None,
     ):
-        super().__init__(_started or Sandbox(config, snapshot), config.timeout)
+        sandbox = _started or Sandbox(config, snapshot)
+        super().__init__(sandbox, sandbox.config.timeout)
 
     def __enter__(self) -> "SyncSandbox":
         if not self.is_alive():

@@ -14,7 +14,7 @@ from envs.rock.config import ISOLATIONS, TIERS, SandboxConfig
 from envs.rock.embedded import zygote_client
 from envs.rock.errors import IsolationError, SandboxError
 from envs.rock.host import cgroups, landlock, seccomp
-from envs.rock.host.holder import parse, receive, send
+from envs.rock.host.messages import parse, receive, send
 
 TRIAL_SECONDS = 20.0
 GUARANTEES = {

@@ -11,14 +11,19 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
+from envs.rock.backend import (
+    MAX_DISCARDED_BYTES,
+    Job,
+    Session,
+    reason_not_executable,
+    refused_result,
+)
 from envs.rock.config import CommandResult
 from envs.rock.docker.container import END_SECONDS, STDERR, STDOUT, Exec
-from envs.rock.embedded.commands import DRAINED_BYTES, unspeakable
 from envs.rock.errors import SandboxClosedError, SandboxError, SandboxStartError
-from envs.rock.sandbox import Job, Session
 
 if TYPE_CHECKING:
-    from envs.rock.docker.sandbox import DockerSandbox
+    from envs.rock.docker.sandbox import DockerBackend
 
 KILLED = 137  # 128 + SIGKILL
 SHELL_SECONDS = 2.0  # in which a shell must come back once all that its command started is dead
@@ -153,7 +158,7 @@ class DockerJob(Job):
         async for number, piece in self.exec.frames():
             capture = self._captures.get(number, self._captures[STDERR])
             capture.feed(piece)
-            if capture.total > DRAINED_BYTES:
+            if capture.total > MAX_DISCARDED_BYTES:
                 self.doom("output")
         return await self.exec.exit_code(self._timeout + END_SECONDS)
 
@@ -171,7 +176,7 @@ class DockerJob(Job):
 class DockerSession(Session):
     """See Session and inside.SESSION. Cancelling a `run` closes the session."""
 
-    def __init__(self, sandbox: "DockerSandbox", shell: Exec, door: Exec):
+    def __init__(self, sandbox: "DockerBackend", shell: Exec, door: Exec):
         self._sandbox, self._shell, self._door = sandbox, shell, door
         self._turn = asyncio.Lock()
         self._captures = {
@@ -203,8 +208,8 @@ class DockerSession(Session):
             self._verdict.set_result(reason)
 
     async def run(self, command: str, timeout: float | None = None) -> CommandResult:
-        if refusal := unspeakable(command):
-            return CommandResult("", refusal, 126, False, False, 0.0)
+        if refusal := reason_not_executable(command):
+            return refused_result(refusal)
         async with self._turn:
             if self.ended:
                 raise SandboxClosedError("the session's shell has ended; create another session")
@@ -332,7 +337,7 @@ class DockerSession(Session):
         async for number, piece in self._shell.frames():
             capture = self._captures.get(number, self._captures[STDERR])
             capture.feed(piece)
-            if capture.total > DRAINED_BYTES:
+            if capture.total > MAX_DISCARDED_BYTES:
                 self.doom("output")
 
     async def _listen(self) -> None:

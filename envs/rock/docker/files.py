@@ -13,10 +13,11 @@ from typing import IO
 
 from docker import APIClient
 
+from envs.rock.backend import Snapshot
 from envs.rock.docker import scripts
 from envs.rock.docker.container import CALL_SECONDS, STDOUT, Container, Exec
 from envs.rock.errors import SandboxError, SandboxStartError
-from envs.rock.sandbox import PIECE_BYTES, Snapshot
+from envs.rock.transfer import PIECE_BYTES
 
 SNAPSHOT_SECONDS = 300.0
 COMMITTED = "rock.committed"  # the label of an image with files in scripts.COMMITTED_FILES

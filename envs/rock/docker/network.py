@@ -25,7 +25,7 @@ from envs.rock.config import Denial, SandboxConfig
 from envs.rock.errors import SandboxClosedError, SandboxError
 from envs.rock.host import linux
 from envs.rock.host.egress import Grant, Guard
-from envs.rock.wire.forwarding import MAX_CONNECTIONS, Ways
+from envs.rock.wire.forwarding import MAX_CONNECTIONS, Connections
 
 log = logging.getLogger("rock.docker")
 T = TypeVar("T")
@@ -62,7 +62,7 @@ class ContainerNetwork:
         self._loop, self._label = loop, config.label
         self._lock = threading.Lock()
         self._closed, self._handing_over, self._told = False, 0, 0
-        self._ways = Ways(_no_way_in, config.label)
+        self._connections = Connections(_no_way_in, config.label)
         grants = [Grant(*grant) for grant in config.grants()]
         self._guard = _inside(pid, container, lambda: _switch_ipv6_on() or Guard(grants))
         _watchman().add(self, self._guard.descriptors())
@@ -76,7 +76,7 @@ class ContainerNetwork:
     async def count(self) -> int:
         """Attempts until now that were denied."""
         await asyncio.to_thread(self._catch_up)
-        return self._guard.denials() + len(self._ways.denials)
+        return self._guard.denials() + len(self._connections.denials)
 
     async def since_last_told(self) -> int:
         """Those that this did not return before."""
@@ -87,7 +87,8 @@ class ContainerNetwork:
     async def denials(self) -> list[Denial]:
         await asyncio.to_thread(self._catch_up)
         return sorted(
-            [Denial(*record, self._label) for record in self._guard.records] + self._ways.denials
+            [Denial(*record, self._label) for record in self._guard.records]
+            + self._connections.denials
         )
 
     async def adopt(self, other: "ContainerNetwork") -> None:
@@ -95,12 +96,12 @@ class ContainerNetwork:
         result has told of it.
         """
         denials = await other.denials()
-        self._ways.denials += denials
+        self._connections.denials += denials
         self._told += len(denials)
 
     def close(self) -> None:
         """On the sandbox's loop. What was seen stays to be asked for."""
-        self._ways.close()
+        self._connections.close()
         _watchman().remove(self._guard.descriptors())
         with self._lock:
             if not self._closed:
@@ -130,7 +131,7 @@ class ContainerNetwork:
         if self._closed:
             connection.close()
         else:
-            self._ways.let_out(*way, connection)
+            self._connections.relay_outbound(*way, connection)
 
 
 def _switch_ipv6_on() -> None:

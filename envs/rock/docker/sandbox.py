@@ -10,10 +10,18 @@ a session's command none.
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 
 from docker.utils import parse_repository_tag
 
+from envs.rock.backend import (
+    MAX_LISTED,
+    Backend,
+    Snapshot,
+    check_verifier_files,
+    reason_not_executable,
+    refused_result,
+)
 from envs.rock.config import Address, CommandResult, Denial, FileEntry, SandboxConfig, SandboxStatus
 from envs.rock.docker import scripts
 from envs.rock.docker.commands import KILLED, DockerJob, DockerSession
@@ -31,7 +39,6 @@ from envs.rock.docker.files import (
     within,
 )
 from envs.rock.docker.network import obstacle
-from envs.rock.embedded.commands import unspeakable
 from envs.rock.embedded.zygote_client import Gate
 from envs.rock.errors import (
     IsolationError,
@@ -40,15 +47,15 @@ from envs.rock.errors import (
     SandboxFileError,
     SandboxStartError,
 )
-from envs.rock.sandbox import MAX_LISTED, PIECE_BYTES, Sandbox, Snapshot, check_verifier_files
 from envs.rock.tiers import REQUIRED, probe_docker
+from envs.rock.transfer import PIECE_BYTES
 
 SESSIONS, CONNECTIONS = 8, 16  # at once: each takes a process from those that are reserved for us
 _KINDS = {"f": "file", "d": "directory", "l": "link"}
 _start_gate = Gate(8)
 
 
-class DockerSandbox(Sandbox):
+class DockerBackend(Backend):
     """See Sandbox.
 
     The image must be there already (`docker pull`, or images.build) and have sh and the usual
@@ -57,6 +64,7 @@ class DockerSandbox(Sandbox):
 
     def __init__(self, config: SandboxConfig, snapshot: Snapshot | None = None):
         super().__init__(config, snapshot)
+        self._snapshot = snapshot
         if snapshot is not None and not isinstance(snapshot, DockerSnapshot):
             raise SandboxError(
                 f"a Docker sandbox starts from a DockerSnapshot, not from {type(snapshot).__name__}"
@@ -178,15 +186,15 @@ class DockerSandbox(Sandbox):
     async def execute(
         self, command: str, timeout: float | None = None, env: Mapping[str, str] | None = None
     ) -> CommandResult:
-        if refusal := unspeakable(command):
-            return CommandResult("", refusal, 126, False, False, 0.0)
+        if refusal := reason_not_executable(command):
+            return refused_result(refusal)
         async with self._turn:  # one after the other
             return await self._to_its_end(await self.spawn(command, timeout, env))
 
     async def spawn(
         self, command: str, timeout: float | None = None, env: Mapping[str, str] | None = None
     ) -> DockerJob:
-        if refusal := unspeakable(command):
+        if refusal := reason_not_executable(command):
             raise ValueError(refusal.strip())
         self._check_open()
         environment = self._environment(env)
@@ -318,7 +326,7 @@ class DockerSandbox(Sandbox):
 
     # -- files
 
-    async def read_stream(self, path: str) -> AsyncIterator[bytes]:
+    async def read_stream(self, path: str) -> AsyncGenerator[bytes, None]:
         relative = self._relative_file(path)
         async with self._transfer(
             scripts.in_workspace(scripts.READ), scripts.spelled(relative)

@@ -15,7 +15,7 @@ import threading
 
 from envs.rock.config import SandboxConfig
 from envs.rock.errors import SandboxStartError
-from envs.rock.host.holder import parse, receive, send
+from envs.rock.host.messages import parse, receive, send
 
 _BOOT = (
     "import sys; sys.path.insert(0, sys.argv[1]); from host import zygote;"

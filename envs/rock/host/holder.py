@@ -5,7 +5,6 @@ request with descriptors, a JSON reply. Time limits are kept here, so a manager 
 compiling does not stretch them.
 """
 
-import array
 import errno
 import json
 import os
@@ -18,11 +17,10 @@ import time
 
 from . import cgroups, linux
 from .egress import Way
+from .messages import MAX_MESSAGE, receive, send
 from .process import Started
 from .session import LOOP, Session
 
-MAX_MESSAGE = 1 << 18
-MAX_FDS = 8
 MAX_SESSIONS, MAX_COMMANDS = 8, 16  # at once; their descriptors stay below linux.FIRST_PASSED_FD
 KILL_SECONDS = 10.0
 SHELL_GRACE = 1.0  # seconds in which a shell whose command was killed must say so
@@ -501,31 +499,3 @@ def _exit_code(raw: int) -> int:
     """As a shell says it: 128 + the signal for a process that was killed."""
     code = os.waitstatus_to_exitcode(raw)
     return code if code >= 0 else 128 - code
-
-
-def send(
-    channel: socket.socket, message: dict, descriptors: tuple[int, ...] = (), flags: int = 0
-) -> None:
-    ancillary = (
-        [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
-        if descriptors
-        else []
-    )
-    channel.sendmsg([json.dumps(message).encode()], ancillary, flags)
-
-
-def parse(data: bytes) -> dict:
-    """A message's fields; the empty message is the other end's death."""
-    return json.loads(data) if data else {"error": "the sandbox host process ended"}
-
-
-def receive(channel: socket.socket) -> tuple[bytes, list[int]]:
-    """One message and its descriptors (closed on exec); b"" at the end."""
-    data, ancillary, _, _ = channel.recvmsg(
-        MAX_MESSAGE, socket.CMSG_SPACE(MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC
-    )
-    descriptors = array.array("i")
-    for level, kind, content in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            descriptors.frombytes(content[: len(content) - len(content) % descriptors.itemsize])
-    return data, list(descriptors)

@@ -20,7 +20,8 @@ import sys
 import time
 
 from . import cgroups, fenced, linux, namespaces, seccomp
-from .holder import Holder, receive, send
+from .holder import Holder
+from .messages import receive, send
 
 # user ids of sandboxes when the manager is root: one each, far from any real user's
 FIRST_ID = 200_000

@@ -8,9 +8,17 @@ round and never runs a command twice.
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
+from envs.rock.backend import (
+    Backend,
+    Job,
+    Session,
+    Snapshot,
+    check_verifier_files,
+    reason_not_executable,
+)
 from envs.rock.config import (
     Address,
     CommandResult,
@@ -20,10 +28,8 @@ from envs.rock.config import (
     SandboxStatus,
     check_environment,
 )
-from envs.rock.embedded.commands import unspeakable
 from envs.rock.errors import SandboxClosedError, SandboxError, SandboxStartError
 from envs.rock.remote.connection import Line
-from envs.rock.sandbox import Job, Sandbox, Session, Snapshot, check_verifier_files
 from envs.rock.wire.api import (
     GRACE,
     Disconnected,
@@ -43,11 +49,12 @@ ABANDON_SECONDS = 10.0  # what is not ended by then is cleared over there for wa
 RESEND_SECONDS = 10.0
 
 
-class RemoteSandbox(Sandbox):
+class RemoteBackend(Backend):
     """See Sandbox. It is cleared some minutes after this process was last heard of."""
 
     def __init__(self, config: SandboxConfig, snapshot: Snapshot | None = None):
         super().__init__(config, snapshot)
+        self._snapshot = snapshot
         if snapshot is not None and not isinstance(snapshot, RemoteSnapshot):
             raise SandboxError(
                 f"a remote sandbox starts from a RemoteSnapshot, not from {type(snapshot).__name__}"
@@ -136,7 +143,7 @@ class RemoteSandbox(Sandbox):
     async def execute(
         self, command: str, timeout: float | None = None, env: Mapping[str, str] | None = None
     ) -> CommandResult:
-        if refusal := unspeakable(command):
+        if refusal := reason_not_executable(command):
             return CommandResult("", refusal, 126, False, False, 0.0)
         return result_from_json(
             await self._run("execute", self._command(command, timeout, env), self._seconds(timeout))
@@ -145,7 +152,7 @@ class RemoteSandbox(Sandbox):
     async def spawn(
         self, command: str, timeout: float | None = None, env: Mapping[str, str] | None = None
     ) -> "RemoteJob":
-        if refusal := unspeakable(command):
+        if refusal := reason_not_executable(command):
             raise ValueError(refusal.strip())
         answer = await self._run("spawn", self._command(command, timeout, env), GRACE)
         return RemoteJob(self, answer["job"], self._seconds(timeout))
@@ -224,7 +231,7 @@ class RemoteSandbox(Sandbox):
 
     # -- files
 
-    async def read_stream(self, path: str) -> AsyncIterator[bytes]:
+    async def read_stream(self, path: str) -> AsyncGenerator[bytes, None]:
         relative = self._relative_file(path)
         self._check_open()
         async with contextlib.aclosing(
@@ -395,7 +402,7 @@ class RemoteSandbox(Sandbox):
 
 
 class RemoteJob(Job):
-    def __init__(self, sandbox: RemoteSandbox, name: str, timeout: float):
+    def __init__(self, sandbox: RemoteBackend, name: str, timeout: float):
         self._sandbox, self._name, self._timeout = sandbox, name, timeout
         self._end = sandbox._keep(self._await_end())
 
@@ -431,12 +438,12 @@ class RemoteJob(Job):
 
 
 class RemoteSession(Session):
-    def __init__(self, sandbox: RemoteSandbox, name: str):
+    def __init__(self, sandbox: RemoteBackend, name: str):
         self._sandbox, self._name = sandbox, name
         self._turn = asyncio.Lock()
 
     async def run(self, command: str, timeout: float | None = None) -> CommandResult:
-        if refusal := unspeakable(command):
+        if refusal := reason_not_executable(command):
             return CommandResult("", refusal, 126, False, False, 0.0)
         seconds = self._sandbox._seconds(timeout)
         async with self._turn:

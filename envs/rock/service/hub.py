@@ -19,7 +19,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NamedTuple
 
-from envs.rock.sandbox import PIECE_BYTES
+from envs.rock.transfer import PIECE_BYTES
 from envs.rock.wire.api import Refusal
 
 KINDS = ("environment", "image")

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import aiohttp
 from aiohttp import web
 
-from envs.rock.sandbox import PIECE_BYTES
 from envs.rock.service import openapi
 from envs.rock.service.auth import Tokens
 from envs.rock.service.metrics import CONTENT_TYPE, Metrics
+from envs.rock.transfer import PIECE_BYTES
 from envs.rock.wire.api import (
     MAX_FILES_BYTES,
     MAX_JSON_BYTES,

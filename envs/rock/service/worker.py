@@ -11,8 +11,9 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
+from envs.rock.backend import Job, Session, Snapshot
 from envs.rock.errors import SandboxClosedError, SandboxError
-from envs.rock.sandbox import Job, Sandbox, Session, Snapshot
+from envs.rock.sandbox import Sandbox
 from envs.rock.service.fleet import DEAD_SECONDS, HEARTBEAT_SECONDS
 from envs.rock.tiers import probe, probe_docker
 from envs.rock.wire import archive

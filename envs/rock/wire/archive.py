@@ -8,14 +8,14 @@ import tarfile
 from collections.abc import AsyncIterator
 
 from envs.rock.errors import SandboxFileError
-from envs.rock.sandbox import PIECE_BYTES, Sandbox, Transfer
+from envs.rock.transfer import PIECE_BYTES, FileStreams, Transfer
 
 BLOCK = tarfile.BLOCKSIZE
 MAX_NAME_BYTES = 64 << 10  # of an extended header
 MAX_SKIPPED = 10_000
 
 
-async def pack(sandbox: Sandbox, path: str) -> AsyncIterator[bytes]:
+async def pack(sandbox: FileStreams, path: str) -> AsyncIterator[bytes]:
     """The files below a directory of the workspace.
 
     One that changes its length meanwhile is cut, or filled with zeros, to what it was at first.
@@ -49,7 +49,7 @@ async def pack(sandbox: Sandbox, path: str) -> AsyncIterator[bytes]:
     yield b"\0" * (2 * BLOCK)
 
 
-async def unpack(sandbox: Sandbox, target: str, pieces: AsyncIterator[bytes]) -> Transfer:
+async def unpack(sandbox: FileStreams, target: str, pieces: AsyncIterator[bytes]) -> Transfer:
     """Write the regular files of an archive below `target`.
 
     Names that leave it are refused, whatever else is no file is skipped.

@@ -13,7 +13,7 @@ import aiohttp
 import yarl
 
 from envs.rock.errors import SandboxError
-from envs.rock.sandbox import PIECE_BYTES
+from envs.rock.transfer import PIECE_BYTES
 from envs.rock.wire.api import GRACE, TO_ADMIN, TO_WORKER, Disconnected, decode_error, parse_json
 
 MAX_ANSWER_BYTES = 128 << 20  # the other end may be anyone

@@ -91,14 +91,14 @@ async def _local(image: str) -> str:
     what stands for it.
     """
     from envs.rock.docker.container import engine
-    from envs.rock.images.local import alias
+    from envs.rock.images.local import docker_alias
 
     host = await asyncio.to_thread(engine)
     try:
         await host.call(host.client.inspect_image, image)
         return image
     except SandboxError:  # it has not, or cannot say
-        return await asyncio.to_thread(alias, image) or image
+        return await asyncio.to_thread(docker_alias, image) or image
 
 
 def _line_of_step(text: str, log: str) -> int:

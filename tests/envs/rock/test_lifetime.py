@@ -174,7 +174,8 @@ def test_a_thousand_sandboxes_leave_nothing_behind():
 _MANAGER = """
 import asyncio, os, sys
 sys.path.insert(0, {repository!r})
-from envs.rock import Sandbox, SandboxConfig, launcher
+from envs.rock import Sandbox, SandboxConfig
+from envs.rock.embedded import zygote_client
 async def main():
     sandboxes = [Sandbox(SandboxConfig(isolation="best_available", tier={tier!r})) for _ in range(3)]
     await asyncio.gather(*(sandbox.start() for sandbox in sandboxes))
@@ -249,7 +250,7 @@ def test_directories_without_permissions_are_removed_too(tier):
                 "mkdir -p a/b; ln -s / a/b/root; touch a/b/f; chmod 0 a/b a; ln -s / l; cd $TMPDIR"
                 " && mkdir -m 0 t"
             )
-            return str(sandbox._slot)
+            return str(sandbox._backend._slot)
 
     slot = asyncio.run(work())  # others may run sandboxes here, too
     assert slot not in os.listdir(STATE)
@@ -361,7 +362,8 @@ def test_a_forked_process_starts_a_zygote_of_its_own():
     program = textwrap.dedent(f"""
         import asyncio, os, sys
         sys.path.insert(0, {REPOSITORY!r})
-        from envs.rock import Sandbox, SandboxConfig, launcher
+        from envs.rock import Sandbox, SandboxConfig
+        from envs.rock.embedded import zygote_client
         async def echo():
             async with Sandbox(SandboxConfig(isolation="best_available", tier="namespaces")) as sandbox:
                 return (await sandbox.execute("echo hi")).stdout, zygote_client._zygote._process.pid

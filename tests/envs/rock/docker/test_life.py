@@ -104,7 +104,9 @@ def test_a_container_that_is_removed_from_outside_closes_its_sandbox(engine):
             running = asyncio.create_task(sandbox.execute("sleep 60"))
             await asyncio.sleep(0.3)
             client = container.engine().client
-            await asyncio.to_thread(client.remove_container, sandbox._container.id, force=True)
+            await asyncio.to_thread(
+                client.remove_container, sandbox._backend._container.id, force=True
+            )
             with pytest.raises(SandboxClosedError):
                 await running
             assert not sandbox.is_alive()

@@ -34,7 +34,7 @@ def test_every_limit_is_on_and_the_engine_says_so(inside):
         from envs.rock.docker import container
 
         engine = container.engine()
-        about = await engine.call(engine.client.inspect_container, sandbox._container.id)
+        about = await engine.call(engine.client.inspect_container, sandbox._backend._container.id)
         seen = await sandbox.execute(
             "cat /proc/self/status; ulimit -n -c -u; id -u; cat /proc/net/route | wc -l; echo x >"
             " /etc/x; echo x > /usr/x; ls -A /root /home"

@@ -163,10 +163,10 @@ def test_a_lost_sandbox_leaves_no_connection_open(tmp_path):
                     )
                 with pytest.raises(SandboxClosedError):
                     await sandbox.execute("true")
-                sandbox._alive = False  # as when its worker was lost
+                sandbox._backend._alive = False  # as when its worker was lost
             return (
-                sandbox._client.closed,
-                len(sandbox._background),
+                sandbox._backend._client.closed,
+                len(sandbox._backend._background),
                 dict(connection._lines[asyncio.get_running_loop()]),
             )
 
