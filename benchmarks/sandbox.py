@@ -35,8 +35,8 @@ from rich.console import Console
 from rich.table import Table
 
 from envs.rock import Sandbox, SandboxConfig, probe
+from envs.rock.docker.probe import probe_docker
 from envs.rock.embedded import zygote_client
-from envs.rock.tiers import probe_docker
 
 CONFIG = SandboxConfig(memory_mb=256, pids=64, disk_mb=64)
 FILES, FILE_BYTES = 1000, 10_000  # of the tree that is kept and forked

@@ -31,7 +31,7 @@ from rich.console import Console
 from envs.gem import format_tool_call
 from envs.gem.vector import AsyncioVectorEnv
 from envs.rock import Sandbox, SandboxConfig, probe
-from envs.rock.tiers import probe_docker
+from envs.rock.docker.probe import probe_docker
 from envs.tasks.harbor import EXAMPLES, load_dataset
 from envs.tasks.harbor.build import build
 from envs.tasks.harbor.env import sandbox_for
@@ -69,9 +69,9 @@ def docker_round(image: str, containers: int) -> Iterator[Any]:
     if not image or probe_docker().tier is None:
         yield None
         return
-    from envs.rock.docker import container
+    from envs.rock.docker.engine import engine as docker_engine
 
-    client = container.engine().client
+    client = docker_engine().client
     made = []
     try:
         for _ in range(containers):

@@ -22,6 +22,7 @@ from envs.rock.embedded import zygote_client
 from envs.rock.embedded.channel import HolderChannel, not_running
 from envs.rock.embedded.commands import EmbeddedJob, EmbeddedSession, start_job, start_session
 from envs.rock.embedded.files import file_error, file_error_of, list_directory, write_all
+from envs.rock.embedded.probe import probe
 from envs.rock.errors import (
     IsolationError,
     SandboxError,
@@ -29,7 +30,7 @@ from envs.rock.errors import (
     SandboxStartError,
 )
 from envs.rock.host.linux import FIRST_PASSED_FD
-from envs.rock.tiers import TierReport, probe
+from envs.rock.tiers import TierReport
 from envs.rock.transfer import PIECE_BYTES
 from envs.rock.wire.forwarding import Connections
 

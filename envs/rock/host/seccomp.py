@@ -15,7 +15,7 @@ NEWEST_CALL = 472
 X32_BIT = 0x40000000
 
 # name: (x86_64, aarch64); None where the architecture never had the call.
-_DENIED = {
+DENIED = {
     "mount": (165, 40),
     "umount2": (166, 39),
     "pivot_root": (155, 41),
@@ -82,13 +82,13 @@ _DENIED = {
     "ustat": (136, None),
     "sysfs": (139, None),
 }
-_ABSENT = {
+ABSENT = {
     "clone3": (435, 435),
     "io_uring_setup": (425, 425),
     "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427),
 }
-_SHARED_IPC = {
+SHARED_IPC = {
     "shmget": (29, 194),
     "shmat": (30, 196),
     "shmctl": (31, 195),
@@ -106,9 +106,9 @@ _SOCKET, _SOCKETPAIR, _IOCTL, _CLONE, _KILL, _PRLIMIT = (
 )
 
 # CLONE_NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET
-_NEW_NAMESPACES = 0x7E020000
-_TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
-_AF_UNIX, _AF_INET, _AF_INET6 = 1, 2, 10
+NEW_NAMESPACES = 0x7E020000
+TIOCSTI, TIOCLINUX = 0x5412, 0x541C
+AF_UNIX, AF_INET, AF_INET6 = 1, 2, 10
 
 _LOAD, _JUMP_EQUAL, _JUMP_GREATER, _JUMP_BITS, _RETURN = 0x20, 0x15, 0x25, 0x45, 0x06
 _NUMBER, _ARCH, _ARGUMENT = (
@@ -148,22 +148,22 @@ def build(architecture: str, *, network: bool, own_processes: bool = True) -> by
     ]
     # x32 calls carry X32_BIT, so this also closes that second table.
     program += [(_JUMP_GREATER, 0, 1, NEWEST_CALL), (_RETURN, 0, 0, _refuse(errno.ENOSYS))]
-    denied = _DENIED if network else _DENIED | _SHARED_IPC
-    for table, answer in ((denied, errno.EPERM), (_ABSENT, errno.ENOSYS)):
+    denied = DENIED if network else DENIED | SHARED_IPC
+    for table, answer in ((denied, errno.EPERM), (ABSENT, errno.ENOSYS)):
         for numbers in table.values():
             if numbers[column] is not None:
                 program += [(_JUMP_EQUAL, 0, 1, numbers[column]), (_RETURN, 0, 0, _refuse(answer))]
-    socket_families = (_AF_UNIX, _AF_INET, _AF_INET6) if network else ()
+    socket_families = (AF_UNIX, AF_INET, AF_INET6) if network else ()
     program += _only(_SOCKET[column], 0, socket_families, errno.EAFNOSUPPORT)
-    program += _only(_SOCKETPAIR[column], 0, (_AF_UNIX,), errno.EAFNOSUPPORT)
-    program += _never(_IOCTL[column], 1, (_TIOCSTI, _TIOCLINUX))
+    program += _only(_SOCKETPAIR[column], 0, (AF_UNIX,), errno.EAFNOSUPPORT)
+    program += _never(_IOCTL[column], 1, (TIOCSTI, TIOCLINUX))
     program += _only(
         _PRLIMIT[column], 0, (0,), errno.EPERM
     )  # of itself alone: the sandbox's process 1 has the same id
     program += [
         (_JUMP_EQUAL, 0, 4, _CLONE[column]),
         (_LOAD, 0, 0, _ARGUMENT[0]),
-        (_JUMP_BITS, 0, 1, _NEW_NAMESPACES),
+        (_JUMP_BITS, 0, 1, NEW_NAMESPACES),
         (_RETURN, 0, 0, _refuse(errno.EPERM)),
         (_RETURN, 0, 0, ALLOW),
     ]

@@ -26,7 +26,7 @@ from typing import IO
 import docker
 import requests
 
-from envs.rock.docker.container import Engine, engine
+from envs.rock.docker.engine import Engine, engine
 from envs.rock.errors import ImageError, SandboxClosedError
 
 REPOSITORY = "rock/env"

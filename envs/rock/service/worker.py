@@ -12,10 +12,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from typing import Any
 
 from envs.rock.backend import Job, Session, Snapshot
+from envs.rock.docker.probe import probe_docker
+from envs.rock.embedded.probe import probe
 from envs.rock.errors import SandboxClosedError, SandboxError
 from envs.rock.sandbox import Sandbox
 from envs.rock.service.fleet import DEAD_SECONDS, HEARTBEAT_SECONDS
-from envs.rock.tiers import probe, probe_docker
 from envs.rock.wire import archive
 from envs.rock.wire.api import Disconnected, Refusal, config_from_json, result_to_json
 from envs.rock.wire.client import Client, Pipe, StreamPipe

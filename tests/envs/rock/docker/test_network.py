@@ -210,6 +210,8 @@ def test_no_guard_is_ever_put_into_this_machines_own_network():
     from envs.rock.docker import network as docker_network
 
     with pytest.raises(SandboxError, match="not of the container"):
-        docker_network._inside(os.getpid(), "0123456789abcdef", lambda: pytest.fail("entered"))
+        docker_network._in_network_of(
+            os.getpid(), "0123456789abcdef", lambda: pytest.fail("entered")
+        )
     with pytest.raises(SandboxError, match="this machine's own network"):
-        docker_network._inside(os.getpid(), "", lambda: pytest.fail("entered"))
+        docker_network._in_network_of(os.getpid(), "", lambda: pytest.fail("entered"))
