@@ -40,13 +40,13 @@ from envs.rock.docker.network import obstacle
 from envs.rock.docker.ports import ExposedPorts
 from envs.rock.docker.probe import probe_docker
 from envs.rock.docker.workspace import Workspace
-from envs.rock.embedded.zygote_client import Gate
 from envs.rock.errors import (
     IsolationError,
     SandboxClosedError,
     SandboxError,
     SandboxStartError,
 )
+from envs.rock.gate import Gate
 from envs.rock.tiers import REQUIRED
 
 STARTS_AT_ONCE = 8
