@@ -100,9 +100,10 @@ class DockerJob(Job):
         began = time.monotonic()
         kills_before = self._container.memory_kills
         reading = asyncio.create_task(self._read_to_end())
+        ends: set[asyncio.Future[Any]] = {reading, self._verdict}
         try:
             await asyncio.wait(
-                {reading, self._verdict},
+                ends,
                 timeout=self._timeout,
                 return_when=asyncio.FIRST_COMPLETED,
             )

@@ -387,15 +387,18 @@ class Container:
         """Count the agent's processes beside process 1, zombies excluded, from outside."""
         if self.engine.runtime(self.config) not in HOST_KERNEL_RUNTIMES:
             # The engine does not see the processes of such a runtime one by one.
-            code, said = await self.ask(scripts.COUNT, user=scripts.KEEPER)
-            return max(0, int(said) - 2) if said.strip().isdigit() else 1
+            _, said = await self.ask(scripts.COUNT, user=scripts.KEEPER)
+            if not said.strip().isdigit():
+                return 1  # it cannot be told, so assume that there is one
+            return max(0, int(said) - 2)
         listed = await self.engine.call(self.engine.client.top, self.id, "-eo pid,uid,stat")
         ours = () if self.engine.one_user_namespace else (str(scripts.KEEPER), "0")
-        running = 0
-        for _, user, state in listed["Processes"] or ():
-            if user not in ours and not state.startswith("Z"):
-                running += 1
-        return max(0, running - 1)
+        running = [
+            pid
+            for pid, user, state in listed["Processes"] or ()
+            if user not in ours and not state.startswith("Z")
+        ]
+        return max(0, len(running) - 1)
 
 
 async def _converse(exec_: Exec, stdin: bytes | None) -> tuple[int, str]:

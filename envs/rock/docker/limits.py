@@ -9,7 +9,7 @@ from envs.rock.config import SandboxConfig
 from envs.rock.docker import scripts
 from envs.rock.host import seccomp
 
-# Beyond the agent's own limit, which RLIMIT_NPROC counts: our execs have many threads as they begin.
+# For our execs, which have many threads as they begin; RLIMIT_NPROC counts the agent's own limit.
 RESERVED_PIDS = 64
 CPU_PERIOD_MICROSECONDS = 100_000
 MIN_CPU_QUOTA = 1000  # the kernel's minimum

@@ -83,8 +83,8 @@ done 2>/dev/null
 [ "$others" ] || kill -9 -1
 exit $code"""
 
-# Sends a signal. $1: the signal, $2: a process, $3: "whole" for it and its session too, $4: children
-# of it to spare, with all below them.
+# Sends a signal. $1: the signal, $2: a process, $3: "whole" for it and its session too, $4: its
+# children to spare, with all below them.
 SIGNAL = """
 signal=$1 root=$2 whole=$3 older=" $4 " all= found=" "
 for stat in /proc/[0-9]*/stat; do
@@ -110,8 +110,8 @@ done
 
 # A session: bash (needed for `read -d`) takes commands from descriptor 3, and reports on 4, a pipe
 # to a reader of another user id, how each ended and which children it has. Then it takes a mark,
-# new each time, and writes it to both streams, so that their reader knows where the command's output
-# ends; the exit code never travels there. 3 to 6 are closed to what a command starts.
+# new each time, and writes it to both streams, so that their reader knows where the command's
+# output ends; the exit code never travels there. 3 to 6 are closed to what a command starts.
 SESSION = """
 exec 3<&0 </dev/null 5>&1 6>&2
 IFS= read -r -u 3 ROCK_DOOR

@@ -209,11 +209,13 @@ class Meters:
         self._usage: dict[str, int] = {}
         for directory in directories:
             for file, key, name in _EVENTS:
-                if os.path.exists(f"{directory}/{file}"):
-                    self._events[name] = (_open(f"{directory}/{file}"), key)
+                path = f"{directory}/{file}"
+                if os.path.exists(path):
+                    self._events[name] = (_open(path), key)
             for file, name in _USAGE:
-                if os.path.exists(f"{directory}/{file}"):
-                    self._usage[name] = _open(f"{directory}/{file}")
+                path = f"{directory}/{file}"
+                if os.path.exists(path):
+                    self._usage[name] = _open(path)
 
     def events(self) -> dict[str, int]:
         """Return how often each limit struck."""

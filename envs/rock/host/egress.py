@@ -3,9 +3,9 @@
 The namespace has no interface but loopback, and every address is made local to it. So a packet to
 8.8.8.8 arrives on loopback: nothing listens there, the connection is refused at once, and the
 guard's raw socket records the destination. On granted ports the guard itself listens. The guard
-also answers DNS, with addresses of its own choosing, so that a connection to one of them shows which
-name was meant; a name that is not granted never leaves the sandbox. The manager makes the outer
-connections.
+also answers DNS, with addresses of its own choosing, so that a connection to one of them shows
+which name was meant; a name that is not granted never leaves the sandbox. The manager makes the
+outer connections.
 """
 
 import errno
@@ -268,14 +268,23 @@ def _make_every_address_local() -> None:
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as kernel:
         kernel.settimeout(5)
         for family in (socket.AF_INET, socket.AF_INET6):
-            # Type local, scope host, protocol static, table local.
-            route = struct.pack("8BI", family, 0, 0, 0, 255, 4, 254, 2, 0)
-            route += struct.pack("HHI", 8, _RTA_OIF, socket.if_nametoindex("lo"))
-            header = struct.pack("IHHII", 16 + len(route), _RTM_NEWROUTE, _ROUTE_FLAGS, 1, 0)
-            kernel.send(header + route)
-            code = -struct.unpack_from("i", kernel.recv(4096), 16)[0]
-            if code and not (family == socket.AF_INET6 and code in _NO_IPV6):
+            kernel.send(_route_request(family))
+            (result,) = struct.unpack_from("i", kernel.recv(4096), 16)
+            code = -result
+            is_without_ipv6 = family == socket.AF_INET6 and code in _NO_IPV6
+            if code and not is_without_ipv6:
                 raise OSError(code, f"route to the guard: {os.strerror(code)}")
+
+
+def _route_request(family: int) -> bytes:
+    """Return the netlink message that adds the route."""
+    loopback = socket.if_nametoindex("lo")
+    # Type local, scope host, protocol static, table local.
+    route = struct.pack("8BI", family, 0, 0, 0, 255, 4, 254, 2, 0)
+    route += struct.pack("HHI", 8, _RTA_OIF, loopback)
+    length = 16 + len(route)
+    header = struct.pack("IHHII", length, _RTM_NEWROUTE, _ROUTE_FLAGS, 1, 0)
+    return header + route
 
 
 def _listen(port: int) -> socket.socket:

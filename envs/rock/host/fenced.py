@@ -40,14 +40,15 @@ class Tier:
 
     def set_up(self) -> int:
         """Make the directories and the rules; return a descriptor of the workspace."""
+        owner = (self._spec["uid"], self._spec["gid"]) if self._own_uid else None
         for directory in (self.workspace, self._temporary):
             os.mkdir(directory, 0o700)
-            if self._own_uid:
-                os.chown(directory, self._spec["uid"], self._spec["gid"])
+            if owner:
+                os.chown(directory, *owner)
         os.mkdir(self._hidden, 0o755)
-        if self._spec["snapshot"]:
-            owner = (self._spec["uid"], self._spec["gid"]) if self._own_uid else None
-            _copy(self._spec["snapshot"], self._home, owner)
+        snapshot = self._spec["snapshot"]
+        if snapshot:
+            _copy(snapshot, self._home, owner)
         self._ruleset = landlock.ruleset((self.workspace, self._temporary), (self._hidden,))
         own_processes = self._own_uid or landlock.abi() >= landlock.FIRST_ABI_WITH_SCOPES
         self._filter = seccomp.build(linux.ARCHITECTURE, network=False, own_processes=own_processes)
@@ -131,7 +132,7 @@ class Tier:
         linux.lower_limit(resource.RLIMIT_NPROC, self._spec["pids"] + others)
 
     def as_owner(self) -> "_Owner":
-        """Return a context in which files are opened and made as the sandbox's user, not as root."""
+        """Return a context in which files are opened and made as the sandbox's user."""
         return _Owner(self._spec["uid"], self._spec["gid"], self._own_uid)
 
     def finished(self) -> None:

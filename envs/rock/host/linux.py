@@ -189,7 +189,7 @@ def syscall(what: str, number: int, *arguments: object) -> int:
 
 
 def set_filesystem_ids(uid: int, gid: int) -> None:
-    """Create and open files from now on as (uid, gid), without root's right to ignore permissions."""
+    """Create and open files from now on as (uid, gid), without root's special rights."""
     _libc.setfsgid(ctypes.c_uint(gid))
     _libc.setfsuid(ctypes.c_uint(uid))
     # The call reports the previous value and no error, so it is called again to see the effect.
@@ -283,7 +283,7 @@ def signal_process(pid: int, number: int) -> None:
 
 
 def kill_all_of(uid: int | None = None) -> None:
-    """Kill every process of a user id; with None, all of our children's pid namespace but its init.
+    """Kill every process of a user id; with None, those of our children's pid namespace.
 
     One call kills all at once, so a fork bomb cannot outrun it.
     """

@@ -81,11 +81,13 @@ def _make_writable_part() -> None:
 def _mount_programs() -> None:
     linux.mount("/usr", f"{ROOT}/usr", None, linux.MS_BIND | linux.MS_REC)
     for name in _PROGRAM_DIRECTORIES:
-        if os.path.islink(f"/{name}"):
-            os.symlink(os.readlink(f"/{name}"), f"{ROOT}/{name}")
-        elif os.path.isdir(f"/{name}"):
-            os.mkdir(f"{ROOT}/{name}")
-            linux.mount(f"/{name}", f"{ROOT}/{name}", None, linux.MS_BIND | linux.MS_REC)
+        outer = f"/{name}"
+        inner = f"{ROOT}/{name}"
+        if os.path.islink(outer):
+            os.symlink(os.readlink(outer), inner)
+        elif os.path.isdir(outer):
+            os.mkdir(inner)
+            linux.mount(outer, inner, None, linux.MS_BIND | linux.MS_REC)
     if REPOSITORY.startswith("/usr/"):  # it holds verifiers and task generators
         cover = f"{ROOT}{REPOSITORY}"
         linux.mount("tmpfs", cover, "tmpfs", SAFE | linux.MS_RDONLY, "size=4k,mode=0755")
@@ -163,8 +165,9 @@ def enter_view() -> None:
 def _make_devices(dev: str) -> None:
     linux.mount("tmpfs", dev, "tmpfs", linux.MS_NOSUID, "size=64k,mode=0755")
     for name in _DEVICES:
-        os.close(os.open(f"{dev}/{name}", os.O_CREAT | os.O_WRONLY, 0o666))
-        linux.mount(f"/dev/{name}", f"{dev}/{name}", None, linux.MS_BIND)
+        device = f"{dev}/{name}"
+        os.close(os.open(device, os.O_CREAT | os.O_WRONLY, 0o666))
+        linux.mount(f"/dev/{name}", device, None, linux.MS_BIND)
     for name, target in _DEVICE_LINKS.items():
         os.symlink(target, f"{dev}/{name}")
     for name in ("shm", "pts"):

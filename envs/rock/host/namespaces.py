@@ -165,9 +165,9 @@ class Tier:
         """Start a verifier's script.
 
         It has its own view of the workspace, its own empty /tmp, shared memory and IPC, and its
-        files in /run/verifier. Its bash is execute-only, so the kernel makes the process undumpable:
-        what it runs (the agent's program, for example) cannot read its memory, environment or
-        descriptors through /proc. The script is a descriptor, never a file.
+        files in /run/verifier. Its bash is execute-only, so the kernel makes the process
+        undumpable: what it runs (the agent's program, for example) cannot read its memory,
+        environment or descriptors through /proc. The script is a descriptor, never a file.
 
         Args:
           script: descriptor of the script.

@@ -137,8 +137,8 @@ def claim(base: str, number: int) -> Slot | None:
 def sweep(base: str) -> None:
     """Clean up after zygotes that were killed."""
     for name in os.listdir(base):
-        number, _, kind = name.partition(".")
-        if kind.endswith("snapshot") and (slot := claim(base, int(number))):
+        prefix, _, kind = name.partition(".")
+        if kind.endswith("snapshot") and (slot := claim(base, int(prefix))):
             remove_tree(f"{base}/{name}")
             slot.clean()
     for name in os.listdir(base):

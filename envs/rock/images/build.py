@@ -4,8 +4,8 @@ The tag is a digest of the Dockerfile, its context and its build arguments. Base
 their names: name one by digest (FROM debian@sha256:...) where it must not change.
 
 A build runs as root in the engine's ordinary build container, with a memory limit, and without a
-network unless that is asked for. The engine itself pulls a base image that it lacks in any case. The
-engine's classic builder is used, which knows neither RUN --mount nor here-documents.
+network unless that is asked for. The engine itself pulls a base image that it lacks in any case.
+The engine's classic builder is used, which knows neither RUN --mount nor here-documents.
 """
 
 import asyncio

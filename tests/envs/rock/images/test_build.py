@@ -98,8 +98,8 @@ def test_the_name_changes_with_the_content_and_with_nothing_else(tmp_path):
     assert len(seen) == 7
     assert (
         len(
-            {images._name("d", "Dockerfile", args) for args in ({}, {"A": "b"}, {"A": "c"})}
-            | {images._name("d", "other", {})}
+            {images._tag("d", "Dockerfile", args) for args in ({}, {"A": "b"}, {"A": "c"})}
+            | {images._tag("d", "other", {})}
         )
         == 4
     )
