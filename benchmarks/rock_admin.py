@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from envs.rock import Sandbox, SandboxConfig
+from envs.rock.service.apps import make_admin
 from envs.rock.service.worker import Worker
 from envs.rock.wire.client import Client
-from launch.rock import make_admin
 from rome.train.metrics import write_atomically
 
 TOKENS = {"default": "token-of-the-benchmark", "worker": "token-of-its-worker-1"}

@@ -7,6 +7,8 @@ All of them are infrastructure's fault, never the command's, but SandboxFileErro
 class SandboxError(Exception):
     """The sandbox could not do its work; the episode it served is to be masked, not scored."""
 
+    code: str | None = None  # set when a ROCK service reported the error: one of wire.errors.CODES
+
 
 class IsolationError(SandboxError):
     """This machine cannot give the isolation that was asked for."""
