@@ -62,7 +62,7 @@ class VectorEnv(_Base):
       env_ids: names of the environments, for messages.
       env_fns: builds each environment.
       autoreset_mode: when an ended environment is reset; a value or a member of AutoresetMode.
-      timeout_s: seconds for one reset or step of all environments together, after which
+      timeout_seconds: seconds for one reset or step of all environments together, after which
         TimeoutError is raised. SyncVectorEnv cannot be interrupted so.
     """
 
@@ -71,14 +71,14 @@ class VectorEnv(_Base):
         env_ids: Sequence[str],
         env_fns: Sequence[Callable[[], Env]],
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
-        timeout_s: float = 600.0,
+        timeout_seconds: float = 600.0,
     ) -> None:
         self.env_ids = list(env_ids)
         self.env_fns: list[Callable[[], Env]] = list(env_fns)
         self.envs = [env_fn() for env_fn in env_fns]
         self.num_envs = len(self.envs)
         self.autoreset_mode = AutoresetMode(autoreset_mode)
-        self.timeout_s = timeout_s
+        self.timeout_seconds = timeout_seconds
         self._ended = np.zeros(self.num_envs, np.bool_)
 
     def reset(self, seed: int | Sequence[int | None] | None = None) -> tuple[list[Any], list[Info]]:
@@ -214,11 +214,11 @@ class AsyncVectorEnv(VectorEnv):
 
     def _call_all(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
         futures = [self._pool.submit(call) for call in calls]
-        _, waiting = wait(futures, self.timeout_s, ALL_COMPLETED)
+        _, waiting = wait(futures, self.timeout_seconds, ALL_COMPLETED)
         if waiting:
             raise TimeoutError(
                 f"{len(waiting)} of {len(calls)} environments did not answer within"
-                f" {self.timeout_s:g} s; close the vector"
+                f" {self.timeout_seconds:g} s; close the vector"
             )
         return [future.result() for future in futures]
 
@@ -236,13 +236,13 @@ class AsyncioVectorEnv(VectorEnv):
     """
 
     def reset(self, seed: int | Sequence[int | None] | None = None) -> tuple[list[Any], list[Info]]:
-        return run(self.areset(seed), self.timeout_s)
+        return run(self.areset(seed), self.timeout_seconds)
 
     def step(self, actions: Sequence[Any] | Mapping[int, Any]) -> Batch:
-        return run(self.astep(actions), self.timeout_s)
+        return run(self.astep(actions), self.timeout_seconds)
 
     def close(self) -> None:
-        run(self.aclose(), self.timeout_s)
+        run(self.aclose(), self.timeout_seconds)
 
     async def areset(
         self, seed: int | Sequence[int | None] | None = None

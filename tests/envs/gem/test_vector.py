@@ -151,7 +151,7 @@ def test_a_vector_does_not_wait_for_ever():
 
     for kind in (AsyncVectorEnv, AsyncioVectorEnv):
         release.clear()
-        together = vector(kind, [Counter(), Hangs()], timeout_s=0.2)
+        together = vector(kind, [Counter(), Hangs()], timeout_seconds=0.2)
         together.reset()
         with pytest.raises(TimeoutError):
             together.step(["a", "a"])
