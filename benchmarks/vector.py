@@ -33,7 +33,7 @@ from rich.console import Console
 from envs.gem import format_tool_call
 from envs.gem.vector import AsyncioVectorEnv
 from envs.rock import Sandbox, SandboxConfig, probe
-from envs.rock.tiers import probe_docker
+from envs.rock.docker.probe import probe_docker
 from envs.tasks.harbor import EXAMPLES, load_dataset
 from envs.tasks.harbor.build import build
 from envs.tasks.harbor.env import sandbox_for
@@ -72,9 +72,9 @@ def docker_rate(image: str, containers: int) -> Iterator[Rate | None]:
     if not image or probe_docker().tier is None:
         yield None
         return
-    from envs.rock.docker import container  # needs the docker package, which is optional
+    from envs.rock.docker.engine import engine  # needs the docker package, which is optional
 
-    client = container.engine().client
+    client = engine().client
     ids: list[str] = []
     try:
         for _ in range(containers):

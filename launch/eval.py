@@ -250,7 +250,7 @@ def find_isolation(wanted: str) -> str:
     Raises where `wanted` is not to be had.
     """
     from envs.rock import probe
-    from envs.rock.tiers import probe_docker
+    from envs.rock.docker.probe import probe_docker
 
     tier = probe_docker() if _DOCKER_IMAGE.value else probe(wanted)
     tier.require(wanted)

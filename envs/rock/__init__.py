@@ -5,6 +5,7 @@
 
 from envs.rock.backend import Job, Session, Snapshot
 from envs.rock.config import Address, CommandResult, Denial, FileEntry, SandboxConfig, SandboxStatus
+from envs.rock.embedded.probe import probe
 from envs.rock.errors import (
     IsolationError,
     SandboxClosedError,
@@ -14,7 +15,7 @@ from envs.rock.errors import (
 )
 from envs.rock.sandbox import Sandbox
 from envs.rock.sync import SyncSandbox
-from envs.rock.tiers import TierReport, probe
+from envs.rock.tiers import TierReport
 from envs.rock.transfer import Transfer
 
 __all__ = [

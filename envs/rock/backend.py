@@ -267,7 +267,8 @@ def relative_path(path: str, workspace: str = WORKSPACE) -> str:
         if path == root or path.startswith(root + "/"):
             path = path[len(root) + 1 :]
     parts = [part for part in path.split("/") if part not in ("", ".")]
-    if path.startswith("/") or ".." in parts or "\0" in path:
+    is_outside = path.startswith("/") or ".." in parts
+    if is_outside or "\0" in path:
         raise SandboxFileError("outside", f"{path!r} is not below {WORKSPACE}")
     return "/".join(parts)
 

@@ -13,7 +13,7 @@ import threading
 import pytest
 
 from envs.rock import Sandbox, SandboxConfig, SandboxFileError, probe, sync
-from envs.rock.tiers import probe_docker
+from envs.rock.docker.probe import probe_docker
 from tests.envs.rock.engine import engine
 from tests.envs.rock.service import running
 from tests.paths import ROOT

@@ -12,6 +12,7 @@ from envs.rock.errors import SandboxClosedError, SandboxError
 from envs.rock.host.messages import parse, receive, send
 
 REPLY_GRACE_SECONDS = 30.0  # a holder must answer within this beyond a command's own time limit
+_NO_REQUEST = -1  # the empty message, which says that the holder ended, has no number
 _READY = 0  # the number of the message that a holder sends when the sandbox stands
 
 Reply = dict[str, Any]
@@ -126,12 +127,13 @@ class HolderChannel:
             return
         except OSError:
             data, descriptors = b"", []
-        reply = parse(data) | {"descriptors": descriptors}
+        reply: Reply = parse(data) | {"descriptors": descriptors}
         if "way" in reply:
             if descriptors:  # else this process had no free descriptor left
-                self._relay(*reply["way"], socket.socket(fileno=descriptors[0]))
+                name, address, port = reply["way"]
+                self._relay(name, address, port, socket.socket(fileno=descriptors[0]))
             return
-        waiting = self._replies.pop(reply.get("id"), None)
+        waiting = self._replies.pop(reply.get("id", _NO_REQUEST), None)
         if waiting is not None and not waiting.done():
             waiting.set_result(reply)
             return

@@ -44,7 +44,7 @@ def list_directory(directory: int) -> list[FileEntry]:
 
 def _list_one(root: int, path: str) -> list[FileEntry]:
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-    found = []
+    found: list[FileEntry] = []
     with contextlib.ExitStack() as cleanup:
         descriptor = open_beneath(root, path or ".", flags)
         cleanup.callback(os.close, descriptor)

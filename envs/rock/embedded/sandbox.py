@@ -22,6 +22,7 @@ from envs.rock.embedded import zygote_client
 from envs.rock.embedded.channel import HolderChannel, not_running
 from envs.rock.embedded.commands import EmbeddedJob, EmbeddedSession, start_job, start_session
 from envs.rock.embedded.files import file_error, file_error_of, list_directory, write_all
+from envs.rock.embedded.probe import probe
 from envs.rock.errors import (
     IsolationError,
     SandboxError,
@@ -29,7 +30,7 @@ from envs.rock.errors import (
     SandboxStartError,
 )
 from envs.rock.host.linux import FIRST_PASSED_FD
-from envs.rock.tiers import TierReport, probe
+from envs.rock.tiers import TierReport
 from envs.rock.transfer import PIECE_BYTES
 from envs.rock.wire.forwarding import Connections
 
@@ -103,13 +104,26 @@ class EmbeddedBackend(Backend):
 
     async def get_status(self) -> SandboxStatus:
         reply = await self._open_channel().request({"op": "status"})
-        if reply["network_denials"] is not None:
-            reply["network_denials"] += len(self._connections.denials)
-        return SandboxStatus(**{name: reply.get(name) for name in SandboxStatus._fields})
+        denials = reply["network_denials"]
+        if denials is not None:
+            denials += len(self._connections.denials)
+        return SandboxStatus(
+            memory_bytes=reply.get("memory_bytes"),
+            pids=reply.get("pids"),
+            cpu_seconds=reply["cpu_seconds"],
+            disk_bytes=reply["disk_bytes"],
+            inodes=reply["inodes"],
+            commands=reply["commands"],
+            sessions=reply["sessions"],
+            network_denials=denials,
+        )
 
     async def denials(self) -> list[Denial]:
         reply = await self._open_channel().request({"op": "denials"})
-        seen_inside = [Denial(*fields, self.config.label) for fields in reply["denials"]]
+        seen_inside = [
+            Denial(time, protocol, destination, port, self.config.label)
+            for time, protocol, destination, port in reply["denials"]
+        ]
         return sorted(seen_inside + self._connections.denials)
 
     # -- commands

@@ -11,10 +11,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from typing import Any
 
 from envs.rock.backend import Snapshot
+from envs.rock.docker.probe import probe_docker
+from envs.rock.embedded.probe import probe
 from envs.rock.errors import SandboxClosedError, SandboxError
 from envs.rock.sandbox import Sandbox
 from envs.rock.service.held import Call, HeldSandbox
-from envs.rock.tiers import probe, probe_docker
 from envs.rock.wire import archive
 from envs.rock.wire.client import Pipe, StreamPipe
 from envs.rock.wire.codec import config_from_json, result_to_json

@@ -90,7 +90,7 @@ async def _local(image: str) -> str:
     """The name itself where the engine has it or this machine's EnvHub has no alias for it; else
     what stands for it.
     """
-    from envs.rock.docker.container import engine
+    from envs.rock.docker.engine import engine
     from envs.rock.images.local import docker_alias
 
     host = await asyncio.to_thread(engine)
@@ -128,7 +128,7 @@ async def enter(
 
     own: folders that are not the image's affair.
     """
-    from envs.rock.docker.container import engine
+    from envs.rock.docker.engine import engine
 
     environment = task.environment
     host = await asyncio.to_thread(engine)

@@ -77,19 +77,19 @@ def test_a_killed_manager_leaves_no_container(engine):
 
 
 def test_the_sweeper_removes_what_dead_managers_left_and_nothing_else(engine):
-    from envs.rock.docker import container
+    from envs.rock.docker.engine import OWNER, identity
+    from envs.rock.docker.engine import engine as docker_engine
 
-    client = container.engine().client
-    dead = container._identity(os.getpid()) | {"started": "1"}
-    other_boot = container._identity(os.getpid()) | {"boot": "an earlier one"}
+    client = docker_engine().client
+    dead = identity(os.getpid()) | {"started": "1"}
+    other_boot = identity(os.getpid()) | {"boot": "an earlier one"}
     elsewhere = dead | {"namespace": "pid:[1]"}
     labels = [
-        {container.OWNER: json.dumps(who)}
-        for who in (dead, other_boot, elsewhere, container._identity(os.getpid()))
-    ] + [{container.OWNER: "no json"}, {}]
+        {OWNER: json.dumps(who)} for who in (dead, other_boot, elsewhere, identity(os.getpid()))
+    ] + [{OWNER: "no json"}, {}]
     made = [client.create_container(engine.image, ["sh"], labels=label)["Id"] for label in labels]
     try:
-        container.engine()._sweep()
+        docker_engine()._remove_orphans()
         assert {made.index(left) for left in containers()} == {2, 3, 4, 5}
     finally:
         for one in containers():
@@ -98,14 +98,14 @@ def test_the_sweeper_removes_what_dead_managers_left_and_nothing_else(engine):
 
 def test_a_container_that_is_removed_from_outside_closes_its_sandbox(engine):
     async def work():
-        from envs.rock.docker import container
+        from envs.rock.docker.engine import engine as docker_engine
 
         async with Sandbox(config(engine)) as sandbox:
             running = asyncio.create_task(sandbox.execute("sleep 60"))
             await asyncio.sleep(0.3)
-            client = container.engine().client
+            client = docker_engine().client
             await asyncio.to_thread(
-                client.remove_container, sandbox._backend._container.id, force=True
+                client.remove_container, sandbox._backend._running.container.id, force=True
             )
             with pytest.raises(SandboxClosedError):
                 await running
@@ -135,9 +135,9 @@ def test_cancelled_starts_and_commands_leave_nothing(engine):
 
 
 def test_an_image_that_lacks_what_a_sandbox_needs_is_named(engine, tmp_path):
-    from envs.rock.docker import container
+    from envs.rock.docker.engine import engine as docker_engine
 
-    client = container.engine().client
+    client = docker_engine().client
     empty = tmp_path / "empty.tar"
     subprocess.run(["tar", "-cf", str(empty), "-T", "/dev/null"], check=True)
     client.import_image_from_data(empty.read_bytes(), repository="rock-test/empty", tag="1")

@@ -31,10 +31,12 @@ pytestmark = pytest.mark.slow  # an engine of their own, and a minute on two idl
 
 def test_every_limit_is_on_and_the_engine_says_so(inside):
     async def work(sandbox):
-        from envs.rock.docker import container
+        from envs.rock.docker.engine import engine as docker_engine
 
-        engine = container.engine()
-        about = await engine.call(engine.client.inspect_container, sandbox._backend._container.id)
+        engine = docker_engine()
+        about = await engine.call(
+            engine.client.inspect_container, sandbox._backend._running.container.id
+        )
         seen = await sandbox.execute(
             "cat /proc/self/status; ulimit -n -c -u; id -u; cat /proc/net/route | wc -l; echo x >"
             " /etc/x; echo x > /usr/x; ls -A /root /home"
@@ -87,12 +89,12 @@ def test_every_limit_is_on_and_the_engine_says_so(inside):
 
 
 def test_the_system_call_filter_refuses_what_the_embedded_one_refuses(inside):
-    from envs.rock.docker import container
+    from envs.rock.docker.limits import seccomp_profile
     from envs.rock.host import seccomp
 
-    profile = json.loads(container.seccomp_profile())
+    profile = json.loads(seccomp_profile())
     named = {name for rule in profile["syscalls"] for name in rule["names"]}
-    assert named == set(seccomp._DENIED) | set(seccomp._ABSENT) | {
+    assert named == set(seccomp.DENIED) | set(seccomp.ABSENT) | {
         "clone",
         "socket",
         "socketpair",
@@ -195,7 +197,7 @@ def test_what_cannot_be_enforced_is_refused(engine):
 
 
 def test_without_an_engine_the_probe_says_what_is_missing(monkeypatch):
-    from envs.rock.tiers import probe_docker
+    from envs.rock.docker.probe import probe_docker
 
     monkeypatch.setenv("DOCKER_HOST", "unix:///nonexistent/docker.sock")
     report = probe_docker()
@@ -763,9 +765,9 @@ def test_a_verifier_may_keep_what_it_writes(inside):
 
 
 def test_a_sandbox_can_be_committed_to_an_image_and_an_images_own_workspace_is_there(engine):
-    from envs.rock.docker import container
+    from envs.rock.docker.engine import engine as docker_engine
 
-    client = container.engine().client
+    client = docker_engine().client
     place = client.create_container(engine.image, ["sh"])["Id"]
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w") as tar:

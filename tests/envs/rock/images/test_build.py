@@ -98,8 +98,8 @@ def test_the_name_changes_with_the_content_and_with_nothing_else(tmp_path):
     assert len(seen) == 7
     assert (
         len(
-            {images._name("d", "Dockerfile", args) for args in ({}, {"A": "b"}, {"A": "c"})}
-            | {images._name("d", "other", {})}
+            {images._tag("d", "Dockerfile", args) for args in ({}, {"A": "b"}, {"A": "c"})}
+            | {images._tag("d", "other", {})}
         )
         == 4
     )
@@ -119,7 +119,7 @@ def test_a_failed_build_says_why_with_the_end_of_its_log(engine: Engine, tmp_pat
 
 
 def test_a_build_has_no_network_and_ends_at_its_time_limit(engine: Engine, tmp_path):
-    from envs.rock.docker import container
+    from envs.rock.docker.engine import engine as docker_engine
 
     silent = context(
         tmp_path / "c",
@@ -130,6 +130,6 @@ def test_a_build_has_no_network_and_ends_at_its_time_limit(engine: Engine, tmp_p
         build(silent, timeout=2)
     assert time.monotonic() - began < 30
     deadline = time.monotonic() + 20
-    while (left := container.engine().client.containers(all=True)) and time.monotonic() < deadline:
+    while (left := docker_engine().client.containers(all=True)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert left == []
