@@ -14,6 +14,8 @@ All of them except SandboxFileError are faults of the infrastructure, never of a
 class SandboxError(Exception):
     """The sandbox could not do its work. Mask the episode that it served; do not score it."""
 
+    code: str | None = None  # set when a ROCK service reported the error: one of wire.errors.CODES
+
 
 class IsolationError(SandboxError):
     """This machine cannot give the isolation that the config asks for."""

@@ -11,7 +11,7 @@ from envs.rock.errors import SandboxStartError
 from envs.rock.service.hub import EnvHub
 from envs.rock.transfer import FileStreams, Transfer
 from envs.rock.wire import archive
-from envs.rock.wire.api import Refusal
+from envs.rock.wire.errors import Refusal
 
 OWNER = "default"  # the name of an admin's first user
 

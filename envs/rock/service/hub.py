@@ -1,6 +1,6 @@
-"""EnvHub: names for images and for task environments, each by the digest of its content.
+"""EnvHub: names for container images and task environments, each with the digest of its content.
 
-SQLite for the names, files for the content.
+The names are kept in SQLite, the contents in files.
 """
 
 from __future__ import annotations
@@ -16,37 +16,46 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any, NamedTuple
 
 from envs.rock.transfer import PIECE_BYTES
-from envs.rock.wire.api import Refusal
+from envs.rock.wire.errors import Refusal
 
 KINDS = ("environment", "image")
 MAX_BLOB_BYTES = 16 << 30
 UNNAMED_SECONDS = 24 * 3600.0  # that a blob is kept without a name
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_./:-]{0,199}")
-_SCHEMA = """CREATE TABLE IF NOT EXISTS entries (name TEXT PRIMARY KEY, kind TEXT NOT NULL, digest TEXT NOT NULL, reference TEXT NOT NULL, owner TEXT NOT NULL,
-tags TEXT NOT NULL, bytes INTEGER NOT NULL, created REAL NOT NULL); CREATE INDEX IF NOT EXISTS by_digest ON entries (digest);"""
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS entries (
+    name TEXT PRIMARY KEY, kind TEXT NOT NULL, digest TEXT NOT NULL, reference TEXT NOT NULL,
+    owner TEXT NOT NULL, tags TEXT NOT NULL, bytes INTEGER NOT NULL, created REAL NOT NULL
+);
+CREATE INDEX IF NOT EXISTS by_digest ON entries (digest);
+"""
+_Answer = Callable[[dict[str, Any], str], Awaitable[dict[str, Any]]]
 
 
 class Entry(NamedTuple):
+    """A name in the hub, and what it stands for."""
+
     name: str
-    kind: str  # of KINDS
+    kind: str  # one of KINDS
     digest: str
-    reference: str  # an image's name for its engine; "" for an environment
+    reference: str  # an image's name for its container engine; "" for an environment
     owner: str
     tags: tuple[str, ...]
-    bytes: int  # of an environment's archive; 0 for an image
+    bytes: int  # size of an environment's archive; 0 for an image
     created: float  # seconds since 1970
 
     def to_json(self) -> dict[str, Any]:
+        """Return the entry as a JSON object."""
         return self._asdict() | {"tags": list(self.tags)}
 
 
 class EnvHub:
-    """In a directory of its own: hub.sqlite and blobs/. Several processes may use one."""
+    """A hub in a directory of its own: hub.sqlite and blobs/. Several processes may share it."""
 
     def __init__(self, directory: pathlib.Path):
         self._blobs = directory / "blobs"
@@ -60,62 +69,52 @@ class EnvHub:
         self.collect()
 
     def collect(self) -> int:
-        """Remove blobs that are a day old and have no name (never registered, or of a process that
-        was killed); returns how many.
+        """Remove blobs that are a day old and have no name; return how many.
+
+        Such blobs were never registered, or are left of a process that was killed.
         """
         removed = 0
         with self._lock, self._database:
-            self._database.execute("BEGIN IMMEDIATE")  # nobody registers one meanwhile
-            named = {
-                row[0].removeprefix("sha256:")
-                for row in self._database.execute("SELECT digest FROM entries")
-            }
+            self._database.execute("BEGIN IMMEDIATE")  # nothing is registered meanwhile
+            rows = self._database.execute("SELECT digest FROM entries")
+            named = {digest.removeprefix("sha256:") for (digest,) in rows}
+            oldest = time.time() - UNNAMED_SECONDS
             for blob in self._blobs.iterdir():
                 with contextlib.suppress(FileNotFoundError):
-                    if (
-                        blob.name not in named
-                        and time.time() - blob.stat().st_mtime > UNNAMED_SECONDS
-                    ):
+                    if blob.name not in named and blob.stat().st_mtime < oldest:
                         blob.unlink()
                         removed += 1
         return removed
 
     def close(self) -> None:
+        """Close the database."""
         self._database.close()
 
-    def operations(self) -> dict[str, Callable[[dict[str, Any], str], Awaitable[dict[str, Any]]]]:
-        """What callers may ask of it over HTTP, but for the blobs: (arguments, user) -> answer."""
-
-        async def register(given: dict[str, Any], user: str) -> dict[str, Any]:
-            return self.register(
-                given["name"],
-                given["kind"],
-                given["digest"],
-                user,
-                given.get("reference", ""),
-                tuple(given.get("tags", ())),
-            ).to_json()
-
-        async def get(given: dict[str, Any], user: str) -> dict[str, Any]:
-            return self.get(given["name"]).to_json()
-
-        async def list_all(given: dict[str, Any], user: str) -> dict[str, Any]:
-            return {
-                "entries": [
-                    entry.to_json() for entry in self.list(given.get("tag"), given.get("owner"))
-                ]
-            }
-
-        async def delete(given: dict[str, Any], user: str) -> dict[str, Any]:
-            self.delete(given["name"], user)
-            return {}
-
+    def operations(self) -> dict[str, _Answer]:
+        """Return the operations of wire.operations that have JSON responses, by name."""
         return {
-            "hub/register": register,
-            "hub/get": get,
-            "hub/list": list_all,
-            "hub/delete": delete,
+            "hub/register": self._answer_register,
+            "hub/get": self._answer_get,
+            "hub/list": self._answer_list,
+            "hub/delete": self._answer_delete,
         }
+
+    async def _answer_register(self, given: dict[str, Any], user: str) -> dict[str, Any]:
+        reference = given.get("reference", "")
+        tags = tuple(given.get("tags", ()))
+        entry = self.register(given["name"], given["kind"], given["digest"], user, reference, tags)
+        return entry.to_json()
+
+    async def _answer_get(self, given: dict[str, Any], user: str) -> dict[str, Any]:
+        return self.get(given["name"]).to_json()
+
+    async def _answer_list(self, given: dict[str, Any], user: str) -> dict[str, Any]:
+        entries = self.list(given.get("tag"), given.get("owner"))
+        return {"entries": [entry.to_json() for entry in entries]}
+
+    async def _answer_delete(self, given: dict[str, Any], user: str) -> dict[str, Any]:
+        self.delete(given["name"], user)
+        return {}
 
     def register(
         self,
@@ -126,49 +125,44 @@ class EnvHub:
         reference: str = "",
         tags: tuple[str, ...] = (),
     ) -> Entry:
-        """Give the name to that content.
+        """Give a name to content, or move the owner's name to other content.
 
-        Its owner may move it to other content; ValueError for what makes no sense, Refusal for
-        another's name.
+        Args:
+          name: letters, digits and `_./:-`.
+          kind: one of KINDS.
+          digest: "sha256:" and 64 hexadecimal digits; an environment's blob must be stored first.
+          owner: the user who may move or delete the name.
+          reference: an image's name for its container engine; only for images.
+          tags: any words, for `list`.
+
+        Raises:
+          ValueError: an argument is malformed.
+          Refusal: the name is another user's, or there is no such blob.
         """
-        if not _NAME.fullmatch(name) or _DIGEST.fullmatch(name):
-            raise ValueError(f"the name {name[:200]!r} is not made of letters, digits and '_./:-'")
-        if kind not in KINDS:
-            raise ValueError(f"kind is {kind!r}; it is one of {', '.join(KINDS)}")
-        if not _DIGEST.fullmatch(digest):
-            raise ValueError(f"the digest {digest!r} is not sha256: and 64 hexadecimal digits")
-        if bool(reference) != (kind == "image"):
-            raise ValueError(
-                "reference, an image's name for its engine, belongs to kind='image' and only to it"
-            )
+        _check_entry(name, kind, digest, reference)
         with self._lock, self._database:
             self._database.execute("BEGIN IMMEDIATE")
-            blob = self._path(digest)
-            if kind == "environment" and not blob.exists():
-                raise Refusal("not_found", f"there is no blob {digest}; store it first")
+            size = 0
+            if kind == "environment":
+                blob = self._path(digest)
+                if not blob.exists():
+                    raise Refusal("not_found", f"there is no blob {digest}; store it first")
+                size = blob.stat().st_size
             old = self._find(name)
             if old and old.owner != owner:
                 raise Refusal("forbidden", f"the name {name} is {old.owner}'s")
-            entry = Entry(
-                name,
-                kind,
-                digest,
-                reference,
-                owner,
-                tuple(tags),
-                blob.stat().st_size if kind == "environment" else 0,
-                time.time(),
-            )
+            tags = tuple(tags)
+            entry = Entry(name, kind, digest, reference, owner, tags, size, time.time())
+            row = entry._asdict() | {"tags": json.dumps(tags)}
             self._database.execute(
-                "INSERT OR REPLACE INTO entries VALUES (?,?,?,?,?,?,?,?)",
-                entry._replace(tags=json.dumps(entry.tags)),
+                "INSERT OR REPLACE INTO entries VALUES (?,?,?,?,?,?,?,?)", tuple(row.values())
             )
             if old:
                 self._drop_unused(old.digest)
         return entry
 
     def get(self, name: str) -> Entry:
-        """By name, or by digest; Refusal if there is none."""
+        """Return an entry by name or by digest; Refusal if there is none."""
         with self._lock:
             found = self._find(name)
         if found is None:
@@ -176,6 +170,7 @@ class EnvHub:
         return found
 
     def list(self, tag: str | None = None, owner: str | None = None) -> list[Entry]:
+        """Return the entries by name, those with a tag or of an owner only where given."""
         with self._lock:
             rows = self._database.execute(
                 "SELECT * FROM entries WHERE owner = COALESCE(?, owner) ORDER BY name", (owner,)
@@ -183,7 +178,11 @@ class EnvHub:
         return [entry for entry in map(_entry, rows) if tag is None or tag in entry.tags]
 
     def delete(self, name: str, user: str) -> None:
-        """Only its owner may; the content goes with the last name that it has."""
+        """Remove a user's name, and the content with its last name.
+
+        Raises:
+          Refusal: there is no such name, or it is another user's.
+        """
         with self._lock, self._database:
             self._database.execute("BEGIN IMMEDIATE")
             entry = self._find(name)
@@ -195,13 +194,19 @@ class EnvHub:
             self._drop_unused(entry.digest)
 
     async def store(self, pieces: AsyncIterator[bytes]) -> tuple[str, int]:
-        """(digest, bytes) of what comes. It is there whole, under its digest, or not at all."""
+        """Store a blob and return its digest and size in bytes.
+
+        The blob appears under its digest when it is complete, or not at all.
+
+        Raises:
+          Refusal: it has more than MAX_BLOB_BYTES.
+        """
         part = self._blobs / f"{secrets.token_hex(8)}.part"
-        sha, size = hashlib.sha256(), 0
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        sha = hashlib.sha256()
+        size = 0
         try:
-            with open(
-                os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb"
-            ) as file:
+            with open(os.open(part, flags, 0o600), "wb") as file:
                 async for piece in pieces:
                     size += len(piece)
                     if size > MAX_BLOB_BYTES:
@@ -216,15 +221,14 @@ class EnvHub:
             part.unlink(missing_ok=True)
         return digest, size
 
-    async def fetch(self, digest: str) -> AsyncIterator[bytes]:
-        """The content; Refusal if it is not there."""
-        if not _DIGEST.fullmatch(digest):
-            raise ValueError(f"the digest {digest!r} is not sha256: and 64 hexadecimal digits")
-        try:
-            file = open(self._path(digest), "rb")
-        except FileNotFoundError:
-            raise Refusal("not_found", f"the hub has no blob {digest}") from None
-        with file:
+    async def fetch(self, digest: str) -> AsyncGenerator[bytes, None]:
+        """Yield a blob; Refusal if there is none of that digest."""
+        _check_digest(digest)
+        with contextlib.ExitStack() as stack:
+            try:
+                file = stack.enter_context(open(self._path(digest), "rb"))
+            except FileNotFoundError:
+                raise Refusal("not_found", f"the hub has no blob {digest}") from None
             while piece := await asyncio.to_thread(file.read, PIECE_BYTES):
                 yield piece
 
@@ -239,12 +243,28 @@ class EnvHub:
         return _entry(row) if row else None
 
     def _drop_unused(self, digest: str) -> None:
-        if (
-            self._database.execute("SELECT 1 FROM entries WHERE digest = ?", (digest,)).fetchone()
-            is None
-        ):
+        query = "SELECT 1 FROM entries WHERE digest = ?"
+        if self._database.execute(query, (digest,)).fetchone() is None:
             self._path(digest).unlink(missing_ok=True)
 
 
-def _entry(row: tuple) -> Entry:
-    return Entry(*row)._replace(tags=tuple(json.loads(row[5])))
+def _check_entry(name: str, kind: str, digest: str, reference: str) -> None:
+    if not _NAME.fullmatch(name) or _DIGEST.fullmatch(name):
+        raise ValueError(f"the name {name[:200]!r} is not made of letters, digits and '_./:-'")
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}; it is one of {', '.join(KINDS)}")
+    _check_digest(digest)
+    if bool(reference) != (kind == "image"):
+        raise ValueError(
+            "reference, an image's name for its engine, belongs to kind='image' and only to it"
+        )
+
+
+def _check_digest(digest: str) -> None:
+    if not _DIGEST.fullmatch(digest):
+        raise ValueError(f"the digest {digest!r} is not sha256: and 64 hexadecimal digits")
+
+
+def _entry(row: tuple[Any, ...]) -> Entry:
+    entry = Entry(*row)
+    return entry._replace(tags=tuple(json.loads(row[5])))
