@@ -256,7 +256,7 @@ def test_stopping_ends_a_command_that_runs(config):
     [
         ({"isolation": "some"}, "required, best_available"),
         ({"tier": "docker"}, "namespaces, landlock"),
-        ({"isolation": "required", "tier": "landlock"}, "cannot be had"),
+        ({"isolation": "required", "tier": "landlock"}, "does not give the guarantees"),
         ({"pids": 0}, "pids is 0"),
         ({"disk_mb": 300}, "leaves no memory"),
         ({"env": {"A=B": "c"}}, "A=B"),
