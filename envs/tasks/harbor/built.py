@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Mapping
 
 from envs.rock import Sandbox, SandboxConfig
-from envs.rock.sandbox import Snapshot
+from envs.rock.backend import Snapshot
 from envs.tasks.harbor.build import build
 from envs.tasks.harbor.environment import Built
 from envs.tasks.harbor.task import HarborTask

@@ -104,15 +104,15 @@ async def build_image(
 
 async def _local(image: str) -> str:
     """Return the name of the engine's or this machine's EnvHub's image, or the name itself."""
-    from envs.rock.docker.container import engine
-    from envs.rock.images.local import alias
+    from envs.rock.docker.engine import engine
+    from envs.rock.images.local import docker_alias
 
     host = await asyncio.to_thread(engine)
     try:
         await host.call(host.client.inspect_image, image)
         return image
     except SandboxError:  # the engine lacks it, or cannot say
-        return await asyncio.to_thread(alias, image) or image
+        return await asyncio.to_thread(docker_alias, image) or image
 
 
 def _line_of_step(text: str, log: str) -> int:
@@ -148,7 +148,7 @@ async def enter(
     Raises:
       BuildError: a folder could not be copied.
     """
-    from envs.rock.docker.container import engine
+    from envs.rock.docker.engine import engine
 
     environment = task.environment
     host = await asyncio.to_thread(engine)

@@ -278,7 +278,7 @@ def test_a_base_image_that_cannot_be_pulled_is_what_the_hub_has_under_its_name(
     )
     with pytest.raises(BuildError):
         run(build_image(load_task(built), config))
-    with local.hub() as hub:
+    with local.open_hub() as hub:
         hub.register(
             "registry.invalid/python:3.13-slim",
             "image",

@@ -9,7 +9,7 @@ import pytest
 
 from envs.gem import format_tool_call, make
 from envs.rock import SandboxConfig
-from envs.rock.embedded.sandbox import EmbeddedSandbox
+from envs.rock.embedded.sandbox import EmbeddedBackend
 from envs.tasks.terminal import (
     DOMAINS,
     FAMILIES,
@@ -279,7 +279,7 @@ def test_a_bug_that_matches_nothing_is_refused():
 
 
 def test_a_family_whose_program_is_missing_is_refused_by_name(monkeypatch):
-    real = EmbeddedSandbox.execute
+    real = EmbeddedBackend.execute
 
     async def without_git(self, command, *args, **kwargs):
         return await real(
@@ -289,7 +289,7 @@ def test_a_family_whose_program_is_missing_is_refused_by_name(monkeypatch):
             **kwargs,
         )
 
-    monkeypatch.setattr(EmbeddedSandbox, "execute", without_git)
+    monkeypatch.setattr(EmbeddedBackend, "execute", without_git)
 
     async def reset(name):
         env = TerminalEnv(f"{name}/3", CONFIG)
