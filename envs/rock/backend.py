@@ -134,8 +134,8 @@ class Backend(abc.ABC):
     async def attach(self, sandbox: str) -> None:
         """Connect to a running sandbox by its id; only the remote backend can."""
         raise SandboxError(
-            f"a sandbox of the {self.config.backend} backend ends with the process that started it;"
-            " there is none to attach to"
+            f"a sandbox of the {self.config.backend} backend ends with the process that started it,"
+            " so none can be attached to"
         )
 
     @abc.abstractmethod

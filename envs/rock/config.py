@@ -137,7 +137,7 @@ class SandboxConfig:
             raise ValueError(f"tier is {self.tier!r}; it is one of {', '.join(TIERS)} or None")
         if self.isolation == "required" and self.tier == "landlock":
             raise ValueError(
-                "isolation='required' cannot be had from tier='landlock'; use"
+                "tier='landlock' does not give the guarantees of isolation='required'; use"
                 " isolation='best_available'"
             )
 

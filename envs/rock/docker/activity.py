@@ -77,7 +77,7 @@ class Activity:
         """
         config = self._container.config
         if not self._container.shell:
-            raise SandboxStartError(f"image {config.image} has no bash, and a session needs one")
+            raise SandboxStartError(f"image {config.image} has no bash, which a session needs")
         if len(self._sessions) >= MAX_SESSIONS:
             raise SandboxStartError(f"a sandbox has at most {MAX_SESSIONS} sessions; close one")
         async with self._entrance:
@@ -154,7 +154,7 @@ class Activity:
                 shell=f"{scripts.PLACE}/bash",
             )
         except (TimeoutError, StopAsyncIteration):
-            raise SandboxStartError("the session's shell could not be given a channel") from None
+            raise SandboxStartError("no pipe could be made to the session's shell") from None
         except BaseException:
             reporter.close()
             raise

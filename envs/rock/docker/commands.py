@@ -206,7 +206,7 @@ class DockerSession(Session):
                 await self._reports.get()
         except TimeoutError:
             await self.close()
-            raise SandboxStartError("the session's shell did not come up") from None
+            raise SandboxStartError("the session's shell did not start") from None
 
     @property
     def running(self) -> bool:

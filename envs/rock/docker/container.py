@@ -45,7 +45,7 @@ class Container:
       tools: what the image's tools can do, see scripts.SURVEY.
       ended: done when the container has ended.
       memory_kills: how many processes its memory limit has killed.
-      network: the guard of its network; None where nothing can watch it.
+      network: the guard of its network; None where there can be none.
     """
 
     def __init__(self, engine: Engine, config: SandboxConfig, image: dict):
@@ -150,13 +150,16 @@ class Container:
         else:
             words = said.decode(errors="replace").strip()[-MAX_ERROR_CHARACTERS:]
             raise SandboxStartError(
-                f"image {self.config.image} has not what a sandbox needs (sh, cp, chmod, rm):"
+                f"image {self.config.image} lacks what a sandbox needs (sh, cp, chmod, rm):"
                 f" {words or 'its shell ended'}"
             )
         self._watcher = asyncio.create_task(self._notice_end(lifeline))
 
     async def _guard_network(self) -> None:
-        """Watch what is tried in its network; without a guard it has no network all the same."""
+        """Put a guard into its network, to record refused connections and relay granted ones.
+
+        Where that is not possible it has no network all the same.
+        """
         if obstacle(self.engine.runtime(self.config)):
             return
         about = await self.engine.call(self.engine.client.inspect_container, self.id)
@@ -173,14 +176,16 @@ class Container:
         except SandboxError as error:
             if self.config.egress:
                 raise
-            log.warning("what is tried in container %s is not seen: %s", self.id[:12], error)
+            log.warning(
+                "refused connections of container %s are not recorded: %s", self.id[:12], error
+            )
 
     async def _copy_shells(self) -> None:
         """Copy the image's shells to where the agent can run but not read them."""
         code, bash = await self.ask(scripts.KEEP, user=scripts.KEEPER, shell="/bin/sh")
         if code:
             raise SandboxStartError(
-                f"image {self.config.image} has not what a sandbox needs (cp, chmod)"
+                f"image {self.config.image} lacks what a sandbox needs (cp, chmod)"
             )
         self.shell = bash.strip()
 
@@ -191,7 +196,7 @@ class Container:
             code, words = await self.ask(scripts.SURVEY)
             if code or "ok" not in words.split():
                 raise SandboxStartError(
-                    f"image {self.config.image} has not what a sandbox needs (sh, cat, find, tar,"
+                    f"image {self.config.image} lacks what a sandbox needs (sh, cat, find, tar,"
                     f" stat): {words.strip()[-MAX_ERROR_CHARACTERS:]}"
                 )
             self.engine.surveys[key] = frozenset(words.split())

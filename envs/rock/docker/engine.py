@@ -114,7 +114,7 @@ class Engine:
             ) from None
         except docker.errors.NotFound as error:
             raise SandboxClosedError(
-                f"the Docker engine knows it no more: {error.explanation}"
+                f"the Docker engine does not have it any more: {error.explanation}"
             ) from error
         except docker.errors.NullResource as error:
             raise SandboxClosedError("the sandbox has ended") from error

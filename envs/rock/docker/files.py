@@ -197,7 +197,7 @@ async def stdout_of(frames: Frames) -> AsyncIterator[bytes]:
             return
         except TimeoutError:
             raise SandboxError(
-                f"a script in the sandbox said nothing for {CALL_SECONDS:.0f} s"
+                f"a script in the sandbox wrote nothing for {CALL_SECONDS:.0f} s"
             ) from None
         if number == STDOUT:
             yield piece

@@ -40,7 +40,10 @@ HOST_KERNEL_RUNTIMES = (
 def obstacle(runtime: str) -> str:
     """Return why no guard can be put into a container's network; "" where one can be tried."""
     if runtime not in HOST_KERNEL_RUNTIMES:
-        return f"runtime {runtime!r} has a network of its own inside, which nobody outside sees"
+        return (
+            f"runtime {runtime!r} has a network of its own inside, which cannot be watched from"
+            " outside"
+        )
     if os.geteuid() != 0:
         return "only root can enter a container's network, and this process is not root"
     return ""

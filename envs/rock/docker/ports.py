@@ -32,7 +32,7 @@ class ExposedPorts:
         """
         if not self._container.shell:
             raise SandboxError(
-                f"image {self._container.config.image} has no bash, and a way to a port needs one"
+                f"image {self._container.config.image} has no bash, which forwarding a port needs"
             )
         free = asyncio.Semaphore(MAX_CONNECTIONS)
 

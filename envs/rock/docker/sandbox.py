@@ -253,8 +253,8 @@ class DockerBackend(Backend):
             return
         if reason := obstacle(host.runtime(self.config)):
             raise IsolationError(
-                f"egress={self.config.egress}: no guard can let these through and no others here,"
-                f" since {reason}; leave egress empty, or run as root with runc"
+                f"egress={self.config.egress}: these cannot be granted here, because"
+                f" {reason}; leave egress empty, or run as root with runc"
             )
 
     async def _inspect_image(self, host: Engine) -> dict:

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Iterator
 
 from envs.rock.errors import SandboxStartError
-from envs.rock.service.hub import EnvHub
+from envs.rock.images.hub import EnvHub
 from envs.rock.transfer import FileStreams, Transfer
 from envs.rock.wire import archive
 from envs.rock.wire.errors import Refusal

@@ -14,9 +14,9 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
+from envs.rock.images.hub import EnvHub
 from envs.rock.service import fleet, gauges
 from envs.rock.service.fleet import Link, Member, Resources
-from envs.rock.service.hub import EnvHub
 from envs.rock.service.metrics import Metrics
 from envs.rock.service.provisioning import Provisioner
 from envs.rock.service.records import AUTO_CLEAR_SECONDS, ENDED, Record, StartRequest

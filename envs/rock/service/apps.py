@@ -8,12 +8,12 @@ from typing import Any, Protocol
 
 from aiohttp import web
 
+from envs.rock.images.hub import EnvHub
 from envs.rock.service import e2b
 from envs.rock.service.admin import Admin
 from envs.rock.service.auth import Tokens
 from envs.rock.service.fleet import machine_resources
 from envs.rock.service.heartbeat import report
-from envs.rock.service.hub import EnvHub
 from envs.rock.service.metrics import Metrics
 from envs.rock.service.server import Server
 from envs.rock.service.worker import Worker

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from envs.rock.errors import SandboxClosedError, SandboxError, SandboxStartError
+from envs.rock.images.hub import EnvHub
 from envs.rock.service import fleet
 from envs.rock.service.background import BackgroundTasks
 from envs.rock.service.fair import FairQueue
 from envs.rock.service.fleet import PING_SECONDS, Link, Member, Resources
-from envs.rock.service.hub import EnvHub
 from envs.rock.service.metrics import Metrics
 from envs.rock.service.records import ENDED, WAITING, Record, StartRequest, State
 from envs.rock.wire.errors import Disconnected, Refusal

@@ -13,8 +13,8 @@ from typing import Any
 
 from envs.rock.config import SandboxConfig
 from envs.rock.errors import IsolationError
+from envs.rock.images.hub import EnvHub
 from envs.rock.service.fleet import need
-from envs.rock.service.hub import EnvHub
 from envs.rock.service.records import ENDED, Record, StartRequest
 from envs.rock.wire.codec import CONFIG, config_from_json
 from envs.rock.wire.errors import Refusal

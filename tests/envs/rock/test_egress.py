@@ -25,7 +25,8 @@ def attempt(kind, host, port, say=b""):
                 print(host, port, s.recv(100))
         elif kind == "udp":
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            print(host, port, socket.socket(family, socket.SOCK_DGRAM).sendto(b"x" * 20, (host, port)))
+            sender = socket.socket(family, socket.SOCK_DGRAM)
+            print(host, port, sender.sendto(b"x" * 20, (host, port)))
         else:
             print(host, socket.gethostbyname(host))
     except OSError as error:

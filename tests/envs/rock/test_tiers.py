@@ -40,7 +40,7 @@ def test_refused_user_namespaces_are_named_with_their_remedy_and_refused_when_re
     with pytest.raises(
         IsolationError,
         match=(
-            "this machine refuses user namespaces .*Operation not permitted.*; remedy: leave the"
+            r"this machine refuses user namespaces .*Operation not permitted.*; remedy: leave the"
             " container"
         ),
     ):
@@ -76,7 +76,7 @@ def test_without_memory_limits_required_is_refused():
         frozenset(GUARANTEES) - {"memory"},
         (Missing("memory", "no cgroups", "run as root"),),
     )
-    with pytest.raises(IsolationError, match="memory.*no cgroups; remedy: run as root"):
+    with pytest.raises(IsolationError, match=r"memory.*no cgroups; remedy: run as root"):
         report.require("required")
     report.require("best_available")
 
@@ -100,7 +100,7 @@ def test_a_chroot_is_named(monkeypatch):
 
 
 def test_an_unknown_isolation_is_an_error():
-    with pytest.raises(ValueError, match="required, best_available"):
+    with pytest.raises(ValueError, match=r"required, best_available"):
         probe("strict")
 
 

@@ -20,8 +20,10 @@ pytestmark = pytest.mark.slow  # an engine of their own, and a minute on two idl
 
 
 def test_a_port_of_the_sandbox_is_reached_through_a_door_on_loopback(inside):
-    server = """use Socket; socket(S, PF_INET, SOCK_STREAM, 0); bind(S, sockaddr_in(7777, INADDR_LOOPBACK)) or die; listen(S, 5);
-open(U, ">up"); close(U); while (accept(C, S)) { sysread(C, $x, 100); syswrite(C, scalar reverse $x); close(C); }"""
+    server = """use Socket; socket(S, PF_INET, SOCK_STREAM, 0);
+bind(S, sockaddr_in(7777, INADDR_LOOPBACK)) or die; listen(S, 5);
+open(U, ">up"); close(U);
+while (accept(C, S)) { sysread(C, $x, 100); syswrite(C, scalar reverse $x); close(C); }"""
 
     async def work(sandbox):
         address = await sandbox.expose_port(7777)

@@ -197,7 +197,7 @@ def test_where_no_guard_can_be_had_grants_are_refused_by_name_and_the_rest_is_is
                 await sandbox.denials(),
             )
 
-    with pytest.raises(IsolationError, match="egress=.*pypi.org.*not root.*leave egress empty"):
+    with pytest.raises(IsolationError, match=r"egress=.*pypi.org.*not root.*leave egress empty"):
         asyncio.run(Sandbox(config(engine, egress=("pypi.org:443",))).start())
     result, count, denials = asyncio.run(plain())
     assert "Network is unreachable" in result.stderr and count is None and denials == []

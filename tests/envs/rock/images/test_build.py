@@ -15,10 +15,12 @@ from tests.envs.rock.engine import Engine
 pytestmark = pytest.mark.slow  # an engine of their own, and a minute on two idle cores
 
 
-def context(path: pathlib.Path, dockerfile: str, files: dict[str, str] = {}) -> pathlib.Path:
+def context(
+    path: pathlib.Path, dockerfile: str, files: dict[str, str] | None = None
+) -> pathlib.Path:
     path.mkdir(exist_ok=True)
     (path / "Dockerfile").write_text(dockerfile)
-    for name, content in files.items():
+    for name, content in (files or {}).items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_text(content)
     return path
@@ -112,9 +114,9 @@ def test_a_failed_build_says_why_with_the_end_of_its_log(engine: Engine, tmp_pat
     with pytest.raises(ImageError, match="returned a non-zero code: 3") as caught:
         build(place)
     assert "the last word" in caught.value.log and len(caught.value.log) <= 32 << 10
-    with pytest.raises(ImageError, match="there is no Dockerfile.test in"):
+    with pytest.raises(ImageError, match=r"there is no Dockerfile\.test in"):
         build(place, dockerfile="Dockerfile.test")
-    with pytest.raises(ImageError, match="(?i)unknown instruction"):
+    with pytest.raises(ImageError, match=r"(?i)unknown instruction"):
         build(context(tmp_path / "d", f"FROM {engine.image}\nNONSENSE\n"))
 
 
@@ -126,7 +128,7 @@ def test_a_build_has_no_network_and_ends_at_its_time_limit(engine: Engine, tmp_p
         f"FROM {engine.image}\nRUN bash -c '! echo > /dev/tcp/1.1.1.1/80' && sleep 61.5\n",
     )
     began = time.monotonic()
-    with pytest.raises(ImageError, match="was not built .* within 2 s"):
+    with pytest.raises(ImageError, match=r"was not built .* within 2 s"):
         build(silent, timeout=2)
     assert time.monotonic() - began < 30
     deadline = time.monotonic() + 20

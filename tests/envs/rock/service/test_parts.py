@@ -20,9 +20,9 @@ from envs.rock import (
     SandboxFileError,
 )
 from envs.rock.config import FileEntry
+from envs.rock.images.hub import EnvHub
 from envs.rock.service.auth import Tokens, load_or_make_tokens, load_tokens
 from envs.rock.service.fair import FairQueue
-from envs.rock.service.hub import EnvHub
 from envs.rock.service.metrics import Metrics
 from envs.rock.wire import archive
 from envs.rock.wire.codec import (
