@@ -81,8 +81,14 @@ async def measure_admin(requests: int, places: int) -> dict[str, Any]:
         "requests": requests,
         "per_second": requests / seconds,
         "wait_p50": statistics.median(waits),
-        "wait_p99": statistics.quantiles(waits, n=100)[98],
+        "wait_p99": _percentile_99(waits),
     }
+
+
+def _percentile_99(values: list[float]) -> float:
+    if len(values) < 2:
+        return values[0]
+    return statistics.quantiles(values, n=100)[98]
 
 
 async def measure_direct(number: int) -> float:

@@ -217,7 +217,7 @@ class RemoteEnv(Env):
         try:
             answer = json.loads(data)
         except (ValueError, RecursionError) as error:
-            message = f"{where} answered {response.status} with what is not JSON"
+            message = f"{where} answered {response.status} with a body that is not JSON"
             raise RemoteEnvError("protocol", message) from error
         if not isinstance(answer, dict):
             message = f"{where} answered with a JSON {type(answer).__name__}"

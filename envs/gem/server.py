@@ -153,7 +153,7 @@ class GemService:
         except web.HTTPException as error:
             code = _HTTP_CODES.get(error.status, "bad_request")
             return _error_response(code, f"{request.method} {request.path}: {error.reason}")
-        except Exception as error:  # a fault of ours, whose details the caller is not told
+        except Exception as error:  # a fault of ours, whose details are withheld
             return _error_response("internal", f"the service failed: {type(error).__name__}")
 
     def _check_token(self, request: web.Request) -> None:
@@ -360,7 +360,7 @@ def _encode_result(
         return encode(describe(result))
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise GemError(
-            "env_error", f"{env_id} answered {method} with what is no JSON: {error}"
+            "env_error", f"{env_id} answered {method} with a value that is not JSON: {error}"
         ) from error
 
 

@@ -52,7 +52,7 @@ async def run_in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
             error = RuntimeError("the environment raised StopIteration")
         except BaseException as raised:
             error = raised
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed, so no caller waits any more
             loop.call_soon_threadsafe(set_outcome, result, error)
 
     threading.Thread(target=work, name="gem-server-env", daemon=True).start()

@@ -62,7 +62,7 @@ def parse_body(data: bytes, fields: Mapping[str, Field]) -> dict[str, Any]:
     """Return the members of a request, with defaults for those that are missing or null.
 
     Raises:
-      GemError: "bad_request" for what is not a JSON object of these members.
+      GemError: "bad_request" unless `data` is a JSON object of these members.
     """
     try:
         given = json.loads(data)

@@ -67,8 +67,8 @@ def _score_terms(
 ) -> dict[str, list[tuple[int, float]]]:
     """Return for each term the documents that have it, as (position, the term's score there)."""
     lengths = [sum(count.values()) for count in counts]
-    mean_length = sum(lengths) / len(lengths) if any(lengths) else 1.0
-    containing = Counter(term for count in counts for term in count)
+    mean_length = _mean(lengths)
+    containing = _count_documents(counts)
     postings: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for position, count in enumerate(counts):
         length_norm = k1 * (1 - b + b * lengths[position] / mean_length)
@@ -77,6 +77,19 @@ def _score_terms(
             score = idf * frequency * (k1 + 1) / (frequency + length_norm)
             postings[term].append((position, score))
     return postings
+
+
+def _mean(lengths: list[int]) -> float:
+    """Return the mean length; 1 where there are no words at all."""
+    return sum(lengths) / len(lengths) if any(lengths) else 1.0
+
+
+def _count_documents(counts: list[Counter[str]]) -> Counter[str]:
+    """Return for each term the number of documents that have it."""
+    documents: Counter[str] = Counter()
+    for count in counts:
+        documents.update(count.keys())
+    return documents
 
 
 def _idf(documents: int, containing: int) -> float:

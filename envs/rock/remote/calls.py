@@ -56,7 +56,7 @@ class Calls:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Start a task that ends with the sandbox; an error that nobody awaits is dropped."""
+        """Start a task that ends with the sandbox; an error that is never awaited is dropped."""
         task = asyncio.ensure_future(work)
         self._background.add(task)
         task.add_done_callback(self._finish)

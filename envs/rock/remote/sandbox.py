@@ -115,7 +115,7 @@ class RemoteBackend(Backend):
             self._note_description(answer)
         except (KeyError, TypeError) as error:
             raise SandboxStartError(
-                f"the admin's answer to a start makes no sense; is {self.config.url} a ROCK admin?"
+                f"the admin's answer to a start is malformed; is {self.config.url} a ROCK admin?"
             ) from error
         self._calls = Calls(client, self.id)
         if self._connection:
@@ -189,7 +189,7 @@ class RemoteBackend(Backend):
         try:
             return [Denial(*fields) for fields in answer["denials"]]
         except (KeyError, TypeError) as error:
-            raise SandboxError("the answer about denials makes no sense") from error
+            raise SandboxError("the answer to denials is malformed") from error
 
     # -- commands
 

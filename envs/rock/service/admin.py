@@ -157,7 +157,7 @@ class Admin:
         if op != "snapshot":
             return await self._pass_on(op, arguments, files, user)
         self.snapshots.check_room(user)
-        # shielded: a caller that leaves must not leave a snapshot that nobody knows
+        # shielded: a caller that leaves must not leave an unknown snapshot behind
         snapshot = self._background.start(self._pass_on(op, arguments, files, user))
         return await asyncio.shield(snapshot)
 
@@ -275,7 +275,7 @@ class Admin:
         try:
             await record.wait_until_decided(wait)
         except asyncio.CancelledError:
-            if wait is None and record.key is None:  # nobody can ask for it any more
+            if wait is None and record.key is None:  # no request can name it any more
                 self._provisioner.stop_later(record, "its caller left")
             raise
         if record.state in ENDED:
@@ -338,7 +338,7 @@ class Admin:
             try:
                 record = await asyncio.shield(making)
             except asyncio.CancelledError:
-                if key is None:  # nobody can ask for it any more
+                if key is None:  # no request can name it any more
                     making.add_done_callback(self._stop_abandoned_fork)
                 raise
         return await self._await_and_describe(record, arguments.get("wait"))
@@ -374,8 +374,9 @@ class Admin:
             workspace = {"sandbox": record.name, "path": "."}
             pieces = record.placed_on.link.read("download", workspace)
             digest, size = await self.hub.store(pieces)
+        name = arguments["name"]
         tags = tuple(arguments.get("tags", ()))
-        entry = self.hub.register(arguments["name"], "environment", digest, user, tags=tags)
+        entry = self.hub.register(name, "environment", digest, user, tags=tags)
         return {"digest": entry.digest, "name": entry.name, "bytes": size}
 
     async def _keep_alive(self, arguments: dict[str, Any], user: str) -> dict[str, Any]:
@@ -457,7 +458,7 @@ class Admin:
         is_idle = not record.busy and now - record.used > record.auto_clear
         if is_idle and record.user != POOL_USER:
             self.metrics.count(
-                "rock_auto_cleared_total", "Sandboxes removed since nobody used them."
+                "rock_auto_cleared_total", "Sandboxes removed because they were idle."
             )
             reason = f"the sandbox was removed after {record.auto_clear:g} s without use"
             self._provisioner.stop_later(record, reason)

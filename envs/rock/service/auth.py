@@ -108,7 +108,8 @@ def load_or_make_tokens(path: pathlib.Path) -> dict[str, str]:
 
 def _make_tokens(path: pathlib.Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    lines = [f"{name} {secrets.token_urlsafe(32)}\n" for name in ("default", WORKER_USER)]
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     with open(os.open(path, flags, 0o600), "w") as file:
-        file.write("".join(lines))
+        for name in ("default", WORKER_USER):
+            token = secrets.token_urlsafe(32)
+            file.write(f"{name} {token}\n")

@@ -10,7 +10,7 @@ T = TypeVar("T")
 class BackgroundTasks:
     """Keeps tasks alive until they end.
 
-    An exception that nobody awaits is dropped: it was reported where it matters.
+    An exception that is never awaited is dropped: it was reported where it matters.
     """
 
     def __init__(self) -> None:
@@ -32,6 +32,6 @@ class BackgroundTasks:
 
 
 def mark_retrieved(task: asyncio.Future[Any]) -> None:
-    """Keep asyncio from logging an exception that nobody awaits; a callback for finished tasks."""
+    """Keep asyncio from logging a finished task's exception that is never awaited."""
     if not task.cancelled():
         task.exception()

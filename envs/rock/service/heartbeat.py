@@ -20,7 +20,7 @@ async def report(worker: Worker, admin: Client, registration: Mapping[str, Any])
 
     An admin that counts the worker as lost, or that was restarted, knows none of its sandboxes. The
     worker then ends them all and registers again. So it does after DEAD_SECONDS without an answer:
-    the admin is dead, or counts the worker as lost, and nobody else will end the sandboxes.
+    the admin is dead, or counts the worker as lost, and only the worker can end the sandboxes.
 
     Raises:
       SandboxError: the admin does not accept the workers' token.

@@ -16,7 +16,7 @@ MAX_CALLS = 64  # of one sandbox at once
 MAX_KEPT_CALLS = 16  # that have ended, for callers whose connection broke
 KEPT_SECONDS = 30.0  # that an ended call is kept
 MAX_KEPT_JOBS = 64  # that have ended
-ABANDONED_SECONDS = 90.0  # after which a call that nobody asks for is cancelled
+ABANDONED_SECONDS = 90.0  # after which a call that no caller asks for is cancelled
 
 
 class Call:
@@ -53,7 +53,7 @@ class _HeldJob(NamedTuple):
 
 
 class HeldSandbox:
-    """A sandbox, and the names by which callers know what is in it."""
+    """A sandbox, with its jobs, sessions and calls by the names that callers use."""
 
     def __init__(self, sandbox: Sandbox):
         self.sandbox = sandbox
@@ -139,19 +139,22 @@ class HeldSandbox:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def tidy(self) -> None:
-        """Drop ended calls, jobs and sessions; cancel calls that nobody asks for any more."""
-        now = time.monotonic()
-        ended = [name for name, call in self.calls.items() if call.task.done()]
-        surplus = len(ended) - MAX_KEPT_CALLS
-        for number, name in enumerate(ended):
-            if number < surplus or self.calls[name].idle_seconds(now) > KEPT_SECONDS:
-                del self.calls[name]
-        for call in self.calls.values():
-            if call.idle_seconds(now) > ABANDONED_SECONDS:
-                call.task.cancel()
+        """Drop ended calls, jobs and sessions; cancel calls that no caller asks for any more."""
+        self._tidy_calls(time.monotonic())
         ended_jobs = [name for name, held in self._jobs.items() if held.end.done()]
         for name in ended_jobs[:-MAX_KEPT_JOBS]:
             del self._jobs[name]
         ended_sessions = [name for name, session in self.sessions.items() if session.ended]
         for name in ended_sessions:
             del self.sessions[name]
+
+    def _tidy_calls(self, now: float) -> None:
+        ended = [name for name, call in self.calls.items() if call.task.done()]
+        surplus = len(ended) - MAX_KEPT_CALLS
+        for number, name in enumerate(ended):
+            idle_seconds = self.calls[name].idle_seconds(now)
+            if number < surplus or idle_seconds > KEPT_SECONDS:
+                del self.calls[name]
+        for call in self.calls.values():
+            if call.idle_seconds(now) > ABANDONED_SECONDS:
+                call.task.cancel()

@@ -8,6 +8,8 @@ BUCKET_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 MAX_SERIES = 1000  # of one metric, since values of labels may come from outside
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 Labels = tuple[tuple[str, str], ...]
+_Counts = dict[Labels, float]
+_Buckets = dict[Labels, list[float]]  # a count for each bucket, then the sum
 
 
 class Metrics:
@@ -15,10 +17,9 @@ class Metrics:
 
     def __init__(self) -> None:
         self._definitions: dict[str, tuple[str, str]] = {}  # name -> (help, type)
-        self._counts: dict[str, dict[Labels, float]] = defaultdict(dict)
-        # a count for each bucket, then the sum
-        self._histograms: dict[str, dict[Labels, list[float]]] = defaultdict(dict)
-        self._gauges: dict[str, Callable[[], dict[Labels, float]]] = {}
+        self._counts: dict[str, _Counts] = defaultdict(dict)
+        self._histograms: dict[str, _Buckets] = defaultdict(dict)
+        self._gauges: dict[str, Callable[[], _Counts]] = {}
 
     def count(self, name: str, description: str, amount: float = 1, **labels: str) -> None:
         """Add to a counter; ignored where it would begin a series beyond MAX_SERIES."""
@@ -39,7 +40,7 @@ class Metrics:
             values[bucket] += 1
             values[-1] += seconds
 
-    def gauge(self, name: str, description: str, read: Callable[[], dict[Labels, float]]) -> None:
+    def gauge(self, name: str, description: str, read: Callable[[], _Counts]) -> None:
         """Define a gauge whose values `read` returns, each time the metrics are written."""
         self._definitions[name] = (description, "gauge")
         self._gauges[name] = read
@@ -68,9 +69,11 @@ def _histogram_samples(name: str, labels: Labels, values: list[float]) -> Iterat
     total = 0.0
     for bound, number in zip(bounds, values[:-1], strict=True):
         total += number
-        yield f"{name}_bucket{_format_labels((*labels, ('le', bound)))} {total:g}"
-    yield f"{name}_sum{_format_labels(labels)} {values[-1]:.6f}"
-    yield f"{name}_count{_format_labels(labels)} {total:g}"
+        bucket_labels = _format_labels((*labels, ("le", bound)))
+        yield f"{name}_bucket{bucket_labels} {total:g}"
+    own_labels = _format_labels(labels)
+    yield f"{name}_sum{own_labels} {values[-1]:.6f}"
+    yield f"{name}_count{own_labels} {total:g}"
 
 
 def _format_labels(labels: Labels) -> str:

@@ -41,7 +41,7 @@ async def read_parts(request: web.Request) -> tuple[Any, list[bytes]]:
                 files.append(content)
                 left -= len(content)
     except _MALFORMED as error:
-        raise ValueError(f"the multipart body makes no sense: {type(error).__name__}") from None
+        raise ValueError(f"the multipart body is malformed: {type(error).__name__}") from None
     return given, files
 
 

@@ -205,7 +205,7 @@ class Provisioner:
         Args:
           record: the sandbox; nothing happens if it has ended.
           state: "stopped" or "failed".
-          error: what later requests for the sandbox are told.
+          error: the answer to later requests for the sandbox.
 
         Raises:
           SandboxError: its worker did not end it. It counts as ended all the same.

@@ -297,7 +297,7 @@ def _query(operation: Operation, request: web.Request) -> dict[str, Any]:
             max_num_fields=50,
         )
     except ValueError as error:
-        raise ValueError(f"the query makes no sense: {error}") from None
+        raise ValueError(f"the query is malformed: {error}") from None
     return parse_query(operation.fields, pairs)
 
 

@@ -1,4 +1,4 @@
-"""A worker: the sandboxes of one machine, and what callers do in them.
+"""A worker: the sandboxes of one machine, and the operations on them.
 
 The admin decides whether there is room for one more.
 """
@@ -240,7 +240,7 @@ class Worker:
             )
         return self._held[name]
 
-    # -- what is done in a sandbox
+    # -- operations in a sandbox
 
     async def _execute(self, held: HeldSandbox, arguments: dict[str, Any]) -> dict[str, Any]:
         result = await held.sandbox.execute(

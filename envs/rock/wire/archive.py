@@ -71,7 +71,7 @@ async def unpack(sandbox: FileStreams, target: str, pieces: AsyncIterator[bytes]
 
     Raises:
       SandboxFileError: a name is absolute or holds "..".
-      ValueError: `pieces` are no tar archive. What was written so far stays.
+      ValueError: `pieces` are not a tar archive. What was written so far stays.
     """
     blocks = _Blocks(pieces)
     files = size = 0
@@ -112,9 +112,9 @@ def _parse_header(header: bytes) -> tarfile.TarInfo:
     try:
         member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
-        raise ValueError(f"this is no tar archive: {error}") from None
+        raise ValueError(f"this is not a tar archive: {error}") from None
     if member.size < 0:
-        raise ValueError("this is no tar archive: a size is negative")
+        raise ValueError("this is not a tar archive: a size is negative")
     return member
 
 
@@ -139,7 +139,7 @@ def _parse_pax(content: bytes) -> dict[str, str]:
         digits, _, rest = content.partition(b" ")
         length = int(digits) if digits.isdigit() and len(digits) < 10 else 0
         if not len(digits) < length <= len(content):
-            raise ValueError("this is no tar archive: an extended header makes no sense")
+            raise ValueError("this is not a tar archive: an extended header is malformed")
         record = rest[: length - len(digits) - 2]
         key, _, value = record.partition(b"=")
         found[key.decode(errors="replace")] = value.decode("utf-8", "surrogateescape")

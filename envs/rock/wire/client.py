@@ -67,7 +67,7 @@ class Client:
 
     @property
     def closed(self) -> bool:
-        """Whether `close` was called."""
+        """True once `close` was called."""
         return self._http.closed
 
     async def close(self) -> None:
@@ -231,7 +231,7 @@ async def _read_answer(response: aiohttp.ClientResponse) -> dict[str, Any] | Non
     if response.status != 200:
         raise decode_error(response.status, body)
     if not isinstance(body, dict):
-        raise SandboxError("the service's answer is no JSON object")
+        raise SandboxError("the service's answer is not a JSON object")
     return body
 
 

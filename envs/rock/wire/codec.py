@@ -90,14 +90,14 @@ _RESULT_TYPES: dict[str, type | tuple[type, ...]] = {
 def result_from_json(body: Any) -> CommandResult:
     """Return the command's result that a response holds; SandboxError if it holds none."""
     if not isinstance(body, dict):
-        raise SandboxError("the answer to a command makes no sense: it is no JSON object")
+        raise SandboxError("the answer to a command is malformed: it is not a JSON object")
     for name, kind in _RESULT_TYPES.items():
         if not isinstance(body.get(name), kind):
-            raise SandboxError(f"the answer to a command makes no sense: its `{name}`")
+            raise SandboxError(f"the answer to a command is malformed: see its `{name}`")
     cut = body["cut"]
     if len(cut) != 2 or any(type(size) is not int for size in cut):
         raise SandboxError(
-            "the answer to a command makes no sense: its `cut` is not two numbers of bytes"
+            "the answer to a command is malformed: its `cut` is not two numbers of bytes"
         )
     values = {name: body[name] for name in _RESULT_TYPES}
     values["limits_hit"] = tuple(map(str, body["limits_hit"]))
@@ -108,12 +108,14 @@ def result_from_json(body: Any) -> CommandResult:
 def status_from_json(body: Any) -> SandboxStatus:
     """Return the resource use that a response holds; SandboxError if it holds none."""
     if not isinstance(body, dict):
-        raise SandboxError("the answer about a sandbox's use makes no sense: it is no JSON object")
+        raise SandboxError("the answer to get_sandbox_statistics is not a JSON object")
     values: dict[str, Any] = {}
     for name in SandboxStatus._fields:
         value = body.get(name)
         if not isinstance(value, (int, float, type(None))):
-            raise SandboxError(f"the answer about a sandbox's use makes no sense: its `{name}`")
+            raise SandboxError(
+                f"the answer to get_sandbox_statistics is malformed: see its `{name}`"
+            )
         values[name] = value
     return SandboxStatus(**values)
 
@@ -123,7 +125,7 @@ def entries_from_json(body: Any) -> list[FileEntry]:
     try:
         return [_entry(fields) for fields in body["entries"]]
     except (KeyError, TypeError) as error:
-        raise SandboxError("the answer to list_files makes no sense") from error
+        raise SandboxError("the answer to list_files is malformed") from error
 
 
 def _entry(fields: Any) -> FileEntry:
@@ -131,5 +133,5 @@ def _entry(fields: Any) -> FileEntry:
     has_texts = isinstance(entry.path, str) and isinstance(entry.kind, str)
     has_numbers = type(entry.size) is int and type(entry.mode) is int
     if not has_texts or not has_numbers:
-        raise TypeError(f"{entry!r} is no file entry")
+        raise TypeError(f"{entry!r} is not a file entry")
     return entry

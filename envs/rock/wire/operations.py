@@ -103,7 +103,7 @@ def _json(
     return Operation(path, "json", summary, fields, response, takes_files)
 
 
-# what is done in a sandbox: a worker serves it for its own sandboxes, the admin for all
+# operations in a sandbox: a worker serves it for its own sandboxes, the admin for all
 IN_SANDBOX: dict[str, Operation] = {
     "execute": _json(
         SANDBOX + "execute",

@@ -289,6 +289,12 @@ def test_errors_travel_by_code_and_what_is_said_never_names_a_type():
     assert "secret" not in str(encode_error(RuntimeError("secret"))[1])
 
 
+def test_a_number_that_no_float_can_hold_is_out_of_range():
+    for name in ("memory_mb", "cpus"):
+        with pytest.raises(ValueError, match="it is between"):
+            check(CONFIG, {name: 10**400})
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: (
