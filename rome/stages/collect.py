@@ -32,9 +32,9 @@ from rome.rollout.anchors import Anchors, anchor_of, fork_imitation
 from rome.rollout.curriculum import Curriculum
 from rome.rollout.demonstrations import collect_demonstrations
 from rome.rollout.forks import REPLAY_SECONDS, Forks
+from rome.rollout.group import GroupPlan, Taken
 from rome.rollout.outcomes import mixed_groups, rollout_metrics
 from rome.rollout.player import Accounting, Episode, RolloutError
-from rome.rollout.group import GroupPlan, Taken
 from rome.rollout.scheduler import MAX_REPLACEMENTS, RolloutScheduler, Rules
 from rome.train.alarms import check_mismatch
 from rome.train.loop import StepData
