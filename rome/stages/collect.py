@@ -25,11 +25,11 @@ from rome.losses import ADVANTAGES, count_denominators
 from rome.model.config import ModelConfig
 from rome.rollout.anchors import Anchors, anchor_of
 from rome.rollout.curriculum import Curriculum
-from rome.rollout.forks import SECONDS as REPLAY_SECONDS
-from rome.rollout.forks import Forks
-from rome.rollout.outcomes import mixed_groups, rollout_figures
+from rome.rollout.forks import REPLAY_SECONDS, Forks
+from rome.rollout.group import GroupPlan, Taken
+from rome.rollout.outcomes import mixed_groups, rollout_metrics
 from rome.rollout.player import Accounting, Episode, RolloutError
-from rome.rollout.scheduler import MOST_REPLACEMENTS, GroupPlan, RolloutScheduler, Rules, Taken
+from rome.rollout.scheduler import MAX_REPLACEMENTS, RolloutScheduler, Rules
 from rome.stages.imitation import Shown, TaskGroup, show_solutions
 from rome.stages.old_logprobs import OldLogprobs
 from rome.stages.players import Players, count_waves, load_when_visible
@@ -100,7 +100,7 @@ class Collector:
             async_ratio=rollout.async_ratio,
             redundancy=rollout.redundancy,
             replace_equal=rollout.replace_equal,
-            late=rollout.stale_samples,
+            stale_samples=rollout.stale_samples,
             seed=config.seed,
         )
         return RolloutScheduler(
@@ -305,7 +305,7 @@ class Collector:
             )
         self._observe_anchors(groups, shown, files)
         kept = mixed_groups(sampled) if config.rollout.filter_groups else sampled
-        metrics = rollout_figures(sampled, step, taken.seconds)
+        metrics = rollout_metrics(sampled, step, taken.seconds)
         metrics |= self._step_metrics(step, taken, sampled, len(shown))
         if not self._is_timed(names):
             metrics.pop("tokens_per_s", None)
@@ -341,7 +341,7 @@ class Collector:
         waves = count_waves((rollout.async_ratio + 1) * episodes_of_step, config.concurrency)
         times = self._players.attempts
         if rollout.replace_equal:
-            times *= 1 + MOST_REPLACEMENTS
+            times *= 1 + MAX_REPLACEMENTS
         seconds_of_wave = times * config.episode_seconds
         if rollout.resampling != "off":
             seconds_of_wave += REPLAY_SECONDS

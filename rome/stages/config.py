@@ -24,7 +24,7 @@ from envs.rock.config import BACKENDS
 from rome.losses import ADVANTAGES, LIKELIHOODS, LOSSES, PUBLISHED, LossConfig, unbounded_weight
 from rome.model.config import PRESETS, REMATS
 from rome.rollout.anchors import Resampling
-from rome.rollout.scheduler import Late
+from rome.rollout.scheduler import StaleSamples
 from rome.train.workdir import ConfigError
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
@@ -39,7 +39,7 @@ CHOICES: Mapping[str, Sequence[str]] = {
     "gigpo_state": ("history", "observation"),
     "logp_old_from": ("trainer", "rollout"),
     "routing_replay": ("off", "rollout", "recompute"),
-    "rollout.stale_samples": get_args(Late),
+    "rollout.stale_samples": get_args(StaleSamples),
     "rollout.resampling": get_args(Resampling),
     "sandbox.isolation": ("required", "best_available"),
     "sandbox.backend": BACKENDS,

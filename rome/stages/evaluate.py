@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from envs.tasks.terminal import FAMILIES, HELD_OUT_FAMILIES, eval_seed
-from rome.agent.loop import derive_seed
 from rome.data.packing import microbatches
+from rome.data.seeds import derive_seed
 from rome.data.text import text_rows
 from rome.model.tokenizer import Tokenizer
 from rome.rollout.player import Episode

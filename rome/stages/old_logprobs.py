@@ -144,8 +144,7 @@ def fill_where(batch: Batch, score: Score, where_BT: np.ndarray) -> Batch:
 
 def sampled_tokens(batch: Batch) -> np.ndarray:
     """Return [B, T] bool: action tokens of RL chunks, the only ones with a weight version."""
-    kind_BT = np.take_along_axis(batch.kind_BC, np.maximum(batch.chunk_ids_BT, 0), axis=1)
-    return batch.action_mask_BT & (kind_BT == RL)
+    return batch.kind_BT() == RL
 
 
 def sampled_versions(batches: list[Batch]) -> set[int]:

@@ -14,7 +14,7 @@ from envs.tasks.terminal.env import BASH_TOOL, TerminalEnv
 from rome.agent.loop import Limits
 from rome.data.trajectory import Trajectory, load_trajectory
 from rome.model.tokenizer import Chat, Tokenizer
-from rome.rollout.demonstrations import collect_experts
+from rome.rollout.demonstrations import collect_demonstrations
 from rome.rollout.player import Accounting, Episode, EpisodePlayer
 from rome.stages.config import sandbox_config
 from rome.stages.engines import Engines
@@ -119,7 +119,7 @@ class Players:
         """
         waves = count_waves(len(tasks), DEMONSTRATION_CONCURRENCY)
         deadline = SLACK_SECONDS + waves * self.config.episode_seconds
-        playing = collect_experts(
+        playing = collect_demonstrations(
             tasks,
             self.make_env,
             self._chat,

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from rome.model.config import ModelConfig
 from rome.model.hf.checkpoint import load_hf, read_config
-from rome.model.sharding import param_shardings
+from rome.model.params import param_shardings
 from rome.train.parameters import StoredParameters, saved_steps
 
 # Fields of a ModelConfig that belong to the run, whatever the config of a checkpoint says.

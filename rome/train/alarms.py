@@ -32,9 +32,7 @@ def check_mismatch(
     kl = 0.0
     tokens = 0
     for batch in microbatches:
-        kind_BT = np.take_along_axis(batch.kind_BC, np.maximum(batch.chunk_ids_BT, 0), axis=1)
-        is_rl_BT = batch.action_mask_BT & (kind_BT == RL)
-        counted_BT = is_rl_BT & ~np.isin(batch.version_BT, list(unscored))
+        counted_BT = (batch.kind_BT() == RL) & ~np.isin(batch.version_BT, list(unscored))
         difference_BT = batch.logp_old_BT - batch.logp_rollout_BT
         difference_n = difference_BT[counted_BT].astype(np.float64)
         ratio_n = np.exp(np.minimum(difference_n, MAX_LOG_RATIO))

@@ -13,7 +13,7 @@ import pytest
 
 from rome.data.packing import pack
 from rome.data.trajectory import Chunk, Trajectory, load_trajectory, save_trajectory
-from rome.rollout.demonstrations import collect_experts
+from rome.rollout.demonstrations import collect_demonstrations
 from rome.rollout.player import RolloutError
 from rome.stages.collect import Collector
 from rome.stages.config import load_config
@@ -165,10 +165,10 @@ def test_a_demonstration_of_another_task_that_a_repeated_step_showed_is_not_take
     async def play(env, *_):
         return Trajectory(env, "f", [], 1.0, "success")
 
-    monkeypatch.setattr("rome.rollout.demonstrations.expert_trajectory", play)
+    monkeypatch.setattr("rome.rollout.demonstrations.demonstrate", play)
 
     def show(*tasks):
-        playing = collect_experts(
+        playing = collect_demonstrations(
             tasks,
             lambda task: task,
             None,

@@ -77,7 +77,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
 def test_a_figure_that_is_not_finite_is_refused_by_name_and_nothing_is_written(tmp_path, value):
     with (
         MetricsWriter(tmp_path, "ipa", tensorboard=False) as metrics,
-        pytest.raises(ValueError, match="'entropy'.*step 3"),
+        pytest.raises(ValueError, match=r"'entropy'.*step 3"),
     ):
         metrics.write(3, {"loss": 1.0, "entropy": value})
     assert read_metrics(tmp_path) == []

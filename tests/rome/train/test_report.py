@@ -7,9 +7,9 @@ import math
 import pytest
 from rich.console import Console
 
+from rome.train.intervals import wilson
 from rome.train.metrics import MetricsWriter
 from rome.train.plots import plot_curves
-from rome.train.intervals import wilson
 from rome.train.report import (
     EvalResult,
     before_and_after,
@@ -115,7 +115,7 @@ def test_success_counts_trained_families_only_and_unseen_ones_apart():
 def test_a_task_counted_twice_is_refused():
     tasks = outcomes({"find": 6})
     with pytest.raises(ValueError, match="'find/3' is counted twice"):
-        EvalResult.from_tasks("ipa", 0, tasks + [tasks[3]])
+        EvalResult.from_tasks("ipa", 0, [*tasks, tasks[3]])
 
 
 def test_the_report_comes_back_as_it_was_written(tmp_path):
