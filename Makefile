@@ -1,10 +1,13 @@
 # The project's commands. Python 3.11 or newer, git and make are enough; the first run makes .venv and installs into it.
 #
 #   make train [CONFIG=experiments/ipa.py:PRESET] [WORKDIR=DIR] [ARGS="--config.key=value ..."]
+#   make check                            format, lint and types
 #   make test  [ARGS="tests/rome -x"]     the fast tests
-#   make test-all                         the slow ones too, and the live comparison with transformers
+#   make test-all                         the slow ones too, the live comparisons, and coverage
+#   make format                           apply the formatter and the safe fixes of the linter
+#   make docs                             build the documentation into site/
 #   make sglang MODEL=DIR [ARGS="--port 30000 --dry-run"]   an SGLang server for rollouts, in an environment of its own (.venv-sglang)
-#   make clean                            removes .venv and caches; results under runs/ stay
+#   make clean                            remove .venv and caches; results under runs/ stay
 #
 # PYTHON=/path/to/python3.12 chooses the interpreter that .venv is made from. A job's failure is make's failure (status 2).
 # ACCELERATOR=tpu, cuda or cpu chooses the jax that is installed; without it the machine's devices decide.
@@ -16,21 +19,41 @@ MODEL =
 ARGS =
 PYTHON =
 ACCELERATOR =
+SETUP = PYTHON='$(PYTHON)' ACCELERATOR='$(ACCELERATOR)' bash launch/setup.sh
+DEV = requirements.txt requirements-dev.txt
 
-.PHONY: help train test test-all sglang environment environment-all clean
+.PHONY: help train check format test test-all docs sglang clean
 
 help:
-	@sed -n '3,9s/^#   /  /p; 9s/^# \(P.*\)/\n\1/p; 10s/^# \(A.*\)/\1/p' Makefile
+	@sed -n '3,10s/^\#   /  /p; 12s/^\# \(P.*\)/\n\1/p; 13s/^\# \(A.*\)/\1/p' Makefile
 
 # `exec`: the job takes the place of its shell, so a signal meets one process and its exit status is the recipe's.
-train: environment
+train:
+	@$(SETUP) requirements.txt
 	@.venv/bin/python -m launch.doctor --quick || true; exec .venv/bin/python -m launch.train --config='$(CONFIG)' $(if $(WORKDIR),--workdir='$(WORKDIR)') $(ARGS)
 
-test: environment
+check:
+	@$(SETUP) $(DEV)
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+format:
+	@$(SETUP) $(DEV)
+	.venv/bin/ruff check --fix --exit-zero .
+	.venv/bin/ruff format .
+
+test:
+	@$(SETUP) $(DEV)
 	@exec .venv/bin/python -m pytest $(ARGS)
 
-test-all: environment-all
-	@exec .venv/bin/python -m pytest -m "slow or not slow" $(ARGS)
+test-all:
+	@$(SETUP) $(DEV) tests/requirements-live.txt
+	@exec .venv/bin/python -m pytest -m "slow or not slow" --cov --cov-report=term $(ARGS)
+
+docs:
+	@$(SETUP) requirements.txt requirements-docs.txt
+	@exec .venv/bin/python -m mkdocs build --strict $(ARGS)
 
 # The mark is made last: an installation that was cut off is done again. A dry run needs no SGLang.
 sglang:
@@ -39,12 +62,6 @@ sglang:
 	  .venv-sglang/bin/pip install -r requirements-sglang.txt && touch .venv-sglang/installed; }
 	@python=.venv-sglang/bin/python; [ -x $$python ] || python=$(or $(PYTHON),python3); exec $$python launch/sglang_server.py --model_path '$(MODEL)' $(ARGS)
 
-environment:
-	@PYTHON='$(PYTHON)' ACCELERATOR='$(ACCELERATOR)' bash launch/setup.sh requirements.txt
-
-environment-all:
-	@PYTHON='$(PYTHON)' ACCELERATOR='$(ACCELERATOR)' bash launch/setup.sh requirements.txt tests/requirements-live.txt
-
 clean:
-	rm -rf .venv .venv-sglang .cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-sglang .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage site *.egg-info
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -45,8 +45,8 @@ def project(tmp_path):
     shutil.copy(ROOT / "launch" / "setup.sh", tmp_path / "launch")
     (tmp_path / "launch" / "train.py").write_text(JOB)
     (tmp_path / "launch" / "doctor.py").write_text("")
-    for name in ("requirements.txt", "requirements-tpu.txt", "requirements-cuda.txt"):
-        (tmp_path / name).write_text("# nothing\n")
+    for name in ("", "-dev", "-docs", "-tpu", "-cuda"):
+        (tmp_path / f"requirements{name}.txt").write_text("# nothing\n")
     (tmp_path / "bin").mkdir()  # comes first in PATH
     return tmp_path
 
@@ -121,6 +121,13 @@ def test_a_failing_job_fails_make(project):
     assert (
         make(ready(project), "train", "ARGS=--fail").returncode == 2
     )  # GNU make's only status for a failed recipe
+
+
+def test_a_job_installs_no_tools_and_the_checks_do(project):
+    ready(project)
+    assert "requirements-dev" not in make(project, "train").stdout
+    assert "installing the packages of requirements-dev.txt" in make(project, "check").stdout
+    assert "installing the packages of requirements-docs.txt" in make(project, "docs").stdout
 
 
 def test_an_environment_is_made_filled_and_then_left_alone(project):
