@@ -24,8 +24,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from envs.rock import Sandbox, SandboxConfig, SandboxError, probe
+from envs.rock.config import TIERS
+from envs.rock.docker.probe import probe_docker
 from envs.rock.host import cgroups
-from envs.rock.tiers import TIERS, probe_docker
 from envs.tasks.terminal import FAMILIES, train_seed
 from envs.tasks.terminal.demonstrator import play_demonstration
 from envs.tasks.terminal.env import TerminalEnv

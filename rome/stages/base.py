@@ -54,7 +54,7 @@ from rome.model.ops.kernels import Kernels
 from rome.model.params import param_shardings
 from rome.model.sharding import make_mesh
 from rome.model.tokenizer import Chat, Tokenizer
-from rome.rollout.demonstrations import collect_experts
+from rome.rollout.demonstrations import collect_demonstrations
 from rome.rollout.player import Accounting, Episode, EpisodePlayer
 from rome.stages.collect import EXPERT_CONCURRENCY, Collector, load_when_visible, own_settings
 from rome.stages.config import loss_config, sandbox_config
@@ -494,7 +494,7 @@ class Run:
             )
             trajectories.extend(
                 run_async(
-                    collect_experts(
+                    collect_demonstrations(
                         tasks,
                         self.make_env,
                         self.chat,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from envs.rock import SandboxConfig, probe
+from envs.rock.docker.probe import probe_docker
 from envs.rock.sync import SyncSandbox
-from envs.rock.tiers import probe_docker
 
 
 def find_isolation(config: SandboxConfig) -> str:

@@ -13,7 +13,8 @@ def parse_reward(text: str, task: str) -> float:
     """Return the last non-empty line of a verifier's output as a number from 0 to 1.
 
     Raises:
-      VerifierError: the line is no finite number in that range. The message names task and value.
+      VerifierError: the line is not a finite number in that range. The message names task and
+        value.
     """
     printed = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
     try:

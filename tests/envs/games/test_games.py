@@ -131,7 +131,7 @@ def test_a_megabyte_of_markup_is_read_in_linear_time(name, text):
 @pytest.mark.parametrize("name", NAMES)
 def test_turns_without_an_action_end_at_max_turns_and_cost_the_penalty(name):
     env = make(name, format_penalty=-0.5)
-    observation, _ = env.reset(seed=0)
+    env.reset(seed=0)
     results = [env.step("I do not know") for _ in range(env.max_turns)]
     assert [result[3] for result in results] == [False] * (env.max_turns - 1) + [True]
     assert not any(result[2] for result in results)

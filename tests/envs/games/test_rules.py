@@ -196,9 +196,8 @@ def test_sokoban_rooms_are_whole(seed, rows, columns, boxes):
 
 
 def test_hanoi_demonstrators_solution_is_a_shortest_one():
-    distance = {
-        ("C", "C", "C"): 0
-    }  # towers of disks 1, 2, 3: breadth-first search from the goal, whose moves can all be taken back
+    # The towers of disks 1, 2 and 3. Moves can be undone, so the search starts at the goal.
+    distance = {("C", "C", "C"): 0}
     queue = deque(distance)
     while queue:
         state = queue.popleft()

@@ -169,7 +169,7 @@ def test_the_demonstrator_earns_1_and_nothing_and_cheats_earn_0(family):
         texts = set()
         for seed in range(8):
             texts.add(env.reset(seed)[0])
-            observation, reward, terminated, truncated, info = env.step(
+            _, reward, terminated, truncated, info = env.step(
                 f"So the answer is {env.demonstrator_action()}"
             )
             assert (reward, terminated, truncated, info["ending"], info["correct"]) == (

@@ -1,6 +1,6 @@
 """Scripts over the worlds, for tests."""
 
-from envs.worlds.base import format_call
+from envs.worlds.scenario import format_call
 
 
 def play(env, actions, seed=None):

@@ -1,5 +1,5 @@
-"""Every world: solvable by its demonstration, not by doing nothing, claiming or guessing; deterministic;
-deaf to no text; a failed call changes nothing.
+"""Every world: solvable by its demonstration, not by doing nothing, claiming or guessing;
+deterministic; deaf to no text; a failed call changes nothing.
 """
 
 import copy
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from envs.gem import ToolCall, format_tool_call, make, make_vec, parse_tool_calls
 from envs.worlds import WORLD_IDS
-from envs.worlds.base import format_call
+from envs.worlds.scenario import format_call
 from envs.worlds.tools import ToolRefusal, digest
 from tests.envs.worlds.playing import demonstrate, play
 from tests.paths import ROOT

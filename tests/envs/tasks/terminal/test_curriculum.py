@@ -186,7 +186,7 @@ def test_training_and_evaluation_seeds_are_disjoint():
 
 
 def test_an_unknown_family_is_refused_by_name():
-    with pytest.raises(ValueError, match="'coutn'.*count"):
+    with pytest.raises(ValueError, match=r"'coutn'.*count"):
         make_task("coutn", 0)
 
 

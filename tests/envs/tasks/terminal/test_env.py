@@ -145,7 +145,7 @@ def test_a_malformed_call_is_an_observation_that_says_why(action, says):
 
 def test_a_turn_without_a_call_ends_the_episode_and_the_verifier_decides(env):
     env.reset()
-    ((path, (content, _)),) = env.task.files.items()
+    (path,) = env.task.files
     env.step(bash(f"grep -c {env.task.demonstrator().send(None).split()[2]} {path} > out.txt"))
     observation, reward, terminated, truncated, info = env.step("done")
     assert (observation, reward, terminated, truncated, info["ending"]) == (

@@ -1,6 +1,4 @@
-"""The wide families: the demonstrator earns 1; doing nothing, guessing, and tampering with the check earn
-0.
-"""
+"""The wide families: the demonstrator earns 1; doing nothing, guessing and tampering earn 0."""
 
 import asyncio
 import hashlib
@@ -11,7 +9,7 @@ import pytest
 
 from envs.gem import format_tool_call, make
 from envs.rock import SandboxConfig
-from envs.rock.embedded.sandbox import EmbeddedSandbox
+from envs.rock.embedded.sandbox import EmbeddedBackend
 from envs.tasks.terminal import (
     DOMAINS,
     FAMILIES,
@@ -93,8 +91,9 @@ def at_once(coroutines):
 
 
 def _episodes(name, count_only=False):
-    """Demonstration, no-op and one cheat: the second, stronger one where a verifier runs programs of the
-    agent's.
+    """Play a demonstration, no-op and one cheat.
+
+    The cheat is the second, stronger one where a verifier runs programs of the agent's.
 
     All cheats play in the slow test.
     """
@@ -280,7 +279,7 @@ def test_a_bug_that_matches_nothing_is_refused():
 
 
 def test_a_family_whose_program_is_missing_is_refused_by_name(monkeypatch):
-    real = EmbeddedSandbox.execute
+    real = EmbeddedBackend.execute
 
     async def without_git(self, command, *args, **kwargs):
         return await real(
@@ -290,7 +289,7 @@ def test_a_family_whose_program_is_missing_is_refused_by_name(monkeypatch):
             **kwargs,
         )
 
-    monkeypatch.setattr(EmbeddedSandbox, "execute", without_git)
+    monkeypatch.setattr(EmbeddedBackend, "execute", without_git)
 
     async def reset(name):
         env = TerminalEnv(f"{name}/3", CONFIG)

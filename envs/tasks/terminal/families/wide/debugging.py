@@ -1,6 +1,4 @@
-"""Wide families about things that are broken: crashes, wrong results, scripts, makefiles, imports,
-JSON, a first cause in logs.
-"""
+"""Wide families about broken things: crashes, wrong results, makefiles, imports and more."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ def _program(draw: Draw) -> Program:
 
 @wide_family("crash", "debugging", 2, "python3", runs_agent_code=True)
 def crash(draw: Draw) -> TaskDraft:
-    """A misspelt name, a missing colon, a missing import: the interpreter says where."""
+    """Draw a module with a syntax error that the interpreter reports."""
     program = _program(draw)
     module = draw.word()
     code, expected = calls(program, draw.rng, module)
@@ -69,10 +67,12 @@ def shell_quotes(draw: Draw) -> TaskDraft:
         f"{folder}/{one}": lines(*draw.words(draw.number(2, 4))),
         f"{folder}/{plain}": lines(*draw.words(2)),
     }
-    broken, mended = (
-        "for file in {}; do\n    printf '%s %s\\n' \"$(basename {})\" $(wc -l < {})\ndone\n".format(
-            *names
-        )
+    broken, fixed = (
+        """\
+for file in {}; do
+    printf '%s %s\\n' "$(basename {})" $(wc -l < {})
+done
+""".format(*names)
         for names in (("$(ls $1/*)", "$file", "$file"), ('"$1"/*', '"$file"', '"$file"'))
     )
     answer = lines(
@@ -81,7 +81,7 @@ def shell_quotes(draw: Draw) -> TaskDraft:
 
     def demonstrator() -> Demonstration:
         yield f"cat count.sh; ls '{folder}'"
-        yield write_file("count.sh", mended)
+        yield write_file("count.sh", fixed)
         yield f"bash count.sh '{folder}'"
 
     instruction = (
@@ -118,8 +118,7 @@ def makefile(draw: Draw) -> TaskDraft:
         )
         yield f"make {target}.txt && cat {target}.txt"
 
-    # The rule counts, not the file: one input changes and the target must follow, by its
-    # dependencies.
+    # The rule is tested, not only the file: when an input changes, make must rebuild the target.
     rebuild = [
         f"printf '{fresh}\\n' > {two}.txt",
         f"touch -d '2001-01-01' {target}.txt {one}.txt",
@@ -175,15 +174,28 @@ def import_cycle(draw: Draw) -> TaskDraft:
     price, order = draw.words(2)
     rate = draw.number(2, 9)
     files = {
-        f"{one}.py": (
-            f"from {two} import {order}\n\nRATE = {rate}\n\n\ndef {price}(amount):\n    return"
-            f" amount * RATE\n\n\ndef total(amounts):\n    return sum({order}(one) for one in"
-            " amounts)\n"
-        ),
-        f"{two}.py": (
-            f"from {one} import RATE, {price}\n\nLIMIT = 10 * RATE\n\n\ndef {order}(amount):\n   "
-            f" return min({price}(amount), LIMIT)\n"
-        ),
+        f"{one}.py": f"""\
+from {two} import {order}
+
+RATE = {rate}
+
+
+def {price}(amount):
+    return amount * RATE
+
+
+def total(amounts):
+    return sum({order}(one) for one in amounts)
+""",
+        f"{two}.py": f"""\
+from {one} import RATE, {price}
+
+LIMIT = 10 * RATE
+
+
+def {order}(amount):
+    return min({price}(amount), LIMIT)
+""",
     }
     amounts = [draw.number(1, 30) for _ in range(4)]
     result = sum(min(amount * rate, 10 * rate) for amount in amounts)
@@ -192,7 +204,14 @@ def import_cycle(draw: Draw) -> TaskDraft:
         yield f"python3 -c 'import {one}' 2>&1 | tail -n 1"
         yield f"cat {one}.py {two}.py"
         yield write_file(
-            "base.py", f"RATE = {rate}\n\n\ndef {price}(amount):\n    return amount * RATE\n"
+            "base.py",
+            f"""\
+RATE = {rate}
+
+
+def {price}(amount):
+    return amount * RATE
+""",
         )
         yield (
             f"sed -i '/^RATE/d; /^def {price}/,/return/d; 1i from base import RATE, {price}'"
@@ -246,7 +265,7 @@ def first_cause(draw: Draw) -> TaskDraft:
 
 @wide_family("two_modules", "debugging", 4, "python3", runs_agent_code=True)
 def two_modules(draw: Draw) -> TaskDraft:
-    """Two bugs in two modules, and a third module that is right."""
+    """Draw three modules of which two have a bug."""
     programs = draw.rng.sample(PROGRAMS, 3)
     modules = draw.words(3)
     bugs = [draw.rng.choice(program.bugs) for program in programs]

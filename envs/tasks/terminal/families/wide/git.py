@@ -286,7 +286,13 @@ def git_bisect(draw: Draw) -> TaskDraft:
         steps.append(
             _commit(
                 subjects[index],
-                {f"{module}.py": f"# {subjects[index]}\ndef scale(x):\n    return {wrong}\n"},
+                {
+                    f"{module}.py": f"""\
+# {subjects[index]}
+def scale(x):
+    return {wrong}
+"""
+                },
             )
         )
 
@@ -301,10 +307,12 @@ def git_bisect(draw: Draw) -> TaskDraft:
         subject = (yield "bash find.sh; rm find.sh").split("\n")[-1]
         yield f"echo {subject} > out.txt"
 
-    check = (
-        f"import os, sys\nsys.path.insert(0, os.getcwd())\nfrom {module} import"
-        f" scale\nsys.exit(any(scale(x) != {factor} * x for x in range(9)))\n"
-    )
+    check = f"""\
+import os, sys
+sys.path.insert(0, os.getcwd())
+from {module} import scale
+sys.exit(any(scale(x) != {factor} * x for x in range(9)))
+"""
     instruction = (
         f"check.py ends with 0 where {module}.py is right. It was right at first. Write the subject"
         " of the first commit at which it fails to out.txt."

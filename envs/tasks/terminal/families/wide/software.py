@@ -92,12 +92,24 @@ def rename_function(draw: Draw) -> TaskDraft:
     value = draw.number(2, 9)
     new = f"{old}_{draw.word()}"
     files = {
-        f"{lib}.py": (
-            f"def {old}(x):\n    return x * {value}\n\n\ndef {old}s(xs):\n    return [{old}(x) for"
-            " x in xs]\n"
-        ),
-        f"{app}.py": f"from {lib} import {old}, {old}s\n\nprint({old}(3), {old}s([1, 2]))\n",
-        f"test_{test}.py": f"import {lib}\n\nassert {lib}.{old}(2) == {2 * value}  # {old}\n",
+        f"{lib}.py": f"""\
+def {old}(x):
+    return x * {value}
+
+
+def {old}s(xs):
+    return [{old}(x) for x in xs]
+""",
+        f"{app}.py": f"""\
+from {lib} import {old}, {old}s
+
+print({old}(3), {old}s([1, 2]))
+""",
+        f"test_{test}.py": f"""\
+import {lib}
+
+assert {lib}.{old}(2) == {2 * value}  # {old}
+""",
         "notes.txt": lines(f"the {old} is a fine thing"),
     }
 
@@ -148,12 +160,21 @@ def add_option(draw: Draw) -> TaskDraft:
             ),
         ]
     )
-    source = (
-        "import argparse\n\n\ndef main():\n    parser = argparse.ArgumentParser()\n   "
-        " parser.add_argument('words', nargs='+')\n    arguments = parser.parse_args()\n    words ="
-        " arguments.words\n    print(*words, sep='\\n')\n\n\nif __name__ == '__main__':\n   "
-        " main()\n"
-    )
+    source = """\
+import argparse
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument('words', nargs='+')
+    arguments = parser.parse_args()
+    words = arguments.words
+    print(*words, sep='\\n')
+
+
+if __name__ == '__main__':
+    main()
+"""
 
     def demonstrator() -> Demonstration:
         yield f"cat {name}.py"
@@ -196,7 +217,12 @@ def write_test(draw: Draw) -> TaskDraft:
     module = draw.word()
     test = f"test_{draw.word()}.py"
     source = program.source
-    anew = f"# {draw.word()}\n{source}\n\n_unused = {draw.number(1, 99)}\n"
+    anew = f"""\
+# {draw.word()}
+{source}
+
+_unused = {draw.number(1, 99)}
+"""
 
     def demonstrator() -> Demonstration:
         yield f"cat {module}.py"
@@ -245,11 +271,23 @@ def version_bump(draw: Draw) -> TaskDraft:
     day = f"2024-0{draw.number(1, 9)}-1{draw.number(0, 9)}"
     change = f"- {draw.word()} {draw.word()}"
     files = {
-        "pyproject.toml": f'[project]\nname = "{package}"\nversion = "{old}"\n',
+        "pyproject.toml": f"""\
+[project]
+name = "{package}"
+version = "{old}"
+""",
         f"{package}/__init__.py": f'__version__ = "{old}"\n',
-        "CHANGELOG.md": (
-            f"# Changes\n\n## Unreleased\n\n{change}\n\n## {old} (2023-12-01)\n\n- first\n"
-        ),
+        "CHANGELOG.md": f"""\
+# Changes
+
+## Unreleased
+
+{change}
+
+## {old} (2023-12-01)
+
+- first
+""",
     }
     released = {
         path: text.replace(f'"{old}"', f'"{new}"').replace("## Unreleased", f"## {new} ({day})")
@@ -274,10 +312,13 @@ def version_bump(draw: Draw) -> TaskDraft:
 _SCRIPTS = {
     "sumEven": (
         "the sum of the even numbers of an array",
-        (
-            "  let total = 0;\n  for (const value of input) {\n    if (value % 2 === 0) total +="
-            " value;\n  }\n  return total;\n"
-        ),
+        """\
+  let total = 0;
+  for (const value of input) {
+    if (value % 2 === 0) total += value;
+  }
+  return total;
+""",
         (("=== 0", "=== 1"), ("+= value", "= value")),
         lambda xs: sum(x for x in xs if x % 2 == 0),
     ),
@@ -309,7 +350,12 @@ def _javascript(draw: Draw) -> tuple[str, str, str, str, list[str]]:
     """
     name = draw.choose(*_SCRIPTS)
     spec, body, bugs, reference = _SCRIPTS[name]
-    source = f"function {name}(input) {{\n{body}}}\n\nmodule.exports = {{ {name} }};\n"
+    source = f"""\
+function {name}(input) {{
+{body}}}
+
+module.exports = {{ {name} }};
+"""
     module = draw.word()
     right, wrong = draw.rng.choice(bugs)
     found = []

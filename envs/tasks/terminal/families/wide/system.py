@@ -391,8 +391,13 @@ def backup_script(draw: Draw) -> TaskDraft:
         yield f"find {source} -type f"
         yield write_file(
             "backup.sh",
-            'set -e\n[ -d "$1" ] || { echo "no folder $1" >&2; exit 2; }\nmkdir -p "$2"\ncp -r'
-            ' "$1"/. "$2"\necho "$(find "$1" -type f | wc -l) files"\n',
+            """\
+set -e
+[ -d "$1" ] || { echo "no folder $1" >&2; exit 2; }
+mkdir -p "$2"
+cp -r "$1"/. "$2"
+echo "$(find "$1" -type f | wc -l) files"
+""",
         )
         yield f"bash backup.sh {source} ${{TMPDIR:-/tmp}}/trial"
 
