@@ -211,7 +211,7 @@ def test_our_vectors_over_gems_environments():
 
 def test_gems_loops_play_our_environments(capsys):
     env = ours.make("game/guess_the_number", seed=4)
-    run_and_print_episode(env, lambda observation: env.expert_action())
+    run_and_print_episode(env, lambda observation: env.demonstrator_action())
     assert "terminated:  True truncated:  False" in capsys.readouterr().out
     vector = ours.make_vec(["game/frozen_lake"] * 3, seed=1)
     run_and_print_episode(

@@ -218,6 +218,6 @@ def test_both_ways_and_back():
     there = FromGymnasium(ToGymnasium(make("game/tower_of_hanoi")), instruction="x")
     here = make("game/tower_of_hanoi")
     assert there.reset(seed=2)[0] == "x\n" + here.reset(seed=2)[0]
-    action = here.expert_action()
+    action = here.demonstrator_action()
     content = action.removeprefix("<answer>").removesuffix("</answer>")
     assert there.step(action)[:4] == here.step(content)[:4]

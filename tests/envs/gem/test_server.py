@@ -81,7 +81,7 @@ def test_an_episode_in_rocks_words():
             200,
             {"observation": observation, "info": json.loads(json.dumps(info))},
         )
-        action = local.expert_action()
+        action = local.demonstrator_action()
         observation, reward, terminated, truncated, info = local.step(action)
         assert ask(url, "step", {**made, "action": action}) == (
             200,

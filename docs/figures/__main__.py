@@ -1,0 +1,38 @@
+"""Draws every picture of the documentation and writes the page of configuration keys.
+
+python -m docs.figures
+"""
+
+from __future__ import annotations
+
+from docs.figures import (
+    async_timeline,
+    chunk_credit,
+    configuration,
+    engine_states,
+    layers,
+    learning_curve,
+    processes,
+    sandbox_layers,
+    speed,
+)
+from docs.figures.collect import RUNS
+
+
+def main() -> None:
+    """Draw everything; the learning curve only where runs are recorded."""
+    processes.draw()
+    layers.draw()
+    engine_states.draw()
+    sandbox_layers.draw()
+    chunk_credit.draw()
+    async_timeline.draw()
+    speed.draw()
+    runs = learning_curve.load_runs(RUNS)
+    if runs:
+        learning_curve.draw(runs)
+    configuration.main([])
+
+
+if __name__ == "__main__":
+    main()

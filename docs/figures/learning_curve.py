@@ -1,0 +1,153 @@
+"""The learning curve: held-out success by step over the seeds of IPA, beside GRPO.
+
+python -m docs.figures.learning_curve               # draws docs/images/learning_curve.png
+python -m docs.figures.learning_curve --markdown    # prints the table of docs/results.md
+
+The runs are the files of docs/results/runs.
+
+A thick line is the mean of the seeds, thin lines are the seeds. IPA's band is the mean of the
+seeds' 95 % intervals (Wilson): it shows what the number of held-out tasks can resolve.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from docs.figures.collect import RUNS
+from docs.figures.style import BLUE, INK, MUTED, new_figure, save
+
+Z_95 = 1.959963984540054
+LOSSES = {"ipa": ("IPA", BLUE), "grpo": ("GRPO", MUTED)}
+
+
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of a success rate."""
+    rate = successes / n
+    shrink = 1 + Z_95**2 / n
+    centre = (rate + Z_95**2 / (2 * n)) / shrink
+    half = Z_95 / shrink * np.sqrt(rate * (1 - rate) / n + Z_95**2 / (4 * n * n))
+    return float(centre - half), float(centre + half)
+
+
+def load_runs(folder: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
+    """Return the records in a folder by loss, in the order of their seeds."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*_seed*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        runs.setdefault(record["loss"], []).append(record)
+    return runs
+
+
+def draw_loss(axes: Axes, records: list[dict[str, Any]], loss: str) -> None:
+    """Draw the mean, the seeds and, for IPA, the interval over the steps that all seeds have."""
+    label, colour = LOSSES[loss]
+    by_seed = [{entry["step"]: entry for entry in record["evals"]} for record in records]
+    steps = sorted(set.intersection(*(set(evals) for evals in by_seed)))
+    rates_SN = np.array(
+        [[evals[step]["successes"] / evals[step]["n"] for step in steps] for evals in by_seed]
+    )
+    if loss == "ipa":
+        intervals_SN2 = np.array(
+            [
+                [wilson(evals[step]["successes"], evals[step]["n"]) for step in steps]
+                for evals in by_seed
+            ]
+        )
+        low_N, high_N = intervals_SN2.mean(axis=0).T
+        axes.fill_between(steps, 100 * low_N, 100 * high_N, color=colour, alpha=0.15, linewidth=0)
+    style = "-" if loss == "ipa" else "--"
+    for rates_N in rates_SN:
+        axes.plot(steps, 100 * rates_N, style, color=colour, linewidth=0.9, alpha=0.6)
+    seeds = "1 seed" if len(records) == 1 else f"{len(records)} seeds"
+    axes.plot(
+        steps,
+        100 * rates_SN.mean(axis=0),
+        style,
+        color=colour,
+        linewidth=2.4,
+        marker="o",
+        markersize=4,
+        label=f"{label} ({seeds})",
+    )
+    axes.set_xticks(steps)
+
+
+def draw(runs: dict[str, list[dict[str, Any]]], name: str = "learning_curve.png") -> pathlib.Path:
+    """Draw all losses of `runs` and return the picture's path."""
+    figure, axes = new_figure(8.0, 3.7)
+    for loss in reversed(list(LOSSES)):
+        if loss in runs:
+            draw_loss(axes, runs[loss], loss)
+    some = next(iter(runs.values()))[0]
+    tasks = some["evals"][0]["n"]
+    families = some["evals"][0]["families"]
+    axes.set_xlabel("reinforcement learning step")
+    axes.set_ylabel("held-out tasks solved, %")
+    axes.set_ylim(bottom=0)
+    axes.margins(y=0.15)
+    axes.set_xlim(left=0)
+    axes.set_title(f"Held-out success, {tasks} tasks of {families} families", color=INK)
+    axes.legend(loc="upper left")
+    axes.annotate(
+        "start: the SFT policy",
+        xy=(0, 100 * some["evals"][0]["successes"] / tasks),
+        xytext=(0.06, 0.1),
+        textcoords="axes fraction",
+        fontsize=8.5,
+        color=MUTED,
+        arrowprops={"arrowstyle": "-|>", "color": MUTED},
+    )
+    return save(figure, name)
+
+
+def table(runs: dict[str, list[dict[str, Any]]]) -> str:
+    """Return the Markdown table of all runs: success by step, time, and what made them."""
+    every = [record for loss in LOSSES for record in runs.get(loss, [])]
+    steps = sorted({entry["step"] for record in every for entry in record["evals"]})
+    heading = " | ".join("SFT start" if step == 0 else f"step {step}" for step in steps)
+    lines = [f"| run | {heading} | minutes |", "|---|" + "---|" * (len(steps) + 1)]
+    for record in every:
+        evals = {entry["step"]: entry for entry in record["evals"]}
+        cells = [_percent(evals[step]) if step in evals else "" for step in steps]
+        seconds = record["wall_seconds"] + (record["start_wall_seconds"] or 0)
+        name = f"{LOSSES[record['loss']][0]}, seed {record['seed']}"
+        lines.append(f"| {name} | {' | '.join(cells)} | {seconds / 60:.0f} |")
+    lines.append("")
+    for record in every:
+        lines.append(
+            f"- `{record['command']}`: commit {record['commit']}, {record['date']},"
+            f" {record['machine']}."
+        )
+    return "\n".join(lines)
+
+
+def _percent(entry: dict[str, Any]) -> str:
+    low, high = wilson(entry["successes"], entry["n"])
+    rate = entry["successes"] / entry["n"]
+    return f"{100 * rate:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw the picture, or print the table."""
+    parser = argparse.ArgumentParser(prog="python -m docs.figures.learning_curve")
+    parser.add_argument("--runs", type=pathlib.Path, default=RUNS, help="folder of the records")
+    parser.add_argument("--markdown", action="store_true", help="print the table, draw nothing")
+    options = parser.parse_args(arguments)
+    runs = load_runs(options.runs)
+    if not runs:
+        print(f"no run is recorded in {options.runs}; python -m docs.figures.collect makes them")
+        return 1
+    print(table(runs) if options.markdown else draw(runs))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""The scripts that record runs and draw them."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from docs.figures import collect, configuration, learning_curve, style
+from rome.train.report import wilson
+
+
+def make_report(tmp_path, steps=60, last=60):
+    def entry(stage, step, success):
+        return {
+            "stage": stage,
+            "step": step,
+            "success": success,
+            "n": 40,
+            "low": 0.0,
+            "high": 1.0,
+            "by_family": {"sum": [success, 20], "line": [success, 20]},
+            "unseen_families": 0.1,
+            "unseen_by_family": {"chain": [0.1, 10]},
+        }
+
+    report = {
+        "experiment": "ipa",
+        "preset": "tiny",
+        "loss": "grpo",
+        "seed": 3,
+        "steps": steps,
+        "wall_seconds": 90.0,
+        "isolation": "namespaces",
+        "evals": [
+            entry("sft", 120, 0.25),
+            entry("ipa", 0, 0.25),
+            entry("ipa", 30, 0.4),
+            entry("ipa", last, 0.5),
+        ],
+    }
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    return tmp_path
+
+
+def test_a_run_is_recorded_with_counts_command_and_origin(tmp_path):
+    record = collect.read_run(make_report(tmp_path), "a machine", "abc1234")
+    assert [(entry["step"], entry["successes"], entry["n"]) for entry in record["evals"]] == [
+        (0, 10, 40),
+        (30, 16, 40),
+        (60, 20, 40),
+    ]
+    assert record["start"]["stage"] == "sft"
+    assert record["start"]["unseen_successes"] == 1
+    assert record["command"] == (
+        "python -m launch.train --config=experiments/ipa.py --config.loss=grpo --config.seed=3"
+    )
+    assert (record["commit"], record["machine"]) == ("abc1234", "a machine")
+
+
+def test_a_run_that_has_not_ended_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="step 30 of 60"):
+        collect.read_run(make_report(tmp_path, last=30), "a machine", "abc1234")
+
+
+def test_the_curve_and_its_table_come_from_recorded_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(style, "IMAGES", tmp_path / "images")
+    out = tmp_path / "runs"
+    workdir = str(make_report(tmp_path))
+    assert collect.main([workdir, "--out", str(out), "--commit", "abc1234"]) == 0
+    runs = learning_curve.load_runs(out)
+    assert list(runs) == ["grpo"]
+    table = learning_curve.table(runs)
+    assert "| GRPO, seed 3 | 25 % (14 to 40) | 40 % (26 to 55) | 50 % (35 to 65) | 2 |" in table
+    assert learning_curve.draw(runs).read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_runs_nothing_is_drawn(tmp_path, capsys):
+    assert learning_curve.main(["--runs", str(tmp_path)]) == 1
+    assert "docs.figures.collect" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_scripts_draw_every_picture_that_the_pages_show(tmp_path, monkeypatch):
+    from docs.figures import __main__ as all_figures
+
+    shown = {path.name for path in style.IMAGES.iterdir()}
+    monkeypatch.setattr(style, "IMAGES", tmp_path)
+    monkeypatch.setattr(configuration, "PAGE", tmp_path / "configuration.md")
+    all_figures.main()
+    assert {path.name for path in tmp_path.glob("*.png")} == shown
+
+
+@pytest.mark.parametrize("successes, n", [(0, 5), (3, 7), (200, 396), (5, 5)])
+def test_intervals_are_those_of_the_report(successes, n):
+    ours = learning_curve.wilson(successes, n)
+    theirs = wilson(successes, n)
+    assert all(math.isclose(a, b, abs_tol=1e-9) for a, b in zip(ours, theirs, strict=True))
