@@ -2,7 +2,8 @@
 
 python -m docs.figures.learning_curve
 
-It draws docs/images/learning_curve.png and writes the table into docs/results.md. The runs are the files of docs/results/runs, which `python -m docs.figures.collect` makes.
+It draws docs/images/learning_curve.png and writes the table of the runs into docs/results.md. The
+runs are the files of docs/results/runs, which `python -m docs.figures.collect` makes.
 
 A thick line is the mean of the seeds, thin lines are the seeds. IPA's band is the mean of the
 seeds' 95 % intervals (Wilson): it shows what the number of held-out tasks can resolve.
@@ -143,8 +144,8 @@ def section(runs: dict[str, list[dict[str, Any]]]) -> str:
         return "No run of the current configuration has been recorded yet."
     picture = "![Held-out success by step, IPA and GRPO](images/learning_curve.png)"
     words = (
-        "*Thick lines are means over seeds, thin lines are seeds; the band is the mean of the"
-        " seeds' 95 % intervals. Held-out tasks, temperature 1; 95 % intervals (Wilson) in the table.*"
+        "*Thick lines are means over seeds, thin lines are seeds. The band is the mean of the 95 %"
+        " intervals of the seeds. Held-out tasks at temperature 1; intervals are Wilson's.*"
     )
     return f"{picture}\n\n{words}\n\n{table(runs)}"
 
