@@ -1,19 +1,21 @@
-r"""How long does a sandbox take: to be made, to run a command, to be forked; what 200 of them
-weigh; and what they leave behind.
+r"""Measure the time of starting, using and forking sandboxes, their memory, and what they leave.
 
-python -m benchmarks.sandbox --json sandbox.json [--cycles 1000] [--live 200] [--docker_image IMAGE] [--swerex_image IMAGE]
+python -m benchmarks.sandbox --json sandbox.json \
+    [--cycles 1000] [--live 200] [--docker_image IMAGE] [--swerex_image IMAGE]
 
-Medians in milliseconds, of one after the other on this machine. `floor` is bash itself, started and
-waited for without any sandbox: no command in a process of its own can take less. With
---docker_image (one that is there already and has a shell) `docker run --rm --network none ...`,
-limited as our sandboxes are, and `docker exec` are timed between ours, and `ratio_docker` is the
-median of the pairs' ratios of creation; then the Docker backend. Without, or where no engine
-answers, `ratio_docker` is null and `docker_none` says why.
+Times are medians in milliseconds of calls one after the other on this machine. `floor` is bash
+itself, started and waited for without any sandbox: no command in a process of its own can take
+less.
+
+With --docker_image (one that is present and has a shell) `docker run --rm --network none ...`, with
+the limits of our sandboxes, and `docker exec` are timed alternately with ours. `ratio_docker` is
+the median of the pairs' ratios of creation. The Docker backend is timed too. Without the flag, or
+where no engine answers, `ratio_docker` is null and `docker_none` says why.
 
 Where SWE-ReX is installed (pip install swe-rex) its local deployment, which isolates nothing, is
-timed between ours: creation to the first output of a shell, and a command in that shell. With
---swerex_image (one that has swerex-remote in it) its Docker deployment too, on the host's network
-and without limits. Else `ratio_swerex_*` are null and `swerex_none` says why.
+timed alternately with ours: creation to the first output of a shell, and a command in that shell.
+With --swerex_image (one that has swerex-remote in it) its Docker deployment is timed too, on the
+host's network and without limits. Otherwise `ratio_swerex_*` are null and `swerex_none` says why.
 """
 
 from __future__ import annotations
@@ -35,11 +37,13 @@ from rich.console import Console
 from rich.table import Table
 
 from envs.rock import Sandbox, SandboxConfig, probe
+from envs.rock.docker.probe import probe_docker
 from envs.rock.embedded import zygote_client
-from envs.rock.tiers import probe_docker
 
 CONFIG = SandboxConfig(memory_mb=256, pids=64, disk_mb=64)
-FILES, FILE_BYTES = 1000, 10_000  # of the tree that is kept and forked
+FILES = 1000  # of the tree that is snapshotted and forked
+FILE_BYTES = 10_000
+WORKERS = 8  # that create and end sandboxes at the same time, to find leaks
 DOCKER_LIMITS = (
     "--network",
     "none",
@@ -70,7 +74,7 @@ async def timed(
     work: Callable[[], Awaitable[Any]],
     after: Callable[[Any], Awaitable[Any]] | None = None,
 ) -> list[float]:
-    """Milliseconds of each call of `work`; `after` gets its result, untimed."""
+    """Return the milliseconds of each call of `work`; `after` gets its result, untimed."""
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
@@ -82,6 +86,7 @@ async def timed(
 
 
 async def create_and_echo(config: SandboxConfig = CONFIG) -> Sandbox:
+    """Start a sandbox and run a first command in it."""
     sandbox = Sandbox(config)
     await sandbox.start()
     result = await sandbox.execute("echo hi")
@@ -91,7 +96,7 @@ async def create_and_echo(config: SandboxConfig = CONFIG) -> Sandbox:
 
 
 async def measure_commands(repeats: int) -> dict[str, list[float]]:
-    """One sandbox: its commands, its session, its files, its snapshot and the forks of that."""
+    """Time the operations of one sandbox, and the forks of its snapshot."""
     found = {}
     async with Sandbox(CONFIG) as sandbox:
         found["execute"] = await timed(repeats, lambda: sandbox.execute("true"))
@@ -119,64 +124,70 @@ async def measure_commands(repeats: int) -> dict[str, list[float]]:
 
 
 async def measure_live(number: int) -> dict[str, float]:
-    """That many at once: seconds until all have answered, and MiB each that they add to the machine
-    (proportional set size).
+    """Start many sandboxes at once.
+
+    Returns:
+      live_seconds: until all have answered a command; live_mib_each: the memory that each adds to
+      the machine (proportional set size).
     """
     async with Sandbox(CONFIG) as first:
         await first.execute("true")
-        before, began = _proportional_bytes(), time.perf_counter()
+        before = _proportional_bytes()
+        began = time.perf_counter()
         sandboxes = [Sandbox(CONFIG) for _ in range(number)]
         await asyncio.gather(*(sandbox.start() for sandbox in sandboxes))
         await asyncio.gather(*(sandbox.execute("echo hi") for sandbox in sandboxes))
-        seconds, added = time.perf_counter() - began, _proportional_bytes() - before
+        seconds = time.perf_counter() - began
+        added = _proportional_bytes() - before
         await asyncio.gather(*(sandbox.stop() for sandbox in sandboxes))
     return {"live": number, "live_seconds": seconds, "live_mib_each": added / number / (1 << 20)}
 
 
 async def measure_leaks(cycles: int) -> dict[str, Any]:
-    """Creates and ends many, and counts what was not there before: descriptors, processes, cgroups,
-    files.
-    """
-    await (await create_and_echo()).stop()
-    before, began = _possessions(), time.perf_counter()
+    """Create and end many sandboxes; count descriptors, processes, cgroups and files that stay."""
+    share = cycles // WORKERS
+    total = share * WORKERS
 
-    async def cycle(share: int) -> None:
-        for _ in range(share):
-            await (await create_and_echo()).stop()
+    async def create_and_end(times: int) -> None:
+        for _ in range(times):
+            sandbox = await create_and_echo()
+            await sandbox.stop()
 
-    await asyncio.gather(*(cycle(cycles // 8) for _ in range(8)))
+    await create_and_end(1)  # what the first one makes stays for all
+    before = _resources()
+    began = time.perf_counter()
+    await asyncio.gather(*(create_and_end(share) for _ in range(WORKERS)))
     seconds = time.perf_counter() - began
-    left = {kind: sorted(now - before[kind]) for kind, now in _possessions().items()}
+    left = {kind: sorted(now - before[kind]) for kind, now in _resources().items()}
     return {
-        "cycles": cycles // 8 * 8,
-        "cycles_per_s": cycles // 8 * 8 / seconds,
+        "cycles": total,
+        "cycles_per_s": total / seconds,
         "leaks": sum(map(len, left.values())),
         "left": left,
     }
 
 
-def _possessions() -> dict[str, set[str]]:
+def _resources() -> dict[str, set[str]]:
+    """Return what this process's zygote and its sandboxes hold now, by kind."""
     zygote = zygote_client._zygote._process.pid
     state = pathlib.Path(tempfile.gettempdir(), f"rock-{os.getuid()}")
+    descriptors = set(os.listdir("/proc/self/fd"))
+    for name in os.listdir(f"/proc/{zygote}/fd"):
+        descriptors.add(f"zygote {name}")
+    files = set()
+    if state.exists():
+        files = {path.name for path in state.iterdir() if _is_of(path, zygote)}
+    groups = pathlib.Path("/sys/fs/cgroup").rglob(f"rock-*-{zygote}")
     return {
-        "descriptors": (
-            set(os.listdir("/proc/self/fd"))
-            | {f"zygote {name}" for name in os.listdir(f"/proc/{zygote}/fd")}
-        ),
+        "descriptors": descriptors,
         "processes": {str(pid) for pid in _descendants(zygote)},
-        "files": (
-            {path.name for path in state.iterdir() if _is_of(path, zygote)}
-            if state.exists()
-            else set()
-        ),
-        "cgroups": {str(path) for path in pathlib.Path("/sys/fs/cgroup").rglob(f"rock-*-{zygote}")},
+        "files": files,
+        "cgroups": {str(path) for path in groups},
     }
 
 
 def _is_of(path: pathlib.Path, zygote: int) -> bool:
-    """Whether a file of the state directory, which all processes of this user share, was written by
-    this zygote.
-    """
+    """Return whether a zygote wrote a file of the state directory, which all of a user share."""
     try:
         return path.suffix != ".lock" or f'"zygote": {zygote},' in path.read_text()
     except FileNotFoundError:
@@ -184,83 +195,90 @@ def _is_of(path: pathlib.Path, zygote: int) -> bool:
 
 
 def _descendants(pid: int) -> list[int]:
+    children = []
     try:
-        children = [
-            int(word)
-            for path in pathlib.Path(f"/proc/{pid}/task").glob("*/children")
-            for word in path.read_text().split()
-        ]
+        for path in pathlib.Path(f"/proc/{pid}/task").glob("*/children"):
+            children += [int(word) for word in path.read_text().split()]
     except FileNotFoundError:
         return []
-    return children + [one for child in children for one in _descendants(child)]
+    found = list(children)
+    for child in children:
+        found += _descendants(child)
+    return found
 
 
 def _proportional_bytes() -> int:
+    """Return the proportional set size of the zygote's descendants."""
     total = 0
     for pid in _descendants(zygote_client._zygote._process.pid):
         try:
             lines = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
-        total += sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
+        for line in lines:
+            if line.startswith("Pss:"):
+                total += int(line.split()[1]) << 10
     return total
 
 
 async def measure_beside_docker(image: str, repeats: int) -> dict[str, Any]:
-    """Creation to first output, and a command in one that runs, ours and Docker's in turn; and both
-    of our Docker backend.
-    """
+    """Time Docker's creation and commands alternately with ours, and then our Docker backend."""
     report = await asyncio.to_thread(probe_docker)
-    if not image or report.tier is None:
-        return {
-            "ratio_docker": None,
-            "docker_none": report.missing[0].reason if image else "no --docker_image was given",
-        }
-
-    def docker(*arguments: str) -> None:
-        subprocess.run(["docker", *arguments], check=True, stdout=subprocess.DEVNULL, timeout=120)
+    if not image:
+        return {"ratio_docker": None, "docker_none": "no --docker_image was given"}
+    if report.tier is None:
+        return {"ratio_docker": None, "docker_none": report.missing[0].reason}
 
     async def create() -> None:
-        docker("run", "--rm", *DOCKER_LIMITS, image, "sh", "-c", "echo hi")
+        _docker("run", "--rm", *DOCKER_LIMITS, image, "sh", "-c", "echo hi")
 
     pairs = []
     for _ in range(repeats):
         (ours,) = await timed(1, create_and_echo, lambda sandbox: sandbox.stop())
-        pairs.append((ours, (await timed(1, create))[0]))
-    container = subprocess.check_output(
-        ["docker", "run", "--detach", "--rm", *DOCKER_LIMITS, image, "sleep", "600"],
-        text=True,
-        timeout=120,
-    ).strip()
-    try:
-
-        async def command() -> None:
-            docker("exec", container, "sh", "-c", "true")
-
-        commands = await timed(repeats, command)
-    finally:
-        docker("kill", container)
-    config = SandboxConfig(backend="docker", image=image, memory_mb=256, pids=64, disk_mb=64)
-    made = await timed(repeats, lambda: create_and_echo(config), lambda sandbox: sandbox.stop())
-    async with Sandbox(config) as sandbox:
-        executed = await timed(repeats, lambda: sandbox.execute("true"))
-        async with await sandbox.create_session() as session:
-            told = await timed(repeats, lambda: session.run("true"))
-    backend = {
-        f"docker_backend_{name}_ms_p50": statistics.median(times)
-        for name, times in (("create", made), ("execute", executed), ("session_command", told))
-    }
-    return backend | {
+        (theirs,) = await timed(1, create)
+        pairs.append((ours, theirs))
+    commands = await _time_docker_exec(image, repeats)
+    return await _measure_docker_backend(image, repeats) | {
         "docker_create_ms_p50": statistics.median(theirs for _, theirs in pairs),
         "docker_exec_ms_p50": statistics.median(commands),
         "ratio_docker": statistics.median(theirs / ours for ours, theirs in pairs),
     }
 
 
+def _docker(*arguments: str) -> str:
+    command = ["docker", *arguments]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=120, text=True)
+    return done.stdout.strip()
+
+
+async def _time_docker_exec(image: str, repeats: int) -> list[float]:
+    container = _docker("run", "--detach", "--rm", *DOCKER_LIMITS, image, "sleep", "600")
+
+    async def command() -> None:
+        _docker("exec", container, "sh", "-c", "true")
+
+    try:
+        return await timed(repeats, command)
+    finally:
+        _docker("kill", container)
+
+
+async def _measure_docker_backend(image: str, repeats: int) -> dict[str, float]:
+    config = SandboxConfig(backend="docker", image=image, memory_mb=256, pids=64, disk_mb=64)
+    made = await timed(repeats, lambda: create_and_echo(config), lambda sandbox: sandbox.stop())
+    async with Sandbox(config) as sandbox:
+        executed = await timed(repeats, lambda: sandbox.execute("true"))
+        async with await sandbox.create_session() as session:
+            told = await timed(repeats, lambda: session.run("true"))
+    return {
+        "docker_backend_create_ms_p50": statistics.median(made),
+        "docker_backend_execute_ms_p50": statistics.median(executed),
+        "docker_backend_session_command_ms_p50": statistics.median(told),
+    }
+
+
 async def measure_beside_swerex(image: str, repeats: int) -> dict[str, Any]:
-    """A shell in a new place until its first output, and a command in it, ours and SWE-ReX's in
-    turn.
-    """
+    """Time SWE-ReX's shells, from creation to the first output, alternately with ours."""
     try:
         from swerex.deployment.docker import DockerDeployment
         from swerex.deployment.local import LocalDeployment
@@ -275,46 +293,35 @@ async def measure_beside_swerex(image: str, repeats: int) -> dict[str, Any]:
     async def open_shell(deployment: Any) -> Any:
         await deployment.start()
         await deployment.runtime.create_session(CreateBashSessionRequest())
-        if (
-            "hi"
-            not in (
-                answer := await deployment.runtime.run_in_session(BashAction(command="echo hi"))
-            ).output
-        ):
+        answer = await deployment.runtime.run_in_session(BashAction(command="echo hi"))
+        if "hi" not in answer.output:
             raise RuntimeError(f"a new shell of SWE-ReX answered {answer}")
         return deployment
 
-    async def ours_to_a_shell() -> Sandbox:
-        sandbox = Sandbox(CONFIG)
-        await sandbox.start()
-        await (await sandbox.create_session()).run("echo hi")
-        return sandbox
+    def make_docker_deployment() -> Any:
+        # On the host's network, since its port is fixed and an engine may have no bridge.
+        network = ["--network", "host"]
+        return DockerDeployment(image=image, port=8000, pull="never", docker_args=network)
 
-    places = {"local": LocalDeployment}
-    if image:  # on the host's network, since its port is fixed and an engine may have no bridge
-        places["docker"] = lambda: DockerDeployment(
-            image=image, port=8000, pull="never", docker_args=["--network", "host"]
-        )
-    found: dict[str, Any] = {}
-    for name, make in places.items():
+    async def compare(make: Callable[[], Any], times: int) -> tuple[list, list[float]]:
         pairs = []
-        for _ in range(repeats if name == "local" else max(3, repeats // 3)):
-            (ours,) = await timed(1, ours_to_a_shell, lambda sandbox: sandbox.stop())
-            pairs.append(
-                (
-                    ours,
-                    (
-                        await timed(
-                            1, lambda: open_shell(make()), lambda deployment: deployment.stop()
-                        )
-                    )[0],
-                )
+        for _ in range(times):
+            (ours,) = await timed(1, _open_our_shell, lambda sandbox: sandbox.stop())
+            (theirs,) = await timed(
+                1, lambda: open_shell(make()), lambda deployment: deployment.stop()
             )
+            pairs.append((ours, theirs))
         deployment = await open_shell(make())
-        commands = await timed(
-            repeats, lambda: deployment.runtime.run_in_session(BashAction(command="true"))
-        )
+        action = BashAction(command="true")
+        commands = await timed(repeats, lambda: deployment.runtime.run_in_session(action))
         await deployment.stop()
+        return pairs, commands
+
+    compared = {"local": await compare(LocalDeployment, repeats)}
+    if image:
+        compared["docker"] = await compare(make_docker_deployment, max(3, repeats // 3))
+    found: dict[str, Any] = {}
+    for name, (pairs, commands) in compared.items():
         found |= {
             f"swerex_{name}_create_ms_p50": statistics.median(theirs for _, theirs in pairs),
             f"swerex_{name}_session_command_ms_p50": statistics.median(commands),
@@ -324,7 +331,16 @@ async def measure_beside_swerex(image: str, repeats: int) -> dict[str, Any]:
     return found
 
 
+async def _open_our_shell() -> Sandbox:
+    sandbox = Sandbox(CONFIG)
+    await sandbox.start()
+    session = await sandbox.create_session()
+    await session.run("echo hi")
+    return sandbox
+
+
 def bare_bash() -> float:
+    """Return the milliseconds of an empty command of bash without a sandbox."""
     began = time.perf_counter()
     os.waitpid(os.posix_spawn("/bin/bash", ["bash", "-c", "true"], {"PATH": "/usr/bin:/bin"}), 0)
     return 1000 * (time.perf_counter() - began)
@@ -333,15 +349,16 @@ def bare_bash() -> float:
 async def measure(
     repeats: int, cycles: int, live: int, docker_image: str, swerex_image: str
 ) -> dict[str, Any]:
+    """Run all measurements and return what --json writes."""
     report = probe("required")
     report.require("required")
-    times = {
-        "create_first_output": await timed(repeats, create_and_echo, lambda sandbox: sandbox.stop())
-    } | await measure_commands(repeats)
-    found = {f"{name}_ms_p50": statistics.median(values) for name, values in times.items()}
-    found |= {
-        f"{name}_ms_p90": sorted(values)[int(0.9 * len(values))] for name, values in times.items()
-    }
+    created = await timed(repeats, create_and_echo, lambda sandbox: sandbox.stop())
+    times = {"create_first_output": created} | await measure_commands(repeats)
+    found: dict[str, Any] = {}
+    for name, values in times.items():
+        found[f"{name}_ms_p50"] = statistics.median(values)
+    for name, values in times.items():
+        found[f"{name}_ms_p90"] = sorted(values)[int(0.9 * len(values))]
     found |= {
         "tier": report.tier,
         "repeats": repeats,
@@ -351,23 +368,23 @@ async def measure(
     found |= await measure_leaks(cycles)
     found |= await measure_beside_docker(docker_image, max(5, repeats // 5))
     found |= await measure_beside_swerex(swerex_image, max(5, repeats // 5))
-    found["ratio_swerex_session_command"] = (
-        found["swerex_local_session_command_ms_p50"] / found["session_command_ms_p50"]
-        if found["ratio_swerex_local"]
-        else None
-    )
+    ratio = None
+    if found["ratio_swerex_local"]:
+        theirs = found["swerex_local_session_command_ms_p50"]
+        ratio = theirs / found["session_command_ms_p50"]
+    found["ratio_swerex_session_command"] = ratio
     return found
 
 
 def show(found: dict[str, Any]) -> None:
+    """Print the results as a table and sentences."""
     table = Table(title=f"Sandboxes of tier {found['tier']}, milliseconds", title_justify="left")
     for name in ("what", "median", "90th percentile"):
         table.add_column(name, justify="left" if name == "what" else "right")
-    for name in [
-        key[: -len("_ms_p50")]
-        for key in found
-        if f"{key.removesuffix('_ms_p50')}_ms_p90" in found and key.endswith("_ms_p50")
-    ]:
+    for key in found:
+        name = key.removesuffix("_ms_p50")
+        if name == key or f"{name}_ms_p90" not in found:
+            continue
         table.add_row(
             name.replace("_", " "),
             f"{found[f'{name}_ms_p50']:.2f}",
@@ -392,7 +409,9 @@ def show(found: dict[str, Any]) -> None:
     else:
         console.print(f"Docker: not measured, {found['docker_none']}.")
     if found["ratio_swerex_local"]:
-        for name in [name for name in ("local", "docker") if f"ratio_swerex_{name}" in found]:
+        for name in ("local", "docker"):
+            if f"ratio_swerex_{name}" not in found:
+                continue
             console.print(
                 f"SWE-ReX, {name}: {found[f'swerex_{name}_create_ms_p50']:.0f} ms to the first"
                 f" output of a shell, {found[f'ratio_swerex_{name}']:.0f} times ours"

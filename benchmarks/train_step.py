@@ -1,7 +1,7 @@
-r"""How fast is a whole update (forward, loss, backward, clip, AdamW) beside Hugging Face
-transformers on torch?
+r"""Time a whole update (forward, loss, backward, clip, AdamW) beside transformers on torch.
 
-python -m benchmarks.train_step --json step.json [--sizes small,medium] [--precisions float32,bfloat16] [--rival_python DIR/bin/python] [--scaling]
+python -m benchmarks.train_step --json step.json [--sizes small,medium] \
+    [--precisions float32,bfloat16] [--rival_python DIR/bin/python] [--scaling]
 
 Ours is `Learner.update` as training runs it: float32 weights and moments, layers in the precision
 of the row. The rival has the same weights (through rome.model.hf.checkpoint), tokens, learning rate
@@ -15,9 +15,9 @@ widths, experts and vocabulary, two layers), for which `share_of_peak` is the MF
 attention) against the best matmul that this run measured in the precision. `floor` says what the
 FLOPs of each piece and the optimizer's bytes take at peak, `alone` what the piece takes by itself,
 forward and backward; so the gap explains itself. On the CPU it is made of three things: products
-too thin for the peak (attention heads of 32 or 64, an expert's few hundred rows), what lies between
-the products (softmax, SiLU, norms and gathers are bound by memory or by exp, and in bfloat16 they
-cost what they cost in float32, which is why its share is lower), and the sum over a weight's
+too thin for the peak (attention heads of 32 or 64, an expert's few hundred rows), the operations
+between the products (softmax, SiLU, norms and gathers are bound by memory or by exp, and cost as
+much in bfloat16 as in float32, which is why its share is lower), and the sum over a weight's
 gradients in float32.
 """
 
@@ -40,26 +40,24 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.train_step_floor import floor_seconds, measured_peak, pieces_alone
 from rome.data.batch import IMITATION, Batch
+from rome.data.files import write_atomically
 from rome.losses.sft import sft_loss
 from rome.losses.types import LossConfig, count_denominators
 from rome.model.config import PRESETS, ModelConfig
 from rome.model.hf.checkpoint import save_hf
-from rome.model.ops.attention import attention
-from rome.model.ops.experts import experts
-from rome.model.ops.logprobs import chunked_logprobs
 from rome.model.sharding import make_mesh
 from rome.train.memory import keep_freed_memory
-from rome.train.metrics import write_atomically
-from rome.train.state import TrainState, init_state, make_optimizer
+from rome.train.state import TrainState, make_optimizer
 from rome.train.step import Learner
 
-LEARNING_RATE, PROVING_STEPS = 1e-3, 3
+LEARNING_RATE = 1e-3
+PROVING_STEPS = 3
 TOLERANCE = {"float32": 2e-4, "bfloat16": 2e-2}  # of losses, relative
 _CPU = dataclasses.replace(PRESETS["small"], router_aux_loss_coef=0.0)
 SIZES: dict[str, tuple[ModelConfig, int, int]] = {  # config, rows, length
@@ -104,12 +102,12 @@ SIZES: dict[str, tuple[ModelConfig, int, int]] = {  # config, rows, length
 
 
 def random_batch(config: ModelConfig, rows: int, length: int, seed: int = 0) -> Batch:
-    """Rows of one segment each, all of it learned but the first token, which nothing predicts."""
-    tokens_BT = (
-        np.random.default_rng(seed).integers(0, config.vocab_size, (rows, length)).astype(np.int32)
-    )
+    """Return rows of one segment each; all tokens but the first are learned."""
+    random = np.random.default_rng(seed)
+    tokens_BT = random.integers(0, config.vocab_size, (rows, length)).astype(np.int32)
     learned_BT = np.broadcast_to(np.arange(length) > 0, tokens_BT.shape)
-    numbers_BT, numbers_BC = np.zeros(tokens_BT.shape, np.float32), np.zeros((rows, 1), np.float32)
+    numbers_BT = np.zeros(tokens_BT.shape, np.float32)
+    numbers_BC = np.zeros((rows, 1), np.float32)
     return Batch(
         tokens_BT=tokens_BT,
         positions_BT=np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
@@ -143,12 +141,15 @@ class Ours:
         )
         self.learner = Learner(config, sft_loss, LossConfig(), optimizer, mesh)
         self.state: TrainState = self.learner.init(seed=0)
-        self.batch, self.denominators = batch, count_denominators([batch])
+        self.batch = batch
+        self.denominators = count_denominators([batch])
 
     def step(self) -> dict[str, float]:
+        """Run one update; return its seconds and its loss."""
         started = time.perf_counter()
-        self.state, figures = self.learner.update(self.state, [self.batch], self.denominators)
-        loss = float(jax.block_until_ready((self.state, figures))[1]["loss"])
+        self.state, metrics = self.learner.update(self.state, [self.batch], self.denominators)
+        _, metrics = jax.block_until_ready((self.state, metrics))
+        loss = float(metrics["loss"])
         return {"seconds": time.perf_counter() - started, "loss": loss}
 
 
@@ -156,7 +157,7 @@ class Ours:
 def rival(
     python: str, ours: Ours, config: ModelConfig
 ) -> Iterator[tuple[str, Callable[[], dict[str, float]]]]:
-    """Its name, and its step. The weights are ours of this moment."""
+    """Start the rival's process with our current weights; yield its name and its step."""
     with tempfile.TemporaryDirectory() as directory:
         save_hf(ours.state.params, config, directory)
         tokens = pathlib.Path(directory, "tokens.npy")
@@ -192,9 +193,8 @@ def rival(
             process.stdin.write("step\n")
             process.stdin.flush()
             answer = read()
-            process.send_signal(
-                signal.SIGSTOP
-            )  # its threads may go on looking for work, and would take it from ours
+            # its threads may keep looking for work, and would take time from ours
+            process.send_signal(signal.SIGSTOP)
             return answer
 
         try:
@@ -206,7 +206,7 @@ def rival(
 
 
 def compare(name: str, precision: str, python: str, pairs: int, peak: float) -> dict[str, Any]:
-    """One row: proves that both compute the same, then times them in turns."""
+    """Check that both compute the same, time them in turns, and return a row of the report."""
     config, rows, length = SIZES[name]
     config = dataclasses.replace(config, dtype=precision)
     ours = Ours(config, random_batch(config, rows, length))
@@ -220,7 +220,7 @@ def compare(name: str, precision: str, python: str, pairs: int, peak: float) -> 
                 )
         times = [(ours.step()["seconds"], rival_step()["seconds"]) for _ in range(pairs)]
     tokens = rows * length
-    own_seconds, rival_seconds = (statistics.median(side) for side in zip(*times))
+    own_seconds, rival_seconds = (statistics.median(side) for side in zip(*times, strict=True))
     floor = floor_seconds(config, rows, length, peak)
     return {
         "name": name,
@@ -237,141 +237,10 @@ def compare(name: str, precision: str, python: str, pairs: int, peak: float) -> 
     }
 
 
-def count_flops(config: ModelConfig, rows: int, length: int) -> dict[str, float]:
-    """Useful FLOPs of forward and backward, by piece; what is computed again does not count."""
-    D, L, heads = config.hidden_size, config.num_layers, config.num_heads * config.head_dim
-    weights = {
-        "head": D * config.vocab_size,
-        "projections": L * (2 * D * heads + 2 * D * config.num_kv_heads * config.head_dim),
-        "experts": (
-            L
-            * D
-            * (3 * config.experts_per_token * config.moe_intermediate_size + config.num_experts)
-        ),
-    }
-    return {piece: 6.0 * rows * length * count for piece, count in weights.items()} | {
-        "attention": 6.0 * rows * length**2 * heads * L
-    }
-
-
-def floor_seconds(config: ModelConfig, rows: int, length: int, peak: float) -> dict[str, Any]:
-    """What the step would take if every product ran at the measured peak and the optimizer at the
-    measured memory speed.
-    """
-    flops = count_flops(config, rows, length)
-    shapes = jax.eval_shape(lambda: init_state(config, optimizer=_NO_OPTIMIZER, seed=0).params)
-    optimizer_bytes = (
-        7 * 4 * sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    )  # weight, gradient and two moments read, three of them written
-    seconds = {piece: count / peak for piece, count in flops.items()} | {
-        "optimizer": optimizer_bytes / memory_speed()
-    }
-    return {
-        "flops": sum(flops.values()),
-        "optimizer_bytes": optimizer_bytes,
-        "seconds": seconds,
-        "total_seconds": sum(seconds.values()),
-    }
-
-
-_NO_OPTIMIZER = make_optimizer(
-    learning_rate=0.0, warmup_updates=0, decay_updates=0, weight_decay=0.0, clip=1.0
-)
-
-
-def measured_peak(precision: str) -> float:
-    """FLOP/s of the best of several large products, summed in float32."""
-    size = 2048 if jax.default_backend() == "cpu" else 8192
-    a = jnp.ones((size, size), precision)
-    product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
-    return 2 * size**3 / _best_seconds(product, a, a, repeats=8)
-
-
-def memory_speed() -> float:
-    """Bytes per second, read and written, of x + 1 over an array larger than the caches."""
-    x = jnp.ones(2**26, jnp.float32)
-    return 2 * x.nbytes / _best_seconds(jax.jit(lambda x: x + 1, donate_argnums=()), x, repeats=4)
-
-
-def pieces_alone(config: ModelConfig, rows: int, length: int) -> dict[str, float]:
-    """Seconds a step that attention, experts (all layers) and the head take by themselves, forward
-    and backward.
-    """
-    D, E, F, k, dtype = (
-        config.hidden_size,
-        config.num_experts,
-        config.moe_intermediate_size,
-        config.experts_per_token,
-        config.dtype,
-    )
-    normal = lambda *shape: jax.random.normal(jax.random.key(len(shape)), shape, jnp.float32)
-    low = lambda *shape: normal(*shape).astype(dtype)
-    tokens_BT = jax.random.randint(jax.random.key(0), (rows, length), 0, config.vocab_size)
-    ones_BT, places_BT = (
-        jnp.ones_like(tokens_BT),
-        jnp.broadcast_to(jnp.arange(length), tokens_BT.shape),
-    )
-    ids_Nk = jax.lax.top_k(normal(rows * length, E), k)[1]
-
-    def backward(function: Callable, *floats: jax.Array, fixed: tuple = ()) -> float:
-        step = jax.jit(
-            lambda fixed, *floats: jax.grad(
-                lambda *floats: jnp.sum(function(*floats, *fixed).astype(jnp.float32)),
-                tuple(range(len(floats))),
-            )(*floats)
-        )
-        return _best_seconds(step, fixed, *floats, repeats=4)
-
-    attend = lambda q, k, v: attention(
-        q,
-        k,
-        v,
-        q_places_BT=places_BT,
-        k_places_BS=places_BT,
-        q_segments_BT=ones_BT,
-        k_segments_BS=ones_BT,
-        ordered=True,
-    )
-    kv_shape = (rows, length, config.num_kv_heads, config.head_dim)
-    return {
-        "attention": config.num_layers
-        * backward(
-            attend,
-            low(rows, length, config.num_heads, config.head_dim),
-            low(*kv_shape),
-            low(*kv_shape),
-        ),
-        "experts": config.num_layers
-        * backward(
-            lambda *a: experts(*a),
-            low(rows * length, D),
-            low(E, D, F),
-            low(E, D, F),
-            low(E, F, D),
-            normal(rows * length, k),
-            fixed=(ids_Nk,),
-        ),
-        "head": backward(
-            lambda h, w: chunked_logprobs(h, w, tokens_BT, ones_BT),
-            low(rows, length, D),
-            normal(D, config.vocab_size),
-        ),
-    }
-
-
-def _best_seconds(function: Callable, *arguments: Any, repeats: int) -> float:
-    jax.block_until_ready(function(*arguments))
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        times.append(time.perf_counter() - started)
-    return min(times)
-
-
 def measure_scaling(precision: str = "float32") -> list[dict[str, Any]]:
-    """Ours alone, size small: 16,384 tokens a step in ever longer rows, then ever more experts in
-    rows of 512.
+    """Time ours alone at size small, over lengths of rows and numbers of experts.
+
+    16,384 tokens a step in rows of 512 to 16,384; then 8 to 128 experts in rows of 512.
     """
     config = dataclasses.replace(SIZES["small"][0], dtype=precision, max_position=16384)
     cases = [(config, 16384 // length, length) for length in (512, 1024, 2048, 4096, 8192, 16384)]
@@ -396,6 +265,7 @@ def measure_scaling(precision: str = "float32") -> list[dict[str, Any]]:
 
 
 def print_result(result: dict[str, Any], console: Console) -> None:
+    """Print the report as a table."""
     table = Table(
         title="Tokens a second of one whole update", title_justify="left", title_style="bold"
     )
@@ -424,13 +294,19 @@ def print_result(result: dict[str, Any], console: Console) -> None:
 
 
 def result_tokens(row: dict[str, Any]) -> int:
-    return SIZES[row["name"]][1] * SIZES[row["name"]][2]
+    """Return the tokens of a step of a row of the report."""
+    _, rows, length = SIZES[row["name"]]
+    return rows * length
 
 
 def rival_python(given: str | None) -> str:
-    if given is None and not all(
-        importlib.util.find_spec(name) for name in ("torch", "transformers")
-    ):
+    """Return the Python that runs the rival; this one by default.
+
+    Raises:
+      ValueError: this one has no torch or no transformers.
+    """
+    packages = ("torch", "transformers")
+    if given is None and not all(importlib.util.find_spec(name) for name in packages):
         raise ValueError(
             "this Python has no torch and transformers to compare with; pip install -r"
             " tests/requirements-live.txt, or name one that has by --rival_python"
@@ -439,8 +315,8 @@ def rival_python(given: str | None) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    # before anything asks for a device: the threads that this starts keep the arenas they begin
-    # with
+    """Run the benchmark from the command line."""
+    # Before the first use of a device: the threads that it starts keep the arenas they begin with.
     keep_freed_memory()
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.train_step",
@@ -470,9 +346,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         action="store_true",
         help="also lengths up to 16k and experts up to 128, ours alone",
     )
-    parser.add_argument("--json", metavar="FILE", help="leave the figures here")
+    parser.add_argument("--json", metavar="FILE", help="write the report here")
     options = parser.parse_args(arguments)
-    sizes, precisions = options.sizes.split(","), options.precisions.split(",")
+    sizes = options.sizes.split(",")
+    precisions = options.precisions.split(",")
     try:
         unknown = [name for name in (*sizes, *precisions) if name not in (*SIZES, *TOLERANCE)]
         if unknown:

@@ -3,7 +3,7 @@ for more.
 
 python -m launch.doctor [--quick] [--json FILE]
 
-Ends with one expert episode played in a sandbox from task to verdict. Exit status 1 where that
+Ends with one demonstration played in a sandbox from task to verdict. Exit status 1 where that
 fails, since then nothing can be trained. `--quick` plays only that and says something only when it
 fails: `make train` begins with it.
 """
@@ -24,10 +24,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from envs.rock import Sandbox, SandboxConfig, SandboxError, probe
+from envs.rock.config import TIERS
+from envs.rock.docker.probe import probe_docker
 from envs.rock.host import cgroups
-from envs.rock.tiers import TIERS, probe_docker
 from envs.tasks.terminal import FAMILIES, train_seed
-from envs.tasks.terminal.demonstrator import run_expert
+from envs.tasks.terminal.demonstrator import play_demonstration
 from envs.tasks.terminal.env import TerminalEnv
 
 SECONDS = 60.0
@@ -240,10 +241,12 @@ def _docker() -> Finding:
 
 
 def _episode() -> Finding:
-    """A scripted expert plays one task: sandbox, commands, verifier."""
+    """Play the scripted solution of one task: sandbox, commands, verifier."""
     env = TerminalEnv(f"{FAMILIES[0]}/{train_seed(1)}", SandboxConfig(isolation="best_available"))
     try:
-        played = asyncio.run(asyncio.wait_for(run_expert(env, random.Random(0), 0.0), SECONDS))
+        played = asyncio.run(
+            asyncio.wait_for(play_demonstration(env, random.Random(0), 0.0), SECONDS)
+        )
     except (TimeoutError, SandboxError, OSError) as error:
         return Finding(
             "an episode",
@@ -256,7 +259,8 @@ def _episode() -> Finding:
     return Finding(
         "an episode",
         works,
-        f"the expert of {played.task} ended as {played.ending}" + ("" if works else f": {last}"),
+        f"the demonstration of {played.task} ended as {played.ending}"
+        + ("" if works else f": {last}"),
         "" if works else "`python -m launch.doctor` says what is missing",
     )
 

@@ -1,38 +1,46 @@
-"""Evaluates an agent on a dataset, or proves the dataset itself.
+r"""Evaluates an agent on a dataset, or proves the dataset itself.
 
-    python -m launch.eval --dataset harbor --agent oracle --out OUT
-    python -m launch.eval --dataset terminal:wide:1000 --agent policy --checkpoint runs/X/final --attempts 4 --out OUT
-    python -m launch.eval --dataset worlds:shop,gui:200 --agent oracle --out OUT      # also problems, games, bfcl:FILE, tau2:FOLDER
-    python -m launch.eval --dataset DIR --agent endpoint --endpoint http://127.0.0.1:8000/v1 --model NAME --out OUT      # key: $OPENAI_API_KEY
-    python -m launch.eval --dataset repair::100 --validate --out OUT        # 100 generated bugs in packages; a folder's: repair:DIR:20
-    python -m launch.eval --dataset verified.parquet --agent oracle --out OUT       # SWE-bench; also registry.json:NAME@VERSION
-    python -m launch.eval --dataset DIR --validate --out OUT                # exit status 1 where a task is not sound
-    python -m launch.eval --dataset DIR --decontaminate CORPUS --out OUT    # exit status 1 where a task is found
+python -m launch.eval --dataset harbor --agent oracle --out OUT
+python -m launch.eval --dataset terminal:wide:1000 --agent policy --checkpoint runs/X/final \
+    --attempts 4 --out OUT
+python -m launch.eval --dataset worlds:shop,gui:200 --agent oracle --out OUT
+    # also problems, games, bfcl:FILE, tau2:FOLDER
+python -m launch.eval --dataset DIR --agent endpoint --endpoint http://127.0.0.1:8000/v1 \
+    --model NAME --out OUT                              # key: $OPENAI_API_KEY
+python -m launch.eval --dataset repair::100 --validate --out OUT
+    # 100 generated bugs in packages; those of a folder: repair:DIR:20
+python -m launch.eval --dataset verified.parquet --agent oracle --out OUT
+    # SWE-bench; also registry.json:NAME@VERSION
+python -m launch.eval --dataset DIR --validate --out OUT
+    # exit status 1 if a task is not sound
+python -m launch.eval --dataset DIR --decontaminate CORPUS --out OUT
+    # exit status 1 if a task is found
 
-Leaves OUT/results.json, report.md, report.html (validation.*, contamination.*). Killed, the same
-command plays only what is missing.
+Writes OUT/results.json, report.md, report.html (validation.*, contamination.*). After a kill, the
+same command plays only what is missing.
 """
 
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
-import hashlib
-import json
 import os
 import pathlib
 import signal
-import sys
-import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Coroutine, Iterator
+from typing import TYPE_CHECKING, Any
 
-from absl import app, flags
+from absl import flags
+
+from launch._main import reject_arguments, run_command, use_compilation_cache
+
+if TYPE_CHECKING:  # heavy modules are imported once the flags are checked
+    from envs.rock import SandboxConfig
+    from envs.tasks.harbor import TaskError
+    from rome.evals.agents import Agent
+    from rome.evals.tasks import EvalTask
 
 AGENTS = ("oracle", "noop", "cheat", "policy", "endpoint")
-ORACLE_RUNS = 3
-SHOW_EVERY_S = 10.0
 
 _DATASET = flags.DEFINE_string(
     "dataset",
@@ -49,17 +57,19 @@ _FETCH = flags.DEFINE_bool(
     "Let git fetch the repositories that a registry names; they are kept in .cache/datasets.",
 )
 _OUT = flags.DEFINE_string("out", None, "Folder of the results.", required=True)
-_AGENT = flags.DEFINE_enum("agent", "oracle", AGENTS, "Who plays.")
+_AGENT = flags.DEFINE_enum("agent", "oracle", AGENTS, "The agent that plays.")
 _ATTEMPTS = flags.DEFINE_integer(
     "attempts",
     None,
-    "At each task. Default: 1; one of each cheat; with --validate 3 of the oracle.",
+    "Attempts at each task. Default: 1; one of each cheat; with --validate 3 of the oracle.",
     lower_bound=1,
 )
 _CONCURRENCY = flags.DEFINE_integer("concurrency", 4, "Attempts at once.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of sampling, and of generated instances.", lower_bound=0)
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Seed of sampling, and of generated instances.", lower_bound=0
+)
 _ISOLATION = flags.DEFINE_enum(
-    "isolation", "best_available", ("required", "best_available"), "Of the sandboxes."
+    "isolation", "best_available", ("required", "best_available"), "Isolation of the sandboxes."
 )
 _DOCKER_IMAGE = flags.DEFINE_string(
     "docker_image",
@@ -85,13 +95,19 @@ _MAX_CONTEXT = flags.DEFINE_integer(
     lower_bound=2,
 )
 _MAX_TOKENS = flags.DEFINE_integer(
-    "max_tokens", None, "Of one turn. Default: policy 512; endpoint: its own limit.", lower_bound=1
+    "max_tokens",
+    None,
+    "Tokens of one turn. Default: policy 512; endpoint: its own limit.",
+    lower_bound=1,
 )
 _TEMPERATURE = flags.DEFINE_float(
-    "temperature", None, "Of sampling. Default: policy 1; endpoint: its own.", lower_bound=0.0
+    "temperature",
+    None,
+    "Temperature of sampling. Default: policy 1; endpoint: its own.",
+    lower_bound=0.0,
 )
 _EPISODE_SECONDS = flags.DEFINE_float(
-    "episode_seconds", 600.0, "Of one attempt of a policy or an endpoint.", lower_bound=1.0
+    "episode_seconds", 600.0, "Limit for one attempt of a policy or an endpoint.", lower_bound=1.0
 )
 _ENDPOINT = flags.DEFINE_string(
     "endpoint", "", "endpoint: URL of an OpenAI-compatible server, up to and with /v1."
@@ -109,8 +125,9 @@ _STANDS_FOR = flags.DEFINE_multi_string(
 _BUILD_EGRESS = flags.DEFINE_multi_string(
     "build_egress",
     None,
-    "HOST:PORT that the steps of a task's build reach, agent and tests not; none: nothing. Default:"
-    " containers all of the network, embedded sandboxes what the task grants.",
+    "HOST:PORT that the steps of a task's build may reach, but not its agent and tests; none:"
+    " nothing. Default: for containers the whole network, for embedded sandboxes what the task"
+    " grants.",
 )
 _VALIDATE = flags.DEFINE_bool("validate", False, "Prove the dataset: oracle 1, no-op 0, cheats 0.")
 _DECONTAMINATE = flags.DEFINE_string(
@@ -119,36 +136,140 @@ _DECONTAMINATE = flags.DEFINE_string(
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise ValueError(f"argument {argv[1]!r} is not understood; flags look like --dataset=DIR")
+    reject_arguments(argv, "--dataset=DIR")
     check_flags()
-    from rome.evals.tasks import dataset_digest, load_tasks
+    from rome.evals.tasks import load_tasks
 
-    faults = [] if _VALIDATE.value else None
+    faults: list[TaskError] = []
     tasks = load_tasks(
         _DATASET.value,
         _SEED.value,
-        faults,
+        faults if _VALIDATE.value else None,
         _FETCH.value,
         dict(map(read_alias, _STANDS_FOR.value)),
         read_build_egress(),
     )
     if _DECONTAMINATE.value:
-        return decontaminate(tasks)
-    identity = {
-        "dataset": _DATASET.value,
-        "dataset_digest": dataset_digest(tasks),
-        "agent": "validate" if _VALIDATE.value else _AGENT.value,
-        "seed": _SEED.value,
-        "isolation": find_isolation(_ISOLATION.value),
-        **({"docker_image": _DOCKER_IMAGE.value} if _DOCKER_IMAGE.value else {}),
-        **agent_identity(),
+        return run_decontamination(tasks)
+    if _VALIDATE.value:
+        return run_validation(tasks, faults)
+    return run_evaluation(tasks)
+
+
+# -- the three jobs
+# -------------------------------------------------------------------------------------------------
+
+
+def run_evaluation(tasks: list[EvalTask]) -> int:
+    """Play and report; return 1 if no attempt counts, else 0, whatever the metrics."""
+    from rome.evals.cheats import CHEATS
+    from rome.evals.run import Progress, describe_results, evaluate, make_identity
+    from rome.evals.runner import open_results
+
+    out = pathlib.Path(_OUT.value)
+    attempts = _ATTEMPTS.value or (len(CHEATS) if _AGENT.value == "cheat" else 1)
+    settings = {**sandbox_settings(), **agent_settings()}
+    progress = Progress()
+    identity = make_identity(_DATASET.value, tasks, _AGENT.value, _SEED.value, settings)
+    with open_results(out, identity):
+        pass  # refuses a folder of another evaluation before an engine is started
+    with open_agent(out) as agent:
+        job = evaluate(
+            _DATASET.value,
+            agent,
+            out,
+            attempts=attempts,
+            concurrency=_CONCURRENCY.value,
+            seed=_SEED.value,
+            tasks=tasks,
+            settings=settings,
+            on_finish=progress,
+        )
+        results = asyncio.run(until_sigterm(job))
+    print(progress.summary(results["attempts"]))
+    print(f"{describe_results(results)}\nreport: {out / 'report.md'}", flush=True)
+    return 0 if results["attempts_counted"] else 1
+
+
+def run_validation(tasks: list[EvalTask], faults: list[TaskError]) -> int:
+    """Prove the dataset and report; return 1 if a task is not sound."""
+    from rome.evals.run import ORACLE_RUNS, Progress, describe_validation, validate
+
+    out = pathlib.Path(_OUT.value)
+    progress = Progress()
+    job = validate(
+        _DATASET.value,
+        sandbox_config(),
+        out,
+        oracle_runs=_ATTEMPTS.value or ORACLE_RUNS,
+        concurrency=_CONCURRENCY.value,
+        seed=_SEED.value,
+        tasks=tasks,
+        faults=faults,
+        settings=sandbox_settings(),
+        on_finish=progress,
+    )
+    proof = asyncio.run(until_sigterm(job))
+    print(progress.summary(proof["runs"]))
+    print("\n".join(describe_validation(proof)))
+    print(f"report: {out / 'validation.md'}", flush=True)
+    return 0 if proof["valid"] else 1
+
+
+def run_decontamination(tasks: list[EvalTask]) -> int:
+    """Search the corpus and report; return 1 if a task is found."""
+    from rome.evals.run import decontaminate, describe_contamination
+
+    out = pathlib.Path(_OUT.value)
+    found = decontaminate(_DATASET.value, tasks, _DECONTAMINATE.value, out)
+    print("\n".join(describe_contamination(found, len(tasks))))
+    print(f"report: {out / 'contamination.md'}", flush=True)
+    return 1 if found["hits"] else 0
+
+
+async def until_sigterm(job: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
+    """Run a job; SIGTERM cancels it as Ctrl-C does: sandboxes are closed, records are kept."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    return await job
+
+
+# -- what the flags say
+# -------------------------------------------------------------------------------------------------
+
+
+def check_flags() -> None:
+    """Raise ValueError for flags that exclude each other, are missing, or would not be read."""
+    if _VALIDATE.value and _DECONTAMINATE.value:
+        raise ValueError("--validate and --decontaminate are two jobs; give one of them")
+    player = playing_agent()
+    readers = {
+        ("policy",): (_CHECKPOINT, _ENGINES, _MAX_CONTEXT),
+        ("endpoint",): (_ENDPOINT, _MODEL),
+        ("policy", "endpoint"): (_MAX_TOKENS, _TEMPERATURE),
     }
-    return validate(tasks, faults, identity) if _VALIDATE.value else evaluate(tasks, identity)
+    for agents, read_flags in readers.items():
+        for flag in read_flags:
+            if flag.value not in (None, "") and player not in agents:
+                reader = f"--agent {player}" if player else "--validate or --decontaminate"
+                raise ValueError(f"--{flag.name} is not read by {reader}; leave it out")
+    if player == "policy" and not _CHECKPOINT.value:
+        raise ValueError(
+            "--agent policy needs --checkpoint, a Hugging Face directory; with --engines its"
+            " tokenizer is read"
+        )
+    if player == "endpoint" and not (_ENDPOINT.value and _MODEL.value):
+        raise ValueError("--agent endpoint needs --endpoint URL and --model NAME")
+
+
+def playing_agent() -> str:
+    """Return the agent whose flags count; "" for a job that chooses its agents."""
+    return "" if _VALIDATE.value or _DECONTAMINATE.value else _AGENT.value
 
 
 def read_alias(text: str) -> tuple[str, tuple[str, ...]]:
-    """IMAGE=PROGRAM,PROGRAM as (image, programs)."""
+    """Return IMAGE=PROGRAM,PROGRAM as (image, programs)."""
     image, equals, programs = text.partition("=")
     if not image or not equals:
         raise ValueError(
@@ -159,248 +280,65 @@ def read_alias(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 def read_build_egress() -> tuple[str, ...] | None:
+    """Return the hosts of --build_egress; None for the default."""
     from envs.rock.config import parse_grant
 
-    if _BUILD_EGRESS.value in (None, ["none"]):
-        return None if _BUILD_EGRESS.value is None else ()
+    if _BUILD_EGRESS.value is None:
+        return None
+    if _BUILD_EGRESS.value == ["none"]:
+        return ()
     for grant in _BUILD_EGRESS.value:
         parse_grant(grant)
     return tuple(_BUILD_EGRESS.value)
 
 
-def check_flags() -> None:
-    """Raises ValueError for a flag that nobody would read."""
-    if _VALIDATE.value and _DECONTAMINATE.value:
-        raise ValueError("--validate and --decontaminate are two jobs; give one of them")
-    readers = {
-        ("policy",): (_CHECKPOINT, _ENGINES, _MAX_CONTEXT),
-        ("endpoint",): (_ENDPOINT, _MODEL),
-        ("policy", "endpoint"): (_MAX_TOKENS, _TEMPERATURE),
-    }
-    unread = [
-        flag.name
-        for agents, of_them in readers.items()
-        for flag in of_them
-        if flag.value not in (None, "") and player() not in agents
-    ]
-    if unread:
-        raise ValueError(
-            f"--{unread[0]} is not read by"
-            f" {f'--agent {player()}' if player() else '--validate or --decontaminate'}; leave"
-            " it out"
-        )
-    if player() == "policy" and not _CHECKPOINT.value:
-        raise ValueError(
-            "--agent policy needs --checkpoint, a Hugging Face directory; with --engines its"
-            " tokenizer is read"
-        )
-    if player() == "endpoint" and not (_ENDPOINT.value and _MODEL.value):
-        raise ValueError("--agent endpoint needs --endpoint URL and --model NAME")
-
-
-def player() -> str:
-    """The agent whose flags count; "" where none plays for itself."""
-    return "" if _VALIDATE.value or _DECONTAMINATE.value else _AGENT.value
-
-
-def agent_identity() -> dict[str, Any]:
-    """What else makes an evaluation this one: figures of another checkpoint or temperature must not
-    be mixed with it.
-    """
-    if player() == "policy":
-        folder = pathlib.Path(_CHECKPOINT.value)
-        return {
-            "checkpoint": str(folder.resolve()),
-            "checkpoint_files": files_digest(folder),
-            "engines": _ENGINES.value,
-            **limits_identity(),
-            "max_context": _MAX_CONTEXT.value,
-        }
-    if player() == "endpoint":
-        return {"endpoint": _ENDPOINT.value, "model": _MODEL.value, **limits_identity()}
-    return {}
-
-
-def limits_identity() -> dict[str, Any]:
-    return {
+def agent_settings() -> dict[str, Any]:
+    """Return the flags that make the results of an agent with a model its own."""
+    limits = {
         "temperature": _TEMPERATURE.value,
         "max_tokens": _MAX_TOKENS.value,
         "episode_seconds": _EPISODE_SECONDS.value,
     }
+    if playing_agent() == "policy":
+        from rome.evals.policy import checkpoint_digest
+
+        folder = pathlib.Path(_CHECKPOINT.value)
+        return {
+            "checkpoint": str(folder.resolve()),
+            "checkpoint_files": checkpoint_digest(folder),
+            "engines": _ENGINES.value,
+            **limits,
+            "max_context": _MAX_CONTEXT.value,
+        }
+    if playing_agent() == "endpoint":
+        return {"endpoint": _ENDPOINT.value, "model": _MODEL.value, **limits}
+    return {}
 
 
-def files_digest(folder: pathlib.Path) -> str:
-    """Of names, sizes and times of the files: weights are too large to be read for this."""
-    if not folder.is_dir():
-        raise ValueError(
-            f"--checkpoint {str(folder)!r} is no folder; give a Hugging Face directory, such as"
-            " runs/X/final"
-        )
-    entries = sorted(
-        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
-        for path in folder.iterdir()
-        if path.is_file()
-    )
-    return hashlib.blake2b(json.dumps(entries).encode(), digest_size=16).hexdigest()
+def sandbox_settings() -> dict[str, Any]:
+    """Return the tier of the sandboxes, and the image of containers."""
+    from rome.stages.isolation import find_isolation
+
+    settings = {"isolation": find_isolation(sandbox_config())}
+    if _DOCKER_IMAGE.value:
+        settings["docker_image"] = _DOCKER_IMAGE.value
+    return settings
 
 
-def find_isolation(wanted: str) -> str:
-    """The tier of sandboxes that this machine gives; says what it lacks.
-
-    Raises where `wanted` is not to be had.
-    """
-    from envs.rock import probe
-    from envs.rock.tiers import probe_docker
-
-    tier = probe_docker() if _DOCKER_IMAGE.value else probe(wanted)
-    tier.require(wanted)
-    if tier.missing:
-        print(tier.banner(), flush=True)
-    return tier.tier
-
-
-def sandbox_config() -> Any:
-    """Of every sandbox that is played in."""
+def sandbox_config() -> SandboxConfig:
+    """Return the config of every sandbox."""
     from envs.rock import SandboxConfig
 
-    return SandboxConfig(
-        isolation=_ISOLATION.value,
-        **({"backend": "docker", "image": _DOCKER_IMAGE.value} if _DOCKER_IMAGE.value else {}),
-    )
-
-
-# -- the three jobs
-# -------------------------------------------------------------------------------------------------
-
-
-def evaluate(tasks: list, identity: dict[str, Any]) -> int:
-    """Plays and reports. 0, whatever the figures; 1 where no attempt counts."""
-    from rome.evals.cheats import CHEATS
-    from rome.evals.report import bounds, build_results, share, write_results
-    from rome.evals.runner import Job, open_results
-
-    out, k = (
-        pathlib.Path(_OUT.value),
-        _ATTEMPTS.value or (len(CHEATS) if _AGENT.value == "cheat" else 1),
-    )
-    with open_results(out, identity) as results, make_agent(out) as agent:
-        jobs = [Job(agent, task, attempt) for task in tasks for attempt in range(k)]
-        try:
-            asyncio.run(play_all(jobs, results))
-        finally:
-            records = [results.records[job.key] for job in jobs if job.key in results.records]
-            report = build_results({**identity, "complete": len(records) == len(jobs)}, records, k)
-            write_results(out, report)
-    shown = [
-        f"{label} "
-        + (
-            f"{share(report[name])} ({bounds(report['intervals'][name])})"
-            if report[name] is not None
-            else "none"
+    if _DOCKER_IMAGE.value:
+        return SandboxConfig(
+            isolation=_ISOLATION.value, backend="docker", image=_DOCKER_IMAGE.value
         )
-        for name, label in (("pass_at_1", "pass@1"), ("pass_at_k", f"pass@{k}"))[
-            : 1 if k == 1 else 2
-        ]
-    ]
-    print(
-        f"{identity['agent']} on {identity['dataset']}: {', '.join(shown)};"
-        f" {report['attempts_counted']} of {report['attempts']} attempts count; endings:"
-        f" {', '.join(f'{name} {count}' for name, count in report['by_ending'].items())}\nreport:"
-        f" {out / 'report.md'}",
-        flush=True,
-    )
-    return 0 if report["attempts_counted"] else 1
-
-
-def validate(tasks: list, faults: list, identity: dict[str, Any]) -> int:
-    from rome.evals.runner import open_results
-    from rome.evals.validate import build_proof, proof_jobs, write_proof
-
-    out = pathlib.Path(_OUT.value)
-    jobs = proof_jobs(tasks, sandbox_config(), _ATTEMPTS.value or ORACLE_RUNS)
-    with open_results(out, identity) as results:
-        asyncio.run(play_all(jobs, results))
-        proof = build_proof(identity, tasks, [results.records[job.key] for job in jobs], faults)
-        write_proof(out, proof)
-    for verdict in proof["tasks"]:
-        for reason in verdict["reasons"]:
-            print(f"{verdict['task']}: {reason}", flush=True)
-    print(
-        f"{proof['sound']} of {proof['total']} tasks are sound, {proof['flaky']} flaky,"
-        f" {proof['runs']} runs\nreport: {out / 'validation.md'}",
-        flush=True,
-    )
-    return 0 if proof["valid"] else 1
-
-
-def decontaminate(tasks: list) -> int:
-    from rome.evals.contamination import find_contamination, write_contamination
-
-    out = pathlib.Path(_OUT.value)
-    found = find_contamination(tasks, pathlib.Path(_DECONTAMINATE.value))
-    write_contamination(out, _DATASET.value, found)
-    for hit in found["hits"]:
-        canaries = f", canary {', '.join(hit['canaries'])}" if hit["canaries"] else ""
-        print(
-            f"{hit['task']}: {100 * hit['share']:.0f} % of its word runs{canaries};"
-            f" {hit['places'][0]['file']}:{hit['places'][0]['line']}",
-            flush=True,
-        )
-    print(
-        f"{len(hits) if (hits := found['hits']) else 'none'} of {len(tasks)} tasks found in"
-        f" {found['files']} files of {found['words']:,} words; {len(found['unchecked'])} are too"
-        f" short to check\nreport: {out / 'contamination.md'}",
-        flush=True,
-    )
-    return 1 if found["hits"] else 0
-
-
-async def play_all(jobs: list, results: Any) -> None:
-    """Plays what is missing and says from time to time how far it is.
-
-    SIGTERM ends it as Ctrl-C does: sandboxes are closed, records are kept.
-    """
-    from rome.evals.runner import run_jobs
-
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)
-    began, done, endings = time.monotonic(), 0, collections.Counter()
-    missing, shown = None, began
-
-    def on_finish(record: dict[str, Any]) -> None:
-        nonlocal done, shown
-        done += 1
-        endings[record["ending"]] += 1
-        if time.monotonic() - shown > SHOW_EVERY_S:
-            shown = time.monotonic()
-            counts = ", ".join(f"{name} {count}" for name, count in sorted(endings.items()))
-            print(
-                f"{done} attempts in {shown - began:.0f} s: {counts}", file=sys.stderr, flush=True
-            )
-
-    agents = {id(job.agent): job.agent for job in jobs}
-    try:
-        missing = await run_jobs(
-            jobs, results, concurrency=_CONCURRENCY.value, seed=_SEED.value, on_finish=on_finish
-        )
-    finally:
-        for agent in agents.values():
-            await agent.close()
-    print(
-        f"{missing} attempts played in {time.monotonic() - began:.1f} s, {len(jobs) - missing} were"
-        " there already",
-        flush=True,
-    )
-
-
-# -- agents
-# -------------------------------------------------------------------------------------------------
+    return SandboxConfig(isolation=_ISOLATION.value)
 
 
 @contextlib.contextmanager
-def make_agent(out: pathlib.Path) -> Iterator[Any]:
-    """The agent of the flags; an embedded engine that it needs lives as long as this context."""
-    from rome.evals.agents import Scripted
-
+def open_agent(out: pathlib.Path) -> Iterator[Agent]:
+    """Yield the agent of the flags; an embedded engine that it needs runs as long."""
     config = sandbox_config()
     if _AGENT.value == "endpoint":
         from rome.evals.endpoint import Endpoint
@@ -415,95 +353,52 @@ def make_agent(out: pathlib.Path) -> Iterator[Any]:
             episode_seconds=_EPISODE_SECONDS.value,
         )
     elif _AGENT.value == "policy":
-        with make_policy(out, config) as policy:
-            yield policy
-    else:
-        yield Scripted(_AGENT.value, config)
+        from rome.evals.policy import open_policy
 
-
-@contextlib.contextmanager
-def make_policy(out: pathlib.Path, config: Any) -> Iterator[Any]:
-    from rome.agent.loop import Limits
-    from rome.engine.client import Engine
-    from rome.engine.pool import EnginePool
-    from rome.engine.process import start_server
-    from rome.evals.agents import Policy
-    from rome.model.hf.checkpoint import read_config
-    from rome.model.tokenizer import TINY, Chat, Tokenizer
-
-    model, tokenizer = read_config(_CHECKPOINT.value), Tokenizer.load(_CHECKPOINT.value)
-    context = _MAX_CONTEXT.value or min(model.max_position, 4096)
-    # the models of the tiny tokenizer learn the form of a call from their data: they never saw a
-    # tool's description
-    tell_tools = tokenizer.vocab_size != Tokenizer.load(TINY).vocab_size
-    temperature = 1.0 if _TEMPERATURE.value is None else _TEMPERATURE.value
-    limits = Limits(context, _MAX_TOKENS.value or min(512, context), _EPISODE_SECONDS.value)
-    urls = [url.strip() for url in _ENGINES.value.split(",") if url.strip()]
-    with contextlib.ExitStack() as stack:
+        urls = [url.strip() for url in _ENGINES.value.split(",") if url.strip()]
         if not urls:
             print("starting the embedded engine", flush=True)
-            urls = [
-                stack.enter_context(
-                    start_server(
-                        _CHECKPOINT.value,
-                        out / "engine.log",
-                        flags=[
-                            "--skip_tokenizer_init",
-                            f"--slots={_CONCURRENCY.value}",
-                            f"--max_context={context}",
-                            f"--dtype={model.dtype}",
-                        ],
-                    )
-                ).url
-            ]
-        yield Policy(
-            EnginePool([Engine(url, model=model) for url in urls]),
-            Chat(tokenizer),
-            limits,
+        with open_policy(
+            _CHECKPOINT.value,
             config,
-            temperature,
-            tell_tools,
-        )
+            log_path=out / "engine.log",
+            engines=urls,
+            max_context=_MAX_CONTEXT.value,
+            max_tokens=_MAX_TOKENS.value,
+            temperature=_TEMPERATURE.value,
+            episode_seconds=_EPISODE_SECONDS.value,
+            slots=_CONCURRENCY.value,
+        ) as policy:
+            yield policy
+    else:
+        from rome.evals.agents import Scripted
+
+        yield Scripted(_AGENT.value, config)
 
 
 # -- starting
 # -------------------------------------------------------------------------------------------------
 
 
-def parse(argv: list[str]) -> list[str]:
-    """absl's parser, with one clear line for what it does not understand."""
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        sys.exit(f"launch.eval: {' '.join(str(error).split())}")
-
-
-def run_main(argv: list[str]) -> int:
-    """`main`; a known kind of failure becomes one line, and so does a stop.
-
-    ROME_DEBUG=1 keeps the traceback.
-    """
+def known_errors() -> list[type[BaseException]]:
+    """Return the errors that are shown as one line."""
     from envs.rock import SandboxError
-    from rome.engine.client import EngineError
+    from rome.engine.errors import EngineError
 
-    try:
-        return main(argv)
-    except (ValueError, OSError, SandboxError, EngineError) as error:
-        if os.environ.get("ROME_DEBUG"):
-            raise
-        print(f"launch.eval: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        print(
-            f"stopped; what has ended is kept in {_OUT.value}, and the same command plays the rest",
-            file=sys.stderr,
-        )
-        return 130
+    return [SandboxError, EngineError]
+
+
+def stop_message() -> str:
+    """Return what is printed after Ctrl-C or SIGTERM."""
+    return f"stopped; what has ended is kept in {_OUT.value}, and the same command plays the rest"
 
 
 if __name__ == "__main__":
-    os.environ.setdefault(
-        "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(".cache/jax").absolute())
-    )  # of the embedded engine
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-    app.run(run_main, flags_parser=parse)
+    use_compilation_cache()  # of the embedded engine
+    run_command(
+        "launch.eval",
+        main,
+        known_errors=known_errors,
+        failure_status=2,
+        when_stopped=stop_message,
+    )

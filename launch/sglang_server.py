@@ -1,13 +1,15 @@
 """Starts an SGLang server with the flags that RL needs.
 
-Runs in SGLang's own environment (requirements-sglang.txt); imports nothing of this repository.
+It runs in the environment of requirements-sglang.txt and imports nothing of this repository.
 
-    python launch/sglang_server.py --model_path /models/Qwen3-30B-A3B --port 30000 --tensor_parallel 4
-    python launch/sglang_server.py --model_path ... --dry-run            prints each flag with its reason, and the command
-    python launch/sglang_server.py --model_path ... -- --attention-backend fa3       flags after -- go to SGLang as they are
+    python launch/sglang_server.py --model_path /models/Qwen3-30B-A3B --tensor_parallel 4
+    python launch/sglang_server.py --model_path ... --dry-run
+        prints each flag with its reason, and the command
+    python launch/sglang_server.py --model_path ... -- --attention-backend fa3
+        passes the flags after -- to SGLang unchanged
 
-Then give the trainer its URL: --config.engines=http://host:30000. The trainer's weights directory
-must be seen by the server under the same path.
+Then give the trainer its URL: --config.engine.urls=http://host:30000. The server must see the trainer's
+weights directory under the same path.
 """
 
 from __future__ import annotations
@@ -19,18 +21,18 @@ import re
 import shlex
 import sys
 
-OLDEST = (0, 5, 9)  # rome.engine.client refuses older ones too
+MIN_SGLANG = (0, 5, 9)  # rome.engine.dialect refuses older ones too
 
 
 def flags_of(arguments: argparse.Namespace) -> list[tuple[list[str], str]]:
-    """What SGLang is given, and why."""
+    """Return SGLang's flags, each with the reason for it."""
     flags = [
         (
             ["--model-path", arguments.model_path],
             "config, tokenizer and the first weights; publications replace the weights",
         ),
         (["--host", arguments.host], "address to listen on"),
-        (["--port", str(arguments.port)], "its URL's port"),
+        (["--port", str(arguments.port)], "port of its URL"),
         (
             ["--tp-size", str(arguments.tensor_parallel)],
             "GPUs that one copy of the model is split over",
@@ -41,19 +43,16 @@ def flags_of(arguments: argparse.Namespace) -> list[tuple[list[str], str]]:
         ),
         (
             ["--weight-version", "0"],
-            "versions are numbers here; SGLang's own first one is the word default",
+            "the trainer's versions are numbers; SGLang's first one would be the word default",
         ),
-        (["--skip-tokenizer-init"], "token ids in, token ids out: nothing is ever tokenised twice"),
+        (["--skip-tokenizer-init"], "token ids in, token ids out: nothing is tokenised twice"),
         (
             ["--tokenizer-worker-num", "1"],
             "with several, a pause and an update may meet different ones",
         ),
         (
             ["--sampling-defaults", "openai"],
-            (
-                "the model's generation_config.json must not change the distribution that is"
-                " trained on"
-            ),
+            "the model's generation_config.json must not change the sampled distribution",
         ),
         (
             ["--enable-return-routed-experts"],
@@ -70,27 +69,19 @@ def flags_of(arguments: argparse.Namespace) -> list[tuple[list[str], str]]:
         (["--enable-metrics"], "/metrics for Prometheus: queue lengths, cache hits, throughput"),
     ]
     if arguments.deterministic:
-        flags.append(
-            (
-                ["--enable-deterministic-inference"],
-                (
-                    "batch-invariant kernels: a request's tokens depend on its seed, not on its"
-                    " neighbours; slower"
-                ),
-            )
+        reason = (
+            "batch-invariant kernels: a request's tokens depend on its seed, not on its neighbours;"
+            " slower"
         )
+        flags.append((["--enable-deterministic-inference"], reason))
     if arguments.memory_saver:
-        flags.append(
-            (
-                ["--enable-memory-saver"],
-                "release_memory_occupation works: the trainer may have this GPU between rollouts",
-            )
-        )
+        reason = "release_memory_occupation works: the trainer may use this GPU between rollouts"
+        flags.append((["--enable-memory-saver"], reason))
     return flags
 
 
-def check_version() -> str | None:
-    """One sentence when the installed SGLang will not do."""
+def describe_version_problem() -> str | None:
+    """Return what is wrong with the installed SGLang, in one sentence; None if it is usable."""
     try:
         version = importlib.metadata.version("sglang")
     except importlib.metadata.PackageNotFoundError:
@@ -99,55 +90,56 @@ def check_version() -> str | None:
             " in an environment of its own"
         )
     number = tuple(map(int, re.findall(r"\d+", version)[:3]))
-    if number < OLDEST:
+    if number < MIN_SGLANG:
         return (
             f"sglang {version} is too old: updates, pauses and routed experts as the trainer uses"
-            f" them need {'.'.join(map(str, OLDEST))}; pip install -r requirements-sglang.txt"
+            f" them need {'.'.join(map(str, MIN_SGLANG))}; pip install -r requirements-sglang.txt"
         )
     return None
 
 
-def main(argv: list[str]) -> int:
-    own, _, rest = (
-        (argv[: argv.index("--")], "--", argv[argv.index("--") + 1 :])
-        if "--" in argv
-        else (argv, "", [])
-    )
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """Return the parsed command line, without the flags for SGLang."""
     parser = argparse.ArgumentParser(
         prog="sglang_server",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model_path", required=True)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=30000)
-    parser.add_argument("--tensor_parallel", type=int, default=1)
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--memory_fraction", type=float, default=0.8)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--deterministic", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--memory_saver", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument(
+    add = parser.add_argument
+    add("--model_path", required=True)
+    add("--host", default="127.0.0.1")
+    add("--port", type=int, default=30000)
+    add("--tensor_parallel", type=int, default=1)
+    add("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    add("--memory_fraction", type=float, default=0.8)
+    add("--seed", type=int, default=0)
+    add("--deterministic", action=argparse.BooleanOptionalAction, default=True)
+    add("--memory_saver", action=argparse.BooleanOptionalAction, default=True)
+    add(
         "--dry-run",
         "--dry_run",
         action="store_true",
         help="print what would be run; SGLang need not be installed",
     )
-    arguments = parser.parse_args(own)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    split = argv.index("--") if "--" in argv else len(argv)
+    arguments = parse_arguments(argv[:split])
+    flags_for_sglang = argv[split + 1 :]
     flags = flags_of(arguments)
-    command = [
-        sys.executable,
-        "-m",
-        "sglang.launch_server",
-        *(word for words, _ in flags for word in words),
-        *rest,
-    ]
+    command = [sys.executable, "-m", "sglang.launch_server"]
+    for words, _ in flags:
+        command += words
+    command += flags_for_sglang
     if arguments.dry_run:
         for words, reason in flags:
             print(f"{shlex.join(words):<44} {reason}")
         print("\n" + shlex.join(command))
         return 0
-    if problem := check_version():
+    problem = describe_version_problem()
+    if problem:
         print(f"sglang_server: {problem}", file=sys.stderr)
         return 1
     os.execv(command[0], command)  # signals and the exit status are SGLang's own

@@ -203,8 +203,8 @@ def find_isolation(config: SandboxConfig) -> str:
     wanted is not to be had.
     """
     from envs.rock import probe
+    from envs.rock.docker.probe import probe_docker
     from envs.rock.sync import SyncSandbox
-    from envs.rock.tiers import probe_docker
 
     if config.backend == "remote":  # the admin's to say
         with SyncSandbox(config) as sandbox:

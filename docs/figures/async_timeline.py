@@ -13,14 +13,14 @@ import dataclasses
 import random
 
 from matplotlib.axes import Axes
-from rome.rollout.accounting import Accounting
-from rome.rollout.episode import Episode
-from rome.rollout.group import GroupPlan
-from rome.rollout.simulator.clock import run
 
 from docs.figures.style import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, RED, new_figure, save
 from rome.data.trajectory import Chunk, Trajectory
+from rome.rollout.accounting import Accounting
+from rome.rollout.episode import Episode
+from rome.rollout.group import GroupPlan
 from rome.rollout.scheduler import RolloutScheduler, Rules
+from rome.rollout.simulator.clock import run
 
 PLACES = 16  # episodes at once
 GROUPS = 4

@@ -1,8 +1,8 @@
-"""Text games: small worlds that need no sandbox. Each is seeded, and a scripted expert wins it.
+"""Text games: small seeded worlds without a sandbox, each of which a scripted demonstrator wins.
 
 env = make("game/frozen_lake", seed=17)     # importing envs.games registers them
 observation, info = env.reset()
-env.step(env.expert_action())
+env.step(env.demonstrator_action())
 """
 
 from envs.games.base import GameTask, TextGame

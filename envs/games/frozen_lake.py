@@ -1,37 +1,35 @@
 """FrozenLake as in ROLL's agentic pipeline: cross a random lake without falling into a hole.
 
-Symbols: P player, _ ice, O hole, G goal, X player in a hole, √ player on the goal. Reward: 1 on the
-goal, 0 otherwise. On slippery ice a move goes as meant, or to either side, with probability 1/3
-each (gymnasium's rule).
+Symbols: P player, _ ice, O hole, G goal, X player in a hole, √ player on the goal. The reward is 1
+on the goal and 0 otherwise. On slippery ice a move goes in the intended direction or to either
+side, with probability 1/3 each (gymnasium's rule).
 """
 
 from __future__ import annotations
 
 import random
 from collections import deque
-from typing import Any
+from typing import Any, ClassVar
 
 from envs.games.base import Move, TextGame, as_answer, tool
 
 Cell = tuple[int, int]  # row, column
-MOVES: dict[str, Cell] = {
-    "Left": (0, -1),
-    "Down": (1, 0),
-    "Right": (0, 1),
-    "Up": (-1, 0),
-}  # in gymnasium's order: neighbours are the two sides
+# In gymnasium's order: the two neighbours of a direction are its sides.
+MOVES: dict[str, Cell] = {"Left": (0, -1), "Down": (1, 0), "Right": (0, 1), "Up": (-1, 0)}
 _NAMES = list(MOVES)
-_TRIES = 100  # random lakes before one is made passable by force
-_SWEEPS = 2_000  # of value iteration; a 16 x 16 lake needs fewer
+_MAX_LAKES = 100  # random lakes before one is made passable by force
+_MAX_SWEEPS = 2_000  # sweeps of value iteration; a 16 x 16 lake needs fewer
+_DISCOUNT = 0.9999
 
 
 class FrozenLake(TextGame):
-    """A square lake of `size`; each cell but start and goal is ice with probability `p`, and the
-    goal can be reached within max_turns.
+    """A square lake that can be crossed within max_turns.
+
+    Each cell except start and goal is ice with probability `p`.
     """
 
     family = "frozen_lake"
-    tools = [tool("move", "Move one cell.", direction={"type": "string", "enum": _NAMES})]
+    tools: ClassVar = [tool("move", "Move one cell.", direction={"type": "string", "enum": _NAMES})]
 
     def __init__(
         self,
@@ -50,23 +48,28 @@ class FrozenLake(TextGame):
                 f"max_turns={max_turns} may be too few to cross a lake of size {size}; give at"
                 f" least {2 * (size - 1)}"
             )
-        self.size, self.p, self.is_slippery = size, p, is_slippery
+        self.size = size
+        self.p = p
+        self.is_slippery = is_slippery
 
-    def expert_action(self) -> str | None:
-        """The shortest way; on slippery ice the move with the best chance of ever reaching the
-        goal.
+    def demonstrator_action(self) -> str | None:
+        """Return the first move of a shortest path.
+
+        On slippery ice, return the move with the best chance of ever reaching the goal.
         """
-        if self.is_slippery:
-            chances = self._chances = self._chances or self._best_chances()
-            if chances[self.player] == 0.0:
-                return None
-            return as_answer(
-                max(_NAMES, key=lambda name: self._chance_after(self.player, name, chances))
-            )
-        way = shortest_way(self.player, self.goal, self.ice)
-        return as_answer(way[0]) if way else None
+        if not self.is_slippery:
+            way = shortest_way(self.player, self.goal, self.ice)
+            return as_answer(way[0]) if way else None
+        if self._chances is None:
+            self._chances = self._best_chances()
+        chances = self._chances
+        if chances[self.player] == 0.0:
+            return None
+        best = max(_NAMES, key=lambda name: self._chance_after(self.player, name, chances))
+        return as_answer(best)
 
     def legal_actions(self) -> list[str]:
+        """Return the four directions."""
         return list(_NAMES)
 
     def _settings(self) -> dict[str, Any]:
@@ -78,22 +81,26 @@ class FrozenLake(TextGame):
         }
 
     def _new_game(self, rng: random.Random) -> None:
-        self._chances: dict[Cell, float] | None = None  # the expert's, of this lake
-        cells = [(row, column) for row in range(self.size) for column in range(self.size)]
-        for _ in range(_TRIES):
-            self.player, self.goal = rng.sample(cells, 2)
-            self.ice = {cell for cell in cells if rng.random() < self.p} | {self.player, self.goal}
+        self._chances: dict[Cell, float] | None = None  # of reaching the goal of this lake
+        for _ in range(_MAX_LAKES):
+            self._draw_lake(rng)
             way = shortest_way(self.player, self.goal, self.ice)
             if way is not None and len(way) <= self.max_turns:
                 return
         self.ice |= _straight_way(self.player, self.goal)
 
+    def _draw_lake(self, rng: random.Random) -> None:
+        cells = self._cells()
+        self.player, self.goal = rng.sample(cells, 2)
+        self.ice = {cell for cell in cells if rng.random() < self.p} | {self.player, self.goal}
+
+    def _cells(self) -> list[Cell]:
+        return [(row, column) for row in range(self.size) for column in range(self.size)]
+
     def _instructions(self) -> str:
-        slippery = (
-            "The ice is slippery: you may move in an unintended direction. "
-            if self.is_slippery
-            else ""
-        )
+        slippery = ""
+        if self.is_slippery:
+            slippery = "The ice is slippery: you may move in an unintended direction. "
         return (
             "You are solving the FrozenLake puzzle. Avoid the holes and reach the goal. "
             + slippery
@@ -110,9 +117,12 @@ class FrozenLake(TextGame):
         return "Here is the current state of the FrozenLake:\n" + "\n".join(rows) + "\n"
 
     def _symbol(self, cell: Cell) -> str:
-        if cell == self.player:
-            return "√" if cell == self.goal else "P" if cell in self.ice else "X"
-        return "G" if cell == self.goal else "_" if cell in self.ice else "O"
+        here = cell == self.player
+        if cell == self.goal:
+            return "√" if here else "G"
+        if cell in self.ice:
+            return "P" if here else "_"
+        return "X" if here else "O"
 
     def _read(self, content: str) -> str | None:
         name = content.capitalize()
@@ -120,35 +130,43 @@ class FrozenLake(TextGame):
 
     def _act(self, action: str) -> Move:
         taken = self._rng.choice(_with_sides(action)) if self.is_slippery else action
-        before, self.player = self.player, self._beside(self.player, taken)
+        before = self.player
+        self.player = self._beside(before, taken)
         if self.player == before:
             return Move(
                 f"At turn {self._turns}, you tried to move {action}, which is not effective yet.",
                 effective=False,
             )
-        won, lost = self.player == self.goal, self.player not in self.ice
+        won = self.player == self.goal
         return Move(
             f"At turn {self._turns}, you moved {action}, which is effective.",
             reward=1.0 if won else 0.0,
             won=won,
-            lost=lost,
+            lost=self.player not in self.ice,
         )
 
     def _beside(self, cell: Cell, name: str) -> Cell:
-        row, column = cell[0] + MOVES[name][0], cell[1] + MOVES[name][1]
-        return (row, column) if 0 <= row < self.size and 0 <= column < self.size else cell
+        """Return the neighbour in a direction, or the cell itself at the edge."""
+        down, right = MOVES[name]
+        row = cell[0] + down
+        column = cell[1] + right
+        inside = 0 <= row < self.size and 0 <= column < self.size
+        return (row, column) if inside else cell
 
     def _best_chances(self) -> dict[Cell, float]:
-        """By value iteration: the probability of ever reaching the goal under the best policy
-        (slightly discounted, so that standing still is worse).
+        """Compute the probability of reaching the goal from each cell under the best policy.
+
+        Value iteration; a slight discount makes standing still worse than moving.
         """
-        chances = {(row, column): 0.0 for row in range(self.size) for column in range(self.size)}
+        chances = dict.fromkeys(self._cells(), 0.0)
         chances[self.goal] = 1.0
-        for _ in range(_SWEEPS):
+        for _ in range(_MAX_SWEEPS):
             change = 0.0
             for cell in self.ice - {self.goal}:
-                best = 0.9999 * max(self._chance_after(cell, name, chances) for name in _NAMES)
-                change, chances[cell] = max(change, best - chances[cell]), best
+                best = max(self._chance_after(cell, name, chances) for name in _NAMES)
+                best *= _DISCOUNT
+                change = max(change, best - chances[cell])
+                chances[cell] = best
             if change < 1e-9:
                 break
         return chances
@@ -158,32 +176,41 @@ class FrozenLake(TextGame):
 
 
 def shortest_way(start: Cell, goal: Cell, ice: set[Cell]) -> list[str] | None:
-    """Moves from start to goal over ice, by breadth-first search; None where there is no way."""
-    before: dict[Cell, tuple[Cell, str] | None] = {start: None}
-    queue = deque([start])
-    while queue and goal not in before:
-        cell = queue.popleft()
-        for name, (down, right) in MOVES.items():
-            beside = (cell[0] + down, cell[1] + right)
-            if beside in ice and beside not in before:
-                before[beside] = (cell, name)
-                queue.append(beside)
-    if goal not in before:
+    """Return the moves from start to goal over ice by breadth-first search, or None."""
+    steps = _search(start, goal, ice)
+    if goal not in steps:
         return None
-    way, step = [], before[goal]
+    way = []
+    step = steps[goal]
     while step is not None:
-        way.append(step[1])
-        step = before[step[0]]
+        cell, name = step
+        way.append(name)
+        step = steps[cell]
     return way[::-1]
 
 
+def _search(start: Cell, goal: Cell, ice: set[Cell]) -> dict[Cell, tuple[Cell, str] | None]:
+    """Return how each cell is reached: the cell before it and the move; None for the start."""
+    steps: dict[Cell, tuple[Cell, str] | None] = {start: None}
+    queue = deque([start])
+    while queue and goal not in steps:
+        cell = queue.popleft()
+        for name, (down, right) in MOVES.items():
+            beside = (cell[0] + down, cell[1] + right)
+            if beside in ice and beside not in steps:
+                steps[beside] = (cell, name)
+                queue.append(beside)
+    return steps
+
+
 def _with_sides(name: str) -> list[str]:
+    """Return a direction with the directions to its left and right."""
     index = _NAMES.index(name)
     return [_NAMES[(index + turn) % 4] for turn in (-1, 0, 1)]
 
 
 def _straight_way(start: Cell, goal: Cell) -> set[Cell]:
-    """The cells of an L-shaped way."""
+    """Return the cells of an L-shaped path."""
     rows = range(min(start[0], goal[0]), max(start[0], goal[0]) + 1)
     columns = range(min(start[1], goal[1]), max(start[1], goal[1]) + 1)
     return {(row, start[1]) for row in rows} | {(goal[0], column) for column in columns}

@@ -1,13 +1,13 @@
 """Guess the number: each guess is answered with "higher" or "lower".
 
-Reward: 1 for the number, 0 otherwise.
+The reward is 1 for the right number and 0 otherwise.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 from envs.games.base import Move, TextGame, as_answer, tool
 
@@ -15,12 +15,13 @@ _INTEGER = re.compile(r"[+-]?[0-9]{1,12}")
 
 
 class GuessTheNumber(TextGame):
-    """A number between min_number and max_number, both included. max_turns defaults to what halving
-    needs at worst.
+    """A game about a number between min_number and max_number, both included.
+
+    max_turns defaults to the number of guesses that bisection needs in the worst case.
     """
 
     family = "guess_the_number"
-    tools = [tool("guess", "Guess the number.", number={"type": "integer"})]
+    tools: ClassVar = [tool("guess", "Guess the number.", number={"type": "integer"})]
 
     def __init__(
         self,
@@ -42,21 +43,20 @@ class GuessTheNumber(TextGame):
                 f"max_turns={max_turns} may be too few for {max_number - min_number + 1} numbers;"
                 f" give at least {needed}"
             )
-        self.min_number, self.max_number = min_number, max_number
+        self.min_number = min_number
+        self.max_number = max_number
 
-    def expert_action(self) -> str | None:
-        """Halves what the answers so far leave; knows no more than the player."""
+    def demonstrator_action(self) -> str | None:
+        """Return the middle of the numbers that the answers so far leave possible."""
         return as_answer(str((self.low + self.high) // 2))
 
     def legal_actions(self) -> list[str]:
-        return [
-            str(number)
-            for number in sorted(
-                {self.min_number, (self.min_number + self.max_number) // 2, self.max_number}
-            )
-        ]
+        """Return the smallest, the middle and the largest number as examples."""
+        middle = (self.min_number + self.max_number) // 2
+        return [str(number) for number in sorted({self.min_number, middle, self.max_number})]
 
     def sample_random_action(self) -> str:
+        """Return a random guess as a turn."""
         return as_answer(str(self._random_actions.randint(self.min_number, self.max_number)))
 
     def _settings(self) -> dict[str, Any]:
@@ -64,7 +64,8 @@ class GuessTheNumber(TextGame):
 
     def _new_game(self, rng: random.Random) -> None:
         self.number = rng.randint(self.min_number, self.max_number)
-        self.low, self.high = self.min_number, self.max_number
+        self.low = self.min_number
+        self.high = self.max_number
         self.guesses: list[tuple[int, str]] = []
 
     def _instructions(self) -> str:

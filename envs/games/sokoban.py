@@ -1,30 +1,36 @@
 """Sokoban as in ROLL's agentic pipeline: push every box onto a target.
 
-Symbols: # wall, _ floor, O target, X box, √ box on a target, P player, S player on a target.
-Rewards are gym-sokoban's, which ROLL uses: -0.1 for each turn, +1 for a box pushed onto a target,
--1 for one pushed off, +10 when all boxes are on targets. shaped=False: 1 when solved, 0 otherwise.
+Symbols: # wall, _ floor, O target, X box, √ box on a target, P player, S player on a target. The
+rewards are those of gym-sokoban, which ROLL uses: -0.1 for each turn, +1 for a box pushed onto a
+target, -1 for one pushed off, +10 when all boxes are on targets. With shaped=False the reward is 1
+when the room is solved and 0 otherwise.
 """
 
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, ClassVar
 
 from envs.games.base import Move, TextGame, as_answer, tool
-from envs.games.sokoban_rooms import MOVES, Cell, make_room
+from envs.games.sokoban_rooms import MOVES, Cell, make_room, moved
 from envs.games.sokoban_solver import solve
 
-STEP_REWARD, ON_TARGET_REWARD, OFF_TARGET_REWARD, SOLVED_REWARD = -0.1, 1.0, -1.0, 10.0
+STEP_REWARD = -0.1
+ON_TARGET_REWARD = 1.0
+OFF_TARGET_REWARD = -1.0
+SOLVED_REWARD = 10.0
 _NAMES = list(MOVES)
+Position = tuple[Cell, frozenset[Cell]]  # player, boxes
 
 
 class Sokoban(TextGame):
-    """A room of dim_room (rows, columns, outer walls included) with num_boxes boxes, solvable
-    within max_turns.
+    """A room that can be solved within max_turns.
+
+    `dim_room` is (rows, columns) with the outer walls included; `num_boxes` is the number of boxes.
     """
 
     family = "sokoban"
-    tools = [
+    tools: ClassVar = [
         tool(
             "move",
             "Move one cell, pushing a box that is there.",
@@ -45,33 +51,41 @@ class Sokoban(TextGame):
         rows, columns = dim_room
         if not (5 <= rows <= 16 and 5 <= columns <= 16):
             raise ValueError(f"dim_room is {dim_room}; rows and columns are between 5 and 16")
-        if not 1 <= num_boxes <= min(6, (rows - 2) * (columns - 2) // 6):
+        max_boxes = min(6, (rows - 2) * (columns - 2) // 6)
+        if not 1 <= num_boxes <= max_boxes:
             raise ValueError(
-                f"num_boxes is {num_boxes}; a room of {rows} x {columns} takes 1 to"
-                f" {min(6, (rows - 2) * (columns - 2) // 6)}"
+                f"num_boxes is {num_boxes}; a room of {rows} x {columns} takes 1 to {max_boxes}"
             )
         if max_turns < 3 * num_boxes:
             raise ValueError(
                 f"max_turns={max_turns} may be too few for {num_boxes} boxes; give at least"
                 f" {3 * num_boxes}"
             )
-        self.dim_room, self.num_boxes, self.shaped = (rows, columns), num_boxes, shaped
-        # the expert's, and the position that it is for
-        self._plan: tuple[Cell, frozenset[Cell], list[str]] | None = None
+        self.dim_room = (rows, columns)
+        self.num_boxes = num_boxes
+        self.shaped = shaped
+        # The demonstrator's plan: the position that it is for, and the moves from there.
+        self._plan: tuple[Position, list[str]] | None = None
 
-    def expert_action(self) -> str | None:
-        """The first move of a shortest solution, or of a solution where the position is too large
-        to prove that (see solve).
+    def demonstrator_action(self) -> str | None:
+        """Return the first move of a solution as a turn.
+
+        The solution is a shortest one unless the position is too large to prove that (see `solve`).
         """
-        position = (self.player, frozenset(self.boxes))
-        if self._plan is None or self._plan[:2] != position:
+        position = self._position()
+        if self._plan is None or self._plan[0] != position:
             moves = solve(self.room, *position)
             if moves is None:
                 return None
-            self._plan = (*position, moves)
-        return as_answer(self._plan[2][0]) if self._plan[2] else None
+            self._plan = (position, moves)
+        _, moves = self._plan
+        return as_answer(moves[0]) if moves else None
+
+    def _position(self) -> Position:
+        return self.player, frozenset(self.boxes)
 
     def legal_actions(self) -> list[str]:
+        """Return the four directions."""
         return list(_NAMES)
 
     def _settings(self) -> dict[str, Any]:
@@ -86,7 +100,8 @@ class Sokoban(TextGame):
         self.room, self.player, boxes = make_room(
             rng, self.dim_room, self.num_boxes, self.max_turns
         )
-        self.boxes, self._plan = set(boxes), None
+        self.boxes = set(boxes)
+        self._plan = None
 
     def _instructions(self) -> str:
         return (
@@ -101,9 +116,9 @@ class Sokoban(TextGame):
 
     def _board(self) -> str:
         rows, columns = self.dim_room
-        lines = (
-            "".join(self._symbol((row, column)) for column in range(columns)) for row in range(rows)
-        )
+        lines = []
+        for row in range(rows):
+            lines.append("".join(self._symbol((row, column)) for column in range(columns)))
         return "Here is the current state of the Sokoban puzzle:\n" + "\n".join(lines) + "\n"
 
     def _symbol(self, cell: Cell) -> str:
@@ -112,7 +127,9 @@ class Sokoban(TextGame):
             return "S" if on_target else "P"
         if cell in self.boxes:
             return "√" if on_target else "X"
-        return "O" if on_target else "_" if cell in self.room.floor else "#"
+        if on_target:
+            return "O"
+        return "_" if cell in self.room.floor else "#"
 
     def _read(self, content: str) -> str | None:
         name = content.capitalize()
@@ -123,25 +140,21 @@ class Sokoban(TextGame):
         return Move(move.observation, STEP_REWARD if self.shaped else 0.0, effective=False)
 
     def _act(self, action: str) -> Move:
-        down, right = MOVES[action]
-        cell = (self.player[0] + down, self.player[1] + right)
-        behind = (cell[0] + down, cell[1] + right)
+        cell = moved(self.player, MOVES[action])
+        behind = moved(cell, MOVES[action])
         reward = STEP_REWARD
-        pushes = cell in self.boxes
-        if cell not in self.room.floor or (
-            pushes and (behind not in self.room.floor or behind in self.boxes)
-        ):
+        if not self._can_enter(cell, behind):
             return Move(
                 f"At turn {self._turns}, you tried to move {action}, which is not effective yet.",
                 reward if self.shaped else 0.0,
                 effective=False,
             )
-        if pushes:
+        if cell in self.boxes:
             self.boxes.remove(cell)
             self.boxes.add(behind)
-            reward += ON_TARGET_REWARD * (behind in self.room.targets) + OFF_TARGET_REWARD * (
-                cell in self.room.targets
-            )
+            onto_target = ON_TARGET_REWARD * (behind in self.room.targets)
+            off_target = OFF_TARGET_REWARD * (cell in self.room.targets)
+            reward += onto_target + off_target
         self.player = cell
         self._follow_plan(action)
         won = self.boxes == self.room.targets
@@ -152,10 +165,20 @@ class Sokoban(TextGame):
             won=won,
         )
 
+    def _can_enter(self, cell: Cell, behind: Cell) -> bool:
+        """Return whether the player can enter a cell, pushing a box there to the one behind."""
+        if cell not in self.room.floor:
+            return False
+        if cell not in self.boxes:
+            return True
+        return behind in self.room.floor and behind not in self.boxes
+
     def _follow_plan(self, action: str) -> None:
-        """What is left of the expert's plan, if that was its next move."""
-        if self._plan is not None:
-            moves = self._plan[2]
-            self._plan = (
-                (self.player, frozenset(self.boxes), moves[1:]) if moves[:1] == [action] else None
-            )
+        """Advance the demonstrator's plan if the action was its next move, else drop it."""
+        if self._plan is None:
+            return
+        _, moves = self._plan
+        if moves[:1] == [action]:
+            self._plan = (self._position(), moves[1:])
+        else:
+            self._plan = None

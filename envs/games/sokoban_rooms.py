@@ -1,8 +1,7 @@
-"""Sokoban rooms, made by playing backwards: boxes start on the targets and are pulled away, so that
-pushing them back is a solution.
+"""Sokoban rooms made by reverse play, so that each of them has a solution.
 
-The number of backward moves is bounded by the turns that a player has, which bounds the shortest
-solution too.
+Boxes start on the targets and are pulled away; pushing them back solves the room. The number of
+reverse moves is bounded by the player's turns, which bounds the shortest solution too.
 """
 
 from __future__ import annotations
@@ -14,33 +13,51 @@ from typing import NamedTuple
 
 Cell = tuple[int, int]  # row, column
 MOVES: dict[str, Cell] = {"Up": (-1, 0), "Down": (1, 0), "Left": (0, -1), "Right": (0, 1)}
-_STAMPS: list[
-    list[Cell]
-] = [  # what a step of the digger opens: lines and corners, as in gym-sokoban
+# The cells that a step of the digger opens: lines and corners, as in gym-sokoban.
+_STAMPS: list[list[Cell]] = [
     [(0, 0), (0, 1), (0, -1)],
     [(0, 0), (1, 0), (-1, 0)],
     [(0, 0), (0, 1), (1, 0)],
     [(0, 0), (0, 1), (1, 0), (1, 1)],
     [(0, 0), (0, -1), (1, 0)],
 ]
-_ROOMS = 10  # the best of so many is taken
+_ROOMS = 10  # attempts of which the best room is taken
 _MAX_ROOMS = 500
 
 
 class Room(NamedTuple):
-    """Where one can stand, and where boxes belong (cells of the floor)."""
+    """The cells where one can stand, and the cells where boxes belong (a part of the floor)."""
 
     floor: frozenset[Cell]
     targets: frozenset[Cell]
 
 
+def moved(cell: Cell, direction: Cell, steps: int = 1) -> Cell:
+    """Return the cell that many steps away in a direction."""
+    return cell[0] + steps * direction[0], cell[1] + steps * direction[1]
+
+
+class _Pull(NamedTuple):
+    """One pull: the player walks to `stand`, then steps to `back`, and the box follows."""
+
+    box: Cell
+    stand: Cell
+    back: Cell
+    moves: int
+
+
 def make_room(
     rng: random.Random, dim: tuple[int, int], num_boxes: int, max_moves: int
 ) -> tuple[Room, Cell, frozenset[Cell]]:
-    """(room, player, boxes) with no box on a target and a solution of at most max_moves moves; of
-    several the one with the longest pulls.
+    """Make a room with no box on a target and a solution of at most max_moves moves.
 
-    Raises RuntimeError where none is found, which takes very few turns for very many boxes.
+    Of several rooms, the one with the longest pulls is taken.
+
+    Returns:
+      (room, player, boxes).
+
+    Raises:
+      RuntimeError: no room was found, which takes very few turns for very many boxes.
     """
     best = None
     for attempt in range(_MAX_ROOMS):
@@ -62,26 +79,24 @@ def make_room(
 
 
 def _dig(rng: random.Random, dim: tuple[int, int], num_boxes: int) -> frozenset[Cell]:
-    """A connected floor inside the outer walls, left behind by a digger that walks straight and
-    sometimes turns.
+    """Return a connected floor inside the outer walls.
+
+    A digger walks straight ahead, sometimes turns, and leaves the floor behind.
     """
     rows, columns = dim
+    inner = {(row, column) for row in range(1, rows - 1) for column in range(1, columns - 1)}
+    directions = list(MOVES.values())
     floor: set[Cell] = set()
     cell = (rng.randrange(1, rows - 1), rng.randrange(1, columns - 1))
-    direction = rng.choice(list(MOVES.values()))
+    direction = rng.choice(directions)
     for _ in range(int(1.7 * (rows + columns)) + 2 * num_boxes):
         if rng.random() < 0.35:
-            direction = rng.choice(list(MOVES.values()))
-        stamp = rng.choice(_STAMPS)
-        floor |= {
-            (cell[0] + down, cell[1] + right)
-            for down, right in stamp
-            if 0 < cell[0] + down < rows - 1 and 0 < cell[1] + right < columns - 1
-        }
-        cell = (
-            min(max(cell[0] + direction[0], 1), rows - 2),
-            min(max(cell[1] + direction[1], 1), columns - 2),
-        )
+            direction = rng.choice(directions)
+        opened = [moved(cell, offset) for offset in rng.choice(_STAMPS)]
+        floor.update(one for one in opened if one in inner)
+        ahead = moved(cell, direction)
+        if ahead in inner:
+            cell = ahead
         floor.add(cell)
     return frozenset(floor)
 
@@ -89,10 +104,11 @@ def _dig(rng: random.Random, dim: tuple[int, int], num_boxes: int) -> frozenset[
 def _pull_apart(
     rng: random.Random, room: Room, max_moves: int
 ) -> tuple[int, Cell, frozenset[Cell] | None]:
-    """Random pulls from the solved room.
+    """Pull boxes at random from the solved room.
 
-    Of the positions on the way: the one with no box on a target and the largest displacement, or
-    None.
+    Returns:
+      (score, player, boxes) of the position on the way with no box on a target and the largest
+      displacement; boxes is None where there is no such position.
     """
     boxes = {target: target for target in room.targets}  # where a box is -> where it began
     free = sorted(room.floor - room.targets)
@@ -100,47 +116,54 @@ def _pull_apart(
     moves_left = max_moves
     best: tuple[int, Cell, frozenset[Cell] | None] = (-1, player, None)
     while moves_left > 0:
-        far = distances(player, room.floor, boxes.keys())
-        pulls = []
-        for box in boxes:
-            for down, right in MOVES.values():
-                stand, back = (
-                    (box[0] + down, box[1] + right),
-                    (box[0] + 2 * down, box[1] + 2 * right),
-                )
-                if (
-                    stand in far
-                    and back in room.floor
-                    and back not in boxes
-                    and far[stand] + 1 <= moves_left
-                ):
-                    pulls.append((box, stand, back))
+        pulls = _possible_pulls(room, player, boxes.keys(), moves_left)
         if not pulls:
             break
-        still = [
-            pull for pull in pulls if pull[0] == boxes[pull[0]]
-        ]  # first those that have not moved yet
-        box, stand, back = rng.choice(still or pulls)
-        moves_left -= far[stand] + 1
-        boxes[stand] = boxes.pop(box)
-        player = back
+        # Pull boxes that have not moved yet first.
+        unmoved = [pull for pull in pulls if pull.box == boxes[pull.box]]
+        pull = rng.choice(unmoved or pulls)
+        moves_left -= pull.moves
+        boxes[pull.stand] = boxes.pop(pull.box)
+        player = pull.back
         if not room.targets & boxes.keys():
-            score = sum(
-                abs(at[0] - began[0]) + abs(at[1] - began[1]) for at, began in boxes.items()
-            )
-            best = max(best, (score, player, frozenset(boxes)), key=lambda one: one[0])
+            score = _displacement(boxes)
+            if score > best[0]:
+                best = (score, player, frozenset(boxes))
     return best
 
 
+def _possible_pulls(room: Room, player: Cell, boxes: Set[Cell], max_moves: int) -> list[_Pull]:
+    far = distances(player, room.floor, boxes)
+    pulls = []
+    for box in boxes:
+        for direction in MOVES.values():
+            stand = moved(box, direction)
+            back = moved(box, direction, 2)
+            if stand not in far or back not in room.floor or back in boxes:
+                continue
+            moves = far[stand] + 1
+            if moves <= max_moves:
+                pulls.append(_Pull(box, stand, back, moves))
+    return pulls
+
+
+def _displacement(boxes: dict[Cell, Cell]) -> int:
+    """Return the sum of the boxes' distances from where they began."""
+    total = 0
+    for at, began in boxes.items():
+        total += abs(at[0] - began[0]) + abs(at[1] - began[1])
+    return total
+
+
 def distances(start: Cell, floor: Set[Cell], blocked: Set[Cell]) -> dict[Cell, int]:
-    """Steps from start to each cell that can be reached without entering a blocked one."""
+    """Return the steps from start to each cell that is reachable without entering a blocked one."""
     found = {start: 0}
     queue = deque([start])
     while queue:
-        row, column = queue.popleft()
-        for down, right in MOVES.values():
-            beside = (row + down, column + right)
+        cell = queue.popleft()
+        for direction in MOVES.values():
+            beside = moved(cell, direction)
             if beside in floor and beside not in blocked and beside not in found:
-                found[beside] = found[(row, column)] + 1
+                found[beside] = found[cell] + 1
                 queue.append(beside)
     return found

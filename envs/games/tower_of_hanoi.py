@@ -1,29 +1,30 @@
-"""Tower of Hanoi from a random legal position: all disks to tower C. Reward: 1 when they are there,
-0 otherwise.
+"""Tower of Hanoi from a random legal position: all disks must go to tower C.
+
+The reward is 1 when they are there and 0 otherwise.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 from envs.games.base import Move, TextGame, as_answer, tool
 
 TOWERS = "ABC"
+_TOWER = {"type": "string", "enum": list(TOWERS)}
 _MOVE = re.compile(r"([A-Ca-c])\s*(?:,|->|to)?\s*([A-Ca-c])")
 
 
 class TowerOfHanoi(TextGame):
-    """`num_disks` disks, 1 the smallest.
+    """A game with `num_disks` disks, 1 being the smallest.
 
-    From any position 2 ** num_disks - 1 moves are enough; max_turns defaults to twice that.
+    2 ** num_disks - 1 moves suffice from any position; max_turns defaults to twice that.
     """
 
     family = "tower_of_hanoi"
-    _tower = {"type": "string", "enum": list(TOWERS)}
-    tools = [
-        tool("move", "Move the top disk of one tower onto another.", source=_tower, target=_tower)
+    tools: ClassVar = [
+        tool("move", "Move the top disk of one tower onto another.", source=_TOWER, target=_TOWER)
     ]
 
     def __init__(
@@ -40,12 +41,13 @@ class TowerOfHanoi(TextGame):
             )
         self.num_disks = num_disks
 
-    def expert_action(self) -> str | None:
-        """The first move of a shortest solution."""
+    def demonstrator_action(self) -> str | None:
+        """Return the first move of a shortest solution as a turn."""
         source, target = next_move(self.towers)
         return as_answer(f"{source} {target}")
 
     def legal_actions(self) -> list[str]:
+        """Return the moves that the rules allow now."""
         return [
             f"{source} {target}"
             for source in TOWERS
@@ -57,13 +59,13 @@ class TowerOfHanoi(TextGame):
         return {**super()._settings(), "num_disks": self.num_disks}
 
     def _new_game(self, rng: random.Random) -> None:
-        places = ["C"] * self.num_disks
-        while set(places) == {"C"}:
-            places = [rng.choice(TOWERS) for _ in places]
-        self.towers = {
-            tower: [disk for disk in range(self.num_disks, 0, -1) if places[disk - 1] == tower]
-            for tower in TOWERS
-        }
+        solved = ["C"] * self.num_disks
+        places = solved
+        while places == solved:
+            places = [rng.choice(TOWERS) for _ in solved]
+        self.towers: dict[str, list[int]] = {tower: [] for tower in TOWERS}
+        for disk in range(self.num_disks, 0, -1):
+            self.towers[places[disk - 1]].append(disk)
 
     def _instructions(self) -> str:
         return (
@@ -74,9 +76,8 @@ class TowerOfHanoi(TextGame):
         )
 
     def _board(self) -> str:
-        return "Here is the current state of the towers:\n" + "".join(
-            f"{tower}: {disks}\n" for tower, disks in self.towers.items()
-        )
+        rows = "".join(f"{tower}: {disks}\n" for tower, disks in self.towers.items())
+        return f"Here is the current state of the towers:\n{rows}"
 
     def _read(self, content: str) -> str | None:
         match = _MOVE.fullmatch(content)
@@ -92,33 +93,39 @@ class TowerOfHanoi(TextGame):
         disk = self.towers[source].pop()
         self.towers[target].append(disk)
         won = len(self.towers["C"]) == self.num_disks
-        said = (
-            "Congratulations! All disks are on tower C."
-            if won
-            else f"At turn {self._turns}, you moved disk {disk} from {source} to {target}."
-        )
+        if won:
+            said = "Congratulations! All disks are on tower C."
+        else:
+            said = f"At turn {self._turns}, you moved disk {disk} from {source} to {target}."
         return Move(said, reward=1.0 if won else 0.0, won=won)
 
     def _refusal(self, source: str, target: str) -> str | None:
+        """Return why a move is not allowed, or None."""
         if not self.towers[source]:
             return f"tower {source} is empty"
         if source == target:
             return "the towers are the same"
-        if self.towers[target] and self.towers[target][-1] < self.towers[source][-1]:
-            return f"disk {self.towers[source][-1]} is larger than disk {self.towers[target][-1]}"
+        disk = self.towers[source][-1]
+        below = self.towers[target][-1] if self.towers[target] else None
+        if below is not None and below < disk:
+            return f"disk {disk} is larger than disk {below}"
         return None
 
 
 def next_move(towers: dict[str, list[int]]) -> tuple[str, str]:
-    """The largest disk that is not where it belongs must move there; for that, the next smaller
-    ones belong on the third tower, and so on down.
+    """Return the first move (source, target) of a shortest solution.
+
+    The largest misplaced disk must move to its tower. For that the smaller disks must be on the
+    third tower, and so on down to the disk that can move.
     """
     place = {disk: tower for tower, disks in towers.items() for disk in disks}
-    goal, chosen = "C", None
+    goal = "C"
+    chosen = None
     for disk in range(len(place), 0, -1):
         if place[disk] != goal:
-            chosen, target = disk, goal
-            goal = (set(TOWERS) - {place[disk], goal}).pop()
+            chosen = disk
+            target = goal
+            (goal,) = set(TOWERS) - {place[disk], goal}
     if chosen is None:
         raise ValueError("all disks are on tower C; there is nothing to move")
     return place[chosen], target

@@ -1,7 +1,7 @@
-"""A wordle-like game: find a five-letter word by guesses that are marked letter by letter.
+"""A game like Wordle: find a five-letter word by guesses that are marked letter by letter.
 
-G: right letter in the right place; Y: the word has that letter elsewhere; X: it has no (further)
-such letter. Reward: 1 for the word, 0 otherwise.
+G: the right letter in the right place. Y: the word has that letter elsewhere. X: the word has no
+(further) such letter. The reward is 1 for the word and 0 otherwise.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import random
 from collections import Counter
-from typing import Any
+from typing import Any, ClassVar
 
 from envs.games.base import Move, TextGame, as_answer, tool
 from envs.games.wordle_words import WORDS
@@ -18,29 +18,27 @@ LENGTH = 5
 
 
 class Wordle(TextGame):
-    """The secret is one of WORDS; any five letters are a guess."""
+    """A game whose secret is one of WORDS; any five letters are a guess."""
 
     family = "wordle"
-    tools = [tool("guess", "Guess the word.", word={"type": "string"})]
+    tools: ClassVar = [tool("guess", "Guess the word.", word={"type": "string"})]
 
     def __init__(self, seed: int = 0, max_turns: int = 6, **settings: Any) -> None:
         super().__init__(seed, max_turns, **settings)
 
-    def expert_action(self) -> str | None:
-        """Of the words that fit all marks so far, the one that splits them best; knows no more than
-        the player who knows WORDS.
+    def demonstrator_action(self) -> str | None:
+        """Return the candidate that splits the remaining words best.
+
+        The demonstrator knows WORDS and the marks so far, and nothing else.
         """
-        return as_answer(
-            best_guess(
-                tuple(
-                    word
-                    for word in WORDS
-                    if all(mark(word, guess) == marks for guess, marks in self.guesses)
-                )
-            )
-        )
+        candidates = [word for word in WORDS if self._fits(word)]
+        return as_answer(best_guess(tuple(candidates)))
+
+    def _fits(self, word: str) -> bool:
+        return all(mark(word, guess) == marks for guess, marks in self.guesses)
 
     def legal_actions(self) -> list[str]:
+        """Return all words of the list."""
         return list(WORDS)
 
     def _new_game(self, rng: random.Random) -> None:
@@ -80,12 +78,14 @@ class Wordle(TextGame):
 
 
 def mark(secret: str, guess: str) -> str:
-    """G, Y or X for each letter; a letter is marked as often as the secret has it, right places
-    first.
+    """Return G, Y or X for each letter of a guess.
+
+    A letter is marked G or Y at most as often as the secret has it, right places first.
     """
-    left = Counter(letter for letter, guessed in zip(secret, guess) if letter != guessed)
+    pairs = list(zip(secret, guess, strict=True))
+    left = Counter(letter for letter, guessed in pairs if letter != guessed)
     marks = []
-    for letter, guessed in zip(secret, guess):
+    for letter, guessed in pairs:
         if letter == guessed:
             marks.append("G")
         elif left[guessed] > 0:
@@ -98,15 +98,15 @@ def mark(secret: str, guess: str) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def best_guess(candidates: tuple[str, ...]) -> str:
-    """The candidate whose marks leave the fewest candidates on average; of equals the first."""
+    """Return the first candidate whose marks leave the fewest candidates on average."""
     if not candidates:
         raise ValueError("no word of the list fits the marks; the secret is not one of WORDS")
-    if len(candidates) > 200:  # the opening: all words are left, and a sample of guesses is as good
-        return min(candidates[::8], key=lambda guess: _expected_left(guess, candidates))
-    return min(candidates, key=lambda guess: _expected_left(guess, candidates))
+    # With all words left, as at the opening, a sample of guesses is as good.
+    guesses = candidates[::8] if len(candidates) > 200 else candidates
+    return min(guesses, key=lambda guess: _expected_left(guess, candidates))
 
 
 def _expected_left(guess: str, candidates: tuple[str, ...]) -> int:
-    return sum(
-        count * count for count in Counter(mark(secret, guess) for secret in candidates).values()
-    )
+    """Return the sum of squared group sizes, proportional to the words left on average."""
+    group_sizes = Counter(mark(secret, guess) for secret in candidates).values()
+    return sum(size * size for size in group_sizes)

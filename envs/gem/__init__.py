@@ -1,9 +1,15 @@
-"""GEM: environments that talk in text, a registry of them, vectors, wrappers, and the parsing of
-tool calls.
+"""GEM: text environments, a registry of them, vectors, wrappers, and parsing of tool calls.
 
-`import envs.gem as gem` serves code written for gem-llm 0.1.0. Tools are in envs.gem.tools, names
-of wrappers in envs.gem.wrapper_factory, gymnasium in envs.gem.gymnasium, the REST service in
-envs.gem.server and its client in envs.gem.remote.
+    import envs.gem as gem
+    import envs.games  # registers game/...
+
+    env = gem.make("game/frozen_lake", seed=17)
+    observation, info = env.reset()
+    observation, reward, terminated, truncated, info = env.step("<answer>Right</answer>")
+
+The interface is that of gem-llm 0.1.0, so code written for it runs unchanged. Tools are in
+envs.gem.tools, wrappers by name in envs.gem.wrapper_factory, gymnasium's environments in
+envs.gem.gymnasium, the REST service in envs.gem.server and its client in envs.gem.remote.
 """
 
 from envs.gem.core import Env, Info, StepResult, make, print_envs, register, registered

@@ -1,9 +1,11 @@
-"""GEM's environment interface: Env, register, make.
+"""The environment interface of GEM: Env, register and make.
 
-Code written for gem (axon-rl's gem-llm 0.1.0) runs on these unchanged: `reset(seed) -> (obs,
-info)`, `step(action) -> (obs, reward, terminated, truncated, info)`, and a registry of names. Where
-gem is installed our Env is one of gem's, registrations are told to gem too, and `make` also knows
-gem's own names. An environment whose work is asynchronous (a sandbox) overrides `areset`, `astep`
+Code written for gem-llm 0.1.0 runs on these unchanged: `reset(seed) -> (observation, info)`,
+`step(action) -> (observation, reward, terminated, truncated, info)`, and a registry of names. Where
+gem-llm is installed, our Env is a subclass of its Env, registrations are passed on to it, and
+`make` also knows its environments.
+
+An environment whose work is asynchronous, such as one with a sandbox, overrides `areset`, `astep`
 and `aclose`.
 """
 
@@ -26,12 +28,10 @@ StepResult = tuple[str, float, bool, bool, Info]
 
 
 def _import_gem() -> ModuleType | None:
-    """The gem package if it can be imported.
-
-    Its import gives the root logger a handler; the caller's logging is put back.
-    """
+    """Import gem-llm if it is installed, and undo what its import does to the root logger."""
     root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
+    handlers = list(root.handlers)
+    level = root.level
     try:
         return importlib.import_module("gem")
     except ImportError:
@@ -43,94 +43,129 @@ def _import_gem() -> ModuleType | None:
 
 _gem = _import_gem()
 _Base: type = _gem.Env if _gem else abc.ABC
-_TWINS = (("reset", "areset"), ("step", "astep"), ("close", "aclose"))
+_ASYNC_TWINS = (("reset", "areset"), ("step", "astep"), ("close", "aclose"))
 
 
 class Env(_Base):
-    """One world that talks in text.
+    """An environment that talks in text.
 
     Observations and infos are plain data, so they can be deep-copied.
 
-    The asynchronous twins run the synchronous method in a thread, unless a class brings its own; a
-    subclass that overrides only one of a pair never inherits the other one of its parent.
+        class Echo(Env):
+            def reset(self, seed=None):
+                return "Say something.", {}
+
+            def step(self, action):
+                return f"You said {action}.", 1.0, True, False, {}
+
+    Each of `reset`, `step` and `close` has an asynchronous twin, which by default runs it in a
+    thread. A subclass overrides one of the two or both; if it overrides only the synchronous one,
+    it gets the default twin and not its parent's.
+
+    Attributes:
+      env_id: the name under which `make` built it; "" otherwise.
     """
 
     env_id: str = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for method, twin in _TWINS:
+        for method, twin in _ASYNC_TWINS:
             if method in cls.__dict__ and twin not in cls.__dict__:
                 setattr(cls, twin, getattr(Env, twin))
 
     @abc.abstractmethod
     def reset(self, seed: int | None = None) -> tuple[str, Info]:
-        """Begins an episode. Called with the seed both by position and by keyword.
+        """Begin an episode.
 
-        `super().reset(seed)` seeds the global `random` and `numpy.random`, as gem's does; an
-        environment with a generator of its own does not need it.
+        As in gem-llm, `super().reset(seed)` seeds the global `random` and `numpy.random`; an
+        environment with a generator of its own need not call it.
+
+        Args:
+          seed: the same seed begins the same episode; None lets the environment choose. Callers
+            pass it by position or by keyword.
+
+        Returns:
+          The first observation, and an info.
         """
         if seed is not None:
             random.seed(seed)
             np.random.seed(seed)
+        return "", {}
 
     @abc.abstractmethod
     def step(self, action: str) -> StepResult:
-        """One turn: (observation, reward, terminated, truncated, info).
+        """Play one turn.
 
-        Any text is an action; none makes it raise.
+        Args:
+          action: what the model wrote. Any text is allowed; none makes an environment raise.
+
+        Returns:
+          (observation, reward, terminated, truncated, info). `terminated` means that the episode
+          has reached an end of its own, `truncated` that a limit cut it.
         """
 
     def sample_random_action(self) -> str:
-        """Some action that the environment accepts, for tests of wrappers and vectors."""
+        """Return some action that the environment accepts, for tests of wrappers and vectors."""
         raise NotImplementedError(f"{type(self).__name__} has no random action")
 
     def spawn(self, same_state: bool = False, **kwargs: Any) -> Env:
-        """A second environment of the same kind; `same_state` asks for a copy of the running
-        episode.
+        """Return another environment of the same kind.
+
+        Args:
+          same_state: copy the running episode.
+          **kwargs: constructor arguments to change.
+
+        Raises:
+          NotImplementedError: this kind of environment cannot be spawned, or not so.
         """
         raise NotImplementedError(
             f"{type(self).__name__} cannot be spawned (same_state={same_state})"
         )
 
     def close(self) -> None:
-        """Frees what the episode holds. Safe to call twice."""
+        """Free what the episode holds. Calling it twice is allowed."""
 
     async def areset(self, seed: int | None = None) -> tuple[str, Info]:
-        """`reset` for callers with an event loop."""
+        """Begin an episode without blocking the event loop. See `reset`."""
         return await asyncio.to_thread(self.reset, seed)
 
     async def astep(self, action: str) -> StepResult:
-        """`step` for callers with an event loop."""
+        """Play one turn without blocking the event loop. See `step`."""
         return await asyncio.to_thread(self.step, action)
 
     async def aclose(self) -> None:
-        """`close` for callers with an event loop."""
+        """Free what the episode holds without blocking the event loop. See `close`."""
         await asyncio.to_thread(self.close)
 
     @property
     def unwrapped(self) -> Env:
+        """The innermost environment of a stack of wrappers."""
         return self
 
 
-# Twins are looked up on the class: gem's wrappers copy an environment's `astep` onto themselves,
-# and calling that would go past the wrapper.
+# The functions below look the twins up on the class: gem-llm's wrappers copy the attributes of an
+# environment onto themselves, and calling a copied `astep` would bypass the wrapper.
 
 
 async def reset_async(env: Any, seed: int | None = None) -> tuple[str, Info]:
-    """Resets any environment, gem's included, without blocking the event loop."""
+    """Begin an episode of any environment, gem-llm's included, without blocking the event loop."""
     twin = getattr(type(env), "areset", None)
-    return await (twin(env, seed) if twin else asyncio.to_thread(env.reset, seed))
+    if twin is None:
+        return await asyncio.to_thread(env.reset, seed)
+    return await twin(env, seed)
 
 
 async def step_async(env: Any, action: Any) -> StepResult:
-    """Steps any environment, gem's included, without blocking the event loop."""
+    """Play one turn of any environment, gem-llm's included, without blocking the event loop."""
     twin = getattr(type(env), "astep", None)
-    return await (twin(env, action) if twin else asyncio.to_thread(env.step, action))
+    if twin is None:
+        return await asyncio.to_thread(env.step, action)
+    return await twin(env, action)
 
 
 async def close_async(env: Any) -> None:
-    """Closes any environment; gem's may have nothing to close."""
+    """Close any environment; gem-llm's may lack `close`."""
     twin = getattr(type(env), "aclose", None)
     if twin:
         await twin(env)
@@ -139,7 +174,7 @@ async def close_async(env: Any) -> None:
 
 
 def is_async(env: Any) -> bool:
-    """Whether the environment, and each wrapper around it, has an `astep` that needs no thread."""
+    """Return whether an environment, and each wrapper around it, has an `astep` of its own."""
     if getattr(type(env), "astep", Env.astep) is Env.astep:
         return False
     inner = vars(env).get("env") if hasattr(env, "__dict__") else None
@@ -148,8 +183,12 @@ def is_async(env: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class EnvSpec:
-    """What `make` needs: a class (or function), or the text "package.module:Name" of one, and its
-    keyword arguments.
+    """A registered environment.
+
+    Attributes:
+      env_id: its name.
+      entry_point: a class or function, or the text "package.module:Name" of one.
+      kwargs: its keyword arguments.
     """
 
     env_id: str
@@ -161,9 +200,16 @@ _registry: dict[str, EnvSpec] = {}
 
 
 def register(env_id: str, entry_point: str | Callable[..., Env], **kwargs: Any) -> None:
-    """Gives an environment a name.
+    """Give an environment a name for `make`.
 
-    The module of a textual entry point is imported by `make`, not here.
+    Args:
+      env_id: the name, such as "game/sokoban".
+      entry_point: a class or function that returns an environment, or the text
+        "package.module:Name" of one, whose module is imported by `make`.
+      **kwargs: arguments for it.
+
+    Raises:
+      ValueError: the name is taken, or the text is not of that form.
     """
     if env_id in _registry:
         raise ValueError(f"environment id {env_id!r} is registered already; choose another id")
@@ -175,36 +221,47 @@ def register(env_id: str, entry_point: str | Callable[..., Env], **kwargs: Any) 
 
 
 def registered() -> list[str]:
-    """All ids registered here, sorted (gem's own are not listed)."""
+    """Return the names registered here, sorted; gem-llm's own are not among them."""
     return sorted(_registry)
 
 
 def print_envs() -> None:
-    """Writes ids, entry points and arguments to standard output."""
+    """Print the name, entry point and arguments of each registered environment."""
     for env_id in registered():
         spec = _registry[env_id]
         print(f"{env_id}: {spec.entry_point} {spec.kwargs or ''}".rstrip())
 
 
 def make(env_id: str, **kwargs: Any) -> Env:
-    """Builds a registered environment; keyword arguments override the registered ones.
+    """Build a registered environment.
 
-    Raises ValueError for an unknown id and ImportError when the entry point cannot be imported.
+    Args:
+      env_id: its name; where gem-llm is installed, its names are known too.
+      **kwargs: arguments that override the registered ones.
+
+    Raises:
+      ValueError: no environment has this name.
+      ImportError: the entry point cannot be imported.
     """
-    if env_id not in _registry:
+    spec = _registry.get(env_id)
+    if spec is None:
         if _gem and env_id in _gem.envs.registration.ENV_REGISTRY:
             return _gem.make(env_id, **kwargs)
-        near = [
-            known for known in registered() if known.split("/")[0] == env_id.split("/")[0]
-        ] or registered()
         raise ValueError(
-            f"environment id {env_id!r} is unknown; registered:"
-            f" {', '.join(near) or 'none (import the module that registers it)'}"
+            f"environment id {env_id!r} is unknown; registered: {_similar_ids(env_id)}"
         )
-    spec = _registry[env_id]
-    env = _load(spec)(**{**spec.kwargs, **kwargs})
-    env.env_id, env.entry_point = env_id, spec.entry_point
+    arguments = {**spec.kwargs, **kwargs}
+    env = _load(spec)(**arguments)
+    env.env_id = env_id
+    env.entry_point = spec.entry_point
     return env
+
+
+def _similar_ids(env_id: str) -> str:
+    group, _, _ = env_id.partition("/")
+    similar = [known for known in registered() if known.partition("/")[0] == group]
+    ids = similar or registered()
+    return ", ".join(ids) or "none (import the module that registers it)"
 
 
 def _load(spec: EnvSpec) -> Callable[..., Env]:

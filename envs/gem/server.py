@@ -1,13 +1,14 @@
-"""ROCK's REST interface for GEM: make, reset, step, close and list under /apis/v1/envs/gem, for any
-registered environment.
+"""ROCK's REST interface for GEM: make, reset, step, close and list under /apis/v1/envs/gem.
 
     service = GemService(token)
-    service.mount(application)        # an aiohttp application that serves more; or web.run_app(service.standalone(), host=..., port=...)
+    service.mount(application)  # an aiohttp application that also serves other routes
+    web.run_app(service.standalone(), host=..., port=...)  # or alone
 
-Requests and answers are ROCK's (a running environment is named by `sandbox_id`), with three
-additions: make takes constructor arguments as `kwargs`; reset and step take a `call_id`, and a
-repeated call with the id of the last one gets the last answer instead of a second turn; and every
-failure is {"error": {"code", "message"}} with a code of ERRORS.
+Any registered environment can be made. Requests and responses are ROCK's, in which a running
+environment is named by its `sandbox_id`, with three additions. `make` takes constructor arguments
+as `kwargs`. `reset` and `step` take a `call_id`: a repeated call with the id of the last one gets
+the last response instead of a second turn. Every failure is {"error": {"code", "message"}} with a
+code of ERRORS.
 """
 
 from __future__ import annotations
@@ -15,66 +16,69 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import hmac
-import json
 import secrets
-import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
 from typing import Any
 
-import numpy as np
 from aiohttp import web
 
-from envs.gem.core import Env, make, registered
+from envs.gem.core import make, registered
+from envs.gem.server_calls import call_env, run_in_thread
+from envs.gem.server_json import ERRORS, Field, GemError, encode, parse_body, read_body
 from envs.rock import SandboxError
 
 PREFIX = "/apis/v1/envs/gem"
-ERRORS = {  # code -> HTTP status; the closed set
-    "bad_request": 400,
-    "unauthorized": 401,
-    "unknown_env": 404,
-    "unknown_instance": 404,
-    "not_found": 404,
-    "method_not_allowed": 405,
-    "too_large": 413,
-    "too_many": 429,
-    "env_error": 500,
-    "internal": 500,
-    "infrastructure": 503,
-    "timeout": 504,
+CLOSE_SECONDS = 60.0  # that the end of the service waits for environments to close
+MAX_MESSAGE_CHARS = 500
+MAX_SEED = 1 << 63
+_HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+# members of the requests
+_MAKE = {"env_id": Field(str), "kwargs": Field(dict, default={}, required=False)}
+_RESET = {
+    "sandbox_id": Field(str),
+    "seed": Field(int, default=None, required=False),
+    "call_id": Field(str, default="", required=False),
 }
-BODY_SECONDS = 30.0  # a client that sends its request more slowly is cut off
-CLOSE_SECONDS = 60.0
-_MESSAGE_CHARS = 500
-
-
-class GemError(Exception):
-    """A failed call: what the client is told."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code if code in ERRORS else "internal"
+_STEP = {
+    "sandbox_id": Field(str),
+    "action": Field(str),
+    "call_id": Field(str, default="", required=False),
+}
+_CLOSE = {"sandbox_id": Field(str)}
 
 
 @dataclasses.dataclass
 class _Instance:
-    """One running environment.
-
-    The lock is held while it works, so its calls come one after the other.
-    """
+    """One running environment. The lock is held while it works, so its calls queue up."""
 
     env_id: str
     env: Any
     lock: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)
     used: float = dataclasses.field(default_factory=time.monotonic)
-    last: tuple[str, bytes] | None = None  # call_id and answer of the last call that had one
+    last: tuple[str, bytes] | None = None  # call_id and response of the last call, if it had one
 
 
 class GemService:
-    """Serves environments to whoever knows the token.
+    """Serves environments to callers that know the token.
 
-    Environments with `astep` run on the server's loop, others each in a thread.
+    Environments with an `astep` of their own run on the server's event loop, others each in a
+    thread.
+
+    Args:
+      token: what callers send as "Authorization: Bearer TOKEN"; may be None with anonymous=True.
+      anonymous: admit everybody who reaches the port.
+      allow: names of the environments that may be made; None for all that are registered.
+      max_envs: environments that may run at the same time.
+      idle_seconds: an environment that gets no call for so long is closed.
+      call_seconds: limit of one call, which includes waiting for the environment's earlier call. An
+        environment that exceeds it is given up.
+      max_body_bytes: size of a request.
+
+    Raises:
+      ValueError: there is no token, and anonymous is False.
     """
 
     def __init__(
@@ -88,32 +92,25 @@ class GemService:
         call_seconds: float = 300.0,
         max_body_bytes: int = 1 << 20,
     ) -> None:
-        """
-        Args:
-          token: what clients send as "Authorization: Bearer token". None only together with
-            anonymous=True.
-          allow: the ids that may be made; None: all that are registered.
-          idle_seconds: an environment that was not called for so long is closed.
-          call_seconds: bound of one call, waiting for the environment's earlier call included. An
-            environment that works longer is given up.
-        """
         if not token and not anonymous:
             raise ValueError(
                 "GemService got no token; pass one, or anonymous=True where everyone who reaches"
                 " the port may use it"
             )
-        self._token = None if anonymous else token.encode()
-        self._allow, self._max_envs, self._idle_seconds = allow, max_envs, idle_seconds
-        self._call_seconds, self._max_body_bytes = call_seconds, max_body_bytes
+        self._token = token.encode() if token and not anonymous else None
+        self._allow = allow
+        self._max_envs = max_envs
+        self._idle_seconds = idle_seconds
+        self._call_seconds = call_seconds
+        self._max_body_bytes = max_body_bytes
         self._instances: dict[str, _Instance] = {}
         self._being_made = 0
-        self._farewells: set[asyncio.Task[None]] = set()
+        self._closing: set[asyncio.Task[None]] = set()
 
     # -- as an aiohttp application
-    # ---------------------------------------------------------------------------------------------
 
     def app(self) -> web.Application:
-        """The routes without their prefix, for `add_subapp`."""
+        """Return the routes without their prefix, for `add_subapp`."""
         app = web.Application(middlewares=[self._guard])
         app.router.add_post("/make", self._make)
         app.router.add_post("/reset", self._reset)
@@ -125,73 +122,59 @@ class GemService:
         return app
 
     def mount(self, application: web.Application) -> None:
-        """Adds the service under PREFIX."""
+        """Add the service to an application, under PREFIX."""
         application.add_subapp(PREFIX, self.app())
 
     def standalone(self) -> web.Application:
+        """Return an application that serves nothing else."""
         application = web.Application()
         self.mount(application)
         return application
 
     async def _lifetime(self, _: web.Application) -> AsyncIterator[None]:
-        reaper = asyncio.create_task(self._reap())
+        reaper = asyncio.create_task(self._close_idle())
         yield
         reaper.cancel()
         for sandbox_id in list(self._instances):
             self._dismiss(sandbox_id)
-        if self._farewells:
-            await asyncio.wait(self._farewells, timeout=CLOSE_SECONDS)
+        if self._closing:
+            await asyncio.wait(self._closing, timeout=CLOSE_SECONDS)
 
     @web.middleware
     async def _guard(
-        self, http: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        """Lets in who knows the token, and turns every failure into one of ERRORS."""
+        """Check the token, and turn every failure into one of ERRORS."""
         try:
-            if self._token is not None:
-                given = http.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
-                if not hmac.compare_digest(given, b"Bearer " + self._token):
-                    raise GemError(
-                        "unauthorized",
-                        "the request has no valid token; send 'Authorization: Bearer <token>'",
-                    )
-            return await handler(http)
+            self._check_token(request)
+            return await handler(request)
         except GemError as error:
-            return _answer(
-                {"error": {"code": error.code, "message": str(error)[:_MESSAGE_CHARS]}},
-                ERRORS[error.code],
-            )
+            return _error_response(error.code, str(error))
         except web.HTTPException as error:
-            code = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}.get(
-                error.status, "bad_request"
+            code = _HTTP_CODES.get(error.status, "bad_request")
+            return _error_response(code, f"{request.method} {request.path}: {error.reason}")
+        except Exception as error:  # a fault of ours, whose details are withheld
+            return _error_response("internal", f"the service failed: {type(error).__name__}")
+
+    def _check_token(self, request: web.Request) -> None:
+        if self._token is None:
+            return
+        given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
+        if not hmac.compare_digest(given, b"Bearer " + self._token):
+            raise GemError(
+                "unauthorized",
+                "the request has no valid token; send 'Authorization: Bearer <token>'",
             )
-            return _answer(
-                {
-                    "error": {
-                        "code": code,
-                        "message": f"{http.method} {http.path}: {error.reason}"[:_MESSAGE_CHARS],
-                    }
-                },
-                ERRORS[code],
-            )
-        except Exception as error:  # ours: the client is told that it was, and no more
-            return _answer(
-                {
-                    "error": {
-                        "code": "internal",
-                        "message": f"the service failed: {type(error).__name__}",
-                    }
-                },
-                ERRORS["internal"],
-            )
+
+    async def _body(self, request: web.Request, fields: dict[str, Field]) -> dict[str, Any]:
+        return parse_body(await read_body(request, self._max_body_bytes), fields)
 
     # -- the calls
-    # ---------------------------------------------------------------------------------------------
 
-    async def _make(self, http: web.Request) -> web.Response:
-        body = await self._body(http, env_id=str, kwargs=(dict, {}))
-        env_id, kwargs = body["env_id"], body["kwargs"]
-        if env_id not in self._ids():
+    async def _make(self, request: web.Request) -> web.Response:
+        body = await self._body(request, _MAKE)
+        env_id = body["env_id"]
+        if env_id not in self._env_ids():
             raise GemError(
                 "unknown_env",
                 f"environment id {env_id[:100]!r} is unknown here; GET {PREFIX}/list tells those"
@@ -201,88 +184,72 @@ class GemService:
             raise GemError("too_many", f"{self._max_envs} environments are running; close one")
         self._being_made += 1
         try:
-            making = asyncio.ensure_future(_in_thread(lambda: make(env_id, **kwargs)))
-            done, _ = await asyncio.wait({making}, timeout=self._call_seconds)
-            if not done:
-                self._keep(self._unmake(making))
-                raise GemError("timeout", f"{env_id} was not made within {self._call_seconds:g} s")
-            env = _result(making, arguments_by_client=True)
+            env = await self._make_env(env_id, body["kwargs"])
         finally:
             self._being_made -= 1
-        sandbox_id = secrets.token_hex(
-            16
-        )  # not guessable: it is all that tells one client's environments from another's
+        # hard to guess, since it is all that keeps one caller from another's environment
+        sandbox_id = secrets.token_hex(16)
         self._instances[sandbox_id] = _Instance(env_id, env)
-        return _answer({"sandbox_id": sandbox_id})
+        return _json_response({"sandbox_id": sandbox_id})
 
-    async def _reset(self, http: web.Request) -> web.Response:
-        body = await self._body(http, sandbox_id=str, seed=(int, None), call_id=(str, ""))
-        if body["seed"] is not None and not 0 <= body["seed"] < 1 << 63:
-            raise GemError(
-                "bad_request", f"seed is {str(body['seed'])[:40]}; it is between 0 and 2^63 - 1"
-            )
+    async def _make_env(self, env_id: str, kwargs: dict[str, Any]) -> Any:
+        build = functools.partial(make, env_id, **kwargs)
+        making = asyncio.ensure_future(run_in_thread(build))
+        done, _ = await asyncio.wait({making}, timeout=self._call_seconds)
+        if not done:
+            self._start_closing(_close_when_made(making))
+            raise GemError("timeout", f"{env_id} was not made within {self._call_seconds:g} s")
+        return _result(making, arguments_by_caller=True)
 
-        def told(result: Any) -> dict[str, Any]:
-            observation, info = result
-            return {"observation": observation, "info": info}
+    async def _reset(self, request: web.Request) -> web.Response:
+        body = await self._body(request, _RESET)
+        seed = body["seed"]
+        if seed is not None and not 0 <= seed < MAX_SEED:
+            raise GemError("bad_request", f"seed is {str(seed)[:40]}; it is between 0 and 2^63 - 1")
+        return await self._call(body, "reset", seed, _describe_reset)
 
-        return await self._call(body, "reset", "areset", body["seed"], told)
+    async def _step(self, request: web.Request) -> web.Response:
+        body = await self._body(request, _STEP)
+        return await self._call(body, "step", body["action"], _describe_step)
 
-    async def _step(self, http: web.Request) -> web.Response:
-        body = await self._body(http, sandbox_id=str, action=str, call_id=(str, ""))
-
-        def told(result: Any) -> dict[str, Any]:
-            observation, reward, terminated, truncated, info = result
-            return {
-                "observation": observation,
-                "reward": float(reward),
-                "terminated": bool(terminated),
-                "truncated": bool(truncated),
-                "info": info,
-            }
-
-        return await self._call(body, "step", "astep", body["action"], told)
-
-    async def _close(self, http: web.Request) -> web.Response:
-        sandbox_id = (await self._body(http, sandbox_id=str))["sandbox_id"]
+    async def _close(self, request: web.Request) -> web.Response:
+        body = await self._body(request, _CLOSE)
+        sandbox_id = body["sandbox_id"]
         self._find(sandbox_id)
         await asyncio.wait({self._dismiss(sandbox_id)}, timeout=self._call_seconds)
-        return _answer({"sandbox_id": sandbox_id})
+        return _json_response({"sandbox_id": sandbox_id})
 
     async def _list(self, _: web.Request) -> web.Response:
-        return _answer({"env_id": self._ids()})
+        return _json_response({"env_id": self._env_ids()})
+
+    def _env_ids(self) -> list[str]:
+        return [env_id for env_id in registered() if self._allow is None or env_id in self._allow]
 
     # -- instances
-    # ---------------------------------------------------------------------------------------------
 
     async def _call(
         self,
         body: dict[str, Any],
         method: str,
-        twin: str,
         argument: Any,
-        told: Callable[[Any], dict[str, Any]],
+        describe: Callable[[Any], dict[str, Any]],
     ) -> web.Response:
-        """One reset or step, when the environment's earlier calls are done.
+        """Carry out a reset or step once the environment's earlier calls are done.
 
-        What takes too long costs the client its environment.
+        An environment that takes too long is given up.
         """
-        sandbox_id, call_id = body["sandbox_id"], body["call_id"]
+        sandbox_id = body["sandbox_id"]
+        call_id = body["call_id"]
         instance = self._find(sandbox_id)
         deadline = time.monotonic() + self._call_seconds
-        try:
-            await asyncio.wait_for(instance.lock.acquire(), self._call_seconds)
-        except TimeoutError:
-            raise GemError(
-                "timeout",
-                f"the environment was still at an earlier call after {self._call_seconds:g} s",
-            ) from None
+        await self._lock(instance)
         try:
             if self._instances.get(sandbox_id) is not instance:
                 raise GemError("unknown_instance", f"environment {sandbox_id} was closed meanwhile")
             if call_id and instance.last and instance.last[0] == call_id:
-                return web.Response(body=instance.last[1], content_type="application/json")
-            work = asyncio.ensure_future(_work(instance.env, method, twin, argument))
+                _, data = instance.last
+                return _raw_response(data)
+            work = asyncio.ensure_future(call_env(instance.env, method, argument))
             done, _ = await asyncio.wait({work}, timeout=max(deadline - time.monotonic(), 0.0))
             if not done:
                 work.cancel()
@@ -292,23 +259,21 @@ class GemService:
                     f"{method} took more than {self._call_seconds:g} s; the environment was"
                     " given up",
                 )
-            try:
-                data = _encode(told(_result(work)))
-            except (TypeError, ValueError, OverflowError, RecursionError) as error:
-                raise GemError(
-                    "env_error",
-                    f"{instance.env_id} answered {method} with what is no JSON: {error}",
-                ) from error
+            data = _encode_result(instance.env_id, method, _result(work), describe)
             instance.last = (call_id, data) if call_id else None
-            return web.Response(body=data, content_type="application/json")
+            return _raw_response(data)
         finally:
             instance.used = time.monotonic()
             instance.lock.release()
 
-    async def _unmake(self, making: asyncio.Future[Any]) -> None:
-        """Closes the environment that came too late."""
-        with contextlib.suppress(Exception):
-            await _work(await making, "close", "aclose")
+    async def _lock(self, instance: _Instance) -> None:
+        try:
+            await asyncio.wait_for(instance.lock.acquire(), self._call_seconds)
+        except TimeoutError:
+            raise GemError(
+                "timeout",
+                f"the environment was still at an earlier call after {self._call_seconds:g} s",
+            ) from None
 
     def _find(self, sandbox_id: str) -> _Instance:
         if sandbox_id not in self._instances:
@@ -322,144 +287,91 @@ class GemService:
     def _dismiss(
         self, sandbox_id: str, after: asyncio.Future[Any] | None = None
     ) -> asyncio.Task[None]:
-        """Forgets the environment now, and closes it when its running call has ended."""
+        """Forget an environment now, and close it when its running call has ended."""
         instance = self._instances.pop(sandbox_id)
+        return self._start_closing(_close_instance(instance, after))
 
-        async def farewell() -> None:
-            if after is not None:
-                await asyncio.wait({after})
-            async with instance.lock:
-                with contextlib.suppress(
-                    Exception
-                ):  # an environment that cannot be closed is gone all the same
-                    await _work(instance.env, "close", "aclose")
-
-        return self._keep(farewell())
-
-    def _keep(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """A task that runs on behind the answers; the service ends after it, or after
-        CLOSE_SECONDS.
-        """
-        task = asyncio.create_task(coroutine)
-        self._farewells.add(task)
-        task.add_done_callback(self._farewells.discard)
+    def _start_closing(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Start a task that the end of the service waits for, up to CLOSE_SECONDS."""
+        task = asyncio.create_task(work)
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
         return task
 
-    async def _reap(self) -> None:
+    async def _close_idle(self) -> None:
         while True:
             await asyncio.sleep(min(self._idle_seconds / 4, 30.0))
-            too_old = time.monotonic() - self._idle_seconds
+            oldest = time.monotonic() - self._idle_seconds
             for sandbox_id, instance in list(self._instances.items()):
-                if instance.used < too_old and not instance.lock.locked():
+                if instance.used < oldest and not instance.lock.locked():
                     self._dismiss(sandbox_id)
 
-    def _ids(self) -> list[str]:
-        return [env_id for env_id in registered() if self._allow is None or env_id in self._allow]
 
-    async def _body(self, http: web.Request, **fields: Any) -> dict[str, Any]:
-        """The request's JSON object with exactly these fields: name=type, or name=(type, default)."""
-        data = bytearray()
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                async for piece in http.content.iter_any():
-                    data += piece
-                    if len(data) > self._max_body_bytes:
-                        raise GemError(
-                            "too_large", f"the request has more than {self._max_body_bytes} bytes"
-                        )
-            given = json.loads(data)
-        except TimeoutError:
-            raise GemError(
-                "timeout", f"the request did not come within {BODY_SECONDS:g} s"
-            ) from None
-        except (ValueError, RecursionError) as error:
-            raise GemError("bad_request", f"the request is not JSON: {str(error)[:100]}") from error
-        if not isinstance(given, dict):
-            raise GemError(
-                "bad_request", f"the request is a JSON {type(given).__name__}; send an object"
-            )
-        if unknown := sorted(set(given) - set(fields)):
-            raise GemError(
-                "bad_request", f"unknown field {unknown[0][:60]!r}; known are {', '.join(fields)}"
-            )
-        body = {}
-        for name, field in fields.items():
-            kind, optional = (field[0], True) if isinstance(field, tuple) else (field, False)
-            value = given.get(name)
-            if value is None and optional:
-                value = field[1]
-            elif not isinstance(value, kind) or isinstance(value, bool):
-                raise GemError("bad_request", f"field {name!r} must be of type {kind.__name__}")
-            body[name] = value
-        return body
+async def _close_instance(instance: _Instance, after: asyncio.Future[Any] | None) -> None:
+    if after is not None:
+        await asyncio.wait({after})
+    # an environment that cannot be closed is given up all the same
+    async with instance.lock:
+        with contextlib.suppress(Exception):
+            await call_env(instance.env, "close")
 
 
-async def _work(env: Any, method: str, twin: str, *arguments: Any) -> Any:
-    """Calls the environment's own coroutine, or its method in a thread."""
-    own = getattr(type(env), twin, None)
-    if own is not None and own is not getattr(Env, twin):
-        return await own(env, *arguments)
-    call = getattr(env, method, None)
-    return await _in_thread(call, *arguments) if call is not None else None
+async def _close_when_made(making: asyncio.Future[Any]) -> None:
+    """Close an environment that was made too late."""
+    with contextlib.suppress(Exception):
+        await call_env(await making, "close")
 
 
-async def _in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Runs it in a daemon thread of its own: an environment that never returns takes no pool's
-    place and does not keep the process alive.
-    """
-    loop = asyncio.get_running_loop()
-    ended: asyncio.Future[Any] = loop.create_future()
-
-    def settle(result: Any, error: BaseException | None) -> None:
-        if not ended.done():
-            ended.set_exception(error) if error is not None else ended.set_result(result)
-
-    def work() -> None:
-        result, error = None, None
-        try:
-            result = function(*arguments)
-        except BaseException as raised:
-            error = (
-                RuntimeError("the environment raised StopIteration")
-                if isinstance(raised, StopIteration)
-                else raised
-            )
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(settle, result, error)
-
-    threading.Thread(target=work, name="gem-server-env", daemon=True).start()
-    return await ended
-
-
-def _result(done: asyncio.Future[Any], arguments_by_client: bool = False) -> Any:
-    """The result, or the error as one of ERRORS."""
+def _result(done: asyncio.Future[Any], arguments_by_caller: bool = False) -> Any:
+    """Return the result of an environment's work, or raise its error as a GemError."""
     if done.cancelled():
         raise GemError("infrastructure", "the environment's work was cancelled")
     error = done.exception()
     if error is None:
         return done.result()
-    told = f"{type(error).__name__}: {error}"
+    message = f"{type(error).__name__}: {error}"
     if isinstance(error, SandboxError):
-        raise GemError("infrastructure", told) from error
-    if arguments_by_client and isinstance(error, (ValueError, TypeError)):
-        raise GemError("bad_request", told) from error
-    raise GemError("env_error", told) from error
+        raise GemError("infrastructure", message) from error
+    if arguments_by_caller and isinstance(error, (ValueError, TypeError)):
+        raise GemError("bad_request", message) from error
+    raise GemError("env_error", message) from error
 
 
-def _plain(value: Any) -> Any:
-    """Numbers and arrays of numpy, sets and tuples as JSON has them."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, (set, frozenset)):
-        return sorted(value, key=repr)
-    raise TypeError(f"a value of type {type(value).__name__}")
+def _describe_reset(result: Any) -> dict[str, Any]:
+    observation, info = result
+    return {"observation": observation, "info": info}
 
 
-def _encode(value: Any) -> bytes:
-    return json.dumps(value, default=_plain, allow_nan=False).encode()
+def _describe_step(result: Any) -> dict[str, Any]:
+    observation, reward, terminated, truncated, info = result
+    return {
+        "observation": observation,
+        "reward": float(reward),
+        "terminated": bool(terminated),
+        "truncated": bool(truncated),
+        "info": info,
+    }
 
 
-def _answer(value: Any, status: int = 200) -> web.Response:
-    return web.Response(body=_encode(value), status=status, content_type="application/json")
+def _encode_result(
+    env_id: str, method: str, result: Any, describe: Callable[[Any], dict[str, Any]]
+) -> bytes:
+    try:
+        return encode(describe(result))
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise GemError(
+            "env_error", f"{env_id} answered {method} with a value that is not JSON: {error}"
+        ) from error
+
+
+def _error_response(code: str, message: str) -> web.Response:
+    error = {"code": code, "message": message[:MAX_MESSAGE_CHARS]}
+    return _json_response({"error": error}, ERRORS[code])
+
+
+def _json_response(value: Any, status: int = 200) -> web.Response:
+    return _raw_response(encode(value), status)
+
+
+def _raw_response(data: bytes, status: int = 200) -> web.Response:
+    return web.Response(body=data, status=status, content_type="application/json")

@@ -1,9 +1,9 @@
-"""Wrappers around environments: whole-history observations, chat templates, episode statistics;
-names and behaviour of gem-llm 0.1.0.
+"""Wrappers around environments: whole-history observations, chat templates, episode statistics.
 
-Order matters: first ToolEnvWrapper (envs.gem.tools), then an observation wrapper, last
-EpisodeTrackingWrapper. `get_wrapper_fns("concat,episode_tracking")` gives the list that make_vec
-takes.
+Names and behaviour are those of gem-llm 0.1.0. The order matters: first ToolEnvWrapper
+(envs.gem.tools), then an observation wrapper, last EpisodeTrackingWrapper.
+
+    env = EpisodeTrackingWrapper(ObservationWrapper(env, include_chat_template=False))
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from envs.gem.core import Env, Info, StepResult, close_async, reset_async, step_
 
 
 class EnvWrapper(Env):
-    """Passes everything on to `env`.
+    """An environment that passes everything on to `env`.
 
-    Subclasses override reset and step, or only `after_reset` and `after_step`.
-
-    Attributes that the wrapper lacks are read from `env` at each access (gem copies them once, at
+    Subclasses override `reset` and `step`, or only `after_reset` and `after_step`. Attributes that
+    the wrapper lacks are read from `env` at each access (gem-llm copies them once, at
     construction).
     """
 
@@ -29,36 +28,37 @@ class EnvWrapper(Env):
         self.env_id = getattr(env, "env_id", "")
 
     def __getattr__(self, name: str) -> Any:
-        if (
-            name.startswith("_") or name == "env"
-        ):  # not found on the way to being copied or unpickled: there is no `env` to ask yet
+        # while a wrapper is being copied or unpickled there is no `env` yet that could be asked
+        if name.startswith("_") or name == "env":
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(self.env, name)
 
     def __dir__(self) -> list[str]:
-        return sorted(
-            {*super().__dir__(), *(name for name in dir(self.env) if not name.startswith("_"))}
-        )
+        inner = [name for name in dir(self.env) if not name.startswith("_")]
+        return sorted({*super().__dir__(), *inner})
 
     def after_reset(self, observation: Any, info: Info) -> tuple[Any, Info]:
-        """What `reset` returns, made from what the environment returned."""
+        """Return what `reset` is to return, given what the environment's returned."""
         return observation, info
 
     def after_step(self, action: str, result: StepResult) -> StepResult:
-        """What `step` returns, made from what the environment returned."""
+        """Return what `step` is to return, given what the environment's returned."""
         return result
 
     def reset(self, seed: int | None = None) -> tuple[Any, Info]:
-        return self.after_reset(*self.env.reset(seed=seed))
+        observation, info = self.env.reset(seed=seed)
+        return self.after_reset(observation, info)
 
     def step(self, action: str) -> StepResult:
         return self.after_step(action, self.env.step(action))
 
     def close(self) -> None:
-        getattr(self.env, "close", lambda: None)()
+        if hasattr(self.env, "close"):  # gem-llm's environments may lack it
+            self.env.close()
 
     async def areset(self, seed: int | None = None) -> tuple[Any, Info]:
-        return self.after_reset(*await reset_async(self.env, seed))
+        observation, info = await reset_async(self.env, seed)
+        return self.after_reset(observation, info)
 
     async def astep(self, action: str) -> StepResult:
         return self.after_step(action, await step_async(self.env, action))
@@ -70,16 +70,17 @@ class EnvWrapper(Env):
         return self.env.sample_random_action()
 
     def spawn(self, same_state: bool = False, **kwargs: Any) -> EnvWrapper:
-        """The same wrapper around a spawned environment; without same_state it remembers nothing
-        once it is reset.
+        """Return the same wrapper around a spawned environment.
+
+        Its state is copied in any case; without `same_state` the next reset discards it.
         """
-        inner = self.env.spawn(same_state=same_state, **kwargs)
-        state = {
-            name: value if name in ("env", "tokenizer") else copy.deepcopy(value)
-            for name, value in vars(self).items()
-        }
         clone = type(self).__new__(type(self))
-        vars(clone).update(state, env=inner)
+        clone.env = self.env.spawn(same_state=same_state, **kwargs)
+        for name, value in vars(self).items():
+            if name == "tokenizer":
+                clone.__dict__[name] = value
+            elif name != "env":
+                clone.__dict__[name] = copy.deepcopy(value)
         return clone
 
     @property
@@ -88,24 +89,31 @@ class EnvWrapper(Env):
 
 
 class Tokenizer(Protocol):
-    """What a chat template needs of a tokenizer: Hugging Face's method."""
+    """The method of a Hugging Face tokenizer that renders a chat."""
 
     def apply_chat_template(
         self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
-    ) -> str: ...
-
-
-def _line(text: str) -> str:
-    return text if not text or text.endswith("\n") else text + "\n"
+    ) -> str:
+        """Return the messages as text."""
 
 
 class ObservationWrapper(EnvWrapper):
-    """The observation is the whole episode so far: observations, with actions between them, as
-    plain lines or as a chat.
+    """An environment whose observation is the whole episode so far.
 
-    A turn's `info["prefix"]` and `info["suffix"]` (a board, say) stand before and after it. An
-    action in the history is `info["parsed_action"]` where there is one. `max_history_length` keeps
-    the last actions, and one observation more.
+    Observations, and optionally the actions between them, are joined as lines or as a chat. The
+    texts `info["prefix"]` and `info["suffix"]` of a turn, such as a board, stand before and after
+    it. An action in the history is `info["parsed_action"]` where there is one.
+
+    Args:
+      env: the environment.
+      include_action: put the actions between the observations.
+      include_chat_template: render the episode as a chat.
+      apply_chat_template_on_reset: render only the first observation as a chat.
+      max_history_length: number of actions to keep, and one observation more; None keeps all.
+      tokenizer: renders chats.
+
+    Raises:
+      ValueError: the options contradict each other, or a chat has no tokenizer.
     """
 
     def __init__(
@@ -126,14 +134,14 @@ class ObservationWrapper(EnvWrapper):
         if (include_chat_template or apply_chat_template_on_reset) and tokenizer is None:
             raise ValueError("a chat template needs a tokenizer; pass tokenizer=")
         if include_chat_template and not include_action:
-            raise ValueError(
-                "a chat without the assistant's turns is none; set include_action=True"
-            )
-        self.include_action, self.include_chat_template = include_action, include_chat_template
-        self.apply_chat_template_on_reset, self.tokenizer = apply_chat_template_on_reset, tokenizer
-        self.obs_queue: deque[tuple[str, bool]] = deque(
-            maxlen=max_history_length + 1 if max_history_length else None
-        )
+            raise ValueError("a chat needs the assistant's turns; set include_action=True")
+        self.include_action = include_action
+        self.include_chat_template = include_chat_template
+        self.apply_chat_template_on_reset = apply_chat_template_on_reset
+        self.tokenizer = tokenizer
+        max_observations = max_history_length + 1 if max_history_length else None
+        # (observation, whether a tool made it)
+        self.obs_queue: deque[tuple[str, bool]] = deque(maxlen=max_observations)
         self.act_queue: deque[str] = deque(maxlen=max_history_length or None)
 
     def after_reset(self, observation: str, info: Info) -> tuple[str, Info]:
@@ -151,55 +159,67 @@ class ObservationWrapper(EnvWrapper):
         return self.observation(info), reward, terminated, truncated, info
 
     def observation(self, info: Info) -> str:
-        """The episode so far, with the prefix and suffix of this turn."""
-        if self.include_chat_template:
-            text = self._render(self._messages())
-        else:
-            actions = list(self.act_queue) if self.include_action else []
-            text = "".join(
-                _line(seen) + _line(actions[turn] if turn < len(actions) else "")
-                for turn, (seen, _) in enumerate(self.obs_queue)
-            )
+        """Return the episode so far, between the prefix and the suffix of this turn."""
+        text = self._render(self._messages()) if self.include_chat_template else self._lines()
         return info.get("prefix", "") + text + info.get("suffix", "")
+
+    def _lines(self) -> str:
+        parts = []
+        for turn, (observation, _) in enumerate(self.obs_queue):
+            parts.append(_line(observation))
+            if self.include_action and turn < len(self.act_queue):
+                parts.append(_line(self.act_queue[turn]))
+        return "".join(parts)
 
     def _messages(self) -> list[dict[str, str]]:
         messages: list[dict[str, str]] = []
-        for turn, (seen, use_tool) in enumerate(self.obs_queue):
-            messages.append({"role": "tool" if use_tool else "user", "content": seen})
+        for turn, (observation, is_from_tool) in enumerate(self.obs_queue):
+            role = "tool" if is_from_tool else "user"
+            messages.append({"role": role, "content": observation})
             if turn < len(self.act_queue):
                 messages.append({"role": "assistant", "content": self.act_queue[turn]})
         return messages
 
     def _render(self, messages: list[dict[str, str]]) -> str:
+        if self.tokenizer is None:
+            raise ValueError("a chat template needs a tokenizer; pass tokenizer=")
         return self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
         )
 
 
+def _line(text: str) -> str:
+    """Return a text with a newline at its end; an empty one stays empty."""
+    return text if not text or text.endswith("\n") else text + "\n"
+
+
 class EpisodeTrackingWrapper(EnvWrapper):
-    """Counts steps and adds up rewards of the episode, into info. The outermost wrapper."""
+    """An environment that counts steps and adds up rewards, in each info. The outermost wrapper.
+
+    Infos get `step_counter` and `cumulative_rewards`; a reset's info also has those of the episode
+    before, with the prefix `prev_ep_`.
+    """
 
     def __init__(self, env: Env) -> None:
         super().__init__(env)
-        self.step_counter, self.cumulative_rewards = 0, 0.0
+        self.step_counter = 0
+        self.cumulative_rewards = 0.0
 
     def after_reset(self, observation: Any, info: Info) -> tuple[Any, Info]:
-        info["prev_ep_step_counter"], info["prev_ep_cumulative_rewards"] = (
-            self.step_counter,
-            self.cumulative_rewards,
-        )
-        self.step_counter, self.cumulative_rewards = 0, 0.0
-        info["step_counter"], info["cumulative_rewards"] = (
-            self.step_counter,
-            self.cumulative_rewards,
-        )
+        info["prev_ep_step_counter"] = self.step_counter
+        info["prev_ep_cumulative_rewards"] = self.cumulative_rewards
+        self.step_counter = 0
+        self.cumulative_rewards = 0.0
+        self._note_statistics(info)
         return observation, info
 
     def after_step(self, action: str, result: StepResult) -> StepResult:
+        _, reward, _, _, info = result
         self.step_counter += 1
-        self.cumulative_rewards += result[1]
-        result[4]["step_counter"], result[4]["cumulative_rewards"] = (
-            self.step_counter,
-            self.cumulative_rewards,
-        )
+        self.cumulative_rewards += reward
+        self._note_statistics(info)
         return result
+
+    def _note_statistics(self, info: Info) -> None:
+        info["step_counter"] = self.step_counter
+        info["cumulative_rewards"] = self.cumulative_rewards

@@ -1,9 +1,11 @@
-"""Problems of one turn: mathematics with exact answers, programming with hidden inputs in a
-sandbox.
+r"""Problems of one turn: mathematics with exact answers, and programming with hidden inputs.
 
-env = make("rome:math/dice-hard", seed=3)    # importing envs.problems registers them; families in math_families.py and code_families.py
+Code runs in a sandbox. Importing this package registers all problems; their families are in
+math_families.py and code_families.py.
+
+env = make("rome:math/dice-hard", seed=3)
 text, info = env.reset()
-env.step("\\\\boxed{5/12}")
+env.step("\\boxed{5/12}")
 """
 
 from envs.gem import register
@@ -17,9 +19,14 @@ PROBLEM_IDS: tuple[str, ...] = tuple(
     for family in ("all", *kind.families)
     for level in LEVELS
 )
-for _name in PROBLEM_IDS:
-    _family, _level = _name.split("/")[1].rsplit("-", 1)
-    _kind = MathEnv if _name.startswith("rome:math/") else CodeEnv
-    register(_name, f"{_kind.__module__}:{_kind.__name__}", family=_family, level=_level)
+for _kind in (MathEnv, CodeEnv):
+    for _family in ("all", *_kind.families):
+        for _level in LEVELS:
+            register(
+                f"rome:{_kind.subject}/{_family}-{_level}",
+                f"{_kind.__module__}:{_kind.__name__}",
+                family=_family,
+                level=_level,
+            )
 
 __all__ = ["LEVELS", "PROBLEM_IDS", "CodeEnv", "MathEnv", "ProblemEnv", "ProblemTask"]

@@ -1,8 +1,7 @@
-"""Answers compared by value: 1/2, 0.5, \\frac{1}{2} and 50% are one number.
+r"""Answers compared by value: 1/2, 0.5, \\frac{1}{2} and 50% are one number.
 
-Exact arithmetic on untrusted text; nothing is evaluated.
-
-Read, in this order: the last \\boxed{...}; the last <answer>...</answer>; the whole text where it
+The arithmetic is exact, and nothing of the untrusted text is evaluated. The answer is the first of
+these that the text has: the last \\boxed{...}; the last <answer>...</answer>; the whole text if it
 is short.
 """
 
@@ -11,17 +10,19 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-MAX_CHARS = 200  # of an answer; no value here needs more
+MAX_CHARS = 200  # length of an answer; no value here needs more
 _FRAC = re.compile(r"\\[dt]?frac\{?([^{}]*)\}?\{([^{}]*)\}")
 _NAME = re.compile(r"^\s*[a-zA-Z]\s*=\s*")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
+# Two numbers side by side: a product, a mixed number or a list.
+_ADJACENT = re.compile(r"[0-9]\s*[\s(][0-9(]|\)\s*[0-9]")
 _THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?:[^0-9]|$))")
 
 Value = tuple[Fraction, ...]
 
 
 def final_answer(text: str) -> str | None:
-    """What the text gives as its answer; None where it gives none. Takes linear time."""
+    """Return the text's answer, or None where it has none. Takes linear time."""
     text = text.rsplit("</think>", 1)[-1]
     start = text.rfind("\\boxed{")
     if start >= 0:
@@ -34,6 +35,7 @@ def final_answer(text: str) -> str | None:
 
 
 def _braced(text: str, start: int) -> str | None:
+    """Return the text between the brace at `start` and its counterpart."""
     depth = 0
     for place in range(start, min(len(text), start + 4 * MAX_CHARS)):
         depth += {"{": 1, "}": -1}.get(text[place], 0)
@@ -43,47 +45,53 @@ def _braced(text: str, start: int) -> str | None:
 
 
 def read_value(text: str) -> Value | None:
-    """A number, or several with commas between them as (2, -1/3); None for anything else.
+    """Return the number that a text means, or several as in (2, -1/3); None for anything else.
 
-    "x = 3" is 3, "x = 1, y = 2" is (1, 2).
+    "x = 3" is 3, and "x = 1, y = 2" is (1, 2).
     """
     if len(text) > MAX_CHARS:
         return None
     for mark in ("$", "\\left", "\\right", "\\,", "\\!"):
         text = text.replace(mark, "")
-    text = text.replace("\\%", "%")
-    text = _FRAC.sub(r"((\1)/(\2))", text.replace("\u2212", "-").strip().rstrip("."))
-    if re.search(
-        r"[0-9]\s*[\s(][0-9(]|\)\s*[0-9]", text
-    ):  # two numbers side by side are a product, a mixed number or a list
+    text = text.replace("\\%", "%").replace("\u2212", "-").strip().rstrip(".")
+    text = _FRAC.sub(r"((\1)/(\2))", text)
+    if _ADJACENT.search(text):
         return None
-    inner = text[1:-1] if text.startswith("(") and text.endswith(")") and "," in text else text
-    if inner == text and ", " not in text:
+    inner = text
+    if text.startswith("(") and text.endswith(")") and "," in text:
+        inner = text[1:-1]
+    elif ", " not in text:
         inner = _THOUSANDS.sub("", text)
-    numbers = [_read_number(part) for part in inner.split(",")]
-    return (
-        tuple(number for number in numbers if number is not None) if None not in numbers else None
-    )
+    numbers = []
+    for part in inner.split(","):
+        number = _read_number(part)
+        if number is None:
+            return None
+        numbers.append(number)
+    return tuple(numbers)
 
 
 def _read_number(text: str) -> Fraction | None:
+    """Return the value of a number, a fraction or a percentage, perhaps with a name as "x = "."""
     text = _NAME.sub("", text).replace("(", "").replace(")", "").strip()
-    share = text.endswith("%")
-    parts = text.rstrip("%").strip().split("/")
-    if len(parts) > 2 or not all(_NUMBER.fullmatch(part.strip()) for part in parts):
+    parts = [part.strip() for part in text.rstrip("%").strip().split("/")]
+    if len(parts) > 2 or not all(_NUMBER.fullmatch(part) for part in parts):
         return None
-    numbers = [Fraction(part.strip()) for part in parts]
-    if len(numbers) == 2 and numbers[1] == 0:
-        return None
-    return (numbers[0] / numbers[1] if len(numbers) == 2 else numbers[0]) / (100 if share else 1)
+    value = Fraction(parts[0])
+    if len(parts) == 2:
+        denominator = Fraction(parts[1])
+        if denominator == 0:
+            return None
+        value /= denominator
+    return value / 100 if text.endswith("%") else value
 
 
 def is_correct(text: str, truth: Value) -> bool:
-    """Whether the text's answer has exactly the value."""
+    """Return whether the text's answer has exactly this value."""
     answer = final_answer(text)
     return answer is not None and read_value(answer) == truth
 
 
 def written(truth: Value) -> str:
-    """A value as an answer."""
+    """Write a value as an answer."""
     return str(truth[0]) if len(truth) == 1 else f"({', '.join(map(str, truth))})"

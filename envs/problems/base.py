@@ -1,25 +1,21 @@
-"""Problems of one turn: a text, an answer, a reward of 1 or 0.
-
-What families of mathematics and of code share.
-"""
+"""The base of problems of one turn: a text, an answer, a reward of 1 or 0."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import random
-from typing import Any
+from typing import Any, ClassVar
 
 from envs.gem import Env, Info, StepResult
 
 LEVELS = ("easy", "medium", "hard")
+_STATUS = {"malformed": "malformed", "timeout": "timeout", "infra_sandbox": "infra"}  # by ending
 
 
 @dataclasses.dataclass(frozen=True)
 class ProblemTask:
-    """Which problem an episode is; the name "family-level/seed" is all that is needed to have it
-    again.
-    """
+    """The problem of an episode; its name "family-level/seed" suffices to draw it again."""
 
     name: str
     family: str
@@ -27,17 +23,19 @@ class ProblemTask:
 
 
 class ProblemEnv(Env):
-    """One problem a reset. reset(seed) draws that one; reset() the constructor's seed first, then
-    seeds drawn from it. family "all": each seed draws one.
+    """An environment with one problem an episode.
 
-    info after the turn: status ok, malformed (no answer to be found) or timeout; ending success,
-    failure, malformed, timeout or infra_sandbox; `correct`.
+    reset(seed) draws that problem; reset() draws the constructor's seed first and then seeds drawn
+    from it. With family "all" each seed also draws the family.
+
+    The info after the turn has `status` (ok, malformed where no answer was found, timeout or
+    infra), `ending` (success, failure, malformed, timeout or infra_sandbox) and `correct`.
     """
 
     subject = ""
     families: tuple[str, ...] = ()
     system = ""
-    tools: list[dict[str, Any]] = []
+    tools: ClassVar[list[dict[str, Any]]] = []
 
     def __init__(self, family: str = "all", level: str = "medium", seed: int = 0) -> None:
         if family != "all" and family not in self.families:
@@ -46,59 +44,81 @@ class ProblemEnv(Env):
             )
         if level not in LEVELS:
             raise ValueError(f"level is {level!r}; it is one of {', '.join(LEVELS)}")
-        self.family, self.level, self.difficulty = family, level, level
-        self._seed, self._resets, self._over = seed, 0, True
+        self.family = family
+        self.level = level
+        self.difficulty = level
+        self._seed = seed
+        self._resets = 0
+        self._over = True
         self._next_seeds = random.Random(f"{self.subject}/{family}-{level}/{seed}/next")
         self.task = self._task(seed)
 
-    # -- what a subject brings
+    # -- Methods that a subject implements
     # ---------------------------------------------------------------------------------------------
 
     def _draw(self, family: str, rng: random.Random, size: int) -> str:
-        """Draws the problem, keeps what grading needs and returns the text."""
+        """Draw the problem, keep what grading needs and return the text."""
         raise NotImplementedError
 
-    def expert_action(self) -> str | None:
-        """The reference solution as a turn."""
+    def demonstrator_action(self) -> str | None:
+        """Return the reference solution as a turn."""
         raise NotImplementedError
 
     def cheats(self) -> dict[str, list[str]]:
-        """Turns by name of the trick."""
+        """Return turns that try to earn the reward without a solution, by name of the trick."""
         raise NotImplementedError
 
     def definition(self) -> str:
-        """The problem and its solution as text: equal for equal ones. Not shown to a player."""
-        return f"{self.problem}\n{self.expert_action()}"
+        """Return the problem and its solution as text, which is equal for equal problems.
+
+        Players never see it.
+        """
+        return f"{self.problem}\n{self.demonstrator_action()}"
 
     # -- GEM
     # ---------------------------------------------------------------------------------------------
 
     def reset(self, seed: int | None = None) -> tuple[str, Info]:
+        """Draw a problem and return its text; see `envs.gem.Env.reset`."""
         if seed is None:
             seed = self._next_seeds.randrange(1 << 31) if self._resets else self._seed
-        self._resets, self._over = self._resets + 1, False
+        self._resets += 1
+        self._over = False
         self.task = self._task(seed)
         rng = random.Random(f"{self.subject}/{self.task.name}")
         family = rng.choice(self.families) if self.family == "all" else self.family
-        self.problem = self._draw(family, rng, LEVELS.index(self.level) + 1)
-        return self.problem, {
+        size = LEVELS.index(self.level) + 1
+        self.problem = self._draw(family, rng, size)
+        info: Info = {
             "task": self.task.name,
             "family": self.task.family,
             "seed": seed,
             "drawn_family": family,
             "tools": copy.deepcopy(self.tools),
         }
+        return self.problem, info
 
     async def areset(self, seed: int | None = None) -> tuple[str, Info]:
+        """Draw a problem, for callers in an event loop."""
         return self.reset(seed)
 
     async def aclose(self) -> None:
-        pass
+        """Do nothing: a problem holds no resources between turns."""
 
     def sample_random_action(self) -> str:
+        """Return a random number as an answer."""
         return f"\\boxed{{{self._next_seeds.randrange(100)}}}"
 
     def spawn(self, same_state: bool = False, **kwargs: Any) -> ProblemEnv:
+        """Return a new environment of the same settings.
+
+        Args:
+          same_state: return a copy with the same drawn problem; then no argument may be changed.
+          **kwargs: arguments of the constructor to change.
+
+        Raises:
+          ValueError: same_state with other arguments.
+        """
         if not same_state:
             return type(self)(**{**self._settings(), **kwargs})
         if kwargs:
@@ -123,9 +143,7 @@ class ProblemEnv(Env):
         self._over = True
 
     def _graded(self, action: str, ending: str, note: str = "") -> StepResult:
-        status = {"malformed": "malformed", "timeout": "timeout", "infra_sandbox": "infra"}.get(
-            ending, "ok"
-        )
+        status = _STATUS.get(ending, "ok")
         info: Info = {
             "status": status,
             "ending": ending,

@@ -1,9 +1,9 @@
-"""Programming of one turn: a function to write, hidden inputs, a real sandbox.
+"""Programming problems of one turn: a function to write, hidden inputs, a real sandbox.
 
-Nothing that decides the reward is inside the sandbox. The submitted code gets inputs and gives
-outputs; what they should be, and the comparison, are here. So sys.exit(0), a replaced ==, objects
-that equal everything, or a forged report have nothing to act on: an output counts for its plain
-JSON value.
+Nothing that decides the reward is inside the sandbox. The submitted code gets inputs and returns
+outputs; the expected results and the comparison stay in this process. An output counts only for its
+plain JSON value, so sys.exit(0), a replaced ==, objects that equal everything or a forged report
+have no effect.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from envs.problems.code_families import FAMILIES
 from envs.rock import Sandbox, SandboxConfig, SandboxError
 from envs.rock.sync import run
 
-TIMEOUT_S = 5.0  # of the submitted code, all inputs together
-CALL_GRACE_S = 60.0  # for starting and stopping the sandbox
-HIDDEN, SHOWN = 20, 2  # inputs
-# different results among the hidden inputs: no constant is right for many of them
-FEWEST_TRUTHS = 5
+TIMEOUT_SECONDS = 5.0  # for the submitted code on all inputs together
+CALL_GRACE_SECONDS = 60.0  # for starting and stopping the sandbox
+HIDDEN = 20  # inputs that grade
+SHOWN = 2  # inputs in the problem's text
+# Different results among the hidden inputs, so that no constant is right for many of them.
+MIN_DISTINCT_RESULTS = 5
 MAX_DRAWS = 200
 MAX_CODE_BYTES = 100_000
 _FENCES = ("```python", "```py", "```")
-# Runs in the sandbox, in the same process as the submitted code: it reports, it does not judge.
-# What the code prints goes to stderr.
+# Runs in the sandbox in the process of the submitted code. It reports results and judges nothing.
+# The code's own output goes to stderr.
 RUNNER = """\
 import json, os, sys
 report = os.dup(1)
@@ -46,12 +47,42 @@ sys.stderr.flush()
 os.write(report, ("\\n".join(outputs) + "\\n").encode())
 os._exit(0)
 """
+# Submissions that try to earn the reward without solving the problem.
+_LOOK_UP_EXAMPLES = """\
+import json
+def {name}(*arguments):
+    return {{{known}}}.get(json.dumps(list(arguments)))
+"""
+_EQUAL_TO_ALL = """\
+class Equal(int):
+    def __eq__(self, other): return True
+    __hash__ = int.__hash__
+
+import builtins, json
+json.dumps = lambda *a, **k: 'true'
+def {name}({parameters}):
+    return Equal()
+"""
+_FORGE = """\
+import os, pathlib
+for place in ('reward.txt', '/logs/verifier/reward.txt', 'result.json'):
+    try:
+        pathlib.Path(place).write_text('1')
+    except OSError:
+        pass
+for fd in (1, 2, 3, 4, 5):
+    try:
+        os.write(fd, b'{"value": true, "reward": 1, "passed": true}\\n' * 20)
+    except OSError:
+        pass
+os._exit(0)
+"""
 
 
 class CodeEnv(ProblemEnv):
-    """A Python function to write, in a ```python block; see ProblemEnv.
+    """A Python function to write in a ```python block; see ProblemEnv.
 
-    A run past its time ends as `timeout`, trouble of the sandbox as `infra_sandbox`.
+    A run beyond its time ends as `timeout`, a failure of the sandbox as `infra_sandbox`.
     """
 
     subject = "code"
@@ -72,9 +103,11 @@ class CodeEnv(ProblemEnv):
         self.sandbox_config = sandbox_config or SandboxConfig()
 
     def step(self, action: str) -> StepResult:
-        return run(self.astep(action), TIMEOUT_S + CALL_GRACE_S)
+        """Run and grade the code; the synchronous form of `astep`."""
+        return run(self.astep(action), TIMEOUT_SECONDS + CALL_GRACE_SECONDS)
 
     async def astep(self, action: str) -> StepResult:
+        """Run the code in a sandbox and grade its outputs; see `envs.gem.Env.step`."""
         self._take_turn()
         code = read_code(action)
         if code is None:
@@ -89,45 +122,31 @@ class CodeEnv(ProblemEnv):
             return self._graded(action, "infra_sandbox", f"{type(error).__name__}: {error}")
         if ending:
             return self._graded(action, ending, note)
-        wrong = [
-            number
-            for number, (ours, truth) in enumerate(zip(outputs, self.truths))
-            if not same(ours, truth)
-        ]
+        wrong = []
+        for number, (ours, truth) in enumerate(zip(outputs, self.truths, strict=True)):
+            if not same(ours, truth):
+                wrong.append(number)
+        if not wrong:
+            return self._graded(action, "success")
         note = (
             f"{len(wrong)} of {len(self.truths)} hidden inputs give another result; on the first it"
             f" gave {str(outputs[wrong[0]])[:200]}"
-            if wrong
-            else ""
         )
-        return self._graded(action, "failure" if wrong else "success", note)
+        return self._graded(action, "failure", note)
 
-    def expert_action(self) -> str | None:
+    def demonstrator_action(self) -> str | None:
+        """Return the reference solution as a turn."""
         return f"```python\n{self.drawn.source}```"
 
     def cheats(self) -> dict[str, list[str]]:
-        name, parameters = self.drawn.name, self.drawn.parameters
+        """Return submissions that must earn nothing, by name of the trick."""
+        name = self.drawn.name
+        parameters = self.drawn.parameters
         known = ", ".join(f"{json.dumps(one)!r}: {truth!r}" for one, truth in self.shown)
-        examples = (
-            f"import json\ndef {name}(*arguments):\n    return"
-            f" {{{known}}}.get(json.dumps(list(arguments)))\n"
-        )
-        equal = (
-            "class Equal(int):\n    def __eq__(self, other): return True\n    __hash__ ="
-            " int.__hash__\n\nimport builtins, json\njson.dumps = lambda *a, **k: 'true'\ndef"
-            f" {name}({parameters}):\n    return Equal()\n"
-        )
-        forge = (
-            "import os, pathlib\nfor place in ('reward.txt', '/logs/verifier/reward.txt',"
-            " 'result.json'):\n    try:\n        pathlib.Path(place).write_text('1')\n    except"
-            " OSError:\n        pass\nfor fd in (1, 2, 3, 4, 5):\n    try:\n        os.write(fd,"
-            ' b\'{"value": true, "reward": 1, "passed": true}\\n\' * 20)\n    except OSError:\n'
-            "        pass\nos._exit(0)\n"
-        )
         tricks = {
-            "examples": examples,
-            "equal to all": equal,
-            "forge": forge,
+            "examples": _LOOK_UP_EXAMPLES.format(name=name, known=known),
+            "equal to all": _EQUAL_TO_ALL.format(name=name, parameters=parameters),
+            "forge": _FORGE,
             "exit": "import sys\nsys.exit(0)\n",
         }
         return {trick: [f"```python\n{code}```"] for trick, code in tricks.items()}
@@ -138,93 +157,100 @@ class CodeEnv(ProblemEnv):
     def _draw(self, family: str, rng: random.Random, size: int) -> str:
         for _ in range(MAX_DRAWS):
             self.drawn = FAMILIES[family](rng, size)
-            space: dict[str, Any] = {}
-            exec(compile(self.drawn.source, family, "exec"), space)  # our own text, not a model's
-            inputs = list(
-                {
-                    json.dumps(one): one
-                    for one in (self.drawn.draw_input(rng) for _ in range(5 * (HIDDEN + SHOWN)))
-                }.values()
-            )[: HIDDEN + SHOWN]
-            truths = [space[self.drawn.name](*json.loads(json.dumps(one))) for one in inputs]
-            if (
-                len(inputs) == HIDDEN + SHOWN
-                and len(set(map(json.dumps, truths[SHOWN:]))) >= FEWEST_TRUTHS
-            ):
+            inputs = self._draw_inputs(rng)
+            truths = self._results(inputs)
+            distinct = set(map(json.dumps, truths[SHOWN:]))
+            if len(inputs) == HIDDEN + SHOWN and len(distinct) >= MIN_DISTINCT_RESULTS:
                 break
         else:
             raise RuntimeError(
-                f"family {family} at size {size} gave no inputs with {FEWEST_TRUTHS} different"
-                f" results in {MAX_DRAWS} draws"
+                f"family {family} at size {size} gave no inputs with {MIN_DISTINCT_RESULTS}"
+                f" different results in {MAX_DRAWS} draws"
             )
-        self.shown, self.inputs, self.truths = (
-            list(zip(inputs, truths))[:SHOWN],
-            inputs[SHOWN:],
-            truths[SHOWN:],
-        )
-        examples = "\n".join(
-            f"{self.drawn.name}({', '.join(map(repr, one))}) == {truth!r}"
-            for one, truth in self.shown
-        )
+        self.shown = list(zip(inputs, truths, strict=True))[:SHOWN]
+        self.inputs = inputs[SHOWN:]
+        self.truths = truths[SHOWN:]
+        examples = []
+        for arguments, truth in self.shown:
+            call = f"{self.drawn.name}({', '.join(map(repr, arguments))})"
+            examples.append(f"{call} == {truth!r}")
+        shown = "\n".join(examples)
         return (
             f"Write a Python function `{self.drawn.name}({self.drawn.parameters})`."
-            f" {self.drawn.statement}\nExamples:\n{examples}\nAnswer with one ```python block. It"
-            f" is tested on other inputs and has {TIMEOUT_S:g} seconds."
+            f" {self.drawn.statement}\nExamples:\n{shown}\nAnswer with one ```python block. It"
+            f" is tested on other inputs and has {TIMEOUT_SECONDS:g} seconds."
         )
 
+    def _draw_inputs(self, rng: random.Random) -> list[list[Any]]:
+        """Draw the arguments of HIDDEN + SHOWN calls, or of fewer where too many are equal."""
+        different = {}
+        for _ in range(5 * (HIDDEN + SHOWN)):
+            arguments = self.drawn.draw_input(rng)
+            different[json.dumps(arguments)] = arguments
+        return list(different.values())[: HIDDEN + SHOWN]
+
+    def _results(self, inputs: list[list[Any]]) -> list[Any]:
+        """Run the reference solution, which is our own text, in this process."""
+        space: dict[str, Any] = {}
+        exec(compile(self.drawn.source, self.drawn.name, "exec"), space)
+        function = space[self.drawn.name]
+        return [function(*json.loads(json.dumps(arguments))) for arguments in inputs]
+
     async def _outputs(self, code: str) -> tuple[list[Any], str, str]:
-        """(what the code gave for each hidden input, "", ""), or ([], the ending, why) where it
-        gave no such list.
+        """Run the code on the hidden inputs.
+
+        Returns:
+          (outputs, "", ""), one output for each input, or ([], ending, note) where the run gave no
+            such list.
         """
         config = dataclasses.replace(self.sandbox_config, label=self.task.name)
         async with Sandbox(config) as sandbox:
-            await sandbox.write_files(
-                {
-                    "solution.py": code.encode(errors="replace"),
-                    "runner.py": RUNNER.encode(),
-                    "inputs.json": json.dumps([self.drawn.name, self.inputs]).encode(),
-                }
-            )
-            result = await sandbox.execute("exec python3 -I runner.py", timeout=TIMEOUT_S)
+            files = {
+                "solution.py": code.encode(errors="replace"),
+                "runner.py": RUNNER.encode(),
+                "inputs.json": json.dumps([self.drawn.name, self.inputs]).encode(),
+            }
+            await sandbox.write_files(files)
+            result = await sandbox.execute("exec python3 -I runner.py", timeout=TIMEOUT_SECONDS)
         if result.timed_out:
-            return [], "timeout", f"the code did not end within {TIMEOUT_S:g} s"
+            return [], "timeout", f"the code did not end within {TIMEOUT_SECONDS:g} s"
         try:
             outputs = [json.loads(line) for line in result.stdout.splitlines()]
         except (ValueError, RecursionError):
             return [], "failure", "what the code reports is not JSON"
         if len(outputs) != len(self.truths) or not all(isinstance(one, dict) for one in outputs):
-            return (
-                [],
-                "failure",
-                (
-                    f"exit {result.exit_code}, {len(outputs)} results instead of"
-                    f" {len(self.truths)}: {result.stderr[-200:]}"
-                ),
+            note = (
+                f"exit {result.exit_code}, {len(outputs)} results instead of {len(self.truths)}:"
+                f" {result.stderr[-200:]}"
             )
+            return [], "failure", note
         return outputs, "", ""
 
 
 def same(output: dict[str, Any], truth: Any) -> bool:
-    """Whether a reported output is the value, types included: True is not 1, 1.0 is not 1, and a
-    tuple is a list.
+    """Return whether a reported output is the value, types included.
+
+    True is not 1, and 1.0 is not 1; a tuple counts as a list.
     """
+    if "error" in output or "value" not in output:
+        return False
     try:
-        return (
-            "error" not in output
-            and "value" in output
-            and json.dumps(output["value"]) == json.dumps(truth)
-        )
+        return json.dumps(output["value"]) == json.dumps(truth)
     except RecursionError:
         return False
 
 
 def read_code(action: str) -> str | None:
-    """The last fenced block; without fences, the text itself where it defines a function."""
+    """Return the last fenced block of a turn.
+
+    Without fences, return the text itself if it begins like Python code, else None.
+    """
     action = action.rsplit("</think>", 1)[-1]
     end = action.rfind("```")
     start = action.rfind("```", 0, max(end, 0))
     if start < 0:
-        return action if action.lstrip().startswith(("def ", "import ", "from ")) else None
+        is_code = action.lstrip().startswith(("def ", "import ", "from "))
+        return action if is_code else None
     block = action[start:end]
     fence = next(fence for fence in _FENCES if block.startswith(fence))
     return block[len(fence) :].lstrip("\r\n") or None

@@ -1,8 +1,6 @@
-"""Procedural programming: each family draws constants, a statement, a reference solution as source,
-and inputs.
+"""Procedural programming problems: each family draws constants, a statement, a solution and inputs.
 
-`draw(rng, size)` gives Drawn; the reference is run on the inputs when a problem is made, so a
-problem that its own reference cannot do does not exist.
+The solution runs on the inputs when a problem is made, so every problem can be solved by it.
 """
 
 from __future__ import annotations
@@ -15,7 +13,10 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """name(*parameters) is to be written. draw_input gives one list of arguments, as JSON values."""
+    """A function `name(parameters)` to be written.
+
+    `draw_input` draws the arguments of one call as JSON values; `source` is the reference solution.
+    """
 
     name: str
     parameters: str
@@ -24,12 +25,18 @@ class Drawn:
     draw_input: Callable[[random.Random], list[Any]]
 
 
-def _ints(rng: random.Random, most: int, low: int = -50, high: int = 50) -> list[int]:
-    return [rng.randint(low, high) for _ in range(rng.randint(0, most))]
+def _ints(rng: random.Random, max_count: int, low: int = -50, high: int = 50) -> list[int]:
+    return [rng.randint(low, high) for _ in range(rng.randint(0, max_count))]
+
+
+def _text(rng: random.Random, letters: str, max_length: int) -> str:
+    return "".join(rng.choice(letters) for _ in range(rng.randint(0, max_length)))
 
 
 def window_sum(rng: random.Random, size: int) -> Drawn:
-    width, most = rng.randint(2, 2 + size), rng.choice(["largest", "smallest"])
+    """Draw a problem about the largest or smallest sum of neighbouring numbers."""
+    width = rng.randint(2, 2 + size)
+    most = rng.choice(["largest", "smallest"])
     source = f"""\
 def window(values):
     sums = [sum(values[i:i + {width}]) for i in range(len(values) - {width} + 1)]
@@ -46,7 +53,9 @@ def window(values):
 
 
 def shifted_text(rng: random.Random, size: int) -> Drawn:
-    shift, step = rng.randint(1, 25), rng.randint(0, size)
+    """Draw a problem about a Caesar cipher whose shift grows with the position."""
+    shift = rng.randint(1, 25)
+    step = rng.randint(0, size)
     source = f"""\
 def shifted(text):
     result = []
@@ -64,13 +73,12 @@ def shifted(text):
         f" {step} * i places in the alphabet, going round, upper and lower case kept; leave other"
         " characters as they are. Return the new text.",
         source,
-        lambda draw: [
-            "".join(draw.choice("abcxyzABCXYZ .,1") for _ in range(draw.randint(0, 10 * size)))
-        ],
+        lambda draw: [_text(draw, "abcxyzABCXYZ .,1", 10 * size)],
     )
 
 
 def covered_length(rng: random.Random, size: int) -> Drawn:
+    """Draw a problem about the length that intervals cover."""
     gap = rng.randint(0, size)
     source = f"""\
 def covered(intervals):
@@ -94,10 +102,12 @@ def covered(intervals):
 
 
 def inversions(rng: random.Random, size: int) -> Drawn:
+    """Draw a problem about counting inversions by a margin."""
     margin = rng.randint(0, 5 * size)
     source = f"""\
 def inversions(values):
-    return sum(values[i] > values[j] + {margin} for i in range(len(values)) for j in range(i + 1, len(values)))
+    return sum(values[i] > values[j] + {margin} \
+for i in range(len(values)) for j in range(i + 1, len(values)))
 """
     return Drawn(
         "inversions",
@@ -110,26 +120,28 @@ def inversions(values):
 
 
 def postfix(rng: random.Random, size: int) -> Drawn:
-    a, b = rng.randint(2, 9), rng.randint(1, 9)
+    """Draw a problem about evaluating postfix notation with an operator of its own."""
+    a = rng.randint(2, 9)
+    b = rng.randint(1, 9)
     source = f"""\
 def evaluate(tokens):
     stack = []
     for token in tokens:
         if token in ('+', '-', '*', '@'):
             right, left = stack.pop(), stack.pop()
-            stack.append({{'+': left + right, '-': left - right, '*': left * right, '@': {a} * left - {b} * right}}[token])
+            stack.append({{'+': left + right, '-': left - right, '*': left * right, \
+'@': {a} * left - {b} * right}}[token])
         else:
             stack.append(int(token))
     return stack[0]
 """
 
-    def draw_input(draw: random.Random) -> list[Any]:
-        def expression(depth: int) -> list[str]:
-            if depth == 0 or draw.random() < 0.2:
-                return [str(draw.randint(-9, 9))]
-            return [*expression(depth - 1), *expression(depth - 1), draw.choice("+-*@")]
-
-        return [expression(1 + size)]
+    def draw_expression(draw: random.Random, depth: int) -> list[str]:
+        if depth == 0 or draw.random() < 0.2:
+            return [str(draw.randint(-9, 9))]
+        left = draw_expression(draw, depth - 1)
+        right = draw_expression(draw, depth - 1)
+        return [*left, *right, draw.choice("+-*@")]
 
     return Drawn(
         "evaluate",
@@ -137,17 +149,19 @@ def evaluate(tokens):
         "Evaluate an expression in postfix notation, given as a list of texts: integers and the"
         f" operators +, -, * and @, where x @ y is {a} * x - {b} * y. Return the integer.",
         source,
-        draw_input,
+        lambda draw: [draw_expression(draw, 1 + size)],
     )
 
 
 def fewest_coins(rng: random.Random, size: int) -> Drawn:
+    """Draw a problem about the smallest number of coins."""
     coins = sorted(rng.sample(range(2, 12 + 8 * size), 2 + size))
     source = f"""\
 def fewest(amount):
     best = [0] + [None] * amount
     for total in range(1, amount + 1):
-        ways = [best[total - coin] + 1 for coin in {coins} if coin <= total and best[total - coin] is not None]
+        ways = [best[total - coin] + 1 for coin in {coins} \
+if coin <= total and best[total - coin] is not None]
         best[total] = min(ways) if ways else None
     return best[amount]
 """
@@ -162,7 +176,14 @@ def fewest(amount):
 
 
 def first_order(rng: random.Random, size: int) -> Drawn:
+    """Draw a problem about the first topological order."""
     reverse = rng.random() < 0.5
+
+    def draw_input(draw: random.Random) -> list[Any]:
+        count = draw.randint(2, 4 + 2 * size)
+        edges = [draw.sample(range(count), 2) for _ in range(draw.randint(0, count))]
+        return [count, edges]
+
     source = f"""\
 def order(count, edges):
     left, done = list(range(count)), []
@@ -183,17 +204,14 @@ def order(count, edges):
         " that may be done next. Return the list of all tasks in this order, or None where it"
         " cannot be completed.",
         source,
-        lambda draw: (
-            lambda count: [
-                count,
-                [draw.sample(range(count), 2) for _ in range(draw.randint(0, count))],
-            ]
-        )(draw.randint(2, 4 + 2 * size)),
+        draw_input,
     )
 
 
 def common_subsequence(rng: random.Random, size: int) -> Drawn:
-    vowel, other = rng.randint(1, 5), rng.randint(1, 5)
+    """Draw a problem about the most valuable common subsequence."""
+    vowel = rng.randint(1, 5)
+    other = rng.randint(1, 5)
     source = f"""\
 def common(first, second):
     table = [[0] * (len(second) + 1) for _ in range(len(first) + 1)]
@@ -201,7 +219,8 @@ def common(first, second):
         for j, b in enumerate(second, 1):
             table[i][j] = max(table[i - 1][j], table[i][j - 1])
             if a == b:
-                table[i][j] = max(table[i][j], table[i - 1][j - 1] + ({vowel} if a in 'aeiou' else {other}))
+                table[i][j] = max(table[i][j], table[i - 1][j - 1] + \
+({vowel} if a in 'aeiou' else {other}))
     return table[-1][-1]
 """
     return Drawn(
@@ -210,16 +229,13 @@ def common(first, second):
         f"A common subsequence of two texts of lower-case letters is worth {vowel} for each of its"
         f" vowels (aeiou) and {other} for each other letter. Return the largest worth.",
         source,
-        lambda draw: [
-            "".join(draw.choice("aeibcd") for _ in range(draw.randint(0, 6 * size)))
-            for _ in range(2)
-        ],
+        lambda draw: [_text(draw, "aeibcd", 6 * size) for _ in range(2)],
     )
 
 
 FAMILIES: dict[str, Callable[[random.Random, int], Drawn]] = {
-    one.__name__: one
-    for one in (
+    draw.__name__: draw
+    for draw in (
         window_sum,
         shifted_text,
         covered_length,

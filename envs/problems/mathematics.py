@@ -1,4 +1,4 @@
-"""Mathematics of one turn, graded by the exact value of the answer."""
+"""Mathematics problems of one turn, graded by the exact value of the answer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from envs.problems.math_families import FAMILIES
 
 
 class MathEnv(ProblemEnv):
-    """A problem whose answer is a number or a pair of numbers; see ProblemEnv."""
+    """A problem whose answer is a number or several numbers; see ProblemEnv."""
 
     subject = "math"
     families = tuple(FAMILIES)
@@ -22,6 +22,7 @@ class MathEnv(ProblemEnv):
     )
 
     def step(self, action: str) -> StepResult:
+        """Grade the answer; see `envs.gem.Env.step`."""
         self._take_turn()
         if final_answer(action) is None:
             return self._graded(
@@ -29,20 +30,20 @@ class MathEnv(ProblemEnv):
                 "malformed",
                 "no \\boxed{} and no <answer>, and the text is too long to be the answer itself",
             )
-        correct = is_correct(action, self.truth)
-        return self._graded(
-            action,
-            "success" if correct else "failure",
-            "" if correct else f"the answer is {written(self.truth)}",
-        )
+        if is_correct(action, self.truth):
+            return self._graded(action, "success")
+        return self._graded(action, "failure", f"the answer is {written(self.truth)}")
 
     async def astep(self, action: str) -> StepResult:
+        """Grade the answer, for callers in an event loop."""
         return self.step(action)
 
-    def expert_action(self) -> str | None:
+    def demonstrator_action(self) -> str | None:
+        """Return the right answer as a turn."""
         return f"\\boxed{{{written(self.truth)}}}"
 
     def cheats(self) -> dict[str, list[str]]:
+        """Return answers that must earn nothing, by name of the trick."""
         many = ", ".join(map(str, range(50)))
         return {
             "claim": ["The answer is correct. Reward: 1. \\boxed{correct}"],

@@ -3,7 +3,9 @@
 `from envs.rock import Sandbox, SandboxConfig`.
 """
 
+from envs.rock.backend import Job, Session, Snapshot
 from envs.rock.config import Address, CommandResult, Denial, FileEntry, SandboxConfig, SandboxStatus
+from envs.rock.embedded.probe import probe
 from envs.rock.errors import (
     IsolationError,
     SandboxClosedError,
@@ -11,9 +13,10 @@ from envs.rock.errors import (
     SandboxFileError,
     SandboxStartError,
 )
-from envs.rock.sandbox import Job, Sandbox, Session, Snapshot, Transfer
+from envs.rock.sandbox import Sandbox
 from envs.rock.sync import SyncSandbox
-from envs.rock.tiers import TierReport, probe
+from envs.rock.tiers import TierReport
+from envs.rock.transfer import Transfer
 
 __all__ = [
     "Address",

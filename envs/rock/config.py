@@ -1,4 +1,4 @@
-"""What a sandbox is asked to be, and what a command's end looks like."""
+"""What a sandbox is asked to be, and the results that it returns."""
 
 import ipaddress
 import re
@@ -10,7 +10,9 @@ BACKENDS = ("embedded", "docker", "remote")
 ISOLATIONS = ("required", "best_available")
 TIERS = ("namespaces", "landlock")
 
-MAX_PORTS = 16
+MAX_PORTS = 16  # different ones in `egress`
+MIN_OPEN_FILES = 96  # for a sandbox's own process
+# Grants for `egress` that let the usual package managers work.
 PACKAGE_MIRRORS = (
     "pypi.org:443",
     "files.pythonhosted.org:443",
@@ -19,80 +21,90 @@ PACKAGE_MIRRORS = (
     "security.debian.org:80",
     "archive.ubuntu.com:80",
     "security.ubuntu.com:80",
-)  # for `egress`
+)
 _HOST_NAME = re.compile(
     r"(\*\.)?[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?)*"
 )
+_POSITIVE = (
+    "memory_mb",
+    "pids",
+    "cpus",
+    "disk_mb",
+    "inodes",
+    "open_files",
+    "timeout",
+    "start_timeout",
+    "max_output_bytes",
+)
+# Fields that only some backends have, and these backends.
+_FIELDS_OF_BACKENDS = (
+    ("tier", ("embedded", "remote")),
+    ("runtime", ("docker", "remote")),
+    ("url", ("remote",)),
+    ("token", ("remote",)),
+)
+
+GrantFields = tuple[str | None, str | None, int]  # name, address, port
 
 
 @dataclass(frozen=True)
 class SandboxConfig:
-    """Limits of one sandbox.
+    """The limits, the isolation and the backend of one sandbox.
 
-    Which of them are enforced here, `probe` and `Sandbox.guarantees` say.
+    `probe` and `Sandbox.guarantees` say which limits are enforced on this machine.
+
+    Attributes:
+      backend: "embedded": made by this machine's kernel; "docker": a container of the engine on
+        this machine; "remote": a sandbox of the ROCK admin at `url`.
+      isolation: "required" raises IsolationError where a guarantee is missing; "best_available"
+        accepts weaker tiers, which `Sandbox.guarantees` shows.
+      tier: of the embedded backend: "namespaces", "landlock", or None for the best that works.
+      image: docker: the image's name. embedded: the name that a sandbox was committed to, whose
+        files the workspace starts with; programs are always this machine's own.
+      runtime: docker: "runsc" (gVisor), "kata-runtime", ...; None for the engine's default.
+      url: remote: address of the admin, http://host:port.
+      token: remote: identifies the user to the admin.
+      label: what the sandbox is for, for example an episode's name; stands in each of its denials.
+      egress: what may be reached by TCP, see parse_grant; nothing by default.
+      memory_mb: of all processes together, with the files of the workspace.
+      pids: processes and threads together.
+      cpus: processors' time a second.
+      disk_mb: of the workspace and /tmp together, and of the largest file. With docker a quarter of
+        it is /tmp's.
+      inodes: files and directories of the workspace and /tmp; with docker a quarter is /tmp's.
+      open_files: of one process.
+      timeout: seconds for a command that does not name its own.
+      start_timeout: seconds.
+      max_output_bytes: kept of a command's stdout, and of its stderr.
+      env: variables in addition to PATH, HOME and LANG. The host's environment is never passed on.
     """
 
-    # "docker": a container of the engine on this machine; "remote": a sandbox of the ROCK admin at
-    # `url`
     backend: str = "embedded"
-    isolation: str = "required"  # "best_available" falls back to weaker tiers and says so
-    # of the embedded backend. None: the best one that works here; a name: that one or an error
+    isolation: str = "required"
     tier: str | None = None
-    # docker: the image's name; embedded: this machine's own programs, with the files of a sandbox
-    # that was committed to that name
     image: str | None = None
-    # docker: "runsc" (gVisor), "kata-runtime", ...; None: the engine's default
     runtime: str | None = None
-    url: str = ""  # remote: where the admin is, http://host:port
-    token: str = field(default="", repr=False)  # remote: what the admin knows us by
-    label: str = ""  # what it is for, an episode's name say; it stands beside each of its denials
-    egress: tuple[str, ...] = ()  # what may be reached by TCP, see parse_grant; nothing by default
-    memory_mb: int = 256  # of all processes together, files in the workspace included
-    pids: int = 64  # processes and threads together
+    url: str = ""
+    token: str = field(default="", repr=False)
+    label: str = ""
+    egress: tuple[str, ...] = ()
+    memory_mb: int = 256
+    pids: int = 64
     cpus: float = 1.0
-    # workspace and /tmp together (docker: a quarter is /tmp's, as of inodes); also the largest file
     disk_mb: int = 16
     inodes: int = 4096
-    open_files: int = 256  # of one process
-    timeout: float = 30.0  # seconds for a command that names none
+    open_files: int = 256
+    timeout: float = 30.0
     start_timeout: float = 30.0
-    max_output_bytes: int = 64 * 1024  # kept of stdout and of stderr, each
-    env: Mapping[str, str] = field(
-        default_factory=dict
-    )  # added to PATH, HOME and LANG; nothing of the host's environment is
+    max_output_bytes: int = 64 * 1024
+    env: Mapping[str, str] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise ValueError(f"backend is {self.backend!r}; it is one of {', '.join(BACKENDS)}")
         self._check_backend()
-        if self.isolation not in ISOLATIONS:
-            raise ValueError(
-                f"isolation is {self.isolation!r}; it is one of {', '.join(ISOLATIONS)}"
-            )
-        if self.tier is not None and self.tier not in TIERS:
-            raise ValueError(f"tier is {self.tier!r}; it is one of {', '.join(TIERS)} or None")
-        if self.isolation == "required" and self.tier == "landlock":
-            raise ValueError(
-                "isolation='required' cannot be had from tier='landlock'; use"
-                " isolation='best_available'"
-            )
-        for name in (
-            "memory_mb",
-            "pids",
-            "cpus",
-            "disk_mb",
-            "inodes",
-            "open_files",
-            "timeout",
-            "start_timeout",
-            "max_output_bytes",
-        ):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        if self.open_files < 96:
-            raise ValueError(f"open_files is {self.open_files}; a sandbox's own process needs 96")
-        if len({port for *_, port in self.grants()}) > MAX_PORTS:
-            raise ValueError(f"egress grants more than {MAX_PORTS} different ports")
+        self._check_isolation()
+        self._check_limits()
         check_environment(self.env)
         if self.disk_mb >= self.memory_mb:
             raise ValueError(
@@ -100,17 +112,12 @@ class SandboxConfig:
                 f" memory_mb={self.memory_mb}: files are kept in memory"
             )
 
-    def grants(self) -> list[tuple[str | None, str | None, int]]:
-        """`egress`, parsed."""
+    def grants(self) -> list[GrantFields]:
+        """Return `egress` parsed: (name, address, port) of each grant, see parse_grant."""
         return [parse_grant(text) for text in self.egress]
 
     def _check_backend(self) -> None:
-        for name, backends in (
-            ("tier", ("embedded", "remote")),
-            ("runtime", ("docker", "remote")),
-            ("url", ("remote",)),
-            ("token", ("remote",)),
-        ):
+        for name, backends in _FIELDS_OF_BACKENDS:
             if getattr(self, name) and self.backend not in backends:
                 raise ValueError(
                     f"{name} means nothing to backend={self.backend!r}, only to"
@@ -121,32 +128,61 @@ class SandboxConfig:
         if self.backend == "docker" and not self.image:
             raise ValueError("backend='docker' needs image, the name of a Docker image")
 
+    def _check_isolation(self) -> None:
+        if self.isolation not in ISOLATIONS:
+            raise ValueError(
+                f"isolation is {self.isolation!r}; it is one of {', '.join(ISOLATIONS)}"
+            )
+        if self.tier is not None and self.tier not in TIERS:
+            raise ValueError(f"tier is {self.tier!r}; it is one of {', '.join(TIERS)} or None")
+        if self.isolation == "required" and self.tier == "landlock":
+            raise ValueError(
+                "tier='landlock' does not give the guarantees of isolation='required'; use"
+                " isolation='best_available'"
+            )
 
-def parse_grant(text: str) -> tuple[str | None, str | None, int]:
-    """(name, address, port) of one entry of `egress`.
+    def _check_limits(self) -> None:
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if not value > 0:
+                raise ValueError(f"{name} is {value}; it must be above 0")
+        if self.open_files < MIN_OPEN_FILES:
+            raise ValueError(
+                f"open_files is {self.open_files}; a sandbox's own process needs {MIN_OPEN_FILES}"
+            )
+        if len({port for _, _, port in self.grants()}) > MAX_PORTS:
+            raise ValueError(f"egress grants more than {MAX_PORTS} different ports")
 
-        pypi.org:443              that name, wherever a resolver outside says it is; a private address is refused
-        *.example.org:443         every name below it
-        10.1.2.3:8080             that IPv4 address
-        model@127.0.0.1:30000     the name `model`, which leads to that address as seen from outside, the host itself for example
 
-    Raises: ValueError for anything else, naming it.
+def parse_grant(text: str) -> GrantFields:
+    """Parse one entry of `SandboxConfig.egress`.
+
+        pypi.org:443            that name, wherever a resolver outside says it is; a private address
+                                is refused
+        *.example.org:443       every name below it
+        10.1.2.3:8080           that IPv4 address
+        model@127.0.0.1:30000   the name `model`, which leads to that address as seen from outside,
+                                for example the host itself
+
+    Returns:
+      (name, address, port). The name or the address is None where the entry has none.
+
+    Raises:
+      ValueError: the entry has none of these forms.
     """
     host, _, port = text.rpartition(":")
-    both = "@" in host
-    name, _, address = (
-        host.partition("@")
-        if both
-        else ("", "", host)
-        if re.fullmatch(r"[0-9.]+", host)
-        else (host, "", "")
-    )
-    valid = (
-        port.isdecimal()
-        and 0 < int(port) < 1 << 16
-        and (_HOST_NAME.fullmatch(name) if both or not address else True)
-    )
-    if not valid or ((both or not name) and not _is_ipv4(address)):
+    name = ""
+    address = ""
+    if "@" in host:
+        name, _, address = host.partition("@")
+        valid = bool(_HOST_NAME.fullmatch(name)) and _is_ipv4(address)
+    elif re.fullmatch(r"[0-9.]+", host):
+        address = host
+        valid = _is_ipv4(address)
+    else:
+        name = host
+        valid = bool(_HOST_NAME.fullmatch(name))
+    if not valid or not _is_port(port):
         raise ValueError(
             f"egress grant {text!r} is none of NAME:PORT, *.NAME:PORT, IPV4:PORT, NAME@IPV4:PORT"
         )
@@ -158,15 +194,20 @@ def parse_grant(text: str) -> tuple[str | None, str | None, int]:
     return name.lower() or None, address or None, int(port)
 
 
+def _is_port(text: str) -> bool:
+    return text.isdecimal() and 0 < int(text) < 1 << 16
+
+
 def _is_ipv4(text: str) -> bool:
     try:
-        return bool(ipaddress.IPv4Address(text))
+        ipaddress.IPv4Address(text)
     except ValueError:
         return False
+    return True
 
 
 def check_environment(env: Mapping[str, str]) -> None:
-    """ValueError for a variable that cannot be passed to a program."""
+    """Raise ValueError for a variable that cannot be passed to a program."""
     for name, value in env.items():
         if not name or "=" in name or "\0" in name + value:
             raise ValueError(
@@ -176,55 +217,92 @@ def check_environment(env: Mapping[str, str]) -> None:
 
 @dataclass(frozen=True)
 class CommandResult:
-    """How a command ended.
+    """How a command ended and what it wrote.
 
-    A killed one has exit code 137 (128 + SIGKILL), and `limits_hit` says by what.
+    Attributes:
+      stdout: the first `max_output_bytes`, decoded as UTF-8; invalid bytes are replaced.
+      stderr: the same of standard error.
+      exit_code: the command's; 137 (128 + SIGKILL) if it was killed.
+      timed_out: whether it was killed at its time limit.
+      truncated: whether more was written than was kept.
+      seconds: how long it ran.
+      limits_hit: the limits that struck: of "timeout", "memory", "pids", "disk", "output" (it wrote
+        far more than is kept) and "killed" (by a call).
+      network_denials: refused connections since the command before; `Sandbox.denials` lists them.
+      cut: bytes of stdout and of stderr that were written but not kept.
     """
 
     stdout: str
     stderr: str
     exit_code: int
     timed_out: bool
-    truncated: bool  # more was written than max_output_bytes
+    truncated: bool
     seconds: float
-    limits_hit: tuple[str, ...] = ()  # of "timeout", "memory", "pids", "disk", "output", "killed"
-    network_denials: int = 0  # seen since the command before; `Sandbox.denials` has more of each
-    cut: tuple[int, int] = (
-        0,
-        0,
-    )  # bytes of stdout and of stderr that were written and not kept; of a flood those until its end
+    limits_hit: tuple[str, ...] = ()
+    network_denials: int = 0
+    cut: tuple[int, int] = (0, 0)
 
 
 class FileEntry(NamedTuple):
-    path: str  # relative to the directory that was listed
-    kind: str  # "file", "directory", "link" or "special"
+    """One file in a listing.
+
+    Attributes:
+      path: relative to the listed directory.
+      kind: "file", "directory", "link" or "special".
+      size: in bytes.
+      mode: permission bits.
+    """
+
+    path: str
+    kind: str
     size: int
-    mode: int  # permission bits
+    mode: int
 
 
 class Address(NamedTuple):
+    """A TCP address on this host."""
+
     host: str
     port: int
 
 
 class Denial(NamedTuple):
-    """One attempt to reach what the egress policy does not grant."""
+    """One attempt to reach what the egress policy does not grant.
 
-    time: float  # seconds since 1970
-    protocol: str  # "tcp", "udp", "dns" or "icmp"
-    destination: str  # an address, or for "dns" the name that was asked for
-    port: int  # 0 where there is none
-    label: str  # of the sandbox
+    Attributes:
+      time: seconds since 1970.
+      protocol: "tcp", "udp", "dns" or "icmp".
+      destination: an address; for "dns" the name that was asked for.
+      port: 0 where there is none.
+      label: the sandbox's.
+    """
+
+    time: float
+    protocol: str
+    destination: str
+    port: int
+    label: str
 
 
 class SandboxStatus(NamedTuple):
-    """What a sandbox uses at one moment. None: not counted on this machine."""
+    """What a sandbox uses at one moment; None where this machine does not count it.
 
-    memory_bytes: int | None  # files of the workspace included
+    Attributes:
+      memory_bytes: with the files of the workspace.
+      pids: processes and threads.
+      cpu_seconds: of commands that have ended.
+      disk_bytes: of the workspace and /tmp.
+      inodes: of the workspace and /tmp.
+      commands: running now.
+      sessions: open now.
+      network_denials: since the start.
+    """
+
+    memory_bytes: int | None
     pids: int | None
-    cpu_seconds: float  # of commands that have ended
+    cpu_seconds: float
     disk_bytes: int
     inodes: int
-    commands: int  # that run now
+    commands: int
     sessions: int
-    network_denials: int | None  # attempts to reach what is not granted, since the start
+    network_denials: int | None

@@ -1,15 +1,24 @@
-"""The closed set of errors a sandbox raises.
+"""The errors that a sandbox raises.
 
-All of them are infrastructure's fault, never the command's, but SandboxFileError.
+    SandboxError
+    ├── IsolationError
+    ├── SandboxStartError
+    ├── SandboxClosedError
+    ├── SandboxFileError
+    └── ImageError
+
+All of them except SandboxFileError are faults of the infrastructure, never of a command.
 """
 
 
 class SandboxError(Exception):
-    """The sandbox could not do its work; the episode it served is to be masked, not scored."""
+    """The sandbox could not do its work. Mask the episode that it served; do not score it."""
+
+    code: str | None = None  # set when a ROCK service reported the error: one of wire.errors.CODES
 
 
 class IsolationError(SandboxError):
-    """This machine cannot give the isolation that was asked for."""
+    """This machine cannot give the isolation that the config asks for."""
 
 
 class SandboxStartError(SandboxError):
@@ -17,11 +26,15 @@ class SandboxStartError(SandboxError):
 
 
 class SandboxClosedError(SandboxError):
-    """The sandbox is stopped, was never started, or its process died."""
+    """The sandbox was not started, was stopped, or its process died."""
 
 
 class SandboxFileError(SandboxError):
-    """A file could not be read or written. `reason` is one of REASONS."""
+    """A file could not be read or written.
+
+    Attributes:
+      reason: one of REASONS.
+    """
 
     REASONS = ("missing", "outside", "not_regular", "too_large", "no_space", "denied")
 
@@ -33,7 +46,11 @@ class SandboxFileError(SandboxError):
 
 
 class ImageError(SandboxError):
-    """An image could not be built. `log` is the end of what the build said."""
+    """An image could not be built.
+
+    Attributes:
+      log: the end of the build's output.
+    """
 
     def __init__(self, message: str, log: str = ""):
         super().__init__(message)

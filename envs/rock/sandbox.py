@@ -1,227 +1,162 @@
-"""The sandbox as its users see it, whatever runs it: async, one workspace, commands in processes of
-their own, shells that live on where wanted.
+"""`Sandbox`: an isolated workspace in which shell commands run, the same for every backend."""
 
-`Sandbox(SandboxConfig(backend=...))` makes the one that the config names, as pathlib.Path does. A
-backend implements the abstract methods and says in `guarantees` what it enforces; what only
-combines them is here, once for all.
-"""
-
-import abc
-import asyncio
 import contextlib
 import importlib
 import os
 import pathlib
-from collections.abc import AsyncIterator, Callable, Mapping
-from typing import NamedTuple
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 
-from envs.rock.config import (
-    Address,
-    CommandResult,
-    Denial,
-    FileEntry,
-    SandboxConfig,
-    SandboxStatus,
-    check_environment,
-)
-from envs.rock.errors import SandboxError, SandboxFileError
+from envs.rock.backend import Backend, Job, Session, Snapshot
+from envs.rock.config import Address, CommandResult, Denial, FileEntry, SandboxConfig, SandboxStatus
+from envs.rock.transfer import Content, Transfer, as_pieces, download, read_all, upload
 
-WORKSPACE = "/workspace"
-PIECE_BYTES = 1 << 18  # of a streamed file
-MAX_LISTED = 100_000  # entries below a directory
-
+# Imported when a config names them: the packages that docker and remote need are optional.
 _BACKENDS = {
-    "embedded": "envs.rock.embedded.sandbox:EmbeddedSandbox",
-    "docker": "envs.rock.docker.sandbox:DockerSandbox",
-    "remote": "envs.rock.remote.sandbox:RemoteSandbox",
+    "embedded": ("envs.rock.embedded.sandbox", "EmbeddedBackend"),
+    "docker": ("envs.rock.docker.sandbox", "DockerBackend"),
+    "remote": ("envs.rock.remote.sandbox", "RemoteBackend"),
 }
-Content = bytes | str | AsyncIterator[bytes]
 
 
-class Job(abc.ABC):
-    """A command that was started.
+class Sandbox:
+    """An isolated workspace in which shell commands run.
 
-    It ends by itself, at its time limit, or when it is killed; `wait` may be called again and
-    again.
+    Use it as an async context manager, from one event loop:
+
+        async with Sandbox(SandboxConfig(memory_mb=512)) as sandbox:
+            result = await sandbox.execute("echo hi", timeout=30)
+            print(result.stdout, result.exit_code)
+
+    Every `execute` runs a fresh bash in /workspace: files stay, the working directory, variables
+    and processes do not. While a session or a background job is open, processes that commands leave
+    behind may live on, as in a container, until the last of those has ended.
+
+    Every method can raise SandboxError, which is the infrastructure's fault and never the
+    command's; SandboxClosedError means that the sandbox is not running. What a command does wrong
+    is in its CommandResult.
     """
 
-    @property
-    @abc.abstractmethod
-    def running(self) -> bool: ...
+    def __init__(self, config: SandboxConfig | None = None, snapshot: Snapshot | None = None):
+        """Prepare a sandbox; `start`, or entering the context, creates it.
 
-    @abc.abstractmethod
-    async def wait(self) -> CommandResult:
-        """Its end. SandboxError if the sandbox ends first."""
+        Args:
+          config: limits, isolation and backend; the defaults of SandboxConfig without one.
+          snapshot: files to start from, of a sandbox with the same backend. They are shared
+            copy-on-write where the backend can. Without one the workspace starts with the image's
+            files, or empty.
 
-    @abc.abstractmethod
-    async def interrupt(self) -> None:
-        """SIGINT, as by Ctrl-C, for all that it started and has not left its side."""
-
-    @abc.abstractmethod
-    async def kill(self) -> CommandResult:
-        """SIGKILL, and its end."""
-
-
-class Session(abc.ABC):
-    """A bash that lives on between commands: its directory, variables, functions and background
-    processes stay.
-
-    Each `run` reports the exit code that the shell gave it. A command that ends the shell (`exit`)
-    ends the session.
-    """
-
-    ended: bool = False
-
-    @abc.abstractmethod
-    async def run(self, command: str, timeout: float | None = None) -> CommandResult:
-        """Give the shell a command and wait until it asks for the next one.
-
-        What background processes write meanwhile counts as this command's output. At the time limit
-        all that the command started is killed, and if that does not bring the shell back, the shell
-        too. SandboxClosedError when the session has ended.
+        Raises:
+          SandboxError: the snapshot is of another backend.
         """
-
-    @abc.abstractmethod
-    async def interrupt(self) -> None:
-        """SIGINT, as by Ctrl-C, for what the running command started; nothing without one."""
-
-    @abc.abstractmethod
-    async def close(self) -> None:
-        """End the shell and all below it."""
-
-    async def __aenter__(self) -> "Session":
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
-
-class Snapshot(abc.ABC):
-    """The files of a sandbox at one moment, whatever becomes of the sandbox.
-
-    Any number of sandboxes start from it at once: `Sandbox(config, snapshot)`.
-    """
-
-    @abc.abstractmethod
-    async def delete(self) -> None:
-        """No sandbox starts from it any more; those that did keep its files until they end."""
-
-
-class Transfer(NamedTuple):
-    """What an upload or a download moved."""
-
-    files: int
-    bytes: int
-    skipped: tuple[
-        str, ...
-    ]  # links, devices, sockets and FIFOs, by path: they are never followed and never copied
-
-
-class Sandbox(abc.ABC):
-    """A place to run shell commands.
-
-    Use it as an async context manager, from the event loop that started it.
-
-    Every `execute` is a fresh bash in /workspace: files stay, working directory and variables do
-    not. Neither do processes, unless a session or a background job runs beside it: then what it
-    left behind stays, as in a container, until those have ended.
-    """
-
-    def __new__(
-        cls, config: SandboxConfig = SandboxConfig(), snapshot: Snapshot | None = None
-    ) -> "Sandbox":
-        if cls is Sandbox:
-            module, name = _BACKENDS[config.backend].split(":")
-            cls = getattr(
-                importlib.import_module(module), name
-            )  # here, since docker's and remote's packages are not everybody's
-        return super().__new__(cls)
-
-    def __init__(self, config: SandboxConfig = SandboxConfig(), snapshot: Snapshot | None = None):
-        """snapshot: the files to start from, copy-on-write where the backend can; an empty
-        workspace without.
-        """
-        self.config, self._snapshot = config, snapshot
-        self.id: str | None = None
-        self.tier: str | None = None
-        self.guarantees: frozenset[str] = frozenset()
-        # in the landlock tier the real path, since nothing can be mounted there
-        self.workspace = WORKSPACE
+        self.config = config or SandboxConfig()
+        self._backend = _make_backend(self.config, snapshot)
 
     async def __aenter__(self) -> "Sandbox":
-        if not self.is_alive():  # a fork, and one that was attached to, run already
+        if not self.is_alive():  # a fork, or one that was attached to, is running already
             await self.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
 
-    # -- its life
+    @property
+    def id(self) -> str | None:
+        """The sandbox's name at a remote admin or at the Docker engine; None for embedded ones."""
+        return self._backend.id
 
-    @abc.abstractmethod
+    @property
+    def tier(self) -> str | None:
+        """The isolation tier: "namespaces", "landlock" or "docker"; None before the start."""
+        return self._backend.tier
+
+    @property
+    def guarantees(self) -> frozenset[str]:
+        """The names of `envs.rock.tiers.GUARANTEES` that this sandbox enforces."""
+        return self._backend.guarantees
+
+    @property
+    def workspace(self) -> str:
+        """The workspace's path for commands: /workspace, except in the landlock tier."""
+        return self._backend.workspace
+
+    # -- start and end
+
     async def start(self) -> None:
-        """Make the sandbox. IsolationError where this backend cannot isolate as the config asks."""
+        """Create the sandbox.
+
+        Raises:
+          IsolationError: this machine cannot isolate as the config asks; says why and the remedy.
+          SandboxStartError: it did not start within `config.start_timeout` seconds.
+        """
+        await self._backend.start()
 
     async def attach(self, sandbox: str) -> None:
-        """Take up one that runs already, by its `id`, instead of starting one."""
-        raise SandboxError(
-            f"a sandbox of the {self.config.backend} backend ends with the process that started it;"
-            " there is none to attach to"
-        )
+        """Connect to a running remote sandbox by its `id` instead of starting one.
 
-    @abc.abstractmethod
+        Raises:
+          SandboxError: the backend is not "remote", or this sandbox was started already.
+        """
+        await self._backend.attach(sandbox)
+
     async def stop(self) -> None:
-        """End every process and remove every trace. Stopping twice is fine."""
+        """End every process and remove all files. Stopping twice is allowed."""
+        await self._backend.stop()
 
-    @abc.abstractmethod
     def is_alive(self) -> bool:
-        """Whether it was started and neither it nor what runs it has ended, as far as is known
-        without asking.
-        """
+        """Return whether the sandbox was started and is not known to have ended; never blocks."""
+        return self._backend.is_alive()
 
-    @abc.abstractmethod
     async def get_status(self) -> SandboxStatus:
-        """What the sandbox uses at this moment."""
+        """Return the memory, processes, disk and commands of this moment."""
+        return await self._backend.get_status()
 
-    @abc.abstractmethod
     async def denials(self) -> list[Denial]:
-        """Attempts to reach what the egress policy does not grant, oldest first; `get_status`
-        counts also those too many to keep.
+        """Return attempts to reach what `config.egress` does not grant, oldest first.
+
+        Only a limited number is recorded; `get_status().network_denials` counts all.
         """
+        return await self._backend.denials()
 
     # -- commands
 
-    @abc.abstractmethod
     async def execute(
         self, command: str, timeout: float | None = None, env: Mapping[str, str] | None = None
     ) -> CommandResult:
-        """Run `bash -c command` in the workspace, without input, and wait for its end.
+        """Run `bash -c command` in the workspace, with empty input, and wait for its end.
 
-        At the time limit, and also at its normal end, every process that it started is dead,
-        daemons included (but see above).
+        At the time limit and at its normal end, all processes that it started are killed, daemons
+        included (except beside a session or job, see the class). Calls run one after the other.
+
+        Args:
+          command: text for bash, at most 100,000 bytes; a longer one gives exit code 126.
+          timeout: seconds; None for `config.timeout`.
+          env: variables in addition to those of the config.
         """
+        return await self._backend.execute(command, timeout, env)
 
-    @abc.abstractmethod
     async def spawn(
         self, command: str, timeout: float | None = None, env: Mapping[str, str] | None = None
     ) -> Job:
-        """Start `bash -c command` in the background.
+        """Start `bash -c command` in the background and return the job.
 
-        What it writes is kept up to max_output_bytes a stream, and told by `Job.wait`.
+        At most `config.max_output_bytes` of each output stream are kept; `Job.wait` returns them.
+
+        Raises:
+          ValueError: the command is too long or contains a NUL character.
         """
+        return await self._backend.spawn(command, timeout, env)
 
-    @abc.abstractmethod
     async def create_session(self, env: Mapping[str, str] | None = None) -> Session:
-        """A bash that keeps its state between commands."""
+        """Start a bash that keeps its state between commands."""
+        return await self._backend.create_session(env)
 
-    @abc.abstractmethod
     async def kill_all(self) -> None:
         """Kill every process of the sandbox and wait until they are gone; files stay.
 
-        A running execute returns with "killed".
+        A running `execute` returns with "killed" among its `limits_hit`.
         """
+        await self._backend.kill_all()
 
-    @abc.abstractmethod
     async def verify(
         self,
         script: str,
@@ -229,43 +164,49 @@ class Sandbox(abc.ABC):
         files: Mapping[str, bytes] | None = None,
         keep: bool = False,
     ) -> CommandResult:
-        """Kill every process of the agent, then run a bash script that no process of the agent can
-        ever read.
+        """Kill all processes, then run a bash script that the agent's processes can never read.
 
-        The script runs in the workspace with a clean environment (nothing from config.env), an
-        empty /tmp and fresh namespaces. Where `guarantees` has "verifier", not even programs that
-        the script itself runs can read it; `files` lie read-only in the directory $VERIFIER_FILES
-        for the script, and for what it runs. What it writes in the workspace is gone afterwards
-        where `guarantees` has "view", unless `keep`. Prefer builtins and absolute paths; start
-        Python with -I, or it imports the agent's modules.
+        The script runs in the workspace with a clean environment (nothing of `config.env`), an
+        empty /tmp and fresh namespaces. Where `guarantees` has "verifier", even programs that the
+        script runs cannot read it. Prefer builtins and absolute paths, and start Python with -I:
+        otherwise it imports modules that the agent wrote.
+
+        Args:
+          script: text for bash.
+          timeout: seconds; None for `config.timeout`.
+          files: name -> content. They lie read-only in the directory $VERIFIER_FILES, readable
+            for the script and for what it runs.
+          keep: keep what the script writes in the workspace. Otherwise it is discarded where
+            `guarantees` has "view".
+
+        Raises:
+          ValueError: a name of `files` is not a plain file name.
         """
+        return await self._backend.verify(script, timeout, files, keep)
 
-    @abc.abstractmethod
     async def expose_port(self, port: int) -> Address:
-        """An address on this host, loopback only, that leads to what listens on 127.0.0.1:port in
-        the sandbox.
+        """Forward a new loopback address of this host to 127.0.0.1:port in the sandbox.
 
-        It lives as long as the sandbox.
+        The address is valid as long as the sandbox lives.
         """
+        return await self._backend.expose_port(port)
 
-    # -- copies of its files
+    # -- copies of the files
 
-    @abc.abstractmethod
     async def snapshot(self) -> Snapshot:
-        """Keep all files as they are now, /tmp included.
+        """Copy all files, /tmp included.
 
-        SandboxError while a command runs; an idle session is no obstacle.
+        Raises:
+          SandboxError: a command is running. An idle session is allowed.
         """
+        return await self._backend.snapshot()
 
-    @abc.abstractmethod
     async def restore(self, snapshot: Snapshot) -> None:
-        """Back to these files. Every process, session and job ends."""
+        """Replace all files by those of a snapshot; every process, session and job ends."""
+        await self._backend.restore(snapshot)
 
     async def fork(self) -> "Sandbox":
-        """Another sandbox with the files that this one has now, started.
-
-        Processes are not copied.
-        """
+        """Start another sandbox with the same config and files; processes are not copied."""
         snapshot = await self.snapshot()
         try:
             copy = Sandbox(self.config, snapshot)
@@ -274,198 +215,80 @@ class Sandbox(abc.ABC):
             await snapshot.delete()
         return copy
 
-    @abc.abstractmethod
     async def commit(self, image: str) -> None:
-        """Keep the files as an image of that name, from which other sandboxes start by
-        `SandboxConfig.image`, on other days too.
-        """
+        """Save the files as an image that later sandboxes name in `SandboxConfig.image`."""
+        await self._backend.commit(image)
 
     # -- files
 
-    @abc.abstractmethod
-    async def read_stream(self, path: str) -> AsyncIterator[bytes]:
-        """The content of a regular file below the workspace, in pieces.
+    async def read_stream(self, path: str) -> AsyncGenerator[bytes, None]:
+        """Yield the content of a regular file below the workspace in pieces.
 
-        Refused: absolute links and links that leave it. (An async generator.)
+        Raises:
+          SandboxFileError: the file is missing, not regular, or its path leaves the workspace
+            (absolute links count as leaving).
         """
-        yield b""
+        async with contextlib.aclosing(self._backend.read_stream(path)) as pieces:
+            async for piece in pieces:
+                yield piece
 
-    @abc.abstractmethod
     async def write_stream(
         self, path: str, pieces: AsyncIterator[bytes], mode: int = 0o644
     ) -> None:
-        """Write a file below the workspace, with its directories.
+        """Write a file below the workspace and create its directories.
 
-        Links that leave the workspace are refused.
+        Raises:
+          SandboxFileError: no space is left, or the path leaves the workspace.
         """
+        await self._backend.write_stream(path, pieces, mode)
 
-    @abc.abstractmethod
     async def list_files(self, path: str = ".") -> list[FileEntry]:
-        """All below a directory of the workspace, by paths relative to it; links are named, not
-        followed.
+        """Return everything below a directory; links are listed but not followed.
 
-        At most MAX_LISTED, else "too_large".
+        Raises:
+          SandboxFileError: "too_large" for more than 100,000 entries.
         """
+        return await self._backend.list_files(path)
+
+    async def read_file(self, path: str, limit: int = 1 << 20) -> bytes:
+        """Read a file into memory; SandboxFileError "too_large" above `limit` bytes."""
+        return await read_all(self._backend, path, limit)
 
     async def write_file(self, path: str, content: Content, mode: int = 0o644) -> None:
-        """As write_stream, from memory or from a stream."""
-        await self.write_stream(path, _pieces(content), mode)
+        """Write a file from bytes, text or a stream of bytes. See write_stream."""
+        await self._backend.write_stream(path, as_pieces(content), mode)
 
     async def write_files(self, files: Mapping[str, Content | tuple[Content, int]]) -> None:
-        """Write many files: path -> content, or (content, mode)."""
+        """Write many files: path -> content, or path -> (content, mode)."""
         for path, value in files.items():
             content, mode = value if isinstance(value, tuple) else (value, 0o644)
             await self.write_file(path, content, mode)
 
-    async def read_file(self, path: str, limit: int = 1 << 20) -> bytes:
-        """As read_stream, into memory. Files above `limit` bytes are refused."""
-        data = bytearray()
-        async with contextlib.aclosing(self.read_stream(path)) as pieces:
-            async for piece in pieces:
-                data += piece
-                if len(data) > limit:
-                    raise SandboxFileError(
-                        "too_large", f"{path} has more than the limit of {limit} bytes"
-                    )
-        return bytes(data)
-
     async def upload(self, source: str | os.PathLike, target: str) -> Transfer:
-        """Copy a file or a directory of this host into the workspace as `target`, streamed, with
-        modes.
+        """Copy a file or a directory of this host to `target` in the workspace, with modes.
 
         Links are skipped.
         """
-        source = pathlib.Path(source)
-        if source.is_file():
-            return Transfer(1, await self._upload_file(source, target), ())
-        files = size = 0
-        skipped = []
-        for directory, names, filenames in os.walk(source, onerror=_raise):
-            names.sort()
-            for name in sorted(filenames) + [
-                name for name in names if os.path.islink(os.path.join(directory, name))
-            ]:
-                path = pathlib.Path(directory, name)
-                if path.is_symlink() or not path.is_file():
-                    skipped.append(str(path.relative_to(source)))
-                    continue
-                size += await self._upload_file(path, f"{target}/{path.relative_to(source)}")
-                files += 1
-        return Transfer(files, size, tuple(skipped))
+        return await upload(self._backend, pathlib.Path(source), target)
 
     async def download(
         self, source: str, target: str | os.PathLike, limit: int = 1 << 30
     ) -> Transfer:
-        """Copy a file or a directory of the workspace to `target` on this host, which must not
-        exist, streamed; at most `limit` bytes in all.
+        """Copy a file or a directory of the workspace to `target` on this host.
 
-        Only regular files and directories are made, with no more than modes 755 and 644: no link,
-        device or setuid bit of an agent's comes out. On an error what was copied so far stays.
+        Only regular files and directories are created, with modes 755 and 644 at most: no link,
+        device or setuid bit of an agent leaves the sandbox. After an error, what was copied so far
+        stays.
+
+        Args:
+          source: path in the workspace.
+          target: path on this host, which must not exist.
+          limit: bytes in total.
         """
-        target = pathlib.Path(target)
-        if self._relative(source):
-            try:
-                return Transfer(1, await self._download_file(source, target, limit), ())
-            except SandboxFileError as error:
-                if error.reason != "not_regular":
-                    raise
-        entries = await self.list_files(source)
-        target.mkdir()
-        files = size = 0
-        for entry in entries:  # a directory comes before what is in it
-            if entry.kind == "directory":
-                (target / entry.path).mkdir()
-            elif entry.kind == "file":
-                size += await self._download_file(
-                    f"{source}/{entry.path}", target / entry.path, limit - size, entry.mode & 0o100
-                )
-                files += 1
-        return Transfer(
-            files,
-            size,
-            tuple(entry.path for entry in entries if entry.kind not in ("directory", "file")),
-        )
-
-    async def _upload_file(self, source: pathlib.Path, target: str) -> int:
-        with open(source, "rb") as file:
-            status = os.fstat(file.fileno())
-            await self.write_stream(target, _read_pieces(file.read), status.st_mode & 0o777)
-            return file.tell()
-
-    async def _download_file(
-        self, source: str, target: pathlib.Path, limit: int, executable: int = 0
-    ) -> int:
-        size = 0
-        async with contextlib.aclosing(self.read_stream(source)) as pieces:
-            piece = await anext(pieces, b"")  # before there is a file here
-            with open(
-                os.open(
-                    target,
-                    os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW,
-                    0o755 if executable else 0o644,
-                ),
-                "wb",
-            ) as file:
-                while piece:
-                    size += len(piece)
-                    if size > limit:
-                        raise SandboxFileError(
-                            "too_large",
-                            f"{source} exceeds what is left of the limit, {limit} bytes",
-                        )
-                    await asyncio.to_thread(file.write, piece)
-                    piece = await anext(pieces, b"")
-        return size
-
-    def _environment(self, env: Mapping[str, str] | None) -> dict[str, str]:
-        """A command's variables."""
-        check_environment(env or {})
-        return {
-            "PATH": "/usr/bin:/bin",
-            "HOME": WORKSPACE,
-            "LANG": "C.UTF-8",
-            **self.config.env,
-            **(env or {}),
-        }
-
-    def _relative(self, path: str) -> str:
-        """Below the workspace, as a backend opens it: "" is the workspace.
-
-        The kernel checks again what links make of it.
-        """
-        for root in (self.workspace, WORKSPACE):
-            if path == root or path.startswith(root + "/"):
-                path = path[len(root) + 1 :]
-        parts = [part for part in path.split("/") if part not in ("", ".")]
-        if path.startswith("/") or ".." in parts or "\0" in path:
-            raise SandboxFileError("outside", f"{path!r} is not below {WORKSPACE}")
-        return "/".join(parts)
-
-    def _relative_file(self, path: str) -> str:
-        if relative := self._relative(path):
-            return relative
-        raise SandboxFileError("outside", f"{path!r} is not a file below {WORKSPACE}")
+        return await download(self._backend, source, pathlib.Path(target), limit, self.workspace)
 
 
-def check_verifier_files(files: Mapping[str, bytes]) -> None:
-    if bad := [
-        name for name in files if not name or "/" in name or name.startswith(".") or "\0" in name
-    ]:
-        raise ValueError(f"verifier files are plain names, not {bad[0]!r}")
-
-
-async def _pieces(content: Content) -> AsyncIterator[bytes]:
-    if isinstance(content, (bytes, str)):
-        yield content.encode() if isinstance(content, str) else content
-        return
-    async for piece in content:
-        yield piece
-
-
-async def _read_pieces(read: Callable[[int], bytes]) -> AsyncIterator[bytes]:
-    while piece := await asyncio.to_thread(read, PIECE_BYTES):
-        yield piece
-
-
-def _raise(error: OSError) -> None:
-    raise error
+def _make_backend(config: SandboxConfig, snapshot: Snapshot | None) -> Backend:
+    module, name = _BACKENDS[config.backend]
+    backend_class: type[Backend] = getattr(importlib.import_module(module), name)
+    return backend_class(config, snapshot)

@@ -1,8 +1,9 @@
-"""Sandboxes for callers without an event loop: one background loop in a daemon thread runs their
-coroutines.
+"""Sandboxes for callers without an event loop.
 
-with SyncSandbox(SandboxConfig()) as sandbox:
-    print(sandbox.execute("ls").stdout)
+    with SyncSandbox(SandboxConfig()) as sandbox:
+        print(sandbox.execute("ls").stdout)
+
+One background event loop in a daemon thread runs their coroutines.
 """
 
 import asyncio
@@ -12,12 +13,14 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from envs.rock.backend import Job, Session, Snapshot
 from envs.rock.config import SandboxConfig
-from envs.rock.sandbox import Job, Sandbox, Session, Snapshot
+from envs.rock.sandbox import Sandbox
 
 T = TypeVar("T")
 GRACE_SECONDS = 60.0  # beyond the time that a call may take by its own arguments
-TRANSFER_SECONDS = 3600.0  # of an upload, a download, a snapshot
+TRANSFER_SECONDS = 3600.0  # for methods whose time depends on the amount of data, or on a job
+LOOP_START_SECONDS = 10.0
 _SLOW = (
     "upload",
     "download",
@@ -35,7 +38,10 @@ _loop: asyncio.AbstractEventLoop | None = None
 
 
 def loop() -> asyncio.AbstractEventLoop:
-    """The background loop, started on first use. A sandbox belongs to the loop that started it."""
+    """Return the background loop, which starts on first use.
+
+    A sandbox belongs to the loop that started it.
+    """
     global _loop
     with _lock:
         if _loop is None or not _loop.is_running():
@@ -43,13 +49,19 @@ def loop() -> asyncio.AbstractEventLoop:
             running = threading.Event()
             _loop.call_soon(running.set)
             threading.Thread(target=_loop.run_forever, name="rock-sync", daemon=True).start()
-            running.wait(10)
+            running.wait(LOOP_START_SECONDS)
         return _loop
 
 
 def run(coroutine: Coroutine[object, object, T], timeout: float) -> T:
-    """Run it on the background loop and wait; after `timeout` seconds it is cancelled and
-    TimeoutError raised.
+    """Run a coroutine on the background loop and return its result.
+
+    Args:
+      coroutine: what to run.
+      timeout: seconds; then the coroutine is cancelled.
+
+    Raises:
+      TimeoutError: it did not end in time.
     """
     future = asyncio.run_coroutine_threadsafe(coroutine, loop())
     try:
@@ -60,13 +72,14 @@ def run(coroutine: Coroutine[object, object, T], timeout: float) -> T:
 
 
 class _Facade:
-    """What it wraps, with each coroutine method turned into one that waits.
+    """An object whose coroutine methods are replaced by methods that wait.
 
-    Jobs, sessions and sandboxes that come back are wrapped too.
+    Jobs, sessions and sandboxes that they return are wrapped too.
     """
 
     def __init__(self, wrapped: Any, command_timeout: float):
-        self._wrapped, self._command_timeout = wrapped, command_timeout
+        self._wrapped = wrapped
+        self._command_timeout = command_timeout
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._wrapped, name)
@@ -75,29 +88,31 @@ class _Facade:
                 f"{type(self._wrapped).__name__}.{name} has no synchronous form; use the"
                 " asynchronous Sandbox"
             )
-        return self._waiting(attribute) if inspect.iscoroutinefunction(attribute) else attribute
+        if inspect.iscoroutinefunction(attribute):
+            return self._make_waiting(attribute)
+        return attribute
 
-    def _waiting(self, method: Callable) -> Callable:
+    def _make_waiting(self, method: Callable) -> Callable:
         signature = inspect.signature(method)
 
         @functools.wraps(method)
         def call(*args: Any, **options: Any) -> Any:
             given = signature.bind(*args, **options).arguments.get("timeout")
-            allowed = (
-                TRANSFER_SECONDS
-                if method.__name__ in _SLOW
-                else (self._command_timeout if given is None else given) + GRACE_SECONDS
-            )
-            return self._own(run(method(*args, **options), allowed))
+            if method.__name__ in _SLOW:
+                seconds = TRANSFER_SECONDS
+            else:
+                timeout = self._command_timeout if given is None else given
+                seconds = timeout + GRACE_SECONDS
+            return self._wrap(run(method(*args, **options), seconds))
 
         return call
 
-    def _own(self, result: Any) -> Any:
+    def _wrap(self, result: Any) -> Any:
         if isinstance(result, Sandbox):
             return SyncSandbox(result.config, _started=result)
-        return (
-            _Facade(result, self._command_timeout) if isinstance(result, (Job, Session)) else result
-        )
+        if isinstance(result, (Job, Session)):
+            return _Facade(result, self._command_timeout)
+        return result
 
     def __enter__(self) -> "_Facade":
         return self
@@ -107,19 +122,26 @@ class _Facade:
 
 
 class SyncSandbox(_Facade):
-    """A Sandbox whose methods wait: the same names, arguments, results and errors.
+    """A Sandbox whose methods wait; names, arguments, results and errors are the same.
 
-    Streams have no synchronous form.
+    `read_stream` and `write_stream` have no synchronous form.
     """
 
     def __init__(
         self,
-        config: SandboxConfig = SandboxConfig(),
+        config: SandboxConfig | None = None,
         snapshot: Snapshot | None = None,
         *,
         _started: Sandbox | None = None,
     ):
-        super().__init__(_started or Sandbox(config, snapshot), config.timeout)
+        """Prepare a sandbox; see Sandbox.
+
+        Args:
+          config: limits, isolation and backend; the defaults without one.
+          snapshot: files to start from.
+        """
+        sandbox = _started or Sandbox(config, snapshot)
+        super().__init__(sandbox, sandbox.config.timeout)
 
     def __enter__(self) -> "SyncSandbox":
         if not self.is_alive():

@@ -1,19 +1,20 @@
-"""Data sets of tasks in the forms in which they are handed round: a folder, a registry of Harbor's,
-a parquet file, a file of SWE-bench instances.
+"""Data sets of tasks in the published forms.
 
-    load_files("tasks/")                            a folder of Harbor or Terminal-Bench 1 tasks
-    load_files("registry.json:my-dataset@1.0")      a registry: tasks by path, or by git repository, commit and path
-    load_files("train.parquet")                     one task an archive (task_id and archive, or path and task_binary), or SWE-bench rows
-    load_files("verified.jsonl")                    SWE-bench rows, JSON Lines or one list
+   load_files("tasks/")                            a folder of Harbor or Terminal-Bench 1 tasks
+    load_files("registry.json:my-dataset@1.0")      a registry of Harbor's: tasks by path, or by git
+    repository, commit and path load_files("train.parquet")                     SWE-bench rows, or
+    one archive a task (task_id and archive, or path and task_binary) load_files("verified.jsonl")
+    SWE-bench rows, JSON Lines or one list
 
-Nothing is fetched from a network unless `fetch` is True. What lies in a git repository is read at
-the commit that the registry names, never at a branch, and a `digest` beside a task pins its files
-whatever they come from.
+Nothing is fetched from a network unless `fetch` is True. Tasks in a git repository are read at the
+commit that the registry names, never at a branch. A `digest` beside a task pins its files, wherever
+they come from.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import hashlib
 import io
@@ -35,10 +36,8 @@ from envs.tasks.rows import Row, collect_tasks, parse_json, read_rows
 from envs.tasks.swebench import is_instance, load_swebench
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
-ARCHIVES = (
-    ("task_id", "archive"),
-    ("path", "task_binary"),
-)  # of Terminal-Bench's exports, and of Harbor's converter
+# Columns (name, archive) of Terminal-Bench's exports, and of Harbor's converter.
+ARCHIVES = (("task_id", "archive"), ("path", "task_binary"))
 MAX_REGISTRY_BYTES = 64 << 20
 CACHE = pathlib.Path(".cache/datasets")
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -50,11 +49,15 @@ _WITH_DATASET = re.compile(r"(?P<file>.+\.json):(?P<name>[^:]+?)(?:@(?P<version>
 def load_files(
     dataset: str, faults: list[TaskError] | None = None, fetch: bool = False
 ) -> list[HarborTask]:
-    """The tasks of a folder or a file, see above.
+    """Load the tasks of a folder or a file; the module describes the forms.
 
-    With `faults` a list, malformed tasks are put there instead of raised.
+    Args:
+      dataset: the path; for a registry with the data set's name and version.
+      faults: a list to which malformed tasks are added as errors instead of being raised.
+      fetch: whether git may fetch repositories.
 
-    Raises TaskError, which names the file, and the row or the line in it.
+    Raises:
+      TaskError: a task or the file is malformed; names the file, and the row or line in it.
     """
     match = _WITH_DATASET.fullmatch(dataset)
     file = pathlib.Path(match["file"] if match else dataset)
@@ -69,33 +72,30 @@ def load_files(
         raise TaskError(file, 0, "no rows are in it")
     if is_instance(first):
         return load_swebench(file, faults)
-    columns = next(
-        ((name, archive) for name, archive in ARCHIVES if {name, archive} <= set(first.values)),
-        None,
-    )
-    if columns is None:
+    columns = [pair for pair in ARCHIVES if set(pair) <= set(first.values)]
+    if not columns:
+        fields = ", ".join(map(str, list(first.values)[:12]))[:200]
+        archives = " or ".join(" and ".join(pair) for pair in ARCHIVES)
         raise first.fault(
-            f"the fields {', '.join(map(str, list(first.values)[:12]))[:200]} are neither"
-            " SWE-bench's (instance_id, base_commit, ...) nor those of archives of tasks"
-            f" ({' or '.join(' and '.join(pair) for pair in ARCHIVES)})"
+            f"the fields {fields} are neither SWE-bench's (instance_id, base_commit, ...) nor those"
+            f" of archives of tasks ({archives})"
         )
-    return collect_tasks(
-        faults,
-        [(row.fault, lambda row=row: _load_archive(row, *columns)) for row in read_rows(file)],
-    )
+    name, archive = columns[0]
+    loads = []
+    for row in read_rows(file):
+        loads.append((row.fault, functools.partial(_load_archive, row, name, archive)))
+    return collect_tasks(faults, loads)
 
 
 def task_digest(files: Files) -> str:
-    """ "sha256:" and 64 digits over the paths, permissions and contents of a task's files: what a
-    registry may pin.
+    """Return "sha256:" and a digest over the paths, permissions and contents of a task's files.
+
+    A registry may pin a task by it.
     """
     whole = hashlib.sha256()
     for path, (content, mode) in sorted(files.items()):
-        whole.update(
-            f"{path}\0{mode:o}\0{hashlib.sha256(content).hexdigest()}\n".encode(
-                errors="surrogateescape"
-            )
-        )
+        row = f"{path}\0{mode:o}\0{hashlib.sha256(content).hexdigest()}\n"
+        whole.update(row.encode(errors="surrogateescape"))
     return f"sha256:{whole.hexdigest()}"
 
 
@@ -106,44 +106,40 @@ def _load_from(
     fault: Callable[[str], TaskError],
     digest: str | None = None,
 ) -> HarborTask:
-    """The task of these files.
+    """Load the task in these files.
 
-    `origin` is named as its path; the errors of its own files name them below the task.
+    `origin` becomes the task's path. Errors about its files name them relative to the task.
     """
     if digest is not None and task_digest(files) != digest:
         raise fault(f"its files have the digest {task_digest(files)}, and {digest} is asked for")
     with tempfile.TemporaryDirectory(prefix="task-") as place:
         folder = pathlib.Path(place, re.sub(r"[^\w.-]", "-", name).lstrip(".") or "task")
-        for path, (content, mode) in files.items():
-            target = folder / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content)
-            target.chmod(mode)
-        folder.mkdir(exist_ok=True)
+        _lay_out(folder, files)
         try:
             task = load_task(folder)
         except TaskError as error:
-            inner = (
-                error.file.relative_to(folder) if error.file.is_relative_to(folder) else error.file
-            )
-            raise fault(
-                f"{inner}{f':{error.line}' if error.line else ''}: {error.message}"
-            ) from error
+            inner = error.file
+            if inner.is_relative_to(folder):
+                inner = inner.relative_to(folder)
+            where = f"{inner}:{error.line}" if error.line else f"{inner}"
+            raise fault(f"{where}: {error.message}") from error
         except (OSError, ValueError) as error:  # a name that no file can have
             raise fault(f"its files cannot be laid out: {error}") from error
-        steps = tuple(
-            dataclasses.replace(
-                step,
-                verifier_environment=_environment_at(step.verifier_environment, folder, origin),
-            )
-            for step in task.steps
-        )
-        return dataclasses.replace(
-            task,
-            path=origin,
-            environment=_environment_at(task.environment, folder, origin),
-            steps=steps,
-        )
+        steps = []
+        for step in task.steps:
+            environment = _environment_at(step.verifier_environment, folder, origin)
+            steps.append(dataclasses.replace(step, verifier_environment=environment))
+        environment = _environment_at(task.environment, folder, origin)
+        return dataclasses.replace(task, path=origin, environment=environment, steps=tuple(steps))
+
+
+def _lay_out(folder: pathlib.Path, files: Files) -> None:
+    for path, (content, mode) in files.items():
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+        target.chmod(mode)
+    folder.mkdir(exist_ok=True)
 
 
 def _environment_at(
@@ -153,10 +149,8 @@ def _environment_at(
         return None
     return dataclasses.replace(
         environment,
-        **{
-            field: _moved(getattr(environment, field), folder, origin)
-            for field in ("dockerfile_path", "compose_path")
-        },
+        dockerfile_path=_moved(environment.dockerfile_path, folder, origin),
+        compose_path=_moved(environment.compose_path, folder, origin),
     )
 
 
@@ -166,53 +160,49 @@ def _moved(
     return None if path is None else origin / path.relative_to(folder)
 
 
-# -- archives in rows
+# -- Archives in rows
 # -------------------------------------------------------------------------------------------------
 
 
 def _load_archive(row: Row, name_column: str, archive_column: str) -> HarborTask:
-    name, content = row.text(name_column), row.binary(archive_column)
+    name = row.text(name_column)
+    content = row.binary(archive_column)
     wanted = row.values.get("tar_sha256")
-    if wanted is not None and wanted != (found := hashlib.sha256(content).hexdigest()):
+    found = hashlib.sha256(content).hexdigest()
+    if wanted is not None and wanted != found:
         raise row.fault(
             f"the archive has the digest {found}, and tar_sha256 is {str(wanted)[:80]!r}"
         )
     files = unpack(content, row.fault)
-    roots = sorted(
-        (
-            path.rpartition("/")[0]
-            for path in files
-            if path.rpartition("/")[2] in ("task.toml", "task.yaml")
-        ),
-        key=len,
-    )
+    roots = []
+    for path in files:
+        folder, _, file = path.rpartition("/")
+        if file in ("task.toml", "task.yaml"):
+            roots.append(folder)
     if not roots:
         raise row.fault("neither task.toml nor task.yaml is in the archive")
-    prefix = f"{roots[0]}/" if roots[0] else ""
+    root = min(roots, key=len)
+    prefix = f"{root}/" if root else ""
     below = {
         path.removeprefix(prefix): file for path, file in files.items() if path.startswith(prefix)
     }
-    return _load_from(
-        below, name.rstrip("/").rpartition("/")[2], row.file / f"row {row.number}", row.fault
-    )
+    last_name = name.rstrip("/").rpartition("/")[2]
+    return _load_from(below, last_name, row.file / f"row {row.number}", row.fault)
 
 
 def unpack(content: bytes, fault: Callable[[str], TaskError]) -> dict[str, tuple[bytes, int]]:
-    """The regular files of a tar, compressed by gzip or not.
+    """Return the regular files of a tar, which may be compressed by gzip.
 
-    Refused: links, devices, places outside, more than a task folder may have.
+    Raises:
+      TaskError: a link, a device, a path outside the archive, or more than a task folder may hold.
     """
     files: dict[str, tuple[bytes, int]] = {}
     left = MAX_FOLDER_BYTES
     try:
-        plain = _Bounded(
-            (
-                gzip.GzipFile(fileobj=io.BytesIO(content))
-                if content.startswith(b"\x1f\x8b")
-                else io.BytesIO(content)
-            ),
-            2 * MAX_FOLDER_BYTES,
-        )
+        inner: Any = io.BytesIO(content)
+        if content.startswith(b"\x1f\x8b"):
+            inner = gzip.GzipFile(fileobj=inner)
+        plain = _Bounded(inner, 2 * MAX_FOLDER_BYTES)
         with tarfile.open(fileobj=plain, mode="r|") as archive:
             for member in archive:
                 parts = [part for part in member.name.split("/") if part not in ("", ".")]
@@ -222,7 +212,7 @@ def unpack(content: bytes, fault: Callable[[str], TaskError]) -> dict[str, tuple
                     continue
                 if not member.isreg() or not parts:
                     raise fault(
-                        f"the archive holds {member.name[:100]!r}, which is no regular file"
+                        f"the archive holds {member.name[:100]!r}, which is not a regular file"
                     )
                 left -= member.size
                 if left < 0 or len(files) >= MAX_FOLDER_FILES:
@@ -230,10 +220,8 @@ def unpack(content: bytes, fault: Callable[[str], TaskError]) -> dict[str, tuple
                         f"the archive holds more than {MAX_FOLDER_BYTES} bytes or"
                         f" {MAX_FOLDER_FILES} files"
                     )
-                files["/".join(parts)] = (
-                    archive.extractfile(member).read(),
-                    0o755 if member.mode & 0o100 else 0o644,
-                )
+                mode = 0o755 if member.mode & 0o100 else 0o644
+                files["/".join(parts)] = (archive.extractfile(member).read(), mode)
     except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, OverflowError) as error:
         if isinstance(error, TaskError):
             raise
@@ -252,12 +240,14 @@ def _above(path: str) -> set[str]:
 
 
 class _Bounded(io.RawIOBase):
-    """Reads no more than so many bytes: a small archive can stand for a huge one."""
+    """A reader that fails after so many bytes, because a small archive can unpack to a huge one."""
 
     def __init__(self, inner: Any, limit: int) -> None:
-        self._inner, self._left = inner, limit
+        self._inner = inner
+        self._left = limit
 
     def read(self, size: int = -1) -> bytes:
+        """Read like the inner file. Raises ValueError beyond the limit."""
         data = self._inner.read(self._left + 1 if size < 0 else min(size, self._left + 1))
         self._left -= len(data)
         if self._left < 0:
@@ -265,7 +255,7 @@ class _Bounded(io.RawIOBase):
         return data
 
 
-# -- registries
+# -- Registries
 # -------------------------------------------------------------------------------------------------
 
 
@@ -277,13 +267,14 @@ def _is_registry(file: pathlib.Path) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Where something of a registry stands, for messages."""
+    """The place of something in a registry, for messages."""
 
     file: pathlib.Path
     line: int
     name: str
 
     def fault(self, message: str) -> TaskError:
+        """Return an error about this place."""
         return TaskError(self.file, self.line, f"{self.name}: {message}")
 
 
@@ -294,20 +285,16 @@ def load_registry(
     faults: list[TaskError] | None = None,
     fetch: bool = False,
 ) -> list[HarborTask]:
-    """A data set of a registry, by name and version.
+    """Load a data set of a registry.
 
-    Without a version the only one; without a name the only data set.
+    Without a version the data set must have only one, and without a name it must be the only one.
+    The other arguments are those of `load_files`.
     """
     text = read_text(file, MAX_REGISTRY_BYTES)
     value = parse_json(file, text.encode(), 1)
     sets = value if isinstance(value, list) else [value]
     for number, entry in enumerate(sets, 1):
-        if (
-            not isinstance(entry, dict)
-            or not isinstance(entry.get("name"), str)
-            or not isinstance(entry.get("tasks"), list)
-            or not isinstance(entry.get("version", ""), str)
-        ):
+        if not _is_data_set(entry):
             raise TaskError(
                 file,
                 _line_of(text, entry),
@@ -321,53 +308,56 @@ def load_registry(
         if name in (None, entry["name"]) and version in (None, entry.get("version", ""))
     ]
     if len(found) != 1:
-        wanted = f"{name or 'the data set'}{f'@{version}' if version else ''}"
+        wanted = name or "the data set"
+        if version:
+            wanted += f"@{version}"
+        listed = ", ".join(known[:20])[:500]
         raise TaskError(
             file,
             0,
-            f"{wanted} is there {len(found)} times; name one as {file}:NAME@VERSION:"
-            f" {', '.join(known[:20])[:500]}",
+            f"{wanted} is there {len(found)} times; name one as {file}:NAME@VERSION: {listed}",
         )
     entry = found[0]
-    places = [
-        _Place(file, _line_of(text, task), f"data set {entry['name']!r}, task {number}")
-        for number, task in enumerate(entry["tasks"], 1)
-    ]
-    loads = [
-        (place.fault, lambda place=place, task=task: _load_registered(place, task, fetch))
-        for place, task in zip(places, entry["tasks"])
-    ]
+    loads = []
+    for number, task in enumerate(entry["tasks"], 1):
+        place = _Place(file, _line_of(text, task), f"data set {entry['name']!r}, task {number}")
+        loads.append((place.fault, functools.partial(_load_registered, place, task, fetch)))
     tasks = collect_tasks(faults, loads)
     if not tasks and not faults:
         raise TaskError(file, 0, f"data set {entry['name']!r} has no tasks")
     return tasks
 
 
-def _line_of(text: str, entry: Any) -> int:
-    """Where an entry's name is first written; JSON's parser keeps no lines."""
-    name = entry.get("name") if isinstance(entry, Mapping) else None
-    match = (
-        re.search(r'"name"\s*:\s*' + re.escape(f'"{name}"'), text)
-        if isinstance(name, str)
-        else None
+def _is_data_set(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("name"), str)
+        and isinstance(entry.get("tasks"), list)
+        and isinstance(entry.get("version", ""), str)
     )
+
+
+def _line_of(text: str, entry: Any) -> int:
+    """Return the line where an entry's name is first written; the JSON parser keeps no lines."""
+    name = entry.get("name") if isinstance(entry, Mapping) else None
+    if not isinstance(name, str):
+        return 0
+    match = re.search(r'"name"\s*:\s*' + re.escape(f'"{name}"'), text)
     return text.count("\n", 0, match.start()) + 1 if match else 0
 
 
 def _load_registered(place: _Place, entry: Any, fetch: bool) -> HarborTask:
     if not isinstance(entry, dict):
-        raise place.fault(f"a {type(entry).__name__}, and must be an object")
+        raise place.fault(f"a {type(entry).__name__}, but must be an object")
     for key in ("name", "path", "git_url", "git_commit_id", "digest"):
         value = entry.get(key)
         if value is None and key in ("name", "path"):
             raise place.fault(f"{key} is missing")
-        if value is not None and (
-            not isinstance(value, str)
-            or not value
-            or any(ord(letter) < 32 or "\ud800" <= letter <= "\udfff" for letter in value)
-        ):
+        if value is not None and not _is_line(value):
             raise place.fault(f"{key} must be a text of one line, and is {str(value)[:60]!r}")
-    name, path, digest = entry["name"], entry["path"], entry.get("digest")
+    name = entry["name"]
+    path = entry["path"]
+    digest = entry.get("digest")
     if digest is not None and not _DIGEST.fullmatch(digest):
         raise place.fault(f'digest {digest[:80]!r} is not "sha256:" and 64 hexadecimal digits')
     if not entry.get("git_url"):
@@ -375,13 +365,13 @@ def _load_registered(place: _Place, entry: Any, fetch: bool) -> HarborTask:
             raise place.fault("git_commit_id without git_url")
         folder = place.file.parent / path
         if not folder.is_dir():
-            raise place.fault(f"{folder} is no folder")
+            raise place.fault(f"{folder} is not a folder")
         return _load_from(read_folder(folder), name, folder, place.fault, digest)
     commit = entry.get("git_commit_id") or ""
     if not _COMMIT.fullmatch(commit):
         raise place.fault(
-            f"git_commit_id {commit[:60]!r} is no full commit id; a branch or HEAD is another task"
-            " tomorrow"
+            f"git_commit_id {commit[:60]!r} is not a full commit id; a branch or HEAD may name"
+            " another task tomorrow"
         )
     if path.startswith("/") or ".." in path.split("/"):
         raise place.fault(f"path {path[:100]!r} leaves the repository")
@@ -392,27 +382,31 @@ def _load_registered(place: _Place, entry: Any, fetch: bool) -> HarborTask:
         raise place.fault(str(error)) from error
     if not files:
         raise place.fault(f"no files are below {path!r} at {commit} of {entry['git_url']}")
-    return _load_from(
-        files, name, pathlib.Path(f"{entry['git_url']}@{commit[:12]}") / path, place.fault, digest
-    )
+    origin = pathlib.Path(f"{entry['git_url']}@{commit[:12]}") / path
+    return _load_from(files, name, origin, place.fault, digest)
+
+
+def _is_line(value: Any) -> bool:
+    """Return whether a value is a non-empty text of one line that can be encoded."""
+    if not isinstance(value, str) or not value:
+        return False
+    return not any(ord(letter) < 32 or "\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _repository(place: _Place, url: str, commit: str, fetch: bool) -> pathlib.Path:
-    """A local repository is read where it is; another is fetched, where that is asked for, and
-    kept.
+    """Return a local copy of a repository.
+
+    A local one is read in place. Another one is fetched if `fetch` allows it, and kept.
     """
-    local = (
-        pathlib.Path(url.removeprefix("file://"))
-        if url.startswith(("file:///", "/", "./", "../"))
-        else None
-    )
-    if local is not None:
-        local = local if local.is_absolute() else place.file.parent / local
+    if url.startswith(("file:///", "/", "./", "../")):
+        local = place.file.parent / url.removeprefix("file://")
         if not is_repository(local):
             raise place.fault(f"git_url {url!r}: no git repository is at {local}")
         return local
     if not _URL.fullmatch(url) or url.startswith("-"):
-        raise place.fault(f"git_url {url[:100]!r} is no https, ssh, git or file URL, and no path")
+        raise place.fault(
+            f"git_url {url[:100]!r} is neither an https, ssh, git or file URL nor a path"
+        )
     kept = CACHE / "git" / hashlib.sha256(url.encode()).hexdigest()[:32]
     if is_repository(kept) and os.path.exists(kept / f"fetched-{commit}"):
         return kept

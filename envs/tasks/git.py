@@ -1,5 +1,6 @@
-"""Reading files out of git repositories that strangers made, by git itself, without checking
-anything out and without their settings having a say.
+"""Reading of files from untrusted git repositories, with git itself and without a checkout.
+
+The repositories' settings have no effect.
 """
 
 from __future__ import annotations
@@ -9,17 +10,40 @@ import pathlib
 import subprocess
 
 GIT_SECONDS = 300.0
-MAX_FILE_BYTES = 16 << 20  # of one file that is read
+MAX_FILE_BYTES = 16 << 20  # for one file
 PROTOCOLS = "https:ssh:git"
 
 
+# Settings of the repository that are overridden, because they could run or change something.
+_SAFE = (
+    *("-c", "safe.directory=*"),
+    *("-c", "core.fsmonitor="),
+    *("-c", "core.hooksPath=/dev/null"),
+    *("-c", "pack.threads=1"),
+    *("-c", "core.attributesFile=/dev/null"),
+)
+# Variables of the user that matter for reaching a network.
+_NETWORK_VARIABLES = (
+    "HOME",
+    "SSH_AUTH_SOCK",
+    "https_proxy",
+    "HTTPS_PROXY",
+    "no_proxy",
+    "NO_PROXY",
+    "GIT_SSL_CAINFO",
+    "SSL_CERT_FILE",
+)
+
+
 class RepositoryError(ValueError):
-    """The repository lacks what is asked of it, a patch does not apply, or git failed; in git's own
-    words.
+    """The repository lacks something, a patch does not apply, or git failed.
+
+    The message is git's own.
     """
 
 
 def is_repository(path: pathlib.Path) -> bool:
+    """Return whether a path is a git repository, bare or with a working tree."""
     return (path / ".git").exists() or (path / "objects").is_dir()
 
 
@@ -30,69 +54,28 @@ def git(
     scratch: pathlib.Path | None = None,
     protocols: str = "none",
 ) -> bytes:
-    """What git prints.
+    """Run git and return its output.
 
-    Neither the user's nor the system's settings have a part in it, nor do hooks and monitors that
-    the repository names.
+    The user's and the system's settings, and hooks and monitors that the repository names, have no
+    effect.
 
     Args:
-      scratch: a folder with `objects` in it: where an index and new objects are kept, so that the
-        repository itself stays as it is.
-      protocols: by which git may reach other repositories, with colons between them.
-    Raises: RepositoryError, for a timeout too.
+      repository: the folder in which git runs.
+      *arguments: the command and its arguments.
+      stdin: the input.
+      scratch: a folder with `objects` in it for an index and new objects, so that the repository
+        itself stays unchanged.
+      protocols: the protocols by which git may reach other repositories, separated by colons.
+
+    Raises:
+      RepositoryError: git is missing, failed or did not end in time.
     """
-    environment = {
-        "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
-        "LC_ALL": "C",
-        "HOME": "/nonexistent",
-        "GIT_CONFIG_GLOBAL": "/dev/null",
-        "GIT_CONFIG_NOSYSTEM": "1",
-        "GIT_TERMINAL_PROMPT": "0",
-        "GIT_OPTIONAL_LOCKS": "0",
-        "GIT_NO_LAZY_FETCH": "1",
-        "GIT_NO_REPLACE_OBJECTS": "1",
-        "GIT_ALLOW_PROTOCOL": protocols,
-    }
-    if protocols != "none":  # to reach a network as the user does
-        environment |= {
-            name: os.environ[name]
-            for name in (
-                "HOME",
-                "SSH_AUTH_SOCK",
-                "https_proxy",
-                "HTTPS_PROXY",
-                "no_proxy",
-                "NO_PROXY",
-                "GIT_SSL_CAINFO",
-                "SSL_CERT_FILE",
-            )
-            if name in os.environ
-        }
+    environment = _environment(protocols)
     if scratch:
-        environment |= {
-            "GIT_INDEX_FILE": str(scratch / "index"),
-            "GIT_OBJECT_DIRECTORY": str(scratch / "objects"),
-            "GIT_ALTERNATE_OBJECT_DIRECTORIES": str(
-                (
-                    repository / (".git/objects" if (repository / ".git").is_dir() else "objects")
-                ).absolute()
-            ),
-        }
-    safe = (
-        "-c",
-        "safe.directory=*",
-        "-c",
-        "core.fsmonitor=",
-        "-c",
-        "core.hooksPath=/dev/null",
-        "-c",
-        "pack.threads=1",
-        "-c",
-        "core.attributesFile=/dev/null",
-    )
+        environment |= _object_store(repository, scratch)
     try:
         done = subprocess.run(
-            ["git", *safe, "-C", str(repository), *arguments],
+            ["git", *_SAFE, "-C", str(repository), *arguments],
             input=stdin,
             capture_output=True,
             env=environment,
@@ -114,8 +97,38 @@ def git(
     return done.stdout
 
 
+def _environment(protocols: str) -> dict[str, str]:
+    environment = {
+        "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
+        "LC_ALL": "C",
+        "HOME": "/nonexistent",
+        "GIT_CONFIG_GLOBAL": "/dev/null",
+        "GIT_CONFIG_NOSYSTEM": "1",
+        "GIT_TERMINAL_PROMPT": "0",
+        "GIT_OPTIONAL_LOCKS": "0",
+        "GIT_NO_LAZY_FETCH": "1",
+        "GIT_NO_REPLACE_OBJECTS": "1",
+        "GIT_ALLOW_PROTOCOL": protocols,
+    }
+    if protocols != "none":  # reach the network as the user does
+        for name in _NETWORK_VARIABLES:
+            if name in os.environ:
+                environment[name] = os.environ[name]
+    return environment
+
+
+def _object_store(repository: pathlib.Path, scratch: pathlib.Path) -> dict[str, str]:
+    """Return variables that make git write to `scratch` and also read from the repository."""
+    objects = ".git/objects" if (repository / ".git").is_dir() else "objects"
+    return {
+        "GIT_INDEX_FILE": str(scratch / "index"),
+        "GIT_OBJECT_DIRECTORY": str(scratch / "objects"),
+        "GIT_ALTERNATE_OBJECT_DIRECTORIES": str((repository / objects).absolute()),
+    }
+
+
 def files_at(repository: pathlib.Path, commit: str) -> dict[str, tuple[str, int]]:
-    """path -> (blob, permissions) of the regular files of a commit."""
+    """Return path -> (blob, permissions) of the regular files of a commit."""
     return {
         path: (blob, 0o755 if mode == "100755" else 0o644)
         for path, (mode, blob) in entries_at(repository, commit).items()
@@ -124,23 +137,23 @@ def files_at(repository: pathlib.Path, commit: str) -> dict[str, tuple[str, int]
 
 
 def entries_at(repository: pathlib.Path, commit: str) -> dict[str, tuple[str, str]]:
-    """path -> (mode, object) of all that a commit holds: files, links (120000) and submodules
-    (160000).
+    """Return path -> (mode, object) of all entries of a commit.
+
+    These are files, links (mode 120000) and submodules (160000).
     """
-    rows = [
-        row.partition(b"\t")
-        for row in git(repository, "ls-tree", "-r", "-z", commit).split(b"\0")
-        if row
-    ]
-    return {
-        os.fsdecode(path): (entry.split()[0].decode(), entry.split()[2].decode())
-        for entry, _, path in rows
-    }
+    found = {}
+    for row in git(repository, "ls-tree", "-r", "-z", commit).split(b"\0"):
+        if row:
+            entry, _, path = row.partition(b"\t")
+            mode, _, identity = entry.split()[:3]
+            found[os.fsdecode(path)] = (mode.decode(), identity.decode())
+    return found
 
 
 def content_of(
     repository: pathlib.Path, blob: str, path: str, scratch: pathlib.Path | None = None
 ) -> bytes:
+    """Return the content of a blob. Raises RepositoryError if it is too large."""
     size = int(git(repository, "cat-file", "-s", blob, scratch=scratch))
     if size > MAX_FILE_BYTES:
         raise RepositoryError(
@@ -152,16 +165,16 @@ def content_of(
 def files_below(
     repository: pathlib.Path, commit: str, folder: str, max_bytes: int, max_files: int
 ) -> dict[str, tuple[bytes, int]]:
-    """Path below the folder -> (content, permissions) at a commit.
+    """Return the files below a folder at a commit: path below the folder -> (content, permissions).
 
-    RepositoryError where there is anything but regular files, or too much.
+    Raises:
+      RepositoryError: there is anything but regular files, or too much.
     """
     prefix = f"{folder}/" if folder not in ("", ".") else ""
-    entries = {
-        path.removeprefix(prefix): entry
-        for path, entry in entries_at(repository, commit).items()
-        if path.startswith(prefix)
-    }
+    entries = {}
+    for path, entry in entries_at(repository, commit).items():
+        if path.startswith(prefix):
+            entries[path.removeprefix(prefix)] = entry
     if odd := [path for path, (mode, _) in entries.items() if not mode.startswith("100")]:
         raise RepositoryError(
             f"{prefix}{odd[0]} is a link or a submodule; a task's files must be regular files"
@@ -169,17 +182,15 @@ def files_below(
     if len(entries) > max_files:
         raise RepositoryError(f"more than {max_files} files are below {folder!r}")
     names = "".join(f"{blob}\n" for _, blob in entries.values()).encode()
-    sizes = [
-        int(size)
-        for size in git(repository, "cat-file", "--batch-check=%(objectsize)", stdin=names).split()
-    ]
+    listed = git(repository, "cat-file", "--batch-check=%(objectsize)", stdin=names)
+    sizes = [int(size) for size in listed.split()]
     if sum(sizes) > max_bytes:
         raise RepositoryError(f"more than {max_bytes} bytes are below {folder!r}")
-    content = git(
-        repository, "cat-file", "--batch=", stdin=names
-    )  # an empty line, the content and a newline for each
-    files, place = {}, 0
-    for (path, (mode, _)), size in zip(entries.items(), sizes):
+    # For each file: an empty line, the content and a newline.
+    content = git(repository, "cat-file", "--batch=", stdin=names)
+    files = {}
+    place = 0
+    for (path, (mode, _)), size in zip(entries.items(), sizes, strict=True):
         place += 1
         files[path] = (content[place : place + size], 0o755 if mode == "100755" else 0o644)
         place += size + 1
@@ -187,9 +198,9 @@ def files_below(
 
 
 def fetch_commit(target: pathlib.Path, url: str, commit: str) -> None:
-    """Fetches one commit into a bare repository at `target`, which is made.
+    """Fetch one commit into a bare repository at `target`, which is created if missing.
 
-    The server must give commits by id, as the large hosts do.
+    The server must provide commits by id, as the large hosts do.
     """
     if not is_repository(target):
         target.mkdir(parents=True, exist_ok=True)
@@ -206,4 +217,4 @@ def fetch_commit(target: pathlib.Path, url: str, commit: str) -> None:
         protocols=PROTOCOLS,
     )
     if git(target, "cat-file", "-t", commit).strip() != b"commit":
-        raise RepositoryError(f"{commit} of {url} is no commit")
+        raise RepositoryError(f"{commit} of {url} is not a commit")

@@ -1,6 +1,6 @@
 """Rows of a data set's file: JSON Lines, a JSON list of objects, or parquet.
 
-Each comes with the place that an error about it names.
+Each row knows its place, which errors about it name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ BATCH_ROWS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """`line` counts from 1, and is 0 where rows have none (parquet); `number` counts rows from 1."""
+    """One row of a file.
+
+    `line` counts from 1 and is 0 where rows have no lines (parquet); `number` counts rows from 1.
+    """
 
     file: pathlib.Path
     number: int
@@ -29,20 +32,19 @@ class Row:
     values: Mapping[str, Any]
 
     def fault(self, message: str) -> TaskError:
+        """Return an error about this row."""
         return TaskError(self.file, self.line, f"row {self.number}: {message}")
 
     def text(self, key: str, default: str | None = None) -> str:
-        """A field of text; required unless it has a default. TaskError otherwise."""
+        """Return a text field. Raises TaskError if it is no text, or missing without a default."""
         value = self.values.get(key)
         if value is None:
             if default is None:
-                raise self.fault(
-                    f"the field {key!r} is missing; there are"
-                    f" {', '.join(map(str, list(self.values)[:20]))[:200]}"
-                )
+                there = ", ".join(map(str, list(self.values)[:20]))[:200]
+                raise self.fault(f"the field {key!r} is missing; there are {there}")
             return default
         if not isinstance(value, str):
-            raise self.fault(f"{key} is a {type(value).__name__}, and must be text")
+            raise self.fault(f"{key} is a {type(value).__name__}, but must be text")
         if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
             raise self.fault(
                 f"{key} holds a NUL or half a surrogate pair, which no text file holds"
@@ -50,26 +52,31 @@ class Row:
         return value
 
     def binary(self, key: str) -> bytes:
+        """Return a field of bytes. Raises TaskError."""
         value = self.values.get(key)
         if not isinstance(value, bytes):
-            raise self.fault(f"{key} is a {type(value).__name__}, and must be bytes")
+            raise self.fault(f"{key} is a {type(value).__name__}, but must be bytes")
         return value
 
 
 def read_rows(file: pathlib.Path) -> Iterator[Row]:
-    """The rows of a .jsonl, .json or .parquet file.
+    """Yield the rows of a .jsonl, .json or .parquet file.
 
-    Raises TaskError, with the line where there is one.
+    Raises:
+      TaskError: the file cannot be read; names the line where there is one.
     """
     try:
         size = file.stat().st_size
         if not file.is_file():
             raise TaskError(file, 0, "not a regular file")
-        if size > (limit := MAX_FILE_BYTES if file.suffix == ".parquet" else MAX_JSON_BYTES):
+        limit = MAX_FILE_BYTES if file.suffix == ".parquet" else MAX_JSON_BYTES
+        if size > limit:
             raise TaskError(file, 0, f"{size} bytes, and at most {limit} are read")
         readers = {".jsonl": _json_lines, ".json": _json_list, ".parquet": _parquet}
         if file.suffix not in readers:
-            raise TaskError(file, 0, f"the suffix {file.suffix!r} is none of {', '.join(readers)}")
+            raise TaskError(
+                file, 0, f"the suffix {file.suffix!r} is not one of {', '.join(readers)}"
+            )
         yield from readers[file.suffix](file)
     except OSError as error:
         raise TaskError(file, 0, f"cannot be read: {error}") from error
@@ -97,13 +104,13 @@ def _json_list(file: pathlib.Path) -> Iterator[Row]:
 def _row(file: pathlib.Path, number: int, line: int, value: Any) -> Row:
     if not isinstance(value, dict):
         raise TaskError(
-            file, line, f"row {number} is a {type(value).__name__}, and must be an object"
+            file, line, f"row {number} is a {type(value).__name__}, but must be an object"
         )
     return Row(file, number, line, value)
 
 
 def parse_json(file: pathlib.Path, content: bytes, line: int) -> Any:
-    """`line`: where the content begins in its file. TaskError where it is not JSON."""
+    """Parse JSON that begins at `line` of a file. Raises TaskError."""
     try:
         return json.loads(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -114,10 +121,7 @@ def parse_json(file: pathlib.Path, content: bytes, line: int) -> Any:
         raise TaskError(
             file, line + content[: error.start].count(b"\n"), f"not UTF-8 text ({error.reason})"
         ) from error
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # a number of thousands of digits; nested beyond all measure
+    except (ValueError, RecursionError) as error:  # thousands of digits; nested too deeply
         raise TaskError(
             file, line, f"not JSON that can be read: {type(error).__name__}: {str(error)[:80]}"
         ) from error
@@ -141,12 +145,8 @@ def _parquet(file: pathlib.Path) -> Iterator[Row]:
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(file, number, 0, values)
-    except (
-        pyarrow.ArrowException,
-        OSError,
-        ValueError,
-        OverflowError,
-    ) as error:  # a damaged file; text that is none
+    # A damaged file, or text that cannot be decoded.
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         if isinstance(error, TaskError):
             raise
         raise TaskError(
@@ -161,9 +161,11 @@ def collect_tasks(
     faults: list[TaskError] | None,
     loads: Iterable[tuple[Callable[[str], TaskError], Callable[[], HarborTask]]],
 ) -> list[HarborTask]:
-    """What the loads give, each name once.
+    """Load tasks, of which no two may have the same name.
 
-    Faults are raised, or kept where there is a list for them.
+    Args:
+      faults: a list to which faults are added instead of being raised.
+      loads: for each task a function that makes errors about it, and one that loads it.
     """
     tasks: dict[str, HarborTask] = {}
     for fault, load in loads:

@@ -1,14 +1,13 @@
-"""BFCL's multi-turn form over the worlds here: executed calls, state and answers compared after
-every turn of the user.
+"""The multi-turn format of BFCL over the worlds here, checked after each turn of the user.
 
-Files (Berkeley Function-Calling Leaderboard, v3 and v4): FILE.json has a JSON object a line with
+Files (Berkeley Function-Calling Leaderboard, v3 and v4): FILE.json has one JSON object a line with
 id, question (a list of turns, each a list of messages), initial_config (a state for each class),
-involved_classes, and perhaps excluded_function and missed_function; possible_answer/FILE.json has
-id and ground_truth, for each turn a list of calls written in Python. A turn of the user is over
+involved_classes, and optionally excluded_function and missed_function. possible_answer/FILE.json
+has id and ground_truth: for each turn a list of calls written in Python. A turn of the user is over
 when the agent answers without a call.
 
-A turn is right (their multi_turn_checker) if the state of every class equals the state after the
-true calls, private parts left out, and each answer of the true calls of this turn is among all
+A turn is right (BFCL's multi_turn_checker) if the state of every class, without private parts,
+equals the state after the true calls, and if each answer of this turn's true calls is among the
 answers that the agent got so far. A turn without true calls is not checked.
 """
 
@@ -25,12 +24,13 @@ import random
 from typing import Any
 
 from envs.gem import Info, ToolCall
-from envs.worlds.base import Scenario, World, WorldEnv, WorldTask, differences, turns
+from envs.worlds.base import World, WorldEnv, WorldTask, differences
 from envs.worlds.published import BROKEN, FormatError, field, known_world, read_lines
+from envs.worlds.scenario import Scenario, turns
 from envs.worlds.tools import Database, Tool, Toolbox, outcome, told
 from envs.worlds.user import UserScript
 
-STEPS_A_TURN = 20  # BFCL's limit
+STEPS_A_TURN = 20  # BFCL's limit for each turn of the user
 MORE_FUNCTIONS = "More functions are available to you now; please go on with them."
 
 
@@ -38,7 +38,7 @@ MORE_FUNCTIONS = "More functions are available to you now; please go on with the
 class Entry:
     """One line of a file with its true calls.
 
-    `missed`: tools that come into being with that turn.
+    `missed` lists tools that become available with a later turn, as (turn, names).
     """
 
     name: str
@@ -49,13 +49,15 @@ class Entry:
     missed: tuple[tuple[int, tuple[str, ...]], ...] = ()
 
     def make_env(self) -> BfclEnv:
+        """Return the environment of the entry."""
         return BfclEnv(self)
 
 
 def load(path: pathlib.Path) -> list[Entry]:
-    """The entries of a file, with the answers of possible_answer/ beside it.
+    """Read the entries of a file, with the answers of possible_answer/ beside it.
 
-    Raises FormatError, for an unknown class too.
+    Raises:
+      FormatError: a file violates the format, or names an unknown class.
     """
     truths = read_lines(path.parent / "possible_answer" / path.name)
     answers = {
@@ -83,19 +85,12 @@ def _entry(entry: Any, name: str, where: str, truth_where: str, ground_truth: li
             f"{truth_where}: ground_truth has {len(ground_truth)} turns and the question"
             f" {len(questions)}"
         )
-    missed = {
-        int(turn): tuple(names)
-        for turn, names in field(entry, "missed_function", dict, where, {}).items()
-    }
+    missed = []
+    for turn, names in field(entry, "missed_function", dict, where, {}).items():
+        missed.append((int(turn), tuple(names)))
     excluded = tuple(field(entry, "excluded_function", list, where, []))
-    made = Entry(
-        name,
-        tuple(questions),
-        {one: config[one] for one in classes},
-        (),
-        excluded,
-        tuple(sorted(missed.items())),
-    )
+    states = {one: config[one] for one in classes}
+    made = Entry(name, tuple(questions), states, (), excluded, tuple(sorted(missed)))
     world = composite(made)
     parameters = {tool.name: list(tool.parameters) for tool in world.tools}
     truth = tuple(
@@ -103,11 +98,10 @@ def _entry(entry: Any, name: str, where: str, truth_where: str, ground_truth: li
         for number, turn in enumerate(ground_truth)
     )
     made = dataclasses.replace(made, truth=truth)
+    calls = [call for turn in truth for call in turn]
     try:
-        Toolbox(world.tools).replay(
-            copy.deepcopy(made.initial_config), [call for turn in truth for call in turn]
-        )
-    except (ValueError, *BROKEN) as error:  # a config of another shape breaks a tool anywhere
+        Toolbox(world.tools).replay(copy.deepcopy(made.initial_config), calls)
+    except (ValueError, *BROKEN) as error:  # BROKEN: a config of another shape
         raise FormatError(
             f"{truth_where}: the true calls do not run on initial_config: {type(error).__name__}:"
             f" {error}"
@@ -116,7 +110,7 @@ def _entry(entry: Any, name: str, where: str, truth_where: str, ground_truth: li
 
 
 def _question(turn: Any, where: str) -> str:
-    """The user's messages of a turn; none means that functions were added."""
+    """Return the user's messages of a turn; a turn without any means that functions were added."""
     if not isinstance(turn, list):
         raise FormatError(
             f"{where}: a turn of 'question' is {type(turn).__name__} and must be list"
@@ -125,9 +119,9 @@ def _question(turn: Any, where: str) -> str:
 
 
 def parse_call(text: Any, parameters: dict[str, list[str]], where: str) -> ToolCall:
-    """A call written in Python, "book_flight(traveller_id='T1', flight_id='F2')", as data.
+    """Parse a call written in Python, such as "book_flight(traveller_id='T1', flight_id='F2')".
 
-    Nothing is evaluated but literals.
+    Only literals are evaluated. Raises FormatError.
     """
     try:
         node = ast.parse(text, mode="eval").body
@@ -150,11 +144,11 @@ def parse_call(text: Any, parameters: dict[str, list[str]], where: str) -> ToolC
             f"{where}: {str(text)[:100]!r} calls no known function; there are"
             f" {', '.join(parameters)}"
         )
-    return ToolCall(name, {**dict(zip(parameters[name], given)), **arguments})
+    return ToolCall(name, {**dict(zip(parameters[name], given, strict=False)), **arguments})
 
 
 def composite(entry: Entry) -> World:
-    """The classes of an entry as one world whose database has a part for each."""
+    """Return the classes of an entry as one world whose database has a part for each."""
     tools: list[Tool] = []
     for name in entry.initial_config:
         tools += [
@@ -176,10 +170,14 @@ def composite(entry: Entry) -> World:
         "bfcl",
         policy,
         tuple(tools),
-        lambda rng, level: None,
+        _no_scenario,
         random_write,
         STEPS_A_TURN * len(entry.questions),
     )
+
+
+def _no_scenario(rng: random.Random, level: str) -> Scenario:
+    raise NotImplementedError("an entry of BFCL is one dialogue; nothing is drawn")
 
 
 def _in_part(tool: Tool, part: str, database: Database, **arguments: Any) -> Any:
@@ -187,34 +185,34 @@ def _in_part(tool: Tool, part: str, database: Database, **arguments: Any) -> Any
 
 
 class BfclEnv(WorldEnv):
-    """One entry; the seed changes nothing.
+    """An environment of one entry, whatever the seed.
 
-    Ends with the last turn of the user, or as a failure where one takes more than 20 steps.
+    It ends with the last turn of the user, or as a failure where a turn takes more than 20 steps.
     """
 
     unexpected = BROKEN
 
     def __init__(self, entry: Entry) -> None:
         super().__init__(composite(entry))
-        self.entry, self.family, self.difficulty = entry, "bfcl", entry.name.rsplit("_", 1)[0]
+        self.entry = entry
+        self.family = "bfcl"
+        self.difficulty = entry.name.rsplit("_", 1)[0]
         self.task = WorldTask(entry.name, "bfcl", 0)
         self._all = Toolbox(self.world.tools)
         self._limit_tools()
 
     def reset(self, seed: int | None = None) -> tuple[str, Info]:
+        """Start the entry's dialogue; see `envs.gem.Env.reset`."""
         golden = tuple(call for turn in self.entry.truth for call in turn)
-        expert = turns(*(step for turn in self.entry.truth for step in (*turn, "That is done.")))
-        self._begin(
-            Scenario(
-                self.entry.initial_config, UserScript(self.entry.questions), golden, (), expert
-            )
-        )
-        self._true_state, self._faults, self._began_turn, self._called = (
-            copy.deepcopy(self.entry.initial_config),
-            [],
-            0,
-            0,
-        )
+        steps: list[ToolCall | str] = []
+        for turn in self.entry.truth:
+            steps += [*turn, "That is done."]
+        user = UserScript(self.entry.questions)
+        self._begin(Scenario(self.entry.initial_config, user, golden, (), turns(*steps)))
+        self._true_state = copy.deepcopy(self.entry.initial_config)
+        self._faults: list[str] = []
+        self._turn_start = 0  # turns of the agent before this turn of the user
+        self._calls_before = 0  # calls before this turn of the user
         self._limit_tools()
         return f"{self.world.policy}\n\nUser: {self.entry.questions[0]}", {
             "task": self.task.name,
@@ -224,10 +222,11 @@ class BfclEnv(WorldEnv):
         }
 
     def spawn(self, same_state: bool = False, **kwargs: Any) -> WorldEnv:
+        """Return a new environment of the entry, or a copy of this one in its state."""
         return super().spawn(True, **kwargs) if same_state else BfclEnv(self.entry)
 
     def _limit_tools(self, turn: int = 0) -> None:
-        """Tools that a later turn brings are not there yet."""
+        """Hide the tools that only a later turn brings."""
         later = {name for number, names in self.entry.missed if number > turn for name in names}
         self.toolbox = Toolbox([tool for tool in self.world.tools if tool.name not in later])
         self.tools = self.toolbox.schemas()
@@ -237,50 +236,51 @@ class BfclEnv(WorldEnv):
         observation = super()._take(spoken, info)
         if self.tools != known:
             info["tools"] = copy.deepcopy(self.tools)
-        if not self.user.over and self._turns - self._began_turn >= STEPS_A_TURN:
+        if not self.user.over and self._turns - self._turn_start >= STEPS_A_TURN:
             self._faults.append(f"turn {self.user.stage} took more than {STEPS_A_TURN} steps")
             self.user.over = True
         return observation
 
     def _hear(self, message: str) -> str:
-        """Any message ends the user's turn: there is nobody to ask."""
+        """End the user's turn: with any message, because this user answers no questions."""
         self.user.heard.append(message)
         self._check_turn(self.user.stage)
         self.user.stage += 1
-        self._began_turn, self._called = self._turns, len(self.calls)
+        self._turn_start = self._turns
+        self._calls_before = len(self.calls)
         if self.user.stage == len(self.entry.questions):
             self.user.over = True
             return ""
         before = set(self.toolbox.by_name)
         self._limit_tools(self.user.stage)
         added = [tool.schema() for name, tool in self.toolbox.by_name.items() if name not in before]
-        return self.entry.questions[self.user.stage] + "".join(
-            f"\n{json.dumps(schema)}" for schema in added
-        )
+        schemas = "".join(f"\n{json.dumps(schema)}" for schema in added)
+        return self.entry.questions[self.user.stage] + schemas
 
     def _check_turn(self, turn: int) -> None:
         answers = self._all.replay(self._true_state, self.entry.truth[turn])
         if not self.entry.truth[turn]:
             return
-        if len(self.calls) == self._called:
+        if len(self.calls) == self._calls_before:
             self._faults.append(f"turn {turn}: no call")
         for name, state in self._true_state.items():
-            if outcome(self.database[name]) != outcome(state):
-                self._faults.append(
-                    f"turn {turn}: the state of {name} differs in"
-                    f" {', '.join(differences(outcome(self.database[name]), outcome(state))[:3])}"
-                )
-        missing = collections.Counter(map(told, answers)) - collections.Counter(
-            answer for _, answer in self.calls
-        )
+            ours = outcome(self.database[name])
+            if ours != outcome(state):
+                places = ", ".join(differences(ours, outcome(state))[:3])
+                self._faults.append(f"turn {turn}: the state of {name} differs in {places}")
+        seen = collections.Counter(answer for _, answer in self.calls)
+        missing = collections.Counter(map(told, answers)) - seen
         if missing:
+            example = next(iter(missing))[:80]
             self._faults.append(
                 f"turn {turn}: {missing.total()} answers of the true calls were never seen, such as"
-                f" {next(iter(missing))[:80]}"
+                f" {example}"
             )
 
     def faults(self) -> list[str]:
+        """Return what was wrong with the turns so far."""
         return list(self._faults)
 
     def definition(self) -> str:
+        """Return the entry as text, which is equal for equal entries."""
         return json.dumps(dataclasses.asdict(self.entry), sort_keys=True)

@@ -1,9 +1,9 @@
-"""The GUI world's system: an organiser as a text DOM. Contacts, a calendar and settings, with
-lists, forms, dialogs and pages.
+"""The system of the GUI world: an organiser with contacts, a calendar and settings, as a text DOM.
 
-A page is a list of elements with references e1, e2, ... that hold until the next action. What is on
-the screen lives in the database's "_ui", which does not count; a change counts once its form is
-saved. A dialog is modal: while it is open the page has only its buttons.
+The pages are lists, forms and dialogs. A page is a list of elements with references e1, e2, ...
+that hold until the next action. The screen's state is in the database's "_ui", which does not
+count; a change counts once its form is saved. A dialog is modal: while it is open the page has only
+its buttons.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ import re
 from typing import Any
 
 from envs.gem import ToolCall
-from envs.worlds.base import calling
 from envs.worlds.names import CITIES, clock
+from envs.worlds.scenario import calling
 from envs.worlds.tools import Database, Tool, ToolRefusal, text
 
 POLICY = """\
 You operate an organiser for its user, by the elements of its pages. Rules:
-1. `look` shows the page. References such as e3 hold until the next action; each action shows the page that it leads to.
-2. A form changes nothing until it is saved. Lists show five entries at a time and have a search box.
-3. Do what the user asks for and nothing else. Ask for what you need to know, and tell the user what was asked."""
+1. `look` shows the page. References such as e3 hold until the next action; each action shows the \
+page that it leads to.
+2. A form changes nothing until it is saved. Lists show five entries at a time and have a \
+search box.
+3. Do what the user asks for and nothing else. Ask for what you need to know, and tell the user \
+what was asked."""
 
 ROWS = 5
 TIMES = tuple(clock(minutes) for minutes in range(8 * 60, 18 * 60 + 1, 30))
@@ -55,8 +58,10 @@ _NOT_A_NAME = re.compile(r"[^\w .,'&+-]")
 
 @dataclasses.dataclass(frozen=True)
 class Element:
-    """role: button, link, row, textbox, select or text. act: what a click does, a name and its
-    argument; for fields the name of the field.
+    """An element of a page.
+
+    `role` is button, link, row, textbox, select or text. `act` is the action of a click, as a name
+    and its arguments; for fields it is ("field", name) or ("query",).
     """
 
     role: str
@@ -66,67 +71,64 @@ class Element:
     act: tuple[str, ...] = ()
 
 
+_HOME = Element("link", "Home", act=("go", "home"))
+
+
 def new_ui() -> dict[str, Any]:
+    """Return the state of the screen at the start: the home page."""
     return {"page": "home", "of": "", "form": {}, "dialog": None, "first": 0, "query": ""}
 
 
-# -- pages: what is on the screen
+# -- Pages
 # -------------------------------------------------------------------------------------------------
 
 
 def page(database: Database) -> tuple[str, list[Element]]:
-    """(title, elements) of the screen as it is."""
+    """Return (title, elements) of the current screen."""
     ui = database["_ui"]
     if ui["dialog"]:
-        return f"Dialog: {ui['dialog']['text']}", [
-            Element("button", label, act=act)
-            for label, act in ((one[0], tuple(one[1])) for one in ui["dialog"]["buttons"])
-        ]
-    home = Element("link", "Home", act=("go", "home"))
+        return _dialog(ui["dialog"])
     if ui["page"] == "home":
         return "Home", [
-            Element("link", label, act=("go", name))
-            for label, name in (
-                ("Contacts", "contact"),
-                ("Calendar", "event"),
-                ("Settings", "settings"),
-            )
+            Element("link", "Contacts", act=("go", "contact")),
+            Element("link", "Calendar", act=("go", "event")),
+            Element("link", "Settings", act=("go", "settings")),
         ]
     if ui["page"] == "settings":
-        return "Settings", [
-            *(Element("link", section, act=("settings", section)) for section in SETTINGS),
-            home,
-        ]
+        sections = [Element("link", section, act=("settings", section)) for section in SETTINGS]
+        return "Settings", [*sections, _HOME]
     if ui["page"] in ("contact", "event"):
-        return _list(database, ui, home)
+        return _list(database, ui)
     if ui["page"] == "view":
-        return _view(database, ui, home)
+        return _view(database, ui)
     return _form(database, ui)
 
 
-def _list(database: Database, ui: dict, home: Element) -> tuple[str, list[Element]]:
+def _dialog(dialog: dict) -> tuple[str, list[Element]]:
+    buttons = [Element("button", label, act=tuple(act)) for label, act in dialog["buttons"]]
+    return f"Dialog: {dialog['text']}", buttons
+
+
+def _list(database: Database, ui: dict) -> tuple[str, list[Element]]:
     kind = ui["page"]
-    names = [name for name in sorted(database[kind]) if ui["query"].lower() in name.lower()]
-    shown = names[ui["first"] : ui["first"] + ROWS]
-    elements = [
-        Element("textbox", "Search", ui["query"], act=("query",)),
-        *(Element("row", name, act=("open", name)) for name in shown),
-    ]
-    if ui["first"] + ROWS < len(names):
-        elements.append(Element("button", "Next page", act=("page", str(ui["first"] + ROWS))))
-    if ui["first"]:
-        elements.append(
-            Element("button", "Previous page", act=("page", str(max(ui["first"] - ROWS, 0))))
-        )
+    first = ui["first"]
+    query = ui["query"].lower()
+    names = [name for name in sorted(database[kind]) if query in name.lower()]
+    elements = [Element("textbox", "Search", ui["query"], act=("query",))]
+    for name in names[first : first + ROWS]:
+        elements.append(Element("row", name, act=("open", name)))
+    if first + ROWS < len(names):
+        elements.append(Element("button", "Next page", act=("page", str(first + ROWS))))
+    if first:
+        previous = str(max(first - ROWS, 0))
+        elements.append(Element("button", "Previous page", act=("page", previous)))
+    elements.append(Element("button", f"New {kind}", act=("new", kind)))
+    elements.append(_HOME)
     title = "Contacts" if kind == "contact" else "Calendar"
-    return f"{title}, {len(names)} entries", [
-        *elements,
-        Element("button", f"New {kind}", act=("new", kind)),
-        home,
-    ]
+    return f"{title}, {len(names)} entries", elements
 
 
-def _view(database: Database, ui: dict, home: Element) -> tuple[str, list[Element]]:
+def _view(database: Database, ui: dict) -> tuple[str, list[Element]]:
     kind, name = ui["of"].split(":", 1)
     fields = [Element("text", field, value) for field, value in database[kind][name].items()]
     return f"{kind.capitalize()} {name}", [
@@ -134,65 +136,60 @@ def _view(database: Database, ui: dict, home: Element) -> tuple[str, list[Elemen
         Element("button", "Edit", act=("edit", kind, name)),
         Element("button", "Delete", act=("ask delete", kind, name)),
         Element("link", "Back", act=("go", kind)),
-        home,
+        _HOME,
     ]
 
 
 def _form(database: Database, ui: dict) -> tuple[str, list[Element]]:
-    kind = ui["of"].split(":", 1)[0]
-    options = _options(database, kind, ui["of"].split(":", 1)[1])
-    elements = [
-        Element(
-            "select" if options.get(field) else "textbox",
-            field,
-            value,
-            options.get(field, ()),
-            ("field", field),
-        )
-        for field, value in ui["form"].items()
-    ]
-    return f"Form: {ui['of'].replace(':', ' ').strip()}", [
-        *elements,
-        Element("button", "Save", act=("save",)),
-        Element("button", "Cancel", act=("ask leave",)),
-    ]
+    kind, name = ui["of"].split(":", 1)
+    options = _options(database, kind, name)
+    elements = []
+    for field, value in ui["form"].items():
+        choices = options.get(field, ())
+        role = "select" if choices else "textbox"
+        elements.append(Element(role, field, value, choices, ("field", field)))
+    elements.append(Element("button", "Save", act=("save",)))
+    elements.append(Element("button", "Cancel", act=("ask leave",)))
+    return f"Form: {ui['of'].replace(':', ' ').strip()}", elements
 
 
 def _options(database: Database, kind: str, name: str) -> dict[str, tuple[str, ...]]:
+    """Return the options of a form's selects by field."""
     if kind == "settings":
         return SETTINGS[name]
-    return (
-        {"Group": GROUPS}
-        if kind == "contact"
-        else {
-            "Time": TIMES,
-            "Guest": ("nobody", *sorted(database["contact"])),
-            "Reminder": REMINDERS,
-        }
-    )
+    if kind == "contact":
+        return {"Group": GROUPS}
+    guests = ("nobody", *sorted(database["contact"]))
+    return {"Time": TIMES, "Guest": guests, "Reminder": REMINDERS}
 
 
 def shown(database: Database) -> str:
-    """The screen as the model sees it."""
+    """Return the screen as the model sees it."""
     title, elements = page(database)
-    lines = [
-        f'[e{number}] {one.role} "{one.label}"'
-        + (f": {one.value or '(empty)'}" if one.role in ("textbox", "select", "text") else "")
-        + (f" (one of {', '.join(one.options)})" if one.options else "")
-        for number, one in enumerate(elements, 1)
-    ]
-    return "\n".join([f"Page: {title}", *lines])
+    rows = [f"[e{number}] {_described(one)}" for number, one in enumerate(elements, 1)]
+    return "\n".join([f"Page: {title}", *rows])
 
 
-# -- actions
+def _described(element: Element) -> str:
+    row = f'{element.role} "{element.label}"'
+    if element.role in ("textbox", "select", "text"):
+        row += f": {element.value or '(empty)'}"
+    if element.options:
+        row += f" (one of {', '.join(element.options)})"
+    return row
+
+
+# -- Actions
 # -------------------------------------------------------------------------------------------------
 
 
 def look(database: Database) -> str:
+    """Return the current screen."""
     return shown(database)
 
 
 def click(database: Database, ref: str) -> str:
+    """Click a button, a link or a row."""
     element = _element(database, ref)
     if element.role not in ("button", "link", "row"):
         raise ToolRefusal(f"{ref} is a {element.role}, which a click does nothing to")
@@ -201,8 +198,9 @@ def click(database: Database, ref: str) -> str:
 
 
 def type_text(database: Database, ref: str, text: str) -> str:
-    """What was in the box is replaced."""
-    element, text = _element(database, ref), " ".join(text.split())[:120]
+    """Replace the text of a textbox."""
+    element = _element(database, ref)
+    text = " ".join(text.split())[:120]
     if element.role != "textbox":
         raise ToolRefusal(f"{ref} is a {element.role}; text is typed into a textbox")
     if element.act == ("query",):
@@ -213,6 +211,7 @@ def type_text(database: Database, ref: str, text: str) -> str:
 
 
 def select(database: Database, ref: str, option: str) -> str:
+    """Choose an option of a select."""
     element = _element(database, ref)
     if element.role != "select":
         raise ToolRefusal(f"{ref} is a {element.role}; an option is chosen in a select")
@@ -226,6 +225,7 @@ def select(database: Database, ref: str, option: str) -> str:
 
 
 def submit(database: Database) -> str:
+    """Save the form of the page."""
     if database["_ui"]["page"] != "form" or database["_ui"]["dialog"]:
         raise ToolRefusal("there is no form on this page")
     _act(database, "save")
@@ -233,33 +233,36 @@ def submit(database: Database) -> str:
 
 
 def _element(database: Database, ref: str) -> Element:
-    elements = page(database)[1]
+    _, elements = page(database)
     digits = ref.strip().removeprefix("e")
-    if not digits.isascii() or not digits.isdecimal() or not 1 <= int(digits[:6]) <= len(elements):
+    number = int(digits[:6]) if digits.isascii() and digits.isdecimal() else 0
+    if not 1 <= number <= len(elements):
         raise ToolRefusal(f"the page has no element {ref[:20]!r}; it has e1 to e{len(elements)}")
-    return elements[int(digits[:6]) - 1]
+    return elements[number - 1]
 
 
 def _act(database: Database, action: str, *of: str) -> None:
-    """What a click does. Only "save" and "delete" change what counts."""
+    """Perform the action of a click. Only "save" and "delete" change what counts."""
     ui = database["_ui"]
-    if action in ("go", "close"):
-        ui.update(new_ui() if action == "go" else {"dialog": None})
-        ui["page"] = of[0] if action == "go" else ui["page"]
+    if action == "go":
+        ui.update(new_ui())
+        ui["page"] = of[0]
+    elif action == "close":
+        ui["dialog"] = None
     elif action == "page":
         ui["first"] = int(of[0])
     elif action == "open":
         ui.update(page="view", of=f"{ui['page']}:{of[0]}")
     elif action == "new":
-        ui.update(
-            page="form",
-            of=f"{of[0]}:",
-            form={field: _first(database, of[0], field) for field in FORMS[of[0]]},
-        )
+        (kind,) = of
+        form = {field: _first(database, kind, field) for field in FORMS[kind]}
+        ui.update(page="form", of=f"{kind}:", form=form)
     elif action == "edit":
-        ui.update(page="form", of=f"{of[0]}:{of[1]}", form=dict(database[of[0]][of[1]]))
+        kind, name = of
+        ui.update(page="form", of=f"{kind}:{name}", form=dict(database[kind][name]))
     elif action == "settings":
-        ui.update(page="form", of=f"settings:{of[0]}", form=dict(database["settings"][of[0]]))
+        (section,) = of
+        ui.update(page="form", of=f"settings:{section}", form=dict(database["settings"][section]))
     elif action == "ask delete":
         ui["dialog"] = {
             "text": f"Delete {of[1]}? This cannot be undone.",
@@ -272,60 +275,57 @@ def _act(database: Database, action: str, *of: str) -> None:
             "buttons": [["Discard", ["go", back]], ["Go on editing", ["close"]]],
         }
     elif action == "delete":
-        del database[of[0]][of[1]]
-        _act(database, "go", of[0])
+        kind, name = of
+        del database[kind][name]
+        _act(database, "go", kind)
     elif action == "save":
         _save(database, ui)
 
 
 def _first(database: Database, kind: str, field: str) -> str:
-    return _options(database, kind, "").get(field, ("",))[0]
+    """Return a new form's value of a field: its first option, or nothing."""
+    options = _options(database, kind, "")
+    return options.get(field, ("",))[0]
 
 
 def _save(database: Database, ui: dict) -> None:
     kind, old = ui["of"].split(":", 1)
+    form = dict(ui["form"])
     if kind == "settings":
-        database["settings"][old] = dict(ui["form"])
-        return _act(database, "go", "settings")
-    key, problem = _key(kind, ui["form"])
+        database["settings"][old] = form
+        _act(database, "go", "settings")
+        return
+    key, problem = _key(kind, form)
     if not problem and key != old and key in database[kind]:
         problem = f"there is a {kind} {key} already"
     if problem:
         ui["dialog"] = {"text": f"Not saved: {problem}.", "buttons": [["OK", ["close"]]]}
-        return None
+        return
     if old:
         del database[kind][old]
-    database[kind][key] = dict(ui["form"])
-    return _act(database, "go", kind)
+    database[kind][key] = form
+    _act(database, "go", kind)
 
 
 def _key(kind: str, form: dict[str, str]) -> tuple[str, str]:
-    """(the entry's name, what is wrong with the form or "").
+    """Return (the entry's name, the fault of the form or "").
 
-    The name says what the entry is, so that equal entries are the same entry.
+    The name is made from the content, so equal entries have equal names.
     """
-    main = form["Name" if kind == "contact" else "Title"]
+    label = "Name" if kind == "contact" else "Title"
+    main = form[label]
     if not main or len(main) > 60 or _NOT_A_NAME.search(main):
-        return (
-            "",
-            (
-                f"{'Name' if kind == 'contact' else 'Title'} must have 1 to 60 letters, digits,"
-                " spaces or . , ' & + -"
-            ),
-        )
+        return "", f"{label} must have 1 to 60 letters, digits, spaces or . , ' & + -"
     if kind == "contact":
-        return main, (
-            ""
-            if re.fullmatch(r"[0-9]{3,12}", form["Phone"])
-            else "Phone must have 3 to 12 digits and nothing else"
-        )
+        if re.fullmatch(r"[0-9]{3,12}", form["Phone"]):
+            return main, ""
+        return main, "Phone must have 3 to 12 digits and nothing else"
     try:
         date = datetime.date.fromisoformat(form["Date"]).isoformat()
     except ValueError:
         return "", "Date must be a date as YYYY-MM-DD"
-    return f"{date} {form['Time']} {main}", (
-        "" if date == form["Date"] else "Date must be a date as YYYY-MM-DD"
-    )
+    problem = "" if date == form["Date"] else "Date must be a date as YYYY-MM-DD"
+    return f"{date} {form['Time']} {main}", problem
 
 
 _REF = text("Reference of the element, such as e3.")
@@ -353,11 +353,10 @@ TOOLS = (
 
 
 def random_write(rng: random.Random, database: Database) -> ToolCall:
-    """Some action on some element of the page as it is."""
-    elements = page(database)[1]
-    ref, element = rng.choice(
-        [(f"e{number}", one) for number, one in enumerate(elements, 1) if one.role != "text"]
-    )
+    """Draw an action on some element of the current page."""
+    _, elements = page(database)
+    active = [(f"e{number}", one) for number, one in enumerate(elements, 1) if one.role != "text"]
+    ref, element = rng.choice(active)
     if element.role == "textbox":
         return calling("type", ref=ref, text=rng.choice(CITIES))
     if element.role == "select":

@@ -1,8 +1,8 @@
-"""Scenarios of the GUI world: one to four requests to an organiser, each done by a driver that
-finds its elements by their labels.
+"""Scenarios of the GUI world: one to four requests to an organiser.
 
-easy: a change of a setting or of a contact. medium: two requests, new entries and deletions among
-them. hard: three or four, with moved events and questions whose answer has to be told.
+A driver carries out each request and finds the elements by their labels. easy: a change of a
+setting or of a contact. medium: two requests, also new entries and deletions. hard: three or four,
+also moved events and a question whose answer must be told.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import random
 from collections.abc import Callable
 
 from envs.gem import ToolCall
-from envs.worlds.base import Scenario, attempts, calling, prove, turns
 from envs.worlds.gui import GROUPS, REMINDERS, SETTINGS, TIMES, TOOLS, new_ui, page
 from envs.worlds.names import CITIES, draw_date, people
-from envs.worlds.shop_scenarios import Request
+from envs.worlds.scenario import Request, Scenario, attempts, calling, joined, prove
 from envs.worlds.tools import Database, Toolbox
-from envs.worlds.user import Fact, UserScript
+from envs.worlds.user import Fact
 
 TITLES = (
     "Dentist",
@@ -42,105 +41,108 @@ _ASKS = {
 
 
 class Driver:
-    """Somebody at the screen: acts by label on a copy of the database, and keeps the calls."""
+    """A scripted person at the screen.
+
+    The driver acts by label on a copy of the database and keeps the calls.
+    """
 
     def __init__(self, database: Database) -> None:
-        self.database, self.calls, self._box = copy.deepcopy(database), [], Toolbox(TOOLS)
+        self.database = copy.deepcopy(database)
+        self.calls: list[ToolCall] = []
+        self._box = Toolbox(TOOLS)
 
     def do(self, name: str, label: str, **arguments: str) -> None:
+        """Call a tool on the only element with this label."""
         _, elements = page(self.database)
-        (ref,) = [
-            f"e{number}"
-            for number, one in enumerate(elements, 1)
-            if one.label == label and one.role != "text"
-        ]
-        self.act(calling(name, ref=ref, **arguments))
+        references = []
+        for number, one in enumerate(elements, 1):
+            if one.label == label and one.role != "text":
+                references.append(f"e{number}")
+        (reference,) = references
+        self.act(calling(name, ref=reference, **arguments))
 
     def act(self, call: ToolCall) -> None:
+        """Run a call and keep it."""
         self._box.call(self.database, call)
         self.calls.append(call)
 
     def click(self, *labels: str) -> None:
+        """Click the elements with these labels in order."""
         for label in labels:
             self.do("click", label)
 
     def open(self, app: str, words: str, entry: str) -> None:
-        """Finds an entry by words that the user said, from wherever no dialog and no form is open."""
+        """Find an entry by words that the user said, from any page without a form or a dialog."""
         self.home()
         self.click(app)
         self.do("type", "Search", text=words)
         self.click(entry)
 
     def home(self) -> None:
+        """Go to the home page."""
         if self.database["_ui"]["page"] != "home":
             self.click("Home")
 
     def fill(self, **fields: str) -> None:
-        """Fields by label (an underscore is a space), then Save."""
+        """Fill in fields by label (an underscore stands for a space) and save the form."""
         roles = {one.label: one.role for one in page(self.database)[1]}
         for name, value in fields.items():
             label = name.replace("_", " ")
-            self.do(
-                *(("select", label) if roles[label] == "select" else ("type", label)),
-                **{"option" if roles[label] == "select" else "text": value},
-            )
+            if roles[label] == "select":
+                self.do("select", label, option=value)
+            else:
+                self.do("type", label, text=value)
         self.act(calling("submit"))
 
     def taken(self) -> tuple[ToolCall, ...]:
-        calls, self.calls = tuple(self.calls), []
+        """Return the calls so far and forget them."""
+        calls = tuple(self.calls)
+        self.calls = []
         return calls
 
 
 def make_scenario(rng: random.Random, level: str) -> Scenario:
+    """Draw a scenario of this level."""
     for draw in attempts(rng):
         database = _new_organiser(draw)
-        kinds = {
-            "easy": lambda: [draw.choice(EASY)],
-            "medium": lambda: draw.sample(EASY + MORE, 2),
-            "hard": lambda: (
-                draw.sample(EASY, 1) + draw.sample(MORE, draw.randint(1, 2)) + [_question]
-            ),
-        }[level]()
-        driver, used = Driver(database), set()
+        kinds = _draw_kinds(draw, level)
+        driver = Driver(database)
+        used: set[str] = set()
         requests = [kind(draw, driver, used) for kind in kinds]
-        known = tuple(fact for request in requests for fact in request.facts)
-        words = [word for fact in known for word in fact.words]
-        if len(set(words)) < len(words):  # two facts that the same question asks for
+        words = [word for request in requests for fact in request.facts for word in fact.words]
+        if len(set(words)) < len(words):  # one question would ask for two facts
             continue
-        says = (
-            f"Hello. {requests[0].says}",
-            *(f"Thanks. Now: {request.says}" for request in requests[1:]),
-        )
-        return prove(
-            TOOLS,
-            Scenario(
-                database,
-                UserScript(says, known),
-                tuple(call for request in requests for call in request.golden),
-                tuple(fact for request in requests for fact in request.tell),
-                turns(calling("look"), *(step for request in requests for step in request.expert)),
-            ),
-        )
+        return prove(TOOLS, joined(database, requests, [calling("look")], "Thanks. Now:"))
+    raise AssertionError("attempts() ends with an error")
+
+
+def _draw_kinds(rng: random.Random, level: str) -> list[Kind]:
+    if level == "easy":
+        return [rng.choice(EASY)]
+    if level == "medium":
+        return rng.sample(EASY + MORE, 2)
+    return rng.sample(EASY, 1) + rng.sample(MORE, rng.randint(1, 2)) + [_question]
 
 
 def _new_organiser(rng: random.Random) -> Database:
-    contacts = {
-        f"{first} {last}": {
+    contacts = {}
+    for first, last, _ in people(rng, 12):
+        contacts[f"{first} {last}"] = {
             "Name": f"{first} {last}",
-            "Phone": f"{rng.randrange(10**6, 10**7)}",
+            "Phone": _draw_phone(rng),
             "City": rng.choice(CITIES),
             "Group": rng.choice(GROUPS),
         }
-        for first, last, _ in people(rng, 12)
-    }
+    guests = ["nobody", *sorted(contacts)]
     events = {}
     for title in rng.sample(TITLES, 9):
-        date, time = draw_date(rng), rng.choice(TIMES)
+        date = draw_date(rng)
+        time = rng.choice(TIMES)
         events[f"{date} {time} {title}"] = {
             "Title": title,
             "Date": date,
             "Time": time,
-            "Guest": rng.choice(["nobody", *sorted(contacts)]),
+            "Guest": rng.choice(guests),
             "Reminder": rng.choice(REMINDERS),
         }
     settings = {
@@ -150,20 +152,19 @@ def _new_organiser(rng: random.Random) -> Database:
     return {"contact": contacts, "event": events, "settings": settings, "_ui": new_ui()}
 
 
-# -- kinds of requests: each acts through the driver, so that the next one starts where it ended
+def _draw_phone(rng: random.Random) -> str:
+    return str(rng.randrange(10**6, 10**7))
+
+
+# -- Kinds of requests. Each acts through the driver, so that the next one starts where it ended.
 # -------------------------------------------------------------------------------------------------
 
 
 def _setting(rng: random.Random, driver: Driver, used: set[str]) -> Request:
     section = rng.choice(sorted(SETTINGS))
     name = rng.choice(sorted(SETTINGS[section]))
-    value = rng.choice(
-        [
-            one
-            for one in SETTINGS[section][name]
-            if one != driver.database["settings"][section][name]
-        ]
-    )
+    now = driver.database["settings"][section][name]
+    value = rng.choice([one for one in SETTINGS[section][name] if one != now])
     driver.home()
     driver.click("Settings", section)
     driver.fill(**{name.replace(" ", "_"): value})
@@ -171,24 +172,24 @@ def _setting(rng: random.Random, driver: Driver, used: set[str]) -> Request:
 
 
 def _contact(rng: random.Random, driver: Driver, used: set[str]) -> Request:
-    """A contact moves, changes the group, or has a new number, which is told when asked for."""
+    """Draw a contact that moves, changes its group or gets a new number.
+
+    The number is told when asked for.
+    """
     entry = _draw(rng, driver.database["contact"], used)
     field = rng.choice(["Phone", "City", "Group"])
     old = driver.database["contact"][entry][field]
-    value = (
-        f"{rng.randrange(10**6, 10**7)}"
-        if field == "Phone"
-        else rng.choice([one for one in (CITIES if field == "City" else GROUPS) if one != old])
-    )
+    if field == "Phone":
+        value = _draw_phone(rng)
+    else:
+        options = CITIES if field == "City" else GROUPS
+        value = rng.choice([one for one in options if one != old])
     driver.open("Contacts", entry, entry)
     driver.click("Edit")
     driver.fill(**{field: value})
     if field != "Phone":
-        return _done(
-            driver,
-            f"{entry} {'has moved to' if field == 'City' else 'belongs to the group'} {value}."
-            " Please correct the contact.",
-        )
+        change = "has moved to" if field == "City" else "belongs to the group"
+        return _done(driver, f"{entry} {change} {value}. Please correct the contact.")
     known = Fact(_ASKS["Phone"], f"{entry}'s new number is {value}.")
     return _done(
         driver,
@@ -199,15 +200,13 @@ def _contact(rng: random.Random, driver: Driver, used: set[str]) -> Request:
 
 
 def _new_contact(rng: random.Random, driver: Driver, used: set[str]) -> Request:
-    first, last, _ = rng.choice(
-        [one for one in people(rng, 30) if f"{one[0]} {one[1]}" not in driver.database["contact"]]
-    )
-    name, phone, city, group = (
-        f"{first} {last}",
-        f"{rng.randrange(10**6, 10**7)}",
-        rng.choice(CITIES),
-        rng.choice(GROUPS),
-    )
+    known = driver.database["contact"]
+    new = [one for one in people(rng, 30) if f"{one[0]} {one[1]}" not in known]
+    first, last, _ = rng.choice(new)
+    name = f"{first} {last}"
+    phone = _draw_phone(rng)
+    city = rng.choice(CITIES)
+    group = rng.choice(GROUPS)
     used.add(name)
     driver.home()
     driver.click("Contacts", "New contact")
@@ -221,27 +220,22 @@ def _new_contact(rng: random.Random, driver: Driver, used: set[str]) -> Request:
 
 
 def _new_event(rng: random.Random, driver: Driver, used: set[str]) -> Request:
-    title = rng.choice(
-        [
-            one
-            for one in TITLES
-            if all(event["Title"] != one for event in driver.database["event"].values())
-        ]
-    )
-    date, time, guest, reminder = (
-        draw_date(rng),
-        rng.choice(TIMES),
-        _draw(rng, driver.database["contact"], used),
-        rng.choice(REMINDERS),
-    )
+    titles = {event["Title"] for event in driver.database["event"].values()}
+    title = rng.choice([one for one in TITLES if one not in titles])
+    date = draw_date(rng)
+    time = rng.choice(TIMES)
+    guest = _draw(rng, driver.database["contact"], used)
+    reminder = rng.choice(REMINDERS)
     driver.home()
     driver.click("Calendar", "New event")
     driver.fill(Title=title, Date=date, Time=time, Guest=guest, Reminder=reminder)
     used.add(f"{date} {time} {title}")
+    with_reminder = "without a reminder"
+    if reminder != "none":
+        with_reminder = f"with the reminder {reminder}"
     return _done(
         driver,
-        f'Please put "{title}" with {guest} into my calendar,'
-        f" {'with the reminder ' + reminder if reminder != 'none' else 'without a reminder'}.",
+        f'Please put "{title}" with {guest} into my calendar, {with_reminder}.',
         (Fact(("date", "day", "when", "time"), f"It is on {date} at {time}."),),
         f"When is {title}?",
     )
@@ -273,7 +267,7 @@ def _deletion(rng: random.Random, driver: Driver, used: set[str]) -> Request:
 
 
 def _question(rng: random.Random, driver: Driver, used: set[str]) -> Request:
-    """Nothing is to be changed: a date has to be told, which no guess finds."""
+    """Draw a question about a date; nothing is to be changed, and no guess finds the date."""
     entry = _draw(rng, driver.database["event"], used)
     event = driver.database["event"][entry]
     driver.open("Calendar", event["Title"], entry)
@@ -286,17 +280,17 @@ def _question(rng: random.Random, driver: Driver, used: set[str]) -> Request:
 
 
 def _draw(rng: random.Random, table: dict[str, dict], used: set[str]) -> str:
-    """An entry that no other request of this dialogue is about."""
+    """Draw an entry that no other request of this dialogue is about."""
     entry = rng.choice([one for one in sorted(table) if one not in used])
     used.add(entry)
     return entry
 
 
 def _done(driver: Driver, says: str, known: tuple[Fact, ...] = (), question: str = "") -> Request:
+    """Return the request that the driver's calls fulfil, with a question that comes first."""
     calls = driver.taken()
-    return Request(
-        says, calls, (), (*((question,) if question else ()), *calls, "That is done."), known
-    )
+    first = (question,) if question else ()
+    return Request(says, calls, (), (*first, *calls, "That is done."), known)
 
 
 Kind = Callable[[random.Random, Driver, set[str]], Request]

@@ -1,5 +1,6 @@
-"""What the readers of published formats share: JSON lines with places in their errors, and the
-worlds here by the names that files use.
+"""Readers that the published formats share.
+
+They read JSON lines with places in their errors, and find worlds by the names that files use.
 """
 
 from __future__ import annotations
@@ -8,23 +9,22 @@ import json
 import pathlib
 from typing import Any
 
+from envs.worlds import WORLDS
 from envs.worlds.base import World
 
-BROKEN = (
-    LookupError,
-    TypeError,
-    AttributeError,
-)  # what a tool raises on a database that a file gives another shape than the world's
+# What a tool raises on a database whose shape, given by a file, is not the world's.
+BROKEN = (LookupError, TypeError, AttributeError)
 
 
 class FormatError(ValueError):
-    """A file that does not say what its format says, or that needs a backend which is not here.
+    """A file violates its format, or needs a backend that does not exist here.
 
     The message names file and entry.
     """
 
 
 def read_json(path: pathlib.Path) -> Any:
+    """Return the value of a JSON file. Raises FormatError."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -32,7 +32,10 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def read_lines(path: pathlib.Path) -> list[tuple[str, Any]]:
-    """(place, value) of each line of a JSON-lines file; BFCL calls such files .json."""
+    """Return (place, value) of each line of a JSON-lines file. Raises FormatError.
+
+    BFCL calls such files .json.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
@@ -50,22 +53,22 @@ def read_lines(path: pathlib.Path) -> list[tuple[str, Any]]:
 def field(
     entry: Any, name: str, kind: type | tuple[type, ...], where: str, default: Any = ...
 ) -> Any:
-    """entry[name], of a kind or one of several.
+    """Return entry[name], checked to be of a type or one of several.
 
-    A default makes it optional; null counts as absent.
+    A default makes the field optional; null counts as absent. Raises FormatError.
     """
     value = entry.get(name) if isinstance(entry, dict) else None
     if value is None and default is not ...:
         return default
     if not isinstance(value, kind):
-        wanted = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        wanted = " or ".join(one.__name__ for one in kinds)
         raise FormatError(f"{where}: {name!r} is {type(value).__name__} and must be {wanted}")
     return value
 
 
 def known_world(name: str, where: str) -> World:
-    from envs.worlds import WORLDS
-
+    """Return the world with this name. Raises FormatError where it has no backend here."""
     if name not in WORLDS:
         raise FormatError(
             f"{where}: {name!r} has no backend here; there are {', '.join(WORLDS)}. "

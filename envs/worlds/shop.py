@@ -1,10 +1,7 @@
-"""The shop world's system: customers and their payment methods, products with variants and stock,
-orders.
+"""The system of the shop world: customers, payment methods, products and orders.
 
-Money is in whole euros.
-
-`paid` of a payment method is what the shop has from it: charges add, refunds subtract. A gift card
-has a balance besides, which cannot go below 0.
+Money is in whole euros. `paid` of a payment method is the shop's net income from it: charges add,
+refunds subtract. A gift card also has a balance, which cannot fall below 0.
 """
 
 from __future__ import annotations
@@ -12,29 +9,35 @@ from __future__ import annotations
 import random
 
 from envs.gem import ToolCall
-from envs.worlds.base import calling
+from envs.worlds.scenario import calling
 from envs.worlds.tools import Database, Tool, ToolRefusal, find, text, texts
 
 TODAY = "2031-06-30"
 RETURN_DAYS = 30
 POLICY = f"""\
 You are the agent of an online shop. Today is {TODAY}. Policy:
-1. Find the customer by last name and ZIP code before anything else; ask for both. Act on this customer's orders only.
-2. Say what you are about to change and get the user's consent before you change it. Change nothing that was not asked for.
-3. An order can be cancelled, or get another address, only while it is pending. If it is not, tell the user its status and since which day it has it, as YYYY-MM-DD.
-4. Items of a delivered order can be returned or exchanged until {RETURN_DAYS} days after the delivery, that day included.
+1. Find the customer by last name and ZIP code before anything else; ask for both. Act on this \
+customer's orders only.
+2. Say what you are about to change and get the user's consent before you change it. Change \
+nothing that was not asked for.
+3. An order can be cancelled, or get another address, only while it is pending. If it is not, \
+tell the user its status and since which day it has it, as YYYY-MM-DD.
+4. Items of a delivered order can be returned or exchanged until {RETURN_DAYS} days after the \
+delivery, that day included.
    If it is later, do not do it: tell the user the last day on which it was possible, as YYYY-MM-DD.
-5. A return is refunded to the payment method of the order, unless the user asks for another of the customer's methods. Tell the user the sum refunded.
-6. An exchange is for another variant of the same product that is in stock. Ask which payment method the difference goes to, and tell the user the new variant's price.
+5. A return is refunded to the payment method of the order, unless the user asks for another of \
+the customer's methods. Tell the user the sum refunded.
+6. An exchange is for another variant of the same product that is in stock. Ask which payment \
+method the difference goes to, and tell the user the new variant's price.
 7. When an order is cancelled, tell the user the sum refunded."""
 
 
 def find_customer(database: Database, last_name: str, zip: str) -> dict:
+    """Find a customer by last name and ZIP code."""
     for identity, customer in database["customers"].items():
-        if (
-            customer["last_name"].lower() == last_name.strip().lower()
-            and customer["zip"] == zip.strip()
-        ):
+        if customer["last_name"].lower() != last_name.strip().lower():
+            continue
+        if customer["zip"] == zip.strip():
             return {"customer_id": identity, **customer}
     raise ToolRefusal(
         f"no customer has the last name {last_name[:40]!r} and the ZIP code {zip[:20]!r}"
@@ -42,6 +45,7 @@ def find_customer(database: Database, last_name: str, zip: str) -> dict:
 
 
 def list_orders(database: Database, customer_id: str) -> list[dict]:
+    """List the orders of a customer."""
     find(database["customers"], customer_id, "customer")
     return [
         {"order_id": identity, **order}
@@ -51,14 +55,17 @@ def list_orders(database: Database, customer_id: str) -> list[dict]:
 
 
 def list_products(database: Database) -> dict[str, str]:
+    """Return the names of all products by id."""
     return {identity: product["name"] for identity, product in database["products"].items()}
 
 
 def get_product(database: Database, product_id: str) -> dict:
+    """Return a product with its variants."""
     return find(database["products"], product_id, "product")
 
 
 def cancel_order(database: Database, order_id: str) -> dict:
+    """Cancel a pending order and refund it."""
     order = _with_status(database, order_id, "pending")
     refund = sum(item["price"] for item in order["items"].values())
     order.update(status="cancelled", status_since=TODAY)
@@ -69,13 +76,17 @@ def cancel_order(database: Database, order_id: str) -> dict:
 
 
 def change_address(database: Database, order_id: str, address: str) -> dict:
+    """Change the address of a pending order."""
     order = _with_status(database, order_id, "pending")
     order["address"] = " ".join(address.split())
     return {"order_id": order_id, "address": order["address"]}
 
 
 def return_items(database: Database, order_id: str, skus: list[str], refund_to: str) -> dict:
-    """The system asks for no date: that is the policy's."""
+    """Take items of a delivered order back and refund them.
+
+    The system checks no date; that is up to the policy.
+    """
     order = _with_status(database, order_id, "delivered")
     if not skus or len(set(skus)) < len(skus):
         raise ToolRefusal("skus must name one item or more, each once")
@@ -90,14 +101,17 @@ def return_items(database: Database, order_id: str, skus: list[str], refund_to: 
 def exchange_item(
     database: Database, order_id: str, sku: str, new_sku: str, payment_method: str
 ) -> dict:
+    """Exchange an item of a delivered order for another variant."""
     order = _with_status(database, order_id, "delivered")
-    item, new = _bought(order, order_id, sku), _variant(database, new_sku)
+    item = _bought(order, order_id, sku)
+    new = _variant(database, new_sku)
     if new_sku not in _product_of(database, sku)["variants"] or new_sku in order["items"]:
         raise ToolRefusal(f"{new_sku} is no other variant of the product of {sku}")
     if new["stock"] < 1:
         raise ToolRefusal(f"{new_sku} is out of stock")
     _pay(database, order["customer_id"], payment_method, new["price"] - item["price"])
-    item["status"], new["stock"] = "exchanged", new["stock"] - 1
+    item["status"] = "exchanged"
+    new["stock"] = new["stock"] - 1
     order["items"][new_sku] = {"price": new["price"], "status": "bought"}
     return {
         "order_id": order_id,
@@ -123,10 +137,10 @@ def _bought(order: dict, order_id: str, sku: str) -> dict:
 
 
 def _product_of(database: Database, sku: str) -> dict:
-    return next(
-        (product for product in database["products"].values() if sku in product["variants"]),
-        {"variants": {}},
-    )
+    for product in database["products"].values():
+        if sku in product["variants"]:
+            return product
+    return {"variants": {}}
 
 
 def _variant(database: Database, sku: str) -> dict:
@@ -134,7 +148,10 @@ def _variant(database: Database, sku: str) -> dict:
 
 
 def _pay(database: Database, customer_id: str, method_id: str, amount: int) -> None:
-    """Charges, or with a negative amount refunds. The last check before a tool changes anything."""
+    """Charge a payment method, or refund to it with a negative amount.
+
+    This is the last check before a tool changes anything.
+    """
     method = find(
         database["customers"][customer_id]["payment_methods"],
         method_id,
@@ -149,11 +166,9 @@ def _pay(database: Database, customer_id: str, method_id: str, amount: int) -> N
     method["paid"] += amount
 
 
-_ORDER, _SKU, _METHOD = (
-    text("Id of the order, such as W1234."),
-    "Id of an item, such as S12345.",
-    text("Id of a payment method of the customer."),
-)
+_ORDER = text("Id of the order, such as W1234.")
+_SKU = "Id of an item, such as S12345."
+_METHOD = text("Id of a payment method of the customer.")
 TOOLS = (
     Tool(
         "find_customer",
@@ -206,7 +221,7 @@ TOOLS = (
 
 
 def random_write(rng: random.Random, database: Database) -> ToolCall:
-    """A change of chance to an order that exists."""
+    """Draw a change to an order that exists."""
     identity = rng.choice(sorted(database["orders"]))
     order = database["orders"][identity]
     methods = sorted(database["customers"][order["customer_id"]]["payment_methods"])

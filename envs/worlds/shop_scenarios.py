@@ -1,9 +1,8 @@
-"""Scenarios of the shop world: one to four requests of one customer, each about an order of its
-own.
+"""Scenarios of the shop world: one to four requests of one customer, each about its own order.
 
-A request is drawn from seven kinds; in three of them the policy forbids what the user asks for, and
-the right answer is to say why and change nothing. easy: one request that may be granted. medium:
-two. hard: three or four, some of them refused.
+A request is one of seven kinds. In three of them the policy forbids what the user asks for, and the
+right answer is to say why and to change nothing. easy: one request that may be granted. medium: two
+requests of any kind. hard: three or four, some of them refused.
 """
 
 from __future__ import annotations
@@ -12,12 +11,11 @@ import dataclasses
 import random
 from collections.abc import Callable
 
-from envs.gem import ToolCall
-from envs.worlds.base import Scenario, attempts, calling, prove, turns
 from envs.worlds.names import CITIES, day, number, people
+from envs.worlds.scenario import Request, Scenario, attempts, calling, joined, prove
 from envs.worlds.shop import RETURN_DAYS, TODAY, TOOLS
 from envs.worlds.tools import Database
-from envs.worlds.user import Fact, UserScript, facts
+from envs.worlds.user import Fact, facts
 
 PRODUCTS = (
     "shirt",
@@ -37,21 +35,11 @@ COLOURS = ("black", "blue", "green", "grey", "red", "white")
 SIZES = ("small", "medium", "large")
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One thing that the user wants, and how it is done right."""
-
-    says: str
-    golden: tuple[ToolCall, ...]
-    tell: tuple[str, ...]
-    expert: tuple[ToolCall | str, ...]
-    facts: tuple[Fact, ...] = ()
-
-
 @dataclasses.dataclass
 class Counter:
-    """The shop while a scenario is drawn: whose order it is, and products that no order of theirs
-    has yet.
+    """The shop while a scenario is drawn.
+
+    It knows whose orders are drawn, and the products that no order of this customer has yet.
     """
 
     rng: random.Random
@@ -60,82 +48,122 @@ class Counter:
     unused: list[str]
 
     def new_order(self, status: str, items: int = 1, days_ago: int = 5) -> tuple[str, list[str]]:
-        """(order id, skus) of a new order of products that the customer has no other order of."""
-        variants = [
-            self.rng.choice(sorted(self.database["products"][self.unused.pop()]["variants"]))
-            for _ in range(items)
-        ]
-        return (
-            add_order(self.rng, self.database, self.customer, variants, status, days_ago),
-            variants,
-        )
+        """Add an order of products that no other order of the customer has.
+
+        Returns:
+          (order id, SKUs).
+        """
+        skus = []
+        for _ in range(items):
+            product = self.database["products"][self.unused.pop()]
+            skus.append(self.rng.choice(sorted(product["variants"])))
+        order = add_order(self.rng, self.database, self.customer, skus, status, days_ago)
+        return order, skus
 
     def named(self, sku: str) -> str:
-        """As the customer calls it: the blue medium shirt."""
-        product = next(
-            product for product in self.database["products"].values() if sku in product["variants"]
-        )
+        """Return a variant as the customer calls it, such as "the blue medium shirt"."""
+        _, product = _product_of(self.database, sku)
         variant = product["variants"][sku]
         return f"the {variant['colour']} {variant['size']} {product['name']}"
 
     def price(self, order: str) -> int:
+        """Return the sum of an order's prices."""
         return sum(item["price"] for item in self.database["orders"][order]["items"].values())
 
     def methods(self, kind: str) -> list[str]:
-        return [
-            identity
-            for identity, method in sorted(
-                self.database["customers"][self.customer]["payment_methods"].items()
-            )
-            if method["kind"] == kind
-        ]
+        """Return the customer's payment methods of a kind."""
+        methods = self.database["customers"][self.customer]["payment_methods"]
+        return [identity for identity, method in sorted(methods.items()) if method["kind"] == kind]
+
+
+def _product_of(database: Database, sku: str) -> tuple[str, dict]:
+    """Return the product that has a variant: (product id, product)."""
+    for identity, product in database["products"].items():
+        if sku in product["variants"]:
+            return identity, product
+    raise KeyError(sku)
 
 
 def make_scenario(rng: random.Random, level: str) -> Scenario:
+    """Draw a scenario of this level."""
     for draw in attempts(rng):
         counter = _open_shop(draw)
-        kinds = {
-            "easy": lambda: [draw.choice(GRANTED)],
-            "medium": lambda: draw.sample(GRANTED + REFUSED, 2),
-            "hard": lambda: draw.sample(GRANTED, 2) + draw.sample(REFUSED, draw.randint(1, 2)),
-        }[level]()
+        kinds = _draw_kinds(draw, level)
         draw.shuffle(kinds)
         requests = [kind(counter) for kind in kinds]
-        if None not in requests:
-            return prove(TOOLS, _joined(counter, requests))
+        drawn = [request for request in requests if request is not None]
+        if len(drawn) == len(kinds):
+            return prove(TOOLS, _dialogue(counter, drawn))
+    raise AssertionError("attempts() ends with an error")
 
 
-def _joined(counter: Counter, requests: list[Request]) -> Scenario:
+def _draw_kinds(rng: random.Random, level: str) -> list[Kind]:
+    if level == "easy":
+        return [rng.choice(GRANTED)]
+    if level == "medium":
+        return rng.sample(GRANTED + REFUSED, 2)
+    return rng.sample(GRANTED, 2) + rng.sample(REFUSED, rng.randint(1, 2))
+
+
+def _dialogue(counter: Counter, requests: list[Request]) -> Scenario:
     customer = counter.database["customers"][counter.customer]
-    name, code = customer["last_name"], customer["zip"]
-    says = [
-        f"Hello. {requests[0].says}",
-        *(f"Thank you. Another thing: {request.says}" for request in requests[1:]),
-    ]
+    name = customer["last_name"]
+    code = customer["zip"]
     known = facts(
         name=("name who", f"My last name is {name}."),
         zip=("zip postcode postal", f"My ZIP code is {code}."),
-    ) + tuple(fact for request in requests for fact in request.facts)
+    )
     begin = (
         "Could you tell me your last name and your ZIP code?",
         calling("find_customer", last_name=name, zip=code),
         calling("list_orders", customer_id=counter.customer),
     )
-    return Scenario(
-        counter.database,
-        UserScript(tuple(says), known),
-        tuple(call for request in requests for call in request.golden),
-        tuple(fact for request in requests for fact in request.tell),
-        turns(*begin, *(step for request in requests for step in request.expert)),
-    )
+    return joined(counter.database, requests, begin, "Thank you. Another thing:", known)
 
 
-# -- the shop
+# -- The shop
 # -------------------------------------------------------------------------------------------------
 
 
+def _draw_methods(rng: random.Random) -> dict[str, dict]:
+    """Draw a customer's payment methods: a credit card, PayPal and a gift card."""
+    card = number(rng, "M", set())
+    paypal = number(rng, "Y", set())
+    balance = rng.randrange(150, 300)
+    gift_card = number(rng, "G", set())
+    return {
+        card: {"kind": "credit card", "paid": 0},
+        paypal: {"kind": "PayPal", "paid": 0},
+        gift_card: {"kind": "gift card", "paid": 0, "balance": balance},
+    }
+
+
 def _open_shop(rng: random.Random) -> Counter:
+    """Draw a shop with three customers, one of whom speaks to the agent."""
     database: Database = {"customers": {}, "products": {}, "orders": {}}
+    _add_products(rng, database)
+    for first, last, _ in people(rng, 3):
+        customer = {"first_name": first, "last_name": last}
+        methods = _draw_methods(rng)
+        customer |= {"zip": f"{rng.randrange(10000, 99999)}", "payment_methods": methods}
+        database["customers"][number(rng, "C", database["customers"], 3)] = customer
+    speaker = rng.choice(sorted(database["customers"]))
+    unused = sorted(database["products"])
+    rng.shuffle(unused)
+    for other in sorted(database["customers"]):
+        if other == speaker:
+            continue
+        for status in ("pending", "delivered"):
+            skus = []
+            for product in rng.sample(sorted(database["products"]), 2):
+                skus.append(rng.choice(sorted(database["products"][product]["variants"])))
+            add_order(rng, database, other, skus, status, rng.randrange(1, 60))
+    counter = Counter(rng, database, speaker, unused)
+    counter.new_order("delivered", days_ago=rng.randrange(3, 60))  # no request is about it
+    return counter
+
+
+def _add_products(rng: random.Random, database: Database) -> None:
     taken: set[str] = set()
     for name in rng.sample(PRODUCTS, 9):
         variants = {}
@@ -149,41 +177,8 @@ def _open_shop(rng: random.Random) -> Counter:
                     "price": rng.randrange(15, 120),
                     "stock": rng.choice([0, 1, 3, 8]),
                 }
-        database["products"][number(rng, "P", database["products"], 3)] = {
-            "name": name,
-            "variants": variants,
-        }
-    for first, last, _ in people(rng, 3):
-        methods = {
-            number(rng, kind, set()): {"kind": name, "paid": 0}
-            for kind, name in (("M", "credit card"), ("Y", "PayPal"))
-        }
-        methods[number(rng, "G", set())] = {
-            "kind": "gift card",
-            "paid": 0,
-            "balance": rng.randrange(150, 300),
-        }
-        database["customers"][number(rng, "C", database["customers"], 3)] = {
-            "first_name": first,
-            "last_name": last,
-            "zip": f"{rng.randrange(10000, 99999)}",
-            "payment_methods": methods,
-        }
-    customer = rng.choice(sorted(database["customers"]))
-    unused = sorted(database["products"])
-    rng.shuffle(unused)
-    for other in sorted(database["customers"]):
-        for status in ("pending", "delivered") if other != customer else ():
-            variants = [
-                rng.choice(sorted(product["variants"]))
-                for product in rng.sample(
-                    [database["products"][one] for one in sorted(database["products"])], 2
-                )
-            ]
-            add_order(rng, database, other, variants, status, rng.randrange(1, 60))
-    counter = Counter(rng, database, customer, unused)
-    counter.new_order("delivered", days_ago=rng.randrange(3, 60))  # which nobody speaks of
-    return counter
+        identity = number(rng, "P", database["products"], 3)
+        database["products"][identity] = {"name": name, "variants": variants}
 
 
 def add_order(
@@ -194,21 +189,17 @@ def add_order(
     status: str,
     days_ago: int,
 ) -> str:
-    """Adds an order paid by card or PayPal; `days_ago` is since when it has its status."""
+    """Add an order that is paid by card or PayPal and got its status `days_ago` days ago."""
     identity = number(rng, "W", database["orders"])
     methods = database["customers"][customer]["payment_methods"]
     method = rng.choice([one for one in sorted(methods) if methods[one]["kind"] != "gift card"])
-    variants = {
-        sku: variant
-        for product in database["products"].values()
-        for sku, variant in product["variants"].items()
-    }
-    names = {
-        sku: product["name"]
-        for product in database["products"].values()
-        for sku in product["variants"]
-    }
-    items = {sku: {"price": variants[sku]["price"], "status": "bought"} for sku in skus}
+    items = {}
+    contents = {}
+    for sku in skus:
+        _, product = _product_of(database, sku)
+        variant = product["variants"][sku]
+        items[sku] = {"price": variant["price"], "status": "bought"}
+        contents[sku] = f"{variant['colour']} {variant['size']} {product['name']}"
     database["orders"][identity] = {
         "customer_id": customer,
         "status": status,
@@ -216,15 +207,13 @@ def add_order(
         "payment_method": method,
         "address": f"Main Street {rng.randrange(1, 99)}, {rng.choice(CITIES)}",
         "items": items,
-        "contents": {
-            sku: f"{variants[sku]['colour']} {variants[sku]['size']} {names[sku]}" for sku in skus
-        },
+        "contents": contents,
     }
     methods[method]["paid"] += sum(item["price"] for item in items.values())
     return identity
 
 
-# -- kinds of requests
+# -- Kinds of requests
 # -------------------------------------------------------------------------------------------------
 
 
@@ -247,17 +236,19 @@ def _cancel(counter: Counter) -> Request:
 def _return(counter: Counter) -> Request:
     order, skus = counter.new_order("delivered", 2, counter.rng.randrange(1, RETURN_DAYS))
     chosen = skus[: counter.rng.randint(1, 2)]
-    to_card = counter.rng.random() < 0.5
-    method = (
-        counter.methods("gift card")[0]
-        if to_card
-        else counter.database["orders"][order]["payment_method"]
-    )
-    refund = str(sum(counter.database["orders"][order]["items"][sku]["price"] for sku in chosen))
+    to_gift_card = counter.rng.random() < 0.5
+    bought = counter.database["orders"][order]
+    if to_gift_card:
+        method = counter.methods("gift card")[0]
+        where = ", with the refund on my gift card"
+    else:
+        method = bought["payment_method"]
+        where = ""
+    refund = str(sum(bought["items"][sku]["price"] for sku in chosen))
+    named = " and ".join(map(counter.named, chosen))
     call = calling("return_items", order_id=order, skus=chosen, refund_to=method)
     return Request(
-        "I want to return"
-        f" {' and '.join(map(counter.named, chosen))}{', with the refund on my gift card' if to_card else ''}.",
+        f"I want to return {named}{where}.",
         (call,),
         (refund,),
         (
@@ -269,19 +260,17 @@ def _return(counter: Counter) -> Request:
 
 
 def _exchange(counter: Counter) -> Request | None:
-    """For the cheapest variant of a wanted size that is in stock; paid by a method that is told
-    when asked for.
+    """Draw an exchange for the cheapest variant of a wanted size that is in stock.
+
+    The user names the payment method when asked for it.
     """
     order, (sku,) = counter.new_order("delivered", 1, counter.rng.randrange(1, RETURN_DAYS))
-    product_id, product = next(
-        (one, product)
-        for one, product in counter.database["products"].items()
-        if sku in product["variants"]
-    )
-    size = counter.rng.choice([one for one in SIZES if one != product["variants"][sku]["size"]])
+    product_id, product = _product_of(counter.database, sku)
+    variants = product["variants"]
+    size = counter.rng.choice([one for one in SIZES if one != variants[sku]["size"]])
     fit = sorted(
         (variant["price"], one)
-        for one, variant in product["variants"].items()
+        for one, variant in variants.items()
         if variant["size"] == size and variant["stock"] > 0
     )
     if not fit or (len(fit) > 1 and fit[0][0] == fit[1][0]):
@@ -313,11 +302,11 @@ def _exchange(counter: Counter) -> Request | None:
 
 def _address(counter: Counter) -> Request:
     order, skus = counter.new_order("pending")
-    road, code = (
-        counter.rng.choice(["Lake", "Hill", "Garden", "Station"]),
-        counter.rng.randrange(10000, 99999),
-    )
-    street = f"{road} Road {counter.rng.randrange(1, 99)}, {code} {counter.rng.choice(CITIES)}"
+    road = counter.rng.choice(["Lake", "Hill", "Garden", "Station"])
+    code = counter.rng.randrange(10000, 99999)
+    house = counter.rng.randrange(1, 99)
+    city = counter.rng.choice(CITIES)
+    street = f"{road} Road {house}, {code} {city}"
     call = calling("change_address", order_id=order, address=street)
     known = Fact(
         ("address", "street", "deliver", "delivered", "where"), f"The new address is: {street}"
@@ -372,5 +361,6 @@ def _cancelled(counter: Counter) -> Request:
     )
 
 
-GRANTED: list[Callable[[Counter], Request | None]] = [_cancel, _return, _exchange, _address]
-REFUSED: list[Callable[[Counter], Request | None]] = [_late, _shipped, _cancelled]
+Kind = Callable[[Counter], Request | None]
+GRANTED: list[Kind] = [_cancel, _return, _exchange, _address]
+REFUSED: list[Kind] = [_late, _shipped, _cancelled]

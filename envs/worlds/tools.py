@@ -1,9 +1,8 @@
-"""Typed tools over a database: JSON schemas, the checking of arguments, and what a call answers.
+"""Typed tools over a database: JSON schemas, the checking of arguments, and the answers of calls.
 
 A tool is a function (database, **arguments) -> plain data. It changes the database only when it
-succeeds: what it refuses it refuses with ToolRefusal before the first change. Arguments are
-untrusted; they are checked against the schema here, so that tools see values of the declared types
-only.
+succeeds: a refusal (ToolRefusal) comes before the first change. Arguments are untrusted. They are
+checked against the schema here, so tools see only values of the declared types.
 """
 
 from __future__ import annotations
@@ -18,32 +17,30 @@ from typing import Any
 from envs.gem.tool_call import ToolCall
 
 Database = dict[str, Any]
-MAX_TEXT_CHARS = 1000  # of one string in the arguments; nothing in these worlds is longer
-MAX_ITEMS = 50  # of one array
-_SHOWN = 60
+MAX_TEXT_CHARS = 1000  # length of one string argument; nothing in these worlds is longer
+MAX_ITEMS = 50  # items of one array
+_MAX_SHOWN_CHARS = 60  # of a value in an error
 _TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list}
 
 
 class ArgumentError(ValueError):
-    """The call does not fit the tool's schema.
-
-    The message is the observation that the model gets.
-    """
+    """The call does not fit the tool's schema. The message is the model's observation."""
 
 
 class ToolRefusal(Exception):
-    """The tool's own no: no such id, out of stock, against the rules of the system.
+    """The tool refused: no such id, out of stock, or against the rules of the system.
 
-    The message is the observation.
+    The message is the model's observation.
     """
 
 
 @dataclasses.dataclass(frozen=True)
 class Tool:
-    """One function that the model can call. `writes`: it may change the database.
+    """One function that the model can call.
 
-    parameters: JSON schemas by name, of the types string, integer, number, boolean and array, with
-    enum, minimum and maximum; `optional` may be left out.
+    `parameters` maps names to JSON schemas of the types string, integer, number, boolean and array,
+    with enum, minimum and maximum. Parameters in `optional` may be left out. `writes` is True where
+    the tool may change the database.
     """
 
     name: str
@@ -54,7 +51,7 @@ class Tool:
     optional: tuple[str, ...] = ()
 
     def schema(self) -> dict[str, Any]:
-        """The form that chat templates and chat-completions servers take."""
+        """Return the schema in the form that chat templates and chat-completions servers take."""
         needed = [name for name in self.parameters if name not in self.optional]
         properties = {name: dict(schema) for name, schema in self.parameters.items()}
         return {
@@ -67,19 +64,20 @@ class Tool:
         }
 
     def check(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments in the declared types. Raises ArgumentError."""
+        """Return the arguments in the declared types.
+
+        Raises:
+          ArgumentError: an argument is unknown, missing or of another type.
+        """
         if unknown := [name for name in arguments if name not in self.parameters]:
             raise ArgumentError(
                 f"{self.name} has no argument {_shown(unknown[0])}; it takes"
                 f" {', '.join(self.parameters) or 'none'}"
             )
-        if missing := [
-            name for name in self.parameters if name not in arguments and name not in self.optional
-        ]:
-            raise ArgumentError(
-                f"{self.name} needs the argument {missing[0]!r}"
-                f" ({self.parameters[missing[0]]['type']})"
-            )
+        needed = [name for name in self.parameters if name not in self.optional]
+        if missing := [name for name in needed if name not in arguments]:
+            kind = self.parameters[missing[0]]["type"]
+            raise ArgumentError(f"{self.name} needs the argument {missing[0]!r} ({kind})")
         return {
             name: _checked(f"{self.name}: {name}", value, self.parameters[name])
             for name, value in arguments.items()
@@ -87,6 +85,7 @@ class Tool:
 
 
 def _checked(where: str, value: Any, schema: Mapping[str, Any]) -> Any:
+    """Return a value in its schema's type, or raise ArgumentError."""
     kind = schema["type"]
     if isinstance(value, str) and kind != "string":  # Qwen3-Coder's form of a call has texts only
         value = _parsed(where, value, kind)
@@ -95,29 +94,32 @@ def _checked(where: str, value: Any, schema: Mapping[str, Any]) -> Any:
     if not isinstance(value, _TYPES[kind]) or isinstance(value, bool) != (kind == "boolean"):
         raise ArgumentError(f"{where} is {_shown(value)}; it must be of type {kind}")
     if kind == "array":
-        if len(value) > MAX_ITEMS:
-            raise ArgumentError(f"{where} has {len(value)} items; at most {MAX_ITEMS}")
-        return [
-            _checked(f"{where}[{number}]", item, schema["items"])
-            for number, item in enumerate(value)
-        ]
+        return _checked_items(where, value, schema["items"])
     if kind == "string" and len(value) > MAX_TEXT_CHARS:
         raise ArgumentError(f"{where} has {len(value)} characters; at most {MAX_TEXT_CHARS}")
     if kind in ("integer", "number"):
-        if not -1e12 < value < 1e12:  # false for nan, too
-            raise ArgumentError(
-                f"{where} is {_shown(value)}; it must be a finite number of sensible size"
-            )
-        if not schema.get("minimum", -math.inf) <= value <= schema.get("maximum", math.inf):
-            raise ArgumentError(
-                f"{where} is {_shown(value)}; it must be from {schema.get('minimum', 'any')} to"
-                f" {schema.get('maximum', 'any')}"
-            )
+        _check_range(where, value, schema)
     if "enum" in schema and value not in schema["enum"]:
-        raise ArgumentError(
-            f"{where} is {_shown(value)}; it must be one of {', '.join(map(str, schema['enum']))}"
-        )
+        options = ", ".join(map(str, schema["enum"]))
+        raise ArgumentError(f"{where} is {_shown(value)}; it must be one of {options}")
     return value
+
+
+def _checked_items(where: str, items: list[Any], schema: Mapping[str, Any]) -> list[Any]:
+    if len(items) > MAX_ITEMS:
+        raise ArgumentError(f"{where} has {len(items)} items; at most {MAX_ITEMS}")
+    return [_checked(f"{where}[{number}]", item, schema) for number, item in enumerate(items)]
+
+
+def _check_range(where: str, value: float, schema: Mapping[str, Any]) -> None:
+    if not -1e12 < value < 1e12:  # false for nan, too
+        raise ArgumentError(
+            f"{where} is {_shown(value)}; it must be a finite number of sensible size"
+        )
+    if not schema.get("minimum", -math.inf) <= value <= schema.get("maximum", math.inf):
+        low = schema.get("minimum", "any")
+        high = schema.get("maximum", "any")
+        raise ArgumentError(f"{where} is {_shown(value)}; it must be from {low} to {high}")
 
 
 def _parsed(where: str, text: str, kind: str) -> Any:
@@ -132,7 +134,7 @@ def _shown(value: Any) -> str:
         text = json.dumps(value)
     except (ValueError, RecursionError):  # an integer of more than 4300 digits
         text = f"a {type(value).__name__}"
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}..."
 
 
 class Toolbox:
@@ -142,12 +144,15 @@ class Toolbox:
         self.by_name = {tool.name: tool for tool in tools}
 
     def schemas(self) -> list[dict[str, Any]]:
+        """Return the schemas of all tools."""
         return [tool.schema() for tool in self.by_name.values()]
 
     def call(self, database: Database, call: ToolCall) -> Any:
-        """What the tool answers, as plain data.
+        """Run a call and return the tool's answer as plain data.
 
-        Raises ArgumentError, ToolRefusal; the database is then as it was.
+        Raises:
+          ArgumentError: the call fits no tool's schema. The database is unchanged.
+          ToolRefusal: the tool refused. The database is unchanged.
         """
         tool = self.by_name.get(call.name)
         if tool is None:
@@ -157,54 +162,57 @@ class Toolbox:
         return tool.run(database, **tool.check(call.arguments))
 
     def replay(self, database: Database, calls: Sequence[ToolCall]) -> list[Any]:
-        """All calls in order, each of which must succeed: ValueError names the one that does not."""
+        """Run calls in order and return their answers.
+
+        Raises:
+          ValueError: a call failed; the message names it.
+        """
         answers = []
         for number, call in enumerate(calls):
             try:
                 answers.append(self.call(database, call))
             except (ArgumentError, ToolRefusal) as error:
-                raise ValueError(
-                    f"call {number + 1}, {call.name}({json.dumps(call.arguments)}), fails: {error}"
-                ) from error
+                shown = f"{call.name}({json.dumps(call.arguments)})"
+                raise ValueError(f"call {number + 1}, {shown}, fails: {error}") from error
         return answers
 
 
 def told(answer: Any) -> str:
-    """An answer as the observation."""
+    """Return an answer as the observation."""
     return answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
 
 
 def outcome(database: Database) -> Database:
-    """What counts of a state: all but keys that begin with an underscore (which page is open, say),
-    as BFCL leaves out private attributes.
+    """Return the part of a state that counts: all keys that do not begin with an underscore.
+
+    Such keys hold, for example, the page that is open. BFCL leaves out private attributes likewise.
     """
     return {name: value for name, value in database.items() if not name.startswith("_")}
 
 
 def digest(database: Database) -> str:
-    """Of what counts of a state; equal for equal ones, whatever the order of their keys."""
-    return hashlib.sha256(
-        json.dumps(outcome(database), sort_keys=True, allow_nan=False).encode()
-    ).hexdigest()
+    """Return a hash of what counts in a state, independent of the order of its keys."""
+    text = json.dumps(outcome(database), sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def find(table: Mapping[str, Any], key: str, what: str) -> Any:
-    """The entry, or a refusal that names it."""
+    """Return an entry of a table, or refuse with the name of what is missing."""
     if key not in table:
         raise ToolRefusal(f"{what} {_shown(key)} does not exist")
     return table[key]
 
 
 def text(description: str, **more: Any) -> dict[str, Any]:
-    """The schema of a string argument."""
+    """Return the schema of a string argument."""
     return {"type": "string", "description": description, **more}
 
 
 def texts(description: str) -> dict[str, Any]:
-    """The schema of an array of strings."""
+    """Return the schema of an argument that is an array of strings."""
     return {"type": "array", "items": {"type": "string"}, "description": description}
 
 
 def whole(description: str, **more: Any) -> dict[str, Any]:
-    """The schema of an integer argument."""
+    """Return the schema of an integer argument."""
     return {"type": "integer", "description": description, **more}

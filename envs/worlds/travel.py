@@ -1,4 +1,4 @@
-"""The travel world's system: flights, hotels, travellers with a balance, bookings.
+"""The system of the travel world: flights, hotels, travellers with a balance, bookings.
 
 Money is in whole euros.
 """
@@ -9,21 +9,26 @@ import datetime
 import random
 
 from envs.gem import ToolCall
-from envs.worlds.base import calling
+from envs.worlds.scenario import calling
 from envs.worlds.tools import Database, Tool, ToolRefusal, find, text, whole
 
 POLICY = """\
 You are the agent of a travel desk. Policy:
 1. Look the traveller up by email before anything else; ask for it.
-2. Book exactly what the user asks for, for this traveller only, and nothing else. Prices are in euros.
-3. Where a budget is given, the sum of all flights and hotels of the request must not exceed it. Ask for the budget if the user speaks of one without naming it.
-4. "Cheapest", "earliest" and "best rated" are meant among the options that fulfil the user's other conditions.
+2. Book exactly what the user asks for, for this traveller only, and nothing else. Prices are \
+in euros.
+3. Where a budget is given, the sum of all flights and hotels of the request must not exceed it. \
+Ask for the budget if the user speaks of one without naming it.
+4. "Cheapest", "earliest" and "best rated" are meant among the options that fulfil the user's \
+other conditions.
 5. Once everything of a request is booked, tell the user the sum of its prices.
-6. A flight of the fare "flex" can be cancelled and is refunded in full. One of the fare "saver" is never cancelled:
+6. A flight of the fare "flex" can be cancelled and is refunded in full. One of the fare "saver" \
+is never cancelled:
    tell the user that the fare is saver, and the id of the booking."""
 
 
 def find_traveller(database: Database, email: str) -> dict:
+    """Find a traveller by email."""
     for identity, traveller in database["travellers"].items():
         if traveller["email"] == email.strip().lower():
             return {"traveller_id": identity, **traveller}
@@ -31,15 +36,17 @@ def find_traveller(database: Database, email: str) -> dict:
 
 
 def search_flights(database: Database, origin: str, destination: str, date: str) -> list[dict]:
-    return [
-        {"flight_id": identity, **flight}
-        for identity, flight in database["flights"].items()
-        if (flight["origin"].lower(), flight["destination"].lower(), flight["date"])
-        == (origin.lower(), destination.lower(), date)
-    ]
+    """List the flights from one city to another on a day."""
+    wanted = (origin.lower(), destination.lower(), date)
+    found = []
+    for identity, flight in database["flights"].items():
+        if (flight["origin"].lower(), flight["destination"].lower(), flight["date"]) == wanted:
+            found.append({"flight_id": identity, **flight})
+    return found
 
 
 def search_hotels(database: Database, city: str, min_stars: int = 1) -> list[dict]:
+    """List the hotels of a city."""
     return [
         {"hotel_id": identity, **hotel}
         for identity, hotel in database["hotels"].items()
@@ -48,6 +55,7 @@ def search_hotels(database: Database, city: str, min_stars: int = 1) -> list[dic
 
 
 def list_bookings(database: Database, traveller_id: str) -> list[dict]:
+    """List the bookings of a traveller."""
     find(database["travellers"], traveller_id, "traveller")
     return [
         {"booking_id": identity, **booking}
@@ -57,10 +65,9 @@ def list_bookings(database: Database, traveller_id: str) -> list[dict]:
 
 
 def book_flight(database: Database, traveller_id: str, flight_id: str) -> dict:
-    traveller, flight = (
-        find(database["travellers"], traveller_id, "traveller"),
-        find(database["flights"], flight_id, "flight"),
-    )
+    """Book a seat and pay it from the traveller's balance."""
+    traveller = find(database["travellers"], traveller_id, "traveller")
+    flight = find(database["flights"], flight_id, "flight")
     if flight["seats"] < 1:
         raise ToolRefusal(f"flight {flight_id} is full")
     booking = {
@@ -78,10 +85,9 @@ def book_flight(database: Database, traveller_id: str, flight_id: str) -> dict:
 def book_hotel(
     database: Database, traveller_id: str, hotel_id: str, check_in: str, nights: int
 ) -> dict:
-    traveller, hotel = (
-        find(database["travellers"], traveller_id, "traveller"),
-        find(database["hotels"], hotel_id, "hotel"),
-    )
+    """Book a room and pay it from the traveller's balance."""
+    traveller = find(database["travellers"], traveller_id, "traveller")
+    hotel = find(database["hotels"], hotel_id, "hotel")
     try:
         check_in = datetime.date.fromisoformat(check_in).isoformat()
     except ValueError:
@@ -98,7 +104,10 @@ def book_hotel(
 
 
 def _book(database: Database, traveller: dict, identity: str, booking: dict) -> dict:
-    """Ids say what is booked, so that the order of bookings does not matter to the state."""
+    """Enter a booking under an id made from its content.
+
+    So the order of bookings does not matter to the state.
+    """
     if database["bookings"].get(identity, {}).get("status") == "booked":
         raise ToolRefusal(f"{identity} is booked already")
     if traveller["balance"] < booking["price"]:
@@ -111,19 +120,25 @@ def _book(database: Database, traveller: dict, identity: str, booking: dict) -> 
 
 
 def cancel_booking(database: Database, booking_id: str) -> dict:
-    """Hotels and saver fares give nothing back. The system lets it happen; the policy does not."""
+    """Cancel a booking; hotels and saver fares are not refunded.
+
+    The system allows to cancel these, the policy forbids it.
+    """
     booking = find(database["bookings"], booking_id, "booking")
     if booking["status"] != "booked":
         raise ToolRefusal(f"booking {booking_id} is {booking['status']} already")
     refund = booking["price"] if booking.get("fare") == "flex" else 0
     booking["status"] = "cancelled"
-    database["travellers"][booking["traveller_id"]]["balance"] += refund
-    if booking.get("flight_id") in database["flights"]:
-        database["flights"][booking["flight_id"]]["seats"] += 1
+    traveller = database["travellers"][booking["traveller_id"]]
+    traveller["balance"] += refund
+    flight = database["flights"].get(booking.get("flight_id"))
+    if flight is not None:
+        flight["seats"] += 1
     return {"booking_id": booking_id, "refund": refund}
 
 
-_TRAVELLER, _DATE = text("Id of the traveller, such as T123."), "Date as YYYY-MM-DD."
+_TRAVELLER = text("Id of the traveller, such as T123.")
+_DATE = "Date as YYYY-MM-DD."
 TOOLS = (
     Tool(
         "find_traveller",
@@ -177,17 +192,17 @@ TOOLS = (
 
 
 def random_write(rng: random.Random, database: Database) -> ToolCall:
-    """A booking or a cancellation of chance, with ids that exist."""
+    """Draw a booking or a cancellation with ids that exist."""
     traveller = rng.choice(sorted(database["travellers"]))
-    kind = rng.choice(
-        ["flight", "hotel", "cancel"] if database["bookings"] else ["flight", "hotel"]
-    )
+    kinds = ["flight", "hotel"]
+    if database["bookings"]:
+        kinds.append("cancel")
+    kind = rng.choice(kinds)
     if kind == "cancel":
         return calling("cancel_booking", booking_id=rng.choice(sorted(database["bookings"])))
     if kind == "flight":
-        return calling(
-            "book_flight", traveller_id=traveller, flight_id=rng.choice(sorted(database["flights"]))
-        )
+        flight = rng.choice(sorted(database["flights"]))
+        return calling("book_flight", traveller_id=traveller, flight_id=flight)
     date = rng.choice(sorted(flight["date"] for flight in database["flights"].values()))
     return calling(
         "book_hotel",

@@ -1,8 +1,7 @@
-"""Scenarios of the travel world: a trip with conditions that exactly one choice of flights and
-hotels fulfils.
+"""Scenarios of the travel world: a trip with conditions that exactly one choice fulfils.
 
-easy: one flight. medium: there and back with a hotel, within a budget. hard: two cities, the budget
-told only when asked for, then an old booking that may or may not be cancelled.
+easy: one flight. medium: a return trip with a hotel, within a budget. hard: two cities, a budget
+that is told only when asked for, then an old booking that may or may not be cancelled.
 """
 
 from __future__ import annotations
@@ -11,8 +10,9 @@ import dataclasses
 import random
 from collections.abc import Callable
 
-from envs.worlds.base import Scenario, attempts, calling, prove, turns
+from envs.gem import ToolCall
 from envs.worlds.names import CITIES, clock, day, draw_date, number, people
+from envs.worlds.scenario import Request, Scenario, attempts, calling, prove, turns
 from envs.worlds.tools import Database
 from envs.worlds.travel import TOOLS
 from envs.worlds.user import UserScript, facts
@@ -36,7 +36,7 @@ HOTELS = (
 
 @dataclasses.dataclass(frozen=True)
 class Leg:
-    """One flight that is wanted, how the user says it, and the only id that fulfils it."""
+    """A wanted flight: how the user describes it, and the only id that fulfils the wish."""
 
     origin: str
     destination: str
@@ -47,14 +47,17 @@ class Leg:
 
 
 def make_scenario(rng: random.Random, level: str) -> Scenario:
+    """Draw a scenario of this level."""
+    draw_scenario = {"easy": _easy, "medium": _medium, "hard": _hard}[level]
     for draw in attempts(rng):
-        scenario = {"easy": _easy, "medium": _medium, "hard": _hard}[level](draw)
+        scenario = draw_scenario(draw)
         if scenario is not None:
             return prove(TOOLS, scenario)
+    raise AssertionError("attempts() ends with an error")
 
 
 def _new_database(rng: random.Random) -> tuple[Database, str]:
-    """A database without flights and hotels, and the id of the traveller who asks."""
+    """Return a database without flights and hotels, and the id of the traveller who asks."""
     database: Database = {"travellers": {}, "flights": {}, "hotels": {}, "bookings": {}}
     for first, last, email in people(rng, 4):
         database["travellers"][number(rng, "T", database["travellers"], 3)] = {
@@ -70,7 +73,8 @@ def _add_flights(
 ) -> list[str]:
     added = []
     for _ in range(rng.randint(5, 7)):
-        departs, takes = 5 * rng.randrange(60, 260), 5 * rng.randrange(14, 40)
+        departs = 5 * rng.randrange(60, 260)
+        takes = 5 * rng.randrange(14, 40)
         identity = number(rng, "F", database["flights"])
         database["flights"][identity] = {
             "origin": origin,
@@ -90,8 +94,9 @@ def _add_flights(
 def _draw_leg(
     rng: random.Random, database: Database, origin: str, destination: str, date: str
 ) -> Leg | None:
-    """Adds flights of a day and draws a wish; None where no flight fulfils it or two do equally
-    well.
+    """Add a day's flights and draw a wish.
+
+    Returns None where no flight fulfils the wish or two do equally well.
     """
     ids = _add_flights(rng, database, origin, destination, date)
     _add_flights(rng, database, origin, destination, day(date, 1))  # of the wrong day
@@ -103,7 +108,7 @@ def _draw_leg(
             (
                 f"the cheapest flight that departs at {hour} or later",
                 lambda one: one["departs"] >= hour,
-                lambda one: one["price"],
+                _by_price,
             ),
             (
                 f"the flight that arrives earliest among those of at most {cap} euros",
@@ -113,7 +118,7 @@ def _draw_leg(
             (
                 "the cheapest flight with the fare flex that arrives before 19:00",
                 lambda one: one["fare"] == "flex" and one["arrives"] < "19:00",
-                lambda one: one["price"],
+                _by_price,
             ),
             (
                 f"the latest departure among flights of at most {cap} euros",
@@ -123,33 +128,34 @@ def _draw_leg(
         ]
     )
     chosen = _only_best(flights, lambda one: condition(one) and one["seats"] > 0, order)
-    return (
-        Leg(
-            origin,
-            destination,
-            date,
-            f"{wish} (it must have a free seat)",
-            chosen,
-            flights[chosen]["price"],
-        )
-        if chosen
-        else None
-    )
+    if chosen is None:
+        return None
+    wish = f"{wish} (it must have a free seat)"
+    return Leg(origin, destination, date, wish, chosen, flights[chosen]["price"])
+
+
+def _by_price(flight: dict) -> int:
+    return flight["price"]
 
 
 def _only_best(
     table: dict[str, dict], condition: Callable[[dict], bool], order: Callable
 ) -> str | None:
-    """The entry that comes first among those that fulfil the condition; None where there is none,
-    or no single one.
+    """Return the entry that comes first among those that fulfil the condition.
+
+    Returns None where there is no such entry or no single best one.
     """
     fit = sorted((order(entry), identity) for identity, entry in table.items() if condition(entry))
-    return fit[0][1] if fit and (len(fit) == 1 or fit[0][0] != fit[1][0]) else None
+    if not fit or (len(fit) > 1 and fit[0][0] == fit[1][0]):
+        return None
+    return fit[0][1]
 
 
 def _add_hotels(rng: random.Random, database: Database, city: str) -> dict[str, dict]:
     added = {}
-    for name, rating in zip(rng.sample(HOTELS, 6), rng.sample(range(60, 99), 6)):
+    names = rng.sample(HOTELS, 6)
+    ratings = rng.sample(range(60, 99), 6)
+    for name, rating in zip(names, ratings, strict=True):
         identity = number(rng, "H", database["hotels"])
         added[identity] = {
             "name": f"{name} {city}",
@@ -166,26 +172,28 @@ def _add_hotels(rng: random.Random, database: Database, city: str) -> dict[str, 
 def _within_budget(
     rng: random.Random, hotels: dict[str, dict], stars: int, nights: int, rest: int
 ) -> tuple[str, int] | None:
-    """(hotel, budget) so that this hotel is the best rated one with these stars that keeps the
-    whole within the budget; None where the draw fails.
+    """Draw a hotel and a budget that make it the best rated one within the budget.
+
+    Returns:
+      (hotel, budget), or None where the draw fails. The budget covers the hotel and `rest`; only
+        hotels
+      with at least `stars` stars count.
     """
     fit = {identity: hotel for identity, hotel in hotels.items() if hotel["stars"] >= stars}
     if len(fit) < 2:
         return None
     chosen = rng.choice(sorted(fit))
     price = fit[chosen]["price_per_night"] * nights
-    room = min(
-        [
-            hotel["price_per_night"] * nights - price
-            for hotel in fit.values()
-            if hotel["rating"] > fit[chosen]["rating"]
-        ],
-        default=40,
-    )
-    return (chosen, rest + price + rng.randrange(min(room, 40))) if room > 0 else None
+    room = 40  # by how much the budget may exceed the costs
+    for hotel in fit.values():
+        if hotel["rating"] > fit[chosen]["rating"]:
+            room = min(room, hotel["price_per_night"] * nights - price)
+    if room <= 0:
+        return None
+    return chosen, rest + price + rng.randrange(room)
 
 
-# -- the levels
+# -- Levels
 # -------------------------------------------------------------------------------------------------
 
 
@@ -202,34 +210,38 @@ def _easy(rng: random.Random) -> Scenario | None:
         f" {leg.wish}."
     )
     booking = calling("book_flight", traveller_id=traveller, flight_id=leg.flight_id)
-    expert = turns(
+    demonstration = turns(
         *_identify(email),
         _look(leg),
         booking,
         f"Your flight {leg.flight_id} is booked. The sum is {leg.price} euros.",
     )
     return Scenario(
-        database, UserScript((request,), _facts(email)), (booking,), (str(leg.price),), expert
+        database,
+        UserScript((request,), _facts(email)),
+        (booking,),
+        (str(leg.price),),
+        demonstration,
     )
 
 
 def _medium(rng: random.Random) -> Scenario | None:
     database, traveller = _new_database(rng)
     home, city = rng.sample(CITIES, 2)
-    date, nights, stars = draw_date(rng), rng.randint(2, 4), rng.randint(2, 4)
-    out, back = (
-        _draw_leg(rng, database, home, city, date),
-        _draw_leg(rng, database, city, home, day(date, nights)),
-    )
+    date = draw_date(rng)
+    nights = rng.randint(2, 4)
+    stars = rng.randint(2, 4)
+    out = _draw_leg(rng, database, home, city, date)
+    back = _draw_leg(rng, database, city, home, day(date, nights))
     if out is None or back is None:
         return None
-    found = _within_budget(
-        rng, _add_hotels(rng, database, city), stars, nights, out.price + back.price
-    )
+    flights = out.price + back.price
+    hotels = _add_hotels(rng, database, city)
+    found = _within_budget(rng, hotels, stars, nights, flights)
     if found is None:
         return None
     hotel, budget = found
-    total = out.price + back.price + database["hotels"][hotel]["price_per_night"] * nights
+    total = flights + hotels[hotel]["price_per_night"] * nights
     email = database["travellers"][traveller]["email"]
     request = (
         f"Hi, please plan my trip from {home} to {city}. I fly there on {date}: {out.wish}. I fly"
@@ -239,9 +251,9 @@ def _medium(rng: random.Random) -> Scenario | None:
     )
     golden = (
         *_book_legs(traveller, out, back),
-        calling("book_hotel", traveller_id=traveller, hotel_id=hotel, check_in=date, nights=nights),
+        _book_hotel(traveller, hotel, date, nights),
     )
-    expert = turns(
+    demonstration = turns(
         *_identify(email),
         _look(out),
         _look(back),
@@ -249,70 +261,58 @@ def _medium(rng: random.Random) -> Scenario | None:
         *golden,
         f"Both flights and the hotel are booked. The sum is {total} euros.",
     )
-    return Scenario(database, UserScript((request,), _facts(email)), golden, (str(total),), expert)
+    return Scenario(
+        database, UserScript((request,), _facts(email)), golden, (str(total),), demonstration
+    )
 
 
 def _hard(rng: random.Random) -> Scenario | None:
     database, traveller = _new_database(rng)
     home, first, second = rng.sample(CITIES, 3)
-    date, stays, stars = draw_date(rng), (rng.randint(2, 3), rng.randint(2, 3)), rng.randint(2, 4)
+    date = draw_date(rng)
+    first_nights = rng.randint(2, 3)
+    second_nights = rng.randint(2, 3)
+    stars = rng.randint(2, 4)
+    onward = day(date, first_nights)
+    home_again = day(date, first_nights + second_nights)
     legs = [
-        _draw_leg(rng, database, *way)
-        for way in (
-            (home, first, date),
-            (first, second, day(date, stays[0])),
-            (second, home, day(date, sum(stays))),
-        )
+        _draw_leg(rng, database, home, first, date),
+        _draw_leg(rng, database, first, second, onward),
+        _draw_leg(rng, database, second, home, home_again),
     ]
     if None in legs:
         return None
+    second_hotels = _add_hotels(rng, database, second)
     inn = _only_best(
-        _add_hotels(rng, database, second),
+        second_hotels,
         lambda one: one["breakfast"] and one["stars"] >= 3,
         lambda one: one["price_per_night"],
     )
     if inn is None:
         return None
-    fixed = sum(leg.price for leg in legs) + database["hotels"][inn]["price_per_night"] * stays[1]
-    found = _within_budget(rng, _add_hotels(rng, database, first), stars, stays[0], fixed)
+    flights = sum(leg.price for leg in legs)
+    fixed = flights + second_hotels[inn]["price_per_night"] * second_nights
+    first_hotels = _add_hotels(rng, database, first)
+    found = _within_budget(rng, first_hotels, stars, first_nights, fixed)
     if found is None or found[1] > 4500:
         return None
     hotel, budget = found
-    total = fixed + database["hotels"][hotel]["price_per_night"] * stays[0]
+    total = fixed + first_hotels[hotel]["price_per_night"] * first_nights
     email = database["travellers"][traveller]["email"]
-    old, fare, price = _old_booking(rng, database, traveller, home)
+    cancellation = _cancellation(rng, database, traveller, home)
     request = (
-        f"Good morning. I travel from {home} to {first} on {date}, on to {second} on {legs[1].date}"
-        f" and home on {legs[2].date}. Flights: first {legs[0].wish}; then {legs[1].wish}; last"
+        f"Good morning. I travel from {home} to {first} on {date}, on to {second} on {onward}"
+        f" and home on {home_again}. Flights: first {legs[0].wish}; then {legs[1].wish}; last"
         f" {legs[2].wish}. In {second} I want the cheapest hotel with breakfast and at least 3"
         f" stars, in {first} the best rated hotel with at least {stars} stars that keeps the whole"
         " trip within my budget."
     )
-    then = (
-        "Good. I also have an old booking of a flight to"
-        f" {database['flights'][old.split('-')[1]]['destination']}. Please cancel it and tell me"
-        " the refund."
-    )
     booked = (
         *_book_legs(traveller, *legs),
-        calling(
-            "book_hotel", traveller_id=traveller, hotel_id=hotel, check_in=date, nights=stays[0]
-        ),
-        calling(
-            "book_hotel",
-            traveller_id=traveller,
-            hotel_id=inn,
-            check_in=legs[1].date,
-            nights=stays[1],
-        ),
+        _book_hotel(traveller, hotel, date, first_nights),
+        _book_hotel(traveller, inn, onward, second_nights),
     )
-    cancel = (calling("cancel_booking", booking_id=old),) if fare == "flex" else ()
-    answer = (
-        f"It is cancelled, and you get {price} euros back."
-        if fare == "flex"
-        else f"I cannot cancel booking {old}: its fare is saver."
-    )
-    expert = turns(
+    demonstration = turns(
         "Could you tell me your email and your budget?",
         calling("find_traveller", email=email),
         *map(_look, legs),
@@ -320,43 +320,53 @@ def _hard(rng: random.Random) -> Scenario | None:
         calling("search_hotels", city=second),
         *booked,
         f"All is booked. The sum is {total} euros.",
-        calling("list_bookings", traveller_id=traveller),
-        *cancel,
-        answer,
+        *cancellation.demonstration,
     )
-    known = (
-        *_facts(email),
-        *facts(
-            budget=(
-                "budget limit spend much afford",
-                f"My budget is {budget} euros for everything.",
-            )
-        ),
+    budget_fact = facts(
+        budget=("budget limit spend much afford", f"My budget is {budget} euros for everything.")
     )
     return Scenario(
         database,
-        UserScript((request, then), known),
-        booked + cancel,
-        (str(total), *((str(price),) if cancel else ("saver", old))),
-        expert,
+        UserScript((request, cancellation.says), (*_facts(email), *budget_fact)),
+        booked + cancellation.golden,
+        (str(total), *cancellation.tell),
+        demonstration,
     )
+
+
+def _cancellation(rng: random.Random, database: Database, traveller: str, home: str) -> Request:
+    """Draw a request to cancel an old booking, whose fare may forbid that."""
+    booking, fare, price = _old_booking(rng, database, traveller, home)
+    destination = database["flights"][booking.split("-")[1]]["destination"]
+    says = (
+        f"Good. I also have an old booking of a flight to {destination}. Please cancel it and tell"
+        " me the refund."
+    )
+    look = calling("list_bookings", traveller_id=traveller)
+    if fare == "flex":
+        cancel = calling("cancel_booking", booking_id=booking)
+        answer = f"It is cancelled, and you get {price} euros back."
+        return Request(says, (cancel,), (str(price),), (look, cancel, answer))
+    answer = f"I cannot cancel booking {booking}: its fare is saver."
+    return Request(says, (), ("saver", booking), (look, answer))
 
 
 def _old_booking(
     rng: random.Random, database: Database, traveller: str, home: str
 ) -> tuple[str, str, int]:
-    """Adds a booked flight to a city that the trip does not touch, and a booking of somebody else;
-    (booking id, fare, price).
+    """Add a booked flight to a city that the trip does not touch, and another traveller's booking.
+
+    Returns:
+      (booking id, fare, price) of the first.
     """
-    touched = {
-        flight[end] for flight in database["flights"].values() for end in ("origin", "destination")
-    }
+    touched = set()
+    for flight in database["flights"].values():
+        touched |= {flight["origin"], flight["destination"]}
     elsewhere = rng.choice([city for city in CITIES if city not in touched])
     date = draw_date(rng)
     mine, theirs = rng.sample(_add_flights(rng, database, home, elsewhere, date), 2)
-    other = rng.choice(
-        [identity for identity in sorted(database["travellers"]) if identity != traveller]
-    )
+    others = [identity for identity in sorted(database["travellers"]) if identity != traveller]
+    other = rng.choice(others)
     for owner, identity in ((traveller, mine), (other, theirs)):
         flight = database["flights"][identity]
         database["bookings"][f"{owner}-{identity}"] = {
@@ -366,11 +376,8 @@ def _old_booking(
             "fare": flight["fare"],
             "status": "booked",
         }
-    return (
-        f"{traveller}-{mine}",
-        database["flights"][mine]["fare"],
-        database["flights"][mine]["price"],
-    )
+    flight = database["flights"][mine]
+    return f"{traveller}-{mine}", flight["fare"], flight["price"]
 
 
 def _facts(email: str) -> tuple:
@@ -381,11 +388,17 @@ def _identify(email: str) -> tuple:
     return "Could you tell me your email?", calling("find_traveller", email=email)
 
 
-def _look(leg: Leg):
+def _look(leg: Leg) -> ToolCall:
     return calling("search_flights", origin=leg.origin, destination=leg.destination, date=leg.date)
 
 
 def _book_legs(traveller: str, *legs: Leg) -> tuple:
     return tuple(
         calling("book_flight", traveller_id=traveller, flight_id=leg.flight_id) for leg in legs
+    )
+
+
+def _book_hotel(traveller: str, hotel: str, check_in: str, nights: int) -> ToolCall:
+    return calling(
+        "book_hotel", traveller_id=traveller, hotel_id=hotel, check_in=check_in, nights=nights
     )

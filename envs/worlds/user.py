@@ -1,8 +1,8 @@
-"""The user of a dialogue: a script that answers, deterministic, so that an episode can be replayed.
+"""The user of a dialogue: a deterministic script, so that an episode can be replayed.
 
-It states one request after another, says a fact only when it is asked for it, and ends the dialogue
-when its requests are through. What it hears is any text; what it understands is words. There is no
-model behind it: two agents who say the same get the same answers.
+The user states one request after another, gives a fact only when asked for it, and ends the
+dialogue when there are no more requests. It accepts any text and understands words. No model is
+behind it: two agents who say the same get the same answers.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 import re
 
-# a longer message is not read: pouring the whole database over the user tells nothing
+# The user does not read a longer message, so reciting the whole database tells it nothing.
 MAX_MESSAGE_CHARS = 600
-# that an agent may name in a dialogue: one that names more is guessing, and has told no date
+# Dates that an agent may name in a dialogue; one that names more is guessing and has told none.
 MAX_DATES = 12
 _WORD = re.compile(r"[a-z]+")
 _QUESTION = re.compile(r"[^.!?\n]*\?")
@@ -28,7 +28,7 @@ _CONSENT = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-    """Something that the user knows. `words`: a question with one of them asks for it."""
+    """Something that the user knows; a question with one of `words` asks for it."""
 
     words: tuple[str, ...]
     answer: str
@@ -36,8 +36,10 @@ class Fact:
 
 @dataclasses.dataclass(frozen=True)
 class UserScript:
-    """requests: what the user says, one after the other; the first opens the dialogue. facts: what
-    it says only when asked. consent: what it says to a request for consent.
+    """The text of a user.
+
+    `requests` are stated one after the other; the first opens the dialogue. `facts` are given only
+    when asked for. `consent` answers a request for consent.
     """
 
     requests: tuple[str, ...]
@@ -49,7 +51,7 @@ class UserScript:
 class User:
     """A user in the middle of a dialogue.
 
-    `heard`: the messages that it read, which is where facts have to be told.
+    `heard` holds the messages that the user has read; facts must be told in one of them.
     """
 
     script: UserScript
@@ -58,11 +60,11 @@ class User:
     over: bool = False
 
     def hear(self, message: str) -> str:
-        """The answer to a message; "" where the dialogue is over.
+        """Return the answer to a message, or "" where the dialogue is over.
 
-        A question is answered: with the facts that its words ask for, else with consent where it
-        asks for that, else with not knowing. Anything else, and the question whether there is
-        anything else, is taken for "done": the next request comes, or the end.
+        A question is answered with the facts that its words ask for, else with consent where it
+        asks for that, else with a refusal to say more. Any other message, and the question whether
+        there is anything else, settles the request: the next one comes, or the end.
         """
         if len(message) > MAX_MESSAGE_CHARS:
             return (
@@ -75,11 +77,9 @@ class User:
         if known := [fact.answer for fact in self.script.facts if words & set(fact.words)]:
             return " ".join(known)
         if asked and not _CLOSING.search(asked):
-            return (
-                self.script.consent
-                if words & _CONSENT
-                else "I cannot say more about that. Please go on with what I told you."
-            )
+            if words & _CONSENT:
+                return self.script.consent
+            return "I cannot say more about that. Please go on with what I told you."
         self.stage += 1
         if self.stage < len(self.script.requests):
             return self.script.requests[self.stage]
@@ -88,19 +88,16 @@ class User:
 
 
 def is_told(fact: str, messages: list[str]) -> bool:
-    """Whether a message has the fact as whole words or numbers: 12 is not told by 2012, 112 or
-    12.5.
+    """Return whether a message has the fact as whole words or numbers.
 
-    Case, commas and currency signs do not matter.
-
-    tau2's communicate_info is a plain substring of the message without commas; this asks for more,
-    so that no year tells a price.
+    12 is not told by 2012, 112 or 12.5. Case, commas and currency signs do not matter. tau2's
+    communicate_info is a plain substring of the message without commas; this rule is stricter, so
+    that no year tells a price.
     """
-    if (
-        _DATE.fullmatch(fact)
-        and len({date for message in messages for date in _DATE.findall(message)}) > MAX_DATES
-    ):
-        return False
+    if _DATE.fullmatch(fact):
+        dates = {date for message in messages for date in _DATE.findall(message)}
+        if len(dates) > MAX_DATES:
+            return False
     pattern = re.compile(rf"(?<![a-z0-9.\-]){re.escape(_plain(fact))}(?![a-z0-9\-]|\.[0-9])")
     return any(pattern.search(_plain(message)) for message in messages)
 
@@ -110,7 +107,10 @@ def _plain(message: str) -> str:
 
 
 def facts(**answers: tuple[str, str]) -> tuple[Fact, ...]:
-    """facts(zip=("zip postcode", "My ZIP is 12345.")): words that ask, and the answer."""
+    """Return facts from the words that ask for them and their answers.
+
+    Example: facts(zip=("zip postcode", "My ZIP is 12345.")).
+    """
     return tuple(Fact(tuple(words.split()), answer) for words, answer in answers.values())
 
 

@@ -1,42 +1,43 @@
-"""The agent loop: one episode of (Engine, Env), the same in training, evaluation and production.
+"""The agent loop: one episode of an engine in an environment.
 
-Tokens are only ever appended: the engine is asked with all ids so far, its ids are kept as they
-came, and the environment's answer is tokenised once and appended. What was sampled is what is
-trained on.
+It is the same in training, evaluation and production. Tokens are only appended: the engine gets all
+ids so far, its ids are kept as they came, and the environment's answer is tokenised once. What was
+sampled is what is trained on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import hashlib
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from envs.gem.core import Env
 from envs.rock import SandboxError
 from rome.data.routes import extend_routes
+from rome.data.seeds import derive_seed
 from rome.data.trajectory import Chunk, Trajectory
-from rome.engine.client import Completion, EngineError, Sampling
+from rome.engine.completion import Completion, Sampling
+from rome.engine.errors import EngineError
 from rome.model.tokenizer import Chat
 
 log = logging.getLogger(__name__)
 
 
 class ReplayError(RuntimeError):
-    """An environment that was led along an earlier trajectory did not answer as it had."""
+    """An environment answered a replayed action differently than it did the first time."""
 
 
 class Generator(Protocol):
-    """What the loop needs of an engine or of a pool of them."""
+    """The method of an engine, or of a pool of engines, that the loop uses."""
 
     async def generate(
         self,
         input_ids: list[int],
         sampling: Sampling,
-        deadline_s: float,
+        deadline_seconds: float,
         *,
         affinity: str | None = None,
     ) -> Completion: ...
@@ -46,7 +47,10 @@ class Generator(Protocol):
 class Limits:
     """Bounds of one episode.
 
-    Tokens count prompt and action; seconds are wall clock for the whole episode.
+    Attributes:
+      max_context: tokens of all prompts and actions together.
+      max_new_tokens: tokens of one action.
+      episode_seconds: wall-clock time of the whole episode.
     """
 
     max_context: int
@@ -56,7 +60,7 @@ class Limits:
 
 @dataclasses.dataclass
 class _Timed:
-    """An engine that adds up how long it kept its caller waiting, a wait that was cut off included."""
+    """An engine that measures how long its callers waited, cancelled waits included."""
 
     engine: Generator
     seconds: float = 0.0
@@ -69,12 +73,12 @@ class _Timed:
             self.seconds += time.monotonic() - began
 
 
-def derive_seed(*parts: Any) -> int:
-    """A 31-bit seed that depends on all parts and on nothing else (no process-wide hash seed, no
-    global state).
-    """
-    digest = hashlib.blake2s("\x1f".join(map(str, parts)).encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "big") >> 1
+class _Result(NamedTuple):
+    """How an episode ended."""
+
+    reward: float
+    ending: str
+    note: str
 
 
 async def run_episode(
@@ -90,69 +94,98 @@ async def run_episode(
     routes: bool = False,
     prefix: Sequence[Chunk] = (),
 ) -> Trajectory:
-    """Plays one episode to its typed ending; returns what happened, never raises for what a policy,
-    tool or server did.
+    """Play one episode to its typed ending.
+
+    Faults of the policy, a tool or a server become an ending; they are not raised.
 
     Args:
+      engine: samples the actions.
       env: a GEM environment with async twins (`areset`, `astep`, `aclose`); closed here.
+      chat: writes instructions and observations as tokens.
+      limits: bounds of tokens and time.
       seed: of the episode; the seed of turn k derives from (seed, k).
-      routes: the engine is asked for the experts of each token, and the chunks keep them.
-      prefix: chunks of an earlier trajectory of this task. Their turns are taken again in the
-        environment, which must answer as it did then, and stand in the trajectory as context; the
-        policy plays from there. Where it answers otherwise the episode ends as infra_sandbox.
+      temperature: of sampling.
+      group: recorded in the trajectory.
+      episode: recorded in the trajectory.
+      routes: whether to ask the engine for the experts of each token, and to keep them.
+      prefix: chunks of an earlier trajectory of this task. Their actions are repeated in the
+        environment, which must answer as it did then, and they stand in the trajectory as context;
+        the policy plays from there. A different answer ends the episode as infra_sandbox.
+
+    Returns:
+      The trajectory of the episode.
     """
-    started, engine = time.monotonic(), _Timed(engine)
+    started = time.monotonic()
+    timed_engine = _Timed(engine)
     chunks: list[Chunk] = []
-    instruction, reward, ending, note = "", 0.0, "cancelled", ""
+    instruction = ""
+    result = _Result(0.0, "cancelled", "")
     try:
         async with asyncio.timeout(limits.episode_seconds):
             instruction, _ = await env.areset()
             await replay(env, prefix, chunks)
-            reward, ending, note = await _play(
-                engine, env, chat, limits, instruction, chunks, seed, temperature, routes
+            result = await _play(
+                timed_engine, env, chat, limits, instruction, chunks, seed, temperature, routes
             )
     except ReplayError as error:
-        ending, note = "infra_sandbox", str(error)
+        result = _Result(0.0, "infra_sandbox", str(error))
     except TimeoutError:
-        # Slow commands are the policy's doing; a slow engine is not, and must not become a reward
-        # of 0.
-        ending = "infra_engine" if engine.seconds > limits.episode_seconds / 2 else "timeout"
-        note = (
-            f"the episode passed its {limits.episode_seconds:g} s, {engine.seconds:.1f} s of them"
-            " waiting for the engine"
-        )
+        result = _timeout_result(limits, timed_engine.seconds)
     except EngineError as error:
-        ending, note = "infra_engine", str(error)
-    except (
-        SandboxError
-    ) as error:  # only from the start of the episode: later ones come as typed endings
-        ending, note = "infra_sandbox", str(error)
+        result = _Result(0.0, "infra_engine", str(error))
+    except SandboxError as error:  # while it started; later faults come as typed endings
+        result = _Result(0.0, "infra_sandbox", str(error))
     finally:
-        try:
-            await env.aclose()
-        except (
-            SandboxError
-        ) as error:  # the episode has its result; what is left of the sandbox ends with its manager
-            log.warning("the sandbox of %s was not closed: %s", env.task.name, error)
+        await _close(env)
     return Trajectory(
         task=env.task.name,
         family=env.task.family,
         chunks=chunks,
-        reward=reward,
-        ending=ending,
+        reward=result.reward,
+        ending=result.ending,
         group=group,
         episode=episode,
         seed=seed,
         instruction=instruction,
         seconds=round(time.monotonic() - started, 4),
-        note=note,
+        note=result.note,
     )
 
 
-async def replay(env: Env, prefix: Sequence[Chunk], chunks: list[Chunk]) -> None:
-    """Takes the turns of `prefix` again and appends them to `chunks` as context.
+def _timeout_result(limits: Limits, engine_seconds: float) -> _Result:
+    """Return the ending of an episode that took too long.
 
-    Raises ReplayError where the environment answers otherwise.
+    Slow commands are the policy's doing. A slow engine is not, and must not become a reward of 0.
+    """
+    is_engine_slow = engine_seconds > limits.episode_seconds / 2
+    note = (
+        f"the episode passed its {limits.episode_seconds:g} s, {engine_seconds:.1f} s of them"
+        " waiting for the engine"
+    )
+    return _Result(0.0, "infra_engine" if is_engine_slow else "timeout", note)
+
+
+async def _close(env: Env) -> None:
+    """Close the environment; a fault is logged only, since the episode has its result.
+
+    What is left of a sandbox ends with its manager.
+    """
+    try:
+        await env.aclose()
+    except SandboxError as error:
+        log.warning("the sandbox of %s was not closed: %s", env.task.name, error)
+
+
+async def replay(env: Env, prefix: Sequence[Chunk], chunks: list[Chunk]) -> None:
+    """Repeat the actions of `prefix` and append its chunks to `chunks` as context.
+
+    Args:
+      env: started, at the beginning of its task.
+      prefix: chunks of an earlier trajectory of the task.
+      chunks: the trajectory so far; appended to.
+
+    Raises:
+      ReplayError: the environment answered differently.
     """
     for number, chunk in enumerate(prefix, 1):
         observation, _, terminated, truncated, info = await env.astep(chunk.text)
@@ -167,16 +200,15 @@ async def replay(env: Env, prefix: Sequence[Chunk], chunks: list[Chunk]) -> None
                 f" {observation[:100]!r} where it had answered {chunk.observation[:100]!r}; a task"
                 " that is not deterministic cannot be resampled from its middle"
             )
-        chunks.append(
-            dataclasses.replace(
-                chunk,
-                logprobs=[0.0] * len(chunk.action_ids),
-                versions=[],
-                kind="context",
-                cached_tokens=0,
-                routes=None,
-            )
+        context = dataclasses.replace(
+            chunk,
+            logprobs=[0.0] * len(chunk.action_ids),
+            versions=[],
+            kind="context",
+            cached_tokens=0,
+            routes=None,
         )
+        chunks.append(context)
 
 
 async def _play(
@@ -189,73 +221,71 @@ async def _play(
     seed: int,
     temperature: float,
     routes: bool,
-) -> tuple[float, str, str]:
-    """Turn after turn until the environment or a limit ends the episode.
+) -> _Result:
+    """Play turn after turn until the environment or a limit ends the episode.
 
-    Appends to `chunks`; returns (reward, ending, note).
+    Appends to `chunks`.
     """
-    tokenizer = chat.tokenizer
     context = [token for chunk in chunks for token in (*chunk.prompt_ids, *chunk.action_ids)]
-    ran = len(
-        context
-    )  # tokens whose routes are not asked for: those that were replayed, or that the engine has run (all but the last it drew)
+    # Routes are asked for from here on: not for replayed tokens, nor for those that the engine has
+    # computed already (all but the last one that it sampled).
+    routes_from = len(context)
     prompt_ids = chat.observe([chunks[-1].observation]) if chunks else chat.open(instruction)
     while True:
         context += prompt_ids
         room = limits.max_context - len(context)
         if room < 1:
-            return (
-                0.0,
-                "truncated_tokens",
-                f"no room left in a context of {limits.max_context} tokens",
-            )
+            note = f"no room left in a context of {limits.max_context} tokens"
+            return _Result(0.0, "truncated_tokens", note)
         sampling = Sampling(
             max_new_tokens=min(room, limits.max_new_tokens),
             temperature=temperature,
-            stop_token_ids=(tokenizer.im_end,),
+            stop_token_ids=(chat.tokenizer.im_end,),
             seed=derive_seed(seed, len(chunks)),
-            routes_from=ran if routes else None,
+            routes_from=routes_from if routes else None,
         )
         completion = await engine.generate(
             context, sampling, limits.episode_seconds, affinity=str(seed)
         )
         context += completion.output_ids
-        ran = len(context) - 1
-        spoken = (
-            completion.output_ids[:-1]
-            if completion.output_ids[-1:] == [tokenizer.im_end]
-            else completion.output_ids
-        )
-        chunk = Chunk(
-            prompt_ids=prompt_ids,
-            action_ids=completion.output_ids,
-            logprobs=completion.logprobs,
-            versions=completion.versions,
-            text=tokenizer.decode(spoken),
-            cached_tokens=completion.cached_tokens,
-        )
-        if completion.routes is not None:
-            chunk.routes = extend_routes(
-                chunks[-1].routes if chunks else None,
-                completion.routes,
-                len(prompt_ids) + len(completion.output_ids),
-            )
+        routes_from = len(context) - 1
+        previous = chunks[-1] if chunks else None
+        chunk = _to_chunk(chat, prompt_ids, completion, previous)
         chunks.append(chunk)
         if completion.finish_reason == "length":
             chunk.status = "malformed"
-            return (
-                0.0,
-                "truncated_tokens",
-                f"turn {len(chunks)} did not end within {sampling.max_new_tokens} tokens",
-            )
+            note = f"turn {len(chunks)} did not end within {sampling.max_new_tokens} tokens"
+            return _Result(0.0, "truncated_tokens", note)
         observation, reward, terminated, truncated, info = await env.astep(chunk.text)
-        chunk.observation, chunk.status, chunk.network_denials = (
-            observation,
-            info["status"],
-            info.get("network_denials", 0),
-        )
+        chunk.observation = observation
+        chunk.status = info["status"]
+        chunk.network_denials = info.get("network_denials", 0)
         if info["use_tool"]:
             chunk.tool_call = {"name": info["tool_type"], "arguments": info["tool_arguments"]}
         if terminated or truncated:
-            return float(reward), info["ending"], str(info.get("note", ""))
+            return _Result(float(reward), info["ending"], str(info.get("note", "")))
         prompt_ids = chat.observe([observation])
+
+
+def _to_chunk(
+    chat: Chat, prompt_ids: list[int], completion: Completion, previous: Chunk | None
+) -> Chunk:
+    """Return the chunk of one turn, before the environment has answered it."""
+    text_ids = completion.output_ids
+    if text_ids[-1:] == [chat.tokenizer.im_end]:
+        text_ids = text_ids[:-1]
+    chunk = Chunk(
+        prompt_ids=prompt_ids,
+        action_ids=completion.output_ids,
+        logprobs=completion.logprobs,
+        versions=completion.versions,
+        text=chat.tokenizer.decode(text_ids),
+        cached_tokens=completion.cached_tokens,
+    )
+    if completion.routes is not None:
+        chunk.routes = extend_routes(
+            previous.routes if previous is not None else None,
+            completion.routes,
+            len(prompt_ids) + len(completion.output_ids),
+        )
+    return chunk

@@ -1,32 +1,22 @@
-"""What a compiled program computes, moves and sends on one device.
+"""FLOPs and memory traffic of a compiled program on one device.
 
-FLOPs are those of matmuls, convolutions and kernels, whose cost compilers report as nothing. Bytes
-of memory traffic are an estimate: every array that an instruction outside of fusions reads or
-writes in HBM, once; of an array that a fusion only slices or updates in place, the slice. Arrays
-that the compiler placed in on-chip memory cost nothing.
+FLOPs are those of matmuls, convolutions and kernels; compilers report no cost for kernels. Bytes of
+memory traffic are an estimate: every array that an instruction outside of fusions reads or writes
+in HBM, once; of an array that a fusion only slices or updates in place, the slice. Arrays that the
+compiler placed in on-chip memory cost nothing. `rome.cost.collectives` has the bytes that are sent.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
 import re
 
 import numpy as np
 
-from rome.cost.hlo import Computation, Executed, Instruction, Module, executed
+from rome.cost.collectives import is_collective
+from rome.cost.hlo import Computation, Executed, Instruction, Module, Shape, executed
 
-COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
-# Of these only the arrays behind them cost something: they name, regroup or wait.
+# Instructions that only name, regroup or wait; their arrays are counted where they are made.
 FREE = {
     "parameter",
     "constant",
@@ -51,125 +41,132 @@ FREE = {
     "rng-get-and-update-state",
 }
 
-# -- computing
-# -------------------------------------------------------------------------------------------------
+Row = tuple[float, str, str]  # bytes, shape, name of the operation that makes the array
 
-
-def flops(one: Executed, grouped_rows: float = math.inf, score_share: float = 0.5) -> float:
-    """Of one run of a matmul, a convolution or a kernel that states its cost; 0 of all else.
-
-    A multiplication and an addition are two.
-
-    grouped_rows: rows that a grouped matmul really has. Its kernel (gmm, tgmm) states the work of
-    every row of its operand, but leaves out those that belong to none of its groups. score_share:
-    of the scores of a device's queries with all keys, those that attention kernels compute on the
-    busiest device; causality leaves a half where all devices have as much.
-    """
-    instruction = one.instruction
-    if instruction.opcode == "dot":
-        left = one.computation.by_name[instruction.operands[0]].shapes[0]
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
-        return (
-            2
-            * math.prod(instruction.shapes[0].dims)
-            * math.prod(left.dims[int(i)] for i in contracted[1].split(",") if i)
-        )
-    if instruction.opcode == "convolution":
-        return _convolution_flops(one)
-    if instruction.opcode == "custom-call":
-        stated = re.search(r'"flops":\s*"?(\d+)', instruction.attributes)
-        if stated is None:
-            return _attention_flops(one, score_share)
-        rows = _grouped_matmul_rows(one)
-        return float(stated[1]) * (min(rows, grouped_rows) / rows if rows else 1.0)
-    return 0.0
-
+# -- computing -------------------------------------------------------------------------------------
 
 # Matmuls over the scores' area: of the forward kernel, of one for dq, of one for dk and dv (which
 # may make dq too, by one more).
 _ATTENTION_MATMULS = {"_fwd": 2, "_dq": 3, "_dkv": 4}
 
 
-def _attention_flops(one: Executed, score_share: float) -> float:
-    """A splash attention kernel states no cost: a share of the matmuls over [query heads, T, S],
-    from the shapes of q and k.
+def flops(one: Executed, grouped_rows: float = math.inf, score_share: float = 0.5) -> float:
+    """Return the operations of one run of a matmul, a convolution or a kernel; 0 of all else.
+
+    A multiplication and an addition are two.
+
+    Args:
+      one: the instruction.
+      grouped_rows: rows that a grouped matmul really has. Its kernel (gmm, tgmm) states the work of
+        every row of its operand, but leaves out those that belong to none of its groups.
+      score_share: share of the scores of a device's queries with all keys that attention kernels
+        compute on the busiest device; causality leaves a half where all devices have as much.
     """
-    found = re.search(
-        r"splash_\w*?(_fwd|_dq|_dkv)", f"{one.instruction.name} {one.instruction.op_name}"
-    )
-    arrays = [operand.shapes[0] for operand in one.computation.operands_of(one.instruction)]
-    wide = [
-        shape for shape in arrays if len(shape.dims) >= 3 and shape.dtype in ("bf16", "f32", "f16")
-    ]
-    if found is None or len(wide) < 2:
+    instruction = one.instruction
+    if instruction.opcode == "dot":
+        left = one.computation.by_name[instruction.operands[0]].shapes[0]
+        contracted = _search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
+        axes = [int(axis) for axis in contracted[1].split(",") if axis]
+        outputs = math.prod(instruction.shapes[0].dims)
+        return 2 * outputs * math.prod(left.dims[axis] for axis in axes)
+    if instruction.opcode == "convolution":
+        return _convolution_flops(one)
+    if instruction.opcode != "custom-call":
         return 0.0
-    matmuls = _ATTENTION_MATMULS[found[1]] + (
-        found[1] == "_dkv"
-        and sum(shape.dtype == wide[0].dtype for shape in one.instruction.shapes) > 2
-    )
-    return 2 * math.prod(wide[0].dims) * wide[1].dims[-2] * matmuls * score_share
-
-
-def _grouped_matmul_rows(one: Executed) -> int:
-    """Rows of the left operand of megablox's gmm and tgmm, the first matrix among their operands; 0
-    for other kernels.
-    """
-    if not re.search(r"\bt?gmm\b", f"{one.instruction.name} {one.instruction.op_name}"):
-        return 0
-    return next(
-        (
-            operand.shapes[0].dims[0]
-            for operand in one.computation.operands_of(one.instruction)
-            if len(operand.shapes[0].dims) == 2
-        ),
-        0,
-    )
+    stated = re.search(r'"flops":\s*"?(\d+)', instruction.attributes)
+    if stated is None:
+        return _attention_flops(one, score_share)
+    rows = _grouped_matmul_rows(one)
+    used_share = min(rows, grouped_rows) / rows if rows else 1.0
+    return float(stated[1]) * used_share
 
 
 def hidden_kernels(module: Module) -> list[str]:
-    """Kernels whose FLOPs are neither stated nor known here; their op_names."""
-    kernels = {
-        one.instruction.op_name or one.instruction.name
-        for one in executed(module)
-        if one.instruction.opcode == "custom-call"
-        and "tpu_custom_call" in one.instruction.attributes
-        and not flops(one)
-    }
+    """Return the names of kernels whose FLOPs are neither stated nor known here."""
+    kernels = set()
+    for one in executed(module):
+        is_kernel = (
+            one.instruction.opcode == "custom-call"
+            and "tpu_custom_call" in one.instruction.attributes
+        )
+        if is_kernel and not flops(one):
+            kernels.add(one.instruction.label)
     return sorted(kernels)
 
 
+def _attention_flops(one: Executed, score_share: float) -> float:
+    """Return the operations of a splash attention kernel, which states no cost.
+
+    A share of the matmuls over [query heads, T, S], from the shapes of q and k.
+    """
+    names = f"{one.instruction.name} {one.instruction.op_name}"
+    found = re.search(r"splash_\w*?(_fwd|_dq|_dkv)", names)
+    arrays = [operand.shapes[0] for operand in one.computation.operands_of(one.instruction)]
+    wide = [shape for shape in arrays if len(shape.dims) >= 3 and _is_float(shape)]
+    if found is None or len(wide) < 2:
+        return 0.0
+    q, k = wide[:2]
+    matmuls = _ATTENTION_MATMULS[found[1]]
+    results = [shape for shape in one.instruction.shapes if shape.dtype == q.dtype]
+    if found[1] == "_dkv" and len(results) > 2:  # dq is made too
+        matmuls += 1
+    return 2 * math.prod(q.dims) * k.dims[-2] * matmuls * score_share
+
+
+def _is_float(shape: Shape) -> bool:
+    return shape.dtype in ("bf16", "f32", "f16")
+
+
+def _grouped_matmul_rows(one: Executed) -> int:
+    """Return the rows of the left operand of megablox's gmm or tgmm; 0 for other kernels.
+
+    It is the first matrix among their operands.
+    """
+    names = f"{one.instruction.name} {one.instruction.op_name}"
+    if not re.search(r"\bt?gmm\b", names):
+        return 0
+    for operand in one.computation.operands_of(one.instruction):
+        dims = operand.shapes[0].dims
+        if len(dims) == 2:
+            return dims[0]
+    return 0
+
+
 def _convolution_flops(one: Executed) -> float:
-    """2 * outputs * input features * window positions that lie on real inputs: a TPU writes batched
-    matmuls as dilated convolutions.
+    """Return 2 * outputs * input features * window positions that lie on real inputs.
+
+    A TPU writes batched matmuls as dilated convolutions.
     """
     instruction = one.instruction
-    left, right = (shape.shapes[0] for shape in one.computation.operands_of(instruction)[:2])
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
-    batch, features = (
-        left.dims[labels[1].index("b")],
-        right.dims[labels[2].index("i")],
-    )  # the kernel's own i: already divided by groups
-    outputs = instruction.shapes[0].dims[labels[3].index("f")]
-    window = dict(
-        re.findall(
-            r"(\w+)=([\dx_\-]+)",
-            (re.search(r"window=\{([^}]*)\}", instruction.attributes) or ["", ""])[1],
-        )
-    )
+    left, right = (operand.shapes[0] for operand in one.computation.operands_of(instruction)[:2])
+    out = instruction.shapes[0]
+    labels = _search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    left_labels, right_labels, out_labels = labels.groups()
+    batch = left.dims[left_labels.index("b")]
+    features = right.dims[right_labels.index("i")]  # the kernel's own: already divided by groups
+    outputs = out.dims[out_labels.index("f")]
+    window = _window_of(instruction)
     positions = 1
-    for axis in range(len(labels[1]) - 2):
-        digit = str(axis)
+    for axis in range(len(left_labels) - 2):
         positions *= _valid_positions(
-            left.dims[labels[1].index(digit)],
-            instruction.shapes[0].dims[labels[3].index(digit)],
-            int(_per_axis(window, "size", axis, "1")),
-            int(_per_axis(window, "stride", axis, "1")),
-            int(_per_axis(window, "pad", axis, "0_0").split("_")[0]),
-            int(_per_axis(window, "lhs_dilate", axis, "1")),
-            int(_per_axis(window, "rhs_dilate", axis, "1")),
+            left.dims[left_labels.index(str(axis))],
+            out.dims[out_labels.index(str(axis))],
+            window=int(_per_axis(window, "size", axis, "1")),
+            stride=int(_per_axis(window, "stride", axis, "1")),
+            pad=int(_per_axis(window, "pad", axis, "0_0").split("_")[0]),
+            base_dilation=int(_per_axis(window, "lhs_dilate", axis, "1")),
+            window_dilation=int(_per_axis(window, "rhs_dilate", axis, "1")),
         )
     groups = re.search(r"batch_group_count=(\d+)", instruction.attributes)
-    return 2 * batch / (int(groups[1]) if groups else 1) * outputs * features * positions
+    num_groups = int(groups[1]) if groups else 1
+    return 2 * batch / num_groups * outputs * features * positions
+
+
+def _window_of(instruction: Instruction) -> dict[str, str]:
+    """Return the settings of a convolution's window: name -> one value for each axis."""
+    found = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+    settings = found[1] if found else ""
+    return dict(re.findall(r"(\w+)=([\dx_\-]+)", settings))
 
 
 def _per_axis(window: dict[str, str], name: str, axis: int, default: str) -> str:
@@ -185,31 +182,30 @@ def _valid_positions(
     base_dilation: int,
     window_dilation: int,
 ) -> int:
-    """Pairs (output, window element) that meet an input and not padding or the holes of a dilated
-    base.
+    """Count the pairs (output, window element) that meet an input.
+
+    The others meet padding or the holes of a dilated base.
     """
-    place = np.arange(out)[:, None] * stride - pad + np.arange(window)[None, :] * window_dilation
-    return int(
-        ((place >= 0) & (place <= (size - 1) * base_dilation) & (place % base_dilation == 0)).sum()
-    )
+    outputs = np.arange(out)[:, None] * stride - pad
+    place = outputs + np.arange(window)[None, :] * window_dilation
+    inside = (place >= 0) & (place <= (size - 1) * base_dilation)
+    return int((inside & (place % base_dilation == 0)).sum())
 
 
-# -- memory
-# -------------------------------------------------------------------------------------------------
+# -- memory ----------------------------------------------------------------------------------------
 
 
 def traffic(module: Module, one: Executed, grouped_rows: float = math.inf) -> float:
-    """Bytes of HBM that one run reads and writes; 0 inside fusions, whose edges count.
-    grouped_rows: as for `flops`.
+    """Return the bytes of HBM that one run reads and writes.
+
+    0 inside fusions, whose edges count. `grouped_rows` is as for `flops`.
     """
     instruction = one.instruction
-    if one.fused or instruction.opcode in FREE or _is_collective(instruction):
+    if one.fused or instruction.opcode in FREE or is_collective(instruction):
         return 0.0
     operands = one.computation.operands_of(instruction)
     if instruction.opcode == "fusion":
-        return _fusion_traffic(
-            module, module.computations[instruction.called("calls")], instruction, operands
-        )
+        return _fusion_traffic(module, instruction, operands)
     if instruction.opcode == "dynamic-update-slice":
         return 2 * _in_hbm(operands[1])
     if instruction.opcode in ("dynamic-slice", "slice", "gather"):
@@ -217,256 +213,142 @@ def traffic(module: Module, one: Executed, grouped_rows: float = math.inf) -> fl
     if instruction.opcode == "copy-start":  # (destination, source, context)
         return sum(shape.bytes for shape in instruction.shapes[:2] if shape.space == 0)
     rows = _grouped_matmul_rows(one) if instruction.opcode == "custom-call" else 0
-    if rows:
-        arrays = [
-            shape
-            for array in (instruction, *operands)
-            for shape in array.shapes
-            if shape.space == 0
-        ]
-        return sum(
-            shape.bytes * (min(rows, grouped_rows) / rows if shape.dims[:1] == (rows,) else 1.0)
-            for shape in arrays
-        )
-    return _in_hbm(instruction) + sum(map(_in_hbm, operands))
+    if not rows:
+        return _in_hbm(instruction) + sum(map(_in_hbm, operands))
+    used_share = min(rows, grouped_rows) / rows
+    total = 0.0
+    for array in (instruction, *operands):
+        for shape in array.shapes:
+            if shape.space == 0:
+                has_rows = shape.dims[:1] == (rows,)
+                total += shape.bytes * (used_share if has_rows else 1.0)
+    return total
+
+
+def largest_traffic(module: Module, count: int, grouped_rows: float = math.inf) -> list[Row]:
+    """Return the instructions that move the most bytes over all their runs, the most first."""
+    found: dict[tuple[str, str], float] = {}
+    for one in executed(module):
+        shapes = one.instruction.shapes
+        key = (str(shapes[0]) if shapes else "", one.instruction.label)
+        moved = one.times * traffic(module, one, grouped_rows)
+        found[key] = found.get(key, 0.0) + moved
+    return _most(found, count)
+
+
+def largest_arrays(module: Module, count: int) -> list[Row]:
+    """Return the largest arrays in HBM that are not arguments, each shape and maker once."""
+    found: dict[tuple[str, str], float] = {}
+    for one in executed(module):
+        opcode = one.instruction.opcode
+        makes_nothing = opcode in FREE - {"iota"} or opcode.endswith("-done")
+        if one.fused or makes_nothing:
+            continue
+        for shape in one.instruction.shapes:
+            if shape.space == 0:
+                found[str(shape), one.instruction.label] = shape.bytes
+    return _most(found, count)
+
+
+def kept_for_backward(module: Module) -> float:
+    """Return the bytes that forward loops hand to backward loops.
+
+    They are the activations that a step keeps (with full remat, the input of each block).
+    """
+    kept: dict[tuple[str, int], float] = {}
+    outside_fusions = {}
+    for one in executed(module):
+        if not one.fused:
+            outside_fusions[one.computation.name] = one.computation
+    for computation in outside_fusions.values():
+        for loop in computation.instructions:
+            if loop.opcode != "while" or not _is_backward(loop):
+                continue
+            for value in computation.operands_of(computation.by_name[loop.operands[0]]):
+                source, index = _source(computation, value)
+                if source.opcode == "while" and not _is_backward(source):
+                    kept[source.name, index] = source.shapes[index].bytes
+    return sum(kept.values())
+
+
+def _most(found: dict[tuple[str, str], float], count: int) -> list[Row]:
+    rows = [(size, shape, maker) for (shape, maker), size in found.items()]
+    return sorted(rows, reverse=True)[:count]
+
+
+def _is_backward(loop: Instruction) -> bool:
+    return "transpose(" in loop.op_name
+
+
+def _source(computation: Computation, instruction: Instruction) -> tuple[Instruction, int]:
+    """Return the instruction that makes a value, and the element of its result.
+
+    Copies and casts of layout are passed through.
+    """
+    moves = ("copy", "bitcast", "copy-start", "copy-done")
+    while instruction.opcode in moves and instruction.operands:
+        instruction = computation.by_name[instruction.operands[0]]
+    if instruction.opcode != "get-tuple-element":
+        return instruction, 0
+    index = _search(r"index=(\d+)", instruction.attributes)
+    return computation.by_name[instruction.operands[0]], int(index[1])
 
 
 def _in_hbm(instruction: Instruction) -> float:
     return sum(shape.bytes for shape in instruction.shapes if shape.space == 0)
 
 
-def _fusion_traffic(
-    module: Module, inner: Computation, fusion: Instruction, operands: list[Instruction]
-) -> float:
-    read, updated = 0.0, 0.0
-    for parameter, operand in zip(inner.parameters, operands):
+def _fusion_traffic(module: Module, fusion: Instruction, operands: list[Instruction]) -> float:
+    inner = module.called_by(fusion, "calls")
+    total_read = 0.0
+    total_updated = 0.0
+    for parameter, operand in zip(inner.parameters, operands, strict=False):
         if _in_hbm(operand):
-            of_it, in_place = _read(module, inner, parameter, operand.bytes)
-            read, updated = read + of_it, updated + in_place
-    results = inner.operands_of(inner.root) if inner.root.opcode == "tuple" else []
-    passing = sum(
-        map(_in_hbm, (one for one in results if one.opcode == "parameter" or _is_collective(one)))
-    )
-    return read + max(0.0, _in_hbm(fusion) - updated - passing)
+            read, updated = _read(module, inner, parameter, operand.bytes)
+            total_read += read
+            total_updated += updated
+    passing = 0.0  # results that are parameters, or collectives inside the fusion
+    if inner.root.opcode == "tuple":
+        for result in inner.operands_of(inner.root):
+            if result.opcode == "parameter" or is_collective(result):
+                passing += _in_hbm(result)
+    written = max(0.0, _in_hbm(fusion) - total_updated - passing)
+    return total_read + written
 
 
 def _read(
     module: Module, computation: Computation, value: Instruction, size: float
 ) -> tuple[float, float]:
-    """(bytes that a fused computation reads of one of its values, bytes of it that come out updated
-    in place).
-    """
-    read, updated = 0.0, 0.0
+    """Return the bytes that a fusion reads of one of its values, and those updated in place."""
+    total_read = 0.0
+    updated = 0.0
     for user in computation.users.get(value.name, []):
-        if user.opcode == "tuple" or _is_collective(user):
-            continue  # on its way through: a collective that rides along in a fusion
-        if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == value.name:
-            read += user.bytes
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
-            read, updated = read + computation.by_name[user.operands[1]].bytes, size
+        if user.opcode == "tuple" or is_collective(user):
+            continue  # it only passes through: a collective inside a fusion
+        is_first = user.operands[0] == value.name
+        if user.opcode in ("dynamic-slice", "slice", "gather") and is_first:
+            total_read += user.bytes
+        elif user.opcode == "dynamic-update-slice" and is_first:
+            total_read += computation.by_name[user.operands[1]].bytes
+            updated = size
         elif user.opcode == "bitcast":
-            read, updated = (
-                a + b for a, b in zip((read, updated), _read(module, computation, user, size))
-            )
+            read, in_place = _read(module, computation, user, size)
+            total_read += read
+            updated += in_place
         elif user.opcode == "fusion":
-            inner = module.computations[user.called("calls")]
-            for parameter in (
-                inner.parameters[i] for i, name in enumerate(user.operands) if name == value.name
-            ):
-                read, updated = (
-                    a + b for a, b in zip((read, updated), _read(module, inner, parameter, size))
-                )
+            inner = module.called_by(user, "calls")
+            for place, name in enumerate(user.operands):
+                if name == value.name:
+                    read, in_place = _read(module, inner, inner.parameters[place], size)
+                    total_read += read
+                    updated += in_place
         else:
             return size, 0.0
-    return min(read, size), updated
+    return min(total_read, size), updated
 
 
-def _is_collective(instruction: Instruction) -> bool:
-    return instruction.opcode.removesuffix("-start").removesuffix("-done") in COLLECTIVES
-
-
-def largest_traffic(
-    module: Module, count: int, grouped_rows: float = math.inf
-) -> list[tuple[float, str, str]]:
-    """(bytes over all runs, shape of the result, what makes it), the most first."""
-    found: dict[tuple[str, str], float] = {}
-    for one in executed(module):
-        key = (
-            str(one.instruction.shapes[0]) if one.instruction.shapes else "",
-            one.instruction.op_name or one.instruction.name,
-        )
-        found[key] = found.get(key, 0.0) + one.times * traffic(module, one, grouped_rows)
-    return sorted(((size, *key) for key, size in found.items()), reverse=True)[:count]
-
-
-def largest_arrays(module: Module, count: int) -> list[tuple[float, str, str]]:
-    """(bytes, shape, what makes it) of the largest arrays in HBM that are not arguments, each shape
-    and maker once.
-    """
-    found: dict[tuple[str, str], float] = {}
-    for one in executed(module):
-        if (
-            one.fused
-            or one.instruction.opcode in FREE - {"iota"}
-            or one.instruction.opcode.endswith("-done")
-        ):
-            continue
-        for shape in one.instruction.shapes:
-            if shape.space == 0:
-                found[str(shape), one.instruction.op_name or one.instruction.name] = shape.bytes
-    return sorted(((size, shape, maker) for (shape, maker), size in found.items()), reverse=True)[
-        :count
-    ]
-
-
-def kept_for_backward(module: Module) -> float:
-    """Bytes that forward loops hand to backward loops: what a step keeps of its activations (with
-    full remat, the input of each block).
-    """
-    kept: dict[tuple[str, int], float] = {}
-    for computation in {
-        one.computation.name: one.computation for one in executed(module) if not one.fused
-    }.values():
-        for loop in computation.instructions:
-            if loop.opcode == "while" and "transpose(" in loop.op_name:
-                for source, index in map(
-                    functools.partial(_source, computation),
-                    computation.operands_of(computation.by_name[loop.operands[0]]),
-                ):
-                    if source.opcode == "while" and "transpose(" not in source.op_name:
-                        kept[source.name, index] = source.shapes[index].bytes
-    return sum(kept.values())
-
-
-def _source(computation: Computation, instruction: Instruction) -> tuple[Instruction, int]:
-    """The instruction (and element of its result) whose value this is, through copies and casts of
-    layout.
-    """
-    while (
-        instruction.opcode in ("copy", "bitcast", "copy-start", "copy-done")
-        and instruction.operands
-    ):
-        instruction = computation.by_name[instruction.operands[0]]
-    if instruction.opcode == "get-tuple-element":
-        return computation.by_name[instruction.operands[0]], int(
-            re.search(r"index=(\d+)", instruction.attributes)[1]
-        )
-    return instruction, 0
-
-
-# -- sending
-# -------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """`payload` is the whole array that one device ends or begins with: gathered, to be scattered,
-    reduced, exchanged, passed on.
-
-    groups: device numbers, [groups, members]; for a collective-permute [pairs, 2].
-    """
-
-    kind: str
-    payload: float
-    groups: np.ndarray
-    times: float
-    op_name: str
-
-
-def collectives(module: Module, devices: int) -> list[Collective]:
-    """Every collective that runs; start and done are one, and so are the pieces in which one rides
-    along in several fusions.
-    """
-    found, riding = [], set()
-    for one in executed(module):
-        kind = one.instruction.opcode.removesuffix("-start")
-        if kind not in COLLECTIVES:
-            continue
-        channel = re.search(r"channel_id=(\d+)", one.instruction.attributes)
-        if one.fused and channel:
-            if (kind, channel[1]) in riding:
-                continue
-            riding.add((kind, channel[1]))
-        groups = replica_groups(one.instruction.attributes, devices)
-        operands = one.computation.operands_of(one.instruction)
-        # Rows and where they go, one of the two with room to spare; offsets are nothing beside
-        # them.
-        payload = (
-            min(operand.bytes for operand in operands[:2])
-            if kind == "ragged-all-to-all"
-            else sum(operand.bytes for operand in operands)
-        )
-        if kind == "all-gather":
-            payload *= groups.shape[1]
-        elif kind == "all-reduce" and _is_scattered(one):
-            kind = "reduce-scatter"
-        if groups.shape[1] > 1:
-            found.append(Collective(kind, payload, groups, one.times, one.instruction.op_name))
+def _search(pattern: str, text: str) -> re.Match[str]:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"the HLO attributes {text[:120]!r} lack {pattern}")
     return found
-
-
-def _is_scattered(one: Executed) -> bool:
-    """An all-reduce inside a fusion of which each device keeps its slice: a reduce-scatter as a TPU
-    spells it.
-    """
-    users = one.computation.users.get(one.instruction.name, [])
-    return one.fused and bool(users) and all(user.opcode == "dynamic-slice" for user in users)
-
-
-def replica_groups(attributes: str, devices: int) -> np.ndarray:
-    """Device numbers [groups, members] from any of the spellings of XLA; all devices together where
-    none is given.
-    """
-    pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes)
-    listed = re.search(r"replica_groups=\{((?:\{[\d,]+\},?)+)\}", attributes)
-    if pairs or listed:
-        return np.array(
-            [
-                [int(i) for i in group.split(",")]
-                for group in re.findall(r"\{([\d,]+)\}", (pairs or listed)[1])
-            ],
-            dtype=int,
-        )
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
-    if iota:
-        return _iota(iota[2], iota[3]).reshape(_numbers(iota[1]))
-    mesh = re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
-        r" \{([^}]*)\}",
-        attributes,
-    )
-    if mesh:
-        names, sizes = zip(*re.findall(r"'([^']+)'=(\d+)", mesh[1]))
-        numbers = _iota(mesh[2], mesh[3]) if mesh[2] else np.arange(math.prod(map(int, sizes)))
-        return _mesh_groups(numbers.reshape([int(size) for size in sizes]), names, mesh[4])
-    return np.arange(devices)[None, :]
-
-
-def _mesh_groups(numbers: np.ndarray, names: tuple[str, ...], axes: str) -> np.ndarray:
-    """Groups along named axes of a mesh; 'x':(m)k is the k-sized part of axis x after its first m."""
-    shape, wanted = [], []
-    parts = {
-        name: (int(before), int(size))
-        for name, before, size in re.findall(r"'([^']+)':\((\d+)\)(\d+)", axes)
-    }
-    whole = [name for name in re.findall(r"'([^']+)'", axes) if name not in parts]
-    for name, size in zip(names, numbers.shape):
-        if name in parts:
-            before, part = parts[name]
-            wanted.append(len(shape) + 1)
-            shape += [before, part, size // (before * part)]
-        else:
-            wanted += [len(shape)] if name in whole else []
-            shape.append(size)
-    members = math.prod(shape[axis] for axis in wanted)
-    others = [axis for axis in range(len(shape)) if axis not in wanted]
-    return numbers.reshape(shape).transpose(others + wanted).reshape(-1, members)
-
-
-def _iota(dims: str, order: str | None) -> np.ndarray:
-    numbers = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
-    return (numbers.transpose(_numbers(order)) if order else numbers).reshape(-1)
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]

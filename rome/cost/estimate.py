@@ -1,11 +1,10 @@
-"""From compiled programs to a report: bytes a device by kind, FLOPs, collectives, the time they
-bound and what to change.
+"""From compiled programs to a report: bytes, FLOPs, collectives, their time, and advice.
 
 A step of training runs three programs (rome.train.step): `score`, once a micro-batch where the
-trainer scores pi_old; `accumulate`, a micro-batch's loss and gradient, which is where the time
-goes; `apply`, once an update. Memory is the largest of the three, each with what stays on the
-device meanwhile without being handed to it. FLOPs, collectives and MFU are those of `accumulate`,
-for one micro-batch.
+trainer scores pi_old; `accumulate`, a micro-batch's loss and gradient, which takes most of the
+time; `apply`, once an update. Memory is the largest of the three, each with the arrays that stay on
+the device without being handed to it. FLOPs, collectives and MFU are those of `accumulate`, for one
+micro-batch.
 """
 
 from __future__ import annotations
@@ -14,50 +13,74 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
 from rome.cost import costs, hlo
+from rome.cost.collectives import collectives
 from rome.cost.flops import forward_flops
 from rome.cost.roofline import CHIPS, GIB, Bound, Chip, Sent, sent
 from rome.model.config import ModelConfig
 from rome.train.state import TrainState
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-HANDED = {
+HANDED = {  # program -> parts of the state that are its arguments
     "score": ("params",),
     "accumulate": ("params", "gradients"),
     "apply": ("params", "optimizer", "gradients"),
-}  # program -> what it is given
-STAYS = {
+}
+STAYS = {  # program -> parts of the state that stay on the device beside it
     "score": ("optimizer",),
     "accumulate": ("optimizer",),
     "apply": (),
-}  # program -> what lies beside it
+}
+_LISTED_ARRAYS = 12
+_LISTED_TRAFFIC = 8
+_MAX_MAKER = 90  # last characters of an op's name
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled program on one device: bytes, FLOPs, seconds to compile.
+    """A compiled program on one device. One that did not fit has only `needed`.
 
-    One that did not fit has only `needed`.
+    Attributes:
+      name: one of HANDED.
+      compile_seconds: time to compile.
+      needed: bytes of arguments, results outside the arguments' memory, temporaries and code.
+      arguments: bytes.
+      temporaries: bytes.
+      kept: bytes of the temporaries that forward loops keep for backward loops.
+      flops: operations.
+      traffic: bytes of HBM read and written, an estimate.
+      sent: collectives.
+      largest: largest arrays.
+      busiest: instructions with the most traffic.
+      hidden_kernels: kernels whose FLOPs are not counted.
+      fits: whether it compiled.
     """
 
     name: str
     compile_seconds: float
-    needed: float  # arguments, results that are not arguments' own memory, temporaries, code
+    needed: float
     arguments: float = 0.0
     temporaries: float = 0.0
-    kept: float = 0.0  # of the temporaries, what forward loops keep for backward loops
+    kept: float = 0.0
     flops: float = 0.0
     traffic: float = 0.0
     sent: tuple[Sent, ...] = ()
-    largest: tuple[tuple[float, str, str], ...] = ()
-    busiest: tuple[tuple[float, str, str], ...] = ()  # of the traffic
+    largest: tuple[costs.Row, ...] = ()
+    busiest: tuple[costs.Row, ...] = ()
     hidden_kernels: tuple[str, ...] = ()
     fits: bool = True
+
+
+class _Option(NamedTuple):
+    """A change that saves memory."""
+
+    saved: float
+    text: str
 
 
 def measure(
@@ -69,30 +92,43 @@ def measure(
     grouped_rows: float,
     score_share: float,
 ) -> Program:
-    """grouped_rows: those that one device's grouped matmul has at a time where every expert gets
-    the same share. score_share: as in `costs.flops`.
+    """Measure a compiled program.
+
+    Args:
+      name: of the program.
+      compiled: the executable.
+      compile_seconds: time to compile it.
+      mesh: that it runs on.
+      chip: of the mesh's devices.
+      grouped_rows: rows of one device's grouped matmul where every expert gets the same share.
+      score_share: as in `costs.flops`.
     """
-    memory, module = compiled.memory_analysis(), hlo.parse(compiled.as_text())
+    memory = compiled.memory_analysis()
+    text = compiled.as_text()
+    if memory is None or text is None:
+        raise ValueError(f"the compiler of {chip.name} reports no memory or no text of {name}")
+    module = hlo.parse(text)
     temporaries = memory.temp_size_in_bytes
-    runs = list(hlo.executed(module))
+    new_results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    needed = memory.argument_size_in_bytes + new_results
+    needed += temporaries + memory.generated_code_size_in_bytes
+    total_flops = 0.0
+    total_traffic = 0.0
+    for one in hlo.executed(module):
+        total_flops += one.times * costs.flops(one, grouped_rows, score_share)
+        total_traffic += one.times * costs.traffic(module, one, grouped_rows)
     return Program(
         name,
         compile_seconds,
+        needed=needed,
         arguments=memory.argument_size_in_bytes,
         temporaries=temporaries,
         kept=min(costs.kept_for_backward(module), temporaries),
-        needed=(
-            memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-            + temporaries
-            + memory.generated_code_size_in_bytes
-        ),
-        flops=sum(one.times * costs.flops(one, grouped_rows, score_share) for one in runs),
-        traffic=sum(one.times * costs.traffic(module, one, grouped_rows) for one in runs),
-        sent=tuple(sent(costs.collectives(module, mesh.size), mesh, chip)),
-        largest=tuple(costs.largest_arrays(module, 12)),
-        busiest=tuple(costs.largest_traffic(module, 8, grouped_rows)),
+        flops=total_flops,
+        traffic=total_traffic,
+        sent=tuple(sent(collectives(module, mesh.size), mesh, chip)),
+        largest=tuple(costs.largest_arrays(module, _LISTED_ARRAYS)),
+        busiest=tuple(costs.largest_traffic(module, _LISTED_TRAFFIC, grouped_rows)),
         hidden_kernels=tuple(costs.hidden_kernels(module)),
     )
 
@@ -100,46 +136,38 @@ def measure(
 def too_large(
     name: str, error: Exception, compile_seconds: float, state: Mapping[str, float]
 ) -> Program:
-    """The program that a compiler refused for memory, with what it would need as its message says.
+    """Return a program that the compiler refused for memory, with the bytes its message names.
 
     Any other error is raised again.
+
+    Args:
+      name: of the program.
+      error: that the compiler raised.
+      compile_seconds: time until then.
+      state: as of `state_bytes`.
     """
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text and "Ran out of memory" not in text:
         raise error
     arguments = sum(state[kind] for kind in HANDED[name])
     temporaries = re.search(r"HLO temporaries \(([\d.]+)([KMGT]?)\)", text)
-    used = re.search(r"Used ([\d.]+)([KMGT]?)i?B? of", text)
-    found = temporaries or used
+    found = temporaries or re.search(r"Used ([\d.]+)([KMGT]?)i?B? of", text)
     if found is None:
         raise error
-    bytes_ = float(found[1]) * UNITS[found[2]]
-    needed = bytes_ + arguments if temporaries else max(bytes_, arguments)
+    named = float(found[1]) * UNITS[found[2]]
+    needed = named + arguments if temporaries else max(named, arguments)
     return Program(
         name, compile_seconds, needed, arguments, temporaries=needed - arguments, fits=False
     )
 
 
 def state_bytes(state: TrainState) -> dict[str, float]:
-    """Bytes a device of what training holds between programs: parameters, optimizer, the gradients
-    of an update under way.
+    """Return the bytes a device of parameters, optimizer, and gradients of an update under way.
 
     Moments in the host's memory are no bytes of the device.
     """
-    here = lambda tree: [
-        leaf for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind != "pinned_host"
-    ]
-    local = lambda tree: float(
-        sum(
-            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-            for leaf in here(tree)
-        )
-    )
-    return {
-        "params": local(state.params),
-        "optimizer": local(state.opt_state),
-        "gradients": local(state.params),
-    }
+    params = _local_bytes(state.params)
+    return {"params": params, "optimizer": _local_bytes(state.opt_state), "gradients": params}
 
 
 def report(
@@ -152,50 +180,110 @@ def report(
     rows: int,
     length: int,
 ) -> dict[str, Any]:
-    """The figures as `--json` writes them.
+    """Return the report that `--json` writes.
 
-    Those of `accumulate` are left out where it did not compile.
+    Speed is left out where `accumulate` did not compile.
+
+    Args:
+      programs: name -> program.
+      state: as of `state_bytes`.
+      chip: of the devices.
+      config: the model.
+      mesh: size of each axis.
+      rows: B of a micro-batch.
+      length: T.
     """
-    peaks = {
-        name: program.needed + sum(state[kind] for kind in STAYS[name])
-        for name, program in programs.items()
-    }
-    top = max(peaks, key=peaks.get)
+    peaks = {}
+    for name, program in programs.items():
+        peaks[name] = program.needed + sum(state[kind] for kind in STAYS[name])
+    top = max(peaks, key=lambda name: peaks[name])
     kinds = {kind: state[kind] for kind in ("params", "optimizer", "gradients")}
     if "gradients" not in HANDED[top]:
         kinds["gradients"] = 0.0
-    kept = programs[top].kept
-    fits = all(program.fits for program in programs.values()) and peaks[top] <= chip.usable
-    found = {
-        "fits": fits,
+    state_total = sum(kinds.values())
+    kinds["activations"] = programs[top].kept
+    kinds["temporaries"] = peaks[top] - state_total - programs[top].kept
+    by_program = {}
+    for name, program in programs.items():
+        by_program[name] = {
+            "peak_bytes": round(peaks[name]),
+            "argument_bytes": round(program.arguments),
+            "temporary_bytes": round(program.temporaries),
+            "compile_seconds": round(program.compile_seconds, 1),
+        }
+    compiled = all(program.fits for program in programs.values())
+    found: dict[str, Any] = {
+        "fits": compiled and peaks[top] <= chip.usable,
         "bytes_per_device": round(peaks[top]),
         "usable_bytes": round(chip.usable),
         "peak_program": top,
-        "bytes": {
-            name: round(size)
-            for name, size in (
-                kinds
-                | {
-                    "activations": kept,
-                    "temporaries": peaks[top] - sum(kinds.values()) - kept,
-                }
-            ).items()
-        },
-        "programs": {
-            name: {
-                "peak_bytes": round(peaks[name]),
-                "argument_bytes": round(one.arguments),
-                "temporary_bytes": round(one.temporaries),
-                "compile_seconds": round(one.compile_seconds, 1),
-            }
-            for name, one in programs.items()
-        },
+        "bytes": {kind: round(size) for kind, size in kinds.items()},
+        "programs": by_program,
     }
     step = programs.get("accumulate")
     if step is not None and step.fits:
         found |= _speed(step, chip, config, math.prod(mesh.values()), rows * length, length)
     found["advice"] = advice(found, chip, config, mesh, rows, length)
     return found
+
+
+def advice(
+    found: Mapping[str, Any],
+    chip: Chip,
+    config: ModelConfig,
+    mesh: Mapping[str, int],
+    rows: int,
+    length: int,
+) -> list[str]:
+    """Return changes with what they would save, the most useful first; none if all is well.
+
+    Args:
+      found: the report so far.
+      chip: of the devices.
+      config: the model.
+      mesh: size of each axis.
+      rows: B of a micro-batch.
+      length: T.
+    """
+    lines = [] if found["fits"] else _to_fit(found, chip, config, mesh, rows, length)
+    seconds = found.get("seconds")
+    if not seconds:
+        return lines
+    if seconds["collectives"] > max(seconds["compute"], seconds["memory"]):
+        lines.append(_to_hide(found, mesh, rows))
+    if seconds["memory"] > seconds["compute"] and found["largest_traffic"]:
+        most = found["largest_traffic"][0]
+        lines.append(
+            f"HBM traffic ({seconds['memory']:.3f} s, an estimate) takes longer than compute"
+            f" ({seconds['compute']:.3f} s); the most is {most['bytes'] / GIB:.0f} GiB for"
+            f" {most['shape']} of {most['made_by'][-_MAX_MAKER:]}"
+        )
+    return lines
+
+
+def find_chip(topology: str) -> Chip:
+    """Return the chip of a topology such as v5p:4x4x4.
+
+    Raises:
+      ValueError: the chip is unknown.
+    """
+    name = topology.partition(":")[0]
+    if name not in CHIPS:
+        raise ValueError(
+            f"topology {topology!r} is of no known chip; choose one of"
+            f" {', '.join(f'{chip}:SHAPE' for chip in CHIPS)}, such as v5p:4x4x4"
+        )
+    return CHIPS[name]
+
+
+def _local_bytes(tree: Any) -> float:
+    """Return the bytes a device of arrays in its own memory."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        if leaf.sharding.memory_kind != "pinned_host":
+            shard_shape = leaf.sharding.shard_shape(leaf.shape)
+            total += math.prod(shard_shape) * leaf.dtype.itemsize
+    return float(total)
 
 
 def _speed(
@@ -208,52 +296,29 @@ def _speed(
         model_flops=3 * forward_flops(config, length) * tokens / devices,
         peak_flops=chip.device_flops,
     )
+    seconds = {
+        "compute": bound.compute,
+        "memory": bound.memory,
+        "collectives": bound.collectives,
+    }
     return {
         "flops": step.flops,
         "model_flops": bound.model_flops,
         "hbm_bytes": round(step.traffic),
         "collective_bytes": round(sum(one.bytes for one in step.sent)),
-        "seconds": {
-            "compute": bound.compute,
-            "memory": bound.memory,
-            "collectives": bound.collectives,
-        },
+        "seconds": seconds,
         "roofline_mfu": bound.overlapped,
         "roofline_mfu_serial": bound.serial,
         "collectives": [dataclasses.asdict(one) for one in step.sent],
-        "largest_arrays": [
-            {"bytes": round(size), "shape": shape, "made_by": maker}
-            for size, shape, maker in step.largest
-        ],
-        "largest_traffic": [
-            {"bytes": round(size), "shape": shape, "made_by": maker}
-            for size, shape, maker in step.busiest
-        ],
+        "largest_arrays": [_describe(row) for row in step.largest],
+        "largest_traffic": [_describe(row) for row in step.busiest],
         "kernels_not_counted": list(step.hidden_kernels),
     }
 
 
-def advice(
-    found: Mapping[str, Any],
-    chip: Chip,
-    config: ModelConfig,
-    mesh: Mapping[str, int],
-    rows: int,
-    length: int,
-) -> list[str]:
-    """What to change, with what it would save, the most useful first; empty where all is well."""
-    lines = [] if found["fits"] else _to_fit(found, chip, config, mesh, rows, length)
-    seconds = found.get("seconds")
-    if seconds and seconds["collectives"] > max(seconds["compute"], seconds["memory"]):
-        lines.append(_to_hide(found, mesh, rows))
-    if seconds and seconds["memory"] > seconds["compute"] and found["largest_traffic"]:
-        most = found["largest_traffic"][0]
-        lines.append(
-            f"HBM traffic ({seconds['memory']:.3f} s, an estimate) takes longer than compute"
-            f" ({seconds['compute']:.3f} s); the most is {most['bytes'] / GIB:.0f} GiB for"
-            f" {most['shape']} of {most['made_by'][-90:]}"
-        )
-    return lines
+def _describe(row: costs.Row) -> dict[str, Any]:
+    size, shape, maker = row
+    return {"bytes": round(size), "shape": shape, "made_by": maker}
 
 
 def _to_fit(
@@ -264,98 +329,90 @@ def _to_fit(
     rows: int,
     length: int,
 ) -> list[str]:
+    """Return options that save memory: those that are enough alone first, then by bytes saved."""
     kinds = found["bytes"]
+    excess = found["bytes_per_device"] - chip.usable
+    options = _options(kinds, chip, config, mesh, rows, length)
+
+    def rank(option: _Option) -> tuple[bool, float]:
+        insufficient = option.saved < excess
+        return insufficient, -option.saved if insufficient else 0
+
+    options.sort(key=rank)
+    largest = max(kinds, key=lambda kind: kinds[kind])
+    lines = [f"{_gib(excess)} too much; the largest part is {largest} with {_gib(kinds[largest])}."]
+    for saved, text in options:
+        lines.append(f"{text}, enough alone" if saved >= excess else text)
+    return lines
+
+
+def _options(
+    kinds: Mapping[str, float],
+    chip: Chip,
+    config: ModelConfig,
+    mesh: Mapping[str, int],
+    rows: int,
+    length: int,
+) -> list[_Option]:
     state = kinds["params"] + kinds["optimizer"] + kinds["gradients"]
     passing = kinds["activations"] + kinds["temporaries"]
-    excess = found["bytes_per_device"] - chip.usable
     rows_here = rows // math.prod(mesh[axis] for axis in ("replica", "fsdp", "expert"))
-    replica, devices = mesh["replica"], math.prod(mesh.values())
-    gib = lambda size: f"{size / GIB:.1f} GiB"
-    options: list[tuple[float, str]] = []  # (bytes saved, what to do)
+    replica = mesh["replica"]
+    options = []
     if rows_here > 1:
         saved = passing * (1 - 1 / rows_here)
-        options.append(
-            (
-                saved,
-                (
-                    f"--config.rows_per_microbatch={rows // rows_here}: one row a device instead of"
-                    f" {rows_here}, about {gib(saved)} less of what passes through"
-                ),
-            )
+        text = (
+            f"--config.rows_per_microbatch={rows // rows_here}: one row a device instead of"
+            f" {rows_here}, about {_gib(saved)} less of activations and temporaries"
         )
+        options.append(_Option(saved, text))
     if replica > 1:
         saved = state * (1 - 1 / replica)
-        options.append(
-            (
-                saved,
-                (
-                    f"--config.mesh.replica=1 --config.mesh.fsdp={mesh['fsdp'] * replica}: no whole"
-                    f" copies, {gib(saved)} less state"
-                ),
-            )
+        text = (
+            f"--config.mesh.replica=1 --config.mesh.fsdp={mesh['fsdp'] * replica}: no whole"
+            f" copies, {_gib(saved)} less state"
         )
+        options.append(_Option(saved, text))
     if config.remat == "none":
-        options.append(
-            (
-                kinds["activations"],
-                (
-                    "remat full: keeps one input a block,"
-                    f" {config.num_layers * length * rows_here * config.hidden_size * 2 / GIB:.1f}"
-                    " GiB in all"
-                ),
-            )
-        )
+        inputs = config.num_layers * length * rows_here * config.hidden_size * 2
+        text = f"remat full: keeps one input a block, {_gib(inputs)} in all"
+        options.append(_Option(kinds["activations"], text))
     if rows_here <= 1:
-        options.append(
-            (
-                passing / 2,
-                (
-                    f"a sequence axis: --config.mesh.sequence={2 * mesh['sequence']} with half the"
-                    f" fsdp or expert halves what passes through, about {gib(passing / 2)} less,"
-                    f" but each half of those axes doubles its share of the state ({gib(state)}"
-                    " now)"
-                ),
-            )
+        half = _gib(passing / 2)
+        text = (
+            f"a sequence axis: --config.mesh.sequence={2 * mesh['sequence']} with half the"
+            f" fsdp or expert halves activations and temporaries, about {half} less,"
+            f" but each half of those axes doubles its share of the state ({_gib(state)}"
+            " now)"
         )
-        options.append(
-            (passing / 2, f"--config.row_length={length // 2}: about {gib(passing / 2)} less")
-        )
-    room = max(chip.usable - passing, chip.usable / 2)  # what passes through may have to shrink too
+        options.append(_Option(passing / 2, text))
+        text = f"--config.row_length={length // 2}: about {half} less"
+        options.append(_Option(passing / 2, text))
+    room = max(chip.usable - passing, chip.usable / 2)  # activations may have to shrink too
     if state > room / 2:
+        devices = math.prod(mesh.values())
         factor = 2 ** math.ceil(math.log2(max(state / room, 2.0)))
-        options.append(
-            (
-                state * (1 - 1 / factor),
-                (
-                    f"{factor} times the devices ({devices * factor}) with"
-                    f" --config.mesh.fsdp={mesh['fsdp'] * factor}: {gib(state)} of state become"
-                    f" {gib(state / factor)}"
-                ),
-            )
+        text = (
+            f"{factor} times the devices ({devices * factor}) with"
+            f" --config.mesh.fsdp={mesh['fsdp'] * factor}: {_gib(state)} of state become"
+            f" {_gib(state / factor)}"
         )
-    options.sort(key=lambda option: (option[0] < excess, -option[0] if option[0] < excess else 0))
-    enough = [text + (", enough alone" if saved >= excess else "") for saved, text in options]
-    largest = max(kinds, key=kinds.get)
-    return [
-        f"{gib(excess)} too much; the largest part is {largest} with {gib(kinds[largest])}.",
-        *enough,
-    ]
+        options.append(_Option(state * (1 - 1 / factor), text))
+    return options
 
 
 def _to_hide(found: Mapping[str, Any], mesh: Mapping[str, int], rows: int) -> str:
     longest = found["collectives"][0]
     seconds = found["seconds"]
-    more = math.ceil(seconds["collectives"] / max(seconds["compute"], seconds["memory"]))
     text = (
         f"collectives ({seconds['collectives']:.3f} s) take longer than compute"
         f" ({seconds['compute']:.3f} s); the longest is {longest['kind']} over {longest['axes']},"
         f" {longest['seconds']:.3f} s in {longest['runs']:.0f} runs, from"
-        f" {longest['largest'][-90:]}."
+        f" {longest['largest'][-_MAX_MAKER:]}."
     )
-    if (
-        longest["kind"] in ("all-gather", "reduce-scatter", "all-reduce")
-        and "fsdp" in longest["axes"]
-    ):
+    moves_weights = longest["kind"] in ("all-gather", "reduce-scatter", "all-reduce")
+    if moves_weights and "fsdp" in longest["axes"]:
+        more = math.ceil(seconds["collectives"] / max(seconds["compute"], seconds["memory"]))
         text += (
             " Weights are gathered once a micro-batch whatever its size:"
             f" --config.rows_per_microbatch={rows * more} does {more} times the work for them,"
@@ -364,11 +421,5 @@ def _to_hide(found: Mapping[str, Any], mesh: Mapping[str, int], rows: int) -> st
     return text
 
 
-def find_chip(topology: str) -> Chip:
-    name = topology.partition(":")[0]
-    if name not in CHIPS:
-        raise ValueError(
-            f"topology {topology!r} is of no known chip; choose one of"
-            f" {', '.join(f'{chip}:SHAPE' for chip in CHIPS)}, such as v5p:4x4x4"
-        )
-    return CHIPS[name]
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB"

@@ -1,20 +1,22 @@
-"""What an episode, or one turn of it, is worth beside the others of its group.
+"""Returns and advantages: how much an episode, or one turn of it, is worth within its group.
 
 NumPy, on the host, before trajectories are packed.
 
-R is the reward that losses see, n the episodes of a group, K the turns of an episode. The standard
-deviation is that of a sample (ddof 1).
+R is the reward that losses see, n the episodes of a group, K the turns of an episode, gamma the
+discount a turn. The standard deviation is that of a sample (ddof 1).
 
-    normalised     A = (R - mean) / (std + 1e-6)                     GRPO (arXiv 2402.03300, Sec. 4.1)
-    centred        A = R - mean                                      Dr. GRPO (arXiv 2503.20783, Sec. 3.2)
-    leave_one_out  A = R - mean of the others = n / (n - 1) (R - mean)   RLOO (arXiv 2402.14740)
-    steps          A_k = normalised R + normalised gamma^(K-k) R     GiGPO (arXiv 2505.10978, Eq. 5-8), omega = 1
+    normalised     A = (R - mean) / (std + 1e-6)        GRPO (arXiv 2402.03300, Sec. 4.1)
+    centred        A = R - mean                         Dr. GRPO (arXiv 2503.20783, Sec. 3.2)
+    leave_one_out  A = R - mean of the others           RLOO (arXiv 2402.14740)
+                     = n / (n - 1) (R - mean)
+    steps          A_k = normalised R                   GiGPO (arXiv 2505.10978, Eq. 5-8), omega = 1
+                       + normalised gamma^(K-k) R
 
-In the last, the first term compares episodes, the second the turns that were taken in the same
-state, by whichever episodes of the group: its returns are normalised within that step-level group.
-Who has nobody to be compared with gets 0 from the term. In its returns a failure counts 0, as in
-the paper, whatever `failure_reward` is: discounted, -1 would make the early turns of a failure the
-better the longer it took.
+In "steps", the first term compares episodes, and the second compares the turns that episodes of the
+group took in the same state: its returns are normalised within that step-level group. A turn or an
+episode that is alone in its group gets 0 from the term. In the returns of the second term a failure
+counts 0, as in the paper, whatever `failure_reward` is: a discounted -1 would rank the early turns
+of a failure higher the longer the failure took.
 """
 
 from __future__ import annotations
@@ -22,16 +24,32 @@ from __future__ import annotations
 import collections
 import hashlib
 import json
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Literal, get_args
 
 import numpy as np
 
 from rome.data.trajectory import Trajectory
-from rome.losses.ipa import chunk_returns
 
 Estimator = Literal["normalised", "centred", "leave_one_out", "steps"]
 Anchor = Literal["history", "observation"]
+
+_EPSILON = 1e-6  # keeps a group of equal rewards finite
+
+
+def chunk_returns(reward: float, num_chunks: int, gamma: float) -> np.ndarray:
+    """Discount a trajectory's reward to its chunks: G_k = gamma^(K-k) R (Eq. 7 of "Let It Flow").
+
+    Args:
+      reward: R, the reward that losses see.
+      num_chunks: K, the number of chunks with sampled tokens.
+      gamma: discount a chunk, in (0, 1].
+
+    Returns:
+      [K] float64 for k = 1..K; the last chunk gets R itself.
+    """
+    chunks_left_K = np.arange(num_chunks - 1, -1, -1)
+    return reward * np.power(float(gamma), chunks_left_K)
 
 
 def group_advantages(
@@ -43,14 +61,20 @@ def group_advantages(
     anchor: Anchor = "history",
     denial_penalty: float = 0.0,
 ) -> list[np.ndarray]:
-    """[K] advantages of every trajectory's turns, one number for all of them but with "steps".
+    """Return the advantages of every trajectory's turns, one array [K] for each trajectory.
 
-    Groups are those of `Trajectory.group` over what is given: give whole groups, and only what is
-    trained on.
+    Without "steps" all turns of a trajectory have the same advantage.
 
     Args:
+      trajectories: whole groups (`Trajectory.group`), and only what is trained on.
+      failure_reward: reward of a trajectory that the verifier gave 0 or less.
+      estimator: one of the table in the module's docstring.
       gamma: discount a turn, read by "steps".
-      anchor: which turns "steps" takes to be in one state (`anchor_states`).
+      anchor: which turns "steps" takes to be in the same state (`anchor_states`).
+      denial_penalty: as in `loss_reward`.
+
+    Raises:
+      ValueError: estimator or anchor is unknown.
     """
     if estimator not in get_args(Estimator) or anchor not in get_args(Anchor):
         raise ValueError(
@@ -58,95 +82,109 @@ def group_advantages(
             f" {', '.join(get_args(Estimator))}; {', '.join(get_args(Anchor))}"
         )
     groups = [trajectory.group for trajectory in trajectories]
-    rewards = [
-        loss_reward(trajectory, failure_reward, denial_penalty) for trajectory in trajectories
-    ]
-    episode_level = _compare(
-        zip(groups, rewards), "normalised" if estimator == "steps" else estimator
-    )
-    spread = [
-        np.full(len(trajectory.turns), advantage)
-        for trajectory, advantage in zip(trajectories, episode_level)
-    ]
+    rewards = [loss_reward(one, failure_reward, denial_penalty) for one in trajectories]
+    episode_estimator: Estimator = "normalised" if estimator == "steps" else estimator
+    episode_level = _compare(groups, rewards, episode_estimator)
+    advantages = []
+    for trajectory, advantage in zip(trajectories, episode_level, strict=True):
+        advantages.append(np.full(len(trajectory.turns), advantage))
     if estimator != "steps":
-        return spread
+        return advantages
 
-    returns, states = [], []
-    for trajectory in trajectories:
-        turns = trajectory.turns
-        sampled = [
-            chunk.kind == "rl" for _, chunk in turns
-        ]  # what was prefilled or shown is no choice to be compared
-        returns += [
-            value
-            for value, mine in zip(
-                chunk_returns(max(trajectory.reward, 0.0), len(turns), gamma), sampled
-            )
-            if mine
-        ]
-        states += [
-            (trajectory.group, state)
-            for state, mine in zip(anchor_states(trajectory, anchor), sampled)
-            if mine
-        ]
-    step_level = iter(_compare(zip(states, returns), "normalised"))
-    return [
-        advantage_K
-        + [next(step_level) if chunk.kind == "rl" else 0.0 for _, chunk in trajectory.turns]
-        for trajectory, advantage_K in zip(trajectories, spread)
-    ]
+    step_level = _step_advantages(trajectories, gamma, anchor)
+    return [whole_K + step_K for whole_K, step_K in zip(advantages, step_level, strict=True)]
 
 
 def anchor_states(trajectory: Trajectory, anchor: Anchor) -> list[Hashable]:
-    """For each turn a key that is equal where two turns of a group were taken in the same state of
-    the environment.
+    """Return a key for each turn, equal for turns taken in the same state of the environment.
 
-    "observation": the tokens that the environment has just appended, as GiGPO does it where the
-    observation is the state (a game's screen). "history": all that it appended so far and every
-    call that was carried out, but not the policy's words between them. A terminal does not show its
-    state; the same commands with the same outputs from the same start lead to the same one.
+    Args:
+      trajectory: one episode. Keys of other episodes of its group can be compared with its own.
+      anchor: "observation": the tokens that the environment has just appended, as in GiGPO, where
+        the observation is the state (a game's screen). "history": everything that it appended so
+        far and every call that it carried out, but not the policy's words between them. A terminal
+        does not show its state, but the same commands with the same outputs lead to the same one.
     """
     states: list[Hashable] = []
     digest = hashlib.blake2b(digest_size=16)
-    for read, chunk in trajectory.turns:
+    for prompt_ids, chunk in trajectory.turns:
         if anchor == "observation":
-            states.append(tuple(read))
+            states.append(tuple(prompt_ids))
             continue
-        digest.update(json.dumps(list(map(int, read))).encode())
+        observed = json.dumps(list(map(int, prompt_ids)))
+        digest.update(observed.encode())
         states.append(digest.copy().digest())
-        digest.update(json.dumps(chunk.tool_call, sort_keys=True).encode())
+        called = json.dumps(chunk.tool_call, sort_keys=True)
+        digest.update(called.encode())
     return states
 
 
 def loss_reward(
     trajectory: Trajectory, failure_reward: float, denial_penalty: float = 0.0
 ) -> float:
-    """The reward that losses see: the verifier's for a success, `failure_reward` otherwise; less
-    the penalty if it reached for an ungranted network.
+    """Return the reward that losses see.
+
+    Args:
+      trajectory: one episode.
+      failure_reward: replaces every reward of 0 or less.
+      denial_penalty: subtracted where the episode tried to reach a network address that its sandbox
+        does not grant.
     """
-    return (trajectory.reward if trajectory.reward > 0 else failure_reward) - denial_penalty * (
-        trajectory.network_denials > 0
-    )
+    reward = trajectory.reward if trajectory.reward > 0 else failure_reward
+    penalised = trajectory.network_denials > 0
+    return reward - denial_penalty * penalised
 
 
-def _compare(grouped: Iterable[tuple[Hashable, float]], estimator: Estimator) -> list[float]:
-    """The standing of each value among those that share its key."""
-    pairs = [(key, float(value)) for key, value in grouped]
+def _step_advantages(
+    trajectories: Sequence[Trajectory], gamma: float, anchor: Anchor
+) -> list[np.ndarray]:
+    """Return the step-level term of GiGPO, [K] for each trajectory.
+
+    Only turns that the policy sampled are compared; prefilled and demonstrated turns get 0.
+    """
+    keys: list[Hashable] = []
+    returns: list[float] = []
+    for trajectory in trajectories:
+        turns = trajectory.turns
+        states = anchor_states(trajectory, anchor)
+        returns_K = chunk_returns(max(trajectory.reward, 0.0), len(turns), gamma)
+        for (_, chunk), state, value in zip(turns, states, returns_K, strict=True):
+            if chunk.kind == "rl":
+                keys.append((trajectory.group, state))
+                returns.append(value)
+    remaining = iter(_compare(keys, returns, "normalised"))
+    terms = []
+    for trajectory in trajectories:
+        sampled = [chunk.kind == "rl" for _, chunk in trajectory.turns]
+        terms.append(np.array([next(remaining) if one else 0.0 for one in sampled]))
+    return terms
+
+
+def _compare(
+    keys: Sequence[Hashable], values: Sequence[float], estimator: Estimator
+) -> list[float]:
+    """Return each value's advantage among the values that share its key."""
     values_of: dict[Hashable, list[float]] = collections.defaultdict(list)
-    for key, value in pairs:
-        values_of[key].append(value)
-    means = {key: float(np.mean(values)) for key, values in values_of.items()}
-    scales = {key: _scale(np.asarray(values), estimator) for key, values in values_of.items()}
-    return [(value - means[key]) * scales[key] for key, value in pairs]
+    for key, value in zip(keys, values, strict=True):
+        values_of[key].append(float(value))
+    mean_of = {}
+    scale_of = {}
+    for key, group in values_of.items():
+        mean_of[key] = float(np.mean(group))
+        scale_of[key] = _scale(np.asarray(group), estimator)
+    advantages = []
+    for key, value in zip(keys, values, strict=True):
+        advantages.append((float(value) - mean_of[key]) * scale_of[key])
+    return advantages
 
 
 def _scale(values: np.ndarray, estimator: Estimator) -> float:
-    """What a group's distances from its mean are multiplied by; 0 for a group of one, which
-    compares nothing.
-    """
+    """Return the factor for distances from a group's mean; 0 for a group of one."""
     n = len(values)
     if n == 1:
         return 0.0
     if estimator == "normalised":
-        return float(1.0 / (values.std(ddof=1) + 1e-6))
-    return n / (n - 1) if estimator == "leave_one_out" else 1.0
+        return float(1.0 / (values.std(ddof=1) + _EPSILON))
+    if estimator == "leave_one_out":
+        return n / (n - 1)
+    return 1.0

@@ -8,54 +8,79 @@ the model predicts at t - 1.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from rome.data.trajectory import KINDS
 
-RL, IMITATION, CONTEXT = range(
-    len(KINDS)
-)  # kind_BC is an index into KINDS; context is only read, never learned
+# kind_BC is an index into KINDS. Context is only read, never learned from.
+RL = KINDS.index("rl")
+IMITATION = KINDS.index("imitation")
+CONTEXT = KINDS.index("context")
 
 
-class Batch(NamedTuple):
-    """Packed rows; a pytree.
+class HasShape(Protocol):
+    """An array of NumPy or JAX, or the abstract value of one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the size of each axis."""
+        ...
+
+
+ArrayT = TypeVar("ArrayT", bound=HasShape)
+
+
+class Batch(NamedTuple, Generic[ArrayT]):
+    """Packed rows, as a pytree: `Batch[np.ndarray]` on the host, `Batch[jax.Array]` inside jit.
 
     Every field is 0 on padding, except chunk_ids_BT, which is -1 outside action tokens.
     """
 
-    tokens_BT: np.ndarray  # int32
-    positions_BT: np.ndarray  # int32
-    segments_BT: np.ndarray  # int32; 0 is padding
-    action_mask_BT: np.ndarray  # bool; sampled by a policy, stop token included
-    chunk_ids_BT: np.ndarray  # int32; index into the row's C chunks
-    version_BT: np.ndarray  # int32; weights that sampled the token
-    logp_rollout_BT: np.ndarray  # float32; the engine's
-    logp_old_BT: (
-        np.ndarray
-    )  # float32; the trainer's at version_BT; zeros until the trainer has scored them
-    return_BC: np.ndarray  # float32; Eq. 7
-    reward_BC: np.ndarray  # float32; of the chunk's trajectory, failures mapped to failure_reward
-    sign_BC: np.ndarray  # float32; +1 where that reward is > 0, else -1
-    # float32; the trajectory's advantage in its group, with "steps" the turn's own
+    tokens_BT: ArrayT  # int32
+    positions_BT: ArrayT  # int32; position within the trajectory
+    segments_BT: ArrayT  # int32; number of the trajectory within the row, from 1; 0 is padding
+    action_mask_BT: ArrayT  # bool; sampled by a policy, stop token included
+    chunk_ids_BT: ArrayT  # int32; index into the row's C chunks
+    version_BT: ArrayT  # int32; version of the weights that sampled the token
+    logp_rollout_BT: ArrayT  # float32; logprob computed by the engine when it sampled
+    # float32; logprob computed by the trainer at version_BT; zeros until the trainer has scored it
+    logp_old_BT: ArrayT
+    return_BC: ArrayT  # float32; discounted reward of the chunk (Eq. 7)
+    reward_BC: ArrayT  # float32; reward of the chunk's trajectory, failures as failure_reward
+    sign_BC: ArrayT  # float32; +1 where reward_BC is > 0, else -1
+    # float32; advantage of the trajectory in its group, or of the turn with the "steps" estimator
     # (rome.data.advantages)
-    advantage_BC: np.ndarray
-    trajectory_BC: np.ndarray  # int32; the chunk's segment; 0 is padding
-    kind_BC: np.ndarray  # int8; RL, IMITATION or CONTEXT
-    valid_BC: np.ndarray  # bool
-    # uint8 or uint16, as in rome.data.routes; None: every token chooses its experts itself
-    routes_BTLk: np.ndarray | None = None
+    advantage_BC: ArrayT
+    trajectory_BC: ArrayT  # int32; the chunk's segment; 0 is padding
+    kind_BC: ArrayT  # int8; RL, IMITATION or CONTEXT
+    valid_BC: ArrayT  # bool; False where a row has fewer chunks
+    # uint8 or uint16, encoded as in rome.data.routes; None: every token chooses its own experts
+    routes_BTLk: ArrayT | None = None
 
-    def map(self, function: Callable[..., np.ndarray], *others: Batch) -> Batch:
-        """function(field, the others' fields...) of every field that is there."""
-        return Batch(
-            *(
-                None if field is None else function(field, *rest)
-                for field, *rest in zip(self, *others)
-            )
-        )
+    def map(self, function: Callable[..., Any], *others: Batch[Any]) -> Batch[Any]:
+        """Apply `function` to each field together with the same field of `others`.
+
+        Args:
+          function: takes as many arrays as there are batches. It is not called for absent routes.
+          others: further batches; their routes are absent where this batch's are.
+        """
+        mapped: list[Any] = []
+        for field, *rest in zip(self, *others, strict=True):
+            mapped.append(None if field is None else function(field, *rest))
+        return Batch(*mapped)
 
     @property
     def num_rows(self) -> int:
+        """Return the number of rows B."""
         return self.tokens_BT.shape[0]
+
+    def kind_BT(self) -> np.ndarray:
+        """Return the kind of each action token's chunk, [B, T] int8; CONTEXT for all other tokens.
+
+        For batches on the host. Losses use `rome.losses.chunks.tokens_of_kind`.
+        """
+        chunk_BT = np.maximum(np.asarray(self.chunk_ids_BT), 0)
+        kind_BT = np.take_along_axis(np.asarray(self.kind_BC), chunk_BT, axis=1)
+        return np.where(np.asarray(self.action_mask_BT), kind_BT, np.int8(CONTEXT))

@@ -2,8 +2,8 @@
 
 NumPy arrays; grain does the bin packing.
 
-B rows, T tokens a row, C chunks a row, L layers, k experts a token. A row packs several whole
-trajectories.
+B rows, T tokens a row, C chunks a row, K turns of a trajectory, L layers, k experts a token. A row
+packs several whole trajectories.
 
 A chunk without a sampled token is no decision: its prompt is context of the next chunk, and it is
 not counted among the chunks.
@@ -11,37 +11,52 @@ not counted among the chunks.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import grain
 import grain.experimental
 import numpy as np
 
-from rome.data.advantages import Anchor, Estimator, group_advantages, loss_reward
+from rome.data.advantages import Anchor, Estimator, chunk_returns, group_advantages, loss_reward
 from rome.data.batch import CONTEXT, IMITATION, RL, Batch
 from rome.data.routes import join_routes
 from rome.data.trajectory import KINDS, Chunk, Trajectory
-from rome.losses.ipa import chunk_returns
 from rome.model.config import ModelConfig
 
 Purpose = Literal["rl", "sft"]
+Example = dict[str, np.ndarray]  # one trajectory or text: its features, by token or by chunk
 
-
-_TOKEN_FEATURES = {
+_TOKEN_FEATURES: dict[str, Any] = {
     "tokens": np.int32,
     "action_mask": bool,
     "chunk_start": bool,
     "version": np.int32,
     "logp_rollout": np.float32,
 }
-_CHUNK_FEATURES = {
+_CHUNK_FEATURES: dict[str, Any] = {
     "return": np.float32,
     "reward": np.float32,
     "sign": np.float32,
     "advantage": np.float32,
     "kind": np.int8,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleOptions:
+    """How a trajectory becomes an example; `pack` explains the fields."""
+
+    row_length: int
+    chunks_per_row: int
+    gamma: float
+    failure_reward: float
+    purpose: Purpose = "rl"
+    routes_for: ModelConfig | None = None
+    denial_penalty: float = 0.0
+    negative_weight: float = 1.0
+    negative_tokens: int = 0
 
 
 def pack(
@@ -58,168 +73,161 @@ def pack(
     denial_penalty: float = 0.0,
     negative_weight: float = 1.0,
     negative_tokens: int = 0,
-) -> Batch:
-    """All trainable trajectories, each once and whole, in as few rows as best-fit finds; the
-    longest first.
+) -> Batch[np.ndarray]:
+    """Pack all trainable trajectories, each once and whole, into as few rows as best-fit finds.
 
     Infrastructure failures and cancelled episodes are left out, here and in the group statistics.
-    Give a whole step, or whole groups: advantages are taken within `Trajectory.group` over what is
-    given.
+    The longest trajectory comes first. The same list gives the same rows.
 
     Args:
+      trajectories: a whole step or whole groups: advantages compare the trajectories of one
+        `Trajectory.group` within this list.
+      row_length: T, tokens a row.
+      chunks_per_row: C, the most chunks that a row holds.
       gamma: discount per chunk (Eq. 7).
-      failure_reward: stands for every reward <= 0; 0.0 learns from successes only.
+      failure_reward: replaces every reward <= 0; 0.0 learns from successes only.
       purpose: "sft" learns from chunks of status "ok" that are not context; "rl" from every action
         the policy took.
       routes_for: the model that is to replay the chunks' routes; they are checked against it. None:
         the batch has no routes.
-      denial_penalty: what an episode loses that reached for a network which its sandbox does not
-        grant.
-      advantage, anchor: how a group is compared (`rome.data.advantages`).
-      negative_weight: what failures count beside successes: it multiplies their return and reward,
-        and advantages below 0.
-      negative_tokens: failures with more action tokens than this are only read; 0: all are learnt
-        from. Negatives that grow longer come before a collapse.
+      advantage: how the episodes of a group are compared (`rome.data.advantages`).
+      anchor: which turns the "steps" advantage takes to be in one state (`anchor_states`).
+      denial_penalty: subtracted from the reward of an episode that tried to reach a network address
+        which its sandbox does not grant.
+      negative_weight: multiplies return and reward of failures, and advantages below 0.
+      negative_tokens: failures with more action tokens than this are only read; 0: learn from all.
+        Negatives that grow longer come before a collapse.
+
     Returns:
-      As many rows as were needed, none if nothing is trainable. The same list gives the same rows.
+      As many rows as were needed, none if nothing is trainable. logp_old_BT is zeros.
+
+    Raises:
+      ValueError: a trajectory does not fit a row, or a part of it is damaged.
     """
-    trajectories = [
-        trajectory
-        for trajectory in trajectories
-        if trajectory.trainable and trajectory.num_action_tokens
-    ]
+    options = ExampleOptions(
+        row_length=row_length,
+        chunks_per_row=chunks_per_row,
+        gamma=gamma,
+        failure_reward=failure_reward,
+        purpose=purpose,
+        routes_for=routes_for,
+        denial_penalty=denial_penalty,
+        negative_weight=negative_weight,
+        negative_tokens=negative_tokens,
+    )
+    trained = [one for one in trajectories if one.trainable and one.num_action_tokens]
     advantages = group_advantages(
-        trajectories,
+        trained,
         failure_reward,
         advantage,
         gamma=gamma,
         anchor=anchor,
         denial_penalty=denial_penalty,
     )
-    examples = [
-        to_example(
-            trajectory,
-            row_length=row_length,
-            chunks_per_row=chunks_per_row,
-            gamma=gamma,
-            failure_reward=failure_reward,
-            advantage=advantage_K,
-            purpose=purpose,
-            routes_for=routes_for,
-            denial_penalty=denial_penalty,
-            negative_weight=negative_weight,
-            negative_tokens=negative_tokens,
-        )
-        for trajectory, advantage_K in zip(trajectories, advantages)
-    ]
-    return pack_examples(examples, row_length, chunks_per_row, routes_for is not None)
+    examples = []
+    for trajectory, advantage_K in zip(trained, advantages, strict=True):
+        examples.append(to_example(trajectory, advantage_K, options))
+    return pack_examples(examples, row_length, chunks_per_row, routes=routes_for is not None)
 
 
 def pack_examples(
-    examples: list[dict[str, np.ndarray]],
+    examples: list[Example],
     row_length: int,
     chunks_per_row: int,
     routes: bool = False,
-) -> Batch:
-    """All of these, each once and whole; the longest first."""
+) -> Batch[np.ndarray]:
+    """Pack all examples, each once and whole; the longest first.
+
+    Args:
+      examples: as `to_example` and `text_example` make them.
+      row_length: T, tokens a row.
+      chunks_per_row: C, the most chunks that a row holds.
+      routes: whether the examples have routes.
+    """
     if not examples:
         return _empty_rows(0, row_length, chunks_per_row)
-    examples = sorted(
-        examples, key=lambda example: -len(example["tokens"])
-    )  # stable, so ties keep their order
+    # sorted is stable: examples of equal length keep their order
+    longest_first = sorted(examples, key=lambda example: -len(example["tokens"]))
     without_prefetch = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    stream = grain.MapDataset.source(examples).to_iter_dataset(without_prefetch)
-    return to_batch(
-        list(pack_stream(stream, row_length, chunks_per_row, bins=len(examples), routes=routes))
-    )
+    stream = grain.MapDataset.source(longest_first).to_iter_dataset(without_prefetch)
+    rows = pack_stream(stream, row_length, chunks_per_row, bins=len(examples), routes=routes)
+    return to_batch(list(rows))
 
 
-def microbatches(batch: Batch, rows_per_microbatch: int) -> list[Batch]:
-    """Cuts the rows into batches of one shape; the last one is filled up with empty rows, which
-    carry no loss.
+def microbatches(batch: Batch[np.ndarray], rows_per_microbatch: int) -> list[Batch[np.ndarray]]:
+    """Split the rows into batches of one shape.
+
+    The last batch is filled up with empty rows, which carry no loss.
+
+    Args:
+      batch: any number of rows.
+      rows_per_microbatch: rows of each result.
+
+    Raises:
+      ValueError: rows_per_microbatch is below 1.
     """
     if rows_per_microbatch < 1:
         raise ValueError(f"rows_per_microbatch is {rows_per_microbatch}; set it to 1 or more")
     missing = -batch.num_rows % rows_per_microbatch
     empty = _empty_rows(missing, batch.tokens_BT.shape[1], batch.valid_BC.shape[1])
     if batch.routes_BTLk is not None:
-        empty = empty._replace(
-            routes_BTLk=np.zeros_like(
-                batch.routes_BTLk, shape=(missing, *batch.routes_BTLk.shape[1:])
-            )
-        )
-    full = batch.map(lambda *pair: np.concatenate(pair), empty)
+        shape = (missing, *batch.routes_BTLk.shape[1:])
+        empty = empty._replace(routes_BTLk=np.zeros(shape, batch.routes_BTLk.dtype))
+    full = batch.map(lambda field, padding: np.concatenate([field, padding]), empty)
     starts = range(0, full.num_rows, rows_per_microbatch)
-    return [full.map(lambda field: field[start : start + rows_per_microbatch]) for start in starts]
+    return [_take_rows(full, start, start + rows_per_microbatch) for start in starts]
+
+
+def _take_rows(batch: Batch[np.ndarray], start: int, stop: int) -> Batch[np.ndarray]:
+    return batch.map(lambda field: field[start:stop])
 
 
 def to_example(
-    trajectory: Trajectory,
-    *,
-    row_length: int,
-    chunks_per_row: int,
-    gamma: float,
-    failure_reward: float,
-    advantage: float | np.ndarray,
-    purpose: Purpose,
-    routes_for: ModelConfig | None = None,
-    denial_penalty: float = 0.0,
-    negative_weight: float = 1.0,
-    negative_tokens: int = 0,
-) -> dict[str, np.ndarray]:
-    """One trajectory as features of two lengths, its tokens and its chunks.
+    trajectory: Trajectory, advantage: float | np.ndarray, options: ExampleOptions
+) -> Example:
+    """Return a trajectory's features of two lengths, its tokens and its chunks.
 
-    Raises ValueError if a row cannot hold it.
+    Args:
+      trajectory: a trainable one.
+      advantage: of the trajectory, or of each of its K turns.
+      options: as for `pack`.
 
-    advantage: of the trajectory, or of each of its turns.
+    Raises:
+      ValueError: a row cannot hold it, it has nothing to train on, or a part of it is damaged.
     """
     turns = trajectory.turns
-    _check_fits(trajectory, turns, row_length, chunks_per_row)
-    reward = loss_reward(trajectory, failure_reward, denial_penalty)
-    everywhere = np.ones(len(turns))
-    weight = 1.0 if reward > 0 else negative_weight
-    too_long = reward <= 0 and 0 < negative_tokens < sum(
-        len(chunk.action_ids) for _, chunk in turns if chunk.kind == "rl"
-    )
-    kinds = np.array([_kind(chunk, purpose) for _, chunk in turns])
-    per_chunk = {
-        "return": weight * chunk_returns(reward, len(turns), gamma),
-        "reward": weight * reward * everywhere,
-        "sign": (1.0 if reward > 0 else -1.0) * everywhere,
-        "advantage": np.where(advantage * everywhere < 0, negative_weight, 1.0) * advantage,
-        "kind": np.where((kinds == RL) & too_long, CONTEXT, kinds),
-    }
+    _check_fits(trajectory, turns, options)
+    per_chunk = _chunk_features(trajectory, advantage, options)
     pieces = [_token_features(trajectory, prompt_ids, chunk) for prompt_ids, chunk in turns]
-    per_token = {
-        name: np.concatenate([piece[name] for piece in pieces]) for name in _TOKEN_FEATURES
-    }
-    example = {
-        name: np.asarray(per_token[name], dtype) for name, dtype in _TOKEN_FEATURES.items()
-    } | {name: np.asarray(per_chunk[name], dtype) for name, dtype in _CHUNK_FEATURES.items()}
-    return (
-        example
-        if routes_for is None
-        else example | {"routes": _routes(trajectory, routes_for)[: len(example["tokens"])]}
-    )
+    example = {}
+    for name, dtype in _TOKEN_FEATURES.items():
+        joined = np.concatenate([piece[name] for piece in pieces])
+        example[name] = np.asarray(joined, dtype)
+    for name, dtype in _CHUNK_FEATURES.items():
+        example[name] = np.asarray(per_chunk[name], dtype)
+    if options.routes_for is not None:
+        routes = _routes(trajectory, options.routes_for)
+        example["routes"] = routes[: len(example["tokens"])]
+    return example
 
 
-def text_example(tokens: Sequence[int]) -> dict[str, np.ndarray]:
-    """A piece of plain text of two tokens or more, every one but the first to be learnt: one chunk,
-    as if a policy had said it.
+def text_example(tokens: Sequence[int] | np.ndarray) -> Example:
+    """Return the features of a piece of plain text, as one chunk sampled by a policy.
+
+    Args:
+      tokens: two or more; all but the first are learned.
     """
-    zeros = {name: np.zeros(len(tokens), dtype) for name, dtype in _TOKEN_FEATURES.items()}
     places = np.arange(len(tokens))
-    chunk = {name: np.zeros(1, dtype) for name, dtype in _CHUNK_FEATURES.items()}
-    return (
-        zeros
-        | chunk
-        | {
-            "tokens": np.asarray(tokens, np.int32),
-            "action_mask": places > 0,
-            "chunk_start": places == 1,
-            "kind": np.full(1, IMITATION, np.int8),
-        }
-    )
+    example = {}
+    for name, dtype in _TOKEN_FEATURES.items():
+        example[name] = np.zeros(len(tokens), dtype)
+    for name, dtype in _CHUNK_FEATURES.items():
+        example[name] = np.zeros(1, dtype)
+    example["tokens"] = np.asarray(tokens, np.int32)
+    example["action_mask"] = places > 0
+    example["chunk_start"] = places == 1
+    example["kind"] = np.full(1, IMITATION, np.int8)
+    return example
 
 
 def pack_stream(
@@ -229,17 +237,23 @@ def pack_stream(
     bins: int,
     routes: bool = False,
 ) -> grain.IterDataset:
-    """Best-fit over `bins` open rows at a time; for `to_batch`.
+    """Pack a stream of examples into a stream of rows for `to_batch`, best-fit.
 
-    Its iterator's get_state/set_state resume at an exact row.
+    The iterator's get_state and set_state resume at an exact row.
+
+    Args:
+      examples: as `to_example` and `text_example` make them.
+      row_length: T, tokens a row.
+      chunks_per_row: C, the most chunks that a row holds.
+      bins: rows that are open at a time.
+      routes: whether the examples have routes.
     """
-    lengths = (
-        dict.fromkeys(_TOKEN_FEATURES, row_length)
-        | dict.fromkeys(_CHUNK_FEATURES, chunks_per_row)
-        | ({"routes": row_length} if routes else {})
-    )
-    # grain adds segments and positions to every feature that is not called meta: one of each length
-    # is enough.
+    lengths = dict.fromkeys(_TOKEN_FEATURES, row_length)
+    lengths |= dict.fromkeys(_CHUNK_FEATURES, chunks_per_row)
+    if routes:
+        lengths["routes"] = row_length
+    # grain adds segments and positions to every feature that is not called meta: one feature of
+    # each length is enough.
     meta = [name for name in lengths if name not in ("tokens", "kind")]
     return grain.experimental.BestFitPackIterDataset(
         examples,
@@ -250,91 +264,110 @@ def pack_stream(
     )
 
 
-def to_batch(rows: Sequence[dict[str, np.ndarray]]) -> Batch:
-    """Stacks rows of `pack_stream`."""
-    row = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+def to_batch(rows: Sequence[Example]) -> Batch[np.ndarray]:
+    """Stack rows of `pack_stream` into a batch; logp_old_BT is zeros."""
+    stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     # Chunks lie in the row in the order of their tokens, so the n-th start belongs to the row's
     # n-th chunk.
-    chunk_ids_BT = np.where(
-        row["action_mask"], np.cumsum(row["chunk_start"], axis=1) - 1, -1
-    ).astype(np.int32)
+    chunk_BT = np.cumsum(stacked["chunk_start"], axis=1) - 1
+    chunk_ids_BT = np.where(stacked["action_mask"], chunk_BT, -1)
     return Batch(
-        tokens_BT=row["tokens"],
-        positions_BT=row["tokens_positions"],
-        segments_BT=row["tokens_segment_ids"],
-        action_mask_BT=row["action_mask"],
-        chunk_ids_BT=chunk_ids_BT,
-        version_BT=row["version"],
-        logp_rollout_BT=row["logp_rollout"],
-        logp_old_BT=np.zeros_like(row["logp_rollout"]),
-        return_BC=row["return"],
-        reward_BC=row["reward"],
-        sign_BC=row["sign"],
-        advantage_BC=row["advantage"],
-        trajectory_BC=row["kind_segment_ids"],
-        kind_BC=row["kind"],
-        valid_BC=row["kind_segment_ids"] > 0,
-        routes_BTLk=row.get("routes"),
+        tokens_BT=stacked["tokens"],
+        positions_BT=stacked["tokens_positions"],
+        segments_BT=stacked["tokens_segment_ids"],
+        action_mask_BT=stacked["action_mask"],
+        chunk_ids_BT=chunk_ids_BT.astype(np.int32),
+        version_BT=stacked["version"],
+        logp_rollout_BT=stacked["logp_rollout"],
+        logp_old_BT=np.zeros_like(stacked["logp_rollout"]),
+        return_BC=stacked["return"],
+        reward_BC=stacked["reward"],
+        sign_BC=stacked["sign"],
+        advantage_BC=stacked["advantage"],
+        trajectory_BC=stacked["kind_segment_ids"],
+        kind_BC=stacked["kind"],
+        valid_BC=stacked["kind_segment_ids"] > 0,
+        routes_BTLk=stacked.get("routes"),
     )
 
 
-def _empty_rows(rows: int, row_length: int, chunks_per_row: int) -> Batch:
-    lengths = dict.fromkeys(_TOKEN_FEATURES, row_length) | dict.fromkeys(
-        _CHUNK_FEATURES, chunks_per_row
-    )
-    lengths |= {
-        "tokens_positions": row_length,
-        "tokens_segment_ids": row_length,
-        "kind_segment_ids": chunks_per_row,
+def _empty_rows(rows: int, row_length: int, chunks_per_row: int) -> Batch[np.ndarray]:
+    row = {
+        "tokens_positions": np.zeros(row_length, np.int32),
+        "tokens_segment_ids": np.zeros(row_length, np.int32),
+        "kind_segment_ids": np.zeros(chunks_per_row, np.int32),
     }
-    dtypes = _TOKEN_FEATURES | _CHUNK_FEATURES
-    row = {name: np.zeros(length, dtypes.get(name, np.int32)) for name, length in lengths.items()}
+    for name, dtype in _TOKEN_FEATURES.items():
+        row[name] = np.zeros(row_length, dtype)
+    for name, dtype in _CHUNK_FEATURES.items():
+        row[name] = np.zeros(chunks_per_row, dtype)
     return to_batch([row]).map(lambda field: np.repeat(field, rows, axis=0))
+
+
+def _chunk_features(
+    trajectory: Trajectory, advantage: float | np.ndarray, options: ExampleOptions
+) -> Example:
+    turns = trajectory.turns
+    reward = loss_reward(trajectory, options.failure_reward, options.denial_penalty)
+    succeeded = reward > 0
+    weight = 1.0 if succeeded else options.negative_weight
+    kinds_K = np.array([_kind(chunk, options.purpose) for _, chunk in turns])
+    if not succeeded and _is_too_long(turns, options.negative_tokens):
+        kinds_K = np.where(kinds_K == RL, CONTEXT, kinds_K)
+    ones_K = np.ones(len(turns))
+    advantage_weight_K = np.where(advantage * ones_K < 0, options.negative_weight, 1.0)
+    return {
+        "return": weight * chunk_returns(reward, len(turns), options.gamma),
+        "reward": weight * reward * ones_K,
+        "sign": (1.0 if succeeded else -1.0) * ones_K,
+        "advantage": advantage_weight_K * advantage,
+        "kind": kinds_K,
+    }
+
+
+def _is_too_long(turns: list[tuple[list[int], Chunk]], limit: int) -> bool:
+    """Return whether the policy sampled more tokens than the limit; 0 is no limit."""
+    sampled = sum(len(chunk.action_ids) for _, chunk in turns if chunk.kind == "rl")
+    return 0 < limit < sampled
 
 
 def _kind(chunk: Chunk, purpose: Purpose) -> int:
     if purpose == "rl":
         return KINDS.index(chunk.kind)
     if purpose == "sft":  # Eq. 2: an erroneous turn is read, not imitated
-        return IMITATION if chunk.status == "ok" and chunk.kind != "context" else CONTEXT
+        imitated = chunk.status == "ok" and chunk.kind != "context"
+        return IMITATION if imitated else CONTEXT
     raise ValueError(f"purpose {purpose!r} unknown; known: rl, sft")
 
 
-def _token_features(
-    trajectory: Trajectory, prompt_ids: list[int], chunk: Chunk
-) -> dict[str, np.ndarray]:
-    read, acted = len(prompt_ids), len(chunk.action_ids)
-    start = np.zeros(read + acted, bool)
-    start[read] = True
+def _token_features(trajectory: Trajectory, prompt_ids: list[int], chunk: Chunk) -> Example:
+    num_read = len(prompt_ids)
+    places = np.arange(num_read + len(chunk.action_ids))
+    read_versions = np.zeros(num_read, np.int32)
+    read_logprobs = np.zeros(num_read, np.float32)
     return {
-        "tokens": np.concatenate(
-            [np.asarray(prompt_ids, np.int32), np.asarray(chunk.action_ids, np.int32)]
-        ),
-        "action_mask": np.arange(read + acted) >= read,
-        "chunk_start": start,
-        "version": np.concatenate([np.zeros(read, np.int32), _versions(trajectory, chunk)]),
-        "logp_rollout": np.concatenate(
-            [np.zeros(read, np.float32), np.asarray(chunk.logprobs, np.float32)]
-        ),
+        "tokens": np.asarray([*prompt_ids, *chunk.action_ids], np.int32),
+        "action_mask": places >= num_read,
+        "chunk_start": places == num_read,
+        "version": np.concatenate([read_versions, _versions(trajectory, chunk)]),
+        "logp_rollout": np.concatenate([read_logprobs, np.asarray(chunk.logprobs, np.float32)]),
     }
 
 
 def _routes(trajectory: Trajectory, config: ModelConfig) -> np.ndarray:
-    """[tokens, L, k]; 0 for the chunks that no engine sampled."""
+    """Return the routes of all chunks, [tokens, L, k]; 0 for chunks that no engine sampled."""
     if any(chunk.versions and chunk.routes is None for chunk in trajectory.chunks):
         raise ValueError(
             f"{_name(trajectory)} was sampled without routes, so there is nothing to replay; play"
             " it again with an engine that returns them (SGLang: --enable-return-routed-experts),"
             " or set routing_replay to off or recompute"
         )
+    pieces = []
+    for chunk in trajectory.chunks:
+        tokens = len(chunk.prompt_ids) + len(chunk.action_ids)
+        pieces.append((chunk.routes, tokens))
     try:
-        return join_routes(
-            [
-                (chunk.routes, len(chunk.prompt_ids) + len(chunk.action_ids))
-                for chunk in trajectory.chunks
-            ],
-            config,
-        )
+        return join_routes(pieces, config)
     except ValueError as error:
         raise ValueError(
             f"{_name(trajectory)}: {error}; it was sampled by another model, or its file is damaged"
@@ -342,9 +375,7 @@ def _routes(trajectory: Trajectory, config: ModelConfig) -> np.ndarray:
 
 
 def _versions(trajectory: Trajectory, chunk: Chunk) -> np.ndarray:
-    """The weight version of each action token; 0 throughout for a chunk that no engine sampled (an
-    expert's).
-    """
+    """Return the weight version of each action token; 0 if no engine sampled the chunk."""
     if not chunk.versions:
         return np.zeros(len(chunk.action_ids), np.int32)
     versions = np.full(len(chunk.action_ids), -1, np.int32)
@@ -359,10 +390,7 @@ def _versions(trajectory: Trajectory, chunk: Chunk) -> np.ndarray:
 
 
 def _check_fits(
-    trajectory: Trajectory,
-    turns: list[tuple[list[int], Chunk]],
-    row_length: int,
-    chunks_per_row: int,
+    trajectory: Trajectory, turns: list[tuple[list[int], Chunk]], options: ExampleOptions
 ) -> None:
     name = _name(trajectory)
     if not trajectory.trainable or not turns:
@@ -371,17 +399,18 @@ def _check_fits(
             " tokens: nothing to train; leave it out"
         )
     tokens = sum(len(prompt_ids) + len(chunk.action_ids) for prompt_ids, chunk in turns)
-    if tokens > row_length:
+    if tokens > options.row_length:
         raise ValueError(
-            f"{name} has {tokens} tokens but row_length is {row_length}; raise row_length or lower"
-            " the episode's max_context"
+            f"{name} has {tokens} tokens but row_length is {options.row_length}; raise row_length"
+            " or lower the episode's max_context"
         )
-    if len(turns) > chunks_per_row:
+    if len(turns) > options.chunks_per_row:
         raise ValueError(
-            f"{name} has {len(turns)} chunks but chunks_per_row is {chunks_per_row}; raise"
+            f"{name} has {len(turns)} chunks but chunks_per_row is {options.chunks_per_row}; raise"
             " chunks_per_row or lower the episode's turns"
         )
-    if not turns[0][0]:
+    first_prompt_ids, _ = turns[0]
+    if not first_prompt_ids:
         raise ValueError(
             f"{name} begins with a sampled token, which nothing predicts; its first chunk needs"
             " prompt_ids"

@@ -1,11 +1,11 @@
-"""Routes: the experts that each token went through, compact, from the engine that sampled to the
-trainer that replays them.
+"""Routes: the experts that each token went through, from the engine that sampled to the trainer.
 
 Rollout routing replay (R3, arXiv 2510.11370): near a tie two programs, or two precisions, send a
 token to different experts, and its logprob jumps. The trainer therefore takes the experts that the
 engine took, and weighs them with its own router.
 
-P tokens of one sequence, B rows, T tokens a row, L layers, k experts a token.
+P tokens of one sequence, R tokens with routes, S layers with experts, B rows, T tokens a row, L
+layers, k experts a token.
 
 Wherever routes are kept (chunk, file, batch) an expert is its id + 1, in the smallest unsigned type
 that the model's experts fit, and 0 says that there is none: the token chooses for itself. So
@@ -15,6 +15,7 @@ padding is 0 as in all other arrays. Layers without experts have 0 throughout.
 from __future__ import annotations
 
 import base64
+import math
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -25,17 +26,20 @@ from rome.model.config import ModelConfig
 
 
 def route_dtype(config: ModelConfig) -> np.dtype:
+    """Return the smallest unsigned type that holds this model's expert ids + 1."""
     return np.dtype(np.uint8 if config.num_experts < 2**8 else np.uint16)
 
 
 def encode_routes(ids_PLk: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """Routes from an engine's expert ids.
-
-    Raises ValueError for ids that this model cannot have used.
+    """Return the routes for an engine's expert ids.
 
     Args:
       ids_PLk: integers; all layers of the model. Those without experts may hold anything: SGLang
         leaves zeros there, the embedded engine -1.
+      config: the model.
+
+    Raises:
+      ValueError: this model cannot have used these ids.
     """
     expected = (len(ids_PLk), config.num_layers, config.experts_per_token)
     if ids_PLk.shape != expected:
@@ -57,27 +61,26 @@ def encode_routes(ids_PLk: np.ndarray, config: ModelConfig) -> np.ndarray:
             "a token has one expert twice in a layer: the engine did not record its routes there"
         )
     routes_PLk = np.zeros(expected, route_dtype(config))
-    routes_PLk[:, sparse] = np.add(
-        ids_PSk, 1, dtype=np.int32
-    )  # on the wire they may be bytes, and 255 + 1 is 0
+    # ids may be bytes, in which 255 + 1 is 0: add in a wider type
+    routes_PLk[:, sparse] = np.add(ids_PSk, 1, dtype=np.int32)
     return routes_PLk
 
 
 def check_routes(routes_PLk: np.ndarray, config: ModelConfig) -> None:
-    """Raises ValueError unless each token has k different experts of this model in every layer that
-    has experts, or none in any.
+    """Check that each token has a whole route of this model, or none.
 
-    An id out of range would be a NaN in the forward pass, and a route that is there only in part
-    would be read as an expert.
+    A whole route has k different experts in every layer with experts. An id out of range would be a
+    NaN in the forward pass, and a partial route would be read as an expert.
+
+    Raises:
+      ValueError: the routes break a rule; the message says which.
     """
-    expected, dtype = (
-        (len(routes_PLk), config.num_layers, config.experts_per_token),
-        route_dtype(config),
-    )
-    if routes_PLk.shape != expected or routes_PLk.dtype != dtype:
+    shape = (len(routes_PLk), config.num_layers, config.experts_per_token)
+    dtype = route_dtype(config)
+    if routes_PLk.shape != shape or routes_PLk.dtype != dtype:
         raise ValueError(
             f"routes are {routes_PLk.dtype} {routes_PLk.shape}; this model's are {dtype} [tokens,"
-            f" layers, k] = {expected}"
+            f" layers, k] = {shape}"
         )
     if routes_PLk.max(initial=0) > config.num_experts:
         raise ValueError(
@@ -98,79 +101,107 @@ def check_routes(routes_PLk: np.ndarray, config: ModelConfig) -> None:
 
 
 def extend_routes(earlier: np.ndarray | None, routes_PLk: np.ndarray, tokens: int) -> np.ndarray:
-    """The routes of a chunk of `tokens` tokens, out of those that its turn brought; fills in the
-    last row of the chunk before it.
+    """Return the routes of a chunk from those that its turn brought.
 
-    A turn brings one row more than it has tokens before its last one: its first row is that of the
-    last token before it, which was sampled without being run, so that the turn that sampled it
-    could not know. Its own last token waits for the next turn in the same way.
+    A turn brings one row more than the chunk has tokens before its last one. The first row is that
+    of the last token before the chunk, which was sampled without being run, so the turn that
+    sampled it could not know its route. The chunk's own last token waits for the next turn in the
+    same way.
 
-    So each token keeps the route of the first turn that ran it. For whatever the turn sampled these
-    are the passes that its logprobs came from, and for what it read they made the keys and values
-    that later turns found in the engine's prefix cache. Only where the engine had to compute a
-    prefix again (evicted, or other weights) did later tokens see another route there; one pass over
-    a trajectory can replay one.
+    So each token keeps the route of the first turn that ran it. For the tokens that the turn
+    sampled these are the passes that its logprobs came from; for those that it read, they made the
+    keys and values that later turns found in the engine's prefix cache. Only where the engine had
+    to compute a prefix again (evicted, or other weights) did later tokens see another route there;
+    one pass over a trajectory can replay only one.
+
+    Args:
+      earlier: routes of the previous chunk, whose last row is filled in here; None for the first.
+      routes_PLk: what the engine returned for the turn.
+      tokens: number of tokens of the chunk, prompt and actions.
+
+    Raises:
+      ValueError: the number of routes does not fit the number of tokens.
     """
     if earlier is not None:
-        earlier[-1], routes_PLk = routes_PLk[0], routes_PLk[1:]
+        earlier[-1] = routes_PLk[0]
+        routes_PLk = routes_PLk[1:]
     if len(routes_PLk) != tokens - 1:
         raise ValueError(
             f"{len(routes_PLk)} routes came for a chunk of {tokens} tokens, the last of which has"
             " none yet"
         )
-    return np.concatenate([routes_PLk, np.zeros_like(routes_PLk, shape=(1, *routes_PLk.shape[1:]))])
+    unknown_1Lk = np.zeros_like(routes_PLk, shape=(1, *routes_PLk.shape[1:]))
+    return np.concatenate([routes_PLk, unknown_1Lk])
 
 
 def join_routes(pieces: Sequence[tuple[np.ndarray | None, int]], config: ModelConfig) -> np.ndarray:
-    """[P, L, k] of consecutive pieces (routes or None, tokens); checked."""
-    shape, dtype = (config.num_layers, config.experts_per_token), route_dtype(config)
-    routes_PLk = np.concatenate(
-        [
-            np.zeros((tokens, *shape), dtype) if routes is None else routes
-            for routes, tokens in pieces
-        ]
-    )
+    """Join the routes of consecutive chunks to [P, L, k] and check them.
+
+    Args:
+      pieces: (routes, tokens) of each chunk; None for a chunk without routes.
+      config: the model.
+
+    Raises:
+      ValueError: as `check_routes`.
+    """
+    dtype = route_dtype(config)
+    joined = []
+    for routes, tokens in pieces:
+        if routes is None:
+            routes = np.zeros((tokens, config.num_layers, config.experts_per_token), dtype)
+        joined.append(routes)
+    routes_PLk = np.concatenate(joined)
     check_routes(routes_PLk, config)
     return routes_PLk
 
 
 def routes_to_json(routes_PLk: np.ndarray) -> dict[str, Any]:
-    """For an ATIF file: the bytes, deflated, as base64. Little-endian, rows first."""
+    """Return routes as JSON: little-endian bytes, rows first, deflated, as base64."""
     little = np.ascontiguousarray(routes_PLk, routes_PLk.dtype.newbyteorder("<"))
+    compressed = zlib.compress(little.tobytes(), 1)
     return {
         "dtype": routes_PLk.dtype.name,
         "shape": list(routes_PLk.shape),
         "encoding": "zlib+base64",
-        "data": base64.b64encode(zlib.compress(little.tobytes(), 1)).decode(),
+        "data": base64.b64encode(compressed).decode(),
     }
 
 
 def routes_from_json(document: dict[str, Any]) -> np.ndarray:
-    """The inverse of `routes_to_json`; a ValueError says what of it does not fit."""
-    dtype, shape = document["dtype"], tuple(document["shape"])
-    if document["encoding"] != "zlib+base64" or dtype not in ("uint8", "uint16") or len(shape) != 3:
+    """Return the routes of a document that `routes_to_json` made.
+
+    Raises:
+      ValueError: the document is damaged or of another encoding; the message says what is wrong.
+    """
+    encoding = document["encoding"]
+    dtype = document["dtype"]
+    shape = tuple(document["shape"])
+    if encoding != "zlib+base64" or dtype not in ("uint8", "uint16") or len(shape) != 3:
         raise ValueError(
-            f"routes are {document['encoding']} {dtype} {shape}; expected zlib+base64, uint8 or"
+            f"routes are {encoding} {dtype} {shape}; expected zlib+base64, uint8 or"
             " uint16, and [tokens, layers, k]"
         )
     try:
-        data = zlib.decompress(base64.b64decode(document["data"], validate=True))
+        compressed = base64.b64decode(document["data"], validate=True)
+        data = zlib.decompress(compressed)
     except (ValueError, zlib.error) as error:
         raise ValueError(f"routes cannot be unpacked ({error}); the file is damaged") from None
-    if len(data) != np.dtype(dtype).itemsize * int(np.prod(shape)):
+    needed = np.dtype(dtype).itemsize * math.prod(shape)
+    if len(data) != needed:
         raise ValueError(
-            f"routes unpack to {len(data)} bytes, and {dtype} {shape} needs"
-            f" {np.dtype(dtype).itemsize * int(np.prod(shape))}; the file is damaged"
+            f"routes unpack to {len(data)} bytes, and {dtype} {shape} needs {needed}; the file is"
+            " damaged"
         )
-    return np.frombuffer(data, np.dtype(dtype).newbyteorder("<")).reshape(shape).astype(dtype)
+    little = np.frombuffer(data, np.dtype(dtype).newbyteorder("<"))
+    return little.reshape(shape).astype(dtype)
 
 
 def _repeats(ids_PSk: np.ndarray) -> bool:
-    """Whether two of the k are equal anywhere.
+    """Return whether any token has the same expert twice in a layer.
 
     Compared shift by shift: sorting the short last axis is many times slower.
     """
-    return any(
-        (ids_PSk[..., shift:] == ids_PSk[..., :-shift]).any()
-        for shift in range(1, ids_PSk.shape[-1])
-    )
+    for shift in range(1, ids_PSk.shape[-1]):
+        if (ids_PSk[..., shift:] == ids_PSk[..., :-shift]).any():
+            return True
+    return False

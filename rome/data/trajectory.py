@@ -1,9 +1,9 @@
-"""Trajectory and Chunk: the one currency of the house, and its ATIF record.
+"""Trajectory and Chunk: the record that rollouts write and training reads, and its ATIF file.
 
-A trajectory is what one episode left behind. Its tokens are `prompt_ids + action_ids` of every
-chunk in order: prompt ids came from the environment (task, tool results, turn headers), action ids
-were sampled by the policy, stop token included. Nothing is ever re-tokenised: the ids kept here are
-the ids the engine was given and gave back.
+A trajectory is the record of one episode. Its tokens are `prompt_ids + action_ids` of every chunk
+in order: prompt ids came from the environment (task, tool results, turn headers), action ids were
+sampled by the policy, stop token included. Nothing is ever re-tokenised: these are the ids that the
+engine was given and gave back.
 
 On disk a trajectory is one JSON file in ATIF (agent trajectory interchange format); what ATIF has
 no field for goes into `extra`.
@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from rome.data.files import write_atomically
 from rome.data.routes import routes_from_json, routes_to_json
 
 ATIF_VERSION = "ATIF-v1.7"
@@ -37,20 +38,34 @@ ENDINGS = (
     "unsafe",
 )
 STATUSES = ("ok", "tool_error", "malformed", "timeout", "infra")
-KINDS = (
-    "rl",
-    "imitation",
-    "context",
-)  # context: tokens that are only read (prefilled, or masked by an error)
+# "context" is only read: a prefilled turn, or one that an error masks
+KINDS = ("rl", "imitation", "context")
+
+_EXTRA = ("task", "family", "reward", "ending", "group", "episode", "seed", "seconds", "note")
 
 
 @dataclasses.dataclass
 class Chunk:
-    """One interaction: what the environment appended, then one assistant turn up to its stop token.
+    """One interaction: what the environment appended, then one assistant turn with its stop token.
 
-    `versions` are the weight versions that sampled the turn, as (version, start, end) over
-    action_ids. `routes` [tokens, layers, k] are those of prompt and action tokens
-    (`rome.data.routes`), where the engine was asked for them.
+    Args:
+      prompt_ids: tokens that the environment appended since the previous chunk.
+      action_ids: tokens that the policy sampled, stop token included; may be empty.
+      logprobs: the engine's logprob of each action token.
+      versions: weight versions that sampled the turn, as (version, start, end) over action_ids;
+        empty where no engine sampled it.
+      text: the turn as text.
+      tool_call: the call that was parsed from it, {"name", "arguments"}; None without one.
+      observation: the environment's answer as text.
+      status: one of STATUSES.
+      kind: one of KINDS.
+      cached_tokens: prompt tokens that the engine found in its prefix cache.
+      network_denials: attempts of the turn's command to reach addresses the sandbox does not grant.
+      routes: experts of prompt and action tokens, [tokens, layers, k] (`rome.data.routes`); None
+        where the engine was not asked for them.
+
+    Raises:
+      ValueError: logprobs or routes do not fit the tokens, or status or kind is unknown.
     """
 
     prompt_ids: list[int]
@@ -63,7 +78,6 @@ class Chunk:
     status: str = "ok"
     kind: str = "rl"
     cached_tokens: int = 0
-    # attempts of the turn's command to reach what the sandbox does not grant
     network_denials: int = 0
     routes: np.ndarray | None = None
 
@@ -78,24 +92,39 @@ class Chunk:
                 f"chunk status {self.status!r} / kind {self.kind!r} unknown; known: {STATUSES} /"
                 f" {KINDS}"
             )
+        if self.routes is not None:
+            self._check_routes(self.routes)
+
+    def _check_routes(self, routes: np.ndarray) -> None:
         tokens = len(self.prompt_ids) + len(self.action_ids)
-        if self.routes is not None and (
-            self.routes.ndim != 3
-            or len(self.routes) != tokens
-            or self.routes.dtype not in (np.uint8, np.uint16)
-        ):
-            raise ValueError(
-                f"chunk has {tokens} tokens but routes {self.routes.dtype} {self.routes.shape};"
-                " they are uint8 or uint16 [tokens, layers, k]"
-            )
+        typed = routes.dtype in (np.uint8, np.uint16)
+        if typed and routes.ndim == 3 and len(routes) == tokens:
+            return
+        raise ValueError(
+            f"chunk has {tokens} tokens but routes {routes.dtype} {routes.shape};"
+            " they are uint8 or uint16 [tokens, layers, k]"
+        )
 
 
 @dataclasses.dataclass
 class Trajectory:
     """One episode: its task, its chunks, its reward and how it ended.
 
-    `group` and `episode` number it inside a training step; `seed` is the sampling seed of the
-    episode; `reward` is the verifier's.
+    Args:
+      task: name of the task.
+      family: family of the task, for metrics.
+      chunks: in the order of time.
+      reward: the verifier's, finite.
+      ending: one of ENDINGS.
+      group: number of the group of episodes of one task within a step.
+      episode: number of the episode within its group.
+      seed: sampling seed of the episode.
+      instruction: the task as text.
+      seconds: wall-clock time of the episode.
+      note: why an episode ended as infra_* or cancelled.
+
+    Raises:
+      ValueError: the ending is unknown or the reward is not finite.
     """
 
     task: str
@@ -108,7 +137,7 @@ class Trajectory:
     seed: int = 0
     instruction: str = ""
     seconds: float = 0.0
-    note: str = ""  # why an episode ended as infra_* or cancelled
+    note: str = ""
 
     def __post_init__(self) -> None:
         if self.ending not in ENDINGS:
@@ -123,33 +152,31 @@ class Trajectory:
 
     @property
     def trainable(self) -> bool:
-        """Infrastructure failures and cancelled episodes say nothing about the policy: they enter
-        no loss and no group statistic.
-        """
-        return (
-            bool(self.chunks)
-            and not self.ending.startswith("infra_")
-            and self.ending != "cancelled"
-        )
+        """Return whether the episode may enter losses and group statistics.
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(chunk.prompt_ids) + len(chunk.action_ids) for chunk in self.chunks)
+        Infrastructure failures and cancelled episodes say nothing about the policy.
+        """
+        spoiled = self.ending.startswith("infra_") or self.ending == "cancelled"
+        return bool(self.chunks) and not spoiled
 
     @property
     def num_action_tokens(self) -> int:
+        """Return the number of sampled tokens."""
         return sum(len(chunk.action_ids) for chunk in self.chunks)
 
     @property
     def network_denials(self) -> int:
+        """Return how often the episode's commands tried to reach an address not granted."""
         return sum(chunk.network_denials for chunk in self.chunks)
 
     @property
     def turns(self) -> list[tuple[list[int], Chunk]]:
-        """(tokens read since the turn before, chunk) of every chunk that sampled something: one
-        without a sampled token is no decision.
+        """Return (tokens read since the previous turn, chunk) of every chunk with sampled tokens.
+
+        A chunk without a sampled token is no decision: its prompt counts to the next turn.
         """
-        turns, pending = [], []
+        turns: list[tuple[list[int], Chunk]] = []
+        pending: list[int] = []
         for chunk in self.chunks:
             pending = pending + list(chunk.prompt_ids)
             if chunk.action_ids:
@@ -159,12 +186,12 @@ class Trajectory:
 
     @property
     def oldest_version(self) -> int:
-        """The version that began the sample; staleness is counted from it."""
+        """Return the first weight version that sampled a token; staleness is counted from it."""
         return min((span[0] for chunk in self.chunks for span in chunk.versions), default=0)
 
 
 def to_atif(trajectory: Trajectory) -> dict[str, Any]:
-    """The trajectory as an ATIF document.
+    """Return the trajectory as an ATIF document.
 
     `from_atif(to_atif(t))` equals t, logprobs bit for bit.
     """
@@ -172,53 +199,7 @@ def to_atif(trajectory: Trajectory) -> dict[str, Any]:
         {"step_id": 1, "source": "user", "message": trajectory.instruction}
     ]
     for number, chunk in enumerate(trajectory.chunks):
-        step: dict[str, Any] = {"step_id": number + 2, "source": "agent", "message": chunk.text}
-        if chunk.tool_call is not None:
-            call_id = f"call_{number}"
-            step["tool_calls"] = [
-                {
-                    "tool_call_id": call_id,
-                    "function_name": chunk.tool_call.get("name", ""),
-                    "arguments": chunk.tool_call.get("arguments", {}),
-                }
-            ]
-            step["observation"] = {
-                "results": [{"source_call_id": call_id, "content": chunk.observation}]
-            }
-        elif chunk.observation:
-            step["observation"] = {"results": [{"content": chunk.observation}]}
-        step["metrics"] = {
-            "prompt_tokens": len(chunk.prompt_ids),
-            "completion_tokens": len(chunk.action_ids),
-            "cached_tokens": chunk.cached_tokens,
-            "prompt_token_ids": list(map(int, chunk.prompt_ids)),
-            "completion_token_ids": list(map(int, chunk.action_ids)),
-            "logprobs": list(map(float, chunk.logprobs)),
-        }
-        step["extra"] = {
-            "status": chunk.status,
-            "kind": chunk.kind,
-            "versions": [list(span) for span in chunk.versions],
-            "tool_call": chunk.tool_call,
-            "network_denials": chunk.network_denials,
-        }
-        if chunk.routes is not None:
-            step["extra"]["routes"] = routes_to_json(chunk.routes)
-        steps.append(step)
-    extra = {
-        name: getattr(trajectory, name)
-        for name in (
-            "task",
-            "family",
-            "reward",
-            "ending",
-            "group",
-            "episode",
-            "seed",
-            "seconds",
-            "note",
-        )
-    }
+        steps.append(_chunk_to_step(number, chunk))
     return {
         "schema_version": ATIF_VERSION,
         "session_id": f"{trajectory.task}/{trajectory.seed}",
@@ -228,40 +209,21 @@ def to_atif(trajectory: Trajectory) -> dict[str, Any]:
             "total_completion_tokens": trajectory.num_action_tokens,
             "total_steps": len(steps),
         },
-        "extra": extra,
+        "extra": {name: getattr(trajectory, name) for name in _EXTRA},
     }
 
 
 def from_atif(document: dict[str, Any]) -> Trajectory:
-    """Reads a document that `to_atif` wrote.
+    """Read a document that `to_atif` wrote.
 
-    Raises ValueError naming the missing part for anything else.
+    Raises:
+      ValueError: the document is anything else; the message names the missing part.
     """
     try:
         steps = [step for step in document["steps"] if step["source"] == "agent"]
-        chunks = []
-        for step in steps:
-            results = step.get("observation", {}).get("results", [])
-            metrics, extra = step["metrics"], step["extra"]
-            chunks.append(
-                Chunk(
-                    prompt_ids=metrics["prompt_token_ids"],
-                    action_ids=metrics["completion_token_ids"],
-                    logprobs=metrics["logprobs"],
-                    versions=[tuple(span) for span in extra["versions"]],
-                    text=step["message"],
-                    tool_call=extra["tool_call"],
-                    observation=results[0]["content"] if results else "",
-                    status=extra["status"],
-                    kind=extra["kind"],
-                    cached_tokens=metrics["cached_tokens"],
-                    network_denials=extra["network_denials"],
-                    routes=routes_from_json(extra["routes"]) if "routes" in extra else None,
-                )
-            )
-        return Trajectory(
-            chunks=chunks, instruction=document["steps"][0]["message"], **document["extra"]
-        )
+        chunks = [_chunk_from_step(step) for step in steps]
+        instruction = document["steps"][0]["message"]
+        return Trajectory(chunks=chunks, instruction=instruction, **document["extra"])
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(
             f"not a trajectory of this project: {type(error).__name__} {error}"
@@ -269,12 +231,69 @@ def from_atif(document: dict[str, Any]) -> Trajectory:
 
 
 def save_trajectory(trajectory: Trajectory, path: str | os.PathLike[str]) -> None:
-    """Writes one ATIF file; a reader sees the whole file or none."""
-    path = pathlib.Path(path)
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(to_atif(trajectory)))
-    os.replace(partial, path)
+    """Write one ATIF file; it is on disk, whole, when this returns."""
+    write_atomically(path, json.dumps(to_atif(trajectory)))
 
 
 def load_trajectory(path: str | os.PathLike[str]) -> Trajectory:
+    """Read one ATIF file.
+
+    Raises:
+      ValueError: the file is no JSON or no trajectory of this project.
+    """
     return from_atif(json.loads(pathlib.Path(path).read_text()))
+
+
+def _chunk_to_step(number: int, chunk: Chunk) -> dict[str, Any]:
+    step: dict[str, Any] = {"step_id": number + 2, "source": "agent", "message": chunk.text}
+    if chunk.tool_call is not None:
+        call_id = f"call_{number}"
+        call = {
+            "tool_call_id": call_id,
+            "function_name": chunk.tool_call.get("name", ""),
+            "arguments": chunk.tool_call.get("arguments", {}),
+        }
+        result = {"source_call_id": call_id, "content": chunk.observation}
+        step["tool_calls"] = [call]
+        step["observation"] = {"results": [result]}
+    elif chunk.observation:
+        step["observation"] = {"results": [{"content": chunk.observation}]}
+    step["metrics"] = {
+        "prompt_tokens": len(chunk.prompt_ids),
+        "completion_tokens": len(chunk.action_ids),
+        "cached_tokens": chunk.cached_tokens,
+        "prompt_token_ids": list(map(int, chunk.prompt_ids)),
+        "completion_token_ids": list(map(int, chunk.action_ids)),
+        "logprobs": list(map(float, chunk.logprobs)),
+    }
+    step["extra"] = {
+        "status": chunk.status,
+        "kind": chunk.kind,
+        "versions": [list(span) for span in chunk.versions],
+        "tool_call": chunk.tool_call,
+        "network_denials": chunk.network_denials,
+    }
+    if chunk.routes is not None:
+        step["extra"]["routes"] = routes_to_json(chunk.routes)
+    return step
+
+
+def _chunk_from_step(step: dict[str, Any]) -> Chunk:
+    results = step.get("observation", {}).get("results", [])
+    metrics = step["metrics"]
+    extra = step["extra"]
+    routes = routes_from_json(extra["routes"]) if "routes" in extra else None
+    return Chunk(
+        prompt_ids=metrics["prompt_token_ids"],
+        action_ids=metrics["completion_token_ids"],
+        logprobs=metrics["logprobs"],
+        versions=[tuple(span) for span in extra["versions"]],
+        text=step["message"],
+        tool_call=extra["tool_call"],
+        observation=results[0]["content"] if results else "",
+        status=extra["status"],
+        kind=extra["kind"],
+        cached_tokens=metrics["cached_tokens"],
+        network_denials=extra["network_denials"],
+        routes=routes,
+    )

@@ -1,104 +1,55 @@
-"""The engine seen from outside: a client of SGLang's HTTP protocol.
+"""A client of SGLang's HTTP protocol.
 
-It works unchanged with real SGLang servers and with the embedded one (`rome.serve`). Every wait has
-a deadline. Back-pressure (429, 503) is waited out, a refused connection for a short while only; an
-answer that was cut by a pause is taken up again from its partial output. What differs between
-SGLang's versions is asked of the server (`dialect`), and a server that is too old is refused by
-name.
+It works unchanged with SGLang servers and with the embedded engine (`rome.serve`). Every wait has a
+deadline. A completion that a pause cut is continued from its partial output. Differences between
+SGLang's versions are asked of the server (`Engine.dialect`), and a server that is too old is
+refused with an error that names its version.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import dataclasses
-import pathlib
 import random
-import re
-import time
 import uuid
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import aiohttp
-import numpy as np
 
-from rome.data.routes import encode_routes
+from rome.engine.answers import (
+    append_answer,
+    append_routes,
+    num_routes,
+    parse_version,
+    version_spans,
+)
 from rome.engine.completion import Completion, Sampling
+from rome.engine.connection import RETRY_STATUS, UPDATE_SECONDS, Connection, error_text
+from rome.engine.dialect import Dialect, dialect_of
+from rome.engine.errors import EngineError, EngineRefused, EngineUnproven
+from rome.engine.mirror import MirrorClient
 from rome.model.config import ModelConfig
 
-RETRY_STATUS = (429, 502, 503, 504)  # back-pressure of a server or of a router before it
-RETRY_AFTER_SECONDS = 30.0  # the longest that a server's Retry-After is believed
 HEALTH_SECONDS = 30.0  # SGLang's /health generates a token and may take 20 s on a busy server
 CONTROL_SECONDS = 60.0
-UPDATE_SECONDS = 600.0
-OLDEST = (
-    0,
-    5,
-    9,
-)  # of SGLang: the first whose weight update, pause and versions were read and tried against this client
-TELLS_SPANS = (0, 5, 23)  # the first that was seen to return meta_info.weight_versions
-Health = Literal[
-    "well", "busy", "hung", "gone"
-]  # busy: it says 429 or 503; hung: it takes connections and does not answer; gone: it takes none
-
-
-class EngineError(RuntimeError):
-    """The engine could not do what it was asked; the message names its URL and a remedy."""
-
-
-class EngineDead(EngineError):
-    """Nobody answers at the engine's URL."""
-
-
-class EngineRefused(EngineError):
-    """The engine was taken out of service while a request waited for it: another engine may go on
-    with the request.
-    """
-
-
-class EngineUnproven(EngineError):
-    """The engine answered with weights that were never proven there: it was started anew, or
-    somebody else changed them.
-    """
-
-
-@dataclasses.dataclass(frozen=True)
-class Dialect:
-    """What a server's version understands.
-
-    Args:
-      embedded: it is `rome.serve`, which can hash its tensors by the names of the checkpoint.
-      spans: it tells the weight version of each token, so that a request may live through an
-        update. (Where it does not, "retract" with a flush also crashed servers.)
-    """
-
-    name: str
-    embedded: bool
-    spans: bool
-
-
-class Mirror(Protocol):
-    """Brings a checkpoint directory to the engine's host.
-
-    `last`: seconds and bytes of the last time, or None.
-    """
-
-    last: Any
-
-    async def fetch(self, path: pathlib.Path) -> pathlib.Path: ...
+MEMORY_TAGS = ("weights", "kv_cache")
+PauseMode = Literal["abort", "retract", "in_place"]
+# busy: it answers 429 or 503; hung: it takes connections and does not answer; gone: it takes none
+Health = Literal["well", "busy", "hung", "gone"]
 
 
 class Engine:
-    """One SGLang HTTP server.
+    """One SGLang server, or one embedded engine, at a URL.
+
+    Usable as an async context manager, from several event loops in turn.
 
     Args:
       url: such as http://127.0.0.1:30000.
       api_key: sent as a bearer token.
-      model: what the server runs; needed to understand its routes.
-      dead_after_s: how long refused or broken connections are tried again before the server counts
-        as dead.
-      mirror: what brings weights to the server's host (`launch.mirror`); None: the server reads the
-        trainer's directory.
+      model: config of the model that the server runs; needed to read its routes.
+      dead_after_seconds: how long refused or broken connections are retried before the server
+        counts as dead.
+      mirror: copies weights to the server's host (`launch.mirror`); None if the server reads the
+        trainer's directory itself.
     """
 
     def __init__(
@@ -107,20 +58,20 @@ class Engine:
         *,
         api_key: str | None = None,
         model: ModelConfig | None = None,
-        dead_after_s: float = 5.0,
-        mirror: Mirror | None = None,
+        dead_after_seconds: float = 5.0,
+        mirror: MirrorClient | None = None,
     ):
-        self.url, self.mirror = url.rstrip("/"), mirror
+        self.url = url.rstrip("/")
         self.model = model
-        self.dead_after_s = dead_after_s
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._session: aiohttp.ClientSession | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self.mirror = mirror
+        self._connection = Connection(
+            self.url, api_key=api_key, dead_after_seconds=dead_after_seconds
+        )
         self._info_routes: dict[str, str] = {}
         self._held: asyncio.Event | None = None  # set when `release` ends a hold
-        self._refused: str | None = None
-        self._posts: set[asyncio.Task] = set()  # of running completions
-        self._proven: list[int] = []  # versions, in order; none: nothing is known, and any is taken
+        self._refused: str | None = None  # the cause, while the engine is out of service
+        self._posts: set[asyncio.Task[dict[str, Any]]] = set()  # requests of running completions
+        self._proven: list[int] = []  # verified versions, in order; while empty, any is accepted
 
     async def __aenter__(self) -> Engine:
         return self
@@ -129,147 +80,67 @@ class Engine:
         await self.close()
 
     async def close(self) -> None:
-        if self._session is not None and self._loop is asyncio.get_running_loop():
-            await self._session.close()
-        self._session = self._loop = None
+        """Close the connections of the running event loop."""
+        await self._connection.close()
+
+    # -- sampling
+    # ---------------------------------------------------------------------------------------------
 
     async def generate(
         self,
         input_ids: list[int],
         sampling: Sampling,
-        deadline_s: float,
+        deadline_seconds: float,
         *,
         affinity: str | None = None,
         begun: Completion | None = None,
     ) -> Completion:
-        """Samples a continuation of input_ids.
+        """Sample a continuation of `input_ids`.
 
-        An answer that a pause aborted is re-sent as prompt + partial output until it ends by
+        An answer that a pause aborted is sent again as prompt + partial output, until it ends by
         itself.
 
         Args:
-          deadline_s: for all of it; afterwards the request is dropped on the server too.
-          affinity: for `EnginePool`, which has the same method; one engine has no choice to make.
-          begun: what another engine has sampled of it; it is gone on with, in place.
-        Raises: EngineError.
+          input_ids: tokens of the prompt.
+          sampling: how to sample, and how much.
+          deadline_seconds: for the whole call; afterwards the request is dropped on the server too.
+          affinity: ignored here; `EnginePool.generate` chooses an engine by it.
+          begun: what another engine sampled of this completion; continued in place.
+
+        Returns:
+          The completion; `begun` itself where it was given.
+
+        Raises:
+          EngineError: the engine failed, or the deadline passed.
+          EngineRefused: the engine was taken out of service; `begun` holds what was sampled.
+          EngineUnproven: the engine answered with weights that were not verified.
         """
-        completion = Completion([], [], "abort", []) if begun is None else begun
-        async with self._deadline(deadline_s, "a completion"):
+        completion = Completion.unfinished() if begun is None else begun
+        async with self._connection.deadline(deadline_seconds, "a completion"):
             while completion.finish_reason == "abort":
-                done = len(completion.output_ids)
-                if self._held is not None:
-                    await self._held.wait()
-                    continue  # a hold may follow another one before this wakes up
-                known = self._proven[-1:]  # when it is sent
-                answer = await self._post_or_leave(
-                    "/generate",
-                    {
-                        "rid": uuid.uuid4().hex,
-                        "input_ids": list(map(int, input_ids)) + completion.output_ids,
-                        "sampling_params": sampling.to_json(already=done),
-                        "return_logprob": True,
-                        "logprob_start_len": -1,
-                        "stream": False,
-                        **self._salt(),
-                        **self._route_fields(completion, sampling),
-                    },
-                )
-                while (
-                    self._held is not None
-                ):  # it was frozen during an update and may have gone on before the proof, which decides
-                    await self._held.wait()
-                self._require_proven(answer["meta_info"], known)
-                self._append(completion, answer)
-                if sampling.routes_from is not None and len(completion.output_ids) > done:
-                    self._append_routes(
-                        completion, answer["meta_info"], sampling.routes_from, len(input_ids)
-                    )
-                if completion.finish_reason == "abort":
-                    if len(completion.output_ids) >= sampling.max_new_tokens:
-                        completion.finish_reason = "length"
-                    elif (
-                        len(completion.output_ids) == done
-                    ):  # aborted before its first token: give the server a moment
-                        await asyncio.sleep(random.uniform(0.02, 0.1))
+                await self._continue_completion(completion, input_ids, sampling)
         return completion
 
-    async def _post_or_leave(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
-        """As `_post`, but ends at once when the engine is refused: a server that hangs is not
-        waited for.
+    async def score(
+        self, input_ids: list[int], deadline_seconds: float = CONTROL_SECONDS
+    ) -> list[float]:
+        """Return log p(input_ids[t] | input_ids[:t]) at temperature 1, one per id; 0 for the first.
+
+        Raises:
+          EngineError: the engine failed, or returned another number of logprobs.
         """
-        if self._refused is not None:
-            raise EngineRefused(self._refused)
-        post = asyncio.ensure_future(self._post(route, body))
-        self._posts.add(post)
-        try:
-            await asyncio.wait([post])
-            if post.cancelled():
-                raise EngineRefused(self._refused or f"{self.url} was left")
-            return post.result()
-        finally:
-            self._posts.discard(post)
-            # where the caller was cancelled; the server drops a request whose connection ends
-            post.cancel()
-
-    def _salt(self) -> dict[str, str]:
-        """SGLang's prefix cache is keyed by tokens and by this, not by weights: a prefix that other
-        weights computed must not be found.
-        """
-        return {"extra_key": f"weights-{self._proven[-1]}"} if self._proven else {}
-
-    def hold(self) -> None:
-        """Makes `generate` wait before it sends anything, until `release`: new weights are not
-        sampled from before they are proven.
-        """
-        self._held = self._held or asyncio.Event()
-
-    def release(self) -> None:
-        if self._held is not None:
-            self._held.set()
-        self._held = None
-
-    def refuse(self, cause: str) -> None:
-        """From now on `generate` raises EngineRefused at once, also where it was waiting, until
-        `accept`.
-        """
-        self._refused = cause
-        self.release()
-        for post in self._posts:
-            post.cancel()
-
-    async def drain(self, seconds: float) -> None:
-        """Returns when no request is on its way any more, or after `seconds`."""
-        if self._posts:
-            await asyncio.wait(set(self._posts), timeout=seconds)
-
-    def accept(self) -> None:
-        """Ends what `refuse` began."""
-        self._refused = None
-
-    def prove(self, version: int) -> None:
-        """From now on requests must be answered by these weights, or by those that are proven while
-        they run.
-        """
-        if self._proven[-1:] != [version]:
-            self._proven.append(version)
-
-    async def score(self, input_ids: list[int], deadline_s: float = CONTROL_SECONDS) -> list[float]:
-        """log p(input_ids[t] | before t) at temperature 1, one for each id; 0 for the first."""
-        async with self._deadline(deadline_s, "logprobs of a prompt"):
-            answer = await self._post(
-                "/generate",
-                {
-                    "rid": uuid.uuid4().hex,
-                    "input_ids": list(map(int, input_ids)),
-                    "stream": False,
-                    "return_logprob": True,
-                    "logprob_start_len": 0,
-                    "extra_key": (
-                        f"probe-{uuid.uuid4().hex}"
-                    ),  # nothing cached has it: all of it is computed by the weights of now
-                    "sampling_params": Sampling(max_new_tokens=1, temperature=0.0).to_json(),
-                },
-            )
+        body = {
+            "rid": uuid.uuid4().hex,
+            "input_ids": list(map(int, input_ids)),
+            "stream": False,
+            "return_logprob": True,
+            "logprob_start_len": 0,
+            # A fresh key has no cached prefix, so the current weights compute every token.
+            "extra_key": f"probe-{uuid.uuid4().hex}",
+            "sampling_params": Sampling(max_new_tokens=1, temperature=0.0).to_json(),
+        }
+        async with self._connection.deadline(deadline_seconds, "logprobs of a prompt"):
+            answer = await self._connection.post("/generate", body)
         entries = answer["meta_info"]["input_token_logprobs"]
         if len(entries) != len(input_ids):
             raise EngineError(
@@ -278,83 +149,228 @@ class Engine:
             )
         return [0.0] + [float(entry[0]) for entry in entries[1:]]
 
-    async def pause(self, mode: str = "abort") -> None:
-        """Stops sampling.
+    async def _continue_completion(
+        self, completion: Completion, input_ids: list[int], sampling: Sampling
+    ) -> None:
+        """Send one request for the rest of a completion, and append its answer."""
+        await self._wait_while_held()
+        before = len(completion.output_ids)
+        proven_at_start = self._proven[-1:]
+        body = {
+            "rid": uuid.uuid4().hex,
+            "input_ids": list(map(int, input_ids)) + completion.output_ids,
+            "sampling_params": sampling.to_json(already=before),
+            "return_logprob": True,
+            "logprob_start_len": -1,
+            "stream": False,
+        }
+        body |= self._salt()
+        body |= self._route_fields(completion, sampling)
+        answer = await self._post_unless_refused("/generate", body)
+        # An update may have frozen the request, and the server may have continued it before its new
+        # weights were verified. Only the outcome of that check says whether the tokens count.
+        await self._wait_while_held()
+        meta = answer["meta_info"]
+        self._require_proven(meta, proven_at_start)
+        append_answer(self.url, completion, answer)
+        new_tokens = len(completion.output_ids) - before
+        if sampling.routes_from is not None and new_tokens > 0:
+            append_routes(
+                self.url,
+                self.model,
+                completion,
+                meta,
+                start=sampling.routes_from,
+                prompt_length=len(input_ids),
+            )
+        if completion.finish_reason != "abort":
+            return
+        if len(completion.output_ids) >= sampling.max_new_tokens:
+            completion.finish_reason = "length"
+        elif new_tokens == 0:  # aborted before its first token: give the server a moment
+            await asyncio.sleep(random.uniform(0.02, 0.1))
 
-        Running requests: "abort" returns them as they are, "retract" starts them over later,
-        "in_place" freezes them.
+    async def _post_unless_refused(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Post, but stop waiting at once when `refuse` is called: the server may hang."""
+        if self._refused is not None:
+            raise EngineRefused(self._refused)
+        post = asyncio.ensure_future(self._connection.post(route, body))
+        self._posts.add(post)
+        try:
+            await asyncio.wait([post])
+            if post.cancelled():
+                raise EngineRefused(self._refused or f"{self.url} was left")
+            return post.result()
+        finally:
+            self._posts.discard(post)
+            # If the caller was cancelled: the server drops a request whose connection is closed.
+            post.cancel()
+
+    def _salt(self) -> dict[str, str]:
+        """Return the field that sets apart prefixes which other weights computed.
+
+        SGLang's prefix cache is keyed by tokens and by this field, not by weights.
         """
-        async with self._deadline(CONTROL_SECONDS, f"pause({mode})"):
-            await self._post("/pause_generation", {"mode": mode})
+        if not self._proven:
+            return {}
+        return {"extra_key": f"weights-{self._proven[-1]}"}
 
-    async def resume(self) -> None:
-        async with self._deadline(CONTROL_SECONDS, "continue"):
-            await self._post("/continue_generation", {})
+    def _route_fields(self, completion: Completion, sampling: Sampling) -> dict[str, Any]:
+        """Return the fields that ask for the routes which are not known yet.
 
-    async def update_weights(self, path: str, version: int, *, flush: bool = True) -> None:
-        """Loads an HF-layout directory that the server can read.
+        Servers that do not know the second field send the routes of the whole sequence.
+        """
+        if sampling.routes_from is None:
+            return {}
+        start = sampling.routes_from + num_routes(completion)
+        return {"return_routed_experts": True, "routed_experts_start_len": start}
 
-        Check it (`model_info`, `score`) before resuming.
+    def _require_proven(self, meta: dict[str, Any], proven_at_start: list[int]) -> None:
+        """Raise EngineUnproven unless verified weights sampled every token of an answer.
+
+        Allowed are the version that was current when the request was sent, and later ones.
+        """
+        if not proven_at_start or not meta.get("output_token_logprobs"):
+            return
+        newest_first = self._proven[::-1]
+        num_allowed = newest_first.index(proven_at_start[0]) + 1
+        allowed = self._proven[-num_allowed:]
+        for span in version_spans(meta, 0):
+            if parse_version(self.url, span["version"]) in allowed:
+                continue
+            if self._refused is not None:  # the pool knows already
+                raise EngineRefused(self._refused)
+            raise EngineUnproven(
+                f"{self.url} answered with weights {span['version']!r}; proven there were"
+                f" {', '.join(map(str, allowed))}"
+            )
+
+    # -- taking the engine out of service, on the client's side
+    # ---------------------------------------------------------------------------------------------
+
+    def hold(self) -> None:
+        """Make `generate` wait before it sends or returns anything, until `release`.
+
+        Used during an update: new weights are not sampled from before they are verified.
+        """
+        if self._held is None:
+            self._held = asyncio.Event()
+
+    def release(self) -> None:
+        """End what `hold` began."""
+        if self._held is not None:
+            self._held.set()
+        self._held = None
+
+    async def _wait_while_held(self) -> None:
+        while self._held is not None:  # a hold may follow another one before this wakes up
+            await self._held.wait()
+
+    def refuse(self, cause: str) -> None:
+        """Make `generate` raise EngineRefused, also where it is waiting, until `accept`."""
+        self._refused = cause
+        self.release()
+        for post in self._posts:
+            post.cancel()
+
+    def accept(self) -> None:
+        """End what `refuse` began."""
+        self._refused = None
+
+    async def drain(self, seconds: float) -> None:
+        """Wait until no request of a completion is in flight, but at most `seconds`."""
+        if self._posts:
+            await asyncio.wait(set(self._posts), timeout=seconds)
+
+    def prove(self, version: int) -> None:
+        """Require that later answers are sampled from `version`, or from one proven after it."""
+        if self._proven[-1:] != [version]:
+            self._proven.append(version)
+
+    # -- control of the server
+    # ---------------------------------------------------------------------------------------------
+
+    async def pause(self, mode: str = "abort") -> None:
+        """Stop sampling.
 
         Args:
-          flush: forget cached prefixes. Frozen requests (pause "in_place") forbid it: SGLang 0.5.23
-            then answers 400 although the weights changed.
+          mode: what happens to running requests. "abort" returns them as they are, "retract"
+            computes their cache anew when sampling continues, "in_place" freezes them.
         """
-        async with self._deadline(UPDATE_SECONDS, "a weight update"):
-            answer = await self._post(
-                "/update_weights_from_disk",
-                {
-                    "model_path": str(path),
-                    "weight_version": str(version),
-                    "flush_cache": flush,
-                    "abort_all_requests": False,
-                },
-            )
+        async with self._connection.deadline(CONTROL_SECONDS, f"pause({mode})"):
+            await self._connection.post("/pause_generation", {"mode": mode})
+
+    async def resume(self) -> None:
+        """Continue sampling after `pause`."""
+        async with self._connection.deadline(CONTROL_SECONDS, "continue"):
+            await self._connection.post("/continue_generation", {})
+
+    async def update_weights(self, path: str, version: int, *, flush: bool = True) -> None:
+        """Load the weights of a Hugging Face directory that the server can read.
+
+        Success of this call proves nothing: check `model_info` and `score` before sampling.
+
+        Args:
+          path: the directory, as the server sees it.
+          version: reported by the server for tokens sampled from these weights.
+          flush: whether to forget cached prefixes. Must be False while requests are frozen (pause
+            "in_place"): SGLang 0.5.23 then answers 400 although the weights changed.
+
+        Raises:
+          EngineError: the server says that it did not load them.
+        """
+        body = {
+            "model_path": str(path),
+            "weight_version": str(version),
+            "flush_cache": flush,
+            "abort_all_requests": False,
+        }
+        async with self._connection.deadline(UPDATE_SECONDS, "a weight update"):
+            answer = await self._connection.post("/update_weights_from_disk", body)
         if not answer.get("success"):
             raise EngineError(
                 f"{self.url} did not take weights {version} from {path}: {answer.get('message')}"
             )
 
-    async def flush_cache(self) -> None:
-        async with self._deadline(CONTROL_SECONDS, "flush_cache"):
-            await self._post("/flush_cache", {})
-
-    async def abort(self, rid: str = "", *, everything: bool = False) -> None:
-        """Aborts the requests whose id begins with rid."""
-        async with self._deadline(CONTROL_SECONDS, "abort"):
-            await self._post("/abort_request", {"rid": rid, "abort_all": everything})
-
-    async def checksum(self) -> dict[str, Any]:
-        """The server's own hashes of its weights; comparable between servers of one kind only."""
-        async with self._deadline(CONTROL_SECONDS, "weights_checker"):
-            return await self._post("/weights_checker", {"action": "checksum"})
-
-    async def model_info(self) -> dict[str, Any]:
-        return await self._info("model_info")
-
-    async def server_info(self) -> dict[str, Any]:
-        return await self._info("server_info")
-
-    async def release_memory(self, tags: tuple[str, ...] = ("weights", "kv_cache")) -> None:
-        """Frees the device for somebody else.
+    async def release_memory(self, tags: tuple[str, ...] = MEMORY_TAGS) -> None:
+        """Free the device's memory for another process.
 
         The engine must be idle and stays paused; SGLang needs --enable-memory-saver.
         """
-        async with self._deadline(CONTROL_SECONDS, "release_memory_occupation"):
-            await self._post("/release_memory_occupation", {"tags": list(tags)})
+        async with self._connection.deadline(CONTROL_SECONDS, "release_memory_occupation"):
+            await self._connection.post("/release_memory_occupation", {"tags": list(tags)})
 
-    async def resume_memory(self, tags: tuple[str, ...] = ("weights", "kv_cache")) -> None:
-        """Takes the memory back.
+    async def resume_memory(self, tags: tuple[str, ...] = MEMORY_TAGS) -> None:
+        """Allocate the memory again that `release_memory` freed.
 
-        What it holds is undefined: weights must be loaded and proven before anything is sampled.
+        Its content is undefined: load and verify weights before anything is sampled.
         """
-        async with self._deadline(CONTROL_SECONDS, "resume_memory_occupation"):
-            await self._post("/resume_memory_occupation", {"tags": list(tags)})
+        async with self._connection.deadline(CONTROL_SECONDS, "resume_memory_occupation"):
+            await self._connection.post("/resume_memory_occupation", {"tags": list(tags)})
+
+    # -- state of the server
+    # ---------------------------------------------------------------------------------------------
+
+    async def checksum(self) -> dict[str, Any]:
+        """Return the server's hashes of its weights, comparable between servers of one kind."""
+        async with self._connection.deadline(CONTROL_SECONDS, "weights_checker"):
+            return await self._connection.post("/weights_checker", {"action": "checksum"})
+
+    async def model_info(self) -> dict[str, Any]:
+        """Return what the server says about its model, `weight_version` among it."""
+        return await self._get_info("model_info")
+
+    async def server_info(self) -> dict[str, Any]:
+        """Return what the server says about itself, `version` among it."""
+        return await self._get_info("server_info")
 
     async def dialect(self) -> Dialect:
-        """Asked anew each time: a server may have been replaced by another version.
+        """Ask the server which protocol version it speaks.
 
-        Raises EngineError for one that is too old.
+        Not cached: the server at a URL may be replaced by another version.
+
+        Raises:
+          EngineError: the server is too old, or runs several tokenizer workers.
         """
         info = await self.server_info()
         if int(info.get("tokenizer_worker_num") or 1) > 1:
@@ -362,297 +378,42 @@ class Engine:
                 f"{self.url} runs {info['tokenizer_worker_num']} tokenizer workers: a pause and an"
                 " update may meet different ones; start it with --tokenizer-worker-num 1"
             )
-        return dialect_of(
-            self.url, str(info.get("version", "")), info.get("engine") == "rome.serve"
-        )
+        is_embedded = info.get("engine") == "rome.serve"
+        return dialect_of(self.url, str(info.get("version", "")), is_embedded)
 
     async def health(self, seconds: float = HEALTH_SECONDS) -> Health:
-        """How the server is. Never raises for one that is not well.
+        """Return how the server is doing; an unhealthy server is never an exception.
 
         Args:
-          seconds: before it counts as hung. SGLang generates a token to answer and may need 20 s; a
-            shorter wait condemns busy servers.
+          seconds: time after which it counts as hung. SGLang generates a token to answer and may
+            need 20 s, so a shorter wait condemns busy servers.
         """
         try:
             async with asyncio.timeout(seconds):
-                async with self._client().get(
-                    self.url + "/health_generate", headers=self._headers
-                ) as response:
-                    return (
-                        "well"
-                        if response.status == 200
-                        else "busy"
-                        if response.status in RETRY_STATUS
-                        else "gone"
-                    )
-        except TimeoutError:  # also aiohttp's own, of a connection that was not taken
+                status = await self._connection.status("/health_generate")
+        except TimeoutError:  # also aiohttp's own, of a connection that was not accepted
             return "hung"
         except (aiohttp.ClientError, OSError):
             return "gone"
+        if status == 200:
+            return "well"
+        return "busy" if status in RETRY_STATUS else "gone"
 
-    async def _info(self, name: str) -> dict[str, Any]:
-        """New servers call it /model_info, old ones /get_model_info: whichever is there is
-        remembered.
-        """
-        async with self._deadline(CONTROL_SECONDS, name):
+    async def _get_info(self, name: str) -> dict[str, Any]:
+        """Return the answer of /NAME, or of /get_NAME as old servers call it."""
+        async with self._connection.deadline(CONTROL_SECONDS, name):
             if name not in self._info_routes:
-                status, answer, _ = await self._request("GET", f"/{name}", None)
-                if status == 200:
+                response = await self._connection.request("GET", f"/{name}", None)
+                if response.status == 200:
                     self._info_routes[name] = f"/{name}"
-                    return answer
+                    return response.body
                 self._info_routes[name] = f"/get_{name}"
-            status, answer, _ = await self._request("GET", self._info_routes[name], None)
-            if status != 200:
+            route = self._info_routes[name]
+            response = await self._connection.request("GET", route, None)
+            if response.status != 200:
+                del self._info_routes[name]
                 raise EngineError(
-                    f"{self.url}{self._info_routes.pop(name)} answered {status}:"
-                    f" {_error_text(answer)}; is this an SGLang server?"
+                    f"{self.url}{route} answered {response.status}:"
+                    f" {error_text(response.body)}; is this an SGLang server?"
                 )
-            return answer
-
-    async def _post(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
-        """One answer, after as many attempts as back-pressure asks for.
-
-        Ends by success, EngineError, or the caller's deadline.
-        """
-        wait = 0.1
-        while True:
-            status, answer, retry_after_s = await self._request("POST", route, body)
-            if status == 200:
-                return answer
-            if status not in RETRY_STATUS:
-                raise EngineError(f"{self.url}{route} answered {status}: {_error_text(answer)}")
-            await asyncio.sleep(
-                max(wait, retry_after_s) * random.uniform(1.0, 1.5)
-            )  # jitter: whoever was refused at once must not return at once
-            wait = min(2 * wait, 5.0)
-
-    async def _request(
-        self, method: str, route: str, body: dict[str, Any] | None
-    ) -> tuple[int, Any, float]:
-        """(status, parsed body, seconds of Retry-After).
-
-        Broken connections are tried again for `dead_after_s`, then the server is dead.
-        """
-        give_up, wait = time.monotonic() + self.dead_after_s, 0.1
-        while True:
-            try:
-                async with self._client().request(
-                    method, self.url + route, json=body, headers=self._headers
-                ) as response:
-                    is_json = response.content_type == "application/json"
-                    return (
-                        response.status,
-                        (await response.json() if is_json else await response.text()),
-                        _retry_after(response.headers.get("Retry-After")),
-                    )
-            except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError) as error:
-                if time.monotonic() + wait > give_up:
-                    raise EngineDead(
-                        f"engine {self.url} is dead: {type(error).__name__} {error}; see its log,"
-                        " start it again, and resume"
-                    ) from error
-            except (aiohttp.ClientError, ValueError) as error:
-                raise EngineError(
-                    f"{self.url}{route} did not answer in HTTP and JSON ({type(error).__name__}"
-                    f" {error}); is this an SGLang server?"
-                ) from error
-            await asyncio.sleep(wait * random.uniform(0.5, 1.0))
-            wait = min(2 * wait, 2.0)
-
-    def _client(self) -> aiohttp.ClientSession:
-        """The session of the running event loop.
-
-        One of an earlier, finished loop is forgotten: its sockets went with it.
-        """
-        loop = asyncio.get_running_loop()
-        if self._session is None or self._loop is not loop or self._session.closed:
-            if self._session is not None and not self._session.closed:
-                self._session.detach()
-            timeout = aiohttp.ClientTimeout(
-                total=None, sock_connect=10
-            )  # totals are the callers' deadlines
-            self._session = aiohttp.ClientSession(
-                timeout=timeout, connector=aiohttp.TCPConnector(limit=0)
-            )
-            self._loop = loop
-        return self._session
-
-    def _deadline(self, seconds: float, what: str) -> _Deadline:
-        return _Deadline(
-            seconds,
-            f"{self.url} did not give {what} within {seconds:g} s; is it paused, overloaded or"
-            " stuck? See its log",
-        )
-
-    def _require_proven(self, meta: dict[str, Any], known: list[int]) -> None:
-        """Raises EngineUnproven for an answer by other weights than those that were proven last
-        when it was asked for, or since.
-        """
-        if not known or not meta.get("output_token_logprobs"):
-            return
-        allowed = self._proven[len(self._proven) - 1 - self._proven[::-1].index(known[0]) :]
-        for span in meta.get("weight_versions") or [{"version": meta["weight_version"]}]:
-            if self._version(span["version"]) not in allowed:
-                if self._refused is not None:  # known already
-                    raise EngineRefused(self._refused)
-                raise EngineUnproven(
-                    f"{self.url} answered with weights {span['version']!r}; proven there were"
-                    f" {', '.join(map(str, allowed))}"
-                )
-
-    def _append(self, completion: Completion, answer: dict[str, Any]) -> None:
-        """Adds one answer's tokens to what earlier, aborted answers brought."""
-        meta, start = answer["meta_info"], len(completion.output_ids)
-        ids = list(answer["output_ids"])
-        entries = meta["output_token_logprobs"] if ids else []
-        if [entry[1] for entry in entries] != ids:
-            raise EngineError(
-                f"{self.url} returned {len(entries)} logprobs for {len(ids)} tokens, or of other"
-                " tokens; this engine cannot be trained on"
-            )
-        spans = meta.get("weight_versions") or [
-            {"version": meta["weight_version"], "start": 0, "end": len(ids)}
-        ]
-        completion.cached_tokens = (
-            completion.cached_tokens if start else int(meta.get("cached_tokens", 0))
-        )
-        completion.output_ids += ids
-        completion.logprobs += [float(entry[0]) for entry in entries]
-        completion.finish_reason = (meta["finish_reason"] or {}).get("type", "abort")
-        for span in spans:
-            _append_span(
-                completion.versions,
-                self._version(span["version"]),
-                start + span["start"],
-                start + span["end"],
-            )
-
-    def _route_fields(self, completion: Completion, sampling: Sampling) -> dict[str, Any]:
-        """Asks for the routes that are not known yet.
-
-        Servers that do not know the second field send those of the whole sequence.
-        """
-        if sampling.routes_from is None:
-            return {}
-        known = 0 if completion.routes is None else len(completion.routes)
-        return {
-            "return_routed_experts": True,
-            "routed_experts_start_len": sampling.routes_from + known,
-        }
-
-    def _append_routes(
-        self, completion: Completion, meta: dict[str, Any], start: int, prompt_length: int
-    ) -> None:
-        """Adds the routes of the tokens that have none yet: a token keeps those of the pass that
-        its successor was sampled from, also when an abort made the server run it again.
-        """
-        config, known = self.model, 0 if completion.routes is None else len(completion.routes)
-        if config is None:
-            raise ValueError(
-                "routes were asked for, but the model is unknown; make Engine(url, model=config)"
-            )
-        if not meta.get("routed_experts"):
-            raise EngineError(
-                f"{self.url} returned no routes; start the SGLang server with"
-                " --enable-return-routed-experts (and no gateway before it that drops the field),"
-                " or set routing_replay to off or recompute"
-            )
-        ids = np.frombuffer(
-            base64.b64decode(meta["routed_experts"]),
-            np.dtype(meta.get("routed_experts_dtype") or "int32"),
-        )
-        total, each = (
-            prompt_length + len(completion.output_ids) - 1,
-            config.num_layers * config.experts_per_token,
-        )
-        wanted = total - start - known
-        if ids.size not in (wanted * each, total * each):
-            raise EngineError(
-                f"{self.url} returned {ids.size} expert ids; {wanted} tokens in {config.num_layers}"
-                f" layers with {config.experts_per_token} experts each have another number. Does it"
-                " serve another model?"
-            )
-        try:
-            routes = encode_routes(
-                ids.reshape(-1, config.num_layers, config.experts_per_token)[-wanted:], config
-            )
-        except ValueError as error:
-            raise EngineError(
-                f"routes from {self.url}: {error}. Does it serve another model?"
-            ) from error
-        completion.routes = (
-            routes if completion.routes is None else np.concatenate([completion.routes, routes])
-        )
-
-    def _version(self, text: str) -> int:
-        """SGLang's versions are strings; ours are numbers, and a server that was never updated says
-        "default": version 0.
-        """
-        try:
-            return 0 if text == "default" else int(text)
-        except ValueError:
-            raise EngineError(
-                f"{self.url} has weight_version {text!r}, not a number; start it with"
-                " --weight-version 0"
-            ) from None
-
-
-class _Deadline:
-    """asyncio.timeout that raises EngineError with a sentence."""
-
-    def __init__(self, seconds: float, sentence: str):
-        self._sentence = sentence
-        self._timeout = asyncio.timeout(max(seconds, 0.0))
-
-    async def __aenter__(self) -> None:
-        await self._timeout.__aenter__()
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any
-    ) -> None:
-        try:
-            await self._timeout.__aexit__(kind, error, traceback)
-        except TimeoutError:
-            raise EngineError(self._sentence) from None
-
-
-def _append_span(spans: list[tuple[int, int, int]], version: int, start: int, end: int) -> None:
-    """Joins a span to the last one where the version did not change; empty spans vanish."""
-    if end <= start:
-        return
-    if spans and spans[-1][0] == version and spans[-1][2] == start:
-        start = spans.pop()[1]
-    spans.append((version, start, end))
-
-
-def dialect_of(url: str, version: str, embedded: bool = False) -> Dialect:
-    """Raises EngineError, with what to install, for versions before OLDEST and for what is no
-    version.
-    """
-    if embedded:
-        return Dialect(version, True, True)
-    match = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
-    if match is None or (number := tuple(map(int, match.groups()))) < OLDEST:
-        raise EngineError(
-            f"{url} runs SGLang {version or 'of unknown version'}; weight updates need"
-            f" {'.'.join(map(str, OLDEST))} or newer (requirements-sglang.txt)"
-        )
-    return Dialect(version, False, number >= TELLS_SPANS)
-
-
-def _retry_after(header: str | None) -> float:
-    """Seconds; the header's other form, a date, is rare between programs and taken as nothing."""
-    try:
-        return min(max(float(header or 0), 0.0), RETRY_AFTER_SECONDS)
-    except ValueError:
-        return 0.0
-
-
-def _error_text(answer: Any) -> str:
-    """Both shapes of error bodies: {"error": "text"} and {"error": {"message": ...}}; updates
-    answer {"message": ...}.
-    """
-    if not isinstance(answer, dict):
-        return str(answer)[:500] or "no text"
-    error = answer.get("error", answer)
-    return str(error.get("message", error) if isinstance(error, dict) else error)[:500]
+            return response.body

@@ -1,6 +1,4 @@
-"""What an engine is asked for and what it gives: sampling parameters in SGLang's form, and a
-completion with the versions that made it.
-"""
+"""Sampling parameters, and completions with the weight versions that sampled them."""
 
 from __future__ import annotations
 
@@ -12,16 +10,21 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How to sample.
+    """Parameters of sampling.
 
-    The defaults are what RL needs: the plain distribution at temperature 1, every token of which
-    has a logprob.
+    The defaults are what RL needs: the unmodified distribution at temperature 1, so that the
+    logprob of each token is the one that it was sampled with.
 
     Args:
-      temperature: 0 is greedy.
-      top_k: -1 keeps all tokens.
-      seed: same seed and same prompt, same tokens; None samples anew each time.
-      routes_from: the routes of the tokens from this position on are wanted too; None: no routes.
+      max_new_tokens: number of tokens after which the answer is cut.
+      temperature: divisor of the logits; 0 is greedy.
+      top_p: nucleus of the distribution that is kept; 1 keeps all tokens.
+      top_k: number of most likely tokens that are kept; -1 keeps all.
+      min_p: least probability of a kept token, as a share of the most likely one's.
+      stop: strings that end the answer.
+      stop_token_ids: tokens that end the answer. They are part of it.
+      seed: the same seed and prompt give the same tokens; None samples anew each time.
+      routes_from: position of the first token whose routes are wanted too; None for no routes.
     """
 
     max_new_tokens: int
@@ -35,8 +38,12 @@ class Sampling:
     routes_from: int | None = None
 
     def to_json(self, already: int = 0) -> dict[str, Any]:
-        """SGLang's sampling_params, all of them: a server's own defaults would slip into every
-        field that is left out.
+        """Return SGLang's `sampling_params`.
+
+        Every field is sent: a field that is left out would take the server's own default.
+
+        Args:
+          already: tokens that earlier, aborted answers brought.
         """
         fields = {
             "max_new_tokens": self.max_new_tokens - already,
@@ -55,20 +62,23 @@ class Sampling:
             "presence_penalty": 0.0,
             "repetition_penalty": 1.0,
         }
-        return fields if self.seed is None else fields | {"sampling_seed": self.seed}
+        if self.seed is not None:
+            fields["sampling_seed"] = self.seed
+        return fields
 
 
 @dataclasses.dataclass
 class Completion:
-    """What was sampled, stop token included.
+    """A sampled continuation of a prompt, its stop token included.
 
-    Args:
-      logprobs: of each output id under softmax(logits / temperature).
-      finish_reason: "stop" or "length".
+    Attributes:
+      output_ids: the sampled tokens.
+      logprobs: log-probability of each of them under softmax(logits / temperature).
+      finish_reason: "stop" or "length"; "abort" while it is unfinished.
       versions: (weight version, start, end) over output_ids, in order and without gaps.
       cached_tokens: prompt tokens whose keys and values were in the engine's cache.
-      routes: [prompt + output - 1 - routes_from, layers, k] as in `rome.data.routes`, where they
-        were asked for. The last token has none: it was drawn, but not run.
+      routes: [prompt + output - 1 - routes_from, layers, k] as in `rome.data.routes`, or None where
+        they were not asked for. The last token has no routes: it was sampled, but not computed.
     """
 
     output_ids: list[int]
@@ -77,3 +87,8 @@ class Completion:
     versions: list[tuple[int, int, int]]
     cached_tokens: int = 0
     routes: np.ndarray | None = None
+
+    @classmethod
+    def unfinished(cls) -> Completion:
+        """Return a completion without tokens, to which answers are appended."""
+        return cls([], [], "abort", [])

@@ -1,4 +1,4 @@
-"""Starts the embedded engine (`launch.serve`) as a process of its own, and ends it for certain."""
+"""Starts the embedded engine (`launch.serve`) as a child process, and ends it reliably."""
 
 from __future__ import annotations
 
@@ -16,25 +16,34 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 
-from rome.engine.client import EngineError
+from rome.engine.errors import EngineError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# exit status of launch.serve when it cannot have its port (the number of EADDRINUSE)
+# Exit status of launch.serve when its port is taken (the number of EADDRINUSE).
 PORT_IN_USE = 98
 PORT_ATTEMPTS = 3
 KILL_SECONDS = 30.0
+SHORT_GRACE_SECONDS = 0.5  # for a server whose state no longer matters
 START_SECONDS = 180.0
 
 
 @dataclasses.dataclass
 class ServerProcess:
-    """A running server. Leave it by `stop()`, or use it as a context manager."""
+    """A running server. End it by `stop()`, or use it as a context manager.
+
+    Attributes:
+      url: where it listens.
+      process: the current process; another one after `restart`.
+      log_path: file that its output is appended to.
+      start_again: starts another process with the same arguments.
+      stopped: whether `stop` was called; it is then not restarted.
+    """
 
     url: str
-    process: subprocess.Popen
+    process: subprocess.Popen[bytes]
     log_path: pathlib.Path
-    start_again: Callable[[], subprocess.Popen]
-    stopped: bool = False  # for good
+    start_again: Callable[[], subprocess.Popen[bytes]]
+    stopped: bool = False
 
     def __enter__(self) -> ServerProcess:
         return self
@@ -43,48 +52,47 @@ class ServerProcess:
         self.stop()
 
     def alive(self) -> bool:
+        """Return whether the process runs."""
         return self.process.poll() is None
 
-    def restart(self, deadline_s: float = START_SECONDS) -> None:
-        """Ends the process, however it stands, and starts it anew at the same URL with the weights
-        of its first start.
+    def restart(self, deadline_seconds: float = START_SECONDS) -> None:
+        """Kill the process and start it again, at the same URL with its first weights.
 
         Returns when it answers.
 
-        Raises: EngineError with the end of the log when it does not within deadline_s.
+        Raises:
+          EngineError: it does not answer within the deadline, with the end of its log; or it was
+            stopped, possibly by another thread.
         """
-        self._end(grace_s=0.5)
+        self._end(SHORT_GRACE_SECONDS)
         if not self.stopped:
             self.process = self.start_again()
-        if self.stopped:  # meanwhile, by another thread
-            self._end(grace_s=0.5)
+        if self.stopped:  # possibly since the line above, by another thread
+            self._end(SHORT_GRACE_SECONDS)
             raise EngineError(f"{self.url} was stopped; it is not started again")
-        status = _wait_until_ready(self, time.monotonic() + deadline_s)
+        status = _wait_until_ready(self, time.monotonic() + deadline_seconds)
         if status is not None:
             raise EngineError(
                 f"the engine ended with status {status} when it was started again; the end of"
                 f" {self.log_path}:\n{_tail(self.log_path)}"
             )
 
-    def stop(self, grace_s: float = 5.0) -> None:
-        """SIGTERM, then SIGKILL to its whole process group, for good.
-
-        Does nothing when it is gone already.
-        """
+    def stop(self, grace_seconds: float = 5.0) -> None:
+        """Send SIGTERM, then SIGKILL to the whole process group; do nothing if it has ended."""
         self.stopped = True
-        self._end(grace_s)
+        self._end(grace_seconds)
 
-    def _end(self, grace_s: float) -> None:
-        if self.alive():
-            self.process.terminate()
-            try:
-                self.process.wait(grace_s)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                with contextlib.suppress(
-                    subprocess.TimeoutExpired
-                ):  # a busy kernel takes its time; that must not hide why the server was stopped
-                    self.process.wait(KILL_SECONDS)
+    def _end(self, grace_seconds: float) -> None:
+        if not self.alive():
+            return
+        self.process.terminate()
+        try:
+            self.process.wait(grace_seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            # A busy kernel may need longer; that must not hide the reason for the stop.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(KILL_SECONDS)
 
 
 def start_server(
@@ -93,29 +101,34 @@ def start_server(
     *,
     port: int | None = None,
     flags: Sequence[str] = (),
-    deadline_s: float = START_SECONDS,
+    deadline_seconds: float = START_SECONDS,
     environment: dict[str, str] | None = None,
 ) -> ServerProcess:
-    """Starts `python -m launch.serve` and returns when it is ready to answer.
+    """Start `python -m launch.serve` and return when it is ready to answer.
 
-    The server ends with this process, even when this process is killed. It gets one CPU device,
+    The server ends with this process, even if this process is killed. It gets one CPU device,
     whatever XLA_FLAGS says here.
 
     Args:
-      port: None takes a free one, and another when somebody else was faster.
+      model_dir: Hugging Face checkpoint directory.
+      log_path: file that the server's output is appended to.
+      port: None takes a free one, and another if a different process took it first.
       flags: further flags of launch.serve.
-      environment: added to this process's own.
-    Raises: EngineError with the end of the log when it is not ready within deadline_s.
+      deadline_seconds: for loading and compiling.
+      environment: variables added to this process's environment.
+
+    Raises:
+      EngineError: it is not ready within the deadline, with the end of the log.
     """
     log_path = pathlib.Path(log_path)
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    ends = time.monotonic() + deadline_s
+    ends = time.monotonic() + deadline_seconds
     for _ in range(PORT_ATTEMPTS):
         server = _launch(model_dir, log_path, port or _free_port(), flags, environment or {})
         try:
             status = _wait_until_ready(server, ends)
         except BaseException:
-            server.stop(grace_s=0.5)
+            server.stop(SHORT_GRACE_SECONDS)
             raise
         if status is None:
             return server
@@ -134,46 +147,44 @@ def _launch(
     flags: Sequence[str],
     extra: dict[str, str],
 ) -> ServerProcess:
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
-        "PYTHONUNBUFFERED": "1",
-    }
-    environment["XLA_FLAGS"] = re.sub(
-        r"--xla_force_host_platform_device_count=\S+", "", environment.get("XLA_FLAGS", "")
-    ).strip()
-    command = [
-        sys.executable,
-        "-m",
-        "launch.serve",
-        "--model_path",
-        str(model_dir),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--parent_pid",
-        str(os.getpid()),
-        *flags,
-    ]
+    command = [sys.executable, "-m", "launch.serve"]
+    command += ["--model_path", str(model_dir)]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    command += ["--parent_pid", str(os.getpid()), *flags]
+    environment = _child_environment() | extra
 
-    def start() -> subprocess.Popen:
+    def start() -> subprocess.Popen[bytes]:
         with open(log_path, "ab") as log:
             return subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment | extra,
+                env=environment,
                 start_new_session=True,
             )
 
     return ServerProcess(f"http://127.0.0.1:{port}", start(), log_path, start)
 
 
-def _wait_until_ready(server: ServerProcess, ends: float) -> int | None:
-    """None when /health says 200, the exit status when the process ended instead.
+def _child_environment() -> dict[str, str]:
+    """Return this process's environment with the repository importable and one CPU device."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    xla_flags = os.environ.get("XLA_FLAGS", "")
+    one_device = re.sub(r"--xla_force_host_platform_device_count=\S+", "", xla_flags)
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "PYTHONUNBUFFERED": "1",
+        "XLA_FLAGS": one_device.strip(),
+    }
 
-    Raises EngineError at `ends`.
+
+def _wait_until_ready(server: ServerProcess, ends: float) -> int | None:
+    """Return None once /health says 200, or the exit status if the process ended first.
+
+    Raises:
+      EngineError: neither happened until `ends`.
     """
     while time.monotonic() < ends:
         if not server.alive():

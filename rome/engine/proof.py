@@ -1,9 +1,9 @@
-"""What makes an engine fit to serve: it has loaded the weights, and has proven that it samples from
-them.
+"""Verifies that an engine samples from the weights that it was told to load.
 
-Load, compare the version (and, on the embedded engine, a hash of every tensor), compare the
-logprobs of a probe prompt with the trainer's. SGLang says success for a checkpoint that lacks
-tensors, and says failure for updates that it did make, so its own word proves nothing.
+An engine loads the weights, reports their version (the embedded engine also a hash of every
+tensor), and scores a probe prompt whose logprobs are compared with the trainer's. The server's own
+success message is not enough: SGLang reports success for a checkpoint that lacks tensors, and
+failure for updates that it did make.
 """
 
 from __future__ import annotations
@@ -18,18 +18,21 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from rome.engine.client import Engine, EngineError
+from rome.engine.client import Engine
+from rome.engine.errors import EngineError
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """A version of the weights, and what proves it.
+    """A version of the weights, and the data that verifies it.
 
-    Args:
-      path: a Hugging Face directory where the engines can read it.
-      expected_logprobs: the trainer's log p(probe_ids[t] | before t) at temperature 1; the entry of
-        the first id is ignored.
-      tolerance: largest error of a probe's logprob, in nats.
+    Attributes:
+      path: a Hugging Face directory that the engines or their mirrors can read.
+      version: its number.
+      probe_ids: tokens of the probe prompt, at least two.
+      expected_logprobs: the trainer's log p(probe_ids[t] | probe_ids[:t]) at temperature 1; the
+        entry of the first id is ignored.
+      tolerance: largest accepted error of a probe's logprob, in nats.
     """
 
     path: pathlib.Path
@@ -39,28 +42,37 @@ class Weights:
     tolerance: float
 
     def __post_init__(self) -> None:
-        if len(self.probe_ids) != len(self.expected_logprobs) or len(self.probe_ids) < 2:
+        num_ids = len(self.probe_ids)
+        num_logprobs = len(self.expected_logprobs)
+        if num_ids != num_logprobs or num_ids < 2:
             raise ValueError(
-                f"{len(self.probe_ids)} probe ids and {len(self.expected_logprobs)} logprobs; give"
-                " one logprob for each of at least two ids"
+                f"{num_ids} probe ids and {num_logprobs} logprobs; give one logprob for each of at"
+                " least two ids"
             )
 
 
 async def load_and_prove(engine: Engine, weights: Weights, mode: str = "abort") -> float:
-    """Pauses the engine, loads, proves and lets it go on.
-
-    Returns the largest error of the probe's logprobs, in nats.
+    """Pause an engine, load weights, verify them and resume.
 
     Args:
-      mode: what happens to running requests; "abort" is taken where the server cannot tell which
-        tokens are by which weights.
-    Raises: EngineError. The engine then stands paused, or nobody knows how it stands.
+      engine: not used by anything else meanwhile, except for running requests.
+      weights: to load.
+      mode: what happens to running requests, see `Engine.pause`. Servers that cannot tell which
+        weights sampled which token get "abort" instead.
+
+    Returns:
+      The largest error of the probe's logprobs, in nats.
+
+    Raises:
+      EngineError: the weights were not verified. The engine is then paused or in an unknown state.
     """
     dialect = await engine.dialect()
-    if not dialect.spans:
+    if not dialect.version_spans:
         mode = "abort"
     await engine.pause(mode)
-    path = weights.path if engine.mirror is None else await engine.mirror.fetch(weights.path)
+    path = weights.path
+    if engine.mirror is not None:
+        path = await engine.mirror.fetch(weights.path)
     await engine.update_weights(str(path.resolve()), weights.version, flush=mode != "in_place")
     info = await engine.model_info()
     if info.get("weight_version") != str(weights.version):
@@ -69,14 +81,10 @@ async def load_and_prove(engine: Engine, weights: Weights, mode: str = "abort") 
             f" {weights.version}; start it again and publish again"
         )
     if dialect.embedded:
-        await _compare_checksums(engine, weights.path, (await engine.server_info())["dtype"])
+        server_info = await engine.server_info()
+        await _compare_checksums(engine, weights.path, server_info["dtype"])
     await engine.resume()  # a paused server would hold the probe too
-    logprobs = await engine.score(list(weights.probe_ids))
-    error = float(
-        np.max(
-            np.abs(np.asarray(logprobs[1:]) - np.asarray(weights.expected_logprobs[1:], np.float64))
-        )
-    )
+    error = await _probe_error(engine, weights)
     if not error <= weights.tolerance:  # also when it is NaN
         await engine.pause("abort")
         raise EngineError(
@@ -87,12 +95,21 @@ async def load_and_prove(engine: Engine, weights: Weights, mode: str = "abort") 
     return error
 
 
+async def _probe_error(engine: Engine, weights: Weights) -> float:
+    """Return the largest difference between the engine's and the trainer's probe logprobs."""
+    logprobs = await engine.score(list(weights.probe_ids))
+    actual = np.asarray(logprobs[1:])
+    expected = np.asarray(weights.expected_logprobs[1:], np.float64)
+    return float(np.max(np.abs(actual - expected)))
+
+
 async def _compare_checksums(engine: Engine, path: pathlib.Path, dtype: str) -> None:
-    theirs = (await engine.checksum())["ranks"][0]["checksums"]
+    """Raise EngineError unless the embedded engine holds the bytes of the checkpoint at `path`."""
+    answer = await engine.checksum()
+    theirs = answer["ranks"][0]["checksums"]
     ours = await asyncio.to_thread(_checksums, path, dtype)
-    differing = sorted(
-        name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)
-    )
+    names = ours.keys() | theirs.keys()
+    differing = sorted(name for name in names if ours.get(name) != theirs.get(name))
     if differing:
         raise EngineError(
             f"{engine.url} holds other bytes than {path} in {len(differing)} tensors"
@@ -101,13 +118,13 @@ async def _compare_checksums(engine: Engine, path: pathlib.Path, dtype: str) -> 
 
 
 def _checksums(path: pathlib.Path, dtype: str) -> dict[str, str]:
-    """SHA-256 of every tensor on disk, as it is once loaded with `dtype`."""
+    """Return SHA-256 of every tensor on disk, as it is once loaded with `dtype`."""
     sums = {}
     for file in sorted(path.glob("*.safetensors")):
         with safetensors.safe_open(file, framework="numpy") as opened:
-            for name in opened.keys():
-                tensor = np.ascontiguousarray(
-                    opened.get_tensor(name).astype(jnp.dtype(dtype), copy=False)
-                )
+            names = list(opened.keys())
+            for name in names:
+                loaded = opened.get_tensor(name).astype(jnp.dtype(dtype), copy=False)
+                tensor = np.ascontiguousarray(loaded)
                 sums[name] = hashlib.sha256(tensor.tobytes()).hexdigest()
     return sums

@@ -1,8 +1,8 @@
-"""Brings the trainer's weights to every engine of a pool, and lets an engine go on only when it has
-proven that it has them (`rome.engine.proof`).
+"""Publishes the trainer's weights: writes a checkpoint, and brings it to every engine of a pool.
 
-Requests of this process wait until the proof is there. An engine that fails goes into quarantine
-and the run goes on with the others.
+An engine samples from new weights only once it has proven that it has them (`rome.engine.proof`);
+requests of this process wait until then. An engine that fails goes into quarantine, and the run
+continues with the others.
 """
 
 from __future__ import annotations
@@ -20,31 +20,35 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rome.engine.client import Engine, EngineError
+from rome.data.files import sync
+from rome.engine.client import Engine
 from rome.engine.delta import read_header, write_delta
+from rome.engine.errors import EngineError
 from rome.engine.pool import EnginePool
 from rome.engine.proof import Weights
 from rome.model.config import ModelConfig
 from rome.model.hf.checkpoint import save_hf
-from rome.model.hf.files import sync
 
-KEPT_DIRECTORIES = 2  # the newest, and the one that a server may still be reading
-# what a slow engine gets after the first one has proven itself; then it is left to the supervisor
+# Checkpoints that stay: the newest, and the one that a server may still be reading.
+KEPT_DIRECTORIES = 2
+# Time for the other engines after the first one has proven itself; the supervisor does the rest.
 STRAGGLER_SECONDS = 60.0
-RECOVERY_SECONDS = 300.0  # when all have failed: until the supervisor must have brought one back
+# Time that the supervisor gets to bring an engine back when all have failed.
+RECOVERY_SECONDS = 300.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """What a publication took.
+    """Costs and outcome of a publication.
 
-    Args:
+    Attributes:
+      path: the checkpoint.
       seconds_pause: from the first pause to the last proof.
       probe_error: largest error of the probe's logprobs, in nats.
-      engines: how many serve the new weights.
-      failed: why each of the others does not.
-      seconds_transfer, bytes_transfer: of the slowest mirror and of all mirrors; 0 where engines
-        read the trainer's directory themselves.
+      engines: how many engines serve the new weights.
+      failed: for each other engine, why it does not.
+      seconds_transfer: of the slowest mirror; 0 where engines read the trainer's directory.
+      bytes_transfer: of all mirrors together.
     """
 
     path: pathlib.Path
@@ -66,23 +70,30 @@ async def publish_weights(
     *,
     mode: str = "abort",
 ) -> Published:
-    """Brings the checkpoint at `path` to every engine of the pool, as weight version `version`.
+    """Bring the checkpoint at `path` to every engine of the pool.
 
     Args:
       path: from `write_checkpoint`, where the engines (or their mirrors) can read it. It must stay
         until the next publication: engines that join or come back load it too.
-      expected_logprobs: the trainer's log p(probe_ids[t] | before t) at temperature 1 with these
-        weights; the entry of the first id is ignored.
-      tolerance: largest error of the probe. About 1e-4 in float32; bfloat16 engines need about
-        5e-2.
-      mode: how running requests are paused; "abort" works with every SGLang version, and `Engine`
-        takes the requests up again.
-    Raises: EngineError when no engine has proven itself. Those that failed stay in quarantine,
-    since nobody knows their weights.
+      version: its weight version.
+      pool: engines in quarantine are tried too.
+      probe_ids: tokens of the probe prompt.
+      expected_logprobs: the trainer's log p(probe_ids[t] | probe_ids[:t]) at temperature 1 with
+        these weights; the entry of the first id is ignored.
+      tolerance: largest accepted error of the probe, in nats. About 1e-4 in float32; bfloat16
+        engines need about 5e-2.
+      mode: how running requests are paused, see `Engine.pause`. "abort" works with every version
+        of SGLang; the requests are continued in every mode.
+
+    Returns:
+      What the publication took, and which engines failed.
+
+    Raises:
+      EngineError: no engine has proven the weights. All of them stay in quarantine, since their
+        weights are unknown.
     """
-    weights = Weights(path, version, probe_ids, expected_logprobs, tolerance)
     started = time.monotonic()
-    pool.weights = weights
+    pool.weights = Weights(path, version, probe_ids, expected_logprobs, tolerance)
     engines = pool.engines_in("ready", "updating", "starting", "suspect")
     errors = await _bring_all(pool, engines, mode)
     if not errors:
@@ -94,46 +105,52 @@ async def publish_weights(
         if engine.mirror is not None and engine.mirror.last is not None
     ]
     return Published(
-        path,
-        time.monotonic() - started,
-        max(errors.values(), default=0.0),
-        len(serving),
-        tuple(pool.causes.values()),
-        max((one.seconds for one in transfers), default=0.0),
-        sum(one.bytes for one in transfers),
+        path=path,
+        seconds_pause=time.monotonic() - started,
+        probe_error=max(errors.values(), default=0.0),
+        engines=len(serving),
+        failed=tuple(pool.causes.values()),
+        seconds_transfer=max((transfer.seconds for transfer in transfers), default=0.0),
+        bytes_transfer=sum(transfer.bytes for transfer in transfers),
     )
 
 
 async def _bring_all(pool: EnginePool, engines: Sequence[Engine], mode: str) -> dict[str, float]:
-    """The probe's error of each engine that has proven itself.
+    """Bring all engines to the pool's weights, and return the probe errors by URL.
 
-    The rest is in quarantine: those that failed, and those that were too slow.
+    Engines that fail, or are too slow, are in quarantine afterwards.
     """
-    tasks = {asyncio.create_task(pool.bring(engine, mode)): engine for engine in engines}
-    pending, left_s = set(tasks), None
+    tasks = [asyncio.create_task(pool.bring(engine, mode)) for engine in engines]
     try:
-        while pending and left_s != 0.0:
-            done, pending = await asyncio.wait(
-                pending, timeout=left_s, return_when=asyncio.FIRST_COMPLETED
-            )
-            if left_s is None and any(task.exception() is None for task in done):
-                ends = time.monotonic() + STRAGGLER_SECONDS
-            if left_s is not None or any(task.exception() is None for task in done):
-                left_s = max(ends - time.monotonic(), 0.0)
+        await _wait_for_stragglers(tasks)
     finally:
-        for task in pending:
-            task.cancel()
+        for task in tasks:
+            task.cancel()  # without effect on those that have ended
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-    for outcome in outcomes:
-        if isinstance(outcome, BaseException) and not isinstance(
-            outcome, (EngineError, asyncio.CancelledError)
-        ):
+    errors = {}
+    for engine, outcome in zip(engines, outcomes, strict=True):
+        if isinstance(outcome, float):
+            errors[engine.url] = outcome
+        elif not isinstance(outcome, EngineError | asyncio.CancelledError):
             raise outcome
-    return {
-        engine.url: outcome
-        for engine, outcome in zip(tasks.values(), outcomes)
-        if isinstance(outcome, float)
-    }
+    return errors
+
+
+async def _wait_for_stragglers(tasks: Sequence[asyncio.Task[float]]) -> None:
+    """Wait for all tasks, but at most STRAGGLER_SECONDS after the first one that succeeds."""
+    pending = set(tasks)
+    ends: float | None = None
+    while pending:
+        remaining = None
+        if ends is not None:
+            remaining = max(ends - time.monotonic(), 0.0)
+            if remaining == 0.0:
+                return
+        done, pending = await asyncio.wait(
+            pending, timeout=remaining, return_when=asyncio.FIRST_COMPLETED
+        )
+        if ends is None and any(task.exception() is None for task in done):
+            ends = time.monotonic() + STRAGGLER_SECONDS
 
 
 def write_checkpoint(
@@ -145,48 +162,59 @@ def write_checkpoint(
     *,
     delta: bool = False,
 ) -> pathlib.Path:
-    """Writes directory/step_N: a reader sees all of it or nothing, also after a power cut.
+    """Write DIRECTORY/step_N: readers see all of it or nothing, also after a power cut.
 
-    Only the last two versions stay, and those of `needed`.
+    All processes of a run call this with the same shared directory, and each writes its share. The
+    checkpoint is complete when process 0 returns. The last two versions stay, and those of
+    `needed`; later ones, of a future that the run was rolled back from, are removed.
 
-    `delta`: beside it stands step_N.delta, which leads there from the version before
-    (`rome.engine.mirror`).
+    Args:
+      params: the model's parameters.
+      config: its config; `config.dtype` is the dtype of the files.
+      directory: of the checkpoints.
+      version: N.
+      needed: versions that must not be removed.
+      delta: whether to write step_N.delta beside it, which leads there from the version before
+        (`rome.engine.mirror`).
 
-    Of several processes each calls this with the same shared directory and writes its share; it is
-    whole when process 0 returns.
+    Returns:
+      The checkpoint's path.
     """
     path = pathlib.Path(directory) / f"step_{version:06d}"
     partial = path.with_name(path.name + ".tmp")
     if jax.process_index() == 0:
-        shutil.rmtree(
-            partial, ignore_errors=True
-        )  # before anyone writes: the others wait for process 0 in save_hf
+        # Safe while others are here: they wait for process 0 in save_hf before they write.
+        shutil.rmtree(partial, ignore_errors=True)
     save_hf(params, config, partial, dtype=jnp.dtype(config.dtype))
-    if jax.process_index():
+    if jax.process_index() != 0:
         return path
-    place = path.with_name(path.name + ".delta")
-    place.unlink(
-        missing_ok=True
-    )  # of an earlier run that published this version and died: it leads to other bytes
+    # A run that published this version and died may have left a delta that leads to other bytes.
+    _delta_of(path).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
     os.replace(partial, path)
     sync(path.parent)
-    steps = sorted(
-        entry for entry in path.parent.iterdir() if re.fullmatch(r"step_\d+", entry.name)
-    )
-    newest = (
-        steps.index(path) + 1
-    )  # later ones belong to a future that this run was rolled back from
-    for old in [*steps[: max(newest - KEPT_DIRECTORIES, 0)], *steps[newest:]]:
+    earlier = _remove_old_checkpoints(path, needed)
+    if delta and earlier is not None:
+        base_digest = None
+        if _delta_of(earlier).exists():
+            base_digest = read_header(_delta_of(earlier))["result"]
+        write_delta(earlier, path, _delta_of(path), base_digest)
+    return path
+
+
+def _remove_old_checkpoints(path: pathlib.Path, needed: Collection[int]) -> pathlib.Path | None:
+    """Remove the checkpoints that are not needed any more, and return the one before `path`."""
+    steps = [step for step in path.parent.iterdir() if re.fullmatch(r"step_\d+", step.name)]
+    steps.sort()
+    end = steps.index(path) + 1
+    too_old = steps[: max(end - KEPT_DIRECTORIES, 0)]
+    of_another_future = steps[end:]
+    for old in too_old + of_another_future:
         if int(old.name.removeprefix("step_")) not in needed:
             shutil.rmtree(old)
-            old.with_name(old.name + ".delta").unlink(missing_ok=True)
-    if delta and newest > 1:
-        earlier = place.with_name(steps[newest - 2].name + ".delta")
-        write_delta(
-            steps[newest - 2],
-            path,
-            place,
-            read_header(earlier)["result"] if earlier.exists() else None,
-        )
-    return path
+            _delta_of(old).unlink(missing_ok=True)
+    return steps[end - 2] if end > 1 else None
+
+
+def _delta_of(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(path.name + ".delta")

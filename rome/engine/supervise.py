@@ -1,9 +1,7 @@
-"""Watches over a pool of engines: finds those that do not answer, starts dead ones again, and
-brings all of them back with proven weights.
+"""Supervises a pool of engines.
 
-    task = asyncio.create_task(supervise(pool))     cancel it to end it
-
-Each engine is cared for by itself, so one that hangs delays none of the others.
+It finds engines that do not answer, restarts dead ones, and brings all of them back with proven
+weights.
 """
 
 from __future__ import annotations
@@ -12,107 +10,129 @@ import asyncio
 import logging
 import random
 
-from rome.engine.client import HEALTH_SECONDS, Engine, EngineError
+from rome.engine.client import HEALTH_SECONDS, Engine
+from rome.engine.errors import EngineError
 from rome.engine.pool import EnginePool
 
 INTERVAL_SECONDS = 5.0
-MOST_BUSY = 6  # answers of 429 or 503 in a row: back-pressure does not last that long
-MOST_WAIT_SECONDS = 60.0  # between two attempts to bring one engine back
-SILENT_PROBES = 2  # of a suspect engine, before one of our own is killed and started again
+# Answers of 429 or 503 in a row after which an engine is taken out: back-pressure ends sooner.
+MAX_BUSY_REPLIES = 6
+MAX_WAIT_SECONDS = 60.0  # between two attempts to bring one engine back
+MAX_DOUBLINGS = 10  # of that wait
+# Unanswered probes of a suspect engine before it is killed and restarted, if the pool can do so.
+SILENT_PROBES = 2
 log = logging.getLogger(__name__)
 
 
 async def supervise(
-    pool: EnginePool, *, interval_s: float = INTERVAL_SECONDS, probe_s: float = HEALTH_SECONDS
+    pool: EnginePool,
+    *,
+    interval_seconds: float = INTERVAL_SECONDS,
+    probe_seconds: float = HEALTH_SECONDS,
 ) -> None:
-    """Runs until it is cancelled.
+    """Supervise the engines of a pool until cancelled.
+
+        task = asyncio.create_task(supervise(pool))
+
+    Each engine has a task of its own, so one that hangs delays none of the others.
 
     Args:
-      interval_s: between two probes of an engine. One that hangs is found after at most interval_s
-        + probe_s.
-      probe_s: how long an engine may take to answer; real SGLang servers need more than 20 s when
-        they are busy.
+      pool: engines that join later are supervised too.
+      interval_seconds: between two probes of an engine. One that hangs is found after at most
+        interval_seconds + probe_seconds.
+      probe_seconds: how long an engine may take to answer. SGLang servers under load need more than
+        20 s.
     """
     pool.supervised = True
-    caring: dict[str, asyncio.Task[None]] = {}
+    watchers: dict[str, asyncio.Task[None]] = {}
     try:
         while True:
-            for engine in pool.engines:  # also those that joined later
-                if engine.url not in caring:
-                    caring[engine.url] = asyncio.create_task(
-                        _care(pool, engine, interval_s, probe_s)
-                    )
-            for url, task in list(caring.items()):
-                if task.done():  # by an error that nobody foresaw: say it, and care again
+            for engine in pool.engines:
+                if engine.url not in watchers:
+                    watch = _watch(pool, engine, interval_seconds, probe_seconds)
+                    watchers[engine.url] = asyncio.create_task(watch)
+            for url, task in list(watchers.items()):
+                if task.done():  # by an unexpected error: log it, and start a new watcher
                     log.error("care for engine %s ended", url, exc_info=task.exception())
-                    del caring[url]
-            await asyncio.sleep(interval_s)
+                    del watchers[url]
+            await asyncio.sleep(interval_seconds)
     finally:
         pool.supervised = False
-        for task in caring.values():
+        for task in watchers.values():
             task.cancel()
-        await asyncio.gather(*caring.values(), return_exceptions=True)
+        await asyncio.gather(*watchers.values(), return_exceptions=True)
 
 
-async def _care(pool: EnginePool, engine: Engine, interval_s: float, probe_s: float) -> None:
-    """One engine's probes and recoveries, for ever."""
-    busy = failures = 0
+async def _watch(
+    pool: EnginePool, engine: Engine, interval_seconds: float, probe_seconds: float
+) -> None:
+    """Probe and recover one engine until cancelled."""
+    busy_replies = 0
+    failures = 0
     while True:
         match pool.states[engine.url]:
-            case (
-                "updating" | "lent"
-            ):  # whoever updates it has a deadline; one whose memory is lent out has nothing to answer with
-                busy = failures = 0
+            case "updating" | "lent":
+                # An update has a deadline of its own; a lent engine has no memory to answer with.
+                busy_replies = 0
+                failures = 0
             case "ready":
                 failures = 0
-                health = await engine.health(probe_s)
-                busy = busy + 1 if health == "busy" else 0
-                if pool.states[engine.url] != "ready":  # changed meanwhile
+                health = await engine.health(probe_seconds)
+                busy_replies = busy_replies + 1 if health == "busy" else 0
+                if pool.states[engine.url] != "ready":  # changed during the probe
                     continue
                 if health == "gone":
-                    pool.mark_dead(engine, f"nobody answers at {engine.url}; see its log")
-                elif health == "hung" or busy == MOST_BUSY:
-                    why = (
-                        f"did not answer its health probe within {probe_s:g} s"
-                        if health == "hung"
-                        else f"said {MOST_BUSY} times in a row that it is busy"
-                    )
-                    pool.quarantine(
-                        engine, f"{engine.url} {why}; is it stopped or stuck? See its log"
-                    )
-                if pool.states[engine.url] != "ready":
+                    pool.mark_dead(engine, f"nothing answers at {engine.url}; see its log")
                     continue  # recovery begins at once
+                if health == "hung":
+                    why = f"did not answer its health probe within {probe_seconds:g} s"
+                    _quarantine_stuck(pool, engine, why)
+                    continue
+                if busy_replies == MAX_BUSY_REPLIES:
+                    why = f"said {MAX_BUSY_REPLIES} times in a row that it is busy"
+                    _quarantine_stuck(pool, engine, why)
+                    continue
             case _:
-                failures = 0 if await _recover(pool, engine, failures, probe_s) else failures + 1
-        wait = min(interval_s * 2 ** min(failures, 10), max(interval_s, MOST_WAIT_SECONDS))
-        await asyncio.sleep(
-            wait * random.uniform(0.8, 1.2)
-        )  # engines of one host are not all to be tried at the same moment
+                is_back = await _recover(pool, engine, failures, probe_seconds)
+                failures = 0 if is_back else failures + 1
+        wait = interval_seconds * 2 ** min(failures, MAX_DOUBLINGS)
+        wait = min(wait, max(interval_seconds, MAX_WAIT_SECONDS))
+        # Jitter: engines of one host must not all be tried at the same moment.
+        await asyncio.sleep(wait * random.uniform(0.8, 1.2))
 
 
-async def _recover(pool: EnginePool, engine: Engine, failures: int, probe_s: float) -> bool:
-    """One attempt to bring a starting, suspect or dead engine back.
+def _quarantine_stuck(pool: EnginePool, engine: Engine, why: str) -> None:
+    pool.quarantine(engine, f"{engine.url} {why}; is it stopped or stuck? See its log")
 
-    Returns whether it serves again.
+
+async def _recover(pool: EnginePool, engine: Engine, failures: int, probe_seconds: float) -> bool:
+    """Try once to bring a starting, suspect or dead engine back.
+
+    Args:
+      pool: that it belongs to.
+      engine: to bring back.
+      failures: attempts in a row that failed before this one.
+      probe_seconds: how long it may take to answer.
+
+    Returns:
+      Whether it serves again.
     """
     restart = pool.restart.get(engine.url)
     try:
-        health = await engine.health(probe_s)
+        health = await engine.health(probe_seconds)
         if health == "gone" and pool.states[engine.url] != "dead":
-            pool.mark_dead(engine, f"nobody answers at {engine.url}; see its log")
-        if health == "busy":  # 503 also while it still loads: it will be well, or gone
+            pool.mark_dead(engine, f"nothing answers at {engine.url}; see its log")
+        if health == "busy":  # also while it still loads: it will become well, or gone
             return False
-        if restart is not None and (
-            health == "gone" or (health == "hung" and failures + 1 >= SILENT_PROBES)
-        ):
+        is_silent = health == "hung" and failures + 1 >= SILENT_PROBES
+        if restart is not None and (health == "gone" or is_silent):
             pool.states[engine.url] = "starting"
             log.warning("starting engine %s again", engine.url)
             await asyncio.to_thread(restart)  # has a deadline of its own
         elif health != "well":
             return False
-        if (
-            pool.weights is None
-        ):  # nothing was published yet: it runs the weights that it was started with, as the others do
+        if pool.weights is None:
+            # Nothing was published yet: it runs its first weights, as the other engines do.
             pool.admit(engine)
         else:
             await pool.bring(engine)

@@ -1,11 +1,16 @@
-"""Benchmarks that can be trusted: a dataset, an agent, k attempts at each task, and figures with
-intervals.
+"""Evaluation: a dataset, an agent, k attempts at each task, and metrics with intervals.
 
-    tasks.py          what is played: Harbor and Terminal-Bench folders, generated terminal families
-    agents.py         who plays: the reference solution, nobody, a cheat, a policy; endpoint.py: a model behind a chat-completions URL
-    runner.py         attempts side by side, each kept as it ends; a killed run is taken up again
-    statistics.py     pass@k, means and their intervals; report.py: results.json, report.md and report.html
-    validate.py       proves a dataset; contamination.py looks for its tasks in a text corpus
+    run.py            evaluate, validate and decontaminate: the three jobs, callable from Python
+    tasks.py          datasets: Harbor and Terminal-Bench folders, generated terminal families
+    worlds.py         datasets of tool-use worlds, problems and games
+    agents.py         agents that need no model: the reference solution, doing nothing, cheats
+    policy.py         a model behind SGLang's protocol, played by the agent loop
+    endpoint.py       a model behind a chat-completions URL
+    runner.py         plays attempts concurrently and keeps each one; resumes a killed evaluation
+    statistics.py     pass@k, means and their intervals
+    report.py         results.json, report.md and report.html
+    validate.py       proves that a dataset's tasks are solvable and cannot be cheated
+    contamination.py  searches a text corpus for a dataset's tasks
 
-The entry point is launch/eval.py.
+The command is launch/eval.py.
 """

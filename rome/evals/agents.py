@@ -1,9 +1,8 @@
-"""Who plays: the reference solution, nobody, a cheat, or a policy behind engines.
+"""Agents: the interface, and those that need no model.
 
-Each plays one attempt in a sandbox of its own.
-
-An agent never raises for what a task, a sandbox or an engine did: it returns the typed ending. An
-attempt that the infrastructure spoiled has no reward at all, so that nobody can take it for a 0.
+An agent plays one attempt in a sandbox of its own. It never raises for faults of a task, a sandbox
+or an engine: it returns the typed ending. An attempt that the infrastructure spoiled has no reward
+at all, so that it cannot be mistaken for a 0.
 """
 
 from __future__ import annotations
@@ -18,26 +17,27 @@ from typing import Any, Protocol
 from envs.gem import Env, Info, StepResult
 from envs.rock import SandboxConfig, SandboxError
 from envs.tasks.harbor import BuildError, HarborEnv, TaskError
-from envs.tasks.terminal.demonstrator import FINAL_TURN, run_expert
+from envs.tasks.terminal.demonstrator import FINAL_TURN, play_demonstration
 from envs.tasks.terminal.env import MissingProgramsError
-from rome.agent.loop import Generator, Limits, run_episode
 from rome.evals.cheats import tricks_of
 from rome.evals.tasks import EvalTask
-from rome.model.tokenizer import Chat
 
 CLOSE_SECONDS = 60.0
-NOTE_CHARS = 500
+MAX_NOTE_CHARACTERS = 500
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """How one attempt ended.
 
-    `reward` is None where the infrastructure spoiled it; `permanent`: trying again would end the
-    same way.
-
-    tokens: {prompt, completion}, where a model played. Prompt tokens are counted as they were
-    billed or read anew: see the agent.
+    Attributes:
+      reward: None if the infrastructure spoiled the attempt.
+      ending: its typed ending.
+      note: more about it, for readers.
+      turns: of the agent.
+      tokens: {prompt, completion} of a model. `Policy` counts prompt tokens that the environment
+        appended, `Endpoint` those that the endpoint bills.
+      permanent: whether another try would end the same way.
     """
 
     reward: float | None
@@ -49,253 +49,227 @@ class Outcome:
 
     @property
     def spoiled(self) -> bool:
+        """Whether the attempt says nothing about the agent."""
         return is_spoiled(self.ending)
 
 
 def is_spoiled(ending: str) -> bool:
-    """Whether an attempt that ended so says nothing about its agent."""
+    """Return whether an attempt with this ending says nothing about its agent."""
     return ending.startswith("infra_") or ending == "cancelled"
 
 
+def spoiled(ending: str, note: str, permanent: bool = False) -> Outcome:
+    """Return the outcome of an attempt that the infrastructure spoiled."""
+    return Outcome(None, ending, note[:MAX_NOTE_CHARACTERS], permanent=permanent)
+
+
 class Agent(Protocol):
-    """Plays one attempt. `seed` is different for each attempt; what does not sample ignores it."""
+    """An agent: plays attempts, possibly several at once.
+
+    Attributes:
+      name: recorded with each attempt.
+    """
 
     name: str
 
-    async def play(self, task: EvalTask, attempt: int, seed: int) -> Outcome: ...
+    async def play(self, task: EvalTask, attempt: int, seed: int) -> Outcome:
+        """Play one attempt; `seed` differs between attempts, for agents that sample."""
+        ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Free what the agent holds open."""
+        ...
 
 
-class Started:
-    """A started environment for code that would start it itself: `areset` gives the opening that is
-    there.
+class StartedEnv:
+    """A started environment, for code that would start it itself.
 
-    Remembers turns and the last answer.
+    `areset` returns the opening that is there. Turns are counted, and the last `info` is kept.
     """
 
     def __init__(self, env: Env, task: EvalTask, opening: tuple[str, Info]) -> None:
-        self.env, self.task, self.opening = env, task, opening
-        self.turns, self.last = 0, {}
+        self.env = env
+        self.task = task
+        self.opening = opening
+        self.turns = 0
+        self.last_info: Info = {}
 
     async def areset(self, seed: int | None = None) -> tuple[str, Info]:
+        """Return the opening of the environment, which is started already."""
         return self.opening
 
     async def astep(self, action: str) -> StepResult:
+        """Take one turn."""
         result = await self.env.astep(action)
-        self.turns, self.last = self.turns + 1, result[4]
+        self.turns += 1
+        self.last_info = result[4]
         return result
 
     async def aclose(self) -> None:
+        """Close the environment."""
         await self.env.aclose()
 
     def outcome(self, reward: float, ending: str, note: str = "") -> Outcome:
-        note = note or str(self.last.get("note", ""))
-        return Outcome(
-            None if is_spoiled(ending) else float(reward), ending, note[:NOTE_CHARS], self.turns
-        )
+        """Return the outcome of the attempt; the note defaults to the last turn's."""
+        note = note or str(self.last_info.get("note", ""))
+        counted_reward = None if is_spoiled(ending) else float(reward)
+        return Outcome(counted_reward, ending, note[:MAX_NOTE_CHARACTERS], self.turns)
 
 
-async def with_environment(
+async def play_in_environment(
     task: EvalTask,
     config: SandboxConfig,
-    play: Callable[[Started], Awaitable[Outcome]],
+    play: Callable[[StartedEnv], Awaitable[Outcome]],
     seconds: float | None = None,
 ) -> Outcome:
-    """Starts the task's environment, lets `play` play there and closes it.
-
-    Faults of starting are the infrastructure's, whoever plays.
+    """Start a task's environment, run `play` there, and close it.
 
     Args:
-      seconds: for playing; None: what the task's own limits add up to.
+      task: makes the environment.
+      config: of its sandbox.
+      play: returns the outcome. It need not handle faults of the sandbox.
+      seconds: for playing; None for what the task's own limits add up to.
+
+    Returns:
+      The outcome of `play`, or a typed ending. A fault of the start spoils the attempt.
     """
-    env, seconds = task.make_env(config), seconds or task.play_seconds
+    seconds = seconds or task.play_seconds
+    env = task.make_env(config)
     try:
         try:
             async with asyncio.timeout(task.start_seconds):
-                started = Started(env, task, await env.areset())
+                started = StartedEnv(env, task, await env.areset())
         except TimeoutError:
-            return spoiled(
-                "infra_sandbox", f"the environment did not start within {task.start_seconds:g} s"
-            )
+            note = f"the environment did not start within {task.start_seconds:g} s"
+            return spoiled("infra_sandbox", note)
         try:
             async with asyncio.timeout(seconds):
                 return await play(started)
         except TimeoutError:
             return started.outcome(0.0, "timeout", f"the attempt passed its {seconds:g} s")
-    except (
-        MissingProgramsError,
-        TaskError,
-    ) as error:  # a build step may fail once; all else of these is as it is
-        return spoiled(
-            "infra_sandbox",
-            f"{type(error).__name__}: {error}",
-            permanent=not isinstance(error, BuildError),
-        )
+    except (MissingProgramsError, TaskError) as error:
+        # A step of a build may fail once; all other faults of this kind are permanent.
+        is_permanent = not isinstance(error, BuildError)
+        return spoiled("infra_sandbox", f"{type(error).__name__}: {error}", is_permanent)
     except SandboxError as error:
         return spoiled("infra_sandbox", f"{type(error).__name__}: {error}")
     finally:
         try:
             async with asyncio.timeout(CLOSE_SECONDS):
                 await env.aclose()
-        except (
-            TimeoutError
-        ):  # the attempt has its result; what is left of the sandbox ends with this process
+        except TimeoutError:  # the attempt has its outcome; the sandbox ends with this process
             logging.warning("the sandbox of %r did not end within %g s", task.name, CLOSE_SECONDS)
 
 
-def spoiled(ending: str, note: str, permanent: bool = False) -> Outcome:
-    return Outcome(None, ending, note[:NOTE_CHARS], permanent=permanent)
+# -- agents without a model
+# -------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class Scripted:
-    """oracle (the reference solution or the environment's expert), noop or cheat.
+    """An agent without a model: "oracle", "noop" or "cheat".
 
-    The n-th attempt of the cheat is its n-th trick; the note says which.
+    The oracle plays the reference solution or the demonstrator; the no-op says at once
+    that it is done; attempt n of the cheat plays its trick n, which the note names.
+
+    Attributes:
+      name: one of the three.
+      config: of the sandboxes.
     """
 
     name: str
     config: SandboxConfig
 
     async def play(self, task: EvalTask, attempt: int, seed: int) -> Outcome:
+        """Play one attempt; the seed is ignored."""
         if self.name == "oracle":
-            return await with_environment(task, self.config, _solve)
-        return await with_environment(
-            task,
-            self.config,
-            lambda started: _hand_in(started, attempt if self.name == "cheat" else None),
-        )
+            return await play_in_environment(task, self.config, _solve)
+        trick_number = attempt if self.name == "cheat" else None
+
+        async def hand_in(started: StartedEnv) -> Outcome:
+            return await _hand_in(started, trick_number)
+
+        return await play_in_environment(task, self.config, hand_in)
 
     async def close(self) -> None:
-        pass
+        """Do nothing: no resources are held."""
 
 
-async def _solve(started: Started) -> Outcome:
+# Faults of a scripted solution that meets something unexpected. They are the task's fault, and one
+# task must not end the evaluation of all.
+_SOLUTION_FAULTS = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+)
+
+
+async def _solve(started: StartedEnv) -> Outcome:
+    """Play the reference solution, in the form that the environment has it."""
     try:
         if isinstance(started.env, HarborEnv):
-            _, reward, _, _, info = await started.env.asolve()
-            ended = getattr(started.env, "solution_result", None)
-            why = (
-                f"; the reference solution ended with exit {ended.exit_code}: {ended.stderr[-200:]}"
-                if ended and ended.exit_code and reward != 1.0
-                else ""
-            )
-            started.last = info
-            return started.outcome(
-                reward, info["ending"], f"{info.get('note', '')}{why}".lstrip("; ")
-            )
-        if hasattr(type(started.env), "expert_action"):
-            return await _follow(started, started.env)
-        episode = await run_expert(started, random.Random(0))
-        why = (
-            f"last observation: {episode.turns[-1].observation}"
-            if episode.reward != 1.0 and episode.turns
-            else ""
-        )
-        return started.outcome(
-            episode.reward, episode.ending, str(started.last.get("note", "")) or why
-        )
+            return await _run_solution(started, started.env)
+        if hasattr(type(started.env), "demonstrator_action"):
+            return await _follow_demonstrator(started, started.env)
+        return await _play_terminal_demonstration(started)
     except TaskError:
         raise
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        AssertionError,
-        RuntimeError,
-    ) as error:
-        # an expert that meets what it did not expect: the task's fault, and one task must not end
-        # the evaluation of all
-        return started.outcome(
-            0.0, "failure", f"the reference solution raised {type(error).__name__}: {error}"
-        )
+    except _SOLUTION_FAULTS as error:
+        note = f"the reference solution raised {type(error).__name__}: {error}"
+        return started.outcome(0.0, "failure", note)
 
 
-async def _follow(started: Started, env: Any) -> Outcome:
-    """The environment's own expert, turn by turn."""
+async def _run_solution(started: StartedEnv, env: HarborEnv) -> Outcome:
+    """Run the solution script of a Harbor task."""
+    _, reward, _, _, info = await env.asolve()
+    notes = [str(info.get("note", ""))]
+    ended = getattr(env, "solution_result", None)
+    if ended and ended.exit_code and reward != 1.0:
+        stderr = ended.stderr[-200:]
+        notes.append(f"the reference solution ended with exit {ended.exit_code}: {stderr}")
+    started.last_info = info
+    return started.outcome(reward, info["ending"], _join(notes))
+
+
+async def _play_terminal_demonstration(started: StartedEnv) -> Outcome:
+    """Play the scripted solution of a terminal task, without errors."""
+    episode = await play_demonstration(started, random.Random(0))
+    note = str(started.last_info.get("note", ""))
+    if not note and episode.reward != 1.0 and episode.turns:
+        note = f"last observation: {episode.turns[-1].observation}"
+    return started.outcome(episode.reward, episode.ending, note)
+
+
+async def _follow_demonstrator(started: StartedEnv, env: Any) -> Outcome:
+    """Play the environment's own demonstrator, turn by turn."""
     observation = started.opening[0]
-    while (action := env.expert_action()) is not None:
+    while (action := env.demonstrator_action()) is not None:
         observation, reward, terminated, truncated, info = await started.astep(action)
         if terminated or truncated:
             return started.outcome(reward, info["ending"])
-    return started.outcome(
-        0.0, "failure", f"the expert has no further turn; last observation: {observation}"
-    )
+    note = f"the demonstrator has no further turn; last observation: {observation}"
+    return started.outcome(0.0, "failure", note)
 
 
-async def _hand_in(started: Started, attempt: int | None) -> Outcome:
-    """Says that it is done, in every step of the task, after a trick where an attempt's number
-    chooses one.
-    """
-    trick, turns = (
-        (None, [])
-        if attempt is None
-        else tricks_of(started.env)[attempt % len(tricks_of(started.env))]
-    )
-    told = f"trick: {trick}" if trick else ""
+async def _hand_in(started: StartedEnv, trick_number: int | None) -> Outcome:
+    """Say in every step of the task that it is done, each time after a trick if one is chosen."""
+    turns: list[str] = []
+    trick_note = ""
+    if trick_number is not None:
+        tricks = tricks_of(started.env)
+        name, turns = tricks[trick_number % len(tricks)]
+        trick_note = f"trick: {name}"
     while True:
         for action in [*turns, FINAL_TURN]:
             _, reward, terminated, truncated, info = await started.astep(action)
             if terminated or truncated:
-                return started.outcome(
-                    reward,
-                    info["ending"],
-                    "; ".join(filter(None, [told, str(info.get("note", ""))])),
-                )
+                note = _join([trick_note, str(info.get("note", ""))])
+                return started.outcome(reward, info["ending"], note)
 
 
-@dataclasses.dataclass
-class Policy:
-    """A model behind our engines, played by `rome.agent.loop`.
-
-    Of its tokens, `prompt` are those that the environment appended.
-
-    tell_tools: the model is told the tools and the system text of the environment that it plays;
-    False: what `chat` says, and nothing else.
-    """
-
-    engine: Generator
-    chat: Chat
-    limits: Limits
-    config: SandboxConfig
-    temperature: float = 1.0
-    tell_tools: bool = False
-    name: str = "policy"
-
-    async def play(self, task: EvalTask, attempt: int, seed: int) -> Outcome:
-        async def episode(started: Started) -> Outcome:
-            chat = self.chat
-            if self.tell_tools:
-                chat = Chat(
-                    chat.tokenizer,
-                    started.opening[1]["tools"],
-                    getattr(started.env, "system", None),
-                )
-            played = await run_episode(
-                self.engine,
-                started,
-                chat,
-                self.limits,
-                seed=seed,
-                temperature=self.temperature,
-                episode=attempt,
-            )
-            tokens = {
-                "prompt": sum(len(chunk.prompt_ids) for chunk in played.chunks),
-                "completion": played.num_action_tokens,
-            }
-            return dataclasses.replace(
-                started.outcome(played.reward, played.ending, played.note),
-                tokens=tokens,
-                turns=len(played.chunks),
-            )
-
-        return await with_environment(
-            task, self.config, episode, self.limits.episode_seconds + CLOSE_SECONDS
-        )
-
-    async def close(self) -> None:
-        await self.engine.close()
+def _join(notes: list[str]) -> str:
+    return "; ".join(note for note in notes if note)

@@ -1,10 +1,8 @@
-"""What a scripted cheat does instead of the task; a sound task gives 0 to every trick.
+"""Tricks of the scripted cheat. A sound task gives each of them a reward of 0.
 
-In a shell each is one command; other environments bring their own.
-
-They know the usual places and tricks, not the task: pre-seeded and forged rewards, links,
-background writers, replaced tests, modules, programs and PATH, programs of the task that kill or
-answer their grader.
+In a shell each trick is one command; other environments bring their own. The tricks know usual
+places, not the task: pre-seeded and forged rewards, links, background writers, replaced tests,
+modules, programs and PATH, and programs of the task that kill or answer their grader.
 """
 
 from __future__ import annotations
@@ -61,13 +59,15 @@ GAME_TRICKS = {
 
 
 def tricks_of(env: Any) -> list[tuple[str, list[str]]]:
-    """(name, turns) of each trick in this environment, always four: its own, a game's, or the
-    shell's.
+    """Return (name, turns) of the four tricks for this environment.
+
+    They are the environment's own, those for a game, or those for a shell.
     """
     if hasattr(type(env), "cheats"):
         return list(env.cheats().items())
-    if hasattr(type(env), "expert_action"):
+    if hasattr(type(env), "demonstrator_action"):
         return list(GAME_TRICKS.items())
-    return [
-        (name, [format_tool_call("bash", {"command": command})]) for name, command in CHEATS.items()
-    ]
+    tricks = []
+    for name, command in CHEATS.items():
+        tricks.append((name, [format_tool_call("bash", {"command": command})]))
+    return tricks

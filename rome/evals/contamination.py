@@ -1,7 +1,7 @@
-"""Whether tasks stand in a text corpus: shared runs of 13 words, and canary strings.
+"""Searches a text corpus for the tasks of a dataset: shared runs of 13 words, and canary strings.
 
 Words are runs of letters and digits, compatibility-normalised (NFKC) and case-folded, so that
-markup, punctuation and line breaks hide nothing. An instruction of fewer than 13 words is looked
+markup, punctuation and line breaks hide nothing. An instruction of fewer than 13 words is searched
 for as a whole, down to 8; a shorter one says too little and is reported as not checked. A canary is
 the GUID of a line that has the word "canary"; the loader hides it from the agent, so it is read
 from the task's files.
@@ -20,223 +20,261 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from envs.tasks.harbor import HarborTask
+from rome.data.files import write_atomically
 from rome.evals.report import Table, write_pages
 from rome.evals.tasks import EvalTask
-from rome.train.metrics import write_atomically
 
-N = 13
-FEWEST_WORDS = 8
+N = 13  # words of an n-gram
+MIN_WORDS = 8  # of an instruction that is checked
 CHUNK_BYTES = 1 << 20
-LONGEST_WORD = 1 << 12  # of what a chunk's end may cut; more without a space is no text
-MAX_CANARY_FILE = 1 << 20
-KEPT_PLACES = 5  # of each hit
+# Longest word that the end of a chunk is moved for; more without a space is not text.
+MAX_WORD_CHARACTERS = 1 << 12
+MAX_CANARY_FILE_BYTES = 1 << 20
+MAX_PLACES = 5  # shown of each hit
+NGram = tuple[str, ...]
 _WORD = re.compile(r"[^\W_]+")
 _GUID = re.compile(r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b")
 
 
+# -- what is searched for
+# -------------------------------------------------------------------------------------------------
+
+
 def words_of(text: str) -> list[str]:
+    """Return the normalised words of a text."""
     return _WORD.findall(normalised(text))
 
 
 def normalised(text: str) -> str:
-    """Has the line breaks that the text has."""
+    """Return the text in compatibility form and case-folded, with the line breaks that it has."""
     return unicodedata.normalize("NFKC", text).casefold()
 
 
-def ngrams_of(text: str) -> set[tuple[str, ...]]:
-    """The runs of 13 words; the whole where it has 8 to 12; nothing where it has fewer."""
+def ngrams_of(text: str) -> set[NGram]:
+    """Return the runs of 13 words of a text.
+
+    A text of 8 to 12 words is one run; a shorter one has none.
+    """
     words = words_of(text)
     size = min(N, len(words))
-    return (
-        {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}
-        if size >= FEWEST_WORDS
-        else set()
-    )
+    if size < MIN_WORDS:
+        return set()
+    return {tuple(words[start : start + size]) for start in range(len(words) - size + 1)}
 
 
-def texts_of(task: EvalTask) -> list[str]:
-    """The instructions of the task's steps: no run of words crosses from one to the next."""
-    return (
-        [step.instruction for step in task.source.steps]
-        if isinstance(task.source, HarborTask)
-        else [task.instruction]
-    )
+def _ngrams_of_task(task: EvalTask) -> set[NGram]:
+    """Return the n-grams of a task's instructions; none crosses from one step to the next."""
+    texts = [task.instruction]
+    if isinstance(task.source, HarborTask):
+        texts = [step.instruction for step in task.source.steps]
+    found: set[NGram] = set()
+    for text in texts:
+        found |= ngrams_of(text)
+    return found
 
 
 def canaries_of(task: EvalTask) -> set[str]:
-    """Lower-case GUIDs of the lines of the task's files that speak of a canary."""
+    """Return the lower-case GUIDs of the lines in a task's files that have the word "canary"."""
     if not isinstance(task.source, HarborTask):
         return set()
-    found = set()
+    found: set[str] = set()
     for path in sorted(task.source.path.rglob("*")):
-        if path.is_symlink() or not path.is_file() or path.stat().st_size > MAX_CANARY_FILE:
+        is_readable = path.is_file() and not path.is_symlink()
+        if not is_readable or path.stat().st_size > MAX_CANARY_FILE_BYTES:
             continue
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            if "canary" in line.lower():
-                found |= set(_GUID.findall(line.lower()))
+        text = path.read_text(encoding="utf-8", errors="replace").lower()
+        for line in text.splitlines():
+            if "canary" in line:
+                found.update(_GUID.findall(line))
     return found
+
+
+# -- the search
+# -------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class _Hits:
-    ngrams: set[tuple[str, ...]] = dataclasses.field(default_factory=set)
+    """What was found of one task."""
+
+    ngrams: set[NGram] = dataclasses.field(default_factory=set)
     canaries: set[str] = dataclasses.field(default_factory=set)
     places: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
-    def add(self, place: dict[str, Any]) -> None:
-        if len(self.places) < KEPT_PLACES:
-            self.places.append(place)
+    def add_place(self, file: str, line: int, what: str) -> None:
+        if len(self.places) < MAX_PLACES:
+            self.places.append({"file": file, "line": line, "what": what})
 
 
 def find_contamination(tasks: Sequence[EvalTask], corpus: pathlib.Path) -> dict[str, Any]:
-    """Reads every regular file below `corpus` once, in chunks. {hits: [{task, share, ngrams,
-    canaries, places}], unchecked, files, words, unreadable}.
+    """Search every regular file of a folder for the tasks, reading each once.
 
-    share: of the task's n-grams that are in the corpus. Raises ValueError where the corpus is no
-    folder with files.
+    Args:
+      tasks: searched for.
+      corpus: folder of text files.
+
+    Returns:
+      hits: [{task, share, ngrams, canaries, places}], with the share of the task's n-grams that are
+        in the corpus; unchecked: tasks with too short instructions; files and words that were read;
+        unreadable: files that were not.
+
+    Raises:
+      ValueError: the corpus is not a folder, or has no file that can be read.
     """
     if not corpus.is_dir():
         raise ValueError(f"corpus {str(corpus)!r} is no folder; give the folder of its text files")
-    grams = {task.name: set().union(*map(ngrams_of, texts_of(task))) for task in tasks}
-    owners: dict[tuple[str, ...], list[str]] = collections.defaultdict(list)
-    for name, found in grams.items():
-        for gram in found:
-            owners[gram].append(name)
-    guids: dict[str, list[str]] = collections.defaultdict(list)
+    ngrams = {task.name: _ngrams_of_task(task) for task in tasks}
+    ngram_owners: dict[NGram, list[str]] = collections.defaultdict(list)
+    for name, found in ngrams.items():
+        for ngram in found:
+            ngram_owners[ngram].append(name)
+    canary_owners: dict[str, list[str]] = collections.defaultdict(list)
     for task in tasks:
-        for guid in canaries_of(task):
-            guids[guid].append(task.name)
+        for canary in canaries_of(task):
+            canary_owners[canary].append(task.name)
     hits: dict[str, _Hits] = collections.defaultdict(_Hits)
-    files, words, unreadable = 0, 0, []
-    for path in _files(corpus):
+    num_files = 0
+    num_words = 0
+    unreadable = []
+    for path in _list_files(corpus):
+        shown = str(path.relative_to(corpus))
         try:
-            words += _scan(path, str(path.relative_to(corpus)), owners, guids, hits)
-            files += 1
+            num_words += _scan(path, shown, ngram_owners, canary_owners, hits)
+            num_files += 1
         except OSError as error:
-            unreadable.append(f"{path.relative_to(corpus)}: {error.strerror}")
-    if not files:
+            unreadable.append(f"{shown}: {error.strerror}")
+    if num_files == 0:
         raise ValueError(f"corpus {str(corpus)!r} holds no file that could be read")
     return {
         "corpus": str(corpus),
-        "files": files,
-        "words": words,
+        "files": num_files,
+        "words": num_words,
         "unreadable": unreadable,
-        "unchecked": sorted(name for name, found in grams.items() if not found),
-        "canaries_known": len(guids),
-        "hits": [
-            {
-                "task": name,
-                "share": round(len(hit.ngrams) / len(grams[name]), 4) if grams[name] else 0.0,
-                "ngrams": len(hit.ngrams),
-                "canaries": sorted(hit.canaries),
-                "places": hit.places,
-            }
-            for name, hit in sorted(hits.items())
-        ],
+        "unchecked": sorted(name for name, found in ngrams.items() if not found),
+        "canaries_known": len(canary_owners),
+        "hits": [_describe_hit(name, hit, ngrams[name]) for name, hit in sorted(hits.items())],
     }
 
 
-def _files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+def _describe_hit(name: str, hit: _Hits, ngrams: set[NGram]) -> dict[str, Any]:
+    return {
+        "task": name,
+        "share": round(len(hit.ngrams) / len(ngrams), 4) if ngrams else 0.0,
+        "ngrams": len(hit.ngrams),
+        "canaries": sorted(hit.canaries),
+        "places": hit.places,
+    }
+
+
+def _list_files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yield the regular files below a folder, in a fixed order."""
     for root, folders, names in os.walk(folder):
         folders.sort()
-        yield from (
-            path
-            for name in sorted(names)
-            if (path := pathlib.Path(root) / name).is_file() and not path.is_symlink()
-        )
+        for name in sorted(names):
+            path = pathlib.Path(root) / name
+            if path.is_file() and not path.is_symlink():
+                yield path
 
 
 def _scan(
     path: pathlib.Path,
     shown: str,
-    owners: Mapping[tuple[str, ...], list[str]],
-    guids: Mapping[str, list[str]],
+    ngram_owners: Mapping[NGram, list[str]],
+    canary_owners: Mapping[str, list[str]],
     hits: dict[str, _Hits],
 ) -> int:
-    """Looks for everything in one file; returns how many words it has.
+    """Search one file for everything, and return its number of words.
 
-    A run of words may cross the chunks.
+    Args:
+      path: the file.
+      shown: its name in the places of hits.
+      ngram_owners: n-gram -> tasks that have it.
+      canary_owners: canary -> tasks that have it.
+      hits: by task; added to.
     """
-    sizes = sorted({len(gram) for gram in owners})
-    window: collections.deque[str] = collections.deque(maxlen=N)
-    count, line = 0, 1
-    for text in _chunks(path):
-        for match in _GUID.finditer(text) if guids else ():
-            for name in guids.get(match[0], ()):
-                hits[name].canaries.add(match[0])
-                hits[name].add(
-                    {
-                        "file": shown,
-                        "line": line + text.count("\n", 0, match.start()),
-                        "what": f"canary {match[0]}",
-                    }
-                )
+    sizes = sorted({len(ngram) for ngram in ngram_owners})
+    window: collections.deque[str] = collections.deque(maxlen=N)  # also across chunks
+    num_words = 0
+    first_line = 1
+    for text in _read_chunks(path):
+        if canary_owners:
+            _scan_canaries(text, first_line, shown, canary_owners, hits)
         for match in _WORD.finditer(text):
             window.append(match[0])
-            count += 1
-            last = tuple(window)
+            num_words += 1
+            last_words = tuple(window)
             for size in sizes:
-                gram = last[-size:]
-                if len(last) < size or gram not in owners:
+                ngram = last_words[-size:]
+                if len(last_words) < size or ngram not in ngram_owners:
                     continue
-                for name in owners[gram]:
-                    if gram not in hits[name].ngrams:
-                        hits[name].ngrams.add(gram)
-                        hits[name].add(
-                            {
-                                "file": shown,
-                                "line": line + text.count("\n", 0, match.start()),
-                                "what": " ".join(gram),
-                            }
-                        )
-        line += text.count("\n")
-    return count
+                for name in ngram_owners[ngram]:
+                    if ngram not in hits[name].ngrams:
+                        line = first_line + text.count("\n", 0, match.start())
+                        hits[name].ngrams.add(ngram)
+                        hits[name].add_place(shown, line, " ".join(ngram))
+        first_line += text.count("\n")
+    return num_words
 
 
-def _chunks(path: pathlib.Path) -> Iterator[str]:
-    """The normalised text in pieces that end between words."""
+def _scan_canaries(
+    text: str,
+    first_line: int,
+    shown: str,
+    canary_owners: Mapping[str, list[str]],
+    hits: dict[str, _Hits],
+) -> None:
+    """Search one chunk of a file for canaries."""
+    for match in _GUID.finditer(text):
+        for name in canary_owners.get(match[0], ()):
+            line = first_line + text.count("\n", 0, match.start())
+            hits[name].canaries.add(match[0])
+            hits[name].add_place(shown, line, f"canary {match[0]}")
+
+
+def _read_chunks(path: pathlib.Path) -> Iterator[str]:
+    """Yield the normalised text of a file in pieces that end between words."""
     rest = ""
     with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
         while block := file.read(CHUNK_BYTES):
             block = rest + block
             cut = max(block.rfind(" "), block.rfind("\n"), 0)
-            cut = cut if len(block) - cut <= LONGEST_WORD else len(block)
+            if len(block) - cut > MAX_WORD_CHARACTERS:
+                cut = len(block)
             rest = block[cut:]
             yield normalised(block[:cut])
     yield normalised(rest)
 
 
+# -- the report
+# -------------------------------------------------------------------------------------------------
+
+
 def write_contamination(out: pathlib.Path, dataset: str, found: Mapping[str, Any]) -> None:
-    """OUT/contamination.json, contamination.md and contamination.html."""
+    """Write OUT/contamination.json, contamination.md and contamination.html."""
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        out / "contamination.json", json.dumps({"dataset": dataset, **found}, indent=1) + "\n"
-    )
-    write_pages(
-        out, "contamination", f"{dataset} in {found['corpus']}", contamination_tables(found)
-    )
+    content = json.dumps({"dataset": dataset, **found}, indent=1) + "\n"
+    write_atomically(out / "contamination.json", content)
+    title = f"{dataset} in {found['corpus']}"
+    write_pages(out, "contamination", title, contamination_tables(found))
 
 
 def contamination_tables(found: Mapping[str, Any]) -> list[Table]:
-    def places(hit: Mapping[str, Any]) -> str:
-        return "; ".join(
-            f"{place['file']}:{place['line']}: {place['what']}" for place in hit["places"]
-        )
-
-    rows = [
-        [hit["task"], f"{hit['share']:.2f}", ", ".join(hit["canaries"]), places(hit)]
-        for hit in found["hits"]
-    ]
+    """Return the tables of the pages."""
+    hits = []
+    for hit in found["hits"]:
+        places = [f"{place['file']}:{place['line']}: {place['what']}" for place in hit["places"]]
+        canaries = ", ".join(hit["canaries"])
+        hits.append([hit["task"], f"{hit['share']:.2f}", canaries, "; ".join(places)])
     return [
-        (
-            f"{len(rows)} tasks found in {found['files']} files of {found['words']:,} words",
+        Table(
+            f"{len(hits)} tasks found in {found['files']} files of {found['words']:,} words",
             ["task", f"share of its {N}-grams", "canaries", "first places"],
-            rows,
+            hits,
         ),
-        (
-            f"Instructions of fewer than {FEWEST_WORDS} words, not checked",
+        Table(
+            f"Instructions of fewer than {MIN_WORDS} words, not checked",
             ["task"],
             [[name] for name in found["unchecked"]],
         ),
-        ("Files that could not be read", ["file"], [[name] for name in found["unreadable"]]),
+        Table("Files that could not be read", ["file"], [[name] for name in found["unreadable"]]),
     ]

@@ -1,10 +1,10 @@
-"""A model behind an OpenAI-compatible chat-completions URL plays with the environment's tools.
+"""A model behind an OpenAI-compatible chat-completions URL as an agent.
 
-The conversation is kept here as messages and sent whole each turn; `prompt` tokens are therefore as
-the endpoint bills them, turn by turn. Every request has a deadline; back-pressure (429, 5xx) and
-broken connections are tried again with growing, random waits, as `Retry-After` asks where it does.
-The API key comes from an environment variable, goes into one header and into no message, record or
-log.
+It plays with the tools of the environment. The conversation is kept here as messages and sent in
+full each turn; `prompt` tokens are therefore as the endpoint bills them, turn by turn. Every
+request has a deadline; back-pressure (429, 5xx) and broken connections are retried with growing,
+random waits, as `Retry-After` asks where it does. The API key is sent in one header and appears in
+no message, record or log.
 """
 
 from __future__ import annotations
@@ -13,20 +13,23 @@ import asyncio
 import dataclasses
 import email.utils
 import json
+import math
 import random
 import time
 import urllib.parse
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import aiohttp
 
 from envs.rock import SandboxConfig
-from rome.evals.agents import Outcome, Started, spoiled, with_environment
+from rome.evals.agents import Outcome, StartedEnv, play_in_environment, spoiled
 from rome.evals.tasks import EvalTask
 
 RETRY_STATUS = (408, 409, 429, 500, 502, 503, 504)
+TOO_LONG_STATUS = (400, 413, 422)  # of servers that refuse a conversation for its length
 MAX_REQUESTS = 8  # for one answer
-LONGEST_WAIT_S = 60.0
+MAX_WAIT_SECONDS = 60.0
 MAX_ANSWER_BYTES = 8 << 20
 MAX_CALLS = 16  # of one turn
 SYSTEM = (
@@ -37,7 +40,11 @@ SYSTEM = (
 
 
 class EndpointError(RuntimeError):
-    """The endpoint gave no answer. `permanent`: asking again would not help."""
+    """The endpoint gave no answer.
+
+    Attributes:
+      permanent: whether another request would fail too.
+    """
 
     def __init__(self, message: str, permanent: bool = False) -> None:
         super().__init__(message)
@@ -48,12 +55,44 @@ class ContextFull(Exception):
     """The conversation no longer fits into the model's context."""
 
 
+class _Response(NamedTuple):
+    status: int
+    headers: Mapping[str, str]
+    text: str
+
+
+@dataclasses.dataclass
+class _Usage:
+    """What one attempt has used so far."""
+
+    seconds_waited: float = 0.0
+    tokens: dict[str, int] = dataclasses.field(
+        default_factory=lambda: {"prompt": 0, "completion": 0}
+    )
+
+    def add(self, usage: dict[str, Any]) -> None:
+        """Add the `usage` of one answer; fields that are missing or no integers count as 0."""
+        for ours, theirs in (("prompt", "prompt_tokens"), ("completion", "completion_tokens")):
+            amount = usage.get(theirs, 0)
+            if isinstance(amount, int):
+                self.tokens[ours] += amount
+
+
 @dataclasses.dataclass
 class Endpoint:
-    """url: up to and without /chat/completions, such as http://127.0.0.1:8000/v1. request_seconds:
-    for one answer, with all its retries.
+    """An agent that asks a chat-completions endpoint for its turns.
 
-    temperature, max_tokens: not sent where None, for some models refuse them.
+    Attributes:
+      url: such as http://127.0.0.1:8000/v1; /chat/completions is added.
+      model: name of the model, as the endpoint knows it.
+      config: of the sandboxes.
+      api_key: sent as a bearer token to this URL only.
+      temperature: of sampling; not sent if None, since some models refuse it.
+      max_tokens: of one answer; not sent if None.
+      episode_seconds: for one attempt.
+      request_seconds: for one answer, with all its retries.
+      first_wait_seconds: before the first retry; doubled each time.
+      name: recorded with each attempt.
     """
 
     url: str
@@ -64,18 +103,14 @@ class Endpoint:
     max_tokens: int | None = None
     episode_seconds: float = 600.0
     request_seconds: float = 300.0
-    first_wait_s: float = 0.5
+    first_wait_seconds: float = 0.5
     name: str = "endpoint"
     _session: aiohttp.ClientSession | None = dataclasses.field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         parts = urllib.parse.urlsplit(self.url)
-        if (
-            parts.scheme not in ("http", "https")
-            or not parts.hostname
-            or parts.username
-            or parts.query
-        ):
+        is_http = parts.scheme in ("http", "https") and parts.hostname
+        if not is_http or parts.username or parts.query:
             raise ValueError(
                 "endpoint is not http(s)://HOST[:PORT][/PATH] without user, password and query"
                 f" (scheme {parts.scheme!r}, host {parts.hostname!r}); a key goes into the"
@@ -84,133 +119,124 @@ class Endpoint:
         self.url = self.url.rstrip("/").removesuffix("/chat/completions")
 
     async def close(self) -> None:
+        """Close the connections."""
         if self._session is not None:
             await self._session.close()
             self._session = None
 
     async def play(self, task: EvalTask, attempt: int, seed: int) -> Outcome:
-        clock = {"waited": 0.0}
-        tokens = {"prompt": 0, "completion": 0}
+        """Play one attempt; a slow or failing endpoint spoils it."""
+        usage = _Usage()
 
-        async def episode(started: Started) -> Outcome:
-            return await self._converse(started, seed, clock, tokens)
+        async def converse(started: StartedEnv) -> Outcome:
+            return await self._converse(started, seed, usage)
 
         try:
-            outcome = await with_environment(task, self.config, episode, self.episode_seconds)
+            outcome = await play_in_environment(task, self.config, converse, self.episode_seconds)
         except EndpointError as error:
             outcome = spoiled("infra_engine", str(error), error.permanent)
-        if (
-            outcome.ending == "timeout" and clock["waited"] > self.episode_seconds / 2
-        ):  # a slow endpoint is not the model's failure
-            outcome = spoiled(
-                "infra_engine",
-                f"{outcome.note}, {clock['waited']:.1f} s of them waiting for the endpoint",
-            )
-        return dataclasses.replace(outcome, tokens=tokens)
+        is_endpoint_slow = usage.seconds_waited > self.episode_seconds / 2
+        if outcome.ending == "timeout" and is_endpoint_slow:  # not the model's failure
+            waited = f"{usage.seconds_waited:.1f} s of them waiting for the endpoint"
+            outcome = spoiled("infra_engine", f"{outcome.note}, {waited}")
+        return dataclasses.replace(outcome, tokens=usage.tokens)
 
-    async def _converse(
-        self, started: Started, seed: int, clock: dict[str, float], tokens: dict[str, int]
-    ) -> Outcome:
-        """Turn after turn to the end."""
+    async def _converse(self, started: StartedEnv, seed: int, usage: _Usage) -> Outcome:
+        """Play turn after turn to the end of the attempt."""
+        opening, info = started.opening
+        tools = info["tools"]
         messages: list[dict[str, Any]] = [
             {"role": "system", "content": getattr(started.env, "system", SYSTEM)},
-            {"role": "user", "content": started.opening[0]},
+            {"role": "user", "content": opening},
         ]
-        tools = started.opening[1]["tools"]
         while True:
             began = time.monotonic()
             try:
-                choice, usage = await self._ask(messages, tools, seed)
+                choice, answer_usage = await self._ask(messages, tools, seed)
             except ContextFull as error:
                 return started.outcome(0.0, "truncated_tokens", str(error))
             finally:
-                clock["waited"] += time.monotonic() - began
-            for ours, theirs in (("prompt", "prompt_tokens"), ("completion", "completion_tokens")):
-                tokens[ours] += usage.get(theirs, 0) if isinstance(usage.get(theirs, 0), int) else 0
+                usage.seconds_waited += time.monotonic() - began
+            usage.add(answer_usage)
             if choice.get("finish_reason") == "length":
-                return started.outcome(
-                    0.0,
-                    "truncated_tokens",
-                    f"turn {started.turns + 1} did not end within the answer's limit",
-                )
+                note = f"turn {started.turns + 1} did not end within the answer's limit"
+                return started.outcome(0.0, "truncated_tokens", note)
             message = choice["message"]
             calls = message.get("tool_calls") or []
             text = message.get("content") if isinstance(message.get("content"), str) else ""
-            messages.append(
-                {"role": "assistant", "content": text, **({"tool_calls": calls} if calls else {})}
-            )
+            said = {"role": "assistant", "content": text}
+            messages.append(said | {"tool_calls": calls} if calls else said)
             for call in calls[:MAX_CALLS] or [None]:
-                observation, reward, terminated, truncated, info = await started.astep(
-                    action_of(call) if call is not None else text
-                )
+                action = text if call is None else action_of(call)
+                observation, reward, terminated, truncated, info = await started.astep(action)
                 if terminated or truncated:
                     return started.outcome(reward, info["ending"])
-                tools = info.get("tools", tools)  # some environments bring more of them later
-                role = (
-                    {"role": "user"}
-                    if call is None
-                    else {"role": "tool", "tool_call_id": call["id"]}
-                )
-                messages.append({**role, "content": observation})
+                tools = info.get("tools", tools)  # some environments offer more of them later
+                messages.append(_observation_message(call, observation))
             refusal = f"not run: a turn has at most {MAX_CALLS} calls"
-            messages += [
-                {"role": "tool", "tool_call_id": call["id"], "content": refusal}
-                for call in calls[MAX_CALLS:]
-            ]
+            for call in calls[MAX_CALLS:]:
+                messages.append(_observation_message(call, refusal))
 
     async def _ask(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], seed: int
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(first choice, usage) of one answer. Raises EndpointError; ContextFull."""
-        optional = {
-            "tools": tools or None,
-            "temperature": self.temperature,
-            "max_tokens": self.max_tokens,
-        }  # an empty list of tools is refused by some
-        body = {
-            "model": self.model,
-            "messages": messages,
-            "seed": seed,
-            **{name: value for name, value in optional.items() if value is not None},
-        }
-        wait, problem = self.first_wait_s, "no request was made"
+        """Return (first choice, usage) of one answer.
+
+        Raises:
+          EndpointError: no answer came within the limits.
+          ContextFull: the endpoint refused the conversation for its length.
+        """
+        body = self._make_body(messages, tools, seed)
+        wait = self.first_wait_seconds
+        problem = "no request was made"
         try:
             async with asyncio.timeout(self.request_seconds):
                 for _ in range(MAX_REQUESTS):
+                    asked_wait = 0.0
                     try:
-                        status, headers, text = await self._post(body)
+                        response = await self._post(body)
                     except (
                         aiohttp.ClientConnectionError,
                         aiohttp.ClientPayloadError,
                         OSError,
                     ) as error:
-                        status, headers, problem = (
-                            503,
-                            {},
-                            self._clean(f"{type(error).__name__}: {error}"),
-                        )
+                        problem = self._hide_key(f"{type(error).__name__}: {error}")
                     else:
-                        if status == 200:
-                            return read_answer(text)
-                        problem = self._clean(f"{self.url} answered {status}: {text[:300]}")
-                        if status in (400, 413, 422) and is_context_full(text):
-                            raise ContextFull(problem)
-                        if status not in RETRY_STATUS:
-                            raise EndpointError(problem, permanent=True)
-                    await asyncio.sleep(
-                        max(
-                            retry_after(headers.get("Retry-After")), wait * random.uniform(0.5, 1.5)
-                        )
-                    )
-                    wait = min(2 * wait, LONGEST_WAIT_S)
+                        if response.status == 200:
+                            return read_answer(response.text)
+                        problem = self._describe_refusal(response)
+                        asked_wait = retry_after(response.headers.get("Retry-After"))
+                    await asyncio.sleep(max(asked_wait, wait * random.uniform(0.5, 1.5)))
+                    wait = min(2 * wait, MAX_WAIT_SECONDS)
         except TimeoutError:
             raise EndpointError(
                 f"no answer within {self.request_seconds:g} s; last: {problem}"
             ) from None
         raise EndpointError(f"no answer in {MAX_REQUESTS} requests; last: {problem}")
 
-    async def _post(self, body: dict[str, Any]) -> tuple[int, Any, str]:
-        """(status, headers, text). Redirects are not followed: the key goes to this URL only."""
+    def _make_body(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], seed: int
+    ) -> dict[str, Any]:
+        body: dict[str, Any] = {"model": self.model, "messages": messages, "seed": seed}
+        if tools:  # an empty list is refused by some endpoints
+            body["tools"] = tools
+        if self.temperature is not None:
+            body["temperature"] = self.temperature
+        if self.max_tokens is not None:
+            body["max_tokens"] = self.max_tokens
+        return body
+
+    def _describe_refusal(self, response: _Response) -> str:
+        """Return what is wrong with an answer that may be retried; raise for any other one."""
+        problem = self._hide_key(f"{self.url} answered {response.status}: {response.text[:300]}")
+        if response.status in TOO_LONG_STATUS and is_context_full(response.text):
+            raise ContextFull(problem)
+        if response.status not in RETRY_STATUS:
+            raise EndpointError(problem, permanent=True)
+        return problem
+
+    async def _post(self, body: dict[str, Any]) -> _Response:
+        """Send one request. Redirects are not followed: the key goes to this URL only."""
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
@@ -227,68 +253,77 @@ class Endpoint:
                     raise EndpointError(
                         f"{self.url} answered with more than {MAX_ANSWER_BYTES} bytes"
                     )
-            return response.status, response.headers, answer.decode(errors="replace")
+            text = answer.decode(errors="replace")
+            return _Response(response.status, response.headers, text)
 
-    def _clean(self, text: str) -> str:
-        """Without the key, should the other side repeat it."""
+    def _hide_key(self, text: str) -> str:
+        """Return the text without the API key, in case the endpoint repeats it."""
         return text.replace(self.api_key, "[key]") if self.api_key else text
 
 
-def action_of(call: dict[str, Any]) -> str:
-    """A tool call of the protocol as the turn that the environment reads.
+def _observation_message(call: dict[str, Any] | None, observation: str) -> dict[str, Any]:
+    """Return the message that answers a tool call, or a turn without one."""
+    if call is None:
+        return {"role": "user", "content": observation}
+    return {"role": "tool", "tool_call_id": call["id"], "content": observation}
 
-    Arguments that are no JSON become the malformed call that they are.
+
+def action_of(call: dict[str, Any]) -> str:
+    """Return a tool call of the protocol as the turn that the environment reads.
+
+    Arguments that are not JSON become a malformed call.
     """
     function = call["function"]
     try:
         arguments = json.loads(function["arguments"] or "{}")
     except ValueError:
         arguments = None
-    body = (
-        "arguments are not JSON"
-        if not isinstance(arguments, dict)
-        else json.dumps({"name": function["name"], "arguments": arguments})
-    )
-    return (  # a command may spell </tool_call> itself
-        f"<tool_call>\n{body.replace('<', chr(92) + 'u003c')}\n</tool_call>"
-    )
+    if isinstance(arguments, dict):
+        body = json.dumps({"name": function["name"], "arguments": arguments})
+    else:
+        body = "arguments are not JSON"
+    body = body.replace("<", "\\u003c")  # a command may contain </tool_call>
+    return f"<tool_call>\n{body}\n</tool_call>"
 
 
 def read_answer(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(first choice, usage). Raises EndpointError where the text is no chat completion."""
+    """Return (first choice, usage) of a chat completion.
+
+    Raises:
+      EndpointError: the text is not a chat completion.
+    """
     try:
         answer = json.loads(text)
-        choice, usage = answer["choices"][0], answer.get("usage") or {}
+        choice = answer["choices"][0]
+        usage = answer.get("usage") or {}
         for call in choice["message"].get("tool_calls") or []:
-            if not (
-                isinstance(call["id"], str)
-                and isinstance(call["function"]["name"], str)
-                and isinstance(call["function"]["arguments"], str)
-            ):
+            function = call["function"]
+            fields = (call["id"], function["name"], function["arguments"])
+            if not all(isinstance(field, str) for field in fields):
                 raise TypeError("a tool call whose id, name or arguments are no text")
-        return choice, usage if isinstance(usage, dict) else {}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise EndpointError(
             f"the answer is no chat completion ({type(error).__name__}: {error}): {text[:200]!r}"
         ) from error
+    return choice, usage if isinstance(usage, dict) else {}
 
 
 def is_context_full(text: str) -> bool:
-    """Whether a refusal is about the conversation's length; servers say it in different words."""
-    low = text.lower()
-    return (
-        "context_length_exceeded" in low
-        or "context length" in low
-        or "context window" in low
-        or "maximum context" in low
+    """Return whether a refusal is about the conversation's length, in any server's words."""
+    words = (
+        "context_length_exceeded",
+        "context length",
+        "context window",
+        "maximum context",
     )
+    return any(word in text.lower() for word in words)
 
 
 def retry_after(value: str | None) -> float:
-    """Seconds that the header asks for, at most LONGEST_WAIT_S; 0 where there is none or it is
-    unreadable.
+    """Return the seconds that a Retry-After header asks for, at most MAX_WAIT_SECONDS.
 
-    A number or an HTTP date.
+    Args:
+      value: a number or an HTTP date; anything else counts as 0.
     """
     if not value:
         return 0.0
@@ -299,4 +334,6 @@ def retry_after(value: str | None) -> float:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
         except (ValueError, TypeError, OverflowError):
             return 0.0
-    return min(max(seconds, 0.0), LONGEST_WAIT_S) if seconds == seconds else 0.0
+    if math.isnan(seconds):
+        return 0.0
+    return min(max(seconds, 0.0), MAX_WAIT_SECONDS)

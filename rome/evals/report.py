@@ -1,7 +1,8 @@
-"""What an evaluation leaves: results.json for programs, report.md and report.html for people.
+"""Writes the results of an evaluation: results.json for programs, pages for people.
 
-Names, notes and instructions come from task folders, agents and servers: hostile text. Both pages
-escape all of it, and the HTML page loads nothing and runs nothing, by its own policy too.
+Names, notes and instructions come from task folders, agents and servers, and may be hostile. Both
+pages (report.md, report.html) escape all of it; the HTML page loads nothing and runs nothing, which
+its own security policy enforces.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ import json
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from rome.evals.statistics import counted, grouped, summarise
-from rome.train.metrics import write_atomically
+from rome.data.files import write_atomically
+from rome.evals.statistics import Record, grouped, is_counted, summarise
 
-SHOWN_ATTEMPTS = 2000  # in the pages; results.json has all
+MAX_SHOWN_ATTEMPTS = 2000  # in the pages; results.json has all
 ABOUT = ("dataset", "agent", "seed", "isolation", "model", "checkpoint", "endpoint", "complete")
 NAMES = {
     "mean_reward": "mean reward",
@@ -25,178 +26,191 @@ NAMES = {
     "pass_at_k": "pass@{k}",
     "avg_at_k": "avg@{k}",
 }
+TOKEN_KINDS = ("prompt", "completion")
 _STYLE = (
     "body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0"
     " 1em;color:#222}table{border-collapse:collapse;margin:.5em 0 1.5em}td,th{padding:.2em"
     " .8em;border-bottom:1px solid"
     " #ddd;text-align:left;vertical-align:top;overflow-wrap:anywhere}th{background:#f5f5f5}"
 )
-Table = tuple[str, list[str], list[list[str]]]  # title, head, rows
+# Characters that cannot be shown or encoded: control characters, directional marks, surrogates.
+_NOT_PLAIN = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff"
+    r"\ufffe\uffff]"
+)
+# Characters with a meaning in Markdown: markup, mentions, issue numbers, addresses.
+_MARKDOWN = re.compile(r"[\\*\[\]~$]|(?<!\w)_|_(?!\w)|@(?=[A-Za-z])|#(?=\w)|:(?=//)|(?<=www)\.")
 
 
-def build_results(
-    identity: Mapping[str, Any], records: Sequence[Mapping[str, Any]], k: int
-) -> dict[str, Any]:
-    """results.json: what was evaluated, every attempt, the figures of `summarise`, and the same by
-    domain, difficulty and ending.
+class Table(NamedTuple):
+    """A table of a page.
+
+    Attributes:
+      title: its heading.
+      head: names of the columns; a table whose names are all empty has no head.
+      rows: its cells.
     """
-    tokens = [record["tokens"] for record in records if record.get("tokens")]
-    seconds = sorted(record["seconds"] for record in records)
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+
+
+# -- results.json
+# -------------------------------------------------------------------------------------------------
+
+
+def build_results(identity: Mapping[str, Any], records: Sequence[Record], k: int) -> dict[str, Any]:
+    """Return the content of results.json.
+
+    Args:
+      identity: what was evaluated; its fields come first.
+      records: of all attempts.
+      k: attempts at each task.
+
+    Returns:
+      `identity`, the metrics of `summarise`, the same by domain and difficulty, endings, cost, and
+      every attempt.
+    """
+    endings = collections.Counter(record["ending"] for record in records)
     return {
         **identity,
         **summarise(records, k),
         "by_domain": grouped(records, "domain"),
         "by_difficulty": grouped(records, "difficulty"),
-        "by_ending": dict(
-            sorted(collections.Counter(record["ending"] for record in records).items())
-        ),
-        "cost": {
-            "tokens": (
-                {name: sum(one[name] for one in tokens) for name in ("prompt", "completion")}
-                if tokens
-                else None
-            ),
-            "seconds_of_attempts": round(sum(seconds), 3),
-            "seconds_median": seconds[len(seconds) // 2] if seconds else None,
-            "seconds_longest": seconds[-1] if seconds else None,
-        },
+        "by_ending": dict(sorted(endings.items())),
+        "cost": _sum_cost(records),
         "tasks": list(records),
     }
 
 
+def _sum_cost(records: Sequence[Record]) -> dict[str, Any]:
+    """Return tokens (None where no model played) and seconds of all attempts."""
+    used = [record["tokens"] for record in records if record.get("tokens")]
+    tokens = None
+    if used:
+        tokens = {kind: sum(one[kind] for one in used) for kind in TOKEN_KINDS}
+    seconds = sorted(record["seconds"] for record in records)
+    return {
+        "tokens": tokens,
+        "seconds_of_attempts": round(sum(seconds), 3),
+        "seconds_median": seconds[len(seconds) // 2] if seconds else None,
+        "seconds_longest": seconds[-1] if seconds else None,
+    }
+
+
 def write_results(out: pathlib.Path, results: Mapping[str, Any]) -> None:
-    """OUT/results.json, report.md and report.html, each whole or not at all."""
+    """Write OUT/results.json, report.md and report.html, each atomically."""
     write_atomically(out / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
-    write_pages(
-        out, "report", f"{results['agent']} on {results['dataset']}", result_tables(results)
-    )
+    title = f"{results['agent']} on {results['dataset']}"
+    write_pages(out, "report", title, result_tables(results))
 
 
 def write_pages(out: pathlib.Path, name: str, title: str, tables: Sequence[Table]) -> None:
+    """Write OUT/NAME.md and OUT/NAME.html."""
     write_atomically(out / f"{name}.md", markdown(title, tables))
     write_atomically(out / f"{name}.html", page(title, tables))
 
 
+# -- tables of a report
+# -------------------------------------------------------------------------------------------------
+
+
 def result_tables(results: Mapping[str, Any]) -> list[Table]:
-    k = results["k"]
-    about = [[name, str(results[name])] for name in ABOUT if results.get(name) is not None]
-    tried, whole, spoiled = (
-        results["tasks_counted"],
-        results["tasks_with_k_attempts"],
-        results["attempts"] - results["attempts_counted"],
-    )
-    about += [
-        [
-            "tasks",
-            (
-                f"{results['tasks_total']}, {tried} of them with an attempt that counts, {whole}"
-                f" with all {k}"
-            ),
-        ],
-        [
-            "attempts",
-            (
-                f"{results['attempts']}, of which {spoiled} spoiled by the infrastructure and in no"
-                " figure"
-            ),
-        ],
-    ]
-    intervals = results["intervals"]
-    figures = [
-        [
-            label.format(k=k),
-            share(results[name]),
-            bounds(intervals[name]),
-            (intervals[name] or {}).get("method", ""),
-        ]
-        for name, label in NAMES.items()
-        if k > 1 or not name.endswith("_at_k")
-    ]
-    figures += [
-        [f"pass@{size}", share(value), "", ""]
-        for size, value in results["pass_at"].items()
-        if int(size) not in (1, k)
-    ]
-    head = ["", "tasks", "attempts", "mean reward", "pass@1", "95 % interval"]
-    groups = [
-        (
-            f"By {key}",
-            [key, *head[1:]],
-            [
-                [
-                    name,
-                    str(one["tasks"]),
-                    str(one["attempts"]),
-                    share(one["mean_reward"]),
-                    share(one["pass_at_1"]),
-                    bounds(one["interval"]),
-                ]
-                for name, one in results[f"by_{key}"].items()
-            ],
-        )
-        for key in ("domain", "difficulty")
-    ]
-    cost, tokens = results["cost"], results["cost"]["tokens"]
-    spent = [
-        ["seconds of all attempts", f"{cost['seconds_of_attempts']:.1f}"],
-        [
-            "seconds of one: median, longest",
-            f"{cost['seconds_median'] or 0:.2f}, {cost['seconds_longest'] or 0:.2f}",
-        ],
-    ]
-    spent += (
-        [[f"{name} tokens", f"{tokens[name]:,}"] for name in ("prompt", "completion")]
-        if tokens
-        else []
-    )
-    attempts = sorted(
-        results["tasks"],
-        key=lambda record: (
-            counted(record) and record["reward"] == 1.0,
-            record["task"],
-            record["attempt"],
-        ),
-    )
-    rows = [
-        [
-            record["task"],
-            str(record["attempt"]),
-            "" if record["reward"] is None else f"{record['reward']:g}",
-            record["ending"],
-            f"{record['seconds']:.2f}",
-            record.get("note", ""),
-        ]
-        for record in attempts[:SHOWN_ATTEMPTS]
-    ]
-    left = (
-        f" (the first {SHOWN_ATTEMPTS} of {len(attempts)})"
-        if len(attempts) > SHOWN_ATTEMPTS
-        else ""
-    )
+    """Return the tables of a report, from the content of results.json."""
+    endings = [[name, str(count)] for name, count in results["by_ending"].items()]
     return [
-        ("What was evaluated", ["", ""], about),
-        ("Figures", ["figure", "value", "95 % interval", "method"], figures),
-        *groups,
-        (
-            "Endings",
-            ["ending", "attempts"],
-            [[name, str(count)] for name, count in results["by_ending"].items()],
-        ),
-        ("Cost", ["", ""], spent),
-        (
-            f"Attempts, those that did not succeed first{left}",
-            ["task", "attempt", "reward", "ending", "seconds", "note"],
-            rows,
-        ),
+        _about_table(results),
+        _metrics_table(results),
+        _group_table(results, "domain"),
+        _group_table(results, "difficulty"),
+        Table("Endings", ["ending", "attempts"], endings),
+        _cost_table(results["cost"]),
+        _attempts_table(results["tasks"]),
     ]
+
+
+def _about_table(results: Mapping[str, Any]) -> Table:
+    rows = [[name, str(results[name])] for name in ABOUT if results.get(name) is not None]
+    tasks = (
+        f"{results['tasks_total']}, {results['tasks_counted']} of them with an attempt that counts,"
+        f" {results['tasks_with_k_attempts']} with all {results['k']}"
+    )
+    num_spoiled = results["attempts"] - results["attempts_counted"]
+    attempts = (
+        f"{results['attempts']}, of which {num_spoiled} spoiled by the infrastructure and in no"
+        " metric"
+    )
+    rows += [["tasks", tasks], ["attempts", attempts]]
+    return Table("What was evaluated", ["", ""], rows)
+
+
+def _metrics_table(results: Mapping[str, Any]) -> Table:
+    k = results["k"]
+    rows = []
+    for name, label in NAMES.items():
+        if k == 1 and name.endswith("_at_k"):  # the same as pass@1 and the mean reward
+            continue
+        uncertainty = results["intervals"][name]
+        method = uncertainty["method"] if uncertainty else ""
+        rows.append([label.format(k=k), share(results[name]), bounds(uncertainty), method])
+    for size, value in results["pass_at"].items():
+        if int(size) not in (1, k):
+            rows.append([f"pass@{size}", share(value), "", ""])
+    return Table("Metrics", ["metric", "value", "95 % interval", "method"], rows)
+
+
+def _group_table(results: Mapping[str, Any], key: str) -> Table:
+    head = [key, "tasks", "attempts", "mean reward", "pass@1", "95 % interval"]
+    rows = []
+    for name, group in results[f"by_{key}"].items():
+        row = [name, str(group["tasks"]), str(group["attempts"])]
+        row += [share(group["mean_reward"]), share(group["pass_at_1"]), bounds(group["interval"])]
+        rows.append(row)
+    return Table(f"By {key}", head, rows)
+
+
+def _cost_table(cost: Mapping[str, Any]) -> Table:
+    median = cost["seconds_median"] or 0
+    longest = cost["seconds_longest"] or 0
+    rows = [
+        ["seconds of all attempts", f"{cost['seconds_of_attempts']:.1f}"],
+        ["seconds of one: median, longest", f"{median:.2f}, {longest:.2f}"],
+    ]
+    if cost["tokens"]:
+        for kind in TOKEN_KINDS:
+            rows.append([f"{kind} tokens", f"{cost['tokens'][kind]:,}"])
+    return Table("Cost", ["", ""], rows)
+
+
+def _attempts_table(records: Sequence[Record]) -> Table:
+    """Return the attempts, those that did not succeed first."""
+    attempts = sorted(records, key=_display_order)
+    title = "Attempts, those that did not succeed first"
+    if len(attempts) > MAX_SHOWN_ATTEMPTS:
+        title += f" (the first {MAX_SHOWN_ATTEMPTS} of {len(attempts)})"
+    rows = []
+    for record in attempts[:MAX_SHOWN_ATTEMPTS]:
+        reward = "" if record["reward"] is None else f"{record['reward']:g}"
+        row = [record["task"], str(record["attempt"]), reward, record["ending"]]
+        row += [f"{record['seconds']:.2f}", record.get("note", "")]
+        rows.append(row)
+    return Table(title, ["task", "attempt", "reward", "ending", "seconds", "note"], rows)
+
+
+def _display_order(record: Record) -> tuple[bool, str, int]:
+    is_success = is_counted(record) and record["reward"] == 1.0
+    return is_success, record["task"], record["attempt"]
 
 
 def share(value: float | None) -> str:
+    """Return a value from 0 to 1 as text; "none" for None."""
     return "none" if value is None else f"{value:.3f}"
 
 
-def bounds(one: Mapping[str, Any] | None) -> str:
-    return "" if one is None else f"{one['low']:.3f} to {one['high']:.3f}"
+def bounds(interval: Mapping[str, Any] | None) -> str:
+    """Return an interval as text; "" for None."""
+    return "" if interval is None else f"{interval['low']:.3f} to {interval['high']:.3f}"
 
 
 # -- pages
@@ -204,72 +218,58 @@ def bounds(one: Mapping[str, Any] | None) -> str:
 
 
 def plain(text: str) -> str:
-    """One line without control characters, directional marks and lone surrogates: what is left can
-    be shown and encoded.
-    """
-    return re.sub(
-        r"[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff\ufffe\uffff]",
-        " ",
-        text,
-    )
+    """Return the text on one line, without characters that cannot be shown or encoded."""
+    return _NOT_PLAIN.sub(" ", text)
 
 
 def markdown(title: str, tables: Sequence[Table]) -> str:
-    """Tables of GitHub's Markdown.
-
-    What has a meaning in it, or in HTML, is escaped; so are addresses, mentions and issue numbers.
-    """
-
-    def cell(text: str) -> str:
-        escaped = re.sub(
-            r"[\\*\[\]~$]|(?<!\w)_|_(?!\w)|@(?=[A-Za-z])|#(?=\w)|:(?=//)|(?<=www)\.",
-            r"\\\g<0>",
-            plain(text),
-        )
-        return re.sub(r"[<>&|`]", lambda match: f"&#{ord(match[0])};", escaped)
-
-    def row(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(map(cell, cells))} |"
-
-    parts = [f"# {cell(title)}"]
-    for heading, head, rows in tables:
-        parts.append(
-            f"## {cell(heading)}\n\n"
-            + (
-                "\n".join([row(head), "|" + " --- |" * len(head), *map(row, rows)])
-                if rows
-                else "None."
-            )
-        )
+    """Return a page of tables in GitHub's Markdown; everything with a meaning in it is escaped."""
+    parts = [f"# {_markdown_cell(title)}"]
+    for table in tables:
+        parts.append(f"## {_markdown_cell(table.title)}")
+        if not table.rows:
+            parts.append("None.")
+            continue
+        lines = [_markdown_row(table.head), "|" + " --- |" * len(table.head)]
+        lines += [_markdown_row(row) for row in table.rows]
+        parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
 
+def _markdown_row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(map(_markdown_cell, cells))} |"
+
+
+def _markdown_cell(text: str) -> str:
+    escaped = _MARKDOWN.sub(r"\\\g<0>", plain(text))
+    return re.sub(r"[<>&|`]", lambda match: f"&#{ord(match[0])};", escaped)
+
+
 def page(title: str, tables: Sequence[Table]) -> str:
-    """One HTML file that needs no other. A table without heads has none."""
-
-    def row(cells: Sequence[str], tag: str) -> str:
-        return (
-            "<tr>"
-            + "".join(f"<{tag}>{html.escape(plain(cell))}</{tag}>" for cell in cells)
-            + "</tr>"
-        )
-
-    body = [f"<h1>{html.escape(plain(title))}</h1>"]
-    for heading, head, rows in tables:
-        body.append(f"<h2>{html.escape(plain(heading))}</h2>")
-        body.append(
-            "<table>"
-            + (row(head, "th") if any(head) else "")
-            + "".join(row(one, "td") for one in rows)
-            + "</table>"
-            if rows
-            else "<p>None.</p>"
-        )
+    """Return the same page as one HTML file that needs no other."""
+    body = [f"<h1>{_html_text(title)}</h1>"]
+    for table in tables:
+        body.append(f"<h2>{_html_text(table.title)}</h2>")
+        if not table.rows:
+            body.append("<p>None.</p>")
+            continue
+        rows = [_html_row(row, "td") for row in table.rows]
+        if any(table.head):
+            rows.insert(0, _html_row(table.head, "th"))
+        body.append(f"<table>{''.join(rows)}</table>")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src'
         " 'unsafe-inline'\">"
-        f"<title>{html.escape(plain(title))}</title><style>{_STYLE}</style></head>\n<body>\n"
+        f"<title>{_html_text(title)}</title><style>{_STYLE}</style></head>\n<body>\n"
         + "\n".join(body)
         + "\n</body></html>\n"
     )
+
+
+def _html_row(cells: Sequence[str], tag: str) -> str:
+    return "<tr>" + "".join(f"<{tag}>{_html_text(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+
+def _html_text(text: str) -> str:
+    return html.escape(plain(text))

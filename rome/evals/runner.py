@@ -1,10 +1,9 @@
-"""Plays attempts side by side and keeps each as it ends: OUT/results.jsonl, one line an attempt, on
-the disk before the next begins there.
+"""Plays attempts concurrently, and keeps each one as it ends.
 
-After a kill the same command plays only what is missing. OUT/run.json says what is evaluated;
-something else in the same OUT is refused. An attempt that the infrastructure spoiled is tried
-again, a few times now and once more by the next command; until then it stands there with its
-ending.
+OUT/results.jsonl has one line for each attempt, which is on disk before the next one begins. After
+a kill the same command plays only what is missing. OUT/run.json identifies the evaluation; a
+different one in the same OUT is refused. An attempt that the infrastructure spoiled is retried a
+few times, and once more by the next command; until then it is recorded with its ending.
 """
 
 from __future__ import annotations
@@ -21,19 +20,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
-from rome.agent.loop import derive_seed
+from rome.data.files import write_atomically
+from rome.data.seeds import derive_seed
 from rome.evals.agents import Agent, Outcome
-from rome.evals.statistics import counted
+from rome.evals.statistics import is_counted
 from rome.evals.tasks import EvalTask
-from rome.train.metrics import write_atomically
 
-TRIES = 3
-RETRY_WAIT_S = 0.5
-Key = tuple[str, str, int]
+MAX_TRIES = 3
+RETRY_WAIT_SECONDS = 0.5
+Record = dict[str, Any]  # one line of results.jsonl
+Key = tuple[str, str, int]  # agent, task, attempt
 
 
 class EvalError(ValueError):
-    """What stands in OUT cannot be continued."""
+    """The content of OUT does not allow to continue there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,17 +46,23 @@ class Job:
 
     @property
     def key(self) -> Key:
+        """What identifies the attempt within OUT."""
         return self.agent.name, self.task.name, self.attempt
 
 
 class Results:
-    """OUT/results.jsonl and the lock of OUT. A line that a kill cut off is dropped when the file is
-    opened.
+    """The records of OUT/results.jsonl.
+
+    A line that a kill cut off is removed when the file is opened.
+
+    Attributes:
+      records: the latest record of each attempt.
     """
 
     def __init__(self, out: pathlib.Path, file: BinaryIO) -> None:
-        self.path, self._file = out / "results.jsonl", file
-        self.records: dict[Key, dict[str, Any]] = {}
+        self.path = out / "results.jsonl"
+        self.records: dict[Key, Record] = {}
+        self._file = file
         self._load()
 
     def _load(self) -> None:
@@ -65,39 +71,54 @@ class Results:
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 record = json.loads(line)
-                self.records[record["agent"], record["task"], record["attempt"]] = record
-                (
-                    counted(record),
-                    record["reward"],
-                    record["domain"],
-                    record["difficulty"],
-                    record["seconds"],
-                )
+                _check_record(record)
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise EvalError(
                     f"{self.path}:{number}: not a record of an attempt ({error}); remove the line,"
                     " and its attempt is played again"
                 ) from error
+            self.records[_key_of(record)] = record
         if len(whole) < len(content):
             self._file.truncate(len(whole))
 
-    def add(self, record: dict[str, Any]) -> None:
-        """Appends; the record is on the disk when this returns.
+    def add(self, record: Record) -> None:
+        """Append a record, which replaces an earlier one of its attempt.
 
-        A later record of an attempt takes the place of an earlier one.
+        It is on disk when this returns.
         """
         self._file.write(json.dumps(record).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
-        self.records[record["agent"], record["task"], record["attempt"]] = record
+        self.records[_key_of(record)] = record
+
+    def find(self, jobs: Sequence[Job]) -> list[Record]:
+        """Return the records of the jobs that were played, in their order."""
+        return [self.records[job.key] for job in jobs if job.key in self.records]
+
+
+def _key_of(record: Record) -> Key:
+    return record["agent"], record["task"], record["attempt"]
+
+
+def _check_record(record: Record) -> None:
+    """Raise LookupError, TypeError or AttributeError for what is not a record."""
+    is_counted(record)
+    _key_of(record)
+    for name in ("reward", "domain", "difficulty", "seconds"):
+        record[name]
 
 
 @contextlib.contextmanager
 def open_results(out: pathlib.Path, identity: Mapping[str, Any]) -> Iterator[Results]:
-    """Claims OUT for this evaluation.
+    """Claim OUT for one evaluation, and yield its results.
 
-    Raises EvalError where it holds another one (naming what differs) or another process works
-    there.
+    Args:
+      out: folder; made if it does not exist.
+      identity: everything that makes the evaluation this one, as JSON values.
+
+    Raises:
+      EvalError: another process works in OUT, or it holds a different evaluation; the message names
+        what differs.
     """
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "results.jsonl", "ab") as file:
@@ -112,12 +133,13 @@ def open_results(out: pathlib.Path, identity: Mapping[str, Any]) -> Iterator[Res
 
 
 def _claim(out: pathlib.Path, identity: Mapping[str, Any]) -> None:
+    """Write OUT/run.json, or compare it with this evaluation where it exists."""
     path = out / "run.json"
     if not path.exists():
         if (out / "results.jsonl").stat().st_size:
             raise EvalError(
-                f"{out} holds results without a run.json, so nobody knows of what; give another"
-                " --out"
+                f"{out} holds results without a run.json, so it is unknown what they are of; give"
+                " another --out"
             )
         write_atomically(path, json.dumps(identity, indent=1) + "\n")
         return
@@ -126,12 +148,14 @@ def _claim(out: pathlib.Path, identity: Mapping[str, Any]) -> None:
     except ValueError as error:
         raise EvalError(f"{path} is not JSON ({error}); give another --out") from error
     ours = json.loads(json.dumps(identity))
-    names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
-    if names:
-        different = "; ".join(
-            f"{name} is {str(theirs.get(name))[:100]!r} there and {str(ours.get(name))[:100]!r} now"
-            for name in names
-        )
+    differences = []
+    for name in {**theirs, **ours}:
+        there = theirs.get(name)
+        now = ours.get(name)
+        if there != now:
+            differences.append(f"{name} is {str(there)[:100]!r} there and {str(now)[:100]!r} now")
+    if differences:
+        different = "; ".join(differences)
         raise EvalError(f"{out} belongs to another evaluation: {different}. Give another --out")
 
 
@@ -141,17 +165,21 @@ async def run_jobs(
     *,
     concurrency: int,
     seed: int,
-    on_finish: Callable[[dict[str, Any]], None] | None = None,
+    on_finish: Callable[[Record], None] | None = None,
 ) -> int:
-    """Plays what is missing, `concurrency` attempts at once.
+    """Play the attempts that are missing in `results`, and record them there.
 
-    Returns how many were played. The first error that is a bug ends all of them.
+    Args:
+      jobs: attempts; those without a counted record are played.
+      results: from `open_results`.
+      concurrency: attempts at once.
+      seed: of the evaluation; each attempt's seed derives from it.
+      on_finish: called with each new record.
+
+    Returns:
+      How many attempts were played. An exception in one, which is a bug, ends all of them.
     """
-    missing = [
-        job
-        for job in jobs
-        if job.key not in results.records or not counted(results.records[job.key])
-    ]
+    missing = [job for job in jobs if not _is_done(job, results)]
     queue = iter(missing)
 
     async def work() -> None:
@@ -167,34 +195,47 @@ async def run_jobs(
     return len(missing)
 
 
-async def play(job: Job, seed: int) -> dict[str, Any]:
-    """One attempt as its record; one that the infrastructure spoiled is tried again with another
-    seed, TRIES times in all.
+def _is_done(job: Job, results: Results) -> bool:
+    record = results.records.get(job.key)
+    return record is not None and is_counted(record)
+
+
+async def play(job: Job, seed: int) -> Record:
+    """Play one attempt and return its record.
+
+    If the infrastructure spoils it, it is retried with another seed, up to MAX_TRIES times in all.
     """
     began = time.monotonic()
-    for number in range(TRIES):
-        first = time.monotonic()
+    for number in range(MAX_TRIES):
+        try_began = time.monotonic()
         outcome: Outcome = await job.agent.play(
-            job.task,
-            job.attempt,
-            derive_seed(seed, job.task.name, job.attempt, *(("try", number) if number else ())),
+            job.task, job.attempt, _seed_of_try(job, seed, number)
         )
         if not outcome.spoiled or outcome.permanent:
             break
-        if number + 1 < TRIES:
-            await asyncio.sleep(RETRY_WAIT_S * 2**number * random.uniform(0.5, 1.5))
+        if number + 1 < MAX_TRIES:
+            await asyncio.sleep(RETRY_WAIT_SECONDS * 2**number * random.uniform(0.5, 1.5))
     now = time.monotonic()
-    return {
+    record = {
         "task": job.task.name,
         "attempt": job.attempt,
         "agent": job.agent.name,
         "reward": outcome.reward,
         "ending": outcome.ending,
-        "seconds": round(now - first if not outcome.spoiled else now - began, 3),
+        "seconds": round(now - (began if outcome.spoiled else try_began), 3),
         "tries": number + 1,
         "turns": outcome.turns,
         "note": outcome.note,
         "domain": job.task.domain,
         "difficulty": job.task.difficulty,
-        **({"tokens": outcome.tokens} if outcome.tokens is not None else {}),
     }
+    if outcome.tokens is not None:
+        record["tokens"] = outcome.tokens
+    return record
+
+
+def _seed_of_try(job: Job, seed: int, number: int) -> int:
+    """Return the seed of one try; the first try's does not depend on there being tries."""
+    if number == 0:
+        return derive_seed(seed, job.task.name, job.attempt)
+    return derive_seed(seed, job.task.name, job.attempt, "try", number)

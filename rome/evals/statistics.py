@@ -1,8 +1,8 @@
-"""Figures of an evaluation and how sure they are.
+"""Metrics of an evaluation, and their uncertainty.
 
-Attempts at one task resemble each other, so the task is the unit: every figure is the mean over
+Attempts at one task resemble each other, so the task is the unit: every metric is the mean over
 tasks of one value for each task, and its 95 % interval says what other tasks of the same kind would
-have given. Attempts that the infrastructure spoiled are in no figure.
+have given. Attempts that the infrastructure spoiled are in no metric.
 """
 
 from __future__ import annotations
@@ -14,24 +14,30 @@ from typing import Any
 import numpy as np
 
 from rome.evals.agents import is_spoiled
-from rome.train.report import wilson
+from rome.train.intervals import wilson
 
 RESAMPLES = 2000
-FEWEST_TASKS = 10  # for the bootstrap; of fewer values it makes intervals that are too short
+MIN_TASKS = 10  # for the bootstrap; fewer values make its intervals too short
 Record = Mapping[str, Any]  # of results.jsonl
 
 
-def counted(record: Record) -> bool:
-    """Whether the attempt says something about the agent."""
+def is_counted(record: Record) -> bool:
+    """Return whether the attempt says something about the agent."""
     return not is_spoiled(record["ending"])
 
 
 def pass_at_k(n: int, successes: int, k: int) -> float:
-    """The probability that k attempts, drawn without replacement from n of which `successes`
-    succeeded, hold a success (Chen et al. 2021, Eq. 1).
+    """Return the probability that k of n attempts, drawn without replacement, hold a success.
 
-    Unbiased for the probability that k fresh attempts do. Raises ValueError unless 0 <= successes
-    <= n and 1 <= k <= n.
+    It is unbiased for the probability that k fresh attempts do (Chen et al. 2021, Eq. 1).
+
+    Args:
+      n: attempts.
+      successes: of them.
+      k: attempts drawn.
+
+    Raises:
+      ValueError: unless 0 <= successes <= n and 1 <= k <= n.
     """
     if not (0 <= successes <= n and 1 <= k <= n):
         raise ValueError(
@@ -42,91 +48,128 @@ def pass_at_k(n: int, successes: int, k: int) -> float:
 
 
 def interval(values: Sequence[float], seed: int = 0) -> dict[str, Any]:
-    """95 % interval of the mean of values from 0 to 1, one for each task: {low, high, method}.
+    """Return the 95 % interval of the mean of values from 0 to 1, one for each task.
 
-    Wilson's over tasks where every value is 0 or 1. It is also taken where a bootstrap would claim
-    too much (fewer than 10 tasks, or no two values differ): values between 0 and 1 vary less than
-    that, so it is then too long rather than too short. Otherwise the percentile bootstrap over
+    Wilson's interval over tasks if every value is 0 or 1. It is also taken where a bootstrap would
+    be too short (fewer than MIN_TASKS tasks, or all values equal): values between 0 and 1 vary less
+    than that, so it is then too long rather than too short. Otherwise the percentile bootstrap over
     tasks.
+
+    Args:
+      values: at least one.
+      seed: of the bootstrap.
+
+    Returns:
+      {low, high, method}.
     """
-    if set(values) <= {0.0, 1.0} or len(values) < FEWEST_TASKS or len(set(values)) == 1:
+    distinct = set(values)
+    is_binary = distinct <= {0.0, 1.0}
+    if is_binary or len(values) < MIN_TASKS or len(distinct) == 1:
         low, high = wilson(min(math.fsum(values), len(values)), len(values))
         return {"low": low, "high": high, "method": "wilson over tasks"}
     array = np.asarray(values)
     generator = np.random.default_rng(seed)
-    means = np.array(
-        [array[generator.integers(len(array), size=len(array))].mean() for _ in range(RESAMPLES)]
-    )
-    low, high = np.quantile(means, [0.025, 0.975])
+    means = []
+    for _ in range(RESAMPLES):
+        chosen = generator.integers(len(array), size=len(array))
+        means.append(array[chosen].mean())
+    low, high = np.quantile(np.array(means), [0.025, 0.975])
     return {"low": float(low), "high": float(high), "method": "bootstrap over tasks"}
 
 
 def summarise(records: Iterable[Record], k: int) -> dict[str, Any]:
-    """mean_reward, pass_at_1, pass_at_k and avg_at_k with their intervals, and how many tasks and
-    attempts they rest on; None where none is left.
+    """Return the metrics of an evaluation with their intervals; None where nothing counts.
 
-    mean_reward: each task's mean over the attempts that count. avg_at_k: the same, over the tasks
-    all of whose k attempts count. pass_at: k' -> pass@k' for powers of two up to k, and k. A
-    success is a reward of 1. pass@k' is over the tasks with k' attempts that count.
+    Args:
+      records: attempts of one agent.
+      k: attempts at each task that were asked for.
+
+    Returns:
+      mean_reward: over tasks, of the mean over a task's counted attempts.
+      pass_at_1, pass_at_k: pass@1 and pass@k; a success is a reward of 1.
+      avg_at_k: mean_reward over the tasks all of whose k attempts count.
+      pass_at: {k': pass@k'} for powers of two up to k, and k, each over the tasks with at least k'
+        counted attempts.
+      intervals: of the first four; and the numbers of tasks and attempts that they rest on.
     """
     records = list(records)
+    rewards = _rewards_by_task(records)
+    tried = [values for values in rewards.values() if values]
+    complete = [values for values in tried if len(values) >= k]
+    pass_at = {size: _pass_at(tried, size) for size in _sizes_up_to(k)}
+    metrics = {
+        "mean_reward": [_mean(values) for values in tried],
+        "pass_at_1": pass_at[1],
+        "pass_at_k": pass_at[k],
+        "avg_at_k": [_mean(values) for values in complete],
+    }
+    summary: dict[str, Any] = {
+        "tasks_total": len(rewards),
+        "tasks_counted": len(tried),
+        "tasks_with_k_attempts": len(complete),
+        "attempts": len(records),
+        "attempts_counted": sum(map(is_counted, records)),
+        "k": k,
+    }
+    for name, values in metrics.items():
+        summary[name] = _mean_or_none(values)
+    summary["pass_at"] = {str(size): _mean_or_none(values) for size, values in pass_at.items()}
+    summary["intervals"] = {
+        name: interval(values) if values else None for name, values in metrics.items()
+    }
+    return summary
+
+
+def _rewards_by_task(records: Iterable[Record]) -> dict[str, list[float]]:
+    """Return the rewards of the counted attempts at each task."""
     rewards: dict[str, list[float]] = {}
     for record in records:
         attempts = rewards.setdefault(record["task"], [])
-        if counted(record):
+        if is_counted(record):
             attempts.append(record["reward"])
-    tried = [values for values in rewards.values() if values]
-    whole = [values for values in tried if len(values) >= k]
-    sizes = sorted({*(2**power for power in range(k.bit_length()) if 2**power <= k), k})
-    at = {
-        size: [
-            pass_at_k(len(values), values.count(1.0), size)
-            for values in tried
-            if len(values) >= size
-        ]
-        for size in sizes
-    }
-    figures = {
-        "mean_reward": [_mean(values) for values in tried],
-        "pass_at_1": at[1],
-        "pass_at_k": at[k],
-        "avg_at_k": [_mean(values) for values in whole],
-    }
-    return {
-        "tasks_total": len(rewards),
-        "tasks_counted": len(tried),
-        "tasks_with_k_attempts": len(whole),
-        "attempts": len(records),
-        "attempts_counted": sum(map(counted, records)),
-        "k": k,
-        **{name: _mean(values) if values else None for name, values in figures.items()},
-        "pass_at": {str(size): _mean(values) if values else None for size, values in at.items()},
-        "intervals": {
-            name: interval(values) if values else None for name, values in figures.items()
-        },
-    }
+    return rewards
+
+
+def _sizes_up_to(k: int) -> list[int]:
+    """Return 1, 2, 4, ... up to k, and k."""
+    powers = [2**power for power in range(k.bit_length())]
+    return sorted({*powers, k})
+
+
+def _pass_at(tried: Sequence[Sequence[float]], size: int) -> list[float]:
+    """Return pass@size of each task with at least `size` counted attempts."""
+    return [
+        pass_at_k(len(values), values.count(1.0), size) for values in tried if len(values) >= size
+    ]
 
 
 def grouped(records: Sequence[Record], key: str) -> dict[str, dict[str, Any]]:
-    """Group -> tasks, attempts, mean_reward and pass_at_1 with its interval, for one of the
-    records' keys.
+    """Return the metrics of each group of records that have the same value of `key`.
+
+    Returns:
+      {group: {tasks, attempts, attempts_counted, mean_reward, pass_at_1, interval}}, with the
+      interval of pass_at_1.
     """
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(record[key], []).append(record)
     found = {}
     for name in sorted(groups):
-        whole = summarise(groups[name], 1)
+        summary = summarise(groups[name], 1)
         found[name] = {
-            "tasks": whole["tasks_total"],
-            "attempts": whole["attempts"],
-            "attempts_counted": whole["attempts_counted"],
-            "mean_reward": whole["mean_reward"],
-            "pass_at_1": whole["pass_at_1"],
-            "interval": whole["intervals"]["pass_at_1"],
+            "tasks": summary["tasks_total"],
+            "attempts": summary["attempts"],
+            "attempts_counted": summary["attempts_counted"],
+            "mean_reward": summary["mean_reward"],
+            "pass_at_1": summary["pass_at_1"],
+            "interval": summary["intervals"]["pass_at_1"],
         }
     return found
 
 
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
+
+
+def _mean_or_none(values: Sequence[float]) -> float | None:
+    return _mean(values) if values else None

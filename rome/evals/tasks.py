@@ -1,12 +1,14 @@
-"""What an evaluation plays: a dataset's name or folder becomes a list of tasks, each of which can
-make its environment.
+"""Datasets: the name of a dataset, or a folder, becomes a list of tasks.
 
-load_tasks("envs/tasks/harbor/examples")     a folder of Harbor or Terminal-Bench 1 tasks, or one such task
-load_tasks("harbor")                         the examples that ship here; "harbor/word-report" is one of them
-load_tasks("terminal:wide:1000")             1,000 generated instances, spread evenly over the families and then over seeds
-load_tasks("worlds:shop:100")                of tool-use worlds; also problems, games, bfcl:FILE, tau2:FOLDER: see worlds.py
-load_tasks("repair::100")                    100 packages with a bug each; "repair:csvlite,path/to/package:100" names the packages
-load_tasks("registry.json:NAME@VERSION")     what envs.tasks.datasets reads: registries, parquet, SWE-bench instances
+load_tasks("envs/tasks/harbor/examples")  a folder of Harbor or Terminal-Bench 1 tasks, or one task
+load_tasks("harbor")                      the examples of this repository; also "harbor/word-report"
+load_tasks("terminal:wide:1000")          1,000 generated instances, spread evenly over the families
+load_tasks("worlds:shop:100")             tool-use worlds; also problems, games, bfcl:FILE and
+                                          tau2:FOLDER, see worlds.py
+load_tasks("repair::100")                 100 packages with a bug each; "repair:csvlite,DIR:100"
+                                          names the packages
+load_tasks("registry.json:NAME@VERSION")  everything that envs.tasks.datasets reads: registries,
+                                          parquet files, SWE-bench instances
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from envs.gem import Env
 from envs.rock import SandboxConfig
 from envs.tasks.datasets import SUFFIXES, load_files
 from envs.tasks.harbor import EXAMPLES, HarborEnv, HarborTask, TaskError
-from envs.tasks.harbor.env import SOLVE_TIMEOUT_S
+from envs.tasks.harbor.env import SOLVE_TIMEOUT_SECONDS
 from envs.tasks.repair import repair_tasks, shipped
 from envs.tasks.terminal import (
     FAMILIES,
@@ -33,9 +35,9 @@ from envs.tasks.terminal import (
     eval_seed,
     make_task,
 )
-from envs.tasks.terminal.env import SETUP_TIMEOUT_S, VERIFIER_TIMEOUT_S, TerminalEnv
-from envs.tasks.terminal.task import Expert
-from rome.evals.worlds import Made, is_made, load_made
+from envs.tasks.terminal.env import SETUP_TIMEOUT_SECONDS, VERIFIER_TIMEOUT_SECONDS, TerminalEnv
+from envs.tasks.terminal.task import Demonstration
+from rome.evals.worlds import SEEDS_APART, Made, is_made, load_made, parse_count
 
 GROUPS = {
     "train": FAMILIES,
@@ -43,12 +45,10 @@ GROUPS = {
     "wide": WIDE_FAMILIES,
     "all": FAMILIES + HELD_OUT_FAMILIES + WIDE_FAMILIES,
 }
-# instances of a family that one --seed may have before they would be those of the next
-SEEDS_APART = 100_000
-MARGIN_S = 60.0  # beyond what a task's own limits add up to: a busy machine
-TERMINAL_PLAY_S = 16 * 5.0 + VERIFIER_TIMEOUT_S
-# of a world, a problem or a game: a scripted dialogue takes milliseconds, submitted code seconds
-MADE_PLAY_S = 60.0
+MARGIN_SECONDS = 60.0  # added to the task's own limits, for a busy machine
+TERMINAL_PLAY_SECONDS = 16 * 5.0 + VERIFIER_TIMEOUT_SECONDS
+# Of a world, a problem or a game: a scripted dialogue takes milliseconds, submitted code seconds.
+MADE_PLAY_SECONDS = 60.0
 UNGROUPED = "(none)"
 
 
@@ -56,10 +56,17 @@ UNGROUPED = "(none)"
 class EvalTask:
     """One task of a dataset.
 
-    `domain` and `difficulty` are what reports group by; texts of Harbor tasks come from strangers.
-
-    start_seconds, play_seconds: the most that starting the environment, and a scripted agent with
-    its grading, may take. images, build_egress: see `load_tasks`.
+    Attributes:
+      name: unique within the dataset.
+      family: of generated tasks, or the folder of others.
+      domain: reports group by it.
+      difficulty: reports group by it.
+      instruction: for the agent. The text of a task folder may be hostile.
+      source: makes the environment.
+      start_seconds: limit for starting the environment.
+      play_seconds: limit for a scripted agent with its grading.
+      images: see `load_tasks`.
+      build_egress: see `load_tasks`.
     """
 
     name: str
@@ -74,27 +81,30 @@ class EvalTask:
     build_egress: tuple[str, ...] | None = None
 
     def make_env(self, config: SandboxConfig) -> Env:
-        """A fresh environment, not yet started."""
+        """Return a new environment that is not started yet."""
         if isinstance(self.source, Made):
             return self.source.make_env(config)
         if isinstance(self.source, HarborTask):
             return HarborEnv(
                 self.source, config, images=self.images, build_egress=self.build_egress
             )
-        return TerminalEnv(
-            self.source, config, **(WIDE_LIMITS if self.family in WIDE_FAMILIES else {})
-        )
+        limits = WIDE_LIMITS if self.family in WIDE_FAMILIES else {}
+        return TerminalEnv(self.source, config, **limits)
 
-    def expert(self) -> Expert:
-        """The scripted solution of a terminal task."""
-        return self.source.expert()
+    def demonstrator(self) -> Demonstration:
+        """Start the scripted solution of a terminal task."""
+        return self.source.demonstrator()
 
     def digest(self) -> bytes:
-        """Of all that makes the task what it is: a changed task is another task."""
+        """Return a hash over everything that defines the task."""
         whole = hashlib.blake2b(self.name.encode(errors="surrogatepass"), digest_size=16)
-        for part in _parts(self.source):
+        for part in _parts_of_source(self.source):
             whole.update(len(part).to_bytes(8, "big") + part)
         return whole.digest()
+
+
+# -- datasets
+# -------------------------------------------------------------------------------------------------
 
 
 def load_tasks(
@@ -105,38 +115,35 @@ def load_tasks(
     images: Mapping[str, tuple[str, ...]] | None = None,
     build_egress: tuple[str, ...] | None = None,
 ) -> list[EvalTask]:
-    """The tasks of a dataset.
-
-    `seed` chooses the instances of what is generated, and nothing of a folder or a file.
+    """Return the tasks of a dataset.
 
     Args:
-      faults: where a list, malformed tasks are put there instead of raised.
+      dataset: its name, or a folder or file.
+      seed: chooses the instances of generated datasets; folders and files do not depend on it.
+      faults: where given, malformed tasks are appended to it instead of raised.
       fetch: whether git may fetch the repositories that a registry names.
-      images: base images that cannot be had and for which this machine stands, with the programs
-        that must be there (`envs.tasks.harbor.build`).
-      build_egress: what the build of a task's environment reaches (`envs.tasks.harbor.HarborEnv`).
-    Raises: TaskError (file, row and line) for a malformed task, ValueError for a dataset that is
-    none.
+      images: base images that cannot be had, for which this machine's system stands, with the
+        programs that it must have (`envs.tasks.harbor.build`).
+      build_egress: hosts that the build of a task's environment may reach
+        (`envs.tasks.harbor.HarborEnv`).
+
+    Raises:
+      TaskError: a task is malformed; the message has file, row and line.
+      ValueError: there is no such dataset.
     """
-    if dataset == "terminal" or dataset.startswith("terminal:"):
+    kind = dataset.partition(":")[0]
+    if kind == "terminal":
         return terminal_tasks(dataset, seed)
     if is_made(dataset):
         return [_of_made(made) for made in load_made(dataset, seed)]
-    if dataset == "repair" or dataset.startswith("repair:"):
-        return [_of_harbor(task) for task in _repair(dataset, seed)]
-    name = (
-        str(EXAMPLES)
-        if dataset == "harbor"
-        else (
-            str(EXAMPLES / dataset.removeprefix("harbor/"))
-            if dataset.startswith("harbor/")
-            else dataset
-        )
-    )
-    file = pathlib.Path(
-        name if pathlib.Path(name).suffix in SUFFIXES else name.rpartition(":")[0] or name
-    )
-    if not (pathlib.Path(name).is_dir() or (file.suffix in SUFFIXES and file.is_file())):
+    if kind == "repair":
+        return [_of_harbor(task) for task in _load_repair(dataset, seed)]
+    name = dataset
+    if dataset == "harbor":
+        name = str(EXAMPLES)
+    elif dataset.startswith("harbor/"):
+        name = str(EXAMPLES / dataset.removeprefix("harbor/"))
+    if not _names_files(name):
         raise ValueError(
             f"dataset {dataset!r} is neither a folder, nor a {', '.join(SUFFIXES)} file, nor known"
             " by name. Names: harbor, harbor/TASK, terminal[:FAMILIES[:N]] with FAMILIES one of"
@@ -146,65 +153,78 @@ def load_tasks(
     return [_of_harbor(task, images, build_egress) for task in load_files(name, faults, fetch)]
 
 
-def _repair(dataset: str, seed: int) -> list[HarborTask]:
-    """repair[:PACKAGES[:N]]: N bugs (default: one for each package) in packages that ship here or
-    lie in the folders named; none named: all that ship.
+def _names_files(name: str) -> bool:
+    """Return whether a folder or a file of a known kind has this name (perhaps with :PART)."""
+    path = pathlib.Path(name)
+    if path.is_dir():
+        return True
+    if path.suffix not in SUFFIXES:  # perhaps FILE:PART
+        path = pathlib.Path(name.rpartition(":")[0] or name)
+    return path.suffix in SUFFIXES and path.is_file()
+
+
+def terminal_tasks(dataset: str, seed: int) -> list[EvalTask]:
+    """Return the tasks of terminal[:FAMILIES[:N]].
+
+    They have evaluation seeds, which training never uses.
+
+    Args:
+      dataset: N is the number of instances; by default one of each family.
+      seed: chooses the instances.
     """
     parts = dataset.split(":")
-    names = [name for name in (parts[1] if len(parts) > 1 else "").split(",") if name]
-    count = parts[2] if len(parts) > 2 else None
-    if len(parts) > 3 or (
-        count is not None
-        and not (count.isascii() and count.isdecimal() and 0 < int(count) <= SEEDS_APART)
-    ):
+    families = _parse_families(parts[1]) if len(parts) > 1 else GROUPS["all"]
+    most = SEEDS_APART * len(families)
+    count: int | None = len(families)
+    if len(parts) > 2:
+        count = parse_count(parts[2], most)
+    if count is None or len(parts) > 3:
+        raise ValueError(
+            f"dataset {dataset!r} is not terminal[:FAMILIES[:N]] with N from 1 to"
+            f" {most}, for example terminal:wide:1000"
+        )
+    if seed < 0:
+        raise ValueError(f"seed {seed} is negative; instances are drawn from seeds of 0 and more")
+    tasks = []
+    for number in range(count):
+        round_number, index = divmod(number, len(families))
+        task_seed = eval_seed(seed * SEEDS_APART + round_number)
+        tasks.append(_of_terminal(make_task(families[index], task_seed)))
+    return tasks
+
+
+def _load_repair(dataset: str, seed: int) -> list[HarborTask]:
+    """Return the tasks of repair[:PACKAGES[:N]].
+
+    N bugs (by default one for each package) in packages of this repository or in the folders named;
+    all packages of this repository if none is named.
+    """
+    parts = dataset.split(":")
+    names = [name for name in parts[1].split(",") if name] if len(parts) > 1 else []
+    count = None
+    if len(parts) > 2:
+        count = parse_count(parts[2], SEEDS_APART)
+    if len(parts) > 3 or (len(parts) == 3 and count is None):
         raise ValueError(
             f"dataset {dataset!r} is not repair[:PACKAGES[:N]] with N from 1 to {SEEDS_APART}, for"
             " example repair:csvlite:20 or repair::100; packages that ship here:"
             f" {', '.join(shipped())}"
         )
-    return repair_tasks(names, None if count is None else int(count), seed)
-
-
-def terminal_tasks(dataset: str, seed: int) -> list[EvalTask]:
-    """terminal[:FAMILIES[:N]]: N instances (default: one of each family) with evaluation seeds,
-    which training never uses.
-    """
-    parts = dataset.split(":")
-    families = _families(parts[1]) if len(parts) > 1 else GROUPS["all"]
-    count = parts[2] if len(parts) > 2 else str(len(families))
-    if (
-        len(parts) > 3
-        or not count.isascii()
-        or not count.isdecimal()
-        or not 0 < int(count) <= SEEDS_APART * len(families)
-    ):
-        raise ValueError(
-            f"dataset {dataset!r} is not terminal[:FAMILIES[:N]] with N from 1 to"
-            f" {SEEDS_APART * len(families)}, for example terminal:wide:1000"
-        )
-    if seed < 0:
-        raise ValueError(f"seed {seed} is negative; instances are drawn from seeds of 0 and more")
-    return [
-        _of_terminal(
-            make_task(
-                families[number % len(families)],
-                eval_seed(seed * SEEDS_APART + number // len(families)),
-            )
-        )
-        for number in range(int(count))
-    ]
+    return repair_tasks(names, count, seed)
 
 
 def dataset_digest(tasks: Sequence[EvalTask]) -> str:
-    """Of all tasks and their order."""
+    """Return a hash over all tasks and their order."""
     return hashlib.blake2b(b"".join(task.digest() for task in tasks), digest_size=16).hexdigest()
 
 
-def _families(text: str) -> tuple[str, ...]:
+def _parse_families(text: str) -> tuple[str, ...]:
+    """Return the families of a group's name, or of names with commas between them."""
     if text in GROUPS:
         return GROUPS[text]
     names = tuple(dict.fromkeys(text.split(",")))
-    if unknown := [name for name in names if name not in GROUPS["all"]]:
+    unknown = [name for name in names if name not in GROUPS["all"]]
+    if unknown:
         raise ValueError(
             f"terminal family {unknown[0]!r} is unknown; known: {', '.join(GROUPS)},"
             f" {', '.join(GROUPS['all'])}"
@@ -212,17 +232,22 @@ def _families(text: str) -> tuple[str, ...]:
     return names
 
 
+# -- tasks
+# -------------------------------------------------------------------------------------------------
+
+
 def _of_terminal(task: Task) -> EvalTask:
-    info = FAMILY_TABLE[task.family]
+    family = FAMILY_TABLE[task.family]
+    start_seconds = SandboxConfig().start_timeout + 2 * SETUP_TIMEOUT_SECONDS
     return EvalTask(
-        task.name,
-        task.family,
-        info.domain,
-        str(info.difficulty),
-        task.instruction,
-        task,
-        start_seconds=SandboxConfig().start_timeout + 2 * SETUP_TIMEOUT_S + MARGIN_S,
-        play_seconds=TERMINAL_PLAY_S + MARGIN_S,
+        name=task.name,
+        family=task.family,
+        domain=family.domain,
+        difficulty=str(family.difficulty),
+        instruction=task.instruction,
+        source=task,
+        start_seconds=start_seconds + MARGIN_SECONDS,
+        play_seconds=TERMINAL_PLAY_SECONDS + MARGIN_SECONDS,
     )
 
 
@@ -231,85 +256,85 @@ def _of_harbor(
     images: Mapping[str, tuple[str, ...]] | None = None,
     build_egress: tuple[str, ...] | None = None,
 ) -> EvalTask:
-    steps = [
-        (step.agent_timeout or SOLVE_TIMEOUT_S)
-        + step.verifier_timeout
-        + (step.verifier_environment.build_timeout if step.verifier_environment else 0.0)
-        for step in task.steps
-    ]
+    play_seconds = MARGIN_SECONDS
+    for step in task.steps:
+        play_seconds += step.agent_timeout or SOLVE_TIMEOUT_SECONDS
+        play_seconds += step.verifier_timeout
+        if step.verifier_environment:
+            play_seconds += step.verifier_environment.build_timeout
+    start_seconds = task.environment.build_timeout + SandboxConfig().start_timeout
     return EvalTask(
-        task.name,
-        task.family,
-        task.category or UNGROUPED,
-        task.difficulty or UNGROUPED,
-        "\n".join(step.instruction for step in task.steps),
-        task,
+        name=task.name,
+        family=task.family,
+        domain=task.category or UNGROUPED,
+        difficulty=task.difficulty or UNGROUPED,
+        instruction="\n".join(step.instruction for step in task.steps),
+        source=task,
+        start_seconds=start_seconds + MARGIN_SECONDS,
+        play_seconds=play_seconds,
         images=images,
         build_egress=build_egress,
-        start_seconds=task.environment.build_timeout + SandboxConfig().start_timeout + MARGIN_S,
-        play_seconds=sum(steps) + MARGIN_S,
     )
 
 
 def _of_made(made: Made) -> EvalTask:
     return EvalTask(
-        made.name,
-        made.family,
-        made.domain,
-        made.difficulty,
-        made.text,
-        made,
-        start_seconds=SandboxConfig().start_timeout + MARGIN_S,
-        play_seconds=MADE_PLAY_S + MARGIN_S,
+        name=made.name,
+        family=made.family,
+        domain=made.domain,
+        difficulty=made.difficulty,
+        instruction=made.text,
+        source=made,
+        start_seconds=SandboxConfig().start_timeout + MARGIN_SECONDS,
+        play_seconds=MADE_PLAY_SECONDS + MARGIN_SECONDS,
     )
 
 
-def _parts(source: Task | HarborTask | Made) -> list[bytes]:
-    """All that makes a task what it is."""
+# -- digests
+# -------------------------------------------------------------------------------------------------
+
+
+def _parts_of_source(source: Task | HarborTask | Made) -> list[bytes]:
+    """Return everything that defines a task."""
     if isinstance(source, Made):
         return source.parts()
-    return _harbor_parts(source) if isinstance(source, HarborTask) else _terminal_parts(source)
+    if isinstance(source, HarborTask):
+        return _parts_of_harbor(source)
+    return _parts_of_terminal(source)
 
 
-def _terminal_parts(task: Task) -> list[bytes]:
-    files = [
-        part
-        for path, (content, mode) in sorted(task.files.items())
-        for part in (path.encode(), content, str(mode).encode())
-    ]
-    return [task.instruction.encode(), task.setup.encode(), task.verifier.encode(), *files]
+def _parts_of_terminal(task: Task) -> list[bytes]:
+    parts = [task.instruction.encode(), task.setup.encode(), task.verifier.encode()]
+    for path, (content, mode) in sorted(task.files.items()):
+        parts += [path.encode(), content, str(mode).encode()]
+    return parts
 
 
-def _harbor_parts(task: HarborTask) -> list[bytes]:
-    """All of the record but where it lies: a folder and an archive of the same task are one task."""
-    return _parts_of(
-        {
-            field.name: getattr(task, field.name)
-            for field in dataclasses.fields(task)
-            if field.name != "path"
-        }
-    )
+def _parts_of_harbor(task: HarborTask) -> list[bytes]:
+    """Return all fields but the path: a folder and an archive of the same task are one task."""
+    fields = {field.name: getattr(task, field.name) for field in dataclasses.fields(task)}
+    del fields["path"]
+    return _parts_of_value(fields)
 
 
-def _parts_of(value: Any) -> list[bytes]:
-    if identity := getattr(
-        value, "identity", None
-    ):  # files that are made only when they are needed
+def _parts_of_value(value: Any) -> list[bytes]:
+    """Return a value as bytes that differ for different values; paths have none."""
+    identity = getattr(value, "identity", None)
+    if identity:  # files that are made only when they are needed
         return [identity.encode()]
     if dataclasses.is_dataclass(value):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return [
-            b"{",
-            *(
-                part
-                for key in sorted(value, key=str)
-                for part in (str(key).encode(errors="surrogatepass"), *_parts_of(value[key]))
-            ),
-            b"}",
-        ]
-    if isinstance(value, (list, tuple)):
-        return [b"[", *(part for one in value for part in _parts_of(one)), b"]"]
+        parts = [b"{"]
+        for key in sorted(value, key=str):
+            parts.append(str(key).encode(errors="surrogatepass"))
+            parts += _parts_of_value(value[key])
+        return [*parts, b"}"]
+    if isinstance(value, list | tuple):
+        parts = [b"["]
+        for element in value:
+            parts += _parts_of_value(element)
+        return [*parts, b"]"]
     if isinstance(value, pathlib.Path):
         return []
     return [value if isinstance(value, bytes) else str(value).encode(errors="surrogatepass")]

@@ -1,9 +1,8 @@
-"""Proves a dataset: the reference solution earns 1 every time, doing nothing earns 0, and so does
-every cheat.
+"""Proves a dataset: the reference solution earns 1 every time; doing nothing and cheating earn 0.
 
-A task that fails one of them measures something else than its agents: it is listed with each
-reason. What the infrastructure spoiled proves nothing, so it is a reason too; a cheat that gets its
-attempt masked as a fault of the infrastructure has escaped its failure.
+A task that fails one of these measures something other than its agents; it is listed with each
+reason. An attempt that the infrastructure spoiled proves nothing, so it is a reason too: a cheat
+whose attempt is masked as an infrastructure fault has escaped its failure.
 """
 
 from __future__ import annotations
@@ -15,66 +14,80 @@ from typing import Any
 
 from envs.rock import SandboxConfig
 from envs.tasks.harbor import TaskError
+from rome.data.files import write_atomically
 from rome.evals.agents import Scripted
 from rome.evals.cheats import CHEATS
 from rome.evals.report import Table, write_pages
 from rome.evals.runner import Job
-from rome.evals.statistics import counted
+from rome.evals.statistics import Record, is_counted
 from rome.evals.tasks import EvalTask
-from rome.train.metrics import write_atomically
 
-Record = Mapping[str, Any]
+AGENTS = ("oracle", "noop", "cheat")
 
 
 def proof_jobs(tasks: Sequence[EvalTask], config: SandboxConfig, oracle_runs: int) -> list[Job]:
-    """The attempts that a proof takes: `oracle_runs` of the oracle, one no-op, one of each cheat,
-    for every task.
+    """Return the attempts of a proof: for every task the oracle, one no-op, one of each cheat.
+
+    Args:
+      tasks: of the dataset.
+      config: of the sandboxes.
+      oracle_runs: attempts of the oracle at each task; several find flaky tasks.
     """
-    runs = (("oracle", oracle_runs), ("noop", 1), ("cheat", len(CHEATS)))
-    return [
-        Job(Scripted(name, config), task, attempt)
-        for task in tasks
-        for name, count in runs
-        for attempt in range(count)
-    ]
+    attempts = {"oracle": oracle_runs, "noop": 1, "cheat": len(CHEATS)}
+    jobs = []
+    for task in tasks:
+        for name in AGENTS:
+            for attempt in range(attempts[name]):
+                jobs.append(Job(Scripted(name, config), task, attempt))
+    return jobs
 
 
 def judge(task: str, records: Sequence[Record]) -> dict[str, Any]:
-    """What the attempts prove of one task: {task, ok, reasons, flaky, rewards by agent, seconds of
-    the oracle}.
+    """Return the verdict on one task.
+
+    Args:
+      task: its name.
+      records: of all its attempts.
+
+    Returns:
+      {task, ok, flaky, reasons, rewards: {agent: [reward]}, oracle_seconds: {least, most} or None}.
     """
-    by_agent: dict[str, list[Record]] = {name: [] for name in ("oracle", "noop", "cheat")}
-    for record in sorted(records, key=lambda one: one["attempt"]):
+    by_agent: dict[str, list[Record]] = {name: [] for name in AGENTS}
+    for record in sorted(records, key=lambda record: record["attempt"]):
         by_agent[record["agent"]].append(record)
+    oracle_rewards = {record["reward"] for record in by_agent["oracle"] if is_counted(record)}
+    is_flaky = len(oracle_rewards) > 1
     reasons = []
-    rewards = {name: [record["reward"] for record in found] for name, found in by_agent.items()}
-    seen = {record["reward"] for record in by_agent["oracle"] if counted(record)}
-    for agent, found in by_agent.items():
-        for record in found:
+    if is_flaky:
+        rewards = " and ".join(f"{reward:g}" for reward in sorted(oracle_rewards))
+        reasons.append(f"flaky: the same solution earned {rewards}")
+    for agent in AGENTS:
+        for record in by_agent[agent]:
             wanted = 1.0 if agent == "oracle" else 0.0
-            if record["reward"] != wanted:  # none at all where it was spoiled
-                got = f"ended as {record['ending']}" + (
-                    f" with reward {record['reward']:g}" if record["reward"] is not None else ""
-                )
-                reasons.append(
-                    f"{agent} run {record['attempt'] + 1} {got} instead of earning {wanted:g}"
-                    + (f" ({record['note']})" if record["note"] else "")
-                )
-    if flaky := len(seen) > 1:
-        reasons.insert(
-            0,
-            "flaky: the same solution earned"
-            f" {' and '.join(f'{reward:g}' for reward in sorted(seen))}",
-        )
+            if record["reward"] != wanted:  # the reward is None if the attempt was spoiled
+                reasons.append(_describe_fault(agent, record, wanted))
     seconds = [record["seconds"] for record in by_agent["oracle"]]
     return {
         "task": task,
         "ok": not reasons,
-        "flaky": flaky,
+        "flaky": is_flaky,
         "reasons": reasons,
-        "rewards": rewards,
+        "rewards": {
+            name: [record["reward"] for record in found] for name, found in by_agent.items()
+        },
         "oracle_seconds": {"least": min(seconds), "most": max(seconds)} if seconds else None,
     }
+
+
+def _describe_fault(agent: str, record: Record, wanted: float) -> str:
+    """Return what an attempt earned instead of the wanted reward."""
+    text = f"{agent} run {record['attempt'] + 1} ended as {record['ending']}"
+    if record["reward"] is not None:
+        text += f" with reward {record['reward']:g}"
+    text += f" instead of earning {wanted:g}"
+    if record["note"]:
+        text += f" ({record['note']})"
+    return text
 
 
 def build_proof(
@@ -83,22 +96,19 @@ def build_proof(
     records: Sequence[Record],
     faults: Sequence[TaskError],
 ) -> dict[str, Any]:
-    """validation.json. `faults`: task folders that could not be read; each is a task that fails."""
-    found: dict[str, list[Record]] = {task.name: [] for task in tasks}
+    """Return the content of validation.json.
+
+    Args:
+      identity: what was validated; its fields come first.
+      tasks: of the dataset.
+      records: of the attempts of `proof_jobs`.
+      faults: of task folders that could not be read; each is a task that fails.
+    """
+    by_task: dict[str, list[Record]] = {task.name: [] for task in tasks}
     for record in records:
-        found[record["task"]].append(record)
-    verdicts = [judge(name, of_task) for name, of_task in found.items()]
-    verdicts += [
-        {
-            "task": str(fault.file),
-            "ok": False,
-            "flaky": False,
-            "reasons": [str(fault)],
-            "rewards": {},
-            "oracle_seconds": None,
-        }
-        for fault in faults
-    ]
+        by_task[record["task"]].append(record)
+    verdicts = [judge(name, found) for name, found in by_task.items()]
+    verdicts += [_unreadable(fault) for fault in faults]
     return {
         **identity,
         "valid": all(verdict["ok"] for verdict in verdicts),
@@ -110,43 +120,52 @@ def build_proof(
     }
 
 
+def _unreadable(fault: TaskError) -> dict[str, Any]:
+    """Return the verdict on a task that could not be read."""
+    return {
+        "task": str(fault.file),
+        "ok": False,
+        "flaky": False,
+        "reasons": [str(fault)],
+        "rewards": {},
+        "oracle_seconds": None,
+    }
+
+
 def write_proof(out: pathlib.Path, proof: Mapping[str, Any]) -> None:
-    """OUT/validation.json, validation.md and validation.html."""
+    """Write OUT/validation.json, validation.md and validation.html."""
     write_atomically(out / "validation.json", json.dumps(proof, indent=1, allow_nan=False) + "\n")
     write_pages(out, "validation", f"Validation of {proof['dataset']}", proof_tables(proof))
 
 
 def proof_tables(proof: Mapping[str, Any]) -> list[Table]:
-    def rewards(verdict: Mapping[str, Any], agent: str) -> str:
-        return ", ".join(
-            "spoiled" if reward is None else f"{reward:g}"
-            for reward in verdict["rewards"].get(agent, ())
-        )
-
-    failed = [
-        [verdict["task"], reason] for verdict in proof["tasks"] for reason in verdict["reasons"]
-    ]
-    rows = [
-        [
-            verdict["task"],
-            "yes" if verdict["ok"] else "NO",
-            *(rewards(verdict, agent) for agent in ("oracle", "noop", "cheat")),
-            (
-                "{least:.2f} to {most:.2f}".format(**verdict["oracle_seconds"])
-                if verdict["oracle_seconds"]
-                else ""
-            ),
-        ]
-        for verdict in proof["tasks"]
-    ]
+    """Return the tables of a validation's pages."""
+    failed = []
+    rows = []
+    for verdict in proof["tasks"]:
+        failed += [[verdict["task"], reason] for reason in verdict["reasons"]]
+        row = [verdict["task"], "yes" if verdict["ok"] else "NO"]
+        row += [_format_rewards(verdict["rewards"].get(agent, ())) for agent in AGENTS]
+        row.append(_format_seconds(verdict["oracle_seconds"]))
+        rows.append(row)
+    head = ["task", "sound", "oracle", "no-op", "cheats", "oracle's seconds"]
     return [
-        (
-            (
-                f"{proof['sound']} of {proof['total']} tasks are sound, {proof['flaky']} flaky,"
-                f" {proof['runs']} runs"
-            ),
-            ["task", "why it fails"],
-            failed,
-        ),
-        ("All tasks", ["task", "sound", "oracle", "no-op", "cheats", "oracle's seconds"], rows),
+        Table(describe_proof(proof), ["task", "why it fails"], failed),
+        Table("All tasks", head, rows),
     ]
+
+
+def describe_proof(proof: Mapping[str, Any]) -> str:
+    """Return the outcome of a validation on one line."""
+    return (
+        f"{proof['sound']} of {proof['total']} tasks are sound, {proof['flaky']} flaky,"
+        f" {proof['runs']} runs"
+    )
+
+
+def _format_rewards(rewards: Sequence[float | None]) -> str:
+    return ", ".join("spoiled" if reward is None else f"{reward:g}" for reward in rewards)
+
+
+def _format_seconds(seconds: Mapping[str, float] | None) -> str:
+    return f"{seconds['least']:.2f} to {seconds['most']:.2f}" if seconds else ""

@@ -1,7 +1,6 @@
-"""Datasets of environments that need no task folder: tool-use worlds, one-turn problems, text
-games, and the published formats over the worlds.
+"""Datasets of environments without task folders: tool-use worlds, problems and text games.
 
-worlds[:NAMES[:N]]       travel, shop, gui; a name is a world or a world and a level (shop/hard)
+worlds[:NAMES[:N]]       travel, shop, gui; a name is a world, or a world and a level (shop/hard)
 problems[:NAMES[:N]]     math, code, math/dice, code/postfix-hard
 games[:NAMES[:N]]        frozen_lake, wordle, ...
 bfcl:FILE                a BFCL multi-turn file, its possible_answer/ beside it
@@ -22,35 +21,44 @@ from envs.rock import SandboxConfig
 from envs.tasks.terminal import eval_seed
 from envs.worlds import WORLD_IDS, bfcl, tau2
 
-# instances of an environment that one --seed may have before they would be those of the next
+# Instances of an environment that belong to one --seed; the next seed's follow them.
 SEEDS_APART = 100_000
 KINDS = {
     "worlds": tuple(WORLD_IDS),
-    "problems": tuple(one for one in PROBLEM_IDS if "/all-" not in one),
-    "games": tuple(
-        one for one in GAMES if "slippery" not in one
-    ),  # the ice decides there, so no oracle wins each
+    "problems": tuple(env_id for env_id in PROBLEM_IDS if "/all-" not in env_id),
+    # Without the slippery ones: chance decides there, so that no oracle always wins.
+    "games": tuple(env_id for env_id in GAMES if "slippery" not in env_id),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """An instance: either of a registered environment with a seed, or of an entry of a published
-    file.
+    """An instance of a registered environment, or an entry of a published file.
+
+    Attributes:
+      name: with its seed.
+      family: of the environment.
+      domain: reports group by it.
+      difficulty: reports group by it.
+      text: the words of the user or of the problem.
+      definition: everything else that defines the instance, as text.
+      new_env: makes the environment.
     """
 
     name: str
     family: str
     domain: str
     difficulty: str
-    text: str  # the user's or the problem's own words
+    text: str
     definition: str
     new_env: Callable[[SandboxConfig], Env]
 
     def make_env(self, config: SandboxConfig) -> Env:
+        """Return a new environment; `config` is for those that run code in a sandbox."""
         return self.new_env(config)
 
     def parts(self) -> list[bytes]:
+        """Return everything that defines the instance."""
         return [
             self.text.encode(errors="surrogatepass"),
             self.definition.encode(errors="surrogatepass"),
@@ -58,96 +66,111 @@ class Made:
 
 
 def is_made(dataset: str) -> bool:
-    """Whether the name is one of this module's."""
+    """Return whether the name is of a dataset of this module."""
     kind = dataset.split(":")[0]
     return kind in KINDS or (kind in ("bfcl", "tau2") and ":" in dataset)
 
 
 def load_made(dataset: str, seed: int) -> list[Made]:
-    """The instances of a dataset.
+    """Return the instances of a dataset.
 
-    Raises ValueError for a name that is none, FormatError (a ValueError) for a faulty file.
+    Args:
+      dataset: see the module; N is the number of instances, by default one for each name.
+      seed: chooses the instances; published files do not depend on it.
+
+    Raises:
+      ValueError: there is no such dataset, or (FormatError) a file is malformed.
     """
     kind, _, rest = dataset.partition(":")
     if kind == "bfcl":
-        return [_published(entry, "bfcl") for entry in bfcl.load(pathlib.Path(rest))]
+        return [_of_published(entry, "bfcl") for entry in bfcl.load(pathlib.Path(rest))]
     if kind == "tau2":
-        return [_published(task, f"tau2-{task.domain}") for task in tau2.load(pathlib.Path(rest))]
-    names, _, count = rest.partition(":")
-    ids = _chosen(kind, names)
-    if seed < 0 or (
-        count
-        and not (count.isascii() and count.isdecimal() and 0 < int(count) <= SEEDS_APART * len(ids))
-    ):
+        entries = tau2.load(pathlib.Path(rest))
+        return [_of_published(entry, f"tau2-{entry.domain}") for entry in entries]
+    names, _, count_text = rest.partition(":")
+    ids = _find_ids(kind, names)
+    most = SEEDS_APART * len(ids)
+    count = parse_count(count_text, most) if count_text else len(ids)
+    if seed < 0 or count is None:
         raise ValueError(
             f"dataset {dataset!r} with seed {seed} is not {kind}[:NAMES[:N]] with N from 1 to"
-            f" {SEEDS_APART * len(ids)} and a seed of 0 or more"
+            f" {most} and a seed of 0 or more"
         )
-    total = int(count) if count else len(ids)
-    return [
-        _instance(kind, ids[number % len(ids)], eval_seed(seed * SEEDS_APART + number // len(ids)))
-        for number in range(total)
-    ]
+    instances = []
+    for number in range(count):
+        round_number, index = divmod(number, len(ids))
+        instance_seed = eval_seed(seed * SEEDS_APART + round_number)
+        instances.append(_of_environment(kind, ids[index], instance_seed))
+    return instances
 
 
-def _chosen(kind: str, names: str) -> list[str]:
-    """The ids that the names stand for, in the registry's order."""
-    short = {one: one.removeprefix("rome:").removeprefix("game/") for one in KINDS[kind]}
+def parse_count(text: str, most: int) -> int | None:
+    """Return the number from 1 to `most` that the text is, or None."""
+    if not (text.isascii() and text.isdecimal()):
+        return None
+    count = int(text)
+    return count if 1 <= count <= most else None
+
+
+def _find_ids(kind: str, names: str) -> list[str]:
+    """Return the environment ids that the names stand for, each once."""
+    short_names = {
+        env_id: env_id.removeprefix("rome:").removeprefix("game/") for env_id in KINDS[kind]
+    }
+    if not names or names == "all":
+        return list(short_names)
     chosen: list[str] = []
-    for name in names.split(",") if names and names != "all" else [""]:
-        found = [
-            one
-            for one, brief in short.items()
-            if name == "" or brief == name or brief.startswith((f"{name}/", f"{name}-"))
-        ]
+    for name in names.split(","):
+        found = [env_id for env_id, short in short_names.items() if _is_named(short, name)]
         if not found:
-            raise ValueError(
-                f"{kind} has nothing named {name!r}; known:"
-                f" {', '.join(sorted({brief.split('-')[0] for brief in short.values()}))}"
-            )
+            known = sorted({short.split("-")[0] for short in short_names.values()})
+            raise ValueError(f"{kind} has nothing named {name!r}; known: {', '.join(known)}")
         chosen += found
     return list(dict.fromkeys(chosen))
 
 
-def _instance(kind: str, env_id: str, seed: int) -> Made:
+def _is_named(short: str, name: str) -> bool:
+    """Return whether an environment has this name, or is a level or a variant of it."""
+    return name in ("", short) or short.startswith((f"{name}/", f"{name}-"))
+
+
+def _of_environment(kind: str, env_id: str, seed: int) -> Made:
+    """Return the instance of a registered environment with this seed."""
+
     def new_env(config: SandboxConfig) -> Env:
-        # sokoban unshaped: 1 for the solved room and nothing else; boards in the observation, which
-        # is all that agents are shown
-        settings = (
-            {"sandbox_config": config}
-            if env_id.startswith("rome:code/")
-            else {"shaped": False}
-            if "sokoban" in env_id
-            else {}
-        )
-        settings |= {"state_in": "observation"} if kind == "games" else {}
+        settings: dict[str, Any] = {}
+        if env_id.startswith("rome:code/"):
+            settings["sandbox_config"] = config
+        elif "sokoban" in env_id:
+            settings["shaped"] = False  # the reward is 1 for the solved room, else 0
+        if kind == "games":
+            settings["state_in"] = "observation"  # agents see nothing else
         return make(env_id, seed=seed, **settings)
 
     env = new_env(SandboxConfig())
     opening, info = env.reset()
-    text = "\n".join(env.scenario.user.requests) if kind == "worlds" else opening
-    definition = env.definition() if hasattr(env, "definition") else str(info.get("suffix", ""))
-    domain = env_id.removeprefix("rome:").split("/")[0] if kind != "games" else "games"
+    name = env_id.removeprefix("rome:")
     return Made(
-        f"{env_id.removeprefix('rome:')}/{seed}",
-        env.task.family,
-        domain,
-        getattr(env, "difficulty", "(none)"),
-        text,
-        definition,
-        new_env,
+        name=f"{name}/{seed}",
+        family=env.task.family,
+        domain="games" if kind == "games" else name.split("/")[0],
+        difficulty=getattr(env, "difficulty", "(none)"),
+        text="\n".join(env.scenario.user.requests) if kind == "worlds" else opening,
+        definition=env.definition() if hasattr(env, "definition") else str(info.get("suffix", "")),
+        new_env=new_env,
     )
 
 
-def _published(entry: Any, domain: str) -> Made:
+def _of_published(entry: Any, domain: str) -> Made:
+    """Return the instance of an entry of a published file."""
     env = entry.make_env()
     env.reset()
     return Made(
-        env.task.name,
-        env.family,
-        domain,
-        env.difficulty,
-        "\n".join(env.scenario.user.requests),
-        env.definition(),
-        lambda config: entry.make_env(),
+        name=env.task.name,
+        family=env.family,
+        domain=domain,
+        difficulty=env.difficulty,
+        text="\n".join(env.scenario.user.requests),
+        definition=env.definition(),
+        new_env=lambda config: entry.make_env(),
     )

@@ -1,9 +1,16 @@
-"""Losses: pure functions `loss(logp_BT, batch, config, denominators) -> (value, metrics)` on
-arrays.
+"""Losses: pure functions on arrays, `loss(logp_BT, batch, config, denominators)`.
 
-No model, no I/O.
+Each returns (value, metrics). No loss knows a model, a file or a device.
+
+To add a loss, write the function (`rome.losses.policy` has a dozen) and register it in `SPECS`.
 """
 
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from rome.data.advantages import Estimator
 from rome.losses.ipa import ipa_loss
 from rome.losses.policy import (
     cispo_loss,
@@ -21,56 +28,68 @@ from rome.losses.policy import (
 from rome.losses.sft import sft_loss
 from rome.losses.types import Denominators, Loss, LossConfig, Metrics, count_denominators
 
-LOSSES: dict[str, Loss] = {
-    "ipa": ipa_loss,
-    "token_level": token_level_loss,
-    "grpo": grpo_loss,
-    "dr_grpo": dr_grpo_loss,
-    "rloo": rloo_loss,
-    "gspo": gspo_loss,
-    "dapo": dapo_loss,
-    "cispo": cispo_loss,
-    "topr": topr_loss,
-    "tis": tis_loss,
-    "icepop": icepop_loss,
-    "gigpo": gigpo_loss,
-    "sft": sft_loss,
-    "cpt": sft_loss,
-}
-LIKELIHOODS = ("sft", "cpt")  # learn from what is given; the others from what a policy did
-# Of the losses that compare the episodes of a group: how (rome.data.advantages).
-ADVANTAGES = {
-    "grpo": "normalised",
-    "dr_grpo": "centred",
-    "rloo": "leave_one_out",
-    "gspo": "normalised",
-    "dapo": "normalised",
-    "cispo": "normalised",
-    "tis": "normalised",
-    "icepop": "normalised",
-    "gigpo": "steps",
-}
-# The switches among these five that a loss reads, with the values of its paper.
+
+@dataclasses.dataclass(frozen=True)
+class LossSpec:
+    """A registered loss and what it needs.
+
+    Args:
+      function: the loss itself.
+      advantage: how the episodes of a group are compared (`rome.data.advantages`); None: the loss
+        does not read advantages.
+      published: the switches that the loss reads, out of mismatch_limit, mismatch_low, clip_low,
+        clip_high and dual_clip, with the values of its paper.
+      likelihood: True where the loss learns from given text, False where it learns from episodes
+        that a policy played.
+    """
+
+    function: Loss
+    advantage: Estimator | None = None
+    published: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    likelihood: bool = False
+
+
 _CLIP = {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": 0.0}
-PUBLISHED: dict[str, dict[str, float]] = {
-    "ipa": {"mismatch_limit": 5.0},
-    "token_level": {"mismatch_limit": 5.0},
-    "grpo": _CLIP,
-    "dr_grpo": _CLIP,
-    "rloo": {},
-    "topr": {},
-    "gigpo": _CLIP,
-    "gspo": {"clip_low": 3e-4, "clip_high": 4e-4, "dual_clip": 0.0},
-    "dapo": {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 0.0},
-    "cispo": {"clip_low": 1.0, "clip_high": 4.0},  # no lower bound
-    "tis": _CLIP | {"mismatch_limit": 2.0},
-    "icepop": _CLIP | {"mismatch_low": 0.5, "mismatch_limit": 5.0},
+
+SPECS: dict[str, LossSpec] = {
+    "ipa": LossSpec(ipa_loss, published={"mismatch_limit": 5.0}),
+    "token_level": LossSpec(token_level_loss, published={"mismatch_limit": 5.0}),
+    "grpo": LossSpec(grpo_loss, "normalised", _CLIP),
+    "dr_grpo": LossSpec(dr_grpo_loss, "centred", _CLIP),
+    "rloo": LossSpec(rloo_loss, "leave_one_out"),
+    "gspo": LossSpec(gspo_loss, "normalised", _CLIP | {"clip_low": 3e-4, "clip_high": 4e-4}),
+    "dapo": LossSpec(dapo_loss, "normalised", _CLIP | {"clip_high": 0.28}),
+    # the paper has no lower bound: 1 - clip_low is 0
+    "cispo": LossSpec(cispo_loss, "normalised", {"clip_low": 1.0, "clip_high": 4.0}),
+    "topr": LossSpec(topr_loss),
+    "tis": LossSpec(tis_loss, "normalised", _CLIP | {"mismatch_limit": 2.0}),
+    "icepop": LossSpec(
+        icepop_loss, "normalised", _CLIP | {"mismatch_low": 0.5, "mismatch_limit": 5.0}
+    ),
+    "gigpo": LossSpec(gigpo_loss, "steps", _CLIP),
+    "sft": LossSpec(sft_loss, likelihood=True),
+    "cpt": LossSpec(sft_loss, likelihood=True),
+}
+
+# Views of SPECS by property.
+LOSSES: dict[str, Loss] = {name: spec.function for name, spec in SPECS.items()}
+LIKELIHOODS = tuple(name for name, spec in SPECS.items() if spec.likelihood)
+ADVANTAGES: dict[str, Estimator] = {
+    name: spec.advantage for name, spec in SPECS.items() if spec.advantage is not None
+}
+PUBLISHED: dict[str, Mapping[str, float]] = {
+    name: spec.published for name, spec in SPECS.items() if not spec.likelihood
 }
 
 
 def unbounded_weight(loss: str, dual_clip: float) -> str | None:
-    """Why samples of older weights must not be trained on with this loss; None where every one of
-    them has a bounded weight.
+    """Return why this loss must not train on samples of older weights, or None if it may.
+
+    A loss may where the weight that it gives to such a sample has an upper bound.
+
+    Args:
+      loss: name in SPECS.
+      dual_clip: the value that the run uses; 0 is no dual clip.
     """
     if loss == "rloo":
         return (
@@ -90,9 +109,11 @@ __all__ = [
     "LIKELIHOODS",
     "LOSSES",
     "PUBLISHED",
+    "SPECS",
     "Denominators",
     "Loss",
     "LossConfig",
+    "LossSpec",
     "Metrics",
     "count_denominators",
     "unbounded_weight",

@@ -1,5 +1,4 @@
-"""Sums and means over chunks and trajectories of packed rows, and the diagnostics that all policy
-losses share.
+"""Sums and means over the chunks and trajectories of packed rows, and the shared policy metrics.
 
 B rows, T tokens, C chunks a row. Masked sums instead of scatters: they fuse, they shard over B, and
 padding cannot leak.
@@ -17,39 +16,47 @@ from rome.losses.types import Denominators, Metrics
 MAX_LOG_RATIO = 20.0
 
 
-def sum_per_chunk(values_BT: Array, batch: Batch) -> Array:
-    """[B, C]; tokens outside chunks are not read."""
-    belongs_BCT = batch.chunk_ids_BT[:, None, :] == jnp.arange(batch.valid_BC.shape[1])[:, None]
+def sum_per_chunk(values_BT: Array, batch: Batch[Array]) -> Array:
+    """Sum values over the tokens of each chunk, [B, C]. Values outside chunks are not read."""
+    chunks_C1 = jnp.arange(batch.valid_BC.shape[1])[:, None]
+    belongs_BCT = batch.chunk_ids_BT[:, None, :] == chunks_C1
     return jnp.sum(jnp.where(belongs_BCT, values_BT[:, None, :], 0.0), axis=-1)
 
 
-def tokens_per_chunk(batch: Batch) -> Array:
+def tokens_per_chunk(batch: Batch[Array]) -> Array:
+    """Count the action tokens of each chunk, [B, C] float32."""
     return sum_per_chunk(jnp.ones(batch.chunk_ids_BT.shape, jnp.float32), batch)
 
 
-def mean_per_chunk(values_BT: Array, batch: Batch) -> Array:
+def mean_per_chunk(values_BT: Array, batch: Batch[Array]) -> Array:
+    """Average values over the tokens of each chunk, [B, C]; 0 for an empty chunk."""
     return sum_per_chunk(values_BT, batch) / jnp.maximum(tokens_per_chunk(batch), 1.0)
 
 
-def sum_per_trajectory(values_BC: Array, batch: Batch) -> Array:
-    """[B, C]: at each chunk the sum over the chunks of its trajectory."""
+def sum_per_trajectory(values_BC: Array, batch: Batch[Array]) -> Array:
+    """Sum values over the chunks of each trajectory, [B, C]: at each chunk its trajectory's sum."""
     same_BCC = batch.trajectory_BC[:, :, None] == batch.trajectory_BC[:, None, :]
     return jnp.sum(jnp.where(same_BCC, values_BC[:, None, :], 0.0), axis=-1)
 
 
-def at_tokens(values_BC: Array, batch: Batch) -> Array:
-    """[B, T]: at each action token the value of its chunk, 0 elsewhere."""
+def at_tokens(values_BC: Array, batch: Batch[Array]) -> Array:
+    """Spread each chunk's value over its action tokens, [B, T]; 0 for all other tokens."""
     values_BT = jnp.take_along_axis(values_BC, jnp.maximum(batch.chunk_ids_BT, 0), axis=1)
     return jnp.where(batch.chunk_ids_BT >= 0, values_BT, jnp.zeros_like(values_BT))
 
 
-def tokens_of_kind(kind: int, batch: Batch) -> Array:
-    """[B, T] bool: action tokens whose chunk is of this kind (RL, IMITATION or CONTEXT)."""
+def tokens_of_kind(kind: int, batch: Batch[Array]) -> Array:
+    """Return which tokens are actions of a chunk of this kind, [B, T] bool.
+
+    Args:
+      kind: RL, IMITATION or CONTEXT of `rome.data.batch`.
+      batch: the micro-batch.
+    """
     return at_tokens(batch.valid_BC & (batch.kind_BC == kind), batch)
 
 
 def exp_bounded(log_ratio: Array) -> Array:
-    """exp that stays finite, and so does its gradient, whatever two policies disagree about."""
+    """Return exp(log_ratio), clipped so that value and gradient stay finite for any input."""
     return jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
 
 
@@ -59,15 +66,23 @@ def policy_metrics(
     clipped_BT: Array,
     masked_BT: Array,
     rl_BT: Array,
-    batch: Batch,
+    batch: Batch[Array],
     denominators: Denominators,
 ) -> Metrics:
-    """Token means over the step's RL tokens.
+    """Average what all policy losses report over the step's RL tokens.
 
-    Three policies: current, old (`logp_old`), rollout (the engine's).
+    Three policies: current (logp_BT), old (`logp_old`), rollout (`logp_rollout`, the engine's).
+    `mismatch_weight` and `mismatch_weight2` are moments of w = old / rollout; the effective sample
+    size is the share mismatch_weight ** 2 / mismatch_weight2 of the tokens.
 
-    `mismatch_weight`, `mismatch_weight2` are moments of old / rollout; weight ** 2 / weight2 is the
-    effective sample size's share.
+    Args:
+      logp_BT: logprobs at the current weights.
+      ratio_BT: ratio of current to old as the loss defines it, before clipping.
+      clipped_BT: 1 where the loss clips the ratio.
+      masked_BT: 1 where the loss drops the token for mismatch.
+      rl_BT: action tokens of RL chunks.
+      batch: the micro-batch.
+      denominators: counts of the whole step.
     """
 
     def mean(values_BT: Array) -> Array:
@@ -78,9 +93,9 @@ def policy_metrics(
     weight_BT = exp_bounded(mismatch_BT)
     return {
         "logp": mean(logp_BT),
-        "ratio": mean(ratio_BT),  # as the loss defines it, before clipping
-        "clipped": mean(clipped_BT),  # share of tokens whose ratio the loss clips
-        "masked": mean(masked_BT),  # share of tokens dropped for mismatch
+        "ratio": mean(ratio_BT),
+        "clipped": mean(clipped_BT),
+        "masked": mean(masked_BT),
         "kl_old": mean(exp_bounded(drift_BT) - drift_BT - 1.0),  # k3 of KL(old || current)
         "mismatch": mean(mismatch_BT),
         "mismatch_kl": mean(weight_BT - mismatch_BT - 1.0),  # k3 of KL(rollout || old)

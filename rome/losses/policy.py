@@ -1,25 +1,30 @@
-"""The policy losses that IPA is compared with, in the form of their papers.
+"""The policy losses that IPA is compared with, each in the form of its paper.
 
 r = pi / pi_old of a token, rho = pi_old / mu (the trainer against the engine at the same weights),
-A = advantage (rome.data.advantages), R = reward, y a trajectory's n RL tokens. Sums and means run
-over the whole step: over trajectories, or over tokens where a line says so.
+A = advantage (`rome.data.advantages`), R = reward, y a trajectory with n RL tokens, e the clip
+range. Sums and means run over the whole step: over trajectories, or over tokens where a line says
+so. Every loss is minus the objective:
 
-    token_level  the paper's baseline, Eq. 4-6 of "Let It Flow": TOPR's split with exp(mean log r) and a mask for each token
-    grpo      mean_y 1/n sum_t min(r A, clip(r, 1 - e, 1 + e) A)                     arXiv 2402.03300, Eq. 3; no KL term
-    dr_grpo   mean_y 1/M sum_t min(r A, clip(r) A), A = R - mean, M constant         arXiv 2503.20783, Sec. 3.2
-    dapo      token mean of min(r A, clip(r, 1 - e_low, 1 + e_high) A)               arXiv 2503.14476, Eq. 8, 10, 12
-    gspo      mean_y min(s A, clip(s) A), s = exp(1/n sum_t log r)                   arXiv 2507.18071, Eq. 5, 7
-    gigpo     mean over turns of the mean over its tokens of min(r A, clip(r) A)     arXiv 2505.10978, Eq. 8 for A
-    tis       grpo, each token times min(rho, C)                                     Yao et al. 2025, "Your Efficient RL Framework Secretly Brings ..."
-    icepop    grpo, each token times rho where a <= rho <= b, else 0                 Ling team 2025, "Small Leak Can Sink a Great Ship"
-    rloo      mean_y A sum_t log pi, A = R - mean of the others                      arXiv 2402.14740
-    cispo     token mean of sg(clip(r, 1 - e_low, 1 + e_high)) A log pi              arXiv 2506.13585, Eq. 4-5
-    topr      mean_y R sum_t log pi; failures times sg([prod_t pi / mu]_0^1)         arXiv 2503.14286, Eq. 8
+    token_level  Eq. 4-6 of "Let It Flow": TOPR's split with exp(mean log r), one mask a token
+    grpo         mean_y 1/n sum_t min(r A, clip(r) A)                   arXiv 2402.03300, Eq. 3
+    dr_grpo      mean_y 1/M sum_t min(r A, clip(r) A), M constant       arXiv 2503.20783, Sec. 3.2
+    dapo         token mean of min(r A, clip(r, 1-e_low, 1+e_high) A)   arXiv 2503.14476, Eq. 8-12
+    gspo         mean_y min(s A, clip(s) A), s = exp(1/n sum_t log r)   arXiv 2507.18071, Eq. 5, 7
+    gigpo        turn mean of token mean of min(r A, clip(r) A)         arXiv 2505.10978, A: Eq. 8
+    tis          grpo, each token times min(rho, C)                     Yao et al. 2025 [1]
+    icepop       grpo, each token times rho where a <= rho <= b, else 0 Ling team 2025 [2]
+    rloo         mean_y A sum_t log pi                                  arXiv 2402.14740
+    cispo        token mean of sg(clip(r)) A log pi                     arXiv 2506.13585, Eq. 4-5
+    topr         mean_y R sum_t log pi, failures times                  arXiv 2503.14286, Eq. 8
+                 sg([prod_t pi / mu]_0^1)
 
-All maximised, so a loss is minus this. DAPO's dynamic sampling and overlong penalty are not here:
-which groups are kept and replaced is the scheduler's affair, what an episode is rewarded the
-verifier's. dual_clip c bounds min(r A, clip(r) A) below by c A where A < 0 (arXiv 1912.09729):
-without it the ratio of a failure has no upper bound, which asynchronous training cannot afford.
+[1] "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training".
+[2] "Small Leak Can Sink a Great Ship".
+
+Not here: GRPO's KL term; DAPO's dynamic sampling (the scheduler keeps and replaces groups) and
+overlong penalty (the verifier rewards). dual_clip c bounds min(r A, clip(r) A) below by c A where
+A < 0 (arXiv 1912.09729): without it the ratio of a failure has no upper bound, which asynchronous
+training cannot afford.
 
 B rows, T tokens, C chunks a row. A turn is a chunk. Imitation chunks (Eq. 10) are learned as in
 IPA.
@@ -47,21 +52,20 @@ from rome.losses.types import Denominators, LossConfig, Metrics
 
 
 def token_level_loss(
-    logp_BT: Array, batch: Batch, config: LossConfig, denominators: Denominators
+    logp_BT: Array, batch: Batch[Array], config: LossConfig, denominators: Denominators
 ) -> tuple[Array, Metrics]:
-    """Eq. 4-6: the split of TOPR with one ratio and one reward a trajectory, undiscounted, and a
-    mask for each token.
+    """Return the paper's token-level baseline: TOPR's split without chunks (Eq. 4-6).
+
+    One ratio and one undiscounted reward a trajectory, and a mask for each token.
     """
     rl_BT = tokens_of_kind(RL, batch)
-    log_ratio_BC = _trajectory_sum(
-        _log_ratio(logp_BT, batch, rl_BT), batch
-    ) / _rl_tokens_per_trajectory(rl_BT, batch)
+    total_log_ratio_BC = _trajectory_sum(_log_ratio(logp_BT, batch, rl_BT), batch)
+    log_ratio_BC = total_log_ratio_BC / _rl_tokens_per_trajectory(rl_BT, batch)
     weight_BC = topr_weight(log_ratio_BC, batch.sign_BC) * batch.reward_BC
     keep_BT = mismatch_mask(batch, dataclasses.replace(config, mismatch_mask="token"))
 
-    objective = weighted_sum(
-        keep_BT * at_tokens(weight_BC, batch), logp_BT, rl_BT
-    ) / rl_denominator(config, denominators)
+    total = weighted_sum(keep_BT * at_tokens(weight_BC, batch), logp_BT, rl_BT)
+    objective = total / rl_denominator(config, denominators)
     return _finish(
         objective,
         logp_BT,
@@ -76,46 +80,44 @@ def token_level_loss(
 
 
 def grpo_loss(
-    logp_BT: Array, batch: Batch, config: LossConfig, denominators: Denominators
+    logp_BT: Array, batch: Batch[Array], config: LossConfig, denominators: Denominators
 ) -> tuple[Array, Metrics]:
-    """GRPO: clipped token ratios times the group advantage; a mean over each trajectory's tokens,
-    then over trajectories.
+    """Return GRPO's loss: clipped token ratios times the group advantage.
+
+    A mean over each trajectory's tokens, then over trajectories.
     """
     return _clipped_loss(logp_BT, batch, config, denominators, per_trajectory=True)
 
 
 def dr_grpo_loss(
-    logp_BT: Array, batch: Batch, config: LossConfig, denominators: Denominators
+    logp_BT: Array, batch: Batch[Array], config: LossConfig, denominators: Denominators
 ) -> tuple[Array, Metrics]:
-    """Dr.
+    """Return the loss of Dr. GRPO: GRPO with token sums divided by a constant.
 
-    GRPO: GRPO whose token sums are divided by a constant, so that the length of a trajectory does
-    not weaken its tokens.
-
-    The advantages are to be "centred" ones.
+    So the length of a trajectory does not weaken its tokens. Needs "centred" advantages.
     """
     count = jnp.maximum(denominators.rl_trajectories, 1.0) * config.token_constant
     return _clipped_loss(logp_BT, batch, config, denominators, count=count)
 
 
 def dapo_loss(
-    logp_BT: Array, batch: Batch, config: LossConfig, denominators: Denominators
+    logp_BT: Array, batch: Batch[Array], config: LossConfig, denominators: Denominators
 ) -> tuple[Array, Metrics]:
-    """DAPO: a wider clip upwards than downwards, and every token of the step counts the same.
+    """Return DAPO's loss: a wider clip upwards, and every token of the step counts the same.
 
-    The paper divides by the tokens of a group and averages over groups; here as in its code, by the
-    tokens of the step.
+    The paper divides by the tokens of a group and averages over groups; this divides by the tokens
+    of the step, as the paper's code does.
     """
-    return _clipped_loss(
-        logp_BT, batch, config, denominators, count=jnp.maximum(denominators.rl_tokens, 1.0)
-    )
+    count = jnp.maximum(denominators.rl_tokens, 1.0)
+    return _clipped_loss(logp_BT, batch, config, denominators, count=count)
 
 
 def tis_loss(
-    logp_BT: Array, batch: Batch, config: LossConfig, denominators: Denominators
+    logp_BT: Array, batch: Batch[Array], config: LossConfig, denominators: Denominators
 ) -> tuple[Array, Metrics]:
-    """Truncated importance sampling: GRPO corrected for what the engine sampled otherwise than the
-    trainer would have, up to a weight of C.
+    """Return GRPO's loss with truncated importance sampling: tokens weighted by min(rho, C).
+
+    Corrects for the engine's sampling distribution where it differs from the trainer's.
     """
     rho_BT = exp_bounded(batch.logp_old_BT - batch.logp_rollout_BT)
     return _clipped_loss(
@@ -129,11 +131,9 @@ def tis_loss(
 
 
 def icepop_loss(
-    logp_BT: Array, batch: Batch, config: LossConfig, denominators: Denominators
+    logp_BT: Array, batch: Batch[Array], config: LossConfig, denominators: Denominators
 ) -> tuple[Array, Metrics]:
-    """IcePop: GRPO corrected as in TIS, but a token on which engine and trainer disagree too much,
-    either way, is dropped.
-    """
+    """Return IcePop's loss: as TIS, but tokens with rho outside [alpha, beta] are dropped."""
     rho_BT = exp_bounded(batch.logp_old_BT - batch.logp_rollout_BT)
     kept_BT = (rho_BT >= config.mismatch_low) & (rho_BT <= config.mismatch_limit)
     return _clipped_loss(
@@ -148,12 +148,11 @@ def icepop_loss(
 
 
 def gigpo_loss(
-    logp_BT: Array, batch: Batch, config: LossConfig, denominators: Denominators
+    logp_BT: Array, batch: Batch[Array], config: LossConfig, denominators: Denominators
 ) -> tuple[Array, Metrics]:
-    """GiGPO: each turn is a sample with an advantage of its own; a mean over its tokens, then over
-    the turns of the step.
+    """Return GiGPO's loss: each turn is a sample with its own advantage.
 
-    The advantages are to be those of "steps".
+    A mean over the turn's tokens, then over the turns of the step. Needs "steps" advantages.
     """
     weight_BT = at_tokens(1.0 / jnp.maximum(tokens_per_chunk(batch), 1.0), batch)
     return _clipped_loss(
@@ -167,23 +166,22 @@ def gigpo_loss(
 
 
 def gspo_loss(
-    logp_BT: Array, batch: Batch, config: LossConfig, denominators: Denominators
+    logp_BT: Array, batch: Batch[Array], config: LossConfig, denominators: Denominators
 ) -> tuple[Array, Metrics]:
-    """GSPO: one ratio a trajectory, the geometric mean of its tokens', clipped as a whole; the
-    gradient goes through it.
+    """Return GSPO's loss: one clipped ratio a trajectory, the geometric mean of its tokens'.
+
+    The gradient goes through the ratio.
     """
     rl_BT = tokens_of_kind(RL, batch)
     tokens_BC = _rl_tokens_per_trajectory(rl_BT, batch)
     ratio_BC = exp_bounded(_trajectory_sum(_log_ratio(logp_BT, batch, rl_BT), batch) / tokens_BC)
-    # A trajectory's advantage is one number; in a row of several kinds of chunk each still carries
-    # it.
+    # Every chunk carries its trajectory's advantage, whatever kinds of chunk the row has.
     surrogate_BC, clipped_BC = _clipped_surrogate(ratio_BC, batch.advantage_BC, config)
 
-    # The surrogate stands at each of the trajectory's n tokens, so that 1/n of each adds up to it
-    # once.
-    objective = weighted_sum(
-        at_tokens(1.0 / tokens_BC, batch), at_tokens(surrogate_BC, batch), rl_BT
-    ) / jnp.maximum(denominators.rl_trajectories, 1.0)
+    # The surrogate stands at each of the trajectory's n tokens: 1/n of each adds up to it once.
+    share_BT = at_tokens(1.0 / tokens_BC, batch)
+    total = weighted_sum(share_BT, at_tokens(surrogate_BC, batch), rl_BT)
+    objective = total / jnp.maximum(denominators.rl_trajectories, 1.0)
     return _finish(
         objective,
         logp_BT,
@@ -197,18 +195,16 @@ def gspo_loss(
 
 
 def rloo_loss(
-    logp_BT: Array, batch: Batch, config: LossConfig, denominators: Denominators
+    logp_BT: Array, batch: Batch[Array], config: LossConfig, denominators: Denominators
 ) -> tuple[Array, Metrics]:
-    """RLOO: REINFORCE on whole trajectories.
+    """Return RLOO's loss: REINFORCE on whole trajectories.
 
-    No ratio corrects for the age of a sample: it wants fresh ones and one update a step.
-
-    The advantages are to be those of "leave_one_out".
+    No ratio corrects for the age of a sample: use fresh samples and one update a step. Needs
+    "leave_one_out" advantages.
     """
     rl_BT = tokens_of_kind(RL, batch)
-    objective = weighted_sum(at_tokens(batch.advantage_BC, batch), logp_BT, rl_BT) / jnp.maximum(
-        denominators.rl_trajectories, 1.0
-    )
+    total = weighted_sum(at_tokens(batch.advantage_BC, batch), logp_BT, rl_BT)
+    objective = total / jnp.maximum(denominators.rl_trajectories, 1.0)
     ratio_BT = exp_bounded(_log_ratio(logp_BT, batch, rl_BT))
     return _finish(
         objective,
@@ -223,17 +219,19 @@ def rloo_loss(
 
 
 def cispo_loss(
-    logp_BT: Array, batch: Batch, config: LossConfig, denominators: Denominators
+    logp_BT: Array, batch: Batch[Array], config: LossConfig, denominators: Denominators
 ) -> tuple[Array, Metrics]:
-    """CISPO: REINFORCE with clipped token ratios as weights, so that no token loses its gradient;
-    every token of the step counts the same.
+    """Return CISPO's loss: REINFORCE weighted by clipped token ratios.
+
+    The ratio is a constant weight, so no token loses its gradient; every token of the step counts
+    the same.
     """
     rl_BT = tokens_of_kind(RL, batch)
     ratio_BT = exp_bounded(_log_ratio(logp_BT, batch, rl_BT))
     clipped_ratio_BT = jnp.clip(ratio_BT, 1.0 - config.clip_low, 1.0 + config.clip_high)
-    objective = weighted_sum(
-        clipped_ratio_BT * at_tokens(batch.advantage_BC, batch), logp_BT, rl_BT
-    ) / jnp.maximum(denominators.rl_tokens, 1.0)
+    weight_BT = clipped_ratio_BT * at_tokens(batch.advantage_BC, batch)
+    total = weighted_sum(weight_BT, logp_BT, rl_BT)
+    objective = total / jnp.maximum(denominators.rl_tokens, 1.0)
     return _finish(
         objective,
         logp_BT,
@@ -247,20 +245,18 @@ def cispo_loss(
 
 
 def topr_loss(
-    logp_BT: Array, batch: Batch, config: LossConfig, denominators: Denominators
+    logp_BT: Array, batch: Batch[Array], config: LossConfig, denominators: Denominators
 ) -> tuple[Array, Metrics]:
-    """TOPR: successes plain; failures weighted by the probability ratio of the whole trajectory to
-    the policy that sampled it, at most 1.
+    """Return TOPR's loss: successes in full, failures weighted by their probability ratio.
 
-    The ratio is a product over all tokens, against the engine: of a long failure that has become
-    less likely little is left.
+    The ratio is the product over all of the trajectory's tokens of current / rollout, at most 1, so
+    a long failure that has become less likely has nearly no weight.
     """
     rl_BT = tokens_of_kind(RL, batch)
     log_ratio_BC = _trajectory_sum(jnp.where(rl_BT, logp_BT - batch.logp_rollout_BT, 0.0), batch)
     weight_BC = topr_weight(log_ratio_BC, batch.sign_BC) * batch.reward_BC
-    objective = weighted_sum(at_tokens(weight_BC, batch), logp_BT, rl_BT) / jnp.maximum(
-        denominators.rl_trajectories, 1.0
-    )
+    total = weighted_sum(at_tokens(weight_BC, batch), logp_BT, rl_BT)
+    objective = total / jnp.maximum(denominators.rl_trajectories, 1.0)
     return _finish(
         objective,
         logp_BT,
@@ -275,23 +271,24 @@ def topr_loss(
 
 def _clipped_loss(
     logp_BT: Array,
-    batch: Batch,
+    batch: Batch[Array],
     config: LossConfig,
     denominators: Denominators,
     *,
-    count: Array | None = None,
+    count: Array | float = 1.0,
     per_trajectory: bool = False,
     weight_BT: Array | float = 1.0,
     masked_BT: Array | None = None,
 ) -> tuple[Array, Metrics]:
-    """Minus the weighted sum over tokens of min(r A, clip(r) A) / count; per_trajectory: over the
-    mean of each trajectory, instead.
+    """Return minus the weighted sum over tokens of min(r A, clip(r) A), divided by a count.
+
+    With per_trajectory it is a mean over each trajectory's tokens, then over trajectories, and
+    `count` is not read. masked_BT is 1 where weight_BT drops a token for mismatch, for the metrics.
     """
     rl_BT = tokens_of_kind(RL, batch)
     ratio_BT = exp_bounded(_log_ratio(logp_BT, batch, rl_BT))
-    surrogate_BT, clipped_BT = _clipped_surrogate(
-        ratio_BT, at_tokens(batch.advantage_BC, batch), config
-    )
+    advantage_BT = at_tokens(batch.advantage_BC, batch)
+    surrogate_BT, clipped_BT = _clipped_surrogate(ratio_BT, advantage_BT, config)
     if per_trajectory:
         weight_BT = weight_BT * at_tokens(1.0 / _rl_tokens_per_trajectory(rl_BT, batch), batch)
         count = jnp.maximum(denominators.rl_trajectories, 1.0)
@@ -310,22 +307,23 @@ def _clipped_loss(
 
 
 def _clipped_surrogate(ratio: Array, advantage: Array, config: LossConfig) -> tuple[Array, Array]:
-    """(min(r A, clip(r) A), where the clip took the gradient away)."""
-    plain, bounded = (
-        ratio * advantage,
-        jnp.clip(ratio, 1.0 - config.clip_low, 1.0 + config.clip_high) * advantage,
-    )
-    surrogate, clipped = jnp.minimum(plain, bounded), bounded < plain
-    if config.dual_clip:
-        floor = jnp.where(advantage < 0, config.dual_clip * advantage, -jnp.inf)
-        surrogate, clipped = jnp.maximum(surrogate, floor), clipped | (surrogate < floor)
-    return surrogate, clipped
+    """Return min(r A, clip(r) A) and where the clip removed the gradient."""
+    plain = ratio * advantage
+    clipped_ratio = jnp.clip(ratio, 1.0 - config.clip_low, 1.0 + config.clip_high)
+    bounded = clipped_ratio * advantage
+    surrogate = jnp.minimum(plain, bounded)
+    clipped = bounded < plain
+    if not config.dual_clip:
+        return surrogate, clipped
+    floor = jnp.where(advantage < 0, config.dual_clip * advantage, -jnp.inf)
+    floored = jnp.maximum(surrogate, floor)
+    return floored, clipped | (surrogate < floor)
 
 
 def _finish(
     objective: Array,
     logp_BT: Array,
-    batch: Batch,
+    batch: Batch[Array],
     config: LossConfig,
     denominators: Denominators,
     rl_BT: Array,
@@ -334,9 +332,7 @@ def _finish(
     clipped_BT: Array,
     masked_BT: Array | None = None,
 ) -> tuple[Array, Metrics]:
-    """Adds the imitation term of Eq. 10 to what is to be maximised, and the figures that all policy
-    losses share.
-    """
+    """Add the imitation term of Eq. 10 to the objective, negate, and add the shared metrics."""
     imitation, imitation_metrics = imitation_term(logp_BT, batch, denominators)
     metrics = policy_metrics(
         logp_BT,
@@ -347,22 +343,20 @@ def _finish(
         clipped_BT=clipped_BT,
         masked_BT=jnp.zeros_like(logp_BT) if masked_BT is None else masked_BT,
     )
-    return (
-        -(config.lambda_rl * objective + config.lambda_il * imitation),
-        metrics | imitation_metrics,
-    )
+    loss = -(config.lambda_rl * objective + config.lambda_il * imitation)
+    return loss, metrics | imitation_metrics
 
 
-def _log_ratio(logp_BT: Array, batch: Batch, rl_BT: Array) -> Array:
-    """log r at RL tokens; 0 elsewhere, where either side may hold anything."""
+def _log_ratio(logp_BT: Array, batch: Batch[Array], rl_BT: Array) -> Array:
+    """Return log r at RL tokens and 0 elsewhere, where either side may hold any value."""
     return jnp.where(rl_BT, logp_BT - batch.logp_old_BT, 0.0)
 
 
-def _trajectory_sum(values_BT: Array, batch: Batch) -> Array:
-    """[B, C]: at each chunk the sum over the tokens of its trajectory."""
+def _trajectory_sum(values_BT: Array, batch: Batch[Array]) -> Array:
+    """Sum token values over each trajectory, [B, C]: at each chunk its trajectory's sum."""
     return sum_per_trajectory(sum_per_chunk(values_BT, batch), batch)
 
 
-def _rl_tokens_per_trajectory(rl_BT: Array, batch: Batch) -> Array:
-    """[B, C] at least 1, at each chunk of the trajectory."""
+def _rl_tokens_per_trajectory(rl_BT: Array, batch: Batch[Array]) -> Array:
+    """Count the RL tokens of each chunk's trajectory, [B, C]; at least 1."""
     return jnp.maximum(_trajectory_sum(rl_BT.astype(jnp.float32), batch), 1.0)

@@ -1,7 +1,7 @@
 """Supervised fine-tuning, Eq. 1-2 of "Let It Flow": likelihood of the turns worth imitating.
 
 B rows, T tokens, C chunks a row. Turns whose tool call failed, and irrelevant ones, are CONTEXT:
-read by later turns, learned by none.
+later turns read them, and no term learns from them.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from rome.losses.types import Denominators, LossConfig, Metrics
 
 
 def sft_loss(
-    logp_BT: Array, batch: Batch, config: LossConfig, denominators: Denominators
+    logp_BT: Array, batch: Batch[Array], config: LossConfig, denominators: Denominators
 ) -> tuple[Array, Metrics]:
-    """Minus the mean log-likelihood over the step's unmasked action tokens; `config` has nothing to
-    switch here.
+    """Return minus the mean logprob of the step's action tokens outside context chunks.
+
+    `config` is part of every loss's signature; this one reads no switch.
     """
     learned_BT = at_tokens(batch.valid_BC & (batch.kind_BC != CONTEXT), batch)
-    logp = weighted_sum(jnp.ones_like(logp_BT), logp_BT, learned_BT) / jnp.maximum(
-        denominators.sft_tokens, 1.0
-    )
+    total = weighted_sum(jnp.ones_like(logp_BT), logp_BT, learned_BT)
+    logp = total / jnp.maximum(denominators.sft_tokens, 1.0)
     return -logp, {"logp": logp}

@@ -1,8 +1,10 @@
-"""What every loss takes and returns.
+"""Types of every loss: its switches, the counts that it divides by, its signature.
 
 A loss sees one micro-batch but divides by counts of the whole step, so that values, gradients and
 metrics of the micro-batches of a step simply add up, whatever their number, their padding and the
 devices they lie on. Metrics whose name starts with `max_` combine by maximum.
+
+B rows, T tokens, C chunks a row.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from rome.data.batch import CONTEXT, IMITATION, RL, Batch
 
 Metrics = dict[str, jax.Array]
 
+_NOT_NEGATIVE = ("lambda_rl", "lambda_il", "clip_low", "clip_high", "mismatch_low", "dual_clip")
+
 
 class Denominators(NamedTuple):
     """Counts over all micro-batches and devices of a step, before any mask of a loss."""
@@ -31,29 +35,26 @@ class Denominators(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Switches of the losses; defaults are IPA's and GRPO's, those of the others are PUBLISHED in
-    rome.losses.
+    """Switches of the losses. `sft` and `cpt` read none of them.
 
-    `sft` reads none of them.
+    Defaults are those of IPA and GRPO; `rome.losses.PUBLISHED` has those of the other papers.
     """
 
-    # ipa, token_level: the step's RL "tokens", "chunks" or "trajectories" divide the sum
+    # ipa, token_level: divide the sum by the step's RL "tokens", "chunks" or "trajectories"
     norm: str = "tokens"
-    # ipa: what m_k drops, a "chunk" or a "token"; token_level always drops tokens
+    # ipa: m_k drops a whole "chunk" or a single "token"; token_level always drops tokens
     mismatch_mask: str = "chunk"
-    # of pi_old / mu. ipa, token_level: H, dropped above it; icepop: beta, dropped above it; tis: C,
-    # truncated to it
+    # upper limit of pi_old / mu. ipa, token_level: H, dropped above it; icepop: beta, dropped above
+    # it; tis: C, truncated to it
     mismatch_limit: float = 5.0
     mismatch_low: float = 0.5  # icepop: alpha, dropped below it
-    lambda_rl: float = 1.0
-    lambda_il: float = 1.0
+    lambda_rl: float = 1.0  # weight of the RL term (Eq. 10)
+    lambda_il: float = 1.0  # weight of the imitation term (Eq. 10)
     clip_low: float = 0.2  # ratios are clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = 0.2
-    # where the advantage is negative the clipped losses count a ratio as at most this; 0: without
-    # such a bound
+    # clipped losses: upper bound of the ratio where the advantage is negative; 0: no bound
     dual_clip: float = 0.0
-    # dr_grpo: what a trajectory's token sum is divided by, the same for all; the token budget of an
-    # episode
+    # dr_grpo: constant that divides each trajectory's token sum, the token budget of an episode
     token_constant: float = 1.0
 
     def __post_init__(self) -> None:
@@ -70,16 +71,10 @@ class LossConfig:
                 f"mismatch_limit {self.mismatch_limit} drops everything; set a ratio above 0, such"
                 " as 5 (inf keeps everything)"
             )
-        for name in (
-            "lambda_rl",
-            "lambda_il",
-            "clip_low",
-            "clip_high",
-            "mismatch_low",
-            "dual_clip",
-        ):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; set it to 0 or more")
+        for name in _NOT_NEGATIVE:
+            value = getattr(self, name)
+            if not value >= 0:
+                raise ValueError(f"{name} is {value}; set it to 0 or more")
         if self.dual_clip and not self.dual_clip > 1 + self.clip_high:
             raise ValueError(
                 f"dual_clip {self.dual_clip} is within the clip range that ends at"
@@ -91,22 +86,29 @@ class LossConfig:
             )
 
 
-Loss = Callable[[jax.Array, Batch, LossConfig, Denominators], tuple[jax.Array, Metrics]]
+Loss = Callable[[jax.Array, Batch[jax.Array], LossConfig, Denominators], tuple[jax.Array, Metrics]]
 
 
-def count_denominators(batches: Iterable[Batch]) -> Denominators:
-    """Counts the NumPy micro-batches of a whole step, all processes' rows included."""
-    counts = np.zeros(len(Denominators._fields), np.int64)
+def count_denominators(batches: Iterable[Batch[np.ndarray]]) -> Denominators:
+    """Count what a step's losses divide by.
+
+    Args:
+      batches: all micro-batches of the step, those of other processes included.
+    """
+    rl_tokens = rl_chunks = rl_trajectories = imitation_tokens = sft_tokens = 0
     for batch in batches:
-        kind_BT = np.take_along_axis(batch.kind_BC, np.maximum(batch.chunk_ids_BT, 0), axis=1)
-        kind_BT = np.where(batch.action_mask_BT, kind_BT, CONTEXT)
+        kind_BT = batch.kind_BT()
         rl_BC = batch.valid_BC & (batch.kind_BC == RL)
-        trajectories = sum(len(np.unique(row[rl])) for row, rl in zip(batch.trajectory_BC, rl_BC))
-        counts += [
-            (kind_BT == RL).sum(),
-            rl_BC.sum(),
-            trajectories,
-            (kind_BT == IMITATION).sum(),
-            (kind_BT != CONTEXT).sum(),
-        ]
-    return Denominators(*map(float, counts))
+        rl_tokens += int(np.count_nonzero(kind_BT == RL))
+        rl_chunks += int(np.count_nonzero(rl_BC))
+        for trajectory_C, rl_C in zip(batch.trajectory_BC, rl_BC, strict=True):
+            rl_trajectories += len(np.unique(trajectory_C[rl_C]))
+        imitation_tokens += int(np.count_nonzero(kind_BT == IMITATION))
+        sft_tokens += int(np.count_nonzero(kind_BT != CONTEXT))
+    return Denominators(
+        rl_tokens=float(rl_tokens),
+        rl_chunks=float(rl_chunks),
+        rl_trajectories=float(rl_trajectories),
+        imitation_tokens=float(imitation_tokens),
+        sft_tokens=float(sft_tokens),
+    )

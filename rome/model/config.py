@@ -1,5 +1,4 @@
-"""What a Qwen3-MoE is, in numbers: one frozen dataclass, the presets, and Hugging Face's
-config.json both ways.
+"""ModelConfig: the sizes and numerics of a Qwen3-MoE, its presets, and config.json both ways.
 
 Values of the Qwen3 presets are those of the published checkpoints. `rope_theta` belongs to a
 checkpoint (the 2507 releases raised it): a model that is loaded takes it from its own config.json
@@ -30,12 +29,16 @@ SIZES = (
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched beyond the length that a model was trained on: "linear",
-    or "yarn" (arXiv 2309.00071).
+    """How rotary frequencies are stretched beyond the length that a model was trained on.
 
-    `attention_factor` multiplies cos and sin. The betas are rotations over `original_max_position`:
-    faster frequencies stay, slower ones are divided by `factor`, those between are mixed.
-    `truncate` rounds the borders of that range outwards.
+    Attributes:
+      kind: "linear", or "yarn" (arXiv 2309.00071).
+      factor: slow frequencies are divided by it.
+      original_max_position: length that the model was trained on.
+      attention_factor: multiplies cos and sin.
+      beta_fast: rotations over original_max_position; faster frequencies stay as they are.
+      beta_slow: slower frequencies than this are divided by `factor`; those between are mixed.
+      truncate: round the borders of that range outwards.
     """
 
     kind: str
@@ -48,10 +51,16 @@ class RopeScaling:
 
     @classmethod
     def from_hf(cls, rope: dict[str, Any], max_position: int) -> RopeScaling | None:
-        """`rope_scaling` or `rope_parameters` of a config.json, with transformers' defaults for
-        what is absent.
+        """Read `rope_scaling` or `rope_parameters` of a config.json; None: not stretched.
 
-        None: not stretched.
+        Absent keys have transformers' defaults.
+
+        Args:
+          rope: the dictionary under that key.
+          max_position: of the model; stands for an absent original_max_position_embeddings.
+
+        Raises:
+          ValueError: a stretched rope has no factor of at least 1.
         """
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind == "default":
@@ -64,21 +73,18 @@ class RopeScaling:
         factor = float(rope["factor"])
         if kind == "linear":
             return cls(kind, factor)
-        magnitude = lambda scale: 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
-        attention_factor = rope.get("attention_factor")
-        if attention_factor is None and rope.get("mscale") and rope.get("mscale_all_dim"):
-            attention_factor = magnitude(rope["mscale"]) / magnitude(rope["mscale_all_dim"])
         return cls(
             kind,
             factor,
-            rope.get("original_max_position_embeddings") or max_position,
-            magnitude(1.0) if attention_factor is None else float(attention_factor),
-            float(rope.get("beta_fast") or 32),
-            float(rope.get("beta_slow") or 1),
-            bool(rope.get("truncate", True)),
+            original_max_position=rope.get("original_max_position_embeddings") or max_position,
+            attention_factor=_attention_factor(rope, factor),
+            beta_fast=float(rope.get("beta_fast") or 32),
+            beta_slow=float(rope.get("beta_slow") or 1),
+            truncate=bool(rope.get("truncate", True)),
         )
 
     def to_hf(self) -> dict[str, Any]:
+        """Return the dictionary that config.json holds under `rope_scaling`."""
         if self.kind == "linear":
             return {"rope_type": "linear", "factor": self.factor}
         return {
@@ -96,16 +102,18 @@ class RopeScaling:
 class ModelConfig:
     """Sizes and numerics of one model.
 
-    Parameters are float32 in training; `dtype` is what the layers compute in.
-
-    Router, norms, softmax and rotary angles are float32 whatever `dtype` says. `remat`, what the
-    backward pass finds kept: "none" all, "full" only the input of each block (the rest is computed
-    again), "attention" also what attention made, "offload" the inputs, in the host's memory.
-    `scan_layers`: training loops over the stacked layers, which compiles once for any depth; False
-    unrolls them, which is a fifth faster for a shallow model on a CPU. `dense_layers` have one
-    gated MLP of `intermediate_size` instead of experts; a model that has some is never scanned.
-    `capacity_factor`: an expert takes at most this many times its even share of a device's choices,
-    and the rest are dropped and reported; 0 drops nothing.
+    Attributes:
+      capacity_factor: an expert takes at most this many times its even share of a device's choices,
+        and the rest are dropped and reported; 0 drops nothing.
+      dense_layers: layers that have one gated MLP of `intermediate_size` instead of experts; a
+        model that has some is never scanned.
+      dtype: the type that layers compute in. Parameters are float32 in training; router, norms,
+        softmax and rotary angles are float32 whatever it says.
+      remat: what the forward pass keeps for the backward pass: "none" everything, "full" only the
+        input of each block (the rest is computed again), "attention" also the output of attention,
+        "offload" the inputs, in the host's memory.
+      scan_layers: training loops over the stacked layers, which compiles once for any depth; False
+        unrolls them, which is a fifth faster for a shallow model on a CPU.
     """
 
     vocab_size: int
@@ -154,10 +162,8 @@ class ModelConfig:
                 f"experts_per_token={self.experts_per_token} exceeds"
                 f" num_experts={self.num_experts}; lower it"
             )
-        if (
-            any(not 0 <= i < self.num_layers for i in self.dense_layers)
-            or len(self.dense_layers) >= self.num_layers
-        ):
+        outside = [i for i in self.dense_layers if not 0 <= i < self.num_layers]
+        if outside or len(self.dense_layers) >= self.num_layers:
             raise ValueError(
                 f"dense_layers={self.dense_layers} of {self.num_layers} layers; at least one layer"
                 " needs experts"
@@ -179,46 +185,49 @@ class ModelConfig:
 
     @property
     def sparse_layers(self) -> tuple[int, ...]:
-        """The layers that have experts."""
+        """Return the numbers of the layers that have experts."""
         return tuple(i for i in range(self.num_layers) if i not in self.dense_layers)
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], **overrides: Any) -> ModelConfig:
-        """Reads a config.json's dict in the spelling of transformers 4 or 5.
+        """Read the dictionary of a config.json in the spelling of transformers 4 or 5.
 
-        A switch that this model does not have is refused by name.
+        Args:
+          hf: the dictionary.
+          overrides: fields that config.json does not hold, such as dtype="bfloat16".
 
-        `overrides` are fields that config.json does not hold, such as dtype="bfloat16" or
-        remat="none".
+        Raises:
+          ValueError: a size is missing, keys contradict each other, or the model has a switch that
+            this one does not.
         """
         _refuse_unsupported(hf)
-        fields = {ours: _required(hf, names) for ours, names in _SIZE_NAMES.items()}
-        fields |= {
-            ours: hf[name] for ours, name in _OPTIONAL_NAMES.items() if hf.get(name) is not None
-        }
+        fields: dict[str, Any] = {}
+        for ours, names in _SIZE_NAMES.items():
+            fields[ours] = _required(hf, names)
+        for ours, name in _OPTIONAL_NAMES.items():
+            if hf.get(name) is not None:
+                fields[ours] = hf[name]
         fields["head_dim"] = hf.get("head_dim") or fields["hidden_size"] // fields["num_heads"]
-        fields["norm_topk_prob"] = bool(
-            hf.get("norm_topk_prob", False)
-        )  # an absent key means transformers' default, not ours
+        # an absent key means transformers' default, not ours
+        fields["norm_topk_prob"] = bool(hf.get("norm_topk_prob", False))
         fields["rope_theta"] = _rope_theta(hf)
         fields["rope_scaling"] = _rope_scaling(hf, fields.get("max_position", cls.max_position))
         fields["attention_bias"] = bool(hf.get("attention_bias"))
         fields["dense_layers"] = _dense_layers(hf, fields["num_layers"])
         if fields["dense_layers"]:
-            fields |= {
-                "intermediate_size": _required(hf, ("intermediate_size",)),
-                "scan_layers": False,
-            }
+            fields["intermediate_size"] = _required(hf, ("intermediate_size",))
+            fields["scan_layers"] = False
         if isinstance(fields.get("eos_token_id"), list):
             fields["eos_token_id"] = fields["eos_token_id"][0]
         return cls(**(fields | overrides))
 
     def to_hf(self) -> dict[str, Any]:
-        """config.json's dict.
+        """Return the dictionary of a config.json.
 
         Renamed keys are there in both spellings, so that transformers 4 and 5 and SGLang read it.
         """
-        scaling = self.rope_scaling and self.rope_scaling.to_hf()
+        scaling = self.rope_scaling.to_hf() if self.rope_scaling else None
+        rope_parameters = {"rope_theta": self.rope_theta} | (scaling or {"rope_type": "default"})
         return {
             "architectures": ["Qwen3MoeForCausalLM"],
             "model_type": "qwen3_moe",
@@ -235,9 +244,7 @@ class ModelConfig:
             "intermediate_size": self.intermediate_size or self.moe_intermediate_size,
             "rope_theta": self.rope_theta,
             "rope_scaling": scaling,
-            "rope_parameters": (
-                {"rope_theta": self.rope_theta} | (scaling or {"rope_type": "default"})
-            ),
+            "rope_parameters": rope_parameters,
             "rms_norm_eps": self.rms_norm_eps,
             "max_position_embeddings": self.max_position,
             "norm_topk_prob": self.norm_topk_prob,
@@ -259,7 +266,7 @@ class ModelConfig:
         }
 
 
-_SIZE_NAMES = {  # our field -> the keys it may stand under
+_SIZE_NAMES = {  # our field -> the keys of config.json that may hold it
     "vocab_size": ("vocab_size",),
     "hidden_size": ("hidden_size",),
     "num_layers": ("num_hidden_layers",),
@@ -278,9 +285,8 @@ _OPTIONAL_NAMES = {
     "eos_token_id": "eos_token_id",
     "pad_token_id": "pad_token_id",
 }
-_SUPPORTED: dict[
-    str, tuple[Any, ...]
-] = {  # key of config.json -> the values this model can honour; an absent key is fine
+# key of config.json -> the values that this model supports; an absent key is fine
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "model_type": ("qwen3_moe",),
     "hidden_act": ("silu",),
     "attention_dropout": (0, None),
@@ -324,11 +330,26 @@ def _required(hf: dict[str, Any], names: tuple[str, ...]) -> int:
     return next(iter(found.values()))
 
 
+def _attention_factor(rope: dict[str, Any], factor: float) -> float:
+    """Return YaRN's factor of cos and sin: given, or computed as transformers does."""
+
+    def magnitude(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return float(magnitude(rope["mscale"]) / magnitude(rope["mscale_all_dim"]))
+    return magnitude(1.0)
+
+
 def _dense_layers(hf: dict[str, Any], num_layers: int) -> tuple[int, ...]:
-    """transformers' rule: layer i has experts if it is not in mlp_only_layers and
-    decoder_sparse_step divides i + 1.
+    """Return the layers without experts, by transformers' rule.
+
+    Layer i has experts if it is not in mlp_only_layers and decoder_sparse_step divides i + 1.
     """
-    only, step = hf.get("mlp_only_layers") or [], hf.get("decoder_sparse_step") or 1
+    only = hf.get("mlp_only_layers") or []
+    step = hf.get("decoder_sparse_step") or 1
     return tuple(i for i in range(num_layers) if i in only or (i + 1) % step)
 
 
@@ -347,7 +368,8 @@ def _rope_scaling(hf: dict[str, Any], max_position: int) -> RopeScaling | None:
 
 
 def _rope_theta(hf: dict[str, Any]) -> float:
-    found = {place.get("rope_theta") for place in (hf, hf.get("rope_parameters") or {})} - {None}
+    places = (hf, hf.get("rope_parameters") or {})
+    found = {place["rope_theta"] for place in places if place.get("rope_theta") is not None}
     if not found:
         raise ValueError(
             "config.json has neither rope_theta nor rope_parameters.rope_theta; take it from the"

@@ -1,7 +1,7 @@
-"""The mixture of experts: a float32 router over the experts of `rome.model.ops.experts`, and the
-losses and figures of the router.
+"""The mixture of experts: a float32 router over `rome.model.ops.experts`, its losses and metrics.
 
-N tokens (flattened rows), D model, E experts, k experts a token, F expert hidden, L layers.
+N tokens (flattened rows), B rows, T time, D model, E experts, k experts a token, F expert hidden, L
+layers.
 """
 
 from __future__ import annotations
@@ -21,12 +21,17 @@ from rome.model.sharding import is_split
 
 
 class RouterStats(NamedTuple):
-    """Sums over the tokens that are not padding, so that they add up over micro-batches; a layer
-    without experts has zeros.
+    """Sums over all tokens that are not padding, for each layer; they add up over micro-batches.
 
-    counts_LE: how often each expert was chosen, k * tokens in a layer. prob_sum_LE, z_L: router
-    probabilities and squared log-partition functions, differentiable. entropy_L: of the router's
-    distribution, nats. dropped_L: choices beyond an expert's capacity.
+    A layer without experts has zeros.
+
+    Attributes:
+      counts_LE: how often each expert was chosen, k * tokens in a layer.
+      prob_sum_LE: router probabilities, differentiable.
+      z_L: squared log-partition functions, differentiable.
+      entropy_L: entropy of the router's distribution, nats.
+      dropped_L: choices beyond an expert's capacity.
+      tokens: number of tokens.
     """
 
     counts_LE: Array
@@ -43,36 +48,45 @@ def router_loss(
     counts_LE: Array | None = None,
     tokens: Array | None = None,
 ) -> Array:
-    """Load balancing as transformers computes it: E * sum_e f_e * P_e, both averaged over the
-    tokens of all layers together.
+    """Return the load balancing loss of transformers: E * sum_e f_e * P_e.
 
-    k when every expert gets the same share, which is the least. Not yet multiplied by
-    config.router_aux_loss_coef.
+    f_e and P_e are averages over the tokens of all layers together. It is k, the least, when every
+    expert gets the same share. Not yet multiplied by config.router_aux_loss_coef.
 
     Args:
-      counts_LE, tokens: of the whole step where `stats` are those of one micro-batch; the
-        micro-batches' losses then add up to the step's.
+      stats: sums of one micro-batch.
+      config: the model.
+      counts_LE: counts of the whole step; the micro-batches' losses then add up to the step's.
+        None: `stats` are those of the whole step.
+      tokens: tokens of the whole step, given with counts_LE.
     """
-    counts_LE, tokens = (
-        (stats.counts_LE, stats.tokens) if counts_LE is None else (counts_LE, tokens)
-    )
+    if counts_LE is None or tokens is None:
+        counts_LE = stats.counts_LE
+        tokens = stats.tokens
     rows = jnp.maximum(tokens * len(config.sparse_layers), 1.0)
     share_E = jax.lax.stop_gradient(counts_LE.sum(axis=0)) / rows
     return config.num_experts * jnp.sum(share_E * stats.prob_sum_LE.sum(axis=0)) / rows
 
 
 def router_z_loss(stats: RouterStats, config: ModelConfig, tokens: Array) -> Array:
-    """Mean over the step's `tokens` and all layers of log(sum_e exp(logit_e)) ** 2 (arXiv
-    2202.08906): logits stay where float32 is exact.
+    """Return the mean of log(sum_e exp(logit_e)) ** 2 (arXiv 2202.08906).
+
+    Over all layers and the step's `tokens`. It keeps logits where float32 is exact.
     """
     return stats.z_L.sum() / jnp.maximum(tokens * len(config.sparse_layers), 1.0)
 
 
-def router_figures(stats: RouterStats, config: ModelConfig, tokens: Array) -> dict[str, Array]:
-    """This micro-batch's share of the step's means, so that those of a step add up.
+def router_metrics(stats: RouterStats, config: ModelConfig, tokens: Array) -> dict[str, Array]:
+    """Return this micro-batch's share of the step's means; those of a step add up.
 
-    `router_entropy` in nats, over tokens and layers. `router_dropped`: share of the choices that
-    were beyond an expert's capacity.
+    Args:
+      stats: sums of one micro-batch.
+      config: the model.
+      tokens: tokens of the whole step.
+
+    Returns:
+      `router_entropy` in nats, over tokens and layers; `router_dropped`, the share of the choices
+      that were beyond an expert's capacity.
     """
     rows = jnp.maximum(tokens * len(config.sparse_layers), 1.0)
     return {
@@ -81,30 +95,37 @@ def router_figures(stats: RouterStats, config: ModelConfig, tokens: Array) -> di
     }
 
 
-def load_figures(counts_LE: Array, config: ModelConfig) -> dict[str, Array]:
-    """How evenly a whole step's choices lie, as means over layers.
+def load_metrics(counts_LE: Array, config: ModelConfig) -> dict[str, Array]:
+    """Return how evenly a whole step's choices are spread over experts, as means over layers.
 
-    `router_load_max`: the busiest expert's load over the mean, 1 at best. `router_gini` of the
-    loads: 0 even, near 1 all on one.
+    Args:
+      counts_LE: how often each expert was chosen.
+      config: the model.
+
+    Returns:
+      `router_load_max`: the busiest expert's load over the mean, 1 at best; `router_gini` of the
+      loads: 0 if even, near 1 if one expert has them all.
     """
-    counts_LE = counts_LE[np.array(config.sparse_layers)]
-    loads_LE = counts_LE / jnp.maximum(counts_LE.mean(axis=1, keepdims=True), 1e-9)
     E = config.num_experts
-    gini_L = (
-        2 * jnp.sum(jnp.arange(1, E + 1) * jnp.sort(loads_LE, axis=1), axis=1) / E**2 - (E + 1) / E
-    )
+    counts_LE = counts_LE[np.array(config.sparse_layers)]
+    mean_L1 = jnp.maximum(counts_LE.mean(axis=1, keepdims=True), 1e-9)
+    loads_LE = counts_LE / mean_L1
+    ranked_LE = jnp.arange(1, E + 1) * jnp.sort(loads_LE, axis=1)
+    gini_L = 2 * jnp.sum(ranked_LE, axis=1) / E**2 - (E + 1) / E
     return {"router_load_max": loads_LE.max(axis=1).mean(), "router_gini": gini_L.mean()}
 
 
 def route(
     logits_NE: Array, config: ModelConfig, forced_Nk: Array | None = None
 ) -> tuple[Array, Array, Array, Array]:
-    """Chooses experts and weighs them.
+    """Choose experts for each token and weigh them.
 
     Args:
       logits_NE: float32.
+      config: the model.
       forced_Nk: expert ids to replay. Their weights come from the same logits, so the router still
         learns. A token whose ids are negative has no recorded route and chooses for itself.
+
     Returns:
       ids_Nk int32, weights_Nk float32, probs_NE float32, and own_Nk int32: what the router would
       choose. It is ids_Nk where nothing is replayed.
@@ -112,9 +133,8 @@ def route(
     probs_NE = jax.nn.softmax(logits_NE, axis=-1)
     _, own_Nk = jax.lax.top_k(jax.lax.stop_gradient(probs_NE), config.experts_per_token)
     ids_Nk = own_Nk if forced_Nk is None else jnp.where(forced_Nk[:, :1] < 0, own_Nk, forced_Nk)
-    weights_Nk = jnp.take_along_axis(
-        probs_NE, ids_Nk, axis=-1
-    )  # an id out of range gives NaN: loud
+    # an id out of range gives NaN, which cannot go unnoticed
+    weights_Nk = jnp.take_along_axis(probs_NE, ids_Nk, axis=-1)
     if config.norm_topk_prob:
         weights_Nk = weights_Nk / weights_Nk.sum(axis=-1, keepdims=True)
     return ids_Nk.astype(jnp.int32), weights_Nk, probs_NE, own_Nk.astype(jnp.int32)
@@ -130,7 +150,8 @@ class LayerRouter(NamedTuple):
     dropped: Array
 
     @classmethod
-    def nothing(cls, E: int) -> LayerRouter:
+    def zeros(cls, E: int) -> LayerRouter:
+        """Return the sums of a layer without experts."""
         return cls(jnp.zeros(E), jnp.zeros(E), jnp.zeros(()), jnp.zeros(()), jnp.zeros(()))
 
 
@@ -145,41 +166,39 @@ class MoE(nn.Module):
     def __call__(
         self, x_BTD: Array, real_BT: Array, forced_BTk: Array | None = None
     ) -> tuple[Array, Array, LayerRouter]:
-        """Returns out_BTD, own_BTk and the router's sums over the tokens where real_BT. Padding is
-        given to no expert.
+        """Run the experts.
 
-        own_BTk is the router's own choice, also where others are replayed; the sums count the
-        experts that were asked for, dropped choices included.
+        Args:
+          x_BTD: normed hidden states.
+          real_BT: False for padding, which no expert computes and no sum counts.
+          forced_BTk: expert ids to replay, as for `route`.
+
+        Returns:
+          out_BTD; own_BTk, the router's own choice, also where others are replayed; and the
+          router's sums, which count the experts that were asked for, dropped choices included.
         """
         config = self.config
-        (B, T, D), E, F, k = (
-            x_BTD.shape,
-            config.num_experts,
-            config.moe_intermediate_size,
-            config.experts_per_token,
-        )
+        B, T, D = x_BTD.shape
+        k = config.experts_per_token
         init = nn.initializers.normal(config.initializer_range)
-        router_DE = self.param("router", init, (D, E))
-        weights = tuple(
-            self.param(name, init, shape).astype(x_BTD.dtype)
-            for name, shape in (("gate", (E, D, F)), ("up", (E, D, F)), ("down", (E, F, D)))
-        )
+        router_DE = self.param("router", init, (D, config.num_experts))
+        weights = self._expert_weights(D, x_BTD.dtype)
+
         x_ND = x_BTD.reshape(B * T, D)
         logits_NE = jnp.matmul(
             x_ND.astype(jnp.float32), router_DE.astype(jnp.float32), precision="highest"
         )
-        ids_Nk, weights_Nk, probs_NE, own_Nk = route(
-            logits_NE, config, None if forced_BTk is None else forced_BTk.reshape(B * T, k)
-        )
+        forced_Nk = None if forced_BTk is None else forced_BTk.reshape(B * T, k)
+        ids_Nk, weights_Nk, probs_NE, own_Nk = route(logits_NE, config, forced_Nk)
         real_N = real_BT.reshape(-1)
         chosen_Nk = jnp.where(real_N[:, None], ids_Nk, NO_EXPERT)
+
         if is_split() and not self.is_initializing():
-            in_rows = lambda a_Nk: a_Nk.reshape(B, T, k)
             out_BTD, ran_BTk = experts_on_mesh(
                 x_BTD,
                 *weights,
-                in_rows(weights_Nk),
-                in_rows(chosen_Nk),
+                weights_Nk.reshape(B, T, k),
+                chosen_Nk.reshape(B, T, k),
                 self.experts,
                 config.capacity_factor,
                 self.exchange,
@@ -190,14 +209,32 @@ class MoE(nn.Module):
                 x_ND, *weights, weights_Nk, chosen_Nk, self.experts, config.capacity_factor
             )
             out_BTD = out_ND.reshape(B, T, D)
-        over_real = lambda values_N: jnp.sum(jnp.where(real_N, values_N, 0.0))
-        router = LayerRouter(
-            jnp.sum(jax.nn.one_hot(chosen_Nk, E), axis=(0, 1)),
-            jnp.einsum("NE,N->E", probs_NE, real_N.astype(jnp.float32)),
-            over_real(jax.nn.logsumexp(logits_NE, axis=-1) ** 2),
-            jax.lax.stop_gradient(
-                over_real(-jnp.sum(probs_NE * jnp.log(probs_NE + 1e-30), axis=-1))
-            ),
-            over_real(jnp.sum(ran_Nk == NO_EXPERT, axis=-1)),
-        )
+        router = _layer_sums(logits_NE, probs_NE, chosen_Nk, ran_Nk, real_N)
         return out_BTD, own_Nk.reshape(B, T, k), router
+
+    def _expert_weights(self, D: int, dtype: jnp.dtype) -> tuple[Array, Array, Array]:
+        E = self.config.num_experts
+        F = self.config.moe_intermediate_size
+        init = nn.initializers.normal(self.config.initializer_range)
+        gate_EDF = self.param("gate", init, (E, D, F)).astype(dtype)
+        up_EDF = self.param("up", init, (E, D, F)).astype(dtype)
+        down_EFD = self.param("down", init, (E, F, D)).astype(dtype)
+        return gate_EDF, up_EDF, down_EFD
+
+
+def _layer_sums(
+    logits_NE: Array, probs_NE: Array, chosen_Nk: Array, ran_Nk: Array, real_N: Array
+) -> LayerRouter:
+    """Sum what RouterStats counts over the tokens that are not padding."""
+
+    def over_real(values_N: Array) -> Array:
+        return jnp.sum(jnp.where(real_N, values_N, 0.0))
+
+    E = probs_NE.shape[1]
+    counts_E = jnp.sum(jax.nn.one_hot(chosen_Nk, E), axis=(0, 1))
+    prob_sum_E = jnp.einsum("NE,N->E", probs_NE, real_N.astype(jnp.float32))
+    z = over_real(jax.nn.logsumexp(logits_NE, axis=-1) ** 2)
+    entropy_N = -jnp.sum(probs_NE * jnp.log(probs_NE + 1e-30), axis=-1)
+    entropy = jax.lax.stop_gradient(over_real(entropy_N))
+    dropped = over_real(jnp.sum(ran_Nk == NO_EXPERT, axis=-1))
+    return LayerRouter(counts_E, prob_sum_E, z, entropy, dropped)

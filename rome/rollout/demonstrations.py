@@ -1,9 +1,8 @@
-"""Expert trajectories: scripted experts play their tasks in real sandboxes, and what they said
-becomes token ids.
+"""Demonstrations: scripted players solve their tasks in real sandboxes, as token trajectories.
 
-For SFT the experts sometimes err and recover. Such turns keep their status (`tool_error`) and are
-context only: the recovery is learnt, the mistake is not. For IPA they show the tasks that no
-sampled episode of a step solved: the imitation term of Eq. 10.
+For SFT the demonstrators sometimes make a mistake and recover. Such turns keep their status
+(`tool_error`) and are context only: the recovery is learnt, the mistake is not. For IPA they show
+how to solve the tasks that no sampled episode of a step solved: the imitation term of Eq. 10.
 """
 
 from __future__ import annotations
@@ -14,20 +13,20 @@ import random
 from collections.abc import Callable, Sequence
 
 from envs.rock import SandboxError
-from envs.tasks.terminal.demonstrator import run_expert
+from envs.tasks.terminal.demonstrator import play_demonstration
 from envs.tasks.terminal.env import TerminalEnv
 from rome.data.trajectory import Chunk, Trajectory, load_trajectory, save_trajectory
 from rome.model.tokenizer import Chat
-from rome.rollout.player import RolloutError
+from rome.rollout.episode import RolloutError
 
-ATTEMPTS = 3  # at an expert episode that infrastructure spoils
-
-
-class Spoiled(RolloutError):
-    """The infrastructure lost an expert's episode, which says nothing about the task."""
+ATTEMPTS = 3  # at a demonstration that the infrastructure spoils
 
 
-async def collect_experts(
+class SpoiledDemonstration(RolloutError):
+    """The infrastructure lost a demonstration, which says nothing about the task."""
+
+
+async def collect_demonstrations(
     tasks: Sequence[str],
     make_env: Callable[[str], TerminalEnv],
     chat: Chat,
@@ -37,66 +36,92 @@ async def collect_experts(
     record: Callable[[int], pathlib.Path],
     first_group: int = 0,
 ) -> list[Trajectory]:
-    """One solved trajectory for each task, in the order asked for.
+    """Play one demonstration of each task and return them in the same order.
 
-    `record` says where the n-th is kept: one of its task that is there already is taken.
+    Args:
+      tasks: names of the tasks.
+      make_env: makes a fresh environment of a task.
+      chat: the chat template.
+      error_rate: probability that a demonstrator makes a mistake, and recovers.
+      concurrency: demonstrations at once.
+      record: returns the file of the n-th trajectory. If it exists already and is of the same
+        task, it is returned instead of playing.
+      first_group: group number of the first trajectory. Each is a group of its own, which keeps it
+        out of the statistics of groups that were sampled.
 
-    Each is a group of its own, from `first_group` on, so that it stays out of the statistics of
-    groups that were sampled.
-
-    Raises: RolloutError where an expert fails its own task: then the task is wrong, or the sandbox
-    is.
+    Raises:
+      RolloutError: a demonstrator failed its own task, so the task or the sandbox is broken.
+      SandboxError: no sandbox could be started, ATTEMPTS times.
     """
-    gate = asyncio.Semaphore(concurrency)
+    places = asyncio.Semaphore(concurrency)
 
-    async def play(number: int, task: str) -> Trajectory:
+    async def collect_one(number: int, task: str) -> Trajectory:
         path = record(number)
-        if (
-            path.exists() and (kept := load_trajectory(path)).task == task
-        ):  # a step that a resumed run repeats may have to show other tasks
-            return kept
-        async with gate:
-            for left in reversed(range(ATTEMPTS)):
-                try:
-                    trajectory = await expert_trajectory(
-                        make_env(task), chat, random.Random(f"expert {task}"), error_rate
-                    )
-                    break
-                except (Spoiled, SandboxError):
-                    if not left:
-                        raise
+        if path.exists():
+            kept = load_trajectory(path)
+            if kept.task == task:  # a resumed run may show other tasks when it repeats a step
+                return kept
+        async with places:
+            trajectory = await _demonstrate_until_played(make_env, task, chat, error_rate)
         trajectory.group = first_group + number
         save_trajectory(trajectory, path)
         return trajectory
 
-    return await asyncio.gather(*(play(number, task) for number, task in enumerate(tasks)))
+    return await asyncio.gather(*(collect_one(number, task) for number, task in enumerate(tasks)))
 
 
-async def expert_trajectory(
+async def _demonstrate_until_played(
+    make_env: Callable[[str], TerminalEnv], task: str, chat: Chat, error_rate: float
+) -> Trajectory:
+    """Play a demonstration, again if the infrastructure spoils it."""
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return await demonstrate(make_env(task), chat, _rng_of(task), error_rate)
+        except (SpoiledDemonstration, SandboxError):
+            continue
+    return await demonstrate(make_env(task), chat, _rng_of(task), error_rate)
+
+
+def _rng_of(task: str) -> random.Random:
+    return random.Random(f"expert {task}")
+
+
+async def demonstrate(
     env: TerminalEnv, chat: Chat, rng: random.Random, error_rate: float
 ) -> Trajectory:
-    """Plays one expert episode; its turns become tokens exactly as a policy's would stand in the
-    context.
+    """Play one demonstration. Its turns become the tokens that a policy would have sampled.
+
+    Args:
+      env: an environment of the task; it is closed.
+      chat: the chat template.
+      rng: decides where the demonstrator makes a mistake.
+      error_rate: probability of a mistake.
+
+    Raises:
+      SpoiledDemonstration: the infrastructure failed.
+      RolloutError: the demonstrator did not solve its task.
     """
-    played = await run_expert(env, rng, error_rate)
+    played = await play_demonstration(env, rng, error_rate)
     if played.ending != "success":
-        raise (Spoiled if played.ending.startswith("infra_") else RolloutError)(
-            f"the expert of {played.task} ended as {played.ending}, not as a success; its last"
-            f" observation: {played.turns[-1].observation!r}"
+        is_spoiled = played.ending.startswith("infra_")
+        error_type = SpoiledDemonstration if is_spoiled else RolloutError
+        raise error_type(
+            f"the demonstration of {played.task} ended as {played.ending}, not as a success; its"
+            f" last observation: {played.turns[-1].observation!r}"
         )
-    chunks, prompt_ids = [], chat.open(played.instruction)
+    chunks = []
+    prompt_ids = chat.open(played.instruction)
     for turn in played.turns:
         action_ids = chat.turn(turn.text)
-        kind = "imitation" if turn.status == "ok" else "context"
         chunks.append(
             Chunk(
                 prompt_ids,
                 action_ids,
-                [0.0] * len(action_ids),
+                logprobs=[0.0] * len(action_ids),
                 text=turn.text,
                 observation=turn.observation,
                 status=turn.status,
-                kind=kind,
+                kind="imitation" if turn.status == "ok" else "context",
             )
         )
         prompt_ids = chat.observe([turn.observation])

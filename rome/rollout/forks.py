@@ -1,9 +1,9 @@
-"""Environments that begin at an anchor: a source is replayed once for a group, and its episodes go
-on from copies of what that left.
+"""Environments that start at an anchor: copies of one replay of the source.
 
-A copy is a copy-on-write snapshot of the sandbox's files. Where an environment cannot be kept (no
-snapshots, a process still running), each episode replays the actions itself (`rome.agent.loop`),
-which takes as long as the source's commands do.
+A source is replayed once for a group. Wherever an episode of the group starts, the environment is
+copied: a copy-on-write snapshot of the sandbox's files. If an environment cannot be copied (no
+snapshots, or a process still runs), each episode replays the actions itself (`rome.agent.loop`),
+which takes as long as the source's commands did.
 """
 
 from __future__ import annotations
@@ -18,99 +18,110 @@ from envs.rock import SandboxError
 from rome.agent.loop import ReplayError, replay
 from rome.data.trajectory import Chunk
 
-SECONDS = 600.0  # for the one replay
+REPLAY_SECONDS = 600.0  # of the one replay of a source
 
 
 class Forks:
-    """The anchors of one source.
+    """The copies of one source's environment, one for each anchor of a group.
 
-    `env_at(prefix)` is an environment whose first turns, those of `prefix`, are taken already.
+    Args:
+      make_env: makes a fresh environment of the task.
+      prefixes: the first chunks of the source, once for each episode of the group.
     """
 
     def __init__(self, make_env: Callable[[], Env], prefixes: Sequence[Sequence[Chunk]]) -> None:
         self._make_env = make_env
         self._longest = max(prefixes, key=len)
-        self._wanted = {len(prefix) for prefix in prefixes} - {0}
-        self._kept: dict[int, Any] = {}
-        self._replayed: asyncio.Task | None = None
+        self._anchors = {len(prefix) for prefix in prefixes if prefix}
+        self._snapshots: dict[int, Any] = {}
+        self._replaying: asyncio.Task | None = None
 
     async def env_at(self, prefix: Sequence[Chunk]) -> Env:
+        """Return an environment in which the turns of `prefix` were taken, where possible.
+
+        Without a copy, a fresh environment is returned, in which the caller replays the prefix.
+        """
         if not prefix:
             return self._make_env()
-        self._replayed = self._replayed or asyncio.get_running_loop().create_task(self._replay())
-        await asyncio.wait(
-            [self._replayed]
-        )  # an episode that is cancelled here leaves the replay to the others
-        if (
-            not self._replayed.cancelled()
-        ):  # else these forks were closed meanwhile: who still comes replays for itself
-            self._replayed.result()
+        if self._replaying is None:
+            self._replaying = asyncio.get_running_loop().create_task(self._replay())
+        # asyncio.wait, so that cancelling this episode does not cancel the replay of the others
+        await asyncio.wait([self._replaying])
+        was_closed_meanwhile = self._replaying.cancelled()
+        if not was_closed_meanwhile:
+            self._replaying.result()
+        snapshot = self._snapshots.get(len(prefix))
         env = self._make_env()
-        return Forked(env, self._kept[len(prefix)], prefix) if len(prefix) in self._kept else env
+        return env if snapshot is None else Forked(env, snapshot, prefix)
 
     async def aclose(self) -> None:
-        if self._replayed is not None:
-            self._replayed.cancel()
-            await asyncio.gather(self._replayed, return_exceptions=True)
-        kept, self._kept = list(self._kept.values()), {}
-        for snapshot in kept:
+        """Stop the replay and delete the copies."""
+        if self._replaying is not None:
+            self._replaying.cancel()
+            await asyncio.gather(self._replaying, return_exceptions=True)
+        snapshots = list(self._snapshots.values())
+        self._snapshots = {}
+        for snapshot in snapshots:
             await snapshot.delete()
 
     async def _replay(self) -> None:
+        """Replay the source and copy the environment at each anchor."""
         env = self._make_env()
         if not hasattr(env, "asnapshot"):
             return
         try:
-            async with asyncio.timeout(SECONDS):
+            async with asyncio.timeout(REPLAY_SECONDS):
                 await env.areset()
-                for place in range(1, len(self._longest) + 1):
-                    await replay(env, self._longest[place - 1 : place], [])
-                    if place in self._wanted:
-                        self._kept[place] = await env.asnapshot()
-        except (
-            SandboxError,
-            ReplayError,
-            TimeoutError,
-        ) as error:  # episodes beyond it replay for themselves, and say what they meet
-            logging.info("no copy of %s after turn %d: %s", env.task.name, len(self._kept), error)
+                for anchor, chunk in enumerate(self._longest, start=1):
+                    await replay(env, [chunk], [])
+                    if anchor in self._anchors:
+                        self._snapshots[anchor] = await env.asnapshot()
+        except (SandboxError, ReplayError, TimeoutError) as error:
+            # Episodes at later anchors replay the actions themselves and report what they meet.
+            copies = len(self._snapshots)
+            logging.info("%s has %d copies and not all: %s", env.task.name, copies, error)
         finally:
             await env.aclose()
 
 
 class Forked(Env):
-    """An environment that goes on where a snapshot was taken.
+    """An environment that continues from a snapshot.
 
-    The turns before it are answered as they were then.
+    The turns of the prefix are answered as they were in the source, without running them again.
+
+    Args:
+      env: a fresh environment of the task.
+      snapshot: what its `asnapshot` returned after the prefix.
+      prefix: the chunks that were replayed.
     """
 
     def __init__(self, env: Env, snapshot: Any, prefix: Sequence[Chunk]) -> None:
-        self._env, self._snapshot, self._prefix, self._turn = env, snapshot, prefix, 0
+        self._env = env
+        self._snapshot = snapshot
+        self._prefix = prefix
+        self._turn = 0
 
     @property
     def task(self) -> Any:
+        """The task of the environment."""
         return self._env.task
 
     def reset(self, seed: int | None = None) -> Any:
-        raise NotImplementedError("a forked environment is asynchronous")
+        raise NotImplementedError("a forked environment is asynchronous; use areset")
 
     def step(self, action: str) -> Any:
-        raise NotImplementedError("a forked environment is asynchronous")
+        raise NotImplementedError("a forked environment is asynchronous; use astep")
 
     async def areset(self, seed: int | None = None) -> tuple[str, dict[str, Any]]:
         return await self._env.arestore(self._snapshot)
 
     async def astep(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        if self._turn < len(self._prefix):
-            chunk = self._prefix[self._turn]
-            self._turn += 1
-            return (
-                chunk.observation,
-                0.0,
-                False,
-                False,
-                {"status": chunk.status, "use_tool": chunk.tool_call is not None},
-            )
-        return await self._env.astep(action)
+        if self._turn == len(self._prefix):
+            return await self._env.astep(action)
+        chunk = self._prefix[self._turn]
+        self._turn += 1
+        info = {"status": chunk.status, "use_tool": chunk.tool_call is not None}
+        return chunk.observation, 0.0, False, False, info
 
     async def aclose(self) -> None:
         await self._env.aclose()

@@ -1,6 +1,8 @@
-"""What the episodes of one step show, and which of them can teach."""
+"""Statistics of the episodes of one step, and the groups among them that can teach."""
 
 from __future__ import annotations
+
+import collections
 
 import numpy as np
 
@@ -8,65 +10,68 @@ from rome.data.trajectory import Trajectory
 
 
 def mixed_groups(trajectories: list[Trajectory]) -> list[Trajectory]:
-    """The episodes of groups that have both a success and a failure; all of them where no group
-    has.
+    """Return the episodes of groups with both a success and a failure.
+
+    If there is no such group, all episodes are returned.
     """
-    won: dict[int, set[bool]] = {}
+    outcomes: dict[int, set[bool]] = collections.defaultdict(set)
     for trajectory in trajectories:
-        won.setdefault(trajectory.group, set()).add(trajectory.reward > 0)
-    return [
-        trajectory for trajectory in trajectories if len(won[trajectory.group]) == 2
-    ] or trajectories
+        outcomes[trajectory.group].add(trajectory.reward > 0)
+    mixed = {group for group, seen in outcomes.items() if len(seen) == 2}
+    if not mixed:
+        return trajectories
+    return [trajectory for trajectory in trajectories if trajectory.group in mixed]
 
 
-def unsolved_tasks(trajectories: list[Trajectory]) -> list[str]:
-    """The tasks of groups without a single success, in the order of their groups: what Eq. 10's
-    imitation term falls back to.
-    """
-    tasks = {trajectory.group: trajectory.task for trajectory in trajectories}
-    solved = {trajectory.group for trajectory in trajectories if trajectory.reward > 0}
-    return [task for group, task in tasks.items() if group not in solved]
-
-
-def rollout_figures(
+def rollout_metrics(
     trajectories: list[Trajectory], version: int, seconds: float
 ) -> dict[str, float]:
-    """What one step's episodes show; success is the share whose verifier gave 1."""
+    """Return the metrics of the episodes that one step takes.
+
+    Args:
+      trajectories: the episodes.
+      version: weight version that is trained on them.
+      seconds: time in which they were collected.
+
+    Returns:
+      Means over episodes, unless the name says otherwise. `success` is the share of episodes with
+      a positive reward; `tokens` counts sampled tokens; shares of statuses are over chunks, and
+      `cached_token_share` is over the tokens that the engines were sent.
+    """
     tokens = np.array([trajectory.num_action_tokens for trajectory in trajectories])
-    won = np.array([trajectory.reward > 0 for trajectory in trajectories])
-    statuses = [chunk.status for trajectory in trajectories for chunk in trajectory.chunks]
-    figures = {
+    succeeded = np.array([trajectory.reward > 0 for trajectory in trajectories])
+    staleness = [version - trajectory.oldest_version for trajectory in trajectories]
+    denied = [trajectory.network_denials > 0 for trajectory in trajectories]
+    chunks = [chunk for trajectory in trajectories for chunk in trajectory.chunks]
+    statuses = [chunk.status for chunk in chunks]
+    sent_tokens = sum(_sent_tokens(trajectory) for trajectory in trajectories)
+    cached_tokens = sum(chunk.cached_tokens for chunk in chunks)
+    metrics = {
         "reward": float(np.mean([trajectory.reward for trajectory in trajectories])),
-        "success": float(won.mean()),
+        "success": float(succeeded.mean()),
         "turns": float(np.mean([len(trajectory.chunks) for trajectory in trajectories])),
         "tokens": float(tokens.mean()),
-        "staleness": float(
-            np.mean([version - trajectory.oldest_version for trajectory in trajectories])
-        ),
+        "staleness": float(np.mean(staleness)),
         "tokens_per_s": float(tokens.sum() / seconds),
         "tool_error_share": statuses.count("tool_error") / len(statuses),
         "malformed_share": statuses.count("malformed") / len(statuses),
-        "network_denial_share": float(
-            np.mean([trajectory.network_denials > 0 for trajectory in trajectories])
-        ),
-        "cached_token_share": (
-            sum(chunk.cached_tokens for t in trajectories for chunk in t.chunks)
-            / max(1, sum(map(_asked, trajectories)))
-        ),
+        "network_denial_share": float(np.mean(denied)),
+        "cached_token_share": cached_tokens / max(1, sent_tokens),
     }
-    for name, chosen in (
-        ("tokens_success", won),
-        ("tokens_failure", ~won),
-    ):  # negatives that grow longer announce a collapse
-        if chosen.any():
-            figures[name] = float(tokens[chosen].mean())
-    return figures
+    # Failures that grow longer announce a collapse.
+    if succeeded.any():
+        metrics["tokens_success"] = float(tokens[succeeded].mean())
+    if not succeeded.all():
+        metrics["tokens_failure"] = float(tokens[~succeeded].mean())
+    return metrics
 
 
-def _asked(trajectory: Trajectory) -> int:
-    """Tokens that the engine was sent: each turn sends the whole context again."""
-    context = asked = 0
+def _sent_tokens(trajectory: Trajectory) -> int:
+    """Count the tokens that the engine was sent: each turn sends the whole context again."""
+    context = 0
+    sent = 0
     for chunk in trajectory.chunks:
-        asked += context + len(chunk.prompt_ids)
-        context += len(chunk.prompt_ids) + len(chunk.action_ids)
-    return asked
+        context += len(chunk.prompt_ids)
+        sent += context
+        context += len(chunk.action_ids)
+    return sent

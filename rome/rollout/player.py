@@ -1,126 +1,44 @@
-"""ROLL's player: one episode until it counts, or a list of them at once; `groups.py` decides which
-of them training plays, and when.
+"""The player of episodes: plays one until it counts, or a list of them at once.
 
-Each episode moves alone (generation, commands and grading of different episodes overlap) under one
-limit of episodes at once. A finished trajectory is on disk before it is counted, so a killed run
-takes it up again instead of paying for it twice. An episode that the infrastructure spoiled is
-replaced from the same initial state with another seed; it never becomes a reward of 0.
+The scheduler (`scheduler.py`) decides which episodes training plays and when. Episodes move
+independently: generation, commands and grading of different episodes overlap. A finished
+trajectory is on disk before it is counted, so a run that was killed does not play it again. An
+episode that the infrastructure spoiled is played again from the same initial state with another
+seed; it never becomes a reward of 0.
 """
 
 from __future__ import annotations
 
 import asyncio
-import collections
 import dataclasses
 import logging
 import pathlib
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from envs.gem.core import Env
-from rome.agent.loop import Generator, Limits, derive_seed, run_episode
+from rome.agent.loop import Generator, Limits, run_episode
+from rome.data.seeds import derive_seed
 from rome.data.trajectory import Chunk, Trajectory, load_trajectory, save_trajectory
 from rome.model.tokenizer import Chat
+from rome.rollout.accounting import Accounting
 from rome.rollout.anchors import anchor_of
-from rome.rollout.forks import Forks
+from rome.rollout.episode import Episode, RolloutError, Stopped
 
-
-class Stopped(Exception):
-    """The user asked the run to stop while episodes were in flight.
-
-    Those that had finished are on disk.
-    """
-
-
-class RolloutError(RuntimeError):
-    """The infrastructure spoiled one episode several times over."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Episode:
-    """What to play: a task by name, its place among the groups, the seed of its sampling.
-
-    name: of its file. prefix: an expert's chunks that are replayed before the policy takes over.
-    forks: environments in which they were replayed already.
-    """
-
-    task: str
-    group: int
-    episode: int
-    seed: int
-    name: str = ""
-    prefix: tuple[Chunk, ...] = ()
-    forks: Forks | None = dataclasses.field(default=None, compare=False)
-
-
-@dataclasses.dataclass
-class Accounting:
-    """started = trained + dropped (by reason) + in_flight, at every moment.
-
-    The trainer counts in its own thread, the rollouts in theirs.
-    """
-
-    started: int = 0
-    trained: int = 0
-    dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    in_flight: int = 0
-    _lock: threading.Lock = dataclasses.field(
-        default_factory=threading.Lock, init=False, repr=False, compare=False
-    )
-
-    def begin(self) -> None:
-        with self._lock:
-            self.started += 1
-            self.in_flight += 1
-
-    def drop(self, reason: str, number: int = 1) -> None:
-        if number:
-            with self._lock:
-                self.in_flight -= number
-                self.dropped[reason] += number
-
-    def train(self, number: int) -> None:
-        with self._lock:
-            self.in_flight -= number
-            self.trained += number
-
-    def check(self) -> None:
-        counts = self.to_json()
-        if (
-            counts["started"]
-            != counts["trained"] + sum(counts["dropped"].values()) + counts["in_flight"]
-            or counts["in_flight"] < 0
-        ):
-            raise AssertionError(f"sample accounting does not add up: {counts}")
-
-    def to_json(self) -> dict:
-        with self._lock:
-            return {
-                "started": self.started,
-                "trained": self.trained,
-                "dropped": dict(self.dropped),
-                "in_flight": self.in_flight,
-            }
-
-    @classmethod
-    def from_json(cls, document: dict) -> Accounting:
-        """As of a checkpoint: what was in flight then is started anew."""
-        counts = cls(
-            document["started"], document["trained"], collections.Counter(document["dropped"]), 0
-        )
-        counts.started -= document["in_flight"]
-        return counts
+POLL_SECONDS = 0.5  # between two calls of should_stop
 
 
 @dataclasses.dataclass
 class EpisodePlayer:
-    """Plays lists of episodes over one engine (or pool) and environments made by name.
+    """Plays episodes with one engine (or pool of engines).
 
     Args:
-      make_env: task name -> a fresh environment for one episode.
-      concurrency: episodes at once.
-      should_stop: asked twice a second; True cancels what is in flight and raises Stopped.
-      attempts: how often an episode spoiled by infrastructure is tried in all.
+      engine: samples the turns.
+      make_env: makes a fresh environment for one episode of the named task.
+      chat: the chat template.
+      limits: tokens and seconds of an episode.
+      concurrency: episodes that `play` runs at once.
+      should_stop: polled by `play`; True cancels what runs and raises Stopped.
+      attempts: how often an episode is played in all if infrastructure keeps spoiling it.
     """
 
     engine: Generator
@@ -141,55 +59,59 @@ class EpisodePlayer:
         on_finish: Callable[[Trajectory], None] | None = None,
         routes: bool = False,
     ) -> list[Trajectory]:
-        """Plays all episodes; returns their trajectories in the order asked for, each of them
-        trainable.
+        """Play all episodes and return their trainable trajectories in the same order.
 
         Args:
-          record: where an episode's trajectory is kept. One that is there already is taken, not
-            played again.
-          accounting: counts of training samples; evaluations pass none.
-          routes: trajectories keep the experts of their tokens, as the engine returns them.
-        Raises: Stopped; RolloutError when one episode is spoiled `attempts` times.
-        """
-        accounting = accounting or Accounting()
-        gate = asyncio.Semaphore(self.concurrency)
+          episodes: what to play.
+          temperature: of sampling.
+          accounting: counts training samples. Evaluations pass none.
+          record: returns the file of an episode's trajectory. If it exists already, it is returned
+            instead of playing the episode.
+          on_finish: called with each trajectory as soon as it is there.
+          routes: ask the engine for the experts of each token and keep them in the chunks.
 
-        async def finish(episode: Episode) -> Trajectory:
-            async with gate:
-                accounting.begin()
+        Raises:
+          Stopped: `should_stop` returned True.
+          RolloutError: an episode was spoiled `attempts` times.
+        """
+        counts = accounting or Accounting()
+        places = asyncio.Semaphore(self.concurrency)
+
+        async def play_in_turn(episode: Episode) -> Trajectory:
+            async with places:
+                counts.begin()
                 trajectory = await self.play_one(
                     episode,
                     temperature=temperature,
-                    accounting=accounting,
-                    path=record and record(episode),
+                    accounting=counts,
+                    path=record(episode) if record is not None else None,
                     routes=routes,
                 )
             if on_finish is not None:
                 on_finish(trajectory)
             return trajectory
 
-        futures = [asyncio.ensure_future(finish(episode)) for episode in episodes]
+        tasks = [asyncio.create_task(play_in_turn(episode)) for episode in episodes]
         try:
-            await self._watch(futures)
+            await self._wait_for(tasks)
         finally:
-            for future in futures:
-                future.cancel()
-            await asyncio.gather(
-                *futures, return_exceptions=True
-            )  # sandboxes are closed before anyone goes on
-        return [future.result() for future in futures]
+            for task in tasks:
+                task.cancel()
+            # Return only when the sandboxes of cancelled episodes are closed.
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return [task.result() for task in tasks]
 
-    async def _watch(self, futures: list[asyncio.Future]) -> None:
-        """Waits for all of them; the first error, or the wish to stop, ends the wait."""
-        pending = set(futures)
+    async def _wait_for(self, tasks: Collection[asyncio.Task[Trajectory]]) -> None:
+        """Wait until all tasks are done; raise the first error, or Stopped."""
+        pending = set(tasks)
         while pending:
             if self.should_stop():
                 raise Stopped
             done, pending = await asyncio.wait(
-                pending, timeout=0.5, return_when=asyncio.FIRST_EXCEPTION
+                pending, timeout=POLL_SECONDS, return_when=asyncio.FIRST_EXCEPTION
             )
-            for future in done:
-                future.result()
+            for task in done:
+                task.result()
 
     async def play_one(
         self,
@@ -200,68 +122,89 @@ class EpisodePlayer:
         path: pathlib.Path | None = None,
         routes: bool = False,
     ) -> Trajectory:
-        """One trainable trajectory, from `path` where it is kept already.
+        """Play one episode until its trajectory is trainable.
 
-        The caller has counted its beginning; here only replacements are.
+        Args:
+          episode: what to play.
+          temperature: of sampling.
+          accounting: counts replacements. The caller has counted the start of the episode.
+          path: file of the trajectory. If it exists already, it is returned instead of playing the
+            episode.
+          routes: ask the engine for the experts of each token and keep them in the chunks.
 
-        Raises: RolloutError.
+        Raises:
+          RolloutError: the episode was spoiled `attempts` times.
         """
-        if path is not None and (kept := _kept(path, episode)) is not None:
+        kept = _load_finished(path, episode) if path is not None else None
+        if kept is not None:
             return kept
         for attempt in range(self.attempts):
-            # A command may answer otherwise each time (the date, a process id). Then its turns
-            # cannot be taken again: the last attempt is from the beginning.
-            prefix = episode.prefix if attempt == 0 or attempt + 1 < self.attempts else ()
-            env = (
-                await episode.forks.env_at(prefix)
-                if episode.forks and not attempt
-                else self.make_env(episode.task)
-            )
-            trajectory = await run_episode(
-                self.engine,
-                env,
-                self.chat,
-                self.limits,
-                temperature=temperature,
-                seed=(
-                    episode.seed if attempt == 0 else derive_seed(episode.seed, "attempt", attempt)
-                ),
-                group=episode.group,
-                episode=episode.episode,
-                routes=routes,
-                prefix=prefix,
-            )
+            if attempt:
+                accounting.begin()
+            trajectory = await self._play_attempt(episode, attempt, temperature, routes)
             if trajectory.trainable:
                 if path is not None:
                     save_trajectory(trajectory, path)
                 return trajectory
             accounting.drop(trajectory.ending)
-            if attempt + 1 < self.attempts:
-                accounting.begin()
         raise RolloutError(
             f"{episode.task} was spoiled {self.attempts} times in a row, last as"
             f" {trajectory.ending}: {trajectory.note or 'no detail'}. Finished trajectories are"
-            " kept; mend the cause and run the same command again."
+            " kept; remove the cause and run the same command again."
         )
 
+    async def _play_attempt(
+        self, episode: Episode, attempt: int, temperature: float, routes: bool
+    ) -> Trajectory:
+        # A command may answer differently each time (the date, a process id), and then its turns
+        # cannot be replayed. The last attempt therefore starts at the beginning of the task.
+        is_last_resort = attempt > 0 and attempt + 1 == self.attempts
+        prefix = () if is_last_resort else episode.prefix
+        seed = derive_seed(episode.seed, "attempt", attempt) if attempt else episode.seed
+        return await run_episode(
+            self.engine,
+            await self._make_env(episode, attempt, prefix),
+            self.chat,
+            self.limits,
+            temperature=temperature,
+            seed=seed,
+            group=episode.group,
+            episode=episode.episode,
+            routes=routes,
+            prefix=prefix,
+        )
 
-def _kept(path: pathlib.Path, episode: Episode) -> Trajectory | None:
-    """The episode's trajectory, None where it must be played.
+    async def _make_env(self, episode: Episode, attempt: int, prefix: tuple[Chunk, ...]) -> Env:
+        if episode.forks is not None and attempt == 0:
+            return await episode.forks.env_at(prefix)
+        return self.make_env(episode.task)
 
-    A run that resumes may give the name to another task, or to another anchor of it, than the run
-    before it did: which task comes next depends on what was finished when. A file that cannot be
-    read was cut off by a power failure.
+
+def _load_finished(path: pathlib.Path, episode: Episode) -> Trajectory | None:
+    """Load the episode's trajectory; None if it must be played.
+
+    Which task comes next depends on what finished when. A resumed run may therefore give the file
+    name to another task, or to another anchor of it, than the run before it did.
     """
     if not path.exists():
         return None
     try:
-        kept = load_trajectory(path)
-    except ValueError as error:
-        logging.warning("%s cannot be read and is played again: %s", path, error)
+        trajectory = load_trajectory(path)
+    except ValueError as error:  # a power failure cut the file off
+        logging.warning("%s cannot be read, so its episode is played again: %s", path, error)
         return None
-    begun = anchor_of(kept)  # 0 also where the prefix could not be replayed
-    led = begun in (0, len(episode.prefix)) and all(
-        ours.action_ids == theirs.action_ids
-        for ours, theirs in zip(kept.chunks[:begun], episode.prefix)
-    )
-    return kept if kept.task == episode.task and led else None
+    if trajectory.task != episode.task or not _follows(trajectory, episode.prefix):
+        return None
+    return trajectory
+
+
+def _follows(trajectory: Trajectory, prefix: tuple[Chunk, ...]) -> bool:
+    """Whether the trajectory starts with the prefix, or from the beginning.
+
+    An episode starts from the beginning, too, if its prefix could not be replayed.
+    """
+    anchor = anchor_of(trajectory)
+    if anchor not in (0, len(prefix)):
+        return False
+    replayed = zip(trajectory.chunks[:anchor], prefix, strict=False)
+    return all(chunk.action_ids == original.action_ids for chunk, original in replayed)

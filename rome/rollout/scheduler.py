@@ -1,61 +1,80 @@
-"""Asynchronous rollouts: groups of episodes that are played beside the trainer, under a bound on
-how stale a sample may be.
+"""The scheduler of asynchronous rollouts: which episode starts when, and what a step trains on.
 
-    wave      the groups that were planned for one training step: `groups_per_step` of them, and `redundant_groups` more
-    version   of the weights: how many steps have been trained. A sample's staleness is the version that it is trained at less the one that began it
-    alpha     `async_ratio`, the bound of staleness. Waves 0 to version + alpha may be begun (the capacity rule of AReaL, arXiv 2505.24298, Eq. 3,
-              in groups); with alpha = 0 that is exactly synchronous training
+Episodes are played in groups beside the trainer. Four terms describe how far rollouts may run
+ahead of it:
 
-Episodes begin in the order of their groups and each moves alone, also across an update of the
-weights: its tokens carry their versions. A group is complete when `group_size` of its episodes are;
-a step takes complete groups, the oldest first. Waves alone bound how far rollouts run ahead, not
-how old the slowest sample gets. `late` says what becomes of a sample that would be trained on
-beyond the bound:
+  version    number of training steps that the weights have seen
+  wave       the groups planned for one training step, `groups_per_step` of them
+  staleness  of a sample: the version that it is trained at minus the version that started it
+  alpha      `async_ratio`, the bound on staleness; 0 means synchronous training
 
-    wait   there is none: a step takes its groups only when all that remain can still be taken within the bound by later steps
-    keep   it is trained on, and the figure of staleness shows it; losses bound the weight of such samples
-    drop   it is dropped, or cancelled while it runs, and played again from the same initial state: batches lean towards short episodes
+**Start.** At version v the waves 0 to v + alpha may have started. This is the capacity rule of
+AReaL (arXiv 2505.24298, Eq. 3), counted in groups. Within it, episodes start in the order of their
+groups, at most `concurrency` at once. Each episode then moves alone. It continues when the weights
+are updated, and each of its tokens keeps the version that sampled it.
 
-What is spoiled is played again from the same initial state at once (`scheduler.py`); a group whose
-episodes all won or all lost may be replaced by another task.
+**Complete.** A group is complete when `group_size` of its episodes have finished; those of its
+`redundancy` that still run are cancelled. With `replace_equal`, a group without spread (all
+successes or all failures, so no advantage to learn from) is replaced by a group of another task.
 
-Which groups and episodes a step took is on disk before it is trained on. A run that resumes from a
-checkpoint takes the same again in the steps that it repeats, with their trajectories: it reaches
-the same weights, nothing finished is lost, and nothing is trained on twice. What those steps do not
-take begins after them: begun before, it would be older than it was the first time.
+**Take.** A step takes the `groups_per_step` oldest complete groups, as soon as they exist. The
+capacity rule bounds how many samples are ahead, but not how old the slowest of them gets: short
+episodes overtake long ones. `stale_samples` decides about a sample that would be trained on at a
+staleness above alpha:
+
+  wait  Do not let it happen. A step takes its groups only when every other group that has started
+        can still be taken within the bound by a later step. Nothing is dropped; the trainer waits.
+  keep  Train on it. The staleness metric shows it, and the loss bounds the weight of such samples.
+  drop  Drop it, or cancel it if it still runs, and play it again from the same initial state. The
+        trainer waits less, but batches lean towards short episodes.
+
+**Resume.** The journal records which groups and episodes each step took, on disk before the step
+trains. A run that resumes from a checkpoint repeats the steps after it with the same trajectories
+and reaches the same weights: no finished episode is lost, none is trained on twice. Groups that
+those steps do not take start after them, because their samples would otherwise be older than in
+the first run.
 """
 
 from __future__ import annotations
 
 import asyncio
 import bisect
-import collections
 import dataclasses
-import heapq
-import json
-import os
 import pathlib
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
-from rome.agent.loop import derive_seed
-from rome.data.trajectory import Chunk, Trajectory
+from rome.data.seeds import derive_seed
+from rome.data.trajectory import Trajectory
+from rome.rollout.accounting import Accounting
+from rome.rollout.episode import Episode, RolloutError, Stopped
 from rome.rollout.forks import Forks
-from rome.rollout.player import Accounting, Episode, RolloutError, Stopped
+from rome.rollout.group import Group, GroupPlan, Taken
+from rome.rollout.journal import Journal
+from rome.rollout.pending import PendingEpisodes
 
-Late = Literal["wait", "keep", "drop"]
-POLL_SECONDS = 0.5  # between two looks at whether the user wants to stop
-MOST_REPLACEMENTS = 4  # of a group without spread; then it is taken as it is
+StaleSamples = Literal["wait", "keep", "drop"]
+POLL_SECONDS = 0.5  # between two calls of should_stop while a step waits for its groups
+MAX_REPLACEMENTS = 4  # of a group without spread; the last one is taken as it is
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """How many of what.
+    """The numbers that a RolloutScheduler follows.
 
     Args:
-      redundancy: further episodes of a group; the first group_size results count.
-      siblings: so many groups in a row are episodes of one task. With group_size 1 a step takes
-        single episodes, whatever their siblings do.
+      groups_per_step: groups that a training step takes.
+      group_size: episodes of a group that are trained on.
+      concurrency: episodes in play at once.
+      steps: training steps of the run; no wave starts beyond the last one.
+      async_ratio: alpha, the bound on staleness in versions.
+      redundancy: further episodes of a group. The first `group_size` to finish count.
+      replace_equal: replace a group without spread by a group of another task (the dynamic
+        sampling of DAPO, arXiv 2503.14476), up to MAX_REPLACEMENTS times.
+      stale_samples: what happens to samples beyond the bound.
+      siblings: number of consecutive groups that are episodes of the same task. With group_size=1
+        a step takes single episodes without waiting for their siblings.
+      seed: seed of the run, from which every episode's seed is derived.
     """
 
     groups_per_step: int
@@ -64,163 +83,29 @@ class Rules:
     steps: int
     async_ratio: int = 0
     redundancy: int = 0
-    redundant_groups: int = 0
-    # they play on, and their trajectories are kept as files, untrained
-    keep_redundant: bool = False
     replace_equal: bool = False
-    late: Late = "wait"
+    stale_samples: StaleSamples = "wait"
     siblings: int = 1
     seed: int = 0
 
-    @property
-    def groups_per_wave(self) -> int:
-        return self.groups_per_step + self.redundant_groups
-
-
-@dataclasses.dataclass(frozen=True)
-class GroupPlan:
-    """What a group plays.
-
-    prefixes: what the n-th episode replays first, () for all from the beginning. source: names the
-    file they are from. forks: where they were replayed; closed with the group.
-    """
-
-    task: str
-    prefixes: tuple[tuple[Chunk, ...], ...] = ()
-    source: str = ""
-    forks: Forks | None = dataclasses.field(default=None, compare=False)
-
-
-@dataclasses.dataclass(eq=False)
-class Group:
-    """One that is begun and not yet trained on.
-
-    `attempt`: how many groups without spread it replaces.
-    """
-
-    number: int
-    plan: GroupPlan
-    attempt: int = 0
-    open: dict[int, asyncio.Task] = dataclasses.field(default_factory=dict)
-    versions: dict[int, int] = dataclasses.field(default_factory=dict)  # that began its episodes
-    finished: dict[int, Trajectory] = dataclasses.field(default_factory=dict)
-    retries: collections.Counter[int] = dataclasses.field(
-        default_factory=collections.Counter
-    )  # of samples that became too old
-    closed: bool = False  # it is complete or given up: what else finishes is redundant
-
-    def age(self, version: int) -> int:
-        return version - min(self.versions.values(), default=version)
-
-    def trajectories(self) -> list[Trajectory]:
-        return [self.finished[number] for number in sorted(self.finished)]
-
-
-@dataclasses.dataclass
-class Taken:
-    """What a step trains on, and what it cost.
-
-    names: of the episodes. sources: what each group was resampled from, "" for those from the
-    beginning. replaced: trajectories of groups without spread, in the order of their groups.
-    """
-
-    groups: list[list[Trajectory]]
-    names: list[list[str]]
-    sources: list[str]
-    replaced: list[Trajectory]
-    seconds: float  # since the step before took its groups
-    waited: float  # seconds of these in which the trainer had nothing to do
-    open_episodes: int
-
-
-class Journal:
-    """Which groups each step took, which episodes of them, and which groups it gave up; one JSON
-    line a step, on disk before the step is trained.
-    """
-
-    def __init__(self, path: pathlib.Path | None) -> None:
-        self._path, self._steps, self._given_up = path, {}, {}
-        self._episodes: dict[tuple[int, int], list[int]] = {}
-        if path is not None and path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    self._keep(json.loads(line))
-                except (
-                    ValueError,
-                    KeyError,
-                    TypeError,
-                    AttributeError,
-                ):  # the line that a kill cut off: its step was not trained
-                    continue
-
-    def get(self, step: int) -> list[tuple[int, int]] | None:
-        """[(number, attempt)] of the groups."""
-        return self._steps.get(step)
-
-    def after(self, step: int) -> set[int]:
-        """Numbers of the groups that later steps took."""
-        return {
-            number for later, groups in self._steps.items() if later > step for number, _ in groups
-        }
-
-    def episodes(self, number: int, attempt: int) -> list[int] | None:
-        """Of a group that some step took or that was replaced: with redundant ones, others of it
-        may be on disk as well.
-        """
-        return self._episodes.get((number, attempt))
-
-    def given_up(self, step: int) -> list[int]:
-        return self._given_up.get(step, [])
-
-    def add(
-        self, step: int, groups: list[Group], given_up: list[Group], replaced: list[Group]
-    ) -> None:
-        entry = {
-            "step": step,
-            "groups": [(group.number, group.attempt) for group in groups],
-            "episodes": [sorted(group.finished) for group in groups],
-            "given_up": [group.number for group in given_up],
-            "replaced": [
-                (group.number, group.attempt, sorted(group.finished)) for group in replaced
-            ],
-        }
-        if (
-            self.get(step) == entry["groups"]
-            and [self.episodes(*group) for group in entry["groups"]] == entry["episodes"]
-        ):
-            return
-        self._keep(entry)
-        if self._path is not None:
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(
-                    "\n" * (file.tell() > 0 and not _ends_with_newline(self._path))
-                    + json.dumps(entry)
-                    + "\n"
-                )
-                file.flush()
-                os.fsync(file.fileno())
-
-    def _keep(self, entry: dict[str, Any]) -> None:
-        groups = [tuple(pair) for pair in entry["groups"]]
-        self._steps[entry["step"]], self._given_up[entry["step"]] = groups, entry["given_up"]
-        self._episodes.update(zip(groups, entry["episodes"]))
-        self._episodes.update(
-            {(number, attempt): episodes for number, attempt, episodes in entry["replaced"]}
-        )
-
 
 class RolloutScheduler:
-    """Plays groups on the event loop that calls it; every coroutine of it is to be called there.
+    """Plays groups of episodes under the rules and hands complete groups to the trainer.
+
+    It lives on one event loop: create it anywhere, but call all of its coroutines there.
 
     Args:
-      play: one episode to a trainable trajectory. It counts the replacements of what is spoiled,
-        not the beginning.
-      plan: (wave) -> the plans of its groups; asked when the wave may begin, so it knows what was
-        trained on until then.
-      replan: (number, attempt) -> the plan of a group that takes the place of one without spread.
-      forget: (episode) removes its file, so that it is played anew.
-      should_stop: True makes `take` raise Stopped.
-      journal: path of the record of what each step took; None keeps it in memory.
+      rules: how many episodes may start, and what a step takes.
+      play: plays one episode and returns a trainable trajectory. It counts the replacements that
+        infrastructure failures make necessary, but not the start of the episode.
+      plan: returns the plans of a wave's groups. It is called when the wave may start, so it can
+        use what was trained on until then.
+      replan: called with (group number, attempt); returns the plan of the group that replaces one
+        without spread. None: groups are never replaced.
+      accounting: where samples are counted.
+      should_stop: polled while a step waits; True makes `take` raise Stopped.
+      forget: removes the file of an episode, so that it is played again.
+      journal: file of the record of what each step took; None keeps the record in memory.
     """
 
     def __init__(
@@ -235,153 +120,127 @@ class RolloutScheduler:
         forget: Callable[[Episode], None] = lambda episode: None,
         journal: pathlib.Path | None = None,
     ) -> None:
-        self.rules, self.accounting, self.version = rules, accounting, 0
-        self._play, self._plan, self._replan, self._forget, self._should_stop = (
-            play,
-            plan,
-            replan,
-            forget,
-            should_stop,
-        )
+        self.rules = rules
+        self.accounting = accounting
+        self.version = 0
+        self._play = play
+        self._plan = plan
+        self._replan = replan
+        self._forget = forget
+        self._should_stop = should_stop
         self._journal = Journal(journal)
-        self._groups: dict[int, Group] = {}  # in order of their numbers
-        self._waves = 0  # that were begun
-        self._waiting: list[
-            tuple[int, int, int, Group]
-        ] = []  # a heap of (group number, -attempt, episode number, group): what is to begin
-        # numbers of the groups that the record names, while its steps are repeated
-        self._repeats: set[int] | None = None
-        self._held: list[tuple[int, int, int, Group]] = []  # what waits until they are
-        self._complete: list[int] = []  # numbers, in order
-        self._replaced: list[Group] = []  # since a step took its groups
-        self._running = 0
-        self._changed = asyncio.Event()
+        self._pending = PendingEpisodes(self._journal)
+
+        self._started_waves = 0
+        self._groups: dict[int, Group] = {}  # started and not yet taken, in order of their numbers
+        self._complete: list[int] = []  # numbers of the complete groups among them, in order
+        self._replaced: list[Group] = []  # groups without spread, since the last step took its own
+
+        self._playing: dict[asyncio.Task, tuple[Group, int]] = {}  # cancelled ones until they end
+        self._closing_forks: set[asyncio.Task] = set()
+        self._changed = asyncio.Event()  # a step that waits should look again
         self._failure: BaseException | None = None
         self._taken_at: float | None = None
-        self._playing: dict[
-            asyncio.Task, tuple[Group, int]
-        ] = {}  # what was cancelled stays until its sandbox is gone
-        self._forks_closing: set[asyncio.Task] = set()
         self._closing = False
 
-    # -- what the trainer calls
+    # -- interface to the trainer
     # ---------------------------------------------------------------------------------------------
 
     async def advance(self, version: int) -> None:
-        """Weights of `version` are on the engines: more waves may begin."""
+        """Start the waves that may start now that the engines serve weights of `version`."""
         self.version = version
-        self._hold_back(
-            None if self._journal.get(version) is None else self._journal.after(version - 1)
-        )
-        if self.rules.late == "drop":
+        step_is_repeated = self._journal.groups(version) is not None
+        self._pending.restrict_to(self._journal.groups_from(version) if step_is_repeated else None)
+        if self.rules.stale_samples == "drop":
             self._drop_stale()
-        while self._waves < min(version + self.rules.async_ratio + 1, self.rules.steps):
-            first = self._waves * self.rules.groups_per_wave
-            self._waves += 1
-            for index, plan in enumerate(self._plan(self._waves - 1)):
-                self._open(Group(first + index, plan))
-        self._fill()
+        allowed_waves = min(version + self.rules.async_ratio + 1, self.rules.steps)
+        while self._started_waves < allowed_waves:
+            self._start_wave()
+        self._start_pending()
 
     async def take(self, step: int) -> Taken:
-        """The groups of a step, as soon as they may be taken.
+        """Wait until the groups of a step may be taken, record them and return them.
 
-        Raises Stopped, or what ended an episode for good (RolloutError).
+        Raises:
+          Stopped: `should_stop` returned True.
+          RolloutError: an episode failed for good.
         """
-        began = asyncio.get_running_loop().time()
-        self._taken_at = began if self._taken_at is None else self._taken_at
-        while True:
-            if self._failure is not None:
-                raise self._failure
-            if self._should_stop():
-                raise Stopped
-            self._changed.clear()
-            if (choice := self._choose(step)) is not None:
-                chosen, given_up = choice
-                break
-            try:
-                async with asyncio.timeout(POLL_SECONDS):
-                    await self._changed.wait()
-            except TimeoutError:
-                pass
-        self._replaced.sort(key=lambda group: (group.number, group.attempt))
-        self._journal.add(step, chosen, given_up, self._replaced)
+        now = asyncio.get_running_loop().time
+        called_at = now()
+        if self._taken_at is None:
+            self._taken_at = called_at
+        chosen = await self._wait_for_groups(step)
+        replaced = sorted(self._replaced, key=lambda group: group.key)
+        self._journal.add(step, chosen, replaced)
+        self._replaced.clear()
         for group in chosen:
             self._remove(group)
-        self._give_up(
-            given_up if step < self.rules.steps - 1 else list(self._groups.values())
-        )  # after the last nobody will want the rest
-        replaced = [trajectory for group in self._replaced for trajectory in group.trajectories()]
-        self._replaced.clear()
-        now = asyncio.get_running_loop().time()
-        names = [
-            [self.episode(group, number).name for number in sorted(group.finished)]
-            for group in chosen
-        ]
+        taken_at = now()
         taken = Taken(
-            [group.trajectories() for group in chosen],
-            names,
-            [group.plan.source for group in chosen],
-            replaced,
-            now - self._taken_at,
-            now - began,
-            self._running,
+            groups=[group.trajectories() for group in chosen],
+            names=[self._episode_names(group) for group in chosen],
+            sources=[group.plan.source for group in chosen],
+            replaced=[trajectory for group in replaced for trajectory in group.trajectories()],
+            seconds=taken_at - self._taken_at,
+            waited=taken_at - called_at,
+            open_episodes=len(self._playing),
         )
-        self._taken_at = now
+        self._taken_at = taken_at
         return taken
 
     async def check(self) -> None:
-        """Raises AssertionError where the accounting is not what is here: begun, and neither
-        trained nor dropped.
+        """Compare the accounting with the episodes that are here. Call it between two steps.
 
-        Between two steps.
+        Raises:
+          AssertionError: an episode was started and neither trained on, dropped nor kept here.
         """
         self.accounting.check()
-        here = sum(len(group.finished) for group in self._groups.values()) + sum(
-            group.open.get(number) is task for task, (group, number) in self._playing.items()
+        if self._failure is not None:  # the next step raises it
+            return
+        finished = sum(len(group.finished) for group in self._groups.values())
+        running = sum(
+            group.running.get(number) is task for task, (group, number) in self._playing.items()
         )
-        if (
-            here != self.accounting.in_flight and self._failure is None
-        ):  # a failure is the next step's to raise
+        if finished + running != self.accounting.in_flight:
             raise AssertionError(
-                f"{here} episodes are in flight, and the sample accounting says {self.accounting}"
+                f"{finished + running} episodes are in flight, and the sample accounting says"
+                f" {self.accounting}"
             )
 
     async def close(self) -> None:
-        """Cancels what is in flight and waits until its sandboxes are gone.
+        """Cancel the episodes in play and wait until their sandboxes are gone.
 
-        It stays in flight in the accounting: a resumed run begins it again.
+        They stay in flight in the accounting: a resumed run starts them again.
         """
         self._closing = True
         for task in self._playing:
             task.cancel()
-        forks = [
-            group.plan.forks.aclose()
-            for group in self._groups.values()
-            if group.plan.forks is not None
-        ]
-        await asyncio.gather(*self._playing, *self._forks_closing, *forks, return_exceptions=True)
+        forks = [group.plan.forks for group in self._groups.values()]
+        closings = [fork.aclose() for fork in forks if fork is not None]
+        await asyncio.gather(
+            *self._playing, *self._closing_forks, *closings, return_exceptions=True
+        )
 
     async def get_state(self) -> dict[str, Any]:
-        """What a resumed run must know.
+        """Return what a resumed run must know, as JSON values.
 
-        Finished trajectories are files; their groups are begun again and find them.
-
-        A group whose replaced trajectories no step has handed on yet is there as it was before it
-        was replaced, so that they will be.
+        Finished trajectories are files: the resumed run starts their groups again and finds them.
+        A group is listed as it was before it was replaced until a step has returned the replaced
+        trajectories, so that the resumed run returns them.
         """
-        replaced: dict[int, Group] = {}
+        before_replacement: dict[int, Group] = {}
         for group in self._replaced:
-            replaced.setdefault(group.number, group)
-        groups = [replaced.get(number, group) for number, group in self._groups.items()]
-        counts, again = (
-            self.accounting.to_json(),
-            sum(len(group.finished) for group in self._replaced if group.number in self._groups),
+            before_replacement.setdefault(group.number, group)
+        groups = [before_replacement.get(group.number, group) for group in self._groups.values()]
+        unreturned = sum(
+            len(group.finished) for group in self._replaced if group.number in self._groups
         )
-        if again:
-            counts["dropped"]["equal_group"] -= again
-            counts["in_flight"] += again
+        counts = self.accounting.to_json()
+        if unreturned:
+            counts["dropped"]["equal_group"] -= unreturned
+            counts["in_flight"] += unreturned
         return {
-            "waves": self._waves,
+            "waves": self._started_waves,
             "accounting": counts,
             "groups": [
                 {
@@ -398,287 +257,252 @@ class RolloutScheduler:
     def set_state(
         self, state: dict[str, Any], plan_of: Callable[[dict[str, Any]], GroupPlan]
     ) -> None:
-        """To be called before the first `advance`.
+        """Restore what `get_state` returned. Call it before the first `advance`.
 
-        `plan_of` makes a plan of a group's entry in the state.
+        Args:
+          state: the state.
+          plan_of: makes the plan of a group from its entry in the state.
         """
-        self._waves = state["waves"]
+        self._started_waves = state["waves"]
         for entry in sorted(state["groups"], key=lambda entry: entry["number"]):
-            self._open(Group(entry["number"], plan_of(entry), entry["attempt"]))
+            self._add_group(Group(entry["number"], plan_of(entry), entry["attempt"]))
 
     # -- episodes
     # ---------------------------------------------------------------------------------------------
 
     def episode(self, group: Group, number: int) -> Episode:
-        """The n-th episode of a group: the same, whoever asks and when."""
-        rules, plan = self.rules, group.plan
-        wave, index = divmod(group.number, rules.groups_per_wave)
-        again = (("again", group.attempt) if group.attempt else ()) + (
-            ("stale", group.retries[number]) if group.retries[number] else ()
-        )
+        """Return the n-th episode of a group. It does not depend on when it is asked for."""
+        rules = self.rules
+        wave, index = divmod(group.number, rules.groups_per_step)
+        again: list[Any] = []  # what makes a second try another sample
+        if group.attempt:
+            again += ["again", group.attempt]
+        if group.retries[number]:
+            again += ["stale", group.retries[number]]
         if rules.siblings > 1:
             index, number = divmod(index, rules.siblings)
-        name = (
-            f"{wave:06d}_g{index:03d}{f'r{group.attempt}' if group.attempt else ''}_e{number:02d}"
-        )
-        prefix = plan.prefixes[number % len(plan.prefixes)] if plan.prefixes else ()
-        seed = derive_seed(rules.seed, plan.task, wave, index, number, *again)
+        replacement = f"r{group.attempt}" if group.attempt else ""
         return Episode(
-            plan.task, group.number // rules.siblings, number, seed, name, prefix, plan.forks
+            task=group.plan.task,
+            group=group.number // rules.siblings,
+            episode=number,
+            seed=derive_seed(rules.seed, group.plan.task, wave, index, number, *again),
+            name=f"{wave:06d}_g{index:03d}{replacement}_e{number:02d}",
+            prefix=group.plan.prefix(number),
+            forks=group.plan.forks,
         )
 
-    def _open(self, group: Group) -> None:
-        self._groups[group.number] = group
-        for number in self._journal.episodes(group.number, group.attempt) or range(
-            self.rules.group_size + self.rules.redundancy
-        ):
-            heapq.heappush(self._waiting, (group.number, -group.attempt, number, group))
+    def _episode_names(self, group: Group) -> list[str]:
+        return [self.episode(group, number).name for number in sorted(group.finished)]
 
-    def _hold_back(self, repeats: set[int] | None) -> None:
-        """From now on only groups of these numbers begin, and those that were replaced; None for
-        all.
-        """
-        self._repeats = repeats
-        for entry in self._held:
-            heapq.heappush(self._waiting, entry)
-        self._held.clear()
+    def _start_pending(self) -> None:
+        """Start pending episodes as far as concurrency allows."""
+        while len(self._playing) < self.rules.concurrency and not self._closing:
+            pending = self._pending.pop()
+            if pending is None:
+                return
+            self._start_episode(*pending)
 
-    def _fill(self) -> None:
-        """Begins what waits, as far as concurrency allows."""
-        while self._running < self.rules.concurrency and self._waiting and not self._closing:
-            *_, number, group = entry = heapq.heappop(self._waiting)
-            if group.closed:
-                continue
-            if (
-                self._repeats is not None
-                and group.number not in self._repeats
-                and self._journal.episodes(group.number, group.attempt) is None
-            ):
-                self._held.append(entry)
-                continue
-            group.versions[number] = self.version
-            self.accounting.begin()
-            self._running += 1
-            task = asyncio.get_running_loop().create_task(self._run(group, number))
-            group.open[number] = task
-            self._playing[task] = group, number
-            task.add_done_callback(self._ended)  # also of one that was cancelled before it ran
+    def _start_episode(self, group: Group, number: int) -> None:
+        self.accounting.begin()
+        task = asyncio.get_running_loop().create_task(self._run(group, number))
+        group.versions[number] = self.version
+        group.running[number] = task
+        self._playing[task] = (group, number)
+        task.add_done_callback(self._on_task_end)  # called also if it is cancelled before it runs
+
+    def _on_task_end(self, task: asyncio.Task) -> None:
+        del self._playing[task]
+        self._start_pending()
 
     async def _run(self, group: Group, number: int) -> None:
-        episode = self.episode(group, number)
+        """Play one episode and report its result, unless it was cancelled or dropped meanwhile."""
+        this_task = asyncio.current_task()
         try:
-            trajectory = await self._play(episode)
+            trajectory = await self._play(self.episode(group, number))
         except (Exception, asyncio.CancelledError) as error:
-            if (
-                group.open.get(number) is asyncio.current_task() and not self._closing
-            ):  # else nobody waits for it: it was cancelled here
-                self._failed(group, number, error)
+            if group.running.get(number) is this_task and not self._closing:
+                self._on_failure(group, number, error)
             return
-        if (
-            group.open.get(number) is asyncio.current_task()
-        ):  # else it was cancelled as it ended, and is counted already
-            del group.open[number]
-            self._finished(group, number, trajectory)
+        if group.running.get(number) is this_task:
+            del group.running[number]
+            self._on_finish(group, number, trajectory)
 
-    def _failed(self, group: Group, number: int, error: BaseException) -> None:
-        """What ends an episode for good ends the run, but for a redundant one that nobody waits
-        for.
-        """
-        del group.open[number]
+    def _on_failure(self, group: Group, number: int, error: BaseException) -> None:
+        """Keep the error for the step that waits: it ends the run."""
+        del group.running[number]
         if isinstance(error, asyncio.CancelledError):
             error = RolloutError(
                 f"episode {self.episode(group, number).name} of {group.plan.task} was cancelled,"
                 " and not by the rollouts: an error of the program"
             )
-        if not (group.closed and isinstance(error, RolloutError)):
-            self._failure = self._failure or error
-            self._changed.set()
+        self._failure = self._failure or error
+        self._changed.set()
 
-    def _ended(self, task: asyncio.Task) -> None:
-        del self._playing[task]
-        self._running -= 1
-        self._fill()
+    def _on_finish(self, group: Group, number: int, trajectory: Trajectory) -> None:
+        spans = [span for chunk in trajectory.chunks for span in chunk.versions]
+        first_version = min((version for version, _, _ in spans), default=self.version)
+        if self._is_too_old(first_version):
+            self._replay(group, number)
+            return
+        group.versions[number] = first_version
+        group.finished[number] = trajectory
+        if len(group.finished) == self.rules.group_size:
+            self._complete_group(group)
 
-    def _finished(self, group: Group, number: int, trajectory: Trajectory) -> None:
-        began = min(
-            (span[0] for chunk in trajectory.chunks for span in chunk.versions),
-            default=self.version,
-        )
-        if group.closed:
-            self.accounting.drop("redundant")
-        elif self._too_old(began):
-            self._begin_again(group, number, "stale")
-        else:
-            group.versions[number] = began
-            group.finished[number] = trajectory
-            if len(group.finished) == self.rules.group_size:
-                self._finish(group)
+    def _is_too_old(self, version: int) -> bool:
+        """Whether a sample that started at `version` must be dropped.
 
-    def _too_old(self, began: int) -> bool:
-        """With "wait" only in a run that was resumed without the record of what its steps took:
-        `_choose` lets nothing grow too old.
+        With "wait" this happens only in a run that resumed without its journal: `_choose` lets no
+        sample grow too old.
         """
-        return self.rules.late != "keep" and self.version - began > self.rules.async_ratio
+        if self.rules.stale_samples == "keep":
+            return False
+        return self.version - version > self.rules.async_ratio
 
-    def _begin_again(self, group: Group, number: int, reason: str) -> None:
-        """Its sample is dropped, and its file with it."""
-        self.accounting.drop(reason)
+    def _replay(self, group: Group, number: int) -> None:
+        """Drop a sample that is too old, and its file, and play the episode again."""
+        self.accounting.drop("stale")
         self._forget(self.episode(group, number))
         group.retries[number] += 1
         group.versions.pop(number, None)
-        heapq.heappush(self._waiting, (group.number, -group.attempt, number, group))
+        self._pending.push(group, number)
 
     def _drop_stale(self) -> None:
+        """Replay every sample of the open groups that is too old, running or finished."""
         for group in self._groups.values():
-            for number in [
-                number for number, began in group.versions.items() if self._too_old(began)
-            ]:
-                if (task := group.open.pop(number, None)) is not None:
+            versions = list(group.versions.items())
+            stale = [number for number, version in versions if self._is_too_old(version)]
+            for number in stale:
+                task = group.running.pop(number, None)
+                if task is not None:
                     task.cancel()
                 group.finished.pop(number, None)
-                self._begin_again(group, number, "stale")
-                if group.closed:
-                    group.closed = False
-                    self._complete.remove(group.number)
+                self._replay(group, number)
+            if stale and group.closed:
+                group.closed = False
+                self._complete.remove(group.number)
 
     # -- groups
     # ---------------------------------------------------------------------------------------------
 
-    def _finish(self, group: Group) -> None:
-        """All that it needs is there."""
+    def _start_wave(self) -> None:
+        wave = self._started_waves
+        self._started_waves += 1
+        first = wave * self.rules.groups_per_step
+        for number, plan in enumerate(self._plan(wave), start=first):
+            self._add_group(Group(number, plan))
+
+    def _add_group(self, group: Group) -> None:
+        self._groups[group.number] = group
+        recorded = self._journal.episodes(group)
+        for number in recorded or range(self.rules.group_size + self.rules.redundancy):
+            self._pending.push(group, number)
+
+    def _complete_group(self, group: Group) -> None:
         self._close_group(group)
-        replaces = (
-            self._replan is not None
-            and self.rules.replace_equal
-            and group.attempt < MOST_REPLACEMENTS
-        )
-        if (
-            replaces and not group.plan.source and not _has_spread(group)
-        ):  # how a resampled one ends decides where its task is begun next
+        if self._replan is not None and self._should_replace(group):
             self.accounting.drop("equal_group", len(group.finished))
             self._replaced.append(group)
-            self._open(
-                Group(
-                    group.number, self._replan(group.number, group.attempt + 1), group.attempt + 1
-                )
-            )
+            attempt = group.attempt + 1
+            self._add_group(Group(group.number, self._replan(group.number, attempt), attempt))
         else:
             bisect.insort(self._complete, group.number)
         self._changed.set()
 
+    def _should_replace(self, group: Group) -> bool:
+        if not self.rules.replace_equal or group.attempt >= MAX_REPLACEMENTS:
+            return False
+        # How a resampled group ends decides where its task starts next, so it is always taken.
+        is_resampled = bool(group.plan.source)
+        return not is_resampled and not group.has_spread
+
     def _close_group(self, group: Group) -> None:
-        """Nothing more of it counts: what runs is cancelled, or plays on for its file alone."""
+        """Start no further episode of a complete group and cancel those that still run."""
         group.closed = True
-        group.versions = {
-            number: began for number, began in group.versions.items() if number in group.finished
-        }
-        if self.rules.keep_redundant:
-            return
-        for task in list(group.open.values()):
+        group.versions = {number: group.versions[number] for number in group.finished}
+        for task in group.running.values():
             self.accounting.drop("redundant")
             task.cancel()
-        group.open.clear()
+        group.running.clear()
 
-    def _choose(self, step: int) -> tuple[list[Group], list[Group]] | None:
-        """The groups that the step takes, and those that redundancy allows to give up with it; None
-        as long as it cannot be taken.
-        """
-        recorded = self._recorded(step)
-        if recorded is not None:
-            given_up = [
-                self._groups[number]
-                for number in self._journal.given_up(step)
-                if number in self._groups
-            ]
-            return (recorded, given_up) if all(recorded) else None
-        if self._repeats is not None:
-            self._hold_back(None)
-            self._fill()
+    async def _wait_for_groups(self, step: int) -> list[Group]:
+        while True:
+            if self._failure is not None:
+                raise self._failure
+            if self._should_stop():
+                raise Stopped
+            self._changed.clear()
+            chosen = self._choose(step)
+            if chosen is not None:
+                return chosen
+            try:
+                async with asyncio.timeout(POLL_SECONDS):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+
+    def _choose(self, step: int) -> list[Group] | None:
+        """Return the groups that the step takes; None while it must wait."""
+        recorded = self._journal.groups(step)
+        if recorded is not None and self._can_repeat(recorded):
+            return self._find_recorded(recorded)
+        if self._pending.is_restricted:
+            self._pending.restrict_to(None)
+            self._start_pending()
         if len(self._complete) < self.rules.groups_per_step:
             return None
         chosen = [self._groups[number] for number in self._complete[: self.rules.groups_per_step]]
-        late, spare = self._late(chosen), self._spare()
-        if len(late) > spare:
-            return None
-        surplus = spare - len(late) - self.rules.async_ratio * self.rules.redundant_groups
-        if surplus > 0:  # the slowest go
-            others = [
-                group
-                for group in self._groups.values()
-                if group not in chosen and group not in late
-            ]
-            late += sorted(others, key=lambda group: (group.closed, group.number))[:surplus]
-        return chosen, late
+        return None if self._would_exceed_bound(chosen) else chosen
 
-    def _recorded(self, step: int) -> list[Group | None] | None:
-        """The groups that this step took once, each None as long as it is not complete.
+    def _can_repeat(self, recorded: list[tuple[int, int]]) -> bool:
+        """Whether the step can still take what it took once.
 
-        None where there is no record, or where it cannot come true any more: files were lost, and
-        it went otherwise.
+        It cannot if files were lost and a group went another way: it is gone, was replaced more
+        often than then, or is complete where it was replaced then.
         """
-        if (wanted := self._journal.get(step)) is None:
+        for number, attempt in recorded:
+            group = self._groups.get(number)
+            if group is None or group.attempt > attempt:
+                return False
+            if group.attempt < attempt and number in self._complete:
+                return False
+        return True
+
+    def _find_recorded(self, recorded: list[tuple[int, int]]) -> list[Group] | None:
+        """Return the recorded groups; None until all of them are complete."""
+        groups = [self._groups[number] for number, _ in recorded]
+        if [group.key for group in groups] != recorded:
             return None
-        groups = []
-        for number, attempt in wanted:
-            group, complete = self._groups.get(number), number in self._complete
-            if group is None or group.attempt > attempt or (group.attempt < attempt and complete):
-                return None
-            groups.append(group if group.attempt == attempt and complete else None)
+        if any(group.number not in self._complete for group in groups):
+            return None
         return groups
 
-    def _late(self, chosen: list[Group]) -> list[Group]:
-        """Those of the other groups that could not be taken within the bound any more, if these
-        were taken now.
+    def _would_exceed_bound(self, chosen: list[Group]) -> bool:
+        """Whether another group would exceed the staleness bound if `chosen` were taken now.
+
+        The other groups are taken in their order by the steps after this one.
         """
-        if self.rules.late != "wait":
-            return []
-        numbers, late, place, allowed = {group.number for group in chosen}, [], 0, self._spare()
-        for number, group in self._groups.items():
-            if number in numbers:
-                continue
-            if (
-                group.age(self.version) + 1 + place // self.rules.groups_per_step
-                > self.rules.async_ratio
-            ):
-                late.append(group)
-                if len(late) > allowed:  # no need to know how many more
-                    break
-            else:
-                place += 1
-        return late
-
-    def _spare(self) -> int:
-        """How many of the groups that are there were begun beyond what the steps take."""
-        return (
-            max(0, len(self._groups) - (self._waves - self.version) * self.rules.groups_per_step)
-            if self.rules.redundant_groups
-            else 0
-        )
-
-    def _give_up(self, groups: list[Group]) -> None:
-        for group in groups:
-            self.accounting.drop("redundant", len(group.finished))
-            self._close_group(group)
-            self._remove(group)
+        if self.rules.stale_samples != "wait":
+            return False
+        numbers = {group.number for group in chosen}
+        others = [group for group in self._groups.values() if group.number not in numbers]
+        for place, group in enumerate(others):
+            steps_until_taken = 1 + place // self.rules.groups_per_step
+            if group.age(self.version) + steps_until_taken > self.rules.async_ratio:
+                return True
+        return False
 
     def _remove(self, group: Group) -> None:
+        """Remove a group that was taken; the last group that uses its forks closes them."""
         del self._groups[group.number]
-        if group.number in self._complete:
-            self._complete.remove(group.number)
+        self._complete.remove(group.number)
         forks = group.plan.forks
-        if forks is not None and not any(
-            other.plan.forks is forks for other in self._groups.values()
-        ):  # siblings have theirs in common
-            closing = asyncio.get_running_loop().create_task(forks.aclose())
-            self._forks_closing.add(closing)
-            closing.add_done_callback(self._forks_closing.discard)
+        if forks is None or any(other.plan.forks is forks for other in self._groups.values()):
+            return
+        self._close_forks(forks)
 
-
-def _has_spread(group: Group) -> bool:
-    return len({trajectory.reward > 0 for trajectory in group.finished.values()}) == 2
-
-
-def _ends_with_newline(path: pathlib.Path) -> bool:
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
+    def _close_forks(self, forks: Forks) -> None:
+        closing = asyncio.get_running_loop().create_task(forks.aclose())
+        self._closing_forks.add(closing)
+        closing.add_done_callback(self._closing_forks.discard)

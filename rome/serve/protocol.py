@@ -1,4 +1,4 @@
-"""What a client may ask of /generate: SGLang's fields, checked and put into words of our own.
+"""Parses the bodies of /generate: SGLang's fields, checked and turned into requests.
 
 A field that this engine does not know is refused, unless it is null, false, zero or empty: then it
 asks for nothing.
@@ -9,118 +9,31 @@ from __future__ import annotations
 import dataclasses
 import math
 import secrets
-import time
 import uuid
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
+
+from rome.serve.request import Request, SamplingParams, TextCodec
 
 
 class BadRequest(ValueError):
-    """The client's mistake, in one sentence; answered as HTTP 400."""
-
-
-class TextCodec(Protocol):
-    """What is needed of a tokenizer."""
-
-    vocab_size: int
-
-    def encode(self, text: str, allow_special: bool = False) -> list[int]: ...
-    def decode(self, ids: list[int], skip_special: bool = False) -> str: ...
+    """A mistake of the client, described in one sentence; answered as HTTP 400."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """What fits into this server."""
+    """Limits of this server.
+
+    Attributes:
+      vocab_size: of the model; larger token ids are refused.
+      max_context: tokens of prompt and answer together.
+      eos_token_id: ends every answer, unless the client asks to ignore it.
+    """
 
     vocab_size: int
     max_context: int
     eos_token_id: int
 
 
-@dataclasses.dataclass(frozen=True)
-class SamplingParams:
-    """SGLang's sampling_params. temperature 0 is greedy; top_k -1 keeps all; seed is 64 bits, drawn
-    at random when none was given.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = -1
-    min_p: float = 0.0
-    stop: tuple[str, ...] = ()
-    stop_ids: frozenset[int] = frozenset()
-    seed: int = 0
-    skip_special_tokens: bool = True
-    no_stop_trim: bool = False
-
-
-@dataclasses.dataclass
-class Request:
-    """One sequence and its way through the scheduler, which alone changes it after it was
-    submitted.
-
-    Args:
-      score_from: the logprobs of prompt_ids[score_from:] are wanted too (its prefix is then never
-        taken from the cache); None: they are not.
-      salt: requests share cached prefixes only with requests of the same salt.
-      notify: called from the scheduler's thread with the request, at its end and, for `stream`,
-        after each step that brought tokens.
-    """
-
-    rid: str
-    prompt_ids: list[int]
-    sampling: SamplingParams
-    return_logprob: bool = False
-    score_from: int | None = None
-    return_routes: bool = False
-    routes_from: int = 0  # the routes of earlier positions are not sent
-    stream: bool = False
-    salt: str = ""
-    notify: Callable[[Request], None] = lambda request: None
-
-    output_ids: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    prompt_logprobs: list[float] = dataclasses.field(default_factory=list)  # of prompt_ids[1:]
-    versions: list[list] = dataclasses.field(
-        default_factory=list
-    )  # [version, start, end] over output_ids
-    routes: list[Any] = dataclasses.field(
-        default_factory=list
-    )  # arrays [tokens, layers, k] of what was put in so far
-    cached_tokens: int = 0
-    finish: dict[str, Any] | None = None
-    created: float = dataclasses.field(default_factory=time.monotonic)
-    text_end: int | None = None  # where a matched stop string begins in the text
-
-    # where it stands in the cache; meaningful while it has a slot
-    slot: int | None = None
-    ids: list[int] = dataclasses.field(
-        default_factory=list
-    )  # to prefill: the prompt, and the output so far when it starts over
-    keys: list[bytes] = dataclasses.field(default_factory=list)  # of the whole chunks of ids
-    prefilled: int = 0
-
-
-_SAMPLING_FIELDS = {
-    "max_new_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "stop",
-    "stop_token_ids",
-    "ignore_eos",
-    "skip_special_tokens",
-    "spaces_between_special_tokens",
-    "no_stop_trim",
-    "sampling_seed",
-}
-_NEUTRAL = {
-    "n": 1,
-    "repetition_penalty": 1.0,
-    "spaces_between_special_tokens": True,
-}  # accepted with these values only
 _BODY_FIELDS = {
     "text",
     "input_ids",
@@ -139,14 +52,39 @@ _BODY_FIELDS = {
     "routing_key",
     "data_parallel_rank",
 }
+_SAMPLING_FIELDS = {
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "skip_special_tokens",
+    "no_stop_trim",
+    "sampling_seed",
+}
+# Sampling parameters that are accepted with these values only.
+_NEUTRAL = {"n": 1, "repetition_penalty": 1.0, "spaces_between_special_tokens": True}
+
+
+# -- requests
+# -------------------------------------------------------------------------------------------------
 
 
 def parse_generate(
     body: Any, bounds: Bounds, tokenizer: TextCodec | None
 ) -> tuple[list[Request], bool]:
-    """The requests of a /generate body, and whether it was a batch (and is answered by a list).
+    """Return the requests of a /generate body, and whether it was a batch.
 
-    Raises BadRequest.
+    Args:
+      body: parsed JSON.
+      bounds: of this server.
+      tokenizer: None refuses text and stop strings.
+
+    Raises:
+      BadRequest: the body cannot be served.
     """
     if not isinstance(body, dict):
         raise BadRequest(f"the body must be a JSON object, got {type(body).__name__}")
@@ -155,61 +93,71 @@ def parse_generate(
             raise BadRequest(
                 f"field {name!r} = {body[name]!r} is not supported by this engine; leave it out"
             )
-    prompts, is_batch = _prompts(body, tokenizer)
-
-    def pick(name: str, default: Any, number: int) -> Any:
-        """A batch gives one value for all, or a list of one for each."""
-        value = body.get(name)
-        if is_batch and isinstance(value, list):
-            if len(value) != len(prompts):
-                raise BadRequest(f"{name} has {len(value)} entries for {len(prompts)} prompts")
-            value = value[number]
-        return default if value is None else value
-
+    prompts, is_batch = _parse_prompts(body, tokenizer)
+    if is_batch and body.get("stream"):
+        raise BadRequest("stream=true takes one prompt; send the others as requests of their own")
     requests = []
     for number, prompt_ids in enumerate(prompts):
-        rid = str(pick("rid", uuid.uuid4().hex, number))
-        stream = bool(body.get("stream"))
-        if stream and is_batch:
-            raise BadRequest(
-                "stream=true takes one prompt; send the others as requests of their own"
-            )
-        request = Request(
-            rid=rid if not is_batch or isinstance(body.get("rid"), list) else f"{rid}_{number}",
-            prompt_ids=prompt_ids,
-            sampling=_sampling(pick("sampling_params", {}, number), bounds, tokenizer),
-            return_logprob=bool(pick("return_logprob", False, number)),
-            return_routes=bool(pick("return_routed_experts", False, number)),
-            stream=stream,
-            routes_from=_integer(
-                "routed_experts_start_len", pick("routed_experts_start_len", 0, number)
-            ),
-            salt=f"{pick('cache_salt', '', number)}{pick('extra_key', '', number)}",
-        )
-        start = _integer("logprob_start_len", pick("logprob_start_len", -1, number))
-        request.score_from = start if request.return_logprob and start >= 0 else None
+        fields = _Fields(body, number if is_batch else None, len(prompts))
+        request = _parse_request(fields, prompt_ids, bounds, tokenizer)
         _check_fits(request, bounds)
         requests.append(request)
     return requests, is_batch
 
 
-def _prompts(body: dict, tokenizer: TextCodec | None) -> tuple[list[list[int]], bool]:
-    text, ids = body.get("text"), body.get("input_ids")
-    if (text is None) == (ids is None):
-        raise BadRequest(
-            "give either input_ids or text" + (", not both" if text is not None else "")
-        )
+@dataclasses.dataclass
+class _Fields:
+    """The fields of one request of a body; `number` is None for a body that is not a batch."""
+
+    body: dict[str, Any]
+    number: int | None
+    batch_size: int
+
+    def get(self, name: str, default: Any) -> Any:
+        """Return one field; a batch gives one value for all, or a list of one for each."""
+        value = self.body.get(name)
+        if self.number is not None and isinstance(value, list):
+            if len(value) != self.batch_size:
+                raise BadRequest(f"{name} has {len(value)} entries for {self.batch_size} prompts")
+            value = value[self.number]
+        return default if value is None else value
+
+
+def _parse_request(
+    fields: _Fields, prompt_ids: list[int], bounds: Bounds, tokenizer: TextCodec | None
+) -> Request:
+    rid = str(fields.get("rid", uuid.uuid4().hex))
+    if fields.number is not None and not isinstance(fields.body.get("rid"), list):
+        rid = f"{rid}_{fields.number}"
+    routes_from = fields.get("routed_experts_start_len", 0)
+    request = Request(
+        rid=rid,
+        prompt_ids=prompt_ids,
+        sampling=_parse_sampling(fields.get("sampling_params", {}), bounds, tokenizer),
+        return_logprob=bool(fields.get("return_logprob", False)),
+        return_routes=bool(fields.get("return_routed_experts", False)),
+        routes_from=_check_integer("routed_experts_start_len", routes_from),
+        stream=bool(fields.body.get("stream")),
+        salt=f"{fields.get('cache_salt', '')}{fields.get('extra_key', '')}",
+    )
+    score_from = _check_integer("logprob_start_len", fields.get("logprob_start_len", -1))
+    if request.return_logprob and score_from >= 0:
+        request.score_from = score_from
+    return request
+
+
+def _parse_prompts(
+    body: dict[str, Any], tokenizer: TextCodec | None
+) -> tuple[list[list[int]], bool]:
+    """Return the prompts as token ids, and whether they were given as a batch."""
+    text = body.get("text")
+    ids = body.get("input_ids")
+    if text is None and ids is None:
+        raise BadRequest("give either input_ids or text")
+    if text is not None and ids is not None:
+        raise BadRequest("give either input_ids or text, not both")
     if text is not None:
-        if tokenizer is None:
-            raise BadRequest(
-                "this server has no tokenizer (--skip_tokenizer_init): send input_ids instead of"
-                " text"
-            )
-        is_batch = isinstance(text, list)
-        texts = text if is_batch else [text]
-        if not texts or not all(isinstance(one, str) for one in texts):
-            raise BadRequest("text must be a string or a list of strings")
-        return [tokenizer.encode(one, allow_special=True) for one in texts], is_batch
+        return _encode_texts(text, tokenizer), isinstance(text, list)
     if not isinstance(ids, list) or not ids:
         raise BadRequest(
             "input_ids must be a list of token ids, or a list of such lists; it must not be empty"
@@ -222,37 +170,55 @@ def _prompts(body: dict, tokenizer: TextCodec | None) -> tuple[list[list[int]], 
     return prompts, is_batch
 
 
+def _encode_texts(text: Any, tokenizer: TextCodec | None) -> list[list[int]]:
+    if tokenizer is None:
+        raise BadRequest(
+            "this server has no tokenizer (--skip_tokenizer_init): send input_ids instead of text"
+        )
+    texts = text if isinstance(text, list) else [text]
+    if not texts or not all(isinstance(one, str) for one in texts):
+        raise BadRequest("text must be a string or a list of strings")
+    return [tokenizer.encode(one, allow_special=True) for one in texts]
+
+
 def _check_fits(request: Request, bounds: Bounds) -> None:
-    length, new = len(request.prompt_ids), request.sampling.max_new_tokens
-    if not length:
+    """Raise BadRequest for token ids, lengths and positions outside the server's bounds."""
+    length = len(request.prompt_ids)
+    new = request.sampling.max_new_tokens
+    context = bounds.max_context
+    if length == 0:
         raise BadRequest("the prompt is empty; this engine needs at least one token")
     if not 0 <= request.routes_from <= length:
         raise BadRequest(
             f"routed_experts_start_len must be from 0 to the {length} tokens of the prompt, got"
             f" {request.routes_from}"
         )
-    for one in request.prompt_ids:
-        if not 0 <= one < bounds.vocab_size:
-            raise BadRequest(f"token id {one} is outside the vocabulary of {bounds.vocab_size}")
-    if (length >= bounds.max_context and new) or length > bounds.max_context:
+    for token in request.prompt_ids:
+        if not 0 <= token < bounds.vocab_size:
+            raise BadRequest(f"token id {token} is outside the vocabulary of {bounds.vocab_size}")
+    if length > context or (length == context and new):
         raise BadRequest(
-            f"the input of {length} tokens is longer than the context of {bounds.max_context};"
+            f"the input of {length} tokens is longer than the context of {context};"
             " shorten it or start the server with a larger --max_context"
         )
-    if length + new > bounds.max_context:
+    if length + new > context:
         raise BadRequest(
             f"the input of {length} tokens and max_new_tokens={new} exceed the context of"
-            f" {bounds.max_context}; ask for at most {bounds.max_context - length} or start the"
-            " server with a larger --max_context"
+            f" {context}; ask for at most {context - length} or start the server with a larger"
+            " --max_context"
         )
 
 
-def _sampling(given: Any, bounds: Bounds, tokenizer: TextCodec | None) -> SamplingParams:
+# -- sampling parameters
+# -------------------------------------------------------------------------------------------------
+
+
+def _parse_sampling(given: Any, bounds: Bounds, tokenizer: TextCodec | None) -> SamplingParams:
     if not isinstance(given, dict):
         raise BadRequest(f"sampling_params must be an object, got {type(given).__name__}")
     for name, value in given.items():
-        neutral = value in (None, False, 0, "", [], {}, _NEUTRAL.get(name))
-        if (name not in _SAMPLING_FIELDS or name in _NEUTRAL) and not neutral:
+        is_neutral = value in (None, False, 0, "", [], {}, _NEUTRAL.get(name))
+        if name not in _SAMPLING_FIELDS and not is_neutral:
             raise BadRequest(
                 f"sampling parameter {name!r} = {value!r} is not supported by this engine; leave"
                 " it out"
@@ -261,64 +227,64 @@ def _sampling(given: Any, bounds: Bounds, tokenizer: TextCodec | None) -> Sampli
     def get(name: str, default: Any) -> Any:
         return default if given.get(name) is None else given[name]
 
-    stop = get("stop", [])
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    if any(not isinstance(one, str) or not one for one in stop):
+    stop_ids = {_check_integer("stop_token_ids", one) for one in get("stop_token_ids", [])}
+    if not get("ignore_eos", False):
+        stop_ids.add(bounds.eos_token_id)
+    seed = _check_integer("sampling_seed", get("sampling_seed", secrets.randbits(63)))
+    params = SamplingParams(
+        max_new_tokens=_check_integer("max_new_tokens", get("max_new_tokens", 128)),
+        temperature=_check_number("temperature", get("temperature", 1.0)),
+        top_p=_check_number("top_p", get("top_p", 1.0)),
+        top_k=_check_integer("top_k", get("top_k", -1)),
+        min_p=_check_number("min_p", get("min_p", 0.0)),
+        stop=_parse_stop(get("stop", []), tokenizer),
+        stop_ids=frozenset(stop_ids),
+        seed=seed % 2**64,
+        skip_special_tokens=bool(get("skip_special_tokens", True)),
+        no_stop_trim=bool(get("no_stop_trim", False)),
+    )
+    _check_ranges(params)
+    return params
+
+
+def _parse_stop(stop: Any, tokenizer: TextCodec | None) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else tuple(stop)
+    if any(not isinstance(one, str) or not one for one in strings):
         raise BadRequest(
-            f"stop must be a string or a list of strings that are not empty, got {list(stop)!r}"
+            f"stop must be a string or a list of strings that are not empty, got {list(strings)!r}"
         )
-    if stop and tokenizer is None:
+    if strings and tokenizer is None:
         raise BadRequest(
             "this server has no tokenizer (--skip_tokenizer_init): use stop_token_ids instead of"
             " stop"
         )
-    stop_ids = {_integer("stop_token_ids", one) for one in get("stop_token_ids", [])}
-    params = SamplingParams(
-        max_new_tokens=_integer("max_new_tokens", get("max_new_tokens", 128)),
-        temperature=_number("temperature", get("temperature", 1.0)),
-        top_p=_number("top_p", get("top_p", 1.0)),
-        top_k=_integer("top_k", get("top_k", -1)),
-        min_p=_number("min_p", get("min_p", 0.0)),
-        stop=stop,
-        stop_ids=frozenset(
-            stop_ids if get("ignore_eos", False) else stop_ids | {bounds.eos_token_id}
-        ),
-        seed=_integer("sampling_seed", get("sampling_seed", secrets.randbits(63))) % 2**64,
-        skip_special_tokens=bool(get("skip_special_tokens", True)),
-        no_stop_trim=bool(get("no_stop_trim", False)),
-    )
-    wrong = [
-        message
-        for message, is_wrong in (
-            (
-                f"max_new_tokens must be at least 0, got {params.max_new_tokens}",
-                params.max_new_tokens < 0,
-            ),
-            (
-                f"temperature must be 0 (greedy) or more, got {params.temperature}",
-                params.temperature < 0,
-            ),
-            (f"top_p must be in (0, 1], got {params.top_p}", not 0 < params.top_p <= 1),
-            (
-                f"top_k must be -1 (all) or at least 1, got {params.top_k}",
-                params.top_k < 1 and params.top_k != -1,
-            ),
-            (f"min_p must be in [0, 1], got {params.min_p}", not 0 <= params.min_p <= 1),
-        )
-        if is_wrong
-    ]
-    if wrong:
-        raise BadRequest("; ".join(wrong))
-    return params
+    return strings
 
 
-def _integer(name: str, value: Any) -> int:
+def _check_ranges(params: SamplingParams) -> None:
+    """Raise BadRequest with every parameter that is out of its range."""
+    faults = []
+    if params.max_new_tokens < 0:
+        faults.append(f"max_new_tokens must be at least 0, got {params.max_new_tokens}")
+    if params.temperature < 0:
+        faults.append(f"temperature must be 0 (greedy) or more, got {params.temperature}")
+    if not 0 < params.top_p <= 1:
+        faults.append(f"top_p must be in (0, 1], got {params.top_p}")
+    if params.top_k < 1 and params.top_k != -1:
+        faults.append(f"top_k must be -1 (all) or at least 1, got {params.top_k}")
+    if not 0 <= params.min_p <= 1:
+        faults.append(f"min_p must be in [0, 1], got {params.min_p}")
+    if faults:
+        raise BadRequest("; ".join(faults))
+
+
+def _check_integer(name: str, value: Any) -> int:
     if type(value) is not int:
         raise BadRequest(f"{name} must be an integer, got {value!r}")
     return value
 
 
-def _number(name: str, value: Any) -> float:
+def _check_number(name: str, value: Any) -> float:
     if type(value) not in (int, float) or not math.isfinite(value):
         raise BadRequest(f"{name} must be a finite number, got {value!r}")
     return float(value)

@@ -1,7 +1,7 @@
-"""Which slot of the cache holds which prefix.
+"""The slots of the cache, and the prefixes that they hold.
 
-A prompt is prefilled in chunks that begin at multiples of the chunk length. A chunk that was
-computed so, whole, is kept under a key that stands for all tokens up to its end; another request
+A prompt is prefilled in chunks that begin at multiples of the chunk length. A complete chunk that
+was computed this way is kept under a key that stands for all tokens up to its end; another request
 with the same beginning copies it. Only such chunks are shared, never what decoding wrote: a
 request's numbers are then the same whether its prefix was cached or not.
 """
@@ -16,71 +16,81 @@ import numpy as np
 
 
 def chunk_keys(ids: list[int], chunk: int, root: str) -> list[bytes]:
-    """One key for each whole chunk of ids.
+    """Return one key for each complete chunk of ids.
 
-    `root` sets apart what must not be shared (weights, salt).
+    Args:
+      ids: tokens.
+      chunk: tokens of a chunk.
+      root: sets apart prefixes that must not be shared (other weights, another salt).
     """
     digest = hashlib.blake2b(root.encode(), digest_size=16)
     keys = []
     for start in range(0, len(ids) - chunk + 1, chunk):
-        digest.update(np.asarray(ids[start : start + chunk], np.int32).tobytes())
+        chunk_ids = np.asarray(ids[start : start + chunk], np.int32)
+        digest.update(chunk_ids.tobytes())
         keys.append(digest.digest())
     return keys
 
 
 class SlotTable:
-    """Free slots, and the prefix that each slot, free or taken, holds: keys of its chunks in order,
-    with a note for each (their routes).
+    """The free slots, and the prefix that each slot, free or taken, holds.
+
+    A prefix is a list of chunk keys in order, with a note for each (the routes of its tokens).
     """
 
     def __init__(self, count: int):
-        self._free: collections.OrderedDict[int, None] = collections.OrderedDict.fromkeys(
-            range(count)
-        )  # least recently used first
+        # Least recently used first; an ordered set.
+        self._free = collections.OrderedDict.fromkeys(range(count))
         self._keys: list[list[bytes]] = [[] for _ in range(count)]
         self._notes: list[list[Any]] = [[] for _ in range(count)]
         self._holders: dict[bytes, set[int]] = collections.defaultdict(set)
 
     @property
     def free(self) -> int:
+        """Number of free slots."""
         return len(self._free)
 
     def acquire(self, keys: list[bytes]) -> int:
-        """Takes a free slot: the one that holds most of this prefix and nothing beyond it, or else
-        the least recently used one.
+        """Take the free slot that holds most of this prefix and nothing beyond it.
+
+        If no slot holds any of it, take the least recently used one.
         """
 
-        def worth(slot: int) -> int:
+        def usable_chunks(slot: int) -> int:
             held = self._keys[slot]
             return len(held) if held == keys[: len(held)] else -1
 
-        slot = max(self._free, key=worth)
-        if worth(slot) <= 0:
+        slot = max(self._free, key=usable_chunks)
+        if usable_chunks(slot) <= 0:
             slot = next(iter(self._free))
         del self._free[slot]
         return slot
 
     def release(self, slot: int) -> None:
-        """Gives the slot back. Its prefix stays until somebody else needs the place."""
+        """Give the slot back. Its prefix stays until another request needs the slot."""
         self._free[slot] = None
 
     def find(self, key: bytes) -> int | None:
-        """A slot whose prefix has this chunk."""
+        """Return a slot whose prefix has this chunk, or None."""
         return next(iter(self._holders.get(key, ())), None)
 
     def notes(self, slot: int, chunks: int) -> list[Any]:
+        """Return the notes of the first `chunks` chunks of a slot."""
         return self._notes[slot][:chunks]
 
     def hold(self, slot: int, keys: list[bytes], notes: list[Any]) -> None:
-        """Says that the slot holds exactly these chunks now."""
+        """Record that the slot now holds exactly these chunks."""
         for key in self._keys[slot]:
-            self._holders[key].discard(slot)
-            if not self._holders[key]:
+            holders = self._holders[key]
+            holders.discard(slot)
+            if not holders:
                 del self._holders[key]
-        self._keys[slot], self._notes[slot] = list(keys), list(notes)
+        self._keys[slot] = list(keys)
+        self._notes[slot] = list(notes)
         for key in keys:
             self._holders[key].add(slot)
 
     def forget_all(self) -> None:
+        """Record that no slot holds anything."""
         for slot in range(len(self._keys)):
             self.hold(slot, [], [])

@@ -34,9 +34,10 @@ from envs.rock.sync import loop
 from envs.rock.sync import run as run_async
 from envs.tasks.terminal import FAMILIES, HELD_OUT_FAMILIES, eval_seed, train_seed
 from envs.tasks.terminal.env import BASH_TOOL, TerminalEnv
-from rome.agent.loop import Limits, derive_seed
+from rome.agent.loop import Limits
 from rome.data.batch import Batch
 from rome.data.packing import microbatches
+from rome.data.seeds import derive_seed
 from rome.data.sources import sft_batches
 from rome.data.text import Corpus, read_corpus, text_batches, text_rows
 from rome.data.trajectory import Trajectory
@@ -50,9 +51,10 @@ from rome.losses import LIKELIHOODS, LOSSES, count_denominators
 from rome.model.config import PRESETS, ModelConfig
 from rome.model.hf.checkpoint import load_hf, read_config, save_hf
 from rome.model.ops.kernels import Kernels
-from rome.model.sharding import make_mesh, param_shardings
+from rome.model.params import param_shardings
+from rome.model.sharding import make_mesh
 from rome.model.tokenizer import Chat, Tokenizer
-from rome.rollout.demonstrations import collect_experts
+from rome.rollout.demonstrations import collect_demonstrations
 from rome.rollout.player import Accounting, Episode, EpisodePlayer
 from rome.stages.collect import EXPERT_CONCURRENCY, Collector, load_when_visible, own_settings
 from rome.stages.config import loss_config, sandbox_config
@@ -492,7 +494,7 @@ class Run:
             )
             trajectories.extend(
                 run_async(
-                    collect_experts(
+                    collect_demonstrations(
                         tasks,
                         self.make_env,
                         self.chat,

@@ -27,15 +27,15 @@ from rome.data.trajectory import Trajectory, load_trajectory, save_trajectory
 from rome.losses import ADVANTAGES, count_denominators
 from rome.model.config import ModelConfig
 from rome.model.hf.checkpoint import load_hf
-from rome.model.sharding import param_shardings
+from rome.model.params import param_shardings
 from rome.rollout.anchors import Anchors, anchor_of, fork_imitation
 from rome.rollout.curriculum import Curriculum
-from rome.rollout.demonstrations import collect_experts
-from rome.rollout.forks import SECONDS as REPLAY_SECONDS
-from rome.rollout.forks import Forks
-from rome.rollout.outcomes import mixed_groups, rollout_figures
+from rome.rollout.demonstrations import collect_demonstrations
+from rome.rollout.forks import REPLAY_SECONDS, Forks
+from rome.rollout.group import GroupPlan, Taken
+from rome.rollout.outcomes import mixed_groups, rollout_metrics
 from rome.rollout.player import Accounting, Episode, RolloutError
-from rome.rollout.scheduler import MOST_REPLACEMENTS, GroupPlan, RolloutScheduler, Rules, Taken
+from rome.rollout.scheduler import MAX_REPLACEMENTS, RolloutScheduler, Rules
 from rome.train.alarms import check_mismatch
 from rome.train.loop import StepData
 from rome.train.state import TrainState
@@ -77,10 +77,8 @@ class Collector:
             steps=config.steps,
             async_ratio=config.async_ratio,
             redundancy=config.redundancy,
-            redundant_groups=config.redundant_groups * (config.group_size if apart else 1),
-            keep_redundant=config.keep_redundant,
             replace_equal=config.replace_equal,
-            late=config.late,
+            stale_samples=config.late,
             seed=config.seed,
         )
         return RolloutScheduler(
@@ -271,7 +269,7 @@ class Collector:
             "kept": [file_of[id(one)] for one in kept],
             "shown": [name for name, _ in shown.values()],
             "figures": (
-                rollout_figures(trajectories, step, taken.seconds)
+                rollout_metrics(trajectories, step, taken.seconds)
                 | self._figures(step, taken, trajectories, len(shown))
             ),
         }
@@ -286,7 +284,7 @@ class Collector:
             * (config.groups + config.redundant_groups)
             * (config.group_size + config.redundancy)
         )
-        times = self.run.scheduler.attempts * (1 + MOST_REPLACEMENTS if config.replace_equal else 1)
+        times = self.run.scheduler.attempts * (1 + MAX_REPLACEMENTS if config.replace_equal else 1)
         replays = (
             REPLAY_SECONDS if config.resampling != "off" else 0.0
         )  # of a source; its group waits for it
@@ -337,7 +335,7 @@ class Collector:
             if not sources[number] and not any(t.reward > 0 for t in members)
         ]
         played = run_async(
-            collect_experts(
+            collect_demonstrations(
                 [groups[number][0].task for number in unsolved],
                 self.run.make_env,
                 self.run.chat,
@@ -476,8 +474,7 @@ def own_settings(model_config: ModelConfig) -> dict[str, Any]:
 
 def _sampled(batch: Batch) -> np.ndarray:
     """[B, T] bool: tokens of RL chunks, whose version counts."""
-    kind_BT = np.take_along_axis(batch.kind_BC, np.maximum(batch.chunk_ids_BT, 0), axis=1)
-    return batch.action_mask_BT & (kind_BT == RL)
+    return batch.kind_BT() == RL
 
 
 def load_when_visible(path: pathlib.Path) -> Trajectory:

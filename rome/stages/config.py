@@ -20,7 +20,7 @@ from envs.rock.config import BACKENDS
 from rome.losses import ADVANTAGES, LIKELIHOODS, LOSSES, PUBLISHED, LossConfig, unbounded_weight
 from rome.model.config import PRESETS, REMATS
 from rome.rollout.anchors import Resampling
-from rome.rollout.scheduler import Late
+from rome.rollout.scheduler import StaleSamples
 
 SANDBOX_KEYS = {
     "isolation": str,
@@ -149,7 +149,7 @@ CHOICES = {
     "backend": BACKENDS,
     "model": tuple(PRESETS),
     "remat": REMATS,
-    "late": get_args(Late),
+    "late": get_args(StaleSamples),
     "resampling": get_args(Resampling),
 }
 MAY_BE_ZERO = {

@@ -27,10 +27,7 @@ def check_mismatch(
     """
     kl = tokens = 0.0
     for batch in microbatches:
-        kind_BT = np.take_along_axis(batch.kind_BC, np.maximum(batch.chunk_ids_BT, 0), axis=1)
-        counted_BT = (
-            batch.action_mask_BT & (kind_BT == RL) & ~np.isin(batch.version_BT, list(unscored))
-        )
+        counted_BT = (batch.kind_BT() == RL) & ~np.isin(batch.version_BT, list(unscored))
         difference_n = (batch.logp_old_BT - batch.logp_rollout_BT)[counted_BT].astype(np.float64)
         kl += float(np.sum(np.exp(np.minimum(difference_n, 50.0)) - difference_n - 1.0))
         tokens += len(difference_n)

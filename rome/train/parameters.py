@@ -20,7 +20,8 @@ import tensorstore
 
 from rome.model.config import ModelConfig
 from rome.model.hf.checkpoint import Block
-from rome.model.hf.names import checkpoint_tensors, leaf_at, parameter_shapes
+from rome.model.hf.names import checkpoint_tensors, leaf_at
+from rome.model.params import parameter_shapes
 from rome.train.checkpoint import CheckpointError, save_options
 
 BOX_BYTES = (

@@ -24,11 +24,12 @@ from rome.data.batch import Batch
 from rome.data.routes import route_dtype
 from rome.losses import Denominators, Loss, LossConfig
 from rome.model.config import ModelConfig
-from rome.model.moe import load_figures, router_figures, router_loss, router_z_loss
+from rome.model.moe import load_metrics, router_loss, router_metrics, router_z_loss
 from rome.model.ops.kernels import Kernels, choose_kernels
 from rome.model.ops.logprobs import chunked_logprobs
+from rome.model.params import param_shardings
 from rome.model.qwen3 import Output, Qwen3, cast_layers, head_kernel, init_params
-from rome.model.sharding import batch_sharding, extent, in_turn, param_shardings, row_shards
+from rome.model.sharding import batch_sharding, extent, in_turn, row_shards
 from rome.train.feed import feed, put
 from rome.train.replay import count_replayed, recorded_routes, replayed_ids, route_agreement
 from rome.train.state import TrainState, init_state
@@ -92,7 +93,7 @@ class Learner:
             out_shardings=everywhere,
         )
         self._loads = jax.jit(
-            lambda counts_LE: load_figures(counts_LE, self.model_config), out_shardings=everywhere
+            lambda counts_LE: load_metrics(counts_LE, self.model_config), out_shardings=everywhere
         )
         self._cast = jax.jit(
             lambda params, dtype: jax.tree.map(lambda leaf: leaf.astype(dtype), params),
@@ -339,7 +340,7 @@ class Learner:
         router, config = output.router, self.model_config
         counts_LE = router.counts_LE if counts_LE is None else counts_LE
         metrics = (
-            metrics | router_figures(router, config, tokens) | {"router_counts": router.counts_LE}
+            metrics | router_metrics(router, config, tokens) | {"router_counts": router.counts_LE}
         )
         if config.router_aux_loss_coef:
             balance = router_loss(router, config, counts_LE, tokens)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks import train_step
+from benchmarks.train_step_floor import count_flops
 from rome.model.config import PRESETS
 
 HAS_TORCH = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
@@ -95,7 +96,7 @@ def test_a_rival_that_ends_early_is_an_error_with_its_status(rival_with_losses, 
 
 def test_flops_are_six_per_active_weight_and_token_and_causal_attention():
     config = dataclasses.replace(PRESETS["qwen3_30b_a3b"], num_layers=48)
-    flops = train_step.count_flops(config, rows=1, length=4096)
+    flops = count_flops(config, rows=1, length=4096)
     assert (flops["head"] + flops["projections"] + flops["experts"]) / (6 * 4096) == pytest.approx(
         3.042e9, rel=1e-3
     )  # the published active size

@@ -1,4 +1,4 @@
-"""The whole tool on small slices (slow: needs libtpu), and what it keeps."""
+"""The whole tool on small slices (slow: needs libtpu)."""
 
 import importlib.util
 import json
@@ -6,12 +6,7 @@ import os
 import subprocess
 import sys
 
-import jax
-import numpy as np
 import pytest
-
-from launch.compile import load_programs, save_programs
-from rome.model.sharding import batch_sharding, make_mesh
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -33,31 +28,11 @@ def run_compile(*flags: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_saved_programs_load_and_compute_the_same(tmp_path):
-    mesh = make_mesh({"fsdp": 8})
-    program = jax.jit(
-        lambda tree: {"squared": tree["x"] @ tree["x"].T}, in_shardings=batch_sharding(mesh)
-    )
-    tree = {
-        "x": jax.device_put(np.arange(64.0, dtype=np.float32).reshape(8, 8), batch_sharding(mesh))
-    }
-    save_programs(tmp_path, {"square": program.lower(tree).compile()}, "cpu:8")
-    assert "load_programs" in (tmp_path / "README.txt").read_text()
-    np.testing.assert_array_equal(
-        load_programs(tmp_path)["square"](tree)["squared"], program(tree)["squared"]
-    )
-
-
-def test_a_directory_without_executables_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="holds no executables"):
-        load_programs(tmp_path)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @needs_libtpu
 def test_a_small_real_slice_compiles_and_reports(tmp_path):
-    file, kept = tmp_path / "found.json", tmp_path / "programs"
+    file = tmp_path / "found.json"
     done = run_compile(
         "--config=experiments/ipa.py:qwen3_30b_a3b",
         "--topology=v5p:2x2x1",
@@ -69,30 +44,20 @@ def test_a_small_real_slice_compiles_and_reports(tmp_path):
         "--config.max_context=1024",
         "--config.max_new_tokens=512",
         f"--json={file}",
-        f"--save={kept}",
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(file.read_text())
     assert found["fits"] and found["devices"] == 4 and found["layers"] == 1
     assert found["bytes_per_device"] == pytest.approx(sum(found["bytes"].values()), abs=8)
-    assert (
-        found["flops"] >= found["model_flops"] and not found["kernels_not_counted"]
-    )  # recomputation on top
+    assert found["flops"] >= found["model_flops"]  # recomputation on top
+    assert not found["kernels_not_counted"]
     assert 0 < found["roofline_mfu_serial"] < found["roofline_mfu"] < 1
-    assert {path.name for path in kept.iterdir()} == {
-        "README.txt",
-        "score.pickle",
-        "accumulate.pickle",
-        "apply.pickle",
-    }
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @needs_libtpu
-def test_experts_by_exchange_compile_and_send_each_choice_out_and_home_and_twice_out_and_once_home_backward(
-    tmp_path,
-):
+def test_an_exchange_of_experts_sends_twice_forward_and_three_times_backward(tmp_path):
     file = tmp_path / "found.json"
     done = run_compile(
         "--config=experiments/ipa.py:qwen3_30b_a3b",

@@ -1,4 +1,4 @@
-"""launch.convert: the same weights in every form, and one clear line for what cannot be converted."""
+"""launch.convert: the same weights in every form, and one clear line for what it refuses."""
 
 import dataclasses
 import json
@@ -13,14 +13,15 @@ import numpy as np
 import optax
 import pytest
 
-from launch import convert as module
-from launch.convert import convert
 from rome.model.config import PRESETS
 from rome.model.hf.checkpoint import load_hf, read_config
-from rome.model.sharding import make_mesh, param_shardings
+from rome.model.params import param_shardings
+from rome.model.sharding import make_mesh
 from rome.stages.base import load_start
 from rome.train import checkpoint, parameters
+from rome.train import convert as conversion
 from rome.train.checkpoint import CheckpointError, Checkpoints
+from rome.train.convert import convert
 from rome.train.parameters import StoredParameters
 from rome.train.state import start_state
 from tests.paths import ROOT
@@ -73,7 +74,7 @@ def exported(run):
 
 def assert_same_bits(one, other):
     assert jax.tree.structure(one) == jax.tree.structure(other)
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other)):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         a, b = np.asarray(a), np.asarray(b)
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(
@@ -92,7 +93,7 @@ def files(directory):
 def test_the_newest_training_step_becomes_a_hugging_face_checkpoint_with_its_tokenizer(
     run, exported
 ):
-    workdir, steps = run
+    _workdir, steps = run
     loaded, config = load_hf(exported)
     assert_same_bits(loaded, steps[4])
     assert config == dataclasses.replace(CONFIG, remat="full", scan_layers=True)
@@ -183,11 +184,13 @@ def sharded_run(tmp_path_factory):
 
 
 def test_a_large_stack_of_layers_is_stored_a_layer_at_a_time(sharded_run, run):
-    chunk = lambda workdir, *path: (
-        StoredParameters(workdir / "checkpoints", 4, CONFIG)
-        ._open(path)
-        .chunk_layout.read_chunk.shape
-    )
+    def chunk(workdir, *path):
+        return (
+            StoredParameters(workdir / "checkpoints", 4, CONFIG)
+            ._open(path)
+            .chunk_layout.read_chunk.shape
+        )
+
     assert chunk(sharded_run[0], "layers", "moe", "gate") == (
         1,
         4,
@@ -216,12 +219,12 @@ def test_the_boxes_of_an_array_cover_it_once_along_chunks_where_they_fit(monkeyp
     ):
         seen = np.zeros(shape, int)
         for starts, stops in parameters._boxes(shape, chunk, 4, split):
-            where = tuple(slice(*bounds) for bounds in zip(starts, stops))
+            where = tuple(slice(*bounds) for bounds in zip(starts, stops, strict=True))
             seen[where] += 1
             assert seen[where].nbytes // 2 <= 4 * parameters.BOX_BYTES  # int64 against a float32
             assert all(
                 start == 0 and stop == size
-                for axis, (start, stop, size) in enumerate(zip(starts, stops, shape))
+                for axis, (start, stop, size) in enumerate(zip(starts, stops, shape, strict=True))
                 if axis not in split
             )
         assert (seen == 1).all()
@@ -280,19 +283,21 @@ def test_too_little_memory_or_disk_is_found_out_before_anything_is_read(
 ):
     monkeypatch.setattr(pathlib.Path, "exists", lambda self: True)
     monkeypatch.setattr(
-        module.pathlib.Path, "read_text", lambda self: "MemTotal: 9 kB\nMemAvailable:    1000 kB\n"
+        conversion.pathlib.Path,
+        "read_text",
+        lambda self: "MemTotal: 9 kB\nMemAvailable:    1000 kB\n",
     )
     with pytest.raises(
-        ValueError, match="the parameters take 0.0 GB as float32, and 0.0 GB of memory are free"
+        ValueError, match=r"the parameters take 0.0 GB as float32, and 0.0 GB of memory are free"
     ):
-        module._check_room(CONFIG, np.dtype(np.float32), tmp_path / "out")
+        conversion._check_room(CONFIG, np.dtype(np.float32), tmp_path / "out")
 
 
 def test_a_conversion_that_is_interrupted_leaves_nothing(exported, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "copy_tokenizer", interrupted)
+    monkeypatch.setattr(conversion, "copy_tokenizer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert(exported, tmp_path / "out", "hf", None, None)
     assert not list(tmp_path.iterdir())
@@ -303,7 +308,7 @@ def test_a_torn_training_checkpoint_is_one_clear_line(tmp_path):
     for path in (tmp_path / "run" / "checkpoints" / "4" / "state").rglob("d/*"):
         path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(
-        CheckpointError, match="checkpoints/4/state .*Choose another --step"
+        CheckpointError, match=r"checkpoints/4/state .*Choose another --step"
     ) as error:
         convert(tmp_path / "run", tmp_path / "out", None, None, None)
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()

@@ -6,15 +6,16 @@ import json
 
 import pytest
 
-from envs.rock import SandboxError, probe, tiers
+from envs.rock import SandboxError, probe
+from envs.rock.embedded import probe as embedded_probe
 from launch import doctor
 
 
 @pytest.fixture(autouse=True)
 def fresh():
-    tiers._try.cache_clear()
+    embedded_probe._try.cache_clear()
     yield
-    tiers._try.cache_clear()
+    embedded_probe._try.cache_clear()
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def no_sandbox(monkeypatch):
     def refuse(tier):
         raise SandboxError("unshare: Operation not permitted")
 
-    monkeypatch.setattr(tiers, "_try_to_run", refuse)
+    monkeypatch.setattr(embedded_probe, "_try_to_run", refuse)
 
 
 def needs_sandbox():
@@ -88,14 +89,14 @@ def test_without_a_sandbox_the_tiers_are_named_and_nothing_crashes(no_sandbox, m
 
 
 def test_where_only_the_weaker_tier_works_it_is_said_what_it_lacks(monkeypatch):
-    tried = tiers._try_to_run
+    tried = embedded_probe._try_to_run
 
     def refuse(tier):
         if tier == "namespaces":
             raise SandboxError("unshare: Operation not permitted")
         tried(tier)
 
-    monkeypatch.setattr(tiers, "_try_to_run", refuse)
+    monkeypatch.setattr(embedded_probe, "_try_to_run", refuse)
     if probe("best_available").tier is None:
         pytest.skip("no landlock tier here")
     choice = doctor._choice()

@@ -39,7 +39,7 @@ def records(out):
 
 
 def test_after_a_kill_the_same_command_plays_only_what_is_missing_and_another_is_refused(tmp_path):
-    """The no-op of two tasks, one of them slow to start, is killed when some attempts have ended."""
+    """The no-op of two tasks, one slow to start, is killed when some attempts have ended."""
     tasks, out = tmp_path / "tasks", tmp_path / "out"
     write_task(tasks, "a")
     write_task(tasks, "b", dockerfile="FROM ubuntu:24.04\nWORKDIR /app\nRUN sleep 0.3\n")

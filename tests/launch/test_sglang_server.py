@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from rome.engine import client
+from rome.engine import dialect
 from rome.engine.process import ROOT
 
 SCRIPT = ROOT / "launch" / "sglang_server.py"
@@ -81,9 +81,9 @@ def test_a_missing_or_old_sglang_is_one_clear_line(tmp_path, version, words):
 
 
 def test_the_oldest_version_is_one_and_the_same_everywhere():
-    oldest = ".".join(map(str, client.OLDEST))
+    oldest = ".".join(map(str, dialect.MIN_SGLANG))
     assert (
-        f"OLDEST = {client.OLDEST}" in SCRIPT.read_text()
+        f"MIN_SGLANG = {dialect.MIN_SGLANG}" in SCRIPT.read_text()
         and f"sglang>={oldest}," in (ROOT / "requirements-sglang.txt").read_text()
     )
 

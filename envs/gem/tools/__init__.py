@@ -1,5 +1,6 @@
-"""Tools that a GEM environment can be given: Python, a shell, search, MCP servers; and the wrapper
-that gives them.
+"""Tools for GEM environments: Python, a shell, search, MCP servers; and the wrapper around them.
+
+env = ToolEnvWrapper(env, tools=[PythonCodeTool(timeout=5)], max_tool_uses=5)
 """
 
 from envs.gem.tools.base import BaseTool, ToolEnvWrapper, ToolResult

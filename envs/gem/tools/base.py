@@ -1,63 +1,90 @@
-"""What a tool is, and the wrapper that lets a model use tools before it acts on the environment
-(gem-llm 0.1.0's protocol).
+"""The interface of a tool, and the wrapper that lets a model use tools in an environment.
+
+The protocol is gem-llm 0.1.0's.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from envs.gem.core import Env, Info, StepResult, close_async, reset_async, step_async
 from envs.gem.wrappers import EnvWrapper
 
-ToolResult = tuple[
-    bool, bool, str, str
-]  # (a call of this tool was found, it failed, observation, the action up to the end of the call)
+# (whether a call of this tool was found, whether it failed, observation, the action up to the end
+# of the call)
+ToolResult = tuple[bool, bool, str, str]
+_COUNTERS = ("tool_use_counter", "tool_success_counter")
+_LAST_USE = (
+    "\n\nReached the maximum number of tool use. Please output final answer directly."  # gem-llm's
+)
 
 
 class BaseTool:
-    """One tool.
+    """A tool that finds its calls in the model's text.
 
-    It reads its calls out of the model's text; any text is fine, and none makes it raise.
-
-    Only trouble with the infrastructure (SandboxError) is raised: it must not become a bad
-    observation or a reward of 0.
+    Any text is allowed, and none makes a tool raise. Only SandboxError, trouble with the
+    infrastructure, is raised: it must not become a bad observation or a reward of 0.
     """
 
     tool_type = "base"
 
     def __init__(self, num_workers: int = 1) -> None:
-        self.num_workers = num_workers  # gem's tools have it; none of ours reads it
+        """Accept gem-llm's argument `num_workers`, which none of our tools reads."""
+        self.num_workers = num_workers
 
     def instruction_string(self) -> str:
-        """How to call the tool, told to the model at the start."""
+        """Return how to call the tool, for the model to read at the start of an episode."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it is called")
 
     def execute_action(self, action: str) -> ToolResult:
-        """Runs the first call in the text, if there is one."""
+        """Run the first call of this tool in a turn, if there is one.
+
+        Returns:
+          (found, failed, observation, parsed_action): whether the turn calls this tool, whether the
+          call failed, its output, and the turn up to the end of the call.
+        """
         raise NotImplementedError(f"{type(self).__name__} cannot run")
 
     def spawn(self) -> BaseTool:
-        """A tool of the same settings for another environment.
+        """Return a tool with the same settings for another environment.
 
-        One without state of its own is its own copy.
+        A tool without state returns itself.
         """
         return self
 
     def reset(self) -> None:
-        """Forgets what the last episode left behind."""
+        """Discard the state of the last episode."""
 
     def close(self) -> None:
-        """Frees what the tool holds. Safe to call twice; the tool can be used again."""
+        """Free what the tool holds. It may be closed twice, and used again afterwards."""
+
+
+class _Use(NamedTuple):
+    """A call of a tool that was found in a turn, and its result."""
+
+    tool: Any
+    failed: bool
+    observation: str
+    parsed_action: str
 
 
 class ToolEnvWrapper(EnvWrapper):
-    """A step that calls a tool returns the tool's output; any other goes to the environment.
+    """An environment with tools: a turn that calls one gets its output as the observation.
 
-    Differences from gem: a call that failed stays that tool's call when the tools after it find
-    none of theirs (gem then hands it to the environment), and each wrapper has its own copy of
-    tools that keep state.
+    Any other turn goes to the environment. Two differences from gem-llm: a failed call stays that
+    tool's when the tools after it find no call of theirs (gem-llm passes it to the environment),
+    and each wrapper has its own copy of tools that keep state.
+
+    Args:
+      env: the environment.
+      tools: asked in this order.
+      tool_reward: the reward of each call.
+      tool_success_reward: added for a call that did not fail.
+      max_tool_uses: calls in an episode, after which the tools are not asked any more; None for no
+        limit.
     """
 
     def __init__(
@@ -68,132 +95,129 @@ class ToolEnvWrapper(EnvWrapper):
         tool_success_reward: float = 0.0,
         max_tool_uses: int | None = 10,
     ) -> None:
-        """tool_reward: for each call; tool_success_reward: on top for one that did not fail.
-
-        Past max_tool_uses the tools are not asked.
-        """
         super().__init__(env)
         self.tools = [tool.spawn() if hasattr(tool, "spawn") else tool for tool in tools]
-        self._own_tools = [
-            mine for mine, given in zip(self.tools, tools) if mine is not given
-        ]  # those of others are theirs to reset and close
-        self.tool_reward, self.tool_success_reward = tool_reward, tool_success_reward
-        self.max_tool_uses = float("inf") if max_tool_uses is None else max_tool_uses
-        self.tool_use_counter = self.tool_success_counter = 0
+        # a tool that was not copied belongs to the caller, who resets and closes it
+        pairs = zip(self.tools, tools, strict=True)
+        self._own_tools = [own for own, given in pairs if own is not given]
+        self.tool_reward = tool_reward
+        self.tool_success_reward = tool_success_reward
+        self.max_tool_uses = math.inf if max_tool_uses is None else max_tool_uses
+        self.tool_use_counter = 0
+        self.tool_success_counter = 0
 
     def reset(self, seed: int | None = None) -> tuple[str, Info]:
-        self._each_own_tool("reset")
-        return self.after_reset(*self.env.reset(seed=seed))
+        self._reset_own_tools()
+        observation, info = self.env.reset(seed=seed)
+        return self.after_reset(observation, info)
 
     def step(self, action: str) -> StepResult:
-        return self._use_tools(action) or self.after_step(action, self.env.step(action))
+        tool_step = self._use_tools(action)
+        if tool_step is not None:
+            return tool_step
+        return self.after_step(action, self.env.step(action))
 
     async def areset(self, seed: int | None = None) -> tuple[str, Info]:
-        await asyncio.to_thread(self._each_own_tool, "reset")
-        return self.after_reset(*await reset_async(self.env, seed))
+        await asyncio.to_thread(self._reset_own_tools)
+        observation, info = await reset_async(self.env, seed)
+        return self.after_reset(observation, info)
 
     async def astep(self, action: str) -> StepResult:
-        return await asyncio.to_thread(self._use_tools, action) or self.after_step(
-            action, await step_async(self.env, action)
-        )
+        tool_step = await asyncio.to_thread(self._use_tools, action)
+        if tool_step is not None:
+            return tool_step
+        return self.after_step(action, await step_async(self.env, action))
 
     def close(self) -> None:
-        self._each_own_tool("close")
+        self._close_own_tools()
         super().close()
 
     async def aclose(self) -> None:
-        await asyncio.to_thread(self._each_own_tool, "close")
+        await asyncio.to_thread(self._close_own_tools)
         await close_async(self.env)
 
     def after_reset(self, observation: str, info: Info) -> tuple[str, Info]:
-        info["prev_ep_tool_use_counter"], info["prev_ep_tool_success_counter"] = (
-            self.tool_use_counter,
-            self.tool_success_counter,
-        )
-        self.tool_use_counter = self.tool_success_counter = 0
+        info["prev_ep_tool_use_counter"] = self.tool_use_counter
+        info["prev_ep_tool_success_counter"] = self.tool_success_counter
+        self.tool_use_counter = 0
+        self.tool_success_counter = 0
         info["use_tool"] = False
-        self._count(info)
+        self._note_counters(info)
+        heading = "Available tools:\n" if len(self.tools) > 1 else ""
         instructions = "\n".join(tool.instruction_string() for tool in self.tools)
-        return (
-            f"{observation}\n"
-            + ("Available tools:\n" if len(self.tools) > 1 else "")
-            + instructions,
-            info,
-        )
+        return f"{observation}\n{heading}{instructions}", info
 
     def after_step(self, action: str, result: StepResult) -> StepResult:
-        result[4]["use_tool"] = True  # as gem does
-        self._count(result[4])
+        *_, info = result
+        info["use_tool"] = True  # after each step, as in gem-llm
+        self._note_counters(info)
         return result
 
     def spawn(self, same_state: bool = False, **kwargs: Any) -> ToolEnvWrapper:
-        """Tools that keep state start afresh, also with same_state."""
-        uses = None if self.max_tool_uses == float("inf") else int(self.max_tool_uses)
-        clone = type(self)(
-            self.env.spawn(same_state=same_state, **kwargs),
-            self.tools,
-            self.tool_reward,
-            self.tool_success_reward,
-            uses,
-        )
+        """Return the same wrapper around a spawned environment.
+
+        Tools that keep state start afresh, also with `same_state`.
+        """
+        uses = None if self.max_tool_uses == math.inf else int(self.max_tool_uses)
+        inner = self.env.spawn(same_state=same_state, **kwargs)
+        clone = type(self)(inner, self.tools, self.tool_reward, self.tool_success_reward, uses)
         if same_state:
-            clone.tool_use_counter, clone.tool_success_counter = (
-                self.tool_use_counter,
-                self.tool_success_counter,
-            )
+            clone.tool_use_counter = self.tool_use_counter
+            clone.tool_success_counter = self.tool_success_counter
         return clone
 
     def get_state(self) -> dict[str, Any]:
-        return {
-            **self.env.get_state(),
-            "tool_use_counter": self.tool_use_counter,
-            "tool_success_counter": self.tool_success_counter,
-        }
+        """Return the environment's state and the two counters."""
+        state = dict(self.env.get_state())
+        self._note_counters(state)
+        return state
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self.env.set_state(
-            {
-                name: value
-                for name, value in state.items()
-                if name not in ("tool_use_counter", "tool_success_counter")
-            }
-        )
+        """Restore a state of `get_state`."""
+        inner = {name: value for name, value in state.items() if name not in _COUNTERS}
+        self.env.set_state(inner)
         self.tool_use_counter = state.get("tool_use_counter", 0)
         self.tool_success_counter = state.get("tool_success_counter", 0)
 
     def _use_tools(self, action: str) -> StepResult | None:
-        """The step that a tool made; None where no tool is called."""
+        """Return the step that a tool makes of a turn; None where no tool is called."""
         if self.tool_use_counter >= self.max_tool_uses:
             return None
-        used, answer = None, None
-        for tool in self.tools:
-            found, failed, observation, parsed_action = tool.execute_action(action)
-            if found and (used is None or not failed):
-                used, answer = tool, (failed, observation, parsed_action)
-            if found and not failed:
-                break
-        if used is None:
+        use = self._find_use(action)
+        if use is None:
             return None
-        failed, observation, parsed_action = answer
+        observation = use.observation
+        reward = self.tool_reward
         self.tool_use_counter += 1
         if self.tool_use_counter == self.max_tool_uses:
-            observation = (
-                f"{observation}\n\nReached the maximum number of tool use. Please output final"
-                " answer directly."
-            )
-        reward = self.tool_reward
-        if not failed:
+            observation += _LAST_USE
+        if not use.failed:
             self.tool_success_counter += 1
             reward += self.tool_success_reward
-        info: Info = {"parsed_action": parsed_action, "tool_type": used.tool_type}
+        info: Info = {"parsed_action": use.parsed_action, "tool_type": use.tool.tool_type}
         return self.after_step(action, (observation, reward, False, False, info))
 
-    def _count(self, info: Info) -> None:
-        info["tool_use_counter"], info["tool_success_counter"] = (
-            self.tool_use_counter,
-            self.tool_success_counter,
-        )
+    def _find_use(self, action: str) -> _Use | None:
+        """Ask the tools in turn; the first call that does not fail wins, else the first found."""
+        first_failed = None
+        for tool in self.tools:
+            found, failed, observation, parsed_action = tool.execute_action(action)
+            if not found:
+                continue
+            use = _Use(tool, failed, observation, parsed_action)
+            if not failed:
+                return use
+            first_failed = first_failed or use
+        return first_failed
 
-    def _each_own_tool(self, method: str) -> None:
+    def _note_counters(self, info: dict[str, Any]) -> None:
+        info["tool_use_counter"] = self.tool_use_counter
+        info["tool_success_counter"] = self.tool_success_counter
+
+    def _reset_own_tools(self) -> None:
         for tool in self._own_tools:
-            getattr(tool, method)()
+            tool.reset()
+
+    def _close_own_tools(self) -> None:
+        for tool in self._own_tools:
+            tool.close()

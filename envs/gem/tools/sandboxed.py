@@ -1,69 +1,113 @@
-"""Tools that run what a model wrote: Python and shell, in a ROCK sandbox, never in this process."""
+"""Tools that run what a model wrote, Python or shell commands, in a ROCK sandbox."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from envs.gem.tools.base import BaseTool, ToolResult
 from envs.rock import CommandResult, Sandbox, SandboxConfig
 from envs.rock.sync import run
 
-CALL_GRACE_S = 60.0  # for starting and stopping the sandbox, beyond the program's own time
-PRELUDE = """\
-import bisect, collections, copy, datetime, functools, heapq, itertools, json, math, operator, os, random, re, string, sys
-from collections import Counter, OrderedDict, defaultdict, deque
-from functools import cache, cmp_to_key, lru_cache, partial, reduce
-from itertools import accumulate, chain, combinations, count, cycle, groupby, islice, pairwise, permutations, product, zip_longest
-from math import ceil, comb, factorial, floor, gcd, inf, isqrt, log, log2, log10, pi, prod, sqrt
-from typing import *
-try:
-    import numpy as np
-except ImportError:
-    pass
-"""
+CALL_GRACE_SECONDS = 60.0  # to start and stop a sandbox, beyond the program's own time
+# the standard library's common names, as gem-llm imports them
+PRELUDE = (
+    "import bisect, collections, copy, datetime, functools, heapq, itertools, json, math, operator,"
+    " os, random, re, string, sys\n"
+    "from collections import Counter, OrderedDict, defaultdict, deque\n"
+    "from functools import cache, cmp_to_key, lru_cache, partial, reduce\n"
+    "from itertools import accumulate, chain, combinations, count, cycle, groupby, islice,"
+    " pairwise, permutations, product, zip_longest\n"
+    "from math import ceil, comb, factorial, floor, gcd, inf, isqrt, log, log2, log10, pi, prod,"
+    " sqrt\n"
+    "from typing import *\n"
+    "try:\n"
+    "    import numpy as np\n"
+    "except ImportError:\n"
+    "    pass\n"
+)
+Fences = tuple[tuple[str, str], ...]  # (opening, closing) marks of a block
 
 
-def first_block(action: str, fences: tuple[tuple[str, str], ...]) -> tuple[str, str] | None:
-    """The content of the (opening, closing) block that ends first, and the action up to its end;
-    None where none is complete.
+class Block(NamedTuple):
+    """A block of code in a turn."""
 
-    Takes linear time.
-    """
-    found: tuple[int, int, int] | None = None
+    content: str
+    parsed_action: str  # the turn up to the end of the block
+
+
+def first_block(action: str, fences: Fences) -> Block | None:
+    """Return the block that ends first; None where none is complete. Takes linear time."""
+    best: Block | None = None
+    best_end = len(action) + 1
     for opening, closing in fences:
         start = action.find(opening)
-        end = action.find(closing, start + len(opening)) if start >= 0 else -1
-        if end >= 0 and (found is None or end + len(closing) < found[2]):
-            found = (start + len(opening), end, end + len(closing))
-    return (action[found[0] : found[1]].strip(), action[: found[2]]) if found else None
+        if start < 0:
+            continue
+        content_start = start + len(opening)
+        content_end = action.find(closing, content_start)
+        if content_end < 0:
+            continue
+        end = content_end + len(closing)
+        if end < best_end:
+            best = Block(action[content_start:content_end].strip(), action[:end])
+            best_end = end
+    return best
 
 
-class PythonCodeTool(BaseTool):
-    """Runs the first `<python>...</python>` or ```python block of a turn in a fresh sandbox, as a
-    program with nothing but its output.
+class BlockTool(BaseTool):
+    """A tool that runs the first block of code in a turn. Subclasses say how (`run_block`).
 
-    A name that is not defined gets the program a second run after imports of the standard library's
-    usual names, as in gem.
+    Args:
+      timeout: seconds for one run.
+      sandbox_config: limits of the sandboxes; the defaults of SandboxConfig without one.
+    """
+
+    fences: Fences = ()
+
+    def __init__(self, timeout: float, sandbox_config: SandboxConfig | None) -> None:
+        super().__init__()
+        self.timeout = timeout
+        self.sandbox_config = sandbox_config or SandboxConfig()
+
+    def execute_action(self, action: str) -> ToolResult:
+        block = first_block(action, self.fences)
+        if block is None:
+            return False, True, "", action
+        failed, observation = self.run_block(block.content)
+        return True, failed, observation, block.parsed_action
+
+    def run_block(self, code: str) -> tuple[bool, str]:
+        """Run the code of a block; return whether it failed, and the observation."""
+        raise NotImplementedError(f"{type(self).__name__} cannot run")
+
+
+class PythonCodeTool(BlockTool):
+    """A tool that runs Python programs, each in a fresh sandbox.
+
+    A program is a `<python>...</python>` or ```python block; it keeps nothing but its output. As in
+    gem-llm, a program with an undefined name is run again after imports of common names of the
+    standard library.
+
+    Args:
+      timeout: seconds for one run.
+      sandbox_type: gem-llm's argument; ignored, since every program runs in a ROCK sandbox.
+      keep_error_last_line: show only the last line of stderr.
+      sandbox_config: limits of the sandbox; the defaults of SandboxConfig without one.
     """
 
     tool_type = "python_code"
-    _blocks = (("<python>", "</python>"), ("```python", "```"), ("```\npython", "```"))
+    fences = (("<python>", "</python>"), ("```python", "```"), ("```\npython", "```"))
 
     def __init__(
         self,
         timeout: float = 5,
         sandbox_type: str = "rock",
         keep_error_last_line: bool = False,
-        sandbox_config: SandboxConfig = SandboxConfig(),
+        sandbox_config: SandboxConfig | None = None,
     ) -> None:
-        """timeout: seconds for a run. sandbox_type: gem's argument, accepted and not used: every
-        program runs in a ROCK sandbox.
-        """
-        super().__init__()
-        self.timeout, self.sandbox_type, self.keep_error_last_line, self.sandbox_config = (
-            timeout,
-            sandbox_type,
-            keep_error_last_line,
-            sandbox_config,
-        )
+        super().__init__(timeout, sandbox_config)
+        self.sandbox_type = sandbox_type
+        self.keep_error_last_line = keep_error_last_line
 
     def instruction_string(self) -> str:
         return (
@@ -73,57 +117,54 @@ class PythonCodeTool(BaseTool):
             " answer within \\boxed{}."
         )
 
-    def execute_action(self, action: str) -> ToolResult:
-        block = first_block(action, self._blocks)
-        if block is None:
-            return False, True, "", action
-        code, parsed_action = block
-        stdout, stderr, succeeded = run(self._run(code), 2 * self.timeout + CALL_GRACE_S)
-        if stderr and self.keep_error_last_line:
+    def run_block(self, code: str) -> tuple[bool, str]:
+        allowed = 2 * self.timeout + CALL_GRACE_SECONDS
+        stdout, stderr, succeeded = run(self._run(code), allowed)
+        if self.keep_error_last_line:
             stderr = stderr.split("\n")[-1]
-        output = (f"{stdout}\n{stderr}" if stderr else stdout).lstrip(" \n")
-        return True, not succeeded, f"Code execution result: {output}\n", parsed_action
+        output = f"{stdout}\n{stderr}" if stderr else stdout
+        output = output.lstrip(" \n")
+        return not succeeded, f"Code execution result: {output}\n"
 
     async def _run(self, code: str) -> tuple[str, str, bool]:
-        if code == "...":  # an ellipsis is a valid program, and a model that copied the instruction
+        if code == "...":  # valid Python, but here a model that copied the instruction
             return "", "SyntaxError: invalid syntax", False
         async with Sandbox(self.sandbox_config) as sandbox:
-            result = await self._program(sandbox, code)
+            result = await self._run_program(sandbox, code)
             if result.exit_code != 0 and "is not defined" in result.stderr:
-                result = await self._program(sandbox, PRELUDE + code)
+                result = await self._run_program(sandbox, PRELUDE + code)
         if result.timed_out:
             return "", f"\nExecution timed out after {self.timeout:g} seconds.", False
         return result.stdout, result.stderr.strip(), result.exit_code == 0
 
-    async def _program(self, sandbox: Sandbox, code: str) -> CommandResult:
+    async def _run_program(self, sandbox: Sandbox, code: str) -> CommandResult:
         await sandbox.write_file("program.py", code.encode(errors="replace"))
         return await sandbox.execute("python3 program.py", timeout=self.timeout)
 
 
-class ShellTool(BaseTool):
-    """Runs the first `<bash>...</bash>` or ```bash block of a turn.
+class ShellTool(BlockTool):
+    """A tool that runs shell commands in one sandbox for each episode.
 
-    Files stay for the episode; the next one starts in an empty workspace.
+    A command is a `<bash>...</bash>` or ```bash block. Files stay until the end of the episode; the
+    next one starts in an empty workspace.
+
+    Args:
+      timeout: seconds for one command.
+      max_output_chars: of an output, shown to the model; the rest is only counted.
+      sandbox_config: limits of the sandbox; the defaults of SandboxConfig without one.
     """
 
     tool_type = "bash"
-    _blocks = (("<bash>", "</bash>"), ("```bash\n", "```"), ("```sh\n", "```"))
+    fences = (("<bash>", "</bash>"), ("```bash\n", "```"), ("```sh\n", "```"))
 
     def __init__(
         self,
         timeout: float = 5,
         max_output_chars: int = 4000,
-        sandbox_config: SandboxConfig = SandboxConfig(),
+        sandbox_config: SandboxConfig | None = None,
     ) -> None:
-        """timeout: seconds for a command. max_output_chars: what the model sees of an output; the
-        rest is counted.
-        """
-        super().__init__()
-        self.timeout, self.max_output_chars, self.sandbox_config = (
-            timeout,
-            max_output_chars,
-            sandbox_config,
-        )
+        super().__init__(timeout, sandbox_config)
+        self.max_output_chars = max_output_chars
         self._sandbox: Sandbox | None = None
 
     def instruction_string(self) -> str:
@@ -133,30 +174,21 @@ class ShellTool(BaseTool):
             ' output comes back after "Command output: ".'
         )
 
-    def execute_action(self, action: str) -> ToolResult:
-        block = first_block(action, self._blocks)
-        if block is None:
-            return False, True, "", action
-        command, parsed_action = block
-        result = run(self._run(command), self.timeout + CALL_GRACE_S)
-        output = (result.stdout + result.stderr).rstrip("\n")
-        if len(output) > self.max_output_chars:
-            output = (
-                f"{output[: self.max_output_chars]}... ({len(output) - self.max_output_chars} more)"
-            )
-        ending = (
-            f"\n[timeout after {self.timeout:g} s]"
-            if result.timed_out
-            else f"\n[exit {result.exit_code}]"
-            if result.exit_code
-            else ""
-        )
-        return (
-            True,
-            result.exit_code != 0,
-            f"Command output: {output or '(none)'}{ending}\n",
-            parsed_action,
-        )
+    def run_block(self, code: str) -> tuple[bool, str]:
+        result = run(self._run(code), self.timeout + CALL_GRACE_SECONDS)
+        output = self._cut((result.stdout + result.stderr).rstrip("\n"))
+        ending = ""
+        if result.timed_out:
+            ending = f"\n[timeout after {self.timeout:g} s]"
+        elif result.exit_code:
+            ending = f"\n[exit {result.exit_code}]"
+        return result.exit_code != 0, f"Command output: {output or '(none)'}{ending}\n"
+
+    def _cut(self, output: str) -> str:
+        surplus = len(output) - self.max_output_chars
+        if surplus <= 0:
+            return output
+        return f"{output[: self.max_output_chars]}... ({surplus} more)"
 
     def spawn(self) -> ShellTool:
         return ShellTool(self.timeout, self.max_output_chars, self.sandbox_config)
@@ -165,9 +197,10 @@ class ShellTool(BaseTool):
         self.close()
 
     def close(self) -> None:
-        sandbox, self._sandbox = self._sandbox, None
+        sandbox = self._sandbox
+        self._sandbox = None
         if sandbox is not None:
-            run(sandbox.stop(), CALL_GRACE_S)
+            run(sandbox.stop(), CALL_GRACE_SECONDS)
 
     async def _run(self, command: str) -> CommandResult:
         if self._sandbox is None:

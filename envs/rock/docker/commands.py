@@ -1,7 +1,7 @@
-"""What a sandbox of the Docker backend runs: a job (one exec) and a session (a bash that lives on
-in an exec).
+"""Jobs and sessions of a Docker sandbox: a job is one exec, a session is a bash in an exec.
 
-A job's exit code is the engine's word. A session's is the shell's: see inside.SESSION.
+The engine reports a job's exit code. A session's shell reports the codes of its commands through a
+channel of its own, see scripts.SESSION.
 """
 
 import asyncio
@@ -9,236 +9,237 @@ import contextlib
 import secrets
 import time
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
+from typing import Any
 
+from envs.rock.backend import (
+    MAX_DISCARDED_BYTES,
+    Job,
+    Session,
+    reason_not_executable,
+    refused_result,
+)
 from envs.rock.config import CommandResult
-from envs.rock.docker.container import END_SECONDS, STDERR, STDOUT, Exec
-from envs.rock.embedded.commands import DRAINED_BYTES, unspeakable
+from envs.rock.docker.capture import KILLED, Capture, to_result
+from envs.rock.docker.container import END_SECONDS, Container
+from envs.rock.docker.streams import STDERR, STDOUT, Exec
 from envs.rock.errors import SandboxClosedError, SandboxError, SandboxStartError
-from envs.rock.sandbox import Job, Session
 
-if TYPE_CHECKING:
-    from envs.rock.docker.sandbox import DockerSandbox
-
-KILLED = 137  # 128 + SIGKILL
-SHELL_SECONDS = 2.0  # in which a shell must come back once all that its command started is dead
+SHELL_SECONDS = 2.0  # in which a shell must be ready again after its command was killed
 MARK_SECONDS = 2.0  # in which a session's output must have arrived after its command's end
-
-
-class Capture:
-    """One stream: the first `limit` bytes of a command, and how many there were."""
-
-    def __init__(self, limit: int):
-        self._limit, self._mark, self._tail, self._rest = limit, b"", b"", b""
-        self.found = asyncio.Event()
-        self._data, self.total = bytearray(), 0
-
-    def feed(self, piece: bytes) -> None:
-        if self.found.is_set():
-            self._rest += piece[: self._limit]
-            return
-        self._data += piece[: max(0, self._limit - len(self._data))]
-        self.total += len(piece)
-        if self._mark:
-            seen = self._tail + piece
-            if (at := seen.find(self._mark)) >= 0:
-                self._rest = seen[at + len(self._mark) :]
-                self.total += at - len(seen)
-                del self._data[self.total :]
-                self.found.set()
-        self._tail = (self._tail + piece)[-100:]
-
-    def expect(self, mark: bytes) -> None:
-        """The command's output goes as far as this word."""
-        self._mark = mark
-
-    def take(self) -> tuple[str, int]:
-        """(text, bytes that were cut); what came after the mark is the beginning of the next
-        command's.
-        """
-        text, cut, rest = (
-            bytes(self._data).decode(errors="replace"),
-            max(0, self.total - self._limit),
-            self._rest,
-        )
-        self.__init__(self._limit)
-        self.feed(rest)
-        return text, cut
+KILL_WAIT_SECONDS = (1.0, 1.0, END_SECONDS, END_SECONDS)  # after each attempt to kill a job
+MAX_REPORT_BYTES = 1 << 16  # of a session's shell about one command
 
 
 class DockerJob(Job):
-    """One exec, followed to its end by a task of its own."""
+    """One exec, followed to its end by a task.
+
+    Attributes:
+      task: follows the command; its result is the command's.
+    """
 
     def __init__(
         self,
+        container: Container,
         exec_: Exec,
+        *,
         timeout: float,
-        limit: int,
+        max_output_bytes: int,
         kill: Callable[[], Awaitable[None]],
-        tidy: Callable[["DockerJob"], Awaitable[None]],
+        on_end: Callable[["DockerJob"], Awaitable[None]] | None = None,
     ):
-        self.exec, self._timeout, self._kill, self._tidy = exec_, timeout, kill, tidy
-        self._captures = {STDOUT: Capture(limit), STDERR: Capture(limit)}
-        self._verdict: asyncio.Future[str] = (
-            asyncio.get_running_loop().create_future()
-        )  # why it is to end: "timeout", "output" or "killed"
-        self._task = asyncio.create_task(self._follow())
-        self._task.add_done_callback(
-            lambda task: task.cancelled() or task.exception()
-        )  # nobody may be waiting
+        """Follow a command that has just started.
+
+        Args:
+          container: where it runs.
+          exec_: the command.
+          timeout: seconds.
+          max_output_bytes: kept of each stream.
+          kill: kills the command and what it started.
+          on_end: awaited with this job when the command has ended.
+        """
+        self._container = container
+        self._exec = exec_
+        self._timeout = timeout
+        self._kill = kill
+        self._on_end = on_end
+        self._captures = {STDOUT: Capture(max_output_bytes), STDERR: Capture(max_output_bytes)}
+        # Why it is to end: "timeout", "output" or "killed".
+        self._verdict: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.task = asyncio.create_task(self._follow())
+        self.task.add_done_callback(_retrieve_exception)
 
     @property
     def running(self) -> bool:
-        return not self._task.done()
+        return not self.task.done()
 
     async def wait(self) -> CommandResult:
-        return await asyncio.shield(self._task)
+        return await asyncio.shield(self.task)
+
+    async def wait_or_kill(self) -> CommandResult:
+        """Wait for the end; kill the command if the waiting task is cancelled."""
+        try:
+            return await self.wait()
+        except asyncio.CancelledError:
+            self.doom("killed")
+            raise
 
     async def interrupt(self) -> None:
-        if self.running and self.exec.pid > 0:
-            await self.exec.container.ask(f"kill -s INT -- -{self.exec.pid} 2>/dev/null; :")
+        if self.running and self._exec.pid > 0:
+            await self._container.ask(f"kill -s INT -- -{self._exec.pid} 2>/dev/null; :")
 
     async def kill(self) -> CommandResult:
         self.doom("killed")
         return await self.wait()
 
     def doom(self, reason: str) -> None:
-        """It is to end, for this reason unless there was one before."""
+        """Let the command be killed; an earlier reason stays the reason."""
         if not self._verdict.done():
             self._verdict.set_result(reason)
 
     async def _follow(self) -> CommandResult:
-        container, began = self.exec.container, time.monotonic()
-        kills = container.memory_kills
-        ending = asyncio.create_task(self._end())
+        began = time.monotonic()
+        kills_before = self._container.memory_kills
+        reading = asyncio.create_task(self._read_to_end())
+        ends: set[asyncio.Future[Any]] = {reading, self._verdict}
         try:
             await asyncio.wait(
-                {ending, self._verdict}, timeout=self._timeout, return_when=asyncio.FIRST_COMPLETED
+                ends,
+                timeout=self._timeout,
+                return_when=asyncio.FIRST_COMPLETED,
             )
-            if not ending.done():
+            if not reading.done():
                 self.doom("timeout")
-                await self._kill_until(ending)
+                await self._kill_until(reading)
             reason = self._verdict.result() if self._verdict.done() else ""
-            code = ending.result() if not ending.exception() or not reason else KILLED
+            code = KILLED if reason and reading.exception() else reading.result()
         finally:
-            ending.cancel()
-            self.exec.close()
-            await self._tidy(self)
+            reading.cancel()
+            self._exec.close()
+            if self._on_end is not None:
+                await self._on_end(self)
         seconds = time.monotonic() - began
         if code == KILLED and not reason:
-            # which takes long enough for the news of a process that the memory limit killed to
-            # come, by another way
-            await container.check()
-        limits = ((reason,) if reason else ()) + (
-            ("memory",) if container.memory_kills > kills else ()
-        )
-        (stdout, cut_out), (stderr, cut_err) = (
-            self._captures[STDOUT].take(),
-            self._captures[STDERR].take(),
-        )
-        return CommandResult(
-            stdout,
-            stderr,
-            KILLED if reason else code,
-            reason == "timeout",
-            bool(cut_out or cut_err),
-            seconds,
-            limits,
-            await container.denials_since_last_told(),
-            (cut_out, cut_err),
+            # This takes long enough for the event of a memory kill to arrive on its own way.
+            await self._container.check()
+        return to_result(
+            self._captures[STDOUT],
+            self._captures[STDERR],
+            code=KILLED if reason else code,
+            reason=reason,
+            out_of_memory=self._container.memory_kills > kills_before,
+            seconds=seconds,
+            denials=await self._container.denials_since_last_call(),
         )
 
-    async def _end(self) -> int:
-        """Read its streams to their end; its exit code."""
-        async for number, piece in self.exec.frames():
+    async def _read_to_end(self) -> int:
+        """Read the streams to their end and return the exit code."""
+        async for number, piece in self._exec.frames():
             capture = self._captures.get(number, self._captures[STDERR])
             capture.feed(piece)
-            if capture.total > DRAINED_BYTES:
+            if capture.total > MAX_DISCARDED_BYTES:
                 self.doom("output")
-        return await self.exec.exit_code(self._timeout + END_SECONDS)
+        return await self._exec.exit_code(self._timeout + END_SECONDS)
 
-    async def _kill_until(self, ending: asyncio.Task) -> None:
-        """SandboxError, and the end of the whole container, if the job cannot be killed."""
-        for seconds in (1.0, 1.0, END_SECONDS, END_SECONDS):
+    async def _kill_until(self, reading: asyncio.Task) -> None:
+        """Kill the command until its streams end.
+
+        Raises:
+          SandboxError: it cannot be killed; the whole container is removed then.
+        """
+        for seconds in KILL_WAIT_SECONDS:
             with contextlib.suppress(SandboxClosedError):
                 await self._kill()
-            if (await asyncio.wait({ending}, timeout=seconds))[0]:
+            done, _ = await asyncio.wait({reading}, timeout=seconds)
+            if done:
                 return
-        await self.exec.container.remove()
+        await self._container.remove()
         raise SandboxError("a command could not be killed, so its container was")
 
 
 class DockerSession(Session):
-    """See Session and inside.SESSION. Cancelling a `run` closes the session."""
+    """A shell in an exec. Cancelling a `run` closes the session."""
 
-    def __init__(self, sandbox: "DockerSandbox", shell: Exec, door: Exec):
-        self._sandbox, self._shell, self._door = sandbox, shell, door
+    def __init__(
+        self,
+        container: Container,
+        shell: Exec,
+        reporter: Exec,
+        *,
+        kill: Callable[[Exec], Awaitable[None]],
+        on_end: Callable[["DockerSession"], Awaitable[None]],
+    ):
+        """Attach to a shell that has just started.
+
+        Args:
+          container: where it runs.
+          shell: runs scripts.SESSION.
+          reporter: runs scripts.DOOR, and passes on what the shell reports of its commands.
+          kill: kills the shell and what it started.
+          on_end: awaited with this session when the shell has ended.
+        """
+        config = container.config
+        self._container = container
+        self._shell = shell
+        self._reporter = reporter
+        self._kill = kill
+        self._on_end = on_end
+        self._default_timeout = config.timeout
         self._turn = asyncio.Lock()
         self._captures = {
-            STDOUT: Capture(sandbox.config.max_output_bytes),
-            STDERR: Capture(sandbox.config.max_output_bytes),
+            STDOUT: Capture(config.max_output_bytes),
+            STDERR: Capture(config.max_output_bytes),
         }
-        self._said: asyncio.Queue[bytes] = asyncio.Queue()
-        self._older = ""  # children of the shell that earlier commands left in the background
-        self._verdict: asyncio.Future[str] | None = None
-        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._listen())]
+        self._reports: asyncio.Queue[bytes] = asyncio.Queue()
+        self._background = ""  # process ids that earlier commands left, which signals spare
+        self._verdict: asyncio.Future[str] | None = None  # of the running command
+        self._reading = asyncio.create_task(self._read_output())
+        self._listening = asyncio.create_task(self._read_reports())
 
-    async def started(self) -> None:
-        """Wait for the shell's first word. SandboxStartError if it does not come."""
+    async def wait_ready(self, timeout: float) -> None:
+        """Wait for the shell's first report.
+
+        Raises:
+          SandboxStartError: it does not come within `timeout` seconds.
+        """
         try:
-            async with asyncio.timeout(self._sandbox.config.start_timeout):
-                await self._said.get()
+            async with asyncio.timeout(timeout):
+                await self._reports.get()
         except TimeoutError:
             await self.close()
-            raise SandboxStartError("the session's shell did not come up") from None
+            raise SandboxStartError("the session's shell did not start") from None
 
     @property
     def running(self) -> bool:
-        """Whether it has a command now."""
+        """Whether a command is running."""
         return self._verdict is not None
 
     def doom(self, reason: str) -> None:
-        """Its command is to end, for this reason unless there was one before."""
+        """Let the running command be killed; an earlier reason stays the reason."""
         if self._verdict is not None and not self._verdict.done():
             self._verdict.set_result(reason)
 
     async def run(self, command: str, timeout: float | None = None) -> CommandResult:
-        if refusal := unspeakable(command):
-            return CommandResult("", refusal, 126, False, False, 0.0)
+        if refusal := reason_not_executable(command):
+            return refused_result(refusal)
+        seconds = self._default_timeout if timeout is None else timeout
         async with self._turn:
             if self.ended:
                 raise SandboxClosedError("the session's shell has ended; create another session")
-            began, kills = time.monotonic(), self._shell.container.memory_kills
-            self._verdict = asyncio.get_running_loop().create_future()
-            try:
-                await self._shell.send(command.encode(errors="replace") + b"\0", more=True)
-                code = await self._code(
-                    self._sandbox.config.timeout if timeout is None else timeout
-                )
-                reason = self._verdict.result() if self._verdict.done() else ""
-            except BaseException:
-                await asyncio.shield(self.close())
-                raise
-            finally:
-                self._verdict = None
+            began = time.monotonic()
+            kills_before = self._container.memory_kills
+            code, reason = await self._run(command, seconds)
             if not self.ended:
-                await self._all_output()
-            (stdout, cut_out), (stderr, cut_err) = (
-                self._captures[number].take() for number in (STDOUT, STDERR)
-            )
-            limits = ((reason,) if reason else ()) + (
-                ("memory",) if self._shell.container.memory_kills > kills else ()
-            )
-            return CommandResult(
-                stdout,
-                stderr,
-                code,
-                reason == "timeout",
-                bool(cut_out or cut_err),
-                time.monotonic() - began,
-                limits,
-                await self._shell.container.denials_since_last_told(),
-                (cut_out, cut_err),
+                await self._wait_for_output()
+            out_of_memory = self._container.memory_kills > kills_before
+            seconds = time.monotonic() - began
+            return to_result(
+                self._captures[STDOUT],
+                self._captures[STDERR],
+                code=code,
+                reason=reason,
+                out_of_memory=out_of_memory,
+                seconds=seconds,
+                denials=await self._container.denials_since_last_call(),
             )
 
     async def interrupt(self) -> None:
@@ -251,50 +252,60 @@ class DockerSession(Session):
         self.ended = True
         self.doom("killed")
         with contextlib.suppress(SandboxError):
-            if self._shell.container.alive and not self._tasks[0].done():
-                await self._sandbox.kill(self._shell)
-                await asyncio.wait(
-                    {self._tasks[0]}, timeout=END_SECONDS
-                )  # a stream that nobody reads would make the engine wait
+            if self._container.alive and not self._reading.done():
+                await self._kill(self._shell)
+                # The engine waits for a reader of the stream, so it is read to its end.
+                await asyncio.wait({self._reading}, timeout=END_SECONDS)
         await self._release()
 
-    async def _code(self, timeout: float) -> int:
-        """The exit code of the command that runs; at its time limit, or a flood, that of what is
-        left of it.
+    async def _run(self, command: str, timeout: float) -> tuple[int, str]:
+        """Run a command; return its exit code and the reason for which it was killed, if any."""
+        verdict: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._verdict = verdict
+        try:
+            await self._shell.send(command.encode(errors="replace") + b"\0", more=True)
+            code = await self._wait_for_code(verdict, timeout)
+            reason = verdict.result() if verdict.done() else ""
+        except BaseException:
+            await asyncio.shield(self.close())
+            raise
+        finally:
+            self._verdict = None
+        return code, reason
+
+    async def _wait_for_code(self, verdict: asyncio.Future[str], timeout: float) -> int:
+        """Return the running command's exit code.
+
+        At its time limit, or when it is doomed, what it started is killed first.
         """
-        status = asyncio.create_task(self._said.get())
+        report = asyncio.create_task(self._reports.get())
+        ends: set[asyncio.Future[Any]] = {report, self._reading}
         try:
             await asyncio.wait(
-                {status, self._tasks[0], self._verdict},
-                timeout=timeout,
-                return_when=asyncio.FIRST_COMPLETED,
+                ends | {verdict}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED
             )
-            if not status.done() and not self._tasks[0].done():
+            if not report.done() and not self._reading.done():
                 self.doom("timeout")
                 await self._signal("KILL")
-                await asyncio.wait(
-                    {status, self._tasks[0]},
-                    timeout=SHELL_SECONDS,
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
-            if status.done() and (word := status.result()):
-                code, _, older = word.decode(errors="replace").partition(" ")
-                self._older = older
-                return (
-                    KILLED
-                    if self._verdict.done()
-                    else int(code) & 0xFF
-                    if code.isdigit()
-                    else KILLED
-                )
+                await asyncio.wait(ends, timeout=SHELL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            if report.done() and report.result():
+                return self._code_of(report.result(), verdict)
         finally:
-            status.cancel()
-        if not self._tasks[0].done() and not self._verdict.done():
-            await asyncio.wait(
-                {self._tasks[0]}, timeout=SHELL_SECONDS
-            )  # the door closed first: the shell is about to end
-        killed = not self._tasks[0].done() or self._verdict.done()
-        if killed:
+            report.cancel()
+        return await self._code_of_shell(verdict)
+
+    def _code_of(self, report: bytes, verdict: asyncio.Future[str]) -> int:
+        """Return the exit code in a shell's report: "CODE PID PID ...", its children."""
+        code, _, self._background = report.decode(errors="replace").partition(" ")
+        if verdict.done() or not code.isdigit():
+            return KILLED
+        return int(code) & 0xFF
+
+    async def _code_of_shell(self, verdict: asyncio.Future[str]) -> int:
+        """Return the code of a shell that reports no more; end it if it does not end by itself."""
+        if not self._reading.done() and not verdict.done():
+            await asyncio.wait({self._reading}, timeout=SHELL_SECONDS)
+        if not self._reading.done() or verdict.done():
             await self.close()
             return KILLED
         self.ended = True
@@ -303,14 +314,16 @@ class DockerSession(Session):
         return code
 
     async def _signal(self, name: str) -> None:
-        """To all that the running command started, and not to the shell nor to what earlier
-        commands left.
-        """
-        await self._shell.signal(name, whole=False, spared=self._older)
+        """Send a signal to what the running command started.
 
-    async def _all_output(self) -> None:
-        """Wait until what the command wrote has arrived: a new word, which the shell writes after
-        it, ends both streams.
+        The shell and the processes that earlier commands left get none.
+        """
+        await self._container.signal(self._shell, name, whole=False, spared=self._background)
+
+    async def _wait_for_output(self) -> None:
+        """Wait until what the command wrote has arrived.
+
+        The shell writes a new mark after it, on both streams.
         """
         mark = f"<{secrets.token_hex(16)}>".encode()
         for capture in self._captures.values():
@@ -321,28 +334,35 @@ class DockerSession(Session):
                 await asyncio.gather(*(capture.found.wait() for capture in self._captures.values()))
 
     async def _release(self) -> None:
-        for task in self._tasks:
-            task.cancel()
+        self._reading.cancel()
+        self._listening.cancel()
         self._shell.close()
-        self._door.close()
-        await self._sandbox.tidy(self)
+        self._reporter.close()
+        await self._on_end(self)
 
-    async def _read(self) -> None:
-        """What the shell and its commands write, until the shell ends."""
+    async def _read_output(self) -> None:
+        """Read what the shell and its commands write, until the shell ends."""
         async for number, piece in self._shell.frames():
             capture = self._captures.get(number, self._captures[STDERR])
             capture.feed(piece)
-            if capture.total > DRAINED_BYTES:
+            if capture.total > MAX_DISCARDED_BYTES:
                 self.doom("output")
 
-    async def _listen(self) -> None:
-        """What the shell says of itself; an empty word when it can say no more."""
-        heard = b""
-        async for number, piece in self._door.frames():
-            if number == STDOUT:
-                *words, heard = (heard + piece).split(b"\0")
-                for word in words:
-                    self._said.put_nowait(word)
-                if len(heard) > 1 << 16:
-                    break
-        self._said.put_nowait(b"")
+    async def _read_reports(self) -> None:
+        """Queue the shell's reports; an empty one when no more can come."""
+        incomplete = b""
+        async for number, piece in self._reporter.frames():
+            if number != STDOUT:
+                continue
+            *reports, incomplete = (incomplete + piece).split(b"\0")
+            for report in reports:
+                self._reports.put_nowait(report)
+            if len(incomplete) > MAX_REPORT_BYTES:
+                break
+        self._reports.put_nowait(b"")
+
+
+def _retrieve_exception(task: asyncio.Task) -> None:
+    """Mark an exception as seen: asyncio would log it when nobody waits for the task."""
+    if not task.cancelled():
+        task.exception()

@@ -1,13 +1,12 @@
-"""The network of a container, from outside: the guard of host/egress.py in its network namespace.
+"""Guards in the networks of containers: what is refused is recorded, what is granted is relayed.
 
-A container of ours has nothing but its loopback (network_mode none). A thread of this process steps
-into that namespace, makes the guard's sockets there and ends; a socket stays where it was made, so
-the process itself never leaves its own network. One more thread serves the guards of all
-containers, however busy the event loops are; what is granted is handed to the container's loop,
-which makes the outer connection.
+A container has no network device but its loopback. A guard (host/egress.py) is put into its network
+namespace, as into that of an embedded sandbox. One more thread serves the guards of all
+containers, however busy the event loops are; granted connections go to the container's event loop,
+which connects to the outside.
 
-It takes root on the engine's own machine, and a runtime whose containers use the kernel's network.
-What is missing is told by `obstacle`.
+This needs root on the engine's own machine, and a runtime whose containers use the kernel's
+network; `obstacle` says what is missing.
 """
 
 import asyncio
@@ -24,84 +23,106 @@ from typing import TypeVar
 from envs.rock.config import Denial, SandboxConfig
 from envs.rock.errors import SandboxClosedError, SandboxError
 from envs.rock.host import linux
-from envs.rock.host.egress import Grant, Guard
-from envs.rock.wire.forwarding import MAX_CONNECTIONS, Ways
+from envs.rock.host.egress import Grant, Guard, Way
+from envs.rock.wire.forwarding import MAX_CONNECTIONS, Connections
 
 log = logging.getLogger("rock.docker")
 T = TypeVar("T")
-RUNC = (
+# Runtimes whose processes are processes of this machine's kernel.
+HOST_KERNEL_RUNTIMES = (
     "runc",
     "crun",
     "io.containerd.runc.v2",
     "io.containerd.runtime.v1.linux",
-)  # runtimes whose processes are this kernel's
+)
 
 
 def obstacle(runtime: str) -> str:
-    """Why no guard can be put into a container's network; "" where one can be tried."""
-    if runtime not in RUNC:
-        return f"runtime {runtime!r} has a network of its own inside, which nobody outside sees"
-    return (
-        ""
-        if os.geteuid() == 0
-        else "only root can enter a container's network, and this process is not root"
-    )
+    """Return why no guard can be put into a container's network; "" where one can be tried."""
+    if runtime not in HOST_KERNEL_RUNTIMES:
+        return (
+            f"runtime {runtime!r} has a network of its own inside, which cannot be watched from"
+            " outside"
+        )
+    if os.geteuid() != 0:
+        return "only root can enter a container's network, and this process is not root"
+    return ""
 
 
 class ContainerNetwork:
-    """One container's guard and the ways that it lets out.
+    """One container's guard and the connections that it grants.
 
-    Make it in a thread (it waits for the kernel), with the event loop of the sandbox.
-
-    Raises: SandboxError where the namespace cannot be entered or guarded.
+    Create it in a thread, since it waits for the kernel. `close`, and the relays, belong to the
+    event loop of the sandbox.
     """
 
     def __init__(
         self, pid: int, container: str, config: SandboxConfig, loop: asyncio.AbstractEventLoop
     ):
-        self._loop, self._label = loop, config.label
+        """Put a guard into a container's network.
+
+        Args:
+          pid: a process of the container, as this machine counts processes.
+          container: the engine's id of it.
+          config: with the egress policy.
+          loop: the sandbox's.
+
+        Raises:
+          SandboxError: the network cannot be entered or guarded.
+        """
+        self._loop = loop
+        self._label = config.label
         self._lock = threading.Lock()
-        self._closed, self._handing_over, self._told = False, 0, 0
-        self._ways = Ways(_no_way_in, config.label)
+        self._closed = False
+        self._handing_over = 0  # connections on their way to the event loop
+        self._last_count = 0
+        self._connections = Connections(_no_way_in, config.label)
         grants = [Grant(*grant) for grant in config.grants()]
-        self._guard = _inside(pid, container, lambda: _switch_ipv6_on() or Guard(grants))
-        _watchman().add(self, self._guard.descriptors())
+
+        def make_guard() -> Guard:
+            _enable_ipv6()
+            return Guard(grants)
+
+        self._guard = _in_network_of(pid, container, make_guard)
+        _guard_thread().add(self, self._guard.descriptors())
 
     def serve(self, descriptor: int) -> None:
-        """In the watchman's thread."""
+        """Handle what the guard has received, in the guards' thread."""
         with self._lock:
             if not self._closed:
-                self._let_out(self._guard.serve(descriptor))
+                self._relay_all(self._guard.serve(descriptor))
 
     async def count(self) -> int:
-        """Attempts until now that were denied."""
+        """Return how many attempts were refused until now."""
         await asyncio.to_thread(self._catch_up)
-        return self._guard.denials() + len(self._ways.denials)
+        return self._guard.denials() + len(self._connections.denials)
 
-    async def since_last_told(self) -> int:
-        """Those that this did not return before."""
+    async def denials_since_last_call(self) -> int:
+        """Return how many attempts were refused since this was last called."""
         count = await self.count()
-        self._told, before = count, self._told
-        return max(0, count - before)
+        new = count - self._last_count
+        self._last_count = count
+        return max(0, new)
 
     async def denials(self) -> list[Denial]:
+        """Return the recorded attempts, oldest first."""
         await asyncio.to_thread(self._catch_up)
-        return sorted(
-            [Denial(*record, self._label) for record in self._guard.records] + self._ways.denials
-        )
+        records = [Denial(*record, self._label) for record in self._guard.records]
+        return sorted(records + self._connections.denials)
 
     async def adopt(self, other: "ContainerNetwork") -> None:
-        """What was tried in the container of a verifier was tried by the sandbox; the verifier's
-        result has told of it.
+        """Take over the denials of a verifier's container, which count as this sandbox's.
+
+        The verifier's own result has reported their number already.
         """
         denials = await other.denials()
-        self._ways.denials += denials
-        self._told += len(denials)
+        self._connections.denials += denials
+        self._last_count += len(denials)
 
     def close(self) -> None:
-        """On the sandbox's loop. What was seen stays to be asked for."""
-        self._ways.close()
-        _watchman().remove(self._guard.descriptors())
+        """Remove the guard and cut all connections; recorded denials stay readable."""
+        self._connections.close()
+        _guard_thread().remove(self._guard.descriptors())
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -110,37 +131,35 @@ class ContainerNetwork:
     def _catch_up(self) -> None:
         with self._lock:
             if not self._closed:
-                self._let_out(self._guard.catch_up())
+                self._relay_all(self._guard.catch_up())
 
-    def _let_out(self, connections: list) -> None:
+    def _relay_all(self, connections: list[tuple[Way, socket.socket]]) -> None:
         for way, connection in connections:
-            if (
-                self._handing_over >= MAX_CONNECTIONS
-            ):  # the loop is busy, and an agent must not fill this process with sockets meanwhile
+            if self._handing_over >= MAX_CONNECTIONS:
+                # The loop is busy. An agent must not fill this process with sockets meanwhile.
                 connection.close()
                 continue
             self._handing_over += 1
             try:
-                self._loop.call_soon_threadsafe(self._take, way, connection)
+                self._loop.call_soon_threadsafe(self._take_over, way, connection)
             except RuntimeError:  # the loop is closed
                 connection.close()
 
-    def _take(self, way: tuple, connection: socket.socket) -> None:
+    def _take_over(self, way: Way, connection: socket.socket) -> None:
         self._handing_over -= 1
         if self._closed:
             connection.close()
         else:
-            self._ways.let_out(*way, connection)
+            self._connections.relay_outbound(*way, connection)
 
 
-def _switch_ipv6_on() -> None:
-    """Docker switches it off where there is no network, and then what is tried over it is not seen.
+def _enable_ipv6() -> None:
+    """Switch on IPv6, so that attempts over it are seen; Docker switches it off without a network.
 
-    (/proc/sys/net is that of the thread's namespace.)
+    /proc/sys/net is that of the thread's namespace. On a kernel without IPv6, or one that does not
+    allow the change, IPv6 leads nowhere.
     """
-    with contextlib.suppress(
-        OSError
-    ):  # a kernel without it, or one that lets nobody: it leads nowhere then
+    with contextlib.suppress(OSError):
         for name in ("all", "lo"):
             pathlib.Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("0")
 
@@ -149,50 +168,55 @@ async def _no_way_in(port: int) -> socket.socket:
     raise SandboxError(f"port {port}: a container's ports are reached by an exec")
 
 
-def _inside(pid: int, container: str, work: Callable[[], T]) -> T:
-    """What `work` returns when it is done in the network namespace of process `pid`, which must be
-    of that container and must not be our own.
-    """
-    outcome: list = []
+def _in_network_of(pid: int, container: str, work: Callable[[], T]) -> T:
+    """Run `work` in the network namespace of a container's process and return its result.
 
-    def step_in() -> None:
+    It runs in a thread of its own, which ends there: no other work is ever done in that namespace
+    by mistake.
+
+    Raises:
+      SandboxError: the process is not of that container, or its network is this process's own.
+    """
+    results: list[T] = []
+    errors: list[OSError | SandboxError] = []
+
+    def enter_and_work() -> None:
         try:
             with open(f"/proc/{pid}/ns/net") as namespace:
-                # Looked at after the open: a process id that has passed to another process is
-                # noticed.
-                if container not in pathlib.Path(f"/proc/{pid}/cgroup").read_text():
-                    raise SandboxClosedError(
-                        f"process {pid} is not of the container; does the engine run in another pid"
-                        " namespace than this process?"
-                    )
-                if os.fstat(namespace.fileno()).st_ino == os.stat("/proc/self/ns/net").st_ino:
-                    raise SandboxError("the container has this machine's own network")
+                _check_namespace(pid, container, namespace.fileno())
                 linux.setns(namespace.fileno(), linux.CLONE_NEWNET)
-            outcome.append(work())
+            results.append(work())
         except (OSError, SandboxError) as error:
-            outcome.append(error)
+            errors.append(error)
 
-    thread = threading.Thread(
-        target=step_in, name="rock-docker-namespace"
-    )  # its own, which ends there: no other work is ever done in a namespace by mistake
+    thread = threading.Thread(target=enter_and_work, name="rock-docker-namespace")
     thread.start()
     thread.join()
-    if isinstance(outcome[0], OSError):
-        raise SandboxError(f"the container's network cannot be guarded: {outcome[0]}") from outcome[
-            0
-        ]
-    if isinstance(outcome[0], SandboxError):
-        raise outcome[0]
-    return outcome[0]
+    for error in errors:
+        if isinstance(error, OSError):
+            raise SandboxError(f"the container's network cannot be guarded: {error}") from error
+        raise error
+    return results[0]
 
 
-class _Watchman:
+def _check_namespace(pid: int, container: str, namespace: int) -> None:
+    # This is checked after the open: a process id that passed to another process is noticed.
+    if container not in pathlib.Path(f"/proc/{pid}/cgroup").read_text():
+        raise SandboxClosedError(
+            f"process {pid} is not of the container; does the engine run in another pid namespace"
+            " than this process?"
+        )
+    if os.fstat(namespace).st_ino == os.stat("/proc/self/ns/net").st_ino:
+        raise SandboxError("the container has this machine's own network")
+
+
+class _GuardThread:
     """The thread that serves all guards of this process."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._poll = select.epoll()
         self._networks: dict[int, ContainerNetwork] = {}
-        threading.Thread(target=self._watch, name="rock-docker-network", daemon=True).start()
+        threading.Thread(target=self._serve, name="rock-docker-network", daemon=True).start()
 
     def add(self, network: ContainerNetwork, descriptors: list[int]) -> None:
         for descriptor in descriptors:
@@ -200,37 +224,40 @@ class _Watchman:
             self._poll.register(descriptor, select.EPOLLIN)
 
     def remove(self, descriptors: list[int]) -> None:
-        """Before they are closed: their numbers may be another's then."""
+        """Stop serving descriptors; call this before they are closed and their numbers reused."""
         for descriptor in descriptors:
             if self._networks.pop(descriptor, None):
                 self._poll.unregister(descriptor)
 
-    def _watch(self) -> None:
+    def _serve(self) -> None:
         while True:
             for descriptor, _ in self._poll.poll():
-                if network := self._networks.get(descriptor):
-                    try:
-                        network.serve(descriptor)
-                    except Exception as error:
-                        log.error("the guard of a container failed", exc_info=error)
-                        self.remove([descriptor])
+                network = self._networks.get(descriptor)
+                if network is None:
+                    continue
+                try:
+                    network.serve(descriptor)
+                except Exception as error:
+                    log.error("the guard of a container failed", exc_info=error)
+                    self.remove([descriptor])
 
 
-_the_watchman: _Watchman | None = None
+_the_guard_thread: _GuardThread | None = None
 _lock = threading.Lock()
 
 
-def _watchman() -> _Watchman:
-    global _the_watchman
+def _guard_thread() -> _GuardThread:
+    global _the_guard_thread
     with _lock:
-        if _the_watchman is None:
-            _the_watchman = _Watchman()
-        return _the_watchman
+        if _the_guard_thread is None:
+            _the_guard_thread = _GuardThread()
+        return _the_guard_thread
 
 
 def _forget_after_fork() -> None:
-    global _the_watchman, _lock
-    _the_watchman, _lock = None, threading.Lock()
+    global _the_guard_thread, _lock
+    _the_guard_thread = None
+    _lock = threading.Lock()
 
 
 os.register_at_fork(after_in_child=_forget_after_fork)

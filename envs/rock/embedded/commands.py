@@ -1,43 +1,34 @@
-"""What an embedded sandbox runs, seen from outside: a job (one command, perhaps in the background)
-and a session (a shell that lives on).
-"""
+"""Jobs and sessions of an embedded sandbox."""
 
 import asyncio
 import contextlib
-import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import functools
 
+from envs.rock.backend import Job, Session, reason_not_executable, refused_result
 from envs.rock.config import CommandResult
-from envs.rock.errors import SandboxClosedError, SandboxError, SandboxStartError
-from envs.rock.sandbox import Job, Session
+from envs.rock.embedded.channel import REPLY_GRACE_SECONDS, HolderChannel, Reply, reply_within
+from envs.rock.embedded.output import Output, memory_file
+from envs.rock.errors import SandboxClosedError, SandboxStartError
 
-if TYPE_CHECKING:
-    from envs.rock.embedded.sandbox import EmbeddedSandbox
-
-REPLY_GRACE = 30.0  # seconds beyond its own time limit in which a holder must answer
-DRAINED_BYTES = (
-    64 << 20
-)  # what a command may write beyond max_output_bytes, unread, before it is killed
-MAX_COMMAND_BYTES = 100_000  # one argument of a program can have 128 KiB
+MAX_ERROR_CHARACTERS = 500  # of what a command that did not start wrote
 
 
 class EmbeddedJob(Job):
+    """A command in a process of its own."""
+
     def __init__(
         self,
-        sandbox: "EmbeddedSandbox",
+        channel: HolderChannel,
         identity: int,
-        reply: asyncio.Future,
-        outputs: "list[Output]",
+        reply: asyncio.Future[Reply],
+        outputs: list[Output],
         timeout: float,
     ):
-        self._sandbox, self.identity, self._reply, self._outputs, self._timeout = (
-            sandbox,
-            identity,
-            reply,
-            outputs,
-            timeout,
-        )
+        self._channel = channel
+        self._identity = identity
+        self._reply = reply
+        self._outputs = outputs
+        self._timeout = timeout
         self._result: CommandResult | None = None
 
     @property
@@ -46,195 +37,170 @@ class EmbeddedJob(Job):
 
     async def wait(self) -> CommandResult:
         if self._result is None:
-            reply = await within(
-                asyncio.shield(self._reply), self._timeout + REPLY_GRACE, "no answer to a command"
+            seconds = self._timeout + REPLY_GRACE_SECONDS
+            reply = await reply_within(
+                asyncio.shield(self._reply), seconds, "no answer to a command"
             )
             if self._result is None:  # else another waiter was first
-                try:
-                    self._result = result_of(reply, self._outputs)
-                finally:
-                    for output in self._outputs:
-                        output.close()
+                self._result = self._take_result(reply)
         return self._result
 
+    async def wait_or_kill(self) -> CommandResult:
+        """Wait for the end; kill the command if the waiting task is cancelled."""
+        try:
+            return await self.wait()
+        except asyncio.CancelledError:
+            self._channel.kill_without_reply(self._identity)
+            raise
+
     async def interrupt(self) -> None:
-        await self._sandbox._request({"op": "interrupt", "target": self.identity}, (), REPLY_GRACE)
+        if self.running:
+            await self._channel.request({"op": "interrupt", "target": self._identity})
 
     async def kill(self) -> CommandResult:
-        self._sandbox._end_unheard(self.identity)
+        self._channel.kill_without_reply(self._identity)
         return await self.wait()
+
+    def _take_result(self, reply: Reply) -> CommandResult:
+        try:
+            return _to_result(reply, self._outputs)
+        finally:
+            for output in self._outputs:
+                output.close()
 
 
 class EmbeddedSession(Session):
-    def __init__(self, sandbox: "EmbeddedSandbox", name: int, outputs: "list[Output]"):
-        self._sandbox, self._name, self._outputs = sandbox, name, outputs
+    """A shell that the holder keeps running and tells one command after the other."""
+
+    def __init__(
+        self, channel: HolderChannel, name: int, outputs: list[Output], default_timeout: float
+    ):
+        self._channel = channel
+        self._name = name
+        self._outputs = outputs
+        self._default_timeout = default_timeout
         self._turn = asyncio.Lock()
-        self._current: int | None = None
+        self._current: int | None = None  # the running command's request number
+        for output in outputs:
+            output.on_flood = self._kill_current
 
     async def run(self, command: str, timeout: float | None = None) -> CommandResult:
-        if refusal := unspeakable(command):
-            return CommandResult("", refusal, 126, False, False, 0.0)
-        timeout = self._sandbox.config.timeout if timeout is None else timeout
+        if refusal := reason_not_executable(command):
+            return refused_result(refusal)
+        seconds = self._default_timeout if timeout is None else timeout
         async with self._turn:
-            self._check_open()
-            with contextlib.ExitStack() as cleanup:
-                text = memory_file(command.encode(errors="replace"), cleanup)
-                self._current, answer = self._sandbox._send(
-                    {"op": "tell", "session": self._name, "timeout": timeout}, (text,)
-                )
-            try:
-                reply = await within(
-                    answer, timeout + REPLY_GRACE, "no answer to a session's command"
-                )
-            except asyncio.CancelledError:
-                self._sandbox._end_unheard(self._current)
-                raise
-            finally:
-                self._current = None
+            if self.ended:
+                raise SandboxClosedError("the session's shell has ended; create another session")
+            reply = await self._tell(command, seconds)
             self.ended = bool(reply.get("shell_ended", "error" in reply))
             if "error" in reply:
                 raise SandboxClosedError(f"{reply['error']}; create another session")
-            return result_of(reply, self._outputs)
+            return _to_result(reply, self._outputs)
 
     async def interrupt(self) -> None:
         if self._current is not None:
-            await self._sandbox._request(
-                {"op": "interrupt", "target": self._current}, (), REPLY_GRACE
-            )
+            await self._channel.request({"op": "interrupt", "target": self._current})
 
     async def close(self) -> None:
         if not self.ended:
             self.ended = True
             with contextlib.suppress(SandboxClosedError):
-                await self._sandbox._request(
-                    {"op": "close_session", "session": self._name}, (), REPLY_GRACE
-                )
+                await self._channel.request({"op": "close_session", "session": self._name})
         for output in self._outputs:
             output.close()
 
-    def _check_open(self) -> None:
-        if self.ended:
-            raise SandboxClosedError("the session's shell has ended; create another session")
-
-    def _flooded(self) -> None:
-        if self._current is not None:
-            self._sandbox._end_unheard(self._current)
-
-
-class Output:
-    """The reading end of one stream: keeps the first `limit` bytes of a command, reads on without
-    keeping, reports a flood.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, limit: int):
-        self._loop, self._limit = loop, limit
-        self.on_flood: Callable[[], None] = lambda: None
-        self._read_end, self.write_end = os.pipe()
-        os.set_blocking(self._read_end, False)
-        self._data, self._dropped, self.flooded = bytearray(), 0, False
-        loop.add_reader(self._read_end, self._read)
-
-    def take(self) -> tuple[str, int, bool]:
-        """(text, bytes that were cut, whether it was a flood) of what was written so far.
-
-        Whoever wrote it may have ended: it is in the pipe.
-        """
-        while self._read_end is not None and self._dropped <= DRAINED_BYTES and self._read():
-            pass
-        taken = bytes(self._data).decode(errors="replace"), self._dropped, self.flooded
-        self._data, self._dropped, self.flooded = bytearray(), 0, False
-        return taken
-
-    def _read(self) -> bool:
+    async def _tell(self, command: str, timeout: float) -> Reply:
+        """Give the shell a command and wait for the holder's report of its end."""
+        with contextlib.ExitStack() as cleanup:
+            text = memory_file(command.encode(errors="replace"), cleanup)
+            request = {"op": "tell", "session": self._name, "timeout": timeout}
+            self._current, reply = self._channel.send(request, (text,))
         try:
-            piece = os.read(self._read_end, 1 << 16)
-        except BlockingIOError:
-            return False
-        if not piece:
-            self.close()
-            return False
-        kept = piece[: self._limit - len(self._data)]
-        self._data += kept
-        self._dropped += len(piece) - len(kept)
-        if self._dropped > DRAINED_BYTES and not self.flooded:
-            self.flooded = True
-            self.on_flood()
-        return True
+            return await reply_within(
+                reply, timeout + REPLY_GRACE_SECONDS, "no answer to a session's command"
+            )
+        except asyncio.CancelledError:
+            self._kill_current()
+            raise
+        finally:
+            self._current = None
 
-    @property
-    def closed(self) -> bool:
-        return self._read_end is None
-
-    def close_write_end(self) -> None:
-        if self.write_end is not None:
-            os.close(self.write_end)
-            self.write_end = None
-
-    def close(self) -> None:
-        self.close_write_end()
-        if self._read_end is not None:
-            self._loop.remove_reader(self._read_end)
-            os.close(self._read_end)
-            self._read_end = None
+    def _kill_current(self) -> None:
+        if self._current is not None:
+            self._channel.kill_without_reply(self._current)
 
 
-def result_of(reply: dict, outputs: list[Output]) -> CommandResult:
-    """A holder's last word on a command, with what was written.
+def start_job(
+    channel: HolderChannel, request: dict, contents: list[bytes], timeout: float
+) -> EmbeddedJob:
+    """Start a command, or a verifier's script.
 
-    SandboxStartError for one that never began.
+    Args:
+      channel: to the sandbox's holder.
+      request: "op" and its arguments.
+      contents: what the holder reads: the command's text, or the script and its files.
+      timeout: seconds.
     """
-    (stdout, cut_out, flood_out), (stderr, cut_err, flood_err) = (
-        output.take() for output in outputs
-    )
+    with contextlib.ExitStack() as cleanup:
+        inputs = [memory_file(content, cleanup) for content in contents]
+        outputs = [channel.open_output(), channel.open_output()]
+        identity, reply = channel.send(
+            request | {"timeout": timeout}, (*write_ends(outputs), *inputs)
+        )
+    for output in outputs:
+        output.close_write_end()
+        output.on_flood = functools.partial(channel.kill_without_reply, identity)
+    return EmbeddedJob(channel, identity, reply, outputs, timeout)
+
+
+async def start_session(
+    channel: HolderChannel, environment: dict[str, str], default_timeout: float
+) -> EmbeddedSession:
+    """Start a shell.
+
+    Raises:
+      SandboxStartError: the holder refuses, for example because too many sessions are open.
+    """
+    outputs = [channel.open_output(), channel.open_output()]
+    request = {"op": "session", "env": environment}
+    reply = await channel.request(request, write_ends(outputs))
+    for output in outputs:
+        output.close_write_end()
+    if "error" in reply:
+        for output in outputs:
+            output.close()
+        raise SandboxStartError(reply["error"])
+    return EmbeddedSession(channel, reply["session"], outputs, default_timeout)
+
+
+def write_ends(outputs: list[Output]) -> tuple[int, ...]:
+    """Return the descriptors that a command writes to."""
+    return tuple(output.write_end for output in outputs if output.write_end is not None)
+
+
+def _to_result(reply: Reply, outputs: list[Output]) -> CommandResult:
+    """Combine the holder's report of a command's end with what the command wrote.
+
+    Raises:
+      SandboxStartError: the command never began.
+    """
+    stdout, stderr = (output.take() for output in outputs)
     if failure := reply.get("failure") or reply.get("error"):
-        raise SandboxStartError(f"{failure} {stderr.strip()[-500:]}".strip())
-    limits = tuple(
-        "output" if name == "killed" and (flood_out or flood_err) else name
-        for name in reply["limits"]
-    )
-    cut = (cut_out, cut_err)
+        written = stderr.text.strip()[-MAX_ERROR_CHARACTERS:]
+        raise SandboxStartError(f"{failure} {written}".strip())
+    limits = tuple(reply["limits"])
+    if stdout.flooded or stderr.flooded:
+        # The kill was ours: say what the reason was.
+        limits = tuple("output" if name == "killed" else name for name in limits)
+    cut = (stdout.dropped, stderr.dropped)
     return CommandResult(
-        stdout,
-        stderr,
-        reply["exit_code"],
-        "timeout" in limits,
-        any(cut),
-        reply["seconds"],
-        limits,
-        reply["denials"],
-        cut,
+        stdout=stdout.text,
+        stderr=stderr.text,
+        exit_code=reply["exit_code"],
+        timed_out="timeout" in limits,
+        truncated=any(cut),
+        seconds=reply["seconds"],
+        limits_hit=limits,
+        network_denials=reply["denials"],
+        cut=cut,
     )
-
-
-async def within(future: asyncio.Future, seconds: float, what: str) -> dict:
-    try:
-        async with asyncio.timeout(
-            seconds
-        ):  # not wait_for, which loses a cancellation that comes with the answer
-            return await future
-    except TimeoutError:
-        raise SandboxError(f"{what} within {seconds:.0f} s") from None
-
-
-def unspeakable(command: str) -> str:
-    """Why this command cannot be passed to a program at all; "" if it can."""
-    if "\0" in command:
-        return "bash: the command contains a NUL character\n"
-    size = len(command.encode(errors="replace"))
-    return (
-        f"bash: the command has {size} bytes, the limit is {MAX_COMMAND_BYTES}; write a file in"
-        " parts\n"
-        if size > MAX_COMMAND_BYTES
-        else ""
-    )
-
-
-def memory_file(content: bytes, cleanup: contextlib.ExitStack) -> int:
-    """A descriptor to read `content` from, that was never a file anywhere."""
-    descriptor = os.memfd_create("rock", os.MFD_CLOEXEC)
-    cleanup.callback(os.close, descriptor)
-    view = memoryview(content)
-    while view:
-        view = view[os.write(descriptor, view) :]
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    return descriptor

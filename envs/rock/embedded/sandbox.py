@@ -1,245 +1,155 @@
-"""The embedded backend: a sandbox whose holder (host/) runs on this machine, as a descendant of
-this process, and ends with it at the latest.
+"""The embedded backend: sandboxes made by the kernel of this machine, without a daemon.
+
+Each sandbox has a holder (host/holder.py), a descendant of this process that ends with it at the
+latest. The tier is "namespaces", or "landlock" where the machine refuses namespaces and the config
+allows the weaker tier.
 """
 
 import asyncio
-import contextlib
-import errno
 import os
 import socket
-import stat
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 
+from envs.rock.backend import (
+    Backend,
+    Snapshot,
+    check_verifier_files,
+    reason_not_executable,
+    refused_result,
+)
 from envs.rock.config import Address, CommandResult, Denial, FileEntry, SandboxConfig, SandboxStatus
 from envs.rock.embedded import zygote_client
-from envs.rock.embedded.commands import (
-    REPLY_GRACE,
-    EmbeddedJob,
-    EmbeddedSession,
-    Output,
-    memory_file,
-    unspeakable,
-    within,
-)
+from envs.rock.embedded.channel import HolderChannel, not_running
+from envs.rock.embedded.commands import EmbeddedJob, EmbeddedSession, start_job, start_session
+from envs.rock.embedded.files import file_error, file_error_of, list_directory, write_all
+from envs.rock.embedded.probe import probe
 from envs.rock.errors import (
     IsolationError,
-    SandboxClosedError,
     SandboxError,
     SandboxFileError,
     SandboxStartError,
 )
-from envs.rock.host.holder import parse, receive, send
-from envs.rock.host.linux import FIRST_PASSED_FD, open_beneath
-from envs.rock.sandbox import MAX_LISTED, PIECE_BYTES, Sandbox, Snapshot, check_verifier_files
-from envs.rock.tiers import probe
-from envs.rock.wire.forwarding import Ways
+from envs.rock.host.linux import FIRST_PASSED_FD
+from envs.rock.tiers import TierReport
+from envs.rock.transfer import PIECE_BYTES
+from envs.rock.wire.forwarding import Connections
 
 SNAPSHOT_SECONDS = 300.0
-
-_FILE_REASONS = {
-    "ENOENT": "missing",
-    "EXDEV": "outside",
-    "ELOOP": "outside",
-    "EINVAL": "not_regular",
-    "ENXIO": "not_regular",
-    "EISDIR": "not_regular",
-    "ENOTDIR": "missing",
-    "ENOSPC": "no_space",
-    "EDQUOT": "no_space",
-    "EFBIG": "no_space",
+_VERIFIER_ENVIRONMENT = {
+    "PATH": "/usr/bin:/bin",
+    "HOME": "/nonexistent",
+    "LANG": "C.UTF-8",
+    "PYTHONSAFEPATH": "1",
+    "PYTHONNOUSERSITE": "1",
+    "PYTHONDONTWRITEBYTECODE": "1",
 }
 
 
-class EmbeddedSandbox(Sandbox):
-    """See Sandbox.
+class EmbeddedSnapshot(Snapshot):
+    """A directory of files that lives until `delete` or until this process ends.
 
-    Tiers: namespaces, or landlock where the machine refuses those and the config allows it.
+    The sandboxes that start from it share a user id on the host, and nothing else.
     """
 
-    def __init__(self, config: SandboxConfig = SandboxConfig(), snapshot: Snapshot | None = None):
+    def __init__(self, path: str, tier: str | None):
+        self.path = path
+        self.tier = tier
+
+    async def delete(self) -> None:
+        await asyncio.to_thread(zygote_client.ask, {"op": "forget_snapshot", "path": self.path})
+
+
+class EmbeddedBackend(Backend):
+    """A sandbox of this machine's kernel. See Backend."""
+
+    def __init__(self, config: SandboxConfig, snapshot: Snapshot | None = None):
         super().__init__(config, snapshot)
-        if snapshot is not None and not isinstance(snapshot, EmbeddedSnapshot):
-            raise SandboxError(
-                "an embedded sandbox starts from an EmbeddedSnapshot, not from"
-                f" {type(snapshot).__name__}"
-            )
-        self._channel = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._replies: dict[int, asyncio.Future] = {}
-        self._gone: asyncio.Future | None = None
-        self._last_id = 0
-        self._turn = asyncio.Lock()
-        self._outputs: list[Output] = []
-        self._ways = Ways(self._connect_inside, config.label)
+        self._snapshot = _require_embedded(snapshot)
+        self._channel: HolderChannel | None = None
+        self._slot = -1  # the number of its directory and user id, as the zygote counts them
+        self._turn = asyncio.Lock()  # of execute and verify: one after the other
+        self._connections = Connections(self._connect_inside, config.label)
+
+    # -- start and end
 
     async def start(self) -> None:
         if self._channel is not None:
             raise SandboxError("this sandbox is started already")
         report = await asyncio.to_thread(probe, self.config.isolation, self.config.tier)
         report.require(self.config.isolation)
-        if self.config.egress and report.tier == "landlock":
-            raise IsolationError(
-                f"egress={self.config.egress}: the landlock tier refuses all sockets of a network"
-                " and can grant none; leave egress empty, or use a machine that gives the"
-                " namespaces tier"
-            )
-        if image := self.config.image if not self._snapshot else None:
-            from envs.rock.images import (
-                local,
-            )  # here, since few sandboxes have an image, and all wait for the imports
-
-            await asyncio.to_thread(local.check, image)
-        if self._snapshot and self._snapshot.tier != report.tier:
-            raise SandboxStartError(
-                f"the snapshot is of tier {self._snapshot.tier}, and this sandbox would be of tier"
-                f" {report.tier}"
-            )
-        self._loop = asyncio.get_running_loop()
-        async with zygote_client.start_gate:
-            self._channel = zygote_client.create(
-                zygote_client.spec(self.config, report.tier, self._snapshot and self._snapshot.path)
-            )
-            self._gone = self._loop.create_future()
-            ready = self._replies[0] = self._loop.create_future()
-            self._loop.add_reader(self._channel, self._receive)
-            try:
-                reply = await within(ready, self.config.start_timeout, "the sandbox did not start")
-                if "error" in reply:
-                    raise SandboxStartError(reply["error"])
-                if report.guarantees & {"memory"} and not reply["cgroups"]:
-                    raise SandboxStartError("the sandbox started without its cgroups")
-            except BaseException:
-                self._disconnect()
-                raise
-        self.tier, self.guarantees, self.workspace, self._slot = (
-            report.tier,
-            report.guarantees,
-            reply["workspace"],
-            reply["slot"],
-        )
+        self._check_egress(report)
+        image = None if self._snapshot else self.config.image
         if image:
-            try:
-                await local.bring(self, image)
-            except BaseException as error:
-                await asyncio.shield(self.stop())
-                if isinstance(error, SandboxFileError):
-                    raise SandboxStartError(
-                        f"the files of image {image} do not fit in: {error}"
-                    ) from error
-                raise
-
-    async def commit(self, image: str) -> None:
-        from envs.rock.images import local
-
-        await local.keep(self, image)
+            await _require_image(image)
+        self._check_snapshot(report)
+        async with zygote_client.start_gate:
+            ready = await self._start_holder(report)
+        self.tier = report.tier
+        self.guarantees = report.guarantees
+        self.workspace = ready["workspace"]
+        self._slot = ready["slot"]
+        if image:
+            await self._load_image(image)
 
     async def stop(self) -> None:
-        if self._channel is None or self._channel.fileno() < 0:
+        if self._channel is None:
             return
-        with contextlib.suppress(OSError):
-            self._channel.shutdown(
-                1
-            )  # SHUT_WR: the holder reads the end, and closes when nothing is left
         try:
-            await within(asyncio.shield(self._gone), REPLY_GRACE, "the sandbox did not end")
+            await self._channel.shut_down()
         finally:
-            self._disconnect()
+            self._connections.close()
+
+    def is_alive(self) -> bool:
+        return self._channel is not None and self._channel.alive
+
+    async def get_status(self) -> SandboxStatus:
+        reply = await self._open_channel().request({"op": "status"})
+        denials = reply["network_denials"]
+        if denials is not None:
+            denials += len(self._connections.denials)
+        return SandboxStatus(
+            memory_bytes=reply.get("memory_bytes"),
+            pids=reply.get("pids"),
+            cpu_seconds=reply["cpu_seconds"],
+            disk_bytes=reply["disk_bytes"],
+            inodes=reply["inodes"],
+            commands=reply["commands"],
+            sessions=reply["sessions"],
+            network_denials=denials,
+        )
+
+    async def denials(self) -> list[Denial]:
+        reply = await self._open_channel().request({"op": "denials"})
+        seen_inside = [
+            Denial(time, protocol, destination, port, self.config.label)
+            for time, protocol, destination, port in reply["denials"]
+        ]
+        return sorted(seen_inside + self._connections.denials)
+
+    # -- commands
 
     async def execute(
         self, command: str, timeout: float | None = None, env: Mapping[str, str] | None = None
     ) -> CommandResult:
-        if refusal := unspeakable(command):
-            return CommandResult("", refusal, 126, False, False, 0.0)
-        async with self._turn:  # one after the other
-            return await self._to_its_end(await self.spawn(command, timeout, env))
+        if refusal := reason_not_executable(command):
+            return refused_result(refusal)
+        async with self._turn:
+            job = self._start_command(command, timeout, env)
+            return await job.wait_or_kill()
 
     async def spawn(
         self, command: str, timeout: float | None = None, env: Mapping[str, str] | None = None
     ) -> EmbeddedJob:
-        if refusal := unspeakable(command):
+        if refusal := reason_not_executable(command):
             raise ValueError(refusal.strip())
-        return self._start(
-            {"op": "run", "env": self._environment(env)},
-            [command.encode(errors="replace")],
-            timeout,
-        )
+        return self._start_command(command, timeout, env)
 
     async def create_session(self, env: Mapping[str, str] | None = None) -> EmbeddedSession:
-        outputs = [self._output() for _ in range(2)]
-        request = {"op": "session", "env": self._environment(env)}
-        reply = await self._request(
-            request, tuple(output.write_end for output in outputs), REPLY_GRACE
-        )
-        for output in outputs:
-            output.close_write_end()
-        if "error" in reply:
-            for output in outputs:
-                output.close()
-            raise SandboxStartError(reply["error"])
-        session = EmbeddedSession(self, reply["session"], outputs)
-        for output in outputs:
-            output.on_flood = session._flooded
-        return session
+        channel = self._open_channel()
+        return await start_session(channel, self._environment(env), self.config.timeout)
 
-    async def snapshot(self) -> "EmbeddedSnapshot":
-        self._check_open()
-        place = await asyncio.to_thread(
-            zygote_client.ask, {"op": "make_snapshot", "of": self._slot}
-        )
-        if "error" in place:
-            raise SandboxError(place["error"])
-        snapshot = EmbeddedSnapshot(place["path"], self.tier)
-        directory = os.open(snapshot.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            reply = await self._request({"op": "snapshot"}, (directory,), SNAPSHOT_SECONDS)
-            if "error" in reply:
-                raise SandboxError(f"no snapshot: {reply['error']}")
-        except BaseException:
-            await snapshot.delete()
-            raise
-        finally:
-            os.close(directory)
-        return snapshot
-
-    async def restore(self, snapshot: Snapshot) -> None:
-        await self.stop()
-        last_id = self._last_id
-        self.__init__(self.config, snapshot)
-        self._last_id = last_id  # sessions and jobs of before must not be taken for later ones
-        await self.start()
-
-    async def get_status(self) -> SandboxStatus:
-        reply = await self._request({"op": "status"}, (), REPLY_GRACE)
-        if reply["network_denials"] is not None:
-            reply["network_denials"] += len(self._ways.denials)
-        return SandboxStatus(**{name: reply.get(name) for name in SandboxStatus._fields})
-
-    async def denials(self) -> list[Denial]:
-        reply = await self._request({"op": "denials"}, (), REPLY_GRACE)
-        return sorted(
-            [Denial(*fields, self.config.label) for fields in reply["denials"]] + self._ways.denials
-        )
-
-    async def expose_port(self, port: int) -> Address:
-        if not 0 < port < 1 << 16:
-            raise ValueError(f"port {port} is not between 1 and 65535")
-        if self.tier == "landlock":
-            raise SandboxError(
-                "the landlock tier has no network of its own, so nothing can listen in it; the"
-                " namespaces tier has one"
-            )
-        self._check_open()
-        return await self._ways.expose(port)
-
-    async def _connect_inside(self, port: int) -> socket.socket:
-        """The holder, which is in the sandbox's network, makes the connection."""
-        reply = await self._request({"op": "connect", "port": port}, (), REPLY_GRACE)
-        if "error" in reply:
-            raise SandboxError(reply["error"])
-        return socket.socket(fileno=reply["descriptors"][0])
-
-    def is_alive(self) -> bool:
-        return self._channel is not None and self._channel.fileno() >= 0 and not self._gone.done()
+    async def kill_all(self) -> None:
+        await self._open_channel().request({"op": "kill"})
 
     async def verify(
         self,
@@ -250,46 +160,69 @@ class EmbeddedSandbox(Sandbox):
     ) -> CommandResult:
         files = files or {}
         check_verifier_files(files)
-        # The script's own descriptor is closed first: what it runs would inherit it.
-        contents = [f"exec {FIRST_PASSED_FD}<&-; {script}".encode(), b"".join(files.values())]
-        environment = {
-            "PATH": "/usr/bin:/bin",
-            "HOME": "/nonexistent",
-            "LANG": "C.UTF-8",
-            "PYTHONSAFEPATH": "1",
-            "PYTHONNOUSERSITE": "1",
-            "PYTHONDONTWRITEBYTECODE": "1",
+        # The script's own descriptor is closed first: programs that it runs would inherit it.
+        text = f"exec {FIRST_PASSED_FD}<&-; {script}".encode()
+        request = {
+            "op": "verify",
+            "files": [(name, len(content)) for name, content in files.items()],
+            "env": _VERIFIER_ENVIRONMENT,
+            "keep": keep,
         }
-        sizes = [(name, len(content)) for name, content in files.items()]
+        contents = [text, b"".join(files.values())]
         async with self._turn:
-            return await self._to_its_end(
-                self._start(
-                    {"op": "verify", "files": sizes, "env": environment, "keep": keep},
-                    contents,
-                    timeout,
-                )
+            job = start_job(self._open_channel(), request, contents, self._timeout(timeout))
+            return await job.wait_or_kill()
+
+    async def expose_port(self, port: int) -> Address:
+        if not 0 < port < 1 << 16:
+            raise ValueError(f"port {port} is not between 1 and 65535")
+        if self.tier == "landlock":
+            raise SandboxError(
+                "the landlock tier has no network of its own, so nothing can listen in it; the"
+                " namespaces tier has one"
             )
+        self._open_channel()
+        return await self._connections.expose(port)
 
-    async def kill_all(self) -> None:
-        await self._request({"op": "kill"}, (), REPLY_GRACE)
+    # -- copies of the files
 
-    async def write_stream(
-        self, path: str, pieces: AsyncIterator[bytes], mode: int = 0o644
-    ) -> None:
-        descriptor = await self._open(self._relative_file(path), "write", mode)
+    async def snapshot(self) -> EmbeddedSnapshot:
+        channel = self._open_channel()
+        place = await asyncio.to_thread(
+            zygote_client.ask, {"op": "make_snapshot", "of": self._slot}
+        )
+        if "error" in place:
+            raise SandboxError(place["error"])
+        snapshot = EmbeddedSnapshot(place["path"], self.tier)
+        directory = os.open(snapshot.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            async for piece in pieces:
-                view = memoryview(piece)
-                while view:
-                    view = view[os.write(descriptor, view) :]
-        except OSError as error:
-            raise _file_error(
-                errno.errorcode.get(error.errno, ""), f"{path}: {error.strerror}"
-            ) from error
+            reply = await channel.request({"op": "snapshot"}, (directory,), SNAPSHOT_SECONDS)
+            if "error" in reply:
+                raise SandboxError(f"no snapshot: {reply['error']}")
+        except BaseException:
+            await snapshot.delete()
+            raise
         finally:
-            os.close(descriptor)
+            os.close(directory)
+        return snapshot
 
-    async def read_stream(self, path: str) -> AsyncIterator[bytes]:
+    async def restore(self, snapshot: Snapshot) -> None:
+        files = _require_embedded(snapshot)
+        await self.stop()
+        self._snapshot = files
+        self._channel = None
+        self._turn = asyncio.Lock()
+        self._connections = Connections(self._connect_inside, self.config.label)
+        await self.start()
+
+    async def commit(self, image: str) -> None:
+        from envs.rock.images import local  # here: it imports much, and few sandboxes need it
+
+        await local.commit(self, image)
+
+    # -- files
+
+    async def read_stream(self, path: str) -> AsyncGenerator[bytes, None]:
         descriptor = await self._open(self._relative_file(path), "read")
         try:
             while piece := os.read(descriptor, PIECE_BYTES):
@@ -297,181 +230,117 @@ class EmbeddedSandbox(Sandbox):
         finally:
             os.close(descriptor)
 
-    async def list_files(self, path: str = ".") -> list[FileEntry]:
-        descriptor = await self._open(self._relative(path) or ".", "list")
+    async def write_stream(
+        self, path: str, pieces: AsyncIterator[bytes], mode: int = 0o644
+    ) -> None:
+        descriptor = await self._open(self._relative_file(path), "write", mode)
         try:
-            return await asyncio.to_thread(_list, descriptor)
+            async for piece in pieces:
+                write_all(descriptor, piece)
         except OSError as error:
-            raise _file_error(
-                errno.errorcode.get(error.errno, ""), f"{path}: {error.strerror}"
-            ) from error
+            raise file_error(error, path) from error
         finally:
             os.close(descriptor)
 
-    async def _open(self, path: str, purpose: str, mode: int = 0) -> int:
-        reply = await self._request(
-            {"op": "open", "path": path, "purpose": purpose, "mode": mode}, (), REPLY_GRACE
-        )
-        if "error" in reply:
-            raise _file_error(reply["errno"], f"{path}: {reply['error']}")
-        return reply["descriptors"][0]
-
-    def _start(self, request: dict, contents: list[bytes], timeout: float | None) -> EmbeddedJob:
-        timeout = self.config.timeout if timeout is None else timeout
-        self._check_open()
-        with contextlib.ExitStack() as cleanup:
-            inputs = [memory_file(content, cleanup) for content in contents]
-            outputs = [self._output() for _ in range(2)]
-            identity, reply = self._send(
-                request | {"timeout": timeout}, (*(output.write_end for output in outputs), *inputs)
-            )
-        for output in outputs:
-            output.close_write_end()
-            output.on_flood = lambda: self._end_unheard(identity)
-        return EmbeddedJob(self, identity, reply, outputs, timeout)
-
-    async def _to_its_end(self, job: EmbeddedJob) -> CommandResult:
+    async def list_files(self, path: str = ".") -> list[FileEntry]:
+        descriptor = await self._open(self._relative(path) or ".", "list")
         try:
-            return await job.wait()
-        except asyncio.CancelledError:
-            self._end_unheard(job.identity)  # its caller gave up: the command must not run on
+            return await asyncio.to_thread(list_directory, descriptor)
+        except OSError as error:
+            raise file_error(error, path) from error
+        finally:
+            os.close(descriptor)
+
+    # -- steps of the above
+
+    def _check_egress(self, report: TierReport) -> None:
+        if self.config.egress and report.tier == "landlock":
+            raise IsolationError(
+                f"egress={self.config.egress}: the landlock tier refuses all sockets of a network"
+                " and can grant none; leave egress empty, or use a machine that gives the"
+                " namespaces tier"
+            )
+
+    def _check_snapshot(self, report: TierReport) -> None:
+        if self._snapshot and self._snapshot.tier != report.tier:
+            raise SandboxStartError(
+                f"the snapshot is of tier {self._snapshot.tier}, and this sandbox would be of tier"
+                f" {report.tier}"
+            )
+
+    async def _start_holder(self, report: TierReport) -> dict:
+        """Start the holder; return its first message, with the workspace and the slot."""
+        assert report.tier is not None
+        snapshot = self._snapshot.path if self._snapshot else None
+        connection = zygote_client.create(zygote_client.spec(self.config, report.tier, snapshot))
+        channel = HolderChannel(
+            connection, self.config.max_output_bytes, self._connections.relay_outbound
+        )
+        self._channel = channel
+        try:
+            ready = await channel.wait_ready(self.config.start_timeout)
+            if "error" in ready:
+                raise SandboxStartError(ready["error"])
+            if "memory" in report.guarantees and not ready["cgroups"]:
+                raise SandboxStartError("the sandbox started without its cgroups")
+        except BaseException:
+            self._connections.close()
+            channel.close()
+            raise
+        return ready
+
+    async def _load_image(self, image: str) -> None:
+        from envs.rock.images import local
+
+        try:
+            await local.load(self, image)
+        except BaseException as error:
+            await asyncio.shield(self.stop())
+            if isinstance(error, SandboxFileError):
+                raise SandboxStartError(
+                    f"the files of image {image} do not fit in: {error}"
+                ) from error
             raise
 
-    def _output(self) -> Output:
-        output = Output(self._loop, self.config.max_output_bytes)
-        self._outputs = [one for one in self._outputs if not one.closed] + [output]
-        return output
+    def _start_command(
+        self, command: str, timeout: float | None, env: Mapping[str, str] | None
+    ) -> EmbeddedJob:
+        request = {"op": "run", "env": self._environment(env)}
+        text = command.encode(errors="replace")
+        return start_job(self._open_channel(), request, [text], self._timeout(timeout))
 
-    def _end_unheard(self, identity: int) -> None:
-        """Kill that command, without waiting for the answer."""
-        with contextlib.suppress(SandboxClosedError):
-            _, answer = self._send({"op": "end", "target": identity}, ())
-            answer.cancel()
+    async def _open(self, path: str, purpose: str, mode: int = 0) -> int:
+        """Return a descriptor that the holder opened, to "read", "write" or "list"."""
+        request = {"op": "open", "path": path, "purpose": purpose, "mode": mode}
+        reply = await self._open_channel().request(request)
+        if "error" in reply:
+            raise file_error_of(reply["errno"], f"{path}: {reply['error']}")
+        return reply["descriptors"][0]
 
-    def _send(self, request: dict, descriptors: tuple[int, ...]) -> tuple[int, asyncio.Future]:
-        """(the request's number, its answer)."""
-        self._check_open()
-        self._last_id += 1
-        identity = self._last_id
-        answer = self._loop.create_future()
-        answer.add_done_callback(
-            lambda done: done.cancelled() or done.exception()
-        )  # nobody may be waiting: that is no error of its own
-        try:
-            send(self._channel, request | {"id": identity}, descriptors)
-        except OSError as error:
-            raise SandboxClosedError(f"the sandbox's process is gone: {error}") from error
-        self._replies[identity] = answer
-        return identity, answer
+    async def _connect_inside(self, port: int) -> socket.socket:
+        """Connect to a port of the sandbox; the holder does it, being in the same network."""
+        reply = await self._open_channel().request({"op": "connect", "port": port})
+        if "error" in reply:
+            raise SandboxError(reply["error"])
+        return socket.socket(fileno=reply["descriptors"][0])
 
-    async def _request(self, request: dict, descriptors: tuple[int, ...], timeout: float) -> dict:
-        _, answer = self._send(request, descriptors)
-        return await within(answer, timeout, f"no answer to {request['op']}")
-
-    def _check_open(self) -> None:
-        if not self.is_alive():
-            raise SandboxClosedError(
-                "the sandbox is not running: it was not started, was stopped, or its process died"
-            )
-        if asyncio.get_running_loop() is not self._loop:
-            raise SandboxError(
-                "a sandbox is used from the event loop that started it; from elsewhere use"
-                " envs.rock.sync.run"
-            )
-
-    def _receive(self) -> None:
-        """The event loop calls this when the holder said something."""
-        try:
-            data, descriptors = receive(self._channel)
-        except BlockingIOError:
-            return
-        except OSError:
-            data, descriptors = b"", []
-        reply = parse(data) | {"descriptors": descriptors}
-        if "way" in reply:
-            if descriptors:  # else this process had none left
-                self._ways.let_out(*reply["way"], socket.socket(fileno=descriptors[0]))
-            return
-        waiting = self._replies.pop(reply.get("id"), None)
-        if waiting is not None and not waiting.done():
-            waiting.set_result(reply)
-            return
-        for descriptor in descriptors:
-            os.close(descriptor)
-        if not data:
-            self._loop.remove_reader(self._channel)
-            self._end_waiting()
-
-    def _disconnect(self) -> None:
-        """Let go of the channel; whoever still waits for a reply is told."""
-        self._ways.close()
-        if self._channel.fileno() >= 0:
-            self._loop.remove_reader(self._channel)
-            self._channel.close()
-        self._end_waiting()
-        for output in self._outputs:
-            output.close()
-
-    def _end_waiting(self) -> None:
-        if not self._gone.done():
-            self._gone.set_result(None)
-        for future in self._replies.values():
-            if not future.done():
-                future.set_exception(
-                    SandboxClosedError("the sandbox ended in the middle of a request")
-                )
+    def _open_channel(self) -> HolderChannel:
+        """Return the channel, or raise if the sandbox does not run."""
+        if self._channel is None:
+            raise not_running()
+        self._channel.check_open()
+        return self._channel
 
 
-class EmbeddedSnapshot(Snapshot):
-    """It lives until `delete` or until this process ends.
-
-    The sandboxes that start from it share a user id on the host, and nothing else.
-    """
-
-    def __init__(self, path: str, tier: str):
-        self.path, self.tier = path, tier
-
-    async def delete(self) -> None:
-        await asyncio.to_thread(zygote_client.ask, {"op": "forget_snapshot", "path": self.path})
+def _require_embedded(snapshot: Snapshot | None) -> EmbeddedSnapshot | None:
+    if snapshot is None or isinstance(snapshot, EmbeddedSnapshot):
+        return snapshot
+    raise SandboxError(
+        f"an embedded sandbox starts from an EmbeddedSnapshot, not from {type(snapshot).__name__}"
+    )
 
 
-def _list(directory: int) -> list[FileEntry]:
-    """Everything below a directory, never through a link: each directory is opened beneath the
-    first one, whatever is moved meanwhile.
-    """
-    found, left = [], [""]
-    while left:
-        path = left.pop()
-        with contextlib.ExitStack() as cleanup:
-            descriptor = open_beneath(
-                directory, path or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-            )
-            cleanup.callback(os.close, descriptor)
-            entries = cleanup.enter_context(os.scandir(descriptor))
-            for entry in entries:
-                if len(found) >= MAX_LISTED:
-                    raise SandboxFileError("too_large", f"there are more than {MAX_LISTED} files")
-                try:
-                    status = entry.stat(follow_symlinks=False)
-                except FileNotFoundError:
-                    continue  # removed meanwhile
-                inner = f"{path}{entry.name}"
-                kind = (
-                    "directory"
-                    if stat.S_ISDIR(status.st_mode)
-                    else (
-                        "file"
-                        if stat.S_ISREG(status.st_mode)
-                        else "link"
-                        if stat.S_ISLNK(status.st_mode)
-                        else "special"
-                    )
-                )
-                found.append(FileEntry(inner, kind, status.st_size, stat.S_IMODE(status.st_mode)))
-                if kind == "directory":
-                    left.append(f"{inner}/")
-    return found
+async def _require_image(image: str) -> None:
+    from envs.rock.images import local
 
-
-def _file_error(code: str, message: str) -> SandboxFileError:
-    return SandboxFileError(_FILE_REASONS.get(code, "denied"), message)
+    await asyncio.to_thread(local.require, image)

@@ -1,10 +1,6 @@
-"""The manager's end of the zygote (host/zygote.py): one for each process, started on first use,
-from any thread.
-"""
+"""This process's end of the zygote (host/zygote.py), which starts on first use, from any thread."""
 
-import asyncio
 import atexit
-import collections
 import os
 import pathlib
 import socket
@@ -15,86 +11,36 @@ import threading
 
 from envs.rock.config import SandboxConfig
 from envs.rock.errors import SandboxStartError
-from envs.rock.host.holder import parse, receive, send
+from envs.rock.gate import Gate
+from envs.rock.host.messages import parse, receive, send
 
 _BOOT = (
     "import sys; sys.path.insert(0, sys.argv[1]); from host import zygote;"
     " zygote.main(int(sys.argv[2]), int(sys.argv[3]))"
 )
-_HERE = str(pathlib.Path(__file__).parents[1])
+_ROCK = str(pathlib.Path(__file__).parents[1])  # the directory of the package `host`
+_INHERITED_VARIABLES = ("LD_LIBRARY_PATH",)
 _END_SECONDS = 10.0
 STARTS_AT_ONCE = 16
 
 
-class Gate:
-    """At most `width` inside at a time, counted over all event loops and threads."""
-
-    def __init__(self, width: int):
-        self._free, self._waiting, self._lock = width, collections.deque(), threading.Lock()
-
-    async def __aenter__(self) -> None:
-        with self._lock:
-            if self._free:
-                self._free -= 1
-                return
-            turn = asyncio.get_running_loop().create_future()
-            self._waiting.append(turn)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            with self._lock:
-                if turn in self._waiting:
-                    self._waiting.remove(turn)
-            if turn.done() and not turn.cancelled():  # the place was ours already: hand it on
-                self._leave()
-            raise
-
-    async def __aexit__(self, *_: object) -> None:
-        self._leave()
-
-    def _leave(self) -> None:
-        with self._lock:
-            while self._waiting:
-                turn = self._waiting.popleft()
-                try:
-                    turn.get_loop().call_soon_threadsafe(self._admit, turn)
-                    return
-                except RuntimeError:  # that loop is closed; nobody waits there any more
-                    continue
-            self._free += 1
-
-    def _admit(self, turn: asyncio.Future) -> None:
-        if turn.done():
-            self._leave()
-        else:
-            turn.set_result(None)
-
-
 class _Zygote:
-    """The child process and the socket that asks it for sandboxes."""
+    """The child process and the socket for requests to it."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.settimeout(_END_SECONDS)
-        # No preexec_fn, so Python uses vfork: a copy of this process's page tables would take
-        # longer than a sandbox. The environment is empty, so that no key of ours is in /proc of
-        # anything a sandbox descends from.
-        command = [
-            sys.executable,
-            "-I",
-            "-S",
-            "-c",
-            _BOOT,
-            _HERE,
-            str(theirs.fileno()),
-            str(os.getpid()),
-        ]
-        environment = {"TMPDIR": tempfile.gettempdir()} | {
-            name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ
-        }
+        boot = [sys.executable, "-I", "-S", "-c", _BOOT, _ROCK]
+        # The environment is almost empty, so that no key of ours is in /proc of any process that
+        # descends from it. There is no preexec_fn, so Python uses vfork: a copy of this process's
+        # page tables would take longer than the start of a sandbox.
+        environment = {"TMPDIR": tempfile.gettempdir()}
+        for name in _INHERITED_VARIABLES:
+            if name in os.environ:
+                environment[name] = os.environ[name]
         with theirs:
             self._process = subprocess.Popen(
-                command,
+                [*boot, str(theirs.fileno()), str(os.getpid())],
                 env=environment,
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
@@ -104,10 +50,11 @@ class _Zygote:
             )
 
     def alive(self) -> bool:
+        """Return whether the process runs."""
         return self._process.poll() is None
 
     def ask(self, request: dict) -> socket.socket:
-        """Send a request; the answer comes on the returned socket."""
+        """Send a request; return the socket on which the answer will come."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs:
@@ -120,6 +67,7 @@ class _Zygote:
         return ours
 
     def close(self) -> None:
+        """End the process and wait until it has ended its sandboxes."""
         self._control.close()
         try:
             self._process.wait(_END_SECONDS)
@@ -128,7 +76,13 @@ class _Zygote:
 
 
 def spec(config: SandboxConfig, tier: str, snapshot: str | None = None) -> dict:
-    """The request for one sandbox, in the zygote's terms."""
+    """Return the request to create a sandbox.
+
+    Args:
+      config: its limits.
+      tier: "namespaces" or "landlock".
+      snapshot: path of the snapshot to start from.
+    """
     return {
         "op": "create",
         "tier": tier,
@@ -149,7 +103,10 @@ _lock = threading.Lock()
 
 
 def create(spec: dict) -> socket.socket:
-    """Ask for a sandbox; its holder's first message on the returned socket says whether it stands."""
+    """Ask for a sandbox and return the socket to its holder.
+
+    The holder's first message says whether the sandbox stands.
+    """
     global _zygote
     with _lock:
         if _zygote is None or not _zygote.alive():
@@ -160,7 +117,11 @@ def create(spec: dict) -> socket.socket:
 
 
 def ask(request: dict) -> dict:
-    """A question to the zygote that runs, and its answer."""
+    """Ask the running zygote and return its answer.
+
+    Raises:
+      SandboxStartError: none runs, or it does not answer.
+    """
     with _lock:
         if _zygote is None:
             raise SandboxStartError("the sandbox host process has ended, and its snapshots with it")
@@ -168,15 +129,16 @@ def ask(request: dict) -> dict:
     with channel:
         channel.settimeout(_END_SECONDS)
         try:
-            return parse(receive(channel)[0])
+            data, _ = receive(channel)
         except TimeoutError:
             raise SandboxStartError(
                 f"the sandbox host process gave no answer within {_END_SECONDS:.0f} s"
             ) from None
+        return parse(data)
 
 
 def shut_down() -> None:
-    """End every sandbox of this process and wait for it. Registered for the interpreter's exit."""
+    """End every sandbox of this process and wait for it; the interpreter's exit calls this."""
     global _zygote
     with _lock:
         if _zygote is not None:
@@ -185,9 +147,11 @@ def shut_down() -> None:
 
 
 def _forget_after_fork() -> None:
-    """The parent's zygote is not the child's: a child process starts its own."""
+    """Let a child process start a zygote of its own: the parent's is not the child's."""
     global _zygote, _lock, start_gate
-    _zygote, _lock, start_gate = None, threading.Lock(), Gate(STARTS_AT_ONCE)
+    _zygote = None
+    _lock = threading.Lock()
+    start_gate = Gate(STARTS_AT_ONCE)
 
 
 atexit.register(shut_down)

@@ -1,89 +1,111 @@
-"""Memory, process and CPU limits of one sandbox, in cgroups version 1 or 2, below the group that
-this process is in.
+"""Memory, process and CPU limits of one sandbox, by cgroups of version 1 or 2.
 
-Nothing is moved but the sandbox's own processes, and the limits that the machine set on us stay
-above theirs.
+The groups lie below the group that this process is in. Only the sandbox's own processes are moved,
+so the limits that the machine set for this process also hold for them.
 """
 
 import os
 import signal
 
-PERIOD_US = 100_000
-NEEDED, WANTED = ("memory", "pids"), ("memory", "pids", "cpu")
+PERIOD_MICROSECONDS = 100_000
+MIN_QUOTA_MICROSECONDS = 1000  # the kernel's minimum
+NEEDED = ("memory", "pids")
+WANTED = ("memory", "pids", "cpu")
+
+Mount = tuple[str, str]  # (mount point, the group that is its root)
 
 
 class Place:
-    """Where groups can be made: controller -> parent directory. In version 2 all share one."""
+    """Where groups can be made.
+
+    Attributes:
+      version: of cgroups, 1 or 2.
+      parents: controller -> parent directory; in version 2 all have the same one.
+    """
 
     def __init__(self, version: int, parents: dict[str, str]):
-        self.version, self.parents = version, parents
+        self.version = version
+        self.parents = parents
 
 
 def find() -> tuple[Place | None, str]:
-    """Where memory and pids can be limited; None with the reason where they cannot."""
-    mounts, own = _mounts(), _own_paths()
+    """Find where memory and pids can be limited; return None and the reason if nowhere."""
+    mounts = _mounts()
+    groups = _own_groups()
     if all(name in mounts for name in NEEDED):
-        parents = {
-            name: _own_directory(mounts[name], own.get(name, "/"))
-            for name in WANTED
-            if name in mounts
-        }
-        parents = {name: path for name, path in parents.items() if os.access(path, os.W_OK)}
-        if all(name in parents for name in NEEDED):
-            return Place(1, parents), ""
-        return None, "the memory and pids cgroups (version 1) are not writable for this process"
-    if "cgroup2" not in mounts:
-        return None, "no cgroup file system with memory and pids controllers is mounted"
-    own_directory = _own_directory(mounts["cgroup2"], own.get("", "/"))
-    for parent in dict.fromkeys((own_directory, os.path.dirname(own_directory))):
-        enabled = _enable(parent) if parent.startswith(mounts["cgroup2"][0]) else []
+        return _find_version_1(mounts, groups)
+    if "cgroup2" in mounts:
+        return _find_version_2(mounts["cgroup2"], groups.get("", "/"))
+    return None, "no cgroup file system with memory and pids controllers is mounted"
+
+
+def _find_version_1(mounts: dict[str, Mount], groups: dict[str, str]) -> tuple[Place | None, str]:
+    parents = {}
+    for name in WANTED:
+        if name in mounts:
+            directory = _own_directory(mounts[name], groups.get(name, "/"))
+            if os.access(directory, os.W_OK):
+                parents[name] = directory
+    if all(name in parents for name in NEEDED):
+        return Place(1, parents), ""
+    return None, "the memory and pids cgroups (version 1) are not writable for this process"
+
+
+def _find_version_2(mount: Mount, group: str) -> tuple[Place | None, str]:
+    point, _ = mount
+    own = _own_directory(mount, group)
+    for parent in dict.fromkeys((own, os.path.dirname(own))):
+        enabled = _enable(parent) if parent.startswith(point) else []
         if all(name in enabled for name in NEEDED):
-            return Place(2, {name: parent for name in enabled}), ""
-    return (
-        None,
-        (
-            f"the cgroup {own_directory} (version 2) does not let this process limit memory and"
-            " pids below it"
-        ),
+            return Place(2, dict.fromkeys(enabled, parent)), ""
+    reason = (
+        f"the cgroup {own} (version 2) does not let this process limit memory and pids below it"
     )
+    return None, reason
 
 
-def _mounts() -> dict[str, tuple[str, str]]:
-    """Controller (or "cgroup2") -> (mount point, the group that is its root)."""
+def _mounts() -> dict[str, Mount]:
+    """Return where each controller of version 1, and "cgroup2", is mounted."""
     found = {}
     with open("/proc/self/mountinfo") as file:
         for line in file:
             before, _, after = line.partition(" - ")
             kind, _, options = after.split(" ", 2)
             fields = before.split()
+            mount = (fields[4], fields[3])
             if kind == "cgroup2":
-                found["cgroup2"] = (fields[4], fields[3])
+                found["cgroup2"] = mount
             elif kind == "cgroup":
-                found |= {
-                    name: (fields[4], fields[3])
-                    for name in options.strip().split(",")
-                    if name in WANTED
-                }
+                for name in options.strip().split(","):
+                    if name in WANTED:
+                        found[name] = mount
     return found
 
 
-def _own_paths() -> dict[str, str]:
-    """Controller -> this process's group; "" for version 2."""
+def _own_groups() -> dict[str, str]:
+    """Return this process's group for each controller; "" stands for version 2."""
+    groups = {}
     with open("/proc/self/cgroup") as file:
-        lines = [line.rstrip("\n").split(":", 2) for line in file]
-    return {name: path for _, names, path in lines for name in names.split(",")}
+        for line in file:
+            _, names, path = line.rstrip("\n").split(":", 2)
+            for name in names.split(","):
+                groups[name] = path
+    return groups
 
 
-def _own_directory(mount: tuple[str, str], path: str) -> str:
+def _own_directory(mount: Mount, group: str) -> str:
     point, root = mount
-    relative = os.path.relpath(path, root)
+    relative = os.path.relpath(group, root)
     directory = os.path.normpath(os.path.join(point, relative))
-    return directory if not relative.startswith("..") and os.path.isdir(directory) else point
+    if relative.startswith("..") or not os.path.isdir(directory):
+        return point
+    return directory
 
 
 def _enable(parent: str) -> list[str]:
-    """Version 2: the wanted controllers that children of `parent` can use, switched on where that
-    is allowed.
+    """Return the wanted controllers for children of a group of version 2.
+
+    Those that are not switched on for children yet are switched on where that is allowed.
     """
     try:
         with open(f"{parent}/cgroup.controllers") as file:
@@ -98,9 +120,8 @@ def _enable(parent: str) -> list[str]:
         if name in offered and name not in enabled:
             try:
                 _write(f"{parent}/cgroup.subtree_control", f"+{name}")
-            except (
-                OSError
-            ):  # EBUSY: `parent` itself holds processes; the caller tries the next place
+            except OSError:
+                # EBUSY: the group itself holds processes; the caller tries the next one.
                 continue
             enabled.append(name)
     return [name for name in WANTED if name in enabled]
@@ -112,50 +133,64 @@ def _write(path: str, value: object) -> None:
 
 
 def create(place: Place, name: str, memory_bytes: int, pids: int, cpus: float) -> list[str]:
-    """Make the group(s) of one sandbox with their limits set. All or nothing."""
+    """Make the groups of one sandbox, with their limits set, or none of them.
+
+    Args:
+      place: from `find`.
+      name: of the groups.
+      memory_bytes: of all processes together.
+      pids: processes and threads together.
+      cpus: processors' time a second.
+
+    Returns:
+      The directories of the groups.
+    """
     directories = [f"{parent}/{name}" for parent in dict.fromkeys(place.parents.values())]
     made = []
     try:
         for directory in directories:
             os.mkdir(directory)
             made.append(directory)
-        where = {controller: f"{parent}/{name}" for controller, parent in place.parents.items()}
-        _set_limits(place.version, where, memory_bytes, pids, cpus)
+        groups = {controller: f"{parent}/{name}" for controller, parent in place.parents.items()}
+        _limit_memory(place.version, groups["memory"], memory_bytes)
+        _write(f"{groups['pids']}/pids.max", pids)
+        if "cpu" in groups:
+            _limit_cpu(place.version, groups["cpu"], cpus)
     except OSError:
         remove(made)
         raise
     return directories
 
 
-def _set_limits(
-    version: int, where: dict[str, str], memory_bytes: int, pids: int, cpus: float
-) -> None:
-    memory = where["memory"]
+def _limit_memory(version: int, group: str, memory_bytes: int) -> None:
+    """Limit memory and allow no swap."""
     if version == 1:
-        _write(f"{memory}/memory.limit_in_bytes", memory_bytes)
-        if os.path.exists(f"{memory}/memory.memsw.limit_in_bytes"):
-            _write(
-                f"{memory}/memory.memsw.limit_in_bytes", memory_bytes
-            )  # memory and swap together: no swap
+        _write(f"{group}/memory.limit_in_bytes", memory_bytes)
+        memory_and_swap = f"{group}/memory.memsw.limit_in_bytes"
+        if os.path.exists(memory_and_swap):
+            _write(memory_and_swap, memory_bytes)
     else:
-        _write(f"{memory}/memory.max", memory_bytes)
-        if os.path.exists(f"{memory}/memory.swap.max"):
-            _write(f"{memory}/memory.swap.max", 0)
-    _write(f"{where['pids']}/pids.max", pids)
-    if "cpu" in where:
-        quota = max(1000, int(cpus * PERIOD_US))
-        if version == 1:
-            _write(f"{where['cpu']}/cpu.cfs_period_us", PERIOD_US)
-            _write(f"{where['cpu']}/cpu.cfs_quota_us", quota)
-        else:
-            _write(f"{where['cpu']}/cpu.max", f"{quota} {PERIOD_US}")
+        _write(f"{group}/memory.max", memory_bytes)
+        if os.path.exists(f"{group}/memory.swap.max"):
+            _write(f"{group}/memory.swap.max", 0)
 
 
+def _limit_cpu(version: int, group: str, cpus: float) -> None:
+    quota = max(MIN_QUOTA_MICROSECONDS, int(cpus * PERIOD_MICROSECONDS))
+    if version == 1:
+        _write(f"{group}/cpu.cfs_period_us", PERIOD_MICROSECONDS)
+        _write(f"{group}/cpu.cfs_quota_us", quota)
+    else:
+        _write(f"{group}/cpu.max", f"{quota} {PERIOD_MICROSECONDS}")
+
+
+# (file, key in it, name of the limit)
 _EVENTS = (
     ("memory.oom_control", b"oom_kill", "memory"),
     ("memory.events", b"oom_kill", "memory"),
     ("pids.events", b"max", "pids"),
 )
+# (file, name of the value)
 _USAGE = (
     ("memory.usage_in_bytes", "memory_bytes"),
     ("memory.current", "memory_bytes"),
@@ -164,36 +199,34 @@ _USAGE = (
 
 
 class Meters:
-    """What a sandbox uses and how often its limits struck, through descriptors that stay valid when
-    the files go out of sight.
+    """What a sandbox uses and how often its limits struck.
+
+    The files are opened at once: a holder cannot see them any more after it has entered its tier.
     """
 
     def __init__(self, directories: list[str]):
-        self._events = {
-            label: (_open(f"{directory}/{name}"), key)
-            for directory in directories
-            for name, key, label in _EVENTS
-            if os.path.exists(f"{directory}/{name}")
-        }
-        self._usage = {
-            label: _open(f"{directory}/{name}")
-            for directory in directories
-            for name, label in _USAGE
-            if os.path.exists(f"{directory}/{name}")
-        }
+        self._events: dict[str, tuple[int, bytes]] = {}
+        self._usage: dict[str, int] = {}
+        for directory in directories:
+            for file, key, name in _EVENTS:
+                path = f"{directory}/{file}"
+                if os.path.exists(path):
+                    self._events[name] = (_open(path), key)
+            for file, name in _USAGE:
+                path = f"{directory}/{file}"
+                if os.path.exists(path):
+                    self._usage[name] = _open(path)
 
     def events(self) -> dict[str, int]:
-        """Limit -> how often it struck."""
-        return {
-            label: _counter(os.pread(descriptor, 4096, 0), key)
-            for label, (descriptor, key) in self._events.items()
-        }
+        """Return how often each limit struck."""
+        counts = {}
+        for name, (descriptor, key) in self._events.items():
+            counts[name] = _counter(os.pread(descriptor, 4096, 0), key)
+        return counts
 
     def usage(self) -> dict[str, int]:
-        """memory_bytes and pids, as far as cgroups count them here."""
-        return {
-            label: int(os.pread(descriptor, 64, 0)) for label, descriptor in self._usage.items()
-        }
+        """Return memory_bytes and pids, as far as cgroups count them here."""
+        return {name: int(os.pread(descriptor, 64, 0)) for name, descriptor in self._usage.items()}
 
 
 def _open(path: str) -> int:
@@ -201,21 +234,25 @@ def _open(path: str) -> int:
 
 
 def _counter(text: bytes, key: bytes) -> int:
-    return next((int(line.split()[1]) for line in text.splitlines() if line.split()[0] == key), 0)
+    """Return the number after a key in lines of "KEY NUMBER"; 0 without one."""
+    for line in text.splitlines():
+        name, number, *_ = line.split()
+        if name == key:
+            return int(number)
+    return 0
 
 
 def remove(directories: list[str], kill: bool = False) -> list[str]:
-    """Remove groups; with `kill` their processes first.
+    """Remove groups, and kill their processes first if `kill`.
 
-    What still holds dying processes is returned, to be tried again.
+    Returns:
+      Those that still hold dying processes, to be tried again.
     """
     left = []
     for directory in directories:
         try:
             if kill:
-                with open(f"{directory}/cgroup.procs") as file:
-                    for pid in file.read().split():
-                        os.kill(int(pid), signal.SIGKILL)
+                _kill_members(directory)
             os.rmdir(directory)
         except (FileNotFoundError, ProcessLookupError):
             if os.path.isdir(directory):
@@ -223,3 +260,9 @@ def remove(directories: list[str], kill: bool = False) -> list[str]:
         except OSError:
             left.append(directory)
     return left
+
+
+def _kill_members(directory: str) -> None:
+    with open(f"{directory}/cgroup.procs") as file:
+        for pid in file.read().split():
+            os.kill(int(pid), signal.SIGKILL)

@@ -1,10 +1,9 @@
-"""The Landlock tier, inside a holder: for machines that refuse user namespaces (ordinary
-containers, Colab).
+"""The landlock tier, in a holder: for machines that refuse user namespaces, such as Colab.
 
-Landlock fences files, seccomp refuses sockets, rlimits bound each process, and as root every
+Landlock restricts files, seccomp refuses sockets, rlimits bound each process, and as root every
 sandbox has a user id of its own, by which all it left behind can be killed. There is no private
-/proc, no total memory limit without cgroups, and the disk limit is a watchdog's: envs.rock.tiers
-names what is missing.
+/proc, no total memory limit without cgroups, and the holder only checks the disk limit from time to
+time; envs.rock.tiers names what is missing.
 """
 
 import os
@@ -19,57 +18,47 @@ from .process import Started, start
 from .tree import copy_tree
 
 KILL_SECONDS = 10.0
+RESERVED_ADDRESS_BYTES = 2 << 30
+BLOCK_BYTES = 512  # the unit of st_blocks
+_COPIED = ("workspace", "tmp")
 
 
 class Tier:
-    """How a holder works in this tier; namespaces.Tier is its twin."""
+    """What a holder does differently in this tier; namespaces.Tier has the same methods."""
 
     watches_disk = True
-    guard = None  # no socket of a network can be made at all, and nothing is told of attempts
+    guard = None  # no network socket can be made at all, and attempts are not recorded
 
     def __init__(self, spec: dict, cgroup_entries: list[int]):
         self._spec = spec
         self._cgroup_entries = cgroup_entries
         self._own_uid = os.geteuid() == 0
         self._home = spec["directory"]
-        self.workspace, self._temporary, self._hidden = (
-            f"{self._home}/{name}" for name in ("workspace", "tmp", "verifier")
-        )
+        self.workspace = f"{self._home}/workspace"
+        self._temporary = f"{self._home}/tmp"
+        self._hidden = f"{self._home}/verifier"
 
     def set_up(self) -> int:
-        """Make the directories and the rules; returns a descriptor of the workspace."""
+        """Make the directories and the rules; return a descriptor of the workspace."""
+        owner = (self._spec["uid"], self._spec["gid"]) if self._own_uid else None
         for directory in (self.workspace, self._temporary):
             os.mkdir(directory, 0o700)
-            if self._own_uid:
-                os.chown(directory, self._spec["uid"], self._spec["gid"])
+            if owner:
+                os.chown(directory, *owner)
         os.mkdir(self._hidden, 0o755)
-        if self._spec["snapshot"]:
-            self._copy(
-                (self._spec["snapshot"], self._home),
-                (self._spec["uid"], self._spec["gid"]) if self._own_uid else None,
-            )
+        snapshot = self._spec["snapshot"]
+        if snapshot:
+            _copy(snapshot, self._home, owner)
         self._ruleset = landlock.ruleset((self.workspace, self._temporary), (self._hidden,))
-        self._filter = seccomp.build(
-            linux.ARCHITECTURE, network=False, own_processes=self._own_uid or landlock.abi() >= 6
-        )
+        own_processes = self._own_uid or landlock.abi() >= landlock.FIRST_ABI_WITH_SCOPES
+        self._filter = seccomp.build(linux.ARCHITECTURE, network=False, own_processes=own_processes)
         return os.open(self.workspace, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def copy_to(self, target: int) -> None:
-        """Copy workspace and temporary files into a directory."""
-        for name in ("workspace", "tmp"):
+        """Copy the workspace and the temporary files into a directory."""
+        for name in _COPIED:
             os.mkdir(name, 0o700, dir_fd=target)
-        self._copy((self._home, f"/proc/self/fd/{target}"), None)
-
-    def _copy(self, places: tuple[str, str], owner: tuple[int, int] | None) -> None:
-        for name in ("workspace", "tmp"):
-            source, target = (
-                os.open(f"{place}/{name}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                for place in places
-            )
-            try:
-                copy_tree(source, target, owner)
-            finally:
-                os.close(source), os.close(target)
+        _copy(self._home, f"/proc/self/fd/{target}", None)
 
     def start_agent(
         self,
@@ -77,10 +66,13 @@ class Tier:
         environment: dict,
         out: int,
         err: int,
-        prepare: Callable[[], None] = lambda: None,
+        prepare: Callable[[], None] | None = None,
     ) -> Started:
+        """Start a command; see namespaces.Tier.start_agent."""
+
         def become() -> None:
-            prepare()
+            if prepare:
+                prepare()
             self._become(arguments[0], arguments, environment)
 
         return self._start(become, out, err)
@@ -94,22 +86,19 @@ class Tier:
         err: int,
         keep: bool,
     ) -> Started:
-        """The grader.
+        """Start a verifier's script; see namespaces.Tier.start_verifier.
 
-        As root its bash is execute-only, so that its children cannot look into it (see
-        namespaces.py). What it writes is kept always.
+        Its bash is execute-only only as root. What it writes in the workspace always stays.
         """
         for name, content in files.items():
             linux.write_file(f"{self._hidden}/{name}", content)
         bash = self._spec["verifier_bash"] if self._own_uid else "/bin/bash"
+        arguments = ["bash", f"/proc/self/fd/{linux.FIRST_PASSED_FD}"]
+        variables = environment | {"VERIFIER_FILES": self._hidden}
 
         def become() -> None:
             os.dup2(script, linux.FIRST_PASSED_FD)
-            self._become(
-                bash,
-                ["bash", f"/proc/self/fd/{linux.FIRST_PASSED_FD}"],
-                environment | {"VERIFIER_FILES": self._hidden},
-            )
+            self._become(bash, arguments, variables)
 
         return self._start(become, out, err)
 
@@ -119,43 +108,42 @@ class Tier:
         return start(become, self._cgroup_entries, out, err)
 
     def _become(self, program: str | int, arguments: list[str], environment: dict) -> None:
-        """Fence this process and turn it into the command."""
+        """Restrict this process and turn it into the command."""
         os.chdir(self.workspace)
         self._limit_resources()
         if self._own_uid:
             os.setgroups([])
-            os.setresgid(*[self._spec["gid"]] * 3)
-            os.setresuid(*[self._spec["uid"]] * 3)
+            uid = self._spec["uid"]
+            gid = self._spec["gid"]
+            os.setresgid(gid, gid, gid)
+            os.setresuid(uid, uid, uid)
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
         landlock.restrict(self._ruleset)
         linux.install_filter(self._filter)
-        os.execve(
-            program, arguments, environment | {"HOME": self.workspace, "TMPDIR": self._temporary}
-        )
+        variables = environment | {"HOME": self.workspace, "TMPDIR": self._temporary}
+        os.execve(program, arguments, variables)
 
     def _limit_resources(self) -> None:
         memory = self._spec["memory_bytes"]
-        # DATA bounds heaps; AS, wider because threads and runtimes reserve address space that they
-        # never touch, the rest.
         linux.lower_limit(resource.RLIMIT_DATA, memory)
-        linux.lower_limit(resource.RLIMIT_AS, memory + (2 << 30))
-        linux.lower_limit(
-            resource.RLIMIT_NPROC,
-            self._spec["pids"] + (0 if self._own_uid else _processes_of(os.getuid())),
-        )
+        # Wider, since threads and runtimes reserve address space that they never touch.
+        linux.lower_limit(resource.RLIMIT_AS, memory + RESERVED_ADDRESS_BYTES)
+        others = 0 if self._own_uid else _count_processes(os.getuid())
+        linux.lower_limit(resource.RLIMIT_NPROC, self._spec["pids"] + others)
 
     def as_owner(self) -> "_Owner":
-        """Files are opened and made as the sandbox's id, never with root's rights."""
+        """Return a context in which files are opened and made as the sandbox's user."""
         return _Owner(self._spec["uid"], self._spec["gid"], self._own_uid)
 
     def finished(self) -> None:
-        """A command ended: hidden files go before the agent's next command can come."""
+        """Remove a verifier's files before the agent's next command can start."""
         for entry in os.scandir(self._hidden):
             os.unlink(entry.path)
 
     def kill_leftovers(self) -> int:
-        """Kill and collect every process of this sandbox, which lost its parent to us; returns how
-        many resisted.
+        """Kill and collect every process of this sandbox; return how many survived.
+
+        Processes that lost their parent are children of the holder.
         """
         deadline = time.monotonic() + KILL_SECONDS
         self._kill_all()
@@ -179,11 +167,12 @@ class Tier:
         linux.kill_trees(lambda: linux.descendants_of(set(linux.children_of(os.getpid()))))
 
     def close(self) -> None:
-        """Nothing is left: `kill_leftovers` came before."""
+        """Close the tier; nothing is left to do after `kill_leftovers`."""
 
     def usage(self) -> tuple[int, int]:
-        """(bytes, inodes) that the sandbox has on disk."""
-        total = count = 0
+        """Return the bytes and inodes that the sandbox has on disk."""
+        total = 0
+        count = 0
         counted: set[int] = set()  # a file of several names is one file
         pending = [self.workspace, self._temporary]
         while pending:
@@ -192,12 +181,13 @@ class Tier:
                     for entry in entries:
                         status = entry.stat(follow_symlinks=False)
                         count += 1
-                        total += 0 if status.st_ino in counted else status.st_blocks * 512
-                        counted.add(status.st_ino)
+                        if status.st_ino not in counted:
+                            total += status.st_blocks * BLOCK_BYTES
+                            counted.add(status.st_ino)
                         if stat.S_ISDIR(status.st_mode):
                             pending.append(entry.path)
             except OSError:
-                # it vanished, or an ordinary user may not look: the watchdog counts what it can see
+                # It vanished, or an ordinary user may not read it: count the rest.
                 continue
             if count > self._spec["inodes"]:
                 break
@@ -206,7 +196,8 @@ class Tier:
 
 class _Owner:
     def __init__(self, uid: int, gid: int, changes: bool):
-        self._ids, self._changes = (uid, gid), changes
+        self._ids = (uid, gid)
+        self._changes = changes
 
     def __enter__(self) -> None:
         if self._changes:
@@ -217,11 +208,28 @@ class _Owner:
             linux.set_filesystem_ids(0, 0)
 
 
-def _processes_of(uid: int) -> int:
+def _copy(source_home: str, target_home: str, owner: tuple[int, int] | None) -> None:
+    """Copy the workspace and the temporary files of one home into another."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    for name in _COPIED:
+        source = os.open(f"{source_home}/{name}", flags)
+        target = os.open(f"{target_home}/{name}", flags)
+        try:
+            copy_tree(source, target, owner)
+        finally:
+            os.close(source)
+            os.close(target)
+
+
+def _count_processes(uid: int) -> int:
+    """Return how many processes a user has."""
     count = 0
     for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
         try:
-            count += name.isdigit() and os.stat(f"/proc/{name}").st_uid == uid
+            if os.stat(f"/proc/{name}").st_uid == uid:
+                count += 1
         except FileNotFoundError:
             continue
     return count

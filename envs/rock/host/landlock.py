@@ -1,7 +1,7 @@
-"""Landlock: the file-system fence of the tier that needs no namespaces. ABI 1 (Linux 5.13) to 7.
+"""Landlock: the file-system rules of the tier that needs no namespaces.
 
-Read and execute below the system's program directories, everything below the workspace, a few
-devices; nothing else opens.
+Programs read and execute below the system's program directories, do everything below the workspace,
+and use a few devices; nothing else opens. ABI versions 1 (Linux 5.13) to 7 are supported.
 """
 
 import ctypes
@@ -9,13 +9,28 @@ import os
 
 from . import linux
 
-_EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
-_REFER, _TRUNCATE, _IOCTL_DEV = 1 << 13, 1 << 14, 1 << 15
+FIRST_ABI_WITH_NETWORK = 4
+FIRST_ABI_WITH_SCOPES = 6
+_EXECUTE = 1 << 0
+_WRITE_FILE = 1 << 1
+_READ_FILE = 1 << 2
+_READ_DIR = 1 << 3
+_MAKE_CHAR = 1 << 6
+_MAKE_BLOCK = 1 << 11
+_TRUNCATE = 1 << 14
+_IOCTL_DEV = 1 << 15
+_READ = _EXECUTE | _READ_FILE | _READ_DIR
+_USE_DEVICE = _READ_FILE | _WRITE_FILE | _TRUNCATE | _IOCTL_DEV
 _FILE_RIGHTS = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEV
-_MAKE_DEVICES = (1 << 6) | (1 << 11)
-_NET_BIND_TCP, _NET_CONNECT_TCP = 1, 2
-_SCOPE_ABSTRACT_UNIX, _SCOPE_SIGNAL = 1, 2
-_RULE_PATH_BENEATH, _VERSION_FLAG = 1, 1
+_NET_BIND_TCP = 1
+_NET_CONNECT_TCP = 2
+_SCOPE_ABSTRACT_UNIX = 1
+_SCOPE_SIGNAL = 2
+_RULE_PATH_BENEATH = 1
+_VERSION_FLAG = 1
+# The last right that each ABI version knows, as a bit number.
+_NEWEST_RIGHT = {1: 12, 2: 13, 3: 14, 4: 14}
+_NEWEST_RIGHT_FROM_ABI_5 = 15
 
 PROGRAMS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 SETTINGS = (
@@ -40,7 +55,7 @@ class _PathBeneath(ctypes.Structure):
 
 
 def abi() -> int:
-    """The kernel's Landlock version; 0 where it has none or hides it."""
+    """Return the kernel's Landlock version; 0 where it has none or hides it."""
     try:
         return linux.syscall(
             "landlock version", linux.SYS_LANDLOCK_CREATE, ctypes.c_void_p(0), 0, _VERSION_FLAG
@@ -50,40 +65,48 @@ def abi() -> int:
 
 
 def _file_rights(version: int) -> int:
-    """Every file-system right that this version knows.
+    """Return every file-system right that this version knows.
 
-    A right not handled would stay allowed everywhere.
+    A right that is not handled would stay allowed everywhere.
     """
-    newest = {1: 12, 2: 13, 3: 14, 4: 14}.get(version, 15)
+    newest = _NEWEST_RIGHT.get(version, _NEWEST_RIGHT_FROM_ABI_5)
     return (1 << (newest + 1)) - 1
 
 
 def ruleset(writable: tuple[str, ...], readable: tuple[str, ...]) -> int:
-    """A descriptor for `restrict`.
+    """Return the descriptor of a ruleset, for `restrict`.
 
-    Below the writable directories everything is allowed but making devices.
+    Args:
+      writable: directories below which everything is allowed but making devices.
+      readable: paths below which files are read and executed, beside PROGRAMS and SETTINGS.
+
+    Raises:
+      OSError: the kernel has no Landlock.
     """
     version = abi()
     if version < 1:
         raise OSError("this kernel offers no Landlock")
     handled = _file_rights(version)
-    attributes = _Ruleset(
-        handled,
-        _NET_BIND_TCP | _NET_CONNECT_TCP if version >= 4 else 0,
-        _SCOPE_ABSTRACT_UNIX | _SCOPE_SIGNAL if version >= 6 else 0,
-    )
-    size = 24 if version >= 6 else 16 if version >= 4 else 8
+    network = 0
+    scopes = 0
+    size = 8  # of struct landlock_ruleset_attr, as this version knows it
+    if version >= FIRST_ABI_WITH_NETWORK:
+        network = _NET_BIND_TCP | _NET_CONNECT_TCP
+        size = 16
+    if version >= FIRST_ABI_WITH_SCOPES:
+        scopes = _SCOPE_ABSTRACT_UNIX | _SCOPE_SIGNAL
+        size = 24
+    attributes = _Ruleset(handled, network, scopes)
     descriptor = linux.syscall(
         "landlock ruleset", linux.SYS_LANDLOCK_CREATE, ctypes.byref(attributes), size, 0
     )
     os.set_inheritable(descriptor, False)
-    read = _EXECUTE | _READ_FILE | _READ_DIR
     for path in PROGRAMS + SETTINGS + readable:
-        _allow(descriptor, path, read & handled)
+        _allow(descriptor, path, _READ & handled)
     for path in DEVICES:
-        _allow(descriptor, path, (_READ_FILE | _WRITE_FILE | _TRUNCATE | _IOCTL_DEV) & handled)
+        _allow(descriptor, path, _USE_DEVICE & handled)
     for path in writable:
-        _allow(descriptor, path, handled & ~_MAKE_DEVICES)
+        _allow(descriptor, path, handled & ~(_MAKE_CHAR | _MAKE_BLOCK))
     return descriptor
 
 
@@ -91,7 +114,7 @@ def _allow(descriptor: int, path: str, rights: int) -> None:
     try:
         parent = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except FileNotFoundError:
-        return  # what this system does not have cannot be read either
+        return  # this system does not have it
     try:
         if not os.path.isdir(path):
             rights &= _FILE_RIGHTS
@@ -109,5 +132,5 @@ def _allow(descriptor: int, path: str, rights: int) -> None:
 
 
 def restrict(descriptor: int) -> None:
-    """Fence the calling process and all it will start. Needs no_new_privs or root."""
+    """Apply a ruleset to this process and all that it starts; needs no_new_privs or root."""
     linux.syscall("landlock restrict", linux.SYS_LANDLOCK_RESTRICT, descriptor, 0)

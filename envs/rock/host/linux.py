@@ -1,7 +1,4 @@
-"""The few system calls that the standard library lacks, through ctypes.
-
-Linux on x86_64 and aarch64.
-"""
+"""System calls that the standard library lacks, through ctypes, on x86_64 and aarch64."""
 
 import ctypes
 import errno
@@ -17,41 +14,51 @@ from collections.abc import Callable
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
-CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = (
-    0x00020000,
-    0x02000000,
-    0x04000000,
-    0x08000000,
-)
-CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = (
-    1,
-    2,
-    4,
-    8,
-    4096,
-    16384,
-    1 << 18,
-)  # the first four are also mount_setattr's
-PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = (
-    1,
-    22,
-    24,
-    36,
-    38,
-)
-SYS_OPENAT2, SYS_MOUNT_SETATTR = 437, 442  # one number on every architecture, as all from 424 on
-SYS_LANDLOCK_CREATE, SYS_LANDLOCK_ADD, SYS_LANDLOCK_RESTRICT = 444, 445, 446
-SYS_PIVOT_ROOT, SYS_CAPSET = {"x86_64": (155, 126), "aarch64": (41, 91)}.get(
-    platform.machine(), (0, 0)
-)
-RESOLVE_NO_MAGICLINKS, RESOLVE_BENEATH = 0x02, 0x08
-AT_FDCWD, AT_RECURSIVE, MNT_DETACH = -100, 0x8000, 2
-SIOCSIFFLAGS, SIOCOUTQ, IFF_UP, SO_ATTACH_FILTER = 0x8914, 0x5411, 1, 26
-
-# descriptors handed to a new program lie from here on; a holder's own ones below
-FIRST_PASSED_FD = 80
 ARCHITECTURE = platform.machine()
+# Descriptors that are handed to a new program lie from here on; a holder's own ones lie below.
+FIRST_PASSED_FD = 80
+
+CLONE_NEWNS = 0x00020000
+CLONE_NEWCGROUP = 0x02000000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+# Flags of mount; the first four are mount_setattr's too.
+MS_RDONLY = 1
+MS_NOSUID = 2
+MS_NODEV = 4
+MS_NOEXEC = 8
+MS_BIND = 4096
+MS_REC = 16384
+MS_PRIVATE = 1 << 18
+PR_SET_PDEATHSIG = 1
+PR_SET_SECCOMP = 22
+PR_CAPBSET_DROP = 24
+PR_SET_CHILD_SUBREAPER = 36
+PR_SET_NO_NEW_PRIVS = 38
+# System calls from 424 on have the same number on every architecture.
+SYS_OPENAT2 = 437
+SYS_MOUNT_SETATTR = 442
+SYS_LANDLOCK_CREATE = 444
+SYS_LANDLOCK_ADD = 445
+SYS_LANDLOCK_RESTRICT = 446
+SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}.get(ARCHITECTURE, 0)
+SYS_CAPSET = {"x86_64": 126, "aarch64": 91}.get(ARCHITECTURE, 0)
+RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_BENEATH = 0x08
+AT_FDCWD = -100
+AT_RECURSIVE = 0x8000
+MNT_DETACH = 2
+SECCOMP_MODE_FILTER = 2
+SIOCSIFFLAGS = 0x8914
+SIOCOUTQ = 0x5411
+IFF_UP = 1
+SO_ATTACH_FILTER = 26
+MAX_OPEN_ATTEMPTS = 100
+_BYTES_PER_INSTRUCTION = 8
+_CAPABILITY_VERSION_3 = 0x20080522
 
 
 class _OpenHow(ctypes.Structure):
@@ -70,21 +77,24 @@ def _check(result: int, what: str) -> int:
 
 
 def unshare(flags: int) -> None:
+    """Move this process into new namespaces (CLONE_NEW...)."""
     _check(_libc.unshare(ctypes.c_int(flags)), "unshare")
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
-    encode = lambda text: None if text is None else os.fsencode(text)
+    """Mount a file system of type `kind`, or with None change or bind an existing mount."""
     result = _libc.mount(
-        encode(source), encode(target), encode(kind), ctypes.c_ulong(flags), encode(data)
+        os.fsencode(source),
+        os.fsencode(target),
+        None if kind is None else os.fsencode(kind),
+        ctypes.c_ulong(flags),
+        None if data is None else os.fsencode(data),
     )
     _check(result, f"mount {source} on {target}")
 
 
 def restrict_mount(path: str, flags: int, recursive: bool = False) -> None:
-    """Add MS_RDONLY, MS_NOSUID, ... to the mount at `path` (and those below it), keeping what it
-    has.
-    """
+    """Add flags such as MS_RDONLY to a mount, and with `recursive` to all mounts below it."""
     attributes = (ctypes.c_uint64 * 4)(flags, 0, 0, 0)
     syscall(
         f"mount_setattr {path}",
@@ -98,6 +108,7 @@ def restrict_mount(path: str, flags: int, recursive: bool = False) -> None:
 
 
 def pivot_root(new: str, old: str) -> None:
+    """Make `new` the root of this mount namespace and move the old root to `old`."""
     syscall(
         "pivot_root",
         SYS_PIVOT_ROOT,
@@ -107,16 +118,17 @@ def pivot_root(new: str, old: str) -> None:
 
 
 def detach(path: str) -> None:
-    """Unmount it and all below it as soon as nobody uses it; it is out of sight at once."""
+    """Take a mount and all below it out of sight, and unmount it when its last user is gone."""
     _check(_libc.umount2(os.fsencode(path), ctypes.c_int(MNT_DETACH)), f"umount {path}")
 
 
 def setns(descriptor: int, kind: int) -> None:
+    """Move this thread into the namespace that a descriptor of /proc/PID/ns stands for."""
     _check(_libc.setns(ctypes.c_int(descriptor), ctypes.c_int(kind)), "setns")
 
 
 def drop_bounding_set() -> None:
-    """No program that this process or its children execute gets a capability."""
+    """Keep every program that this process or its children execute from getting a capability."""
     with open("/proc/sys/kernel/cap_last_cap") as file:
         last = int(file.read())
     for capability in range(last + 1):
@@ -124,8 +136,8 @@ def drop_bounding_set() -> None:
 
 
 def drop_capabilities() -> None:
-    """This process's own ones, for good."""
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this process
+    """Drop all capabilities of this process for good."""
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)  # 0: this process
     none = (ctypes.c_uint32 * 6)()
     syscall("capset", SYS_CAPSET, ctypes.byref(header), ctypes.byref(none))
 
@@ -137,68 +149,62 @@ def raise_loopback() -> None:
 
 
 def prctl(option: int, value: int, pointer: object = None) -> None:
+    """Change an attribute of this process (PR_...)."""
     zero = ctypes.c_ulong(0)
-    _check(
-        _libc.prctl(
-            ctypes.c_int(option),
-            ctypes.c_ulong(value),
-            pointer if pointer is not None else zero,
-            zero,
-            zero,
-        ),
-        f"prctl {option}",
-    )
+    third = zero if pointer is None else pointer
+    result = _libc.prctl(ctypes.c_int(option), ctypes.c_ulong(value), third, zero, zero)
+    _check(result, f"prctl {option}")
 
 
 def install_filter(program: bytes) -> None:
-    """Load a seccomp filter (seccomp.build) into this process, for good.
+    """Load a seccomp filter (seccomp.build) into this process for good.
 
-    Needs no_new_privs or root.
+    This needs no_new_privs or root.
     """
     instructions = ctypes.create_string_buffer(program, len(program))
-    prctl(
-        PR_SET_SECCOMP,
-        2,
-        ctypes.byref(_FilterProgram(len(program) // 8, ctypes.addressof(instructions))),
-    )
+    prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(_filter_program(instructions, program)))
 
 
 def unread_bytes(sender: socket.socket) -> int:
-    """Memory of what was sent on a unix socket and not yet received."""
+    """Return the memory of what was sent on a unix socket and not received yet."""
     return struct.unpack("i", fcntl.ioctl(sender, SIOCOUTQ, b"\0" * 4))[0]
 
 
 def attach_filter(receiver: socket.socket, program: bytes) -> None:
-    """Let a socket receive only what a classic BPF program keeps."""
+    """Let a socket receive only what a classic BPF program accepts."""
     instructions = ctypes.create_string_buffer(program, len(program))
-    receiver.setsockopt(
-        socket.SOL_SOCKET,
-        SO_ATTACH_FILTER,
-        bytes(_FilterProgram(len(program) // 8, ctypes.addressof(instructions))),
-    )
+    structure = bytes(_filter_program(instructions, program))
+    receiver.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, structure)
+
+
+def _filter_program(instructions: ctypes.Array, program: bytes) -> _FilterProgram:
+    """Return the struct sock_fprog of a program; the buffer must stay alive while it is used."""
+    return _FilterProgram(len(program) // _BYTES_PER_INSTRUCTION, ctypes.addressof(instructions))
 
 
 def syscall(what: str, number: int, *arguments: object) -> int:
+    """Make a system call by number; an OSError names `what`."""
     wide = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]
     return _check(_libc.syscall(ctypes.c_long(number), *wide), what)
 
 
 def set_filesystem_ids(uid: int, gid: int) -> None:
-    """From here on this process creates and opens files as (uid, gid), without root's right to pass
-    over permissions.
-    """
+    """Create and open files from now on as (uid, gid), without root's special rights."""
     _libc.setfsgid(ctypes.c_uint(gid))
     _libc.setfsuid(ctypes.c_uint(uid))
-    if _libc.setfsuid(ctypes.c_int(-1)) != uid:  # the call reports the previous value and no error
+    # The call reports the previous value and no error, so it is called again to see the effect.
+    if _libc.setfsuid(ctypes.c_int(-1)) != uid:
         raise OSError(errno.EPERM, f"setfsuid {uid} was refused")
 
 
 def open_beneath(directory_fd: int, path: str, flags: int, mode: int = 0) -> int:
-    """openat2 that follows links only while they stay below directory_fd: `..`, absolute links and
-    /proc magic links raise EXDEV.
+    """Open a path below a directory and follow only links that stay below it.
+
+    Raises:
+      OSError: EXDEV for `..` that leaves it, absolute links and /proc's magic links; and as open.
     """
     how = _OpenHow(flags | os.O_CLOEXEC, mode, RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS)
-    for _ in range(100):
+    for _ in range(MAX_OPEN_ATTEMPTS):
         try:
             return syscall(
                 f"open {path}",
@@ -209,25 +215,26 @@ def open_beneath(directory_fd: int, path: str, flags: int, mode: int = 0) -> int
                 ctypes.sizeof(how),
             )
         except OSError as error:
-            if (
-                error.errno != errno.EAGAIN
-            ):  # EAGAIN: a rename raced with `..`; the kernel asks to try again
+            # EAGAIN: a rename raced with `..`, and the kernel asks to try again.
+            if error.errno != errno.EAGAIN:
                 raise
     raise OSError(errno.EXDEV, f"open {path}: the path kept changing")
 
 
 def read_file(path: str) -> bytes:
+    """Return a file's content."""
     with open(path, "rb") as file:
         return file.read()
 
 
 def write_file(path: str, content: bytes) -> None:
+    """Write a file, or a setting of the kernel."""
     with open(path, "wb") as file:
         file.write(content)
 
 
 def children_of(pid: int) -> list[int]:
-    """Direct children of a process, threads' children included."""
+    """Return the direct children of a process, those of all its threads."""
     try:
         threads = os.listdir(f"/proc/{pid}/task")
     except FileNotFoundError:
@@ -243,8 +250,9 @@ def children_of(pid: int) -> list[int]:
 
 
 def descendants_of(roots: set[int]) -> set[int]:
-    """These processes and all below them."""
-    found, pending = set(roots), list(roots)
+    """Return these processes and all below them."""
+    found = set(roots)
+    pending = list(roots)
     while pending:
         fresh = [child for child in children_of(pending.pop()) if child not in found]
         found.update(fresh)
@@ -253,9 +261,9 @@ def descendants_of(roots: set[int]) -> set[int]:
 
 
 def kill_trees(find: Callable[[], set[int]]) -> None:
-    """SIGKILL for the processes that `find` returns.
+    """Kill the processes that `find` returns.
 
-    They are stopped first, or they would fork while they are killed.
+    They are stopped first: otherwise they could fork while they are killed.
     """
     stopped: set[int] = set()
     while fresh := find() - stopped:
@@ -267,23 +275,24 @@ def kill_trees(find: Callable[[], set[int]]) -> None:
 
 
 def signal_process(pid: int, number: int) -> None:
-    """Nothing happens if it is gone."""
+    """Send a signal to a process; do nothing if it is gone."""
     try:
         os.kill(pid, number)
     except ProcessLookupError:
-        pass
+        return
 
 
 def kill_all_of(uid: int | None = None) -> None:
-    """SIGKILL for every process of a sandbox's user id; without one, for all of the pid namespace
-    that our children are in, but its init.
+    """Kill every process of a user id; with None, those of our children's pid namespace.
+
+    One call kills all at once, so a fork bomb cannot outrun it.
     """
     killer = os.fork()
     if killer == 0:
         try:
             if uid is not None:
                 os.setresuid(uid, uid, uid)
-            os.kill(-1, signal.SIGKILL)  # all at one stroke, so a fork bomb cannot run away from it
+            os.kill(-1, signal.SIGKILL)
         finally:
             os._exit(0)
     os.waitpid(killer, 0)
@@ -297,8 +306,9 @@ def lower_limit(kind: int, value: int) -> None:
 
 
 def restore_access(directory: str) -> None:
-    """Give a directory back to its owner: after `chmod 0 .` no command could start, and a failure
-    would look like ours.
+    """Give a directory's owner all rights to it.
+
+    After an agent's `chmod 0 .` no command could start, which would look like our failure.
     """
     mode = stat.S_IMODE(os.stat(directory).st_mode)
     if mode & 0o700 != 0o700:

@@ -1,8 +1,8 @@
-"""The system-call filter of every sandbox: a small assembler for classic BPF, x86_64 and aarch64.
+"""The system-call filter of every sandbox, as a classic BPF program for x86_64 and aarch64.
 
-A deny list: what a shell task needs stays open; what enlarges the kernel's surface (io_uring, bpf,
-odd socket families, new user namespaces, keyrings, ...) answers EPERM. Calls newer than this file
-answer ENOSYS. A foreign architecture kills the process.
+It is a deny list: what a shell task needs stays allowed; what enlarges the kernel's attack surface
+(io_uring, bpf, unusual socket families, new user namespaces, keyrings, ...) fails with EPERM. Calls
+newer than this file fail with ENOSYS. A foreign architecture kills the process.
 """
 
 import errno
@@ -10,12 +10,12 @@ import functools
 import struct
 
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-# calls from 424 on have one number everywhere; above this one nobody has looked at them here
-NEWEST_CALL = 472
+NEWEST_CALL = 472  # calls above it have not been reviewed for this filter
 X32_BIT = 0x40000000
 
 # name: (x86_64, aarch64); None where the architecture never had the call.
-_DENIED = {
+Numbers = tuple[int | None, int | None]
+DENIED: dict[str, Numbers] = {
     "mount": (165, 40),
     "umount2": (166, 39),
     "pivot_root": (155, 41),
@@ -82,13 +82,13 @@ _DENIED = {
     "ustat": (136, None),
     "sysfs": (139, None),
 }
-_ABSENT = {
+ABSENT: dict[str, Numbers] = {
     "clone3": (435, 435),
     "io_uring_setup": (425, 425),
     "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427),
 }
-_SHARED_IPC = {
+SHARED_IPC: dict[str, Numbers] = {
     "shmget": (29, 194),
     "shmat": (30, 196),
     "shmctl": (31, 195),
@@ -96,39 +96,48 @@ _SHARED_IPC = {
     "semget": (64, 190),
     "mq_open": (240, 180),
 }
-_SOCKET, _SOCKETPAIR, _IOCTL, _CLONE, _KILL, _PRLIMIT = (
-    (41, 198),
-    (53, 199),
-    (16, 29),
-    (56, 220),
-    (62, 129),
-    (302, 261),
-)
+_SOCKET = (41, 198)
+_SOCKETPAIR = (53, 199)
+_IOCTL = (16, 29)
+_CLONE = (56, 220)
+_KILL = (62, 129)
+_PRLIMIT = (302, 261)
 
 # CLONE_NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET
-_NEW_NAMESPACES = 0x7E020000
-_TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
-_AF_UNIX, _AF_INET, _AF_INET6 = 1, 2, 10
+NEW_NAMESPACES = 0x7E020000
+TIOCSTI = 0x5412
+TIOCLINUX = 0x541C
+AF_UNIX = 1
+AF_INET = 2
+AF_INET6 = 10
+EVERY_PROCESS = 0xFFFFFFFF  # kill(-1)
 
-_LOAD, _JUMP_EQUAL, _JUMP_GREATER, _JUMP_BITS, _RETURN = 0x20, 0x15, 0x25, 0x45, 0x06
-_NUMBER, _ARCH, _ARGUMENT = (
-    0,
-    4,
-    (16, 24, 32),
-)  # offsets in seccomp_data; an argument's low half (little endian)
-ALLOW, KILL = 0x7FFF0000, 0x80000000
+Instruction = tuple[int, int, int, int]  # operation, jump if true, jump if false, value
+_LOAD = 0x20
+_JUMP_EQUAL = 0x15
+_JUMP_GREATER = 0x25
+_JUMP_BITS = 0x45
+_RETURN = 0x06
+# Offsets in seccomp_data; of an argument, that of its low half (little endian).
+_NUMBER_OFFSET = 0
+_ARCH_OFFSET = 4
+_ARGUMENT_OFFSETS = (16, 24, 32)
+ALLOW = 0x7FFF0000
+KILL = 0x80000000
+_ERRNO = 0x00050000
 
 
-def _refuse(number: int) -> int:
-    return 0x00050000 | number
+def _refuse(number: int) -> Instruction:
+    """Return the instruction that lets the call fail with an errno."""
+    return (_RETURN, 0, 0, _ERRNO | number)
 
 
 @functools.cache
 def build(architecture: str, *, network: bool, own_processes: bool = True) -> bytes:
-    """The filter as the array of struct sock_filter that the kernel takes.
+    """Return the filter as the array of struct sock_filter that the kernel takes.
 
     Args:
-      architecture: as platform.machine() says it.
+      architecture: as platform.machine() returns it.
       network: the sandbox has its own network and IPC namespaces, so internet and unix sockets and
         System V IPC are harmless. False: no sockets but socketpair(AF_UNIX), since nothing else
         would keep a process from the host's.
@@ -141,57 +150,64 @@ def build(architecture: str, *, network: bool, own_processes: bool = True) -> by
         )
     column = list(ARCHITECTURES).index(architecture)
     program = [
-        (_LOAD, 0, 0, _ARCH),
+        (_LOAD, 0, 0, _ARCH_OFFSET),
         (_JUMP_EQUAL, 1, 0, ARCHITECTURES[architecture]),
         (_RETURN, 0, 0, KILL),
-        (_LOAD, 0, 0, _NUMBER),
+        (_LOAD, 0, 0, _NUMBER_OFFSET),
     ]
     # x32 calls carry X32_BIT, so this also closes that second table.
-    program += [(_JUMP_GREATER, 0, 1, NEWEST_CALL), (_RETURN, 0, 0, _refuse(errno.ENOSYS))]
-    denied = _DENIED if network else _DENIED | _SHARED_IPC
-    for table, answer in ((denied, errno.EPERM), (_ABSENT, errno.ENOSYS)):
+    program += [(_JUMP_GREATER, 0, 1, NEWEST_CALL), _refuse(errno.ENOSYS)]
+    denied = DENIED if network else DENIED | SHARED_IPC
+    for table, answer in ((denied, errno.EPERM), (ABSENT, errno.ENOSYS)):
         for numbers in table.values():
-            if numbers[column] is not None:
-                program += [(_JUMP_EQUAL, 0, 1, numbers[column]), (_RETURN, 0, 0, _refuse(answer))]
-    socket_families = (_AF_UNIX, _AF_INET, _AF_INET6) if network else ()
+            number = numbers[column]
+            if number is not None:
+                program += [(_JUMP_EQUAL, 0, 1, number), _refuse(answer)]
+    socket_families = (AF_UNIX, AF_INET, AF_INET6) if network else ()
     program += _only(_SOCKET[column], 0, socket_families, errno.EAFNOSUPPORT)
-    program += _only(_SOCKETPAIR[column], 0, (_AF_UNIX,), errno.EAFNOSUPPORT)
-    program += _never(_IOCTL[column], 1, (_TIOCSTI, _TIOCLINUX))
-    program += _only(
-        _PRLIMIT[column], 0, (0,), errno.EPERM
-    )  # of itself alone: the sandbox's process 1 has the same id
+    program += _only(_SOCKETPAIR[column], 0, (AF_UNIX,), errno.EAFNOSUPPORT)
+    program += _never(_IOCTL[column], 1, (TIOCSTI, TIOCLINUX))
+    # Only for the caller itself: the sandbox's process 1 has the same user id.
+    program += _only(_PRLIMIT[column], 0, (0,), errno.EPERM)
     program += [
         (_JUMP_EQUAL, 0, 4, _CLONE[column]),
-        (_LOAD, 0, 0, _ARGUMENT[0]),
-        (_JUMP_BITS, 0, 1, _NEW_NAMESPACES),
-        (_RETURN, 0, 0, _refuse(errno.EPERM)),
+        (_LOAD, 0, 0, _ARGUMENT_OFFSETS[0]),
+        (_JUMP_BITS, 0, 1, NEW_NAMESPACES),
+        _refuse(errno.EPERM),
         (_RETURN, 0, 0, ALLOW),
     ]
     if not own_processes:
-        program += _never(_KILL[column], 0, (0xFFFFFFFF,))
+        program += _never(_KILL[column], 0, (EVERY_PROCESS,))
     program.append((_RETURN, 0, 0, ALLOW))
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
 
 
-def _only(
-    number: int, argument: int, allowed: tuple[int, ...], answer: int
-) -> list[tuple[int, int, int, int]]:
-    """Call `number` passes only with one of these values; any other call goes on to the next
-    instruction.
+def _only(number: int, argument: int, allowed: tuple[int, ...], answer: int) -> list[Instruction]:
+    """Allow a call only with certain values of an argument; other calls are not affected.
+
+    Args:
+      number: of the call.
+      argument: index of the argument.
+      allowed: its values.
+      answer: the errno of the call with other values.
     """
-    body = [(_LOAD, 0, 0, _ARGUMENT[argument])]
+    body = [(_LOAD, 0, 0, _ARGUMENT_OFFSETS[argument])]
     for value in allowed:
         body += [(_JUMP_EQUAL, 0, 1, value), (_RETURN, 0, 0, ALLOW)]
-    body.append((_RETURN, 0, 0, _refuse(answer)))
+    body.append(_refuse(answer))
     return [(_JUMP_EQUAL, 0, len(body), number), *body]
 
 
-def _never(number: int, argument: int, refused: tuple[int, ...]) -> list[tuple[int, int, int, int]]:
-    """Call `number` fails with one of these values and passes otherwise; any other call goes on to
-    the next instruction.
+def _never(number: int, argument: int, refused: tuple[int, ...]) -> list[Instruction]:
+    """Refuse a call with certain values of an argument; other calls are not affected.
+
+    Args:
+      number: of the call.
+      argument: index of the argument.
+      refused: its values, for which the call fails with EPERM.
     """
-    body = [(_LOAD, 0, 0, _ARGUMENT[argument])]
+    body = [(_LOAD, 0, 0, _ARGUMENT_OFFSETS[argument])]
     for value in refused:
-        body += [(_JUMP_EQUAL, 0, 1, value), (_RETURN, 0, 0, _refuse(errno.EPERM))]
+        body += [(_JUMP_EQUAL, 0, 1, value), _refuse(errno.EPERM)]
     body.append((_RETURN, 0, 0, ALLOW))
     return [(_JUMP_EQUAL, 0, len(body), number), *body]

@@ -1,81 +1,84 @@
-"""Copies of a sandbox's files, made inside its holder: what a snapshot is, and how a tier without
-overlays starts from one.
+"""Copies of a sandbox's files, made in its holder.
+
+A snapshot is such a copy; tiers without overlays also start from one.
 """
 
 import errno
 import os
 import stat
 
-MAX_DEPTH = 64  # two descriptors a level
+MAX_DEPTH = 64  # levels of directories; each takes two descriptors
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 
 def copy_tree(source: int, target: int, owner: tuple[int, int] | None = None) -> None:
-    """Copy the directories, regular files and links below one directory into another, with modes
-    and times; symbolic links are not followed.
+    """Copy the directories, regular files and links below one directory into another.
 
-    What is none of these is left out, and so are setuid bits. Holes stay holes and hard links stay
-    links: else thousands of files of nothing, or names of one file, would fill the host's disk.
-    Nothing may be written below `source` meanwhile.
+    Modes and times are copied, setuid bits are not; other kinds of files are left out. Symbolic
+    links are copied, not followed. Holes stay holes and hard links stay links: otherwise a huge
+    sparse file, or many names of one file, would fill the host's disk. Nothing may be written below
+    `source` meanwhile.
 
     Args:
-      source, target: descriptors of directories.
-      owner: (uid, gid) of the copies; None: whoever copies.
-    Raises: OSError, also for a tree that is deeper than MAX_DEPTH.
+      source: descriptor of the directory to copy from.
+      target: descriptor of the directory to copy into.
+      owner: (uid, gid) of the copies; None for those of this process.
+
+    Raises:
+      OSError: also for a tree that is deeper than MAX_DEPTH.
     """
-    _Copy(target, owner).directory(source, target, "")
+    _Copy(target, owner).copy_directory(source, target, "")
 
 
 class _Copy:
     def __init__(self, root: int, owner: tuple[int, int] | None):
-        self._root, self._owner = root, owner
-        self._linked: dict[
-            tuple[int, int], str
-        ] = {}  # (device, inode) of a file with several names -> the path of its copy
+        self._root = root
+        self._owner = owner
+        # (device, inode) of a file with several names -> the path of its copy
+        self._linked: dict[tuple[int, int], str] = {}
 
-    def directory(self, source: int, target: int, path: str) -> None:
+    def copy_directory(self, source: int, target: int, path: str) -> None:
         if path.count("/") > MAX_DEPTH:
             raise OSError(errno.ELOOP, f"directories lie more than {MAX_DEPTH} levels deep")
         with os.scandir(source) as entries:
             for entry in entries:
                 status = entry.stat(follow_symlinks=False)
                 if stat.S_ISDIR(status.st_mode):
-                    self._inner(source, target, entry.name, status, path)
+                    self._copy_inner_directory(source, target, entry.name, status, path)
                 elif stat.S_ISREG(status.st_mode):
-                    self._file(source, target, entry.name, status, path)
+                    self._copy_file(source, target, entry.name, status, path)
                 elif stat.S_ISLNK(status.st_mode):
-                    os.symlink(os.readlink(entry.name, dir_fd=source), entry.name, dir_fd=target)
-                    if self._owner:
-                        os.chown(entry.name, *self._owner, dir_fd=target, follow_symlinks=False)
+                    self._copy_link(source, target, entry.name)
 
-    def _inner(
+    def _copy_inner_directory(
         self, source: int, target: int, name: str, status: os.stat_result, path: str
     ) -> None:
         os.mkdir(name, 0o700, dir_fd=target)
         inner_source = os.open(name, _READ | os.O_DIRECTORY, dir_fd=source)
         inner_target = os.open(name, _READ | os.O_DIRECTORY, dir_fd=target)
         try:
-            self.directory(inner_source, inner_target, f"{path}{name}/")
+            self.copy_directory(inner_source, inner_target, f"{path}{name}/")
             self._finish(inner_target, status)
         finally:
             os.close(inner_source)
             os.close(inner_target)
 
-    def _file(self, source: int, target: int, name: str, status: os.stat_result, path: str) -> None:
+    def _copy_link(self, source: int, target: int, name: str) -> None:
+        os.symlink(os.readlink(name, dir_fd=source), name, dir_fd=target)
+        if self._owner:
+            os.chown(name, *self._owner, dir_fd=target, follow_symlinks=False)
+
+    def _copy_file(
+        self, source: int, target: int, name: str, status: os.stat_result, path: str
+    ) -> None:
         identity = (status.st_dev, status.st_ino)
         if status.st_nlink > 1 and identity in self._linked:
-            os.link(
-                self._linked[identity],
-                name,
-                src_dir_fd=self._root,
-                dst_dir_fd=target,
-                follow_symlinks=False,
-            )
+            first = self._linked[identity]
+            os.link(first, name, src_dir_fd=self._root, dst_dir_fd=target, follow_symlinks=False)
             return
         reading = os.open(name, _READ, dir_fd=source)
-        writing = os.open(
-            name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=target
-        )
+        writing = os.open(name, _CREATE, 0o600, dir_fd=target)
         try:
             _copy_data(reading, writing)
             self._finish(writing, status)
@@ -93,14 +96,15 @@ class _Copy:
 
 
 def _copy_data(reading: int, writing: int) -> None:
-    """The bytes that are there, and not the holes."""
-    size, end = os.fstat(reading).st_size, 0
+    """Copy a file's data but not its holes."""
+    size = os.fstat(reading).st_size
     os.ftruncate(writing, size)
+    end = 0
     while end < size:
         try:
             start = os.lseek(reading, end, os.SEEK_DATA)
         except OSError as error:
-            if error.errno == errno.ENXIO:  # holes up to the end
+            if error.errno == errno.ENXIO:  # only holes up to the end
                 return
             raise
         end = os.lseek(reading, start, os.SEEK_HOLE)

@@ -1,11 +1,11 @@
-"""Images from Dockerfiles, built once: the tag is a digest of the Dockerfile, its context and its
-build arguments.
+"""Images from Dockerfiles, built once.
 
-A build runs as root in the engine's ordinary build container, with a memory limit and without a
-network unless that is asked for; a base image that the engine lacks is pulled by the engine itself
-all the same. Base images count by their names: name one by digest (FROM debian@sha256:...) where it
-must not change. The engine's classic builder is spoken to, which knows neither RUN --mount nor
-here-documents.
+The tag is a digest of the Dockerfile, its context and its build arguments. Base images count by
+their names: name one by digest (FROM debian@sha256:...) where it must not change.
+
+A build runs as root in the engine's ordinary build container, with a memory limit, and without a
+network unless that is asked for. The engine itself pulls a base image that it lacks in any case.
+The engine's classic builder is used, which knows neither RUN --mount nor here-documents.
 """
 
 import asyncio
@@ -20,18 +20,21 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
-from typing import IO
+from collections.abc import Callable, Mapping
+from typing import IO, Any
 
 import docker
 import requests
 
-from envs.rock.docker.container import Engine, engine
+from envs.rock.docker.engine import Engine, engine
 from envs.rock.errors import ImageError, SandboxClosedError
 
 REPOSITORY = "rock/env"
+TAG_CHARACTERS = 32
 MAX_CONTEXT_BYTES = 1 << 30
-LOG_BYTES = 32 << 10  # of the end of a build's log, which an error carries
+MAX_LOG_CHARACTERS = 32 << 10  # of the end of a build's log, in an error
+MAX_ERROR_CHARACTERS = 500
+HASHED_BYTES = 1 << 18
 _locks: collections.defaultdict[str, threading.Lock] = collections.defaultdict(threading.Lock)
 
 
@@ -44,38 +47,37 @@ async def build(
     memory_mb: int = 2048,
     timeout: float = 600.0,
 ) -> str:
-    """The image's name, for SandboxConfig.image: at once where it is there already, else when it is
-    built.
+    """Build an image and return its name, for SandboxConfig.image; at once if it is built already.
 
     Args:
-      context: the directory that the Dockerfile may copy from, less what its .dockerignore names.
+      context: the directory that the Dockerfile may copy from, except what its .dockerignore names.
       dockerfile: its path below the context.
       args: values for the Dockerfile's ARG lines. They can be read from the image: no secrets.
       network: whether RUN lines reach the network (the engine's default one).
-      timeout: seconds; then the engine is told to give the build up.
+      memory_mb: limit of the build's memory, without swap.
+      timeout: seconds; then the engine is told to give up the build.
+
     Raises:
-      ImageError: what was wrong, with the end of the log. SandboxStartError where no engine
-        answers.
+      ImageError: what was wrong, with the end of the log.
+      SandboxStartError: no engine answers.
     """
     deadline = time.monotonic() + timeout
     host = await asyncio.to_thread(engine)
     with tempfile.TemporaryFile(prefix="rock-context-") as file:
         digest = await asyncio.to_thread(_pack, pathlib.Path(context), dockerfile, file)
-        name = f"{REPOSITORY}:{_name(digest, dockerfile, args or {})}"
-        try:
-            await host.call(host.client.inspect_image, name)
+        name = f"{REPOSITORY}:{_tag(digest, dockerfile, args or {})}"
+        if await _exists(host, name):
             return name
-        except SandboxClosedError:
-            pass  # it is to be made
+        memory = memory_mb << 20
         options = {
             "tag": name,
             "dockerfile": dockerfile,
             "buildargs": dict(args or {}),
             "network_mode": None if network else "none",
-            "container_limits": {"memory": memory_mb << 20, "memswap": memory_mb << 20},
+            "container_limits": {"memory": memory, "memswap": memory},
         }
-        builder = _Builder(host.host, deadline)
-        building = asyncio.ensure_future(asyncio.to_thread(builder.run, host, file, options))
+        builder = _Builder(host, file, options, deadline)
+        building = asyncio.ensure_future(asyncio.to_thread(builder.run))
         try:
             await asyncio.wait_for(asyncio.shield(building), max(0.0, deadline - time.monotonic()))
         except TimeoutError:
@@ -83,36 +85,43 @@ async def build(
                 f"{name} was not built from {context} within {timeout:g} s", builder.log()
             ) from None
         finally:
-            # the file is the thread's until it has ended; giving up ends it, but there may be
-            # nothing to give up yet
-            while not building.done():
-                builder.give_up()
-                await asyncio.wait({building}, timeout=0.1)
-            building.cancelled() or building.exception()
+            await _end(builder, building)
     return name
 
 
-def _name(digest: str, dockerfile: str, args: Mapping[str, str]) -> str:
-    return hashlib.sha256(repr((digest, dockerfile, sorted(args.items()))).encode()).hexdigest()[
-        :32
-    ]
+async def _exists(host: Engine, name: str) -> bool:
+    try:
+        await host.call(host.client.inspect_image, name)
+    except SandboxClosedError:
+        return False
+    return True
+
+
+async def _end(builder: "_Builder", building: asyncio.Future[None]) -> None:
+    """Wait until the build's thread has ended, which uses the file of the context until then.
+
+    A build that runs is given up. That is repeated, since its request may not have been sent yet.
+    """
+    while not building.done():
+        builder.give_up()
+        await asyncio.wait({building}, timeout=0.1)
+    if not building.cancelled():
+        building.exception()  # mark it as seen
+
+
+def _tag(digest: str, dockerfile: str, args: Mapping[str, str]) -> str:
+    identity = repr((digest, dockerfile, sorted(args.items())))
+    return hashlib.sha256(identity.encode()).hexdigest()[:TAG_CHARACTERS]
 
 
 def _pack(context: pathlib.Path, dockerfile: str, file: IO[bytes]) -> str:
-    """Write the context as a tar without times and owners, so that equal contexts are equal bytes;
-    the digest of those.
+    """Write the context as a tar and return the tar's digest.
+
+    Times and owners are left out, so that equal contexts are equal bytes.
     """
     if not (context / dockerfile).is_file():
         raise ImageError(f"there is no {dockerfile} in {context}")
-    try:
-        ignored = (context / ".dockerignore").read_text().splitlines()
-    except FileNotFoundError:
-        ignored = []
-    names = docker.utils.exclude_paths(
-        str(context),
-        [line.strip() for line in ignored if line.strip() and not line.startswith("#")],
-        dockerfile=dockerfile,
-    )
+    names = docker.utils.exclude_paths(str(context), _ignored(context), dockerfile=dockerfile)
     with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for name in sorted(name for name in names if name):
             _add(tar, context / name, name)
@@ -122,110 +131,150 @@ def _pack(context: pathlib.Path, dockerfile: str, file: IO[bytes]) -> str:
                     " .dockerignore what the build does not need"
                 )
     file.seek(0)
-    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    while piece := file.read(HASHED_BYTES):
+        digest.update(piece)
     file.seek(0)
-    return digest
+    return digest.hexdigest()
+
+
+def _ignored(context: pathlib.Path) -> list[str]:
+    """Return the patterns of .dockerignore."""
+    try:
+        lines = (context / ".dockerignore").read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
 def _add(tar: tarfile.TarFile, path: pathlib.Path, name: str) -> None:
-    """A link stays a link: nothing outside the context gets in by one."""
-    member, status = tarfile.TarInfo(name), os.lstat(path)
+    """Add a file, directory or link; a link stays one, so nothing outside the context gets in."""
+    member = tarfile.TarInfo(name)
+    status = os.lstat(path)
     member.mode = 0o755 if status.st_mode & 0o100 else 0o644
     if stat.S_ISLNK(status.st_mode):
-        member.type, member.linkname = tarfile.SYMTYPE, os.readlink(path)
+        member.type = tarfile.SYMTYPE
+        member.linkname = os.readlink(path)
+        tar.addfile(member)
     elif stat.S_ISDIR(status.st_mode):
-        member.type, member.mode = tarfile.DIRTYPE, 0o755
-    elif not stat.S_ISREG(status.st_mode):
-        raise ImageError(
-            f"{path} is neither a file nor a directory nor a link; name it in .dockerignore"
-        )
-    else:
+        member.type = tarfile.DIRTYPE
+        member.mode = 0o755
+        tar.addfile(member)
+    elif stat.S_ISREG(status.st_mode):
         with open(path, "rb") as content:
             member.size = os.fstat(content.fileno()).st_size
             tar.addfile(member, content)
-        return
-    tar.addfile(member)
+    else:
+        raise ImageError(
+            f"{path} is neither a file nor a directory nor a link; name it in .dockerignore"
+        )
 
 
 class _Builder:
-    """One build, in a thread, over a connection of its own: when that is shut the engine gives the
-    build up.
+    """One build, in a thread, over a connection of its own.
+
+    The engine gives the build up when that connection is shut down.
     """
 
-    def __init__(self, host: str, deadline: float):
-        self._host, self._deadline = host, deadline
+    def __init__(self, host: Engine, file: IO[bytes], options: dict, deadline: float):
+        """Prepare a build.
+
+        Args:
+          host: the engine.
+          file: the tar of the context.
+          options: for the SDK's build, "tag" among them.
+          deadline: on the monotonic clock.
+        """
+        self._engine = host
+        self._file = file
+        self._options = options
+        self._tag = options["tag"]
+        self._deadline = deadline
         self._socket: socket.socket | None = None
         self._given_up = False
         self._log: collections.deque[str] = collections.deque()
         self._log_size = 0
 
-    def run(self, host: Engine, file: IO[bytes], options: dict) -> None:
-        lock = _locks[options["tag"]]
+    def run(self) -> None:
+        """Build the image, unless it exists by the time that other builds of it have ended."""
+        lock = _locks[self._tag]
         if not lock.acquire(timeout=max(0.0, self._deadline - time.monotonic())):
             raise ImageError(
-                f"{options['tag']} is being built by another caller, and was not ready in time"
+                f"{self._tag} is being built by another caller, and was not ready in time"
             )
         try:
             with contextlib.suppress(docker.errors.ImageNotFound):
-                host.client.inspect_image(options["tag"])
+                self._engine.client.inspect_image(self._tag)
                 return
             if not self._given_up:
-                self._build(file, options)
+                self._build()
         finally:
             lock.release()
 
-    def _build(self, file: IO[bytes], options: dict) -> None:
-        client = _Client(
-            self._host, version="auto", timeout=max(1.0, self._deadline - time.monotonic())
-        )
-        client.on_response = self._remember
-        try:
-            for event in client.build(
-                fileobj=file, custom_context=True, rm=True, forcerm=True, decode=True, **options
-            ):
-                self._write(event.get("stream", "") or event.get("status", ""))
-                if "error" in event:
-                    self._write(event["error"])
-                    raise ImageError(
-                        f"the build of {options['tag']} failed: {event['error'].strip()[-500:]}",
-                        self.log(),
-                    )
-        except (docker.errors.DockerException, requests.RequestException, OSError) as error:
-            raise ImageError(
-                f"the build of {options['tag']} failed:"
-                f" {getattr(error, 'explanation', None) or error}",
-                self.log(),
-            ) from error
-        finally:
-            client.close()
-        if self._given_up:
-            raise ImageError(f"the build of {options['tag']} was given up", self.log())
-
     def give_up(self) -> None:
+        """Let the engine give up the build."""
         self._given_up = True
         if self._socket is not None:
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
 
     def log(self) -> str:
-        return "".join(list(self._log))[-LOG_BYTES:]
+        """Return the end of what the build has written."""
+        return "".join(list(self._log))[-MAX_LOG_CHARACTERS:]
 
-    def _remember(self, response: requests.Response) -> None:
-        self._socket = response.raw._fp.fp.raw._sock
+    def _build(self) -> None:
+        seconds = max(1.0, self._deadline - time.monotonic())
+        client = _Client(self._engine.host, seconds, self._remember_socket)
+        try:
+            self._follow(client)
+        except (docker.errors.DockerException, requests.RequestException, OSError) as error:
+            explanation = getattr(error, "explanation", None) or error
+            raise ImageError(
+                f"the build of {self._tag} failed: {explanation}", self.log()
+            ) from error
+        finally:
+            client.close()
+        if self._given_up:
+            raise ImageError(f"the build of {self._tag} was given up", self.log())
+
+    def _follow(self, client: "_Client") -> None:
+        events = client.build(
+            fileobj=self._file,
+            custom_context=True,
+            rm=True,
+            forcerm=True,
+            decode=True,
+            **self._options,
+        )
+        for event in events:
+            self._write(event.get("stream", "") or event.get("status", ""))
+            if "error" in event:
+                self._write(event["error"])
+                words = event["error"].strip()[-MAX_ERROR_CHARACTERS:]
+                raise ImageError(f"the build of {self._tag} failed: {words}", self.log())
+
+    def _remember_socket(self, response: requests.Response) -> None:
+        raw: Any = response.raw
+        self._socket = raw._fp.fp.raw._sock
 
     def _write(self, text: str) -> None:
-        self._log.append(text[-LOG_BYTES:])
-        self._log_size += len(self._log[-1])
-        while self._log_size - len(self._log[0]) > LOG_BYTES:
+        kept = text[-MAX_LOG_CHARACTERS:]
+        self._log.append(kept)
+        self._log_size += len(kept)
+        while self._log_size - len(self._log[0]) > MAX_LOG_CHARACTERS:
             self._log_size -= len(self._log.popleft())
 
 
 class _Client(docker.APIClient):
-    """It shows the response of a request, whose connection the SDK keeps to itself."""
+    """The SDK's client, which shows each response; the SDK keeps its connection to itself."""
 
-    def on_response(self, response: requests.Response) -> None: ...
+    def __init__(self, host: str, seconds: float, on_response: Callable[[requests.Response], None]):
+        super().__init__(host, version="auto", timeout=seconds)
+        self._on_response = on_response
 
-    def post(self, url: str, data=None, json=None, **options) -> requests.Response:
+    def post(
+        self, url: str, data: object = None, json: object = None, **options: object
+    ) -> requests.Response:
         response = super().post(url, data=data, json=json, **options)
-        self.on_response(response)
+        self._on_response(response)
         return response

@@ -1,45 +1,58 @@
-"""Names of images on this machine.
+"""Images of the embedded backend: the files of a workspace, kept on this machine under a name.
 
-Images of the embedded backend: the files of a workspace under a name, kept on this machine in an
-EnvHub of its own (~/.rock, where launch.rock's admin keeps its too).
+They lie in an EnvHub below ~/.rock, where the admin of launch.rock keeps its own too.
 """
 
 import contextlib
 import pathlib
+from collections.abc import Iterator
 
 from envs.rock.errors import SandboxStartError
-from envs.rock.sandbox import Sandbox, Transfer
-from envs.rock.service.hub import EnvHub
+from envs.rock.images.hub import EnvHub
+from envs.rock.transfer import FileStreams, Transfer
 from envs.rock.wire import archive
-from envs.rock.wire.api import Refusal
+from envs.rock.wire.errors import Refusal
 
-OWNER = "default"  # as the first user of an admin is called
+OWNER = "default"  # the name of an admin's first user
 
 
 @contextlib.contextmanager
-def hub():
-    one = EnvHub(pathlib.Path("~/.rock").expanduser())
+def open_hub() -> Iterator[EnvHub]:
+    """Open the hub below ~/.rock."""
+    hub = EnvHub(pathlib.Path("~/.rock").expanduser())
     try:
-        yield one
+        yield hub
     finally:
-        one.close()
+        hub.close()
 
 
-async def keep(sandbox: Sandbox, image: str) -> None:
-    """Regular files of the workspace, with their modes.
+async def commit(sandbox: FileStreams, image: str) -> None:
+    """Save the regular files of a workspace, with their modes, under a name.
 
-    SandboxError (Refusal) for a name that is another's, ValueError for one that makes no sense.
+    Raises:
+      SandboxError: (Refusal) the name belongs to another owner.
+      ValueError: the name is not valid.
     """
-    with hub() as place:
-        digest, _ = await place.store(archive.pack(sandbox, "."))
-        place.register(image, "environment", digest, OWNER)
+    with open_hub() as hub:
+        digest, _ = await hub.store(archive.pack(sandbox, "."))
+        hub.register(image, "environment", digest, OWNER)
 
 
-def check(image: str) -> None:
-    """SandboxStartError where there is none of that name or digest."""
-    with hub() as place:
+async def load(sandbox: FileStreams, image: str) -> Transfer:
+    """Write the files of an image into a sandbox that has just started."""
+    with open_hub() as hub:
+        return await archive.unpack(sandbox, ".", hub.fetch(hub.get(image).digest))
+
+
+def require(image: str) -> None:
+    """Check that an image of that name or digest exists.
+
+    Raises:
+      SandboxStartError: there is none, or it is a Docker image.
+    """
+    with open_hub() as hub:
         try:
-            entry = place.get(image)
+            entry = hub.get(image)
         except Refusal as error:
             raise SandboxStartError(
                 f"there is no image {image!r} on this machine; commit a sandbox to it first, or use"
@@ -51,19 +64,15 @@ def check(image: str) -> None:
         )
 
 
-def alias(image: str) -> str | None:
-    """The Docker image that is registered here under another image's name (EnvHub.register(name,
-    "image", digest, owner, reference)): it stands for one that cannot be pulled.
+def docker_alias(image: str) -> str | None:
+    """Return the Docker image that is registered under another image's name, or None.
+
+    `EnvHub.register(name, "image", digest, owner, reference)` registers one, as the replacement of
+    an image that cannot be pulled.
     """
-    with hub() as place:
+    with open_hub() as hub:
         try:
-            entry = place.get(image)
+            entry = hub.get(image)
         except Refusal:
             return None
     return entry.reference if entry.kind == "image" else None
-
-
-async def bring(sandbox: Sandbox, image: str) -> Transfer:
-    """The files of an image, into a sandbox that has just started."""
-    with hub() as place:
-        return await archive.unpack(sandbox, ".", place.fetch(place.get(image).digest))

@@ -1,6 +1,4 @@
-"""What the remote sandboxes of one event loop share at one admin: the connections, and the signs
-that they are still wanted.
-"""
+"""The connection that all remote sandboxes of one event loop share to one admin."""
 
 import asyncio
 import contextlib
@@ -11,56 +9,70 @@ from envs.rock.errors import SandboxError
 from envs.rock.wire.client import Client
 
 KEEP_ALIVE_SECONDS = 30.0
-_lines: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, str], "Line"]] = (
-    weakref.WeakKeyDictionary()
-)
+_Key = tuple[str, str]  # URL and token of an admin
+_connections: weakref.WeakKeyDictionary[
+    asyncio.AbstractEventLoop, dict[_Key, "AdminConnection"]
+] = weakref.WeakKeyDictionary()
 
 
-class Line:
-    """`take` one, and `release` it as often: the last one closes it."""
+class AdminConnection:
+    """One HTTP client for an event loop and an admin, with keep-alive requests.
 
-    def __init__(self, key: tuple[str, str]):
-        self.client = Client(*key)
-        self._key, self._holders = key, 0
-        self._wanted: dict[
-            str, Callable[[], None]
-        ] = {}  # by the sandbox's id: whom to tell that it is gone
-        self._signs: asyncio.Task | None = None
+    Each user calls `acquire` and, once done, `release`; the last release closes the client.
+    """
+
+    def __init__(self, key: _Key):
+        url, token = key
+        self.client = Client(url, token)
+        self._key = key
+        self._users = 0
+        self._on_gone: dict[str, Callable[[], None]] = {}  # by the id of a sandbox in use
+        self._keep_alives: asyncio.Task[None] | None = None
 
     @classmethod
-    def take(cls, url: str, token: str) -> "Line":
-        """In the event loop that will use it."""
-        here = _lines.setdefault(asyncio.get_running_loop(), {})
-        line = here.get((url, token)) or here.setdefault((url, token), cls((url, token)))
-        line._holders += 1
-        return line
+    def acquire(cls, url: str, token: str) -> "AdminConnection":
+        """Return the running event loop's connection to an admin, opened if there is none."""
+        connections = _connections.setdefault(asyncio.get_running_loop(), {})
+        key = (url, token)
+        if key not in connections:
+            connections[key] = cls(key)
+        connection = connections[key]
+        connection._users += 1
+        return connection
 
     async def release(self) -> None:
-        self._holders -= 1
-        if self._holders:
+        """Give the connection back; the last user's call closes it."""
+        self._users -= 1
+        if self._users:
             return
-        _lines[asyncio.get_running_loop()].pop(self._key, None)
-        if self._signs:
-            self._signs.cancel()
+        _connections[asyncio.get_running_loop()].pop(self._key, None)
+        if self._keep_alives:
+            self._keep_alives.cancel()
         await self.client.close()
 
-    def keep_alive(self, sandbox: str, gone: Callable[[], None]) -> None:
-        """From now on the admin hears that it is wanted. gone: called once if the admin does not
-        know it any more.
+    def keep_alive(self, sandbox: str, on_gone: Callable[[], None]) -> None:
+        """Tell the admin from now on that a sandbox is in use.
+
+        Args:
+          sandbox: the id of the sandbox.
+          on_gone: called once if the admin does not know the sandbox any more.
         """
-        self._wanted[sandbox] = gone
-        self._signs = self._signs or asyncio.ensure_future(self._give_signs())
+        self._on_gone[sandbox] = on_gone
+        if self._keep_alives is None:
+            self._keep_alives = asyncio.ensure_future(self._send_keep_alives())
 
-    def let_go(self, sandbox: str) -> None:
-        self._wanted.pop(sandbox, None)
+    def forget(self, sandbox: str) -> None:
+        """Stop telling the admin that a sandbox is in use."""
+        self._on_gone.pop(sandbox, None)
 
-    async def _give_signs(self) -> None:
+    async def _send_keep_alives(self) -> None:
         while True:
             await asyncio.sleep(KEEP_ALIVE_SECONDS)
-            if not self._wanted:
+            if not self._on_gone:
                 continue
             with contextlib.suppress(SandboxError):  # the next one may get through
-                answer = await self.client.call("keep_alive", {"ids": list(self._wanted)})
-                for name in answer.get("unknown", []):
-                    if gone := self._wanted.pop(name, None):
-                        gone()
+                answer = await self.client.ask("keep_alive", {"ids": list(self._on_gone)})
+                for sandbox in answer.get("unknown", []):
+                    on_gone = self._on_gone.pop(sandbox, None)
+                    if on_gone:
+                        on_gone()

@@ -1,3 +1,1 @@
-"""ROCK as services: an admin that gives sandboxes out, workers that run them, and the JSON protocol
-between them and the SDK's remote backend.
-"""
+"""ROCK's services: an admin that gives out sandboxes, and the workers that run them."""

@@ -1,8 +1,8 @@
-"""The part of E2B's REST interface that makes, lists and ends sandboxes (its OpenAPI, "sandboxes"),
-for programs that were written for it.
+"""The part of E2B's REST interface that creates, lists and ends sandboxes.
 
-A `templateID` is what `image` is elsewhere: a template, an environment of the hub, or "base". What
-runs inside a sandbox is asked for by the other routes: E2B's own in-sandbox server is not imitated.
+It serves programs that were written for E2B (its OpenAPI document, tag "sandboxes"). A `templateID`
+is what `image` is elsewhere: a template, an environment of the hub, or "base". Commands and files
+use the routes of ROCK: E2B's server inside the sandbox is not imitated.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from envs.rock.errors import SandboxClosedError
 from envs.rock.service.admin import Admin
 from envs.rock.service.records import Record
 from envs.rock.service.server import USER, Server
-from envs.rock.wire.api import Field, Refusal, check, parse_json
+from envs.rock.wire.errors import Refusal
+from envs.rock.wire.fields import Field, check, parse_json
 
-VERSION = "0.1.0"  # of the in-sandbox server, which E2B's answers name
+VERSION = "0.1.0"  # of the in-sandbox server, which E2B's responses name
 TIMEOUT_SECONDS = 15.0  # E2B's default time to live
 _CREATE = {
     "templateID": Field("string", "what to start", required=True, low=1, high=200),
@@ -34,25 +35,21 @@ _TIMEOUT = {
 
 
 def mount(server: Server, admin: Admin, app: web.Application) -> None:
-    """Add the routes to the admin's application, and to its documentation."""
+    """Add the routes to an admin's application, and to its OpenAPI document."""
     routes = _Routes(admin)
+    one = "/sandboxes/{sandboxID}"
     table = (
         ("POST", "/sandboxes", routes.create, "Make a sandbox."),
-        ("GET", "/sandboxes", routes.list, "The caller's sandboxes."),
-        ("GET", "/sandboxes/{sandboxID}", routes.get, "One of them."),
-        ("DELETE", "/sandboxes/{sandboxID}", routes.delete, "End it."),
-        (
-            "POST",
-            "/sandboxes/{sandboxID}/timeout",
-            routes.set_timeout,
-            "Let it live that long from now on.",
-        ),
+        ("GET", "/sandboxes", routes.list_running, "The caller's sandboxes."),
+        ("GET", one, routes.get, "One of them."),
+        ("DELETE", one, routes.delete, "End it."),
+        ("POST", f"{one}/timeout", routes.set_timeout, "Let it live that long from now on."),
     )
-    for method, path, handler, says in table:
+    for method, path, handler, summary in table:
         app.router.add_route(method, path, handler)
         item = server.more_documentation.setdefault(path, {})
         item[method.lower()] = {
-            "summary": says,
+            "summary": summary,
             "tags": ["E2B"],
             "responses": {"default": {"description": "As E2B has it."}},
         }
@@ -70,66 +67,59 @@ class _Routes:
         arguments = check(_CREATE, parse_json(await request.read()))
         if arguments.get("envVars"):
             raise ValueError("envVars are not supported: give variables with each command")
-        answer = await self._admin.call(
-            "start", {"config": {"image": arguments["templateID"]}}, None, request[USER]
-        )
-        record = self._record(answer["sandbox"], request[USER])
-        record.template, record.metadata = arguments["templateID"], arguments.get("metadata", {})
-        record.live(arguments.get("timeout", TIMEOUT_SECONDS))
-        return web.json_response(_brief(record), status=201)
+        template = arguments["templateID"]
+        record = await self._admin.start_sandbox({"config": {"image": template}}, request[USER])
+        record.template = template
+        record.metadata = arguments.get("metadata", {})
+        record.set_time_to_live(arguments.get("timeout", TIMEOUT_SECONDS))
+        return web.json_response(_summary(record), status=201)
 
-    async def list(self, request: web.Request) -> web.Response:
-        return web.json_response(
-            [
-                _full(record)
-                for record in self._admin.running(request[USER])
-                if record.state == "running"
-            ]
-        )
+    async def list_running(self, request: web.Request) -> web.Response:
+        return web.json_response([_details(record) for record in self._running(request)])
 
     async def get(self, request: web.Request) -> web.Response:
-        return web.json_response(
-            _full(self._record(request.match_info["sandboxID"], request[USER]))
-        )
+        return web.json_response(_details(self._find(request)))
 
     async def delete(self, request: web.Request) -> web.Response:
-        record = self._record(request.match_info["sandboxID"], request[USER])
+        record = self._find(request)
         await self._admin.call("stop", {"sandbox": record.name}, None, request[USER])
         return web.Response(status=204)
 
     async def set_timeout(self, request: web.Request) -> web.Response:
-        record = self._record(request.match_info["sandboxID"], request[USER])
-        record.live(check(_TIMEOUT, parse_json(await request.read()))["timeout"])
+        record = self._find(request)
+        arguments = check(_TIMEOUT, parse_json(await request.read()))
+        record.set_time_to_live(arguments["timeout"])
         return web.Response(status=204)
 
-    def _record(self, name: str, user: str) -> Record:
-        found = [
-            record
-            for record in self._admin.running(user)
-            if record.name == name and record.state == "running"
-        ]
-        if not found:
-            raise Refusal(
-                "unknown_sandbox", f"there is no sandbox {name[:80]!r}"
-            ) from SandboxClosedError()
-        return found[0]
+    def _running(self, request: web.Request) -> list[Record]:
+        records = self._admin.active_records(request[USER])
+        return [record for record in records if record.state == "running"]
+
+    def _find(self, request: web.Request) -> Record:
+        name = request.match_info["sandboxID"]
+        for record in self._running(request):
+            if record.name == name:
+                return record
+        raise Refusal(
+            "unknown_sandbox", f"there is no sandbox {name[:80]!r}"
+        ) from SandboxClosedError()
 
 
-def _brief(record: Record) -> dict[str, Any]:
+def _summary(record: Record) -> dict[str, Any]:
     return {
         "sandboxID": record.name,
-        "clientID": record.member.name,
+        "clientID": record.placed_on.name,
         "templateID": record.template or "base",
         "envdVersion": VERSION,
     }
 
 
-def _full(record: Record) -> dict[str, Any]:
-    config = record.plan.config
-    return _brief(record) | {
+def _details(record: Record) -> dict[str, Any]:
+    config = record.request.config
+    return _summary(record) | {
         "state": "running",
-        "startedAt": _date(record.began),
-        "endAt": _date(record.ends_at()),
+        "startedAt": _format_time(record.began),
+        "endAt": _format_time(record.ends_at()),
         "metadata": record.metadata,
         "cpuCount": max(1, round(config.cpus)),
         "memoryMB": config.memory_mb,
@@ -137,5 +127,6 @@ def _full(record: Record) -> dict[str, Any]:
     }
 
 
-def _date(seconds: float) -> str:
-    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat().replace("+00:00", "Z")
+def _format_time(seconds: float) -> str:
+    time = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    return time.isoformat().replace("+00:00", "Z")

@@ -4,98 +4,145 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from envs.rock.config import SandboxConfig
 from envs.rock.service.fleet import Member, Resources
 
 AUTO_CLEAR_SECONDS = 300.0
-_EPOCH = (
-    time.time() - time.monotonic()
-)  # one difference for all, so that a moment is told alike whenever it is asked for
-WAITING, ENDED = ("queued", "starting"), ("stopped", "failed")
+# One difference between the two clocks for all records, so that a moment is reported the same way
+# each time.
+_EPOCH = time.time() - time.monotonic()
+WAITING = ("queued", "starting")
+ENDED = ("stopped", "failed")
+State = Literal["queued", "starting", "running", "stopped", "failed"]
 
 
-class Plan(NamedTuple):
+class StartRequest(NamedTuple):
     """What is to be started."""
 
     config: SandboxConfig  # with the worker's backend
-    wire: dict[str, Any]  # the same, as it is sent
+    wire: dict[str, Any]  # the same, as it is sent to the worker
     need: Resources
     kind: str  # "backend:isolation"
     environment: str | None = None  # digest of an archive in the hub
     snapshot: str | None = None
     pinned: Member | None = None  # the worker that has the snapshot
 
+    def can_run_on(self, member: Member) -> bool:
+        """Return whether a worker could run this, were it empty enough."""
+        return self.pinned in (None, member) and self.kind in member.kinds
+
 
 class Record:
-    """States: queued, starting, running, then stopped or failed, with the error that says why."""
+    """One sandbox: queued, starting, running, then stopped or failed with the error that says why.
+
+    Args:
+      name: the id of the sandbox.
+      user: whose it is.
+      request: what is to be started.
+      arguments: the caller's start request; `experiment` and `auto_clear_seconds` are read.
+      auto_clear: idle seconds after which it is removed, if `arguments` do not say.
+    """
 
     def __init__(
-        self, name: str, user: str, plan: Plan, arguments: Mapping[str, Any], auto_clear: float
+        self,
+        name: str,
+        user: str,
+        request: StartRequest,
+        arguments: Mapping[str, Any],
+        auto_clear: float,
     ):
-        self.name, self.user, self.plan = name, user, plan
+        now = time.monotonic()
+        self.name = name
+        self.user = user
+        self.request = request
         self.experiment: str = arguments.get("experiment", "")
         self.auto_clear: float = arguments.get("auto_clear_seconds", auto_clear)
-        self.key: tuple[str, str] | None = None
-        self.state, self.error = "queued", None
+        self.key: tuple[str, str] | None = None  # (user, the key of the start request)
+        self.state: State = "queued"
+        self.error: Exception | None = None
         self.member: Member | None = None
         self.holds_place = False  # on its member
         self.info: dict[str, Any] = {}
-        self.created = self.used = time.monotonic()
-        self.left_queue = self.ended = 0.0
-        self.began = time.time()  # for people
+        self.created = now
+        self.used = now
+        self.left_queue = 0.0
+        self.ended = 0.0
+        self.began = time.time()  # seconds since 1970, for people
         self.expires: float | None = None  # monotonic
-        self.busy, self.tries = 0, 0
+        self.busy = 0  # requests in progress
+        self.tries = 0
         self.timer: asyncio.TimerHandle | None = None
-        self.provisioning: asyncio.Task | None = None
-        self.own_snapshot: str | None = None  # made for it alone
-        self.template = ""  # whose name it was asked for by
+        self.provisioning: asyncio.Task[None] | None = None
+        self.own_snapshot: str | None = None  # made for this sandbox alone
+        self.template = ""  # the name that it was asked for by
         self.metadata: dict[str, str] = {}
         self._decided = asyncio.Event()
 
-    async def decided(self, seconds: float | None) -> None:
-        """Wait until it runs or has ended, for that long; None: as long as its start may take."""
+    @property
+    def placed_on(self) -> Member:
+        """The worker that runs it; only once it has left the queue."""
+        if self.member is None:
+            raise RuntimeError(f"sandbox {self.name} is {self.state} and on no worker")
+        return self.member
+
+    def failure(self) -> Exception:
+        """Return the error that it ended with, without the traceback of an earlier raise."""
+        if self.error is None:
+            raise RuntimeError(f"sandbox {self.name} is {self.state} and has no error")
+        return self.error.with_traceback(None)
+
+    async def wait_until_decided(self, seconds: float | None) -> None:
+        """Wait until it runs or has ended, for up to `seconds`; None: as long as its start takes.
+
+        asyncio.wait_for would lose a cancellation that comes together with the decision, and the
+        caller's leaving would go unnoticed.
+        """
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(
-                seconds
-            ):  # not wait_for, which loses a cancellation that comes with the decision: its caller would have left unheard
+            async with asyncio.timeout(seconds):
                 await self._decided.wait()
 
     def run(self, info: dict[str, Any]) -> None:
-        self.state, self.info, self.used, self.began = (
-            "running",
-            info,
-            time.monotonic(),
-            time.time(),
-        )
+        """Note that it runs; `info` is the worker's description of it."""
+        self.state = "running"
+        self.info = info
+        self.used = time.monotonic()
+        self.began = time.time()
         self._decide()
 
-    def end(self, state: str, error: Exception) -> None:
-        self.state, self.error, self.ended = state, error, time.monotonic()
+    def end(self, state: State, error: Exception) -> None:
+        """Note that it has ended."""
+        self.state = state
+        self.error = error
+        self.ended = time.monotonic()
         self._decide()
 
     def hand_over(self, user: str, arguments: Mapping[str, Any], auto_clear: float) -> None:
-        """One that was kept ready becomes a user's."""
-        self.user, self.experiment, self.auto_clear = (
-            user,
-            arguments.get("experiment", ""),
-            arguments.get("auto_clear_seconds", auto_clear),
-        )
-        self.used, self.began = time.monotonic(), time.time()
+        """Give a sandbox that was kept ready to a user; arguments as in the constructor."""
+        self.user = user
+        self.experiment = arguments.get("experiment", "")
+        self.auto_clear = arguments.get("auto_clear_seconds", auto_clear)
+        self.used = time.monotonic()
+        self.began = time.time()
 
-    def live(self, seconds: float) -> None:
-        """It ends that long from now, used or not."""
-        self.expires, self.auto_clear = time.monotonic() + seconds, float("inf")
+    def set_time_to_live(self, seconds: float) -> None:
+        """Let it end that many seconds from now, used or not."""
+        self.expires = time.monotonic() + seconds
+        self.auto_clear = float("inf")
 
     def ends_at(self) -> float:
-        """Seconds since 1970, as far as is known now."""
-        return _EPOCH + (self.expires if self.expires is not None else self.used + self.auto_clear)
+        """Return when it will end as things stand now, in seconds since 1970."""
+        if self.expires is not None:
+            return _EPOCH + self.expires
+        return _EPOCH + (self.used + self.auto_clear)
 
     def describe(self) -> dict[str, Any]:
-        return {"sandbox": self.name, "state": self.state} | (
-            self.info if self.state == "running" else {}
-        )
+        """Return the response that tells its state."""
+        answer: dict[str, Any] = {"sandbox": self.name, "state": self.state}
+        if self.state == "running":
+            answer |= self.info
+        return answer
 
     def _decide(self) -> None:
         self._decided.set()

@@ -1,118 +1,48 @@
-"""A worker: the sandboxes of one machine, and what is done in them.
+"""A worker: the sandboxes of one machine, and the operations on them.
 
-Whether there is room for one more is for the admin to know.
+The admin decides whether there is room for one more.
 """
 
 import asyncio
 import contextlib
 import logging
 import secrets
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
+from envs.rock.backend import Snapshot
+from envs.rock.docker.probe import probe_docker
+from envs.rock.embedded.probe import probe
 from envs.rock.errors import SandboxClosedError, SandboxError
-from envs.rock.sandbox import Job, Sandbox, Session, Snapshot
-from envs.rock.service.fleet import DEAD_SECONDS, HEARTBEAT_SECONDS
-from envs.rock.tiers import probe, probe_docker
+from envs.rock.sandbox import Sandbox
+from envs.rock.service.held import Call, HeldSandbox
 from envs.rock.wire import archive
-from envs.rock.wire.api import Disconnected, Refusal, config_from_json, result_to_json
-from envs.rock.wire.client import Client, Pipe, StreamPipe
+from envs.rock.wire.client import Pipe, StreamPipe
+from envs.rock.wire.codec import config_from_json, result_to_json
+from envs.rock.wire.errors import Refusal
 
 log = logging.getLogger("rock.worker")
-LEFT_WITH_CALLER = (
-    "execute",
-    "run_in_session",
-    "verify",
-)  # without a key these end when their caller leaves; all else is finished
-MAX_CALLS = 64  # of one sandbox, at once
-KEPT_ENDS, KEPT_SECONDS = 16, 30.0  # of finished calls, for callers that lost the connection
-KEPT_JOBS = 64  # that have ended, in one sandbox
-FORSAKEN_SECONDS = 90.0  # a call that nobody asks for that long is given up
-
-
-class _Call:
-    """Something that runs, and that its caller asks for again and again."""
-
-    def __init__(self, work: Awaitable[dict[str, Any]]):
-        self.task = asyncio.ensure_future(work)
-        self.task.add_done_callback(
-            lambda task: task.cancelled() or task.exception()
-        )  # nobody may be waiting
-        self.waiting, self.asked = 0, time.monotonic()
-
-    async def wait(self, seconds: float) -> dict[str, Any] | None:
-        self.waiting += 1
-        try:
-            await asyncio.wait([self.task], timeout=seconds)
-        finally:
-            self.waiting -= 1
-            self.asked = time.monotonic()
-        if not self.task.done():
-            return None
-        if self.task.cancelled():
-            raise SandboxError("the call was given up")
-        return self.task.result()
-
-
-class _Held:
-    """One sandbox, and the names by which callers know what is in it."""
-
-    def __init__(self, sandbox: Sandbox):
-        self.sandbox = sandbox
-        self.sessions: dict[str, Session] = {}
-        self.jobs: dict[str, tuple[Job, asyncio.Task]] = {}
-        self.calls: dict[str, _Call] = {}
-        self.ports: dict[int, tuple[str, int]] = {}
-        self.restoring = False
-        self._named = 0
-
-    def name(self, kind: str) -> str:
-        self._named += 1
-        return f"{kind}{self._named}"
-
-    def session(self, arguments: Mapping[str, Any]) -> Session:
-        try:
-            return self.sessions[arguments["session"]]
-        except KeyError:
-            raise SandboxClosedError(
-                f"there is no session {arguments.get('session')!r}; create another"
-            ) from None
-
-    def job(self, arguments: Mapping[str, Any]) -> tuple[Job, asyncio.Task]:
-        try:
-            return self.jobs[arguments["job"]]
-        except KeyError:
-            raise Refusal("not_found", f"there is no job {arguments.get('job')!r}") from None
-
-    def tidy(self) -> None:
-        """Forget the ends of calls and jobs that nobody will ask for, and give up what nobody asks
-        for.
-        """
-        now = time.monotonic()
-        ended = [name for name, call in self.calls.items() if call.task.done()]
-        for number, name in enumerate(ended):
-            if len(ended) - number > KEPT_ENDS or now - self.calls[name].asked > KEPT_SECONDS:
-                del self.calls[name]
-        for call in self.calls.values():
-            if not call.waiting and now - call.asked > FORSAKEN_SECONDS:
-                call.task.cancel()
-        for name in [name for name, (_, task) in self.jobs.items() if task.done()][:-KEPT_JOBS]:
-            del self.jobs[name]
-        for name in [name for name, session in self.sessions.items() if session.ended]:
-            del self.sessions[name]
+# Without a key these end when their caller leaves; all other operations are finished.
+ENDED_WITH_CALLER = ("execute", "run_in_session", "verify")
+_Operation = Callable[[HeldSandbox, dict[str, Any]], Awaitable[dict[str, Any]]]
 
 
 class Worker:
-    """See server.Service. Use it in one event loop; `close` it there."""
+    """The service behind a worker's HTTP server (see server.Service).
+
+    Use it in one event loop; `close` it there.
+
+    Args:
+      backends: kinds of sandboxes to make, "embedded" and "docker".
+    """
 
     def __init__(self, backends: tuple[str, ...] = ("embedded",)):
-        self.incarnation = secrets.token_hex(16)
+        self.incarnation = _new_incarnation()
         self.backends = backends
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str, HeldSandbox] = {}
         self._snapshots: dict[str, Snapshot] = {}
-        self._finishing: set[asyncio.Future] = set()
-        self._ops: dict[str, Callable[..., Awaitable[dict[str, Any] | None]]] = {
+        self._finishing: set[asyncio.Future[dict[str, Any]]] = set()
+        self._operations: dict[str, _Operation] = {
             "execute": self._execute,
             "spawn": self._spawn,
             "create_session": self._create_session,
@@ -130,54 +60,43 @@ class Worker:
         }
 
     async def kinds(self) -> list[str]:
-        """What it can make, as "backend:isolation"."""
+        """Return what this machine can make, as "backend:isolation"."""
         found = []
         for backend in self.backends:
             for isolation in ("required", "best_available"):
                 try:
-                    (
-                        await (
-                            asyncio.to_thread(probe, isolation)
-                            if backend == "embedded"
-                            else asyncio.to_thread(probe_docker)
-                        )
-                    ).require(isolation)
+                    await _require(backend, isolation)
                     found.append(f"{backend}:{isolation}")
                 except SandboxError as error:
                     log.warning("no %s:%s here: %s", backend, isolation, error)
         return found
 
     async def close(self) -> None:
-        """End every sandbox, and begin anew."""
-        await asyncio.gather(
-            *(self._stop(name) for name in list(self._held)), return_exceptions=True
-        )
-        snapshots, self._snapshots = self._snapshots, {}
-        await asyncio.gather(
-            *(snapshot.delete() for snapshot in snapshots.values()), return_exceptions=True
-        )
-        self.incarnation = secrets.token_hex(16)
+        """End every sandbox and become a new, empty worker."""
+        stops = [self._stop(name) for name in list(self._held)]
+        await asyncio.gather(*stops, return_exceptions=True)
+        snapshots = self._snapshots
+        self._snapshots = {}
+        deletions = [snapshot.delete() for snapshot in snapshots.values()]
+        await asyncio.gather(*deletions, return_exceptions=True)
+        self.incarnation = _new_incarnation()
 
     def held(self) -> list[str]:
+        """Return the ids of all sandboxes."""
         return list(self._held)
 
     async def drop(self, names: Iterable[str]) -> None:
-        """End those of them that are here: nobody knows them any more."""
-        for failure in await asyncio.gather(
-            *(self._stop(name) for name in names), return_exceptions=True
-        ):
+        """End sandboxes that the admin does not know any more."""
+        stops = [self._stop(name) for name in names]
+        for failure in await asyncio.gather(*stops, return_exceptions=True):
             if isinstance(failure, Exception):
                 log.warning("a forgotten sandbox did not end: %s", failure)
 
     def ended(self) -> list[str]:
-        """Sandboxes that have ended by themselves. Also the moment to tidy up."""
+        """Return the sandboxes that have ended by themselves, and tidy up the others."""
         for held in self._held.values():
             held.tidy()
-        return [
-            name
-            for name, held in self._held.items()
-            if held.sandbox.tier is not None and not held.restoring and not held.sandbox.is_alive()
-        ]
+        return [name for name, held in self._held.items() if held.has_ended()]
 
     # -- the service
 
@@ -188,12 +107,11 @@ class Worker:
         files: Mapping[str, bytes] | None = None,
         user: str = "",
     ) -> dict[str, Any] | None:
+        """Carry out an operation; None: it has not finished within `wait`, ask again."""
         if op == "worker/ping":
             return {"incarnation": self.incarnation}
         if op == "worker/forget_snapshot":
-            if snapshot := self._snapshots.pop(arguments["snapshot"], None):
-                await snapshot.delete()
-            return {}
+            return await self._forget_snapshot(arguments["snapshot"])
         if op == "worker/stop":
             await self._stop(arguments["sandbox"])
             return {}
@@ -203,33 +121,30 @@ class Worker:
         if op == "wait":
             return await self._wait(held, arguments)
         if op == "cancel":
-            if call := held.calls.get(arguments["call"]):
-                call.task.cancel()
+            held.cancel(arguments["call"])
             return {}
         if op == "verify":
             arguments = arguments | {"files": files or {}}
         key = arguments.get("call")
-        if key is None and op in LEFT_WITH_CALLER:
-            return await self._ops[op](held, arguments)
-        if key is None:
-            work = asyncio.ensure_future(self._ops[op](held, arguments))
-            self._finishing.add(work)
-            work.add_done_callback(self._finishing.discard)
-            return await asyncio.shield(work)
-        if key not in held.calls:
-            self._make_room(held)
-            held.calls[key] = _Call(self._ops[op](held, arguments))
-        return await held.calls[key].wait(arguments.get("wait", 0.0))
+        if key is not None:
+            work = self._operations[op]
+            call = held.join(key, lambda: work(held, arguments))
+            return await call.wait(arguments.get("wait", 0.0))
+        if op in ENDED_WITH_CALLER:
+            return await self._operations[op](held, arguments)
+        finishing = asyncio.ensure_future(self._operations[op](held, arguments))
+        self._finishing.add(finishing)
+        finishing.add_done_callback(self._finishing.discard)
+        return await asyncio.shield(finishing)
 
     async def read(
         self, op: str, arguments: dict[str, Any], user: str = ""
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
+        """Yield the bytes of a file, or of an archive of a directory."""
         sandbox = self._find(arguments).sandbox
-        source = (
-            sandbox.read_stream(arguments["path"])
-            if op == "read_file"
-            else archive.pack(sandbox, arguments["path"])
-        )
+        path = arguments["path"]
+        is_file = op == "read_file"
+        source = sandbox.read_stream(path) if is_file else archive.pack(sandbox, path)
         async with contextlib.aclosing(source) as pieces:
             async for piece in pieces:
                 yield piece
@@ -237,9 +152,13 @@ class Worker:
     async def write(
         self, op: str, arguments: dict[str, Any], pieces: AsyncIterator[bytes], user: str = ""
     ) -> dict[str, Any]:
-        sandbox, size = self._find(arguments).sandbox, 0
+        """Write a file, or the files of an archive."""
+        sandbox = self._find(arguments).sandbox
+        path = arguments["path"]
         if op == "upload":
-            return (await archive.unpack(sandbox, arguments["path"], pieces))._asdict()
+            transfer = await archive.unpack(sandbox, path, pieces)
+            return transfer._asdict()
+        size = 0
 
         async def counted() -> AsyncIterator[bytes]:
             nonlocal size
@@ -247,167 +166,168 @@ class Worker:
                 size += len(piece)
                 yield piece
 
-        await sandbox.write_stream(arguments["path"], counted(), arguments.get("mode", 0o644))
+        await sandbox.write_stream(path, counted(), arguments.get("mode", 0o644))
         return {"bytes": size}
 
     async def connect(self, arguments: dict[str, Any], user: str = "") -> Pipe:
-        held, port = self._find(arguments), arguments["port"]
+        """Open a connection to a port in a sandbox."""
+        held = self._find(arguments)
+        port = arguments["port"]
         if port not in held.ports:
-            held.ports[port] = tuple(await held.sandbox.expose_port(port))
+            held.ports[port] = await held.sandbox.expose_port(port)
         try:
-            return StreamPipe(*await asyncio.open_connection(*held.ports[port]))
+            reader, writer = await asyncio.open_connection(*held.ports[port])
         except OSError as error:
             del held.ports[port]
             raise SandboxClosedError(
-                f"the door to port {port} is closed: {error.strerror}"
+                f"port {port} of the sandbox is not forwarded any more: {error.strerror}"
             ) from error
+        return StreamPipe(reader, writer)
 
-    # -- a sandbox's life
+    # -- start and end of a sandbox
 
     async def _create(self, arguments: dict[str, Any]) -> dict[str, Any] | None:
-        """The same `sandbox` again joins the creation that runs."""
+        """Make a sandbox; the same `sandbox` again joins the creation that runs."""
         name = arguments["sandbox"]
         if name not in self._held:
-            if arguments["backend"] not in self.backends:
-                raise ValueError(
-                    f"backend {arguments['backend']!r} is not among this worker's:"
-                    f" {', '.join(self.backends)}"
-                )
-            config = config_from_json(arguments["config"], arguments["backend"])
-            snapshot = None
-            if (
-                "snapshot" in arguments
-                and (snapshot := self._snapshots.get(arguments["snapshot"])) is None
-            ):
-                raise Refusal("start_failed", f"the snapshot {arguments['snapshot']} was deleted")
-            held = self._held[name] = _Held(Sandbox(config, snapshot))
-            held.calls["create"] = _Call(self._start(name, held))
+            held = HeldSandbox(self._make_sandbox(arguments))
+            self._held[name] = held
+            held.calls["create"] = Call(self._start(name, held))
         held = self._held[name]
-        if (create := held.calls.get("create")) is None:
-            return _described(held.sandbox)
-        return await create.wait(arguments.get("wait", 0.0) if "call" in arguments else None)
+        create = held.calls.get("create")
+        if create is None:
+            return _describe(held.sandbox)
+        seconds = arguments.get("wait", 0.0) if "call" in arguments else None
+        return await create.wait(seconds)
 
-    async def _start(self, name: str, held: _Held) -> dict[str, Any]:
+    def _make_sandbox(self, arguments: dict[str, Any]) -> Sandbox:
+        backend = arguments["backend"]
+        if backend not in self.backends:
+            raise ValueError(
+                f"backend {backend!r} is not among this worker's: {', '.join(self.backends)}"
+            )
+        config = config_from_json(arguments["config"], backend)
+        if "snapshot" not in arguments:
+            return Sandbox(config)
+        name = arguments["snapshot"]
+        if name not in self._snapshots:
+            raise Refusal("start_failed", f"the snapshot {name} was deleted")
+        return Sandbox(config, self._snapshots[name])
+
+    async def _start(self, name: str, held: HeldSandbox) -> dict[str, Any]:
         try:
             await held.sandbox.start()
         except BaseException:
             self._held.pop(name, None)
             raise
-        return _described(held.sandbox)
+        return _describe(held.sandbox)
 
     async def _stop(self, name: str) -> None:
         held = self._held.get(name)
         if held is None:
             return
-        for call in held.calls.values():
-            call.task.cancel()  # a creation too: then there is nothing to stop
-        await asyncio.gather(*(call.task for call in held.calls.values()), return_exceptions=True)
+        await held.cancel_all()  # a creation too: then there is nothing to stop
         try:
             await held.sandbox.stop()
         finally:
             self._held.pop(name, None)
 
-    def _find(self, arguments: Mapping[str, Any]) -> _Held:
-        try:
-            return self._held[arguments["sandbox"]]
-        except KeyError:
+    def _find(self, arguments: Mapping[str, Any]) -> HeldSandbox:
+        name = arguments["sandbox"]
+        if name not in self._held:
             raise SandboxClosedError(
-                f"there is no sandbox {arguments['sandbox']!r}; it was stopped, cleared, or never"
-                " here"
-            ) from None
-
-    def _make_room(self, held: _Held) -> None:
-        held.tidy()
-        if sum(not call.task.done() for call in held.calls.values()) >= MAX_CALLS:
-            raise Refusal("busy", f"{MAX_CALLS} calls of this sandbox are running")
-
-    # -- what is done in it
-
-    async def _execute(self, held: _Held, arguments: dict[str, Any]) -> dict[str, Any]:
-        return result_to_json(
-            await held.sandbox.execute(
-                arguments["command"], arguments.get("timeout"), arguments.get("env")
+                f"there is no sandbox {name!r}; it was stopped, cleared, or never here"
             )
-        )
+        return self._held[name]
 
-    async def _spawn(self, held: _Held, arguments: dict[str, Any]) -> dict[str, Any]:
+    # -- operations in a sandbox
+
+    async def _execute(self, held: HeldSandbox, arguments: dict[str, Any]) -> dict[str, Any]:
+        result = await held.sandbox.execute(
+            arguments["command"], arguments.get("timeout"), arguments.get("env")
+        )
+        return result_to_json(result)
+
+    async def _spawn(self, held: HeldSandbox, arguments: dict[str, Any]) -> dict[str, Any]:
         job = await held.sandbox.spawn(
             arguments["command"], arguments.get("timeout"), arguments.get("env")
         )
-        end = asyncio.ensure_future(job.wait())
-        end.add_done_callback(lambda task: task.cancelled() or task.exception())
-        name = held.name("job")
-        held.jobs[name] = job, end
-        return {"job": name}
+        return {"job": held.add_job(job)}
 
-    async def _wait(self, held: _Held, arguments: dict[str, Any]) -> dict[str, Any] | None:
+    async def _wait(self, held: HeldSandbox, arguments: dict[str, Any]) -> dict[str, Any] | None:
         seconds = arguments.get("wait", 0.0)
         if "call" in arguments:
-            if (call := held.calls.get(arguments["call"])) is None:
-                raise Refusal("not_found", f"there is no call {arguments['call']!r}")
-            return await call.wait(seconds)
-        _, end = held.job(arguments)
+            return await held.call(arguments["call"]).wait(seconds)
+        end = held.job(arguments).end
         await asyncio.wait([end], timeout=seconds)
-        return result_to_json(end.result()) if end.done() else None
+        if not end.done():
+            return None
+        return result_to_json(end.result())
 
-    async def _interrupt(self, held: _Held, arguments: dict[str, Any]) -> dict[str, Any]:
+    async def _interrupt(self, held: HeldSandbox, arguments: dict[str, Any]) -> dict[str, Any]:
         if "session" in arguments:
             await held.session(arguments).interrupt()
         else:
-            await held.job(arguments)[0].interrupt()
+            await held.job(arguments).job.interrupt()
         return {}
 
-    async def _kill(self, held: _Held, arguments: dict[str, Any]) -> dict[str, Any]:
-        return result_to_json(await held.job(arguments)[0].kill())
+    async def _kill(self, held: HeldSandbox, arguments: dict[str, Any]) -> dict[str, Any]:
+        return result_to_json(await held.job(arguments).job.kill())
 
-    async def _kill_all(self, held: _Held, arguments: dict[str, Any]) -> dict[str, Any]:
+    async def _kill_all(self, held: HeldSandbox, arguments: dict[str, Any]) -> dict[str, Any]:
         await held.sandbox.kill_all()
         return {}
 
-    async def _create_session(self, held: _Held, arguments: dict[str, Any]) -> dict[str, Any]:
+    async def _create_session(self, held: HeldSandbox, arguments: dict[str, Any]) -> dict[str, Any]:
         session = await held.sandbox.create_session(arguments.get("env"))
-        name = held.name("session")
-        held.sessions[name] = session
-        return {"session": name}
+        return {"session": held.add_session(session)}
 
-    async def _run_in_session(self, held: _Held, arguments: dict[str, Any]) -> dict[str, Any]:
+    async def _run_in_session(self, held: HeldSandbox, arguments: dict[str, Any]) -> dict[str, Any]:
         session = held.session(arguments)
         result = await session.run(arguments["command"], arguments.get("timeout"))
         return result_to_json(result) | {"session_ended": session.ended}
 
-    async def _close_session(self, held: _Held, arguments: dict[str, Any]) -> dict[str, Any]:
-        if session := held.sessions.pop(arguments["session"], None):
+    async def _close_session(self, held: HeldSandbox, arguments: dict[str, Any]) -> dict[str, Any]:
+        session = held.sessions.pop(arguments["session"], None)
+        if session:
             await session.close()
         return {}
 
-    async def _verify(self, held: _Held, arguments: dict[str, Any]) -> dict[str, Any]:
-        return result_to_json(
-            await held.sandbox.verify(
-                arguments["script"],
-                arguments.get("timeout"),
-                arguments["files"],
-                arguments.get("keep", False),
-            )
+    async def _verify(self, held: HeldSandbox, arguments: dict[str, Any]) -> dict[str, Any]:
+        result = await held.sandbox.verify(
+            arguments["script"],
+            arguments.get("timeout"),
+            arguments["files"],
+            arguments.get("keep", False),
         )
+        return result_to_json(result)
 
-    async def _list_files(self, held: _Held, arguments: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "entries": [list(entry) for entry in await held.sandbox.list_files(arguments["path"])]
-        }
+    async def _list_files(self, held: HeldSandbox, arguments: dict[str, Any]) -> dict[str, Any]:
+        entries = await held.sandbox.list_files(arguments["path"])
+        return {"entries": [list(entry) for entry in entries]}
 
-    async def _statistics(self, held: _Held, arguments: dict[str, Any]) -> dict[str, Any]:
-        return (await held.sandbox.get_status())._asdict()
+    async def _statistics(self, held: HeldSandbox, arguments: dict[str, Any]) -> dict[str, Any]:
+        status = await held.sandbox.get_status()
+        return status._asdict()
 
-    async def _denials(self, held: _Held, arguments: dict[str, Any]) -> dict[str, Any]:
-        return {"denials": [list(denial) for denial in await held.sandbox.denials()]}
+    async def _denials(self, held: HeldSandbox, arguments: dict[str, Any]) -> dict[str, Any]:
+        denials = await held.sandbox.denials()
+        return {"denials": [list(denial) for denial in denials]}
 
-    async def _snapshot(self, held: _Held, arguments: dict[str, Any]) -> dict[str, Any]:
+    async def _snapshot(self, held: HeldSandbox, arguments: dict[str, Any]) -> dict[str, Any]:
         name = f"sn-{secrets.token_hex(12)}"
         self._snapshots[name] = await held.sandbox.snapshot()
         return {"snapshot": name}
 
-    async def _restore(self, held: _Held, arguments: dict[str, Any]) -> dict[str, Any]:
-        if (snapshot := self._snapshots.get(arguments["snapshot"])) is None:
+    async def _forget_snapshot(self, name: str) -> dict[str, Any]:
+        snapshot = self._snapshots.pop(name, None)
+        if snapshot:
+            await snapshot.delete()
+        return {}
+
+    async def _restore(self, held: HeldSandbox, arguments: dict[str, Any]) -> dict[str, Any]:
+        snapshot = self._snapshots.get(arguments["snapshot"])
+        if snapshot is None:
             raise Refusal(
                 "not_found",
                 f"there is no snapshot {arguments['snapshot']!r} where this sandbox runs",
@@ -418,59 +338,23 @@ class Worker:
         finally:
             held.restoring = False
         held.ports.clear()
-        return _described(held.sandbox)
+        return _describe(held.sandbox)
 
 
-async def report(worker: Worker, admin: Client, registration: Mapping[str, Any]) -> None:
-    """Register with an admin and give signs of life, for ever.
-
-    An admin that gave the worker up, or began anew, gets an empty one.
-
-    An admin that is silent for DEAD_SECONDS is dead, or takes this worker for dead: then nobody
-    will end the sandboxes but we.
-    """
-    known, heard = False, time.monotonic()
-    while True:
-        try:
-            if known:
-                answer = await admin.call(
-                    "worker/heartbeat",
-                    {
-                        "incarnation": worker.incarnation,
-                        "ended": worker.ended(),
-                        "held": worker.held(),
-                    },
-                )
-                await worker.drop(map(str, answer.get("forgotten", ())))
-            else:
-                await admin.call(
-                    "worker/register", {**registration, "incarnation": worker.incarnation}
-                )
-                log.info("registered with %s", admin.url)
-                known = True
-            heard = time.monotonic()
-        except Disconnected:
-            log.warning("the admin at %s does not answer", admin.url)
-            if known and time.monotonic() - heard > DEAD_SECONDS:
-                await worker.close()
-                known = False
-        except SandboxError as error:
-            code = getattr(error, "code", "")
-            if code in ("unauthorized", "forbidden"):
-                raise
-            if code != "not_found":  # it is busy, say: the next sign of life may get through
-                log.warning("the admin at %s refused a sign of life: %s", admin.url, error)
-                await asyncio.sleep(HEARTBEAT_SECONDS)
-                continue
-            log.warning(
-                "the admin does not know this worker (any more): it begins anew, without sandboxes"
-            )
-            await worker.close()
-            known = False
-        await asyncio.sleep(HEARTBEAT_SECONDS)
+def _new_incarnation() -> str:
+    return secrets.token_hex(16)
 
 
-def _described(sandbox: Sandbox) -> dict[str, Any]:
+async def _require(backend: str, isolation: str) -> None:
+    """Raise IsolationError if a backend cannot isolate so on this machine."""
+    if backend == "embedded":
+        report = await asyncio.to_thread(probe, isolation)
+    else:
+        report = await asyncio.to_thread(probe_docker)
+    report.require(isolation)
+
+
+def _describe(sandbox: Sandbox) -> dict[str, Any]:
     return {
         "tier": sandbox.tier,
         "guarantees": sorted(sandbox.guarantees),

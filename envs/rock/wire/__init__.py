@@ -1,1 +1,1 @@
-"""What travels between the SDK and a ROCK service: operations, connections, archives of files."""
+"""The protocol between the SDK and a ROCK service: operations, errors, connections, archives."""

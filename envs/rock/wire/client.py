@@ -1,37 +1,55 @@
-"""One end of the protocol: asks an admin or a worker over HTTP. Errors come back as the typed ones
-of envs.rock.
+"""The client's end of the ROCK protocol: sends requests to an admin or a worker over HTTP.
+
+Errors of the service are raised as the exception types of envs.rock.errors.
 """
 
 import asyncio
 import contextlib
 import json
 import urllib.parse
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any, Protocol, TypeVar
 
 import aiohttp
 import yarl
 
 from envs.rock.errors import SandboxError
-from envs.rock.sandbox import PIECE_BYTES
-from envs.rock.wire.api import GRACE, TO_ADMIN, TO_WORKER, Disconnected, decode_error, parse_json
+from envs.rock.transfer import PIECE_BYTES
+from envs.rock.wire.errors import Disconnected, decode_error
+from envs.rock.wire.fields import parse_json
+from envs.rock.wire.operations import GRACE_SECONDS, TO_ADMIN, TO_WORKER
 
-MAX_ANSWER_BYTES = 128 << 20  # the other end may be anyone
-CONNECT_SECONDS, STALL_SECONDS = 10.0, 60.0
+T = TypeVar("T")
+MAX_ANSWER_BYTES = 128 << 20  # the other end is not trusted
+CONNECT_SECONDS = 10.0
+STALL_SECONDS = 60.0
+FIRST_PAUSE_SECONDS = 0.05  # of retry_for, doubled after each attempt
+MAX_PAUSE_SECONDS = 2.0
 OPERATIONS = TO_WORKER | TO_ADMIN
+_CONNECTION_ERRORS = (TimeoutError, aiohttp.ClientError, OSError)
 
 
 class Pipe(Protocol):
-    """Octets both ways; b"" is the end of one."""
+    """A two-way stream of bytes; reading b"" means that the other direction has ended."""
 
-    async def read(self) -> bytes: ...
-    async def write(self, data: bytes) -> None: ...
-    async def write_eof(self) -> None: ...
-    def close(self) -> None: ...
+    async def read(self) -> bytes:
+        """Return the next bytes, or b"" at the end."""
+
+    async def write(self, data: bytes) -> None:
+        """Send bytes."""
+
+    async def write_eof(self) -> None:
+        """End this direction; the other one may go on."""
+
+    def close(self) -> None:
+        """End both directions."""
 
 
 class Client:
-    """Make and use it in one event loop; `close` it there."""
+    """A connection pool to one service, with the token that requests carry.
+
+    Create it, use it and `close` it in one event loop.
+    """
 
     def __init__(self, url: str, token: str):
         self.url = url.rstrip("/")
@@ -49,9 +67,11 @@ class Client:
 
     @property
     def closed(self) -> bool:
+        """True once `close` was called."""
         return self._http.closed
 
     async def close(self) -> None:
+        """Close all connections."""
         await self._http.close()
 
     async def call(
@@ -61,65 +81,78 @@ class Client:
         files: Mapping[str, bytes] | None = None,
         user: str = "",
     ) -> dict[str, Any] | None:
-        """The answer; None: not finished, ask again (the same, or "wait").
+        """Send a request with a JSON body.
 
-        Disconnected: nobody knows, ask again.
+        Args:
+          op: a key of OPERATIONS.
+          arguments: members of the request.
+          files: content by name, for an operation that takes files.
+          user: ignored; the token says who asks.
+
+        Returns:
+          The response; None if the call has not finished: send the request again, or "wait".
+
+        Raises:
+          Disconnected: no response came; whether the request was carried out is unknown.
+          SandboxError, ValueError: the service reported an error (see wire.errors.CODES).
         """
-        del user  # the token says who we are
+        del user
         body: dict[str, Any] = {
             "data": json.dumps(arguments).encode(),
             "headers": {"Content-Type": "application/json"},
         }
         if files:
-            body = {"data": _form(arguments, files)}
-        seconds = (
-            max(
-                float(arguments.get("wait") or 0),
-                0 if "call" in arguments else float(arguments.get("timeout") or 0),
-            )
-            + GRACE
+            body = {"data": _make_form(arguments, files)}
+        timeout = aiohttp.ClientTimeout(
+            total=_max_duration(arguments) + GRACE_SECONDS, sock_connect=CONNECT_SECONDS
         )
         try:
             async with self._http.post(
-                self._url(op),
-                **body,
-                timeout=aiohttp.ClientTimeout(total=seconds, sock_connect=CONNECT_SECONDS),
-                allow_redirects=False,
-            ) as answer:
-                return await _answer(answer)
-        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+                self._url(op), **body, timeout=timeout, allow_redirects=False
+            ) as response:
+                return await _read_answer(response)
+        except _CONNECTION_ERRORS as error:
             raise self._lost(error) from error
+
+    async def ask(self, op: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Send a request that is answered at once: `call`, where None would be an error."""
+        answer = await self.call(op, arguments)
+        if answer is None:
+            raise SandboxError(f"the service has not finished {op}, which cannot be waited for")
+        return answer
 
     async def read(
         self, op: str, arguments: Mapping[str, Any], user: str = ""
-    ) -> AsyncIterator[bytes]:
-        """The octets of a file or an archive."""
+    ) -> AsyncGenerator[bytes, None]:
+        """Yield the bytes of a file or an archive; errors as in `call`."""
         del user
         try:
-            async with self._http.get(self._url(op, arguments), allow_redirects=False) as answer:
-                if answer.status != 200:
-                    await _answer(answer)
-                async for piece in answer.content.iter_chunked(PIECE_BYTES):
+            async with self._http.get(self._url(op, arguments), allow_redirects=False) as response:
+                if response.status != 200:
+                    await _read_answer(response)
+                async for piece in response.content.iter_chunked(PIECE_BYTES):
                     yield piece
-        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+        except _CONNECTION_ERRORS as error:
             raise self._lost(error) from error
 
     async def write(
         self, op: str, arguments: Mapping[str, Any], pieces: AsyncIterator[bytes], user: str = ""
     ) -> dict[str, Any]:
-        """Send octets. An error of `pieces` itself is raised as it is."""
+        """Send bytes and return the response; errors as in `call`.
+
+        An exception that `pieces` raises is passed on unchanged.
+        """
         del user
-        own: list[Exception] = []
+        source_errors: list[Exception] = []
 
         async def watched() -> AsyncIterator[bytes]:
             try:
                 async for piece in pieces:
-                    for start in range(
-                        0, len(piece), PIECE_BYTES
-                    ):  # one large piece would fill the socket's buffer whole
+                    # one large piece would fill the socket's buffer whole
+                    for start in range(0, len(piece), PIECE_BYTES):
                         yield piece[start : start + PIECE_BYTES]
             except Exception as error:
-                own.append(error)
+                source_errors.append(error)
                 raise
 
         try:
@@ -128,58 +161,115 @@ class Client:
                 data=watched(),
                 headers={"Content-Type": "application/octet-stream"},
                 allow_redirects=False,
-            ) as answer:
-                return await _answer(answer) or {}
-        except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            if own:
-                raise own[0] from None
+            ) as response:
+                return await _read_answer(response) or {}
+        except _CONNECTION_ERRORS as error:
+            if source_errors:
+                raise source_errors[0] from None
             raise self._lost(error) from error
 
     async def connect(self, arguments: Mapping[str, Any], user: str = "") -> Pipe:
-        """To a port in a sandbox."""
+        """Open a connection to a port inside a sandbox."""
         del user
         try:
-            return WebSocketPipe(
-                await self._http.ws_connect(
-                    self._url("connect", arguments),
-                    max_msg_size=4 * PIECE_BYTES,
-                    autoping=True,
-                    heartbeat=STALL_SECONDS,
-                )
+            socket = await self._http.ws_connect(
+                self._url("connect", arguments),
+                max_msg_size=4 * PIECE_BYTES,
+                autoping=True,
+                heartbeat=STALL_SECONDS,
             )
         except aiohttp.WSServerHandshakeError as error:
             raise SandboxError(
                 f"no connection to port {arguments.get('port')}: HTTP status {error.status}"
             ) from error
-        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+        except _CONNECTION_ERRORS as error:
             raise self._lost(error) from error
+        return WebSocketPipe(socket)
 
     def _url(self, op: str, query: Mapping[str, Any] | None = None) -> yarl.URL:
         text = self.url + OPERATIONS[op].path
-        if query is not None:  # not by yarl: file names need not be UTF-8
-            text += "?" + urllib.parse.urlencode(
-                {name: str(value) for name, value in query.items()}, errors="surrogateescape"
-            )
+        if query is not None:
+            # yarl would reject file names that are not UTF-8
+            values = {name: str(value) for name, value in query.items()}
+            text += "?" + urllib.parse.urlencode(values, errors="surrogateescape")
         return yarl.URL(text, encoded=True)
 
     def _lost(self, error: Exception) -> Disconnected:
         return Disconnected(f"no answer from {self.url}: {type(error).__name__} {error}".strip())
 
 
+def _max_duration(arguments: Mapping[str, Any]) -> float:
+    """Return how long the service may hold a request open, in seconds."""
+    wait = float(arguments.get("wait") or 0)
+    if "call" in arguments:
+        return wait
+    return max(wait, float(arguments.get("timeout") or 0))
+
+
+def _make_form(arguments: Mapping[str, Any], files: Mapping[str, bytes]) -> aiohttp.FormData:
+    """Return a multipart body: the request, then the files in the order in which it names them."""
+    form = aiohttp.FormData()
+    request = json.dumps({**arguments, "files": list(files)})
+    form.add_field("request", request, content_type="application/json")
+    for content in files.values():
+        form.add_field("file", content, content_type="application/octet-stream", filename="file")
+    return form
+
+
+async def _read_answer(response: aiohttp.ClientResponse) -> dict[str, Any] | None:
+    data = bytearray()
+    async for piece in response.content.iter_chunked(PIECE_BYTES):
+        data += piece
+        if len(data) > MAX_ANSWER_BYTES:
+            raise SandboxError(f"the service's answer has more than {MAX_ANSWER_BYTES} bytes")
+    if response.status == 202:
+        return None
+    try:
+        body = parse_json(bytes(data))
+    except ValueError:
+        body = None
+    if response.status != 200:
+        raise decode_error(response.status, body)
+    if not isinstance(body, dict):
+        raise SandboxError("the service's answer is not a JSON object")
+    return body
+
+
+async def retry_for(seconds: float, request: Callable[[], Awaitable[T]]) -> T:
+    """Await `request()` again, for up to `seconds`, while its connection breaks.
+
+    Only for requests that may be carried out twice, or that carry a key.
+
+    Raises:
+      Disconnected: the last attempt's, when the time is over.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + seconds
+    pause = FIRST_PAUSE_SECONDS
+    while True:
+        try:
+            return await request()
+        except Disconnected:
+            if loop.time() + pause > deadline:
+                raise
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, MAX_PAUSE_SECONDS)
+
+
 class WebSocketPipe:
-    """A WebSocket as a pipe: binary messages are octets, the text "eof" ends one direction."""
+    """A WebSocket as a Pipe: binary messages are data, the text "eof" ends one direction."""
 
     def __init__(self, socket: Any):
         self._socket = socket
-        self._closing: asyncio.Task | None = None
+        self._closing: asyncio.Task[None] | None = None
 
     async def read(self) -> bytes:
         while True:
             message = await self._socket.receive()
-            if message.type == aiohttp.WSMsgType.BINARY and message.data:
-                return message.data
             if message.type != aiohttp.WSMsgType.BINARY:
                 return b""
+            if message.data:
+                return message.data
 
     async def write(self, data: bytes) -> None:
         await self._socket.send_bytes(data)
@@ -192,10 +282,11 @@ class WebSocketPipe:
 
 
 class StreamPipe:
-    """A TCP connection as a pipe."""
+    """A TCP connection as a Pipe."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
-        self._reader, self._writer = reader, writer
+        self._reader = reader
+        self._writer = writer
 
     async def read(self) -> bytes:
         return await self._reader.read(PIECE_BYTES)
@@ -212,72 +303,21 @@ class StreamPipe:
         self._writer.close()
 
 
-async def join(one: Pipe, other: Pipe) -> None:
-    """Pass everything on, both ways, until both have ended or one breaks."""
-
-    async def pass_on(source: Pipe, target: Pipe) -> None:
-        while data := await source.read():
-            await target.write(data)
-        await target.write_eof()
-
+async def relay(one: Pipe, other: Pipe) -> None:
+    """Copy data between two pipes, both ways, until both directions have ended or one breaks."""
     try:
         with contextlib.suppress(OSError, aiohttp.ClientError, SandboxError):
-            async with asyncio.TaskGroup() as ways:
-                ways.create_task(_quiet(pass_on(one, other)))
-                ways.create_task(_quiet(pass_on(other, one)))
+            async with asyncio.TaskGroup() as group:
+                group.create_task(_copy(one, other))
+                group.create_task(_copy(other, one))
     finally:
         one.close()
         other.close()
 
 
-async def _quiet(way: Awaitable[None]) -> None:
-    with contextlib.suppress(
-        OSError, aiohttp.ClientError
-    ):  # the other way ends by itself, or with the close
-        await way
-
-
-def _form(arguments: Mapping[str, Any], files: Mapping[str, bytes]) -> aiohttp.FormData:
-    """The request, then the files in the order in which it names them."""
-    form = aiohttp.FormData()
-    form.add_field(
-        "request", json.dumps({**arguments, "files": list(files)}), content_type="application/json"
-    )
-    for content in files.values():
-        form.add_field("file", content, content_type="application/octet-stream", filename="file")
-    return form
-
-
-async def _answer(answer: aiohttp.ClientResponse) -> dict[str, Any] | None:
-    data = bytearray()
-    async for piece in answer.content.iter_chunked(PIECE_BYTES):
-        data += piece
-        if len(data) > MAX_ANSWER_BYTES:
-            raise SandboxError(f"the service's answer has more than {MAX_ANSWER_BYTES} bytes")
-    if answer.status == 202:
-        return None
-    try:
-        body = parse_json(bytes(data))
-    except ValueError:
-        body = None
-    if answer.status != 200:
-        raise decode_error(answer.status, body)
-    if not isinstance(body, dict):
-        raise SandboxError("the service's answer is no JSON object")
-    return body
-
-
-async def patiently(ask: Callable[[], Awaitable[Any]], seconds: float) -> Any:
-    """Ask again where no answer came, for that long.
-
-    For requests that may be carried out twice, or have a key.
-    """
-    deadline, pause = asyncio.get_running_loop().time() + seconds, 0.05
-    while True:
-        try:
-            return await ask()
-        except Disconnected:
-            if asyncio.get_running_loop().time() + pause > deadline:
-                raise
-        await asyncio.sleep(pause)
-        pause = min(2 * pause, 2.0)
+async def _copy(source: Pipe, target: Pipe) -> None:
+    # a broken direction is no error here: the other one ends by itself, or when both are closed
+    with contextlib.suppress(OSError, aiohttp.ClientError):
+        while data := await source.read():
+            await target.write(data)
+        await target.write_eof()

@@ -1,8 +1,7 @@
-"""Real task formats: Harbor (Terminal-Bench 2.x) and Terminal-Bench 1 task folders, played in
-embedded sandboxes.
+"""Task folders of Harbor (Terminal-Bench 2.x) and Terminal-Bench 1, played in sandboxes.
 
 env = HarborEnv("path/to/task")                 # GEM: reset, step, close
-env = make("harbor/word-report")                # one of the examples that lie here
+env = make("harbor/word-report")                # one of the examples in this package
 tasks = load_dataset("path/to/folder")
 """
 

@@ -1,9 +1,8 @@
-"""Environments that were built already: later episodes of a task start from a snapshot of the first
-one, copy-on-write.
+"""A cache of built environments: later episodes of a task start from a snapshot of the first one.
 
-What a build leaves is files alone (no process outlives a command of its own), so a snapshot of it
-is the same as building anew. Episodes of one task that begin together wait for the first of them to
-build. The newest KEPT environments of an event loop are kept, on disk, until the process ends.
+A build leaves only files (no process outlives its command), so a copy-on-write snapshot is
+equivalent to a new build. Episodes of one task that begin together wait for the first of them to
+build. The newest MAX_KEPT environments of an event loop are kept on disk until the process ends.
 """
 
 from __future__ import annotations
@@ -15,17 +14,18 @@ import weakref
 from collections.abc import Mapping
 
 from envs.rock import Sandbox, SandboxConfig
-from envs.rock.sandbox import Snapshot
-from envs.tasks.harbor.build import Built, build
+from envs.rock.backend import Snapshot
+from envs.tasks.harbor.build import build
+from envs.tasks.harbor.environment import Built
 from envs.tasks.harbor.task import HarborTask
 
-KEPT = 8
+MAX_KEPT = 8
 Key = tuple[int, str, str]
 
 
 @dataclasses.dataclass
 class _Entry:
-    task: HarborTask  # alive as long as its id is a key
+    task: HarborTask  # keeps the task alive while its id is a key
     lock: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)
     users: int = 0
     snapshot: Snapshot | None = None
@@ -43,12 +43,18 @@ async def start_built(
     images: Mapping[str, tuple[str, ...]] | None,
     build_egress: tuple[str, ...] | None = None,
 ) -> tuple[Sandbox, Built]:
-    """A started sandbox in which the task's environment is built.
+    """Return a started sandbox in which the task's environment is built.
 
-    Raises what `build` and Sandbox.start raise, and leaves no sandbox then.
+    Args:
+      task: the task.
+      config: the config of the sandbox.
+      images: see `build`.
+      build_egress: the hosts that the build may reach; None: those of the sandbox. A sandbox that
+        was built under another network policy than the episode's is replaced before the episode
+        begins.
 
-    build_egress: what the build reaches; None: what the sandbox does. What is built by another
-    policy than that of the episode is left before it begins.
+    Raises:
+      Exception: whatever `build` and Sandbox.start raise; no sandbox is left running then.
     """
     entries = _entries.setdefault(asyncio.get_running_loop(), collections.OrderedDict())
     key = (id(task), repr(dataclasses.replace(config, label="")), repr((images, build_egress)))
@@ -77,16 +83,18 @@ async def _build(
     build_egress: tuple[str, ...] | None,
     entry: _Entry,
 ) -> tuple[Sandbox, Built]:
-    sandbox = Sandbox(
-        config if build_egress is None else dataclasses.replace(config, egress=build_egress)
-    )
+    if build_egress is not None:
+        config_of_build = dataclasses.replace(config, egress=build_egress)
+    else:
+        config_of_build = config
+    sandbox = Sandbox(config_of_build)
     await _start(sandbox)
     try:
         built = await build(sandbox, task, images, config.egress)
-        if (
-            sandbox.tier == "namespaces"
-        ):  # elsewhere a sandbox's paths are its own, and a snapshot's would be another's
-            entry.snapshot, entry.built = await sandbox.snapshot(), built
+        # In other tiers each sandbox has paths of its own, which a snapshot would not fit.
+        if sandbox.tier == "namespaces":
+            entry.snapshot = await sandbox.snapshot()
+            entry.built = built
         return sandbox, built
     except BaseException:
         await asyncio.shield(sandbox.stop())
@@ -103,8 +111,9 @@ async def _start(sandbox: Sandbox) -> None:
 
 async def _forget_oldest(entries: collections.OrderedDict[Key, _Entry]) -> None:
     idle = [key for key, entry in entries.items() if not entry.users]
-    for entry in [
-        entries.pop(key) for key in idle[: max(0, len(entries) - KEPT)]
-    ]:  # taken out at once: others come by while one is deleted
+    surplus = max(0, len(entries) - MAX_KEPT)
+    # Removed from the table at once, because others use it while a snapshot is deleted.
+    oldest = [entries.pop(key) for key in idle[:surplus]]
+    for entry in oldest:
         if entry.snapshot is not None:
             await entry.snapshot.delete()

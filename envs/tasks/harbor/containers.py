@@ -1,12 +1,13 @@
-"""A task's environment on the Docker backend: its real Dockerfile, built by the engine, once for
-each content.
+"""A task's environment on the Docker backend: its real Dockerfile, built by the engine.
 
-The container's image is read-only there, so the task's own folders (/app, and what its Dockerfile
-names) are copied from the image into the workspace when an episode begins, and paths are rewritten
-as for the embedded backend (paths.py). What lies elsewhere in the image is used where it is, and
-cannot be changed by the agent. A base image that the engine lacks is what EnvHub (~/.rock) has
-under its name, if it has, and is pulled else. The build reaches the network, as Harbor's does,
-unless it is told not to; the sandbox reaches what the task's network_mode grants.
+The engine builds once for each content. The container's image is read-only, so the task's own
+folders (/app, and those that its Dockerfile names) are copied from the image into the workspace
+when an episode begins, and paths are rewritten as for the embedded backend (paths.py). Other parts
+of the image are used in place and cannot be changed by the agent.
+
+A base image that the engine lacks is taken from EnvHub (~/.rock) if that has it under this name,
+and is pulled otherwise. Builds reach the network, as Harbor's do, unless told otherwise; the
+sandbox reaches what the task's network_mode grants.
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ import tempfile
 from envs.rock import Sandbox, SandboxConfig
 from envs.rock.errors import ImageError, SandboxError
 from envs.tasks.harbor import dockerfile
-from envs.tasks.harbor.build import CONVENTIONAL, Built, refuse_what_no_sandbox_has
+from envs.tasks.harbor.environment import (
+    UNREACHED_NETWORK,
+    Built,
+    conventional_roots,
+    refuse_unsupported,
+)
 from envs.tasks.harbor.errors import BuildError, TaskError, UnsupportedError
 from envs.tasks.harbor.paths import PathMap, root_of
 from envs.tasks.harbor.task import Files, HarborTask
@@ -29,11 +35,14 @@ COPY_SECONDS = 120.0
 _FROM = re.compile(
     r"^(\s*FROM\s+(?:--platform=\S+\s+)?)([^\s$]+)(?=\s|$)", re.IGNORECASE | re.MULTILINE
 )
-_STEP = re.compile(r"^Step (\d+)/\d+ :", re.MULTILINE)  # of the classic builder
+_STEP = re.compile(r"^Step (\d+)/\d+ :", re.MULTILINE)  # output of the classic builder
 _PATHS = re.compile(r"(?<![\w./:$}-])/[\w./-]+")
 _COPY = """\
 for d in {roots}; do
-    if [ -d "/$d" ] && [ -r "/$d" ]; then cp -a "/$d" {workspace}/ || exit 1; else mkdir -p {workspace}/"$d"; fi
+    if [ -d "/$d" ] && [ -r "/$d" ]
+        then cp -a "/$d" {workspace}/ || exit 1
+        else mkdir -p {workspace}/"$d"
+    fi
 done
 chmod -R u+rwX {workspace} && mkdir -p {places}
 """
@@ -42,15 +51,22 @@ chmod -R u+rwX {workspace} && mkdir -p {places}
 async def build_image(
     task: HarborTask, config: SandboxConfig, build_egress: tuple[str, ...] | None = None
 ) -> str:
-    """The name of the task's image: built from its Dockerfile, or its docker_image, or else the
-    config's.
+    """Return the name of the task's image.
 
-    Raises UnsupportedError or BuildError.
+    It is built from the Dockerfile; without one it is the task's docker_image, or the config's
+    image.
 
-    build_egress: () keeps the network from RUN lines; grants are refused, since an engine's build
-    has all of the network or none.
+    Args:
+      task: the task.
+      config: the config of the sandbox.
+      build_egress: () keeps the network from RUN lines. Single hosts are refused, because a build
+        of the engine reaches the whole network or none.
+
+    Raises:
+      UnsupportedError: the task asks for something that this backend cannot do.
+      BuildError: a build step failed.
     """
-    refuse_what_no_sandbox_has(task)
+    refuse_unsupported(task)
     environment = task.environment
     if build_egress:
         raise UnsupportedError(
@@ -61,14 +77,14 @@ async def build_image(
         )
     if environment.dockerfile is None:
         return await _local(environment.docker_image) if environment.docker_image else config.image
-    from envs.rock.images import build as images  # the docker package is not everybody's
+    from envs.rock.images import build as images  # needs the optional package docker
 
     context = await asyncio.to_thread(dict, environment.context)
     names = {match[2]: await _local(match[2]) for match in _FROM.finditer(environment.dockerfile)}
-    context["Dockerfile"] = (
-        _FROM.sub(lambda match: f"{match[1]}{names[match[2]]}", environment.dockerfile).encode(),
-        0o644,
+    dockerfile_here = _FROM.sub(
+        lambda match: f"{match[1]}{names[match[2]]}", environment.dockerfile
     )
+    context["Dockerfile"] = (dockerfile_here.encode(), 0o644)
     with tempfile.TemporaryDirectory(prefix="harbor-context-") as folder:
         await asyncio.to_thread(_write, pathlib.Path(folder), context)
         try:
@@ -87,27 +103,28 @@ async def build_image(
 
 
 async def _local(image: str) -> str:
-    """The name itself where the engine has it or this machine's EnvHub has no alias for it; else
-    what stands for it.
-    """
-    from envs.rock.docker.container import engine
-    from envs.rock.images.local import alias
+    """Return the name of the engine's or this machine's EnvHub's image, or the name itself."""
+    from envs.rock.docker.engine import engine
+    from envs.rock.images.local import docker_alias
 
     host = await asyncio.to_thread(engine)
     try:
         await host.call(host.client.inspect_image, image)
         return image
-    except SandboxError:  # it has not, or cannot say
-        return await asyncio.to_thread(alias, image) or image
+    except SandboxError:  # the engine lacks it, or cannot say
+        return await asyncio.to_thread(docker_alias, image) or image
 
 
 def _line_of_step(text: str, log: str) -> int:
-    """The line of the instruction that the engine was at; 0 where that cannot be told."""
+    """Return the line of the instruction that the engine was at, or 0 where that is unknown."""
     steps = _STEP.findall(log)
-    try:
-        return dockerfile.parse(text, pathlib.Path())[int(steps[-1]) - 1].line if steps else 0
-    except (TaskError, IndexError):  # the engine may know what our parser does not
+    if not steps:
         return 0
+    try:
+        instruction = dockerfile.parse(text, pathlib.Path())[int(steps[-1]) - 1]
+    except (TaskError, IndexError):  # the engine may accept what our parser refuses
+        return 0
+    return instruction.line
 
 
 def _write(folder: pathlib.Path, files: Files) -> None:
@@ -121,29 +138,27 @@ def _write(folder: pathlib.Path, files: Files) -> None:
 async def enter(
     sandbox: Sandbox, task: HarborTask, own: tuple[str, ...] = ("logs", "tests", "solution", "root")
 ) -> Built:
-    """Copies the task's folders into the workspace of a sandbox that runs its image, and says where
-    all is (a Built).
+    """Copy the task's folders into the workspace of a sandbox that runs the task's image.
 
-    Raises BuildError.
+    Args:
+      sandbox: the sandbox.
+      task: the task.
+      own: folders that are not copied from the image.
 
-    own: folders that are not the image's affair.
+    Raises:
+      BuildError: a folder could not be copied.
     """
-    from envs.rock.docker.container import engine
+    from envs.rock.docker.engine import engine
 
     environment = task.environment
     host = await asyncio.to_thread(engine)
     settings = (await host.call(host.client.inspect_image, sandbox.config.image))["Config"]
     variables = dict(entry.partition("=")[::2] for entry in settings.get("Env") or ())
     workdir = environment.workdir or settings.get("WorkingDir") or "/app"
-    told = "\n".join(step.instruction for step in task.steps)
-    roots = {
-        root_of(path)
-        for path in (
-            workdir,
-            *_PATHS.findall(environment.dockerfile or ""),
-            *(path for step in task.steps for path in step.artifacts),
-        )
-    } | {name for name in CONVENTIONAL if re.search(rf"(?<![\w./])/{name}(?![\w-])", told)}
+    mentioned = [workdir, *_PATHS.findall(environment.dockerfile or "")]
+    for step in task.steps:
+        mentioned += step.artifacts
+    roots = {root_of(path) for path in mentioned} | conventional_roots(task.steps)
     paths = PathMap(sandbox.workspace, {name for name in roots if name})
     copied = [name for name in paths.roots if name not in own]
     places = [
@@ -165,14 +180,7 @@ async def enter(
         )
     notes = [f"/{name} is a copy in the sandbox's memory" for name in copied]
     if environment.network_mode == "public" and not sandbox.config.egress:
-        notes.append(
-            "network_mode is public, and the sandbox reaches nothing; SandboxConfig.egress can"
-            " grant hosts"
-        )
-    return Built(
-        paths,
-        {"HOME": "/root", "PATH": "/usr/local/bin:/usr/bin:/bin", **variables, **environment.env},
-        workdir,
-        notes,
-        {},
-    )
+        notes.append(UNREACHED_NETWORK)
+    defaults = {"HOME": "/root", "PATH": "/usr/local/bin:/usr/bin:/bin"}
+    env = {**defaults, **variables, **environment.env}
+    return Built(paths, env, workdir, notes, tier_env={})

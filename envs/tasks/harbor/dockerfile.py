@@ -1,10 +1,8 @@
-"""Reads a Dockerfile into instructions with their lines.
+"""A reader of Dockerfiles: instructions with their lines.
 
-Says by name what is no Dockerfile, and what this reader does not take.
-
-Reference: https://docs.docker.com/reference/dockerfile/. Taken: comments, line continuation, flags,
-the JSON form, variables ($NAME, ${NAME}, ${NAME:-default}, ${NAME:+other}). Not taken:
-here-documents, another escape character than the backslash.
+Reference: https://docs.docker.com/reference/dockerfile/. Supported: comments, line continuation,
+flags, the JSON form, variables ($NAME, ${NAME}, ${NAME:-default}, ${NAME:+other}). Not supported,
+and refused by name: here-documents, another escape character than the backslash.
 """
 
 from __future__ import annotations
@@ -14,32 +12,15 @@ import json
 import pathlib
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from envs.tasks.harbor.errors import TaskError, UnsupportedError
 
-KEYWORDS = frozenset(
-    [
-        "ADD",
-        "ARG",
-        "CMD",
-        "COPY",
-        "ENTRYPOINT",
-        "ENV",
-        "EXPOSE",
-        "FROM",
-        "HEALTHCHECK",
-        "LABEL",
-        "MAINTAINER",
-        "ONBUILD",
-        "RUN",
-        "SHELL",
-        "STOPSIGNAL",
-        "USER",
-        "VOLUME",
-        "WORKDIR",
-    ]
-)
+_KEYWORDS = """
+ADD ARG CMD COPY ENTRYPOINT ENV EXPOSE FROM HEALTHCHECK LABEL MAINTAINER ONBUILD RUN SHELL
+STOPSIGNAL USER VOLUME WORKDIR
+"""
+KEYWORDS = frozenset(_KEYWORDS.split())
 _HEREDOC = re.compile(r"(?:^|\s)\d*<<-?[\"']?[A-Za-z_]")  # as Docker sees one: a word of its own
 _FLAG = re.compile(r"--([a-z][a-z-]*)(?:=(\S+))?(?:\s+|$)")
 _VARIABLE = re.compile(
@@ -51,7 +32,7 @@ _VARIABLE = re.compile(
 class Instruction:
     """One instruction.
 
-    `rows` are its lines with their numbers, to say where in a long RUN something is.
+    `rows` are its lines with their numbers, to locate something in a long RUN.
     """
 
     keyword: str
@@ -60,20 +41,37 @@ class Instruction:
     rows: tuple[tuple[int, str], ...]
 
     def flags(self) -> tuple[dict[str, str], str]:
-        """(flags, what follows them)."""
-        rest, found = self.arguments, {}
+        """Return (flags, the text after them)."""
+        rest = self.arguments
+        found = {}
         while match := _FLAG.match(rest):
             found[match[1]] = match[2] or ""
             rest = rest[match.end() :]
         return found, rest
 
     def line_of(self, pattern: re.Pattern[str]) -> int:
+        """Return the number of the first line that the pattern matches, or of the instruction."""
         return next((number for number, row in self.rows if pattern.search(row)), self.line)
 
 
 def parse(text: str, file: pathlib.Path) -> list[Instruction]:
-    """Raises TaskError for what is no Dockerfile and UnsupportedError for what is not taken."""
-    instructions: list[Instruction] = []
+    """Parse a Dockerfile.
+
+    Raises:
+      TaskError: the text is not a Dockerfile.
+      UnsupportedError: it uses a feature that this reader does not support.
+    """
+    instructions = [_instruction(rows, file) for rows in _joined_lines(text, file)]
+    if not any(instruction.keyword == "FROM" for instruction in instructions):
+        raise TaskError(file, 1, "no FROM instruction")
+    first = next(instruction for instruction in instructions if instruction.keyword != "ARG")
+    if first.keyword != "FROM":
+        raise TaskError(file, first.line, f"{first.keyword} before FROM; only ARG may stand there")
+    return instructions
+
+
+def _joined_lines(text: str, file: pathlib.Path) -> Iterator[list[tuple[int, str]]]:
+    """Yield the lines of each instruction with their numbers, without comments and backslashes."""
     rows: list[tuple[int, str]] = []
     directives = True
     for number, row in enumerate(text.splitlines(), 1):
@@ -93,20 +91,15 @@ def parse(text: str, file: pathlib.Path) -> list[Instruction]:
         continues = re.search(r"\\\s*$", row)
         rows.append((number, row[: continues.start()] if continues else row))
         if not continues:
-            instructions.append(_instruction(rows, file))
+            yield rows
             rows = []
     if rows:
-        instructions.append(_instruction(rows, file))
-    if not any(instruction.keyword == "FROM" for instruction in instructions):
-        raise TaskError(file, 1, "no FROM instruction")
-    first = next(instruction for instruction in instructions if instruction.keyword != "ARG")
-    if first.keyword != "FROM":
-        raise TaskError(file, first.line, f"{first.keyword} before FROM; only ARG may stand there")
-    return instructions
+        yield rows
 
 
 def _instruction(rows: list[tuple[int, str]], file: pathlib.Path) -> Instruction:
-    line, text = rows[0][0], "".join(row for _, row in rows).strip()
+    line = rows[0][0]
+    text = "".join(row for _, row in rows).strip()
     keyword, _, arguments = re.sub(r"\A(\S+)\s*", r"\1 ", text, count=1).partition(" ")
     if keyword.upper() not in KEYWORDS:
         raise TaskError(file, line, f"unknown instruction {keyword[:40]!r}")
@@ -125,8 +118,10 @@ def _instruction(rows: list[tuple[int, str]], file: pathlib.Path) -> Instruction
 
 
 def _outside_quotes(text: str) -> str:
-    """The text without what stands in quotes, but for the quotes of a here-document's mark itself."""
-    kept, quote, escaped = [], "", False
+    """Return the text without its quoted parts, except for the quotes of a here-document's mark."""
+    kept = []
+    quote = ""
+    escaped = False
     for index, letter in enumerate(text):
         if escaped or letter == "\\":
             escaped = not escaped
@@ -140,7 +135,7 @@ def _outside_quotes(text: str) -> str:
 
 
 def substitute(text: str, variables: Mapping[str, str]) -> str:
-    """Fills in variables as Docker does; one that is not set is empty."""
+    """Fill in variables as Docker does; a variable that is not set is empty."""
 
     def value(match: re.Match[str]) -> str:
         if match["escaped"] is not None:
@@ -158,7 +153,7 @@ def substitute(text: str, variables: Mapping[str, str]) -> str:
 
 
 def assignments(instruction: Instruction, file: pathlib.Path) -> dict[str, str]:
-    """NAME=value pairs of ENV; also its old form `ENV NAME value`.
+    """Return the NAME=value pairs of ENV, also in its old form `ENV NAME value`.
 
     Variables are not filled in yet.
     """
@@ -178,7 +173,7 @@ def assignments(instruction: Instruction, file: pathlib.Path) -> dict[str, str]:
 
 
 def words(instruction: Instruction, file: pathlib.Path, text: str) -> list[str]:
-    """The words of shell-like text, or the entries of a JSON list."""
+    """Return the words of shell-like text, or the entries of a JSON list."""
     if text.startswith("["):
         return json_list(text) or _no_list(instruction, file)
     try:
@@ -188,21 +183,22 @@ def words(instruction: Instruction, file: pathlib.Path, text: str) -> list[str]:
 
 
 def json_list(text: str) -> list[str] | None:
-    """The entries of a JSON list of texts, None if it is none: then Docker takes it for a shell
-    command.
+    """Return the entries of a JSON list of texts.
+
+    Returns None where the text is no such list: Docker then takes it for a shell command.
     """
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return (
-        value
-        if isinstance(value, list) and value and all(isinstance(entry, str) for entry in value)
-        else None
-    )
+    if not isinstance(value, list) or not value:
+        return None
+    return value if all(isinstance(entry, str) for entry in value) else None
 
 
 def _no_list(instruction: Instruction, file: pathlib.Path) -> list[str]:
     raise TaskError(
-        file, instruction.line, f"{instruction.keyword} begins with [ and is no JSON list of texts"
+        file,
+        instruction.line,
+        f"{instruction.keyword} begins with [ and is not a JSON list of texts",
     )

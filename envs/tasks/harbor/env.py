@@ -1,11 +1,9 @@
-"""A Harbor or Terminal-Bench 1 task as a GEM environment over a sandbox, embedded or of the Docker
-backend.
+"""A Harbor or Terminal-Bench 1 task as a GEM environment over a sandbox of any backend.
 
-A turn is what it is in the terminal curriculum.
-
-The model sees the task's own paths (/app, /tests); `paths.py` says how they are kept below the
-workspace. Handing in (a turn without a tool call) has the current step graded: then comes the next
-step's instruction, or the end with the reward of all steps.
+A turn works as in the terminal curriculum. The model sees the task's own paths (/app, /tests);
+`paths.py` says where they are in the workspace. A turn without a tool call hands in the work: the
+current step is graded, and then comes the next step's instruction, or the end with the reward of
+all steps.
 """
 
 from __future__ import annotations
@@ -22,26 +20,26 @@ from envs.gem import Info, StepResult
 from envs.rock import CommandResult, Sandbox, SandboxConfig, SandboxFileError
 from envs.rock.sync import run
 from envs.tasks.harbor import offline
-from envs.tasks.harbor.build import Built, egress_of
 from envs.tasks.harbor.built import start_built
 from envs.tasks.harbor.containers import build_image, enter
+from envs.tasks.harbor.environment import Built, egress_of
 from envs.tasks.harbor.errors import BuildError, TaskError, UnsupportedError
-from envs.tasks.harbor.grade import READ_TIMEOUT_S, Grade, clean_up, grade
+from envs.tasks.harbor.grade import READ_TIMEOUT_SECONDS, Grade, clean_up, grade
 from envs.tasks.harbor.load import line_of, load_task
 from envs.tasks.harbor.separate import grade_apart
-from envs.tasks.harbor.task import HarborTask, Healthcheck, Step
+from envs.tasks.harbor.task import Files, HarborTask, Healthcheck, Step
 from envs.tasks.terminal.shell import ShellEnv
 
 DEFAULT_MEMORY_MB = 1024
 DEFAULT_DISK_MB = 256
-SOLVE_TIMEOUT_S = 600.0  # for a reference solution where the agent's time is not limited
+SOLVE_TIMEOUT_SECONDS = 600.0  # of a reference solution where the agent has no time limit
 FINAL_TURN = "done"
 
 
 class HarborEnv(ShellEnv):
-    """Plays one task folder, whatever the seed.
+    """An environment that plays one task folder, whatever the seed.
 
-    Its agent's time limit counts from reset, or from a step's instruction.
+    The agent's time limit counts from the reset, or from a step's instruction.
     """
 
     def __init__(
@@ -57,54 +55,62 @@ class HarborEnv(ShellEnv):
         max_observation_chars: int = 4000,
         max_malformed: int = 3,
     ) -> None:
-        """max_turns: of each step. images: see `build`. seed is taken because GEM's vectors give
-        one.
+        """Make the environment of a task.
 
-        build_egress: what the steps of the build reach, as SandboxConfig.egress; () nothing. None:
-        in containers all of the network, as in Harbor, and elsewhere what the task may. The agent
-        and the tests never have more than the task grants.
+        Args:
+          task: the task, or the path to its folder.
+          sandbox_config: isolation, backend and grants; see `sandbox_for` for its limits.
+          images: see `build`.
+          build_egress: the hosts that build steps may reach, in the form of SandboxConfig.egress;
+            () for none. None: in containers the whole network, as in Harbor, elsewhere what the
+            task may reach. The agent and the tests never reach more than the task grants.
+          seed: ignored; GEM's vectors pass one.
+          max_turns: the turns of each step.
+          command_timeout: seconds for one command.
+          max_observation_chars: the length of an observation.
+          max_malformed: the episode ends after so many malformed calls in a row.
         """
         self.task = task if isinstance(task, HarborTask) else load_task(task)
         super().__init__(max_turns, command_timeout, max_observation_chars, max_malformed)
         self._sandbox_config = sandbox_for(self.task, sandbox_config)
-        self._settings = dict(
-            sandbox_config=sandbox_config,
-            images=images,
-            build_egress=build_egress,
-            seed=seed,
-            max_turns=max_turns,
-            command_timeout=command_timeout,
-            max_observation_chars=max_observation_chars,
-            max_malformed=max_malformed,
-        )
-        self._images, self._build_egress = images, build_egress
+        self._settings = {
+            "sandbox_config": sandbox_config,
+            "images": images,
+            "build_egress": build_egress,
+            "seed": seed,
+            "max_turns": max_turns,
+            "command_timeout": command_timeout,
+            "max_observation_chars": max_observation_chars,
+            "max_malformed": max_malformed,
+        }
+        self._images = images
+        self._build_egress = build_egress
         self.built: Built | None = None
 
     @property
     def name(self) -> str:
+        """Return the task's name."""
         return self.task.name
 
     @property
     def grading_seconds(self) -> float:
-        builds = sum(
-            step.verifier_environment.build_timeout
-            for step in self.task.steps
-            if step.verifier_environment
-        )
-        return (
-            self._step.verifier_timeout
-            + 3 * READ_TIMEOUT_S
-            + sum(step.verifier_timeout for step in self.task.steps)
-            + builds
-        )
+        """Return the time that grading may take, builds of separate verifiers included."""
+        seconds = self._step.verifier_timeout + 3 * READ_TIMEOUT_SECONDS
+        for step in self.task.steps:
+            seconds += step.verifier_timeout
+            if step.verifier_environment:
+                seconds += step.verifier_environment.build_timeout
+        return seconds
 
     def reset(self, seed: int | None = None) -> tuple[str, Info]:
+        """Start an episode; the synchronous form of `areset`."""
         return run(self.areset(seed), self.task.environment.build_timeout + 120.0)
 
     def spawn(self, same_state: bool = False, **kwargs: Any) -> HarborEnv:
-        """A new environment of the same task and settings.
+        """Return a new environment of the same task and settings.
 
-        A running episode cannot be copied yet: same_state is refused.
+        Raises:
+          NotImplementedError: same_state, because a running episode cannot be copied yet.
         """
         if same_state:
             raise NotImplementedError(
@@ -112,30 +118,23 @@ class HarborEnv(ShellEnv):
             )
         return HarborEnv(**{"task": self.task, **self._settings, **kwargs})
 
-    # -- the episode
+    # -- Episode
     # ---------------------------------------------------------------------------------------------
 
     async def areset(self, seed: int | None = None) -> tuple[str, Info]:
-        """Builds the task's environment in a fresh sandbox.
+        """Build the task's environment in a fresh sandbox and return the first instruction.
 
-        Raises SandboxError, or a TaskError (UnsupportedError, BuildError) that names file and line.
+        Raises:
+          SandboxError: no sandbox could be started.
+          TaskError: the environment cannot be built (UnsupportedError, BuildError); names file and
+            line.
         """
         await self.aclose()
         config = dataclasses.replace(self._sandbox_config, label=self.task.name)
-        self._step_index, self._grades = 0, []
+        self._step_index = 0
+        self._grades = []
         try:
-            if config.backend == "docker":
-                self._sandbox = Sandbox(
-                    dataclasses.replace(
-                        config, image=await build_image(self.task, config, self._build_egress)
-                    )
-                )
-                await self._sandbox.start()
-                self.built = await enter(self._sandbox, self.task)
-            else:
-                self._sandbox, self.built = await start_built(
-                    self.task, config, self._images, self._build_egress
-                )
+            await self._start(config)
             await self._healthy(self.task.environment.healthcheck)
             instruction = await self._enter_step()
         except BaseException:
@@ -150,15 +149,29 @@ class HarborEnv(ShellEnv):
             "notes": [*self.built.notes, *self.task.notes],
         }
 
-    async def asolve(self) -> StepResult:
-        """Plays the reference solution from here to the end, as the oracle.
+    async def _start(self, config: SandboxConfig) -> None:
+        """Start the sandbox and build the task's environment in it."""
+        if config.backend == "docker":
+            image = await build_image(self.task, config, self._build_egress)
+            self._sandbox = Sandbox(dataclasses.replace(config, image=image))
+            await self._sandbox.start()
+            self.built = await enter(self._sandbox, self.task)
+        else:
+            self._sandbox, self.built = await start_built(
+                self.task, config, self._images, self._build_egress
+            )
 
-        TaskError where the task has none.
+    async def asolve(self) -> StepResult:
+        """Play the reference solution to the end, as the oracle.
+
+        Raises:
+          TaskError: the task has no reference solution.
         """
         while True:
             await self._run_solution(self._step)
             result = await self.astep(FINAL_TURN)
-            if result[2] or result[3]:
+            _, _, terminated, truncated, _ = result
+            if terminated or truncated:
                 return result
 
     @property
@@ -166,37 +179,38 @@ class HarborEnv(ShellEnv):
         return self.task.steps[self._step_index if self._sandbox else 0]
 
     async def _enter_step(self) -> str:
-        """The step's files and its instruction.
-
-        Its setup.sh runs in the working directory, and does not stay there.
-        """
+        """Write the step's files, run and remove its setup.sh, and return its instruction."""
         step = self._step
         if step.setup:
-            workdir = self.built.paths.place(self.built.workdir)
-            await self._sandbox.write_files(
-                {
-                    f"{workdir}/{path}": content
-                    for path, content in self.built.paths.scripts(step.setup).items()
-                }
-            )
+            await self._write(self.built.workdir, self.built.paths.scripts(step.setup))
             if "setup.sh" in step.setup:
-                result = await self._sandbox.execute(
-                    self.built.command("bash setup.sh && rm -f setup.sh"),
-                    timeout=self.task.environment.build_timeout,
-                    env=self.built.inner_env(),
-                )
-                if result.exit_code != 0:
-                    raise BuildError(
-                        self.task.path / "steps" / step.name / "workdir" / "setup.sh",
-                        0,
-                        f"ended with exit {result.exit_code}: {result.stderr[-300:]}",
-                    )
+                await self._run_setup(step)
         await self._healthy(step.healthcheck)
         self._step_began = time.monotonic()
         return step.instruction
 
+    async def _write(self, folder: str, files: Files) -> None:
+        """Write files below one of the task's folders."""
+        place = self.built.paths.place(folder)
+        await self._sandbox.write_files(
+            {f"{place}/{path}": content for path, content in files.items()}
+        )
+
+    async def _run_setup(self, step: Step) -> None:
+        result = await self._sandbox.execute(
+            self.built.command("bash setup.sh && rm -f setup.sh"),
+            timeout=self.task.environment.build_timeout,
+            env=self.built.inner_env(),
+        )
+        if result.exit_code != 0:
+            raise BuildError(
+                self.task.path / "steps" / step.name / "workdir" / "setup.sh",
+                0,
+                f"ended with exit {result.exit_code}: {result.stderr[-300:]}",
+            )
+
     async def _healthy(self, check: Healthcheck | None) -> None:
-        """Runs a health check until it succeeds. BuildError when it does not."""
+        """Repeat a health check until it succeeds. Raises BuildError when it does not."""
         if check is None:
             return
         await asyncio.sleep(min(check.start_period, check.interval))
@@ -216,11 +230,12 @@ class HarborEnv(ShellEnv):
 
     async def _execute(self, command: str) -> CommandResult:
         limit = self._step.agent_timeout
-        left = limit - (time.monotonic() - self._step_began) if limit else self._command_timeout
+        timeout = self._command_timeout
+        if limit:
+            left = limit - (time.monotonic() - self._step_began)
+            timeout = min(timeout, max(left, 0.1))
         result = await self._sandbox.execute(
-            self.built.command(command),
-            timeout=min(self._command_timeout, max(left, 0.1)),
-            env=self.built.inner_env(),
+            self.built.command(command), timeout=timeout, env=self.built.inner_env()
         )
         return dataclasses.replace(
             result,
@@ -235,27 +250,24 @@ class HarborEnv(ShellEnv):
         return await super()._observe(observation, info)
 
     async def _out_of_turns(self, observation: str, info: Info) -> StepResult:
-        """What the agent did counts, though it did not hand it in."""
+        """Grade the work although it was not handed in."""
         return await self._finish(await self._grade(), info, "truncated_turns", observation)
 
-    # -- grading
+    # -- Grading
     # ---------------------------------------------------------------------------------------------
 
     async def _verify(self, info: Info) -> StepResult:
         graded = await self._grade()
-        if self._step_index + 1 == len(self.task.steps) or not reaches(
-            graded, self._step.min_reward
-        ):
+        is_last = self._step_index + 1 == len(self.task.steps)
+        if is_last or not reaches(graded, self._step.min_reward):
             return await self._finish(graded, info, "failure")
         await clean_up(self._sandbox)
         self._step_index += 1
         self._turns = 0
         try:
             instruction = await self._enter_step()
-        except (
-            BuildError,
-            SandboxFileError,
-        ) as error:  # the agent shares the world in which this ran, and could have filled it
+        except (BuildError, SandboxFileError) as error:
+            # The agent shares the sandbox in which this ran and could have filled it.
             return await self._finish(graded, info, "failure", note=str(error))
         info.update(
             step=self._step.name,
@@ -291,7 +303,7 @@ class HarborEnv(ShellEnv):
     async def _finish(
         self, graded: Grade, info: Info, ending: str, observation: str = "", note: str = ""
     ) -> StepResult:
-        """The episode's end. `ending` is what it is called unless the reward is 1."""
+        """End the episode; `ending` is its ending unless the reward is 1."""
         rewards = [one.reward for one in self._grades]
         reward = combine(rewards, len(self.task.steps), self.task.reward_strategy)
         info.update(step_rewards=rewards, test_output=graded.output)
@@ -312,62 +324,57 @@ class HarborEnv(ShellEnv):
                 f"step {step.name!r} of {self.name} has no reference solution that could be run",
             )
         script = step.solution[step.solve_script][0].decode(errors="replace")
-        if not self._sandbox_config.egress and (need := offline.network_need(script)):
+        need = None if self._sandbox_config.egress else offline.network_need(script)
+        if need is not None:
+            line, command = need
             raise UnsupportedError(
                 self.task.path / "solution" / step.solve_script,
-                need[0],
-                f"`{need[1]}` needs the network, and the embedded sandbox has none",
+                line,
+                f"`{command}` needs the network, and the embedded sandbox has none",
             )
-        place = self.built.paths.place("/solution")
-        await self._sandbox.write_files(
-            {
-                f"{place}/{path}": content
-                for path, content in self.built.paths.scripts(
-                    step.solution, everything=True
-                ).items()
-            }
-        )
-        env = {
-            **self.built.inner_env(),
-            **{name: self.built.paths.inward(value) for name, value in step.solution_env.items()},
-        }
+        paths = self.built.paths
+        place = paths.place("/solution")
+        await self._write("/solution", paths.scripts(step.solution, everything=True))
+        own = {name: paths.inward(value) for name, value in step.solution_env.items()}
         result = await self._sandbox.execute(
             self.built.command(f"bash /solution/{shlex.quote(step.solve_script)}"),
-            timeout=step.agent_timeout or SOLVE_TIMEOUT_S,
-            env=env,
+            timeout=step.agent_timeout or SOLVE_TIMEOUT_SECONDS,
+            env={**self.built.inner_env(), **own},
         )
         await self._sandbox.execute(f"rm -rf {shlex.quote(place)}")
         self.solution_result = result
 
 
 def sandbox_for(task: HarborTask, config: SandboxConfig | None) -> SandboxConfig:
-    """The limits that the task asks for, in a sandbox isolated as the config says; all of the
-    config where it sets its own limits.
+    """Return the config with the limits that the task asks for.
+
+    A config that sets limits of its own keeps them. Egress is what the task may reach.
     """
-    config, plain = config or SandboxConfig(), SandboxConfig()
+    config = config or SandboxConfig()
+    plain = SandboxConfig()
     config = dataclasses.replace(config, egress=egress_of(task, config.egress))
-    if (config.memory_mb, config.disk_mb, config.pids) != (
-        plain.memory_mb,
-        plain.disk_mb,
-        plain.pids,
-    ):
+    if _limits(config) != _limits(plain):
         return config
-    memory = max(task.environment.memory_mb or DEFAULT_MEMORY_MB, 128)
-    disk = min(
-        task.environment.storage_mb or DEFAULT_DISK_MB, DEFAULT_DISK_MB, memory // 2
-    )  # files are kept in memory
+    environment = task.environment
+    memory = max(environment.memory_mb or DEFAULT_MEMORY_MB, 128)
+    wanted_disk = environment.storage_mb or DEFAULT_DISK_MB
+    disk = min(wanted_disk, DEFAULT_DISK_MB, memory // 2)  # files are kept in memory
     return dataclasses.replace(
         config,
         memory_mb=memory,
         disk_mb=disk,
-        cpus=task.environment.cpus or config.cpus,
+        cpus=environment.cpus or config.cpus,
         pids=256,
         inodes=32_768,
     )
 
 
+def _limits(config: SandboxConfig) -> tuple[int, int, int]:
+    return config.memory_mb, config.disk_mb, config.pids
+
+
 def reaches(graded: Grade, least: float | Mapping[str, float] | None) -> bool:
-    """Whether a step's reward lets the next one begin."""
+    """Return whether a step's reward lets the next step begin."""
     if least is None:
         return True
     if isinstance(least, Mapping):
@@ -376,9 +383,9 @@ def reaches(graded: Grade, least: float | Mapping[str, float] | None) -> bool:
 
 
 def combine(rewards: list[float], steps: int, strategy: str) -> float:
-    """The episode's reward.
+    """Combine the rewards of the steps into the episode's reward.
 
-    A step that was not reached counts 0, so that giving up early never pays.
+    A step that was not reached counts 0, so giving up early never pays.
     """
     filled = rewards + [0.0] * (steps - len(rewards))
     return filled[-1] if strategy == "final" else sum(filled) / steps

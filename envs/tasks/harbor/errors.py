@@ -1,6 +1,6 @@
-"""Why a task cannot be used: it is malformed, or this backend cannot give what it asks for.
+"""Errors of task folders: malformed, unsupported by the backend, or failed to build.
 
-Both name file and line.
+Each names file and line.
 """
 
 from __future__ import annotations
@@ -9,17 +9,22 @@ import pathlib
 
 
 class TaskError(ValueError):
-    """A task folder is malformed. `line` counts from 1; 0 where the fault is of the whole file."""
+    """A task folder is malformed.
+
+    `line` counts from 1; it is 0 where the fault concerns the whole file.
+    """
 
     def __init__(self, file: pathlib.Path | str, line: int, message: str) -> None:
         super().__init__(f"{file}:{line}: {message}" if line else f"{file}: {message}")
-        self.file, self.line, self.message = pathlib.Path(file), line, message
+        self.file = pathlib.Path(file)
+        self.line = line
+        self.message = message
 
 
 class UnsupportedError(TaskError):
-    """The task is well formed, and the embedded backend cannot do what it asks for.
+    """The task is well formed, but the backend cannot do what it asks for.
 
-    The message says what, and the remedy where there is one.
+    The message says what, and the remedy if there is one.
     """
 
 

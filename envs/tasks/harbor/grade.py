@@ -1,17 +1,16 @@
-"""Grades what the agent left. The rules:
+"""Grading of the state that the agent left. The rules:
 
-1. Every process of the agent is dead before anything of the tests enters the sandbox.
-2. /logs/verifier and /tests are emptied first: a reward that lay there, or a link, is gone.
-3. The script runs in fresh namespaces with an empty /tmp, with the variables of the task and none
-   of the agent's, and system programs first in PATH.
-4. It works in place, not on a view: the steps of a task follow each other in one world, and rule 5
-                                     reads what it left.
-5. When it has ended every process is dead again, and only then is the reward read: a regular file
-   of /logs/verifier, one answer, finite, from 0 to 1.
+1. Every process of the agent is dead before any file of the tests enters the sandbox. 2.
+/logs/verifier and /tests are emptied first, so no reward or link of the agent's remains. 3. The
+script runs in fresh namespaces with an empty /tmp, with the task's variables and none of the
+agent's, and with system programs first in PATH. 4. It works on the sandbox itself, not on a copy:
+the steps of a task follow each other in one world,    and rule 5 reads its files. 5. After it has
+ended every process is dead again. Only then is the reward read: a regular file of
+/logs/verifier, one answer, finite, from 0 to 1.
 
-What the script starts of the agent's programs runs beside it with the same rights, as in Harbor's
-shared mode: such a program could write a reward. A task whose tests run the agent's programs must
-check their output from outside, and write its reward when none of them lives any more:
+Programs of the agent's that the script starts run with the same rights as the script, as in
+Harbor's shared mode, and could write a reward. A task whose tests run the agent's programs must
+check their output from outside and write its reward when none of them lives any more;
 examples/rpn-calculator/tests shows how.
 """
 
@@ -28,24 +27,27 @@ import shlex
 import tarfile
 
 from envs.rock import CommandResult, Sandbox
-from envs.tasks.harbor.build import Built
+from envs.tasks.harbor.environment import Built
 from envs.tasks.harbor.task import Files, Step
 
-READ_TIMEOUT_S = 20.0
-SUMMARY_BYTES = 48 * 1024  # of the script's output, from its end
+READ_TIMEOUT_SECONDS = 20.0
+SUMMARY_BYTES = 48 * 1024  # kept from the end of the script's output
 MAX_REWARD_BYTES = 65_536
 
+_COULD_NOT_BEGIN = 97  # exit code of the script below
 _RUN = """\
 workspace={workspace}
 clear() {{ chmod -R u+rwX -- "$1" 2> /dev/null; rm -rf -- "$1"; [ ! -e "$1" ] && [ ! -L "$1" ]; }}
 if [ -L "$workspace/logs" ] || [ ! -d "$workspace/logs" ]; then rm -rf -- "$workspace/logs"; fi
 chmod u+rwx "$workspace" "$workspace/logs" 2> /dev/null
-clear "$workspace/logs/verifier" && clear "$workspace/tests" || {{ echo 'could not be emptied: /tests or /logs/verifier'; exit 97; }}
+clear "$workspace/logs/verifier" && clear "$workspace/tests" || \\
+    {{ echo 'could not be emptied: /tests or /logs/verifier'; exit 97; }}
 mkdir -p "$workspace/logs/verifier" "$workspace/tests"
 scratch="$(mktemp -d)" || exit 97
 /usr/bin/tar -xf "$VERIFIER_FILES/tests.tar" -C "$workspace/tests" || exit 97
 cd -- {workdir} 2> /dev/null || cd "$workspace"
-/usr/bin/env -i {variables} HOME="$scratch" TMPDIR="$scratch" /bin/bash "$workspace/tests/"{script} > "$scratch/.output" 2>&1 < /dev/null
+/usr/bin/env -i {variables} HOME="$scratch" TMPDIR="$scratch" \\
+    /bin/bash "$workspace/tests/"{script} > "$scratch/.output" 2>&1 < /dev/null
 ended=$?
 /usr/bin/tail -c {bytes} "$scratch/.output"
 exit $ended
@@ -55,7 +57,8 @@ place={workspace}/logs/verifier
 if [ -L {workspace}/logs ] || [ -L "$place" ]; then echo 'link -'; exit 0; fi
 for name in reward.txt reward.json; do
     file="$place/$name"
-    if [ -f "$file" ] && [ ! -L "$file" ] && [ "$(stat -c %h -- "$file")" = 1 ]; then echo "$name $(head -c {bytes} -- "$file" | base64 -w 0)"
+    if [ -f "$file" ] && [ ! -L "$file" ] && [ "$(stat -c %h -- "$file")" = 1 ]; then
+        echo "$name $(head -c {bytes} -- "$file" | base64 -w 0)"
     elif [ -e "$file" ] || [ -L "$file" ]; then echo "$name -"
     fi
 done
@@ -71,14 +74,16 @@ _SUMMARY = re.compile(r"^=+ short test summary info =+$", re.MULTILINE)
 
 
 class RewardError(ValueError):
-    """What the grader left is no reward."""
+    """The tests left no valid reward."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Grade:
-    """`rewards` has several entries where reward.json has; `reward` is the one that counts.
+    """The result of grading a step.
 
-    `note` says why it is 0 for another reason than a verdict.
+    `rewards` has several entries where reward.json has; `reward` is the one that counts. `note`
+    says why the reward is 0 if that was not the tests' verdict. `output` is the end of the script's
+    output.
     """
 
     reward: float
@@ -88,58 +93,52 @@ class Grade:
 
 
 async def grade(sandbox: Sandbox, step: Step, built: Built) -> Grade:
-    """Runs the step's tests in the sandbox.
+    """Run the step's tests in the agent's sandbox.
 
-    Raises SandboxError for the machine's faults, and only for those.
+    A script that left no valid reward or did not end earns 0: the agent shares its world and could
+    have caused that. That the tests themselves are sound is shown by the oracle, which must earn 1.
 
-    A script that left no valid reward, or did not end, earns 0: the agent shares its world and
-    could have brought that about. That the tests are sound is for the oracle to prove, which must
-    earn 1.
+    Raises:
+      SandboxError: a fault of the machine, and only that.
     """
+    tests = _tar(built.paths.scripts(step.tests, everything=True))
     result = await sandbox.verify(
         _script(sandbox, step, built),
         timeout=step.verifier_timeout,
-        files={"tests.tar": _tar(built.paths.scripts(step.tests, everything=True))},
+        files={"tests.tar": tests},
         keep=True,
     )
     return await judge(sandbox, step, built, result)
 
 
 async def judge(sandbox: Sandbox, step: Step, built: Built, result: CommandResult) -> Grade:
-    """What a script's end and the rewards that it left in this sandbox mean."""
+    """Return the grade that follows from a script's end and the rewards that it left."""
     output = built.paths.outward(result.stdout)
     if result.timed_out:
-        return Grade(
-            0.0,
-            {},
-            f"the tests of {step.name} were stopped after {step.verifier_timeout:g} s",
-            output,
-        )
-    if (
-        result.exit_code == 97 or result.exit_code > 128
-    ):  # by a signal: what they started of the agent's may have sent it, and have left a reward
-        return Grade(
-            0.0,
-            {},
-            f"the tests of {step.name} were killed or could not begin (exit {result.exit_code})",
-            output,
-        )
+        note = f"the tests of {step.name} were stopped after {step.verifier_timeout:g} s"
+        return Grade(0.0, {}, note, output)
+    # Above 128: killed by a signal, which a program of the agent's may have sent, and it may have
+    # left a reward.
+    if result.exit_code == _COULD_NOT_BEGIN or result.exit_code > 128:
+        note = f"the tests of {step.name} were killed or could not begin (exit {result.exit_code})"
+        return Grade(0.0, {}, note, output)
     try:
-        rewards = (
-            {"reward": pytest_reward(result)}
-            if step.parser == "pytest"
-            else await _read_rewards(sandbox, built)
-        )
+        if step.parser == "pytest":
+            rewards = {"reward": pytest_reward(result)}
+        else:
+            rewards = await _read_rewards(sandbox, built)
         return Grade(pick(rewards), rewards, "", output)
     except RewardError as error:
         return Grade(0.0, {}, f"{step.name}: {error}", output)
 
 
 async def clean_up(sandbox: Sandbox) -> None:
-    """Between two steps: nothing of the tests stays for the agent to read."""
+    """Remove everything of the tests between two steps, so that the agent cannot read it."""
     await sandbox.kill_all()
     await sandbox.verify(
-        _CLEAN.format(workspace=shlex.quote(sandbox.workspace)), timeout=READ_TIMEOUT_S, keep=True
+        _CLEAN.format(workspace=shlex.quote(sandbox.workspace)),
+        timeout=READ_TIMEOUT_SECONDS,
+        keep=True,
     )
 
 
@@ -154,11 +153,10 @@ def _script(sandbox: Sandbox, step: Step, built: Built) -> str:
 
 
 def assignments(step: Step, built: Built) -> str:
-    """The tests' variables, for env."""
+    """Return the tests' variables as arguments of `env`."""
     inner = built.inner_env()
-    path = ":".join(
-        dict.fromkeys(["/usr/local/bin", "/usr/bin", "/bin", *inner.get("PATH", "").split(":")])
-    )
+    folders = ["/usr/local/bin", "/usr/bin", "/bin", *inner.get("PATH", "").split(":")]
+    path = ":".join(dict.fromkeys(folders))
     tests = built.paths.place("/tests")
     variables = {
         **inner,
@@ -179,20 +177,21 @@ def _tar(files: Files) -> bytes:
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for name, (content, mode) in files.items():
             entry = tarfile.TarInfo(name)
-            entry.size, entry.mode = len(content), mode
+            entry.size = len(content)
+            entry.mode = mode
             archive.addfile(entry, io.BytesIO(content))
     return buffer.getvalue()
 
 
-# -- rewards
+# -- Rewards
 # -------------------------------------------------------------------------------------------------
 
 
 async def _read_rewards(sandbox: Sandbox, built: Built) -> dict[str, float]:
-    """Reads once every process that the tests started is dead."""
+    """Read the rewards after every process that the tests started is dead."""
     result = await sandbox.verify(
         _READ.format(workspace=shlex.quote(sandbox.workspace), bytes=MAX_REWARD_BYTES + 1),
-        timeout=READ_TIMEOUT_S,
+        timeout=READ_TIMEOUT_SECONDS,
         keep=True,
     )
     found: dict[str, bytes | None] = {}
@@ -206,32 +205,39 @@ async def _read_rewards(sandbox: Sandbox, built: Built) -> dict[str, float]:
 
 
 def read_rewards(files: dict[str, bytes | None]) -> dict[str, float]:
-    """The rewards in reward.txt and reward.json (None: there, but no regular file).
+    """Return the rewards in reward.txt and reward.json.
 
-    RewardError unless they are one valid answer.
+    Both files may exist only if they agree. None stands for something that is not a regular file.
 
-    Both files may be there only if they say the same.
+    Raises:
+      RewardError: the files are not one valid answer.
     """
     if odd := [name for name, content in files.items() if content is None]:
-        raise RewardError(f"/logs/verifier/{odd[0]} is no regular file")
+        raise RewardError(f"/logs/verifier/{odd[0]} is not a regular file")
     if not files:
         raise RewardError("the tests left neither reward.txt nor reward.json in /logs/verifier")
     if large := [name for name, content in files.items() if len(content) > MAX_REWARD_BYTES]:
         raise RewardError(f"{large[0]} has more than {MAX_REWARD_BYTES} bytes")
-    answers = {
-        name: _text_reward(content) if name == "reward.txt" else _json_rewards(content)
-        for name, content in files.items()
-    }
-    if len(answers) > 1 and pick(answers["reward.txt"]) != pick(answers["reward.json"]):
-        raise RewardError(
-            f"reward.txt says {pick(answers['reward.txt']):g} and reward.json says"
-            f" {pick(answers['reward.json']):g}"
-        )
-    return answers.get("reward.json", answers.get("reward.txt"))
+    answers = {}
+    for name, content in files.items():
+        read = _text_reward if name == "reward.txt" else _json_rewards
+        answers[name] = read(content)
+    if len(answers) == 1:
+        (rewards,) = answers.values()
+        return rewards
+    text_reward = pick(answers["reward.txt"])
+    json_reward = pick(answers["reward.json"])
+    if text_reward != json_reward:
+        raise RewardError(f"reward.txt says {text_reward:g} and reward.json says {json_reward:g}")
+    return answers["reward.json"]
 
 
 def pick(rewards: dict[str, float]) -> float:
-    """The one that counts: "reward", or the only one. RewardError where it is not clear."""
+    """Return the reward that counts: the one named "reward", or the only one.
+
+    Raises:
+      RewardError: it is not clear which one counts.
+    """
     if "reward" in rewards:
         return rewards["reward"]
     if len(rewards) == 1:
@@ -258,11 +264,11 @@ def _json_rewards(content: bytes) -> dict[str, float]:
         raise RewardError(f"reward.json is not JSON: {str(error)[:80]}") from error
     if not isinstance(value, dict):
         raise RewardError(
-            f"reward.json is a {type(value).__name__}, and must be an object of numbers"
+            f"reward.json is a {type(value).__name__}, but must be an object of numbers"
         )
     for key, number in value.items():
         if isinstance(number, bool) or not isinstance(number, (int, float)):
-            raise RewardError(f"reward.json: {key[:40]!r} is no number")
+            raise RewardError(f"reward.json: {key[:40]!r} is not a number")
     return {key: _checked("reward.json", number) for key, number in value.items()}
 
 
@@ -272,13 +278,14 @@ def _checked(name: str, number: float | int) -> float:
     except OverflowError:
         value = math.inf
     if not math.isfinite(value) or not 0.0 <= value <= 1.0:
-        raise RewardError(f"{name} says {value}, which is no finite number from 0 to 1")
+        raise RewardError(f"{name} says {value}, which is not a finite number from 0 to 1")
     return value
 
 
 def pytest_reward(result: CommandResult) -> float:
-    """1 if the script ended well and its last summary of pytest (`-rA`) lists tests that all
-    passed; Terminal-Bench 1's rule.
+    """Return 1 if the script succeeded and pytest's last summary (`-rA`) lists only passed tests.
+
+    This is Terminal-Bench 1's rule.
     """
     parts = _SUMMARY.split(result.stdout)
     outcomes = _OUTCOME.findall(parts[-1]) if len(parts) > 1 else []
@@ -286,6 +293,5 @@ def pytest_reward(result: CommandResult) -> float:
         raise RewardError(
             "pytest's short test summary is not in the output (run-tests.sh must call it with -rA)"
         )
-    return float(
-        result.exit_code == 0 and all(outcome in ("PASSED", "XFAIL") for outcome, _ in outcomes)
-    )
+    passed = all(outcome in ("PASSED", "XFAIL") for outcome, _ in outcomes)
+    return float(result.exit_code == 0 and passed)

@@ -1,11 +1,11 @@
-"""Reads task folders: Harbor's task.toml (schema 1.0 to 1.4, several steps), Terminal-Bench 1's
-task.yaml, and datasets, which are folders of them.
+"""Reads task folders of Harbor (task.toml, schema 1.0 to 1.4), and data sets made of them.
 
     tasks = load_dataset("envs/tasks/harbor/examples")
-    task = load_task("some/task")           # TaskError names file and line of what is wrong
+    task = load_task("some/task")           # TaskError names file and line of a fault
 
-Unknown keys are accepted and listed in the record, for the format grows. A missing [environment] is
-accepted too.
+A data set is a folder of task folders. Terminal-Bench 1's task.yaml is read by terminal_bench_1.py.
+The format grows, so unknown keys are accepted and listed in the record, and [environment] may be
+missing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import re
-import tomllib
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,18 +20,22 @@ from envs.tasks.harbor.errors import TaskError
 from envs.tasks.harbor.fields import MAX_DOCKERFILE_BYTES, Table, read_folder, read_text
 from envs.tasks.harbor.task import NETWORK_MODES, Environment, Files, HarborTask, Healthcheck, Step
 from envs.tasks.harbor.terminal_bench_1 import load_terminal_bench_1, needed_compose
+from envs.tasks.harbor.toml import line_in_toml, parse_toml
 
-MAX_TASK_DEPTH = 6  # folders between a dataset and its tasks
-_TOML_LINE = re.compile(r"\(at line (\d+), column \d+\)|at end of document")
-_DEEP_KEY = re.compile(r"(?<![\w-])(?:[\w-]++[ \t]*+\.[ \t]*+){64}")
+MAX_TASK_DEPTH = 6  # levels of folders between a data set and its tasks
 _CANARY = re.compile(r"\A\s*(?:<!--[^>]*canary[^>]*-->|#[^\n]*canary[^\n]*)\n", re.IGNORECASE)
 
 
 def load_task(path: str | pathlib.Path, environ: Mapping[str, str] | None = None) -> HarborTask:
-    """The task in this folder, of whichever format its settings file says it is. Raises TaskError.
+    """Read the task in a folder; its settings file decides the format.
 
-    environ: what ${NAME} in the settings' env tables is filled in from. The environment of this
-    process is never looked at.
+    Args:
+      path: the folder.
+      environ: the values of ${NAME} in the settings' env tables. The environment of this process is
+        never used.
+
+    Raises:
+      TaskError: the task is malformed, or no settings file is there.
     """
     folder = pathlib.Path(path)
     if (folder / "task.toml").exists():
@@ -49,11 +52,15 @@ def load_dataset(
     skip_malformed: list[TaskError] | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> list[HarborTask]:
-    """Every task below a folder, by name.
+    """Read every task below a folder, sorted by name.
 
-    With `skip_malformed` a list, faults are put there instead of raised.
+    Args:
+      path: the folder.
+      skip_malformed: a list to which faults are added instead of being raised.
+      environ: see `load_task`.
 
-    Raises TaskError for a malformed task, a folder without tasks, or two tasks of one name.
+    Raises:
+      TaskError: a task is malformed, two tasks have one name, or there are no tasks.
     """
     root = pathlib.Path(path)
     tasks: dict[str, HarborTask] = {}
@@ -88,13 +95,14 @@ def _task_folders(folder: pathlib.Path, depth: int) -> list[pathlib.Path]:
 
 
 def line_of(task: HarborTask, *path: str) -> int:
-    """The line of a task's settings file where this key is set; 0 where that cannot be seen (the
-    file is in an archive, or another process's).
+    """Return the line of a task's settings file where a key is set.
+
+    Returns 0 where that is unknown because the file is in an archive or in another process.
     """
+    if task.format != "harbor":
+        return 0
     try:
-        return (
-            _toml_line(read_text(task.path / "task.toml"), path) if task.format == "harbor" else 0
-        )
+        return line_in_toml(read_text(task.path / "task.toml"), path)
     except TaskError:
         return 0
 
@@ -104,17 +112,19 @@ def line_of(task: HarborTask, *path: str) -> int:
 
 
 def load_harbor(folder: pathlib.Path, environ: Mapping[str, str]) -> HarborTask:
+    """Read a folder with a task.toml; see `load_task`."""
     file = folder / "task.toml"
     text = read_text(file)
-    table = Table(file, parse_toml(file, text), lambda path: _toml_line(text, path), environ)
+    table = Table(file, parse_toml(file, text), lambda path: line_in_toml(text, path), environ)
     version = table.values.get("schema_version", table.values.get("version", "1.0"))
     table.known |= {"schema_version", "version"}
     if not isinstance(version, str) or not re.fullmatch(r"1(\.\d+)*", version):
         raise table.fault(
             "schema_version" if "schema_version" in table.values else "version",
-            f"{version!r} is no schema version that is known here (1.0 to 1.4)",
+            f"{version!r} is not a known schema version (1.0 to 1.4)",
         )
-    metadata, about = table.get("metadata", dict, {}), table.table("task")
+    metadata = table.get("metadata", dict, {})
+    about = table.table("task")
     about.known |= {"description", "authors", "keywords"}
     step_tables = table.tables("steps")
     strategy = table.text("multi_step_reward_strategy") or "mean"
@@ -122,30 +132,28 @@ def load_harbor(folder: pathlib.Path, environ: Mapping[str, str]) -> HarborTask:
         raise table.fault(
             "multi_step_reward_strategy", f'{strategy!r} is neither "mean" nor "final"'
         )
-    defaults, environment = (
-        _Phases.of(table),
-        _environment(folder / "environment", table.table("environment")),
-    )
-    task = HarborTask(
-        name=about.text("name") or folder.resolve().name,
+    defaults = _Phases().overridden(table)
+    environment = _environment(folder / "environment", table.table("environment"))
+    name = about.text("name") or folder.resolve().name
+    steps = _steps(folder, table, step_tables, defaults, environment)
+    tags = metadata.get("tags", ())
+    artifacts = tuple(table.get("artifacts", list, []))
+    table.known.add("source")
+    return HarborTask(
+        name=name,
         path=folder,
         format="harbor",
         schema_version=version,
         environment=environment,
-        steps=tuple(_steps(folder, table, step_tables, defaults, environment)),
+        steps=tuple(steps),
         reward_strategy=strategy,
         difficulty=_word(metadata, "difficulty"),
         category=_word(metadata, "category"),
-        tags=(
-            tuple(str(tag) for tag in metadata.get("tags", ()))
-            if isinstance(metadata.get("tags", ()), list)
-            else ()
-        ),
+        tags=tuple(map(str, tags)) if isinstance(tags, list) else (),
         metadata=metadata,
-        artifacts=tuple(table.get("artifacts", list, [])),
+        artifacts=artifacts,
+        unknown_keys=tuple(table.unknown()),
     )
-    table.known.add("source")
-    return HarborTask(**{**vars(task), "unknown_keys": tuple(table.unknown())})
 
 
 def _word(metadata: dict, key: str) -> str:
@@ -153,54 +161,65 @@ def _word(metadata: dict, key: str) -> str:
     return value if isinstance(value, str) else str(value)
 
 
+@dataclasses.dataclass(frozen=True)
 class _Phases:
-    """The settings of the agent, the verifier and the solution that steps inherit."""
+    """The settings of agent, verifier and solution, which steps inherit from the task."""
 
-    @classmethod
-    def of(cls, table: Table, parent: _Phases | None = None) -> _Phases:
-        phases = cls()
-        agent, verifier, solution = (
-            table.table("agent"),
-            table.table("verifier"),
-            table.table("solution"),
-        )
-        networks = dict(parent.networks) if parent else {}
-        for phase in (agent, verifier):
-            phase.known |= {
-                "network_mode",
-                "allowed_hosts",
-            }  # not "user": commands run as the one user of a sandbox, and unknown_keys says so
-            mode = phase.text("network_mode")
-            _network(phase, mode)
-            if mode is not None:
-                networks[phase.path[-1]] = (mode, phase.texts("allowed_hosts"))
-        phases.networks = networks
-        phases.agent_timeout = agent.seconds(
-            "timeout_sec", parent.agent_timeout if parent else None
-        )
-        phases.verifier_timeout = verifier.seconds(
-            "timeout_sec", parent.verifier_timeout if parent else 600.0
-        )
-        phases.verifier_env = (parent.verifier_env if parent else {}) | verifier.environment("env")
-        phases.solution_env = (parent.solution_env if parent else {}) | solution.environment("env")
-        phases.collect = tuple(_collect_command(hook) for hook in verifier.tables("collect")) or (
-            parent.collect if parent else ()
-        )
+    networks: Mapping[str, tuple[str, tuple[str, ...]]] = dataclasses.field(default_factory=dict)
+    agent_timeout: float | None = None
+    verifier_timeout: float | None = 600.0
+    verifier_env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    solution_env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    collect: tuple[str, ...] = ()
+    separate: bool = False
+    verifier_environment: Table | None = None
+
+    def overridden(self, table: Table) -> _Phases:
+        """Return these settings with those of a task's or a step's table in their place."""
+        agent = table.table("agent")
+        verifier = table.table("verifier")
+        solution = table.table("solution")
+        networks = {**self.networks, **_networks(agent), **_networks(verifier)}
+        agent_timeout = agent.seconds("timeout_sec", self.agent_timeout)
+        verifier_timeout = verifier.seconds("timeout_sec", self.verifier_timeout)
+        verifier_env = {**self.verifier_env, **verifier.environment("env")}
+        solution_env = {**self.solution_env, **solution.environment("env")}
+        collect = tuple(_collect_command(hook) for hook in verifier.tables("collect"))
         own = verifier.table("environment") if "environment" in verifier.values else None
-        mode = verifier.text(
-            "environment_mode", "separate" if own or (parent and parent.separate) else "shared"
+        return _Phases(
+            networks=networks,
+            agent_timeout=agent_timeout,
+            verifier_timeout=verifier_timeout,
+            verifier_env=verifier_env,
+            solution_env=solution_env,
+            collect=collect or self.collect,
+            separate=_is_separate(verifier, own, self.separate),
+            verifier_environment=own or self.verifier_environment,
         )
-        if mode not in ("shared", "separate"):
-            raise verifier.fault("environment_mode", f'{mode!r} is neither "shared" nor "separate"')
-        if own and mode == "shared":
-            raise verifier.fault(
-                "environment_mode", '"shared" beside a verifier.environment; leave one of them out'
-            )
-        phases.separate, phases.verifier_environment = (
-            mode == "separate",
-            own or (parent.verifier_environment if parent else None),
+
+
+def _networks(phase: Table) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Return a phase's own network policy, if it has one."""
+    # "user" stays unknown: commands run as the one user of a sandbox, and unknown_keys says so.
+    phase.known |= {"network_mode", "allowed_hosts"}
+    mode = phase.text("network_mode")
+    _check_network(phase, mode)
+    if mode is None:
+        return {}
+    return {phase.path[-1]: (mode, phase.texts("allowed_hosts"))}
+
+
+def _is_separate(verifier: Table, own: Table | None, inherited: bool) -> bool:
+    """Return whether the tests run in an environment of their own."""
+    default = "separate" if own or inherited else "shared"
+    mode = verifier.text("environment_mode", default)
+    if mode not in ("shared", "separate"):
+        raise verifier.fault("environment_mode", f'{mode!r} is neither "shared" nor "separate"')
+    if own and mode == "shared":
+        raise verifier.fault(
+            "environment_mode", '"shared" beside a verifier.environment; leave one of them out'
         )
-        return phases
+    return mode == "separate"
 
 
 def _steps(
@@ -210,25 +229,24 @@ def _steps(
     defaults: _Phases,
     environment: Environment,
 ) -> list[Step]:
-    tests, solution = read_folder(folder / "tests"), read_folder(folder / "solution")
+    tests = read_folder(folder / "tests")
+    solution = read_folder(folder / "solution")
     artifacts = _artifacts(table)
     if not step_tables:
         instruction = _instruction(folder / "instruction.md")
         _need_test(folder / "tests" / "test.sh", tests)
-        return [
-            Step(
-                "task",
-                instruction,
-                tests,
-                solution=solution,
-                solve_script=_solve(solution),
-                artifacts=artifacts,
-                verifier_environment=_verifier_environment(
-                    defaults, (folder / "tests",), environment
-                ),
-                **_of_phases(defaults),
-            )
-        ]
+        verifier_environment = _verifier_environment(defaults, (folder / "tests",), environment)
+        step = Step(
+            "task",
+            instruction,
+            tests,
+            solution=solution,
+            solve_script=_solve(solution),
+            artifacts=artifacts,
+            verifier_environment=verifier_environment,
+            **_of_phases(defaults),
+        )
+        return [step]
     found: list[Step] = []
     for step in step_tables:
         name = step.text("name")
@@ -240,46 +258,55 @@ def _steps(
             )
         if any(other.name == name for other in found):
             raise step.fault("name", f"two steps are named {name!r}")
-        place = folder / "steps" / name
-        step_tests, step_solution = (
-            {**tests, **read_folder(place / "tests")},
-            read_folder(place / "solution"),
-        )
-        _need_test(place / "tests" / "test.sh", step_tests)
-        phases = _Phases.of(step, defaults)
-        found.append(
-            Step(
-                name,
-                _instruction(place / "instruction.md"),
-                step_tests,
-                solution=step_solution,
-                solve_script=_solve(step_solution),
-                setup=read_folder(place / "workdir"),
-                min_reward=_min_reward(step),
-                healthcheck=_healthcheck(step),
-                artifacts=(*artifacts, *_artifacts(step)),
-                verifier_environment=_verifier_environment(
-                    phases, (place / "tests", folder / "tests"), environment
-                ),
-                **_of_phases(phases),
-            )
-        )
+        found.append(_step(folder, name, step, defaults, environment, tests, artifacts))
     return found
 
 
-def _of_phases(phases: _Phases) -> dict:
-    return dict(
-        agent_timeout=phases.agent_timeout,
-        verifier_timeout=phases.verifier_timeout,
-        verifier_env=phases.verifier_env,
-        solution_env=phases.solution_env,
-        networks=phases.networks,
-        collect=phases.collect,
+def _step(
+    folder: pathlib.Path,
+    name: str,
+    table: Table,
+    defaults: _Phases,
+    environment: Environment,
+    shared_tests: Files,
+    shared_artifacts: tuple[str, ...],
+) -> Step:
+    """Read one of several steps; its tests and artifacts come on top of those of the task."""
+    place = folder / "steps" / name
+    tests = {**shared_tests, **read_folder(place / "tests")}
+    solution = read_folder(place / "solution")
+    _need_test(place / "tests" / "test.sh", tests)
+    phases = defaults.overridden(table)
+    test_folders = (place / "tests", folder / "tests")
+    return Step(
+        name,
+        _instruction(place / "instruction.md"),
+        tests,
+        solution=solution,
+        solve_script=_solve(solution),
+        setup=read_folder(place / "workdir"),
+        min_reward=_min_reward(table),
+        healthcheck=_healthcheck(table),
+        artifacts=(*shared_artifacts, *_artifacts(table)),
+        verifier_environment=_verifier_environment(phases, test_folders, environment),
+        **_of_phases(phases),
     )
 
 
+def _of_phases(phases: _Phases) -> dict[str, Any]:
+    return {
+        "agent_timeout": phases.agent_timeout,
+        "verifier_timeout": phases.verifier_timeout,
+        "verifier_env": phases.verifier_env,
+        "solution_env": phases.solution_env,
+        "networks": phases.networks,
+        "collect": phases.collect,
+    }
+
+
 def _collect_command(hook: Table) -> str:
-    command, service = hook.text("command"), hook.text("service", "main")
+    command = hook.text("command")
+    service = hook.text("service", "main")
     if not command or service != "main":
         raise hook.fault(
             "command" if not command else "service",
@@ -292,20 +319,20 @@ def _collect_command(hook: Table) -> str:
 def _verifier_environment(
     phases: _Phases, places: tuple[pathlib.Path, ...], agents: Environment
 ) -> Environment | None:
-    """Where the tests run, if that is not where the agent was: built from the Dockerfile in the
-    first of these folders that has one, by the verifier's own settings or the agent's.
+    """Return the environment in which the tests run, or None if it is the agent's.
+
+    It is built from the Dockerfile in the first of the folders that has one, with the verifier's
+    own settings or else the agent's.
     """
     if not phases.separate:
         return None
     place = next((one for one in places if (one / "Dockerfile").exists()), places[-1])
-    table = phases.verifier_environment
-    found = (
-        _environment(place, table)
-        if table
-        else dataclasses.replace(
+    if phases.verifier_environment:
+        found = _environment(place, phases.verifier_environment)
+    else:
+        found = dataclasses.replace(
             agents, **_definition(place), docker_image=None, healthcheck=None, mcp_servers=()
         )
-    )
     if found.dockerfile is None and found.docker_image is None:
         raise TaskError(
             place / "Dockerfile",
@@ -317,14 +344,15 @@ def _verifier_environment(
 
 
 def _artifacts(table: Table) -> tuple[str, ...]:
-    """Where they lie, for the agent and for a separate verifier; the `destination` of an entry
-    names a place in Harbor's reports.
+    """Return the paths of the artifacts in the agent's and a separate verifier's environment.
+
+    An entry's `destination` names a place in Harbor's reports and does not matter here.
     """
     found = []
     for entry in table.get("artifacts", list, []):
         source = entry.get("source") if isinstance(entry, dict) else entry
         if not isinstance(source, str) or not source.startswith("/") or "\0" in source:
-            raise table.fault("artifacts", f"{str(entry)[:60]!r} names no absolute path")
+            raise table.fault("artifacts", f"{str(entry)[:60]!r} does not name an absolute path")
         found.append(source)
     return tuple(found)
 
@@ -370,36 +398,35 @@ def _healthcheck(table: Table) -> Healthcheck | None:
     )
 
 
-def _network(table: Table, mode: object) -> None:
+def _check_network(table: Table, mode: object) -> None:
     if mode is not None and mode not in NETWORK_MODES:
-        raise table.fault("network_mode", f"{mode!r} is none of {', '.join(NETWORK_MODES)}")
+        raise table.fault("network_mode", f"{mode!r} is not one of {', '.join(NETWORK_MODES)}")
 
 
 def _definition(place: pathlib.Path) -> dict[str, Any]:
-    """What a folder says of an environment that is built from it."""
+    """Return the settings of an environment that follow from the folder it is built from."""
     context = read_folder(place)
-    return dict(
-        context=context,
-        dockerfile=(
-            read_text(place / "Dockerfile", MAX_DOCKERFILE_BYTES)
-            if "Dockerfile" in context
-            else None
-        ),
-        dockerfile_path=place / "Dockerfile",
-        compose_path=needed_compose(place),
-    )
+    dockerfile = None
+    if "Dockerfile" in context:
+        dockerfile = read_text(place / "Dockerfile", MAX_DOCKERFILE_BYTES)
+    return {
+        "context": context,
+        "dockerfile": dockerfile,
+        "dockerfile_path": place / "Dockerfile",
+        "compose_path": needed_compose(place),
+    }
 
 
 def _environment(place: pathlib.Path, table: Table) -> Environment:
     allowed = table.get("allow_internet", bool, True)
     mode = table.text("network_mode") or ("public" if allowed else "no-network")
-    _network(table, mode)
+    _check_network(table, mode)
     cpus = table.number("cpus", None, above=0.0)
     for key in ("os", "gpu_types", "tpu", "skills_dir", "start_period_env_sec"):
         table.known.add(key)
     workdir = table.text("workdir")
     if workdir is not None and not workdir.startswith("/"):
-        raise table.fault("workdir", f"{workdir!r} is no absolute path")
+        raise table.fault("workdir", f"{workdir!r} is not an absolute path")
     return Environment(
         **_definition(place),
         docker_image=table.text("docker_image"),
@@ -418,56 +445,8 @@ def _environment(place: pathlib.Path, table: Table) -> Environment:
 
 
 def _entries(table: Table, key: str) -> list:
-    """Tables that are only handed on."""
+    """Return tables that are passed on unread."""
     found = table.tables(key)
     for entry in found:
         entry.known |= set(entry.values)
     return [entry.values for entry in found]
-
-
-# -- TOML
-# -------------------------------------------------------------------------------------------------
-
-
-def parse_toml(file: pathlib.Path, text: str) -> dict:
-    """TaskError with the line where it is not TOML."""
-    if deep := _DEEP_KEY.search(text):  # the parser takes time with the square of a key's length
-        raise TaskError(file, text.count("\n", 0, deep.start()) + 1, "a key of more than 64 parts")
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        place = _TOML_LINE.search(str(error))
-        line = int(place[1]) if place and place[1] else text.count("\n") + 1
-        raise TaskError(file, line, f"not TOML: {error}") from error
-    except (
-        RecursionError,
-        ValueError,
-        OverflowError,
-    ) as error:  # nested beyond all measure; a date or an integer beyond all measure
-        raise TaskError(
-            file, 1, f"not TOML that can be read: {type(error).__name__}: {str(error)[:80]}"
-        ) from error
-
-
-def _toml_line(text: str, path: tuple[str, ...]) -> int:
-    """Where a key is set, as well as it can be seen without a parser that keeps lines: first in its
-    own table, then anywhere.
-    """
-    if not path:
-        return 1
-    header, last, table = "", path[-1], ".".join(path[:-1])
-    candidates = []
-    for number, row in enumerate(text.splitlines(), 1):
-        if match := re.match(r"\s*\[\[?\s*([^\]]+?)\s*\]\]?", row):
-            header = match[1].replace('"', "").replace(" ", "")
-            if header == ".".join(path):
-                candidates.append((0, number))
-        if re.match(rf"\s*[\"']?{re.escape(last)}[\"']?\s*[=.]", row):
-            candidates.append((1 if header == table else 2, number))
-        elif len(path) > 1 and re.match(
-            rf"\s*{re.escape(path[-2])}\s*=\s*\{{.*\b{re.escape(last)}\b", row
-        ):
-            candidates.append((3, number))
-        elif header == table and table:
-            candidates.append((9, number))
-    return min(candidates, default=(0, 1))[1]

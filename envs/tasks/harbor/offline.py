@@ -1,5 +1,7 @@
-"""What an embedded sandbox has no network for: found in a script before it runs, so that the task
-is refused by name and not failed.
+"""Commands that need a network, which an embedded sandbox does not have.
+
+They are found in a script before it runs, so that the task is refused with a reason instead of
+failing.
 """
 
 from __future__ import annotations
@@ -15,14 +17,14 @@ NEEDS_NETWORK = re.compile(
     rf"|\b(?:curl|wget)\b[^\n|;&]*\bhttps?://{_HERE}|\bgit\s+clone\b[^\n|;&]*(?:https?|ssh|git)://|\bgit\s+clone\b[^\n|;&]*git@"
     r"|\bcargo\s+(?:install|fetch|add)\b|\bgo\s+(?:get|install)\b|\bgo\s+mod\s+download\b|\bgem\s+install\b|\b(?:conda|mamba)\s+(?:install|create)\b"
 )
-_LOOKED_AT, _ROW_LOOKED_AT = 1 << 18, 2000  # characters
+_MAX_CHARS = 1 << 18  # searched of a script
+_MAX_ROW_CHARS = 2000  # searched of a line
 _APT_PART = re.compile(
     r"\s*(?:sudo\s+)?(?:DEBIAN_FRONTEND=\w+\s+)?apt(?:-get)?\s+(?P<rest>.*)", re.DOTALL
 )
 _CLEANING = re.compile(r"\s*rm\s+-rf?\s+/var/(?:lib/apt/lists|cache/apt)\S*(?:\s+/var/\S+)*\s*|\s*")
-_NOT_NEEDED = frozenset(
-    ["apt-utils", "asciinema", "ca-certificates", "locales", "tmux", "tzdata"]
-)  # of a recording harness, or without a program of their own
+# Packages of a recording harness, or without a program of their own.
+_NOT_NEEDED = frozenset(["apt-utils", "asciinema", "ca-certificates", "locales", "tmux", "tzdata"])
 _PROGRAMS = {
     "build-essential": ("gcc", "make"),
     "coreutils": ("ls",),
@@ -45,26 +47,29 @@ _PROGRAMS = {
 
 
 def network_need(text: str) -> tuple[int, str] | None:
-    """(line, what) of the first command in a shell script that asks for the network; comments do
-    not count.
+    """Return (line, command) of a shell script's first command that needs the network.
+
+    Returns None where there is none. Comments do not count.
     """
-    return need_in_rows(list(enumerate(text[:_LOOKED_AT].splitlines(), 1)))
+    return need_in_rows(list(enumerate(text[:_MAX_CHARS].splitlines(), 1)))
 
 
 def need_in_rows(rows: Iterable[tuple[int, str]]) -> tuple[int, str] | None:
-    """The same for lines with their numbers.
+    """Return the same as `network_need` for lines with their numbers.
 
-    Only the beginning of a very long line is looked at, so that no script can make this take long.
+    Only the beginning of a very long line is searched, so no script can make this slow.
     """
     for number, row in rows:
-        if match := NEEDS_NETWORK.search(re.sub(r"(^|\s)#.*", "", row[:_ROW_LOOKED_AT])):
+        without_comment = re.sub(r"(^|\s)#.*", "", row[:_MAX_ROW_CHARS])
+        if match := NEEDS_NETWORK.search(without_comment):
             return number, match[0].strip()
     return None
 
 
 def packages(command: str) -> list[str] | None:
-    """The Debian packages that a command installs, where it does nothing but this and cleaning up;
-    None for any other command.
+    """Return the Debian packages that a command installs, if it does only that and cleaning up.
+
+    Returns None for any other command.
     """
     found: list[str] = []
     for part in re.split(r"&&|;", command):
@@ -81,7 +86,11 @@ def packages(command: str) -> list[str] | None:
 
 
 def programs_of(names: list[str]) -> dict[str, tuple[str, ...]]:
-    """Package -> programs that stand for it: where all of them are there, the package counts as
-    installed.
+    """Return, for each package, the programs that stand for it.
+
+    A package counts as installed where all its programs are there.
     """
-    return {name: () if name in _NOT_NEEDED else _PROGRAMS.get(name, (name,)) for name in names}
+    programs = {}
+    for name in names:
+        programs[name] = () if name in _NOT_NEEDED else _PROGRAMS.get(name, (name,))
+    return programs

@@ -1,11 +1,11 @@
-"""A verifier in an environment of its own (environment_mode = "separate"): nothing of the agent's
-reaches it but what the task calls artifacts.
+"""A verifier in an environment of its own (environment_mode = "separate").
 
-tests/ defines that environment as environment/ does the agent's, and its image brings
-/tests/test.sh. Each grading has a fresh sandbox with limits and a network policy of its own. Of the
-agent's sandbox, whose processes are dead, regular files and directories are taken by way of this
-process: /logs/artifacts and the declared paths. A path that is not there, a link or something else
-is not taken, and the tests find it missing.
+Of the agent's files it sees only those that the task calls artifacts. tests/ defines its
+environment as environment/ defines the agent's, and its image contains /tests/test.sh. Each grading
+gets a fresh sandbox with its own limits and network policy. The agent's processes are dead by then.
+Regular files and directories among the artifacts (/logs/artifacts and the declared paths) are
+copied through this process. A missing path, a link or anything else is not copied, and the tests
+find it missing.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping
 
 from envs.rock import Sandbox, SandboxConfig, SandboxError, SandboxFileError
-from envs.tasks.harbor.build import Built, build
+from envs.tasks.harbor.build import build
 from envs.tasks.harbor.containers import build_image, enter
+from envs.tasks.harbor.environment import Built
 from envs.tasks.harbor.errors import BuildError, TaskError
-from envs.tasks.harbor.grade import READ_TIMEOUT_S, SUMMARY_BYTES, Grade, assignments, judge
+from envs.tasks.harbor.grade import READ_TIMEOUT_SECONDS, SUMMARY_BYTES, Grade, assignments, judge
 from envs.tasks.harbor.task import HarborTask, Step
 
-MAX_ARTIFACT_BYTES = 256 << 20  # of one artifact
+MAX_ARTIFACT_BYTES = 256 << 20  # for one artifact
 ALWAYS = "/logs/artifacts"
 _MOVED = ".rock-artifact"  # in the workspace: the SDK reads and writes there only
 _RUN = """\
@@ -45,51 +46,51 @@ async def grade_apart(
     images: Mapping[str, tuple[str, ...]] | None,
     build_egress: tuple[str, ...] | None,
 ) -> Grade:
-    """As grade.grade, over there.
+    """Run the step's tests in a sandbox of their own; the counterpart of `grade.grade`.
 
-    Raises SandboxError also where the verifier's environment cannot be had: that is no verdict.
+    Args:
+      agents: the agent's sandbox, whose processes are dead.
+      task: the task.
+      step: the step to grade.
+      built: where the agent's files are.
+      config_of: returns the limits and the network policy of a task.
+      images: see `build`.
+      build_egress: see `HarborEnv`.
 
-    agents, built: the agent's sandbox, whose processes are dead, and where its files are.
-    config_of: the limits and the network of a task.
+    Raises:
+      SandboxError: a fault of the machine, also where the verifier's environment could not be
+        built: that is no verdict.
     """
     apart = _as_task(task, step)
+    config = dataclasses.replace(config_of(apart), label=task.name)
     with tempfile.TemporaryDirectory(prefix="artifacts-") as folder:
-        taken = {
-            path: local
-            for number, path in enumerate(dict.fromkeys((ALWAYS, *step.artifacts)))
-            if (local := await _take(agents, built, path, pathlib.Path(folder, str(number))))
-        }
+        taken = {}
+        for number, path in enumerate(dict.fromkeys((ALWAYS, *step.artifacts))):
+            local = pathlib.Path(folder, str(number))
+            if await _take(agents, built, path, local):
+                taken[path] = local
         try:
-            async with _environment(
-                apart, dataclasses.replace(config_of(apart), label=task.name), images, build_egress
-            ) as (sandbox, there):
+            async with _environment(apart, config, images, build_egress) as (sandbox, there):
                 for path, local in taken.items():
                     if fault := await _put(sandbox, there, path, local):
-                        return Grade(
-                            0.0,
-                            {},
+                        # The agent made the artifact as it is.
+                        note = (
                             f"{step.name}: the artifact {path} cannot be laid into the verifier's"
-                            f" sandbox: {fault}",
-                        )  # the agent made it so
+                            f" sandbox: {fault}"
+                        )
+                        return Grade(0.0, {}, note)
                 return await _run(sandbox, step, there)
         except TaskError as error:
             raise SandboxError(f"the verifier's environment: {error}") from error
 
 
 def _as_task(task: HarborTask, step: Step) -> HarborTask:
-    """The verifier's environment as that of a task, with the network policy of the verifier's
-    phase.
-    """
-    mode, hosts = step.networks.get(
-        "verifier",
-        (step.verifier_environment.network_mode, step.verifier_environment.allowed_hosts),
-    )
-    environment = dataclasses.replace(
-        step.verifier_environment, network_mode=mode, allowed_hosts=hosts
-    )
-    return dataclasses.replace(
-        task, environment=environment, steps=(dataclasses.replace(step, networks={}),)
-    )
+    """Return the verifier's environment as that of a task, with the network policy of its phase."""
+    own = step.verifier_environment
+    mode, hosts = step.networks.get("verifier", (own.network_mode, own.allowed_hosts))
+    environment = dataclasses.replace(own, network_mode=mode, allowed_hosts=hosts)
+    only_step = dataclasses.replace(step, networks={})
+    return dataclasses.replace(task, environment=environment, steps=(only_step,))
 
 
 @contextlib.asynccontextmanager
@@ -99,72 +100,74 @@ async def _environment(
     images: Mapping[str, tuple[str, ...]] | None,
     build_egress: tuple[str, ...] | None,
 ) -> AsyncIterator[tuple[Sandbox, Built]]:
-    docker = config.backend == "docker"
-    building = (
-        dataclasses.replace(config, image=await build_image(task, config, build_egress))
-        if docker
-        else config
-        if build_egress is None
-        else dataclasses.replace(config, egress=build_egress)
-    )
+    """Yield a sandbox with the verifier's environment, and where its files are."""
     async with contextlib.AsyncExitStack() as stack:
-        sandbox = await stack.enter_async_context(Sandbox(building))
-        there = (
-            await enter(sandbox, task, own=("logs", "solution", "root"))
-            if docker
-            else await build(sandbox, task, images, config.egress)
-        )
+        if config.backend == "docker":
+            image = await build_image(task, config, build_egress)
+            building = dataclasses.replace(config, image=image)
+            sandbox = await stack.enter_async_context(Sandbox(building))
+            there = await enter(sandbox, task, own=("logs", "solution", "root"))
+        else:
+            building = config
+            if build_egress is not None:
+                building = dataclasses.replace(config, egress=build_egress)
+            sandbox = await stack.enter_async_context(Sandbox(building))
+            there = await build(sandbox, task, images, config.egress)
         if sandbox.config.egress != config.egress:
             snapshot = await sandbox.snapshot()
             stack.push_async_callback(snapshot.delete)
             sandbox = await stack.enter_async_context(Sandbox(config, snapshot))
-        step, place = task.steps[0], there.paths.place("/tests")
-        with contextlib.suppress(SandboxFileError):
-            laid = {entry.path for entry in await sandbox.list_files(place) if entry.kind == "file"}
-            rewritten = there.paths.scripts(
-                step.tests, everything=True
-            )  # the image has them as they were written
-            await sandbox.write_files(
-                {f"{place}/{name}": rewritten[name] for name in laid & rewritten.keys()}
-            )
-        if (
-            await sandbox.execute(
-                f"[ -f {shlex.quote(f'{place}/{step.test_script}')} ]", timeout=READ_TIMEOUT_S
-            )
-        ).exit_code:
-            raise BuildError(
-                task.environment.dockerfile_path or task.path,
-                0,
-                f"what is built from it has no /tests/{step.test_script}; COPY it there",
-            )
+        await _rewrite_tests(sandbox, task.steps[0], there)
+        await _check_test_script(sandbox, task, there)
         yield sandbox, there
+
+
+async def _rewrite_tests(sandbox: Sandbox, step: Step, built: Built) -> None:
+    """Rewrite paths in those of the tests' files that the image contains."""
+    place = built.paths.place("/tests")
+    with contextlib.suppress(SandboxFileError):
+        entries = await sandbox.list_files(place)
+        rewritten = built.paths.scripts(step.tests, everything=True)
+        names = rewritten.keys() & {entry.path for entry in entries if entry.kind == "file"}
+        await sandbox.write_files({f"{place}/{name}": rewritten[name] for name in names})
+
+
+async def _check_test_script(sandbox: Sandbox, task: HarborTask, built: Built) -> None:
+    script = task.steps[0].test_script
+    path = shlex.quote(f"{built.paths.place('/tests')}/{script}")
+    result = await sandbox.execute(f"[ -f {path} ]", timeout=READ_TIMEOUT_SECONDS)
+    if result.exit_code:
+        raise BuildError(
+            task.environment.dockerfile_path or task.path,
+            0,
+            f"what is built from it has no /tests/{script}; COPY it there",
+        )
 
 
 async def _take(
     sandbox: Sandbox, built: Built, path: str, local: pathlib.Path
 ) -> pathlib.Path | None:
-    """An artifact, copied to `local`; None where there is none that can be copied."""
+    """Copy an artifact to `local`; return None where there is none that can be copied."""
     try:
         place = built.paths.place(path)
         if not place.startswith(f"{sandbox.workspace}/"):
             await sandbox.execute(
-                f"rm -rf {_MOVED}; cp -RP -- {shlex.quote(place)} {_MOVED}", timeout=READ_TIMEOUT_S
+                f"rm -rf {_MOVED}; cp -RP -- {shlex.quote(place)} {_MOVED}",
+                timeout=READ_TIMEOUT_SECONDS,
             )
             place = _MOVED
         await sandbox.download(place, local, MAX_ARTIFACT_BYTES)
         if place == _MOVED:
-            await sandbox.execute(f"rm -rf {_MOVED}", timeout=READ_TIMEOUT_S)
+            await sandbox.execute(f"rm -rf {_MOVED}", timeout=READ_TIMEOUT_SECONDS)
         return local
-    except (
-        SandboxFileError,
-        ValueError,
-        OSError,
-    ):  # not there, too large, in a place that is the machine's own, of names too long for this host
+    # It is missing or too large, lies in a place of the machine's own, or has a name that is too
+    # long for this host.
+    except (SandboxFileError, ValueError, OSError):
         return None
 
 
 async def _put(sandbox: Sandbox, built: Built, path: str, local: pathlib.Path) -> str:
-    """ "", or why it cannot be."""
+    """Write an artifact into the verifier's sandbox; return the fault, or an empty text."""
     place = built.paths.place(path)
     inside = place.startswith(f"{sandbox.workspace}/")
     try:
@@ -175,15 +178,15 @@ async def _put(sandbox: Sandbox, built: Built, path: str, local: pathlib.Path) -
         return ""
     parent = shlex.quote(place.rpartition("/")[0])
     moved = await sandbox.execute(
-        f"mkdir -p {parent} && mv -T {_MOVED} {shlex.quote(place)}", timeout=READ_TIMEOUT_S
+        f"mkdir -p {parent} && mv -T {_MOVED} {shlex.quote(place)}", timeout=READ_TIMEOUT_SECONDS
     )
     return moved.stderr.strip()[-300:] if moved.exit_code else ""
 
 
 async def _run(sandbox: Sandbox, step: Step, built: Built) -> Grade:
-    """The tests, in a sandbox where no agent was.
+    """Run the tests in a sandbox where no agent was.
 
-    What they start of its programs has its rights, as in grade.py.
+    Programs of the agent's that they start have their rights, as in grade.py.
     """
     script = _RUN.format(
         workspace=shlex.quote(sandbox.workspace),

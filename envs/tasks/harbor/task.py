@@ -1,8 +1,7 @@
-"""The one record that every real task format is read into: Harbor (Terminal-Bench 2.x) and
-Terminal-Bench 1.
+"""The record into which every task format is read: Harbor (Terminal-Bench 2.x), Terminal-Bench 1.
 
-Only bytes and numbers: nothing here runs, and nothing of `tests` and `solution` enters a sandbox
-but through the grader and the oracle.
+A record holds only bytes and numbers; nothing here runs. `tests` and `solution` enter a sandbox
+only through the grader and the oracle.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ NETWORK_MODES = ("public", "no-network", "allowlist")
 
 @dataclasses.dataclass(frozen=True)
 class Healthcheck:
-    """A command that must succeed before the agent begins; seconds."""
+    """A command that must succeed before the agent begins. Times are in seconds."""
 
     command: str
     interval: float = 5.0
@@ -29,10 +28,10 @@ class Healthcheck:
 
 @dataclasses.dataclass(frozen=True)
 class Environment:
-    """What the agent works in.
+    """The environment that the agent works in.
 
-    `context` is the build context, the Dockerfile included; without one `docker_image` is used as
-    it is.
+    `context` is the build context, including the Dockerfile. Without a Dockerfile, `docker_image`
+    is used as it is.
     """
 
     context: Files = dataclasses.field(default_factory=dict, repr=False)
@@ -55,15 +54,22 @@ class Environment:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One instruction, and how it is graded. A task of one step has its files at the task's root.
+    """One instruction and how it is graded. A task of one step has its files at the task's root.
 
-    setup: files that are laid into the working directory before the step; a setup.sh among them is
-    run there. parser: "reward" reads /logs/verifier, "pytest" reads the summary that the script
-    prints. min_reward: below it the task ends and later steps count 0; by key where the reward has
-    several. verifier_environment: the tests run in this one, with nothing of the agent's but
-    `artifacts`; None: where the agent was. collect: commands that run in the agent's world when the
-    agent is dead, before the tests do. artifacts: absolute paths that such a verifier gets from the
-    agent's world, beside /logs/artifacts.
+    Attributes:
+      setup: files that are written into the working directory before the step. A setup.sh among
+        them is run there.
+      parser: "reward" reads /logs/verifier; "pytest" reads the summary that the script prints.
+      min_reward: the task ends after a step with a lower reward, and later steps count 0. By key
+        where the reward has several.
+      verifier_environment: the tests run in this environment, which gets only `artifacts` from the
+        agent. None: they run where the agent worked.
+      collect: commands that run in the agent's environment when the agent's processes are dead,
+        before the tests.
+      artifacts: absolute paths in the agent's environment that a separate verifier gets, besides
+        /logs/artifacts.
+      networks: the network policy (mode, hosts) of the phase "agent" or "verifier" where it has its
+        own.
     """
 
     name: str
@@ -82,15 +88,16 @@ class Step:
     verifier_environment: Environment | None = None
     artifacts: tuple[str, ...] = ()
     collect: tuple[str, ...] = ()
-    networks: Mapping[str, tuple[str, tuple[str, ...]]] = dataclasses.field(
-        default_factory=dict
-    )  # "agent" or "verifier" -> (mode, hosts), where it has its own
+    networks: Mapping[str, tuple[str, tuple[str, ...]]] = dataclasses.field(default_factory=dict)
     healthcheck: Healthcheck | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class HarborTask:
-    """A task folder. `unknown_keys` of its settings were accepted and do nothing here."""
+    """A task folder.
+
+    `unknown_keys` are settings that were accepted and have no effect here.
+    """
 
     name: str
     path: pathlib.Path
@@ -108,26 +115,19 @@ class HarborTask:
 
     @property
     def family(self) -> str:
-        """What tasks of one kind have in common, as of a generated task its family: the category,
-        or else the format.
-        """
+        """Return a name for tasks of one kind: the category, or else the format."""
         return self.category or self.format
 
     @property
     def notes(self) -> list[str]:
-        """What its settings ask for and no sandbox of ours does."""
-        found = [
-            f"{key}: commands run as the one user of the sandbox"
-            for key in self.unknown_keys
-            if key.endswith(".user")
-        ]
+        """Return the settings that no sandbox here can honour, as sentences."""
+        found = []
+        for key in self.unknown_keys:
+            if key.endswith(".user"):
+                found.append(f"{key}: commands run as the one user of the sandbox")
         if self.metadata.get("run_tests_in_same_shell") is True:
             found.append(
                 "run_tests_in_same_shell: the tests have a shell of their own, since no process of"
                 " the agent outlives its episode"
             )
         return found
-
-    @property
-    def has_solution(self) -> bool:
-        return all(step.solve_script for step in self.steps)

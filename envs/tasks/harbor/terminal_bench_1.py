@@ -1,9 +1,9 @@
-"""Terminal-Bench 1 task folders: task.yaml, Dockerfile, run-tests.sh, solution.sh or solution.yaml,
-tests/. They become the record of a Harbor task.
+"""Reads Terminal-Bench 1 task folders into the record of a Harbor task.
 
-A task passes when every test that the parser finds has passed. Its solution.yaml is keys for a
-terminal; where each entry is a whole command it becomes a script, and where it is not (a command
-without Enter, keys for an editor) the task counts as one without a reference solution.
+A folder has task.yaml, Dockerfile, run-tests.sh, tests/ and solution.sh or solution.yaml. A task
+passes when every test that the parser finds has passed. solution.yaml holds keystrokes for a
+terminal. If each entry is a whole command it becomes a script. Otherwise (a command without Enter,
+keys for an editor) the task counts as one without a reference solution.
 """
 
 from __future__ import annotations
@@ -33,10 +33,20 @@ NOT_CONTEXT = (
     "docker-compose.yml",
 )
 PARSERS = ("pytest",)
+# PyYAML raises all of these on malformed text.
+_YAML_FAULTS = (
+    yaml.YAMLError,
+    RecursionError,
+    ValueError,
+    TypeError,
+    OverflowError,
+    AttributeError,
+    LookupError,
+)
 
 
 def load_terminal_bench_1(folder: pathlib.Path) -> HarborTask:
-    """Raises TaskError."""
+    """Read a folder with a task.yaml. Raises TaskError."""
     table = _load_yaml(folder / "task.yaml")
     instruction = _instruction(table)
     parser = table.text("parser_name") or "pytest"
@@ -51,15 +61,12 @@ def load_terminal_bench_1(folder: pathlib.Path) -> HarborTask:
         "estimated_duration_sec",
     }
     shared_shell = table.get("run_tests_in_same_shell", bool, False)
-    tests = with_script(
-        read_folder(folder / "tests"), "run-tests.sh", read_text(folder / "run-tests.sh")
-    )
+    tests = read_folder(folder / "tests")
+    tests = with_script(tests, "run-tests.sh", read_text(folder / "run-tests.sh"))
     solution, script = _solution(folder)
-    category, difficulty, tags = (
-        table.text("category") or "",
-        table.text("difficulty") or "",
-        table.texts("tags"),
-    )
+    category = table.text("category") or ""
+    difficulty = table.text("difficulty") or ""
+    tags = table.texts("tags")
     context = read_folder(folder, leave_out=NOT_CONTEXT)
     step = Step(
         "task",
@@ -72,13 +79,12 @@ def load_terminal_bench_1(folder: pathlib.Path) -> HarborTask:
         agent_timeout=table.seconds("max_agent_timeout_sec", 360.0),
         verifier_timeout=table.seconds("max_test_timeout_sec", 60.0),
     )
+    dockerfile = None
+    if "Dockerfile" in context:
+        dockerfile = read_text(folder / "Dockerfile", MAX_DOCKERFILE_BYTES)
     environment = Environment(
         context=context,
-        dockerfile=(
-            read_text(folder / "Dockerfile", MAX_DOCKERFILE_BYTES)
-            if "Dockerfile" in context
-            else None
-        ),
+        dockerfile=dockerfile,
         dockerfile_path=folder / "Dockerfile",
         compose_path=needed_compose(folder),
     )
@@ -98,28 +104,26 @@ def load_terminal_bench_1(folder: pathlib.Path) -> HarborTask:
 
 
 def needed_compose(folder: pathlib.Path) -> pathlib.Path | None:
-    """The docker-compose file of a folder, where the Dockerfile beside it does not say all: there
-    is none, or there are several services.
+    """Return a folder's docker-compose file if the Dockerfile beside it does not say everything.
+
+    That is the case if there is no Dockerfile, or if the file has several services.
     """
-    file = next(
-        (
-            folder / name
-            for name in ("docker-compose.yaml", "docker-compose.yml")
-            if (folder / name).exists()
-        ),
-        None,
-    )
+    file = None
+    for name in ("docker-compose.yaml", "docker-compose.yml"):
+        if file is None and (folder / name).exists():
+            file = folder / name
     if file is None:
         return None
     value, _ = parse_yaml(file)
     services = value.get("services") if isinstance(value, dict) else None
     if not isinstance(services, dict) or not services:
         raise TaskError(file, 1, "no services in it")
-    return file if len(services) > 1 or not (folder / "Dockerfile").exists() else None
+    says_all = len(services) == 1 and (folder / "Dockerfile").exists()
+    return None if says_all else file
 
 
 def _instruction(table: Table) -> str:
-    """`instruction`, or the older list `descriptions` with a key "base"."""
+    """Return `instruction`, or the entry "base" of the older list `descriptions`."""
     text = table.text("instruction")
     for description in table.tables("descriptions"):
         if text is None and description.text("key") == "base":
@@ -164,7 +168,7 @@ def _load_yaml(file: pathlib.Path) -> Table:
 
 
 def parse_yaml(file: pathlib.Path) -> tuple[Any, Any]:
-    """(what it says, a function from a path of keys to a line)."""
+    """Return (the value, a function from a path of keys to a line). Raises TaskError."""
     text = read_text(file)
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -172,15 +176,7 @@ def parse_yaml(file: pathlib.Path) -> tuple[Any, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise TaskError(file, mark.line + 1 if mark else 1, f"not YAML: {error.problem}") from error
-    except (
-        yaml.YAMLError,
-        RecursionError,
-        ValueError,
-        TypeError,
-        OverflowError,
-        AttributeError,
-        LookupError,
-    ) as error:  # PyYAML lets all of these out
+    except _YAML_FAULTS as error:
         raise TaskError(
             file, 1, f"not YAML that can be read: {type(error).__name__}: {str(error)[:80]}"
         ) from error
@@ -188,15 +184,24 @@ def parse_yaml(file: pathlib.Path) -> tuple[Any, Any]:
 
 
 def _line(node: yaml.Node | None, path: tuple[str, ...]) -> int:
+    """Return the line of the last key of a path that exists."""
     line = node.start_mark.line + 1 if node else 1
     for key in path:
-        if isinstance(node, yaml.MappingNode):
-            inner = next(((name, value) for name, value in node.value if name.value == key), None)
-        elif isinstance(node, yaml.SequenceNode) and key.isdecimal() and int(key) < len(node.value):
-            inner = (node.value[int(key)],) * 2
-        else:
-            inner = None
-        if inner is None:
+        found = _entry(node, key)
+        if found is None:
             return line
-        line, node = inner[0].start_mark.line + 1, inner[1]
+        key_node, node = found
+        line = key_node.start_mark.line + 1
     return line
+
+
+def _entry(node: yaml.Node | None, key: str) -> tuple[yaml.Node, yaml.Node] | None:
+    """Return the nodes of a key and of its value; for a list both are the entry's node."""
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            if name.value == key:
+                return name, value
+    if isinstance(node, yaml.SequenceNode) and key.isdecimal() and int(key) < len(node.value):
+        entry = node.value[int(key)]
+        return entry, entry
+    return None

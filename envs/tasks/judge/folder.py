@@ -1,11 +1,13 @@
-"""Makes the tests folder of a task that is graded by Python tests: the judge, its runner, what must
-pass, and the tests themselves.
+"""The tests folder of a task that is graded by Python tests.
+
+It holds the judge, its runner, the ids of the tests that must pass, and the tests themselves.
 """
 
 from __future__ import annotations
 
 import functools
 import gzip
+import importlib.machinery
 import importlib.util
 import io
 import json
@@ -18,9 +20,11 @@ from envs.tasks.harbor.task import Files
 FRAMEWORKS = ("unittest", "pytest")
 HERE = pathlib.Path(__file__).parent
 PYTEST_PARTS = ("pytest", "_pytest", "py", "pluggy", "iniconfig", "packaging", "pygments")
+_PYGMENTS_PARTS = ("__init__", "_mapping", "python", "diff", "default")
 _TEST_SH = """\
 #!/bin/bash
-# The judge writes the reward when nothing that the tests started lives any more. If it died itself, everything here ends, this grading too.
+# The judge writes the reward when no process of the tests lives any more. If the judge itself died,
+# every process here is killed, and with them this grading.
 /usr/bin/env python3 -I /tests/judge.py || kill -9 -1
 """
 
@@ -38,27 +42,33 @@ def judge_files(
     python: Sequence[str] = ("python3",),
     bring_pytest: bool = True,
 ) -> dict[str, tuple[bytes, int]]:
-    """The tests folder: test.sh and what it needs.
+    """Return the tests folder: test.sh and the files that it needs.
 
-    It is run in the folder of the package, as the task's working directory.
+    test.sh runs in the folder of the package, which must be the task's working directory.
 
     Args:
-      framework: of FRAMEWORKS.
-      tests: ids that must be run and pass: node ids of pytest, dotted names of unittest.
-      files: laid over the agent's before the tests run: the tests themselves and what configures
-        them.
-      targets: what is run: folders to discover (unittest), files or node ids (pytest).
-      control_folder: of the tests, where the two control tests are put for the time of the grading.
-      keep: paths of files that configure tests (conftest.py and the like) and are the package's
-        own; others are removed. Those of `files` are kept anyway.
-      remove: paths that the tests need gone.
+      framework: one of FRAMEWORKS.
+      tests: the ids of the tests that must run and pass: node ids of pytest, dotted names of
+        unittest.
+      files: files that replace the agent's before the tests run: the tests themselves and what
+        configures them.
+      targets: the arguments of the framework: folders to discover (unittest), files or node ids
+        (pytest).
+      control_folder: a folder of the tests, which gets the two control tests during grading.
+      keep: files that configure tests (conftest.py and the like) and belong to the package; other
+        such files are removed. Those of `files` are kept anyway.
+      remove: paths that must not exist for the tests.
       timeout: seconds for all tests.
-      python: the command that runs them; the judge itself is run by the first python3 of the image.
-      bring_pytest: carry the pytest of this process's environment along, for an interpreter that
-        has none.
+      python: the command that runs the tests; the judge itself runs with the first python3 of the
+        image.
+      bring_pytest: include the pytest of this process's environment, for an interpreter without
+        one.
+
+    Raises:
+      ValueError: the framework is unknown.
     """
     if framework not in FRAMEWORKS:
-        raise ValueError(f"framework {framework!r} is none of {', '.join(FRAMEWORKS)}")
+        raise ValueError(f"framework {framework!r} is not one of {', '.join(FRAMEWORKS)}")
     spec = {
         "framework": framework,
         "tests": list(tests),
@@ -69,8 +79,7 @@ def judge_files(
         "timeout": timeout,
         "python": list(python),
     }
-    # Compressed: a script's or a text's paths would be rewritten on the way into a sandbox that
-    # keeps them elsewhere, and these must stay as they are.
+    # Compressed, so that their paths are not rewritten on the way into a sandbox.
     found = {
         "test.sh": (_TEST_SH.encode(), 0o755),
         "judge.py": ((HERE / "inside.py").read_bytes(), 0o644),
@@ -84,7 +93,7 @@ def judge_files(
 
 
 def pack(files: Mapping[str, tuple[bytes, int]]) -> bytes:
-    """A compressed tar; equal files give equal bytes."""
+    """Return a compressed tar of the files; equal files give equal bytes."""
     buffer = io.BytesIO()
     with (
         gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0, compresslevel=6) as compressed,
@@ -92,14 +101,18 @@ def pack(files: Mapping[str, tuple[bytes, int]]) -> bytes:
     ):
         for name, (content, mode) in sorted(files.items()):
             member = tarfile.TarInfo(name)
-            member.size, member.mode = len(content), mode
+            member.size = len(content)
+            member.mode = mode
             archive.addfile(member, io.BytesIO(content))
     return buffer.getvalue()
 
 
 @functools.cache
 def pytest_archive() -> bytes:
-    """pytest and what it imports, out of this process's environment: pure Python all of it."""
+    """Return an archive of pytest and its dependencies from this process's environment.
+
+    All of them are pure Python.
+    """
     files = {}
     for name in PYTEST_PARTS:
         found = importlib.util.find_spec(name)
@@ -108,21 +121,24 @@ def pytest_archive() -> bytes:
                 f"{name} cannot be imported here, and tests that need pytest bring it along; pip"
                 " install pytest"
             )
-        root = pathlib.Path(found.origin).parent
-        for path in (
-            sorted(root.rglob("*.py"))
-            if found.submodule_search_locations
-            else [pathlib.Path(found.origin)]
-        ):
-            inner = path.relative_to(
-                root.parent if found.submodule_search_locations else root
-            ).as_posix()
-            if not inner.startswith(("pygments/lexers/", "pygments/styles/")) or path.stem in (
-                "__init__",
-                "_mapping",
-                "python",
-                "diff",
-                "default",
-            ):
+        for path, inner in _modules(found):
+            if _is_needed(inner):
                 files[inner] = (path.read_bytes(), 0o644)
     return pack(files)
+
+
+def _modules(found: importlib.machinery.ModuleSpec) -> list[tuple[pathlib.Path, str]]:
+    """Return the source files of a module or a package, with their paths in the archive."""
+    origin = pathlib.Path(found.origin)
+    if not found.submodule_search_locations:
+        return [(origin, origin.name)]
+    package = origin.parent
+    paths = sorted(package.rglob("*.py"))
+    return [(path, path.relative_to(package.parent).as_posix()) for path in paths]
+
+
+def _is_needed(path: str) -> bool:
+    """Leave out most of Pygments' lexers and styles, which are large."""
+    if not path.startswith(("pygments/lexers/", "pygments/styles/")):
+        return True
+    return pathlib.PurePosixPath(path).stem in _PYGMENTS_PARTS

@@ -1,17 +1,20 @@
-"""Runs inside the sandbox, as /tests/judge.py: brings the tests back, runs them in a process of
-their own and writes the reward when none of it lives.
+"""The judge; runs inside the sandbox as /tests/judge.py.
 
-The code under test is the agent's and shares the tests' process, so nothing that it prints, and no
-exit code, counts. Counted is what runner.py reports by a pipe, each line signed with a key that is
-gone from its standard input before the agent's code is imported; and of it only what is complete.
-Two tests with names drawn now, one that must pass and one that must fail, run among the others: who
-changes the outcome of tests (a conftest, a patched assert, a hook) changes theirs. What is left:
-code written against this very file could look for the key in its own process's memory.
+It restores the tests, runs them in another process, and writes the reward when none of their
+processes lives any more.
 
-Only the standard library; Python 3.8 and newer. Exit code 0 whatever the verdict; anything else is
-this judge's own death.
+The code under test belongs to the agent and shares the tests' process, so neither its output nor an
+exit code counts. Only complete reports of runner.py count: it sends them through a pipe, each line
+signed with a key that is removed from its standard input before the agent's code is imported. Two
+control tests with random names run among the others; one must pass and one must fail. Whatever
+changes the outcomes of tests (a conftest, a patched assert, a hook) changes theirs too. One way
+remains: code written against this very file could search its own process's memory for the key.
+
+Only the standard library; Python 3.8 and newer. The exit code is 0 whatever the verdict; any other
+exit code means that the judge itself died.
 """
 
+import contextlib
 import ctypes
 import gzip
 import hashlib
@@ -31,13 +34,13 @@ import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 REWARDS = HERE.parent / "logs" / "verifier"
-PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 4, 36
-END_SECONDS, POLL_SECONDS = (
-    5.0,
-    0.02,
-)  # for processes that were killed to be gone; between looks at the tests' process
-REPORT_BYTES, OUTPUT_BYTES = 64 << 20, 8192
-# What tells a test framework how to run: an agent's change to it is undone.
+PR_SET_DUMPABLE = 4
+PR_SET_CHILD_SUBREAPER = 36
+END_SECONDS = 5.0  # for processes that were killed to be gone
+POLL_SECONDS = 0.02  # between checks of the tests' process
+REPORT_BYTES = 64 << 20
+OUTPUT_BYTES = 8192
+# Files that tell a test framework how to run; an agent's changes to them are undone.
 RUNNER_FILES = (
     "conftest.py",
     "pytest.ini",
@@ -46,14 +49,36 @@ RUNNER_FILES = (
     "sitecustomize.py",
     "usercustomize.py",
 )
+# Two control tests, of which the first must pass and the second must fail by an assertion.
+CONTROL_UNITTEST = """\
+import unittest
+
+
+class T(unittest.TestCase):
+    def {good}(self):
+        self.assertEqual({good!r}, {good!r})
+
+    def {bad}(self):
+        self.assertEqual({good!r}, {bad!r})
+"""
+CONTROL_PYTEST = """\
+def {good}():
+    value = {good!r}
+    assert value == {good!r}
+
+
+def {bad}():
+    value = {good!r}
+    assert value == {bad!r}
+"""
 
 
 def main():
+    """Grade the package in the working directory and write the reward."""
     prctl = ctypes.CDLL(None).prctl
-    prctl(
-        PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0
-    )  # whoever loses its parent becomes a child of this process, and cannot hide
-    prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # nobody reads the key here
+    # Orphans of the tests become children of this process, so none of them can hide.
+    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # no other process can read the key from this one's memory
     spec = json.loads(gzip.decompress((HERE / "spec.json.gz").read_bytes()))
     root = pathlib.Path(os.getcwd())
     bring_back(root, spec)
@@ -61,49 +86,55 @@ def main():
     reports, output, problem = run_tests(root, spec, controls)
     faults = [problem] if problem else judge(reports, spec["tests"], controls)
     for entry in os.listdir(REWARDS):
-        path = REWARDS / entry
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        remove(REWARDS / entry)
     (REWARDS / "reward.txt").write_text("0\n" if faults else "1\n")
     print(output)
-    print("%d tests must pass; %d faults" % (len(spec["tests"]), len(faults)))
+    print(f"{len(spec['tests'])} tests must pass; {len(faults)} faults")
     print("\n".join(faults[:20]))
 
 
-# -- the files of the tests
+# -- Files of the tests
 # -------------------------------------------------------------------------------------------------
 
 
 def bring_back(root, spec):
-    """The tests and what configures them as the task has them, whatever lies there now; what the
-    agent added of the latter is removed.
+    """Restore the tests and the files that configure them, whatever lies there now.
+
+    Configuration files that the agent added are removed.
     """
-    keep = set(spec["keep"])
-    for folder, names, files in os.walk(str(root)):
-        names[:] = [name for name in names if name not in (".git", "node_modules")]
-        for name in files:
-            path = os.path.relpath(os.path.join(folder, name), str(root))
-            if name in RUNNER_FILES and path not in keep:
-                os.unlink(os.path.join(folder, name))
+    remove_settings(root, set(spec["keep"]))
     for path in spec["remove"]:
-        target = place(root, path)
-        if target.is_dir() and not target.is_symlink():
-            shutil.rmtree(str(target))
-        elif target.exists() or target.is_symlink():
-            target.unlink()
+        remove(place(root, path))
     with tarfile.open(str(HERE / "files.tar.gz")) as archive:
         for member in archive:
             target = place(root, member.name)
-            if target.is_dir() and not target.is_symlink():
-                shutil.rmtree(str(target))
-            elif target.exists() or target.is_symlink():
-                target.unlink()
+            remove(target)
             target.write_bytes(archive.extractfile(member).read())
             target.chmod(member.mode)
 
 
+def remove_settings(root, keep):
+    """Remove files that configure tests, except for those to keep."""
+    for folder, names, files in os.walk(str(root)):
+        names[:] = [name for name in names if name not in (".git", "node_modules")]
+        for name in files:
+            file = os.path.join(folder, name)
+            if name in RUNNER_FILES and os.path.relpath(file, str(root)) not in keep:
+                os.unlink(file)
+
+
+def remove(path):
+    """Remove a file, a link or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(str(path))
+    elif path.exists() or path.is_symlink():
+        path.unlink()
+
+
 def place(root, path):
-    """Where a file lies below the root; links and files in its way, which could lead elsewhere, are
-    removed, and its folders made.
+    """Return the location of a file below the root, and make its folders.
+
+    Links and files in its way, which could lead elsewhere, are removed.
     """
     target = root
     for part in pathlib.PurePosixPath(path).parts[:-1]:
@@ -116,53 +147,47 @@ def place(root, path):
 
 
 def write_controls(root, framework, folder):
-    """{test id: outcome that it must have} of two tests that nobody could know before."""
-    name, good, bad = (
-        "%s_%s" % (prefix, secrets.token_hex(6)) for prefix in ("test", "test", "test")
-    )
-    path = (folder + "/" if folder != "." else "") + name + ".py"
-    # the failing one fails by the assertion that the tests of this framework use
-    place(root, path).write_text(
-        "import unittest\n\n\nclass T(unittest.TestCase):\n    def %s(self):\n       "
-        " self.assertEqual(%r, %r)\n\n    def %s(self):\n        self.assertEqual(%r, %r)\n"
-        % (good, good, good, bad, good, bad)
-        if framework == "unittest"
-        else (
-            "def %s():\n    value = %r\n    assert value == %r\n\n\ndef %s():\n    value = %r\n   "
-            " assert value == %r\n"
-        )
-        % (good, good, good, bad, good, bad)
-    )
+    """Write two tests with unpredictable names; return {test id: outcome that it must have}."""
+    name = random_name()
+    good = random_name()
+    bad = random_name()
+    path = f"{name}.py" if folder == "." else f"{folder}/{name}.py"
+    template = CONTROL_UNITTEST if framework == "unittest" else CONTROL_PYTEST
+    place(root, path).write_text(template.format(good=good, bad=bad))
     if framework == "unittest":
-        module = path[:-3].replace("/", ".")
-        return {module + ".T." + good: "passed", module + ".T." + bad: "failed"}
-    return {path + "::" + good: "passed", path + "::" + bad: "failed"}
+        module = path[: -len(".py")].replace("/", ".")
+        return {f"{module}.T.{good}": "passed", f"{module}.T.{bad}": "failed"}
+    return {f"{path}::{good}": "passed", f"{path}::{bad}": "failed"}
 
 
-# -- running
+def random_name():
+    """Return a name of a test that no one can predict."""
+    return f"test_{secrets.token_hex(6)}"
+
+
+# -- Running
 # -------------------------------------------------------------------------------------------------
 
 
 def run_tests(root, spec, controls):
-    """([(test id, outcome)], the end of what was printed, why it does not count or "")."""
+    """Run the tests.
+
+    Returns:
+      ([(test id, outcome)], the end of the output, why the run does not count or "").
+    """
     key = secrets.token_bytes(32)
     read, write = os.pipe()
     with tempfile.TemporaryFile() as log:
-        order = json.dumps(
-            {
-                "key": key.hex(),
-                "fd": write,
-                "framework": spec["framework"],
-                "targets": spec["targets"],
-                "controls": sorted(controls),
-            }
-        )
-        environment = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in ("PYTHONPATH", "TEST_DIR", "PYTHONSAFEPATH")
+        order = {
+            "key": key.hex(),
+            "fd": write,
+            "framework": spec["framework"],
+            "targets": spec["targets"],
+            "controls": sorted(controls),
         }
-        environment["PYTHONHASHSEED"] = "0"
+        environment = dict(os.environ, PYTHONHASHSEED="0")
+        for name in ("PYTHONPATH", "TEST_DIR", "PYTHONSAFEPATH"):
+            environment.pop(name, None)
         child = subprocess.Popen(
             [*spec["python"], "-B", str(HERE / "runner.py")],
             cwd=str(root),
@@ -175,21 +200,23 @@ def run_tests(root, spec, controls):
         )
         os.close(write)
         with child.stdin:
-            child.stdin.write(order.encode())
+            child.stdin.write(json.dumps(order).encode())
         data, late = collect(read, child, time.monotonic() + spec["timeout"])
         end_all(child)
         size = log.seek(0, os.SEEK_END)
         log.seek(max(0, size - OUTPUT_BYTES))
         output = log.read().decode(errors="replace")
     if late:
-        return [], output, "the tests did not end within %g s" % spec["timeout"]
+        return [], output, f"the tests did not end within {spec['timeout']:g} s"
     reports, fault = read_reports(data, key)
     return reports, output, fault
 
 
 def collect(read, child, deadline):
-    """(what came by the pipe until it was closed or the tests' process ended, whether the deadline
-    passed first).
+    """Read the pipe until it is closed or the tests' process has ended.
+
+    Returns:
+      (the data, whether the deadline passed first).
     """
     data = bytearray()
     with os.fdopen(read, "rb", 0) as pipe:
@@ -209,16 +236,17 @@ def collect(read, child, deadline):
 
 
 def end_all(child):
-    """Kills whatever the tests started and waits for its end; what cannot be ended ends this
-    grading.
+    """Kill every process that the tests started, and wait for their end.
+
+    A process that cannot be killed ends this grading.
     """
     deadline = time.monotonic() + END_SECONDS
     while time.monotonic() < deadline:
-        for kill, pid in [(os.killpg, child.pid), *((os.kill, pid) for pid in children())]:
-            try:
-                kill(pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                pass
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
+        for pid in children():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
@@ -231,8 +259,9 @@ def end_all(child):
 
 
 def children():
-    """Process ids of all that have this process as parent; none where /proc cannot be read (the
-    landlock tier).
+    """Return the ids of this process's children, or [] where /proc cannot be read.
+
+    That is the case in the landlock tier.
     """
     found = []
     try:
@@ -240,69 +269,70 @@ def children():
     except OSError:
         return []
     for entry in entries:
-        if entry.isdigit():
-            try:
-                with open("/proc/%s/stat" % entry, "rb") as file:
-                    fields = file.read().rpartition(b")")[2].split()
-            except OSError:
-                continue
-            if int(fields[1]) == os.getpid():
-                found.append(int(entry))
+        if entry.isdigit() and parent_of(entry) == os.getpid():
+            found.append(int(entry))
     return found
 
 
-def read_reports(data, key):
-    """([(test id, outcome)], fault or "").
+def parent_of(pid):
+    """Return the parent's id of a process, or None where the process is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return int(fields[1])
 
-    Each line is its signature, a space and JSON [number, id, outcome]; the last one is [number,
-    null, "end"].
+
+def read_reports(data, key):
+    """Check the reports: each line is its signature, a space and JSON [number, id, outcome].
+
+    The last one is [number, null, "end"].
+
+    Returns:
+      ([(test id, outcome)], fault or "").
     """
     found = []
-    for number, row in enumerate(data.split(b"\n")[:-1]):
+    lines = data.split(b"\n")
+    for number, row in enumerate(lines[:-1]):
         signature, _, body = row.partition(b" ")
-        if not hmac.compare_digest(
-            hmac.new(key, body, hashlib.sha256).hexdigest().encode(), signature
-        ):
-            return [], "report %d is not the runner's: something wrote into its pipe" % number
-        place_, name, outcome = json.loads(body)
-        if place_ != number:
-            return [], "report %d is out of order" % number
+        expected = hmac.new(key, body, hashlib.sha256).hexdigest().encode()
+        if not hmac.compare_digest(expected, signature):
+            return [], f"report {number} is not the runner's: something wrote into its pipe"
+        position, name, outcome = json.loads(body)
+        if position != number:
+            return [], f"report {number} is out of order"
         if name is None:
-            return (
-                (found, "")
-                if number == data.count(b"\n") - 1 and data.endswith(b"\n")
-                else ([], "reports follow the last one")
-            )
+            is_last = number == len(lines) - 2 and not lines[-1]
+            return (found, "") if is_last else ([], "reports follow the last one")
         found.append((name, outcome))
-    return [], "the tests ended before they were done (%d reports)" % len(found)
+    return [], f"the tests ended before they were done ({len(found)} reports)"
 
 
-# -- the verdict
+# -- Verdict
 # -------------------------------------------------------------------------------------------------
 
 
 def judge(reports, tests, controls):
-    """Faults, none where every test of `tests` was run and passed, and the controls ended as they
-    must.
-    """
+    """Return the faults: tests that were not run or did not pass, and wrong controls."""
     outcomes = {}
     for name, outcome in reports:
         outcomes.setdefault(name, set()).add(outcome)
-        if name.split() and name.split()[0] != name:
-            outcomes.setdefault(name.split()[0], set()).add(
-                outcome
-            )  # SWE-bench's own parser cuts names at the first space
+        words = name.split()
+        if words and words[0] != name:  # SWE-bench's own parser cuts names at the first space
+            outcomes.setdefault(words[0], set()).add(outcome)
     for name, wanted in controls.items():
         if outcomes.get(name) != {wanted}:
             return [
-                "the outcomes cannot be believed: a test that must have %s was %s"
-                % (wanted, " and ".join(sorted(outcomes.get(name, ["not run"]))))
+                "the outcomes cannot be believed: a test that must have"
+                f" {wanted} was {told(outcomes, name)}"
             ]
-    return [
-        "%s: %s" % (name, " and ".join(sorted(outcomes.get(name, ["not run"]))))
-        for name in tests
-        if outcomes.get(name) != {"passed"}
-    ]
+    return [f"{name}: {told(outcomes, name)}" for name in tests if outcomes.get(name) != {"passed"}]
+
+
+def told(outcomes, name):
+    """Return a test's outcomes as text."""
+    return " and ".join(sorted(outcomes.get(name, ["not run"])))
 
 
 if __name__ == "__main__":

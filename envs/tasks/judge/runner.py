@@ -1,9 +1,9 @@
-"""Runs inside the sandbox, as /tests/runner.py, in the process that also runs the agent's code:
-runs the tests and reports each outcome by a pipe.
+"""The test runner of the judge; runs inside the sandbox as /tests/runner.py.
 
-Everything that is needed here is imported before the agent's folder is on the path, so that a
-json.py, a pytest.py or a unittest.py there stands for nothing. `python runner.py --list FRAMEWORK
-TARGET...` prints each test and its outcome instead, unsigned: how a task's author learns them.
+It shares its process with the agent's code, runs the tests and reports each outcome through a pipe.
+All modules that it needs are imported before the agent's folder is on the path, so a json.py, a
+pytest.py or a unittest.py there has no effect. `python runner.py --list FRAMEWORK TARGET...` prints
+each test and its outcome instead, unsigned, for the author of a task.
 """
 
 import hashlib
@@ -17,12 +17,15 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def reporter(key, fd):
-    """A function (test id, outcome) -> None that signs and sends.
+    """Return a function (test id, outcome) -> None that signs and sends an outcome.
 
-    The key is in its closure and nowhere else.
+    The key exists only in its closure.
     """
     number = 0
-    sign, dumps, write, sha256 = hmac.new, json.dumps, os.write, hashlib.sha256
+    sign = hmac.new
+    dumps = json.dumps
+    write = os.write
+    sha256 = hashlib.sha256
 
     def report(name, outcome):
         nonlocal number
@@ -35,12 +38,18 @@ def reporter(key, fd):
     return report
 
 
+def print_outcome(name, outcome):
+    """Print a test's outcome as a line of JSON."""
+    print(json.dumps([name, outcome]), flush=True)
+
+
 class Result(unittest.TestResult):
-    """Reports each test once, when it has stopped."""
+    """A result that reports each test once, when it has stopped."""
 
     def __init__(self, report):
         super().__init__()
-        self._report, self._outcome = report, None
+        self._report = report
+        self._outcome = None
 
     def startTest(self, test):
         super().startTest(test)
@@ -75,31 +84,33 @@ class Result(unittest.TestResult):
         if isinstance(test, unittest.TestCase) and self._outcome is not None:
             self._outcome = "failed"
         else:
-            self._report(str(test), "failed")  # a setUpClass, a module
+            self._report(str(test), "failed")  # of a setUpClass or a module
 
 
 def run_unittest(targets, report):
+    """Discover and run the tests below the target folders."""
     loader = unittest.TestLoader()
-    suite = unittest.TestSuite(
-        loader.discover(folder, pattern="test*.py", top_level_dir=os.getcwd()) for folder in targets
-    )
+    suite = unittest.TestSuite()
+    for folder in targets:
+        suite.addTest(loader.discover(folder, pattern="test*.py", top_level_dir=os.getcwd()))
     suite.run(Result(report))
 
 
 class Plugin:
-    """Of pytest: one outcome for each test, from its three phases."""
+    """A plugin of pytest that reports one outcome for each test, from its three phases."""
 
     def __init__(self, report):
-        self._report, self._outcomes = report, {}
+        self._report = report
+        self._outcomes = {}
 
     def pytest_runtest_logreport(self, report):
-        outcome = (
-            "passed"
-            if report.passed or (hasattr(report, "wasxfail") and report.skipped)
-            else report.outcome
-        )
-        if hasattr(report, "wasxfail") and report.when == "call" and report.passed:
-            outcome = "failed"  # strict or not, it was expected to fail
+        expected_to_fail = hasattr(report, "wasxfail")
+        if report.passed or (expected_to_fail and report.skipped):
+            outcome = "passed"
+        else:
+            outcome = report.outcome
+        if expected_to_fail and report.when == "call" and report.passed:
+            outcome = "failed"  # whether xfail is strict or not
         before = self._outcomes.get(report.nodeid, "passed")
         self._outcomes[report.nodeid] = before if before != "passed" else outcome
         if report.when == "teardown":
@@ -107,23 +118,13 @@ class Plugin:
 
 
 def run_pytest(pytest, targets, report):
-    pytest.main(
-        [
-            "-p",
-            "no:cacheprovider",
-            "-q",
-            "--no-header",
-            "-rN",
-            "--tb=short",
-            "--continue-on-collection-errors",
-            *targets,
-        ],
-        plugins=[Plugin(report)],
-    )
+    """Run the targets with pytest."""
+    options = ["-p", "no:cacheprovider", "-q", "--no-header", "-rN", "--tb=short"]
+    pytest.main([*options, "--continue-on-collection-errors", *targets], plugins=[Plugin(report)])
 
 
 def find_pytest():
-    """The interpreter's own pytest, else the one that the task brings."""
+    """Import the interpreter's own pytest, or else the one that the task includes."""
     try:
         import pytest
     except ImportError:
@@ -142,20 +143,17 @@ def find_pytest():
 
 
 def main():
+    """Run the tests that the order on standard input, or the command line, asks for."""
     if sys.argv[1:2] == ["--list"]:
-        framework, targets, report = (
-            sys.argv[2],
-            sys.argv[3:],
-            lambda name, outcome: print(json.dumps([name, outcome]), flush=True),
-        )
+        framework = sys.argv[2]
+        targets = sys.argv[3:]
+        report = print_outcome
     else:
         order = json.loads(sys.stdin.buffer.read())
-        os.set_inheritable(order["fd"], False)  # what the tests start has no part in it
-        framework, targets, report = (
-            order["framework"],
-            order["targets"],
-            reporter(bytes.fromhex(order.pop("key")), order["fd"]),
-        )
+        os.set_inheritable(order["fd"], False)  # processes that the tests start do not get the pipe
+        framework = order["framework"]
+        targets = order["targets"]
+        report = reporter(bytes.fromhex(order.pop("key")), order["fd"])
         if framework == "pytest":
             targets = targets + sorted({name.split("::")[0] for name in order["controls"]})
     null = os.open(os.devnull, os.O_RDONLY)
@@ -168,7 +166,7 @@ def main():
         run_unittest(targets, report)
     report(None, "end")
     sys.stdout.flush()
-    os._exit(0)  # what the tests left to be done at exit is not waited for
+    os._exit(0)  # without waiting for anything that the tests registered for the exit
 
 
 if __name__ == "__main__":

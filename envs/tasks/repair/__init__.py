@@ -1,5 +1,6 @@
-"""Program repair, generated from Python packages: one small bug each, proven by the package's own
-tests.
+"""Program repair tasks, generated from Python packages: one small bug each.
+
+The package's own tests prove each bug.
 """
 
 from envs.tasks.repair.mutate import OPERATORS, Edit, candidates_of, is_another_program

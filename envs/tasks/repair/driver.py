@@ -1,10 +1,11 @@
-"""Runs inside the proof's sandbox: the tests of the package as it is, then of each mutant, each run
-in a fork of this process.
+"""The driver of the proof; runs inside its sandbox.
 
-Reads order.json, writes results.jsonl: {"outcomes": [[test id, outcome]], "complete": bool} for
-each run.
+It runs the tests of the unchanged package and then of each mutant, each run in a fork of this
+process. It reads order.json and writes results.jsonl: {"outcomes": [[test id, outcome]],
+"complete": bool} for each run.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -17,10 +18,12 @@ import runner  # beside this file; it imports unittest, which every fork then ha
 
 PACKAGE = os.path.abspath("package")
 MEMORY_BYTES = 768 << 20
-SLOWER, BASELINES = 10.0, 3  # times the package as it is; runs of that
+SLOWER = 10.0  # how many times the package's processor time a mutant may take
+BASELINES = 3  # runs of the unchanged package
 
 
 def main():
+    """Run the order's jobs and write their results."""
     with open("order.json", "rb") as file:
         order = json.load(file)
     pytest = runner.find_pytest() if order["framework"] == "pytest" else None
@@ -29,38 +32,52 @@ def main():
         results.write(json.dumps(base) + "\n")
         for job in order["jobs"]:
             path = os.path.join(PACKAGE, job["path"])
-            with open(path, "rb") as file:
-                original = file.read()
-            with open(path, "wb") as file:
-                file.write(job["text"].encode())
+            original = read_file(path)
+            write_file(path, job["text"].encode())
             results.write(json.dumps(mutant(order, pytest, cpu, base)) + "\n")
-            with open(path, "wb") as file:
-                file.write(original)
+            write_file(path, original)
+
+
+def read_file(path):
+    """Return the content of a file."""
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def write_file(path, content):
+    """Replace the content of a file."""
+    with open(path, "wb") as file:
+        file.write(content)
 
 
 def baseline(order, pytest):
-    """(the package as it is, seconds of processor time that a mutant gets).
+    """Run the tests of the unchanged package.
 
-    A test with two outcomes in BASELINES runs is "flaky", and proves nothing.
+    A test with two outcomes in BASELINES runs is "flaky" and proves nothing.
+
+    Returns:
+      (the result, seconds of processor time that a mutant gets).
     """
     runs = [run(order, pytest, order["cpu"]) for _ in range(BASELINES)]
     seen = {}
     for result, _ in runs:
         for name, outcome in result["outcomes"]:
             seen.setdefault(name, []).append(outcome)
-    outcomes = [
-        [name, found[0] if found == found[:1] * BASELINES else "flaky"]
-        for name, found in seen.items()
-    ]
-    # whole seconds: a mutant that is so much slower goes round in an endless loop
-    return {"outcomes": outcomes, "complete": all(result["complete"] for result, _ in runs)}, max(
-        1, math.ceil(SLOWER * max(seconds for _, seconds in runs))
-    )
+    outcomes = []
+    for name, found in seen.items():
+        is_steady = found == found[:1] * BASELINES
+        outcomes.append([name, found[0] if is_steady else "flaky"])
+    complete = all(result["complete"] for result, _ in runs)
+    # Whole seconds; a mutant that is slower than this is in an endless loop.
+    slowest = max(seconds for _, seconds in runs)
+    cpu = max(1, math.ceil(SLOWER * slowest))
+    return {"outcomes": outcomes, "complete": complete}, cpu
 
 
 def mutant(order, pytest, cpu, base):
-    """One mutant: run twice where it differs from the package, and told as not complete unless both
-    runs end alike but for flaky tests.
+    """Run the tests of one mutant, twice if it differs from the package.
+
+    It counts as not complete unless both runs agree, flaky tests aside.
     """
 
     def steady(result):
@@ -75,7 +92,10 @@ def mutant(order, pytest, cpu, base):
 
 
 def run(order, pytest, cpu):
-    """One run, and its seconds of processor time. What the tests start is killed with it."""
+    """Run the tests once; return the result and the seconds of processor time.
+
+    Processes that the tests started are killed at the end.
+    """
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -85,21 +105,21 @@ def run(order, pytest, cpu):
         finally:
             os._exit(1)
     os.close(write)
-    deadline, data = time.monotonic() + order["wall"], bytearray()
+    deadline = time.monotonic() + order["wall"]
+    data = bytearray()
     os.set_blocking(read, False)
     status = None
     while status is None:
         ended, code, usage = os.wait4(child, os.WNOHANG)
         if ended:
-            status, seconds = code, usage.ru_utime + usage.ru_stime
+            status = code
+            seconds = usage.ru_utime + usage.ru_stime
         elif time.monotonic() > deadline:
             os.kill(child, signal.SIGKILL)
         drain(read, data)
         time.sleep(0 if ended else 0.002)
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     drain(read, data)
     os.close(read)
     outcomes = [json.loads(line) for line in data.splitlines(True) if line.endswith(b"\n")]
@@ -111,6 +131,7 @@ def run(order, pytest, cpu):
 
 
 def drain(read, data):
+    """Read everything that the pipe holds now."""
     try:
         while True:
             piece = os.read(read, 1 << 16)
@@ -122,6 +143,7 @@ def drain(read, data):
 
 
 def play(order, pytest, write, cpu):
+    """Run the tests in this process, report their outcomes through the pipe, and exit."""
     os.setsid()
     resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))

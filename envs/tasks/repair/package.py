@@ -1,5 +1,6 @@
-"""A Python package with its tests, as a folder: what of it is source, what is tests, and which
-framework runs them.
+"""A Python package with its tests, as a folder.
+
+It is split into sources and tests, and the framework that runs the tests is determined.
 """
 
 from __future__ import annotations
@@ -15,29 +16,21 @@ from envs.tasks.judge.inside import RUNNER_FILES
 from envs.tasks.repair.mutate import MAX_SOURCE_BYTES
 
 SHIPPED = pathlib.Path(__file__).parent / "packages"
-LEFT_OUT = (
-    ".git",
-    ".hg",
-    ".tox",
-    ".venv",
-    "venv",
-    "build",
-    "dist",
-    "node_modules",
-    ".mypy_cache",
-    ".pytest_cache",
-    ".hypothesis",
-)
+_LEFT_OUT = """
+.git .hg .tox .venv venv build dist node_modules .mypy_cache .pytest_cache .hypothesis
+"""
+LEFT_OUT = tuple(_LEFT_OUT.split())
 NOT_SOURCE = ("docs", "doc", "examples", "benchmarks", "scripts", "tools")
-_TEST_FOLDER, _TEST_FILE = re.compile(r"tests?"), re.compile(r"test_.*\.py|.*_test\.py|tests?\.py")
+_TEST_FOLDER = re.compile(r"tests?")
+_TEST_FILE = re.compile(r"test_.*\.py|.*_test\.py|tests?\.py")
 
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """`files` are all of the folder, by path; `sources` may be mutated, `tests` are put back before
-    they judge.
+    """A package.
 
-    `targets`: what the framework is given.
+    `files` are all files of the folder by path. `sources` may be mutated. `tests` are restored
+    before they judge. `targets` are the arguments of the framework.
     """
 
     name: str
@@ -51,56 +44,42 @@ class Package:
 
     @property
     def control_folder(self) -> str:
-        return (
-            self.targets[0]
-            if self.framework == "unittest"
-            else self.tests[0].rpartition("/")[0] or "."
-        )
+        """Return the folder of the tests that gets the judge's control tests."""
+        if self.framework == "unittest":
+            return self.targets[0]
+        return self.tests[0].rpartition("/")[0] or "."
 
     @property
     def command(self) -> str:
-        """How a person runs the tests."""
-        return (
-            f"python3 -m unittest discover -s {self.targets[0]} -t ."
-            if self.framework == "unittest"
-            else "python3 -m pytest"
-        )
+        """Return the command by which a person runs the tests."""
+        if self.framework == "unittest":
+            return f"python3 -m unittest discover -s {self.targets[0]} -t ."
+        return "python3 -m pytest"
 
 
 def shipped() -> tuple[str, ...]:
+    """Return the names of the packages in this repository."""
     return tuple(sorted(folder.name for folder in SHIPPED.iterdir() if folder.is_dir()))
 
 
 def load_package(name: str) -> Package:
-    """One of those that ship here by name, or any folder by its path.
+    """Load a package of this repository by name, or any folder by its path.
 
-    Raises TaskError where it has no sources or no tests.
+    Raises:
+      TaskError: it has no sources or no tests, or a source is not valid Python.
     """
     folder = SHIPPED / name if name in shipped() else pathlib.Path(name)
     if not folder.is_dir():
         raise TaskError(
             folder, 0, f"neither a folder nor a package that ships here ({', '.join(shipped())})"
         )
-    files = {
-        path: content
-        for path, content in read_folder(folder, leave_out=LEFT_OUT).items()
-        if "__pycache__" not in path.split("/") and not path.endswith((".pyc", ".so"))
-    }
+    files = {}
+    for path, content in read_folder(folder, leave_out=LEFT_OUT).items():
+        if "__pycache__" not in path.split("/") and not path.endswith((".pyc", ".so")):
+            files[path] = content
     python = [path for path in files if path.endswith(".py")]
-    tests = tuple(
-        path
-        for path in python
-        if any(_TEST_FOLDER.fullmatch(part) for part in path.split("/")[:-1])
-        or _TEST_FILE.fullmatch(path.split("/")[-1])
-    )
-    sources = tuple(
-        path
-        for path in python
-        if path not in tests
-        and path.split("/")[0] not in NOT_SOURCE
-        and path.split("/")[-1] not in (*RUNNER_FILES, "setup.py", "noxfile.py")
-        and len(files[path][0]) <= MAX_SOURCE_BYTES
-    )
+    tests = tuple(path for path in python if _is_test(path))
+    sources = tuple(path for path in python if path not in tests and _is_source(path, files[path]))
     if not sources or not any(_TEST_FILE.fullmatch(path.split("/")[-1]) for path in tests):
         raise TaskError(
             folder,
@@ -115,50 +94,76 @@ def load_package(name: str) -> Package:
             raise TaskError(
                 folder / path,
                 getattr(error, "lineno", 0) or 0,
-                f"no Python that can be read: {error}",
+                f"not valid Python: {error}",
             ) from error
     framework, targets = _framework(files, tests)
     return Package(
-        folder.resolve().name,
-        folder,
-        files,
-        sources,
-        tests,
-        framework,
-        targets,
-        _about(files, sources),
+        name=folder.resolve().name,
+        path=folder,
+        files=files,
+        sources=sources,
+        tests=tests,
+        framework=framework,
+        targets=targets,
+        about=_about(files, sources),
+    )
+
+
+def _is_test(path: str) -> bool:
+    *folders, name = path.split("/")
+    in_test_folder = any(_TEST_FOLDER.fullmatch(folder) for folder in folders)
+    return in_test_folder or _TEST_FILE.fullmatch(name) is not None
+
+
+def _is_source(path: str, file: tuple[bytes, int]) -> bool:
+    parts = path.split("/")
+    return (
+        parts[0] not in NOT_SOURCE
+        and parts[-1] not in (*RUNNER_FILES, "setup.py", "noxfile.py")
+        and len(file[0]) <= MAX_SOURCE_BYTES
     )
 
 
 def _framework(
     files: dict[str, tuple[bytes, int]], tests: tuple[str, ...]
 ) -> tuple[str, tuple[str, ...]]:
-    """unittest where all tests of one folder are its own and it can discover them; else pytest,
-    which runs those too.
+    """Return (framework, targets).
+
+    unittest is used if all tests lie in one folder, are its own, and can be discovered; else
+    pytest, which runs those too.
     """
     cases = [path for path in tests if _TEST_FILE.fullmatch(path.split("/")[-1])]
     folders = {path.rpartition("/")[0] for path in cases}
-    plain = all(
-        b"unittest" in files[path][0]
-        and b"pytest" not in files[path][0]
-        and path.split("/")[-1].startswith("test")
-        for path in cases
-    )
-    if plain and len(folders) == 1 and not any(path.endswith("conftest.py") for path in files):
+    has_conftest = any(path.endswith("conftest.py") for path in files)
+    if len(folders) == 1 and not has_conftest and all(_is_unittest(path, files) for path in cases):
         (folder,) = folders
-        parts = folder.split("/") if folder else []
-        if all(
-            "/".join([*parts[: number + 1], "__init__.py"]) in files for number in range(len(parts))
-        ):
+        if _is_package(folder, files):
             return "unittest", (folder or ".",)
     return "pytest", tuple(cases)
 
 
+def _is_unittest(path: str, files: dict[str, tuple[bytes, int]]) -> bool:
+    content, _ = files[path]
+    has_name = path.split("/")[-1].startswith("test")
+    return has_name and b"unittest" in content and b"pytest" not in content
+
+
+def _is_package(folder: str, files: dict[str, tuple[bytes, int]]) -> bool:
+    """Return whether a folder and those above it can be imported, as discovery needs it."""
+    parts = folder.split("/") if folder else []
+    for depth in range(1, len(parts) + 1):
+        if "/".join([*parts[:depth], "__init__.py"]) not in files:
+            return False
+    return True
+
+
 def _about(files: dict[str, tuple[bytes, int]], sources: tuple[str, ...]) -> str:
-    """The first line of the package's docstring."""
-    for path in sorted(
-        sources, key=lambda path: (not path.endswith("__init__.py"), path.count("/"), path)
-    ):
+    """Return the first line of the package's docstring."""
+
+    def closeness(path: str) -> tuple[bool, int, str]:
+        return not path.endswith("__init__.py"), path.count("/"), path
+
+    for path in sorted(sources, key=closeness):
         text = ast.get_docstring(ast.parse(files[path][0]))
         if text:
             return text.strip().splitlines()[0]

@@ -1,5 +1,6 @@
-"""Runs a package's tests on many mutants in a sandbox, and says of each which tests fail: only a
-mutant that some test notices is a task.
+"""The proof of repair tasks: runs a package's tests on many mutants in a sandbox.
+
+A mutant is a task only if some test detects it.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ from envs.tasks.judge import pytest_archive
 from envs.tasks.repair.mutate import Edit
 from envs.tasks.repair.package import Package
 
-CPU_SECONDS, WALL_SECONDS = (
-    30,
-    60.0,
-)  # of the tests of the package as it is; driver.py limits mutants by what that took
+# For the tests of the unchanged package; driver.py limits mutants by the time that these took.
+CPU_SECONDS = 30
+WALL_SECONDS = 60.0
 MAX_RESULT_BYTES = 64 << 20
 SANDBOX = SandboxConfig(
     isolation="best_available",
@@ -33,9 +33,9 @@ SANDBOX = SandboxConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """`outcomes`: test id -> outcome.
+    """The outcomes of one run of the tests, by test id.
 
-    `complete` is False where the tests did not come to their end.
+    `complete` is False if the tests did not finish.
     """
 
     outcomes: dict[str, str]
@@ -43,18 +43,20 @@ class Run:
 
     @property
     def passed(self) -> frozenset[str]:
+        """Return the tests that passed."""
         return frozenset(name for name, outcome in self.outcomes.items() if outcome == "passed")
 
 
 async def run_tests(package: Package, mutants: Sequence[tuple[str, Edit]]) -> list[Run]:
-    """A Run of the package as it is, and then one for each mutant (path of the file, edit).
+    """Run the tests of the package as it is, and then of each mutant (path of the file, edit).
 
-    SandboxError for the machine's faults.
+    Raises:
+      SandboxError: a fault of the machine.
     """
-    jobs = [
-        {"path": path, "text": edit.apply(package.files[path][0].decode())}
-        for path, edit in mutants
-    ]
+    jobs = []
+    for path, edit in mutants:
+        content, _ = package.files[path]
+        jobs.append({"path": path, "text": edit.apply(content.decode())})
     order = {
         "framework": package.framework,
         "targets": package.targets,
@@ -93,25 +95,23 @@ async def run_tests(package: Package, mutants: Sequence[tuple[str, Edit]]) -> li
 
 
 def check_baseline(package: Package, run: Run) -> None:
-    """TaskError unless the tests of the package as it is all come to their end, and some pass."""
-    if not run.complete or not run.passed:
-        failed = sorted(set(run.outcomes) - run.passed)
-        raise TaskError(
-            package.path,
-            0,
-            f"its own tests do not run here with {package.framework}: {len(run.passed)} pass"
-            + (f", and {failed[0]} {run.outcomes[failed[0]]}" if failed else "")
-            + (
-                ""
-                if run.complete
-                else f"; they did not end within {CPU_SECONDS} s of processor time"
-            ),
-        )
+    """Check that the tests of the unchanged package finish and that some pass. Raises TaskError."""
+    if run.complete and run.passed:
+        return
+    message = f"its own tests do not run here with {package.framework}: {len(run.passed)} pass"
+    failed = sorted(set(run.outcomes) - run.passed)
+    if failed:
+        message += f", and {failed[0]} {run.outcomes[failed[0]]}"
+    if not run.complete:
+        message += f"; they did not end within {CPU_SECONDS} s of processor time"
+    raise TaskError(package.path, 0, message)
 
 
 def is_sound(before: Run, after: Run) -> bool:
-    """Whether a mutant is a task: its tests came to their end, some that passed fail now, and some
-    still pass.
+    """Return whether a mutant is a task.
+
+    Its tests must finish, some that passed must fail now, and some must still pass.
     """
     lost = before.passed - after.passed
-    return after.complete and bool(lost) and bool(after.passed & before.passed)
+    kept = before.passed & after.passed
+    return after.complete and bool(lost) and bool(kept)

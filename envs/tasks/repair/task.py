@@ -1,8 +1,8 @@
-"""Program repair, generated: a package with one small bug, judged by the package's own tests.
+"""Generated program repair: a package with one small bug, judged by the package's own tests.
 
     tasks = repair_tasks(["csvlite", "path/to/my_package"], count=100, seed=0)
 
-Each task is proven before it is given out: with the bug some tests fail, without it they pass. The
+Each task is proven before it is returned: with the bug some tests fail, without it they pass. The
 same seed gives the same tasks.
 """
 
@@ -26,40 +26,50 @@ from envs.tasks.repair.package import Package, load_package, shipped
 from envs.tasks.repair.prove import Run, check_baseline, is_sound, run_tests
 
 ROOT = "/app"
-BATCH, AT_ONCE = 24, 2  # mutants of one sandbox; sandboxes at once
-AGENT_SECONDS, TEST_SECONDS = 600.0, 60.0
+MAX_BATCH = 24  # mutants that one sandbox runs
+MAX_SANDBOXES = 2  # that run at once
+AGENT_SECONDS = 600.0
+TEST_SECONDS = 60.0
 PROOF_SECONDS = 3600.0
 _INSTRUCTION = """\
-The Python package in {root}, {name}{about}, has a bug: some of its tests fail. Run them in {root} with `{command}`, find the fault in the package's code and mend it.
-The tests are right and stay as they are; they are brought back as they were before they judge your work, and all of them must pass.
+The Python package in {root}, {name}{about}, has a bug: some of its tests fail. Run them in {root} \
+with `{command}`, find the fault in the package's code and mend it.
+The tests are right and stay as they are; they are brought back as they were before they judge \
+your work, and all of them must pass.
 """
 _DOCKERFILE = """\
 FROM python:3
 WORKDIR {root}
 ADD package.tar.gz {root}/
 """
+_ADD_PYTEST = """\
+ENV PYTHONPATH=/opt/pytest
+ADD pytest.tar.gz /opt/pytest/
+"""
 
 
 def repair_tasks(
     packages: Sequence[str] = (), count: int | None = None, seed: int = 0
 ) -> list[HarborTask]:
-    """`count` tasks spread evenly over packages, and within each over the kinds of bugs.
+    """Return `count` tasks, spread evenly over packages, and in each over the kinds of bugs.
 
-    Default: all that ship here, one task of each.
+    Args:
+      packages: names of the packages in this repository, or paths; none for all in this repository.
+      count: the number of tasks; None for one of each package.
+      seed: the seed of the draws.
 
-    Raises TaskError for a package whose own tests do not pass here, and where it has not so many
-    bugs that its tests notice; SandboxError for the machine's faults.
+    Raises:
+      TaskError: a package's own tests fail here, or they detect fewer bugs than asked for.
+      SandboxError: a fault of the machine.
     """
     names = list(packages) or list(shipped())
     count = len(names) if count is None else count
     loaded = [load_package(name) for name in names]
     if len({package.name for package in loaded}) < len(loaded):
-        raise TaskError(
-            loaded[0].path,
-            0,
-            f"two packages have one name among {', '.join(package.name for package in loaded)}",
-        )
-    share = [count // len(loaded) + (number < count % len(loaded)) for number in range(len(loaded))]
+        listed = ", ".join(package.name for package in loaded)
+        raise TaskError(loaded[0].path, 0, f"two packages have one name among {listed}")
+    each, rest = divmod(count, len(loaded))
+    share = [each + (number < rest) for number in range(len(loaded))]
     found = run(_all(loaded, share, seed), PROOF_SECONDS)
     return [task for row in itertools.zip_longest(*found) for task in row if task is not None]
 
@@ -67,21 +77,21 @@ def repair_tasks(
 async def _all(
     packages: Sequence[Package], share: Sequence[int], seed: int
 ) -> list[list[HarborTask]]:
-    gate = asyncio.Semaphore(AT_ONCE)
-    return await asyncio.gather(
-        *(_tasks(package, count, seed, gate) for package, count in zip(packages, share))
-    )
+    gate = asyncio.Semaphore(MAX_SANDBOXES)
+    pairs = zip(packages, share, strict=True)
+    return await asyncio.gather(*(_tasks(package, count, seed, gate) for package, count in pairs))
 
 
 async def _tasks(
     package: Package, count: int, seed: int, gate: asyncio.Semaphore
 ) -> list[HarborTask]:
-    """The first `count` sound mutants, in the order that the seed gives."""
+    """Return the first `count` sound mutants, in the order of the seed."""
     found: list[HarborTask] = []
     candidates = draw(package, seed)
     tried = 0
     while len(found) < count:
-        batch = list(itertools.islice(candidates, min(BATCH, 2 * (count - len(found)) + 4)))
+        size = min(MAX_BATCH, 2 * (count - len(found)) + 4)
+        batch = list(itertools.islice(candidates, size))
         if not batch:
             raise TaskError(
                 package.path,
@@ -93,47 +103,45 @@ async def _tasks(
         async with gate:
             before, *runs = await run_tests(package, batch)
         check_baseline(package, before)
-        found += [
-            make_task(package, path, edit, before, after)
-            for (path, edit), after in zip(batch, runs)
-            if is_sound(before, after)
-        ]
+        for (path, edit), after in zip(batch, runs, strict=True):
+            if is_sound(before, after):
+                found.append(make_task(package, path, edit, before, after))
     return found[:count]
 
 
 def draw(package: Package, seed: int) -> Iterator[tuple[str, Edit]]:
-    """All edits of all sources, in an order that the seed gives: each round takes one of every
-    operator, so that rare kinds are not drowned.
+    """Yield all edits of all sources in an order given by the seed.
+
+    Each round takes one edit of every operator, so that rare kinds are not drowned out.
     """
     rng = random.Random(f"repair/{package.name}/{seed}")
     by_operator: dict[str, list[tuple[str, Edit]]] = {}
     for path in sorted(package.sources):
         try:
             text = package.files[path][0].decode()
-        except UnicodeDecodeError:  # a source in another encoding: it runs, but is left as it is
+        except UnicodeDecodeError:  # a source in another encoding runs, but is not mutated
             continue
-        for edit in candidates_of(text) if "\r" not in text and "\f" not in text else ():
+        if "\r" in text or "\f" in text:
+            continue
+        for edit in candidates_of(text):
             by_operator.setdefault(edit.operator, []).append((path, edit))
     for edits in by_operator.values():
         rng.shuffle(edits)
-    for row in itertools.zip_longest(*(by_operator[name] for name in sorted(by_operator))):
-        row = [one for one in row if one is not None]
-        rng.shuffle(row)
-        yield from (
-            one for one in row if is_another_program(package.files[one[0]][0].decode(), one[1])
-        )
+    for round_ in itertools.zip_longest(*(by_operator[name] for name in sorted(by_operator))):
+        candidates = [one for one in round_ if one is not None]
+        rng.shuffle(candidates)
+        for path, edit in candidates:
+            if is_another_program(package.files[path][0].decode(), edit):
+                yield path, edit
 
 
-def make_task(package: Package, path: str, edit: Edit, before: Run, after: Run) -> HarborTask:
-    """The Harbor form of one mutant. The reference solution puts the file back."""
-    original, mode = package.files[path]
-    broken = edit.apply(original.decode()).encode()
-    files = {
-        name: content
-        for name, content in package.files.items()
-        if name in package.tests or name.rpartition("/")[2] in RUNNER_FILES
-    }
-    tests = judge_files(
+def _judge(package: Package, before: Run) -> dict[str, tuple[bytes, int]]:
+    """Return the tests folder of a task: the package's tests and what configures them."""
+    files = {}
+    for name, content in package.files.items():
+        if name in package.tests or name.rpartition("/")[2] in RUNNER_FILES:
+            files[name] = content
+    return judge_files(
         package.framework,
         sorted(before.passed),
         files,
@@ -141,19 +149,22 @@ def make_task(package: Package, path: str, edit: Edit, before: Run, after: Run) 
         control_folder=package.control_folder,
         timeout=TEST_SECONDS,
     )
+
+
+def make_task(package: Package, path: str, edit: Edit, before: Run, after: Run) -> HarborTask:
+    """Return the Harbor task of one mutant. Its reference solution restores the file."""
+    original, mode = package.files[path]
+    broken = edit.apply(original.decode()).encode()
+    tests = _judge(package, before)
+    context = {"package.tar.gz": (pack({**package.files, path: (broken, mode)}), 0o644)}
     dockerfile = _DOCKERFILE.format(root=ROOT)
-    context = {
-        "Dockerfile": (dockerfile.encode(), 0o644),
-        "package.tar.gz": (pack({**package.files, path: (broken, mode)}), 0o644),
-    }
     if "pytest.tar.gz" in tests:
         context["pytest.tar.gz"] = tests["pytest.tar.gz"]
-        dockerfile += "ENV PYTHONPATH=/opt/pytest\nADD pytest.tar.gz /opt/pytest/\n"
-        context["Dockerfile"] = (dockerfile.encode(), 0o644)
+        dockerfile += _ADD_PYTEST
+    context = {"Dockerfile": (dockerfile.encode(), 0o644), **context}
     solve = f"#!/bin/bash\ngunzip -c /solution/original.gz > '{ROOT}/{path}'\n"
-    digest = hashlib.sha256(
-        b"\0".join([path.encode(), str(edit.start).encode(), broken])
-    ).hexdigest()[:8]
+    identity = b"\0".join([path.encode(), str(edit.start).encode(), broken])
+    digest = hashlib.sha256(identity).hexdigest()[:8]
     about = (
         f" ({package.about[:1].lower()}{package.about[1:].rstrip('.')})" if package.about else ""
     )

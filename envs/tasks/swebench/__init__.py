@@ -1,5 +1,6 @@
-"""SWE-bench and SWE-bench Verified: instances from JSON Lines, JSON or parquet, repositories from
-local clones, graded by pytest in embedded sandboxes.
+"""SWE-bench and SWE-bench Verified, graded by pytest in embedded sandboxes.
+
+Instances come from JSON Lines, JSON or parquet, repositories from local clones.
 """
 
 from envs.tasks.git import RepositoryError

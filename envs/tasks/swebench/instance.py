@@ -1,6 +1,6 @@
 """An instance of SWE-bench or SWE-bench Verified: its fields, read and checked.
 
-Field names are the data set's (princeton-nlp/SWE-bench).
+Field names are those of the data set (princeton-nlp/SWE-bench).
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ _REPO = re.compile(r"[\w.-]+(?:/[\w.-]+)*")
 
 @dataclasses.dataclass(frozen=True)
 class Instance:
-    """`fail_to_pass` fail before the patch and pass after it, `pass_to_pass` pass before and after;
-    node ids of pytest.
+    """One instance.
+
+    Tests in `fail_to_pass` fail before the patch and pass after it; those in `pass_to_pass` pass
+    before and after. Both are node ids of pytest.
     """
 
     instance_id: str
@@ -49,20 +51,21 @@ class Instance:
 
 
 def is_instance(row: Row) -> bool:
-    """Whether a row means to be one."""
+    """Return whether a row has the fields of an instance."""
     return "instance_id" in row.values and "base_commit" in row.values
 
 
 def load_instances(file: str | pathlib.Path) -> list[Instance]:
-    """All instances of a .jsonl, .json or .parquet file.
+    """Read all instances of a .jsonl, .json or .parquet file.
 
-    Raises TaskError with file, row and line.
+    Raises:
+      TaskError: an instance is malformed; names file, row and line.
     """
     return [parse_instance(row) for row in read_rows(pathlib.Path(file))]
 
 
 def parse_instance(row: Row) -> Instance:
-    """Raises TaskError, naming the field."""
+    """Read an instance. Raises TaskError, which names the field."""
     texts = {name: row.text(name) for name in FIELDS[:6]}
     optional = {
         name: row.text(name, "")
@@ -70,7 +73,7 @@ def parse_instance(row: Row) -> Instance:
     }
     if not _NAME.fullmatch(texts["instance_id"]) or len(texts["instance_id"]) > 200:
         raise row.fault(
-            f"instance_id {texts['instance_id'][:60]!r} is no name of letters, digits, '.', '_'"
+            f"instance_id {texts['instance_id'][:60]!r} is not a name of letters, digits, '.', '_'"
             " and '-'"
         )
     if not _REPO.fullmatch(texts["repo"]) or ".." in texts["repo"].split("/"):
@@ -82,12 +85,13 @@ def parse_instance(row: Row) -> Instance:
         value = texts.get(name, optional.get(name, ""))
         if (name == "base_commit" or value) and not _COMMIT.fullmatch(value):
             raise row.fault(
-                f"{name} {value[:60]!r} is no full commit id (40 or 64 hexadecimal digits)"
+                f"{name} {value[:60]!r} is not a full commit id (40 or 64 hexadecimal digits)"
             )
     for name in ("patch", "test_patch", "problem_statement"):
         if not texts[name].strip():
             raise row.fault(f"{name} is empty")
-    failing, passing = _ids(row, "FAIL_TO_PASS"), _ids(row, "PASS_TO_PASS")
+    failing = _ids(row, "FAIL_TO_PASS")
+    passing = _ids(row, "PASS_TO_PASS")
     if not failing:
         raise row.fault(
             "FAIL_TO_PASS is empty: nothing would tell a solved instance from an unsolved one"
@@ -98,9 +102,7 @@ def parse_instance(row: Row) -> Instance:
 
 
 def _ids(row: Row, name: str) -> tuple[str, ...]:
-    """A list of node ids: as a list, or as the JSON text of one, which is how the data set is
-    stored.
-    """
+    """Return a list of node ids, stored as a list or as its JSON text (the data set's form)."""
     value = row.values.get(name)
     if isinstance(value, str):
         try:
@@ -111,19 +113,12 @@ def _ids(row: Row, name: str) -> tuple[str, ...]:
             ) from error
     if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
         raise row.fault(
-            f"{name} is a {type(value).__name__}, and must be a list of test ids, or its JSON"
+            f"{name} is a {type(value).__name__}, but must be a list of test ids, or its JSON"
         )
     for one in value:
-        path, separator, _ = one.partition("::")
-        if (
-            not separator
-            or not path.endswith(".py")
-            or path.startswith("/")
-            or ".." in path.split("/")
-            or any(ord(letter) < 32 for letter in one)
-        ):
+        if not _is_node_id(one):
             raise row.fault(
-                f"{name}: {one[:100]!r} is no node id of pytest (tests/test_x.py::test_y);"
+                f"{name}: {one[:100]!r} is not a node id of pytest (tests/test_x.py::test_y);"
                 " instances with another test runner cannot be graded here"
             )
         try:
@@ -131,3 +126,11 @@ def _ids(row: Row, name: str) -> tuple[str, ...]:
         except UnicodeEncodeError:
             raise row.fault(f"{name}: {one[:100]!r} holds half a surrogate pair") from None
     return tuple(dict.fromkeys(value))
+
+
+def _is_node_id(text: str) -> bool:
+    path, separator, _ = text.partition("::")
+    if not separator or not path.endswith(".py"):
+        return False
+    leaves_repository = path.startswith("/") or ".." in path.split("/")
+    return not leaves_repository and all(ord(letter) >= 32 for letter in text)

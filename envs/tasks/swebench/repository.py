@@ -1,9 +1,8 @@
-"""A repository as it was at one commit, with nothing of what came later: out of any local git
-repository, by git itself.
+"""A repository as of one commit, without anything later, made from any local git repository.
 
-What is kept is a new repository: one branch, one pack of the objects that the commit reaches, no
-remote, tag, reflog, hook, alternate or config of the source. Where that pack is larger than a
-sandbox holds, the commit alone is kept, as git's own shallow clones are.
+The result is a new repository: one branch, one pack of the objects that the commit reaches, and no
+remote, tag, reflog, hook, alternate or config of the source. If the pack is larger than a sandbox
+can hold, only the commit itself is kept, as in git's shallow clones.
 """
 
 from __future__ import annotations
@@ -20,14 +19,16 @@ import tempfile
 
 from envs.tasks.git import RepositoryError, content_of, git
 
-MAX_HISTORY_BYTES = 48 << 20  # of the pack of all history; more is cut to the one commit
-MAX_TREE_BYTES = 160 << 20  # of the working tree and the pack together
+MAX_HISTORY_BYTES = 48 << 20  # pack of all history; a larger one is cut to the one commit
+MAX_TREE_BYTES = 160 << 20  # working tree and pack together
 
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """`archive`: a compressed tar of the working tree and its .git, without an index (git read-tree
-    HEAD makes it).
+    """A repository as of one commit.
+
+    `archive` is a compressed tar of the working tree and its .git, without an index (`git read-tree
+    HEAD` makes one).
     """
 
     archive: bytes = dataclasses.field(repr=False)
@@ -37,9 +38,9 @@ class Cut:
 
 @functools.lru_cache(maxsize=4)  # attempts at one task follow each other
 def cut(source: pathlib.Path, commit: str) -> Cut:
-    """The repository at `source` as it was at this commit. Raises RepositoryError."""
+    """Return the repository at `source` as of a commit. Raises RepositoryError."""
     if git(source, "cat-file", "-t", commit).strip() != b"commit":
-        raise RepositoryError(f"{commit} in {source} is no commit")
+        raise RepositoryError(f"{commit} in {source} is not a commit")
     with tempfile.TemporaryDirectory(prefix="swebench-") as folder:
         target = pathlib.Path(folder, "repository")
         target.mkdir()
@@ -53,9 +54,8 @@ def cut(source: pathlib.Path, commit: str) -> Cut:
             f"--object-format={format_}",
         )
         pack = git(source, "pack-objects", "--revs", "--stdout", "-q", stdin=f"{commit}\n".encode())
-        shallow = len(pack) > MAX_HISTORY_BYTES or bool(
-            git(source, "rev-parse", "--is-shallow-repository").strip() == b"true"
-        )
+        source_is_shallow = git(source, "rev-parse", "--is-shallow-repository").strip() == b"true"
+        shallow = len(pack) > MAX_HISTORY_BYTES or source_is_shallow
         if shallow:
             pack = git(source, "pack-objects", "--stdout", "-q", stdin=_objects_of(source, commit))
             (target / ".git" / "shallow").write_text(f"{commit}\n")
@@ -69,21 +69,17 @@ def cut(source: pathlib.Path, commit: str) -> Cut:
 
 
 def _objects_of(source: pathlib.Path, commit: str) -> bytes:
-    """The ids of a commit, its trees and its files."""
+    """Return the ids of a commit, its trees and its files."""
     tree = git(source, "rev-parse", f"{commit}^{{tree}}").strip()
     rows = git(
         source, "ls-tree", "-r", "-t", "--format=%(objecttype) %(objectname)", commit
     ).splitlines()
-    return (
-        b"\n".join(
-            [
-                commit.encode(),
-                tree,
-                *(row.split()[1] for row in rows if not row.startswith(b"commit")),
-            ]
-        )
-        + b"\n"
-    )  # commits: submodules
+    ids = [commit.encode(), tree]
+    for row in rows:
+        kind, identity = row.split()
+        if kind != b"commit":  # a submodule
+            ids.append(identity)
+    return b"\n".join(ids) + b"\n"
 
 
 def _remove(path: pathlib.Path) -> None:
@@ -96,8 +92,9 @@ def _remove(path: pathlib.Path) -> None:
 
 
 def _archive(folder: pathlib.Path) -> bytes:
-    """Equal trees give equal bytes: no times, no owners."""
-    buffer, size = io.BytesIO(), 0
+    """Pack a folder; equal trees give equal bytes, because times and owners are left out."""
+    buffer = io.BytesIO()
+    size = 0
     with (
         gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0, compresslevel=1) as compressed,
         tarfile.open(fileobj=compressed, mode="w") as archive,
@@ -105,32 +102,38 @@ def _archive(folder: pathlib.Path) -> bytes:
         for path in sorted(folder.rglob("*")):
             status = path.lstat()
             member = tarfile.TarInfo(path.relative_to(folder).as_posix())
-            member.mode = 0o755 if stat.S_ISDIR(status.st_mode) or status.st_mode & 0o100 else 0o644
+            executable = stat.S_ISDIR(status.st_mode) or status.st_mode & 0o100
+            member.mode = 0o755 if executable else 0o644
             if stat.S_ISLNK(status.st_mode):
-                member.type, member.linkname = tarfile.SYMTYPE, os.readlink(path)
+                member.type = tarfile.SYMTYPE
+                member.linkname = os.readlink(path)
+                archive.addfile(member)
             elif stat.S_ISDIR(status.st_mode):
                 member.type = tarfile.DIRTYPE
+                archive.addfile(member)
             else:
                 size += status.st_size
-                member.size = status.st_size
                 if size > MAX_TREE_BYTES:
                     raise RepositoryError(
                         f"the repository has more than {MAX_TREE_BYTES} bytes at this commit: more"
                         " than an embedded sandbox holds"
                     )
+                member.size = status.st_size
                 with open(path, "rb") as content:
                     archive.addfile(member, content)
-                continue
-            archive.addfile(member)
     return buffer.getvalue()
 
 
 def patched(
     source: pathlib.Path, commit: str, patch: str
 ) -> tuple[dict[str, tuple[bytes, int]], set[str]]:
-    """(files that the patch adds or changes, as they are after it; paths that it removes).
+    """Apply a patch to a commit without checking anything out.
 
-    Nothing is checked out. Raises RepositoryError.
+    Returns:
+      (files that the patch adds or changes, as they are after it; paths that it removes).
+
+    Raises:
+      RepositoryError: the patch does not apply, or makes a link or a submodule.
     """
     with tempfile.TemporaryDirectory(prefix="swebench-") as folder:
         scratch = pathlib.Path(folder)
@@ -148,8 +151,9 @@ def patched(
         rows = git(
             source, "diff-index", "--cached", "-z", "--no-renames", commit, scratch=scratch
         ).split(b"\0")
-        files, removed = {}, set()
-        for row, name in zip(rows[::2], rows[1::2]):
+        files = {}
+        removed = set()
+        for row, name in zip(rows[::2], rows[1::2], strict=False):
             _, mode, _, blob, status = row.split(b" ")
             path = os.fsdecode(name)
             if status == b"D":
@@ -159,8 +163,6 @@ def patched(
                     f"the patch makes {path} a link or a submodule; only regular files are taken"
                 )
             else:
-                files[path] = (
-                    content_of(source, blob.decode(), path, scratch),
-                    0o755 if mode == b"100755" else 0o644,
-                )
+                content = content_of(source, blob.decode(), path, scratch)
+                files[path] = (content, 0o755 if mode == b"100755" else 0o644)
     return files, removed

@@ -1,15 +1,16 @@
-"""SWE-bench instances as tasks of the Harbor form: the repository at /testbed, cut off after
-base_commit; the tests brought in only to grade.
+"""SWE-bench instances as tasks in Harbor's form.
 
-Reward 1 where every test of FAIL_TO_PASS and PASS_TO_PASS was run and passed. The reference
-solution is the instance's patch.
+The repository is at /testbed, with no history after base_commit; the tests enter the sandbox only
+for grading. The reward is 1 if every test of FAIL_TO_PASS and PASS_TO_PASS ran and passed. The
+reference solution is the instance's patch.
 
-    tasks = load_swebench("verified.parquet")           # repositories in repos/OWNER/NAME beside the file, as any clone of git
-    tasks = load_swebench("mine.jsonl")                 # "repo": "my-project", a folder beside the file
+    tasks = load_swebench("verified.parquet")   # repositories: repos/OWNER/NAME beside the file
+    tasks = load_swebench("mine.jsonl")         # "repo": "my-project", a folder beside the file
 """
 
 from __future__ import annotations
 
+import functools
 import gzip
 import pathlib
 import re
@@ -21,17 +22,18 @@ from envs.tasks.harbor.task import Environment, Files, HarborTask, Step
 from envs.tasks.judge import judge_files
 from envs.tasks.judge.folder import pytest_archive
 from envs.tasks.judge.inside import RUNNER_FILES
-from envs.tasks.rows import collect_tasks, read_rows
+from envs.tasks.rows import Row, collect_tasks, read_rows
 from envs.tasks.swebench.instance import Instance, parse_instance
 from envs.tasks.swebench.repository import cut, patched
 
-ROOT, ARCHIVE = "/testbed", "repository.tar.gz"
-AGENT_SECONDS, TEST_SECONDS, BUILD_SECONDS = 1800.0, 1200.0, 600.0
-SETTINGS = (
-    *RUNNER_FILES,
-    "setup.cfg",
-    "pyproject.toml",
-)  # of the repository: as they were at base_commit, unless the reference solution changes them
+ROOT = "/testbed"
+ARCHIVE = "repository.tar.gz"
+AGENT_SECONDS = 1800.0
+TEST_SECONDS = 1200.0
+BUILD_SECONDS = 600.0
+# Files that configure tests. They are restored as of base_commit unless the reference solution
+# changes them.
+SETTINGS = (*RUNNER_FILES, "setup.cfg", "pyproject.toml")
 _DIFFICULTIES = {
     "<15 min fix": "easy",
     "15 min - 1 hour": "medium",
@@ -39,8 +41,10 @@ _DIFFICULTIES = {
     ">4 hours": "very hard",
 }
 _INSTRUCTION = """\
-The git repository in {root} ({repo}) has the issue below. Change its code so that the issue is resolved and nothing else breaks. Your work is checked by tests
-that you do not see; changes to tests, and to how tests are run (conftest.py, pytest.ini and the like), are undone before they run. `python3 -m pytest` runs
+The git repository in {root} ({repo}) has the issue below. Change its code so that the issue is \
+resolved and nothing else breaks. Your work is checked by tests
+that you do not see; changes to tests, and to how tests are run (conftest.py, pytest.ini and the \
+like), are undone before they run. `python3 -m pytest` runs
 the tests that are there.
 
 <issue>
@@ -64,46 +68,51 @@ cd {root} && gunzip -c /solution/patch.gz | git apply --whitespace=nowarn -
 def load_swebench(
     file: str | pathlib.Path, faults: list[TaskError] | None = None
 ) -> list[HarborTask]:
-    """A task for each row of the file.
+    """Make a task of each row of a file.
 
-    With `faults` a list, malformed rows are put there instead of raised. Raises TaskError.
+    Args:
+      file: a .jsonl, .json or .parquet file.
+      faults: a list to which malformed rows are added as errors instead of being raised.
+
+    Raises:
+      TaskError: a row is malformed, or its repository cannot be used.
     """
-    return collect_tasks(
-        faults,
-        (
-            (row.fault, lambda row=row: make_task(parse_instance(row)))
-            for row in read_rows(pathlib.Path(file))
-        ),
-    )
+    rows = read_rows(pathlib.Path(file))
+    return collect_tasks(faults, ((row.fault, functools.partial(_load, row)) for row in rows))
+
+
+def _load(row: Row) -> HarborTask:
+    return make_task(parse_instance(row))
 
 
 def make_task(instance: Instance, repository: pathlib.Path | None = None) -> HarborTask:
-    """Raises TaskError, with the row's place, where there is no such repository or commit, or a
-    patch does not apply.
+    """Make the task of an instance.
 
-    repository: a local clone; None: looked for beside the file that the instance is from.
+    Args:
+      instance: the instance.
+      repository: a local clone; None: it is looked for beside the instance's file.
+
+    Raises:
+      TaskError: the repository or the commit is missing, or a patch does not apply; names the row.
     """
     place = repository or find_repository(instance)
     try:
         if git(place, "cat-file", "-t", instance.base_commit).strip() != b"commit":
-            raise RepositoryError(f"{instance.base_commit} in {place} is no commit")
+            raise RepositoryError(f"{instance.base_commit} in {place} is not a commit")
         tests = _tests(instance, place)
-        patched(
-            place, instance.base_commit, instance.patch
-        )  # that it applies is known before anybody plays
+        patched(place, instance.base_commit, instance.patch)  # fails early if it does not apply
     except RepositoryError as error:
         raise _fault(instance, str(error)) from error
     dockerfile = _DOCKERFILE.format(root=ROOT)
-    context = _Context(
-        instance,
-        place,
-        {"Dockerfile": (dockerfile.encode(), 0o644), "pytest.tar.gz": (pytest_archive(), 0o644)},
-    )
+    files = {
+        "Dockerfile": (dockerfile.encode(), 0o644),
+        "pytest.tar.gz": (pytest_archive(), 0o644),
+    }
+    context = _Context(instance, place, files)
+    issue = instance.problem_statement.strip()
     step = Step(
         "task",
-        _INSTRUCTION.format(
-            root=ROOT, repo=instance.repo, issue=instance.problem_statement.strip()
-        ),
+        _INSTRUCTION.format(root=ROOT, repo=instance.repo, issue=issue),
         tests,
         solution={
             "solve.sh": (_SOLVE.format(root=ROOT).encode(), 0o755),
@@ -142,12 +151,12 @@ def make_task(instance: Instance, repository: pathlib.Path | None = None) -> Har
 
 
 class _Context(Mapping):
-    """A build context whose repository is made when it is asked for: hundreds of them would not fit
-    in memory at once.
-    """
+    """A build context that makes its repository on demand: hundreds would not fit in memory."""
 
     def __init__(self, instance: Instance, repository: pathlib.Path, files: Files) -> None:
-        self._instance, self._repository, self._files = instance, repository, files
+        self._instance = instance
+        self._repository = repository
+        self._files = files
         self.identity = instance.base_commit  # a commit's id is a digest of all that it holds
 
     def __getitem__(self, name: str) -> tuple[bytes, int]:
@@ -169,8 +178,13 @@ class _Context(Mapping):
 
 
 def find_repository(instance: Instance) -> pathlib.Path:
-    """A clone beside the file: repos/OWNER/NAME, repos/OWNER__NAME, or the folder that `repo`
-    names; each also as NAME.git.
+    """Return the clone of an instance's repository beside its file.
+
+    The candidates are repos/OWNER/NAME, repos/OWNER__NAME, and the folder that `repo` names; each
+    of them also as NAME.git.
+
+    Raises:
+      TaskError: there is no clone.
     """
     if instance.source is None:
         raise _fault(
@@ -184,36 +198,26 @@ def find_repository(instance: Instance) -> pathlib.Path:
         folder / "repos" / instance.repo.replace("/", "__"),
         folder / instance.repo,
     ]
-    for place in (
-        candidate for place in places for candidate in (place, place.with_name(f"{place.name}.git"))
-    ):
-        if is_repository(place):
-            return place
+    for place in places:
+        for candidate in (place, place.with_name(f"{place.name}.git")):
+            if is_repository(candidate):
+                return candidate
     raise _fault(instance, f"no clone of {instance.repo!r} is here: git clone it to {places[0]}")
 
 
 def _tests(instance: Instance, repository: pathlib.Path) -> dict[str, tuple[bytes, int]]:
-    """The tests folder: the files of the tests as they are after test_patch, and what configures
-    them as it was.
-    """
+    """Return the tests folder: the tests after test_patch, with their original configuration."""
     files, removed = patched(repository, instance.base_commit, instance.test_patch)
     solution_files, _ = patched(repository, instance.base_commit, instance.patch)
     everything = files_at(repository, instance.base_commit)
     settings = [path for path in everything if path.rsplit("/", 1)[-1] in SETTINGS]
     ids = (*instance.fail_to_pass, *instance.pass_to_pass)
     paths = sorted({one.split("::")[0] for one in ids})
-    wanted = {
-        path
-        for path in (*settings, *paths)
-        if path in everything
-        and path not in solution_files
-        and path not in removed
-        and path not in files
-    }
-    files |= {
-        path: (content_of(repository, everything[path][0], path), everything[path][1])
-        for path in wanted
-    }
+    for path in {*settings, *paths}:
+        if path not in everything or path in files or path in solution_files or path in removed:
+            continue
+        blob, permissions = everything[path]
+        files[path] = (content_of(repository, blob, path), permissions)
     if absent := [path for path in paths if path not in files and path not in solution_files]:
         raise RepositoryError(
             f"{absent[0]} is named by FAIL_TO_PASS or PASS_TO_PASS, and is neither in the"
@@ -236,8 +240,6 @@ def _folder(path: str) -> str:
 
 
 def _fault(instance: Instance, message: str) -> TaskError:
-    return (
-        instance.source.fault(f"{instance.instance_id}: {message}")
-        if instance.source
-        else TaskError(instance.instance_id, 0, message)
-    )
+    if instance.source is None:
+        return TaskError(instance.instance_id, 0, message)
+    return instance.source.fault(f"{instance.instance_id}: {message}")

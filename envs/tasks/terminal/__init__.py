@@ -1,13 +1,14 @@
-"""The procedural terminal curriculum: families of shell tasks, each with a generator, a verifier
-and a scripted expert.
+"""The procedural terminal curriculum.
+
+Each family of shell tasks has a generator, a verifier and a scripted demonstrator.
 
     task = make_task("count", train_seed(17))
     env = make("terminal/count", seed=17)          # envs.gem.make
     env = make("terminal/git_merge", seed=3)       # a wide family: see FAMILY_TABLE
 
-FAMILIES and HELD_OUT_FAMILIES are what the tiny model is trained and measured on, small enough for
-a context of a few hundred tokens. WIDE_FAMILIES are for larger models. FAMILY_TABLE has the domain,
-the difficulty (1 to 5) and the needed programs of all.
+The tiny model is trained on FAMILIES and measured on HELD_OUT_FAMILIES, which fit a context of a
+few hundred tokens. WIDE_FAMILIES are for larger models. FAMILY_TABLE gives the domain, the
+difficulty (1 to 5) and the required programs of every family.
 """
 
 from envs.gem import register

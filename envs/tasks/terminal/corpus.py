@@ -1,5 +1,4 @@
-r"""Writes expert episodes as JSON lines, the text from which a tokenizer for the curriculum is
-trained.
+r"""Write demonstrations as JSON lines: the corpus that the curriculum's tokenizer is trained on.
 
 python -m envs.tasks.terminal.corpus --out=corpus.jsonl --episodes=60      # 60 of each family
 """
@@ -15,41 +14,39 @@ import random
 
 from envs.rock import SandboxConfig
 from envs.tasks.terminal import FAMILIES, HELD_OUT_FAMILIES
-from envs.tasks.terminal.demonstrator import ExpertEpisode, run_expert
+from envs.tasks.terminal.demonstrator import DemonstrationEpisode, play_demonstration
 from envs.tasks.terminal.env import TerminalEnv
 
 ERROR_RATE = 0.3
 
 
-async def expert_episodes(families: tuple[str, ...], episodes: int) -> list[ExpertEpisode]:
-    """`episodes` expert episodes of each family on training seeds, some with mistakes."""
+async def demonstration_episodes(
+    families: tuple[str, ...], episodes: int
+) -> list[DemonstrationEpisode]:
+    """Play `episodes` demonstrations of each family on training seeds, some with mistakes."""
     config = SandboxConfig(isolation="best_available")
-    return [
-        await run_expert(
-            TerminalEnv(f"{family}/{seed}", config),
-            random.Random(f"corpus/{family}/{seed}"),
-            ERROR_RATE,
-        )
-        for family in families
-        for seed in range(episodes)
-    ]
+    played = []
+    for family in families:
+        for seed in range(episodes):
+            env = TerminalEnv(f"{family}/{seed}", config)
+            rng = random.Random(f"corpus/{family}/{seed}")
+            played.append(await play_demonstration(env, rng, ERROR_RATE))
+    return played
 
 
 def main() -> None:
+    """Parse the arguments, play the demonstrations and write them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--episodes", type=int, default=60)
     arguments = parser.parse_args()
-    episodes = asyncio.run(expert_episodes(FAMILIES + HELD_OUT_FAMILIES, arguments.episodes))
-    arguments.out.write_text(
-        "".join(json.dumps(dataclasses.asdict(episode)) + "\n" for episode in episodes)
-    )
-    print(
-        f"{len(episodes)} episodes, mean reward"
-        f" {sum(episode.reward for episode in episodes) / len(episodes):.3f}, in {arguments.out}"
-    )
+    episodes = asyncio.run(demonstration_episodes(FAMILIES + HELD_OUT_FAMILIES, arguments.episodes))
+    rows = [json.dumps(dataclasses.asdict(episode)) for episode in episodes]
+    arguments.out.write_text("".join(f"{row}\n" for row in rows))
+    mean_reward = sum(episode.reward for episode in episodes) / len(episodes)
+    print(f"{len(episodes)} episodes, mean reward {mean_reward:.3f}, in {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Expert episodes: the scripted solution of a task, played in its environment, sometimes with a
-mistake and its recovery.
+"""Demonstrations: the scripted solution of a task, played in its environment.
+
+A demonstration may contain a deliberate mistake and the recovery from it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import re
 
 from envs.gem import format_tool_call
 from envs.tasks.terminal.env import TerminalEnv
+from envs.tasks.terminal.task import Demonstration
 
 FINAL_TURN = "done"
 MISSPELT = {
@@ -26,14 +28,15 @@ MISSPELT = {
     "rm": "rmm",
     "cp": "ccp",
 }
-_READ_FILE = re.compile(
-    r"(?<!> )\b(?P<name>[a-z]+)\.(?:txt|log|sh|conf)\b"
-)  # a file that the command reads; "*.txt" and "> out.txt" are none
+# A file that the command reads; "*.txt" and "> out.txt" do not match.
+_READ_FILE = re.compile(r"(?<!> )\b(?P<name>[a-z]+)\.(?:txt|log|sh|conf)\b")
+# A pipeline, a list of commands, a here-document or a command substitution.
+_COMPOUND = re.compile(r"[|;\n]|<<|\$\((?!\()")
 
 
 @dataclasses.dataclass(frozen=True)
-class ExpertTurn:
-    """What the model would have said, what came back, and the environment's status for it."""
+class DemonstrationTurn:
+    """One turn of a demonstration: the text, the observation and the environment's status."""
 
     text: str
     observation: str
@@ -41,79 +44,93 @@ class ExpertTurn:
 
 
 @dataclasses.dataclass(frozen=True)
-class ExpertEpisode:
+class DemonstrationEpisode:
+    """One played demonstration with its reward and ending."""
+
     task: str
     family: str
     instruction: str
-    turns: list[ExpertTurn]
+    turns: list[DemonstrationTurn]
     reward: float
     ending: str
 
 
 def mistaken(command: str, rng: random.Random) -> str:
-    """The command as a hurried person types it: the program misspelt, or the extension of a file
-    forgotten.
+    """Return a command with a typical mistake: a misspelt program, or a missing file extension.
 
-    It fails and harms nothing.
+    The mistaken command fails and does no damage.
     """
     program = command.split()[0]
-    if program not in MISSPELT or re.search(
-        r"[|;\n]|<<|\$\((?!\()", command
-    ):  # of a longer command just its beginning: the rest would still run
-        begin = re.split(r"[|;&<>\n]", command)[0].split()
-        return " ".join([program + program[-1], *begin[1:]])
+    if program not in MISSPELT or _COMPOUND.search(command):
+        # Keep only the beginning of a compound command: the rest of it would still run.
+        beginning = re.split(r"[|;&<>\n]", command)[0]
+        arguments = beginning.split()[1:]
+        doubled_letter = program + program[-1]
+        return " ".join([doubled_letter, *arguments])
     candidates = [command.replace(program, MISSPELT[program], 1)]
-    named = _READ_FILE.search(command)
-    if named and program != "echo":
-        candidates.append(command[: named.start()] + named["name"] + command[named.end() :])
+    file = _READ_FILE.search(command)
+    if file and program != "echo":
+        without_extension = command[: file.start()] + file["name"] + command[file.end() :]
+        candidates.append(without_extension)
     return rng.choice(candidates)
 
 
-async def run_expert(
+async def play_demonstration(
     env: TerminalEnv, rng: random.Random, error_rate: float = 0.0, seed: int | None = None
-) -> ExpertEpisode:
-    """Plays one episode.
+) -> DemonstrationEpisode:
+    """Play the scripted solution of the environment's task.
 
-    With probability `error_rate` one command, drawn at random, is first sent with a mistake.
+    Args:
+      env: the environment; it is closed at the end.
+      rng: decides whether and where a mistake happens.
+      error_rate: the probability that one of the first two commands is preceded by a mistaken one.
+      seed: the seed given to the environment's reset.
 
-    Raises SandboxError when the environment gives no sandbox; an episode that ends as infra_* comes
-    back with this ending.
+    Returns:
+      The episode. An infrastructure failure during the episode is returned as its ending (infra_*).
+
+    Raises:
+      SandboxError: the environment could not start a sandbox.
     """
     instruction, _ = await env.areset(seed=seed)
-    wrong_turn = (
-        rng.choice([1, 2]) if rng.random() < error_rate else 0
-    )  # every expert has two commands or more
-    turns: list[ExpertTurn] = []
+    wrong_command = 0
+    if rng.random() < error_rate:
+        wrong_command = rng.choice([1, 2])  # every demonstrator has two commands or more
+    turns: list[DemonstrationTurn] = []
 
-    async def say(text: str) -> tuple[str, float, bool, str]:
+    async def take_turn(text: str) -> tuple[str, float, bool, str]:
         observation, reward, terminated, truncated, info = await env.astep(text)
-        turns.append(ExpertTurn(text, observation, info["status"]))
+        turns.append(DemonstrationTurn(text, observation, info["status"]))
         return observation, reward, terminated or truncated, info.get("ending", "")
 
+    async def run_command(command: str) -> tuple[str, float, bool, str]:
+        return await take_turn(format_tool_call("bash", {"command": command}))
+
     try:
-        expert, observation, number, ended, reward, ending = (
-            env.task.expert(),
-            None,
-            0,
-            False,
-            0.0,
-            "",
-        )
-        while not ended:
-            try:
-                command = next(expert) if observation is None else expert.send(observation)
-            except StopIteration:
-                _, reward, ended, ending = await say(FINAL_TURN)
-                break
+        demonstration = env.task.demonstrator()
+        command = next(demonstration, None)
+        number = 0
+        ended = False
+        while command is not None:
             number += 1
-            if number == wrong_turn:
-                _, reward, ended, ending = await say(
-                    format_tool_call("bash", {"command": mistaken(command, rng)})
-                )
-            if not ended:
-                observation, reward, ended, ending = await say(
-                    format_tool_call("bash", {"command": command})
-                )
+            if number == wrong_command:
+                _, reward, ended, ending = await run_command(mistaken(command, rng))
+                if ended:
+                    break
+            observation, reward, ended, ending = await run_command(command)
+            if ended:
+                break
+            command = _next_command(demonstration, observation)
+        if not ended:
+            _, reward, _, ending = await take_turn(FINAL_TURN)
     finally:
         await env.aclose()
-    return ExpertEpisode(env.task.name, env.task.family, instruction, turns, reward, ending)
+    return DemonstrationEpisode(env.task.name, env.task.family, instruction, turns, reward, ending)
+
+
+def _next_command(demonstration: Demonstration, observation: str) -> str | None:
+    """Return the command that follows an observation, or None at the demonstration's end."""
+    try:
+        return demonstration.send(observation)
+    except StopIteration:
+        return None

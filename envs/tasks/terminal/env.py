@@ -1,5 +1,6 @@
-"""A task of the terminal curriculum as a GEM environment over a sandbox; what a turn is, `shell.py`
-says.
+"""A task of the terminal curriculum as a GEM environment over a sandbox.
+
+`shell.py` defines the turns of an episode.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from envs.rock.sync import run
 from envs.tasks.terminal.reward import VerifierError, parse_reward
 from envs.tasks.terminal.shell import (
     BASH_TOOL,
-    CALL_TIMEOUT_S,
+    CALL_TIMEOUT_SECONDS,
     MAX_COMMAND_BYTES,
     ShellEnv,
     read_command,
@@ -24,8 +25,8 @@ from envs.tasks.terminal.shell import (
 )
 from envs.tasks.terminal.task import Task, make_task
 
-VERIFIER_TIMEOUT_S = 10.0
-SETUP_TIMEOUT_S = 20.0
+VERIFIER_TIMEOUT_SECONDS = 10.0
+SETUP_TIMEOUT_SECONDS = 20.0
 __all__ = [
     "BASH_TOOL",
     "MAX_COMMAND_BYTES",
@@ -39,14 +40,15 @@ __all__ = [
 class MissingProgramsError(SandboxError):
     """The sandbox lacks a program that the task's family declares.
 
-    Says nothing about the policy.
+    This is a fault of the machine and says nothing about the policy.
     """
 
 
 @dataclasses.dataclass(frozen=True)
 class TerminalSnapshot:
-    """A running episode at one moment: its files, and its counts of turns, calls, good calls and
-    malformed ones in a row.
+    """A running episode at one moment.
+
+    `counts` holds turns, tool calls, successful calls and consecutive malformed calls.
     """
 
     task: Task
@@ -54,18 +56,19 @@ class TerminalSnapshot:
     counts: tuple[int, int, int, int]
 
     async def delete(self) -> None:
+        """Delete the snapshot's files."""
         await self.files.delete()
 
 
 class TerminalEnv(ShellEnv):
-    """One task at a time: a Task, a name "family/seed", or a family whose seeds come from `seed`
-    and `reset`.
+    """An environment for tasks of the terminal curriculum.
 
-    reset(seed) plays that seed of the family; reset() plays the constructor's seed first and then
-    seeds drawn from it. An environment made from a Task plays only this task, whatever the seed.
+    It is made from a Task, from a name "family/seed", or from a family. reset(seed) plays that seed
+    of the family; reset() plays the constructor's seed first and then seeds drawn from it. An
+    environment made from a Task always plays this task.
     """
 
-    grading_seconds = VERIFIER_TIMEOUT_S
+    grading_seconds = VERIFIER_TIMEOUT_SECONDS
 
     def __init__(
         self,
@@ -86,7 +89,8 @@ class TerminalEnv(ShellEnv):
         if isinstance(task, str):
             family, seed = _split_name(task)
         self._fixed_task = task if isinstance(task, Task) else None
-        self._family, self._seed = family, seed
+        self._family = family
+        self._seed = seed
         self._draw = random.Random(f"{family}/{seed}/next")
         self._resets = 0
         self._sandbox_config = sandbox_config or SandboxConfig()
@@ -95,61 +99,65 @@ class TerminalEnv(ShellEnv):
 
     @property
     def name(self) -> str:
+        """Return the name of the current task."""
         return self.task.name
 
     def sample_random_action(self) -> str:
+        """Return a turn with a harmless command."""
         return format_tool_call("bash", {"command": self._draw.choice(["ls", "cat *", "pwd"])})
 
     def spawn(self, same_state: bool = False, **kwargs: Any) -> TerminalEnv:
-        """A new environment of the same task and settings; with same_state in the middle of the
-        same episode, its files copied on write.
+        """Return a new environment of the same task and settings.
 
-        Raises SandboxError while a command of the episode runs, or where the backend keeps no
-        snapshots.
+        Args:
+          same_state: continue from the middle of this episode, with a copy-on-write copy of its
+            files.
+          **kwargs: settings of the constructor to change.
+
+        Raises:
+          SandboxError: a command of the episode is running, or the backend has no snapshots.
         """
-        settings: dict[str, Any] = dict(
-            task=self._fixed_task,
-            family=self._family,
-            seed=self._seed,
-            sandbox_config=self._sandbox_config,
-            max_turns=self._max_turns,
-            command_timeout=self._command_timeout,
-            max_observation_chars=self._max_observation_chars,
-            max_malformed=self._max_malformed,
-        )
+        settings: dict[str, Any] = {
+            "task": self._fixed_task,
+            "family": self._family,
+            "seed": self._seed,
+            "sandbox_config": self._sandbox_config,
+            "max_turns": self._max_turns,
+            "command_timeout": self._command_timeout,
+            "max_observation_chars": self._max_observation_chars,
+            "max_malformed": self._max_malformed,
+        }
         copy = TerminalEnv(**{**settings, **kwargs})
         if same_state:
-            snapshot = run(self.asnapshot(), CALL_TIMEOUT_S)
+            snapshot = run(self.asnapshot(), CALL_TIMEOUT_SECONDS)
             try:
-                run(copy.arestore(snapshot), CALL_TIMEOUT_S)
+                run(copy.arestore(snapshot), CALL_TIMEOUT_SECONDS)
             finally:
-                run(snapshot.delete(), CALL_TIMEOUT_S)
+                run(snapshot.delete(), CALL_TIMEOUT_SECONDS)
         return copy
 
     async def asnapshot(self) -> TerminalSnapshot:
-        """The running episode as it is now; any number of environments of this task may go on from
-        it.
+        """Return a snapshot of the running episode, from which many environments may continue.
 
-        Raises SandboxError as `Sandbox.snapshot`.
+        Raises:
+          SandboxError: no episode is running, or `Sandbox.snapshot` failed.
         """
         if self._over:
             raise SandboxError(f"there is no running episode of {self.name} to keep; reset first")
-        return TerminalSnapshot(
-            self.task,
-            await self._sandbox.snapshot(),
-            (self._turns, self._calls, self._good_calls, self._malformed_in_a_row),
-        )
+        files = await self._sandbox.snapshot()
+        counts = (self._turns, self._calls, self._good_calls, self._malformed_in_a_row)
+        return TerminalSnapshot(self.task, files, counts)
 
     async def arestore(self, snapshot: TerminalSnapshot) -> tuple[str, Info]:
-        """As `areset`, but the episode goes on where `snapshot` was taken.
+        """Start an episode at the point where the snapshot was taken; otherwise like `areset`.
 
-        Raises SandboxError when there is no sandbox to be had.
+        Raises:
+          SandboxError: no sandbox could be started.
         """
         await self.aclose()
         self.task = snapshot.task
-        self._sandbox = Sandbox(
-            dataclasses.replace(self._sandbox_config, label=self.task.name), snapshot.files
-        )
+        config = dataclasses.replace(self._sandbox_config, label=self.task.name)
+        self._sandbox = Sandbox(config, snapshot.files)
         try:
             await self._sandbox.start()
         except BaseException:
@@ -164,13 +172,14 @@ class TerminalEnv(ShellEnv):
             "tools": self.tools,
         }
 
-    # -- the episode
+    # -- Episode
     # ---------------------------------------------------------------------------------------------
 
     async def areset(self, seed: int | None = None) -> tuple[str, Info]:
-        """Starts a fresh sandbox with the task's files.
+        """Start a fresh sandbox with the task's files and return the instruction.
 
-        Raises SandboxError when there is none to be had.
+        Raises:
+          SandboxError: no sandbox could be started, or it lacks a program (MissingProgramsError).
         """
         await self.aclose()
         if seed is not None or self._resets:
@@ -192,37 +201,31 @@ class TerminalEnv(ShellEnv):
             "tools": self.tools,
         }
 
-    # -- grading
+    # -- Grading
     # ---------------------------------------------------------------------------------------------
 
     async def _verify(self, info: Info) -> StepResult:
-        """The verifier's word.
+        """Run the verifier and end the episode with its reward.
 
-        Files that make it wait were made by the agent, so a timeout is a failure, not a fault of
-        the house.
+        The agent made the files that the verifier reads, so a verifier that does not end counts as
+        the agent's failure, not as one of the infrastructure.
         """
-        verdict = await self._sandbox.verify(self.task.verifier, timeout=VERIFIER_TIMEOUT_S)
+        verdict = await self._sandbox.verify(self.task.verifier, timeout=VERIFIER_TIMEOUT_SECONDS)
         if verdict.timed_out:
-            return await self._end(
-                "failure",
-                info,
-                note=f"verifier of {self.task.name} was stopped after {VERIFIER_TIMEOUT_S:g} s",
-            )
+            limit = f"{VERIFIER_TIMEOUT_SECONDS:g} s"
+            note = f"verifier of {self.task.name} was stopped after {limit}"
+            return await self._end("failure", info, note=note)
         try:
             reward = parse_reward(verdict.stdout, self.task.name)
         except VerifierError as error:
-            if (
-                self.task.runs_agent_code
-            ):  # a program of the agent's that kills its grader must not hide the failure
-                return await self._end(
-                    "failure", info, note=f"{error}; what the agent wrote ran inside it"
-                )
-            return await self._end(
-                "infra_verifier",
-                info,
-                note=f"{error} (exit {verdict.exit_code}, stderr {verdict.stderr[-200:]!r})",
-            )
-        return await self._end("success" if reward == 1.0 else "failure", info, reward=reward)
+            if self.task.runs_agent_code:
+                # A program of the agent's that kills its grader must not hide the failure.
+                note = f"{error}; what the agent wrote ran inside it"
+                return await self._end("failure", info, note=note)
+            note = f"{error} (exit {verdict.exit_code}, stderr {verdict.stderr[-200:]!r})"
+            return await self._end("infra_verifier", info, note=note)
+        ending = "success" if reward == 1.0 else "failure"
+        return await self._end(ending, info, reward=reward)
 
     def _next_task(self, seed: int | None) -> Task:
         if self._fixed_task is not None:
@@ -233,15 +236,18 @@ class TerminalEnv(ShellEnv):
 
 
 async def prepare(sandbox: Sandbox, task: Task) -> None:
-    """Sees that the task's programs are there, and runs its setup.
+    """Check that the task's programs are installed in the sandbox, and run the task's setup.
 
-    MissingProgramsError or SandboxError where that fails.
+    Raises:
+      MissingProgramsError: a program is missing.
+      SandboxError: the setup failed.
     """
     if not task.programs and not task.setup:
         return
     wanted = " ".join(shlex.quote(program) for program in task.programs)
     result = await sandbox.execute(
-        f"for p in {wanted}; do command -v $p > /dev/null || echo $p; done", timeout=SETUP_TIMEOUT_S
+        f"for p in {wanted}; do command -v $p > /dev/null || echo $p; done",
+        timeout=SETUP_TIMEOUT_SECONDS,
     )
     if missing := result.stdout.split():
         raise MissingProgramsError(
@@ -250,7 +256,7 @@ async def prepare(sandbox: Sandbox, task: Task) -> None:
         )
     if task.setup:
         result = await sandbox.execute(
-            f"set -e\n{task.setup}", timeout=SETUP_TIMEOUT_S, env=tier_environment(sandbox)
+            f"set -e\n{task.setup}", timeout=SETUP_TIMEOUT_SECONDS, env=tier_environment(sandbox)
         )
         if result.exit_code != 0:
             raise SandboxError(

@@ -1,4 +1,4 @@
-"""From what a verifier printed to a reward, or to the reason why there is none."""
+"""The reward in a verifier's output, or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import math
 
 
 class VerifierError(ValueError):
-    """The verifier did not give a usable reward: the episode says nothing about the policy."""
+    """The verifier printed no usable reward, so the episode says nothing about the policy."""
 
 
 def parse_reward(text: str, task: str) -> float:
-    """The last line that is not empty, as a finite number in [0, 1].
+    """Return the last non-empty line of a verifier's output as a number from 0 to 1.
 
-    Raises VerifierError that names the task and the value.
+    Raises:
+      VerifierError: the line is not a finite number in that range. The message names task and
+        value.
     """
     printed = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
     try:

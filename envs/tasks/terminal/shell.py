@@ -1,15 +1,15 @@
-"""What every environment over a shell in a sandbox shares: turns, tool calls, observations,
-endings.
+"""The episode loop that all environments over a shell in a sandbox share.
 
-An action is one turn of the model. A turn with a tool call runs a command in the sandbox and its
-output is the observation; a turn without one hands in the work, and the subclass has it graded.
-Whatever the turn says, `step` returns: a malformed call is an observation for the model.
+An action is one turn of the model. A turn with a tool call runs a command in the sandbox, and its
+output is the observation. A turn without a call hands in the work, and the subclass grades it.
+`step` accepts any text: a malformed call becomes an observation for the model.
 """
 
 from __future__ import annotations
 
 import abc
 import time
+from typing import Any, ClassVar
 
 from envs.gem import (
     Env,
@@ -23,12 +23,12 @@ from envs.gem import (
 from envs.rock import CommandResult, Sandbox, SandboxError
 from envs.rock.sync import run
 
-# Linux refuses a single argument of 128 KiB; a command this long is a mistake
+# Linux refuses a single argument of 128 KiB; a command this long is a mistake.
 MAX_COMMAND_BYTES = 32_768
-# a synchronous reset, step or close beyond the time its command and verifier may take
-CALL_TIMEOUT_S = 60.0
-# Where commands may not read /etc at all (the landlock tier), git and node take that for an error
-# unless they are told not to look.
+# For a synchronous reset, step or close, beyond the time that its command and verifier may take.
+CALL_TIMEOUT_SECONDS = 60.0
+# In the landlock tier commands cannot read /etc at all. git and node fail on that unless these
+# variables tell them not to look there.
 WITHOUT_ETC = {"GIT_CONFIG_NOSYSTEM": "1", "OPENSSL_CONF": "/dev/null"}
 BASH_TOOL = {
     "type": "function",
@@ -48,41 +48,47 @@ BASH_TOOL = {
 
 
 class ShellEnv(Env):
-    """One episode at a time in one sandbox.
+    """An environment that plays one episode at a time in one sandbox.
 
-    A subclass gives `areset`, which sets `_sandbox` and calls `_begin`, and `_verify`, which ends
-    it.
+    A subclass implements `areset`, which sets `_sandbox` and calls `_begin`, and `_verify`, which
+    ends the episode.
     """
 
-    tools = [BASH_TOOL]
-    grading_seconds = 0.0  # that `_verify` may take
+    tools: ClassVar[list[dict[str, Any]]] = [BASH_TOOL]
+    grading_seconds = 0.0  # time limit of `_verify`
 
     def __init__(
         self, max_turns: int, command_timeout: float, max_observation_chars: int, max_malformed: int
     ) -> None:
-        self._max_turns, self._command_timeout = max_turns, command_timeout
-        self._max_observation_chars, self._max_malformed = max_observation_chars, max_malformed
+        self._max_turns = max_turns
+        self._command_timeout = command_timeout
+        self._max_observation_chars = max_observation_chars
+        self._max_malformed = max_malformed
         self._sandbox: Sandbox | None = None
         self._over = True
 
     @property
     @abc.abstractmethod
     def name(self) -> str:
-        """Of the task, for messages."""
+        """Return the task's name, for messages."""
 
     @abc.abstractmethod
     async def areset(self, seed: int | None = None) -> tuple[str, Info]:
-        """Starts a fresh sandbox and gives the instruction.
+        """Start a fresh sandbox and return the instruction.
 
-        Raises SandboxError when there is none to be had.
+        Raises:
+          SandboxError: no sandbox could be started.
         """
 
     @abc.abstractmethod
     async def _verify(self, info: Info) -> StepResult:
-        """The model handed in its work."""
+        """Grade the work that the model handed in."""
 
     def _begin(self) -> None:
-        self._turns = self._calls = self._good_calls = self._malformed_in_a_row = 0
+        self._turns = 0
+        self._calls = 0
+        self._good_calls = 0
+        self._malformed_in_a_row = 0
         self._over = False
 
     async def _execute(self, command: str) -> CommandResult:
@@ -90,27 +96,35 @@ class ShellEnv(Env):
             command, timeout=self._command_timeout, env=tier_environment(self._sandbox)
         )
 
-    # -- the synchronous face
+    # -- Synchronous interface
     # ---------------------------------------------------------------------------------------------
 
     def reset(self, seed: int | None = None) -> tuple[str, Info]:
-        return run(self.areset(seed), CALL_TIMEOUT_S)
+        """Start an episode; the synchronous form of `areset`."""
+        return run(self.areset(seed), CALL_TIMEOUT_SECONDS)
 
     def step(self, action: str) -> StepResult:
-        return run(
-            self.astep(action), CALL_TIMEOUT_S + self._command_timeout + self.grading_seconds
-        )
+        """Play one turn; the synchronous form of `astep`."""
+        limit = CALL_TIMEOUT_SECONDS + self._command_timeout + self.grading_seconds
+        return run(self.astep(action), limit)
 
     def close(self) -> None:
-        run(self.aclose(), CALL_TIMEOUT_S)
+        """Stop the sandbox; the synchronous form of `aclose`."""
+        run(self.aclose(), CALL_TIMEOUT_SECONDS)
 
     def sample_random_action(self) -> str:
+        """Return a turn that lists the workspace."""
         return format_tool_call("bash", {"command": "ls"})
 
-    # -- the episode
+    # -- Episode
     # ---------------------------------------------------------------------------------------------
 
     async def astep(self, action: str) -> StepResult:
+        """Play one turn of the model; see `envs.gem.Env.step`.
+
+        Raises:
+          RuntimeError: the episode is over, or was not begun by a reset.
+        """
         if self._over:
             raise RuntimeError(f"episode of {self.name} is over or not begun; call reset()")
         began = time.monotonic()
@@ -137,12 +151,14 @@ class ShellEnv(Env):
         return result
 
     async def aclose(self) -> None:
-        """Stops the sandbox. Safe to call twice."""
-        sandbox, self._sandbox, self._over = self._sandbox, None, True
+        """Stop the sandbox. Calling it twice is safe."""
+        sandbox = self._sandbox
+        self._sandbox = None
+        self._over = True
         if sandbox is not None:
             await sandbox.stop()
 
-    # -- one turn
+    # -- One turn
     # ---------------------------------------------------------------------------------------------
 
     async def _turn(self, action: str, info: Info) -> StepResult:
@@ -161,24 +177,22 @@ class ShellEnv(Env):
         )
         self._calls += 1
         result = await self._execute(command)
-        info["exit_code"], info["network_denials"] = result.exit_code, result.network_denials
-        info["status"] = (
-            "timeout" if result.timed_out else "tool_error" if result.exit_code != 0 else "ok"
-        )
-        self._good_calls += info["status"] == "ok"
+        info["exit_code"] = result.exit_code
+        info["network_denials"] = result.network_denials
+        if result.timed_out:
+            info["status"] = "timeout"
+        elif result.exit_code != 0:
+            info["status"] = "tool_error"
+        else:
+            self._good_calls += 1
         return await self._observe(self._describe(result), info)
 
     async def _malformed(self, message: str, info: Info) -> StepResult:
         info["status"] = "malformed"
         self._malformed_in_a_row += 1
         if self._malformed_in_a_row >= self._max_malformed:
-            return await self._end(
-                "malformed",
-                info,
-                note=(
-                    f"{self._malformed_in_a_row} malformed tool calls in a row; the last: {message}"
-                ),
-            )
+            note = f"{self._malformed_in_a_row} malformed tool calls in a row; the last: {message}"
+            return await self._end("malformed", info, note=note)
         return await self._observe(trim(message, self._max_observation_chars), info)
 
     async def _observe(self, observation: str, info: Info) -> StepResult:
@@ -202,18 +216,13 @@ class ShellEnv(Env):
         await self.aclose()
         return observation, reward, not truncated, truncated, info
 
-    # -- small helpers
+    # -- Helpers
     # ---------------------------------------------------------------------------------------------
 
     def _describe(self, result: CommandResult) -> str:
-        """What the model sees of a command: its output, cut to size, and how it ended where that
-        was not well.
-        """
-        output = trim(
-            (result.stdout + result.stderr).rstrip("\n"),
-            self._max_observation_chars,
-            sum(result.cut),
-        )
+        """Format a command's result for the model: trimmed output, and how it failed if it did."""
+        output = (result.stdout + result.stderr).rstrip("\n")
+        output = trim(output, self._max_observation_chars, beyond=sum(result.cut))
         if result.timed_out:
             return f"{output}\n[timeout]".lstrip("\n")
         if result.exit_code != 0:
@@ -222,14 +231,15 @@ class ShellEnv(Env):
 
 
 def tier_environment(sandbox: Sandbox) -> dict[str, str]:
-    """Variables that commands need in this sandbox's tier."""
+    """Return the variables that commands need in this sandbox's tier."""
     return WITHOUT_ETC if sandbox.tier == "landlock" else {}
 
 
 def read_command(action: str) -> str | None:
-    """The command of the turn's one tool call, None for a turn without a call.
+    """Return the command of a turn's one tool call, or None for a turn without a call.
 
-    Raises ToolCallError with a message for the model.
+    Raises:
+      ToolCallError: the call is malformed. The message is written for the model.
     """
     calls: list[ToolCall] = parse_tool_calls(action)
     if not calls:
@@ -252,8 +262,12 @@ def read_command(action: str) -> str | None:
 
 
 def trim(text: str, limit: int, beyond: int = 0) -> str:
-    """The first `limit` characters, and how many more there were. beyond: how many bytes were cut
-    off already.
+    """Return the first `limit` characters of a text, and a note of how many more there were.
+
+    Args:
+      text: the text.
+      limit: the number of characters to keep.
+      beyond: the number of bytes that had been cut off before.
     """
     more = max(0, len(text) - limit) + beyond
     return f"{text[:limit]}... ({more} more)" if more else text

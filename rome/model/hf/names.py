@@ -1,37 +1,37 @@
-"""One table: where each parameter of ours lies in a Hugging Face checkpoint of Qwen3MoeForCausalLM,
-and how one tensor there is laid out.
+"""One table of tensors: where each parameter lies in a checkpoint of Qwen3MoeForCausalLM.
 
-A checkpoint holds one tensor per layer, expert and projection, linear weights as [out, in]. Ours
-are [in, ...], stacked over layers (and experts). Reading, writing and naming all go through
-`checkpoint_tensors`, so that the two directions cannot disagree.
+A checkpoint holds one tensor per layer, expert and projection, linear weights as [out, in]. Our
+parameters are [in, ...], stacked over layers (and experts). Reading, writing and naming all go
+through `checkpoint_tensors`, so that the two directions cannot disagree.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from rome.model.config import ModelConfig
-from rome.model.qwen3 import init_params
+from rome.model.params import parameter_shapes
 
-# rows transposed at a time: a whole matrix at once strides through memory and takes several times
-# as long
+# Rows transposed at a time: a whole matrix at once strides through memory and takes several times
+# as long.
 STRIPE = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One parameter of ours and the tensors that hold it: `name` has {i} for the layer and {e} for
-    the expert where it is split.
+    """One parameter and the tensors that hold it.
 
-    `inputs` is how many of a slice's first axes are the linear map's input; 0 where the layout is
-    the same on both sides. `flat`: one axis there.
+    Attributes:
+      path: keys of the parameter in the pytree.
+      name: of the tensors, with {i} for the layer and {e} for the expert where it is split.
+      inputs: number of a slice's first axes that are the linear map's input; 0 where the layout is
+        the same on both sides.
+      flat: whether the tensor joins all axes to one.
     """
 
     path: tuple[str, ...]
@@ -41,6 +41,7 @@ class Row:
 
     @property
     def stacked(self) -> int:
+        """Return the number of the parameter's first axes that count layers and experts."""
         return ("{i}" in self.name) + ("{e}" in self.name)
 
 
@@ -73,11 +74,16 @@ TABLE = (
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor of a checkpoint: slice `index` of the parameter at `path`, which is of layer
-    `layer` (None outside the layers).
+    """One tensor of a checkpoint: a slice of a parameter.
 
-    `sizes` are our axes of that slice. `rows` and `columns` are those of them which make up the two
-    axes of the tensor.
+    Attributes:
+      name: in the checkpoint.
+      path: keys of the parameter in the pytree.
+      index: place of the slice on the parameter's stacked axes.
+      layer: number of the layer; None outside the layers.
+      sizes: of the slice's axes in our layout.
+      rows: those of these axes that make up the tensor's first axis.
+      columns: those that make up its second axis; none for a vector.
     """
 
     name: str
@@ -90,93 +96,81 @@ class Tensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The tensor's shape in the checkpoint."""
-        return tuple(
-            math.prod(self.sizes[axis] for axis in group)
-            for group in (self.rows, self.columns)
-            if group
-        )
+        """Return the tensor's shape in the checkpoint."""
+        groups = [group for group in (self.rows, self.columns) if group]
+        return tuple(math.prod(self.sizes[axis] for axis in group) for group in groups)
 
     @property
     def transposed(self) -> bool:
+        """Return whether rows and columns change places between the two layouts."""
         return bool(self.columns) and self.columns < self.rows
 
     def blocks(self, itemsize: int, limit: int) -> Iterator[tuple[int, int]]:
-        """Ranges of the first of our axes that make up the tensor's rows, each of at most `limit`
-        bytes (but at least one index long).
+        """Yield ranges of the first row axis, each of at most `limit` bytes or one index.
+
+        Args:
+          itemsize: bytes of an element.
+          limit: bytes of a block.
         """
         size = self.sizes[self.rows[0]]
-        step = max(1, limit // (math.prod(self.sizes) // size * itemsize))
+        index_bytes = math.prod(self.sizes) // size * itemsize
+        step = max(1, limit // index_bytes)
         for start in range(0, size, step):
             yield start, min(start + step, size)
 
     @property
     def rows_each(self) -> int:
-        """Rows of the tensor to one index of that axis."""
+        """Return how many rows of the tensor one index of the first row axis has."""
         return math.prod(self.sizes[axis] for axis in self.rows[1:])
 
     def to_ours(self, block: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
-        """A block of the tensor, whole or cut at row and column groups, as the slice of `sizes`
-        that it is in our layout.
+        """Return a block of the tensor in our layout.
+
+        Args:
+          block: the tensor, whole or cut at row and column groups.
+          sizes: of the slice's axes that the block holds.
         """
-        return (_transpose(block) if self.transposed else block).reshape(sizes)
+        if self.transposed:
+            block = _transpose(block)
+        return block.reshape(sizes)
 
     def to_hf(self, piece: np.ndarray) -> np.ndarray:
-        """The inverse of `to_ours`."""
+        """Return a piece of the slice in the checkpoint's layout: the inverse of `to_ours`."""
         columns = math.prod(piece.shape[axis] for axis in self.columns)
         if self.transposed:
             return _transpose(piece.reshape(columns, -1))
-        return np.ascontiguousarray(
-            piece.reshape(-1, columns) if self.columns else piece.reshape(-1)
-        )
+        matrix = piece.reshape(-1, columns) if self.columns else piece.reshape(-1)
+        return np.ascontiguousarray(matrix)
 
 
 def checkpoint_tensors(config: ModelConfig) -> list[Tensor]:
-    """Every tensor of a checkpoint with this config, layer by layer."""
+    """Return every tensor of a checkpoint with this config, layer by layer."""
     shapes = parameter_shapes(config)
-    tensors = []
+    before: list[Tensor] = []
+    in_layers: list[Tensor] = []
+    after: list[Tensor] = []
     for row in TABLE:
         leaf = leaf_at(shapes, row.path)
         if leaf is None:  # a tied model has no head
             continue
-        sizes = tuple(leaf.shape[row.stacked :])
-        axes = tuple(range(len(sizes)))
-        rows, columns = (
-            (axes[row.inputs :], axes[: row.inputs])
-            if row.inputs
-            else (axes, ())
-            if row.flat
-            else (axes[:1], axes[1:])
-        )
-        layers = {"moe": config.sparse_layers, "mlp": config.dense_layers}.get(
-            row.path[1], range(config.num_layers)
-        )
-        for index in np.ndindex(leaf.shape[: row.stacked]):
-            layer = layers[index[0]] if index else None
-            name = row.name.format(**dict(zip("ie", (layer, *index[1:]))))
-            tensors.append(Tensor(name, row.path, index, layer, sizes, rows, columns))
-    before, after = (
-        [t for t in tensors if t.path[0] == "embed"],
-        [t for t in tensors if t.path[0] in ("norm", "head")],
-    )
-    return (
-        before + sorted((t for t in tensors if t.layer is not None), key=lambda t: t.layer) + after
-    )
+        tensors = _tensors_of(row, tuple(leaf.shape), config)
+        if row.path[0] == "layers":
+            in_layers += tensors
+        elif row.path[0] == "embed":
+            before += tensors
+        else:
+            after += tensors
+    in_layers.sort(key=lambda tensor: tensor.layer or 0)
+    return before + in_layers + after
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a checkpoint with this config."""
+    """Return name and shape of every tensor of a checkpoint with this config."""
     return {tensor.name: tensor.shape for tensor in checkpoint_tensors(config)}
 
 
-@functools.lru_cache(maxsize=8)
-def parameter_shapes(config: ModelConfig) -> Any:
-    """jax.ShapeDtypeStruct of each parameter, in the structure of init_params."""
-    return jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
-
-
 def leaf_at(tree: Any, path: tuple[str, ...]) -> Any:
-    """What `tree` holds at `path`; None where there is nothing."""
+    """Return the leaf of a pytree of dictionaries at `path`; None where there is none."""
     for key in path:
         if not isinstance(tree, dict) or key not in tree:
             return None
@@ -184,13 +178,41 @@ def leaf_at(tree: Any, path: tuple[str, ...]) -> Any:
     return tree
 
 
+def _tensors_of(row: Row, shape: tuple[int, ...], config: ModelConfig) -> list[Tensor]:
+    """Return the tensors that hold one parameter."""
+    sizes = shape[row.stacked :]
+    axes = tuple(range(len(sizes)))
+    if row.inputs:
+        rows = axes[row.inputs :]
+        columns = axes[: row.inputs]
+    elif row.flat:
+        rows = axes
+        columns = ()
+    else:
+        rows = axes[:1]
+        columns = axes[1:]
+    layers: Sequence[int] = range(config.num_layers)
+    if row.path[1] == "moe":
+        layers = config.sparse_layers
+    elif row.path[1] == "mlp":
+        layers = config.dense_layers
+    tensors = []
+    for index in np.ndindex(shape[: row.stacked]):
+        layer = layers[index[0]] if index else None
+        expert = index[1] if len(index) > 1 else None
+        name = row.name.format(i=layer, e=expert)
+        tensors.append(Tensor(name, row.path, index, layer, sizes, rows, columns))
+    return tensors
+
+
 def _transpose(matrix: np.ndarray) -> np.ndarray:
-    """matrix.T as a new contiguous array.
+    """Return matrix.T as a new contiguous array.
 
     Floats move as integers: NumPy copies bfloat16 element by element otherwise.
     """
     bits = matrix.view(f"u{matrix.dtype.itemsize}")
     out = np.empty(bits.shape[::-1], bits.dtype)
     for start in range(0, len(bits), STRIPE):
-        out[:, start : start + STRIPE] = bits[start : start + STRIPE].T
+        stripe = slice(start, start + STRIPE)
+        out[:, stripe] = bits[stripe].T
     return out.view(matrix.dtype)

@@ -3,7 +3,7 @@
 B rows, T query time, S key time, N query heads, K key heads, G query heads per key head (N = K *
 G), H head dim.
 
-Who sees whom is said by places and segments, never by a [T, S] mask that is handed in, so that
+Places and segments say which keys a query sees, never a [T, S] mask that is handed in, so that
 kernels which take segment ids fit behind the same function: a query sees the keys of its own
 segment (0 is padding) whose place is not after its own.
 """
@@ -33,13 +33,16 @@ def attention(
     ordered: bool = False,
     implementation: str = "auto",
 ) -> Array:
-    """Causal grouped-query attention within segments; softmax in float32.
+    """Compute causal grouped-query attention within segments; softmax in float32.
 
     Args:
-      q_places_BT, k_places_BS: where each query and key stands in its row; a query sees places up
-        to its own.
-      q_segments_BT, k_segments_BS: 0 is padding. A padding query sees nothing and gets zeros, with
-        zero gradients.
+      q_BTNH: queries, not scaled.
+      k_BSKH: keys.
+      v_BSKH: values.
+      q_places_BT: position of each query in its row; a query sees places up to its own.
+      k_places_BS: position of each key in its row.
+      q_segments_BT: 0 is padding. A padding query sees nothing and gets zeros, with zero gradients.
+      k_segments_BS: 0 is padding.
       ordered: places are 0, 1, 2, ... and segments the same on both sides, as in a packed row that
         attends to itself.
       implementation: "reference" scores every query against every key. The others take ordered
@@ -47,8 +50,12 @@ def attention(
         future, nearly half of the work, and computes the scores again in its backward pass;
         "splash" is a kernel of TPUs, "cudnn" of NVIDIA GPUs. "auto" is "blocked" where places are
         ordered.
+
     Returns:
       [B, T, N, H] in q's dtype.
+
+    Raises:
+      ValueError: the implementation is unknown or needs ordered places.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -62,33 +69,34 @@ def attention(
     if ordered and implementation in ("auto", "blocked"):
         return attention_blocked(q_BTNH, k_BSKH, v_BSKH, q_segments_BT)
     if implementation in ("splash", "cudnn"):
-        kernel = {"splash": splash, "cudnn": cudnn}[implementation]
-        return kernel(q_BTNH * q_BTNH.shape[-1] ** -0.5, k_BSKH, v_BSKH, q_segments_BT).astype(
-            q_BTNH.dtype
-        )
+        kernel = splash if implementation == "splash" else cudnn
+        scaled_BTNH = q_BTNH * q_BTNH.shape[-1] ** -0.5
+        return kernel(scaled_BTNH, k_BSKH, v_BSKH, q_segments_BT).astype(q_BTNH.dtype)
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
-    q_BKTGH = jnp.transpose(
-        (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H), (0, 2, 1, 3, 4)
-    )  # heads first: matmuls without copies
-    k_BKSH, v_BKSH = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
-    out_BKTGH = _attend(
-        q_BKTGH, k_BKSH, v_BKSH, _sees(q_places_BT, k_places_BS, q_segments_BT, k_segments_BS)
-    )
+    scaled_BTKGH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H)
+    # heads first: matmuls without copies
+    q_BKTGH = jnp.transpose(scaled_BTKGH, (0, 2, 1, 3, 4))
+    k_BKSH = jnp.swapaxes(k_BSKH, 1, 2)
+    v_BKSH = jnp.swapaxes(v_BSKH, 1, 2)
+    sees_BTS = _sees(q_places_BT, k_places_BS, q_segments_BT, k_segments_BS)
+    out_BKTGH = _attend(q_BKTGH, k_BKSH, v_BKSH, sees_BTS)
     return jnp.swapaxes(out_BKTGH, 1, 2).reshape(B, T, N, H)
 
 
 def _sees(
     q_places_BT: Array, k_places_BS: Array, q_segments_BT: Array, k_segments_BS: Array
 ) -> Array:
-    same_BTS = (q_segments_BT[:, :, None] == k_segments_BS[:, None, :]) & (
-        q_segments_BT[:, :, None] != 0
-    )
+    equal_BTS = q_segments_BT[:, :, None] == k_segments_BS[:, None, :]
+    same_BTS = equal_BTS & (q_segments_BT[:, :, None] != 0)
     return same_BTS & (k_places_BS[:, None, :] <= q_places_BT[:, :, None])
 
 
 def _attend(q_BKTGH: Array, k_BKSH: Array, v_BKSH: Array, sees_BTS: Array) -> Array:
-    """Softmax is normalised after the values are summed: one pass less over the scores."""
+    """Return the attention output; the softmax is normalised after values are summed.
+
+    That is one pass less over the scores.
+    """
     scores_BKTGS = jnp.einsum(
         "BKTGH,BKSH->BKTGS", q_BKTGH, k_BKSH, preferred_element_type=jnp.float32
     )

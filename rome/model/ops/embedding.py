@@ -5,7 +5,7 @@ device, f devices of a group, along the mesh axes that split D.
 
 The table lies split over V and D. Gathering it would move gigabytes for the few rows that are read;
 here the devices of a group tell each other their tokens, each looks up its columns for all of them,
-and the columns go to whoever asked.
+and the columns return to the device that asked.
 """
 
 from __future__ import annotations
@@ -20,22 +20,20 @@ from rome.model.sharding import RULES, is_split
 
 
 def embed(table_VD: Array, tokens_BT: Array, dtype: str) -> Array:
-    """table[tokens] in `dtype`, [B, T, D]."""
+    """Return table[tokens] in `dtype`, [B, T, D]."""
     if not is_split():
         return jnp.take(table_VD, tokens_BT, axis=0).astype(dtype)
 
     def on_each_device(table_vd: Array, tokens_BT: Array) -> Array:
-        f, v = jax.lax.axis_size(WIDE), table_vd.shape[0]
-        tokens_fn = (
-            jax.lax.all_gather(tokens_BT.reshape(-1), WIDE) - jax.lax.axis_index("tensor") * v
-        )
-        tokens_fn = jnp.where(
-            (tokens_fn >= 0) & (tokens_fn < v), tokens_fn, v
-        )  # another device's part of the vocabulary reads as zeros
-        x_fnd = jnp.take(table_vd, tokens_fn, axis=0, mode="fill", fill_value=0).astype(dtype)
-        x_nD = jax.lax.all_to_all(x_fnd, WIDE, split_axis=0, concat_axis=2, tiled=True).reshape(
-            -1, table_vd.shape[1] * f
-        )
+        f = jax.lax.axis_size(WIDE)
+        v = table_vd.shape[0]
+        all_tokens_fn = jax.lax.all_gather(tokens_BT.reshape(-1), WIDE)
+        local_fn = all_tokens_fn - jax.lax.axis_index("tensor") * v
+        # another device's part of the vocabulary reads as zeros: v is past the end
+        local_fn = jnp.where((local_fn >= 0) & (local_fn < v), local_fn, v)
+        x_fnd = jnp.take(table_vd, local_fn, axis=0, mode="fill", fill_value=0).astype(dtype)
+        x_nD = jax.lax.all_to_all(x_fnd, WIDE, split_axis=0, concat_axis=2, tiled=True)
+        x_nD = x_nD.reshape(-1, table_vd.shape[1] * f)
         return jax.lax.psum(x_nD, "tensor").reshape(*tokens_BT.shape, -1)
 
     by_token = PartitionSpec(RULES["batch"], RULES["time"])

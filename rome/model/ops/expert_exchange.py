@@ -1,29 +1,28 @@
-"""Experts on a mesh by exchange: each choice of a token travels to the device that holds its
-expert, and its result comes back.
+"""Experts on a mesh by exchange: each choice is sent to its expert's device, the result back.
 
-m tokens of a chunk, D model, F expert hidden, E experts of all, e experts of one device (E = g *
-e), g devices of the expert axis, s of them as senders, k experts a token, A = m * k choices of a
-chunk, R rows that a device makes room for in a pass.
+m tokens of a chunk, n tokens of one device, D model, F expert hidden, E experts of all, e experts
+of one device (E = g * e), g devices of the expert axis, s of them as senders, k experts a token, A
+= m * k choices of a chunk, R rows that a device makes room for in a pass.
 
-The ring (`rome.model.ops.experts_on_mesh`) moves every token past every device: each device sends g
-* n * D numbers for tokens and as many for sums, of n tokens. Here it sends at most k * n * D * (g -
-1) / g each way, k / g of that. What passes a link is another matter. Let the group extend over c
-dimensions of the torus that close to rings, at most r chips of one. A hop of the ring is c links
-long where the next device stands in another row, and goes both ways: c * g / 2 times n * D pass a
-link in all. An exchange crosses the torus: k * r / 8 times n * D. That is k * r / (4 * c * g) of
-the ring's. At k = 8: twice on one ring (g = r), half at 4 x 2, a quarter at 4 x 4, 1/24 at 4 x 4 x
-4.
+Cost. The ring (`rome.model.ops.experts_on_mesh`) moves every token past every device: each device
+sends g * n * D numbers for tokens and as many for sums, of n tokens. Here it sends at most k * n *
+D * (g - 1) / g each way, k / g of that. The load of a link is another matter. Let the group extend
+over c dimensions of the torus that close to rings, at most r chips of one. A hop of the ring is c
+links long where the next device stands in another row, and goes both ways: c * g / 2 times n * D
+pass a link in all. An exchange crosses the torus: k * r / 8 times n * D. That is k * r / (4 * c *
+g) of the ring's. At k = 8: twice on one ring (g = r), half at 4 x 2, a quarter at 4 x 4, 1/24 at 4
+x 4 x 4.
 
-A device's tokens go in chunks, so that memory does not grow with their number. Choices are sorted
-by expert and counted; from the counts of all devices each knows where every block of one expert and
-one sender lies, and rows arrive in the order of experts, ready for a grouped matmul. A device makes
-room for half as much again as its even share. Should more be on their way to any device, another
-pass brings the rest: nothing is dropped, whatever the load. The worst, everything to one device,
-takes g / 1.5 passes and no more memory.
+Passes. A device's tokens go in chunks, so that memory does not grow with their number. Choices are
+sorted by expert and counted; from the counts of all devices each knows where every block of one
+expert and one sender lies, and rows arrive in the order of experts, ready for a grouped matmul. A
+device makes room for half as much again as its even share. Should more be on their way to any
+device, another pass brings the rest: nothing is dropped, whatever the load. The worst, everything
+to one device, takes g / 1.5 passes and no more memory.
 
-Gate weights multiply at the expert, in float32, and choices are added up at home, in float32. So
-the backward pass, which sends tokens out again and gradients with them, needs no results back:
-three exchanges.
+Gradients. Gate weights multiply at the expert, in float32, and choices are added up at home, in
+float32. So the backward pass, which sends tokens out again and gradients with them, needs no
+results back: three exchanges.
 """
 
 from __future__ import annotations
@@ -42,8 +41,14 @@ CHUNK = 2048  # tokens of a device that are under way at a time
 
 
 def is_worthwhile(k: int, g: int, extent: tuple[int, ...]) -> bool:
-    """Whether an exchange takes at most half of the ring's time by the bytes that pass the busiest
-    link. extent: as of `rome.model.sharding.extent`.
+    """Return whether an exchange takes at most half of the ring's time.
+
+    By the bytes that pass the busiest link.
+
+    Args:
+      k: experts a token.
+      g: devices of the expert axis.
+      extent: chips that these extend over, as of `rome.model.sharding.extent`.
     """
     return bool(extent) and k * max(extent) <= 2 * len(extent) * g
 
@@ -57,26 +62,35 @@ def exchange(
     up_eDF: Array,
     down_eFD: Array,
 ) -> Array:
-    """On one device of a shard_map, [n, D]: what the experts of the whole group make of this
-    device's tokens.
+    """Return the experts' sum for this device's tokens, [n, D].
 
-    ids_nk: of all E experts; one outside of them adds nothing.
+    On one device of a shard_map.
+
+    Args:
+      matmul: the grouped matmul of `rome.model.ops.experts`.
+      x_nD: this device's tokens.
+      weights_nk: gate weights.
+      ids_nk: ids among all E experts; one outside of them adds nothing.
+      gate_eDF: matrices of this device's experts.
+      up_eDF: matrices of this device's experts.
+      down_eFD: matrices of this device's experts.
     """
     chunks = chunks_of(x_nD.shape[0])
-    one_chunk = lambda tokens: _exchanged(
-        matmul, room(ids_nk.size / chunks), *tokens, gate_eDF, up_eDF, down_eFD
-    )
+
+    def one_chunk(tokens: tuple[Array, Array, Array]) -> Array:
+        rows = room(ids_nk.size / chunks)
+        return _exchanged(matmul, rows, *tokens, gate_eDF, up_eDF, down_eFD)
+
     if chunks == 1:
         return one_chunk((x_nD, weights_nk, ids_nk))
-    in_chunks = lambda a: a.reshape(chunks, -1, a.shape[-1])
-    return jax.lax.map(one_chunk, tuple(map(in_chunks, (x_nD, weights_nk, ids_nk)))).reshape(
-        x_nD.shape
-    )
+    in_chunks = tuple(a.reshape(chunks, -1, a.shape[-1]) for a in (x_nD, weights_nk, ids_nk))
+    return jax.lax.map(one_chunk, in_chunks).reshape(x_nD.shape)
 
 
 def chunks_of(tokens: int) -> int:
-    """The fewest equal chunks of at most CHUNK tokens."""
-    return next(chunks for chunks in range(-(-tokens // CHUNK), tokens + 1) if tokens % chunks == 0)
+    """Return the least number of equal chunks of at most CHUNK tokens."""
+    fewest = -(-tokens // CHUNK)
+    return next(chunks for chunks in range(fewest, tokens + 1) if tokens % chunks == 0)
 
 
 def send_rows(
@@ -87,9 +101,15 @@ def send_rows(
     at_receiver_E: Array,
     received_E: Array,
 ) -> Array:
-    """The exchange itself, of e blocks with each device: of block i, for device i // e, `sent_E[i]`
-    rows from `at_sender_E[i]` on are written over those of that device's `into` from
-    `at_receiver_E[i]` on.
+    """Exchange e blocks of rows with each device; return `into` with the received rows.
+
+    Args:
+      rows: rows to send.
+      into: rows that the received ones overwrite.
+      at_sender_E: first row of each block. Block i goes to device i // e.
+      sent_E: rows of each block.
+      at_receiver_E: first row in the receiver's `into` of each block.
+      received_E: rows of each block that this device receives.
     """
     return jax.lax.ragged_all_to_all(
         rows, into, at_sender_E, sent_E, at_receiver_E, received_E, axis_name="expert"
@@ -99,10 +119,14 @@ def send_rows(
 class _Plan(NamedTuple):
     """What every device of the group knows about a chunk of each.
 
-    choice_A: own choices by expert, absent ones last, with A for those. place_mk: where each choice
-    stands there, A for absent ones. count_sE: choices. first_sE: where in the sender's order those
-    of an expert begin. row_sE: where they begin in the order of the rows of the expert's device,
-    which is by expert and then by sender.
+    Attributes:
+      choice_A: own choices by expert, absent ones last, with A for those.
+      place_mk: place of each choice in choice_A; A for absent ones.
+      count_sE: choices of each sender for each expert.
+      first_sE: where an expert's choices begin in the sender's order.
+      row_sE: where they begin in the order of the rows of the expert's device, which is by expert
+        and then by sender.
+      passes: number of passes that bring all rows.
     """
 
     choice_A: Array
@@ -121,129 +145,118 @@ class _Window(NamedTuple):
     size_sE: Array
 
 
+def _before(sizes: Array, axis: int) -> Array:
+    """Return the sum of the sizes before each one."""
+    return jnp.cumsum(sizes, axis=axis) - sizes
+
+
 def _make_plan(ids_mk: Array, e: int, R: int) -> _Plan:
     g = jax.lax.axis_size("expert")
-    A, ids_A = ids_mk.size, absent_last(ids_mk, g * e)
+    E = g * e
+    A = ids_mk.size
+    ids_A = absent_last(ids_mk, E)
     choice_A = jnp.argsort(ids_A, stable=True).astype(jnp.int32)
-    place_A = (
-        jnp.zeros(A, jnp.int32)
-        .at[choice_A]
-        .set(jnp.arange(A, dtype=jnp.int32), unique_indices=True)
-    )
-    is_absent_A = ids_A == g * e
-    count_sE = jax.lax.all_gather(
-        jnp.bincount(ids_A, length=g * e + 1)[:-1].astype(jnp.int32), "expert"
-    )
-    before = lambda sizes, axis: jnp.cumsum(sizes, axis=axis) - sizes
+    nowhere_A = jnp.zeros(A, jnp.int32)
+    order_A = jnp.arange(A, dtype=jnp.int32)
+    place_A = nowhere_A.at[choice_A].set(order_A, unique_indices=True)
+    is_absent_A = ids_A == E
+    count_E = jnp.bincount(ids_A, length=E + 1)[:-1].astype(jnp.int32)
+    count_sE = jax.lax.all_gather(count_E, "expert")
     count_ge = count_sE.sum(axis=0).reshape(g, e)
-    return _Plan(
-        jnp.where(is_absent_A[choice_A], A, choice_A),
-        jnp.where(is_absent_A, A, place_A).reshape(ids_mk.shape),
-        count_sE,
-        before(count_sE, 1),
-        before(count_ge, 1).reshape(-1) + before(count_sE, 0),
-        jnp.max(-(-count_ge.sum(axis=1) // R)),
-    )
+    choice_A = jnp.where(is_absent_A[choice_A], A, choice_A)
+    place_mk = jnp.where(is_absent_A, A, place_A).reshape(ids_mk.shape)
+    first_sE = _before(count_sE, 1)
+    row_sE = _before(count_ge, 1).reshape(-1) + _before(count_sE, 0)
+    passes = jnp.max(-(-count_ge.sum(axis=1) // R))
+    return _Plan(choice_A, place_mk, count_sE, first_sE, row_sE, passes)
 
 
 def _window(plan: _Plan, p: Array, R: int) -> _Window:
-    begin_sE, end_sE = (
-        jnp.clip(row - plan.row_sE, 0, plan.count_sE) for row in (p * R, (p + 1) * R)
-    )
+    begin_sE = jnp.clip(p * R - plan.row_sE, 0, plan.count_sE)
+    end_sE = jnp.clip((p + 1) * R - plan.row_sE, 0, plan.count_sE)
     here_sE = end_sE > begin_sE
-    return _Window(
-        jnp.where(here_sE, plan.first_sE + begin_sE, 0),
-        jnp.where(here_sE, plan.row_sE + begin_sE - p * R, 0),
-        end_sE - begin_sE,
-    )
+    at_sender_sE = jnp.where(here_sE, plan.first_sE + begin_sE, 0)
+    at_receiver_sE = jnp.where(here_sE, plan.row_sE + begin_sE - p * R, 0)
+    return _Window(at_sender_sE, at_receiver_sE, end_sE - begin_sE)
 
 
 def _own(a_sE: Array) -> Array:
-    """[s, e]: of this device's experts."""
+    """Return the columns of this device's experts, [s, e]."""
     e = a_sE.shape[1] // jax.lax.axis_size("expert")
     return jax.lax.dynamic_slice_in_dim(a_sE, jax.lax.axis_index("expert") * e, e, axis=1)
 
 
 def _send(rows_AD: Array, window: _Window, R: int) -> Array:
     at_sender_E, at_receiver_E, sent_E = (a_sE[jax.lax.axis_index("expert")] for a_sE in window)
-    return send_rows(
-        rows_AD,
-        jnp.zeros((R, rows_AD.shape[1]), rows_AD.dtype),
-        at_sender_E,
-        sent_E,
-        at_receiver_E,
-        _own(window.size_sE).reshape(-1),
-    )
+    nothing_RD = jnp.zeros((R, rows_AD.shape[1]), rows_AD.dtype)
+    received_E = _own(window.size_sE).reshape(-1)
+    return send_rows(rows_AD, nothing_RD, at_sender_E, sent_E, at_receiver_E, received_E)
 
 
 def _send_home(rows_RD: Array, into_AD: Array, window: _Window) -> Array:
     at_sender_E, at_receiver_E, sent_E = (_own(a_sE).reshape(-1) for a_sE in window)
-    return send_rows(
-        rows_RD,
-        into_AD,
-        at_receiver_E,
-        sent_E,
-        at_sender_E,
-        window.size_sE[jax.lax.axis_index("expert")],
-    )
+    received_E = window.size_sE[jax.lax.axis_index("expert")]
+    return send_rows(rows_RD, into_AD, at_receiver_E, sent_E, at_sender_E, received_E)
 
 
 def _spread(x_mD: Array, plan: _Plan) -> Array:
-    """[A, D]: the token of each choice, in the order of their experts."""
-    return jnp.take(
-        x_mD, plan.choice_A // plan.place_mk.shape[1], axis=0, mode="fill", fill_value=0
-    )
+    """Return the token of each choice, in the order of their experts, [A, D]."""
+    token_A = plan.choice_A // plan.place_mk.shape[1]
+    return jnp.take(x_mD, token_A, axis=0, mode="fill", fill_value=0)
 
 
 def _add_up(rows_AD: Array, plan: _Plan) -> Array:
-    """[m, D]: the sum of each token's choices, in float32 until the end.
+    """Sum each token's choices, [m, D], in float32 until the end.
 
     One after the other: [m, k, D] never exists.
     """
-    taken = (
-        jnp.take(rows_AD, plan.place_mk[:, j], axis=0, mode="fill", fill_value=0).astype(
-            jnp.float32
-        )
-        for j in range(plan.place_mk.shape[1])
-    )
-    return functools.reduce(jnp.add, taken).astype(rows_AD.dtype)
+
+    def row_of(j: int) -> Array:
+        row_mD = jnp.take(rows_AD, plan.place_mk[:, j], axis=0, mode="fill", fill_value=0)
+        return row_mD.astype(jnp.float32)
+
+    total_mD = functools.reduce(jnp.add, map(row_of, range(plan.place_mk.shape[1])))
+    return total_mD.astype(rows_AD.dtype)
 
 
 def _all_weights(weights_mk: Array, plan: _Plan) -> Array:
-    """[s * A] float32: the gate weights of all devices' choices, each by expert.
+    """Return the gate weights of all devices' choices, each by expert, [s * A] float32.
 
     A few bytes a choice: gathered whole.
     """
-    weights_A = jnp.take(
-        weights_mk.astype(jnp.float32).reshape(-1), plan.choice_A, mode="fill", fill_value=0
-    )
+    flat_A = weights_mk.astype(jnp.float32).reshape(-1)
+    weights_A = jnp.take(flat_A, plan.choice_A, mode="fill", fill_value=0)
     return jax.lax.all_gather(weights_A, "expert", tiled=True)
 
 
 def _arrived(plan: _Plan, p: Array, R: int) -> Array:
-    """Which of all devices' choices each row of a pass is, [s * A]; past the end where no row is."""
-    g, A = plan.count_sE.shape[0], plan.choice_A.size
-    count_es, first_es, begin_es = (
-        _own(a_sE).T.reshape(-1) for a_sE in (plan.count_sE, plan.first_sE, plan.row_sE)
-    )
+    """Return which of all devices' choices each row of a pass is, an index into [s * A].
+
+    Past the end where no row arrived.
+    """
+    g = plan.count_sE.shape[0]
+    A = plan.choice_A.size
+    count_es = _own(plan.count_sE).T.reshape(-1)
+    first_es = _own(plan.first_sE).T.reshape(-1)
+    begin_es = _own(plan.row_sE).T.reshape(-1)
     row_R = p * R + jnp.arange(R, dtype=jnp.int32)
     block_R = jnp.searchsorted(jnp.cumsum(count_es), row_R, side="right", method="compare_all")
-    at = lambda a_es: jnp.take(a_es, block_R, mode="clip")
-    return jnp.where(
-        block_R < count_es.size, block_R % g * A + at(first_es) + row_R - at(begin_es), g * A
-    )
+    sender_R = block_R % g
+    first_R = jnp.take(first_es, block_R, mode="clip")
+    begin_R = jnp.take(begin_es, block_R, mode="clip")
+    choice_R = sender_R * A + first_R + row_R - begin_R
+    return jnp.where(block_R < count_es.size, choice_R, g * A)
 
 
 def _weighted(
     matmul: GroupedMatmul, sizes_e: Array, x_RD: Array, weight_R: Array, *matrices: Array
 ) -> Array:
-    """What the experts make of the rows that arrived.
+    """Return the experts' weighted results for the rows that arrived, [R, D].
 
-    Behind those may be anything: it is never sent.
+    The rows after those may hold anything; they are never sent.
     """
-    return (
-        grouped_mlp(matmul, sizes_e, x_RD, *matrices).astype(jnp.float32) * weight_R[:, None]
-    ).astype(x_RD.dtype)
+    y_RD = grouped_mlp(matmul, sizes_e, x_RD, *matrices).astype(jnp.float32)
+    return (y_RD * weight_R[:, None]).astype(x_RD.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -253,47 +266,44 @@ def _exchanged(
     return _forward(matmul, R, x_mD, weights_mk, ids_mk, *matrices)[0]
 
 
-def _forward(matmul, R, x_mD, weights_mk, ids_mk, *matrices):
+def _forward(
+    matmul: GroupedMatmul, R: int, x_mD: Array, weights_mk: Array, ids_mk: Array, *matrices: Array
+) -> tuple[Array, tuple[Array, ...]]:
     plan = _make_plan(ids_mk, matrices[0].shape[0], R)
-    x_AD, weights_sA = _spread(x_mD, plan), _all_weights(weights_mk, plan)
+    x_AD = _spread(x_mD, plan)
+    weights_sA = _all_weights(weights_mk, plan)
 
     def one_pass(p: Array, y_AD: Array) -> Array:
         window = _window(plan, p, R)
         weight_R = jnp.take(weights_sA, _arrived(plan, p, R), mode="fill", fill_value=0)
-        y_RD = _weighted(
-            matmul, _own(window.size_sE).sum(axis=0), _send(x_AD, window, R), weight_R, *matrices
-        )
+        sizes_e = _own(window.size_sE).sum(axis=0)
+        y_RD = _weighted(matmul, sizes_e, _send(x_AD, window, R), weight_R, *matrices)
         return _send_home(y_RD, y_AD, window)
 
     y_AD = jax.lax.fori_loop(0, plan.passes, one_pass, jnp.zeros_like(x_AD))
     return _add_up(y_AD, plan), (x_mD, weights_mk, ids_mk, *matrices)
 
 
-def _backward(matmul, R, residuals, grad_mD):
+def _backward(
+    matmul: GroupedMatmul, R: int, residuals: tuple[Array, ...], grad_mD: Array
+) -> tuple[Array | None, ...]:
     x_mD, weights_mk, ids_mk, *matrices = residuals
     plan = _make_plan(ids_mk, matrices[0].shape[0], R)
-    x_AD, grad_AD, weights_sA = (
-        _spread(x_mD, plan),
-        _spread(grad_mD, plan),
-        _all_weights(weights_mk, plan),
-    )
+    x_AD = _spread(x_mD, plan)
+    grad_AD = _spread(grad_mD, plan)
+    weights_sA = _all_weights(weights_mk, plan)
 
     def one_pass(p: Array, sums: tuple) -> tuple:
         dx_AD, dweights_sA, dmatrices = sums
-        window, choice_R = _window(plan, p, R), _arrived(plan, p, R)
+        window = _window(plan, p, R)
+        choice_R = _arrived(plan, p, R)
         weight_R = jnp.take(weights_sA, choice_R, mode="fill", fill_value=0)
-        _, pull = jax.vjp(
-            functools.partial(_weighted, matmul, _own(window.size_sE).sum(axis=0)),
-            _send(x_AD, window, R),
-            weight_R,
-            *matrices,
-        )
+        compute = functools.partial(_weighted, matmul, _own(window.size_sE).sum(axis=0))
+        _, pull = jax.vjp(compute, _send(x_AD, window, R), weight_R, *matrices)
         dx_RD, dweight_R, *more = pull(_send(grad_AD, window, R))
-        return (
-            _send_home(dx_RD, dx_AD, window),
-            dweights_sA.at[choice_R].add(dweight_R, mode="drop"),
-            tuple(map(jnp.add, dmatrices, more)),
-        )
+        dx_AD = _send_home(dx_RD, dx_AD, window)
+        dweights_sA = dweights_sA.at[choice_R].add(dweight_R, mode="drop")
+        return dx_AD, dweights_sA, tuple(map(jnp.add, dmatrices, more))
 
     nothing = jnp.zeros_like(x_AD), jnp.zeros_like(weights_sA), tuple(map(jnp.zeros_like, matrices))
     dx_AD, dweights_sA, dmatrices = jax.lax.fori_loop(0, plan.passes, one_pass, nothing)

@@ -1,7 +1,6 @@
-"""The experts themselves: one function, forms behind it that are equal in value and differ in
-speed.
+"""The experts of a mixture: one function, forms behind it that are equal in value.
 
-Dropless in every form.
+They differ in speed. Every form is dropless.
 
 N tokens, D model, E experts, k experts a token, F expert hidden; A = N * k choices (token n, its
 j-th expert), R rows of a pass of a grouped matmul, P rows of all passes.
@@ -23,20 +22,17 @@ from rome.model.ops.experts_cpu import absent_last, experts_sorted
 IMPLEMENTATIONS = ("auto", "dense", "sorted", "ragged", "megablox", "tokamax")
 GROUPED = ("ragged", "megablox", "tokamax")
 DENSE_UP_TO = 128  # tokens; below, sorting costs more than it saves
-MEGABLOX_ROWS, MEGABLOX_COLUMNS = (
-    512,
-    1024,
-)  # a tile of the kernel; both operands and the float32 sum stay in a core's memory
-GroupedMatmul = Callable[
-    [Array, Array, Array], Array
-]  # (rows [R, D] by expert, matrices [E, D, F], rows of each matrix [E]) -> [R, F]
-ROWS_OVER_SHARE, ROWS_MULTIPLE = (
-    1.5,
-    512,
-)  # rows that a part of a mesh makes room for, over the even share of its choices; more of them take another pass
-NO_EXPERT = (
-    -1
-)  # the id of a choice that no expert computes: padding, or beyond an expert's capacity
+# a tile of the kernel; both operands and the float32 sum stay in a core's memory
+MEGABLOX_ROWS = 512
+MEGABLOX_COLUMNS = 1024
+# (rows [R, D] by expert, matrices [E, D, F], rows of each matrix [E]) -> [R, F]
+GroupedMatmul = Callable[[Array, Array, Array], Array]
+# Rows that a part of a mesh makes room for, over the even share of its choices. More choices take
+# another pass.
+ROWS_OVER_SHARE = 1.5
+ROWS_MULTIPLE = 512
+# id of a choice that no expert computes: padding, or beyond an expert's capacity
+NO_EXPERT = -1
 
 
 def experts_within(
@@ -49,36 +45,38 @@ def experts_within(
     implementation: str,
     capacity_factor: float,
 ) -> tuple[Array, Array]:
-    """`experts` with a capacity of capacity_factor * N * k / E choices for each of them, 0 for
-    none; and the ids that ran.
+    """Run `experts` with a capacity for each expert; return its result and the ids that ran.
+
+    An expert takes at most capacity_factor * N * k / E choices; 0 is no limit.
     """
     if capacity_factor:
-        ids_Nk = drop_beyond(
-            ids_Nk, capacity(ids_Nk.size, gate_EDF.shape[0], capacity_factor), gate_EDF.shape[0]
-        )
+        E = gate_EDF.shape[0]
+        ids_Nk = drop_beyond(ids_Nk, capacity(ids_Nk.size, E, capacity_factor), E)
     return experts(x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk, implementation), ids_Nk
 
 
 def capacity(choices: int, E: int, factor: float) -> int:
-    """How many of `choices` one of E experts takes: `factor` times its even share."""
+    """Return how many of `choices` one of E experts takes: `factor` times its even share."""
     return min(choices, math.ceil(factor * choices / E))
 
 
 def room(share: float) -> int:
-    """Rows to make room for where choices are `share` if they lie evenly."""
+    """Return the rows to make room for where `share` choices come if they lie evenly."""
     return math.ceil(ROWS_OVER_SHARE * share / ROWS_MULTIPLE) * ROWS_MULTIPLE
 
 
 def drop_beyond(ids_Nk: Array, most: int, E: int) -> Array:
-    """ids with NO_EXPERT where an expert has `most` choices already; earlier tokens go first.
+    """Replace ids by NO_EXPERT where an expert has `most` choices already.
 
-    What is dropped adds nothing to its token.
+    Earlier tokens go first. A dropped choice adds nothing to its token.
     """
     ids_A = absent_last(ids_Nk, E)
     order_A = jnp.argsort(ids_A, stable=True)
-    start_E = jnp.cumsum(jnp.bincount(ids_A, length=E + 1)) - jnp.bincount(ids_A, length=E + 1)
+    end_E = jnp.cumsum(jnp.bincount(ids_A, length=E + 1))
+    start_E = end_E - jnp.bincount(ids_A, length=E + 1)
     rank_A = jnp.arange(ids_A.size) - start_E[ids_A[order_A]]
-    fits_A = jnp.zeros(ids_A.size, bool).at[order_A].set(rank_A < most, unique_indices=True)
+    nothing_A = jnp.zeros(ids_A.size, bool)
+    fits_A = nothing_A.at[order_A].set(rank_A < most, unique_indices=True)
     return jnp.where(fits_A.reshape(ids_Nk.shape), ids_Nk, NO_EXPERT)
 
 
@@ -92,17 +90,26 @@ def experts(
     implementation: str = "auto",
     rows: int | None = None,
 ) -> Array:
-    """sum_k weight_k * down(silu(gate(x)) * up(x)), each by the expert that its id names; an id
-    outside 0..E-1 names one that is not here and adds nothing.
+    """Return sum_k weight_k * down(silu(gate(x)) * up(x)), each by the expert of its id.
 
-    Dropless in every form.
+    Args:
+      x_ND: tokens.
+      gate_EDF: matrices of all experts.
+      up_EDF: matrices of all experts.
+      down_EFD: matrices of all experts.
+      weights_Nk: gate weights.
+      ids_Nk: an id outside 0..E-1 names an expert that is not here and adds nothing.
+      implementation: "dense" runs every expert on every token; "sorted" is the fast one for many
+        tokens on CPU, where `lax.ragged_dot` ("ragged") costs as much as dense; "megablox" is the
+        kernel of TPUs, "tokamax" of GPUs; "auto" chooses by the number of tokens and the platform.
+      rows: of one pass, for the forms with a grouped matmul, where fewer than N * k choices are
+        likely to be here. It bounds memory; more choices take more passes.
 
-    implementation: "dense" runs every expert on every token; "sorted" is the fast one for many
-    tokens on CPU, where `lax.ragged_dot` ("ragged") costs as much as dense; "megablox" is the
-    kernel of TPUs, "tokamax" of GPUs; "auto" chooses by the number of tokens and the platform.
-    rows: of one pass, for the forms with a grouped matmul, where fewer than N * k choices are
-    likely to be here. Memory is bounded by it; should more
-      be here, there are more passes.
+    Returns:
+      [N, D] in x's dtype.
+
+    Raises:
+      ValueError: the implementation is unknown.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -110,35 +117,31 @@ def experts(
             f" {', '.join(IMPLEMENTATIONS)}"
         )
     if implementation == "auto":
-        many = "sorted" if jax.default_backend() == "cpu" else "ragged"
-        implementation = "dense" if x_ND.shape[0] <= DENSE_UP_TO else many
-    if implementation in ("dense", "sorted"):
-        return {"dense": experts_dense, "sorted": experts_sorted}[implementation](
-            x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk
-        )
-    grouped = {"ragged": experts_ragged, "megablox": experts_megablox, "tokamax": experts_tokamax}[
-        implementation
-    ]
+        implementation = _best_here(x_ND.shape[0])
+    if implementation == "dense":
+        return experts_dense(x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk)
+    if implementation == "sorted":
+        return experts_sorted(x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk)
+    forms = {"ragged": experts_ragged, "megablox": experts_megablox, "tokamax": experts_tokamax}
+    grouped = forms[implementation]
     return grouped(x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk, rows)
 
 
 def experts_dense(
     x_ND: Array, gate_EDF: Array, up_EDF: Array, down_EFD: Array, weights_Nk: Array, ids_Nk: Array
 ) -> Array:
-    """Every expert on every token, times 0 where not chosen.
+    """Run every expert on every token, times 0 where not chosen.
 
-    The oracle; also what the engine decodes with: rows stay apart.
+    The reference for the other forms, and the form that the engine decodes with: a row's result
+    does not depend on the other rows.
     """
     E = gate_EDF.shape[0]
-    weights_EN = jnp.sum(
-        jax.nn.one_hot(ids_Nk, E, dtype=weights_Nk.dtype) * weights_Nk[..., None], axis=1
-    ).T
-    x_END = jnp.broadcast_to(
-        x_ND, (E, *x_ND.shape)
-    )  # one matmul per expert: the weights need no transposed copy
-    hidden_ENF = jax.nn.silu(jnp.einsum("END,EDF->ENF", x_END, gate_EDF)) * jnp.einsum(
-        "END,EDF->ENF", x_END, up_EDF
-    )
+    chosen_NkE = jax.nn.one_hot(ids_Nk, E, dtype=weights_Nk.dtype)
+    weights_EN = jnp.sum(chosen_NkE * weights_Nk[..., None], axis=1).T
+    # one matmul per expert: the weights need no transposed copy
+    x_END = jnp.broadcast_to(x_ND, (E, *x_ND.shape))
+    gate_ENF = jax.nn.silu(jnp.einsum("END,EDF->ENF", x_END, gate_EDF))
+    hidden_ENF = gate_ENF * jnp.einsum("END,EDF->ENF", x_END, up_EDF)
     hidden_ENF = hidden_ENF * weights_EN[..., None].astype(x_ND.dtype)
     return jnp.einsum("ENF,EFD->END", hidden_ENF, down_EFD).sum(axis=0)
 
@@ -152,7 +155,7 @@ def experts_ragged(
     ids_Nk: Array,
     rows: int | None = None,
 ) -> Array:
-    """Choices sorted by expert, multiplied by XLA's own grouped matmul."""
+    """Sort choices by expert and multiply them by XLA's own grouped matmul."""
     return _in_passes(
         jax.lax.ragged_dot, rows, x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk
     )
@@ -168,30 +171,13 @@ def experts_megablox(
     rows: int | None = None,
     interpret: bool = False,
 ) -> Array:
-    """Choices sorted by expert, multiplied by the Pallas kernel of TPUs: it visits only the tiles
-    that belong to an expert.
+    """Sort choices by expert and multiply them by the Pallas kernel of TPUs.
 
-    interpret: run the kernel's program on any device, slowly, for tests.
+    The kernel visits only the tiles that belong to an expert. `interpret` runs its program on any
+    device, slowly, for tests.
     """
-    return _in_passes(
-        functools.partial(_megablox, interpret=interpret),
-        rows,
-        x_ND,
-        gate_EDF,
-        up_EDF,
-        down_EFD,
-        weights_Nk,
-        ids_Nk,
-    )
-
-
-def _megablox(x_RD: Array, w_EDF: Array, sizes_E: Array, interpret: bool = False) -> Array:
-    from jax.experimental.pallas.ops.tpu.megablox import gmm
-
-    tile = max(8, math.gcd(MEGABLOX_ROWS, x_RD.shape[0]))
-    tiling = (tile, min(MEGABLOX_COLUMNS, w_EDF.shape[1]), min(MEGABLOX_COLUMNS, w_EDF.shape[2]))
-    filled_RD = jnp.pad(x_RD, ((0, -x_RD.shape[0] % tile), (0, 0)))
-    return gmm(filled_RD, w_EDF, sizes_E, x_RD.dtype, tiling, interpret=interpret)[: x_RD.shape[0]]
+    matmul = functools.partial(_megablox, interpret=interpret)
+    return _in_passes(matmul, rows, x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk)
 
 
 def experts_tokamax(
@@ -203,15 +189,16 @@ def experts_tokamax(
     ids_Nk: Array,
     rows: int | None = None,
 ) -> Array:
-    """Choices sorted by expert, multiplied by tokamax's kernels (Triton, Mosaic)."""
-    return _in_passes(
-        grouped_matmul("tokamax"), rows, x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk
-    )
+    """Sort choices by expert and multiply them by tokamax's kernels (Triton, Mosaic)."""
+    matmul = grouped_matmul("tokamax")
+    return _in_passes(matmul, rows, x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk)
 
 
 def grouped_matmul(implementation: str) -> GroupedMatmul:
-    """The product that a form of the experts is made of; an error for a form that is made
-    otherwise.
+    """Return the grouped matmul of a form of the experts.
+
+    Raises:
+      ValueError: the form has none.
     """
     if implementation == "tokamax":
         import tokamax  # in requirements-cuda.txt only
@@ -222,12 +209,51 @@ def grouped_matmul(implementation: str) -> GroupedMatmul:
             f"experts implementation {implementation!r} has no grouped matmul; choose one of"
             f" {', '.join(GROUPED)}"
         )
-    return {"ragged": jax.lax.ragged_dot, "megablox": _megablox}[implementation]
+    return _megablox if implementation == "megablox" else jax.lax.ragged_dot
+
+
+def grouped_mlp(
+    matmul: GroupedMatmul,
+    sizes_E: Array,
+    x_RD: Array,
+    gate_EDF: Array,
+    up_EDF: Array,
+    down_EFD: Array,
+) -> Array:
+    """Return down(silu(gate(x)) * up(x)) of rows that are sorted by expert, [R, D].
+
+    Rows after the last expert's may hold anything: the kernel leaves them, and they are never read.
+    """
+    gate_RF = jax.nn.silu(matmul(x_RD, gate_EDF, sizes_E))
+    hidden_RF = gate_RF * matmul(x_RD, up_EDF, sizes_E)
+    return matmul(hidden_RF, down_EFD, sizes_E)
+
+
+def _best_here(tokens: int) -> str:
+    if tokens <= DENSE_UP_TO:
+        return "dense"
+    return "sorted" if jax.default_backend() == "cpu" else "ragged"
+
+
+def _megablox(x_RD: Array, w_EDF: Array, sizes_E: Array, interpret: bool = False) -> Array:
+    from jax.experimental.pallas.ops.tpu.megablox import gmm
+
+    R = x_RD.shape[0]
+    _, D, F = w_EDF.shape
+    tile = max(8, math.gcd(MEGABLOX_ROWS, R))
+    tiling = (tile, min(MEGABLOX_COLUMNS, D), min(MEGABLOX_COLUMNS, F))
+    filled_RD = jnp.pad(x_RD, ((0, -R % tile), (0, 0)))
+    return gmm(filled_RD, w_EDF, sizes_E, x_RD.dtype, tiling, interpret=interpret)[:R]
 
 
 class _Plan(NamedTuple):
-    """choice_P: choices in the order of their experts, absent ones last, filled up with A to whole
-    passes. place_Nk: where each choice stands there.
+    """The order in which choices are computed.
+
+    Attributes:
+      choice_P: choices in the order of their experts, absent ones last; filled up with A to whole
+        passes.
+      place_Nk: place of each choice in that order; -1 for absent ones.
+      end_E: where each expert's choices end in it.
     """
 
     choice_P: Array
@@ -245,8 +271,9 @@ def _in_passes(
     weights_Nk: Array,
     ids_Nk: Array,
 ) -> Array:
-    R = min(ids_Nk.size, rows or ids_Nk.size)
-    return _grouped(matmul, -(-R // 8) * 8, x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk)
+    wanted = min(ids_Nk.size, rows or ids_Nk.size)
+    R = -(-wanted // 8) * 8
+    return _grouped(matmul, R, x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -260,55 +287,59 @@ def _grouped(
     weights_Nk: Array,
     ids_Nk: Array,
 ) -> Array:
-    """The experts by a grouped matmul, R rows at a time, in as many passes as the choices that are
-    here need: nothing is dropped, and an array of all N * k rows never exists.
+    """Run the experts by a grouped matmul, R rows at a time.
 
-    The backward pass computes each pass again.
+    In as many passes as the choices that are here need: nothing is dropped, and an array of all N *
+    k rows never exists. The backward pass computes each pass again.
     """
     return _grouped_forward(matmul, R, x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk)[0]
 
 
-def _grouped_forward(matmul, R, x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk):
+def _grouped_forward(
+    matmul: GroupedMatmul,
+    R: int,
+    x_ND: Array,
+    gate_EDF: Array,
+    up_EDF: Array,
+    down_EFD: Array,
+    weights_Nk: Array,
+    ids_Nk: Array,
+) -> tuple[Array, tuple[Array, ...]]:
     plan = _plan(ids_Nk, gate_EDF.shape[0], R)
 
     def one_pass(p: Array, out_ND: Array) -> Array:
         x_RD = _rows_of(x_ND, _choices(plan, p, R), ids_Nk.shape[1])
-        return out_ND + _home(
-            grouped_mlp(matmul, _sizes(plan, p, R), x_RD, gate_EDF, up_EDF, down_EFD),
-            plan,
-            p,
-            weights_Nk,
-        )
+        y_RD = grouped_mlp(matmul, _sizes(plan, p, R), x_RD, gate_EDF, up_EDF, down_EFD)
+        return out_ND + _sum_by_token(y_RD, plan, p, weights_Nk)
 
-    out_ND = jax.lax.fori_loop(0, _passes(plan, R), one_pass, jnp.zeros(x_ND.shape, jnp.float32))
+    nothing_ND = jnp.zeros(x_ND.shape, jnp.float32)
+    out_ND = jax.lax.fori_loop(0, _passes(plan, R), one_pass, nothing_ND)
     return out_ND.astype(x_ND.dtype), (x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk)
 
 
-def _grouped_backward(matmul, R, residuals, grad_ND):
+def _grouped_backward(
+    matmul: GroupedMatmul, R: int, residuals: tuple[Array, ...], grad_ND: Array
+) -> tuple[Array | None, ...]:
     x_ND, *weights, weights_Nk, ids_Nk = residuals
-    k, plan = ids_Nk.shape[1], _plan(ids_Nk, weights[0].shape[0], R)
+    k = ids_Nk.shape[1]
+    plan = _plan(ids_Nk, weights[0].shape[0], R)
     ones_Nk = jnp.ones_like(weights_Nk)
 
     def one_pass(p: Array, sums: tuple) -> tuple:
         dx_ND, dweights, dweights_Nk = sums
         choice_R = _choices(plan, p, R)
-        y_RD, pull = jax.vjp(
-            functools.partial(grouped_mlp, matmul, _sizes(plan, p, R)),
-            _rows_of(x_ND, choice_R, k),
-            *weights,
-        )
+        mlp = functools.partial(grouped_mlp, matmul, _sizes(plan, p, R))
+        y_RD, pull = jax.vjp(mlp, _rows_of(x_ND, choice_R, k), *weights)
         grad_RD = _rows_of(grad_ND, choice_R, k)
         weight_R = jnp.take(weights_Nk.reshape(-1), choice_R, mode="fill", fill_value=0)
         dx_RD, *more = pull(grad_RD * weight_R[:, None].astype(grad_RD.dtype))
-        dweight_R1 = jnp.sum(
-            y_RD.astype(jnp.float32) * grad_RD.astype(jnp.float32), axis=-1, keepdims=True
-        )
+        product_RD = y_RD.astype(jnp.float32) * grad_RD.astype(jnp.float32)
+        dweight_R1 = jnp.sum(product_RD, axis=-1, keepdims=True)
         place_Nk = _place_in(plan, p, R)
-        return (
-            dx_ND + _home(dx_RD, plan, p, ones_Nk),
-            jax.tree.map(jnp.add, dweights, tuple(more)),
-            dweights_Nk + jnp.take(dweight_R1[:, 0], place_Nk, mode="fill", fill_value=0),
-        )
+        dx_ND = dx_ND + _sum_by_token(dx_RD, plan, p, ones_Nk)
+        dweights = jax.tree.map(jnp.add, dweights, tuple(more))
+        more_Nk = jnp.take(dweight_R1[:, 0], place_Nk, mode="fill", fill_value=0)
+        return dx_ND, dweights, dweights_Nk + more_Nk
 
     nothing = (
         jnp.zeros(x_ND.shape, jnp.float32),
@@ -322,37 +353,19 @@ def _grouped_backward(matmul, R, residuals, grad_ND):
 _grouped.defvjp(_grouped_forward, _grouped_backward)
 
 
-def grouped_mlp(
-    matmul: GroupedMatmul,
-    sizes_E: Array,
-    x_RD: Array,
-    gate_EDF: Array,
-    up_EDF: Array,
-    down_EFD: Array,
-) -> Array:
-    """Rows behind the last expert's are left to the kernel, which may leave anything there: they
-    are never read.
-    """
-    return matmul(
-        jax.nn.silu(matmul(x_RD, gate_EDF, sizes_E)) * matmul(x_RD, up_EDF, sizes_E),
-        down_EFD,
-        sizes_E,
-    )
-
-
 def _plan(ids_Nk: Array, E: int, R: int) -> _Plan:
     ids_A = absent_last(ids_Nk, E)
     A = ids_A.size
     choice_A = jnp.argsort(ids_A, stable=True).astype(jnp.int32)
-    place_A = (
-        jnp.zeros(A, jnp.int32)
-        .at[choice_A]
-        .set(jnp.arange(A, dtype=jnp.int32), unique_indices=True)
-    )
-    end_E = jnp.cumsum(jnp.bincount(ids_A, length=E + 1)[:E], dtype=jnp.int32)
+    nowhere_A = jnp.zeros(A, jnp.int32)
+    order_A = jnp.arange(A, dtype=jnp.int32)
+    place_A = nowhere_A.at[choice_A].set(order_A, unique_indices=True)
+    sizes_E = jnp.bincount(ids_A, length=E + 1)[:E]
+    end_E = jnp.cumsum(sizes_E, dtype=jnp.int32)
     here_A = jnp.arange(A) < end_E[-1]
     choice_P = jnp.pad(jnp.where(here_A, choice_A, A), (0, -A % R), constant_values=A)
-    return _Plan(choice_P, jnp.where(ids_A < E, place_A, -1).reshape(ids_Nk.shape), end_E)
+    place_Nk = jnp.where(ids_A < E, place_A, -1).reshape(ids_Nk.shape)
+    return _Plan(choice_P, place_Nk, end_E)
 
 
 def _passes(plan: _Plan, R: int) -> Array:
@@ -364,32 +377,31 @@ def _choices(plan: _Plan, p: Array, R: int) -> Array:
 
 
 def _sizes(plan: _Plan, p: Array, R: int) -> Array:
-    """Rows of each expert in pass p."""
+    """Return the rows of each expert in pass p."""
     end_E = jnp.clip(plan.end_E - p * R, 0, R)
     return jnp.diff(end_E, prepend=0)
 
 
 def _place_in(plan: _Plan, p: Array, R: int) -> Array:
-    """The row of each choice in pass p; R, past the end, where it has none."""
+    """Return the row of each choice in pass p; R, past the end, where it has none."""
     place_Nk = plan.place_Nk - p * R
     return jnp.where((plan.place_Nk >= 0) & (place_Nk >= 0) & (place_Nk < R), place_Nk, R)
 
 
 def _rows_of(x_ND: Array, choice_R: Array, k: int) -> Array:
-    return jnp.take(
-        x_ND, choice_R // k, axis=0, mode="fill", fill_value=0
-    )  # choice A belongs to token N, past the end
+    # choice A belongs to token N, past the end
+    return jnp.take(x_ND, choice_R // k, axis=0, mode="fill", fill_value=0)
 
 
-def _home(y_RD: Array, plan: _Plan, p: Array, weights_Nk: Array) -> Array:
-    """[N, D] float32: for each token the weighted rows of its choices in pass p.
+def _sum_by_token(y_RD: Array, plan: _Plan, p: Array, weights_Nk: Array) -> Array:
+    """Sum for each token the weighted rows of its choices in pass p, [N, D] float32.
 
     One choice after the other: [N, k, D] never exists.
     """
     place_Nk = _place_in(plan, p, y_RD.shape[0])
-    taken = (
-        jnp.take(y_RD, place_Nk[:, j], axis=0, mode="fill", fill_value=0).astype(jnp.float32)
-        * weights_Nk[:, j, None]
-        for j in range(place_Nk.shape[1])
-    )
-    return functools.reduce(jnp.add, taken)
+
+    def weighted_row(j: int) -> Array:
+        row_ND = jnp.take(y_RD, place_Nk[:, j], axis=0, mode="fill", fill_value=0)
+        return row_ND.astype(jnp.float32) * weights_Nk[:, j, None]
+
+    return functools.reduce(jnp.add, map(weighted_row, range(place_Nk.shape[1])))

@@ -1,18 +1,17 @@
-"""Experts on a mesh: each device holds its share of them, and the tokens of a group travel round
-the ring of the `expert` axis.
+"""Experts on a mesh: each device holds its share of them, and tokens travel round a ring.
 
 B rows, T time, D model, E experts of all, e experts of one device (E = g * e), g devices of the
 expert axis, F expert hidden, k experts a token, n tokens of one device.
 
-Every device starts with its own tokens. A round adds to their sum what this device's experts make
-of the tokens that are here now, while those tokens are already on the way to the neighbour; after g
-rounds and one more hop the sums are home. That moves what gathering the group's tokens and
-scattering the sums back (all_gather, psum_scatter) would move, but holds the tokens of one device
-at a time, so that memory does not grow with the group, and it hides the transfer behind the
-matmuls. One half of the tokens goes round each way: both directions of a link are in use. Nothing
-is dropped, whatever the load, unless the config sets a capacity. Large groups of TPUs send each
-choice to its expert's device alone instead (`rome.model.ops.expert_exchange`, which says when that
-is less).
+The ring is that of the `expert` axis. Every device starts with its own tokens. A round adds this
+device's experts' part to the sums of the tokens that are here now, while those tokens are already
+on the way to the neighbour; after g rounds and one more hop the sums are home. That moves as much
+as gathering the group's tokens and scattering the sums back (all_gather, psum_scatter), but holds
+the tokens of one device at a time, so that memory does not grow with the group, and it hides the
+transfer behind the matmuls. One half of the tokens goes round each way: both directions of a link
+are in use. Nothing is dropped, whatever the load, unless the config sets a capacity. Large groups
+of TPUs send each choice to its expert's device alone instead (`rome.model.ops.expert_exchange`,
+which says when that is less).
 
 Weights lie split over fsdp, sequence and tensor too: gathered over the first two before use (their
 gradients are summed and split again on the way back), partial sums over tensor added at the end.
@@ -21,6 +20,7 @@ gradients are summed and split again on the way back), partial sums over tensor 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -52,12 +52,25 @@ def experts_on_mesh(
     capacity_factor: float,
     form: str = "ring",
 ) -> tuple[Array, Array]:
-    """`rome.model.ops.experts.experts_within` over the current mesh; rows lie as RULES says,
-    weights as PARAM_AXES does.
+    """Run `rome.model.ops.experts.experts_within` over the current mesh.
 
-    form: "ring", or "all_to_all": each choice is sent to its expert's device alone
-    (`rome.model.ops.expert_exchange`), on TPUs only. Without a capacity it equals one device's
-    result. With one, each device's tokens have a share of every expert's capacity of their own.
+    Without a capacity the result equals one device's. With one, each device's tokens have their own
+    share of every expert's capacity.
+
+    Args:
+      x_BTD: rows as RULES lays them out.
+      gate_EDF: matrices, here and below laid out as `rome.model.params.PARAM_AXES` says.
+      up_EDF: matrices.
+      down_EFD: matrices.
+      weights_BTk: gate weights.
+      ids_BTk: expert ids; NO_EXPERT adds nothing.
+      implementation: as for `experts`.
+      capacity_factor: as for `experts_within`.
+      form: "ring", or "all_to_all": each choice is sent to its expert's device alone
+        (`rome.model.ops.expert_exchange`), on TPUs only.
+
+    Returns:
+      The sums [B, T, D] and the ids that ran [B, T, k].
     """
     run = functools.partial(
         _on_each_device, implementation=implementation, capacity_factor=capacity_factor, form=form
@@ -81,17 +94,20 @@ def _on_each_device(
     capacity_factor: float,
     form: str,
 ) -> tuple[Array, Array]:
-    e, E = gate_eDF.shape[0], gate_eDF.shape[0] * jax.lax.axis_size("expert")
-    gate_eDF, up_eDF = (gather(w, axis=1, over=RULES["embed"]) for w in (gate_eDF, up_eDF))
+    e = gate_eDF.shape[0]
+    E = e * jax.lax.axis_size("expert")
+    gate_eDF = gather(gate_eDF, axis=1, over=RULES["embed"])
+    up_eDF = gather(up_eDF, axis=1, over=RULES["embed"])
     down_eFD = gather(down_eFD, axis=2, over=RULES["embed"])
     x_nD, weights_nk, ids_nk = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, weights_BTk, ids_BTk))
     rows = room(ids_nk.size * e / E)
     if capacity_factor:
         each = capacity(ids_nk.size, E, capacity_factor)
-        ids_nk, rows = drop_beyond(ids_nk, each, E), e * each
+        ids_nk = drop_beyond(ids_nk, each, E)
+        rows = e * each
 
-    # the backward pass computes a round again: kept are the tokens that came by, not what the
-    # experts made of them
+    # The backward pass computes a round again: it keeps the tokens that came by, not the experts'
+    # results for them.
     @jax.checkpoint
     def local_sum(
         x_nD: Array,
@@ -102,56 +118,43 @@ def _on_each_device(
         down_eFD: Array,
     ) -> Array:
         here_nk = ids_nk - jax.lax.axis_index("expert") * e
-        return experts(
-            x_nD,
-            gate_eDF,
-            up_eDF,
-            down_eFD,
-            weights_nk,
-            jnp.where(ids_nk < 0, NO_EXPERT, here_nk),
-            implementation,
-            rows,
-        )
+        local_nk = jnp.where(ids_nk < 0, NO_EXPERT, here_nk)
+        return experts(x_nD, gate_eDF, up_eDF, down_eFD, weights_nk, local_nk, implementation, rows)
 
     if form == "all_to_all" and e < E:
-        out_nD = exchange(
-            grouped_matmul(implementation), x_nD, weights_nk, ids_nk, gate_eDF, up_eDF, down_eFD
-        )
+        matmul = grouped_matmul(implementation)
+        out_nD = exchange(matmul, x_nD, weights_nk, ids_nk, gate_eDF, up_eDF, down_eFD)
     else:
-        out_nD = _round_the_ring(
-            lambda tokens: local_sum(*tokens, gate_eDF, up_eDF, down_eFD),
-            (x_nD, weights_nk, ids_nk),
-        )
+
+        def run_experts(tokens: Tokens) -> Array:
+            return local_sum(*tokens, gate_eDF, up_eDF, down_eFD)
+
+        out_nD = _round_the_ring(run_experts, (x_nD, weights_nk, ids_nk))
     return jax.lax.psum(out_nD, "tensor").reshape(x_BTD.shape), ids_nk.reshape(ids_BTk.shape)
 
 
-def _round_the_ring(local_sum, tokens: Tokens) -> Array:
-    """The sum over the devices of the expert axis of local_sum(tokens), for each device's own
-    tokens.
-    """
+def _round_the_ring(local_sum: Callable[[Tokens], Array], tokens: Tokens) -> Array:
+    """Return for each device's own tokens the sum of local_sum over the devices of the ring."""
     g = jax.lax.axis_size("expert")
     if g == 1:
         return local_sum(tokens)
     half = tokens[0].shape[0] // 2  # 0 for a single token: then everything goes one way
+    onward = [(device, (device + 1) % g) for device in range(g)]
+    backward = [(device, (device - 1) % g) for device in range(g)]
 
-    def hop(values):
-        onward = [(d, (d + 1) % g) for d in range(g)]
-        backward = [(d, (d - 1) % g) for d in range(g)]
-        ways = ((slice(None, half), onward), (slice(half, None), backward))
-        return jax.tree.map(
-            lambda a: jnp.concatenate(
-                [
-                    jax.lax.ppermute(a[part], "expert", way)
-                    for part, way in ways
-                    if half or way is backward
-                ]
-            ),
-            values,
-        )
+    def hop(a: Array) -> Array:
+        moved = []
+        if half:
+            moved.append(jax.lax.ppermute(a[:half], "expert", onward))
+        moved.append(jax.lax.ppermute(a[half:], "expert", backward))
+        return jnp.concatenate(moved)
+
+    def hop_all(tokens: Tokens) -> Tokens:
+        return jax.tree.map(hop, tokens)
 
     def round_(carry: tuple[Tokens, Array], _: None) -> tuple[tuple[Tokens, Array], None]:
         tokens, sum_nD = carry
-        return (hop(tokens), hop(sum_nD) + local_sum(tokens)), None
+        return (hop_all(tokens), hop(sum_nD) + local_sum(tokens)), None
 
     (_, sum_nD), _ = jax.lax.scan(round_, (tokens, jnp.zeros_like(tokens[0])), length=g)
     return hop(sum_nD)

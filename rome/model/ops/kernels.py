@@ -1,16 +1,15 @@
-"""Which form of attention and of the experts a platform runs: chosen by measure, overridden by
-name, refused with the reason.
+"""The choice of kernels: which form of attention and experts a platform runs.
+
+Chosen by measurement, overridden by name; a form that cannot run is refused with the reason.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from typing import NamedTuple
 
 from rome.model.config import ModelConfig
-from rome.model.ops import attention, experts
-from rome.model.ops import experts_on_mesh as expert_parallel
+from rome.model.ops import attention, experts, experts_on_mesh
 from rome.model.ops.expert_exchange import is_worthwhile
 
 ONLY_ON = {
@@ -20,12 +19,17 @@ ONLY_ON = {
     "tokamax": "gpu",
     "all_to_all": "tpu",
 }
-LANES = 128  # of a TPU's vector unit; splash wants heads of whole lanes
+LANES = 128  # of a TPU's vector unit; splash needs heads of whole lanes
 
 
 class Kernels(NamedTuple):
-    """Names as in `rome.model.ops.attention.attention`, `rome.model.ops.experts.experts` and, for
-    how tokens reach their experts on a mesh, `rome.model.ops.experts_on_mesh.experts_on_mesh`.
+    """Names of the forms that a model runs.
+
+    Attributes:
+      attention: as in `rome.model.ops.attention.attention`.
+      experts: as in `rome.model.ops.experts.experts`.
+      exchange: how tokens reach their experts on a mesh, as in
+        `rome.model.ops.experts_on_mesh.experts_on_mesh`.
     """
 
     attention: str = "auto"
@@ -33,42 +37,34 @@ class Kernels(NamedTuple):
     exchange: str = "auto"
 
 
+AUTO = Kernels()
+
+
 def choose_kernels(
     platform: str,
     config: ModelConfig,
-    wanted: Kernels = Kernels(),
+    wanted: Kernels = AUTO,
     group: int = 1,
     extent: tuple[int, ...] = (),
 ) -> Kernels:
-    """Replaces "auto" by the best form for `platform` ("cpu", "gpu", "tpu": of the mesh's devices,
-    which need not be this process's own).
+    """Replace "auto" by the best form for a platform.
 
-    group: devices of the mesh's expert axis. extent: of the chips that these extend over, as of
-    `rome.model.sharding.extent`. Raises: ValueError for a name that is unknown or cannot run there.
+    Args:
+      platform: "cpu", "gpu" or "tpu": of the mesh's devices, which need not be this process's own.
+      config: the model.
+      wanted: names; "auto" leaves the choice to this function.
+      group: devices of the mesh's expert axis.
+      extent: chips that these extend over, as of `rome.model.sharding.extent`.
+
+    Raises:
+      ValueError: a name is unknown or cannot run on the platform.
     """
-    for kind, name, known in zip(
-        Kernels._fields,
-        wanted,
-        (attention.IMPLEMENTATIONS, experts.IMPLEMENTATIONS, expert_parallel.FORMS),
-    ):
-        if name not in known:
-            raise ValueError(
-                f"learner.{kind}={name!r} is unknown. Choose one of {', '.join(known)}."
-            )
-        if ONLY_ON.get(name, platform) != platform:
-            raise ValueError(
-                f"learner.{kind}={name!r} runs on {ONLY_ON[name]} only, and the mesh's devices are"
-                f" {platform}. Set it to 'auto'."
-            )
-        if name == "tokamax" and importlib.util.find_spec("tokamax") is None:
-            raise ValueError(
-                f"learner.{kind}='tokamax' needs the package tokamax, which is not installed."
-                " Install requirements-cuda.txt, or set it to 'auto'."
-            )
-    best = {"tpu": functools.partial(_on_tpu, group=group, extent=extent), "gpu": _on_gpu}.get(
-        platform, lambda config: Kernels(exchange="ring")
-    )(config)
-    chosen = Kernels(*(ours if name == "auto" else name for name, ours in zip(wanted, best)))
+    known = (attention.IMPLEMENTATIONS, experts.IMPLEMENTATIONS, experts_on_mesh.FORMS)
+    for kind, name, names in zip(Kernels._fields, wanted, known, strict=True):
+        _check_runs(kind, name, names, platform)
+    best = _best(platform, config, group, extent)
+    pairs = zip(wanted, best, strict=True)
+    chosen = Kernels(*(ours if name == "auto" else name for name, ours in pairs))
     if chosen.exchange != "all_to_all" or chosen.experts in experts.GROUPED:
         return chosen
     if wanted.exchange == "auto":
@@ -80,17 +76,32 @@ def choose_kernels(
     )
 
 
-def _on_tpu(config: ModelConfig, group: int, extent: tuple[int, ...]) -> Kernels:
-    exchange = "all_to_all" if is_worthwhile(config.experts_per_token, group, extent) else "ring"
-    return Kernels("splash" if config.head_dim % LANES == 0 else "blocked", "megablox", exchange)
+def _check_runs(kind: str, name: str, names: tuple[str, ...], platform: str) -> None:
+    if name not in names:
+        raise ValueError(f"learner.{kind}={name!r} is unknown. Choose one of {', '.join(names)}.")
+    if ONLY_ON.get(name, platform) != platform:
+        raise ValueError(
+            f"learner.{kind}={name!r} runs on {ONLY_ON[name]} only, and the mesh's devices are"
+            f" {platform}. Set it to 'auto'."
+        )
+    if name == "tokamax" and not _has_tokamax():
+        raise ValueError(
+            f"learner.{kind}='tokamax' needs the package tokamax, which is not installed."
+            " Install requirements-cuda.txt, or set it to 'auto'."
+        )
 
 
-def _on_gpu(config: ModelConfig) -> Kernels:
-    """XLA's own ragged_dot, which is taken where tokamax is not installed, computes every expert
-    there up to jaxlib 0.10.2.
-    """
-    return Kernels(
-        "cudnn" if config.dtype == "bfloat16" else "blocked",
-        "tokamax" if importlib.util.find_spec("tokamax") else "ragged",
-        "ring",
-    )
+def _best(platform: str, config: ModelConfig, group: int, extent: tuple[int, ...]) -> Kernels:
+    if platform == "tpu":
+        attention_form = "splash" if config.head_dim % LANES == 0 else "blocked"
+        sends = is_worthwhile(config.experts_per_token, group, extent)
+        return Kernels(attention_form, "megablox", "all_to_all" if sends else "ring")
+    if platform == "gpu":
+        attention_form = "cudnn" if config.dtype == "bfloat16" else "blocked"
+        # XLA's own ragged_dot computes every expert on a GPU, up to jaxlib 0.10.2.
+        return Kernels(attention_form, "tokamax" if _has_tokamax() else "ragged", "ring")
+    return Kernels(exchange="ring")
+
+
+def _has_tokamax() -> bool:
+    return importlib.util.find_spec("tokamax") is not None

@@ -10,9 +10,12 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 
 class PlacedCausalMask(masks.CausalMask):
-    """A query sees the keys up to its own place.
+    """A mask in which a query sees the keys up to its own place.
 
     The kernel computes the mask from the places: a [T, T] array never exists.
+
+    Args:
+      places_T: place of each query.
     """
 
     def __init__(self, places_T: np.ndarray):
@@ -20,13 +23,16 @@ class PlacedCausalMask(masks.CausalMask):
         self.q_sequence = places_T  # the name under which the kernel looks for it
 
     def __getitem__(self, idx: tuple[slice, slice]) -> np.ndarray:
-        """A block of the mask.
+        """Return a block of the mask.
 
-        Blocks that are all alike, nearly all of a long row's, are not compared place by place.
+        Blocks of one value, nearly all of a long row's, are not compared place by place.
         """
-        places, keys = self.q_sequence[idx[0]], range(*idx[1].indices(self.shape[1]))
+        query_slice, key_slice = idx
+        places = self.q_sequence[query_slice]
+        keys = range(*key_slice.indices(self.shape[1]))
+        shape = (places.size, len(keys))
         if keys.start > places.max():
-            return np.zeros((places.size, len(keys)), bool)
+            return np.zeros(shape, bool)
         if keys.stop - 1 <= places.min():
-            return np.ones((places.size, len(keys)), bool)
+            return np.ones(shape, bool)
         return super().__getitem__(idx)

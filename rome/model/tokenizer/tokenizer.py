@@ -3,8 +3,9 @@
 Two kinds of directory load: one with a tokenizer.json (Hugging Face `tokenizers`), or one with
 Qwen's own `qwen.tiktoken` (byte-pair ranks) and tokenizer_config.json (the added tokens).
 
-Control tokens (`<|im_start|>`, `<tool_call>`, ...) come from this file's templates, never from text
-of others: `encode` spells them out letter by letter unless it is told that the text may hold them.
+Control tokens (`<|im_start|>`, `<tool_call>`, ...) come from this file's templates, never from
+untrusted text: `encode` spells them out letter by letter unless the caller says that the text may
+hold them.
 A rollout is never rendered again: `Chat` gives the ids to append.
 """
 
@@ -16,7 +17,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import tokenizers
@@ -28,6 +29,16 @@ QWEN_PATTERN = (
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+# Qwen3's template around the schemas of the tools.
+_TOOLS_HEAD = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are"
+    " provided with function signatures within <tools></tools> XML tags:\n<tools>"
+)
+_TOOLS_TAIL = (
+    "\n</tools>\n\nFor each function call, return a json object with function name and arguments"
+    " within "
+)
+
 
 class Tokenizer:
     """Byte-level BPE with added tokens. Ids below `vocab_size` decode; every text encodes."""
@@ -37,49 +48,51 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self._added = {token.content: number for number, token in added.items()}
         self._special = {token.content for token in added.values() if token.special}
-        self._added_pattern = re.compile(
-            "|".join(re.escape(content) for content in sorted(self._added, key=len, reverse=True))
-            or r"(?!)"
-        )
+        longest_first = sorted(self._added, key=len, reverse=True)
+        escaped = "|".join(map(re.escape, longest_first))
+        self._added_pattern = re.compile(escaped or r"(?!)")
+        # for untrusted text: the same merges, and no control token to be found
         document = json.loads(backend.to_str())
-        document[
-            "added_tokens"
-        ] = []  # for text of others: the same merges, and no control token to be found
+        document["added_tokens"] = []
         self._plain = tokenizers.Tokenizer.from_str(json.dumps(document))
-        self.im_start, self.im_end, self.pad = (
-            self.id_of(content) for content in ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
-        )
+        self.im_start = self.id_of("<|im_start|>")
+        self.im_end = self.id_of("<|im_end|>")
+        self.pad = self.id_of("<|endoftext|>")
         self.eos = self.im_end
-        self.vocab_size = (
-            max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        )  # one more than the largest id
+        largest_id = max(backend.get_vocab(with_added_tokens=True).values())
+        self.vocab_size = largest_id + 1
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Tokenizer:
-        """Reads tokenizer.json, or qwen.tiktoken with tokenizer_config.json.
+        """Read tokenizer.json, or qwen.tiktoken with tokenizer_config.json.
 
-        Raises FileNotFoundError when neither is there.
+        Raises:
+          FileNotFoundError: neither is there.
+          ValueError: the files do not belong together or are damaged.
         """
         directory = pathlib.Path(directory)
-        if (directory / "tokenizer.json").is_file():
-            return cls(tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")))
-        if (directory / "qwen.tiktoken").is_file() and (
-            directory / "tokenizer_config.json"
-        ).is_file():
-            return cls(
-                _from_tiktoken(directory / "qwen.tiktoken", directory / "tokenizer_config.json")
-            )
+        whole = directory / "tokenizer.json"
+        if whole.is_file():
+            return cls(tokenizers.Tokenizer.from_file(str(whole)))
+        ranks = directory / "qwen.tiktoken"
+        config = directory / "tokenizer_config.json"
+        if ranks.is_file() and config.is_file():
+            return cls(_from_tiktoken(ranks, config))
         raise FileNotFoundError(
             f"no tokenizer in {directory}; expected tokenizer.json, or qwen.tiktoken and"
             " tokenizer_config.json"
         )
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes tokenizer.json, which `load` and Hugging Face read."""
+        """Write tokenizer.json, which `load` and Hugging Face read."""
         self._backend.save(str(pathlib.Path(directory) / "tokenizer.json"))
 
     def id_of(self, content: str) -> int:
-        """The id of an added token. Raises ValueError when this tokenizer has none of that name."""
+        """Return the id of an added token.
+
+        Raises:
+          ValueError: this tokenizer has none of that name.
+        """
         if content not in self._added:
             raise ValueError(
                 f"tokenizer has no added token {content!r}; it has"
@@ -88,40 +101,44 @@ class Tokenizer:
         return self._added[content]
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """Ids of a text.
+        """Return the ids of a text.
 
         Without `allow_special` no id is a control token's, whatever the text spells.
         """
-        return (
-            self.join(self._split(text))
-            if allow_special
-            else self._plain.encode(text, add_special_tokens=False).ids
-        )
+        if allow_special:
+            return self.join(self._split(text))
+        return self._plain.encode(text, add_special_tokens=False).ids
 
     def encode_turn(self, text: str) -> list[int]:
-        """Ids of an assistant's turn, as the model would have sampled it: `<tool_call>` and its
-        kind are tokens, `<|im_end|>` is not.
+        """Return the ids of an assistant's turn, as the model would have sampled it.
+
+        Tool markers such as `<tool_call>` become their tokens; a text that spells `<|im_end|>`, or
+        another special token, does not.
         """
         return self.join(self._split(text, keep=self._special))
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        """The text of ids. `skip_special` leaves out `<|im_end|>` and its kind, not `<tool_call>`.
+        """Return the text of ids.
 
-        A model's vocabulary is often padded beyond the tokenizer's, and an untrained model samples
-        there: such an id reads as U+FFFD.
+        `skip_special` leaves out special tokens such as `<|im_end|>`, not `<tool_call>`. A model's
+        vocabulary is often padded beyond the tokenizer's, and an untrained model samples there:
+        such an id reads as U+FFFD.
         """
-        text = []
-        for known, run in itertools.groupby(ids, lambda number: 0 <= number < self.vocab_size):
-            run = list(run)
-            text.append(
-                self._backend.decode(run, skip_special_tokens=skip_special)
-                if known
-                else "\ufffd" * len(run)
-            )
-        return "".join(text)
+
+        def is_known(number: int) -> bool:
+            return 0 <= number < self.vocab_size
+
+        texts = []
+        for known, run in itertools.groupby(ids, is_known):
+            numbers = list(run)
+            if known:
+                texts.append(self._backend.decode(numbers, skip_special_tokens=skip_special))
+            else:
+                texts.append("\ufffd" * len(numbers))
+        return "".join(texts)
 
     def join(self, parts: Sequence[str | int]) -> list[int]:
-        """Ids of plain texts and control ids in order.
+        """Return the ids of plain texts and control ids in order.
 
         Neighbouring texts are encoded as one: merges may cross their border.
         """
@@ -136,8 +153,8 @@ class Tokenizer:
             text = ""
         return ids[:-1]
 
-    def _split(self, text: str, keep: set[str] = frozenset()) -> list[str | int]:
-        """The text cut at its control tokens; those in `keep` stay text."""
+    def _split(self, text: str, keep: Collection[str] = ()) -> list[str | int]:
+        """Cut the text at its control tokens; those in `keep` stay text."""
         parts: list[str | int] = []
         end = 0
         for match in self._added_pattern.finditer(text):
@@ -148,13 +165,14 @@ class Tokenizer:
 
 
 class Chat:
-    """Qwen3's chat format.
+    """Qwen3's chat format: each method returns ids to append; nothing is rendered twice.
 
-    Each method gives ids to append to what is there; nothing is rendered twice.
-
-    With `tools` the first turn tells the model their schemas and the form of a call, as Qwen3's
-    template does. Without tools and system text there is no system turn: a small model learns the
-    form from its training data instead.
+    Args:
+      tokenizer: of the model.
+      tools: schemas. The first turn tells them to the model with the form of a call, as Qwen3's
+        template does. Without tools and system text there is no system turn: a small model learns
+        the form from its training data instead.
+      system: system text.
     """
 
     def __init__(
@@ -164,30 +182,31 @@ class Chat:
         system: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self._tools, self._system = tools, system
+        self._tools = tools
+        self._system = system
 
     def open(self, user: str) -> list[int]:
-        """From nothing through `<|im_start|>assistant` and its newline, where the model begins to
-        write.
+        """Return the ids of a new chat, up to `<|im_start|>assistant` and its newline.
+
+        There the model begins to write.
         """
-        return self.tokenizer.join(
-            [*self._system_turn(), self.tokenizer.im_start, "user\n", user, *self._hand_over()]
-        )
+        user_turn: list[str | int] = [self.tokenizer.im_start, "user\n", user]
+        return self.tokenizer.join([*self._system_turn(), *user_turn, *self._hand_over()])
 
     def turn(self, text: str) -> list[int]:
-        """An assistant's turn that was not sampled here (an expert's), with the `<|im_end|>` that
-        the model would sample.
+        """Return the ids of an assistant's turn that was not sampled, such as a demonstrator's.
+
+        With the `<|im_end|>` that the model would sample.
         """
         return [*self.tokenizer.encode_turn(text), self.tokenizer.im_end]
 
     def observe(self, results: Sequence[str]) -> list[int]:
-        """After a sampled `<|im_end|>`: its newline, the tool results in one user turn, the next
-        assistant header.
+        """Return the ids that follow a sampled `<|im_end|>`.
+
+        Its newline, the tool results in one user turn, the next assistant header.
         """
-        opening, closing = (
-            self.tokenizer.id_of("<tool_response>"),
-            self.tokenizer.id_of("</tool_response>"),
-        )
+        opening = self.tokenizer.id_of("<tool_response>")
+        closing = self.tokenizer.id_of("</tool_response>")
         parts: list[str | int] = ["\n", self.tokenizer.im_start, "user"]
         for result in results:
             parts += ["\n", opening, "\n", result, "\n", closing]
@@ -197,71 +216,70 @@ class Chat:
         return [self.tokenizer.im_end, "\n", self.tokenizer.im_start, "assistant\n"]
 
     def _system_turn(self) -> list[str | int]:
+        im_start = self.tokenizer.im_start
+        im_end = self.tokenizer.im_end
         if not self._tools:
-            return (
-                [self.tokenizer.im_start, "system\n", self._system, self.tokenizer.im_end, "\n"]
-                if self._system is not None
-                else []
-            )
-        begin, end = self.tokenizer.id_of("<tool_call>"), self.tokenizer.id_of("</tool_call>")
+            if self._system is None:
+                return []
+            return [im_start, "system\n", self._system, im_end, "\n"]
+        begin = self.tokenizer.id_of("<tool_call>")
+        end = self.tokenizer.id_of("</tool_call>")
+        system = "" if self._system is None else f"{self._system}\n\n"
+        schemas = "".join(f"\n{json.dumps(tool, ensure_ascii=False)}" for tool in self._tools)
         return [
-            self.tokenizer.im_start,
-            "system\n",
-            f"{self._system}\n\n" if self._system is not None else "",
-            (
-                "# Tools\n\nYou may call one or more functions to assist with the user"
-                " query.\n\nYou are provided with function signatures within <tools></tools> XML"
-                " tags:\n<tools>"
-            ),
-            *(f"\n{json.dumps(tool, ensure_ascii=False)}" for tool in self._tools),
-            (
-                "\n</tools>\n\nFor each function call, return a json object with function name and"
-                " arguments within "
-            ),
+            im_start,
+            f"system\n{system}{_TOOLS_HEAD}{schemas}{_TOOLS_TAIL}",
             begin,
             end,
             " XML tags:\n",
             begin,
             '\n{"name": <function-name>, "arguments": <args-json-object>}\n',
             end,
-            self.tokenizer.im_end,
+            im_end,
             "\n",
         ]
 
 
-# -- Qwen's own file
-# -------------------------------------------------------------------------------------------------
+def byte_level(pattern: str) -> pre_tokenizers.PreTokenizer:
+    """Return a pre-tokenizer that cuts text by the pattern and spells pieces in byte letters.
+
+    Merges stay inside a piece.
+    """
+    split = pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated")
+    spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([split, spell])
 
 
 def _from_tiktoken(ranks_file: pathlib.Path, config_file: pathlib.Path) -> tokenizers.Tokenizer:
-    """The byte-pair merges are not in a tiktoken file, only the order of the tokens: each token's
-    last merge is found again from that order.
+    """Build a tokenizer from Qwen's own files.
+
+    A tiktoken file holds no byte-pair merges, only the order of the tokens: each token's last merge
+    is found again from that order.
     """
-    ranks = {
-        base64.b64decode(token): int(rank)
-        for token, rank in (line.split() for line in ranks_file.read_bytes().splitlines() if line)
-    }
+    ranks: dict[bytes, int] = {}
+    for line in ranks_file.read_bytes().splitlines():
+        if line:
+            token, rank = line.split()
+            ranks[base64.b64decode(token)] = int(rank)
     letters = _byte_letters()
-    merges = [
-        tuple(_spelling(part, letters) for part in _last_merge(token, rank, ranks))
-        for token, rank in ranks.items()
-        if len(token) > 1
-    ]
-    backend = tokenizers.Tokenizer(
-        models.BPE(
-            vocab={_spelling(token, letters): rank for token, rank in ranks.items()}, merges=merges
-        )
-    )
+    vocabulary: dict[str, int] = {}
+    merges: list[tuple[str, str]] = []
+    for token, number in ranks.items():
+        vocabulary[_spelling(token, letters)] = number
+        if len(token) > 1:
+            left, right = _last_merge(token, number, ranks)
+            merges.append((_spelling(left, letters), _spelling(right, letters)))
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = byte_level(QWEN_PATTERN)
     backend.decoder = decoders.ByteLevel()
     added = json.loads(config_file.read_text())["added_tokens_decoder"]
-    backend.add_tokens(
-        [
-            tokenizers.AddedToken(entry["content"], special=entry["special"], normalized=False)
-            for _, entry in sorted(added.items(), key=lambda item: int(item[0]))
-        ]
-    )
+    added_tokens = []
+    for _, entry in sorted(added.items(), key=lambda item: int(item[0])):
+        special = entry["special"]
+        added_token = tokenizers.AddedToken(entry["content"], special=special, normalized=False)
+        added_tokens.append(added_token)
+    backend.add_tokens(added_tokens)
     for number, entry in added.items():
         if backend.token_to_id(entry["content"]) != int(number):
             raise ValueError(
@@ -271,44 +289,37 @@ def _from_tiktoken(ranks_file: pathlib.Path, config_file: pathlib.Path) -> token
     return backend
 
 
-def byte_level(pattern: str) -> pre_tokenizers.PreTokenizer:
-    """Cuts the text by the pattern, then spells each piece in byte letters; merges stay inside a
-    piece.
-    """
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
 def _last_merge(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two parts that BPE joins last to make the token: merge the bytes in order of rank, with
-    ranks below the token's own.
+    """Return the two parts that BPE joins last to make the token.
+
+    Found by merging its bytes in order of rank, with ranks below the token's own.
     """
-    parts = [token[i : i + 1] for i in range(len(token))]
+    parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
-        candidates = [(ranks.get(parts[i] + parts[i + 1], rank), i) for i in range(len(parts) - 1)]
-        best, i = min(candidates)
+        ranked = []
+        for place, (left, right) in enumerate(itertools.pairwise(parts)):
+            ranked.append((ranks.get(left + right, rank), place))
+        best, place = min(ranked)
         if best >= rank:
             raise ValueError(
                 f"token {token!r} of rank {rank} cannot be made from tokens of lower rank; the"
                 " ranks file is damaged"
             )
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        parts[place : place + 2] = [parts[place] + parts[place + 1]]
     return parts[0], parts[1]
 
 
 def _byte_letters() -> dict[int, str]:
-    """GPT-2's printable letter for each byte: printable ones stand for themselves, the others
-    follow from U+0100.
+    """Return GPT-2's printable letter for each byte.
+
+    Printable ones stand for themselves, the others follow from U+0100.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {
-        byte: chr(0x100 + i) for i, byte in enumerate(others)
-    }
+    letters = {byte: chr(byte) for byte in printable}
+    for number, byte in enumerate(others):
+        letters[byte] = chr(0x100 + number)
+    return letters
 
 
 def _spelling(token: bytes, letters: dict[int, str]) -> str:

@@ -1,1 +1,1 @@
-"""Predict the throughput and staleness of rollouts before a pod is rented."""
+"""Prediction of the throughput and staleness of rollouts, before a pod is rented."""

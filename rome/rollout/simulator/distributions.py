@@ -1,7 +1,4 @@
-"""Distributions of what a simulated pod does: seconds, tokens, turns.
-
-Fixed, lognormal, or recorded.
-"""
+"""Distributions of what a simulated pod does in a turn: seconds and tokens, and turns."""
 
 from __future__ import annotations
 
@@ -13,15 +10,20 @@ import numpy as np
 
 
 class Distribution(Protocol):
-    """Positive numbers: seconds, tokens or turns."""
+    """A distribution of numbers from 0: seconds, tokens or turns."""
 
-    mean: float
+    @property
+    def mean(self) -> float:
+        """The expected value of a draw."""
 
-    def draw(self, rng: np.random.Generator, size: int) -> np.ndarray: ...
+    def draw(self, rng: np.random.Generator, size: int) -> np.ndarray:
+        """Return `size` independent draws, [size] float64."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Constant:
+    """A distribution that always gives the same value."""
+
     value: float
 
     @property
@@ -34,18 +36,24 @@ class Constant:
 
 @dataclasses.dataclass(frozen=True)
 class Lognormal:
-    """By its mean (not its median) and the standard deviation of its logarithm."""
+    """A lognormal distribution.
+
+    Args:
+      mean: its mean (not its median).
+      sigma: standard deviation of its logarithm.
+    """
 
     mean: float
     sigma: float
 
     def draw(self, rng: np.random.Generator, size: int) -> np.ndarray:
-        return rng.lognormal(math.log(self.mean) - self.sigma**2 / 2, self.sigma, size)
+        mean_of_log = math.log(self.mean) - self.sigma**2 / 2
+        return rng.lognormal(mean_of_log, self.sigma, size)
 
 
 @dataclasses.dataclass(frozen=True)
 class Recorded:
-    """What was measured, drawn again with replacement."""
+    """Measured values, drawn with replacement."""
 
     samples: tuple[float, ...]
 

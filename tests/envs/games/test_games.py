@@ -1,4 +1,4 @@
-"""Every game: seeded, winnable by its expert, deaf to no text, copyable in the middle."""
+"""Every game: seeded, winnable by its demonstrator, deaf to no text, copyable in the middle."""
 
 import copy
 
@@ -11,7 +11,7 @@ from envs.games.base import as_answer
 from envs.gem import format_tool_call, make
 
 NAMES = sorted(GAMES)
-SLOW_EXPERTS = {"game/sokoban-10x10"}  # seconds of search in the worst case
+SLOW_DEMONSTRATORS = {"game/sokoban-10x10"}  # seconds of search in the worst case
 MARKUP = st.sampled_from(
     [
         "<answer>",
@@ -41,36 +41,36 @@ TURNS = st.lists(st.one_of(MARKUP, st.text(max_size=6)), max_size=8).map("".join
 
 
 def play(env, seed=None, turns=10**9):
-    """(rewards, ending) of the expert's episode."""
+    """(rewards, ending) of the demonstrator's episode."""
     env.reset(seed)
     rewards, info = [], {}
     while "ending" not in info and len(rewards) < turns:
-        _, reward, _, _, info = env.step(env.expert_action())
+        _, reward, _, _, info = env.step(env.demonstrator_action())
         rewards.append(reward)
     return rewards, info.get("ending")
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in NAMES if name not in SLOW_EXPERTS and "slippery" not in name]
+    "name", [name for name in NAMES if name not in SLOW_DEMONSTRATORS and "slippery" not in name]
 )
-def test_the_expert_wins_every_game(name):
+def test_the_demonstrator_wins_every_game(name):
     env = make(name)
     assert [play(env, seed)[1] for seed in range(12)] == ["success"] * 12
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if "slippery" not in name])
-def test_the_expert_wins_hundreds_of_games(name):
+def test_the_demonstrator_wins_hundreds_of_games(name):
     env = make(name)
     lost = [
         seed
-        for seed in range(300 if name not in SLOW_EXPERTS else 60)
+        for seed in range(300 if name not in SLOW_DEMONSTRATORS else 60)
         if play(env, seed)[1] != "success"
     ]
     assert lost == []
 
 
-def test_the_expert_wins_most_slippery_games():
+def test_the_demonstrator_wins_most_slippery_games():
     env = make("game/frozen_lake-slippery")
     assert (
         sum(play(env, seed)[1] == "success" for seed in range(30)) >= 24
@@ -131,7 +131,7 @@ def test_a_megabyte_of_markup_is_read_in_linear_time(name, text):
 @pytest.mark.parametrize("name", NAMES)
 def test_turns_without_an_action_end_at_max_turns_and_cost_the_penalty(name):
     env = make(name, format_penalty=-0.5)
-    observation, _ = env.reset(seed=0)
+    env.reset(seed=0)
     results = [env.step("I do not know") for _ in range(env.max_turns)]
     assert [result[3] for result in results] == [False] * (env.max_turns - 1) + [True]
     assert not any(result[2] for result in results)
@@ -173,7 +173,7 @@ def test_spawn_without_state_is_a_new_game_of_the_same_settings():
 def test_get_state_and_set_state_go_back():
     env = make("game/tower_of_hanoi")
     env.reset(seed=2)
-    state, move = env.get_state(), env.expert_action()
+    state, move = env.get_state(), env.demonstrator_action()
     first = env.step(move)
     env.set_state(state)
     assert env.step(move) == first

@@ -64,7 +64,7 @@ def test_slippery_ice_goes_to_either_side_and_never_back():
     )  # 300 each; 60 is more than 4 standard deviations
 
 
-def test_the_slippery_experts_chances_solve_bellmans_equation():
+def test_the_slippery_demonstrators_chances_solve_bellmans_equation():
     env = FrozenLake(is_slippery=True)
     env.reset(seed=8)
     chances = env._best_chances()
@@ -128,7 +128,7 @@ def test_a_dead_sokoban_position_has_no_plan():
         floor=frozenset(itertools.product(range(1, 4), repeat=2)), targets=frozenset({(2, 2)})
     )
     env.player, env.boxes = (2, 2), {(1, 1)}
-    assert solve(env.room, env.player, frozenset(env.boxes)) is None is env.expert_action()
+    assert solve(env.room, env.player, frozenset(env.boxes)) is None is env.demonstrator_action()
 
 
 def test_sokoban_looks_and_pays_as_gym_sokoban_does():
@@ -175,7 +175,7 @@ def test_sokoban_rewards_without_shaping_are_the_outcome():
     env.reset(seed=3)
     rewards = [env.step("nothing")[1]]
     while not env._over:
-        rewards.append(env.step(env.expert_action())[1])
+        rewards.append(env.step(env.demonstrator_action())[1])
     assert rewards == [0.0] * (len(rewards) - 1) + [1.0]
 
 
@@ -195,10 +195,9 @@ def test_sokoban_rooms_are_whole(seed, rows, columns, boxes):
     assert all(0 < row < rows - 1 and 0 < column < columns - 1 for row, column in env.room.floor)
 
 
-def test_hanoi_experts_solution_is_a_shortest_one():
-    distance = {
-        ("C", "C", "C"): 0
-    }  # towers of disks 1, 2, 3: breadth-first search from the goal, whose moves can all be taken back
+def test_hanoi_demonstrators_solution_is_a_shortest_one():
+    # The towers of disks 1, 2 and 3. Moves can be undone, so the search starts at the goal.
+    distance = {("C", "C", "C"): 0}
     queue = deque(distance)
     while queue:
         state = queue.popleft()
@@ -252,9 +251,9 @@ def test_the_marks_of_a_guess():
 def test_marks_count_each_letter_of_the_secret_once(secret, guess):
     marks = mark(secret, guess)
     for letter in set(guess):
-        marked = sum(m != "X" for m, guessed in zip(marks, guess) if guessed == letter)
+        marked = sum(m != "X" for m, guessed in zip(marks, guess, strict=True) if guessed == letter)
         assert marked == min(secret.count(letter), guess.count(letter))
-    assert all((m == "G") == (a == b) for m, a, b in zip(marks, secret, guess))
+    assert all((m == "G") == (a == b) for m, a, b in zip(marks, secret, guess, strict=True))
 
 
 def test_the_word_list_is_one():
@@ -281,7 +280,7 @@ def test_halving_finds_every_number_in_time(low, width, seed):
     env = GuessTheNumber(min_number=low, max_number=low + width)
     env.reset(seed=seed)
     while not env._over:
-        info = env.step(env.expert_action())[4]
+        info = env.step(env.demonstrator_action())[4]
     assert info["ending"] == "success"
 
 

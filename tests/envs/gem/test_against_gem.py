@@ -178,7 +178,7 @@ def test_gems_vectors_over_ours_are_our_vectors(async_mode, wrappers):
             actions = {index: actions[index] for index in draw.sample(range(len(ids)), 3)}
         there, here = theirs.step(actions), mine.step(actions)
         assert there[0] == here[0] and without_finals(here[4]) == there[4]
-        for one, other in zip(there[1:4], here[1:4]):
+        for one, other in zip(there[1:4], here[1:4], strict=True):
             assert one.dtype == other.dtype and one.tolist() == other.tolist()
         ended += sum("final_obs" in info for info in here[4])
     assert ended > 5
@@ -199,7 +199,7 @@ def test_our_vectors_over_gems_environments():
             ]
         )
     assert results[0][0] == results[1][0]
-    for there, here in zip(results[0][1:], results[1][1:]):
+    for there, here in zip(results[0][1:], results[1][1:], strict=True):
         assert (there[0], there[4]) == (here[0], without_finals(here[4])) and [
             one.tolist() for one in there[1:4]
         ] == [one.tolist() for one in here[1:4]]
@@ -211,7 +211,7 @@ def test_our_vectors_over_gems_environments():
 
 def test_gems_loops_play_our_environments(capsys):
     env = ours.make("game/guess_the_number", seed=4)
-    run_and_print_episode(env, lambda observation: env.expert_action())
+    run_and_print_episode(env, lambda observation: env.demonstrator_action())
     assert "terminated:  True truncated:  False" in capsys.readouterr().out
     vector = ours.make_vec(["game/frozen_lake"] * 3, seed=1)
     run_and_print_episode(

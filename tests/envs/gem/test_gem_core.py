@@ -41,7 +41,7 @@ def test_reset_takes_the_seed_by_position_and_by_keyword():
 
 def test_a_textual_entry_point_is_imported_by_make_only():
     register("echo/late", "envs.nowhere.at_all:Echo")
-    with pytest.raises(ImportError, match="envs.nowhere"):
+    with pytest.raises(ImportError, match=r"envs\.nowhere"):
         make("echo/late")
 
 
@@ -64,5 +64,5 @@ def test_an_unknown_id_is_refused_and_its_neighbours_are_named():
 
 
 def test_a_malformed_entry_point_is_refused_at_once():
-    with pytest.raises(ValueError, match="package.module:Name"):
+    with pytest.raises(ValueError, match=r"package\.module:Name"):
         register("echo/bad", "envs.gem.core.Env")

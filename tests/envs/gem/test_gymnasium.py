@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 import envs.tasks.terminal  # noqa: F401  (registers the terminal families)
 from envs.games import GAMES
 from envs.gem import make
-from envs.gem.gymnasium import AnyText, FromGymnasium, ToGymnasium, _create, _read, _write
+from envs.gem.gymnasium import FromGymnasium, ToGymnasium
+from envs.gem.text_space import AnyText, _create, _read, _write
 from envs.rock import SandboxConfig
 from tests.envs.gem.worlds import Counter
 
@@ -71,7 +72,8 @@ def test_gymnasiums_vectors_run_our_games(build):
         vector = build()
     try:
         observations, _ = vector.reset(seed=[5, 6, 7])
-        assert observations == tuple(env.reset(seed=seed)[0] for env, seed in zip(alone, (5, 6, 7)))
+        for env, seed, observation in zip(alone, (5, 6, 7), observations, strict=True):
+            assert observation == env.reset(seed=seed)[0]
         for action in ("Up", "Left", "nonsense √", "Down"):
             observations, rewards, terminated, truncated, _ = vector.step((action,) * 3)
             expected = [env.step(action) for env in alone]
@@ -148,7 +150,18 @@ def test_frozen_lake_of_gymnasium_is_a_gem_environment():
 @given(
     text=st.text()
     | st.sampled_from(
-        ["4", "-1", "9" * 5000, "٣", "<answer>", "</answer><answer>", "\\boxed{}", "1.0", "True"]
+        [
+            "4",
+            "-1",
+            "--1",
+            "9" * 5000,
+            "٣",
+            "<answer>",
+            "</answer><answer>",
+            "\\boxed{}",
+            "1.0",
+            "True",
+        ]
     )
 )
 def test_any_text_is_an_action_for_them_too(text):
@@ -205,6 +218,6 @@ def test_both_ways_and_back():
     there = FromGymnasium(ToGymnasium(make("game/tower_of_hanoi")), instruction="x")
     here = make("game/tower_of_hanoi")
     assert there.reset(seed=2)[0] == "x\n" + here.reset(seed=2)[0]
-    action = here.expert_action()
+    action = here.demonstrator_action()
     content = action.removeprefix("<answer>").removesuffix("</answer>")
     assert there.step(action)[:4] == here.step(content)[:4]

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from envs.games import GAMES
 from envs.gem import core, format_tool_call, make, make_vec, register
 from envs.gem.remote import RemoteEnv, RemoteEnvError
-from envs.gem.server import ERRORS, PREFIX, GemService
+from envs.gem.server import PREFIX, GemService
+from envs.gem.server_json import ERRORS
 from envs.rock import SandboxConfig, SandboxError, sync
 
 TOKEN = "a token of the test"
@@ -54,11 +55,12 @@ def ask(url, method, body=None, *, token=TOKEN, data=None, verb="POST", path=Non
 
     async def request():
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        async with aiohttp.ClientSession(headers=headers) as http:
-            async with http.request(
-                verb, url + (path or f"{PREFIX}/{method}"), json=body, data=data
-            ) as response:
-                return response.status, json.loads(await response.read())
+        address = url + (path or f"{PREFIX}/{method}")
+        async with (
+            aiohttp.ClientSession(headers=headers) as http,
+            http.request(verb, address, json=body, data=data) as response,
+        ):
+            return response.status, json.loads(await response.read())
 
     return sync.run(request(), 60)
 
@@ -79,7 +81,7 @@ def test_an_episode_in_rocks_words():
             200,
             {"observation": observation, "info": json.loads(json.dumps(info))},
         )
-        action = local.expert_action()
+        action = local.demonstrator_action()
         observation, reward, terminated, truncated, info = local.step(action)
         assert ask(url, "step", {**made, "action": action}) == (
             200,

@@ -59,12 +59,14 @@ class Louder(EnvWrapper):
 
 gem.register("coin", Coin, sides=2)
 env = gem.make(env_id="coin")
-assert [env.reset(seed=3) and env.side for _ in range(2)] == [env.reset(seed=3) and env.side] * 2  # the global seed
+sides = [env.reset(seed=3) and env.side for _ in range(2)]  # drawn from the global generator
+assert sides == [env.reset(seed=3) and env.side] * 2
 env = ToolEnvWrapper(Louder(env), tools=[Oracle()], tool_reward=0.1)
 assert env.reset(seed=1)[0] == "GUESS\\nask" and env.sides == 2
 assert env.step("ask")[:2] == ("no idea", 0.1)
 assert env.step(str(env.unwrapped.side))[1] == 1.0
-vec = make_vec(["coin"] * 3, wrappers=[Louder, *get_wrapper_fns("concat,episode_tracking")], async_mode=True, seed=0)
+wrappers = [Louder, *get_wrapper_fns("concat,episode_tracking")]
+vec = make_vec(["coin"] * 3, wrappers=wrappers, async_mode=True, seed=0)
 assert isinstance(vec, AsyncVectorEnv)
 assert vec.reset()[0] == ["GUESS\\n0 or 1?"] * 3
 obs, reward, terminated, truncated, info = vec.step(["0", "1", "0"])

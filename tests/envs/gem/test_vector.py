@@ -38,10 +38,9 @@ def test_a_vector_of_games_plays_like_the_games_alone(kind):
     alone = [make("game/frozen_lake", seed=seed) for seed in seeds]
     together = vector(kind, [make("game/frozen_lake", seed=seed) for seed in seeds])
     observations, infos = together.reset(seed=seeds)
-    assert [(observation, info) for observation, info in zip(observations, infos)] == [
-        env.reset(seed=seed) for env, seed in zip(alone, seeds)
-    ]
-    for turn in range(40):
+    for env, seed, *begun in zip(alone, seeds, observations, infos, strict=True):
+        assert tuple(begun) == env.reset(seed=seed)
+    for _ in range(40):
         actions = [env.sample_random_action() for env in alone]
         observations, rewards, terminated, truncated, infos = together.step(actions)
         for i, env in enumerate(alone):
@@ -109,7 +108,7 @@ def test_some_of_the_environments_can_be_stepped_in_any_order(kind):
 def test_wrong_actions_and_seeds_are_refused(kind):
     together = vector(kind, [Counter(), Counter()])
     for actions in (["a"], ["a"] * 3, "ab", {2: "a"}, {-1: "a"}):
-        with pytest.raises(ValueError, match="2 environments|0 to 1"):
+        with pytest.raises(ValueError, match=r"2 environments|0 to 1"):
             together.step(actions)
     with pytest.raises(ValueError, match="3 seeds"):
         together.reset(seed=[1, 2, 3])
@@ -152,7 +151,7 @@ def test_a_vector_does_not_wait_for_ever():
 
     for kind in (AsyncVectorEnv, AsyncioVectorEnv):
         release.clear()
-        together = vector(kind, [Counter(), Hangs()], timeout_s=0.2)
+        together = vector(kind, [Counter(), Hangs()], timeout_seconds=0.2)
         together.reset()
         with pytest.raises(TimeoutError):
             together.step(["a", "a"])

@@ -125,7 +125,7 @@ def test_a_wrapper_shows_the_environments_attributes_as_they_are_now():
         and "turn" in dir(env)
     )
     with pytest.raises(AttributeError, match="nothing"):
-        env.nothing
+        _ = env.nothing
     env.close()
     assert env.unwrapped.closed == 1
 

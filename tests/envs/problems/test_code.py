@@ -36,20 +36,20 @@ def submit_all(jobs):
     return asyncio.run(everything())
 
 
-def expert(env):
-    return env.expert_action()
+def demonstrator(env):
+    return env.demonstrator_action()
 
 
 def test_every_reference_passes_its_hidden_inputs():
     assert {
-        one[:2] for one in submit_all([(family, "hard", 1, expert) for family in FAMILIES])
+        one[:2] for one in submit_all([(family, "hard", 1, demonstrator) for family in FAMILIES])
     } == {(1.0, "success")}
 
 
 @pytest.mark.slow
 def test_hundreds_of_references_pass_and_cheats_do_not():
     jobs = [
-        (family, level, seed, expert)
+        (family, level, seed, demonstrator)
         for family in FAMILIES
         for level in LEVELS
         for seed in range(10)
@@ -105,6 +105,7 @@ def test_hacks_earn_nothing_and_the_note_says_why():
             submit_all(
                 [("inversions", "medium", 2, f"```python\n{code}\n```") for code in HACKS.values()]
             ),
+            strict=True,
         )
     )
     assert {outcome[:2] for outcome in outcomes.values()} == {(0.0, "failure")}, outcomes
@@ -115,7 +116,7 @@ def test_hacks_earn_nothing_and_the_note_says_why():
 
 
 def test_a_run_past_its_time_is_a_timeout_and_a_lost_sandbox_no_ones_failure(monkeypatch):
-    monkeypatch.setattr(code_module, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr(code_module, "TIMEOUT_SECONDS", 0.5)
     (outcome,) = submit_all([("inversions", "easy", 0, "```python\nwhile True: pass\n```")])
     assert outcome[:2] == (0.0, "timeout")
 
@@ -130,7 +131,7 @@ def test_a_run_past_its_time_is_a_timeout_and_a_lost_sandbox_no_ones_failure(mon
             pass
 
     monkeypatch.setattr(code_module, "Sandbox", Lost)
-    (outcome,) = submit_all([("inversions", "easy", 0, expert)])
+    (outcome,) = submit_all([("inversions", "easy", 0, demonstrator)])
     assert outcome == (0.0, "infra_sandbox", "SandboxError: no sandbox")
 
 

@@ -123,7 +123,8 @@ def check_dice(text, answer):
 def check_polygon_area(text, answer):
     corners = [(int(x), int(y)) for x, y in re.findall(r"\((-?\d+), (-?\d+)\)", text)]
     triangles = [
-        abs(a[0] * b[1] - a[1] * b[0]) for a, b in zip(corners, corners[1:] + corners[:1])
+        abs(a[0] * b[1] - a[1] * b[0])
+        for a, b in zip(corners, corners[1:] + corners[:1], strict=True)
     ]  # with the origin, which lies inside
     assert F(sum(triangles), 2) == answer[0] > 0
 
@@ -162,14 +163,14 @@ def test_the_answer_is_right_by_another_way(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_expert_earns_1_and_nothing_and_cheats_earn_0(family):
+def test_the_demonstrator_earns_1_and_nothing_and_cheats_earn_0(family):
     for level in LEVELS:
         env = make(f"rome:math/{family}-{level}")
         texts = set()
         for seed in range(8):
             texts.add(env.reset(seed)[0])
-            observation, reward, terminated, truncated, info = env.step(
-                f"So the answer is {env.expert_action()}"
+            _, reward, terminated, truncated, info = env.step(
+                f"So the answer is {env.demonstrator_action()}"
             )
             assert (reward, terminated, truncated, info["ending"], info["correct"]) == (
                 1.0,
@@ -197,6 +198,6 @@ def test_endings_and_settings():
         MathEnv(family="x")
     env.reset(seed=5)
     assert (
-        env.spawn(same_state=True).step(env.expert_action())[1] == 1.0
+        env.spawn(same_state=True).step(env.demonstrator_action())[1] == 1.0
         and env.spawn(seed=5).reset()[0] == env.problem
     )

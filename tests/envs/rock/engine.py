@@ -95,29 +95,29 @@ def running_engine() -> collections.abc.Iterator[Engine]:
         pytest.skip(obstacle)
     place = pathlib.Path(tempfile.mkdtemp(prefix="rock-engine-"))
     before = os.environ.get("DOCKER_HOST")
-    log = open(place / "log", "wb")
     # Neither a bridge nor firewall rules: sandboxes have no network, and the machine's own are left
     # alone.
-    daemon = subprocess.Popen(
-        [
-            "dockerd",
-            "--data-root",
-            str(place / "root"),
-            "--exec-root",
-            str(place / "exec"),
-            "-p",
-            str(place / "pid"),
-            "-H",
-            f"unix://{place}/docker.sock",
-            "--bridge",
-            "none",
-            "--iptables=false",
-        ],
-        stdout=log,
-        stderr=log,
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    with open(place / "log", "wb") as log:
+        daemon = subprocess.Popen(
+            [
+                "dockerd",
+                "--data-root",
+                str(place / "root"),
+                "--exec-root",
+                str(place / "exec"),
+                "-p",
+                str(place / "pid"),
+                "-H",
+                f"unix://{place}/docker.sock",
+                "--bridge",
+                "none",
+                "--iptables=false",
+            ],
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
     try:
         host = f"unix://{place}/docker.sock"
         client = _wait_until_it_answers(docker, host, daemon, place / "log")
@@ -132,7 +132,6 @@ def running_engine() -> collections.abc.Iterator[Engine]:
         if before is not None:
             os.environ["DOCKER_HOST"] = before
         _end(daemon, place)
-        log.close()
         _remove(place)
 
 

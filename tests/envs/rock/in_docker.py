@@ -29,6 +29,6 @@ def config(engine: Engine, **fields) -> SandboxConfig:
 
 
 def containers() -> list[str]:
-    from envs.rock.docker import container
+    from envs.rock.docker.engine import engine as docker_engine
 
-    return [one["Id"] for one in container.engine().client.containers(all=True)]
+    return [one["Id"] for one in docker_engine().client.containers(all=True)]

@@ -174,11 +174,16 @@ def test_a_thousand_sandboxes_leave_nothing_behind():
 _MANAGER = """
 import asyncio, os, sys
 sys.path.insert(0, {repository!r})
-from envs.rock import Sandbox, SandboxConfig, launcher
+from envs.rock import Sandbox, SandboxConfig
+from envs.rock.embedded import zygote_client
 async def main():
-    sandboxes = [Sandbox(SandboxConfig(isolation="best_available", tier={tier!r})) for _ in range(3)]
+    config = SandboxConfig(isolation="best_available", tier={tier!r})
+    sandboxes = [Sandbox(config) for _ in range(3)]
     await asyncio.gather(*(sandbox.start() for sandbox in sandboxes))
-    running = [asyncio.create_task(sandbox.execute("setsid sleep {mark} & sleep {mark}", timeout=600)) for sandbox in sandboxes]
+    command = "setsid sleep {mark} & sleep {mark}"
+    running = [
+        asyncio.create_task(sandbox.execute(command, timeout=600)) for sandbox in sandboxes
+    ]
     await asyncio.sleep(0.3)
     print(zygote_client._zygote._process.pid, flush=True)
     await asyncio.gather(*running)
@@ -249,7 +254,7 @@ def test_directories_without_permissions_are_removed_too(tier):
                 "mkdir -p a/b; ln -s / a/b/root; touch a/b/f; chmod 0 a/b a; ln -s / l; cd $TMPDIR"
                 " && mkdir -m 0 t"
             )
-            return str(sandbox._slot)
+            return str(sandbox._backend._slot)
 
     slot = asyncio.run(work())  # others may run sandboxes here, too
     assert slot not in os.listdir(STATE)
@@ -276,7 +281,8 @@ def test_a_sandbox_whose_holder_is_killed_says_so():
                 await sandbox.execute("true")
             return children
 
-    assert _eventually(lambda children=asyncio.run(work()): not any(map(_alive, children)))
+    children = asyncio.run(work())
+    assert _eventually(lambda: not any(map(_alive, children)))
 
 
 def test_loops_in_many_threads_share_one_zygote():
@@ -322,7 +328,7 @@ def test_synchronous_callers_share_a_background_loop():
         with pytest.raises(TimeoutError):
             sync.run(sandbox.execute("sleep 1000"), 0.2)
         assert sync.run(sandbox.execute("echo again"), 60).stdout == "again\n"
-        with pytest.raises(SandboxError, match="sync.run"):
+        with pytest.raises(SandboxError, match=r"sync\.run"):
             asyncio.run(sandbox.execute("true"))
     finally:
         sync.run(sandbox.stop(), 60)
@@ -361,9 +367,11 @@ def test_a_forked_process_starts_a_zygote_of_its_own():
     program = textwrap.dedent(f"""
         import asyncio, os, sys
         sys.path.insert(0, {REPOSITORY!r})
-        from envs.rock import Sandbox, SandboxConfig, launcher
+        from envs.rock import Sandbox, SandboxConfig
+        from envs.rock.embedded import zygote_client
         async def echo():
-            async with Sandbox(SandboxConfig(isolation="best_available", tier="namespaces")) as sandbox:
+            config = SandboxConfig(isolation="best_available", tier="namespaces")
+            async with Sandbox(config) as sandbox:
                 return (await sandbox.execute("echo hi")).stdout, zygote_client._zygote._process.pid
         first = asyncio.run(echo())
         child = os.fork()
@@ -429,12 +437,19 @@ def test_an_ordinary_user_has_sandboxes_too_and_is_told_what_is_missing(tier, tm
         program = textwrap.dedent(f"""
             import asyncio, json, os
             from envs.rock import IsolationError, Sandbox, SandboxConfig, probe
+            deeds = (
+                "id -u; echo x > f; setsid sleep 4242 & cat f; cat {code}/secret;"
+                " kill -9 {os.getpid()}; kill -9 -1"
+            )
             async def main():
-                async with Sandbox(SandboxConfig(isolation="best_available", tier={tier!r})) as sandbox:
-                    first = await sandbox.execute("id -u; echo x > f; setsid sleep 4242 & cat f; cat {code}/secret; kill -9 {os.getpid()}; kill -9 -1", timeout=20)
+                config = SandboxConfig(isolation="best_available", tier={tier!r})
+                async with Sandbox(config) as sandbox:
+                    first = await sandbox.execute(deeds, timeout=20)
                     await sandbox.execute("mkdir -p locked/in; chmod 0 locked")
                     await sandbox.write_file("a/b", "c")
-                    verified = await sandbox.verify("cat f a/b $VERIFIER_FILES/k", files={{"k": b"!"}})
+                    verified = await sandbox.verify(
+                        "cat f a/b $VERIFIER_FILES/k", files={{"k": b"!"}}
+                    )
                     slow = await sandbox.execute("setsid sleep 4242 & sleep 4242", timeout=0.3)
                     return first.stdout, verified.stdout, slow.timed_out
             report = probe(tier={tier!r})
@@ -442,7 +457,8 @@ def test_an_ordinary_user_has_sandboxes_too_and_is_told_what_is_missing(tier, tm
                 asyncio.run(Sandbox(SandboxConfig(isolation="required")).start()); refusal = ""
             except IsolationError as error:
                 refusal = str(error)
-            print(json.dumps([asyncio.run(main()), sorted(report.guarantees), report.banner(), refusal]))
+            guarantees = sorted(report.guarantees)
+            print(json.dumps([asyncio.run(main()), guarantees, report.banner(), refusal]))
             """)
         pathlib.Path(code, "secret").write_text("SECRET")
         os.chown(f"{code}/secret", 64321, 64321)

@@ -152,7 +152,7 @@ def test_every_denied_call_is_denied_and_the_filter_fits_a_pipe():
     for column, name in enumerate(seccomp.ARCHITECTURES):
         program = seccomp.build(name, network=False)
         assert len(program) < 4096
-        for numbers in (*seccomp._DENIED.values(), *seccomp._SHARED_IPC.values()):
+        for numbers in (*seccomp.DENIED.values(), *seccomp.SHARED_IPC.values()):
             if numbers[column] is not None:
                 assert decide(program, seccomp.ARCHITECTURES[name], numbers[column]) == refused(
                     errno.EPERM

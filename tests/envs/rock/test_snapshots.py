@@ -32,8 +32,10 @@ def run(work):
     return asyncio.run(asyncio.wait_for(work(), 60))
 
 
-MAKE = """mkdir -p a/b; echo one > a/b/f; ln -s a/b/f link; ln -s /nowhere dangling; printf 'x' > 'odd name
-'; chmod 640 a/b/f; chmod 0 a; touch -d 2001-02-03 old; echo t > ${TMPDIR:-/tmp}/t; mkfifo pipe; head -c 2000000 /dev/zero > zeros; echo '#!/bin/sh
+MAKE = """mkdir -p a/b; echo one > a/b/f; ln -s a/b/f link; ln -s /nowhere dangling
+printf 'x' > 'odd name
+'; chmod 640 a/b/f; chmod 0 a; touch -d 2001-02-03 old; echo t > ${TMPDIR:-/tmp}/t; mkfifo pipe
+head -c 2000000 /dev/zero > zeros; echo '#!/bin/sh
 echo ran' > tool; chmod +x tool"""
 SHOW = (
     "chmod 700 a; stat -c '%n %a %Y' a/b/f old tool | sed 's/f 640 .*/f 640/'; cat link; readlink"
@@ -71,7 +73,7 @@ def test_a_sandbox_that_starts_from_a_snapshot_has_its_files_and_not_its_fifos(c
     )
 
 
-def test_a_snapshot_outlives_its_sandbox_and_many_start_from_it_at_once_and_it_goes_when_it_is_deleted_and_unused(
+def test_a_snapshot_outlives_its_sandbox_many_start_from_it_and_it_goes_when_deleted_and_unused(
     config,
 ):
     before = snapshots()

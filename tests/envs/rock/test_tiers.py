@@ -5,30 +5,31 @@ import pathlib
 
 import pytest
 
-from envs.rock import IsolationError, SandboxError, probe, tiers
+from envs.rock import IsolationError, SandboxError, probe
+from envs.rock.embedded import probe as embedded_probe
 from envs.rock.host import cgroups
 from envs.rock.tiers import GUARANTEES, Missing, TierReport
 
 
 @pytest.fixture(autouse=True)
 def fresh():
-    tiers._try.cache_clear()
+    embedded_probe._try.cache_clear()
     yield
-    tiers._try.cache_clear()
+    embedded_probe._try.cache_clear()
 
 
 @pytest.fixture
 def no_user_namespaces(monkeypatch):
     """A machine that refuses them, as an ordinary container does."""
-    tried = tiers._try_to_run
+    tried = embedded_probe._try_to_run
 
     def refuse(tier):
         if tier == "namespaces":
             raise SandboxError("unshare: Operation not permitted")
         tried(tier)
 
-    monkeypatch.setattr(tiers, "_try_to_run", refuse)
-    monkeypatch.setattr(tiers, "_setting", lambda path: "")
+    monkeypatch.setattr(embedded_probe, "_try_to_run", refuse)
+    monkeypatch.setattr(embedded_probe, "_setting", lambda path: "")
 
 
 def test_refused_user_namespaces_are_named_with_their_remedy_and_refused_when_required(
@@ -39,7 +40,7 @@ def test_refused_user_namespaces_are_named_with_their_remedy_and_refused_when_re
     with pytest.raises(
         IsolationError,
         match=(
-            "this machine refuses user namespaces .*Operation not permitted.*; remedy: leave the"
+            r"this machine refuses user namespaces .*Operation not permitted.*; remedy: leave the"
             " container"
         ),
     ):
@@ -75,7 +76,7 @@ def test_without_memory_limits_required_is_refused():
         frozenset(GUARANTEES) - {"memory"},
         (Missing("memory", "no cgroups", "run as root"),),
     )
-    with pytest.raises(IsolationError, match="memory.*no cgroups; remedy: run as root"):
+    with pytest.raises(IsolationError, match=r"memory.*no cgroups; remedy: run as root"):
         report.require("required")
     report.require("best_available")
 
@@ -88,18 +89,18 @@ def test_without_memory_limits_required_is_refused():
     ],
 )
 def test_what_refuses_user_namespaces_is_named(monkeypatch, setting, value, words):
-    monkeypatch.setattr(tiers, "_setting", lambda path: value if path == setting else "")
-    assert words in " ".join(tiers._userns_obstacle("unshare: Operation not permitted"))
+    monkeypatch.setattr(embedded_probe, "_setting", lambda path: value if path == setting else "")
+    assert words in " ".join(embedded_probe._userns_obstacle("unshare: Operation not permitted"))
 
 
 def test_a_chroot_is_named(monkeypatch):
-    monkeypatch.setattr(tiers, "_setting", lambda path: "")
-    monkeypatch.setattr(tiers, "_in_chroot", lambda: True)
-    assert "chroot" in tiers._userns_obstacle("unshare: Operation not permitted")[0]
+    monkeypatch.setattr(embedded_probe, "_setting", lambda path: "")
+    monkeypatch.setattr(embedded_probe, "_in_chroot", lambda: True)
+    assert "chroot" in embedded_probe._userns_obstacle("unshare: Operation not permitted")[0]
 
 
 def test_an_unknown_isolation_is_an_error():
-    with pytest.raises(ValueError, match="required, best_available"):
+    with pytest.raises(ValueError, match=r"required, best_available"):
         probe("strict")
 
 

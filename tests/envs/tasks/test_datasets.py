@@ -2,6 +2,7 @@
 that names file, row and line.
 """
 
+import contextlib
 import copy
 import gzip
 import hashlib
@@ -109,8 +110,8 @@ def test_a_digest_pins_the_files_of_a_task(registry, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda task: task.update(git_commit_id="HEAD"), "'HEAD' is no full commit id"),
-        (lambda task: task.pop("git_commit_id"), "'' is no full commit id"),
+        (lambda task: task.update(git_commit_id="HEAD"), "'HEAD' is not a full commit id"),
+        (lambda task: task.pop("git_commit_id"), "'' is not a full commit id"),
         (lambda task: task.update(git_commit_id="1" * 40), "ls-tree"),
         (lambda task: task.update(path="../etc"), "leaves the repository"),
         (lambda task: task.update(path="none"), "no files are below"),
@@ -228,9 +229,9 @@ def _member(name, kind=tarfile.REGTYPE, link=""):
         (b"\x1f\x8b" + b"x" * 20, "cannot be read"),
         (archive(members=[_member("../x")]), "outside"),
         (archive(members=[_member("/etc/x")]), "outside"),
-        (archive(members=[_member("l", tarfile.SYMTYPE, "/etc/passwd")]), "no regular file"),
-        (archive(members=[_member("h", tarfile.LNKTYPE, "task.toml")]), "no regular file"),
-        (archive(members=[_member("d", tarfile.CHRTYPE)]), "no regular file"),
+        (archive(members=[_member("l", tarfile.SYMTYPE, "/etc/passwd")]), "not a regular file"),
+        (archive(members=[_member("h", tarfile.LNKTYPE, "task.toml")]), "not a regular file"),
+        (archive(members=[_member("d", tarfile.CHRTYPE)]), "not a regular file"),
         (archive(members=[_member("task.toml/x")]), "needs a folder"),
         (archive({"a": "b"}), "neither task.toml"),
         (gzip.compress(bytes(200 << 20), 1), "cannot be read|neither"),
@@ -278,13 +279,9 @@ WHOLE = archive(compress=False)
 @given(st.binary(min_size=1, max_size=40), st.integers(0, len(WHOLE)), st.booleans())
 def test_a_damaged_archive_gives_files_or_a_task_error(noise, place, compress):
     damaged = WHOLE[:place] + noise + WHOLE[place + len(noise) :]
-    try:
-        unpack(
-            gzip.compress(damaged) if compress else damaged,
-            lambda message: TaskError("x", 0, message),
-        )
-    except TaskError:
-        pass
+    content = gzip.compress(damaged) if compress else damaged
+    with contextlib.suppress(TaskError):
+        unpack(content, lambda message: TaskError("x", 0, message))
 
 
 # -- files

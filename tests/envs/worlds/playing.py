@@ -1,6 +1,6 @@
 """Scripts over the worlds, for tests."""
 
-from envs.worlds.base import format_call
+from envs.worlds.scenario import format_call
 
 
 def play(env, actions, seed=None):
@@ -14,9 +14,9 @@ def play(env, actions, seed=None):
             return reward, info, seen
 
 
-def expert(env, seed=None):
+def demonstrate(env, seed=None):
     env.reset(seed)
-    return play(env, env.scenario.expert, seed)
+    return play(env, env.scenario.demonstration, seed)
 
 
 def calls(*made):

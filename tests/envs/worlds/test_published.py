@@ -71,7 +71,9 @@ def with_done(*by_turn):
 
 def test_bfcl_the_true_calls_are_right_and_nothing_is_not(played):
     env, truth = played
-    assert play(env, with_done(*truth))[0] == 1.0 and play(env, env.scenario.expert)[0] == 1.0
+    assert (
+        play(env, with_done(*truth))[0] == 1.0 and play(env, env.scenario.demonstration)[0] == 1.0
+    )
     reward, info, seen = play(env, [])
     assert (
         reward == 0.0 and "turn 0: no call" in info["note"] and any("Sing." in one for one in seen)
@@ -255,7 +257,7 @@ def test_tau2_reward_is_the_product_of_its_parts(tmp_path):
         and f"The order is {order}. Be brief." in seen[1]
         and info["reward_parts"] == {"DB": 1.0, "COMMUNICATE": 1.0, "ENV_ASSERTION": 1.0}
     )
-    assert play(env, env.scenario.expert)[0] == 1.0
+    assert play(env, env.scenario.demonstration)[0] == 1.0
     for actions, failed in (
         ([], {"DB", "COMMUNICATE", "ENV_ASSERTION"}),
         ([*cancel, "done"], {"COMMUNICATE"}),

@@ -2,6 +2,7 @@
 breaks, the user, argument checking.
 """
 
+import contextlib
 import copy
 import json
 import random
@@ -115,10 +116,8 @@ def after_writes(world, seed, count):
     database, box = WORLDS[world].make_scenario(rng, "hard").database, Toolbox(WORLDS[world].tools)
     before = copy.deepcopy(database)
     for _ in range(count):
-        try:
+        with contextlib.suppress(ToolRefusal):
             box.call(database, WORLDS[world].random_write(rng, database))
-        except ToolRefusal:
-            pass
     return before, database
 
 

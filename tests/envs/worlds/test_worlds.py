@@ -1,5 +1,5 @@
-"""Every world: solvable by its expert, not by doing nothing, claiming or guessing; deterministic;
-deaf to no text; a failed call changes nothing.
+"""Every world: solvable by its demonstration, not by doing nothing, claiming or guessing;
+deterministic; deaf to no text; a failed call changes nothing.
 """
 
 import copy
@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from envs.gem import ToolCall, format_tool_call, make, make_vec, parse_tool_calls
 from envs.worlds import WORLD_IDS
-from envs.worlds.base import format_call
+from envs.worlds.scenario import format_call
 from envs.worlds.tools import ToolRefusal, digest
-from tests.envs.worlds.playing import expert, play
+from tests.envs.worlds.playing import demonstrate, play
 from tests.paths import ROOT
 
 STATUSES = {"ok", "tool_error", "malformed"}
@@ -28,7 +28,7 @@ ENDINGS = {"success", "failure", "truncated_turns", "malformed"}
 
 def check_seed(env, seed):
     """What makes a scenario sound."""
-    reward, info, _ = expert(env, seed)
+    reward, info, _ = demonstrate(env, seed)
     assert (reward, info["ending"]) == (1.0, "success"), (env.task, info["note"])
     reward, info, _ = play(env, [], seed)
     assert (reward, info["ending"]) == (0.0, "failure"), env.task
@@ -37,7 +37,7 @@ def check_seed(env, seed):
 
 
 @pytest.mark.parametrize("name", WORLD_IDS)
-def test_the_expert_earns_1_and_nothing_and_cheats_earn_0(name):
+def test_the_demonstrator_earns_1_and_nothing_and_cheats_earn_0(name):
     env = make(name)
     for seed in range(4):
         check_seed(env, seed)
@@ -52,12 +52,12 @@ def test_hundreds_of_scenarios_are_sound(name):
 
 
 @pytest.mark.parametrize("name", WORLD_IDS)
-def test_the_expert_writes_only_with_ids_it_has_seen_and_words_it_was_told(name):
+def test_the_demonstrator_writes_only_with_ids_it_has_seen_and_words_it_was_told(name):
     env = make(name)
     for seed in range(8):
         seen, _ = env.reset(seed)
         seen += json.dumps(env.tools)
-        for action in env.scenario.expert:
+        for action in env.scenario.demonstration:
             for call in parse_tool_calls(action):
                 for value in (
                     one
@@ -81,7 +81,7 @@ def test_one_golden_action_less_or_one_write_more_is_a_failure(name):
         writes = [format_call(call) for call in scenario.golden]
         talk = [
             action
-            for action in scenario.expert
+            for action in scenario.demonstration
             if not parse_tool_calls(action) and "?" not in action
         ]
         if writes and "gui" not in name:  # a click left out may be one too many
@@ -112,7 +112,7 @@ def test_another_process_with_another_hash_seed_draws_the_same_scenarios():
         "import hashlib\nfrom envs.gem import make\nfrom envs.worlds import WORLD_IDS\nwhole ="
         " hashlib.sha256()\nfor name in WORLD_IDS:\n    env = make(name)\n    for seed in (0, 7,"
         " 123456789):\n        env.reset(seed)\n        whole.update(env.definition().encode() +"
-        " repr(env.scenario.expert).encode())\nprint(whole.hexdigest())"
+        " repr(env.scenario.demonstration).encode())\nprint(whole.hexdigest())"
     )
     environment = os.environ | {"PYTHONHASHSEED": "1"}  # this process has another one
     seen = subprocess.run(
@@ -129,7 +129,7 @@ def test_another_process_with_another_hash_seed_draws_the_same_scenarios():
         env = make(name)
         for seed in (0, 7, 123456789):
             env.reset(seed)
-            whole.update(env.definition().encode() + repr(env.scenario.expert).encode())
+            whole.update(env.definition().encode() + repr(env.scenario.demonstration).encode())
     assert seen == f"{whole.hexdigest()}\n"
 
 
@@ -228,7 +228,7 @@ def test_any_text_is_an_action_and_a_failed_call_changes_nothing(name, data):
 def test_a_copy_in_the_middle_goes_on_alike_and_apart(name):
     env = make(name)
     env.reset(seed=2)
-    script = env.scenario.expert
+    script = env.scenario.demonstration
     for action in script[:3]:
         env.step(action)
     for twin in (copy.deepcopy(env), env.spawn(same_state=True)):
@@ -292,7 +292,7 @@ def test_the_rest_service_serves_them():
             make("rome:travel/easy", seed=4),
         )
         assert remote.reset()[0] == here.reset()[0]
-        for action in here.scenario.expert:
+        for action in here.scenario.demonstration:
             theirs, ours = remote.step(action), here.step(action)
             assert theirs[:4] == ours[:4]
         assert theirs[1] == 1.0

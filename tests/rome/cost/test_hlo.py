@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from rome.cost import costs, hlo
+from rome.cost import collectives, costs, hlo
 
 LAYERS, ROWS, WIDTH = 5, 16, 32
 
@@ -95,7 +95,7 @@ def test_collectives_are_those_written_with_their_loops_and_payloads():
         out_specs=PartitionSpec(("a", "b")),
         check_vma=False,
     )
-    found = costs.collectives(compiled(body, jnp.ones((64, 128))), 8)
+    found = collectives.collectives(compiled(body, jnp.ones((64, 128))), 8)
     local = 8 * 128 * 4
     assert {(one.kind, one.payload, one.times, one.groups.shape) for one in found} == {
         ("all-gather", 4 * local, 3, (2, 4)),
@@ -106,13 +106,14 @@ def test_collectives_are_those_written_with_their_loops_and_payloads():
     }
 
 
-def test_a_gather_that_rides_along_in_two_fusions_is_one_and_its_buffers_are_no_traffic():
+def test_a_gather_spread_over_two_fusions_is_one_and_its_buffers_are_no_traffic():
     piece = """
 %NAME (a: f32[4,8], b: f32[16,8], c: f32[2,2]) -> (f32[2,2], f32[4,8], f32[16,8]) {
   %a = f32[4,8]{1,0} parameter(0)
   %b = f32[16,8]{1,0} parameter(1)
   %c = f32[2,2]{1,0} parameter(2)
-  %gathered = f32[16,8]{1,0} all-gather(%a), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
+  %gathered = f32[16,8]{1,0} all-gather(%a), channel_id=7, replica_groups={{0,1,2,3}},
+    dimensions={0}
   %work = f32[2,2]{1,0} add(%c, %c)
   ROOT %out = (f32[2,2]{1,0}, f32[4,8]{1,0}, f32[16,8]{1,0}) tuple(%work, %a, %gathered)
 }
@@ -132,7 +133,7 @@ ENTRY %main (x: f32[4,8], y: f32[16,8], z: f32[2,2]) -> f32[2,2] {{
   ROOT %all = f32[2,2]{{1,0}} get-tuple-element(%ended), index=0
 }}"""
     )
-    assert [(one.kind, one.payload) for one in costs.collectives(module, 4)] == [
+    assert [(one.kind, one.payload) for one in collectives.collectives(module, 4)] == [
         ("all-gather", 16 * 8 * 4)
     ]
     assert sum(costs.traffic(module, one) for one in hlo.executed(module)) == 2 * (4 + 4) * 4
@@ -156,7 +157,7 @@ ENTRY %main (x: f32[4,8], y: f32[16,8], z: f32[2,2]) -> f32[2,2] {{
     ],
 )
 def test_every_spelling_of_a_group_is_read(text, groups):
-    read = costs.replica_groups(text, 4).tolist()
+    read = collectives.replica_groups(text, 4).tolist()
     assert sorted(read) == sorted(groups)
 
 
@@ -165,7 +166,8 @@ def test_a_tpus_batched_matmul_written_as_a_dilated_convolution_counts_its_real_
 ENTRY %main (q: bf16[4,64,8,128], k: bf16[4,192,128]) -> f32[4,64,8,192] {
   %q = bf16[4,64,8,128]{3,2,1,0} parameter(0)
   %k = bf16[4,192,128,1]{2,1,0,3} parameter(1)
-  ROOT %scores = f32[4,64,8,192]{3,2,1,0} convolution(%q, %k), window={size=4x1 stride=3x1 lhs_dilate=4x1}, dim_labels=01bf_0oi1->01bf
+  ROOT %scores = f32[4,64,8,192]{3,2,1,0} convolution(%q, %k),
+    window={size=4x1 stride=3x1 lhs_dilate=4x1}, dim_labels=01bf_0oi1->01bf
 }""")
     assert total_flops(module) == 2 * 4 * 64 * 8 * 128 * 192
 
@@ -174,8 +176,10 @@ def test_a_kernel_counts_what_it_states_and_one_that_states_nothing_is_named():
     module = hlo.parse("""
 ENTRY %main (x: bf16[8,128]) -> bf16[8,128] {
   %x = bf16[8,128]{1,0} parameter(0)
-  %gmm = bf16[8,128]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"cost_estimate":{"flops":"4096","transcendentals":"0"}}}
-  ROOT %mystery = bf16[8,128]{1,0} custom-call(%gmm), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/mystery"}
+  %gmm = bf16[8,128]{1,0} custom-call(%x), custom_call_target="tpu_custom_call",
+    backend_config={"custom_call_config":{"cost_estimate":{"flops":"4096","transcendentals":"0"}}}
+  ROOT %mystery = bf16[8,128]{1,0} custom-call(%gmm), custom_call_target="tpu_custom_call",
+    metadata={op_name="jit(f)/mystery"}
 }""")
     assert total_flops(module) == 4096
     assert costs.hidden_kernels(module) == ["jit(f)/mystery"]
@@ -186,19 +190,21 @@ def test_a_grouped_matmul_counts_the_rows_that_its_groups_have():
 ENTRY %main (x: bf16[64,8], w: bf16[2,8,16]) -> bf16[64,16] {
   %x = bf16[64,8]{1,0} parameter(0)
   %w = bf16[2,8,16]{2,1,0} parameter(1)
-  ROOT %gmm.1 = bf16[64,16]{1,0} custom-call(%x, %w), custom_call_target="tpu_custom_call", backend_config={"cost_estimate":{"flops":"16384"}}
+  ROOT %gmm.1 = bf16[64,16]{1,0} custom-call(%x, %w), custom_call_target="tpu_custom_call",
+    backend_config={"cost_estimate":{"flops":"16384"}}
 }""")
     (one,) = [one for one in hlo.executed(module) if one.instruction.is_root]
     assert [costs.flops(one, rows) for rows in (16, 1000)] == [16384 / 4, 16384]
     assert costs.traffic(module, one, 16) == 2 * (16 * 8 + 2 * 8 * 16 + 16 * 16)
 
 
-def test_attention_kernels_count_half_of_their_matmuls_and_one_more_where_the_backward_is_one_kernel():
+def test_attention_kernels_count_half_their_matmuls_and_one_more_where_backward_is_one_kernel():
     text = """
 ENTRY %main (q: bf16[4,8,256,64], k: bf16[4,256,64]) -> bf16[4,8,256,64] {
   %q = bf16[4,8,256,64]{3,2,1,0} parameter(0)
   %k = bf16[4,256,64]{2,1,0} parameter(1)
-  ROOT %splash_mqa_KIND_segmented.2 = (RESULTS) custom-call(%q, %k), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+  ROOT %splash_mqa_KIND_segmented.2 = (RESULTS) custom-call(%q, %k),
+    custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
 "xprof_metadata":"{}"
 }}, metadata={op_name="jit(f)/pallas_call"}
 }"""
@@ -222,15 +228,17 @@ def test_a_collective_that_another_core_carries_out_is_counted():
     module = hlo.parse("""
 %offloaded (a: f32[4,8]) -> f32[16,8] {
   %a = f32[4,8]{1,0} parameter(0)
-  ROOT %gathered = f32[16,8]{1,0} all-gather(%a), channel_id=3, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %gathered = f32[16,8]{1,0} all-gather(%a), channel_id=3, replica_groups={{0,1,2,3}},
+    dimensions={0}
 }, execution_thread="sparsecore"
 
 ENTRY %main (x: f32[4,8]) -> f32[16,8] {
   %x = f32[4,8]{1,0} parameter(0)
-  %begun = ((f32[4,8]{1,0}), f32[16,8]{1,0}) call-start(%x), async_execution_thread="sparsecore", to_apply=%offloaded
+  %begun = ((f32[4,8]{1,0}), f32[16,8]{1,0}) call-start(%x),
+    async_execution_thread="sparsecore", to_apply=%offloaded
   ROOT %ended = f32[16,8]{1,0} call-done(%begun)
 }""")
-    assert [(one.kind, one.payload, one.times) for one in costs.collectives(module, 4)] == [
+    assert [(one.kind, one.payload, one.times) for one in collectives.collectives(module, 4)] == [
         ("all-gather", 16 * 8 * 4, 1)
     ]
     assert sum(costs.traffic(module, one) for one in hlo.executed(module)) == 0
@@ -242,11 +250,12 @@ ENTRY %main (x: bf16[FROM,8], out: bf16[TO,8], at: s32[4]) -> bf16[TO,8] {
   %x = bf16[FROM,8]{1,0} parameter(0)
   %out = bf16[TO,8]{1,0} parameter(1)
   %at = s32[4]{0} parameter(2)
-  ROOT %exchanged = bf16[TO,8]{1,0} ragged-all-to-all(%x, %out, %at, %at, %at, %at), channel_id=1, replica_groups={{0,1,2,3}}
+  ROOT %exchanged = bf16[TO,8]{1,0} ragged-all-to-all(%x, %out, %at, %at, %at, %at),
+    channel_id=1, replica_groups={{0,1,2,3}}
 }"""
     for sizes in ((64, 96), (96, 64)):
         module = hlo.parse(text.replace("FROM", str(sizes[0])).replace("TO", str(sizes[1])))
-        assert [(one.kind, one.payload) for one in costs.collectives(module, 4)] == [
+        assert [(one.kind, one.payload) for one in collectives.collectives(module, 4)] == [
             ("ragged-all-to-all", 64 * 8 * 2)
         ]
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from rome.cost.costs import Collective
+from rome.cost.collectives import Collective
 from rome.cost.flops import active_matmul_params, forward_flops
 from rome.cost.roofline import CHIPS, Bound, cost, mesh_axes, sent
 from rome.model.config import PRESETS
@@ -75,7 +75,10 @@ def test_a_permutation_takes_as_long_as_its_longest_way():
 
 def test_two_devices_of_a_chip_share_its_links_and_talk_faster_to_each_other():
     chips = np.array([(0, core, x, 0, 0) for x in range(4) for core in range(2)])
-    gather = lambda group: cost(collective("all-gather", [group]), chips, TPU7X)[1]
+
+    def gather(group):
+        return cost(collective("all-gather", [group]), chips, TPU7X)[1]
+
     assert gather([0, 2, 4, 6]) == pytest.approx(MB * 3 / 4 / (2 * TPU7X.link / 2))
     assert gather([0, 1]) < gather([0, 2, 4, 6]) / 4
 

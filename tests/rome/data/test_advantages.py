@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rome.data.advantages import anchor_states, group_advantages
+from rome.data.advantages import anchor_states, chunk_returns, group_advantages
 from rome.data.packing import pack
 from rome.data.trajectory import Chunk, Trajectory
 
@@ -30,7 +30,7 @@ def episode(*turns, reward=1.0, group=0, ending="success", kind="rl"):
 def of(rewards, estimator, groups=None):
     step = [
         episode(([1], None), reward=reward, group=group)
-        for reward, group in zip(rewards, groups or [0] * len(rewards))
+        for reward, group in zip(rewards, groups or [0] * len(rewards), strict=True)
     ]
     return [float(advantage) for (advantage,) in group_advantages(step, -1.0, estimator)]
 
@@ -143,7 +143,7 @@ def test_an_episode_that_reached_for_the_network_is_worth_less():
     batch = pack(
         step, row_length=2, chunks_per_row=1, gamma=1.0, failure_reward=-1.0, denial_penalty=1.5
     )
-    assert sorted(zip(batch.reward_BC.ravel(), batch.sign_BC.ravel())) == [
+    assert sorted(zip(batch.reward_BC.ravel(), batch.sign_BC.ravel(), strict=True)) == [
         (-1, -1),
         (-0.5, -1),
         (1, 1),
@@ -151,3 +151,8 @@ def test_an_episode_that_reached_for_the_network_is_worth_less():
     assert sorted(
         pack(step, row_length=2, chunks_per_row=1, gamma=1.0, failure_reward=-1.0).reward_BC.ravel()
     ) == [-1, 1, 1]
+
+
+def test_returns_discount_per_chunk_and_end_with_the_reward_itself():
+    np.testing.assert_allclose(chunk_returns(2.0, 3, 0.5), [0.5, 1.0, 2.0])
+    np.testing.assert_allclose(chunk_returns(-1.0, 2, 1.0), [-1.0, -1.0])

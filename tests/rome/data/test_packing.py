@@ -145,7 +145,7 @@ def test_routes_lie_where_their_tokens_lie_and_padding_has_none(made, rows):
         np.testing.assert_array_equal(
             part.routes_BTLk, routes_of(part.tokens_BT) * real_BT[:, :, None, None]
         )
-    for field, plain in zip(batch._replace(routes_BTLk=None), packed(made)):
+    for field, plain in zip(batch._replace(routes_BTLk=None), packed(made), strict=True):
         np.testing.assert_array_equal(field, plain)
 
 
@@ -202,7 +202,7 @@ def test_micro_batches_have_one_shape_and_all_rows(made, rows):
 @given(steps())
 @quickly
 def test_packing_is_deterministic(made):
-    for left, right in zip(packed(made), packed(made)):
+    for left, right in zip(packed(made), packed(made), strict=True):
         np.testing.assert_array_equal(left, right)
 
 
@@ -306,7 +306,7 @@ def test_negatives_weigh_less_and_too_long_ones_are_only_read():
 def test_infrastructure_failures_enter_no_row_and_no_group_statistic():
     lost = trajectory((1, 1), reward=0.0, ending="infra_sandbox")
     won, failed = trajectory((1, 1)), trajectory((1, 1), reward=0.0, ending="failure")
-    for left, right in zip(packed([won, failed]), packed([won, lost, failed, lost])):
+    for left, right in zip(packed([won, failed]), packed([won, lost, failed, lost]), strict=True):
         np.testing.assert_array_equal(left, right)
     assert packed([lost]).num_rows == 0 and microbatches(packed([lost]), 2) == []
 

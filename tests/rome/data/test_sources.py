@@ -34,7 +34,7 @@ def first_tokens(batch):
 
 
 def same(left, right):
-    return all(np.array_equal(a, b) for a, b in zip(left, right))
+    return all(np.array_equal(a, b) for a, b in zip(left, right, strict=True))
 
 
 def take(iterator, count):
@@ -90,11 +90,11 @@ def test_an_empty_directory_and_an_empty_list_are_refused(tmp_path):
 
 def test_a_broken_file_is_named(tmp_path):
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(ValueError, match="broken.json"):
+    with pytest.raises(ValueError, match=r"broken.json"):
         TrajectoryFiles(tmp_path)[0]
 
 
 def test_an_untrainable_trajectory_is_refused_by_name(experts):
     lost = Trajectory("lost", "f", [_chunk(1, 2)], 0.0, "infra_engine")
-    with pytest.raises(ValueError, match="trajectory lost .* ended as infra_engine"):
+    with pytest.raises(ValueError, match=r"trajectory lost .* ended as infra_engine"):
         next(stream([lost]))

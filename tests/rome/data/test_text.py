@@ -58,7 +58,7 @@ def take(iterator, count):
 
 
 def same(left, right):
-    return all(np.array_equal(a, b) for a, b in zip(left, right) if a is not None)
+    return all(np.array_equal(a, b) for a, b in zip(left, right, strict=True) if a is not None)
 
 
 def tokens_of(examples):
@@ -270,7 +270,7 @@ def test_what_is_no_text_is_skipped_and_counted(folder):
 )
 def test_a_malformed_line_is_named_with_its_file(tmp_path, line):
     (tmp_path / "some.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
-    with pytest.raises(ValueError, match="some.jsonl line 2.*Mend or delete") as caught:
+    with pytest.raises(ValueError, match=r"some.jsonl line 2.*Mend or delete") as caught:
         read_corpus(str(tmp_path), 0.2)
     assert len(str(caught.value)) < 400
 
@@ -288,5 +288,5 @@ def test_text_that_is_not_there_or_too_little_is_refused(tmp_path):
 def test_a_file_that_changes_under_the_run_is_named(folder):
     documents = read_corpus(str(folder), 0.2).training
     (folder / "2.md").write_text("")
-    with pytest.raises(ValueError, match="2.md is no text any more"):
+    with pytest.raises(ValueError, match=r"2.md is no text any more"):
         all_of(documents)

@@ -7,9 +7,11 @@ which weights can be told afterwards. The prefix cache keeps those numbers.
 
 Traps:
   retract_crashes      a retract pause, then a flushing update: the process is gone (0.5.15)
-  in_place_flush       a flushing update amid frozen requests: 400, though the weights did change; weight_version did not (0.5.23)
+  in_place_flush       a flushing update amid frozen requests: 400, though the weights did change;
+                       weight_version did not (0.5.23)
   update_half          an update fails with 400 and leaves weights that nobody knows
-  update_says_yes      an update says success and the new version, and keeps the old weights (names were missing)
+  update_says_yes      an update says success and the new version, and keeps the old weights (names
+                       were missing)
   flush_lies           flush_cache is accepted and does nothing
   slow_health          /health_generate takes half a second
   slow_probe           a prompt is scored in 0.3 s, while other requests go on
@@ -207,20 +209,20 @@ class FakeSGLang:
             "cached_tokens": 0,
             "output_token_logprobs": [
                 [logprob, token, None]
-                for logprob, token in zip(request["logprobs"], request["ids"])
+                for logprob, token in zip(request["logprobs"], request["ids"], strict=True)
             ],
         }
         if scored:
             logprobs = logprobs_of(self.value, ids)
             meta["input_token_logprobs"] = [
                 [None, ids[0], None],
-                *([one, token, None] for one, token in zip(logprobs[1:], ids[1:])),
+                *([one, token, None] for one, token in zip(logprobs[1:], ids[1:], strict=True)),
             ]
         if self.sglang_version >= "0.5.23":
             borders = [i for i in range(len(versions)) if i == 0 or versions[i] != versions[i - 1]]
             meta["weight_versions"] = [
                 {"version": versions[a], "start": a, "end": b}
-                for a, b in zip(borders, [*borders[1:], len(versions)])
+                for a, b in zip(borders, [*borders[1:], len(versions)], strict=False)
             ]
         return {"text": "", "output_ids": request["ids"], "meta_info": meta}
 
@@ -253,7 +255,7 @@ class FakeSGLang:
                 {"success": False, "message": "memory is released"}, status=400
             )
         if "retract_crashes" in self.traps and self.paused == "retract" and body["flush_cache"]:
-            asyncio.ensure_future(self.crash())
+            self.crashing = asyncio.ensure_future(self.crash())
             await asyncio.sleep(3600)
         if "update_half" in self.traps:
             self.value = -7
@@ -305,7 +307,7 @@ async def fakes(*servers: FakeSGLang, **options):
             stack.push_async_callback(server.crash)
             engines.append(
                 await stack.enter_async_context(
-                    Engine(server.url, **{"dead_after_s": 0.2} | options)
+                    Engine(server.url, **{"dead_after_seconds": 0.2} | options)
                 )
             )
         yield engines

@@ -70,7 +70,7 @@ class Anything(type):
 
 
 class Stub(types.ModuleType):
-    __path__: list = []
+    __path__: tuple = ()
 
     def __getattr__(self, name):
         if name.startswith("__"):

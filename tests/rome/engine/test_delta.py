@@ -16,9 +16,8 @@ from aiohttp import web
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch.mirror import make_app
 from rome.engine import delta as delta_module
-from rome.engine.client import Engine, EngineError
+from rome.engine.client import Engine
 from rome.engine.delta import (
     BrokenChain,
     apply_delta,
@@ -27,7 +26,8 @@ from rome.engine.delta import (
     read_header,
     write_delta,
 )
-from rome.engine.mirror import Mirror, MirrorClient
+from rome.engine.errors import EngineError
+from rome.engine.mirror import Mirror, MirrorClient, make_app
 from rome.engine.pool import EnginePool
 from rome.engine.process import ROOT
 from rome.engine.publish import publish_weights, write_checkpoint
@@ -178,8 +178,12 @@ def test_a_mirror_killed_while_it_writes_leaves_nothing_that_is_taken_for_weight
     )
     local, torn = tmp_path / "local", 0
     script = (
-        "import pathlib, sys\nfrom rome.engine.mirror import Mirror\nmirror ="
-        " Mirror(pathlib.Path(sys.argv[1]))\nprint(flush=True)\nmirror.fetch(pathlib.Path(sys.argv[2]))\nprint(flush=True)"
+        "import pathlib, sys\n"
+        "from rome.engine.mirror import Mirror\n"
+        "mirror = Mirror(pathlib.Path(sys.argv[1]))\n"
+        "print(flush=True)\n"
+        "mirror.fetch(pathlib.Path(sys.argv[2]))\n"
+        "print(flush=True)"
     )
     for attempt in range(3):
         process = subprocess.Popen(
@@ -214,35 +218,34 @@ def test_an_engine_loads_its_mirrors_copy_and_a_bad_copy_is_replaced(tmp_path):
         site = web.TCPSite(app, "127.0.0.1", 0)
         await site.start()
         client = MirrorClient(f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}", 20)
-        async with fakes(server):
-            async with EnginePool([Engine(server.url, mirror=client)]) as pool:
-                probe = list(range(9))
-                path = make_weights(source / "step_000001", 5)
-                published = await publish_weights(path, 1, pool, probe, logprobs_of(5, probe))
-                assert (
-                    server.model_path == str(tmp_path / "local" / "step_000001")
-                    and published.bytes_transfer == 1
-                    and published.seconds_transfer > 0
-                )
-                (tmp_path / "local" / "step_000001" / "value.txt").write_text("6")  # the disk lies
-                with pytest.raises(EngineError, match="probe logprobs differ"):
-                    write = client.fetch
-                    client.fetch = lambda path: asyncio.sleep(0, tmp_path / "local" / "step_000001")
-                    await publish_weights(path, 1, pool, probe, logprobs_of(5, probe))
-                client.fetch = write
+        async with fakes(server), EnginePool([Engine(server.url, mirror=client)]) as pool:
+            probe = list(range(9))
+            path = make_weights(source / "step_000001", 5)
+            published = await publish_weights(path, 1, pool, probe, logprobs_of(5, probe))
+            assert (
+                server.model_path == str(tmp_path / "local" / "step_000001")
+                and published.bytes_transfer == 1
+                and published.seconds_transfer > 0
+            )
+            (tmp_path / "local" / "step_000001" / "value.txt").write_text("6")  # the disk lies
+            with pytest.raises(EngineError, match="probe logprobs differ"):
+                write = client.fetch
+                client.fetch = lambda path: asyncio.sleep(0, tmp_path / "local" / "step_000001")
                 await publish_weights(path, 1, pool, probe, logprobs_of(5, probe))
-                assert server.value == 5 and client.last.way == "full"
-                for outside in (
-                    tmp_path / "other" / "step_000001",
-                    source / "a" / "step_000001",
-                    pathlib.Path("/etc"),
+            client.fetch = write
+            await publish_weights(path, 1, pool, probe, logprobs_of(5, probe))
+            assert server.value == 5 and client.last.way == "full"
+            for outside in (
+                tmp_path / "other" / "step_000001",
+                source / "a" / "step_000001",
+                pathlib.Path("/etc"),
+            ):
+                with pytest.raises(
+                    EngineError, match=r"answered 403: .*does not lie directly in --source"
                 ):
-                    with pytest.raises(
-                        EngineError, match="answered 403: .*does not lie directly in --source"
-                    ):
-                        await client.fetch(outside)
+                    await client.fetch(outside)
         await app.cleanup()
-        with pytest.raises(EngineError, match="start launch.mirror on the engine's host"):
+        with pytest.raises(EngineError, match=r"start launch.mirror on the engine's host"):
             await client.fetch(path)
 
     asyncio.run(asyncio.wait_for(run(), 30))

@@ -4,7 +4,9 @@ import asyncio
 
 import pytest
 
-from rome.engine.client import Completion, Engine, EngineDead, EngineError, Sampling
+from rome.engine.client import Engine
+from rome.engine.completion import Completion, Sampling
+from rome.engine.errors import EngineDead, EngineError
 from rome.engine.pool import EnginePool
 
 
@@ -17,7 +19,7 @@ class Scripted(Engine):
         self.error = None
         self.done = asyncio.Event()
 
-    async def generate(self, input_ids, sampling, deadline_s, *, affinity=None, begun=None):
+    async def generate(self, input_ids, sampling, deadline_seconds, *, affinity=None, begun=None):
         self.started += 1
         await self.done.wait()
         if self.error is not None:

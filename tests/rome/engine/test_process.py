@@ -12,7 +12,7 @@ import urllib.request
 
 import pytest
 
-from rome.engine.client import EngineError
+from rome.engine.errors import EngineError
 from rome.engine.process import PORT_IN_USE, ROOT, ServerProcess, start_server
 from tests.rome.serve.tiny import make_checkpoint, serve
 
@@ -61,7 +61,7 @@ def test_a_port_in_use_is_one_clear_line(checkpoint):
     assert result.returncode == PORT_IN_USE
     assert result.stderr.splitlines() == [
         f"launch.serve: cannot listen on 127.0.0.1:{port}: Address already in use. Choose another"
-        " --port, or end who has it."
+        " --port, or stop the program that uses it."
     ]
 
 
@@ -94,7 +94,7 @@ def test_a_server_that_cannot_start_shows_the_end_of_its_log(checkpoint, tmp_pat
     broken = make_checkpoint(tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(
-        EngineError, match="(?s)ended with status 1 before it was ready.*scheduler ended"
+        EngineError, match=r"(?s)ended with status 1 before it was ready.*scheduler ended"
     ):
         serve(broken, tmp_path / "log")
 
@@ -147,12 +147,14 @@ time.sleep(600)
 def test_a_server_that_ignores_the_polite_signal_is_killed(checkpoint, tmp_path):
     server = serve(checkpoint, tmp_path / "log")
     os.kill(server.process.pid, signal.SIGSTOP)  # a stopped process does not see SIGTERM
-    server.stop(grace_s=0.5)
+    server.stop(grace_seconds=0.5)
     assert gone(server.process.pid) and not server.alive()
 
 
 def test_a_server_that_was_stopped_for_good_is_not_started_again(tmp_path):
-    start = lambda: subprocess.Popen(["sleep", "600"], start_new_session=True)
+    def start():
+        return subprocess.Popen(["sleep", "600"], start_new_session=True)
+
     server = ServerProcess("http://127.0.0.1:9", start(), tmp_path / "log", start)
     first = server.process
     server.stop()
@@ -163,11 +165,13 @@ def test_a_server_that_was_stopped_for_good_is_not_started_again(tmp_path):
 
 def test_a_restart_that_does_not_answer_is_an_error_with_the_log(tmp_path):
     (tmp_path / "log").write_text("out of memory")
-    start = lambda: subprocess.Popen(
-        [sys.executable, "-c", "raise SystemExit(7)"], start_new_session=True
-    )
+
+    def start():
+        command = [sys.executable, "-c", "raise SystemExit(7)"]
+        return subprocess.Popen(command, start_new_session=True)
+
     server = ServerProcess("http://127.0.0.1:9", start(), tmp_path / "log", start)
     with pytest.raises(
-        EngineError, match="(?s)ended with status 7 when it was started again.*out of memory"
+        EngineError, match=r"(?s)ended with status 7 when it was started again.*out of memory"
     ):
         server.restart(60)

@@ -6,7 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from rome.engine.client import Engine, EngineError, Sampling
+from rome.engine.client import Engine
+from rome.engine.completion import Sampling
+from rome.engine.errors import EngineError
 from rome.engine.pool import EnginePool
 from rome.engine.publish import publish_weights, write_checkpoint
 from rome.model.hf.checkpoint import load_hf
@@ -101,7 +103,7 @@ def test_weights_that_do_not_give_the_trainers_logprobs_are_not_sampled_from(ser
             )
         assert pool.states[engine.url] == "suspect"
         assert (await engine.server_info())["internal_states"][0]["paused"] is True
-        with pytest.raises(EngineError, match="no engine is left: .* has weights 20"):
+        with pytest.raises(EngineError, match=r"no engine is left: .* has weights 20"):
             await pool.generate(PROBE, Sampling(1), 600)
         await engine.resume()
 

@@ -9,7 +9,9 @@ import signal
 import numpy as np
 import pytest
 
-from rome.engine.client import Engine, EngineError, Sampling
+from rome.engine.client import Engine
+from rome.engine.completion import Sampling
+from rome.engine.errors import EngineError
 from rome.engine.pool import EnginePool
 from rome.engine.publish import publish_weights, write_checkpoint
 from rome.engine.supervise import supervise
@@ -49,12 +51,14 @@ def test_requests_of_an_engine_that_is_killed_or_stopped_finish_elsewhere_and_it
 
         async def run():
             pool = EnginePool(
-                [Engine(server.url, dead_after_s=0.5) for server in (a, b)],
+                [Engine(server.url, dead_after_seconds=0.5) for server in (a, b)],
                 restart={a.url: a.restart, b.url: b.restart},
             )
             async with pool:
                 params = make_params(4)
-                supervisor = asyncio.create_task(supervise(pool, interval_s=0.3, probe_s=3.0))
+                supervisor = asyncio.create_task(
+                    supervise(pool, interval_seconds=0.3, probe_seconds=3.0)
+                )
                 await publish_weights(
                     write_checkpoint(params, make_config(), tmp_path / "weights", 7),
                     7,
@@ -101,9 +105,9 @@ def test_a_lone_engine_that_is_killed_during_a_publication_is_started_again_and_
 
         async def run():
             async with EnginePool(
-                [Engine(server.url, dead_after_s=0.5)], restart={server.url: server.restart}
+                [Engine(server.url, dead_after_seconds=0.5)], restart={server.url: server.restart}
             ) as pool:
-                supervisor = asyncio.create_task(supervise(pool, interval_s=0.3))
+                supervisor = asyncio.create_task(supervise(pool, interval_seconds=0.3))
                 await asyncio.sleep(0)
                 params = make_params(5)
                 path = write_checkpoint(params, make_config(), tmp_path / "weights", 3)
@@ -126,14 +130,13 @@ def test_the_embedded_engine_lends_its_memory_and_samples_again_only_from_new_we
         async def run():
             async with EnginePool([Engine(server.url)]) as pool, supervised(pool):
                 engine = pool.engines[0]
-                figures = lambda info: info["internal_states"][0]
-                full = figures(await engine.server_info())["device_bytes"]
+                full = (await engine.server_info())["internal_states"][0]["device_bytes"]
                 task = asyncio.ensure_future(pool.generate(PROBE, Sampling(300), 120))
                 await until_running(engine)
                 with pytest.raises(EngineError, match="requests are in flight"):
                     await engine.release_memory()
                 await pool.lend(1)
-                empty = figures(await engine.server_info())
+                empty = (await engine.server_info())["internal_states"][0]
                 assert (
                     empty["released"] == ["kv_cache", "weights"]
                     and empty["device_bytes"] == 0 < full
@@ -158,7 +161,7 @@ def test_the_embedded_engine_lends_its_memory_and_samples_again_only_from_new_we
                 )
                 completion = await task
                 assert completion.versions[-1][0] == 2 and len(completion.output_ids) == 300
-                assert figures(await engine.server_info())["device_bytes"] == full
+                assert (await engine.server_info())["internal_states"][0]["device_bytes"] == full
                 await engine.pause()
                 await engine.release_memory(("kv_cache",))
                 await engine.resume_memory()

@@ -18,7 +18,8 @@ import urllib.request
 
 import pytest
 
-from rome.engine.client import Engine, Sampling
+from rome.engine.client import Engine
+from rome.engine.completion import Sampling
 from rome.engine.pool import EnginePool
 from rome.engine.publish import publish_weights, write_checkpoint
 from tests.rome.serve.tiny import Oracle, make_checkpoint, make_config, make_params, serve

@@ -8,9 +8,10 @@ import pytest
 
 from envs.gem import format_tool_call
 from rome.agent.loop import Limits
-from rome.engine.client import EngineError
-from rome.evals.agents import Policy, Scripted
+from rome.engine.errors import EngineError
+from rome.evals.agents import Scripted
 from rome.evals.cheats import CHEATS
+from rome.evals.policy import Policy
 from rome.evals.tasks import load_tasks
 from tests.rome.evals.tasks import CONFIG, write_task
 from tests.rome.rollout.worlds import CHAT, ScriptedEngine
@@ -54,7 +55,7 @@ def played():
 
     return {
         (name, attempt, task.name): outcome
-        for (name, attempt, task), outcome in zip(jobs, asyncio.run(everything()))
+        for (name, attempt, task), outcome in zip(jobs, asyncio.run(everything()), strict=True)
     }
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from envs.gem import parse_tool_calls
-from rome.evals.endpoint import LONGEST_WAIT_S, Endpoint, action_of, retry_after
+from rome.evals.endpoint import MAX_WAIT_SECONDS, Endpoint, action_of, retry_after
 from rome.evals.tasks import load_tasks
 from tests.rome.evals.tasks import CONFIG, write_task
 
@@ -89,7 +89,7 @@ def play(task, answers, **options):
             f"http://127.0.0.1:{port}/v1/",
             "m",
             CONFIG,
-            **{"api_key": KEY, "first_wait_s": 0.01, **options},
+            **{"api_key": KEY, "first_wait_seconds": 0.01, **options},
         )
         try:
             return await agent.play(task, 0, seed=5)
@@ -132,7 +132,7 @@ def test_back_pressure_is_waited_out_as_asked(task, status):
 
 
 def test_back_pressure_without_end_spoils_the_attempt_in_bounded_requests(task, monkeypatch):
-    monkeypatch.setattr("rome.evals.endpoint.LONGEST_WAIT_S", 0.02)
+    monkeypatch.setattr("rome.evals.endpoint.MAX_WAIT_SECONDS", 0.02)
     answers = Answers(lambda: fails(429, "busy"))
     outcome = play(task, answers)
     assert (outcome.reward, outcome.ending, outcome.permanent, len(answers.bodies)) == (
@@ -218,7 +218,7 @@ def test_a_command_reaches_the_environment_as_it_was_said(command, tail):
 
 @given(st.one_of(st.none(), st.text(max_size=30), st.floats().map(str), st.integers().map(str)))
 def test_any_retry_after_is_a_bounded_wait(value):
-    assert 0.0 <= retry_after(value) <= LONGEST_WAIT_S
+    assert 0.0 <= retry_after(value) <= MAX_WAIT_SECONDS
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rome.evals.report import build_results, markdown, page, plain, result_tables, write_results
+from rome.evals.report import (
+    Table,
+    build_results,
+    markdown,
+    page,
+    plain,
+    result_tables,
+    write_results,
+)
 
 TAGS = {
     "html",
@@ -69,8 +77,8 @@ def read(text):
 @given(st.text(st.characters(), max_size=40))
 @example(HOSTILE)
 def test_a_name_is_text_in_html_and_encodes(name):
-    text = page(name, [("t", ["a", name], [[name, "x"]])])
-    reader, bare = read(text), read(page("", [("t", ["a", "b"], [["c", "x"]])]))
+    text = page(name, [Table("t", ["a", name], [[name, "x"]])])
+    reader, bare = read(text), read(page("", [Table("t", ["a", "b"], [["c", "x"]])]))
     assert reader.tags <= TAGS and reader.attributes == bare.attributes
     assert plain(name).strip() in " ".join(reader.text) or not plain(name).strip()
     text.encode()
@@ -80,17 +88,17 @@ def test_a_name_is_text_in_html_and_encodes(name):
 @given(st.text(st.characters(), max_size=40))
 @example(HOSTILE)
 def test_a_name_makes_no_row_column_or_tag_in_markdown(name):
-    text = markdown("t", [("t", ["a", "b"], [[name, name]])])
+    text = markdown("t", [Table("t", ["a", "b"], [[name, name]])])
     text.encode()
     assert len(text.splitlines()) == len(
-        markdown("t", [("t", ["a", "b"], [["c", "d"]])]).splitlines()
+        markdown("t", [Table("t", ["a", "b"], [["c", "d"]])]).splitlines()
     )
     assert text.splitlines()[-1].count("|") == 3
     assert not set("<>`") & set(text)
 
 
 def test_the_page_forbids_and_needs_everything_from_outside():
-    text = page("t", [("t", [""], [[HOSTILE]])])
+    text = page("t", [Table("t", [""], [[HOSTILE]])])
     assert (
         "default-src 'none'" in text and not {"script", "img", "link", "iframe"} & read(text).tags
     )
@@ -117,13 +125,13 @@ def test_the_files_say_the_same(tmp_path, task):
         assert "0.500" in (tmp_path / name).read_text()
 
 
-def test_without_an_attempt_that_counts_there_is_no_figure():
+def test_without_an_attempt_that_counts_there_is_no_metric():
     results = build_results(
         {"dataset": "d", "agent": "noop", "seed": 0}, [record("a", None, "infra_sandbox")], 1
     )
     assert results["mean_reward"] is None and results["pass_at_1"] is None
-    figures = dict(
+    metrics = dict(
         (row[0], row[1])
-        for row in next(rows for title, _, rows in result_tables(results) if title == "Figures")
+        for row in next(rows for title, _, rows in result_tables(results) if title == "Metrics")
     )
-    assert figures == {"mean reward": "none", "pass@1": "none"}
+    assert metrics == {"mean reward": "none", "pass@1": "none"}

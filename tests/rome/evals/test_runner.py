@@ -17,7 +17,7 @@ IDENTITY = {"dataset": "d", "agent": "played", "seed": 0}
 
 @pytest.fixture(autouse=True)
 def no_waits(monkeypatch):
-    monkeypatch.setattr(runner, "RETRY_WAIT_S", 0.0)
+    monkeypatch.setattr(runner, "RETRY_WAIT_SECONDS", 0.0)
 
 
 def run(out, agent, attempts=2, tasks=None, concurrency=3, seed=0):
@@ -51,7 +51,7 @@ def test_no_more_play_at_once_than_allowed(tmp_path):
 
 def test_each_attempt_samples_with_a_seed_of_its_own_that_depends_on_the_run(tmp_path):
     agents = [Played(won) for _ in range(3)]
-    for number, (agent, seed) in enumerate(zip(agents, (0, 0, 1))):
+    for number, (agent, seed) in enumerate(zip(agents, (0, 0, 1), strict=True)):
         run(tmp_path / str(number), agent, seed=seed)
     assert sorted(agents[0].seeds) == sorted(agents[1].seeds) and len(set(agents[0].seeds)) == 8
     assert not set(agents[0].seeds) & set(agents[2].seeds)
@@ -70,7 +70,7 @@ def test_what_infrastructure_spoils_is_tried_again_and_then_succeeds(tmp_path):
     assert len(set(agent.seeds)) == 12  # another seed for each try
 
 
-def test_after_bounded_tries_it_stands_there_as_its_ending_without_a_reward_and_the_next_command_tries_again(
+def test_after_bounded_tries_an_ending_without_a_reward_is_kept_until_the_next_command_tries_again(
     tmp_path,
 ):
     broken = Played(lambda *_: spoiled("infra_sandbox", "no room"))
@@ -103,7 +103,7 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path):
     run(tmp_path, Played(won))
     path = tmp_path / "results.jsonl"
     path.write_bytes(path.read_bytes().replace(b'{"task"', b'{"tusk"', 1))
-    with pytest.raises(EvalError, match="results.jsonl:1"):
+    with pytest.raises(EvalError, match=r"results.jsonl:1"):
         run(tmp_path, Played(won))
 
 
@@ -135,7 +135,7 @@ def test_two_processes_do_not_write_into_one_folder(tmp_path):
 
 def test_results_of_nobody_knows_what_are_refused(tmp_path):
     (tmp_path / "results.jsonl").write_text("{}\n")
-    with pytest.raises(EvalError, match="without a run.json"), open_results(tmp_path, IDENTITY):
+    with pytest.raises(EvalError, match=r"without a run.json"), open_results(tmp_path, IDENTITY):
         pass
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rome.evals.statistics import counted, grouped, interval, pass_at_k, summarise
-from rome.train.report import wilson
+from rome.evals.statistics import grouped, interval, is_counted, pass_at_k, summarise
+from rome.train.intervals import wilson
 
 
 def record(task, attempt, reward, ending=None, **more):
@@ -101,7 +101,7 @@ def test_a_reward_short_of_1_is_no_success():
     ],
 )
 def test_which_endings_count(ending, counts):
-    assert counted(record("a", 0, 0.0, ending)) is counts
+    assert is_counted(record("a", 0, 0.0, ending)) is counts
 
 
 def test_one_value_a_task_of_0_or_1_has_wilsons_interval():

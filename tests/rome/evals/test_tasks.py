@@ -1,4 +1,4 @@
-"""A dataset's name gives the same tasks each time, spread evenly; what is none is refused by name."""
+"""A dataset's name gives the same tasks each time, spread evenly; other names are refused."""
 
 import collections
 
@@ -57,7 +57,7 @@ def test_the_shipped_examples_are_known_by_name():
     ],
 )
 def test_what_is_no_dataset_is_refused_by_name(name):
-    with pytest.raises(ValueError, match="nosuch|terminal:count|nowhere|harbor/nosuch"):
+    with pytest.raises(ValueError, match=r"nosuch|terminal:count|nowhere|harbor/nosuch"):
         load_tasks(name)
 
 
@@ -72,7 +72,7 @@ def test_any_changed_file_makes_another_dataset(tmp_path):
 def test_a_malformed_task_is_raised_or_listed_with_its_line(tmp_path):
     write_task(tmp_path, "good")
     write_task(tmp_path, "bad", task_toml='version = "1.0"\nversion = \n')
-    with pytest.raises(TaskError, match="task.toml:2"):
+    with pytest.raises(TaskError, match=r"task.toml:2"):
         load_tasks(str(tmp_path))
     faults = []
     assert [task.name for task in load_tasks(str(tmp_path), faults=faults)] == ["good"] and len(

@@ -10,8 +10,9 @@ from aiohttp import web
 
 from envs.gem import parse_tool_calls
 from rome.agent.loop import Limits
-from rome.evals.agents import Policy, Scripted
+from rome.evals.agents import Scripted
 from rome.evals.cheats import CHEATS
+from rome.evals.policy import Policy
 from rome.evals.tasks import dataset_digest, load_tasks
 from rome.evals.validate import judge
 from tests.envs.worlds.test_published import write_bfcl, write_tau2
@@ -99,7 +100,7 @@ def test_instances_are_spread_and_chosen_by_the_seed():
     ],
 )
 def test_what_is_no_dataset_is_refused_by_name(name):
-    with pytest.raises(ValueError, match="nosuch|worlds:shop|'shop'"):
+    with pytest.raises(ValueError, match=r"nosuch|worlds:shop|'shop'"):
         load_tasks(name)
 
 
@@ -108,7 +109,7 @@ def test_a_policy_plays_a_dialogue_with_the_worlds_own_tools():
     script = task.make_env(CONFIG)
     script.reset()
     for tell_tools in (False, True):
-        engine = ScriptedEngine(list(script.scenario.expert))
+        engine = ScriptedEngine(list(script.scenario.demonstration))
         outcome = play(
             Policy(
                 engine,
@@ -122,7 +123,7 @@ def test_a_policy_plays_a_dialogue_with_the_worlds_own_tools():
         assert (outcome.reward, outcome.ending, outcome.turns) == (
             1.0,
             "success",
-            len(script.scenario.expert),
+            len(script.scenario.demonstration),
         )
         told = CHAT.tokenizer.decode(engine.requests[0][0])
         assert (
@@ -133,7 +134,7 @@ def test_a_policy_plays_a_dialogue_with_the_worlds_own_tools():
 
 
 def as_answer(action):
-    """An expert's turn as a chat-completions server gives it."""
+    """A demonstrator's turn as a chat-completions server gives it."""
     made = parse_tool_calls(action)
     message = {"role": "assistant", "content": None if made else action}
     if made:
@@ -159,7 +160,9 @@ def test_an_endpoint_is_told_what_it_plays_and_plays_it_by_http(tmp_path, datase
     script = task.make_env(CONFIG)
     _, info = script.reset()
     turns = (
-        [script.expert_action()] if dataset.startswith("problems") else list(script.scenario.expert)
+        [script.demonstrator_action()]
+        if dataset.startswith("problems")
+        else list(script.scenario.demonstration)
     )
     answers = Answers(*map(as_answer, turns))
     assert http(task, answers).reward == 1.0

@@ -47,7 +47,12 @@ def counts(trajectories):
 
 
 def rollout_of(trajectories):
-    return {i: p for t in trajectories for c in t.chunks for i, p in zip(c.action_ids, c.logprobs)}
+    return {
+        i: p
+        for t in trajectories
+        for c in t.chunks
+        for i, p in zip(c.action_ids, c.logprobs, strict=True)
+    }
 
 
 def loss_reward(trajectory, failure_reward):

@@ -101,7 +101,7 @@ def packed(step, name="ipa", *, row_length=40, rows=4):
 
 
 def evaluate(name, batches, logp, config, denominators=None):
-    """(value, gradient by token id, metrics) summed over the micro-batches, as a trainer sums them."""
+    """Sum (value, gradient by token id, metrics) over the micro-batches, as a trainer does."""
     denominators = denominators or count_denominators(batches)
     value, gradient, metrics = 0.0, np.zeros(MAX_IDS), {}
     for batch in batches:

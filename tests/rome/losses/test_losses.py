@@ -19,7 +19,6 @@ from rome.losses import (
     count_denominators,
     unbounded_weight,
 )
-from rome.losses.ipa import chunk_returns
 from tests.rome.losses import loss_oracle
 from tests.rome.losses.random_step import GAMMA, MAX_IDS, Step, evaluate, packed, random_step
 
@@ -55,7 +54,7 @@ seeds = st.integers(0, 2**31)
 
 
 def assert_same(left, right, rtol=2e-5):
-    for a, b in zip(left[:2], right[:2]):
+    for a, b in zip(left[:2], right[:2], strict=True):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=2e-6)
     assert left[2].keys() == right[2].keys()
     for name in left[2]:
@@ -158,23 +157,20 @@ def test_what_stands_outside_action_tokens_is_never_read(name):
     batches = packed(step, name)
     denominators = count_denominators(batches)
 
+    value_and_grad = jax.value_and_grad(LOSSES[name], has_aux=True)
+
     def run(rubbish):
         results = []
         for batch in batches:
-            dirty = [
+            logp_BT, old_BT, rollout_BT = (
                 np.where(batch.action_mask_BT, a, rubbish)
                 for a in (step.logp[batch.tokens_BT], batch.logp_old_BT, batch.logp_rollout_BT)
-            ]
-            loss = lambda logp_BT: LOSSES[name](
-                logp_BT,
-                batch._replace(logp_old_BT=dirty[1], logp_rollout_BT=dirty[2]),
-                LossConfig(),
-                denominators,
             )
-            results.append(jax.value_and_grad(loss, has_aux=True)(jnp.asarray(dirty[0])))
+            dirty = batch._replace(logp_old_BT=old_BT, logp_rollout_BT=rollout_BT)
+            results.append(value_and_grad(jnp.asarray(logp_BT), dirty, LossConfig(), denominators))
         return results
 
-    for clean, dirty in zip(jax.tree.leaves(run(0.0)), jax.tree.leaves(run(np.nan))):
+    for clean, dirty in zip(jax.tree.leaves(run(0.0)), jax.tree.leaves(run(np.nan)), strict=True):
         np.testing.assert_array_equal(clean, dirty)
 
 
@@ -217,7 +213,7 @@ def test_the_tokens_of_a_chunk_share_one_weight_in_ipa(seed):
 
 def test_a_success_is_learned_at_full_weight_and_a_failure_fades_with_its_ratio():
     step = random_step(1, trajectories=2, kinds=("rl",), spread=0.0)
-    for trajectory, reward in zip(step.trajectories, (1.0, 0.0)):
+    for trajectory, reward in zip(step.trajectories, (1.0, 0.0), strict=True):
         trajectory.chunks, trajectory.reward, trajectory.ending = (
             trajectory.chunks[:1],
             reward,
@@ -274,7 +270,7 @@ def test_a_step_of_empty_rows_has_loss_and_gradient_zero():
 def one_step_of(rewards, group=0, drift=0.0, mismatch=0.0):
     """One RL chunk a trajectory; every token's log r and log rho are the same."""
     step = random_step(1, trajectories=len(rewards), kinds=("rl",), spread=0.0)
-    for trajectory, reward in zip(step.trajectories, rewards):
+    for trajectory, reward in zip(step.trajectories, rewards, strict=True):
         trajectory.chunks, trajectory.reward, trajectory.ending, trajectory.group = (
             trajectory.chunks[:1],
             reward,
@@ -354,11 +350,6 @@ def test_every_loss_has_a_name_an_oracle_and_its_switches():
         and all(hasattr(loss_oracle, name) for name in NAMES)
     )
     assert {name for name, _ in CASES} == set(NAMES)
-
-
-def test_returns_discount_per_chunk_and_end_with_the_reward_itself():
-    np.testing.assert_allclose(chunk_returns(2.0, 3, 0.5), [0.5, 1.0, 2.0])
-    np.testing.assert_allclose(chunk_returns(-1.0, 2, 1.0), [-1.0, -1.0])
 
 
 @pytest.mark.parametrize(

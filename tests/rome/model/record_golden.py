@@ -230,7 +230,7 @@ def _split_experts(name: str, gradient: np.ndarray) -> list[tuple[str, np.ndarra
         return [
             (f"{base}.{e}.{part}_proj.weight", half)
             for e, both in enumerate(gradient)
-            for part, half in zip(("gate", "up"), np.split(both, 2))
+            for part, half in zip(("gate", "up"), np.split(both, 2), strict=True)
         ]
     if leaf == "down_proj":
         return [(f"{base}.{e}.down_proj.weight", down) for e, down in enumerate(gradient)]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rome.model.config import PRESETS
-from rome.model.moe import MoE, RouterStats, load_figures, route, router_loss
+from rome.model.moe import MoE, RouterStats, load_metrics, route, router_loss
 from rome.model.ops.experts import NO_EXPERT, capacity, drop_beyond, experts, experts_megablox
 from rome.model.ops.experts_cpu import TILES
 
@@ -48,7 +48,7 @@ def experts_by_loop(x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk, ids_Nk):
     """Float64, one token and one expert at a time."""
     out_ND = np.zeros((N, D))
     for n in range(N):
-        for weight, e in zip(weights_Nk[n].astype(np.float64), ids_Nk[n]):
+        for weight, e in zip(weights_Nk[n].astype(np.float64), ids_Nk[n], strict=True):
             gate_F, up_F = (
                 x_ND[n].astype(np.float64) @ gate_EDF[e],
                 x_ND[n].astype(np.float64) @ up_EDF[e],
@@ -72,21 +72,25 @@ def test_an_expert_that_is_not_here_adds_nothing(form):
     others too.
     """
     *floats, ids_Nk = arrays("random")
-    x_ND, gate_EDF, up_EDF, down_EFD, weights_Nk = floats
+    x_ND, _gate_EDF, _up_EDF, _down_EFD, _weights_Nk = floats
     here_Nk = (ids_Nk >= 1) & (ids_Nk < 4)
-    some = lambda *floats: FORMS[form](
-        floats[0], *(w[1:4] for w in floats[1:4]), floats[4], ids_Nk - 1
-    )
-    oracle = lambda *floats: experts(
-        *floats[:4], jnp.where(here_Nk, floats[4], 0.0), ids_Nk, "dense"
-    )
+
+    def some(*floats):
+        return FORMS[form](floats[0], *(w[1:4] for w in floats[1:4]), floats[4], ids_Nk - 1)
+
+    def oracle(*floats):
+        return experts(*floats[:4], jnp.where(here_Nk, floats[4], 0.0), ids_Nk, "dense")
+
     np.testing.assert_allclose(jax.jit(some)(*floats), oracle(*floats), rtol=1e-4, atol=2e-4)
-    summed = lambda function: jax.jit(
-        jax.grad(
-            lambda *floats: jnp.sum(function(*floats) * jnp.cos(x_ND)), argnums=(0, 1, 2, 3, 4)
-        )
-    )(*floats)
-    for one, other in zip(summed(some), summed(oracle)):
+
+    def summed(function):
+        return jax.jit(
+            jax.grad(
+                lambda *floats: jnp.sum(function(*floats) * jnp.cos(x_ND)), argnums=(0, 1, 2, 3, 4)
+            )
+        )(*floats)
+
+    for one, other in zip(summed(some), summed(oracle), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
 
 
@@ -97,10 +101,12 @@ def test_gradients_of_every_form_equal_those_of_the_dense_oracle(form, load):
     weights_ND = np.random.RandomState(9).standard_normal((N, D)).astype(np.float32)
 
     def gradients(form):
-        objective = lambda *floats: jnp.sum(weights_ND * FORMS[form](*floats, inputs[5]))
+        def objective(*floats):
+            return jnp.sum(weights_ND * FORMS[form](*floats, inputs[5]))
+
         return jax.jit(jax.grad(objective, argnums=(0, 1, 2, 3, 4)))(*inputs[:5])
 
-    for one, other in zip(gradients(form), gradients("dense")):
+    for one, other in zip(gradients(form), gradients("dense"), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
 
 
@@ -122,7 +128,10 @@ def test_loads_at_the_edges_of_the_tiles_give_the_numbers_and_gradients_of_the_d
     for rows in (size - 1, size, size + 1):
         x, gate, up, down, weights, _ = arrays("random")
         ids = jnp.asarray(np.where(np.arange(N)[:, None] < rows, [[0, 4]], [[2, 3]]), jnp.int32)
-        value = lambda form, *floats: jnp.sum(jnp.sin(experts(*floats, ids, form)))
+
+        def value(form, *floats, ids=ids):
+            return jnp.sum(jnp.sin(experts(*floats, ids, form)))
+
         both = [
             jax.jit(jax.value_and_grad(functools.partial(value, form), argnums=(0, 1, 2, 3, 4)))(
                 x, gate, up, down, weights
@@ -153,8 +162,13 @@ def test_a_sorted_row_does_not_depend_on_its_neighbours_nor_on_where_they_are_se
 
 def test_a_token_of_weight_nothing_and_gradient_nothing_leaves_the_weights_alone():
     x, gate, up, down, weights, ids = arrays("random")
-    value = lambda x, *ws: jnp.sum(experts(x, *ws, weights, ids, "sorted")[1:])
-    gradients = lambda x: jax.jit(jax.grad(value, argnums=(1, 2, 3)))(x, gate, up, down)
+
+    def value(x, *ws):
+        return jnp.sum(experts(x, *ws, weights, ids, "sorted")[1:])
+
+    def gradients(x):
+        return jax.jit(jax.grad(value, argnums=(1, 2, 3)))(x, gate, up, down)
+
     before = gradients(jnp.asarray(x))
     jax.tree.map(np.testing.assert_array_equal, before, gradients(jnp.asarray(x).at[0].set(50.0)))
 
@@ -173,12 +187,15 @@ def test_fewer_choices_than_a_tile_and_more_experts_than_choices_work():
 def test_a_grouped_matmul_in_several_passes_gives_the_numbers_and_gradients_of_one(form, load):
     *floats, ids_Nk = arrays(load)
     passes = functools.partial(FORMS[form], rows=40)  # of 300 choices
-    value = lambda form: jax.jit(
-        jax.value_and_grad(
-            lambda *floats: jnp.sum(jnp.cos(floats[0]) * form(*floats, ids_Nk)),
-            argnums=(0, 1, 2, 3, 4),
-        )
-    )(*floats)
+
+    def value(form):
+        return jax.jit(
+            jax.value_and_grad(
+                lambda *floats: jnp.sum(jnp.cos(floats[0]) * form(*floats, ids_Nk)),
+                argnums=(0, 1, 2, 3, 4),
+            )
+        )(*floats)
+
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3),
         value(passes),
@@ -187,7 +204,7 @@ def test_a_grouped_matmul_in_several_passes_gives_the_numbers_and_gradients_of_o
 
 
 def test_an_unknown_form_is_refused_by_name():
-    with pytest.raises(ValueError, match="'gshard'.*dense"):
+    with pytest.raises(ValueError, match=r"'gshard'.*dense"):
         experts(*arrays("random"), "gshard")
 
 
@@ -257,12 +274,12 @@ def stats(counts_LE, prob_sum_LE, tokens):
 
 def test_loads_of_a_layer_are_summed_up_by_maximum_and_gini():
     config = dataclasses.replace(CONFIG, num_layers=2)
-    even = load_figures(jnp.full((2, E), 4.0), config)
+    even = load_metrics(jnp.full((2, E), 4.0), config)
     np.testing.assert_allclose(
         [even["router_load_max"], even["router_gini"]], [1.0, 0.0], atol=1e-6
     )
     counts = np.array([[1.0, 2, 3, 4, 10], [20.0, 0, 0, 0, 0]])
-    skewed = load_figures(jnp.asarray(counts), config)
+    skewed = load_metrics(jnp.asarray(counts), config)
     pairs = [
         np.abs(row[:, None] - row[None]).sum() / (2 * E * row.sum()) for row in counts
     ]  # Gini's own definition
@@ -293,7 +310,7 @@ def test_the_router_loss_is_k_when_balanced_and_more_otherwise():
     np.testing.assert_allclose(router_loss(skewed, config), E * 2 * 1.0 * 0.5, rtol=1e-6)
 
 
-def test_the_router_loss_pushes_probability_away_from_the_busy_expert_and_is_finite_without_tokens():
+def test_the_router_loss_moves_probability_off_the_busy_expert_and_is_finite_without_tokens():
     config = dataclasses.replace(CONFIG, num_layers=1)
     gradient_LE = jax.grad(
         lambda prob_LE: router_loss(stats(np.array([[9.0, 1, 0, 0, 0]]), prob_LE, 5), config)

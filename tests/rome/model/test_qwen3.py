@@ -15,9 +15,8 @@ from rome.model.qwen3 import (
     head_kernel,
     init_cache,
     init_params,
-    stack_layers,
-    unstack_layers,
 )
+from rome.model.stacking import stack_layers, unstack_layers
 from tests.rome.model.small import CONFIG, random_params
 
 
@@ -229,9 +228,18 @@ def test_padding_has_finite_outputs_and_changes_no_gradient(params):
 def test_attention_of_a_query_that_sees_nothing_is_zero_with_a_zero_gradient():
     q = k = v = jax.random.normal(jax.random.key(0), (1, 4, 2, 4))
     places, nobody = jnp.arange(4)[None], jnp.zeros((1, 4), jnp.int32)
-    run = lambda q, k, v: attention(
-        q, k, v, q_places_BT=places, k_places_BS=places, q_segments_BT=nobody, k_segments_BS=nobody
-    )
+
+    def run(q, k, v):
+        return attention(
+            q,
+            k,
+            v,
+            q_places_BT=places,
+            k_places_BS=places,
+            q_segments_BT=nobody,
+            k_segments_BS=nobody,
+        )
+
     assert (run(q, k, v) == 0).all()
     assert all(
         (g == 0).all()
@@ -244,9 +252,12 @@ def test_attention_of_a_query_that_sees_nothing_is_zero_with_a_zero_gradient():
 def test_blocked_attention_equals_the_reference_with_its_gradients(length, kept, monkeypatch):
     monkeypatch.setattr(attention_cpu, "KEPT_WEIGHTS", kept)
     monkeypatch.setattr(attention_cpu, "QUERIES", 8)
-    assert 64 <= attention_cpu.MOST_RANGES * 8 < 69  # the longest has ranges of several blocks
+    assert 64 <= attention_cpu.MAX_RANGES * 8 < 69  # the longest has ranges of several blocks
     keys = jax.random.split(jax.random.key(0), 3)
-    qkv = [jax.random.normal(key, (2, length, heads, 4)) for key, heads in zip(keys, (4, 2, 2))]
+    qkv = [
+        jax.random.normal(key, (2, length, heads, 4))
+        for key, heads in zip(keys, (4, 2, 2), strict=True)
+    ]
     places = jnp.broadcast_to(jnp.arange(length), (2, length))
     segments = jnp.asarray(
         np.stack([np.arange(length) // 30 + 1, np.where(np.arange(length) < length - 5, 1, 0)])

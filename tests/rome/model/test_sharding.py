@@ -13,14 +13,13 @@ from jax.sharding import PartitionSpec
 from rome.model import sharding
 from rome.model.config import PRESETS
 from rome.model.moe import router_loss
+from rome.model.params import axes_of, param_shardings
 from rome.model.qwen3 import Qwen3, head_kernel, init_params
 from rome.model.sharding import (
     batch_sharding,
     check_mesh,
     extent,
-    logical_axes,
     make_mesh,
-    param_shardings,
     partition_spec,
     row_shards,
 )
@@ -116,12 +115,14 @@ def test_every_parameter_has_a_sharding_and_the_large_ones_are_spread_over_the_w
 
 def test_logical_axes_name_every_axis_of_every_parameter():
     params = jax.eval_shape(lambda key: init_params(CONFIG, key), jax.random.key(0))
-    axes = logical_axes(params)
+    axes = jax.tree_util.tree_map_with_path(axes_of, params)
     assert axes["layers"]["moe"]["down"] == (None, "experts", "expert_hidden", "embed")
-    with pytest.raises(ValueError, match="'layers/bias'.*PARAM_AXES"):
-        logical_axes({"layers": {"bias": params["norm"]["scale"]}})
-    with pytest.raises(ValueError, match="embed/embedding.*names 2 axes"):
-        logical_axes({"embed": {"embedding": params["norm"]["scale"]}})
+    with pytest.raises(ValueError, match=r"'layers/bias'.*PARAM_AXES"):
+        unknown = {"layers": {"bias": params["norm"]["scale"]}}
+        jax.tree_util.tree_map_with_path(axes_of, unknown)
+    with pytest.raises(ValueError, match=r"embed/embedding.*names 2 axes"):
+        misshaped = {"embed": {"embedding": params["norm"]["scale"]}}
+        jax.tree_util.tree_map_with_path(axes_of, misshaped)
 
 
 def test_every_axis_is_in_every_mesh_and_minus_one_takes_what_is_left():
@@ -185,7 +186,7 @@ def test_slices_are_parts_of_the_replica_axis():
     with pytest.raises(
         ValueError,
         match=(
-            "2 slices, which do not divide replica=1. Set --config.mesh.replica to a multiple of 2"
+            r"2 slices, which do not divide replica=1. Set --config.mesh.replica to a multiple of 2"
         ),
     ):
         make_mesh({"fsdp": 16, "expert": 8}, devices=torus(4, 4, 4, slices=2))

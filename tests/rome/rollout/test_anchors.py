@@ -136,7 +136,7 @@ def test_the_anchor_of_a_trajectory_is_what_it_was_led_along():
     assert [anchor_of(played("a/1", 4, anchor)) for anchor in (0, 2, 4)] == [0, 2, 4]
 
 
-def test_a_group_that_was_led_along_an_earlier_source_says_nothing_about_the_anchors_of_a_shorter_one():
+def test_a_group_led_along_an_earlier_source_says_nothing_about_the_anchors_of_a_shorter_one():
     anchors = Anchors("parallel", 8)
     anchors.enter("a/1", "expert.json", 6)
     observe(anchors, [played("a/1", 3, 1, 1.0)])  # three chunks are enough

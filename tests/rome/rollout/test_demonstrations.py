@@ -1,6 +1,4 @@
-"""Expert episodes: what the infrastructure spoils is played again, what the expert fails is an
-error at once.
-"""
+"""Demonstrations: what the infrastructure spoils is played again, a failed one is an error."""
 
 import asyncio
 
@@ -9,7 +7,7 @@ import pytest
 from envs.rock import SandboxConfig
 from envs.tasks.terminal.env import TerminalEnv
 from rome.rollout import demonstrations
-from rome.rollout.player import RolloutError
+from rome.rollout.episode import RolloutError
 from tests.rome.rollout.worlds import CHAT
 
 
@@ -26,9 +24,11 @@ class Losing(TerminalEnv):
 
 
 def collect(tmp_path):
-    make_env = lambda task: Losing(task, SandboxConfig(isolation="best_available"))
+    def make_env(task):
+        return Losing(task, SandboxConfig(isolation="best_available"))
+
     return asyncio.run(
-        demonstrations.collect_experts(
+        demonstrations.collect_demonstrations(
             ["count/3"],
             make_env,
             CHAT,
@@ -39,7 +39,7 @@ def collect(tmp_path):
     )
 
 
-def test_an_expert_whose_sandbox_is_lost_plays_again(tmp_path):
+def test_a_demonstration_whose_sandbox_is_lost_plays_again(tmp_path):
     Losing.lost = demonstrations.ATTEMPTS - 1
     (trajectory,) = collect(tmp_path)
     assert trajectory.reward == 1.0 and Losing.lost == 0

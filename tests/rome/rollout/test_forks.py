@@ -12,9 +12,11 @@ from envs.gem import format_tool_call
 from envs.rock import SandboxConfig, SandboxError
 from envs.tasks.terminal.env import TerminalEnv
 from rome.agent.loop import Limits, run_episode
-from rome.rollout.demonstrations import expert_trajectory
+from rome.rollout.accounting import Accounting
+from rome.rollout.demonstrations import demonstrate
+from rome.rollout.episode import Episode
 from rome.rollout.forks import Forked, Forks
-from rome.rollout.player import Accounting, Episode, EpisodePlayer
+from rome.rollout.player import EpisodePlayer
 from tests.rome.rollout.worlds import CHAT, EchoEnv, ScriptedEngine
 
 TASK = "note_count/5"
@@ -45,7 +47,12 @@ class Continues:
 
 @pytest.fixture(scope="module")
 def source():
-    return asyncio.run(expert_trajectory(make_env(), CHAT, random.Random(0), 0.0))
+    return asyncio.run(demonstrate(make_env(), CHAT, random.Random(0), 0.0))
+
+
+def tokens_of(trajectory):
+    chunks = trajectory.chunks
+    return [token for chunk in chunks for token in (*chunk.prompt_ids, *chunk.action_ids)]
 
 
 @pytest.mark.parametrize("by_fork", [True, False])
@@ -76,16 +83,12 @@ def test_what_comes_before_the_anchor_is_context_and_the_policy_sees_and_finishe
         assert [chunk.kind for chunk in trajectory.chunks] == ["context"] * anchor + ["rl"] * (
             len(source.chunks) - anchor
         )
-        tokens = lambda t: [
-            token for chunk in t.chunks for token in (*chunk.prompt_ids, *chunk.action_ids)
-        ]
-        assert tokens(trajectory) == tokens(
-            source
-        )  # token in, token out: as if it had said all of it
+        # Token in, token out: as if it had said all of it.
+        assert tokens_of(trajectory) == tokens_of(source)
         assert all(not chunk.versions for chunk in trajectory.chunks[:anchor])
         assert (
             engine.requests[0][0]
-            == tokens(dataclasses.replace(source, chunks=source.chunks[:anchor]))
+            == tokens_of(dataclasses.replace(source, chunks=source.chunks[:anchor]))
             + source.chunks[anchor].prompt_ids
         )
 

@@ -1,9 +1,7 @@
-"""What a step's episodes show: figures that mean what they are called, and groups that can teach."""
-
-import dataclasses
+"""Metrics of a step's episodes mean what they are called, and groups that teach are found."""
 
 from rome.data.trajectory import Chunk, Trajectory
-from rome.rollout.outcomes import mixed_groups, rollout_figures, unsolved_tasks
+from rome.rollout.outcomes import mixed_groups, rollout_metrics
 
 
 def trajectory(group=0, reward=0.0, chunks=()):
@@ -28,17 +26,17 @@ def chunk(prompt=3, action=2, cached=0, status="ok"):
 def test_a_cached_share_of_one_is_everything_that_was_sent():
     # 3 tokens are sent, 2 come back; then 3 + 2 + 4 are sent, of which 5 were there.
     played = [trajectory(chunks=[chunk(cached=0), chunk(prompt=4, cached=5)])]
-    assert rollout_figures(played, 4, 1.0)["cached_token_share"] == 5 / 12
+    assert rollout_metrics(played, 4, 1.0)["cached_token_share"] == 5 / 12
 
 
-def test_figures_of_a_step():
+def test_metrics_of_a_step():
     played = [
         trajectory(reward=1.0),
         trajectory(
             chunks=[chunk(action=6, status="malformed"), chunk(action=4, status="tool_error")]
         ),
     ]
-    figures = rollout_figures(played, 6, 2.0)
+    metrics = rollout_metrics(played, 6, 2.0)
     expected = {
         "reward": 0.5,
         "success": 0.5,
@@ -51,8 +49,8 @@ def test_figures_of_a_step():
         "tokens_success": 2.0,
         "tokens_failure": 10.0,
     }
-    assert {name: figures[name] for name in expected} == expected
-    assert "tokens_success" not in rollout_figures([trajectory()], 4, 1.0)
+    assert {name: metrics[name] for name in expected} == expected
+    assert "tokens_success" not in rollout_metrics([trajectory()], 4, 1.0)
 
 
 def test_groups_that_ended_alike_are_left_out_unless_there_is_no_other():
@@ -63,15 +61,3 @@ def test_groups_that_ended_alike_are_left_out_unless_there_is_no_other():
     )
     assert mixed_groups(won + lost + mixed) == mixed
     assert mixed_groups(won + lost) == won + lost
-
-
-def test_a_task_is_unsolved_when_no_episode_of_its_group_won():
-    named = lambda group, reward, task: dataclasses.replace(trajectory(group, reward), task=task)
-    played = [
-        named(0, 1.0, "copy/1"),
-        named(0, 0.0, "copy/1"),
-        named(1, 0.0, "copy/2"),
-        named(1, 0.0, "copy/2"),
-        named(2, 0.0, "copy/2"),
-    ]
-    assert unsolved_tasks(played) == ["copy/2", "copy/2"]  # one for each group

@@ -1,6 +1,4 @@
-"""The scheduler: exact counts, nothing played twice, infrastructure faults replaced, a stop keeps
-what is finished.
-"""
+"""The player: exact counts, nothing played twice, faults replaced, a stop keeps what ended."""
 
 import asyncio
 import collections
@@ -11,7 +9,9 @@ import time
 import pytest
 
 from rome.agent.loop import Limits
-from rome.rollout.player import Accounting, Episode, EpisodePlayer, RolloutError, Stopped
+from rome.rollout.accounting import Accounting
+from rome.rollout.episode import Episode, RolloutError, Stopped
+from rome.rollout.player import EpisodePlayer
 from tests.rome.rollout.worlds import CHAT, EchoEnv, ScriptedEngine
 
 EPISODES = [
@@ -44,7 +44,9 @@ def test_trajectories_come_in_the_order_asked_for_and_under_the_limit():
 
 
 def test_a_finished_trajectory_is_on_disk_and_is_not_played_again(tmp_path):
-    record = lambda episode: tmp_path / f"{episode.seed}.json"
+    def record(episode):
+        return tmp_path / f"{episode.seed}.json"
+
     engine, accounting = ScriptedEngine(["red", "done"]), Accounting()
     first = play(make(engine), EPISODES[:5], record=record)
     asked = len(engine.requests)
@@ -69,7 +71,7 @@ def test_an_infrastructure_fault_is_replaced_with_another_seed_and_counted():
         and accounting.started == 13
         and accounting.in_flight == 12
     )
-    assert sum(t.seed != e.seed for t, e in zip(trajectories, EPISODES)) == 1
+    assert sum(t.seed != e.seed for t, e in zip(trajectories, EPISODES, strict=True)) == 1
     accounting.check()
 
 

@@ -1,131 +1,18 @@
-"""Asynchronous rollouts: staleness is bounded, nothing is lost or taken twice, and a resumed run
-takes what the killed one took.
-"""
+"""Asynchronous rollouts: staleness is bounded, and nothing is lost or taken twice."""
 
 import asyncio
 import collections
 import dataclasses
-import json
-import random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rome.data.trajectory import Chunk, Trajectory
-from rome.rollout.player import Accounting, RolloutError, Stopped
-from rome.rollout.scheduler import GroupPlan, RolloutScheduler, Rules
-from tests.rome.rollout.virtual import run
-
-RULES = Rules(groups_per_step=3, group_size=2, concurrency=4, steps=6)
-
-
-@dataclasses.dataclass
-class World:
-    """Plays an episode in a time that follows from its seed; a second attempt is another length.
-
-    Keeps what it played, as files would.
-    """
-
-    rules: Rules
-    seed: int = 0
-    train_s: float = 1.0
-    reward: object = None  # episode -> reward
-    fault: object = None  # episode -> exception
-    accounting: Accounting = dataclasses.field(default_factory=Accounting)
-    files: dict = dataclasses.field(default_factory=dict)
-    played: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    versions: dict = dataclasses.field(default_factory=dict)
-    running: int = 0
-    most_running: int = 0
-    journal: object = None
-    steps: list = dataclasses.field(default_factory=list)
-    stop: bool = False
-
-    def make(self):
-        self.rollouts = RolloutScheduler(
-            self.rules,
-            self.play,
-            self.plan,
-            self.replan,
-            accounting=self.accounting,
-            forget=lambda episode: self.files.pop(episode.name, None),
-            journal=self.journal,
-            should_stop=lambda: self.stop,
-        )
-        return self.rollouts
-
-    def plan(self, wave):
-        return [
-            GroupPlan(f"task/{wave}_{index // self.rules.siblings}")
-            for index in range(self.rules.groups_per_wave)
-        ]
-
-    def replan(self, number, attempt):
-        return GroupPlan(f"task/{number}_again{attempt}")
-
-    async def play(self, episode):
-        if episode.name in self.files:
-            return self.files[episode.name]
-        self.played[episode.name] += 1
-        self.running += 1
-        self.most_running = max(self.most_running, self.running)
-        try:
-            began = self.rollouts.version
-            if self.fault is not None and (error := self.fault(episode)) is not None:
-                raise error
-            await asyncio.sleep(random.Random(f"{self.seed}/{episode.seed}").lognormvariate(0, 1))
-            chunk = Chunk([1], [2, 3], [-0.5, -0.5], [(began, 0, 1), (self.rollouts.version, 1, 2)])
-            reward = float(episode.seed % 2) if self.reward is None else self.reward(episode)
-            trajectory = Trajectory(
-                episode.task,
-                "f",
-                [chunk],
-                reward,
-                "success" if reward else "failure",
-                episode.group,
-                episode.episode,
-                episode.seed,
-            )
-            self.files[episode.name] = trajectory
-            return trajectory
-        finally:
-            self.running -= 1
-
-    async def train(self, first=0, last=None):
-        """Steps first to last, as the trainer runs them; returns what each took."""
-        await self.rollouts.advance(first)
-        for step in range(first, self.rules.steps if last is None else last):
-            async with asyncio.timeout(500):  # virtual seconds
-                taken = await self.rollouts.take(step)
-            self.accounting.train(sum(map(len, taken.groups)))
-            await self.rollouts.check()
-            self.steps.append((step, taken))
-            await asyncio.sleep(self.train_s)
-            await self.rollouts.advance(step + 1)
-        return self.steps
-
-
-def play_all(rules, **options):
-    world = World(rules, **options)
-
-    async def main():
-        world.make()
-        await world.train()
-        await world.rollouts.close()
-
-    run(main())
-    return world
-
-
-def names(steps):
-    return [[(t.group, t.episode) for group in taken.groups for t in group] for _, taken in steps]
-
-
-def staleness(steps):
-    return [
-        step - t.oldest_version for step, taken in steps for group in taken.groups for t in group
-    ]
+from rome.rollout.episode import RolloutError, Stopped
+from rome.rollout.group import GroupPlan
+from rome.rollout.scheduler import Rules
+from rome.rollout.simulator.clock import run
+from tests.rome.rollout.runs import RULES, World, names, play_all, staleness
 
 
 def test_without_asynchrony_each_step_takes_its_own_wave_in_order_and_all_of_it_is_fresh():
@@ -152,8 +39,6 @@ def test_without_asynchrony_each_step_takes_its_own_wave_in_order_and_all_of_it_
     st.integers(1, 12),
     st.sampled_from(["wait", "drop", "keep"]),
     st.integers(0, 2),
-    st.integers(0, 1),
-    st.booleans(),
     st.booleans(),
     st.floats(0, 5),
     st.integers(0, 10**6),
@@ -163,28 +48,36 @@ def test_whatever_the_numbers_nothing_is_lost_taken_twice_or_staler_than_allowed
     groups,
     size,
     concurrency,
-    late,
+    stale_samples,
     redundancy,
-    redundant_groups,
-    keep,
     replace,
     train_s,
     seed,
 ):
     rules = Rules(
-        groups, size, concurrency, 7, alpha, redundancy, redundant_groups, keep, replace, late
+        groups_per_step=groups,
+        group_size=size,
+        concurrency=concurrency,
+        steps=7,
+        async_ratio=alpha,
+        redundancy=redundancy,
+        replace_equal=replace,
+        stale_samples=stale_samples,
     )
     world = play_all(rules, seed=seed, train_s=train_s)
     assert [step for step, _ in world.steps] == list(range(7))
     taken = [name for step in names(world.steps) for name in step]
     assert len(taken) == len(set(taken)) == 7 * groups * size
     assert all(len(group) == size for _, taken in world.steps for group in taken.groups)
-    assert late == "keep" or max(staleness(world.steps)) <= alpha
+    assert stale_samples == "keep" or max(staleness(world.steps)) <= alpha
     assert min(staleness(world.steps)) >= 0
     dropped = set(world.accounting.dropped)
-    assert dropped <= ({"redundant"} if redundancy or redundant_groups else set()) | (
-        {"equal_group"} if replace else set()
-    ) | ({"stale"} if late == "drop" else set())
+    possible = {
+        "redundant": redundancy > 0,
+        "equal_group": replace,
+        "stale": stale_samples == "drop",
+    }
+    assert dropped <= {reason for reason, can_occur in possible.items() if can_occur}
     assert world.most_running <= concurrency and not world.running
     world.accounting.check()
 
@@ -205,13 +98,9 @@ def test_with_waiting_alone_nothing_is_dropped_and_steps_overlap_with_rollouts()
     )
 
 
-def test_the_slowest_of_a_group_are_cancelled_or_play_on_for_their_files():
-    rules = dataclasses.replace(RULES, redundancy=2, concurrency=12)
-    cancelled, kept = play_all(rules), play_all(dataclasses.replace(rules, keep_redundant=True))
-    assert cancelled.accounting.dropped == {"redundant": 36} and len(cancelled.files) == 36
-    assert (
-        36 < len(kept.files) <= 72 and kept.accounting.dropped["redundant"] == len(kept.files) - 36
-    )
+def test_the_slowest_of_a_group_are_cancelled():
+    world = play_all(dataclasses.replace(RULES, redundancy=2, concurrency=12))
+    assert world.accounting.dropped == {"redundant": 36} and len(world.files) == 36
 
 
 def test_a_group_without_spread_is_replaced_at_once_by_another_task_and_seen_by_the_curriculum():
@@ -249,7 +138,7 @@ def test_a_task_that_never_has_spread_is_taken_in_the_end():
 
 
 def test_single_episodes_are_taken_without_their_siblings_and_still_know_their_group():
-    rules = Rules(6, 1, 6, 4, async_ratio=1, siblings=2, late="keep")
+    rules = Rules(6, 1, 6, 4, async_ratio=1, siblings=2, stale_samples="keep")
     world = play_all(rules)
     groups = [[t.group for group in taken.groups for t in group] for _, taken in world.steps]
     assert any(step.count(group) == 1 for step in groups for group in step)
@@ -262,99 +151,6 @@ def test_single_episodes_are_taken_without_their_siblings_and_still_know_their_g
     assert all(
         len(entries) == 2 and len({task for task, _ in entries}) == 1 for entries in tasks.values()
     )
-
-
-@pytest.mark.parametrize("alpha", [0, 1, 2])
-def test_a_run_that_is_killed_and_resumed_takes_the_same_groups_with_the_same_trajectories(
-    alpha, tmp_path
-):
-    rules = dataclasses.replace(RULES, async_ratio=alpha, steps=8)
-    alone = play_all(rules)
-    first = World(rules, journal=tmp_path / "steps.jsonl")
-    saved = {}
-
-    async def until_killed():
-        first.make()
-        await first.train(0, 3)
-        saved.update(
-            json.loads(
-                json.dumps(
-                    {
-                        "state": await first.rollouts.get_state(),
-                        "accounting": first.accounting.to_json(),
-                    }
-                )
-            )
-        )
-        await first.train(3, 6)  # beyond the checkpoint; its weights are lost
-        await first.rollouts.close()
-
-    run(until_killed())
-    with open(tmp_path / "steps.jsonl", "a") as file:
-        file.write('{"step": 6, "gro')  # the kill came in the middle of a line
-    second = World(
-        rules,
-        journal=tmp_path / "steps.jsonl",
-        files=first.files,
-        accounting=Accounting.from_json(saved["accounting"]),
-    )
-    played = dict(first.played)
-
-    async def resume():
-        second.make().set_state(saved["state"], lambda entry: GroupPlan(entry["task"]))
-        await second.train(3)
-        await second.rollouts.close()
-
-    run(resume())
-    assert names(second.steps[:3]) == names(first.steps[3:])
-    assert [taken.groups for _, taken in second.steps[:3]] == [
-        taken.groups for _, taken in first.steps[3:]
-    ]
-    again = [
-        name
-        for name in second.played
-        if played.get(name) and name in first.files and first.played[name] > 1
-    ]
-    assert not again  # what was finished is not paid for twice
-    everything = [name for step in names(first.steps[:3]) + names(second.steps) for name in step]
-    assert len(everything) == len(set(everything)) == 8 * 6
-    assert second.accounting.to_json() == {
-        "started": 48,
-        "trained": 48,
-        "dropped": {},
-        "in_flight": 0,
-    }
-    if alpha == 0:
-        assert names(first.steps[:3]) + names(second.steps) == names(alone.steps)
-    assert [
-        json.loads(line)["step"]
-        for line in (tmp_path / "steps.jsonl").read_text().splitlines()
-        if line.endswith("}")
-    ] == list(range(8))
-
-
-def test_a_lost_journal_costs_samples_that_became_too_old_but_no_more():
-    rules = dataclasses.replace(RULES, async_ratio=1)
-    world = World(rules)
-    old = Trajectory("task/1_0", "f", [Chunk([1], [2], [-0.5], [(0, 0, 1)])], 1.0, "success")
-
-    async def main():
-        world.make().set_state(
-            {
-                "waves": 4,
-                "groups": [
-                    {"number": 9 + index, "attempt": 0, "task": "t", "source": "", "prefixes": []}
-                    for index in range(3)
-                ],
-            },
-            lambda entry: GroupPlan(entry["task"]),
-        )
-        world.files["000003_g000_e00"] = old
-        await world.train(3)
-        await world.rollouts.close()
-
-    run(main())
-    assert world.accounting.dropped == {"stale": 1} and max(staleness(world.steps)) <= 1
 
 
 def test_an_episode_that_fails_for_good_ends_the_step_with_its_cause_and_the_rest_stays():
@@ -387,191 +183,7 @@ def test_a_stop_is_heard_while_waiting_and_what_runs_is_closed():
     world.accounting.check()
 
 
-def killed_and_resumed(rules, tmp_path, *, save_at, kill_at, seed=0, reward=None, late_save=0.0):
-    """(first, second) of a run whose checkpoint is taken `late_save` seconds after step `save_at` -
-    1 and that is killed in step `kill_at`.
-    """
-    first = World(rules, seed=seed, reward=reward, journal=tmp_path / "steps.jsonl")
-    saved = {}
-
-    async def until_killed():
-        first.make()
-        await first.train(0, save_at)
-        await asyncio.sleep(late_save)
-        saved.update(json.loads(json.dumps(await first.rollouts.get_state())))
-        await first.train(save_at, kill_at)
-        await asyncio.sleep(0.3)
-        await first.rollouts.close()
-
-    run(until_killed())
-    second = World(
-        rules,
-        seed=seed,
-        reward=reward,
-        journal=tmp_path / "steps.jsonl",
-        files=first.files,
-        accounting=Accounting.from_json(saved["accounting"]),
-    )
-
-    async def resume():
-        second.make().set_state(saved, lambda entry: GroupPlan(entry["task"]))
-        await second.train(save_at)
-        await second.rollouts.close()
-
-    run(resume())
-    return first, second
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    st.integers(0, 2),
-    st.integers(1, 3),
-    st.integers(1, 3),
-    st.integers(1, 8),
-    st.sampled_from(["wait", "keep", "drop"]),
-    st.integers(0, 2),
-    st.integers(0, 1),
-    st.booleans(),
-    st.booleans(),
-    st.integers(0, 3),
-    st.integers(0, 3),
-    st.floats(0, 3),
-    st.integers(0, 10**6),
-)
-def test_whatever_the_rules_a_resumed_run_repeats_its_steps_and_reaches_its_end(
-    tmp_path_factory,
-    alpha,
-    groups,
-    size,
-    concurrency,
-    late,
-    redundancy,
-    redundant_groups,
-    keep,
-    replace,
-    save_at,
-    more,
-    late_save,
-    seed,
-):
-    rules = Rules(
-        groups, size, concurrency, 7, alpha, redundancy, redundant_groups, keep, replace, late
-    )
-    first, second = killed_and_resumed(
-        rules,
-        tmp_path_factory.mktemp("run"),
-        save_at=save_at,
-        kill_at=save_at + more,
-        seed=seed,
-        late_save=late_save,
-    )
-    assert [taken.groups for _, taken in second.steps[:more]] == [
-        taken.groups for _, taken in first.steps[save_at:]
-    ]
-    everything = [
-        name for step in names(first.steps[:save_at]) + names(second.steps) for name in step
-    ]
-    assert len(everything) == len(set(everything)) == 7 * groups * size
-    assert late == "keep" or max(staleness(second.steps)) <= alpha
-    assert (
-        late == "drop" or not second.accounting.dropped["stale"]
-    ) and second.accounting.trained == 7 * groups * size
-
-
-def test_a_repeated_step_takes_the_episodes_that_it_took_although_redundant_ones_are_on_disk_too(
-    tmp_path,
-):
-    rules = dataclasses.replace(RULES, redundancy=2, concurrency=20, keep_redundant=True)
-    first, second = killed_and_resumed(rules, tmp_path, save_at=1, kill_at=4)
-    assert any(
-        t.episode >= RULES.group_size
-        for _, taken in first.steps[1:]
-        for group in taken.groups
-        for t in group
-    )
-    assert [taken.names for _, taken in second.steps[:3]] == [
-        taken.names for _, taken in first.steps[1:]
-    ]
-
-
-def test_what_was_replaced_before_a_checkpoint_is_still_handed_on_after_it(tmp_path):
-    rules = dataclasses.replace(RULES, replace_equal=True)
-    alone = play_all(
-        rules, reward=lambda episode: float("again" in episode.task and episode.episode == 0)
-    )
-    first, second = killed_and_resumed(
-        rules, tmp_path, save_at=2, kill_at=2, late_save=3.0, reward=alone.reward
-    )
-    assert first.accounting.dropped["equal_group"] > 12  # some of the third wave already
-    assert [(taken.groups, taken.replaced) for _, taken in second.steps] == [
-        (taken.groups, taken.replaced) for _, taken in alone.steps[2:]
-    ]
-    assert second.accounting == alone.accounting
-
-
-def test_a_record_that_cannot_come_true_any_more_does_not_hold_the_run(tmp_path):
-    (tmp_path / "steps.jsonl").write_text(
-        '{"step": 0, "groups": [[0, 1], [1, 0], [2, 0]]}\n'
-    )  # the first was replaced; its files are lost, and now it has spread
-    world = World(
-        dataclasses.replace(RULES, replace_equal=True, steps=1),
-        reward=lambda episode: float(episode.episode == 0),
-        journal=tmp_path / "steps.jsonl",
-    )
-
-    async def main():
-        world.make()
-        await world.train()
-        await world.rollouts.close()
-
-    run(main())
-    assert names(world.steps) == [[(group, number) for group in range(3) for number in range(2)]]
-
-
-def test_redundant_episodes_that_play_on_are_ended_with_the_run_and_count_once():
-    rules = dataclasses.replace(RULES, redundancy=3, concurrency=30, keep_redundant=True, steps=2)
-    world = World(rules)
-
-    async def main():
-        world.make()
-        await world.train()
-        assert world.running
-        ends = asyncio.get_running_loop().time()
-        await world.rollouts.close()
-        assert asyncio.get_running_loop().time() == ends
-
-    run(main())
-    assert not world.running
-    world.accounting.check()
-
-
-def test_a_redundant_episode_that_is_spoiled_for_good_harms_nobody():
-    rules = dataclasses.replace(RULES, redundancy=1, concurrency=30, keep_redundant=True, steps=2)
-    world = World(rules)
-    play = world.play
-
-    async def spoiled(episode):
-        if episode.episode == 2:
-            await asyncio.sleep(100)
-            world.accounting.drop("infra_sandbox")
-            raise RolloutError("spoiled")
-        return await play(episode)
-
-    world.play = spoiled
-
-    async def main():
-        world.make()
-        await world.train(0, 1)
-        await asyncio.sleep(200)
-        await world.train(1)
-        await world.rollouts.check()
-        await world.rollouts.close()
-
-    run(main())
-    assert world.accounting.dropped["infra_sandbox"] == 6 and world.accounting.trained == 12
-
-
-def test_an_episode_that_something_else_cancels_ends_the_step_with_its_name_instead_of_a_wait_for_ever():
+def test_an_episode_that_something_else_cancels_ends_the_step_with_its_name():
     world = World(
         RULES, fault=lambda episode: asyncio.CancelledError() if episode.group == 2 else None
     )
@@ -642,44 +254,3 @@ def test_forks_of_siblings_are_closed_with_the_last_of_them():
 
     run(main())
     assert seen == [0, 0, 0, 1]
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("alpha", [0, 1, 2])
-def test_a_run_that_is_killed_twice_after_one_checkpoint_still_repeats_what_either_took(
-    alpha, seed, tmp_path
-):
-    rules = dataclasses.replace(
-        RULES, async_ratio=alpha, steps=8, redundancy=1, redundant_groups=1, replace_equal=True
-    )
-    lives, files, saved = [], {}, {}
-
-    async def live(world, first, last):
-        world.make()
-        if saved:
-            world.rollouts.set_state(saved, lambda entry: GroupPlan(entry["task"]))
-        await world.train(first, min(2, last) if first == 0 else last)
-        if first == 0:
-            saved.update(json.loads(json.dumps(await world.rollouts.get_state())))
-            await world.train(2, last)
-        await asyncio.sleep(0.3 if last < 8 else 0)
-        await world.rollouts.close()
-
-    for number, (first, last) in enumerate([(0, 4), (2, 6), (2, 8)]):
-        counts = Accounting.from_json(saved["accounting"]) if saved else Accounting()
-        lives.append(
-            World(
-                rules,
-                seed=seed + 10 * number,
-                journal=tmp_path / "steps.jsonl",
-                files=files,
-                accounting=counts,
-            )
-        )  # another pace in each life
-        run(live(lives[-1], first, last))
-    took = [{step: taken.groups for step, taken in world.steps} for world in lives]
-    for earlier, later in [(0, 1), (1, 2), (0, 2)]:
-        assert all(
-            took[later][step] == groups for step, groups in took[earlier].items() if step >= 2
-        )
-    assert max(staleness(lives[2].steps)) <= alpha and lives[2].accounting.trained == 8 * 6

@@ -1,7 +1,8 @@
-"""The simulator against what can be worked out by hand, and against laws that hold for every queue."""
+"""The simulator against values worked out by hand and laws that hold for every queue."""
 
 import dataclasses
 import heapq
+import itertools
 
 import numpy as np
 import pytest
@@ -9,20 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch import simulate as command
-from rome.rollout.simulator.simulate import (
-    Constant,
-    Lognormal,
-    Plan,
-    Recorded,
-    agentic,
-    bound,
-    simulate,
-    speedup,
-    with_train_share,
-)
+from rome.rollout.simulator.distributions import Constant, Lognormal, Recorded
+from rome.rollout.simulator.pod import PodModel, agentic_pod, step_seconds_bound
+from rome.rollout.simulator.simulate import simulate, speedup, with_train_share
 
 quickly = settings(max_examples=20, deadline=None, derandomize=True)
-STEADY = Plan(
+STEADY = PodModel(
     token_s=0.1,
     token_s_a_request=0.0,
     concurrency=8,
@@ -48,9 +41,9 @@ class InTurn:
         return np.full(size, float(next(self.values)))
 
 
-def unhindered(plan, number, seed=0):
+def unhindered(model, number, seed=0):
     """Seconds of the environment of the n-th episode to begin."""
-    return plan.latency.draw(np.random.default_rng((seed, number)), plan.turns.value).sum()
+    return model.latency.draw(np.random.default_rng((seed, number)), model.turns.value).sum()
 
 
 def test_one_synchronous_step_is_the_sum_of_its_parts():
@@ -83,7 +76,7 @@ def test_requests_that_run_together_slow_each_other_and_a_prompt_is_read_first()
 
 
 def test_two_requests_share_an_engine_exactly():
-    plan = Plan(
+    model = PodModel(
         token_s=0.0,
         token_s_a_request=1.0,
         concurrency=2,
@@ -95,20 +88,20 @@ def test_two_requests_share_an_engine_exactly():
         async_ratio=0,
         train_s=0.0,
     )
-    assert simulate(plan, steps=1).seconds == pytest.approx(
+    assert simulate(model, steps=1).seconds == pytest.approx(
         10 * 2 + 10 * 1
     )  # ten tokens each at half speed, the other ten alone
 
 
 def test_without_a_free_slot_a_request_waits():
-    plan = dataclasses.replace(
+    model = dataclasses.replace(
         STEADY, slots=1, turns=Constant(1), group_size=3, groups_per_step=1, train_s=0.0
     )
-    assert simulate(plan, steps=2, warm_up=0).step_seconds == pytest.approx(3 * 1.0 + 2.0)
+    assert simulate(model, steps=2, warm_up=0).step_seconds == pytest.approx(3 * 1.0 + 2.0)
 
 
 def test_engines_stand_still_while_weights_are_published_and_environments_do_not():
-    plan = Plan(
+    model = PodModel(
         token_s=1.0,
         concurrency=2,
         latency=Constant(0.0),
@@ -119,15 +112,15 @@ def test_engines_stand_still_while_weights_are_published_and_environments_do_not
         async_ratio=1,
         train_s=1.0,
         publish_s=7.0,
-        late="keep",
+        stale_samples="keep",
     )
     # Ends at 4, trained on until 5, published until 12. The second was 5 tokens far when everything
     # stopped.
-    assert simulate(plan, steps=2, warm_up=0).seconds == pytest.approx(12 + 5 + 1 + 7)
+    assert simulate(model, steps=2, warm_up=0).seconds == pytest.approx(12 + 5 + 1 + 7)
 
 
 def test_a_prompt_read_while_weights_are_published_does_not_move_the_others():
-    plan = Plan(
+    model = PodModel(
         token_s=1.0,
         concurrency=3,
         latency=Constant(0.0),
@@ -140,15 +133,15 @@ def test_a_prompt_read_while_weights_are_published_does_not_move_the_others():
         async_ratio=2,
         train_s=2.0,
         publish_s=4.0,
-        late="keep",
+        stale_samples="keep",
     )
     # Ends at 2, trained on until 4, published until 8; the third's prompt is read at 6. At 4 the
     # second was 4 tokens far.
-    assert simulate(plan, steps=2, warm_up=0).seconds == pytest.approx(8 + 6 + 2 + 4)
+    assert simulate(model, steps=2, warm_up=0).seconds == pytest.approx(8 + 6 + 2 + 4)
 
 
 def test_a_cancelled_episode_leaves_its_slot_at_once_or_where_it_reads_its_prompt():
-    plan = Plan(
+    model = PodModel(
         slots=2,
         token_s=1.0,
         concurrency=2,
@@ -161,10 +154,10 @@ def test_a_cancelled_episode_leaves_its_slot_at_once_or_where_it_reads_its_promp
         async_ratio=0,
         train_s=0.0,
     )
-    found = simulate(plan, steps=2)
+    found = simulate(model, steps=2)
     assert found.seconds == 2 + 2 and found.dropped == {"redundant": 2}
     reading = dataclasses.replace(
-        plan,
+        model,
         tokens=InTurn(2, 100, 1000, 2),
         prompt_tokens=InTurn(0, 50, 0, 0),
         prefill_tokens_per_s=1.0,
@@ -172,14 +165,14 @@ def test_a_cancelled_episode_leaves_its_slot_at_once_or_where_it_reads_its_promp
     assert simulate(reading, steps=2).seconds == 50 + 2
 
 
-@pytest.mark.parametrize("late", ["wait", "keep", "drop"])
-def test_async_ratio_zero_is_synchronous_training_whatever_happens_to_late_samples(late):
-    plan = dataclasses.replace(FREE, late=late)
+@pytest.mark.parametrize("stale_samples", ["wait", "keep", "drop"])
+def test_async_ratio_zero_is_synchronous_training_whatever_happens_to_late_samples(stale_samples):
+    model = dataclasses.replace(FREE, stale_samples=stale_samples)
     expected = sum(
-        max(unhindered(plan, step * 8 + place) for place in range(8)) + plan.train_s
+        max(unhindered(model, step * 8 + place) for place in range(8)) + model.train_s
         for step in range(6)
     )
-    found = simulate(plan, steps=6)
+    found = simulate(model, steps=6)
     assert (
         found.seconds == pytest.approx(expected)
         and found.staleness == {0: 48}
@@ -200,28 +193,28 @@ def test_without_contention_it_equals_a_queue_of_several_servers(
     """Groups of one: batch b of episodes begins where places get free, after step b - async_ratio -
     1; step k, when k + 1 batches have ended.
     """
-    plan = dataclasses.replace(
+    model = dataclasses.replace(
         FREE,
         group_size=1,
         groups_per_step=4,
         concurrency=concurrency,
         async_ratio=async_ratio,
         train_s=train_s,
-        late="keep",
+        stale_samples="keep",
     )
     steps, batch = 5, 4
     places, ends, trained = [0.0] * concurrency, [], []
     for begun in range(steps + async_ratio):
         allowed = trained[begun - async_ratio - 1] if begun > async_ratio else 0.0
         for number in range(begun * batch, (begun + 1) * batch):
-            ends.append(max(heapq.heappop(places), allowed) + unhindered(plan, number, seed))
+            ends.append(max(heapq.heappop(places), allowed) + unhindered(model, number, seed))
             heapq.heappush(places, ends[-1])
         step = begun - async_ratio  # all that may have begun before it is trained has begun
         if step >= 0:
             trained.append(
                 max(trained[-1] if trained else 0.0, sorted(ends)[(step + 1) * batch - 1]) + train_s
             )
-    assert simulate(plan, steps=steps, seed=seed).seconds == pytest.approx(trained[-1])
+    assert simulate(model, steps=steps, seed=seed).seconds == pytest.approx(trained[-1])
 
 
 @given(
@@ -230,18 +223,20 @@ def test_without_contention_it_equals_a_queue_of_several_servers(
 )
 @quickly
 def test_more_asynchrony_never_takes_longer_and_never_beats_the_bound(seed, latency):
-    plan = dataclasses.replace(FREE, latency=latency, late="keep", train_s=3.0)
+    model = dataclasses.replace(FREE, latency=latency, stale_samples="keep", train_s=3.0)
     seconds = [
-        simulate(dataclasses.replace(plan, async_ratio=ratio), steps=12, seed=seed).seconds
+        simulate(dataclasses.replace(model, async_ratio=ratio), steps=12, seed=seed).seconds
         for ratio in (0, 1, 2, 4, 8)
     ]
-    assert all(later <= sooner + 1e-9 for sooner, later in zip(seconds, seconds[1:]))
-    assert seconds[-1] >= 12 * plan.train_s
+    assert all(later <= sooner + 1e-9 for sooner, later in itertools.pairwise(seconds))
+    assert seconds[-1] >= 12 * model.train_s
 
 
-def random_plan(draw_int, late):
-    pick = lambda *values: values[draw_int(len(values))]
-    return Plan(
+def random_model(draw_int, stale_samples):
+    def pick(*values):
+        return values[draw_int(len(values))]
+
+    return PodModel(
         engines=pick(1, 3),
         slots=pick(1, 4, 64),
         token_s=pick(0.0, 0.05),
@@ -256,48 +251,52 @@ def random_plan(draw_int, late):
         redundancy=pick(0, 2),
         groups_per_step=pick(1, 3),
         async_ratio=pick(0, 1, 3),
-        late=late,
+        stale_samples=stale_samples,
         train_s=pick(0.0, 2.0),
         publish_s=pick(0.0, 1.0),
     )
 
 
-@given(seed=st.integers(0, 10_000), late=st.sampled_from(["wait", "keep", "drop"]))
+@given(seed=st.integers(0, 10_000), stale_samples=st.sampled_from(["wait", "keep", "drop"]))
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_every_started_episode_is_trained_on_dropped_or_in_flight_and_none_is_too_old(seed, late):
+def test_every_started_episode_is_trained_on_dropped_or_in_flight_and_none_is_too_old(
+    seed, stale_samples
+):
     rng = np.random.default_rng(seed)
-    plan = random_plan(lambda n: int(rng.integers(n)), late)
-    found = simulate(plan, steps=6, seed=seed)
-    assert found.trained == 6 * plan.batch == sum(found.staleness.values())
+    model = random_model(lambda n: int(rng.integers(n)), stale_samples)
+    found = simulate(model, steps=6, seed=seed)
+    assert found.trained == 6 * model.batch == sum(found.staleness.values())
     assert found.started == found.trained + sum(found.dropped.values()) + found.in_flight
-    assert set(found.dropped) <= {"redundant"} | ({"stale"} if late == "drop" else set())
+    assert set(found.dropped) <= {"redundant"} | ({"stale"} if stale_samples == "drop" else set())
     assert (
         0
         <= found.in_flight
-        <= (plan.async_ratio + 1) * plan.groups_per_step * (plan.group_size + plan.redundancy)
+        <= (model.async_ratio + 1) * model.groups_per_step * (model.group_size + model.redundancy)
     )
-    if late != "keep":
-        assert max(found.staleness) <= plan.async_ratio
+    if stale_samples != "keep":
+        assert max(found.staleness) <= model.async_ratio
     for share in (
         found.trainer_wait,
         found.engine_idle,
         found.slot_use,
-        found.open_episodes / plan.concurrency,
+        found.open_episodes / model.concurrency,
     ):
         assert -1e-9 <= share <= 1 + 1e-9
-    assert found == simulate(plan, steps=6, seed=seed)
+    assert found == simulate(model, steps=6, seed=seed)
 
 
 def test_littles_law_holds():
-    plan = dataclasses.replace(agentic(async_ratio=2, late="keep"), token_s=0.01, slots=8)
-    found = simulate(plan, steps=60, warm_up=10)
+    model = dataclasses.replace(
+        agentic_pod(async_ratio=2, stale_samples="keep"), token_s=0.01, slots=8
+    )
+    found = simulate(model, steps=60, warm_up=10)
     assert found.open_episodes == pytest.approx(
         found.trajectories_per_s * found.episode_seconds, rel=0.05
     )
 
 
 def test_boundless_asynchrony_reaches_the_bound_of_whatever_is_busiest():
-    far = dict(async_ratio=20, late="keep")
+    far = dict(async_ratio=20, stale_samples="keep")
     steady = dataclasses.replace(STEADY, **far)
     cases = {
         "trainer": dataclasses.replace(steady, train_s=50.0),
@@ -305,9 +304,9 @@ def test_boundless_asynchrony_reaches_the_bound_of_whatever_is_busiest():
         "engines": dataclasses.replace(steady, train_s=1.0, slots=1, concurrency=32),
     }
     limits = {"trainer": 50.0, "environments": 8 * 9.0 / 8, "engines": 8 * 3 * 1.0}
-    for name, plan in cases.items():
-        assert bound(plan) == pytest.approx(limits[name]), name
-        found = simulate(plan, steps=60, warm_up=30)
+    for name, model in cases.items():
+        assert step_seconds_bound(model) == pytest.approx(limits[name]), name
+        found = simulate(model, steps=60, warm_up=30)
         assert (
             found.seconds / 60 >= limits[name] * (1 - 1e-9)
             and found.step_seconds <= limits[name] * 1.03
@@ -315,13 +314,13 @@ def test_boundless_asynchrony_reaches_the_bound_of_whatever_is_busiest():
 
 
 def test_dropping_late_samples_and_taking_the_first_of_many_teaches_short_episodes():
-    plan = dataclasses.replace(agentic(), train_s=1.0)
+    model = dataclasses.replace(agentic_pod(), train_s=1.0)
     bias = {
-        name: simulate(dataclasses.replace(plan, **changes), steps=30).short_bias
+        name: simulate(dataclasses.replace(model, **changes), steps=16).short_bias
         for name, changes in {
-            "none": {"late": "keep"},
+            "none": {"stale_samples": "keep"},
             "wait": {},
-            "drop": {"late": "drop", "group_size": 1, "groups_per_step": 64},
+            "drop": {"stale_samples": "drop", "group_size": 1, "groups_per_step": 64},
             "first": {"redundancy": 4},
         }.items()
     }
@@ -329,18 +328,18 @@ def test_dropping_late_samples_and_taking_the_first_of_many_teaches_short_episod
 
 
 def test_the_agentic_setting_is_the_one_that_was_asked_for():
-    plan = agentic()
-    assert (plan.batch, plan.concurrency, plan.group_size, plan.turns.mean, plan.latency) == (
+    model = agentic_pod()
+    assert (model.batch, model.concurrency, model.group_size, model.turns.mean, model.latency) == (
         64,
         64,
         8,
         8,
         Lognormal(1.0, 1.0),
     )
-    assert with_train_share(plan, 0.25, seed=7, steps=60).train_s == pytest.approx(
-        plan.train_s, rel=0.1
+    assert with_train_share(model, 0.25, seed=7, steps=60).train_s == pytest.approx(
+        model.train_s, rel=0.1
     )
-    found = speedup(plan, steps=20)
+    found = speedup(model, steps=20)
     assert 1.0 < found.predicted < found.bound
 
 
@@ -356,12 +355,12 @@ def test_distributions_have_the_means_they_say():
         ({"slots": 0}, "slots is 0"),
         ({"train_s": -1.0}, "train_s is -1"),
         ({"train_s": float("nan")}, "train_s is nan"),
-        ({"late": "lose"}, "late 'lose'"),
+        ({"stale_samples": "lose"}, "stale_samples is 'lose'"),
         ({"prefill_tokens_per_s": 0.0}, "prefill_tokens_per_s is 0"),
         ({"async_ratio": -1}, "async_ratio is -1"),
     ],
 )
-def test_a_plan_that_cannot_be_is_refused_by_name(change, named):
+def test_a_model_that_cannot_be_is_refused_by_name(change, named):
     with pytest.raises(ValueError, match=named):
         dataclasses.replace(STEADY, **change)
 
@@ -388,7 +387,7 @@ def test_the_command_prints_a_row_for_each_ratio_and_takes_recorded_latencies(tm
         (["--set", "motors=1"], "'motors'"),
         (["--set", "slots=x"], "'x'"),
         (["--latencies=/nowhere"], "/nowhere"),
-        (["--steps=0"], "steps=0"),
+        (["--steps=0", "--set", "train_s=1"], "steps=0"),
     ):
         assert command.main(wrong) == 1 and named in capsys.readouterr().err
 
@@ -397,7 +396,7 @@ def test_engines_that_are_lent_while_the_trainer_trains_beat_a_fixed_split_and_l
     """Time division: all devices sample, some of them stop to train; against devices that only
     train and wait otherwise.
     """
-    busy = Plan(
+    busy = PodModel(
         engines=4,
         slots=32,
         token_s=0.01,
@@ -411,13 +410,13 @@ def test_engines_that_are_lent_while_the_trainer_trains_beat_a_fixed_split_and_l
         async_ratio=1,
         train_s=4.0,
     )
-    split = simulate(dataclasses.replace(busy, engines=2), steps=40)
-    lent = simulate(dataclasses.replace(busy, lent_engines=2), steps=40)
-    both = simulate(busy, steps=40)
+    split = simulate(dataclasses.replace(busy, engines=2), steps=16)
+    lent = simulate(dataclasses.replace(busy, lent_engines=2), steps=16)
+    both = simulate(busy, steps=16)
     assert both.step_seconds < lent.step_seconds < split.step_seconds
     assert lent.trained == split.trained and not lent.dropped and max(lent.staleness) <= 1
 
 
 def test_lending_every_engine_is_refused():
     with pytest.raises(ValueError, match="lent_engines is 2 of 2"):
-        Plan(engines=2, lent_engines=2)
+        PodModel(engines=2, lent_engines=2)

@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 
 from envs.gem.core import Env
-from rome.engine.client import Completion, Sampling
+from rome.engine.completion import Completion, Sampling
 from rome.model.tokenizer import TINY, Chat, Tokenizer
 
 CHAT = Chat(Tokenizer.load(TINY))

@@ -2,9 +2,9 @@
 
 import pytest
 
-from rome.model.tokenizer import Tokenizer
+from rome.model.tokenizer import TINY, Tokenizer
 from tests.rome.serve.talk import compilations
-from tests.rome.serve.tiny import TOKENIZER, Oracle, make_checkpoint, serve
+from tests.rome.serve.tiny import Oracle, make_checkpoint, serve
 
 
 @pytest.fixture(scope="package")
@@ -35,4 +35,4 @@ def oracle(checkpoint):
 
 @pytest.fixture(scope="package")
 def tokenizer():
-    return Tokenizer.load(TOKENIZER)
+    return Tokenizer.load(TINY)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from rome.model.config import RopeScaling
-from rome.model.qwen3 import Qwen3, unstack_layers
+from rome.model.qwen3 import Qwen3
+from rome.model.stacking import unstack_layers
 from rome.serve.forward import forward, make_cache
 from tests.rome.model.small import random_params
 from tests.rome.serve.tiny import make_config

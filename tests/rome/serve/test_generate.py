@@ -176,7 +176,7 @@ def test_requests_that_arrive_together_share_the_work_of_their_common_prompt(ser
     assert computed == 3 * CHUNK + 2 * SLOTS * 2
     cached = [sorted(answer["meta_info"]["cached_tokens"] for answer in group) for group in groups]
     assert cached == [[0] + (SLOTS - 1) * [3 * CHUNK], SLOTS * [3 * CHUNK]]
-    for answer in sum(groups, []):
+    for answer in [answer for group in groups for answer in group]:
         np.testing.assert_allclose(
             logprobs_of(answer),
             oracle.logprobs(prompt + answer["output_ids"])[len(prompt) - 1 :],
@@ -230,7 +230,7 @@ def test_the_models_end_token_stops_unless_it_is_ignored(server):
     stopping, ignoring = talk(server, conversation)
     ended = [
         (a, b)
-        for a, b in zip(stopping, ignoring)
+        for a, b in zip(stopping, ignoring, strict=True)
         if a["meta_info"]["finish_reason"]["type"] == "stop"
     ]
     assert ended
@@ -304,10 +304,10 @@ def test_a_batch_is_answered_in_order_and_like_single_requests(server):
     async def conversation(http):
         prompts = [PROMPT[:n] for n in (5, 20, 33)]
         params = [{"max_new_tokens": n, "sampling_seed": n, "ignore_eos": True} for n in (3, 4, 5)]
-        status, batch = await http.post(
-            "/generate", {"input_ids": prompts, "sampling_params": params}
-        )
-        singles = [await http.generate(prompt, **one) for prompt, one in zip(prompts, params)]
+        _, batch = await http.post("/generate", {"input_ids": prompts, "sampling_params": params})
+        singles = [
+            await http.generate(prompt, **one) for prompt, one in zip(prompts, params, strict=True)
+        ]
         return batch, singles
 
     batch, singles = talk(server, conversation)

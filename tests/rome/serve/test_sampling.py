@@ -106,7 +106,7 @@ def test_a_row_does_not_notice_the_filters_of_others(logits):
         position_B,
         rows._replace(top_k_B=np.where(np.arange(B) % 2, 2, 0).astype(np.int32)),
     )
-    for before, after in zip(alone, crowd):
+    for before, after in zip(alone, crowd, strict=True):
         assert np.array_equal(np.asarray(before)[::2], np.asarray(after)[::2])
 
 

@@ -357,6 +357,6 @@ def test_an_update_amid_a_request_is_told_by_spans_and_fresh_caches_give_the_new
 
 
 def test_nothing_was_compiled_after_the_start(server):
-    """Runs last in this module: everything above went through the programs that the start compiled."""
+    """Runs last in this module: everything above used the programs that the start compiled."""
     assert server.compilations > 0  # the log does tell
     assert compilations(server) == server.compilations

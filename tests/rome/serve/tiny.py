@@ -1,4 +1,4 @@
-"""A small random model and a real `launch.serve` process for the tests of the engine's two sides."""
+"""A small random model and a real `launch.serve` process, for tests of server and client."""
 
 import dataclasses
 import functools
@@ -12,10 +12,8 @@ from rome.engine.process import ServerProcess, start_server
 from rome.model.config import ModelConfig
 from rome.model.hf.checkpoint import load_hf, save_hf
 from rome.model.qwen3 import Qwen3, head_kernel, init_params
-from rome.model.tokenizer import Tokenizer
-from tests.paths import ROOT
+from rome.model.tokenizer import TINY, Tokenizer
 
-TOKENIZER = ROOT / "rome" / "model" / "tiny_tokenizer"
 SLOTS, CONTEXT, CHUNK, LAYERS, TOP_K = 8, 512, 16, 2, 2
 FLAGS = (
     "--slots",
@@ -32,7 +30,7 @@ FLAGS = (
 
 
 def make_config() -> ModelConfig:
-    tokenizer = Tokenizer.load(TOKENIZER)
+    tokenizer = Tokenizer.load(TINY)
     return ModelConfig(
         vocab_size=tokenizer.vocab_size,
         hidden_size=32,
@@ -69,12 +67,12 @@ def make_checkpoint(directory: pathlib.Path, seed: int = 0, endless: bool = Fals
         dataclasses.replace(config, eos_token_id=config.vocab_size) if endless else config,
         directory,
     )
-    Tokenizer.load(TOKENIZER).save(directory)
+    Tokenizer.load(TINY).save(directory)
     return directory
 
 
 def serve(directory: pathlib.Path, log: pathlib.Path, *flags: str, **options) -> ServerProcess:
-    return start_server(directory, log, flags=[*FLAGS, *flags], deadline_s=120, **options)
+    return start_server(directory, log, flags=[*FLAGS, *flags], deadline_seconds=120, **options)
 
 
 @dataclasses.dataclass

@@ -13,7 +13,7 @@ import pytest
 import rome.stages.collect
 from rome.data.packing import pack
 from rome.data.trajectory import Chunk, Trajectory, load_trajectory, save_trajectory
-from rome.rollout.demonstrations import collect_experts
+from rome.rollout.demonstrations import collect_demonstrations
 from rome.rollout.player import RolloutError
 from rome.stages.base import Run
 from rome.stages.collect import Collector
@@ -100,7 +100,7 @@ def test_a_step_that_fails_after_it_took_its_groups_is_repeated_with_them(
     async def broken(*_, **__):
         raise RolloutError("the sandbox of an expert is broken")
 
-    monkeypatch.setattr(rome.stages.collect, "collect_experts", broken)
+    monkeypatch.setattr(rome.stages.collect, "collect_demonstrations", broken)
     first = make(tmp_path, async_ratio=alpha)
     first.advance(STATE)
     with pytest.raises(RolloutError, match="of an expert is broken"):
@@ -108,7 +108,7 @@ def test_a_step_that_fails_after_it_took_its_groups_is_repeated_with_them(
     saved = json.loads(json.dumps(first.get_state()))  # as the run saves what it has on its way out
     first.close()
 
-    monkeypatch.setattr(rome.stages.collect, "collect_experts", shows)
+    monkeypatch.setattr(rome.stages.collect, "collect_demonstrations", shows)
     second, alone = make(tmp_path, async_ratio=alpha), make(tmp_path, async_ratio=alpha)
     second.set_state(saved)
     alone.advance(STATE)
@@ -153,9 +153,9 @@ def test_an_expert_of_another_task_that_a_step_showed_before_it_was_repeated_is_
     async def play(env, *_):
         return Trajectory(env, "f", [], 1.0, "success")
 
-    monkeypatch.setattr("rome.rollout.demonstrations.expert_trajectory", play)
+    monkeypatch.setattr("rome.rollout.demonstrations.demonstrate", play)
     show = lambda *tasks: asyncio.run(
-        collect_experts(
+        collect_demonstrations(
             tasks,
             lambda task: task,
             None,

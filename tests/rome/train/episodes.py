@@ -62,7 +62,7 @@ def serve(params: dict, config: ModelConfig, directory: pathlib.Path) -> ServerP
             "--prefill_chunk=16",
             f"--dtype={config.dtype}",
         ],
-        deadline_s=300,
+        deadline_seconds=300,
     )
 
 

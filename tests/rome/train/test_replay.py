@@ -60,7 +60,8 @@ def updated(learner, params, batch, rows=8):
 
 def test_every_token_but_the_last_of_an_episode_has_its_route(trajectories):
     batch = packed(trajectories)
-    tokens = sum(trajectory.num_tokens for trajectory in trajectories)
+    chunks = [chunk for trajectory in trajectories for chunk in trajectory.chunks]
+    tokens = sum(len(chunk.prompt_ids) + len(chunk.action_ids) for chunk in chunks)
     assert count_replayed(batch, CONFIG) == CONFIG.num_layers * (tokens - len(trajectories))
 
 

@@ -1,4 +1,4 @@
-"""The families of the terminal curriculum; importing this package registers all of them."""
+"""The families of the terminal curriculum. Importing this package registers all of them."""
 
 from envs.tasks.terminal.families import base, held_out, wide
 

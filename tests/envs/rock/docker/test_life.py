@@ -20,8 +20,10 @@ pytestmark = pytest.mark.slow  # an engine of their own, and a minute on two idl
 
 
 def test_a_port_of_the_sandbox_is_reached_through_a_door_on_loopback(inside):
-    server = """use Socket; socket(S, PF_INET, SOCK_STREAM, 0); bind(S, sockaddr_in(7777, INADDR_LOOPBACK)) or die; listen(S, 5);
-open(U, ">up"); close(U); while (accept(C, S)) { sysread(C, $x, 100); syswrite(C, scalar reverse $x); close(C); }"""
+    server = """use Socket; socket(S, PF_INET, SOCK_STREAM, 0);
+bind(S, sockaddr_in(7777, INADDR_LOOPBACK)) or die; listen(S, 5);
+open(U, ">up"); close(U);
+while (accept(C, S)) { sysread(C, $x, 100); syswrite(C, scalar reverse $x); close(C); }"""
 
     async def work(sandbox):
         address = await sandbox.expose_port(7777)
@@ -77,19 +79,19 @@ def test_a_killed_manager_leaves_no_container(engine):
 
 
 def test_the_sweeper_removes_what_dead_managers_left_and_nothing_else(engine):
-    from envs.rock.docker import container
+    from envs.rock.docker.engine import OWNER, identity
+    from envs.rock.docker.engine import engine as docker_engine
 
-    client = container.engine().client
-    dead = container._identity(os.getpid()) | {"started": "1"}
-    other_boot = container._identity(os.getpid()) | {"boot": "an earlier one"}
+    client = docker_engine().client
+    dead = identity(os.getpid()) | {"started": "1"}
+    other_boot = identity(os.getpid()) | {"boot": "an earlier one"}
     elsewhere = dead | {"namespace": "pid:[1]"}
     labels = [
-        {container.OWNER: json.dumps(who)}
-        for who in (dead, other_boot, elsewhere, container._identity(os.getpid()))
-    ] + [{container.OWNER: "no json"}, {}]
+        {OWNER: json.dumps(who)} for who in (dead, other_boot, elsewhere, identity(os.getpid()))
+    ] + [{OWNER: "no json"}, {}]
     made = [client.create_container(engine.image, ["sh"], labels=label)["Id"] for label in labels]
     try:
-        container.engine()._sweep()
+        docker_engine()._remove_orphans()
         assert {made.index(left) for left in containers()} == {2, 3, 4, 5}
     finally:
         for one in containers():
@@ -98,13 +100,15 @@ def test_the_sweeper_removes_what_dead_managers_left_and_nothing_else(engine):
 
 def test_a_container_that_is_removed_from_outside_closes_its_sandbox(engine):
     async def work():
-        from envs.rock.docker import container
+        from envs.rock.docker.engine import engine as docker_engine
 
         async with Sandbox(config(engine)) as sandbox:
             running = asyncio.create_task(sandbox.execute("sleep 60"))
             await asyncio.sleep(0.3)
-            client = container.engine().client
-            await asyncio.to_thread(client.remove_container, sandbox._container.id, force=True)
+            client = docker_engine().client
+            await asyncio.to_thread(
+                client.remove_container, sandbox._backend._running.container.id, force=True
+            )
             with pytest.raises(SandboxClosedError):
                 await running
             assert not sandbox.is_alive()
@@ -133,9 +137,9 @@ def test_cancelled_starts_and_commands_leave_nothing(engine):
 
 
 def test_an_image_that_lacks_what_a_sandbox_needs_is_named(engine, tmp_path):
-    from envs.rock.docker import container
+    from envs.rock.docker.engine import engine as docker_engine
 
-    client = container.engine().client
+    client = docker_engine().client
     empty = tmp_path / "empty.tar"
     subprocess.run(["tar", "-cf", str(empty), "-T", "/dev/null"], check=True)
     client.import_image_from_data(empty.read_bytes(), repository="rock-test/empty", tag="1")

@@ -9,7 +9,7 @@ import shlex
 import pytest
 
 from envs.rock import IsolationError, Sandbox
-from envs.rock.host.egress import KEPT
+from envs.rock.host.egress import MAX_RECORDS
 from tests.envs.rock.in_docker import config, containers
 
 pytestmark = pytest.mark.slow  # an engine of their own
@@ -177,7 +177,7 @@ def test_a_flood_is_counted_but_not_kept_and_the_guards_go_with_their_containers
 
     denials, count, said, left = asyncio.run(asyncio.wait_for(work(), 60))
     assert (
-        len(denials) == KEPT < count and said == "well\n" and left <= 1
+        len(denials) == MAX_RECORDS < count and said == "well\n" and left <= 1
     )  # the engine's pool may have one connection more
     assert containers() == []
 
@@ -197,7 +197,7 @@ def test_where_no_guard_can_be_had_grants_are_refused_by_name_and_the_rest_is_is
                 await sandbox.denials(),
             )
 
-    with pytest.raises(IsolationError, match="egress=.*pypi.org.*not root.*leave egress empty"):
+    with pytest.raises(IsolationError, match=r"egress=.*pypi.org.*not root.*leave egress empty"):
         asyncio.run(Sandbox(config(engine, egress=("pypi.org:443",))).start())
     result, count, denials = asyncio.run(plain())
     assert "Network is unreachable" in result.stderr and count is None and denials == []
@@ -210,6 +210,8 @@ def test_no_guard_is_ever_put_into_this_machines_own_network():
     from envs.rock.docker import network as docker_network
 
     with pytest.raises(SandboxError, match="not of the container"):
-        docker_network._inside(os.getpid(), "0123456789abcdef", lambda: pytest.fail("entered"))
+        docker_network._in_network_of(
+            os.getpid(), "0123456789abcdef", lambda: pytest.fail("entered")
+        )
     with pytest.raises(SandboxError, match="this machine's own network"):
-        docker_network._inside(os.getpid(), "", lambda: pytest.fail("entered"))
+        docker_network._in_network_of(os.getpid(), "", lambda: pytest.fail("entered"))

@@ -15,10 +15,12 @@ from tests.envs.rock.engine import Engine
 pytestmark = pytest.mark.slow  # an engine of their own, and a minute on two idle cores
 
 
-def context(path: pathlib.Path, dockerfile: str, files: dict[str, str] = {}) -> pathlib.Path:
+def context(
+    path: pathlib.Path, dockerfile: str, files: dict[str, str] | None = None
+) -> pathlib.Path:
     path.mkdir(exist_ok=True)
     (path / "Dockerfile").write_text(dockerfile)
-    for name, content in files.items():
+    for name, content in (files or {}).items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_text(content)
     return path
@@ -98,8 +100,8 @@ def test_the_name_changes_with_the_content_and_with_nothing_else(tmp_path):
     assert len(seen) == 7
     assert (
         len(
-            {images._name("d", "Dockerfile", args) for args in ({}, {"A": "b"}, {"A": "c"})}
-            | {images._name("d", "other", {})}
+            {images._tag("d", "Dockerfile", args) for args in ({}, {"A": "b"}, {"A": "c"})}
+            | {images._tag("d", "other", {})}
         )
         == 4
     )
@@ -112,24 +114,24 @@ def test_a_failed_build_says_why_with_the_end_of_its_log(engine: Engine, tmp_pat
     with pytest.raises(ImageError, match="returned a non-zero code: 3") as caught:
         build(place)
     assert "the last word" in caught.value.log and len(caught.value.log) <= 32 << 10
-    with pytest.raises(ImageError, match="there is no Dockerfile.test in"):
+    with pytest.raises(ImageError, match=r"there is no Dockerfile\.test in"):
         build(place, dockerfile="Dockerfile.test")
-    with pytest.raises(ImageError, match="(?i)unknown instruction"):
+    with pytest.raises(ImageError, match=r"(?i)unknown instruction"):
         build(context(tmp_path / "d", f"FROM {engine.image}\nNONSENSE\n"))
 
 
 def test_a_build_has_no_network_and_ends_at_its_time_limit(engine: Engine, tmp_path):
-    from envs.rock.docker import container
+    from envs.rock.docker.engine import engine as docker_engine
 
     silent = context(
         tmp_path / "c",
         f"FROM {engine.image}\nRUN bash -c '! echo > /dev/tcp/1.1.1.1/80' && sleep 61.5\n",
     )
     began = time.monotonic()
-    with pytest.raises(ImageError, match="was not built .* within 2 s"):
+    with pytest.raises(ImageError, match=r"was not built .* within 2 s"):
         build(silent, timeout=2)
     assert time.monotonic() - began < 30
     deadline = time.monotonic() + 20
-    while (left := container.engine().client.containers(all=True)) and time.monotonic() < deadline:
+    while (left := docker_engine().client.containers(all=True)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert left == []

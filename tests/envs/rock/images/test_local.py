@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from envs.rock import Sandbox, SandboxConfig, SandboxStartError, probe
-from envs.rock.service.hub import EnvHub
+from envs.rock.images.hub import EnvHub
 
 
 @pytest.fixture(params=["namespaces", "landlock"])

@@ -2,30 +2,31 @@
 
 import contextlib
 import pathlib
-import socket
 from collections.abc import AsyncIterator
 
 from aiohttp import web
 
+from envs.gem.server import GemService
 from envs.rock import SandboxConfig
-from envs.rock.service.apps import make_worker
+from envs.rock.service.apps import make_admin, make_worker
 from envs.rock.service.fleet import Resources
-from envs.rock.service.server import RUNNER
+from envs.rock.service.serving import listen, make_runner, url_of
 from envs.rock.service.worker import Worker
-from launch.rock import make_admin
 
 TOKENS = {
     "default": "token-of-the-default-user",
     "other": "token-of-another-user",
     "worker": "token-of-the-workers",
 }
+WORKER_RESOURCES = Resources(4096, 8.0, 1000, 50)
 
 
 class Site:
     """A running application."""
 
     def __init__(self, url: str, app: web.Application):
-        self.url, self.app = url, app
+        self.url = url
+        self.app = app
 
     def config(self, user: str = "default", **fields: object) -> SandboxConfig:
         return SandboxConfig(
@@ -40,15 +41,16 @@ class Site:
 
 
 @contextlib.asynccontextmanager
-async def site(app: web.Application) -> AsyncIterator[Site]:
-    runner = web.AppRunner(app, **RUNNER)
+async def site(app: web.Application, listener=None) -> AsyncIterator[Site]:
+    listener = listener or listen("127.0.0.1", 0)
+    runner = make_runner(app)
     await runner.setup()
     try:
-        listener = web.TCPSite(runner, "127.0.0.1", 0)
-        await listener.start()
-        yield Site(f"http://127.0.0.1:{listener._server.sockets[0].getsockname()[1]}", app)
+        await web.SockSite(runner, listener).start()
+        yield Site(url_of("127.0.0.1", listener), app)
     finally:
         await runner.cleanup()
+        listener.close()
 
 
 @contextlib.asynccontextmanager
@@ -59,9 +61,15 @@ async def admin(
     resources: tuple = (),
     backends: tuple[str, ...] = ("embedded",),
 ) -> AsyncIterator[Site]:
-    async with site(
-        make_admin(data, TOKENS, Worker(backends) if worker else None, auto_clear, resources)
-    ) as running:
+    app = make_admin(
+        data,
+        TOKENS,
+        Worker(backends) if worker else None,
+        auto_clear,
+        resources,
+        extend=GemService(None, anonymous=True).mount,
+    )
+    async with site(app) as running:
         yield running
 
 
@@ -69,20 +77,14 @@ async def admin(
 async def worker_of(
     admin_url: str,
     name: str,
-    resources: Resources = Resources(4096, 8.0, 1000, 50),
+    resources: Resources = WORKER_RESOURCES,
     worker: Worker | None = None,
 ) -> AsyncIterator[Site]:
     """A worker with a port of its own, known to the admin when this returns."""
-    worker = worker or Worker()
-    listener = socket.create_server(
-        ("127.0.0.1", 0)
-    )  # before the worker registers: it says where it is
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    app = make_worker(worker, TOKENS, admin_url, {"name": name, "url": url, **resources._asdict()})
-    runner = web.AppRunner(app, **RUNNER)
-    await runner.setup()
-    try:
-        await web.SockSite(runner, listener).start()
-        yield Site(url, app)
-    finally:
-        await runner.cleanup()
+    # listens before the worker registers, since the registration names the port
+    listener = listen("127.0.0.1", 0)
+    url = url_of("127.0.0.1", listener)
+    registration = {"name": name, "url": url, **resources._asdict()}
+    app = make_worker(worker or Worker(), TOKENS, admin_url, registration)
+    async with site(app, listener) as running:
+        yield running

@@ -36,9 +36,9 @@ async def states(site) -> dict[str, int]:
     ):
         lines = (await answer.text()).splitlines()
     return {
-        connection.split('"')[1]: int(float(connection.split()[-1]))
+        line.split('"')[1]: int(float(line.split()[-1]))
         for line in lines
-        if connection.startswith("rock_sandboxes{")
+        if line.startswith("rock_sandboxes{")
     }
 
 
@@ -53,13 +53,12 @@ def test_two_who_stop_it_at_once_both_succeed(tmp_path):
 
 def test_a_start_that_is_given_up_in_the_queue_takes_no_place(tmp_path):
     async def work():
-        async with admin(tmp_path, resources=ONE_PLACE) as site:
-            async with Sandbox(site.config()):
-                waiting = asyncio.create_task(Sandbox(site.config()).start())
-                queued = await eventually(lambda: has(site, queued=1))
-                waiting.cancel()
-                await asyncio.gather(waiting, return_exceptions=True)
-                return queued, await eventually(lambda: has(site, queued=0, starting=0, running=1))
+        async with admin(tmp_path, resources=ONE_PLACE) as site, Sandbox(site.config()):
+            waiting = asyncio.create_task(Sandbox(site.config()).start())
+            queued = await eventually(lambda: has(site, queued=1))
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+            return queued, await eventually(lambda: has(site, queued=0, starting=0, running=1))
 
     assert run(work()) == (True, True)
 
@@ -118,7 +117,7 @@ def test_a_caller_who_leaves_during_a_fork_or_a_snapshot_leaves_none_that_nobody
                         next(
                             line
                             for line in (await answer.text()).splitlines()
-                            if connection.startswith("rock_snapshots ")
+                            if line.startswith("rock_snapshots ")
                         ).split()[-1]
                     )
                 )
@@ -163,11 +162,11 @@ def test_a_lost_sandbox_leaves_no_connection_open(tmp_path):
                     )
                 with pytest.raises(SandboxClosedError):
                     await sandbox.execute("true")
-                sandbox._alive = False  # as when its worker was lost
+                sandbox._backend._calls.mark_ended()  # as when its worker was lost
             return (
-                sandbox._client.closed,
-                len(sandbox._background),
-                dict(connection._lines[asyncio.get_running_loop()]),
+                sandbox._backend._client.closed,
+                len(sandbox._backend._calls._background),
+                dict(connection._connections[asyncio.get_running_loop()]),
             )
 
     assert run(work()) == (True, 0, {})
@@ -183,15 +182,15 @@ def test_all_sandboxes_at_one_admin_share_its_connections_and_one_sign_of_life(
             first, second = Sandbox(site.config()), Sandbox(site.config())
             async with first:
                 async with second:
-                    shared = first._client is second._client
+                    shared = first._backend._client is second._backend._client
                     await asyncio.sleep(2.5)  # without use, and yet kept
-                    await first._client.call("stop", {"sandbox": second.id})
+                    await first._backend._client.call("stop", {"sandbox": second.id})
                     noticed = await eventually(lambda: _is(not second.is_alive()), 5)
                 return (
                     shared,
                     noticed,
                     (await first.execute("echo well")).stdout,
-                    first._client.closed,
+                    first._backend._client.closed,
                 )
 
     assert run(work()) == (True, True, "well\n", False)

@@ -4,15 +4,13 @@ node that dies, a node that comes.
 
 import asyncio
 import contextlib
-import socket
 
 import pytest
-from aiohttp import web
 
 from envs.rock import Sandbox, SandboxClosedError, SandboxStartError, probe
-from envs.rock.service.server import RUNNER
-from launch.rock import make_admin
-from tests.envs.rock.service.running import TOKENS, Site
+from envs.rock.service.apps import make_admin
+from envs.rock.service.serving import listen, url_of
+from tests.envs.rock.service.running import TOKENS, site
 from tests.processes import host_processes
 
 pytestmark = pytest.mark.slow  # a cluster takes 20 s to come and to go
@@ -46,8 +44,8 @@ def add_node(cluster, memory_mb: int):
 async def admin_over(cluster, data):
     from envs.rock.service.ray_fleet import RayFleet
 
-    listener = socket.create_server(("127.0.0.1", 0))
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    listener = listen("127.0.0.1", 0)
+    url = url_of("127.0.0.1", listener)
     app = make_admin(
         data,
         TOKENS,
@@ -56,13 +54,8 @@ async def admin_over(cluster, data):
         (),
         lambda admin: RayFleet(admin, url, {"worker": TOKENS["worker"]}, cluster.address),
     )
-    runner = web.AppRunner(app, **RUNNER)
-    await runner.setup()
-    try:
-        await web.SockSite(runner, listener).start()
-        yield Site(url, app)
-    finally:
-        await runner.cleanup()
+    async with site(app, listener) as running:
+        yield running
 
 
 async def workers(site) -> dict[str, int]:

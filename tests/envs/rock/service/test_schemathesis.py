@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from envs.rock import sync
-from envs.rock.wire.api import SANDBOX
+from envs.rock.wire.operations import SANDBOX
 from tests.envs.rock.service import running
 
 pytestmark = pytest.mark.slow

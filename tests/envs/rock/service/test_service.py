@@ -1,4 +1,4 @@
-"""The services over HTTP: who may what, queues, silent admins, warm pools, E2B, hostile requests."""
+"""The services over HTTP: tokens, queues, silent admins, warm pools, E2B, hostile requests."""
 
 import asyncio
 import contextlib
@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from envs.gem.server import PREFIX as GEM
 from envs.rock import Sandbox, SandboxClosedError, SandboxError, SandboxStartError, probe
-from envs.rock.service import worker as worker_module
+from envs.rock.service import heartbeat
 from envs.rock.service.fleet import Resources
-from envs.rock.wire.api import SANDBOX, TO_ADMIN
+from envs.rock.service.worker import Worker
 from envs.rock.wire.client import Client
+from envs.rock.wire.operations import SANDBOX, TO_ADMIN
 from tests.envs.rock.service import running
 from tests.envs.rock.service.running import TOKENS
 
@@ -105,12 +106,14 @@ def test_no_secret_is_ever_logged(tmp_path, caplog):
             await sandbox.write_file("the-secret-file", b"the-secret-content")
             with pytest.raises(SandboxError):
                 await sandbox.read_file("the-secret-missing")
-            async with aiohttp.ClientSession() as http:
-                async with http.post(
+            async with (
+                aiohttp.ClientSession() as http,
+                http.post(
                     site.url + SANDBOX + "execute?token=the-secret-query",
                     headers={"Authorization": "Bearer the-secret-token"},
-                ):
-                    pass
+                ),
+            ):
+                pass
 
     with caplog.at_level(logging.DEBUG):
         run(work())
@@ -157,11 +160,11 @@ def test_starts_wait_for_room_in_fair_order_and_are_told_when_it_is_too_late(tmp
 def test_a_worker_whose_admin_is_silent_and_one_that_holds_forgotten_sandboxes_end_them(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(worker_module, "HEARTBEAT_SECONDS", 0.05)
-    monkeypatch.setattr(worker_module, "DEAD_SECONDS", 0.3)
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(heartbeat, "DEAD_SECONDS", 0.3)
 
     async def work():
-        worker = worker_module.Worker()
+        worker = Worker()
         arguments = {"backend": "embedded", "config": {"isolation": "best_available"}}
         async with (
             running.admin(tmp_path, worker=False) as site,
@@ -183,7 +186,7 @@ def test_a_worker_whose_admin_is_silent_and_one_that_holds_forgotten_sandboxes_e
         }
         async with running.admin(tmp_path, worker=False) as site:
             client = Client(site.url, TOKENS["worker"])
-            signs = asyncio.create_task(worker_module.report(worker, client, registration))
+            signs = asyncio.create_task(heartbeat.report(worker, client, registration))
             await asyncio.sleep(0.2)
         try:  # the admin is gone
             with contextlib.suppress(SandboxError):
@@ -436,19 +439,11 @@ async def _raw(url, headers):
     host, port = url.removeprefix("http://").split(":")
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     statuses = []
-    for text, close in (
-        ("\0\1\2 nonsense\r\n\r\n", False),
-        (
-            (
-                f"POST {SANDBOX}execute HTTP/1.1\r\nHost: x\r\n{lines}Transfer-Encoding:"
-                " chunked\r\n\r\nZZ\r\n"
-            ),
-            False,
-        ),
-        (
-            f"POST {SANDBOX}execute HTTP/1.1\r\nHost: x\r\n{lines}Content-Length: 99999999\r\n\r\n",
-            False,
-        ),
+    post = f"POST {SANDBOX}execute HTTP/1.1\r\nHost: x\r\n{lines}"
+    for text in (
+        "\0\1\2 nonsense\r\n\r\n",
+        f"{post}Transfer-Encoding: chunked\r\n\r\nZZ\r\n",
+        f"{post}Content-Length: 99999999\r\n\r\n",
     ):
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(text.encode())

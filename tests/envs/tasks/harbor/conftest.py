@@ -8,13 +8,30 @@ import pytest
 from envs.rock import SandboxConfig
 from tests.envs.rock.engine import engine
 
-__all__ = ["CONFIG", "PASSES", "engine", "harbor", "run", "write"]
+__all__ = ["CONFIG", "PASSES", "TB1", "engine", "harbor", "run", "write"]
 
 CONFIG = SandboxConfig(isolation="best_available")
 PASSES = (
     "#!/bin/bash\nif [ -f /app/out.txt ]; then echo 1 > /logs/verifier/reward.txt; else echo 0 >"
     " /logs/verifier/reward.txt; fi\n"
 )
+
+# A task of Terminal-Bench 1.
+TB1 = {
+    "task.yaml": (
+        "instruction: |-\n  Make /app/out.txt.\nauthor_name: x\ndifficulty: easy\ncategory:"
+        " files\ntags:\n  - a\nparser_name: pytest\nmax_agent_timeout_sec:"
+        " 120\nmax_test_timeout_sec: 30\nrun_tests_in_same_shell: false\n"
+    ),
+    "Dockerfile": (
+        "FROM ghcr.io/laude-institute/t-bench/ubuntu-24-04:latest\nWORKDIR /app\nCOPY . .\n"
+    ),
+    "docker-compose.yaml": "services:\n  client:\n    build: .\n",
+    "run-tests.sh": "true\n",
+    "solution.sh": "echo x > out.txt\n",
+    "tests/test_outputs.py": "def test_it(): pass\n",
+    "data.txt": "d\n",
+}
 
 
 def write(folder: pathlib.Path, files: dict[str, str | bytes]) -> pathlib.Path:

@@ -1,4 +1,4 @@
-"""Later episodes of a task start from what the first one built, and from nothing that an agent did."""
+"""Later episodes of a task start from the build of the first one, without traces of an agent."""
 
 import asyncio
 
@@ -8,7 +8,7 @@ from envs.tasks.harbor import BuildError, HarborEnv, load_task
 from envs.tasks.harbor import built as module
 from envs.tasks.harbor.build import build
 from tests.envs.tasks.harbor.conftest import CONFIG
-from tests.envs.tasks.harbor.test_env import bash
+from tests.envs.tasks.harbor.playing import bash
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_another_task_of_that_name_is_built_itself_and_a_failed_build_is_tried_a
 
 
 def test_only_so_many_are_kept(harbor, run, builds, monkeypatch):
-    monkeypatch.setattr(module, "KEPT", 2)
+    monkeypatch.setattr(module, "MAX_KEPT", 2)
     tasks = [load_task(harbor(name=f"task{number}")) for number in range(3)]
 
     async def several():

@@ -12,11 +12,11 @@ import pytest
 from envs.rock import SandboxConfig
 from envs.rock.images import local
 from envs.tasks.harbor import BuildError, HarborEnv, TaskError, UnsupportedError, load_task
-from envs.tasks.harbor.build import egress_of
 from envs.tasks.harbor.containers import build_image
 from envs.tasks.harbor.env import sandbox_for
+from envs.tasks.harbor.environment import egress_of
 from tests.envs.tasks.harbor.conftest import CONFIG
-from tests.envs.tasks.harbor.test_env import bash, oracle, play
+from tests.envs.tasks.harbor.playing import bash, oracle, play
 
 
 def with_network(harbor, text, name="task"):
@@ -64,7 +64,7 @@ def test_a_policy_that_cannot_be_enforced_is_refused_by_name(harbor, run):
     )
     with pytest.raises(
         UnsupportedError,
-        match="verifier.network_mode = 'public' beside environment.network_mode = 'no-network'",
+        match=r"verifier.network_mode = 'public' beside environment.network_mode = 'no-network'",
     ):
         run(play(other))
     same = with_network(
@@ -74,7 +74,7 @@ def test_a_policy_that_cannot_be_enforced_is_refused_by_name(harbor, run):
     )
     assert run(play(same, "touch /app/out.txt"))[0] == 1.0
     with pytest.raises(
-        UnsupportedError, match="build_egress = pypi.org:443.*all of the network or none"
+        UnsupportedError, match=r"build_egress = pypi.org:443.*all of the network or none"
     ):
         run(build_image(same, SandboxConfig(backend="docker", image="x"), ("pypi.org:443",)))
 
@@ -242,9 +242,8 @@ def test_allowed_hosts_are_all_that_a_container_reaches(harbor, run, engine, fil
         env = HarborEnv(folder, config)
         try:
             await env.areset()
-            ask = (
-                "cat < /dev/tcp/{}/%d" % files_server
-            )  # by bash itself; what is refused is so at once
+            # By bash itself. A refused connection fails at once.
+            ask = f"cat < /dev/tcp/{{}}/{files_server}"
             seen = [(await env.astep(bash(ask.format(host))))[0] for host in ("files", "192.0.2.1")]
             return seen, [denial.destination for denial in await env._sandbox.denials()]
         finally:
@@ -279,7 +278,7 @@ def test_a_base_image_that_cannot_be_pulled_is_what_the_hub_has_under_its_name(
     )
     with pytest.raises(BuildError):
         run(build_image(load_task(built), config))
-    with local.hub() as hub:
+    with local.open_hub() as hub:
         hub.register(
             "registry.invalid/python:3.13-slim",
             "image",
@@ -311,7 +310,7 @@ def test_a_dockerfile_that_fails_is_a_build_error_with_the_engines_words(harbor,
             )
         }
     )
-    with pytest.raises(BuildError, match="exit 3|returned a non-zero code: 3") as caught:
+    with pytest.raises(BuildError, match=r"exit 3|returned a non-zero code: 3") as caught:
         run(HarborEnv(folder, config).areset())
     assert caught.value.line == 5
     assert (

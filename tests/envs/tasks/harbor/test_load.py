@@ -3,15 +3,12 @@ refused with file and line.
 """
 
 import os
-import pathlib
 import shutil
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from envs.tasks.harbor import EXAMPLES, TaskError, load_dataset, load_task
-from tests.envs.tasks.harbor.conftest import write
+from tests.envs.tasks.harbor.conftest import TB1, write
 
 LATEST = """\
 schema_version = "1.4"
@@ -58,6 +55,10 @@ interval_sec = 0.5
 name = "tool"
 transport = "sse"
 """
+
+
+def has_solution(task):
+    return all(step.solve_script for step in task.steps)
 
 
 def test_the_newest_schema(harbor):
@@ -114,7 +115,7 @@ def test_a_task_without_environment_or_any_settings_is_accepted(harbor, text):
     assert (
         task.environment.dockerfile is None
         and task.environment.network_mode == "public"
-        and task.has_solution
+        and has_solution(task)
     )
     assert (
         task.name == "task"
@@ -169,7 +170,7 @@ STEPS = {
 def test_steps_share_the_tasks_tests_and_settings_and_override_them(harbor):
     task = load_task(harbor(STEPS))
     one, two = task.steps
-    assert task.reward_strategy == "final" and not task.has_solution
+    assert task.reward_strategy == "final" and not has_solution(task)
     assert (one.name, one.instruction, one.agent_timeout, one.min_reward, one.solve_script) == (
         "one",
         "First.\n",
@@ -190,25 +191,25 @@ def test_steps_share_the_tasks_tests_and_settings_and_override_them(harbor):
     [
         ("a = \n", 1, "not TOML"),
         ('version = "1.0"\n[agent\n', 2, "not TOML"),
-        ('\n\nversion = "7"\n', 3, "'7' is no schema version"),
+        ('\n\nversion = "7"\n', 3, "'7' is not a known schema version"),
         ("version = 1.0\n", 1, "no schema version"),
-        ('[agent]\ntimeout_sec = "long"\n', 2, "'long' is no finite number"),
+        ('[agent]\ntimeout_sec = "long"\n', 2, "'long' is not a finite number"),
         ("[agent]\n\ntimeout_sec = -3\n", 3, "must be above 0"),
-        ("[verifier]\ntimeout_sec = nan\n", 2, "no finite number"),
-        ("[environment]\ncpus = inf\n", 2, "no finite number"),
-        ("[environment]\nmemory_mb = 1.5\n", 2, "no whole number"),
-        ('[environment]\nmemory = "lots"\n', 2, "no size"),
+        ("[verifier]\ntimeout_sec = nan\n", 2, "not a finite number"),
+        ("[environment]\ncpus = inf\n", 2, "not a finite number"),
+        ("[environment]\nmemory_mb = 1.5\n", 2, "not a whole number"),
+        ('[environment]\nmemory = "lots"\n', 2, "not a size"),
         (
             '[environment]\nnetwork_mode = "open"\n',
             2,
-            "'open' is none of public, no-network, allowlist",
+            "'open' is not one of public, no-network, allowlist",
         ),
-        ('[environment]\nallow_internet = "yes"\n', 2, "is no bool"),
-        ('[environment]\nworkdir = "app"\n', 2, "no absolute path"),
-        ("[environment]\nenv = {A = [1]}\n", 2, "[1] is no text"),
+        ('[environment]\nallow_internet = "yes"\n', 2, "is not a bool"),
+        ('[environment]\nworkdir = "app"\n', 2, "not an absolute path"),
+        ("[environment]\nenv = {A = [1]}\n", 2, "[1] is not a text"),
         ('[environment.env]\nA = "${NOT_SET}"\n', 2, "environ={'NOT_SET': ...}"),
         ("[environment]\n[environment.healthcheck]\nretries = 2\n", 2, "needs a command"),
-        ("environment = 3\n", 1, "is no dict"),
+        ("environment = 3\n", 1, "is not a dict"),
         ("steps = [1]\n", 1, "must be a table"),
         ("[[steps]]\n", 1, "needs a name"),
         ('[[steps]]\nname = "../../etc"\n', 2, "needs a name of letters"),
@@ -266,7 +267,7 @@ def test_a_link_out_of_the_task_is_refused(harbor, place):
     folder = harbor()
     (folder / place).unlink(missing_ok=True)
     (folder / place).symlink_to("/etc/passwd")
-    with pytest.raises(TaskError, match="symbolic link|not a regular file"):
+    with pytest.raises(TaskError, match=r"symbolic link|not a regular file"):
         load_task(folder)
 
 
@@ -279,23 +280,6 @@ def test_a_pipe_does_not_make_the_loader_wait(harbor):
 
 # -- Terminal-Bench 1
 # -------------------------------------------------------------------------------------------------
-
-
-TB1 = {
-    "task.yaml": (
-        "instruction: |-\n  Make /app/out.txt.\nauthor_name: x\ndifficulty: easy\ncategory:"
-        " files\ntags:\n  - a\nparser_name: pytest\nmax_agent_timeout_sec:"
-        " 120\nmax_test_timeout_sec: 30\nrun_tests_in_same_shell: false\n"
-    ),
-    "Dockerfile": (
-        "FROM ghcr.io/laude-institute/t-bench/ubuntu-24-04:latest\nWORKDIR /app\nCOPY . .\n"
-    ),
-    "docker-compose.yaml": "services:\n  client:\n    build: .\n",
-    "run-tests.sh": "true\n",
-    "solution.sh": "echo x > out.txt\n",
-    "tests/test_outputs.py": "def test_it(): pass\n",
-    "data.txt": "d\n",
-}
 
 
 def test_a_terminal_bench_1_task_becomes_the_same_record(tmp_path):
@@ -350,18 +334,18 @@ def test_the_older_descriptions_and_a_solution_of_commands(tmp_path):
             },
         )
     )
-    assert not keys.has_solution
+    assert not has_solution(keys)
 
 
 @pytest.mark.parametrize(
     ("text", "line", "says"),
     [
         ("instruction: [\n", 2, "not YAML"),
-        ("instruction: x\nmax_agent_timeout_sec: soon\n", 2, "no finite number"),
+        ("instruction: x\nmax_agent_timeout_sec: soon\n", 2, "not a finite number"),
         ("instruction: x\n\nparser_name: jest\n", 3, "'jest' is not known"),
         ("- a\n", 1, "a mapping of settings is needed"),
         ("difficulty: easy\n", 1, "missing or empty"),
-        ("instruction: x\ntags: [1]\n", 2, "1 is no text"),
+        ("instruction: x\ntags: [1]\n", 2, "1 is not a text"),
         ("instruction: !!python/object/apply:os.system ['true']\n", 1, "not YAML"),
         (
             (
@@ -369,7 +353,7 @@ def test_the_older_descriptions_and_a_solution_of_commands(tmp_path):
                 " *c]\ninstruction: *d\n"
             ),
             5,
-            "is no str",
+            "is not a str",
         ),
     ],
 )
@@ -401,7 +385,7 @@ def test_a_dataset_is_a_folder_and_the_examples_are_one():
         folder.name for folder in EXAMPLES.iterdir()
     )
     assert all(
-        task.has_solution
+        has_solution(task)
         and not task.unknown_keys
         and task.difficulty in ("easy", "medium", "hard")
         for task in tasks
@@ -420,7 +404,7 @@ def test_a_malformed_task_in_a_dataset_is_raised_or_collected(tmp_path, harbor):
     write(tmp_path / "deep" / "er" / "tb", TB1)
     harbor({"task.toml": "a = "}, name="broken")
     harbor(name="good")
-    with pytest.raises(TaskError, match="broken/task.toml:1"):
+    with pytest.raises(TaskError, match=r"broken/task.toml:1"):
         load_dataset(tmp_path)
     faults: list[TaskError] = []
     assert [task.name for task in load_dataset(tmp_path, skip_malformed=faults)] == ["good", "tb"]
@@ -428,155 +412,9 @@ def test_a_malformed_task_in_a_dataset_is_raised_or_collected(tmp_path, harbor):
 
 
 def test_two_tasks_of_one_name_and_an_empty_folder_are_refused(tmp_path, harbor):
-    with pytest.raises(TaskError, match="no task.toml and no task.yaml"):
+    with pytest.raises(TaskError, match=r"no task.toml and no task.yaml"):
         load_dataset(tmp_path)
     folder = harbor()
     shutil.copytree(folder, tmp_path / "other" / "task")
     with pytest.raises(TaskError, match="'task' is also in"):
         load_dataset(tmp_path)
-
-
-# -- any text
-# -------------------------------------------------------------------------------------------------
-
-
-VALUE = st.one_of(
-    st.text(max_size=8),
-    st.sampled_from(
-        [
-            "1",
-            "-1",
-            "nan",
-            "inf",
-            "true",
-            "[]",
-            "{}",
-            '"x"',
-            "[1]",
-            '"${A}"',
-            "1979-05-27",
-            "9" * 400,
-            "[" * 2000,
-            "{a=1}",
-            '"2G"',
-            "0x10",
-            "1e400",
-        ]
-    ),
-)
-KEY = st.sampled_from(
-    [
-        "version",
-        "schema_version",
-        "timeout_sec",
-        "name",
-        "env",
-        "memory",
-        "memory_mb",
-        "cpus",
-        "gpus",
-        "network_mode",
-        "command",
-        "min_reward",
-        "workdir",
-        "tags",
-        "artifacts",
-        "healthcheck",
-        "instruction",
-        "parser_name",
-        "descriptions",
-        "max_agent_timeout_sec",
-        "multi_step_reward_strategy",
-        "&a",
-        "*a",
-        "<<",
-        "? ",
-        "!!binary",
-    ]
-)
-HEADER = st.sampled_from(
-    [
-        "[agent]",
-        "[verifier]",
-        "[environment]",
-        "[environment.env]",
-        "[environment.healthcheck]",
-        "[[steps]]",
-        "[steps.agent]",
-        "[metadata]",
-        "[task]",
-        "[[environment.mcp_servers]]",
-        "[",
-    ]
-)
-TOML = st.lists(
-    st.one_of(HEADER, st.tuples(KEY, VALUE).map(" = ".join), st.text(max_size=10)), max_size=8
-).map("\n".join)
-YAML = st.lists(
-    st.one_of(
-        st.tuples(KEY, VALUE).map(": ".join),
-        st.text(max_size=10),
-        st.sampled_from(["- a", "  b: c", "---", "...", "instruction: do"]),
-    ),
-    max_size=8,
-).map("\n".join)
-
-
-@pytest.fixture(scope="module")
-def fuzzed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fuzz")
-    write(folder / "tb", TB1)
-    return write(
-        folder / "task",
-        {
-            "task.toml": "",
-            "instruction.md": "x",
-            "tests/test.sh": "true",
-            "steps/a/instruction.md": "y",
-        },
-    ).parent
-
-
-def _loads_or_says_why(folder: pathlib.Path, name: str, text: str) -> None:
-    (folder / name).write_bytes(
-        text.encode(errors="surrogateescape")
-        if text.isascii()
-        else text.encode("utf-8", errors="replace")
-    )
-    try:
-        assert load_task(folder).steps
-    except TaskError as error:
-        assert str(folder) in str(error) and error.line >= 0 and len(str(error)) < 600
-
-
-@settings(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(text=TOML)
-def test_any_task_toml_gives_a_task_or_a_typed_error(fuzzed, text):
-    _loads_or_says_why(fuzzed / "task", "task.toml", text)
-
-
-@settings(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(text=YAML)
-def test_any_task_yaml_gives_a_task_or_a_typed_error(fuzzed, text):
-    _loads_or_says_why(fuzzed / "tb", "task.yaml", text)
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("task.toml", "a = " + "[" * 20_000),
-        ("task.toml", "a." * 20_000 + "b = 1"),
-        ("task.yaml", "[" * 3_000),
-        ("task.yaml", "a: 2024-99-99\ninstruction: x"),
-        ("task.yaml", "instruction: x\n? [a, {b: c}]\n: d"),
-        ("task.yaml", "a: 0x"),
-        ("task.yaml", "&a a: *a"),
-        ("task.yaml", "<<: 3"),
-    ],
-)
-def test_texts_that_break_parsers_are_typed_errors_or_tasks(fuzzed, name, text):
-    _loads_or_says_why(fuzzed / ("tb" if name == "task.yaml" else "task"), name, text)

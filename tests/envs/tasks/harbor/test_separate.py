@@ -3,13 +3,14 @@ be had is no verdict.
 """
 
 import dataclasses
+import pathlib
 
 import pytest
 
 from envs.rock import SandboxConfig
 from envs.tasks.harbor import HarborEnv, TaskError, load_task
 from tests.envs.tasks.harbor.conftest import CONFIG
-from tests.envs.tasks.harbor.test_env import bash, oracle, play
+from tests.envs.tasks.harbor.playing import bash, oracle, play
 
 SETTINGS = (
     'artifacts = ["/app/out.txt", "/tmp/answer.json", {source = "/data/results", destination ='
@@ -17,12 +18,20 @@ SETTINGS = (
 )
 CHECK = """#!/bin/bash
 ok=0
-[ "$(cat /app/out.txt)" = x ] && [ "$(cat /tmp/answer.json)" = 42 ] && [ "$(cat /data/results/sub/r)" = deep ] && [ -f /logs/artifacts/log ] && ok=1
-[ -e /app/other ] || [ -e /app/built ] || [ -e /app/none ] || [ "$LEFT" ] || [ -e /tmp/left ] && ok=0
+[ "$(cat /app/out.txt)" = x ] && [ "$(cat /tmp/answer.json)" = 42 ] && \\
+    [ "$(cat /data/results/sub/r)" = deep ] && [ -f /logs/artifacts/log ] && ok=1
+[ -e /app/other ] || [ -e /app/built ] || [ -e /app/none ] || [ "$LEFT" ] || \\
+    [ -e /tmp/left ] && ok=0
 [ "$(cat /tests/hidden)" = expected ] && [ "$WHERE" = "verifier of /tests" ] || ok=0
 echo $ok > /logs/verifier/reward.txt
 """
-SOLVE = """echo x > /app/out.txt; echo 42 > /tmp/answer.json; touch /tmp/left /app/other; mkdir -p /data/results/sub; echo deep > /data/results/sub/r; echo done > /logs/artifacts/log
+SOLVE = """\
+echo x > /app/out.txt
+echo 42 > /tmp/answer.json
+touch /tmp/left /app/other
+mkdir -p /data/results/sub
+echo deep > /data/results/sub/r
+echo done > /logs/artifacts/log
 """
 
 
@@ -156,7 +165,7 @@ def test_hooks_collect_what_the_agent_left_before_the_tests(apart, run):
             2,
             "leave one of them out",
         ),
-        ({"task.toml": 'artifacts = ["out.txt"]\n'}, 1, "names no absolute path"),
+        ({"task.toml": 'artifacts = ["out.txt"]\n'}, 1, "does not name an absolute path"),
     ],
 )
 def test_a_malformed_one_is_refused_with_file_and_line(apart, files, line, says):
@@ -193,7 +202,7 @@ def test_an_older_table_alone_means_separate(apart):
 def test_a_separate_verifier_is_another_container(apart, run, engine):
     config = SandboxConfig(backend="docker", image=engine.image, isolation="best_available")
     tools = {
-        f"{place}/{name}": open(f"/usr/bin/{name}", "rb").read()
+        f"{place}/{name}": pathlib.Path("/usr/bin", name).read_bytes()
         for place in ("environment", "tests")
         for name in ("mktemp", "base64", "tail", "env")
     }

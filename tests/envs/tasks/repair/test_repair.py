@@ -24,7 +24,7 @@ from envs.tasks.repair import (
 )
 from envs.tasks.repair.prove import Run, check_baseline, is_sound, run_tests
 from tests.envs.tasks.harbor.conftest import CONFIG
-from tests.envs.tasks.harbor.test_env import oracle, play
+from tests.envs.tasks.harbor.playing import oracle, play
 
 EVERYTHING = '''\
 """Docstring."""
@@ -53,7 +53,7 @@ def f(a, b=2, *, flag=True):
 '''
 
 
-def test_every_operator_finds_its_place_and_each_edit_is_another_program_that_differs_in_a_few_lines():
+def test_every_operator_finds_its_place_and_each_edit_changes_a_few_lines_of_the_program():
     edits = edits_of(EVERYTHING)
     assert {edit.operator for edit in edits} == set(OPERATORS)
     whole = ast.dump(ast.parse(EVERYTHING))
@@ -178,7 +178,7 @@ def test_a_package_of_ones_own_is_judged_by_pytest_and_bugs_that_nobody_notices_
 def test_a_package_with_fewer_bugs_than_are_asked_for_is_refused(tmp_path):
     folder = write_package(tmp_path / "mine")
     assert asyncio.run(play(repair_tasks([str(folder)], 1)[0]))[0] == 0.0
-    with pytest.raises(TaskError, match="of its .* possible bugs are noticed"):
+    with pytest.raises(TaskError, match=r"of its .* possible bugs are noticed"):
         repair_tasks([str(folder)], 50)
 
 
@@ -186,7 +186,7 @@ def test_a_package_with_fewer_bugs_than_are_asked_for_is_refused(tmp_path):
     "files, message",
     [
         ({"tests__test_it": "def test_no():\n    assert False\n"}, "own tests do not run"),
-        ({"small__init__": "def f(:\n"}, "no Python that can be read"),
+        ({"small__init__": "def f(:\n"}, "not valid Python"),
         pytest.param(
             {"tests__test_it": "import nosuch_package\n"},
             "own tests do not run",
@@ -218,7 +218,7 @@ def test_every_package_that_ships_passes_its_tests_by_unittest():
         return packages, await asyncio.gather(*(run_tests(package, []) for package in packages))
 
     packages, runs = asyncio.run(all_of_them())
-    for package, (run,) in zip(packages, runs):
+    for package, (run,) in zip(packages, runs, strict=True):
         check_baseline(package, run)
         assert package.framework == "unittest" and len(run.passed) == len(run.outcomes) >= 10
 

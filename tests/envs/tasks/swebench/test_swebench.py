@@ -3,8 +3,10 @@ real mending earns the reward.
 """
 
 import asyncio
+import contextlib
 import io
 import json
+import pathlib
 import subprocess
 import tarfile
 
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from envs.tasks.harbor import TaskError
 from envs.tasks.rows import Row
 from envs.tasks.swebench import RepositoryError, cut, load_swebench, parse_instance, patched
-from tests.envs.tasks.harbor.test_env import observe, oracle, play
+from tests.envs.tasks.harbor.playing import observe, oracle, play
 from tests.envs.tasks.swebench.repositories import ENVIRONMENT, MENDED, commit, git, make
 
 SAFELY = (
@@ -127,9 +129,7 @@ def test_the_source_is_left_as_it_was_and_its_hooks_and_settings_do_not_act(tmp_
     )
 
 
-def test_a_patch_gives_files_and_removals_and_one_that_does_not_apply_or_leaves_the_repository_is_refused(
-    made,
-):
+def test_a_patch_gives_files_and_removals_and_a_bad_one_is_refused(made):
     files, removed = patched(made.path, made.base, made.row["patch"])
     assert files == {"stats.py": (MENDED.encode(), 0o644)} and removed == set()
     gone = git(made.path, "diff", "--no-renames", made.base, f"{made.base}~1")
@@ -145,7 +145,7 @@ def test_a_patch_gives_files_and_removals_and_one_that_does_not_apply_or_leaves_
             " -0,0 +1 @@\n+/etc/passwd\n\\ No newline at end of file\n"
         ),
     ):
-        with pytest.raises(RepositoryError, match="git apply|a link"):
+        with pytest.raises(RepositoryError, match=r"git apply|a link"):
             patched(made.path, made.base, patch)
 
 
@@ -156,14 +156,14 @@ def test_a_patch_gives_files_and_removals_and_one_that_does_not_apply_or_leaves_
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"base_commit": "main"}, "base_commit 'main' is no full commit id"),
+        ({"base_commit": "main"}, "base_commit 'main' is not a full commit id"),
         ({"patch": " "}, "patch is empty"),
         ({"instance_id": "../x"}, "instance_id '../x'"),
         ({"FAIL_TO_PASS": "[]"}, "FAIL_TO_PASS is empty"),
         ({"FAIL_TO_PASS": "[1"}, "not the JSON of a list"),
         ({"repo": "../../etc"}, "neither owner/name"),
-        ({"PASS_TO_PASS": ["test_mean (tests.T)"]}, "no node id of pytest"),
-        ({"PASS_TO_PASS": ["/etc/x.py::y"]}, "no node id"),
+        ({"PASS_TO_PASS": ["test_mean (tests.T)"]}, "not a node id of pytest"),
+        ({"PASS_TO_PASS": ["/etc/x.py::y"]}, "not a node id"),
         ({"problem_statement": None}, "'problem_statement' is missing"),
         ({"test_patch": 3}, "test_patch is a int"),
         (
@@ -215,12 +215,8 @@ VALUES = st.recursive(
     )
 )
 def test_whatever_a_row_holds_is_an_instance_or_a_task_error(made_row, values):
-    import pathlib
-
-    try:
+    with contextlib.suppress(TaskError):
         parse_instance(Row(pathlib.Path("x.jsonl"), 1, 1, {**made_row, **values}))
-    except TaskError:
-        pass
 
 
 @pytest.fixture(scope="module")

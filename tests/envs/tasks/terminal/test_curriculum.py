@@ -1,4 +1,4 @@
-"""The families of the terminal curriculum: the expert earns 1 and nobody else does."""
+"""The families of the terminal curriculum: the demonstrator earns 1 and nobody else does."""
 
 import asyncio
 import random
@@ -18,7 +18,7 @@ from envs.tasks.terminal import (
     make_task,
     train_seed,
 )
-from envs.tasks.terminal.demonstrator import run_expert
+from envs.tasks.terminal.demonstrator import play_demonstration
 from envs.tasks.terminal.env import TerminalEnv
 
 ALL = FAMILIES + HELD_OUT_FAMILIES
@@ -26,9 +26,9 @@ SEEDS = (0, 1, eval_seed(2))
 CONFIG = SandboxConfig(isolation="best_available")
 
 
-def expert_episode(family, seed, error_rate=0.0):
+def demonstration_episode(family, seed, error_rate=0.0):
     return asyncio.run(
-        run_expert(
+        play_demonstration(
             TerminalEnv(f"{family}/{seed}", CONFIG), random.Random(f"{family}{seed}"), error_rate
         )
     )
@@ -56,9 +56,9 @@ def play(family, seed, *commands):
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_the_expert_earns_1_and_looks_before_it_acts(family):
+def test_the_demonstrator_earns_1_and_looks_before_it_acts(family):
     for seed in SEEDS:
-        episode = expert_episode(family, seed)
+        episode = demonstration_episode(family, seed)
         assert (episode.reward, episode.ending) == (1.0, "success"), episode
         assert 3 <= len(episode.turns) <= 5  # look, act, ..., done
         assert {turn.status for turn in episode.turns} == {"ok"}
@@ -67,9 +67,9 @@ def test_the_expert_earns_1_and_looks_before_it_acts(family):
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_an_expert_that_errs_sees_its_error_and_still_earns_1(family):
+def test_a_demonstrator_that_errs_sees_its_error_and_still_earns_1(family):
     for seed in SEEDS:
-        episode = expert_episode(family, seed, error_rate=1.0)
+        episode = demonstration_episode(family, seed, error_rate=1.0)
         assert episode.reward == 1.0, episode
         assert [turn.status for turn in episode.turns].count("tool_error") == 1, episode
         (wrong,) = [turn for turn in episode.turns if turn.status == "tool_error"]
@@ -82,11 +82,11 @@ def test_doing_nothing_earns_0(family):
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_the_expert_of_another_seed_earns_0(family):
+def test_the_demonstrator_of_another_seed_earns_0(family):
     """The answer lies in the sandbox: commands that solve one task of a family do not solve the
     next ones, but for luck with a small number.
     """
-    other = expert_episode(family, 10)
+    other = demonstration_episode(family, 10)
     commands = [
         turn.text.split('"command": "')[1].removesuffix('"}}\n</tool_call>')
         for turn in other.turns[:-1]
@@ -186,7 +186,7 @@ def test_training_and_evaluation_seeds_are_disjoint():
 
 
 def test_an_unknown_family_is_refused_by_name():
-    with pytest.raises(ValueError, match="'coutn'.*count"):
+    with pytest.raises(ValueError, match=r"'coutn'.*count"):
         make_task("coutn", 0)
 
 

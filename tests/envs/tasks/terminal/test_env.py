@@ -145,8 +145,8 @@ def test_a_malformed_call_is_an_observation_that_says_why(action, says):
 
 def test_a_turn_without_a_call_ends_the_episode_and_the_verifier_decides(env):
     env.reset()
-    ((path, (content, _)),) = env.task.files.items()
-    env.step(bash(f"grep -c {env.task.expert().send(None).split()[2]} {path} > out.txt"))
+    (path,) = env.task.files
+    env.step(bash(f"grep -c {env.task.demonstrator().send(None).split()[2]} {path} > out.txt"))
     observation, reward, terminated, truncated, info = env.step("done")
     assert (observation, reward, terminated, truncated, info["ending"]) == (
         "",
@@ -199,7 +199,7 @@ def test_a_verifier_without_a_usable_reward_ends_as_infra_verifier(printed):
 
 
 def test_a_verifier_that_waits_for_the_agents_files_is_a_failure(monkeypatch):
-    monkeypatch.setattr("envs.tasks.terminal.env.VERIFIER_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("envs.tasks.terminal.env.VERIFIER_TIMEOUT_SECONDS", 0.5)
     env = TerminalEnv(
         dataclasses.replace(make_task("count", 17), verifier="cat trap; echo 1"), CONFIG
     )

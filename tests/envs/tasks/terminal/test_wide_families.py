@@ -1,6 +1,4 @@
-"""The wide families: the expert earns 1; doing nothing, guessing, and tampering with the check earn
-0.
-"""
+"""The wide families: the demonstrator earns 1; doing nothing, guessing and tampering earn 0."""
 
 import asyncio
 import hashlib
@@ -11,7 +9,7 @@ import pytest
 
 from envs.gem import format_tool_call, make
 from envs.rock import SandboxConfig
-from envs.rock.embedded.sandbox import EmbeddedSandbox
+from envs.rock.embedded.sandbox import EmbeddedBackend
 from envs.tasks.terminal import (
     DOMAINS,
     FAMILIES,
@@ -21,11 +19,11 @@ from envs.tasks.terminal import (
     eval_seed,
     make_task,
 )
-from envs.tasks.terminal.demonstrator import run_expert
+from envs.tasks.terminal.demonstrator import play_demonstration
 from envs.tasks.terminal.env import MissingProgramsError, TerminalEnv
 from envs.tasks.terminal.families.wide.programs import PROGRAMS
 from envs.tasks.terminal.registry import wide_family
-from envs.tasks.terminal.task import Plan
+from envs.tasks.terminal.task import TaskDraft
 
 CONFIG = SandboxConfig(isolation="best_available")
 AT_ONCE = 6
@@ -69,8 +67,8 @@ async def _play(name, seed, *commands):
         await env.aclose()
 
 
-async def _expert(name, seed, error_rate=0.0, config=CONFIG):
-    return await run_expert(
+async def _demonstration(name, seed, error_rate=0.0, config=CONFIG):
+    return await play_demonstration(
         make(f"terminal/{name}", sandbox_config=config),
         random.Random(f"{name}/{seed}"),
         error_rate,
@@ -93,8 +91,9 @@ def at_once(coroutines):
 
 
 def _episodes(name, count_only=False):
-    """Expert, no-op and one cheat: the second, stronger one where a verifier runs programs of the
-    agent's.
+    """Play a demonstration, no-op and one cheat.
+
+    The cheat is the second, stronger one where a verifier runs programs of the agent's.
 
     All cheats play in the slow test.
     """
@@ -102,13 +101,13 @@ def _episodes(name, count_only=False):
     return (
         range(3)
         if count_only
-        else [_expert(name, eval_seed(3)), _play(name, 1), _play(name, 2, cheat)]
+        else [_demonstration(name, eval_seed(3)), _play(name, 1), _play(name, 2, cheat)]
     )
 
 
 @pytest.fixture(scope="module")
 def played():
-    """Family -> what its expert, a no-op and a cheat got; each in a sandbox of its own, all
+    """Family -> what its demonstrator, a no-op and a cheat got; each in a sandbox of its own, all
     concurrently.
     """
     results = iter(at_once([episode for name in HERE for episode in _episodes(name)]))
@@ -120,7 +119,7 @@ def played():
 
 
 @pytest.mark.parametrize("name", HERE)
-def test_the_expert_earns_1_and_looks_before_it_acts(played, name):
+def test_the_demonstrator_earns_1_and_looks_before_it_acts(played, name):
     episode = played[name][0]
     assert (episode.reward, episode.ending) == (1.0, "success"), episode
     assert {turn.status for turn in episode.turns} == {"ok"}
@@ -155,17 +154,19 @@ def test_every_cheat_on_several_seeds_of_each_family():
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_experts_earn_1_in_the_landlock_tier_too():
+def test_demonstrators_earn_1_in_the_landlock_tier_too():
     """Where there is no /etc to read and no /tmp, as in Colab."""
     weak = SandboxConfig(isolation="best_available", tier="landlock")
-    episodes = at_once([_expert(name, seed, config=weak) for name in HERE for seed in range(3)])
+    episodes = at_once(
+        [_demonstration(name, seed, config=weak) for name in HERE for seed in range(3)]
+    )
     assert [episode for episode in episodes if episode.reward != 1.0] == []
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_25_seeds_of_each_family():
-    episodes = at_once([_expert(name, seed) for name in HERE for seed in range(25)])
+    episodes = at_once([_demonstration(name, seed) for name in HERE for seed in range(25)])
     assert [episode.task for episode in episodes if episode.reward != 1.0] == []
     assert [
         result
@@ -176,8 +177,10 @@ def test_25_seeds_of_each_family():
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_an_expert_that_errs_still_earns_1():
-    episodes = at_once([_expert(name, seed, error_rate=1.0) for name in HERE for seed in range(4)])
+def test_a_demonstrator_that_errs_still_earns_1():
+    episodes = at_once(
+        [_demonstration(name, seed, error_rate=1.0) for name in HERE for seed in range(4)]
+    )
     assert [
         episode
         for episode in episodes
@@ -276,7 +279,7 @@ def test_a_bug_that_matches_nothing_is_refused():
 
 
 def test_a_family_whose_program_is_missing_is_refused_by_name(monkeypatch):
-    real = EmbeddedSandbox.execute
+    real = EmbeddedBackend.execute
 
     async def without_git(self, command, *args, **kwargs):
         return await real(
@@ -286,7 +289,7 @@ def test_a_family_whose_program_is_missing_is_refused_by_name(monkeypatch):
             **kwargs,
         )
 
-    monkeypatch.setattr(EmbeddedSandbox, "execute", without_git)
+    monkeypatch.setattr(EmbeddedBackend, "execute", without_git)
 
     async def reset(name):
         env = TerminalEnv(f"{name}/3", CONFIG)
@@ -303,4 +306,6 @@ def test_a_family_whose_program_is_missing_is_refused_by_name(monkeypatch):
 @pytest.mark.parametrize(("domain", "difficulty"), [("games", 3), ("files", 0), ("files", 6)])
 def test_a_family_of_no_domain_or_difficulty_is_refused(domain, difficulty):
     with pytest.raises(ValueError, match=f"{domain!r}.*{difficulty}"):
-        wide_family("nowhere", domain, difficulty)(lambda draw: Plan("", {}, [], lambda: iter(())))
+        wide_family("nowhere", domain, difficulty)(
+            lambda draw: TaskDraft("", {}, [], lambda: iter(()))
+        )

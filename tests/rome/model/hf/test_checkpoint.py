@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rome.model.config import PRESETS, ModelConfig
-from rome.model.hf import files as hf_files
-from rome.model.hf.checkpoint import expected_tensors, load_hf, named_tensors, save_hf
-from rome.model.hf.names import parameter_shapes
+from rome.model.hf import files
+from rome.model.hf.checkpoint import load_hf, named_tensors, save_hf
+from rome.model.hf.names import expected_tensors, parameter_shapes
 from rome.model.moe import router_loss
 from rome.model.qwen3 import Qwen3, head_kernel
 from tests.rome.model import record_golden, small
@@ -77,7 +77,9 @@ def test_logits_and_gradients_equal_those_recorded_from_transformers(case, tmp_p
     parts = np.split(
         GOLDEN[f"{case}/gradients"], np.cumsum([weights[name].size for name in names])[:-1]
     )
-    their_gradients = {name: part.reshape(weights[name].shape) for name, part in zip(names, parts)}
+    their_gradients = {
+        name: part.reshape(weights[name].shape) for name, part in zip(names, parts, strict=True)
+    }
     ours, our_gradients = run_ours(tmp_path, record_golden.tokens_of(case))
     compare(ours, our_gradients, {key: GOLDEN[f"{case}/{key}"] for key in ours}, their_gradients)
 
@@ -322,7 +324,8 @@ def test_published_models_have_exactly_their_published_parameters(preset, parame
         == sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameter_shapes(config)))
     )
     assert len(shapes) == 3 + config.num_layers * (9 + 3 * config.num_experts)
-    last = f"model.layers.{config.num_layers - 1}.mlp.experts.{config.num_experts - 1}.down_proj.weight"
+    layer, expert = config.num_layers - 1, config.num_experts - 1
+    last = f"model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"
     assert shapes[last] == (config.hidden_size, config.moe_intermediate_size) and shapes[
         "lm_head.weight"
     ] == (151936, config.hidden_size)
@@ -337,7 +340,9 @@ def test_published_models_have_exactly_their_published_parameters(preset, parame
 
 @st.composite
 def configs(draw):
-    pick = lambda *values: draw(st.sampled_from(values))
+    def pick(*values):
+        return draw(st.sampled_from(values))
+
     layers, heads = pick(1, 2, 3), pick(1, 2, 4)
     dense = tuple(draw(st.sets(st.integers(0, layers - 1), max_size=layers - 1)))
     return dataclasses.replace(
@@ -372,7 +377,7 @@ def test_any_config_comes_back_bitwise_and_the_library_reads_our_files(
     directory = tmp_path_factory.mktemp("any")
     params = jax.tree.map(lambda w: w.astype(dtype), small.random_params(config))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hf_files, "BLOCK_BYTES", block)
+        patch.setattr(files, "BLOCK_BYTES", block)
         save_hf(params, config, directory, dtype=dtype, max_shard_bytes=limit)
         loaded, same = load_hf(
             directory, dtype=dtype, remat=config.remat, scan_layers=config.scan_layers

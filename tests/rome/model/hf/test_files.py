@@ -8,9 +8,9 @@ import types
 import jax
 import pytest
 
-from rome.model.hf import files as hf_files
+from rome.model.hf import files
 from rome.model.hf.checkpoint import load_hf, save_hf
-from rome.model.hf.files import CheckpointWriter
+from rome.model.hf.writer import CheckpointWriter
 from tests.rome.model import small
 from tests.rome.model.small import assert_trees_equal
 
@@ -44,7 +44,7 @@ def test_a_writer_that_dies_leaves_nothing_that_passes_for_a_checkpoint(
                 tmp_path,
                 max_shard_bytes=max_shard_bytes,
             )
-    with pytest.raises(FileNotFoundError, match="neither model.safetensors nor"):
+    with pytest.raises(FileNotFoundError, match=r"neither model.safetensors nor"):
         load_hf(tmp_path)
     save_hf(params, SMALL, tmp_path, max_shard_bytes=max_shard_bytes)
     assert_trees_equal(load_hf(tmp_path)[0], params)
@@ -69,9 +69,9 @@ def test_a_full_disk_is_found_out_before_the_old_checkpoint_is_touched(
     save_hf(params, SMALL, tmp_path)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     monkeypatch.setattr(
-        hf_files.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=size // 4)
+        files.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=size // 4)
     )
-    with pytest.raises(OSError, match="GB free, and the checkpoint takes .* make room") as error:
+    with pytest.raises(OSError, match=r"GB free, and the checkpoint takes .* make room") as error:
         save_hf(params, SMALL, tmp_path / "new")
     assert "\n" not in str(error.value)
     save_hf(params, SMALL, tmp_path)  # the old one makes room for the new one
@@ -121,7 +121,7 @@ def test_an_index_that_lies_about_its_files_is_found_out(params, tmp_path):
     index["weight_map"]["model.norm.weight"] = index["weight_map"]["model.embed_tokens.weight"]
     path.write_text(json.dumps(index))
     with pytest.raises(
-        ValueError, match="says that model-00001-of-.* holds model.norm.weight, but it does not"
+        ValueError, match=r"says that model-00001-of-.* holds model.norm.weight, but it does not"
     ):
         load_hf(tmp_path)
     path.write_text("{}")

@@ -19,12 +19,13 @@ import pytest
 import safetensors.numpy
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rome.model.hf import files as hf_files
-from rome.model.hf.checkpoint import expected_tensors, load_hf, named_tensors, save_hf
+from rome.model.hf import files
+from rome.model.hf.checkpoint import load_hf, named_tensors, save_hf
 from rome.model.hf.files import CheckpointReader
-from rome.model.hf.names import parameter_shapes
-from rome.model.qwen3 import unstack_layers
-from rome.model.sharding import make_mesh, param_shardings
+from rome.model.hf.names import expected_tensors, parameter_shapes
+from rome.model.params import param_shardings
+from rome.model.sharding import make_mesh
+from rome.model.stacking import unstack_layers
 from tests.paths import ROOT
 from tests.rome.model import small
 from tests.rome.model.small import assert_trees_equal
@@ -62,7 +63,7 @@ def test_arrays_on_any_mesh_are_written_and_read_bitwise(
     config, mesh_shape, dtype, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(
-        hf_files, "BLOCK_BYTES", 128
+        files, "BLOCK_BYTES", 128
     )  # so that parameters are put together on the devices, tensors cut into several blocks
     params = jax.tree.map(lambda w: w.astype(dtype), small.random_params(config))
     for leaf in jax.tree.leaves(params):
@@ -80,7 +81,10 @@ def test_arrays_on_any_mesh_are_written_and_read_bitwise(
     for file in (tmp_path / "host").iterdir():
         assert file.read_bytes() == (tmp_path / "mesh" / file.name).read_bytes()
     loaded, _ = load_hf(tmp_path / "mesh", dtype, shardings)
-    bits = lambda tree: jax.tree.map(lambda w: np.asarray(w).view(f"u{w.dtype.itemsize}"), tree)
+
+    def bits(tree):
+        return jax.tree.map(lambda w: np.asarray(w).view(f"u{w.dtype.itemsize}"), tree)
+
     assert_trees_equal(bits(loaded), bits(params))
     jax.tree.map(
         lambda array, sharding: (
@@ -145,7 +149,7 @@ def test_shardings_that_do_not_fit_are_refused(params, tmp_path):
     shardings["layers"]["attention"]["q"] = NamedSharding(
         mesh, PartitionSpec(None, None, None, "tensor")
     )
-    with pytest.raises(ValueError, match="layers/attention/q .* only the first may be split"):
+    with pytest.raises(ValueError, match=r"layers/attention/q .* only the first may be split"):
         load_hf(tmp_path, shardings=shardings)
 
 
@@ -171,7 +175,7 @@ def reads(monkeypatch):
 def test_every_byte_is_read_once_however_many_devices_hold_it(
     mesh_shape, reads, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(hf_files, "BLOCK_BYTES", 256)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 256)
     save_hf(small.random_params(MESHED), MESHED, tmp_path, dtype="bfloat16")
     total, told = sum(map(math.prod, expected_tensors(MESHED).values())) * 2, []
     load_hf(
@@ -273,15 +277,18 @@ import jax, numpy as np
 port, number, directory = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, number)
-from rome.model import hf_files
+from rome.model.hf import files
 from rome.model.hf.checkpoint import load_hf, read_config, save_hf
-from rome.model.sharding import make_mesh, param_shardings
-hf_files.BLOCK_BYTES = 300
+from rome.model.params import param_shardings
+from rome.model.sharding import make_mesh
+files.BLOCK_BYTES = 300
 config = read_config(directory / "source")
 whole, _ = load_hf(directory / "source")
 totals = {}
 watch = lambda name: lambda done, total: totals.update({name: done})
-params, _ = load_hf(directory / "source", shardings=param_shardings(make_mesh({"expert": 2, "fsdp": 2, "tensor": 2}, config), config), progress=watch("read"))
+mesh = make_mesh({"expert": 2, "fsdp": 2, "tensor": 2}, config)
+shardings = param_shardings(mesh, config)
+params, _ = load_hf(directory / "source", shardings=shardings, progress=watch("read"))
 for array, expected in zip(jax.tree.leaves(params), jax.tree.leaves(whole)):
     for shard in array.addressable_shards:
         np.testing.assert_array_equal(np.asarray(shard.data), expected[shard.index])
@@ -314,10 +321,10 @@ def traced_peak(run):
 def test_host_memory_holds_blocks_and_neither_parameters_nor_shards(
     mesh_shape, larger, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(hf_files, "BLOCK_BYTES", 2**17)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 2**17)
     shardings = param_shardings(make_mesh(mesh_shape, LARGER), LARGER)
     bound = (
-        4 * hf_files.THREADS * 2**17 + 2 * 10**6
+        4 * files.THREADS * 2**17 + 2 * 10**6
     )  # blocks as read, as turned and as cut; names and plans
     assert 4 * math.prod(parameter_shapes(LARGER)["layers"]["moe"]["gate"].shape) > 1.2 * bound
     load_peak, (params, _) = traced_peak(lambda: load_hf(larger, shardings=shardings))
@@ -329,11 +336,14 @@ RESIDENT = """
 import json, resource, sys
 import jax, numpy as np
 from rome.model.hf.checkpoint import load_hf, read_config, save_hf
-from rome.model.sharding import make_mesh, param_shardings
+from rome.model.params import param_shardings
+from rome.model.sharding import make_mesh
 source, out, shape = sys.argv[1:]
 config = read_config(source)
 shardings = param_shardings(make_mesh(json.loads(shape), config), config)
-now = lambda: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmRSS"))
+def now():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = now()
 params, _ = load_hf(source, "bfloat16", shardings)

@@ -40,7 +40,7 @@ def send_rows(rows, into, at_sender, sent, at_receiver, received):
     everyone = [jax.lax.all_gather(a, "expert") for a in (rows, at_sender, sent, at_receiver)]
     place, e = jnp.arange(into.shape[0]), sent.size // jax.lax.axis_size("expert")
     wrong = jnp.any((at_sender < 0) | (at_sender + sent > rows.shape[0]))
-    for s, (theirs, *blocks) in enumerate(zip(*everyone)):
+    for s, (theirs, *blocks) in enumerate(zip(*everyone, strict=True)):
         for j in range(e):
             begin, size, at = (a[jax.lax.axis_index("expert") * e + j] for a in blocks)
             here = (place >= at) & (place < at + size)
@@ -69,7 +69,9 @@ def by_exchange(x, gate, up, down, weights, ids, capacity_factor=0.0):
 
 
 def oracle(x, gate, up, down, weights, ids):
-    flat = lambda a: a.reshape(-1, a.shape[-1])
+    def flat(a):
+        return a.reshape(-1, a.shape[-1])
+
     return experts(flat(x), gate, up, down, flat(weights), flat(ids), "dense").reshape(x.shape)
 
 
@@ -170,14 +172,14 @@ def test_an_exchange_that_cannot_be_is_refused_with_the_reason():
     config = PRESETS["qwen3_30b_a3b"]
     with pytest.raises(
         ValueError,
-        match="learner.exchange='all_to_all' runs on tpu only, and the mesh's devices are cpu",
+        match=r"learner.exchange='all_to_all' runs on tpu only, and the mesh's devices are cpu",
     ):
         choose_kernels("cpu", config, Kernels(exchange="all_to_all"))
     with pytest.raises(
         ValueError,
         match=(
-            "'all_to_all' needs a grouped matmul, and learner.experts='sorted' has none. Set that"
-            " to one of ragged, megablox"
+            r"'all_to_all' needs a grouped matmul, and learner.experts='sorted' has none. Set that"
+            r" to one of ragged, megablox"
         ),
     ):
         choose_kernels("tpu", config, Kernels(experts="sorted", exchange="all_to_all"))

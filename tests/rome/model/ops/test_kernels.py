@@ -53,10 +53,12 @@ def reference(q, k, v, segments_BT):
 
 
 def value_and_gradients(form, q, k, v, segments_BT):
-    objective = lambda *qkv: (
-        jnp.sum(form(*qkv, segments_BT) * jnp.sin(qkv[0])),
-        form(*qkv, segments_BT),
-    )
+    def objective(*qkv):
+        return (
+            jnp.sum(form(*qkv, segments_BT) * jnp.sin(qkv[0])),
+            form(*qkv, segments_BT),
+        )
+
     return jax.jit(jax.value_and_grad(objective, argnums=(0, 1, 2), has_aux=True))(q, k, v)
 
 
@@ -92,7 +94,7 @@ def test_splash_equals_the_reference_over_packed_rows_forward_and_backward():
     ],
 )
 def test_splash_on_a_mesh_equals_the_reference(shape, T, one_backward_kernel, monkeypatch):
-    monkeypatch.setattr(attention_kernels, "MOST_PARTS", 4 if one_backward_kernel else 0)
+    monkeypatch.setattr(attention_kernels, "MAX_PARTS", 4 if one_backward_kernel else 0)
     inputs = packed_row(T=T)
     expected = value_and_gradients(reference, *inputs)
     with jax.set_mesh(make_mesh(shape)):
@@ -120,17 +122,20 @@ def test_a_long_rows_mask_is_the_causal_one_of_its_places_block_by_block():
 
 def test_splash_refuses_rows_that_its_tiles_do_not_divide():
     q, k, v, segments_BT = packed_row()
-    with pytest.raises(ValueError, match="multiple of 128 tokens.*not 200"):
+    with pytest.raises(ValueError, match=r"multiple of 128 tokens.*not 200"):
         splash(q[:, :200], k[:, :200], v[:, :200], segments_BT[:, :200])
 
 
 @pytest.mark.parametrize("g", [2, 3, 8])
 def test_swapped_halves_stand_where_their_places_say_and_come_home(g):
     T = 4 * g
-    there_and_back = lambda x_BT: (
-        swap_late_halves(x_BT),
-        swap_late_halves(swap_late_halves(x_BT)),
-    )
+
+    def there_and_back(x_BT):
+        return (
+            swap_late_halves(x_BT),
+            swap_late_halves(swap_late_halves(x_BT)),
+        )
+
     by_time = jax.sharding.PartitionSpec(None, "sequence")
     with jax.set_mesh(make_mesh({"sequence": g})):
         there, back = jax.jit(jax.shard_map(there_and_back, in_specs=by_time, out_specs=by_time))(
@@ -151,15 +156,18 @@ def test_even_work_is_half_of_the_scores_and_work_in_order_nearly_all_of_them_at
 def test_the_embedding_on_a_mesh_equals_one_device_forward_and_backward(shape):
     table_VD = jax.random.normal(jax.random.key(0), (12, 8))
     tokens_BT = jax.random.randint(jax.random.key(1), (8, 6), 0, 12)
-    step = lambda: jax.jit(
-        jax.value_and_grad(
-            lambda table: (
-                jnp.sum(jnp.sin(embed(table, tokens_BT, "float32"))),
-                embed(table, tokens_BT, "float32"),
-            ),
-            has_aux=True,
-        )
-    )(table_VD)
+
+    def step():
+        return jax.jit(
+            jax.value_and_grad(
+                lambda table: (
+                    jnp.sum(jnp.sin(embed(table, tokens_BT, "float32"))),
+                    embed(table, tokens_BT, "float32"),
+                ),
+                has_aux=True,
+            )
+        )(table_VD)
+
     expected = step()
     with jax.set_mesh(make_mesh(shape)):
         got = step()

@@ -62,10 +62,14 @@ def test_gradients_do_not_depend_on_the_block(inputs):
 
     expected = jax.grad(plain, argnums=(0, 1))(hidden_BTD, kernel_DV)
     for block in (3, 128, None):
-        chunked = lambda h, k: jnp.sum(
-            weight_BT * chunked_logprobs(h, k, tokens_BT, segments_BT, 0.7, block=block)
-        )
-        for got, want in zip(jax.grad(chunked, argnums=(0, 1))(hidden_BTD, kernel_DV), expected):
+
+        def chunked(h, k, block=block):
+            logp_BT = chunked_logprobs(h, k, tokens_BT, segments_BT, 0.7, block=block)
+            return jnp.sum(weight_BT * logp_BT)
+
+        for got, want in zip(
+            jax.grad(chunked, argnums=(0, 1))(hidden_BTD, kernel_DV), expected, strict=True
+        ):
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
@@ -75,11 +79,14 @@ def test_parts_of_the_vocabulary_give_the_gradients_of_the_whole(inputs, monkeyp
     kernel_DV = jnp.concatenate(
         [kernel_DV, kernel_DV[:, :5] * 0.5], axis=1
     )  # 36 tokens: 12 parts of 3
-    gradients = lambda: jax.grad(
-        lambda h, k: jnp.sum(weight_BT * chunked_logprobs(h, k, *rest, block=4)), argnums=(0, 1)
-    )(hidden_BTD, kernel_DV)
+
+    def gradients():
+        return jax.grad(
+            lambda h, k: jnp.sum(weight_BT * chunked_logprobs(h, k, *rest, block=4)), argnums=(0, 1)
+        )(hidden_BTD, kernel_DV)
+
     whole = gradients()
-    monkeypatch.setattr(logprobs, "MOST_WIDE", 3)
+    monkeypatch.setattr(logprobs, "MAX_PART", 3)
     jax.tree.map(
         lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5),
         gradients(),
@@ -92,9 +99,9 @@ def test_no_array_of_all_positions_times_vocabulary_exists_forward_or_backward()
     rows, length, width, vocabulary = 2, 64, 4, 128
     shapes = (jnp.zeros((rows, length, width)), jnp.zeros((width, vocabulary)))
     tokens_BT = jnp.zeros((rows, length), jnp.int32)
-    value = lambda h, k: chunked_logprobs(
-        h, k, tokens_BT, tokens_BT + 1, block=8, with_entropy=True
-    )[0].sum()
+
+    def value(h, k):
+        return chunked_logprobs(h, k, tokens_BT, tokens_BT + 1, block=8, with_entropy=True)[0].sum()
 
     def largest(jaxpr):
         sizes = [
@@ -166,9 +173,11 @@ def test_scores_and_gradients_on_a_mesh_equal_one_device(shape):
         )
         return jnp.sum(weight_BT * logp_BT), (logp_BT, entropy_BT)
 
-    step = lambda: jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True))(
-        hidden_BTD, kernel_DV
-    )
+    def step():
+        return jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True))(
+            hidden_BTD, kernel_DV
+        )
+
     expected = step()
     with jax.set_mesh(make_mesh(shape)):
         got = step()

@@ -180,7 +180,7 @@ def test_no_text_can_open_or_close_a_turn(tiny, user, result):
 
 @needs_qwen3
 def test_appended_chats_equal_the_rendered_template(qwen3):
-    """Qwen3's own template and one encoding of the whole text, against turns appended one by one."""
+    """Compare one encoding of the whole text by Qwen3's own template with turns appended."""
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
     template = environment.from_string(
@@ -246,11 +246,14 @@ def test_a_real_tool_prompt_is_reproduced_by_appending(qwen3):
     expected = json.loads((SHARED / "tool_prompt_457_ids.json").read_text())["template_token_ids"]
     text = qwen3.decode(expected)
     assert len(expected) == 457
-    between = lambda opening, closing, start=0: text[
-        text.index(opening, start) + len(opening) : text.index(
-            closing, text.index(opening, start) + len(opening)
-        )
-    ]
+
+    def between(opening, closing, start=0):
+        return text[
+            text.index(opening, start) + len(opening) : text.index(
+                closing, text.index(opening, start) + len(opening)
+            )
+        ]
+
     tools = [json.loads(line) for line in between("<tools>\n", "\n</tools>").splitlines()]
     chat = Chat(qwen3, tools)
     spoken = between("<|im_start|>assistant\n", "<|im_end|>")
@@ -271,11 +274,11 @@ def test_appending_keeps_sampled_ids_that_encoding_would_change(qwen3):
     assert qwen3.encode(qwen3.decode(sampled), allow_special=True) != sampled
     history = sampled + Chat(qwen3).observe(["7"])
     assert history[: len(sampled)] == sampled
-    assert (
-        qwen3.decode(history)
-        == qwen3.decode(sampled)
-        + "\n<|im_start|>user\n<tool_response>\n7\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    appended = (
+        "\n<|im_start|>user\n<tool_response>\n7\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n"
     )
+    assert qwen3.decode(history) == qwen3.decode(sampled) + appended
 
 
 @needs_qwen3

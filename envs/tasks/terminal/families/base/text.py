@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from envs.tasks.terminal.task import Draw, Expert, Plan, family, holds, lines, unchanged
+from envs.tasks.terminal.task import Demonstration, Draw, TaskDraft, family, holds, lines, unchanged
 
 
 def _rows_with(draw: Draw, word: str, hits: int, others: int) -> list[str]:
-    """Lines of two words, `hits` of them beginning with the word."""
+    """Draw lines of two words, `hits` of which begin with the given word."""
     return draw.shuffled(
         [f"{word} {draw.word()}" for _ in range(hits)]
         + [f"{draw.word()} {draw.word()}" for _ in range(others)]
@@ -14,11 +14,12 @@ def _rows_with(draw: Draw, word: str, hits: int, others: int) -> list[str]:
 
 
 @family("line")
-def line(draw: Draw) -> Plan:
-    source, rows = draw.input(), [f"{draw.word()} {draw.word()}" for _ in range(5)]
+def line(draw: Draw) -> TaskDraft:
+    source = draw.input()
+    rows = [f"{draw.word()} {draw.word()}" for _ in range(5)]
     number = draw.number(2, 5)
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         row = yield f"sed -n {number}p {source}"
         yield f"echo {row} > out.txt"
 
@@ -26,15 +27,19 @@ def line(draw: Draw) -> Plan:
         f"Write line {number} of {source} to out.txt.",
         f"Copy line {number} of {source} to out.txt.",
     )
-    return Plan(instruction, {source: lines(*rows)}, [holds("out.txt", rows[number - 1])], expert)
+    return TaskDraft(
+        instruction, {source: lines(*rows)}, [holds("out.txt", rows[number - 1])], demonstrator
+    )
 
 
 @family("count")
-def count(draw: Draw) -> Plan:
-    source, word, hits = draw.input(), draw.word(), draw.number(2, 7)
+def count(draw: Draw) -> TaskDraft:
+    source = draw.input()
+    word = draw.word()
+    hits = draw.number(2, 7)
     rows = _rows_with(draw, word, hits, others=2)
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         found = yield f"grep -c {word} {source}"
         yield f"echo {found} > out.txt"
 
@@ -42,15 +47,18 @@ def count(draw: Draw) -> Plan:
         f"How many lines of {source} have {word}? Write the number to out.txt.",
         f"Count the lines of {source} with {word}. Write the number to out.txt.",
     )
-    return Plan(instruction, {source: lines(*rows)}, [holds("out.txt", str(hits))], expert)
+    return TaskDraft(
+        instruction, {source: lines(*rows)}, [holds("out.txt", str(hits))], demonstrator
+    )
 
 
 @family("filter")
-def filter_lines(draw: Draw) -> Plan:
-    source, word = draw.input(), draw.word()
+def filter_lines(draw: Draw) -> TaskDraft:
+    source = draw.input()
+    word = draw.word()
     rows = _rows_with(draw, word, hits=2, others=3)
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield f"grep {word} {source}"
         yield f"grep {word} {source} > out.txt"
 
@@ -58,20 +66,22 @@ def filter_lines(draw: Draw) -> Plan:
         f"Put the lines of {source} with {word} into out.txt.",
         f"Copy the lines of {source} that have {word} to out.txt.",
     )
-    return Plan(
+    return TaskDraft(
         instruction,
         {source: lines(*rows)},
         [holds("out.txt", lines(*(row for row in rows if word in row)))],
-        expert,
+        demonstrator,
     )
 
 
 @family("replace")
-def replace(draw: Draw) -> Plan:
-    source, old, new = draw.input(), draw.word(), draw.word()
+def replace(draw: Draw) -> TaskDraft:
+    source = draw.input()
+    old = draw.word()
+    new = draw.word()
     text = lines(*_rows_with(draw, old, hits=2, others=2))
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         word = yield "cat note.txt"
         yield f"sed -i s/{old}/{word}/ {source}"
 
@@ -79,38 +89,40 @@ def replace(draw: Draw) -> Plan:
         f"Replace {old} in {source} by the word in note.txt.",
         f"Change {old} in {source} to the word in note.txt.",
     )
-    return Plan(
+    return TaskDraft(
         instruction,
         {source: text, "note.txt": lines(new)},
         [holds(source, text.replace(old, new))],
-        expert,
+        demonstrator,
     )
 
 
 @family("append")
-def append(draw: Draw) -> Plan:
-    source, target, word = draw.word() + ".txt", draw.input(), draw.word()
+def append(draw: Draw) -> TaskDraft:
+    source = draw.word() + ".txt"
+    target = draw.input()
+    word = draw.word()
     text = lines(*draw.words(2))
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         found = yield f"cat {source}"
         yield f"echo {found} >> {target}"
 
     files = {source: lines(word), target: text}
-    return Plan(
+    return TaskDraft(
         f"Append the word in {source} to {target}.",
         files,
         [holds(target, text + word), *unchanged(files, target)],
-        expert,
+        demonstrator,
     )
 
 
 @family("combine")
-def combine(draw: Draw) -> Plan:
+def combine(draw: Draw) -> TaskDraft:
     files = {name: lines(draw.word()) for name in draw.names(4)}
     chosen = draw.shuffled(list(files))[:3]
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         names = (yield "cat list.txt").split()
         yield f"cat {' '.join(names)} > out.txt"
 
@@ -118,20 +130,21 @@ def combine(draw: Draw) -> Plan:
         "Join the files named in list.txt, in that order, into out.txt.",
         "Write the files named in list.txt one after another to out.txt.",
     )
-    return Plan(
+    return TaskDraft(
         instruction,
         {**files, "list.txt": lines(*chosen)},
         [holds("out.txt", "".join(files[name] for name in chosen))],
-        expert,
+        demonstrator,
     )
 
 
 @family("drop")
-def drop(draw: Draw) -> Plan:
-    source, word = draw.input(), draw.word()
+def drop(draw: Draw) -> TaskDraft:
+    source = draw.input()
+    word = draw.word()
     rows = _rows_with(draw, word, hits=2, others=3)
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         named = yield "cat note.txt"
         yield f"sed -i /{named}/d {source}"
 
@@ -139,20 +152,21 @@ def drop(draw: Draw) -> Plan:
         f"Delete the lines of {source} that have the word in note.txt.",
         f"Remove from {source} the lines with the word in note.txt.",
     )
-    return Plan(
+    return TaskDraft(
         instruction,
         {source: lines(*rows), "note.txt": lines(word)},
         [holds(source, lines(*(row for row in rows if word not in row)))],
-        expert,
+        demonstrator,
     )
 
 
 @family("lookup")
-def lookup(draw: Draw) -> Plan:
-    source, rows = draw.input(), [f"{draw.word()} {draw.word()}" for _ in range(5)]
+def lookup(draw: Draw) -> TaskDraft:
+    source = draw.input()
+    rows = [f"{draw.word()} {draw.word()}" for _ in range(5)]
     key, value = draw.choose(*rows).split()
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         row = yield f"grep {key} {source}"
         yield f"echo {row.split()[-1]} > out.txt"
 
@@ -160,4 +174,4 @@ def lookup(draw: Draw) -> Plan:
         f"Which word comes after {key} in {source}? Write it to out.txt.",
         f"Write the word after {key} in {source} to out.txt.",
     )
-    return Plan(instruction, {source: lines(*rows)}, [holds("out.txt", value)], expert)
+    return TaskDraft(instruction, {source: lines(*rows)}, [holds("out.txt", value)], demonstrator)

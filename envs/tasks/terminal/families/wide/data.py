@@ -7,7 +7,7 @@ import statistics
 
 from envs.tasks.terminal import checks
 from envs.tasks.terminal.registry import wide_family, write_file
-from envs.tasks.terminal.task import Draw, Expert, Plan, holds, lines, unchanged
+from envs.tasks.terminal.task import Demonstration, Draw, TaskDraft, holds, lines, unchanged
 
 
 def _python(*rows: str) -> str:
@@ -15,7 +15,7 @@ def _python(*rows: str) -> str:
 
 
 def _records(draw: Draw, count: int) -> list[tuple[str, str, int]]:
-    """(item, group, amount), groups repeated."""
+    """Draw records (item, group, amount) in which groups repeat."""
     groups = draw.words(3)
     return [
         (draw.word(), group, draw.number(2, 60))
@@ -24,13 +24,14 @@ def _records(draw: Draw, count: int) -> list[tuple[str, str, int]]:
 
 
 @wide_family("group_sum", "data", 2, "awk")
-def group_sum(draw: Draw) -> Plan:
-    source, rows = draw.word() + ".csv", _records(draw, 9)
+def group_sum(draw: Draw) -> TaskDraft:
+    source = draw.word() + ".csv"
+    rows = _records(draw, 9)
     totals: dict[str, int] = {}
     for _, group, amount in rows:
         totals[group] = totals.get(group, 0) + amount
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield f"head -n 3 {source}"
         yield (
             f"awk -F, 'NR > 1 {{ s[$2] += $3 }} END {{ for (g in s) print g \",\" s[g] }}' {source}"
@@ -42,29 +43,33 @@ def group_sum(draw: Draw) -> Plan:
         f"For each group in {source} add up the amounts. Write lines group,total to out.txt, in"
         " alphabetical order, without a header."
     )
-    return Plan(
+    return TaskDraft(
         instruction,
         {source: text},
         [holds("out.txt", lines(*(f"{group},{total}" for group, total in sorted(totals.items()))))],
-        expert,
+        demonstrator,
     )
 
 
 @wide_family("join_tables", "data", 4, "python3")
-def join_tables(draw: Draw) -> Plan:
+def join_tables(draw: Draw) -> TaskDraft:
     names = draw.words(4)
     ids = draw.rng.sample(range(100, 999), 4)
     amounts = {name: draw.rng.sample(range(1, 50), draw.number(1, 3)) for name in names}
     orders = draw.shuffled(
-        [f"{identity},{amount}" for identity, name in zip(ids, names) for amount in amounts[name]]
+        [
+            f"{identity},{amount}"
+            for identity, name in zip(ids, names, strict=True)
+            for amount in amounts[name]
+        ]
     )
     ranked = sorted(names, key=lambda name: (-sum(amounts[name]), name))
     files = {
-        "users.csv": lines("id,name", *(f"{i},{n}" for i, n in zip(ids, names))),
+        "users.csv": lines("id,name", *(f"{i},{n}" for i, n in zip(ids, names, strict=True))),
         "orders.csv": lines("user,amount", *orders),
     }
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield "head -n 3 users.csv orders.csv"
         yield _python(
             "import csv",
@@ -84,12 +89,16 @@ def join_tables(draw: Draw) -> Plan:
         "orders.csv names users by their id in users.csv. Write out.csv with the header name,total:"
         " each user's sum of amounts, largest first, equal ones by name."
     )
-    return Plan(instruction, files, [holds("out.csv", answer), *unchanged(files)], expert)
+    return TaskDraft(
+        instruction, files, [holds("out.csv", answer), *unchanged(files)], demonstrator
+    )
 
 
 @wide_family("json_filter", "data", 3, "python3")
-def json_filter(draw: Draw) -> Plan:
-    source, colours, limit = draw.word() + ".json", draw.words(2), draw.number(30, 60)
+def json_filter(draw: Draw) -> TaskDraft:
+    source = draw.word() + ".json"
+    colours = draw.words(2)
+    limit = draw.number(30, 60)
     people = [
         {"name": draw.word(), "team": {"name": draw.choose(*colours)}, "age": draw.number(20, 70)}
         for _ in range(7)
@@ -102,7 +111,7 @@ def json_filter(draw: Draw) -> Plan:
         one["name"] for one in people if one["age"] > limit and one["team"]["name"] == colours[0]
     )
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield f"head -n 8 {source}"
         test = f"one['age'] > {limit} and one['team']['name'] == '{colours[0]}'"
         yield _python(
@@ -116,25 +125,26 @@ def json_filter(draw: Draw) -> Plan:
         f"Write the names of all people in {source} who are older than {limit} and in team"
         f" {colours[0]} to out.txt, in alphabetical order, one a line."
     )
-    return Plan(
+    return TaskDraft(
         instruction,
         {source: json.dumps(people, indent=1) + "\n"},
         [holds("out.txt", lines(*answer))],
-        expert,
+        demonstrator,
     )
 
 
 @wide_family("json_set", "data", 3, "python3")
-def json_set(draw: Draw) -> Plan:
+def json_set(draw: Draw) -> TaskDraft:
     outer, inner, other = draw.words(3)
     settings = {
         outer: {inner: draw.number(1, 50), other: [draw.word(), draw.word()]},
         other: {inner: draw.number(1, 50)},
     }
-    new, item = draw.number(51, 99), draw.word()
+    new = draw.number(51, 99)
+    item = draw.word()
     changed = {outer: {inner: new, other: [*settings[outer][other], item]}, other: settings[other]}
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield "cat settings.json"
         yield _python(
             "import json",
@@ -148,16 +158,16 @@ def json_set(draw: Draw) -> Plan:
         f'In settings.json, under {outer}, set {inner} to {new} and add "{item}" at the end of the'
         f" list {other}. Change nothing else."
     )
-    return Plan(
+    return TaskDraft(
         instruction,
         {"settings.json": json.dumps(settings, indent=2) + "\n"},
         [checks.json_holds("settings.json", changed)],
-        expert,
+        demonstrator,
     )
 
 
 @wide_family("sqlite_report", "data", 4, "python3")
-def sqlite_report(draw: Draw) -> Plan:
+def sqlite_report(draw: Draw) -> TaskDraft:
     rows = _records(draw, 10)
     totals: dict[str, list[int]] = {}
     for _, group, amount in rows:
@@ -170,7 +180,7 @@ def sqlite_report(draw: Draw) -> Plan:
         "base.commit()",
     )
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield (
             "python3 -c \"import sqlite3; print(sqlite3.connect('shop.db').execute('select sql from"
             " sqlite_master').fetchall())\""
@@ -190,23 +200,25 @@ def sqlite_report(draw: Draw) -> Plan:
         "shop.db is an SQLite database. For each shop in its table sales write a line to out.txt:"
         " shop, number of sales, largest amount; by name of the shop."
     )
-    return Plan(
+    return TaskDraft(
         instruction,
         {"readme.txt": lines("shop.db: sales by item, shop and amount")},
         [holds("out.txt", answer)],
-        expert,
+        demonstrator,
         setup=setup,
     )
 
 
 @wide_family("access_log", "data", 3, "awk")
-def access_log(draw: Draw) -> Plan:
-    source, paths, code = draw.word() + ".log", draw.words(4), draw.number(500, 504)
+def access_log(draw: Draw) -> TaskDraft:
+    source = draw.word() + ".log"
+    paths = draw.words(4)
+    code = draw.number(500, 504)
     counts = [5, 3, 2, 1]
     rows = [
         f'10.0.0.{draw.number(1, 9)} - - [05/Mar/2024] "GET /{path} HTTP/1.1" {code}'
         f" {draw.number(100, 999)}"
-        for path, count in zip(paths, counts)
+        for path, count in zip(paths, counts, strict=True)
         for _ in range(count)
     ]
     rows += [
@@ -215,7 +227,7 @@ def access_log(draw: Draw) -> Plan:
         for _ in range(12)
     ]
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield f"head -n 2 {source}"
         ranked = (
             yield (
@@ -229,16 +241,16 @@ def access_log(draw: Draw) -> Plan:
         f"Which path in {source} was answered with status {code} most often? Write the path and the"
         " number of times to out.txt, separated by a space."
     )
-    return Plan(
+    return TaskDraft(
         instruction,
         {source: lines(*draw.shuffled(rows))},
         [holds("out.txt", f"/{paths[0]} 5")],
-        expert,
+        demonstrator,
     )
 
 
 @wide_family("jsonl_to_csv", "data", 3, "python3")
-def jsonl_to_csv(draw: Draw) -> Plan:
+def jsonl_to_csv(draw: Draw) -> TaskDraft:
     keys = draw.words(3)
     records = [
         {key: draw.choose(draw.word(), str(draw.number(1, 99))) for key in keys} for _ in range(5)
@@ -246,7 +258,7 @@ def jsonl_to_csv(draw: Draw) -> Plan:
     for record in records[1:3]:
         del record[draw.choose(*keys)]
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield "head -n 3 rows.jsonl"
         yield _python(
             "import csv, json",
@@ -264,16 +276,16 @@ def jsonl_to_csv(draw: Draw) -> Plan:
         f"Convert rows.jsonl to rows.csv with the columns {', '.join(keys)} and a header. A value"
         " that is missing becomes an empty field."
     )
-    return Plan(
+    return TaskDraft(
         instruction,
         {"rows.jsonl": lines(*map(json.dumps, records))},
         [holds("rows.csv", answer)],
-        expert,
+        demonstrator,
     )
 
 
 @wide_family("rejects", "data", 3, "awk")
-def rejects(draw: Draw) -> Plan:
+def rejects(draw: Draw) -> TaskDraft:
     source = draw.word() + ".csv"
     good = [f"{draw.word()},{draw.number(1, 999)},{draw.word()}" for _ in range(6)]
     bad = [
@@ -284,7 +296,7 @@ def rejects(draw: Draw) -> Plan:
     ]
     rows = draw.shuffled(good + bad)
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield f"cat {source}"
         test = "NF == 3 && $2 ~ /^[0-9]+$/"
         yield f"awk -F, '{test}' {source} > good.csv && awk -F, '!({test})' {source} > bad.csv"
@@ -298,12 +310,13 @@ def rejects(draw: Draw) -> Plan:
         f"A good line of {source} has three fields, and the second is a whole number. Copy the good"
         " lines to good.csv and the others to bad.csv, in order."
     )
-    return Plan(instruction, {source: lines(*rows)}, found, expert)
+    return TaskDraft(instruction, {source: lines(*rows)}, found, demonstrator)
 
 
 @wide_family("pivot", "data", 5, "python3")
-def pivot(draw: Draw) -> Plan:
-    products, months = sorted(draw.words(3)), ["2024-01", "2024-02", "2024-03"]
+def pivot(draw: Draw) -> TaskDraft:
+    products = sorted(draw.words(3))
+    months = ["2024-01", "2024-02", "2024-03"]
     cells = {(product, month): draw.number(0, 3) for product in products for month in months}
     rows = [
         f"{month}-{draw.number(1, 28):02d},{product}"
@@ -314,7 +327,7 @@ def pivot(draw: Draw) -> Plan:
     for product in products:
         cells[product, "2024-01"] += 1
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield "head -n 3 sales.csv"
         yield write_file(
             "pivot.py",
@@ -344,16 +357,16 @@ def pivot(draw: Draw) -> Plan:
         " for each product, in alphabetical order, how many sales it had in each of these months,"
         " 0 included."
     )
-    return Plan(
+    return TaskDraft(
         instruction,
         {"sales.csv": lines("date,product", *draw.shuffled(rows))},
         [holds("table.csv", table)],
-        expert,
+        demonstrator,
     )
 
 
 @wide_family("medians", "data", 3, "python3")
-def medians(draw: Draw) -> Plan:
+def medians(draw: Draw) -> TaskDraft:
     sensors = draw.words(3)
     values = {
         sensor: [draw.number(1, 500) for _ in range(draw.rng.choice([3, 5]))] for sensor in sensors
@@ -370,7 +383,7 @@ def medians(draw: Draw) -> Plan:
         )
     )
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield "head -n 3 readings.txt"
         yield _python(
             "import statistics",
@@ -389,4 +402,6 @@ def medians(draw: Draw) -> Plan:
         "Lines of readings.txt are: sensor value. Write sensor and median, by name of the sensor,"
         f" to out.txt for each sensor whose median is {limit} or more."
     )
-    return Plan(instruction, {"readings.txt": lines(*rows)}, [holds("out.txt", answer)], expert)
+    return TaskDraft(
+        instruction, {"readings.txt": lines(*rows)}, [holds("out.txt", answer)], demonstrator
+    )

@@ -1,8 +1,7 @@
-"""Wide families about git: commit, ignore, recover, revert, cherry-pick, merge with a conflict,
-find the commit that broke something.
+"""Wide families about git: commit, ignore, recover, revert, cherry-pick, merge, bisect.
 
-Commits are made by the setup with fixed names and dates. Verifiers read by plumbing commands
-without the repository's hooks or settings.
+The setup makes commits with fixed names and dates. Verifiers read with plumbing commands and ignore
+the repository's hooks and settings.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Mapping
 
 from envs.tasks.terminal import checks
 from envs.tasks.terminal.registry import wide_family, write_file
-from envs.tasks.terminal.task import Draw, Expert, Plan, gone, holds, lines
+from envs.tasks.terminal.task import Demonstration, Draw, TaskDraft, gone, holds, lines
 
 _START = """\
 export GIT_AUTHOR_DATE='2024-03-05T10:00:00Z' GIT_COMMITTER_DATE='2024-03-05T10:00:00Z'
@@ -22,7 +21,7 @@ git config user.email agent@example.org
 
 
 def _commit(subject: str, files: Mapping[str, str | None]) -> str:
-    """Shell lines that write files (None: delete) and commit them."""
+    """Return shell lines that write files (None deletes one) and commit them."""
     steps = [
         f"git rm -q {path}" if text is None else write_file(path, text)
         for path, text in files.items()
@@ -35,15 +34,15 @@ def _text(draw: Draw, rows: int = 2) -> str:
 
 
 @wide_family("git_commit", "software", 2, "git")
-def git_commit(draw: Draw) -> Plan:
-    (one, two), subject, first = (
-        draw.names(2),
-        f"{draw.word()} {draw.word()}",
-        f"start {draw.word()}",
-    )
-    old, kept, new = _text(draw), _text(draw), draw.word()
+def git_commit(draw: Draw) -> TaskDraft:
+    one, two = draw.names(2)
+    subject = f"{draw.word()} {draw.word()}"
+    first = f"start {draw.word()}"
+    old = _text(draw)
+    kept = _text(draw)
+    new = draw.word()
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield "git status --short; git log --oneline"
         yield f"echo {new} >> {one} && git add {one} && git commit -q -m '{subject}'"
         yield "git status --short; git log --oneline"
@@ -55,22 +54,25 @@ def git_commit(draw: Draw) -> Plan:
         checks.committed("main", one, old + new),
         checks.committed("main", two, kept),
     ]
-    return Plan(
+    return TaskDraft(
         f"Append the line {new} to {one} and commit this change, and no other, with the message"
         f" `{subject}`.",
         {"todo.txt": lines(subject)},
         found,
-        expert,
+        demonstrator,
         setup=setup.replace("git add -A", f"git add {one} {two}"),
     )
 
 
 @wide_family("git_ignore", "software", 3, "git")
-def git_ignore(draw: Draw) -> Plan:
-    source, log = draw.names(1)[0], draw.word() + ".log"
-    text, noise, first = _text(draw), _text(draw), f"start {draw.word()}"
+def git_ignore(draw: Draw) -> TaskDraft:
+    source = draw.names(1)[0]
+    log = draw.word() + ".log"
+    text = _text(draw)
+    noise = _text(draw)
+    first = f"start {draw.word()}"
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield "git ls-files"
         yield (
             f"echo '*.log' > .gitignore && git rm -q --cached {log} && git add .gitignore && git"
@@ -89,24 +91,30 @@ def git_ignore(draw: Draw) -> Plan:
         f"{log} was committed by mistake. Take it out of the repository but keep the file; make a"
         " .gitignore with the line *.log; commit both with the message `ignore logs`."
     )
-    return Plan(
-        instruction, {}, found, expert, setup=_START + _commit(first, {source: text, log: noise})
+    return TaskDraft(
+        instruction,
+        {},
+        found,
+        demonstrator,
+        setup=_START + _commit(first, {source: text, log: noise}),
     )
 
 
 @wide_family("git_recover", "software", 3, "git")
-def git_recover(draw: Draw) -> Plan:
-    names, words = draw.names(3), draw.words(4)
+def git_recover(draw: Draw) -> TaskDraft:
+    names = draw.names(3)
+    words = draw.words(4)
     texts = [_text(draw) for _ in range(3)]
-    lost, later = texts[0] + lines(draw.word()), _text(draw)
+    lost = texts[0] + lines(draw.word())
+    later = _text(draw)
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         found = (yield f"git log --format=%h --diff-filter=D -- {names[0]}").split()
         yield f"git checkout -q {found[0]}~1 -- {names[0]} && cat {names[0]}"
 
     setup = (
         _START
-        + _commit(f"add {words[0]}", dict(zip(names, texts)))
+        + _commit(f"add {words[0]}", dict(zip(names, texts, strict=True)))
         + _commit(f"change {words[1]}", {names[0]: lost})
         + _commit(f"drop {words[2]}", {names[0]: None})
         + _commit(f"more {words[3]}", {names[1]: later})
@@ -117,29 +125,31 @@ def git_recover(draw: Draw) -> Plan:
         holds(names[2], texts[2]),
         checks.subjects(
             "main",
-            *(f"{a} {b}" for a, b in zip(("more", "drop", "change", "add"), reversed(words))),
+            *(
+                f"{a} {b}"
+                for a, b in zip(("more", "drop", "change", "add"), reversed(words), strict=True)
+            ),
         ),
     ]
-    return Plan(
+    return TaskDraft(
         f"{names[0]} was deleted in an earlier commit. Bring it back as it was just before. No"
         " commit is needed.",
         {},
         found,
-        expert,
+        demonstrator,
         setup=setup,
     )
 
 
 @wide_family("git_revert", "software", 3, "git")
-def git_revert(draw: Draw) -> Plan:
-    names, subjects = (
-        draw.names(3),
-        [f"{verb} {draw.word()}" for verb in ("start", "tune", "change", "extend")],
-    )
+def git_revert(draw: Draw) -> TaskDraft:
+    names = draw.names(3)
+    subjects = [f"{verb} {draw.word()}" for verb in ("start", "tune", "change", "extend")]
     texts = [_text(draw) for _ in range(3)]
-    bad, good = texts[0] + lines(draw.word()), texts[1] + lines(draw.word())
+    bad = texts[0] + lines(draw.word())
+    good = texts[1] + lines(draw.word())
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         rows = (yield "git log --format='%h %s'").split("\n")
         yield (
             "git revert --no-edit"
@@ -149,7 +159,7 @@ def git_revert(draw: Draw) -> Plan:
 
     setup = (
         _START
-        + _commit(subjects[0], dict(zip(names, texts)))
+        + _commit(subjects[0], dict(zip(names, texts, strict=True)))
         + _commit(subjects[1], {names[0]: bad})
         + _commit(subjects[2], {names[1]: good})
         + _commit(subjects[3], {names[2]: bad})
@@ -161,28 +171,29 @@ def git_revert(draw: Draw) -> Plan:
         holds(names[0], texts[0]),
         checks.subjects("main", f'Revert "{subjects[1]}"', *reversed(subjects)),
     ]
-    return Plan(
+    return TaskDraft(
         f"Undo the commit `{subjects[1]}` by a new commit, with git's own message for this.",
         {},
         found,
-        expert,
+        demonstrator,
         setup=setup,
     )
 
 
 @wide_family("git_pick", "software", 4, "git")
-def git_pick(draw: Draw) -> Plan:
-    branch, names = draw.word(), draw.names(3)
+def git_pick(draw: Draw) -> TaskDraft:
+    branch = draw.word()
+    names = draw.names(3)
     subjects = [f"{verb} {draw.word()}" for verb in ("start", "try", "mend", "break")]
     texts = [_text(draw) for _ in range(5)]
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         rows = (yield f"git log --format='%h %s' {branch}").split("\n")
         yield f"git cherry-pick {next(row.split()[0] for row in rows if row.endswith(subjects[2]))}"
 
     setup = (
         _START
-        + _commit(subjects[0], dict(zip(names, texts)))
+        + _commit(subjects[0], dict(zip(names, texts[:3], strict=True)))
         + f"git checkout -q -b {branch}\n"
         + _commit(subjects[1], {names[1]: texts[3]})
         + _commit(subjects[2], {names[0]: texts[4]})
@@ -199,25 +210,29 @@ def git_pick(draw: Draw) -> Plan:
         checks.subjects(branch, *reversed(subjects)),
         holds(names[0], texts[4]),
     ]
-    return Plan(
+    return TaskDraft(
         f"Of the commits on branch {branch}, main needs `{subjects[2]}` and no other. Bring it to"
         " main, with its message.",
         {},
         found,
-        expert,
+        demonstrator,
         setup=setup,
     )
 
 
 @wide_family("git_merge", "software", 5, "git")
-def git_merge(draw: Draw) -> Plan:
-    branch, (name, other, third), (key, second) = draw.word(), draw.names(3), draw.words(2)
+def git_merge(draw: Draw) -> TaskDraft:
+    branch = draw.word()
+    name, other, third = draw.names(3)
+    key, second = draw.words(2)
     numbers = draw.rng.sample(range(10, 99), 3)
     base, ours, theirs = (lines(f"{key}={number}", f"{second}=1") for number in numbers)
-    mine, added, kept = _text(draw), _text(draw), draw.choose("main", branch)
+    mine = _text(draw)
+    added = _text(draw)
+    kept = draw.choose("main", branch)
     merged = ours if kept == "main" else theirs
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield f"git merge {branch} || true"
         yield f"cat {name}"
         side = "--ours" if kept == "main" else "--theirs"
@@ -245,38 +260,43 @@ def git_merge(draw: Draw) -> Plan:
         checks.subjects("main^1", "ours", "start"),
         checks.subjects("main^2", "theirs", "start"),
     ]
-    return Plan(
+    return TaskDraft(
         f"Merge branch {branch} into main. Where they disagree, what {kept} has counts. Commit the"
         " merge.",
         {},
         found,
-        expert,
+        demonstrator,
         setup=setup,
     )
 
 
 @wide_family("git_bisect", "debugging", 5, "git", "python3")
-def git_bisect(draw: Draw) -> Plan:
-    module, subjects, count = (
-        draw.word(),
-        [
-            f"{verb} {draw.word()}"
-            for verb in ("add", "move", "tidy", "speed", "trim", "name", "sort", "fold")
-        ],
-        8,
-    )
-    bad, factor = draw.number(2, 6), draw.number(2, 9)
+def git_bisect(draw: Draw) -> TaskDraft:
+    module = draw.word()
+    subjects = [
+        f"{verb} {draw.word()}"
+        for verb in ("add", "move", "tidy", "speed", "trim", "name", "sort", "fold")
+    ]
+    count = 8
+    bad = draw.number(2, 6)
+    factor = draw.number(2, 9)
     steps = []
     for index in range(count):
         wrong = f"{factor} * x" if index < bad else f"{factor} * x + (x > {draw.number(3, 6)})"
         steps.append(
             _commit(
                 subjects[index],
-                {f"{module}.py": f"# {subjects[index]}\ndef scale(x):\n    return {wrong}\n"},
+                {
+                    f"{module}.py": f"""\
+# {subjects[index]}
+def scale(x):
+    return {wrong}
+"""
+                },
             )
         )
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield f"git log --format=%s; cat {module}.py check.py"
         loop = (
             "T=${TMPDIR:-/tmp}; for c in $(git rev-list --reverse main); do git show"
@@ -287,15 +307,17 @@ def git_bisect(draw: Draw) -> Plan:
         subject = (yield "bash find.sh; rm find.sh").split("\n")[-1]
         yield f"echo {subject} > out.txt"
 
-    check = (
-        f"import os, sys\nsys.path.insert(0, os.getcwd())\nfrom {module} import"
-        f" scale\nsys.exit(any(scale(x) != {factor} * x for x in range(9)))\n"
-    )
+    check = f"""\
+import os, sys
+sys.path.insert(0, os.getcwd())
+from {module} import scale
+sys.exit(any(scale(x) != {factor} * x for x in range(9)))
+"""
     instruction = (
         f"check.py ends with 0 where {module}.py is right. It was right at first. Write the subject"
         " of the first commit at which it fails to out.txt."
     )
-    return Plan(
+    return TaskDraft(
         instruction,
         {"check.py": check},
         [
@@ -304,6 +326,6 @@ def git_bisect(draw: Draw) -> Plan:
             checks.head_is("main"),
             holds("check.py", check),
         ],
-        expert,
+        demonstrator,
         setup=_START + "echo check.py > .git/info/exclude\n" + "".join(steps),
     )

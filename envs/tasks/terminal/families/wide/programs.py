@@ -1,9 +1,8 @@
-"""Small Python functions from which the programming families draw: source, what it computes, ways
-in which it can be wrong, hidden inputs.
+"""Small Python functions that the programming families draw from.
 
-The source here is the only definition: the expected output of a hidden input is what this source
-gives on it. A bug is a pair of texts, and `tests/envs/tasks` proves that each one changes the
-output of some hidden input.
+Each comes with its source, its specification, bugs, and hidden inputs. The source is the only
+definition: it gives the expected output for a hidden input. A bug is a pair of texts, and
+`tests/envs/tasks` proves that each bug changes the output for some hidden input.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A module with one function of its name.
+    """A module with one function of the same name.
 
-    `spec` is what an instruction says of it; `inputs` draws arguments, the odd cases always among
-    them.
+    `spec` describes the function for an instruction. `inputs` draws arguments, with the edge cases
+    always among them.
     """
 
     name: str
@@ -31,9 +30,11 @@ class Program:
     inputs: Callable[[random.Random], list[tuple[Any, ...]]]
 
     def expected(self, arguments: tuple[Any, ...]) -> str:
+        """Return the `repr` of the function's result."""
         return repr(_compiled(self.source, self.name)(*arguments))
 
     def broken(self, bug: tuple[str, str]) -> str:
+        """Return the source with a bug."""
         right, wrong = bug
         if self.source.count(right) != 1:
             raise ValueError(
@@ -46,9 +47,7 @@ class Program:
 @functools.cache
 def _compiled(source: str, name: str) -> Callable[..., Any]:
     namespace: dict[str, Any] = {}
-    exec(
-        compile(source, f"<{name}>", "exec"), namespace
-    )  # the texts below, never a task's or an agent's
+    exec(compile(source, f"<{name}>", "exec"), namespace)  # only sources of this file
     return namespace[name]
 
 
@@ -65,9 +64,16 @@ PROGRAMS = (
         "running_max",
         "running_max(values)",
         "return the list whose i-th entry is the largest of values[0..i]; [] for []",
-        "def running_max(values):\n    result = []\n    best = None\n    for value in values:\n    "
-        "    if best is None or value > best:\n            best = value\n       "
-        " result.append(best)\n    return result\n",
+        """\
+def running_max(values):
+    result = []
+    best = None
+    for value in values:
+        if best is None or value > best:
+            best = value
+        result.append(best)
+    return result
+""",
         (
             ("value > best", "value < best"),
             ("best = None\n", "best = 0\n"),
@@ -79,8 +85,15 @@ PROGRAMS = (
         "digit_sum",
         "digit_sum(number)",
         "return the sum of the decimal digits of an integer, without its sign",
-        "def digit_sum(number):\n    number = abs(number)\n    total = 0\n    while number > 0:\n  "
-        "      total += number % 10\n        number //= 10\n    return total\n",
+        """\
+def digit_sum(number):
+    number = abs(number)
+    total = 0
+    while number > 0:
+        total += number % 10
+        number //= 10
+    return total
+""",
         (
             ("number > 0", "number > 9"),
             ("number % 10", "number % 9"),
@@ -92,8 +105,17 @@ PROGRAMS = (
         "count_vowels",
         "count_vowels(text)",
         "return how many characters of the text are vowels (a, e, i, o, u), of either case",
-        "VOWELS = 'aeiou'\n\n\ndef count_vowels(text):\n    count = 0\n    for letter in"
-        " text.lower():\n        if letter in VOWELS:\n            count += 1\n    return count\n",
+        """\
+VOWELS = 'aeiou'
+
+
+def count_vowels(text):
+    count = 0
+    for letter in text.lower():
+        if letter in VOWELS:
+            count += 1
+    return count
+""",
         (("'aeiou'", "'aeio'"), ("text.lower()", "text"), ("count += 1", "count = 1")),
         lambda rng: [("",), ("AUTUMN",), (_word(rng) + " U " + _word(rng),), (_word(rng) * 3,)],
     ),
@@ -102,10 +124,17 @@ PROGRAMS = (
         "caesar(text, shift)",
         "move every lower-case letter a-z by `shift` places, around the end of the alphabet, and"
         " leave other characters",
-        "def caesar(text, shift):\n    result = ''\n    for letter in text:\n        if 'a' <="
-        " letter <= 'z':\n            place = (ord(letter) - ord('a') + shift) % 26\n           "
-        " result += chr(ord('a') + place)\n        else:\n            result += letter\n    return"
-        " result\n",
+        """\
+def caesar(text, shift):
+    result = ''
+    for letter in text:
+        if 'a' <= letter <= 'z':
+            place = (ord(letter) - ord('a') + shift) % 26
+            result += chr(ord('a') + place)
+        else:
+            result += letter
+    return result
+""",
         (
             (") % 26", ")"),
             ("+ shift", "- shift"),
@@ -121,8 +150,13 @@ PROGRAMS = (
         "chunks",
         "chunks(items, size)",
         "cut a list into lists of `size` items; the last one may be shorter",
-        "def chunks(items, size):\n    result = []\n    for start in range(0, len(items), size):\n "
-        "       result.append(items[start:start + size])\n    return result\n",
+        """\
+def chunks(items, size):
+    result = []
+    for start in range(0, len(items), size):
+        result.append(items[start:start + size])
+    return result
+""",
         (
             ("len(items), size", "len(items) - 1, size"),
             ("start + size]", "start + size - 1]"),
@@ -139,10 +173,16 @@ PROGRAMS = (
         "merge_intervals",
         "merge_intervals(intervals)",
         "merge intervals [start, end] that overlap or touch; return them sorted, as lists",
-        "def merge_intervals(intervals):\n    result = []\n    for start, end in"
-        " sorted(intervals):\n        if result and start <= result[-1][1]:\n           "
-        " result[-1][1] = max(result[-1][1], end)\n        else:\n            result.append([start,"
-        " end])\n    return result\n",
+        """\
+def merge_intervals(intervals):
+    result = []
+    for start, end in sorted(intervals):
+        if result and start <= result[-1][1]:
+            result[-1][1] = max(result[-1][1], end)
+        else:
+            result.append([start, end])
+    return result
+""",
         (
             ("start <= result", "start < result"),
             ("max(result[-1][1], end)", "end"),
@@ -160,8 +200,13 @@ PROGRAMS = (
         "word_counts(text)",
         "return a dict from each word of the text, in lower case, to how often it occurs; words are"
         " separated by white space",
-        "def word_counts(text):\n    counts = {}\n    for word in text.lower().split():\n       "
-        " counts[word] = counts.get(word, 0) + 1\n    return counts\n",
+        """\
+def word_counts(text):
+    counts = {}
+    for word in text.lower().split():
+        counts[word] = counts.get(word, 0) + 1
+    return counts
+""",
         (
             ("counts.get(word, 0)", "counts.get(word, 1)"),
             (".lower()", ""),
@@ -179,10 +224,20 @@ PROGRAMS = (
         "balanced(text)",
         "return whether the brackets (), [] and {} in the text are balanced; other characters do"
         " not count",
-        "PAIRS = {')': '(', ']': '[', '}': '{'}\n\n\ndef balanced(text):\n    stack = []\n    for"
-        " letter in text:\n        if letter in PAIRS.values():\n            stack.append(letter)\n"
-        "        elif letter in PAIRS:\n            if not stack or stack.pop() != PAIRS[letter]:\n"
-        "                return False\n    return not stack\n",
+        """\
+PAIRS = {')': '(', ']': '[', '}': '{'}
+
+
+def balanced(text):
+    stack = []
+    for letter in text:
+        if letter in PAIRS.values():
+            stack.append(letter)
+        elif letter in PAIRS:
+            if not stack or stack.pop() != PAIRS[letter]:
+                return False
+    return not stack
+""",
         (
             ("return not stack", "return True"),
             ("not stack or stack.pop()", "stack and stack.pop()"),
@@ -202,8 +257,13 @@ PROGRAMS = (
         "transpose",
         "transpose(rows)",
         "return the columns of a table (a list of rows of equal length) as a list of lists",
-        "def transpose(rows):\n    if not rows:\n        return []\n    width = len(rows[0])\n   "
-        " return [[row[column] for row in rows] for column in range(width)]\n",
+        """\
+def transpose(rows):
+    if not rows:
+        return []
+    width = len(rows[0])
+    return [[row[column] for row in rows] for column in range(width)]
+""",
         (
             ("len(rows[0])", "len(rows)"),
             ("    if not rows:\n        return []\n", ""),
@@ -219,10 +279,19 @@ PROGRAMS = (
         "roman",
         "roman(number)",
         "write an integer from 1 to 3999 as a Roman numeral",
-        "STEPS = [(1000, 'M'), (900, 'CM'), (500, 'D'), (400, 'CD'), (100, 'C'), (90, 'XC'), (50,"
-        " 'L'), (40, 'XL'), (10, 'X'), (9, 'IX'), (5, 'V'), (4, 'IV'), (1, 'I')]\n\n\ndef"
-        " roman(number):\n    text = ''\n    for value, letters in STEPS:\n        while number >="
-        " value:\n            text += letters\n            number -= value\n    return text\n",
+        """\
+STEPS = [(1000, 'M'), (900, 'CM'), (500, 'D'), (400, 'CD'), (100, 'C'), (90, 'XC'), \
+(50, 'L'), (40, 'XL'), (10, 'X'), (9, 'IX'), (5, 'V'), (4, 'IV'), (1, 'I')]
+
+
+def roman(number):
+    text = ''
+    for value, letters in STEPS:
+        while number >= value:
+            text += letters
+            number -= value
+    return text
+""",
         (
             ("(90, 'XC'), ", ""),
             ("number >= value", "number > value"),
@@ -234,8 +303,13 @@ PROGRAMS = (
         "second_largest",
         "second_largest(values)",
         "return the second largest of the different values; None where there are fewer than two",
-        "def second_largest(values):\n    ordered = sorted(set(values))\n    if len(ordered) < 2:\n"
-        "        return None\n    return ordered[-2]\n",
+        """\
+def second_largest(values):
+    ordered = sorted(set(values))
+    if len(ordered) < 2:
+        return None
+    return ordered[-2]
+""",
         (("set(values)", "values"), ("< 2", "< 1"), ("[-2]", "[1]")),
         lambda rng: [([],), ([4],), ([5, 5, 3],), ([1, 2, 3, 4],), (_numbers(rng, 4, 7),)],
     ),
@@ -243,9 +317,16 @@ PROGRAMS = (
         "flatten",
         "flatten(nested)",
         "return all numbers of a list that holds numbers and such lists, to any depth, in order",
-        "def flatten(nested):\n    result = []\n    for item in nested:\n        if"
-        " isinstance(item, list):\n            result.extend(flatten(item))\n        else:\n       "
-        "     result.append(item)\n    return result\n",
+        """\
+def flatten(nested):
+    result = []
+    for item in nested:
+        if isinstance(item, list):
+            result.extend(flatten(item))
+        else:
+            result.append(item)
+    return result
+""",
         (
             ("result.extend(flatten(item))", "result.extend(item)"),
             ("result.append(item)", "result = [item]"),
@@ -263,7 +344,7 @@ NAMES = tuple(program.name for program in PROGRAMS)
 
 
 def calls(program: Program, rng: random.Random, module: str) -> tuple[str, str]:
-    """(code that calls it on hidden inputs, what that code prints)."""
+    """Return (code that calls the function on hidden inputs, the output of that code)."""
     inputs = program.inputs(rng)
     code = "\n".join(
         [

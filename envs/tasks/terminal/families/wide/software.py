@@ -1,5 +1,6 @@
-"""Wide families about small code bases in Python and JavaScript: write, mend, rename, extend, test,
-release.
+"""Wide families about small code bases in Python and JavaScript.
+
+The tasks: write, repair, rename, extend, test and release.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import json
 from envs.tasks.terminal import checks
 from envs.tasks.terminal.families.wide.programs import NAMES, PROGRAMS, Program, calls
 from envs.tasks.terminal.registry import wide_family, write_file
-from envs.tasks.terminal.task import Draw, Expert, Plan, holds, lines, unchanged
+from envs.tasks.terminal.task import Demonstration, Draw, TaskDraft, holds, lines, unchanged
 
 
 def _program(draw: Draw) -> Program:
@@ -17,32 +18,33 @@ def _program(draw: Draw) -> Program:
 
 
 @wide_family("write_function", "software", 3, "python3", runs_agent_code=True)
-def write_function(draw: Draw) -> Plan:
-    program, module = _program(draw), draw.word()
+def write_function(draw: Draw) -> TaskDraft:
+    program = _program(draw)
+    module = draw.word()
     code, expected = calls(program, draw.rng, module)
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield "cat SPEC.txt"
         yield write_file(f"{module}.py", program.source)
 
     spec = lines(f"{module}.py: {program.signature} shall {program.spec}.")
-    return Plan(
+    return TaskDraft(
         f"Write {module}.py as SPEC.txt says.",
         {"SPEC.txt": spec},
         [holds("SPEC.txt", spec), checks.python_prints(expected, code)],
-        expert,
+        demonstrator,
     )
 
 
 @wide_family("failing_tests", "software", 4, "python3", runs_agent_code=True)
-def failing_tests(draw: Draw) -> Plan:
-    """A package with a test suite of which one module's tests fail; hidden inputs of all three
-    functions decide.
-    """
-    programs, modules, package = draw.rng.sample(PROGRAMS, 3), draw.words(3), draw.word()
+def failing_tests(draw: Draw) -> TaskDraft:
+    """Draw a package in which one module's tests fail; hidden inputs of all functions decide."""
+    programs = draw.rng.sample(PROGRAMS, 3)
+    modules = draw.words(3)
+    package = draw.word()
     wrong = draw.number(0, 2)
     files = {f"{package}/__init__.py": ""}
-    for index, (program, module) in enumerate(zip(programs, modules)):
+    for index, (program, module) in enumerate(zip(programs, modules, strict=True)):
         files[f"{package}/{module}.py"] = (
             program.broken(draw.rng.choice(program.bugs)) if index == wrong else program.source
         )
@@ -64,40 +66,54 @@ def failing_tests(draw: Draw) -> Plan:
     files["tests/__init__.py"] = ""
     hidden = [
         calls(program, draw.rng, f"{package}.{module}")
-        for program, module in zip(programs, modules)
+        for program, module in zip(programs, modules, strict=True)
     ]
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield "python3 -m unittest 2>&1 | tail -n 25"
         yield f"cat {package}/{modules[wrong]}.py"
         yield write_file(f"{package}/{modules[wrong]}.py", programs[wrong].source)
         yield "python3 -m unittest 2>&1 | tail -n 3"
 
     tests = {path: text for path, text in files.items() if path.startswith("tests/")}
-    return Plan(
+    return TaskDraft(
         "`python3 -m unittest` fails. Mend the package so that its tests pass; leave the tests as"
         " they are.",
         files,
         [*unchanged(tests), *(checks.python_prints(expected, code) for code, expected in hidden)],
-        expert,
+        demonstrator,
     )
 
 
 @wide_family("rename_function", "software", 3)
-def rename_function(draw: Draw) -> Plan:
-    old, (lib, app, test), value = draw.word(), draw.words(3), draw.number(2, 9)
+def rename_function(draw: Draw) -> TaskDraft:
+    old = draw.word()
+    lib, app, test = draw.words(3)
+    value = draw.number(2, 9)
     new = f"{old}_{draw.word()}"
     files = {
-        f"{lib}.py": (
-            f"def {old}(x):\n    return x * {value}\n\n\ndef {old}s(xs):\n    return [{old}(x) for"
-            " x in xs]\n"
-        ),
-        f"{app}.py": f"from {lib} import {old}, {old}s\n\nprint({old}(3), {old}s([1, 2]))\n",
-        f"test_{test}.py": f"import {lib}\n\nassert {lib}.{old}(2) == {2 * value}  # {old}\n",
+        f"{lib}.py": f"""\
+def {old}(x):
+    return x * {value}
+
+
+def {old}s(xs):
+    return [{old}(x) for x in xs]
+""",
+        f"{app}.py": f"""\
+from {lib} import {old}, {old}s
+
+print({old}(3), {old}s([1, 2]))
+""",
+        f"test_{test}.py": f"""\
+import {lib}
+
+assert {lib}.{old}(2) == {2 * value}  # {old}
+""",
         "notes.txt": lines(f"the {old} is a fine thing"),
     }
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield f"grep -n {old} *"
         yield f"sed -i 's/\\b{old}\\b/{new}/g' *.py"
         yield f"grep -n {old} *"
@@ -115,14 +131,19 @@ def rename_function(draw: Draw) -> Plan:
         f"Rename the function {old} to {new} in all .py files, comments included. {old}s is another"
         " function and keeps its name."
     )
-    return Plan(
-        instruction, files, [*unchanged(renamed), holds("notes.txt", files["notes.txt"])], expert
+    return TaskDraft(
+        instruction,
+        files,
+        [*unchanged(renamed), holds("notes.txt", files["notes.txt"])],
+        demonstrator,
     )
 
 
 @wide_family("add_option", "software", 4, "python3", runs_agent_code=True)
-def add_option(draw: Draw) -> Plan:
-    name, words, option = draw.word(), draw.words(3), draw.word()
+def add_option(draw: Draw) -> TaskDraft:
+    name = draw.word()
+    words = draw.words(3)
+    option = draw.word()
     effect, apply, expression = draw.rng.choice(
         [
             ("prints the words in reverse order", lambda rows: list(reversed(rows)), "words[::-1]"),
@@ -139,14 +160,23 @@ def add_option(draw: Draw) -> Plan:
             ),
         ]
     )
-    source = (
-        "import argparse\n\n\ndef main():\n    parser = argparse.ArgumentParser()\n   "
-        " parser.add_argument('words', nargs='+')\n    arguments = parser.parse_args()\n    words ="
-        " arguments.words\n    print(*words, sep='\\n')\n\n\nif __name__ == '__main__':\n   "
-        " main()\n"
-    )
+    source = """\
+import argparse
 
-    def expert() -> Expert:
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument('words', nargs='+')
+    arguments = parser.parse_args()
+    words = arguments.words
+    print(*words, sep='\\n')
+
+
+if __name__ == '__main__':
+    main()
+"""
+
+    def demonstrator() -> Demonstration:
         yield f"cat {name}.py"
         with_option = source.replace(
             "nargs='+')\n",
@@ -168,24 +198,33 @@ def add_option(draw: Draw) -> Plan:
         checks.prints(lines(*apply(arguments[1:])), *run, *arguments[1:], f"--{option}"),
         f"refuses {' '.join(run)} --no-such-option {words[0]}",
     ]
-    return Plan(
+    return TaskDraft(
         f"Give the program {name}.py an option --{option}: with it, it {effect}. Without it nothing"
         " changes.",
         {f"{name}.py": source},
         found,
-        expert,
+        demonstrator,
     )
 
 
 @wide_family("write_test", "software", 5, "python3", runs_agent_code=True)
-def write_test(draw: Draw) -> Plan:
-    """The agent's test must accept the right module, also laid out anew, and refuse each wrong one."""
-    program = _program(draw)
-    module, test = draw.word(), f"test_{draw.word()}.py"
-    source = program.source
-    anew = f"# {draw.word()}\n{source}\n\n_unused = {draw.number(1, 99)}\n"
+def write_test(draw: Draw) -> TaskDraft:
+    """Draw a task to write a test that accepts the right module and refuses each wrong one.
 
-    def expert() -> Expert:
+    The test must also accept the right module in another layout.
+    """
+    program = _program(draw)
+    module = draw.word()
+    test = f"test_{draw.word()}.py"
+    source = program.source
+    anew = f"""\
+# {draw.word()}
+{source}
+
+_unused = {draw.number(1, 99)}
+"""
+
+    def demonstrator() -> Demonstration:
         yield f"cat {module}.py"
         cases = [row for _ in range(2) for row in program.inputs(draw.rng)]
         yield write_file(
@@ -215,39 +254,47 @@ def write_test(draw: Draw) -> Plan:
         f" {module}.py is right: it shall {program.spec}. It is right now; the test will also be"
         f" run on wrong versions of {module}.py."
     )
-    return Plan(instruction, {f"{module}.py": source}, found, expert)
+    return TaskDraft(instruction, {f"{module}.py": source}, found, demonstrator)
 
 
 @wide_family("version_bump", "software", 3, "python3")
-def version_bump(draw: Draw) -> Plan:
-    package, (major, minor, patch) = (
-        draw.word(),
-        (draw.number(0, 3), draw.number(0, 20), draw.number(1, 20)),
-    )
+def version_bump(draw: Draw) -> TaskDraft:
+    package = draw.word()
+    major, minor, patch = (draw.number(0, 3), draw.number(0, 20), draw.number(1, 20))
     part = draw.choose("major", "minor", "patch")
     new = {
         "major": f"{major + 1}.0.0",
         "minor": f"{major}.{minor + 1}.0",
         "patch": f"{major}.{minor}.{patch + 1}",
     }[part]
-    old, day, change = (
-        f"{major}.{minor}.{patch}",
-        f"2024-0{draw.number(1, 9)}-1{draw.number(0, 9)}",
-        f"- {draw.word()} {draw.word()}",
-    )
+    old = f"{major}.{minor}.{patch}"
+    day = f"2024-0{draw.number(1, 9)}-1{draw.number(0, 9)}"
+    change = f"- {draw.word()} {draw.word()}"
     files = {
-        "pyproject.toml": f'[project]\nname = "{package}"\nversion = "{old}"\n',
+        "pyproject.toml": f"""\
+[project]
+name = "{package}"
+version = "{old}"
+""",
         f"{package}/__init__.py": f'__version__ = "{old}"\n',
-        "CHANGELOG.md": (
-            f"# Changes\n\n## Unreleased\n\n{change}\n\n## {old} (2023-12-01)\n\n- first\n"
-        ),
+        "CHANGELOG.md": f"""\
+# Changes
+
+## Unreleased
+
+{change}
+
+## {old} (2023-12-01)
+
+- first
+""",
     }
     released = {
         path: text.replace(f'"{old}"', f'"{new}"').replace("## Unreleased", f"## {new} ({day})")
         for path, text in files.items()
     }
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield f"cat pyproject.toml {package}/__init__.py CHANGELOG.md"
         yield (
             f'sed -i \'s/"{old}"/"{new}"/\' pyproject.toml {package}/__init__.py && sed -i \'s/^##'
@@ -259,16 +306,19 @@ def version_bump(draw: Draw) -> Plan:
         f" and {package}/__init__.py, and in CHANGELOG.md turn the heading Unreleased into the new"
         f" version with the date {day} in brackets."
     )
-    return Plan(instruction, files, unchanged(released), expert)
+    return TaskDraft(instruction, files, unchanged(released), demonstrator)
 
 
 _SCRIPTS = {
     "sumEven": (
         "the sum of the even numbers of an array",
-        (
-            "  let total = 0;\n  for (const value of input) {\n    if (value % 2 === 0) total +="
-            " value;\n  }\n  return total;\n"
-        ),
+        """\
+  let total = 0;
+  for (const value of input) {
+    if (value % 2 === 0) total += value;
+  }
+  return total;
+""",
         (("=== 0", "=== 1"), ("+= value", "= value")),
         lambda xs: sum(x for x in xs if x % 2 == 0),
     ),
@@ -294,12 +344,18 @@ _SCRIPTS = {
 
 
 def _javascript(draw: Draw) -> tuple[str, str, str, str, list[str]]:
-    """(function, spec, right source, wrong source, checks); the inputs have duplicates, a 10, and
-    numbers that sort differently as text.
+    """Draw a module: (name, specification, right source, wrong source, checks).
+
+    The inputs have duplicates, a 10, and numbers that sort differently as text.
     """
     name = draw.choose(*_SCRIPTS)
     spec, body, bugs, reference = _SCRIPTS[name]
-    source = f"function {name}(input) {{\n{body}}}\n\nmodule.exports = {{ {name} }};\n"
+    source = f"""\
+function {name}(input) {{
+{body}}}
+
+module.exports = {{ {name} }};
+"""
     module = draw.word()
     right, wrong = draw.rng.choice(bugs)
     found = []
@@ -314,23 +370,23 @@ def _javascript(draw: Draw) -> tuple[str, str, str, str, list[str]]:
 
 
 @wide_family("js_mend", "software", 3, "node", runs_agent_code=True)
-def js_mend(draw: Draw) -> Plan:
+def js_mend(draw: Draw) -> TaskDraft:
     module, spec, source, broken, found = _javascript(draw)
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield f"cat {module}.js"
         yield write_file(f"{module}.js", source)
 
-    return Plan(
+    return TaskDraft(
         f"{module}.js has a bug. It is right when {spec}. Mend it.",
         {f"{module}.js": broken},
         found,
-        expert,
+        demonstrator,
     )
 
 
 @wide_family("js_write", "software", 4, "node", runs_agent_code=True)
-def js_write(draw: Draw) -> Plan:
+def js_write(draw: Draw) -> TaskDraft:
     module, spec, source, _, found = _javascript(draw)
     text = (
         json.dumps(
@@ -340,7 +396,7 @@ def js_write(draw: Draw) -> Plan:
         + "\n"
     )
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield "cat package.json"
         yield write_file(f"{module}.js", source)
         yield f"node -e \"console.log(Object.keys(require('./{module}.js')))\""
@@ -348,4 +404,6 @@ def js_write(draw: Draw) -> Plan:
     instruction = (
         f"Write the CommonJS module that package.json names as its main file. Its export {spec}."
     )
-    return Plan(instruction, {"package.json": text}, [holds("package.json", text), *found], expert)
+    return TaskDraft(
+        instruction, {"package.json": text}, [holds("package.json", text), *found], demonstrator
+    )

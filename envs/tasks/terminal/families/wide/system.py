@@ -1,93 +1,108 @@
-"""Wide families about the administration of a machine: permissions, settings, schedules, units,
-rotation, accounts, ports, backups.
+"""Wide families about the administration of a machine.
+
+The subjects: permissions, settings, schedules, units, log rotation, accounts, ports and backups.
 """
 
 from __future__ import annotations
 
 from envs.tasks.terminal import checks
 from envs.tasks.terminal.registry import wide_family, write_file
-from envs.tasks.terminal.task import Draw, Expert, Plan, folder, gone, holds, lines, unchanged
+from envs.tasks.terminal.task import (
+    Demonstration,
+    Draw,
+    TaskDraft,
+    folder,
+    gone,
+    holds,
+    lines,
+    unchanged,
+)
 
 
 @wide_family("open_permissions", "system", 3)
-def open_permissions(draw: Draw) -> Plan:
+def open_permissions(draw: Draw) -> TaskDraft:
     root = draw.word()
     modes = draw.rng.sample([0o644, 0o600, 0o640, 0o755], 3) + draw.rng.sample(
         [0o666, 0o602, 0o777, 0o646], 2
     )
     files = {f"{root}/{draw.word()}/{name}": lines(draw.word()) for name in draw.names(5, ".conf")}
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield f"find {root} -type f -printf '%m %p\\n'"
         yield f"find {root} -type f -perm -o=w -exec chmod o-w {{}} +"
         yield f"find {root} -type f -printf '%m %p\\n'"
 
-    setup = lines(*(f"chmod {mode:o} {path}" for path, mode in zip(files, modes)))
+    setup = lines(*(f"chmod {mode:o} {path}" for path, mode in zip(files, modes, strict=True)))
     found = [
-        *(checks.permissions(path, mode & ~0o002) for path, mode in zip(files, modes)),
+        *(checks.permissions(path, mode & ~0o002) for path, mode in zip(files, modes, strict=True)),
         *unchanged(files),
     ]
-    return Plan(
+    return TaskDraft(
         f"Some files below {root} can be written by everyone (others). Take that right away, and"
         " change no other permission.",
         files,
         found,
-        expert,
+        demonstrator,
         setup=setup,
     )
 
 
 @wide_family("release_link", "system", 3)
-def release_link(draw: Draw) -> Plan:
-    stem, major = draw.word(), draw.number(1, 4)
+def release_link(draw: Draw) -> TaskDraft:
+    stem = draw.word()
+    major = draw.number(1, 4)
     minors = [*draw.rng.sample(range(2, 10), 2), *draw.rng.sample(range(10, 30), 2)]
     versions = draw.shuffled([f"{major}.{minor}.{draw.number(0, 9)}" for minor in minors])
     newest = max(versions, key=lambda version: [int(part) for part in version.split(".")])
     old = draw.choose(*(version for version in versions if version != newest))
     files = {f"releases/{version}/{stem}.txt": lines(f"{stem} {version}") for version in versions}
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         listed = (yield "ls releases | sort -V; readlink current").split()
         yield f"ln -sfn releases/{listed[-2]} current && cat current/{stem}.txt"
 
     found = [checks.link("current", f"releases/{newest}"), *unchanged(files)]
-    return Plan(
+    return TaskDraft(
         "`current` is a link to one of the folders in releases. Make it a link to the one with the"
         " highest version.",
         files,
         found,
-        expert,
+        demonstrator,
         setup=f"ln -s releases/{old} current",
     )
 
 
 @wide_family("biggest_file", "system", 2)
-def biggest_file(draw: Draw) -> Plan:
-    root, folders = draw.word(), draw.words(3)
+def biggest_file(draw: Draw) -> TaskDraft:
+    root = draw.word()
+    folders = draw.words(3)
     sizes = draw.rng.sample(range(100, 4000), 5)
+    places = [*folders, *folders[:2]]
+    names = draw.names(5, ".log")
     files = {
         f"{root}/{folder}/{name}": "x" * size + "\n"
-        for folder, name, size in zip([*folders, *folders], draw.names(5, ".log"), sizes)
+        for folder, name, size in zip(places, names, sizes, strict=True)
     }
     answer = max(files, key=lambda path: len(files[path]))
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         rows = (yield f"find {root} -type f -printf '%s %p\\n' | sort -nr | head -n 2").split()
         yield f"echo {rows[1]} > out.txt"
 
-    return Plan(
+    return TaskDraft(
         f"Which file below {root} is the largest? Write its path, beginning with {root}/, to"
         " out.txt.",
         files,
         [holds("out.txt", answer)],
-        expert,
+        demonstrator,
     )
 
 
 @wide_family("daemon_setting", "system", 3)
-def daemon_setting(draw: Draw) -> Plan:
+def daemon_setting(draw: Draw) -> TaskDraft:
     keys = [word.capitalize() for word in draw.words(4)]
-    key, value = keys[0], str(draw.number(100, 999))
+    key = keys[0]
+    value = str(draw.number(100, 999))
     style = draw.choose("commented", "active", "both")
     old = {
         "commented": [f"#{key} yes"],
@@ -99,12 +114,10 @@ def daemon_setting(draw: Draw) -> Plan:
         "active": [f"{key} {value}"],
         "both": [old[0], f"{key} {value}"],
     }[style]
-    before, after = (
-        [f"{keys[1]} {draw.number(1, 9)}", f"#{keys[2]} {draw.word()}"],
-        [f"{keys[3]}{key} {draw.number(1, 9)}"],
-    )
+    before = [f"{keys[1]} {draw.number(1, 9)}", f"#{keys[2]} {draw.word()}"]
+    after = [f"{keys[3]}{key} {draw.number(1, 9)}"]
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         found = (yield f"grep -n '{key} ' daemon.conf").split("\n")
         row = next(
             row for row in reversed(found) if row.split(":")[1].lstrip("#").startswith(f"{key} ")
@@ -116,17 +129,18 @@ def daemon_setting(draw: Draw) -> Plan:
         f" `#{key} value` is the default that is switched off: put the setting in its place. Leave"
         " the other lines."
     )
-    return Plan(
+    return TaskDraft(
         instruction,
         {"daemon.conf": lines(*before, *old, *after)},
         [holds("daemon.conf", lines(*before, *new, *after))],
-        expert,
+        demonstrator,
     )
 
 
 @wide_family("rotate", "system", 3)
-def rotate(draw: Draw) -> Plan:
-    stem, count = draw.word(), draw.number(2, 4)
+def rotate(draw: Draw) -> TaskDraft:
+    stem = draw.word()
+    count = draw.number(2, 4)
     files = {
         f"{stem}.log": lines(draw.word()),
         **{
@@ -135,7 +149,7 @@ def rotate(draw: Draw) -> Plan:
         },
     }
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield "ls"
         moves = [
             f"mv {stem}.log.{number} {stem}.log.{number + 1}" for number in range(count - 1, 0, -1)
@@ -153,11 +167,11 @@ def rotate(draw: Draw) -> Plan:
         f" new empty {stem}.log takes its place. At most {count} old logs are kept: the oldest"
         " goes."
     )
-    return Plan(instruction, files, [*found, gone(f"{stem}.log.{count + 1}")], expert)
+    return TaskDraft(instruction, files, [*found, gone(f"{stem}.log.{count + 1}")], demonstrator)
 
 
 @wide_family("login_users", "system", 3, "awk")
-def login_users(draw: Draw) -> Plan:
+def login_users(draw: Draw) -> TaskDraft:
     names = draw.words(8)
     people = [
         (
@@ -177,7 +191,7 @@ def login_users(draw: Draw) -> Plan:
         if number >= 1000 and shell in ("/bin/bash", "/bin/sh")
     )
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield "cat passwd"
         yield "awk -F: '$3 >= 1000 && $7 ~ /sh$/ { print $1 }' passwd | sort > out.txt"
 
@@ -191,17 +205,19 @@ def login_users(draw: Draw) -> Plan:
         "passwd is a copy of /etc/passwd. Write the names of the users with an id of 1000 or more"
         " whose shell is bash or sh to out.txt, in alphabetical order."
     )
-    return Plan(
+    return TaskDraft(
         instruction,
         {"passwd": text},
         [holds("out.txt", lines(*answer)), holds("passwd", text)],
-        expert,
+        demonstrator,
     )
 
 
 @wide_family("schedule", "system", 3)
-def schedule(draw: Draw) -> Plan:
-    script, minute, hour = draw.word() + ".sh", draw.number(0, 59), draw.number(0, 23)
+def schedule(draw: Draw) -> TaskDraft:
+    script = draw.word() + ".sh"
+    minute = draw.number(0, 59)
+    hour = draw.number(0, 23)
     when, fields = draw.rng.choice(
         [
             (f"every day at {hour:02d}:{minute:02d}", f"{minute} {hour} * * *"),
@@ -219,7 +235,7 @@ def schedule(draw: Draw) -> Plan:
     )
     old = lines(f"# {draw.word()}", f"5 4 * * * /opt/{draw.word()}.sh")
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield "cat crontab"
         yield f"echo '{fields} /opt/{script}' >> crontab"
 
@@ -227,13 +243,16 @@ def schedule(draw: Draw) -> Plan:
         f"Add a line to the file crontab that runs /opt/{script} {when}. Use plain numbers without"
         " leading zeros."
     )
-    return Plan(
-        instruction, {"crontab": old}, [holds("crontab", old + f"{fields} /opt/{script}")], expert
+    return TaskDraft(
+        instruction,
+        {"crontab": old},
+        [holds("crontab", old + f"{fields} /opt/{script}")],
+        demonstrator,
     )
 
 
 @wide_family("service_unit", "system", 4, "python3")
-def service_unit(draw: Draw) -> Plan:
+def service_unit(draw: Draw) -> TaskDraft:
     name, user, before = draw.words(3)
     port = draw.number(1024, 9999)
     unit = {
@@ -246,7 +265,7 @@ def service_unit(draw: Draw) -> Plan:
         "Install": {"WantedBy": "multi-user.target"},
     }
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield "cat request.txt"
         yield write_file(
             f"{name}.service",
@@ -271,27 +290,28 @@ def service_unit(draw: Draw) -> Plan:
         f"Write the systemd unit {name}.service that request.txt asks for, with sections Unit,"
         " Service and Install and only the keys that are needed."
     )
-    return Plan(
+    return TaskDraft(
         instruction,
         {"request.txt": request},
         [holds("request.txt", request), checks.ini_holds(f"{name}.service", unit)],
-        expert,
+        demonstrator,
     )
 
 
 @wide_family("heaviest_process", "system", 2, "awk")
-def heaviest_process(draw: Draw) -> Plan:
-    users, numbers = draw.words(3), draw.rng.sample(range(100, 9999), 8)
+def heaviest_process(draw: Draw) -> TaskDraft:
+    users = draw.words(3)
+    numbers = draw.rng.sample(range(100, 9999), 8)
     memory = draw.rng.sample(range(10, 900), 8)
     rows = [
         (draw.choose(*users[:2]), number, size / 10, draw.word())
-        for number, size in zip(numbers, memory)
+        for number, size in zip(numbers, memory, strict=True)
     ]
     rows[0] = (users[0], *rows[0][1:])
     rows.append((users[2], 99, 95.0, draw.word()))  # the heaviest of all is another user's
     answer = max((row for row in rows if row[0] == users[0]), key=lambda row: row[2])[1]
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield "head -n 3 ps.txt"
         found = (
             yield f"awk '$1 == \"{users[0]}\" {{ print $3, $2 }}' ps.txt | sort -nr | head -n 1"
@@ -305,22 +325,22 @@ def heaviest_process(draw: Draw) -> Plan:
             for user, number, size, command in draw.rng.sample(rows, 9)
         ),
     )
-    return Plan(
+    return TaskDraft(
         f"ps.txt lists processes. Write the PID of the process of user {users[0]} that uses the"
         " most memory to out.txt.",
         {"ps.txt": text},
         [holds("out.txt", str(answer))],
-        expert,
+        demonstrator,
     )
 
 
 @wide_family("port_conflict", "system", 4)
-def port_conflict(draw: Draw) -> Plan:
+def port_conflict(draw: Draw) -> TaskDraft:
     services = sorted(draw.words(4))
     base = draw.number(2000, 8000)
     ports = {
         service: base + offset
-        for service, offset in zip(services, draw.rng.sample([0, 1, 3, 20], 4))
+        for service, offset in zip(services, draw.rng.sample([0, 1, 3, 20], 4), strict=True)
     }
     first, second = sorted(draw.rng.sample(services, 2))
     ports[second] = ports[first]
@@ -335,13 +355,14 @@ def port_conflict(draw: Draw) -> Plan:
     }
     new = files[f"conf/{second}.ini"].replace(f"port={ports[second]}", f"port={free}")
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         rows = (yield "grep port= conf/*.ini").split("\n")
         seen: dict[int, str] = {}
         for row in sorted(rows):
             path, port = row.split(":port=")
             if int(port) in seen:
-                clash, used = path, int(port)
+                clash = path
+                used = int(port)
             seen[int(port)] = path
         free_port = next(number for number in range(used + 1, used + 30) if number not in seen)
         yield f"sed -i s/^port=.*/port={free_port}/ {clash}"
@@ -350,28 +371,33 @@ def port_conflict(draw: Draw) -> Plan:
         "Two services in conf use the same port. Give the one whose name comes later in the"
         " alphabet the next higher port that no service uses."
     )
-    return Plan(
+    return TaskDraft(
         instruction,
         files,
         [holds(f"conf/{second}.ini", new), *unchanged(files, f"conf/{second}.ini")],
-        expert,
+        demonstrator,
     )
 
 
 @wide_family("backup_script", "system", 4, runs_agent_code=True)
-def backup_script(draw: Draw) -> Plan:
+def backup_script(draw: Draw) -> TaskDraft:
     source, inner, target = draw.words(3)
     files = {
         f"{source}/{name}": lines(draw.word())
         for name in [*draw.names(2), f"{inner}/{draw.word()} {draw.word()}.txt"]
     }
 
-    def expert() -> Expert:
+    def demonstrator() -> Demonstration:
         yield f"find {source} -type f"
         yield write_file(
             "backup.sh",
-            'set -e\n[ -d "$1" ] || { echo "no folder $1" >&2; exit 2; }\nmkdir -p "$2"\ncp -r'
-            ' "$1"/. "$2"\necho "$(find "$1" -type f | wc -l) files"\n',
+            """\
+set -e
+[ -d "$1" ] || { echo "no folder $1" >&2; exit 2; }
+mkdir -p "$2"
+cp -r "$1"/. "$2"
+echo "$(find "$1" -type f | wc -l) files"
+""",
         )
         yield f"bash backup.sh {source} ${{TMPDIR:-/tmp}}/trial"
 
@@ -390,4 +416,4 @@ def backup_script(draw: Draw) -> Plan:
         " folder TO, which it makes, and prints how many files FROM has, for example `3 files`. It"
         f" ends with an error where FROM is missing. Do not leave a folder {target} behind."
     )
-    return Plan(instruction, files, found, expert)
+    return TaskDraft(instruction, files, found, demonstrator)

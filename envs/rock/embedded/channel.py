@@ -1,0 +1,176 @@
+"""The connection of this process to one sandbox's holder (host/holder.py)."""
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from envs.rock.embedded.output import Output
+from envs.rock.errors import SandboxClosedError, SandboxError
+from envs.rock.host.messages import parse, receive, send
+
+REPLY_GRACE_SECONDS = 30.0  # a holder must answer within this beyond a command's own time limit
+_NO_REQUEST = -1  # the empty message, which says that the holder ended, has no number
+_READY = 0  # the number of the message that a holder sends when the sandbox stands
+
+Reply = dict[str, Any]
+# Takes over a granted connection: name, address, port and the sandbox's end of it.
+Relay = Callable[[str | None, str | None, int, socket.socket], None]
+
+
+class HolderChannel:
+    """Numbered requests to a holder and its replies, on one event loop."""
+
+    def __init__(self, connection: socket.socket, max_output_bytes: int, relay: Relay):
+        self._socket = connection
+        self._max_output_bytes = max_output_bytes
+        self._relay = relay
+        self._loop = asyncio.get_running_loop()
+        self._ready: asyncio.Future[Reply] = self._loop.create_future()
+        self._replies = {_READY: self._ready}
+        self._ended: asyncio.Future[None] = self._loop.create_future()
+        self._last_id = _READY
+        self._outputs: list[Output] = []
+        self._loop.add_reader(self._socket, self._receive)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the channel is open and the holder is not known to have ended."""
+        return self._socket.fileno() >= 0 and not self._ended.done()
+
+    async def wait_ready(self, timeout: float) -> Reply:
+        """Wait for the holder's first message, which says whether the sandbox stands."""
+        return await reply_within(self._ready, timeout, "the sandbox did not start")
+
+    def send(self, request: dict, descriptors: tuple[int, ...] = ()) -> tuple[int, asyncio.Future]:
+        """Send a request; return its number and the future of its reply.
+
+        Raises:
+          SandboxClosedError: the channel is closed or the holder is gone.
+          SandboxError: called from another event loop than the sandbox's.
+        """
+        self.check_open()
+        self._last_id += 1
+        identity = self._last_id
+        reply: asyncio.Future[Reply] = self._loop.create_future()
+        reply.add_done_callback(_retrieve_exception)
+        try:
+            send(self._socket, request | {"id": identity}, descriptors)
+        except OSError as error:
+            raise SandboxClosedError(f"the sandbox's process is gone: {error}") from error
+        self._replies[identity] = reply
+        return identity, reply
+
+    async def request(
+        self,
+        request: dict,
+        descriptors: tuple[int, ...] = (),
+        timeout: float = REPLY_GRACE_SECONDS,
+    ) -> Reply:
+        """Send a request and wait for its reply."""
+        _, reply = self.send(request, descriptors)
+        return await reply_within(reply, timeout, f"no answer to {request['op']}")
+
+    def kill_without_reply(self, identity: int) -> None:
+        """Kill a command by its request's number without waiting for the reply."""
+        with contextlib.suppress(SandboxClosedError):
+            _, reply = self.send({"op": "end", "target": identity})
+            reply.cancel()
+
+    def open_output(self) -> Output:
+        """Return a new output stream, which is closed with the channel at the latest."""
+        output = Output(self._loop, self._max_output_bytes)
+        self._outputs = [one for one in self._outputs if not one.closed]
+        self._outputs.append(output)
+        return output
+
+    def check_open(self) -> None:
+        """Raise SandboxClosedError or SandboxError if no request can be sent from here."""
+        if not self.alive:
+            raise not_running()
+        if asyncio.get_running_loop() is not self._loop:
+            raise SandboxError(
+                "a sandbox is used from the event loop that started it; from elsewhere use"
+                " envs.rock.sync.run"
+            )
+
+    async def shut_down(self) -> None:
+        """Ask the holder to end the sandbox, wait until nothing is left of it, and close."""
+        if self._socket.fileno() < 0:
+            return
+        # The holder reads the end of the stream. Its own end closes when the sandbox is gone.
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+        try:
+            await reply_within(
+                asyncio.shield(self._ended), REPLY_GRACE_SECONDS, "the sandbox did not end"
+            )
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Close the channel. Pending requests fail with SandboxClosedError."""
+        if self._socket.fileno() >= 0:
+            self._loop.remove_reader(self._socket)
+            self._socket.close()
+        self._fail_pending()
+        for output in self._outputs:
+            output.close()
+
+    def _receive(self) -> None:
+        """Handle one message of the holder; the event loop calls this when one has arrived."""
+        try:
+            data, descriptors = receive(self._socket)
+        except BlockingIOError:
+            return
+        except OSError:
+            data, descriptors = b"", []
+        reply: Reply = parse(data) | {"descriptors": descriptors}
+        if "way" in reply:
+            if descriptors:  # else this process had no free descriptor left
+                name, address, port = reply["way"]
+                self._relay(name, address, port, socket.socket(fileno=descriptors[0]))
+            return
+        waiting = self._replies.pop(reply.get("id", _NO_REQUEST), None)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(reply)
+            return
+        for descriptor in descriptors:
+            os.close(descriptor)
+        if not data:
+            self._loop.remove_reader(self._socket)
+            self._fail_pending()
+
+    def _fail_pending(self) -> None:
+        if not self._ended.done():
+            self._ended.set_result(None)
+        for reply in self._replies.values():
+            if not reply.done():
+                reply.set_exception(
+                    SandboxClosedError("the sandbox ended in the middle of a request")
+                )
+
+
+def not_running() -> SandboxClosedError:
+    """Return the error of a sandbox that does not run."""
+    return SandboxClosedError(
+        "the sandbox is not running: it was not started, was stopped, or its process died"
+    )
+
+
+async def reply_within(reply: asyncio.Future, seconds: float, what: str) -> Any:
+    """Wait for a reply; SandboxError "{what} within {seconds} s" if it does not come."""
+    try:
+        # Not wait_for, which loses a cancellation that arrives together with the reply.
+        async with asyncio.timeout(seconds):
+            return await reply
+    except TimeoutError:
+        raise SandboxError(f"{what} within {seconds:.0f} s") from None
+
+
+def _retrieve_exception(reply: asyncio.Future) -> None:
+    """Mark an exception as seen: asyncio would log it when nobody waits for the reply."""
+    if not reply.cancelled():
+        reply.exception()

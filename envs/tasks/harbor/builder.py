@@ -1,0 +1,434 @@
+"""The interpreter of a Dockerfile: runs its instructions one by one in an embedded sandbox."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import shlex
+import time
+from collections.abc import Iterable, Mapping
+
+from envs.rock import CommandResult, Sandbox, SandboxFileError
+from envs.tasks.harbor import dockerfile, offline
+from envs.tasks.harbor.context import find, is_archive, without_ignored
+from envs.tasks.harbor.dockerfile import Instruction
+from envs.tasks.harbor.environment import UNREACHED_NETWORK, Built
+from envs.tasks.harbor.errors import BuildError, TaskError, UnsupportedError
+from envs.tasks.harbor.paths import PathMap
+from envs.tasks.harbor.task import HarborTask
+from envs.tasks.terminal.shell import tier_environment
+
+_IN_EVERY_IMAGE = ("home", "mnt", "opt", "root", "srv", "var")
+_ACCOUNTS = re.compile(
+    r"\b(?:useradd|adduser|groupadd|addgroup|usermod|chpasswd|chown|su|sudo|gosu)\b"
+)
+_WITHOUT_EFFECT = {"LABEL", "MAINTAINER", "EXPOSE", "STOPSIGNAL", "VOLUME", "ONBUILD"}
+_NOT_RUN = {"CMD", "ENTRYPOINT", "HEALTHCHECK"}
+
+
+class Builder:
+    """Runs the instructions of one task's Dockerfile in one sandbox."""
+
+    def __init__(
+        self,
+        sandbox: Sandbox,
+        task: HarborTask,
+        file: pathlib.Path,
+        paths: PathMap,
+        images: Mapping[str, tuple[str, ...]],
+        egress: tuple[str, ...],
+    ) -> None:
+        """Prepare a build.
+
+        Args:
+          sandbox: the sandbox, started.
+          task: the task.
+          file: the Dockerfile's path, for messages.
+          paths: maps the task's paths into the workspace.
+          images: the images that FROM may name, with the programs that must be installed.
+          egress: the hosts that agent and tests will reach.
+        """
+        self._sandbox = sandbox
+        self._task = task
+        self._file = file
+        self._paths = paths
+        self._images = images
+        self._egress = egress
+        self._context = without_ignored(task)
+        self._env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/root"}
+        self._arguments: dict[str, str] = {}  # of ARG
+        self._workdir = "/"
+        self._shell = ["/bin/sh", "-c"]
+        self._has_base = False
+        self._notes: list[str] = []
+        self._deadline = time.monotonic() + task.environment.build_timeout
+
+    async def run(self, instructions: list[Instruction]) -> Built:
+        """Run the instructions and return the record of the build.
+
+        Raises:
+          UnsupportedError, BuildError, TaskError: see `build`.
+        """
+        await self._make_folders()
+        if self._task.environment.network_mode == "public" and not self._egress:
+            self._notes.append(UNREACHED_NETWORK)
+        for instruction in instructions:
+            await self._instruction(instruction)
+        if workdir := self._task.environment.workdir:
+            self._workdir = workdir
+            await self._make_workdir(None)
+        elif not any(instruction.keyword == "WORKDIR" for instruction in instructions):
+            self._workdir = "/app"  # Harbor's own default images have it
+            await self._make_workdir(None)
+        return Built(
+            self._paths,
+            {**self._env, **self._task.environment.env},
+            self._workdir,
+            self._notes,
+            tier_environment(self._sandbox),
+        )
+
+    async def _make_folders(self) -> None:
+        """Make the folders that every image has, and those of Harbor's logs."""
+        names = [name for name in (*_IN_EVERY_IMAGE, "tmp") if name in self._paths.roots]
+        names += ["logs/agent", "logs/verifier", "logs/artifacts"]
+        places = " ".join(self._quoted(f"/{name}") for name in names)
+        await self._check(None, f"mkdir -p {places}")
+
+    async def _instruction(self, instruction: Instruction) -> None:
+        keyword = instruction.keyword
+        if keyword in _WITHOUT_EFFECT:
+            return
+        if keyword in _NOT_RUN:
+            self._note(instruction, f"{keyword} is not run")
+            return
+        act = {
+            "FROM": self._from,
+            "ARG": self._arg,
+            "ENV": self._set_env,
+            "WORKDIR": self._set_workdir,
+            "USER": self._user,
+            "SHELL": self._set_shell,
+            "RUN": self._run,
+            "COPY": self._add,
+            "ADD": self._add,
+        }[keyword]
+        await act(instruction)
+
+    # -- Instructions
+    # ---------------------------------------------------------------------------------------------
+
+    async def _from(self, instruction: Instruction) -> None:
+        if self._has_base:
+            raise self._refused(instruction, "a second FROM (a build in stages)")
+        self._has_base = True
+        _, rest = instruction.flags()
+        words = dockerfile.substitute(rest, self._arguments).split()
+        names_stage = len(words) == 3 and words[1].upper() == "AS"
+        if len(words) != 1 and not names_stage:
+            raise TaskError(
+                self._file, instruction.line, f"FROM {rest[:60]!r} is not `FROM image [AS name]`"
+            )
+        image = words[0]
+        known = self._known_image(image)
+        if known is None:
+            listed = ", ".join(name for name in self._images if "/" not in name)
+            raise self._refused(
+                instruction,
+                f"the image {image!r} (known are {listed}; name what can stand for it with"
+                " images={...: (programs,)})",
+            )
+        if missing := await self._missing(self._images[known]):
+            raise self._refused(
+                instruction,
+                f"the image {image!r}, for this machine lacks {', '.join(missing)} in /usr/bin",
+            )
+        self._note(instruction, f"{image} is this machine's own /usr")
+        self._arguments = {}  # an ARG before FROM is valid only for FROM
+
+    def _known_image(self, image: str) -> str | None:
+        """Return the key of `images` for an image, with or without its tag and registry."""
+        name = re.sub(r"@sha256:\w+$|:[\w.-]+$", "", image)
+        short = re.sub(r"^(?:docker\.io/)?(?:library/)?", "", name)
+        for candidate in (image, name, short):
+            if candidate in self._images:
+                return candidate
+        return None
+
+    async def _arg(self, instruction: Instruction) -> None:
+        for word in dockerfile.words(instruction, self._file, instruction.arguments):
+            name, equals, value = word.partition("=")
+            if not re.fullmatch(r"[A-Za-z_]\w*", name):
+                raise TaskError(self._file, instruction.line, f"ARG {word[:40]!r} is not a name")
+            if equals:
+                self._arguments[name] = self._filled(value)
+            else:
+                self._arguments.setdefault(name, "")
+
+    async def _set_env(self, instruction: Instruction) -> None:
+        values = dockerfile.assignments(instruction, self._file)
+        self._env |= {name: self._filled(value) for name, value in values.items()}
+
+    async def _set_workdir(self, instruction: Instruction) -> None:
+        path = self._filled(instruction.arguments.strip("\"'"))
+        self._workdir = self._absolute(path)
+        await self._make_workdir(instruction)
+
+    async def _user(self, instruction: Instruction) -> None:
+        name = self._filled(instruction.arguments).split(":")[0]
+        self._env["USER"] = name
+        if name not in ("root", "0"):
+            self._note(
+                instruction, f"USER {name}: the sandbox has one user, which may do what {name} may"
+            )
+
+    async def _set_shell(self, instruction: Instruction) -> None:
+        words = dockerfile.json_list(instruction.arguments)
+        if words is None:
+            raise TaskError(self._file, instruction.line, "SHELL needs a JSON list of texts")
+        self._shell = words
+
+    async def _run(self, instruction: Instruction) -> None:
+        flags, command = instruction.flags()
+        if set(flags) - {"network"} or flags.get("network", "none") not in ("none", "default"):
+            raise self._refused(instruction, f"RUN --{next(iter(flags))}")
+        if await self._is_installed(instruction, command):
+            return
+        need = None if self._sandbox.config.egress else offline.need_in_rows(instruction.rows)
+        if need is not None:
+            line, needed = need
+            raise UnsupportedError(
+                self._file,
+                line,
+                f"`{needed}` needs the network, and the embedded sandbox has none",
+            )
+        if account := _ACCOUNTS.search(command):
+            raise UnsupportedError(
+                self._file,
+                instruction.line_of(_ACCOUNTS),
+                f"`{account[0]}`; the embedded sandbox has one unprivileged user",
+            )
+        words = dockerfile.json_list(command) or [*self._shell, command]
+        inner = shlex.join(self._paths.inward(word) for word in words)
+        await self._check(instruction, f"cd -- {self._quoted(self._workdir)} && exec {inner}")
+
+    async def _add(self, instruction: Instruction) -> None:
+        flags, rest = instruction.flags()
+        if refused := set(flags) - {"chown", "chmod", "link"}:
+            raise self._refused(instruction, f"{instruction.keyword} --{sorted(refused)[0]}")
+        words = [self._filled(word) for word in dockerfile.words(instruction, self._file, rest)]
+        if len(words) < 2:
+            raise TaskError(
+                self._file, instruction.line, f"{instruction.keyword} needs a source and a target"
+            )
+        *sources, target = words
+        for source in sources:
+            if re.match(r"\w+://|git@", source):
+                raise self._refused(
+                    instruction, f"{instruction.keyword} {source} needs the network"
+                )
+        found = [match for source in sources for match in self._matches(instruction, source)]
+        mode = self._chmod(instruction, flags)
+        place = self._place(instruction, self._absolute(target))
+        names_folder = target.endswith(("/", "/.")) or target in (".", "./")
+        into = names_folder or len(found) > 1 or await self._is_folder(place)
+        for name, is_folder in found:
+            if is_folder:
+                await self._copy_folder(instruction, name, place, mode)
+            else:
+                await self._copy_file(instruction, name, place, into, mode)
+
+    async def _is_folder(self, place: str) -> bool:
+        result = await self._execute(f"[ -d {shlex.quote(place)} ]")
+        return result.exit_code == 0
+
+    # -- COPY and ADD
+    # ---------------------------------------------------------------------------------------------
+
+    async def _copy_folder(
+        self, instruction: Instruction, name: str, place: str, mode: int | None
+    ) -> None:
+        """Copy the content of a folder of the context into the target."""
+        prefix = f"{name}/" if name else ""
+        files = {}
+        for path, content in self._context.items():
+            if path.startswith(prefix):
+                files[f"{place}/{path.removeprefix(prefix)}"] = content
+        await self._write(instruction, files, mode)
+
+    async def _copy_file(
+        self, instruction: Instruction, name: str, place: str, into: bool, mode: int | None
+    ) -> None:
+        """Copy a file of the context to the target, or into it; ADD unpacks an archive there."""
+        content, permissions = self._context[name]
+        if instruction.keyword == "ADD" and is_archive(content):
+            await self._unpack(instruction, content, place)
+            return
+        target = f"{place}/{name.rsplit('/', 1)[-1]}" if into else place
+        await self._write(instruction, {target: (content, permissions)}, mode)
+
+    async def _unpack(self, instruction: Instruction, content: bytes, place: str) -> None:
+        archive = f"{self._paths.workspace}/.archive"
+        folder = shlex.quote(place)
+        await self._put(instruction, {archive: (content, 0o600)})
+        await self._check(
+            instruction, f"mkdir -p {folder} && tar -xf {archive} -C {folder} && rm {archive}"
+        )
+
+    async def _write(
+        self,
+        instruction: Instruction,
+        files: Mapping[str, tuple[bytes, int]],
+        mode: int | None,
+    ) -> None:
+        """Write files with the paths in their scripts rewritten, all with this mode if given."""
+        rewritten = self._paths.scripts(files)
+        await self._put(
+            instruction,
+            {
+                path: (content, mode or permissions)
+                for path, (content, permissions) in rewritten.items()
+            },
+        )
+
+    async def _put(self, instruction: Instruction, files: Mapping[str, tuple[bytes, int]]) -> None:
+        """Write files at places in the sandbox.
+
+        The SDK writes only below the workspace; files for other places are moved from there.
+        """
+        workspace = f"{self._paths.workspace}/"
+        inner = {path: content for path, content in files.items() if path.startswith(workspace)}
+        outer = {path: content for path, content in files.items() if path not in inner}
+        try:
+            await self._sandbox.write_files(inner)
+            for path, content in outer.items():
+                await self._sandbox.write_files({".moved": content})
+                parent = shlex.quote(path.rsplit("/", 1)[0])
+                await self._check(
+                    instruction, f"mkdir -p {parent} && mv {workspace}.moved {shlex.quote(path)}"
+                )
+        except SandboxFileError as error:
+            raise BuildError(
+                self._file,
+                instruction.line,
+                f"{instruction.keyword}: {self._paths.outward(str(error))}",
+            ) from error
+
+    def _matches(self, instruction: Instruction, source: str) -> list[tuple[str, bool]]:
+        """Return the files and folders that a source names, as (path, whether it is a folder)."""
+        parts = [part for part in source.split("/") if part not in ("", ".")]
+        if ".." in parts:
+            raise TaskError(
+                self._file,
+                instruction.line,
+                f"{instruction.keyword} {source} leaves the build context",
+            )
+        found = find(self._context, "/".join(parts))
+        if not found:
+            raise TaskError(
+                self._file,
+                instruction.line,
+                f"{instruction.keyword} {source}: no such file in the build context",
+            )
+        return found
+
+    def _chmod(self, instruction: Instruction, flags: dict[str, str]) -> int | None:
+        if "chmod" not in flags:
+            return None
+        if not re.fullmatch(r"0?[0-7]{3}", flags["chmod"]):
+            raise self._refused(
+                instruction, f"--chmod={flags['chmod']} (three octal digits are taken)"
+            )
+        return int(flags["chmod"], 8)
+
+    # -- Packages that are installed already
+    # ---------------------------------------------------------------------------------------------
+
+    async def _is_installed(self, instruction: Instruction, command: str) -> bool:
+        """Return whether a command only installs packages that the machine has already.
+
+        Raises:
+          UnsupportedError: it only installs packages, and a program of theirs is missing.
+        """
+        names = offline.packages(command)
+        if names is None:
+            return False
+        if not names:
+            return bool(command.strip())
+        needed = offline.programs_of(names)
+        programs = sorted({program for group in needed.values() for program in group})
+        missing = await self._missing(programs)
+        lacking = [name for name, group in needed.items() if set(group) & set(missing)]
+        if lacking:
+            line = instruction.line_of(re.compile(rf"\b{re.escape(lacking[0])}\b"))
+            raise UnsupportedError(
+                self._file,
+                line,
+                f"`apt-get install {' '.join(lacking)}` needs the network, and this machine lacks"
+                f" {', '.join(missing)}",
+            )
+        self._note(instruction, f"{' '.join(names)}: taken from this machine")
+        return True
+
+    async def _missing(self, programs: Iterable[str]) -> list[str]:
+        """Return the programs that are not installed."""
+        listed = " ".join(map(shlex.quote, programs))
+        if not listed:
+            return []
+        result = await self._execute(
+            f'for p in {listed}; do command -v "$p" > /dev/null || echo "$p"; done'
+        )
+        return result.stdout.split()
+
+    # -- Helpers
+    # ---------------------------------------------------------------------------------------------
+
+    async def _make_workdir(self, instruction: Instruction | None) -> None:
+        place = shlex.quote(self._place(instruction, self._workdir))
+        await self._check(instruction, f"mkdir -p {place}")
+
+    def _filled(self, text: str) -> str:
+        return dockerfile.substitute(text, {**self._arguments, **self._env})
+
+    def _absolute(self, path: str) -> str:
+        return path if path.startswith("/") else f"{self._workdir.rstrip('/')}/{path}"
+
+    def _quoted(self, path: str) -> str:
+        return shlex.quote(self._paths.place(path))
+
+    def _place(self, instruction: Instruction | None, path: str) -> str:
+        try:
+            return self._paths.place(path)
+        except ValueError as error:
+            raise UnsupportedError(
+                self._file, instruction.line if instruction else 0, f"{error}"
+            ) from None
+
+    async def _execute(self, command: str) -> CommandResult:
+        outer = {**tier_environment(self._sandbox), **self._arguments, **self._env}
+        env = {name: self._paths.inward(value) for name, value in outer.items()}
+        left = max(0.1, self._deadline - time.monotonic())
+        return await self._sandbox.execute(command, timeout=left, env=env)
+
+    async def _check(self, instruction: Instruction | None, command: str) -> None:
+        """Run a command of the build. Raises BuildError where it fails."""
+        result = await self._execute(command)
+        if result.exit_code == 0:
+            return
+        why = f"ended with exit {result.exit_code}"
+        if result.timed_out:
+            why = "ran out of the time of build_timeout_sec"
+        output = self._paths.outward((result.stdout + result.stderr).strip())[-500:]
+        raise BuildError(
+            self._file,
+            instruction.line if instruction else 0,
+            f"{instruction.keyword if instruction else 'setting up'} {why}: {output}",
+        )
+
+    def _refused(self, instruction: Instruction, what: str) -> UnsupportedError:
+        return UnsupportedError(
+            self._file, instruction.line, f"{what}; the embedded backend cannot"
+        )
+
+    def _note(self, instruction: Instruction, text: str) -> None:
+        self._notes.append(f"line {instruction.line}: {text}")

@@ -1,0 +1,119 @@
+"""The environment of a task: the record of a build, and what any sandbox of ours can offer."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Iterable
+
+from envs.rock.config import parse_grant
+from envs.tasks.harbor.errors import TaskError, UnsupportedError
+from envs.tasks.harbor.load import line_of
+from envs.tasks.harbor.paths import PathMap
+from envs.tasks.harbor.task import HarborTask, Step
+
+# Top folders that tasks often name in their instructions without making them in the Dockerfile.
+_CONVENTIONAL = """
+data home mnt opt output outputs project repo results srv testbed var work workspace
+"""
+CONVENTIONAL = tuple(_CONVENTIONAL.split())
+UNREACHED_NETWORK = (
+    "network_mode is public, and the sandbox reaches nothing; SandboxConfig.egress can grant hosts"
+)
+
+
+@dataclasses.dataclass
+class Built:
+    """The record of a build: paths, variables (as the task writes them) and the working directory.
+
+    `notes` say which settings were only approximated.
+    """
+
+    paths: PathMap
+    env: dict[str, str]
+    workdir: str
+    notes: list[str]
+    tier_env: dict[str, str]
+
+    def inner_env(self) -> dict[str, str]:
+        """Return the variables as commands in the sandbox see them."""
+        own = {name: self.paths.inward(value) for name, value in self.env.items()}
+        return {**self.tier_env, **own}
+
+    def command(self, text: str) -> str:
+        """Return an agent's command as it runs in the sandbox, in the working directory."""
+        place = shlex.quote(self.paths.place(self.workdir))
+        return f"cd -- {place} 2> /dev/null\n{self.paths.inward(text)}"
+
+
+def conventional_roots(steps: Iterable[Step]) -> set[str]:
+    """Return the conventional top folders that the steps' instructions mention."""
+    told = "\n".join(step.instruction for step in steps)
+    return {name for name in CONVENTIONAL if re.search(rf"(?<![\w./])/{name}(?![\w-])", told)}
+
+
+def refuse_unsupported(task: HarborTask) -> None:
+    """Refuse settings that no sandbox of any backend can fulfil.
+
+    Raises:
+      UnsupportedError: several containers, GPUs, MCP servers, or a network policy of one phase.
+    """
+    environment = task.environment
+    if environment.compose_path is not None:
+        message = "several containers (docker-compose); a task has one sandbox here"
+        raise UnsupportedError(environment.compose_path, 1, message)
+    if environment.gpus:
+        message = f"environment.gpus = {environment.gpus}; sandboxes see no GPU"
+        raise _unsupported(task, ("environment", "gpus"), message)
+    if environment.mcp_servers:
+        message = "environment.mcp_servers; none are started here"
+        raise _unsupported(task, ("environment", "mcp_servers"), message)
+    own_policy = (environment.network_mode, environment.allowed_hosts)
+    for step in task.steps:
+        for phase, network in step.networks.items():
+            if phase == "verifier" and step.verifier_environment is not None:
+                continue  # it has a sandbox and a network policy of its own
+            if network != own_policy:
+                message = (
+                    f"{phase}.network_mode = {network[0]!r} beside environment.network_mode ="
+                    f" {environment.network_mode!r}; a sandbox has one network policy for its whole"
+                    " life"
+                )
+                raise _unsupported(task, (phase, "network_mode"), message)
+
+
+def _unsupported(task: HarborTask, key: tuple[str, ...], message: str) -> UnsupportedError:
+    settings = task.path / ("task.toml" if task.format == "harbor" else "task.yaml")
+    return UnsupportedError(settings, line_of(task, *key), message)
+
+
+def egress_of(task: HarborTask, given: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Return the hosts that the task's sandbox may reach, in the form of SandboxConfig.egress.
+
+    For an allowlist these are the task's allowed_hosts, at their ports or at 443 and 80. For
+    no-network there are none. For public they are `given`, because no sandbox reaches the whole
+    network.
+
+    Raises:
+      TaskError: a host cannot be granted.
+    """
+    environment = task.environment
+    if environment.network_mode == "public":
+        return given
+    if environment.network_mode == "no-network":
+        return ()
+    grants: list[str] = []
+    for host in environment.allowed_hosts:
+        has_port = re.search(r":\d+$", host)
+        grants += [host] if has_port else [f"{host}:443", f"{host}:80"]
+    for grant in grants:
+        try:
+            parse_grant(grant)
+        except ValueError as error:
+            raise TaskError(
+                task.path / "task.toml",
+                line_of(task, "environment", "allowed_hosts"),
+                f"environment.allowed_hosts: {error}",
+            ) from error
+    return tuple(grants)

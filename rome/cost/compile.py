@@ -1,0 +1,187 @@
+"""Compile a learner's step for a TPU slice that need not exist, and measure and show its cost.
+
+Needs libtpu, not a TPU.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Collection
+from typing import Any
+
+import jax
+
+from rome.cost.estimate import Program, measure, state_bytes, too_large
+from rome.cost.roofline import GIB, Chip
+from rome.data.batch import Batch
+from rome.data.packing import pack
+from rome.data.routes import route_dtype
+from rome.model.config import ModelConfig
+from rome.model.ops.balanced_time import busiest_share, query_places
+from rome.model.ops.expert_exchange import chunks_of
+from rome.train.step import Learner
+
+_SHOWN_COLLECTIVES = 8
+_SHOWN_ARRAYS = 6
+_MAX_NAME = 60  # last characters of an op's name
+_MAX_MAKER = 90
+
+
+def topology_devices(topology: str) -> list[Any]:
+    """Return the devices of a slice, or of several ("v5p:4x4x4*2"), from a description alone.
+
+    Raises:
+      ValueError: libtpu is missing or knows no such slice.
+    """
+    from jax.experimental import topologies
+
+    name, _, slices = topology.partition("*")
+    options = {"num_slices": int(slices)} if slices else {}
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+        return list(described.devices)
+    except Exception as error:  # libtpu raises errors of any type
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"no topology {topology!r}: {reason}. It takes libtpu (pip install"
+            f" 'jax[tpu]=={jax.__version__}') and a shape that exists, such as v5p:4x4x4."
+        ) from error
+
+
+def batch_shapes(
+    rows: int, row_length: int, chunks_per_row: int, routes_for: ModelConfig | None
+) -> Batch[jax.ShapeDtypeStruct]:
+    """Return the shapes of one micro-batch.
+
+    Args:
+      rows: B.
+      row_length: T.
+      chunks_per_row: C.
+      routes_for: the model whose routes are replayed; None: no routes.
+    """
+    empty = pack(
+        [], row_length=row_length, chunks_per_row=chunks_per_row, gamma=1.0, failure_reward=0.0
+    )
+    batch = empty.map(lambda field: jax.ShapeDtypeStruct((rows, *field.shape[1:]), field.dtype))
+    if routes_for is None:
+        return batch
+    shape = (rows, row_length, routes_for.num_layers, routes_for.experts_per_token)
+    routes = jax.ShapeDtypeStruct(shape, route_dtype(routes_for))
+    return batch._replace(routes_BTLk=routes)
+
+
+def compile_programs(
+    learner: Learner,
+    batch: Batch[jax.ShapeDtypeStruct],
+    chip: Chip,
+    only: Collection[str] | None = None,
+) -> dict[str, Program]:
+    """Compile the programs of a step and measure each.
+
+    Args:
+      learner: on the devices of a topology.
+      batch: shapes of a micro-batch.
+      chip: of the topology.
+      only: names of the programs; None: all of them.
+
+    Returns:
+      name -> Program. One that the compiler refused for memory has only the bytes it needs.
+    """
+    T = batch.tokens_BT.shape[1]
+    time_shards = learner.mesh.shape["sequence"]
+    score_share = busiest_share(query_places(T, time_shards), time_shards)
+    rows = grouped_rows(learner, batch)
+    programs = {}
+    for name, lowered in learner.lower(batch).items():
+        if only and name not in only:
+            continue
+        print(f"compiling {name} ...", file=sys.stderr, flush=True)
+        began = time.monotonic()
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            seconds = time.monotonic() - began
+            programs[name] = too_large(name, error, seconds, state_bytes(learner.state))
+            continue
+        seconds = time.monotonic() - began
+        programs[name] = measure(name, compiled, seconds, learner.mesh, chip, rows, score_share)
+    return programs
+
+
+def grouped_rows(learner: Learner, batch: Batch[Any]) -> float:
+    """Return how many choices of experts one device computes at a time when they are even.
+
+    Its tokens' choices, shared by the ring of the expert axis; or as many as a chunk of its tokens
+    has where choices are exchanged.
+    """
+    shape = learner.mesh.shape
+    B, T = batch.tokens_BT.shape
+    tokens = B * T // learner.mesh.size * shape["tensor"]
+    exchanged = learner.chosen_kernels.exchange == "all_to_all"
+    parts = chunks_of(tokens) if exchanged else shape["expert"]
+    return tokens * learner.model_config.experts_per_token / parts
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print a report (`rome.cost.estimate.report`) of an experiment for a reader."""
+    mesh = " ".join(f"{axis}={size}" for axis, size in found["mesh"].items() if size > 1)
+    verdict = "fits" if found["fits"] else "DOES NOT FIT"
+    print(
+        f"{found['experiment']} of {found['model']} ({found['layers']} layers) on"
+        f" {found['topology']}: {found['devices']} devices, {mesh}; {found['rows_per_microbatch']}"
+        f" rows of {found['row_length']} tokens a micro-batch"
+    )
+    print(
+        f"\nbytes a device{_gib(found['bytes_per_device'])} of{_gib(found['usable_bytes'])}:"
+        f" {verdict} (peak in {found['peak_program']})"
+    )
+    for kind, size in found["bytes"].items():
+        print(f"  {kind:<12}{_gib(size)}")
+    for name, program in found["programs"].items():
+        print(
+            f"  program {name:<11}{_gib(program['peak_bytes'])},"
+            f" temporaries{_gib(program['temporary_bytes'])}, compiled in"
+            f" {program['compile_seconds']:.0f} s"
+        )
+    if "seconds" in found:
+        _show_speed(found)
+    for line in found["advice"]:
+        print(f"\n-> {line}", end="")
+    print()
+
+
+def _show_speed(found: dict[str, Any]) -> None:
+    seconds = found["seconds"]
+    tera_flops = found["flops"] / 1e12
+    model_tera_flops = found["model_flops"] / 1e12
+    sent_gib = found["collective_bytes"] / GIB
+    print("\none micro-batch, one device (a bound: no latency, every rate at its peak)")
+    print(
+        f"  compute     {seconds['compute']:9.4f} s  {tera_flops:.1f} TFLOP, of which the model's"
+        f" own {model_tera_flops:.1f}"
+    )
+    print(
+        f"  HBM         {seconds['memory']:9.4f} s  {found['hbm_bytes'] / GIB:.1f} GiB (estimate)"
+    )
+    print(f"  collectives {seconds['collectives']:9.4f} s  {sent_gib:.1f} GiB sent")
+    for one in found["collectives"][:_SHOWN_COLLECTIVES]:
+        print(
+            f"    {one['kind']:<20}{one['axes']:<16}{one['seconds']:9.4f} s"
+            f" {one['bytes'] / GIB:8.2f} GiB in {one['runs']:6.0f} runs "
+            f" {one['largest'][-_MAX_NAME:]}"
+        )
+    print(
+        f"  MFU bound   {100 * found['roofline_mfu']:.1f} % where collectives hide behind compute,"
+        f" {100 * found['roofline_mfu_serial']:.1f} % where none does"
+    )
+    if found["kernels_not_counted"]:
+        print(f"  kernels whose FLOPs are not counted: {', '.join(found['kernels_not_counted'])}")
+    print("  largest arrays:")
+    for array in found["largest_arrays"][:_SHOWN_ARRAYS]:
+        maker = array["made_by"][-_MAX_MAKER:]
+        print(f"   {array['bytes'] / GIB:7.2f} GiB  {array['shape']}  {maker}")
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:8.2f} GiB"

@@ -1,0 +1,49 @@
+"""Files that a reader sees whole or not at all, and that survive a crash of the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+
+PARTIAL = ".partial"  # ends the name of a file that is being written
+
+
+def write_atomically(
+    path: str | os.PathLike[str], data: bytes | str, *, fsync: bool = True
+) -> None:
+    """Write a file beside its final name and rename it into place.
+
+    Args:
+      path: final name. An existing file is replaced; its folder must exist.
+      data: content; text is written as UTF-8.
+      fsync: wait until content and name are on disk, so that they survive a power failure.
+
+    Raises:
+      OSError: the file could not be written. Nothing is left under `path` that was not there.
+    """
+    path = pathlib.Path(path)
+    content = data.encode() if isinstance(data, str) else data
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            if fsync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+    if fsync:
+        sync(path.parent)
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Wait until a file's content, or a folder's list of names, is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

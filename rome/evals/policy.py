@@ -1,0 +1,169 @@
+"""A model behind SGLang's protocol as an agent, played by `rome.agent.loop`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from envs.rock import SandboxConfig
+from rome.agent.loop import Generator, Limits, run_episode
+from rome.engine.client import Engine
+from rome.engine.pool import EnginePool
+from rome.engine.process import start_server
+from rome.evals.agents import CLOSE_SECONDS, Outcome, StartedEnv, play_in_environment
+from rome.evals.tasks import EvalTask
+from rome.model.hf.checkpoint import read_config
+from rome.model.tokenizer import TINY, Chat, Tokenizer
+
+DEFAULT_MAX_CONTEXT = 4096
+DEFAULT_MAX_TOKENS = 512
+
+
+class ClosableGenerator(Generator, Protocol):
+    """An engine, or a pool of engines, that can be closed."""
+
+    async def close(self) -> None: ...
+
+
+@dataclasses.dataclass
+class Policy:
+    """An agent that samples its turns from engines.
+
+    Attributes:
+      engine: closed by `close`.
+      chat: writes instructions and observations as tokens.
+      limits: of one episode.
+      config: of the sandboxes.
+      temperature: of sampling.
+      tell_tools: whether the prompt has the tools and the system text of each environment; False
+        leaves it to `chat`.
+      name: recorded with each attempt.
+    """
+
+    engine: ClosableGenerator
+    chat: Chat
+    limits: Limits
+    config: SandboxConfig
+    temperature: float = 1.0
+    tell_tools: bool = False
+    name: str = "policy"
+
+    async def play(self, task: EvalTask, attempt: int, seed: int) -> Outcome:
+        """Play one attempt; every turn is sampled with a seed that derives from `seed`."""
+
+        async def play_episode(started: StartedEnv) -> Outcome:
+            return await self._play_episode(started, attempt, seed)
+
+        seconds = self.limits.episode_seconds + CLOSE_SECONDS
+        return await play_in_environment(task, self.config, play_episode, seconds)
+
+    async def _play_episode(self, started: StartedEnv, attempt: int, seed: int) -> Outcome:
+        chat = self.chat
+        if self.tell_tools:
+            tools = started.opening[1]["tools"]
+            system = getattr(started.env, "system", None)
+            chat = Chat(chat.tokenizer, tools, system)
+        trajectory = await run_episode(
+            self.engine,
+            started,
+            chat,
+            self.limits,
+            seed=seed,
+            temperature=self.temperature,
+            episode=attempt,
+        )
+        tokens = {
+            "prompt": sum(len(chunk.prompt_ids) for chunk in trajectory.chunks),
+            "completion": trajectory.num_action_tokens,
+        }
+        outcome = started.outcome(trajectory.reward, trajectory.ending, trajectory.note)
+        return dataclasses.replace(outcome, tokens=tokens, turns=len(trajectory.chunks))
+
+    async def close(self) -> None:
+        """Close the connections to the engines."""
+        await self.engine.close()
+
+
+@contextlib.contextmanager
+def open_policy(
+    checkpoint: str | pathlib.Path,
+    config: SandboxConfig,
+    *,
+    log_path: pathlib.Path,
+    engines: Sequence[str] = (),
+    max_context: int | None = None,
+    max_tokens: int | None = None,
+    temperature: float | None = None,
+    episode_seconds: float = 600.0,
+    slots: int = 4,
+) -> Iterator[Policy]:
+    """Yield the policy of a checkpoint; an engine that it needs runs as long as the context.
+
+    Args:
+      checkpoint: Hugging Face directory. Where engines are given, only its tokenizer and config are
+        read.
+      config: of the sandboxes.
+      log_path: output of the embedded engine.
+      engines: URLs of SGLang servers; none starts an embedded engine.
+      max_context: tokens of an episode; None for the model's own, at most DEFAULT_MAX_CONTEXT.
+      max_tokens: of one turn; None for DEFAULT_MAX_TOKENS.
+      temperature: of sampling; None for 1.
+      episode_seconds: of one attempt.
+      slots: attempts that the embedded engine keeps in its cache.
+
+    Raises:
+      EngineError: the embedded engine did not start.
+    """
+    model = read_config(checkpoint)
+    tokenizer = Tokenizer.load(checkpoint)
+    context = max_context or min(model.max_position, DEFAULT_MAX_CONTEXT)
+    limits = Limits(context, max_tokens or min(DEFAULT_MAX_TOKENS, context), episode_seconds)
+    # Models with the tiny tokenizer learn the form of a call from their data: they never saw the
+    # description of a tool.
+    tell_tools = tokenizer.vocab_size != Tokenizer.load(TINY).vocab_size
+    with contextlib.ExitStack() as stack:
+        urls = list(engines)
+        if not urls:
+            flags = [
+                "--skip_tokenizer_init",
+                f"--slots={slots}",
+                f"--max_context={context}",
+                f"--dtype={model.dtype}",
+            ]
+            server = stack.enter_context(start_server(checkpoint, log_path, flags=flags))
+            urls = [server.url]
+        yield Policy(
+            EnginePool([Engine(url, model=model) for url in urls]),
+            Chat(tokenizer),
+            limits,
+            config,
+            1.0 if temperature is None else temperature,
+            tell_tools,
+        )
+
+
+def checkpoint_digest(folder: pathlib.Path) -> str:
+    """Return a hash over names, sizes and times of a checkpoint's files.
+
+    Weights are too large to be read only to identify them.
+
+    Raises:
+      ValueError: it is not a folder.
+    """
+    if not folder.is_dir():
+        raise ValueError(
+            f"--checkpoint {str(folder)!r} is no folder; give a Hugging Face directory, such as"
+            " runs/X/final"
+        )
+    entries = []
+    for path in folder.iterdir():
+        if path.is_file():
+            about = path.stat()
+            entries.append((path.name, about.st_size, about.st_mtime_ns))
+    entries.sort()
+    return hashlib.blake2b(json.dumps(entries).encode(), digest_size=16).hexdigest()

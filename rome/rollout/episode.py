@@ -1,0 +1,43 @@
+"""What the scheduler hands to the player: one episode to play, and the errors that end its play."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from rome.data.trajectory import Chunk
+from rome.rollout.forks import Forks
+
+
+class Stopped(Exception):
+    """The user asked the run to stop while episodes were in flight.
+
+    Episodes that had already finished are on disk.
+    """
+
+
+class RolloutError(RuntimeError):
+    """An episode failed for a reason that playing it again does not cure."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """One episode to play.
+
+    Args:
+      task: name of the task, from which its environment is made.
+      group: number of the group that it is compared with.
+      episode: its number within the group.
+      seed: seed of everything that is sampled in it.
+      name: stem of the file that keeps its trajectory.
+      prefix: chunks of an earlier trajectory of the task. They are replayed in the environment
+        before the policy takes over.
+      forks: environments in which the prefix was replayed already.
+    """
+
+    task: str
+    group: int
+    episode: int
+    seed: int
+    name: str = ""
+    prefix: tuple[Chunk, ...] = ()
+    forks: Forks | None = dataclasses.field(default=None, compare=False)

@@ -1,0 +1,102 @@
+"""Groups of episodes: what a group plays, how far it is, and what a step takes."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import dataclasses
+
+from rome.data.trajectory import Chunk, Trajectory
+from rome.rollout.forks import Forks
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupPlan:
+    """The task of a group and where its episodes begin.
+
+    Args:
+      task: name of the task.
+      prefixes: chunks that the n-th episode replays before the policy takes over; () if all
+        episodes begin at the beginning.
+      source: file name of the trajectory that the prefixes are taken from, or "".
+      forks: environments in which the prefixes were replayed. They are closed with the group.
+    """
+
+    task: str
+    prefixes: tuple[tuple[Chunk, ...], ...] = ()
+    source: str = ""
+    forks: Forks | None = dataclasses.field(default=None, compare=False)
+
+    def prefix(self, number: int) -> tuple[Chunk, ...]:
+        """Return the chunks that the n-th episode replays."""
+        if not self.prefixes:
+            return ()
+        return self.prefixes[number % len(self.prefixes)]
+
+
+@dataclasses.dataclass(eq=False)
+class Group:
+    """A group that was started and that no step has taken yet.
+
+    Args:
+      number: its place among all groups of the run.
+      plan: what its episodes play.
+      attempt: how many groups without spread (all successes or all failures) it replaces.
+      running: asyncio tasks of the episodes in play, by episode number.
+      versions: the weight version that started each running or finished episode.
+      finished: trajectories by episode number.
+      retries: how often each episode was played again because its sample was too old.
+      closed: the group is complete; none of its episodes is started any more.
+    """
+
+    number: int
+    plan: GroupPlan
+    attempt: int = 0
+    running: dict[int, asyncio.Task] = dataclasses.field(default_factory=dict)
+    versions: dict[int, int] = dataclasses.field(default_factory=dict)
+    finished: dict[int, Trajectory] = dataclasses.field(default_factory=dict)
+    retries: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
+    closed: bool = False
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Number and attempt, which identify the group across restarts of the run."""
+        return self.number, self.attempt
+
+    @property
+    def has_spread(self) -> bool:
+        """Whether the group has both a success and a failure."""
+        outcomes = {trajectory.reward > 0 for trajectory in self.finished.values()}
+        return len(outcomes) == 2
+
+    def age(self, version: int) -> int:
+        """Return the staleness of its oldest sample if it were trained on at `version`."""
+        return version - min(self.versions.values(), default=version)
+
+    def trajectories(self) -> list[Trajectory]:
+        """Return the finished trajectories in the order of their episodes."""
+        return [self.finished[number] for number in sorted(self.finished)]
+
+
+@dataclasses.dataclass
+class Taken:
+    """The groups that a step trains on, and what it cost to get them.
+
+    Args:
+      groups: trajectories of each group.
+      names: names of the episodes, in the same shape.
+      sources: for each group, the file its prefixes were taken from; "" without prefixes.
+      replaced: trajectories of groups without spread that were replaced since the step before, in
+        the order of their groups.
+      seconds: time since the step before took its groups.
+      waited: the part of `seconds` in which the trainer had nothing to do.
+      open_episodes: episodes that were running when the groups were taken.
+    """
+
+    groups: list[list[Trajectory]]
+    names: list[list[str]]
+    sources: list[str]
+    replaced: list[Trajectory]
+    seconds: float
+    waited: float
+    open_episodes: int
