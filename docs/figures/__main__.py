@@ -28,9 +28,8 @@ def main() -> None:
     chunk_credit.draw()
     async_timeline.draw()
     speed.draw()
-    runs = learning_curve.load_runs(RUNS)
-    if runs:
-        learning_curve.draw(runs)
+    if learning_curve.load_runs(RUNS):
+        learning_curve.main([])
     configuration.main([])
 
 

@@ -1,9 +1,9 @@
 """The learning curve: held-out success by step over the seeds of IPA, beside GRPO.
 
-python -m docs.figures.learning_curve               # draws docs/images/learning_curve.png
-python -m docs.figures.learning_curve --markdown    # prints the table of docs/results.md
+python -m docs.figures.learning_curve
 
-The runs are the files of docs/results/runs.
+It draws docs/images/learning_curve.png and writes the table of the runs into docs/results.md. The
+runs are the files of docs/results/runs, which `python -m docs.figures.collect` makes.
 
 A thick line is the mean of the seeds, thin lines are the seeds. IPA's band is the mean of the
 seeds' 95 % intervals (Wilson): it shows what the number of held-out tasks can resolve.
@@ -24,6 +24,9 @@ from matplotlib.axes import Axes
 from docs.figures.collect import RUNS
 from docs.figures.style import BLUE, INK, MUTED, new_figure, save
 
+PAGE = pathlib.Path(__file__).parent.parent / "results.md"
+BEGIN = "<!-- runs: written by python -m docs.figures.learning_curve -->"
+END = "<!-- end of runs -->"
 Z_95 = 1.959963984540054
 LOSSES = {"ipa": ("IPA", BLUE), "grpo": ("GRPO", MUTED)}
 
@@ -135,17 +138,42 @@ def _percent(entry: dict[str, Any]) -> str:
     return f"{100 * rate:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
 
 
+def section(runs: dict[str, list[dict[str, Any]]]) -> str:
+    """Return the part of docs/results.md that shows the recorded runs."""
+    if not runs:
+        return "No run of the current configuration has been recorded yet."
+    picture = "![Held-out success by step, IPA and GRPO](images/learning_curve.png)"
+    words = (
+        "*Thick lines are means over seeds, thin lines are seeds. The band is the mean of the 95 %"
+        " intervals of the seeds. Held-out tasks at temperature 1; intervals are Wilson's.*"
+    )
+    return f"{picture}\n\n{words}\n\n{table(runs)}"
+
+
+def insert(page: str, text: str) -> str:
+    """Return a page with `text` between its two marks.
+
+    Raises ValueError where the page has no marks.
+    """
+    before, _, rest = page.partition(BEGIN)
+    _, mark, after = rest.partition(END)
+    if not mark:
+        raise ValueError(f"the page has no {BEGIN} before an {END}; put the two lines into it")
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw the picture, or print the table."""
+    """Draw the picture and write the table into the page of results."""
     parser = argparse.ArgumentParser(prog="python -m docs.figures.learning_curve")
     parser.add_argument("--runs", type=pathlib.Path, default=RUNS, help="folder of the records")
-    parser.add_argument("--markdown", action="store_true", help="print the table, draw nothing")
     options = parser.parse_args(arguments)
     runs = load_runs(options.runs)
     if not runs:
         print(f"no run is recorded in {options.runs}; python -m docs.figures.collect makes them")
         return 1
-    print(table(runs) if options.markdown else draw(runs))
+    draw(runs)
+    page = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(insert(page, section(runs)), encoding="utf-8")
     return 0
 
 

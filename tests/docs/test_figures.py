@@ -76,6 +76,19 @@ def test_the_curve_and_its_table_come_from_recorded_runs(tmp_path, monkeypatch):
     assert learning_curve.draw(runs).read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_page_of_results_shows_the_recorded_runs():
+    page = learning_curve.PAGE.read_text()
+    recorded = learning_curve.section(learning_curve.load_runs(collect.RUNS))
+    assert page == learning_curve.insert(page, recorded), (
+        "run python -m docs.figures.learning_curve"
+    )
+
+
+def test_a_page_without_marks_is_refused():
+    with pytest.raises(ValueError, match="no <!-- runs"):
+        learning_curve.insert("# Results", "a table")
+
+
 def test_without_runs_nothing_is_drawn(tmp_path, capsys):
     assert learning_curve.main(["--runs", str(tmp_path)]) == 1
     assert "docs.figures.collect" in capsys.readouterr().out
@@ -88,6 +101,9 @@ def test_the_scripts_draw_every_picture_that_the_pages_show(tmp_path, monkeypatc
     shown = {path.name for path in style.IMAGES.iterdir()}
     monkeypatch.setattr(style, "IMAGES", tmp_path)
     monkeypatch.setattr(configuration, "PAGE", tmp_path / "configuration.md")
+    results = tmp_path / "results.md"
+    results.write_text(learning_curve.PAGE.read_text())
+    monkeypatch.setattr(learning_curve, "PAGE", results)
     all_figures.main()
     assert {path.name for path in tmp_path.glob("*.png")} == shown
 
