@@ -15,7 +15,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from rome.data.files import write_atomically
+from rome.files import write_atomically
 
 RESERVED = ("stage", "step")
 

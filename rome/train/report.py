@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rome.data.files import write_atomically
+from rome.files import write_atomically
 from rome.train.intervals import wilson
 
 # {"task": "family/seed", "family": name, "success": 0 | 1, "unseen_family": bool}

@@ -15,6 +15,7 @@ import time
 
 import pytest
 
+from rome.version import VERSION
 from tests.paths import ROOT
 
 SFT = [
@@ -112,7 +113,7 @@ def test_sft_leaves_what_programs_read(sft):
     assert (
         document["experiment"] == "sft" and document["steps"] == 6 and document["wall_seconds"] > 0
     )
-    assert document["isolation"]
+    assert document["isolation"] and document["version"].startswith(VERSION)
     assert [(entry["stage"], entry["step"]) for entry in document["evals"]] == [
         ("sft", 0),
         ("sft", 6),
