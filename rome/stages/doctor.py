@@ -67,11 +67,19 @@ def findings() -> Iterator[Finding]:
 
 def check_packages() -> Finding:
     """Look for the packages that training needs."""
-    versions = {name: _version(name) for name in PACKAGES}
-    missing = [name for name, version in versions.items() if not version]
-    found = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-    remedy = f"missing: {', '.join(missing)}; `make environment` installs them" if missing else ""
-    return Finding("packages", not missing, f"Python {platform.python_version()}; {found}", remedy)
+    found = []
+    missing = []
+    for name in PACKAGES:
+        version = _version(name)
+        if version:
+            found.append(f"{name} {version}")
+        else:
+            missing.append(name)
+    says = f"Python {platform.python_version()}; {', '.join(found)}"
+    if not missing:
+        return Finding("packages", True, says)
+    remedy = f"missing: {', '.join(missing)}; `make environment` installs them"
+    return Finding("packages", False, says, remedy)
 
 
 def check_devices() -> Finding:
@@ -128,7 +136,7 @@ def check_tier(tier: str) -> Finding:
     report = probe(tier=tier)
     if report.tier is None:
         return Finding(what, False, report.missing[0].reason, report.missing[0].remedy)
-    remediable = report.missing
+    remediable = list(report.missing)
     if tier == "landlock":  # its other gaps have no remedy
         remediable = [item for item in report.missing if item.guarantee in ("memory", "cpu")]
     remedy = remediable[0].remedy if remediable else ""
