@@ -26,7 +26,7 @@ from envs.rock.service.apps import make_admin
 from envs.rock.service.serving import listen, url_of
 from envs.rock.service.worker import Worker
 from envs.rock.wire.client import Client
-from rome.train.metrics import write_atomically
+from rome.files import write_atomically
 
 TOKENS = {"default": "token-of-the-benchmark", "worker": "token-of-its-worker-1"}
 LIMITS: dict[str, Any] = {"isolation": "best_available", "memory_mb": 64, "disk_mb": 8}

@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rome.train.metrics import write_atomically
+from rome.files import write_atomically
 from rome.train.report import before_and_after, read_outcomes, read_report
 
 LEVEL = 0.05

@@ -66,11 +66,12 @@ def engine() -> ml_collections.ConfigDict:
 def sandbox() -> ml_collections.ConfigDict:
     """Return the sandbox of every episode (envs/rock/config.py)."""
     block = ml_collections.ConfigDict()
-    block.isolation = "best_available"  # or "required": refuse to run with a weaker tier
+    # best_available: the strongest tier of this machine; required: refuse to run with a weaker one
+    block.isolation = "best_available"
     block.memory_mb = 256
     block.pids = 64
     block.disk_mb = 8
-    block.command_timeout = 5.0  # seconds
+    block.command_timeout = 5.0  # seconds of one command
     # what agents may reach, as in "pypi.org:443 model@127.0.0.1:30000"; empty: no network
     block.egress = ""
     # embedded; docker: containers of `image`; remote: the ROCK admin at `url`, with the token from

@@ -31,7 +31,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.tokenizer = "rome/model/tokenizer/tiny"
 
     # The loss (rome/losses). A switch of 0 means the value of the loss' own paper.
-    config.loss = "ipa"  # or a baseline, see above
+    config.loss = "ipa"  # or one of the baselines named above
     config.gamma = 0.95  # per chunk; the paper gives no value
     # bound of pi_old / mu: H of ipa and token_level, C of tis, upper bound of icepop; 0: 5, tis 2
     config.mismatch_limit = 0.0
@@ -41,11 +41,11 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.clip_high = 0.0
     # losses that clip: bound of a failure's ratio; 0: none, which is refused for stale samples
     config.dual_clip = 0.0
-    config.lambda_rl = 1.0  # weights of the two terms of Eq. 10
-    config.lambda_il = 1.0
+    config.lambda_rl = 1.0  # weight of the reinforcement term of Eq. 10
+    config.lambda_il = 1.0  # weight of the imitation term of Eq. 10
     # ipa, token_level: the loss is divided by the number of tokens, chunks or trajectories
     config.norm = "tokens"
-    config.failure_reward = -1.0  # 0.0: learn from successes only
+    config.failure_reward = -1.0  # of a failed episode; 0.0: learn from successes only
     config.negative_weight = 1.0  # weight of failures relative to successes
     # failures with more sampled tokens are masked from the loss; 0: no limit
     config.negative_tokens = 0
@@ -60,12 +60,12 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.routing_replay = "off"
 
     # The optimizer.
-    config.steps = 180
+    config.steps = 180  # training steps, at most where the stage may end early
     config.groups = 32  # tasks a step; families with undecided outcomes get more of them
     config.group_size = 4  # episodes a task
     config.updates_per_step = 2  # optimizer updates on one step's data, so that ratios act
     config.row_length = 160  # tokens a row
-    config.chunks_per_row = 16
+    config.chunks_per_row = 16  # turns a row, at most; in CPT pieces of documents
     config.rows_per_microbatch = 32
     config.learning_rate = 5e-4
     config.warmup_updates = 5

@@ -21,6 +21,8 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags
 
+from rome.version import describe
+
 Main = Callable[[list[str]], int]
 KnownErrors = Callable[[], Sequence[type[BaseException]]]
 
@@ -34,6 +36,8 @@ def run_command(
     when_stopped: Callable[[], str] | None = None,
 ) -> None:
     """Parse the flags, run `main` and exit with its status.
+
+    `--version` prints the version of this code and does nothing else.
 
     Args:
       name: the command, such as "launch.train"; it begins every error line.
@@ -61,6 +65,9 @@ def run_command(
     def parse(argv: list[str]) -> list[str]:
         return parse_flags(name, argv)
 
+    if "--version" in sys.argv[1:]:
+        print(f"{name} {describe()}")
+        sys.exit()
     app.run(run, flags_parser=parse)
 
 

@@ -1,1 +1,1 @@
-"""Starts launch.train on many hosts: python -m launch.pod tpu-vm | queued | xpk | slurm."""
+"""Start launch.train on many hosts: python -m launch.pod tpu-vm | queued | xpk | slurm."""

@@ -44,6 +44,7 @@ from rome.train.report import (
 from rome.train.state import TrainState, make_optimizer
 from rome.train.step import Learner
 from rome.train.team import Team
+from rome.version import describe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,6 +279,7 @@ class TrainingStage:
             "steps": step,
             "wall_seconds": round(self.seconds(), 1),
             "isolation": self._isolation,
+            "version": describe(),
             "evals": [*self._earlier_evals, *self.evals],
             "accounting": accounting.to_json(),
         }

@@ -133,7 +133,7 @@ class Engines:
                 version,
                 self.pool,
                 probe_ids=ids,
-                expected_logprobs=expected,
+                expected_logprobs=expected.tolist(),
                 tolerance=PROBE_TOLERANCE[self._model_config.dtype],
             )
             done = run_async(publication, PUBLISH_SECONDS)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import ml_collections
 
@@ -132,12 +131,14 @@ def make_display(config: ml_collections.ConfigDict, team: Team) -> Display:
 
 def show_result(workdir: pathlib.Path) -> None:
     """Print the evaluations before and after training, and where report and curves are."""
-    report: dict[str, Any] = read_report(workdir)
-    print_table(*before_and_after(report["evals"]))
-    curves: Sequence[str] = [os.path.relpath(path) for path in plot_curves(workdir)]
+    report = read_report(workdir)
+    before, after = before_and_after(report["evals"])
+    print_table(before, after)
+    curves = " ".join(os.path.relpath(path) for path in plot_curves(workdir))
+    steps = report["steps"]
     minutes = report["wall_seconds"] / 60
-    print(f"{report['steps']} steps in {minutes:.1f} min, isolation: {report['isolation']}")
-    print(f"report: {workdir / 'report.json'}   curves: {' '.join(curves)}")
+    print(f"{steps} steps in {minutes:.1f} min, isolation: {report['isolation']}")
+    print(f"report: {workdir / 'report.json'}   curves: {curves}")
 
 
 def _say(team: Team, text: str) -> None:

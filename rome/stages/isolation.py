@@ -22,4 +22,5 @@ def find_isolation(config: SandboxConfig) -> str:
     tier.require(config.isolation)
     if tier.missing:
         print(tier.banner(), flush=True)
+    assert tier.tier is not None, "require() raises where there is no tier"
     return tier.tier

@@ -62,11 +62,14 @@ class OldLogprobs:
     def remember(self, state: TrainState) -> None:
         """Keep the weights of `state` for samples that are trained on at a later version."""
         version = int(state.step)
-        if not self._async_ratio or not self._from_trainer or version in self.past:
+        is_needed = self._async_ratio > 0 and self._from_trainer
+        if not is_needed or version in self.past:
             return
         self.past[version] = self._learner.keep(state.params)
         oldest = version - self._async_ratio
-        self.past = {kept: params for kept, params in self.past.items() if kept >= oldest}
+        for kept in list(self.past):
+            if kept < oldest:
+                del self.past[kept]
 
     def fill(self, batches: list[Batch], state: TrainState) -> tuple[list[Batch], set[int]]:
         """Fill in logp_old of every micro-batch, and the routes where they are recorded.

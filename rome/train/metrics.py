@@ -15,6 +15,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from rome.files import write_atomically
+
 RESERVED = ("stage", "step")
 
 
@@ -48,18 +50,6 @@ METRIC_FORMATS = {
     "mismatch": MetricFormat("mismatch", "{:.1e}"),
     "tokens_per_s": MetricFormat("speed", "{:,.0f}", "tok/s"),
 }
-
-
-def write_atomically(path: pathlib.Path | str, text: str) -> None:
-    """Write a whole file or leave the old one, so that no reader, or kill, meets half of it."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def read_metrics(workdir: pathlib.Path | str) -> list[dict[str, Any]]:

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rome.files import write_atomically
 from rome.train.intervals import wilson
-from rome.train.metrics import write_atomically
 
 # {"task": "family/seed", "family": name, "success": 0 | 1, "unseen_family": bool}
 Task = Mapping[str, Any]
@@ -170,7 +170,9 @@ def write_report(workdir: pathlib.Path | str, report: Mapping[str, Any]) -> None
     ]
     document = {**report, "evals": entries}
     text = json.dumps(document, indent=1, allow_nan=False) + "\n"
-    write_atomically(pathlib.Path(workdir) / "report.json", text)
+    path = pathlib.Path(workdir) / "report.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text)
 
 
 def read_report(workdir: pathlib.Path | str) -> dict[str, Any]:
@@ -210,7 +212,9 @@ def write_outcomes(
       outcomes: {"tasks": the outcome of every task}, by which runs can be compared task by task, or
         the fields of a TextEval.
     """
-    write_atomically(outcomes_path(workdir, stage, step), json.dumps(outcomes) + "\n")
+    path = outcomes_path(workdir, stage, step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(outcomes) + "\n")
 
 
 def read_outcomes(workdir: pathlib.Path | str, stage: str, step: int) -> dict[str, Any]:

@@ -151,9 +151,11 @@ class Learner:
         places = shardings_of(self.state)
         params = jax.tree.map(put, params, places.params)
         on_device = jax.tree.map(in_device_memory, places.opt_state)
-        moments = jax.jit(self.optimizer.init, out_shardings=on_device)(params)
+        make_moments = jax.jit(self.optimizer.init, out_shardings=on_device)
+        moments = make_moments(params)
         moments = jax.device_put(moments, places.opt_state)
-        step = put(np.zeros((), np.int32), places.step)
+        zero = np.zeros((), np.int32)
+        step = put(zero, places.step)
         return TrainState(step, params, moments)
 
     def keep(self, params: dict) -> dict:

@@ -8,7 +8,8 @@ import pytest
 
 from envs.rock import SandboxError, probe
 from envs.rock.embedded import probe as embedded_probe
-from launch import doctor
+from launch.doctor import main
+from rome.stages import doctor
 
 
 @pytest.fixture(autouse=True)
@@ -34,9 +35,11 @@ def needs_sandbox():
 def test_each_mechanism_is_tried_and_the_last_is_an_episode(monkeypatch, tmp_path, capsys):
     needs_sandbox()
     monkeypatch.setattr(
-        doctor, "_devices", lambda: doctor.Finding("accelerator, engine", True, "not looked at")
+        doctor,
+        "check_devices",
+        lambda: doctor.Finding("accelerator, engine", True, "not looked at"),
     )  # seconds
-    assert doctor.main(["--json", str(tmp_path / "found.json")]) == 0
+    assert main(["--json", str(tmp_path / "found.json")]) == 0
     found = {
         finding["what"]: finding for finding in json.loads((tmp_path / "found.json").read_text())
     }
@@ -63,19 +66,21 @@ def test_each_mechanism_is_tried_and_the_last_is_an_episode(monkeypatch, tmp_pat
 
 def test_quick_says_nothing_where_all_is_well(capsys):
     needs_sandbox()
-    assert doctor.main(["--quick"]) == 0
+    assert main(["--quick"]) == 0
     assert capsys.readouterr() == ("", "")
 
 
 def test_without_a_sandbox_quick_fails_with_the_reason_and_the_remedy(no_sandbox, capsys):
-    assert doctor.main(["--quick"]) == 1
+    assert main(["--quick"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "Operation not permitted" in line and "remedy" in line
 
 
 def test_without_a_sandbox_the_tiers_are_named_and_nothing_crashes(no_sandbox, monkeypatch, capsys):
     monkeypatch.setattr(
-        doctor, "_devices", lambda: doctor.Finding("accelerator, engine", True, "not looked at")
+        doctor,
+        "check_devices",
+        lambda: doctor.Finding("accelerator, engine", True, "not looked at"),
     )
     found = list(doctor.findings())
     assert [finding.works for finding in found if "tier" in finding.what] == [
@@ -83,7 +88,7 @@ def test_without_a_sandbox_the_tiers_are_named_and_nothing_crashes(no_sandbox, m
         False,
     ] and not found[-1].works
     assert all(finding.remedy for finding in found if "tier" in finding.what)
-    assert doctor.main([], checks=lambda: iter(found)) == 1
+    assert main([], checks=lambda: iter(found)) == 1
     (choice,) = [finding for finding in found if finding.what == "sandboxes"]
     assert not choice.works and "none of the embedded backend" in choice.says and choice.remedy
 
@@ -99,7 +104,7 @@ def test_where_only_the_weaker_tier_works_it_is_said_what_it_lacks(monkeypatch):
     monkeypatch.setattr(embedded_probe, "_try_to_run", refuse)
     if probe("best_available").tier is None:
         pytest.skip("no landlock tier here")
-    choice = doctor._choice()
+    choice = doctor.check_choice()
     assert (
         choice.works
         and "tier landlock, and only under isolation='best_available'" in choice.says
@@ -110,7 +115,7 @@ def test_where_only_the_weaker_tier_works_it_is_said_what_it_lacks(monkeypatch):
 
 def test_the_device_that_jax_uses_is_told():
     assert (
-        doctor._devices().says.startswith(("1 cpu device", "8 cpu devices"))
-        or "gpu" in doctor._devices().says
-        or "tpu" in doctor._devices().says
+        doctor.check_devices().says.startswith(("1 cpu device", "8 cpu devices"))
+        or "gpu" in doctor.check_devices().says
+        or "tpu" in doctor.check_devices().says
     )

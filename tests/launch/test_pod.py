@@ -49,7 +49,7 @@ def option(command: list[str], name: str) -> str:
 
 
 def remote_parts(text: str) -> tuple[list[str], dict[str, str], list[str]]:
-    """Of a command for a host: the words, the variables set before bash, and what host.sh is given."""
+    """Split a command for a host: words, variables set before bash, arguments of host.sh."""
     words = shlex.split(text)
     at = words.index("bash")
     return (

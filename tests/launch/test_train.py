@@ -15,6 +15,7 @@ import time
 
 import pytest
 
+from rome.version import VERSION
 from tests.paths import ROOT
 
 SFT = [
@@ -112,7 +113,7 @@ def test_sft_leaves_what_programs_read(sft):
     assert (
         document["experiment"] == "sft" and document["steps"] == 6 and document["wall_seconds"] > 0
     )
-    assert document["isolation"]
+    assert document["isolation"] and document["version"].startswith(VERSION)
     assert [(entry["stage"], entry["step"]) for entry in document["evals"]] == [
         ("sft", 0),
         ("sft", 6),
@@ -200,7 +201,7 @@ def test_ipa_survives_ctrl_c_and_kill_and_ends_bitwise_as_the_run_that_was_left_
     assert losses(workdir) == losses(tmp_path / "alone")
 
 
-def test_asynchronous_training_with_resampling_is_killed_resumed_and_never_trains_on_anything_twice_or_too_old(
+def test_killed_asynchronous_training_with_resampling_trains_on_nothing_twice_or_too_old(
     sft, tmp_path
 ):
     flags = [
@@ -268,7 +269,7 @@ def test_routes_are_recorded_and_replayed_as_the_config_says(sft, tmp_path, repl
         assert line["max_mismatch"] < 1e-3
         if replay == "off":
             assert "route_agreement" not in line
-        else:  # in float32 only the first of the step's two updates comes between the routes and the router
+        else:  # in float32 only the step's first update comes between the routes and the router
             assert 0.8 < line["route_agreement"] <= line["route_overlap"] <= 1
     steps = [
         step

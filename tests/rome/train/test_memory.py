@@ -15,7 +15,9 @@ if "keep" in sys.argv:
     assert keep_freed_memory()
 import numpy as np
 def step():
-    np.ones(8 << 20).sum()  # 64 MiB, freed at once: glibc maps a block of more than 32 MiB for itself, whatever it has learnt of the program
+    # 64 MiB, freed at once: glibc maps a block of more than 32 MiB for itself, whatever it has
+    # learnt of the program
+    np.ones(8 << 20).sum()
 for _ in range(3):  # in a thread of its own, as JAX's are
     thread = threading.Thread(target=step)
     thread.start()

@@ -31,11 +31,11 @@ def test_agreement_is_the_share_of_equal_sets_and_of_common_experts(seed):
         0, 2:
     ]  # those tokens choose for themselves, and do not count
     pairs = [
-        (set(replayed[b, t, l]), set(own[b, t, l]))
+        (set(replayed[b, t, layer]), set(own[b, t, layer]))
         for b in range(B)
         for t in range(T)
-        for l in range(L)
-        if replayed[b, t, l, 0]
+        for layer in range(L)
+        if replayed[b, t, layer, 0]
     ]
     config = dataclasses.replace(PRESETS["tiny"], num_layers=L, num_experts=E, experts_per_token=K)
     count = count_replayed(batch_with(replayed), config)

@@ -81,6 +81,7 @@ def packed(rows_per_microbatch: int, purpose: str = "rl"):
 
 def one_update(learner: Learner, batches) -> tuple[dict, dict]:
     state = learner.init(seed=0)
+
     # A little off the scores, so that no ratio lies on the edge of a clip, where rounding would
     # decide.
     def old(batch, logp_BT):
