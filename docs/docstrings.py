@@ -12,6 +12,7 @@ Markdown would join these lines into a paragraph. The sections of the Google sty
 from __future__ import annotations
 
 import re
+import textwrap
 from typing import Any
 
 import griffe
@@ -30,19 +31,26 @@ class KeepIndentedBlocks(griffe.Extension):
 
 def fence_indented_blocks(text: str) -> str:
     """Return a docstring whose indented blocks outside of sections are fenced as code."""
-    blocks = re.split(r"\n{2,}", text)
+    blocks: list[str] = []
+    indented: list[str] = []  # blocks that follow each other, for one fence
     heading = ""
-    for number, block in enumerate(blocks):
+    for block in re.split(r"\n{2,}", text):
         lines = block.splitlines()
         is_indented = bool(lines) and all(line.startswith("  ") for line in lines)
         if is_indented and not SECTION.match(heading):
-            blocks[number] = "\n".join(["```text", *_dedent(lines), "```"])
-        for line in lines:
-            if line and not line.startswith(" "):
-                heading = line
+            indented.append(block)
+            continue
+        blocks += _fence(indented)
+        indented = []
+        blocks.append(block)
+        heading = next((line for line in reversed(lines) if line[:1].strip()), heading)
+    blocks += _fence(indented)
     return "\n\n".join(blocks)
 
 
-def _dedent(lines: list[str]) -> list[str]:
-    margin = min(len(line) - len(line.lstrip()) for line in lines)
-    return [line[margin:] for line in lines]
+def _fence(blocks: list[str]) -> list[str]:
+    """Return the blocks as one block of code; nothing for none."""
+    if not blocks:
+        return []
+    body = textwrap.dedent("\n\n".join(blocks))
+    return [f"```text\n{body}\n```"]
