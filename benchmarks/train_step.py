@@ -46,7 +46,7 @@ from rich.table import Table
 
 from benchmarks.train_step_floor import floor_seconds, measured_peak, pieces_alone
 from rome.data.batch import IMITATION, Batch
-from rome.data.files import write_atomically
+from rome.files import write_atomically
 from rome.losses.sft import sft_loss
 from rome.losses.types import LossConfig, count_denominators
 from rome.model.config import PRESETS, ModelConfig

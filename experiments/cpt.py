@@ -1,17 +1,21 @@
-r"""Continual pre-training: the next token of plain text and code, before SFT.
+r"""Continual pre-training: next-token prediction on plain text and code, before SFT.
 
-python -m launch.train --config=experiments/cpt.py --config.text=DIR     # tiny: 1 to 2 min on 2 CPU cores
-python -m launch.train --config=experiments/cpt.py:smoke                 # seconds; without a text it reads Python's own library
-python -m launch.train --config=experiments/sft.py --config.init_from=experiments/cpt.py     # SFT from its result
+python -m launch.train --config=experiments/cpt.py --config.text=DIR    # tiny: 2 min on 2 CPU cores
+python -m launch.train --config=experiments/cpt.py:smoke                # seconds; runs every stage
+python -m launch.train --config=experiments/cpt.py:qwen3_30b_a3b \
+    --config.text=DIR                                                   # a pod; not run
 
-DIR holds .jsonl files (a document a line, under "text") and text files of any kind, each a
-document. Held-out documents tell the bits a byte: on Python's library the tiny preset goes from 8.1
-to 2.4.
+DIR holds .jsonl files (one document a line, under "text") and text files of any kind, each one
+document. Without --config.text, the source of Python's standard library is read. The metric is the
+model's bits per byte of held-out documents: on Python's library, `tiny` goes from 8.1 to 2.4.
+
+SFT starts from the result with
+python -m launch.train --config=experiments/sft.py --config.init_from=experiments/cpt.py
 """
 
 import ml_collections
 
-from experiments.sft import PODS
+from experiments import common
 
 
 def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
@@ -25,7 +29,7 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.loss = "cpt"
     config.text = ""  # a folder or a file; empty: the source of Python's standard library
     config.held_out_share = 0.02  # of the documents, never trained on
-    config.eval_documents = 10  # of the held-out ones
+    config.eval_documents = 10  # how many of the held-out documents are evaluated
     config.steps = 400
     config.updates_per_step = 1
     config.rows = 16  # rows a step
@@ -34,52 +38,34 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.rows_per_microbatch = 16
     config.learning_rate = 3e-3
     config.warmup_updates = 50
-    config.decay = False  # cosine to a tenth over the stage; False: constant
+    config.decay = False  # True: cosine to a tenth over the stage; False: constant
     config.weight_decay = 0.1
-    config.clip = 1.0
+    config.clip = 1.0  # global norm of the gradient
     config.eval_every = 0  # steps; 0: only at step 0 and at the end
     config.checkpoint_every = 100
     config.checkpoints_kept = 2
-    config.learner = ml_collections.ConfigDict(
-        {
-            "remat": (
-                "none"
-            ),  # what the backward pass computes again: none, full, attention, offload (rome/model/config.py)
-            "attention": "auto",
-            "experts": "auto",
-            "exchange": "auto",  # kernels by name (rome/model/ops/kernels.py)
-            "capacity_factor": 0.0,  # 0: no token is dropped
-            "router_z_loss_coef": 0.0,
-            "offload_moments": False,  # Adam's moments in the host's memory
-        }
-    )
-    config.mesh = ml_collections.ConfigDict(
-        {"replica": 1, "fsdp": 1, "expert": 1, "sequence": 1, "tensor": 1}
-    )
+    config.learner = common.learner()
+    config.mesh = common.mesh()
     if preset == "smoke":
         config.steps = 20
         config.eval_documents = 2
-    elif preset in PODS:
-        _pod(config, preset)
+    elif preset in common.PODS:
+        _apply_pod(config, preset)
     elif preset != "tiny":
-        raise ValueError(
-            f"experiments/cpt.py has no preset {preset!r}; there are tiny, smoke, {', '.join(PODS)}"
-        )
+        raise common.unknown_preset("experiments/cpt.py", preset)
     return config
 
 
-def _pod(config: ml_collections.ConfigDict, preset: str) -> None:
-    """Not run here: the same stage at the size that a pod trains."""
-    config.model = preset
-    config.tokenizer = config.init_from = PODS[preset].checkpoint
+def _apply_pod(config: ml_collections.ConfigDict, preset: str) -> None:
+    """Set the sizes of a pod. Not run."""
+    pod = common.apply_pod_sizes(config, preset)
+    config.init_from = pod.checkpoint
     config.steps = 10_000
-    config.rows = 4 * PODS[preset].rows
-    config.row_length, config.chunks_per_row, config.rows_per_microbatch = (
-        8192,
-        64,
-        PODS[preset].rows,
-    )
-    config.learning_rate, config.warmup_updates, config.decay = 1e-5, 200, True
-    config.eval_documents, config.eval_every = 1000, 500
-    config.learner.remat = "full"
-    config.mesh.update(PODS[preset].mesh)
+    config.rows = 4 * pod.rows
+    config.row_length = 8192
+    config.chunks_per_row = 64
+    config.learning_rate = 1e-5
+    config.warmup_updates = 200
+    config.decay = True
+    config.eval_documents = 1000
+    config.eval_every = 500

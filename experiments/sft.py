@@ -1,29 +1,18 @@
-r"""SFT on expert trajectories of the terminal curriculum: the start of experiments/ipa.py.
+r"""SFT on demonstrations of the terminal curriculum; experiments/ipa.py starts from its result.
 
-python -m launch.train --config=experiments/sft.py            # tiny: 4 to 8 min on 2 CPU cores, until a quarter of the held-out tasks is solved
-python -m launch.train --config=experiments/sft.py:smoke      # under a minute, checks that the way is open
+python -m launch.train --config=experiments/sft.py          # tiny: 4 to 8 min on 2 CPU cores
+python -m launch.train --config=experiments/sft.py:smoke    # under a minute; runs every stage once
+python -m launch.train --config=experiments/sft.py:qwen3_30b_a3b \
+    --config.engine.urls=http://a:30000                     # a pod; not run
 
-The scripted experts play in real sandboxes and sometimes err; their erroneous turns are read but
-not learnt (Eq. 1-2 of "Let It Flow").
+Scripted demonstrators play in real sandboxes and sometimes make a typical mistake. Erroneous turns
+stay in the context but are masked from the loss (Eq. 1-2 of "Let It Flow"). The tiny preset ends
+as soon as an evaluation solves a quarter of the held-out tasks.
 """
-
-from typing import NamedTuple
 
 import ml_collections
 
-
-class Pod(NamedTuple):
-    """A published checkpoint and the slice that trains it: v5p:4x4x4 for 30B, v5p:8x8x4 for 235B."""
-
-    checkpoint: str  # a Hugging Face directory
-    rows: int  # of a micro-batch; one a device
-    mesh: dict[str, int]
-
-
-PODS = {
-    "qwen3_30b_a3b": Pod("Qwen3-30B-A3B", 64, {"fsdp": 4, "expert": 16}),
-    "qwen3_235b_a22b": Pod("Qwen3-235B-A22B", 256, {"fsdp": 16, "expert": 16}),
-}
+from experiments import common
 
 
 def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
@@ -36,22 +25,23 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.model = "tiny"  # a preset of rome/model/config.py
     config.tokenizer = "rome/model/tokenizer/tiny"
     config.loss = "sft"
-    config.steps = 2400  # at most
-    # held-out success at which the stage ends: IPA starts where many outcomes are open; 0: all
-    # steps are run
+    config.steps = 2400  # at most, where until_success is set
+    # held-out success at which the stage ends: IPA starts where many outcomes are undecided.
+    # 0: all steps are run
     config.until_success = 0.25
     config.updates_per_step = 1
     config.rows = 8  # rows a step
     config.row_length = 160  # tokens a row
     config.chunks_per_row = 16
     config.rows_per_microbatch = 8
-    config.expert_episodes = 3000
-    config.expert_error_rate = 0.15  # of an expert's turns are preceded by a typical mistake
+    config.demonstrations = 3000  # episodes of the scripted demonstrators
+    config.demonstration_error_rate = 0.15  # share of turns that a typical mistake precedes
     config.learning_rate = 3e-3
     config.warmup_updates = 50
-    config.decay = False  # cosine to a tenth over the stage; False: constant
+    config.decay = False  # True: cosine to a tenth over the stage; False: constant
     config.weight_decay = 0.1
-    config.clip = 1.0
+    config.clip = 1.0  # global norm of the gradient
+    # Episodes: demonstrations, and the policy in evaluations.
     config.max_context = 160  # tokens of an episode
     config.max_new_tokens = 48  # tokens of a turn
     config.max_turns = 6
@@ -63,75 +53,39 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.eval_temperature = 1.0
     config.checkpoint_every = 100
     config.checkpoints_kept = 2
-    # comma-separated URLs of SGLang servers; empty: the embedded engine is started
-    config.engines = ""
-    config.embedded_engines = 1  # how many are started where `engines` names none
-    config.mirrors = (  # URLs of launch.mirror, one an engine: weights travel to its host as deltas
-        ""
-    )
-    # of the embedded engine; fewer than `concurrency` would cost cached prefixes
-    config.engine_slots = 64
-    config.sandbox = ml_collections.ConfigDict(
-        {
-            "isolation": "best_available",
-            "memory_mb": 256,
-            "pids": 64,
-            "disk_mb": 8,
-            "command_timeout": 5.0,
-            "egress": (
-                ""
-            ),  # what agents may reach, as in "pypi.org:443 model@127.0.0.1:30000"; nothing by default
-            "backend": (
-                "embedded"
-            ),  # docker: containers of `image`; remote: sandboxes of the ROCK admin at `url`, whose token is in $ROCK_TOKEN
-            "image": "",
-            "url": "",
-        }
-    )
-    config.learner = ml_collections.ConfigDict(
-        {
-            "remat": (
-                "none"
-            ),  # what the backward pass computes again: none, full, attention, offload (rome/model/config.py)
-            "attention": "auto",
-            "experts": "auto",
-            "exchange": "auto",  # kernels by name (rome/model/ops/kernels.py)
-            "capacity_factor": 0.0,  # 0: no token is dropped
-            "router_z_loss_coef": 0.0,
-            "offload_moments": False,  # Adam's moments in the host's memory
-        }
-    )
-    config.mesh = ml_collections.ConfigDict(
-        {"replica": 1, "fsdp": 1, "expert": 1, "sequence": 1, "tensor": 1}
-    )
+    config.engine = common.engine()
+    config.sandbox = common.sandbox()
+    config.learner = common.learner()
+    config.mesh = common.mesh()
     if preset == "smoke":
         config.steps = 30
-        config.until_success, config.eval_every = 0.0, 0
-        config.expert_episodes = 200
+        config.until_success = 0.0
+        config.eval_every = 0
+        config.demonstrations = 200
         config.eval_tasks = 2
-    elif preset in PODS:
-        _pod(config, preset)
+    elif preset in common.PODS:
+        _apply_pod(config, preset)
     elif preset != "tiny":
-        raise ValueError(
-            f"experiments/sft.py has no preset {preset!r}; there are tiny, smoke, {', '.join(PODS)}"
-        )
+        raise common.unknown_preset("experiments/sft.py", preset)
     return config
 
 
-def _pod(config: ml_collections.ConfigDict, preset: str) -> None:
-    """Not run here: the same stage at the size that a pod trains."""
-    config.init_from = PODS[preset].checkpoint  # a directory with the checkpoint
-    config.model = preset
-    config.tokenizer = PODS[preset].checkpoint
+def _apply_pod(config: ml_collections.ConfigDict, preset: str) -> None:
+    """Set the sizes of a pod. Not run."""
+    pod = common.apply_pod_sizes(config, preset)
+    config.init_from = pod.checkpoint
     config.steps = 1000
-    config.until_success, config.eval_every = 0.0, 250
-    config.rows = config.rows_per_microbatch = PODS[preset].rows
-    config.row_length, config.chunks_per_row = 8192, 128
-    config.expert_episodes = 50_000
-    config.learning_rate, config.warmup_updates = 1e-5, 50
-    config.max_context, config.max_new_tokens, config.max_turns = 8192, 1024, 32
+    config.until_success = 0.0
+    config.eval_every = 250
+    config.rows = pod.rows
+    config.row_length = 8192
+    config.chunks_per_row = 128
+    config.demonstrations = 50_000
+    config.learning_rate = 1e-5
+    config.warmup_updates = 50
+    config.max_context = 8192
+    config.max_new_tokens = 1024
+    config.max_turns = 32
     config.concurrency = 512
     config.episode_seconds = 1800.0
     config.sandbox.isolation = "required"
-    config.learner.remat = "full"
-    config.mesh.update(PODS[preset].mesh)

@@ -37,6 +37,7 @@ def run_command(
 
     Args:
       name: the command, such as "launch.train"; it begins every error line.
+      main: takes the arguments that absl leaves over, with the program's name first.
       known_errors: exception types that become one line, besides ValueError and OSError.
       failure_status: exit status after a known error; 1 or 2.
       when_stopped: text to print after Ctrl-C (exit status 130). None lets KeyboardInterrupt pass.
@@ -85,7 +86,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def reject_arguments(argv: list[str], example: str) -> None:
-    """Raise ValueError for an argument that is not a flag; `example` shows what a flag looks like."""
+    """Raise ValueError for an argument that is not a flag, with `example` as a correct one."""
     if len(argv) > 1:
         raise ValueError(f"argument {argv[1]!r} is not understood; flags look like {example}")
 

@@ -66,7 +66,7 @@ def compile_experiment(config: Any, topology: str, layers: int = 0) -> dict[str,
     learner = make_learner(config, model, devices)
     replays = config.get("routing_replay", "off") != "off"
     batch = batch_shapes(rows, length, config.chunks_per_row, model if replays else None)
-    scored = config.get("old") == "trainer"
+    scored = config.get("logp_old_from") == "trainer"
     programs = compile_programs(learner, batch, chip, None if scored else ("accumulate", "apply"))
     state = state_bytes(learner.state)
     found = {

@@ -8,8 +8,8 @@ It runs in the environment of requirements-sglang.txt and imports nothing of thi
     python launch/sglang_server.py --model_path ... -- --attention-backend fa3
         passes the flags after -- to SGLang unchanged
 
-Then give the trainer its URL: --config.engine.urls=http://host:30000. The server must see the trainer's
-weights directory under the same path.
+Then give the trainer its URL: --config.engine.urls=http://host:30000. The server must see the
+trainer's weights directory under the same path.
 """
 
 from __future__ import annotations

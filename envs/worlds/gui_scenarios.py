@@ -162,9 +162,10 @@ def _draw_phone(rng: random.Random) -> str:
 
 def _setting(rng: random.Random, driver: Driver, used: set[str]) -> Request:
     section = rng.choice(sorted(SETTINGS))
-    name = rng.choice(sorted(SETTINGS[section]))
+    options = SETTINGS[section]
+    name = rng.choice(sorted(options))
     now = driver.database["settings"][section][name]
-    value = rng.choice([one for one in SETTINGS[section][name] if one != now])
+    value = rng.choice([option for option in options[name] if option != now])
     driver.home()
     driver.click("Settings", section)
     driver.fill(**{name.replace(" ", "_"): value})

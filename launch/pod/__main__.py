@@ -4,7 +4,7 @@ Each command writes one bash script: --dry-run prints it, to read or to paste; w
 
 python -m launch.pod tpu-vm --name=rome --zone=us-east5-a --accelerator-type=v5p-128 --mount='sudo mount -t nfs 10.0.0.2:/share /mnt/rome' --dry-run \
     -- --config=experiments/ipa.py:qwen3_30b_a3b --workdir=/mnt/rome/run
-    --config.engines=http://a:30000
+    --config.engine.urls=http://a:30000
 python -m launch.pod queued ... --slices=2 --spot         # the same, waiting in Google's queue for it; several slices
 python -m launch.pod xpk --cluster=CLUSTER --accelerator-type=v5p-128 --storage=rome-share --dry-run -- --config=... --workdir=...    # GKE
 python -m launch.pod slurm --nodes=4 --gpus-per-node=8 --partition=h100 --dry-run -- --config=... --workdir=...

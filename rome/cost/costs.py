@@ -99,15 +99,19 @@ def _attention_flops(one: Executed, score_share: float) -> float:
 
     A share of the matmuls over [query heads, T, S], from the shapes of q and k.
     """
-    names = f"{one.instruction.name} {one.instruction.op_name}"
+    instruction = one.instruction
+    names = f"{instruction.name} {instruction.op_name}"
     found = re.search(r"splash_\w*?(_fwd|_dq|_dkv)", names)
-    arrays = [operand.shapes[0] for operand in one.computation.operands_of(one.instruction)]
-    wide = [shape for shape in arrays if len(shape.dims) >= 3 and _is_float(shape)]
+    wide = []
+    for operand in one.computation.operands_of(instruction):
+        shape = operand.shapes[0]
+        if len(shape.dims) >= 3 and _is_float(shape):
+            wide.append(shape)
     if found is None or len(wide) < 2:
         return 0.0
     q, k = wide[:2]
     matmuls = _ATTENTION_MATMULS[found[1]]
-    results = [shape for shape in one.instruction.shapes if shape.dtype == q.dtype]
+    results = [shape for shape in instruction.shapes if shape.dtype == q.dtype]
     if found[1] == "_dkv" and len(results) > 2:  # dq is made too
         matmuls += 1
     return 2 * math.prod(q.dims) * k.dims[-2] * matmuls * score_share

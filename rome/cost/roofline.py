@@ -152,13 +152,7 @@ def sent(found: Sequence[Collective], mesh: Mesh, chip: Chip) -> list[Sent]:
         key = (collective.kind, mesh_axes(collective.groups, mesh))
         member = _Member(collective, *cost(collective, places, chip))
         by_kind.setdefault(key, []).append(member)
-    rows = []
-    for (kind, axes), members in by_kind.items():
-        costliest = max(members, key=lambda member: member.collective.times * member.seconds)
-        runs = sum(member.collective.times for member in members)
-        total_bytes = sum(member.collective.times * member.bytes for member in members)
-        seconds = _total_seconds(members)
-        rows.append(Sent(kind, axes, runs, total_bytes, seconds, costliest.collective.op_name))
+    rows = [_sum_members(kind, axes, members) for (kind, axes), members in by_kind.items()]
     return sorted(rows, key=lambda row: -row.seconds)
 
 
@@ -216,6 +210,18 @@ def bandwidth(group: np.ndarray, extent: np.ndarray, chip: Chip) -> float:
         return CORE_LINKS * chip.link
     cores = len(set(group[:, 1]))
     return links * chip.link * cores / chip.devices
+
+
+def _sum_members(kind: str, axes: str, members: list[_Member]) -> Sent:
+    costliest = max(members, key=lambda member: member.collective.times * member.seconds)
+    return Sent(
+        kind,
+        axes,
+        runs=sum(member.collective.times for member in members),
+        bytes=sum(member.collective.times * member.bytes for member in members),
+        seconds=_total_seconds(members),
+        largest=costliest.collective.op_name,
+    )
 
 
 def _total_seconds(members: list[_Member]) -> float:

@@ -169,7 +169,9 @@ def microbatches(batch: Batch[np.ndarray], rows_per_microbatch: int) -> list[Bat
     if rows_per_microbatch < 1:
         raise ValueError(f"rows_per_microbatch is {rows_per_microbatch}; set it to 1 or more")
     missing = -batch.num_rows % rows_per_microbatch
-    empty = _empty_rows(missing, batch.tokens_BT.shape[1], batch.valid_BC.shape[1])
+    _, T = batch.tokens_BT.shape
+    _, C = batch.valid_BC.shape
+    empty = _empty_rows(missing, T, C)
     if batch.routes_BTLk is not None:
         shape = (missing, *batch.routes_BTLk.shape[1:])
         empty = empty._replace(routes_BTLk=np.zeros(shape, batch.routes_BTLk.dtype))

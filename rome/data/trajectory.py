@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from rome.data.files import write_atomically
 from rome.data.routes import routes_from_json, routes_to_json
+from rome.files import write_atomically
 
 ATIF_VERSION = "ATIF-v1.7"
 ENDINGS = (

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import zstandard
 
-from rome.data.files import sync
+from rome.files import sync
 from rome.model.hf.files import check_space, in_threads
 
 LEVEL = 1  # of zstd: zeros compress as well at the fastest level

@@ -20,12 +20,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rome.data.files import sync
 from rome.engine.client import Engine
 from rome.engine.delta import read_header, write_delta
 from rome.engine.errors import EngineError
 from rome.engine.pool import EnginePool
 from rome.engine.proof import Weights
+from rome.files import sync
 from rome.model.config import ModelConfig
 from rome.model.hf.checkpoint import save_hf
 

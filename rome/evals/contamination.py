@@ -20,9 +20,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from envs.tasks.harbor import HarborTask
-from rome.data.files import write_atomically
 from rome.evals.report import Table, write_pages
 from rome.evals.tasks import EvalTask
+from rome.files import write_atomically
 
 N = 13  # words of an n-gram
 MIN_WORDS = 8  # of an instruction that is checked

@@ -15,8 +15,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rome.data.files import write_atomically
 from rome.evals.statistics import Record, grouped, is_counted, summarise
+from rome.files import write_atomically
 
 MAX_SHOWN_ATTEMPTS = 2000  # in the pages; results.json has all
 ABOUT = ("dataset", "agent", "seed", "isolation", "model", "checkpoint", "endpoint", "complete")

@@ -20,11 +20,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
-from rome.data.files import write_atomically
 from rome.data.seeds import derive_seed
 from rome.evals.agents import Agent, Outcome
 from rome.evals.statistics import is_counted
 from rome.evals.tasks import EvalTask
+from rome.files import write_atomically
 
 MAX_TRIES = 3
 RETRY_WAIT_SECONDS = 0.5

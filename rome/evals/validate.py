@@ -14,13 +14,13 @@ from typing import Any
 
 from envs.rock import SandboxConfig
 from envs.tasks.harbor import TaskError
-from rome.data.files import write_atomically
 from rome.evals.agents import Scripted
 from rome.evals.cheats import CHEATS
 from rome.evals.report import Table, write_pages
 from rome.evals.runner import Job
 from rome.evals.statistics import Record, is_counted
 from rome.evals.tasks import EvalTask
+from rome.files import write_atomically
 
 AGENTS = ("oracle", "noop", "cheat")
 

@@ -108,11 +108,13 @@ def load_metrics(counts_LE: Array, config: ModelConfig) -> dict[str, Array]:
     """
     E = config.num_experts
     counts_LE = counts_LE[np.array(config.sparse_layers)]
-    mean_L1 = jnp.maximum(counts_LE.mean(axis=1, keepdims=True), 1e-9)
-    loads_LE = counts_LE / mean_L1
-    ranked_LE = jnp.arange(1, E + 1) * jnp.sort(loads_LE, axis=1)
-    gini_L = 2 * jnp.sum(ranked_LE, axis=1) / E**2 - (E + 1) / E
-    return {"router_load_max": loads_LE.max(axis=1).mean(), "router_gini": gini_L.mean()}
+    mean_L1 = counts_LE.mean(axis=1, keepdims=True)
+    loads_LE = counts_LE / jnp.maximum(mean_L1, 1e-9)
+    ranks_E = jnp.arange(1, E + 1)
+    ranked_sum_L = jnp.sum(ranks_E * jnp.sort(loads_LE, axis=1), axis=1)
+    gini_L = 2 * ranked_sum_L / E**2 - (E + 1) / E
+    busiest_L = loads_LE.max(axis=1)
+    return {"router_load_max": busiest_L.mean(), "router_gini": gini_L.mean()}
 
 
 def route(

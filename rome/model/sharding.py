@@ -156,11 +156,17 @@ def extent(mesh: Mesh, axis: str) -> tuple[int, ...]:
 
     Dimensions of one chip are left out. Devices without coordinates lie in a line.
     """
-    groups = np.moveaxis(mesh.devices, AXES.index(axis), -1).reshape(-1, mesh.shape[axis])
-    first_group = groups[0]
-    places = [getattr(device, "coords", (number,)) for number, device in enumerate(first_group)]
-    chips_along = [len(set(coordinates)) for coordinates in zip(*places, strict=True)]
-    return tuple(chips for chips in chips_along if chips > 1)
+    along_axis_last = np.moveaxis(mesh.devices, AXES.index(axis), -1)
+    first_group = along_axis_last.reshape(-1, mesh.shape[axis])[0]
+    places = []
+    for number, device in enumerate(first_group):
+        places.append(getattr(device, "coords", (number,)))
+    found = []
+    for coordinates in zip(*places, strict=True):
+        chips = len(set(coordinates))
+        if chips > 1:
+            found.append(chips)
+    return tuple(found)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

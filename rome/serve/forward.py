@@ -10,8 +10,9 @@ spent on transposing it. Tests compare this pass with `Qwen3`'s.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -80,11 +81,10 @@ def forward(
         x_BTD = x_BTD + attended_BTD
         normed_BTD = _norm(config, layer["moe_norm"], x_BTD)
         if "mlp" in layer:
-            out_BTD = DenseMLP(config).apply({"params": layer["mlp"]}, normed_BTD)
+            out_BTD = _apply(DenseMLP(config), layer["mlp"], normed_BTD)
             ids_BTk = jnp.full((*real_BT.shape, config.experts_per_token), -1, jnp.int32)
         else:
-            moe = MoE(config, experts)
-            out_BTD, ids_BTk, _ = moe.apply({"params": layer["moe"]}, normed_BTD, real_BT)
+            out_BTD, ids_BTk, _ = _apply(MoE(config, experts), layer["moe"], normed_BTD, real_BT)
         x_BTD = x_BTD + out_BTD
         caches.append(layer_cache)
         routes.append(ids_BTk)
@@ -160,4 +160,8 @@ def _write(
 
 
 def _norm(config: ModelConfig, params: Params, x: Array) -> Array:
-    return RMSNorm(config.rms_norm_eps).apply({"params": params}, x)
+    return _apply(RMSNorm(config.rms_norm_eps), params, x)
+
+
+def _apply(module: nn.Module, params: Params, *inputs: Array) -> Any:
+    return module.apply({"params": params}, *inputs)

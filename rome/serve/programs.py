@@ -18,13 +18,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from rome.model.config import ModelConfig
 from rome.model.qwen3 import Params, head_kernel
 from rome.serve.forward import Cache, LayerCache, forward
-from rome.serve.sampling import RowSampling, sample, token_logprobs
+from rome.serve.sampling import AnyArray, RowSampling, sample, token_logprobs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +66,12 @@ class Chunks(NamedTuple):
       slot_R: slot that the row's cache is written to.
     """
 
-    token_RP: Array | np.ndarray
-    target_RP: Array | np.ndarray
-    start_R: Array | np.ndarray
-    length_R: Array | np.ndarray
-    source_R: Array | np.ndarray
-    slot_R: Array | np.ndarray
+    token_RP: AnyArray
+    target_RP: AnyArray
+    start_R: AnyArray
+    length_R: AnyArray
+    source_R: AnyArray
+    slot_R: AnyArray
 
 
 class Prefilled(NamedTuple):
@@ -85,10 +84,10 @@ class Prefilled(NamedTuple):
       routes_LRPk: experts of each token.
     """
 
-    token_R: Array | np.ndarray
-    logprob_R: Array | np.ndarray
-    target_logprob_RP: Array | np.ndarray
-    routes_LRPk: Array | np.ndarray
+    token_R: AnyArray
+    logprob_R: AnyArray
+    target_logprob_RP: AnyArray
+    routes_LRPk: AnyArray
 
 
 class Next(NamedTuple):
@@ -100,17 +99,17 @@ class Next(NamedTuple):
       slot_R: slot of the row's cache; S for a row without work.
     """
 
-    token_R: Array | np.ndarray
-    position_R: Array | np.ndarray
-    slot_R: Array | np.ndarray
+    token_R: AnyArray
+    position_R: AnyArray
+    slot_R: AnyArray
 
 
 class Decoded(NamedTuple):
     """Outputs of one decode call: tokens of Q steps, and the experts of the token before each."""
 
-    token_QR: Array | np.ndarray
-    logprob_QR: Array | np.ndarray
-    routes_QLRk: Array | np.ndarray
+    token_QR: AnyArray
+    logprob_QR: AnyArray
+    routes_QLRk: AnyArray
 
 
 Prefill = Callable[[Params, Cache, Chunks, RowSampling, Any], tuple[Cache, Prefilled]]

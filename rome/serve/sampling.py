@@ -7,12 +7,13 @@ B rows, V vocabulary.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
+
+AnyArray = Any  # of NumPy where a call is prepared or read, traced by JAX inside the programs
 
 
 class RowSampling(NamedTuple):
@@ -26,11 +27,11 @@ class RowSampling(NamedTuple):
       min_p_B: 0 keeps all tokens.
     """
 
-    seed_B2: Array | np.ndarray
-    temperature_B: Array | np.ndarray
-    top_p_B: Array | np.ndarray
-    top_k_B: Array | np.ndarray
-    min_p_B: Array | np.ndarray
+    seed_B2: AnyArray
+    temperature_B: AnyArray
+    top_p_B: AnyArray
+    top_k_B: AnyArray
+    min_p_B: AnyArray
 
 
 def sample(logits_BV: Array, position_B: Array, rows: RowSampling) -> tuple[Array, Array]:

@@ -1,154 +1,211 @@
-"""What a training step of reinforcement learning trains on: wires rollouts, curriculum, anchors and
-experts to the learner's batches.
+"""What a step of reinforcement learning trains on: the episodes it takes, packed and scored.
 
-Process 0 plays; the others learn from it which files of the workdir the step is made of, and pack
-the same rows. WORKDIR/steps.jsonl says which groups each step took, WORKDIR/trajectories/ holds
-them: NAME_WAVE_gGROUP_eEPISODE.json, and for what was shown NAME_STEP_expert_N.json,
-NAME_STEP_fork_N.json.
+Process 0 plays. The others are told which files of the workdir the step is made of, and pack the
+same rows. WORKDIR/steps.jsonl records the groups that each step took. WORKDIR/trajectories/ holds
+the sampled episodes, NAME_WAVE_gGROUP_eEPISODE.json, and those that were imitated
+(rome/stages/imitation.py).
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import functools
 import pathlib
 import random
-import time
-from collections.abc import Awaitable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-import numpy as np
+import ml_collections
 
 from envs.rock.sync import run as run_async
 from envs.tasks.terminal import FAMILIES, train_seed
-from rome.data.batch import RL, Batch
 from rome.data.packing import microbatches, pack
-from rome.data.trajectory import Trajectory, load_trajectory, save_trajectory
+from rome.data.trajectory import Trajectory, load_trajectory
 from rome.losses import ADVANTAGES, count_denominators
 from rome.model.config import ModelConfig
-from rome.model.hf.checkpoint import load_hf
-from rome.model.params import param_shardings
-from rome.rollout.anchors import Anchors, anchor_of, fork_imitation
+from rome.rollout.anchors import Anchors, anchor_of
 from rome.rollout.curriculum import Curriculum
-from rome.rollout.demonstrations import collect_demonstrations
 from rome.rollout.forks import REPLAY_SECONDS, Forks
 from rome.rollout.group import GroupPlan, Taken
 from rome.rollout.outcomes import mixed_groups, rollout_metrics
 from rome.rollout.player import Accounting, Episode, RolloutError
 from rome.rollout.scheduler import MAX_REPLACEMENTS, RolloutScheduler, Rules
+from rome.stages.imitation import Shown, TaskGroup, show_solutions
+from rome.stages.old_logprobs import OldLogprobs
+from rome.stages.players import Players, count_waves, load_when_visible
 from rome.train.alarms import check_mismatch
 from rome.train.loop import StepData
 from rome.train.state import TrainState
+from rome.train.team import Team
 
-if TYPE_CHECKING:
-    from rome.stages.base import Run
-
-# in which a file that one host wrote is seen by the others (NFS and buckets keep old listings for a
-# while)
-VISIBLE_SECONDS = 120.0
-EXPERT_CONCURRENCY = 16
-# for the rollouts to begin, to be asked for their state, to close their sandboxes
+# For the rollouts to start, to report their state, or to close their sandboxes.
 CONTROL_SECONDS = 60.0
 
 
 class Collector:
-    """The rollouts of one run. In processes that do not lead it only packs and scores."""
+    """The rollouts of one run, and the batches made of them.
 
-    def __init__(self, run: Run) -> None:
-        self.run, self.config, self.files = run, run.config, run.workdir / "trajectories"
+    In processes that do not lead, it only packs and scores.
+
+    Args:
+      config: of the experiment.
+      workdir: of the run.
+      players: play the episodes and the demonstrations.
+      old_logprobs: scores pi_old.
+      model_config: of the model that is trained.
+      team: the processes of this job.
+    """
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        workdir: pathlib.Path,
+        *,
+        players: Players,
+        old_logprobs: OldLogprobs,
+        model_config: ModelConfig,
+        team: Team,
+    ) -> None:
+        self.config = config
+        self.files = workdir / "trajectories"
         self.accounting = Accounting()
         self.curriculum = Curriculum(FAMILIES)
-        self.anchors = Anchors(run.config.resampling, run.config.group_size)
-        self.past: dict[
-            int, Any
-        ] = {}  # version -> parameters, of the last async_ratio versions and this one
-        # the state before the step that is being collected or trained; a step that fails is
-        # repeated from there
-        self.before: dict[str, Any] | None = None
+        self.anchors = Anchors(config.rollout.resampling, config.group_size)
+        self._journal = workdir / "steps.jsonl"
+        self._players = players
+        self._old_logprobs = old_logprobs
+        self._model_config = model_config
+        self._team = team
+        # The step that was collected last and the state before it: a step that fails between
+        # collecting and training is repeated from there.
+        self._state_before: tuple[int, dict[str, Any]] | None = None
+        self._evaluations = 0
+        self._is_evaluating = False
+        self._evaluations_at_take = 0
+        self._untimed: set[str] = set()  # names of episodes whose sampling speed is not this step's
 
     @functools.cached_property
     def rollouts(self) -> RolloutScheduler:
-        config, apart = self.config, not self.config.whole_groups
+        """The scheduler, made when the first episode may start; it uses the accounting of then."""
+        config = self.config
+        rollout = config.rollout
+        # Without whole groups every episode is a group of its own, and its siblings follow it.
+        siblings = 1 if rollout.whole_groups else config.group_size
         rules = Rules(
-            groups_per_step=config.groups * (config.group_size if apart else 1),
-            group_size=1 if apart else config.group_size,
-            siblings=config.group_size if apart else 1,
+            groups_per_step=config.groups * siblings,
+            group_size=config.group_size if rollout.whole_groups else 1,
+            siblings=siblings,
             concurrency=config.concurrency,
             steps=config.steps,
-            async_ratio=config.async_ratio,
-            redundancy=config.redundancy,
-            replace_equal=config.replace_equal,
-            stale_samples=config.late,
+            async_ratio=rollout.async_ratio,
+            redundancy=rollout.redundancy,
+            replace_equal=rollout.replace_equal,
+            stale_samples=rollout.stale_samples,
             seed=config.seed,
         )
         return RolloutScheduler(
             rules,
-            self.play,
-            self.plan,
-            self.replan,
+            self._play,
+            self._plan_wave,
+            self._plan_replacement,
             accounting=self.accounting,
-            should_stop=self.run.team.wants_to_stop,
-            forget=lambda episode: self.path(episode).unlink(missing_ok=True),
-            journal=self.run.workdir / "steps.jsonl",
+            should_stop=self._team.wants_to_stop,
+            forget=self._forget,
+            journal=self._journal,
         )
 
-    # -- what the run calls
+    # -- what the stage calls
     # ---------------------------------------------------------------------------------------------
 
-    def advance(self, state: TrainState) -> None:
-        """The weights of `state` are on the engines."""
-        version, alpha = int(state.step), self.config.async_ratio
-        if alpha and self.config.old == "trainer" and version not in self.past:
-            self.past[version] = self.run.learner.keep(state.params)
-            self.past = {
-                kept: params for kept, params in self.past.items() if kept >= version - alpha
-            }
-        if self.run.team.leads:
-            run_async(self.rollouts.advance(version), CONTROL_SECONDS)
+    def begin(self, state: TrainState) -> None:
+        """Start the episodes that the published weights of `state` may play, in the background."""
+        self._old_logprobs.remember(state)
+        if self._team.leads:
+            run_async(self.rollouts.advance(int(state.step)), CONTROL_SECONDS)
 
     def collect(self, step: int, state: TrainState) -> StepData:
-        """groups x group_size episodes, packed, with logp_old of the weights that sampled each
-        token.
+        """Take the episodes of a step, pack them, and score pi_old.
+
+        Raises:
+          Stopped: where the user asked to stop.
+          RolloutError: where an episode cannot be played, or the groups are not there in time.
+          TrainingAlarm: where the engine samples from another distribution than the trainer's.
         """
-        config, run, self.before = self.config, self.run, self.get_state()
-        learnt: list[Trajectory] = []  # the leader's own; the others read theirs
-        shared = run.team.share(f"episodes of step {step}", lambda: self._take(step, learnt))
-        learnt = learnt or [
-            load_when_visible(self.files / name) for name in (*shared["kept"], *shared["shown"])
-        ]
+        config = self.config
+        self._state_before = step, self._current_state()
+        trajectories, shared = self._team.share_part(
+            f"episodes of step {step}", lambda: self._take(step)
+        )
+        if trajectories is None:
+            names = (*shared["kept"], *shared["shown"])
+            trajectories = [load_when_visible(self.files / name) for name in names]
         batch = pack(
-            learnt,
+            trajectories,
             row_length=config.row_length,
             chunks_per_row=config.chunks_per_row,
             gamma=config.gamma,
             failure_reward=config.failure_reward,
-            routes_for=run.model_config if config.routing_replay == "rollout" else None,
+            routes_for=self._model_config if config.routing_replay == "rollout" else None,
             advantage=ADVANTAGES.get(config.loss, "normalised"),
-            anchor=config.anchor,
+            anchor=config.gigpo_state,
             denial_penalty=config.denial_penalty,
             negative_weight=config.negative_weight,
             negative_tokens=config.negative_tokens,
         )
-        run.require_same_rows(step, batch)
-        batches, unscored = self._with_old(microbatches(batch, config.rows_per_microbatch), state)
-        check_mismatch(batches, config.alarm_kl, unscored)
-        if run.team.leads:
+        self._team.require_same_rows(step, batch)
+        unscored = microbatches(batch, config.rows_per_microbatch)
+        batches, lost_versions = self._old_logprobs.fill(unscored, state)
+        check_mismatch(batches, config.alarm_kl, lost_versions)
+        if self._team.leads:
             self.accounting.drop("equal_group", shared["taken"] - len(shared["kept"]))
             self.accounting.train(len(shared["kept"]))
             run_async(self.rollouts.check(), CONTROL_SECONDS)
-        return StepData(batches, count_denominators(batches), shared["figures"] | run.publication)
+        return StepData(batches, count_denominators(batches), shared["metrics"])
 
-    def get_state(self) -> dict[str, Any]:
-        """As it is between two steps: groups that were taken by a step that was not trained are
-        still to be taken.
+    @contextlib.contextmanager
+    def beside_evaluation(self) -> Iterator[None]:
+        """Mark the episodes that run meanwhile: an evaluation shares the engines with them.
+
+        The speed of a step (tokens_per_s) is left out of its metrics where an evaluation ran beside
+        its episodes or since the last step took its own: neither their tokens nor that time say how
+        fast the rollouts are.
         """
-        if self.before is not None:
-            return self.before
-        rollouts = (
-            run_async(self.rollouts.get_state(), CONTROL_SECONDS)
-            if self.run.team.leads
-            else {"accounting": self.accounting.to_json()}
-        )
+        self._evaluations += 1
+        self._is_evaluating = True
+        try:
+            yield
+        finally:
+            self._is_evaluating = False
+
+    def get_state(self, step: int) -> dict[str, Any]:
+        """Return the state with which training can resume at `step`.
+
+        Where `step` was collected but not trained, it is the state before that: the groups that the
+        step took count as not taken, so a resumed run takes them again.
+        """
+        if self._state_before is not None and self._state_before[0] == step:
+            return self._state_before[1]
+        return self._current_state()
+
+    def set_state(self, document: dict[str, Any]) -> None:
+        """Continue from a state that `get_state` returned; call it before `begin`."""
+        self.accounting = Accounting.from_json(document["accounting"])
+        self.curriculum = Curriculum(FAMILIES, document["success_rates"])
+        self.anchors.load(document["anchors"])
+        if self._team.leads:
+            self.rollouts.set_state(document["rollouts"], self._plan_of_entry)
+
+    def close(self) -> None:
+        """Cancel the running episodes and wait until their sandboxes are gone."""
+        has_started = "rollouts" in self.__dict__  # a cached property: reading it would start them
+        if self._team.leads and has_started:
+            run_async(self.rollouts.close(), CONTROL_SECONDS)
+
+    def _current_state(self) -> dict[str, Any]:
+        if self._team.leads:
+            rollouts = run_async(self.rollouts.get_state(), CONTROL_SECONDS)
+        else:
+            rollouts = {"accounting": self.accounting.to_json()}
         return {
             "accounting": rollouts.pop("accounting"),
             "success_rates": dict(self.curriculum.rates),
@@ -156,335 +213,197 @@ class Collector:
             "rollouts": rollouts,
         }
 
-    def set_state(self, document: dict[str, Any]) -> None:
-        self.accounting = Accounting.from_json(document["accounting"])
-        self.curriculum = Curriculum(FAMILIES, document["success_rates"])
-        self.anchors.load(document["anchors"])
-        if self.run.team.leads:
-            self.rollouts.set_state(
-                document["rollouts"],
-                lambda entry: self._plan_from(entry["task"], entry["source"], entry["prefixes"]),
-            )
-
-    def close(self) -> None:
-        if self.run.team.leads and "rollouts" in self.__dict__:
-            run_async(self.rollouts.close(), CONTROL_SECONDS)
-
-    # -- what the rollouts ask for
+    # -- what the scheduler calls
     # ---------------------------------------------------------------------------------------------
 
-    def path(self, episode: Episode) -> pathlib.Path:
+    def _path(self, episode: Episode) -> pathlib.Path:
         return self.files / f"{self.config.experiment}_{episode.name}.json"
 
-    def play(self, episode: Episode) -> Awaitable[Trajectory]:
-        return self.run.scheduler.play_one(
+    def _forget(self, episode: Episode) -> None:
+        self._path(episode).unlink(missing_ok=True)
+
+    async def _play(self, episode: Episode) -> Trajectory:
+        path = self._path(episode)
+        is_kept = path.exists()
+        evaluations = self._evaluations
+        was_evaluating = self._is_evaluating
+        trajectory = await self._players.play_one(
             episode,
             temperature=self.config.temperature,
             accounting=self.accounting,
-            path=self.path(episode),
+            path=path,
             routes=self.config.routing_replay == "rollout",
         )
+        if is_kept or was_evaluating or evaluations != self._evaluations:
+            self._untimed.add(episode.name)
+        return trajectory
 
-    def plan(self, wave: int) -> list[GroupPlan]:
-        """Hard tasks from their anchors, as many as `resample_share` allows and there are; else
-        what the curriculum draws.
+    def _plan_wave(self, wave: int) -> list[GroupPlan]:
+        """Plan the groups of one step.
+
+        Hard tasks are resampled from their anchors, up to `resample_share` of the groups; the
+        curriculum draws the others.
         """
-        config, rng = self.config, random.Random(f"tasks/{self.config.seed}/{wave}")
-        groups = config.groups + config.redundant_groups
-        hard = (
-            self.anchors.choose(
-                round(config.resample_share * groups),
-                random.Random(f"anchors/{config.seed}/{wave}"),
-            )
-            if config.resampling != "off"
-            else []
-        )
-        plans = [self._plan_from(*chosen) for chosen in hard]
-        plans += [
-            GroupPlan(f"{family}/{train_seed(rng.randrange(1_000_000))}")
-            for family in self.curriculum.draw(groups - len(hard), rng)
-        ]
-        return (
-            plans
-            if config.whole_groups
-            else [plan for plan in plans for _ in range(config.group_size)]
-        )
+        config = self.config
+        rollout = config.rollout
+        rng = random.Random(f"tasks/{config.seed}/{wave}")
+        resampled = []
+        if rollout.resampling != "off":
+            budget = round(rollout.resample_share * config.groups)
+            anchor_rng = random.Random(f"anchors/{config.seed}/{wave}")
+            resampled = self.anchors.choose(budget, anchor_rng)
+        plans = [self._plan_resampled(*chosen) for chosen in resampled]
+        for family in self.curriculum.draw(config.groups - len(resampled), rng):
+            plans.append(plan_new_task(family, rng))
+        if rollout.whole_groups:
+            return plans
+        return [plan for plan in plans for _ in range(config.group_size)]
 
-    def replan(self, number: int, attempt: int) -> GroupPlan:
+    def _plan_replacement(self, number: int, attempt: int) -> GroupPlan:
+        """Plan the group that takes the place of one without spread."""
         rng = random.Random(f"tasks/{self.config.seed}/{number}/{attempt}")
-        return GroupPlan(
-            f"{self.curriculum.draw(1, rng)[0]}/{train_seed(rng.randrange(1_000_000))}"
-        )
+        family = self.curriculum.draw(1, rng)[0]
+        return plan_new_task(family, rng)
 
-    def _plan_from(self, task: str, source: str, anchors: tuple[int, ...] | list[int]) -> GroupPlan:
+    def _plan_of_entry(self, entry: dict[str, Any]) -> GroupPlan:
+        return self._plan_resampled(entry["task"], entry["source"], entry["prefixes"])
+
+    def _plan_resampled(self, task: str, source: str, anchors: Sequence[int]) -> GroupPlan:
+        """Plan a group of a task whose episodes start after so many chunks of a source."""
         if not source:
             return GroupPlan(task)
         chunks = load_trajectory(self.files / source).chunks
         prefixes = tuple(tuple(chunks[:anchor]) for anchor in anchors)
-        return GroupPlan(task, prefixes, source, Forks(lambda: self.run.make_env(task), prefixes))
+        forks = Forks(functools.partial(self._players.make_env, task), prefixes)
+        return GroupPlan(task, prefixes, source, forks)
 
-    # -- one step
+    # -- one step, in the leader
     # ---------------------------------------------------------------------------------------------
 
-    def _take(self, step: int, learnt: list[Trajectory]) -> dict[str, Any]:
-        """The leader's part of a step: puts into `learnt` what is trained on.
+    def _take(self, step: int) -> tuple[list[Trajectory], dict[str, Any]]:
+        """Take the groups of a step, and show solutions of what they did not solve.
 
-        Returns what the others need.
+        Returns:
+          The trajectories that are trained on, and a document that names their files for the other
+          processes.
         """
         config = self.config
+        taken = self._wait_for_groups(step)
+        sampled = [trajectory for group in taken.groups for trajectory in group]
+        names = [name for group in taken.names for name in group]
+        files = {
+            id(trajectory): f"{config.experiment}_{name}.json"
+            for trajectory, name in zip(sampled, names, strict=True)
+        }
+        from_start = [one for one in taken.replaced + sampled if anchor_of(one) == 0]
+        self.curriculum.observe(from_start)
+        groups = by_task_group(taken)
+        shown: dict[int, Shown] = {}
+        if config.lambda_il:
+            shown = show_solutions(
+                step, groups, config=config, players=self._players, files=self.files
+            )
+        self._observe_anchors(groups, shown, files)
+        kept = mixed_groups(sampled) if config.rollout.filter_groups else sampled
+        metrics = rollout_metrics(sampled, step, taken.seconds)
+        metrics |= self._step_metrics(step, taken, sampled, len(shown))
+        if not self._is_timed(names):
+            metrics.pop("tokens_per_s", None)
+        document = {
+            "taken": len(sampled),
+            "kept": [files[id(trajectory)] for trajectory in kept],
+            "shown": [one.file for one in shown.values()],
+            "metrics": metrics,
+        }
+        return [*kept, *(one.trajectory for one in shown.values())], document
+
+    def _wait_for_groups(self, step: int) -> Taken:
+        seconds = self._take_seconds()
         try:
-            taken = run_async(self.rollouts.take(step), seconds := self._take_seconds())
+            return run_async(self.rollouts.take(step), seconds)
         except TimeoutError:
             raise RolloutError(
-                f"step {step} had no {config.groups} complete groups within {seconds:.0f} s, more"
-                f" than their episodes may take by episode_seconds={config.episode_seconds:g}: a"
-                " sandbox or an engine hangs; see its log. Finished trajectories are kept; run the"
-                " same command again."
+                f"step {step} had no {self.config.groups} complete groups within {seconds:.0f} s,"
+                " more than their episodes may take by"
+                f" episode_seconds={self.config.episode_seconds:g}: a sandbox or an engine hangs;"
+                " see its log. Finished trajectories are kept; run the same command again."
             ) from None
-        trajectories = [trajectory for group in taken.groups for trajectory in group]
-        file_of = {
-            id(trajectory): f"{config.experiment}_{name}.json"
-            for group, names in zip(taken.groups, taken.names)
-            for trajectory, name in zip(group, names)
-        }
-        self.curriculum.observe(
-            trajectory for trajectory in taken.replaced + trajectories if anchor_of(trajectory) == 0
-        )
-        groups: dict[int, list[Trajectory]] = {}
-        sources: dict[int, str] = {}
-        for members, source in zip(taken.groups, taken.sources):
-            groups.setdefault(members[0].group, []).extend(members)
-            sources[members[0].group] = source
-        shown = self._demonstrations(step, groups, sources) if config.lambda_il else {}
-        for number, members in groups.items():
-            self.anchors.observe(
-                members, sources[number], lambda trajectory: file_of[id(trajectory)]
-            )
-            if config.resampling != "off" and (expert := shown.get(number)) and not sources[number]:
-                self.anchors.enter(expert[1].task, expert[0], len(expert[1].chunks))
-        kept = mixed_groups(trajectories) if config.filter_groups else trajectories
-        learnt.extend([*kept, *(trajectory for _, trajectory in shown.values())])
-        return {
-            "taken": len(trajectories),
-            "kept": [file_of[id(one)] for one in kept],
-            "shown": [name for name, _ in shown.values()],
-            "figures": (
-                rollout_metrics(trajectories, step, taken.seconds)
-                | self._figures(step, taken, trajectories, len(shown))
-            ),
-        }
 
     def _take_seconds(self) -> float:
-        """What the groups of a step may take at worst: all that may be in flight, one wave after
-        the other, each episode as often as it may be replaced.
+        """Return how long the groups of a step may take at worst.
+
+        That is: all episodes that may be in flight, one wave after the other, each as often as it
+        may be replaced, and the replay of a source that its group waits for.
         """
         config = self.config
-        episodes = (
-            (config.async_ratio + 1)
-            * (config.groups + config.redundant_groups)
-            * (config.group_size + config.redundancy)
-        )
-        times = self.run.scheduler.attempts * (1 + MAX_REPLACEMENTS if config.replace_equal else 1)
-        replays = (
-            REPLAY_SECONDS if config.resampling != "off" else 0.0
-        )  # of a source; its group waits for it
-        return CONTROL_SECONDS + -(-episodes // config.concurrency) * (
-            times * config.episode_seconds + replays
-        )
+        rollout = config.rollout
+        episodes_of_step = config.groups * (config.group_size + rollout.redundancy)
+        waves = count_waves((rollout.async_ratio + 1) * episodes_of_step, config.concurrency)
+        times = self._players.attempts
+        if rollout.replace_equal:
+            times *= 1 + MAX_REPLACEMENTS
+        seconds_of_wave = times * config.episode_seconds
+        if rollout.resampling != "off":
+            seconds_of_wave += REPLAY_SECONDS
+        return CONTROL_SECONDS + waves * seconds_of_wave
 
-    def _figures(
-        self, step: int, taken: Taken, trajectories: list[Trajectory], shown: int
+    def _observe_anchors(
+        self, groups: Sequence[TaskGroup], shown: dict[int, Shown], files: dict[int, str]
+    ) -> None:
+        """Tell the anchors how the groups ended, and which tasks have a demonstration now."""
+        for group in groups:
+            self.anchors.observe(
+                group.members, group.source, lambda trajectory: files[id(trajectory)]
+            )
+            demonstration = shown.get(group.number)
+            if self.config.rollout.resampling == "off" or demonstration is None or group.source:
+                continue
+            trajectory = demonstration.trajectory
+            self.anchors.enter(trajectory.task, demonstration.file, len(trajectory.chunks))
+
+    def _step_metrics(
+        self, step: int, taken: Taken, sampled: list[Trajectory], shown: int
     ) -> dict[str, float]:
-        figures = {
+        """Return metrics of how the step's episodes were scheduled."""
+        metrics: dict[str, float] = {
             "demonstrations": shown,
             "trainer_wait": taken.waited / max(taken.seconds, 1e-9),
             "open_episodes": taken.open_episodes,
-            "max_staleness": max(step - trajectory.oldest_version for trajectory in trajectories),
+            "max_staleness": max(step - trajectory.oldest_version for trajectory in sampled),
         }
-        if self.config.resampling == "off":
-            return figures
-        resampled = [trajectory.reward > 0 for trajectory in trajectories if anchor_of(trajectory)]
-        figures |= {
-            "resampled": len(resampled),
-            "hard_tasks": len(self.anchors.tasks),
-            "crucial_chunks": self.anchors.crucial(),
-        }
-        return figures | (
-            {"success_resampled": sum(resampled) / len(resampled)} if resampled else {}
-        )
+        if self.config.rollout.resampling == "off":
+            return metrics
+        resampled = [trajectory.reward > 0 for trajectory in sampled if anchor_of(trajectory)]
+        metrics["resampled"] = len(resampled)
+        metrics["hard_tasks"] = len(self.anchors.tasks)
+        metrics["crucial_chunks"] = self.anchors.crucial()
+        if resampled:
+            metrics["success_resampled"] = sum(resampled) / len(resampled)
+        return metrics
 
-    def _demonstrations(
-        self, step: int, groups: dict[int, list[Trajectory]], sources: dict[int, str]
-    ) -> dict[int, tuple[str, Trajectory]]:
-        """Eq. 10's imitation, (file, trajectory) by group: of forks without a success what their
-        source did there, of other tasks without one what an expert does.
-
-        Each is a group of its own, so that it stays out of the statistics of groups that were
-        sampled.
-        """
-        config, first = (
-            self.config,
-            self.config.steps * (self.config.groups + self.config.redundant_groups),
-        )
-        path = lambda number, kind="expert": (
-            self.files / f"{config.experiment}_{step:06d}_{kind}_{number:03d}.json"
-        )
-        unsolved = [
-            number
-            for number, members in groups.items()
-            if not sources[number] and not any(t.reward > 0 for t in members)
-        ]
-        played = run_async(
-            collect_demonstrations(
-                [groups[number][0].task for number in unsolved],
-                self.run.make_env,
-                self.run.chat,
-                error_rate=0.0,
-                concurrency=EXPERT_CONCURRENCY,
-                record=path,
-                first_group=first,
-            ),
-            CONTROL_SECONDS + -(-len(unsolved) // EXPERT_CONCURRENCY) * config.episode_seconds,
-        )
-        shown = {
-            number: (path(place).name, trajectory)
-            for place, (number, trajectory) in enumerate(zip(unsolved, played))
-        }
-        for number, source in sources.items():
-            if (
-                source
-                and (
-                    imitated := fork_imitation(load_trajectory(self.files / source), groups[number])
-                )
-                is not None
-            ):
-                imitated = dataclasses.replace(imitated, group=first + len(shown))
-                save_trajectory(imitated, path(len(shown), "fork"))
-                shown[number] = path(len(shown), "fork").name, imitated
-        return shown
-
-    # -- pi_old
-    # ---------------------------------------------------------------------------------------------
-
-    def _with_old(self, batches: list[Batch], state: TrainState) -> tuple[list[Batch], set[int]]:
-        """logp_old of every micro-batch, each token's at the weights that sampled it, and, where
-        the trainer is to replay its own routes, the routes of the pass that scored it.
-
-        What is not a sample of the policy is scored at the weights of `state`. And the versions
-        that nobody can score.
-        """
-        config, version = self.config, int(state.step)
-        if config.old == "rollout":
-            return [batch._replace(logp_old_BT=batch.logp_rollout_BT) for batch in batches], set()
-        scored, unscored = (
-            [
-                self._filled(batch, batch, *found)
-                for batch, found in zip(batches, self._score(state.params, batches))
-            ],
-            set(),
-        )
-        stale = sorted(
-            {
-                int(found)
-                for batch in batches
-                for found in np.unique(batch.version_BT[_sampled(batch)])
-            }
-            - {version}
-        )
-        for older in stale:
-            if (params := self._past_params(older)) is None:
-                unscored.add(older)
-            places = [
-                place
-                for place, batch in enumerate(batches)
-                if (_sampled(batch) & (batch.version_BT == older)).any()
-            ]
-            found = (
-                self._score(params, [batches[place] for place in places])
-                if params is not None
-                else [
-                    (batches[place].logp_rollout_BT, batches[place].routes_BTLk) for place in places
-                ]
-            )
-            for place, one in zip(places, found):
-                scored[place] = self._filled(
-                    batches[place],
-                    scored[place],
-                    *one,
-                    where_BT=_sampled(batches[place]) & (batches[place].version_BT == older),
-                )
-        return scored, unscored
-
-    def _score(
-        self, params: dict, batches: list[Batch]
-    ) -> list[tuple[np.ndarray, np.ndarray | None]]:
-        if self.config.routing_replay == "recompute":
-            return self.run.learner.score_and_record(params, batches)
-        return [
-            (logp_BT, batch.routes_BTLk)
-            for batch, logp_BT in zip(batches, self.run.learner.score(params, batches))
-        ]
-
-    def _filled(
-        self,
-        batch: Batch,
-        filled: Batch,
-        logp_BT: np.ndarray,
-        routes_BTLk: np.ndarray | None,
-        where_BT: np.ndarray | None = None,
-    ) -> Batch:
-        """`filled` with what one pass over `batch` found at `where_BT`; everywhere, where that is
-        None.
-        """
-        if where_BT is None:
-            return filled._replace(
-                logp_old_BT=np.where(batch.action_mask_BT, logp_BT, 0.0), routes_BTLk=routes_BTLk
-            )
-        routes = (
-            filled.routes_BTLk
-            if routes_BTLk is None or filled.routes_BTLk is None
-            else np.where(where_BT[..., None, None], routes_BTLk, filled.routes_BTLk)
-        )
-        return filled._replace(
-            logp_old_BT=np.where(where_BT, logp_BT, filled.logp_old_BT), routes_BTLk=routes
-        )
-
-    def _past_params(self, version: int) -> dict | None:
-        """Of an earlier version; a resumed run reads them from what engines were given.
-
-        None where nobody has them any more (a sample beyond the bound, with late=keep): then the
-        engine's own logprobs stand for pi_old.
-        """
-        if version in self.past:
-            return self.run.learner.recall(self.past[version])
-        directory = self.run.weights / f"step_{version:06d}"
-        if not directory.is_dir():
-            return None
-        shardings = param_shardings(self.run.learner.mesh, self.run.model_config)
-        return load_hf(directory, shardings=shardings, **own_settings(self.run.model_config))[0]
+    def _is_timed(self, names: Sequence[str]) -> bool:
+        """Return whether the time since the last take is the time that these episodes took."""
+        has_evaluated = self._evaluations != self._evaluations_at_take
+        has_untimed = not self._untimed.isdisjoint(names)
+        self._evaluations_at_take = self._evaluations
+        self._untimed.difference_update(names)
+        return not has_evaluated and not has_untimed
 
 
-def own_settings(model_config: ModelConfig) -> dict[str, Any]:
-    """What of a model's config is ours to choose, whatever a checkpoint of it says."""
-    return {
-        name: getattr(model_config, name)
-        for name in ("dtype", "remat", "scan_layers", "capacity_factor", "router_z_loss_coef")
-    }
+def plan_new_task(family: str, rng: random.Random) -> GroupPlan:
+    """Plan a group of a task of this family that is drawn at random."""
+    return GroupPlan(f"{family}/{train_seed(rng.randrange(1_000_000))}")
 
 
-def _sampled(batch: Batch) -> np.ndarray:
-    """[B, T] bool: tokens of RL chunks, whose version counts."""
-    return batch.kind_BT() == RL
+def by_task_group(taken: Taken) -> list[TaskGroup]:
+    """Return the taken episodes by the number of their group, in the order taken.
 
-
-def load_when_visible(path: pathlib.Path) -> Trajectory:
-    """A trajectory that the leader says it has written."""
-    ends = time.monotonic() + VISIBLE_SECONDS
-    while not path.exists() and time.monotonic() < ends:
-        time.sleep(0.2)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path}, written by process 0, is not seen here within {VISIBLE_SECONDS:.0f} s; is"
-            " --workdir on a file system that all hosts share?"
-        )
-    return load_trajectory(path)
+    Without whole groups, several taken groups are episodes of one task and share a number.
+    """
+    groups: dict[int, TaskGroup] = {}
+    for members, source in zip(taken.groups, taken.sources, strict=True):
+        number = members[0].group
+        group = groups.setdefault(number, TaskGroup(number, source, []))
+        group.source = source
+        group.members.extend(members)
+    return list(groups.values())

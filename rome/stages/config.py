@@ -1,16 +1,20 @@
-"""Configs before anything starts: every key is known, every combination possible, every run has a
-folder of its own.
+"""Load configs and check them before anything starts.
+
+The default config of a shipped experiment is the schema of its kind of training: its keys, and the
+type of each value. experiments/cpt.py and sft.py are the schemas of the losses of these names,
+experiments/ipa.py of every policy loss. To add a key, add it there with a default. The tables below
+hold only what a default cannot say: choices, and which numbers may be 0 or negative.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
+import functools
 import importlib.util
-import json
 import math
 import os
 import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import ml_collections
@@ -21,184 +25,82 @@ from rome.losses import ADVANTAGES, LIKELIHOODS, LOSSES, PUBLISHED, LossConfig, 
 from rome.model.config import PRESETS, REMATS
 from rome.rollout.anchors import Resampling
 from rome.rollout.scheduler import StaleSamples
+from rome.train.workdir import ConfigError
 
-SANDBOX_KEYS = {
-    "isolation": str,
-    "memory_mb": int,
-    "pids": int,
-    "disk_mb": int,
-    "command_timeout": float,
-    "egress": str,
-    "backend": str,
-    "image": str,
-    "url": str,
-}
-LEARNER_KEYS = {
-    "remat": str,
-    "attention": str,
-    "experts": str,
-    "exchange": str,
-    "capacity_factor": float,
-    "router_z_loss_coef": float,
-    "offload_moments": bool,
-}
-MESH_KEYS = {"replica": int, "fsdp": int, "expert": int, "sequence": int, "tensor": int}
-COMMON_KEYS = {
-    "experiment": str,
-    "preset": str,
-    "seed": int,
-    "init_from": str,
-    "model": str,
-    "tokenizer": str,
-    "loss": str,
-    "steps": int,
-    "updates_per_step": int,
-    "row_length": int,
-    "chunks_per_row": int,
-    "rows_per_microbatch": int,
-    "learning_rate": float,
-    "warmup_updates": int,
-    "decay": bool,
-    "weight_decay": float,
-    "clip": float,
-    "eval_every": int,
-    "checkpoint_every": int,
-    "checkpoints_kept": int,
-    "learner": LEARNER_KEYS,
-    "mesh": MESH_KEYS,
-}
-AGENT_KEYS = COMMON_KEYS | {
-    "max_context": int,
-    "max_new_tokens": int,
-    "max_turns": int,
-    "temperature": float,
-    "concurrency": int,
-    "episode_seconds": float,
-    "eval_tasks": int,
-    "eval_temperature": float,
-    "engines": str,
-    "embedded_engines": int,
-    "mirrors": str,
-    "engine_slots": int,
-    "sandbox": SANDBOX_KEYS,
-}
-CPT_KEYS = COMMON_KEYS | {"rows": int, "text": str, "held_out_share": float, "eval_documents": int}
-SFT_KEYS = AGENT_KEYS | {
-    "rows": int,
-    "expert_episodes": int,
-    "expert_error_rate": float,
-    "until_success": float,
-}
-RL_KEYS = AGENT_KEYS | {
-    "gamma": float,
-    "mismatch_threshold": float,
-    "mismatch_low": float,
-    "mismatch_mask": str,
-    "lambda_rl": float,
-    "lambda_il": float,
-    "norm": str,
-    "failure_reward": float,
-    "negative_weight": float,
-    "negative_tokens": int,
-    "denial_penalty": float,
-    "clip_low": float,
-    "clip_high": float,
-    "dual_clip": float,
-    "anchor": str,
-    "old": str,
-    "routing_replay": str,
-    "groups": int,
-    "group_size": int,
-    "filter_groups": bool,
-    "replace_equal": bool,
-    "async_ratio": int,
-    "late": str,
-    "whole_groups": bool,
-    "redundancy": int,
-    "redundant_groups": int,
-    "keep_redundant": bool,
-    "lend_engines": int,
-    "resampling": str,
-    "resample_share": float,
-    "alarm_kl": float,
-}
-KEYS = {"cpt": CPT_KEYS, "sft": SFT_KEYS}  # of a loss; the others are RL's
-# Switches that some losses read; 0 stands for the value of the loss' paper (PUBLISHED, where the
-# first is called mismatch_limit).
-OF_SOME_LOSSES = ("mismatch_threshold", "mismatch_low", "clip_low", "clip_high", "dual_clip")
-# What the experiment that a run starts from takes over from it: the model, the machine, the seed.
-INHERITED = (
-    "seed",
-    "model",
-    "tokenizer",
-    "engines",
-    "embedded_engines",
-    "mirrors",
-    "engine_slots",
-    "sandbox",
-    "mesh",
-)
-CHOICES = {
+EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
+SCHEMAS = {"cpt": "cpt.py", "sft": "sft.py"}  # by loss; every other loss has POLICY_SCHEMA
+POLICY_SCHEMA = "ipa.py"
+
+CHOICES: Mapping[str, Sequence[str]] = {
     "loss": tuple(LOSSES),
+    "model": tuple(PRESETS),
     "mismatch_mask": ("chunk", "token"),
     "norm": ("tokens", "chunks", "trajectories"),
-    "anchor": ("history", "observation"),
-    "old": ("trainer", "rollout"),
+    "gigpo_state": ("history", "observation"),
+    "logp_old_from": ("trainer", "rollout"),
     "routing_replay": ("off", "rollout", "recompute"),
-    "isolation": ("required", "best_available"),
-    "backend": BACKENDS,
-    "model": tuple(PRESETS),
-    "remat": REMATS,
-    "late": get_args(StaleSamples),
-    "resampling": get_args(Resampling),
+    "rollout.stale_samples": get_args(StaleSamples),
+    "rollout.resampling": get_args(Resampling),
+    "sandbox.isolation": ("required", "best_available"),
+    "sandbox.backend": BACKENDS,
+    "learner.remat": REMATS,
 }
+# Switches that only some losses read. 0 means the value of the loss' own paper (PUBLISHED).
+LOSS_SWITCHES = ("mismatch_limit", "mismatch_low", "clip_low", "clip_high", "dual_clip")
 MAY_BE_ZERO = {
     "seed",
     "warmup_updates",
     "weight_decay",
     "eval_every",
-    "expert_error_rate",
+    "demonstration_error_rate",
     "until_success",
     "lambda_rl",
     "lambda_il",
-    "failure_reward",
     "negative_weight",
     "negative_tokens",
     "denial_penalty",
     "temperature",
     "eval_temperature",
-    "capacity_factor",
-    "router_z_loss_coef",
-    "async_ratio",
-    "redundancy",
-    "redundant_groups",
-    "lend_engines",
-    *OF_SOME_LOSSES,
+    "learner.capacity_factor",
+    "learner.router_z_loss_coef",
+    "rollout.async_ratio",
+    "rollout.redundancy",
+    "rollout.lend_engines",
+    *LOSS_SWITCHES,
 }
-TOKEN = "ROCK_TOKEN"  # of a ROCK admin, in the environment
+MAY_BE_NEGATIVE = {"failure_reward"}
+MAY_BE_MINUS_ONE = {f"mesh.{axis}" for axis in ("replica", "fsdp", "expert", "sequence", "tensor")}
 
+TYPE_NAMES = {bool: "True or False", int: "an integer", float: "a number", str: "a text"}
 
-class ConfigError(ValueError):
-    """A config that cannot run: says which key, which value and what to do."""
+# Keys that a stage hands on to the stage that it starts from: the model, the machine, the seed.
+INHERITED = ("seed", "model", "tokenizer", "engine", "sandbox", "mesh")
+TOKEN = "ROCK_TOKEN"  # environment variable with the token of a ROCK admin
 
 
 def load_config(path: str, preset: str) -> ml_collections.ConfigDict:
-    """`get_config(preset)` of an experiment file."""
+    """Return `get_config(preset)` of an experiment file.
+
+    Raises:
+      ConfigError: where there is no such file.
+    """
     file = pathlib.Path(path)
-    if not file.is_file():
-        raise ConfigError(
-            f"there is no experiment file {path}; experiments/ holds"
-            f" {', '.join(sorted(p.name for p in pathlib.Path('experiments').glob('*.py') if p.name != '__init__.py'))}"
-        )
     spec = importlib.util.spec_from_file_location(file.stem, file)
+    if not file.is_file() or spec is None or spec.loader is None:
+        files = (p.name for p in EXPERIMENTS.glob("*.py"))
+        names = sorted(set(files) - {"__init__.py", "common.py"})
+        raise ConfigError(
+            f"there is no experiment file {path}; experiments/ holds {', '.join(names)}"
+        )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(preset)
 
 
 def init_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The config of the experiment that `config` starts from: its file at the same preset, for the
-    same model, machine and seed.
+    """Return the config of the experiment that `config` starts from.
+
+    It has the same preset, and the INHERITED keys have the same values.
     """
     start = load_config(config.init_from, config.preset)
     for key in INHERITED:
@@ -208,27 +110,171 @@ def init_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
-    """Raises ConfigError for a key that nobody reads, a missing one, a wrong type or an impossible
-    combination.
+    """Raise ConfigError for a config that cannot run, before anything is started.
+
+    Refused are unknown and missing keys, wrong types and values, and impossible combinations.
     """
-    _check_keys(config.to_dict(), KEYS.get(config.get("loss"), RL_KEYS), "")
-    if config.loss in LIKELIHOODS and config.rows % config.rows_per_microbatch:
+    _check_block(config.to_dict(), schema_of(config.get("loss")), "")
+    if config.loss in LIKELIHOODS:
+        _check_rows(config)
+    if config.loss == "cpt":
+        _check_cpt(config)
+        return
+    _check_episodes(config)
+    if config.loss == "sft":
+        _check_sft(config)
+    else:
+        _check_loss(config)
+        _check_rollout(config)
+
+
+@functools.cache
+def schema_of(loss: str | None) -> Mapping[str, Any]:
+    """Return the default config that a config with this loss is checked against."""
+    file = EXPERIMENTS / SCHEMAS.get(loss or "", POLICY_SCHEMA)
+    return load_config(str(file), "tiny").to_dict()
+
+
+def sandbox_config(config: ml_collections.ConfigDict) -> SandboxConfig:
+    """Return the sandbox of an episode.
+
+    The token of a ROCK admin is read from the environment, so that no file of a run holds it.
+
+    Raises:
+      ValueError: for options that contradict each other, or a missing token.
+    """
+    sandbox = config.sandbox
+    token = os.environ.get(TOKEN, "") if sandbox.backend == "remote" else ""
+    if sandbox.backend == "remote" and not token:
+        raise ValueError(
+            f"backend='remote' needs the admin's token in the environment variable {TOKEN}"
+        )
+    return SandboxConfig(
+        backend=sandbox.backend,
+        image=sandbox.image or None,
+        url=sandbox.url,
+        token=token,
+        isolation=sandbox.isolation,
+        memory_mb=sandbox.memory_mb,
+        pids=sandbox.pids,
+        disk_mb=sandbox.disk_mb,
+        egress=tuple(sandbox.egress.split()),
+    )
+
+
+def loss_config(config: ml_collections.ConfigDict) -> LossConfig:
+    """Return the switches of the config's loss; 0 is replaced by the value of the loss' paper."""
+    if config.loss in LIKELIHOODS:
+        return LossConfig()
+    switches = {
+        name: config[name] or published for name, published in PUBLISHED[config.loss].items()
+    }
+    return LossConfig(
+        norm=config.norm,
+        mismatch_mask=config.mismatch_mask,
+        lambda_rl=config.lambda_rl,
+        lambda_il=config.lambda_il,
+        token_constant=config.max_context,
+        **switches,
+    )
+
+
+def split_urls(text: str) -> list[str]:
+    """Return the URLs of a comma-separated list."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+# -- keys, types and ranges
+# -------------------------------------------------------------------------------------------------
+
+
+def _check_block(values: Mapping[str, Any], schema: Mapping[str, Any], prefix: str) -> None:
+    for key in values:
+        if key not in schema:
+            near = difflib.get_close_matches(key, schema, 1)
+            remedy = f"Did you mean {near[0]!r}?" if near else "Remove it."
+            raise ConfigError(f"config key {prefix}{key!r} is unknown. {remedy}")
+    for key, default in schema.items():
+        if key not in values:
+            raise ConfigError(
+                f"config key {prefix}{key!r} is missing. Add it; experiments/ipa.py shows a value."
+            )
+        name = f"{prefix}{key}"
+        value = values[key]
+        if isinstance(default, dict):
+            if not isinstance(value, dict):
+                raise ConfigError(
+                    f"config.{name}={value!r} is not a block of keys. Set the keys"
+                    f" {', '.join(f'{name}.{inner}' for inner in default)}."
+                )
+            _check_block(value, default, f"{name}.")
+        else:
+            _check_type(name, value, type(default))
+            _check_value(name, value)
+
+
+def _check_type(name: str, value: Any, expected: type) -> None:
+    accepted = (int, float) if expected is float else expected
+    is_wrong_bool = isinstance(value, bool) and expected is not bool
+    if is_wrong_bool or not isinstance(value, accepted):
+        raise ConfigError(
+            f"config.{name}={value!r} is a {type(value).__name__}. Give {TYPE_NAMES[expected]}."
+        )
+
+
+def _check_value(name: str, value: Any) -> None:
+    if name in CHOICES and value not in CHOICES[name]:
+        raise ConfigError(
+            f"config.{name}={value!r} is unknown. Choose one of {', '.join(CHOICES[name])}."
+        )
+    if isinstance(value, (bool, str)):
+        return
+    if not math.isfinite(value):
+        raise ConfigError(f"config.{name}={value!r} is not finite. Give a number.")
+    if name in MAY_BE_NEGATIVE or value > 0:
+        return
+    if (value == 0 and name in MAY_BE_ZERO) or (value == -1 and name in MAY_BE_MINUS_ONE):
+        return
+    bound = "at least 0" if name in MAY_BE_ZERO else "above 0"
+    raise ConfigError(f"config.{name}={value!r} must be {bound}.")
+
+
+# -- combinations
+# -------------------------------------------------------------------------------------------------
+
+
+def _check_rows(config: ml_collections.ConfigDict) -> None:
+    if config.rows % config.rows_per_microbatch:
         raise ConfigError(
             f"rows={config.rows} is not a multiple of"
             f" rows_per_microbatch={config.rows_per_microbatch}. Change one of them."
         )
-    if config.loss == "cpt":
-        if config.row_length < 2 or config.held_out_share >= 1:
-            raise ConfigError(
-                f"row_length={config.row_length} must be 2 or more,"
-                f" held_out_share={config.held_out_share} below 1. Change them."
-            )
-        if config.init_from.endswith(".py"):
-            raise ConfigError(
-                f"init_from={config.init_from!r}: CPT is the first stage and runs no other before"
-                " it. Name a Hugging Face directory (a run leaves one in final/), or nothing."
-            )
+
+
+def _check_cpt(config: ml_collections.ConfigDict) -> None:
+    if config.row_length < 2 or config.held_out_share >= 1:
+        raise ConfigError(
+            f"row_length={config.row_length} must be 2 or more,"
+            f" held_out_share={config.held_out_share} below 1. Change them."
+        )
+    if config.init_from.endswith(".py"):
+        raise ConfigError(
+            f"init_from={config.init_from!r}: CPT is the first stage and runs no other before it."
+            " Name a Hugging Face directory (a run leaves one in final/), or nothing."
+        )
+
+
+def _check_sft(config: ml_collections.ConfigDict) -> None:
+    if not config.until_success:
         return
+    if config.until_success > 1 or not config.eval_every or config.decay:
+        raise ConfigError(
+            f"until_success={config.until_success} ends the stage at an evaluation, at a step that"
+            " is not known in advance. It is a share; it needs eval_every above 0 and decay=False."
+        )
+
+
+def _check_episodes(config: ml_collections.ConfigDict) -> None:
     try:
         sandbox_config(config)
     except ValueError as error:
@@ -248,229 +294,100 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             f"max_turns={config.max_turns} is more than chunks_per_row={config.chunks_per_row}"
             " holds. Raise chunks_per_row."
         )
-    urls, mirrors = (
-        [part for part in config[key].split(",") if part.strip()] for key in ("engines", "mirrors")
-    )
+    urls = split_urls(config.engine.urls)
+    mirrors = split_urls(config.engine.mirrors)
     if mirrors and len(mirrors) != len(urls):
         raise ConfigError(
-            f"mirrors names {len(mirrors)} URLs and engines {len(urls)}: each engine's host has a"
-            " mirror of its own, or none has."
+            f"engine.mirrors names {len(mirrors)} URLs and engine.urls {len(urls)}. Give one"
+            " mirror for each engine, or none."
         )
-    if config.loss == "sft" and config.until_success:
-        if config.until_success > 1 or not config.eval_every or config.decay:
-            raise ConfigError(
-                f"until_success={config.until_success} ends the stage at an evaluation, at a step"
-                " that is not known before. It is a share; it needs eval_every above 0 and"
-                " decay=False."
-            )
-    if config.loss != "sft":
-        _check_rl(config)
-        if config.async_ratio and config.lend_engines >= (
-            count := len(urls) or config.embedded_engines
-        ):
-            raise ConfigError(
-                f"lend_engines={config.lend_engines} of {count} engines leaves none to go on"
-                f" sampling while async_ratio={config.async_ratio}. Lower it, or set async_ratio=0."
-            )
 
 
-def _check_rl(config: ml_collections.ConfigDict) -> None:
-    if config.loss in ADVANTAGES and config.group_size < 2:
+def _check_loss(config: ml_collections.ConfigDict) -> None:
+    loss = config.loss
+    if loss in ADVANTAGES and config.group_size < 2:
         raise ConfigError(
-            f"loss={config.loss} compares the episodes of a group, and"
-            f" group_size={config.group_size}. Set it to 2 or more."
+            f"loss={loss} compares the episodes of a group, and group_size={config.group_size}."
+            " Set it to 2 or more."
         )
-    for key, name in zip(OF_SOME_LOSSES, _switches(config)):
-        if config[key] and name not in PUBLISHED[config.loss]:
-            readers = ", ".join(loss for loss, values in PUBLISHED.items() if name in values)
+    for name in LOSS_SWITCHES:
+        if config[name] and name not in PUBLISHED[loss]:
+            readers = [other for other, values in PUBLISHED.items() if name in values]
             raise ConfigError(
-                f"{key}={config[key]} is not read by loss={config.loss}. Set it to 0; {readers}"
-                " read it."
+                f"{name}={config[name]} is not read by loss={loss}. Set it to 0; it is read by"
+                f" {', '.join(readers)}."
             )
     try:
         loss_config(config)
     except ValueError as error:
-        raise ConfigError(f"loss={config.loss}: {error}.") from None
-    if config.async_ratio and (reason := unbounded_weight(config.loss, config.dual_clip)):
+        raise ConfigError(f"loss={loss}: {error}.") from None
+    reason = unbounded_weight(loss, config.dual_clip)
+    if config.rollout.async_ratio and reason:
         raise ConfigError(
-            f"async_ratio={config.async_ratio} trains on samples of older weights, but {reason},"
-            " with async_ratio=0."
+            f"rollout.async_ratio={config.rollout.async_ratio} trains on samples of older weights,"
+            f" but {reason}, with rollout.async_ratio=0."
         )
-    _check_rollouts(config)
     if config.temperature == 0:
         raise ConfigError(
             "temperature=0 gives a group of equal episodes and no gradient. Set it above 0."
         )
-    if config.routing_replay == "recompute" and config.old == "rollout":
+    if config.routing_replay == "recompute" and config.logp_old_from == "rollout":
         raise ConfigError(
-            "routing_replay=recompute records routes while logp_old is scored, and old=rollout"
-            " scores nothing. Set old=trainer, or routing_replay=rollout."
+            "routing_replay=recompute records routes while logp_old is scored, and"
+            " logp_old_from=rollout scores nothing. Set logp_old_from=trainer, or"
+            " routing_replay=rollout."
         )
 
 
-def _check_rollouts(config: ml_collections.ConfigDict) -> None:
-    if config.whole_groups is False and (
-        needs := next(
-            (key for key in ("filter_groups", "replace_equal", "redundancy") if config[key]), None
-        )
-    ):
+def _check_rollout(config: ml_collections.ConfigDict) -> None:
+    rollout = config.rollout
+    if not rollout.whole_groups:
+        _check_single_episodes(config)
+    if rollout.resampling != "off":
+        _check_resampling(config)
+    if rollout.resample_share > 1:
         raise ConfigError(
-            "whole_groups=False takes episodes without the others of their group, and"
-            f" {needs}={config[needs]!r} looks at groups. Turn one of them off."
+            f"rollout.resample_share={rollout.resample_share} is a share of the groups. Set it"
+            " between 0 and 1."
         )
-    if config.whole_groups is False and config.loss in ADVANTAGES:
+    engines = len(split_urls(config.engine.urls)) or config.engine.count
+    if rollout.async_ratio and rollout.lend_engines >= engines:
         raise ConfigError(
-            "whole_groups=False takes episodes without the others of their group, which"
+            f"rollout.lend_engines={rollout.lend_engines} of {engines} engines leaves none to"
+            f" sample while rollout.async_ratio={rollout.async_ratio}. Lower it, or set"
+            " rollout.async_ratio=0."
+        )
+
+
+def _check_single_episodes(config: ml_collections.ConfigDict) -> None:
+    for name in ("filter_groups", "replace_equal", "redundancy"):
+        value = config.rollout[name]
+        if value:
+            raise ConfigError(
+                "rollout.whole_groups=False takes episodes without the others of their group, and"
+                f" rollout.{name}={value!r} looks at groups. Turn one of them off."
+            )
+    if config.loss in ADVANTAGES:
+        raise ConfigError(
+            "rollout.whole_groups=False takes episodes without the others of their group, which"
             f" loss={config.loss} compares them with. Choose ipa, token_level or topr."
         )
-    if config.resampling != "off" and not config.lambda_il:
+
+
+def _check_resampling(config: ml_collections.ConfigDict) -> None:
+    resampling = config.rollout.resampling
+    if not config.lambda_il:
         raise ConfigError(
-            f"resampling={config.resampling} begins inside what an expert showed, and lambda_il=0"
-            " shows nothing. Set it above 0."
+            f"rollout.resampling={resampling} starts inside a demonstration, and lambda_il=0"
+            " plays no demonstrations. Set it above 0."
         )
-    if config.resampling != "off" and config.replace_equal:
+    if config.rollout.replace_equal:
         raise ConfigError(
-            "replace_equal=True replaces the groups without a success, from which"
-            f" resampling={config.resampling} takes its tasks. Turn one of them off."
+            "rollout.replace_equal=True replaces the groups without a success, from which"
+            f" rollout.resampling={resampling} takes its tasks. Turn one of them off."
         )
-    if config.resampling == "parallel" and config.loss in ADVANTAGES:
+    if resampling == "parallel" and config.loss in ADVANTAGES:
         raise ConfigError(
-            "resampling=parallel begins the episodes of a group at different places, and"
+            "rollout.resampling=parallel starts the episodes of a group at different places, and"
             f" loss={config.loss} compares them as equals. Choose rollback, or loss=ipa."
         )
-    if config.resample_share > 1:
-        raise ConfigError(
-            f"resample_share={config.resample_share} is a share of the groups. Set it between 0"
-            " and 1."
-        )
-
-
-def sandbox_config(config: ml_collections.ConfigDict) -> SandboxConfig:
-    """What an episode's sandbox is.
-
-    The token of a ROCK admin comes from the environment, so that it is in no file of a run.
-    ValueError for what makes no sense.
-    """
-    sandbox, token = config.sandbox, ""
-    if sandbox.backend == "remote" and not (token := os.environ.get(TOKEN, "")):
-        raise ValueError(
-            f"backend='remote' needs the admin's token in the environment variable {TOKEN}"
-        )
-    return SandboxConfig(
-        backend=sandbox.backend,
-        image=sandbox.image or None,
-        url=sandbox.url,
-        token=token,
-        isolation=sandbox.isolation,
-        memory_mb=sandbox.memory_mb,
-        pids=sandbox.pids,
-        disk_mb=sandbox.disk_mb,
-        egress=tuple(sandbox.egress.split()),
-    )
-
-
-def loss_config(config: ml_collections.ConfigDict) -> LossConfig:
-    """The switches of the config's loss: what is 0 in OF_SOME_LOSSES has the value of the loss'
-    paper.
-    """
-    if config.loss in LIKELIHOODS:
-        return LossConfig()
-    given, published = _switches(config), PUBLISHED[config.loss]
-    own = {name: given[name] or published[name] for name in published}
-    return LossConfig(
-        norm=config.norm,
-        mismatch_mask=config.mismatch_mask,
-        lambda_rl=config.lambda_rl,
-        lambda_il=config.lambda_il,
-        token_constant=config.max_context,
-        **own,
-    )
-
-
-def _switches(config: ml_collections.ConfigDict) -> dict[str, float]:
-    """OF_SOME_LOSSES by their names in LossConfig."""
-    return {
-        "mismatch_limit": config.mismatch_threshold,
-        "mismatch_low": config.mismatch_low,
-        "clip_low": config.clip_low,
-        "clip_high": config.clip_high,
-        "dual_clip": config.dual_clip,
-    }
-
-
-def _check_keys(values: dict[str, Any], schema: dict[str, Any], prefix: str) -> None:
-    for key in values:
-        if key not in schema:
-            near = difflib.get_close_matches(key, schema, 1)
-            raise ConfigError(
-                f"config key {prefix}{key!r} is read by"
-                f" nobody{f'; did you mean {near[0]!r}?' if near else '. Remove it.'}"
-            )
-    for key, kind in schema.items():
-        if key not in values:
-            raise ConfigError(
-                f"config key {prefix}{key!r} is missing. Add it; experiments/ipa.py shows a value."
-            )
-        value = values[key]
-        if isinstance(kind, dict):
-            _check_keys(value, kind, f"{prefix}{key}.")
-        elif (kind is float and isinstance(value, bool)) or not isinstance(
-            value, (int, float) if kind is float else kind
-        ):
-            raise ConfigError(
-                f"config.{prefix}{key}={value!r} is a {type(value).__name__}; it takes a"
-                f" {kind.__name__}."
-            )
-        elif key in CHOICES and value not in CHOICES[key]:
-            raise ConfigError(
-                f"config.{prefix}{key}={value!r} is unknown. Choose one of"
-                f" {', '.join(CHOICES[key])}."
-            )
-        elif kind in (int, float) and kind is not bool and not isinstance(value, bool):
-            if (
-                not math.isfinite(value)
-                or (value <= 0 and key not in MAY_BE_ZERO)
-                or (value < 0 and key != "failure_reward")
-            ):
-                raise ConfigError(
-                    f"config.{prefix}{key}={value!r} must be"
-                    f" {'at least 0' if key in MAY_BE_ZERO else 'above 0'}."
-                )
-
-
-def default_workdir(config: ml_collections.ConfigDict) -> pathlib.Path:
-    """runs/EXPERIMENT-PRESET-HASH: another config never meets the files of this one."""
-    digest = hashlib.sha256(_canonical(config).encode()).hexdigest()[:8]
-    return pathlib.Path("runs") / f"{config.experiment}-{config.preset}-{digest}"
-
-
-def claim_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Writes the config into a new workdir, or compares it with the one there.
-
-    Raises ConfigError naming what differs.
-    """
-    workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / "config.json"
-    text = _canonical(config)
-    if not path.exists():
-        if any(workdir.glob("metrics.jsonl")):
-            raise ConfigError(
-                f"{workdir} holds a run without a config.json. Give another --workdir."
-            )
-        path.write_text(text)
-        return
-    theirs, ours = json.loads(path.read_text()), json.loads(text)
-    different = [
-        f"{key} ({theirs.get(key)!r} there, {ours.get(key)!r} now)"
-        for key in sorted(theirs.keys() | ours.keys())
-        if theirs.get(key) != ours.get(key)
-    ]
-    if different:
-        raise ConfigError(
-            f"{workdir} belongs to another config: {'; '.join(different)[:300]}. Give another"
-            " --workdir, or none."
-        )
-
-
-def _canonical(config: ml_collections.ConfigDict) -> str:
-    return json.dumps(config.to_dict(), sort_keys=True, indent=1)

@@ -1,8 +1,7 @@
-"""Checkpoints of a stage (orbax): the training state, and a JSON document of everything else that a
-resumed run must know.
+"""Checkpoints of a stage: the training state, and a JSON document of the state on the host.
 
-A checkpoint is either whole or not there: orbax writes beside and renames. Saving is asynchronous;
-`close` waits for the last one.
+A checkpoint is either whole or absent: orbax writes to a temporary directory and renames it. Saving
+is asynchronous; `close` waits for the last one.
 """
 
 from __future__ import annotations
@@ -15,90 +14,105 @@ import orbax.checkpoint as ocp
 
 from rome.train.state import TrainState
 
-LARGE_BYTES = 64 * 1024**2
+MAX_REASON = 200  # characters of an error that a message quotes
+LARGE_BYTES = 64 * 1024**2  # arrays above this are stored layer by layer
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read, with its path and what to do."""
+    """A checkpoint cannot be read: the message has its path and the remedy."""
 
 
 class Checkpoints:
-    """The numbered checkpoints of one directory; the newest `keep` stay."""
+    """The numbered checkpoints of one directory.
+
+    Args:
+      directory: made where it does not exist.
+      keep: how many of the newest checkpoints stay.
+    """
 
     def __init__(self, directory: pathlib.Path, keep: int) -> None:
         self.directory = directory.absolute()
-        self._manager = ocp.CheckpointManager(
-            self.directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        )
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def latest(self) -> int | None:
+        """Return the step of the newest checkpoint; None where there is none."""
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
-        """Of the checkpoints that are there."""
+        """Return the steps of all checkpoints that exist."""
         return list(self._manager.all_steps())
 
     def save(self, step: int, state: TrainState, host: dict[str, Any]) -> None:
-        """Starts to write; returns once the device arrays may be reused.
+        """Start to write a checkpoint; return once the device arrays may be reused.
 
-        Saving a step twice does nothing.
+        Saving the newest step again does nothing.
+
+        Args:
+          step: the number of the checkpoint.
+          state: arrays on the devices.
+          host: a JSON document.
         """
-        if step != self._manager.latest_step():
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state, save_args=save_options(state)),
-                    host=ocp.args.JsonSave(host),
-                ),
-            )
+        if step == self._manager.latest_step():
+            return
+        arrays = ocp.args.StandardSave(state, save_args=save_options(state))
+        document = ocp.args.JsonSave(host)
+        self._manager.save(step, args=ocp.args.Composite(state=arrays, host=document))
 
     def restore(
         self, like: TrainState, step: int | None = None
     ) -> tuple[TrainState, dict[str, Any]]:
-        """The state of `step` (the newest by default) with the shapes and shardings of `like`, and
-        its host document.
+        """Return the state of a checkpoint and its host document.
+
+        Args:
+          like: arrays, or abstract ones, with the shapes and shardings to restore to.
+          step: of the checkpoint; None: the newest.
+
+        Raises:
+          CheckpointError: where the files cannot be read.
         """
         step = self._manager.latest_step() if step is None else step
         path = self.directory / str(step)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        arrays = ocp.args.StandardRestore(abstract)
+        document = ocp.args.JsonRestore()
         try:
             restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract), host=ocp.args.JsonRestore()
-                ),
+                step, args=ocp.args.Composite(state=arrays, host=document)
             )
-        except (
-            Exception
-        ) as error:  # orbax raises many kinds for torn files; each means the same to the user
-            reason = (
-                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            )
+        except Exception as error:  # orbax raises many types for a torn file
             raise CheckpointError(
-                f"checkpoint {path} cannot be read ({reason[:200]}). Delete that folder to go on"
-                " from the one before it."
+                f"checkpoint {path} cannot be read ({first_line(error)}). Delete that folder to"
+                " resume from the checkpoint before it."
             ) from error
         return restored["state"], restored["host"]
 
     def wait(self) -> None:
+        """Wait until the last checkpoint is on disk."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
+        """Wait for the last checkpoint and free the manager."""
         self._manager.wait_until_finished()
         self._manager.close()
 
 
 def save_options(state: Any) -> Any:
-    """How each array lies on disk: a large stack of layers in one chunk a layer and device, so that
-    a layer can be read without the others.
+    """Return how each array is stored.
+
+    A large stack of layers gets one chunk a layer and device, so that a layer can be read alone.
     """
 
     def options(path: tuple[Any, ...], leaf: Any) -> ocp.SaveArgs:
-        in_layers = any(getattr(key, "key", None) == "layers" for key in path)
-        return (
-            ocp.SaveArgs(shard_axes=(0,))
-            if in_layers and leaf.nbytes > LARGE_BYTES
-            else ocp.SaveArgs()
-        )
+        is_stack_of_layers = any(getattr(key, "key", None) == "layers" for key in path)
+        if is_stack_of_layers and leaf.nbytes > LARGE_BYTES:
+            return ocp.SaveArgs(shard_axes=(0,))
+        return ocp.SaveArgs()
 
     return jax.tree_util.tree_map_with_path(options, state)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:MAX_REASON] if lines else type(error).__name__

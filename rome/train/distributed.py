@@ -1,13 +1,12 @@
-"""Starts this process's part of a job of several: by flags, by SLURM, or by what a TPU pod says of
-itself.
+"""Find the other processes of a job: by flags, by SLURM, or by what a TPU pod says of itself.
 
-Alone, nothing happens.
+A process that is alone starts nothing.
 
-| how | chosen when | who says which process this is |
-|---|---|---|
-| flags | --coordinator, --num_processes and --process_id, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID | you |
-| SLURM | a step of several tasks (srun) | SLURM_PROCID |
-| TPU | a slice of several hosts, or several slices | GKE's environment, or the VM's metadata server |
+flags  chosen by --coordinator, --num_processes and --process_id, or JAX_COORDINATOR_ADDRESS,
+       JAX_NUM_PROCESSES and JAX_PROCESS_ID; the user numbers the processes
+slurm  chosen in a job step of several tasks (srun); SLURM_PROCID numbers them
+tpu    chosen on a slice of several hosts, or on several slices; GKE's environment or the VM's
+       metadata server numbers them
 
 Nothing here imports JAX before the choice is made, and `start` must come before anything that
 touches a device.
@@ -30,21 +29,27 @@ from typing import Any
 from rome.train.team import Team
 
 START_SECONDS = 300  # for all processes to come up and find each other
-HEARTBEAT_SECONDS = 30  # a process that is not heard for so long is dead, and the others end
+HEARTBEAT_SECONDS = 30  # a process that is silent for so long counts as dead; the others end
 SHUTDOWN_SECONDS = 120  # at the end process 0 still draws curves; the others wait for it
+METADATA_SECONDS = 5  # for an answer of the metadata server, or of the coordinator
 METADATA = "http://{host}/computeMetadata/v1/instance/attributes/{name}"
 
 
 class DistributedError(RuntimeError):
-    """The processes did not find each other, or do not fit the config: what is wrong and what to
-    do.
-    """
+    """The processes did not find each other, or do not fit the config; the message has a remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """How the processes will find each other. kind: alone, flags, slurm or tpu; coordinator, count
-    and index are None where JAX asks the cluster.
+class ProcessLayout:
+    """How the processes of a job find each other.
+
+    Attributes:
+      kind: alone, flags, slurm or tpu.
+      why: the reason for the choice, for messages.
+      coordinator: HOST:PORT of process 0; None where JAX asks the cluster.
+      count: number of processes; None where JAX asks the cluster.
+      index: number of this process; None where JAX asks the cluster.
+      local_devices: GPUs of this process; None: JAX's rule.
     """
 
     kind: str
@@ -52,7 +57,7 @@ class Plan:
     coordinator: str | None = None
     count: int | None = None
     index: int | None = None
-    local_devices: tuple[int, ...] | None = None  # GPUs of this process; None: JAX's rule
+    local_devices: tuple[int, ...] | None = None
 
 
 def choose(
@@ -61,9 +66,18 @@ def choose(
     index: int,
     environ: Mapping[str, str] = os.environ,
     tpu_workers: Callable[[], int] | None = None,
-) -> Plan:
-    """The plan, from the flags ("" and -1: not given), the environment, and on a TPU VM the number
-    of workers that its metadata names.
+) -> ProcessLayout:
+    """Choose how the processes of this job find each other.
+
+    Args:
+      coordinator: the flag; "" where it is not given.
+      count: the flag; -1 where it is not given.
+      index: the flag; -1 where it is not given.
+      environ: environment variables.
+      tpu_workers: returns the number of workers that a TPU VM's metadata names.
+
+    Raises:
+      DistributedError: where flags are incomplete or do not fit each other.
     """
     given = {
         "coordinator": coordinator or environ.get("JAX_COORDINATOR_ADDRESS", ""),
@@ -72,80 +86,72 @@ def choose(
     }
     if any(given.values()):
         return _by_flags(given)
-    tasks = int(environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if tasks > 1:
-        why = (
-            f"SLURM step {environ['SLURM_JOB_ID']}.{environ.get('SLURM_STEP_ID', '0')} of {tasks}"
-            " tasks"
-        )
-        return Plan(
-            "slurm",
-            why,
-            count=tasks,
-            index=int(environ["SLURM_PROCID"]),
-            local_devices=_slurm_devices(environ),
-        )
+    if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return _by_slurm(environ)
     if environ.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
-        return Plan("alone", "one process")
+        return ProcessLayout("alone", "one process")
     hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES") or ""
     if hosts:
-        workers, said = (
-            len(hosts.split(",")) * int(environ.get("MEGASCALE_NUM_SLICES") or 1),
-            "its environment",
-        )
+        workers = len(hosts.split(",")) * int(environ.get("MEGASCALE_NUM_SLICES") or 1)
+        source = "its environment"
     else:
-        workers, said = (tpu_workers or _metadata_workers)(), "its metadata"
+        workers = (tpu_workers or _metadata_workers)()
+        source = "its metadata"
     if workers > 1:
-        return Plan("tpu", f"a TPU pod of {workers} hosts by {said}")
-    return Plan("alone", "one process")
+        return ProcessLayout("tpu", f"a TPU pod of {workers} hosts by {source}")
+    return ProcessLayout("alone", "one process")
 
 
 def start(
-    plan: Plan,
+    layout: ProcessLayout,
     *,
     stop: Callable[[], bool],
     errors: tuple[type[Exception], ...],
-    deadline_s: int = START_SECONDS,
-    heartbeat_s: int = HEARTBEAT_SECONDS,
+    deadline_seconds: int = START_SECONDS,
+    heartbeat_seconds: int = HEARTBEAT_SECONDS,
 ) -> Team:
-    """Brings jax.distributed up as planned and says so in one line.
+    """Start jax.distributed as chosen, and print one line about it.
 
-    Raises DistributedError when the processes do not find each other.
+    Args:
+      layout: as `choose` returned it.
+      stop: whether this process was asked to stop.
+      errors: types that every process raises as the leader did (see Team).
+      deadline_seconds: for all processes to find each other; this process ends after it.
+      heartbeat_seconds: a process that is silent for so long counts as dead.
+
+    Raises:
+      DistributedError: where JAX refuses to start.
     """
-    if plan.kind == "alone":
+    if layout.kind == "alone":
         return Team(stop=stop, errors=errors)
     import jax
-    from jax._src import (
-        distributed,
-    )  # the one door to the coordinator's key-value store; orbax takes it too
+    from jax._src import distributed  # the only access to the key-value store; orbax uses it too
 
-    method = {"flags": "deactivate", "slurm": "slurm", "tpu": None}[plan.kind]
-    # JAX answers a start that fails with an abort and a stack of C++; this thread is there a moment
-    # earlier, with a sentence.
-    overdue = threading.Timer(deadline_s, _give_up, (plan, deadline_s))
+    method = {"flags": "deactivate", "slurm": "slurm", "tpu": None}[layout.kind]
+    # JAX answers a failed start with an abort and a C++ stack. This thread prints a sentence first.
+    overdue = threading.Timer(deadline_seconds, _give_up, (layout, deadline_seconds))
     overdue.daemon = True
     overdue.start()
     try:
         jax.distributed.initialize(
-            plan.coordinator,
-            plan.count,
-            plan.index,
-            local_device_ids=plan.local_devices,
+            layout.coordinator,
+            layout.count,
+            layout.index,
+            local_device_ids=layout.local_devices,
             cluster_detection_method=method,
-            initialization_timeout=deadline_s + 30,
-            heartbeat_timeout_seconds=heartbeat_s,
+            initialization_timeout=deadline_seconds + 30,
+            heartbeat_timeout_seconds=heartbeat_seconds,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
-        raise DistributedError(
-            f"{plan.why}: jax.distributed did not start: {' '.join(str(error).split())[:300]}"
-        ) from error
+        reason = " ".join(str(error).split())[:300]
+        raise DistributedError(f"{layout.why}: jax.distributed did not start: {reason}") from error
     finally:
         overdue.cancel()
-    state = distributed.global_state
+    state: Any = distributed.global_state
     team = Team(state.process_id, state.num_processes, state.client, stop=stop, errors=errors)
     print(
-        f"process {team.index} of {team.count} ({plan.why}; coordinator"
+        f"process {team.index} of {team.count} ({layout.why}; coordinator"
         f" {state.coordinator_address}): {jax.local_device_count()} of {jax.device_count()}"
         f" {jax.default_backend()} devices",
         flush=True,
@@ -154,26 +160,25 @@ def start(
 
 
 def check_mesh_spans(mesh: Any) -> None:
-    """Raises DistributedError for a mesh that leaves a process without devices: its part of every
-    step would be missing.
+    """Raise DistributedError for a mesh that leaves a process without devices.
+
+    Such a process would have no part in any step.
     """
     import jax
 
     used = {device.process_index for device in mesh.devices.flat}
     idle = sorted(set(range(jax.process_count())) - used)
-    if idle:
-        sizes = (
-            ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
-            or "one device"
-        )
-        raise DistributedError(
-            f"mesh ({sizes}) takes {mesh.size} of the {jax.device_count()} devices and none of"
-            f" process {', '.join(map(str, idle))}. Set --config.mesh.fsdp=-1 (all devices that are"
-            " left), or start fewer processes."
-        )
+    if not idle:
+        return
+    sizes = [f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1]
+    raise DistributedError(
+        f"mesh ({', '.join(sizes) or 'one device'}) takes {mesh.size} of the"
+        f" {jax.device_count()} devices and none of process {', '.join(map(str, idle))}. Set"
+        " --config.mesh.fsdp=-1 (all devices that are left), or start fewer processes."
+    )
 
 
-def _by_flags(given: Mapping[str, str]) -> Plan:
+def _by_flags(given: Mapping[str, str]) -> ProcessLayout:
     missing = [f"--{name}" for name, value in given.items() if not value]
     if missing:
         there = ", ".join(f"{name}={value}" for name, value in given.items() if value)
@@ -184,7 +189,8 @@ def _by_flags(given: Mapping[str, str]) -> Plan:
     for name in ("num_processes", "process_id"):
         if not given[name].isdecimal():
             raise DistributedError(f"{name}={given[name]!r} is no number. Give a whole number.")
-    count, index = int(given["num_processes"]), int(given["process_id"])
+    count = int(given["num_processes"])
+    index = int(given["process_id"])
     if not re.fullmatch(r"\S+:\d+", given["coordinator"]):
         raise DistributedError(
             f"coordinator={given['coordinator']!r} is no HOST:PORT. Name process 0's host and a"
@@ -196,33 +202,42 @@ def _by_flags(given: Mapping[str, str]) -> Plan:
             " num_processes - 1."
         )
     if count == 1:
-        return Plan("alone", "one process by flags")
-    return Plan("flags", "by flags", given["coordinator"], count, index)
+        return ProcessLayout("alone", "one process by flags")
+    return ProcessLayout("flags", "by flags", given["coordinator"], count, index)
+
+
+def _by_slurm(environ: Mapping[str, str]) -> ProcessLayout:
+    tasks = int(environ["SLURM_STEP_NUM_TASKS"])
+    step = f"{environ['SLURM_JOB_ID']}.{environ.get('SLURM_STEP_ID', '0')}"
+    return ProcessLayout(
+        "slurm",
+        f"SLURM step {step} of {tasks} tasks",
+        count=tasks,
+        index=int(environ["SLURM_PROCID"]),
+        local_devices=_slurm_devices(environ),
+    )
 
 
 def _slurm_devices(environ: Mapping[str, str]) -> tuple[int, ...] | None:
-    """All GPUs that this task sees when it has its node, or a binding of its own, for itself; JAX's
-    own rule is one GPU a task.
+    """Return the GPUs of a task that has its node, or a GPU binding, for itself.
+
+    None leaves it to JAX, whose own rule is one GPU a task.
     """
     visible = environ.get("CUDA_VISIBLE_DEVICES", "")
-    gpus = len(visible.split(",")) if visible else int(environ.get("SLURM_GPUS_ON_NODE") or 0)
-    alone_on_node = (
-        re.fullmatch(r"1(\(x\d+\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "")) is not None
-    )
-    return (
-        tuple(range(gpus))
-        if gpus and (alone_on_node or len(visible.split(",")) == gpus == 1)
-        else None
-    )
+    bound = len(visible.split(","))
+    gpus = bound if visible else int(environ.get("SLURM_GPUS_ON_NODE") or 0)
+    tasks_per_node = environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    is_alone_on_node = re.fullmatch(r"1(\(x\d+\))?", tasks_per_node) is not None
+    is_bound_to_one = bound == gpus == 1
+    if gpus and (is_alone_on_node or is_bound_to_one):
+        return tuple(range(gpus))
+    return None
 
 
 def _metadata_workers() -> int:
-    """How many hosts this TPU VM's slices have together; 1 where there is no TPU, or no metadata
-    server.
-    """
-    if (not glob.glob("/dev/accel*") and not glob.glob("/dev/vfio/[0-9]*")) or os.environ.get(
-        "TPU_SKIP_MDS_QUERY"
-    ):
+    """Return the number of hosts of this TPU VM's slices; 1 without a TPU or metadata server."""
+    has_tpu = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+    if not has_tpu or os.environ.get("TPU_SKIP_MDS_QUERY"):
         return 1
     hosts = len(_metadata("worker-network-endpoints").split(","))
     slices = re.search(r"MEGASCALE_NUM_SLICES:\s*'?(\d+)", _metadata("tpu-env"))
@@ -230,41 +245,41 @@ def _metadata_workers() -> int:
 
 
 def _metadata(name: str) -> str:
-    url = METADATA.format(
-        host=os.environ.get("GCE_METADATA_IP", "metadata.google.internal"), name=name
-    )
+    """Return an attribute of this VM from the metadata server; "" where there is none."""
+    host = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
+    url = METADATA.format(host=host, name=name)
+    request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
     try:
-        with urllib.request.urlopen(
-            urllib.request.Request(url, headers={"Metadata-Flavor": "Google"}), timeout=5
-        ) as answer:
+        with urllib.request.urlopen(request, timeout=METADATA_SECONDS) as answer:
             return answer.read().decode()
     except (urllib.error.URLError, OSError):
         return ""
 
 
-def _give_up(plan: Plan, seconds: int) -> None:
-    print(f"launch.train: {_overdue(plan, seconds)}", file=sys.stderr, flush=True)
+def _give_up(layout: ProcessLayout, seconds: int) -> None:
+    print(f"launch.train: {_describe_overdue(layout, seconds)}", file=sys.stderr, flush=True)
     os._exit(1)
 
 
-def _overdue(plan: Plan, seconds: int) -> str:
-    """Why the processes have not found each other, as far as this one can tell."""
-    who = f"process {plan.index} of {plan.count}" if plan.count else "this process"
-    if plan.coordinator is None:
+def _describe_overdue(layout: ProcessLayout, seconds: int) -> str:
+    """Describe why the processes have not found each other, as far as this one can tell."""
+    who = f"process {layout.index} of {layout.count}" if layout.count else "this process"
+    if layout.coordinator is None or layout.count is None:
         return (
-            f"{who} ({plan.why}): not all processes met within {seconds} s. Are all of them"
+            f"{who} ({layout.why}): not all processes met within {seconds} s. Are all of them"
             " started, and may the hosts reach each other?"
         )
-    host, _, port = plan.coordinator.rpartition(":")
+    host, _, port = layout.coordinator.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        address = (host.strip("[]"), int(port))
+        socket.create_connection(address, timeout=METADATA_SECONDS).close()
     except OSError as error:
         return (
-            f"{who}: nobody answers at the coordinator {plan.coordinator} within {seconds} s"
+            f"{who}: no answer from the coordinator {layout.coordinator} within {seconds} s"
             f" ({error}). Start process 0 there, or correct --coordinator."
         )
     return (
-        f"{who}: the coordinator {plan.coordinator} answers, but not all {plan.count} processes"
-        f" came within {seconds} s. Start each of the ids 0 to {plan.count - 1} once, all with the"
-        " same --num_processes."
+        f"{who}: the coordinator {layout.coordinator} answers, but not all {layout.count} processes"
+        f" came within {seconds} s. Start each of the ids 0 to {layout.count - 1} once, all with"
+        " the same --num_processes."
     )

@@ -1,6 +1,4 @@
-"""Arrays from the hosts onto the mesh, also when the mesh spans several processes: each feeds its
-own part.
-"""
+"""Move arrays from the hosts onto the mesh, also when the mesh spans several processes."""
 
 from __future__ import annotations
 
@@ -12,19 +10,25 @@ from jax.sharding import Sharding
 
 
 def feed(tree: Any, sharding: Sharding) -> Any:
-    """Host arrays, equal in every process, as arrays on the mesh: a process copies to its devices
-    what they hold, nothing else moves.
+    """Return host arrays as arrays on the mesh.
+
+    Args:
+      tree: arrays, equal in every process. Each process copies only the parts that its devices
+        hold.
+      sharding: of every array.
     """
     return jax.tree.map(lambda array: put(array, sharding), tree)
 
 
 def put(array: Any, sharding: Sharding) -> jax.Array:
-    """One array laid out as `sharding` says: a host array or local JAX array, equal in every
-    process, or one that is on the mesh already.
+    """Return one array laid out as `sharding` says.
+
+    Args:
+      array: a host array or local JAX array, equal in every process, or one that is on the mesh.
+      sharding: where it goes.
     """
-    if sharding.is_fully_addressable or (
-        isinstance(array, jax.Array) and not array.is_fully_addressable
-    ):
+    is_on_mesh = isinstance(array, jax.Array) and not array.is_fully_addressable
+    if sharding.is_fully_addressable or is_on_mesh:
         return jax.device_put(array, sharding)
     array = np.asarray(array)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -1,9 +1,8 @@
-"""The training loop, top to bottom: evaluate, then steps of collect, update, publish, write,
-evaluate, save.
+"""The training loop, from top to bottom: evaluate, then collect, update, publish, write and save.
 
-Everything outside the learner is handed in as a function, so that this file knows neither engines
-nor environments; SFT and IPA run through the same lines. So do the processes of a team: each calls
-the same functions in the same order, and only the leader's have effects outside.
+Everything outside the learner is handed in as a function, so this file knows neither engines nor
+environments, and CPT, SFT and IPA run through the same lines. In a job of several processes each
+calls the same functions in the same order; only process 0 has effects outside.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
@@ -23,36 +22,53 @@ from rome.train.display import Display
 from rome.train.metrics import MetricsWriter
 from rome.train.report import Evaluation
 from rome.train.state import TrainState
-from rome.train.step import Learner
 from rome.train.team import Team
+
+
+class Updates(Protocol):
+    """The part of a learner that the loop calls (rome.train.step.Learner)."""
+
+    def update(
+        self, state: TrainState, microbatches: list[Batch], denominators: Denominators
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Apply one optimizer update over all micro-batches; return the new state and metrics."""
 
 
 @dataclasses.dataclass
 class StepData:
-    """What one step trains on: its micro-batches, the denominators over all of them, and what
-    collecting them showed.
+    """The data of one step.
+
+    Attributes:
+      microbatches: what the step trains on, in fixed shapes.
+      denominators: of the loss, over all micro-batches together.
+      metrics: what collecting the data showed, by name.
     """
 
     microbatches: list[Batch]
     denominators: Denominators
-    figures: dict[str, float]
+    metrics: dict[str, float]
 
 
 @dataclasses.dataclass
 class Stage:
-    """One stage of training and what it needs from outside.
+    """One stage of training, and the functions that it needs from outside.
 
-    Args:
+    Attributes:
+      name: of the experiment; it marks the stage's lines in metrics.jsonl.
+      steps: number of steps, at most where `should_end_early` may say so.
+      updates_per_step: optimizer updates on each step's data.
+      evaluate_every: steps between evaluations; 0: only at step 0 and at the end.
+      checkpoint_every: steps between checkpoints.
       collect: (step, state) -> the step's data; may raise the caller's own exception to stop.
-      publish: (state) brings the weights to whoever samples with them; called after every step.
-      evaluate: (step, state) -> result; called at step 0, every `evaluate_every` steps (0: never)
-        and at the end. Done before: returns the kept result.
-      enough: whether a result after the first step ends the stage before its last step; `steps`
-        then becomes the step that was reached.
-      host_state: what else a checkpoint carries, asked at the moment of saving.
+      publish: (state) sends the weights to the engines; called at the start and after every step.
+      begin_rollouts: (state) starts the episodes that these weights may play, in the background.
+      evaluate: (step, state) -> the result; one that was kept is returned without evaluating again.
+      should_end_early: (result) whether a result after step 0 ends the stage.
+      host_state: (step) -> what else a checkpoint of that step carries, asked when it is saved.
       before_update: called between collecting and updating.
-      check: (step, figures) raises TrainingAlarm where training on would do harm.
-      should_stop: the same answer in every process of the team.
+      check: (step, metrics) raises TrainingAlarm where further training would do harm.
+      should_stop: whether the user asked to stop; the same answer in every process.
+      team: the processes of this job.
     """
 
     name: str
@@ -62,111 +78,129 @@ class Stage:
     checkpoint_every: int
     collect: Callable[[int, TrainState], StepData]
     publish: Callable[[TrainState], None]
+    begin_rollouts: Callable[[TrainState], None]
     evaluate: Callable[[int, TrainState], Evaluation]
-    enough: Callable[[Evaluation], bool]
-    host_state: Callable[[], dict[str, Any]]
+    should_end_early: Callable[[Evaluation], bool]
+    host_state: Callable[[int], dict[str, Any]]
     before_update: Callable[[], None]
     check: Callable[[int, dict[str, float]], None]
     should_stop: Callable[[], bool]
     team: Team
 
+    def evaluates_at(self, step: int) -> bool:
+        """Return whether `step` is one of the regular evaluations."""
+        return self.evaluate_every > 0 and step % self.evaluate_every == 0
+
 
 def run_stage(
     stage: Stage,
-    learner: Learner,
+    learner: Updates,
     state: TrainState,
     checkpoints: Checkpoints,
     metrics: MetricsWriter,
     display: Display,
-) -> TrainState:
-    """Runs the stage from `state.step` to its end, or to the step at which the user asked to stop.
+) -> tuple[TrainState, bool]:
+    """Run the stage from `state.step` to its end, or until the user asks to stop.
 
-    Returns the state reached; it is saved.
+    Returns:
+      The state that was reached, which is saved, and whether the stage has ended.
     """
-    step, evaluated, harmed = int(state.step), -1, False
-    # figures of step k are fetched and written while step k + 1 runs
+    step = int(state.step)
+    last_step = stage.steps
+    evaluated_step: int | None = None
+    is_harmed = False
+    # The metrics of step k are fetched and written while step k + 1 runs.
     unwritten: tuple[int, dict[str, Any]] | None = None
 
-    def write_figures() -> None:
+    def write_metrics() -> None:
         nonlocal unwritten
-        if unwritten is not None:
-            (number, figures), unwritten = (
-                unwritten,
-                None,
-            )  # first: a figure that is refused is not tried again on the way out
-            figures = {name: float(value) for name, value in jax.device_get(figures).items()}
-            if figures.get(
-                "mismatch_weight2"
-            ):  # share of the samples that is left after weighing them: 1 where engine and trainer agree
-                figures["effective_samples"] = (
-                    figures["mismatch_weight"] ** 2 / figures["mismatch_weight2"]
-                )
-            metrics.write(number, figures)
-            display.update(number, figures)
-            stage.check(number, figures)
+        if unwritten is None:
+            return
+        number, on_device = unwritten
+        unwritten = None  # first: metrics that are refused are not tried again on the way out
+        values = {name: float(value) for name, value in jax.device_get(on_device).items()}
+        add_effective_samples(values)
+        metrics.write(number, values)
+        display.update(number, values)
+        stage.check(number, values)
 
     def save() -> None:
-        write_figures()  # a step that a checkpoint holds is also in the metrics
-        checkpoints.save(step, state, stage.host_state())
+        write_metrics()  # a step that a checkpoint holds is also in the metrics
+        checkpoints.save(step, state, stage.host_state(step))
 
-    def evaluate() -> None:
-        nonlocal evaluated
-        write_figures()
-        result, evaluated = stage.evaluate(step, state), step
+    def evaluate() -> Evaluation:
+        nonlocal evaluated_step
+        write_metrics()
+        result = stage.evaluate(step, state)
+        evaluated_step = step
         display.evaluated(result)
-        if step and stage.enough(result):
-            stage.steps = step
+        return result
 
     try:
         stage.publish(state)
-        if step == 0 or (
-            stage.evaluate_every and step % stage.evaluate_every == 0
-        ):  # of a run that was killed meanwhile: it may have been the last
+        stage.begin_rollouts(state)
+        if step == 0:
             evaluate()
-        while step < stage.steps and not stage.should_stop():
+        elif stage.evaluates_at(step):  # a resumed run: the evaluation may have ended the stage
+            result = evaluate()
+            if stage.should_end_early(result):
+                last_step = step
+        while step < last_step and not stage.should_stop():
             started = time.monotonic()
             data = stage.collect(step, state)
             collected = time.monotonic()
             stage.before_update()
             updated = state
-            first: dict[str, jax.Array] = {}
-            for _ in range(stage.updates_per_step):
-                updated, figures = learner.update(updated, data.microbatches, data.denominators)
-                first = first or {"first_kl": figures[name] for name in figures if name == "kl_old"}
-            write_figures()
-            step, state = step + 1, updated._replace(step=updated.step + 1)
+            first_kl: dict[str, Any] = {}
+            for number in range(stage.updates_per_step):
+                updated, update_metrics = learner.update(
+                    updated, data.microbatches, data.denominators
+                )
+                if number == 0 and "kl_old" in update_metrics:
+                    first_kl = {"first_kl": update_metrics["kl_old"]}
+            write_metrics()
+            step += 1
+            state = updated._replace(step=updated.step + 1)
             stage.publish(state)
-            unwritten = (
-                step,
-                data.figures
-                | figures
-                | first
-                | {
-                    "seconds_collect": collected - started,
-                    "seconds_update": time.monotonic() - collected,
-                },
-            )
-            if step % stage.checkpoint_every == 0 or step == stage.steps:
+            stage.begin_rollouts(state)
+            seconds = {
+                "seconds_collect": collected - started,
+                "seconds_update": time.monotonic() - collected,
+            }
+            unwritten = step, data.metrics | update_metrics | first_kl | seconds
+            if step % stage.checkpoint_every == 0 or step == last_step:
                 save()
-            if stage.evaluate_every and step % stage.evaluate_every == 0:
-                evaluate()
-        if step == stage.steps and evaluated != step:
+            if stage.evaluates_at(step):
+                result = evaluate()
+                if stage.should_end_early(result):
+                    last_step = step
+        if step == last_step and evaluated_step != step:
             evaluate()
-        write_figures()
+        write_metrics()
     except TrainingAlarm as error:
-        harmed = True
+        is_harmed = True
         stage.team.part(error)
         raise
     except BaseException as error:
-        stage.team.part(
-            error
-        )  # saving takes all processes: where the others know nothing of the error, this is the end
+        # Saving takes all processes. Where the others do not know of the error, this is the end.
+        stage.team.part(error)
         raise
     finally:
-        # Whatever the reason to leave, the last whole step is kept, but what an alarm was raised
-        # about. An update that failed half-way has consumed its state: then, too, the newest
+        # Whatever the reason to leave, the last whole step is saved, unless an alarm was raised
+        # about it. An update that failed half-way has consumed its state: then, too, the newest
         # checkpoint is the one before.
-        if step and not harmed and not any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
+        is_whole = not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+        if step > 0 and not is_harmed and is_whole:
             save()
         checkpoints.wait()
-    return state
+    return state, step == last_step
+
+
+def add_effective_samples(metrics: dict[str, float]) -> None:
+    """Add the share of the samples that is left after weighing them, where weights were measured.
+
+    It is 1 where the engine and the trainer agree.
+    """
+    if metrics.get("mismatch_weight2"):
+        share = metrics["mismatch_weight"] ** 2 / metrics["mismatch_weight2"]
+        metrics["effective_samples"] = share

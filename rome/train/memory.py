@@ -1,23 +1,28 @@
-"""What a process that trains on a CPU asks of the C library's allocator."""
+"""Settings of the C library's allocator for training on a CPU."""
 
 from __future__ import annotations
 
 import ctypes
 
-_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # glibc's malloc.h
+# Parameters of mallopt, from glibc's malloc.h.
+M_TRIM_THRESHOLD = -1
+M_MMAP_MAX = -4
+M_ARENA_MAX = -8
 
 
 def keep_freed_memory() -> bool:
-    """Freed memory stays with this process, for the next step to use.
+    """Keep freed memory in this process, for the next step to use.
 
-    Returns whether the C library understood: glibc does.
+    By default glibc gives each large block back to the system at once, so every step of the same
+    shapes would get its gigabyte of temporaries as fresh pages: a third of a step's CPU time was
+    spent in page faults. The process keeps its largest footprint. Call this before JAX looks for
+    devices, because threads keep the arenas that they started with.
 
-    glibc gives each large block back to the system at once, so that every step of the same shapes
-    met its gigabyte of temporaries as fresh pages: a third of the step's CPU time went into page
-    faults. The process keeps its largest footprint. Call it before JAX looks for devices: threads
-    keep the arenas that they began with.
+    Returns:
+      Whether the C library accepted the settings; glibc does.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    return all([mallopt(_ARENA_MAX, 1), mallopt(_MMAP_MAX, 0), mallopt(_TRIM_THRESHOLD, -1)])
+    accepted = [mallopt(M_ARENA_MAX, 1), mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, -1)]
+    return all(accepted)

@@ -1,9 +1,8 @@
-"""The figures of every step: one flat JSON object a line in WORKDIR/metrics.jsonl, and the same in
-TensorBoard.
+"""The metrics of every step: one flat JSON object a line in WORKDIR/metrics.jsonl, and TensorBoard.
 
-A step stands there once for each stage, also after a run was killed and resumed: what a lost step
-had written is dropped before it is redone. Of several processes only the leader writes; the others
-check their figures all the same, so that a run that diverges ends everywhere.
+Each step of a stage has one line, also after a run was killed and resumed: the lines of a lost step
+are dropped before it is repeated. In a job of several processes only the leader writes; the others
+check their metrics all the same, so that a run that diverges ends everywhere.
 """
 
 from __future__ import annotations
@@ -20,34 +19,39 @@ RESERVED = ("stage", "step")
 
 
 @dataclasses.dataclass(frozen=True)
-class Figure:
-    """How a person reads one figure: its label, a format for its value and the unit behind it."""
+class MetricFormat:
+    """How a metric is shown to a person: a label, a format for its value, and a unit.
+
+    The unit "%" multiplies the value by 100.
+    """
 
     label: str
     format: str
     unit: str = ""
 
     def text(self, value: float) -> str:
+        """Write a value with its unit."""
         if self.unit == "%":
             return f"{100 * value:.0f} %"
-        return self.format.format(value) + (f" {self.unit}" if self.unit else "")
+        number = self.format.format(value)
+        return f"{number} {self.unit}" if self.unit else number
 
 
-# The figures that the display and the plots know by name; all others are written all the same.
-FIGURES = {
-    "reward": Figure("reward", "{:+.2f}"),
-    "success": Figure("success", "{:.2f}", "%"),
-    "loss": Figure("loss", "{:.4f}"),
-    "turns": Figure("turns", "{:.1f}"),
-    "tokens": Figure("tokens", "{:.0f}"),
-    "staleness": Figure("staleness", "{:.2f}"),
-    "mismatch": Figure("mismatch", "{:.1e}"),
-    "tokens_per_s": Figure("speed", "{:,.0f}", "tok/s"),
+# The metrics that the display shows. All others are written to the files only.
+METRIC_FORMATS = {
+    "reward": MetricFormat("reward", "{:+.2f}"),
+    "success": MetricFormat("success", "{:.2f}", "%"),
+    "loss": MetricFormat("loss", "{:.4f}"),
+    "turns": MetricFormat("turns", "{:.1f}"),
+    "tokens": MetricFormat("tokens", "{:.0f}"),
+    "staleness": MetricFormat("staleness", "{:.2f}"),
+    "mismatch": MetricFormat("mismatch", "{:.1e}"),
+    "tokens_per_s": MetricFormat("speed", "{:,.0f}", "tok/s"),
 }
 
 
 def write_atomically(path: pathlib.Path | str, text: str) -> None:
-    """Writes a whole file or leaves the old one: a reader, or a kill, never meets half of it."""
+    """Write a whole file or leave the old one, so that no reader, or kill, meets half of it."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -59,18 +63,19 @@ def write_atomically(path: pathlib.Path | str, text: str) -> None:
 
 
 def read_metrics(workdir: pathlib.Path | str) -> list[dict[str, Any]]:
-    """All lines in the order they were written; [] where there are none yet.
+    """Return all lines of WORKDIR/metrics.jsonl in the order written; [] where there are none yet.
 
-    A last line cut off by a kill is left out.
+    A last line that was cut off by a kill is left out.
+
+    Raises:
+      ValueError: where another line is not JSON.
     """
     path = pathlib.Path(workdir) / "metrics.jsonl"
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split(
-        "\n"
-    )  # what follows the last newline was never finished
+    lines = path.read_text(encoding="utf-8").split("\n")
     records = []
-    for number, line in enumerate(lines[:-1], start=1):
+    for number, line in enumerate(lines[:-1], start=1):  # the last newline ends the last whole line
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError as error:
@@ -82,12 +87,15 @@ def read_metrics(workdir: pathlib.Path | str) -> list[dict[str, Any]]:
 
 
 class MetricsWriter:
-    """Appends the figures of one stage's steps.
+    """Appends the metrics of one stage's steps to the files of a workdir.
 
     Args:
+      workdir: holds metrics.jsonl and tensorboard/.
+      stage: the name that every line carries.
       resume_step: the last step that the restored checkpoint holds; lines of this stage beyond it
         are dropped. -1 starts the stage anew, None keeps every line.
-      writes: False touches no file.
+      tensorboard: also write TensorBoard's event files.
+      writes: False touches no file and only checks the metrics.
     """
 
     def __init__(
@@ -98,51 +106,50 @@ class MetricsWriter:
         tensorboard: bool = True,
         writes: bool = True,
     ) -> None:
+        self.stage = stage
+        self.last_step = -1 if resume_step is None else resume_step
+        self._file: Any = None
+        self._tensorboard: Any = None
         if not writes:
-            self.stage, self.last_step, self._file, self._tensorboard = (
-                stage,
-                -1 if resume_step is None else resume_step,
-                None,
-                None,
-            )
             return
         workdir = pathlib.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        self.stage = stage
-        self.last_step = self._keep_until(workdir, resume_step)
-        self._file = open(workdir / "metrics.jsonl", "a", encoding="utf-8")
-        self._tensorboard = None
+        self.last_step = self._drop_lost_steps(workdir, resume_step)
+        path = workdir / "metrics.jsonl"
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by `close`
         if tensorboard:
-            from tensorboardX import (
-                SummaryWriter,
-            )  # costs a third of a second; readers of metrics.jsonl do without
+            self._tensorboard = open_tensorboard(workdir / "tensorboard" / stage, resume_step)
 
-            purge = None if resume_step is None else resume_step + 1
-            self._tensorboard = SummaryWriter(
-                str(workdir / "tensorboard" / stage), purge_step=purge
-            )
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Append one line for `step`.
 
-    def write(self, step: int, figures: Mapping[str, Any]) -> None:
-        """One line. Figures are numbers (or arrays of one number); steps rise."""
+        Args:
+          step: greater than every step written before.
+          metrics: numbers, or arrays of one number, by name.
+
+        Raises:
+          ValueError: where a metric is not finite, has a reserved name, or the step is written
+            already.
+          TypeError: where a metric is not a number.
+        """
         if step <= self.last_step:
             raise ValueError(
                 f"step {step} of stage {self.stage} is written already (last: {self.last_step});"
                 " pass resume_step when resuming"
             )
-        values = {name: _number(name, step, value) for name, value in figures.items()}
+        values = {name: _number(name, step, value) for name, value in metrics.items()}
         self.last_step = step
         if self._file is None:
             return
-        self._file.write(
-            json.dumps({"stage": self.stage, "step": step, **values}, allow_nan=False) + "\n"
-        )
+        record = {"stage": self.stage, "step": step, **values}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
 
     def flush(self) -> None:
-        """Makes what was written survive a crash of the machine."""
+        """Force what was written to disk, so that it survives a crash of the machine."""
         if self._file is None:
             return
         self._file.flush()
@@ -151,6 +158,7 @@ class MetricsWriter:
             self._tensorboard.flush()
 
     def close(self) -> None:
+        """Flush and close the files; a second call does nothing."""
         if self._file is None or self._file.closed:
             return
         self.flush()
@@ -164,35 +172,49 @@ class MetricsWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _keep_until(self, workdir: pathlib.Path, resume_step: int | None) -> int:
-        """Drops this stage's lines beyond resume_step and an unfinished last line; returns the
-        stage's last step, -1 without one.
+    def _drop_lost_steps(self, workdir: pathlib.Path, resume_step: int | None) -> int:
+        """Drop this stage's lines beyond `resume_step` and an unfinished last line.
+
+        Returns:
+          The last step of this stage that is kept; -1 where there is none.
         """
-        records = read_metrics(workdir)
-        kept = [
-            record
-            for record in records
-            if record["stage"] != self.stage or resume_step is None or record["step"] <= resume_step
-        ]
+        kept = []
+        last_step = -1
+        for record in read_metrics(workdir):
+            is_ours = record["stage"] == self.stage
+            if is_ours and resume_step is not None and record["step"] > resume_step:
+                continue
+            kept.append(record)
+            if is_ours:
+                last_step = max(last_step, record["step"])
         text = "".join(json.dumps(record) + "\n" for record in kept)
         path = workdir / "metrics.jsonl"
         if path.exists() and path.read_text(encoding="utf-8") != text:
             write_atomically(path, text)
-        return max((record["step"] for record in kept if record["stage"] == self.stage), default=-1)
+        return last_step
+
+
+def open_tensorboard(directory: pathlib.Path, resume_step: int | None) -> Any:
+    """Return a writer of TensorBoard events that hides steps beyond `resume_step`."""
+    from tensorboardX import SummaryWriter  # costs a third of a second; readers do without it
+
+    purge_step = None if resume_step is None else resume_step + 1
+    return SummaryWriter(str(directory), purge_step=purge_step)
 
 
 def _number(name: str, step: int, value: Any) -> float | int:
+    """Return a metric as a Python number, or raise what is wrong with it."""
     if name in RESERVED:
-        raise ValueError(f"no figure can be called {name!r}: that names the line itself")
+        raise ValueError(f"no metric can be called {name!r}: that names the line itself")
     value = value.item() if hasattr(value, "item") else value  # NumPy and JAX scalars
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(
-            f"figure {name!r} of step {step} is {value!r}, no number; metrics.jsonl holds one flat"
-            " number for each name"
+            f"metric {name!r} of step {step} is {value!r}, not a number; metrics.jsonl holds one"
+            " flat number for each name"
         )
     if not math.isfinite(value):
         raise ValueError(
-            f"figure {name!r} is {value} at step {step}; training has diverged or it divides by"
+            f"metric {name!r} is {value} at step {step}; training has diverged or it divides by"
             " zero: look at the step before in metrics.jsonl"
         )
     return value

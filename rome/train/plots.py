@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import (
-    Figure,
-)  # not pyplot: no screen needed, and a notebook's own plots stay as they are
+from matplotlib.figure import Figure  # not pyplot: it needs no screen and leaves a notebook alone
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from rome.train.intervals import wilson
 from rome.train.metrics import read_metrics
-from rome.train.report import EvalResult, before_and_after, read_report, wilson
+from rome.train.report import EvalResult, Rate, before_and_after, read_report
 
-BEFORE, AFTER, UNSEEN, GRID = "#9aa5b1", "#1f6fb2", "#d9822b", "#e4e7eb"
-STYLE = {
+BEFORE = "#9aa5b1"
+AFTER = "#1f6fb2"
+UNSEEN = "#d9822b"
+GRID = "#e4e7eb"
+LOSS = "#b91c1c"
+STYLE: Any = {
     "font.size": 11,
     "axes.titlesize": 13,
     "axes.titleweight": "bold",
@@ -37,82 +40,68 @@ STYLE = {
 }
 
 
+Records = Sequence[dict[str, Any]]
+
+
 def plot_curves(workdir: pathlib.Path | str) -> list[pathlib.Path]:
-    """Writes WORKDIR/plots/*.png, as many as the run has figures for, and returns their paths in
-    reading order.
+    """Write WORKDIR/plots/*.png, as many as the run has metrics for.
+
+    Returns:
+      Their paths, in the order to read them: rewards, families, then the others.
     """
     workdir = pathlib.Path(workdir)
-    records, evals = _records_of_run(workdir), read_report(workdir)["evals"]
-    stages = list(dict.fromkeys(record["stage"] for record in records))
-    figures = {}
+    records = _records_of_run(workdir)
+    evals = read_report(workdir)["evals"]
+    policy_evals = [result for result in evals if isinstance(result, EvalResult)]
+    figures: dict[str, Figure] = {}
     with matplotlib.rc_context(STYLE):
-        for stage in stages:
+        for stage in dict.fromkeys(record["stage"] for record in records):
             of_stage = [record for record in records if record["stage"] == stage]
-            of_evals = [result for result in evals if result.stage == stage]
-            if any("reward" in record for record in of_stage):
-                figures[f"{stage}_reward"] = _reward(stage, of_stage, of_evals)
-                figures[f"{stage}_episodes"] = _episodes(stage, of_stage)
-            elif any("loss" in record for record in of_stage):
-                figures[f"{stage}_loss"] = _loss(stage, of_stage)
+            of_evals = [result for result in policy_evals if result.stage == stage]
+            figures |= _figures_of_stage(stage, of_stage, of_evals)
         if evals and isinstance(evals[-1], EvalResult):
-            figures["families"] = _families(*before_and_after(evals))
-        (workdir / "plots").mkdir(exist_ok=True)
-        paths = []
+            before, after = before_and_after(evals)
+            if isinstance(before, EvalResult) and isinstance(after, EvalResult):
+                figures["families"] = _families(before, after)
+        directory = workdir / "plots"
+        directory.mkdir(exist_ok=True)
         for name, figure in figures.items():
-            paths.append(workdir / "plots" / f"{name}.png")
-            figure.savefig(paths[-1])
+            figure.savefig(directory / f"{name}.png")
+    paths = [directory / f"{name}.png" for name in figures]
     return sorted(
         paths, key=lambda path: (not path.stem.endswith("_reward"), path.stem != "families")
     )
 
 
+def _figures_of_stage(
+    stage: str, records: Records, evals: Sequence[EvalResult]
+) -> dict[str, Figure]:
+    if any("reward" in record for record in records):
+        return {
+            f"{stage}_reward": _reward(stage, records, evals),
+            f"{stage}_episodes": _episodes(stage, records),
+        }
+    if any("loss" in record for record in records):
+        return {f"{stage}_loss": _loss(stage, records)}
+    return {}
+
+
 def _records_of_run(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The figures of the run, those of the run that it started from first."""
+    """Return the metrics of a run, after those of the run that it started from."""
     earlier = workdir / "init"
-    return (_records_of_run(earlier) if earlier.is_dir() else []) + read_metrics(workdir)
+    before = _records_of_run(earlier) if earlier.is_dir() else []
+    return before + read_metrics(workdir)
 
 
-def _reward(stage: str, records: list[dict[str, Any]], evals: list[EvalResult]) -> Figure:
-    """Above: success in training and on held-out tasks. Below: the reward that is optimised."""
+def _reward(stage: str, records: Records, evals: Sequence[EvalResult]) -> Figure:
+    """Draw success in training and on held-out tasks above, the optimised reward below."""
     figure = Figure(figsize=(8.5, 6.6), layout="constrained")
     success, reward = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    success.set_title(f"{stage}: held-out success" + (f" {_points(evals)}" if evals else ""))
+    points = f" {_points(evals)}" if evals else ""
+    success.set_title(f"{stage}: held-out success{points}")
     _curve(success, records, "success", scale=100, colour=BEFORE, label="training episodes")
     if evals:
-        steps, rates = [result.step for result in evals], [100 * result.success for result in evals]
-        below, above = (
-            [100 * (r.success - r.low) for r in evals],
-            [100 * (r.high - r.success) for r in evals],
-        )
-        label = f"held-out tasks (n = {evals[-1].n}, 95 % interval)"
-        success.errorbar(
-            steps,
-            rates,
-            yerr=(below, above),
-            color=AFTER,
-            marker="o",
-            markersize=6,
-            linewidth=2,
-            capsize=4,
-            zorder=4,
-            label=label,
-        )
-        unseen = [
-            (result.step, 100 * result.unseen_families)
-            for result in evals
-            if result.unseen_families is not None
-        ]
-        if unseen:
-            n = sum(count for _, count in evals[-1].unseen_by_family.values())
-            success.plot(
-                *zip(*unseen),
-                color=UNSEEN,
-                marker="s",
-                markersize=5,
-                linestyle="--",
-                zorder=3,
-                label=f"unseen families (n = {n})",
-            )
+        _held_out(success, evals)
     success.set(ylabel="tasks solved, %", ylim=(0, 100))
     if success.get_legend_handles_labels()[0]:  # a run in its first minute may have neither curve
         success.legend(loc="upper center", bbox_to_anchor=(0.5, -0.04), ncols=3, fontsize=10)
@@ -123,21 +112,54 @@ def _reward(stage: str, records: list[dict[str, Any]], evals: list[EvalResult]) 
     return figure
 
 
-def _episodes(stage: str, records: list[dict[str, Any]]) -> Figure:
-    """Small panels of what tells a healthy run from a sick one."""
+def _held_out(axis: Axes, evals: Sequence[EvalResult]) -> None:
+    """Draw held-out success with its intervals, and success in unseen families."""
+    axis.errorbar(
+        [result.step for result in evals],
+        [100 * result.success for result in evals],
+        yerr=(
+            [100 * (result.success - result.low) for result in evals],
+            [100 * (result.high - result.success) for result in evals],
+        ),
+        color=AFTER,
+        marker="o",
+        markersize=6,
+        linewidth=2,
+        capsize=4,
+        zorder=4,
+        label=f"held-out tasks (n = {evals[-1].n}, 95 % interval)",
+    )
+    unseen = [result for result in evals if result.unseen_families is not None]
+    if not unseen:
+        return
+    n = sum(count for _, count in evals[-1].unseen_by_family.values())
+    axis.plot(
+        [result.step for result in unseen],
+        [100 * (result.unseen_families or 0.0) for result in unseen],
+        color=UNSEEN,
+        marker="s",
+        markersize=5,
+        linestyle="--",
+        zorder=3,
+        label=f"unseen families (n = {n})",
+    )
+
+
+def _episodes(stage: str, records: Records) -> Figure:
+    """Draw small panels of the metrics that show whether a run is healthy."""
     panels = [
         ("turns", "Turns of an episode", "mean turns"),
         ("tokens", "Length of an episode", "mean tokens"),
         ("staleness", "Staleness of the trained tokens", "weight versions behind"),
         ("mismatch", "Engine against trainer", "mean Δ log p"),
     ]
-    panels = [panel for panel in panels if any(panel[0] in record for record in records)] or [
-        ("loss", "Loss", "loss")
-    ]
+    panels = [panel for panel in panels if any(panel[0] in record for record in records)]
+    if not panels:
+        panels = [("loss", "Loss", "loss")]
     rows = (len(panels) + 1) // 2
     figure = Figure(figsize=(9.5, 3.1 * rows), layout="constrained")
     axes = figure.subplots(rows, 2, sharex=True, squeeze=False)
-    for axis, (name, title, unit) in zip(axes.flat, panels):
+    for axis, (name, title, unit) in zip(axes.flat, panels, strict=False):
         _curve(axis, records, name, colour=AFTER)
         axis.set(title=title, ylabel=unit)
         if name == "mismatch" and all(record.get(name, 1.0) > 0 for record in records):
@@ -152,7 +174,7 @@ def _episodes(stage: str, records: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _loss(stage: str, records: list[dict[str, Any]]) -> Figure:
+def _loss(stage: str, records: Records) -> Figure:
     figure = Figure(figsize=(8.5, 4), layout="constrained")
     axis = figure.subplots()
     losses = [record["loss"] for record in records if "loss" in record]
@@ -168,44 +190,40 @@ def _loss(stage: str, records: list[dict[str, Any]]) -> Figure:
     return figure
 
 
+class _Row(NamedTuple):
+    """A family in the chart of families, and its height."""
+
+    height: float
+    family: str
+    before: Rate
+    after: Rate
+    colour: str
+
+
 def _families(before: EvalResult, after: EvalResult) -> Figure:
-    """Two bars for each family with their intervals, the largest gain on top, unseen families below
-    in their own group.
+    """Draw two bars for each family with their intervals, the largest gain on top.
+
+    Unseen families form a group of their own below.
     """
-    groups = [
-        (before.by_family, after.by_family, AFTER),
-        (before.unseen_by_family, after.unseen_by_family, UNSEEN),
-    ]
-    rows: list[tuple[float, str, tuple[float, int], tuple[float, int], str]] = []
-    place = 0.0
-    for old, new, colour in groups:
-        for family in sorted(
-            (family for family in new if family in old),
-            key=lambda family: old[family][0] - new[family][0],
-        ):
-            rows.append((place, family, old[family], new[family], colour))
-            place += 1.0
-        place += 0.6
+    rows = _family_rows(before.by_family, after.by_family, AFTER, 0.0)
+    place = len(rows) + 0.6
+    unseen = _family_rows(before.unseen_by_family, after.unseen_by_family, UNSEEN, place)
+    rows += unseen
+    place += len(unseen) + 0.6
     figure = Figure(figsize=(8.5, 1.9 + 0.5 * place), layout="constrained")
     axis = figure.subplots()
-    for place, _, old, new, colour in rows:
-        for offset, (rate, n), fill in ((-0.19, old, BEFORE), (0.19, new, colour)):
-            low, high = wilson(round(rate * n), n)
-            axis.barh(place + offset, 100 * rate, height=0.36, color=fill)
-            axis.plot([100 * low, 100 * high], [place + offset] * 2, color="#102a43", linewidth=1.5)
-        points = f"{100 * (new[0] - old[0]):+.0f}"
-        axis.text(
-            103,
-            place,
-            points,
-            va="center",
-            color="#b91c1c" if points.startswith("-") and points != "-0" else "#1f2933",
-        )
-    axis.set_yticks([row[0] for row in rows], [f"{row[1]}  (n = {row[3][1]})" for row in rows])
+    for row in rows:
+        _family_bar(axis, row.height - 0.19, row.before, BEFORE)
+        _family_bar(axis, row.height + 0.19, row.after, row.colour)
+        points = f"{100 * (row.after[0] - row.before[0]):+.0f}"
+        is_loss = points.startswith("-") and points != "-0"
+        axis.text(103, row.height, points, va="center", color=LOSS if is_loss else "#1f2933")
+    labels = [f"{row.family}  (n = {row.after[1]})" for row in rows]
+    axis.set_yticks([row.height for row in rows], labels)
     axis.set(
         xlim=(0, 102), xlabel="tasks solved, %  (line: 95 % interval; right: change in points)"
     )
-    axis.set_ylim(max((row[0] for row in rows), default=0) + 0.6, -0.6)
+    axis.set_ylim(max((row.height for row in rows), default=0) + 0.6, -0.6)
     axis.grid(False, axis="y")
     axis.tick_params(axis="y", length=0)
     axis.set_title(f"{after.stage}: success by family, {_points([before, after])}")
@@ -220,33 +238,52 @@ def _families(before: EvalResult, after: EvalResult) -> Figure:
     return figure
 
 
+def _family_rows(
+    before: dict[str, Rate], after: dict[str, Rate], colour: str, first_height: float
+) -> list[_Row]:
+    families = [family for family in after if family in before]
+    families.sort(key=lambda family: before[family][0] - after[family][0])
+    return [
+        _Row(first_height + place, family, before[family], after[family], colour)
+        for place, family in enumerate(families)
+    ]
+
+
+def _family_bar(axis: Axes, height: float, value: Rate, colour: str) -> None:
+    rate, n = value
+    low, high = wilson(round(rate * n), n)
+    axis.barh(height, 100 * rate, height=0.36, color=colour)
+    axis.plot([100 * low, 100 * high], [height, height], color="#102a43", linewidth=1.5)
+
+
 def _curve(
     axis: Axes,
-    records: list[dict[str, Any]],
+    records: Records,
     name: str,
     colour: str,
     scale: float = 1.0,
     label: str | None = None,
 ) -> None:
-    """Every step thin, their running mean thick: the eye gets the trend, the noise stays honest."""
-    points = [(record["step"], scale * record[name]) for record in records if name in record]
-    if not points:
+    """Draw every step as a thin line and their running mean as a thick one."""
+    measured = [record for record in records if name in record]
+    if not measured:
         return
-    steps, values = zip(*points)
+    steps = [record["step"] for record in measured]
+    values = [scale * record[name] for record in measured]
     axis.plot(
         steps,
         values,
         color=colour,
         alpha=0.35,
         linewidth=1,
-        marker="." if len(points) < 40 else None,
+        marker="." if len(values) < 40 else None,
         markersize=4,
     )
     axis.plot(steps, _running_mean(values, _reach(values)), color=colour, linewidth=2, label=label)
 
 
 def _running_mean(values: Sequence[float], reach: int) -> list[float]:
-    """Mean over up to `reach` values on both sides, fewer at the ends."""
+    """Return the mean over up to `reach` values on both sides, fewer at the ends."""
     windows = [values[max(0, place - reach) : place + reach + 1] for place in range(len(values))]
     return [sum(window) / len(window) for window in windows]
 
@@ -256,15 +293,16 @@ def _reach(values: Sequence[float]) -> int:
 
 
 def _points(evals: Sequence[EvalResult]) -> str:
-    first, last = evals[0], evals[-1]
-    return (
-        f"{100 * first.success:.0f} % → {100 * last.success:.0f} %"
-        if first is not last
-        else f"{100 * last.success:.0f} %"
-    )
+    """Write the change of success over these evaluations, in percent."""
+    last = f"{100 * evals[-1].success:.0f} %"
+    if evals[0] is evals[-1]:
+        return last
+    return f"{100 * evals[0].success:.0f} % → {last}"
 
 
-def _whole_steps(axis: Axes, records: list[dict[str, Any]], evals: list[EvalResult]) -> None:
+def _whole_steps(axis: Axes, records: Records, evals: Sequence[EvalResult]) -> None:
+    """Label only whole steps on the axis, from 0 to the last one."""
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    last = max([record["step"] for record in records] + [result.step for result in evals] + [1])
+    steps = [record["step"] for record in records] + [result.step for result in evals]
+    last = max([*steps, 1])
     axis.set_xlim(-0.02 * last, 1.02 * last)

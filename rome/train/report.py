@@ -1,17 +1,14 @@
-"""What a run leaves for people and programs: evaluation results, report.json and the table of
-before and after.
+"""What a run leaves for people and programs: evaluations, report.json and a table of both ends.
 
-Curves: plots.py.
-
-A success rate is always a share between 0 and 1 here; `n` says of how many tasks; the interval is
-Wilson's at 95 %.
+Curves are drawn by plots.py. A success rate is a share between 0 and 1 here, `n` is its number of
+tasks, and its interval is Wilson's at 95 %.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
-import math
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -20,35 +17,25 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rome.train.intervals import wilson
 from rome.train.metrics import write_atomically
 
-Z_95 = 1.959963984540054
-Task = Mapping[
-    str, Any
-]  # {"task": "family/seed", "family": name, "success": 0 | 1, "unseen_family": bool}
-
-
-def wilson(successes: float, n: int) -> tuple[float, float]:
-    """95 % interval of a success rate; (0, 1) of nothing tried."""
-    if not 0 <= successes <= n:
-        raise ValueError(f"{successes} successes of {n} tasks is impossible")
-    if n == 0:
-        return 0.0, 1.0
-    rate, z2 = successes / n, Z_95**2
-    centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z_95 / (1 + z2 / n) * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))
-    return (0.0 if successes == 0 else centre - half), (
-        1.0 if successes == n else centre + half
-    )  # exact where rounding would miss by 1e-17
+# {"task": "family/seed", "family": name, "success": 0 | 1, "unseen_family": bool}
+Task = Mapping[str, Any]
+Rate = tuple[float, int]  # share of successes, number of tasks
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalResult:
-    """One evaluation: an entry of `evals` in report.json.
+    """One evaluation of a policy: an entry of `evals` in report.json.
 
-    Args:
-      success: over unseen seeds of the trained families, `n` tasks, with its interval from `low` to
-        `high`.
+    Attributes:
+      stage: name of the experiment.
+      step: at which it was evaluated.
+      success: share of solved tasks, over unseen seeds of the trained families.
+      n: number of these tasks.
+      low: lower end of the interval of `success`.
+      high: upper end of it.
       by_family: trained family -> (success, n).
       unseen_families: success over all tasks of families that training never saw; None where none
         were tried.
@@ -61,64 +48,70 @@ class EvalResult:
     n: int
     low: float
     high: float
-    by_family: dict[str, tuple[float, int]]
+    by_family: dict[str, Rate]
     unseen_families: float | None
-    unseen_by_family: dict[str, tuple[float, int]]
+    unseen_by_family: dict[str, Rate]
 
     @classmethod
     def from_tasks(cls, stage: str, step: int, tasks: Iterable[Task]) -> EvalResult:
-        """Counts outcomes; a task may stand there once."""
+        """Count the outcomes of tasks.
+
+        Raises:
+          ValueError: where a task is listed twice.
+        """
         tasks = list(tasks)
-        names = [task["task"] for task in tasks]
-        if len(set(names)) != len(names):
+        repeated = [
+            name for name, n in collections.Counter(t["task"] for t in tasks).items() if n > 1
+        ]
+        if repeated:
             raise ValueError(
-                f"task {next(name for name in names if names.count(name) > 1)!r} is counted twice"
-                f" in the evaluation of {stage} at step {step}"
+                f"task {repeated[0]!r} is counted twice in the evaluation of {stage} at step {step}"
             )
         seen = [task for task in tasks if not task["unseen_family"]]
         unseen = [task for task in tasks if task["unseen_family"]]
         low, high = wilson(sum(task["success"] for task in seen), len(seen))
         return cls(
-            stage,
-            step,
-            _rate(seen) or 0.0,
-            len(seen),
-            low,
-            high,
-            _by_family(seen),
-            _rate(unseen),
-            _by_family(unseen),
+            stage=stage,
+            step=step,
+            success=_rate(seen) if seen else 0.0,
+            n=len(seen),
+            low=low,
+            high=high,
+            by_family=_by_family(seen),
+            unseen_families=_rate(unseen) if unseen else None,
+            unseen_by_family=_by_family(unseen),
         )
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> EvalResult:
+        """Return the evaluation of an entry in report.json."""
         fields = {field.name: entry[field.name] for field in dataclasses.fields(cls)}
         for name in ("by_family", "unseen_by_family"):
             fields[name] = {family: (rate, n) for family, (rate, n) in entry[name].items()}
         return cls(**fields)
 
     def to_json(self) -> dict[str, Any]:
-        return json.loads(
-            json.dumps(dataclasses.asdict(self))
-        )  # tuples become the lists that a reader will see
+        """Return the entry for report.json, with lists for tuples as a reader will see them."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def summary(self) -> str:
-        """One line, for the display."""
-        text = (
-            f"{percent(self.success)} % ({percent(self.low)} to {percent(self.high)}) of {self.n}"
-            " tasks"
-        )
-        return (
-            text
-            if self.unseen_families is None
-            else f"{text}; {percent(self.unseen_families)} % in unseen families"
-        )
+        """Describe the result in one line, for the display."""
+        interval = f"{percent(self.low)} to {percent(self.high)}"
+        text = f"{percent(self.success)} % ({interval}) of {self.n} tasks"
+        if self.unseen_families is None:
+            return text
+        return f"{text}; {percent(self.unseen_families)} % in unseen families"
 
 
 @dataclasses.dataclass(frozen=True)
 class TextEval:
-    """One evaluation of a stage that learns from plain text: the bits that the model takes for a
-    byte of `bytes` held-out bytes.
+    """One evaluation of a stage that learns from plain text: an entry of `evals` in report.json.
+
+    Attributes:
+      stage: name of the experiment.
+      step: at which it was evaluated.
+      bits_per_byte: bits that the model needs for a byte of held-out text.
+      bytes: size of the held-out text.
     """
 
     stage: str
@@ -127,9 +120,11 @@ class TextEval:
     bytes: int
 
     def to_json(self) -> dict[str, Any]:
+        """Return the entry for report.json."""
         return dataclasses.asdict(self)
 
     def summary(self) -> str:
+        """Describe the result in one line, for the display."""
         return f"{self.bits_per_byte:.3f} bits a byte of {self.bytes:,} held-out bytes"
 
 
@@ -137,44 +132,53 @@ Evaluation = EvalResult | TextEval
 
 
 def evaluation_of(stage: str, step: int, outcomes: Mapping[str, Any]) -> Evaluation:
-    """What an evaluation's outcomes come to."""
-    return (
-        EvalResult.from_tasks(stage, step, outcomes["tasks"])
-        if "tasks" in outcomes
-        else TextEval(stage, step, **outcomes)
-    )
-
-
-def _rate(tasks: list[Task]) -> float | None:
-    return sum(task["success"] for task in tasks) / len(tasks) if tasks else None
-
-
-def _by_family(tasks: list[Task]) -> dict[str, tuple[float, int]]:
-    families = sorted({task["family"] for task in tasks})
-    members = {family: [task for task in tasks if task["family"] == family] for family in families}
-    return {family: (_rate(members[family]), len(members[family])) for family in families}
+    """Return the evaluation that these outcomes amount to."""
+    if "tasks" in outcomes:
+        return EvalResult.from_tasks(stage, step, outcomes["tasks"])
+    return TextEval(stage, step, **outcomes)
 
 
 def percent(rate: float) -> str:
+    """Write a share as a whole percentage, without the sign."""
     return f"{100 * rate:.0f}"
 
 
-def write_report(workdir: pathlib.Path | str, report: Mapping[str, Any]) -> None:
-    """WORKDIR/report.json, whole or not at all.
+def _rate(tasks: list[Task]) -> float:
+    return sum(task["success"] for task in tasks) / len(tasks)
 
-    Evaluations in `evals` are written as the entries they are.
+
+def _by_family(tasks: list[Task]) -> dict[str, Rate]:
+    families: dict[str, list[Task]] = {}
+    for task in tasks:
+        families.setdefault(task["family"], []).append(task)
+    return {family: (_rate(members), len(members)) for family, members in sorted(families.items())}
+
+
+# -- files
+# -------------------------------------------------------------------------------------------------
+
+
+def write_report(workdir: pathlib.Path | str, report: Mapping[str, Any]) -> None:
+    """Write WORKDIR/report.json, whole or not at all.
+
+    Args:
+      workdir: of the run.
+      report: JSON values; `evals` may hold evaluations.
     """
     entries = [
         entry.to_json() if isinstance(entry, Evaluation) else entry for entry in report["evals"]
     ]
-    write_atomically(
-        pathlib.Path(workdir) / "report.json",
-        json.dumps({**report, "evals": entries}, indent=1, allow_nan=False) + "\n",
-    )
+    document = {**report, "evals": entries}
+    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+    write_atomically(pathlib.Path(workdir) / "report.json", text)
 
 
 def read_report(workdir: pathlib.Path | str) -> dict[str, Any]:
-    """report.json with its evals as what they were."""
+    """Return WORKDIR/report.json, with evaluations in `evals`.
+
+    Raises:
+      FileNotFoundError: before the first evaluation of a run.
+    """
     path = pathlib.Path(workdir) / "report.json"
     if not path.exists():
         raise FileNotFoundError(
@@ -182,29 +186,39 @@ def read_report(workdir: pathlib.Path | str) -> dict[str, Any]:
             " --workdir?"
         )
     report = json.loads(path.read_text(encoding="utf-8"))
-    return {
-        **report,
-        "evals": [
-            EvalResult.from_json(entry) if "success" in entry else TextEval(**entry)
-            for entry in report["evals"]
-        ],
-    }
+    report["evals"] = [
+        EvalResult.from_json(entry) if "success" in entry else TextEval(**entry)
+        for entry in report["evals"]
+    ]
+    return report
 
 
 def outcomes_path(workdir: pathlib.Path | str, stage: str, step: int) -> pathlib.Path:
+    """Return the file with the outcomes of one evaluation."""
     return pathlib.Path(workdir) / "evals" / f"{stage}_{step:06d}.json"
 
 
 def write_outcomes(
     workdir: pathlib.Path | str, stage: str, step: int, outcomes: Mapping[str, Any]
 ) -> None:
-    """What one evaluation found: {"tasks": every task's outcome}, from which runs are compared task
-    by task, or the figures of a TextEval.
+    """Write the outcomes of one evaluation.
+
+    Args:
+      workdir: of the run.
+      stage: name of the experiment.
+      step: that was evaluated.
+      outcomes: {"tasks": the outcome of every task}, by which runs can be compared task by task, or
+        the fields of a TextEval.
     """
     write_atomically(outcomes_path(workdir, stage, step), json.dumps(outcomes) + "\n")
 
 
 def read_outcomes(workdir: pathlib.Path | str, stage: str, step: int) -> dict[str, Any]:
+    """Return the outcomes of one evaluation.
+
+    Raises:
+      FileNotFoundError: where that step was not evaluated.
+    """
     path = outcomes_path(workdir, stage, step)
     if not path.exists():
         raise FileNotFoundError(
@@ -214,30 +228,40 @@ def read_outcomes(workdir: pathlib.Path | str, stage: str, step: int) -> dict[st
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+# -- the table
+# -------------------------------------------------------------------------------------------------
+
+
 def before_and_after(evals: Iterable[Evaluation]) -> tuple[Evaluation, Evaluation]:
-    """First and last evaluation of the stage that was trained last."""
+    """Return the first and the last evaluation of the stage that was trained last."""
     evals = list(evals)
     if not evals:
         raise ValueError("the report holds no evaluation yet; run the experiment to its first one")
-    stage = [result for result in evals if result.stage == evals[-1].stage]
-    return min(stage, key=lambda result: result.step), max(stage, key=lambda result: result.step)
+    last_stage = [result for result in evals if result.stage == evals[-1].stage]
+    by_step = sorted(last_stage, key=lambda result: result.step)
+    return by_step[0], by_step[-1]
 
 
 def print_table(before: Evaluation, after: Evaluation, console: Console | None = None) -> None:
-    """Success by family, before and after, in percent with 95 % intervals; families that training
-    never saw stand apart.
+    """Print success by family before and after, in percent with 95 % intervals.
 
-    A line for text.
+    Families that training never saw are listed apart. Evaluations of text are printed as one line.
     """
-    if isinstance(after, TextEval):
-        (console or Console(highlight=False)).print(
+    console = console or Console(highlight=False)
+    if isinstance(before, EvalResult) and isinstance(after, EvalResult):
+        console.print(_table(before, after))
+    elif isinstance(after, TextEval):
+        console.print(
             f"{after.stage}: {before.summary()} at step {before.step}, {after.bits_per_byte:.3f} at"
             f" step {after.step}"
         )
-        return
-    title = f"{after.stage}: success on held-out tasks, step {before.step} and step {after.step}"
+
+
+def _table(before: EvalResult, after: EvalResult) -> Table:
     table = Table(
-        title=title,
+        title=(
+            f"{after.stage}: success on held-out tasks, step {before.step} and step {after.step}"
+        ),
         title_style="bold",
         title_justify="left",
         caption="% of tasks solved (95 % interval)",
@@ -253,26 +277,35 @@ def print_table(before: Evaluation, after: Evaluation, console: Console | None =
         if not new:
             continue
         for family in sorted(new):
-            table.add_row(f"{family}", *_cells(old.get(family), new[family]))
+            table.add_row(family, *_cells(old.get(family), new[family]))
         table.add_section()
-        table.add_row(
-            f"all {heading}", *_cells(_pooled(old), _pooled(new)), style="bold", end_section=True
-        )
-    (console or Console(highlight=False)).print(table)
+        pooled_old = _pooled(old) if old else None
+        cells = _cells(pooled_old, _pooled(new))
+        table.add_row(f"all {heading}", *cells, style="bold", end_section=True)
+    return table
 
 
-def _cells(old: tuple[float, int] | None, new: tuple[float, int]) -> list[str | Text]:
-    def cell(rate: float, n: int) -> str:
-        low, high = wilson(round(rate * n), n)
-        return f"{percent(rate):>3} ({percent(low):>2} to {percent(high):>3})"
-
-    if old is None:  # a family that the first evaluation did not have
-        return [str(new[1]), "", cell(*new), ""]
+def _cells(old: Rate | None, new: Rate) -> list[str | Text]:
+    """Return the cells of a row; `old` is None where the first evaluation lacks the family."""
+    tasks = str(new[1])
+    if old is None:
+        return [tasks, "", _rate_cell(new), ""]
     points = 100 * (new[0] - old[0])
-    colour = "green" if points > 0 else "red" if points < 0 else "dim"
-    return [str(new[1]), cell(*old), cell(*new), Text(f"{points:+.0f}", style=colour)]
+    colour = "dim"
+    if points > 0:
+        colour = "green"
+    elif points < 0:
+        colour = "red"
+    return [tasks, _rate_cell(old), _rate_cell(new), Text(f"{points:+.0f}", style=colour)]
 
 
-def _pooled(families: Mapping[str, tuple[float, int]]) -> tuple[float, int] | None:
+def _rate_cell(value: Rate) -> str:
+    rate, n = value
+    low, high = wilson(round(rate * n), n)
+    return f"{percent(rate):>3} ({percent(low):>2} to {percent(high):>3})"
+
+
+def _pooled(families: Mapping[str, Rate]) -> Rate:
     n = sum(count for _, count in families.values())
-    return (sum(rate * count for rate, count in families.values()) / n, n) if n else None
+    successes = sum(rate * count for rate, count in families.values())
+    return successes / n, n

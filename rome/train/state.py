@@ -1,4 +1,4 @@
-"""What a training run holds between steps, and the optimizer that moves it."""
+"""The state of training between steps, and the optimizer that changes it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from rome.model.qwen3 import init_params
 
 
 class TrainState(NamedTuple):
-    """`step` counts training steps (the weight version), not optimizer updates.
+    """The arrays that a checkpoint holds.
 
-    Parameters are the float32 master copy.
+    Attributes:
+      step: int32 []; number of training steps, which is the version of the weights. A step may take
+        several optimizer updates.
+      params: the float32 master copy.
+      opt_state: moments and schedule of the optimizer.
     """
 
-    step: jax.Array  # int32 []
+    step: jax.Array
     params: dict
     opt_state: optax.OptState
 
@@ -32,12 +36,18 @@ def make_optimizer(
     clip: float,
     b2: float = 0.95,
 ) -> optax.GradientTransformation:
-    """AdamW behind a global-norm clip.
+    """Return AdamW after a clip of the gradient's global norm.
 
-    The rate warms up linearly, then (decay_updates > 0) falls to a tenth by a cosine.
+    Weight decay applies to all parameters but the scales of norms.
 
-    The schedule counts optimizer updates, whatever a step consumes. Only matrices decay: norms do
-    not.
+    Args:
+      learning_rate: its peak.
+      warmup_updates: optimizer updates of linear warm-up.
+      decay_updates: optimizer updates after which a cosine has reached a tenth of the peak; 0: the
+        rate stays constant.
+      weight_decay: decoupled, as in AdamW.
+      clip: largest global norm of the gradient.
+      b2: decay of the second moment.
     """
     if decay_updates:
         rate = optax.warmup_cosine_decay_schedule(
@@ -51,22 +61,22 @@ def make_optimizer(
         rate = optax.linear_schedule(
             learning_rate / (warmup_updates + 1), learning_rate, warmup_updates
         )
-    decayed = lambda params: jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key != "scale", params
-    )
-    return optax.chain(
-        optax.clip_by_global_norm(clip),
-        optax.adamw(rate, b1=0.9, b2=b2, eps=1e-8, weight_decay=weight_decay, mask=decayed),
-    )
+    adamw = optax.adamw(rate, b1=0.9, b2=b2, eps=1e-8, weight_decay=weight_decay, mask=is_decayed)
+    return optax.chain(optax.clip_by_global_norm(clip), adamw)
+
+
+def is_decayed(params: dict) -> dict:
+    """Return which parameters weight decay applies to: all but the scales of norms."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
 
 
 def init_state(
     config: ModelConfig, optimizer: optax.GradientTransformation, seed: int
 ) -> TrainState:
-    """Fresh parameters and optimizer moments; the same for the same seed."""
+    """Return random parameters and new moments, the same for the same seed."""
     return start_state(init_params(config, jax.random.key(seed)), optimizer)
 
 
 def start_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
-    """Given parameters at step 0 of a new stage: moments and the schedule start anew."""
+    """Return a state at step 0 with these parameters, new moments and a new schedule."""
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))

@@ -12,7 +12,9 @@ micro-batches are the step's own loss, gradient and metrics, however it was spli
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,9 +36,11 @@ from rome.train.feed import feed, put
 from rome.train.replay import count_replayed, recorded_routes, replayed_ids, route_agreement
 from rome.train.state import TrainState, init_state
 
-# tokens; the length of a single scored sequence is filled up to it, as kernels and a split time
-# axis want
+# A single scored sequence is padded to a multiple of this many tokens, as attention kernels and a
+# sharded time axis need.
 PROBE_MULTIPLE = 128
+
+Metrics = dict[str, jax.Array]
 
 
 @dataclasses.dataclass
@@ -44,11 +48,18 @@ class Learner:
     """The compiled functions of one stage on one mesh.
 
     Args:
+      model_config: of the model that is trained.
       loss: (logp_BT, batch, loss_config, denominators) -> (value, metrics), as in rome.losses.
+      loss_config: switches of the loss.
+      optimizer: as made by rome.train.state.make_optimizer.
+      mesh: with the axes of rome.model.sharding.
       temperature: of the sampling; the trainer divides its logits by it.
       kernels: by name, "auto" for the mesh's own.
-      offload_moments: the optimizer's moments live in the host's memory and come to the device for
-        the update only.
+      offload_moments: keep the optimizer's moments in host memory; they move to the device for the
+        update only.
+
+    Attributes:
+      state: shapes, dtypes and shardings of a TrainState; it holds no arrays.
     """
 
     model_config: ModelConfig
@@ -57,237 +68,215 @@ class Learner:
     optimizer: optax.GradientTransformation
     mesh: Mesh
     temperature: float = 1.0
-    kernels: Kernels = Kernels()
+    kernels: Kernels = dataclasses.field(default_factory=Kernels)
     offload_moments: bool = False
 
     def __post_init__(self) -> None:
+        platform = self.mesh.devices.flat[0].platform
+        experts = self.mesh.shape["expert"]
         self.chosen_kernels = choose_kernels(
-            self.mesh.devices.flat[0].platform,
-            self.model_config,
-            self.kernels,
-            self.mesh.shape["expert"],
-            extent(self.mesh, "expert"),
+            platform, self.model_config, self.kernels, experts, extent(self.mesh, "expert")
         )
-        params, rows, everywhere = (
-            param_shardings(self.mesh, self.model_config),
-            batch_sharding(self.mesh),
-            NamedSharding(self.mesh, PartitionSpec()),
-        )
-        self._rows, self._row_sharding = row_shards(self.mesh), rows
+        self._num_row_shards = row_shards(self.mesh)
+        self._row_sharding = batch_sharding(self.mesh)
+        self._replicated = NamedSharding(self.mesh, PartitionSpec())
+        self._param_shardings = param_shardings(self.mesh, self.model_config)
+        self.state = self._abstract_state()
+        self._compile()
+
+    def _compile(self) -> None:
+        """Jit the functions of a step, each with the shardings of its arguments and results.
+
+        Nothing is traced before the first call.
+        """
+        params = self._param_shardings
+        rows = self._row_sharding
+        replicated = self._replicated
+        state = shardings_of(self.state)
         self._score = jax.jit(
-            lambda *arrays: self._logprobs(*arrays)[0],
+            self._score_rows,
             in_shardings=(params, rows, rows, rows, rows),
-            out_shardings=everywhere,
+            out_shardings=replicated,
         )
-        self._record = jax.jit(
-            self._recorded, in_shardings=(params, rows, rows, rows), out_shardings=everywhere
+        self._score_and_record = jax.jit(
+            self._score_and_record_rows,
+            in_shardings=(params, rows, rows, rows),
+            out_shardings=replicated,
         )
         self._probe = jax.jit(
-            lambda *arrays: self._logprobs(*arrays, temperature=1.0)[0],
+            self._score_at_temperature_1,
             in_shardings=(params, rows, rows, rows),
-            out_shardings=everywhere,
+            out_shardings=replicated,
         )
-        self._count = jax.jit(
-            lambda *arrays: self._logprobs(*arrays)[1].router.counts_LE,
+        self._count_experts = jax.jit(
+            self._count_chosen_experts,
             in_shardings=(params, rows, rows, rows, rows),
-            out_shardings=everywhere,
+            out_shardings=replicated,
         )
-        self._loads = jax.jit(
-            lambda counts_LE: load_metrics(counts_LE, self.model_config), out_shardings=everywhere
-        )
+        self._measure_loads = jax.jit(self._load_metrics, out_shardings=replicated)
         self._cast = jax.jit(
-            lambda params, dtype: jax.tree.map(lambda leaf: leaf.astype(dtype), params),
-            static_argnums=1,
-            in_shardings=(params,),
-            out_shardings=params,
+            cast_tree, static_argnums=1, in_shardings=(params,), out_shardings=params
         )
-        self._zeros = jax.jit(
-            lambda params: jax.tree.map(jnp.zeros_like, params),
-            in_shardings=(params,),
-            out_shardings=params,
-        )
+        self._zeros_like = jax.jit(zeros_like_tree, in_shardings=(params,), out_shardings=params)
         self._accumulate = jax.jit(
-            self._accumulated,
+            self._add_gradients,
             in_shardings=(params, params, rows, None, None, None, None),
-            out_shardings=(params, everywhere),
+            out_shardings=(params, replicated),
             donate_argnums=1,
         )
-        self.state = self._abstract_state(params)  # shapes, dtypes and places; no arrays
-        places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         self._apply = jax.jit(
-            self._updated,
-            in_shardings=(places, params),
-            out_shardings=(places, everywhere),
+            self._apply_gradients,
+            in_shardings=(state, params),
+            out_shardings=(state, replicated),
             donate_argnums=0,
         )
 
-    def _abstract_state(self, params: dict) -> TrainState:
-        """Shape, dtype and place of each array of a state.
-
-        Moments lie as the parameters that they belong to, all else is everywhere.
-        """
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-        state = jax.eval_shape(lambda: init_state(self.model_config, self.optimizer, seed=0))
-        at_rest = lambda place: (
-            place.with_memory_kind("pinned_host") if self.offload_moments else place
-        )
-        moments = optax.tree.map_params(
-            self.optimizer,
-            lambda _, place: at_rest(place),
-            state.opt_state,
-            params,
-            transform_non_params=lambda _: everywhere,
-        )
-        on_mesh = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-        return jax.tree.map(on_mesh, state, TrainState(everywhere, params, moments))
-
-    def start(self, params: dict) -> TrainState:
-        """Given parameters, on the host or on devices, at step 0 of a new stage: moments and
-        schedule start anew, made where they lie.
-        """
-        places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-        params = jax.tree.map(put, params, places.params)
-        in_memory = jax.tree.map(lambda place: place.with_memory_kind("device"), places.opt_state)
-        moments = jax.device_put(
-            jax.jit(self.optimizer.init, out_shardings=in_memory)(params), places.opt_state
-        )
-        return TrainState(put(np.zeros((), np.int32), places.step), params, moments)
-
-    def keep(self, params: dict) -> dict:
-        """A copy of the parameters as engines get them (in the compute type), in the host's memory:
-        to score samples of this version with, later.
-        """
-        places = jax.tree.map(
-            lambda leaf: leaf.sharding.with_memory_kind("pinned_host"), self.state.params
-        )
-        return jax.device_put(self._cast(params, jnp.dtype(self.model_config.dtype)), places)
-
-    def recall(self, kept: dict) -> dict:
-        """The parameters that `keep` kept, float32 and on the mesh."""
-        places = jax.tree.map(lambda leaf: leaf.sharding, self.state.params)
-        return self._cast(jax.device_put(kept, places), jnp.dtype(jnp.float32))
+    # -- states and parameters
+    # ---------------------------------------------------------------------------------------------
 
     def init(self, seed: int) -> TrainState:
-        """Fresh parameters, the same for the same seed on every mesh."""
-        places = jax.tree.map(lambda leaf: leaf.sharding, self.state.params)
-        return self.start(
-            jax.jit(
-                lambda: init_params(self.model_config, jax.random.key(seed)), out_shardings=places
-            )()
-        )
+        """Return a state with random parameters, the same for the same seed on every mesh."""
 
-    def lower(self, batch: Batch) -> dict[str, jax.stages.Lowered]:
-        """The programs of a step, from shapes alone, for the platform of the mesh's devices, which
-        need not be there: what launch.compile looks at.
+        def make_params() -> dict:
+            return init_params(self.model_config, jax.random.key(seed))
 
-        batch: one micro-batch; only shapes and dtypes are read.
+        return self.start(jax.jit(make_params, out_shardings=self._param_shardings)())
+
+    def start(self, params: dict) -> TrainState:
+        """Return a state at step 0 with these parameters, new moments and a new schedule.
+
+        Args:
+          params: on the host or on devices. Moments are made where they are kept.
         """
-        state, rows = self.state, batch_sharding(self.mesh)
-        batch = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows), batch
-        )
-        number = jax.ShapeDtypeStruct((), jnp.float32)
-        denominators = Denominators(*(number for _ in Denominators._fields))
-        on_platform = lambda traced: traced.lower(
-            lowering_platforms=(self.mesh.devices.flat[0].platform,)
-        )
-        with jax.set_mesh(self.mesh):
-            return {
-                "score": on_platform(
-                    self._score.trace(state.params, *_inputs(batch), batch.routes_BTLk)
-                ),
-                "accumulate": on_platform(
-                    self._accumulate.trace(
-                        state.params, state.params, batch, denominators, number, number, None
-                    )
-                ),
-                "apply": on_platform(self._apply.trace(state, state.params)),
-            }
+        places = shardings_of(self.state)
+        params = jax.tree.map(put, params, places.params)
+        on_device = jax.tree.map(in_device_memory, places.opt_state)
+        moments = jax.jit(self.optimizer.init, out_shardings=on_device)(params)
+        moments = jax.device_put(moments, places.opt_state)
+        step = put(np.zeros((), np.int32), places.step)
+        return TrainState(step, params, moments)
+
+    def keep(self, params: dict) -> dict:
+        """Return a copy of the parameters in host memory, in the compute type that engines get.
+
+        Samples of this version can be scored with it later; see `recall`.
+        """
+        dtype = jnp.dtype(self.model_config.dtype)
+        places = jax.tree.map(in_host_memory, self._param_shardings)
+        return jax.device_put(self._cast(params, dtype), places)
+
+    def recall(self, kept: dict) -> dict:
+        """Return parameters that `keep` has copied, in float32 on the mesh."""
+        on_mesh = jax.device_put(kept, self._param_shardings)
+        return self._cast(on_mesh, jnp.dtype(jnp.float32))
+
+    # -- scoring
+    # ---------------------------------------------------------------------------------------------
 
     def score(self, params: dict, microbatches: Sequence[Batch]) -> list[np.ndarray]:
-        """logp_BT of every micro-batch at `params`, with the routes that it carries, on the host."""
+        """Return logp_BT (float32, on the host) of every micro-batch at `params`.
+
+        Routes that a micro-batch carries are replayed.
+        """
         with jax.set_mesh(self.mesh):
-            return [np.asarray(self._score(params, *self._fed(batch))) for batch in microbatches]
+            return [np.asarray(self._score(params, *self._inputs(batch))) for batch in microbatches]
 
     def score_and_record(
         self, params: dict, microbatches: Sequence[Batch]
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(logp_BT, routes_BTLk) of every micro-batch: each token chooses its experts itself, and
-        the choices are there to be replayed.
+        """Return (logp_BT, routes_BTLk) of every micro-batch, both on the host.
+
+        Every token chooses its experts itself; the choices are recorded to be replayed later.
         """
+        scored = []
         with jax.set_mesh(self.mesh):
-            return [
-                jax.device_get(self._record(params, *self._fed(batch)[:3]))
-                for batch in microbatches
-            ]
+            for batch in microbatches:
+                tokens_BT, positions_BT, segments_BT, _ = self._inputs(batch)
+                found = self._score_and_record(params, tokens_BT, positions_BT, segments_BT)
+                scored.append(jax.device_get(found))
+        return scored
 
     def score_one(self, params: dict, ids: Sequence[int]) -> np.ndarray:
-        """log p(token | those before it) at temperature 1 of one sequence, [tokens]; 0 for the
-        first.
+        """Return log p(token | those before it) of one sequence at temperature 1.
 
-        What an engine is compared with.
+        An engine's own logprobs are compared with this.
+
+        Returns:
+          [tokens] float32; 0 for the first token.
         """
-        length = len(ids) + -len(ids) % (PROBE_MULTIPLE * self.mesh.shape["sequence"])
-        tokens_BT, segments_BT = np.zeros((2, self._rows, length), np.int32)
-        tokens_BT[:, : len(ids)], segments_BT[:, : len(ids)] = ids, 1
-        positions_BT = np.tile(np.arange(length, dtype=np.int32), (self._rows, 1))
+        length = len(ids)
+        multiple = PROBE_MULTIPLE * self.mesh.shape["sequence"]
+        padded = length + -length % multiple
+        shape = (self._num_row_shards, padded)
+        tokens_BT = np.zeros(shape, np.int32)
+        tokens_BT[:, :length] = ids
+        segments_BT = np.zeros(shape, np.int32)
+        segments_BT[:, :length] = 1
+        positions_BT = np.broadcast_to(np.arange(padded, dtype=np.int32), shape)
+        inputs = feed((tokens_BT, positions_BT, segments_BT), self._row_sharding)
         with jax.set_mesh(self.mesh):
-            return np.asarray(
-                self._probe(
-                    params, *feed((tokens_BT, positions_BT, segments_BT), self._row_sharding)
-                )
-            )[0, : len(ids)]
+            logp_BT = np.asarray(self._probe(params, *inputs))
+        return logp_BT[0, :length]
+
+    # -- the update
+    # ---------------------------------------------------------------------------------------------
 
     def update(
         self, state: TrainState, microbatches: Sequence[Batch], denominators: Denominators
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One optimizer update over all micro-batches.
+    ) -> tuple[TrainState, Metrics]:
+        """Apply one optimizer update over all micro-batches.
 
-        `state.step` stays: a step may take several updates. The old state is consumed.
+        The old state is consumed. `state.step` does not change: a step may take several updates.
+
+        Returns:
+          The new state, and metrics on the devices.
         """
-        metrics: dict[str, jax.Array] = {}
         tokens = float(sum((batch.segments_BT > 0).sum() for batch in microbatches))
         replayed = float(sum(count_replayed(batch, self.model_config) for batch in microbatches))
+        metrics: Metrics = {}
         with jax.set_mesh(self.mesh):
             counts_LE = self._count_choices(state.params, microbatches)
-            gradients = self._zeros(state.params)
+            gradients = self._zeros_like(state.params)
             for batch in microbatches:
-                gradients, figures = self._accumulate(
-                    state.params,
-                    gradients,
-                    feed(batch, self._row_sharding),
-                    denominators,
-                    tokens,
-                    replayed,
-                    counts_LE,
+                on_mesh = feed(batch, self._row_sharding)
+                gradients, more = self._accumulate(
+                    state.params, gradients, on_mesh, denominators, tokens, replayed, counts_LE
                 )
-                metrics = combine_metrics(metrics, figures)
+                metrics = combine_metrics(metrics, more)
             state, norm = self._apply(state, gradients)
-            loads = self._loads(metrics.pop("router_counts"))
+            loads = self._measure_loads(metrics.pop("router_counts"))
         return state, metrics | loads | {"gradient_norm": norm}
 
-    def _fed(self, batch: Batch) -> tuple[jax.Array | None, ...]:
-        """What a forward pass reads of a batch, on the mesh."""
-        return feed((*_inputs(batch), batch.routes_BTLk), self._row_sharding)
-
     def _count_choices(self, params: dict, microbatches: Sequence[Batch]) -> jax.Array | None:
-        """How often the step's tokens choose each expert, [L, E]: balance is a property of the
-        whole step, so a forward pass over all of it comes first.
+        """Count how often the step's tokens choose each expert, [L, E].
 
-        None where one micro-batch is the whole step and counts itself, or where nothing is
-        balanced.
+        Load balance is a property of the whole step, so a forward pass over all of it comes first.
+
+        Returns:
+          None where one micro-batch is the whole step and counts itself, or where the loss has no
+          balance term.
         """
         if len(microbatches) == 1 or not self.model_config.router_aux_loss_coef:
             return None
-        return sum(in_turn(self._count(params, *self._fed(batch))) for batch in microbatches)
+        counts = (
+            in_turn(self._count_experts(params, *self._inputs(batch))) for batch in microbatches
+        )
+        return functools.reduce(jnp.add, counts)
+
+    def _inputs(self, batch: Batch) -> tuple[Any, Any, Any, Any]:
+        """Return tokens, positions, segments and routes (or None) of a batch, on the mesh."""
+        return feed((*_sequences(batch), batch.routes_BTLk), self._row_sharding)
+
+    # -- functions that are jitted
+    # ---------------------------------------------------------------------------------------------
 
     def _logprobs(
         self,
         params: dict,
-        tokens_BT: jax.Array,
-        positions_BT: jax.Array,
-        segments_BT: jax.Array,
-        routes_BTLk: jax.Array | None = None,
+        tokens_BT: Any,
+        positions_BT: Any,
+        segments_BT: Any,
+        routes_BTLk: Any = None,
         temperature: float | None = None,
     ) -> tuple[jax.Array, Output]:
         routes_LBTk = None if routes_BTLk is None else replayed_ids(routes_BTLk)
@@ -298,30 +287,49 @@ class Learner:
             self.chosen_kernels.attention,
             self.chosen_kernels.exchange,
         )
-        output = model.apply(
+        output: Any = model.apply(
             {"params": cast_layers(params, self.model_config)},
             tokens_BT,
             positions_BT,
             segments_BT,
             routes_LBTK=routes_LBTk,
         )
-        kernel_DV = head_kernel(params, self.model_config)
-        logp_BT = chunked_logprobs(
+        logp_BT: Any = chunked_logprobs(
             output.hidden_BTD,
-            kernel_DV,
+            head_kernel(params, self.model_config),
             tokens_BT,
             segments_BT,
             temperature=temperature or self.temperature,
         )
         return logp_BT, output
 
-    def _recorded(
-        self, params: dict, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array
+    def _score_rows(
+        self, params: dict, tokens_BT: Any, positions_BT: Any, segments_BT: Any, routes_BTLk: Any
+    ) -> jax.Array:
+        logp_BT, _ = self._logprobs(params, tokens_BT, positions_BT, segments_BT, routes_BTLk)
+        return logp_BT
+
+    def _score_at_temperature_1(
+        self, params: dict, tokens_BT: Any, positions_BT: Any, segments_BT: Any
+    ) -> jax.Array:
+        logp_BT, _ = self._logprobs(params, tokens_BT, positions_BT, segments_BT, temperature=1.0)
+        return logp_BT
+
+    def _score_and_record_rows(
+        self, params: dict, tokens_BT: Any, positions_BT: Any, segments_BT: Any
     ) -> tuple[jax.Array, jax.Array]:
         logp_BT, output = self._logprobs(params, tokens_BT, positions_BT, segments_BT)
-        return logp_BT, recorded_routes(
-            output.routes_LBTK, segments_BT > 0, route_dtype(self.model_config)
-        )
+        dtype = route_dtype(self.model_config)
+        return logp_BT, recorded_routes(output.routes_LBTK, segments_BT > 0, dtype)
+
+    def _count_chosen_experts(
+        self, params: dict, tokens_BT: Any, positions_BT: Any, segments_BT: Any, routes_BTLk: Any
+    ) -> jax.Array:
+        _, output = self._logprobs(params, tokens_BT, positions_BT, segments_BT, routes_BTLk)
+        return output.router.counts_LE
+
+    def _load_metrics(self, counts_LE: jax.Array) -> Metrics:
+        return load_metrics(counts_LE, self.model_config)
 
     def _objective(
         self,
@@ -331,17 +339,29 @@ class Learner:
         tokens: jax.Array,
         replayed: jax.Array,
         counts_LE: jax.Array | None,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logp_BT, output = self._logprobs(params, *_inputs(batch), batch.routes_BTLk)
+    ) -> tuple[jax.Array, Metrics]:
+        """Return the loss of one micro-batch, router terms included, and its metrics.
+
+        Args:
+          params: float32.
+          batch: one micro-batch.
+          denominators: of the whole step.
+          tokens: tokens of the whole step.
+          replayed: pairs of token and layer with replayed routes, in the whole step.
+          counts_LE: choices of each expert in the whole step; None: this micro-batch is the step.
+        """
+        config = self.model_config
+        logp_BT, output = self._logprobs(params, *_sequences(batch), batch.routes_BTLk)
         value, metrics = self.loss(logp_BT, batch, self.loss_config, denominators)
         metrics = metrics | {"loss": value}
         if batch.routes_BTLk is not None:
-            metrics = metrics | route_agreement(batch.routes_BTLk, output.routes_LBTK, replayed)
-        router, config = output.router, self.model_config
-        counts_LE = router.counts_LE if counts_LE is None else counts_LE
-        metrics = (
-            metrics | router_metrics(router, config, tokens) | {"router_counts": router.counts_LE}
-        )
+            agreement = route_agreement(batch.routes_BTLk, output.routes_LBTK, replayed)
+            metrics = metrics | agreement
+        router = output.router
+        if counts_LE is None:
+            counts_LE = router.counts_LE
+        metrics = metrics | router_metrics(router, config, tokens)
+        metrics = metrics | {"router_counts": router.counts_LE}
         if config.router_aux_loss_coef:
             balance = router_loss(router, config, counts_LE, tokens)
             value = value + config.router_aux_loss_coef * balance
@@ -352,7 +372,7 @@ class Learner:
             metrics = metrics | {"router_z": z_loss}
         return value, metrics
 
-    def _accumulated(
+    def _add_gradients(
         self,
         params: dict,
         gradients: dict,
@@ -361,46 +381,132 @@ class Learner:
         tokens: jax.Array,
         replayed: jax.Array,
         counts_LE: jax.Array | None,
-    ) -> tuple[dict, dict[str, jax.Array]]:
-        """Adds one micro-batch's gradients to those before it, in place: at no time are there two
-        whole sets of them.
+    ) -> tuple[dict, Metrics]:
+        """Add one micro-batch's gradients to those before it.
+
+        `gradients` is donated, so the devices never hold two sets of them.
         """
-        more, figures = jax.grad(self._objective, has_aux=True)(
+        more, metrics = jax.grad(self._objective, has_aux=True)(
             params, batch, denominators, tokens, replayed, counts_LE
         )
-        return jax.tree.map(jnp.add, gradients, more), figures
+        return jax.tree.map(jnp.add, gradients, more), metrics
 
-    def _updated(self, state: TrainState, gradients: dict) -> tuple[TrainState, jax.Array]:
-        places = jax.tree.map(lambda leaf: leaf.sharding, self.state.opt_state)
-        moments = (
-            jax.tree.map(
-                lambda value, place: jax.device_put(value, place.with_memory_kind("device")),
-                state.opt_state,
-                places,
-            )
-            if self.offload_moments
-            else state.opt_state
-        )
+    def _apply_gradients(self, state: TrainState, gradients: dict) -> tuple[TrainState, jax.Array]:
+        """Return the updated state and the norm of the gradient before it is clipped."""
+        moments = state.opt_state
+        places = shardings_of(self.state).opt_state
+        if self.offload_moments:
+            on_device = jax.tree.map(in_device_memory, places)
+            moments = jax.tree.map(jax.device_put, moments, on_device)
         updates, moments = self.optimizer.update(gradients, moments, state.params)
-        moments = jax.device_put(moments, places) if self.offload_moments else moments
-        return TrainState(
-            state.step, optax.apply_updates(state.params, updates), moments
-        ), optax.tree.norm(gradients)
+        if self.offload_moments:
+            moments = jax.device_put(moments, places)
+        params: Any = optax.apply_updates(state.params, updates)
+        return TrainState(state.step, params, moments), optax.tree.norm(gradients)
 
+    # -- shapes without arrays
+    # ---------------------------------------------------------------------------------------------
 
-def _inputs(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return batch.tokens_BT, batch.positions_BT, batch.segments_BT
+    def _abstract_state(self) -> TrainState:
+        """Return shape, dtype and sharding of every array of a state.
 
+        Moments are sharded as the parameters that they belong to; the rest is replicated.
+        """
 
-def combine_metrics(
-    total: dict[str, jax.Array], more: dict[str, jax.Array]
-) -> dict[str, jax.Array]:
-    """Over micro-batches: `max_` figures by maximum, all others by sum."""
-    return {
-        name: (
-            (jnp.maximum if name.startswith("max_") else jnp.add)(total[name], value)
-            if name in total
-            else value
+        def place_moment(_: Any, sharding: NamedSharding) -> NamedSharding:
+            return in_host_memory(sharding) if self.offload_moments else sharding
+
+        def replicate(_: Any) -> NamedSharding:
+            return self._replicated
+
+        def make_state() -> TrainState:
+            return init_state(self.model_config, self.optimizer, seed=0)
+
+        state = jax.eval_shape(make_state)
+        moments = optax.tree.map_params(
+            self.optimizer,
+            place_moment,
+            state.opt_state,
+            self._param_shardings,
+            transform_non_params=replicate,
         )
-        for name, value in more.items()
-    }
+        return TrainState(
+            step=_abstract(state.step, self._replicated),
+            params=jax.tree.map(_abstract, state.params, self._param_shardings),
+            opt_state=jax.tree.map(_abstract, state.opt_state, moments),
+        )
+
+    def lower(self, batch: Batch) -> dict[str, jax.stages.Lowered]:
+        """Lower the programs of a step from shapes alone, for launch.compile.
+
+        The devices of the mesh need not exist; the programs are lowered for their platform.
+
+        Args:
+          batch: one micro-batch; only shapes and dtypes are read.
+
+        Returns:
+          The programs "score", "accumulate" and "apply".
+        """
+        platforms = (self.mesh.devices.flat[0].platform,)
+        state = self.state
+        params = state.params
+        batch = jax.tree.map(lambda leaf: _abstract(leaf, self._row_sharding), batch)
+        number: Any = jax.ShapeDtypeStruct((), jnp.float32)
+        denominators = Denominators(*(number for _ in Denominators._fields))
+        with jax.set_mesh(self.mesh):
+            score = self._score.trace(params, *_sequences(batch), batch.routes_BTLk)
+            accumulate = self._accumulate.trace(
+                params, params, batch, denominators, number, number, None
+            )
+            apply = self._apply.trace(state, params)
+            traced = {"score": score, "accumulate": accumulate, "apply": apply}
+            return {
+                name: program.lower(lowering_platforms=platforms)
+                for name, program in traced.items()
+            }
+
+
+def combine_metrics(total: Metrics, more: Metrics) -> Metrics:
+    """Combine metrics of micro-batches: names with `max_` by maximum, all others by sum."""
+    combined = {}
+    for name, value in more.items():
+        if name not in total:
+            combined[name] = value
+        elif name.startswith("max_"):
+            combined[name] = jnp.maximum(total[name], value)
+        else:
+            combined[name] = jnp.add(total[name], value)
+    return combined
+
+
+def cast_tree(params: dict, dtype: Any) -> dict:
+    """Return the parameters as arrays of `dtype`."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def zeros_like_tree(params: dict) -> dict:
+    """Return zeros in the shapes of the parameters."""
+    return jax.tree.map(jnp.zeros_like, params)
+
+
+def shardings_of(tree: Any) -> Any:
+    """Return the sharding of every array (or abstract array) of a tree, in the same tree."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def in_device_memory(sharding: NamedSharding) -> NamedSharding:
+    """Return the same layout in the memory of the devices."""
+    return sharding.with_memory_kind("device")
+
+
+def in_host_memory(sharding: NamedSharding) -> NamedSharding:
+    """Return the same layout in the host's memory."""
+    return sharding.with_memory_kind("pinned_host")
+
+
+def _abstract(leaf: Any, sharding: NamedSharding) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _sequences(batch: Batch) -> tuple[Any, Any, Any]:
+    return batch.tokens_BT, batch.positions_BT, batch.segments_BT

@@ -1,49 +1,58 @@
-"""Several processes that train one model: what one of them does or decides, all of them know.
+"""Several processes that train one model, and what they tell each other.
 
 Process 0 leads: it alone plays episodes, evaluates and writes. The others take part in every jitted
 function and learn everything else by `share`. Small JSON documents travel through the key-value
 store of jax.distributed's coordinator, so no device waits while a step's episodes are played;
 arrays never do.
 
-An error that every process raises is an error as in one process. One that only some can know of
-ends all processes within seconds: whoever went on would wait in a collective for ever. A process
-that is killed is missed by jax.distributed's heartbeat, which ends the others.
+An error that every process raises is handled as in one process. An error that only some processes
+can know of ends all of them within seconds, because the others would wait in a collective for ever.
+A process that is killed is missed by jax.distributed's heartbeat, which ends the others.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
-WAIT_MS = 1000  # of one look at the store; between two of them Python hears signals
+import numpy as np
+
+from rome.data.batch import Batch
+
+Local = TypeVar("Local")
+
+WAIT_MILLISECONDS = 1000  # of one look at the store; between two of them Python hears signals
 WATCH_SECONDS = 0.5
 MEET_SECONDS = 3600.0
-TURNS, NEWS, MEETINGS = (
-    "rome/turns",
-    "rome/news",
-    "rome/meetings",
-)  # our keys; JAX and orbax have theirs in the same store
-LEAVING_SECONDS = 3.0  # process 0 holds the store: it goes last, once the others have read why
+# Our keys in the store that JAX and orbax also use.
+TURNS = "rome/turns"
+NEWS = "rome/news"
+MEETINGS = "rome/meetings"
+LEAVING_SECONDS = 3.0  # process 0 holds the store: it leaves last, after the others read the reason
 
 
 class LeaderError(RuntimeError):
-    """What process 0 raised, in another process that has no name for it."""
+    """An error that process 0 raised, in another process that does not know its type."""
 
 
 class Team:
-    """This process among `count`.
+    """The processes of one job, seen from one of them.
 
-    One process is a team too: then `share` is a call and nothing is sent.
+    A single process is a team too: then `share` is a call and nothing is sent.
 
     Args:
+      index: the number of this process; 0 leads.
+      count: how many processes there are.
       client: the key-value store of jax.distributed; None in a single process.
       stop: whether this process was asked to stop (a signal).
-      errors: kinds that followers raise as the leader did, each made from its message alone; others
-        become LeaderError.
+      errors: types that followers raise as the leader did, each made from its message alone; other
+        types become LeaderError.
     """
 
     def __init__(
@@ -55,10 +64,14 @@ class Team:
         stop: Callable[[], bool] = lambda: False,
         errors: tuple[type[Exception], ...] = (),
     ) -> None:
-        self.index, self.count, self.leads = index, count, index == 0
-        self._client, self._stop = client, stop
+        self.index = index
+        self.count = count
+        self.leads = index == 0
+        self._client = client
+        self._stop = stop
         self._errors = {kind.__name__: kind for kind in errors}
-        self._turn = self._meetings = 0
+        self._turn = 0
+        self._meetings = 0
         self._raised_by_all: BaseException | None = None
         self._others_stop: str | None = None
         self._closed = threading.Event()
@@ -66,31 +79,53 @@ class Team:
             threading.Thread(target=self._watch, name="team", daemon=True).start()
 
     def share(self, what: str, make: Callable[[], Any]) -> Any:
-        """What `make` returns in process 0 (a JSON document), in every process; what it raises
-        there is raised in all.
+        """Call `make` in process 0 and return its result in every process.
 
-        All processes call it in the same order; `what` names the turn, and a process that is
-        elsewhere is an error.
+        All processes call this in the same order.
+
+        Args:
+          what: the name of this turn. A process that is at another turn is an error.
+          make: returns a JSON document. An exception that it raises is raised in all processes.
         """
         if self.count == 1:
             return make()
         self._turn += 1  # old turns stay in the store: a few hundred bytes each
         key = f"{TURNS}/{self._turn:09d}"
-        return self._lead(key, what, make) if self.leads else self._follow(key, what)
+        if self.leads:
+            return self._lead(key, what, make)
+        return self._follow(key, what)
+
+    def share_part(
+        self, what: str, make: Callable[[], tuple[Local, Any]]
+    ) -> tuple[Local | None, Any]:
+        """Call `make` in process 0, which keeps the first part of the result; share the second.
+
+        Returns:
+          (local, document): `local` is None in the other processes, `document` is the same in all.
+        """
+        kept: list[Local] = []
+
+        def keep_local_part() -> Any:
+            local, document = make()
+            kept.append(local)
+            return document
+
+        document = self.share(what, keep_local_part)
+        return (kept[0] if kept else None), document
 
     def meet(self, what: str) -> None:
-        """Returns when all processes have come here.
+        """Wait until all processes have called this.
 
-        Before the first collective after a stretch that takes some of them longer than others.
+        Use it before the first collective after work that takes some processes longer than others.
         """
-        if self.count > 1:
-            self._meetings += 1
-            self._client.wait_at_barrier(
-                f"{MEETINGS}/{self._meetings}/{what}", int(1000 * MEET_SECONDS)
-            )
+        if self.count == 1:
+            return
+        self._meetings += 1
+        barrier = f"{MEETINGS}/{self._meetings}/{what}"
+        self._client.wait_at_barrier(barrier, int(1000 * MEET_SECONDS))
 
     def require_same(self, what: str, value: str) -> None:
-        """Raises LeaderError where this process has another value than process 0."""
+        """Raise LeaderError where this process has another value than process 0."""
         theirs = self.share(what, lambda: value)
         if theirs != value:
             raise LeaderError(
@@ -98,38 +133,48 @@ class Team:
                 " hosts see one workdir, one code and one config?"
             )
 
-    def wants_to_stop(self) -> bool:
-        """Whether this process, or in process 0 any process, was asked to stop.
+    def require_same_rows(self, step: int, batch: Batch) -> None:
+        """Raise LeaderError where processes have packed different rows for this step.
 
-        Not agreed on: for waits that only process 0 does.
+        Each process packs for itself and feeds only its own rows, so nothing else would notice.
+        """
+        if self.count == 1:
+            return
+        digest = hashlib.sha256()
+        for field in batch:
+            if field is not None:
+                digest.update(np.ascontiguousarray(field).tobytes())
+        self.require_same(f"rows of step {step}", digest.hexdigest())
+
+    def wants_to_stop(self) -> bool:
+        """Return whether this process, or in process 0 any process, was asked to stop.
+
+        Processes may answer differently: use it in waits that only process 0 does.
         """
         return self._stop() or self._others_stop is not None
 
     def should_stop(self) -> bool:
-        """The same answer in every process."""
+        """Return whether the user asked to stop; the answer is the same in every process."""
         return self.share("stop", self.wants_to_stop)
 
     def part(self, error: BaseException) -> None:
-        """Returns where all processes raise `error`.
+        """End all processes, unless all of them raise `error` and can handle it in step.
 
-        Otherwise says it here and to the others, and ends this process: it cannot go on alone.
+        The reason is printed here and sent to the others, which end within seconds.
         """
         if self.count == 1 or error is self._raised_by_all:
             return
-        reason = " ".join(
-            f"process {self.index} of {self.count} failed: {type(error).__name__}: {error}".split()
-        )
+        text = f"process {self.index} of {self.count} failed: {type(error).__name__}: {error}"
+        reason = " ".join(text.split())
         if os.environ.get("ROME_DEBUG"):
             sys.excepthook(type(error), error, error.__traceback__)
-        try:
-            self._client.key_value_set(f"{NEWS}/failed", reason, allow_overwrite=True)
-        except RuntimeError:  # the coordinator is gone, and the others know that
-            pass
-        self._closed.set()  # said once
+        with contextlib.suppress(RuntimeError):  # the coordinator is gone, and the others know it
+            self._tell("failed", reason)
+        self._closed.set()  # the reason is printed once
         self._leave(reason)
 
     def close(self) -> None:
-        """Before jax.distributed ends: nobody watches any more."""
+        """Stop watching the other processes; call it before jax.distributed ends."""
         self._closed.set()
 
     def _lead(self, key: str, what: str, make: Callable[[], Any]) -> Any:
@@ -137,90 +182,89 @@ class Team:
             document = json.dumps({"what": what, "value": make()})
         except BaseException as error:
             self._raised_by_all = error
-            self._client.key_value_set(
-                key, json.dumps({"what": what, "error": [type(error).__name__, str(error)]})
-            )
+            failure = {"what": what, "error": [type(error).__name__, str(error)]}
+            self._client.key_value_set(key, json.dumps(failure))
             raise
         self._client.key_value_set(key, document)
         return json.loads(document)["value"]  # as the others get it: a tuple is a list for all
 
     def _follow(self, key: str, what: str) -> Any:
-        while True:
-            try:
-                document = json.loads(self._client.blocking_key_value_get(key, WAIT_MS))
-                break
-            except RuntimeError as error:
-                if "DEADLINE_EXCEEDED" not in str(error):
-                    raise
+        document = json.loads(self._wait_for(key))
         if document["what"] != what:
             raise LeaderError(
                 f"process 0 is at {document['what']!r}, process {self.index} at {what!r}; do they"
                 " run the same code and config?"
             )
         if "error" in document:
-            kind, message = document["error"]
-            error = (
-                self._errors[kind](message)
-                if kind in self._errors
-                else LeaderError(f"process 0 raised {kind}: {message}")
-            )
-            self._raised_by_all = error
-            raise error
+            self._raised_by_all = self._error_of_leader(*document["error"])
+            raise self._raised_by_all
         return document["value"]
 
+    def _wait_for(self, key: str) -> str:
+        """Return the value of a key as soon as it is set, in waits short enough for signals."""
+        while True:
+            try:
+                return self._client.blocking_key_value_get(key, WAIT_MILLISECONDS)
+            except RuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+
+    def _error_of_leader(self, kind: str, message: str) -> Exception:
+        if kind in self._errors:
+            return self._errors[kind](message)
+        return LeaderError(f"process 0 raised {kind}: {message}")
+
     def _watch(self) -> None:
-        """Carries a stop request of this process to process 0, and ends this process when another
-        has failed.
-        """
-        told = False
+        """Carry stop requests to process 0, and end this process when another has failed."""
+        is_sent = False
         while not self._closed.wait(WATCH_SECONDS):
             try:
-                if not self.leads and self._stop() and not told:
-                    self._client.key_value_set(
-                        f"{NEWS}/stop", str(self.index), allow_overwrite=True
-                    )
-                    told = True
+                if not self.leads and self._stop() and not is_sent:
+                    self._tell("stop", str(self.index))
+                    is_sent = True
                 news = dict(self._client.key_value_dir_get(NEWS + "/"))
-            except RuntimeError:  # the coordinator is gone: jax.distributed says so itself
+            except RuntimeError:  # the coordinator is gone: jax.distributed reports it
                 return
             if f"{NEWS}/failed" in news and not self._closed.is_set():
                 self._leave(news[f"{NEWS}/failed"])
             if self.leads and self._others_stop is None and f"{NEWS}/stop" in news:
                 self._others_stop = news[f"{NEWS}/stop"]
-                print(
-                    f"process {self._others_stop} was asked to stop: the last whole step is saved",
-                    file=sys.stderr,
-                    flush=True,
+                _print(
+                    f"process {self._others_stop} was asked to stop: the last whole step is saved"
                 )
 
-    def _leave(self, reason: str) -> None:
-        """Ends the process without the exit handlers: they would wait for processes that are stuck
-        in a collective.
+    def _tell(self, name: str, text: str) -> None:
+        self._client.key_value_set(f"{NEWS}/{name}", text, allow_overwrite=True)
 
-        The others say that they leave too, so process 0, which stays a little longer, can name
-        those that said nothing: a collective that broke tells only that some connection is lost.
+    def _leave(self, reason: str) -> None:
+        """End the process without exit handlers, which would wait for processes in a collective.
+
+        Every process announces that it leaves, so process 0, which stays a little longer, can name
+        those that did not: a broken collective only says that some connection is lost.
         """
-        print(
-            f"launch.train: {reason}; all processes end. The same command goes on from the last"
-            " checkpoint.",
-            file=sys.stderr,
-            flush=True,
+        _print(
+            f"launch.train: {reason}; all processes end. The same command resumes from the last"
+            " checkpoint."
         )
         try:
-            self._client.key_value_set(f"{NEWS}/left/{self.index}", "", allow_overwrite=True)
+            self._tell(f"left/{self.index}", "")
             if self.leads:
                 threading.Event().wait(LEAVING_SECONDS)
-                left = {
-                    int(key.rpartition("/")[2])
-                    for key, _ in self._client.key_value_dir_get(f"{NEWS}/left/")
-                }
-                for silent in sorted(set(range(self.count)) - left):
-                    print(
+                for silent in self._silent_processes():
+                    _print(
                         f"launch.train: process {silent} gave no sign of life; its own log may say"
-                        " why.",
-                        file=sys.stderr,
-                        flush=True,
+                        " why."
                     )
         except RuntimeError:  # the coordinator is gone
             pass
         os._exit(1)
+
+    def _silent_processes(self) -> list[int]:
+        """Return the processes that have not announced that they leave."""
+        entries = self._client.key_value_dir_get(f"{NEWS}/left/")
+        left = {int(key.rpartition("/")[2]) for key, _ in entries}
+        return sorted(set(range(self.count)) - left)
+
+
+def _print(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -2,10 +2,10 @@
 
 `launch.train` sets them before JAX is imported, where the machine says which chip it has.
 
-What the user has put into LIBTPU_INIT_ARGS, XLA_FLAGS or the environment wins, flag by flag. A flag
-that the library does not know ends the process at start, so each is checked: those for TPU by
-compiling a step with libtpu 0.0.42 (jax 0.10.2) for every topology named here, those for GPU by
-jaxlib's own parser. No gain is claimed: they were not timed on these chips.
+A flag that the user has set in LIBTPU_INIT_ARGS, XLA_FLAGS or the environment is kept. A flag that
+the library does not know ends the process at start, so each was checked: those for TPU by compiling
+a step with libtpu 0.0.42 (jax 0.10.2) for every topology named here, those for GPU by jaxlib's own
+parser. No gain is claimed: they were not timed on these chips.
 """
 
 from __future__ import annotations
@@ -59,70 +59,76 @@ GPU_XLA_FLAGS = {
     "--xla_gpu_all_reduce_combine_threshold_bytes": "134217728",
 }
 GPU_ENVIRONMENT = {
-    "XLA_PYTHON_CLIENT_MEM_FRACTION": (
-        "0.92"
-    ),  # JAX takes three quarters by default; the rest of this is NCCL's and cuBLAS's
-    "NCCL_BUFFSIZE": (
-        "8388608"
-    ),  # twice the default a channel: fewer rounds over InfiniBand and RoCE
+    # JAX takes three quarters of the memory by default; what this leaves is for NCCL and cuBLAS.
+    "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
+    # Twice the default a channel: fewer rounds over InfiniBand and RoCE.
+    "NCCL_BUFFSIZE": "8388608",
 }
+# Device ids under Google's vendor id.
 _PCI_CHIPS = {
     "0x005e": "v4",
     "0x0062": "v5p",
     "0x0063": "v5e",
     "0x006f": "v6e",
     "0x0076": "tpu7x",
-}  # device ids under Google's vendor id
-_GOOGLE, _NVIDIA = "0x1ae0", "0x10de"
+}
+_GOOGLE = "0x1ae0"
+_NVIDIA = "0x10de"
 
 
 def apply_flags(environ: MutableMapping[str, str] = os.environ) -> str | None:
-    """Sets the flags of this machine's chip; returns its name.
+    """Set the flags of this machine's chip and return its name.
 
-    Nothing to do on a CPU, or where JAX_PLATFORMS says cpu.
+    On a CPU, or where JAX_PLATFORMS says cpu, nothing is set and None is returned.
     """
-    chip = None if environ.get("JAX_PLATFORMS", "").split(",")[0] == "cpu" else find_chip()
+    is_cpu = environ.get("JAX_PLATFORMS", "").split(",")[0] == "cpu"
+    chip = None if is_cpu else find_chip()
     for name, value in environment_of(chip, environ).items():
         environ[name] = value
     return chip
 
 
 def environment_of(chip: str | None, given: Mapping[str, str]) -> dict[str, str]:
-    """The variables to set for `chip` beside those that are `given`."""
+    """Return the variables to set for a chip, beside the environment that is `given`."""
     if chip in LIBTPU_ARGS:
-        return {"LIBTPU_INIT_ARGS": merge(given.get("LIBTPU_INIT_ARGS", ""), LIBTPU_ARGS[chip])}
+        arguments = merge(given.get("LIBTPU_INIT_ARGS", ""), LIBTPU_ARGS[chip])
+        return {"LIBTPU_INIT_ARGS": arguments}
     if chip == "gpu":
-        missing = {name: value for name, value in GPU_ENVIRONMENT.items() if name not in given}
-        return {"XLA_FLAGS": merge(given.get("XLA_FLAGS", ""), GPU_XLA_FLAGS)} | missing
+        variables = {"XLA_FLAGS": merge(given.get("XLA_FLAGS", ""), GPU_XLA_FLAGS)}
+        for name, value in GPU_ENVIRONMENT.items():
+            if name not in given:
+                variables[name] = value
+        return variables
     return {}
 
 
 def merge(given: str, flags: Mapping[str, str]) -> str:
-    """`given` first, then those of `flags` that it does not name."""
-    named = {flag.partition("=")[0] for flag in given.split()}
-    return " ".join(
-        [*given.split(), *(f"{name}={value}" for name, value in flags.items() if name not in named)]
-    )
+    """Return the given flags, followed by those of `flags` that they do not name."""
+    merged = given.split()
+    named = {flag.partition("=")[0] for flag in merged}
+    merged += [f"{name}={value}" for name, value in flags.items() if name not in named]
+    return " ".join(merged)
 
 
 def find_chip(devices: str = "/sys/bus/pci/devices", nodes: str = "/dev") -> str | None:
-    """The accelerator on the PCI bus: a TPU's name, "gpu", or None.
+    """Return the accelerator on the PCI bus: a TPU's name, "gpu", or None.
 
-    Reads files only: importing JAX would fix the flags.
+    It only reads files, because importing JAX would fix the flags.
     """
     gpu = None
     for vendor in sorted(glob.glob(f"{devices}/*/vendor")):
-        maker, model = (
-            _word(pathlib.Path(vendor).with_name(name)) for name in ("vendor", "device")
-        )
+        path = pathlib.Path(vendor)
+        maker = _word(path)
+        model = _word(path.with_name("device"))
         if maker == _GOOGLE and model in _PCI_CHIPS:
             return _PCI_CHIPS[model]
-        if maker == _NVIDIA and glob.glob(f"{nodes}/nvidia[0-9]*"):  # on the bus, and with a driver
+        if maker == _NVIDIA and glob.glob(f"{nodes}/nvidia[0-9]*"):  # on the bus, with a driver
             gpu = "gpu"
     return gpu
 
 
 def _word(path: pathlib.Path) -> str:
+    """Return the content of a small file, "" where it cannot be read."""
     try:
         return path.read_text().strip()
     except OSError:

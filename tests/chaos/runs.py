@@ -14,7 +14,7 @@ from tests.paths import ROOT
 SFT = [
     "--config=experiments/sft.py:smoke",
     "--config.steps=4",
-    "--config.expert_episodes=24",
+    "--config.demonstrations=24",
     "--config.eval_tasks=1",
     "--config.eval_every=0",
 ]
@@ -26,9 +26,9 @@ IPA = [
     "--config.eval_tasks=1",
     "--config.eval_every=0",
     "--config.checkpoint_every=2",
-    "--config.async_ratio=1",
+    "--config.rollout.async_ratio=1",
     "--config.concurrency=4",
-    "--config.filter_groups=False",
+    "--config.rollout.filter_groups=False",
 ]
 
 

@@ -50,7 +50,7 @@ def test_an_engine_that_dies_or_hangs_is_started_again_with_the_weights_of_the_s
     start, tmp_path, number, engines
 ):
     workdir = tmp_path / "run"
-    with training([*IPA, start, f"--config.embedded_engines={engines}"], workdir) as process:
+    with training([*IPA, start, f"--config.engine.count={engines}"], workdir) as process:
         wait_for_steps(process, workdir, 2)
         victims = find(process.pid, "launch.serve")
         assert len(victims) == engines
@@ -132,7 +132,7 @@ def test_a_torn_checkpoint_is_named_and_without_it_the_run_goes_on_from_the_one_
 def test_engines_that_are_lent_to_the_learner_come_back_with_its_weights(start, tmp_path):
     workdir = tmp_path / "run"
     with training(
-        [*IPA, start, "--config.embedded_engines=2", "--config.lend_engines=1"], workdir
+        [*IPA, start, "--config.engine.count=2", "--config.rollout.lend_engines=1"], workdir
     ) as process:
         assert process.wait(280) == 0, output(workdir)[-2000:]
     check_whole(workdir)

@@ -21,7 +21,7 @@ MESH = ["--config.mesh.fsdp=2", "--config.mesh.expert=2", "--config.mesh.tensor=
 SFT = [
     "--config=experiments/sft.py:smoke",
     "--config.steps=6",
-    "--config.expert_episodes=48",
+    "--config.demonstrations=48",
     "--config.eval_tasks=1",
     "--config.checkpoint_every=2",
     *MESH,
@@ -131,7 +131,7 @@ def test_sigterm_to_any_process_stops_all_at_one_step_and_the_run_goes_on_bitwis
         run.wait_until(lambda: len(metrics(workdir)) >= 2, SECONDS)
         run.signal(asked)
         assert run.wait(300) == [130, 130], run.output()
-    assert "To go on" in run.text(0)
+    assert "To resume" in run.text(0)
     stopped_at = max(
         int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()
     )

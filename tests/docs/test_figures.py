@@ -8,7 +8,7 @@ import math
 import pytest
 
 from docs.figures import collect, configuration, learning_curve, style
-from rome.train.report import wilson
+from rome.train.intervals import wilson
 
 
 def make_report(tmp_path, steps=60, last=60):

@@ -17,7 +17,7 @@ from rome.model.config import PRESETS
 from rome.model.hf.checkpoint import load_hf, read_config
 from rome.model.params import param_shardings
 from rome.model.sharding import make_mesh
-from rome.stages.base import load_start
+from rome.stages.weights import load_start
 from rome.train import checkpoint, parameters
 from rome.train import convert as conversion
 from rome.train.checkpoint import CheckpointError, Checkpoints

@@ -16,7 +16,7 @@ from tests.paths import ROOT
 TRAIN = [
     "--config=experiments/ipa.py:qwen3_30b_a3b",
     "--workdir=/mnt/rome/a run",
-    "--config.engines=http://a:1,http://b:2",
+    "--config.engine.urls=http://a:1,http://b:2",
 ]
 CLOUD = [
     "--zone=us-east5-a",

@@ -20,7 +20,7 @@ from tests.paths import ROOT
 SFT = [
     "--config=experiments/sft.py:smoke",
     "--config.steps=6",
-    "--config.expert_episodes=48",
+    "--config.demonstrations=48",
     "--config.eval_tasks=1",
     "--config.checkpoint_every=2",
 ]
@@ -212,11 +212,11 @@ def test_asynchronous_training_with_resampling_is_killed_resumed_and_never_train
         "--config.eval_every=0",
         "--config.eval_tasks=1",
         "--config.checkpoint_every=2",
-        "--config.async_ratio=1",
+        "--config.rollout.async_ratio=1",
         "--config.concurrency=4",
-        "--config.resampling=parallel",
-        "--config.resample_share=0.4",
-        "--config.filter_groups=False",
+        "--config.rollout.resampling=parallel",
+        "--config.rollout.resample_share=0.4",
+        "--config.rollout.filter_groups=False",
     ]
     workdir = tmp_path / "run"
     assert train_and_interrupt(flags, workdir, signal.SIGKILL, after_steps=3) in (

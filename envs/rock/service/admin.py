@@ -19,7 +19,7 @@ from envs.rock.service import fleet, gauges
 from envs.rock.service.fleet import Link, Member, Resources
 from envs.rock.service.metrics import Metrics
 from envs.rock.service.provisioning import Provisioner
-from envs.rock.service.records import AUTO_CLEAR_SECONDS, ENDED, Record, StartRequest
+from envs.rock.service.records import ENDED, Record, StartRequest
 from envs.rock.service.snapshots import Snapshots
 from envs.rock.service.templates import POOL_USER, Templates
 from envs.rock.wire.client import Client, Pipe
@@ -41,7 +41,7 @@ class Admin:
     Args:
       hub: environments and images by name.
       worker_token: what the admin shows to workers that register over HTTP.
-      metrics: where events are counted; its own by default.
+      metrics: where events are counted.
       auto_clear_seconds: idle time after which a sandbox is removed, if its caller names none.
     """
 
@@ -49,11 +49,11 @@ class Admin:
         self,
         hub: EnvHub,
         worker_token: str,
-        metrics: Metrics | None = None,
-        auto_clear_seconds: float = AUTO_CLEAR_SECONDS,
+        metrics: Metrics,
+        auto_clear_seconds: float,
     ):
         self.hub = hub
-        self.metrics = metrics or Metrics()
+        self.metrics = metrics
         self.templates = Templates(hub, self._start_ready)
         self.snapshots = Snapshots()
         self._provisioner = Provisioner(

@@ -21,13 +21,13 @@ class Metrics:
         self._histograms: dict[str, _Buckets] = defaultdict(dict)
         self._gauges: dict[str, Callable[[], _Counts]] = {}
 
-    def count(self, name: str, description: str, amount: float = 1, **labels: str) -> None:
-        """Add to a counter; ignored where it would begin a series beyond MAX_SERIES."""
+    def count(self, name: str, description: str, **labels: str) -> None:
+        """Add one to a counter; ignored where it would begin a series beyond MAX_SERIES."""
         self._definitions[name] = (description, "counter")
         series = self._counts[name]
         key = tuple(sorted(labels.items()))
         if key in series or len(series) < MAX_SERIES:
-            series[key] = series.get(key, 0) + amount
+            series[key] = series.get(key, 0) + 1
 
     def observe(self, name: str, description: str, seconds: float, **labels: str) -> None:
         """Add a duration to a histogram; ignored as in `count`."""

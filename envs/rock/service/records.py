@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 from envs.rock.config import SandboxConfig
 from envs.rock.service.fleet import Member, Resources
 
-AUTO_CLEAR_SECONDS = 300.0
 # One difference between the two clocks for all records, so that a moment is reported the same way
 # each time.
 _EPOCH = time.time() - time.monotonic()

@@ -66,7 +66,6 @@ class Server:
       only_for: the one user that may ask. None: everybody but the workers, to whom the routes below
         WORKER are reserved.
       metrics: what /metrics shows; its own by default.
-      max_requests: served at once; more are refused as "busy".
     """
 
     def __init__(
@@ -77,7 +76,6 @@ class Server:
         title: str,
         only_for: str | None = None,
         metrics: Metrics | None = None,
-        max_requests: int = MAX_REQUESTS,
     ):
         self.service = service
         self.operations = operations
@@ -87,7 +85,6 @@ class Server:
         self.metrics = metrics or Metrics()
         # of routes that others add to the application: OpenAPI's item by path
         self.more_documentation: dict[str, Any] = {}
-        self._max_requests = max_requests
         self._busy = 0
 
     def app(self) -> web.Application:
@@ -121,8 +118,8 @@ class Server:
         route = resource.canonical if resource else "none"
         self._busy += 1
         try:
-            if self._busy > self._max_requests:
-                raise Refusal("busy", f"{self._max_requests} requests are being served; come again")
+            if self._busy > MAX_REQUESTS:
+                raise Refusal("busy", f"{MAX_REQUESTS} requests are being served; come again")
             if request.path not in PUBLIC_PATHS:
                 self._admit(request)
             return await handler(request)

@@ -20,7 +20,7 @@ from envs.gem import Info, StepResult
 from envs.rock import CommandResult, Sandbox, SandboxConfig, SandboxFileError
 from envs.rock.sync import run
 from envs.tasks.harbor import offline
-from envs.tasks.harbor.built import start_built
+from envs.tasks.harbor.build_cache import start_built
 from envs.tasks.harbor.containers import build_image, enter
 from envs.tasks.harbor.environment import Built, egress_of
 from envs.tasks.harbor.errors import BuildError, TaskError, UnsupportedError

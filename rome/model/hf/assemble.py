@@ -91,14 +91,15 @@ class Part:
         num_stacked = len(tensor.index)
         starts = list(self.starts[num_stacked:])
         stops = list(self.stops[num_stacked:])
-        each = tensor.rows_each
-        block = block[(first - start) * each : (last - start) * each]
+        starts[tensor.rows[0]] = first
+        stops[tensor.rows[0]] = last
+        first_row = (first - start) * tensor.rows_each
+        last_row = (last - start) * tensor.rows_each
+        block = block[first_row:last_row]
         if tensor.columns:
             axis = tensor.columns[0]
             width = block.shape[1] // tensor.sizes[axis]
             block = block[:, starts[axis] * width : stops[axis] * width]
-        starts[tensor.rows[0]] = first
-        stops[tensor.rows[0]] = last
         sizes = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
         piece = tensor.to_ours(block.astype(self.dtype, copy=False), sizes)
         places = zip((*tensor.index, *starts), self.starts, strict=True)

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import ml_dtypes
 import numpy as np
 
-from rome.data.files import write_atomically
+from rome.files import write_atomically
 
 THREADS = 8
 BLOCK_BYTES = 16 * 1024**2  # that a thread holds at a time; memory holds at most 2 * THREADS blocks

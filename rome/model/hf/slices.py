@@ -69,19 +69,32 @@ def start_cut(params: Any, tensor: Tensor, start: int, stop: int) -> Callable[[]
     sizes[tensor.rows[0]] = stop - start
     at = (*index, *starts)
     extent = (1,) * len(index) + tuple(sizes)
-    if isinstance(leaf, jax.Array) and [device.platform for device in leaf.devices()] == ["cpu"]:
+    if _is_on_one_cpu(leaf):
         leaf = np.asarray(leaf)  # the same memory: nothing to compile, nothing to copy
     if not isinstance(leaf, jax.Array):
         ends = zip(at, extent, strict=True)
         piece = leaf[tuple(slice(place, place + size) for place, size in ends)]
         return lambda: tensor.to_hf(piece.reshape(sizes))
+    cut = in_turn(_cut_on_devices(leaf, np.array(at, np.int32), extent))
+
+    def fetch() -> np.ndarray:
+        local = np.asarray(cut.addressable_data(0))
+        return tensor.to_hf(local.reshape(sizes))
+
+    return fetch
+
+
+def _is_on_one_cpu(leaf: Any) -> bool:
+    if not isinstance(leaf, jax.Array):
+        return False
+    return [device.platform for device in leaf.devices()] == ["cpu"]
+
+
+def _cut_on_devices(leaf: jax.Array, at: np.ndarray, extent: tuple[int, ...]) -> jax.Array:
     sharding = leaf.sharding
-    place = np.array(at, np.int32)
     if isinstance(sharding, NamedSharding) and not sharding.is_fully_replicated:
-        cut = in_turn(_cut_sharded(leaf, place, extent, sharding))
-    else:
-        cut = in_turn(_cut_whole(leaf, place, extent))
-    return lambda: tensor.to_hf(np.asarray(cut.addressable_data(0)).reshape(sizes))
+        return _cut_sharded(leaf, at, extent, sharding)
+    return _cut_whole(leaf, at, extent)
 
 
 def _leaf_of(params: Any, tensor: Tensor) -> tuple[Any, tuple[int, ...]]:
@@ -117,6 +130,7 @@ def _cut_sharded(
     -0.0.
     """
     axes = mesh_axes(sharding, leaf.ndim)
+    all_axes = tuple(name for names in axes for name in names)
     # whole axes first: less is left to gather from
     order = sorted(range(leaf.ndim), key=lambda axis: bool(axes[axis]))
 
@@ -124,18 +138,20 @@ def _cut_sharded(
         bits = as_bits(shard)
         here = jnp.ones((1,) * shard.ndim, bool)
         for axis in order:
+            start = at[axis]
+            size = extent[axis]
             if not axes[axis]:
-                bits = jax.lax.dynamic_slice_in_dim(bits, at[axis], extent[axis], axis)
+                bits = jax.lax.dynamic_slice_in_dim(bits, start, size, axis)
                 continue
             length = shard.shape[axis]
             first = jax.lax.axis_index(axes[axis]) * length
-            wanted = at[axis] - first + jnp.arange(extent[axis])
+            wanted = start - first + jnp.arange(size)
             bits = jnp.take(bits, jnp.clip(wanted, 0, length - 1), axis=axis)
             is_local = (wanted >= 0) & (wanted < length)
             others = [other for other in range(shard.ndim) if other != axis]
             here &= jnp.expand_dims(is_local, others)
         own = jnp.where(here, bits, 0).astype(jnp.uint32)
-        total = jax.lax.psum(own, tuple(name for names in axes for name in names))
+        total = jax.lax.psum(own, all_axes)
         return as_floats(total.astype(bits.dtype), shard.dtype)
 
     return jax.shard_map(

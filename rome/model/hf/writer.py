@@ -17,7 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from rome.data.files import PARTIAL, sync
+from rome.files import PARTIAL, sync
 from rome.model.hf.files import INDEX, SINGLE, check_space, write_json
 
 MAX_SHARD_BYTES = 5 * 1000**3

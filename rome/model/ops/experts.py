@@ -328,18 +328,20 @@ def _grouped_backward(
     def one_pass(p: Array, sums: tuple) -> tuple:
         dx_ND, dweights, dweights_Nk = sums
         choice_R = _choices(plan, p, R)
+        x_RD = _rows_of(x_ND, choice_R, k)
         mlp = functools.partial(grouped_mlp, matmul, _sizes(plan, p, R))
-        y_RD, pull = jax.vjp(mlp, _rows_of(x_ND, choice_R, k), *weights)
+        y_RD, pull = jax.vjp(mlp, x_RD, *weights)
         grad_RD = _rows_of(grad_ND, choice_R, k)
-        weight_R = jnp.take(weights_Nk.reshape(-1), choice_R, mode="fill", fill_value=0)
-        dx_RD, *more = pull(grad_RD * weight_R[:, None].astype(grad_RD.dtype))
+        weight_R = _take_or_zero(weights_Nk.reshape(-1), choice_R)
+        weight_R1 = weight_R[:, None].astype(grad_RD.dtype)
+        dx_RD, *more = pull(grad_RD * weight_R1)
         product_RD = y_RD.astype(jnp.float32) * grad_RD.astype(jnp.float32)
         dweight_R1 = jnp.sum(product_RD, axis=-1, keepdims=True)
         place_Nk = _place_in(plan, p, R)
         dx_ND = dx_ND + _sum_by_token(dx_RD, plan, p, ones_Nk)
         dweights = jax.tree.map(jnp.add, dweights, tuple(more))
-        more_Nk = jnp.take(dweight_R1[:, 0], place_Nk, mode="fill", fill_value=0)
-        return dx_ND, dweights, dweights_Nk + more_Nk
+        dweights_Nk = dweights_Nk + _take_or_zero(dweight_R1[:, 0], place_Nk)
+        return dx_ND, dweights, dweights_Nk
 
     nothing = (
         jnp.zeros(x_ND.shape, jnp.float32),
@@ -386,6 +388,11 @@ def _place_in(plan: _Plan, p: Array, R: int) -> Array:
     """Return the row of each choice in pass p; R, past the end, where it has none."""
     place_Nk = plan.place_Nk - p * R
     return jnp.where((plan.place_Nk >= 0) & (place_Nk >= 0) & (place_Nk < R), place_Nk, R)
+
+
+def _take_or_zero(values: Array, places: Array) -> Array:
+    """Return values at places; 0 past the end."""
+    return jnp.take(values, places, mode="fill", fill_value=0)
 
 
 def _rows_of(x_ND: Array, choice_R: Array, k: int) -> Array:

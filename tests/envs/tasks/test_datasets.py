@@ -117,9 +117,9 @@ def test_a_digest_pins_the_files_of_a_task(registry, tmp_path):
         (lambda task: task.update(path="none"), "no files are below"),
         (
             lambda task: task.update(git_url="ext::sh -c touch% /tmp/x"),
-            "no https, ssh, git or file URL",
+            "neither an https, ssh, git or file URL",
         ),
-        (lambda task: task.update(git_url="--upload-pack=x"), "no https"),
+        (lambda task: task.update(git_url="--upload-pack=x"), "neither an https"),
         (lambda task: task.update(git_url="file:///nowhere/at/all"), "no git repository"),
         (
             lambda task: task.update(git_url="https://example.invalid/x.git"),

@@ -5,26 +5,27 @@ step shows is of its own tasks.
 import asyncio
 import dataclasses
 import json
+import time
 import types
 
 import numpy as np
 import pytest
 
-import rome.stages.collect
 from rome.data.packing import pack
 from rome.data.trajectory import Chunk, Trajectory, load_trajectory, save_trajectory
 from rome.rollout.demonstrations import collect_demonstrations
 from rome.rollout.player import RolloutError
-from rome.stages.base import Run
 from rome.stages.collect import Collector
 from rome.stages.config import load_config
+from rome.stages.old_logprobs import OldLogprobs
 from rome.train.team import Team
 
 
-class Player:
-    """In place of a scheduler: every episode fails, at once."""
+class Players:
+    """In place of sandboxes: every episode fails and every demonstration succeeds, at once."""
 
     attempts = 3
+    make_env = None
 
     async def play_one(self, episode, *, path, **_):
         if path.exists():
@@ -43,79 +44,63 @@ class Player:
         save_trajectory(trajectory, path)
         return trajectory
 
+    def demonstrate(self, tasks, *, error_rate, record, first_group=0):
+        shown = []
+        for number, task in enumerate(tasks):
+            chunks = [Chunk([1], [2], [0.0], kind="imitation")] * 2
+            shown.append(Trajectory(task, "f", chunks, 1.0, "success", first_group + number))
+            save_trajectory(shown[-1], record(number))
+        return shown
 
-def make(workdir, **changes):
+
+class BrokenDemonstrators(Players):
+    def demonstrate(self, *_, **__):
+        raise RolloutError("the sandbox of a demonstrator is broken")
+
+
+def make_old_logprobs(workdir, learner=None, **changes):
+    options = {"async_ratio": 0, "from_trainer": False, "records_routes": False}
+    return OldLogprobs(learner, None, workdir / "weights", **(options | changes))
+
+
+def make(workdir, players=None, **changes):
     config = load_config("experiments/ipa.py", "smoke")
-    config.update(
-        {
-            "steps": 3,
-            "groups": 2,
-            "group_size": 2,
-            "old": "rollout",
-            "filter_groups": False,
-            "alarm_kl": 10.0,
-        }
-        | changes
-    )
+    config.update({"steps": 3, "groups": 2, "group_size": 2, "alarm_kl": 10.0})
+    config.rollout.filter_groups = False
+    for key, value in changes.items():
+        block = config.rollout if key in config.rollout else config
+        block[key] = value
     (workdir / "trajectories").mkdir(exist_ok=True)
     return Collector(
-        types.SimpleNamespace(
-            config=config,
-            workdir=workdir,
-            team=Team(),
-            scheduler=Player(),
-            model_config=None,
-            publication={},
-            require_same_rows=lambda *_: None,
-            make_env=None,
-            chat=None,
-        )
+        config,
+        workdir,
+        players=players or Players(),
+        old_logprobs=make_old_logprobs(workdir),
+        model_config=None,
+        team=Team(),
     )
-
-
-async def shows(tasks, *_, record, first_group, **__):
-    shown = [
-        Trajectory(
-            task,
-            "f",
-            [Chunk([1], [2], [0.0], kind="imitation")] * 2,
-            1.0,
-            "success",
-            first_group + n,
-        )
-        for n, task in enumerate(tasks)
-    ]
-    for number, trajectory in enumerate(shown):
-        save_trajectory(trajectory, record(number))
-    return shown
 
 
 STATE = types.SimpleNamespace(step=0, params=None)
 
 
 @pytest.mark.parametrize("alpha", [0, 1])
-def test_a_step_that_fails_after_it_took_its_groups_is_repeated_with_them(
-    tmp_path, monkeypatch, alpha
-):
-    async def broken(*_, **__):
-        raise RolloutError("the sandbox of an expert is broken")
-
-    monkeypatch.setattr(rome.stages.collect, "collect_demonstrations", broken)
-    first = make(tmp_path, async_ratio=alpha)
-    first.advance(STATE)
-    with pytest.raises(RolloutError, match="of an expert is broken"):
+def test_a_step_that_fails_after_it_took_its_groups_is_repeated_with_them(tmp_path, alpha):
+    first = make(tmp_path, BrokenDemonstrators(), async_ratio=alpha)
+    first.begin(STATE)
+    with pytest.raises(RolloutError, match="of a demonstrator is broken"):
         first.collect(0, STATE)
-    saved = json.loads(json.dumps(first.get_state()))  # as the run saves what it has on its way out
+    saved = json.loads(json.dumps(first.get_state(0)))  # as the run saves it on its way out
     first.close()
 
-    monkeypatch.setattr(rome.stages.collect, "collect_demonstrations", shows)
-    second, alone = make(tmp_path, async_ratio=alpha), make(tmp_path, async_ratio=alpha)
+    second = make(tmp_path, async_ratio=alpha)
     second.set_state(saved)
-    alone.advance(STATE)
-    second.advance(STATE)
+    alone = make(tmp_path, async_ratio=alpha)
+    alone.begin(STATE)
+    second.begin(STATE)
     for collector in (second, alone):
         data = collector.collect(0, STATE)
-        assert data.figures["demonstrations"] == 2 and collector.accounting.trained == 4
+        assert data.metrics["demonstrations"] == 2 and collector.accounting.trained == 4
         collector.close()
     assert (
         second.curriculum.rates == alone.curriculum.rates
@@ -123,39 +108,67 @@ def test_a_step_that_fails_after_it_took_its_groups_is_repeated_with_them(
     assert second.accounting.to_json() == alone.accounting.to_json()
 
 
+def test_a_step_that_was_trained_is_not_repeated_because_its_weights_were_not_published(tmp_path):
+    collector = make(tmp_path)
+    collector.begin(STATE)
+    collector.collect(0, STATE)
+    counts = {step: collector.get_state(step)["accounting"] for step in (0, 1)}
+    collector.close()
+    assert counts[0]["trained"] == 0 and counts[0]["in_flight"] == 4  # collected, not trained
+    assert counts[1]["trained"] == 4 and counts[1]["in_flight"] == 0  # whatever was published
+
+
 def test_the_deadline_of_a_step_has_room_for_every_replacement_and_every_replay(tmp_path):
-    plain = make(tmp_path, concurrency=4, episode_seconds=10.0)
-    assert plain._take_seconds() == 60 + 1 * 3 * 10
-    assert (
-        make(
-            tmp_path,
-            concurrency=4,
-            episode_seconds=10.0,
-            redundant_groups=1,
-            redundancy=1,
-            async_ratio=1,
-        )._take_seconds()
-        == 60 + 5 * 3 * 10
-    )
-    assert (
-        make(tmp_path, concurrency=4, episode_seconds=10.0, replace_equal=True)._take_seconds()
-        == 60 + 5 * 3 * 10
-    )
-    assert (
-        make(tmp_path, concurrency=4, episode_seconds=10.0, resampling="parallel")._take_seconds()
-        == 60 + 3 * 10 + 600
-    )
+    def deadline(**changes):
+        return make(tmp_path, concurrency=4, episode_seconds=10.0, **changes)._take_seconds()
+
+    assert deadline() == 60 + 1 * 3 * 10
+    assert deadline(redundancy=1, async_ratio=1) == 60 + 3 * 3 * 10
+    assert deadline(replace_equal=True) == 60 + 5 * 3 * 10
+    assert deadline(resampling="parallel") == 60 + 3 * 10 + 600
 
 
-def test_an_expert_of_another_task_that_a_step_showed_before_it_was_repeated_is_not_taken_for_this_one(
+def test_the_speed_of_a_step_counts_no_episode_that_an_evaluation_ran_beside(tmp_path):
+    collector = make(tmp_path, async_ratio=1, stale_samples="keep", steps=4)
+    collector.begin(STATE)  # plays steps 0 and 1
+    assert "tokens_per_s" in collector.collect(0, STATE).metrics
+
+    def after(step):
+        state = types.SimpleNamespace(step=step, params=None)
+        collector.begin(state)
+        return collector.collect(step, state).metrics
+
+    assert "tokens_per_s" in after(1)
+    with collector.beside_evaluation():
+        collector.begin(types.SimpleNamespace(step=2, params=None))  # plays step 3
+        time.sleep(0.2)
+    metrics = after(2)  # its episodes ran before the evaluation, but the time since then holds it
+    assert "tokens_per_s" not in metrics and metrics["tokens"] == 2.0
+    assert "tokens_per_s" not in after(3)
+    collector.close()
+
+
+def test_the_speed_of_a_step_counts_no_episode_that_was_on_disk_already(tmp_path):
+    first = make(tmp_path)
+    first.begin(STATE)
+    assert "tokens_per_s" in first.collect(0, STATE).metrics
+    first.close()
+    resumed = make(tmp_path)
+    resumed.begin(STATE)
+    assert "tokens_per_s" not in resumed.collect(0, STATE).metrics
+    resumed.close()
+
+
+def test_a_demonstration_of_another_task_that_a_repeated_step_showed_is_not_taken_for_this_one(
     tmp_path, monkeypatch
 ):
     async def play(env, *_):
         return Trajectory(env, "f", [], 1.0, "success")
 
     monkeypatch.setattr("rome.rollout.demonstrations.demonstrate", play)
-    show = lambda *tasks: asyncio.run(
-        collect_demonstrations(
+
+    def show(*tasks):
+        playing = collect_demonstrations(
             tasks,
             lambda task: task,
             None,
@@ -163,100 +176,63 @@ def test_an_expert_of_another_task_that_a_step_showed_before_it_was_repeated_is_
             concurrency=2,
             record=lambda number: tmp_path / f"{number}.json",
         )
-    )
+        return asyncio.run(playing)
+
     first = show("a/1", "b/1")
     save_trajectory(dataclasses.replace(first[1], seconds=7.0), tmp_path / "1.json")
     assert [(t.task, t.seconds) for t in show("c/1", "b/1")] == [("c/1", 0.0), ("b/1", 7.0)]
 
 
 def test_a_step_whose_episodes_hang_ends_in_time_with_what_to_look_at(tmp_path, monkeypatch):
-    collector = make(tmp_path)
+    class Hanging(Players):
+        async def play_one(self, episode, **_):
+            await asyncio.sleep(60)
 
-    async def hangs(episode, **_):
-        await asyncio.sleep(60)
-
-    collector.run.scheduler.play_one = hangs
+    collector = make(tmp_path, Hanging())
     monkeypatch.setattr(collector, "_take_seconds", lambda: 0.2)
-    collector.advance(STATE)
+    collector.begin(STATE)
     with pytest.raises(RolloutError, match="step 0 had no 2 complete groups within 0 s"):
         collector.collect(0, STATE)
     collector.close()
 
 
-def test_a_step_that_was_trained_is_not_repeated_because_its_weights_were_not_published(tmp_path):
-    class Unreachable:
-        def score_one(self, *_):
-            raise OSError("no space left on device")
-
-    run = Run(
-        make(tmp_path).config,
-        tmp_path,
-        None,
-        types.SimpleNamespace(open=lambda text: [1]),
-        Unreachable(),
-        Team(),
-        "none",
-        None,
-        [],
-    )
-    run.collector.before = {"of": "the step"}
-    with pytest.raises(OSError):
-        run.publish(STATE)
-    assert run.collector.before is None
-
-
-def test_whatever_cannot_be_closed_the_servers_are_stopped(tmp_path):
-    class Server:
-        stopped = False
-
-        def stop(self):
-            self.stopped = True
-
-    class Pool:
-        async def close(self):
-            raise OSError("a socket")
-
-    run = Run(
-        make(tmp_path).config,
-        tmp_path,
-        None,
-        None,
-        None,
-        Team(),
-        "none",
-        None,
-        [],
-        pool=Pool(),
-        servers=[Server(), Server()],
-    )
-    run.collector.close = lambda: (_ for _ in ()).throw(TimeoutError("a sandbox"))
-    with pytest.raises((TimeoutError, OSError)):
-        run.close()
-    assert all(server.stopped for server in run.servers)
-
-
-def test_tokens_whose_weights_are_lost_take_the_engines_word_and_are_named(tmp_path):
-    collector = make(tmp_path, old="trainer", async_ratio=1, late="keep")
-    collector.run.weights = tmp_path / "weights"
-    collector.run.learner = types.SimpleNamespace(
-        score=lambda params, batches: [
-            np.full(batch.tokens_BT.shape, float(params), np.float32) for batch in batches
-        ],
-        recall=lambda kept: kept,
-        keep=lambda params: params,
-    )
-    collector.past = {2: -2.0, 3: -3.0}
-    chunk = Chunk(
-        [1], [2, 3, 4], [-0.5, -0.6, -0.7], [(0, 0, 1), (2, 1, 2), (3, 2, 3)]
-    )  # three versions within one turn
-    batch = pack(
+def three_versions():
+    """A batch of one turn whose three tokens were sampled by versions 0, 2 and 3."""
+    chunk = Chunk([1], [2, 3, 4], [-0.5, -0.6, -0.7], [(0, 0, 1), (2, 1, 2), (3, 2, 3)])
+    return pack(
         [Trajectory("f/1", "f", [chunk], 1.0, "success")],
         row_length=8,
         chunks_per_row=2,
         gamma=1.0,
         failure_reward=0.0,
     )
-    (scored,), unscored = collector._with_old([batch], types.SimpleNamespace(step=3, params=-3.0))
-    assert np.allclose(
-        scored.logp_old_BT[batch.action_mask_BT], [-0.5, -2.0, -3.0]
-    ) and unscored == {0}
+
+
+def test_tokens_whose_weights_are_lost_take_the_engines_word_and_are_named(tmp_path):
+    learner = types.SimpleNamespace(
+        score=lambda params, batches: [
+            np.full(batch.tokens_BT.shape, float(params), np.float32) for batch in batches
+        ],
+        recall=lambda kept: kept,
+        keep=lambda params: params,
+    )
+    old_logprobs = make_old_logprobs(tmp_path, learner, async_ratio=1, from_trainer=True)
+    old_logprobs.past = {2: -2.0, 3: -3.0}
+    state = types.SimpleNamespace(step=3, params=-3.0)
+    (scored,), lost = old_logprobs.fill([three_versions()], state)
+    assert np.allclose(scored.logp_old_BT[scored.action_mask_BT], [-0.5, -2.0, -3.0])
+    assert lost == {0}
+
+
+def test_weights_are_kept_as_long_as_a_sample_may_be_scored_with_them(tmp_path):
+    learner = types.SimpleNamespace(keep=lambda params: params)
+
+    def kept(**changes):
+        old_logprobs = make_old_logprobs(tmp_path, learner, **changes)
+        for version in range(4):
+            old_logprobs.remember(types.SimpleNamespace(step=version, params=-version))
+        return old_logprobs.past
+
+    assert kept(async_ratio=1, from_trainer=True) == {2: -2, 3: -3}
+    assert kept(async_ratio=1, from_trainer=False) == {}
+    assert kept(async_ratio=0, from_trainer=True) == {}

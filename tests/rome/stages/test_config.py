@@ -9,19 +9,20 @@ import pytest
 
 from rome.losses import PUBLISHED
 from rome.stages.config import (
-    CPT_KEYS,
-    RL_KEYS,
-    SFT_KEYS,
+    CHOICES,
+    LOSS_SWITCHES,
+    MAY_BE_MINUS_ONE,
+    MAY_BE_NEGATIVE,
+    MAY_BE_ZERO,
     TOKEN,
-    ConfigError,
     check_config,
-    claim_workdir,
-    default_workdir,
     init_config,
     load_config,
     loss_config,
     sandbox_config,
+    schema_of,
 )
+from rome.train.workdir import ConfigError, claim_workdir, default_workdir, flatten
 from tests.paths import ROOT
 
 PRESETS = ("tiny", "smoke", "qwen3_30b_a3b", "qwen3_235b_a22b")
@@ -33,44 +34,79 @@ def test_shipped_configs_are_accepted(name, preset):
     check_config(load_config(f"experiments/{name}.py", preset))
 
 
-def test_every_config_key_is_read_by_the_launcher():
-    source = "".join(
-        path.read_text()
-        for path in (*(ROOT / "launch").glob("*.py"), *(ROOT / "rome/stages").glob("*.py"))
-    )
-    for key in SFT_KEYS | RL_KEYS | CPT_KEYS:
-        assert re.search(rf"\bconfig\.{key}\b", source), f"config.{key} is read nowhere"
-    for key in RL_KEYS["sandbox"]:
-        assert re.search(rf"\bsandbox\.{key}\b", source), f"config.sandbox.{key} is read nowhere"
+KEYS = sorted({key for loss in ("cpt", "sft", "ipa") for key in flatten(schema_of(loss))})
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_config_key_is_read_by_the_stages(key):
+    block, _, name = key.rpartition(".")
+    pattern = rf"\b{block or 'config'}\.{name}\b"
+    if block == "mesh" or key in LOSS_SWITCHES:  # read as a whole
+        pattern = r"\bconfig\.mesh\.to_dict\b" if block else r"\bconfig\[name\]"
+    paths = [ROOT / "launch/train.py", *(ROOT / "rome/stages").glob("*.py")]
+    source = "".join(path.read_text() for path in paths)
+    assert re.search(pattern, source), f"config.{key} is read nowhere"
+
+
+def test_the_tables_of_choices_and_ranges_name_keys_that_exist():
+    assert {*CHOICES, *MAY_BE_ZERO, *MAY_BE_NEGATIVE, *MAY_BE_MINUS_ONE} <= set(KEYS)
+
+
+def change_config(config, change):
+    """Set values by dotted name, also of keys that the config does not have."""
+    config.unlock()
+    for key, value in change.items():
+        *blocks, name = key.split(".")
+        target = config
+        for block in blocks:
+            target = target[block]
+        with target.ignore_type():
+            target[name] = value
+    return config
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"gama": 0.9}, "'gama' is read by nobody; did you mean 'gamma'"),
+        ({"gama": 0.9}, "'gama' is unknown. Did you mean 'gamma'?"),
         ({"loss": "ppo"}, "loss='ppo' is unknown"),
-        ({"late": "never"}, "late='never' is unknown. Choose one of wait, keep, drop"),
         (
-            {"whole_groups": False},
+            {"rollout.stale_samples": "never"},
+            "rollout.stale_samples='never' is unknown. Choose one of wait, keep, drop",
+        ),
+        (
+            {"rollout.whole_groups": False},
             (
-                "whole_groups=False takes episodes without the others of their group, and"
-                " filter_groups=True"
+                "rollout.whole_groups=False takes episodes without the others of their group, and"
+                " rollout.filter_groups=True"
             ),
         ),
         (
-            {"whole_groups": False, "filter_groups": False, "loss": "grpo"},
+            {"rollout.whole_groups": False, "rollout.filter_groups": False, "loss": "grpo"},
             "which loss=grpo compares them with",
         ),
-        ({"resampling": "parallel", "lambda_il": 0.0}, "lambda_il=0 shows nothing"),
-        ({"resampling": "parallel", "loss": "grpo"}, "loss=grpo compares them as equals"),
         (
-            {"resampling": "rollback", "replace_equal": True},
-            "replace_equal=True replaces the groups without a success",
+            {"rollout.resampling": "parallel", "lambda_il": 0.0},
+            "lambda_il=0 plays no demonstrations",
         ),
-        ({"resample_share": 1.5}, "resample_share=1.5 is a share"),
-        ({"async_ratio": 1, "lend_engines": 1}, "lend_engines=1 of 1 engines leaves none"),
-        ({"mirrors": "http://a:1"}, "mirrors names 1 URLs and engines 0"),
+        ({"rollout.resampling": "parallel", "loss": "grpo"}, "loss=grpo compares them as equals"),
+        (
+            {"rollout.resampling": "rollback", "rollout.replace_equal": True},
+            "rollout.replace_equal=True replaces the groups without a success",
+        ),
+        ({"rollout.resample_share": 1.5}, "rollout.resample_share=1.5 is a share"),
+        (
+            {"rollout.async_ratio": 1, "rollout.lend_engines": 1},
+            "rollout.lend_engines=1 of 1 engines leaves none",
+        ),
+        ({"engine.mirrors": "http://a:1"}, "engine.mirrors names 1 URLs and engine.urls 0"),
         ({"steps": 0}, "steps=0 must be above 0"),
+        ({"steps": 1.5}, "steps=1.5 is a float. Give an integer"),
+        ({"steps": True}, "steps=True is a bool. Give an integer"),
+        ({"rollout": 3}, "config.rollout=3 is not a block of keys"),
+        ({"rollout.async_ration": 1}, "rollout.'async_ration' is unknown. Did you mean"),
+        ({"sandbox.isolation": "none"}, "sandbox.isolation='none' is unknown"),
+        ({"mesh.fsdp": 0}, "mesh.fsdp=0 must be above 0"),
         ({"learning_rate": float("nan")}, "learning_rate=nan"),
         ({"max_context": 4096}, "max_context=4096 is longer than a row"),
         ({"loss": "grpo", "group_size": 1}, "group_size=1"),
@@ -78,16 +114,22 @@ def test_every_config_key_is_read_by_the_launcher():
             {"loss": "gigpo", "group_size": 1},
             "loss=gigpo compares the episodes of a group, and group_size=1",
         ),
-        ({"clip_high": 0.3}, "clip_high=0.3 is not read by loss=ipa. Set it to 0; grpo, dr_grpo"),
         (
-            {"loss": "topr", "mismatch_threshold": 5.0},
-            "mismatch_threshold=5.0 is not read by loss=topr. Set it to 0; ipa, token_level",
+            {"clip_high": 0.3},
+            "clip_high=0.3 is not read by loss=ipa. Set it to 0; it is read by grpo, dr_grpo",
+        ),
+        (
+            {"loss": "topr", "mismatch_limit": 5.0},
+            "mismatch_limit=5.0 is not read by loss=topr. Set it to 0; it is read by ipa, token",
         ),
         (
             {"loss": "dapo", "dual_clip": 1.1},
             "loss=dapo: dual_clip 1.1 is within the clip range that ends at 1.28",
         ),
-        ({"anchor": "screen"}, "anchor='screen' is unknown. Choose one of history, observation"),
+        (
+            {"gigpo_state": "screen"},
+            "gigpo_state='screen' is unknown. Choose one of history, observation",
+        ),
         ({"temperature": 0.0}, "temperature=0"),
         ({"max_turns": 99}, "max_turns=99"),
         (
@@ -95,15 +137,13 @@ def test_every_config_key_is_read_by_the_launcher():
             "routing_replay='on' is unknown. Choose one of off, rollout, recompute",
         ),
         (
-            {"routing_replay": "recompute", "old": "rollout"},
-            "Set old=trainer, or routing_replay=rollout",
+            {"routing_replay": "recompute", "logp_old_from": "rollout"},
+            "Set logp_old_from=trainer, or routing_replay=rollout",
         ),
     ],
 )
 def test_a_wrong_config_is_refused_with_the_value_and_the_remedy(change, message):
-    config = load_config("experiments/ipa.py", "tiny").unlock()
-    for key, value in change.items():
-        config[key] = value
+    config = change_config(load_config("experiments/ipa.py", "tiny"), change)
     with pytest.raises(ConfigError, match=re.escape(message)):
         check_config(config)
 
@@ -111,15 +151,17 @@ def test_a_wrong_config_is_refused_with_the_value_and_the_remedy(change, message
 def test_an_egress_grant_that_nobody_understands_is_refused_before_anything_starts():
     config = load_config("experiments/ipa.py", "tiny")
     config.sandbox.egress = "pypi.org:443 files.pythonhosted.org"
-    with pytest.raises(ConfigError, match="config.sandbox: egress grant 'files.pythonhosted.org'"):
+    with pytest.raises(
+        ConfigError, match=r"config\.sandbox: egress grant 'files\.pythonhosted\.org'"
+    ):
         check_config(config)
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"eval_tasks": 3}, "'eval_tasks' is read by nobody"),
-        ({"temperature": 1.0}, "'temperature' is read by nobody"),
+        ({"eval_tasks": 3}, "'eval_tasks' is unknown"),
+        ({"temperature": 1.0}, "'temperature' is unknown"),
         ({"held_out_share": 0.0}, "held_out_share=0.0 must be above 0"),
         ({"held_out_share": 1.0}, "held_out_share=1.0 below 1"),
         ({"rows": 6}, "rows=6 is not a multiple of rows_per_microbatch=16"),
@@ -128,9 +170,7 @@ def test_an_egress_grant_that_nobody_understands_is_refused_before_anything_star
     ],
 )
 def test_a_wrong_cpt_config_is_refused_with_the_value_and_the_remedy(change, message):
-    config = load_config("experiments/cpt.py", "tiny").unlock()
-    for key, value in change.items():
-        config[key] = value
+    config = change_config(load_config("experiments/cpt.py", "tiny"), change)
     with pytest.raises(ConfigError, match=re.escape(message)):
         check_config(config)
 
@@ -151,13 +191,12 @@ def test_a_wrong_cpt_config_is_refused_with_the_value_and_the_remedy(change, mes
     ],
 )
 def test_a_loss_whose_weights_know_no_bound_is_refused_where_samples_may_be_stale(
-    loss, dual_clip, reason, monkeypatch
+    loss, dual_clip, reason
 ):
-    monkeypatch.setitem(RL_KEYS, "async_ratio", int)
-    config = load_config("experiments/ipa.py", "tiny").unlock()
-    config.loss, config.dual_clip, config.async_ratio = loss, dual_clip, 0
+    config = load_config("experiments/ipa.py", "tiny")
+    config.loss, config.dual_clip, config.rollout.async_ratio = loss, dual_clip, 0
     check_config(config)
-    config.async_ratio = 1
+    config.rollout.async_ratio = 1
     if reason is None:
         check_config(config)
         return
@@ -187,6 +226,12 @@ def test_a_switch_of_zero_stands_for_the_value_of_the_loss_own_paper():
     assert found["dr_grpo"].token_constant == config.max_context
     config.loss, config.clip_high = "dapo", 0.5
     assert (loss_config(config).clip_low, loss_config(config).clip_high) == (0.2, 0.5)
+
+
+def test_one_mesh_axis_may_take_all_devices_that_are_left():
+    config = load_config("experiments/ipa.py", "tiny")
+    config.mesh.fsdp = -1
+    check_config(config)
 
 
 def test_a_missing_key_is_named():
@@ -220,7 +265,9 @@ def test_a_workdir_of_another_config_is_refused(tmp_path):
     claim_workdir(tmp_path, config)
     claim_workdir(tmp_path, config)
     config.gamma = 0.5
-    with pytest.raises(ConfigError, match=r"gamma \(0.95 there, 0.5 now\)"):
+    config.mesh.fsdp = 4
+    different = r"gamma \(0.95 there, 0.5 now\); mesh.fsdp \(1 there, 4 now\)"
+    with pytest.raises(ConfigError, match=different):
         claim_workdir(tmp_path, config)
     assert json.loads((tmp_path / "config.json").read_text())["gamma"] == 0.95
 
@@ -282,7 +329,7 @@ def test_the_sandboxes_backend_is_the_configs_and_the_admins_token_the_environme
     with pytest.raises(
         ConfigError,
         match=(
-            "config.sandbox: backend='remote' needs the admin's token in the environment variable"
+            r"config\.sandbox: backend='remote' needs the admin's token in the environment variable"
             " ROCK_TOKEN"
         ),
     ):
@@ -301,6 +348,6 @@ def test_the_sandboxes_backend_is_the_configs_and_the_admins_token_the_environme
     assert sandbox_config(config).image == "debian:12"
     config.sandbox.backend = "podman"
     with pytest.raises(
-        ConfigError, match="backend='podman' is unknown. Choose one of embedded, docker, remote"
+        ConfigError, match=r"backend='podman' is unknown\. Choose one of embedded, docker, remote"
     ):
         check_config(config)

@@ -7,7 +7,7 @@ import pytest
 
 from rome.data.packing import microbatches, pack
 from rome.data.trajectory import Chunk, Trajectory
-from rome.train.alarms import TrainingAlarm, check_figures, check_mismatch
+from rome.train.alarms import TrainingAlarm, check_metrics, check_mismatch
 
 
 def batches(difference, kind="rl"):
@@ -73,8 +73,8 @@ def test_what_was_shown_or_replayed_is_no_sample_of_the_engine():
 
 
 def test_a_fresh_sample_must_look_to_the_trainer_as_it_was_scored():
-    check_figures(3, {"max_staleness": 0, "first_kl": 0.05}, 0.1)
-    check_figures(3, {"max_staleness": 1, "first_kl": 5.0}, 0.1)  # older weights do differ
-    check_figures(3, {"loss": 1.0}, 0.1)
-    with pytest.raises(TrainingAlarm, match="first_kl is 0.5 at step 3"):
-        check_figures(3, {"max_staleness": 0, "first_kl": 0.5}, 0.1)
+    check_metrics(3, {"max_staleness": 0, "first_kl": 0.05}, 0.1)
+    check_metrics(3, {"max_staleness": 1, "first_kl": 5.0}, 0.1)  # older weights do differ
+    check_metrics(3, {"loss": 1.0}, 0.1)
+    with pytest.raises(TrainingAlarm, match=r"first_kl is 0\.5 at step 3"):
+        check_metrics(3, {"max_staleness": 0, "first_kl": 0.5}, 0.1)

@@ -25,17 +25,19 @@ with Display("ipa", 3) as display:
 """
 
 
-def plain(total_steps, interval=0.0):
+def plain(total_steps, interval=0.0, **options):
     text = io.StringIO()
-    return (
-        Display(
-            "ipa",
-            total_steps,
-            Console(file=text, width=80, highlight=False),
-            plain_interval_s=interval,
-        ),
-        text,
-    )
+    console = Console(file=text, width=80, highlight=False)
+    display = Display("ipa", total_steps, console, plain_interval_seconds=interval, **options)
+    return display, text
+
+
+@pytest.fixture
+def now(monkeypatch):
+    """The clock, as a list of one number."""
+    seconds = [0.0]
+    monkeypatch.setattr(display_module.time, "monotonic", lambda: seconds[0])
+    return seconds
 
 
 def run_in_terminal(environment):
@@ -106,9 +108,7 @@ def test_plain_output_has_one_line_a_step_with_what_is_known_about_it():
     )
 
 
-def test_plain_lines_are_spaced_but_the_first_and_the_last_are_always_there(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(display_module.time, "monotonic", lambda: now[0])
+def test_plain_lines_are_spaced_but_the_first_and_the_last_are_always_there(now):
     display, text = plain(10, interval=5.0)
     with display:
         for step in range(1, 11):
@@ -131,25 +131,85 @@ def test_an_interrupted_run_still_ends_with_the_line_of_its_last_step():
     assert text.getvalue().splitlines()[-1].startswith("ipa     3/100")
 
 
-def test_time_left_follows_the_pace_after_the_first_step(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(display_module.time, "monotonic", lambda: now[0])
+def test_time_left_follows_the_pace_after_the_first_step(now):
     display, text = plain(60)
+    with display.evaluating():  # at step 0
+        now[0] = 20.0
     now[0] = 300.0  # compiling, resumed at step 40
     display.update(41, {"reward": 0.0})
     assert display.seconds_left() is None
     for step in (42, 43):
         now[0] += 10.0
         display.update(step, {"reward": 0.0})
-    assert display.seconds_left() == pytest.approx(170.0)
-    assert "left 2 min 50 s" in text.getvalue()
+    assert display.seconds_left() == pytest.approx(170.0 + 20.0)
+    assert "left 3 min 10 s" in text.getvalue()
 
 
-def test_a_second_update_of_a_step_adds_figures_without_a_second_line():
+@pytest.mark.parametrize(
+    "every, evaluations", [(10, 6), (25, 3), (0, 1), (100, 1)], ids=lambda value: str(value)
+)
+def test_time_left_is_the_steps_at_their_pace_and_the_evaluations_at_theirs(
+    now, every, evaluations
+):
+    display, _ = plain(60, evaluate_every=every)
+    with display.evaluating():
+        now[0] += 90.0
+    for step in range(1, 6):
+        now[0] += 10.0
+        display.update(step, {"reward": 0.0})
+    assert display.evaluations_left() == evaluations
+    assert display.seconds_left() == pytest.approx(55 * 10.0 + evaluations * 90.0)
+
+
+def test_time_left_does_not_jump_after_an_evaluation(now):
+    display, _ = plain(60, evaluate_every=30)
+    with display.evaluating():
+        now[0] += 90.0
+    for step in range(1, 31):
+        now[0] += 10.0
+        display.update(step, {"reward": 0.0})
+    before = display.seconds_left()
+    with display.evaluating():
+        now[0] += 40.0
+        assert display.seconds_left() == pytest.approx(before + 90.0 - 40.0)  # 50 s of this one
+        now[0] += 50.0
+    assert display.seconds_left() == pytest.approx(before)
+    now[0] += 10.0
+    display.update(31, {"reward": 0.0})
+    assert display.seconds_left() == pytest.approx(before - 10.0)
+
+
+def test_an_evaluation_that_was_never_measured_is_named_beside_the_time_left(now):
+    display, text = plain(60, evaluate_every=30)
+    for step in (41, 42):
+        now[0] += 10.0
+        display.update(step, {"reward": 0.0})
+    assert "left 3 min 00 s and 1 evaluation" in text.getvalue()
+    with display.evaluating():
+        now[0] += 5.0
+    assert display.time_left() == "3 min 05 s"
+
+
+@pytest.mark.parametrize("may_end_early", [True, False])
+def test_a_stage_that_may_end_early_says_at_most(now, may_end_early):
+    display, text = plain(60, may_end_early=may_end_early)
+    with display.evaluating():
+        now[0] += 5.0
+    for step in (1, 2):
+        now[0] += 10.0
+        display.update(step, {"loss": 0.5})
+    assert ("2/60 at most  loss" in text.getvalue()) == may_end_early
+    assert ("left at most 9 min 45 s" in text.getvalue()) == may_end_early
+    head = io.StringIO()
+    Console(file=head, width=100).print(display._panel())
+    assert ("step 2/at most 60" in head.getvalue()) == may_end_early
+
+
+def test_a_second_update_of_a_step_adds_metrics_without_a_second_line():
     display, text = plain(5)
     display.update(1, {"reward": 0.5})
     display.update(1, {"success": 0.25})
-    assert display.figures == {"reward": 0.5, "success": 0.25}
+    assert display.metrics == {"reward": 0.5, "success": 0.25}
     assert len(text.getvalue().splitlines()) == 1
 
 
@@ -168,7 +228,7 @@ def test_the_panel_fits_its_terminal(width):
     console = Console(file=io.StringIO(), width=width, force_terminal=True, highlight=False)
     display = Display("ipa", 60, console)
     for step in (1, 2, 3):
-        figures = {
+        metrics = {
             "reward": 0.1 * step,
             "success": 0.5,
             "turns": 3.0,
@@ -177,7 +237,7 @@ def test_the_panel_fits_its_terminal(width):
             "mismatch": 1e-5,
             "tokens_per_s": 12345.0,
         }
-        display.update(step, figures)
+        display.update(step, metrics)
     lines = [
         "".join(segment.text for segment in line)
         for line in console.render_lines(display._panel(), pad=False)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from rome.train.distributed import DistributedError, Plan, choose
+from rome.train.distributed import DistributedError, ProcessLayout, choose
 from tests.distributed.processes import ROOT
 
 SLURM = {
@@ -21,11 +21,14 @@ SLURM = {
     "SLURM_NTASKS": "4",
     "SLURM_STEP_TASKS_PER_NODE": "1(x4)",
 }
-NO_TPU = lambda: 1
+
+
+def no_tpu():
+    return 1
 
 
 def test_without_any_sign_this_is_one_process():
-    assert choose("", -1, -1, {}, NO_TPU).kind == "alone"
+    assert choose("", -1, -1, {}, no_tpu).kind == "alone"
 
 
 def test_flags_win_over_the_environment_and_the_cluster():
@@ -34,7 +37,8 @@ def test_flags_win_over_the_environment_and_the_cluster():
         "JAX_NUM_PROCESSES": "9",
         "JAX_PROCESS_ID": "8",
     }
-    assert choose("node-0:1234", 2, 1, environ) == Plan("flags", "by flags", "node-0:1234", 2, 1)
+    by_flags = ProcessLayout("flags", "by flags", "node-0:1234", 2, 1)
+    assert choose("node-0:1234", 2, 1, environ) == by_flags
     by_environment = choose("", -1, -1, environ)
     assert (by_environment.coordinator, by_environment.count, by_environment.index) == (
         "other:1",
@@ -79,7 +83,7 @@ def test_a_slurm_step_of_several_tasks_is_taken_and_a_batch_script_is_not():
         "SLURM step 71.0 of 4 tasks",
     )
     batch_script = {name: value for name, value in SLURM.items() if "STEP" not in name}
-    assert choose("", -1, -1, batch_script, NO_TPU).kind == "alone"
+    assert choose("", -1, -1, batch_script, no_tpu).kind == "alone"
 
 
 @pytest.mark.parametrize(
@@ -123,14 +127,14 @@ def test_a_tpu_pod_is_known_by_its_hosts(environ, workers, kind):
 START = """
 import sys
 from rome.train.distributed import choose, start
-start(choose(sys.argv[1], 2, int(sys.argv[2])), stop=lambda: False, errors=(), deadline_s=2)
+start(choose(sys.argv[1], 2, int(sys.argv[2])), stop=lambda: False, errors=(), deadline_seconds=2)
 """
 
 
 @pytest.mark.parametrize(
     "index, message",
     [
-        (1, "nobody answers at the coordinator"),
+        (1, "no answer from the coordinator"),
         (0, "answers, but not all 2 processes came within 2 s"),
     ],
 )

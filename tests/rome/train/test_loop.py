@@ -23,17 +23,18 @@ class Around:
     """Learner, checkpoints, metrics and display at once."""
 
     def __init__(self, success=lambda step: 0.0, kl=0.0):
-        self.success, self.kl, self.saved, self.written, self.shown, self.updates = (
-            success,
-            kl,
-            [],
-            [],
-            [],
-            0,
-        )
+        self.success = success
+        self.kl = kl
+        self.saved = []
+        self.written = []
+        self.shown = []
+        self.called = []  # (what, step), in order
+        self.updates = 0
+        self.has_ended = None
 
     def update(self, state, microbatches, denominators):
         self.updates += 1
+        self.called.append(("update", int(state.step)))
         return state, {"kl_old": jnp.float32(self.kl)}
 
     def save(self, step, state, host):
@@ -43,8 +44,8 @@ class Around:
     def wait(self):
         pass
 
-    def write(self, step, figures):
-        self.written.append((step, figures))
+    def write(self, step, metrics):
+        self.written.append((step, metrics))
 
     def evaluated(self, result):
         self.shown.append(result.step)
@@ -58,36 +59,37 @@ class Around:
                 "evaluate_every": 2,
                 "checkpoint_every": 100,
                 "collect": lambda step, state: StepData([], None, {}),
-                "publish": lambda state: None,
+                "publish": lambda state: self.called.append(("publish", int(state.step))),
+                "begin_rollouts": lambda state: self.called.append(("begin", int(state.step))),
                 "evaluate": lambda step, state: Result(step, self.success(step)),
-                "enough": lambda result: result.success >= 0.5,
-                "host_state": dict,
+                "should_end_early": lambda result: result.success >= 0.5,
+                "host_state": lambda step: {},
                 "should_stop": lambda: False,
                 "before_update": lambda: None,
-                "check": lambda step, figures: None,
+                "check": lambda step, metrics: None,
                 "team": Team(),
             }
             | changes
         )
-        self.stage = stage
-        return run_stage(
+        state, self.has_ended = run_stage(
             stage, self, TrainState(jnp.int32(step), {}, ()), self, _Metrics(self), _Display(self)
         )
+        return state
 
 
 @dataclasses.dataclass
 class _Metrics:
     around: Around
 
-    def write(self, step, figures):
-        self.around.write(step, figures)
+    def write(self, step, metrics):
+        self.around.write(step, metrics)
 
 
 @dataclasses.dataclass
 class _Display:
     around: Around
 
-    def update(self, step, figures):
+    def update(self, step, metrics):
         pass
 
     def evaluated(self, result):
@@ -103,7 +105,7 @@ def test_a_stage_evaluates_on_its_way_and_once_at_its_end_and_is_saved():
 
 def test_a_stage_ends_where_it_has_come_far_enough_and_is_whole_there():
     around = Around(lambda step: 0.6 if step >= 4 else 0.1)
-    assert int(around.run().step) == around.stage.steps == 4
+    assert int(around.run().step) == 4 and around.has_ended
     assert (
         around.shown == [0, 2, 4]
         and around.saved == [4]
@@ -118,13 +120,13 @@ def test_a_start_that_is_good_already_is_no_end():
 
 def test_a_run_that_was_killed_at_its_end_finds_that_it_is_over():
     around = Around(lambda step: 0.6 if step >= 4 else 0.1)
-    assert int(around.run(step=4).step) == around.stage.steps == 4 and not around.updates
+    assert int(around.run(step=4).step) == 4 and around.has_ended and not around.updates
     around = Around(lambda step: 0.6 if step >= 4 else 0.1)
     assert int(around.run(step=3).step) == 4 and around.shown == [4]
 
 
 def test_what_an_alarm_was_raised_about_is_not_saved():
-    def alarm(step, figures):
+    def alarm(step, metrics):
         if step == 3:
             raise TrainingAlarm("no")
 
@@ -132,3 +134,32 @@ def test_what_an_alarm_was_raised_about_is_not_saved():
     with pytest.raises(TrainingAlarm):
         around.run(check=alarm)
     assert not around.saved and around.written[0][1]["first_kl"] == 0.25
+
+
+def test_rollouts_begin_after_the_weights_are_published_once_for_each_version():
+    around = Around()
+    around.run(steps=2, updates_per_step=1, evaluate_every=1)
+    assert around.called == [
+        ("publish", 0),
+        ("begin", 0),
+        ("update", 0),
+        ("publish", 1),
+        ("begin", 1),
+        ("update", 1),
+        ("publish", 2),
+        ("begin", 2),
+    ]
+
+
+def test_a_stage_that_is_stopped_has_not_ended():
+    around = Around()
+    answers = iter([False, False, True])
+    assert int(around.run(should_stop=lambda: next(answers)).step) == 2
+    assert around.has_ended is False and around.saved == [2]
+
+
+def test_a_checkpoint_carries_the_host_state_of_its_own_step():
+    asked = []
+    around = Around()
+    around.run(steps=2, evaluate_every=0, checkpoint_every=1, host_state=asked.append)
+    assert asked == [1, 2, 2]  # the last one is asked for again on the way out, and not written

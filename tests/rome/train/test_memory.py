@@ -47,6 +47,7 @@ def test_what_a_step_frees_stays_with_the_process():
 TRAINING = """
 import sys
 from launch import train
+from launch._main import parse_flags
 from rome.train import memory
 
 def asked():
@@ -55,7 +56,7 @@ def asked():
     sys.exit(0)
 
 memory.keep_freed_memory = asked
-train.main(train.parse(["launch.train", "--config=experiments/ipa.py:smoke"])[:1])
+train.main(parse_flags("launch.train", ["launch.train", "--config=experiments/ipa.py:smoke"])[:1])
 """
 
 

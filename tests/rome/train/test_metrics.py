@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from rome.train.metrics import FIGURES, MetricsWriter, read_metrics
+from rome.train.metrics import METRIC_FORMATS, MetricsWriter, read_metrics
 
 
 def write_steps(workdir, stage, steps, resume_step=None, **figures):
@@ -77,7 +77,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
 def test_a_figure_that_is_not_finite_is_refused_by_name_and_nothing_is_written(tmp_path, value):
     with (
         MetricsWriter(tmp_path, "ipa", tensorboard=False) as metrics,
-        pytest.raises(ValueError, match="'entropy'.*step 3"),
+        pytest.raises(ValueError, match=r"'entropy'.*step 3"),
     ):
         metrics.write(3, {"loss": 1.0, "entropy": value})
     assert read_metrics(tmp_path) == []
@@ -126,6 +126,6 @@ def test_tensorboard_gets_the_same_figures(tmp_path):
 
 
 def test_a_figure_reads_as_a_person_writes_it():
-    assert FIGURES["success"].text(0.424) == "42 %"
-    assert FIGURES["tokens_per_s"].text(1830.4) == "1,830 tok/s"
-    assert FIGURES["reward"].text(0.5) == "+0.50"
+    assert METRIC_FORMATS["success"].text(0.424) == "42 %"
+    assert METRIC_FORMATS["tokens_per_s"].text(1830.4) == "1,830 tok/s"
+    assert METRIC_FORMATS["reward"].text(0.5) == "+0.50"

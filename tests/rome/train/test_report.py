@@ -7,6 +7,7 @@ import math
 import pytest
 from rich.console import Console
 
+from rome.train.intervals import wilson
 from rome.train.metrics import MetricsWriter
 from rome.train.plots import plot_curves
 from rome.train.report import (
@@ -15,7 +16,6 @@ from rome.train.report import (
     print_table,
     read_outcomes,
     read_report,
-    wilson,
     write_outcomes,
     write_report,
 )
@@ -115,7 +115,7 @@ def test_success_counts_trained_families_only_and_unseen_ones_apart():
 def test_a_task_counted_twice_is_refused():
     tasks = outcomes({"find": 6})
     with pytest.raises(ValueError, match="'find/3' is counted twice"):
-        EvalResult.from_tasks("ipa", 0, tasks + [tasks[3]])
+        EvalResult.from_tasks("ipa", 0, [*tasks, tasks[3]])
 
 
 def test_the_report_comes_back_as_it_was_written(tmp_path):

@@ -34,9 +34,11 @@ MODEL = dataclasses.replace(
 def random_trajectories(count: int, seed: int = 0) -> list[Trajectory]:
     rng = random.Random(seed)
 
+    def ids(count: int) -> list[int]:
+        return [rng.randrange(64) for _ in range(count)]
+
     def chunk() -> Chunk:
         length = rng.randint(1, 6)
-        ids = lambda n: [rng.randrange(64) for _ in range(n)]
         return Chunk(
             ids(rng.randint(1, 6)),
             ids(length),
@@ -81,12 +83,13 @@ def one_update(learner: Learner, batches) -> tuple[dict, dict]:
     state = learner.init(seed=0)
     # A little off the scores, so that no ratio lies on the edge of a clip, where rounding would
     # decide.
-    old = lambda batch, logp_BT: (
-        logp_BT + 0.05 * np.sin(1.0 + 7.0 * batch.tokens_BT + batch.positions_BT).astype(np.float32)
-    )
+    def old(batch, logp_BT):
+        angle_BT = 1.0 + 7.0 * batch.tokens_BT + batch.positions_BT
+        return logp_BT + 0.05 * np.sin(angle_BT).astype(np.float32)
+
     batches = [
         batch._replace(logp_old_BT=old(batch, logp_BT))
-        for batch, logp_BT in zip(batches, learner.score(state.params, batches))
+        for batch, logp_BT in zip(batches, learner.score(state.params, batches), strict=True)
     ]
     state, metrics = learner.update(state, batches, count_denominators(batches))
     return jax.device_get(state.params), jax.device_get(metrics)
@@ -129,8 +132,8 @@ def test_the_mesh_does_not_change_gradient_or_metrics(mesh):
 
 def test_moments_lie_as_their_parameters_before_and_after_an_update():
     learner, batches = make_learner("ipa", {"fsdp": 4, "expert": 2}), packed(8)
-    state = learner.init(seed=0)
-    for state in (state, learner.update(state, batches, count_denominators(batches))[0]):
+    first = learner.init(seed=0)
+    for state in (first, learner.update(first, batches, count_denominators(batches))[0]):
         places = [
             [leaf.sharding.spec for leaf in jax.tree.leaves(tree)]
             for tree in (
@@ -161,7 +164,7 @@ def test_sft_learns_a_batch_by_heart():
 
 def test_two_runs_of_one_seed_are_bitwise_equal():
     one, two = (one_update(make_learner("ipa"), packed(2)) for _ in range(2))
-    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two)))
+    assert jax.tree.all(jax.tree.map(np.array_equal, one, two))
 
 
 @pytest.mark.slow
@@ -175,7 +178,7 @@ def test_moments_in_the_hosts_memory_give_the_same_update():
     }
     assert kinds == {"pinned_host"}
     one, other = one_update(learner, packed(8)), one_update(away, packed(8))
-    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other)))
+    assert jax.tree.all(jax.tree.map(np.array_equal, one, other))
 
 
 def test_norms_do_not_decay():

@@ -53,7 +53,7 @@ def teams(monkeypatch):
     instead.
     """
     monkeypatch.setattr(team_module, "WATCH_SECONDS", 0.01)
-    monkeypatch.setattr(team_module, "WAIT_MS", 20)
+    monkeypatch.setattr(team_module, "WAIT_MILLISECONDS", 20)
     made, left = [], []
     monkeypatch.setattr(
         Team, "_leave", lambda self, reason: (left.append(reason), time.sleep(0.05))

@@ -192,7 +192,7 @@ def test_steps_share_the_tasks_tests_and_settings_and_override_them(harbor):
         ("a = \n", 1, "not TOML"),
         ('version = "1.0"\n[agent\n', 2, "not TOML"),
         ('\n\nversion = "7"\n', 3, "'7' is not a known schema version"),
-        ("version = 1.0\n", 1, "no schema version"),
+        ("version = 1.0\n", 1, "not a known schema version"),
         ('[agent]\ntimeout_sec = "long"\n', 2, "'long' is not a finite number"),
         ("[agent]\n\ntimeout_sec = -3\n", 3, "must be above 0"),
         ("[verifier]\ntimeout_sec = nan\n", 2, "not a finite number"),

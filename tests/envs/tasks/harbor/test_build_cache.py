@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from envs.tasks.harbor import BuildError, HarborEnv, load_task
-from envs.tasks.harbor import built as module
+from envs.tasks.harbor import build_cache as module
 from envs.tasks.harbor.build import build
 from tests.envs.tasks.harbor.conftest import CONFIG
 from tests.envs.tasks.harbor.playing import bash

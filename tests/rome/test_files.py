@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from rome.data.files import PARTIAL, write_atomically
+from rome.files import PARTIAL, write_atomically
 
 
 @pytest.mark.parametrize("fsync", [True, False])

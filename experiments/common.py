@@ -1,0 +1,98 @@
+"""Blocks of configuration that the shipped experiments share.
+
+Each function returns a new ConfigDict, so an experiment may change its own copy.
+"""
+
+from typing import NamedTuple
+
+import ml_collections
+
+
+class Pod(NamedTuple):
+    """A published checkpoint and the TPU slice that trains it.
+
+    Attributes:
+      checkpoint: a Hugging Face directory; it also holds the tokenizer.
+      rows: rows of a micro-batch, one for each device.
+      mesh: sizes of the mesh axes that are not 1.
+    """
+
+    checkpoint: str
+    rows: int
+    mesh: dict[str, int]
+
+
+# The slices are v5p:4x4x4 and v5p:8x8x4. IPA compiles for both (launch.compile); not run.
+PODS = {
+    "qwen3_30b_a3b": Pod("Qwen3-30B-A3B", 64, {"fsdp": 4, "expert": 16}),
+    "qwen3_235b_a22b": Pod("Qwen3-235B-A22B", 256, {"fsdp": 16, "expert": 16}),
+}
+
+
+def learner() -> ml_collections.ConfigDict:
+    """Return how the train step is computed: rematerialisation, kernels, router, memory."""
+    block = ml_collections.ConfigDict()
+    # what the backward pass computes again: none, full, attention, offload (rome/model/config.py)
+    block.remat = "none"
+    block.attention = "auto"  # kernels by name (rome/model/ops/kernels.py)
+    block.experts = "auto"
+    block.exchange = "auto"
+    block.capacity_factor = 0.0  # of an expert; 0: no token is dropped
+    block.router_z_loss_coef = 0.0
+    block.offload_moments = False  # keep Adam's moments in host memory
+    return block
+
+
+def mesh() -> ml_collections.ConfigDict:
+    """Return the sizes of the mesh axes: one device. One axis may be -1: all remaining devices."""
+    return ml_collections.ConfigDict(
+        {"replica": 1, "fsdp": 1, "expert": 1, "sequence": 1, "tensor": 1}
+    )
+
+
+def engine() -> ml_collections.ConfigDict:
+    """Return which inference engines sample: one embedded engine."""
+    block = ml_collections.ConfigDict()
+    # comma-separated URLs of SGLang servers; empty: embedded engines are started
+    block.urls = ""
+    block.count = 1  # embedded engines to start where `urls` is empty
+    # requests that an embedded engine runs at once; fewer than `concurrency` evicts cached prefixes
+    block.slots = 64
+    # comma-separated URLs of launch.mirror, one an engine: weights travel to its host as deltas
+    block.mirrors = ""
+    return block
+
+
+def sandbox() -> ml_collections.ConfigDict:
+    """Return the sandbox of every episode (envs/rock/config.py)."""
+    block = ml_collections.ConfigDict()
+    block.isolation = "best_available"  # or "required": refuse to run with a weaker tier
+    block.memory_mb = 256
+    block.pids = 64
+    block.disk_mb = 8
+    block.command_timeout = 5.0  # seconds
+    # what agents may reach, as in "pypi.org:443 model@127.0.0.1:30000"; empty: no network
+    block.egress = ""
+    # embedded; docker: containers of `image`; remote: the ROCK admin at `url`, with the token from
+    # the environment variable ROCK_TOKEN
+    block.backend = "embedded"
+    block.image = ""
+    block.url = ""
+    return block
+
+
+def apply_pod_sizes(config: ml_collections.ConfigDict, preset: str) -> Pod:
+    """Set model, tokenizer, mesh and rematerialisation for a pod; return the pod's entry."""
+    pod = PODS[preset]
+    config.model = preset
+    config.tokenizer = pod.checkpoint
+    config.rows_per_microbatch = pod.rows
+    config.learner.remat = "full"
+    config.mesh.update(pod.mesh)
+    return pod
+
+
+def unknown_preset(experiment: str, preset: str) -> ValueError:
+    """Return the error for a preset that an experiment file does not have."""
+    known = ", ".join(("tiny", "smoke", *PODS))
+    return ValueError(f"{experiment} has no preset {preset!r}. Choose one of {known}.")

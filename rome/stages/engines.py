@@ -1,0 +1,204 @@
+"""The inference engines of one stage: start them, publish weights to them, lend their devices."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import itertools
+import pathlib
+from collections.abc import Collection
+from typing import Any
+
+import ml_collections
+
+from envs.rock.sync import loop
+from envs.rock.sync import run as run_async
+from rome.engine.client import Engine
+from rome.engine.mirror import MirrorClient
+from rome.engine.pool import EnginePool
+from rome.engine.process import ServerProcess, start_server
+from rome.engine.publish import publish_weights, write_checkpoint
+from rome.engine.supervise import supervise
+from rome.model.config import ModelConfig
+from rome.model.hf.checkpoint import save_hf
+from rome.model.tokenizer import Chat
+from rome.stages.config import split_urls
+from rome.train.display import Display
+from rome.train.state import TrainState
+from rome.train.step import Learner
+from rome.train.team import Team
+
+# Any text will do: the engine's logprobs of it must equal the trainer's.
+PROBE = "Read the note and do what it says."
+PUBLISH_SECONDS = 900.0
+CLOSE_SECONDS = 30.0
+# The largest accepted difference of one token's logprob, by compute type. Other weights differ by
+# more.
+PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}
+
+
+class Engines:
+    """The engines that sample for one stage. Only the leader of a team talks to them.
+
+    Args:
+      config: of the experiment; `engine`, `max_context` are read.
+      workdir: of the run; it gets the weights and the logs of embedded engines.
+      model_config: of the model that is trained.
+      learner: scores the probe that proves a publication.
+      chat: renders the probe.
+      team: the processes of this job.
+      display: shows that engines are started.
+    """
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        workdir: pathlib.Path,
+        model_config: ModelConfig,
+        learner: Learner,
+        chat: Chat,
+        team: Team,
+        display: Display,
+    ) -> None:
+        self.config = config
+        self.workdir = workdir
+        self.weights = weights_directory(workdir)
+        self.published: int | None = None  # version
+        self.servers: list[ServerProcess] = []
+        self._model_config = model_config
+        self._learner = learner
+        self._chat = chat
+        self._team = team
+        self._display = display
+        self._pool: EnginePool | None = None
+        self._supervisor: concurrent.futures.Future[Any] | None = None
+        self._metrics: dict[str, float] = {}  # of the last publication
+
+    @property
+    def pool(self) -> EnginePool:
+        """The running engines.
+
+        Raises:
+          RuntimeError: before `start`, and in processes that do not lead.
+        """
+        if self._pool is None:
+            raise RuntimeError("engines are used before they are started: an error of the program")
+        return self._pool
+
+    def start(self, state: TrainState) -> None:
+        """Connect to the engines of the config, or start embedded ones with these weights."""
+        urls = split_urls(self.config.engine.urls)
+        if not urls:
+            start = self.weights / "start"
+            save_hf(state.params, self._model_config, start)
+            if self._team.leads:
+                urls = self._start_embedded(start)
+        if self._team.leads:
+            self._connect(urls)
+
+    def publish(self, state: TrainState, keep: Collection[int] = ()) -> dict[str, float]:
+        """Send the weights of `state` to every engine and prove that they have arrived.
+
+        The proof compares the engine's logprobs of a probe with the trainer's. Nothing is sent
+        where this version is published already.
+
+        Args:
+          state: the weights; `state.step` is their version.
+          keep: earlier versions whose files stay on disk.
+
+        Returns:
+          Metrics of the publication: engines, seconds_paused, probe_error, and with mirrors
+          seconds_transfer and bytes_transfer.
+        """
+        version = int(state.step)
+        if version == self.published:
+            return self._metrics
+        ids = self._chat.open(PROBE)
+        expected = self._learner.score_one(state.params, ids)
+        uses_mirrors = bool(self.config.engine.mirrors)
+        path = write_checkpoint(
+            state.params,
+            self._model_config,
+            self.weights,
+            version,
+            set(keep),
+            delta=uses_mirrors,
+        )
+
+        def send() -> dict[str, float]:
+            run_async(self.pool.take_back(), PUBLISH_SECONDS)
+            publication = publish_weights(
+                path,
+                version,
+                self.pool,
+                probe_ids=ids,
+                expected_logprobs=expected,
+                tolerance=PROBE_TOLERANCE[self._model_config.dtype],
+            )
+            done = run_async(publication, PUBLISH_SECONDS)
+            metrics = {
+                "engines": done.engines,
+                "seconds_paused": done.seconds_pause,
+                "probe_error": done.probe_error,
+            }
+            if uses_mirrors:
+                metrics["seconds_transfer"] = done.seconds_transfer
+                metrics["bytes_transfer"] = done.bytes_transfer
+            return metrics
+
+        self._metrics = self._team.share(f"weights {version}", send)
+        self.published = version
+        return self._metrics
+
+    def lend(self, count: int) -> None:
+        """Give the devices of `count` engines to the learner; `publish` takes them back."""
+        if self._team.leads:
+            run_async(self.pool.lend(count), PUBLISH_SECONDS)
+
+    def close(self) -> None:
+        """Stop supervising, close connections and stop embedded engines, whatever raises first."""
+        with contextlib.ExitStack() as ends:  # the last one entered ends first
+            for server in self.servers:
+                ends.callback(server.stop)
+            if self._pool is not None:
+                ends.callback(run_async, self._pool.close(), CLOSE_SECONDS)
+            if self._supervisor is not None:
+                ends.callback(self._supervisor.cancel)
+
+    def _start_embedded(self, start: pathlib.Path) -> list[str]:
+        """Start the embedded engines; return their URLs."""
+        count = self.config.engine.count
+        self._display.note(
+            f"starting {count} embedded engines" if count > 1 else "starting the embedded engine"
+        )
+        flags = [
+            "--skip_tokenizer_init",
+            f"--slots={self.config.engine.slots}",
+            f"--max_context={self.config.max_context}",
+            f"--dtype={self._model_config.dtype}",
+        ]
+        for number in range(count):
+            log = self.workdir / ("engine.log" if number == 0 else f"engine_{number}.log")
+            self.servers.append(start_server(start, log, flags=flags))
+        return [server.url for server in self.servers]
+
+    def _connect(self, urls: list[str]) -> None:
+        """Open clients to the engines and supervise them."""
+        mirrors = split_urls(self.config.engine.mirrors)
+        engines = [
+            Engine(
+                url,
+                model=self._model_config,
+                mirror=MirrorClient(mirror) if mirror else None,
+            )
+            for url, mirror in itertools.zip_longest(urls, mirrors)
+        ]
+        restart = {server.url: server.restart for server in self.servers}
+        self._pool = EnginePool(engines, restart=restart)
+        self._supervisor = asyncio.run_coroutine_threadsafe(supervise(self._pool), loop())
+
+
+def weights_directory(workdir: pathlib.Path) -> pathlib.Path:
+    """Return the directory of a run's published weights."""
+    return workdir / "weights"

@@ -1,0 +1,145 @@
+"""Run an experiment: first the one that it starts from, then its own stage, each in a workdir."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ml_collections
+
+from envs.rock import SandboxError
+from rome.engine.client import EngineError
+from rome.rollout.player import RolloutError, Stopped
+from rome.stages.base import StageContext, TrainingStage
+from rome.stages.config import check_config, init_config, sandbox_config
+from rome.stages.cpt import CPTStage
+from rome.stages.isolation import find_isolation
+from rome.stages.rl import RLStage
+from rome.stages.sft import SFTStage
+from rome.train.alarms import TrainingAlarm
+from rome.train.checkpoint import CheckpointError
+from rome.train.display import Display
+from rome.train.distributed import DistributedError, choose, start
+from rome.train.plots import plot_curves
+from rome.train.report import Evaluation, before_and_after, print_table, read_report
+from rome.train.team import LeaderError, Team
+from rome.train.workdir import ConfigError, claim_workdir, default_workdir
+
+STAGES: dict[str, type[TrainingStage]] = {"cpt": CPTStage, "sft": SFTStage}  # by loss; else RLStage
+# Errors that every process raises as the leader did.
+SHARED_ERRORS = (
+    Stopped,
+    RolloutError,
+    EngineError,
+    SandboxError,
+    ConfigError,
+    CheckpointError,
+    TrainingAlarm,
+)
+# Errors that mean a wrong input or a broken machine, not a fault of the program.
+KNOWN_ERRORS = (*SHARED_ERRORS, DistributedError, LeaderError)
+
+
+def start_team(
+    coordinator: str, num_processes: int, process_id: int, should_stop: Callable[[], bool]
+) -> Team:
+    """Find the other processes of this job; without any sign of them, this process is alone.
+
+    Args:
+      coordinator: HOST:PORT of process 0, or "".
+      num_processes: of the job, or -1.
+      process_id: of this process, or -1.
+      should_stop: whether this process was asked to stop.
+    """
+    layout = choose(coordinator, num_processes, process_id)
+    return start(layout, stop=should_stop, errors=SHARED_ERRORS)
+
+
+def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, team: Team) -> bool:
+    """Run an experiment to its end and print its result.
+
+    Returns:
+      False where the user stopped it; what was reached is saved then.
+    """
+    isolation = team.share("isolation", lambda: isolation_of(config))
+    is_complete = run_stages(config, workdir, isolation, team)
+    if is_complete and team.leads:
+        show_result(workdir)
+    return is_complete
+
+
+def isolation_of(config: ml_collections.ConfigDict) -> str:
+    """Return the tier of the sandboxes of an experiment, "no sandbox" where it has none."""
+    if "sandbox" not in config:
+        return "no sandbox"
+    return find_isolation(sandbox_config(config))
+
+
+def run_stages(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, isolation: str, team: Team
+) -> bool:
+    """Train the stage of a config, after the stage that it starts from where that has no result.
+
+    Returns:
+      False where the user stopped it.
+    """
+    check_config(config)
+    team.require_same("config", str(default_workdir(config)))  # a hash of it
+    if team.share(f"workdir {workdir}", lambda: open_workdir(workdir, config)):
+        _say(team, f"{config.experiment} in {workdir} is complete")
+        return True
+    start = pathlib.Path(config.init_from) if config.init_from else None
+    earlier_evals: list[Evaluation] = []
+    if start is not None and start.suffix == ".py":
+        init_workdir = workdir / "init"
+        start = init_workdir / "final"
+        if not team.share(f"start {start}", start.exists):
+            _say(
+                team,
+                f"{config.experiment} starts from {config.init_from}, which has no result in"
+                f" {init_workdir} yet: running it first",
+            )
+            if not run_stages(init_config(config), init_workdir, isolation, team):
+                return False
+        earlier_evals = read_report(init_workdir)["evals"] if team.leads else []
+    with make_display(config, team) as display:
+        context = StageContext(config, workdir, isolation, team, display, earlier_evals)
+        stage = STAGES.get(config.loss, RLStage)(context)
+        try:
+            return stage.train(start)
+        except Stopped:
+            return False
+
+
+def open_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> bool:
+    """Claim a workdir for a config; return whether its run is complete."""
+    claim_workdir(workdir, config)
+    return (workdir / "final").exists()
+
+
+def make_display(config: ml_collections.ConfigDict, team: Team) -> Display:
+    """Return the display of a stage; only the leader's shows anything."""
+    return Display(
+        config.experiment,
+        config.steps,
+        quiet=not team.leads,
+        evaluate_every=config.eval_every,
+        may_end_early=bool(config.get("until_success", 0.0)),
+    )
+
+
+def show_result(workdir: pathlib.Path) -> None:
+    """Print the evaluations before and after training, and where report and curves are."""
+    report: dict[str, Any] = read_report(workdir)
+    print_table(*before_and_after(report["evals"]))
+    curves: Sequence[str] = [os.path.relpath(path) for path in plot_curves(workdir)]
+    minutes = report["wall_seconds"] / 60
+    print(f"{report['steps']} steps in {minutes:.1f} min, isolation: {report['isolation']}")
+    print(f"report: {workdir / 'report.json'}   curves: {' '.join(curves)}")
+
+
+def _say(team: Team, text: str) -> None:
+    if team.leads:
+        print(text, flush=True)

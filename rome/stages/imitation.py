@@ -1,0 +1,89 @@
+"""The imitation term of Eq. 10: what a step shows for the tasks that it did not solve.
+
+An unsolved task is played by its scripted demonstrator. A group that was resampled from a source
+trajectory imitates what the source did from there on, if none of its episodes succeeded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import ml_collections
+
+from rome.data.trajectory import Trajectory, load_trajectory, save_trajectory
+from rome.rollout.anchors import fork_imitation
+from rome.stages.players import Players
+
+
+@dataclasses.dataclass
+class TaskGroup:
+    """The episodes of one task that a step took.
+
+    Attributes:
+      number: of the group.
+      source: file of the trajectory that the group was resampled from; "" for none.
+      members: trajectories.
+    """
+
+    number: int
+    source: str
+    members: list[Trajectory]
+
+    @property
+    def is_solved(self) -> bool:
+        """Whether an episode of the group succeeded."""
+        return any(trajectory.reward > 0 for trajectory in self.members)
+
+
+class Shown(NamedTuple):
+    """A trajectory that is imitated, and the name of its file."""
+
+    file: str
+    trajectory: Trajectory
+
+
+def show_solutions(
+    step: int,
+    groups: Sequence[TaskGroup],
+    *,
+    config: ml_collections.ConfigDict,
+    players: Players,
+    files: pathlib.Path,
+) -> dict[int, Shown]:
+    """Return a trajectory to imitate for each unsolved group, by group number.
+
+    Each trajectory is a group of its own, with a number beyond those of all sampled groups, so that
+    it stays out of their statistics. Its file is NAME_STEP_expert_N.json or NAME_STEP_fork_N.json.
+    """
+    first_group = config.steps * config.groups
+
+    def path(kind: str, number: int) -> pathlib.Path:
+        return files / f"{config.experiment}_{step:06d}_{kind}_{number:03d}.json"
+
+    def demonstration_path(number: int) -> pathlib.Path:
+        return path("expert", number)
+
+    unsolved = [group for group in groups if not group.source and not group.is_solved]
+    played = players.demonstrate(
+        [group.members[0].task for group in unsolved],
+        error_rate=0.0,
+        record=demonstration_path,
+        first_group=first_group,
+    )
+    shown = {}
+    for place, (group, trajectory) in enumerate(zip(unsolved, played, strict=True)):
+        shown[group.number] = Shown(demonstration_path(place).name, trajectory)
+    for group in groups:
+        if not group.source:
+            continue
+        imitated = fork_imitation(load_trajectory(files / group.source), group.members)
+        if imitated is None:
+            continue
+        number = len(shown)
+        imitated = dataclasses.replace(imitated, group=first_group + number)
+        save_trajectory(imitated, path("fork", number))
+        shown[group.number] = Shown(path("fork", number).name, imitated)
+    return shown

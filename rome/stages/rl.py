@@ -1,0 +1,111 @@
+"""Reinforcement learning: engines sample episodes, and a policy loss trains on them.
+
+The order of a step is the loop's (rome/train/loop.py): collect, update, publish, begin rollouts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from rome.rollout.player import Accounting
+from rome.stages.base import StageContext, TrainingStage
+from rome.stages.collect import Collector
+from rome.stages.engines import Engines, weights_directory
+from rome.stages.evaluate import play_held_out
+from rome.stages.old_logprobs import OldLogprobs
+from rome.stages.players import Players, make_chat
+from rome.train.alarms import check_metrics
+from rome.train.loop import StepData
+from rome.train.state import TrainState
+
+
+class RLStage(TrainingStage):
+    """A stage that learns from episodes of its own policy, with any loss of rome.losses.policy."""
+
+    def __init__(self, context: StageContext) -> None:
+        super().__init__(context)
+        config = self.config
+        chat = make_chat(config, self.tokenizer)
+        self.engines = Engines(
+            config, self.workdir, self.model_config, self.learner, chat, self.team, self.display
+        )
+        self.players = Players(config, chat, self.engines, self.team)
+        old_logprobs = OldLogprobs(
+            self.learner,
+            self.model_config,
+            weights_directory(self.workdir),
+            async_ratio=config.rollout.async_ratio,
+            from_trainer=config.logp_old_from == "trainer",
+            records_routes=config.routing_replay == "recompute",
+        )
+        self.collector = Collector(
+            config,
+            self.workdir,
+            players=self.players,
+            old_logprobs=old_logprobs,
+            model_config=self.model_config,
+            team=self.team,
+        )
+        self._publication: dict[str, float] = {}  # metrics of the last one
+
+    def start(self, state: TrainState) -> None:
+        self.engines.start(state)
+
+    def collect(self, step: int, state: TrainState) -> StepData:
+        data = self.collector.collect(step, state)
+        data.metrics |= self._publication
+        return data
+
+    def publish(self, state: TrainState) -> None:
+        self._publication = self.engines.publish(state, self._needed_versions(int(state.step)))
+
+    def begin_rollouts(self, state: TrainState) -> None:
+        self.collector.begin(state)
+
+    def before_update(self) -> None:
+        if self.config.rollout.lend_engines:
+            self.engines.lend(self.config.rollout.lend_engines)
+
+    def check(self, step: int, metrics: dict[str, float]) -> None:
+        check_metrics(step, metrics, self.config.alarm_kl)
+
+    def write_evaluation(self, step: int, state: TrainState) -> None:
+        self.publish(state)
+
+        def play() -> None:
+            with self.collector.beside_evaluation():
+                outcomes = play_held_out(
+                    self.players,
+                    seed=self.config.seed,
+                    tasks_of_family=self.config.eval_tasks,
+                    temperature=self.config.eval_temperature,
+                )
+            self.write_outcomes(step, outcomes)
+
+        self.team.share(f"evaluation at {step}", play)
+
+    def host_state(self, step: int) -> dict[str, Any]:
+        return {"rollouts": self.collector.get_state(step)}
+
+    def load_host_state(self, step: int, host: dict[str, Any]) -> None:
+        self.collector.set_state(host["rollouts"])
+
+    def accounting(self) -> Accounting:
+        return self.collector.accounting
+
+    def close(self) -> None:
+        with contextlib.ExitStack() as ends:  # the last one entered ends first
+            ends.callback(self.engines.close)
+            ends.callback(self.collector.close)
+
+    def _needed_versions(self, version: int) -> set[int]:
+        """Return the versions whose samples a run resumed from a checkpoint may score again."""
+        async_ratio = self.config.rollout.async_ratio
+        if not async_ratio:
+            return set()
+        return {
+            step - age
+            for step in (version, *self.checkpoints.steps())
+            for age in range(async_ratio + 1)
+        }
