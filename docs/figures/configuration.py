@@ -123,7 +123,7 @@ def comments_of(path: pathlib.Path) -> dict[str, str]:
     """Return the comment of every assignment of a key in a file, by the key as it is written there.
 
     Keys are "name" for `config.name = ...`, "block.name" for `config.block.name = ...`, and "name"
-    for entries of a dictionary and keyword arguments.
+    for entries of a dictionary.
     """
     source = path.read_text(encoding="utf-8")
     trailing, alone = _comments_by_line(source)
@@ -168,15 +168,20 @@ def _assignments(tree: ast.Module) -> Iterator[tuple[str, int, int]]:
     """Yield (key, first line, last line) of every place where a key gets a value."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
-            is_block = isinstance(node.value, ast.Call) and len(node.value.args) == 1
-            last = node.lineno if is_block else node.end_lineno
-            yield _dotted(node.targets[0]), node.lineno, last or node.lineno
+            yield _dotted(node.targets[0]), node.lineno, _last_line(node)
         elif isinstance(node, ast.Dict):
-            for key, value in zip(node.keys, node.values, strict=True):
-                if isinstance(key, ast.Constant):
-                    yield str(key.value), key.lineno, value.end_lineno or key.lineno
-        elif isinstance(node, ast.keyword) and node.arg:
-            yield node.arg, node.lineno, node.value.end_lineno or node.lineno
+            yield from _entries(node)
+
+
+def _entries(node: ast.Dict) -> Iterator[tuple[str, int, int]]:
+    """Yield (key, first line, last line) of the entries of a dictionary."""
+    for key, value in zip(node.keys, node.values, strict=True):
+        if isinstance(key, ast.Constant):
+            yield str(key.value), key.lineno, _last_line(value)
+
+
+def _last_line(node: ast.stmt | ast.expr) -> int:
+    return node.end_lineno or node.lineno
 
 
 def _dotted(node: ast.expr) -> str:

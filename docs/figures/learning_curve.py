@@ -108,19 +108,24 @@ def table(runs: dict[str, list[dict[str, Any]]]) -> str:
     steps = sorted({entry["step"] for record in every for entry in record["evals"]})
     heading = " | ".join("SFT start" if step == 0 else f"step {step}" for step in steps)
     lines = [f"| run | {heading} | minutes |", "|---|" + "---|" * (len(steps) + 1)]
-    for record in every:
-        evals = {entry["step"]: entry for entry in record["evals"]}
-        cells = [_percent(evals[step]) if step in evals else "" for step in steps]
-        seconds = record["wall_seconds"] + (record["start_wall_seconds"] or 0)
-        name = f"{LOSSES[record['loss']][0]}, seed {record['seed']}"
-        lines.append(f"| {name} | {' | '.join(cells)} | {seconds / 60:.0f} |")
+    lines += [_row(record, steps) for record in every]
     lines.append("")
-    for record in every:
-        lines.append(
-            f"- `{record['command']}`: commit {record['commit']}, {record['date']},"
-            f" {record['machine']}."
-        )
+    lines += [_origin(record) for record in every]
     return "\n".join(lines)
+
+
+def _row(record: dict[str, Any], steps: list[int]) -> str:
+    evals = {entry["step"]: entry for entry in record["evals"]}
+    cells = [_percent(evals[step]) if step in evals else "" for step in steps]
+    label, _ = LOSSES[record["loss"]]
+    seconds = record["wall_seconds"] + (record["start_wall_seconds"] or 0)
+    cells.append(f"{seconds / 60:.0f}")
+    return f"| {label}, seed {record['seed']} | {' | '.join(cells)} |"
+
+
+def _origin(record: dict[str, Any]) -> str:
+    made = f"commit {record['commit']}, {record['date']}, {record['machine']}"
+    return f"- `{record['command']}`: {made}."
 
 
 def _percent(entry: dict[str, Any]) -> str:
