@@ -16,11 +16,10 @@ from docs.figures import (
     sandbox_layers,
     speed,
 )
-from docs.figures.collect import RUNS
 
 
 def main() -> None:
-    """Draw everything; the learning curve only where runs are recorded."""
+    """Draw everything; the curve of the current configuration only where runs are recorded."""
     processes.draw()
     layers.draw()
     engine_states.draw()
@@ -28,8 +27,7 @@ def main() -> None:
     chunk_credit.draw()
     async_timeline.draw()
     speed.draw()
-    if learning_curve.load_runs(RUNS):
-        learning_curve.main([])
+    learning_curve.main([])
     configuration.main([])
 
 

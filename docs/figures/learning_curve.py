@@ -3,7 +3,8 @@
 python -m docs.figures.learning_curve
 
 It draws docs/images/learning_curve.png and writes the table of the runs into docs/results.md. The
-runs are the files of docs/results/runs, which `python -m docs.figures.collect` makes.
+runs are the files of docs/results/runs, which `python -m docs.figures.collect` makes. The files of
+docs/results/older_runs, of an earlier SFT schedule, become older_learning_curve.png.
 
 A thick line is the mean of the seeds, thin lines are the seeds. IPA's band is the mean of the
 seeds' 95 % intervals (Wilson): it shows what the number of held-out tasks can resolve.
@@ -26,6 +27,7 @@ from docs.figures.style import BLUE, INK, MUTED, new_figure, save
 from rome.train.intervals import wilson
 
 PAGE = pathlib.Path(__file__).parent.parent / "results.md"
+OLDER_RUNS = RUNS.with_name("older_runs")  # of an earlier SFT schedule, read off older documents
 BEGIN = "<!-- runs: written by python -m docs.figures.learning_curve -->"
 END = "<!-- end of runs -->"
 LOSSES = {"ipa": ("IPA", BLUE), "grpo": ("GRPO", MUTED)}
@@ -88,7 +90,10 @@ def draw(runs: dict[str, list[dict[str, Any]]], name: str = "learning_curve.png"
     axes.set_ylim(bottom=0)
     axes.margins(y=0.15)
     axes.set_xlim(left=0)
-    axes.set_title(f"Held-out success, {tasks} tasks of {families} families", color=INK)
+    title = f"Held-out success, {tasks} tasks of {families} families"
+    if "note" in some:
+        title += f"\n({some['note'].partition(';')[0]})"
+    axes.set_title(title, color=INK)
     axes.legend(loc="upper left")
     axes.annotate(
         "start: the SFT policy",
@@ -163,6 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m docs.figures.learning_curve")
     parser.add_argument("--runs", type=pathlib.Path, default=RUNS, help="folder of the records")
     options = parser.parse_args(arguments)
+    draw(load_runs(OLDER_RUNS), "older_learning_curve.png")
     runs = load_runs(options.runs)
     if not runs:
         print(f"no run is recorded in {options.runs}; python -m docs.figures.collect makes them")

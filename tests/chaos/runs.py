@@ -10,6 +10,7 @@ import sys
 import time
 
 from tests.paths import ROOT
+from tests.processes import user_environment
 
 SFT = [
     "--config=experiments/sft.py:smoke",
@@ -37,9 +38,7 @@ def command(flags, workdir):
 
 
 def environment(**more):
-    return {
-        name: value for name, value in os.environ.items() if name != "XLA_FLAGS"
-    } | more  # one device, as a user has
+    return user_environment() | more
 
 
 @contextlib.contextmanager

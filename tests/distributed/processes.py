@@ -2,7 +2,6 @@
 gloo, some CPU devices each.
 """
 
-import os
 import pathlib
 import signal
 import socket
@@ -11,6 +10,7 @@ import sys
 import time
 
 from tests.paths import ROOT
+from tests.processes import user_environment
 
 
 class Job:
@@ -36,9 +36,7 @@ class Job:
         self.logs = [logs / f"process_{index}.log" for index in range(count)]
         self.processes = []
         for index, log in enumerate(self.logs):
-            environment = os.environ | {
-                "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            environment = user_environment(devices) | {
                 "PYTHONUNBUFFERED": "1",
                 "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
                 "JAX_NUM_PROCESSES": str(count),

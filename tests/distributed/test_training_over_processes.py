@@ -3,7 +3,6 @@ resumed, and ended together by a death.
 """
 
 import json
-import os
 import pathlib
 import re
 import signal
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.distributed.processes import ROOT, Job, run_job
+from tests.processes import user_environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 MESH = ["--config.mesh.fsdp=2", "--config.mesh.expert=2", "--config.mesh.tensor=2"]
@@ -78,10 +78,7 @@ def losses(workdir: pathlib.Path) -> list[float]:
 def alone(tmp_path_factory):
     """The run of one process with 8 devices."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    }
+    environment = user_environment(8)
     done = subprocess.run(
         [sys.executable, "-m", "launch.train", *SFT, f"--workdir={workdir}"],
         cwd=ROOT,

@@ -87,9 +87,11 @@ def test_a_page_without_marks_is_refused():
         learning_curve.insert("# Results", "a table")
 
 
-def test_without_runs_nothing_is_drawn(tmp_path, capsys):
+def test_without_runs_only_the_older_curve_is_drawn(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(style, "IMAGES", tmp_path / "images")
     assert learning_curve.main(["--runs", str(tmp_path)]) == 1
     assert "docs.figures.collect" in capsys.readouterr().out
+    assert [path.name for path in style.IMAGES.iterdir()] == ["older_learning_curve.png"]
 
 
 @pytest.mark.slow

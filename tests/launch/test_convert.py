@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from rome.train.convert import convert
 from rome.train.parameters import StoredParameters
 from rome.train.state import start_state
 from tests.paths import ROOT
+from tests.processes import user_environment
 from tests.rome.model.small import random_params
 
 CONFIG = PRESETS["tiny"]
@@ -316,7 +316,7 @@ def test_a_torn_training_checkpoint_is_one_clear_line(tmp_path):
 
 def test_the_command_converts_and_misspelt_flags_or_missing_input_are_one_line(exported, tmp_path):
     def command(*arguments):
-        environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+        environment = user_environment()
         return subprocess.run(
             [sys.executable, "-m", "launch.convert", *arguments],
             cwd=ROOT,

@@ -4,7 +4,6 @@ repeated.
 
 import collections
 import json
-import os
 import pathlib
 import random
 import shutil
@@ -17,6 +16,7 @@ import pytest
 
 from rome.version import VERSION
 from tests.paths import ROOT
+from tests.processes import user_environment
 
 SFT = [
     "--config=experiments/sft.py:smoke",
@@ -40,17 +40,11 @@ def command(flags: list[str], workdir: pathlib.Path) -> list[str]:
     return [sys.executable, "-m", "launch.train", *flags, f"--workdir={workdir}"]
 
 
-def environment() -> dict[str, str]:
-    return {
-        name: value for name, value in os.environ.items() if name != "XLA_FLAGS"
-    }  # one device, as a user has
-
-
 def train(flags: list[str], workdir: pathlib.Path) -> str:
     done = subprocess.run(
         command(flags, workdir),
         cwd=ROOT,
-        env=environment(),
+        env=user_environment(),
         capture_output=True,
         text=True,
         timeout=280,
@@ -69,7 +63,7 @@ def train_and_interrupt(
     process = subprocess.Popen(
         command(flags, workdir),
         cwd=ROOT,
-        env=environment(),
+        env=user_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
@@ -153,7 +147,7 @@ def test_a_workdir_of_another_config_is_refused_in_one_line(sft):
     done = subprocess.run(
         command([*SFT, "--config.seed=5"], sft),
         cwd=ROOT,
-        env=environment(),
+        env=user_environment(),
         capture_output=True,
         text=True,
         timeout=120,
@@ -289,7 +283,7 @@ def test_a_broken_checkpoint_is_named_with_the_remedy(sft, tmp_path):
     done = subprocess.run(
         command(SFT, workdir),
         cwd=ROOT,
-        env=environment(),
+        env=user_environment(),
         capture_output=True,
         text=True,
         timeout=120,
@@ -346,7 +340,7 @@ def test_text_that_changed_under_a_checkpoint_is_refused_in_one_line(tmp_path):
     done = subprocess.run(
         command(flags, workdir),
         cwd=ROOT,
-        env=environment(),
+        env=user_environment(),
         capture_output=True,
         text=True,
         timeout=120,
