@@ -7,6 +7,19 @@ import os
 import pathlib
 
 PARTIAL = ".partial"  # ends the name of a file that is being written
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+
+
+def find_shipped(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Return a path; a relative one that is not in the working directory, in the repository.
+
+    Configs name shipped files as they lie in the repository (experiments/sft.py), and an editable
+    install is used from any folder.
+    """
+    path = pathlib.Path(path)
+    if path.is_absolute() or path.exists() or not (_REPOSITORY / path).exists():
+        return path
+    return _REPOSITORY / path
 
 
 def write_atomically(

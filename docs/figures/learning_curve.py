@@ -23,21 +23,12 @@ from matplotlib.axes import Axes
 
 from docs.figures.collect import RUNS
 from docs.figures.style import BLUE, INK, MUTED, new_figure, save
+from rome.train.intervals import wilson
 
 PAGE = pathlib.Path(__file__).parent.parent / "results.md"
 BEGIN = "<!-- runs: written by python -m docs.figures.learning_curve -->"
 END = "<!-- end of runs -->"
-Z_95 = 1.959963984540054
 LOSSES = {"ipa": ("IPA", BLUE), "grpo": ("GRPO", MUTED)}
-
-
-def wilson(successes: float, n: int) -> tuple[float, float]:
-    """Return the 95 % interval of a success rate."""
-    rate = successes / n
-    shrink = 1 + Z_95**2 / n
-    centre = (rate + Z_95**2 / (2 * n)) / shrink
-    half = Z_95 / shrink * np.sqrt(rate * (1 - rate) / n + Z_95**2 / (4 * n * n))
-    return float(centre - half), float(centre + half)
 
 
 def load_runs(folder: pathlib.Path) -> dict[str, list[dict[str, Any]]]:

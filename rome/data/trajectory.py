@@ -22,6 +22,7 @@ import numpy as np
 
 from rome.data.routes import routes_from_json, routes_to_json
 from rome.files import write_atomically
+from rome.version import describe
 
 ATIF_VERSION = "ATIF-v1.7"
 ENDINGS = (
@@ -203,7 +204,7 @@ def to_atif(trajectory: Trajectory) -> dict[str, Any]:
     return {
         "schema_version": ATIF_VERSION,
         "session_id": f"{trajectory.task}/{trajectory.seed}",
-        "agent": {"name": "rome", "version": "1"},
+        "agent": {"name": "rome", "version": describe()},
         "steps": steps,
         "final_metrics": {
             "total_completion_tokens": trajectory.num_action_tokens,

@@ -21,6 +21,7 @@ import ml_collections
 
 from envs.rock import SandboxConfig
 from envs.rock.config import BACKENDS
+from rome.files import find_shipped
 from rome.losses import ADVANTAGES, LIKELIHOODS, LOSSES, PUBLISHED, LossConfig, unbounded_weight
 from rome.model.config import PRESETS, REMATS
 from rome.rollout.anchors import Resampling
@@ -84,7 +85,7 @@ def load_config(path: str, preset: str) -> ml_collections.ConfigDict:
     Raises:
       ConfigError: where there is no such file.
     """
-    file = pathlib.Path(path)
+    file = find_shipped(path)
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if not file.is_file() or spec is None or spec.loader is None:
         files = (p.name for p in EXPERIMENTS.glob("*.py"))

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
 
 from docs.figures import collect, configuration, learning_curve, style
-from rome.train.intervals import wilson
 
 
 def make_report(tmp_path, steps=60, last=60):
@@ -106,10 +104,3 @@ def test_the_scripts_draw_every_picture_that_the_pages_show(tmp_path, monkeypatc
     monkeypatch.setattr(learning_curve, "PAGE", results)
     all_figures.main()
     assert {path.name for path in tmp_path.glob("*.png")} == shown
-
-
-@pytest.mark.parametrize("successes, n", [(0, 5), (3, 7), (200, 396), (5, 5)])
-def test_intervals_are_those_of_the_report(successes, n):
-    ours = learning_curve.wilson(successes, n)
-    theirs = wilson(successes, n)
-    assert all(math.isclose(a, b, abs_tol=1e-9) for a, b in zip(ours, theirs, strict=True))

@@ -4,7 +4,10 @@ import os
 
 import pytest
 
-from rome.files import PARTIAL, write_atomically
+from rome.files import PARTIAL, find_shipped, write_atomically
+from rome.model.tokenizer import Tokenizer
+from rome.stages.config import load_config
+from tests.paths import ROOT
 
 
 @pytest.mark.parametrize("fsync", [True, False])
@@ -42,3 +45,17 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk is full"):
         write_atomically(path, "new")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_shipped_files_are_found_from_any_folder_and_the_users_own_come_first(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert find_shipped("experiments/sft.py") == ROOT / "experiments/sft.py"
+    assert find_shipped("no/such.py").parts == ("no", "such.py")
+    assert load_config("experiments/sft.py", "smoke").preset == "smoke"
+    config = load_config(str(ROOT / "experiments/ipa.py"), "smoke")
+    assert Tokenizer.load(config.tokenizer).vocab_size > 0
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "sft.py").write_text("mine = True")
+    assert not find_shipped("experiments/sft.py").is_absolute()

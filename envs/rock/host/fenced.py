@@ -40,7 +40,17 @@ class Tier:
 
     def set_up(self) -> int:
         """Make the directories and the rules; return a descriptor of the workspace."""
-        owner = (self._spec["uid"], self._spec["gid"]) if self._own_uid else None
+        self._make_directories()
+        self._ruleset = landlock.ruleset((self.workspace, self._temporary), (self._hidden,))
+        own_processes = self._own_uid or landlock.abi() >= landlock.FIRST_ABI_WITH_SCOPES
+        self._filter = seccomp.build(linux.ARCHITECTURE, network=False, own_processes=own_processes)
+        return os.open(self.workspace, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def _make_directories(self) -> None:
+        """Make the sandbox's directories, with the files of its snapshot."""
+        owner = None
+        if self._own_uid:
+            owner = (self._spec["uid"], self._spec["gid"])
         for directory in (self.workspace, self._temporary):
             os.mkdir(directory, 0o700)
             if owner:
@@ -49,10 +59,6 @@ class Tier:
         snapshot = self._spec["snapshot"]
         if snapshot:
             _copy(snapshot, self._home, owner)
-        self._ruleset = landlock.ruleset((self.workspace, self._temporary), (self._hidden,))
-        own_processes = self._own_uid or landlock.abi() >= landlock.FIRST_ABI_WITH_SCOPES
-        self._filter = seccomp.build(linux.ARCHITECTURE, network=False, own_processes=own_processes)
-        return os.open(self.workspace, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def copy_to(self, target: int) -> None:
         """Copy the workspace and the temporary files into a directory."""

@@ -173,7 +173,8 @@ def _make_devices(dev: str) -> None:
     for name in ("shm", "pts"):
         os.mkdir(f"{dev}/{name}")
     terminals = "newinstance,ptmxmode=0666,mode=620"
-    linux.mount("devpts", f"{dev}/pts", "devpts", linux.MS_NOSUID | linux.MS_NOEXEC, terminals)
+    no_programs = linux.MS_NOSUID | linux.MS_NOEXEC
+    linux.mount("devpts", f"{dev}/pts", "devpts", no_programs, terminals)
     linux.mount("tmpfs", f"{dev}/shm", "tmpfs", SAFE, f"size={SHM_BYTES},mode=1777")
     linux.restrict_mount(dev, linux.MS_RDONLY)
 

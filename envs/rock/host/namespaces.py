@@ -102,9 +102,11 @@ class Tier:
 
     def set_up(self) -> int:
         """Enter the namespaces, mount and start init; return a descriptor of the workspace."""
-        _enter_namespaces(self._spec["mapping"])
-        self.guard = egress.Guard([egress.Grant(*fields) for fields in self._spec["egress"]])
-        mounts.build_tree(self._spec["disk_bytes"], self._spec["inodes"], self._spec["snapshot"])
+        spec = self._spec
+        _enter_namespaces(spec["mapping"])
+        grants = [egress.Grant(*fields) for fields in spec["egress"]]
+        self.guard = egress.Guard(grants)
+        mounts.build_tree(spec["disk_bytes"], spec["inodes"], spec["snapshot"])
         self._first_inodes = mounts.used_inodes()
         # A program can never get a capability; the holder keeps those it has.
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)

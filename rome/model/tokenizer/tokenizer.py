@@ -23,6 +23,8 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from rome.files import find_shipped
+
 TINY = pathlib.Path(__file__).parent / "tiny"  # ships with the tiny preset; made by train.py
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
@@ -70,7 +72,7 @@ class Tokenizer:
           FileNotFoundError: neither is there.
           ValueError: the files do not belong together or are damaged.
         """
-        directory = pathlib.Path(directory)
+        directory = find_shipped(directory)
         whole = directory / "tokenizer.json"
         if whole.is_file():
             return cls(tokenizers.Tokenizer.from_file(str(whole)))
