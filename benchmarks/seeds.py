@@ -123,7 +123,7 @@ def compare(directories: Iterable[pathlib.Path | str]) -> dict[str, Any]:
                 "p": mcnemar(better, worse),
             }
         )
-    for family, adjusted in zip(families, holm([family["p"] for family in families])):
+    for family, adjusted in zip(families, holm([family["p"] for family in families]), strict=True):
         family["p_holm"] = adjusted
         family["significantly_worse"] = family["worse"] > family["better"] and adjusted < LEVEL
     return {

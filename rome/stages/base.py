@@ -19,7 +19,9 @@ from typing import Any
 
 import ml_collections
 
-from rome.losses import LIKELIHOODS, LOSSES
+from rome.data.batch import Batch
+from rome.data.packing import microbatches
+from rome.losses import LIKELIHOODS, LOSSES, count_denominators
 from rome.model.config import PRESETS, ModelConfig
 from rome.model.hf.checkpoint import save_hf
 from rome.model.ops.kernels import Kernels
@@ -206,6 +208,13 @@ class TrainingStage:
             return self.learner.init(self.config.seed)
         params = load_start(init_directory, self.model_config, self.learner.mesh)
         return self.learner.start(params)
+
+    def data_of_rows(self, step: int, rows: Batch) -> StepData:
+        """Return the data of a step that trains on these packed rows, the same in every process."""
+        self.team.require_same_rows(step, rows)
+        batches = microbatches(rows, self.config.rows_per_microbatch)
+        tokens = sum(int((batch.segments_BT > 0).sum()) for batch in batches)
+        return StepData(batches, count_denominators(batches), {"tokens": tokens})
 
     # -- checkpoints
     # ---------------------------------------------------------------------------------------------

@@ -6,9 +6,7 @@ from typing import Any
 
 import ml_collections
 
-from rome.data.packing import microbatches
 from rome.data.text import Corpus, read_corpus, text_batches
-from rome.losses import count_denominators
 from rome.stages.base import StageContext, TrainingStage
 from rome.stages.evaluate import score_held_out_text
 from rome.train.display import Display
@@ -27,11 +25,7 @@ class CPTStage(TrainingStage):
     def collect(self, step: int, state: TrainState) -> StepData:
         if self._stream is None:
             self._stream = self._open_stream()
-        batch = next(self._stream)
-        self.team.require_same_rows(step, batch)
-        batches = microbatches(batch, self.config.rows_per_microbatch)
-        tokens = sum(int((one.segments_BT > 0).sum()) for one in batches)
-        return StepData(batches, count_denominators(batches), {"tokens": tokens})
+        return self.data_of_rows(step, next(self._stream))
 
     def write_evaluation(self, step: int, state: TrainState) -> None:
         documents = self.corpus.held_out

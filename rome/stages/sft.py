@@ -7,10 +7,8 @@ import random
 from typing import Any
 
 from envs.tasks.terminal import FAMILIES, train_seed
-from rome.data.packing import microbatches
 from rome.data.sources import sft_batches
 from rome.data.trajectory import Trajectory
-from rome.losses import count_denominators
 from rome.stages.base import StageContext, TrainingStage
 from rome.stages.engines import Engines
 from rome.stages.evaluate import play_held_out
@@ -47,11 +45,7 @@ class SFTStage(TrainingStage):
     def collect(self, step: int, state: TrainState) -> StepData:
         if self._stream is None:
             self._stream = self._open_stream()
-        batch = next(self._stream)
-        self.team.require_same_rows(step, batch)
-        batches = microbatches(batch, self.config.rows_per_microbatch)
-        tokens = sum(int((one.segments_BT > 0).sum()) for one in batches)
-        return StepData(batches, count_denominators(batches), {"tokens": tokens})
+        return self.data_of_rows(step, next(self._stream))
 
     def write_evaluation(self, step: int, state: TrainState) -> None:
         self.engines.publish(state)

@@ -35,6 +35,14 @@ from rome.model.sharding import batch_sharding, extent, in_turn, row_shards
 from rome.train.feed import feed, put
 from rome.train.replay import count_replayed, recorded_routes, replayed_ids, route_agreement
 from rome.train.state import TrainState, init_state
+from rome.train.trees import (
+    abstract,
+    cast_tree,
+    in_device_memory,
+    in_host_memory,
+    shardings_of,
+    zeros_like_tree,
+)
 
 # A single scored sequence is padded to a multiple of this many tokens, as attention kernels and a
 # sharded time axis need.
@@ -206,6 +214,13 @@ class Learner:
         Returns:
           [tokens] float32; 0 for the first token.
         """
+        inputs = feed(self._one_sequence(ids), self._row_sharding)
+        with jax.set_mesh(self.mesh):
+            logp_BT = np.asarray(self._probe(params, *inputs))
+        return logp_BT[0, : len(ids)]
+
+    def _one_sequence(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return tokens, positions and segments of one sequence, repeated for every row shard."""
         length = len(ids)
         multiple = PROBE_MULTIPLE * self.mesh.shape["sequence"]
         padded = length + -length % multiple
@@ -215,10 +230,7 @@ class Learner:
         segments_BT = np.zeros(shape, np.int32)
         segments_BT[:, :length] = 1
         positions_BT = np.broadcast_to(np.arange(padded, dtype=np.int32), shape)
-        inputs = feed((tokens_BT, positions_BT, segments_BT), self._row_sharding)
-        with jax.set_mesh(self.mesh):
-            logp_BT = np.asarray(self._probe(params, *inputs))
-        return logp_BT[0, :length]
+        return tokens_BT, positions_BT, segments_BT
 
     # -- the update
     # ---------------------------------------------------------------------------------------------
@@ -433,9 +445,9 @@ class Learner:
             transform_non_params=replicate,
         )
         return TrainState(
-            step=_abstract(state.step, self._replicated),
-            params=jax.tree.map(_abstract, state.params, self._param_shardings),
-            opt_state=jax.tree.map(_abstract, state.opt_state, moments),
+            step=abstract(state.step, self._replicated),
+            params=jax.tree.map(abstract, state.params, self._param_shardings),
+            opt_state=jax.tree.map(abstract, state.opt_state, moments),
         )
 
     def lower(self, batch: Batch) -> dict[str, jax.stages.Lowered]:
@@ -452,7 +464,7 @@ class Learner:
         platforms = (self.mesh.devices.flat[0].platform,)
         state = self.state
         params = state.params
-        batch = jax.tree.map(lambda leaf: _abstract(leaf, self._row_sharding), batch)
+        batch = jax.tree.map(lambda leaf: abstract(leaf, self._row_sharding), batch)
         number: Any = jax.ShapeDtypeStruct((), jnp.float32)
         denominators = Denominators(*(number for _ in Denominators._fields))
         with jax.set_mesh(self.mesh):
@@ -479,35 +491,6 @@ def combine_metrics(total: Metrics, more: Metrics) -> Metrics:
         else:
             combined[name] = jnp.add(total[name], value)
     return combined
-
-
-def cast_tree(params: dict, dtype: Any) -> dict:
-    """Return the parameters as arrays of `dtype`."""
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-
-
-def zeros_like_tree(params: dict) -> dict:
-    """Return zeros in the shapes of the parameters."""
-    return jax.tree.map(jnp.zeros_like, params)
-
-
-def shardings_of(tree: Any) -> Any:
-    """Return the sharding of every array (or abstract array) of a tree, in the same tree."""
-    return jax.tree.map(lambda leaf: leaf.sharding, tree)
-
-
-def in_device_memory(sharding: NamedSharding) -> NamedSharding:
-    """Return the same layout in the memory of the devices."""
-    return sharding.with_memory_kind("device")
-
-
-def in_host_memory(sharding: NamedSharding) -> NamedSharding:
-    """Return the same layout in the host's memory."""
-    return sharding.with_memory_kind("pinned_host")
-
-
-def _abstract(leaf: Any, sharding: NamedSharding) -> Any:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _sequences(batch: Batch) -> tuple[Any, Any, Any]:

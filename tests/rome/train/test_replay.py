@@ -198,7 +198,7 @@ def test_in_bfloat16_engine_and_trainer_choose_differently_and_replay_brings_the
     }
     off, replay = (mismatch(batch, half.score(own, [batch])[0]) for batch in batches.values())
     assert replay["kl"] < 0.3 * off["kl"] and replay["max"] < 0.5 * off["max"], (off, replay)
-    ((logp_BT, routes_BTLk),) = half.score_and_record(own, [batches[True]])
+    ((_, routes_BTLk),) = half.score_and_record(own, [batches[True]])
     agreement = (
         (np.sort(routes_BTLk) == np.sort(batches[True].routes_BTLk))
         .all(-1)[batches[True].routes_BTLk[..., 0] > 0]

@@ -1,0 +1,75 @@
+"""An experiment: the one that it starts from runs first, a complete run is left alone."""
+
+import pytest
+
+from rome.rollout.player import Stopped
+from rome.stages import experiment
+from rome.stages.config import load_config
+from rome.train.report import EvalResult, write_report
+from rome.train.team import Team
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The stages that were trained, each at once, as (name, where it started, earlier evaluations).
+
+    A stage whose name is in `trained.stops` is stopped by the user instead.
+    """
+
+    class Trained(list):
+        stops = ()
+
+    done = Trained()
+
+    class Stage:
+        def __init__(self, context):
+            self.context = context
+
+        def train(self, start):
+            name = self.context.config.experiment
+            if name in done.stops:
+                raise Stopped
+            earlier = [result.stage for result in self.context.earlier_evals]
+            done.append((name, start, earlier))
+            evals = [*self.context.earlier_evals, EvalResult.from_tasks(name, 0, [])]
+            workdir = self.context.workdir
+            write_report(workdir, {"evals": evals})
+            (workdir / "final").mkdir()
+            return True
+
+    monkeypatch.setattr(experiment, "STAGES", {"sft": Stage})
+    monkeypatch.setattr(experiment, "RLStage", Stage)
+    return done
+
+
+def run(workdir):
+    config = load_config("experiments/ipa.py", "smoke")
+    return experiment.run_stages(config, workdir, "none", Team())
+
+
+def test_the_experiment_that_it_starts_from_runs_first_and_is_reported(tmp_path, trained):
+    workdir = tmp_path / "run"
+    assert run(workdir)
+    start = workdir / "init" / "final"
+    assert trained == [("sft", None, []), ("ipa", start, ["sft"])]
+    assert run(workdir) and len(trained) == 2  # complete: nothing is trained again
+
+
+def test_what_the_user_stopped_is_not_complete_and_goes_on_where_it_was(tmp_path, trained):
+    trained.stops = ("sft",)
+    assert not run(tmp_path / "run") and trained == []
+    trained.stops = ("ipa",)
+    assert not run(tmp_path / "run") and [name for name, *_ in trained] == ["sft"]
+    trained.stops = ()
+    assert run(tmp_path / "run") and [name for name, *_ in trained] == ["sft", "ipa"]
+
+
+@pytest.mark.parametrize(
+    "name, preset, may_end_early",
+    [("sft", "tiny", True), ("sft", "smoke", False), ("ipa", "tiny", False)],
+)
+def test_the_display_knows_whether_a_stage_may_end_early(name, preset, may_end_early):
+    config = load_config(f"experiments/{name}.py", preset)
+    display = experiment.make_display(config, Team())
+    assert display.may_end_early is may_end_early
+    assert (display.total_steps, display.evaluate_every) == (config.steps, config.eval_every)
