@@ -1,4 +1,4 @@
-"""McNemar and Holm against brute force, and the comparison of made-up runs whose outcome is known."""
+"""McNemar and Holm against brute force, and the comparison of runs whose outcome is known."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ def make_run(directory, seed, families, unseen=()):
     for family, counts in families.items():
         pattern = [
             pair
-            for pair, count in zip(((1, 1), (0, 1), (1, 0), (0, 0)), counts)
+            for pair, count in zip(((1, 1), (0, 1), (1, 0), (0, 0)), counts, strict=True)
             for _ in range(count)
         ]
         for number, (first, last) in enumerate(pattern):

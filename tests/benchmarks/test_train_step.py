@@ -105,17 +105,20 @@ def test_flops_are_six_per_active_weight_and_token_and_causal_attention():
 
 def test_the_sizes_are_those_that_the_figures_are_promised_for():
     small, medium = (train_step.SIZES[name][0] for name in ("small", "medium"))
-    shape = lambda c: (
-        c.num_layers,
-        c.hidden_size,
-        c.num_heads,
-        c.num_kv_heads,
-        c.head_dim,
-        c.num_experts,
-        c.experts_per_token,
-        c.moe_intermediate_size,
-        c.vocab_size,
-    )
+
+    def shape(c):
+        return (
+            c.num_layers,
+            c.hidden_size,
+            c.num_heads,
+            c.num_kv_heads,
+            c.head_dim,
+            c.num_experts,
+            c.experts_per_token,
+            c.moe_intermediate_size,
+            c.vocab_size,
+        )
+
     assert shape(small) == (4, 256, 8, 4, 32, 16, 2, 128, 4096) and shape(medium) == (
         8,
         512,

@@ -145,13 +145,14 @@ def test_engines_that_are_lent_to_the_learner_come_back_with_its_weights(start, 
 
 
 def test_a_full_disk_is_said_in_one_line_and_room_is_all_that_the_run_needs(start, tmp_path):
-    """The workdir lies on a file system of a few megabytes, in a mount namespace of the test's own."""
+    """The workdir lies on a file system of a few megabytes, in a mount namespace of the test."""
+    run = " ".join(command([*IPA, start], tmp_path / "disk" / "run"))
     script = f"""
 set -u
 mount -t tmpfs -o size=45m tmpfs {tmp_path}/disk || exit 77
-{" ".join(command([*IPA, start], tmp_path / "disk" / "run"))} > {tmp_path}/first.log 2>&1; echo first $?
+{run} > {tmp_path}/first.log 2>&1; echo first $?
 mount -o remount,size=2g {tmp_path}/disk
-{" ".join(command([*IPA, start], tmp_path / "disk" / "run"))} > {tmp_path}/second.log 2>&1; echo second $?
+{run} > {tmp_path}/second.log 2>&1; echo second $?
 cp -r {tmp_path}/disk/run {tmp_path}/run
 """
     (tmp_path / "disk").mkdir()

@@ -34,9 +34,9 @@ def one_update(mesh_shape: dict[str, int], team: Team) -> dict[str, np.ndarray]:
     # decide.
     off = [
         (score + 0.05 * np.sin(1.0 + batch.positions_BT)).astype(np.float32)
-        for batch, score in zip(batches, scores)
+        for batch, score in zip(batches, scores, strict=True)
     ]
-    batches = [batch._replace(logp_old_BT=old) for batch, old in zip(batches, off)]
+    batches = [batch._replace(logp_old_BT=old) for batch, old in zip(batches, off, strict=True)]
     everywhere = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
     state, metrics = learner.update(state, batches, count_denominators(batches))
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(everywhere(state.params)))
