@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import aiohttp
 
+from envs.proxies import environment_proxy
 from rome.engine.errors import EngineDead, EngineError, EngineFailed, RequestRejected
 
 RETRY_STATUS = (429, 502, 503, 504)  # back-pressure of a server, or of a router in front of it
@@ -153,7 +154,11 @@ class Connection:
         timeout = aiohttp.ClientTimeout(  # the total is the caller's deadline
             total=None, sock_connect=CONNECT_SECONDS
         )
-        session = aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
+        session = aiohttp.ClientSession(
+            timeout=timeout,
+            connector=aiohttp.TCPConnector(limit=0),
+            proxy=environment_proxy(self.url),
+        )
         self._session = session
         self._loop = loop
         return session
