@@ -52,6 +52,7 @@ AT_FDCWD = -100
 AT_RECURSIVE = 0x8000
 MNT_DETACH = 2
 SECCOMP_MODE_FILTER = 2
+WAIT_ALL = 0x40000000  # __WALL: also children that end without SIGCHLD
 SIOCSIFFLAGS = 0x8914
 SIOCOUTQ = 0x5411
 IFF_UP = 1
@@ -280,6 +281,15 @@ def signal_process(pid: int, number: int) -> None:
         os.kill(pid, number)
     except ProcessLookupError:
         return
+
+
+def collect(pid: int) -> bool:
+    """Collect a child if it has ended, whatever signal it ends with; return whether it is gone."""
+    try:
+        ended, _ = os.waitpid(pid, os.WNOHANG | WAIT_ALL)
+    except ChildProcessError:
+        return True
+    return ended == pid
 
 
 def kill_all_of(uid: int | None = None) -> None:

@@ -26,6 +26,7 @@ INNER_ID = 1000  # user and group id in the user namespace
 OWN_PROCESSES = 2  # the holder and init, which count against the sandbox's limit
 START_SECONDS = 10.0
 KILL_SECONDS = 10.0
+RETRY_SECONDS = 0.0005
 MAX_MESSAGE_BYTES = 4096
 
 _NAMESPACES = (
@@ -229,12 +230,26 @@ class Tier:
         children without being asked.
         """
         deadline = time.monotonic() + KILL_SECONDS
-        while left := linux.children_of(self._init):
+        while left := linux.children_of(self._init) + self._unknown_children():
             if time.monotonic() > deadline:
                 return len(left)
             linux.kill_all_of()
-            time.sleep(0.0005)
+            self._kill_unknown_children()
+            time.sleep(RETRY_SECONDS)
         return 0
+
+    def _unknown_children(self) -> list[int]:
+        """Return the holder's children beside init; called while no command and session is left.
+
+        The filter refuses every call known to make one. One that exists all the same would outlive
+        its command, and init could not end before it was collected.
+        """
+        return [pid for pid in linux.children_of(os.getpid()) if pid != self._init]
+
+    def _kill_unknown_children(self) -> None:
+        for pid in self._unknown_children():
+            linux.signal_process(pid, signal.SIGKILL)
+            linux.collect(pid)
 
     def usage(self) -> tuple[int, int]:
         """Return the bytes and inodes of the workspace and /tmp."""
@@ -251,9 +266,15 @@ class Tier:
             os.close(source)
 
     def close(self) -> None:
-        """End init, and with it every process that is left."""
+        """End init, and with it every process that is left.
+
+        What is still there after KILL_SECONDS is left to the zygote, which inherits and kills it.
+        """
+        deadline = time.monotonic() + KILL_SECONDS
         self._lifeline.close()
-        os.waitpid(self._init, 0)
+        while not linux.collect(self._init) and time.monotonic() < deadline:
+            self._kill_unknown_children()
+            time.sleep(RETRY_SECONDS)
 
     def as_owner(self) -> "_NoChange":
         """Return a context in which files are made as the sandbox's user, which is so already."""

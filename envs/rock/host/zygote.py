@@ -207,8 +207,7 @@ class Zygote:
             linux.signal_process(orphan, signal.SIGKILL)
         remaining = 0
         for orphan in orphans:
-            ended, _ = os.waitpid(orphan, os.WNOHANG)
-            if not ended:
+            if not linux.collect(orphan):
                 remaining += 1
         return remaining > 0
 
