@@ -12,6 +12,7 @@ import threading
 from envs.rock.config import SandboxConfig
 from envs.rock.errors import SandboxStartError
 from envs.rock.gate import Gate
+from envs.rock.host import linux
 from envs.rock.host.messages import parse, receive, send
 
 _BOOT = (
@@ -28,6 +29,7 @@ class _Zygote:
     """The child process and the socket for requests to it."""
 
     def __init__(self) -> None:
+        linux.raise_descriptor_limit()  # the zygote inherits it, and has three for each sandbox
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.settimeout(_END_SECONDS)
         boot = [sys.executable, "-I", "-S", "-c", _BOOT, _ROCK]

@@ -412,8 +412,7 @@ class Holder:
 
 
 def _wait_for_end(pidfd: int) -> None:
-    readable, _, _ = select.select([pidfd], [], [], KILL_SECONDS)
-    if not readable:
+    if not linux.wait_readable(pidfd, KILL_SECONDS):
         raise OSError(f"a killed process did not end within {KILL_SECONDS:.0f} s")
 
 

@@ -12,7 +12,6 @@ The kernel knows all three by a user id that owns nothing on the host.
 
 import os
 import resource
-import select
 import signal
 import socket
 import time
@@ -49,7 +48,12 @@ class Mapping:
 
     def __init__(self) -> None:
         self._unshared_read, self._unshared_write = os.pipe()
-        self._mapped_read, self._mapped_write = os.pipe()
+        try:
+            self._mapped_read, self._mapped_write = os.pipe()
+        except OSError:
+            os.close(self._unshared_read)
+            os.close(self._unshared_write)
+            raise
 
     def descriptors(self) -> tuple[int, ...]:
         """Return the ends of both pipes."""
@@ -59,6 +63,11 @@ class Mapping:
             self._mapped_read,
             self._mapped_write,
         )
+
+    def close(self) -> None:
+        """Close both pipes, where no holder could be forked."""
+        for descriptor in self.descriptors():
+            os.close(descriptor)
 
     def wait(self) -> None:
         """Wait for the map, in the holder and after unshare."""
@@ -76,7 +85,7 @@ class Mapping:
         """
         os.close(self._unshared_write)
         try:
-            ready, _, _ = select.select([self._unshared_read], [], [], START_SECONDS)
+            ready = linux.wait_readable(self._unshared_read, START_SECONDS)
             if ready and os.read(self._unshared_read, 1):
                 if os.geteuid() != 0:
                     linux.write_file(f"/proc/{pid}/setgroups", b"deny")

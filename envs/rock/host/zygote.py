@@ -8,9 +8,11 @@ The zygote also makes and removes what lies outside a sandbox (cgroups, director
 runs under), and when it starts it cleans up after zygotes that were killed.
 """
 
+import errno
 import gc
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -22,8 +24,8 @@ from .holder import Holder
 from .messages import receive, send
 from .slots import REMOVE_SECONDS, RETRY_SECONDS, Slot, Snapshot
 
-MAX_DESCRIPTORS = 4096
 COPY_BYTES = 1 << 24
+DESCRIPTORS_EACH = 3  # of this process for a sandbox: its lock, its channel, its holder
 
 
 class _Living:
@@ -88,12 +90,14 @@ class Zygote:
         data, descriptors = receive(self._control)
         if not data:
             return False
+        if not descriptors:  # this process had no free one: the manager finds the channel closed
+            return True
         channel = socket.socket(fileno=descriptors[0])
         try:
             request = json.loads(data)
             getattr(self, f"_{request.pop('op')}")(request, channel)
         except OSError as error:
-            send(channel, {"id": 0, "error": str(error)})
+            send(channel, {"id": 0, "error": _explain(error)})
             channel.close()
         return True
 
@@ -129,13 +133,17 @@ class Zygote:
                 f"the snapshot {spec['snapshot']} was deleted, or belongs to another process"
             )
         slot = self._claim_free_slot()
+        mapping = None
         try:
             self._prepare_slot(slot, spec)
             spec |= self._describe(slot)
             slot.record()
-            mapping = namespaces.Mapping() if spec["tier"] == "namespaces" else None
+            if spec["tier"] == "namespaces":
+                mapping = namespaces.Mapping()
             pid = os.fork()
         except OSError:
+            if mapping:
+                mapping.close()
             slot.clean()
             raise
         if pid == 0:
@@ -255,6 +263,17 @@ def execute_only(program: str) -> int:
     return descriptor
 
 
+def _explain(error: OSError) -> str:
+    """Return what failed; with the remedy, where this process has too many files open."""
+    if error.errno != errno.EMFILE:
+        return str(error)
+    open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (
+        f"{error}: {open_files} open files are the hard limit, and each sandbox takes"
+        f" {DESCRIPTORS_EACH}; raise it (ulimit -Hn) or run fewer sandboxes in one process"
+    )
+
+
 def _run_holder(channel: socket.socket, spec: dict) -> None:
     """Run a forked holder; never returns."""
     try:
@@ -289,7 +308,8 @@ def _close_others(channel: socket.socket, spec: dict) -> None:
     for descriptor in sorted(kept):
         os.closerange(low, descriptor)
         low = descriptor + 1
-    os.closerange(low, MAX_DESCRIPTORS)
+    open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.closerange(low, open_files)
 
 
 def main(control_fd: int, manager: int) -> None:
