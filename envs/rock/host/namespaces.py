@@ -122,6 +122,7 @@ class Tier:
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
         linux.drop_bounding_set()
         self._start_init()
+        self._renew_shared_ipc()  # init stays in the first namespace
         return os.open(f"{mounts.TREE}/workspace", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def _start_init(self) -> None:
@@ -245,7 +246,15 @@ class Tier:
             linux.kill_all_of()
             self._kill_unknown_children()
             time.sleep(RETRY_SECONDS)
+        self._renew_shared_ipc()
         return 0
+
+    def _renew_shared_ipc(self) -> None:
+        """Give the next commands a fresh IPC namespace; the last one's objects end with it.
+
+        System V segments and message queues live on without any process, charged to the sandbox.
+        """
+        linux.unshare(linux.CLONE_NEWIPC)
 
     def _unknown_children(self) -> list[int]:
         """Return the holder's children beside init; called while no command and session is left.
