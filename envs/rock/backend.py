@@ -273,6 +273,20 @@ def relative_path(path: str, workspace: str = WORKSPACE) -> str:
     return "/".join(parts)
 
 
+def check_listed_path(path: str) -> None:
+    """Raise SandboxFileError for a path of a listing that is not plainly below its directory.
+
+    Whoever lists files may lie: a sandbox's own programs, a worker, an admin, or who speaks for it.
+    """
+    is_plain = all(part not in ("", ".", "..") for part in path.split("/"))
+    if not is_plain or "\0" in path:
+        raise SandboxFileError(
+            "outside",
+            f"a listing names {path[:200]!r}, which is not a path below the listed directory; where"
+            " it came from cannot be trusted",
+        )
+
+
 def reason_not_executable(command: str) -> str:
     """Return why a command cannot be passed to a program, as bash would say it; "" if it can."""
     if "\0" in command:

@@ -243,12 +243,15 @@ class CommandResult:
     cut: tuple[int, int] = (0, 0)
 
 
+FILE_KINDS = ("file", "directory", "link", "special")
+
+
 class FileEntry(NamedTuple):
     """One file in a listing.
 
     Attributes:
       path: relative to the listed directory.
-      kind: "file", "directory", "link" or "special".
+      kind: one of FILE_KINDS.
       size: in bytes.
       mode: permission bits.
     """
