@@ -242,6 +242,29 @@ def _counter(text: bytes, key: bytes) -> int:
     return 0
 
 
+def group_name(slot: int, zygote: int) -> str:
+    """Return the name of a sandbox's groups.
+
+    Args:
+      slot: its number.
+      zygote: the process id of the zygote that made it.
+    """
+    return f"rock-{slot}-{zygote}"
+
+
+def find_abandoned(slot: int) -> list[str]:
+    """Return the groups that zygotes made for a slot and that have died since."""
+    place, _ = find()
+    parents = dict.fromkeys(place.parents.values()) if place else {}
+    found = []
+    for parent in parents:
+        for name in os.listdir(parent):
+            zygote = name.removeprefix(group_name(slot, 0).removesuffix("0"))
+            if zygote != name and zygote.isdecimal() and not os.path.exists(f"/proc/{zygote}"):
+                found.append(f"{parent}/{name}")
+    return found
+
+
 def remove(directories: list[str], kill: bool = False) -> list[str]:
     """Remove groups, and kill their processes first if `kill`.
 

@@ -157,7 +157,7 @@ class Zygote:
     def _prepare_slot(self, slot: Slot, spec: dict) -> None:
         """Make what a sandbox has outside itself."""
         if self._place:
-            name = f"rock-{slot.number}-{os.getpid()}"
+            name = cgroups.group_name(slot.number, os.getpid())
             slot.cgroups = cgroups.create(
                 self._place, name, spec["memory_bytes"], spec["pids"], spec["cpus"]
             )
