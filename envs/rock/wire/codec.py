@@ -7,10 +7,16 @@ from dataclasses import asdict
 from typing import Any
 
 from envs.rock.backend import check_listed_path
-from envs.rock.config import FILE_KINDS, CommandResult, FileEntry, SandboxConfig, SandboxStatus
+from envs.rock.config import (
+    FILE_KINDS,
+    MAX_SECONDS,
+    CommandResult,
+    FileEntry,
+    SandboxConfig,
+    SandboxStatus,
+)
 from envs.rock.errors import SandboxError
 from envs.rock.wire.fields import Field, check
-from envs.rock.wire.operations import MAX_SECONDS
 
 # members of SandboxConfig that a request may set; the others stay with the caller
 CONFIG = {
