@@ -22,6 +22,7 @@ _BOOT = (
 _ROCK = str(pathlib.Path(__file__).parents[1])  # the directory of the package `host`
 _INHERITED_VARIABLES = ("LD_LIBRARY_PATH",)
 _END_SECONDS = 10.0
+_EXIT_SECONDS = 25.0  # the zygote kills what does not end within 10 s, and then cleans up
 STARTS_AT_ONCE = 16
 
 
@@ -72,7 +73,7 @@ class _Zygote:
         """End the process and wait until it has ended its sandboxes."""
         self._control.close()
         try:
-            self._process.wait(_END_SECONDS)
+            self._process.wait(_EXIT_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
 

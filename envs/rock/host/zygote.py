@@ -103,7 +103,10 @@ class Zygote:
 
     def _make_snapshot(self, request: dict, channel: socket.socket) -> None:
         """Make a directory for a copy of one sandbox's files, which its holder will fill."""
-        slot = self._find_slot(request["of"])
+        living = self._find_living(request["of"])
+        if living is None:
+            raise OSError(f"there is no sandbox {request['of']}")
+        slot = living.slot
         self._made += 1
         path = f"{self._base}/{slot.owner.number}.{self._made}.snapshot"
         slots.remove_tree(path)
@@ -114,11 +117,18 @@ class Zygote:
         send(channel, {"id": 0, "path": path})
         channel.close()
 
-    def _find_slot(self, number: int) -> Slot:
+    def _kill_holder(self, request: dict, channel: socket.socket) -> None:
+        """Kill a holder that does not end by itself; what it ran is killed in `_clean_up`."""
+        if living := self._find_living(request["of"]):
+            os.kill(living.pid, signal.SIGKILL)
+        send(channel, {"id": 0})
+        channel.close()
+
+    def _find_living(self, slot: int) -> _Living | None:
         for living in self._living.values():
-            if living.slot.number == number:
-                return living.slot
-        raise OSError(f"there is no sandbox {number}")
+            if living.slot.number == slot:
+                return living
+        return None
 
     def _forget_snapshot(self, request: dict, channel: socket.socket) -> None:
         if snapshot := self._snapshots.pop(request["path"], None):
