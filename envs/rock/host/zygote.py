@@ -288,6 +288,9 @@ def _run_holder(channel: socket.socket, spec: dict) -> None:
     """Run a forked holder; never returns."""
     try:
         _close_others(channel, spec)
+        # For the commands, which inherit it: the kernel's memory killer must not take the trainer,
+        # the machine's largest process, first. With CAP_SYS_RESOURCE they cannot lower it again.
+        linux.write_file("/proc/self/oom_score_adj", b"1000")
         tier = namespaces.Tier if spec["tier"] == "namespaces" else fenced.Tier
         try:
             holder = Holder(channel, spec, tier)
