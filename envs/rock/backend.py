@@ -6,6 +6,7 @@ enforces and raises IsolationError for what it cannot.
 """
 
 import abc
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 
 from envs.rock.config import (
@@ -16,10 +17,14 @@ from envs.rock.config import (
     SandboxConfig,
     SandboxStatus,
     check_environment,
+    check_seconds,
+    is_encodable,
 )
 from envs.rock.errors import SandboxError, SandboxFileError
 
 WORKSPACE = "/workspace"
+MAX_PATH_BYTES = 4096
+MAX_NAME_BYTES = 255  # of a file in a directory
 MAX_LISTED = 100_000  # entries below a listed directory
 MAX_COMMAND_BYTES = 100_000  # Linux passes at most 128 KiB as one argument of a program
 # A command that writes this much beyond max_output_bytes is killed with the limit "output".
@@ -224,7 +229,7 @@ class Backend(abc.ABC):
 
     def _environment(self, env: Mapping[str, str] | None) -> dict[str, str]:
         """Return the variables of a command: the defaults, the config's, then `env`."""
-        check_environment(env or {})
+        check_environment({**self.config.env, **(env or {})})
         return {
             "PATH": "/usr/bin:/bin",
             "HOME": WORKSPACE,
@@ -234,7 +239,7 @@ class Backend(abc.ABC):
         }
 
     def _timeout(self, timeout: float | None) -> float:
-        return self.config.timeout if timeout is None else timeout
+        return choose_timeout(timeout, self.config.timeout)
 
     def _relative(self, path: str) -> str:
         """Return a path relative to the workspace; "" is the workspace itself.
@@ -253,6 +258,14 @@ class Backend(abc.ABC):
         return relative
 
 
+def choose_timeout(timeout: float | None, default: float) -> float:
+    """Return the time limit of a command in seconds; ValueError for one that is none."""
+    if timeout is None:
+        return default
+    check_seconds("timeout", timeout)
+    return timeout
+
+
 def relative_path(path: str, workspace: str = WORKSPACE) -> str:
     """Return a path relative to the workspace; "" is the workspace itself.
 
@@ -261,16 +274,37 @@ def relative_path(path: str, workspace: str = WORKSPACE) -> str:
       workspace: where the workspace really lies, see `Backend.workspace`.
 
     Raises:
-      SandboxFileError: "outside" for a path that leaves the workspace by its text.
+      SandboxFileError: "outside" for a path that leaves the workspace by its text, or is none;
+        "denied" for one that is too long.
     """
     for root in (workspace, WORKSPACE):
         if path == root or path.startswith(root + "/"):
             path = path[len(root) + 1 :]
     parts = [part for part in path.split("/") if part not in ("", ".")]
+    if not is_encodable(path):
+        raise SandboxFileError("outside", f"{path!r} is no path: it holds a lone surrogate")
+    if len(os.fsencode(path)) > MAX_PATH_BYTES:
+        raise SandboxFileError(
+            "denied", f"{path[:200]!r}... has more than the {MAX_PATH_BYTES} bytes of a path"
+        )
     is_outside = path.startswith("/") or ".." in parts
     if is_outside or "\0" in path:
         raise SandboxFileError("outside", f"{path!r} is not below {WORKSPACE}")
     return "/".join(parts)
+
+
+def check_listed_path(path: str) -> None:
+    """Raise SandboxFileError for a path of a listing that is not plainly below its directory.
+
+    Whoever lists files may lie: a sandbox's own programs, a worker, an admin, or who speaks for it.
+    """
+    is_plain = all(part not in ("", ".", "..") for part in path.split("/"))
+    if not is_plain or "\0" in path:
+        raise SandboxFileError(
+            "outside",
+            f"a listing names {path[:200]!r}, which is not a path below the listed directory; where"
+            " it came from cannot be trusted",
+        )
 
 
 def reason_not_executable(command: str) -> str:
@@ -301,5 +335,7 @@ def refused_result(reason: str) -> CommandResult:
 def check_verifier_files(files: Mapping[str, bytes]) -> None:
     """Raise ValueError for a verifier's file whose name is not a plain one."""
     for name in files:
-        if not name or "/" in name or name.startswith(".") or "\0" in name:
+        is_plain = bool(name) and "/" not in name and not name.startswith(".")
+        is_possible = "\0" not in name and is_encodable(name)
+        if not is_plain or not is_possible or len(os.fsencode(name)) > MAX_NAME_BYTES:
             raise ValueError(f"verifier files are plain names, not {name!r}")

@@ -1,6 +1,8 @@
 """What a sandbox is asked to be, and the results that it returns."""
 
 import ipaddress
+import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +12,8 @@ BACKENDS = ("embedded", "docker", "remote")
 ISOLATIONS = ("required", "best_available")
 TIERS = ("namespaces", "landlock")
 
+MAX_SECONDS = 7 * 24 * 3600.0  # of any time limit
+MAX_ENVIRONMENT_BYTES = 100_000  # as JSON, the form in which variables travel
 MAX_PORTS = 16  # different ones in `egress`
 MIN_OPEN_FILES = 96  # for a sandbox's own process
 # Grants for `egress` that let the usual package managers work.
@@ -146,6 +150,8 @@ class SandboxConfig:
             value = getattr(self, name)
             if not value > 0:
                 raise ValueError(f"{name} is {value}; it must be above 0")
+        check_seconds("timeout", self.timeout)
+        check_seconds("start_timeout", self.start_timeout)
         if self.open_files < MIN_OPEN_FILES:
             raise ValueError(
                 f"open_files is {self.open_files}; a sandbox's own process needs {MIN_OPEN_FILES}"
@@ -206,13 +212,39 @@ def _is_ipv4(text: str) -> bool:
     return True
 
 
+def check_seconds(name: str, value: float) -> None:
+    """Raise ValueError for a time limit that is not above 0 and at most MAX_SECONDS."""
+    if not 0 < value <= MAX_SECONDS:
+        raise ValueError(
+            f"{name} is {value}; give seconds above 0 and at most {MAX_SECONDS:.0f} (7 days)"
+        )
+
+
 def check_environment(env: Mapping[str, str]) -> None:
-    """Raise ValueError for a variable that cannot be passed to a program."""
+    """Raise ValueError for variables that cannot be passed to a program."""
     for name, value in env.items():
-        if not name or "=" in name or "\0" in name + value:
+        if not name or "=" in name or "\0" in name + value or not is_encodable(name + value):
             raise ValueError(
-                f"environment variable {name!r}={value!r} cannot be passed to a program"
+                f"environment variable {name!r}={value[:200]!r} cannot be passed to a program"
             )
+    size = len(json.dumps(dict(env)))
+    if size > MAX_ENVIRONMENT_BYTES:
+        raise ValueError(
+            f"the environment has {size} bytes as JSON, the limit is {MAX_ENVIRONMENT_BYTES}; put"
+            " large values into a file"
+        )
+
+
+def is_encodable(text: str) -> bool:
+    """Return whether a text can be an argument, a variable or a path: it has no lone surrogate.
+
+    Those that stand for undecodable bytes are allowed, see PEP 383.
+    """
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -243,12 +275,15 @@ class CommandResult:
     cut: tuple[int, int] = (0, 0)
 
 
+FILE_KINDS = ("file", "directory", "link", "special")
+
+
 class FileEntry(NamedTuple):
     """One file in a listing.
 
     Attributes:
       path: relative to the listed directory.
-      kind: "file", "directory", "link" or "special".
+      kind: one of FILE_KINDS.
       size: in bytes.
       mode: permission bits.
     """

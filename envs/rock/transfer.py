@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from typing import NamedTuple, Protocol
 
-from envs.rock.backend import relative_path
+from envs.rock.backend import check_listed_path, relative_path
 from envs.rock.config import FileEntry
 from envs.rock.errors import SandboxFileError
 
@@ -72,11 +72,12 @@ async def download(
             if error.reason != "not_regular":
                 raise
     entries = await sandbox.list_files(source)
+    _check_tree(entries)
     target.mkdir()
     files = 0
     size = 0
     skipped = []
-    for entry in entries:  # a directory comes before its content
+    for entry in entries:
         inner = target / entry.path
         if entry.kind == "directory":
             inner.mkdir()
@@ -88,6 +89,24 @@ async def download(
         else:
             skipped.append(entry.path)
     return Transfer(files, size, tuple(skipped))
+
+
+def _check_tree(entries: list[FileEntry]) -> None:
+    """Raise SandboxFileError if entries are not a tree in which directories come first.
+
+    Nothing is then made outside the target, and nothing twice.
+    """
+    kinds = {"": "directory"}
+    for entry in entries:
+        check_listed_path(entry.path)
+        parent, _, _ = entry.path.rpartition("/")
+        if kinds.get(parent) != "directory" or entry.path in kinds:
+            raise SandboxFileError(
+                "outside",
+                f"a listing names {entry.path[:200]!r} twice, or without its directory; the files"
+                " were moved while they were listed, or the listing is a lie",
+            )
+        kinds[entry.path] = entry.kind
 
 
 async def read_all(sandbox: FileStreams, path: str, limit: int) -> bytes:

@@ -15,6 +15,7 @@ from envs.rock.backend import (
     MAX_DISCARDED_BYTES,
     Job,
     Session,
+    choose_timeout,
     reason_not_executable,
     refused_result,
 )
@@ -221,7 +222,7 @@ class DockerSession(Session):
     async def run(self, command: str, timeout: float | None = None) -> CommandResult:
         if refusal := reason_not_executable(command):
             return refused_result(refusal)
-        seconds = self._default_timeout if timeout is None else timeout
+        seconds = choose_timeout(timeout, self._default_timeout)
         async with self._turn:
             if self.ended:
                 raise SandboxClosedError("the session's shell has ended; create another session")

@@ -113,7 +113,7 @@ def seccomp_profile() -> str:
         _refuse(sorted(seccomp.ABSENT), _ENOSYS),
     ]
     for bit in range(32):
-        if seccomp.NEW_NAMESPACES >> bit & 1:
+        if seccomp.REFUSED_CLONE_FLAGS >> bit & 1:
             rules.append(_refuse(["clone"], _EPERM, (0, "SCMP_CMP_MASKED_EQ", 1 << bit, 1 << bit)))
     for family in range(seccomp.AF_INET6):
         if family not in (seccomp.AF_UNIX, seccomp.AF_INET):

@@ -4,13 +4,15 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from envs.rock.embedded.output import Output
 from envs.rock.errors import SandboxClosedError, SandboxError
 from envs.rock.host.messages import parse, receive, send
 
+STOP_SECONDS = 30.0  # after which a holder that was told to end is killed
+KILLED_SECONDS = 15.0  # in which the zygote removes what a killed one left
 REPLY_GRACE_SECONDS = 30.0  # a holder must answer within this beyond a command's own time limit
 _NO_REQUEST = -1  # the empty message, which says that the holder ended, has no number
 _READY = 0  # the number of the message that a holder sends when the sandbox stands
@@ -96,19 +98,28 @@ class HolderChannel:
                 " envs.rock.sync.run"
             )
 
-    async def shut_down(self) -> None:
-        """Ask the holder to end the sandbox, wait until nothing is left of it, and close."""
+    async def shut_down(self, kill: Callable[[], Awaitable[None]]) -> None:
+        """Ask the holder to end the sandbox, wait until nothing is left of it, and close.
+
+        Args:
+          kill: called when the holder does not end within STOP_SECONDS, to kill it.
+        """
         if self._socket.fileno() < 0:
             return
         # The holder reads the end of the stream. Its own end closes when the sandbox is gone.
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)
         try:
-            await reply_within(
-                asyncio.shield(self._ended), REPLY_GRACE_SECONDS, "the sandbox did not end"
-            )
+            try:
+                await self._wait_for_end(STOP_SECONDS)
+            except SandboxError:
+                await kill()
+                await self._wait_for_end(KILLED_SECONDS)
         finally:
             self.close()
+
+    async def _wait_for_end(self, seconds: float) -> None:
+        await reply_within(asyncio.shield(self._ended), seconds, "the sandbox did not end")
 
     def close(self) -> None:
         """Close the channel. Pending requests fail with SandboxClosedError."""

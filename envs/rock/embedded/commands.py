@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import functools
 
-from envs.rock.backend import Job, Session, reason_not_executable, refused_result
+from envs.rock.backend import Job, Session, choose_timeout, reason_not_executable, refused_result
 from envs.rock.config import CommandResult
 from envs.rock.embedded.channel import REPLY_GRACE_SECONDS, HolderChannel, Reply, reply_within
 from envs.rock.embedded.output import Output, memory_file
@@ -87,7 +87,7 @@ class EmbeddedSession(Session):
     async def run(self, command: str, timeout: float | None = None) -> CommandResult:
         if refusal := reason_not_executable(command):
             return refused_result(refusal)
-        seconds = self._default_timeout if timeout is None else timeout
+        seconds = choose_timeout(timeout, self._default_timeout)
         async with self._turn:
             if self.ended:
                 raise SandboxClosedError("the session's shell has ended; create another session")

@@ -3,14 +3,13 @@
 import functools
 import os
 import platform
-import select
 import socket
 import sys
 
 from envs.rock.config import ISOLATIONS, TIERS, SandboxConfig
 from envs.rock.embedded import zygote_client
 from envs.rock.errors import SandboxError
-from envs.rock.host import cgroups, landlock, seccomp
+from envs.rock.host import cgroups, landlock, linux, seccomp
 from envs.rock.host.messages import parse, receive, send
 from envs.rock.tiers import GUARANTEES, Missing, TierReport
 
@@ -137,8 +136,7 @@ def _try_to_run(tier: str) -> None:
 
 
 def _expect_reply(channel: socket.socket) -> dict:
-    readable, _, _ = select.select([channel], [], [], TRIAL_SECONDS)
-    if not readable:
+    if not linux.wait_readable(channel.fileno(), TRIAL_SECONDS):
         raise SandboxError(f"no answer within {TRIAL_SECONDS:.0f} s")
     data, _ = receive(channel)
     reply = parse(data)

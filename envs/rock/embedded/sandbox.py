@@ -95,7 +95,7 @@ class EmbeddedBackend(Backend):
         if self._channel is None:
             return
         try:
-            await self._channel.shut_down()
+            await self._channel.shut_down(self._kill_holder)
         finally:
             self._connections.close()
 
@@ -252,6 +252,10 @@ class EmbeddedBackend(Backend):
             os.close(descriptor)
 
     # -- steps of the above
+
+    async def _kill_holder(self) -> None:
+        """Let the zygote kill a holder that does not end by itself."""
+        await asyncio.to_thread(zygote_client.ask, {"op": "kill_holder", "of": self._slot})
 
     def _check_egress(self, report: TierReport) -> None:
         if self.config.egress and report.tier == "landlock":

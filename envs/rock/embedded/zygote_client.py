@@ -12,6 +12,7 @@ import threading
 from envs.rock.config import SandboxConfig
 from envs.rock.errors import SandboxStartError
 from envs.rock.gate import Gate
+from envs.rock.host import linux
 from envs.rock.host.messages import parse, receive, send
 
 _BOOT = (
@@ -21,6 +22,7 @@ _BOOT = (
 _ROCK = str(pathlib.Path(__file__).parents[1])  # the directory of the package `host`
 _INHERITED_VARIABLES = ("LD_LIBRARY_PATH",)
 _END_SECONDS = 10.0
+_EXIT_SECONDS = 25.0  # the zygote kills what does not end within 10 s, and then cleans up
 STARTS_AT_ONCE = 16
 
 
@@ -28,6 +30,7 @@ class _Zygote:
     """The child process and the socket for requests to it."""
 
     def __init__(self) -> None:
+        linux.raise_descriptor_limit()  # the zygote inherits it, and has three for each sandbox
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.settimeout(_END_SECONDS)
         boot = [sys.executable, "-I", "-S", "-c", _BOOT, _ROCK]
@@ -70,7 +73,7 @@ class _Zygote:
         """End the process and wait until it has ended its sandboxes."""
         self._control.close()
         try:
-            self._process.wait(_END_SECONDS)
+            self._process.wait(_EXIT_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
 

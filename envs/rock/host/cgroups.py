@@ -9,6 +9,9 @@ import signal
 
 PERIOD_MICROSECONDS = 100_000
 MIN_QUOTA_MICROSECONDS = 1000  # the kernel's minimum
+# By version: the file of a group's weight for the scheduler, and what others have in it.
+SHARES = {1: ("cpu.shares", 1024), 2: ("cpu.weight", 100)}
+SHARE_DIVISOR = 4
 NEEDED = ("memory", "pids")
 WANTED = ("memory", "pids", "cpu")
 
@@ -169,6 +172,10 @@ def _limit_memory(version: int, group: str, memory_bytes: int) -> None:
         memory_and_swap = f"{group}/memory.memsw.limit_in_bytes"
         if os.path.exists(memory_and_swap):
             _write(memory_and_swap, memory_bytes)
+        # Buffers of sockets, UDP's too; version 2 counts them as memory.
+        network_buffers = f"{group}/memory.kmem.tcp.limit_in_bytes"
+        if os.path.exists(network_buffers):
+            _write(network_buffers, memory_bytes)
     else:
         _write(f"{group}/memory.max", memory_bytes)
         if os.path.exists(f"{group}/memory.swap.max"):
@@ -176,7 +183,10 @@ def _limit_memory(version: int, group: str, memory_bytes: int) -> None:
 
 
 def _limit_cpu(version: int, group: str, cpus: float) -> None:
+    """Limit processor time; where others want it too, a sandbox weighs less than they do."""
     quota = max(MIN_QUOTA_MICROSECONDS, int(cpus * PERIOD_MICROSECONDS))
+    name, default = SHARES[version]
+    _write(f"{group}/{name}", default // SHARE_DIVISOR)
     if version == 1:
         _write(f"{group}/cpu.cfs_period_us", PERIOD_MICROSECONDS)
         _write(f"{group}/cpu.cfs_quota_us", quota)
@@ -240,6 +250,29 @@ def _counter(text: bytes, key: bytes) -> int:
         if name == key:
             return int(number)
     return 0
+
+
+def group_name(slot: int, zygote: int) -> str:
+    """Return the name of a sandbox's groups.
+
+    Args:
+      slot: its number.
+      zygote: the process id of the zygote that made it.
+    """
+    return f"rock-{slot}-{zygote}"
+
+
+def find_abandoned(slot: int) -> list[str]:
+    """Return the groups that zygotes made for a slot and that have died since."""
+    place, _ = find()
+    parents = dict.fromkeys(place.parents.values()) if place else {}
+    found = []
+    for parent in parents:
+        for name in os.listdir(parent):
+            zygote = name.removeprefix(group_name(slot, 0).removesuffix("0"))
+            if zygote != name and zygote.isdecimal() and not os.path.exists(f"/proc/{zygote}"):
+                found.append(f"{parent}/{name}")
+    return found
 
 
 def remove(directories: list[str], kill: bool = False) -> list[str]:

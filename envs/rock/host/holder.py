@@ -25,6 +25,7 @@ from .session import LOOP, Session
 MAX_SESSIONS = 8
 MAX_COMMANDS = 16
 DISK_CHECK_SECONDS = 0.1
+MAX_POLL_SECONDS = 24 * 3600.0  # the kernel counts milliseconds in 32 bits
 CONNECT_SECONDS = 0.1
 # Of granted connections that the manager has not taken yet; its socket holds three times as much.
 MAX_UNREAD_BYTES = 1 << 16
@@ -103,7 +104,7 @@ class Holder:
         seconds = max(0.0, deadline - time.monotonic())
         if self._tier.watches_disk:
             seconds = min(seconds, DISK_CHECK_SECONDS)
-        return int(1000 * seconds) + 1
+        return int(1000 * min(seconds, MAX_POLL_SECONDS)) + 1
 
     def _check_limits(self) -> None:
         now = time.monotonic()
@@ -136,6 +137,9 @@ class Holder:
         except OSError as error:
             code = errno.errorcode.get(error.errno or 0, "EIO")
             self._reply(request["id"], error=str(error), errno=code)
+        except (ValueError, OverflowError) as error:
+            # A request that cannot be served ends no sandbox.
+            self._reply(request["id"], error=f"{request['op']}: {error}", errno="EINVAL")
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -412,8 +416,7 @@ class Holder:
 
 
 def _wait_for_end(pidfd: int) -> None:
-    readable, _, _ = select.select([pidfd], [], [], KILL_SECONDS)
-    if not readable:
+    if not linux.wait_readable(pidfd, KILL_SECONDS):
         raise OSError(f"a killed process did not end within {KILL_SECONDS:.0f} s")
 
 

@@ -6,6 +6,7 @@ import fcntl
 import os
 import platform
 import resource
+import select
 import signal
 import socket
 import stat
@@ -17,6 +18,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 ARCHITECTURE = platform.machine()
 # Descriptors that are handed to a new program lie from here on; a holder's own ones lie below.
 FIRST_PASSED_FD = 80
+# Limits of a thousand million exist, and programs that close all they could have open run for ages.
+MAX_DESCRIPTORS = 1 << 20
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWCGROUP = 0x02000000
@@ -52,6 +55,7 @@ AT_FDCWD = -100
 AT_RECURSIVE = 0x8000
 MNT_DETACH = 2
 SECCOMP_MODE_FILTER = 2
+WAIT_ALL = 0x40000000  # __WALL: also children that end without SIGCHLD
 SIOCSIFFLAGS = 0x8914
 SIOCOUTQ = 0x5411
 IFF_UP = 1
@@ -282,6 +286,15 @@ def signal_process(pid: int, number: int) -> None:
         return
 
 
+def collect(pid: int) -> bool:
+    """Collect a child if it has ended, whatever signal it ends with; return whether it is gone."""
+    try:
+        ended, _ = os.waitpid(pid, os.WNOHANG | WAIT_ALL)
+    except ChildProcessError:
+        return True
+    return ended == pid
+
+
 def kill_all_of(uid: int | None = None) -> None:
     """Kill every process of a user id; with None, those of our children's pid namespace.
 
@@ -296,6 +309,26 @@ def kill_all_of(uid: int | None = None) -> None:
         finally:
             os._exit(0)
     os.waitpid(killer, 0)
+
+
+def wait_readable(descriptor: int, seconds: float) -> bool:
+    """Wait until a descriptor of any number can be read or has ended; False after `seconds`."""
+    poller = select.poll()  # select() takes no descriptor above 1,023
+    poller.register(descriptor, select.POLLIN)
+    return bool(poller.poll(int(1000 * seconds)))
+
+
+def raise_descriptor_limit() -> int:
+    """Raise the soft limit of open files to the hard one, at most MAX_DESCRIPTORS; return it.
+
+    Programs that this process starts inherit it; a limit that is higher already stays.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return soft
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return wanted
 
 
 def lower_limit(kind: int, value: int) -> None:

@@ -12,7 +12,6 @@ The kernel knows all three by a user id that owns nothing on the host.
 
 import os
 import resource
-import select
 import signal
 import socket
 import time
@@ -26,6 +25,7 @@ INNER_ID = 1000  # user and group id in the user namespace
 OWN_PROCESSES = 2  # the holder and init, which count against the sandbox's limit
 START_SECONDS = 10.0
 KILL_SECONDS = 10.0
+RETRY_SECONDS = 0.0005
 MAX_MESSAGE_BYTES = 4096
 
 _NAMESPACES = (
@@ -48,7 +48,12 @@ class Mapping:
 
     def __init__(self) -> None:
         self._unshared_read, self._unshared_write = os.pipe()
-        self._mapped_read, self._mapped_write = os.pipe()
+        try:
+            self._mapped_read, self._mapped_write = os.pipe()
+        except OSError:
+            os.close(self._unshared_read)
+            os.close(self._unshared_write)
+            raise
 
     def descriptors(self) -> tuple[int, ...]:
         """Return the ends of both pipes."""
@@ -58,6 +63,11 @@ class Mapping:
             self._mapped_read,
             self._mapped_write,
         )
+
+    def close(self) -> None:
+        """Close both pipes, where no holder could be forked."""
+        for descriptor in self.descriptors():
+            os.close(descriptor)
 
     def wait(self) -> None:
         """Wait for the map, in the holder and after unshare."""
@@ -75,7 +85,7 @@ class Mapping:
         """
         os.close(self._unshared_write)
         try:
-            ready, _, _ = select.select([self._unshared_read], [], [], START_SECONDS)
+            ready = linux.wait_readable(self._unshared_read, START_SECONDS)
             if ready and os.read(self._unshared_read, 1):
                 if os.geteuid() != 0:
                     linux.write_file(f"/proc/{pid}/setgroups", b"deny")
@@ -112,6 +122,7 @@ class Tier:
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
         linux.drop_bounding_set()
         self._start_init()
+        self._renew_shared_ipc()  # init stays in the first namespace
         return os.open(f"{mounts.TREE}/workspace", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def _start_init(self) -> None:
@@ -229,12 +240,34 @@ class Tier:
         children without being asked.
         """
         deadline = time.monotonic() + KILL_SECONDS
-        while left := linux.children_of(self._init):
+        while left := linux.children_of(self._init) + self._unknown_children():
             if time.monotonic() > deadline:
                 return len(left)
             linux.kill_all_of()
-            time.sleep(0.0005)
+            self._kill_unknown_children()
+            time.sleep(RETRY_SECONDS)
+        self._renew_shared_ipc()
         return 0
+
+    def _renew_shared_ipc(self) -> None:
+        """Give the next commands a fresh IPC namespace; the last one's objects end with it.
+
+        System V segments and message queues live on without any process, charged to the sandbox.
+        """
+        linux.unshare(linux.CLONE_NEWIPC)
+
+    def _unknown_children(self) -> list[int]:
+        """Return the holder's children beside init; called while no command and session is left.
+
+        The filter refuses every call known to make one. One that exists all the same would outlive
+        its command, and init could not end before it was collected.
+        """
+        return [pid for pid in linux.children_of(os.getpid()) if pid != self._init]
+
+    def _kill_unknown_children(self) -> None:
+        for pid in self._unknown_children():
+            linux.signal_process(pid, signal.SIGKILL)
+            linux.collect(pid)
 
     def usage(self) -> tuple[int, int]:
         """Return the bytes and inodes of the workspace and /tmp."""
@@ -251,9 +284,15 @@ class Tier:
             os.close(source)
 
     def close(self) -> None:
-        """End init, and with it every process that is left."""
+        """End init, and with it every process that is left.
+
+        What is still there after KILL_SECONDS is left to the zygote, which inherits and kills it.
+        """
+        deadline = time.monotonic() + KILL_SECONDS
         self._lifeline.close()
-        os.waitpid(self._init, 0)
+        while not linux.collect(self._init) and time.monotonic() < deadline:
+            self._kill_unknown_children()
+            time.sleep(RETRY_SECONDS)
 
     def as_owner(self) -> "_NoChange":
         """Return a context in which files are made as the sandbox's user, which is so already."""

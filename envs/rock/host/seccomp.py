@@ -1,8 +1,10 @@
 """The system-call filter of every sandbox, as a classic BPF program for x86_64 and aarch64.
 
 It is a deny list: what a shell task needs stays allowed; what enlarges the kernel's attack surface
-(io_uring, bpf, unusual socket families, new user namespaces, keyrings, ...) fails with EPERM. Calls
-newer than this file fail with ENOSYS. A foreign architecture kills the process.
+(io_uring, bpf, unusual socket families, new user namespaces, keyrings, ...) fails with EPERM, and
+so does what leaves the tree of processes that is killed (a clone with CLONE_PARENT). Calls newer
+than this file fail with ENOSYS, and clone3, whose flags a filter cannot read, too: libraries then
+use clone. A foreign architecture kills the process.
 """
 
 import errno
@@ -105,6 +107,9 @@ _PRLIMIT = (302, 261)
 
 # CLONE_NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET
 NEW_NAMESPACES = 0x7E020000
+# It makes a child of the caller's parent: a command would get siblings outside init's tree.
+CLONE_PARENT = 0x00008000
+REFUSED_CLONE_FLAGS = NEW_NAMESPACES | CLONE_PARENT
 TIOCSTI = 0x5412
 TIOCLINUX = 0x541C
 AF_UNIX = 1
@@ -172,7 +177,7 @@ def build(architecture: str, *, network: bool, own_processes: bool = True) -> by
     program += [
         (_JUMP_EQUAL, 0, 4, _CLONE[column]),
         (_LOAD, 0, 0, _ARGUMENT_OFFSETS[0]),
-        (_JUMP_BITS, 0, 1, NEW_NAMESPACES),
+        (_JUMP_BITS, 0, 1, REFUSED_CLONE_FLAGS),
         _refuse(errno.EPERM),
         (_RETURN, 0, 0, ALLOW),
     ]

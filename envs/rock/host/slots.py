@@ -69,10 +69,21 @@ class Slot:
         os.pwrite(self._lock, json.dumps(record).encode().ljust(RECORD_BYTES), 0)
 
     def read_record(self) -> None:
-        """Read what a dead zygote wrote down."""
-        record = json.loads(os.pread(self._lock, RECORD_BYTES, 0) or "{}")
-        self.cgroups = record.get("cgroups", [])
-        self.fenced = record.get("fenced", False)
+        """Read what a dead zygote wrote down; look for traces if that is damaged.
+
+        A disk that is full when the machine dies leaves records cut short or empty.
+        """
+        try:
+            record = json.loads(os.pread(self._lock, RECORD_BYTES, 0))
+            self.cgroups = list(record["cgroups"])
+            self.fenced = bool(record["fenced"])
+        except (ValueError, TypeError, KeyError):
+            self.cgroups = cgroups.find_abandoned(self.number)
+            self.fenced = os.path.isdir(self.directory)
+
+    def let_go(self) -> None:
+        """Unlock the slot and keep its record for the next one who claims it."""
+        os.close(self._lock)
 
     def clean(self) -> bool:
         """End the sandbox and remove what it had; False while something still holds a part."""
@@ -137,15 +148,16 @@ def claim(base: str, number: int) -> Slot | None:
 def sweep(base: str) -> None:
     """Clean up after zygotes that were killed."""
     for name in os.listdir(base):
-        prefix, _, kind = name.partition(".")
-        if kind.endswith("snapshot") and (slot := claim(base, int(prefix))):
+        number, _, kind = name.partition(".")
+        is_snapshot = number.isdecimal() and kind.endswith(".snapshot")
+        if is_snapshot and (slot := claim(base, int(number))):
             remove_tree(f"{base}/{name}")
-            slot.clean()
+            slot.let_go()
     for name in os.listdir(base):
-        if not name.endswith(".lock"):
+        number = name.removesuffix(".lock")
+        if number == name or not number.isdecimal():
             continue
-        number = int(name.removesuffix(".lock"))
-        slot = _lock_slot(base, number, os.O_RDWR | os.O_CLOEXEC)
+        slot = _lock_slot(base, int(number), os.O_RDWR | os.O_CLOEXEC)
         if slot is None:
             continue  # its owner lives
         slot.read_record()

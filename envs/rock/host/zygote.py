@@ -8,9 +8,11 @@ The zygote also makes and removes what lies outside a sandbox (cgroups, director
 runs under), and when it starts it cleans up after zygotes that were killed.
 """
 
+import errno
 import gc
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -22,8 +24,8 @@ from .holder import Holder
 from .messages import receive, send
 from .slots import REMOVE_SECONDS, RETRY_SECONDS, Slot, Snapshot
 
-MAX_DESCRIPTORS = 4096
 COPY_BYTES = 1 << 24
+DESCRIPTORS_EACH = 3  # of this process for a sandbox: its lock, its channel, its holder
 
 
 class _Living:
@@ -88,18 +90,23 @@ class Zygote:
         data, descriptors = receive(self._control)
         if not data:
             return False
+        if not descriptors:  # this process had no free one: the manager finds the channel closed
+            return True
         channel = socket.socket(fileno=descriptors[0])
         try:
             request = json.loads(data)
             getattr(self, f"_{request.pop('op')}")(request, channel)
         except OSError as error:
-            send(channel, {"id": 0, "error": str(error)})
+            send(channel, {"id": 0, "error": _explain(error)})
             channel.close()
         return True
 
     def _make_snapshot(self, request: dict, channel: socket.socket) -> None:
         """Make a directory for a copy of one sandbox's files, which its holder will fill."""
-        slot = self._find_slot(request["of"])
+        living = self._find_living(request["of"])
+        if living is None:
+            raise OSError(f"there is no sandbox {request['of']}")
+        slot = living.slot
         self._made += 1
         path = f"{self._base}/{slot.owner.number}.{self._made}.snapshot"
         slots.remove_tree(path)
@@ -110,11 +117,18 @@ class Zygote:
         send(channel, {"id": 0, "path": path})
         channel.close()
 
-    def _find_slot(self, number: int) -> Slot:
+    def _kill_holder(self, request: dict, channel: socket.socket) -> None:
+        """Kill a holder that does not end by itself; what it ran is killed in `_clean_up`."""
+        if living := self._find_living(request["of"]):
+            os.kill(living.pid, signal.SIGKILL)
+        send(channel, {"id": 0})
+        channel.close()
+
+    def _find_living(self, slot: int) -> _Living | None:
         for living in self._living.values():
-            if living.slot.number == number:
-                return living.slot
-        raise OSError(f"there is no sandbox {number}")
+            if living.slot.number == slot:
+                return living
+        return None
 
     def _forget_snapshot(self, request: dict, channel: socket.socket) -> None:
         if snapshot := self._snapshots.pop(request["path"], None):
@@ -129,13 +143,17 @@ class Zygote:
                 f"the snapshot {spec['snapshot']} was deleted, or belongs to another process"
             )
         slot = self._claim_free_slot()
+        mapping = None
         try:
             self._prepare_slot(slot, spec)
             spec |= self._describe(slot)
             slot.record()
-            mapping = namespaces.Mapping() if spec["tier"] == "namespaces" else None
+            if spec["tier"] == "namespaces":
+                mapping = namespaces.Mapping()
             pid = os.fork()
         except OSError:
+            if mapping:
+                mapping.close()
             slot.clean()
             raise
         if pid == 0:
@@ -149,7 +167,7 @@ class Zygote:
     def _prepare_slot(self, slot: Slot, spec: dict) -> None:
         """Make what a sandbox has outside itself."""
         if self._place:
-            name = f"rock-{slot.number}-{os.getpid()}"
+            name = cgroups.group_name(slot.number, os.getpid())
             slot.cgroups = cgroups.create(
                 self._place, name, spec["memory_bytes"], spec["pids"], spec["cpus"]
             )
@@ -207,8 +225,7 @@ class Zygote:
             linux.signal_process(orphan, signal.SIGKILL)
         remaining = 0
         for orphan in orphans:
-            ended, _ = os.waitpid(orphan, os.WNOHANG)
-            if not ended:
+            if not linux.collect(orphan):
                 remaining += 1
         return remaining > 0
 
@@ -256,10 +273,24 @@ def execute_only(program: str) -> int:
     return descriptor
 
 
+def _explain(error: OSError) -> str:
+    """Return what failed; with the remedy, where this process has too many files open."""
+    if error.errno != errno.EMFILE:
+        return str(error)
+    open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (
+        f"{error}: {open_files} open files are the hard limit, and each sandbox takes"
+        f" {DESCRIPTORS_EACH}; raise it (ulimit -Hn) or run fewer sandboxes in one process"
+    )
+
+
 def _run_holder(channel: socket.socket, spec: dict) -> None:
     """Run a forked holder; never returns."""
     try:
         _close_others(channel, spec)
+        # For the commands, which inherit it: the kernel's memory killer must not take the trainer,
+        # the machine's largest process, first. With CAP_SYS_RESOURCE they cannot lower it again.
+        linux.write_file("/proc/self/oom_score_adj", b"1000")
         tier = namespaces.Tier if spec["tier"] == "namespaces" else fenced.Tier
         try:
             holder = Holder(channel, spec, tier)
@@ -290,7 +321,8 @@ def _close_others(channel: socket.socket, spec: dict) -> None:
     for descriptor in sorted(kept):
         os.closerange(low, descriptor)
         low = descriptor + 1
-    os.closerange(low, MAX_DESCRIPTORS)
+    open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.closerange(low, open_files)
 
 
 def main(control_fd: int, manager: int) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 from typing import Any
 
-from envs.rock.backend import Job, Session, reason_not_executable, refused_result
+from envs.rock.backend import Job, Session, choose_timeout, reason_not_executable, refused_result
 from envs.rock.config import CommandResult
 from envs.rock.errors import SandboxClosedError, SandboxError
 from envs.rock.remote.calls import ROUND_SECONDS, Calls, now, retry_until
@@ -77,7 +77,7 @@ class RemoteSession(Session):
         reason = reason_not_executable(command)
         if reason:
             return refused_result(reason)
-        seconds = self._default_timeout if timeout is None else timeout
+        seconds = choose_timeout(timeout, self._default_timeout)
         request: dict[str, Any] = {
             "session": self._name,
             "command": command.encode(errors="replace").decode(),

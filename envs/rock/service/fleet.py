@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from envs.rock.config import SandboxConfig
 from envs.rock.errors import SandboxError
+from envs.rock.host.linux import raise_descriptor_limit
 from envs.rock.wire.client import Pipe, retry_for
 from envs.rock.wire.operations import MAX_WAIT_SECONDS
 
@@ -64,7 +65,7 @@ def machine_resources(
     if not cpus:
         cpus = CPU_OVERCOMMIT * len(os.sched_getaffinity(0))
     if not sandboxes:
-        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        descriptors = raise_descriptor_limit()
         sandboxes = max(1, min(MAX_SANDBOXES, (descriptors - 200) // DESCRIPTORS_EACH))
     return Resources(
         memory_mb or int(MEMORY_SHARE * _free_memory_kib() / 1024),

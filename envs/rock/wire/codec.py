@@ -6,10 +6,17 @@ The other end is not trusted: a response of the wrong shape raises SandboxError.
 from dataclasses import asdict
 from typing import Any
 
-from envs.rock.config import CommandResult, FileEntry, SandboxConfig, SandboxStatus
+from envs.rock.backend import check_listed_path
+from envs.rock.config import (
+    FILE_KINDS,
+    MAX_SECONDS,
+    CommandResult,
+    FileEntry,
+    SandboxConfig,
+    SandboxStatus,
+)
 from envs.rock.errors import SandboxError
 from envs.rock.wire.fields import Field, check
-from envs.rock.wire.operations import MAX_SECONDS
 
 # members of SandboxConfig that a request may set; the others stay with the caller
 CONFIG = {
@@ -121,7 +128,11 @@ def status_from_json(body: Any) -> SandboxStatus:
 
 
 def entries_from_json(body: Any) -> list[FileEntry]:
-    """Return the files that a response lists; SandboxError if it lists none."""
+    """Return the files that a response lists.
+
+    Raises:
+      SandboxError: it lists none, or (SandboxFileError) a path leaves the listed directory.
+    """
     try:
         return [_entry(fields) for fields in body["entries"]]
     except (KeyError, TypeError) as error:
@@ -132,6 +143,7 @@ def _entry(fields: Any) -> FileEntry:
     entry = FileEntry(*fields)
     has_texts = isinstance(entry.path, str) and isinstance(entry.kind, str)
     has_numbers = type(entry.size) is int and type(entry.mode) is int
-    if not has_texts or not has_numbers:
+    if not has_texts or not has_numbers or entry.size < 0 or entry.kind not in FILE_KINDS:
         raise TypeError(f"{entry!r} is not a file entry")
+    check_listed_path(entry.path)
     return entry

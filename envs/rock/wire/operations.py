@@ -10,7 +10,7 @@ connection costs nothing and never runs a command twice.
 
 from typing import Literal, NamedTuple
 
-from envs.rock.config import SandboxStatus
+from envs.rock.config import MAX_SECONDS, SandboxStatus
 from envs.rock.wire.fields import Field
 
 # paths of the four groups of operations
@@ -22,7 +22,6 @@ TEMPLATE = "/apis/envs/template/v1/"
 MAX_JSON_BYTES = 8 << 20
 MAX_FILES_BYTES = 64 << 20  # of one verifier, all files together
 MAX_WAIT_SECONDS = 30.0  # that one request may be held open
-MAX_SECONDS = 7 * 24 * 3600.0
 GRACE_SECONDS = 30.0  # beyond the time that was asked for, until a response counts as lost
 WORKER_USER = "worker"  # the user name whose token the admin and its workers share
 

@@ -207,8 +207,9 @@ class TerminalEnv(ShellEnv):
     async def _verify(self, info: Info) -> StepResult:
         """Run the verifier and end the episode with its reward.
 
-        The agent made the files that the verifier reads, so a verifier that does not end counts as
-        the agent's failure, not as one of the infrastructure.
+        The agent made the files that the verifier reads and that fill the sandbox's memory, so a
+        verifier that does not end, or lacks memory, counts as the agent's failure, not as one of
+        the infrastructure.
         """
         verdict = await self._sandbox.verify(self.task.verifier, timeout=VERIFIER_TIMEOUT_SECONDS)
         if verdict.timed_out:
@@ -221,6 +222,9 @@ class TerminalEnv(ShellEnv):
             if self.task.runs_agent_code:
                 # A program of the agent's that kills its grader must not hide the failure.
                 note = f"{error}; what the agent wrote ran inside it"
+                return await self._end("failure", info, note=note)
+            if "memory" in verdict.limits_hit:
+                note = f"{error}; it or what it ran was killed: the sandbox's memory was full"
                 return await self._end("failure", info, note=note)
             note = f"{error} (exit {verdict.exit_code}, stderr {verdict.stderr[-200:]!r})"
             return await self._end("infra_verifier", info, note=note)

@@ -27,7 +27,7 @@ from envs.rock import (
     sync,
 )
 from envs.rock.embedded import zygote_client
-from envs.rock.host import cgroups
+from envs.rock.host import cgroups, linux
 from tests.paths import ROOT
 
 REPOSITORY = str(ROOT)
@@ -283,6 +283,41 @@ def test_a_sandbox_whose_holder_is_killed_says_so():
 
     children = asyncio.run(work())
     assert _eventually(lambda: not any(map(_alive, children)))
+
+
+@pytest.mark.parametrize("tier", ["namespaces", "landlock"])
+@pytest.mark.parametrize("command", ["true", "sleep 1000"])
+def test_a_holder_that_is_stuck_is_killed_and_nothing_is_left(tier, command, monkeypatch):
+    monkeypatch.setattr("envs.rock.embedded.channel.STOP_SECONDS", 0.5)
+
+    async def work():
+        sandbox = Sandbox(_config(tier))
+        sibling = Sandbox(_config(tier))
+        await sandbox.start()
+        (holder,) = linux.children_of(_zygote_pid())
+        await sibling.start()
+        running = await sandbox.spawn(command)
+        await asyncio.sleep(0.2)
+        processes = _descendants(holder)
+        os.kill(holder, signal.SIGSTOP)
+        await sandbox.stop()
+        with pytest.raises(SandboxClosedError):
+            await running.wait()
+            await sandbox.execute("true")
+        left = [pid for pid in [holder, *processes] if _alive(pid)]
+        groups = len(_groups())
+        alive = (await sibling.execute("echo alive")).stdout
+        await sibling.stop()
+        return left, alive, groups
+
+    groups_of_one = asyncio.run(_count_groups_of_one(tier))
+    assert asyncio.run(asyncio.wait_for(work(), 60)) == ([], "alive\n", groups_of_one)
+    assert not _descendants(_zygote_pid()) and not _groups()
+
+
+async def _count_groups_of_one(tier: str) -> int:
+    async with Sandbox(_config(tier)):
+        return len(_groups())
 
 
 def test_loops_in_many_threads_share_one_zygote():

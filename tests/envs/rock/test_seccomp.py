@@ -92,6 +92,13 @@ def test_no_clone_makes_a_namespace(call, flag):
     )
 
 
+def test_no_clone_makes_a_child_of_another_parent(call):
+    """Threads and forks pass; clone3, whose flags lie in memory, does not exist."""
+    for others in (0, 0x11, 0x4111, 0x3D0F00, 1 << 40):
+        assert call("clone", 0x8000 | others) == refused(errno.EPERM)
+    assert call(435) == refused(errno.ENOSYS)
+
+
 def test_socket_families_are_a_short_list(call):
     assert [family for family in range(60) if call("socket", family) == seccomp.ALLOW] == [1, 2, 10]
     assert [

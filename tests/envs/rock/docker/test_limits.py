@@ -118,6 +118,7 @@ def test_the_system_call_filter_refuses_what_the_embedded_one_refuses(inside):
     calls = [
         ("unshare", "0x10000000"),
         ("clone", "0x10000011,0,0,0,0"),
+        ("clone", "0x8011,0,0,0,0"),
         ("bpf", "0,0,0"),
         ("io_uring", "1,0"),
         ("keyctl", "0,-3,0"),

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from envs.gem import format_tool_call, make
-from envs.rock import SandboxConfig, SandboxError
+from envs.rock import SandboxConfig, SandboxError, probe
 from envs.tasks.terminal import make_task
 from envs.tasks.terminal.env import MAX_COMMAND_BYTES, TerminalEnv, read_command, trim
 from envs.tasks.terminal.reward import VerifierError, parse_reward
@@ -247,6 +247,32 @@ def test_no_command_turns_a_failure_into_infrastructure(command):
     if not terminated:
         _, reward, _, _, info = env.step("done")
         assert reward == 0.0
+    assert info["ending"] == "failure", info
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "cat /dev/zero > big",
+        "cat /dev/zero > /dev/shm/a; cat /dev/zero > /tmp/b",
+        "for i in $(seq 64); do head -c 1M /dev/zero > $i; done",
+    ],
+)
+@pytest.mark.parametrize("verifier", [None, "x=$(head -c 9M /dev/zero | tr '\\0' x); echo $x"])
+def test_memory_filled_with_files_that_starves_the_verifier_is_a_failure(command, verifier):
+    config = dataclasses.replace(CONFIG, memory_mb=24, disk_mb=23)
+    task = make_task("count", 3)
+    if verifier:
+        task = dataclasses.replace(task, verifier=verifier)
+    env = TerminalEnv(task, config, command_timeout=3.0)
+    if "memory" not in probe().guarantees:
+        pytest.skip("memory is not limited here")
+    env.reset()
+    _, _, terminated, _, info = env.step(bash(command))
+    if not terminated:
+        _, reward, _, _, info = env.step("done")
+        assert reward == 0.0
+    env.close()
     assert info["ending"] == "failure", info
 
 

@@ -1,0 +1,103 @@
+"""Hostile commands: no process leaves the tree that is killed, and none delays a sandbox's end."""
+
+import asyncio
+import time
+
+import pytest
+
+from envs.rock import Sandbox
+from envs.rock.embedded import zygote_client
+from tests.hostile.sandboxes import execute, inside, make_config, python
+
+SECRET = "the-expected-answer-4711"
+
+# A child of the caller's parent; flags are written as for a fork, with SIGCHLD or with no signal.
+SIBLING = """
+import ctypes, os, platform, sys, time
+number = {{"x86_64": 56, "aarch64": 220}}[platform.machine()]
+libc = ctypes.CDLL(None, use_errno=True)
+pid = libc.syscall(number, ctypes.c_ulong({flags}), 0, 0, 0, 0)
+if pid < 0:
+    print("refused", ctypes.get_errno(), flush=True)
+    os._exit(0)
+if pid:
+    print("cloned", flush=True)
+    os._exit(0)
+{deed}
+"""
+SLEEP = "time.sleep(600)"
+SPY = """
+import glob
+end = time.monotonic() + 20
+while time.monotonic() < end:
+    for path in glob.glob("/proc/[0-9]*/root/run/verifier/key"):
+        try: open("/workspace/loot", "w").write(open(path).read())
+        except OSError: pass
+"""
+FLAGS = [0x8011, 0x8000, 0x8000 | 0x4111]  # CLONE_PARENT with SIGCHLD, no signal, VM and VFORK
+
+
+@pytest.fixture
+def unfiltered(monkeypatch):
+    """A zygote whose system-call filter lets every clone pass, as if a new way were found."""
+    zygote_client.shut_down()
+    boot = zygote_client._BOOT
+    open_filter = "from host import seccomp; seccomp.REFUSED_CLONE_FLAGS = 0; zygote.main"
+    monkeypatch.setattr(zygote_client, "_BOOT", boot.replace("zygote.main", open_filter))
+    yield
+    zygote_client.shut_down()
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_no_child_of_another_parent_can_be_made(tier, flags):
+    program = SIBLING.format(flags=flags, deed=SLEEP)
+    result = execute(make_config(tier), f"exec {python(program)}")
+    assert result.stdout == "refused 1\n"
+
+
+@pytest.mark.parametrize("flags", FLAGS[:2])
+def test_a_child_of_another_parent_dies_with_its_command(unfiltered, flags):
+    program = SIBLING.format(flags=flags, deed=SLEEP)
+
+    async def work(sandbox):
+        result = await sandbox.execute(f"exec {python(program)}")
+        return result, await sandbox.execute("cat /proc/[0-9]*/comm")
+
+    result, after = inside(make_config("namespaces"), work)
+    assert result.stdout == "cloned\n" and "python" not in after.stdout
+
+
+def test_a_child_of_another_parent_never_sees_a_verifier(unfiltered):
+    program = SIBLING.format(flags=FLAGS[0], deed=SPY)
+
+    async def work(sandbox):
+        await sandbox.execute(f"exec {python(program)}")
+        verified = await sandbox.verify(
+            "sleep 0.3; cat $VERIFIER_FILES/key", files={"key": SECRET.encode()}
+        )
+        return verified.stdout, (await sandbox.execute("cat loot")).stdout
+
+    assert inside(make_config("namespaces"), work) == (SECRET, "")
+
+
+@pytest.mark.parametrize("place", ["execute", "session", "running"])
+def test_a_child_of_another_parent_cannot_hang_the_stop(unfiltered, place):
+    program = python(SIBLING.format(flags=FLAGS[0], deed=SLEEP))
+
+    async def work():
+        sandbox = Sandbox(make_config("namespaces"))
+        await sandbox.start()
+        if place == "session":
+            session = await sandbox.create_session()
+            await session.run(f"({program}); exec {program}", timeout=5)
+        elif place == "running":
+            await sandbox.spawn(f"({program}); {program} & sleep 60")
+            await asyncio.sleep(0.5)
+        else:
+            await sandbox.execute(f"exec {program}")
+        began = time.monotonic()
+        await sandbox.stop()
+        return time.monotonic() - began
+
+    # A hang takes the 30 s that the manager waits for an answer.
+    assert asyncio.run(asyncio.wait_for(work(), 60)) < 15
