@@ -76,7 +76,12 @@ class TrainingStage:
     The constructor builds the learner and raises what is wrong with the config before anything is
     started. `train` does the rest. A kind of training must define `collect` and `write_evaluation`;
     the other hooks do nothing unless they are overridden.
+
+    Attributes:
+      publishes: whether `publish` sends weights to engines at every step.
     """
+
+    publishes = False
 
     def __init__(self, context: StageContext) -> None:
         self.config = context.config
@@ -201,6 +206,7 @@ class TrainingStage:
             check=self.check,
             should_stop=self.team.should_stop,
             team=self.team,
+            publishes=self.publishes,
         )
 
     def _initial_state(self, init_directory: pathlib.Path | None) -> TrainState:
@@ -375,4 +381,5 @@ def make_learner(
         temperature,
         kernels,
         config.learner.offload_moments,
+        config.skip_nonfinite_updates,
     )
