@@ -28,7 +28,7 @@ _CONFIG = config_flags.DEFINE_config_file(
     "An experiment file, with :PRESET after it where it has several.",
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", "", "Directory of the run. Default: runs/EXPERIMENT-PRESET-HASH OF THE CONFIG."
+    "workdir", "", "Directory of the run. Default: runs/EXPERIMENT-PRESET-HASH OF WHAT IS LEARNT."
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", "", "HOST:PORT of process 0, where several processes are started by hand."
@@ -74,10 +74,11 @@ def main(argv: list[str]) -> int:
 
     keep_freed_memory()  # before JAX starts its threads
     apply_flags()
+    from rome.stages.config import key_rules
     from rome.stages.experiment import run, start_team
 
     config = _CONFIG.value
-    workdir = pathlib.Path(_WORKDIR.value or default_workdir(config))
+    workdir = pathlib.Path(_WORKDIR.value or default_workdir(config, key_rules(config)))
     team = start_team(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, stop)
     stop.listen()  # jax.distributed has replaced our handlers
     try:

@@ -46,6 +46,7 @@ from rome.train.report import (
 from rome.train.state import TrainState, make_optimizer
 from rome.train.step import Learner
 from rome.train.team import Team
+from rome.train.workdir import mark_complete, read_changes
 from rome.version import describe
 
 
@@ -295,6 +296,7 @@ class TrainingStage:
             "wall_seconds": round(self.seconds(), 1),
             "isolation": self._isolation,
             "version": describe(),
+            "config_changes": read_changes(self.workdir),
             "evals": [*self._earlier_evals, *self.evals],
             "accounting": accounting.to_json(),
         }
@@ -313,6 +315,7 @@ class TrainingStage:
             self.tokenizer.save(partial)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
+            mark_complete(self.workdir, self.config)
 
         self.team.share("final", finish)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import ml_collections
 
@@ -12,7 +13,7 @@ from envs.rock import SandboxError
 from rome.engine.client import EngineError
 from rome.rollout.player import RolloutError, Stopped
 from rome.stages.base import StageContext, TrainingStage
-from rome.stages.config import check_config, init_config, sandbox_config
+from rome.stages.config import check_config, init_config, key_rules, sandbox_config
 from rome.stages.cpt import CPTStage
 from rome.stages.isolation import find_isolation
 from rome.stages.rl import RLStage
@@ -24,7 +25,7 @@ from rome.train.distributed import DistributedError, choose, start
 from rome.train.plots import plot_curves
 from rome.train.report import Evaluation, before_and_after, print_table, read_report
 from rome.train.team import LeaderError, Team
-from rome.train.workdir import ConfigError, claim_workdir, default_workdir
+from rome.train.workdir import ConfigError, claim_workdir, config_digest, is_complete
 
 STAGES: dict[str, type[TrainingStage]] = {"cpt": CPTStage, "sft": SFTStage}  # by loss; else RLStage
 # Errors that every process raises as the leader did.
@@ -85,10 +86,16 @@ def run_stages(
       False where the user stopped it.
     """
     check_config(config)
-    team.require_same("config", str(default_workdir(config)))  # a hash of it
-    if team.share(f"workdir {workdir}", lambda: open_workdir(workdir, config)):
+    team.require_same("config", config_digest(config))
+    opened = team.share(f"workdir {workdir}", lambda: open_workdir(workdir, config))
+    changed = ", ".join(opened["changes"])
+    if opened["is_complete"]:
         _say(team, f"{config.experiment} in {workdir} is complete")
+        if changed:
+            _say(team, f"it ran before this change: {changed}; give another --workdir to run anew")
         return True
+    if changed:
+        _say(team, f"{config.experiment} in {workdir} goes on with {changed}")
     start = pathlib.Path(config.init_from) if config.init_from else None
     earlier_evals: list[Evaluation] = []
     if start is not None and start.suffix == ".py":
@@ -112,10 +119,11 @@ def run_stages(
             return False
 
 
-def open_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> bool:
-    """Claim a workdir for a config; return whether its run is complete."""
-    claim_workdir(workdir, config)
-    return (workdir / "final").exists()
+def open_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Claim a workdir for a config; return whether its run is complete, and what was changed."""
+    changes = claim_workdir(workdir, config, key_rules(config))
+    texts = [f"{change['key']} {change['before']!r} -> {change['after']!r}" for change in changes]
+    return {"is_complete": is_complete(workdir, config), "changes": texts}
 
 
 def make_display(config: ml_collections.ConfigDict, team: Team) -> Display:

@@ -210,7 +210,7 @@ def run_stage(
                 result = evaluate()
                 if stage.should_end_early(result):
                     last_step = step
-        if step == last_step and evaluated_step != step:
+        if step >= last_step and evaluated_step != step:
             evaluate()
         write_metrics()
     except TrainingAlarm as error:
@@ -229,7 +229,7 @@ def run_stage(
         if step > 0 and not is_harmed and is_whole:
             save()
         checkpoints.wait()
-    return state, step == last_step
+    return state, step >= last_step  # beyond it where a resumed run was given fewer steps
 
 
 def where_to_resume(checkpoints: Checkpoints) -> str:
@@ -238,7 +238,10 @@ def where_to_resume(checkpoints: Checkpoints) -> str:
     if good_step is None:
         return "no checkpoint was saved before it, so the same command starts the stage anew"
     path = checkpoints.directory / str(good_step)
-    return f"checkpoint {path} is good, and the same command goes on from it"
+    return (
+        f"checkpoint {path} is good, and the same command goes on from it (where its next step"
+        " fails again, delete it to go on from the one before)"
+    )
 
 
 def add_effective_samples(metrics: dict[str, float]) -> None:
