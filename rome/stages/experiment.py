@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from rome.train.alarms import TrainingAlarm
 from rome.train.checkpoint import CheckpointError
 from rome.train.display import Display
 from rome.train.distributed import DistributedError, choose, start
+from rome.train.ownership import Ownership
 from rome.train.plots import plot_curves
 from rome.train.report import Evaluation, before_and_after, print_table, read_report
 from rome.train.team import LeaderError, Team
@@ -87,6 +89,15 @@ def run_stages(
     """
     check_config(config)
     team.require_same("config", config_digest(config))
+    ownership, _ = team.share_part(f"owner of {workdir}", lambda: (Ownership(workdir), None))
+    with ownership or contextlib.nullcontext():  # only the leader's
+        return _run_owned(config, workdir, isolation, team)
+
+
+def _run_owned(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, isolation: str, team: Team
+) -> bool:
+    """Do what run_stages promises, in a workdir that is ours alone."""
     opened = team.share(f"workdir {workdir}", lambda: open_workdir(workdir, config))
     changed = ", ".join(opened["changes"])
     if opened["is_complete"]:
