@@ -153,7 +153,10 @@ def show_result(workdir: pathlib.Path) -> None:
     report = read_report(workdir)
     before, after = before_and_after(report["evals"])
     print_table(before, after)
-    curves = " ".join(os.path.relpath(path) for path in plot_curves(workdir))
+    try:
+        curves = " ".join(os.path.relpath(path) for path in plot_curves(workdir))
+    except Exception as error:  # the run is complete without pictures
+        curves = f"none ({type(error).__name__}: {error})"
     steps = report["steps"]
     minutes = report["wall_seconds"] / 60
     print(f"{steps} steps in {minutes:.1f} min, isolation: {report['isolation']}")

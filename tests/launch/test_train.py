@@ -355,6 +355,28 @@ def test_a_run_that_diverged_goes_on_from_its_last_good_checkpoint_as_its_messag
     assert [entry["step"] for entry in report(workdir)["evals"]][-1] == 9
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_whose_output_nobody_reads_any_more_is_saved_when_it_is_stopped(tmp_path, number):
+    flags = ["--config=experiments/cpt.py:smoke", "--config.steps=400"]
+    process = subprocess.Popen(
+        command([*flags, "--config.checkpoint_every=1000"], tmp_path / "run"),
+        cwd=ROOT,
+        env=user_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    process.stdout.readline()
+    process.stdout.close()  # as tee does when Ctrl-C ends it first
+    ends = time.monotonic() + 240
+    while len(metrics(tmp_path / "run")) < 2 and time.monotonic() < ends:
+        time.sleep(0.05)
+    process.send_signal(number)
+    process.send_signal(number)  # as make forwards it
+    assert process.wait(timeout=120) == 130
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert int(checkpoint.name) == metrics(tmp_path / "run")[-1]["step"] >= 2
+
+
 def test_text_that_changed_under_a_checkpoint_is_refused_in_one_line(tmp_path):
     for number in range(30):
         (tmp_path / f"{number}.txt").write_text(f"document {number}" + " with words" * number)

@@ -79,6 +79,17 @@ def test_the_display_knows_whether_a_stage_may_end_early(name, preset, may_end_e
     assert (display.total_steps, display.evaluate_every) == (config.steps, config.eval_every)
 
 
+def test_a_run_whose_curves_cannot_be_drawn_has_its_result(tmp_path, monkeypatch, capsys):
+    def fail(workdir):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(experiment, "plot_curves", fail)
+    evals = [EvalResult.from_tasks("ipa", step, []) for step in (0, 3)]
+    write_report(tmp_path, {"evals": evals, "steps": 3, "wall_seconds": 6.0, "isolation": "none"})
+    experiment.show_result(tmp_path)
+    assert "curves: none (OSError: [Errno 28] No space left" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("place", ["run", "run/init"])
 def test_a_workdir_that_another_run_owns_is_refused_its_start_included(tmp_path, trained, place):
     with Ownership(tmp_path / place), pytest.raises(ConfigError, match=f"{os.getpid()} on"):
