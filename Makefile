@@ -21,6 +21,8 @@ PYTHON =
 ACCELERATOR =
 SETUP = PYTHON='$(PYTHON)' ACCELERATOR='$(ACCELERATOR)' bash launch/setup.sh
 DEV = requirements.txt requirements-dev.txt
+# A worker takes up to 3 GB. Tests of one file stay together: they share processes and compiled programs.
+PARALLEL = --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 .PHONY: help train check format test test-all docs sglang clean
 
@@ -45,11 +47,11 @@ format:
 
 test:
 	@$(SETUP) $(DEV)
-	@exec .venv/bin/python -m pytest $(ARGS)
+	@exec .venv/bin/python -m pytest $(PARALLEL) $(ARGS)
 
 test-all:
 	@$(SETUP) $(DEV) tests/requirements-live.txt
-	@exec .venv/bin/python -m pytest -m "slow or not slow" --cov --cov-report=term $(ARGS)
+	@exec .venv/bin/python -m pytest $(PARALLEL) -m "slow or not slow" --cov --cov-report=term $(ARGS)
 
 docs:
 	@$(SETUP) requirements.txt requirements-docs.txt

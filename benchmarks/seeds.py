@@ -1,11 +1,11 @@
-r"""Did training help on every seed, and did any family get worse?
+r"""Compare several seeds of one experiment: does training help on each, does any family get worse.
 
 python -m benchmarks.seeds runs/seed0 runs/seed1 runs/seed2 --json seeds.json
 
 Reads each run's report.json and evals/, compares the first with the last evaluation of the stage
 trained last. By family, the same task before and after makes a pair (pooled over seeds); the pairs
 that changed are tested by McNemar's exact test, two-sided, and Holm's method corrects over the
-families. The figures are success in percent and gains in points.
+families. Success is in percent, gains are in points.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ from rome.files import write_atomically
 from rome.train.report import before_and_after, read_outcomes, read_report
 
 LEVEL = 0.05
-FEWEST_PAIRS = 50  # fewer in a family say little: a loss of ten points would pass unseen
+MIN_PAIRS = 50  # fewer in a family say little: a loss of ten points would pass unseen
 
 
 def mcnemar(better: int, worse: int) -> float:
-    """Two-sided exact p of `better` pairs that went from failure to success and `worse` the other
-    way; unchanged pairs do not count.
+    """Return the two-sided exact p-value of McNemar's test.
+
+    Args:
+      better: pairs that went from failure to success.
+      worse: pairs that went from success to failure. Unchanged pairs do not count.
     """
     changed = better + worse
     tail = sum(math.comb(changed, k) for k in range(min(better, worse) + 1))
@@ -38,19 +41,23 @@ def mcnemar(better: int, worse: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values in the order given: below a level together with no more than that chance of
-    any false alarm.
+    """Return Holm's adjusted p-values, in the order given.
+
+    Those below a level have together no more than that chance of a false alarm.
     """
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
+    adjusted = [0.0] * len(p_values)
+    largest = 0.0
+    by_size = sorted(range(len(p_values)), key=lambda place: p_values[place])
+    for rank, place in enumerate(by_size):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
         adjusted[place] = largest
     return adjusted
 
 
 def read_run(directory: pathlib.Path | str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The run's own gain, and its pairs: {family, unseen_family, before, after} of each task that
-    both evaluations have.
+    """Return the run's gain, and a pair for each task of its first and last evaluation.
+
+    Raises ValueError where the run has one evaluation only, or the two have other tasks.
     """
     report = read_report(directory)
     before, after = before_and_after(report["evals"])
@@ -94,9 +101,7 @@ def read_run(directory: pathlib.Path | str) -> tuple[dict[str, Any], list[dict[s
 
 
 def compare(directories: Iterable[pathlib.Path | str]) -> dict[str, Any]:
-    """What --json writes: seeds, families (with p and p_holm), smallest_gain, significantly_worse,
-    too_few_pairs.
-    """
+    """Return what --json writes: gains by seed, and tests by family with p and p_holm."""
     runs = [read_run(directory) for directory in directories]
     seeds = [seed for seed, _ in runs]
     numbers = [seed["seed"] for seed in seeds]
@@ -133,13 +138,12 @@ def compare(directories: Iterable[pathlib.Path | str]) -> dict[str, Any]:
         "significantly_worse": [
             family["family"] for family in families if family["significantly_worse"]
         ],
-        "too_few_pairs": [
-            family["family"] for family in families if family["pairs"] < FEWEST_PAIRS
-        ],
+        "too_few_pairs": [family["family"] for family in families if family["pairs"] < MIN_PAIRS],
     }
 
 
 def print_comparison(result: dict[str, Any], console: Console) -> None:
+    """Print the two tables and the verdicts."""
     seeds = Table(title="Held-out success by seed, %", title_justify="left", title_style="bold")
     for name in ("run", "seed", "before", "after", "gain"):
         seeds.add_column(name, justify="left" if name == "run" else "right")
@@ -157,16 +161,13 @@ def print_comparison(result: dict[str, Any], console: Console) -> None:
     for name in ("family", "pairs", "before", "after", "better", "worse", "p (Holm)"):
         families.add_column(name, justify="left" if name == "family" else "right")
     for family in result["families"]:
-        name, rates = (
-            family["family"] + "*" * family["unseen_family"],
-            (f"{family['before']:.0f}", f"{family['after']:.0f}"),
-        )
-        counts = str(family["better"]), str(family["worse"])
         families.add_row(
-            name,
+            family["family"] + "*" * family["unseen_family"],
             str(family["pairs"]),
-            *rates,
-            *counts,
+            f"{family['before']:.0f}",
+            f"{family['after']:.0f}",
+            str(family["better"]),
+            str(family["worse"]),
             f"{family['p_holm']:.2g}",
             style="red" if family["significantly_worse"] else None,
         )
@@ -180,7 +181,7 @@ def print_comparison(result: dict[str, Any], console: Console) -> None:
         else f"No family is significantly worse (Holm-corrected p below {LEVEL})."
     )
     if result["too_few_pairs"]:
-        say(f"Too few tasks to tell (under {FEWEST_PAIRS}): {', '.join(result['too_few_pairs'])}.")
+        say(f"Too few tasks to tell (under {MIN_PAIRS}): {', '.join(result['too_few_pairs'])}.")
 
 
 def _percent(pairs: Sequence[dict[str, Any]], when: str) -> float:
@@ -193,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Compares several seeds of one experiment, before and after.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="a run's workdir")
-    parser.add_argument("--json", metavar="FILE", help="leave the figures here")
+    parser.add_argument("--json", metavar="FILE", help="write the comparison here")
     options = parser.parse_args(arguments)
     try:
         result = compare(options.runs)

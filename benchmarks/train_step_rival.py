@@ -1,11 +1,9 @@
-"""The other side of benchmarks.train_step: Hugging Face transformers on torch, in a process of its
-own.
+"""Run the rival of benchmarks.train_step: Hugging Face transformers on torch, in its own process.
 
-Needs torch and transformers only.
-
-Started with a JSON of settings; reads one word a line ("step", "end") and answers each with one
-line of JSON. Of the ways in which transformers can run this model, the fastest is chosen by trial:
-first one step of each on a quarter of the rows, then the near ones on all of them.
+It needs torch and transformers only. It is started with a JSON of settings, reads one word a line
+("step", "end") and answers each with one line of JSON. Of the ways in which transformers can run
+this model, the fastest is chosen by trial: first one step of each on a quarter of the rows, then
+the near ones on all of them.
 """
 
 from __future__ import annotations
@@ -21,22 +19,19 @@ import numpy as np
 import torch
 import transformers
 
-NEAR, TRIALS = 1.6, 2  # a candidate this many times slower than the best is not tried again
+NEAR = 1.6  # a candidate this many times slower than the best is not tried again
+TRIALS = 2
 
 
 class Side:
-    """One way of running the model: attention, experts and the precision's form, from the same
-    weights each time.
-    """
+    """One way of running the model: attention, experts and precision, from the same weights."""
 
     def __init__(
         self, model: Any, settings: dict[str, Any], attention: str, experts: str, form: str
     ) -> None:
-        self.name, self.form, self.device = (
-            f"{attention} attention, {experts} experts, {form}",
-            form,
-            settings["device"],
-        )
+        self.name = f"{attention} attention, {experts} experts, {form}"
+        self.form = form
+        self.device = settings["device"]
         self.model = copy.deepcopy(model).to(self.device).train()
         self.model.set_attn_implementation(attention)
         self.model.set_experts_implementation(experts)
@@ -52,6 +47,7 @@ class Side:
         )
 
     def step(self, tokens: torch.Tensor) -> float:
+        """Apply one update and return its loss."""
         with torch.autocast(self.device, torch.bfloat16, enabled=self.form == "bfloat16 autocast"):
             loss = self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
@@ -61,26 +57,25 @@ class Side:
         return loss.item()  # also waits for a GPU
 
     def seconds(self, tokens: torch.Tensor) -> float:
+        """Return the seconds of one update."""
         started = time.perf_counter()
         self.step(tokens)
         return time.perf_counter() - started
 
 
 def fastest(model: Any, settings: dict[str, Any], tokens: torch.Tensor) -> tuple[str, str, str]:
-    forms = (
-        ("float32 weights",)
-        if settings["precision"] == "float32"
-        else ("bfloat16 weights", "bfloat16 autocast")
-    )
-    few, times = tokens[: max(1, len(tokens) // 4)], {}
+    """Return the fastest way as (attention, experts, form), found by trial."""
+    forms = ("bfloat16 weights", "bfloat16 autocast")
+    if settings["precision"] == "float32":
+        forms = ("float32 weights",)
+    few = tokens[: max(1, len(tokens) // 4)]
+    times: dict[tuple[str, str, str], float] = {}
     for ways in itertools.product(("sdpa", "eager"), ("eager", "grouped_mm"), forms):
         side = Side(model, settings, *ways)
         first = side.seconds(few)
-        times[ways] = (
-            min(first, side.seconds(few))
-            if first < 3 * min(times.values(), default=first)
-            else first
-        )
+        times[ways] = first
+        if first < 3 * min(times.values()):
+            times[ways] = min(first, side.seconds(few))
     near = [ways for ways, seconds in times.items() if seconds < NEAR * min(times.values())]
     best = {}
     for ways in near if len(near) > 1 else ():

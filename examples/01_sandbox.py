@@ -1,4 +1,6 @@
-"""Run commands in a sandbox: python -m examples.01_sandbox
+"""Run commands in a sandbox.
+
+python -m examples.01_sandbox
 
 No package or daemon is needed. Where user namespaces are refused, "best_available" falls back to
 weaker tiers; `sandbox.guarantees` says what is enforced.

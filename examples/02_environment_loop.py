@@ -1,4 +1,6 @@
-"""Play episodes of an environment: python -m examples.02_environment_loop
+"""Play episodes of an environment.
+
+python -m examples.02_environment_loop
 
 The loop is GEM's: reset, then step until the episode is over. The player guesses by bisection; put
 a language model in its place.

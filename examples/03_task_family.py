@@ -1,4 +1,6 @@
-"""Write a family of terminal tasks: python -m examples.03_task_family
+"""Write a family of terminal tasks.
+
+python -m examples.03_task_family
 
 A family draws an instruction, files, checks of the final state and a demonstrator. Put the function
 into envs/tasks/terminal/families/base, and the curriculum trains on it.

@@ -1,4 +1,6 @@
-"""Write a policy loss and look at its weights: python -m examples.04_loss
+"""Write a policy loss and look at its weights.
+
+python -m examples.04_loss
 
 To train with it, add it to SPECS in rome/losses/__init__.py and pass --config.loss=NAME.
 """

@@ -1,4 +1,4 @@
-"""Write an environment and step many of it: python -m examples.05_environment"""
+"""Write an environment and step many of it (python -m examples.05_environment)."""
 
 import random
 

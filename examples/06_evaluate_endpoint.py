@@ -1,4 +1,4 @@
-"""Evaluate an OpenAI-compatible endpoint: python -m examples.06_evaluate_endpoint [URL MODEL]
+"""Evaluate an OpenAI-compatible endpoint (python -m examples.06_evaluate_endpoint [URL MODEL]).
 
 Without a URL, it starts a tiny endpoint that knows one command.
 """

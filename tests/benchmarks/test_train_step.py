@@ -151,6 +151,7 @@ def test_an_unknown_size_is_named(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.live
 @pytest.mark.skipif(not HAS_TORCH, reason="needs tests/requirements-live.txt")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_real_rival_has_our_losses_over_the_first_updates(precision):

@@ -15,7 +15,7 @@ __all__ = ["engine"]  # a fixture
         "namespaces",
         "landlock",
         pytest.param("remote", marks=pytest.mark.slow),
-        pytest.param("docker", marks=pytest.mark.slow),
+        pytest.param("docker", marks=[pytest.mark.slow, pytest.mark.docker]),
     ]
 )
 def tier(request):

@@ -29,6 +29,7 @@ def run_compile(*flags: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
+@pytest.mark.device
 @pytest.mark.timeout(3000)
 @needs_libtpu
 def test_a_small_real_slice_compiles_and_reports(tmp_path):
@@ -55,6 +56,7 @@ def test_a_small_real_slice_compiles_and_reports(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.device
 @pytest.mark.timeout(3000)
 @needs_libtpu
 def test_an_exchange_of_experts_sends_twice_forward_and_three_times_backward(tmp_path):
@@ -82,6 +84,7 @@ def test_an_exchange_of_experts_sends_twice_forward_and_three_times_backward(tmp
 
 
 @pytest.mark.slow
+@pytest.mark.device
 @pytest.mark.timeout(3000)
 @needs_libtpu
 def test_a_slice_that_is_too_small_fails_with_advice_and_figures(tmp_path):
@@ -102,6 +105,7 @@ def test_a_slice_that_is_too_small_fails_with_advice_and_figures(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.device
 @needs_libtpu
 def test_a_mesh_that_is_not_the_slice_is_one_line():
     done = run_compile(

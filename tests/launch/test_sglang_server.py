@@ -89,6 +89,7 @@ def test_the_oldest_version_is_one_and_the_same_everywhere():
 
 
 @pytest.mark.slow
+@pytest.mark.live
 @pytest.mark.skipif(
     not os.environ.get("SGLANG_PYTHON"),
     reason="SGLANG_PYTHON is not set (tests/rome/engine/test_sglang_wheel.py says what it names)",

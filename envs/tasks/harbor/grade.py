@@ -1,12 +1,13 @@
-"""Grading of the state that the agent left. The rules:
+"""Grade the state that the agent left.
 
-1. Every process of the agent is dead before any file of the tests enters the sandbox. 2.
-/logs/verifier and /tests are emptied first, so no reward or link of the agent's remains. 3. The
-script runs in fresh namespaces with an empty /tmp, with the task's variables and none of the
-agent's, and with system programs first in PATH. 4. It works on the sandbox itself, not on a copy:
-the steps of a task follow each other in one world,    and rule 5 reads its files. 5. After it has
-ended every process is dead again. Only then is the reward read: a regular file of
-/logs/verifier, one answer, finite, from 0 to 1.
+1. Every process of the agent is dead before any file of the tests enters the sandbox.
+2. /logs/verifier and /tests are emptied first, so no reward or link of the agent's remains.
+3. The script runs in fresh namespaces with an empty /tmp, with the task's variables and none of the
+   agent's, and with system programs first in PATH.
+4. It works on the sandbox itself, not on a copy: the steps of a task follow each other in one
+   world, and rule 5 reads its files.
+5. After it has ended every process is dead again. Only then is the reward read: a regular file of
+   /logs/verifier, one answer, finite, from 0 to 1.
 
 Programs of the agent's that the script starts run with the same rights as the script, as in
 Harbor's shared mode, and could write a reward. A task whose tests run the agent's programs must

@@ -17,7 +17,7 @@ from envs.gem.tools import BM25Index, PythonCodeTool, SearchTool, ShellTool, Too
 from envs.rock import SandboxConfig
 from tests.envs.gem.worlds import Counter
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.live]
 try:
     import gem
     from gem.tools.python_code_tool import PythonCodeTool as GemPythonCodeTool

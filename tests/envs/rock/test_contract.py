@@ -22,8 +22,8 @@ from tests.envs.rock.service import running
         "namespaces",
         "landlock",
         "remote",
-        pytest.param("docker", marks=pytest.mark.slow),
-        pytest.param("remote docker", marks=pytest.mark.slow),
+        pytest.param("docker", marks=[pytest.mark.slow, pytest.mark.docker]),
+        pytest.param("remote docker", marks=[pytest.mark.slow, pytest.mark.docker]),
     ]
 )
 def inside(request, tmp_path):

@@ -422,6 +422,7 @@ def test_a_dead_init_ends_its_commands_and_the_next_one_is_an_error():
     assert interrupted.exit_code == 137 and isinstance(after, SandboxError)
 
 
+@pytest.mark.root
 @pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
 @pytest.mark.parametrize("tier", ["namespaces", "landlock"])
 def test_an_ordinary_user_has_sandboxes_too_and_is_told_what_is_missing(tier, tmp_path_factory):

@@ -8,7 +8,7 @@ import envs.gem as ours
 from envs.problems import PROBLEM_IDS
 from envs.worlds import WORLD_IDS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.live]
 gem = pytest.importorskip(
     "gem", reason="gem-llm is not installed; pip install -r tests/requirements-live.txt"
 )

@@ -28,6 +28,7 @@ PYTHON = os.environ.get("SGLANG_ROUTER_PYTHON", "")
 PROBE = list(range(20, 50))
 
 pytestmark = [
+    pytest.mark.live,
     pytest.mark.slow,
     pytest.mark.skipif(
         not PYTHON,

@@ -19,6 +19,7 @@ from rome.engine.completion import Sampling
 PYTHONS = [name for name in os.environ.get("SGLANG_PYTHON", "").split(":") if name]
 
 pytestmark = [
+    pytest.mark.live,
     pytest.mark.slow,
     pytest.mark.skipif(
         not PYTHONS,

@@ -13,7 +13,8 @@ from envs.rock import (
 )
 from tests.processes import host_processes
 
-pytestmark = pytest.mark.slow  # an engine of their own, and a minute on two idle cores
+# an engine of their own, and a minute on two idle cores
+pytestmark = [pytest.mark.slow, pytest.mark.docker]
 
 
 def test_commands_tell_their_true_ends(inside):

@@ -13,7 +13,8 @@ from envs.rock import (
 )
 from tests.envs.rock.in_docker import config, containers
 
-pytestmark = pytest.mark.slow  # an engine of their own, and a minute on two idle cores
+# an engine of their own, and a minute on two idle cores
+pytestmark = [pytest.mark.slow, pytest.mark.docker]
 
 
 def test_a_snapshot_outlives_its_sandbox_and_many_start_from_it(engine):

@@ -9,7 +9,8 @@ from envs.rock import (
     SandboxFileError,
 )
 
-pytestmark = pytest.mark.slow  # an engine of their own, and a minute on two idle cores
+# an engine of their own, and a minute on two idle cores
+pytestmark = [pytest.mark.slow, pytest.mark.docker]
 
 
 def test_files_survive_the_way_in_and_out_with_modes_and_odd_names(inside, tmp_path):

@@ -16,7 +16,8 @@ from tests.envs.rock.in_docker import config, containers
 from tests.paths import ROOT
 from tests.processes import host_processes
 
-pytestmark = pytest.mark.slow  # an engine of their own, and a minute on two idle cores
+# an engine of their own, and a minute on two idle cores
+pytestmark = [pytest.mark.slow, pytest.mark.docker]
 
 
 def test_a_port_of_the_sandbox_is_reached_through_a_door_on_loopback(inside):

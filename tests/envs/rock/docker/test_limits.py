@@ -14,7 +14,8 @@ from envs.rock import (
 )
 from tests.envs.rock.in_docker import config, containers
 
-pytestmark = pytest.mark.slow  # an engine of their own, and a minute on two idle cores
+# an engine of their own, and a minute on two idle cores
+pytestmark = [pytest.mark.slow, pytest.mark.docker]
 
 
 def test_every_limit_is_on_and_the_engine_says_so(inside):

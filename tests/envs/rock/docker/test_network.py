@@ -12,7 +12,8 @@ from envs.rock import IsolationError, Sandbox
 from envs.rock.host.egress import MAX_RECORDS
 from tests.envs.rock.in_docker import config, containers
 
-pytestmark = pytest.mark.slow  # an engine of their own
+# an engine of their own
+pytestmark = [pytest.mark.slow, pytest.mark.docker]
 
 
 def _wanted(denials) -> list[tuple[str, str, int]]:

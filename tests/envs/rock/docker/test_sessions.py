@@ -11,7 +11,8 @@ from envs.rock import (
 )
 from tests.processes import host_processes
 
-pytestmark = pytest.mark.slow  # an engine of their own, and a minute on two idle cores
+# an engine of their own, and a minute on two idle cores
+pytestmark = [pytest.mark.slow, pytest.mark.docker]
 
 
 def test_a_session_keeps_its_state_and_tells_its_shells_exit_codes(inside):

@@ -7,7 +7,7 @@ import pytest
 
 from envs.rock.tiers import GUARANTEES
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.docker]
 
 
 def test_a_container_works_enforces_all_and_tells_of_what_it_refused(inside):

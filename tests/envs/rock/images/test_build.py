@@ -12,7 +12,8 @@ from envs.rock import Sandbox, SandboxConfig
 from envs.rock.errors import ImageError
 from tests.envs.rock.engine import Engine
 
-pytestmark = pytest.mark.slow  # an engine of their own, and a minute on two idle cores
+# an engine of their own, and a minute on two idle cores
+pytestmark = [pytest.mark.slow, pytest.mark.docker]
 
 
 def context(

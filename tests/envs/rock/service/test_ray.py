@@ -13,7 +13,8 @@ from envs.rock.service.serving import listen, url_of
 from tests.envs.rock.service.running import TOKENS, site
 from tests.processes import host_processes
 
-pytestmark = pytest.mark.slow  # a cluster takes 20 s to come and to go
+# a cluster takes 20 s to come and to go
+pytestmark = [pytest.mark.slow, pytest.mark.live]
 ray = pytest.importorskip(
     "ray", reason="Ray is not installed (pip install -r requirements-ray.txt)"
 )

@@ -10,7 +10,7 @@ from envs.rock import sync
 from envs.rock.wire.operations import SANDBOX
 from tests.envs.rock.service import running
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.live]
 schemathesis = pytest.importorskip(
     "schemathesis",
     reason="schemathesis is not installed (pip install -r tests/requirements-live.txt)",

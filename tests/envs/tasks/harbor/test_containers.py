@@ -170,6 +170,7 @@ def test_build_steps_reach_what_the_config_grants_them_and_the_agent_and_the_tes
 
 
 @pytest.mark.slow
+@pytest.mark.docker
 def test_a_real_dockerfile_is_built_once_and_the_oracle_earns_1_there(harbor, run, engine):
     config = SandboxConfig(backend="docker", image=engine.image, isolation="best_available")
     files = {
@@ -226,6 +227,7 @@ def test_a_real_dockerfile_is_built_once_and_the_oracle_earns_1_there(harbor, ru
 
 
 @pytest.mark.slow
+@pytest.mark.docker
 def test_allowed_hosts_are_all_that_a_container_reaches(harbor, run, engine, files_server):
     config = SandboxConfig(backend="docker", image=engine.image, isolation="best_available")
     folder = harbor(
@@ -254,6 +256,7 @@ def test_allowed_hosts_are_all_that_a_container_reaches(harbor, run, engine, fil
 
 
 @pytest.mark.slow
+@pytest.mark.docker
 def test_a_base_image_that_cannot_be_pulled_is_what_the_hub_has_under_its_name(
     harbor, run, engine, tmp_path, monkeypatch
 ):
@@ -300,6 +303,7 @@ def test_a_base_image_that_cannot_be_pulled_is_what_the_hub_has_under_its_name(
 
 
 @pytest.mark.slow
+@pytest.mark.docker
 def test_a_dockerfile_that_fails_is_a_build_error_with_the_engines_words(harbor, run, engine):
     config = SandboxConfig(backend="docker", image=engine.image, isolation="best_available")
     folder = harbor(

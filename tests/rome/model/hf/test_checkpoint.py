@@ -94,6 +94,7 @@ def needs_transformers():
 
 
 @pytest.mark.slow
+@pytest.mark.live
 @pytest.mark.parametrize("seed", range(4))
 def test_logits_and_gradients_equal_transformers_live_on_random_configs(seed, tmp_path):
     needs_transformers()

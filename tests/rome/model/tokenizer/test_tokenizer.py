@@ -1,8 +1,6 @@
 """Ids and text: the tiny tokenizer, Qwen3's own, and chats built by appending."""
 
 import json
-import os
-import pathlib
 import unicodedata
 
 import jinja2
@@ -14,15 +12,8 @@ from envs.gem import format_tool_call
 from envs.tasks.terminal import FAMILIES, HELD_OUT_FAMILIES, WORDS, make_task
 from rome.model.tokenizer.tokenizer import TINY, Chat, Tokenizer
 from rome.model.tokenizer.train import ADDED, train
-from tests.paths import ROOT
+from tests.paths import shared_data
 
-SHARED = (
-    pathlib.Path(os.environ.get("SHARED_DATA", ROOT.parent / "shared" / "data")) / "qwen3_tokenizer"
-)
-needs_qwen3 = pytest.mark.skipif(
-    not SHARED.is_dir(),
-    reason=f"no {SHARED}; set SHARED_DATA to the folder that holds qwen3_tokenizer",
-)
 HOSTILE = st.lists(
     st.one_of(st.sampled_from([*ADDED, "user\n", "\n", "<|", "|>", "im_end"]), st.text(max_size=8)),
     max_size=10,
@@ -44,7 +35,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def qwen3():
-    return Tokenizer.load(SHARED)
+    return Tokenizer.load(shared_data("qwen3_tokenizer"))
 
 
 # -- the tiny tokenizer
@@ -178,13 +169,14 @@ def test_no_text_can_open_or_close_a_turn(tiny, user, result):
     )
 
 
-@needs_qwen3
 def test_appended_chats_equal_the_rendered_template(qwen3):
     """Compare one encoding of the whole text by Qwen3's own template with turns appended."""
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
     template = environment.from_string(
-        json.loads((SHARED / "tokenizer_config.json").read_text())["chat_template"]
+        json.loads((shared_data("qwen3_tokenizer") / "tokenizer_config.json").read_text())[
+            "chat_template"
+        ]
     )
     call = format_tool_call("bash", {"command": "echo 'ä' \"b\" && ls"})
     for tools, system in (
@@ -222,7 +214,6 @@ def test_appended_chats_equal_the_rendered_template(qwen3):
 # -------------------------------------------------------------------------------------------------
 
 
-@needs_qwen3
 def test_qwen3_ids_are_the_published_ones(qwen3):
     assert qwen3.encode("Hello world\n") == [9707, 1879, 198]
     assert qwen3.encode("<|im_start|>user\nHi<|im_end|>", allow_special=True) == [
@@ -241,9 +232,10 @@ def test_qwen3_ids_are_the_published_ones(qwen3):
     )
 
 
-@needs_qwen3
 def test_a_real_tool_prompt_is_reproduced_by_appending(qwen3):
-    expected = json.loads((SHARED / "tool_prompt_457_ids.json").read_text())["template_token_ids"]
+    expected = json.loads(
+        (shared_data("qwen3_tokenizer") / "tool_prompt_457_ids.json").read_text()
+    )["template_token_ids"]
     text = qwen3.decode(expected)
     assert len(expected) == 457
 
@@ -265,12 +257,13 @@ def test_a_real_tool_prompt_is_reproduced_by_appending(qwen3):
     assert ids == expected
 
 
-@needs_qwen3
 def test_appending_keeps_sampled_ids_that_encoding_would_change(qwen3):
     """What a model samples is not always what its text encodes to; a second encoding would train on
     ids that nobody sampled.
     """
-    sampled = json.loads((SHARED / "merged_tokens_drift.json").read_text())["seen_token_ids"]
+    sampled = json.loads((shared_data("qwen3_tokenizer") / "merged_tokens_drift.json").read_text())[
+        "seen_token_ids"
+    ]
     assert qwen3.encode(qwen3.decode(sampled), allow_special=True) != sampled
     history = sampled + Chat(qwen3).observe(["7"])
     assert history[: len(sampled)] == sampled
@@ -281,18 +274,16 @@ def test_appending_keeps_sampled_ids_that_encoding_would_change(qwen3):
     assert qwen3.decode(history) == qwen3.decode(sampled) + appended
 
 
-@needs_qwen3
 @given(text=HOSTILE)
 def test_untrusted_text_never_gives_a_control_id_of_qwen3(qwen3, text):
     assert max(qwen3.encode(text), default=0) < 151643
 
 
-@needs_qwen3
 def test_a_damaged_ranks_file_is_refused(tmp_path):
-    ranks = (SHARED / "qwen.tiktoken").read_bytes().splitlines()[:2000]
+    ranks = (shared_data("qwen3_tokenizer") / "qwen.tiktoken").read_bytes().splitlines()[:2000]
     (tmp_path / "qwen.tiktoken").write_bytes(b"\n".join(ranks))
     (tmp_path / "tokenizer_config.json").write_bytes(
-        (SHARED / "tokenizer_config.json").read_bytes()
+        (shared_data("qwen3_tokenizer") / "tokenizer_config.json").read_bytes()
     )
     with pytest.raises(ValueError, match="does not belong"):
         Tokenizer.load(tmp_path)
