@@ -72,6 +72,9 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.decay = True  # cosine to a tenth over the stage
     config.weight_decay = 0.0
     config.clip = 1.0  # global norm of the gradient
+    # leave out an update whose gradient is not finite (counted as skipped_updates), up to 10 steps
+    # in a row; False: such a step ends the run at its last good checkpoint
+    config.skip_nonfinite_updates = False
     # mean k3 estimate of a KL at which the run stops: engine against trainer, or the first update
     # of fresh samples against pi_old
     config.alarm_kl = 0.1

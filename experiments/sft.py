@@ -41,6 +41,9 @@ def get_config(preset: str = "tiny") -> ml_collections.ConfigDict:
     config.decay = False  # True: cosine to a tenth over the stage; False: constant
     config.weight_decay = 0.1
     config.clip = 1.0  # global norm of the gradient
+    # leave out an update whose gradient is not finite (counted as skipped_updates), up to 10 steps
+    # in a row; False: such a step ends the run at its last good checkpoint
+    config.skip_nonfinite_updates = False
     # Episodes: demonstrations, and the policy in evaluations.
     config.max_context = 160  # tokens of an episode
     config.max_new_tokens = 48  # tokens of a turn

@@ -11,16 +11,20 @@ each other; `python -m launch.pod` starts them).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
+import shlex
 import signal
 import sys
+import time
 from collections.abc import Sequence
 
 from absl import flags, logging
 from ml_collections import config_flags
 
 from launch._main import reject_arguments, run_command, use_compilation_cache
+from rome.train.streams import outlast_readers
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -28,7 +32,7 @@ _CONFIG = config_flags.DEFINE_config_file(
     "An experiment file, with :PRESET after it where it has several.",
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", "", "Directory of the run. Default: runs/EXPERIMENT-PRESET-HASH OF THE CONFIG."
+    "workdir", "", "Directory of the run. Default: runs/EXPERIMENT-PRESET-HASH OF WHAT IS LEARNT."
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", "", "HOST:PORT of process 0, where several processes are started by hand."
@@ -41,11 +45,18 @@ _PROCESS_ID = flags.DEFINE_integer(
 )
 
 
+ONE_WISH_SECONDS = 1.0  # make, a shell or a scheduler may deliver one Ctrl-C twice
+
+
 class StopRequest:
-    """Whether Ctrl-C or SIGTERM asked this process to stop; a second signal interrupts it."""
+    """Whether Ctrl-C or SIGTERM asked this process to stop; a second signal interrupts it.
+
+    Signals within ONE_WISH_SECONDS of the first one are the same wish.
+    """
 
     def __init__(self) -> None:
         self.made = False
+        self._made_at = 0.0
         self.listen()
 
     def listen(self) -> None:
@@ -57,16 +68,22 @@ class StopRequest:
         return self.made
 
     def _handle(self, number: int, frame: object) -> None:
-        if self.made:
+        now = time.monotonic()
+        if self.made and now - self._made_at > ONE_WISH_SECONDS:
             raise KeyboardInterrupt
+        if self.made:
+            return
         self.made = True
-        text = "\nstopping: the last whole step is saved (again: leave at once)"
-        print(text, file=sys.stderr, flush=True)
+        self._made_at = now
+        text = b"\nstopping: the last whole step is saved (again: leave at once)\n"
+        with contextlib.suppress(OSError):  # unbuffered: a handler may interrupt another write
+            os.write(sys.stderr.fileno(), text)
 
 
 def main(argv: list[str]) -> int:
     reject_arguments(argv, "--config.key=value")
     logging.set_verbosity(logging.WARNING)  # orbax logs every save
+    outlast_readers()
     stop = StopRequest()  # before JAX and all else is imported: an early Ctrl-C counts too
     from rome.train.memory import keep_freed_memory
     from rome.train.workdir import default_workdir
@@ -74,10 +91,11 @@ def main(argv: list[str]) -> int:
 
     keep_freed_memory()  # before JAX starts its threads
     apply_flags()
+    from rome.stages.config import key_rules
     from rome.stages.experiment import run, start_team
 
     config = _CONFIG.value
-    workdir = pathlib.Path(_WORKDIR.value or default_workdir(config))
+    workdir = pathlib.Path(_WORKDIR.value or default_workdir(config, key_rules(config)))
     team = start_team(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, stop)
     stop.listen()  # jax.distributed has replaced our handlers
     try:
@@ -97,7 +115,12 @@ def main(argv: list[str]) -> int:
 
 def own_command() -> str:
     """Return the command line that started this process."""
-    return " ".join([os.path.relpath(sys.executable), "-m", "launch.train", *sys.argv[1:]])
+    return shlex.join([os.path.relpath(sys.executable), "-m", "launch.train", *sys.argv[1:]])
+
+
+def when_stopped() -> str:
+    """Return the line that ends a run which a second signal interrupted."""
+    return f"launch.train: left at once; to go on from the last checkpoint:\n  {own_command()}"
 
 
 def known_errors() -> Sequence[type[BaseException]]:
@@ -109,4 +132,4 @@ def known_errors() -> Sequence[type[BaseException]]:
 
 if __name__ == "__main__":
     use_compilation_cache()
-    run_command("launch.train", main, known_errors=known_errors)
+    run_command("launch.train", main, known_errors=known_errors, when_stopped=when_stopped)

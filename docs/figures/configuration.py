@@ -19,6 +19,8 @@ import tokenize
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from rome.stages.config import key_class
+
 ROOT = pathlib.Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "configuration.md"
 EXPERIMENTS = ("ipa", "sft", "cpt")
@@ -92,7 +94,12 @@ starts. To change more than a few values, copy the file: `python -m launch.train
 --config=experiments/mine.py`.
 
 The tables show the default of the preset `tiny` in each experiment; a dash means that the
-experiment does not have the key.
+experiment does not have the key. The class of a key says what a run makes of another value when it
+is started again in its workdir:
+
+- **identity**: it is another run, and refused. Default workdirs are named by these keys.
+- **schedule**: the run goes on with it; `config_changes` in `report.json` notes the change.
+- **operation**: where and how it runs; never compared.
 """
 
 
@@ -236,7 +243,10 @@ def make_page() -> str:
     blocks = list(dict.fromkeys(key.rpartition(".")[0] for key in keys))
     for block in sorted(blocks, key=lambda block: list(SECTIONS).index(block)):
         lines += [f"## {SECTIONS[block]}", ""]
-        lines += ["| key | type | ipa | sft | cpt | meaning |", "|---|---|---|---|---|---|"]
+        lines += [
+            "| key | class | type | ipa | sft | cpt | meaning |",
+            "|---|---|---|---|---|---|---|",
+        ]
         for key in keys:
             if key.rpartition(".")[0] == block:
                 lines.append(_row(key, defaults))
@@ -259,7 +269,7 @@ def _row(key: str, defaults: dict[str, dict[str, Any]]) -> str:
     having = [name for name in EXPERIMENTS if key in defaults[name]]
     kind = type(defaults[having[0]][key]).__name__
     values = " | ".join(cell(defaults[name].get(key)) for name in EXPERIMENTS)
-    return f"| `{key}` | {kind} | {values} | {escape(describe(key, having))} |"
+    return f"| `{key}` | {key_class(key)} | {kind} | {values} | {escape(describe(key, having))} |"
 
 
 def _preset_tables() -> list[str]:

@@ -46,6 +46,7 @@ from rome.train.report import (
 from rome.train.state import TrainState, make_optimizer
 from rome.train.step import Learner
 from rome.train.team import Team
+from rome.train.workdir import mark_complete, read_changes
 from rome.version import describe
 
 
@@ -76,7 +77,12 @@ class TrainingStage:
     The constructor builds the learner and raises what is wrong with the config before anything is
     started. `train` does the rest. A kind of training must define `collect` and `write_evaluation`;
     the other hooks do nothing unless they are overridden.
+
+    Attributes:
+      publishes: whether `publish` sends weights to engines at every step.
     """
+
+    publishes = False
 
     def __init__(self, context: StageContext) -> None:
         self.config = context.config
@@ -201,6 +207,7 @@ class TrainingStage:
             check=self.check,
             should_stop=self.team.should_stop,
             team=self.team,
+            publishes=self.publishes,
         )
 
     def _initial_state(self, init_directory: pathlib.Path | None) -> TrainState:
@@ -289,6 +296,7 @@ class TrainingStage:
             "wall_seconds": round(self.seconds(), 1),
             "isolation": self._isolation,
             "version": describe(),
+            "config_changes": read_changes(self.workdir),
             "evals": [*self._earlier_evals, *self.evals],
             "accounting": accounting.to_json(),
         }
@@ -307,6 +315,7 @@ class TrainingStage:
             self.tokenizer.save(partial)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
+            mark_complete(self.workdir, self.config)
 
         self.team.share("final", finish)
 
@@ -375,4 +384,5 @@ def make_learner(
         temperature,
         kernels,
         config.learner.offload_moments,
+        config.skip_nonfinite_updates,
     )

@@ -26,7 +26,7 @@ from rome.losses import ADVANTAGES, LIKELIHOODS, LOSSES, PUBLISHED, LossConfig, 
 from rome.model.config import PRESETS, REMATS
 from rome.rollout.anchors import Resampling
 from rome.rollout.scheduler import StaleSamples
-from rome.train.workdir import ConfigError
+from rome.train.workdir import ConfigError, KeyClass, KeyRules, flatten
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
 SCHEMAS = {"cpt": "cpt.py", "sft": "sft.py"}  # by loss; every other loss has POLICY_SCHEMA
@@ -45,6 +45,36 @@ CHOICES: Mapping[str, Sequence[str]] = {
     "sandbox.isolation": ("required", "best_available"),
     "sandbox.backend": BACKENDS,
     "learner.remat": REMATS,
+}
+# What a key is to the workdir of a run (rome.train.workdir.KeyRules). A block's name stands for all
+# of its keys. A key that is not named here is part of the run's identity.
+KEY_CLASSES: Mapping[str, KeyClass] = {
+    "steps": "schedule",
+    "until_success": "schedule",
+    "learning_rate": "schedule",
+    "warmup_updates": "schedule",
+    "decay": "schedule",
+    "weight_decay": "schedule",
+    "clip": "schedule",
+    "skip_nonfinite_updates": "schedule",
+    "episode_seconds": "schedule",
+    "alarm_kl": "operation",
+    "concurrency": "operation",
+    "eval_every": "operation",
+    "checkpoint_every": "operation",
+    "checkpoints_kept": "operation",
+    "rows_per_microbatch": "operation",
+    "rollout.lend_engines": "operation",
+    "engine": "operation",
+    "mesh": "operation",
+    "sandbox.backend": "operation",
+    "sandbox.url": "operation",
+    "sandbox.isolation": "operation",
+    "learner.remat": "operation",
+    "learner.attention": "operation",
+    "learner.experts": "operation",
+    "learner.exchange": "operation",
+    "learner.offload_moments": "operation",
 }
 # Switches that only some losses read. 0 means the value of the loss' own paper (PUBLISHED).
 LOSS_SWITCHES = ("mismatch_limit", "mismatch_low", "clip_low", "clip_high", "dual_clip")
@@ -134,6 +164,17 @@ def schema_of(loss: str | None) -> Mapping[str, Any]:
     """Return the default config that a config with this loss is checked against."""
     file = EXPERIMENTS / SCHEMAS.get(loss or "", POLICY_SCHEMA)
     return load_config(str(file), "tiny").to_dict()
+
+
+def key_class(name: str) -> KeyClass:
+    """Return the class of a key with a dotted name; see KEY_CLASSES."""
+    block = name.partition(".")[0]
+    return KEY_CLASSES.get(name, KEY_CLASSES.get(block, "identity"))
+
+
+def key_rules(config: ml_collections.ConfigDict) -> KeyRules:
+    """Return the classes and defaults of the keys of a config."""
+    return KeyRules(key_class, flatten(dict(schema_of(config.get("loss")))))
 
 
 def sandbox_config(config: ml_collections.ConfigDict) -> SandboxConfig:

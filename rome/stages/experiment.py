@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import ml_collections
 
@@ -12,7 +14,7 @@ from envs.rock import SandboxError
 from rome.engine.client import EngineError
 from rome.rollout.player import RolloutError, Stopped
 from rome.stages.base import StageContext, TrainingStage
-from rome.stages.config import check_config, init_config, sandbox_config
+from rome.stages.config import check_config, init_config, key_rules, sandbox_config
 from rome.stages.cpt import CPTStage
 from rome.stages.isolation import find_isolation
 from rome.stages.rl import RLStage
@@ -21,10 +23,11 @@ from rome.train.alarms import TrainingAlarm
 from rome.train.checkpoint import CheckpointError
 from rome.train.display import Display
 from rome.train.distributed import DistributedError, choose, start
+from rome.train.ownership import Ownership
 from rome.train.plots import plot_curves
 from rome.train.report import Evaluation, before_and_after, print_table, read_report
 from rome.train.team import LeaderError, Team
-from rome.train.workdir import ConfigError, claim_workdir, default_workdir
+from rome.train.workdir import ConfigError, claim_workdir, config_digest, is_complete
 
 STAGES: dict[str, type[TrainingStage]] = {"cpt": CPTStage, "sft": SFTStage}  # by loss; else RLStage
 # Errors that every process raises as the leader did.
@@ -85,10 +88,25 @@ def run_stages(
       False where the user stopped it.
     """
     check_config(config)
-    team.require_same("config", str(default_workdir(config)))  # a hash of it
-    if team.share(f"workdir {workdir}", lambda: open_workdir(workdir, config)):
+    team.require_same("config", config_digest(config))
+    ownership, _ = team.share_part(f"owner of {workdir}", lambda: (Ownership(workdir), None))
+    with ownership or contextlib.nullcontext():  # only the leader's
+        return _run_owned(config, workdir, isolation, team)
+
+
+def _run_owned(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, isolation: str, team: Team
+) -> bool:
+    """Do what run_stages promises, in a workdir that is ours alone."""
+    opened = team.share(f"workdir {workdir}", lambda: open_workdir(workdir, config))
+    changed = ", ".join(opened["changes"])
+    if opened["is_complete"]:
         _say(team, f"{config.experiment} in {workdir} is complete")
+        if changed:
+            _say(team, f"it ran before this change: {changed}; give another --workdir to run anew")
         return True
+    if changed:
+        _say(team, f"{config.experiment} in {workdir} goes on with {changed}")
     start = pathlib.Path(config.init_from) if config.init_from else None
     earlier_evals: list[Evaluation] = []
     if start is not None and start.suffix == ".py":
@@ -112,10 +130,11 @@ def run_stages(
             return False
 
 
-def open_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> bool:
-    """Claim a workdir for a config; return whether its run is complete."""
-    claim_workdir(workdir, config)
-    return (workdir / "final").exists()
+def open_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Claim a workdir for a config; return whether its run is complete, and what was changed."""
+    changes = claim_workdir(workdir, config, key_rules(config))
+    texts = [f"{change['key']} {change['before']!r} -> {change['after']!r}" for change in changes]
+    return {"is_complete": is_complete(workdir, config), "changes": texts}
 
 
 def make_display(config: ml_collections.ConfigDict, team: Team) -> Display:
@@ -134,7 +153,10 @@ def show_result(workdir: pathlib.Path) -> None:
     report = read_report(workdir)
     before, after = before_and_after(report["evals"])
     print_table(before, after)
-    curves = " ".join(os.path.relpath(path) for path in plot_curves(workdir))
+    try:
+        curves = " ".join(os.path.relpath(path) for path in plot_curves(workdir))
+    except Exception as error:  # the run is complete without pictures
+        curves = f"none ({type(error).__name__}: {error})"
     steps = report["steps"]
     minutes = report["wall_seconds"] / 60
     print(f"{steps} steps in {minutes:.1f} min, isolation: {report['isolation']}")

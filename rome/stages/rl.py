@@ -23,6 +23,8 @@ from rome.train.state import TrainState
 class RLStage(TrainingStage):
     """A stage that learns from episodes of its own policy, with any loss of rome.losses.policy."""
 
+    publishes = True
+
     def __init__(self, context: StageContext) -> None:
         super().__init__(context)
         config = self.config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
@@ -13,6 +14,32 @@ MAX_LOG_RATIO = 50.0  # exp of more would overflow the mean; such a token raises
 
 class TrainingAlarm(RuntimeError):
     """Further training would harm the model. Nothing of the step that raised it is kept."""
+
+
+class Diverged(TrainingAlarm):
+    """Weights or metrics of a step are not finite; the newest checkpoint is from before it."""
+
+
+def check_finite(step: int, metrics: Mapping[str, float], resume: str) -> None:
+    """Raise Diverged where a metric of a step is not finite.
+
+    Args:
+      step: that the metrics are of.
+      metrics: by name.
+      resume: says where the next start goes on.
+    """
+    broken = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
+    if broken:
+        raise diverged(step, ", ".join(broken), resume)
+
+
+def diverged(step: int, what: str, resume: str) -> Diverged:
+    """Return the error of a step that is not finite, with the keys that may be changed."""
+    return Diverged(
+        f"training has diverged at step {step}: {what}. Nothing of that step is saved; {resume}."
+        " Give it a lower --config.learning_rate or --config.clip, or"
+        " --config.skip_nonfinite_updates=True"
+    )
 
 
 def check_mismatch(

@@ -19,6 +19,7 @@ from rich.text import Text
 from rome.train.metrics import METRIC_FORMATS
 
 BLOCKS = "▁▂▃▄▅▆▇█"
+ASCII_BLOCKS = "_.-=+*%#"  # where the terminal's encoding lacks BLOCKS
 TREND_STEPS = 24  # steps that the small curve shows and that the pace is measured over
 MAX_WIDTH = 100
 CELL_WIDTH = 20
@@ -267,7 +268,7 @@ class Display:
             for label, text in self._shown_metrics()
         ]
         if len(self._trend) > 1:
-            cells.append(Text(sparkline(self._trend), style="green"))
+            cells.append(Text(sparkline(self._trend, self._blocks()), style="green"))
         fitting = (self._width() - 4) // CELL_WIDTH
         columns = max(1, min(MAX_COLUMNS, fitting))
         grid = Table.grid(expand=True, padding=(0, 2))
@@ -276,6 +277,13 @@ class Display:
         for start in range(0, len(cells), columns):
             grid.add_row(*cells[start : start + columns])
         return grid
+
+    def _blocks(self) -> str:
+        try:
+            BLOCKS.encode(self.console.encoding)
+        except (UnicodeEncodeError, LookupError):
+            return ASCII_BLOCKS
+        return BLOCKS
 
     def _width(self) -> int:
         return min(self.console.width, MAX_WIDTH)
@@ -293,13 +301,13 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes_of_hour:02d} min"
 
 
-def sparkline(values: Iterable[float]) -> str:
+def sparkline(values: Iterable[float], blocks: str = BLOCKS) -> str:
     """Draw values as a row of blocks, scaled between the least and the greatest of them."""
     values = list(values)
     low = min(values)
     span = max(values) - low
     if span == 0:
-        return BLOCKS[0] * len(values)
-    top = len(BLOCKS) - 1
+        return blocks[0] * len(values)
+    top = len(blocks) - 1
     heights = [int((value - low) / span * top + 0.5) for value in values]
-    return "".join(BLOCKS[height] for height in heights)
+    return "".join(blocks[height] for height in heights)

@@ -8,6 +8,7 @@ calls the same functions in the same order; only process 0 has effects outside.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -16,13 +17,15 @@ import jax
 
 from rome.data.batch import Batch
 from rome.losses import Denominators
-from rome.train.alarms import TrainingAlarm
+from rome.train.alarms import TrainingAlarm, check_finite, diverged
 from rome.train.checkpoint import Checkpoints
 from rome.train.display import Display
 from rome.train.metrics import MetricsWriter
 from rome.train.report import Evaluation
 from rome.train.state import TrainState
 from rome.train.team import Team
+
+MAX_SKIPPED_STEPS = 10  # in a row, before a run that skips its updates ends as diverged
 
 
 class Updates(Protocol):
@@ -32,6 +35,9 @@ class Updates(Protocol):
         self, state: TrainState, microbatches: list[Batch], denominators: Denominators
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """Apply one optimizer update over all micro-batches; return the new state and metrics."""
+
+    def is_finite(self, params: dict) -> jax.Array:
+        """Return whether no parameter is inf or NaN, as a scalar that need not be waited for."""
 
 
 @dataclasses.dataclass
@@ -69,6 +75,7 @@ class Stage:
       check: (step, metrics) raises TrainingAlarm where further training would do harm.
       should_stop: whether the user asked to stop; the same answer in every process.
       team: the processes of this job.
+      publishes: `publish` sends weights at every step, so they are proven finite before it.
     """
 
     name: str
@@ -86,6 +93,7 @@ class Stage:
     check: Callable[[int, dict[str, float]], None]
     should_stop: Callable[[], bool]
     team: Team
+    publishes: bool = True
 
     def evaluates_at(self, step: int) -> bool:
         """Return whether `step` is one of the regular evaluations."""
@@ -109,34 +117,52 @@ def run_stage(
     last_step = stage.steps
     evaluated_step: int | None = None
     is_harmed = False
+    is_finite: Any = learner.is_finite(state.params)  # on the device, of `state`
+    skipped_steps = 0  # in a row
     # The metrics of step k are fetched and written while step k + 1 runs.
     unwritten: tuple[int, dict[str, Any]] | None = None
 
     def write_metrics() -> None:
-        nonlocal unwritten
+        nonlocal unwritten, skipped_steps
         if unwritten is None:
             return
         number, on_device = unwritten
         unwritten = None  # first: metrics that are refused are not tried again on the way out
         values = {name: float(value) for name, value in jax.device_get(on_device).items()}
+        if values.get("skipped_updates"):
+            values = {name: value for name, value in values.items() if math.isfinite(value)}
         add_effective_samples(values)
+        check_finite(number, values, where_to_resume(checkpoints))
         metrics.write(number, values)
         display.update(number, values)
         stage.check(number, values)
+        is_skipped = values.get("skipped_updates") == stage.updates_per_step
+        skipped_steps = skipped_steps + 1 if is_skipped else 0
+        if skipped_steps == MAX_SKIPPED_STEPS:
+            what = f"the gradients of {skipped_steps} steps in a row were not finite"
+            raise diverged(number, what, where_to_resume(checkpoints))
+
+    def require_finite_weights() -> None:
+        if not is_finite:
+            raise diverged(step, "its weights are not finite", where_to_resume(checkpoints))
 
     def save() -> None:
         write_metrics()  # a step that a checkpoint holds is also in the metrics
+        require_finite_weights()
         checkpoints.save(step, state, stage.host_state(step))
 
     def evaluate() -> Evaluation:
         nonlocal evaluated_step
         write_metrics()
+        require_finite_weights()
         result = stage.evaluate(step, state)
         evaluated_step = step
         display.evaluated(result)
         return result
 
     try:
+        if stage.publishes:
+            require_finite_weights()
         stage.publish(state)
         stage.begin_rollouts(state)
         if step == 0:
@@ -152,29 +178,39 @@ def run_stage(
             stage.before_update()
             updated = state
             first_kl: dict[str, Any] = {}
+            skipped: dict[str, Any] = {}
             for number in range(stage.updates_per_step):
                 updated, update_metrics = learner.update(
                     updated, data.microbatches, data.denominators
                 )
                 if number == 0 and "kl_old" in update_metrics:
                     first_kl = {"first_kl": update_metrics["kl_old"]}
+                if "skipped_updates" in update_metrics:
+                    before = skipped.get("skipped_updates", 0.0)
+                    skipped = {"skipped_updates": update_metrics["skipped_updates"] + before}
             write_metrics()
             step += 1
             state = updated._replace(step=updated.step + 1)
-            stage.publish(state)
-            stage.begin_rollouts(state)
+            is_finite = learner.is_finite(state.params)
             seconds = {
                 "seconds_collect": collected - started,
                 "seconds_update": time.monotonic() - collected,
             }
-            unwritten = step, data.metrics | update_metrics | first_kl | seconds
+            # Before publishing: a step that cannot be published is saved with its metrics.
+            step_metrics = data.metrics | update_metrics | first_kl | skipped | seconds
+            unwritten = step, step_metrics
+            if stage.publishes:
+                require_finite_weights()
+            stage.publish(state)
+            stage.begin_rollouts(state)
+            step_metrics["seconds_update"] = time.monotonic() - collected
             if step % stage.checkpoint_every == 0 or step == last_step:
                 save()
             if stage.evaluates_at(step):
                 result = evaluate()
                 if stage.should_end_early(result):
                     last_step = step
-        if step == last_step and evaluated_step != step:
+        if step >= last_step and evaluated_step != step:
             evaluate()
         write_metrics()
     except TrainingAlarm as error:
@@ -187,13 +223,25 @@ def run_stage(
         raise
     finally:
         # Whatever the reason to leave, the last whole step is saved, unless an alarm was raised
-        # about it. An update that failed half-way has consumed its state: then, too, the newest
-        # checkpoint is the one before.
+        # about it or it is found not to be finite. An update that failed half-way has consumed
+        # its state: then, too, the newest checkpoint is the one before.
         is_whole = not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
         if step > 0 and not is_harmed and is_whole:
             save()
         checkpoints.wait()
-    return state, step == last_step
+    return state, step >= last_step  # beyond it where a resumed run was given fewer steps
+
+
+def where_to_resume(checkpoints: Checkpoints) -> str:
+    """Say from where the next start of the run goes on."""
+    good_step = checkpoints.latest()
+    if good_step is None:
+        return "no checkpoint was saved before it, so the same command starts the stage anew"
+    path = checkpoints.directory / str(good_step)
+    return (
+        f"checkpoint {path} is good, and the same command goes on from it (where its next step"
+        " fails again, delete it to go on from the one before)"
+    )
 
 
 def add_effective_samples(metrics: dict[str, float]) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rome.files import write_atomically
+from rome.train.tensorboard import TensorBoard
 
 RESERVED = ("stage", "step")
 
@@ -99,7 +100,7 @@ class MetricsWriter:
         self.stage = stage
         self.last_step = -1 if resume_step is None else resume_step
         self._file: Any = None
-        self._tensorboard: Any = None
+        self._tensorboard: TensorBoard | None = None
         if not writes:
             return
         workdir = pathlib.Path(workdir)
@@ -108,7 +109,7 @@ class MetricsWriter:
         path = workdir / "metrics.jsonl"
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by `close`
         if tensorboard:
-            self._tensorboard = open_tensorboard(workdir / "tensorboard" / stage, resume_step)
+            self._tensorboard = TensorBoard(workdir / "tensorboard" / stage, resume_step)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one line for `step`.
@@ -135,8 +136,7 @@ class MetricsWriter:
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
         if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.write(step, values)
 
     def flush(self) -> None:
         """Force what was written to disk, so that it survives a crash of the machine."""
@@ -182,14 +182,6 @@ class MetricsWriter:
         if path.exists() and path.read_text(encoding="utf-8") != text:
             write_atomically(path, text)
         return last_step
-
-
-def open_tensorboard(directory: pathlib.Path, resume_step: int | None) -> Any:
-    """Return a writer of TensorBoard events that hides steps beyond `resume_step`."""
-    from tensorboardX import SummaryWriter  # costs a third of a second; readers do without it
-
-    purge_step = None if resume_step is None else resume_step + 1
-    return SummaryWriter(str(directory), purge_step=purge_step)
 
 
 def _number(name: str, step: int, value: Any) -> float | int:

@@ -37,6 +37,7 @@ from rome.train.replay import count_replayed, recorded_routes, replayed_ids, rou
 from rome.train.state import TrainState, init_state
 from rome.train.trees import (
     abstract,
+    all_finite,
     cast_tree,
     in_device_memory,
     in_host_memory,
@@ -65,6 +66,8 @@ class Learner:
       kernels: by name, "auto" for the mesh's own.
       offload_moments: keep the optimizer's moments in host memory; they move to the device for the
         update only.
+      skip_nonfinite_updates: an update whose gradient is not finite leaves the state as it was, and
+        is counted in the metric `skipped_updates`.
 
     Attributes:
       state: shapes, dtypes and shardings of a TrainState; it holds no arrays.
@@ -78,6 +81,7 @@ class Learner:
     temperature: float = 1.0
     kernels: Kernels = dataclasses.field(default_factory=Kernels)
     offload_moments: bool = False
+    skip_nonfinite_updates: bool = False
 
     def __post_init__(self) -> None:
         platform = self.mesh.devices.flat[0].platform
@@ -125,6 +129,7 @@ class Learner:
         self._cast = jax.jit(
             cast_tree, static_argnums=1, in_shardings=(params,), out_shardings=params
         )
+        self._all_finite = jax.jit(all_finite, in_shardings=(params,), out_shardings=replicated)
         self._zeros_like = jax.jit(zeros_like_tree, in_shardings=(params,), out_shardings=params)
         self._accumulate = jax.jit(
             self._add_gradients,
@@ -259,7 +264,14 @@ class Learner:
                 metrics = combine_metrics(metrics, more)
             state, norm = self._apply(state, gradients)
             loads = self._measure_loads(metrics.pop("router_counts"))
-        return state, metrics | loads | {"gradient_norm": norm}
+        metrics = metrics | loads | {"gradient_norm": norm}
+        if self.skip_nonfinite_updates:
+            metrics["skipped_updates"] = (~jnp.isfinite(norm)).astype(jnp.float32)
+        return state, metrics
+
+    def is_finite(self, params: dict) -> jax.Array:
+        """Return whether no parameter is inf or NaN, as a scalar that need not be waited for."""
+        return self._all_finite(params)
 
     def _count_choices(self, params: dict, microbatches: Sequence[Batch]) -> jax.Array | None:
         """Count how often the step's tokens choose each expert, [L, E].
@@ -412,11 +424,17 @@ class Learner:
         if self.offload_moments:
             on_device = jax.tree.map(in_device_memory, places)
             moments = jax.tree.map(jax.device_put, moments, on_device)
+        moments_before = moments
         updates, moments = self.optimizer.update(gradients, moments, state.params)
+        params: Any = optax.apply_updates(state.params, updates)
+        norm = optax.tree.norm(gradients)
+        if self.skip_nonfinite_updates:
+            kept = functools.partial(jnp.where, jnp.isfinite(norm))
+            params = jax.tree.map(kept, params, state.params)
+            moments = jax.tree.map(kept, moments, moments_before)
         if self.offload_moments:
             moments = jax.device_put(moments, places)
-        params: Any = optax.apply_updates(state.params, updates)
-        return TrainState(state.step, params, moments), optax.tree.norm(gradients)
+        return TrainState(state.step, params, moments), norm
 
     # -- shapes without arrays
     # ---------------------------------------------------------------------------------------------

@@ -19,6 +19,12 @@ def zeros_like_tree(params: dict) -> dict:
     return jax.tree.map(jnp.zeros_like, params)
 
 
+def all_finite(params: dict) -> jax.Array:
+    """Return whether no array holds inf or NaN, as a boolean scalar."""
+    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]
+    return jnp.all(jnp.stack(finite))
+
+
 def shardings_of(tree: Any) -> Any:
     """Return the sharding of every array (or abstract array) of a tree, in the same tree."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)

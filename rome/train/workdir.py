@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import pathlib
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import ml_collections
 
+from rome.files import write_atomically
+
+KeyClass = Literal["identity", "schedule", "operation"]
+Change = dict[str, Any]  # {"step": of the newest checkpoint, "key", "before", "after"}
 MAX_DIFFERENCES = 300  # characters of the message that lists them
 
 
@@ -16,40 +22,136 @@ class ConfigError(ValueError):
     """A config that cannot run: the message names the key, its value and the remedy."""
 
 
-def default_workdir(config: ml_collections.ConfigDict) -> pathlib.Path:
-    """Return runs/EXPERIMENT-PRESET-HASH, so that each config has a directory of its own."""
-    digest = hashlib.sha256(_canonical(config).encode()).hexdigest()[:8]
+@dataclasses.dataclass(frozen=True)
+class KeyRules:
+    """What a workdir needs to know about the keys of its config.
+
+    Attributes:
+      class_of: the class of a key with a dotted name. "identity" keys say what is learnt: with
+        another value it is another run. "schedule" keys may change when a run is resumed, which is
+        reported. "operation" keys say where and how it runs and are never compared.
+      defaults: the default of each key by dotted name; a workdir that is older than a key has it.
+    """
+
+    class_of: Callable[[str], KeyClass]
+    defaults: Mapping[str, Any]
+
+
+def default_workdir(config: ml_collections.ConfigDict, rules: KeyRules) -> pathlib.Path:
+    """Return runs/EXPERIMENT-PRESET-HASH, a directory for each identity.
+
+    Only identity keys that differ from their default are hashed, so a new key renames nothing.
+    """
+    identity = {
+        key: value
+        for key, value in flatten(config.to_dict()).items()
+        if rules.class_of(key) == "identity" and value != rules.defaults.get(key)
+    }
+    digest = _digest(identity)[:8]
     return pathlib.Path("runs") / f"{config.experiment}-{config.preset}-{digest}"
 
 
-def claim_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Write the config into a new workdir, or check that it is the one already there.
+def config_digest(config: ml_collections.ConfigDict) -> str:
+    """Return a hash of all keys."""
+    return _digest(flatten(config.to_dict()))
+
+
+def claim_workdir(
+    workdir: pathlib.Path, config: ml_collections.ConfigDict, rules: KeyRules
+) -> list[Change]:
+    """Write the config into a workdir, after a check that it is of the run already there.
+
+    Returns:
+      The schedule keys that have another value than at the last start. They are kept in
+      WORKDIR/config_changes.json, unless the run is complete with them.
 
     Raises:
       ConfigError: where the workdir belongs to another config; the message lists the differences.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "config.json"
-    text = _canonical(config)
     if not path.exists():
         if (workdir / "metrics.jsonl").exists():
             raise ConfigError(
                 f"{workdir} holds a run without a config.json. Give another --workdir."
             )
-        path.write_text(text)
-        return
-    theirs = flatten(json.loads(path.read_text()))
-    ours = flatten(json.loads(text))
-    different = [
+        write_atomically(path, _text(config))
+        return []
+    theirs = dict(rules.defaults) | flatten(_read_json(path))
+    ours = flatten(config.to_dict())
+    keys = sorted(theirs.keys() | ours.keys())
+    different = [key for key in keys if theirs.get(key) != ours.get(key)]
+    refused = [
         f"{key} ({theirs.get(key)!r} there, {ours.get(key)!r} now)"
-        for key in sorted(theirs.keys() | ours.keys())
-        if theirs.get(key) != ours.get(key)
+        for key in different
+        if rules.class_of(key) == "identity"
     ]
-    if different:
+    if refused:
         raise ConfigError(
-            f"{workdir} belongs to another config: {'; '.join(different)[:MAX_DIFFERENCES]}. Give"
+            f"{workdir} belongs to another config: {'; '.join(refused)[:MAX_DIFFERENCES]}. Give"
             " another --workdir, or none."
         )
+    step = newest_checkpoint(workdir)
+    changes = [
+        {"step": step, "key": key, "before": theirs.get(key), "after": ours.get(key)}
+        for key in different
+        if rules.class_of(key) == "schedule"
+    ]
+    if not is_complete(workdir, config):
+        _keep_changes(workdir, changes)
+        write_atomically(path, _text(config))
+    return changes
+
+
+def read_changes(workdir: pathlib.Path) -> list[Change]:
+    """Return the schedule keys that were changed when the run of a workdir was resumed."""
+    path = workdir / "config_changes.json"
+    return _read_json(path) if path.exists() else []
+
+
+def newest_checkpoint(workdir: pathlib.Path) -> int:
+    """Return the step of a workdir's newest checkpoint; 0 where it has none."""
+    names = [path.name for path in (workdir / "checkpoints").glob("*")]
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def mark_complete(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+    """Write down beside WORKDIR/final which steps it is the result of."""
+    write_atomically(workdir / "complete.json", json.dumps(_ends_at(config)) + "\n")
+
+
+def is_complete(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> bool:
+    """Return whether WORKDIR/final is the result of this config, not that of fewer steps."""
+    if not (workdir / "final").exists():
+        return False
+    path = workdir / "complete.json"
+    if not path.exists():
+        return True
+    reached = _read_json(path)
+    wanted = _ends_at(config)
+    has_steps = reached["steps"] >= wanted["steps"]
+    return has_steps and reached["until_success"] == wanted["until_success"]
+
+
+def _ends_at(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    return {"steps": config.steps, "until_success": config.get("until_success", 0.0)}
+
+
+def _keep_changes(workdir: pathlib.Path, changes: list[Change]) -> None:
+    kept = read_changes(workdir)
+    new = [change for change in changes if change not in kept]
+    if new:
+        path = workdir / "config_changes.json"
+        write_atomically(path, json.dumps([*kept, *new], indent=1) + "\n")
+
+
+def _read_json(path: pathlib.Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is not JSON ({error}). Write it again, or give another --workdir."
+        ) from None
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -63,5 +165,9 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _canonical(config: ml_collections.ConfigDict) -> str:
+def _text(config: ml_collections.ConfigDict) -> str:
     return json.dumps(config.to_dict(), sort_keys=True, indent=1)
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -325,6 +325,59 @@ def test_sft_starts_from_plain_text_and_both_stages_are_reported(tmp_path):
     ]
 
 
+def refused(flags: list[str], workdir: pathlib.Path) -> str:
+    """Run the command, which must end with status 1, and return its one line of error."""
+    done = subprocess.run(
+        command(flags, workdir),
+        cwd=ROOT,
+        env=user_environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    return next(line for line in done.stderr.splitlines() if line.startswith("launch.train: "))
+
+
+def test_a_run_that_diverged_goes_on_from_its_last_good_checkpoint_as_its_message_says(tmp_path):
+    workdir = tmp_path / "run"
+    flags = ["--config=experiments/cpt.py:smoke", "--config.steps=6", "--config.checkpoint_every=1"]
+    # With a cosine the first update has the rate 0; the second one overflows the weights.
+    overflow = ["--config.decay=True", "--config.warmup_updates=1", "--config.weight_decay=1e3"]
+    message = refused([*flags, *overflow, "--config.learning_rate=3e38"], workdir)
+    assert "diverged at step 2" in message and f"{workdir}/checkpoints/1 is good" in message
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["1"]
+    train([*flags[:1], "--config.steps=8", "--config.mesh.fsdp=-1"], workdir)
+    assert [line["step"] for line in metrics(workdir)] == list(range(1, 9))
+    changes = {entry["key"]: entry["step"] for entry in report(workdir)["config_changes"]}
+    assert changes.items() >= {"learning_rate": 1, "warmup_updates": 1, "steps": 1}.items()
+    train([*flags[:1], "--config.steps=9"], workdir)  # it was complete, and is asked for more
+    assert [line["step"] for line in metrics(workdir)] == list(range(1, 10))
+    assert [entry["step"] for entry in report(workdir)["evals"]][-1] == 9
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_whose_output_nobody_reads_any_more_is_saved_when_it_is_stopped(tmp_path, number):
+    flags = ["--config=experiments/cpt.py:smoke", "--config.steps=400"]
+    process = subprocess.Popen(
+        command([*flags, "--config.checkpoint_every=1000"], tmp_path / "run"),
+        cwd=ROOT,
+        env=user_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    process.stdout.readline()
+    process.stdout.close()  # as tee does when Ctrl-C ends it first
+    ends = time.monotonic() + 240
+    while len(metrics(tmp_path / "run")) < 2 and time.monotonic() < ends:
+        time.sleep(0.05)
+    process.send_signal(number)
+    process.send_signal(number)  # as make forwards it
+    assert process.wait(timeout=120) == 130
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert int(checkpoint.name) == metrics(tmp_path / "run")[-1]["step"] >= 2
+
+
 def test_text_that_changed_under_a_checkpoint_is_refused_in_one_line(tmp_path):
     for number in range(30):
         (tmp_path / f"{number}.txt").write_text(f"document {number}" + " with words" * number)

@@ -1,12 +1,16 @@
 """An experiment: the one that it starts from runs first, a complete run is left alone."""
 
+import os
+
 import pytest
 
 from rome.rollout.player import Stopped
 from rome.stages import experiment
 from rome.stages.config import load_config
+from rome.train.ownership import Ownership
 from rome.train.report import EvalResult, write_report
 from rome.train.team import Team
+from rome.train.workdir import ConfigError
 
 
 @pytest.fixture
@@ -73,3 +77,24 @@ def test_the_display_knows_whether_a_stage_may_end_early(name, preset, may_end_e
     display = experiment.make_display(config, Team())
     assert display.may_end_early is may_end_early
     assert (display.total_steps, display.evaluate_every) == (config.steps, config.eval_every)
+
+
+def test_a_run_whose_curves_cannot_be_drawn_has_its_result(tmp_path, monkeypatch, capsys):
+    def fail(workdir):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(experiment, "plot_curves", fail)
+    evals = [EvalResult.from_tasks("ipa", step, []) for step in (0, 3)]
+    write_report(tmp_path, {"evals": evals, "steps": 3, "wall_seconds": 6.0, "isolation": "none"})
+    experiment.show_result(tmp_path)
+    assert "curves: none (OSError: [Errno 28] No space left" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["run", "run/init"])
+def test_a_workdir_that_another_run_owns_is_refused_its_start_included(tmp_path, trained, place):
+    with Ownership(tmp_path / place), pytest.raises(ConfigError, match=f"{os.getpid()} on"):
+        run(tmp_path / "run")
+    assert trained == []
+    run(tmp_path / "run")
+    assert [name for name, *_ in trained] == ["sft", "ipa"]
+    run(tmp_path / "run")  # the first one has given it free

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from rome.train import display as display_module
-from rome.train.display import Display, duration, sparkline
+from rome.train.display import ASCII_BLOCKS, Display, duration, sparkline
 from rome.train.report import EvalResult
 from tests.paths import ROOT
 
@@ -88,6 +88,12 @@ def test_a_terminal_shows_one_panel_that_is_redrawn_in_place():
         "step 3/3" in last and "+0.30" in last and "42 %" in last and "gradient_norm" not in output
     )
     assert all(f"weights {step} published" in output for step in (1, 2, 3))
+
+
+@pytest.mark.parametrize("encoding", ["iso8859-1", "ascii", "koi8-r"])
+def test_a_terminal_without_utf8_shows_the_panel_in_its_own_characters(encoding):
+    output = run_in_terminal(terminal_environment(PYTHONIOENCODING=encoding))
+    assert "step 3/3" in output and ASCII_BLOCKS[-1] in output
 
 
 @pytest.mark.parametrize("extra", [{"TERM": "dumb"}, {"JPY_PARENT_PID": "1"}])

@@ -3,11 +3,12 @@ what was called.
 """
 
 import dataclasses
+import pathlib
 
 import jax.numpy as jnp
 import pytest
 
-from rome.train.alarms import TrainingAlarm
+from rome.train.alarms import Diverged, TrainingAlarm
 from rome.train.loop import Stage, StepData, run_stage
 from rome.train.state import TrainState
 from rome.train.team import Team
@@ -21,6 +22,8 @@ class Result:
 
 class Around:
     """Learner, checkpoints, metrics and display at once."""
+
+    directory = pathlib.Path("run/checkpoints")
 
     def __init__(self, success=lambda step: 0.0, kl=0.0):
         self.success = success
@@ -36,6 +39,12 @@ class Around:
         self.updates += 1
         self.called.append(("update", int(state.step)))
         return state, {"kl_old": jnp.float32(self.kl)}
+
+    def is_finite(self, params):
+        return jnp.bool_(True)
+
+    def latest(self):
+        return self.saved[-1] if self.saved else None
 
     def save(self, step, state, host):
         if step not in self.saved:
@@ -134,6 +143,77 @@ def test_what_an_alarm_was_raised_about_is_not_saved():
     with pytest.raises(TrainingAlarm):
         around.run(check=alarm)
     assert not around.saved and around.written[0][1]["first_kl"] == 0.25
+
+
+class Diverging(Around):
+    """From a step on, the named metrics or the weights are not finite.
+
+    Args:
+      step: the first one that has diverged.
+      what: "weights", or the name of a metric.
+      skips: as a learner that skips such updates reports them.
+    """
+
+    def __init__(self, step, what, skips=False):
+        super().__init__()
+        self.first = step
+        self.what = what
+        self.skips = skips
+        self.started = 0
+
+    def update(self, state, microbatches, denominators):
+        state, metrics = super().update(state, microbatches, denominators)
+        self.started = int(state.step) + 1
+        has_diverged = self.started >= self.first
+        if has_diverged and self.what != "weights":
+            metrics = metrics | {self.what: jnp.float32("nan")}
+        if self.skips:
+            metrics = metrics | {"skipped_updates": jnp.float32(has_diverged)}
+        return state, metrics
+
+    def is_finite(self, params):
+        return jnp.bool_(self.what != "weights" or self.started < self.first)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("evaluate_every", [0, 2, 5])
+@pytest.mark.parametrize("what", ["weights", "loss", "gradient_norm"])
+@pytest.mark.parametrize("publishes", [True, False])
+def test_a_step_that_is_not_finite_is_never_saved(every, evaluate_every, what, publishes):
+    around = Diverging(6, what)
+    last_good = 5 - 5 % every
+    with pytest.raises(Diverged, match="step 6") as raised:
+        around.run(
+            checkpoint_every=every, evaluate_every=evaluate_every, steps=9, publishes=publishes
+        )
+    assert around.saved[-1] == last_good and all(step <= 5 for step in around.shown)
+    assert f"run/checkpoints/{last_good} is good" in str(raised.value)
+    assert "--config.learning_rate" in str(raised.value)
+    assert ("publish", 6) not in around.called or what != "weights" or not publishes
+
+
+@pytest.mark.parametrize("error", [RuntimeError("engines are gone"), KeyboardInterrupt()])
+def test_no_other_failure_saves_a_step_that_is_not_finite(error):
+    def publish(state):
+        if int(state.step) == 3:
+            raise error
+
+    around = Diverging(3, "loss")
+    with pytest.raises(Diverged, match="starts the stage anew"):
+        around.run(publish=publish, evaluate_every=0)
+    assert not around.saved
+    healthy = Around()
+    with pytest.raises(type(error)):
+        healthy.run(publish=publish, evaluate_every=0)
+    assert healthy.saved == [3] and [step for step, _ in healthy.written] == [1, 2, 3]
+
+
+def test_skipped_updates_are_counted_and_end_the_run_where_nothing_else_comes():
+    around = Diverging(3, "loss", skips=True)
+    with pytest.raises(Diverged, match="10 steps in a row"):
+        around.run(steps=30, evaluate_every=0, checkpoint_every=5)
+    counts = [metrics["skipped_updates"] for _, metrics in around.written]
+    assert counts == [0.0] * 2 + [2.0] * 10 and "loss" not in around.written[-1][1]
 
 
 def test_rollouts_begin_after_the_weights_are_published_once_for_each_version():

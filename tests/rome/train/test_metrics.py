@@ -125,6 +125,41 @@ def test_tensorboard_gets_the_same_figures(tmp_path):
     assert scalars == {("reward", 1): 0.25}
 
 
+def many_metrics(tmp_path) -> dict[str, float]:
+    """Write steps of forty metrics each and return the last line of metrics.jsonl."""
+    with MetricsWriter(tmp_path, "ipa") as metrics:
+        for step in range(1, 4):
+            metrics.write(step, {f"metric_{number}": 0.5 for number in range(40)})
+            metrics.flush()
+    return read_metrics(tmp_path)[-1]
+
+
+@pytest.mark.parametrize("method", ["__init__", "add_scalar", "flush", "close"])
+def test_tensorboard_that_fails_is_said_once_and_ends_nothing(
+    tmp_path, monkeypatch, capsys, method
+):
+    from tensorboardX import SummaryWriter
+
+    def fail(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(SummaryWriter, method, fail)
+    assert len(many_metrics(tmp_path)) == 42
+    assert capsys.readouterr().err.count("no TensorBoard files from here on (OSError") == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_of_tensorboard_that_died_is_not_waited_for(tmp_path, monkeypatch, capsys):
+    from tensorboardX.event_file_writer import EventsWriter
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(EventsWriter, "write_event", fail)
+    assert len(many_metrics(tmp_path)) == 42
+    assert capsys.readouterr().err.count("no TensorBoard files") == 1
+
+
 def test_a_figure_reads_as_a_person_writes_it():
     assert METRIC_FORMATS["success"].text(0.424) == "42 %"
     assert METRIC_FORMATS["tokens_per_s"].text(1830.4) == "1,830 tok/s"

@@ -67,6 +67,36 @@ def make_learner(loss: str = "ipa", mesh: dict | None = None, **model) -> Learne
     return Learner(config, LOSSES[loss], LossConfig(), optimizer, make_mesh(mesh or {}, config))
 
 
+def skipping_learner() -> Learner:
+    return dataclasses.replace(make_learner(), skip_nonfinite_updates=True)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_an_update_that_is_not_finite_is_skipped_where_the_config_says_so(poison):
+    batches = packed(8)
+    denominators = count_denominators(batches)
+    skipping = skipping_learner()
+    before = jax.device_get(skipping.init(seed=0))
+    spoiled = [
+        batch._replace(return_BC=batch.return_BC * poison, logp_old_BT=batch.logp_rollout_BT)
+        for batch in batches
+    ]
+    after, metrics = skipping.update(skipping.init(seed=0), spoiled, denominators)
+    assert float(metrics["skipped_updates"]) == 1.0
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(after))
+    plain = make_learner()
+    broken, metrics = plain.update(plain.init(seed=0), spoiled, denominators)
+    assert "skipped_updates" not in metrics and not plain.is_finite(broken.params)
+
+
+def test_a_finite_update_is_bitwise_the_same_with_and_without_skipping():
+    batches = packed(8)
+    plain, _ = one_update(make_learner(), batches)
+    skipping, metrics = one_update(skipping_learner(), batches)
+    assert metrics["skipped_updates"] == 0.0
+    jax.tree.map(np.testing.assert_array_equal, plain, skipping)
+
+
 def packed(rows_per_microbatch: int, purpose: str = "rl"):
     batch = pack(
         random_trajectories(24),
