@@ -20,6 +20,7 @@ import aiohttp
 from envs.gem.core import Env, Info, StepResult
 from envs.gem.server import PREFIX
 from envs.gem.server_json import ERRORS
+from envs.proxies import environment_proxy
 from envs.rock import SandboxError
 from envs.rock.sync import run
 
@@ -233,7 +234,9 @@ class RemoteEnv(Env):
             timeout = aiohttp.ClientTimeout(
                 total=self._call_seconds + GRACE_SECONDS, sock_connect=CONNECT_SECONDS
             )
-            self._http = aiohttp.ClientSession(headers=headers, timeout=timeout)
+            self._http = aiohttp.ClientSession(
+                headers=headers, timeout=timeout, proxy=environment_proxy(self._url)
+            )
             self._loop = loop
         if loop is not self._loop:
             raise RuntimeError(

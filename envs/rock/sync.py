@@ -53,22 +53,28 @@ def loop() -> asyncio.AbstractEventLoop:
         return _loop
 
 
-def run(coroutine: Coroutine[object, object, T], timeout: float) -> T:
+def run(coroutine: Coroutine[object, object, T], timeout: float, what: str = "") -> T:
     """Run a coroutine on the background loop and return its result.
 
     Args:
       coroutine: what to run.
       timeout: seconds; then the coroutine is cancelled.
+      what: subject of the error's message; without it, the name of the coroutine.
 
     Raises:
-      TimeoutError: it did not end in time.
+      TimeoutError: it did not end in time. The message says what did not.
     """
     future = asyncio.run_coroutine_threadsafe(coroutine, loop())
     try:
         return future.result(timeout)
-    except TimeoutError:
+    except TimeoutError as error:
+        if str(error):  # the coroutine's own error, which says what it waited for
+            raise
+        subject = what or getattr(coroutine, "__qualname__", "a call")
+        if future.done():
+            raise TimeoutError(f"{subject} met a deadline that says nothing") from error
         future.cancel()
-        raise
+        raise TimeoutError(f"{subject} did not end within {timeout:g} s") from None
 
 
 class _Facade:

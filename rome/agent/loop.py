@@ -23,6 +23,7 @@ from rome.engine.completion import Completion, Sampling
 from rome.engine.errors import EngineError
 from rome.model.tokenizer import Chat
 
+CLOSE_SECONDS = 30.0  # for the end of an environment, or the deletion of a copy of one
 log = logging.getLogger(__name__)
 
 
@@ -136,7 +137,7 @@ async def run_episode(
     except SandboxError as error:  # while it started; later faults come as typed endings
         result = _Result(0.0, "infra_sandbox", str(error))
     finally:
-        await _close(env)
+        await close_env(env)
     return Trajectory(
         task=env.task.name,
         family=env.task.family,
@@ -165,15 +166,17 @@ def _timeout_result(limits: Limits, engine_seconds: float) -> _Result:
     return _Result(0.0, "infra_engine" if is_engine_slow else "timeout", note)
 
 
-async def _close(env: Env) -> None:
-    """Close the environment; a fault is logged only, since the episode has its result.
+async def close_env(env: Env) -> None:
+    """Close an environment within CLOSE_SECONDS; a fault is logged only.
 
-    What is left of a sandbox ends with its manager.
+    Whoever used it has its result, and what is left of a sandbox ends with its manager.
     """
     try:
-        await env.aclose()
-    except SandboxError as error:
-        log.warning("the sandbox of %s was not closed: %s", env.task.name, error)
+        async with asyncio.timeout(CLOSE_SECONDS):
+            await env.aclose()
+    except (SandboxError, OSError) as error:  # TimeoutError is an OSError
+        reason = str(error) or f"it did not end within {CLOSE_SECONDS:g} s"
+        log.warning("the sandbox of %s was not closed: %s", env.task.name, reason)
 
 
 async def replay(env: Env, prefix: Sequence[Chunk], chunks: list[Chunk]) -> None:

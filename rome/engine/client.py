@@ -16,14 +16,23 @@ from typing import Any, Literal
 import aiohttp
 
 from rome.engine.answers import (
+    Answer,
     append_answer,
     append_routes,
+    blame_engine,
     num_routes,
-    parse_version,
-    version_spans,
+    parse_answer,
+    parse_logprobs,
+    parse_routes,
 )
 from rome.engine.completion import Completion, Sampling
-from rome.engine.connection import RETRY_STATUS, UPDATE_SECONDS, Connection, error_text
+from rome.engine.connection import (
+    RETRY_STATUS,
+    UPDATE_SECONDS,
+    Connection,
+    error_text,
+    require_object,
+)
 from rome.engine.dialect import Dialect, dialect_of
 from rome.engine.errors import EngineError, EngineRefused, EngineUnproven
 from rome.engine.mirror import MirrorClient
@@ -111,9 +120,12 @@ class Engine:
           The completion; `begun` itself where it was given.
 
         Raises:
-          EngineError: the engine failed, or the deadline passed.
+          EngineError: the deadline passed.
+          EngineDead: the engine cannot be reached.
+          EngineFailed: it answered with an error of its own, or unlike an engine.
           EngineRefused: the engine was taken out of service; `begun` holds what was sampled.
           EngineUnproven: the engine answered with weights that were not verified.
+          RequestRejected: the engine does not take this request.
         """
         completion = Completion.unfinished() if begun is None else begun
         async with self._connection.deadline(deadline_seconds, "a completion"):
@@ -129,9 +141,10 @@ class Engine:
         Raises:
           EngineError: the engine failed, or returned another number of logprobs.
         """
+        ids = list(map(int, input_ids))
         body = {
             "rid": uuid.uuid4().hex,
-            "input_ids": list(map(int, input_ids)),
+            "input_ids": ids,
             "stream": False,
             "return_logprob": True,
             "logprob_start_len": 0,
@@ -141,13 +154,14 @@ class Engine:
         }
         async with self._connection.deadline(deadline_seconds, "logprobs of a prompt"):
             answer = await self._connection.post("/generate", body)
-        entries = answer["meta_info"]["input_token_logprobs"]
-        if len(entries) != len(input_ids):
-            raise EngineError(
-                f"{self.url} returned {len(entries)} input logprobs for a prompt of"
-                f" {len(input_ids)} tokens; its cache must be flushed before scoring"
-            )
-        return [0.0] + [float(entry[0]) for entry in entries[1:]]
+        with blame_engine(self.url, "/generate"):
+            entries = answer["meta_info"]["input_token_logprobs"]
+            if len(entries) != len(ids):
+                raise ValueError(
+                    f"{len(entries)} input logprobs for a prompt of {len(ids)} tokens; its"
+                    " cache must be flushed before scoring"
+                )
+            return [0.0, *parse_logprobs(entries[1:], ids[1:])]
 
     async def _continue_completion(
         self, completion: Completion, input_ids: list[int], sampling: Sampling
@@ -170,24 +184,26 @@ class Engine:
         # An update may have frozen the request, and the server may have continued it before its new
         # weights were verified. Only the outcome of that check says whether the tokens count.
         await self._wait_while_held()
-        meta = answer["meta_info"]
-        self._require_proven(meta, proven_at_start)
-        append_answer(self.url, completion, answer)
-        new_tokens = len(completion.output_ids) - before
-        if sampling.routes_from is not None and new_tokens > 0:
-            append_routes(
+        parsed = parse_answer(
+            self.url, answer, self.model, max_tokens=sampling.max_new_tokens - before
+        )
+        self._require_proven(parsed, proven_at_start)
+        if sampling.routes_from is not None and parsed.ids:
+            routes = parse_routes(
                 self.url,
                 self.model,
                 completion,
-                meta,
+                parsed,
                 start=sampling.routes_from,
                 prompt_length=len(input_ids),
             )
+            append_routes(completion, routes)
+        append_answer(completion, parsed)
         if completion.finish_reason != "abort":
             return
         if len(completion.output_ids) >= sampling.max_new_tokens:
             completion.finish_reason = "length"
-        elif new_tokens == 0:  # aborted before its first token: give the server a moment
+        elif not parsed.ids:  # aborted before its first token: give the server a moment
             await asyncio.sleep(random.uniform(0.02, 0.1))
 
     async def _post_unless_refused(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -225,23 +241,23 @@ class Engine:
         start = sampling.routes_from + num_routes(completion)
         return {"return_routed_experts": True, "routed_experts_start_len": start}
 
-    def _require_proven(self, meta: dict[str, Any], proven_at_start: list[int]) -> None:
+    def _require_proven(self, answer: Answer, proven_at_start: list[int]) -> None:
         """Raise EngineUnproven unless verified weights sampled every token of an answer.
 
         Allowed are the version that was current when the request was sent, and later ones.
         """
-        if not proven_at_start or not meta.get("output_token_logprobs"):
+        if not proven_at_start or not answer.ids:
             return
         newest_first = self._proven[::-1]
         num_allowed = newest_first.index(proven_at_start[0]) + 1
         allowed = self._proven[-num_allowed:]
-        for span in version_spans(meta, 0):
-            if parse_version(self.url, span["version"]) in allowed:
+        for span in answer.spans:
+            if span.version in allowed:
                 continue
             if self._refused is not None:  # the pool knows already
                 raise EngineRefused(self._refused)
             raise EngineUnproven(
-                f"{self.url} answered with weights {span['version']!r}; proven there were"
+                f"{self.url} answered with weights {span.name!r}; proven there were"
                 f" {', '.join(map(str, allowed))}"
             )
 
@@ -298,12 +314,12 @@ class Engine:
             computes their cache anew when sampling continues, "in_place" freezes them.
         """
         async with self._connection.deadline(CONTROL_SECONDS, f"pause({mode})"):
-            await self._connection.post("/pause_generation", {"mode": mode})
+            await self._connection.post_for_any("/pause_generation", {"mode": mode})
 
     async def resume(self) -> None:
         """Continue sampling after `pause`."""
         async with self._connection.deadline(CONTROL_SECONDS, "continue"):
-            await self._connection.post("/continue_generation", {})
+            await self._connection.post_for_any("/continue_generation", {})
 
     async def update_weights(self, path: str, version: int, *, flush: bool = True) -> None:
         """Load the weights of a Hugging Face directory that the server can read.
@@ -327,7 +343,7 @@ class Engine:
         }
         async with self._connection.deadline(UPDATE_SECONDS, "a weight update"):
             answer = await self._connection.post("/update_weights_from_disk", body)
-        if not answer.get("success"):
+        if answer.get("success") is not True:
             raise EngineError(
                 f"{self.url} did not take weights {version} from {path}: {answer.get('message')}"
             )
@@ -338,7 +354,7 @@ class Engine:
         The engine must be idle and stays paused; SGLang needs --enable-memory-saver.
         """
         async with self._connection.deadline(CONTROL_SECONDS, "release_memory_occupation"):
-            await self._connection.post("/release_memory_occupation", {"tags": list(tags)})
+            await self._connection.post_for_any("/release_memory_occupation", {"tags": list(tags)})
 
     async def resume_memory(self, tags: tuple[str, ...] = MEMORY_TAGS) -> None:
         """Allocate the memory again that `release_memory` freed.
@@ -346,7 +362,7 @@ class Engine:
         Its content is undefined: load and verify weights before anything is sampled.
         """
         async with self._connection.deadline(CONTROL_SECONDS, "resume_memory_occupation"):
-            await self._connection.post("/resume_memory_occupation", {"tags": list(tags)})
+            await self._connection.post_for_any("/resume_memory_occupation", {"tags": list(tags)})
 
     # -- state of the server
     # ---------------------------------------------------------------------------------------------
@@ -373,9 +389,11 @@ class Engine:
           EngineError: the server is too old, or runs several tokenizer workers.
         """
         info = await self.server_info()
-        if int(info.get("tokenizer_worker_num") or 1) > 1:
+        with blame_engine(self.url, "/server_info"):
+            num_workers = int(info.get("tokenizer_worker_num") or 1)
+        if num_workers > 1:
             raise EngineError(
-                f"{self.url} runs {info['tokenizer_worker_num']} tokenizer workers: a pause and an"
+                f"{self.url} runs {num_workers} tokenizer workers: a pause and an"
                 " update may meet different ones; start it with --tokenizer-worker-num 1"
             )
         is_embedded = info.get("engine") == "rome.serve"
@@ -406,7 +424,7 @@ class Engine:
                 response = await self._connection.request("GET", f"/{name}", None)
                 if response.status == 200:
                     self._info_routes[name] = f"/{name}"
-                    return response.body
+                    return require_object(self.url, f"/{name}", response.body)
                 self._info_routes[name] = f"/get_{name}"
             route = self._info_routes[name]
             response = await self._connection.request("GET", route, None)
@@ -416,4 +434,4 @@ class Engine:
                     f"{self.url}{route} answered {response.status}:"
                     f" {error_text(response.body)}; is this an SGLang server?"
                 )
-            return response.body
+            return require_object(self.url, route, response.body)

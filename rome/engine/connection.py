@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import aiohttp
 
-from rome.engine.errors import EngineDead, EngineError
+from envs.proxies import environment_proxy
+from rome.engine.errors import EngineDead, EngineError, EngineFailed, RequestRejected
 
 RETRY_STATUS = (429, 502, 503, 504)  # back-pressure of a server, or of a router in front of it
 MAX_RETRY_AFTER_SECONDS = 30.0  # a longer Retry-After of a server is cut to this
@@ -65,12 +66,21 @@ class Connection:
         return Deadline(seconds, message)
 
     async def post(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Return the JSON object of a successful answer; see `post_for_any`.
+
+        Raises:
+          EngineFailed: the answer is not a JSON object, too.
+        """
+        return require_object(self.url, route, await self.post_for_any(route, body))
+
+    async def post_for_any(self, route: str, body: dict[str, Any]) -> Any:
         """Return the body of a successful answer, repeating the request under back-pressure.
 
         There is no deadline here: wrap the call in `deadline`.
 
         Raises:
-          EngineError: the server refused the request.
+          RequestRejected: the server answered 4xx.
+          EngineFailed: the server answered with another error, or not in HTTP and JSON.
           EngineDead: the server cannot be reached.
         """
         wait = 0.1
@@ -80,7 +90,8 @@ class Connection:
                 return response.body
             if response.status not in RETRY_STATUS:
                 text = error_text(response.body)
-                raise EngineError(f"{self.url}{route} answered {response.status}: {text}")
+                kind = RequestRejected if 400 <= response.status < 500 else EngineFailed
+                raise kind(f"{self.url}{route} answered {response.status}: {text}")
             # Jitter: clients that were refused at the same moment must not return at the same one.
             jitter = random.uniform(1.0, 1.5)
             await asyncio.sleep(max(wait, response.retry_after_seconds) * jitter)
@@ -91,7 +102,7 @@ class Connection:
 
         Raises:
           EngineDead: connections were refused or broken for `dead_after_seconds`.
-          EngineError: the answer is not HTTP or not the JSON that it claims to be.
+          EngineFailed: the answer is not HTTP or not the JSON that it claims to be.
         """
         give_up = time.monotonic() + self.dead_after_seconds
         wait = 0.1
@@ -104,8 +115,8 @@ class Connection:
                         f"engine {self.url} is dead: {type(error).__name__} {error}; see its log,"
                         " start it again, and resume"
                     ) from error
-            except (aiohttp.ClientError, ValueError) as error:
-                raise EngineError(
+            except (aiohttp.ClientError, RecursionError, ValueError) as error:
+                raise EngineFailed(
                     f"{self.url}{route} did not answer in HTTP and JSON ({type(error).__name__}"
                     f" {error}); is this an SGLang server?"
                 ) from error
@@ -143,7 +154,11 @@ class Connection:
         timeout = aiohttp.ClientTimeout(  # the total is the caller's deadline
             total=None, sock_connect=CONNECT_SECONDS
         )
-        session = aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
+        session = aiohttp.ClientSession(
+            timeout=timeout,
+            connector=aiohttp.TCPConnector(limit=0),
+            proxy=environment_proxy(self.url),
+        )
         self._session = session
         self._loop = loop
         return session
@@ -166,6 +181,20 @@ class Deadline:
             await self._timeout.__aexit__(kind, error, traceback)
         except TimeoutError:
             raise EngineError(self._message) from None
+
+
+def require_object(url: str, route: str, body: Any) -> dict[str, Any]:
+    """Return the body of an answer if it is a JSON object.
+
+    Raises:
+      EngineFailed: it is something else, such as the page of a proxy.
+    """
+    if isinstance(body, dict):
+        return body
+    raise EngineFailed(
+        f"{url}{route} answered with {str(body)[:100]!r}, which is no JSON object; does a proxy or"
+        " another program answer there?"
+    )
 
 
 def error_text(answer: Any) -> str:

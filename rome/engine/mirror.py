@@ -20,7 +20,8 @@ from typing import Any, Literal
 import aiohttp
 from aiohttp import web
 
-from rome.engine.connection import UPDATE_SECONDS
+from envs.proxies import environment_proxy
+from rome.engine.connection import UPDATE_SECONDS, error_text
 from rome.engine.delta import (
     BrokenChain,
     apply_delta,
@@ -156,7 +157,7 @@ class MirrorClient:
         request copies all of it again.
 
         Raises:
-          EngineError: the mirror failed, or took longer than `seconds`.
+          EngineError: the mirror failed, took longer than `seconds`, or is something else.
         """
         path = path.resolve()
         fresh = self._last_requested == path
@@ -173,20 +174,26 @@ class MirrorClient:
                 f"mirror {self.url} does not answer ({error!r}); start launch.mirror on the"
                 " engine's host"
             ) from error
-        copy = pathlib.Path(answer["path"])
-        self.last = Transfer(copy, answer["way"], answer["bytes"], answer["seconds"])
+        try:
+            copy = pathlib.Path(answer["path"])
+            self.last = Transfer(copy, answer["way"], answer["bytes"], answer["seconds"])
+        except (LookupError, TypeError) as error:
+            raise EngineError(
+                f"mirror {self.url} answered {str(answer)[:100]!r}, unlike a launch.mirror; does"
+                " a proxy or another program answer there?"
+            ) from error
         return copy
 
     async def _post(self, body: dict[str, Any]) -> dict[str, Any]:
         timeout = aiohttp.ClientTimeout(total=None)  # the caller has a deadline
         async with (
-            aiohttp.ClientSession() as session,
+            aiohttp.ClientSession(proxy=environment_proxy(self.url)) as session,
             session.post(self.url + "/fetch", json=body, timeout=timeout) as response,
         ):
             answer = await response.json(content_type=None)
             if response.status != 200:
                 raise EngineError(
-                    f"mirror {self.url} answered {response.status}: {answer.get('error')}"
+                    f"mirror {self.url} answered {response.status}: {error_text(answer)}"
                 )
             return answer
 

@@ -9,8 +9,9 @@
     lent        the learner uses its devices (`EnginePool.lend`)
 
 A request that runs on an engine which is taken out of service continues on another one, from the
-tokens that it has. Any request that meets an error takes its engine out; `rome.engine.supervise`
-brings engines back.
+tokens that it has. A request that meets a failure of its engine takes the engine out at once; an
+engine that rejects a request is taken out if another one takes it. `rome.engine.supervise` brings
+engines back.
 """
 
 from __future__ import annotations
@@ -19,19 +20,27 @@ import asyncio
 import collections
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Literal
 
 from rome.engine.client import Engine
 from rome.engine.completion import Completion, Sampling
-from rome.engine.errors import EngineDead, EngineError, EngineRefused, EngineUnproven
+from rome.engine.errors import (
+    EngineDead,
+    EngineError,
+    EngineFailed,
+    EngineRefused,
+    EngineUnproven,
+    RequestRejected,
+)
 from rome.engine.proof import Weights, load_and_prove
 
 State = Literal["starting", "ready", "updating", "suspect", "dead", "lent"]
 MAX_AFFINITIES = 100_000  # remembered episodes; the least recently used are forgotten
 # Time for answers that a pause cut to arrive; later ones are sampled again elsewhere.
 DRAIN_SECONDS = 2.0
-# A request whose engines failed this many times may itself be the reason.
+# A request whose engines failed this many times may itself be the reason. In a pool of more engines
+# it is tried on each of them.
 MAX_MOVES = 8
 # An episode leaves its engine when that has more requests in flight than twice the least busy
 # engine's and this many: the cached prefix is then not worth the wait.
@@ -63,6 +72,8 @@ class EnginePool:
         self.states: dict[str, State] = {}
         self.in_flight: collections.Counter[str] = collections.Counter()
         self.causes: dict[str, str] = {}  # url -> why the engine was last taken out of service
+        # url -> how often in a row it was taken out by requests, without an answer in between
+        self.strikes: collections.Counter[str] = collections.Counter()
         self.restart = dict(restart or {})
         self.weights: Weights | None = None  # the current ones; None until the first publication
         self.supervised = False  # whether `supervise` brings engines back
@@ -121,7 +132,8 @@ class EnginePool:
     ) -> Completion:
         """Sample a continuation of `input_ids` on one of the engines.
 
-        If that engine is taken out of service, the request continues on another one.
+        If that engine fails, is taken out of service or rejects the request, the request continues
+        on another one.
 
         Args:
           input_ids: tokens of the prompt.
@@ -132,29 +144,41 @@ class EnginePool:
 
         Raises:
           EngineError: the engines failed; at once if none is left and no supervisor runs.
+          RequestRejected: no engine that serves takes the request.
         """
         ends = time.monotonic() + deadline_seconds
         completion = Completion.unfinished()
         moves = 0
+        rejections: dict[Engine, RequestRejected] = {}
         while True:
-            engine = self._choose(affinity)
+            engine = self._choose(affinity, rejections)
+            if engine is None and rejections:
+                raise next(iter(rejections.values()))
             if engine is None:
                 await self.wait_ready(ends - time.monotonic())
                 continue
             self.in_flight[engine.url] += 1
             try:
                 remaining = ends - time.monotonic()
-                return await engine.generate(input_ids, sampling, remaining, begun=completion)
+                done = await engine.generate(input_ids, sampling, remaining, begun=completion)
             except EngineDead as error:
                 self.mark_dead(engine, str(error))
-            except EngineUnproven as error:
-                self.quarantine(engine, str(error))
+            except (EngineFailed, EngineUnproven) as error:
+                self._strike(engine, error)
             except EngineRefused:  # taken out already, by another request or the supervisor
                 pass
+            except RequestRejected as error:
+                rejections[engine] = error
+                continue
+            else:
+                self.strikes.pop(engine.url, None)
+                for other, rejection in rejections.items():
+                    self._strike(other, rejection)
+                return done
             finally:
                 self.in_flight[engine.url] -= 1
             moves += 1
-            if moves == MAX_MOVES:
+            if moves >= max(MAX_MOVES, len(self.engines)):
                 raise EngineError(
                     f"{moves} engines failed while they had this request, {engine.url} last:"
                     f" {self.causes.get(engine.url)}"
@@ -180,22 +204,26 @@ class EnginePool:
                 causes = "; ".join(self.causes.values())
                 raise EngineError(f"no engine came back within {seconds:.0f} s: {causes}") from None
 
-    def _choose(self, affinity: str | None) -> Engine | None:
-        """Return the engine for a request, or None while no engine serves."""
-        serving = self.engines_in("ready") or self.engines_in("updating")
+    def _choose(self, affinity: str | None, avoid: Collection[Engine]) -> Engine | None:
+        """Return the engine for a request, or None while no engine serves but those to avoid."""
+        ready = self._engines_apart_from(avoid, "ready")
+        serving = ready or self._engines_apart_from(avoid, "updating")
         if not serving:
             return None
         least_busy = min(serving, key=lambda engine: self.in_flight[engine.url])
         if affinity is None:
             return least_busy
         engine = self._homes.get(affinity)
-        if engine is None or not self._should_stay(engine, least_busy):
+        if engine is None or engine in avoid or not self._should_stay(engine, least_busy):
             engine = least_busy
         self._homes[affinity] = engine
         self._homes.move_to_end(affinity)
         if len(self._homes) > MAX_AFFINITIES:
             self._homes.popitem(last=False)
         return engine
+
+    def _engines_apart_from(self, avoid: Collection[Engine], state: State) -> list[Engine]:
+        return [engine for engine in self.engines_in(state) if engine not in avoid]
 
     def _should_stay(self, home: Engine, least_busy: Engine) -> bool:
         """Return whether an episode's next request goes to the engine that has its prefix."""
@@ -216,6 +244,16 @@ class EnginePool:
     def quarantine(self, engine: Engine, cause: str) -> None:
         """Take out an engine that may answer but has not proven the current weights."""
         self._take_out(engine, "suspect", cause)
+
+    def _strike(self, engine: Engine, error: EngineError) -> None:
+        """Take out an engine that a request could not use, unless it is out already.
+
+        Its own probes may succeed all the same, so the supervisor waits longer each time.
+        """
+        if self.states[engine.url] not in ("ready", "updating"):
+            return
+        self.strikes[engine.url] += 1
+        self.quarantine(engine, str(error))
 
     def admit(self, engine: Engine) -> None:
         """Put an engine into service."""
@@ -274,7 +312,7 @@ class EnginePool:
         except EngineError as failure:
             self.quarantine(engine, str(failure))
             raise
-        except (LookupError, TypeError, ValueError, OSError) as failure:
+        except (AttributeError, LookupError, TypeError, ValueError, OSError) as failure:
             cause = (
                 f"{engine.url} answered an update unlike an SGLang server, or its checkpoint"
                 f" cannot be read: {failure!r}"

@@ -12,10 +12,9 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 
+from envs.proxies import open_directly
 from rome.engine.errors import EngineError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -190,10 +189,10 @@ def _wait_until_ready(server: ServerProcess, ends: float) -> int | None:
         if not server.alive():
             return server.process.returncode
         try:
-            with urllib.request.urlopen(server.url + "/health", timeout=5) as response:
+            with open_directly(server.url + "/health", 5.0) as response:
                 if response.status == 200:
                     return None
-        except (urllib.error.URLError, OSError):  # not listening yet, or 503 while it compiles
+        except OSError:  # not listening yet, or 503 while it compiles
             pass
         time.sleep(0.1)
     raise EngineError(

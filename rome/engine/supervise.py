@@ -95,7 +95,10 @@ async def _watch(
             case _:
                 is_back = await _recover(pool, engine, failures, probe_seconds)
                 failures = 0 if is_back else failures + 1
-        wait = interval_seconds * 2 ** min(failures, MAX_DOUBLINGS)
+        # The first strike may be of chance; an engine that proves its weights and fails its
+        # requests again is left alone for longer.
+        repeated = max(failures, pool.strikes[engine.url] - 1)
+        wait = interval_seconds * 2 ** min(repeated, MAX_DOUBLINGS)
         wait = min(wait, max(interval_seconds, MAX_WAIT_SECONDS))
         # Jitter: engines of one host must not all be tried at the same moment.
         await asyncio.sleep(wait * random.uniform(0.8, 1.2))

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import aiohttp
 
+from envs.proxies import environment_proxy
 from envs.rock import SandboxConfig
 from rome.evals.agents import Outcome, StartedEnv, play_in_environment, spoiled
 from rome.evals.tasks import EvalTask
@@ -241,6 +242,7 @@ class Endpoint:
             self._session = aiohttp.ClientSession(
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
                 connector=aiohttp.TCPConnector(limit=0),
+                proxy=environment_proxy(self.url),
             )
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         async with self._session.post(

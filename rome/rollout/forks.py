@@ -15,7 +15,7 @@ from typing import Any
 
 from envs.gem.core import Env
 from envs.rock import SandboxError
-from rome.agent.loop import ReplayError, replay
+from rome.agent.loop import CLOSE_SECONDS, ReplayError, close_env, replay
 from rome.data.trajectory import Chunk
 
 REPLAY_SECONDS = 600.0  # of the one replay of a source
@@ -62,7 +62,7 @@ class Forks:
         snapshots = list(self._snapshots.values())
         self._snapshots = {}
         for snapshot in snapshots:
-            await snapshot.delete()
+            await _delete(snapshot)
 
     async def _replay(self) -> None:
         """Replay the source and copy the environment at each anchor."""
@@ -79,9 +79,20 @@ class Forks:
         except (SandboxError, ReplayError, TimeoutError) as error:
             # Episodes at later anchors replay the actions themselves and report what they meet.
             copies = len(self._snapshots)
-            logging.info("%s has %d copies and not all: %s", env.task.name, copies, error)
+            reason = str(error) or f"the replay did not end within {REPLAY_SECONDS:g} s"
+            logging.info("%s has %d copies and not all: %s", env.task.name, copies, reason)
         finally:
-            await env.aclose()
+            await close_env(env)
+
+
+async def _delete(snapshot: Any) -> None:
+    """Delete a copy within CLOSE_SECONDS; a fault is logged only, its manager removes the rest."""
+    try:
+        async with asyncio.timeout(CLOSE_SECONDS):
+            await snapshot.delete()
+    except (SandboxError, OSError) as error:  # TimeoutError is an OSError
+        reason = str(error) or f"it did not end within {CLOSE_SECONDS:g} s"
+        logging.warning("a copy of a sandbox was not deleted: %s", reason)
 
 
 class Forked(Env):

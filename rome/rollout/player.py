@@ -25,6 +25,8 @@ from rome.rollout.anchors import anchor_of
 from rome.rollout.episode import Episode, RolloutError, Stopped
 
 POLL_SECONDS = 0.5  # between two calls of should_stop
+# Before an episode is played again; doubled each time, so that a fault of a moment may pass.
+RETRY_SECONDS = 0.5
 
 
 @dataclasses.dataclass
@@ -140,6 +142,7 @@ class EpisodePlayer:
             return kept
         for attempt in range(self.attempts):
             if attempt:
+                await asyncio.sleep(RETRY_SECONDS * 2 ** (attempt - 1))
                 accounting.begin()
             trajectory = await self._play_attempt(episode, attempt, temperature, routes)
             if trajectory.trainable:

@@ -33,6 +33,7 @@ from rome.rollout.scheduler import MAX_REPLACEMENTS, RolloutScheduler, Rules
 from rome.stages.imitation import Shown, TaskGroup, show_solutions
 from rome.stages.old_logprobs import OldLogprobs
 from rome.stages.players import Players, count_waves, load_when_visible
+from rome.stages.waiting import wait_for_episodes
 from rome.train.alarms import check_mismatch
 from rome.train.loop import StepData
 from rome.train.state import TrainState
@@ -121,7 +122,9 @@ class Collector:
         """Start the episodes that the published weights of `state` may play, in the background."""
         self._old_logprobs.remember(state)
         if self._team.leads:
-            run_async(self.rollouts.advance(int(state.step)), CONTROL_SECONDS)
+            step = int(state.step)
+            what = f"the start of episodes at step {step}"
+            wait_for_episodes(self.rollouts.advance(step), CONTROL_SECONDS, what)
 
     def collect(self, step: int, state: TrainState) -> StepData:
         """Take the episodes of a step, pack them, and score pi_old.
@@ -159,7 +162,7 @@ class Collector:
         if self._team.leads:
             self.accounting.drop("equal_group", shared["taken"] - len(shared["kept"]))
             self.accounting.train(len(shared["kept"]))
-            run_async(self.rollouts.check(), CONTROL_SECONDS)
+            wait_for_episodes(self.rollouts.check(), CONTROL_SECONDS, "the check of the accounts")
         return StepData(batches, count_denominators(batches), shared["metrics"])
 
     @contextlib.contextmanager
@@ -199,11 +202,12 @@ class Collector:
         """Cancel the running episodes and wait until their sandboxes are gone."""
         has_started = "rollouts" in self.__dict__  # a cached property: reading it would start them
         if self._team.leads and has_started:
-            run_async(self.rollouts.close(), CONTROL_SECONDS)
+            wait_for_episodes(self.rollouts.close(), CONTROL_SECONDS, "the end of open episodes")
 
     def _current_state(self) -> dict[str, Any]:
         if self._team.leads:
-            rollouts = run_async(self.rollouts.get_state(), CONTROL_SECONDS)
+            reading = self.rollouts.get_state()
+            rollouts = wait_for_episodes(reading, CONTROL_SECONDS, "the state of the rollouts")
         else:
             rollouts = {"accounting": self.accounting.to_json()}
         return {

@@ -176,7 +176,8 @@ def check_snapshots() -> Finding:
     try:
         kept, mounts = asyncio.run(asyncio.wait_for(_fork(), SECONDS))
     except (TimeoutError, SandboxError) as error:
-        return Finding("snapshots", False, str(error) or "no answer", "see the sandbox tiers above")
+        says = str(error) or f"a fork did not end within {SECONDS:.0f} s"
+        return Finding("snapshots", False, says, "see the sandbox tiers above")
     works = kept == "kept\n"
     if any(" /workspace " in line and " overlay " in line for line in mounts.splitlines()):
         return Finding("snapshots", works, "a fork lies over its snapshot, copy-on-write")

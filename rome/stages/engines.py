@@ -13,17 +13,23 @@ from typing import Any
 import ml_collections
 
 from envs.rock.sync import loop
-from envs.rock.sync import run as run_async
 from rome.engine.client import Engine
+from rome.engine.connection import UPDATE_SECONDS
 from rome.engine.mirror import MirrorClient
 from rome.engine.pool import EnginePool
 from rome.engine.process import ServerProcess, start_server
-from rome.engine.publish import publish_weights, write_checkpoint
+from rome.engine.publish import (
+    RECOVERY_SECONDS,
+    STRAGGLER_SECONDS,
+    publish_weights,
+    write_checkpoint,
+)
 from rome.engine.supervise import supervise
 from rome.model.config import ModelConfig
 from rome.model.hf.checkpoint import save_hf
 from rome.model.tokenizer import Chat
 from rome.stages.config import split_urls
+from rome.stages.waiting import wait_for_engines
 from rome.train.display import Display
 from rome.train.state import TrainState
 from rome.train.step import Learner
@@ -31,7 +37,8 @@ from rome.train.team import Team
 
 # Any text will do: the engine's logprobs of it must equal the trainer's.
 PROBE = "Read the note and do what it says."
-PUBLISH_SECONDS = 900.0
+# The parts of a publication have deadlines of their own, which say more; this one is beyond them.
+PUBLISH_SECONDS = UPDATE_SECONDS + STRAGGLER_SECONDS + RECOVERY_SECONDS + 60.0
 CLOSE_SECONDS = 30.0
 # The largest accepted difference of one token's logprob, by compute type. Other weights differ by
 # more.
@@ -127,7 +134,7 @@ class Engines:
         )
 
         def send() -> dict[str, float]:
-            run_async(self.pool.take_back(), PUBLISH_SECONDS)
+            wait_for_engines(self.pool.take_back(), PUBLISH_SECONDS, "the end of lending")
             publication = publish_weights(
                 path,
                 version,
@@ -136,7 +143,8 @@ class Engines:
                 expected_logprobs=expected.tolist(),
                 tolerance=PROBE_TOLERANCE[self._model_config.dtype],
             )
-            done = run_async(publication, PUBLISH_SECONDS)
+            what = f"the publication of weights {version}"
+            done = wait_for_engines(publication, PUBLISH_SECONDS, what)
             metrics = {
                 "engines": done.engines,
                 "seconds_paused": done.seconds_pause,
@@ -154,7 +162,7 @@ class Engines:
     def lend(self, count: int) -> None:
         """Give the devices of `count` engines to the learner; `publish` takes them back."""
         if self._team.leads:
-            run_async(self.pool.lend(count), PUBLISH_SECONDS)
+            wait_for_engines(self.pool.lend(count), PUBLISH_SECONDS, f"lending {count} engines")
 
     def close(self) -> None:
         """Stop supervising, close connections and stop embedded engines, whatever raises first."""
@@ -162,7 +170,8 @@ class Engines:
             for server in self.servers:
                 ends.callback(server.stop)
             if self._pool is not None:
-                ends.callback(run_async, self._pool.close(), CLOSE_SECONDS)
+                closing = self._pool.close()
+                ends.callback(wait_for_engines, closing, CLOSE_SECONDS, "closing connections")
             if self._supervisor is not None:
                 ends.callback(self._supervisor.cancel)
 

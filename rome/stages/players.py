@@ -9,7 +9,6 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import ml_collections
 
-from envs.rock.sync import run as run_async
 from envs.tasks.terminal.env import BASH_TOOL, TerminalEnv
 from rome.agent.loop import Limits
 from rome.data.trajectory import Trajectory, load_trajectory
@@ -18,6 +17,7 @@ from rome.rollout.demonstrations import collect_demonstrations
 from rome.rollout.player import Accounting, Episode, EpisodePlayer
 from rome.stages.config import sandbox_config
 from rome.stages.engines import Engines
+from rome.stages.waiting import wait_for_episodes
 from rome.train.team import Team
 
 DEMONSTRATION_CONCURRENCY = 16
@@ -95,11 +95,13 @@ class Players:
         """Play episodes of the policy and wait for all of them.
 
         Raises:
-          TimeoutError: after the time that they may take at worst, one wave after the other.
+          RolloutError: after the time that they may take at worst, one wave after the other.
         """
         waves = count_waves(len(episodes), self.config.concurrency)
         deadline = SLACK_SECONDS + waves * self.attempts * self.config.episode_seconds
-        return run_async(self.policy.play(episodes, temperature=temperature), deadline)
+        playing = self.policy.play(episodes, temperature=temperature)
+        what = f"the policy's play of {len(episodes)} episodes"
+        return wait_for_episodes(playing, deadline, what)
 
     def demonstrate(
         self,
@@ -116,6 +118,9 @@ class Players:
           error_rate: share of turns that a typical mistake precedes.
           record: (number) -> the file of that trajectory; one that is there is not played again.
           first_group: group number of the first trajectory; each is a group of its own.
+
+        Raises:
+          RolloutError: after the time that they may take at worst, one wave after the other.
         """
         waves = count_waves(len(tasks), DEMONSTRATION_CONCURRENCY)
         deadline = SLACK_SECONDS + waves * self.config.episode_seconds
@@ -128,7 +133,7 @@ class Players:
             record=record,
             first_group=first_group,
         )
-        return run_async(playing, deadline)
+        return wait_for_episodes(playing, deadline, f"the demonstration of {len(tasks)} tasks")
 
 
 def make_chat(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Chat:

@@ -195,6 +195,7 @@ def test_ipa_survives_ctrl_c_and_kill_and_ends_bitwise_as_the_run_that_was_left_
     assert losses(workdir) == losses(tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_killed_asynchronous_training_with_resampling_trains_on_nothing_twice_or_too_old(
     sft, tmp_path
 ):

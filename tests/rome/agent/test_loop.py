@@ -7,9 +7,17 @@ import numpy as np
 import pytest
 
 from envs.rock import SandboxError
+from rome.agent import loop
 from rome.agent.loop import Limits, run_episode
 from rome.engine.errors import EngineError
-from tests.rome.rollout.worlds import CHAT, EchoEnv, ScriptedEngine, routes_of
+from tests.rome.rollout.worlds import (
+    CHAT,
+    EchoEnv,
+    FailsToClose,
+    NeverClosed,
+    ScriptedEngine,
+    routes_of,
+)
 
 LIMITS = Limits(max_context=300, max_new_tokens=40, episode_seconds=5.0)
 
@@ -112,3 +120,16 @@ def test_a_sandbox_that_does_not_end_takes_nothing_from_the_episode():
 
     trajectory = play(ScriptedEngine(["red", "done"]), Lingering("copy/1"))
     assert (trajectory.ending, trajectory.reward) == ("success", 1.0)
+
+
+@pytest.mark.parametrize(
+    "kind, words", [(NeverClosed, "did not end within 0.05 s"), (FailsToClose, "manager is gone")]
+)
+def test_an_environment_that_does_not_end_costs_a_bounded_wait_and_no_result(
+    monkeypatch, caplog, kind, words
+):
+    monkeypatch.setattr(loop, "CLOSE_SECONDS", 0.05)
+    env = kind("copy/1")
+    trajectory = play(ScriptedEngine(["done"]), env)
+    assert trajectory.ending == "success" and trajectory.seconds < 5 and env.closed == 1
+    assert "copy/1 was not closed" in caplog.text and words in caplog.text

@@ -16,6 +16,8 @@ Traps:
   slow_health          /health_generate takes half a second
   slow_probe           a prompt is scored in 0.3 s, while other requests go on
   busy_health          /health_generate says 503, and so do two requests in three, with Retry-After
+  fails_fast           /generate says 500 at once, unless it is a probe of the weights
+  rejects_fast         /generate says 400 at once, unless it is a probe of the weights
   hangs                everything but /server_info is accepted and never answered
 Always so, as in SGLang: an unpaused update waits for all running requests; a request during a pause
 is held; abort matches rids by prefix; /update_weight_version aborts everything; after an update
@@ -159,6 +161,11 @@ class FakeSGLang:
             return web.json_response(
                 {"error": {"message": "queue full"}}, status=503, headers={"Retry-After": "0.05"}
             )
+        is_probe = body["logprob_start_len"] >= 0
+        if "fails_fast" in self.traps and not is_probe:
+            return web.json_response({"error": {"message": "CUDA error"}}, status=500)
+        if "rejects_fast" in self.traps and not is_probe:
+            return web.json_response({"error": {"message": "context of 8"}}, status=400)
         while self.paused or self.released:
             await asyncio.sleep(0.005)
         ids, params, rid = body["input_ids"], body["sampling_params"], body["rid"]

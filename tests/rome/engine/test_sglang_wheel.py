@@ -78,7 +78,7 @@ async def everything():
         ),
         10,
     )
-    with mock.patch("rome.engine.client.append_routes"):  # the recorder answers without routes
+    with mock.patch("rome.engine.client.parse_routes"):  # the recorder answers without routes
         await engine.generate([1, 2, 3], Sampling(5, temperature=0.0, routes_from=2), 10)
     await engine.score([1, 2, 3])
     for mode in ("abort", "retract", "in_place"):

@@ -94,19 +94,29 @@ def test_an_expert_that_is_not_here_adds_nothing(form):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
 
 
+@functools.cache
+def value_and_gradients(form):
+    """The compiled value of a weighed output and its gradients, shared by the tests.
+
+    "FORM in passes" multiplies 40 of the 300 choices at a time.
+    """
+    name, _, in_passes = form.partition(" in ")
+    run = functools.partial(FORMS[name], rows=40) if in_passes else FORMS[name]
+
+    def value(*inputs):
+        weights_ND = np.random.RandomState(9).standard_normal((N, D)).astype(np.float32)
+        return jnp.sum(weights_ND * run(*inputs))
+
+    return jax.jit(jax.value_and_grad(value, argnums=(0, 1, 2, 3, 4)))
+
+
 @pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize("form", ["sorted", "ragged", "megablox"])
 def test_gradients_of_every_form_equal_those_of_the_dense_oracle(form, load):
     inputs = arrays(load)
-    weights_ND = np.random.RandomState(9).standard_normal((N, D)).astype(np.float32)
-
-    def gradients(form):
-        def objective(*floats):
-            return jnp.sum(weights_ND * FORMS[form](*floats, inputs[5]))
-
-        return jax.jit(jax.grad(objective, argnums=(0, 1, 2, 3, 4)))(*inputs[:5])
-
-    for one, other in zip(gradients(form), gradients("dense"), strict=True):
+    _, gradients = value_and_gradients(form)(*inputs)
+    _, expected = value_and_gradients("dense")(*inputs)
+    for one, other in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
 
 
@@ -129,13 +139,8 @@ def test_loads_at_the_edges_of_the_tiles_give_the_numbers_and_gradients_of_the_d
         x, gate, up, down, weights, _ = arrays("random")
         ids = jnp.asarray(np.where(np.arange(N)[:, None] < rows, [[0, 4]], [[2, 3]]), jnp.int32)
 
-        def value(form, *floats, ids=ids):
-            return jnp.sum(jnp.sin(experts(*floats, ids, form)))
-
         both = [
-            jax.jit(jax.value_and_grad(functools.partial(value, form), argnums=(0, 1, 2, 3, 4)))(
-                x, gate, up, down, weights
-            )
+            value_and_gradients(form)(x, gate, up, down, weights, ids)
             for form in ("sorted", "dense")
         ]
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-3), *both)
@@ -186,20 +191,10 @@ def test_fewer_choices_than_a_tile_and_more_experts_than_choices_work():
 @pytest.mark.parametrize("form", ["ragged", "megablox"])
 def test_a_grouped_matmul_in_several_passes_gives_the_numbers_and_gradients_of_one(form, load):
     *floats, ids_Nk = arrays(load)
-    passes = functools.partial(FORMS[form], rows=40)  # of 300 choices
-
-    def value(form):
-        return jax.jit(
-            jax.value_and_grad(
-                lambda *floats: jnp.sum(jnp.cos(floats[0]) * form(*floats, ids_Nk)),
-                argnums=(0, 1, 2, 3, 4),
-            )
-        )(*floats)
-
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3),
-        value(passes),
-        value(FORMS["dense"]),
+        value_and_gradients(f"{form} in passes")(*floats, ids_Nk),
+        value_and_gradients("dense")(*floats, ids_Nk),
     )
 
 

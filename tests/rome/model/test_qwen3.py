@@ -248,7 +248,10 @@ def test_attention_of_a_query_that_sees_nothing_is_zero_with_a_zero_gradient():
 
 
 @pytest.mark.parametrize("kept", [0, attention_cpu.KEPT_WEIGHTS])
-@pytest.mark.parametrize("length", [7, 8, 16, 21, 64, 69])
+@pytest.mark.parametrize(
+    "length",
+    [7, 16, 69, *(pytest.param(length, marks=pytest.mark.slow) for length in (8, 21, 64))],
+)
 def test_blocked_attention_equals_the_reference_with_its_gradients(length, kept, monkeypatch):
     monkeypatch.setattr(attention_cpu, "KEPT_WEIGHTS", kept)
     monkeypatch.setattr(attention_cpu, "QUERIES", 8)

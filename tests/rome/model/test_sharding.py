@@ -73,10 +73,14 @@ def on_one_device(config):
     "config, shape, experts, current",
     [  # current: whether the model knows the mesh, or only its inputs are sharded
         (CONFIG, {"fsdp": 2, "expert": 2, "tensor": 2}, "sorted", True),
-        (CONFIG, {"fsdp": 2, "expert": 2, "tensor": 2}, "dense", False),
-        (CONFIG, {"replica": 2, "fsdp": 4}, "sorted", False),
+        pytest.param(
+            CONFIG, {"fsdp": 2, "expert": 2, "tensor": 2}, "dense", False, marks=pytest.mark.slow
+        ),
+        pytest.param(CONFIG, {"replica": 2, "fsdp": 4}, "sorted", False, marks=pytest.mark.slow),
         (CONFIG, {"expert": 4, "sequence": 2}, "dense", True),
-        (SWITCHES, {"fsdp": 2, "expert": 2, "tensor": 2}, "sorted", True),
+        pytest.param(
+            SWITCHES, {"fsdp": 2, "expert": 2, "tensor": 2}, "sorted", True, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_forward_and_gradients_on_a_mesh_equal_one_device(config, shape, experts, current):

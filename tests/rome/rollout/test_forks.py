@@ -11,13 +11,21 @@ import pytest
 from envs.gem import format_tool_call
 from envs.rock import SandboxConfig, SandboxError
 from envs.tasks.terminal.env import TerminalEnv
+from rome.agent import loop
 from rome.agent.loop import Limits, run_episode
+from rome.rollout import forks as forks_module
 from rome.rollout.accounting import Accounting
 from rome.rollout.demonstrations import demonstrate
 from rome.rollout.episode import Episode
 from rome.rollout.forks import Forked, Forks
 from rome.rollout.player import EpisodePlayer
-from tests.rome.rollout.worlds import CHAT, EchoEnv, ScriptedEngine
+from tests.rome.rollout.worlds import (
+    CHAT,
+    EchoEnv,
+    FailsToClose,
+    NeverClosed,
+    ScriptedEngine,
+)
 
 TASK = "note_count/5"
 LIMITS = Limits(2000, 60, 30.0)
@@ -192,3 +200,30 @@ def test_who_waits_for_a_replay_that_is_ended_replays_for_itself():
         return await asyncio.gather(*waiting)
 
     assert [type(env) for env in asyncio.run(wait())] == [Slow, Slow]
+
+
+@pytest.mark.parametrize("kind", [NeverClosed, FailsToClose])
+def test_a_source_and_copies_that_do_not_end_cost_a_bounded_wait_and_no_fork(monkeypatch, kind):
+    class Copy:
+        async def delete(self):
+            await kind("copy/1").aclose()
+
+    class Copied(kind):
+        async def asnapshot(self):
+            return Copy()
+
+    monkeypatch.setattr(loop, "CLOSE_SECONDS", 0.05)
+    monkeypatch.setattr(forks_module, "CLOSE_SECONDS", 0.05)
+    source = asyncio.run(
+        run_episode(ScriptedEngine(["red", "done"]), EchoEnv("copy/1"), CHAT, LIMITS, seed=1)
+    )
+
+    async def fork():
+        prefix = tuple(source.chunks[:1])
+        forks = Forks(lambda: Copied("copy/1"), [prefix])
+        env = await forks.env_at(prefix)
+        await forks.aclose()
+        return env
+
+    env = asyncio.run(asyncio.wait_for(fork(), 5))
+    assert isinstance(env, Forked)

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from rome.agent.loop import Limits
+from rome.rollout import player
 from rome.rollout.accounting import Accounting
 from rome.rollout.episode import Episode, RolloutError, Stopped
 from rome.rollout.player import EpisodePlayer
@@ -216,3 +217,16 @@ def test_a_prefix_that_is_answered_otherwise_each_time_does_not_end_the_run_but_
         "dropped": {"infra_sandbox": 2},
         "in_flight": 1,
     }
+
+
+def test_attempts_after_a_fault_are_apart_and_ever_further(monkeypatch):
+    monkeypatch.setattr(player, "RETRY_SECONDS", 0.1)
+    made = []
+
+    def make_env(name):
+        made.append(time.monotonic())
+        return EchoEnv(name, "infra_sandbox" if len(made) < 3 else "success")
+
+    play(make(make_env=make_env), EPISODES[:1])
+    first, second, third = made
+    assert second - first >= 0.1 and third - second >= 0.2

@@ -8,6 +8,7 @@ import dataclasses
 import numpy as np
 
 from envs.gem.core import Env
+from envs.rock import SandboxError
 from rome.engine.completion import Completion, Sampling
 from rome.model.tokenizer import TINY, Chat, Tokenizer
 
@@ -100,3 +101,19 @@ class EchoEnv(Env):
 
     async def aclose(self):
         self.closed += 1
+
+
+class NeverClosed(EchoEnv):
+    """An environment whose end takes a minute."""
+
+    async def aclose(self):
+        self.closed += 1
+        await asyncio.sleep(60)
+
+
+class FailsToClose(EchoEnv):
+    """An environment whose end fails."""
+
+    async def aclose(self):
+        self.closed += 1
+        raise SandboxError("the manager is gone")

@@ -150,6 +150,7 @@ def test_replay_follows_a_router_that_has_moved_and_removes_the_mismatch_it_make
     assert replay["kl"] < 0.2 * off["kl"] and replay["mean"] < 0.5 * off["mean"], (off, replay)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"fsdp": 4, "expert": 2}])
 def test_replay_does_not_depend_on_the_mesh_or_the_micro_batches(
     trajectories, params, learner, mesh

@@ -132,7 +132,11 @@ def one_update(learner: Learner, batches) -> tuple[dict, dict]:
         ("ipa", {}),
         pytest.param("token_level", {}, marks=pytest.mark.slow),
         pytest.param("grpo", {}, marks=pytest.mark.slow),
-        ("ipa", {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.5}),
+        pytest.param(
+            "ipa",
+            {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.5},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_micro_batch_split_does_not_change_gradient_or_metrics(loss, router):
@@ -151,7 +155,11 @@ def test_the_micro_batch_split_does_not_change_gradient_or_metrics(loss, router)
 
 @pytest.mark.parametrize(
     "mesh",
-    [{"fsdp": 8}, {"replica": 2, "fsdp": 2, "expert": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}],
+    [
+        pytest.param({"fsdp": 8}, marks=pytest.mark.slow),
+        pytest.param({"replica": 2, "fsdp": 2, "expert": 2}, marks=pytest.mark.slow),
+        {"fsdp": 2, "expert": 2, "tensor": 2},
+    ],
 )
 def test_the_mesh_does_not_change_gradient_or_metrics(mesh):
     single, sharded = (one_update(make_learner("ipa", shape), packed(8)) for shape in ({}, mesh))

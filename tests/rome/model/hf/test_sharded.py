@@ -52,9 +52,9 @@ def params():
 @pytest.mark.parametrize(
     "config, mesh_shape, dtype",
     [
-        (MESHED, MESHES[0], "float32"),
+        pytest.param(MESHED, MESHES[0], "float32", marks=pytest.mark.slow),
         (MESHED_MIXED, MESHES[0], "bfloat16"),
-        (MESHED, MESHES[1], "bfloat16"),
+        pytest.param(MESHED, MESHES[1], "bfloat16", marks=pytest.mark.slow),
         (MESHED, MESHES[2], "float32"),
     ],
     ids=["split_three_ways", "two_kinds_of_layers", "copies", "experts"],
