@@ -21,8 +21,9 @@ PYTHON =
 ACCELERATOR =
 SETUP = PYTHON='$(PYTHON)' ACCELERATOR='$(ACCELERATOR)' bash launch/setup.sh
 DEV = requirements.txt requirements-dev.txt
-# A worker takes up to 3 GB. Tests of one file stay together: they share processes and compiled programs.
-PARALLEL = --numprocesses=auto --maxprocesses=4 --dist=loadfile
+# Three workers fill two cores, since many tests wait; each takes up to 3 GB (ARGS="-n 8" on a larger machine).
+# Tests of one file stay together: they share processes and compiled programs. conftest.py orders the files.
+PARALLEL = --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 
 .PHONY: help train check format test test-all docs sglang clean
 

@@ -7,6 +7,20 @@ timings of benchmarks/ are taken without this file.
 import os
 import pathlib
 
+import pytest
+
+# Files that take a minute or more come first, so that parallel workers end together.
+LONG_FILES = (
+    "tests/launch/test_train.py",
+    "tests/rome/train/",
+    "tests/distributed/",
+    "tests/rome/model/",
+    "tests/rome/serve/",
+    "tests/rome/losses/",
+    "tests/launch/",
+    "tests/rome/engine/",
+)
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 for flag in ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"):
     if flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
@@ -16,3 +30,13 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the files by their time, and keep the tests of a file in their order."""
+
+    def place(item: pytest.Item) -> int:
+        fitting = (n for n, prefix in enumerate(LONG_FILES) if item.nodeid.startswith(prefix))
+        return next(fitting, len(LONG_FILES))
+
+    items.sort(key=place)

@@ -339,6 +339,7 @@ def refused(flags: list[str], workdir: pathlib.Path) -> str:
     return next(line for line in done.stderr.splitlines() if line.startswith("launch.train: "))
 
 
+@pytest.mark.slow
 def test_a_run_that_diverged_goes_on_from_its_last_good_checkpoint_as_its_message_says(tmp_path):
     workdir = tmp_path / "run"
     flags = ["--config=experiments/cpt.py:smoke", "--config.steps=6", "--config.checkpoint_every=1"]
@@ -356,7 +357,9 @@ def test_a_run_that_diverged_goes_on_from_its_last_good_checkpoint_as_its_messag
     assert [entry["step"] for entry in report(workdir)["evals"]][-1] == 9
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_run_whose_output_nobody_reads_any_more_is_saved_when_it_is_stopped(tmp_path, number):
     flags = ["--config=experiments/cpt.py:smoke", "--config.steps=400"]
     process = subprocess.Popen(
@@ -378,6 +381,7 @@ def test_a_run_whose_output_nobody_reads_any_more_is_saved_when_it_is_stopped(tm
     assert int(checkpoint.name) == metrics(tmp_path / "run")[-1]["step"] >= 2
 
 
+@pytest.mark.slow
 def test_text_that_changed_under_a_checkpoint_is_refused_in_one_line(tmp_path):
     for number in range(30):
         (tmp_path / f"{number}.txt").write_text(f"document {number}" + " with words" * number)

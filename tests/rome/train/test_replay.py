@@ -171,6 +171,7 @@ def test_replay_does_not_depend_on_the_mesh_or_the_micro_batches(
     assert whole["route_agreement"] == 1.0
 
 
+@pytest.mark.slow
 def test_layers_without_experts_are_replayed_around(trajectories):
     config = dataclasses.replace(CONFIG, dense_layers=(1,), intermediate_size=32)
     own, partly, batch = (

@@ -71,7 +71,9 @@ def skipping_learner() -> Learner:
     return dataclasses.replace(make_learner(), skip_nonfinite_updates=True)
 
 
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "poison", [pytest.param(float("nan"), marks=pytest.mark.slow), float("inf")]
+)
 def test_an_update_that_is_not_finite_is_skipped_where_the_config_says_so(poison):
     batches = packed(8)
     denominators = count_denominators(batches)
