@@ -7,6 +7,7 @@ import copy
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -238,6 +239,7 @@ def _member(name, kind=tarfile.REGTYPE, link=""):
         (archive({**PLAIN, "task.toml": "version = 3\n"}), "task.toml:1: version"),
         (archive({"task.toml": 'version = "1.0"\n'}), "instruction.md: missing"),
     ],
+    ids=itertools.count(),  # an archive holds the time at which a worker made it
 )
 def test_a_hostile_or_malformed_archive_is_refused_with_its_row(tmp_path, content, message):
     with pytest.raises(TaskError, match=message) as caught:
