@@ -357,9 +357,8 @@ def test_a_run_that_diverged_goes_on_from_its_last_good_checkpoint_as_its_messag
     assert [entry["step"] for entry in report(workdir)["evals"]][-1] == 9
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_whose_output_nobody_reads_any_more_is_saved_when_it_is_stopped(tmp_path, number):
     flags = ["--config=experiments/cpt.py:smoke", "--config.steps=400"]
     process = subprocess.Popen(
