@@ -81,7 +81,18 @@ def parse_flags(name: str, argv: list[str]) -> list[str]:
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         text = str(error.args[0] if error.args else error)
         text = text.strip("'\"").replace("\\'", "'").replace("\\n", " ")
+        if isinstance(error, (AttributeError, KeyError)):  # ml_collections names the key alone
+            given = _flag_of_key(text, argv)
+            text = f"{given}unknown config key: {text} (docs/configuration.md lists all keys)"
         sys.exit(f"{name}: {' '.join(text.split())}")
+
+
+def _flag_of_key(text: str, argv: list[str]) -> str:
+    """Return the flag that sets the key which `text` begins with, as "--config.KEY: "; or ""."""
+    words = text.split()
+    key = words[0].strip("'\"") if words else ""
+    names = (argument.partition("=")[0] for argument in argv)
+    return next((f"{name}: " for name in names if name.endswith(f".{key}")), "")
 
 
 def describe_error(error: BaseException) -> str:

@@ -429,6 +429,16 @@ def test_a_misspelt_flag_gets_one_clean_line():
     )
 
 
+@pytest.mark.parametrize("key", ["async_ratio", "rollout.late"])
+def test_a_key_that_moved_or_went_is_named_with_its_flag_and_the_list_of_keys(key):
+    flag = f"--config.{key}"
+    command = [sys.executable, "-m", "launch.train", "--config=experiments/ipa.py", f"{flag}=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert f"{flag}: unknown config key" in done.stderr
+    assert "docs/configuration.md" in done.stderr
+
+
 def test_the_sandboxes_backend_is_the_configs_and_the_admins_token_the_environments(monkeypatch):
     config = load_config("experiments/ipa.py", "tiny")
     config.sandbox.backend, config.sandbox.url = "remote", "http://10.0.0.5:8730"
