@@ -1,13 +1,14 @@
 """Every test runs on 8 CPU devices, with programs compiled fast and kept between runs.
 
-LLVM's optimizations cost half of the suite's processor time and change no claim: they are off. The
-timings of benchmarks/ are taken without this file.
+The timings of benchmarks/ are taken without this file.
 """
 
 import os
 import pathlib
 
 import pytest
+
+from tests.processes import FAST_COMPILATION
 
 # Files that take a minute or more come first, so that parallel workers end together.
 LONG_FILES = (
@@ -22,7 +23,7 @@ LONG_FILES = (
 )
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-for flag in ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"):
+for flag in ("--xla_force_host_platform_device_count=8", *FAST_COMPILATION):
     if flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 os.environ.setdefault(
