@@ -6,8 +6,7 @@ import time
 import pytest
 
 from envs.rock import Sandbox
-from envs.rock.embedded import zygote_client
-from tests.hostile.sandboxes import execute, inside, make_config, python
+from tests.hostile.sandboxes import changed_zygote, execute, inside, make_config, python
 
 SECRET = "the-expected-answer-4711"
 
@@ -40,12 +39,9 @@ FLAGS = [0x8011, 0x8000, 0x8000 | 0x4111]  # CLONE_PARENT with SIGCHLD, no signa
 @pytest.fixture
 def unfiltered(monkeypatch):
     """A zygote whose system-call filter lets every clone pass, as if a new way were found."""
-    zygote_client.shut_down()
-    boot = zygote_client._BOOT
-    open_filter = "from host import seccomp; seccomp.REFUSED_CLONE_FLAGS = 0; zygote.main"
-    monkeypatch.setattr(zygote_client, "_BOOT", boot.replace("zygote.main", open_filter))
-    yield
-    zygote_client.shut_down()
+    open_filter = "from host import seccomp; seccomp.REFUSED_CLONE_FLAGS = 0"
+    with changed_zygote(monkeypatch, open_filter):
+        yield
 
 
 @pytest.mark.parametrize("flags", FLAGS)

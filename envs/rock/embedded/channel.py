@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from envs.rock.embedded.output import Output
-from envs.rock.errors import SandboxClosedError, SandboxError
+from envs.rock.errors import AgentFault, SandboxClosedError, SandboxError
 from envs.rock.host.messages import parse, receive, send
 
 STOP_SECONDS = 30.0  # after which a holder that was told to end is killed
@@ -171,6 +171,22 @@ def not_running() -> SandboxClosedError:
     )
 
 
+def raise_error(reply: Reply, otherwise: type[SandboxError], what: str = "") -> None:
+    """Raise the error that a holder reports, if it does.
+
+    Args:
+      reply: the holder's.
+      otherwise: the type of an error that nothing in the sandbox can have caused.
+      what: put before the holder's words.
+
+    Raises:
+      AgentFault: what ran in the sandbox can be the cause.
+    """
+    if "error" in reply:
+        kind = AgentFault if reply.get("agent") else otherwise
+        raise kind(f"{what}{reply['error']}")
+
+
 async def reply_within(reply: asyncio.Future, seconds: float, what: str) -> Any:
     """Wait for a reply; SandboxError "{what} within {seconds} s" if it does not come."""
     try:
@@ -178,6 +194,8 @@ async def reply_within(reply: asyncio.Future, seconds: float, what: str) -> Any:
         async with asyncio.timeout(seconds):
             return await reply
     except TimeoutError:
+        if reply.done() and not reply.cancelled():  # this loop was busy meanwhile, not the holder
+            return reply.result()
         raise SandboxError(f"{what} within {seconds:.0f} s") from None
 
 

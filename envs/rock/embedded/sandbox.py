@@ -19,7 +19,7 @@ from envs.rock.backend import (
 )
 from envs.rock.config import Address, CommandResult, Denial, FileEntry, SandboxConfig, SandboxStatus
 from envs.rock.embedded import zygote_client
-from envs.rock.embedded.channel import HolderChannel, not_running
+from envs.rock.embedded.channel import HolderChannel, not_running, raise_error
 from envs.rock.embedded.commands import EmbeddedJob, EmbeddedSession, start_job, start_session
 from envs.rock.embedded.files import file_error, file_error_of, list_directory, write_all
 from envs.rock.embedded.probe import probe
@@ -104,6 +104,7 @@ class EmbeddedBackend(Backend):
 
     async def get_status(self) -> SandboxStatus:
         reply = await self._open_channel().request({"op": "status"})
+        raise_error(reply, SandboxError, "no status: ")
         denials = reply["network_denials"]
         if denials is not None:
             denials += len(self._connections.denials)
@@ -120,6 +121,7 @@ class EmbeddedBackend(Backend):
 
     async def denials(self) -> list[Denial]:
         reply = await self._open_channel().request({"op": "denials"})
+        raise_error(reply, SandboxError, "no denials: ")
         seen_inside = [
             Denial(time, protocol, destination, port, self.config.label)
             for time, protocol, destination, port in reply["denials"]
@@ -149,7 +151,8 @@ class EmbeddedBackend(Backend):
         return await start_session(channel, self._environment(env), self.config.timeout)
 
     async def kill_all(self) -> None:
-        await self._open_channel().request({"op": "kill"})
+        reply = await self._open_channel().request({"op": "kill"})
+        raise_error(reply, SandboxError)
 
     async def verify(
         self,
@@ -197,8 +200,7 @@ class EmbeddedBackend(Backend):
         directory = os.open(snapshot.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             reply = await channel.request({"op": "snapshot"}, (directory,), SNAPSHOT_SECONDS)
-            if "error" in reply:
-                raise SandboxError(f"no snapshot: {reply['error']}")
+            raise_error(reply, SandboxError, "no snapshot: ")
         except BaseException:
             await snapshot.delete()
             raise

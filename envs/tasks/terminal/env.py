@@ -27,6 +27,7 @@ from envs.tasks.terminal.task import Task, make_task
 
 VERIFIER_TIMEOUT_SECONDS = 10.0
 SETUP_TIMEOUT_SECONDS = 20.0
+KILLED = 137  # the exit code of a verifier that was killed
 __all__ = [
     "BASH_TOOL",
     "MAX_COMMAND_BYTES",
@@ -225,6 +226,9 @@ class TerminalEnv(ShellEnv):
                 return await self._end("failure", info, note=note)
             if "memory" in verdict.limits_hit:
                 note = f"{error}; it or what it ran was killed: the sandbox's memory was full"
+                return await self._end("failure", info, note=note)
+            if verdict.exit_code == KILLED:
+                note = f"{error}; it was killed, which only the sandbox's processes or limits do"
                 return await self._end("failure", info, note=note)
             note = f"{error} (exit {verdict.exit_code}, stderr {verdict.stderr[-200:]!r})"
             return await self._end("infra_verifier", info, note=note)

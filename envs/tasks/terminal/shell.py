@@ -8,6 +8,7 @@ output is the observation. A turn without a call hands in the work, and the subc
 from __future__ import annotations
 
 import abc
+import logging
 import time
 from typing import Any, ClassVar
 
@@ -20,7 +21,7 @@ from envs.gem import (
     format_tool_call,
     parse_tool_calls,
 )
-from envs.rock import CommandResult, Sandbox, SandboxError
+from envs.rock import AgentFault, CommandResult, Sandbox, SandboxError
 from envs.rock.sync import run
 
 # Linux refuses a single argument of 128 KiB; a command this long is a mistake.
@@ -140,6 +141,9 @@ class ShellEnv(Env):
         }
         try:
             result = await self._turn(action, info)
+        except AgentFault as fault:
+            info["status"] = "tool_error"
+            result = await self._end("failure", info, note=f"{type(fault).__name__}: {fault}")
         except SandboxError as error:
             info["status"] = "infra"
             result = await self._end("infra_sandbox", info, note=f"{type(error).__name__}: {error}")
@@ -213,7 +217,12 @@ class ShellEnv(Env):
         note: str = "",
     ) -> StepResult:
         info.update(ending=ending, note=note)
-        await self.aclose()
+        try:
+            await self.aclose()
+        except SandboxError as error:
+            # The episode has its result. If this changed it, an agent whose sandbox is slow to end
+            # would have its failure masked.
+            logging.warning("the sandbox of %s was not closed: %s", self.name, error)
         return observation, reward, not truncated, truncated, info
 
     # -- Helpers
