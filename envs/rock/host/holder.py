@@ -25,6 +25,7 @@ from .session import LOOP, Session
 # Limits at one time; the descriptors of all stay below linux.FIRST_PASSED_FD.
 MAX_SESSIONS = 8
 MAX_COMMANDS = 16
+MAX_QUEUED_SIGNALS = 256
 DISK_CHECK_SECONDS = 0.1
 MAX_POLL_SECONDS = 24 * 3600.0  # the kernel counts milliseconds in 32 bits
 CONNECT_SECONDS = 0.1
@@ -65,7 +66,8 @@ class Holder:
         # 1, not 0: a core_pattern that is a pipe ignores 0, and the host's crash handler would run.
         linux.lower_limit(resource.RLIMIT_CORE, 1)
         linux.lower_limit(resource.RLIMIT_FSIZE, self._spec["disk_bytes"])
-        linux.lower_limit(resource.RLIMIT_NOFILE, self._spec["open_files"])
+        # Signals in a queue are counted to a user, who may have other sandboxes.
+        linux.lower_limit(resource.RLIMIT_SIGPENDING, MAX_QUEUED_SIGNALS)
         linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
         # After the change of user ids, which clears it.
         linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -20,7 +20,6 @@ from envs.tasks.terminal.shell import (
     MAX_COMMAND_BYTES,
     ShellEnv,
     read_command,
-    tier_environment,
     trim,
 )
 from envs.tasks.terminal.task import Task, make_task
@@ -263,9 +262,7 @@ async def prepare(sandbox: Sandbox, task: Task) -> None:
             f" leave out family {task.family!r}"
         )
     if task.setup:
-        result = await sandbox.execute(
-            f"set -e\n{task.setup}", timeout=SETUP_TIMEOUT_SECONDS, env=tier_environment(sandbox)
-        )
+        result = await sandbox.execute(f"set -e\n{task.setup}", timeout=SETUP_TIMEOUT_SECONDS)
         if result.exit_code != 0:
             raise SandboxError(
                 f"setup of task {task.name} ended with exit {result.exit_code}:"

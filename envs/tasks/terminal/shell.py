@@ -28,9 +28,6 @@ from envs.rock.sync import run
 MAX_COMMAND_BYTES = 32_768
 # For a synchronous reset, step or close, beyond the time that its command and verifier may take.
 CALL_TIMEOUT_SECONDS = 60.0
-# In the landlock tier commands cannot read /etc at all. git and node fail on that unless these
-# variables tell them not to look there.
-WITHOUT_ETC = {"GIT_CONFIG_NOSYSTEM": "1", "OPENSSL_CONF": "/dev/null"}
 BASH_TOOL = {
     "type": "function",
     "function": {
@@ -93,9 +90,7 @@ class ShellEnv(Env):
         self._over = False
 
     async def _execute(self, command: str) -> CommandResult:
-        return await self._sandbox.execute(
-            command, timeout=self._command_timeout, env=tier_environment(self._sandbox)
-        )
+        return await self._sandbox.execute(command, timeout=self._command_timeout)
 
     # -- Synchronous interface
     # ---------------------------------------------------------------------------------------------
@@ -237,11 +232,6 @@ class ShellEnv(Env):
         if result.exit_code != 0:
             return f"{output}\n[exit {result.exit_code}]".lstrip("\n")
         return output or "(no output)"
-
-
-def tier_environment(sandbox: Sandbox) -> dict[str, str]:
-    """Return the variables that commands need in this sandbox's tier."""
-    return WITHOUT_ETC if sandbox.tier == "landlock" else {}
 
 
 def read_command(action: str) -> str | None:
