@@ -43,6 +43,8 @@ PR_CAPBSET_DROP = 24
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
 # System calls from 424 on have the same number on every architecture.
+SYS_OPEN_TREE = 428
+SYS_MOVE_MOUNT = 429
 SYS_OPENAT2 = 437
 SYS_MOUNT_SETATTR = 442
 SYS_LANDLOCK_CREATE = 444
@@ -54,7 +56,10 @@ RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_BENEATH = 0x08
 SECBIT_NO_SETUID_FIXUP = 1 << 2  # a change of user ids keeps the capabilities
 AT_FDCWD = -100
+AT_EMPTY_PATH = 0x1000
 AT_RECURSIVE = 0x8000
+OPEN_TREE_CLONE = 1
+MOVE_MOUNT_F_EMPTY_PATH = 4
 MNT_DETACH = 2
 SECCOMP_MODE_FILTER = 2
 WAIT_ALL = 0x40000000  # __WALL: also children that end without SIGCHLD
@@ -110,6 +115,32 @@ def restrict_mount(path: str, flags: int, recursive: bool = False) -> None:
         AT_RECURSIVE if recursive else 0,
         ctypes.byref(attributes),
         ctypes.sizeof(attributes),
+    )
+
+
+def clone_mount(descriptor: int) -> int:
+    """Return a descriptor of a mount, in no namespace yet, of the file that a descriptor is of."""
+    mount = syscall(
+        "open_tree",
+        SYS_OPEN_TREE,
+        descriptor,
+        ctypes.c_char_p(b""),
+        AT_EMPTY_PATH | OPEN_TREE_CLONE | os.O_CLOEXEC,
+    )
+    os.set_inheritable(mount, False)
+    return mount
+
+
+def attach_mount(mount: int, path: str) -> None:
+    """Attach a mount from `clone_mount`."""
+    syscall(
+        f"move_mount {path}",
+        SYS_MOVE_MOUNT,
+        mount,
+        ctypes.c_char_p(b""),
+        AT_FDCWD,
+        ctypes.c_char_p(os.fsencode(path)),
+        MOVE_MOUNT_F_EMPTY_PATH,
     )
 
 

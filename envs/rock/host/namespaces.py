@@ -115,6 +115,10 @@ class Tier:
         """Enter the namespaces, mount and start init; return a descriptor of the workspace."""
         spec = self._spec
         _enter_namespaces(spec)
+        # Opened now: they may lie in /tmp, which is covered next.
+        self._interpreters = []
+        for program, copy in spec["interpreters"]:
+            self._interpreters.append((program, os.open(copy, os.O_PATH | os.O_CLOEXEC)))
         grants = [egress.Grant(*fields) for fields in spec["egress"]]
         self.guard = egress.Guard(grants)
         mounts.build_tree(spec["disk_bytes"], spec["inodes"], spec["snapshot"])
@@ -179,9 +183,10 @@ class Tier:
         """Start a verifier's script.
 
         It has its own view of the workspace, its own empty /tmp, shared memory and IPC, and its
-        files in /run/verifier. Its bash is execute-only, so the kernel makes the process
-        undumpable: what it runs (the agent's program, for example) cannot read its memory,
-        environment or descriptors through /proc. The script is a descriptor, never a file.
+        files in /run/verifier. Its bash and the system's Python are execute-only, so the kernel
+        makes their processes undumpable: what they run (the agent's program, for example) can
+        neither read nor change their memory, environment or descriptors through /proc. The script
+        is a descriptor, never a file.
 
         Args:
           script: descriptor of the script.
@@ -195,8 +200,14 @@ class Tier:
         arguments = ["bash", f"/proc/self/fd/{linux.FIRST_PASSED_FD}"]
 
         def become() -> None:
+            copies = []
+            for program, copy in self._interpreters:
+                copies.append((program, linux.clone_mount(copy)))
             self._enter()
             linux.unshare(linux.CLONE_NEWNS | linux.CLONE_NEWIPC)
+            for program, mount in copies:
+                linux.attach_mount(mount, program)
+                linux.restrict_mount(program, linux.MS_RDONLY | mounts.SAFE)
             mounts.mount_verifier_places(self._spec["disk_bytes"])
             if not keep:
                 mounts.cover_workspace(

@@ -25,6 +25,7 @@ from .messages import receive, send
 from .slots import REMOVE_SECONDS, RETRY_SECONDS, Slot, Snapshot
 
 COPY_BYTES = 1 << 24
+INTERPRETERS = ("/usr/bin/python3", "/usr/local/bin/python3")
 DESCRIPTORS_EACH = 3  # of this process for a sandbox: its lock, its channel, its holder
 
 
@@ -58,6 +59,8 @@ class Zygote:
             "verifier_bash": execute_only("/bin/bash"),
             "waiting_program": execute_only("/bin/cat"),
         }
+        self._copies = slots.copies_directory(self._base, os.getpid())
+        self._interpreters = copy_interpreters(self._copies)
         self._living: dict[int, _Living] = {}  # by the holder's pidfd
         self._ended: list[_Ended] = []
         self._snapshots: dict[str, Snapshot] = {}  # by path
@@ -192,11 +195,15 @@ class Zygote:
             "slot": slot.number,
             "cgroups": slot.cgroups,
             "zygote": os.getpid(),
+            "interpreters": self._interpreters,
             **self._programs,
         }
 
     def _claim_free_slot(self) -> Slot:
-        slots.state_directory()  # a cleaner of old temporary files may have removed it
+        # A cleaner of old temporary files may have removed them.
+        slots.state_directory()
+        if not all(os.path.exists(copy) for _, copy in self._interpreters):
+            self._interpreters = copy_interpreters(self._copies)
         for _ in range(slots.SLOTS):
             self._next = (self._next + 1) % slots.SLOTS
             if slot := slots.claim(self._base, self._next):
@@ -258,6 +265,40 @@ class Zygote:
             self._clean_up()
         for snapshot in self._snapshots.values():
             snapshot.release()
+        slots.remove_tree(self._copies)
+
+
+def copy_interpreters(directory: str) -> list[tuple[str, str]]:
+    """Copy the system's Python to files that can be executed but not read.
+
+    Verifiers get them in place of the programs, see namespaces.Tier.start_verifier. They are files
+    because the kernel mounts no memory file.
+
+    Returns:
+      (program, copy) of each; nothing where `directory` is full or no program can be executed in
+      it.
+    """
+    slots.remove_tree(directory)
+    try:
+        os.mkdir(directory, 0o711)
+        if os.statvfs(directory).f_flag & os.ST_NOEXEC:
+            return []
+        return _copy_interpreters(directory)
+    except OSError:
+        slots.remove_tree(directory)
+        return []
+
+
+def _copy_interpreters(directory: str) -> list[tuple[str, str]]:
+    copies = []
+    for program in dict.fromkeys(map(os.path.realpath, INTERPRETERS)):
+        if program.startswith("/usr/") and os.path.isfile(program):
+            copy = f"{directory}/{len(copies)}"
+            descriptor = os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o700)
+            copy_program(program, descriptor)
+            os.close(descriptor)
+            copies.append((program, copy))
+    return copies
 
 
 def execute_only(program: str) -> int:
@@ -266,11 +307,16 @@ def execute_only(program: str) -> int:
     The kernel lets no process look into one that executes it.
     """
     descriptor = os.memfd_create(os.path.basename(program), os.MFD_CLOEXEC)
+    copy_program(program, descriptor)
+    return descriptor
+
+
+def copy_program(program: str, descriptor: int) -> None:
+    """Copy a program into an open file, and let that be executed but not read."""
     with open(program, "rb") as file:
         while os.sendfile(descriptor, file.fileno(), None, COPY_BYTES):
             pass
     os.fchmod(descriptor, 0o111)
-    return descriptor
 
 
 def _explain(error: OSError) -> str:
