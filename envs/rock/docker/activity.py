@@ -87,7 +87,11 @@ class Activity:
                 self._container, shell, reporter, kill=self._kill, on_end=self._session_ended
             )
             self._sessions.add(session)
-        await session.wait_ready(config.start_timeout)
+        try:
+            await session.wait_ready(config.start_timeout)
+        except BaseException:
+            await asyncio.shield(session.close())
+            raise
         return session
 
     async def kill_all(self) -> None:

@@ -56,7 +56,9 @@ class EmbeddedSnapshot(Snapshot):
         self.tier = tier
 
     async def delete(self) -> None:
-        await asyncio.to_thread(zygote_client.ask, {"op": "forget_snapshot", "path": self.path})
+        # Shielded: a call that is cancelled before its thread begins would never be made.
+        request = {"op": "forget_snapshot", "path": self.path}
+        await asyncio.shield(asyncio.to_thread(zygote_client.ask, request))
 
 
 class EmbeddedBackend(Backend):
@@ -190,7 +192,16 @@ class EmbeddedBackend(Backend):
     # -- copies of the files
 
     async def snapshot(self) -> EmbeddedSnapshot:
-        channel = self._open_channel()
+        making = asyncio.ensure_future(self._make_snapshot(self._open_channel()))
+        try:
+            return await asyncio.shield(making)
+        except asyncio.CancelledError:
+            # The holder is still writing. What it makes is deleted when it has ended.
+            _unwanted.add(making)
+            making.add_done_callback(_delete_unwanted)
+            raise
+
+    async def _make_snapshot(self, channel: HolderChannel) -> EmbeddedSnapshot:
         place = await asyncio.to_thread(
             zygote_client.ask, {"op": "make_snapshot", "of": self._slot}
         )
@@ -336,6 +347,25 @@ class EmbeddedBackend(Backend):
             raise not_running()
         self._channel.check_open()
         return self._channel
+
+
+_unwanted: set[asyncio.Future] = set()  # nobody else may refer to them
+
+
+def _delete_unwanted(made: asyncio.Future) -> None:
+    """Delete a snapshot whose caller was cancelled while it was made."""
+    _unwanted.discard(made)
+    if made.cancelled() or made.exception():
+        return
+    deleting = asyncio.ensure_future(made.result().delete())
+    _unwanted.add(deleting)
+    deleting.add_done_callback(_forget)
+
+
+def _forget(deleting: asyncio.Future) -> None:
+    _unwanted.discard(deleting)
+    if not deleting.cancelled():
+        deleting.exception()  # seen: the process that kept the snapshot is gone, and it too
 
 
 def _require_embedded(snapshot: Snapshot | None) -> EmbeddedSnapshot | None:

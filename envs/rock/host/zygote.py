@@ -24,6 +24,7 @@ from .holder import Holder
 from .messages import receive, send
 from .slots import REMOVE_SECONDS, RETRY_SECONDS, Slot, Snapshot
 
+SLOW_RETRY_SECONDS = 1.0  # for what no manager waits for any more
 COPY_BYTES = 1 << 24
 INTERPRETERS = ("/usr/bin/python3", "/usr/local/bin/python3")
 DESCRIPTORS_EACH = 3  # of this process for a sandbox: its lock, its channel, its holder
@@ -39,12 +40,21 @@ class _Living:
 
 
 class _Ended:
-    """A sandbox whose holder has ended and whose traces are being removed."""
+    """A sandbox whose holder has ended and whose traces are being removed.
+
+    The manager is told so after REMOVE_SECONDS at the latest; what is left then is tried on.
+    """
 
     def __init__(self, slot: Slot, channel: socket.socket):
         self.slot = slot
         self.channel = channel
         self.deadline = time.monotonic() + REMOVE_SECONDS
+        self.is_told = False
+
+    def tell(self) -> None:
+        """Close the channel, which tells the manager that the sandbox has ended."""
+        self.channel.close()
+        self.is_told = True
 
 
 class Zygote:
@@ -78,8 +88,7 @@ class Zygote:
         self._poller.register(manager_fd, select.POLLIN)
         alive = True
         while alive:
-            timeout = int(1000 * RETRY_SECONDS) if self._ended else None
-            for descriptor, _ in self._poller.poll(timeout):
+            for descriptor, _ in self._poller.poll(self._milliseconds_to_next_try()):
                 if descriptor in self._living:
                     self._handle_end(descriptor)
                 elif descriptor == manager_fd:
@@ -88,6 +97,12 @@ class Zygote:
                     alive = self._serve_request() and alive
             self._clean_up()
         self._end_all()
+
+    def _milliseconds_to_next_try(self) -> int | None:
+        if not self._ended:
+            return None
+        is_awaited = any(not ended.is_told for ended in self._ended)
+        return int(1000 * (RETRY_SECONDS if is_awaited else SLOW_RETRY_SECONDS))
 
     def _serve_request(self) -> bool:
         data, descriptors = receive(self._control)
@@ -244,8 +259,8 @@ class Zygote:
         for ended in self._ended:
             is_clean = not has_orphans and ended.slot.clean()
             if is_clean or time.monotonic() > ended.deadline:
-                ended.channel.close()
-            else:
+                ended.tell()
+            if not is_clean:
                 waiting.append(ended)
         self._ended = waiting
 
@@ -254,6 +269,8 @@ class Zygote:
             living.channel.shutdown(socket.SHUT_RDWR)  # holders then kill what they run and end
         deadline = time.monotonic() + REMOVE_SECONDS
         while self._living or self._ended:
+            if time.monotonic() > deadline + REMOVE_SECONDS:
+                break  # the next zygote sweeps what is left
             if time.monotonic() > deadline:
                 for living in self._living.values():
                     os.kill(living.pid, signal.SIGKILL)
@@ -290,7 +307,7 @@ def copy_interpreters(directory: str) -> list[tuple[str, str]]:
 
 
 def _copy_interpreters(directory: str) -> list[tuple[str, str]]:
-    copies = []
+    copies: list[tuple[str, str]] = []
     for program in dict.fromkeys(map(os.path.realpath, INTERPRETERS)):
         if program.startswith("/usr/") and os.path.isfile(program):
             copy = f"{directory}/{len(copies)}"
@@ -352,6 +369,8 @@ def _run_holder(channel: socket.socket, spec: dict) -> None:
             }
             send(channel, ready)
             holder.serve()
+    except ConnectionError:
+        pass  # the manager wants it no more
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
