@@ -66,6 +66,35 @@ def test_a_tree_too_deep_to_copy_is_the_agents_failure(monkeypatch):
         assert play(env, "mkdir -p a/b/c")[1] == "failure"  # judged, by the verifier
 
 
+DEEDS = {
+    "a deep tree": DEEP,
+    "long paths": "n=$(printf 'x%.0s' $(seq 200)); for i in $(seq 30); do mkdir $n && cd $n; done",
+    "a full disk": "head -c 1G /dev/zero > x; head -c 1G /dev/zero > /tmp/x",
+    "odd files": "mkfifo p; ln -s . self; ln -s /nowhere gone; touch -- '-n' $'a\\nb' $'\\xff'",
+    "a daemon": "setsid sh -c 'trap : TERM HUP; while :; do :; done' > /dev/null 2>&1 &",
+    "no rights by default": python(
+        "import os, struct\n"
+        "acl = struct.pack('<I', 2)\n"
+        "for tag in (1, 4, 32): acl += struct.pack('<HHI', tag, 0, 2**32 - 1)\n"
+        "os.setxattr('.', 'system.posix_acl_default', acl)"
+    ),
+    "marks of overlays": python(
+        "import os\n"
+        "for name in os.listdir('.'):\n"
+        "    for mark in ('whiteout', 'opaque', 'redirect'):\n"
+        "        try: os.setxattr(name, 'user.overlay.' + mark, b'y')\n"
+        "        except OSError: pass"
+    ),
+    "no rights": "mkdir -p a/b; chmod 0 a/b a .",
+}
+
+
+@pytest.mark.parametrize("deed", DEEDS.values(), ids=DEEDS)
+def test_a_failing_episode_is_a_failure_whatever_was_done(tier, deed):
+    env = make("terminal/count", sandbox_config=make_config(tier), command_timeout=3.0)
+    assert play(env, deed)[:2] == (0.0, "failure")
+
+
 def test_processes_that_die_too_slowly_are_the_agents_failure(monkeypatch):
     left = "setsid sleep 60 > /dev/null 2>&1 & "
     with changed_zygote(monkeypatch, DEATHS_TOO_SLOW):

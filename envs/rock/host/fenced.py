@@ -19,7 +19,6 @@ from .process import Started, start
 from .tree import copy_tree
 
 KILL_SECONDS = 10.0
-RESERVED_ADDRESS_BYTES = 2 << 30
 BLOCK_BYTES = 512  # the unit of st_blocks
 _COPIED = ("workspace", "tmp")
 # Commands cannot read /etc, on which git and node fail unless they are told not to look there.
@@ -133,10 +132,7 @@ class Tier:
         os.execve(program, arguments, WITHOUT_ETC | environment | own)
 
     def _limit_resources(self) -> None:
-        memory = self._spec["memory_bytes"]
-        linux.lower_limit(resource.RLIMIT_DATA, memory)
-        # Wider, since threads and runtimes reserve address space that they never touch.
-        linux.lower_limit(resource.RLIMIT_AS, memory + RESERVED_ADDRESS_BYTES)
+        linux.limit_memory(self._spec["memory_bytes"])
         linux.lower_limit(resource.RLIMIT_NOFILE, self._spec["open_files"])
         others = 0 if self._own_uid else _count_processes(os.getuid())
         linux.lower_limit(resource.RLIMIT_NPROC, self._spec["pids"] + others)

@@ -68,6 +68,7 @@ SIOCOUTQ = 0x5411
 IFF_UP = 1
 SO_ATTACH_FILTER = 26
 MAX_OPEN_ATTEMPTS = 100
+RESERVED_ADDRESS_BYTES = 2 << 30
 _BYTES_PER_INSTRUCTION = 8
 _CAPABILITY_VERSION_3 = 0x20080522
 
@@ -369,6 +370,13 @@ def lower_limit(kind: int, value: int) -> None:
     _, hard = resource.getrlimit(kind)
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
     resource.setrlimit(kind, (value, value))
+
+
+def limit_memory(memory_bytes: int) -> None:
+    """Limit the memory of this process and of each one that it starts."""
+    lower_limit(resource.RLIMIT_DATA, memory_bytes)
+    # Wider, since threads and runtimes reserve address space that they never touch.
+    lower_limit(resource.RLIMIT_AS, memory_bytes + RESERVED_ADDRESS_BYTES)
 
 
 def restore_access(directory: str) -> None:

@@ -243,6 +243,8 @@ class Tier:
         # a fork bomb has reached it.
         linux.lower_limit(resource.RLIMIT_NPROC, self._spec["pids"] + OWN_PROCESSES)
         linux.lower_limit(resource.RLIMIT_NOFILE, self._spec["open_files"])
+        if not self._cgroup_entries:  # then each process is limited, if not all together
+            linux.limit_memory(self._spec["memory_bytes"])
         linux.drop_capabilities()
         linux.install_filter(self._filter)
         os.execve(program, arguments, environment)
