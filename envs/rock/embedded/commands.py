@@ -50,9 +50,7 @@ class EmbeddedJob(Job):
     async def wait(self) -> CommandResult:
         if self._result is None:
             seconds = self._timeout + REPLY_GRACE_SECONDS
-            reply = await reply_within(
-                asyncio.shield(self._reply), seconds, "no answer to a command"
-            )
+            reply = await reply_within(self._reply, seconds, "no answer to a command")
             if self._result is None:  # else another waiter was first
                 self._result = self._take_result(reply)
         return self._result
@@ -180,9 +178,7 @@ async def start_session(
     for output in outputs:
         output.close_write_end()
     try:
-        answer = await reply_within(
-            asyncio.shield(reply), REPLY_GRACE_SECONDS, "no answer to a session's start"
-        )
+        answer = await reply_within(reply, REPLY_GRACE_SECONDS, "no answer to a session's start")
         raise_error(answer, SandboxStartError)
     except BaseException:
         for output in outputs:
