@@ -208,7 +208,9 @@ def test_a_lease_cannot_be_had_so_no_reader_waits_for_it(tier):
     async def work(sandbox):
         await sandbox.write_file("f", "held")
         job = await sandbox.spawn(f"exec {python(lease)} > taken")
-        for _ in range(15):
+        for _ in range(500):
+            if (content := await sandbox.read_file("f")) == b"":
+                break  # it is open for writing
             await asyncio.sleep(0.01)
         content = await sandbox.read_file("f")
         return (await job.kill()).exit_code, content

@@ -12,7 +12,9 @@ import time
 
 from . import cgroups, linux
 
-FIRST_UID = 200_000  # user ids of sandboxes when the manager is root, far from any real user's
+# User ids of sandboxes when the manager is root. Nobody else's: those of users, of their containers
+# (/etc/subuid) and of systemd's lie below 1,879,048,192.
+FIRST_UID = 2_000_000_000
 SLOTS = 20_000
 RECORD_BYTES = 4096
 RETRY_SECONDS = 0.02
