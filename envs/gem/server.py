@@ -25,10 +25,10 @@ from typing import Any
 
 from aiohttp import web
 
-from envs.gem.core import make, registered
+from envs.gem.core import StepResult, make, registered
 from envs.gem.server_calls import call_env, run_in_thread
 from envs.gem.server_json import ERRORS, Field, GemError, encode, parse_body, read_body
-from envs.rock import SandboxError
+from envs.rock import AgentFault, SandboxError
 
 PREFIX = "/apis/v1/envs/gem"
 CLOSE_SECONDS = 60.0  # that the end of the service waits for environments to close
@@ -259,7 +259,8 @@ class GemService:
                     f"{method} took more than {self._call_seconds:g} s; the environment was"
                     " given up",
                 )
-            data = _encode_result(instance.env_id, method, _result(work), describe)
+            result = _failed_step(work) if method == "step" else None
+            data = _encode_result(instance.env_id, method, result or _result(work), describe)
             instance.last = (call_id, data) if call_id else None
             return _raw_response(data)
         finally:
@@ -320,6 +321,18 @@ async def _close_when_made(making: asyncio.Future[Any]) -> None:
     """Close an environment that was made too late."""
     with contextlib.suppress(Exception):
         await call_env(await making, "close")
+
+
+def _failed_step(done: asyncio.Future[Any]) -> StepResult | None:
+    """Return the last step of an episode whose agent broke its sandbox; None for any other end.
+
+    It is no error of the service: callers leave those episodes out.
+    """
+    if done.cancelled() or not isinstance(fault := done.exception(), AgentFault):
+        return None
+    note = f"{type(fault).__name__}: {fault}"
+    info = {"ending": "failure", "status": "tool_error", "use_tool": False, "note": note}
+    return "", 0.0, True, False, info
 
 
 def _result(done: asyncio.Future[Any], arguments_by_caller: bool = False) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 from envs.gem import StepResult
 from envs.problems.base import ProblemEnv
 from envs.problems.code_families import FAMILIES
-from envs.rock import Sandbox, SandboxConfig, SandboxError
+from envs.rock import AgentFault, Sandbox, SandboxConfig, SandboxError
 from envs.rock.sync import run
 
 TIMEOUT_SECONDS = 5.0  # for the submitted code on all inputs together
@@ -82,7 +82,8 @@ os._exit(0)
 class CodeEnv(ProblemEnv):
     """A Python function to write in a ```python block; see ProblemEnv.
 
-    A run beyond its time ends as `timeout`, a failure of the sandbox as `infra_sandbox`.
+    A run beyond its time ends as `timeout`, a failure of the sandbox as `infra_sandbox`,
+    except where the code can bring it about: that is a `failure`.
     """
 
     subject = "code"
@@ -118,6 +119,8 @@ class CodeEnv(ProblemEnv):
             )
         try:
             outputs, ending, note = await self._outputs(code)
+        except AgentFault as fault:
+            return self._graded(action, "failure", f"{type(fault).__name__}: {fault}")
         except SandboxError as error:
             return self._graded(action, "infra_sandbox", f"{type(error).__name__}: {error}")
         if ending:

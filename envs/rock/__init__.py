@@ -7,11 +7,13 @@ from envs.rock.backend import Job, Session, Snapshot
 from envs.rock.config import Address, CommandResult, Denial, FileEntry, SandboxConfig, SandboxStatus
 from envs.rock.embedded.probe import probe
 from envs.rock.errors import (
+    AgentFault,
     IsolationError,
     SandboxClosedError,
     SandboxError,
     SandboxFileError,
     SandboxStartError,
+    SessionEndedError,
 )
 from envs.rock.sandbox import Sandbox
 from envs.rock.sync import SyncSandbox
@@ -20,6 +22,7 @@ from envs.rock.transfer import Transfer
 
 __all__ = [
     "Address",
+    "AgentFault",
     "CommandResult",
     "Denial",
     "FileEntry",
@@ -33,6 +36,7 @@ __all__ = [
     "SandboxStartError",
     "SandboxStatus",
     "Session",
+    "SessionEndedError",
     "Snapshot",
     "SyncSandbox",
     "TierReport",

@@ -1,5 +1,6 @@
 """`Sandbox`: an isolated workspace in which shell commands run, the same for every backend."""
 
+import asyncio
 import contextlib
 import importlib
 import os
@@ -208,11 +209,15 @@ class Sandbox:
     async def fork(self) -> "Sandbox":
         """Start another sandbox with the same config and files; processes are not copied."""
         snapshot = await self.snapshot()
+        copy = Sandbox(self.config, snapshot)
         try:
-            copy = Sandbox(self.config, snapshot)
-            await copy.start()
-        finally:
-            await snapshot.delete()
+            try:
+                await copy.start()
+            finally:
+                await snapshot.delete()
+        except BaseException:
+            await asyncio.shield(copy.stop())  # the caller never gets it
+            raise
         return copy
 
     async def commit(self, image: str) -> None:

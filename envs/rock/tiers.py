@@ -8,12 +8,12 @@ from typing import NamedTuple
 from envs.rock.errors import IsolationError
 
 GUARANTEES = {
-    "filesystem": "commands read only system programs and their workspace",
+    "filesystem": "commands read and change only system programs and their workspace",
     "network": "commands reach no network, the host's own services included",
     "syscalls": "dangerous system calls are refused",
     "processes": "commands see no process but their own, and none outlives its command",
     "view": "what the verifier writes leaves the agent's files as they are",
-    "verifier": "what the verifier runs cannot look into the verifier",
+    "verifier": "what the verifier's shell runs cannot look into it",
     "disk": "the workspace is limited in bytes and files",
     "pids": "the number of processes is limited",
     "memory": "the memory of a sandbox is limited in total",

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from envs.gem.core import Env
-from envs.rock import SandboxError
+from envs.rock import AgentFault, SandboxError
 from rome.data.routes import extend_routes
 from rome.data.seeds import derive_seed
 from rome.data.trajectory import Chunk, Trajectory
@@ -120,11 +120,13 @@ async def run_episode(
     timed_engine = _Timed(engine)
     chunks: list[Chunk] = []
     instruction = ""
+    has_begun = False
     result = _Result(0.0, "cancelled", "")
     try:
         async with asyncio.timeout(limits.episode_seconds):
             instruction, _ = await env.areset()
             await replay(env, prefix, chunks)
+            has_begun = True
             result = await _play(
                 timed_engine, env, chat, limits, instruction, chunks, seed, temperature, routes
             )
@@ -134,8 +136,9 @@ async def run_episode(
         result = _timeout_result(limits, timed_engine.seconds)
     except EngineError as error:
         result = _Result(0.0, "infra_engine", str(error))
-    except SandboxError as error:  # while it started; later faults come as typed endings
-        result = _Result(0.0, "infra_sandbox", str(error))
+    except SandboxError as error:
+        is_agents = has_begun and isinstance(error, AgentFault)
+        result = _Result(0.0, "failure" if is_agents else "infra_sandbox", str(error))
     finally:
         await close_env(env)
     return Trajectory(

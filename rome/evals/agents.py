@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from envs.gem import Env, Info, StepResult
-from envs.rock import SandboxConfig, SandboxError
+from envs.rock import AgentFault, SandboxConfig, SandboxError
 from envs.tasks.harbor import BuildError, HarborEnv, TaskError
 from envs.tasks.terminal.demonstrator import FINAL_TURN, play_demonstration
 from envs.tasks.terminal.env import MissingProgramsError
@@ -147,6 +147,8 @@ async def play_in_environment(
                 return await play(started)
         except TimeoutError:
             return started.outcome(0.0, "timeout", f"the attempt passed its {seconds:g} s")
+        except AgentFault as fault:
+            return started.outcome(0.0, "failure", f"{type(fault).__name__}: {fault}")
     except (MissingProgramsError, TaskError) as error:
         # A step of a build may fail once; all other faults of this kind are permanent.
         is_permanent = not isinstance(error, BuildError)
@@ -157,8 +159,10 @@ async def play_in_environment(
         try:
             async with asyncio.timeout(CLOSE_SECONDS):
                 await env.aclose()
-        except TimeoutError:  # the attempt has its outcome; the sandbox ends with this process
-            logging.warning("the sandbox of %r did not end within %g s", task.name, CLOSE_SECONDS)
+        except (SandboxError, TimeoutError) as error:
+            # The attempt has its outcome; the sandbox ends with this process.
+            reason = str(error) or f"it did not end within {CLOSE_SECONDS:g} s"
+            logging.warning("the sandbox of %r was not closed: %s", task.name, reason)
 
 
 # -- agents without a model

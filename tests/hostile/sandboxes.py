@@ -1,6 +1,7 @@
 """Sandboxes of every tier for hostile commands, and what the tests ask of them."""
 
 import asyncio
+import contextlib
 import os
 import pathlib
 import shlex
@@ -9,6 +10,7 @@ import pytest
 
 from envs.rock import Sandbox, SandboxConfig, SandboxFileError, probe
 from envs.rock.docker.probe import probe_docker
+from envs.rock.embedded import zygote_client
 
 # what a config needs whose sandboxes are not this process's own, by tier
 elsewhere: dict[str, dict[str, object]] = {}
@@ -26,6 +28,16 @@ def needs(tier: str, guarantee: str) -> None:
     report = probe_docker() if tier == "docker" else probe(tier=None if tier == "remote" else tier)
     if guarantee not in report.guarantees:
         pytest.skip(f"{guarantee} is not enforced in the {tier} tier here")
+
+
+@contextlib.contextmanager
+def changed_zygote(monkeypatch, code: str):
+    """Run another zygote meanwhile, in which `code` stands for what another kernel would do."""
+    zygote_client.shut_down()
+    boot = zygote_client._BOOT.replace("zygote.main", f"{code}; zygote.main")
+    monkeypatch.setattr(zygote_client, "_BOOT", boot)
+    yield
+    zygote_client.shut_down()
 
 
 def inside(config: SandboxConfig, work):

@@ -1,13 +1,20 @@
 """Hostile commands: no process leaves the tree that is killed, and none delays a sandbox's end."""
 
 import asyncio
+import os
 import time
 
 import pytest
 
 from envs.rock import Sandbox
-from envs.rock.embedded import zygote_client
-from tests.hostile.sandboxes import execute, inside, make_config, python
+from tests.hostile.sandboxes import (
+    changed_zygote,
+    execute,
+    host_processes,
+    inside,
+    make_config,
+    python,
+)
 
 SECRET = "the-expected-answer-4711"
 
@@ -37,15 +44,97 @@ while time.monotonic() < end:
 FLAGS = [0x8011, 0x8000, 0x8000 | 0x4111]  # CLONE_PARENT with SIGCHLD, no signal, VM and VFORK
 
 
+# Each leaves a process that sleeps {mark} s, by another way to be nobody's child or to hide.
+STAY = """
+import ctypes, os, signal, sys, threading, time
+libc = ctypes.CDLL(None, use_errno=True)
+number = {{"x86_64": 56, "aarch64": 220}}[os.uname().machine]
+def stay(*_):
+    os.setsid()
+    for sign in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT): signal.signal(sign, signal.SIG_IGN)
+    open("stays-{mark}", "w").close()
+    os.execvp("sleep", ["sleep", "{mark}"])
+{way}
+end = time.monotonic() + 3
+while not os.path.exists("stays-{mark}") and time.monotonic() < end: time.sleep(0.01)
+print(os.path.exists("stays-{mark}"), flush=True)
+"""
+WAYS = {
+    "a reaper of its own that dies": """
+libc.prctl(36, 1, 0, 0, 0)
+if os.fork() == 0:
+    if os.fork() == 0: stay()
+    os._exit(0)
+""",
+    "a reaper of its own that is stopped": """
+if os.fork() == 0:
+    libc.prctl(36, 1, 0, 0, 0)
+    if os.fork() == 0:
+        if os.fork() == 0: stay()
+        os._exit(0)
+    time.sleep(0.05); os.kill(os.getpid(), signal.SIGSTOP)
+""",
+    "a thread's child": """
+threading.Thread(target=lambda: os.fork() or stay()).start()
+""",
+    "a child without a signal at its end": """
+if libc.syscall(number, ctypes.c_ulong(0), 0, 0, 0, 0) == 0: stay()
+""",
+    "a child of a child that runs first": """
+if libc.syscall(number, ctypes.c_ulong(0x4011), 0, 0, 0, 0) == 0:
+    if os.fork() == 0: stay()
+    os._exit(0)
+""",
+    "a chain that forks on while it is killed": """
+if os.fork() == 0:
+    while True:
+        if os.fork(): os._exit(0)
+        if os.fork() == 0: stay()
+""",
+    "a child that a stopped parent never collects": """
+if os.fork() == 0:
+    for _ in range(5): os.fork() or os._exit(0)
+    if os.fork() == 0: stay()
+    os.kill(os.getpid(), signal.SIGSTOP)
+""",
+    "a child with descriptors of other processes": """
+if os.fork() == 0:
+    for pid in (1, 2, 3, os.getppid()):
+        try: os.set_inheritable(os.pidfd_open(pid), True)
+        except OSError: pass
+    stay()
+""",
+}
+
+
 @pytest.fixture
 def unfiltered(monkeypatch):
     """A zygote whose system-call filter lets every clone pass, as if a new way were found."""
-    zygote_client.shut_down()
-    boot = zygote_client._BOOT
-    open_filter = "from host import seccomp; seccomp.REFUSED_CLONE_FLAGS = 0; zygote.main"
-    monkeypatch.setattr(zygote_client, "_BOOT", boot.replace("zygote.main", open_filter))
-    yield
-    zygote_client.shut_down()
+    open_filter = "from host import seccomp; seccomp.REFUSED_CLONE_FLAGS = 0"
+    with changed_zygote(monkeypatch, open_filter):
+        yield
+
+
+@pytest.mark.parametrize("how", ["execute", "session", "kill_all"])
+def test_nothing_outlives_its_command(tier, how):
+    async def leave(sandbox, program):
+        if how == "execute":
+            return (await sandbox.execute(f"exec {program}", timeout=9)).stdout
+        session = await sandbox.create_session()
+        result = await session.run(program, timeout=9)
+        await (session.close() if how == "session" else sandbox.kill_all())
+        return result.stdout
+
+    async def work(sandbox):
+        left = {}
+        for number, (name, way) in enumerate(WAYS.items()):
+            mark = f"7{os.getpid()}{number}"  # another run of these tests may have its own
+            said = await leave(sandbox, python(STAY.format(way=way, mark=mark)))
+            left[name] = ("True" in said, host_processes(f"sleep\0{mark}"))
+        return left, (await sandbox.execute("echo well")).stdout
+
+    left, after = inside(make_config(tier), work)
+    assert left == {name: (True, []) for name in WAYS} and after == "well\n"
 
 
 @pytest.mark.parametrize("flags", FLAGS)

@@ -6,6 +6,8 @@ import os
 import socket
 import threading
 
+import pytest
+
 from envs.rock import Sandbox
 from tests.hostile.sandboxes import execute, file_exists, inside, make_config, python
 
@@ -159,6 +161,48 @@ for name, (numbers, *arguments) in calls.items():
 print("tried", len(calls))
 """
     assert execute(make_config(tier), python(program)).stdout == "tried 21\n"
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the numbers of calls are x86_64's")
+def test_what_reaches_other_processes_or_file_systems_of_the_host_is_refused():
+    program = """
+import ctypes, errno, fcntl, os
+libc = ctypes.CDLL(None, use_errno=True)
+usr = os.open("/usr", os.O_RDONLY)
+here = os.open(".", os.O_RDONLY)
+passwd = os.open("/usr/bin/env", os.O_RDONLY)
+def call(number, *arguments):
+    if libc.syscall(ctypes.c_long(number), *arguments) < 0:
+        raise OSError(ctypes.get_errno(), "")
+def put(path, text): os.write(os.open(path, os.O_WRONLY), text)
+deeds = {
+    "FITRIM": lambda: fcntl.ioctl(usr, 0xC0185879, bytes(24)),
+    "FIFREEZE": lambda: fcntl.ioctl(usr, 0xC0045877, 0),
+    "EXT4_IOC_SHUTDOWN": lambda: fcntl.ioctl(usr, 0x8004587D, bytes(4)),
+    "FIBMAP": lambda: fcntl.ioctl(passwd, 1, bytes(4)),
+    "FS_IOC_SETFLAGS": lambda: fcntl.ioctl(passwd, 0x40086602, bytes(8)),
+    "quotactl": lambda: call(179, 0, 0, 0, 0),
+    "swapon": lambda: call(167, b"/usr", 0),
+    "fsopen": lambda: call(430, b"tmpfs", 0),
+    "pidfd_getfd of process 1": lambda: call(438, os.pidfd_open(1), 0, 0),
+    "process_vm_readv of process 1": lambda: call(310, 1, 0, 0, 0, 0, 0),
+    "kcmp": lambda: call(312, 1, 1, 0, 0, 0),
+    "setns by pidfd": lambda: call(308, os.pidfd_open(1), 0x20000),
+    "its oom_score_adj": lambda: put("/proc/self/oom_score_adj", b"-1000"),
+    "that of process 1": lambda: put("/proc/1/oom_score_adj", b"0"),
+    "a setting": lambda: put("/proc/sys/user/max_inotify_instances", b"9999"),
+    "a terminal": lambda: os.open("/dev/tty", os.O_RDWR),
+    "nice": lambda: os.nice(-5),
+    "an extended attribute": lambda: os.setxattr("/usr", "user.x", b"x"),
+    "real-time scheduling": lambda: os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1)),
+    "another sandbox's program": lambda: os.utime("/usr/bin/env"),
+}
+for name, deed in deeds.items():
+    try: deed(); print("DONE", name)
+    except OSError: pass
+print("tried", len(deeds))
+"""
+    assert execute(make_config("namespaces"), python(program)).stdout == "tried 20\n"
 
 
 def test_process_1_cannot_be_opened_ended_or_crippled_and_tells_nothing_of_the_host():

@@ -1,5 +1,7 @@
 """Hostile commands: the verifier stays out of reach, and output forges nothing."""
 
+import pytest
+
 from tests.hostile.sandboxes import execute, inside, make_config, needs
 
 SECRET = "the-expected-answer-4711"
@@ -53,6 +55,65 @@ def test_the_verifiers_memory_cannot_be_opened_by_what_it_runs(tier):
         make_config(tier), lambda sandbox: sandbox.verify(f'python3 -c "{program}"; true')
     )
     assert result.stdout == "False False\n"
+
+
+# A grader in Python runs the agent's program, which looks for the verdict in its memory.
+GRADER = """
+import ctypes, os, subprocess, sys
+verdict = ctypes.create_string_buffer(b"VERDICT-FAIL" + os.urandom(8).hex().encode())
+told = subprocess.run([sys.argv[1]], capture_output=True, text=True)
+print(verdict.raw[:12].decode(), told.stdout.strip(), told.stderr.strip()[-200:])
+"""
+PATCH = """#!/usr/bin/python3
+import os, re
+parent = os.getppid()
+done = set()
+for name in ("mem", "environ", "maps", "fd/1", "cwd", "root"):
+    try:
+        if name == "mem":
+            for line in open(f"/proc/{parent}/maps"):
+                start, end = (int(one, 16) for one in line.split()[0].split("-"))
+                if "rw" not in line: continue
+                with open(f"/proc/{parent}/mem", "r+b") as memory:
+                    memory.seek(start)
+                    for found in re.finditer(b"VERDICT-FAIL", memory.read(end - start)):
+                        memory.seek(start + found.start())
+                        memory.write(b"VERDICT-PASS")
+        elif name in ("cwd", "root"): os.readlink(f"/proc/{parent}/{name}")
+        else: open(f"/proc/{parent}/{name}", "rb").close()
+        done.add(name)
+    except (OSError, ValueError, OverflowError) as error:
+        pass
+print("opened", sorted(done))
+"""
+IN_C = "#!/bin/bash\ncat /proc/$PPID/maps /proc/$PPID/environ | wc -c"
+
+
+@pytest.mark.parametrize(
+    "program, says",
+    [(PATCH, "opened []"), (IN_C, "0")],
+    ids=["python", "bash"],
+)
+@pytest.mark.parametrize("python", ["python3", "/usr/bin/python3 -I", "exec /usr/bin/python3"])
+def test_a_python_of_the_verifiers_is_not_changed_by_what_it_runs(python, program, says):
+    async def work(sandbox):
+        await sandbox.write_file("solution", program, 0o755)
+        script = f"{python} $VERIFIER_FILES/grader.py ./solution"
+        return await sandbox.verify(script, files={"grader.py": GRADER.encode()})
+
+    result = inside(make_config("namespaces"), work)
+    assert result.stdout.startswith(f"VERDICT-FAIL {says}"), result.stdout + result.stderr
+
+
+def test_a_copy_of_python_that_only_executes_cannot_be_made_readable():
+    result = inside(
+        make_config("namespaces"),
+        lambda sandbox: sandbox.verify(
+            "p=$(readlink -f /usr/bin/python3); chmod 755 $p; cat $p | wc -c; $p -c 'print(1 + 1)';"
+            " umount $p; mv $p x; ls -l $p | cut -c1-10"
+        ),
+    )
+    assert result.stdout == "0\n2\n---x--x--x\n"
 
 
 def test_hidden_files_are_gone_when_the_agent_comes_back(tier):

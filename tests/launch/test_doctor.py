@@ -14,9 +14,9 @@ from rome.stages import doctor
 
 @pytest.fixture(autouse=True)
 def fresh():
-    embedded_probe._try.cache_clear()
+    embedded_probe._found.clear()
     yield
-    embedded_probe._try.cache_clear()
+    embedded_probe._found.clear()
 
 
 @pytest.fixture

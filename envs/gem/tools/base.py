@@ -25,8 +25,9 @@ _LAST_USE = (
 class BaseTool:
     """A tool that finds its calls in the model's text.
 
-    Any text is allowed, and none makes a tool raise. Only SandboxError, trouble with the
-    infrastructure, is raised: it must not become a bad observation or a reward of 0.
+    Any text is allowed, and none makes a tool raise. Only a SandboxError that is trouble with the
+    infrastructure, and no AgentFault, is raised: it must not become a bad observation or a reward
+    of 0.
     """
 
     tool_type = "base"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from envs.gem.tools.base import BaseTool, ToolResult
-from envs.rock import CommandResult, Sandbox, SandboxConfig
+from envs.rock import AgentFault, CommandResult, Sandbox, SandboxConfig
 from envs.rock.sync import run
 
 CALL_GRACE_SECONDS = 60.0  # to start and stop a sandbox, beyond the program's own time
@@ -73,7 +73,11 @@ class BlockTool(BaseTool):
         block = first_block(action, self.fences)
         if block is None:
             return False, True, "", action
-        failed, observation = self.run_block(block.content)
+        try:
+            failed, observation = self.run_block(block.content)
+        except AgentFault as fault:
+            failed = True
+            observation = f"The sandbox could not run this: {fault}\n"
         return True, failed, observation, block.parsed_action
 
     def run_block(self, code: str) -> tuple[bool, str]:

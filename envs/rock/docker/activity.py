@@ -11,7 +11,7 @@ from envs.rock.docker.commands import DockerJob, DockerSession
 from envs.rock.docker.container import Container
 from envs.rock.docker.engine import CALL_SECONDS
 from envs.rock.docker.streams import Exec
-from envs.rock.errors import SandboxClosedError, SandboxStartError
+from envs.rock.errors import AgentFault, SandboxClosedError, SandboxStartError
 
 MAX_SESSIONS = 8  # each takes processes from those that are reserved for us
 
@@ -73,20 +73,25 @@ class Activity:
         """Start a shell.
 
         Raises:
-          SandboxStartError: the image has no bash, or too many sessions are open.
+          AgentFault: too many sessions are open.
+          SandboxStartError: the image has no bash.
         """
         config = self._container.config
         if not self._container.shell:
             raise SandboxStartError(f"image {config.image} has no bash, which a session needs")
         if len(self._sessions) >= MAX_SESSIONS:
-            raise SandboxStartError(f"a sandbox has at most {MAX_SESSIONS} sessions; close one")
+            raise AgentFault(f"a sandbox has at most {MAX_SESSIONS} sessions; close one")
         async with self._entrance:
             shell, reporter = await self._start_shell(environment)
             session = DockerSession(
                 self._container, shell, reporter, kill=self._kill, on_end=self._session_ended
             )
             self._sessions.add(session)
-        await session.wait_ready(config.start_timeout)
+        try:
+            await session.wait_ready(config.start_timeout)
+        except BaseException:
+            await asyncio.shield(session.close())
+            raise
         return session
 
     async def kill_all(self) -> None:

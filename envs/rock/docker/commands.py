@@ -23,7 +23,13 @@ from envs.rock.config import CommandResult
 from envs.rock.docker.capture import KILLED, Capture, to_result
 from envs.rock.docker.container import END_SECONDS, Container
 from envs.rock.docker.streams import STDERR, STDOUT, Exec
-from envs.rock.errors import SandboxClosedError, SandboxError, SandboxStartError
+from envs.rock.errors import (
+    AgentFault,
+    SandboxClosedError,
+    SandboxError,
+    SandboxStartError,
+    SessionEndedError,
+)
 
 SHELL_SECONDS = 2.0  # in which a shell must be ready again after its command was killed
 MARK_SECONDS = 2.0  # in which a session's output must have arrived after its command's end
@@ -145,7 +151,7 @@ class DockerJob(Job):
         """Kill the command until its streams end.
 
         Raises:
-          SandboxError: it cannot be killed; the whole container is removed then.
+          AgentFault: it cannot be killed; the whole container is removed then.
         """
         for seconds in KILL_WAIT_SECONDS:
             with contextlib.suppress(SandboxClosedError):
@@ -154,7 +160,7 @@ class DockerJob(Job):
             if done:
                 return
         await self._container.remove()
-        raise SandboxError("a command could not be killed, so its container was")
+        raise AgentFault("a command could not be killed, so its container was")
 
 
 class DockerSession(Session):
@@ -225,7 +231,7 @@ class DockerSession(Session):
         seconds = choose_timeout(timeout, self._default_timeout)
         async with self._turn:
             if self.ended:
-                raise SandboxClosedError("the session's shell has ended; create another session")
+                raise SessionEndedError("the session's shell has ended; create another session")
             began = time.monotonic()
             kills_before = self._container.memory_kills
             code, reason = await self._run(command, seconds)

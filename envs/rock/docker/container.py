@@ -19,7 +19,7 @@ from envs.rock.docker.engine import CALL_SECONDS, Engine
 from envs.rock.docker.limits import host_config
 from envs.rock.docker.network import HOST_KERNEL_RUNTIMES, ContainerNetwork, obstacle
 from envs.rock.docker.streams import STDOUT, Exec, Stream
-from envs.rock.errors import SandboxClosedError, SandboxError, SandboxStartError
+from envs.rock.errors import AgentFault, SandboxClosedError, SandboxError, SandboxStartError
 
 log = logging.getLogger("rock.docker")
 END_SECONDS = 5.0  # in which a killed process must be gone
@@ -219,16 +219,21 @@ class Container:
         return self._watcher is not None and not self.ended.done()
 
     async def check(self) -> None:
-        """Raise SandboxClosedError if it has ended, even where the engine has not noticed yet.
+        """Raise an error if it has ended, even where the engine has not noticed yet.
 
         To find out, a program of the keeper is run in it.
+
+        Raises:
+          AgentFault: it has ended, and processes were killed because its memory was full.
+          SandboxClosedError: it has ended for another reason.
         """
+        kind = AgentFault if self.memory_kills else SandboxClosedError
         try:
             code, _ = await self.ask(":", user=scripts.KEEPER)
         except SandboxError as error:
-            raise SandboxClosedError(f"the container of the sandbox has ended: {error}") from error
+            raise kind(f"the container of the sandbox has ended: {error}") from error
         if code:
-            raise SandboxClosedError("the container of the sandbox is ending")
+            raise kind("the container of the sandbox is ending")
 
     async def remove(self) -> None:
         """Kill and remove it, by id.
@@ -324,7 +329,7 @@ class Container:
         """Run a short script and return (exit code, stdout).
 
         Raises:
-          SandboxError: it does not end within `seconds`.
+          AgentFault: it does not end within `seconds`; the sandbox's processes may stop it.
         """
         try:
             async with asyncio.timeout(seconds):
@@ -333,7 +338,7 @@ class Container:
                 )
                 return await _converse(exec_, stdin)
         except TimeoutError:
-            raise SandboxError(
+            raise AgentFault(
                 f"a script in the sandbox did not end within {seconds:.0f} s"
             ) from None
 
@@ -378,7 +383,7 @@ class Container:
         """Kill every process of the agent and wait until they are gone.
 
         Raises:
-          SandboxError: one stays; the container is removed then.
+          AgentFault: one stays; the container is removed then.
         """
         for pause in KILL_PAUSES:
             await self.engine.call(self.engine.client.kill, self.id, scripts.KILL_ALL)
@@ -386,7 +391,7 @@ class Container:
             if not await self.count_processes():
                 return
         await self.remove()
-        raise SandboxError("a process of the sandbox could not be killed, so its container was")
+        raise AgentFault("a process of the sandbox could not be killed, so its container was")
 
     async def count_processes(self) -> int:
         """Count the agent's processes beside process 1, zombies excluded, from outside."""

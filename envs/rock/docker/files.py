@@ -16,7 +16,7 @@ from envs.rock.docker import scripts
 from envs.rock.docker.container import Container
 from envs.rock.docker.engine import CALL_SECONDS
 from envs.rock.docker.streams import STDOUT, Exec, Frames
-from envs.rock.errors import SandboxError, SandboxStartError
+from envs.rock.errors import AgentFault, SandboxStartError
 from envs.rock.transfer import PIECE_BYTES
 
 SNAPSHOT_SECONDS = 300.0
@@ -48,7 +48,7 @@ async def pack(container: Container, directories: str) -> DockerSnapshot:
       directories: names, separated by spaces.
 
     Raises:
-      SandboxError: the files cannot be read, or are more than the sandbox may have.
+      AgentFault: the files cannot be read, or are more than the sandbox may have.
     """
     config = container.config
     # Sparse files come out with their holes cut short, and each file has a header.
@@ -59,7 +59,7 @@ async def pack(container: Container, directories: str) -> DockerSnapshot:
             async with asyncio.timeout(SNAPSHOT_SECONDS):
                 await _pack_into(file, container, directories, limit)
         except TimeoutError:
-            raise SandboxError(f"no snapshot within {SNAPSHOT_SECONDS:.0f} s") from None
+            raise AgentFault(f"no snapshot within {SNAPSHOT_SECONDS:.0f} s") from None
         cleanup.pop_all()  # the file stays open for the snapshot
         return DockerSnapshot(file)
 
@@ -71,13 +71,13 @@ async def _pack_into(file: IO[bytes], container: Container, directories: str, li
             await asyncio.to_thread(file.write, piece)
             if file.tell() > limit:
                 await container.abandon(exec_)
-                raise SandboxError(
+                raise AgentFault(
                     f"no snapshot: the files have more than {limit} bytes when they are read, holes"
                     " included"
                 )
         code = await exec_.exit_code()
     if code not in (0, FILE_CHANGED):
-        raise SandboxError(f"no snapshot: tar ended with {code}")
+        raise AgentFault(f"no snapshot: tar ended with {code}")
     await asyncio.to_thread(file.flush)
 
 
@@ -187,7 +187,7 @@ async def stdout_of(frames: Frames) -> AsyncIterator[bytes]:
     """Yield a program's stdout.
 
     Raises:
-      SandboxError: it neither wrote anything nor ended for CALL_SECONDS.
+      AgentFault: it neither wrote anything nor ended for CALL_SECONDS.
     """
     while True:
         try:
@@ -196,7 +196,7 @@ async def stdout_of(frames: Frames) -> AsyncIterator[bytes]:
         except StopAsyncIteration:
             return
         except TimeoutError:
-            raise SandboxError(
+            raise AgentFault(
                 f"a script in the sandbox wrote nothing for {CALL_SECONDS:.0f} s"
             ) from None
         if number == STDOUT:

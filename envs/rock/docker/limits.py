@@ -128,6 +128,9 @@ def seccomp_profile() -> str:
     for request in (seccomp.TIOCSTI, seccomp.TIOCLINUX):
         of_request = (1, "SCMP_CMP_MASKED_EQ", _LOW_HALF, request)
         rules.append(_refuse(["ioctl"], _EPERM, of_request))
+    for command in (seccomp.F_SETLEASE, seccomp.F_NOTIFY):
+        of_command = (1, "SCMP_CMP_MASKED_EQ", _LOW_HALF, command)
+        rules.append(_refuse(["fcntl"], _EPERM, of_command))
     profile = {
         "defaultAction": "SCMP_ACT_ALLOW",
         "architectures": [f"SCMP_ARCH_{os.uname().machine.upper()}"],

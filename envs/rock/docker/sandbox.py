@@ -41,6 +41,7 @@ from envs.rock.docker.ports import ExposedPorts
 from envs.rock.docker.probe import probe_docker
 from envs.rock.docker.workspace import Workspace
 from envs.rock.errors import (
+    AgentFault,
     IsolationError,
     SandboxClosedError,
     SandboxError,
@@ -177,7 +178,7 @@ class DockerBackend(Backend):
             file_bytes = sum(len(content) + INODE_BYTES for content in files.values())
             async with _start_gate:
                 await verifier.start(PLACE_BYTES + file_bytes)
-            await unpack(verifier, workspace.file)
+            await _unpack_agents(verifier, workspace)
             await put_verifier_files(verifier, files)
             result = await self._run_verifier(verifier, script, self._timeout(timeout))
             if running.container.network and verifier.network:
@@ -332,7 +333,7 @@ class DockerBackend(Backend):
         try:
             async with running.activity.counted():
                 await running.container.ask(scripts.EMPTY)
-                await unpack(running.container, changed.file)
+                await _unpack_agents(running.container, changed)
         finally:
             await changed.delete()
 
@@ -346,7 +347,9 @@ class DockerBackend(Backend):
     def _open(self) -> "_Running":
         """Return the parts of the running sandbox, or raise if it does not run."""
         if self._running is None or not self._running.container.alive:
-            raise SandboxClosedError(
+            is_out_of_memory = self._running and self._running.container.memory_kills
+            kind = AgentFault if is_out_of_memory else SandboxClosedError
+            raise kind(
                 "the sandbox is not running: it was not started, was stopped, or its container"
                 " ended"
             )
@@ -374,6 +377,18 @@ def _require_docker(snapshot: Snapshot | None) -> DockerSnapshot | None:
     raise SandboxError(
         f"a Docker sandbox starts from a DockerSnapshot, not from {type(snapshot).__name__}"
     )
+
+
+async def _unpack_agents(container: Container, files: DockerSnapshot) -> None:
+    """Write files that an agent made.
+
+    Raises:
+      AgentFault: they do not fit in, or cannot be made.
+    """
+    try:
+        await unpack(container, files.file)
+    except SandboxStartError as error:
+        raise AgentFault(str(error)) from error
 
 
 def _parse_status(said: str, activity: Activity) -> SandboxStatus:

@@ -13,7 +13,7 @@ from envs.rock.docker.container import Container
 from envs.rock.docker.engine import CALL_SECONDS
 from envs.rock.docker.files import exhaust, send_unless_ended, stdout_of
 from envs.rock.docker.streams import Exec
-from envs.rock.errors import SandboxClosedError, SandboxError, SandboxFileError
+from envs.rock.errors import AgentFault, SandboxClosedError, SandboxFileError
 
 MAX_LISTING_BYTES = 64 << 20
 _KINDS = {"f": "file", "d": "directory", "l": "link"}
@@ -85,7 +85,7 @@ async def _send_file(exec_: Exec, path: str, pieces: AsyncIterator[bytes]) -> in
             await reading
             return await exec_.exit_code()
     except TimeoutError:
-        raise SandboxError(
+        raise AgentFault(
             f"{path} was not written within {CALL_SECONDS:.0f} s after its last byte"
         ) from None
     finally:

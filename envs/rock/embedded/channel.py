@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from envs.rock.embedded.output import Output
-from envs.rock.errors import SandboxClosedError, SandboxError
+from envs.rock.errors import AgentFault, SandboxClosedError, SandboxError
 from envs.rock.host.messages import parse, receive, send
 
 STOP_SECONDS = 30.0  # after which a holder that was told to end is killed
@@ -73,7 +73,11 @@ class HolderChannel:
     ) -> Reply:
         """Send a request and wait for its reply."""
         _, reply = self.send(request, descriptors)
-        return await reply_within(reply, timeout, f"no answer to {request['op']}")
+        try:
+            return await reply_within(reply, timeout, f"no answer to {request['op']}")
+        except BaseException:
+            _discard(reply)
+            raise
 
     def kill_without_reply(self, identity: int) -> None:
         """Kill a command by its request's number without waiting for the reply."""
@@ -119,7 +123,7 @@ class HolderChannel:
             self.close()
 
     async def _wait_for_end(self, seconds: float) -> None:
-        await reply_within(asyncio.shield(self._ended), seconds, "the sandbox did not end")
+        await reply_within(self._ended, seconds, "the sandbox did not end")
 
     def close(self) -> None:
         """Close the channel. Pending requests fail with SandboxClosedError."""
@@ -171,14 +175,43 @@ def not_running() -> SandboxClosedError:
     )
 
 
+def raise_error(reply: Reply, otherwise: type[SandboxError], what: str = "") -> None:
+    """Raise the error that a holder reports, if it does.
+
+    Args:
+      reply: the holder's.
+      otherwise: the type of an error that nothing in the sandbox can have caused.
+      what: put before the holder's words.
+
+    Raises:
+      AgentFault: what ran in the sandbox can be the cause.
+    """
+    if "error" in reply:
+        kind = AgentFault if reply.get("agent") else otherwise
+        raise kind(f"{what}{reply['error']}")
+
+
 async def reply_within(reply: asyncio.Future, seconds: float, what: str) -> Any:
-    """Wait for a reply; SandboxError "{what} within {seconds} s" if it does not come."""
+    """Wait for a reply, which is not cancelled with the one who waits.
+
+    Raises:
+      SandboxError: "{what} within {seconds} s" if it does not come.
+    """
     try:
         # Not wait_for, which loses a cancellation that arrives together with the reply.
         async with asyncio.timeout(seconds):
-            return await reply
+            return await asyncio.shield(reply)
     except TimeoutError:
+        if reply.done() and not reply.cancelled():  # this loop was busy meanwhile, not the holder
+            return reply.result()
         raise SandboxError(f"{what} within {seconds:.0f} s") from None
+
+
+def _discard(reply: asyncio.Future[Reply]) -> None:
+    """Give up a reply that nobody waits for, with the descriptors in it if it is there already."""
+    if not reply.cancel() and not reply.cancelled() and reply.exception() is None:
+        for descriptor in reply.result()["descriptors"]:
+            os.close(descriptor)
 
 
 def _retrieve_exception(reply: asyncio.Future) -> None:

@@ -6,9 +6,21 @@ import functools
 
 from envs.rock.backend import Job, Session, choose_timeout, reason_not_executable, refused_result
 from envs.rock.config import CommandResult
-from envs.rock.embedded.channel import REPLY_GRACE_SECONDS, HolderChannel, Reply, reply_within
+from envs.rock.embedded.channel import (
+    REPLY_GRACE_SECONDS,
+    HolderChannel,
+    Reply,
+    raise_error,
+    reply_within,
+)
 from envs.rock.embedded.output import Output, memory_file
-from envs.rock.errors import SandboxClosedError, SandboxStartError
+from envs.rock.errors import (
+    AgentFault,
+    SandboxClosedError,
+    SandboxError,
+    SandboxStartError,
+    SessionEndedError,
+)
 
 MAX_ERROR_CHARACTERS = 500  # of what a command that did not start wrote
 
@@ -38,9 +50,7 @@ class EmbeddedJob(Job):
     async def wait(self) -> CommandResult:
         if self._result is None:
             seconds = self._timeout + REPLY_GRACE_SECONDS
-            reply = await reply_within(
-                asyncio.shield(self._reply), seconds, "no answer to a command"
-            )
+            reply = await reply_within(self._reply, seconds, "no answer to a command")
             if self._result is None:  # else another waiter was first
                 self._result = self._take_result(reply)
         return self._result
@@ -90,11 +100,11 @@ class EmbeddedSession(Session):
         seconds = choose_timeout(timeout, self._default_timeout)
         async with self._turn:
             if self.ended:
-                raise SandboxClosedError("the session's shell has ended; create another session")
+                raise SessionEndedError("the session's shell has ended; create another session")
             reply = await self._tell(command, seconds)
             self.ended = bool(reply.get("shell_ended", "error" in reply))
             if "error" in reply:
-                raise SandboxClosedError(f"{reply['error']}; create another session")
+                raise SessionEndedError(f"{reply['error']}; create another session")
             return _to_result(reply, self._outputs)
 
     async def interrupt(self) -> None:
@@ -159,18 +169,31 @@ async def start_session(
     """Start a shell.
 
     Raises:
-      SandboxStartError: the holder refuses, for example because too many sessions are open.
+      AgentFault: too many sessions are open.
+      SandboxStartError: the holder could not start the shell.
     """
     outputs = [channel.open_output(), channel.open_output()]
     request = {"op": "session", "env": environment}
-    reply = await channel.request(request, write_ends(outputs))
+    _, reply = channel.send(request, write_ends(outputs))
     for output in outputs:
         output.close_write_end()
-    if "error" in reply:
+    try:
+        answer = await reply_within(reply, REPLY_GRACE_SECONDS, "no answer to a session's start")
+        raise_error(answer, SandboxStartError)
+    except BaseException:
         for output in outputs:
             output.close()
-        raise SandboxStartError(reply["error"])
-    return EmbeddedSession(channel, reply["session"], outputs, default_timeout)
+        reply.add_done_callback(functools.partial(_close_unwanted, channel))
+        raise
+    return EmbeddedSession(channel, answer["session"], outputs, default_timeout)
+
+
+def _close_unwanted(channel: HolderChannel, reply: asyncio.Future[Reply]) -> None:
+    """Close a session whose caller was cancelled while it started."""
+    if reply.cancelled() or reply.exception() or "session" not in reply.result():
+        return
+    with contextlib.suppress(SandboxError):
+        channel.send({"op": "close_session", "session": reply.result()["session"]})
 
 
 def write_ends(outputs: list[Output]) -> tuple[int, ...]:
@@ -182,12 +205,14 @@ def _to_result(reply: Reply, outputs: list[Output]) -> CommandResult:
     """Combine the holder's report of a command's end with what the command wrote.
 
     Raises:
-      SandboxStartError: the command never began.
+      AgentFault: what ran earlier kept the command from beginning, or it could not be killed.
+      SandboxStartError: the command never began, for another reason.
     """
     stdout, stderr = (output.take() for output in outputs)
     if failure := reply.get("failure") or reply.get("error"):
         written = stderr.text.strip()[-MAX_ERROR_CHARACTERS:]
-        raise SandboxStartError(f"{failure} {written}".strip())
+        kind = AgentFault if reply.get("agent") else SandboxStartError
+        raise kind(f"{failure} {written}".strip())
     limits = tuple(reply["limits"])
     if stdout.flooded or stderr.flooded:
         # The kill was ours: say what the reason was.

@@ -18,6 +18,7 @@ _REASONS = {
     "ENXIO": "not_regular",
     "EISDIR": "not_regular",
     "ENOTDIR": "missing",
+    "ENAMETOOLONG": "too_large",
     "ENOSPC": "no_space",
     "EDQUOT": "no_space",
     "EFBIG": "no_space",

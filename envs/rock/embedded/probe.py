@@ -1,6 +1,5 @@
 """The best tier of the embedded backend on this machine, found by starting a sandbox in it."""
 
-import functools
 import os
 import platform
 import socket
@@ -14,12 +13,21 @@ from envs.rock.host.messages import parse, receive, send
 from envs.rock.tiers import GUARANTEES, Missing, TierReport
 
 TRIAL_SECONDS = 20.0
+ATTEMPTS = 2  # at a tier, where a failure may be one of a moment
 Obstacle = tuple[str, str]  # why a tier does not work, and the remedy
 _BY_CGROUPS = ("memory", "cpu")
+# Words of a kernel that refuses namespaces, and the calls that it refuses.
+_REFUSALS = ("Operation not permitted", "Permission denied", "Function not implemented")
+_REFUSED_CALLS = ("unshare", "mount", "setns", "id map")
+# What was found out about a tier and stays so. A failure that may pass is not kept: it would be
+# believed for as long as this process lives.
+_found: dict[str, Obstacle | None] = {}
 
 
 def probe(isolation: str = "best_available", tier: str | None = None) -> TierReport:
-    """Report the best tier of this machine; each tier is tried once in a process.
+    """Report the best tier of this machine.
+
+    A tier that works, or that the kernel refuses, is tried once in a process.
 
     Raises nothing about the machine: see TierReport.require.
 
@@ -47,11 +55,11 @@ def probe(isolation: str = "best_available", tier: str | None = None) -> TierRep
 def _report(tier: str, obstacles: list[Obstacle]) -> TierReport:
     """Report what a working tier enforces; `obstacles` are those of better tiers."""
     place, no_cgroups = cgroups.find()
-    guarantees = {"filesystem", "network", "syscalls"}
+    guarantees = {"network", "syscalls"}
     if tier == "namespaces":
-        guarantees |= {"processes", "verifier", "view", "disk", "pids"}
+        guarantees |= {"filesystem", "processes", "verifier", "view", "disk", "pids"}
     elif os.geteuid() == 0:
-        guarantees |= {"pids", "verifier"}  # by a user id for each sandbox
+        guarantees |= {"filesystem", "pids", "verifier"}  # by a user id for each sandbox
     if place:
         guarantees |= set(place.parents)
     weaker = ("the landlock tier has no namespaces", "leave SandboxConfig.tier unset")
@@ -62,28 +70,53 @@ def _report(tier: str, obstacles: list[Obstacle]) -> TierReport:
         "run as root, or as an ordinary user under `systemd-run --user --scope`, or mount cgroups"
         " writable into the container",
     )
+    own_files = (
+        "Landlock covers no modes, owners, times and attributes: commands have your user id and can"
+        " change those of your files",
+        "run as root, or where user namespaces work",
+    )
     missing = []
     for name in GUARANTEES:
         if name not in guarantees:
             obstacle = ungrouped if name in _BY_CGROUPS else weaker
+            if name == "filesystem":
+                obstacle = own_files
             missing.append(Missing(name, *obstacle))
     return TierReport(tier, frozenset(guarantees), tuple(missing))
 
 
-@functools.cache
 def _try(tier: str) -> Obstacle | None:
     """Run a command in a sandbox of this tier; return the obstacle, None if it works."""
-    if obstacle := _platform_obstacle():
-        return obstacle
-    if tier == "landlock" and (obstacle := _landlock_obstacle()):
-        return obstacle
-    try:
-        _try_to_run(tier)
-    except (SandboxError, OSError) as error:
-        if tier == "namespaces":
-            return _userns_obstacle(str(error))
-        return (str(error), f"report this with the kernel's version, {platform.release()}")
-    return None
+    if tier in _found:
+        return _found[tier]
+    obstacle = _platform_obstacle()
+    if obstacle is None and tier == "landlock":
+        obstacle = _landlock_obstacle()
+    if obstacle is not None:
+        return _found.setdefault(tier, obstacle)
+    error = ""
+    for _ in range(ATTEMPTS):
+        try:
+            _try_to_run(tier)
+            return _found.setdefault(tier, None)
+        except (SandboxError, OSError) as failure:
+            error = str(failure)
+        is_refused = any(call in error for call in _REFUSED_CALLS)
+        if is_refused and any(words in error for words in _REFUSALS):
+            break
+    else:
+        return _trial_obstacle(tier, error)
+    return _found.setdefault(tier, _trial_obstacle(tier, error))
+
+
+def _trial_obstacle(tier: str, error: str) -> Obstacle:
+    if tier == "namespaces" and any(call in error for call in _REFUSED_CALLS):
+        return _userns_obstacle(error)
+    return (
+        f"a sandbox of the {tier} tier failed its trial ({error})",
+        "try again; if it stays so, report it with the kernel's version,"
+        f" {platform.release()}, and what the sandbox host process wrote to stderr",
+    )
 
 
 def _platform_obstacle() -> Obstacle | None:

@@ -19,7 +19,7 @@ from envs.rock.backend import (
 )
 from envs.rock.config import Address, CommandResult, Denial, FileEntry, SandboxConfig, SandboxStatus
 from envs.rock.embedded import zygote_client
-from envs.rock.embedded.channel import HolderChannel, not_running
+from envs.rock.embedded.channel import HolderChannel, not_running, raise_error
 from envs.rock.embedded.commands import EmbeddedJob, EmbeddedSession, start_job, start_session
 from envs.rock.embedded.files import file_error, file_error_of, list_directory, write_all
 from envs.rock.embedded.probe import probe
@@ -56,7 +56,9 @@ class EmbeddedSnapshot(Snapshot):
         self.tier = tier
 
     async def delete(self) -> None:
-        await asyncio.to_thread(zygote_client.ask, {"op": "forget_snapshot", "path": self.path})
+        # Shielded: a call that is cancelled before its thread begins would never be made.
+        request = {"op": "forget_snapshot", "path": self.path}
+        await asyncio.shield(asyncio.to_thread(zygote_client.ask, request))
 
 
 class EmbeddedBackend(Backend):
@@ -104,6 +106,7 @@ class EmbeddedBackend(Backend):
 
     async def get_status(self) -> SandboxStatus:
         reply = await self._open_channel().request({"op": "status"})
+        raise_error(reply, SandboxError, "no status: ")
         denials = reply["network_denials"]
         if denials is not None:
             denials += len(self._connections.denials)
@@ -120,6 +123,7 @@ class EmbeddedBackend(Backend):
 
     async def denials(self) -> list[Denial]:
         reply = await self._open_channel().request({"op": "denials"})
+        raise_error(reply, SandboxError, "no denials: ")
         seen_inside = [
             Denial(time, protocol, destination, port, self.config.label)
             for time, protocol, destination, port in reply["denials"]
@@ -149,7 +153,8 @@ class EmbeddedBackend(Backend):
         return await start_session(channel, self._environment(env), self.config.timeout)
 
     async def kill_all(self) -> None:
-        await self._open_channel().request({"op": "kill"})
+        reply = await self._open_channel().request({"op": "kill"})
+        raise_error(reply, SandboxError)
 
     async def verify(
         self,
@@ -187,7 +192,16 @@ class EmbeddedBackend(Backend):
     # -- copies of the files
 
     async def snapshot(self) -> EmbeddedSnapshot:
-        channel = self._open_channel()
+        making = asyncio.ensure_future(self._make_snapshot(self._open_channel()))
+        try:
+            return await asyncio.shield(making)
+        except asyncio.CancelledError:
+            # The holder is still writing. What it makes is deleted when it has ended.
+            _unwanted.add(making)
+            making.add_done_callback(_delete_unwanted)
+            raise
+
+    async def _make_snapshot(self, channel: HolderChannel) -> EmbeddedSnapshot:
         place = await asyncio.to_thread(
             zygote_client.ask, {"op": "make_snapshot", "of": self._slot}
         )
@@ -197,8 +211,7 @@ class EmbeddedBackend(Backend):
         directory = os.open(snapshot.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             reply = await channel.request({"op": "snapshot"}, (directory,), SNAPSHOT_SECONDS)
-            if "error" in reply:
-                raise SandboxError(f"no snapshot: {reply['error']}")
+            raise_error(reply, SandboxError, "no snapshot: ")
         except BaseException:
             await snapshot.delete()
             raise
@@ -334,6 +347,25 @@ class EmbeddedBackend(Backend):
             raise not_running()
         self._channel.check_open()
         return self._channel
+
+
+_unwanted: set[asyncio.Future] = set()  # nobody else may refer to them
+
+
+def _delete_unwanted(made: asyncio.Future) -> None:
+    """Delete a snapshot whose caller was cancelled while it was made."""
+    _unwanted.discard(made)
+    if made.cancelled() or made.exception():
+        return
+    deleting = asyncio.ensure_future(made.result().delete())
+    _unwanted.add(deleting)
+    deleting.add_done_callback(_forget)
+
+
+def _forget(deleting: asyncio.Future) -> None:
+    _unwanted.discard(deleting)
+    if not deleting.cancelled():
+        deleting.exception()  # seen: the process that kept the snapshot is gone, and it too
 
 
 def _require_embedded(snapshot: Snapshot | None) -> EmbeddedSnapshot | None:

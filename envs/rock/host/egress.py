@@ -331,6 +331,17 @@ def _question(query: bytes) -> tuple[str, int, int] | None:
         place = end
     if place + 5 > len(query) or not labels:
         return None
-    name = b".".join(labels).decode("ascii", errors="backslashreplace").lower()
     (kind,) = struct.unpack_from(">H", query, place + 1)
-    return name[:MAX_NAME_CHARACTERS], kind, place + 5
+    return _printable(b".".join(labels)), kind, place + 5
+
+
+def _printable(name: bytes) -> str:
+    r"""Return a host name in lower case, with other bytes than printable ASCII as \xNN.
+
+    An agent chooses the bytes. The name travels as JSON, in which a control character takes six
+    bytes, and is read in logs and terminals.
+    """
+    characters = []
+    for byte in name.lower()[:MAX_NAME_CHARACTERS]:
+        characters.append(chr(byte) if 0x20 < byte < 0x7F else f"\\x{byte:02x}")
+    return "".join(characters)[:MAX_NAME_CHARACTERS]

@@ -3,7 +3,8 @@
 Landlock restricts files, seccomp refuses sockets, rlimits bound each process, and as root every
 sandbox has a user id of its own, by which all it left behind can be killed. There is no private
 /proc, no total memory limit without cgroups, and the holder only checks the disk limit from time to
-time; envs.rock.tiers names what is missing.
+time. Landlock has no rights for modes, owners, times and attributes of files: as an ordinary user
+commands can change those of that user's files. envs.rock.tiers names what is missing.
 """
 
 import os
@@ -18,9 +19,10 @@ from .process import Started, start
 from .tree import copy_tree
 
 KILL_SECONDS = 10.0
-RESERVED_ADDRESS_BYTES = 2 << 30
 BLOCK_BYTES = 512  # the unit of st_blocks
 _COPIED = ("workspace", "tmp")
+# Commands cannot read /etc, on which git and node fail unless they are told not to look there.
+WITHOUT_ETC = {"GIT_CONFIG_NOSYSTEM": "1", "OPENSSL_CONF": "/dev/null"}
 
 
 class Tier:
@@ -126,14 +128,12 @@ class Tier:
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
         landlock.restrict(self._ruleset)
         linux.install_filter(self._filter)
-        variables = environment | {"HOME": self.workspace, "TMPDIR": self._temporary}
-        os.execve(program, arguments, variables)
+        own = {"HOME": self.workspace, "TMPDIR": self._temporary}
+        os.execve(program, arguments, WITHOUT_ETC | environment | own)
 
     def _limit_resources(self) -> None:
-        memory = self._spec["memory_bytes"]
-        linux.lower_limit(resource.RLIMIT_DATA, memory)
-        # Wider, since threads and runtimes reserve address space that they never touch.
-        linux.lower_limit(resource.RLIMIT_AS, memory + RESERVED_ADDRESS_BYTES)
+        linux.limit_memory(self._spec["memory_bytes"])
+        linux.lower_limit(resource.RLIMIT_NOFILE, self._spec["open_files"])
         others = 0 if self._own_uid else _count_processes(os.getuid())
         linux.lower_limit(resource.RLIMIT_NPROC, self._spec["pids"] + others)
 

@@ -16,6 +16,7 @@ import time
 
 from . import cgroups, files, linux
 from .egress import Way
+from .errors import AgentError
 from .messages import MAX_MESSAGE, receive, send
 from .process import Started
 from .running import KILL_SECONDS, Running, RunningInSession, RunningProcess
@@ -24,9 +25,13 @@ from .session import LOOP, Session
 # Limits at one time; the descriptors of all stay below linux.FIRST_PASSED_FD.
 MAX_SESSIONS = 8
 MAX_COMMANDS = 16
+MAX_QUEUED_SIGNALS = 256
 DISK_CHECK_SECONDS = 0.1
 MAX_POLL_SECONDS = 24 * 3600.0  # the kernel counts milliseconds in 32 bits
 CONNECT_SECONDS = 0.1
+# Reasons of the host for which a copy of the files fails.
+_FAULTS_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENFILE)
+_KILLED = 128 + signal.SIGKILL
 # Of granted connections that the manager has not taken yet; its socket holds three times as much.
 MAX_UNREAD_BYTES = 1 << 16
 
@@ -49,6 +54,7 @@ class Holder:
         self._poller = select.poll()
         self._reported_denials = 0
         self._next_disk_check = 0.0
+        self._has_acted = False  # whether a program has run here, which may have left something
         flags = os.O_WRONLY | os.O_CLOEXEC
         entries = [os.open(f"{path}/cgroup.procs", flags) for path in spec["cgroups"]]
         self._tier = tier_type(spec, entries)
@@ -60,7 +66,8 @@ class Holder:
         # 1, not 0: a core_pattern that is a pipe ignores 0, and the host's crash handler would run.
         linux.lower_limit(resource.RLIMIT_CORE, 1)
         linux.lower_limit(resource.RLIMIT_FSIZE, self._spec["disk_bytes"])
-        linux.lower_limit(resource.RLIMIT_NOFILE, self._spec["open_files"])
+        # Signals in a queue are counted to a user, who may have other sandboxes.
+        linux.lower_limit(resource.RLIMIT_SIGPENDING, MAX_QUEUED_SIGNALS)
         linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
         # After the change of user ids, which clears it.
         linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -94,7 +101,10 @@ class Holder:
                 elif session and self._sessions.get(descriptor) is session:
                     self._handle_shell_end(session)
             self._check_limits()
-        self._kill_everything()
+        try:
+            self._kill_everything()
+        except AgentError:
+            return  # the zygote inherits what is left, and kills it
         self._tier.close()
 
     def _milliseconds_to_next_check(self) -> int | None:
@@ -112,7 +122,11 @@ class Holder:
         for running in list(self._running.values()):
             if disk_full and "disk" not in running.limits_hit:
                 running.kill("disk")
-            elif now >= running.deadline:
+            elif now < running.deadline:
+                continue
+            elif running.is_dying:
+                self._give_up(running)
+            else:
                 running.kill(running.limits_hit[-1] if running.limits_hit else "timeout")
 
     def _is_disk_full(self, now: float) -> bool:
@@ -136,7 +150,8 @@ class Holder:
             getattr(self, f"_serve_{request['op']}")(request, descriptors)
         except OSError as error:
             code = errno.errorcode.get(error.errno or 0, "EIO")
-            self._reply(request["id"], error=str(error), errno=code)
+            is_agents = isinstance(error, AgentError)
+            self._reply(request["id"], error=str(error), errno=code, agent=is_agents)
         except (ValueError, OverflowError) as error:
             # A request that cannot be served ends no sandbox.
             self._reply(request["id"], error=f"{request['op']}: {error}", errno="EINVAL")
@@ -155,7 +170,7 @@ class Holder:
 
     def _serve_run(self, request: dict, descriptors: list[int]) -> None:
         if len(self._running) >= MAX_COMMANDS:
-            raise OSError(
+            raise AgentError(
                 errno.EBUSY, f"{MAX_COMMANDS} commands are running; a sandbox runs no more at once"
             )
         out, err, text = descriptors
@@ -190,13 +205,14 @@ class Holder:
 
     def _serve_session(self, request: dict, descriptors: list[int]) -> None:
         if len(self._sessions) >= MAX_SESSIONS:
-            raise OSError(errno.EMFILE, f"a sandbox has at most {MAX_SESSIONS} sessions")
+            raise AgentError(errno.EMFILE, f"a sandbox has at most {MAX_SESSIONS} sessions")
         out, err = descriptors
         session = Session(request["id"])
         arguments = ["/bin/bash", "--noprofile", "--norc", "-c", LOOP, "bash"]
         started = self._tier.start_agent(arguments, request["env"], out, err, session.pass_pipes)
         # A shell that could not be executed ends at once, and its first command reports that.
         session.started(started)
+        self._has_acted = True
         self._sessions[session.pidfd] = session
         self._poller.register(session.pidfd, select.POLLIN)
         self._reply(request["id"], session=session.name)
@@ -269,16 +285,29 @@ class Holder:
             _, status = os.waitpid(running.started.pid, 0)
             self._remove(running)
             os.close(running.descriptor)
-            failure = running.started.failure
-            self._report_end(running, _exit_code(status), failure=failure)
+            started = running.started
+            is_agents = self._has_acted and not started.is_machines
+            self._has_acted = self._has_acted or not started.failure
+            code = _exit_code(status)
+            self._report_end(running, code, failure=started.failure, is_agents=is_agents)
         elif isinstance(running, RunningInSession):
-            code = running.session.read_status()
-            if code is None:
+            reported = running.session.read_status()
+            if reported is None:
                 # It was closed, or holds nonsense: wait for the shell's end or the time limit.
                 self._poller.unregister(running.descriptor)
                 return
             self._remove(running)
-            self._report_end(running, code)
+            self._report_end(running, reported)
+
+    def _give_up(self, running: Running) -> None:
+        """Report a command whose process was killed and does not end; it is collected later.
+
+        Freeing the memory of a process can take long, and an agent can arrange that.
+        """
+        self._remove(running)
+        if isinstance(running, RunningProcess):
+            os.close(running.descriptor)
+        self._report_end(running, _KILLED, survivors=1)
 
     def _remove(self, running: Running) -> None:
         del self._running[running.descriptor]
@@ -299,15 +328,29 @@ class Holder:
         session.close()
 
     def _report_end(
-        self, running: Running, code: int, *, failure: str = "", shell_ended: bool = False
+        self,
+        running: Running,
+        code: int,
+        *,
+        failure: str = "",
+        is_agents: bool = False,
+        shell_ended: bool = False,
+        survivors: int = 0,
     ) -> None:
         """Report a command's end to the manager.
 
         All that it left is killed first, unless a session or another command runs that may own it.
+
+        Args:
+          running: the command.
+          code: its exit code.
+          failure: why it did not run.
+          is_agents: whether an earlier command can be the reason for that.
+          shell_ended: whether its session's shell has ended with it.
+          survivors: its processes that were killed and did not end.
         """
         seconds = time.monotonic() - running.began
-        survivors = 0
-        if not self._sessions and not self._running:
+        if not self._sessions and not self._running and not survivors:
             survivors = self._tier.kill_leftovers()
         self._tier.finished()
         limits = list(running.limits_hit)
@@ -316,6 +359,7 @@ class Holder:
                 limits.append(name)
         if survivors:
             failure = _survived(survivors)
+            is_agents = True
         denials = self._count_denials() or 0
         self._reply(
             running.identity,
@@ -323,6 +367,7 @@ class Holder:
             seconds=seconds,
             limits=list(dict.fromkeys(limits)),
             failure=failure,
+            agent=is_agents,
             shell_ended=shell_ended,
             denials=denials - self._reported_denials,
         )
@@ -332,11 +377,11 @@ class Holder:
         """Kill all commands, sessions and what they left.
 
         Raises:
-          OSError: a process survives; no verifier may start beside it.
+          AgentError: a process survives; no verifier may start beside it.
         """
         for running in list(self._running.values()):
             if isinstance(running, RunningInSession):
-                running.limits_hit.append("killed")
+                running.limits_hit.append("killed")  # its shell is killed below
             else:
                 running.kill("killed")
                 _wait_for_end(running.descriptor)
@@ -347,7 +392,7 @@ class Holder:
             self._handle_shell_end(session)
         survivors = self._tier.kill_leftovers()
         if survivors:
-            raise OSError(_survived(survivors))
+            raise AgentError(_survived(survivors))
 
     # -- network
 
@@ -400,7 +445,13 @@ class Holder:
         """Copy all files into the directory that came with the request."""
         if self._running:
             raise OSError(errno.EBUSY, "a command is running, which may be writing")
-        self._tier.copy_to(descriptors[0])
+        try:
+            self._tier.copy_to(descriptors[0])
+        except OSError as error:
+            if error.errno in _FAULTS_OF_THE_DISK:
+                raise
+            # The tree is as deep, or the names are as odd, as an agent made them.
+            raise AgentError(error.errno, error.strerror) from error
         self._reply(request["id"])
 
     def _serve_open(self, request: dict, descriptors: list[int]) -> None:
@@ -417,7 +468,7 @@ class Holder:
 
 def _wait_for_end(pidfd: int) -> None:
     if not linux.wait_readable(pidfd, KILL_SECONDS):
-        raise OSError(f"a killed process did not end within {KILL_SECONDS:.0f} s")
+        raise AgentError(f"a killed process did not end within {KILL_SECONDS:.0f} s")
 
 
 def _survived(count: int) -> str:

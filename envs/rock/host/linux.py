@@ -38,10 +38,13 @@ MS_REC = 16384
 MS_PRIVATE = 1 << 18
 PR_SET_PDEATHSIG = 1
 PR_SET_SECCOMP = 22
+PR_SET_SECUREBITS = 28
 PR_CAPBSET_DROP = 24
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
 # System calls from 424 on have the same number on every architecture.
+SYS_OPEN_TREE = 428
+SYS_MOVE_MOUNT = 429
 SYS_OPENAT2 = 437
 SYS_MOUNT_SETATTR = 442
 SYS_LANDLOCK_CREATE = 444
@@ -51,8 +54,12 @@ SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}.get(ARCHITECTURE, 0)
 SYS_CAPSET = {"x86_64": 126, "aarch64": 91}.get(ARCHITECTURE, 0)
 RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_BENEATH = 0x08
+SECBIT_NO_SETUID_FIXUP = 1 << 2  # a change of user ids keeps the capabilities
 AT_FDCWD = -100
+AT_EMPTY_PATH = 0x1000
 AT_RECURSIVE = 0x8000
+OPEN_TREE_CLONE = 1
+MOVE_MOUNT_F_EMPTY_PATH = 4
 MNT_DETACH = 2
 SECCOMP_MODE_FILTER = 2
 WAIT_ALL = 0x40000000  # __WALL: also children that end without SIGCHLD
@@ -61,6 +68,7 @@ SIOCOUTQ = 0x5411
 IFF_UP = 1
 SO_ATTACH_FILTER = 26
 MAX_OPEN_ATTEMPTS = 100
+RESERVED_ADDRESS_BYTES = 2 << 30
 _BYTES_PER_INSTRUCTION = 8
 _CAPABILITY_VERSION_3 = 0x20080522
 
@@ -108,6 +116,32 @@ def restrict_mount(path: str, flags: int, recursive: bool = False) -> None:
         AT_RECURSIVE if recursive else 0,
         ctypes.byref(attributes),
         ctypes.sizeof(attributes),
+    )
+
+
+def clone_mount(descriptor: int) -> int:
+    """Return a descriptor of a mount, in no namespace yet, of the file that a descriptor is of."""
+    mount = syscall(
+        "open_tree",
+        SYS_OPEN_TREE,
+        descriptor,
+        ctypes.c_char_p(b""),
+        AT_EMPTY_PATH | OPEN_TREE_CLONE | os.O_CLOEXEC,
+    )
+    os.set_inheritable(mount, False)
+    return mount
+
+
+def attach_mount(mount: int, path: str) -> None:
+    """Attach a mount from `clone_mount`."""
+    syscall(
+        f"move_mount {path}",
+        SYS_MOVE_MOUNT,
+        mount,
+        ctypes.c_char_p(b""),
+        AT_FDCWD,
+        ctypes.c_char_p(os.fsencode(path)),
+        MOVE_MOUNT_F_EMPTY_PATH,
     )
 
 
@@ -336,6 +370,13 @@ def lower_limit(kind: int, value: int) -> None:
     _, hard = resource.getrlimit(kind)
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
     resource.setrlimit(kind, (value, value))
+
+
+def limit_memory(memory_bytes: int) -> None:
+    """Limit the memory of this process and of each one that it starts."""
+    lower_limit(resource.RLIMIT_DATA, memory_bytes)
+    # Wider, since threads and runtimes reserve address space that they never touch.
+    lower_limit(resource.RLIMIT_AS, memory_bytes + RESERVED_ADDRESS_BYTES)
 
 
 def restore_access(directory: str) -> None:

@@ -15,6 +15,11 @@ ROOT = "/tmp/root"
 DISK = "/tmp/disk"
 TREE = "/tmp/tree"
 SHM_BYTES = 16 << 20
+SHM_INODES = 1024
+TERMINALS = 32  # at most, of the 3,072 that all sandboxes of a host have together
+# At most; a sandbox's own table of limits bounds what it takes from the host's of its user.
+WATCHERS = 16
+WATCHED_FILES = 4096
 OWN_INODES = 8  # of the tmpfs: its root, the two directories, what an overlay needs
 HIDDEN_BYTES = 64 << 20  # room for a verifier's files
 REPOSITORY = os.path.realpath(f"{os.path.dirname(__file__)}/../../..")
@@ -79,7 +84,7 @@ def _make_writable_part() -> None:
 
 
 def _mount_programs() -> None:
-    linux.mount("/usr", f"{ROOT}/usr", None, linux.MS_BIND | linux.MS_REC)
+    _mount_from_host("/usr", f"{ROOT}/usr")
     for name in _PROGRAM_DIRECTORIES:
         outer = f"/{name}"
         inner = f"{ROOT}/{name}"
@@ -87,10 +92,34 @@ def _mount_programs() -> None:
             os.symlink(os.readlink(outer), inner)
         elif os.path.isdir(outer):
             os.mkdir(inner)
-            linux.mount(outer, inner, None, linux.MS_BIND | linux.MS_REC)
+            _mount_from_host(outer, inner)
     if REPOSITORY.startswith("/usr/"):  # it holds verifiers and task generators
         cover = f"{ROOT}{REPOSITORY}"
         linux.mount("tmpfs", cover, "tmpfs", SAFE | linux.MS_RDONLY, "size=4k,mode=0755")
+
+
+def _mount_from_host(outer: str, inner: str) -> None:
+    """Mount a directory of the host's programs, read-only in the end.
+
+    It is an overlay, so that its files are the sandbox's own to lock and to watch: nobody waits for
+    another's lock, and watching tells nothing of what others start. Where other file systems are
+    mounted below the directory, which no overlay shows, or the kernel refuses, it is the directory
+    itself.
+    """
+    if not _has_mounts_below(outer):
+        try:
+            # A second, empty layer: without a writable one the kernel wants two.
+            layers = f"lowerdir={outer}:{ROOT}/run"
+            linux.mount("overlay", inner, "overlay", SAFE | linux.MS_RDONLY, layers)
+            return
+        except OSError:
+            pass  # before 5.11, or a security module forbids it
+    linux.mount(outer, inner, None, linux.MS_BIND | linux.MS_REC)
+
+
+def _has_mounts_below(directory: str) -> bool:
+    with open("/proc/self/mountinfo") as file:
+        return any(line.split(" ", 5)[4].startswith(f"{directory}/") for line in file)
 
 
 def stack(lower: int, disk: str, place: str) -> None:
@@ -147,7 +176,10 @@ def enter_view() -> None:
     linux.mount(ROOT, ROOT, None, linux.MS_BIND | linux.MS_REC)
     linux.restrict_mount(ROOT, linux.MS_RDONLY | SAFE, recursive=True)
     linux.mount("proc", f"{ROOT}/proc", "proc", SAFE | linux.MS_NOEXEC)
-    linux.write_file(f"{ROOT}/proc/sys/user/max_user_namespaces", b"0")
+    limits = f"{ROOT}/proc/sys/user"
+    linux.write_file(f"{limits}/max_user_namespaces", b"0")
+    linux.write_file(f"{limits}/max_inotify_instances", str(WATCHERS).encode())
+    linux.write_file(f"{limits}/max_inotify_watches", str(WATCHED_FILES).encode())
     for name in _KERNEL_SETTINGS:
         path = f"{ROOT}/proc/{name}"
         if os.path.exists(path):
@@ -172,17 +204,35 @@ def _make_devices(dev: str) -> None:
         os.symlink(target, f"{dev}/{name}")
     for name in ("shm", "pts"):
         os.mkdir(f"{dev}/{name}")
-    terminals = "newinstance,ptmxmode=0666,mode=620"
+    terminals = f"newinstance,ptmxmode=0666,mode=620,max={TERMINALS}"
     no_programs = linux.MS_NOSUID | linux.MS_NOEXEC
     linux.mount("devpts", f"{dev}/pts", "devpts", no_programs, terminals)
-    linux.mount("tmpfs", f"{dev}/shm", "tmpfs", SAFE, f"size={SHM_BYTES},mode=1777")
+    mount_shared_memory(f"{dev}/shm")
     linux.restrict_mount(dev, linux.MS_RDONLY)
+
+
+def mount_shared_memory(place: str) -> None:
+    """Mount an empty file system for POSIX shared memory and semaphores."""
+    limits = f"size={SHM_BYTES},nr_inodes={SHM_INODES},mode=1777"
+    linux.mount("tmpfs", place, "tmpfs", SAFE, limits)
+
+
+def empty_shared_memory() -> None:
+    """Let the files in /dev/shm end, in the sandbox's view and while none of its commands runs.
+
+    They have no process any more and still take the sandbox's memory.
+    """
+    status = os.statvfs("/dev/shm")
+    own = 1  # its root
+    if status.f_files - status.f_ffree > own:
+        linux.detach("/dev/shm")
+        mount_shared_memory("/dev/shm")
 
 
 def mount_verifier_places(disk_bytes: int) -> None:
     """Mount an empty /tmp and shared memory of a verifier, and /run for its files."""
     linux.mount("tmpfs", "/tmp", "tmpfs", SAFE, f"size={disk_bytes},mode=1777")
-    linux.mount("tmpfs", "/dev/shm", "tmpfs", SAFE, f"size={SHM_BYTES},mode=1777")
+    mount_shared_memory("/dev/shm")
     hidden = f"size={HIDDEN_BYTES},nr_inodes=1k,mode=0755"
     linux.mount("tmpfs", "/run", "tmpfs", SAFE, hidden)
 

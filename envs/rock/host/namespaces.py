@@ -108,12 +108,17 @@ class Tier:
     def __init__(self, spec: dict, cgroup_entries: list[int]):
         self._spec = spec
         self._cgroup_entries = cgroup_entries
+        self._is_shm_abandoned = False  # whether nobody uses what is in /dev/shm
         self._filter = seccomp.build(linux.ARCHITECTURE, network=True)
 
     def set_up(self) -> int:
         """Enter the namespaces, mount and start init; return a descriptor of the workspace."""
         spec = self._spec
-        _enter_namespaces(spec["mapping"])
+        _enter_namespaces(spec)
+        # Opened now: they may lie in /tmp, which is covered next.
+        self._interpreters = []
+        for program, copy in spec["interpreters"]:
+            self._interpreters.append((program, os.open(copy, os.O_PATH | os.O_CLOEXEC)))
         grants = [egress.Grant(*fields) for fields in spec["egress"]]
         self.guard = egress.Guard(grants)
         mounts.build_tree(spec["disk_bytes"], spec["inodes"], spec["snapshot"])
@@ -178,9 +183,10 @@ class Tier:
         """Start a verifier's script.
 
         It has its own view of the workspace, its own empty /tmp, shared memory and IPC, and its
-        files in /run/verifier. Its bash is execute-only, so the kernel makes the process
-        undumpable: what it runs (the agent's program, for example) cannot read its memory,
-        environment or descriptors through /proc. The script is a descriptor, never a file.
+        files in /run/verifier. Its bash and the system's Python are execute-only, so the kernel
+        makes their processes undumpable: what they run (the agent's program, for example) can
+        neither read nor change their memory, environment or descriptors through /proc. The script
+        is a descriptor, never a file.
 
         Args:
           script: descriptor of the script.
@@ -194,8 +200,14 @@ class Tier:
         arguments = ["bash", f"/proc/self/fd/{linux.FIRST_PASSED_FD}"]
 
         def become() -> None:
+            copies = []
+            for program, copy in self._interpreters:
+                copies.append((program, linux.clone_mount(copy)))
             self._enter()
             linux.unshare(linux.CLONE_NEWNS | linux.CLONE_NEWIPC)
+            for program, mount in copies:
+                linux.attach_mount(mount, program)
+                linux.restrict_mount(program, linux.MS_RDONLY | mounts.SAFE)
             mounts.mount_verifier_places(self._spec["disk_bytes"])
             if not keep:
                 mounts.cover_workspace(
@@ -214,11 +226,15 @@ class Tier:
     def _start(self, become: Callable[[], None], out: int, err: int) -> Started:
         for directory in ("workspace", "tmp"):
             linux.restore_access(f"{mounts.TREE}/{directory}")
-        return start(become, self._cgroup_entries, out, err)
+        started = start(become, self._cgroup_entries, out, err)
+        self._is_shm_abandoned = False
+        return started
 
     def _enter(self) -> None:
         """Move from the holder's mounts into those of the sandbox."""
         linux.setns(self._mounts, linux.CLONE_NEWNS)
+        if self._is_shm_abandoned:
+            mounts.empty_shared_memory()
         os.chdir(self.workspace)
 
     def _execute(self, program: str | int, arguments: list[str], environment: dict) -> None:
@@ -226,6 +242,9 @@ class Tier:
         # other's share. The limit is set here and not in the holder, whose forks must not fail when
         # a fork bomb has reached it.
         linux.lower_limit(resource.RLIMIT_NPROC, self._spec["pids"] + OWN_PROCESSES)
+        linux.lower_limit(resource.RLIMIT_NOFILE, self._spec["open_files"])
+        if not self._cgroup_entries:  # then each process is limited, if not all together
+            linux.limit_memory(self._spec["memory_bytes"])
         linux.drop_capabilities()
         linux.install_filter(self._filter)
         os.execve(program, arguments, environment)
@@ -253,8 +272,10 @@ class Tier:
         """Give the next commands a fresh IPC namespace; the last one's objects end with it.
 
         System V segments and message queues live on without any process, charged to the sandbox.
+        So do the files of POSIX shared memory, which end when the next command or verifier starts.
         """
         linux.unshare(linux.CLONE_NEWIPC)
+        self._is_shm_abandoned = True
 
     def _unknown_children(self) -> list[int]:
         """Return the holder's children beside init; called while no command and session is left.
@@ -307,17 +328,21 @@ class _NoChange:
         """Change nothing back."""
 
 
-def _enter_namespaces(mapping: Mapping) -> None:
+def _enter_namespaces(spec: dict) -> None:
     """Enter new namespaces with every capability in them, under an id that owns nothing outside.
 
-    As real root the namespace is made first and the id dropped after it: systems that restrict user
-    namespaces of ordinary users allow that, and no process of a sandbox ever runs with the kernel's
-    id 0, which could write /proc/sys.
+    As real root the id is dropped first and the capabilities kept: systems that restrict user
+    namespaces of ordinary users allow that, the kernel counts what the sandbox takes from the
+    host's tables (watches of files, queued signals) to that id and not to root, and no process of a
+    sandbox ever runs with the kernel's id 0, which could write /proc/sys.
     """
     if os.geteuid() == 0:
         os.setgroups([])
+        linux.prctl(linux.PR_SET_SECUREBITS, linux.SECBIT_NO_SETUID_FIXUP)
+        os.setresgid(spec["gid"], spec["gid"], spec["gid"])
+        os.setresuid(spec["uid"], spec["uid"], spec["uid"])
     linux.unshare(_NAMESPACES)  # the pid namespace begins with the next fork
-    mapping.wait()
+    spec["mapping"].wait()
     os.setresgid(INNER_ID, INNER_ID, INNER_ID)
     os.setresuid(INNER_ID, INNER_ID, INNER_ID)
     socket.sethostname("sandbox")

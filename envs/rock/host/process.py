@@ -1,5 +1,6 @@
 """The first process of one command, forked from the holder and turned into the command."""
 
+import errno
 import os
 import signal
 from collections.abc import Callable
@@ -8,6 +9,8 @@ from collections.abc import Callable
 RESTORED_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT)
 COULD_NOT_START = 125
 MAX_FAILURE_BYTES = 2000
+# Reasons of the machine: its table of open files is full, or someone removed the cgroup.
+MACHINE_ERRORS = (errno.ENFILE, errno.ENODEV)
 
 
 class Started:
@@ -16,11 +19,13 @@ class Started:
     Attributes:
       pid: its process id.
       failure: why the program was not executed; "" when it was.
+      is_machines: whether nothing in the sandbox can have been the reason.
     """
 
-    def __init__(self, pid: int, failure: str):
+    def __init__(self, pid: int, failure: str, is_machines: bool):
         self.pid = pid
         self.failure = failure
+        self.is_machines = is_machines
 
 
 def start(become: Callable[[], None], cgroup_entries: list[int], out: int, err: int) -> Started:
@@ -40,12 +45,15 @@ def start(become: Callable[[], None], cgroup_entries: list[int], out: int, err: 
             _prepare(cgroup_entries, out, err)
             become()
         except BaseException as error:
-            os.write(failure_write, str(error).encode()[:MAX_FAILURE_BYTES])
+            number = getattr(error, "errno", None) or 0
+            said = f"{number} {error}".encode(errors="replace")
+            os.write(failure_write, said[:MAX_FAILURE_BYTES])
         finally:
             os._exit(COULD_NOT_START)
     os.close(failure_write)
     with open(failure_read, "rb") as failure:  # the pipe closes when the new program starts
-        return Started(pid, failure.read().decode(errors="replace"))
+        number, _, text = failure.read().decode(errors="replace").partition(" ")
+    return Started(pid, text, number.isdecimal() and int(number) in MACHINE_ERRORS)
 
 
 def _prepare(cgroup_entries: list[int], out: int, err: int) -> None:

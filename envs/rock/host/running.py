@@ -19,6 +19,7 @@ class Running:
       descriptor: readable when it has ended: its pidfd, or the shell's status.
       deadline: when it is to be killed (again), on the monotonic clock.
       limits_hit: the reasons for which it was killed.
+      is_dying: whether its own process was killed; it ends within KILL_SECONDS or never.
       events: how often the sandbox's limits had struck when it began.
     """
 
@@ -29,6 +30,7 @@ class Running:
         self.began = time.monotonic()
         self.deadline = self.began + timeout
         self.limits_hit: list[str] = []
+        self.is_dying = False
 
     def processes(self) -> set[int]:
         """Return the processes of the command that are descendants of the holder or the shell."""
@@ -58,6 +60,7 @@ class RunningProcess(Running):
 
     def kill(self, reason: str) -> None:
         self.limits_hit.append(reason)
+        self.is_dying = True
         self.deadline = time.monotonic() + KILL_SECONDS
         # What it started is killed when it has ended.
         linux.signal_process(self.started.pid, signal.SIGKILL)
@@ -82,6 +85,7 @@ class RunningInSession(Running):
         again = reason in self.limits_hit
         self.limits_hit.append(reason)
         if again:
+            self.is_dying = True
             self.deadline = time.monotonic() + KILL_SECONDS
             linux.signal_process(self.session.pid, signal.SIGKILL)
         else:

@@ -2,9 +2,10 @@
 
 It is a deny list: what a shell task needs stays allowed; what enlarges the kernel's attack surface
 (io_uring, bpf, unusual socket families, new user namespaces, keyrings, ...) fails with EPERM, and
-so does what leaves the tree of processes that is killed (a clone with CLONE_PARENT). Calls newer
-than this file fail with ENOSYS, and clone3, whose flags a filter cannot read, too: libraries then
-use clone. A foreign architecture kills the process.
+so does what leaves the tree of processes that is killed (a clone with CLONE_PARENT) or makes others
+wait for it (leases of files). Calls newer than this file fail with ENOSYS, and so do clone3, whose
+flags a filter cannot read (libraries then use clone), and calls that take from a table of the whole
+host (asynchronous I/O; glibc's uses threads). A foreign architecture kills the process.
 """
 
 import errno
@@ -89,6 +90,27 @@ ABSENT: dict[str, Numbers] = {
     "io_uring_setup": (425, 425),
     "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427),
+    "io_setup": (206, 0),
+    "io_destroy": (207, 1),
+    "io_getevents": (208, 4),
+    "io_submit": (209, 2),
+    "io_cancel": (210, 3),
+    "io_pgetevents": (333, 292),
+}
+# They succeed and do nothing: a sandbox's files are in memory, and `sync` would write the host's.
+WITHOUT_EFFECT: dict[str, Numbers] = {"sync": (162, 81)}
+# Watching files: where they are the host's, it would show what other programs do.
+WATCHES: dict[str, Numbers] = {
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
+    "inotify_add_watch": (254, 27),
+}
+# Scheduling of the process in the first argument; 0 is the caller.
+SCHEDULING: dict[str, tuple[int, int]] = {
+    "sched_setaffinity": (203, 122),
+    "sched_setscheduler": (144, 119),
+    "sched_setparam": (142, 118),
+    "sched_setattr": (314, 274),
 }
 SHARED_IPC: dict[str, Numbers] = {
     "shmget": (29, 194),
@@ -104,6 +126,9 @@ _IOCTL = (16, 29)
 _CLONE = (56, 220)
 _KILL = (62, 129)
 _PRLIMIT = (302, 261)
+_FCNTL = (72, 25)
+_SETPRIORITY = (141, 140)
+_IOPRIO_SET = (251, 30)
 
 # CLONE_NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET
 NEW_NAMESPACES = 0x7E020000
@@ -112,6 +137,11 @@ CLONE_PARENT = 0x00008000
 REFUSED_CLONE_FLAGS = NEW_NAMESPACES | CLONE_PARENT
 TIOCSTI = 0x5412
 TIOCLINUX = 0x541C
+# Commands of fcntl: whoever opens a file waits for the holder of its lease; the other one watches.
+F_SETLEASE = 1024
+F_NOTIFY = 1026
+PRIO_PROCESS = 0
+IOPRIO_WHO_PROCESS = 1
 AF_UNIX = 1
 AF_INET = 2
 AF_INET6 = 10
@@ -143,9 +173,10 @@ def build(architecture: str, *, network: bool, own_processes: bool = True) -> by
 
     Args:
       architecture: as platform.machine() returns it.
-      network: the sandbox has its own network and IPC namespaces, so internet and unix sockets and
-        System V IPC are harmless. False: no sockets but socketpair(AF_UNIX), since nothing else
-        would keep a process from the host's.
+      network: the sandbox has namespaces of its own, so internet and unix sockets, System V IPC,
+        watches of files and the scheduling of what it sees are harmless. False: no sockets but
+        socketpair(AF_UNIX), no watches, and scheduling of the caller only, since nothing else would
+        keep a process from the host's.
       own_processes: False where kill(-1) would reach processes outside the sandbox; it is then
         refused.
     """
@@ -163,7 +194,9 @@ def build(architecture: str, *, network: bool, own_processes: bool = True) -> by
     # x32 calls carry X32_BIT, so this also closes that second table.
     program += [(_JUMP_GREATER, 0, 1, NEWEST_CALL), _refuse(errno.ENOSYS)]
     denied = DENIED if network else DENIED | SHARED_IPC
-    for table, answer in ((denied, errno.EPERM), (ABSENT, errno.ENOSYS)):
+    absent = ABSENT if network else ABSENT | WATCHES
+    tables = ((denied, errno.EPERM), (absent, errno.ENOSYS), (WITHOUT_EFFECT, 0))
+    for table, answer in tables:
         for numbers in table.values():
             number = numbers[column]
             if number is not None:
@@ -172,8 +205,14 @@ def build(architecture: str, *, network: bool, own_processes: bool = True) -> by
     program += _only(_SOCKET[column], 0, socket_families, errno.EAFNOSUPPORT)
     program += _only(_SOCKETPAIR[column], 0, (AF_UNIX,), errno.EAFNOSUPPORT)
     program += _never(_IOCTL[column], 1, (TIOCSTI, TIOCLINUX))
+    program += _never(_FCNTL[column], 1, (F_SETLEASE, F_NOTIFY))
     # Only for the caller itself: the sandbox's process 1 has the same user id.
     program += _only(_PRLIMIT[column], 0, (0,), errno.EPERM)
+    if not network:
+        for scheduling in SCHEDULING.values():
+            program += _only(scheduling[column], 0, (0,), errno.EPERM)
+        program += _only_self(_SETPRIORITY[column], PRIO_PROCESS)
+        program += _only_self(_IOPRIO_SET[column], IOPRIO_WHO_PROCESS)
     program += [
         (_JUMP_EQUAL, 0, 4, _CLONE[column]),
         (_LOAD, 0, 0, _ARGUMENT_OFFSETS[0]),
@@ -200,6 +239,24 @@ def _only(number: int, argument: int, allowed: tuple[int, ...], answer: int) -> 
     for value in allowed:
         body += [(_JUMP_EQUAL, 0, 1, value), (_RETURN, 0, 0, ALLOW)]
     body.append(_refuse(answer))
+    return [(_JUMP_EQUAL, 0, len(body), number), *body]
+
+
+def _only_self(number: int, kind: int) -> list[Instruction]:
+    """Allow a call (kind, process, ...) only for processes, and there for the caller, which is 0.
+
+    Args:
+      number: of the call.
+      kind: the value that stands for a process, not for a group or for all of a user.
+    """
+    body = [
+        (_LOAD, 0, 0, _ARGUMENT_OFFSETS[0]),
+        (_JUMP_EQUAL, 0, 3, kind),
+        (_LOAD, 0, 0, _ARGUMENT_OFFSETS[1]),
+        (_JUMP_EQUAL, 0, 1, 0),
+        (_RETURN, 0, 0, ALLOW),
+        _refuse(errno.EPERM),
+    ]
     return [(_JUMP_EQUAL, 0, len(body), number), *body]
 
 

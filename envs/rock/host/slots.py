@@ -12,7 +12,9 @@ import time
 
 from . import cgroups, linux
 
-FIRST_UID = 200_000  # user ids of sandboxes when the manager is root, far from any real user's
+# User ids of sandboxes when the manager is root. Nobody else's: those of users, of their containers
+# (/etc/subuid) and of systemd's lie below 1,879,048,192.
+FIRST_UID = 2_000_000_000
 SLOTS = 20_000
 RECORD_BYTES = 4096
 RETRY_SECONDS = 0.02
@@ -148,6 +150,9 @@ def claim(base: str, number: int) -> Slot | None:
 def sweep(base: str) -> None:
     """Clean up after zygotes that were killed."""
     for name in os.listdir(base):
+        zygote = name.removeprefix("programs-")
+        if zygote != name and zygote.isdecimal() and not os.path.exists(f"/proc/{zygote}"):
+            remove_tree(f"{base}/{name}")
         number, _, kind = name.partition(".")
         is_snapshot = number.isdecimal() and kind.endswith(".snapshot")
         if is_snapshot and (slot := claim(base, int(number))):
@@ -164,6 +169,11 @@ def sweep(base: str) -> None:
         deadline = time.monotonic() + REMOVE_SECONDS
         while not slot.clean() and time.monotonic() < deadline:
             time.sleep(RETRY_SECONDS)
+
+
+def copies_directory(base: str, zygote: int) -> str:
+    """Return the directory of a zygote's copies of programs."""
+    return f"{base}/programs-{zygote}"
 
 
 def remove_tree(directory: str) -> bool:

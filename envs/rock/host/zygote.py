@@ -24,7 +24,9 @@ from .holder import Holder
 from .messages import receive, send
 from .slots import REMOVE_SECONDS, RETRY_SECONDS, Slot, Snapshot
 
+SLOW_RETRY_SECONDS = 1.0  # for what no manager waits for any more
 COPY_BYTES = 1 << 24
+INTERPRETERS = ("/usr/bin/python3", "/usr/local/bin/python3")
 DESCRIPTORS_EACH = 3  # of this process for a sandbox: its lock, its channel, its holder
 
 
@@ -38,12 +40,21 @@ class _Living:
 
 
 class _Ended:
-    """A sandbox whose holder has ended and whose traces are being removed."""
+    """A sandbox whose holder has ended and whose traces are being removed.
+
+    The manager is told so after REMOVE_SECONDS at the latest; what is left then is tried on.
+    """
 
     def __init__(self, slot: Slot, channel: socket.socket):
         self.slot = slot
         self.channel = channel
         self.deadline = time.monotonic() + REMOVE_SECONDS
+        self.is_told = False
+
+    def tell(self) -> None:
+        """Close the channel, which tells the manager that the sandbox has ended."""
+        self.channel.close()
+        self.is_told = True
 
 
 class Zygote:
@@ -58,6 +69,8 @@ class Zygote:
             "verifier_bash": execute_only("/bin/bash"),
             "waiting_program": execute_only("/bin/cat"),
         }
+        self._copies = slots.copies_directory(self._base, os.getpid())
+        self._interpreters = copy_interpreters(self._copies)
         self._living: dict[int, _Living] = {}  # by the holder's pidfd
         self._ended: list[_Ended] = []
         self._snapshots: dict[str, Snapshot] = {}  # by path
@@ -75,8 +88,7 @@ class Zygote:
         self._poller.register(manager_fd, select.POLLIN)
         alive = True
         while alive:
-            timeout = int(1000 * RETRY_SECONDS) if self._ended else None
-            for descriptor, _ in self._poller.poll(timeout):
+            for descriptor, _ in self._poller.poll(self._milliseconds_to_next_try()):
                 if descriptor in self._living:
                     self._handle_end(descriptor)
                 elif descriptor == manager_fd:
@@ -85,6 +97,12 @@ class Zygote:
                     alive = self._serve_request() and alive
             self._clean_up()
         self._end_all()
+
+    def _milliseconds_to_next_try(self) -> int | None:
+        if not self._ended:
+            return None
+        is_awaited = any(not ended.is_told for ended in self._ended)
+        return int(1000 * (RETRY_SECONDS if is_awaited else SLOW_RETRY_SECONDS))
 
     def _serve_request(self) -> bool:
         data, descriptors = receive(self._control)
@@ -192,11 +210,15 @@ class Zygote:
             "slot": slot.number,
             "cgroups": slot.cgroups,
             "zygote": os.getpid(),
+            "interpreters": self._interpreters,
             **self._programs,
         }
 
     def _claim_free_slot(self) -> Slot:
-        slots.state_directory()  # a cleaner of old temporary files may have removed it
+        # A cleaner of old temporary files may have removed them.
+        slots.state_directory()
+        if not all(os.path.exists(copy) for _, copy in self._interpreters):
+            self._interpreters = copy_interpreters(self._copies)
         for _ in range(slots.SLOTS):
             self._next = (self._next + 1) % slots.SLOTS
             if slot := slots.claim(self._base, self._next):
@@ -237,8 +259,8 @@ class Zygote:
         for ended in self._ended:
             is_clean = not has_orphans and ended.slot.clean()
             if is_clean or time.monotonic() > ended.deadline:
-                ended.channel.close()
-            else:
+                ended.tell()
+            if not is_clean:
                 waiting.append(ended)
         self._ended = waiting
 
@@ -247,6 +269,8 @@ class Zygote:
             living.channel.shutdown(socket.SHUT_RDWR)  # holders then kill what they run and end
         deadline = time.monotonic() + REMOVE_SECONDS
         while self._living or self._ended:
+            if time.monotonic() > deadline + REMOVE_SECONDS:
+                break  # the next zygote sweeps what is left
             if time.monotonic() > deadline:
                 for living in self._living.values():
                     os.kill(living.pid, signal.SIGKILL)
@@ -258,6 +282,40 @@ class Zygote:
             self._clean_up()
         for snapshot in self._snapshots.values():
             snapshot.release()
+        slots.remove_tree(self._copies)
+
+
+def copy_interpreters(directory: str) -> list[tuple[str, str]]:
+    """Copy the system's Python to files that can be executed but not read.
+
+    Verifiers get them in place of the programs, see namespaces.Tier.start_verifier. They are files
+    because the kernel mounts no memory file.
+
+    Returns:
+      (program, copy) of each; nothing where `directory` is full or no program can be executed in
+      it.
+    """
+    slots.remove_tree(directory)
+    try:
+        os.mkdir(directory, 0o711)
+        if os.statvfs(directory).f_flag & os.ST_NOEXEC:
+            return []
+        return _copy_interpreters(directory)
+    except OSError:
+        slots.remove_tree(directory)
+        return []
+
+
+def _copy_interpreters(directory: str) -> list[tuple[str, str]]:
+    copies: list[tuple[str, str]] = []
+    for program in dict.fromkeys(map(os.path.realpath, INTERPRETERS)):
+        if program.startswith("/usr/") and os.path.isfile(program):
+            copy = f"{directory}/{len(copies)}"
+            descriptor = os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o700)
+            copy_program(program, descriptor)
+            os.close(descriptor)
+            copies.append((program, copy))
+    return copies
 
 
 def execute_only(program: str) -> int:
@@ -266,11 +324,16 @@ def execute_only(program: str) -> int:
     The kernel lets no process look into one that executes it.
     """
     descriptor = os.memfd_create(os.path.basename(program), os.MFD_CLOEXEC)
+    copy_program(program, descriptor)
+    return descriptor
+
+
+def copy_program(program: str, descriptor: int) -> None:
+    """Copy a program into an open file, and let that be executed but not read."""
     with open(program, "rb") as file:
         while os.sendfile(descriptor, file.fileno(), None, COPY_BYTES):
             pass
     os.fchmod(descriptor, 0o111)
-    return descriptor
 
 
 def _explain(error: OSError) -> str:
@@ -306,6 +369,8 @@ def _run_holder(channel: socket.socket, spec: dict) -> None:
             }
             send(channel, ready)
             holder.serve()
+    except ConnectionError:
+        pass  # the manager wants it no more
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:

@@ -6,7 +6,7 @@ from typing import Any
 
 from envs.rock.backend import Job, Session, choose_timeout, reason_not_executable, refused_result
 from envs.rock.config import CommandResult
-from envs.rock.errors import SandboxClosedError, SandboxError
+from envs.rock.errors import SandboxClosedError, SandboxError, SessionEndedError
 from envs.rock.remote.calls import ROUND_SECONDS, Calls, now, retry_until
 from envs.rock.wire.codec import result_from_json
 from envs.rock.wire.operations import GRACE_SECONDS
@@ -85,7 +85,7 @@ class RemoteSession(Session):
         }
         async with self._turn:
             if self.ended:
-                raise SandboxClosedError("the session's shell has ended; create another session")
+                raise SessionEndedError("the session's shell has ended; create another session")
             try:
                 answer = await self._calls.run("run_in_session", request, seconds)
             except SandboxClosedError:

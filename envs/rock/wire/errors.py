@@ -7,11 +7,13 @@ and the exception type that the caller sees.
 from typing import Any
 
 from envs.rock.errors import (
+    AgentFault,
     IsolationError,
     SandboxClosedError,
     SandboxError,
     SandboxFileError,
     SandboxStartError,
+    SessionEndedError,
 )
 
 MAX_MESSAGE_CHARS = 2000
@@ -46,10 +48,12 @@ CODES: dict[str, tuple[int, type[Exception]]] = {
     "no_capacity": (409, SandboxStartError),
     "sandbox": (409, SandboxError),
     "closed": (410, SandboxClosedError),
-    "ended": (410, SandboxClosedError),  # the whole sandbox; "closed" may be only a session
+    "ended": (410, SandboxClosedError),  # the whole sandbox
+    "session_ended": (410, SessionEndedError),
     "worker_lost": (410, SandboxClosedError),
     "too_large": (413, SandboxError),
     "file": (422, SandboxFileError),
+    "agent_fault": (422, AgentFault),
     "queue_full": (429, SandboxStartError),
     "internal": (500, SandboxError),
     "start_failed": (503, SandboxStartError),
@@ -59,6 +63,8 @@ CODES: dict[str, tuple[int, type[Exception]]] = {
 # Code of an exception that carries none. The first match wins, so subclasses come first.
 _CODE_BY_TYPE: tuple[tuple[type[Exception], str], ...] = (
     (SandboxFileError, "file"),
+    (SessionEndedError, "session_ended"),
+    (AgentFault, "agent_fault"),
     (IsolationError, "isolation"),
     (SandboxClosedError, "closed"),
     (SandboxStartError, "start_failed"),

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Mapping
 
 from envs.rock import CommandResult, Sandbox, SandboxFileError
+from envs.rock.host.fenced import WITHOUT_ETC
 from envs.tasks.harbor import dockerfile, offline
 from envs.tasks.harbor.context import find, is_archive, without_ignored
 from envs.tasks.harbor.dockerfile import Instruction
@@ -16,7 +17,6 @@ from envs.tasks.harbor.environment import UNREACHED_NETWORK, Built
 from envs.tasks.harbor.errors import BuildError, TaskError, UnsupportedError
 from envs.tasks.harbor.paths import PathMap
 from envs.tasks.harbor.task import HarborTask
-from envs.tasks.terminal.shell import tier_environment
 
 _IN_EVERY_IMAGE = ("home", "mnt", "opt", "root", "srv", "var")
 _ACCOUNTS = re.compile(
@@ -85,7 +85,8 @@ class Builder:
             {**self._env, **self._task.environment.env},
             self._workdir,
             self._notes,
-            tier_environment(self._sandbox),
+            # The sandbox gives them to its commands, but tests begin with an empty environment.
+            WITHOUT_ETC if self._sandbox.tier == "landlock" else {},
         )
 
     async def _make_folders(self) -> None:
@@ -405,8 +406,8 @@ class Builder:
             ) from None
 
     async def _execute(self, command: str) -> CommandResult:
-        outer = {**tier_environment(self._sandbox), **self._arguments, **self._env}
-        env = {name: self._paths.inward(value) for name, value in outer.items()}
+        variables = {**self._arguments, **self._env}
+        env = {name: self._paths.inward(value) for name, value in variables.items()}
         left = max(0.1, self._deadline - time.monotonic())
         return await self._sandbox.execute(command, timeout=left, env=env)
 

@@ -20,13 +20,13 @@ from envs.tasks.terminal.shell import (
     MAX_COMMAND_BYTES,
     ShellEnv,
     read_command,
-    tier_environment,
     trim,
 )
 from envs.tasks.terminal.task import Task, make_task
 
 VERIFIER_TIMEOUT_SECONDS = 10.0
 SETUP_TIMEOUT_SECONDS = 20.0
+KILLED = 137  # the exit code of a verifier that was killed
 __all__ = [
     "BASH_TOOL",
     "MAX_COMMAND_BYTES",
@@ -226,6 +226,9 @@ class TerminalEnv(ShellEnv):
             if "memory" in verdict.limits_hit:
                 note = f"{error}; it or what it ran was killed: the sandbox's memory was full"
                 return await self._end("failure", info, note=note)
+            if verdict.exit_code == KILLED:
+                note = f"{error}; it was killed, which only the sandbox's processes or limits do"
+                return await self._end("failure", info, note=note)
             note = f"{error} (exit {verdict.exit_code}, stderr {verdict.stderr[-200:]!r})"
             return await self._end("infra_verifier", info, note=note)
         ending = "success" if reward == 1.0 else "failure"
@@ -259,9 +262,7 @@ async def prepare(sandbox: Sandbox, task: Task) -> None:
             f" leave out family {task.family!r}"
         )
     if task.setup:
-        result = await sandbox.execute(
-            f"set -e\n{task.setup}", timeout=SETUP_TIMEOUT_SECONDS, env=tier_environment(sandbox)
-        )
+        result = await sandbox.execute(f"set -e\n{task.setup}", timeout=SETUP_TIMEOUT_SECONDS)
         if result.exit_code != 0:
             raise SandboxError(
                 f"setup of task {task.name} ended with exit {result.exit_code}:"

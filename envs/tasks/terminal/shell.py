@@ -8,6 +8,7 @@ output is the observation. A turn without a call hands in the work, and the subc
 from __future__ import annotations
 
 import abc
+import logging
 import time
 from typing import Any, ClassVar
 
@@ -20,16 +21,13 @@ from envs.gem import (
     format_tool_call,
     parse_tool_calls,
 )
-from envs.rock import CommandResult, Sandbox, SandboxError
+from envs.rock import AgentFault, CommandResult, Sandbox, SandboxError
 from envs.rock.sync import run
 
 # Linux refuses a single argument of 128 KiB; a command this long is a mistake.
 MAX_COMMAND_BYTES = 32_768
 # For a synchronous reset, step or close, beyond the time that its command and verifier may take.
 CALL_TIMEOUT_SECONDS = 60.0
-# In the landlock tier commands cannot read /etc at all. git and node fail on that unless these
-# variables tell them not to look there.
-WITHOUT_ETC = {"GIT_CONFIG_NOSYSTEM": "1", "OPENSSL_CONF": "/dev/null"}
 BASH_TOOL = {
     "type": "function",
     "function": {
@@ -92,9 +90,7 @@ class ShellEnv(Env):
         self._over = False
 
     async def _execute(self, command: str) -> CommandResult:
-        return await self._sandbox.execute(
-            command, timeout=self._command_timeout, env=tier_environment(self._sandbox)
-        )
+        return await self._sandbox.execute(command, timeout=self._command_timeout)
 
     # -- Synchronous interface
     # ---------------------------------------------------------------------------------------------
@@ -140,6 +136,9 @@ class ShellEnv(Env):
         }
         try:
             result = await self._turn(action, info)
+        except AgentFault as fault:
+            info["status"] = "tool_error"
+            result = await self._end("failure", info, note=f"{type(fault).__name__}: {fault}")
         except SandboxError as error:
             info["status"] = "infra"
             result = await self._end("infra_sandbox", info, note=f"{type(error).__name__}: {error}")
@@ -213,7 +212,12 @@ class ShellEnv(Env):
         note: str = "",
     ) -> StepResult:
         info.update(ending=ending, note=note)
-        await self.aclose()
+        try:
+            await self.aclose()
+        except SandboxError as error:
+            # The episode has its result. If this changed it, an agent whose sandbox is slow to end
+            # would have its failure masked.
+            logging.warning("the sandbox of %s was not closed: %s", self.name, error)
         return observation, reward, not truncated, truncated, info
 
     # -- Helpers
@@ -228,11 +232,6 @@ class ShellEnv(Env):
         if result.exit_code != 0:
             return f"{output}\n[exit {result.exit_code}]".lstrip("\n")
         return output or "(no output)"
-
-
-def tier_environment(sandbox: Sandbox) -> dict[str, str]:
-    """Return the variables that commands need in this sandbox's tier."""
-    return WITHOUT_ETC if sandbox.tier == "landlock" else {}
 
 
 def read_command(action: str) -> str | None:

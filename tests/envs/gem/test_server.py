@@ -18,7 +18,7 @@ from envs.gem import core, format_tool_call, make, make_vec, register
 from envs.gem.remote import RemoteEnv, RemoteEnvError
 from envs.gem.server import PREFIX, GemService
 from envs.gem.server_json import ERRORS
-from envs.rock import SandboxConfig, SandboxError, sync
+from envs.rock import AgentFault, SandboxConfig, SandboxError, sync
 
 TOKEN = "a token of the test"
 
@@ -212,6 +212,20 @@ def test_lost_sandboxes_are_infrastructures_fault(monkeypatch):
         assert (
             code(ask(url, "reset", ask(url, "make", {"env_id": "test/odd"})[1])) == "infrastructure"
         )
+
+
+def test_what_an_agent_did_to_its_sandbox_is_the_last_step_of_its_episode(monkeypatch):
+    def broken(*_):
+        raise AgentFault("2 processes survived SIGKILL for 10 s")
+
+    with serving() as (url, _):
+        made = ask(url, "make", {"env_id": "test/odd"})[1]
+        monkeypatch.setattr("tests.envs.gem.worlds.Odd.step", broken)
+        status, step = ask(url, "step", {**made, "action": "x"})
+        assert (status, step["reward"], step["terminated"]) == (200, 0.0, True)
+        assert step["info"]["ending"] == "failure" and "survived" in step["info"]["note"]
+        monkeypatch.setattr("tests.envs.gem.worlds.Odd.reset", broken)  # nobody has acted yet
+        assert code(ask(url, "reset", made)) == "infrastructure"
 
 
 def test_calls_of_one_environment_wait_for_each_other_and_those_of_others_do_not():

@@ -25,7 +25,7 @@ from envs.gem.tools import (
 )
 from envs.gem.tools.mcp import _first_call
 from envs.gem.tools.search import terms
-from envs.rock import SandboxConfig, SandboxError, sync
+from envs.rock import AgentFault, SandboxConfig, SandboxError, sync
 from tests.envs.gem.worlds import Counter
 
 CONFIG = SandboxConfig(isolation="best_available")
@@ -324,6 +324,17 @@ def test_a_lost_sandbox_is_raised_and_no_observation():
     for step in (lambda: env.step("!"), lambda: asyncio.run(env.astep("!"))):
         with pytest.raises(SandboxError):
             step()
+
+
+@pytest.mark.parametrize("kind", [ShellTool, PythonCodeTool])
+def test_what_a_program_did_to_its_sandbox_is_an_observation(monkeypatch, kind):
+    def broken(*_):
+        raise AgentFault("2 processes survived SIGKILL for 10 s")
+
+    monkeypatch.setattr(kind, "run_block", broken)
+    opening, closing = kind.fences[0]
+    found, failed, observation, _ = kind().execute_action(f"{opening}x{closing}")
+    assert found and failed and "survived" in observation
 
 
 def test_each_environment_has_a_shell_of_its_own():

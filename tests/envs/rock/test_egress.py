@@ -3,6 +3,7 @@ goes where it was granted to.
 """
 
 import asyncio
+import json
 import shlex
 import struct
 import time
@@ -286,7 +287,41 @@ def test_any_query_is_read_or_ignored(query):
         + struct.pack(">HH", 28, 1)
     )
     name, kind, end = _question(packed)
-    assert kind == 28 and end == len(packed) and name.isascii() and len(name) <= 255
+    assert kind == 28 and end == len(packed) and len(name) <= 255
+    assert name.isascii() and name.isprintable() and len(json.dumps(name)) <= 2 * len(name) + 2
+
+
+# Asks for 256 names of 240 bytes: all records together are as long as can be.
+ASK = """
+import socket, struct
+resolver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+resolver.connect(("127.0.0.1", 53))
+resolver.settimeout(5)
+for number in range(256):
+    name = bytes({name}) * 59
+    labels = [struct.pack(">H", number) + name[place : place + 58] for place in range(0, 232, 58)]
+    packed = b"".join(bytes([len(label)]) + label for label in labels)
+    head = struct.pack(">6H", number, 0x100, 1, 0, 0, 0)
+    resolver.send(head + packed + bytes(1) + struct.pack(">HH", 1, 1))
+    resolver.recv(512)
+print("asked")
+"""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [[0] * 4, [255] * 4, [0xED, 0xA0, 0x80, 0x41], [10, 13, 27, 91], [34, 92, 34, 92], [46] * 4],
+    ids=["NUL", "no UTF-8", "lone surrogates", "escapes of a terminal", "quotes", "dots"],
+)
+def test_denials_of_any_names_are_told(inside, name):
+    async def work(sandbox):
+        asked = await sandbox.execute(f"python3 -c {shlex.quote(ASK.format(name=name))}")
+        return asked, await sandbox.denials(), await sandbox.get_status()
+
+    asked, denials, status = inside(work)
+    assert asked.stdout == "asked\n" and asked.network_denials == 256
+    assert len(denials) == MAX_RECORDS == status.network_denials
+    assert all(one.protocol == "dns" and one.destination.isprintable() for one in denials)
 
 
 def test_a_command_tells_how_many_attempts_were_its_own(inside):

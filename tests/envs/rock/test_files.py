@@ -275,3 +275,18 @@ def test_a_swap_of_directory_and_link_leads_nowhere(inside, tmp_path):
         return contents
 
     assert inside(work) <= {"inner\n"}
+
+
+def test_a_path_too_long_to_be_named_is_told_and_stops_nothing_else(inside):
+    """The kernel opens no path of more than 4,096 bytes, but directories can be made below it."""
+    deed = "n=$(printf 'x%.0s' $(seq 200)); for i in $(seq 30); do mkdir $n && cd $n || exit; done"
+
+    async def work(sandbox):
+        await sandbox.execute(f"{deed}; echo deep > f")
+        with pytest.raises(SandboxFileError) as error:
+            await sandbox.list_files(".")
+        await sandbox.write_file("g", "well")
+        copied = await sandbox.verify("cat g")
+        return error.value.reason, copied.stdout
+
+    assert inside(work) == ("too_large", "well")

@@ -315,6 +315,30 @@ def test_a_holder_that_is_stuck_is_killed_and_nothing_is_left(tier, command, mon
     assert not _descendants(_zygote_pid()) and not _groups()
 
 
+@pytest.mark.parametrize("call", ["execute", "session", "request"])
+def test_an_answer_that_came_while_this_process_was_busy_is_taken(call, monkeypatch):
+    """A trainer that compiles for longer than the wait may last is no fault of the sandbox."""
+    monkeypatch.setattr("envs.rock.embedded.commands.REPLY_GRACE_SECONDS", 0.1)
+
+    async def work():
+        async with Sandbox(_config()) as sandbox:
+            await sandbox.execute("true", timeout=5)
+            if call == "execute":
+                waiting = asyncio.create_task(sandbox.execute("echo hi", timeout=0.3))
+            elif call == "session":
+                waiting = asyncio.create_task(sandbox.create_session())
+            else:
+                waiting = asyncio.create_task(
+                    sandbox._backend._channel.request({"op": "kill"}, (), 0.1)
+                )
+            await asyncio.sleep(0)
+            time.sleep(0.8)
+            return await waiting
+
+    result = asyncio.run(asyncio.wait_for(work(), 60))
+    assert call != "execute" or result.stdout == "hi\n"
+
+
 async def _count_groups_of_one(tier: str) -> int:
     async with Sandbox(_config(tier)):
         return len(_groups())

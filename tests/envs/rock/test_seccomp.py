@@ -18,6 +18,14 @@ NUMBERS = {
         "prlimit64": 302,
         "unshare": 272,
         "shmget": 29,
+        "fcntl": 72,
+        "io_setup": 206,
+        "sync": 162,
+        "inotify_init1": 294,
+        "sched_setaffinity": 203,
+        "sched_setscheduler": 144,
+        "setpriority": 141,
+        "ioprio_set": 251,
         "openat2": 437,
     },
     "aarch64": {
@@ -30,6 +38,14 @@ NUMBERS = {
         "prlimit64": 261,
         "unshare": 97,
         "shmget": 194,
+        "fcntl": 25,
+        "io_setup": 0,
+        "sync": 81,
+        "inotify_init1": 26,
+        "sched_setaffinity": 122,
+        "sched_setscheduler": 119,
+        "setpriority": 140,
+        "ioprio_set": 30,
         "openat2": 437,
     },
 }
@@ -111,6 +127,31 @@ def test_socket_families_are_a_short_list(call):
 
 def test_without_a_network_namespace_shared_ipc_is_refused_too(call):
     assert call("shmget") == seccomp.ALLOW and call("shmget", network=False) == refused(errno.EPERM)
+
+
+def test_tables_of_the_whole_host_are_not_taken_from(call):
+    assert call("io_setup", 128) == refused(errno.ENOSYS)
+    assert call("sync") == refused(0)  # which is a success
+
+
+def test_nobody_waits_for_a_lease_and_locks_pass(call):
+    setlease, notify, setlk, setlkw, getfl = 1024, 1026, 6, 7, 3
+    for command in (setlease, notify, setlease | 1 << 40):
+        assert call("fcntl", 3, command) == refused(errno.EPERM)
+    assert {call("fcntl", 3, command) for command in (setlk, setlkw, getfl)} == {seccomp.ALLOW}
+
+
+def test_without_namespaces_the_host_is_neither_watched_nor_scheduled(call):
+    assert call("inotify_init1") == seccomp.ALLOW
+    assert call("inotify_init1", network=False) == refused(errno.ENOSYS)
+    for name in ("sched_setaffinity", "sched_setscheduler"):
+        assert call(name, 0, network=False) == call(name, 77) == seccomp.ALLOW
+        assert call(name, 77, network=False) == refused(errno.EPERM)
+    for name, process in (("setpriority", 0), ("ioprio_set", 1)):
+        assert call(name, process, 0, network=False) == seccomp.ALLOW
+        assert call(name, process, 77) == seccomp.ALLOW
+        for kind, who in ((process, 77), (process + 1, 0), (process + 2, 0), (process + 2, 77)):
+            assert call(name, kind, who, network=False) == refused(errno.EPERM)
 
 
 def test_killing_everyone_is_refused_where_it_would_reach_the_host(call):

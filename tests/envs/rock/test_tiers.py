@@ -13,9 +13,9 @@ from envs.rock.tiers import GUARANTEES, Missing, TierReport
 
 @pytest.fixture(autouse=True)
 def fresh():
-    embedded_probe._try.cache_clear()
+    embedded_probe._found.clear()
     yield
-    embedded_probe._try.cache_clear()
+    embedded_probe._found.clear()
 
 
 @pytest.fixture
@@ -63,6 +63,52 @@ def test_best_available_falls_back_and_says_loudly_what_is_not_enforced(no_user_
     )
     with pytest.raises(IsolationError):
         report.require("required")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SandboxError("the sandbox host process does not answer (Broken pipe)"),
+        SandboxError("[Errno 24] Too many open files"),
+        SandboxError("unshare: Resource temporarily unavailable"),
+        OSError(12, "Cannot allocate memory"),
+    ],
+)
+def test_a_failure_that_may_pass_is_neither_believed_nor_kept(monkeypatch, error):
+    tried = embedded_probe._try_to_run
+    failures = [error] * 3
+
+    def fail_at_first(tier):
+        if tier == "namespaces" and failures:
+            raise failures.pop()
+        tried(tier)
+
+    monkeypatch.setattr(embedded_probe, "_try_to_run", fail_at_first)
+    first = probe("required")  # two attempts fail
+    assert first.tier is None and str(error) in first.missing[0].reason
+    if "unshare" not in str(error):
+        assert "user namespaces" not in first.missing[0].reason  # nor is a wrong remedy told
+    if (second := probe("required")).tier is None:
+        pytest.skip("no namespaces tier here")
+    assert second.tier == "namespaces" and failures == []
+
+
+def test_a_refusal_of_the_kernel_and_a_tier_that_works_are_found_out_once(no_user_namespaces):
+    tries = []
+    tried = embedded_probe._try_to_run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embedded_probe, "_try_to_run", lambda tier: (tries.append(tier), tried(tier)))
+        reports = {probe("best_available").tier for _ in range(3)}
+    assert len(reports) == 1 and sorted(tries) == sorted(set(tries))
+
+
+def test_landlock_claims_the_files_only_where_commands_own_none(monkeypatch):
+    for uid, claimed in ((0, True), (1000, False)):
+        monkeypatch.setattr(embedded_probe.os, "geteuid", lambda uid=uid: uid)
+        report = embedded_probe._report("landlock", [("no namespaces", "use some")])
+        assert ("filesystem" in report.guarantees) == claimed
+        reasons = [item.reason for item in report.missing if item.guarantee == "filesystem"]
+        assert claimed or "modes, owners, times" in reasons[0]
 
 
 def test_nothing_missing_needs_no_banner():

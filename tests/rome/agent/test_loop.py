@@ -6,7 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from envs.rock import SandboxError
+from envs.rock import AgentFault, SandboxError, SandboxFileError
 from rome.agent import loop
 from rome.agent.loop import Limits, run_episode
 from rome.engine.errors import EngineError
@@ -111,6 +111,29 @@ def test_a_full_context_ends_the_episode():
 def test_faults_become_typed_endings_and_the_environment_is_closed(engine, env, ending):
     trajectory = play(engine, env, dataclasses.replace(LIMITS, episode_seconds=0.2))
     assert trajectory.ending == ending and trajectory.note and env.closed == 1
+
+
+@pytest.mark.parametrize(
+    "fault, ending",
+    [
+        (AgentFault("2 processes survived SIGKILL"), "failure"),
+        (SandboxFileError("no_space", "f: no space left"), "failure"),
+        (SandboxError("the host is gone"), "infra_sandbox"),
+    ],
+)
+def test_what_an_agent_can_bring_about_is_its_failure_once_it_has_acted(fault, ending):
+    class Broken(EchoEnv):
+        def step(self, action):
+            raise fault
+
+    class NeverBegun(EchoEnv):
+        def reset(self, seed=None):
+            raise fault
+
+    trajectory = play(ScriptedEngine(["red"]), Broken("copy/1"))
+    assert (trajectory.ending, trajectory.reward, trajectory.note) == (ending, 0.0, str(fault))
+    assert trajectory.trainable == (ending == "failure")
+    assert play(ScriptedEngine(["red"]), NeverBegun("copy/1")).ending == "infra_sandbox"
 
 
 def test_a_sandbox_that_does_not_end_takes_nothing_from_the_episode():

@@ -7,6 +7,8 @@ import asyncio
 import pytest
 
 from envs.gem import format_tool_call
+from envs.rock import AgentFault, SandboxError
+from envs.tasks.terminal.shell import ShellEnv
 from rome.agent.loop import Limits
 from rome.engine.errors import EngineError
 from rome.evals.agents import Scripted
@@ -118,6 +120,28 @@ def test_what_the_backend_cannot_build_is_no_ones_failure_and_names_its_file(tmp
         and outcome.permanent
         and "Dockerfile" in outcome.note
     )
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_what_an_agent_did_to_its_sandbox_is_its_failure(monkeypatch, closes):
+    async def step(self, action):
+        raise AgentFault("2 processes survived SIGKILL for 10 s")
+
+    async def close(self):
+        await original(self)
+        if not closes:
+            raise SandboxError("the sandbox did not end within 30 s")
+
+    original = ShellEnv.aclose
+    monkeypatch.setattr(ShellEnv, "astep", step)
+    monkeypatch.setattr(ShellEnv, "aclose", close)
+    monkeypatch.setattr("envs.tasks.terminal.env.TerminalEnv.areset", areset_without_a_sandbox)
+    outcome = play(scripted("noop"), *load_tasks("terminal:count:1"))
+    assert (outcome.reward, outcome.ending) == (0.0, "failure") and "survived" in outcome.note
+
+
+async def areset_without_a_sandbox(self, seed=None):
+    return "instruction", {}
 
 
 def test_a_build_step_that_fails_may_be_tried_again(tmp_path):

@@ -13,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from envs.rock import (
+    AgentFault,
     CommandResult,
     SandboxClosedError,
     SandboxConfig,
     SandboxError,
     SandboxFileError,
+    SessionEndedError,
 )
 from envs.rock.config import FileEntry
 from envs.rock.images.hub import EnvHub
@@ -277,6 +279,8 @@ def test_errors_travel_by_code_and_what_is_said_never_names_a_type():
     assert isinstance(
         decode_error(410, encode_error(SandboxClosedError("gone"))[1]), SandboxClosedError
     )
+    for kind in (AgentFault, SessionEndedError):  # neither may become the infrastructure's fault
+        assert type(decode_error(*encode_error(kind("its own doing")))) is kind
     for body in (
         None,
         [],

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from envs.rock import SandboxError
+from envs.rock import AgentFault, SandboxError
 from envs.tasks.harbor import (
     EXAMPLES,
     HarborEnv,
@@ -156,9 +156,19 @@ def test_tests_that_do_not_end_are_a_failure(harbor, run):
     assert (reward, info["ending"]) == (0.0, "failure") and "stopped after 0.5 s" in info["note"]
 
 
-def test_a_sandbox_that_fails_while_grading_is_no_verdict(harbor, run, monkeypatch):
+@pytest.mark.parametrize(
+    "fault, ending, told",
+    [
+        (SandboxError("the machine is gone"), "infra_sandbox", "infra"),
+        (AgentFault("2 processes survived SIGKILL for 10 s"), "failure", "tool_error"),
+    ],
+    ids=["the machine's", "the agent's"],
+)
+def test_a_sandbox_that_fails_while_grading_is_no_verdict_but_of_the_agents_doing(
+    harbor, run, monkeypatch, fault, ending, told
+):
     async def broken(self, *args, **kwargs):
-        raise SandboxError("the machine is gone")
+        raise fault
 
     async def episode():
         env = HarborEnv(harbor(), CONFIG)
@@ -170,8 +180,8 @@ def test_a_sandbox_that_fails_while_grading_is_no_verdict(harbor, run, monkeypat
     assert (reward, terminated, info["ending"], info["status"]) == (
         0.0,
         True,
-        "infra_sandbox",
-        "infra",
+        ending,
+        told,
     )
 
 
