@@ -83,6 +83,7 @@ class EmbeddedSession(Session):
         self._current: int | None = None  # the running command's request number
         for output in outputs:
             output.on_flood = self._kill_current
+            output.pause()  # until a command runs
 
     async def run(self, command: str, timeout: float | None = None) -> CommandResult:
         if refusal := reason_not_executable(command):
@@ -115,6 +116,8 @@ class EmbeddedSession(Session):
             text = memory_file(command.encode(errors="replace"), cleanup)
             request = {"op": "tell", "session": self._name, "timeout": timeout}
             self._current, reply = self._channel.send(request, (text,))
+        for output in self._outputs:
+            output.resume()
         try:
             return await reply_within(
                 reply, timeout + REPLY_GRACE_SECONDS, "no answer to a session's command"
@@ -124,6 +127,8 @@ class EmbeddedSession(Session):
             raise
         finally:
             self._current = None
+            for output in self._outputs:
+                output.pause()
 
     def _kill_current(self) -> None:
         if self._current is not None:
@@ -162,10 +167,20 @@ async def start_session(
       SandboxStartError: the holder refuses, for example because too many sessions are open.
     """
     outputs = [channel.open_output(), channel.open_output()]
-    request = {"op": "session", "env": environment}
-    reply = await channel.request(request, write_ends(outputs))
+    identity, answer = channel.send({"op": "session", "env": environment}, write_ends(outputs))
     for output in outputs:
         output.close_write_end()
+    try:
+        reply = await reply_within(
+            asyncio.shield(answer), REPLY_GRACE_SECONDS, "no answer to session"
+        )
+    except BaseException:
+        # The holder may still start it, under the number of its request.
+        with contextlib.suppress(SandboxClosedError):
+            channel.send({"op": "close_session", "session": identity})
+        for output in outputs:
+            output.close()
+        raise
     if "error" in reply:
         for output in outputs:
             output.close()
