@@ -272,7 +272,8 @@ def pack(tools: frozenset[str], directories: str) -> str:
     write = f"exec tar -cf - {directories} 2>/dev/null"
     if "gnu_tar" in tools:
         names = f"find {directories} -mindepth 1 -maxdepth 1 -print0"
-        write = f"{names} | tar -S --null -T - -cf - 2>/dev/null"
+        # A name that is removed meanwhile is no failure.
+        write = f"{names} | tar -S --ignore-failed-read --null -T - -cf - 2>/dev/null"
     return _KEEP_TREE % (directories, directories) + write
 
 
