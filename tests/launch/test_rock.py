@@ -128,3 +128,34 @@ def test_a_wrong_command_line_is_one_clear_line(tmp_path, arguments, message):
         timeout=60,
     )
     assert ended.returncode and message in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_a_user_without_a_home_directory_is_told_what_to_set():
+    """An id that a cluster made up: no HOME, no entry in passwd."""
+    if os.geteuid():
+        pytest.skip("another user id is needed")
+    program = """
+import asyncio, os, sys
+os.setgroups([]); os.setgid(54321); os.setuid(54321)
+from envs.rock import SandboxError
+from envs.rock.images import local
+try:
+    local.require("image")
+except SandboxError as error:
+    print(error)
+sys.argv = ["launch.rock", "admin"]
+import runpy
+runpy.run_module("launch.rock", run_name="__main__")
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "HOME"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "this user has no home directory" in done.stdout and "set HOME" in done.stdout
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "--data=~/.rock" in done.stderr and "user id 54321" in done.stderr

@@ -4,10 +4,11 @@ They lie in an EnvHub below ~/.rock, where the admin of launch.rock keeps its ow
 """
 
 import contextlib
+import os
 import pathlib
 from collections.abc import Iterator
 
-from envs.rock.errors import SandboxStartError
+from envs.rock.errors import SandboxError, SandboxStartError
 from envs.rock.images.hub import EnvHub
 from envs.rock.transfer import FileStreams, Transfer
 from envs.rock.wire import archive
@@ -18,8 +19,19 @@ OWNER = "default"  # the name of an admin's first user
 
 @contextlib.contextmanager
 def open_hub() -> Iterator[EnvHub]:
-    """Open the hub below ~/.rock."""
-    hub = EnvHub(pathlib.Path("~/.rock").expanduser())
+    """Open the hub below ~/.rock.
+
+    Raises:
+      SandboxError: this user has no home directory.
+    """
+    try:
+        place = pathlib.Path("~/.rock").expanduser()
+    except RuntimeError as error:
+        raise SandboxError(
+            "images are kept below ~/.rock, and this user has no home directory (HOME is not set,"
+            f" and user id {os.getuid()} has no entry in passwd); set HOME"
+        ) from error
+    hub = EnvHub(place)
     try:
         yield hub
     finally:

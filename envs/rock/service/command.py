@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import ipaddress
 import logging
+import os
 import pathlib
 import socket
 from collections.abc import Callable, Sequence
@@ -123,7 +124,7 @@ def _port(role: str, options: Options) -> int:
 def _load_tokens(options: Options) -> dict[str, str]:
     path = _data(options) / "tokens"
     if options.token_file:
-        path = pathlib.Path(options.token_file).expanduser()
+        path = _expand("--token_file", options.token_file)
     try:
         tokens = load_tokens(path) if options.public else load_or_make_tokens(path)
     except (OSError, ValueError) as error:
@@ -138,7 +139,18 @@ def _load_tokens(options: Options) -> dict[str, str]:
 
 
 def _data(options: Options) -> pathlib.Path:
-    return pathlib.Path(options.data).expanduser()
+    return _expand("--data", options.data)
+
+
+def _expand(flag: str, path: str) -> pathlib.Path:
+    try:
+        return pathlib.Path(path).expanduser()
+    except RuntimeError as error:
+        raise UsageError(
+            f"{flag}={path} is below a home directory, which this user does not have (HOME is not"
+            f" set, and user id {os.getuid()} has no entry in passwd); set HOME, or give"
+            f" {flag} a path without ~"
+        ) from error
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -149,8 +149,9 @@ class Table:
         if value is None:
             raise self.fault(
                 key,
-                f"{match[0]} has no value and no default; pass environ={{{match[1]!r}: ...}} to"
-                " load_task",
+                f"{match[0]} has no value and no default; give it to launch.eval as"
+                f" --task_env {match[1]}=VALUE, or --task_env {match[1]} for the value that the"
+                f" variable has there; to load_task as environ={{{match[1]!r}: ...}}",
                 name,
             )
         return value
