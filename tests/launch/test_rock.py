@@ -158,3 +158,21 @@ runpy.run_module("launch.rock", run_name="__main__")
     assert "this user has no home directory" in done.stdout and "set HOME" in done.stdout
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "--data=~/.rock" in done.stderr and "user id 54321" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "given", [["--host=0.0.0.0"], ["--host=127.0.0.1", "--advertise=http://0.0.0.0:1"]]
+)
+def test_a_worker_on_all_addresses_must_say_where_it_is_reached(given, tmp_path):
+    (tmp_path / "tokens").write_text(
+        "default a-long-enough-token-1\nworker a-long-enough-token-2\n"
+    )
+    options = ["--admin=http://127.0.0.1:1", "--public", f"--token_file={tmp_path}/tokens"]
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.rock", "worker", *options, *given],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1 and "--advertise=http://HOST:PORT" in done.stderr

@@ -8,6 +8,7 @@ import logging
 import os
 import pathlib
 import socket
+import urllib.parse
 from collections.abc import Callable, Sequence
 
 from aiohttp import web
@@ -15,7 +16,7 @@ from aiohttp import web
 from envs.rock.service.admin import Admin
 from envs.rock.service.apps import Fleet, make_admin, make_worker
 from envs.rock.service.auth import load_or_make_tokens, load_tokens
-from envs.rock.service.fleet import machine_resources
+from envs.rock.service.fleet import is_wildcard, machine_resources
 from envs.rock.service.serving import listen, serve, url_of
 from envs.rock.service.worker import Worker
 from envs.rock.wire.operations import WORKER_USER
@@ -96,6 +97,13 @@ def _check(role: str, options: Options) -> None:
             f"--host={options.host} can be reached from other machines; add --public if that is"
             " meant"
         )
+    if role == "worker":
+        address = options.advertise or f"//{options.host}"
+        if is_wildcard(urllib.parse.urlsplit(address).hostname or ""):
+            raise UsageError(
+                f"a worker on {options.host} must say by --advertise=http://HOST:PORT where its"
+                " admin reaches it; all addresses of a machine are none"
+            )
     if role == "admin" and options.ray_address:
         _check_ray(options)
 
