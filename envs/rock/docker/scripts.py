@@ -233,6 +233,17 @@ def session(pids: int) -> str:
     return _HOME + "\n" + _LIMIT % (pids, pids) + SESSION
 
 
+def pack_tree(tools: frozenset[str]) -> str:
+    """Return the script that writes a tar of everything below a directory ($1).
+
+    Args:
+      tools: what SURVEY found.
+    """
+    enter = f'resolve "$1"; [ -d "$at" ] || exit {MISSING}; cd "$at" || exit {DENIED}\n'
+    times = "--format=posix --pax-option=delete=atime,delete=ctime" if "gnu_tar" in tools else ""
+    return _RESOLVE + enter + f"exec tar {times} -cf - . 2>/dev/null"
+
+
 def write_mark(mark: bytes) -> bytes:
     """Return a session's record that writes a mark to both of its output streams."""
     writes = [b"\\builtin printf '%%s' '%b' >&%d;" % (mark, one) for one in _SESSION_OUTPUTS]

@@ -22,7 +22,7 @@ from typing import IO, Any, TypeVar
 
 from envs.rock.errors import SandboxClosedError, SandboxError
 from envs.rock.transfer import PIECE_BYTES
-from envs.rock.wire.client import Client
+from envs.rock.wire.client import OPERATIONS, Client
 from envs.rock.wire.errors import Disconnected
 from envs.rock.wire.operations import GRACE_SECONDS, IN_SANDBOX
 
@@ -91,12 +91,17 @@ class Calls:
         return await self.run(op, arguments, 0.0)
 
     async def read(self, op: str, **arguments: Any) -> AsyncGenerator[bytes, None]:
-        """Yield the bytes of a file; where the connection breaks, the rest is asked for."""
+        """Yield the bytes of a file; where the connection breaks, the rest is asked for.
+
+        An archive is made anew for each request, so only its beginning is asked for again.
+        """
         self.check_alive()
         received = 0
         deadline = now() + RESEND_SECONDS
         while True:
-            request = {"sandbox": self.sandbox, **arguments, "offset": received}
+            request = {"sandbox": self.sandbox, **arguments}
+            if received:
+                request["offset"] = received
             try:
                 with self._noticing_end():
                     async with contextlib.aclosing(self.client.read(op, request)) as pieces:
@@ -106,7 +111,8 @@ class Calls:
                             deadline = now() + RESEND_SECONDS
                 return
             except Disconnected:
-                if now() > deadline:
+                is_archive = "offset" not in OPERATIONS[op].fields
+                if now() > deadline or (received and is_archive):
                     raise
             await asyncio.sleep(RETRY_SECONDS)
 

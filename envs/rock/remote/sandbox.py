@@ -26,6 +26,7 @@ from envs.rock.errors import SandboxClosedError, SandboxError, SandboxStartError
 from envs.rock.remote.calls import ROUND_SECONDS, Calls, now, retry_until
 from envs.rock.remote.connection import AdminConnection
 from envs.rock.remote.jobs import RemoteJob, RemoteSession
+from envs.rock.wire.archive import Transfer
 from envs.rock.wire.client import (
     CONNECT_SECONDS,
     Client,
@@ -314,6 +315,21 @@ class RemoteBackend(Backend):
     async def list_files(self, path: str = ".") -> list[FileEntry]:
         answer = await self._running().ask("list_files", path=self._relative(path) or ".")
         return entries_from_json(answer)
+
+    async def pack(self, path: str = ".") -> AsyncGenerator[bytes, None]:
+        source = self._running().read("download", path=self._relative(path) or ".")
+        async with contextlib.aclosing(source) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def unpack(self, path: str, pieces: AsyncIterator[bytes]) -> Transfer:
+        relative = self._relative(path) or "."
+        answer = await self._running().write("upload", pieces, path=relative)
+        try:
+            files, size = int(answer["files"]), int(answer["bytes"])
+            return Transfer(files, size, tuple(map(str, answer["skipped"])))
+        except (KeyError, TypeError, ValueError) as error:
+            raise SandboxError("the answer to upload is malformed") from error
 
 
 class RemoteSnapshot(Snapshot):

@@ -16,7 +16,6 @@ from envs.rock.embedded.probe import probe
 from envs.rock.errors import SandboxClosedError, SandboxError
 from envs.rock.sandbox import Sandbox
 from envs.rock.service.held import Call, HeldSandbox
-from envs.rock.wire import archive
 from envs.rock.wire.client import Pipe, StreamPipe
 from envs.rock.wire.codec import config_from_json, result_to_json
 from envs.rock.wire.errors import Refusal
@@ -144,7 +143,7 @@ class Worker:
         sandbox = self._find(arguments).sandbox
         path = arguments["path"]
         is_file = op == "read_file"
-        source = sandbox.read_stream(path) if is_file else archive.pack(sandbox, path)
+        source = sandbox.read_stream(path) if is_file else sandbox.pack(path)
         left_out = arguments.get("offset", 0)
         async with contextlib.aclosing(source) as pieces:
             async for piece in pieces:
@@ -174,7 +173,7 @@ class Worker:
     ) -> dict[str, Any]:
         path = arguments["path"]
         if op == "upload":
-            transfer = await archive.unpack(sandbox, path, pieces)
+            transfer = await sandbox.unpack(path, pieces)
             return transfer._asdict()
         size = 0
 

@@ -222,14 +222,14 @@ IN_SANDBOX: dict[str, Operation] = {
     "upload": Operation(
         SANDBOX + "upload",
         "write",
-        "Unpack a tar archive, links and devices skipped.",
+        "Unpack a tar archive; FIFOs and devices are skipped.",
         _ID | _PATH | _KEY,
         _TRANSFER,
     ),
     "download": Operation(
         SANDBOX + "download",
         "read",
-        "A directory as a tar archive of its regular files.",
+        "A directory as a tar archive.",
         _ID | _PATH,
         "a tar archive",
     ),
