@@ -22,7 +22,7 @@ from typing import IO, Any, TypeVar
 
 from envs.rock.errors import SandboxClosedError, SandboxError
 from envs.rock.transfer import PIECE_BYTES
-from envs.rock.wire.client import OPERATIONS, Client
+from envs.rock.wire.client import Client
 from envs.rock.wire.errors import Disconnected
 from envs.rock.wire.operations import GRACE_SECONDS, IN_SANDBOX
 
@@ -91,10 +91,7 @@ class Calls:
         return await self.run(op, arguments, 0.0)
 
     async def read(self, op: str, **arguments: Any) -> AsyncGenerator[bytes, None]:
-        """Yield the bytes of a file; where the connection breaks, the rest is asked for.
-
-        An archive is made anew for each request, so only its beginning is asked for again.
-        """
+        """Yield the bytes of a file; where the connection breaks, the rest is asked for."""
         self.check_alive()
         received = 0
         deadline = now() + RESEND_SECONDS
@@ -111,10 +108,31 @@ class Calls:
                             deadline = now() + RESEND_SECONDS
                 return
             except Disconnected:
-                is_archive = "offset" not in OPERATIONS[op].fields
-                if now() > deadline or (received and is_archive):
+                if now() > deadline:
                     raise
             await asyncio.sleep(RETRY_SECONDS)
+
+    async def read_archive(self, op: str, **arguments: Any) -> AsyncGenerator[bytes, None]:
+        """Yield an archive once it is there whole.
+
+        The service makes it anew for each request, so one that broke off cannot be continued.
+        """
+        self.check_alive()
+        request = {"sandbox": self.sandbox, **arguments}
+        with tempfile.SpooledTemporaryFile(MAX_SPOOLED_BYTES, prefix="rock-") as kept:
+
+            async def receive() -> None:
+                kept.seek(0)
+                kept.truncate()
+                with self._noticing_end():
+                    async with contextlib.aclosing(self.client.read(op, request)) as pieces:
+                        async for piece in pieces:
+                            await asyncio.to_thread(kept.write, piece)
+
+            await retry_until(now() + RESEND_SECONDS, receive)
+            kept.seek(0)
+            while piece := await asyncio.to_thread(kept.read, PIECE_BYTES):
+                yield piece
 
     async def write(
         self, op: str, pieces: AsyncIterator[bytes], **arguments: Any

@@ -317,7 +317,7 @@ class RemoteBackend(Backend):
         return entries_from_json(answer)
 
     async def pack(self, path: str = ".") -> AsyncGenerator[bytes, None]:
-        source = self._running().read("download", path=self._relative(path) or ".")
+        source = self._running().read_archive("download", path=self._relative(path) or ".")
         async with contextlib.aclosing(source) as pieces:
             async for piece in pieces:
                 yield piece
