@@ -129,6 +129,12 @@ _BUILD_EGRESS = flags.DEFINE_multi_string(
     " nothing. Default: for containers the whole network, for embedded sandboxes what the task"
     " grants.",
 )
+_TASK_ENV = flags.DEFINE_multi_string(
+    "task_env",
+    [],
+    "NAME=VALUE, or NAME for the value of this process's own variable: what ${NAME} in the env"
+    " tables of Harbor tasks stands for. No other variable is passed on, and none is recorded.",
+)
 _VALIDATE = flags.DEFINE_bool("validate", False, "Prove the dataset: oracle 1, no-op 0, cheats 0.")
 _DECONTAMINATE = flags.DEFINE_string(
     "decontaminate", "", "A folder of text: report which tasks stand in it."
@@ -148,6 +154,7 @@ def main(argv: list[str]) -> int:
         _FETCH.value,
         dict(map(read_alias, _STANDS_FOR.value)),
         read_build_egress(),
+        read_task_env(),
     )
     if _DECONTAMINATE.value:
         return run_decontamination(tasks)
@@ -290,6 +297,20 @@ def read_build_egress() -> tuple[str, ...] | None:
     for grant in _BUILD_EGRESS.value:
         parse_grant(grant)
     return tuple(_BUILD_EGRESS.value)
+
+
+def read_task_env() -> dict[str, str]:
+    """Return the variables of --task_env."""
+    variables = {}
+    for given in _TASK_ENV.value:
+        name, equals, value = given.partition("=")
+        if not equals and name not in os.environ:
+            raise ValueError(
+                f"--task_env {name}: there is no such variable here; set it, or give its value as"
+                f" --task_env {name}=VALUE"
+            )
+        variables[name] = value if equals else os.environ[name]
+    return variables
 
 
 def agent_settings() -> dict[str, Any]:

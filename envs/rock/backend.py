@@ -21,6 +21,7 @@ from envs.rock.config import (
     is_encodable,
 )
 from envs.rock.errors import SandboxError, SandboxFileError
+from envs.rock.wire.archive import Transfer
 
 WORKSPACE = "/workspace"
 MAX_PATH_BYTES = 4096
@@ -224,6 +225,14 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     async def list_files(self, path: str = ".") -> list[FileEntry]:
         """Return everything below a directory of the workspace."""
+
+    @abc.abstractmethod
+    def pack(self, path: str = ".") -> AsyncGenerator[bytes, None]:
+        """Yield everything below a directory of the workspace as a tar archive."""
+
+    @abc.abstractmethod
+    async def unpack(self, path: str, pieces: AsyncIterator[bytes]) -> Transfer:
+        """Make what a tar archive holds below a directory of the workspace."""
 
     # -- what implementations share
 

@@ -255,6 +255,31 @@ class Sandbox:
         """
         return await self._backend.list_files(path)
 
+    async def pack(self, path: str = ".") -> AsyncGenerator[bytes, None]:
+        """Yield everything below a directory as a tar archive (pax, not compressed).
+
+        It holds directories, empty ones too, regular files, symbolic links, hard links between the
+        files below it, their modes without setuid bits, and their times. What is removed meanwhile
+        is left out; a FIFO or socket is a member of type FIFO, which `unpack` names and skips.
+
+        Raises:
+          SandboxFileError: a file cannot be read, or there are more than 100,000.
+        """
+        async with contextlib.aclosing(self._backend.pack(path)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def unpack(self, path: str, pieces: AsyncIterator[bytes]) -> Transfer:
+        """Make what a tar archive holds in a directory of the workspace; see `pack`.
+
+        What is there already gives way, except directories.
+
+        Raises:
+          SandboxFileError: a name leaves the directory, or no space is left.
+          ValueError: it is not a tar archive.
+        """
+        return await self._backend.unpack(path, pieces)
+
     async def read_file(self, path: str, limit: int = 1 << 20) -> bytes:
         """Read a file into memory; SandboxFileError "too_large" above `limit` bytes."""
         return await read_all(self._backend, path, limit)
@@ -270,9 +295,9 @@ class Sandbox:
             await self.write_file(path, content, mode)
 
     async def upload(self, source: str | os.PathLike, target: str) -> Transfer:
-        """Copy a file or a directory of this host to `target` in the workspace, with modes.
+        """Copy a file or a directory of this host to `target` in the workspace.
 
-        Links are skipped.
+        A directory keeps what `pack` keeps; its links are copied as links, wherever they lead.
         """
         return await upload(self._backend, pathlib.Path(source), target)
 
@@ -281,8 +306,9 @@ class Sandbox:
     ) -> Transfer:
         """Copy a file or a directory of the workspace to `target` on this host.
 
-        Only regular files and directories are created, with modes 755 and 644 at most: no link,
-        device or setuid bit of an agent leaves the sandbox. After an error, what was copied so far
+        Only regular files, hard links between them, and directories are created, with their times
+        and modes 755 and 644 at most: no symbolic link, device or setuid bit of an agent leaves the
+        sandbox. What is left out is in `Transfer.skipped`. After an error, what was copied so far
         stays.
 
         Args:

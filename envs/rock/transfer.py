@@ -4,19 +4,20 @@ import asyncio
 import contextlib
 import os
 import pathlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import Protocol
 
-from envs.rock.backend import check_listed_path, relative_path
-from envs.rock.config import FileEntry
-from envs.rock.errors import SandboxFileError
+from envs.rock.backend import relative_path
+from envs.rock.directory import DirectoryWriter, walk
+from envs.rock.errors import SandboxError, SandboxFileError
+from envs.rock.piping import consume, produce
+from envs.rock.wire.archive import PIECE_BYTES, Read, TarWriter, Transfer, read_archive
 
-PIECE_BYTES = 1 << 18  # of a streamed file
 Content = bytes | str | AsyncIterator[bytes]
 
 
 class FileStreams(Protocol):
-    """The three methods of a sandbox, or of a backend, that move files."""
+    """The methods of a sandbox, or of a backend, that move files."""
 
     def read_stream(self, path: str) -> AsyncGenerator[bytes, None]:
         """See Sandbox.read_stream."""
@@ -26,39 +27,23 @@ class FileStreams(Protocol):
     ) -> None:
         """See Sandbox.write_stream."""
 
-    async def list_files(self, path: str = ".") -> list[FileEntry]:
-        """See Sandbox.list_files."""
+    def pack(self, path: str = ".") -> AsyncGenerator[bytes, None]:
+        """See Sandbox.pack."""
 
-
-class Transfer(NamedTuple):
-    """What an upload or a download moved.
-
-    Attributes:
-      files: number of files written.
-      bytes: their size in total.
-      skipped: paths of links, devices, sockets and FIFOs, which are neither followed nor copied.
-    """
-
-    files: int
-    bytes: int
-    skipped: tuple[str, ...]
+    async def unpack(self, path: str, pieces: AsyncIterator[bytes]) -> Transfer:
+        """See Sandbox.unpack."""
 
 
 async def upload(sandbox: FileStreams, source: pathlib.Path, target: str) -> Transfer:
     """Copy a file or a directory of this host into the workspace. See Sandbox.upload."""
     if source.is_file():
         return Transfer(1, await _upload_file(sandbox, source, target), ())
-    files = 0
-    size = 0
-    skipped = []
-    for path in _walk(source):
-        relative = path.relative_to(source)
-        if path.is_symlink() or not path.is_file():
-            skipped.append(str(relative))
-            continue
-        size += await _upload_file(sandbox, path, f"{target}/{relative}")
-        files += 1
-    return Transfer(files, size, tuple(skipped))
+    root = os.open(source, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        async with contextlib.aclosing(pack_directory(root)) as pieces:
+            return await sandbox.unpack(target, pieces)
+    finally:
+        os.close(root)
 
 
 async def download(
@@ -71,42 +56,64 @@ async def download(
         except SandboxFileError as error:
             if error.reason != "not_regular":
                 raise
-    entries = await sandbox.list_files(source)
-    _check_tree(entries)
-    target.mkdir()
-    files = 0
-    size = 0
-    skipped = []
-    for entry in entries:
-        inner = target / entry.path
-        if entry.kind == "directory":
-            inner.mkdir()
-        elif entry.kind == "file":
-            mode = 0o755 if entry.mode & 0o100 else 0o644
-            left = limit - size
-            size += await _download_file(sandbox, f"{source}/{entry.path}", inner, left, mode)
-            files += 1
-        else:
-            skipped.append(entry.path)
-    return Transfer(files, size, tuple(skipped))
-
-
-def _check_tree(entries: list[FileEntry]) -> None:
-    """Raise SandboxFileError if entries are not a tree in which directories come first.
-
-    Nothing is then made outside the target, and nothing twice.
-    """
-    kinds = {"": "directory"}
-    for entry in entries:
-        check_listed_path(entry.path)
-        parent, _, _ = entry.path.rpartition("/")
-        if kinds.get(parent) != "directory" or entry.path in kinds:
+    async with contextlib.aclosing(sandbox.pack(source)) as pieces:
+        first = await anext(pieces, b"")  # an error must not leave an empty directory here
+        target.mkdir()
+        root = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
+        writer = DirectoryWriter(root, replaces=False, only_files=True, limit=limit)
+        try:
+            return await unpack_directory(writer, _with_first(first, pieces))
+        except ValueError as error:
+            raise SandboxError(f"what the sandbox sends is not its files: {error}") from error
+        except (FileExistsError, NotADirectoryError) as error:
             raise SandboxFileError(
                 "outside",
-                f"a listing names {entry.path[:200]!r} twice, or without its directory; the files"
-                " were moved while they were listed, or the listing is a lie",
-            )
-        kinds[entry.path] = entry.kind
+                f"the sandbox sends {error.filename!r} twice, or below what is no directory",
+            ) from error
+        finally:
+            os.close(root)
+
+
+async def _with_first(first: bytes, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for piece in pieces:
+        yield piece
+
+
+def pack_directory(
+    root: int, open_denied: Callable[[str, bool], int] | None = None
+) -> AsyncGenerator[bytes, None]:
+    """Yield everything below an open directory as a tar archive; see directory.walk."""
+
+    def work(write: Callable[[bytes], object]) -> None:
+        tar = TarWriter(write)
+        walk(root, tar, open_denied)
+        tar.end()
+
+    return produce(work)
+
+
+async def unpack_directory(
+    writer: DirectoryWriter,
+    pieces: AsyncIterator[bytes],
+    prepare: Callable[[], None] | None = None,
+) -> Transfer:
+    """Make the members of a tar archive in a directory; errors as of archive.read_archive.
+
+    Args:
+      writer: makes them.
+      pieces: the archive.
+      prepare: called first, in the thread that does the work.
+    """
+
+    def work(read: Read) -> Transfer:
+        if prepare is not None:
+            prepare()
+        read_archive(read, writer)
+        writer.finish()
+        return Transfer(writer.files, writer.bytes, tuple(writer.skipped))
+
+    return await consume(work, pieces)
 
 
 async def read_all(sandbox: FileStreams, path: str, limit: int) -> bytes:
@@ -135,15 +142,6 @@ async def as_pieces(content: Content) -> AsyncIterator[bytes]:
     else:
         async for piece in content:
             yield piece
-
-
-def _walk(directory: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yield all files and links below a directory in a fixed order; directories are not yielded."""
-    for parent, names, filenames in os.walk(directory, onerror=_raise):
-        names.sort()
-        links = [name for name in names if os.path.islink(os.path.join(parent, name))]
-        for name in sorted(filenames) + links:
-            yield pathlib.Path(parent, name)
 
 
 async def _upload_file(sandbox: FileStreams, source: pathlib.Path, target: str) -> int:
@@ -176,7 +174,3 @@ async def _download_file(
 async def _read_pieces(read: Callable[[int], bytes]) -> AsyncIterator[bytes]:
     while piece := await asyncio.to_thread(read, PIECE_BYTES):
         yield piece
-
-
-def _raise(error: OSError) -> None:
-    raise error

@@ -47,7 +47,10 @@ _WITH_DATASET = re.compile(r"(?P<file>.+\.json):(?P<name>[^:]+?)(?:@(?P<version>
 
 
 def load_files(
-    dataset: str, faults: list[TaskError] | None = None, fetch: bool = False
+    dataset: str,
+    faults: list[TaskError] | None = None,
+    fetch: bool = False,
+    environ: Mapping[str, str] | None = None,
 ) -> list[HarborTask]:
     """Load the tasks of a folder or a file; the module describes the forms.
 
@@ -55,6 +58,7 @@ def load_files(
       dataset: the path; for a registry with the data set's name and version.
       faults: a list to which malformed tasks are added as errors instead of being raised.
       fetch: whether git may fetch repositories.
+      environ: the values of ${NAME} in the tasks' env tables, see `harbor.load_task`.
 
     Raises:
       TaskError: a task or the file is malformed; names the file, and the row or line in it.
@@ -62,11 +66,11 @@ def load_files(
     match = _WITH_DATASET.fullmatch(dataset)
     file = pathlib.Path(match["file"] if match else dataset)
     if match:
-        return load_registry(file, match["name"], match["version"], faults, fetch)
+        return load_registry(file, match["name"], match["version"], faults, fetch, environ)
     if file.suffix not in SUFFIXES or file.is_dir():
-        return load_dataset(file, faults)
+        return load_dataset(file, faults, environ)
     if file.suffix == ".json" and _is_registry(file):
-        return load_registry(file, None, None, faults, fetch)
+        return load_registry(file, None, None, faults, fetch, environ)
     first = next(iter(read_rows(file)), None)
     if first is None:
         raise TaskError(file, 0, "no rows are in it")
@@ -83,7 +87,7 @@ def load_files(
     name, archive = columns[0]
     loads = []
     for row in read_rows(file):
-        loads.append((row.fault, functools.partial(_load_archive, row, name, archive)))
+        loads.append((row.fault, functools.partial(_load_archive, row, name, archive, environ)))
     return collect_tasks(faults, loads)
 
 
@@ -105,6 +109,8 @@ def _load_from(
     origin: pathlib.Path,
     fault: Callable[[str], TaskError],
     digest: str | None = None,
+    *,
+    environ: Mapping[str, str] | None,
 ) -> HarborTask:
     """Load the task in these files.
 
@@ -116,7 +122,7 @@ def _load_from(
         folder = pathlib.Path(place, re.sub(r"[^\w.-]", "-", name).lstrip(".") or "task")
         _lay_out(folder, files)
         try:
-            task = load_task(folder)
+            task = load_task(folder, environ)
         except TaskError as error:
             inner = error.file
             if inner.is_relative_to(folder):
@@ -164,7 +170,9 @@ def _moved(
 # -------------------------------------------------------------------------------------------------
 
 
-def _load_archive(row: Row, name_column: str, archive_column: str) -> HarborTask:
+def _load_archive(
+    row: Row, name_column: str, archive_column: str, environ: Mapping[str, str] | None
+) -> HarborTask:
     name = row.text(name_column)
     content = row.binary(archive_column)
     wanted = row.values.get("tar_sha256")
@@ -187,7 +195,8 @@ def _load_archive(row: Row, name_column: str, archive_column: str) -> HarborTask
         path.removeprefix(prefix): file for path, file in files.items() if path.startswith(prefix)
     }
     last_name = name.rstrip("/").rpartition("/")[2]
-    return _load_from(below, last_name, row.file / f"row {row.number}", row.fault)
+    origin = row.file / f"row {row.number}"
+    return _load_from(below, last_name, origin, row.fault, environ=environ)
 
 
 def unpack(content: bytes, fault: Callable[[str], TaskError]) -> dict[str, tuple[bytes, int]]:
@@ -284,6 +293,7 @@ def load_registry(
     version: str | None,
     faults: list[TaskError] | None = None,
     fetch: bool = False,
+    environ: Mapping[str, str] | None = None,
 ) -> list[HarborTask]:
     """Load a data set of a registry.
 
@@ -321,7 +331,9 @@ def load_registry(
     loads = []
     for number, task in enumerate(entry["tasks"], 1):
         place = _Place(file, _line_of(text, task), f"data set {entry['name']!r}, task {number}")
-        loads.append((place.fault, functools.partial(_load_registered, place, task, fetch)))
+        loads.append(
+            (place.fault, functools.partial(_load_registered, place, task, fetch, environ))
+        )
     tasks = collect_tasks(faults, loads)
     if not tasks and not faults:
         raise TaskError(file, 0, f"data set {entry['name']!r} has no tasks")
@@ -346,7 +358,9 @@ def _line_of(text: str, entry: Any) -> int:
     return text.count("\n", 0, match.start()) + 1 if match else 0
 
 
-def _load_registered(place: _Place, entry: Any, fetch: bool) -> HarborTask:
+def _load_registered(
+    place: _Place, entry: Any, fetch: bool, environ: Mapping[str, str] | None
+) -> HarborTask:
     if not isinstance(entry, dict):
         raise place.fault(f"a {type(entry).__name__}, but must be an object")
     for key in ("name", "path", "git_url", "git_commit_id", "digest"):
@@ -366,7 +380,7 @@ def _load_registered(place: _Place, entry: Any, fetch: bool) -> HarborTask:
         folder = place.file.parent / path
         if not folder.is_dir():
             raise place.fault(f"{folder} is not a folder")
-        return _load_from(read_folder(folder), name, folder, place.fault, digest)
+        return _load_from(read_folder(folder), name, folder, place.fault, digest, environ=environ)
     commit = entry.get("git_commit_id") or ""
     if not _COMMIT.fullmatch(commit):
         raise place.fault(
@@ -383,7 +397,7 @@ def _load_registered(place: _Place, entry: Any, fetch: bool) -> HarborTask:
     if not files:
         raise place.fault(f"no files are below {path!r} at {commit} of {entry['git_url']}")
     origin = pathlib.Path(f"{entry['git_url']}@{commit[:12]}") / path
-    return _load_from(files, name, origin, place.fault, digest)
+    return _load_from(files, name, origin, place.fault, digest, environ=environ)
 
 
 def _is_line(value: Any) -> bool:

@@ -114,6 +114,7 @@ def load_tasks(
     fetch: bool = False,
     images: Mapping[str, tuple[str, ...]] | None = None,
     build_egress: tuple[str, ...] | None = None,
+    environ: Mapping[str, str] | None = None,
 ) -> list[EvalTask]:
     """Return the tasks of a dataset.
 
@@ -126,6 +127,8 @@ def load_tasks(
         programs that it must have (`envs.tasks.harbor.build`).
       build_egress: hosts that the build of a task's environment may reach
         (`envs.tasks.harbor.HarborEnv`).
+      environ: the values of ${NAME} in the env tables of task folders
+        (`envs.tasks.harbor.load_task`).
 
     Raises:
       TaskError: a task is malformed; the message has file, row and line.
@@ -150,7 +153,8 @@ def load_tasks(
             f" {', '.join(GROUPS)} or family names with commas between them, repair[:PACKAGES[:N]],"
             " worlds[:NAMES[:N]], problems[:NAMES[:N]], games[:NAMES[:N]], bfcl:FILE, tau2:FOLDER"
         )
-    return [_of_harbor(task, images, build_egress) for task in load_files(name, faults, fetch)]
+    tasks = load_files(name, faults, fetch, environ)
+    return [_of_harbor(task, images, build_egress) for task in tasks]
 
 
 def _names_files(name: str) -> bool:

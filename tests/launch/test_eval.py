@@ -12,7 +12,7 @@ import time
 import pytest
 
 from tests.paths import ROOT
-from tests.rome.evals.tasks import write_task
+from tests.rome.evals.tasks import GUARDED, write_task
 
 DEADLINE = 60.0
 
@@ -203,3 +203,18 @@ def test_a_base_image_that_cannot_be_had_is_stood_for_by_this_system(tmp_path):
     assert records(tmp_path / "out")[0]["reward"] == 1.0
     code, _, error = run(*command, tmp_path / "wrong", "--stands_for", "python3")
     assert code == 2 and "is not IMAGE=PROGRAM" in error
+
+
+def test_a_tasks_variables_come_from_the_command_by_name_and_from_nowhere_else(tmp_path):
+    toml = 'version = "1.0"\n[verifier.env]\nJUDGE = "${JUDGE}"\n'
+    guarded = GUARDED.replace("echo 1", 'test "$JUDGE" = secret=1 && echo 1')
+    assert guarded != GUARDED
+    write_task(tmp_path / "tasks", "a", task_toml=toml, test=guarded)
+    command = ("--dataset", tmp_path / "tasks", "--agent", "oracle", "--out")
+    code, _, error = run(*command, tmp_path / "none", JUDGE="secret=1")
+    assert code == 2 and "task.toml:3" in error and "--task_env JUDGE=VALUE" in error
+    given = ("--task_env", "JUDGE")
+    assert run(*command, tmp_path / "out", *given, JUDGE="secret=1")[0] == 0
+    assert records(tmp_path / "out")[0]["reward"] == 1.0
+    written = [path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert written and not any(b"secret=1" in content for content in written)

@@ -128,3 +128,51 @@ def test_a_wrong_command_line_is_one_clear_line(tmp_path, arguments, message):
         timeout=60,
     )
     assert ended.returncode and message in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_a_user_without_a_home_directory_is_told_what_to_set():
+    """An id that a cluster made up: no HOME, no entry in passwd."""
+    become = ["unshare", "--user", "--map-user=54321"]
+    if subprocess.run([*become, "true"], capture_output=True).returncode:
+        pytest.skip("no other user id can be had here")
+    program = """
+import runpy, sys
+from envs.rock import SandboxError
+from envs.rock.images import local
+try:
+    local.require("image")
+except SandboxError as error:
+    print(error)
+sys.argv = ["launch.rock", "admin"]
+runpy.run_module("launch.rock", run_name="__main__")
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "HOME"}
+    done = subprocess.run(
+        [*become, sys.executable, "-c", program],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "this user has no home directory" in done.stdout and "set HOME" in done.stdout
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "--data=~/.rock" in done.stderr and "user id 54321" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "given", [["--host=0.0.0.0"], ["--host=127.0.0.1", "--advertise=http://0.0.0.0:1"]]
+)
+def test_a_worker_on_all_addresses_must_say_where_it_is_reached(given, tmp_path):
+    (tmp_path / "tokens").write_text(
+        "default a-long-enough-token-1\nworker a-long-enough-token-2\n"
+    )
+    options = ["--admin=http://127.0.0.1:1", "--public", f"--token_file={tmp_path}/tokens"]
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.rock", "worker", *options, *given],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1 and "--advertise=http://HOST:PORT" in done.stderr

@@ -20,6 +20,7 @@ from envs.rock.backend import (
     refused_result,
 )
 from envs.rock.config import CommandResult
+from envs.rock.docker import scripts
 from envs.rock.docker.capture import KILLED, Capture, to_result
 from envs.rock.docker.container import END_SECONDS, Container
 from envs.rock.docker.streams import STDERR, STDOUT, Exec
@@ -30,11 +31,12 @@ from envs.rock.errors import (
     SandboxStartError,
     SessionEndedError,
 )
+from envs.rock.host.shell import Frame
 
 SHELL_SECONDS = 2.0  # in which a shell must be ready again after its command was killed
 MARK_SECONDS = 2.0  # in which a session's output must have arrived after its command's end
 KILL_WAIT_SECONDS = (1.0, 1.0, END_SECONDS, END_SECONDS)  # after each attempt to kill a job
-MAX_REPORT_BYTES = 1 << 16  # of a session's shell about one command
+MAX_REPORT_PIECES = 16  # that wait to be read
 
 
 class DockerJob(Job):
@@ -196,7 +198,11 @@ class DockerSession(Session):
             STDOUT: Capture(config.max_output_bytes),
             STDERR: Capture(config.max_output_bytes),
         }
-        self._reports: asyncio.Queue[bytes] = asyncio.Queue()
+        self._frame = Frame(scripts.SESSION_REPORTS, scripts.CHILDREN)
+        # Of what the shell reports; b"" when no more can come.
+        self._reports: asyncio.Queue[bytes] = asyncio.Queue(MAX_REPORT_PIECES)
+        # Output is read while a command runs. What is written in between waits in the pipe.
+        self._in_use = asyncio.Event()
         self._background = ""  # process ids that earlier commands left, which signals spare
         self._verdict: asyncio.Future[str] | None = None  # of the running command
         self._reading = asyncio.create_task(self._read_output())
@@ -234,9 +240,13 @@ class DockerSession(Session):
                 raise SessionEndedError("the session's shell has ended; create another session")
             began = time.monotonic()
             kills_before = self._container.memory_kills
-            code, reason = await self._run(command, seconds)
-            if not self.ended:
-                await self._wait_for_output()
+            self._in_use.set()
+            try:
+                code, reason = await self._run(command, seconds)
+                if not self.ended:
+                    await self._wait_for_output()
+            finally:
+                self._in_use.clear()
             out_of_memory = self._container.memory_kills > kills_before
             seconds = time.monotonic() - began
             return to_result(
@@ -258,6 +268,7 @@ class DockerSession(Session):
             return
         self.ended = True
         self.doom("killed")
+        self._in_use.set()
         with contextlib.suppress(SandboxError):
             if self._container.alive and not self._reading.done():
                 await self._kill(self._shell)
@@ -270,7 +281,8 @@ class DockerSession(Session):
         verdict: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._verdict = verdict
         try:
-            await self._shell.send(command.encode(errors="replace") + b"\0", more=True)
+            records = self._frame.records(command.encode(errors="replace"))
+            await self._shell.send(records, more=True)
             code = await self._wait_for_code(verdict, timeout)
             reason = verdict.result() if verdict.done() else ""
         except BaseException:
@@ -285,7 +297,7 @@ class DockerSession(Session):
 
         At its time limit, or when it is doomed, what it started is killed first.
         """
-        report = asyncio.create_task(self._reports.get())
+        report = asyncio.create_task(self._next_report())
         ends: set[asyncio.Future[Any]] = {report, self._reading}
         try:
             await asyncio.wait(
@@ -295,18 +307,25 @@ class DockerSession(Session):
                 self.doom("timeout")
                 await self._signal("KILL")
                 await asyncio.wait(ends, timeout=SHELL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-            if report.done() and report.result():
-                return self._code_of(report.result(), verdict)
+            ended = report.result() if report.done() else None
+            if ended is not None:
+                code, children = ended
+                self._background = children.decode(errors="replace")
+                return KILLED if verdict.done() else code
         finally:
             report.cancel()
         return await self._code_of_shell(verdict)
 
-    def _code_of(self, report: bytes, verdict: asyncio.Future[str]) -> int:
-        """Return the exit code in a shell's report: "CODE PID PID ...", its children."""
-        code, _, self._background = report.decode(errors="replace").partition(" ")
-        if verdict.done() or not code.isdigit():
-            return KILLED
-        return int(code) & 0xFF
+    async def _next_report(self) -> tuple[int, bytes] | None:
+        """Return the running command's exit code and the shell's children, None if none comes."""
+        while piece := await self._reports.get():
+            report = self._frame.receive(piece)
+            if report is not None:
+                return report
+            if self._frame.overflowed:
+                return None
+        self._reports.put_nowait(b"")  # for whoever asks again
+        return None
 
     async def _code_of_shell(self, verdict: asyncio.Future[str]) -> int:
         """Return the code of a shell that reports no more; end it if it does not end by itself."""
@@ -335,7 +354,7 @@ class DockerSession(Session):
         mark = f"<{secrets.token_hex(16)}>".encode()
         for capture in self._captures.values():
             capture.expect(mark)
-        await self._shell.send(mark + b"\0", more=True)
+        await self._shell.send(scripts.write_mark(mark), more=True)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(MARK_SECONDS):
                 await asyncio.gather(*(capture.found.wait() for capture in self._captures.values()))
@@ -350,23 +369,18 @@ class DockerSession(Session):
     async def _read_output(self) -> None:
         """Read what the shell and its commands write, until the shell ends."""
         async for number, piece in self._shell.frames():
+            await self._in_use.wait()
             capture = self._captures.get(number, self._captures[STDERR])
             capture.feed(piece)
             if capture.total > MAX_DISCARDED_BYTES:
                 self.doom("output")
 
     async def _read_reports(self) -> None:
-        """Queue the shell's reports; an empty one when no more can come."""
-        incomplete = b""
+        """Queue what the shell reports."""
         async for number, piece in self._reporter.frames():
-            if number != STDOUT:
-                continue
-            *reports, incomplete = (incomplete + piece).split(b"\0")
-            for report in reports:
-                self._reports.put_nowait(report)
-            if len(incomplete) > MAX_REPORT_BYTES:
-                break
-        self._reports.put_nowait(b"")
+            if number == STDOUT:
+                await self._reports.put(piece)
+        await self._reports.put(b"")
 
 
 def _retrieve_exception(task: asyncio.Task) -> None:

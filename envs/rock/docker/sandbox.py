@@ -49,6 +49,7 @@ from envs.rock.errors import (
 )
 from envs.rock.gate import Gate
 from envs.rock.tiers import REQUIRED
+from envs.rock.wire.archive import Transfer
 
 STARTS_AT_ONCE = 8
 _start_gate = Gate(STARTS_AT_ONCE)
@@ -246,6 +247,15 @@ class DockerBackend(Backend):
     async def list_files(self, path: str = ".") -> list[FileEntry]:
         relative = self._relative(path)
         return await self._open().workspace.list_all(relative, path)
+
+    async def pack(self, path: str = ".") -> AsyncGenerator[bytes, None]:
+        relative = self._relative(path)
+        async with contextlib.aclosing(self._open().workspace.pack(relative, path)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def unpack(self, path: str, pieces: AsyncIterator[bytes]) -> Transfer:
+        return await self._open().workspace.unpack(self._relative(path), path, pieces)
 
     # -- steps of the above
 

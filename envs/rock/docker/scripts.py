@@ -10,6 +10,8 @@ stdout, before anything of the agent's runs.
 
 import os
 
+from envs.rock.host import shell
+
 PLACE = "/run/rock"
 KEEPER = 65534  # the user id of our own programs and files, which no command may kill or open
 # Exit codes of scripts about files.
@@ -72,7 +74,7 @@ _HOME = "cd /workspace 2>/dev/null || { chmod 700 /workspace; cd /workspace; }"
 _RUN = """
 trap : INT
 exec 7>&2 2>/dev/null
-(exec "$1" -c "$2" "${1##*/}" 2>&7 7>&-)
+(exec "$1" -c -- "$2" "${1##*/}" 2>&7 7>&-)
 code=$?
 others=
 for stat in /proc/[0-9]*/stat; do
@@ -108,25 +110,24 @@ done
 [ "$found" = " " ] || kill -s $signal $found 2>/dev/null
 :"""
 
-# A session: bash (needed for `read -d`) takes commands from descriptor 3, and reports on 4, a pipe
-# to a reader of another user id, how each ended and which children it has. Then it takes a mark,
-# new each time, and writes it to both streams, so that their reader knows where the command's
-# output ends; the exit code never travels there. 3 to 6 are closed to what a command starts.
-SESSION = """
-exec 3<&0 </dev/null 5>&1 6>&2
-IFS= read -r -u 3 ROCK_DOOR
-exec 4>"$ROCK_DOOR"
+# A session: bash (4.4 or later, for `mapfile -d`) runs records from its stdin, see host/shell.py,
+# and reports to a pipe with a reader of another user id. A mark, new each time, goes to both of its
+# output streams after each command, so that their reader knows where the command's output ends; the
+# exit code never travels there.
+SESSION_COMMANDS = 10  # the descriptors on which bash saves what the loop's redirections replace
+SESSION_REPORTS = 11
+_SESSION_OUTPUTS = (12, 13)
+SESSION = f"""
+IFS= read -r ROCK_DOOR
+exec 4>"$ROCK_DOOR" 5>&1 6>&2
 printf '%d \\0' $$ >&4
 unset ROCK_DOOR
-while IFS= read -r -d '' -u 3 ROCK_COMMAND; do
-  eval "$ROCK_COMMAND" 3<&- 4>&- 5>&- 6>&-
-  printf '%d ' $? >&4
-  read -r ROCK_COMMAND < /proc/$$/task/$$/children || :
-  printf '%s\\0' "$ROCK_COMMAND" >&4
-  IFS= read -r -d '' -u 3 ROCK_COMMAND
-  printf '%s' "$ROCK_COMMAND" >&5
-  printf '%s' "$ROCK_COMMAND" >&6
-done"""
+{shell.loop(SESSION_COMMANDS, SESSION_REPORTS, "</dev/null 4>&- 5>&- 6>&-")}"""
+# Adds the shell's children to a report.
+CHILDREN = (
+    "\\builtin read -r 'ROCK[2]' < /proc/$$/task/$$/children || \\builtin :;"
+    " \\builtin printf ' %s' \"${ROCK[2]-}\";"
+)
 # Reads the pipe of a session's reports. Its name comes by stdin, since every process can read a
 # command line, and is removed before the session's first command begins.
 DOOR = (
@@ -232,6 +233,23 @@ def session(pids: int) -> str:
     return _HOME + "\n" + _LIMIT % (pids, pids) + SESSION
 
 
+def pack_tree(tools: frozenset[str]) -> str:
+    """Return the script that writes a tar of everything below a directory ($1).
+
+    Args:
+      tools: what SURVEY found.
+    """
+    enter = f'resolve "$1"; [ -d "$at" ] || exit {MISSING}; cd "$at" || exit {DENIED}\n'
+    times = "--format=posix --pax-option=delete=atime,delete=ctime" if "gnu_tar" in tools else ""
+    return _RESOLVE + enter + f"exec tar {times} -cf - . 2>/dev/null"
+
+
+def write_mark(mark: bytes) -> bytes:
+    """Return a session's record that writes a mark to both of its output streams."""
+    writes = [b"\\builtin printf '%%s' '%b' >&%d;" % (mark, one) for one in _SESSION_OUTPUTS]
+    return shell.record(b" ".join(writes))
+
+
 def verify(pids: int) -> str:
     """Return the script that runs a verifier's script; see `run` for the argument."""
     return _HOME + "\n" + _LIMIT % (pids, pids) + "\n" + VERIFY
@@ -265,7 +283,8 @@ def pack(tools: frozenset[str], directories: str) -> str:
     write = f"exec tar -cf - {directories} 2>/dev/null"
     if "gnu_tar" in tools:
         names = f"find {directories} -mindepth 1 -maxdepth 1 -print0"
-        write = f"{names} | tar -S --null -T - -cf - 2>/dev/null"
+        # A name that is removed meanwhile is no failure.
+        write = f"{names} | tar -S --ignore-failed-read --null -T - -cf - 2>/dev/null"
     return _KEEP_TREE % (directories, directories) + write
 
 

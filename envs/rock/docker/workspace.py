@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator
 
 from envs.rock.backend import MAX_LISTED
@@ -11,9 +12,16 @@ from envs.rock.docker.activity import Activity
 from envs.rock.docker.capture import KILLED
 from envs.rock.docker.container import Container
 from envs.rock.docker.engine import CALL_SECONDS
-from envs.rock.docker.files import exhaust, send_unless_ended, stdout_of
+from envs.rock.docker.files import FILE_CHANGED, exhaust, send_unless_ended, stdout_of, unpack
 from envs.rock.docker.streams import Exec
-from envs.rock.errors import AgentFault, SandboxClosedError, SandboxFileError
+from envs.rock.errors import (
+    AgentFault,
+    SandboxClosedError,
+    SandboxFileError,
+    SandboxStartError,
+)
+from envs.rock.piping import consume
+from envs.rock.wire.archive import Read, TarWriter, Transfer, read_archive
 
 MAX_LISTING_BYTES = 64 << 20
 _KINDS = {"f": "file", "d": "directory", "l": "link"}
@@ -63,6 +71,37 @@ class Workspace:
             # Other codes are find's own, which complains of files that vanished meanwhile.
             self._check_code(code, path)
         return [_parse_entry(record) for record in bytes(listing).split(b"\0")[:-1]]
+
+    async def pack(self, relative: str, path: str) -> AsyncGenerator[bytes, None]:
+        """Yield everything below a directory as a tar archive."""
+        script = scripts.in_workspace(scripts.pack_tree(self._container.tools))
+        async with self._activity.transfer(script, scripts.spelled(relative)) as exec_:
+            async for piece in stdout_of(exec_.frames()):
+                yield piece
+            code = await exec_.exit_code()
+        if code != FILE_CHANGED:
+            self._check_code(code, path)
+
+    async def unpack(self, relative: str, path: str, pieces: AsyncIterator[bytes]) -> Transfer:
+        """Make what a tar archive holds; the container's tar gets only what was checked."""
+        below = f"workspace/{relative}".rstrip("/")
+        with tempfile.TemporaryFile(prefix="rock-") as file:
+
+            def check(read: Read) -> Transfer:
+                tar = TarWriter(file.write, below, names_specials=False)
+                read_archive(read, tar)
+                if not file.tell() and relative:  # a tree without members
+                    tar.root(0o755)
+                tar.end()
+                file.flush()
+                return Transfer(tar.files, tar.bytes, tuple(tar.skipped))
+
+            transfer = await consume(check, pieces)
+            try:
+                await unpack(self._container, file)
+            except SandboxStartError as error:
+                raise SandboxFileError("no_space", f"{path}: {error}") from error
+        return transfer
 
     def _check_code(self, code: int, path: str) -> None:
         if code == KILLED and not self._container.alive:

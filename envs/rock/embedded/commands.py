@@ -17,7 +17,6 @@ from envs.rock.embedded.output import Output, memory_file
 from envs.rock.errors import (
     AgentFault,
     SandboxClosedError,
-    SandboxError,
     SandboxStartError,
     SessionEndedError,
 )
@@ -93,6 +92,7 @@ class EmbeddedSession(Session):
         self._current: int | None = None  # the running command's request number
         for output in outputs:
             output.on_flood = self._kill_current
+            output.pause()  # until a command runs
 
     async def run(self, command: str, timeout: float | None = None) -> CommandResult:
         if refusal := reason_not_executable(command):
@@ -125,6 +125,8 @@ class EmbeddedSession(Session):
             text = memory_file(command.encode(errors="replace"), cleanup)
             request = {"op": "tell", "session": self._name, "timeout": timeout}
             self._current, reply = self._channel.send(request, (text,))
+        for output in self._outputs:
+            output.resume()
         try:
             return await reply_within(
                 reply, timeout + REPLY_GRACE_SECONDS, "no answer to a session's command"
@@ -134,6 +136,8 @@ class EmbeddedSession(Session):
             raise
         finally:
             self._current = None
+            for output in self._outputs:
+                output.pause()
 
     def _kill_current(self) -> None:
         if self._current is not None:
@@ -173,27 +177,20 @@ async def start_session(
       SandboxStartError: the holder could not start the shell.
     """
     outputs = [channel.open_output(), channel.open_output()]
-    request = {"op": "session", "env": environment}
-    _, reply = channel.send(request, write_ends(outputs))
+    identity, reply = channel.send({"op": "session", "env": environment}, write_ends(outputs))
     for output in outputs:
         output.close_write_end()
     try:
         answer = await reply_within(reply, REPLY_GRACE_SECONDS, "no answer to a session's start")
         raise_error(answer, SandboxStartError)
     except BaseException:
+        # The holder may still start it, under the number of its request.
+        with contextlib.suppress(SandboxClosedError):
+            channel.send({"op": "close_session", "session": identity})
         for output in outputs:
             output.close()
-        reply.add_done_callback(functools.partial(_close_unwanted, channel))
         raise
     return EmbeddedSession(channel, answer["session"], outputs, default_timeout)
-
-
-def _close_unwanted(channel: HolderChannel, reply: asyncio.Future[Reply]) -> None:
-    """Close a session whose caller was cancelled while it started."""
-    if reply.cancelled() or reply.exception() or "session" not in reply.result():
-        return
-    with contextlib.suppress(SandboxError):
-        channel.send({"op": "close_session", "session": reply.result()["session"]})
 
 
 def write_ends(outputs: list[Output]) -> tuple[int, ...]:

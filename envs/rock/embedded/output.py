@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import fcntl
 import os
 from collections.abc import Callable
 from typing import NamedTuple
@@ -29,7 +30,7 @@ class Output:
     """The reading end of an output stream.
 
     It keeps the first `limit` bytes, reads on without keeping more, and after MAX_DISCARDED_BYTES
-    calls `on_flood` once.
+    calls `on_flood` once. While it is paused, a writer waits as soon as the pipe is full.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, limit: int):
@@ -40,16 +41,29 @@ class Output:
         self.write_end: int | None
         self._read_end, self.write_end = os.pipe()
         os.set_blocking(self._read_end, False)
+        self._capacity = fcntl.fcntl(self._read_end, fcntl.F_GETPIPE_SZ)
         self._clear()
-        loop.add_reader(self._read_end, self._read)
+        self.resume()
+
+    def pause(self) -> None:
+        """Stop reading: what is written while no command runs costs this process nothing."""
+        if self._read_end is not None:
+            self._loop.remove_reader(self._read_end)
+
+    def resume(self) -> None:
+        """Read again."""
+        if self._read_end is not None:
+            self._loop.add_reader(self._read_end, self._read)
 
     def take(self) -> Captured:
         """Return what was written so far and start over for the next command.
 
-        The pipe is drained first: the writer may already have exited.
+        What the pipe holds is read first: the writer may already have exited. No more than that,
+        since another writer may go on.
         """
-        while self._read_end is not None and self._dropped <= MAX_DISCARDED_BYTES and self._read():
-            pass
+        left = self._capacity
+        while self._read_end is not None and left > 0 and (size := self._read()):
+            left -= size
         text = bytes(self._data).decode(errors="replace")
         captured = Captured(text, self._dropped, self._flooded)
         self._clear()
@@ -79,16 +93,16 @@ class Output:
         self._dropped = 0
         self._flooded = False
 
-    def _read(self) -> bool:
-        """Read once; return False when there is nothing to read now."""
+    def _read(self) -> int:
+        """Read once; return how many bytes, 0 when there is nothing to read now."""
         assert self._read_end is not None
         try:
             piece = os.read(self._read_end, READ_BYTES)
         except BlockingIOError:
-            return False
+            return 0
         if not piece:
             self.close()
-            return False
+            return 0
         kept = piece[: self._limit - len(self._data)]
         self._data += kept
         self._dropped += len(piece) - len(kept)
@@ -96,7 +110,7 @@ class Output:
             self._flooded = True
             if self.on_flood is not None:
                 self.on_flood()
-        return True
+        return len(piece)
 
 
 def memory_file(content: bytes, cleanup: contextlib.ExitStack) -> int:

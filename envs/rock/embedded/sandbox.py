@@ -6,6 +6,7 @@ allows the weaker tier.
 """
 
 import asyncio
+import contextlib
 import os
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
@@ -18,6 +19,7 @@ from envs.rock.backend import (
     refused_result,
 )
 from envs.rock.config import Address, CommandResult, Denial, FileEntry, SandboxConfig, SandboxStatus
+from envs.rock.directory import DirectoryWriter
 from envs.rock.embedded import zygote_client
 from envs.rock.embedded.channel import HolderChannel, not_running, raise_error
 from envs.rock.embedded.commands import EmbeddedJob, EmbeddedSession, start_job, start_session
@@ -29,9 +31,9 @@ from envs.rock.errors import (
     SandboxFileError,
     SandboxStartError,
 )
-from envs.rock.host.linux import FIRST_PASSED_FD
+from envs.rock.host.linux import FIRST_PASSED_FD, set_filesystem_ids
 from envs.rock.tiers import TierReport
-from envs.rock.transfer import PIECE_BYTES
+from envs.rock.transfer import PIECE_BYTES, Transfer, pack_directory, unpack_directory
 from envs.rock.wire.forwarding import Connections
 
 SNAPSHOT_SECONDS = 300.0
@@ -263,6 +265,43 @@ class EmbeddedBackend(Backend):
             raise file_error(error, path) from error
         finally:
             os.close(descriptor)
+
+    async def pack(self, path: str = ".") -> AsyncGenerator[bytes, None]:
+        relative = self._relative(path)
+        root = await self._open(relative or ".", "list")
+        loop = asyncio.get_running_loop()
+
+        def open_denied(inner: str, is_directory: bool) -> int:
+            """Let the holder open what this process may not."""
+            purpose = "list" if is_directory else "read"
+            opening = self._open(f"{relative}/{inner}" if relative else inner, purpose)
+            return asyncio.run_coroutine_threadsafe(opening, loop).result()
+
+        try:
+            async with contextlib.aclosing(pack_directory(root, open_denied)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        except OSError as error:
+            raise file_error(error, error.filename or path) from error
+        finally:
+            os.close(root)
+
+    async def unpack(self, path: str, pieces: AsyncIterator[bytes]) -> Transfer:
+        root = await self._open(".", "list")
+        try:
+            owner = os.fstat(root)
+
+            def become_owner() -> None:
+                # Of this thread only, which ends with its work.
+                if os.geteuid() == 0:
+                    set_filesystem_ids(owner.st_uid, owner.st_gid)
+
+            writer = DirectoryWriter(root, self._relative(path))
+            return await unpack_directory(writer, pieces, become_owner)
+        except OSError as error:
+            raise file_error(error, error.filename or path) from error
+        finally:
+            os.close(root)
 
     # -- steps of the above
 

@@ -175,7 +175,7 @@ class Holder:
             )
         out, err, text = descriptors
         command = os.pread(text, MAX_MESSAGE, 0).decode()
-        arguments = ["/bin/bash", "-c", command]
+        arguments = ["/bin/bash", "-c", "--", command]
         events = self._meters.events()
         started = self._tier.start_agent(arguments, request["env"], out, err)
         self._watch(request, started, events)
@@ -293,8 +293,8 @@ class Holder:
         elif isinstance(running, RunningInSession):
             reported = running.session.read_status()
             if reported is None:
-                # It was closed, or holds nonsense: wait for the shell's end or the time limit.
-                self._poller.unregister(running.descriptor)
+                if running.session.silent:  # wait for the shell's end or the time limit
+                    self._poller.unregister(running.descriptor)
                 return
             self._remove(running)
             self._report_end(running, reported)
@@ -314,7 +314,7 @@ class Holder:
         try:
             self._poller.unregister(running.descriptor)
         except KeyError:
-            return  # its shell closed its status, see _handle_end
+            return  # no report could come any more, see _handle_end
 
     def _handle_shell_end(self, session: Session) -> None:
         del self._sessions[session.pidfd]

@@ -36,7 +36,6 @@ PROGRAMS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 SETTINGS = (
     "/etc/ld.so.cache",
     "/etc/nsswitch.conf",
-    "/etc/localtime",
     "/etc/alternatives",
     "/etc/passwd",
     "/etc/group",

@@ -34,8 +34,10 @@ _SETTINGS = {
     "nobody:x:65534:65534::/nonexistent:/usr/sbin/nologin\n",
     "group": "root:x:0:\nagent:x:1000:\nnogroup:x:65534:\n",
     "hosts": "127.0.0.1 localhost sandbox\n::1 localhost\n",
+    "timezone": "Etc/UTC\n",
     "resolv.conf": "nameserver 127.0.0.1\noptions timeout:2 attempts:2\n",
 }
+_ZONE = "/usr/share/zoneinfo/Etc/UTC"  # where it is missing, programs take UTC as well
 _COPIED_SETTINGS = ("ld.so.cache", "nsswitch.conf", "magic")
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 _DEVICE_LINKS = {
@@ -159,12 +161,7 @@ def _write_settings(etc: str) -> None:
     for name in _COPIED_SETTINGS:
         if os.path.isfile(f"/etc/{name}"):
             linux.write_file(f"{etc}/{name}", linux.read_file(f"/etc/{name}"))
-    if os.path.exists("/etc/localtime"):
-        zone = os.path.realpath("/etc/localtime")
-        if zone.startswith("/usr/"):
-            os.symlink(zone, f"{etc}/localtime")
-        else:
-            linux.write_file(f"{etc}/localtime", linux.read_file("/etc/localtime"))
+    os.symlink(_ZONE, f"{etc}/localtime")  # not the host's: dates must not depend on the machine
     if os.path.isdir("/etc/alternatives"):  # Debian's awk, vi, java, ... are links through it
         os.mkdir(f"{etc}/alternatives")
         linux.mount("/etc/alternatives", f"{etc}/alternatives", None, linux.MS_BIND)

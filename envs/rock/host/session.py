@@ -1,24 +1,22 @@
-"""A shell in a sandbox that stays between commands.
+"""A shell in a sandbox that stays between commands; shell.py is what it runs around them.
 
-bash reads commands from one pipe and reports on another how each ended. Both pipes are closed while
-a command runs, so nothing that it starts can forge an exit code. A command can make the shell
-itself misreport or end; its end is seen by its pidfd.
+It has a pipe of commands and one of reports. The end of the shell itself is seen by its pidfd.
 """
 
+import errno
 import fcntl
 import os
 
-from . import linux
+from . import linux, shell
 from .process import Started
 
 COMMANDS_FD = linux.FIRST_PASSED_FD
-STATUS_FD = linux.FIRST_PASSED_FD + 1
-COMMAND_BYTES = 1 << 17  # capacity of the pipe of commands
-MAX_STATUS_BYTES = 64
-LOOP = (
-    f'while IFS= read -r -d "" -u {COMMANDS_FD} ROCK_COMMAND; do '
-    f'eval "$ROCK_COMMAND" {COMMANDS_FD}<&- {STATUS_FD}>&-; printf "%d\\0" "$?" >&{STATUS_FD}; done'
-)
+REPORTS_FD = linux.FIRST_PASSED_FD + 1
+# Where bash saves the two.
+_SAVED_COMMANDS_FD = 10
+_SAVED_REPORTS_FD = 11
+LOOP = shell.loop(_SAVED_COMMANDS_FD, _SAVED_REPORTS_FD, f"{COMMANDS_FD}<&- {REPORTS_FD}>&-")
+COMMAND_BYTES = 1 << 17  # capacity of the pipe of commands, above shell.MAX_RECORD_BYTES
 
 
 class Session:
@@ -29,12 +27,15 @@ class Session:
       status: descriptor from which the shell's reports are read.
       pid: the shell's process id.
       pidfd: readable when the shell has ended.
+      silent: whether no report of the running command can come any more.
     """
 
     def __init__(self, name: int):
         self.name = name
         self.pid = 0
         self.pidfd = -1
+        self.silent = False
+        self._frame = shell.Frame(_SAVED_REPORTS_FD)
         self._commands_read, self._commands = os.pipe()
         self.status, self._status_write = os.pipe()
         os.set_blocking(self._commands, False)
@@ -45,7 +46,7 @@ class Session:
     def pass_pipes(self) -> None:
         """Give the pipes their numbers, in the process that becomes the shell."""
         os.dup2(self._commands_read, COMMANDS_FD)
-        os.dup2(self._status_write, STATUS_FD)
+        os.dup2(self._status_write, REPORTS_FD)
 
     def started(self, started: Started) -> None:
         """Note the shell's process and close its ends of the pipes, in the holder."""
@@ -55,20 +56,28 @@ class Session:
         os.close(self._status_write)
 
     def send(self, command: bytes) -> None:
-        """Give the shell a command."""
+        """Give the shell a command.
+
+        Raises:
+          OSError: the pipe is not empty: something else has written to it.
+        """
         self._background = set(linux.children_of(self.pid))
-        os.write(self._commands, command + b"\0")
+        self.silent = False
+        records = self._frame.records(command)
+        if os.write(self._commands, records) < len(records):
+            raise OSError(errno.EBUSY, "the session's shell does not read its commands")
 
     def read_status(self) -> int | None:
-        """Return the exit code that the shell reported; None if it reported anything else."""
+        """Return the exit code if the shell has reported it."""
         try:
-            said = os.read(self.status, MAX_STATUS_BYTES)
+            said = os.read(self.status, shell.MAX_REPORT_BYTES)
         except BlockingIOError:
             return None
-        code, end, rest = said.partition(b"\0")
-        if not end or rest or not code.isdigit():
-            return None
-        return int(code) & 0xFF
+        report = self._frame.receive(said)
+        if report is not None:
+            return report[0]
+        self.silent = not said or self._frame.overflowed
+        return None
 
     def foreground(self) -> set[int]:
         """Return the processes that the running command started."""

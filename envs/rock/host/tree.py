@@ -9,6 +9,8 @@ import stat
 
 MAX_DEPTH = 64  # levels of directories; each takes two descriptors
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+# Errors of opening what has become something else: nothing, a link, a file, a socket.
+_GONE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EINVAL, errno.ENXIO)
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 
@@ -17,8 +19,10 @@ def copy_tree(source: int, target: int, owner: tuple[int, int] | None = None) ->
 
     Modes and times are copied, setuid bits are not; other kinds of files are left out. Symbolic
     links are copied, not followed. Holes stay holes and hard links stay links: otherwise a huge
-    sparse file, or many names of one file, would fill the host's disk. Nothing may be written below
-    `source` meanwhile.
+    sparse file, or many names of one file, would fill the host's disk.
+
+    Whoever writes below `source` meanwhile makes no error: a file that is removed or replaced is
+    left out, and one that is written is copied as far as it is there.
 
     Args:
       source: descriptor of the directory to copy from.
@@ -41,33 +45,50 @@ class _Copy:
     def copy_directory(self, source: int, target: int, path: str) -> None:
         if path.count("/") > MAX_DEPTH:
             raise OSError(errno.ELOOP, f"directories lie more than {MAX_DEPTH} levels deep")
+        copied = set()
         with os.scandir(source) as entries:
             for entry in entries:
-                status = entry.stat(follow_symlinks=False)
+                status = _status_of(entry)
+                # One that is made again while we read may be listed twice.
+                if status is None or entry.name in copied:
+                    continue
+                copied.add(entry.name)
                 if stat.S_ISDIR(status.st_mode):
                     self._copy_inner_directory(source, target, entry.name, status, path)
                 elif stat.S_ISREG(status.st_mode):
                     self._copy_file(source, target, entry.name, status, path)
                 elif stat.S_ISLNK(status.st_mode):
-                    self._copy_link(source, target, entry.name)
+                    self._copy_link(source, target, entry.name, status)
 
     def _copy_inner_directory(
         self, source: int, target: int, name: str, status: os.stat_result, path: str
     ) -> None:
-        os.mkdir(name, 0o700, dir_fd=target)
-        inner_source = os.open(name, _READ | os.O_DIRECTORY, dir_fd=source)
-        inner_target = os.open(name, _READ | os.O_DIRECTORY, dir_fd=target)
+        inner_source = _open_source(name, _READ | os.O_DIRECTORY, source)
+        if inner_source is None:
+            return
         try:
-            self.copy_directory(inner_source, inner_target, f"{path}{name}/")
-            self._finish(inner_target, status)
+            os.mkdir(name, 0o700, dir_fd=target)
+            inner_target = os.open(name, _READ | os.O_DIRECTORY, dir_fd=target)
+            try:
+                self.copy_directory(inner_source, inner_target, f"{path}{name}/")
+                self._finish(inner_target, status)
+            finally:
+                os.close(inner_target)
         finally:
             os.close(inner_source)
-            os.close(inner_target)
 
-    def _copy_link(self, source: int, target: int, name: str) -> None:
-        os.symlink(os.readlink(name, dir_fd=source), name, dir_fd=target)
+    def _copy_link(self, source: int, target: int, name: str, status: os.stat_result) -> None:
+        try:
+            leads_to = os.readlink(name, dir_fd=source)
+        except OSError as error:
+            if error.errno in _GONE:
+                return
+            raise
+        os.symlink(leads_to, name, dir_fd=target)
         if self._owner:
             os.chown(name, *self._owner, dir_fd=target, follow_symlinks=False)
+        times = (status.st_atime_ns, status.st_mtime_ns)
+        os.utime(name, ns=times, dir_fd=target, follow_symlinks=False)
 
     def _copy_file(
         self, source: int, target: int, name: str, status: os.stat_result, path: str
@@ -77,14 +98,20 @@ class _Copy:
             first = self._linked[identity]
             os.link(first, name, src_dir_fd=self._root, dst_dir_fd=target, follow_symlinks=False)
             return
-        reading = os.open(name, _READ, dir_fd=source)
-        writing = os.open(name, _CREATE, 0o600, dir_fd=target)
+        reading = _open_source(name, _READ, source)
+        if reading is None:
+            return
         try:
-            _copy_data(reading, writing)
-            self._finish(writing, status)
+            if not stat.S_ISREG(os.fstat(reading).st_mode):  # replaced meanwhile
+                return
+            writing = os.open(name, _CREATE, 0o600, dir_fd=target)
+            try:
+                _copy_data(reading, writing)
+                self._finish(writing, status)
+            finally:
+                os.close(writing)
         finally:
             os.close(reading)
-            os.close(writing)
         if status.st_nlink > 1:
             self._linked[identity] = path + name
 
@@ -93,6 +120,24 @@ class _Copy:
             os.fchown(descriptor, *self._owner)
         os.fchmod(descriptor, stat.S_IMODE(status.st_mode) & 0o1777)
         os.utime(descriptor, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def _status_of(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """Return an entry's status, None if it was removed meanwhile."""
+    try:
+        return entry.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+
+
+def _open_source(name: str, flags: int, directory: int) -> int | None:
+    """Open what is to be copied, None if it was removed or replaced meanwhile."""
+    try:
+        return os.open(name, flags, dir_fd=directory)
+    except OSError as error:
+        if error.errno in _GONE:
+            return None
+        raise
 
 
 def _copy_data(reading: int, writing: int) -> None:

@@ -4,13 +4,13 @@ They lie in an EnvHub below ~/.rock, where the admin of launch.rock keeps its ow
 """
 
 import contextlib
+import os
 import pathlib
 from collections.abc import Iterator
 
-from envs.rock.errors import SandboxStartError
+from envs.rock.errors import SandboxError, SandboxStartError
 from envs.rock.images.hub import EnvHub
 from envs.rock.transfer import FileStreams, Transfer
-from envs.rock.wire import archive
 from envs.rock.wire.errors import Refusal
 
 OWNER = "default"  # the name of an admin's first user
@@ -18,8 +18,19 @@ OWNER = "default"  # the name of an admin's first user
 
 @contextlib.contextmanager
 def open_hub() -> Iterator[EnvHub]:
-    """Open the hub below ~/.rock."""
-    hub = EnvHub(pathlib.Path("~/.rock").expanduser())
+    """Open the hub below ~/.rock.
+
+    Raises:
+      SandboxError: this user has no home directory.
+    """
+    try:
+        place = pathlib.Path("~/.rock").expanduser()
+    except RuntimeError as error:
+        raise SandboxError(
+            "images are kept below ~/.rock, and this user has no home directory (HOME is not set,"
+            f" and user id {os.getuid()} has no entry in passwd); set HOME"
+        ) from error
+    hub = EnvHub(place)
     try:
         yield hub
     finally:
@@ -27,21 +38,21 @@ def open_hub() -> Iterator[EnvHub]:
 
 
 async def commit(sandbox: FileStreams, image: str) -> None:
-    """Save the regular files of a workspace, with their modes, under a name.
+    """Save the files of a workspace under a name; see Sandbox.pack for what is kept.
 
     Raises:
       SandboxError: (Refusal) the name belongs to another owner.
       ValueError: the name is not valid.
     """
     with open_hub() as hub:
-        digest, _ = await hub.store(archive.pack(sandbox, "."))
+        digest, _ = await hub.store(sandbox.pack("."))
         hub.register(image, "environment", digest, OWNER)
 
 
 async def load(sandbox: FileStreams, image: str) -> Transfer:
     """Write the files of an image into a sandbox that has just started."""
     with open_hub() as hub:
-        return await archive.unpack(sandbox, ".", hub.fetch(hub.get(image).digest))
+        return await sandbox.unpack(".", hub.fetch(hub.get(image).digest))
 
 
 def require(image: str) -> None:

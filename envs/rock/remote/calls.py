@@ -1,19 +1,30 @@
-"""Requests for one remote sandbox, which survive broken connections.
+"""Requests for one remote sandbox, which survive broken connections and proxies without an answer.
 
-A request that takes long carries a key and is waited for in rounds, so that a connection that
-breaks costs one round and never runs a command twice.
+A request that changes something carries a key, by which the service knows it when it comes again:
+it is carried out once. It is waited for in rounds: a connection that breaks costs one round.
+Requests that only look are sent again as they are.
 """
 
 import asyncio
 import contextlib
 import secrets
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
-from typing import Any, TypeVar
+import tempfile
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterator,
+    Mapping,
+)
+from typing import IO, Any, TypeVar
 
 from envs.rock.errors import SandboxClosedError, SandboxError
+from envs.rock.transfer import PIECE_BYTES
 from envs.rock.wire.client import Client
 from envs.rock.wire.errors import Disconnected
-from envs.rock.wire.operations import GRACE_SECONDS
+from envs.rock.wire.operations import GRACE_SECONDS, IN_SANDBOX
 
 T = TypeVar("T")
 ROUND_SECONDS = 20.0  # that one request waits at most
@@ -21,6 +32,7 @@ RETRY_SECONDS = 0.2
 # A request that may be lost is sent again only while the service would still know its end
 # (service.held.KEPT_SECONDS).
 RESEND_SECONDS = 10.0
+MAX_SPOOLED_BYTES = 8 << 20  # of a file that is sent, kept in memory
 _END_CODES = ("ended", "worker_lost", "unknown_sandbox")  # errors that mean: no such sandbox
 
 
@@ -68,10 +80,81 @@ class Calls:
             task.exception()  # marks it as retrieved
 
     async def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
-        """Send a request that is answered at once."""
+        """Send a request that only looks, until it is answered."""
         self.check_alive()
+        request = {"sandbox": self.sandbox, **arguments}
         with self._noticing_end():
-            return await self.client.ask(op, {"sandbox": self.sandbox, **arguments})
+            return await retry_until(now() + RESEND_SECONDS, lambda: self.client.ask(op, request))
+
+    async def change(self, op: str, **arguments: Any) -> dict[str, Any]:
+        """Send a request that is carried out at once, and once."""
+        return await self.run(op, arguments, 0.0)
+
+    async def read(self, op: str, **arguments: Any) -> AsyncGenerator[bytes, None]:
+        """Yield the bytes of a file; where the connection breaks, the rest is asked for."""
+        self.check_alive()
+        received = 0
+        deadline = now() + RESEND_SECONDS
+        while True:
+            request = {"sandbox": self.sandbox, **arguments}
+            if received:
+                request["offset"] = received
+            try:
+                with self._noticing_end():
+                    async with contextlib.aclosing(self.client.read(op, request)) as pieces:
+                        async for piece in pieces:
+                            received += len(piece)
+                            yield piece
+                            deadline = now() + RESEND_SECONDS
+                return
+            except Disconnected:
+                if now() > deadline:
+                    raise
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def read_archive(self, op: str, **arguments: Any) -> AsyncGenerator[bytes, None]:
+        """Yield an archive once it is there whole.
+
+        The service makes it anew for each request, so one that broke off cannot be continued.
+        """
+        self.check_alive()
+        request = {"sandbox": self.sandbox, **arguments}
+        with tempfile.SpooledTemporaryFile(MAX_SPOOLED_BYTES, prefix="rock-") as kept:
+
+            async def receive() -> None:
+                kept.seek(0)
+                kept.truncate()
+                with self._noticing_end():
+                    async with contextlib.aclosing(self.client.read(op, request)) as pieces:
+                        async for piece in pieces:
+                            await asyncio.to_thread(kept.write, piece)
+
+            await retry_until(now() + RESEND_SECONDS, receive)
+            kept.seek(0)
+            while piece := await asyncio.to_thread(kept.read, PIECE_BYTES):
+                yield piece
+
+    async def write(
+        self, op: str, pieces: AsyncIterator[bytes], **arguments: Any
+    ) -> dict[str, Any]:
+        """Send bytes, again from the beginning where the connection breaks; they count once.
+
+        What was read from `pieces` is kept for that in a file without a name.
+        """
+        self.check_alive()
+        request = {"sandbox": self.sandbox, **arguments, "call": secrets.token_hex(8)}
+        with tempfile.SpooledTemporaryFile(MAX_SPOOLED_BYTES, prefix="rock-") as kept:
+            source = aiter(pieces)
+            deadline = None
+            while True:
+                try:
+                    with self._noticing_end():
+                        return await self.client.write(op, request, _again(kept, source))
+                except Disconnected:
+                    deadline = deadline or now() + RESEND_SECONDS
+                    if now() > deadline:
+                        raise
+                await asyncio.sleep(RETRY_SECONDS)
 
     async def run(
         self,
@@ -99,7 +182,10 @@ class Calls:
             with self._noticing_end():
                 return await self._run_in_rounds(op, arguments, seconds, files, call)
         except asyncio.CancelledError:
-            self.start(self.client.call("cancel", {"sandbox": self.sandbox, "call": call}))
+            request = {"sandbox": self.sandbox, "call": call}
+            self.start(
+                retry_until(now() + RESEND_SECONDS, lambda: self.client.call("cancel", request))
+            )
             raise
 
     async def _run_in_rounds(
@@ -132,7 +218,7 @@ class Calls:
                 continue
             if answer is not None:
                 return answer
-            has_arrived = True
+            has_arrived = op in IN_SANDBOX  # what the admin does itself is asked for by itself
         raise SandboxError(f"no answer to {op} within {seconds + GRACE_SECONDS:.0f} s")
 
     async def _has_arrived(self, one_round: Mapping[str, Any], deadline: float) -> bool:
@@ -154,6 +240,16 @@ class Calls:
             if error.code in _END_CODES:
                 self.alive = False
             raise
+
+
+async def _again(kept: IO[bytes], source: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Yield what was kept of a source, then the rest of it, which is kept too."""
+    kept.seek(0)
+    while piece := await asyncio.to_thread(kept.read, PIECE_BYTES):
+        yield piece
+    async for piece in source:
+        await asyncio.to_thread(kept.write, piece)
+        yield piece
 
 
 async def retry_until(deadline: float, request: Callable[[], Awaitable[T]]) -> T:

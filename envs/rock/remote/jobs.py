@@ -50,11 +50,11 @@ class RemoteJob(Job):
         return self._end.result()
 
     async def interrupt(self) -> None:
-        await self._calls.ask("interrupt", job=self._name)
+        await self._calls.change("interrupt", job=self._name)
 
     async def kill(self) -> CommandResult:
         if self.running:
-            await self._calls.ask("kill", job=self._name)
+            await self._calls.change("kill", job=self._name)
         return await self.wait()
 
 
@@ -96,10 +96,10 @@ class RemoteSession(Session):
 
     async def interrupt(self) -> None:
         if not self.ended:
-            await self._calls.ask("interrupt", session=self._name)
+            await self._calls.change("interrupt", session=self._name)
 
     async def close(self) -> None:
         if not self.ended:
             self.ended = True
             with contextlib.suppress(SandboxClosedError):
-                await self._calls.ask("close_session", session=self._name)
+                await self._calls.change("close_session", session=self._name)

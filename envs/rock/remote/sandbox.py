@@ -26,7 +26,14 @@ from envs.rock.errors import SandboxClosedError, SandboxError, SandboxStartError
 from envs.rock.remote.calls import ROUND_SECONDS, Calls, now, retry_until
 from envs.rock.remote.connection import AdminConnection
 from envs.rock.remote.jobs import RemoteJob, RemoteSession
-from envs.rock.wire.client import Client, StreamPipe, relay
+from envs.rock.wire.archive import Transfer
+from envs.rock.wire.client import (
+    CONNECT_SECONDS,
+    Client,
+    StreamPipe,
+    relay,
+    retry_for,
+)
 from envs.rock.wire.codec import (
     config_to_json,
     entries_from_json,
@@ -95,7 +102,11 @@ class RemoteBackend(Backend):
     async def attach(self, sandbox: str) -> None:
         client = self._connect()
         try:
-            self._begin(client, await client.ask("get_status", {"sandbox": sandbox}))
+            request = {"sandbox": sandbox}
+            answer = await retry_until(
+                now() + GRACE_SECONDS, lambda: client.ask("get_status", request)
+            )
+            self._begin(client, answer)
         except BaseException:
             await self._disconnect()
             self._client = None
@@ -142,9 +153,12 @@ class RemoteBackend(Backend):
     async def _stop_abandoned(self, client: Client, request: Mapping[str, Any]) -> None:
         sandbox = self.id
         if not sandbox:
-            answer = await client.ask("start", {**request, "wait": 0})
+            again = {**request, "wait": 0}
+            deadline = now() + ABANDON_SECONDS
+            answer = await retry_until(deadline, lambda: client.ask("start", again))
             sandbox = answer["sandbox"]
-        await client.call("stop", {"sandbox": sandbox})
+        stop = {"sandbox": sandbox}
+        await retry_until(now() + ABANDON_SECONDS, lambda: client.call("stop", stop))
 
     async def stop(self) -> None:
         if self._client is None or (self._ending and self._ending.done()):
@@ -220,7 +234,7 @@ class RemoteBackend(Backend):
         return RemoteSession(calls, answer["session"], self.config.timeout)
 
     async def kill_all(self) -> None:
-        await self._running().ask("kill_all")
+        await self._running().change("kill_all")
 
     async def verify(
         self,
@@ -255,7 +269,8 @@ class RemoteBackend(Backend):
 
         async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             try:
-                inner = await calls.client.connect({"sandbox": calls.sandbox, "port": port})
+                request = {"sandbox": calls.sandbox, "port": port}
+                inner = await retry_for(CONNECT_SECONDS, lambda: calls.client.connect(request))
             except SandboxError:  # nothing listens there: the caller sees the connection end
                 writer.close()
                 return
@@ -280,15 +295,14 @@ class RemoteBackend(Backend):
         self._note_description(await self._running().run("restore", request, SNAPSHOT_SECONDS))
 
     async def commit(self, image: str) -> None:
-        await self._running().ask("commit", name=image)
+        await self._running().run("commit", {"name": image}, SNAPSHOT_SECONDS)
 
     # -- files
 
     async def read_stream(self, path: str) -> AsyncGenerator[bytes, None]:
-        request = {"path": self._relative_file(path)}
-        calls = self._running()
-        request["sandbox"] = calls.sandbox
-        async with contextlib.aclosing(calls.client.read("read_file", request)) as pieces:
+        relative = self._relative_file(path)
+        source = self._running().read("read_file", path=relative)
+        async with contextlib.aclosing(source) as pieces:
             async for piece in pieces:
                 yield piece
 
@@ -296,13 +310,26 @@ class RemoteBackend(Backend):
         self, path: str, pieces: AsyncIterator[bytes], mode: int = 0o644
     ) -> None:
         relative = self._relative_file(path)
-        calls = self._running()
-        request = {"sandbox": calls.sandbox, "path": relative, "mode": mode}
-        await calls.client.write("write_file", request, pieces)
+        await self._running().write("write_file", pieces, path=relative, mode=mode)
 
     async def list_files(self, path: str = ".") -> list[FileEntry]:
         answer = await self._running().ask("list_files", path=self._relative(path) or ".")
         return entries_from_json(answer)
+
+    async def pack(self, path: str = ".") -> AsyncGenerator[bytes, None]:
+        source = self._running().read_archive("download", path=self._relative(path) or ".")
+        async with contextlib.aclosing(source) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def unpack(self, path: str, pieces: AsyncIterator[bytes]) -> Transfer:
+        relative = self._relative(path) or "."
+        answer = await self._running().write("upload", pieces, path=relative)
+        try:
+            files, size = int(answer["files"]), int(answer["bytes"])
+            return Transfer(files, size, tuple(map(str, answer["skipped"])))
+        except (KeyError, TypeError, ValueError) as error:
+            raise SandboxError("the answer to upload is malformed") from error
 
 
 class RemoteSnapshot(Snapshot):
@@ -319,7 +346,11 @@ class RemoteSnapshot(Snapshot):
     async def delete(self) -> None:
         connection = AdminConnection.acquire(self._url, self._token)
         try:
-            await connection.client.call("delete_snapshot", {"snapshot": self.id})
+            request = {"snapshot": self.id}
+            await retry_until(
+                now() + GRACE_SECONDS,
+                lambda: connection.client.call("delete_snapshot", request),
+            )
         finally:
             await connection.release()
 

@@ -14,9 +14,11 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
+from envs.rock.errors import SandboxError
 from envs.rock.images.hub import EnvHub
 from envs.rock.service import fleet, gauges
-from envs.rock.service.fleet import Link, Member, Resources
+from envs.rock.service.fleet import Link, Member, Resources, check_reachable
+from envs.rock.service.held import Call
 from envs.rock.service.metrics import Metrics
 from envs.rock.service.provisioning import Provisioner
 from envs.rock.service.records import ENDED, Record, StartRequest
@@ -28,6 +30,7 @@ from envs.rock.wire.operations import IN_SANDBOX
 
 log = logging.getLogger("rock.admin")
 SWEEP_SECONDS = 1.0
+COMMIT_KEPT_SECONDS = 90.0  # that a commit is known which nobody asks for
 COLLECT_SECONDS = 3600.0  # between two removals of unnamed blobs from the hub
 REMEMBERED_SECONDS = 600.0  # that an ended sandbox is known, so that callers learn why it ended
 MAX_REMEMBERED = 20_000  # ended sandboxes
@@ -65,9 +68,10 @@ class Admin:
         self._worker_token = worker_token
         self._auto_clear = auto_clear_seconds
         self._by_key: dict[tuple[str, str], Record] = {}  # (user, key of the start) -> record
+        self._commits: dict[tuple[str, str], Call] = {}  # by user and key
         self._sweeper: asyncio.Task[None] | None = None
         self._collected = time.monotonic()
-        self._operations: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
+        self._operations: dict[str, Callable[..., Awaitable[dict[str, Any] | None]]] = {
             "start": self._start,
             "start_async": self._start_async,
             "get_status": self._get_status,
@@ -227,7 +231,7 @@ class Admin:
             await self._provisioner.ping(member)
             if record.state in ENDED:
                 raise record.failure() from error
-            raise Refusal("busy", f"worker {member.name} did not answer: {error}") from error
+            raise Refusal("no_answer", f"worker {member.name} did not answer: {error}") from error
         finally:
             record.busy -= 1
             record.used = time.monotonic()
@@ -369,7 +373,26 @@ class Admin:
         await record.wait_until_decided(None)
         await self.snapshots.delete({"snapshot": snapshot}, record.user)
 
-    async def _commit(self, arguments: dict[str, Any], user: str) -> dict[str, Any]:
+    async def _commit(self, arguments: dict[str, Any], user: str) -> dict[str, Any] | None:
+        """Save a sandbox's workspace; requests with the same key join the first.
+
+        One that failed is done again.
+        """
+        call = arguments.get("call")
+        if call is None:
+            return await self._save(arguments, user)
+        key = (user, call)
+        self._commits = {
+            name: commit
+            for name, commit in self._commits.items()
+            if commit.idle_seconds(time.monotonic()) < COMMIT_KEPT_SECONDS
+        }
+        earlier = self._commits.get(key)
+        if earlier is None or (earlier.task.done() and not earlier.succeeded):
+            self._commits[key] = Call(self._save(arguments, user))
+        return await self._commits[key].wait(arguments.get("wait", 0.0))
+
+    async def _save(self, arguments: dict[str, Any], user: str) -> dict[str, Any]:
         async with self._using(arguments["sandbox"], user) as record:
             workspace = {"sandbox": record.name, "path": "."}
             pieces = record.placed_on.link.read("download", workspace)
@@ -403,7 +426,15 @@ class Admin:
         incarnation = arguments["incarnation"]
         known = self._members.get(name)
         if known is None or known.incarnation != incarnation:
-            link = Client(arguments["url"], self._worker_token)
+            url = arguments["url"]
+            link = Client(url, self._worker_token)
+            try:
+                await check_reachable(link, url, incarnation)
+            except SandboxError as error:
+                await link.close()
+                self._provisioner.refused[name] = str(error)
+                raise
+            self._provisioner.refused.pop(name, None)
             resources = Resources(*(arguments[field] for field in Resources._fields))
             self.add_worker(name, link, arguments["kinds"], resources, incarnation)
         return {}

@@ -5,8 +5,10 @@ import dataclasses
 import importlib.util
 import ipaddress
 import logging
+import os
 import pathlib
 import socket
+import urllib.parse
 from collections.abc import Callable, Sequence
 
 from aiohttp import web
@@ -14,7 +16,7 @@ from aiohttp import web
 from envs.rock.service.admin import Admin
 from envs.rock.service.apps import Fleet, make_admin, make_worker
 from envs.rock.service.auth import load_or_make_tokens, load_tokens
-from envs.rock.service.fleet import machine_resources
+from envs.rock.service.fleet import is_wildcard, machine_resources
 from envs.rock.service.serving import listen, serve, url_of
 from envs.rock.service.worker import Worker
 from envs.rock.wire.operations import WORKER_USER
@@ -95,6 +97,13 @@ def _check(role: str, options: Options) -> None:
             f"--host={options.host} can be reached from other machines; add --public if that is"
             " meant"
         )
+    if role == "worker":
+        address = options.advertise or f"//{options.host}"
+        if is_wildcard(urllib.parse.urlsplit(address).hostname or ""):
+            raise UsageError(
+                f"a worker on {options.host} must say by --advertise=http://HOST:PORT where its"
+                " admin reaches it; all addresses of a machine are none"
+            )
     if role == "admin" and options.ray_address:
         _check_ray(options)
 
@@ -123,7 +132,7 @@ def _port(role: str, options: Options) -> int:
 def _load_tokens(options: Options) -> dict[str, str]:
     path = _data(options) / "tokens"
     if options.token_file:
-        path = pathlib.Path(options.token_file).expanduser()
+        path = _expand("--token_file", options.token_file)
     try:
         tokens = load_tokens(path) if options.public else load_or_make_tokens(path)
     except (OSError, ValueError) as error:
@@ -138,7 +147,18 @@ def _load_tokens(options: Options) -> dict[str, str]:
 
 
 def _data(options: Options) -> pathlib.Path:
-    return pathlib.Path(options.data).expanduser()
+    return _expand("--data", options.data)
+
+
+def _expand(flag: str, path: str) -> pathlib.Path:
+    try:
+        return pathlib.Path(path).expanduser()
+    except RuntimeError as error:
+        raise UsageError(
+            f"{flag}={path} is below a home directory, which this user does not have (HOME is not"
+            f" set, and user id {os.getuid()} has no entry in passwd); set HOME, or give"
+            f" {flag} a path without ~"
+        ) from error
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -1,20 +1,25 @@
 """Workers as the admin sees them: how to reach one, what it can still take, which one to choose."""
 
+import asyncio
+import ipaddress
 import os
 import pathlib
 import resource
 import time
+import urllib.parse
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from envs.rock.config import SandboxConfig
 from envs.rock.errors import SandboxError
 from envs.rock.host.linux import raise_descriptor_limit
-from envs.rock.wire.client import Pipe, retry_for
+from envs.rock.wire.client import Client, Pipe, retry_for
+from envs.rock.wire.errors import Refusal
 from envs.rock.wire.operations import MAX_WAIT_SECONDS
 
 HEARTBEAT_SECONDS = 2.0
 DEAD_SECONDS = 12.0  # without a heartbeat, until a worker counts as lost
+AGAIN_SECONDS = 1.0  # in which a request that was lost on its way is sent again
 PING_SECONDS = 3.0  # within which a worker must answer
 MEMORY_SHARE = 0.8  # of the free memory that is given out
 CPU_OVERCOMMIT = 32.0  # processors only get slower, and agents mostly wait for a model
@@ -187,9 +192,41 @@ class Member:
         """
         request = arguments | {"call": call, "wait": MAX_WAIT_SECONDS}
         while True:
-            answer = await self.link.call(op, request)
+            answer = await retry_for(AGAIN_SECONDS, lambda: self.link.call(op, request))
             if answer is not None:
                 return answer
+
+
+async def check_reachable(link: Client, url: str, incarnation: str) -> None:
+    """Call a worker back at the address that it registers.
+
+    Raises:
+      Refusal: nobody can be reached there, or somebody else.
+    """
+    host = urllib.parse.urlsplit(url).hostname or ""
+    advice = "start the worker with --advertise=http://HOST:PORT as this admin reaches it"
+    if is_wildcard(host):
+        raise Refusal("conflict", f"{url} is no address at which a worker can be reached; {advice}")
+    try:
+        async with asyncio.timeout(PING_SECONDS):
+            answer = await link.ask("worker/ping", {})
+    except TimeoutError:
+        reason = f"no answer within {PING_SECONDS:g} s"
+    except SandboxError as error:
+        reason = str(error)
+    else:
+        if answer.get("incarnation") == incarnation:
+            return
+        reason = "another worker answers there"
+    raise Refusal("conflict", f"this admin cannot reach the worker at {url}: {reason}; {advice}")
+
+
+def is_wildcard(host: str) -> bool:
+    """Return whether a host is the address that stands for all of a machine's."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_unspecified
+    except ValueError:
+        return False
 
 
 def emptiest(members: Iterable[Member], need: Resources) -> Member | None:

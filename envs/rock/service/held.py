@@ -13,7 +13,7 @@ from envs.rock.service.background import mark_retrieved
 from envs.rock.wire.errors import Refusal
 
 MAX_CALLS = 64  # of one sandbox at once
-MAX_KEPT_CALLS = 16  # that have ended, for callers whose connection broke
+MAX_KEPT_CALLS = 64  # that have ended, for callers whose connection broke
 KEPT_SECONDS = 30.0  # that an ended call is kept
 MAX_KEPT_JOBS = 64  # that have ended
 ABANDONED_SECONDS = 90.0  # after which a call that no caller asks for is cancelled
@@ -27,6 +27,12 @@ class Call:
         self.task.add_done_callback(mark_retrieved)
         self._waiting = 0
         self._asked = time.monotonic()
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether it has ended with a result."""
+        ended = self.task.done() and not self.task.cancelled()
+        return ended and self.task.exception() is None
 
     async def wait(self, seconds: float | None) -> dict[str, Any] | None:
         """Return the result, or None if there is none within `seconds` (None: no limit)."""
@@ -118,6 +124,18 @@ class HeldSandbox:
                 raise Refusal("busy", f"{MAX_CALLS} calls of this sandbox are running")
             self.calls[key] = Call(work())
         return self.calls[key]
+
+    async def restart(self, key: str, work: Callable[[], Awaitable[dict[str, Any]]]) -> Call:
+        """Return the call of this key if it has succeeded; else give it up and begin it anew.
+
+        For work that reads its request's body, of which every request brings its own.
+        """
+        earlier = self.calls.get(key)
+        if earlier is not None and not earlier.succeeded:
+            earlier.task.cancel()
+            await asyncio.wait([earlier.task])
+            del self.calls[key]
+        return self.join(key, work)
 
     def call(self, key: str) -> Call:
         """Return the call of this key; Refusal if there is none."""

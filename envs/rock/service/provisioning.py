@@ -16,9 +16,10 @@ from envs.rock.images.hub import EnvHub
 from envs.rock.service import fleet
 from envs.rock.service.background import BackgroundTasks
 from envs.rock.service.fair import FairQueue
-from envs.rock.service.fleet import PING_SECONDS, Link, Member, Resources
+from envs.rock.service.fleet import AGAIN_SECONDS, PING_SECONDS, Link, Member, Resources
 from envs.rock.service.metrics import Metrics
 from envs.rock.service.records import ENDED, WAITING, Record, StartRequest, State
+from envs.rock.wire.client import retry_for
 from envs.rock.wire.errors import Disconnected, Refusal
 
 log = logging.getLogger("rock.admin")
@@ -50,6 +51,7 @@ class Provisioner:
         self.records: dict[str, Record] = {}
         self.queue: FairQueue[Record] = FairQueue()
         self.background = BackgroundTasks()
+        self.refused: dict[str, str] = {}  # why workers of these names could not register
         self._hub = hub
         self._metrics = metrics
         self._auto_clear = auto_clear_seconds
@@ -120,9 +122,15 @@ class Provisioner:
         error = Refusal(
             "start_timeout",
             f"no sandbox within {record.request.config.start_timeout:g} s: the time ran out"
-            f" {where}",
+            f" {where}{self._why_no_worker()}",
         )
         self.background.start(self.end(record, "failed", error))
+
+    def _why_no_worker(self) -> str:
+        """Return what to add to the error of a start for which no worker was there."""
+        if self.members:
+            return ""
+        return "; ".join(["; no worker is registered", *self.refused.values()])
 
     def _schedule(self) -> None:
         """Start all waiting sandboxes that fit now, in fair order."""
@@ -180,7 +188,11 @@ class Provisioner:
         info = await member.finish("worker/create", arguments, call="create")
         if request.environment:
             target = {"sandbox": record.name, "path": "."}
-            await member.link.write("upload", target, self._hub.fetch(request.environment))
+            blob = request.environment
+            await retry_for(
+                AGAIN_SECONDS,
+                lambda: member.link.write("upload", target, self._hub.fetch(blob)),
+            )
         return info
 
     async def _fail_start(self, record: Record, member: Member, error: Exception) -> None:
@@ -301,7 +313,7 @@ class Provisioner:
         """Ask a worker whether it is still the same process; drop it if not."""
         try:
             async with asyncio.timeout(PING_SECONDS):
-                answer = await member.ask("worker/ping", {})
+                answer = await member.ask_for(AGAIN_SECONDS / 4, "worker/ping", {})
             if answer.get("incarnation") == member.incarnation:
                 return
         except (SandboxError, TimeoutError):

@@ -16,7 +16,6 @@ from envs.rock.embedded.probe import probe
 from envs.rock.errors import SandboxClosedError, SandboxError
 from envs.rock.sandbox import Sandbox
 from envs.rock.service.held import Call, HeldSandbox
-from envs.rock.wire import archive
 from envs.rock.wire.client import Pipe, StreamPipe
 from envs.rock.wire.codec import config_from_json, result_to_json
 from envs.rock.wire.errors import Refusal
@@ -144,19 +143,37 @@ class Worker:
         sandbox = self._find(arguments).sandbox
         path = arguments["path"]
         is_file = op == "read_file"
-        source = sandbox.read_stream(path) if is_file else archive.pack(sandbox, path)
+        source = sandbox.read_stream(path) if is_file else sandbox.pack(path)
+        left_out = arguments.get("offset", 0)
         async with contextlib.aclosing(source) as pieces:
             async for piece in pieces:
-                yield piece
+                if len(piece) > left_out:
+                    yield piece[left_out:]
+                left_out -= min(left_out, len(piece))
 
     async def write(
         self, op: str, arguments: dict[str, Any], pieces: AsyncIterator[bytes], user: str = ""
     ) -> dict[str, Any]:
-        """Write a file, or the files of an archive."""
-        sandbox = self._find(arguments).sandbox
+        """Write a file, or the files of an archive.
+
+        With a key the request may be repeated: after a success it is not carried out again, and one
+        that is still under way is given up first.
+        """
+        held = self._find(arguments)
+        key = arguments.get("call")
+        if key is None:
+            return await self._write(op, held.sandbox, arguments, pieces)
+        written = await held.restart(key, lambda: self._write(op, held.sandbox, arguments, pieces))
+        answer = await written.wait(None)
+        assert answer is not None  # it has ended
+        return answer
+
+    async def _write(
+        self, op: str, sandbox: Sandbox, arguments: dict[str, Any], pieces: AsyncIterator[bytes]
+    ) -> dict[str, Any]:
         path = arguments["path"]
         if op == "upload":
-            transfer = await archive.unpack(sandbox, path, pieces)
+            transfer = await sandbox.unpack(path, pieces)
             return transfer._asdict()
         size = 0
 

@@ -15,7 +15,13 @@ import yarl
 
 from envs.rock.errors import SandboxError
 from envs.rock.transfer import PIECE_BYTES
-from envs.rock.wire.errors import Disconnected, decode_error
+from envs.rock.wire.errors import (
+    NO_ANSWER,
+    Disconnected,
+    decode_error,
+    decode_foreign,
+    is_ours,
+)
 from envs.rock.wire.fields import parse_json
 from envs.rock.wire.operations import GRACE_SECONDS, TO_ADMIN, TO_WORKER
 
@@ -110,7 +116,7 @@ class Client:
             async with self._http.post(
                 self._url(op), **body, timeout=timeout, allow_redirects=False
             ) as response:
-                return await _read_answer(response)
+                return await self._read_answer(response)
         except _CONNECTION_ERRORS as error:
             raise self._lost(error) from error
 
@@ -128,8 +134,10 @@ class Client:
         del user
         try:
             async with self._http.get(self._url(op, arguments), allow_redirects=False) as response:
-                if response.status != 200:
-                    await _read_answer(response)
+                is_file = response.content_type == "application/octet-stream"
+                if response.status != 200 or not is_file:
+                    await self._read_answer(response)
+                    raise decode_foreign(response.status, self.url)
                 async for piece in response.content.iter_chunked(PIECE_BYTES):
                     yield piece
         except _CONNECTION_ERRORS as error:
@@ -162,7 +170,7 @@ class Client:
                 headers={"Content-Type": "application/octet-stream"},
                 allow_redirects=False,
             ) as response:
-                return await _read_answer(response) or {}
+                return await self._read_answer(response) or {}
         except _CONNECTION_ERRORS as error:
             if source_errors:
                 raise source_errors[0] from None
@@ -179,12 +187,33 @@ class Client:
                 heartbeat=STALL_SECONDS,
             )
         except aiohttp.WSServerHandshakeError as error:
+            # The handshake's answer has no body by which to know whose it is.
+            if error.status in NO_ANSWER:
+                raise decode_foreign(error.status, self.url) from error
             raise SandboxError(
                 f"no connection to port {arguments.get('port')}: HTTP status {error.status}"
             ) from error
         except _CONNECTION_ERRORS as error:
             raise self._lost(error) from error
         return WebSocketPipe(socket)
+
+    async def _read_answer(self, response: aiohttp.ClientResponse) -> dict[str, Any] | None:
+        data = bytearray()
+        async for piece in response.content.iter_chunked(PIECE_BYTES):
+            data += piece
+            if len(data) > MAX_ANSWER_BYTES:
+                raise SandboxError(f"the service's answer has more than {MAX_ANSWER_BYTES} bytes")
+        if response.status == 202:
+            return None
+        try:
+            body = parse_json(bytes(data))
+        except ValueError:
+            body = None
+        if not is_ours(response.status, body):
+            raise decode_foreign(response.status, self.url)
+        if response.status != 200:
+            raise decode_error(response.status, body)
+        return body
 
     def _url(self, op: str, query: Mapping[str, Any] | None = None) -> yarl.URL:
         text = self.url + OPERATIONS[op].path
@@ -214,25 +243,6 @@ def _make_form(arguments: Mapping[str, Any], files: Mapping[str, bytes]) -> aioh
     for content in files.values():
         form.add_field("file", content, content_type="application/octet-stream", filename="file")
     return form
-
-
-async def _read_answer(response: aiohttp.ClientResponse) -> dict[str, Any] | None:
-    data = bytearray()
-    async for piece in response.content.iter_chunked(PIECE_BYTES):
-        data += piece
-        if len(data) > MAX_ANSWER_BYTES:
-            raise SandboxError(f"the service's answer has more than {MAX_ANSWER_BYTES} bytes")
-    if response.status == 202:
-        return None
-    try:
-        body = parse_json(bytes(data))
-    except ValueError:
-        body = None
-    if response.status != 200:
-        raise decode_error(response.status, body)
-    if not isinstance(body, dict):
-        raise SandboxError("the service's answer is not a JSON object")
-    return body
 
 
 async def retry_for(seconds: float, request: Callable[[], Awaitable[T]]) -> T:

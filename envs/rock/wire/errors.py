@@ -19,6 +19,14 @@ from envs.rock.errors import (
 MAX_MESSAGE_CHARS = 2000
 
 
+# Statuses with which proxies report that the service did not answer; from 520 on Cloudflare does.
+NO_ANSWER = (408, 425, 429, 500, 502, 503, 504)
+_REMEDIES = {
+    404: "; is this the address of an admin, with the proxy's path?",
+    413: ": it takes no body of this size; raise its limit",
+}
+
+
 class Refusal(SandboxError):
     """A service refused a request; `code` is one of CODES."""
 
@@ -58,6 +66,8 @@ CODES: dict[str, tuple[int, type[Exception]]] = {
     "internal": (500, SandboxError),
     "start_failed": (503, SandboxStartError),
     "busy": (503, SandboxError),
+    # of a worker that lives: whether the request was carried out is unknown
+    "no_answer": (503, Disconnected),
     "start_timeout": (504, SandboxStartError),
 }
 # Code of an exception that carries none. The first match wins, so subclasses come first.
@@ -99,6 +109,32 @@ def _code_of(error: Exception) -> str:
         if isinstance(error, kind):
             return code
     return "internal"
+
+
+def is_ours(status: int, body: Any) -> bool:
+    """Return whether a response comes from a ROCK service, and not from a proxy in between.
+
+    Args:
+      status: HTTP status of the response.
+      body: parsed JSON of the response; None if it was not JSON.
+    """
+    if status == 200:
+        return isinstance(body, dict)
+    fields = body.get("error") if isinstance(body, dict) else None
+    return isinstance(fields, dict) and isinstance(fields.get("code"), str)
+
+
+def decode_foreign(status: int, url: str) -> SandboxError:
+    """Return the exception that a response of something between here and the service stands for.
+
+    Disconnected for what a proxy answers when it has no answer of the service: the request may or
+    may not have been carried out, as after a broken connection. The same for a page instead of an
+    answer.
+    """
+    said = f"HTTP status {status} from something between here and {url}, not ROCK's answer"
+    if status < 300 or status in NO_ANSWER or status >= 520:
+        return Disconnected(said)
+    return SandboxError(f"{said}{_REMEDIES.get(status, '')}")
 
 
 def decode_error(status: int, body: Any) -> Exception:

@@ -22,6 +22,7 @@ TEMPLATE = "/apis/envs/template/v1/"
 MAX_JSON_BYTES = 8 << 20
 MAX_FILES_BYTES = 64 << 20  # of one verifier, all files together
 MAX_WAIT_SECONDS = 30.0  # that one request may be held open
+MAX_OFFSET = 1 << 62
 GRACE_SECONDS = 30.0  # beyond the time that was asked for, until a response counts as lost
 WORKER_USER = "worker"  # the user name whose token the admin and its workers share
 
@@ -61,6 +62,14 @@ _POLL = {
         "seconds to wait for the end before 202 is answered; only with call",
         high=MAX_WAIT_SECONDS,
     ),
+}
+_KEY = {
+    "call": Field(
+        "string",
+        "a key of the caller's making: a request that has succeeded is not carried out again",
+        low=1,
+        high=80,
+    )
 }
 _TIMEOUT = {
     "timeout": Field("number", "seconds; by default the sandbox's", low=0.001, high=MAX_SECONDS)
@@ -122,16 +131,18 @@ IN_SANDBOX: dict[str, Operation] = {
     "interrupt": _json(
         SANDBOX + "interrupt",
         "SIGINT for a job or for what a session runs.",
-        _ID | {"job": _JOB, "session": _JOB},
+        _ID | {"job": _JOB, "session": _JOB} | _POLL,
         "nothing",
     ),
     "kill": _json(
         SANDBOX + "kill",
         "SIGKILL for a job, and its end.",
-        _ID | {"job": _JOB._replace(required=True)},
+        _ID | {"job": _JOB._replace(required=True)} | _POLL,
         _RESULT,
     ),
-    "kill_all": _json(SANDBOX + "kill_all", "Kill every process; files stay.", _ID, "nothing"),
+    "kill_all": _json(
+        SANDBOX + "kill_all", "Kill every process; files stay.", _ID | _POLL, "nothing"
+    ),
     "cancel": _json(
         SANDBOX + "cancel",
         "Give up a call: what it runs is killed.",
@@ -150,7 +161,9 @@ IN_SANDBOX: dict[str, Operation] = {
         _ID | _SESSION | {name: _COMMAND[name] for name in ("command", "timeout")} | _POLL,
         _RESULT + ", session_ended",
     ),
-    "close_session": _json(SANDBOX + "close_session", "End a session.", _ID | _SESSION, "nothing"),
+    "close_session": _json(
+        SANDBOX + "close_session", "End a session.", _ID | _SESSION | _POLL, "nothing"
+    ),
     "verify": _json(
         SANDBOX + "verify",
         "Kill what the agent left, then run a script that it can never read.",
@@ -191,26 +204,32 @@ IN_SANDBOX: dict[str, Operation] = {
         "tier, guarantees, workspace",
     ),
     "read_file": Operation(
-        SANDBOX + "read_file", "read", "The content of a file.", _ID | _PATH, "the content"
+        SANDBOX + "read_file",
+        "read",
+        "The content of a file.",
+        _ID
+        | _PATH
+        | {"offset": Field("integer", "bytes to leave out at its beginning", high=MAX_OFFSET)},
+        "the content",
     ),
     "write_file": Operation(
         SANDBOX + "write_file",
         "write",
         "The body becomes the content of a file.",
-        _ID | _PATH | {"mode": Field("integer", "permission bits", high=0o777)},
+        _ID | _PATH | {"mode": Field("integer", "permission bits", high=0o777)} | _KEY,
         "bytes",
     ),
     "upload": Operation(
         SANDBOX + "upload",
         "write",
-        "Unpack a tar archive, links and devices skipped.",
-        _ID | _PATH,
+        "Unpack a tar archive; FIFOs and devices are skipped.",
+        _ID | _PATH | _KEY,
         _TRANSFER,
     ),
     "download": Operation(
         SANDBOX + "download",
         "read",
-        "A directory as a tar archive of its regular files.",
+        "A directory as a tar archive.",
         _ID | _PATH,
         "a tar archive",
     ),
@@ -286,7 +305,7 @@ TO_ADMIN: dict[str, Operation] = IN_SANDBOX | {
     "commit": _json(
         SANDBOX + "commit",
         "Keep its workspace in the hub as an environment.",
-        _ID | _NAME | {"tags": Field("strings", "any", high=50)},
+        _ID | _NAME | {"tags": Field("strings", "any", high=50)} | _POLL,
         "digest, name, bytes",
     ),
     "keep_alive": _json(

@@ -18,6 +18,7 @@ from envs.tasks.harbor.errors import BuildError, TaskError, UnsupportedError
 from envs.tasks.harbor.paths import PathMap
 from envs.tasks.harbor.task import HarborTask
 
+FOLDERS_A_COMMAND = 100  # that one mkdir makes
 _IN_EVERY_IMAGE = ("home", "mnt", "opt", "root", "srv", "var")
 _ACCOUNTS = re.compile(
     r"\b(?:useradd|adduser|groupadd|addgroup|usermod|chpasswd|chown|su|sudo|gosu)\b"
@@ -252,10 +253,18 @@ class Builder:
         """Copy the content of a folder of the context into the target."""
         prefix = f"{name}/" if name else ""
         files = {}
+        empty = []
         for path, content in self._context.items():
-            if path.startswith(prefix):
-                files[f"{place}/{path.removeprefix(prefix)}"] = content
+            target = f"{place}/{path.removeprefix(prefix)}"
+            if path.startswith(prefix) and path.endswith("/"):
+                empty.append(shlex.quote(target))
+            elif path.startswith(prefix):
+                files[target] = content
         await self._write(instruction, files, mode)
+        for start in range(0, len(empty), FOLDERS_A_COMMAND):
+            await self._check(
+                instruction, f"mkdir -p -- {' '.join(empty[start : start + FOLDERS_A_COMMAND])}"
+            )
 
     async def _copy_file(
         self, instruction: Instruction, name: str, place: str, into: bool, mode: int | None

@@ -131,6 +131,9 @@ def _write(folder: pathlib.Path, files: Files) -> None:
     for name, (content, mode) in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith("/"):  # an empty folder
+            path.mkdir(exist_ok=True)
+            continue
         path.write_bytes(content)
         path.chmod(mode)
 

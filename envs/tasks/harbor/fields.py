@@ -149,8 +149,9 @@ class Table:
         if value is None:
             raise self.fault(
                 key,
-                f"{match[0]} has no value and no default; pass environ={{{match[1]!r}: ...}} to"
-                " load_task",
+                f"{match[0]} has no value and no default; give it to launch.eval as"
+                f" --task_env {match[1]}=VALUE, or --task_env {match[1]} for the value that the"
+                f" variable has there; to load_task as environ={{{match[1]!r}: ...}}",
                 name,
             )
         return value
@@ -192,13 +193,15 @@ def read_text(path: pathlib.Path, limit: int = MAX_SETTINGS_BYTES) -> str:
 
 
 def read_folder(
-    folder: pathlib.Path, leave_out: tuple[str, ...] = ()
+    folder: pathlib.Path, leave_out: tuple[str, ...] = (), empty_folders: bool = False
 ) -> dict[str, tuple[bytes, int]]:
     """Return all regular files below a folder; {} where the folder is missing.
 
     Args:
       folder: the folder.
       leave_out: names at the top of the folder to leave out.
+      empty_folders: whether folders with nothing in them are members too, by a path that ends with
+        a slash.
 
     Raises:
       TaskError: there is a link or a device, which could name any file of this machine, or too
@@ -224,6 +227,8 @@ def read_folder(
             files[(place / name).relative_to(folder).as_posix()] = (content, mode)
             if len(files) > MAX_FOLDER_FILES:
                 raise TaskError(folder, 0, f"more than {MAX_FOLDER_FILES} files")
+        if empty_folders and place != folder and not folders and not names:
+            files[f"{place.relative_to(folder).as_posix()}/"] = (b"", 0o755)
     return files
 
 

@@ -30,8 +30,8 @@ class Healthcheck:
 class Environment:
     """The environment that the agent works in.
 
-    `context` is the build context, including the Dockerfile. Without a Dockerfile, `docker_image`
-    is used as it is.
+    `context` is the build context, including the Dockerfile; an empty folder is a path that ends
+    with a slash. Without a Dockerfile, `docker_image` is used as it is.
     """
 
     context: Files = dataclasses.field(default_factory=dict, repr=False)

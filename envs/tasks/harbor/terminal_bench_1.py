@@ -67,7 +67,7 @@ def load_terminal_bench_1(folder: pathlib.Path) -> HarborTask:
     category = table.text("category") or ""
     difficulty = table.text("difficulty") or ""
     tags = table.texts("tags")
-    context = read_folder(folder, leave_out=NOT_CONTEXT)
+    context = read_folder(folder, leave_out=NOT_CONTEXT, empty_folders=True)
     step = Step(
         "task",
         instruction,

@@ -6,7 +6,11 @@ import asyncio
 import contextlib
 import json
 import math
+import os
+import subprocess
 import sys
+import threading
+import time
 
 import pytest
 from aiohttp import web
@@ -23,10 +27,12 @@ from envs.gem.tools import (
     ShellTool,
     ToolEnvWrapper,
 )
-from envs.gem.tools.mcp import _first_call
+from envs.gem.tools.mcp import MCPServerError, _first_call
 from envs.gem.tools.search import terms
 from envs.rock import AgentFault, SandboxConfig, SandboxError, sync
 from tests.envs.gem.worlds import Counter
+from tests.paths import ROOT
+from tests.processes import host_processes
 
 CONFIG = SandboxConfig(isolation="best_available")
 TOOLS = [
@@ -435,6 +441,72 @@ def test_mcp_tools_of_a_real_server_process(tmp_path):
         tool.close()
     with pytest.raises(ValueError, match="url or command"):
         MCPTool({"mcpServers": {"bad": {}}})
+
+
+@pytest.mark.slow
+def test_mcp_servers_that_die_hang_or_are_not_there_cost_their_own_calls_only(tmp_path):
+    pytest.importorskip(
+        "mcp", reason="the mcp package is optional; pip install -r tests/requirements-live.txt"
+    )
+    script = tmp_path / "server.py"
+    script.write_text(SERVER)
+    seconds = f"7654{os.getpid()}"
+    servers = {
+        "dead": {"command": "false"},
+        "silent": {"command": "sleep", "args": [seconds]},
+        "missing": {"command": "/no/such/program"},
+        "far": {"url": "http://127.0.0.1:9/mcp"},
+        "good": {"command": sys.executable, "args": [str(script)]},
+    }
+    tool = MCPTool({"mcpServers": servers}, execution_timeout=8)
+    try:
+        assert tool.execute_action(gem_call("add", a=2, b=3))[1:3] == (
+            False,
+            "\n<tool_response>\n5\n</tool_response>\n",
+        )
+        assert "add" in tool.instruction_string()
+        failed, text = tool.execute_action(gem_call("nothing"))[1:3]
+        assert failed and all(repr(name) in text for name in servers if name != "good"), text
+        assert "no answer within 4 s" in text and "No such file" in text
+    finally:
+        tool.close()
+    assert host_processes(seconds) == 0
+    alone = MCPTool({"mcpServers": {"silent": servers["silent"]}}, execution_timeout=1)
+    with pytest.raises(MCPServerError, match=r"'silent' .* no answer within 0\.5 s") as raised:
+        alone.get_available_tools()
+    assert isinstance(raised.value, SandboxError)
+    assert alone.execute_action(gem_call("add"))[1] is True
+    alone.close()
+    alone.close()
+    assert host_processes(seconds) == 0
+
+
+@pytest.mark.slow
+def test_an_mcp_server_that_is_being_opened_can_be_closed_and_ends_with_its_caller(tmp_path):
+    pytest.importorskip(
+        "mcp", reason="the mcp package is optional; pip install -r tests/requirements-live.txt"
+    )
+    seconds = f"7655{os.getpid()}"
+    config = {"mcpServers": {"silent": {"command": "sleep", "args": [seconds]}}}
+    tool = MCPTool(config, execution_timeout=60)
+    asking = threading.Thread(target=lambda: tool.execute_action(gem_call("add")), daemon=True)
+    asking.start()
+    deadline = time.monotonic() + 20
+    while not host_processes(seconds) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert host_processes(seconds) == 1
+    tool.close()
+    asking.join(10)
+    assert not asking.is_alive() and host_processes(seconds) == 0
+    left_open = f"""
+import threading, time
+from envs.gem.tools import MCPTool
+tool = MCPTool({config!r}, execution_timeout=60)
+threading.Thread(target=tool.get_available_tools, daemon=True).start()
+time.sleep(3)
+"""
+    subprocess.run([sys.executable, "-c", left_open], cwd=ROOT, timeout=60, check=True)
+    assert host_processes(seconds) == 0
 
 
 @pytest.mark.slow

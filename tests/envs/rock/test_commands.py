@@ -3,6 +3,12 @@ test says otherwise.
 """
 
 import asyncio
+import os
+import pathlib
+import shlex
+import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -15,6 +21,7 @@ from envs.rock import (
     probe,
 )
 from envs.rock.host.fenced import WITHOUT_ETC
+from tests.paths import ROOT
 
 
 @pytest.fixture(params=["namespaces", "landlock"])
@@ -286,3 +293,37 @@ def test_required_isolation_is_never_silently_weaker():
             tier == "namespaces"
             and {"memory", "pids", "network", "filesystem", "disk", "processes"} <= guarantees
         )
+
+
+TELL_TIME = """
+import asyncio, sys
+from envs.rock import Sandbox, SandboxConfig
+ASK = "date -d '2024-01-01 00:00' '+%Z %s'; TZ=JST-9 date -d '2024-01-01 00:00' +%s"
+async def main():
+    config = SandboxConfig(isolation="best_available", tier=sys.argv[1])
+    async with Sandbox(config) as sandbox:
+        print((await sandbox.execute(ASK)).stdout, (await sandbox.verify(ASK)).stdout)
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("tier", ["namespaces", "landlock"])
+def test_the_hosts_time_zone_is_not_the_sandboxs(tier, tmp_path):
+    if probe(tier=tier).tier is None:
+        pytest.skip(f"no {tier} tier here")
+    tokyo = pathlib.Path("/usr/share/zoneinfo/Asia/Tokyo")
+    if os.geteuid() or not tokyo.exists():
+        pytest.skip("the host's zone cannot be changed here")
+    shutil.copytree("/etc", tmp_path / "etc", symlinks=True, ignore_dangling_symlinks=True)
+    (tmp_path / "etc/localtime").unlink(missing_ok=True)
+    shutil.copy(tokyo, tmp_path / "etc/localtime")
+    program = shlex.join([sys.executable, "-c", TELL_TIME, tier])
+    host = f"mount --bind {tmp_path}/etc /etc && date +%Z && exec {program}"
+    run = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", host],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.stdout.split() == ["JST", *["UTC", "1704067200", "1704034800"] * 2], run.stderr

@@ -12,6 +12,7 @@ import pytest
 
 from envs.rock import Sandbox, SandboxConfig, SandboxError, SandboxStartError, probe
 from envs.rock.embedded.sandbox import EmbeddedSnapshot
+from envs.rock.host import tree
 from tests.paths import ROOT
 
 STATE = pathlib.Path(tempfile.gettempdir(), f"rock-{os.getuid()}")
@@ -214,6 +215,65 @@ def test_a_tree_that_cannot_be_copied_is_an_error_and_leaves_nothing(config):
             return (await sandbox.execute("rm -r x && echo well")).stdout, snapshots()
 
     assert run(work) == ("well\n", before)
+
+
+def test_files_that_an_idle_sessions_processes_remove_meanwhile_are_no_error(config):
+    async def work():
+        async with Sandbox(config) as sandbox, await sandbox.create_session() as session:
+            await session.run("mkdir many zz; for n in $(seq 60); do echo $n > many/$n; done")
+            churn = "touch zz/f{1..8}; mkdir zz/d{1..8}; rm -r zz/*"
+            await session.run(f"(while :; do {churn}; done) &")
+            snapshots = [await sandbox.snapshot() for _ in range(6)]
+            async with Sandbox(config, snapshots[-1]) as copy:
+                count = (await copy.execute("ls many | wc -l")).stdout
+            for snapshot in snapshots:
+                await snapshot.delete()
+            return count
+
+    assert run(work) == "60\n"
+
+
+@pytest.mark.parametrize("becomes", ["nothing", "link", "directory", "fifo", "file"])
+@pytest.mark.parametrize("kind", ["file", "directory", "link"])
+def test_what_is_replaced_between_its_listing_and_its_copy_is_left_out(
+    kind, becomes, tmp_path, monkeypatch
+):
+    source, target = tmp_path / "source", tmp_path / "target"
+    for directory in (source, target):
+        directory.mkdir()
+    (source / "kept").write_text("kept")
+    changing = source / "changing"
+    make = {
+        "nothing": lambda: None,
+        "file": lambda: changing.write_text("new"),
+        "directory": changing.mkdir,
+        "link": lambda: changing.symlink_to("/etc/passwd"),
+        "fifo": lambda: os.mkfifo(changing),
+    }
+    make[kind]()
+    copy_link, open_source = tree._Copy._copy_link, tree._open_source
+
+    def replace() -> None:
+        changing.rmdir() if kind == "directory" else changing.unlink()
+        make[becomes]()
+
+    def replaced_link(self, source, target, name, status):
+        replace()
+        copy_link(self, source, target, name, status)
+
+    def replaced_source(name, flags, directory):
+        if name == "changing":
+            replace()
+        return open_source(name, flags, directory)
+
+    monkeypatch.setattr(tree._Copy, "_copy_link", replaced_link)
+    monkeypatch.setattr(tree, "_open_source", replaced_source)
+    descriptors = [os.open(one, os.O_RDONLY) for one in (source, target)]
+    tree.copy_tree(*descriptors)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    assert (target / "kept").read_text() == "kept"
+    assert sorted(os.listdir(target)) == (["changing", "kept"] if becomes == kind else ["kept"])
 
 
 def test_snapshots_end_with_the_process_that_made_them_killed_or_not(config):

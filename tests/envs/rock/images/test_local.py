@@ -31,7 +31,11 @@ def test_a_committed_workspace_is_an_image_for_others_and_stays_as_it_was(config
         async with Sandbox(config(image="team/env")) as third:
             return began, forked, (await third.execute("cat a/b")).stdout
 
-    assert asyncio.run(asyncio.wait_for(work(), 60)) == ("ran\nonea\nrun\n", "three\n", "three\n")
+    assert asyncio.run(asyncio.wait_for(work(), 60)) == (
+        "ran\nonea\nlink\nrun\n",
+        "three\n",
+        "three\n",
+    )
     hub = EnvHub(tmp_path / ".rock")
     assert [entry.name for entry in hub.list()] == ["team/env"] and len(
         list((tmp_path / ".rock/blobs").iterdir())

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from envs.gem.server import PREFIX as GEM
 from envs.rock import Sandbox, SandboxClosedError, SandboxError, SandboxStartError, probe
 from envs.rock.service import heartbeat
+from envs.rock.service.auth import Tokens
 from envs.rock.service.fleet import Resources
+from envs.rock.service.server import Server
 from envs.rock.service.worker import Worker
 from envs.rock.wire.client import Client
-from envs.rock.wire.operations import SANDBOX, TO_ADMIN
+from envs.rock.wire.operations import SANDBOX, TO_ADMIN, TO_WORKER
 from tests.envs.rock.service import running
 from tests.envs.rock.service.running import TOKENS
 
@@ -178,24 +180,26 @@ def test_a_worker_whose_admin_is_silent_and_one_that_holds_forgotten_sandboxes_e
             async with Sandbox(site.config()) as sandbox:
                 await asyncio.sleep(0.3)
                 assert worker.held() == [sandbox.id]  # what it knows stays
-        registration = {
-            "name": "two",
-            "url": "http://127.0.0.1:1",
-            "kinds": [],
-            **Resources(1, 1.0, 1, 1)._asdict(),
-        }
-        async with running.admin(tmp_path, worker=False) as site:
-            client = Client(site.url, TOKENS["worker"])
-            signs = asyncio.create_task(heartbeat.report(worker, client, registration))
-            await asyncio.sleep(0.2)
-        try:  # the admin is gone
-            with contextlib.suppress(SandboxError):
-                await worker.call("worker/create", arguments | {"sandbox": "sb-orphan"})
-            await _until(lambda: not worker.held())
-        finally:
-            signs.cancel()
-            await client.close()
-            await worker.close()
+        routes = Server(worker, TO_WORKER, Tokens(TOKENS), "worker", only_for="worker")
+        async with running.site(routes.app()) as own:
+            registration = {
+                "name": "two",
+                "url": own.url,
+                "kinds": [],
+                **Resources(1, 1.0, 1, 1)._asdict(),
+            }
+            async with running.admin(tmp_path, worker=False) as site:
+                client = Client(site.url, TOKENS["worker"])
+                signs = asyncio.create_task(heartbeat.report(worker, client, registration))
+                await asyncio.sleep(0.2)
+            try:  # the admin is gone
+                with contextlib.suppress(SandboxError):
+                    await worker.call("worker/create", arguments | {"sandbox": "sb-orphan"})
+                await _until(lambda: not worker.held())
+            finally:
+                signs.cancel()
+                await client.close()
+                await worker.close()
 
     run(work())
 

@@ -4,6 +4,8 @@ import asyncio
 import copy
 import dataclasses
 import json
+import shutil
+import subprocess
 
 import pytest
 
@@ -260,3 +262,30 @@ def test_examples_are_registered_and_the_environment_is_a_gem_one():
 
 def test_a_task_can_be_given_as_a_record(run):
     assert run(play(load_task(EXAMPLES / "log-triage")))[0] == 0.0
+
+
+def test_a_copied_repository_keeps_the_empty_folders_that_it_needs(harbor, run):
+    """`git gc` packs all refs and leaves .git/refs empty, and git wants it there."""
+    if not shutil.which("git"):
+        pytest.skip("no git here")
+    check = (
+        "cd /app/repo && test -d logs && test -d /app/kept/none"
+        ' && [ "$(GIT_CONFIG_NOSYSTEM=1 git -c safe.directory=* log --format=%s)" = first ]'
+    )
+    folder = harbor(
+        {
+            "environment/Dockerfile": "FROM ubuntu:24.04\nWORKDIR /app\nCOPY repo ./repo\n"
+            "COPY empty /app/kept/\n",
+            "tests/test.sh": "#!/bin/bash\nmkdir -p /logs/verifier\n"
+            f"if {check}; then echo 1; else echo 0; fi > /logs/verifier/reward.txt\n",
+        }
+    )
+    repository = folder / "environment/repo"
+    (repository / "logs").mkdir(parents=True)
+    (folder / "environment/empty/none").mkdir(parents=True)
+    make = (
+        "git init -q . && git config user.name n && git config user.email e@x && echo 1 > f &&"
+        " git add f && git commit -qm first && git gc -q && rm -rf .git/hooks"
+    )
+    subprocess.run(make, shell=True, cwd=repository, check=True)
+    assert run(play(folder, "true"))[0] == 1.0

@@ -207,7 +207,7 @@ def test_steps_share_the_tasks_tests_and_settings_and_override_them(harbor):
         ('[environment]\nallow_internet = "yes"\n', 2, "is not a bool"),
         ('[environment]\nworkdir = "app"\n', 2, "not an absolute path"),
         ("[environment]\nenv = {A = [1]}\n", 2, "[1] is not a text"),
-        ('[environment.env]\nA = "${NOT_SET}"\n', 2, "environ={'NOT_SET': ...}"),
+        ('[environment.env]\nA = "${NOT_SET}"\n', 2, "--task_env NOT_SET=VALUE"),
         ("[environment]\n[environment.healthcheck]\nretries = 2\n", 2, "needs a command"),
         ("environment = 3\n", 1, "is not a dict"),
         ("steps = [1]\n", 1, "must be a table"),
