@@ -311,17 +311,17 @@ def _chunk_features(
 ) -> Example:
     turns = trajectory.turns
     reward = loss_reward(trajectory, options.failure_reward, options.denial_penalty)
-    succeeded = reward > 0
-    weight = 1.0 if succeeded else options.negative_weight
+    is_positive = reward > 0  # T+ of Eq. 9, also where the task is only partly solved
+    weight = 1.0 if is_positive else options.negative_weight
     kinds_K = np.array([_kind(chunk, options.purpose) for _, chunk in turns])
-    if not succeeded and _is_too_long(turns, options.negative_tokens):
+    if not is_positive and _is_too_long(turns, options.negative_tokens):
         kinds_K = np.where(kinds_K == RL, CONTEXT, kinds_K)
     ones_K = np.ones(len(turns))
     advantage_weight_K = np.where(advantage * ones_K < 0, options.negative_weight, 1.0)
     return {
         "return": weight * chunk_returns(reward, len(turns), options.gamma),
         "reward": weight * reward * ones_K,
-        "sign": (1.0 if succeeded else -1.0) * ones_K,
+        "sign": (1.0 if is_positive else -1.0) * ones_K,
         "advantage": advantage_weight_K * advantage,
         "kind": kinds_K,
     }

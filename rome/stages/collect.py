@@ -27,7 +27,7 @@ from rome.rollout.anchors import Anchors, anchor_of
 from rome.rollout.curriculum import Curriculum
 from rome.rollout.forks import REPLAY_SECONDS, Forks
 from rome.rollout.group import GroupPlan, Taken
-from rome.rollout.outcomes import mixed_groups, rollout_metrics
+from rome.rollout.outcomes import mixed_groups, rollout_metrics, staleness
 from rome.rollout.player import Accounting, Episode, RolloutError
 from rome.rollout.scheduler import MAX_REPLACEMENTS, RolloutScheduler, Rules
 from rome.stages.imitation import Shown, TaskGroup, show_solutions
@@ -373,11 +373,11 @@ class Collector:
             "demonstrations": shown,
             "trainer_wait": taken.waited / max(taken.seconds, 1e-9),
             "open_episodes": taken.open_episodes,
-            "max_staleness": max(step - trajectory.oldest_version for trajectory in sampled),
+            "max_staleness": max(staleness(sampled, step), default=0),
         }
         if self.config.rollout.resampling == "off":
             return metrics
-        resampled = [trajectory.reward > 0 for trajectory in sampled if anchor_of(trajectory)]
+        resampled = [trajectory.succeeded for trajectory in sampled if anchor_of(trajectory)]
         metrics["resampled"] = len(resampled)
         metrics["hard_tasks"] = len(self.anchors.tasks)
         metrics["crucial_chunks"] = self.anchors.crucial()

@@ -35,7 +35,7 @@ class TaskGroup:
     @property
     def is_solved(self) -> bool:
         """Whether an episode of the group succeeded."""
-        return any(trajectory.reward > 0 for trajectory in self.members)
+        return any(trajectory.succeeded for trajectory in self.members)
 
 
 class Shown(NamedTuple):
