@@ -35,6 +35,7 @@ class Turn(NamedTuple):
       ending: one of ENDINGS where the episode is over, else "".
       status: one of STATUSES.
       tool_call: the call that was made, {"name", "arguments"}; None without one.
+      exit_code: exit status of the turn's command; None without one.
       network_denials: attempts to reach addresses that the sandbox does not grant.
       note: more about the ending.
     """
@@ -43,6 +44,7 @@ class Turn(NamedTuple):
     ending: str = ""
     status: str = "ok"
     tool_call: dict[str, Any] | None = None
+    exit_code: int | None = None
     network_denials: int = 0
     note: str = ""
 
@@ -175,6 +177,7 @@ class PlayedEnv:
             ending=ending,
             status=status if status in STATUSES else "ok",
             tool_call=tool_call,
+            exit_code=info.get("exit_code"),
             network_denials=info.get("network_denials", 0),
             note=str(info.get("note", "")),
         )

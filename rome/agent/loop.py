@@ -264,6 +264,7 @@ async def _play(
             return await _judge(played, "timeout", str(error))
         chunk.observation = turn.observation
         chunk.status = turn.status
+        chunk.exit_code = turn.exit_code
         chunk.network_denials = turn.network_denials
         chunk.tool_call = turn.tool_call
         if turn.ending:

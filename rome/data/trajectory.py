@@ -71,9 +71,12 @@ class Chunk:
       text: the turn as text.
       tool_call: the call that was parsed from it, {"name", "arguments"}; None without one.
       observation: the environment's answer as text.
-      status: one of STATUSES.
+      status: one of STATUSES. All but "ok" say that the call failed (Err(k) of Eq. 1-2 of "Let It
+        Flow"): its arguments were bad, it was malformed or took too long, or the tool could not
+        run. A command that ran and ended with another exit status than 0 is no failed call.
       kind: one of KINDS.
       cached_tokens: prompt tokens that the engine found in its prefix cache.
+      exit_code: exit status of the turn's command; None without one.
       network_denials: attempts of the turn's command to reach addresses the sandbox does not grant.
       routes: experts of prompt and action tokens, [tokens, layers, k] (`rome.data.routes`); None
         where the engine was not asked for them.
@@ -93,6 +96,7 @@ class Chunk:
     kind: str = "rl"
     cached_tokens: int = 0
     network_denials: int = 0
+    exit_code: int | None = None
     routes: np.ndarray | None = None
 
     def __post_init__(self) -> None:
@@ -320,6 +324,7 @@ def _chunk_to_step(number: int, chunk: Chunk) -> dict[str, Any]:
         "versions": [list(span) for span in chunk.versions],
         "tool_call": chunk.tool_call,
         "network_denials": chunk.network_denials,
+        "exit_code": chunk.exit_code,
     }
     if chunk.routes is not None:
         step["extra"]["routes"] = routes_to_json(chunk.routes)
@@ -343,5 +348,6 @@ def _chunk_from_step(step: dict[str, Any]) -> Chunk:
         kind=extra["kind"],
         cached_tokens=metrics["cached_tokens"],
         network_denials=extra["network_denials"],
+        exit_code=extra.get("exit_code"),  # older files have none
         routes=routes,
     )

@@ -1,7 +1,8 @@
 """Demonstrations: scripted players solve their tasks in real sandboxes, as token trajectories.
 
-For SFT the demonstrators sometimes make a mistake and recover. Such turns keep their status
-(`tool_error`) and are context only: the recovery is learnt, the mistake is not. For IPA they show
+For SFT the demonstrators sometimes make a mistake and recover. Such turns are context only: the
+recovery is learnt, the mistake is not. So are turns whose call failed (Err(k) of Eq. 1-2); a
+command that ended with another exit status than 0 did not fail as a call. For IPA they show
 how to solve the tasks that no sampled episode of a step solved: the imitation term of Eq. 10.
 """
 
@@ -156,7 +157,8 @@ async def demonstrate(
                 text=turn.text,
                 observation=turn.observation,
                 status=turn.status,
-                kind="imitation" if turn.status == "ok" else "context",
+                exit_code=turn.exit_code,
+                kind="context" if turn.is_mistake or turn.status != "ok" else "imitation",
             )
         )
         prompt_ids = chat.observe([turn.observation])

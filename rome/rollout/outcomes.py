@@ -46,6 +46,7 @@ def rollout_metrics(
     chunks = [chunk for own in turns for chunk in own]
     denied = [any(chunk.network_denials for chunk in own) for own in turns]
     statuses = [chunk.status for chunk in chunks]
+    failed_commands = sum(bool(chunk.exit_code) for chunk in chunks)
     ages = staleness(trajectories, version) or [0]
     sent_tokens = sum(_sent_tokens(trajectory) for trajectory in trajectories)
     cached_tokens = sum(chunk.cached_tokens for chunk in chunks)
@@ -56,6 +57,7 @@ def rollout_metrics(
         "tokens": float(tokens.mean()),
         "staleness": float(np.mean(ages)),
         "tokens_per_s": float(tokens.sum() / seconds),
+        "nonzero_exit_share": failed_commands / max(1, len(chunks)),
         "tool_error_share": statuses.count("tool_error") / max(1, len(statuses)),
         "malformed_share": statuses.count("malformed") / max(1, len(statuses)),
         "network_denial_share": float(np.mean(denied)),

@@ -55,6 +55,12 @@ def test_metrics_of_a_step():
     assert "tokens_success" not in rollout_metrics([trajectory()], 4, 1.0)
 
 
+def test_a_command_that_failed_is_counted_and_is_no_failed_call():
+    ran = [dataclasses.replace(chunk(), exit_code=code) for code in (0, 1, 127, None)]
+    metrics = rollout_metrics([trajectory(chunks=ran)], 4, 1.0)
+    assert metrics["nonzero_exit_share"] == 0.5 and metrics["tool_error_share"] == 0.0
+
+
 def test_groups_that_ended_alike_are_left_out_unless_there_is_no_other():
     won, lost, mixed = (
         [trajectory(0, 1.0)] * 2,
