@@ -50,6 +50,7 @@ async def collect_demonstrations(
     record: Callable[[int], pathlib.Path],
     first_group: int = 0,
     on_spoiled: Callable[[SpoiledTaskError], None] | None = None,
+    seconds: float | None = None,
 ) -> dict[int, Trajectory]:
     """Play one demonstration of each task and return them by number.
 
@@ -65,6 +66,7 @@ async def collect_demonstrations(
         the statistics of groups that were sampled.
       on_spoiled: called for each task that cannot be shown; it is left out of the result. None: it
         is an error.
+      seconds: for one attempt at a demonstration; None for no limit.
 
     Raises:
       SpoiledTaskError: without `on_spoiled`: a demonstrator failed its own task, so the task or its
@@ -80,7 +82,9 @@ async def collect_demonstrations(
                 return kept
         async with places:
             try:
-                trajectory = await _demonstrate_until_played(make_env, task, chat, error_rate)
+                trajectory = await _demonstrate_until_played(
+                    make_env, task, chat, error_rate, seconds
+                )
             except SpoiledTaskError as fault:
                 if on_spoiled is None:
                     raise
@@ -99,7 +103,11 @@ async def collect_demonstrations(
 
 
 async def _demonstrate_until_played(
-    make_env: Callable[[str], TerminalEnv], task: str, chat: Chat, error_rate: float
+    make_env: Callable[[str], TerminalEnv],
+    task: str,
+    chat: Chat,
+    error_rate: float,
+    seconds: float | None,
 ) -> Trajectory:
     """Play a demonstration, again if the infrastructure spoils it.
 
@@ -108,11 +116,13 @@ async def _demonstrate_until_played(
     """
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            return await demonstrate(make_env(task), chat, _rng_of(task), error_rate)
+            async with asyncio.timeout(seconds):
+                return await demonstrate(make_env(task), chat, _rng_of(task), error_rate)
         except FailedDemonstration as failure:
             raise SpoiledTaskError(task, failure.ending, str(failure), attempt) from failure
-        except (SpoiledDemonstration, SandboxError, UnplayableTaskError) as error:
-            note = f"{type(error).__name__}: {error}"
+        except (SpoiledDemonstration, SandboxError, UnplayableTaskError, TimeoutError) as error:
+            reason = str(error) or f"it did not end within {seconds} s"
+            note = f"{type(error).__name__}: {reason}"
             last = SpoiledTaskError(task, "infra_sandbox", note, attempt)
     raise last
 

@@ -167,6 +167,7 @@ class Players:
             record=record,
             first_group=first_group,
             on_spoiled=self.spoiled.add,
+            seconds=once,
         )
         what = f"the demonstration of {len(playable)} tasks"
         played = wait_for_episodes(playing, deadline, what)

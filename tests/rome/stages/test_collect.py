@@ -15,6 +15,7 @@ from rome.agent.loop import Limits
 from rome.data.packing import pack
 from rome.data.trajectory import Chunk, Trajectory, load_trajectory, save_trajectory
 from rome.rollout.demonstrations import collect_demonstrations
+from rome.rollout.episode import SpoiledTaskError
 from rome.rollout.player import RolloutError
 from rome.rollout.spoiled import SpoiledTasks
 from rome.stages.collect import Collector
@@ -56,6 +57,23 @@ class Players:
             shown.append(Trajectory(task, "f", chunks, 1.0, "success", first_group + number))
             save_trajectory(shown[-1], record(number))
         return shown
+
+
+class BrokenTasks(Players):
+    """The first task that is drawn cannot be played."""
+
+    def __init__(self, workdir):
+        self.spoiled = SpoiledTasks(workdir / "spoiled.jsonl")
+        self.broken = set(self.spoiled.causes)
+        self.tried = []
+
+    async def play_one(self, episode, *, accounting, **options):
+        self.tried.append(episode.task)
+        self.broken = self.broken or {episode.task}
+        if episode.task in self.broken:
+            accounting.drop("spoiled_task")
+            raise SpoiledTaskError(episode.task, "infra_sandbox", "task.toml:3: no image", 3)
+        return await super().play_one(episode, **options)
 
 
 class BrokenDemonstrators(Players):
@@ -111,6 +129,27 @@ def test_a_step_that_fails_after_it_took_its_groups_is_repeated_with_them(tmp_pa
         second.curriculum.rates == alone.curriculum.rates
     )  # what the failed step had seen counts once
     assert second.accounting.to_json() == alone.accounting.to_json()
+
+
+def test_a_task_that_cannot_be_played_is_not_drawn_again_by_a_resumed_run(tmp_path):
+    first = make(tmp_path, BrokenTasks(tmp_path))
+    before = first.get_state(0)
+    first.begin(STATE)
+    metrics = first.collect(0, STATE).metrics
+    first.close()
+    [broken] = first._players.broken
+    assert metrics["spoiled_tasks"] == 1 and first.accounting.dropped["spoiled_task"]
+    assert first.accounting.trained == 4
+
+    resumed = make(tmp_path, BrokenTasks(tmp_path))
+    resumed.set_state(before)
+    resumed.begin(STATE)
+    again = resumed.collect(0, STATE)
+    resumed.close()
+    assert broken in first._players.tried and broken not in resumed._players.tried
+    assert set(resumed._players.tried) == set(first._players.tried) - {broken}
+    assert again.metrics["reward"] == metrics["reward"]
+    assert (tmp_path / "steps.jsonl").read_text().count("\n") == 1  # the same groups
 
 
 def test_a_step_that_was_trained_is_not_repeated_because_its_weights_were_not_published(tmp_path):
