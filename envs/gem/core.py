@@ -33,7 +33,8 @@ def _import_gem() -> ModuleType | None:
     handlers = list(root.handlers)
     level = root.level
     try:
-        return importlib.import_module("gem")
+        found = importlib.import_module("gem")
+        return found if hasattr(found, "Env") else None  # some other package or folder "gem"
     except ImportError:
         return None
     finally:

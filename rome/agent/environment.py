@@ -24,7 +24,7 @@ from envs.gem.core import (
 from envs.rock import SandboxError
 from rome.data.trajectory import ENDINGS, STATUSES, is_success
 
-GRADING_MARGIN_SECONDS = 60.0  # beyond the limit of the environment's own verifier
+GRADING_MARGIN_SECONDS = 30.0  # beyond the limit of the environment's own verifier
 
 
 class Turn(NamedTuple):

@@ -167,7 +167,7 @@ def test_a_step_waits_quietly_for_as_long_as_one_episode_may_take(tmp_path):
     assert make(tmp_path, resampling="parallel")._quiet_seconds() == 60 + 60 + 600
     limits = Limits(160, 48, episode_seconds=10.0, start_seconds=5.0, completion_seconds=3.0)
     # start and replay, six turns, two gradings with their margins, the end
-    assert limits.worst_seconds(6, 4.0) == (5 + 10) + (6 * 3 + 10) + 2 * (4 + 60) + 30
+    assert limits.worst_seconds(6, 4.0) == (5 + 10) + (6 * 3 + 10) + 2 * (4 + 30) + 30
 
 
 def test_the_speed_of_a_step_counts_no_episode_that_an_evaluation_ran_beside(tmp_path):
